@@ -1,0 +1,89 @@
+/// \file
+/// How a benchmark file states its cases once: a row is a shape, what bounds it on any machine, our call and its peers. The
+/// operator's own binary runs the rows under Google Benchmark; `report` runs all rows of all operators, ours and peers in turn,
+/// and prints the table.
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <eigenformer/core/device.h>
+
+namespace bench {
+
+/// Peak arithmetic a row is held against.
+enum class Peak { none, float_fma, bfloat16, int8 };
+
+/// What a row must at least do: bytes it must read and write, operations it must perform. The floor is the longest of the three at
+/// the limits measured on this machine.
+struct Limit {
+  double bytes_read = 0;
+  double bytes_written = 0;
+  double operations = 0;
+  Peak peak = Peak::none;
+
+  static Limit read_bytes(double bytes) { return {bytes, 0, 0, Peak::none}; }
+  static Limit write_bytes(double bytes) { return {0, bytes, 0, Peak::none}; }
+  static Limit copy_bytes(double read, double written) { return {read, written, 0, Peak::none}; }
+  /// A product of `flops` (a multiply-add counts two) that reads at least `bytes`.
+  static Limit product(double flops, double bytes, Peak peak = Peak::float_fma) { return {bytes, 0, flops, peak}; }
+};
+
+using OnOneThread = std::function<void(const Eigen::DefaultDevice&)>;
+using OnPool = std::function<void(const Eigen::ThreadPoolDevice&)>;
+
+struct Call {
+  std::string name;
+  OnOneThread one_thread;
+  OnPool pool;  // empty where the call has no threaded form
+};
+
+struct Row {
+  std::string name;
+  Limit limit;
+  std::vector<Call> calls;  // ours first
+
+  /// `f(device)` for both devices.
+  template <typename F>
+  Row& ours(F f) {
+    calls.insert(calls.begin(), Call{"eigenformer", f, f});
+    return *this;
+  }
+  template <typename F>
+  Row& peer(std::string peer_name, F f) {
+    calls.push_back(Call{std::move(peer_name), f, f});
+    return *this;
+  }
+  /// A peer that runs on the calling thread only.
+  template <typename F>
+  Row& peer_one_thread(std::string peer_name, F f) {
+    calls.push_back(Call{std::move(peer_name), [f](const Eigen::DefaultDevice&) { f(); }, {}});
+    return *this;
+  }
+};
+
+/// The rows of one benchmark file. Inputs are random, never zeros, and owned by the lambdas (std::shared_ptr).
+struct Suite {
+  std::vector<std::unique_ptr<Row>> rows;
+  Row& row(std::string name, Limit limit) {
+    rows.push_back(std::make_unique<Row>(Row{std::move(name), limit, {}}));
+    return *rows.back();
+  }
+};
+
+using CaseFunction = void (*)(Suite&);
+inline std::vector<std::pair<std::string, CaseFunction>>& registered_cases() {
+  static std::vector<std::pair<std::string, CaseFunction>> cases;
+  return cases;
+}
+struct Registration {
+  Registration(std::string name, CaseFunction function) { registered_cases().emplace_back(std::move(name), function); }
+};
+
+}  // namespace bench
+
+#define EIGENFORMER_BENCHMARK(function) static const bench::Registration registration_##function(#function, function);

@@ -1,0 +1,87 @@
+/// \file
+/// Argument checks. They stay on in release builds and cost O(shape). The text of an exception names the operator, the argument,
+/// what was expected and what came; it is put together only when the check fails.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+inline void append_part(std::string& text, std::string_view part) { text += part; }
+template <typename T>
+  requires std::is_arithmetic_v<T>
+void append_part(std::string& text, T value) {
+  text += std::to_string(value);
+}
+
+template <typename... Parts>
+std::string join(std::string_view operation, const Parts&... parts) {
+  std::string text(operation);
+  text += ": ";
+  (append_part(text, parts), ...);
+  return text;
+}
+
+/// "(2, 3, 4)"
+template <typename View>
+std::string shape_text(const View& view) {
+  std::string text = "(";
+  for (int d = 0; d < rank_of<View>; ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(view.dimension(static_cast<std::size_t>(d)));
+  }
+  return text + ")";
+}
+
+}  // namespace detail
+
+/// Throws std::invalid_argument "operation: parts..." unless `ok`.
+/// require(rows == n, "linear", "bias has ", rows, " elements, weight has ", n, " rows");
+template <typename... Parts>
+void require(bool ok, std::string_view operation, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    throw std::invalid_argument(detail::join(operation, parts...));
+}
+
+/// Throws std::length_error unless `ok`: a capacity ran out.
+template <typename... Parts>
+void require_capacity(bool ok, std::string_view operation, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    throw std::length_error(detail::join(operation, parts...));
+}
+
+/// Throws std::out_of_range unless `ok`: a key is unknown.
+template <typename... Parts>
+void require_known(bool ok, std::string_view operation, const Parts&... parts) {
+  if (!ok) [[unlikely]]
+    throw std::out_of_range(detail::join(operation, parts...));
+}
+
+/// The shapes of two tensors must agree in every dimension.
+template <typename A, typename B>
+void require_same_shape(std::string_view operation, std::string_view name_a, const A& a, std::string_view name_b, const B& b) {
+  static_assert(rank_of<A> == rank_of<B>);
+  bool same = true;
+  for (int d = 0; d < rank_of<A>; ++d)
+    same = same && a.dimension(static_cast<std::size_t>(d)) == b.dimension(static_cast<std::size_t>(d));
+  if (!same) [[unlikely]]
+    require(false, operation, name_a, " has shape ", detail::shape_text(a), ", ", name_b, " has shape ", detail::shape_text(b));
+}
+
+/// Product of two sizes; throws std::invalid_argument where it does not fit an Index or a size is negative.
+inline Index checked_product(Index a, Index b, std::string_view operation, std::string_view what) {
+  require(a >= 0 && b >= 0, operation, what, " has a negative size (", a, " x ", b, ")");
+  Index product = 0;
+  require(!__builtin_mul_overflow(a, b, &product), operation, what, " of ", a, " x ", b, " elements overflows");
+  return product;
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

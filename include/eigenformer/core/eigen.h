@@ -1,0 +1,42 @@
+/// \file
+/// The only file that includes Eigen. It defines what Eigen's Tensor module needs before the first include, and says what to do
+/// where another header was faster.
+#pragma once
+
+#if defined(EIGEN_CXX11_TENSOR_MODULE) || defined(EIGEN_CXX11_TENSOR_MODULE_H) || defined(EIGEN_TENSOR_MODULE_H)
+#if !defined(EIGEN_USE_THREADS)
+#error "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_THREADS for the whole program, or include <eigenformer/eigenformer.h> first."
+#endif
+#if defined(__CUDACC__) && !defined(EIGEN_USE_GPU)
+#error "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_GPU. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_GPU for CUDA files, or include <eigenformer/eigenformer.h> first."
+#endif
+#endif
+
+#if !defined(EIGEN_USE_THREADS)
+#define EIGEN_USE_THREADS
+#endif
+#if defined(__CUDACC__) && !defined(EIGEN_USE_GPU)
+#define EIGEN_USE_GPU
+#endif
+// Without this Eigen's allocator follows -m flags, and memory from one translation unit freed in another corrupts the heap.
+#if !defined(EIGEN_MAX_ALIGN_BYTES)
+#define EIGEN_MAX_ALIGN_BYTES 64
+#endif
+
+#if defined(__CUDACC__)
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 20011, 20012, 20013, 20014, 20015, 20208
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 sees ghosts in Eigen's inlined evaluators
+#endif
+
+#include <unsupported/Eigen/CXX11/Tensor>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#if defined(__CUDACC__)
+#pragma nv_diagnostic pop
+#endif

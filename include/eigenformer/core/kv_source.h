@@ -1,0 +1,60 @@
+/// \file
+/// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head, position). One struct covers dense
+/// tensors and every cache, so that attention is written once. A page table turns a position into a page; storage may be INT8 with
+/// one scale a row.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// T is the stored type: float, double, bfloat16, half, or int8 with scales.
+///
+/// Dense (tables == nullptr): row (b, h, j) starts at keys + b * sequence_stride + j * row_stride + h * head_stride.
+///
+/// Paged: position j of sequence b lies in page id tables[b][j / page_size]; that page starts at pages[id], and within it
+///   keys         layer_offset + 0                     (kv_heads, page_size, head_dim) of T
+///   values       layer_offset + value_offset          (kv_heads, page_size, head_dim) of T
+///   key scales   layer_offset + key_scale_offset      (kv_heads, page_size) of float, INT8 only
+///   value scales layer_offset + value_scale_offset    (kv_heads, page_size) of float, INT8 only
+/// Offsets are in bytes. Rows at or past lengths[b] may hold anything and must not be read.
+template <typename T>
+struct KvSource {
+  Index batch = 0, kv_heads = 0, head_dim = 0;
+  const Index* lengths = nullptr;  // (batch) valid positions of each sequence
+
+  const T* keys = nullptr;
+  const T* values = nullptr;
+  Index sequence_stride = 0, row_stride = 0, head_stride = 0;              // in elements, of the keys
+  Index value_sequence_stride = 0, value_row_stride = 0, value_head_stride = 0;  // in elements, of the values
+
+  const std::byte* const* pages = nullptr;         // [page id]
+  const std::int32_t* const* tables = nullptr;     // [sequence][page of the sequence] -> page id
+  Index page_size = 0;                             // positions in a page
+  std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
+
+  const T* key_row(Index b, Index h, Index j) const {
+    if (tables == nullptr) return keys + b * sequence_stride + j * row_stride + h * head_stride;
+    return paged_row<T>(b, h, j, 0, head_dim);
+  }
+  const T* value_row(Index b, Index h, Index j) const {
+    if (tables == nullptr) return values + b * value_sequence_stride + j * value_row_stride + h * value_head_stride;
+    return paged_row<T>(b, h, j, value_offset, head_dim);
+  }
+  float key_scale(Index b, Index h, Index j) const { return *paged_row<float>(b, h, j, key_scale_offset, 1); }
+  float value_scale(Index b, Index h, Index j) const { return *paged_row<float>(b, h, j, value_scale_offset, 1); }
+
+ private:
+  template <typename U>
+  const U* paged_row(Index b, Index h, Index j, std::size_t offset, Index width) const {
+    const std::byte* page = pages[tables[b][j / page_size]] + layer_offset + offset;
+    return reinterpret_cast<const U*>(page) + (h * page_size + j % page_size) * width;
+  }
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

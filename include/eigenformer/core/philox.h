@@ -1,0 +1,73 @@
+/// \file
+/// Philox4x32-10, the counter-based random generator of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as
+/// 1, 2, 3" (SC11). Tested against the known-answer vectors of Random123.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "../cpu/isa.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// The bijection itself: 128 bits of counter and 64 bits of key give 128 random bits.
+EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(std::array<std::uint32_t, 4> counter,
+                                                                            std::array<std::uint32_t, 2> key) {
+  std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+  std::uint32_t k0 = key[0], k1 = key[1];
+  for (int round = 0; round < 10; ++round) {
+    const std::uint64_t product0 = std::uint64_t{0xD2511F53u} * c0;
+    const std::uint64_t product1 = std::uint64_t{0xCD9E8D57u} * c2;
+    c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<std::uint32_t>(product1);
+    c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<std::uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {c0, c1, c2, c3};
+}
+
+/// A stream of random numbers that is a function of (seed, position, row, index): what one row draws does not depend on the rows
+/// beside it, on threads or on the device. An operator that draws advances the position by one, whatever the number of rows.
+/// Also a uniform random bit generator for <random>.
+class Philox {
+ public:
+  using result_type = std::uint32_t;
+
+  EIGENFORMER_HOST_DEVICE explicit constexpr Philox(std::uint64_t seed = 0, std::uint64_t position = 0)
+      : seed_(seed), position_(position) {}
+
+  EIGENFORMER_HOST_DEVICE constexpr std::uint64_t seed() const { return seed_; }
+  EIGENFORMER_HOST_DEVICE constexpr std::uint64_t position() const { return position_; }
+  EIGENFORMER_HOST_DEVICE constexpr void advance(std::uint64_t steps = 1) { position_ += steps; }
+
+  /// 128 random bits for (row, index) at the current position; leaves the position.
+  EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(std::uint32_t row, std::uint32_t index = 0) const {
+    return philox4x32_10({index, row, static_cast<std::uint32_t>(position_), static_cast<std::uint32_t>(position_ >> 32)},
+                         {static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32)});
+  }
+
+  /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index) at the current position; leaves the position.
+  EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row, std::uint32_t index = 0) const {
+    const auto words = bits(row, index);
+    const std::uint64_t mantissa = ((std::uint64_t{words[0]} << 32) | words[1]) >> 12;
+    return (static_cast<double>(mantissa) + 0.5) * 0x1p-52;
+  }
+
+  static constexpr result_type min() { return 0; }
+  static constexpr result_type max() { return 0xFFFFFFFFu; }
+  EIGENFORMER_HOST_DEVICE constexpr result_type operator()() {
+    const auto words = bits(0xFFFFFFFFu);
+    advance();
+    return words[0];
+  }
+
+ private:
+  std::uint64_t seed_;
+  std::uint64_t position_;
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

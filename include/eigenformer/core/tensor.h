@@ -1,0 +1,124 @@
+/// \file
+/// Tensor aliases, the scalars operators accept, and the door every argument comes through: `input_view` and `output_view` turn an
+/// `ef::Tensor` or an `ef::TensorView` into a view, and refuse anything else at compile time with a message that says what to do.
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "../cpu/isa.h"
+#include "eigen.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+using Index = Eigen::Index;
+using bfloat16 = Eigen::bfloat16;
+using half = Eigen::half;
+
+/// A row-major tensor that owns its memory.
+template <typename T, int Rank>
+using Tensor = Eigen::Tensor<T, Rank, Eigen::RowMajor>;
+
+/// A row-major tensor in memory of somebody else; T may be const.
+template <typename T, int Rank>
+using TensorView = Eigen::TensorMap<Eigen::Tensor<T, Rank, Eigen::RowMajor>>;
+
+/// Scalars that floating-point operators accept.
+template <typename T>
+concept FloatingScalar =
+    std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, bfloat16> || std::same_as<T, half>;
+
+/// What an operator on T computes in: double for double, float for everything narrower.
+template <typename T>
+using compute_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+namespace detail {
+
+enum class TensorKind { other, row_major, column_major };
+
+template <typename X>
+struct tensor_traits {
+  static constexpr TensorKind kind = TensorKind::other;
+  static constexpr int rank = -1;
+  using scalar = void;
+};
+
+template <typename T, int Rank, int Options, typename I>
+struct tensor_traits<Eigen::Tensor<T, Rank, Options, I>> {
+  static constexpr TensorKind kind =
+      (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
+  static constexpr int rank = Rank;
+  using scalar = std::remove_const_t<T>;
+};
+
+template <typename X, int MapOptions, template <class> class MakePointer>
+struct tensor_traits<Eigen::TensorMap<X, MapOptions, MakePointer>> : tensor_traits<std::remove_const_t<X>> {};
+
+template <typename>
+inline constexpr bool always_false = false;
+
+template <int Rank, typename X>
+constexpr void require_tensor_argument() {
+  using traits = tensor_traits<std::remove_cvref_t<X>>;
+  static_assert(traits::kind != TensorKind::other,
+                "eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an Eigen expression into an "
+                "ef::Tensor<T, Rank> first, or wrap memory of your own in an ef::TensorView<T, Rank>.");
+  static_assert(traits::kind != TensorKind::column_major,
+                "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as ef::Tensor<T, Rank> (row-major), "
+                "or assign tensor.swap_layout().shuffle(reversed dimensions) to one.");
+  static_assert(traits::kind == TensorKind::other || Rank < 0 || traits::rank == Rank,
+                "eigenformer: this tensor has the wrong rank for this argument; the operator's header gives the shapes.");
+}
+
+template <int Rank, typename X>
+Eigen::DSizes<Index, Rank> sizes_of(const X& x) {
+  Eigen::DSizes<Index, Rank> sizes;
+  for (int d = 0; d < Rank; ++d) sizes[d] = static_cast<Index>(x.dimension(static_cast<std::size_t>(d)));
+  return sizes;
+}
+
+}  // namespace detail
+
+/// An ef::Tensor or ef::TensorView of any scalar and rank.
+template <typename X>
+concept RowMajorTensor = detail::tensor_traits<std::remove_cvref_t<X>>::kind == detail::TensorKind::row_major;
+
+/// Number of dimensions of a tensor type, -1 where X is no tensor.
+template <typename X>
+inline constexpr int rank_of = detail::tensor_traits<std::remove_cvref_t<X>>::rank;
+
+/// Element type of a tensor type without const, void where X is no tensor.
+template <typename X>
+using scalar_of = typename detail::tensor_traits<std::remove_cvref_t<X>>::scalar;
+
+/// Read-only view of an input argument of the given rank.
+template <int Rank, typename X>
+auto input_view(const X& x) {
+  detail::require_tensor_argument<Rank, X>();
+  if constexpr (RowMajorTensor<X> && rank_of<X> == Rank) {
+    const Eigen::DSizes<Index, Rank> sizes = detail::sizes_of<Rank>(x);
+    return TensorView<const scalar_of<X>, Rank>(x.data(), sizes);
+  } else {  // keeps the errors after the message above few
+    return TensorView<const float, (Rank < 1 ? 1 : Rank)>(nullptr, Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
+  }
+}
+
+/// Writable view of an output argument of the given rank.
+template <int Rank, typename X>
+auto output_view(X& x) {
+  detail::require_tensor_argument<Rank, X>();
+  if constexpr (RowMajorTensor<X> && rank_of<X> == Rank) {
+    static_assert(!std::is_const_v<std::remove_pointer_t<decltype(x.data())>>,
+                  "eigenformer: the output is read-only; pass a mutable ef::Tensor or an ef::TensorView of non-const T.");
+    const Eigen::DSizes<Index, Rank> sizes = detail::sizes_of<Rank>(x);
+    return TensorView<scalar_of<X>, Rank>(x.data(), sizes);
+  } else {
+    return TensorView<float, (Rank < 1 ? 1 : Rank)>(nullptr, Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
+  }
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

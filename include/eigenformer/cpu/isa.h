@@ -1,0 +1,122 @@
+/// \file
+/// The one file that reads compiler feature macros. It yields the ISA tags, the best tag this translation unit may use, and the
+/// name of the inline namespace everything else lives in.
+///
+/// Tags inherit what they fall back to: `generic <- avx2 <- avx512 <- amx`, `generic <- neon`. A kernel written for a tag serves
+/// every tag that inherits from it, and all tags up to `isa::best` can be called in one build, so that one AVX-512 build tests
+/// three of them.
+///
+/// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
+#pragma once
+
+#if defined(__CUDACC__)
+#define EIGENFORMER_ISA_GENERIC 1
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
+    defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define EIGENFORMER_ISA_AVX2 1
+#define EIGENFORMER_ISA_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define EIGENFORMER_ISA_AVX2 1
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+#define EIGENFORMER_ISA_NEON 1
+#else
+#define EIGENFORMER_ISA_GENERIC 1
+#endif
+
+#if defined(EIGENFORMER_ISA_AVX512) && defined(__AVX512VNNI__)
+#define EIGENFORMER_ISA_AVX512_VNNI 1
+#endif
+#if defined(EIGENFORMER_ISA_AVX512) && defined(__AVX512BF16__)
+#define EIGENFORMER_ISA_AVX512_BF16 1
+#endif
+#if defined(EIGENFORMER_ISA_AVX512) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define EIGENFORMER_ISA_AMX 1
+#endif
+
+// Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its own.
+#if defined(__CUDACC__)
+#if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
+#define EIGENFORMER_ABI_JOIN_(a, b) a##b
+#define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
+#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(v1_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
+#else
+#define EIGENFORMER_ABI v1_cuda
+#endif
+#elif defined(EIGENFORMER_ISA_AMX)
+#define EIGENFORMER_ABI v1_amx
+#elif defined(EIGENFORMER_ISA_AVX512_BF16) && defined(EIGENFORMER_ISA_AVX512_VNNI)
+#define EIGENFORMER_ABI v1_avx512_bf16_vnni
+#elif defined(EIGENFORMER_ISA_AVX512_BF16)
+#define EIGENFORMER_ABI v1_avx512_bf16
+#elif defined(EIGENFORMER_ISA_AVX512_VNNI)
+#define EIGENFORMER_ABI v1_avx512_vnni
+#elif defined(EIGENFORMER_ISA_AVX512)
+#define EIGENFORMER_ABI v1_avx512
+#elif defined(EIGENFORMER_ISA_AVX2)
+#define EIGENFORMER_ABI v1_avx2
+#elif defined(EIGENFORMER_ISA_NEON)
+#define EIGENFORMER_ABI v1_neon
+#elif defined(__FMA__)
+#define EIGENFORMER_ABI v1_generic_fma
+#else
+#define EIGENFORMER_ABI v1_generic
+#endif
+
+/// Kernels are split into small functions that must not cost a call in the inner loop.
+#if defined(__GNUC__) || defined(__clang__)
+#define EIGENFORMER_INLINE inline __attribute__((always_inline))
+#else
+#define EIGENFORMER_INLINE inline
+#endif
+
+#if defined(__CUDACC__)
+#define EIGENFORMER_HOST_DEVICE __host__ __device__
+#else
+#define EIGENFORMER_HOST_DEVICE
+#endif
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Tags that choose a kernel at compile time. A tag converts to the one it inherits from, so overload resolution picks the most
+/// specific kernel that exists.
+namespace isa {
+
+struct generic {
+  static constexpr const char* name = "generic";
+};
+struct avx2 : generic {
+  static constexpr const char* name = "avx2";
+};
+struct avx512 : avx2 {
+  static constexpr const char* name = "avx512";
+};
+struct amx : avx512 {
+  static constexpr const char* name = "amx";
+};
+struct neon : generic {
+  static constexpr const char* name = "neon";
+};
+
+#if defined(EIGENFORMER_ISA_AMX)
+using best = amx;
+#elif defined(EIGENFORMER_ISA_AVX512)
+using best = avx512;
+#elif defined(EIGENFORMER_ISA_AVX2)
+using best = avx2;
+#elif defined(EIGENFORMER_ISA_NEON)
+using best = neon;
+#else
+using best = generic;
+#endif
+
+/// True where a multiply-add is one instruction. Where it is not, kernels multiply and add in two rounding steps.
+#if defined(__FMA__) || defined(EIGENFORMER_ISA_NEON)
+inline constexpr bool kHasFma = true;
+#else
+inline constexpr bool kHasFma = false;
+#endif
+
+}  // namespace isa
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,166 @@
+/// \file
+/// `vec<T, isa::generic>`: the vector every kernel is written with, in plain C++ that compilers turn into whatever SIMD they have.
+/// The AVX2 and AVX-512 versions have the same members with the same meaning:
+///
+///   lanes                      number of elements
+///   zero() set1(x)             constants
+///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted (bfloat16 and half round to nearest even)
+///   load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches memory past p + n
+///   store_partial(p, n)        first n elements
+///   + - * / fma(a,b,c)         fma is a * b + c, in one rounding where isa::kHasFma
+///   min(a,b) max(a,b)          a < b ? a : b and a > b ? a : b: the second operand where either is NaN
+///   abs sqrt round             round to nearest, ties to even
+///   less less_equal equal      masks; false where either is NaN
+///   is_nan(a)
+///   select(m, a, b)            m ? a : b
+///   m.bits()                   one bit a lane, lane 0 lowest
+///   scale_exponent(a, n)       a * 2^n for integral n in [-160, 160]
+///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "../../core/tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace simd {
+
+template <typename T, typename Isa>
+struct vec;
+
+template <typename T>
+struct vec<T, isa::generic> {
+  static constexpr int lanes = 32 / static_cast<int>(sizeof(T));
+  using scalar = T;
+
+  struct mask {
+    bool m[lanes];
+    EIGENFORMER_INLINE std::uint32_t bits() const {
+      std::uint32_t result = 0;
+      for (int i = 0; i < lanes; ++i) result |= static_cast<std::uint32_t>(m[i]) << i;
+      return result;
+    }
+    friend EIGENFORMER_INLINE mask operator&(mask a, mask b) {
+      for (int i = 0; i < lanes; ++i) a.m[i] = a.m[i] && b.m[i];
+      return a;
+    }
+    friend EIGENFORMER_INLINE mask operator|(mask a, mask b) {
+      for (int i = 0; i < lanes; ++i) a.m[i] = a.m[i] || b.m[i];
+      return a;
+    }
+  };
+
+  T v[lanes];
+
+  template <typename F>
+  static EIGENFORMER_INLINE vec make(F&& f) {
+    vec r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = f(i);
+    return r;
+  }
+  template <typename F>
+  static EIGENFORMER_INLINE mask make_mask(F&& f) {
+    mask r;
+    for (int i = 0; i < lanes; ++i) r.m[i] = f(i);
+    return r;
+  }
+
+  static EIGENFORMER_INLINE vec set1(T x) {
+    return make([&](int) { return x; });
+  }
+  static EIGENFORMER_INLINE vec zero() { return set1(T(0)); }
+
+  template <typename S>
+  static EIGENFORMER_INLINE vec load(const S* p) {
+    return make([&](int i) { return static_cast<T>(p[i]); });
+  }
+  template <typename S>
+  static EIGENFORMER_INLINE vec load_partial(const S* p, int n) {
+    return make([&](int i) { return i < n ? static_cast<T>(p[i]) : T(0); });
+  }
+  template <typename S>
+  EIGENFORMER_INLINE void store(S* p) const {
+    for (int i = 0; i < lanes; ++i) p[i] = static_cast<S>(v[i]);
+  }
+  template <typename S>
+  EIGENFORMER_INLINE void store_partial(S* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = static_cast<S>(v[i]);
+  }
+
+  friend EIGENFORMER_INLINE vec operator+(vec a, vec b) {
+    return make([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec operator-(vec a, vec b) {
+    return make([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec operator*(vec a, vec b) {
+    return make([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec operator/(vec a, vec b) {
+    return make([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec fma(vec a, vec b, vec c) {
+    return make([&](int i) {
+      if constexpr (isa::kHasFma)
+        return std::fma(a.v[i], b.v[i], c.v[i]);
+      else
+        return a.v[i] * b.v[i] + c.v[i];
+    });
+  }
+  friend EIGENFORMER_INLINE vec min(vec a, vec b) {
+    return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec max(vec a, vec b) {
+    return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec abs(vec a) {
+    return make([&](int i) { return std::fabs(a.v[i]); });
+  }
+  friend EIGENFORMER_INLINE vec sqrt(vec a) {
+    return make([&](int i) { return std::sqrt(a.v[i]); });
+  }
+  friend EIGENFORMER_INLINE vec round(vec a) {
+    return make([&](int i) { return std::nearbyint(a.v[i]); });
+  }
+  friend EIGENFORMER_INLINE mask less(vec a, vec b) {
+    return make_mask([&](int i) { return a.v[i] < b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE mask less_equal(vec a, vec b) {
+    return make_mask([&](int i) { return a.v[i] <= b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE mask equal(vec a, vec b) {
+    return make_mask([&](int i) { return a.v[i] == b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE mask is_nan(vec a) {
+    return make_mask([&](int i) { return a.v[i] != a.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) {
+    return make([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
+  }
+  friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
+    return make([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+  }
+
+  friend EIGENFORMER_INLINE T reduce_add(vec a) {
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+    return a.v[0];
+  }
+  friend EIGENFORMER_INLINE T reduce_max(vec a) {
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) a.v[i] = a.v[i] > a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
+  }
+  friend EIGENFORMER_INLINE T reduce_min(vec a) {
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) a.v[i] = a.v[i] < a.v[i + half] ? a.v[i] : a.v[i + half];
+    return a.v[0];
+  }
+};
+
+}  // namespace simd
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,62 @@
+/// \file
+/// What kernels include: the vectors of every ISA this translation unit may use, `Vec<T, Isa>` that picks one by tag, and exp.
+#pragma once
+
+#include "../isa.h"
+#include "generic.h"
+#if defined(EIGENFORMER_ISA_AVX2)
+#include "avx2.h"
+#endif
+#if defined(EIGENFORMER_ISA_AVX512)
+#include "avx512.h"
+#endif
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace simd {
+namespace detail {
+
+template <typename T, typename Isa>
+vec<T, isa::generic> pick(isa::generic);
+#if defined(EIGENFORMER_ISA_AVX2)
+template <typename T, typename Isa>
+  requires std::same_as<T, float>
+vec<float, isa::avx2> pick(isa::avx2);
+#endif
+#if defined(EIGENFORMER_ISA_AVX512)
+template <typename T, typename Isa>
+  requires std::same_as<T, float>
+vec<float, isa::avx512> pick(isa::avx512);
+#endif
+
+}  // namespace detail
+
+/// The vector of T that serves a tag: the tag's own, or that of the nearest tag it inherits from.
+template <typename T, typename Isa>
+using Vec = decltype(detail::pick<T, Isa>(Isa{}));
+
+/// e^x. Relative error below 1.2e-7 (2 ulp) for float; exactly 0 at -infinity and below -103.98, +infinity above 88.73, NaN for NaN.
+/// Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 polynomial of Cephes' expf; double calls std::exp lane by lane.
+template <typename V>
+EIGENFORMER_INLINE V exp(V x) {
+  if constexpr (sizeof(typename V::scalar) == 8) {
+    return V::make([&](int i) { return std::exp(x.v[i]); });
+  } else {
+    x = min(V::set1(89.0f), max(V::set1(-104.0f), x));  // in this order a NaN passes through
+    const V n = round(x * V::set1(1.44269504088896341f));
+    V r = fma(n, V::set1(-0.693359375f), x);
+    r = fma(n, V::set1(2.12194440e-4f), r);
+    V p = V::set1(1.9875691500e-4f);
+    p = fma(p, r, V::set1(1.3981999507e-3f));
+    p = fma(p, r, V::set1(8.3334519073e-3f));
+    p = fma(p, r, V::set1(4.1665795894e-2f));
+    p = fma(p, r, V::set1(1.6666665459e-1f));
+    p = fma(p, r, V::set1(5.0000001201e-1f));
+    p = fma(p, r * r, r + V::set1(1.0f));
+    return scale_exponent(p, n);
+  }
+}
+
+}  // namespace simd
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,46 @@
+/// \file
+/// How CUDA kernels are started: on the device's stream, asynchronously, with every launch checked.
+///
+/// An operator's public header calls `launch_on_gpu(device, problem)`, an overload set of namespace eigenformer with one member in
+/// each cuda/X.cuh. A C++ translation unit never sees one, and never needs to: the call is discarded for CPU devices.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "../core/device.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// A failure of the CUDA runtime.
+class DeviceError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+namespace cuda {
+
+inline void check(cudaError_t status, const char* operation) {
+  if (status != cudaSuccess) throw DeviceError(std::string(operation) + ": CUDA says " + cudaGetErrorString(status));
+}
+
+template <typename Body>
+__global__ void for_each_index(Index count, Body body) {
+  const Index stride = static_cast<Index>(gridDim.x) * blockDim.x;
+  for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) body(i);
+}
+
+/// body(i) for every i in [0, count): one element a thread, grid-stride.
+template <typename Body>
+void launch_for_each(const Eigen::GpuDevice& device, const char* operation, Index count, const Body& body) {
+  if (count <= 0) return;
+  constexpr int threads = 256;
+  const Index blocks = (count + threads - 1) / threads;
+  for_each_index<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), threads, 0, device.stream()>>>(count, body);
+  check(cudaGetLastError(), operation);
+}
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,129 @@
+/// \file
+/// What every test compares with: random and poisoned tensors, tolerances (in this one place), relative errors, equal bits, the
+/// devices and ISA tags to sweep.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <eigenformer/core/device.h>
+#include <eigenformer/core/tensor.h>
+#include <eigenformer/cpu/isa.h>
+
+namespace eigenformer_test {
+
+namespace ef = eigenformer;
+using ef::Index;
+
+/// Relative Frobenius error allowed against a double reference on normal(0, 1) inputs: the contract's numbers.
+template <typename T>
+constexpr double tolerance() {
+  if constexpr (std::is_same_v<T, double>) return 1e-12;
+  if constexpr (std::is_same_v<T, float>) return 1e-5;
+  if constexpr (std::is_same_v<T, ef::half>) return 2e-3;
+  if constexpr (std::is_same_v<T, ef::bfloat16>) return 1e-2;
+}
+
+/// normal(0, 1) values, the same for a seed on every machine up to the standard library.
+template <typename T, int Rank>
+ef::Tensor<T, Rank> random_tensor(std::array<Index, Rank> sizes, unsigned seed, double scale = 1.0) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<double> normal(0.0, scale);
+  ef::Tensor<T, Rank> tensor(sizes);
+  for (Index i = 0; i < tensor.size(); ++i) tensor.data()[i] = static_cast<T>(static_cast<float>(normal(generator)));
+  return tensor;
+}
+
+/// A tensor full of NaN (of -128 for integers): memory that must be written before it is read.
+template <typename T, int Rank>
+ef::Tensor<T, Rank> poisoned_tensor(std::array<Index, Rank> sizes) {
+  ef::Tensor<T, Rank> tensor(sizes);
+  for (Index i = 0; i < tensor.size(); ++i) {
+    if constexpr (std::is_integral_v<T>)
+      tensor.data()[i] = std::numeric_limits<T>::min();
+    else
+      tensor.data()[i] = std::numeric_limits<T>::quiet_NaN();
+  }
+  return tensor;
+}
+
+/// The same values in double.
+template <typename X>
+auto to_double(const X& x) {
+  constexpr int rank = ef::rank_of<X>;
+  std::array<Index, rank> sizes{};
+  for (int d = 0; d < rank; ++d) sizes[static_cast<std::size_t>(d)] = x.dimension(static_cast<std::size_t>(d));
+  ef::Tensor<double, rank> result(sizes);
+  for (Index i = 0; i < result.size(); ++i) result.data()[i] = static_cast<double>(x.data()[i]);
+  return result;
+}
+
+/// ||actual - expected|| / ||expected||, infinite where a value is not finite or shapes differ.
+template <typename A, typename B>
+double relative_error(const A& actual, const B& expected) {
+  for (int d = 0; d < ef::rank_of<A>; ++d)
+    if (actual.dimension(static_cast<std::size_t>(d)) != expected.dimension(static_cast<std::size_t>(d)))
+      return std::numeric_limits<double>::infinity();
+  double difference = 0, norm = 0;
+  for (Index i = 0; i < actual.size(); ++i) {
+    const double a = static_cast<double>(actual.data()[i]), e = static_cast<double>(expected.data()[i]);
+    if (!std::isfinite(a)) return std::numeric_limits<double>::infinity();
+    difference += (a - e) * (a - e);
+    norm += e * e;
+  }
+  return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
+}
+
+/// Every bit of the two tensors is equal.
+template <typename A, typename B>
+::testing::AssertionResult same_bits(const A& a, const B& b) {
+  static_assert(std::is_same_v<ef::scalar_of<A>, ef::scalar_of<B>>);
+  if (a.size() != b.size()) return ::testing::AssertionFailure() << "sizes " << a.size() << " and " << b.size();
+  for (Index i = 0; i < a.size(); ++i)
+    if (std::memcmp(a.data() + i, b.data() + i, sizeof(*a.data())) != 0)
+      return ::testing::AssertionFailure() << "element " << i << ": " << static_cast<double>(a.data()[i]) << " and "
+                                           << static_cast<double>(b.data()[i]);
+  return ::testing::AssertionSuccess();
+}
+
+/// The statement throws Exception, and its text contains each of the fragments.
+template <typename Exception, typename F>
+void expect_throws(F&& statement, const std::vector<std::string>& fragments) {
+  try {
+    statement();
+    ADD_FAILURE() << "no exception";
+  } catch (const Exception& error) {
+    for (const std::string& fragment : fragments)
+      EXPECT_NE(std::string(error.what()).find(fragment), std::string::npos)
+          << "\"" << error.what() << "\" does not contain \"" << fragment << "\"";
+  } catch (const std::exception& error) {
+    ADD_FAILURE() << "another exception: " << error.what();
+  }
+}
+
+/// A pool with a device on it, for tests that sweep thread counts.
+struct Threads {
+  explicit Threads(int count) : pool(count), device(&pool, count) {}
+  Eigen::ThreadPool pool;
+  Eigen::ThreadPoolDevice device;
+};
+
+/// Calls f(tag) for every ISA this build can run.
+template <typename F>
+void for_each_isa(F&& f) {
+  f(ef::isa::generic{});
+  if constexpr (std::is_base_of_v<ef::isa::avx2, ef::isa::best>) f(ef::isa::avx2{});
+  if constexpr (std::is_base_of_v<ef::isa::avx512, ef::isa::best>) f(ef::isa::avx512{});
+  if constexpr (std::is_base_of_v<ef::isa::amx, ef::isa::best>) f(ef::isa::amx{});
+  if constexpr (std::is_base_of_v<ef::isa::neon, ef::isa::best>) f(ef::isa::neon{});
+}
+
+}  // namespace eigenformer_test
