@@ -1,0 +1,193 @@
+/// \file
+/// Forward and backward of a decoder for training, put together from the public operators. Activations are of type Compute, weights and their
+/// gradients are float. The forward pass keeps what the backward pass reads: about (10 features + 3 hidden) elements a token and layer.
+#pragma once
+
+#include <vector>
+
+#include "../activation.h"
+#include "../attention.h"
+#include "../embedding.h"
+#include "../linear.h"
+#include "../normalization.h"
+#include "profile.h"
+#include "weights.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// What one forward pass leaves for the backward pass.
+template <typename Compute>
+struct DecoderTape {
+  struct Layer {
+    Tensor<Compute, 2> input, attention_input;          // (tokens, features): residual stream, and normalised
+    Tensor<Compute, 4> query, key, value, attended;     // (batch, length, heads, head_dim), rotated
+    Tensor<float, 3> log_sum_exp;                       // (batch, heads, length)
+    Tensor<Compute, 2> middle, feed_forward_input;      // (tokens, features)
+    Tensor<Compute, 2> gate, up, gated;                 // (tokens, hidden)
+  };
+  Tensor<std::int32_t, 2> ids;  // (batch, length)
+  std::vector<Index> lengths, positions;
+  std::vector<Layer> layers;
+  Tensor<Compute, 2> last, normalised;  // (tokens, features)
+};
+
+namespace detail {
+
+template <typename T, int Rank>
+TensorView<T, 2> as_rows(Tensor<T, Rank>& x, Index columns) {
+  return {x.data(), columns == 0 ? 0 : x.size() / columns, columns};
+}
+
+/// The two passes over one batch; holds references for the time of a call.
+template <typename Compute, CpuDevice D>
+class DecoderPass {
+ public:
+  DecoderPass(const D& device, DecoderWeights& weights, DecoderTape<Compute>& tape, OperatorProfile* profile)
+      : device_(device), weights_(weights), config_(weights.config()), tape_(tape), profile_(profile) {}
+
+  /// ids (batch, length) -> logits (batch * length, vocabulary)
+  Tensor<Compute, 2> forward(const TensorView<const std::int32_t, 2>& ids) {
+    const Index batch = ids.dimension(0), length = ids.dimension(1), tokens = batch * length;
+    tape_.ids = ids;
+    tape_.lengths.assign(static_cast<std::size_t>(batch), length);
+    tape_.positions.resize(static_cast<std::size_t>(tokens));
+    for (Index t = 0; t < tokens; ++t) tape_.positions[static_cast<std::size_t>(t)] = t % length;
+    tape_.layers.resize(static_cast<std::size_t>(config_.layers));
+
+    Tensor<Compute, 2> x(tokens, config_.features);
+    const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
+    timed("embedding", [&] { embedding_into(device_, x, flat, weights_matrix(weights_.embedding())); });
+    for (Index l = 0; l < config_.layers; ++l) forward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x, batch, length);
+    tape_.last = x;
+    norm(tape_.normalised, tape_.last, weights_.norm());
+    return project(tape_.normalised, weights_.head());
+  }
+
+  /// gradient of the logits -> adds to the gradients of the weights
+  void backward(const Tensor<Compute, 2>& logits_gradient) {
+    require(logits_gradient.dimension(0) == tape_.normalised.dimension(0) && logits_gradient.dimension(1) == config_.vocabulary,
+            "Decoder::backward", "logits_gradient has shape ", shape_text(logits_gradient), ", expected (",
+            tape_.normalised.dimension(0), ", ", config_.vocabulary, "), that of the last forward");
+    Tensor<Compute, 2> normalised_gradient = project_backward(logits_gradient, tape_.normalised, weights_.head());
+    Tensor<Compute, 2> x_gradient(tape_.last.dimensions());
+    norm_backward(x_gradient, normalised_gradient, tape_.last, weights_.norm());
+    for (Index l = config_.layers - 1; l >= 0; --l) backward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x_gradient);
+    const TensorView<const std::int32_t, 1> flat(tape_.ids.data(), tape_.ids.size());
+    timed("embedding", [&] { embedding_backward_into(device_, gradient(weights_.embedding()), x_gradient, flat); });
+  }
+
+ private:
+  using Layer = typename DecoderTape<Compute>::Layer;
+
+  void forward_layer(const DecoderWeights::Layer& w, Layer& t, Tensor<Compute, 2>& x, Index batch, Index length) {
+    t.input = x;
+    norm(t.attention_input, t.input, w.attention_norm);
+    t.query = heads(t.attention_input, w.query, batch, length, config_.heads);
+    t.key = heads(t.attention_input, w.key, batch, length, config_.kv_heads);
+    t.value = heads(t.attention_input, w.value, batch, length, config_.kv_heads);
+    rotate(t.query);
+    rotate(t.key);
+    t.attended.resize(t.query.dimensions());
+    t.log_sum_exp.resize(batch, config_.heads, length);
+    timed("attention", [&] {
+      batched_attention_with_padding_into(device_, t.attended, t.query, t.key, t.value, tape_.lengths, attention_options(&t.log_sum_exp));
+    });
+    join(x, project(as_rows(t.attended, config_.heads * config_.head_dim), w.output));
+    t.middle = x;
+    norm(t.feed_forward_input, t.middle, w.feed_forward_norm);
+    t.gate = project(t.feed_forward_input, w.gate);
+    t.up = project(t.feed_forward_input, w.up);
+    t.gated.resize(t.gate.dimensions());
+    timed("activation", [&] { swiglu_into(device_, t.gated, t.gate, t.up); });
+    join(x, project(t.gated, w.down));
+  }
+
+  // x_gradient is that of the layer's output on entry and that of its input on return.
+  void backward_layer(const DecoderWeights::Layer& w, Layer& t, Tensor<Compute, 2>& x_gradient) {
+    Tensor<Compute, 2> gated_gradient = project_backward(x_gradient, t.gated, w.down);
+    Tensor<Compute, 2> gate_gradient(t.gate.dimensions()), up_gradient(t.up.dimensions());
+    timed("activation", [&] { swiglu_backward_into(device_, gate_gradient, up_gradient, gated_gradient, t.gate, t.up); });
+    Tensor<Compute, 2> branch = project_backward(gate_gradient, t.feed_forward_input, w.gate);
+    join(branch, project_backward(up_gradient, t.feed_forward_input, w.up));
+    Tensor<Compute, 2> stream(x_gradient.dimensions());
+    norm_backward(stream, branch, t.middle, w.feed_forward_norm);
+    join(x_gradient, stream);
+
+    auto attended = as_rows(t.attended, config_.heads * config_.head_dim);
+    Tensor<Compute, 2> attended_rows_gradient = project_backward(x_gradient, attended, w.output);
+    TensorView<Compute, 4> attended_gradient(attended_rows_gradient.data(), t.attended.dimensions());
+    Tensor<Compute, 4> query_gradient(t.query.dimensions()), key_gradient(t.key.dimensions()), value_gradient(t.value.dimensions());
+    timed("attention", [&] {
+      attention_backward_into(device_, query_gradient, key_gradient, value_gradient, attended_gradient, t.query, t.key, t.value, t.attended,
+                              t.log_sum_exp, tape_.lengths, attention_options(nullptr));
+    });
+    rotate_backward(query_gradient);
+    rotate_backward(key_gradient);
+    branch = project_backward(as_rows(query_gradient, config_.heads * config_.head_dim), t.attention_input, w.query);
+    join(branch, project_backward(as_rows(key_gradient, config_.kv_heads * config_.head_dim), t.attention_input, w.key));
+    join(branch, project_backward(as_rows(value_gradient, config_.kv_heads * config_.head_dim), t.attention_input, w.value));
+    norm_backward(stream, branch, t.input, w.attention_norm);
+    join(x_gradient, stream);
+  }
+
+  // ---- one call of a public operator each, charged to its name ----------------------------------------------------------------
+  template <typename X>
+  Tensor<Compute, 2> project(const X& x, std::size_t weight) {
+    return timed("linear", [&] { return linear(device_, x, weights_matrix(weight)); });
+  }
+  template <typename G, typename X>
+  Tensor<Compute, 2> project_backward(const G& y_gradient, const X& x, std::size_t weight) {
+    Tensor<Compute, 2> x_gradient(x.dimension(0), x.dimension(1));
+    timed("linear", [&] {
+      linear_backward_weight_into(device_, gradient(weight), y_gradient, x);
+      linear_backward_input_into(device_, x_gradient, y_gradient, weights_matrix(weight));
+    });
+    return x_gradient;
+  }
+  Tensor<Compute, 4> heads(const Tensor<Compute, 2>& x, std::size_t weight, Index batch, Index length, Index count) {
+    Tensor<Compute, 4> result(batch, length, count, config_.head_dim);
+    auto rows = as_rows(result, count * config_.head_dim);
+    timed("linear", [&] { linear_into(device_, rows, x, weights_matrix(weight)); });
+    return result;
+  }
+  void norm(Tensor<Compute, 2>& y, const Tensor<Compute, 2>& x, std::size_t weight) {
+    y.resize(x.dimensions());
+    timed("normalization", [&] { rms_norm_into(device_, y, x, weights_vector(weight), {.epsilon = config_.epsilon}); });
+  }
+  void norm_backward(Tensor<Compute, 2>& x_gradient, const Tensor<Compute, 2>& y_gradient, const Tensor<Compute, 2>& x, std::size_t weight) {
+    timed("normalization", [&] {
+      rms_norm_backward_into(device_, x_gradient, weights_.gradient_vector(weight), y_gradient, x, weights_vector(weight),
+                             {.epsilon = config_.epsilon});
+    });
+  }
+  void rotate(Tensor<Compute, 4>& x) {
+    timed("rope", [&] { rope_into(device_, x, x, tape_.positions, rope_options()); });
+  }
+  void rotate_backward(Tensor<Compute, 4>& x) {
+    timed("rope", [&] { rope_backward_into(device_, x, x, tape_.positions, rope_options()); });
+  }
+  void join(Tensor<Compute, 2>& x, const Tensor<Compute, 2>& branch) {
+    timed("activation", [&] { residual_add_into(device_, x, x, branch); });
+  }
+
+  RopeOptions rope_options() const { return {.base = config_.rope_base, .layout = config_.rope_layout}; }
+  TensorView<const float, 2> weights_matrix(std::size_t t) const { return std::as_const(weights_).matrix(t); }
+  TensorView<const float, 1> weights_vector(std::size_t t) const { return std::as_const(weights_).vector(t); }
+  TensorView<float, 2> gradient(std::size_t t) { return weights_.gradient_matrix(t); }
+
+  template <typename Call>
+  decltype(auto) timed(std::string_view name, Call&& call) {
+    return OperatorProfile::timed(profile_, name, std::forward<Call>(call));
+  }
+
+  const D& device_;
+  DecoderWeights& weights_;
+  const DecoderConfig& config_;
+  DecoderTape<Compute>& tape_;
+  OperatorProfile* profile_;
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

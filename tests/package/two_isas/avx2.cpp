@@ -1,0 +1,2 @@
+#define EIGENFORMER_PART(name) avx2_##name
+#include "part.inc"

@@ -1,0 +1,2 @@
+#define EIGENFORMER_PART(name) baseline_##name
+#include "part.inc"
