@@ -1,0 +1,83 @@
+/// \file
+/// Step (b) of the main job: gradient accumulation in bfloat16 mixed precision on a thread pool, with a progress bar.
+#pragma once
+
+#include <cmath>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include <eigenformer/decoder.h>
+#include <eigenformer/loss.h>
+#include <eigenformer/training.h>
+
+#include "progress.h"
+#include "text.h"
+
+namespace demo {
+
+struct TrainingPlan {
+  Index batch = 4, length = 256;   // of a micro-batch
+  Index accumulation = 2;          // micro-batches a step
+  Index steps = 1000;
+  float learning_rate = 3e-3f;
+};
+
+/// Linear warm-up, then a cosine to a twentieth.
+inline float learning_rate_at(const TrainingPlan& plan, Index step) {
+  const double warm = 0.05 * static_cast<double>(plan.steps), at = static_cast<double>(step);
+  if (at < warm) return static_cast<float>(plan.learning_rate * (at + 1) / warm);
+  const double progress = (at - warm) / (static_cast<double>(plan.steps) - warm);
+  return static_cast<float>(plan.learning_rate * (0.05 + 0.95 * 0.5 * (1 + std::cos(3.14159265358979 * progress))));
+}
+
+/// Trains and returns tokens a second.
+template <typename Model>
+double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text, const TrainingPlan& plan) {
+  ef::AdamW optimizer(model.parameters(), {.learning_rate = plan.learning_rate, .beta2 = 0.99f, .weight_decay = 0.01f});
+  Windows windows(text, plan.batch, plan.length, /*seed=*/2026);
+  Progress progress("training", 5.0);
+  const auto start = Clock::now();
+  double smooth = 0;
+  const Index tokens_a_step = plan.batch * plan.length * plan.accumulation;
+  std::vector<TrainingBatch> group(static_cast<std::size_t>(plan.accumulation));
+  for (Index step = 0; step < plan.steps; ++step) {
+    for (TrainingBatch& batch : group) batch = windows.next();
+    optimizer.set_learning_rate(learning_rate_at(plan, step));
+    const double loss = ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, group, plan.accumulation,
+                                                                               ef::TrainOptions{.max_gradient_norm = 1.0f});
+    smooth = step == 0 ? loss : 0.95 * smooth + 0.05 * loss;
+    char status[96];
+    const double rate = static_cast<double>((step + 1) * tokens_a_step) / seconds_since(start);
+    std::snprintf(status, sizeof status, "step %td of %td  loss %.4f  %.0f tokens/s", step + 1, plan.steps, smooth, rate);
+    progress.update(static_cast<double>(step + 1) / static_cast<double>(plan.steps), status);
+  }
+  return static_cast<double>(plan.steps * tokens_a_step) / seconds_since(start);
+}
+
+/// Mean cross-entropy in nats a byte over the text, through the cache and whatever weights inference holds (float or INT8).
+template <typename Model>
+double evaluate(Model& model, const std::string& text, Index length, Index windows) {
+  double sum = 0;
+  Index count = 0;
+  for (Index w = 0; w < windows; ++w) {
+    const Index start = (static_cast<Index>(text.size()) - length - 1) * w / std::max<Index>(1, windows - 1);
+    ef::KvCache<float> cache;
+    ef::Tensor<std::int32_t, 2> ids(1, length / 2);
+    ef::Tensor<std::int32_t, 1> target(1), next(1);
+    const auto byte = [&](Index i) { return static_cast<std::int32_t>(static_cast<unsigned char>(text[static_cast<std::size_t>(start + i)])); };
+    for (Index i = 0; i < length / 2; ++i) ids(0, i) = byte(i);
+    ef::Tensor<float, 2> logits = model.prefill(ids, cache);
+    for (Index i = length / 2; i < length; ++i) {
+      target(0) = byte(i);
+      const ef::LossResult loss = ef::cross_entropy(logits, target);
+      sum += loss.sum;
+      count += loss.count;
+      next(0) = byte(i);
+      logits = model.decode(next, cache);
+    }
+  }
+  return sum / static_cast<double>(count);
+}
+
+}  // namespace demo

@@ -1,0 +1,121 @@
+// The main job: a text is learned, the weights are quantized, 16 requests are served. Everything runs through the public operators.
+#include <eigenformer/eigenformer.h>
+
+#include <cstdio>
+#include <exception>
+#include <memory>
+
+#include "demo/options.h"
+#include "demo/progress.h"
+#include "demo/serve.h"
+#include "demo/text.h"
+#include "demo/train.h"
+#include "demo/checkpoint.h"
+
+namespace {
+
+namespace ef = eigenformer;
+using demo::Index;
+
+ef::DecoderConfig decoder_config(bool quick) {
+  if (quick) return {.vocabulary = 256, .features = 128, .layers = 3, .heads = 4, .kv_heads = 2, .head_dim = 32, .hidden = 384};
+  return {.vocabulary = 256, .features = 160, .layers = 4, .heads = 5, .kv_heads = 5, .head_dim = 32, .hidden = 448};
+}
+
+demo::TrainingPlan training_plan(bool quick) {
+  if (quick) return {.batch = 4, .length = 256, .accumulation = 2, .steps = 300};
+  return {.batch = 4, .length = 256, .accumulation = 2, .steps = 900};
+}
+
+void print_profile(const char* title, const ef::OperatorProfile& profile) {
+  std::printf("%s\n", title);
+  for (const auto& entry : profile.entries())
+    if (entry.calls > 0)
+      std::printf("  %-14s %8.3f s  %5.1f%%  %8ld calls\n", std::string(entry.name).c_str(), entry.seconds, 100 * entry.seconds / profile.total_seconds(), entry.calls);
+}
+
+// Characters of the continuations that equal the text, position by position.
+Index recalled(const std::string& text, const std::map<std::string, std::string>& generated) {
+  Index equal = 0;
+  for (Index p = 0; p < demo::kPrompts; ++p) {
+    const std::string& got = generated.at("recall-" + std::to_string(p));
+    const Index start = demo::prompt_start(text, p) + demo::kPromptLength;
+    for (Index i = 0; i < demo::kContinuation; ++i) equal += got[static_cast<std::size_t>(i)] == text[static_cast<std::size_t>(start + i)] ? 1 : 0;
+  }
+  return equal;
+}
+
+int run(const demo::Options& options) {
+  const auto start = demo::Clock::now();
+  const std::string text = demo::read_text(options.text);
+  std::printf("text: %s, %zu bytes\n", options.text.c_str(), text.size());
+
+  Eigen::ThreadPool pool(options.threads);
+  const Eigen::ThreadPoolDevice device(&pool, options.threads);
+  ef::OperatorProfile training_profile, serving_profile;
+  std::shared_ptr<ef::DecoderWeights> weights;
+  double training_rate = 0;
+  if (!options.load.empty()) {
+    weights = demo::load(options.load);
+    std::printf("loaded %s\n", demo::weights_file(options.load).c_str());
+  } else {
+    weights = std::make_shared<ef::DecoderWeights>(decoder_config(options.quick), /*seed=*/1);
+    std::printf("decoder: %td layers, %td features, %td heads, %.2f million parameters, %s kernels, %d threads\n", weights->config().layers,
+                weights->config().features, weights->config().heads, static_cast<double>(weights->parameter_count()) / 1e6, ef::isa::best::name, options.threads);
+    ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);
+    model.set_profile(&training_profile);
+    training_rate = demo::train(model, device, text, training_plan(options.quick));
+  }
+  if (!options.save.empty()) demo::save(*weights, options.save);
+
+  {
+    ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);
+    const Index windows = options.quick ? 2 : 4;
+    model.pack();
+    const double before = demo::evaluate(model, text, 256, windows);
+    const std::size_t float_bytes = model.weight_bytes();
+    model.quantize();
+    const double after = demo::evaluate(model, text, 256, windows);
+    std::printf("\nINT8: %.2f MB -> %.2f MB of weights, loss %.4f -> %.4f nats a byte\n", static_cast<double>(float_bytes) / 1e6,
+                static_cast<double>(model.weight_bytes()) / 1e6, before, after);
+  }
+
+  const std::vector<demo::Request> requests = demo::make_requests(text);
+  std::printf("\nserving %zu requests, at most 8 at once, on %d ranks:\n", requests.size(), options.threads);
+  demo::ServingResult served;
+  ef::ThreadCommunicator::run(options.threads, [&](auto& communicator) {
+    const Eigen::DefaultDevice own;
+    using Communicator = std::remove_reference_t<decltype(communicator)>;
+    ef::Decoder<float, Eigen::DefaultDevice, Communicator> model(weights, own, communicator);
+    const bool first = communicator.rank() == 0;
+    if (first) model.set_profile(&serving_profile);
+    model.quantize();
+    demo::Server server(model, requests, /*max_batch=*/8, first, first ? &serving_profile : nullptr);
+    demo::ServingResult result = server.run();
+    if (first) served = std::move(result);
+  });
+
+  const Index equal = recalled(text, served.generated), total = demo::kPrompts * demo::kContinuation;
+  std::printf("\n");
+  if (training_rate > 0) print_profile("training, share of the time by operator:", training_profile);
+  print_profile("serving, share of the time by operator (rank 0):", serving_profile);
+  std::printf("\nsummary\n");
+  if (training_rate > 0) std::printf("  training   %10.0f tokens/s\n", training_rate);
+  std::printf("  prefill    %10.0f tokens/s\n", static_cast<double>(served.prefill_tokens) / served.prefill_seconds);
+  std::printf("  decode     %10.0f tokens/s (%td steps)\n", static_cast<double>(served.decode_tokens) / served.decode_seconds, served.steps);
+  std::printf("  recalled   %td of %td characters (%.1f%%) of the text after %td prompts\n", equal, total, 100.0 * static_cast<double>(equal) / static_cast<double>(total), demo::kPrompts);
+  std::printf("  wall time  %10.1f s\n", demo::seconds_since(start));
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const demo::Options options = demo::parse_options(argc, argv, EIGENFORMER_DEFAULT_TEXT);
+  try {
+    return run(options);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "end_to_end: %s\n", error.what());
+    return 1;
+  }
+}

@@ -1,0 +1,318 @@
+/// \file
+/// A Llama-shaped decoder (Touvron et al., 2023), put together from the public operators alone:
+///
+///   x = embedding[ids]
+///   per layer:  x += W_o attention(rope(W_q n), rope(W_k n), W_v n),  n = rms_norm(x)
+///               x += W_down (silu(W_gate m) * (W_up m)),              m = rms_norm(x)
+///   logits = W_head rms_norm(x)
+///
+/// One class serves training (it meets ef::TrainableModel), prefill, and decode over the caches, in float, bfloat16 or half, with float or INT8
+/// weights, alone or as one rank of a group that shares the linear layers.
+///
+///   ef::Decoder<float> model({.vocabulary = 256, .features = 128}, /*seed=*/1);
+///   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f});
+///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(model, optimizer, batches, 4);
+///   model.quantize();                                            // INT8, per channel
+///   ef::KvCache<float> cache;
+///   auto logits = model.prefill(prompt, cache);                  // (batch, vocabulary)
+///   logits = model.decode(ef::greedy_sample(logits), cache);
+///
+/// Every row of logits has the same bits whether its sequence is alone or in a batch, prefilled whole or in chunks or decoded token by token, on any
+/// number of threads and ranks (INT8 included: activations are quantized by token).
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <tuple>
+#include <variant>
+
+#include "communicator.h"
+#include "decoder/config.h"
+#include "decoder/profile.h"
+#include "decoder/training.h"
+#include "decoder/weights.h"
+#include "kv_cache.h"
+#include "paged_kv_cache.h"
+#include "quantization.h"
+#include "tensor_parallel.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a time; ranks share DecoderWeights, which inference
+/// only reads. Device, communicator and profile must outlive it.
+template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice, typename C = SelfCommunicator>
+class Decoder {
+ public:
+  /// A decoder of its own with random weights, on the calling thread. Throws std::invalid_argument for an impossible shape.
+  explicit Decoder(const DecoderConfig& config, std::uint64_t seed = 0)
+    requires std::same_as<D, Eigen::DefaultDevice> && std::same_as<C, SelfCommunicator>
+      : Decoder(std::make_shared<DecoderWeights>(config, seed), default_device()) {}
+
+  /// A decoder on a device.
+  Decoder(std::shared_ptr<DecoderWeights> weights, const D& device)
+    requires std::same_as<C, SelfCommunicator>
+      : weights_(std::move(weights)), device_(&device), own_communicator_(std::in_place), communicator_(&*own_communicator_) {}
+
+  /// One rank of a group.
+  Decoder(std::shared_ptr<DecoderWeights> weights, const D& device, C& communicator)
+      : weights_(std::move(weights)), device_(&device), communicator_(&communicator) {}
+
+  Decoder(const Decoder&) = delete;
+  Decoder& operator=(const Decoder&) = delete;
+
+  const DecoderConfig& config() const { return weights_->config(); }
+  const DecoderWeights& weights() const { return *weights_; }
+  void set_profile(OperatorProfile* profile) { profile_ = profile; }
+
+  // ---- training ------------------------------------------------------------------------------------------------------------------
+
+  /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary). Keeps what backward reads.
+  template <typename Compute, typename Inputs>
+  Tensor<Compute, 2> forward(const Inputs& ids) {
+    stale_ = true;  // weights are about to change: inference packs them again
+    return pass<Compute>().forward(input_view<2>(ids));
+  }
+
+  /// Adds to the gradients of the weights; goes with the last forward<Compute>.
+  template <typename Compute>
+  void backward(const Tensor<Compute, 2>& logits_gradient) {
+    pass<Compute>().backward(logits_gradient);
+  }
+
+  /// The master weights and their gradients, flattened; valid as long as the weights live.
+  std::vector<Parameter> parameters() { return weights_->parameters(); }
+
+  // ---- inference -----------------------------------------------------------------------------------------------------------------
+
+  /// Packs this rank's part of the weights in type T. prefill and decode pack by themselves, the first time and after training, in the type
+  /// packed last; call this (or quantize) where the weights changed in another way.
+  void pack() { pack_as<T>(); }
+
+  /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output channel.
+  void quantize() { pack_as<std::int8_t>(); }
+
+  /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales included, without padding), the rest as float.
+  std::size_t weight_bytes() const { return weight_bytes_; }
+
+  /// Appends ids (batch, n) to sequences of equal length; positions start at cache.length(0), so that a prompt may come in chunks.
+  /// Returns the logits (batch, vocabulary) after the last of them. Throws std::invalid_argument for an id outside the vocabulary or another batch.
+  template <typename Ids, typename Storage>
+  Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
+    const auto view = input_view<2>(ids);
+    const Index batch = view.dimension(0), n = view.dimension(1), start = cache.length(0);
+    require(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view), ", expected at least one token a sequence");
+    fill_positions(batch, n, [&](Index, Index i) { return start + i; });
+    rows_.resize(static_cast<std::size_t>(batch));
+    for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + n - 1;
+    return run(view, [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+      timed("kv_cache", [&] { update_kv_cache(*device_, cache, k, v, layer); });
+      timed("attention", [&] { attention_with_kv_cache_into(*device_, out, q, cache, layer, causal()); });
+    });
+  }
+
+  /// One token (batch) for each sequence of the cache -> logits (batch, vocabulary).
+  template <typename Ids, typename Storage>
+  Tensor<float, 2> decode(const Ids& ids, KvCache<T, Storage>& cache) {
+    const auto view = input_view<1>(ids);
+    return prefill(TensorView<const std::int32_t, 2>(view.data(), view.dimension(0), 1), cache);
+  }
+
+  /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b] of the cache, which must be empty.
+  /// Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each.
+  template <typename Ids, typename Storage>
+  Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths, PagedKvCache<T, Storage>& cache,
+                           std::span<const SequenceId> sequences) {
+    const auto view = input_view<2>(ids);
+    const Index batch = view.dimension(0), n = view.dimension(1);
+    constexpr auto name = "Decoder::prefill";
+    require(static_cast<Index>(lengths.size()) == batch && static_cast<Index>(sequences.size()) == batch, name, "ids has ", batch, " rows, but there are ",
+            lengths.size(), " lengths and ", sequences.size(), " sequences");
+    for (Index b = 0; b < batch; ++b) {
+      const Index length = lengths[static_cast<std::size_t>(b)];
+      require(length > 0 && length <= n, name, "lengths[", b, "] is ", length, ", expected 1 to ", n);
+      require(cache.length(sequences[static_cast<std::size_t>(b)]) == 0, name, "sequence ", b, " already holds tokens: decode appends to it");
+    }
+    fill_positions(batch, n, [&](Index, Index i) { return i; });
+    rows_.resize(static_cast<std::size_t>(batch));
+    for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
+    clear_padding(view, lengths);
+    return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+      timed("kv_cache", [&] { cache.append(sequences, lengths, layer, k, v); });
+      timed("attention", [&] { batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal()); });
+    });
+  }
+
+  /// One token (batch) for each of the sequences, whatever their lengths -> logits (batch, vocabulary).
+  template <typename Ids, typename Storage>
+  Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences) {
+    const auto view = input_view<1>(ids);
+    const Index batch = view.dimension(0);
+    require(static_cast<Index>(sequences.size()) == batch, "Decoder::decode", "ids has ", batch, " rows, but there are ", sequences.size(), " sequences");
+    fill_positions(batch, 1, [&](Index b, Index) { return cache.length(sequences[static_cast<std::size_t>(b)]); });
+    rows_.resize(static_cast<std::size_t>(batch));
+    for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b;
+    return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+      timed("kv_cache", [&] { cache.append(sequences, layer, k, v); });
+      timed("attention", [&] { attention_with_kv_source_into(*device_, out, q, cache.source(layer, sequences), causal()); });
+    });
+  }
+
+ private:
+  using Heads = TensorView<T, 4>;
+  template <typename W>
+  struct PackedLayer {
+    PackedWeight<W> query, key, value, output, gate, up, down;
+  };
+  template <typename W>
+  struct Packed {
+    std::vector<PackedLayer<W>> layers;
+    PackedWeight<W> head;
+  };
+  // For T other than int8 the alternatives differ; std::variant would otherwise hold one type twice.
+  using PackedWeights = std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>;
+
+  static const Eigen::DefaultDevice& default_device() {
+    static const Eigen::DefaultDevice device;
+    return device;
+  }
+
+  template <typename Compute>
+  detail::DecoderPass<Compute, D> pass() {
+    return {*device_, *weights_, std::get<DecoderTape<Compute>>(tapes_), profile_};
+  }
+
+  static AttentionOptions causal() { return {.causal = true}; }
+
+  template <typename W>
+  void pack_as() {
+    Packed<W> packed;
+    weight_bytes_ = 0;
+    const auto shard = [&](std::size_t tensor) {
+      const auto full = std::as_const(*weights_).matrix(tensor);
+      PackedWeight<W> result = pack_column_shard<W>(*device_, full, *communicator_);
+      weight_bytes_ += static_cast<std::size_t>(result.rows() * result.columns()) * sizeof(W);
+      if (std::is_same_v<W, std::int8_t>) weight_bytes_ += static_cast<std::size_t>(result.rows()) * sizeof(float);
+      return result;
+    };
+    for (Index l = 0; l < config().layers; ++l) {
+      const DecoderWeights::Layer& w = weights_->layer(l);
+      packed.layers.push_back({shard(w.query), shard(w.key), shard(w.value), shard(w.output), shard(w.gate), shard(w.up), shard(w.down)});
+    }
+    packed.head = shard(weights_->head());
+    weight_bytes_ += static_cast<std::size_t>(config().features * (config().vocabulary + 2 * config().layers + 1)) * sizeof(float);
+    packed_weights_ = std::move(packed);
+    stale_ = false;
+  }
+
+  template <typename F>
+  void fill_positions(Index batch, Index n, F&& position) {
+    positions_.resize(static_cast<std::size_t>(batch * n));
+    for (Index b = 0; b < batch; ++b)
+      for (Index i = 0; i < n; ++i) positions_[static_cast<std::size_t>(b * n + i)] = position(b, i);
+  }
+
+  // Ids beyond a length are nobody's: they become 0, which every vocabulary has.
+  void clear_padding(const TensorView<const std::int32_t, 2>& ids, std::span<const Index> lengths) {
+    const Index n = ids.dimension(1);
+    padded_ids_.assign(static_cast<std::size_t>(ids.size()), 0);
+    for (Index b = 0; b < ids.dimension(0); ++b)
+      std::copy_n(ids.data() + b * n, lengths[static_cast<std::size_t>(b)], padded_ids_.begin() + b * n);
+  }
+
+  template <typename Attend>
+  Tensor<float, 2> run(const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
+    if (stale_) {
+      if (std::holds_alternative<Packed<std::int8_t>>(packed_weights_))
+        quantize();
+      else
+        pack();
+    }
+    return std::visit(
+        [&](const auto& packed) -> Tensor<float, 2> {
+          if constexpr (std::is_same_v<std::remove_cvref_t<decltype(packed)>, std::monostate>)
+            return {};
+          else
+            return run_packed(packed, ids, attend);
+        },
+        packed_weights_);
+  }
+
+  template <typename W, typename Attend>
+  Tensor<float, 2> run_packed(const Packed<W>& packed, const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
+    const DecoderConfig& c = config();
+    const Index batch = ids.dimension(0), n = ids.dimension(1), tokens = batch * n;
+    Tensor<T, 2> x(tokens, c.features), normalised(tokens, c.features);
+    const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
+    timed("embedding", [&] { embedding_into(*device_, x, flat, std::as_const(*weights_).matrix(weights_->embedding())); });
+    for (Index l = 0; l < c.layers; ++l) {
+      const PackedLayer<W>& w = packed.layers[static_cast<std::size_t>(l)];
+      const DecoderWeights::Layer& names = weights_->layer(l);
+      norm(normalised, x, names.attention_norm);
+      Tensor<T, 2> q = project(normalised, w.query, c.heads * c.head_dim), k = project(normalised, w.key, c.kv_heads * c.head_dim),
+                   v = project(normalised, w.value, c.kv_heads * c.head_dim);
+      Heads q4(q.data(), batch, n, c.heads, c.head_dim), k4(k.data(), batch, n, c.kv_heads, c.head_dim), v4(v.data(), batch, n, c.kv_heads, c.head_dim);
+      rotate(q4);
+      rotate(k4);
+      Tensor<T, 2> attended(tokens, c.heads * c.head_dim);
+      Heads out(attended.data(), batch, n, c.heads, c.head_dim);
+      attend(l, q4, k4, v4, out);
+      join(x, project(attended, w.output, c.features));
+      norm(normalised, x, names.feed_forward_norm);
+      Tensor<T, 2> gate = project(normalised, w.gate, c.hidden);
+      const Tensor<T, 2> up = project(normalised, w.up, c.hidden);
+      timed("activation", [&] { swiglu_into(*device_, gate, gate, up); });
+      join(x, project(gate, w.down, c.features));
+    }
+    return head(x, packed.head);
+  }
+
+  // Only the rows that somebody samples from go through the head.
+  template <typename W>
+  Tensor<float, 2> head(const Tensor<T, 2>& x, const PackedWeight<W>& weight) {
+    const Index count = static_cast<Index>(rows_.size());
+    Tensor<T, 2> last(count, config().features), normalised(count, config().features);
+    for (Index r = 0; r < count; ++r)
+      std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features, config().features, last.data() + r * config().features);
+    norm(normalised, last, weights_->norm());
+    Tensor<T, 2> logits = project(normalised, weight, config().vocabulary);
+    if constexpr (std::is_same_v<T, float>)
+      return logits;
+    else
+      return logits.template cast<float>();
+  }
+
+  template <typename W>
+  Tensor<T, 2> project(const Tensor<T, 2>& x, const PackedWeight<W>& shard, Index outputs) {
+    return timed("linear", [&] { return column_parallel_linear(*device_, x, shard, outputs, *communicator_); });
+  }
+  void norm(Tensor<T, 2>& y, const Tensor<T, 2>& x, std::size_t weight) {
+    timed("normalization", [&] { rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight), {.epsilon = config().epsilon}); });
+  }
+  void rotate(Heads& x) {
+    timed("rope", [&] { rope_into(*device_, x, x, positions_, {.base = config().rope_base, .layout = config().rope_layout}); });
+  }
+  void join(Tensor<T, 2>& x, const Tensor<T, 2>& branch) {
+    timed("activation", [&] { residual_add_into(*device_, x, x, branch); });
+  }
+  template <typename Call>
+  decltype(auto) timed(std::string_view name, Call&& call) {
+    return OperatorProfile::timed(profile_, name, std::forward<Call>(call));
+  }
+
+  std::shared_ptr<DecoderWeights> weights_;
+  const D* device_;
+  std::optional<C> own_communicator_;
+  C* communicator_;
+  OperatorProfile* profile_ = nullptr;
+  std::tuple<DecoderTape<float>, DecoderTape<double>, DecoderTape<bfloat16>, DecoderTape<half>> tapes_;
+  PackedWeights packed_weights_;
+  bool stale_ = true;
+  std::size_t weight_bytes_ = 0;
+  std::vector<Index> positions_, rows_;
+  std::vector<std::int32_t> padded_ids_;
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
