@@ -4,7 +4,7 @@ find_package(CUDAToolkit REQUIRED)
 if(NOT CMAKE_CUDA_ARCHITECTURES OR CMAKE_CUDA_ARCHITECTURES STREQUAL "52")
   set(CMAKE_CUDA_ARCHITECTURES 80 90)
 endif()
-set(CMAKE_CUDA_STANDARD 20)
+target_compile_features(eigenformer INTERFACE cuda_std_20)
 string(REPLACE ";" "_" _eigenformer_architectures "${CMAKE_CUDA_ARCHITECTURES}")
 string(REGEX REPLACE "[^A-Za-z0-9_]" "" _eigenformer_architectures "${_eigenformer_architectures}")
 target_compile_definitions(eigenformer INTERFACE
