@@ -32,20 +32,28 @@ constexpr double tolerance() {
   if constexpr (std::is_same_v<T, ef::bfloat16>) return 1e-2;
 }
 
+/// Eigen has an array type of its own in CUDA code, so sizes go through its dimensions.
+template <int Rank>
+Eigen::DSizes<Index, Rank> dimensions_of(const std::array<Index, static_cast<std::size_t>(Rank)>& sizes) {
+  Eigen::DSizes<Index, Rank> result;
+  for (int d = 0; d < Rank; ++d) result[d] = sizes[static_cast<std::size_t>(d)];
+  return result;
+}
+
 /// normal(0, 1) values, the same for a seed on every machine up to the standard library.
 template <typename T, int Rank>
-ef::Tensor<T, Rank> random_tensor(std::array<Index, Rank> sizes, unsigned seed, double scale = 1.0) {
+ef::Tensor<T, Rank> random_tensor(std::array<Index, static_cast<std::size_t>(Rank)> sizes, unsigned seed, double scale = 1.0) {
   std::mt19937 generator(seed);
   std::normal_distribution<double> normal(0.0, scale);
-  ef::Tensor<T, Rank> tensor(sizes);
+  ef::Tensor<T, Rank> tensor(dimensions_of<Rank>(sizes));
   for (Index i = 0; i < tensor.size(); ++i) tensor.data()[i] = static_cast<T>(static_cast<float>(normal(generator)));
   return tensor;
 }
 
 /// A tensor full of NaN (of -128 for integers): memory that must be written before it is read.
 template <typename T, int Rank>
-ef::Tensor<T, Rank> poisoned_tensor(std::array<Index, Rank> sizes) {
-  ef::Tensor<T, Rank> tensor(sizes);
+ef::Tensor<T, Rank> poisoned_tensor(std::array<Index, static_cast<std::size_t>(Rank)> sizes) {
+  ef::Tensor<T, Rank> tensor(dimensions_of<Rank>(sizes));
   for (Index i = 0; i < tensor.size(); ++i) {
     if constexpr (std::is_integral_v<T>)
       tensor.data()[i] = std::numeric_limits<T>::min();
@@ -59,9 +67,7 @@ ef::Tensor<T, Rank> poisoned_tensor(std::array<Index, Rank> sizes) {
 template <typename X>
 auto to_double(const X& x) {
   constexpr int rank = ef::rank_of<X>;
-  std::array<Index, rank> sizes{};
-  for (int d = 0; d < rank; ++d) sizes[static_cast<std::size_t>(d)] = x.dimension(static_cast<std::size_t>(d));
-  ef::Tensor<double, rank> result(sizes);
+  ef::Tensor<double, rank> result(ef::detail::sizes_of<rank>(x));
   for (Index i = 0; i < result.size(); ++i) result.data()[i] = static_cast<double>(x.data()[i]);
   return result;
 }
