@@ -50,11 +50,11 @@ eigenformer_operator(causal_mask)
 # - requests
 #eigenformer_operator(scheduler WITHOUT cpu cuda)
 # What a decoder needs besides
-#eigenformer_operator(normalization)
+eigenformer_operator(normalization WITHOUT cuda)
 # - positions
 #eigenformer_operator(rope WITHOUT cuda)
 # - gates
-#eigenformer_operator(activation WITHOUT cuda)
+eigenformer_operator(activation WITHOUT cuda)
 # - tokens to vectors
 #eigenformer_operator(embedding WITHOUT cuda)
 # - cross-entropy

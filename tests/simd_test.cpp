@@ -43,6 +43,16 @@ TEST(Simd, LoadsAndStoresEveryTail) {
   });
 }
 
+TEST(Simd, SwapPairsExchangesNeighbours) {
+  for_each_isa([](auto isa) {
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    float values[V::lanes], swapped[V::lanes];
+    for (int i = 0; i < V::lanes; ++i) values[i] = static_cast<float>(i);
+    swap_pairs(V::load(values)).store(swapped);
+    for (int i = 0; i < V::lanes; ++i) EXPECT_EQ(swapped[i], values[i ^ 1]) << isa.name;
+  });
+}
+
 TEST(Simd, NarrowingRoundsToNearestEvenLikeEigen) {
   std::mt19937 generator(1);
   for_each_isa([&](auto isa) {

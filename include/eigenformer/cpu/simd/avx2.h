@@ -85,6 +85,7 @@ struct vec<float, isa::avx2> {
   friend EIGENFORMER_INLINE mask equal(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
   friend EIGENFORMER_INLINE mask is_nan(vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
   friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
+  friend EIGENFORMER_INLINE vec swap_pairs(vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
     // Two factors, because 2^n alone leaves the range of float before a * 2^n does.
     const __m256i exponent = _mm256_cvtps_epi32(n.v);

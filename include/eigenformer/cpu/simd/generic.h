@@ -15,6 +15,7 @@
 ///   select(m, a, b)            m ? a : b
 ///   m.bits()                   one bit a lane, lane 0 lowest
 ///   scale_exponent(a, n)       a * 2^n for integral n in [-160, 160]
+///   swap_pairs(a)              lanes 1, 0, 3, 2, ...
 ///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree
 #pragma once
 
@@ -142,6 +143,9 @@ struct vec<T, isa::generic> {
   }
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
     return make([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+  }
+  friend EIGENFORMER_INLINE vec swap_pairs(vec a) {
+    return make([&](int i) { return a.v[i ^ 1]; });
   }
 
   friend EIGENFORMER_INLINE T reduce_add(vec a) {

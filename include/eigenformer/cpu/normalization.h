@@ -1,0 +1,171 @@
+/// \file
+/// CPU kernels of RMSNorm. A row is read twice, the second time out of L1: sum of squares, then the scaled row; 3 flops an element
+/// against 2 sizeof(T) bytes, so memory bandwidth is the limit for rows that are not in cache.
+///
+/// Backward (with r = 1 / sqrt(mean(x^2) + epsilon), g the gradient of y, n features):
+///   grad_weight[j] += sum over rows of g[j] x[j] r
+///   grad_x[j]       = r (g[j] w[j] - x[j] r^2 / n * sum_k g[k] w[k] x[k])
+/// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x, threads splitting the rows. grad_x comes
+/// last so that it may take the place of grad_y or x.
+#pragma once
+
+#include <cmath>
+
+#include "../core/device.h"
+#include "../core/rows.h"
+#include "vector_loop.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// A checked request: pointers and sizes only.
+template <typename Y, typename X, typename W>
+struct RmsNormProblem {
+  using compute = common_compute_type<Y, X, W>;
+  Y* y;             // (rows, features)
+  const X* x;       // (rows, features)
+  const W* weight;  // (features)
+  Index rows, features;
+  float epsilon;
+};
+
+/// residual += addend, then the norm of residual (which `norm.x` points to).
+template <typename Y, typename X, typename R, typename W>
+struct AddRmsNormProblem {
+  RmsNormProblem<Y, R, W> norm;
+  R* residual;      // (rows, features)
+  const X* addend;  // (rows, features)
+};
+
+template <typename GX, typename GW, typename GY, typename X, typename W>
+struct RmsNormBackwardProblem {
+  using compute = common_compute_type<GX, GY, X, W>;
+  GX* grad_x;        // (rows, features)
+  GW* grad_weight;   // (features), added to
+  const GY* grad_y;  // (rows, features)
+  const X* x;        // (rows, features)
+  const W* weight;   // (features)
+  Index rows, features;
+  float epsilon;
+  compute* inverse_rms;  // (rows) scratch
+  compute* projection;   // (rows) scratch: sum_k g[k] w[k] x[k]
+};
+
+namespace cpu {
+
+template <typename V, typename X>
+typename V::scalar inverse_rms(const X* x, Index features, float epsilon) {
+  using C = typename V::scalar;
+  const C squares = sum_over_vectors<V>(features, [&](V sum, Index at, auto part) {
+    const V value = load<V>(x + at, part);
+    return fma(value, value, sum);
+  });
+  return C(1) / std::sqrt(squares / static_cast<C>(features) + static_cast<C>(epsilon));
+}
+
+template <typename Isa, typename Y, typename X, typename W>
+void rms_norm_row(const RmsNormProblem<Y, X, W>& p, Index row) {
+  using V = simd::Vec<typename RmsNormProblem<Y, X, W>::compute, Isa>;
+  const X* x = p.x + row * p.features;
+  Y* y = p.y + row * p.features;
+  const V scale = V::set1(inverse_rms<V>(x, p.features, p.epsilon));
+  for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+    store(load<V>(x + at, part) * scale * load<V>(p.weight + at, part), y + at, part);
+  });
+}
+
+template <typename Isa, CpuDevice D, typename Y, typename X, typename W>
+void rms_norm(Isa, const D& device, const RmsNormProblem<Y, X, W>& p) {
+  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+    for (Index row = first; row < last; ++row) rms_norm_row<Isa>(p, row);
+  });
+}
+
+template <typename Isa, CpuDevice D, typename Y, typename X, typename R, typename W>
+void add_rms_norm(Isa, const D& device, const AddRmsNormProblem<Y, X, R, W>& p) {
+  using V = simd::Vec<common_compute_type<Y, X, R, W>, Isa>;
+  const Index features = p.norm.features;
+  parallel_for(device, p.norm.rows, rows_per_task(features), [&](Index first, Index last, int) {
+    for (Index row = first; row < last; ++row) {
+      R* residual = p.residual + row * features;
+      const X* addend = p.addend + row * features;
+      for_each_vector<V>(0, features, [&](Index at, auto part) {
+        store(load<V>(residual + at, part) + load<V>(addend + at, part), residual + at, part);
+      });
+      rms_norm_row<Isa>(p.norm, row);  // reads what was stored, rounded: the same bits as the two operators one after the other
+    }
+  });
+}
+
+/// Adds to `Vectors` vectors of grad_weight that start at `column`. Rows are summed in blocks of 64, which keeps the rounding error of
+/// 10^5 rows that of a few hundred.
+template <typename V, int Vectors, typename Problem, typename Part>
+void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Part part) {
+  constexpr Index kRowBlock = 64;
+  V total[Vectors];
+  for (int k = 0; k < Vectors; ++k) total[k] = V::zero();
+  for (Index begin = 0; begin < p.rows; begin += kRowBlock) {
+    V block[Vectors];
+    for (int k = 0; k < Vectors; ++k) block[k] = V::zero();
+    for (Index row = begin; row < std::min(begin + kRowBlock, p.rows); ++row) {
+      const Index at = row * p.features + column;
+      const V scale = V::set1(p.inverse_rms[row]);
+      for (int k = 0; k < Vectors; ++k) {
+        const Index i = at + k * V::lanes;
+        block[k] = fma(load<V>(p.grad_y + i, part) * scale, load<V>(p.x + i, part), block[k]);
+      }
+    }
+    for (int k = 0; k < Vectors; ++k) total[k] = total[k] + block[k];
+  }
+  typename V::scalar sums[Vectors * V::lanes];
+  for (int k = 0; k < Vectors; ++k) total[k].store(sums + k * V::lanes);
+  for (Index j = 0; j < columns; ++j) p.grad_weight[column + j] += sums[j];
+}
+
+template <typename V, typename Problem>
+void rms_norm_backward_row(const Problem& p, Index row) {
+  using C = typename V::scalar;
+  const Index begin = row * p.features;
+  const C r = p.inverse_rms[row];
+  const V scale = V::set1(r);
+  const V along_x = V::set1(-(p.projection[row] * r / static_cast<C>(p.features)) * r * r);  // r^3 alone may overflow
+  for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+    const V gradient = load<V>(p.grad_y + begin + at, part) * load<V>(p.weight + at, part);
+    store(fma(load<V>(p.x + begin + at, part), along_x, gradient * scale), p.grad_x + begin + at, part);
+  });
+}
+
+template <typename Isa, CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
+void rms_norm_backward(Isa, const D& device, const RmsNormBackwardProblem<GX, GW, GY, X, W>& p) {
+  using V = simd::Vec<typename RmsNormBackwardProblem<GX, GW, GY, X, W>::compute, Isa>;
+  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+    for (Index row = first; row < last; ++row) {
+      const X* x = p.x + row * p.features;
+      const GY* grad_y = p.grad_y + row * p.features;
+      p.inverse_rms[row] = inverse_rms<V>(x, p.features, p.epsilon);
+      p.projection[row] = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
+        return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part), load<V>(x + at, part), sum);
+      });
+    }
+  });
+  constexpr Index kColumns = 4 * V::lanes;
+  parallel_for(device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns), [&](Index first, Index last, int) {
+    for (Index block = first; block < last; ++block) {
+      const Index begin = block * kColumns, end = std::min(begin + kColumns, p.features);
+      if (end - begin == kColumns) {
+        rms_norm_weight_gradient<V, 4>(p, begin, kColumns, WholeVector{});
+      } else {
+        for_each_vector<V>(begin, end, [&](Index at, auto part) {
+          rms_norm_weight_gradient<V, 1>(p, at, std::min<Index>(V::lanes, end - at), part);
+        });
+      }
+    }
+  });
+  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+    for (Index row = first; row < last; ++row) rms_norm_backward_row<V>(p, row);
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,64 @@
+/// \file
+/// A loop over vectors whose tail runs the code of its middle: the body is a template on how much of a vector there is, so that an
+/// element has the same bits wherever in a row, a chunk or a thread's share it stands.
+///
+///   for_each_vector<V>(begin, end, [&](Index at, auto part) { store(load<V>(x + at, part) * scale, y + at, part); });
+#pragma once
+
+#include "simd/simd.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+struct WholeVector {};
+struct PartOfVector {
+  int lanes;  // 1 to V::lanes - 1
+};
+
+template <typename V, typename S>
+EIGENFORMER_INLINE V load(const S* p, WholeVector) {
+  return V::load(p);
+}
+template <typename V, typename S>
+EIGENFORMER_INLINE V load(const S* p, PartOfVector part) {
+  return V::load_partial(p, part.lanes);
+}
+template <typename V, typename S>
+EIGENFORMER_INLINE void store(const V& v, S* p, WholeVector) {
+  v.store(p);
+}
+template <typename V, typename S>
+EIGENFORMER_INLINE void store(const V& v, S* p, PartOfVector part) {
+  v.store_partial(p, part.lanes);
+}
+
+/// body(at, part) for at = begin, begin + V::lanes, ...: whole vectors, then what is left.
+template <typename V, typename Body>
+EIGENFORMER_INLINE void for_each_vector(Index begin, Index end, Body&& body) {
+  Index at = begin;
+  for (; end - at >= V::lanes; at += V::lanes) body(at, WholeVector{});
+  if (at < end) body(at, PartOfVector{static_cast<int>(end - at)});
+}
+
+/// Sum over [0, count) of what `add(accumulator, at, part)` adds, in an order that count alone determines: four interleaved vectors of
+/// partial sums hide the latency of the addition.
+template <typename V, typename Add>
+EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
+  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  Index at = 0;
+  for (; count - at >= 4 * V::lanes; at += 4 * V::lanes)
+    for (int k = 0; k < 4; ++k) sums[k] = add(sums[k], at + k * V::lanes, WholeVector{});
+  for_each_vector<V>(at, count, [&](Index i, auto part) { sums[0] = add(sums[0], i, part); });
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+/// Elements below which a share of the work does not pay for waking a thread.
+inline constexpr Index kElementsPerTask = 16384;
+
+/// Rows of `elements` each that make a task.
+inline Index rows_per_task(Index elements) { return 1 + kElementsPerTask / (elements + 1); }
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,132 @@
+/// \file
+/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019):
+///
+///   y[i, j] = x[i, j] / sqrt(mean over k of x[i, k]^2 + epsilon) * weight[j]
+///
+/// x is (rows, features) or (batch, seq, features), y has its shape, weight is (features). Scalars are float, double, bfloat16 and
+/// half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double where an argument
+/// is double; nothing is rounded in between. The square of a float overflows above 1.8e19.
+///
+/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row stays
+/// in that row.
+///
+/// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
+/// Throws std::invalid_argument for shapes that disagree and for a bad epsilon, before anything is written.
+/// Cost: one read of x from memory, one write of y. No form with a destination allocates, but the backward one grows its workspace on
+/// the first call at a number of rows. Results do not depend on threads or on the other rows.
+#pragma once
+
+#include <cmath>
+
+#include "core/check.h"
+#include "core/device.h"
+#include "core/rows.h"
+#include "core/workspace.h"
+#include "cpu/normalization.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+struct RmsNormOptions {
+  float epsilon = 1e-5f;  ///< added to the mean square; positive
+};
+
+namespace detail {
+
+template <typename X>
+auto norm_input(const X& x) {
+  static_assert(rank_of<X> == -1 || rank_of<X> == 2 || rank_of<X> == 3,
+                "eigenformer: normalization takes (rows, features) or (batch, seq, features)");
+  return input_view<rank_of<X>>(x);
+}
+
+template <typename Y, typename X, typename W>
+RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::string_view name, Y y, std::string_view x_name, X x, W weight,
+                                                                          const RmsNormOptions& options) {
+  require_floating_scalars<Y, X, W>();
+  require_same_shape(name, "y", y, x_name, x);
+  const RowShape shape = row_shape(x, name, x_name);
+  require(weight.dimension(0) == shape.features, name, "weight has ", weight.dimension(0), " elements, ", x_name, " has ", shape.features,
+          " features");
+  require(options.epsilon > 0 && std::isfinite(options.epsilon), name, "epsilon is ", options.epsilon, ", expected positive and finite");
+  return {y.data(), x.data(), weight.data(), shape.rows, shape.features, options.epsilon};
+}
+
+}  // namespace detail
+
+/// y = RMSNorm(x) * weight.
+///
+///   ef::rms_norm_into(device, hidden, hidden, weight, {.epsilon = 1e-6f});   // in place
+template <Device D, typename Y, typename X, typename W>
+void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight, const RmsNormOptions& options = {}) {
+  const auto problem =
+      detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x", detail::norm_input(x), input_view<1>(weight), options);
+  if constexpr (is_gpu_device<D>)
+    launch_on_gpu(device, problem);
+  else
+    cpu::rms_norm(isa::best{}, device, problem);
+}
+
+/// Returns RMSNorm(x) * weight, in the scalar and shape of x.
+template <CpuDevice D, typename X, typename W>
+auto rms_norm(const D& device, const X& x, const W& weight, const RmsNormOptions& options = {}) {
+  auto y = detail::tensor_like(detail::norm_input(x));
+  rms_norm_into(device, y, x, weight, options);
+  return y;
+}
+
+///   ef::Tensor<float, 2> y = ef::rms_norm(x, weight, {.epsilon = 1e-5f});
+template <typename X, typename W>
+  requires(!Device<X>)
+auto rms_norm(const X& x, const W& weight, const RmsNormOptions& options = {}) {
+  return rms_norm(Eigen::DefaultDevice{}, x, weight, options);
+}
+
+/// residual += x, rounded to residual's scalar, then y = RMSNorm(residual) * weight: the same bits as the two steps apart, with one
+/// pass through memory. y may be x itself, not residual.
+template <CpuDevice D, typename Y, typename R, typename X, typename W>
+void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W& weight, const RmsNormOptions& options = {}) {
+  constexpr auto name = "add_rms_norm";
+  const auto addend = detail::norm_input(x);
+  auto sum = output_view<rank_of<X>>(residual);
+  detail::require_floating_scalars<decltype(addend)>();
+  require_same_shape(name, "residual", sum, "x", addend);
+  const auto norm = detail::rms_norm_problem(name, output_view<rank_of<X>>(y), "residual", detail::norm_input(residual),
+                                             input_view<1>(weight), options);
+  using Problem = AddRmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<R>, scalar_of<W>>;
+  cpu::add_rms_norm(isa::best{}, device, Problem{norm, sum.data(), addend.data()});
+}
+
+/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and may be
+/// grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
+template <CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
+void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y, const X& x, const W& weight,
+                            const RmsNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "rms_norm_backward";
+  auto gx = output_view<rank_of<X>>(grad_x);
+  auto gw = output_view<1>(grad_weight);
+  const auto gy = input_view<rank_of<X>>(grad_y);
+  const auto xv = detail::norm_input(x);
+  const auto w = input_view<1>(weight);
+  detail::require_floating_scalars<decltype(gx), decltype(gy), decltype(xv), decltype(w)>();
+  static_assert(std::is_same_v<scalar_of<GW>, float> || std::is_same_v<scalar_of<GW>, double>,
+                "eigenformer: the gradient of a weight is accumulated in float or double");
+  require_same_shape(name, "grad_x", gx, "x", xv);
+  require_same_shape(name, "grad_y", gy, "x", xv);
+  const detail::RowShape shape = detail::row_shape(xv, name, "x");
+  require(w.dimension(0) == shape.features, name, "weight has ", w.dimension(0), " elements, x has ", shape.features, " features");
+  require(gw.dimension(0) == shape.features, name, "grad_weight has ", gw.dimension(0), " elements, x has ", shape.features, " features");
+  require(options.epsilon > 0 && std::isfinite(options.epsilon), name, "epsilon is ", options.epsilon, ", expected positive and finite");
+
+  using Problem = RmsNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>, scalar_of<W>>;
+  using C = typename Problem::compute;
+  Workspace::Frame frame(workspace);
+  C* inverse_rms = frame.take<C>(shape.rows);
+  C* projection = frame.take<C>(shape.rows);
+  cpu::rms_norm_backward(isa::best{}, device,
+                         Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows, shape.features, options.epsilon,
+                                 inverse_rms, projection});
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
