@@ -50,7 +50,7 @@ eigenformer_operator(causal_mask)
 # - requests
 #eigenformer_operator(scheduler WITHOUT cpu cuda)
 # What a decoder needs besides
-eigenformer_operator(normalization WITHOUT cuda)
+eigenformer_operator(normalization)
 # - positions
 #eigenformer_operator(rope WITHOUT cuda)
 # - gates

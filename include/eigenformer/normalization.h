@@ -23,6 +23,9 @@
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/normalization.h"
+#if defined(__CUDACC__)
+#include "cuda/normalization.cuh"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
