@@ -58,7 +58,7 @@ eigenformer_operator(activation WITHOUT cuda)
 # - tokens to vectors
 #eigenformer_operator(embedding WITHOUT cuda)
 # - cross-entropy
-#eigenformer_operator(loss WITHOUT cuda)
+eigenformer_operator(loss WITHOUT cuda)
 # - AdamW, SGD, clipping
 #eigenformer_operator(optimizer WITHOUT cuda)
 # - the model

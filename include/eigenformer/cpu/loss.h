@@ -1,0 +1,120 @@
+/// \file
+/// CPU kernel of softmax cross-entropy. A row is read three times, from memory once where it fits the second-level cache: its maximum,
+/// the sum of exp(x - maximum), the gradient. Where the gradient has the type of the computation, the second pass leaves the
+/// exponentials in it, so that each is computed once; narrower gradients compute them twice. Sums run in four interleaved vectors,
+/// whatever the row's neighbours and the threads. Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), discuss
+/// the passes; an online maximum saves nothing here, because the row stays in cache.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "../core/device.h"
+#include "simd/for_each_vector.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// A checked request: pointers and sizes only. L: scalar of the logits, G: of the gradient.
+template <typename L, typename G>
+struct CrossEntropyProblem {
+  const L* logits;              // (rows, classes)
+  const std::int32_t* targets;  // (rows)
+  G* gradient;                  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
+  double* row_loss;             // (rows), written
+  Index rows, classes;
+  double gradient_scale;
+  std::int32_t ignore_index;
+  double label_smoothing, z_loss;
+};
+
+namespace cpu {
+
+template <typename V, typename L>
+typename V::scalar row_maximum(const L* logits, Index classes) {
+  const L lowest = -std::numeric_limits<L>::infinity();
+  const V start = V::set1(-std::numeric_limits<typename V::scalar>::infinity());
+  V best[4] = {start, start, start, start};
+  simd::for_each_vector_interleaved<V, 4>(
+      classes, [&](Index i, auto part, int k) { best[k] = max(best[k], part.load_or(logits + i, lowest)); });
+  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
+}
+
+template <typename V, typename L>
+typename V::scalar row_sum(const L* logits, Index classes) {
+  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  simd::for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) { sums[k] = sums[k] + part.load(logits + i); });
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+/// Sum of exp(x - maximum); leaves the exponentials in `keep` where Keep.
+template <typename V, bool Keep, typename L, typename G>
+typename V::scalar exponential_sum(const L* logits, Index classes, typename V::scalar maximum, [[maybe_unused]] G* keep) {
+  const L lowest = -std::numeric_limits<L>::infinity();
+  const V shift = V::set1(maximum);
+  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  simd::for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) {
+    const V e = simd::exp(part.load_or(logits + i, lowest) - shift);
+    if constexpr (Keep) part.store(e, keep + i);
+    sums[k] = sums[k] + e;
+  });
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+template <typename Isa, typename L, typename G>
+void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
+  using C = compute_type<L>;
+  using V = simd::Vec<C, Isa>;
+  constexpr bool keep = std::is_same_v<G, C>;
+  const L* logits = p.logits + r * p.classes;
+  G* gradient = p.gradient == nullptr ? nullptr : p.gradient + r * p.classes;
+  const std::int32_t target = p.targets[r];
+  if (target == p.ignore_index) {
+    p.row_loss[r] = 0;
+    if (gradient != nullptr) simd::for_each_vector<V>(p.classes, [&](Index i, auto part) { part.store(V::zero(), gradient + i); });
+    return;
+  }
+
+  const C target_logit = static_cast<C>(logits[target]);  // read before the gradient overwrites it
+  const double per_class = p.label_smoothing / static_cast<double>(p.classes);
+  const double logit_sum = p.label_smoothing > 0 ? static_cast<double>(row_sum<V>(logits, p.classes)) : 0.0;
+  const C maximum = row_maximum<V>(logits, p.classes);
+  const C sum = gradient != nullptr ? exponential_sum<V, keep>(logits, p.classes, maximum, gradient)
+                                    : exponential_sum<V, false>(logits, p.classes, maximum, gradient);
+  const double log_sum_exp = static_cast<double>(maximum) + std::log(static_cast<double>(sum));
+  double loss = log_sum_exp - (1.0 - p.label_smoothing) * static_cast<double>(target_logit);
+  if (p.label_smoothing > 0) loss -= per_class * logit_sum;
+  if (p.z_loss > 0) loss += p.z_loss * log_sum_exp * log_sum_exp;
+  p.row_loss[r] = loss;
+  if (gradient == nullptr) return;
+
+  const double z_factor = p.z_loss > 0 ? 1.0 + 2.0 * p.z_loss * log_sum_exp : 1.0;
+  const C factor = static_cast<C>(z_factor * p.gradient_scale / static_cast<double>(sum));
+  const C offset = static_cast<C>(-per_class * p.gradient_scale);
+  const C hit = static_cast<C>((1.0 - p.label_smoothing) * p.gradient_scale);
+  const V factors = V::set1(factor), offsets = V::set1(offset), shift = V::set1(maximum);
+  simd::for_each_vector<V>(p.classes, [&](Index i, auto part) {
+    V e;
+    if constexpr (keep)
+      e = part.load(gradient + i);
+    else
+      e = simd::exp(part.load(logits + i) - shift);
+    part.store(fma(e, factors, offsets), gradient + i);
+  });
+  gradient[target] = static_cast<G>(std::exp(target_logit - maximum) * factor + offset - hit);
+}
+
+/// Writes every row's loss and, where asked for, its gradient.
+template <typename Isa, CpuDevice D, typename L, typename G>
+void cross_entropy(Isa, const D& device, const CrossEntropyProblem<L, G>& p) {
+  const Index grain = 1 + 8192 / (p.classes + 1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
+  parallel_for(device, p.rows, grain, [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r) cross_entropy_row<Isa>(p, r);
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,131 @@
+/// \file
+/// Softmax cross-entropy over rows of logits (rows, classes) with class indices as targets (rows):
+///
+///   loss[r]        = log(sum_k exp(x[r, k])) - x[r, target[r]]
+///   gradient[r, k] = (softmax(x[r])[k] - [k == target[r]]) * gradient_scale
+///
+/// with the options
+///   - ignore_index:     rows with this target have loss 0 and gradient 0, whatever their logits, and do not count
+///   - label_smoothing:  the target's distribution is (1 - s) at the target plus s / classes everywhere (Szegedy et al.,
+///                       "Rethinking the Inception Architecture", 2016)
+///   - z_loss z:         + z * log(sum_k exp(x[r, k]))^2, which keeps logits from drifting (Chowdhery et al., "PaLM", 2022)
+///
+/// The result is a sum and a count, so that parts of a batch can be put together: the mean over the whole is sum of sums over sum of
+/// counts, and its gradient needs gradient_scale = 1 / count (times a loss scale, where one is used).
+///
+/// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for double), rows' losses are added in double
+/// in their order. The maximum is subtracted first, so that no finite logit overflows. A logit of -infinity is a class of probability
+/// 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row that is all -infinity give a NaN loss and gradient
+/// row. A gradient past the range of its type becomes infinite: a loss scaler sees that.
+///
+/// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential an element (two where the gradient is
+/// narrower than float); reads the logits and writes the gradient once. Nothing is allocated after the first call at a size.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "core/check.h"
+#include "core/device.h"
+#include "core/workspace.h"
+#include "cpu/loss.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+struct CrossEntropyOptions {
+  std::int32_t ignore_index = -100;  ///< rows with this target do not count
+  double label_smoothing = 0;        ///< in [0, 1]
+  double z_loss = 0;                 ///< weight of the squared log-partition, 0 or more
+};
+
+/// A loss summed over rows, with the number of rows that counted.
+struct LossResult {
+  double sum = 0;
+  Index count = 0;
+
+  /// The mean over the rows that counted, 0 where there were none.
+  double mean() const { return count > 0 ? sum / static_cast<double>(count) : 0.0; }
+};
+
+namespace detail {
+
+/// Throws for the first target that is neither a class nor ignore_index; returns how many are classes.
+inline Index checked_target_count(const std::int32_t* targets, Index rows, Index classes, std::int32_t ignore_index) {
+  Index count = 0;
+  for (Index r = 0; r < rows; ++r) {
+    if (targets[r] == ignore_index) continue;
+    require(targets[r] >= 0 && targets[r] < classes, "cross_entropy", "target ", r, " is ", targets[r], ", expected a class in [0, ",
+            classes, ") or ignore_index ", ignore_index);
+    ++count;
+  }
+  return count;
+}
+
+template <CpuDevice D, typename L, typename G, typename Logits, typename Targets>
+LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, const Targets& targets, double gradient_scale,
+                         const CrossEntropyOptions& options, Workspace& workspace) {
+  constexpr auto name = "cross_entropy";
+  static_assert(std::is_same_v<scalar_of<Targets>, std::int32_t>, "eigenformer: targets are an ef::Tensor<std::int32_t, 1>");
+  const Index rows = logits.dimension(0), classes = logits.dimension(1);
+  require(targets.dimension(0) == rows, name, "targets has ", targets.dimension(0), " elements, logits has ", rows, " rows");
+  require(options.label_smoothing >= 0 && options.label_smoothing <= 1, name, "label_smoothing is ", options.label_smoothing,
+          ", expected 0 to 1");
+  require(options.z_loss >= 0 && std::isfinite(options.z_loss), name, "z_loss is ", options.z_loss, ", expected 0 or more");
+  require(std::isfinite(gradient_scale), name, "gradient_scale is ", gradient_scale, ", expected a finite number");
+  LossResult result;
+  result.count = checked_target_count(targets.data(), rows, classes, options.ignore_index);
+  Workspace::Frame frame(workspace);
+  const CrossEntropyProblem<L, G> problem{logits.data(),  targets.data(),       gradient,        frame.take<double>(rows),
+                                          rows,           classes,              gradient_scale,  options.ignore_index,
+                                          options.label_smoothing, options.z_loss};
+  cpu::cross_entropy(isa::best{}, device, problem);
+  for (Index r = 0; r < rows; ++r) result.sum += problem.row_loss[r];
+  return result;
+}
+
+}  // namespace detail
+
+/// The loss of logits (rows, classes) against targets (rows) of std::int32_t.
+/// Throws std::invalid_argument for a target that is neither a class nor ignore_index (naming its position and value), for sizes
+/// that differ and for options out of range.
+///
+///   const ef::LossResult loss = ef::cross_entropy(logits, targets);   // loss.mean()
+template <CpuDevice D, typename Logits, typename Targets>
+LossResult cross_entropy(const D& device, const Logits& logits, const Targets& targets, const CrossEntropyOptions& options = {},
+                         Workspace& workspace = thread_workspace()) {
+  using L = scalar_of<Logits>;
+  const auto x = input_view<2>(logits);
+  static_assert(FloatingScalar<scalar_of<decltype(x)>>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
+  return detail::cross_entropy<D, L, compute_type<L>>(device, static_cast<compute_type<L>*>(nullptr), x, input_view<1>(targets), 1.0,
+                                                      options, workspace);
+}
+
+template <typename Logits, typename Targets>
+  requires(!Device<Logits>)
+LossResult cross_entropy(const Logits& logits, const Targets& targets, const CrossEntropyOptions& options = {}) {
+  return cross_entropy(Eigen::DefaultDevice{}, logits, targets, options);
+}
+
+/// The loss, and its gradient times gradient_scale into grad_logits (rows, classes). grad_logits has the type of the logits, or is
+/// float where they are narrower. It may be the logits themselves (same memory, same type) and must not overlap them otherwise.
+/// Throws like cross_entropy.
+///
+///   ef::cross_entropy_with_gradient_into(device, logits, logits, targets, 1.0 / count);   // in place
+template <CpuDevice D, typename Gradient, typename Logits, typename Targets>
+LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_logits, const Logits& logits, const Targets& targets,
+                                            double gradient_scale, const CrossEntropyOptions& options = {},
+                                            Workspace& workspace = thread_workspace()) {
+  using L = scalar_of<Logits>;
+  using G = scalar_of<Gradient>;
+  const auto x = input_view<2>(logits);
+  auto gradient = output_view<2>(grad_logits);
+  static_assert(FloatingScalar<L>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(std::is_same_v<G, L> || std::is_same_v<G, compute_type<L>>,
+                "eigenformer: the gradient has the type of the logits, or is float where they are narrower");
+  require_same_shape("cross_entropy_with_gradient_into", "grad_logits", gradient, "logits", x);
+  return detail::cross_entropy<D, L, G>(device, gradient.data(), x, input_view<1>(targets), gradient_scale, options, workspace);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
