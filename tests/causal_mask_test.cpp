@@ -34,6 +34,15 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
     auto other = poisoned_tensor<T, 3>({batch, queries, keys});
     ef::cpu::causal_mask(isa, Eigen::DefaultDevice{}, ef::detail::causal_mask_problem(other.data(), batch, queries, keys, options));
     ASSERT_TRUE(same_bits(mask, other)) << isa.name;
+    if (!options.segment_ids.empty()) return;
+    // The path of masks larger than the caches, at addresses that no vector is aligned to; the element before and after is not its own.
+    auto memory = poisoned_tensor<T, 1>({mask.size() + 2});
+    const ef::TensorView<T, 3> shifted(memory.data() + 1, batch, queries, keys);
+    const auto problem = ef::detail::causal_mask_problem(memory.data() + 1, batch, queries, keys, options);
+    ef::cpu::causal_mask_rows_streaming<decltype(isa)>(problem, 0, batch * queries);
+    ASSERT_TRUE(same_bits(mask, shifted)) << isa.name;
+    ASSERT_NE(memory(0), memory(0)) << isa.name;
+    ASSERT_NE(memory(mask.size() + 1), memory(mask.size() + 1)) << isa.name;
   });
 }
 
@@ -56,6 +65,16 @@ TYPED_TEST(CausalMask, PackedDocumentsSeeOnlyThemselves) {
   std::vector<std::int32_t> own(shared);
   for (std::int32_t id : {5, 5, 5, 5, 5, 5, 6, 6, 7}) own.push_back(id);
   check<TypeParam>(9, 2, {.prefix_length = 2, .segment_ids = own});
+}
+
+TEST(CausalMaskShapes, LargerThanTheCaches) {
+  const Index length = 2960;  // 35 MB of float
+  static_assert(2960 * 2960 * sizeof(float) > ef::cpu::kCausalMaskStreamingBytes);
+  Threads threads(2);
+  const auto mask = ef::create_causal_mask<float>(threads.device, length, 1, {.window = 1000, .prefix_length = 3});
+  for (Index i = 0; i < length; ++i)
+    for (Index j = 0; j < length; ++j)
+      ASSERT_EQ(mask(0, i, j), j < 3 || (j <= i && j > i - 1000) ? 0.0f : -std::numeric_limits<float>::infinity()) << i << " " << j;
 }
 
 TEST(CausalMaskShapes, NotebookExample) {

@@ -1,8 +1,10 @@
 /// \file
-/// CPU kernel of the causal mask. A row is at most four runs of one value, so the kernel fills runs: one streaming write of
-/// batch * queries * keys * sizeof(T) bytes and no arithmetic on elements. Packed documents are compared key by key.
+/// CPU kernel of the causal mask. A row is at most four runs of one value, so the kernel writes runs: one write of
+/// batch * queries * keys * sizeof(T) bytes and no arithmetic on elements, around the caches where they would not hold the mask.
+/// Packed documents are compared key by key.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 
 #include "../core/device.h"
@@ -32,36 +34,102 @@ struct CausalMaskProblem {
 
 namespace cpu {
 
+// A mask larger than this goes around the caches: a last-level cache would not hold it for its reader, and plain stores first read
+// each line that they overwrite (64 MiB on Zen 4: 1.7 ms instead of 2.6 ms; at 16 MiB both take 0.4 ms).
+inline constexpr Index kCausalMaskStreamingBytes = Index{32} << 20;
+
+/// One row as runs: open before `prefix`, blocked before `begin`, open before `end`, blocked before `length`.
 template <typename Isa, typename T>
-void fill_run(T* begin, T* end, T value) {
-  using V = simd::Vec<compute_type<T>, Isa>;
-  const V wide = V::set1(static_cast<compute_type<T>>(value));
-  for (; end - begin >= V::lanes; begin += V::lanes) wide.store(begin);
-  wide.store_partial(begin, static_cast<int>(end - begin));
+struct CausalMaskRow {
+  using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
+  Index prefix, begin, end, length;
+
+  static V open() { return V::zero(); }
+  static V blocked() { return V::set1(-std::numeric_limits<C>::infinity()); }
+
+  /// Run by run, through the caches.
+  void store(T* row) const {
+    const auto run = [row](const V& value, Index j, Index run_end) {
+      for (; j + V::lanes <= run_end; j += V::lanes) value.store(row + j);
+      if (j < run_end) value.store_partial(row + j, static_cast<int>(run_end - j));
+    };
+    run(open(), 0, prefix);
+    run(blocked(), prefix, begin);
+    run(open(), begin, end);
+    run(blocked(), end, length);
+  }
+
+  /// Around the caches: every line inside the row is written in full and in order, also where runs meet.
+  void store_streaming(T* row) const {
+    constexpr Index bytes = V::lanes * Index{sizeof(T)};
+    const Index misaligned = static_cast<Index>(reinterpret_cast<std::uintptr_t>(row) % static_cast<std::uintptr_t>(bytes));
+    Index j = std::min(length, (bytes - misaligned) % bytes / Index{sizeof(T)});
+    if (j > 0) blend(0).store_partial(row, static_cast<int>(j));
+    const auto run = [&](const V& value, Index run_end) {
+      for (; j + V::lanes <= run_end; j += V::lanes) value.store_streaming(row + j);
+      if (j < run_end && j + V::lanes <= length) {  // every run that ends inside this vector is in it
+        blend(j).store_streaming(row + j);
+        j += V::lanes;
+      }
+    };
+    run(open(), prefix);
+    run(blocked(), begin);
+    run(open(), end);
+    run(blocked(), length);
+    if (j < length) blend(j).store_partial(row + j, static_cast<int>(length - j));
+  }
+
+ private:
+  /// Elements [j, j + lanes) of the row.
+  V blend(Index j) const {
+    C lanes[V::lanes];
+    for (int i = 0; i < V::lanes; ++i) lanes[i] = static_cast<C>(i);
+    const V lane = V::load(lanes);
+    const auto before = [&](Index edge) { return less(lane, V::set1(static_cast<C>(std::clamp<Index>(edge - j, 0, V::lanes)))); };
+    return select(before(prefix), open(), select(before(begin), blocked(), select(before(end), open(), blocked())));
+  }
+};
+
+template <typename Isa, typename T>
+CausalMaskRow<Isa, T> causal_mask_row(const CausalMaskProblem<T>& p, Index i) {
+  const Index prefix = std::min(p.visibility.prefix, p.key_length);
+  const KeyRange keys = p.visibility.keys(p.query_offset + i, p.key_length);
+  const Index begin = std::clamp(keys.begin, prefix, p.key_length);
+  return {prefix, begin, std::clamp(keys.end, begin, p.key_length), p.key_length};
+}
+
+/// Rows [first, last) of all sequences, of one document each.
+template <typename Isa, typename T>
+void causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index last) {
+  for (Index r = first; r < last; ++r) causal_mask_row<Isa>(p, r % p.query_length).store(p.mask + r * p.key_length);
 }
 
 template <typename Isa, typename T>
-void causal_mask_row(const CausalMaskProblem<T>& p, Index b, Index i, T* row) {
-  const T open = T(0), blocked = -std::numeric_limits<T>::infinity();
-  if (p.segment_ids != nullptr) {
-    for (Index j = 0; j < p.key_length; ++j) row[j] = p.visible(b, i, j) ? open : blocked;
-    return;
-  }
-  const Index prefix = std::min(p.visibility.prefix, p.key_length);
-  const KeyRange keys = p.visibility.keys(p.query_offset + i, p.key_length);
-  const Index begin = std::clamp(keys.begin, prefix, p.key_length), end = std::clamp(keys.end, begin, p.key_length);
-  fill_run<Isa>(row, row + prefix, open);
-  fill_run<Isa>(row + prefix, row + begin, blocked);
-  fill_run<Isa>(row + begin, row + end, open);
-  fill_run<Isa>(row + end, row + p.key_length, blocked);
+void causal_mask_rows_streaming(const CausalMaskProblem<T>& p, Index first, Index last) {
+  for (Index r = first; r < last; ++r) causal_mask_row<Isa>(p, r % p.query_length).store_streaming(p.mask + r * p.key_length);
+  simd::Vec<compute_type<T>, Isa>::fence_streaming();
+}
+
+template <typename T>
+void packed_causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index last) {
+  for (Index r = first; r < last; ++r)
+    for (Index j = 0; j < p.key_length; ++j)
+      p.mask[r * p.key_length + j] =
+          p.visible(r / p.query_length, r % p.query_length, j) ? T(0) : -std::numeric_limits<T>::infinity();
 }
 
 template <typename Isa, CpuDevice D, typename T>
 void causal_mask(Isa, const D& device, const CausalMaskProblem<T>& p) {
   const Index grain = 1 + 16384 / (p.key_length + 1);  // a task writes at least 16k elements: less does not pay for waking a thread
+  const Index bytes = p.batch * p.query_length * p.key_length * Index{sizeof(T)};
   parallel_for(device, p.batch * p.query_length, grain, [&](Index first, Index last, int) {
-    for (Index r = first; r < last; ++r)
-      causal_mask_row<Isa>(p, r / p.query_length, r % p.query_length, p.mask + r * p.key_length);
+    if (p.segment_ids != nullptr)
+      packed_causal_mask_rows(p, first, last);
+    else if (bytes > kCausalMaskStreamingBytes)
+      causal_mask_rows_streaming<Isa>(p, first, last);
+    else
+      causal_mask_rows<Isa>(p, first, last);
   });
 }
 

@@ -68,6 +68,13 @@ struct vec<float, isa::avx2> {
     std::memcpy(static_cast<void*>(p), buffer, static_cast<std::size_t>(n) * sizeof(S));
   }
 
+  EIGENFORMER_INLINE void store_streaming(float* p) const { _mm256_stream_ps(p, v); }
+  EIGENFORMER_INLINE void store_streaming(bfloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bfloat16()); }
+  EIGENFORMER_INLINE void store_streaming(half* p) const {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static EIGENFORMER_INLINE void fence_streaming() { _mm_sfence(); }
+
   friend EIGENFORMER_INLINE vec operator+(vec a, vec b) { return {_mm256_add_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec operator-(vec a, vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec operator*(vec a, vec b) { return {_mm256_mul_ps(a.v, b.v)}; }

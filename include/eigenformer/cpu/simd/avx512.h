@@ -66,6 +66,13 @@ struct vec<float, isa::avx512> {
     _mm_mask_storeu_epi8(p, first(n), _mm512_maskz_cvtsepi32_epi8(kAll, _mm512_maskz_cvtps_epi32(kAll, v)));
   }
 
+  EIGENFORMER_INLINE void store_streaming(float* p) const { _mm512_stream_ps(p, v); }
+  EIGENFORMER_INLINE void store_streaming(bfloat16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bfloat16()); }
+  EIGENFORMER_INLINE void store_streaming(half* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAll, v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static EIGENFORMER_INLINE void fence_streaming() { _mm_sfence(); }
+
   friend EIGENFORMER_INLINE vec operator+(vec a, vec b) { return {_mm512_add_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec operator-(vec a, vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec operator*(vec a, vec b) { return {_mm512_mul_ps(a.v, b.v)}; }

@@ -7,6 +7,8 @@
 ///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted (bfloat16 and half round to nearest even)
 ///   load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches memory past p + n
 ///   store_partial(p, n)        first n elements
+///   store_streaming(p)         store around the caches where the ISA can; p aligned to the bytes stored. A thread calls
+///   fence_streaming()          after the last of them, before anybody else may read
 ///   + - * / fma(a,b,c)         fma is a * b + c, in one rounding where isa::kHasFma
 ///   min(a,b) max(a,b)          a < b ? a : b and a > b ? a : b: the second operand where either is NaN
 ///   abs sqrt round             round to nearest, ties to even
@@ -90,6 +92,12 @@ struct vec<T, isa::generic> {
   EIGENFORMER_INLINE void store_partial(S* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = static_cast<S>(v[i]);
   }
+
+  template <typename S>
+  EIGENFORMER_INLINE void store_streaming(S* p) const {
+    store(p);
+  }
+  static EIGENFORMER_INLINE void fence_streaming() {}
 
   friend EIGENFORMER_INLINE vec operator+(vec a, vec b) {
     return make([&](int i) { return a.v[i] + b.v[i]; });
