@@ -120,7 +120,8 @@ class Decoder {
   }
 
   /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b] of the cache, which must be empty.
-  /// Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each.
+  /// Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each. Throws std::length_error,
+  /// with nothing changed, where the pages do not suffice for all.
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths, PagedKvCache<T, Storage>& cache,
                            std::span<const SequenceId> sequences) {
@@ -138,8 +139,16 @@ class Decoder {
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
     clear_padding(view, lengths);
+    claim_pages(cache, sequences, lengths);
+    const Index row = config().kv_heads * config().head_dim;
     return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
-      timed("kv_cache", [&] { cache.append(sequences, lengths, layer, k, v); });
+      timed("kv_cache", [&] {
+        for (Index b = 0; b < batch; ++b) {
+          const auto at = static_cast<std::size_t>(b);
+          const auto own = [&](const Heads& x) { return TensorView<const T, 3>(x.data() + b * n * row, lengths[at], config().kv_heads, config().head_dim); };
+          cache.append(*device_, sequences[at], layer, own(k), own(v));
+        }
+      });
       timed("attention", [&] { batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal()); });
     });
   }
@@ -154,7 +163,7 @@ class Decoder {
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b;
     return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
-      timed("kv_cache", [&] { cache.append(sequences, layer, k, v); });
+      timed("kv_cache", [&] { cache.append(*device_, sequences, layer, k, v); });
       timed("attention", [&] { attention_with_kv_source_into(*device_, out, q, cache.source(layer, sequences), causal()); });
     });
   }
@@ -163,14 +172,13 @@ class Decoder {
   using Heads = TensorView<T, 4>;
   template <typename W>
   struct PackedLayer {
-    PackedWeight<W> query, key, value, output, gate, up, down;
+    PackedColumnShard<W> query, key, value, output, gate, up, down;
   };
   template <typename W>
   struct Packed {
     std::vector<PackedLayer<W>> layers;
-    PackedWeight<W> head;
+    PackedColumnShard<W> head;
   };
-  // For T other than int8 the alternatives differ; std::variant would otherwise hold one type twice.
   using PackedWeights = std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>;
 
   static const Eigen::DefaultDevice& default_device() {
@@ -191,9 +199,9 @@ class Decoder {
     weight_bytes_ = 0;
     const auto shard = [&](std::size_t tensor) {
       const auto full = std::as_const(*weights_).matrix(tensor);
-      PackedWeight<W> result = pack_column_shard<W>(*device_, full, *communicator_);
-      weight_bytes_ += static_cast<std::size_t>(result.rows() * result.columns()) * sizeof(W);
-      if (std::is_same_v<W, std::int8_t>) weight_bytes_ += static_cast<std::size_t>(result.rows()) * sizeof(float);
+      PackedColumnShard<W> result = pack_column_shard<W>(full, *communicator_);
+      weight_bytes_ += static_cast<std::size_t>(result.weight.rows() * result.weight.columns()) * sizeof(W);
+      if (std::is_same_v<W, std::int8_t>) weight_bytes_ += static_cast<std::size_t>(result.weight.rows()) * sizeof(float);
       return result;
     };
     for (Index l = 0; l < config().layers; ++l) {
@@ -219,6 +227,17 @@ class Decoder {
     padded_ids_.assign(static_cast<std::size_t>(ids.size()), 0);
     for (Index b = 0; b < ids.dimension(0); ++b)
       std::copy_n(ids.data() + b * n, lengths[static_cast<std::size_t>(b)], padded_ids_.begin() + b * n);
+  }
+
+  // All pages or none, before anything is computed.
+  template <typename Storage>
+  static void claim_pages(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences, std::span<const Index> lengths) {
+    try {
+      for (std::size_t b = 0; b < sequences.size(); ++b) cache.reserve(sequences[b], lengths[b]);
+    } catch (...) {
+      for (SequenceId sequence : sequences) cache.truncate(sequence, 0);
+      throw;
+    }
   }
 
   template <typename Attend>
@@ -250,33 +269,32 @@ class Decoder {
       const PackedLayer<W>& w = packed.layers[static_cast<std::size_t>(l)];
       const DecoderWeights::Layer& names = weights_->layer(l);
       norm(normalised, x, names.attention_norm);
-      Tensor<T, 2> q = project(normalised, w.query, c.heads * c.head_dim), k = project(normalised, w.key, c.kv_heads * c.head_dim),
-                   v = project(normalised, w.value, c.kv_heads * c.head_dim);
+      Tensor<T, 2> q = project(normalised, w.query), k = project(normalised, w.key), v = project(normalised, w.value);
       Heads q4(q.data(), batch, n, c.heads, c.head_dim), k4(k.data(), batch, n, c.kv_heads, c.head_dim), v4(v.data(), batch, n, c.kv_heads, c.head_dim);
       rotate(q4);
       rotate(k4);
       Tensor<T, 2> attended(tokens, c.heads * c.head_dim);
       Heads out(attended.data(), batch, n, c.heads, c.head_dim);
       attend(l, q4, k4, v4, out);
-      join(x, project(attended, w.output, c.features));
+      join(x, project(attended, w.output));
       norm(normalised, x, names.feed_forward_norm);
-      Tensor<T, 2> gate = project(normalised, w.gate, c.hidden);
-      const Tensor<T, 2> up = project(normalised, w.up, c.hidden);
+      Tensor<T, 2> gate = project(normalised, w.gate);
+      const Tensor<T, 2> up = project(normalised, w.up);
       timed("activation", [&] { swiglu_into(*device_, gate, gate, up); });
-      join(x, project(gate, w.down, c.features));
+      join(x, project(gate, w.down));
     }
     return head(x, packed.head);
   }
 
   // Only the rows that somebody samples from go through the head.
   template <typename W>
-  Tensor<float, 2> head(const Tensor<T, 2>& x, const PackedWeight<W>& weight) {
+  Tensor<float, 2> head(const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
     const Index count = static_cast<Index>(rows_.size());
     Tensor<T, 2> last(count, config().features), normalised(count, config().features);
     for (Index r = 0; r < count; ++r)
       std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features, config().features, last.data() + r * config().features);
     norm(normalised, last, weights_->norm());
-    Tensor<T, 2> logits = project(normalised, weight, config().vocabulary);
+    Tensor<T, 2> logits = project(normalised, weight);
     if constexpr (std::is_same_v<T, float>)
       return logits;
     else
@@ -284,8 +302,10 @@ class Decoder {
   }
 
   template <typename W>
-  Tensor<T, 2> project(const Tensor<T, 2>& x, const PackedWeight<W>& shard, Index outputs) {
-    return timed("linear", [&] { return column_parallel_linear(*device_, x, shard, outputs, *communicator_); });
+  Tensor<T, 2> project(const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
+    Tensor<T, 2> y(x.dimension(0), weight.out_features);
+    timed("linear", [&] { column_parallel_linear_into(*device_, y, x, weight, *communicator_); });
+    return y;
   }
   void norm(Tensor<T, 2>& y, const Tensor<T, 2>& x, std::size_t weight) {
     timed("normalization", [&] { rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight), {.epsilon = config().epsilon}); });

@@ -22,7 +22,7 @@ struct DecoderTape {
   struct Layer {
     Tensor<Compute, 2> input, attention_input;          // (tokens, features): residual stream, and normalised
     Tensor<Compute, 4> query, key, value, attended;     // (batch, length, heads, head_dim), rotated
-    Tensor<float, 3> log_sum_exp;                       // (batch, heads, length)
+    Tensor<compute_type<Compute>, 3> log_sum_exp;       // (batch, heads, length)
     Tensor<Compute, 2> middle, feed_forward_input;      // (tokens, features)
     Tensor<Compute, 2> gate, up, gated;                 // (tokens, hidden)
   };
@@ -91,7 +91,7 @@ class DecoderPass {
     t.attended.resize(t.query.dimensions());
     t.log_sum_exp.resize(batch, config_.heads, length);
     timed("attention", [&] {
-      batched_attention_with_padding_into(device_, t.attended, t.query, t.key, t.value, tape_.lengths, attention_options(&t.log_sum_exp));
+      batched_attention_with_padding_into(device_, t.attended, t.query, t.key, t.value, tape_.lengths, {.causal = true, .log_sum_exp = t.log_sum_exp});
     });
     join(x, project(as_rows(t.attended, config_.heads * config_.head_dim), w.output));
     t.middle = x;
@@ -120,7 +120,7 @@ class DecoderPass {
     Tensor<Compute, 4> query_gradient(t.query.dimensions()), key_gradient(t.key.dimensions()), value_gradient(t.value.dimensions());
     timed("attention", [&] {
       attention_backward_into(device_, query_gradient, key_gradient, value_gradient, attended_gradient, t.query, t.key, t.value, t.attended,
-                              t.log_sum_exp, tape_.lengths, attention_options(nullptr));
+                              t.log_sum_exp, tape_.lengths, {.causal = true});
     });
     rotate_backward(query_gradient);
     rotate_backward(key_gradient);
