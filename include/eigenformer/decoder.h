@@ -139,9 +139,9 @@ class Decoder {
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
     clear_padding(view, lengths);
-    claim_pages(cache, sequences, lengths);
     const Index row = config().kv_heads * config().head_dim;
     return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+      if (layer == 0) claim_pages(cache, sequences, lengths);
       timed("kv_cache", [&] {
         for (Index b = 0; b < batch; ++b) {
           const auto at = static_cast<std::size_t>(b);
@@ -229,7 +229,7 @@ class Decoder {
       std::copy_n(ids.data() + b * n, lengths[static_cast<std::size_t>(b)], padded_ids_.begin() + b * n);
   }
 
-  // All pages or none, before anything is computed.
+  // All pages or none, before anything is written.
   template <typename Storage>
   static void claim_pages(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences, std::span<const Index> lengths) {
     try {
