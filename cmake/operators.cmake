@@ -52,7 +52,7 @@ eigenformer_operator(causal_mask)
 # What a decoder needs besides
 eigenformer_operator(normalization WITHOUT cuda)
 # - positions
-#eigenformer_operator(rope WITHOUT cuda)
+eigenformer_operator(rope WITHOUT cuda)
 # - gates
 eigenformer_operator(activation WITHOUT cuda)
 # - tokens to vectors
