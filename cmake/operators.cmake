@@ -56,7 +56,7 @@ eigenformer_operator(rope WITHOUT cuda)
 # - gates
 eigenformer_operator(activation WITHOUT cuda)
 # - tokens to vectors
-#eigenformer_operator(embedding WITHOUT cuda)
+eigenformer_operator(embedding WITHOUT cuda)
 # - cross-entropy
 #eigenformer_operator(loss WITHOUT cuda)
 # - AdamW, SGD, clipping
