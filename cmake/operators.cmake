@@ -52,11 +52,11 @@ eigenformer_operator(causal_mask)
 # What a decoder needs besides
 eigenformer_operator(normalization)
 # - positions
-#eigenformer_operator(rope WITHOUT cuda)
+eigenformer_operator(rope WITHOUT cuda)
 # - gates
 eigenformer_operator(activation WITHOUT cuda)
 # - tokens to vectors
-#eigenformer_operator(embedding WITHOUT cuda)
+eigenformer_operator(embedding WITHOUT cuda)
 # - cross-entropy
 eigenformer_operator(loss WITHOUT cuda)
 # - AdamW, SGD, clipping

@@ -1,0 +1,98 @@
+/// \file
+/// Embedding: the row of a table for each token id (Bengio et al., "A Neural Probabilistic Language Model", 2003):
+///
+///   y[t, :] = table[ids[t], :]
+///
+/// ids is int32 or int64, (tokens) or (batch, seq); table is (vocab, features); y is (tokens, features) or (batch, seq, features). The
+/// table is float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
+///
+/// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming the position, the id and vocab, before
+/// anything is written: one O(tokens) pass over the ids.
+/// y must not overlap the table. Cost: one read of the rows, one write of y. The forms with a destination allocate nothing.
+#pragma once
+
+#include "core/check.h"
+#include "core/device.h"
+#include "core/rows.h"
+#include "cpu/embedding.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+template <typename Ids>
+auto ids_input(const Ids& ids) {
+  static_assert(rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) &&
+                                       (std::is_same_v<scalar_of<Ids>, std::int32_t> || std::is_same_v<scalar_of<Ids>, std::int64_t>)),
+                "eigenformer: token ids are a tensor of int32 or int64, (tokens) or (batch, seq)");
+  return input_view<rank_of<Ids>>(ids);
+}
+
+/// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`.
+template <typename Ids, typename Rows, typename Table>
+void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name, const Rows& rows, std::string_view table_name,
+                       const Table& table) {
+  constexpr int rank = rank_of<Ids>;
+  bool same = rows.dimension(rank) == table.dimension(1);
+  for (std::size_t d = 0; d < rank; ++d) same = same && rows.dimension(d) == ids.dimension(d);
+  if (!same)
+    require(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ", shape_text(ids), ", ", table_name, " has shape ",
+            shape_text(table));
+  const Index vocab = table.dimension(0);
+  for (Index t = 0; t < ids.size(); ++t)
+    require(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ", ids.data()[t], " at position ", t,
+            " is outside the vocabulary, expected 0 <= id < ", vocab);
+}
+
+}  // namespace detail
+
+/// y[t] = table[ids[t]].
+template <CpuDevice D, typename Y, typename Ids, typename Table>
+void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) {
+  const auto id_view = detail::ids_input(ids);
+  const auto rows = input_view<2>(table);
+  auto out = output_view<(rank_of<Ids> < 0 ? 2 : rank_of<Ids> + 1)>(y);
+  detail::require_floating_scalars<decltype(out), decltype(rows)>();
+  detail::require_embedding("embedding", id_view, "y", out, "table", rows);
+  using Problem = EmbeddingProblem<scalar_of<Y>, scalar_of<Table>, scalar_of<Ids>>;
+  cpu::embedding(isa::best{}, device, Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
+}
+
+/// Returns the rows, (tokens, features) or (batch, seq, features), in the table's scalar.
+template <CpuDevice D, typename Ids, typename Table>
+auto embedding(const D& device, const Ids& ids, const Table& table) {
+  const auto id_view = detail::ids_input(ids);
+  const auto rows = input_view<2>(table);
+  constexpr int rank = rank_of<decltype(id_view)>;
+  Eigen::DSizes<Index, rank + 1> sizes;
+  for (int d = 0; d < rank; ++d) sizes[d] = id_view.dimension(static_cast<std::size_t>(d));
+  sizes[rank] = rows.dimension(1);
+  checked_product(id_view.size(), rows.dimension(1), "embedding", "result");
+  Tensor<scalar_of<decltype(rows)>, rank + 1> y(sizes);
+  embedding_into(device, y, ids, table);
+  return y;
+}
+///   ef::Tensor<float, 2> hidden = ef::embedding(ids, table);
+template <typename Ids, typename Table>
+  requires(!Device<Ids>)
+auto embedding(const Ids& ids, const Table& table) {
+  return embedding(Eigen::DefaultDevice{}, ids, table);
+}
+
+/// grad_table[ids[t]] += grad_y[t] for t in order, whatever the threads; grad_table is float or double. Rows of ids that do not occur are
+/// not touched.
+template <CpuDevice D, typename G, typename GY, typename Ids>
+void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, const Ids& ids) {
+  static_assert(std::is_same_v<scalar_of<G>, float> || std::is_same_v<scalar_of<G>, double>,
+                "eigenformer: the gradient of a table is accumulated in float or double");
+  const auto id_view = detail::ids_input(ids);
+  auto rows = output_view<2>(grad_table);
+  const auto gradient = input_view<(rank_of<Ids> < 0 ? 2 : rank_of<Ids> + 1)>(grad_y);
+  detail::require_floating_scalars<decltype(gradient)>();
+  detail::require_embedding("embedding_backward", id_view, "grad_y", gradient, "grad_table", rows);
+  using Problem = EmbeddingBackwardProblem<scalar_of<G>, scalar_of<GY>, scalar_of<Ids>>;
+  cpu::embedding_backward(isa::best{}, device, Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

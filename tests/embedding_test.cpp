@@ -1,0 +1,137 @@
+// Laws: rows are copied exactly, at every width, rank, scalar and ISA; the gradient adds rows in the order of tokens whatever the threads;
+// a bad id changes nothing.
+#include <eigenformer/embedding.h>
+#include <eigenformer/reference/embedding.h>
+
+#include "allocations.h"
+#include "compare.h"
+#include "finite_differences.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+const Eigen::DefaultDevice kHere{};
+
+ef::Tensor<std::int32_t, 1> random_ids(Index tokens, Index vocab, unsigned seed) {
+  std::mt19937 generator(seed);
+  ef::Tensor<std::int32_t, 1> ids(tokens);
+  for (Index t = 0; t < tokens; ++t) ids(t) = static_cast<std::int32_t>(generator() % static_cast<unsigned>(vocab));
+  return ids;
+}
+
+template <typename T>
+class Embedding : public ::testing::Test {};
+using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
+TYPED_TEST_SUITE(Embedding, Scalars);
+
+TYPED_TEST(Embedding, CopiesRowsAtEveryWidth) {
+  using T = TypeParam;
+  Threads threads(3);
+  for (Index features : {0, 1, 3, 8, 15, 16, 17, 33, 64, 1000})
+    for (Index tokens : {0, 1, 5, 70}) {
+      const auto table = random_tensor<T, 2>({9, features}, 1);
+      const auto ids = random_ids(tokens, 9, 2);
+      const auto expected = ef::reference::embedding(ids, to_double(table));
+      const ef::Tensor<T, 2> y = ef::embedding(ids, table);
+      ASSERT_EQ(relative_error(y, expected), 0.0);
+      ASSERT_TRUE(same_bits(y, ef::embedding(threads.device, ids, table)));
+      for_each_isa([&](auto isa) {
+        auto wide = poisoned_tensor<float, 2>({tokens, features});
+        auto narrow = poisoned_tensor<ef::bfloat16, 2>({tokens, features});
+        ef::cpu::embedding(isa, kHere, ef::EmbeddingProblem<float, T, std::int32_t>{wide.data(), ids.data(), table.data(), tokens, features});
+        ef::cpu::embedding(isa, kHere, ef::EmbeddingProblem<ef::bfloat16, T, std::int32_t>{narrow.data(), ids.data(), table.data(), tokens, features});
+        for (Index i = 0; i < y.size(); ++i) {
+          ASSERT_EQ(wide.data()[i], static_cast<float>(y.data()[i])) << isa.name;
+          ASSERT_EQ(static_cast<float>(narrow.data()[i]), static_cast<float>(static_cast<ef::bfloat16>(static_cast<float>(y.data()[i])))) << isa.name;
+        }
+      });
+    }
+}
+
+TYPED_TEST(Embedding, GradientAddsInTheOrderOfTokens) {
+  using T = TypeParam;
+  for (Index features : {0, 1, 16, 31, 700})
+    for (Index tokens : {0, 1, 300}) {
+      const auto ids = random_ids(tokens, 7, 3);
+      const auto grad_y = random_tensor<T, 2>({tokens, features}, 4);
+      const auto start = random_tensor<float, 2>({7, features}, 5);
+      ef::Tensor<float, 2> expected = start;  // the same additions, one by one
+      for (Index t = 0; t < tokens; ++t)
+        for (Index j = 0; j < features; ++j) expected(ids(t), j) = static_cast<float>(static_cast<ef::compute_type<T>>(expected(ids(t), j)) + static_cast<ef::compute_type<T>>(grad_y(t, j)));
+      for (int count : {1, 2, 3}) {
+        Threads threads(count);
+        ef::Tensor<float, 2> grad_table = start;
+        ef::embedding_backward_into(threads.device, grad_table, grad_y, ids);
+        ASSERT_TRUE(same_bits(grad_table, expected)) << features << " " << tokens;
+      }
+      ef::Tensor<double, 2> wide = to_double(start), reference = wide;
+      ef::embedding_backward_into(kHere, wide, grad_y, ids);
+      ef::reference::embedding_backward(reference, to_double(grad_y), ids);
+      ASSERT_TRUE(same_bits(wide, reference));
+    }
+}
+
+TEST(EmbeddingGradients, EqualFiniteDifferences) {
+  auto table = random_tensor<double, 2>({5, 6}, 6);
+  const auto ids = random_ids(9, 5, 7);
+  const auto grad_y = random_tensor<double, 2>({9, 6}, 8);
+  ef::Tensor<double, 2> grad_table(5, 6);
+  grad_table.setZero();
+  ef::embedding_backward_into(kHere, grad_table, grad_y, ids);
+  EXPECT_LT(relative_error(grad_table, finite_differences(table, [&] { return dot(ef::embedding(ids, table), grad_y); })), 1e-8);
+}
+
+TEST(EmbeddingShapes, BatchesAndWideIds) {
+  const auto table = random_tensor<float, 2>({11, 4}, 9);
+  ef::Tensor<std::int64_t, 2> ids(2, 3);
+  ids.setValues({{1, 10, 0}, {10, 10, 5}});
+  const ef::Tensor<float, 3> y = ef::embedding(ids, table);
+  ASSERT_EQ(y.dimension(0), 2);
+  ASSERT_EQ(y.dimension(1), 3);
+  for (Index b = 0; b < 2; ++b)
+    for (Index t = 0; t < 3; ++t)
+      for (Index j = 0; j < 4; ++j) EXPECT_EQ(y(b, t, j), table(ids(b, t), j));
+  ef::Tensor<float, 2> grad_table(11, 4);
+  grad_table.setZero();
+  ef::embedding_backward_into(kHere, grad_table, y, ids);
+  for (Index j = 0; j < 4; ++j) {
+    EXPECT_EQ(grad_table(10, j), table(10, j) + table(10, j) + table(10, j));
+    EXPECT_EQ(grad_table(5, j), table(5, j));
+    EXPECT_EQ(grad_table(7, j), 0.0f);
+  }
+}
+
+TEST(EmbeddingMemory, DestinationFormsAllocateNothing) {
+  auto table = random_tensor<float, 2>({11, 40}, 10);
+  const auto ids = random_ids(20, 11, 11);
+  ef::Tensor<ef::bfloat16, 2> y(20, 40);
+  EXPECT_EQ(count_allocations([&] {
+    ef::embedding_into(kHere, y, ids, table);
+    ef::embedding_backward_into(kHere, table, y, ids);
+  }), 0);
+}
+
+TEST(EmbeddingErrors, NameThePositionTheIdAndTheVocabulary) {
+  const auto table = random_tensor<float, 2>({8, 4}, 12);
+  auto grad_table = table;
+  auto y = poisoned_tensor<float, 2>({3, 4});
+  const auto grad_y = random_tensor<float, 2>({3, 4}, 13);
+  ef::Tensor<std::int32_t, 1> ids(3);
+  for (std::int32_t bad : {-1, 8, std::numeric_limits<std::int32_t>::min(), std::numeric_limits<std::int32_t>::max()}) {
+    ids.setValues({0, 7, bad});
+    const std::vector<std::string> fragments{"embedding", "id " + std::to_string(bad), "position 2", "< 8"};
+    expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, y, ids, table); }, fragments);
+    expect_throws<std::invalid_argument>([&] { ef::embedding(ids, table); }, fragments);
+    expect_throws<std::invalid_argument>([&] { ef::embedding_backward_into(kHere, grad_table, grad_y, ids); }, fragments);
+  }
+  ids.setValues({0, 1, 2});
+  auto short_y = poisoned_tensor<float, 2>({2, 4}), narrow = poisoned_tensor<float, 2>({3, 5});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, short_y, ids, table); }, {"y has shape (2, 4)", "ids has shape (3)"});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, narrow, ids, table); }, {"y has shape (3, 5)", "table has shape (8, 4)"});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_backward_into(kHere, grad_table, narrow, ids); }, {"embedding_backward", "grad_y"});
+  EXPECT_TRUE(same_bits(grad_table, table));
+  for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
+}
+
+}  // namespace
