@@ -46,7 +46,7 @@ eigenformer_operator(causal_mask)
 # - steps
 #eigenformer_operator(training WITHOUT cpu cuda)
 # - loss scaling
-#eigenformer_operator(grad_scaler WITHOUT reference cpu cuda)
+eigenformer_operator(grad_scaler WITHOUT reference cpu cuda)
 # - requests
 #eigenformer_operator(scheduler WITHOUT cpu cuda)
 # What a decoder needs besides
@@ -60,6 +60,6 @@ eigenformer_operator(embedding WITHOUT cuda)
 # - cross-entropy
 eigenformer_operator(loss WITHOUT cuda)
 # - AdamW, SGD, clipping
-#eigenformer_operator(optimizer WITHOUT cuda)
+eigenformer_operator(optimizer WITHOUT cuda)
 # - the model
 #eigenformer_operator(decoder WITHOUT cpu cuda)

@@ -1,0 +1,327 @@
+// Laws: steps equal the double reference and PyTorch for every size and ISA; the same bits for any number of threads and after a resume
+// from saved state; gradient norms and clipping equal their definition; nonsense is refused.
+#include <eigenformer/optimizer.h>
+#include <eigenformer/reference/optimizer.h>
+
+#include <fstream>
+#include <optional>
+#include <sstream>
+
+#include "allocations.h"
+#include "compare.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+/// Parameters of the given sizes with random weights and gradients.
+struct Model {
+  explicit Model(const std::vector<Index>& sizes, unsigned seed = 1) {
+    for (Index size : sizes) {
+      values.push_back(random_tensor<float, 1>({size}, seed++));
+      gradients.push_back(random_tensor<float, 1>({size}, seed++));
+    }
+  }
+  std::vector<ef::Parameter> parameters() {
+    std::vector<ef::Parameter> result;
+    for (std::size_t i = 0; i < values.size(); ++i)
+      result.push_back(ef::Parameter{ef::TensorView<float, 1>(values[i].data(), values[i].size()),
+                                     ef::TensorView<float, 1>(gradients[i].data(), gradients[i].size())});
+    return result;
+  }
+  void new_gradients(unsigned seed) {
+    for (auto& gradient : gradients) {  // in place: the optimizer refers to this memory
+      const auto fresh = random_tensor<float, 1>({gradient.size()}, seed++);
+      std::copy(fresh.data(), fresh.data() + fresh.size(), gradient.data());
+    }
+  }
+  std::vector<ef::Tensor<float, 1>> values, gradients;
+};
+
+std::vector<double> doubles(const ef::Tensor<float, 1>& x) { return {x.data(), x.data() + x.size()}; }
+
+ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
+  ef::Tensor<double, 1> result(static_cast<Index>(x.size()));
+  std::copy(x.begin(), x.end(), result.data());
+  return result;
+}
+
+std::vector<Index> edge_sizes() {
+  std::vector<Index> sizes;
+  for (Index n = 0; n <= 33; ++n) sizes.push_back(n);
+  for (Index n : {ef::kPieceElements - 1, ef::kPieceElements, ef::kPieceElements + 1, 3 * ef::kPieceElements + 17}) sizes.push_back(n);
+  return sizes;
+}
+
+template <typename Optimizer, typename Options, typename Reference>
+void compare_with_reference(const Options& options, Reference reference_step) {
+  Model model(edge_sizes());
+  Optimizer optimizer(model.parameters(), options);
+  std::vector<ef::reference::OptimizedVector> expected;
+  for (const auto& value : model.values) expected.push_back({doubles(value)});
+  for (unsigned step = 1; step <= 4; ++step) {
+    optimizer.step();
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      reference_step(expected[i], doubles(model.gradients[i]), options);
+      ASSERT_LE(relative_error(model.values[i], tensor(expected[i].value)), tolerance<float>()) << "step " << step << " size " << model.values[i].size();
+    }
+    model.new_gradients(100 * step);
+  }
+  EXPECT_EQ(optimizer.step_count(), 4);
+}
+
+TEST(Optimizer, AdamWEqualsTheReference) {
+  for (const auto& options : {ef::AdamWOptions{}, ef::AdamWOptions{.learning_rate = 0.1, .weight_decay = 0.5, .beta1 = 0.5, .beta2 = 0.9, .epsilon = 1e-2},
+                              ef::AdamWOptions{.weight_decay = 0, .beta1 = 0, .beta2 = 0}})
+    compare_with_reference<ef::AdamW>(options, ef::reference::adamw_step);
+}
+
+TEST(Optimizer, SgdEqualsTheReference) {
+  for (const auto& options : {ef::SgdOptions{}, ef::SgdOptions{.learning_rate = 0.1, .weight_decay = 0.3},
+                              ef::SgdOptions{.learning_rate = 0.1, .weight_decay = 0.1, .momentum = 0.9},
+                              ef::SgdOptions{.learning_rate = 0.1, .momentum = 0.8, .nesterov = true}})
+    compare_with_reference<ef::Sgd>(options, ef::reference::sgd_step);
+}
+
+template <typename Optimizer>
+void replay_golden_step(Optimizer& optimizer, ef::Tensor<float, 1>& gradient, int step) {
+  for (int i = 0; i < 7; ++i) gradient(i) = static_cast<float>((i * 5 + step * 3) % 17 - 8) / 8;
+  optimizer.step();
+}
+
+// tests/golden/optimizer.py made the file with PyTorch.
+TEST(Optimizer, EqualsPyTorch) {
+  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/optimizer.txt");
+  ASSERT_TRUE(file.good());
+  Model model({7});
+  std::optional<ef::AdamW> adamw;
+  std::optional<ef::Sgd> sgd;
+  int lines = 0;
+  for (std::string line; std::getline(file, line); ++lines) {
+    std::istringstream words(line);
+    std::string name;
+    double o[5];
+    int step = -1;
+    words >> name;
+    for (double& option : o) words >> option;
+    words >> step;
+    if (step == 0) {
+      for (int i = 0; i < 7; ++i) model.values[0](i) = static_cast<float>(i - 3) / 4;
+      adamw.reset();
+      sgd.reset();
+      if (name == "adamw")
+        adamw.emplace(model.parameters(), ef::AdamWOptions{.learning_rate = o[0], .weight_decay = o[1], .beta1 = o[2], .beta2 = o[3], .epsilon = o[4]});
+      else
+        sgd.emplace(model.parameters(), ef::SgdOptions{.learning_rate = o[0], .weight_decay = o[1], .momentum = o[2], .nesterov = o[3] != 0});
+    }
+    if (adamw) replay_golden_step(*adamw, model.gradients[0], step);
+    if (sgd) replay_golden_step(*sgd, model.gradients[0], step);
+    for (int i = 0; i < 7; ++i) {
+      double expected = 0;
+      ASSERT_TRUE(static_cast<bool>(words >> expected));
+      ASSERT_NEAR(model.values[0](i), expected, 1e-6) << line;
+    }
+  }
+  EXPECT_EQ(lines, 25);
+}
+
+TEST(Optimizer, TheContractsConstruction) {
+  Model model({5});
+  ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
+  optimizer.step();
+  optimizer.zero_grad();
+  EXPECT_EQ(optimizer.parameters().size(), 1u);
+  for (Index i = 0; i < 5; ++i) EXPECT_EQ(model.gradients[0](i), 0.0f);
+  ef::Sgd sgd(model.parameters());
+  sgd.set_learning_rate(0.5f);
+  EXPECT_EQ(sgd.learning_rate(), 0.5);
+}
+
+TEST(Optimizer, SameBitsForAnyNumberOfThreads) {
+  const std::vector<Index> sizes{3, 5 * ef::kPieceElements + 3, 1, 4 * ef::kPieceElements};
+  Model model(sizes);
+  ef::AdamW optimizer(model.parameters(), {.learning_rate = 0.01});
+  for (int step = 0; step < 3; ++step) optimizer.step();
+  const double norm = ef::gradient_norm(model.parameters());
+  Model scaled(sizes);
+  ef::clip_gradient_norm(scaled.parameters(), 0.7);
+  for (int count : {1, 2, 3}) {
+    Threads threads(count);
+    Model other(sizes);
+    ef::AdamW same(other.parameters(), {.learning_rate = 0.01});
+    for (int step = 0; step < 3; ++step) same.step(threads.device);
+    EXPECT_EQ(ef::gradient_norm(threads.device, other.parameters()), norm);
+    EXPECT_EQ(ef::clip_gradient_norm(threads.device, other.parameters(), 0.7), norm);
+    for (std::size_t i = 0; i < sizes.size(); ++i) {
+      ASSERT_TRUE(same_bits(model.values[i], other.values[i]));
+      ASSERT_TRUE(same_bits(scaled.gradients[i], other.gradients[i]));
+    }
+    same.zero_grad(threads.device);
+    EXPECT_EQ(ef::gradient_norm(other.parameters()), 0.0);
+  }
+}
+
+TEST(Optimizer, AnElementDoesNotDependOnWhereItStands) {
+  Model together({40});
+  std::vector<ef::Parameter> parts;
+  Model apart({40});
+  for (Index begin : {0, 1, 4, 21}) {
+    const Index end = begin == 0 ? 1 : begin == 1 ? 4 : begin == 4 ? 21 : 40;
+    parts.push_back(ef::Parameter{ef::TensorView<float, 1>(apart.values[0].data() + begin, end - begin),
+                                  ef::TensorView<float, 1>(apart.gradients[0].data() + begin, end - begin)});
+  }
+  ef::AdamW a(together.parameters()), b(parts);
+  for (int step = 0; step < 3; ++step) {
+    a.step();
+    b.step();
+  }
+  EXPECT_TRUE(same_bits(together.values[0], apart.values[0]));
+}
+
+TEST(Optimizer, EveryIsaEqualsTheReference) {
+  for_each_isa([&](auto isa) {
+    for (Index size : {1, 7, 8, 9, 31, 100}) {
+      Model model({size});
+      auto expected = ef::reference::OptimizedVector{doubles(model.values[0])};
+      ef::reference::adamw_step(expected, doubles(model.gradients[0]), {.learning_rate = 0.1});
+      ef::Tensor<float, 1> m(size), v(size);
+      m.setZero();
+      v.setZero();
+      const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(), v.data(), size};
+      const ef::AdamWFactors factors{1 - 0.1f * 0.01f, 0.9f, 0.1f, 0.999f, 0.001f, 1.0f, static_cast<float>(1 / std::sqrt(1 - 0.999)), 1e-8f};
+      ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{}, ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, factors});
+      EXPECT_LE(relative_error(model.values[0], tensor(expected.value)), 1e-5) << isa.name << size;
+      double sum = -1, direct = 0;
+      ef::cpu::gradient_squares(isa, Eigen::DefaultDevice{}, &piece, 1, &sum);
+      for (double g : doubles(model.gradients[0])) direct += g * g;
+      EXPECT_NEAR(sum, direct, 1e-12 * direct) << isa.name;
+      for (float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+        for (Index at = 0; at < size; ++at) {
+          bool finite = false;
+          const float kept = std::exchange(model.gradients[0](at), 1e30f);
+          ef::cpu::scale_gradients<false>(isa, Eigen::DefaultDevice{}, &piece, 1, 1.0f, &finite);
+          ASSERT_TRUE(finite) << isa.name;
+          model.gradients[0](at) = bad;
+          ef::cpu::scale_gradients<false>(isa, Eigen::DefaultDevice{}, &piece, 1, 1.0f, &finite);
+          ASSERT_FALSE(finite) << isa.name << " " << at;
+          model.gradients[0](at) = kept;
+        }
+    }
+  });
+}
+
+template <typename Optimizer, typename Options>
+void resume(const Options& options) {
+  Model model({50, 3});
+  Optimizer whole(model.parameters(), options);
+  whole.step();
+  whole.step();
+  Model restored = model;
+  const std::vector<float> saved(whole.state().begin(), whole.state().end());
+  Optimizer resumed(restored.parameters(), options);
+  resumed.load_state(saved, whole.step_count());
+  whole.step();
+  resumed.step();
+  EXPECT_EQ(resumed.step_count(), 3);
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_TRUE(same_bits(model.values[i], restored.values[i]));
+  expect_throws<std::invalid_argument>([&] { resumed.load_state(std::span<const float>(saved).first(1), 1); }, {"load_state", "1 elements"});
+  expect_throws<std::invalid_argument>([&] { resumed.load_state(saved, -1); }, {"step_count", "-1"});
+}
+
+TEST(Optimizer, ResumesExactly) {
+  resume<ef::AdamW>(ef::AdamWOptions{});
+  resume<ef::Sgd>(ef::SgdOptions{.momentum = 0.9});
+  Model model({4, 6});
+  ef::AdamW optimizer(model.parameters(), {.beta1 = 0.5, .beta2 = 0.75});
+  optimizer.step();
+  ASSERT_EQ(optimizer.second_moment(1).size(), 6);
+  for (Index i = 0; i < 6; ++i) {
+    const float g = model.gradients[1](i);
+    EXPECT_EQ(optimizer.first_moment(1)(i), 0.5f * g);
+    EXPECT_FLOAT_EQ(optimizer.second_moment(1)(i), 0.25f * g * g);
+  }
+  ef::AdamW moved = std::move(optimizer);
+  EXPECT_EQ(moved.first_moment(1)(0), 0.5f * model.gradients[1](0));
+  moved.step();
+  EXPECT_EQ(moved.step_count(), 2);
+  expect_throws<std::invalid_argument>([&] { moved.first_moment(2); }, {"first_moment", "parameter 2 of 2"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd(model.parameters()).momentum(0); }, {"momentum"});
+}
+
+TEST(Gradients, ClippingEqualsItsDefinition) {
+  Model model({1, 30, 2000});
+  double squares = 0;
+  for (const auto& gradient : model.gradients)
+    for (double g : doubles(gradient)) squares += g * g;
+  const double norm = std::sqrt(squares);
+  Model untouched = model;
+  EXPECT_NEAR(ef::clip_gradient_norm(model.parameters(), 2 * norm), norm, 1e-9);
+  for (std::size_t i = 0; i < 3; ++i) EXPECT_TRUE(same_bits(model.gradients[i], untouched.gradients[i]));
+  EXPECT_NEAR(ef::clip_gradient_norm(model.parameters(), 0.5), norm, 1e-9);
+  EXPECT_NEAR(ef::gradient_norm(model.parameters()), 0.5, 1e-6);
+  EXPECT_NEAR(model.gradients[2](7), untouched.gradients[2](7) * 0.5 / norm, 1e-7);
+}
+
+TEST(Gradients, NormsPastTheRangeOfFloatAndNonFiniteOnes) {
+  Model model({40});
+  model.gradients[0].setConstant(1e30f);  // squares overflow float
+  EXPECT_NEAR(ef::gradient_norm(model.parameters()), std::sqrt(40.0) * 1e30, 1e24);
+  EXPECT_TRUE(ef::all_finite(model.parameters()));
+  for (float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    model.gradients[0](39) = bad;
+    EXPECT_FALSE(ef::all_finite(model.parameters()));
+    EXPECT_FALSE(std::isfinite(ef::clip_gradient_norm(model.parameters(), 1.0)));
+    EXPECT_EQ(model.gradients[0](0), 1e30f);  // left as it was
+  }
+  model.gradients[0].setConstant(1e30f);
+  EXPECT_FALSE(ef::scale_gradients(model.parameters(), 1e20));  // overflow by the factor counts
+}
+
+TEST(OptimizerContract, Refuses) {
+  Model model({4, 5});
+  auto mixed = std::vector<ef::Parameter>{ef::Parameter{model.parameters()[0].value, model.parameters()[1].gradient}};
+  expect_throws<std::invalid_argument>([&] { ef::AdamW{mixed}; }, {"AdamW", "parameter 0", "4 values", "5 gradients"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd{mixed}; }, {"Sgd", "parameter 0"});
+  expect_throws<std::invalid_argument>([&] { ef::gradient_norm(mixed); }, {"gradient_norm", "parameter 0"});
+  auto twice = model.parameters();
+  twice.push_back(model.parameters()[0]);
+  expect_throws<std::invalid_argument>([&] { ef::AdamW{twice}; }, {"AdamW", "share memory", "0", "2"});
+  constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+  const auto p = model.parameters();
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = -1}); }, {"AdamW", "learning_rate", "-1"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = nan}); }, {"learning_rate", "nan"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.weight_decay = nan}); }, {"weight_decay"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.beta1 = 1}); }, {"beta1", "1"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.beta2 = nan}); }, {"beta2"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.epsilon = -1e-8}); }, {"epsilon"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p).set_learning_rate(nan); }, {"learning_rate"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd(p, {.momentum = 1.5}); }, {"Sgd", "momentum", "1.5"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd(p, {.nesterov = true}); }, {"nesterov", "momentum"});
+  expect_throws<std::invalid_argument>([&] { ef::clip_gradient_norm(p, 0); }, {"max_norm", "0"});
+  expect_throws<std::invalid_argument>([&] { ef::clip_gradient_norm(p, nan); }, {"max_norm"});
+  expect_throws<std::invalid_argument>([&] { ef::scale_gradients(p, nan); }, {"factor"});
+}
+
+TEST(OptimizerContract, NoParametersAndEmptyOnes) {
+  ef::AdamW none({});
+  none.step();
+  none.zero_grad();
+  EXPECT_EQ(ef::gradient_norm(none.parameters()), 0.0);
+  EXPECT_TRUE(ef::all_finite(none.parameters()));
+  Model model({0, 0});
+  ef::Sgd(model.parameters()).step();
+}
+
+TEST(OptimizerContract, AllocatesNothingInAStep) {
+  Model model({100, 2 * ef::kPieceElements});
+  ef::AdamW optimizer(model.parameters());
+  ef::clip_gradient_norm(optimizer.parameters(), 1.0);
+  EXPECT_EQ(count_allocations([&] {
+              optimizer.step();
+              ef::clip_gradient_norm(optimizer.parameters(), 0.5);
+              optimizer.zero_grad();
+            }),
+            0);
+}
+
+}  // namespace
