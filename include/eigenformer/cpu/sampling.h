@@ -58,9 +58,8 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
   for (int w = 0; w < workers; ++w) {
     scratch[w].block_max = frame.take<C>(blocks);
     scratch[w].block_sum = frame.take<double>(blocks);
-    scratch[w].candidates = frame.take<C>(vocab + 1);
-    scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins);
-    scratch[w].bin_count = frame.take<std::int32_t>(SelectionLimits::bins);
+    scratch[w].candidates = frame.take<C>(vocab);
+    scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins * SelectionLimits::ways);
     scratch[w].adjusted = adjusted ? frame.take<C>(vocab) : nullptr;
     scratch[w].counts = penalties ? frame.take<std::int32_t>(vocab) : nullptr;
   }
@@ -111,7 +110,7 @@ std::int32_t draw_token(const SamplingRow<T>& row, double u, const SamplingScrat
   alignas(64) compute_type<T> x[SamplingBlock::size];
   alignas(64) double weights[SamplingBlock::size];
   load_block<Isa>(row.logits, row.vocab, block, x);
-  member_weights(x, block, row.band, row.inverse_temperature, weights);
+  member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
   Index drawn = -1;  // rounding may leave the sum just below the target: then the last token of positive weight
   for (Index j = 0; j < SamplingBlock::size; ++j) {
     if (weights[j] == 0) continue;
@@ -156,7 +155,7 @@ void sampling_probabilities(Isa, const D& device, const SamplingProblem<T>& p, f
     const double total = sum_weights<Isa>(row, scratch.block_sum);
     alignas(64) double weights[SamplingBlock::size];
     for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-      member_weights(x, block, row.band, row.inverse_temperature, weights);
+      member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
       const Index begin = block * SamplingBlock::size, count = std::min(SamplingBlock::size, p.vocab - begin);
       for (Index j = 0; j < count; ++j) out[begin + j] = static_cast<float>(weights[j] / total);
     });

@@ -35,36 +35,35 @@ struct PrefixEnd {
 
 struct SelectionLimits {
   static constexpr int bin_bits = 11;
-  static constexpr Index bins = Index{1} << bin_bits;  // 16 KiB of sums and 8 KiB of counts stay in L1
+  static constexpr Index bins = Index{1} << bin_bits;
+  static constexpr Index ways = 4;     // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
   static constexpr Index sort = 256;                   // below this a sort costs less than the bins
 };
 
 /// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the running weight `above` reaches the
-/// target (the last one that is not empty where none does), keeps its values and returns how many.
+/// target (the last one that weighs anything where none does), keeps its values and returns how many.
 template <typename C, typename Key, typename Weights>
 Index narrow_to_bin(C* values, Index n, int shift, double target, double& above, Key key, Weights weights,
                     const SamplingScratch<C>& scratch) {
   constexpr std::uint64_t low_bits = SelectionLimits::bins - 1;
   const auto bin_of = [&](C value) { return static_cast<Index>((std::uint64_t{key(value)} >> shift) & low_bits); };
-  std::fill(scratch.bin_sum, scratch.bin_sum + SelectionLimits::bins, 0.0);
-  std::fill(scratch.bin_count, scratch.bin_count + SelectionLimits::bins, 0);
+  constexpr Index ways = SelectionLimits::ways;
+  std::fill(scratch.bin_sum, scratch.bin_sum + SelectionLimits::bins * ways, 0.0);
   alignas(64) double w[SamplingBlock::size];
   for (Index i = 0; i < n; i += SamplingBlock::size) {
     const Index count = std::min(SamplingBlock::size, n - i);
     weights(values + i, count, w);
-    for (Index j = 0; j < count; ++j) {
-      const Index bin = bin_of(values[i + j]);
-      scratch.bin_sum[bin] += w[j];
-      ++scratch.bin_count[bin];
-    }
+    for (Index j = 0; j < count; ++j) scratch.bin_sum[bin_of(values[i + j]) * ways + j % ways] += w[j];
   }
-  Index chosen = -1;
+  Index chosen = 0;
   double before = above;
   for (Index bin = SelectionLimits::bins - 1; bin >= 0; --bin) {
-    if (scratch.bin_count[bin] == 0) continue;
+    const double* sums = scratch.bin_sum + bin * ways;
+    const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    if (sum == 0) continue;
     chosen = bin;
     above = before;
-    before += scratch.bin_sum[bin];
+    before += sum;
     if (before >= target) break;
   }
   Index kept = 0;
@@ -186,7 +185,7 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   C least = row.band.hi;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
     if (!kept(row.block_max[block])) return;
-    member_weights(x, block, row.band, row.inverse_temperature, weights);
+    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
     for (Index j = 0; j < SamplingBlock::size; ++j)
       if (weights[j] >= min_p) least = std::min(least, x[j]);
   });
@@ -205,7 +204,7 @@ void keep_typical_p(SamplingRow<T>& row, double p, const SamplingScratch<compute
   alignas(64) double weights[SamplingBlock::size];
   double total = 0, moment = 0;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    member_weights(x, block, row.band, inverse_temperature, weights);
+    member_weights<Isa>(x, block, row.band, inverse_temperature, weights);
     total += block_sum(weights);
     for (Index j = 0; j < SamplingBlock::size; ++j) weights[j] = weights[j] > 0 ? weights[j] * scaled(x[j]) : 0.0;
     moment += block_sum(weights);

@@ -32,9 +32,8 @@ template <typename C>
 struct SamplingScratch {
   C* block_max;           // (blocks)
   double* block_sum;      // (blocks)
-  C* candidates;          // (vocab + 1)
-  double* bin_sum;        // (2048)
-  std::int32_t* bin_count;  // (2048)
+  C* candidates;          // (vocab)
+  double* bin_sum;        // (2048, 4)
   C* adjusted;            // (vocab) logits after penalties, bias and mask; nullptr where no row has any
   std::int32_t* counts;   // (vocab) occurrences of each token; nullptr where no row has penalties
 };
@@ -176,16 +175,53 @@ void block_weights(const C* x, double best, double inverse_temperature, double* 
   for (Index j = 0; j < SamplingBlock::size; ++j) weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
 }
 
-/// weights[j] of the tokens of a block that are in play, 0 for the others.
-template <typename C>
-void member_weights(const C* x, Index block, const Band<C>& band, double inverse_temperature, double* weights) {
-  block_weights(x, static_cast<double>(band.hi), inverse_temperature, weights);
-  const C hi = band.hi, lo = band.lo;
-  const int ties = static_cast<int>(std::clamp<Index>(band.lo_end - block * SamplingBlock::size, 0, SamplingBlock::size));
-  for (int j = 0; j < static_cast<int>(SamplingBlock::size); ++j) {
-    const bool in_play = (x[j] <= hi) & ((x[j] > lo) | ((x[j] == lo) & (j < ties)));
-    weights[j] = in_play ? weights[j] : 0.0;
+/// One bit for each of the 128 tokens of a block.
+struct BlockBits {
+  std::uint64_t word[2] = {0, 0};
+  int count() const { return std::popcount(word[0]) + std::popcount(word[1]); }
+
+  /// Calls f(j) for every set bit, in order.
+  template <typename F>
+  EIGENFORMER_INLINE void for_each(F&& f) const {
+    for (int w = 0; w < 2; ++w)
+      for (std::uint64_t bits = word[w]; bits != 0; bits &= bits - 1) f(Index{64} * w + std::countr_zero(bits));
   }
+};
+
+/// The tokens of a block that are in play and whose logit is `least` or more.
+template <typename Isa, typename C>
+EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>& band, C least) {
+  using V = simd::Vec<C, Isa>;
+  const V lo = V::set1(band.lo), hi = V::set1(band.hi), bound = V::set1(std::max(least, band.lo));
+  BlockBits members, ends;
+  for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+    const V v = V::load(x + i);
+    members.word[i / 64] |= std::uint64_t{(less_equal(bound, v) & less_equal(v, hi)).bits()} << (i % 64);
+    ends.word[i / 64] |= std::uint64_t{equal(v, lo).bits()} << (i % 64);
+  }
+  const Index ties = band.lo_end - block * SamplingBlock::size;  // of the tokens at lo, those before this place are in play
+  for (Index w = 0; w < 2; ++w) {
+    const Index before = std::clamp<Index>(ties - 64 * w, 0, 64);
+    const std::uint64_t in_play = before == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << before) - 1;
+    members.word[w] &= ~ends.word[w] | in_play;
+  }
+  return members;
+}
+
+/// weights[j] of the tokens of a block that are in play, 0 for the others. Few tokens are computed one by one, with the same bits.
+template <typename Isa, typename C>
+void member_weights(const C* x, Index block, const Band<C>& band, double inverse_temperature, double* weights) {
+  const double best = static_cast<double>(band.hi);
+  const BlockBits members = member_bits<Isa>(x, block, band, band.lo);
+  constexpr int few = 24;  // a whole block takes as long as about 40 tokens one by one
+  if (members.count() <= few) {
+    std::fill(weights, weights + SamplingBlock::size, 0.0);
+    members.for_each([&](Index j) { weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature); });
+    return;
+  }
+  block_weights(x, best, inverse_temperature, weights);
+  const BlockBits others{{~members.word[0], ~members.word[1]}};
+  others.for_each([&](Index j) { weights[j] = 0.0; });
 }
 
 /// Sum of 128 doubles in a fixed order.
@@ -202,7 +238,7 @@ double sum_weights(const SamplingRow<T>& row, double* sums) {
   alignas(64) double weights[SamplingBlock::size];
   std::fill(sums, sums + row.blocks(), 0.0);
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-    member_weights(x, block, row.band, row.inverse_temperature, weights);
+    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
     sums[block] = block_sum(weights);
   });
   double total = 0;
@@ -210,18 +246,13 @@ double sum_weights(const SamplingRow<T>& row, double* sums) {
   return total;
 }
 
-/// Copies the logits in play that are `least` or more to `out` in token order; returns how many. Writes up to one element past them.
+/// Copies the logits in play that are `least` or more to `out` in token order; returns how many.
 template <typename Isa, typename T>
 Index gather_candidates(const SamplingRow<T>& row, compute_type<T> least, compute_type<T>* out) {
-  const auto band = row.band;
-  least = std::max(least, band.lo);
   Index n = 0;
-  for_each_block<Isa>(row, least, [&](Index block, const auto* x) {
-    const Index ties = band.lo_end - block * SamplingBlock::size;
-    for (Index j = 0; j < SamplingBlock::size; ++j) {  // no branch: on a flat row each comparison is a coin toss
-      out[n] = x[j];
-      n += (x[j] >= least) & (x[j] <= band.hi) & ((x[j] > band.lo) | (j < ties));
-    }
+  for_each_block<Isa>(row, std::max(least, row.band.lo), [&](Index block, const auto* x) {
+    const BlockBits members = member_bits<Isa>(x, block, row.band, least);
+    members.for_each([&](Index j) { out[n++] = x[j]; });
   });
   return n;
 }
