@@ -18,11 +18,11 @@ namespace cpu {
 /// Monotone integer image of a logit: larger logits have larger keys, and -0 has the key of +0.
 EIGENFORMER_INLINE std::uint32_t order_key(float x) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x + 0.0f);
-  return bits ^ (bits >> 31 != 0 ? 0xFFFFFFFFu : 0x80000000u);
+  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);  // no branch: the sign of a logit is a coin toss
 }
 EIGENFORMER_INLINE std::uint64_t order_key(double x) {
   const std::uint64_t bits = std::bit_cast<std::uint64_t>(x + 0.0);
-  return bits ^ (bits >> 63 != 0 ? ~std::uint64_t{0} : std::uint64_t{1} << 63);
+  return bits ^ ((std::uint64_t{0} - (bits >> 63)) | std::uint64_t{1} << 63);
 }
 
 /// Where a prefix of the candidates ends.
@@ -50,10 +50,12 @@ Index narrow_to_bin(C* values, Index n, int shift, double target, double& above,
   constexpr Index ways = SelectionLimits::ways;
   std::fill(scratch.bin_sum, scratch.bin_sum + SelectionLimits::bins * ways, 0.0);
   alignas(64) double w[SamplingBlock::size];
+  alignas(64) std::int32_t bins[SamplingBlock::size];
   for (Index i = 0; i < n; i += SamplingBlock::size) {
     const Index count = std::min(SamplingBlock::size, n - i);
     weights(values + i, count, w);
-    for (Index j = 0; j < count; ++j) scratch.bin_sum[bin_of(values[i + j]) * ways + j % ways] += w[j];
+    for (Index j = 0; j < count; ++j) bins[j] = static_cast<std::int32_t>(bin_of(values[i + j]) * ways + j % ways);
+    for (Index j = 0; j < count; ++j) scratch.bin_sum[bins[j]] += w[j];
   }
   Index chosen = 0;
   double before = above;
