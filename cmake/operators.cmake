@@ -42,7 +42,7 @@ eigenformer_operator(causal_mask)
 # - column- and row-parallel layers
 #eigenformer_operator(tensor_parallel WITHOUT cpu cuda)
 # - tokens
-#eigenformer_operator(sampling)
+eigenformer_operator(sampling WITHOUT cuda)
 # - steps
 #eigenformer_operator(training WITHOUT cpu cuda)
 # - loss scaling

@@ -1,0 +1,121 @@
+/// \file
+/// What a caller says about sampling one row: the parameters of every filter, the order they run in, the tokens that penalties count,
+/// logit bias and token mask; and the status a row ends with. `sampling.h` is the manual.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <type_traits>
+#include <vector>
+
+#include "philox.h"
+#include "tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// The value of top_k that keeps every token.
+inline constexpr Index kKeepAllTokens = std::numeric_limits<Index>::max();
+
+/// One step of the chain from logits to the distribution drawn from.
+enum class SamplingStage : std::uint8_t { penalties, logit_bias, token_mask, temperature, top_k, top_p, min_p, typical_p };
+
+/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first three places in any order. A stage whose
+/// parameter has its default value does nothing.
+using SamplingOrder = std::array<SamplingStage, 8>;
+
+/// Hugging Face transformers.
+inline constexpr SamplingOrder kHuggingFaceOrder{SamplingStage::penalties, SamplingStage::logit_bias,  SamplingStage::token_mask,
+                                                 SamplingStage::temperature, SamplingStage::top_k,     SamplingStage::top_p,
+                                                 SamplingStage::min_p,       SamplingStage::typical_p};
+/// vLLM's engine version 1; typical_p, which vLLM lacks, comes last.
+inline constexpr SamplingOrder kVllmOrder{SamplingStage::token_mask,  SamplingStage::logit_bias, SamplingStage::penalties,
+                                          SamplingStage::temperature, SamplingStage::min_p,      SamplingStage::top_k,
+                                          SamplingStage::top_p,       SamplingStage::typical_p};
+/// llama.cpp: the filters see the distribution at temperature 1.
+inline constexpr SamplingOrder kLlamaCppOrder{SamplingStage::token_mask, SamplingStage::logit_bias, SamplingStage::penalties,
+                                              SamplingStage::top_k,      SamplingStage::typical_p,  SamplingStage::top_p,
+                                              SamplingStage::min_p,      SamplingStage::temperature};
+
+/// What top-k does with tokens equal to the k-th largest.
+enum class TopKTies : std::uint8_t {
+  lowest_index,  ///< exactly k tokens: of equals, those of lowest index
+  keep_all       ///< all equals of the k-th, so possibly more than k (Hugging Face, vLLM)
+};
+
+/// A number added to the logit of one token; -infinity bans it.
+struct LogitBias {
+  std::int32_t token;
+  float bias;
+};
+
+struct SamplingParams {
+  double temperature = 1;         ///< logits are divided by it; 0 is greedy
+  Index top_k = kKeepAllTokens;   ///< number of most likely tokens kept, 1 or more
+  double top_p = 1;               ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
+  double min_p = 0;               ///< least probability kept, in units of the best token's, from 0 to 1
+  double typical_p = 1;           ///< probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
+  double repetition_penalty = 1;  ///< positive logits divided by it, others multiplied, for tokens of prompt_tokens and output_tokens
+  double frequency_penalty = 0;   ///< subtracted once for each occurrence in output_tokens
+  double presence_penalty = 0;    ///< subtracted from tokens that occur in output_tokens
+  SamplingOrder order = kHuggingFaceOrder;
+  TopKTies top_k_ties = TopKTies::lowest_index;
+  std::span<const std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
+  std::span<const std::int32_t> output_tokens = {};  ///< tokens generated so far
+  std::span<const LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
+  /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it; ceil(vocab / 32) words, or none: all allowed.
+  std::span<const std::uint32_t> token_mask = {};
+};
+
+/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams, which it refers to. (A span would itself
+/// accept `{}` where the parameters of all rows are meant.)
+class RowSamplingParams {
+ public:
+  template <typename Range>
+    requires std::is_convertible_v<const Range&, std::span<const SamplingParams>>
+  RowSamplingParams(const Range& rows) : rows_(rows) {}
+  const SamplingParams* data() const { return rows_.data(); }
+  Index size() const { return static_cast<Index>(rows_.size()); }
+
+ private:
+  std::span<const SamplingParams> rows_;
+};
+
+/// How sampling a row ended.
+enum class SampleStatus : std::uint8_t {
+  ok,
+  nan,                ///< the row holds NaN
+  positive_infinity,  ///< the row holds +infinity
+  no_token            ///< every logit is -infinity, as given or after bias and mask
+};
+
+/// The random numbers of a call: one generator for all rows (row r draws at row r of its counter), or one generator a row (each row
+/// draws at row 0 of its own, so that a request's draws follow it from batch to batch). Made implicitly from a Philox, a span,
+/// vector or array of them; it refers to them, and the call advances each by one.
+class Generators {
+ public:
+  Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}
+  Generators(Philox&& shared) : Generators(shared) {}
+  Generators(std::span<Philox> one_a_row) : data_(one_a_row.data()), size_(static_cast<Index>(one_a_row.size())), per_row_(true) {}
+  template <typename Range>
+    requires(std::is_convertible_v<Range&, std::span<Philox>> && !std::is_same_v<std::remove_cvref_t<Range>, Generators> &&
+             !std::is_same_v<std::remove_cvref_t<Range>, std::span<Philox>>)
+  Generators(Range& one_a_row) : Generators(std::span<Philox>(one_a_row)) {}
+
+  const Philox* data() const { return data_; }
+  Index size() const { return size_; }
+  bool per_row() const { return per_row_; }
+  void advance() const {
+    for (Index i = 0; i < size_; ++i) data_[i].advance();
+  }
+
+ private:
+  Philox* data_;
+  Index size_;
+  bool per_row_;
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

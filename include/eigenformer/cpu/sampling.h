@@ -1,0 +1,167 @@
+/// \file
+/// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of every block of 128 tokens; one
+/// streaming read), filtered (sampling_filters.h), and drawn from by the inverse of its cumulative distribution in token order. Greedy
+/// is the scan and one block. Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block maximum; a draw
+/// without top-k adds one exponential a token in double, about 1 ns each.
+#pragma once
+
+#include "../core/device.h"
+#include "../core/workspace.h"
+#include "sampling_filters.h"
+#include "sampling_logits.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device memory, params and generators the host's;
+/// params[0].temperature == 0 asks for greedy, else params[0].top_k for top-k.
+template <typename T>
+struct SamplingProblem {
+  const T* logits;  // (batch, vocab)
+  Index batch, vocab;
+  const SamplingParams* params;
+  Index params_stride;  // 0: the same for all rows, 1: one a row
+  const Philox* generators;
+  Index generators_stride;  // 0: one for all rows, 1: one a row
+  std::int32_t* ids;        // (batch), -1 where the status is not ok
+  SampleStatus* statuses;   // (batch), or nullptr
+
+  const SamplingParams& params_of(Index row) const { return params[row * params_stride]; }
+  double uniform(Index row) const {
+    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row)) : generators[row].uniform(0);
+  }
+  void finish(Index row, std::int32_t id, SampleStatus status) const {
+    if (ids != nullptr) ids[row] = id;
+    if (statuses != nullptr) statuses[row] = status;
+  }
+};
+
+namespace cpu {
+
+template <typename T>
+struct SamplingNeeds {
+  bool adjusted = false, penalties = false;
+  explicit SamplingNeeds(const SamplingProblem<T>& p) {
+    const Index sets = p.params_stride == 0 ? std::min<Index>(1, p.batch) : p.batch;
+    for (Index i = 0; i < sets; ++i) {
+      adjusted = adjusted || adjusts_logits(p.params[i]);
+      penalties = penalties || has_penalties(p.params[i]);
+    }
+  }
+};
+
+/// The scratch of `workers` workers for rows of `vocab` tokens.
+template <typename C>
+SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, Index vocab, bool adjusted, bool penalties) {
+  auto* scratch = frame.take<SamplingScratch<C>>(workers);
+  const Index blocks = (vocab + SamplingBlock::size - 1) / SamplingBlock::size;
+  for (int w = 0; w < workers; ++w) {
+    scratch[w].block_max = frame.take<C>(blocks);
+    scratch[w].block_sum = frame.take<double>(blocks);
+    scratch[w].candidates = frame.take<C>(vocab);
+    scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins * SelectionLimits::ways);
+    scratch[w].adjusted = adjusted ? frame.take<C>(vocab) : nullptr;
+    scratch[w].counts = penalties ? frame.take<std::int32_t>(vocab) : nullptr;
+  }
+  return scratch;
+}
+
+inline Index sampling_grain(Index vocab) { return 1 + 16384 / (vocab + 1); }  // a task reads at least 16k logits
+
+/// Calls visit(r, row, status, scratch) for every row of the batch, `row` filtered where the status is ok.
+template <typename Isa, CpuDevice D, typename T, typename Visit>
+void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspace& workspace, Visit visit) {
+  using C = compute_type<T>;
+  Workspace::Frame frame(workspace);
+  const SamplingNeeds<T> needs(p);
+  const auto* scratches = take_sampling_scratch<C>(frame, worker_count(device), p.vocab, needs.adjusted, needs.penalties);
+  parallel_for(device, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
+    const SamplingScratch<C>& scratch = scratches[worker];
+    for (Index r = first; r < last; ++r) {
+      const SamplingParams& params = p.params_of(r);
+      SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
+      SampleStatus status = scan_row<Isa>(row);
+      if (status != SampleStatus::ok || !adjusts_logits(params)) {
+        if (status == SampleStatus::ok) apply_filters<Isa>(row, params, scratch);
+        visit(r, row, status, scratch);
+        continue;
+      }
+      adjust_logits<Isa>(row.logits, p.vocab, params, scratch.adjusted, scratch.counts);
+      SamplingRow<C> adjusted{scratch.adjusted, p.vocab, scratch.block_max, {}, 1.0};
+      status = scan_row<Isa>(adjusted);
+      if (status == SampleStatus::ok) apply_filters<Isa>(adjusted, params, scratch);
+      visit(r, adjusted, status, scratch);
+    }
+  });
+}
+
+/// The token at which the running sum of weights, in token order, passes u times their total. u in (0, 1).
+template <typename Isa, typename T>
+std::int32_t draw_token(const SamplingRow<T>& row, double u, const SamplingScratch<compute_type<T>>& scratch) {
+  const double target = u * sum_weights<Isa>(row, scratch.block_sum);
+  double before = 0;
+  Index block = -1;
+  for (Index b = 0; b < row.blocks(); ++b) {
+    if (scratch.block_sum[b] == 0) continue;
+    if (block >= 0) before += scratch.block_sum[block];
+    block = b;
+    if (before + scratch.block_sum[b] > target) break;
+  }
+  alignas(64) compute_type<T> x[SamplingBlock::size];
+  alignas(64) double weights[SamplingBlock::size];
+  load_block<Isa>(row.logits, row.vocab, block, x);
+  member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+  Index drawn = -1;  // rounding may leave the sum just below the target: then the last token of positive weight
+  for (Index j = 0; j < SamplingBlock::size; ++j) {
+    if (weights[j] == 0) continue;
+    drawn = j;
+    before += weights[j];
+    if (before > target) break;
+  }
+  return static_cast<std::int32_t>(block * SamplingBlock::size + drawn);
+}
+
+template <typename Isa, CpuDevice D, typename T>
+void sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& workspace) {
+  for_each_distribution<Isa>(device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+    p.finish(r, status == SampleStatus::ok ? draw_token<Isa>(row, p.uniform(r), scratch) : -1, status);
+  });
+}
+
+/// Lowest index of the largest logit of every row.
+template <typename Isa, CpuDevice D, typename T>
+void greedy_sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& workspace) {
+  using C = compute_type<T>;
+  Workspace::Frame frame(workspace);
+  const Index blocks = (p.vocab + SamplingBlock::size - 1) / SamplingBlock::size;
+  C* maxima = frame.take<C>(checked_product(worker_count(device), blocks, "greedy_sample", "scratch"));
+  parallel_for(device, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
+    for (Index r = first; r < last; ++r) {
+      SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, maxima + worker * blocks, {}, 1.0};
+      const SampleStatus status = scan_row<Isa>(row);
+      p.finish(r, status == SampleStatus::ok ? static_cast<std::int32_t>(nth_equal<Isa>(row, row.band.hi, 1)) : -1, status);
+    }
+  });
+}
+
+/// Writes the distribution of every row, (batch, vocab); rows whose status is not ok are zero.
+template <typename Isa, CpuDevice D, typename T>
+void sampling_probabilities(Isa, const D& device, const SamplingProblem<T>& p, float* probabilities, Workspace& workspace) {
+  for_each_distribution<Isa>(device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+    float* out = probabilities + r * p.vocab;
+    std::fill(out, out + p.vocab, 0.0f);
+    p.finish(r, -1, status);
+    if (status != SampleStatus::ok) return;
+    const double total = sum_weights<Isa>(row, scratch.block_sum);
+    alignas(64) double weights[SamplingBlock::size];
+    for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+      member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+      const Index begin = block * SamplingBlock::size, count = std::min(SamplingBlock::size, p.vocab - begin);
+      for (Index j = 0; j < count; ++j) out[begin + j] = static_cast<float>(weights[j] / total);
+    });
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

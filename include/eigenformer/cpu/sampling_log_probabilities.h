@@ -1,0 +1,100 @@
+/// \file
+/// CPU kernel of sampling with log-probabilities: the draw of sampling.h, and beside it the log-softmax of the logits as they came,
+/// of the drawn token and of the best n: one more scan of the row and one exponential a token.
+#pragma once
+
+#include "sampling.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Where the log-probabilities go. Rows whose status is not ok get -1 and NaN.
+struct LogProbabilityOutputs {
+  float* raw;                    // (batch)
+  float* processed;              // (batch)
+  std::int32_t* rank;            // (batch)
+  Index best;                    // columns of the three below, at most vocab
+  std::int32_t* best_ids;        // (batch, best)
+  float* best_raw;               // (batch, best)
+  float* best_processed;         // (batch, best)
+};
+
+namespace cpu {
+
+/// Log of the probability of one token in a filtered distribution whose weights sum to `total`.
+template <typename T>
+float processed_log_probability(const SamplingRow<T>& row, Index token, double total) {
+  using C = compute_type<T>;
+  const C logit = static_cast<C>(row.logits[token]);
+  if (!row.band.contains(logit, token)) return -std::numeric_limits<float>::infinity();
+  return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) * row.inverse_temperature - std::log(total));
+}
+
+/// Fills `ids` with the `count` tokens of largest logit, best first, equals by index. Leaves the band closed around them.
+template <typename Isa, typename T>
+void best_tokens(SamplingRow<T>& row, Index count, std::int32_t* ids, const SamplingScratch<compute_type<T>>& scratch) {
+  row.band.lo = -std::numeric_limits<compute_type<T>>::infinity();  // here a banned token counts: it is among the best of few
+  keep_top_k<Isa>(row, count, TopKTies::lowest_index, scratch);
+  Index n = 0;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    for (Index j = 0; j < SamplingBlock::size && block * SamplingBlock::size + j < row.vocab; ++j)
+      if (row.band.contains(x[j], block * SamplingBlock::size + j)) ids[n++] = static_cast<std::int32_t>(block * SamplingBlock::size + j);
+  });
+  std::sort(ids, ids + n, [&](std::int32_t a, std::int32_t b) {
+    const auto xa = row.logits[a], xb = row.logits[b];
+    return xa > xb || (xa == xb && a < b);
+  });
+}
+
+template <typename Isa, typename T>
+Index count_above(const SamplingRow<T>& row, compute_type<T> value) {
+  Index above = 0;
+  for_each_block<Isa>(row, value, [&](Index, const auto* x) {
+    for (Index j = 0; j < SamplingBlock::size; ++j) above += x[j] > value;
+  });
+  return above;
+}
+
+/// The part of one row that looks at its raw logits. processed(token) is the log-probability in the filtered distribution.
+template <typename Isa, typename T, typename Processed>
+void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id, const LogProbabilityOutputs& out,
+                             const SamplingScratch<compute_type<T>>& scratch, Processed processed) {
+  scan_row<Isa>(raw);
+  const double best = static_cast<double>(raw.band.hi), log_total = std::log(sum_weights<Isa>(raw, scratch.block_sum));
+  const auto log_probability = [&](Index token) { return static_cast<float>(static_cast<double>(raw.logits[token]) - best - log_total); };
+  out.raw[r] = log_probability(id);
+  out.processed[r] = processed(id);
+  out.rank[r] = static_cast<std::int32_t>(1 + count_above<Isa>(raw, static_cast<compute_type<T>>(raw.logits[id])));
+  if (out.best == 0) return;
+  best_tokens<Isa>(raw, out.best, out.best_ids + r * out.best, scratch);
+  for (Index i = r * out.best; i < (r + 1) * out.best; ++i) {
+    out.best_raw[i] = log_probability(out.best_ids[i]);
+    out.best_processed[i] = processed(out.best_ids[i]);
+  }
+}
+
+template <typename Isa, CpuDevice D, typename T>
+void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T>& p, const LogProbabilityOutputs& out,
+                                   Workspace& workspace) {
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  for_each_distribution<Isa>(device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+    if (status != SampleStatus::ok) {
+      p.finish(r, -1, status);
+      out.raw[r] = out.processed[r] = nan;
+      out.rank[r] = -1;
+      std::fill(out.best_ids + r * out.best, out.best_ids + (r + 1) * out.best, -1);
+      std::fill(out.best_raw + r * out.best, out.best_raw + (r + 1) * out.best, nan);
+      std::fill(out.best_processed + r * out.best, out.best_processed + (r + 1) * out.best, nan);
+      return;
+    }
+    const std::int32_t id = draw_token<Isa>(row, p.uniform(r), scratch);
+    p.finish(r, id, status);
+    const double total = sum_weights<Isa>(row, scratch.block_sum);
+    const SamplingRow<T> raw{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
+    write_log_probabilities<Isa>(raw, r, id, out, scratch, [&](Index token) { return processed_log_probability(row, token, total); });
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

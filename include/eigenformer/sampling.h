@@ -1,0 +1,355 @@
+/// \file
+/// From logits (batch, vocab) to tokens: greedy, top-k (Fan et al., "Hierarchical Neural Story Generation", 2018), top-p or nucleus
+/// (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020), min-p (Nguyen et al., "Turning Up the Heat", 2024), locally
+/// typical (Meister et al., 2023), penalties (Keskar et al., "CTRL", 2019), and speculative verification (Leviathan et al., "Fast
+/// Inference from Transformers via Speculative Decoding", 2023; Chen et al., 2023).
+///
+///   ids = ef::greedy_sample(logits);
+///   ids = ef::top_k_sample(logits, k, temperature, rng);
+///   ids = ef::top_p_sample(logits, p, temperature, rng);
+///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
+///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
+///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
+///
+/// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each filter
+/// on the renormalised survivors of the one before:
+///   penalties     x > 0 ? x / r : x * r for tokens of prompt and output; then x -= frequency * count + presence for those of the output
+///   logit_bias    x += bias
+///   token_mask    -infinity where the bit is 0
+///   temperature   x / T; T = 0 keeps the best token (lowest index among equals): greedy
+///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties)
+///   top_p         the smallest set of most likely tokens whose probability sums to at least p; equals by lowest index
+///   min_p         probability >= min_p * the best's
+///   typical_p     the smallest set of tokens nearest in information to the entropy whose probability sums to at least p; all equals
+/// Every set holds at least one token. Equality and order are those of the logits as given (after penalties and bias), not of rounded
+/// probabilities. Sums and weights are in double. Tokens at -infinity are never drawn.
+///
+/// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a function of (seed, position, r),
+/// or of (seed, position) where every row has a generator of its own. Each call advances each generator by one, whatever the batch
+/// and the outcome of its rows; a call that throws advances nothing. Results do not depend on the other rows or on threads.
+///
+/// Logits are float, double, bfloat16 or half and are never changed. A row that holds NaN or +infinity, or that is all -infinity (as
+/// given, or after bias and mask), makes the returning forms throw std::invalid_argument naming it; the _into forms give it id -1
+/// and a status and serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators, parameters
+/// out of range or NaN, and token ids out of range. batch 0 is legal. An output must not overlap the logits.
+///
+/// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about one
+/// exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a pool.
+/// The _into forms allocate nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string>
+
+#include "core/check.h"
+#include "core/device.h"
+#include "core/sampling_params.h"
+#include "core/workspace.h"
+#include "cpu/sampling.h"
+#include "cpu/sampling_log_probabilities.h"
+#include "cpu/sampling_speculative.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+inline void check_sampling_order(std::string_view name, const SamplingOrder& order) {
+  unsigned seen = 0;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const auto stage = static_cast<unsigned>(order[i]);
+    require(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage, " at place ", i,
+            ", expected every stage once");
+    require((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name, "order has stage ", stage, " at place ", i,
+            ", expected penalties, logit_bias and token_mask in the first three places");
+    seen |= 1u << stage;
+  }
+}
+
+inline void check_tokens(std::string_view name, std::string_view argument, std::span<const std::int32_t> tokens, Index vocab) {
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    require(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i], ", expected a token in [0, ", vocab, ")");
+}
+
+/// O(1) but for the lists that come with the parameters.
+inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
+  require(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ", p.temperature, ", expected 0 (greedy) or more");
+  require(p.top_k >= 1, name, "top_k is ", p.top_k, ", expected 1 or more");
+  require(!std::isnan(p.top_p), name, "top_p is NaN");
+  require(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
+  require(!std::isnan(p.typical_p), name, "typical_p is NaN");
+  require(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, name, "repetition_penalty is ", p.repetition_penalty,
+          ", expected a finite number above 0");
+  require(std::isfinite(p.frequency_penalty), name, "frequency_penalty is ", p.frequency_penalty, ", expected a finite number");
+  require(std::isfinite(p.presence_penalty), name, "presence_penalty is ", p.presence_penalty, ", expected a finite number");
+  check_sampling_order(name, p.order);
+  check_tokens(name, "prompt_tokens", p.prompt_tokens, vocab);
+  check_tokens(name, "output_tokens", p.output_tokens, vocab);
+  for (std::size_t i = 0; i < p.logit_bias.size(); ++i) {
+    const LogitBias& bias = p.logit_bias[i];
+    require(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ", bias.token, ", expected a token in [0, ", vocab, ")");
+    require(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i, "] is ", bias.bias,
+            ", expected a finite number or -infinity");
+  }
+  const Index words = static_cast<Index>(p.token_mask.size());
+  require(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words, " words, expected ", (vocab + 31) / 32,
+          " (a bit for each of ", vocab, " tokens) or none");
+}
+
+/// Parameters of a call: one set for all rows, or one a row.
+struct SamplingParamsView {
+  const SamplingParams* data;
+  Index count;
+  bool per_row;
+  SamplingParamsView(const SamplingParams& shared) : data(&shared), count(1), per_row(false) {}
+  SamplingParamsView(const RowSamplingParams& rows) : data(rows.data()), count(rows.size()), per_row(true) {}
+};
+
+inline void check_sampling_shape(std::string_view name, Index vocab) {
+  require(vocab >= 1 && vocab <= std::numeric_limits<std::int32_t>::max(), name, "logits has a vocabulary of ", vocab,
+          ", expected 1 to 2147483647 tokens");
+}
+
+inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch, Index vocab) {
+  if (!params.per_row) return check_sampling_params(name, *params.data, vocab);
+  require(params.count == batch, name, "params has ", params.count, " sets, logits has ", batch, " rows");
+  for (Index r = 0; r < batch; ++r) check_sampling_params(join(name, "params of row ", r), params.data[r], vocab);
+}
+
+inline void check_generators(std::string_view name, const Generators& rng, Index batch) {
+  require(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(), " generators, logits has ", batch, " rows");
+}
+
+template <typename View>
+auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params, std::int32_t* ids, SampleStatus* statuses) {
+  using T = scalar_of<View>;
+  static_assert(FloatingScalar<T>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
+  check_sampling_shape(name, logits.dimension(1));
+  check_all_params(name, params, logits.dimension(0), logits.dimension(1));
+  return SamplingProblem<T>{logits.data(), logits.dimension(0), logits.dimension(1), params.data, params.per_row ? 1 : 0,
+                            nullptr, 0, ids, statuses};
+}
+
+template <typename T>
+void set_generators(std::string_view name, SamplingProblem<T>& problem, const Generators& rng) {
+  check_generators(name, rng, problem.batch);
+  problem.generators = rng.data();
+  problem.generators_stride = rng.per_row() ? 1 : 0;
+}
+
+inline void require_good_rows(std::string_view name, std::span<const SampleStatus> statuses) {
+  for (std::size_t r = 0; r < statuses.size(); ++r) {
+    require(statuses[r] != SampleStatus::nan, name, "logits row ", r, " holds NaN");
+    require(statuses[r] != SampleStatus::positive_infinity, name, "logits row ", r, " holds +infinity");
+    require(statuses[r] != SampleStatus::no_token, name, "logits row ", r, " is all -infinity, as given or after bias and mask: no token is left");
+  }
+}
+
+template <typename Ids>
+auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> statuses, Index batch) {
+  auto view = output_view<1>(ids);
+  static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>, "eigenformer: token ids are std::int32_t");
+  require(view.dimension(0) == batch, name, "ids has ", view.dimension(0), " elements, logits has ", batch, " rows");
+  require(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name, "statuses has ", statuses.size(), " elements, logits has ",
+          batch, " rows");
+  return view;
+}
+
+template <typename D, typename Ids, typename Logits>
+void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits, const SamplingParamsView& params,
+                 const Generators& rng, std::span<SampleStatus> statuses, Workspace& workspace) {
+  const auto view = input_view<2>(logits);
+  auto out = sampled_ids_view(name, ids, statuses, view.dimension(0));
+  auto problem = sampling_problem(name, view, params, out.data(), statuses.empty() ? nullptr : statuses.data());
+  set_generators(name, problem, rng);
+  if constexpr (is_gpu_device<D>)
+    launch_on_gpu(device, problem);
+  else
+    cpu::sample(isa::best{}, device, problem, workspace);
+  rng.advance();
+}
+
+template <CpuDevice D, typename Logits>
+Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits, const SamplingParamsView& params,
+                               const Generators& rng) {
+  const auto view = input_view<2>(logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<std::int32_t, 1> ids(view.dimension(0));
+  auto problem = sampling_problem(name, view, params, ids.data(), statuses.data());
+  set_generators(name, problem, rng);
+  cpu::sample(isa::best{}, device, problem, thread_workspace());
+  require_good_rows(name, statuses);
+  rng.advance();
+  return ids;
+}
+
+inline SamplingParams top_k_params(Index k, double temperature) { return {.temperature = temperature, .top_k = k}; }
+inline SamplingParams top_p_params(double p, double temperature) { return {.temperature = temperature, .top_p = p}; }
+
+}  // namespace detail
+
+// ---- greedy ------------------------------------------------------------------------------------------------------------------
+
+/// ids[r] = lowest index of the largest logit of row r; -1 and a status (where `statuses`, (batch), is given) for a bad row. On a GPU
+/// all three are device memory.
+template <Device D, typename Ids, typename Logits>
+void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits, std::span<SampleStatus> statuses = {},
+                        Workspace& workspace = thread_workspace()) {
+  const auto view = input_view<2>(logits);
+  auto out = detail::sampled_ids_view("greedy_sample", ids, statuses, view.dimension(0));
+  const SamplingParams greedy{.temperature = 0};
+  const auto problem = detail::sampling_problem("greedy_sample", view, greedy, out.data(), statuses.empty() ? nullptr : statuses.data());
+  if constexpr (is_gpu_device<D>)
+    launch_on_gpu(device, problem);
+  else
+    cpu::greedy_sample(isa::best{}, device, problem, workspace);
+}
+
+/// Returns the ids (batch). Throws std::invalid_argument.
+template <CpuDevice D, typename Logits>
+Tensor<std::int32_t, 1> greedy_sample(const D& device, const Logits& logits) {
+  const auto view = input_view<2>(logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<std::int32_t, 1> ids(view.dimension(0));
+  greedy_sample_into(device, ids, view, statuses);
+  detail::require_good_rows("greedy_sample", statuses);
+  return ids;
+}
+
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
+  return greedy_sample(Eigen::DefaultDevice{}, logits);
+}
+
+// ---- sampling ----------------------------------------------------------------------------------------------------------------
+
+/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is (batch). Allocates nothing after the first
+/// call at a size. On CPU devices any parameters.
+template <CpuDevice D, typename Ids, typename Logits>
+void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params, Generators rng,
+                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+  detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
+}
+template <CpuDevice D, typename Ids, typename Logits>
+void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamplingParams& params, Generators rng,
+                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+  detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
+}
+
+/// Draws from the k largest of every row at a temperature. On a GPU ids, logits and statuses are device memory.
+template <Device D, typename Ids, typename Logits>
+void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k, double temperature, Generators rng,
+                       std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+  detail::sample_into("top_k_sample", device, ids, logits, detail::top_k_params(k, temperature), rng, statuses, workspace);
+}
+
+/// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
+template <CpuDevice D, typename Logits>
+Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const SamplingParams& params, Generators rng) {
+  return detail::sample("sample", device, logits, params, rng);
+}
+template <CpuDevice D, typename Logits>
+Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const RowSamplingParams& params, Generators rng) {
+  return detail::sample("sample", device, logits, params, rng);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<std::int32_t, 1> sample(const Logits& logits, const SamplingParams& params, Generators rng) {
+  return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<std::int32_t, 1> sample(const Logits& logits, const RowSamplingParams& params, Generators rng) {
+  return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
+}
+
+/// sample with {.temperature = temperature, .top_k = k}.
+template <CpuDevice D, typename Logits>
+Tensor<std::int32_t, 1> top_k_sample(const D& device, const Logits& logits, Index k, double temperature, Generators rng) {
+  return detail::sample("top_k_sample", device, logits, detail::top_k_params(k, temperature), rng);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<std::int32_t, 1> top_k_sample(const Logits& logits, Index k, double temperature, Generators rng) {
+  return top_k_sample(Eigen::DefaultDevice{}, logits, k, temperature, rng);
+}
+
+/// sample with {.temperature = temperature, .top_p = p}.
+template <CpuDevice D, typename Logits>
+Tensor<std::int32_t, 1> top_p_sample(const D& device, const Logits& logits, double p, double temperature, Generators rng) {
+  return detail::sample("top_p_sample", device, logits, detail::top_p_params(p, temperature), rng);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temperature, Generators rng) {
+  return top_p_sample(Eigen::DefaultDevice{}, logits, p, temperature, rng);
+}
+
+// ---- the distribution --------------------------------------------------------------------------------------------------------
+
+namespace detail {
+
+template <CpuDevice D, typename Out, typename Logits>
+void sampling_probabilities_into(const D& device, Out& probabilities, const Logits& logits, const SamplingParamsView& params,
+                                 std::span<SampleStatus> statuses, Workspace& workspace) {
+  constexpr auto name = "sampling_probabilities";
+  const auto view = input_view<2>(logits);
+  auto out = output_view<2>(probabilities);
+  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: sampling probabilities are float");
+  require_same_shape(name, "probabilities", out, "logits", view);
+  require(statuses.empty() || static_cast<Index>(statuses.size()) == view.dimension(0), name, "statuses has ", statuses.size(),
+          " elements, logits has ", view.dimension(0), " rows");
+  const auto problem = sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
+  cpu::sampling_probabilities(isa::best{}, device, problem, out.data(), workspace);
+}
+
+template <CpuDevice D, typename Logits>
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const SamplingParamsView& params) {
+  const auto view = input_view<2>(logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
+  sampling_probabilities_into(device, probabilities, view, params, statuses, thread_workspace());
+  require_good_rows("sampling_probabilities", statuses);
+  return probabilities;
+}
+
+}  // namespace detail
+
+/// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is all zero. Nothing is allocated.
+template <CpuDevice D, typename Out, typename Logits>
+void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits, const SamplingParams& params,
+                                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+  detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
+}
+template <CpuDevice D, typename Out, typename Logits>
+void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits, const RowSamplingParams& params,
+                                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+  detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
+}
+
+/// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature 0. Throws std::invalid_argument.
+template <CpuDevice D, typename Logits>
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const SamplingParams& params) {
+  return detail::sampling_probabilities(device, logits, params);
+}
+template <CpuDevice D, typename Logits>
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const RowSamplingParams& params) {
+  return detail::sampling_probabilities(device, logits, params);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<float, 2> sampling_probabilities(const Logits& logits, const SamplingParams& params) {
+  return detail::sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+Tensor<float, 2> sampling_probabilities(const Logits& logits, const RowSamplingParams& params) {
+  return detail::sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
+
+#include "sampling_outputs.h"  // sample_with_log_probabilities, verify_speculative
