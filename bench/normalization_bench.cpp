@@ -39,6 +39,10 @@ void normalization_cases(bench::Suite& suite) {
                           weight->reshape(one_row).broadcast(down);
     });
 
+    const auto bias = random_tensor<1>({features});
+    auto& layer = suite.row("layer_norm " + shape, bench::Limit::copy_bytes(bytes, bytes));
+    layer.ours([=](const auto& device) { ef::layer_norm_into(device, *y, *x, *weight, *bias); });
+
     const auto grad_y = random_tensor<2>({rows, features});
     const auto grad_weight = random_tensor<1>({features});
     auto& backward = suite.row("rms_norm_backward " + shape, bench::Limit::copy_bytes(2 * bytes, bytes));
