@@ -1,5 +1,5 @@
-// Laws: equal to the definition for every scalar, ISA and width; gradients equal finite differences; the same bits for any threads, for
-// a row alone and in place; add_rms_norm is the two steps; refuses what makes no sense.
+// Laws: equal to the definition for every scalar, ISA and width; gradients equal finite differences; the same bits for any threads,
+// for a row alone and in place; add_rms_norm is the two steps; refuses what makes no sense.
 #include <eigenformer/normalization.h>
 #include <eigenformer/reference/normalization.h>
 
@@ -72,7 +72,8 @@ TYPED_TEST(RmsNorm, FusedResidualIsTheTwoSteps) {
     const auto weight = random_tensor<float, 1>({features}, 7);
     ef::Tensor<T, 2> sum(40, features);
     using C = ef::compute_type<T>;
-    for (Index i = 0; i < x.size(); ++i) sum.data()[i] = static_cast<T>(static_cast<C>(start.data()[i]) + static_cast<C>(x.data()[i]));
+    for (Index i = 0; i < x.size(); ++i)
+      sum.data()[i] = static_cast<T>(static_cast<C>(start.data()[i]) + static_cast<C>(x.data()[i]));
     for (int count : {1, 2, 3}) {
       Threads threads(count);
       ef::Tensor<T, 2> residual = start;
@@ -197,15 +198,19 @@ TEST(RmsNormErrors, NameTheArgument) {
   expect_throws<std::invalid_argument>([&] { ef::rms_norm(x, short_weight); }, {"rms_norm", "weight has 7", "8 features"});
   expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, wrong, x, weight); }, {"y has shape (3, 8)", "(2, 8)"});
   for (float epsilon : {0.0f, -1e-5f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, y, x, weight, {.epsilon = epsilon}); }, {"rms_norm", "epsilon"});
+    expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, y, x, weight, {.epsilon = epsilon}); },
+                                         {"rms_norm", "epsilon"});
     auto grad_weight = weight;
-    expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight, {.epsilon = epsilon}); },
-                                         {"rms_norm_backward", "epsilon"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight, {.epsilon = epsilon}); },
+        {"rms_norm_backward", "epsilon"});
     EXPECT_TRUE(same_bits(grad_weight, weight));
   }
-  expect_throws<std::invalid_argument>([&] { ef::add_rms_norm_into(kHere, y, wrong, x, weight); }, {"add_rms_norm", "residual has shape (3, 8)"});
+  expect_throws<std::invalid_argument>([&] { ef::add_rms_norm_into(kHere, y, wrong, x, weight); },
+                                       {"add_rms_norm", "residual has shape (3, 8)"});
   auto grad_weight = short_weight;
-  expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight); }, {"grad_weight has 7"});
+  expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight); },
+                                       {"grad_weight has 7"});
   EXPECT_TRUE(std::isnan(y(0, 0)));
 }
 
@@ -226,7 +231,8 @@ TYPED_TEST(LayerNorm, EqualsItsDefinitionAtEveryWidth) {
       ASSERT_LT(relative_error(y, expected), tolerance<T>()) << rows << " x " << features;
       for_each_isa([&](auto isa) {
         auto other = poisoned_tensor<T, 2>({rows, features});
-        ef::cpu::layer_norm(isa, kHere, ef::LayerNormProblem<T, T, T>{other.data(), x.data(), weight.data(), bias.data(), rows, features, epsilon});
+        ef::cpu::layer_norm(
+            isa, kHere, ef::LayerNormProblem<T, T, T>{other.data(), x.data(), weight.data(), bias.data(), rows, features, epsilon});
         ASSERT_LT(relative_error(other, expected), tolerance<T>()) << isa.name << " " << rows << " x " << features;
       });
     }

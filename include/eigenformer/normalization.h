@@ -1,20 +1,23 @@
 /// \file
-/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019) and LayerNorm (Ba, Kiros & Hinton, 2016):
+/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019) and LayerNorm (Ba, Kiros &
+/// Hinton, 2016):
 ///
 ///   rms_norm    y[i, j] = x[i, j] / sqrt(mean over k of x[i, k]^2 + epsilon) * weight[j]
-///   layer_norm  y[i, j] = (x[i, j] - m) / sqrt(mean over k of (x[i, k] - m)^2 + epsilon) * weight[j] + bias[j],  m = mean over k of x[i, k]
+///   layer_norm  y[i, j] = (x[i, j] - m) / sqrt(mean over k of (x[i, k] - m)^2 + epsilon) * weight[j] + bias[j]
 ///
-/// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are (features). Scalars are float, double, bfloat16 and
-/// half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double where an argument
-/// is double; nothing is rounded in between. The square of a float overflows above 1.8e19.
+/// where m = mean over k of x[i, k].
 ///
-/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row stays
-/// in that row.
+/// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are (features). Scalars are float, double,
+/// bfloat16 and half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double
+/// where an argument is double; nothing is rounded in between. The square of a float overflows above 1.8e19.
+///
+/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row
+/// stays in that row.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
 /// Throws std::invalid_argument for shapes that disagree and for a bad epsilon, before anything is written.
-/// Cost: one read of x from memory, one write of y. No form with a destination allocates, but the backward one grows its workspace on
-/// the first call at a number of rows. Results do not depend on threads or on the other rows.
+/// Cost: one read of x from memory, one write of y. No form with a destination allocates, but the backward one grows its workspace
+/// on the first call at a number of rows. Results do not depend on threads or on the other rows.
 #pragma once
 
 #include <cmath>
@@ -57,8 +60,8 @@ void require_features(std::string_view name, std::string_view w_name, const W& w
 }
 
 template <typename Y, typename X, typename W>
-RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::string_view name, Y y, std::string_view x_name, X x, W weight,
-                                                                          const RmsNormOptions& options) {
+RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::string_view name, Y y, std::string_view x_name, X x,
+                                                                          W weight, const RmsNormOptions& options) {
   require_floating_scalars<Y, X, W>();
   require_same_shape(name, "y", y, x_name, x);
   const RowShape shape = row_shape(x, name, x_name);
@@ -112,8 +115,8 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
   cpu::add_rms_norm(isa::best{}, device, Problem{norm, sum.data(), addend.data()});
 }
 
-/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and may be
-/// grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
+/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and
+/// may be grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
 void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y, const X& x, const W& weight,
                             const RmsNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
@@ -174,11 +177,11 @@ auto layer_norm(const X& x, const W& weight, const B& bias, const LayerNormOptio
   return layer_norm(Eigen::DefaultDevice{}, x, weight, bias, options);
 }
 
-/// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call. grad_x is written and may be grad_y or x
-/// itself. grad_weight and grad_bias, both float or both double, are added to, in a fixed order.
+/// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call. grad_x is written and may be grad_y
+/// or x itself. grad_weight and grad_bias, both float or both double, are added to, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GB, typename GY, typename X, typename W>
-void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias, const GY& grad_y, const X& x, const W& weight,
-                              const LayerNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
+void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias, const GY& grad_y, const X& x,
+                              const W& weight, const LayerNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
   constexpr auto name = "layer_norm_backward";
   auto gx = output_view<rank_of<X>>(grad_x);
   auto gw = output_view<1>(grad_weight), gb = output_view<1>(grad_bias);

@@ -1,5 +1,6 @@
 /// \file
-/// CPU kernels of LayerNorm. A row is read three times, but from memory once: mean, variance about the mean (no cancellation), result.
+/// CPU kernels of LayerNorm. A row is read three times, but from memory once: mean, variance about the mean (no cancellation),
+/// result.
 ///
 /// Backward (with r = 1 / sqrt(variance + epsilon), h = (x - mean) r, g the gradient of y):
 ///   grad_weight[j] += sum over rows of g[j] h[j],   grad_bias[j] += sum over rows of g[j]
@@ -128,9 +129,8 @@ void layer_norm_backward_statistics(const Problem& p, Index row) {
   const auto [mean, scale] = layer_norm_statistics<V>(x, p.features, p.epsilon);
   const V center = V::set1(mean);
   // Lanes past the end hold a gradient of 0, so that they add nothing.
-  const C gradient = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
-    return fma(load<V>(grad_y + at, part), load<V>(p.weight + at, part), sum);
-  });
+  const C gradient = sum_over_vectors<V>(
+      p.features, [&](V sum, Index at, auto part) { return fma(load<V>(grad_y + at, part), load<V>(p.weight + at, part), sum); });
   const C projection = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
     return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part), load<V>(x + at, part) - center, sum);
   });

@@ -26,8 +26,8 @@ struct RmsNormGradients {
   Tensor<double, 1> weight;
 };
 
-inline RmsNormGradients rms_norm_backward(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x, const Tensor<double, 1>& weight,
-                                          double epsilon) {
+inline RmsNormGradients rms_norm_backward(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x,
+                                          const Tensor<double, 1>& weight, double epsilon) {
   const Index rows = x.dimension(0), features = x.dimension(1);
   RmsNormGradients grad{Tensor<double, 2>(rows, features), Tensor<double, 1>(features)};
   grad.weight.setZero();
@@ -64,8 +64,8 @@ struct LayerNormGradients {
   Tensor<double, 1> weight, bias;
 };
 
-inline LayerNormGradients layer_norm_backward(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x, const Tensor<double, 1>& weight,
-                                              double epsilon) {
+inline LayerNormGradients layer_norm_backward(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x,
+                                              const Tensor<double, 1>& weight, double epsilon) {
   const Index rows = x.dimension(0), features = x.dimension(1);
   const double n = static_cast<double>(features);
   LayerNormGradients grad{Tensor<double, 2>(rows, features), Tensor<double, 1>(features), Tensor<double, 1>(features)};
