@@ -17,7 +17,8 @@ std::shared_ptr<ef::Tensor<float, Rank>> random_tensor(const Eigen::array<Eigen:
 void normalization_cases(bench::Suite& suite) {
   for (Eigen::Index rows : {1, 512, 4096}) {
     const Eigen::Index features = 4096;
-    const auto x = random_tensor<2>({rows, features}), y = random_tensor<2>({rows, features}), residual = random_tensor<2>({rows, features});
+    const auto x = random_tensor<2>({rows, features}), y = random_tensor<2>({rows, features}),
+               residual = random_tensor<2>({rows, features});
     const auto weight = random_tensor<1>({features});
     const double bytes = static_cast<double>(rows * features) * sizeof(float);
     const std::string shape = std::to_string(rows) + " rows of 4096 float";
@@ -35,9 +36,14 @@ void normalization_cases(bench::Suite& suite) {
     add.ours([=](const auto& device) { ef::add_rms_norm_into(device, *y, *residual, *x, *weight, {.epsilon = 1e-5f}); });
     add.peer("Eigen by hand", [=](const auto& device) {
       residual->device(device) = *residual + *x;
-      y->device(device) = *residual * (residual->square().mean(over_features).eval() + 1e-5f).rsqrt().eval().reshape(column).broadcast(across) *
+      y->device(device) = *residual *
+                          (residual->square().mean(over_features).eval() + 1e-5f).rsqrt().eval().reshape(column).broadcast(across) *
                           weight->reshape(one_row).broadcast(down);
     });
+
+    const auto bias = random_tensor<1>({features});
+    auto& layer = suite.row("layer_norm " + shape, bench::Limit::copy_bytes(bytes, bytes));
+    layer.ours([=](const auto& device) { ef::layer_norm_into(device, *y, *x, *weight, *bias); });
 
     const auto grad_y = random_tensor<2>({rows, features});
     const auto grad_weight = random_tensor<1>({features});

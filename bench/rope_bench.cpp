@@ -10,7 +10,8 @@ namespace {
 void rope_cases(bench::Suite& suite) {
   constexpr Eigen::Index heads = 32, head_dim = 128, half = head_dim / 2;
   for (Eigen::Index tokens : {1, 64, 2048}) {
-    auto x = std::make_shared<ef::Tensor<float, 3>>(tokens, heads, head_dim), y = std::make_shared<ef::Tensor<float, 3>>(tokens, heads, head_dim);
+    auto x = std::make_shared<ef::Tensor<float, 3>>(tokens, heads, head_dim),
+         y = std::make_shared<ef::Tensor<float, 3>>(tokens, heads, head_dim);
     x->setRandom();
     y->setZero();
     auto positions = std::make_shared<std::vector<Eigen::Index>>();
@@ -20,7 +21,8 @@ void rope_cases(bench::Suite& suite) {
     const std::string shape = std::to_string(tokens) + " tokens of 32 heads of 128 float";
 
     const auto table = std::make_shared<ef::RopeTable>(4096, head_dim);
-    auto cosine = std::make_shared<ef::Tensor<float, 3>>(tokens, 1, half), sine = std::make_shared<ef::Tensor<float, 3>>(tokens, 1, half);
+    auto cosine = std::make_shared<ef::Tensor<float, 3>>(tokens, 1, half),
+         sine = std::make_shared<ef::Tensor<float, 3>>(tokens, 1, half);
     for (Eigen::Index t = 0; t < tokens; ++t)
       for (Eigen::Index i = 0; i < half; ++i) {
         const double angle = static_cast<double>(1000 + t) * std::pow(10000.0, -2.0 * static_cast<double>(i) / head_dim);
@@ -36,11 +38,14 @@ void rope_cases(bench::Suite& suite) {
           y->slice(low, extent).device(device) = a * c - b * s;
           y->slice(high, extent).device(device) = b * c + a * s;
         });
-    const auto interleaved = std::make_shared<ef::RopeTable>(4096, head_dim, ef::RopeOptions{.layout = ef::RopeLayout::interleaved});
+    const auto interleaved =
+        std::make_shared<ef::RopeTable>(4096, head_dim, ef::RopeOptions{.layout = ef::RopeLayout::interleaved});
     suite.row("rope, interleaved table " + shape, limit).ours([=](const auto& device) {
       ef::rope_into(device, *y, *x, *positions, *interleaved);
     });
-    suite.row("rope, options " + shape, limit).ours([=](const auto& device) { ef::rope_into(device, *y, *x, *positions, {.base = 10000.0f}); });
+    suite.row("rope, options " + shape, limit).ours([=](const auto& device) {
+      ef::rope_into(device, *y, *x, *positions, {.base = 10000.0f});
+    });
   }
 }
 

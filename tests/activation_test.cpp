@@ -1,5 +1,5 @@
-// Laws: equal to the definition for every scalar, ISA, length and special value; gradients equal the derivative and finite differences;
-// fused tensors are the two tensors; the same bits for any threads, place and aliasing; refuses what makes no sense.
+// Laws: equal to the definition for every scalar, ISA, length and special value; gradients equal the derivative and finite
+// differences; fused tensors are the two tensors; the same bits for any threads, place and aliasing; refuses what makes no sense.
 #include <eigenformer/activation.h>
 #include <eigenformer/reference/activation.h>
 
@@ -34,8 +34,12 @@ struct GeluTanhCase {
   using function = ef::cpu::GeluTanh;
   static double value(double x) { return ef::reference::gelu(x, kTanh); }
   static double derivative(double x) { return ef::reference::gelu_derivative(x, kTanh); }
-  static void into(const auto& device, auto& y, const auto& x) { ef::gelu_into(device, y, x, {.approximation = ef::GeluApproximation::tanh}); }
-  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) { ef::gelu_backward_into(device, gx, gy, x, kTanh); }
+  static void into(const auto& device, auto& y, const auto& x) {
+    ef::gelu_into(device, y, x, {.approximation = ef::GeluApproximation::tanh});
+  }
+  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) {
+    ef::gelu_backward_into(device, gx, gy, x, kTanh);
+  }
 };
 struct ReluCase {
   using function = ef::cpu::Relu;
@@ -79,7 +83,8 @@ TYPED_TEST(Activation, EqualsItsDefinitionAtEveryLength) {
         ef::cpu::activation(isa, kHere, ef::ActivationProblem<F, T, T>{y.data(), x.data(), n});
         ASSERT_LT(relative_error(y, value), tolerance<T>()) << isa.name << " " << n;
         auto grad_x = poisoned_tensor<T, 1>({n});
-        ef::cpu::activation_backward(isa, kHere, ef::ActivationBackwardProblem<F, T, T, T>{grad_x.data(), grad_y.data(), x.data(), n});
+        ef::cpu::activation_backward(isa, kHere,
+                                     ef::ActivationBackwardProblem<F, T, T, T>{grad_x.data(), grad_y.data(), x.data(), n});
         ASSERT_LT(relative_error(grad_x, derivative), tolerance<T>()) << isa.name << " " << n;
       });
     }
@@ -119,7 +124,8 @@ TEST(ActivationValues, FloatErrorIsWhatTheHeaderSays) {
       ef::cpu::activation(isa, kHere, ef::ActivationProblem<typename decltype(c)::function, float, float>{y.data(), x.data(), n});
       for (Index i = 0; i < n; ++i) {
         const double exact = c.value(static_cast<double>(x(i)));
-        ASSERT_LE(std::abs(static_cast<double>(y(i)) - exact), std::max(5e-7 * std::abs(exact), 2e-7 * std::abs(static_cast<double>(x(i)))))
+        ASSERT_LE(std::abs(static_cast<double>(y(i)) - exact),
+                  std::max(5e-7 * std::abs(exact), 2e-7 * std::abs(static_cast<double>(x(i)))))
             << isa.name << " x = " << x(i) << ", " << y(i) << " and " << exact;
       }
     });
@@ -132,7 +138,8 @@ TEST(ActivationValues, InfinitiesGiveTheLimitAndNaNGivesNaN) {
       using F = typename decltype(c)::function;
       const auto run = [&]<typename T>(T) {
         const T infinity = std::numeric_limits<T>::infinity(), largest = std::numeric_limits<T>::max();
-        const std::vector<T> x{-infinity, infinity, std::numeric_limits<T>::quiet_NaN(), T(0), -largest, largest, T(-100), T(100), T(-800)};
+        const std::vector<T> x{-infinity, infinity, std::numeric_limits<T>::quiet_NaN(), T(0), -largest, largest, T(-100),
+                               T(100),    T(-800)};
         const std::vector<double> value{0, kInfinity, NAN, 0, 0, static_cast<double>(largest), 0, 100, 0};
         const double at_zero = std::is_same_v<F, ef::cpu::Relu> ? 0.0 : 0.5;
         const std::vector<double> derivative{0, 1, NAN, at_zero, 0, 1, 0, 1, 0};
@@ -144,7 +151,8 @@ TEST(ActivationValues, InfinitiesGiveTheLimitAndNaNGivesNaN) {
           if (std::isnan(value[i])) {
             EXPECT_TRUE(std::isnan(y[i]) && std::isnan(grad[i])) << isa.name << " " << x[i];
           } else {
-            EXPECT_TRUE(y[i] == static_cast<T>(value[i]) || std::abs(static_cast<double>(y[i]) - value[i]) < 1e-40) << isa.name << " " << x[i] << " gives " << y[i];
+            EXPECT_TRUE(y[i] == static_cast<T>(value[i]) || std::abs(static_cast<double>(y[i]) - value[i]) < 1e-40)
+                << isa.name << " " << x[i] << " gives " << y[i];
             EXPECT_NEAR(static_cast<double>(grad[i]), derivative[i], 1e-7) << isa.name << " " << x[i];
           }
         }
@@ -160,14 +168,16 @@ TYPED_TEST(Activation, GatedFormsEqualTheirDefinition) {
   Threads threads(3);
   for (Index rows : {0, 1, 5, 40})
     for (Index n : {0, 1, 7, 16, 33, 1000}) {
-      const auto gate = random_tensor<T, 2>({rows, n}, 5), up = random_tensor<T, 2>({rows, n}, 6), grad_y = random_tensor<T, 2>({rows, n}, 7);
+      const auto gate = random_tensor<T, 2>({rows, n}, 5), up = random_tensor<T, 2>({rows, n}, 6),
+                 grad_y = random_tensor<T, 2>({rows, n}, 7);
       ef::Tensor<T, 2> fused(rows, 2 * n);
       ef::Tensor<double, 2> swiglu(rows, n), geglu(rows, n), grad_gate(rows, n), grad_up(rows, n);
       for (Index i = 0; i < rows; ++i)
         for (Index j = 0; j < n; ++j) {
           fused(i, j) = gate(i, j);
           fused(i, j + n) = up(i, j);
-          const double a = static_cast<double>(gate(i, j)), b = static_cast<double>(up(i, j)), g = static_cast<double>(grad_y(i, j));
+          const double a = static_cast<double>(gate(i, j)), b = static_cast<double>(up(i, j)),
+                       g = static_cast<double>(grad_y(i, j));
           swiglu(i, j) = ef::reference::swiglu(a, b);
           geglu(i, j) = ef::reference::geglu(a, b, kTanh);
           grad_gate(i, j) = g * b * ef::reference::silu_derivative(a);
@@ -229,7 +239,8 @@ TEST(ActivationGradients, EqualFiniteDifferences) {
   const auto grad_fused_y = random_tensor<double, 2>({5, 8}, 12);
   ef::Tensor<double, 2> grad_fused(5, 16);
   ef::geglu_backward_into(kHere, grad_fused, grad_fused_y, fused, kTanh);
-  EXPECT_LT(relative_error(grad_fused, finite_differences(fused, [&] { return dot(ef::geglu(fused, kTanh), grad_fused_y); })), 1e-8);
+  EXPECT_LT(relative_error(grad_fused, finite_differences(fused, [&] { return dot(ef::geglu(fused, kTanh), grad_fused_y); })),
+            1e-8);
 }
 
 TYPED_TEST(Activation, ResidualAddRoundsOnce) {
@@ -263,25 +274,32 @@ TEST(ActivationMemory, DestinationFormsAllocateNothing) {
   const auto gate = random_tensor<float, 2>({10, 50}, 18), up = random_tensor<float, 2>({10, 50}, 19);
   ef::Tensor<float, 2> y(10, 50), grad(10, 50), grad_fused(10, 100);
   EXPECT_EQ(count_allocations([&] {
-    ef::gelu_into(kHere, y, gate);
-    ef::silu_backward_into(kHere, grad, up, gate);
-    ef::swiglu_into(kHere, y, gate, up);
-    ef::geglu_into(kHere, y, fused, kTanh);
-    ef::swiglu_backward_into(kHere, grad_fused, up, fused);
-    ef::residual_add_into(kHere, y, y, up);
-  }), 0);
+              ef::gelu_into(kHere, y, gate);
+              ef::silu_backward_into(kHere, grad, up, gate);
+              ef::swiglu_into(kHere, y, gate, up);
+              ef::geglu_into(kHere, y, fused, kTanh);
+              ef::swiglu_backward_into(kHere, grad_fused, up, fused);
+              ef::residual_add_into(kHere, y, y, up);
+            }),
+            0);
 }
 
 TEST(ActivationErrors, NameTheArgument) {
-  const auto x = random_tensor<float, 2>({2, 6}, 20), other = random_tensor<float, 2>({3, 6}, 21), odd = random_tensor<float, 2>({2, 5}, 22);
+  const auto x = random_tensor<float, 2>({2, 6}, 20), other = random_tensor<float, 2>({3, 6}, 21),
+             odd = random_tensor<float, 2>({2, 5}, 22);
   auto y = poisoned_tensor<float, 2>({2, 6});
-  expect_throws<std::invalid_argument>([&] { ef::silu_into(kHere, y, other); }, {"silu", "y has shape (2, 6)", "x has shape (3, 6)"});
-  expect_throws<std::invalid_argument>([&] { ef::gelu_backward_into(kHere, y, other, x); }, {"gelu_backward", "grad_y has shape (3, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::silu_into(kHere, y, other); },
+                                       {"silu", "y has shape (2, 6)", "x has shape (3, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::gelu_backward_into(kHere, y, other, x); },
+                                       {"gelu_backward", "grad_y has shape (3, 6)"});
   expect_throws<std::invalid_argument>([&] { ef::swiglu(x, other); }, {"swiglu", "up has shape (3, 6)", "gate has shape (2, 6)"});
   expect_throws<std::invalid_argument>([&] { ef::swiglu(odd); }, {"swiglu", "5 columns", "even"});
-  expect_throws<std::invalid_argument>([&] { ef::geglu_into(kHere, y, x); }, {"geglu", "y has shape (2, 6)", "gate_up has shape (2, 6)"});
-  expect_throws<std::invalid_argument>([&] { ef::swiglu_backward_into(kHere, y, x, x); }, {"swiglu_backward", "grad_y has shape (2, 6)"});
-  expect_throws<std::invalid_argument>([&] { ef::residual_add_into(kHere, y, x, other); }, {"residual_add", "residual has shape (3, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::geglu_into(kHere, y, x); },
+                                       {"geglu", "y has shape (2, 6)", "gate_up has shape (2, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::swiglu_backward_into(kHere, y, x, x); },
+                                       {"swiglu_backward", "grad_y has shape (2, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::residual_add_into(kHere, y, x, other); },
+                                       {"residual_add", "residual has shape (3, 6)"});
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
 }
 

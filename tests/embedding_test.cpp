@@ -1,5 +1,5 @@
-// Laws: rows are copied exactly, at every width, rank, scalar and ISA; the gradient adds rows in the order of tokens whatever the threads;
-// a bad id changes nothing.
+// Laws: rows are copied exactly, at every width, rank, scalar and ISA; the gradient adds rows in the order of tokens whatever the
+// threads; a bad id changes nothing.
 #include <eigenformer/embedding.h>
 #include <eigenformer/reference/embedding.h>
 
@@ -39,11 +39,16 @@ TYPED_TEST(Embedding, CopiesRowsAtEveryWidth) {
       for_each_isa([&](auto isa) {
         auto wide = poisoned_tensor<float, 2>({tokens, features});
         auto narrow = poisoned_tensor<ef::bfloat16, 2>({tokens, features});
-        ef::cpu::embedding(isa, kHere, ef::EmbeddingProblem<float, T, std::int32_t>{wide.data(), ids.data(), table.data(), tokens, features});
-        ef::cpu::embedding(isa, kHere, ef::EmbeddingProblem<ef::bfloat16, T, std::int32_t>{narrow.data(), ids.data(), table.data(), tokens, features});
+        ef::cpu::embedding(isa, kHere,
+                           ef::EmbeddingProblem<float, T, std::int32_t>{wide.data(), ids.data(), table.data(), tokens, features});
+        ef::cpu::embedding(
+            isa, kHere,
+            ef::EmbeddingProblem<ef::bfloat16, T, std::int32_t>{narrow.data(), ids.data(), table.data(), tokens, features});
         for (Index i = 0; i < y.size(); ++i) {
           ASSERT_EQ(wide.data()[i], static_cast<float>(y.data()[i])) << isa.name;
-          ASSERT_EQ(static_cast<float>(narrow.data()[i]), static_cast<float>(static_cast<ef::bfloat16>(static_cast<float>(y.data()[i])))) << isa.name;
+          ASSERT_EQ(static_cast<float>(narrow.data()[i]),
+                    static_cast<float>(static_cast<ef::bfloat16>(static_cast<float>(y.data()[i]))))
+              << isa.name;
         }
       });
     }
@@ -58,7 +63,9 @@ TYPED_TEST(Embedding, GradientAddsInTheOrderOfTokens) {
       const auto start = random_tensor<float, 2>({7, features}, 5);
       ef::Tensor<float, 2> expected = start;  // the same additions, one by one
       for (Index t = 0; t < tokens; ++t)
-        for (Index j = 0; j < features; ++j) expected(ids(t), j) = static_cast<float>(static_cast<ef::compute_type<T>>(expected(ids(t), j)) + static_cast<ef::compute_type<T>>(grad_y(t, j)));
+        for (Index j = 0; j < features; ++j)
+          expected(ids(t), j) = static_cast<float>(static_cast<ef::compute_type<T>>(expected(ids(t), j)) +
+                                                   static_cast<ef::compute_type<T>>(grad_y(t, j)));
       for (int count : {1, 2, 3}) {
         Threads threads(count);
         ef::Tensor<float, 2> grad_table = start;
@@ -107,9 +114,10 @@ TEST(EmbeddingMemory, DestinationFormsAllocateNothing) {
   const auto ids = random_ids(20, 11, 11);
   ef::Tensor<ef::bfloat16, 2> y(20, 40);
   EXPECT_EQ(count_allocations([&] {
-    ef::embedding_into(kHere, y, ids, table);
-    ef::embedding_backward_into(kHere, table, y, ids);
-  }), 0);
+              ef::embedding_into(kHere, y, ids, table);
+              ef::embedding_backward_into(kHere, table, y, ids);
+            }),
+            0);
 }
 
 TEST(EmbeddingErrors, NameThePositionTheIdAndTheVocabulary) {
@@ -127,9 +135,12 @@ TEST(EmbeddingErrors, NameThePositionTheIdAndTheVocabulary) {
   }
   ids.setValues({0, 1, 2});
   auto short_y = poisoned_tensor<float, 2>({2, 4}), narrow = poisoned_tensor<float, 2>({3, 5});
-  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, short_y, ids, table); }, {"y has shape (2, 4)", "ids has shape (3)"});
-  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, narrow, ids, table); }, {"y has shape (3, 5)", "table has shape (8, 4)"});
-  expect_throws<std::invalid_argument>([&] { ef::embedding_backward_into(kHere, grad_table, narrow, ids); }, {"embedding_backward", "grad_y"});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, short_y, ids, table); },
+                                       {"y has shape (2, 4)", "ids has shape (3)"});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, narrow, ids, table); },
+                                       {"y has shape (3, 5)", "table has shape (8, 4)"});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_backward_into(kHere, grad_table, narrow, ids); },
+                                       {"embedding_backward", "grad_y"});
   EXPECT_TRUE(same_bits(grad_table, table));
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
 }

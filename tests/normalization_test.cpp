@@ -1,5 +1,5 @@
-// Laws: equal to the definition for every scalar, ISA and width; gradients equal finite differences; the same bits for any threads, for
-// a row alone and in place; add_rms_norm is the two steps; refuses what makes no sense.
+// Laws: equal to the definition for every scalar, ISA and width; gradients equal finite differences; the same bits for any threads,
+// for a row alone and in place; add_rms_norm is the two steps; refuses what makes no sense.
 #include <eigenformer/normalization.h>
 #include <eigenformer/reference/normalization.h>
 
@@ -72,7 +72,8 @@ TYPED_TEST(RmsNorm, FusedResidualIsTheTwoSteps) {
     const auto weight = random_tensor<float, 1>({features}, 7);
     ef::Tensor<T, 2> sum(40, features);
     using C = ef::compute_type<T>;
-    for (Index i = 0; i < x.size(); ++i) sum.data()[i] = static_cast<T>(static_cast<C>(start.data()[i]) + static_cast<C>(x.data()[i]));
+    for (Index i = 0; i < x.size(); ++i)
+      sum.data()[i] = static_cast<T>(static_cast<C>(start.data()[i]) + static_cast<C>(x.data()[i]));
     for (int count : {1, 2, 3}) {
       Threads threads(count);
       ef::Tensor<T, 2> residual = start;
@@ -197,16 +198,112 @@ TEST(RmsNormErrors, NameTheArgument) {
   expect_throws<std::invalid_argument>([&] { ef::rms_norm(x, short_weight); }, {"rms_norm", "weight has 7", "8 features"});
   expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, wrong, x, weight); }, {"y has shape (3, 8)", "(2, 8)"});
   for (float epsilon : {0.0f, -1e-5f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, y, x, weight, {.epsilon = epsilon}); }, {"rms_norm", "epsilon"});
+    expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, y, x, weight, {.epsilon = epsilon}); },
+                                         {"rms_norm", "epsilon"});
     auto grad_weight = weight;
-    expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight, {.epsilon = epsilon}); },
-                                         {"rms_norm_backward", "epsilon"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight, {.epsilon = epsilon}); },
+        {"rms_norm_backward", "epsilon"});
     EXPECT_TRUE(same_bits(grad_weight, weight));
   }
-  expect_throws<std::invalid_argument>([&] { ef::add_rms_norm_into(kHere, y, wrong, x, weight); }, {"add_rms_norm", "residual has shape (3, 8)"});
+  expect_throws<std::invalid_argument>([&] { ef::add_rms_norm_into(kHere, y, wrong, x, weight); },
+                                       {"add_rms_norm", "residual has shape (3, 8)"});
   auto grad_weight = short_weight;
-  expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight); }, {"grad_weight has 7"});
+  expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight); },
+                                       {"grad_weight has 7"});
   EXPECT_TRUE(std::isnan(y(0, 0)));
+}
+
+template <typename T>
+class LayerNorm : public ::testing::Test {};
+TYPED_TEST_SUITE(LayerNorm, Scalars);
+
+TYPED_TEST(LayerNorm, EqualsItsDefinitionAtEveryWidth) {
+  using T = TypeParam;
+  for (Index features : edge_widths())
+    for (Index rows : {0, 1, 3}) {
+      const float epsilon = features == 2 ? 0.1f : kEpsilon;  // two nearly equal features are all cancellation
+      auto x = random_tensor<T, 2>({rows, features}, 31);
+      for (Index i = 0; i < x.size(); ++i) x.data()[i] = static_cast<T>(static_cast<float>(x.data()[i]) + 2.0f);
+      const auto weight = random_tensor<T, 1>({features}, 32), bias = random_tensor<T, 1>({features}, 33);
+      const auto expected = ef::reference::layer_norm(to_double(x), to_double(weight), to_double(bias), epsilon);
+      const ef::Tensor<T, 2> y = ef::layer_norm(x, weight, bias, {.epsilon = epsilon});
+      ASSERT_LT(relative_error(y, expected), tolerance<T>()) << rows << " x " << features;
+      for_each_isa([&](auto isa) {
+        auto other = poisoned_tensor<T, 2>({rows, features});
+        ef::cpu::layer_norm(
+            isa, kHere, ef::LayerNormProblem<T, T, T>{other.data(), x.data(), weight.data(), bias.data(), rows, features, epsilon});
+        ASSERT_LT(relative_error(other, expected), tolerance<T>()) << isa.name << " " << rows << " x " << features;
+      });
+    }
+}
+
+TYPED_TEST(LayerNorm, NeverDependsOnThreadsBatchOrPlace) {
+  using T = TypeParam;
+  const auto x = random_tensor<T, 3>({3, 17, 515}, 34);
+  const auto weight = random_tensor<float, 1>({515}, 35), bias = random_tensor<float, 1>({515}, 36);
+  const ef::Tensor<T, 3> y = ef::layer_norm(x, weight, bias);
+  for (int count : {2, 3}) {
+    Threads threads(count);
+    ef::Tensor<T, 3> in_place = x;
+    ef::layer_norm_into(threads.device, in_place, in_place, weight, bias);
+    ASSERT_TRUE(same_bits(y, in_place));
+  }
+  const ef::TensorView<const T, 2> alone(x.data() + 20 * 515, 1, 515), expected(y.data() + 20 * 515, 1, 515);
+  ASSERT_TRUE(same_bits(ef::layer_norm(alone, weight, bias), expected));
+}
+
+TYPED_TEST(LayerNorm, GradientsEqualTheReference) {
+  using T = TypeParam;
+  using G = ef::compute_type<T>;
+  for (Index features : {0, 3, 16, 31, 64, 65, 200})
+    for (Index rows : {0, 1, 7, 65, 130}) {
+      const float epsilon = features == 3 ? 0.1f : kEpsilon;
+      const auto x = random_tensor<T, 2>({rows, features}, 37), grad_y = random_tensor<T, 2>({rows, features}, 38);
+      const auto weight = random_tensor<G, 1>({features}, 39);
+      const auto expected = ef::reference::layer_norm_backward(to_double(grad_y), to_double(x), to_double(weight), epsilon);
+      auto grad_x = poisoned_tensor<T, 2>({rows, features});
+      ef::Tensor<G, 1> grad_weight(features), grad_bias(features);
+      grad_weight.setConstant(G(1));
+      grad_bias.setConstant(G(-1));
+      ef::layer_norm_backward_into(kHere, grad_x, grad_weight, grad_bias, grad_y, x, weight, {.epsilon = epsilon});
+      ASSERT_LT(relative_error(grad_x, expected.x), tolerance<T>()) << rows << " x " << features;
+      for (Index j = 0; j < features; ++j) {
+        ASSERT_NEAR(static_cast<double>(grad_weight(j)), 1 + expected.weight(j), 1e-4);
+        ASSERT_NEAR(static_cast<double>(grad_bias(j)), -1 + expected.bias(j), 1e-4);
+      }
+      Threads threads(3);
+      ef::Tensor<T, 2> in_place = grad_y;
+      ef::Tensor<G, 1> weight_again(features), bias_again(features);
+      weight_again.setConstant(G(1));
+      bias_again.setConstant(G(-1));
+      ef::layer_norm_backward_into(threads.device, in_place, weight_again, bias_again, in_place, x, weight, {.epsilon = epsilon});
+      ASSERT_TRUE(same_bits(in_place, grad_x));
+      ASSERT_TRUE(same_bits(weight_again, grad_weight));
+      ASSERT_TRUE(same_bits(bias_again, grad_bias));
+    }
+}
+
+TEST(LayerNormGradients, EqualFiniteDifferences) {
+  auto x = random_tensor<double, 2>({4, 9}, 40);
+  auto weight = random_tensor<double, 1>({9}, 41), bias = random_tensor<double, 1>({9}, 42);
+  const auto grad_y = random_tensor<double, 2>({4, 9}, 43);
+  const auto loss = [&] { return dot(ef::layer_norm(x, weight, bias), grad_y); };
+  ef::Tensor<double, 2> grad_x(4, 9);
+  ef::Tensor<double, 1> grad_weight(9), grad_bias(9);
+  grad_weight.setZero();
+  grad_bias.setZero();
+  ef::layer_norm_backward_into(kHere, grad_x, grad_weight, grad_bias, grad_y, x, weight);
+  EXPECT_LT(relative_error(grad_x, finite_differences(x, loss)), 1e-8);
+  EXPECT_LT(relative_error(grad_weight, finite_differences(weight, loss)), 1e-8);
+  EXPECT_LT(relative_error(grad_bias, finite_differences(bias, loss)), 1e-8);
+}
+
+TEST(LayerNormErrors, NameTheArgument) {
+  const auto x = random_tensor<float, 2>({2, 8}, 44);
+  const auto weight = random_tensor<float, 1>({8}, 45), short_bias = random_tensor<float, 1>({7}, 46);
+  expect_throws<std::invalid_argument>([&] { ef::layer_norm(x, weight, short_bias); }, {"layer_norm", "bias has 7", "8 features"});
+  expect_throws<std::invalid_argument>([&] { ef::layer_norm(x, weight, weight, {.epsilon = 0.0f}); }, {"layer_norm", "epsilon"});
 }
 
 }  // namespace

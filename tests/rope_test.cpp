@@ -1,5 +1,6 @@
-// Laws: equal to the definition for every scalar, ISA, width, layout and position; table and options give the same bits; the inverse
-// undoes it and is the gradient; lengths are kept, and scores depend on distances only; the same bits for any threads, batch and place.
+// Laws: equal to the definition for every scalar, ISA, width, layout and position; table and options give the same bits; the
+// inverse undoes it and is the gradient; lengths are kept, and scores depend on distances only; the same bits for any threads,
+// batch and place.
 #include <eigenformer/reference/rope.h>
 #include <eigenformer/rope.h>
 
@@ -160,8 +161,10 @@ TEST(RopeErrors, NameTheArgument) {
   const std::vector<Index> positions{1, 9}, three{1, 2, 3}, negative{0, -1};
   expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, three); }, {"rope", "positions has 3", "2 tokens"});
   expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, wrong, x, positions); }, {"y has shape (2, 2, 8)"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 3}); }, {"rotary_dim is 3", "even"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 10}); }, {"rotary_dim is 10", "8"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 3}); },
+                                       {"rotary_dim is 3", "even"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 10}); },
+                                       {"rotary_dim is 10", "8"});
   expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.base = 0.0f}); }, {"base is 0"});
   expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.scale = NAN}); }, {"scale is nan"});
   const ef::RopeTable table(9, 8), narrow(9, 6), none;

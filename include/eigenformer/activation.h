@@ -10,14 +10,14 @@
 /// The gated forms take gate and up of one shape, or one fused tensor (..., 2 * features) whose rows are [gate | up], as one matrix
 /// product leaves them; the result is (..., features).
 ///
-/// Scalars are float, double, bfloat16 and half, and may differ among the arguments of a call. Arithmetic is in float, or in double where
-/// an argument is double. In float the error is below 5e-7 of the value or 2e-7 of |x|, whichever is larger. Infinities give the
-/// function's limit; NaN gives NaN.
+/// Scalars are float, double, bfloat16 and half, and may differ among the arguments of a call. Arithmetic is in float, or in double
+/// where an argument is double. In float the error is below 5e-7 of the value or 2e-7 of |x|, whichever is larger. Infinities give
+/// the function's limit; NaN gives NaN.
 ///
-/// Aliasing: an output may be an input itself (the same memory, scalar and shape); any other overlap is undefined. In the backward forms
-/// grad_gate and grad_up may take the place of gate, up and grad_y in any arrangement.
-/// Throws std::invalid_argument where shapes disagree or a fused dimension is odd, before anything is written.
-/// Cost: one pass through memory; the forms with a destination allocate nothing. Results do not depend on threads or position.
+/// Aliasing: an output may be an input itself (the same memory, scalar and shape); any other overlap is undefined. In the backward
+/// forms grad_gate and grad_up may take the place of gate, up and grad_y in any arrangement. Throws std::invalid_argument where
+/// shapes disagree or a fused dimension is odd, before anything is written. Cost: one pass through memory; the forms with a
+/// destination allocate nothing. Results do not depend on threads or position.
 #pragma once
 
 #include "core/check.h"
@@ -114,8 +114,9 @@ void gated_fused_backward_into(std::string_view name, const D& device, GF grad_f
   require_same_shape(name, "grad_gate_up", grad_fused, "gate_up", fused);
   const auto [rows, n] = fused_shape(name, fused, "grad_y", grad_y);
   using Problem = GatedBackwardProblem<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>, scalar_of<Fused>, scalar_of<Fused>>;
-  cpu::gated_backward(isa::best{}, device,
-                      Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(), fused.data() + n, rows, n, 2 * n, n, 2 * n});
+  cpu::gated_backward(
+      isa::best{}, device,
+      Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(), fused.data() + n, rows, n, 2 * n, n, 2 * n});
 }
 
 /// The result of a gated activation of a fused tensor.
@@ -142,7 +143,7 @@ concept NotAnOption = !Device<X> && !std::same_as<X, GeluOptions>;
 
 }  // namespace detail
 
-// ---- silu ------------------------------------------------------------------------------------------------------------------------
+// ---- silu ------------------------------------------------------------------------------------------------
 
 /// y = silu(x).
 template <CpuDevice D, typename Y, typename X>
@@ -152,8 +153,8 @@ void silu_into(const D& device, Y&& y, const X& x) {
 /// grad_x = grad_y * silu'(x).
 template <CpuDevice D, typename GX, typename GY, typename X>
 void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<cpu::Silu>("silu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
-                                              detail::any_input(x));
+  detail::activation_backward_into<cpu::Silu>("silu_backward", device, detail::output_like<X>(grad_x),
+                                              input_view<rank_of<X>>(grad_y), detail::any_input(x));
 }
 /// Returns silu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
@@ -167,14 +168,13 @@ auto silu(const X& x) {
   return silu(Eigen::DefaultDevice{}, x);
 }
 
-// ---- gelu ------------------------------------------------------------------------------------------------------------------------
+// ---- gelu ------------------------------------------------------------------------------------------------
 
 /// y = gelu(x).
 template <CpuDevice D, typename Y, typename X>
 void gelu_into(const D& device, Y&& y, const X& x, const GeluOptions& options = {}) {
-  detail::with_gelu(options, [&]<typename F>(F) {
-    detail::activation_into<F>("gelu", device, detail::output_like<X>(y), detail::any_input(x));
-  });
+  detail::with_gelu(
+      options, [&]<typename F>(F) { detail::activation_into<F>("gelu", device, detail::output_like<X>(y), detail::any_input(x)); });
 }
 /// grad_x = grad_y * gelu'(x).
 template <CpuDevice D, typename GX, typename GY, typename X>
@@ -198,7 +198,7 @@ auto gelu(const X& x, const GeluOptions& options = {}) {
   return gelu(Eigen::DefaultDevice{}, x, options);
 }
 
-// ---- relu ------------------------------------------------------------------------------------------------------------------------
+// ---- relu ------------------------------------------------------------------------------------------------
 
 /// y = relu(x).
 template <CpuDevice D, typename Y, typename X>
@@ -208,8 +208,8 @@ void relu_into(const D& device, Y&& y, const X& x) {
 /// grad_x = grad_y where x > 0, else 0 (at x = 0 too).
 template <CpuDevice D, typename GX, typename GY, typename X>
 void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<cpu::Relu>("relu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
-                                              detail::any_input(x));
+  detail::activation_backward_into<cpu::Relu>("relu_backward", device, detail::output_like<X>(grad_x),
+                                              input_view<rank_of<X>>(grad_y), detail::any_input(x));
 }
 /// Returns relu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
@@ -223,12 +223,13 @@ auto relu(const X& x) {
   return relu(Eigen::DefaultDevice{}, x);
 }
 
-// ---- swiglu ----------------------------------------------------------------------------------------------------------------------
+// ---- swiglu ----------------------------------------------------------------------------------------------
 
 /// y = silu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, typename Up>
 void swiglu_into(const D& device, Y&& y, const Gate& gate, const Up& up) {
-  detail::gated_into<cpu::Silu>("swiglu", device, detail::output_like<Gate>(y), detail::any_input(gate), input_view<rank_of<Gate>>(up));
+  detail::gated_into<cpu::Silu>("swiglu", device, detail::output_like<Gate>(y), detail::any_input(gate),
+                                input_view<rank_of<Gate>>(up));
 }
 /// y = silu(gate) * up for the fused tensor [gate | up].
 template <CpuDevice D, typename Y, typename Fused>
@@ -238,8 +239,9 @@ void swiglu_into(const D& device, Y&& y, const Fused& gate_up) {
 /// grad_gate = grad_y * up * silu'(gate), grad_up = grad_y * silu(gate).
 template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
 void swiglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y, const Gate& gate, const Up& up) {
-  detail::gated_backward_into<cpu::Silu>("swiglu_backward", device, detail::output_like<Gate>(grad_gate), detail::output_like<Gate>(grad_up),
-                                         input_view<rank_of<Gate>>(grad_y), detail::any_input(gate), input_view<rank_of<Gate>>(up));
+  detail::gated_backward_into<cpu::Silu>("swiglu_backward", device, detail::output_like<Gate>(grad_gate),
+                                         detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y),
+                                         detail::any_input(gate), input_view<rank_of<Gate>>(up));
 }
 /// The same for the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
 template <CpuDevice D, typename GF, typename GY, typename Fused>
@@ -270,7 +272,7 @@ auto swiglu(const Fused& gate_up) {
   return swiglu(Eigen::DefaultDevice{}, gate_up);
 }
 
-// ---- geglu -----------------------------------------------------------------------------------------------------------------------
+// ---- geglu -----------------------------------------------------------------------------------------------
 
 /// y = gelu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, detail::NotAnOption Up>
@@ -291,13 +293,15 @@ template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typ
 void geglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y, const Gate& gate, const Up& up,
                          const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_backward_into<F>("geglu_backward", device, detail::output_like<Gate>(grad_gate), detail::output_like<Gate>(grad_up),
-                                   input_view<rank_of<Gate>>(grad_y), detail::any_input(gate), input_view<rank_of<Gate>>(up));
+    detail::gated_backward_into<F>("geglu_backward", device, detail::output_like<Gate>(grad_gate),
+                                   detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y), detail::any_input(gate),
+                                   input_view<rank_of<Gate>>(up));
   });
 }
 /// The same for the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
 template <CpuDevice D, typename GF, typename GY, typename Fused>
-void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up, const GeluOptions& options = {}) {
+void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up,
+                         const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
     detail::gated_fused_backward_into<F>("geglu_backward", device, detail::output_like<Fused>(grad_gate_up),
                                          input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
@@ -326,7 +330,7 @@ auto geglu(const Fused& gate_up, const GeluOptions& options = {}) {
   return geglu(Eigen::DefaultDevice{}, gate_up, options);
 }
 
-// ---- residual --------------------------------------------------------------------------------------------------------------------
+// ---- residual --------------------------------------------------------------------------------------------
 
 /// y = x + residual. y may be x or residual. Its gradient is grad_y for both: no backward form is needed.
 template <CpuDevice D, typename Y, typename X, typename R>

@@ -3,12 +3,12 @@
 ///
 ///   y[t, :] = table[ids[t], :]
 ///
-/// ids is int32 or int64, (tokens) or (batch, seq); table is (vocab, features); y is (tokens, features) or (batch, seq, features). The
-/// table is float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
+/// ids is int32 or int64, (tokens) or (batch, seq); table is (vocab, features); y is (tokens, features) or (batch, seq, features).
+/// The table is float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
 ///
-/// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming the position, the id and vocab, before
-/// anything is written: one O(tokens) pass over the ids.
-/// y must not overlap the table. Cost: one read of the rows, one write of y. The forms with a destination allocate nothing.
+/// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming the position, the id and vocab,
+/// before anything is written: one O(tokens) pass over the ids. y must not overlap the table. Cost: one read of the rows, one write
+/// of y. The forms with a destination allocate nothing.
 #pragma once
 
 #include "core/check.h"
@@ -22,22 +22,22 @@ namespace detail {
 
 template <typename Ids>
 auto ids_input(const Ids& ids) {
-  static_assert(rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) &&
-                                       (std::is_same_v<scalar_of<Ids>, std::int32_t> || std::is_same_v<scalar_of<Ids>, std::int64_t>)),
+  static_assert(rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) && (std::is_same_v<scalar_of<Ids>, std::int32_t> ||
+                                                                                    std::is_same_v<scalar_of<Ids>, std::int64_t>)),
                 "eigenformer: token ids are a tensor of int32 or int64, (tokens) or (batch, seq)");
   return input_view<rank_of<Ids>>(ids);
 }
 
 /// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`.
 template <typename Ids, typename Rows, typename Table>
-void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name, const Rows& rows, std::string_view table_name,
-                       const Table& table) {
+void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name, const Rows& rows,
+                       std::string_view table_name, const Table& table) {
   constexpr int rank = rank_of<Ids>;
   bool same = rows.dimension(rank) == table.dimension(1);
   for (std::size_t d = 0; d < rank; ++d) same = same && rows.dimension(d) == ids.dimension(d);
   if (!same)
-    require(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ", shape_text(ids), ", ", table_name, " has shape ",
-            shape_text(table));
+    require(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ", shape_text(ids), ", ", table_name,
+            " has shape ", shape_text(table));
   const Index vocab = table.dimension(0);
   for (Index t = 0; t < ids.size(); ++t)
     require(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ", ids.data()[t], " at position ", t,
@@ -79,8 +79,8 @@ auto embedding(const Ids& ids, const Table& table) {
   return embedding(Eigen::DefaultDevice{}, ids, table);
 }
 
-/// grad_table[ids[t]] += grad_y[t] for t in order, whatever the threads; grad_table is float or double. Rows of ids that do not occur are
-/// not touched.
+/// grad_table[ids[t]] += grad_y[t] for t in order, whatever the threads; grad_table is float or double. Rows of ids that do not
+/// occur are not touched.
 template <CpuDevice D, typename G, typename GY, typename Ids>
 void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, const Ids& ids) {
   static_assert(std::is_same_v<scalar_of<G>, float> || std::is_same_v<scalar_of<G>, double>,
@@ -91,7 +91,8 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
   detail::require_floating_scalars<decltype(gradient)>();
   detail::require_embedding("embedding_backward", id_view, "grad_y", gradient, "grad_table", rows);
   using Problem = EmbeddingBackwardProblem<scalar_of<G>, scalar_of<GY>, scalar_of<Ids>>;
-  cpu::embedding_backward(isa::best{}, device, Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});
+  cpu::embedding_backward(isa::best{}, device,
+                          Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});
 }
 
 }  // namespace EIGENFORMER_ABI

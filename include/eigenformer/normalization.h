@@ -1,19 +1,23 @@
 /// \file
-/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019):
+/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019) and LayerNorm (Ba, Kiros &
+/// Hinton, 2016):
 ///
-///   y[i, j] = x[i, j] / sqrt(mean over k of x[i, k]^2 + epsilon) * weight[j]
+///   rms_norm    y[i, j] = x[i, j] / sqrt(mean over k of x[i, k]^2 + epsilon) * weight[j]
+///   layer_norm  y[i, j] = (x[i, j] - m) / sqrt(mean over k of (x[i, k] - m)^2 + epsilon) * weight[j] + bias[j]
 ///
-/// x is (rows, features) or (batch, seq, features), y has its shape, weight is (features). Scalars are float, double, bfloat16 and
-/// half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double where an argument
-/// is double; nothing is rounded in between. The square of a float overflows above 1.8e19.
+/// where m = mean over k of x[i, k].
 ///
-/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row stays
-/// in that row.
+/// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are (features). Scalars are float, double,
+/// bfloat16 and half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double
+/// where an argument is double; nothing is rounded in between. The square of a float overflows above 1.8e19.
+///
+/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row
+/// stays in that row.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
 /// Throws std::invalid_argument for shapes that disagree and for a bad epsilon, before anything is written.
-/// Cost: one read of x from memory, one write of y. No form with a destination allocates, but the backward one grows its workspace on
-/// the first call at a number of rows. Results do not depend on threads or on the other rows.
+/// Cost: one read of x from memory, one write of y. No form with a destination allocates, but the backward one grows its workspace
+/// on the first call at a number of rows. Results do not depend on threads or on the other rows.
 #pragma once
 
 #include <cmath>
@@ -22,6 +26,7 @@
 #include "core/device.h"
 #include "core/rows.h"
 #include "core/workspace.h"
+#include "cpu/layer_norm.h"
 #include "cpu/normalization.h"
 #if defined(__CUDACC__)
 #include "cuda/normalization.cuh"
@@ -34,6 +39,10 @@ struct RmsNormOptions {
   float epsilon = 1e-5f;  ///< added to the mean square; positive
 };
 
+struct LayerNormOptions {
+  float epsilon = 1e-5f;  ///< added to the variance; positive
+};
+
 namespace detail {
 
 template <typename X>
@@ -43,15 +52,24 @@ auto norm_input(const X& x) {
   return input_view<rank_of<X>>(x);
 }
 
+inline void require_epsilon(std::string_view name, float epsilon) {
+  require(epsilon > 0 && std::isfinite(epsilon), name, "epsilon is ", epsilon, ", expected positive and finite");
+}
+
+/// A parameter or its gradient has one element a feature.
+template <typename W>
+void require_features(std::string_view name, std::string_view w_name, const W& w, std::string_view x_name, Index features) {
+  require(w.dimension(0) == features, name, w_name, " has ", w.dimension(0), " elements, ", x_name, " has ", features, " features");
+}
+
 template <typename Y, typename X, typename W>
-RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::string_view name, Y y, std::string_view x_name, X x, W weight,
-                                                                          const RmsNormOptions& options) {
+RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::string_view name, Y y, std::string_view x_name, X x,
+                                                                          W weight, const RmsNormOptions& options) {
   require_floating_scalars<Y, X, W>();
   require_same_shape(name, "y", y, x_name, x);
   const RowShape shape = row_shape(x, name, x_name);
-  require(weight.dimension(0) == shape.features, name, "weight has ", weight.dimension(0), " elements, ", x_name, " has ", shape.features,
-          " features");
-  require(options.epsilon > 0 && std::isfinite(options.epsilon), name, "epsilon is ", options.epsilon, ", expected positive and finite");
+  require_features(name, "weight", weight, x_name, shape.features);
+  require_epsilon(name, options.epsilon);
   return {y.data(), x.data(), weight.data(), shape.rows, shape.features, options.epsilon};
 }
 
@@ -100,8 +118,8 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
   cpu::add_rms_norm(isa::best{}, device, Problem{norm, sum.data(), addend.data()});
 }
 
-/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and may be
-/// grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
+/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and
+/// may be grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
 void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y, const X& x, const W& weight,
                             const RmsNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
@@ -117,9 +135,9 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
   require_same_shape(name, "grad_x", gx, "x", xv);
   require_same_shape(name, "grad_y", gy, "x", xv);
   const detail::RowShape shape = detail::row_shape(xv, name, "x");
-  require(w.dimension(0) == shape.features, name, "weight has ", w.dimension(0), " elements, x has ", shape.features, " features");
-  require(gw.dimension(0) == shape.features, name, "grad_weight has ", gw.dimension(0), " elements, x has ", shape.features, " features");
-  require(options.epsilon > 0 && std::isfinite(options.epsilon), name, "epsilon is ", options.epsilon, ", expected positive and finite");
+  detail::require_features(name, "weight", w, "x", shape.features);
+  detail::require_features(name, "grad_weight", gw, "x", shape.features);
+  detail::require_epsilon(name, options.epsilon);
 
   using Problem = RmsNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>, scalar_of<W>>;
   using C = typename Problem::compute;
@@ -129,6 +147,67 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
   cpu::rms_norm_backward(isa::best{}, device,
                          Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows, shape.features, options.epsilon,
                                  inverse_rms, projection});
+}
+
+/// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
+template <CpuDevice D, typename Y, typename X, typename W, typename B>
+void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const B& bias, const LayerNormOptions& options = {}) {
+  constexpr auto name = "layer_norm";
+  auto yv = output_view<rank_of<X>>(y);
+  const auto xv = detail::norm_input(x);
+  const auto w = input_view<1>(weight), b = input_view<1>(bias);
+  detail::require_floating_scalars<decltype(yv), decltype(xv), decltype(w)>();
+  require_same_shape(name, "y", yv, "x", xv);
+  const detail::RowShape shape = detail::row_shape(xv, name, "x");
+  detail::require_features(name, "weight", w, "x", shape.features);
+  detail::require_features(name, "bias", b, "x", shape.features);
+  detail::require_epsilon(name, options.epsilon);
+  using Problem = LayerNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;
+  cpu::layer_norm(isa::best{}, device,
+                  Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features, options.epsilon});
+}
+
+/// Returns LayerNorm(x) * weight + bias, in the scalar and shape of x.
+template <CpuDevice D, typename X, typename W, typename B>
+auto layer_norm(const D& device, const X& x, const W& weight, const B& bias, const LayerNormOptions& options = {}) {
+  auto y = detail::tensor_like(detail::norm_input(x));
+  layer_norm_into(device, y, x, weight, bias, options);
+  return y;
+}
+template <typename X, typename W, typename B>
+  requires(!Device<X>)
+auto layer_norm(const X& x, const W& weight, const B& bias, const LayerNormOptions& options = {}) {
+  return layer_norm(Eigen::DefaultDevice{}, x, weight, bias, options);
+}
+
+/// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call. grad_x is written and may be grad_y
+/// or x itself. grad_weight and grad_bias, both float or both double, are added to, in a fixed order.
+template <CpuDevice D, typename GX, typename GW, typename GB, typename GY, typename X, typename W>
+void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias, const GY& grad_y, const X& x,
+                              const W& weight, const LayerNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "layer_norm_backward";
+  auto gx = output_view<rank_of<X>>(grad_x);
+  auto gw = output_view<1>(grad_weight), gb = output_view<1>(grad_bias);
+  const auto gy = input_view<rank_of<X>>(grad_y);
+  const auto xv = detail::norm_input(x);
+  const auto w = input_view<1>(weight);
+  detail::require_floating_scalars<decltype(gx), decltype(gy), decltype(xv), decltype(w)>();
+  static_assert(std::is_same_v<scalar_of<GW>, float> || std::is_same_v<scalar_of<GW>, double>,
+                "eigenformer: the gradient of a weight is accumulated in float or double");
+  require_same_shape(name, "grad_x", gx, "x", xv);
+  require_same_shape(name, "grad_y", gy, "x", xv);
+  const detail::RowShape shape = detail::row_shape(xv, name, "x");
+  detail::require_features(name, "weight", w, "x", shape.features);
+  detail::require_features(name, "grad_weight", gw, "x", shape.features);
+  detail::require_features(name, "grad_bias", gb, "x", shape.features);
+  detail::require_epsilon(name, options.epsilon);
+
+  using Problem = LayerNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>, scalar_of<W>>;
+  Workspace::Frame frame(workspace);
+  auto* row_scratch = frame.take<LayerNormRow<typename Problem::compute>>(shape.rows);
+  cpu::layer_norm_backward(isa::best{}, device,
+                           Problem{gx.data(), gw.data(), gb.data(), gy.data(), xv.data(), w.data(), shape.rows, shape.features,
+                                   options.epsilon, row_scratch});
 }
 
 }  // namespace EIGENFORMER_ABI

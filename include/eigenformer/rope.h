@@ -1,23 +1,24 @@
 /// \file
-/// Rotary position embedding (Su et al., "RoFormer", 2021): pairs of features of a head turn by an angle that grows with the position,
+/// Rotary position embedding (Su et al., "RoFormer", 2021): pairs of features of a head turn by an angle that grows with the
+/// position,
 ///
 ///   (y[a], y[b]) = (x[a] cos t - x[b] sin t,  x[b] cos t + x[a] sin t),   t = position * scale * base^(-2 i / rotary_dim)
 ///
-/// for pair i of rotary_dim / 2; RopeLayout says which features a and b are. Features from rotary_dim on are copied. `scale` below 1 is
-/// position interpolation (Chen et al., 2023): 0.25 serves contexts four times the length trained.
+/// for pair i of rotary_dim / 2; RopeLayout says which features a and b are. Features from rotary_dim on are copied. `scale` below
+/// 1 is position interpolation (Chen et al., 2023): 0.25 serves contexts four times the length trained.
 ///
-/// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has one element a token, batch * seq of
-/// them for rank 4: a std::span or std::vector of Eigen::Index or std::int32_t.
-/// Scalars are float, double, bfloat16 and half; y's may differ from x's. Angles, cosines and sines are computed in double (an
-/// angle is right to 1e-10 at position 10^6) and rounded once: to float, or to double where x or y is.
+/// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has one element a token, batch * seq
+/// of them for rank 4: a std::span or std::vector of Eigen::Index or std::int32_t. Scalars are float, double, bfloat16 and half;
+/// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to 1e-10 at position 10^6) and
+/// rounded once: to float, or to double where x or y is.
 ///
-/// Two forms give the same bits. With options, cosines and sines are computed once a token, for all its heads (about 2 us for 64 pairs).
-/// With a RopeTable they are read: nothing is computed but the rotation, nothing allocated; the hot path.
+/// Two forms give the same bits. With options, cosines and sines are computed once a token, for all its heads (about 2 us for 64
+/// pairs). With a RopeTable they are read: nothing is computed but the rotation, nothing allocated; the hot path.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
-/// Throws std::invalid_argument for a number of positions other than of tokens, an odd or too large rotary_dim, a base or scale that is not
-/// positive and finite, and, with a table, a position outside it (O(tokens)), before anything is written.
-/// Cost: one read of x and one write of y. Results do not depend on threads or on other tokens.
+/// Throws std::invalid_argument for a number of positions other than of tokens, an odd or too large rotary_dim, a base or scale
+/// that is not positive and finite, and, with a table, a position outside it (O(tokens)), before anything is written. Cost: one
+/// read of x and one write of y. Results do not depend on threads or on other tokens.
 #pragma once
 
 #include <cmath>
@@ -34,10 +35,10 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct RopeOptions {
-  float base = 10000.0f;                        ///< of the geometric series of frequencies; larger for longer contexts
-  RopeLayout layout = RopeLayout::half_split;   ///< which features are a pair
-  Index rotary_dim = 0;                         ///< leading features of a head that turn, even; 0 means head_dim
-  float scale = 1.0f;                           ///< multiplies positions
+  float base = 10000.0f;                       ///< of the geometric series of frequencies; larger for longer contexts
+  RopeLayout layout = RopeLayout::half_split;  ///< which features are a pair
+  Index rotary_dim = 0;                        ///< leading features of a head that turn, even; 0 means head_dim
+  float scale = 1.0f;                          ///< multiplies positions
 };
 
 namespace detail {
@@ -60,8 +61,9 @@ inline void write_inverse_frequencies(float base, Index rotary_dim, double* out)
 /// Positions as a span of Index or of int32.
 template <typename P>
 auto position_span(const P& positions) {
-  static_assert(std::is_convertible_v<const P&, std::span<const Index>> || std::is_convertible_v<const P&, std::span<const std::int32_t>>,
-                "eigenformer: positions are a std::span or std::vector of Eigen::Index or std::int32_t");
+  static_assert(
+      std::is_convertible_v<const P&, std::span<const Index>> || std::is_convertible_v<const P&, std::span<const std::int32_t>>,
+      "eigenformer: positions are a std::span or std::vector of Eigen::Index or std::int32_t");
   if constexpr (std::is_convertible_v<const P&, std::span<const Index>>)
     return std::span<const Index>(positions);
   else
@@ -77,22 +79,24 @@ auto rope_input(const X& x) {
 
 /// Everything but the angles, checked.
 template <typename Y, typename X, typename Position>
-RopeProblem<scalar_of<Y>, scalar_of<X>, Position> rope_problem(std::string_view name, std::string_view y_name, Y y, std::string_view x_name, X x,
-                                                              std::span<const Position> positions, bool inverse) {
+RopeProblem<scalar_of<Y>, scalar_of<X>, Position> rope_problem(std::string_view name, std::string_view y_name, Y y,
+                                                               std::string_view x_name, X x, std::span<const Position> positions,
+                                                               bool inverse) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, y_name, y, x_name, x);
   constexpr int rank = rank_of<X>;
   const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
   const Index tokens = rank == 3 ? x.dimension(0) : checked_product(x.dimension(0), x.dimension(1), name, x_name);
-  require(static_cast<Index>(positions.size()) == tokens, name, "positions has ", positions.size(), " elements, ", x_name, " has ", tokens,
-          " tokens");
+  require(static_cast<Index>(positions.size()) == tokens, name, "positions has ", positions.size(), " elements, ", x_name, " has ",
+          tokens, " tokens");
   return {y.data(), x.data(), positions.data(), tokens, heads, head_dim, {}, nullptr, nullptr, inverse};
 }
 
 }  // namespace detail
 
-/// Cosines and sines of positions 0 to max_positions - 1, for heads of head_dim: max_positions * rotary_dim elements (twice that for the
-/// interleaved layout). C is float, which serves float, bfloat16 and half, or double. Immutable: share it between layers and threads.
+/// Cosines and sines of positions 0 to max_positions - 1, for heads of head_dim: max_positions * rotary_dim elements (twice that
+/// for the interleaved layout). C is float, which serves float, bfloat16 and half, or double. Immutable: share it between layers
+/// and threads.
 template <typename C>
 class BasicRopeTable {
   static_assert(std::is_same_v<C, float> || std::is_same_v<C, double>);
@@ -148,10 +152,11 @@ template <typename D, typename Problem, typename C>
 void rope_with_table(std::string_view name, const D& device, Problem problem, const BasicRopeTable<C>& table) {
   static_assert(std::is_same_v<C, typename Problem::compute>,
                 "eigenformer: RopeTable serves float, bfloat16 and half; double takes a BasicRopeTable<double>");
-  require(problem.head_dim == table.head_dim(), name, "table is for head_dim ", table.head_dim(), ", x has head_dim ", problem.head_dim);
+  require(problem.head_dim == table.head_dim(), name, "table is for head_dim ", table.head_dim(), ", x has head_dim ",
+          problem.head_dim);
   for (Index t = 0; t < problem.tokens; ++t)
-    require(problem.positions[t] >= 0 && problem.positions[t] < table.max_positions(), name, "positions[", t, "] is ", problem.positions[t],
-            ", table has positions 0 to ", table.max_positions() - 1);
+    require(problem.positions[t] >= 0 && problem.positions[t] < table.max_positions(), name, "positions[", t, "] is ",
+            problem.positions[t], ", table has positions 0 to ", table.max_positions() - 1);
   problem.angles = table.angles();
   problem.table = table.rows();
   cpu::rope(isa::best{}, device, problem);

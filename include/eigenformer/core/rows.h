@@ -1,6 +1,6 @@
 /// \file
-/// What operators on rows and on single elements share: the compute type of several scalars, the rows of a tensor of any rank, and a
-/// result of the same shape.
+/// What operators on rows and on single elements share: the compute type of several scalars, the rows of a tensor of any rank, and
+/// a result of the same shape.
 #pragma once
 
 #include "check.h"

@@ -2,8 +2,9 @@
 /// CPU kernels of activations: one vectorised pass over the elements, written once over the function. An exponential costs about 20
 /// instructions a vector, so memory bandwidth is the limit for what is not in cache.
 ///
-/// A function is a struct of two templates: value<V>(x) and derivative<V>(x). Arguments of products are clamped to [-800, 800], where every
-/// function here has reached its limit: infinities then give the limit and not 0 * infinity. A NaN passes through every clamp.
+/// A function is a struct of two templates: value<V>(x) and derivative<V>(x). Arguments of products are clamped to [-800, 800],
+/// where every function here has reached its limit: infinities then give the limit and not 0 * infinity. A NaN passes through every
+/// clamp.
 #pragma once
 
 #include <cmath>
@@ -34,7 +35,8 @@ struct ActivationBackwardProblem {
   Index count;
 };
 
-/// y = function(gate) * up, (rows, features) each; a stride is the distance from one row to the next, 2 * features in a fused tensor.
+/// y = function(gate) * up, (rows, features) each; a stride is the distance from one row to the next, 2 * features in a fused
+/// tensor.
 template <typename Function, typename Y, typename Gate, typename Up>
 struct GatedProblem {
   using compute = common_compute_type<Y, Gate, Up>;
@@ -79,9 +81,9 @@ EIGENFORMER_INLINE V sigmoid(V x) {
   return V::set1(1) / (V::set1(1) + simd::exp(V::zero() - x));
 }
 
-/// erfc(z) for z >= 0: t e^(-z^2) P(t) with t = 1 / (1 + z / 2), the form of Hastings (1955); P of degree 9 is our own Chebyshev fit of
-/// e^(z^2) erfc(z) / t on z in [0, 9.5] (error 1.3e-8 on values of 0.28 to 1). Float: absolute error below 2e-7, relative below
-/// 3e-7 + 1.2e-7 z^2. Double calls std::erfc lane by lane.
+/// erfc(z) for z >= 0: t e^(-z^2) P(t) with t = 1 / (1 + z / 2), the form of Hastings (1955); P of degree 9 is our own Chebyshev
+/// fit of e^(z^2) erfc(z) / t on z in [0, 9.5] (error 1.3e-8 on values of 0.28 to 1). Float: absolute error below 2e-7, relative
+/// below 3e-7 + 1.2e-7 z^2. Double calls std::erfc lane by lane.
 template <typename V>
 EIGENFORMER_INLINE V erfc_of_positive(V z) {
   if constexpr (sizeof(typename V::scalar) == 8) {
@@ -151,7 +153,8 @@ struct GeluTanh {
     using C = typename V::scalar;
     x = clamp_to_limits(x);
     const V s = sigmoid(twice_u(x));
-    const V slope = fma(x * x, V::set1(static_cast<C>(3 * kTwoRootTwoOverPi * 0.044715)), V::set1(static_cast<C>(kTwoRootTwoOverPi)));
+    const V slope =
+        fma(x * x, V::set1(static_cast<C>(3 * kTwoRootTwoOverPi * 0.044715)), V::set1(static_cast<C>(kTwoRootTwoOverPi)));
     return s * fma(x * slope, V::set1(1) - s, V::set1(1));
   }
   static constexpr double kTwoRootTwoOverPi = 1.59576912160573071176;
@@ -186,8 +189,8 @@ void activation_backward(Isa, const D& device, const ActivationBackwardProblem<F
   });
 }
 
-/// body(row, first, last) for the pieces of rows that make up elements [begin, end) of (rows, features): threads share out elements, so
-/// that one long row is work for all of them.
+/// body(row, first, last) for the pieces of rows that make up elements [begin, end) of (rows, features): threads share out
+/// elements, so that one long row is work for all of them.
 template <typename Body>
 EIGENFORMER_INLINE void for_each_row_piece(Index begin, Index end, Index features, Body&& body) {
   while (begin < end) {
@@ -236,9 +239,8 @@ template <typename Isa, CpuDevice D, typename Y, typename X, typename R>
 void residual_add(Isa, const D& device, const ResidualAddProblem<Y, X, R>& p) {
   using V = simd::Vec<typename ResidualAddProblem<Y, X, R>::compute, Isa>;
   parallel_for(device, p.count, kElementsPerTask, [&](Index first, Index last, int) {
-    for_each_vector<V>(first, last, [&](Index at, auto part) {
-      store(load<V>(p.x + at, part) + load<V>(p.residual + at, part), p.y + at, part);
-    });
+    for_each_vector<V>(
+        first, last, [&](Index at, auto part) { store(load<V>(p.x + at, part) + load<V>(p.residual + at, part), p.y + at, part); });
   });
 }
 

@@ -1,6 +1,6 @@
 /// \file
-/// CPU kernels of embedding: rows copied (and converted) from a table; bytes read and written, no arithmetic. Backward adds rows of grad_y
-/// to rows of grad_table in the order of tokens, each thread a range of columns, so that equal ids meet in one fixed order.
+/// CPU kernels of embedding: rows copied (and converted) from a table; bytes read and written, no arithmetic. Backward adds rows of
+/// grad_y to rows of grad_table in the order of tokens, each thread a range of columns, so that equal ids meet in one fixed order.
 #pragma once
 
 #include <cstring>
@@ -57,9 +57,8 @@ void embedding_backward(Isa, const D& device, const EmbeddingBackwardProblem<G, 
     for (Index token = 0; token < p.tokens; ++token) {
       G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
       const GY* grad_y = p.grad_y + token * p.features;
-      for_each_vector<V>(first, last, [&](Index at, auto part) {
-        store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part);
-      });
+      for_each_vector<V>(first, last,
+                         [&](Index at, auto part) { store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part); });
     }
   });
 }

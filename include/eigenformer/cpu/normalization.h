@@ -5,8 +5,8 @@
 /// Backward (with r = 1 / sqrt(mean(x^2) + epsilon), g the gradient of y, n features):
 ///   grad_weight[j] += sum over rows of g[j] x[j] r
 ///   grad_x[j]       = r (g[j] w[j] - x[j] r^2 / n * sum_k g[k] w[k] x[k])
-/// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x, threads splitting the rows. grad_x comes
-/// last so that it may take the place of grad_y or x.
+/// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x, threads splitting the rows. grad_x
+/// comes last so that it may take the place of grad_y or x.
 #pragma once
 
 #include <cmath>
@@ -97,8 +97,8 @@ void add_rms_norm(Isa, const D& device, const AddRmsNormProblem<Y, X, R, W>& p) 
   });
 }
 
-/// Adds to `Vectors` vectors of grad_weight that start at `column`. Rows are summed in blocks of 64, which keeps the rounding error of
-/// 10^5 rows that of a few hundred.
+/// Adds to `Vectors` vectors of grad_weight that start at `column`. Rows are summed in blocks of 64, which keeps the rounding error
+/// of 10^5 rows that of a few hundred.
 template <typename V, int Vectors, typename Problem, typename Part>
 void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Part part) {
   constexpr Index kRowBlock = 64;

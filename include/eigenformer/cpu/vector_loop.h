@@ -41,8 +41,8 @@ EIGENFORMER_INLINE void for_each_vector(Index begin, Index end, Body&& body) {
   if (at < end) body(at, PartOfVector{static_cast<int>(end - at)});
 }
 
-/// Sum over [0, count) of what `add(accumulator, at, part)` adds, in an order that count alone determines: four interleaved vectors of
-/// partial sums hide the latency of the addition.
+/// Sum over [0, count) of what `add(accumulator, at, part)` adds, in an order that count alone determines: four interleaved vectors
+/// of partial sums hide the latency of the addition.
 template <typename V, typename Add>
 EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
   V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
