@@ -44,7 +44,7 @@ eigenformer_operator(causal_mask)
 # - tokens
 eigenformer_operator(sampling WITHOUT cuda)
 # - steps
-#eigenformer_operator(training WITHOUT cpu cuda)
+eigenformer_operator(training WITHOUT cpu cuda)
 # - loss scaling
 eigenformer_operator(grad_scaler WITHOUT reference cpu cuda)
 # - requests

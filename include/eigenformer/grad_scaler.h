@@ -19,7 +19,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
@@ -85,7 +85,8 @@ class GradScaler {
   /// A step that is skipped changes nothing but gradients. Throws std::logic_error for a second step before update.
   template <typename Optimizer>
   bool step(Optimizer& optimizer) {
-    const std::span<const Parameter> parameters(optimizer.parameters());
+    const auto& list = optimizer.parameters();  // a user's optimizer may return them by value
+    const std::span<const Parameter> parameters(list);
     if (find(key_of(parameters)) == nullptr) unscale(parameters);
     Unscaled& entry = *find(key_of(parameters));
     if (entry.stepped) throw std::logic_error("GradScaler::step: this optimizer stepped already since the last update");

@@ -1,0 +1,337 @@
+/// \file
+/// Training steps over any model that meets `TrainableModel`: gradient accumulation and mixed precision.
+///
+/// Gradient accumulation splits a big batch into micro-batches that fit in memory. Every `accumulation_steps` micro-batches of the range
+/// form one group, the last of which may be shorter, and one optimizer step. The step's gradients are those of the mean loss over
+/// all targets of the group that count: weighted by targets, not by micro-batch, so that micro-batches may differ in size. The number of
+/// targets is known only at the group's last micro-batch (the range may be single-pass), so the loss gradients are divided by n, the
+/// number of targets of the group's first micro-batch, which keeps them in the range of half, and all gradients are multiplied by
+/// n / count once before the step: nothing where they are equal, else one pass.
+///
+/// Mixed precision (Micikevicius et al., 2018): the model computes forward and backward in Compute (float, Eigen::bfloat16 or
+/// Eigen::half), the loss and all sums are in float or double, master weights, their gradients and the optimizer's state are float. A
+/// GradScaler multiplies the loss gradient; gradients are unscaled once, before clipping and the step; a step whose gradients are not
+/// all finite is skipped, leaving weights and optimizer bit for bit, and the scale backs off. An overflow of the scaled loss gradient
+/// itself is such a case.
+///
+/// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip, optimizer step, scaler update, on_step.
+/// A group in which no target counts makes no step and does not move the scale. After the epoch the gradients are those the last
+/// step used. An exception (a target out of range, or one of the model's own) passes through; weights, optimizer and scaler are then
+/// as the last finished group left them.
+///
+/// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero them, at most one to scale, one to
+/// clip, and the optimizer's.
+#pragma once
+
+#include <cmath>
+#include <concepts>
+#include <cstdint>
+#include <functional>
+#include <ranges>
+#include <span>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "grad_scaler.h"
+#include "loss.h"
+#include "optimizer.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// What a model offers, for one type of computation and of inputs:
+///
+///   struct Model {
+///     template <typename Compute, typename Inputs>
+///     ef::Tensor<Compute, 2> forward(const Inputs& inputs);               // logits (targets, classes); keeps what backward needs
+///     template <typename Compute>
+///     void backward(const ef::Tensor<Compute, 2>& logits_gradient);       // of the last forward; adds to the gradients
+///     std::vector<ef::Parameter> parameters();                            // values and gradients, flattened, float
+///   };
+template <typename Model, typename Compute = float, typename Inputs = Tensor<Compute, 2>>
+concept TrainableModel = requires(Model& model, const Inputs& inputs, const Tensor<Compute, 2>& logits_gradient) {
+  { model.template forward<Compute>(inputs) } -> std::convertible_to<Tensor<Compute, 2>>;
+  model.template backward<Compute>(logits_gradient);
+  { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
+};
+
+/// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and zero_grad(device) are used where they exist.
+template <typename O>
+concept TrainingOptimizer = requires(O& optimizer) {
+  optimizer.step();
+  optimizer.zero_grad();
+  { optimizer.parameters() } -> std::convertible_to<std::span<const Parameter>>;
+};
+
+/// The default loss. A loss function is any callable
+///
+///   ef::LossResult loss(ef::Tensor<Compute, 2>& logits, const Targets& targets, double gradient_scale)
+///
+/// that returns the loss summed over the targets that count, and their number, and overwrites the logits (targets, classes) with the
+/// gradient of that sum times gradient_scale. `targets` is what the batch carries. It may take the device as one more first argument.
+struct CrossEntropyLoss {
+  CrossEntropyOptions options = {};
+
+  template <CpuDevice D, FloatingScalar Compute, typename Targets>
+  LossResult operator()(const D& device, Tensor<Compute, 2>& logits, const Targets& targets, double gradient_scale) const {
+    return cross_entropy_with_gradient_into(device, logits, logits, targets, gradient_scale, options);
+  }
+};
+
+/// One finished group of micro-batches, as TrainOptions::on_step sees it.
+struct StepReport {
+  bool stepped = false;       ///< the weights were updated
+  bool found_inf = false;     ///< a gradient was infinite or NaN, and the step was skipped for that
+  double scale = 1;           ///< loss scale from here on
+  Index skipped_total = 0;    ///< steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
+  double loss = 0;            ///< mean over the group's targets
+  Index targets = 0;          ///< how many counted
+  double gradient_norm = 0;   ///< before clipping; 0 where clipping is off
+  Index group = 0;            ///< groups finished before this one in the epoch
+};
+
+struct TrainOptions {
+  /// Gradients are clipped to this L2 norm; 0: not clipped. A norm that is not finite skips the step, with or without a scaler.
+  double max_gradient_norm = 0;
+  std::function<void(const StepReport&)> on_step = {};  ///< called after each group, for progress and learning rate schedules
+};
+
+namespace detail {
+
+template <typename L, typename D, typename Compute, typename Targets>
+concept LossWithDevice = requires(L& loss, const D& device, Tensor<Compute, 2>& logits, const Targets& targets) {
+  { loss(device, logits, targets, 1.0) } -> std::convertible_to<LossResult>;
+};
+template <typename L, typename Compute, typename Targets>
+concept LossWithoutDevice = requires(L& loss, Tensor<Compute, 2>& logits, const Targets& targets) {
+  { loss(logits, targets, 1.0) } -> std::convertible_to<LossResult>;
+};
+
+/// Stands for the scaler where there is none.
+struct NoScaler {};
+
+/// One epoch, or one step: what is alike in all training functions.
+template <typename Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer, typename Loss, typename Scaler>
+class Trainer {
+ public:
+  Trainer(const D& device, Model& model, Optimizer& optimizer, Loss& loss, Scaler& scaler, const TrainOptions& options)
+      : device_(device), model_(model), optimizer_(optimizer), loss_(loss), scaler_(scaler), options_(options) {
+    require(options.max_gradient_norm >= 0, "train_step", "max_gradient_norm is ", options.max_gradient_norm, ", expected 0 (off) or more");
+  }
+
+  /// Forward and backward of one micro-batch; the first of a group zeroes the gradients.
+  template <typename Inputs, typename Targets>
+  void accumulate(const Inputs& inputs, const Targets& targets) {
+    static_assert(TrainableModel<Model, Compute, Inputs>,
+                  "eigenformer: the model needs forward<Compute>(inputs), backward<Compute>(logits_gradient) and parameters(), as "
+                  "ef::TrainableModel in training.h describes them");
+    if (micro_batches_ == 0) begin_group(input_view<1>(targets).size());
+    ++micro_batches_;
+    Tensor<Compute, 2> logits = model_.template forward<Compute>(inputs);
+    const LossResult result = apply_loss(logits, targets);
+    group_loss_.sum += result.sum;
+    group_loss_.count += result.count;
+    model_.template backward<Compute>(std::as_const(logits));
+  }
+
+  /// The optimizer step of the micro-batches so far.
+  void finish_group() {
+    StepReport report;
+    if (group_loss_.count > 0) step(report);
+    report.scale = scale();
+    report.skipped_total = skipped();
+    report.loss = group_loss_.mean();
+    report.targets = group_loss_.count;
+    report.group = groups_++;
+    total_.sum += group_loss_.sum;
+    total_.count += group_loss_.count;
+    micro_batches_ = 0;
+    if (options_.on_step) options_.on_step(report);
+  }
+
+  Index micro_batches() const { return micro_batches_; }
+  double mean_loss() const { return total_.mean(); }
+
+ private:
+  static constexpr bool kScaled = std::is_same_v<Scaler, GradScaler>;
+
+  double scale() const {
+    if constexpr (kScaled) return scaler_.scale();
+    return 1.0;
+  }
+  Index skipped() const {
+    if constexpr (kScaled) return scaler_.skipped_steps();
+    return skipped_;
+  }
+
+  void begin_group(Index targets) {
+    if constexpr (requires { optimizer_.zero_grad(device_); })
+      optimizer_.zero_grad(device_);
+    else
+      optimizer_.zero_grad();
+    group_loss_ = {};
+    normaliser_ = targets > 0 ? static_cast<double>(targets) : 1.0;
+  }
+
+  template <typename Targets>
+  LossResult apply_loss(Tensor<Compute, 2>& logits, const Targets& targets) {
+    const double gradient_scale = scale() / normaliser_;
+    if constexpr (LossWithDevice<Loss, D, Compute, Targets>) {
+      return loss_(device_, logits, targets, gradient_scale);
+    } else {
+      static_assert(LossWithoutDevice<Loss, Compute, Targets>,
+                    "eigenformer: a loss is called as loss(logits, targets, gradient_scale), overwrites logits with the gradient and "
+                    "returns ef::LossResult; see ef::CrossEntropyLoss in training.h");
+      return loss_(logits, targets, gradient_scale);
+    }
+  }
+
+  void step(StepReport& report) {
+    const auto& list = optimizer_.parameters();  // a user's optimizer may return them by value
+    const std::span<const Parameter> parameters(list);
+    const double to_mean = normaliser_ / static_cast<double>(group_loss_.count);
+    bool finite = true;
+    if constexpr (kScaled)
+      finite = scale_gradients(device_, parameters, to_mean / scale());
+    else if (to_mean != 1.0)
+      scale_gradients(device_, parameters, to_mean);
+    if (finite && options_.max_gradient_norm > 0) {
+      report.gradient_norm = clip_gradient_norm(device_, parameters, options_.max_gradient_norm);
+      finite = std::isfinite(report.gradient_norm);
+    }
+    if (finite) {
+      if constexpr (requires { optimizer_.step(device_); })
+        optimizer_.step(device_);
+      else
+        optimizer_.step();
+    }
+    report.stepped = finite;
+    report.found_inf = !finite;
+    skipped_ += finite ? 0 : 1;
+    if constexpr (kScaled) scaler_.update(!finite);
+  }
+
+  const D& device_;
+  Model& model_;
+  Optimizer& optimizer_;
+  Loss& loss_;
+  Scaler& scaler_;
+  const TrainOptions& options_;
+  double normaliser_ = 1;       // of the group's loss gradients: targets of its first micro-batch
+  LossResult group_loss_, total_;
+  Index micro_batches_ = 0, groups_ = 0, skipped_ = 0;
+};
+
+template <typename Compute, CpuDevice D, typename Model, typename Optimizer, typename Loader, typename Scaler, typename Loss>
+double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&& loader, Index accumulation_steps,
+                   const TrainOptions& options, Scaler& scaler, Loss& loss) {
+  require(accumulation_steps >= 1, "train_step_with_grad_accumulation", "accumulation_steps is ", accumulation_steps,
+          ", expected 1 or more");
+  Trainer<Compute, D, Model, Optimizer, Loss, Scaler> trainer(device, model, optimizer, loss, scaler, options);
+  for (auto&& batch : loader) {
+    trainer.accumulate(batch.inputs, batch.targets);
+    if (trainer.micro_batches() == accumulation_steps) trainer.finish_group();
+  }
+  if (trainer.micro_batches() > 0) trainer.finish_group();
+  return trainer.mean_loss();
+}
+
+}  // namespace detail
+
+/// One epoch over `data_loader`: any input range, single-pass ones included, of batches with members `inputs` (of any type the model
+/// takes) and `targets` (ef::Tensor<std::int32_t, 1>, class indices, -100 is ignored). Returns the mean loss over all targets of the
+/// epoch. An empty range returns 0 and leaves everything as it was, gradients included. Throws std::invalid_argument for
+/// accumulation_steps below 1 before anything happens, and for a target out of range before any weight of its group changes.
+///
+///   double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
+///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, data_loader, 4);   // on a pool, in bfloat16
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader>
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps) {
+  detail::NoScaler none;
+  CrossEntropyLoss loss;
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, TrainOptions{}, none, loss);
+}
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader>
+  requires(!Device<Model>)
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps);
+}
+
+/// The same with another loss function; its form is at CrossEntropyLoss.
+///
+///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, ef::CrossEntropyLoss{{.label_smoothing = 0.1}});
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader, typename Loss>
+  requires(!std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps, Loss&& loss) {
+  detail::NoScaler none;
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, TrainOptions{}, none, loss);
+}
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader, typename Loss>
+  requires(!Device<Model> && !std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps, Loss&& loss) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, loss);
+}
+
+/// The same with clipping and a callback after each step, and with a loss.
+///
+///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, {.max_gradient_norm = 1, .on_step = report});
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
+          typename Loss = CrossEntropyLoss>
+  requires(!std::same_as<Loss, GradScaler>)
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps, const TrainOptions& options, Loss loss = {}) {
+  detail::NoScaler none;
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, options, none, loss);
+}
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
+          typename Loss = CrossEntropyLoss>
+  requires(!Device<Model> && !std::same_as<Loss, GradScaler>)
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
+                                         const TrainOptions& options, Loss loss = {}) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, options,
+                                                    std::move(loss));
+}
+
+/// The same with a loss scaler: mixed precision over accumulated micro-batches. The scale is fixed within a group.
+///
+///   ef::train_step_with_grad_accumulation<Eigen::half>(device, model, optimizer, data_loader, 4, {.max_gradient_norm = 1}, scaler);
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
+          typename Loss = CrossEntropyLoss>
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps, const TrainOptions& options, GradScaler& scaler, Loss loss = {}) {
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, options, scaler, loss);
+}
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
+          typename Loss = CrossEntropyLoss>
+  requires(!Device<Model>)
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
+                                         const TrainOptions& options, GradScaler& scaler, Loss loss = {}) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, options,
+                                                    scaler, std::move(loss));
+}
+
+/// One step of mixed precision on one batch; returns the unscaled mean loss over its targets. What happened is in the scaler
+/// (skipped_steps, scale) or in options.on_step.
+///
+///   double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
+template <FloatingScalar Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer, typename Inputs, typename Labels,
+          typename Loss = CrossEntropyLoss>
+double train_step_mixed_precision(const D& device, Model& model, Optimizer& optimizer, const Inputs& inputs, const Labels& labels,
+                                  GradScaler& scaler, const TrainOptions& options = {}, Loss loss = {}) {
+  detail::Trainer<Compute, D, Model, Optimizer, Loss, GradScaler> trainer(device, model, optimizer, loss, scaler, options);
+  trainer.accumulate(inputs, labels);
+  trainer.finish_group();
+  return trainer.mean_loss();
+}
+template <FloatingScalar Compute, typename Model, TrainingOptimizer Optimizer, typename Inputs, typename Labels,
+          typename Loss = CrossEntropyLoss>
+  requires(!Device<Model>)
+double train_step_mixed_precision(Model& model, Optimizer& optimizer, const Inputs& inputs, const Labels& labels, GradScaler& scaler,
+                                  const TrainOptions& options = {}, Loss loss = {}) {
+  return train_step_mixed_precision<Compute>(Eigen::DefaultDevice{}, model, optimizer, inputs, labels, scaler, options, std::move(loss));
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
