@@ -18,19 +18,26 @@ namespace bench {
 /// Peak arithmetic a row is held against.
 enum class Peak { none, float_fma, bfloat16, int8 };
 
-/// What a row must at least do: bytes it must read and write, operations it must perform. The floor is the longest of the three at
-/// the limits measured on this machine.
+/// What a row must at least do: bytes it must read and write, operations it must perform. The floor is the longest of these at the
+/// limits measured on this machine, in the cache level that holds the footprint.
 struct Limit {
   double bytes_read = 0;
   double bytes_written = 0;
   double operations = 0;
   Peak peak = Peak::none;
+  double footprint = 0;  ///< bytes that repeated calls go through; 0 means bytes_read + bytes_written
 
   static Limit read_bytes(double bytes) { return {bytes, 0, 0, Peak::none}; }
   static Limit write_bytes(double bytes) { return {0, bytes, 0, Peak::none}; }
   static Limit copy_bytes(double read, double written) { return {read, written, 0, Peak::none}; }
   /// A product of `flops` (a multiply-add counts two) that reads at least `bytes`.
   static Limit product(double flops, double bytes, Peak peak = Peak::float_fma) { return {bytes, 0, flops, peak}; }
+  /// The same limit where calls take turns on several copies of their input, `bytes` in all (weights that come out of DRAM).
+  Limit rotating_through(double bytes) const {
+    Limit limit = *this;
+    limit.footprint = bytes;
+    return limit;
+  }
 };
 
 using OnOneThread = std::function<void(const Eigen::DefaultDevice&)>;
@@ -40,6 +47,11 @@ struct Call {
   std::string name;
   OnOneThread one_thread;
   OnPool pool;  // empty where the call has no threaded form
+  /// The library whose own threads the call runs on, empty where it runs on ours. Thread pools disturb each other, so `report`
+  /// times each family in a process of its own.
+  std::string family = {};
+  /// What is wrong with the call's result, empty where it is right. `report` asks once, before timing.
+  std::function<std::string()> mismatch = {};
 };
 
 struct Row {
@@ -62,6 +74,14 @@ struct Row {
   template <typename F>
   Row& peer_one_thread(std::string peer_name, F f) {
     calls.push_back(Call{std::move(peer_name), [f](const Eigen::DefaultDevice&) { f(); }, {}});
+    return *this;
+  }
+  /// A peer with a thread pool of its own: `f(threads)` sets the pool's size and runs. `mismatch` runs it and judges the result.
+  template <typename F>
+  Row& peer_with_own_threads(std::string peer_name, std::string family, F f, std::function<std::string()> mismatch) {
+    calls.push_back(Call{std::move(peer_name), [f](const Eigen::DefaultDevice&) { f(1); },
+                         [f](const Eigen::ThreadPoolDevice& device) { f(device.numThreads()); }, std::move(family),
+                         std::move(mismatch)});
     return *this;
   }
 };
