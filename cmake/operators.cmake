@@ -38,9 +38,9 @@ eigenformer_operator(causal_mask)
 # - softmax(QK)V
 #eigenformer_operator(attention WITHOUT cuda)
 # - ranks
-#eigenformer_operator(communicator WITHOUT reference cpu cuda)
+eigenformer_operator(communicator WITHOUT reference cpu cuda)
 # - column- and row-parallel layers
-#eigenformer_operator(tensor_parallel WITHOUT cpu cuda)
+#eigenformer_operator(tensor_parallel WITHOUT cuda)
 # - tokens
 eigenformer_operator(sampling WITHOUT cuda)
 # - steps
