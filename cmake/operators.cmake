@@ -36,7 +36,7 @@ eigenformer_operator(causal_mask)
 # - matrix products
 #eigenformer_operator(linear WITHOUT cuda)
 # - softmax(QK)V
-#eigenformer_operator(attention WITHOUT cuda)
+eigenformer_operator(attention WITHOUT cuda)
 # - ranks
 eigenformer_operator(communicator WITHOUT reference cpu cuda)
 # - column- and row-parallel layers

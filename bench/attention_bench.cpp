@@ -1,0 +1,1 @@
+int main2() { return 0; }

@@ -1,0 +1,201 @@
+/// \file
+/// Attention over batches of sequences of different lengths, without ever building the score matrix:
+///
+///   score[i, j] = scale * q_i . k_j                          scale 1 / sqrt(head_dim) unless given
+///   score = softcap * tanh(score / softcap)                  where softcap > 0 (Gemma 2)
+///   score += slope[head] * (j - p_i)                         where ALiBi slopes are given (Press et al., 2022)
+///   out_i = sum over visible j of exp(score[i, j]) v_j / (exp(sink[head]) + sum over visible j of exp(score[i, j]))
+///   log_sum_exp_i = log of that denominator                  exp(sink) is there only where sinks are given (Xiao et al., 2023; gpt-oss)
+///
+/// (Vaswani et al., "Attention Is All You Need", 2017; computed as in Dao et al., "FlashAttention", 2022.) Shapes:
+///
+///   dense     q (batch, seq, heads, head_dim), k (batch, keys, kv_heads, head_dim), v (batch, keys, kv_heads, value_dim)
+///             -> (batch, seq, heads, value_dim); or rank 3 (batch, seq, d_model): one head
+///   packed    q (total_tokens, heads, head_dim), k and v (total_keys, kv_heads, width), sequences one after the other
+///   cached    q (batch, n, heads, head_dim) against a KvCache, a PagedKvCache or any KvSource
+///
+/// heads is a multiple of kv_heads (grouped-query attention, Ainslie et al., 2023); query head h uses KV head h / (heads / kv_heads).
+///
+/// Positions. Sequence b has L_b keys, at positions 0 to L_b - 1, and n_b queries, aligned at the end: query i stands at position
+/// p_i = L_b - n_b + i. Here n_b is
+///   - query_lengths[b] where that option is given;
+///   - otherwise, dense with as many query rows as key rows: L_b, so that p_i = i (self-attention over a padded batch);
+///   - otherwise all query rows: seq_lengths are lengths of keys (cross-attention, chunks against longer keys).
+/// Rows i >= n_b are padding. p_i may be negative (more queries than keys); under causal such a row sees only the prefix, if any.
+/// Query i sees key j < L_b where not causal; or j <= p_i and (window 0 or j > p_i - window); or j < prefix_length.
+///
+/// Exact zeros. Padding rows and rows that see no key are exactly zero and have log_sum_exp -infinity, sinks or not: the mask decides,
+/// not the values. Length 0 is legal, and so are empty tensors. Keys and values at or past L_b, and query rows that are padding, are
+/// never read into arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it holds.
+///
+/// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is -infinity (or the sink). A visible score of
+/// +infinity or NaN makes its row NaN and no other. With softcap a score of +-infinity counts as +-softcap.
+///
+/// Bits. A row is one fixed chain over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding, the number
+/// of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type of K and V).
+/// bfloat16, half and INT8 are converted to float; sums are float, or double for double.
+///
+/// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that nobody sees left out, so work follows the
+/// sum of length^2, half of it under causal, and length * window with a window. K and V are read once for each 128 rows of a group's
+/// queries: a decode step reads the cache once. Memory beyond the output: about 250 KiB of scratch a thread at head_dim 128. The _into
+/// forms allocate nothing after the first call at a size. The output may be the query tensor itself; other overlaps are not allowed.
+///
+/// Everything throws std::invalid_argument for shapes that do not fit, lengths outside [0, key rows], options out of range.
+#pragma once
+
+#include "attention_backward.h"
+#include "attention_problem.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+/// Output and log_sum_exp join a problem, then it runs. `squeezed` has the rank of the caller's tensors.
+template <typename D, typename Output, typename Q, typename Problem>
+void run_attention(std::string_view name, const D& device, Output& output, const Q& q, bool packed, const AttentionOptions& options,
+                   Problem& problem, Workspace& workspace) {
+  require_attention_output(name, "output", output, q, problem.value_dim);
+  problem.output = output.data();
+  problem.log_sum_exp = options.log_sum_exp.checked<typename Problem::Compute>(name, log_sum_exp_shape(q, packed));
+  cpu::attention(isa::best{}, device, problem, workspace);
+}
+
+/// Rank of a dense argument; 4 where it is no tensor of rank 3 or 4, so that input_view explains.
+template <typename X>
+inline constexpr int dense_rank = rank_of<X> == 3 ? 3 : 4;
+
+}  // namespace detail
+
+/// Dense attention with padding, into `output` (the shape of q with v's width).
+///
+///   ef::batched_attention_with_padding_into(device, out, q4, k4, v4, seq_lengths, {.causal = true, .log_sum_exp = lse});
+template <CpuDevice D, typename Output, typename Q, typename K, typename V>
+void batched_attention_with_padding_into(const D& device, Output&& output, const Q& query, const K& key, const V& value,
+                                         const LengthSpan& seq_lengths, const AttentionOptions& options = {},
+                                         Workspace& workspace = thread_workspace()) {
+  constexpr std::string_view name = "batched_attention_with_padding";
+  constexpr int rank = detail::dense_rank<Q>;
+  const auto q = input_view<rank>(query);
+  const auto k = input_view<rank>(key);
+  const auto v = input_view<rank>(value);
+  auto out = output_view<rank>(output);
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>, "eigenformer: output has the scalar type of query");
+  Workspace::Frame frame(workspace);
+  auto problem = detail::dense_attention_problem(name, q, k, v, seq_lengths, options, frame);
+  detail::run_attention(name, device, out, q, false, options, problem, workspace);
+}
+
+/// Dense attention with padding on a device.
+template <CpuDevice D, typename Q, typename K, typename V>
+auto batched_attention_with_padding(const D& device, const Q& query, const K& key, const V& value, const LengthSpan& seq_lengths,
+                                    const AttentionOptions& options = {}) {
+  constexpr int rank = detail::dense_rank<Q>;
+  auto sizes = detail::sizes_of<rank>(input_view<rank>(query));
+  sizes[rank - 1] = input_view<rank>(value).dimension(rank - 1);
+  checked_product(checked_product(sizes[0], sizes[1], "batched_attention_with_padding", "output"),
+                  rank == 4 ? checked_product(sizes[2], sizes[rank - 1], "batched_attention_with_padding", "output") : sizes[2],
+                  "batched_attention_with_padding", "output");
+  Tensor<scalar_of<Q>, rank> output(sizes);
+  batched_attention_with_padding_into(device, output, query, key, value, seq_lengths, options);
+  return output;
+}
+
+/// Dense attention with padding on the calling thread.
+///
+///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);              // (batch, seq, d_model)
+///   ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
+template <typename Q, typename K, typename V>
+  requires(!Device<Q>)
+auto batched_attention_with_padding(const Q& query, const K& key, const V& value, const LengthSpan& seq_lengths,
+                                    const AttentionOptions& options = {}) {
+  return batched_attention_with_padding(Eigen::DefaultDevice{}, query, key, value, seq_lengths, options);
+}
+
+/// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows [kv_offsets[b], kv_offsets[b + 1]). Offsets
+/// start at 0, never fall and end at the number of rows. Into `output` (total_tokens, heads, value_dim).
+template <CpuDevice D, typename Output, typename Q, typename K, typename V>
+void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key, const V& value,
+                                    const LengthSpan& q_offsets, const LengthSpan& kv_offsets, const AttentionOptions& options = {},
+                                    Workspace& workspace = thread_workspace()) {
+  constexpr std::string_view name = "variable_length_attention";
+  const auto q = input_view<3>(query);
+  const auto k = input_view<3>(key);
+  const auto v = input_view<3>(value);
+  auto out = output_view<3>(output);
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>, "eigenformer: output has the scalar type of query");
+  Workspace::Frame frame(workspace);
+  auto problem = detail::packed_attention_problem(name, q, k, v, q_offsets, kv_offsets, options, frame);
+  detail::run_attention(name, device, out, q, true, options, problem, workspace);
+}
+
+/// Packed sequences on a device.
+template <CpuDevice D, typename Q, typename K, typename V>
+auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value, const LengthSpan& q_offsets,
+                               const LengthSpan& kv_offsets, const AttentionOptions& options = {}) {
+  const auto q = input_view<3>(query);
+  const Index width = input_view<3>(value).dimension(2);
+  checked_product(checked_product(q.dimension(0), q.dimension(1), "variable_length_attention", "output"), width,
+                  "variable_length_attention", "output");
+  Tensor<scalar_of<Q>, 3> output(q.dimension(0), q.dimension(1), width);
+  variable_length_attention_into(device, output, query, key, value, q_offsets, kv_offsets, options);
+  return output;
+}
+
+/// Packed sequences on the calling thread.
+///
+///   ef::Tensor<float, 3> packed = ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
+template <typename Q, typename K, typename V>
+  requires(!Device<Q>)
+auto variable_length_attention(const Q& query, const K& key, const V& value, const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+                               const AttentionOptions& options = {}) {
+  return variable_length_attention(Eigen::DefaultDevice{}, query, key, value, q_offsets, kv_offsets, options);
+}
+
+/// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last positions of their sequences and their own
+/// keys are already there. options.query_lengths mixes prefill chunks and decode steps in one call. Into `output` (the shape of query).
+template <CpuDevice D, typename Output, typename Q, typename S>
+void attention_with_kv_source_into(const D& device, Output&& output, const Q& query, const KvSource<S>& source,
+                                   const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
+  constexpr std::string_view name = "attention_with_kv_cache";
+  const auto q = input_view<4>(query);
+  auto out = output_view<4>(output);
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>, "eigenformer: output has the scalar type of query");
+  Workspace::Frame frame(workspace);
+  auto problem = detail::cached_attention_problem(name, q, source, options, frame);
+  detail::run_attention(name, device, out, q, false, options, problem, workspace);
+}
+
+template <CpuDevice D, typename Q, typename S>
+auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source, const AttentionOptions& options = {}) {
+  Tensor<scalar_of<Q>, 4> output(detail::sizes_of<4>(input_view<4>(query)));
+  attention_with_kv_source_into(device, output, query, source, options);
+  return output;
+}
+
+/// Anything that says where the keys and values of a layer are: KvCache, PagedKvCache.
+template <typename Cache>
+concept KvCacheLike = requires(const Cache& cache, Index layer_idx) { cache.source(layer_idx).key_row(Index{}, Index{}, Index{}); };
+
+/// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an unknown layer.
+template <CpuDevice D, typename Output, typename Q, KvCacheLike Cache>
+void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query, const Cache& cache, Index layer_idx,
+                                  const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
+  attention_with_kv_source_into(device, output, query, cache.source(layer_idx), options, workspace);
+}
+
+template <CpuDevice D, typename Q, KvCacheLike Cache>
+auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache, Index layer_idx, const AttentionOptions& options = {}) {
+  return attention_with_kv_source(device, query, cache.source(layer_idx), options);
+}
+
+/// On the calling thread.
+///
+///   ef::Tensor<float, 4> dec = ef::attention_with_kv_cache(q4, cache, layer_idx, {.causal = true});
+template <typename Q, KvCacheLike Cache>
+  requires(!Device<Q>)
+auto attention_with_kv_cache(const Q& query, const Cache& cache, Index layer_idx, const AttentionOptions& options = {}) {
+  return attention_with_kv_cache(Eigen::DefaultDevice{}, query, cache, layer_idx, options);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

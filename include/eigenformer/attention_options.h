@@ -1,0 +1,116 @@
+/// \file
+/// The options of attention, and the two argument types its calls share: lengths of sequences and the log-sum-exp output.
+#pragma once
+
+#include <array>
+#include <initializer_list>
+#include <span>
+
+#include "core/check.h"
+#include "core/tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Lengths or offsets of sequences: a view of Index or of int, made implicitly from anything that converts to
+/// std::span<const Index> or std::span<const int> (std::vector, std::array, arrays) and from a braced list. Host memory; it must
+/// live until the call returns.
+class LengthSpan {
+ public:
+  constexpr LengthSpan() = default;
+  constexpr LengthSpan(std::span<const Index> lengths) : wide_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
+  constexpr LengthSpan(std::span<const int> lengths) : narrow_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
+  constexpr LengthSpan(std::initializer_list<int> lengths) : LengthSpan(std::span<const int>(lengths.begin(), lengths.size())) {}
+  template <typename R>
+    requires std::convertible_to<const R&, std::span<const Index>>
+  constexpr LengthSpan(const R& lengths) : LengthSpan(static_cast<std::span<const Index>>(lengths)) {}
+  template <typename R>
+    requires(std::convertible_to<const R&, std::span<const int>> && !std::convertible_to<const R&, std::span<const Index>>)
+  constexpr LengthSpan(const R& lengths) : LengthSpan(static_cast<std::span<const int>>(lengths)) {}
+
+  constexpr Index size() const { return size_; }
+  constexpr bool empty() const { return size_ == 0; }
+  constexpr Index operator[](Index i) const { return wide_ != nullptr ? wide_[i] : static_cast<Index>(narrow_[i]); }
+
+ private:
+  const Index* wide_ = nullptr;
+  const int* narrow_ = nullptr;
+  Index size_ = 0;
+};
+
+/// Where attention writes log(sum of exp of the scores), made implicitly from an ef::Tensor or ef::TensorView of the compute type
+/// (float, or double for double inputs). The shape is that of the output without its last dimension, heads before rows:
+///   (batch, heads, seq) for (batch, seq, heads, head_dim);  (batch, seq) for (batch, seq, d_model);
+///   (heads, total_tokens) for packed sequences.
+class LogSumExpOutput {
+ public:
+  constexpr LogSumExpOutput() = default;
+  template <typename X>
+    requires(RowMajorTensor<X> && !std::is_same_v<std::remove_cvref_t<X>, LogSumExpOutput>)
+  LogSumExpOutput(X&& tensor) {
+    using T = scalar_of<X>;
+    static_assert(std::is_lvalue_reference_v<X> || !std::is_same_v<std::remove_cvref_t<X>, Tensor<T, rank_of<X>>>,
+                  "eigenformer: log_sum_exp would be written into a temporary tensor");
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "eigenformer: log_sum_exp is a tensor of float or double");
+    static_assert(rank_of<X> == 2 || rank_of<X> == 3, "eigenformer: log_sum_exp is (batch, heads, seq), (batch, seq) or (heads, tokens)");
+    auto view = output_view<rank_of<X>>(tensor);
+    if constexpr (std::is_same_v<T, float>)
+      floats_ = view.data();
+    else
+      doubles_ = view.data();
+    rank_ = rank_of<X>;
+    for (int d = 0; d < rank_of<X>; ++d) sizes_[static_cast<std::size_t>(d)] = view.dimension(static_cast<std::size_t>(d));
+    present_ = true;
+  }
+
+  bool present() const { return present_; }
+
+  /// The memory, nullptr where no output was asked for. Throws where scalar or shape are not those given.
+  template <typename C, std::size_t Rank>
+  C* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
+    if (!present_) return nullptr;
+    constexpr bool wide = std::is_same_v<C, double>;
+    require(wide == (doubles_ != nullptr || floats_ == nullptr) || sizes_product() == 0, operation, "log_sum_exp is a tensor of ",
+            wide ? "float, expected double" : "double, expected float");
+    bool same = rank_ == static_cast<int>(Rank);
+    std::string expected;
+    for (std::size_t d = 0; d < Rank; ++d) {
+      same = same && sizes_[d] == sizes[d];
+      if (d > 0) expected += ", ";
+      expected += std::to_string(sizes[d]);
+    }
+    require(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1], rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "",
+            "), expected (", expected, ")");
+    if constexpr (wide)
+      return doubles_;
+    else
+      return floats_;
+  }
+
+ private:
+  Index sizes_product() const { return sizes_[0] * sizes_[1] * (rank_ == 3 ? sizes_[2] : 1); }
+
+  float* floats_ = nullptr;
+  double* doubles_ = nullptr;
+  std::array<Index, 3> sizes_{};
+  int rank_ = 0;
+  bool present_ = false;
+};
+
+/// Spans are host memory and must live until the call returns.
+struct AttentionOptions {
+  bool causal = false;   ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
+  Index window = 0;      ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
+  float softcap = 0;     ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
+  float scale = 0;       ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
+  std::span<const float> alibi_slopes = {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
+  std::span<const float> sinks = {};         ///< one logit a head that joins maximum and denominator and has no value
+  Index prefix_length = 0;                   ///< with causal: leading keys visible to every query (prefix-LM)
+  LogSumExpOutput log_sum_exp = {};          ///< a tensor that gets log(sum exp), for the backward pass or for merging
+  /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows are padding and give zeros.
+  LengthSpan query_lengths = {};
+  std::span<float> sinks_gradient = {};  ///< backward only: gets the gradient of the sinks, one a head
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,318 @@
+/// \file
+/// CPU kernel of attention: tiles with an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018;
+/// Dao et al., "FlashAttention", 2022). A task is (sequence, KV head, block of query positions); all heads of the group stand in one tile
+/// as rows (position, head), so K and V are read and converted once for the group: a decode step reads each byte of them once. For each
+/// key block of 64: pack K transposed, V as rows, both as floats; scores = Q K^T; online softmax by row; sums = factor * sums + P V.
+/// Flops: 4 * rows * visible keys * head_dim; bytes: K and V once for each 128 query rows; one exp a score. The scores of a block are all
+/// that is ever held of the score matrix.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "../core/device.h"
+#include "../core/workspace.h"
+#include "attention_tile.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// One sequence of a request. Query i < query_rows stands at position first_position + i; rows from query_rows on are padding.
+struct AttentionSequence {
+  Index query_begin;     // its first row in queries and output
+  Index query_rows;      // rows that are queries
+  Index tensor_rows;     // rows in the tensors, padding included
+  Index key_sequence;    // its index in the KvSource
+  Index key_begin;       // its first key there
+  Index key_length;      // its keys
+  Index first_position;  // may be negative: more queries than keys
+  Index lse_begin;       // offset of head 0, row 0 in log_sum_exp
+};
+
+/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the stored one of keys and values.
+template <typename TQ, typename TKV>
+struct AttentionProblem {
+  using Compute = compute_type<TQ>;
+  const TQ* queries = nullptr;     // (rows, heads, head_dim)
+  TQ* output = nullptr;            // (rows, heads, value_dim)
+  Compute* log_sum_exp = nullptr;  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
+  Index lse_head_stride = 0;
+  Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  KvSource<TKV> source;
+  const AttentionSequence* sequences = nullptr;  // (batch)
+  Visibility visibility;
+  Compute scale = 1, softcap = 0;  // softcap 0: none
+  const float* alibi_slopes = nullptr;  // (heads) or nullptr
+  const float* sinks = nullptr;         // (heads) or nullptr
+
+  Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
+};
+
+namespace cpu {
+
+/// Rows of a query block: packing a key block costs about 3% of the work on it. Queries and sums of 128 rows of 128 fit half of L2.
+inline constexpr Index kAttentionQueryRows = 128;
+
+/// The block of a KvSource that attention reads next: keys [begin, begin + count) of a sequence and KV head.
+template <typename TKV>
+struct KeyBlock {
+  const KvSource<TKV>& source;
+  Index sequence, kv_head, begin;
+  int count;
+
+  const TKV* key(int j) const { return source.key_row(sequence, kv_head, begin + j); }
+  const TKV* value(int j) const { return source.value_row(sequence, kv_head, begin + j); }
+  float key_scale(int j) const {
+    if constexpr (std::is_same_v<TKV, std::int8_t>) return source.key_scale(sequence, kv_head, begin + j);
+    return 1.0f;
+  }
+  float value_scale(int j) const {
+    if constexpr (std::is_same_v<TKV, std::int8_t>) return source.value_scale(sequence, kv_head, begin + j);
+    return 1.0f;
+  }
+};
+
+/// Scratch of one worker.
+template <typename C>
+struct AttentionScratch {
+  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors;
+  BlockRange* ranges;
+};
+
+template <typename Isa, typename TQ, typename TKV>
+class AttentionWorker {
+  using C = compute_type<TQ>;
+  using Tile = AttentionTile<C, Isa>;
+  using V = typename Tile::V;
+  using Problem = AttentionProblem<TQ, TKV>;
+  static constexpr C kInfinity = std::numeric_limits<C>::infinity();
+
+ public:
+  static Index positions_per_block(const Problem& p) { return std::max<Index>(1, kAttentionQueryRows / std::max<Index>(1, p.group())); }
+
+  static AttentionScratch<C> take_scratch(const Problem& p, Workspace::Frame& frame) {
+    const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
+    AttentionScratch<C> s{frame.take<C>(rows * p.head_dim),
+                          frame.take<C>(rows * width),
+                          frame.take<C>(rows * kAttentionKeyBlock),
+                          frame.take<C>(p.head_dim * kAttentionKeyBlock),
+                          frame.take<C>(kAttentionKeyBlock * width),
+                          frame.take<C>(rows),
+                          frame.take<C>(rows * Tile::lanes),
+                          frame.take<C>(rows),
+                          frame.take<BlockRange>(rows)};
+    Tile::fill(s.scores, rows * kAttentionKeyBlock, C(0));  // lanes nobody sees are computed with and thrown away
+    return s;
+  }
+
+  AttentionWorker(const Problem& problem, const AttentionScratch<C>& scratch)
+      : p_(problem), s_(scratch), group_(problem.group()), width_(Tile::padded(problem.value_dim)) {}
+
+  /// Query rows [first, first + count) of a sequence, padding included, for the heads of one KV head.
+  void run(const AttentionSequence& sequence, Index kv_head, Index first, Index count) {
+    const Index queries = std::clamp<Index>(sequence.query_rows - first, 0, count);
+    for (Index i = queries; i < count; ++i)
+      for (Index g = 0; g < group_; ++g) write_empty_row(sequence, kv_head * group_ + g, first + i);
+    if (queries == 0) return;
+    begin(sequence, kv_head, first, queries);
+    const Index last_position = first_position_ + queries - 1;
+    const Index prefix = p_.visibility.causal ? std::min(p_.visibility.prefix, sequence.key_length) : 0;
+    const Index window_begin = p_.visibility.keys(first_position_, sequence.key_length).begin;
+    const Index end = std::max(p_.visibility.keys(last_position, sequence.key_length).end, prefix);
+    for (Index block = 0; block < end; block += kAttentionKeyBlock) {
+      if (block >= prefix && block + kAttentionKeyBlock <= window_begin)
+        block = window_begin / kAttentionKeyBlock * kAttentionKeyBlock;  // whole blocks before the window
+      if (block < end) add_block(sequence, kv_head, block);
+    }
+    for (Index r = 0; r < rows_; ++r) write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
+  }
+
+ private:
+  void begin(const AttentionSequence& sequence, Index kv_head, Index first, Index queries) {
+    rows_ = queries * group_;
+    first_position_ = sequence.first_position + first;
+    for (Index r = 0; r < rows_; ++r) {
+      const Index head = kv_head * group_ + r % group_, row = sequence.query_begin + first + r / group_;
+      Tile::load_row(p_.queries + (row * p_.heads + head) * p_.head_dim, p_.scale, p_.head_dim, p_.head_dim, s_.queries + r * p_.head_dim);
+      const bool sink = p_.sinks != nullptr && p_.sinks[head] > -std::numeric_limits<float>::infinity();
+      s_.maxima[r] = sink ? static_cast<C>(p_.sinks[head]) : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
+      Tile::fill(s_.lane_sums + r * Tile::lanes, Tile::lanes, C(0));
+      if (sink) s_.lane_sums[r * Tile::lanes] = C(1);
+    }
+    Tile::fill(s_.sums, rows_ * width_, C(0));
+  }
+
+  void add_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
+    const int count = static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
+    const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head, sequence.key_begin + block_begin, count};
+    Tile::pack_transposed(
+        count, p_.head_dim, s_.keys, [&](int j) { return block.key(j); }, [&](int j) { return static_cast<C>(block.key_scale(j)); });
+    for (int j = 0; j < count; ++j)
+      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_, s_.values + j * width_);
+    for (Index r = 0; r < rows_; ++r)
+      s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_, sequence.key_length, block_begin) : s_.ranges[r - 1];
+
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+    for (Index r = 0; r < rows_; ++r) softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { value_tile<decltype(tile)::value>(r); });
+  }
+
+  /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
+  template <int R>
+  void score_tile(Index r) {
+    int first = kAttentionKeyBlock, last = 0;
+    for (int i = 0; i < R; ++i) {
+      const BlockRange& range = s_.ranges[r + i];
+      if (range.empty()) continue;
+      first = std::min(first, range.first());
+      last = std::max(last, range.last());
+    }
+    for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
+      Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim, s_.keys + key * p_.head_dim, p_.head_dim,
+                                  s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
+  }
+
+  /// Scores to weights relative to the new maximum, in place; the factor that brings earlier sums to that maximum.
+  void softmax_row(Index r, Index head, Index distance) {
+    const BlockRange range = s_.ranges[r];
+    s_.factors[r] = C(1);
+    if (range.empty()) return;
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    V top = V::set1(-kInfinity);
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
+      V x = V::load(scores + c);
+      if (p_.softcap > 0) x = Tile::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
+      if (p_.alibi_slopes != nullptr)
+        x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])), Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
+      if (!range.full()) x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
+      x.store(scores + c);
+      top = max(x, top);  // this order lets a NaN pass by: it reaches the row through its weight
+    }
+    const C maximum = std::max(s_.maxima[r], reduce_max(top));
+    const C reference = maximum == -kInfinity ? C(0) : maximum;  // all scores -infinity: weights 0, not exp(NaN)
+    V sum = V::zero();
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
+      const V weight = exp(V::load(scores + c) - V::set1(reference));
+      weight.store(scores + c);
+      sum = sum + weight;
+    }
+    const V factor = exp(V::set1(s_.maxima[r] - reference));
+    C* const lane_sums = s_.lane_sums + r * Tile::lanes;
+    fma(V::load(lane_sums), factor, sum).store(lane_sums);
+    factor.store_partial(s_.factors + r, 1);
+    s_.maxima[r] = maximum;
+  }
+
+  /// sums[r ... r + R) = factor * sums + weights V. A key that a row does not see is left out, not multiplied by 0: it may be NaN.
+  template <int R>
+  void value_tile(Index r) {
+    const BlockRange* ranges = s_.ranges + r;
+    bool uniform = true, same_begin = true;
+    int common_end = ranges[0].end;
+    for (int i = 0; i < R; ++i) {
+      uniform = uniform && ranges[i] == ranges[0];
+      same_begin = same_begin && ranges[i].prefix_end == 0 && ranges[i].begin == ranges[0].begin;
+      common_end = std::min(common_end, ranges[i].end);
+    }
+    if (uniform) {
+      accumulate_range<R>(r, ranges[0]);
+    } else if (same_begin) {  // the diagonal: what all rows see together, then what later rows see besides
+      accumulate<R>(r, ranges[0].begin, common_end, s_.factors + r);
+      for (int i = 0; i < R; ++i)
+        if (common_end < ranges[i].end) accumulate<1>(r + i, common_end, ranges[i].end, nullptr);
+    } else {
+      for (int i = 0; i < R; ++i) accumulate_range<1>(r + i, ranges[i]);
+    }
+  }
+
+  template <int R>
+  EIGENFORMER_INLINE void accumulate_range(Index r, const BlockRange& range) {
+    if (range.empty()) return;
+    if (range.prefix_end > 0) accumulate<R>(r, 0, range.prefix_end, s_.factors + r);
+    if (range.begin < range.end) accumulate<R>(r, range.begin, range.end, range.prefix_end > 0 ? nullptr : s_.factors + r);
+  }
+
+  template <int R>
+  void accumulate(Index r, int begin, int end, const C* factor) {
+    Tile::template accumulate<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_, begin, end, factor, width_,
+                                 s_.sums + r * width_, width_);
+  }
+
+  C* log_sum_exp(const AttentionSequence& sequence, Index head, Index row) const {
+    return p_.log_sum_exp + sequence.lse_begin + head * p_.lse_head_stride + row;
+  }
+
+  TQ* output(const AttentionSequence& sequence, Index head, Index row) const {
+    return p_.output + ((sequence.query_begin + row) * p_.heads + head) * p_.value_dim;
+  }
+
+  void write_empty_row(const AttentionSequence& sequence, Index head, Index row) const {
+    std::fill_n(output(sequence, head, row), p_.value_dim, TQ(0));
+    if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = -kInfinity;
+  }
+
+  void write_row(const AttentionSequence& sequence, Index head, Index row, Index r) const {
+    const Index position = sequence.first_position + row;
+    const KeyRange keys = p_.visibility.keys(position, sequence.key_length);
+    const bool sees_prefix = p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
+    if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
+    const C sum = reduce_add(V::load(s_.lane_sums + r * Tile::lanes));
+    const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
+    const C* const sums = s_.sums + r * width_;
+    TQ* const out = output(sequence, head, row);
+    Index d = 0;
+    for (; d + Tile::lanes <= p_.value_dim; d += Tile::lanes) (V::load(sums + d) * factor).store(out + d);
+    if (d < p_.value_dim) (V::load(sums + d) * factor).store_partial(out + d, static_cast<int>(p_.value_dim - d));
+    if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
+  }
+
+  const Problem& p_;
+  const AttentionScratch<C>& s_;
+  Index group_, width_;
+  Index rows_ = 0, first_position_ = 0;
+};
+
+/// How many workers a request is worth: waking a thread costs some microseconds, 64k multiply-adds about as much.
+template <typename D, typename Problem>
+Index attention_workers(const D& device, const Problem& p, Index tasks) {
+  double work = 0;
+  for (Index b = 0; b < p.batch; ++b) {
+    const AttentionSequence& s = p.sequences[b];
+    work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) * static_cast<double>(p.heads * (p.head_dim + p.value_dim));
+  }
+  const Index worth = 1 + static_cast<Index>(std::min(work / 65536, 1e6));
+  return std::clamp<Index>(std::min(tasks, worth), 1, worker_count(device));
+}
+
+template <typename Isa, CpuDevice D, typename TQ, typename TKV>
+void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspace& workspace) {
+  using Worker = AttentionWorker<Isa, TQ, TKV>;
+  Workspace::Frame frame(workspace);
+  const Index positions = Worker::positions_per_block(p);
+  Index* const first_task = frame.take<Index>(p.batch + 1);
+  first_task[0] = 0;
+  for (Index b = 0; b < p.batch; ++b) first_task[b + 1] = first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
+  const Index tasks = first_task[p.batch];
+  if (tasks == 0) return;
+  const Index workers = attention_workers(device, p, tasks);
+  auto* const scratch = frame.take<AttentionScratch<compute_type<TQ>>>(workers);
+  for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, frame);
+
+  // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads of sequences of any length.
+  parallel_for(device, workers, 1, [&](Index begin, Index end, int) {
+    for (Index w = begin; w < end; ++w) {
+      Worker worker(p, scratch[w]);
+      for (Index task = w; task < tasks; task += workers) {
+        const Index b = std::upper_bound(first_task, first_task + p.batch + 1, task) - first_task - 1;
+        const AttentionSequence& sequence = p.sequences[b];
+        const Index blocks = (sequence.tensor_rows + positions - 1) / positions, local = task - first_task[b];
+        const Index first = local % blocks * positions;
+        worker.run(sequence, local / blocks, first, std::min(positions, sequence.tensor_rows - first));
+      }
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

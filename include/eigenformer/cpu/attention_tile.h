@@ -1,0 +1,201 @@
+/// \file
+/// The pieces attention is put together from, forward and backward: keys packed with positions along the lanes, two register-tiled
+/// products, and the ranges of a key block that a query sees. A row of a tile is one chain of multiply-adds whatever rows stand beside
+/// it, so results do not depend on how rows are grouped.
+#pragma once
+
+#include <algorithm>
+
+#include "../core/kv_source.h"
+#include "../core/visibility.h"
+#include "simd/transpose.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// Keys are processed in blocks at absolute positions 0, 64, 128, ...: the reduction order of a row is a function of its position only.
+/// 64 x 128 floats of K and of V are 64 KiB: in L2, and a panel of them in L1.
+inline constexpr int kAttentionKeyBlock = 64;
+
+/// The keys of one block that a query sees, relative to the block: [0, prefix_end) and [begin, end), prefix_end < begin or empty.
+struct BlockRange {
+  int prefix_end, begin, end;
+  bool empty() const { return prefix_end == 0 && begin == end; }
+  bool full() const { return begin == 0 && end == kAttentionKeyBlock; }
+  int first() const { return prefix_end > 0 ? 0 : begin; }
+  int last() const { return begin < end ? end : prefix_end; }
+  friend bool operator==(const BlockRange&, const BlockRange&) = default;
+};
+
+inline BlockRange block_range(const Visibility& visibility, Index position, Index key_length, Index block_begin) {
+  const auto inside = [&](Index key) { return static_cast<int>(std::clamp<Index>(key - block_begin, 0, kAttentionKeyBlock)); };
+  const KeyRange keys = visibility.keys(position, key_length);
+  const int prefix_end = visibility.causal ? inside(std::min(visibility.prefix, key_length)) : 0;
+  const int begin = inside(keys.begin), end = std::max(inside(keys.end), begin);
+  if (begin == end) return {0, 0, prefix_end};
+  if (begin <= prefix_end) return {0, prefix_end > 0 ? 0 : begin, std::max(end, prefix_end)};
+  return {prefix_end, begin, end};
+}
+
+/// C is the compute type.
+template <typename C, typename Isa>
+struct AttentionTile {
+  using V = simd::Vec<C, Isa>;
+  static constexpr int lanes = V::lanes;
+  static constexpr int kPanel = 2 * lanes;                // two vectors and kRows rows: 16 sums in flight hide the latency of fma
+  static constexpr int kRows = lanes >= 16 ? 8 : 4;       // 16 registers of AVX2 hold 4 x 2 sums, 32 of AVX-512 hold 8 x 2
+  static_assert(kAttentionKeyBlock % kPanel == 0);
+
+  static Index padded(Index width) { return (width + kPanel - 1) / kPanel * kPanel; }
+
+  /// f(std::integral_constant<int, R>, first row) over tiles that cover the rows.
+  template <typename F>
+  static EIGENFORMER_INLINE void for_row_tiles(Index rows, F&& f) {
+    Index r = 0;
+    for (; r + kRows <= rows; r += kRows) f(std::integral_constant<int, kRows>{}, r);
+    if constexpr (kRows > 4)
+      for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
+    for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, r);
+  }
+
+  /// row[0, width) = source * factor, zeros up to padded_width.
+  template <typename S>
+  static void load_row(const S* source, C factor, Index width, Index padded_width, C* row) {
+    const V f = V::set1(factor);
+    Index d = 0;
+    for (; d + lanes <= width; d += lanes) (V::load(source + d) * f).store(row + d);
+    if (d < width) {
+      (V::load_partial(source + d, static_cast<int>(width - d)) * f).store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
+      d += lanes;
+    }
+    for (; d < padded_width; d += lanes) V::zero().store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
+  }
+
+  static void fill(C* p, Index count, C value) {
+    const V v = V::set1(value);
+    Index i = 0;
+    for (; i + lanes <= count; i += lanes) v.store(p + i);
+    v.store_partial(p + i, static_cast<int>(count - i));
+  }
+
+  /// Packs up to 64 rows of `width` elements transposed: panel p holds rows [p * kPanel, (p + 1) * kPanel) as (width, kPanel).
+  /// row(j) is the address of row j < count and scale(j) its factor; later rows are zeros.
+  template <typename Row, typename Scale>
+  static void pack_transposed(int count, Index width, C* packed, Row&& row, Scale&& scale) {
+    for (int j = 0; j < kAttentionKeyBlock; j += lanes) {
+      C* const column = packed + (j / kPanel) * kPanel * width + j % kPanel;
+      for (Index d = 0; d < width; d += lanes) {
+        const int n = static_cast<int>(std::min<Index>(lanes, width - d));
+        V block[lanes];
+        for (int i = 0; i < lanes; ++i) block[i] = j + i < count ? load_some(row(j + i) + d, n) * V::set1(scale(j + i)) : V::zero();
+        transpose(block);
+        for (int i = 0; i < n; ++i) block[i].store(column + (d + i) * kPanel);
+      }
+    }
+  }
+
+  /// out[r][0, kPanel) = rows[r] . panel, summed over depth in order.
+  template <int R>
+  static EIGENFORMER_INLINE void dot_panel(const C* rows, Index row_stride, const C* panel, Index depth, C* out, Index out_stride) {
+    V sum[R][2];
+    for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
+    for (Index d = 0; d < depth; ++d, panel += kPanel) {
+      const V k0 = V::load(panel), k1 = V::load(panel + lanes);
+      for (int r = 0; r < R; ++r) {
+        const V q = V::set1(rows[r * row_stride + d]);
+        sum[r][0] = fma(q, k0, sum[r][0]);
+        sum[r][1] = fma(q, k1, sum[r][1]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      sum[r][0].store(out + r * out_stride);
+      sum[r][1].store(out + r * out_stride + lanes);
+    }
+  }
+
+  /// A weight matrix read at (row, inner): weights + row * row_stride + inner * inner_stride.
+  struct Weights {
+    const C* data;
+    Index row_stride, inner_stride;
+  };
+
+  /// out[r][0, width) = factor[r] * out[r] + sum over k in [begin, end) of weights(r, k) * matrix[k], in the order of k. width is a
+  /// multiple of kPanel. factor may be nullptr: 1.
+  template <int R>
+  static EIGENFORMER_INLINE void accumulate(Weights w, const C* matrix, Index matrix_stride, int begin, int end, const C* factor,
+                                            Index width, C* out, Index out_stride) {
+    for (Index c = 0; c < width; c += kPanel) {
+      V sum[R][2];
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] = V::load(out + r * out_stride + c);
+        sum[r][1] = V::load(out + r * out_stride + c + lanes);
+        if (factor != nullptr) {
+          const V f = V::set1(factor[r]);
+          sum[r][0] = sum[r][0] * f;
+          sum[r][1] = sum[r][1] * f;
+        }
+      }
+      for (int k = begin; k < end; ++k) {
+        const V m0 = V::load(matrix + k * matrix_stride + c), m1 = V::load(matrix + k * matrix_stride + c + lanes);
+        for (int r = 0; r < R; ++r) {
+          const V weight = V::set1(w.data[r * w.row_stride + k * w.inner_stride]);
+          sum[r][0] = fma(weight, m0, sum[r][0]);
+          sum[r][1] = fma(weight, m1, sum[r][1]);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        sum[r][0].store(out + r * out_stride + c);
+        sum[r][1].store(out + r * out_stride + c + lanes);
+      }
+    }
+  }
+
+  /// 0, 1, 2, ... lanes - 1, from `first`.
+  static EIGENFORMER_INLINE V positions(int first) {
+    alignas(64) static constexpr auto table = [] {
+      std::array<C, kAttentionKeyBlock> values{};
+      for (int i = 0; i < kAttentionKeyBlock; ++i) values[static_cast<std::size_t>(i)] = static_cast<C>(i);
+      return values;
+    }();
+    return V::load(table.data() + first);
+  }
+
+  static EIGENFORMER_INLINE typename V::mask visible(const BlockRange& range, V position) {
+    const auto at_least = [](V a, C b) { return less_equal(V::set1(b), a); };
+    const auto below = [](V a, C b) { return less(a, V::set1(b)); };
+    return below(position, static_cast<C>(range.prefix_end)) |
+           (at_least(position, static_cast<C>(range.begin)) & below(position, static_cast<C>(range.end)));
+  }
+
+  /// tanh with an absolute error below 2e-7 relative to |x| for float: the odd Taylor-like polynomial where 1 - e^-2|x| would cancel.
+  static EIGENFORMER_INLINE V tanh(V x) {
+    if constexpr (sizeof(C) == 8) {
+      return V::make([&](int i) { return std::tanh(x.v[i]); });
+    } else {
+      const V a = abs(x), square = x * x;
+      const V e = exp(a * V::set1(-2.0f));
+      const V magnitude = (V::set1(1.0f) - e) / (V::set1(1.0f) + e);
+      const V large = select(less(x, V::zero()), V::zero() - magnitude, magnitude);
+      // x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - 1382x^11/155925 + 21844x^13/6081075: below 1e-7 relative for |x| < 0.5
+      V p = V::set1(static_cast<float>(21844.0 / 6081075));
+      p = fma(p, square, V::set1(static_cast<float>(-1382.0 / 155925)));
+      p = fma(p, square, V::set1(static_cast<float>(62.0 / 2835)));
+      p = fma(p, square, V::set1(static_cast<float>(-17.0 / 315)));
+      p = fma(p, square, V::set1(static_cast<float>(2.0 / 15)));
+      p = fma(p, square, V::set1(static_cast<float>(-1.0 / 3)));
+      const V small = fma(p * square, x, x);
+      return select(less(a, V::set1(0.5f)), small, large);
+    }
+  }
+
+ private:
+  template <typename S>
+  static EIGENFORMER_INLINE V load_some(const S* p, int n) {
+    return n == lanes ? V::load(p) : V::load_partial(p, n);
+  }
+};
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
