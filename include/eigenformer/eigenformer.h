@@ -2,4 +2,25 @@
 /// eigenformer: transformer kernels on Eigen tensors. The table of contents: one line an operator; each header is its manual.
 #pragma once
 
-#include "causal_mask.h"  // causal, sliding-window, prefix and packed-document masks; ALiBi
+// The nine systems
+#include "causal_mask.h"      // causal, sliding-window, prefix and packed-document masks; ALiBi
+#include "kv_cache.h"         // keys and values of a batch of equal lengths: append, truncate, reserve, INT8 storage
+#include "paged_kv_cache.h"   // keys and values in pages of one pool: sequences of any length, copy-on-write forks
+#include "quantization.h"     // symmetric INT8 by tensor, channel, group and token; the exact INT8 linear layer
+#include "linear.h"           // linear layers over plain and packed weights, and their gradients
+#include "attention.h"        // padded, packed and cached attention with online softmax, and its gradients
+#include "communicator.h"     // ranks: alone, as threads, over MPI
+#include "tensor_parallel.h"  // column- and row-parallel linear layers, vocabulary-parallel sampling
+#include "sampling.h"         // greedy, top-k, top-p, min-p, typical, penalties, exact probabilities, speculation
+#include "grad_scaler.h"      // loss scaling for mixed precision
+#include "training.h"         // training steps with gradient accumulation and in mixed precision
+#include "scheduler.h"        // continuous batching
+
+// What a decoder needs besides
+#include "activation.h"       // SiLU, GELU, ReLU, gated pairs, residual sums
+#include "embedding.h"        // tokens to vectors
+#include "loss.h"             // softmax cross-entropy
+#include "normalization.h"    // RMSNorm
+#include "optimizer.h"        // AdamW, SGD, gradient clipping
+#include "rope.h"             // rotary embedding
+#include "decoder.h"          // a Llama-shaped decoder out of all of these
