@@ -28,9 +28,9 @@ endfunction()
 # The nine systems
 eigenformer_operator(causal_mask)
 # - keys and values
-#eigenformer_operator(kv_cache)
+eigenformer_operator(kv_cache WITHOUT cuda)
 # - keys and values in pages
-#eigenformer_operator(paged_kv_cache WITHOUT cuda)
+eigenformer_operator(paged_kv_cache WITHOUT cpu cuda)
 # - INT8
 eigenformer_operator(quantization WITHOUT cuda)
 # - matrix products
@@ -48,7 +48,7 @@ eigenformer_operator(training WITHOUT cpu cuda)
 # - loss scaling
 eigenformer_operator(grad_scaler WITHOUT reference cpu cuda)
 # - requests
-#eigenformer_operator(scheduler WITHOUT cpu cuda)
+eigenformer_operator(scheduler WITHOUT cpu cuda)
 # What a decoder needs besides
 eigenformer_operator(normalization)
 # - positions

@@ -1,0 +1,69 @@
+/// \file
+/// A pool of equal pages in one allocation, with a count of holders for each: the allocator under PagedKvCache. It knows nothing of what
+/// a page holds.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "kv_page.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+class PagePool {
+ public:
+  PagePool(Index count, std::size_t page_bytes, std::string_view operation)
+      : memory_(static_cast<std::size_t>(checked_product(count, static_cast<Index>(page_bytes), operation, "the pool"))),
+        page_bytes_(page_bytes),
+        pages_(static_cast<std::size_t>(count)),
+        holders_(pages_.size(), 0),
+        marks_(pages_.size(), 0),
+        free_(pages_.size()) {
+    for (std::size_t i = 0; i < pages_.size(); ++i) {
+      pages_[i] = memory_.data() + i * page_bytes;
+      free_[i] = static_cast<std::int32_t>(pages_.size() - 1 - i);  // page 0 is taken first
+    }
+  }
+
+  Index free_count() const { return static_cast<Index>(free_.size()); }
+  Index peak() const { return peak_; }
+  std::size_t page_bytes() const { return page_bytes_; }
+  std::byte* page(std::int32_t id) { return pages_[static_cast<std::size_t>(id)]; }
+  const std::byte* const* pages() const { return pages_.data(); }
+  std::int32_t holders(std::int32_t id) const { return holders_[static_cast<std::size_t>(id)]; }
+  /// A counter for the user's bookkeeping, 0 between operations.
+  std::int32_t& mark(std::int32_t id) { return marks_[static_cast<std::size_t>(id)]; }
+
+  void require_free(Index pages, std::string_view operation) const {
+    require_capacity(pages <= free_count(), operation, pages, " pages needed, ", free_count(), " of ", pages_.size(), " are free");
+  }
+
+  /// A page with one holder; there must be a free one. Never throws: the list keeps its capacity.
+  std::int32_t take() {
+    const std::int32_t id = free_.back();
+    free_.pop_back();
+    holders_[static_cast<std::size_t>(id)] = 1;
+    peak_ = std::max(peak_, static_cast<Index>(pages_.size() - free_.size()));
+    return id;
+  }
+  void retain(std::int32_t id) { ++holders_[static_cast<std::size_t>(id)]; }
+  void release(std::int32_t id) {
+    if (--holders_[static_cast<std::size_t>(id)] == 0) free_.push_back(id);
+  }
+
+ private:
+  AlignedBytes memory_;
+  std::size_t page_bytes_;
+  std::vector<std::byte*> pages_;      // [page id]
+  std::vector<std::int32_t> holders_;  // [page id]
+  std::vector<std::int32_t> marks_;    // [page id]
+  std::vector<std::int32_t> free_;
+  Index peak_ = 0;
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

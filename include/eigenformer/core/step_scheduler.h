@@ -1,0 +1,388 @@
+/// \file
+/// Continuous batching with a budget: how a server steps. One rule serves prefill and decode: a request has tokens, some of them
+/// computed, and each step computes more of them, the best-ranked request first, until the step's token budget is spent (chunked
+/// prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024). No model inside: a plan out, tokens in, the same calls give the same plans.
+///
+///   ef::StepScheduler scheduler({.max_batch_size = 8, .max_seq_length = 2048, .token_budget = 512, .page_size = 16, .page_count = 1000});
+///   const ef::RequestTicket ticket = scheduler.submit(prompt, {.max_new_tokens = 100});
+///   while (scheduler.next_step(plan)) {
+///     for (ef::RequestTicket t : plan.released) ...   // free what the cache holds for t
+///     ...                                             // run plan.tokens through the model, append to the cache
+///     scheduler.complete(sampled);                    // one StepToken for each plan row that ends its text
+///   }
+///   ef::FinishedRequest done = scheduler.take_finished(ticket);
+///
+/// Rank: higher priority first, then earlier submission. A request keeps its rank for life, preempted or not. The queue is strict: nobody
+/// passes the best-ranked waiting request, and a waiting request that outranks running ones takes their place where it needs it.
+///
+/// Pages. Where page_size > 0, a request holds the pages of its text from admission on, and one more whenever it outgrows them; give the
+/// numbers of the PagedKvCache's config. Where pages run out, the worst-ranked running request is preempted: it gives all of them back,
+/// waits at its rank and computes its text again later. A request that could never fit alone is refused by submit. So the best-ranked
+/// request always progresses, and with c = min(token_budget, prefill_chunk), a request gets its first token within
+///
+///   ceil(prompt / c) + sum over the better-ranked unfinished requests i of (ceil(limit_i / c) + limit_i - length_i)   steps,
+///
+/// limit_i the longest its text may grow: first_token_bound(ticket). Better-ranked requests submitted later add theirs.
+///
+/// Every member may be called from any thread, cancel above all; one thread steps. Submitting, cancelling and planning cost O(log n) for
+/// each request touched.
+#pragma once
+
+#include <algorithm>
+#include <compare>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <mutex>
+#include <set>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Names a request of a StepScheduler; rises with every submission and is never used again.
+using RequestTicket = std::int64_t;
+
+struct StepSchedulerOptions {
+  Index max_batch_size = 8;     ///< requests running at once
+  Index max_seq_length = 2048;  ///< longest text, prompt included
+  Index token_budget = 512;     ///< tokens a step computes at most
+  Index prefill_chunk = 0;      ///< tokens of one request a step computes at most; 0 means token_budget
+  Index page_size = 0;          ///< positions in a page; 0 means that pages are not counted
+  Index page_count = 0;
+};
+
+struct SubmitOptions {
+  int priority = 0;          ///< higher goes first
+  Index max_new_tokens = 0;  ///< 0 means up to max_seq_length
+};
+
+/// One step, ragged: row i computes tokens [offsets[i], offsets[i + 1]) of requests[i] at positions[i] onwards. Offsets are those that
+/// variable_length_attention and PagedKvCache::append take.
+struct StepPlan {
+  /// Preempted, finished or cancelled since the last plan: free what the cache holds for them first. After a discarded step a name may
+  /// come for which it holds nothing.
+  std::vector<RequestTicket> released;
+  std::vector<RequestTicket> requests;    ///< in order of rank; position 0 begins a sequence
+  std::vector<Index> offsets;             ///< (rows + 1)
+  std::vector<Index> positions;           ///< (rows) of the row's first token
+  std::vector<std::int32_t> tokens;       ///< (offsets.back())
+  std::vector<std::uint8_t> wants_token;  ///< (rows) 1 where the row ends its text, so that the next token is to be sampled
+};
+
+/// What was sampled for a row.
+struct StepToken {
+  RequestTicket request = -1;
+  std::int32_t token = 0;
+  bool is_finished = false;
+};
+
+enum class FinishReason { told, length };
+
+struct FinishedRequest {
+  std::vector<std::int32_t> tokens;  ///< prompt and generated, the last token included
+  Index prompt_length = 0;
+  FinishReason reason = FinishReason::told;
+};
+
+struct StepSchedulerStatistics {
+  Index waiting = 0, running = 0;
+  Index pages_used = 0, pages_peak = 0;
+  std::int64_t submitted = 0, finished = 0, cancelled = 0, preempted = 0;
+  std::int64_t steps = 0, tokens_computed = 0;
+  std::int64_t tokens_discarded = 0;  ///< computed, then given up by preemption: the price of recomputation
+};
+
+class StepScheduler {
+ public:
+  /// Throws std::invalid_argument for sizes below 1 (prefill_chunk, page_size, page_count: below 0).
+  explicit StepScheduler(const StepSchedulerOptions& options) : options_(options) {
+    const auto& o = options;
+    require(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName, "max_batch_size, max_seq_length, token_budget are ",
+            o.max_batch_size, ", ", o.max_seq_length, ", ", o.token_budget, ", expected 1 or more each");
+    require(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName, "prefill_chunk, page_size, page_count are ", o.prefill_chunk,
+            ", ", o.page_size, ", ", o.page_count, ", expected 0 or more each");
+    chunk_ = o.prefill_chunk == 0 ? o.token_budget : std::min(o.prefill_chunk, o.token_budget);
+  }
+
+  /// Queues a request. Throws std::invalid_argument for an empty prompt, one of max_seq_length tokens or more, or a negative
+  /// max_new_tokens; std::length_error where its longest text needs more pages than there are.
+  RequestTicket submit(std::span<const std::int32_t> prompt, const SubmitOptions& options = {}) {
+    const Index length = static_cast<Index>(prompt.size()), room = options_.max_seq_length - length;
+    require(length > 0, kName, "the prompt is empty");
+    require(room > 0, kName, "the prompt has ", length, " tokens, max_seq_length is ", options_.max_seq_length);
+    require(options.max_new_tokens >= 0, kName, "max_new_tokens is ", options.max_new_tokens, ", expected 0 (no limit) or more");
+    const Index limit = length + (options.max_new_tokens == 0 ? room : std::min(room, options.max_new_tokens));
+    // The last token of a text is never computed, so it takes no room.
+    require_capacity(pages_for(limit - 1) <= options_.page_count || options_.page_size == 0, kName, "a text of ", limit, " tokens needs ",
+                     pages_for(limit - 1), " pages, there are ", options_.page_count);
+    const std::lock_guard lock(mutex_);
+    const Rank rank{-static_cast<std::int64_t>(options.priority), next_ticket_};
+    std::set<Rank> queued{rank};
+    requests_.try_emplace(next_ticket_, Request{rank, {prompt.begin(), prompt.end()}, length, limit});
+    waiting_.merge(queued);
+    ++statistics_.submitted;
+    return next_ticket_++;
+  }
+
+  /// Ends a request that waits or runs; its text is dropped. False where there is no such request, or it has finished: cancelling twice,
+  /// or too late, is no error. A step under way may still compute it; the token that step brings is ignored.
+  bool cancel(RequestTicket ticket) {
+    const std::lock_guard lock(mutex_);
+    const auto found = requests_.find(ticket);
+    if (found == requests_.end()) return false;
+    const Rank rank = found->second.rank;
+    if (running_.count(rank) > 0) {
+      released_.push_back(ticket);
+      give_back_pages(found->second);
+      running_.erase(rank);
+    } else {
+      waiting_.erase(rank);
+    }
+    requests_.erase(found);
+    ++statistics_.cancelled;
+    return true;
+  }
+
+  /// Plans a step into `plan`, whose memory is reused. False where there is nothing to compute (plan.released may still name some).
+  /// Throws std::invalid_argument while a step is under way; where memory runs out, nothing is under way and no release is lost.
+  bool next_step(StepPlan& plan) {
+    const std::lock_guard lock(mutex_);
+    require(!under_way_, kName, "next_step before the last one was completed or discarded");
+    released_.reserve(released_.size() + running_.size());
+    decide();
+    emit(plan);
+    plan.released.swap(released_);
+    released_.clear();
+    under_way_ = !plan.requests.empty();
+    return under_way_;
+  }
+
+  /// Takes the tokens of the step under way: exactly one for each row that wanted one, in any order; those of requests cancelled
+  /// meanwhile may be there or not. Throws std::invalid_argument with nothing changed.
+  void complete(std::span<const StepToken> sampled) {
+    const std::lock_guard lock(mutex_);
+    require(under_way_, kName, "complete without a step under way");
+    check(sampled);
+    for (const Rank& rank : running_) {
+      Request& request = request_of(rank);
+      statistics_.tokens_computed += request.planned;
+      request.computed += std::exchange(request.planned, 0);
+    }
+    for (const StepToken& result : sampled) take(result);
+    ++statistics_.steps;
+    under_way_ = false;
+  }
+
+  /// The step under way was not carried out: the next plan repeats it, so the cache must hold no position of it.
+  void discard_step() {
+    const std::lock_guard lock(mutex_);
+    under_way_ = false;
+  }
+
+  bool is_finished(RequestTicket ticket) const {
+    const std::lock_guard lock(mutex_);
+    return finished_.count(ticket) > 0;
+  }
+  /// Finished and not taken, in order of submission.
+  std::vector<RequestTicket> finished() const {
+    const std::lock_guard lock(mutex_);
+    std::vector<RequestTicket> tickets;
+    for (const auto& [ticket, request] : finished_) tickets.push_back(ticket);
+    return tickets;
+  }
+  /// Throws std::out_of_range where no finished request has this ticket.
+  FinishedRequest take_finished(RequestTicket ticket) {
+    const std::lock_guard lock(mutex_);
+    const auto found = finished_.find(ticket);
+    require_known(found != finished_.end(), kName, "no finished request ", ticket);
+    Request& request = found->second;
+    FinishedRequest result{std::move(request.tokens), request.prompt_length, request.reason};
+    finished_.erase(found);
+    return result;
+  }
+
+  /// Steps within which a request that has no token yet gets one, counted from now, were nobody better ranked submitted. O(requests).
+  /// Throws std::out_of_range.
+  Index first_token_bound(RequestTicket ticket) const {
+    const std::lock_guard lock(mutex_);
+    const auto found = requests_.find(ticket);
+    require_known(found != requests_.end(), kName, "no request ", ticket);
+    Index steps = ceil_divide(found->second.prompt_length, chunk_);
+    for (const auto& [other, request] : requests_)
+      if (request.rank < found->second.rank) steps += ceil_divide(request.limit, chunk_) + request.limit - request.length();
+    return steps;
+  }
+
+  StepSchedulerStatistics statistics() const {
+    const std::lock_guard lock(mutex_);
+    StepSchedulerStatistics result = statistics_;
+    result.waiting = static_cast<Index>(waiting_.size());
+    result.running = static_cast<Index>(running_.size());
+    result.pages_used = pages_used_;
+    return result;
+  }
+  const StepSchedulerOptions& options() const { return options_; }
+
+ private:
+  static constexpr const char* kName = "StepScheduler";
+  struct Rank {
+    std::int64_t inverse_priority;
+    RequestTicket ticket;
+    auto operator<=>(const Rank&) const = default;
+  };
+  struct Request {
+    Rank rank;
+    std::vector<std::int32_t> tokens;
+    Index prompt_length, limit;
+    Index computed = 0, planned = 0, pages = 0;
+    std::int64_t answered = -1;  // step whose token came
+    FinishReason reason = FinishReason::told;
+
+    Index length() const { return static_cast<Index>(tokens.size()); }
+    bool wants_token() const { return planned > 0 && computed + planned == length(); }
+  };
+
+  static Index ceil_divide(Index a, Index b) { return a / b + (a % b != 0 ? 1 : 0); }
+  Index pages_for(Index length) const { return options_.page_size == 0 ? 0 : ceil_divide(length, options_.page_size); }
+  Index pages_free() const { return options_.page_count - pages_used_; }
+  Request& request_of(const Rank& rank) { return requests_.find(rank.ticket)->second; }
+
+  void hold_pages(Request& request, Index pages) {
+    pages_used_ += pages - request.pages;
+    request.pages = pages;
+    statistics_.pages_peak = std::max(statistics_.pages_peak, pages_used_);
+  }
+  void give_back_pages(Request& request) { hold_pages(request, 0); }
+
+  /// Puts the worst-ranked running request back into the queue. released_ has room for it.
+  void preempt_worst() {
+    const auto worst = std::prev(running_.end());
+    Request& request = request_of(*worst);
+    statistics_.tokens_discarded += request.computed;
+    ++statistics_.preempted;
+    request.computed = request.planned = 0;
+    give_back_pages(request);
+    released_.push_back(request.rank.ticket);
+    waiting_.insert(running_.extract(worst));
+  }
+
+  /// Walks running and waiting requests in order of rank and sets `planned`. Preempts only requests that come later in the walk.
+  void decide() {
+    for (const Rank& rank : running_) request_of(rank).planned = 0;
+    Index budget = options_.token_budget;
+    bool admitting = true;
+    auto next = running_.begin();
+    while (budget > 0) {
+      if (admitting && !waiting_.empty() && (next == running_.end() || *waiting_.begin() < *next)) {
+        const auto admitted = admit_first();
+        admitting = admitted != running_.end();  // where not, nothing has changed, and nobody passes the one that does not fit
+        if (!admitting) continue;
+        next = admitted;
+      }
+      if (next == running_.end()) return;
+      const Rank rank = *next;
+      Request& request = request_of(rank);
+      const Index count = std::min({request.length() - request.computed, budget, chunk_});
+      const Index needed = std::max(request.pages, pages_for(request.computed + count));
+      while (running_.count(rank) > 0 && needed - request.pages > pages_free()) preempt_worst();
+      if (running_.count(rank) == 0) return;  // it was the worst itself: nobody is left behind it
+      hold_pages(request, needed);
+      request.planned = count;
+      budget -= count;
+      next = running_.upper_bound(rank);
+    }
+  }
+
+  /// Moves the best waiting request to the running ones, in place of worse-ranked ones where it must; end() where it does not fit.
+  std::set<Rank>::iterator admit_first() {
+    const auto first = waiting_.begin();
+    Request& request = request_of(*first);
+    const Index needed = pages_for(request.length());
+    const auto fits = [&](Index running, Index free) { return running < options_.max_batch_size && needed <= free; };
+    Index running = static_cast<Index>(running_.size()), free = pages_free();
+    for (auto worse = running_.upper_bound(*first); worse != running_.end(); ++worse) {
+      --running;
+      free += request_of(*worse).pages;
+    }
+    if (!fits(running, free)) return running_.end();
+    auto node = waiting_.extract(first);
+    while (!fits(static_cast<Index>(running_.size()), pages_free())) preempt_worst();
+    hold_pages(request, needed);
+    return running_.insert(std::move(node)).position;
+  }
+
+  void emit(StepPlan& plan) {
+    plan.requests.clear();
+    plan.offsets.assign(1, 0);
+    plan.positions.clear();
+    plan.tokens.clear();
+    plan.wants_token.clear();
+    for (const Rank& rank : running_) {
+      const Request& request = request_of(rank);
+      if (request.planned == 0) continue;
+      const auto first = request.tokens.begin() + request.computed;
+      plan.requests.push_back(rank.ticket);
+      plan.positions.push_back(request.computed);
+      plan.tokens.insert(plan.tokens.end(), first, first + request.planned);
+      plan.offsets.push_back(static_cast<Index>(plan.tokens.size()));
+      plan.wants_token.push_back(request.wants_token() ? 1 : 0);
+    }
+  }
+
+  /// Everything that can go wrong with the tokens of a step, memory included.
+  void check(std::span<const StepToken> sampled) {
+    ++checks_;
+    std::size_t wanted = 0, live = 0;
+    for (const Rank& rank : running_) wanted += request_of(rank).wants_token() ? 1 : 0;
+    for (const StepToken& result : sampled) {
+      const auto found = requests_.find(result.request);
+      if (found == requests_.end()) {
+        require(result.request >= 0 && result.request < next_ticket_ && finished_.count(result.request) == 0, kName,
+                "a token came for request ", result.request, ", which is not running");
+        continue;  // cancelled
+      }
+      Request& request = found->second;
+      require(request.wants_token(), kName, "a token came for request ", result.request, ", which wanted none");
+      require(std::exchange(request.answered, checks_) != checks_, kName, "two tokens came for request ", result.request);
+      if (request.tokens.size() == request.tokens.capacity()) request.tokens.reserve(request.tokens.size() * 2);
+      ++live;
+    }
+    require(live == wanted, kName, live, " tokens came, ", wanted, " were wanted");
+    released_.reserve(released_.size() + sampled.size());
+  }
+
+  void take(const StepToken& result) {
+    const auto found = requests_.find(result.request);
+    if (found == requests_.end()) return;  // cancelled
+    Request& request = found->second;
+    request.tokens.push_back(result.token);
+    if (!result.is_finished && request.length() < request.limit) return;
+    request.reason = result.is_finished ? FinishReason::told : FinishReason::length;
+    give_back_pages(request);
+    running_.erase(request.rank);
+    released_.push_back(result.request);
+    finished_.insert(requests_.extract(found));
+    ++statistics_.finished;
+  }
+
+  StepSchedulerOptions options_;
+  Index chunk_ = 0;
+  mutable std::mutex mutex_;
+  std::map<RequestTicket, Request> requests_;  // waiting and running
+  std::map<RequestTicket, Request> finished_;
+  std::set<Rank> waiting_, running_;  // nodes move from one to the other, which neither allocates nor throws
+  std::vector<RequestTicket> released_;
+  bool under_way_ = false;
+  Index pages_used_ = 0;
+  RequestTicket next_ticket_ = 0;
+  std::int64_t checks_ = 0;
+  StepSchedulerStatistics statistics_;
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,471 @@
+/// \file
+/// A KV cache for many sequences of different lengths that come and go (Kwon et al., "Efficient Memory Management for Large Language
+/// Model Serving with PagedAttention", SOSP 2023): one pool of fixed pages, a page table per sequence, prefixes shared by copy-on-write.
+///
+///   ef::PagedKvCache<float> cache({.layers = 2, .kv_heads = 4, .head_dim = 64, .page_size = 16, .page_count = 1000});
+///   const ef::SequenceId a = cache.add_sequence();
+///   cache.append(a, layer, keys, values);                    // (n, kv_heads, head_dim)
+///   const ef::SequenceId b = cache.fork(a);                  // shares every page of a until one of them writes
+///   ef::update_kv_cache(cache, ids, new_keys, new_values, layer);   // (batch, n, kv_heads, head_dim), one sequence a row
+///   cache.free(a);
+///
+/// Layers. A page holds page_size positions of every layer. Each layer of a sequence has its own length, which its appends advance; the
+/// layer that is ahead claims pages, and the others follow into them without claiming more. A step therefore appends the same tokens
+/// layer after layer, and pages can run out in its first layer only; reserve(sequence, length) claims them before that.
+///
+/// Sharing. A page belongs to all sequences that were forked over it (a reference count). Whoever appends into a page that others hold
+/// too gets a copy of it first; full pages are never written again, so prefixes stay shared. A page is free when its last holder is gone.
+///
+/// Pages that run out: std::length_error, with nothing changed, for the whole batch of an append. Unknown or freed ids:
+/// std::out_of_range (ids are never used twice). Wrong shapes: std::invalid_argument. INT8 storage is that of kv_cache.h.
+///
+/// The pool is one allocation, made by the constructor; later ones are page tables only, amortised. Unused slots hold anything.
+/// Const members may be called from many threads at once. A cache can be moved, not copied; what was moved from can only be destroyed or
+/// assigned to.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "core/page_pool.h"
+#include "kv_cache.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Names a sequence of a PagedKvCache; rises with every sequence made and is never used again.
+using SequenceId = std::int64_t;
+
+struct PagedKvConfig {
+  Index layers = 0;
+  Index kv_heads = 0;
+  Index head_dim = 0;
+  Index page_size = 16;  ///< positions in a page
+  Index page_count = 0;  ///< pages in the pool
+};
+
+struct PagedKvStatistics {
+  Index sequences = 0;
+  Index pages_total = 0, pages_used = 0, pages_peak = 0;
+  Index pages_shared = 0;   ///< held by more than one sequence
+  Index tokens = 0;         ///< positions of all sequences, a shared one counted by each
+  Index slots_used = 0;     ///< positions of used pages that hold something, a shared one counted once
+  double utilisation = 1;   ///< slots_used / (pages_used * page_size); 1 where no page is used
+  std::int64_t copies = 0;  ///< pages copied because a sharer wrote, since the cache was made
+};
+
+/// Tables that a KvSource of chosen sequences points to: the caller's, so that building one allocates nothing once they have grown.
+struct KvSelection {
+  std::vector<const std::int32_t*> tables;
+  std::vector<Index> lengths;
+};
+
+template <FloatingScalar T, typename Storage = T>
+  requires KvStorage<Storage, T>
+class PagedKvCache {
+ public:
+  using scalar = T;
+  using storage = Storage;
+
+  /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows, std::bad_alloc.
+  explicit PagedKvCache(const PagedKvConfig& config)
+      : config_(checked(config)),
+        layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim, kName)),
+        pool_(config.page_count, page_bytes(config, layout_), kName),
+        lengths_(static_cast<std::size_t>(config.layers)),
+        selections_(static_cast<std::size_t>(config.layers)) {}
+
+  PagedKvCache(PagedKvCache&&) noexcept = default;
+  PagedKvCache& operator=(PagedKvCache&&) noexcept = default;
+
+  const PagedKvConfig& config() const { return config_; }
+
+  // ---- sequences ---------------------------------------------------------------------------------------------------------------
+
+  /// An empty sequence. Throws std::bad_alloc.
+  SequenceId add_sequence() {
+    make_room_for_one();
+    return push({}, kNoParent, 0);
+  }
+
+  /// A sequence with the first `length` positions of another (all of them where length is -1), sharing its pages. Costs O(pages), copies
+  /// nothing. Throws std::out_of_range, std::invalid_argument where length exceeds that of the sequence.
+  SequenceId fork(SequenceId sequence, Index length = -1) {
+    const std::size_t parent = find(sequence);
+    const Index longest = longest_layer(parent);
+    require(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ", sequence, " has ", longest, " positions");
+    const Index kept = length == -1 ? longest : length;
+    make_room_for_one();
+    const auto& held = sequences_[parent].pages;
+    std::vector<std::int32_t> pages(held.begin(), held.begin() + detail::pages_for(kept, config_.page_size));
+    for (std::int32_t page : pages) pool_.retain(page);
+    return push(std::move(pages), parent, kept);
+  }
+
+  /// Ends a sequence and gives back the pages nobody else holds. Throws std::out_of_range, also the second time.
+  void free(SequenceId sequence) {
+    const std::size_t at = find(sequence);
+    for (std::int32_t page : sequences_[at].pages) pool_.release(page);
+    const auto offset = static_cast<std::ptrdiff_t>(at);
+    ids_.erase(ids_.begin() + offset);
+    sequences_.erase(sequences_.begin() + offset);
+    tables_.erase(tables_.begin() + offset);
+    for (auto& lengths : lengths_) lengths.erase(lengths.begin() + offset);
+  }
+
+  /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones included; layers that are no longer
+  /// than that stay. Throws std::out_of_range, std::invalid_argument for a negative length.
+  void truncate(SequenceId sequence, Index length) {
+    const std::size_t at = find(sequence);
+    require(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
+    for (auto& lengths : lengths_) lengths[at] = std::min(lengths[at], length);
+    auto& pages = sequences_[at].pages;
+    const auto kept = static_cast<std::size_t>(detail::pages_for(std::min(length, total_slots()), config_.page_size));
+    while (pages.size() > kept) {
+      pool_.release(pages.back());
+      pages.pop_back();
+    }
+  }
+
+  /// Claims pages for `length` positions of a sequence, so that appends up to there find them. What is shared is copied when it is
+  /// written, not now. Throws std::out_of_range, std::invalid_argument, std::length_error.
+  void reserve(SequenceId sequence, Index length) {
+    const std::size_t at = find(sequence);
+    require(length >= 0, kName, "reserve a length of ", length, ", expected 0 or more");
+    auto& pages = sequences_[at].pages;
+    const Index wanted = detail::pages_for(length, config_.page_size), held = static_cast<Index>(pages.size());
+    if (wanted <= held) return;
+    pool_.require_free(wanted - held, kName);
+    grow_table(at, wanted);
+    take_pages(at, wanted);
+  }
+
+  /// Frees every sequence.
+  void clear() {
+    while (!ids_.empty()) free(ids_.back());
+  }
+
+  bool contains(SequenceId sequence) const {
+    return std::binary_search(ids_.begin(), ids_.end(), sequence);
+  }
+  Index sequence_count() const { return static_cast<Index>(sequences_.size()); }
+  /// Ids of the live sequences in order of creation; valid until one is added or freed.
+  std::span<const SequenceId> sequences() const { return ids_; }
+
+  /// Positions that every layer of a sequence holds. Throws std::out_of_range.
+  Index length(SequenceId sequence) const {
+    const std::size_t at = find(sequence);
+    Index shortest = std::numeric_limits<Index>::max();
+    for (const auto& lengths : lengths_) shortest = std::min(shortest, lengths[at]);
+    return shortest;
+  }
+  Index length(SequenceId sequence, Index layer_idx) const { return lengths_[checked_layer(layer_idx)][find(sequence)]; }
+
+  // ---- append ------------------------------------------------------------------------------------------------------------------
+
+  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence.
+  template <CpuDevice D, typename Keys, typename Values>
+  void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys, const Values& values) {
+    const auto key_rows = input_view<3>(keys);
+    const auto value_rows = input_view<3>(values);
+    append_rows(device, std::span(&sequence, 1), layer_idx, key_rows, value_rows, key_rows.dimension(0), nullptr);
+  }
+  template <typename Keys, typename Values>
+  void append(SequenceId sequence, Index layer_idx, const Keys& keys, const Values& values) {
+    append(Eigen::DefaultDevice{}, sequence, layer_idx, keys, values);
+  }
+
+  /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of (tokens, kv_heads, head_dim) to sequence i.
+  template <CpuDevice D, typename Keys, typename Values>
+  void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys,
+              const Values& values) {
+    const auto key_rows = input_view<3>(keys);
+    const auto value_rows = input_view<3>(values);
+    require(offsets.size() == ids.size() + 1 && offsets.front() == 0 && offsets.back() == key_rows.dimension(0) &&
+                std::is_sorted(offsets.begin(), offsets.end()),
+            kName, "offsets of ", offsets.size(), " elements must rise from 0 to ", key_rows.dimension(0), " tokens in ", ids.size(), " + 1 steps");
+    append_rows(device, ids, layer_idx, key_rows, value_rows, 0, offsets.data());
+  }
+  template <typename Keys, typename Values>
+  void append(std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys, const Values& values) {
+    append(Eigen::DefaultDevice{}, ids, offsets, layer_idx, keys, values);
+  }
+
+  /// The same number of positions to each: (batch, n, kv_heads, head_dim), row i to sequence ids[i].
+  template <CpuDevice D, typename Keys, typename Values>
+  void append(const D& device, std::span<const SequenceId> ids, Index layer_idx, const Keys& keys, const Values& values) {
+    const auto k = input_view<4>(keys);
+    const auto v = input_view<4>(values);
+    require_same_shape(kName, "keys", k, "values", v);
+    const Index batch = k.dimension(0), n = k.dimension(1);
+    require(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch, ", there are ", ids.size(), " sequences");
+    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), batch * n, k.dimension(2), k.dimension(3));
+    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), batch * n, v.dimension(2), v.dimension(3));
+    append_rows(device, ids, layer_idx, key_rows, value_rows, n, nullptr);
+  }
+  template <typename Keys, typename Values>
+  void append(std::span<const SequenceId> ids, Index layer_idx, const Keys& keys, const Values& values) {
+    append(Eigen::DefaultDevice{}, ids, layer_idx, keys, values);
+  }
+
+  // ---- read --------------------------------------------------------------------------------------------------------------------
+
+  /// A copy of a layer's keys or values of one sequence (length, kv_heads, head_dim), INT8 dequantized.
+  Tensor<T, 3> keys(SequenceId sequence, Index layer_idx) const { return read(sequence, layer_idx, false); }
+  Tensor<T, 3> values(SequenceId sequence, Index layer_idx) const { return read(sequence, layer_idx, true); }
+
+  /// What attention reads: all live sequences in order of creation. Valid until the cache is next changed.
+  KvSource<Storage> source(Index layer_idx) const {
+    const std::size_t layer = checked_layer(layer_idx);
+    return source_of(layer, sequence_count(), lengths_[layer].data(), tables_.data());
+  }
+
+  /// Chosen sequences in the order given (one may come twice), through tables of the caller's. Valid until the cache or the tables change.
+  KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids, KvSelection& selection) const {
+    const std::size_t layer = checked_layer(layer_idx);
+    selection.tables.clear();
+    selection.lengths.clear();
+    for (SequenceId id : ids) {
+      const std::size_t at = find(id);
+      selection.tables.push_back(tables_[at]);
+      selection.lengths.push_back(lengths_[layer][at]);
+    }
+    return source_of(layer, static_cast<Index>(ids.size()), selection.lengths.data(), selection.tables.data());
+  }
+
+  /// The same through tables of the cache's own, one set a layer: valid until the cache changes or this is called again for the layer,
+  /// and so, unlike the const members, for one thread at a time.
+  KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids) {
+    return source(layer_idx, ids, selections_[checked_layer(layer_idx)]);
+  }
+
+  // ---- figures -----------------------------------------------------------------------------------------------------------------
+
+  Index pages_free() const { return pool_.free_count(); }
+  /// Counts by walking every page table: O(pages held).
+  PagedKvStatistics statistics() const {
+    PagedKvStatistics result;
+    result.sequences = sequence_count();
+    result.pages_total = config_.page_count;
+    result.pages_used = config_.page_count - pool_.free_count();
+    result.pages_peak = pool_.peak();
+    result.copies = copies_;
+    std::vector<Index> filled(static_cast<std::size_t>(config_.page_count), 0);
+    for (std::size_t at = 0; at < sequences_.size(); ++at) {
+      Index left = longest_layer(at);
+      result.tokens += left;
+      for (std::int32_t page : sequences_[at].pages) {
+        auto& slots = filled[static_cast<std::size_t>(page)];
+        slots = std::max(slots, std::clamp<Index>(left, 0, config_.page_size));
+        left -= config_.page_size;
+      }
+    }
+    for (Index slots : filled) result.slots_used += slots;
+    for (std::int32_t page = 0; page < config_.page_count; ++page) result.pages_shared += pool_.holders(page) > 1 ? 1 : 0;
+    if (result.pages_used > 0)
+      result.utilisation = static_cast<double>(result.slots_used) / (static_cast<double>(result.pages_used) * static_cast<double>(config_.page_size));
+    return result;
+  }
+
+ private:
+  static constexpr const char* kName = "PagedKvCache";
+  static constexpr std::size_t kNoParent = ~std::size_t{0};
+  struct Sequence {
+    std::vector<std::int32_t> pages;
+    std::int64_t last_append;  // number of the append that met it last: finds an id that comes twice
+  };
+
+  static const PagedKvConfig& checked(const PagedKvConfig& c) {
+    require(c.layers >= 1 && c.kv_heads >= 1 && c.head_dim >= 1 && c.page_size >= 1, kName, "layers, kv_heads, head_dim, page_size are ", c.layers,
+            ", ", c.kv_heads, ", ", c.head_dim, ", ", c.page_size, ", expected 1 or more each");
+    require(c.page_count >= 0 && c.page_count <= std::numeric_limits<std::int32_t>::max(), kName, "page_count is ", c.page_count,
+            ", expected 0 to 2^31 - 1");
+    return c;
+  }
+  static std::size_t page_bytes(const PagedKvConfig& config, const detail::KvPageLayout& layout) {
+    return static_cast<std::size_t>(checked_product(config.layers, static_cast<Index>(layout.bytes), kName, "a page"));
+  }
+  Index total_slots() const { return config_.page_count * config_.page_size; }
+
+  std::size_t checked_layer(Index layer_idx) const {
+    require(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ", layer_idx, ", expected 0 to ", config_.layers - 1);
+    return static_cast<std::size_t>(layer_idx);
+  }
+  std::size_t find(SequenceId id) const {
+    const auto found = std::lower_bound(ids_.begin(), ids_.end(), id);
+    require_known(found != ids_.end() && *found == id, kName, "no sequence ", id);
+    return static_cast<std::size_t>(found - ids_.begin());
+  }
+  Index longest_layer(std::size_t at) const {
+    Index longest = 0;
+    for (const auto& lengths : lengths_) longest = std::max(longest, lengths[at]);
+    return longest;
+  }
+
+  /// After this, push() cannot throw.
+  void make_room_for_one() {
+    const auto grow = [](auto& v) {
+      if (v.size() == v.capacity()) v.reserve(v.size() * 2 + 8);
+    };
+    grow(ids_);
+    grow(sequences_);
+    grow(tables_);
+    for (auto& lengths : lengths_) grow(lengths);
+  }
+  SequenceId push(std::vector<std::int32_t> pages, std::size_t parent, Index kept) {
+    for (auto& lengths : lengths_) lengths.push_back(parent == kNoParent ? 0 : std::min(lengths[parent], kept));
+    ids_.push_back(next_id_);
+    sequences_.push_back({std::move(pages), 0});
+    tables_.push_back(sequences_.back().pages.data());
+    return next_id_++;
+  }
+
+  void grow_table(std::size_t at, Index pages) {
+    auto& table = sequences_[at].pages;
+    if (static_cast<std::size_t>(pages) > table.capacity()) table.reserve(std::max(static_cast<std::size_t>(pages), table.capacity() * 2));
+    tables_[at] = table.data();
+  }
+  void take_pages(std::size_t at, Index pages) {
+    auto& table = sequences_[at].pages;
+    while (static_cast<Index>(table.size()) < pages) table.push_back(pool_.take());
+  }
+
+  /// Pages of a sequence that positions [begin, end) fall into and that it holds already.
+  std::pair<Index, Index> held_pages(std::size_t at, Index begin, Index end) const {
+    const Index held = static_cast<Index>(sequences_[at].pages.size());
+    return {std::min(begin / config_.page_size, held), std::min(detail::pages_for(end, config_.page_size), held)};
+  }
+
+  template <typename D, typename View>
+  void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx, const View& keys, const View& values, Index each,
+                   const Index* offsets) {
+    static_assert(std::is_same_v<scalar_of<View>, T>, "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
+    require_same_shape(kName, "keys", keys, "values", values);
+    const std::size_t layer = checked_layer(layer_idx);
+    if (keys.dimension(1) != config_.kv_heads || keys.dimension(2) != config_.head_dim)
+      require(false, kName, "keys (tokens, kv_heads, head_dim) has shape ", detail::shape_text(keys), ", the cache has ", config_.kv_heads,
+              " heads of ", config_.head_dim);
+    if constexpr (std::is_same_v<Storage, std::int8_t>) {
+      detail::require_quantizable(kName, "keys", keys);
+      detail::require_quantizable(kName, "values", values);
+    }
+    KvSelection& selection = selections_[layer];
+    source(layer_idx, ids, selection);  // checks ids, and grows the tables while a failure still changes nothing
+    const auto added = [&](std::size_t i) { return offsets == nullptr ? each : offsets[i + 1] - offsets[i]; };
+    claim(layer, ids, added);
+    const KvSource<Storage> target = source(layer_idx, ids, selection);
+    detail::append_kv(device, KvAppendProblem<T, Storage>{keys.data(), values.data(), keys.dimension(0), each, offsets, selection.lengths.data(),
+                                                          total_slots(), target});
+    for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
+  }
+
+  /// Gives every sequence pages of its own for its new positions, or throws with nothing changed.
+  template <typename Added>
+  void claim(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
+    Index needed = 0;
+    ++appends_;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const std::size_t at = find(ids[i]);
+      require(std::exchange(sequences_[at].last_append, appends_) != appends_, kName, "sequence ", ids[i], " comes twice in an append");
+      const Index begin = lengths_[layer][at], pages = detail::pages_for(begin + added(i), config_.page_size);
+      needed += std::max<Index>(0, pages - static_cast<Index>(sequences_[at].pages.size()));
+    }
+    needed += copies_needed(layer, ids, added);
+    pool_.require_free(needed, kName);
+    const auto end_of = [&](std::size_t i, std::size_t at) { return lengths_[layer][at] + added(i); };
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      const std::size_t at = find(ids[i]);
+      grow_table(at, detail::pages_for(end_of(i, at), config_.page_size));
+    }
+    for (std::size_t i = 0; i < ids.size(); ++i) {  // nothing throws from here on
+      const std::size_t at = find(ids[i]);
+      if (added(i) == 0) continue;
+      const auto [first, last] = held_pages(at, lengths_[layer][at], end_of(i, at));
+      for (Index p = first; p < last; ++p) own(sequences_[at].pages[static_cast<std::size_t>(p)]);
+      take_pages(at, detail::pages_for(end_of(i, at), config_.page_size));
+    }
+  }
+
+  /// Exactly how many pages the batch must copy: where all holders of a page write, the last of them keeps it.
+  template <typename Added>
+  Index copies_needed(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
+    Index copies = 0;
+    const auto for_each_shared = [&](auto&& body) {
+      for (std::size_t i = 0; i < ids.size(); ++i) {
+        if (added(i) == 0) continue;
+        const std::size_t at = find(ids[i]);
+        const auto [first, last] = held_pages(at, lengths_[layer][at], lengths_[layer][at] + added(i));
+        for (Index p = first; p < last; ++p) {
+          const std::int32_t page = sequences_[at].pages[static_cast<std::size_t>(p)];
+          if (pool_.holders(page) > 1) body(page);
+        }
+      }
+    };
+    for_each_shared([&](std::int32_t page) { copies += ++pool_.mark(page) < pool_.holders(page) ? 1 : 0; });
+    for_each_shared([&](std::int32_t page) { pool_.mark(page) = 0; });
+    return copies;
+  }
+
+  void own(std::int32_t& page) {
+    if (pool_.holders(page) == 1) return;
+    const std::int32_t copy = pool_.take();
+    std::copy_n(pool_.page(page), pool_.page_bytes(), pool_.page(copy));
+    pool_.release(page);
+    page = copy;
+    ++copies_;
+  }
+
+  KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths, const std::int32_t* const* tables) const {
+    return detail::paged_source<Storage>(layout_, batch, lengths, pool_.pages(), tables, layer * layout_.bytes);
+  }
+
+  Tensor<T, 3> read(SequenceId sequence, Index layer_idx, bool values) const {
+    const std::size_t layer = checked_layer(layer_idx), at = find(sequence);
+    const Index length = lengths_[layer][at];
+    Tensor<T, 3> output(length, config_.kv_heads, config_.head_dim);
+    const auto one = source_of(layer, 1, &lengths_[layer][at], &tables_[at]);
+    cpu::read_kv(isa::best{}, Eigen::DefaultDevice{}, KvReadProblem<T, Storage>{one, length, values, output.data()});
+    return output;
+  }
+
+  PagedKvConfig config_;
+  detail::KvPageLayout layout_;
+  detail::PagePool pool_;
+  // Live sequences in order of creation, so that ids rise: parallel arrays, because KvSource points to tables and lengths.
+  std::vector<SequenceId> ids_;
+  std::vector<Sequence> sequences_;
+  std::vector<const std::int32_t*> tables_;  // [sequence] -> its pages
+  std::vector<std::vector<Index>> lengths_;  // [layer][sequence]
+  std::vector<KvSelection> selections_;      // [layer]
+  SequenceId next_id_ = 0;
+  std::int64_t appends_ = 0, copies_ = 0;
+};
+
+/// Appends to the given sequences, row i to ids[i]; see PagedKvCache::append.
+template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
+void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids, const Keys& new_keys,
+                     const Values& new_values, Index layer_idx) {
+  cache.append(device, ids, layer_idx, new_keys, new_values);
+}
+template <typename T, typename Storage, typename Keys, typename Values>
+void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids, const Keys& new_keys, const Values& new_values,
+                     Index layer_idx) {
+  cache.append(ids, layer_idx, new_keys, new_values);
+}
+
+/// Appends to all live sequences in order of creation: (batch, n, kv_heads, head_dim) with as many rows as there are sequences.
+template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
+void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
+  cache.append(device, cache.sequences(), layer_idx, new_keys, new_values);
+}
+template <typename T, typename Storage, typename Keys, typename Values>
+void update_kv_cache(PagedKvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
+  update_kv_cache(Eigen::DefaultDevice{}, cache, new_keys, new_values, layer_idx);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

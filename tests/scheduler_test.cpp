@@ -1,0 +1,480 @@
+// Laws: any history of calls gives what the plain model gives, errors change nothing; a step never exceeds its budgets, and a cache
+// driven by its plans never runs out of pages; everybody gets a first token within the stated bound; pages return to where they began.
+#include <eigenformer/paged_kv_cache.h>
+#include <eigenformer/reference/scheduler.h>
+#include <eigenformer/scheduler.h>
+
+#include <atomic>
+#include <map>
+#include <set>
+#include <thread>
+
+#include "compare.h"
+#include "failing_allocations.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+using Tokens = std::vector<std::int32_t>;
+
+void expect_equal(const ef::ContinuousBatchScheduler& scheduler, const ef::reference::ContinuousBatchScheduler& model) {
+  const ef::Batch batch = scheduler.get_batch();
+  const Index rows = static_cast<Index>(model.active.size());
+  ASSERT_EQ(batch.request_ids.size(), model.active.size());
+  ASSERT_EQ(batch.sequence_lengths.size(), model.active.size());
+  Index longest = 0;
+  for (const auto& request : model.active) longest = std::max(longest, static_cast<Index>(request.tokens.size()));
+  ASSERT_EQ(batch.input_ids.dimension(0), rows);
+  ASSERT_EQ(batch.input_ids.dimension(1), longest);
+  ASSERT_EQ(batch.attention_mask.dimension(0), rows);
+  ASSERT_EQ(batch.attention_mask.dimension(1), longest);
+  for (Index i = 0; i < rows; ++i) {
+    const auto& request = model.active[static_cast<std::size_t>(i)];
+    const Index length = static_cast<Index>(request.tokens.size());
+    ASSERT_EQ(batch.request_ids[static_cast<std::size_t>(i)], request.id);
+    ASSERT_EQ(batch.sequence_lengths[static_cast<std::size_t>(i)], length);
+    for (Index j = 0; j < longest; ++j) {
+      ASSERT_EQ(batch.input_ids(i, j), j < length ? request.tokens[static_cast<std::size_t>(j)] : 0);
+      ASSERT_EQ(batch.attention_mask(i, j), j < length ? 1 : 0);
+    }
+  }
+  ASSERT_EQ(scheduler.can_add_more_requests(), model.can_add_more_requests());
+  ASSERT_EQ(scheduler.waiting_count(), static_cast<Index>(model.waiting.size()));
+  std::vector<std::string> finished;
+  for (const auto& request : model.finished) finished.push_back(request.id);
+  ASSERT_EQ(scheduler.finished_ids(), finished);
+}
+
+enum class Outcome { fine, invalid_argument, out_of_range };
+template <typename F>
+Outcome outcome(F&& f) {
+  try {
+    f();
+    return Outcome::fine;
+  } catch (const std::invalid_argument&) {
+    return Outcome::invalid_argument;
+  } catch (const std::out_of_range&) {
+    return Outcome::out_of_range;
+  }
+}
+
+TEST(ContinuousBatchScheduler, RandomEventsEqualThePlainModel) {
+  for (unsigned seed = 1; seed <= 5; ++seed) {
+    std::mt19937 random(seed);
+    const auto pick = [&](unsigned n) { return static_cast<Index>(random() % n); };
+    const Index max_batch = seed == 1 ? 1 : static_cast<Index>(seed) * 2, max_length = seed == 2 ? 2 : 12;
+    ef::ContinuousBatchScheduler scheduler(max_batch, max_length);
+    ef::reference::ContinuousBatchScheduler model{max_batch, max_length, {}, {}, {}};
+    int refused = 0, taken = 0;
+    for (int event = 0; event < 8000; ++event) {
+      const std::string id = std::to_string(pick(40));
+      const Index kind = pick(10);
+      Outcome ours, expected;
+      if (kind < 3) {
+        Tokens prompt(static_cast<std::size_t>(pick(static_cast<unsigned>(max_length) + 2)));
+        for (auto& token : prompt) token = static_cast<std::int32_t>(random());
+        ours = outcome([&] { scheduler.add_request(id, prompt); });
+        expected = outcome([&] { model.add_request(id, prompt); });
+      } else if (kind < 9) {
+        const std::string target = !model.active.empty() && pick(8) != 0 ? model.active[static_cast<std::size_t>(pick(static_cast<unsigned>(model.active.size())))].id : id;
+        const std::int32_t token = static_cast<std::int32_t>(random());
+        const bool finished = pick(5) == 0;
+        ours = outcome([&] { scheduler.update_batch(target, token, finished); });
+        expected = outcome([&] { model.update_batch(target, token, finished); });
+      } else {
+        const std::string target = !model.finished.empty() && pick(4) != 0 ? model.finished[static_cast<std::size_t>(pick(static_cast<unsigned>(model.finished.size())))].id : id;
+        Tokens text, expected_text;
+        ours = outcome([&] { text = scheduler.take_finished(target); });
+        expected = outcome([&] { expected_text = model.take_finished(target); });
+        ASSERT_EQ(text, expected_text);
+        taken += ours == Outcome::fine ? 1 : 0;
+      }
+      ASSERT_EQ(ours, expected) << "event " << event;
+      refused += ours != Outcome::fine ? 1 : 0;
+      ASSERT_NO_FATAL_FAILURE(expect_equal(scheduler, model)) << "event " << event;
+    }
+    EXPECT_GT(refused, 500);
+    EXPECT_GT(taken, 100);
+  }
+}
+
+TEST(ContinuousBatchScheduler, NotebookTimeline) {
+  ef::ContinuousBatchScheduler scheduler(4, 100);
+  for (const char* id : {"Req1", "Req2", "Req3", "Req4", "Req5", "Req6"}) scheduler.add_request(id, {1, 2, 3});
+  using Ids = std::vector<std::string>;
+  EXPECT_EQ(scheduler.get_batch().request_ids, (Ids{"Req1", "Req2", "Req3", "Req4"}));
+  scheduler.update_batch("Req2", 7, true);
+  EXPECT_EQ(scheduler.get_batch().request_ids, (Ids{"Req1", "Req5", "Req3", "Req4"}));
+  scheduler.update_batch("Req3", 7, true);
+  EXPECT_EQ(scheduler.get_batch().request_ids, (Ids{"Req1", "Req5", "Req6", "Req4"}));
+  EXPECT_FALSE(scheduler.can_add_more_requests());
+  scheduler.update_batch("Req1", 7, true);
+  EXPECT_EQ(scheduler.get_batch().request_ids, (Ids{"Req5", "Req6", "Req4"}));
+  EXPECT_TRUE(scheduler.can_add_more_requests());
+  scheduler.add_request("Req7", {1});
+  EXPECT_EQ(scheduler.get_batch().request_ids, (Ids{"Req5", "Req6", "Req4", "Req7"}));
+  EXPECT_EQ(scheduler.take_finished("Req2"), (Tokens{1, 2, 3, 7}));
+  EXPECT_EQ(scheduler.finished_ids(), (Ids{"Req3", "Req1"}));
+}
+
+TEST(ContinuousBatchScheduler, ContractCallsCompileAsWritten) {
+  const Index max_batch_size = 2, max_seq_length = 4;
+  const std::string request_id = "a";
+  const Tokens prompt_tokens{5, 6};
+  const std::int32_t new_token = 9;
+  const bool is_finished = false;
+  ef::ContinuousBatchScheduler scheduler(max_batch_size, max_seq_length);
+  scheduler.add_request(request_id, prompt_tokens);      // std::string, std::span<const std::int32_t>
+  ef::Batch batch = scheduler.get_batch();               // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
+  scheduler.update_batch(request_id, new_token, is_finished);
+  bool room = scheduler.can_add_more_requests();         // a request added now would join the batch at once
+  EXPECT_TRUE(room);
+  EXPECT_EQ(batch.input_ids(0, 1), 6);
+  scheduler.add_request("span", std::span<const std::int32_t>(prompt_tokens));
+  scheduler.add_request(std::string_view("array"), std::array<std::int32_t, 3>{1, 2, 3});
+  scheduler.update_batch("a", 8, false);  // at max_seq_length: finishes by itself
+  EXPECT_TRUE(scheduler.is_finished("a"));
+  EXPECT_EQ(scheduler.get_batch().request_ids, (std::vector<std::string>{"array", "span"}));
+  EXPECT_EQ(scheduler.tokens("array").size(), 3u);
+  ef::ContinuousBatchScheduler moved = std::move(scheduler);
+  EXPECT_EQ(moved.take_finished("a"), (Tokens{5, 6, 9, 8}));
+  EXPECT_FALSE(moved.is_finished("a"));
+  const ef::Batch none = ef::ContinuousBatchScheduler(3, 3).get_batch();
+  EXPECT_EQ(none.input_ids.dimension(0), 0);
+  EXPECT_EQ(none.attention_mask.dimension(1), 0);
+}
+
+TEST(ContinuousBatchScheduler, ErrorsNameTheRequest) {
+  ef::ContinuousBatchScheduler scheduler(1, 4);
+  scheduler.add_request("a", {1});
+  scheduler.add_request("b", {1});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("a", {1}); }, {"request a exists already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("b", {1}); }, {"request b exists already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("c", {}); }, {"prompt of request c is empty"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("c", {1, 2, 3, 4}); }, {"4 tokens", "max_seq_length is 4"});
+  expect_throws<std::out_of_range>([&] { scheduler.update_batch("z", 1, false); }, {"no request z"});
+  expect_throws<std::invalid_argument>([&] { scheduler.update_batch("b", 1, false); }, {"request b is waiting"});
+  expect_throws<std::invalid_argument>([&] { scheduler.take_finished("a"); }, {"request a has not finished"});
+  scheduler.update_batch("a", 2, true);
+  expect_throws<std::invalid_argument>([&] { scheduler.update_batch("a", 1, false); }, {"request a has finished already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("a", {1}); }, {"request a exists already"});
+  scheduler.take_finished("a");
+  scheduler.add_request("a", {1});  // the id is free again
+  EXPECT_THROW(ef::ContinuousBatchScheduler(0, 4), std::invalid_argument);
+  EXPECT_THROW(ef::ContinuousBatchScheduler(4, 0), std::invalid_argument);
+  EXPECT_EQ(scheduler.get_batch().request_ids, std::vector<std::string>{"b"});
+}
+
+TEST(ContinuousBatchScheduler, OutOfMemoryChangesNothing) {
+  ef::ContinuousBatchScheduler scheduler(3, 50);
+  ef::reference::ContinuousBatchScheduler model{3, 50, {}, {}, {}};
+  int failures = 0;
+  for (int i = 0; i < 6; ++i) {
+    const std::string id = std::to_string(i) + ", a request whose name is too long for a small string";
+    failures += with_failing_allocations([&] { scheduler.add_request(id, {1, 2, 3}); }, [&] { expect_equal(scheduler, model); });
+    model.add_request(id, {1, 2, 3});
+    const std::string first = model.active.front().id;
+    failures += with_failing_allocations([&] { scheduler.update_batch(first, i, i == 3); }, [&] { expect_equal(scheduler, model); });
+    model.update_batch(first, i, i == 3);
+    expect_equal(scheduler, model);
+  }
+  EXPECT_GT(failures, 10);
+}
+
+// ---- StepScheduler --------------------------------------------------------------------------------------------------------------
+
+/// Carries plans out on a real paged cache, whose keys are the tokens themselves, and checks every law a plan must keep.
+struct Engine {
+  explicit Engine(const ef::StepSchedulerOptions& options)
+      : scheduler(options),
+        cache({.layers = 1, .kv_heads = 1, .head_dim = 1, .page_size = std::max<Index>(1, options.page_size), .page_count = options.page_size == 0 ? 10000 : options.page_count}) {}
+
+  ef::StepScheduler scheduler;
+  ef::PagedKvCache<float> cache;
+  std::map<ef::RequestTicket, ef::SequenceId> sequences;
+  ef::StepPlan plan;
+  std::vector<ef::RequestTicket> first_tokens;  // of the last step
+
+  bool plan_step() {
+    const bool work = scheduler.next_step(plan);
+    for (ef::RequestTicket ticket : plan.released) {
+      cache.free(sequences.at(ticket));
+      sequences.erase(ticket);
+    }
+    const auto& options = scheduler.options();
+    EXPECT_LE(static_cast<Index>(plan.requests.size()), options.max_batch_size);
+    EXPECT_LE(static_cast<Index>(plan.tokens.size()), options.token_budget);
+    EXPECT_EQ(plan.offsets.size(), plan.requests.size() + 1);
+    for (std::size_t i = 0; i < plan.requests.size(); ++i) {
+      const Index n = plan.offsets[i + 1] - plan.offsets[i];
+      EXPECT_GE(n, 1);
+      if (options.prefill_chunk > 0) { EXPECT_LE(n, options.prefill_chunk); }
+      const auto [entry, fresh] = sequences.try_emplace(plan.requests[i], -1);
+      EXPECT_TRUE(!fresh || plan.positions[i] == 0);
+      if (fresh) entry->second = cache.add_sequence();
+      const ef::SequenceId sequence = entry->second;
+      EXPECT_EQ(cache.length(sequence), plan.positions[i]);
+      ef::Tensor<float, 3> rows(n, 1, 1);
+      for (Index j = 0; j < n; ++j) rows(j, 0, 0) = static_cast<float>(plan.tokens[static_cast<std::size_t>(plan.offsets[i] + j)]);
+      cache.append(sequence, 0, rows, rows);  // throws where the plan promised pages that are not there
+    }
+    return work;
+  }
+
+  /// The next token is a function of the cached text, so that recomputation must bring the same.
+  std::int32_t next_token(ef::RequestTicket ticket) const {
+    const auto text = cache.keys(sequences.at(ticket), 0);
+    float sum = 1;
+    for (Index j = 0; j < text.size(); ++j) sum += text.data()[j] * static_cast<float>(j % 3 + 1);
+    return static_cast<std::int32_t>(sum) % 50;
+  }
+
+  void finish_step(std::int32_t end_token = -1) {
+    std::vector<ef::StepToken> sampled;
+    first_tokens.clear();
+    for (std::size_t i = 0; i < plan.requests.size(); ++i)
+      if (plan.wants_token[i] != 0) {
+        const std::int32_t token = next_token(plan.requests[i]);
+        sampled.push_back({plan.requests[i], token, token == end_token});
+        first_tokens.push_back(plan.requests[i]);
+      }
+    std::reverse(sampled.begin(), sampled.end());  // any order will do
+    if (!plan.requests.empty()) scheduler.complete(sampled);
+  }
+
+  bool step(std::int32_t end_token = -1) {
+    const bool work = plan_step();
+    finish_step(end_token);
+    return work;
+  }
+};
+
+Tokens prompt_of(Index length, unsigned seed) {
+  std::mt19937 random(seed);
+  Tokens tokens(static_cast<std::size_t>(length));
+  for (auto& token : tokens) token = static_cast<std::int32_t>(random() % 50);
+  return tokens;
+}
+
+/// The text a request must end with, whatever the batch around it.
+Tokens text_of(Tokens tokens, Index limit, std::int32_t end_token) {
+  while (static_cast<Index>(tokens.size()) < limit) {
+    float sum = 1;
+    for (std::size_t j = 0; j < tokens.size(); ++j) sum += static_cast<float>(tokens[j]) * static_cast<float>(j % 3 + 1);
+    tokens.push_back(static_cast<std::int32_t>(sum) % 50);
+    if (tokens.back() == end_token) break;
+  }
+  return tokens;
+}
+
+TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
+  struct Case {
+    ef::StepSchedulerOptions options;
+    int priorities;
+  };
+  const std::vector<Case> cases{
+      {{.max_batch_size = 4, .max_seq_length = 60, .token_budget = 16, .page_size = 4, .page_count = 20}, 1},  // pages are scarce
+      {{.max_batch_size = 4, .max_seq_length = 60, .token_budget = 16, .prefill_chunk = 5, .page_size = 4, .page_count = 16}, 3},
+      {{.max_batch_size = 8, .max_seq_length = 60, .token_budget = 7, .page_size = 1, .page_count = 70}, 1},
+      {{.max_batch_size = 3, .max_seq_length = 60, .token_budget = 1000}, 2},  // pages are not counted
+      {{.max_batch_size = 1, .max_seq_length = 60, .token_budget = 1, .page_size = 16, .page_count = 4}, 1}};
+  std::int64_t preempted = 0;
+  for (std::size_t c = 0; c < cases.size(); ++c)
+    for (unsigned seed = 1; seed <= 3; ++seed) {
+      std::mt19937 random(seed);
+      Engine engine(cases[c].options);
+      std::map<ef::RequestTicket, Tokens> expected;
+      std::set<ef::RequestTicket> cancelled;
+      for (int round = 0; round < 400; ++round) {
+        if (round < 200 && random() % 3 == 0) {
+          const Tokens prompt = prompt_of(1 + static_cast<Index>(random() % 30), static_cast<unsigned>(random()));
+          const Index limit = static_cast<Index>(prompt.size()) + 1 + static_cast<Index>(random() % 20);
+          const auto ticket = engine.scheduler.submit(prompt, {.priority = static_cast<int>(random() % static_cast<unsigned>(cases[c].priorities)),
+                                                               .max_new_tokens = limit - static_cast<Index>(prompt.size())});
+          expected[ticket] = text_of(prompt, limit, 13);
+        }
+        const bool work = engine.plan_step();
+        if (random() % 30 == 0 && !expected.empty()) {  // between plan and tokens
+          const auto victim = static_cast<ef::RequestTicket>(random() % expected.size());
+          const bool was_there = engine.scheduler.cancel(victim);
+          EXPECT_FALSE(engine.scheduler.cancel(victim));
+          if (was_there) cancelled.insert(victim);
+        }
+        if (random() % 20 == 0 && work) {  // the model failed: roll the cache back, plan again
+          for (std::size_t i = 0; i < engine.plan.requests.size(); ++i)
+            engine.cache.truncate(engine.sequences.at(engine.plan.requests[i]), engine.plan.positions[i]);
+          engine.scheduler.discard_step();
+        } else {
+          engine.finish_step(13);
+        }
+        const auto figures = engine.scheduler.statistics();
+        ASSERT_LE(figures.pages_used, cases[c].options.page_count);
+        ASSERT_LE(figures.running, cases[c].options.max_batch_size);
+      }
+      for (int i = 0; i < 20000 && engine.step(13); ++i) {}
+      EXPECT_FALSE(engine.step(13));
+      const auto figures = engine.scheduler.statistics();
+      EXPECT_EQ(figures.waiting + figures.running, 0);
+      EXPECT_EQ(figures.pages_used, 0);
+      EXPECT_EQ(figures.cancelled, static_cast<std::int64_t>(cancelled.size()));
+      EXPECT_EQ(figures.finished + figures.cancelled, figures.submitted);
+      preempted += figures.preempted;
+      for (const auto& [ticket, text] : expected) {
+        ASSERT_EQ(engine.scheduler.is_finished(ticket), cancelled.count(ticket) == 0);
+        if (cancelled.count(ticket) > 0) continue;
+        const auto done = engine.scheduler.take_finished(ticket);
+        EXPECT_EQ(done.tokens, text) << ticket;
+        EXPECT_EQ(done.reason == ef::FinishReason::told, text.back() == 13 && done.tokens.size() > static_cast<std::size_t>(done.prompt_length));
+      }
+      EXPECT_TRUE(engine.scheduler.finished().empty());
+    }
+  EXPECT_GT(preempted, 50);
+}
+
+TEST(StepScheduler, EverybodyGetsAFirstTokenWithinTheBound) {
+  for (unsigned seed = 1; seed <= 6; ++seed) {
+    std::mt19937 random(seed);
+    Engine engine({.max_batch_size = 4, .max_seq_length = 60, .token_budget = 8, .prefill_chunk = seed % 2 == 0 ? 3 : 0, .page_size = 4, .page_count = 15});
+    std::map<ef::RequestTicket, Index> due;
+    Index step = 0;
+    for (; step < 3000; ++step) {
+      if (step < 300 && random() % 4 == 0) {
+        const auto ticket = engine.scheduler.submit(prompt_of(1 + static_cast<Index>(random() % 40), seed), {.max_new_tokens = 1 + static_cast<Index>(random() % 15)});
+        due[ticket] = step + engine.scheduler.first_token_bound(ticket);
+      }
+      const bool work = engine.step();
+      for (ef::RequestTicket ticket : engine.first_tokens) due.erase(ticket);
+      for (const auto& [ticket, last] : due) ASSERT_LT(step + 1, last) << "request " << ticket;
+      if (!work && step > 300) break;
+    }
+    EXPECT_TRUE(due.empty());
+    EXPECT_LT(step, 3000);
+    EXPECT_GT(engine.scheduler.statistics().preempted, 0);
+  }
+}
+
+TEST(StepScheduler, ChunksPrefillAndKeepsRank) {
+  Engine engine({.max_batch_size = 2, .max_seq_length = 100, .token_budget = 10});
+  const auto a = engine.scheduler.submit(prompt_of(25, 1), {.max_new_tokens = 3});
+  const auto b = engine.scheduler.submit(prompt_of(4, 2), {.max_new_tokens = 3});
+  const auto c = engine.scheduler.submit(prompt_of(4, 3), {.max_new_tokens = 3});
+  using Tickets = std::vector<ef::RequestTicket>;
+  engine.step();
+  EXPECT_EQ(engine.plan.requests, Tickets{a});
+  EXPECT_EQ(engine.plan.wants_token, std::vector<std::uint8_t>{0});
+  engine.step();
+  engine.step();  // the last 5 of a, and the 4 of b
+  EXPECT_EQ(engine.plan.requests, (Tickets{a, b}));
+  EXPECT_EQ(engine.plan.positions, (std::vector<Index>{20, 0}));
+  EXPECT_EQ(engine.plan.offsets, (std::vector<Index>{0, 5, 9}));
+  EXPECT_EQ(engine.plan.wants_token, (std::vector<std::uint8_t>{1, 1}));
+  engine.step();
+  const auto urgent = engine.scheduler.submit(prompt_of(2, 4), {.priority = 1, .max_new_tokens = 1});
+  engine.step();  // outranks b, the worst running, and takes its place
+  EXPECT_EQ(engine.plan.requests, (Tickets{urgent, a}));
+  EXPECT_EQ(engine.plan.released, Tickets{b});
+  engine.step();  // b computes its text again, before c
+  EXPECT_EQ(engine.plan.requests, (Tickets{b, c}));
+  EXPECT_EQ(engine.plan.positions, (std::vector<Index>{0, 0}));
+  EXPECT_EQ(engine.plan.offsets[1], 6);  // 4 of the prompt and 2 generated
+  EXPECT_EQ(engine.scheduler.take_finished(urgent).tokens.size(), 3u);
+  EXPECT_EQ(engine.scheduler.statistics().tokens_discarded, 5);
+}
+
+TEST(StepScheduler, RefusalsChangeNothing) {
+  ef::StepScheduler scheduler({.max_batch_size = 2, .max_seq_length = 40, .token_budget = 8, .page_size = 4, .page_count = 5});
+  expect_throws<std::invalid_argument>([&] { scheduler.submit({}); }, {"prompt is empty"});
+  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(40, 1)); }, {"40 tokens", "max_seq_length is 40"});
+  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(3, 1), {.max_new_tokens = -1}); }, {"max_new_tokens is -1"});
+  expect_throws<std::length_error>([&] { scheduler.submit(prompt_of(3, 1)); }, {"40 tokens needs 10 pages", "there are 5"});
+  const auto a = scheduler.submit(prompt_of(6, 1), {.max_new_tokens = 15});  // 21 tokens, of which 20 are ever stored
+  ef::StepPlan plan;
+  EXPECT_THROW(scheduler.complete({}), std::invalid_argument);
+  ASSERT_TRUE(scheduler.next_step(plan));
+  EXPECT_THROW(scheduler.next_step(plan), std::invalid_argument);
+  const auto refuse = [&](std::vector<ef::StepToken> sampled, const std::vector<std::string>& text) {
+    expect_throws<std::invalid_argument>([&] { scheduler.complete(sampled); }, text);
+    EXPECT_EQ(scheduler.statistics().steps, 0);
+  };
+  refuse({}, {"0 tokens came, 1 were wanted"});
+  refuse({{a, 1, false}, {a, 1, false}}, {"two tokens came"});
+  refuse({{a, 1, false}, {99, 1, false}}, {"request 99", "not running"});
+  const auto b = scheduler.submit(prompt_of(2, 1), {.max_new_tokens = 1});
+  refuse({{a, 1, false}, {b, 1, false}}, {"wanted none"});
+  scheduler.complete(std::vector<ef::StepToken>{{a, 1, true}});
+  EXPECT_EQ(scheduler.take_finished(a).tokens.size(), 7u);
+  EXPECT_THROW(scheduler.take_finished(a), std::out_of_range);
+  EXPECT_THROW(scheduler.take_finished(b), std::out_of_range);
+  EXPECT_THROW(scheduler.first_token_bound(a), std::out_of_range);
+  EXPECT_FALSE(scheduler.cancel(a));
+  EXPECT_FALSE(scheduler.cancel(12345));
+  EXPECT_TRUE(scheduler.cancel(b));
+  EXPECT_THROW(ef::StepScheduler({.max_batch_size = 0}), std::invalid_argument);
+  EXPECT_THROW(ef::StepScheduler({.token_budget = 0}), std::invalid_argument);
+  EXPECT_THROW(ef::StepScheduler({.page_size = -1}), std::invalid_argument);
+}
+
+TEST(StepScheduler, OutOfMemoryLosesNothing) {
+  Engine engine({.max_batch_size = 3, .max_seq_length = 60, .token_budget = 16, .page_size = 4, .page_count = 10});
+  ef::StepPlan plan;
+  std::vector<ef::RequestTicket> tickets;
+  tickets.reserve(5);
+  for (unsigned i = 0; i < 5; ++i)
+    with_failing_allocations([&] { tickets.push_back(engine.scheduler.submit(prompt_of(9, i), {.max_new_tokens = 12})); },
+                             [&] { EXPECT_EQ(engine.scheduler.statistics().submitted, static_cast<std::int64_t>(i)); });
+  int failures = 0;
+  bool work = true;
+  std::set<ef::RequestTicket> holding;
+  while (work) {
+    plan = {};  // so that its vectors must grow again
+    failures += with_failing_allocations([&] { work = engine.scheduler.next_step(plan); }, [] {});
+    for (ef::RequestTicket ticket : plan.released) EXPECT_EQ(holding.erase(ticket), 1u);
+    std::vector<ef::StepToken> sampled;
+    for (std::size_t i = 0; i < plan.requests.size(); ++i) {
+      EXPECT_EQ(holding.insert(plan.requests[i]).second, plan.positions[i] == 0);
+      if (plan.wants_token[i] != 0) sampled.push_back({plan.requests[i], 1, false});
+    }
+    if (work) failures += with_failing_allocations([&] { engine.scheduler.complete(sampled); }, [] {});
+  }
+  EXPECT_TRUE(holding.empty());
+  EXPECT_GT(failures, 30);
+  for (ef::RequestTicket ticket : tickets) EXPECT_EQ(engine.scheduler.take_finished(ticket).tokens.size(), 21u);
+}
+
+TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
+  Engine engine({.max_batch_size = 4, .max_seq_length = 60, .token_budget = 16, .page_size = 4, .page_count = 20});
+  std::atomic<bool> submitting{true};
+  std::atomic<int> cancelled{0};
+  std::thread submitter([&] {
+    for (unsigned i = 0; i < 300; ++i) {
+      engine.scheduler.submit(prompt_of(1 + i % 30, i), {.max_new_tokens = 1 + static_cast<Index>(i % 20)});
+      std::this_thread::yield();
+    }
+    submitting = false;
+  });
+  std::thread canceller([&] {
+    std::mt19937 random(1);
+    while (submitting) {
+      cancelled += engine.scheduler.cancel(static_cast<ef::RequestTicket>(random() % 300)) ? 1 : 0;
+      std::this_thread::yield();
+    }
+  });
+  while (submitting || engine.scheduler.statistics().waiting + engine.scheduler.statistics().running > 0) engine.step();
+  submitter.join();
+  canceller.join();
+  while (engine.step()) {}
+  const auto figures = engine.scheduler.statistics();
+  EXPECT_EQ(figures.submitted, 300);
+  EXPECT_EQ(figures.cancelled, cancelled);
+  EXPECT_EQ(figures.finished, 300 - cancelled);
+  EXPECT_EQ(figures.pages_used, 0);
+  EXPECT_EQ(engine.cache.pages_free(), 20);
+  EXPECT_EQ(engine.cache.sequence_count(), 0);
+  for (ef::RequestTicket ticket : engine.scheduler.finished()) {
+    const auto done = engine.scheduler.take_finished(ticket);
+    EXPECT_EQ(done.tokens, text_of(prompt_of(1 + ticket % 30, static_cast<unsigned>(ticket)), static_cast<Index>(done.tokens.size()), -1));
+  }
+}
+
+}  // namespace
