@@ -40,7 +40,7 @@ eigenformer_operator(causal_mask)
 # - ranks
 eigenformer_operator(communicator WITHOUT reference cpu cuda)
 # - column- and row-parallel layers
-#eigenformer_operator(tensor_parallel WITHOUT cuda)
+eigenformer_operator(tensor_parallel WITHOUT cuda)
 # - tokens
 #eigenformer_operator(sampling)
 # - steps
