@@ -63,8 +63,9 @@ void communicator_cases(bench::Suite& suite) {
     auto& gather = suite.row("all_gather " + size, bench::Limit::copy_bytes(bytes, bytes));
     gather.calls.push_back({"eigenformer", [=](const Eigen::DefaultDevice&) { pair->all_gather(); }, {}});
     gather.peer_one_thread("memcpy", [=] { pair->copy(); });
-    auto& reduce = suite.row("all_reduce_sum " + std::to_string(static_cast<Eigen::Index>(bytes) / 2048) + " KiB over 2 thread ranks",
-                             bench::Limit::copy_bytes(bytes / 2, bytes / 2));
+    auto& reduce =
+        suite.row("all_reduce_sum " + std::to_string(static_cast<Eigen::Index>(bytes) / 2048) + " KiB over 2 thread ranks",
+                  bench::Limit::copy_bytes(bytes / 2, bytes / 2));
     reduce.calls.push_back({"eigenformer", [=](const Eigen::DefaultDevice&) { pair->all_reduce_sum(); }, {}});
     reduce.peer_one_thread("memcpy of twice the bytes", [=] { pair->copy(); });
   }

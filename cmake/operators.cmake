@@ -28,11 +28,11 @@ endfunction()
 # The nine systems
 eigenformer_operator(causal_mask)
 # - keys and values
-eigenformer_operator(kv_cache WITHOUT cuda)
+eigenformer_operator(kv_cache)
 # - keys and values in pages
 eigenformer_operator(paged_kv_cache WITHOUT cpu cuda)
 # - INT8
-eigenformer_operator(quantization WITHOUT cuda)
+eigenformer_operator(quantization)
 # - matrix products
 eigenformer_operator(linear WITHOUT cuda)
 # - softmax(QK)V
@@ -40,9 +40,9 @@ eigenformer_operator(attention WITHOUT cuda)
 # - ranks
 eigenformer_operator(communicator WITHOUT reference cpu cuda)
 # - column- and row-parallel layers
-#eigenformer_operator(tensor_parallel WITHOUT cuda)
+eigenformer_operator(tensor_parallel WITHOUT cuda)
 # - tokens
-eigenformer_operator(sampling WITHOUT cuda)
+eigenformer_operator(sampling)
 # - steps
 eigenformer_operator(training WITHOUT cpu cuda)
 # - loss scaling
@@ -62,4 +62,4 @@ eigenformer_operator(loss WITHOUT cuda)
 # - AdamW, SGD, clipping
 eigenformer_operator(optimizer WITHOUT cuda)
 # - the model
-#eigenformer_operator(decoder WITHOUT cpu cuda)
+eigenformer_operator(decoder WITHOUT cpu cuda)

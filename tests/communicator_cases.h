@@ -24,7 +24,8 @@ void check_all_gather(C& communicator) {
     for (Index i = 0; i < equal; ++i) part[static_cast<std::size_t>(i)] = element<T>(rank, i);
     communicator.all_gather(std::span<const T>(part), std::span<T>(whole));
     for (int r = 0; r < ranks; ++r)
-      for (Index i = 0; i < equal; ++i) ASSERT_EQ(whole[static_cast<std::size_t>(r * equal + i)], element<T>(r, i)) << r << " " << i;
+      for (Index i = 0; i < equal; ++i)
+        ASSERT_EQ(whole[static_cast<std::size_t>(r * equal + i)], element<T>(r, i)) << r << " " << i;
   }
   for (Index largest : {1, 5, 700}) {  // unequal parts, some empty
     std::vector<Index> counts, begins;
@@ -40,7 +41,8 @@ void check_all_gather(C& communicator) {
     communicator.all_gather(std::span<const T>(part), std::span<T>(whole), std::span<const Index>(counts));
     std::vector<T> in_place(static_cast<std::size_t>(total));
     std::copy(part.begin(), part.end(), in_place.begin() + begins[own]);
-    communicator.all_gather(std::span<const T>(in_place).subspan(static_cast<std::size_t>(begins[own]), part.size()), in_place, counts);
+    communicator.all_gather(std::span<const T>(in_place).subspan(static_cast<std::size_t>(begins[own]), part.size()), in_place,
+                            counts);
     for (int r = 0; r < ranks; ++r)
       for (Index i = 0; i < counts[static_cast<std::size_t>(r)]; ++i) {
         const auto at = static_cast<std::size_t>(begins[static_cast<std::size_t>(r)] + i);
@@ -129,7 +131,8 @@ void check_bad_arguments(C& communicator) {
   expect_throws<std::invalid_argument>([&] { communicator.all_gather(part, whole, counts); }, {"part has 2 elements", "is 3"});
   counts.assign(static_cast<std::size_t>(ranks), -2);
   expect_throws<std::invalid_argument>([&] { communicator.all_gather(part, whole, counts); }, {"counts[0] is -2"});
-  expect_throws<std::invalid_argument>([&] { communicator.broadcast(part, ranks); }, {"broadcast", "root is " + std::to_string(ranks)});
+  expect_throws<std::invalid_argument>([&] { communicator.broadcast(part, ranks); },
+                                       {"broadcast", "root is " + std::to_string(ranks)});
   expect_throws<std::invalid_argument>([&] { communicator.broadcast(part, -1); }, {"root is -1"});
   for (float value : whole) ASSERT_EQ(value, 7.0f);
   communicator.barrier();
@@ -150,7 +153,8 @@ void check_mismatches(C& communicator) {
     check_all_gather<float>(communicator);
   };
   expect([&] { communicator.barrier(); }, [&] { communicator.all_reduce_sum(values); }, {"barrier", "all_reduce_sum of 8 float"});
-  expect([&] { communicator.all_reduce_sum(values); }, [&] { communicator.all_reduce_sum(std::span(values).first(3)); }, {"8 float", "3 float"});
+  expect([&] { communicator.all_reduce_sum(values); }, [&] { communicator.all_reduce_sum(std::span(values).first(3)); },
+         {"8 float", "3 float"});
   expect([&] { communicator.all_reduce_sum(values); }, [&] { communicator.all_reduce_sum(integers); }, {"8 float", "8 int32"});
   expect([&] { communicator.broadcast(values, 0); }, [&] { communicator.broadcast(values, 1); }, {"from rank 0", "from rank 1"});
   expect([&] { communicator.all_gather(values, whole); }, [&] { communicator.barrier(); }, {"all_gather", "barrier"});

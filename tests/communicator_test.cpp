@@ -1,5 +1,5 @@
-// Laws: every collective gives its definition on every rank, sums have one order; a rank that fails, ends or calls something else is an
-// error on the others and never a hang; nothing is allocated in the steady state.
+// Laws: every collective gives its definition on every rank, sums have one order; a rank that fails, ends or calls something else
+// is an error on the others and never a hang; nothing is allocated in the steady state.
 #include "communicator_cases.h"
 
 #include <atomic>
@@ -20,7 +20,8 @@ TEST(SelfCommunicator, IsOneRank) {
 }
 
 TEST(ThreadCommunicator, CollectivesEqualTheirDefinition) {
-  for (int ranks = 1; ranks <= 7; ++ranks) ef::ThreadCommunicator::run(ranks, [&](auto& communicator) {
+  for (int ranks = 1; ranks <= 7; ++ranks)
+    ef::ThreadCommunicator::run(ranks, [&](auto& communicator) {
       EXPECT_EQ(communicator.size(), ranks);
       check_collectives(communicator);
       check_bad_arguments(communicator);
@@ -28,7 +29,8 @@ TEST(ThreadCommunicator, CollectivesEqualTheirDefinition) {
 }
 
 TEST(ThreadCommunicator, DifferentCallsAreAnErrorOnEveryRank) {
-  for (int ranks = 2; ranks <= 7; ++ranks) ef::ThreadCommunicator::run(ranks, [](auto& communicator) { check_mismatches(communicator); });
+  for (int ranks = 2; ranks <= 7; ++ranks)
+    ef::ThreadCommunicator::run(ranks, [](auto& communicator) { check_mismatches(communicator); });
 }
 
 TEST(ThreadCommunicator, RanksAreDistinctAndAllRun) {
@@ -86,10 +88,11 @@ TEST(ThreadCommunicator, AnExceptionStopsAllRanksAndIsRethrown) {
         {"page fault"});
     EXPECT_EQ(stopped, ranks - 1);
   }
-  EXPECT_THROW(ef::ThreadCommunicator::run(3, [](auto& communicator) {
-                 if (communicator.rank() == 1) throw 42;
-                 communicator.barrier();
-               }),
+  EXPECT_THROW(ef::ThreadCommunicator::run(3,
+                                           [](auto& communicator) {
+                                             if (communicator.rank() == 1) throw 42;
+                                             communicator.barrier();
+                                           }),
                int);
 }
 

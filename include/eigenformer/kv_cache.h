@@ -36,6 +36,9 @@
 #include "core/kv_page.h"
 #include "core/kv_source.h"
 #include "cpu/kv_cache.h"
+#if defined(__CUDACC__)
+#include "cuda/kv_cache.cuh"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

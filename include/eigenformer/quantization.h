@@ -23,6 +23,9 @@
 #include "core/workspace.h"
 #include "cpu/quantization.h"
 #include "linear.h"
+#if defined(__CUDACC__)
+#include "cuda/quantization.cuh"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

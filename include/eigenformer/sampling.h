@@ -50,6 +50,9 @@
 #include "cpu/sampling.h"
 #include "cpu/sampling_log_probabilities.h"
 #include "cpu/sampling_speculative.h"
+#if defined(__CUDACC__)
+#include "cuda/sampling.cuh"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -31,8 +31,8 @@ struct ShardRange {
   constexpr Index size() const { return end - begin; }
 };
 
-/// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The first count % world_size ranks get one
-/// more than the others; where world_size > count the last ranks get nothing. Throws std::invalid_argument.
+/// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The first count % world_size ranks get
+/// one more than the others; where world_size > count the last ranks get nothing. Throws std::invalid_argument.
 inline ShardRange shard_range(Index count, int rank, int world_size) {
   require(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
   require(world_size >= 1, "shard_range", "world_size is ", world_size, ", expected 1 or more");
@@ -44,8 +44,8 @@ inline ShardRange shard_range(Index count, int rank, int world_size) {
 
 /// What collectives move: a std::span, std::vector, std::array or any other contiguous range of trivially copyable elements.
 template <typename R>
-concept ElementRange = std::ranges::contiguous_range<R> && std::ranges::sized_range<R> &&
-                       std::is_trivially_copyable_v<std::ranges::range_value_t<R>>;
+concept ElementRange =
+    std::ranges::contiguous_range<R> && std::ranges::sized_range<R> && std::is_trivially_copyable_v<std::ranges::range_value_t<R>>;
 
 /// What all_reduce_sum adds.
 template <typename T>
@@ -88,10 +88,14 @@ inline std::string element_name(std::int64_t code) {
 inline std::string describe(const CollectiveCall& call) {
   const std::string amount = " of " + std::to_string(call.count) + " " + element_name(call.element) + " elements";
   switch (call.kind) {
-    case Collective::all_gather: return "all_gather" + amount;
-    case Collective::all_reduce_sum: return "all_reduce_sum" + amount;
-    case Collective::broadcast: return "broadcast" + amount + " from rank " + std::to_string(call.root);
-    case Collective::barrier: return "barrier";
+    case Collective::all_gather:
+      return "all_gather" + amount;
+    case Collective::all_reduce_sum:
+      return "all_reduce_sum" + amount;
+    case Collective::broadcast:
+      return "broadcast" + amount + " from rank " + std::to_string(call.root);
+    case Collective::barrier:
+      return "barrier";
   }
   return "?";
 }
@@ -102,7 +106,8 @@ void require_same_call(int ranks, CallOfRank&& call_of) {
   for (int r = 1; r < ranks; ++r) {
     const CollectiveCall &first = call_of(0), &other = call_of(r);
     if (first == other) continue;
-    std::string text = "communicator: rank 0 calls " + describe(first) + ", rank " + std::to_string(r) + " calls " + describe(other);
+    std::string text =
+        "communicator: rank 0 calls " + describe(first) + ", rank " + std::to_string(r) + " calls " + describe(other);
     if (describe(first) == describe(other)) text += " in parts of other sizes";
     throw CommunicatorError(text);
   }

@@ -2,8 +2,8 @@
 /// Ranks that are MPI processes. Included by communicator.h where EIGENFORMER_MPI is defined (CMake: -DEIGENFORMER_MPI=ON). The
 /// concept's manual is communicator.h.
 ///
-/// MPI knows neither bfloat16 nor half and promises no order of summation (MPI_Allreduce), so data travels as bytes and sums are ours:
-/// every rank receives its slice of all ranks' values, adds it in rank order, and the slices are gathered.
+/// MPI knows neither bfloat16 nor half and promises no order of summation (MPI_Allreduce), so data travels as bytes and sums are
+/// ours: every rank receives its slice of all ranks' values, adds it in rank order, and the slices are gathered.
 #pragma once
 
 // The C++ bindings were removed from MPI in 2012; their headers only warn.
@@ -33,8 +33,9 @@ struct MpiOptions {
   Index largest_message = Index{1} << 30;
 };
 
-/// One rank of an MPI communicator, on a duplicate of it whose errors come back as CommunicatorError. MPI must be initialised before
-/// and finalised after. A rank that dies leaves the others waiting: that is MPI's way, MPI_Abort is its answer. Movable, not copyable.
+/// One rank of an MPI communicator, on a duplicate of it whose errors come back as CommunicatorError. MPI must be initialised
+/// before and finalised after. A rank that dies leaves the others waiting: that is MPI's way, MPI_Abort is its answer. Movable, not
+/// copyable.
 ///
 ///   MPI_Init(&argc, &argv);
 ///   {
@@ -190,8 +191,8 @@ class MpiCommunicator {
     T* slices = reinterpret_cast<T*>(scratch_.data());  // operator new aligns for every scalar
     fill_sizes(bytes_, offsets_, slice_bytes);
     fill_sizes(other_bytes_, other_offsets_, [&](int) { return slice.size() * Index{sizeof(T)}; });
-    check(MPI_Alltoallv(values, bytes_.data(), offsets_.data(), MPI_BYTE, slices, other_bytes_.data(), other_offsets_.data(), MPI_BYTE,
-                        own_),
+    check(MPI_Alltoallv(values, bytes_.data(), offsets_.data(), MPI_BYTE, slices, other_bytes_.data(), other_offsets_.data(),
+                        MPI_BYTE, own_),
           "MPI_Alltoallv");
     detail::ordered_sum<T>(
         size_, slice.size(), [&](int r) { return slices + r * slice.size(); },

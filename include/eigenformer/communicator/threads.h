@@ -3,8 +3,8 @@
 /// copies and two meetings of all ranks; nothing is allocated after the group is made. The concept's manual is communicator.h.
 ///
 /// A collective runs in three steps: (1) every rank publishes its call and its pointer, and all meet; (2) every rank compares the
-/// calls and moves its share of the data; (3) all meet again, so that no memory is reused while somebody still reads it. A meeting is
-/// left early, with CommunicatorError, only in step 1: after it no user code runs before step 3, so all ranks arrive there.
+/// calls and moves its share of the data; (3) all meet again, so that no memory is reused while somebody still reads it. A meeting
+/// is left early, with CommunicatorError, only in step 1: after it no user code runs before step 3, so all ranks arrive there.
 #pragma once
 
 #include <atomic>
@@ -35,7 +35,8 @@ class ThreadMeeting {
 
   void take_rank(int rank) {
     const std::lock_guard lock(mutex_);
-    require(!taken_[static_cast<std::size_t>(rank)], "ThreadCommunicatorGroup", "the communicator of rank ", rank, " was taken before");
+    require(!taken_[static_cast<std::size_t>(rank)], "ThreadCommunicatorGroup", "the communicator of rank ", rank,
+            " was taken before");
     taken_[static_cast<std::size_t>(rank)] = true;
   }
 
@@ -50,7 +51,8 @@ class ThreadMeeting {
   /// Step 3.
   void leave() noexcept { meet<false>(); }
 
-  /// Wakes every rank that waits in a collective or enters one later; only the first reason is kept. `what` may be null: the rank ended.
+  /// Wakes every rank that waits in a collective or enters one later; only the first reason is kept. `what` may be null: the rank
+  /// ended.
   void stop(int rank, const char* what) noexcept {
     const std::lock_guard lock(mutex_);
     if (state_.load(std::memory_order_relaxed) & kStopped) return;
@@ -121,11 +123,12 @@ class ThreadMeeting {
 /// wait for it, or would later, get a CommunicatorError instead of waiting for ever.
 class ThreadCommunicator {
  public:
-  /// Calls body(communicator) once a rank, rank 0 on the calling thread and each other on a thread of its own, waits for all of them
-  /// and rethrows the first exception (in time). A rank that throws wakes the others. Throws std::invalid_argument for
+  /// Calls body(communicator) once a rank, rank 0 on the calling thread and each other on a thread of its own, waits for all of
+  /// them and rethrows the first exception (in time). A rank that throws wakes the others. Throws std::invalid_argument for
   /// world_size < 1, std::system_error where a thread cannot be started.
   ///
-  ///   ef::ThreadCommunicator::run(2, [&](auto& communicator) { y[communicator.rank()] = ef::column_parallel_linear(x, w, communicator); });
+  ///   ef::ThreadCommunicator::run(2, [&](auto& communicator) { y[communicator.rank()] = ef::column_parallel_linear(x, w,
+  ///   communicator); });
   template <typename Body>
   static void run(int world_size, Body&& body);
 

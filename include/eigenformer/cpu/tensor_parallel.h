@@ -1,0 +1,119 @@
+/// \file
+/// CPU kernels of the tensor-parallel layers, apart from the products themselves: parts of rows put together into rows, and the
+/// candidates of a vocabulary-parallel head. Sizes are those of activations, small beside the weights: the interleaving reads and
+/// writes tokens * features elements once, the selection of candidates reads this rank's logits twice.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "../communicator/collective.h"
+#include "../core/device.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Gathered parts: part r is (tokens, size of shard r), parts follow each other in rank order.
+template <typename T>
+struct InterleaveProblem {
+  const T* parts;
+  T* rows;  // (tokens, features)
+  Index tokens, features;
+  int ranks;
+};
+
+/// A token that may be drawn. No padding: candidates travel between ranks as bytes.
+struct VocabularyCandidate {
+  static constexpr std::int64_t kNone = -1;     ///< the shard has no further token
+  static constexpr std::int64_t kInvalid = -2;  ///< the shard's row holds NaN or +infinity
+  double logit;
+  std::int64_t token;  // in the whole vocabulary
+};
+
+/// The best candidates of this rank's shard of the logits, best first, ties lowest token first.
+template <typename T>
+struct VocabularyProblem {
+  const T* logits;                  // (rows, shard.size())
+  VocabularyCandidate* candidates;  // (rows, kept)
+  std::int32_t* order;              // scratch, (workers, shard.size()); unused where kept is 1
+  Index rows, kept;                 // kept >= 1: missing ones are kNone
+  ShardRange shard;
+};
+
+namespace cpu {
+
+template <CpuDevice D, typename T>
+void interleave(const D& device, const InterleaveProblem<T>& p) {
+  const Index grain = 1 + 16384 / (p.features + 1);  // less than 16k elements do not pay for waking a thread
+  parallel_for(device, p.tokens, grain, [&](Index first, Index last, int) {
+    for (int r = 0; r < p.ranks; ++r) {
+      const ShardRange shard = shard_range(p.features, r, p.ranks);
+      const T* part = p.parts + p.tokens * shard.begin;
+      for (Index t = first; t < last; ++t)
+        eigenformer::detail::copy_elements(part + t * shard.size(), p.rows + t * p.features + shard.begin, shard.size());
+    }
+  });
+}
+
+template <typename T>
+bool drawable(const T* row, Index size) {
+  bool good = true;
+  for (Index i = 0; i < size; ++i) good &= static_cast<compute_type<T>>(row[i]) < std::numeric_limits<compute_type<T>>::infinity();
+  return good;  // NaN compares false
+}
+
+template <typename T>
+void best_candidates(const VocabularyProblem<T>& p, Index row, std::int32_t* order) {
+  const Index size = p.shard.size(), found = std::min(size, p.kept);
+  const T* logits = p.logits + row * size;
+  VocabularyCandidate* candidates = p.candidates + row * p.kept;
+  std::fill_n(candidates, p.kept, VocabularyCandidate{-std::numeric_limits<double>::infinity(), VocabularyCandidate::kNone});
+  if (!drawable(logits, size)) {
+    candidates[0].token = VocabularyCandidate::kInvalid;
+    return;
+  }
+  const auto candidate = [&](Index i) { return VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i}; };
+  if (found == 1) {
+    candidates[0] = candidate(std::max_element(logits, logits + size) - logits);  // the first of the largest
+    return;
+  }
+  for (Index i = 0; i < size; ++i) order[i] = static_cast<std::int32_t>(i);
+  const auto better = [logits](std::int32_t a, std::int32_t b) {
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+  };
+  if (found < size) std::nth_element(order, order + found, order + size, better);
+  std::sort(order, order + found, better);
+  for (Index i = 0; i < found; ++i) candidates[i] = candidate(order[i]);
+}
+
+template <CpuDevice D, typename T>
+void vocabulary_candidates(const D& device, const VocabularyProblem<T>& p) {
+  const Index grain = 1 + 16384 / (p.shard.size() + 1);
+  parallel_for(device, p.rows, grain, [&](Index first, Index last, int worker) {
+    for (Index row = first; row < last; ++row) best_candidates(p, row, p.kept > 1 ? p.order + worker * p.shard.size() : nullptr);
+  });
+}
+
+/// Index into `candidates` (best first, finite best) of the token that the uniform number u draws from softmax(logit /
+/// temperature).
+inline Index draw_candidate(const VocabularyCandidate* candidates, Index count, double temperature, double u) {
+  const auto weight = [&](Index i) { return std::exp((candidates[i].logit - candidates[0].logit) / temperature); };
+  double total = 0;
+  for (Index i = 0; i < count; ++i) total += weight(i);
+  double cumulative = 0;
+  Index last = 0;  // rounding may leave u beyond the sum: then the last token of any weight
+  for (Index i = 0; i < count; ++i) {
+    const double w = weight(i);
+    if (w > 0) last = i;
+    cumulative += w;
+    if (u * total < cumulative) return i;
+  }
+  return last;
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,452 @@
+/// \file
+/// Linear layers whose weight is divided among ranks (Shoeybi et al., "Megatron-LM", 2019), and a language-model head that draws
+/// tokens without gathering its logits.
+///
+///   column_parallel_linear      y = x W^T + b; rank r computes the output features shard_range(out, r, world_size), and y is
+///                               gathered on every rank, or kept in parts with {.gather_output = false}
+///   row_parallel_linear         the same y from an x that is kept in parts: its features are divided by shard_range(in, ...)
+///   vocabulary_parallel_greedy, vocabulary_parallel_top_k_sample
+///                               tokens from hidden states and a (vocab, hidden) head
+///
+/// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this rank's rows of it packed once
+/// (`pack_column_shard`); b (out), the full bias on every rank; y (batch, seq, out) or (tokens, out). Nothing needs to divide: the
+/// first out % world_size ranks get one feature more, and ranks beyond `out` get none.
+///
+/// Bits: every result equals ef::linear on the full weight, bit for bit, for every world size, on every rank. A row-parallel layer
+/// that adds partial products (the textbook's all-reduce) cannot keep that promise: its rounding depends on where the features were
+/// cut. This one gathers the parts of x and divides the output features instead: the same arithmetic and the same weight bytes a
+/// rank, tokens * (in + out) elements received where an all-reduce moves tokens * 2 * out, and no order of summation left to
+/// chance.
+///
+/// Every rank calls, with the same shapes. Bad arguments throw std::invalid_argument before anything is sent; a rank that fails is
+/// a CommunicatorError on the others. Outputs must not overlap inputs. The _into forms allocate nothing after the first call at a
+/// size. Cost a rank: 1 / world_size of the product, and a gather of the output (for rows: of the input too).
+#pragma once
+
+#include <span>
+#include <string_view>
+
+#include "communicator.h"
+#include "core/check.h"
+#include "core/device.h"
+#include "core/philox.h"
+#include "core/workspace.h"
+#include "cpu/tensor_parallel.h"
+#include "linear.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+struct ColumnParallelOptions {
+  bool gather_output = true;  ///< false: this rank's output features only, (batch, seq, shard), and nothing is sent
+};
+
+/// A view, no copy, of the rows [begin, end) of a weight (out, in), or of the elements of a bias (out), that belong to a rank; as
+/// const as its argument. Throws std::invalid_argument for a rank outside [0, world_size) or world_size < 1.
+///
+///   auto shard = ef::column_shard(weight, rank, world_size);
+template <typename Weight>
+auto column_shard(Weight&& weight, int rank, int world_size) {
+  constexpr int kRank = rank_of<Weight> == 1 ? 1 : 2;
+  static_assert(
+      std::is_lvalue_reference_v<Weight> || !std::is_same_v<std::remove_cvref_t<Weight>, Tensor<scalar_of<Weight>, kRank>>,
+      "eigenformer: column_shard returns a view, and this tensor ends with the expression. Give it a name first.");
+  detail::require_tensor_argument<kRank, Weight>();
+  auto sizes = detail::sizes_of<kRank>(weight);
+  const ShardRange rows = shard_range(sizes[0], rank, world_size);
+  const Index row = kRank == 1 ? 1 : sizes[kRank - 1];
+  sizes[0] = rows.size();
+  return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(weight.data() + rows.begin * row, sizes);
+}
+
+/// One rank's rows of a weight, packed.
+template <typename T>
+struct PackedColumnShard {
+  PackedWeight<T> weight;  ///< rows shard_range(out_features, rank, world_size)
+  Index out_features = 0;  ///< of the full weight
+  Index in_features = 0;
+  int rank = 0, world_size = 1;
+};
+
+/// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16 or std::int8_t; INT8 scales belong to rows, so
+/// dividing the weight changes no bit. Sends nothing. Throws what pack_weight throws.
+///
+///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
+///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
+template <typename T, typename Weight, typename C>
+  requires Communicator<C>
+PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator) {
+  const auto full = input_view<2>(weight);
+  const int rank = communicator.rank(), ranks = communicator.size();
+  return {pack_weight<T>(column_shard(full, rank, ranks)), full.dimension(0), full.dimension(1), rank, ranks};
+}
+
+namespace detail {
+
+template <typename W>
+inline constexpr bool is_packed_shard = false;
+template <typename T>
+inline constexpr bool is_packed_shard<PackedColumnShard<T>> = true;
+
+/// (tokens, features) of a tensor of rank 2 or 3.
+template <typename X>
+auto token_rows(const X& x) {
+  constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
+  const auto view = input_view<kRank>(x);
+  Index tokens = 1;
+  for (int d = 0; d + 1 < kRank; ++d) tokens *= view.dimension(static_cast<std::size_t>(d));
+  return TensorView<const scalar_of<decltype(view)>, 2>(view.data(), tokens, view.dimension(kRank - 1));
+}
+
+/// A checked layer: where this rank stands in it.
+struct ParallelShape {
+  Index tokens, in, out;
+  ShardRange columns;  // output features of this rank
+};
+
+template <typename Weight, typename C, typename... Bias>
+ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& weight, const C& communicator,
+                             const Bias&... bias) {
+  ParallelShape shape{tokens, 0, 0, {}};
+  if constexpr (is_packed_shard<Weight>) {
+    shape.in = weight.in_features;
+    shape.out = weight.out_features;
+    require(weight.rank == communicator.rank() && weight.world_size == communicator.size(), name, "weight was packed for rank ",
+            weight.rank, " of ", weight.world_size, ", the communicator is rank ", communicator.rank(), " of ",
+            communicator.size());
+  } else {
+    const auto full = input_view<2>(weight);
+    shape.out = full.dimension(0);
+    shape.in = full.dimension(1);
+  }
+  (require(input_view<1>(bias).dimension(0) == shape.out, name, "bias has ", input_view<1>(bias).dimension(0),
+           " elements, weight has ", shape.out, " rows"),
+   ...);
+  checked_product(checked_product(tokens, std::max(shape.out, shape.in), name, "output"), Index{sizeof(double)}, name, "output");
+  shape.columns = shard_range(shape.out, communicator.rank(), communicator.size());
+  return shape;
+}
+
+/// Element type of the layer's output: what linear returns for the same arguments.
+template <typename X, typename Weight>
+struct layer_result {
+  using type = scalar_of<decltype(linear(std::declval<const TensorView<const X, 2>&>(), std::declval<const Weight&>()))>;
+};
+template <typename X, typename T>
+struct layer_result<X, PackedColumnShard<T>> : layer_result<X, PackedWeight<T>> {};
+
+/// y (tokens, columns of this rank) = x times this rank's rows of the weight + bias.
+template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>
+void shard_product(const D& device, T* y, const X& x, const Weight& weight, const ParallelShape& shape, const C& communicator,
+                   Workspace& workspace, const Bias&... bias) {
+  TensorView<T, 2> output(y, shape.tokens, shape.columns.size());
+  if (output.size() == 0) return;
+  const int rank = communicator.rank(), ranks = communicator.size();
+  if constexpr (is_packed_shard<Weight>)
+    linear_into(device, output, x, weight.weight, column_shard(bias, rank, ranks)..., workspace);
+  else
+    linear_into(device, output, x, column_shard(weight, rank, ranks), column_shard(bias, rank, ranks)..., workspace);
+}
+
+/// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features) as produce(place), which may
+/// write to `place` or have the part elsewhere, and returns where it is.
+template <typename T, CpuDevice D, typename C, typename Produce>
+void gather_features(const D& device, T* whole, Index tokens, Index features, C& communicator, Workspace& workspace,
+                     Produce&& produce) {
+  const int ranks = communicator.size();
+  Workspace::Frame frame(workspace);
+  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
+  for (int r = 0; r < ranks; ++r) counts[static_cast<std::size_t>(r)] = tokens * shard_range(features, r, ranks).size();
+  const ShardRange own = shard_range(features, communicator.rank(), ranks);
+  const bool in_order = tokens == 1 || ranks == 1;  // then the gathered parts are the rows
+  T* const parts = in_order ? whole : frame.take<T>(tokens * features);
+  const T* part = produce(parts + tokens * own.begin);
+  communicator.all_gather(std::span<const T>(part, static_cast<std::size_t>(tokens * own.size())),
+                          std::span<T>(parts, static_cast<std::size_t>(tokens * features)), std::span<const Index>(counts));
+  if (!in_order) cpu::interleave(device, InterleaveProblem<T>{parts, whole, tokens, features, ranks});
+}
+
+template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>
+void column_parallel(const D& device, T* y, const X& x, const Weight& weight, const ParallelShape& shape, C& communicator,
+                     Workspace& workspace, const Bias&... bias) {
+  gather_features(device, y, shape.tokens, shape.out, communicator, workspace, [&](T* place) {
+    shard_product(device, place, x, weight, shape, communicator, workspace, bias...);
+    return static_cast<const T*>(place);
+  });
+}
+
+template <typename Y, typename X>
+void require_output(std::string_view name, const Y& output, const X& input, Index features) {
+  static_assert(rank_of<Y> == rank_of<X>, "eigenformer: output and input must have the same rank, 2 or 3");
+  bool same = output.dimension(rank_of<Y> - 1) == features;
+  for (std::size_t d = 0; d + 1 < rank_of<Y>; ++d) same = same && output.dimension(d) == input.dimension(d);
+  require(same, name, "output has shape ", shape_text(output), ", input has shape ", shape_text(input), " and ", features,
+          " output features are expected");
+}
+
+template <typename Weight, typename X>
+auto output_like(const X& input, Index features) {
+  constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
+  auto sizes = sizes_of<kRank>(input);
+  sizes[kRank - 1] = features;
+  return Tensor<typename layer_result<scalar_of<X>, Weight>::type, kRank>(sizes);
+}
+
+template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
+void column_parallel_into(const D& device, Y& output, const X& input, const Weight& weight, C& communicator,
+                          const ColumnParallelOptions& options, Workspace& workspace, const Bias&... bias) {
+  constexpr auto name = "column_parallel_linear";
+  const auto x = token_rows(input);
+  const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator, bias...);
+  require(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ", x.dimension(1), " features");
+  const auto y = output_view<rank_of<X>>(output);
+  require_output(name, y, input, options.gather_output ? shape.out : shape.columns.size());
+  if (options.gather_output)
+    column_parallel(device, output.data(), x, weight, shape, communicator, workspace, bias...);
+  else
+    shard_product(device, output.data(), x, weight, shape, communicator, workspace, bias...);
+}
+
+template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
+auto column_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
+                            const ColumnParallelOptions& options, const Bias&... bias) {
+  const ParallelShape shape =
+      parallel_shape("column_parallel_linear", token_rows(input).dimension(0), weight, communicator, bias...);
+  auto output = output_like<Weight>(input, options.gather_output ? shape.out : shape.columns.size());
+  column_parallel_into(device, output, input, weight, communicator, options, thread_workspace(), bias...);
+  return output;
+}
+
+template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
+void row_parallel_into(const D& device, Y& output, const X& input, const Weight& weight, C& communicator, Workspace& workspace,
+                       const Bias&... bias) {
+  constexpr auto name = "row_parallel_linear";
+  using T = scalar_of<X>;
+  const auto part = token_rows(input);
+  const ParallelShape shape = parallel_shape(name, part.dimension(0), weight, communicator, bias...);
+  const ShardRange own = shard_range(shape.in, communicator.rank(), communicator.size());
+  require(part.dimension(1) == own.size(), name, "input has ", part.dimension(1), " features, rank ", communicator.rank(), " of ",
+          communicator.size(), " has ", own.size(), " of the weight's ", shape.in, " columns");
+  const auto y = output_view<rank_of<X>>(output);
+  require_output(name, y, input, shape.out);
+  if (communicator.size() == 1) {
+    shard_product(device, output.data(), part, weight, shape, communicator, workspace, bias...);
+    return;
+  }
+  Workspace::Frame frame(workspace);
+  T* x = frame.take<T>(shape.tokens * shape.in);
+  gather_features(device, x, shape.tokens, shape.in, communicator, workspace, [&](T*) { return part.data(); });
+  column_parallel(device, output.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight, shape, communicator, workspace,
+                  bias...);
+}
+
+template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
+auto row_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator, const Bias&... bias) {
+  const ParallelShape shape = parallel_shape("row_parallel_linear", token_rows(input).dimension(0), weight, communicator, bias...);
+  auto output = output_like<Weight>(input, shape.out);
+  row_parallel_into(device, output, input, weight, communicator, thread_workspace(), bias...);
+  return output;
+}
+
+template <typename X>
+concept NoOptions =
+    !std::same_as<std::remove_cvref_t<X>, ColumnParallelOptions> && !std::same_as<std::remove_cvref_t<X>, Workspace>;
+
+}  // namespace detail
+
+/// y (batch, seq, out), the same on every rank, from the same input on every rank. `weight` is the full (out, in) tensor or a
+/// PackedColumnShard, `bias` the full (out) one. With {.gather_output = false} the result is (batch, seq, shard) and nothing is
+/// sent.
+///
+///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator);
+///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator, bias);
+///   auto part = ef::column_parallel_linear(input, weight, communicator, bias, {.gather_output = false});
+template <CpuDevice D, typename Input, typename Weight, Communicator C>
+auto column_parallel_linear(const D& device, const Input& input, const Weight& weight, C& communicator,
+                            const ColumnParallelOptions& options = {}) {
+  return detail::column_parallel_result(device, input, weight, communicator, options);
+}
+template <CpuDevice D, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
+auto column_parallel_linear(const D& device, const Input& input, const Weight& weight, C& communicator, const Bias& bias,
+                            const ColumnParallelOptions& options = {}) {
+  return detail::column_parallel_result(device, input, weight, communicator, options, bias);
+}
+template <typename Input, typename Weight, Communicator C>
+  requires(!Device<Input>)
+auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator, const ColumnParallelOptions& options = {}) {
+  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator, options);
+}
+template <typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
+  requires(!Device<Input>)
+auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator, const Bias& bias,
+                            const ColumnParallelOptions& options = {}) {
+  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator, options, bias);
+}
+
+/// Writes into `output`; allocates nothing after the first call at a size.
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C>
+void column_parallel_linear_into(const D& device, Output&& output, const Input& input, const Weight& weight, C& communicator,
+                                 const ColumnParallelOptions& options = {}, Workspace& workspace = thread_workspace()) {
+  detail::column_parallel_into(device, output, input, weight, communicator, options, workspace);
+}
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
+void column_parallel_linear_into(const D& device, Output&& output, const Input& input, const Weight& weight, C& communicator,
+                                 const Bias& bias, const ColumnParallelOptions& options = {},
+                                 Workspace& workspace = thread_workspace()) {
+  detail::column_parallel_into(device, output, input, weight, communicator, options, workspace, bias);
+}
+
+/// y (batch, seq, out), the same on every rank, from this rank's features of the input, (batch, seq, shard of in): what
+/// column_parallel_linear with {.gather_output = false} gives, after any function of single elements. The bias is added once.
+///
+///   auto hidden = ef::column_parallel_linear(input, up, communicator, {.gather_output = false});
+///   ef::Tensor<float, 3> y = ef::row_parallel_linear(hidden, down, communicator, bias);
+template <CpuDevice D, typename Input, typename Weight, Communicator C>
+auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight, C& communicator) {
+  return detail::row_parallel_result(device, input_shard, weight, communicator);
+}
+template <CpuDevice D, typename Input, typename Weight, Communicator C, typename Bias>
+auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight, C& communicator, const Bias& bias) {
+  return detail::row_parallel_result(device, input_shard, weight, communicator, bias);
+}
+template <typename Input, typename Weight, Communicator C>
+  requires(!Device<Input>)
+auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& communicator) {
+  return detail::row_parallel_result(Eigen::DefaultDevice{}, input_shard, weight, communicator);
+}
+template <typename Input, typename Weight, Communicator C, typename Bias>
+  requires(!Device<Input>)
+auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& communicator, const Bias& bias) {
+  return detail::row_parallel_result(Eigen::DefaultDevice{}, input_shard, weight, communicator, bias);
+}
+
+/// Writes into `output`; allocates nothing after the first call at a size.
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C>
+void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard, const Weight& weight, C& communicator,
+                              Workspace& workspace = thread_workspace()) {
+  detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace);
+}
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
+void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard, const Weight& weight, C& communicator,
+                              const Bias& bias, Workspace& workspace = thread_workspace()) {
+  detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace, bias);
+}
+
+namespace detail {
+
+/// All candidates of a row in rank order: row `row` of part r is (kept_of(r)) long.
+template <typename Visit>
+void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> kept, Index rows, Index row, Visit&& visit) {
+  for (Index count : kept) {
+    for (Index i = 0; i < count; ++i) visit(parts[row * count + i]);
+    parts += rows * count;
+  }
+}
+
+/// Merges the ranks' candidates of one row into `merged`, best first, and returns how many there are. Throws where no token can be
+/// drawn; all ranks hold the same candidates, so all throw or none does.
+inline Index merge_candidates(std::string_view name, const VocabularyCandidate* parts, std::span<const Index> kept, Index rows,
+                              Index row, VocabularyCandidate* merged) {
+  Index count = 0;
+  bool valid = true;
+  for_each_gathered(parts, kept, rows, row, [&](const VocabularyCandidate& candidate) {
+    valid = valid && candidate.token != VocabularyCandidate::kInvalid;
+    if (candidate.token >= 0) merged[count++] = candidate;
+  });
+  require(valid, name, "the logits of row ", row, " hold NaN or +infinity");
+  std::sort(merged, merged + count, [](const VocabularyCandidate& a, const VocabularyCandidate& b) {
+    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+  });
+  require(merged[0].logit > -std::numeric_limits<double>::infinity(), name, "the logits of row ", row, " are all -infinity");
+  return count;
+}
+
+/// tokens[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary.
+template <CpuDevice D, typename Hidden, typename Weight, typename C, typename Choose>
+Tensor<std::int32_t, 1> vocabulary_parallel(std::string_view name, const D& device, const Hidden& hidden, const Weight& weight,
+                                            C& communicator, Index k, Choose&& choose) {
+  using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
+  const auto x = input_view<2>(hidden);
+  const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator);
+  require(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, hidden has ", x.dimension(1), " features");
+  require(shape.out >= 1 && shape.out <= std::numeric_limits<std::int32_t>::max(), name, "weight has ", shape.out,
+          " rows, expected a vocabulary of 1 to 2^31 - 1 tokens");
+  const int ranks = communicator.size();
+  const Index rows = shape.tokens, size = shape.columns.size();
+  Workspace::Frame frame(thread_workspace());
+  const std::span<Index> kept(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
+  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
+  Index all_kept = 0;
+  for (int r = 0; r < ranks; ++r) {
+    const auto at = static_cast<std::size_t>(r);
+    kept[at] = std::clamp<Index>(shard_range(shape.out, r, ranks).size(), 1, k);  // at least 1, which can say that there is none
+    counts[at] = rows * kept[at];
+    all_kept += kept[at];
+  }
+  const Index own_kept = kept[static_cast<std::size_t>(communicator.rank())];
+  const auto own = std::span(frame.take<VocabularyCandidate>(rows * own_kept), static_cast<std::size_t>(rows * own_kept));
+  const auto all = std::span(frame.take<VocabularyCandidate>(rows * all_kept), static_cast<std::size_t>(rows * all_kept));
+  {
+    Workspace::Frame logits_frame(thread_workspace());
+    T* logits = logits_frame.take<T>(rows * size);
+    auto* order = logits_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
+    shard_product(device, logits, x, weight, shape, communicator, thread_workspace());
+    cpu::vocabulary_candidates(device, VocabularyProblem<T>{logits, own.data(), order, rows, own_kept, shape.columns});
+  }
+  communicator.all_gather(own, all, std::span<const Index>(counts));
+  VocabularyCandidate* merged = frame.take<VocabularyCandidate>(all_kept);
+  Tensor<std::int32_t, 1> tokens(rows);
+  for (Index row = 0; row < rows; ++row) {
+    const Index count = merge_candidates(name, all.data(), kept, rows, row, merged);
+    tokens(row) = static_cast<std::int32_t>(merged[choose(merged, std::min(count, k), row)].token);
+  }
+  return tokens;
+}
+
+}  // namespace detail
+
+/// The most likely token of each row of hidden states (tokens, in), lowest index among equals, the same on every rank:
+/// greedy_sample of linear(hidden, weight), with 16 bytes a row and rank sent instead of the logits. `weight` is the full (vocab,
+/// in) head or a PackedColumnShard. A row whose logits hold NaN or +infinity, or are all -infinity, throws std::invalid_argument
+/// naming it, on every rank.
+///
+///   ef::Tensor<std::int32_t, 1> ids = ef::vocabulary_parallel_greedy(hidden, head, communicator);
+template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
+Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const D& device, const Hidden& hidden, const Weight& weight, C& communicator) {
+  return detail::vocabulary_parallel("vocabulary_parallel_greedy", device, hidden, weight, communicator, 1,
+                                     [](const VocabularyCandidate*, Index, Index) { return Index{0}; });
+}
+template <typename Hidden, typename Weight, Communicator C>
+  requires(!Device<Hidden>)
+Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const Weight& weight, C& communicator) {
+  return vocabulary_parallel_greedy(Eigen::DefaultDevice{}, hidden, weight, communicator);
+}
+
+/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties lowest index first), the same on
+/// every rank: every rank passes an rng in the same state, which moves on by one position. The draw of a row depends on (seed,
+/// position, row) only. Temperature 0 is greedy. k >= vocab keeps all. Sends 16 bytes for each of at most k candidates a row and
+/// rank. Throws std::invalid_argument for k < 1, a negative or NaN temperature, and rows as vocabulary_parallel_greedy does.
+template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
+Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden, const Weight& weight,
+                                                         C& communicator, Index k, float temperature, Philox& rng) {
+  constexpr auto name = "vocabulary_parallel_top_k_sample";
+  require(k >= 1, name, "k is ", k, ", expected 1 or more");
+  require(temperature >= 0, name, "temperature is ", temperature, ", expected 0 (greedy) or more");
+  const auto draw = [&](const VocabularyCandidate* candidates, Index count, Index row) {
+    return cpu::draw_candidate(candidates, count, temperature, rng.uniform(static_cast<std::uint32_t>(row)));
+  };
+  const auto best = [](const VocabularyCandidate*, Index, Index) { return Index{0}; };
+  auto tokens = temperature > 0 ? detail::vocabulary_parallel(name, device, hidden, weight, communicator, k, draw)
+                                : detail::vocabulary_parallel(name, device, hidden, weight, communicator, 1, best);
+  rng.advance();
+  return tokens;
+}
+template <typename Hidden, typename Weight, Communicator C>
+  requires(!Device<Hidden>)
+Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, const Weight& weight, C& communicator, Index k,
+                                                         float temperature, Philox& rng) {
+  return vocabulary_parallel_top_k_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, k, temperature, rng);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
