@@ -1,9 +1,12 @@
 // Laws: equal to the plain definition for every option, shape, scalar and ISA; keys and rows that must not count never do, NaN included;
 // bits do not depend on threads, batch, padding, packing or chunks; what makes no sense is refused with the argument named.
+#include <atomic>
 #include <cstdlib>
 #include <new>
 
-#include "attention_case.h"
+#include "attention_cache_cases.h"
+#include "attention_golden.h"
+#include "attention_gradient_cases.h"
 
 using namespace eigenformer_test;
 

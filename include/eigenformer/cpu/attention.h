@@ -145,10 +145,19 @@ class AttentionWorker {
   void add_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
     const int count = static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
     const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head, sequence.key_begin + block_begin, count};
+    // The next block is asked for while this one is worked on: a decode step has little work a byte.
+    const int next = static_cast<int>(std::clamp<Index>(sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
     Tile::pack_transposed(
-        count, p_.head_dim, s_.keys, [&](int j) { return block.key(j); }, [&](int j) { return static_cast<C>(block.key_scale(j)); });
-    for (int j = 0; j < count; ++j)
+        count, p_.head_dim, s_.keys,
+        [&](int j) {
+          if (j < next) Tile::prefetch_row(block.key(j + kAttentionKeyBlock), p_.head_dim * static_cast<Index>(sizeof(TKV)));
+          return block.key(j);
+        },
+        [&](int j) { return static_cast<C>(block.key_scale(j)); });
+    for (int j = 0; j < count; ++j) {
+      if (j < next) Tile::prefetch_row(block.value(j + kAttentionKeyBlock), p_.value_dim * static_cast<Index>(sizeof(TKV)));
       Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_, s_.values + j * width_);
+    }
     for (Index r = 0; r < rows_; ++r)
       s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_, sequence.key_length, block_begin) : s_.ranges[r - 1];
 

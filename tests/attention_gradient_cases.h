@@ -1,0 +1,182 @@
+// Laws of attention_backward: the derivative of the forward pass for every option, zero where nothing was seen, the same bits on any
+// number of threads and in any batch.
+#pragma once
+
+#include "attention_case.h"
+
+namespace eigenformer_test {
+
+/// loss = sum of weights * attention(q, k, v); weights and outputs of padding rows are NaN for the backward pass.
+template <typename T>
+struct GradientCase : AttentionCase<T> {
+  ef::Tensor<T, 4> weights, out;
+  ef::Tensor<ef::compute_type<T>, 3> lse;
+
+  GradientCase(const AttentionShape& s, std::vector<Index> lengths, unsigned seed = 1)
+      : AttentionCase<T>(s, std::move(lengths), seed),
+        weights(random_tensor<T, 4>({s.batch, s.queries, s.heads, s.value_dim}, seed + 3)),
+        out(s.batch, s.queries, s.heads, s.value_dim), lse(s.batch, s.heads, s.queries) {}
+
+  ef::Tensor<T, 4> forward(const ef::AttentionOptions& options) const {
+    return ef::batched_attention_with_padding(this->q, this->k, this->v, this->key_lengths, options);
+  }
+
+  double loss(const ef::AttentionOptions& options) const {
+    const auto result = forward(options);
+    double sum = 0;
+    for (Index i = 0; i < result.size(); ++i) sum += static_cast<double>(weights.data()[i]) * static_cast<double>(result.data()[i]);
+    return sum;
+  }
+
+  template <typename D>
+  auto gradients(const D& device, ef::AttentionOptions options) {
+    options.log_sum_exp = lse;
+    out = forward(options);
+    auto grad_out = weights;
+    const auto& s = this->shape;
+    for (Index b = 0; b < s.batch; ++b)
+      for (Index i = this->query_lengths[static_cast<std::size_t>(b)]; i < s.queries; ++i)
+        for (Index x = 0; x < s.heads * s.value_dim; ++x) (&grad_out(b, i, 0, 0))[x] = (&out(b, i, 0, 0))[x] = std::numeric_limits<T>::quiet_NaN();
+    return ef::attention_backward(device, grad_out, this->q, this->k, this->v, out, lse, this->key_lengths, options);
+  }
+};
+
+inline double central_difference(GradientCase<double>& c, double& x, const ef::AttentionOptions& options) {
+  const double step = 1e-5, kept = x;
+  x = kept + step;
+  const double above = c.loss(options);
+  x = kept - step;
+  const double below = c.loss(options);
+  x = kept;
+  return (above - below) / (2 * step);
+}
+
+inline void expect_derivative(GradientCase<double>& c, ef::Tensor<double, 4>& x, const ef::Tensor<double, 4>& gradient,
+                              const ef::AttentionOptions& options, Index stride) {
+  for (Index i = 0; i < x.size(); i += stride) {
+    if (std::isnan(x.data()[i])) {
+      ASSERT_EQ(gradient.data()[i], 0.0) << i;
+      continue;
+    }
+    const double expected = central_difference(c, x.data()[i], options);
+    ASSERT_NEAR(gradient.data()[i], expected, 1e-7 * (1 + std::abs(expected))) << i;
+  }
+}
+
+inline void check_gradients(GradientCase<double>& c, const NamedOptions& named, Index stride) {
+  SCOPED_TRACE(named.name);
+  ef::AttentionOptions options = named.options;
+  std::vector<float> sinks(options.sinks.begin(), options.sinks.end()), sinks_gradient(sinks.size(), 7.0f);
+  options.sinks = sinks;
+  options.sinks_gradient = sinks_gradient;
+  const auto g = c.gradients(Eigen::DefaultDevice{}, options);
+  expect_derivative(c, c.q, g.grad_q, options, stride);
+  expect_derivative(c, c.k, g.grad_k, options, stride);
+  expect_derivative(c, c.v, g.grad_v, options, stride);
+  for (std::size_t h = 0; h < sinks.size(); ++h) {
+    const float kept = sinks[h], step = 0x1p-10f;  // exact in float
+    sinks[h] = kept + step;
+    const double above = c.loss(options);
+    sinks[h] = kept - step;
+    const double below = c.loss(options);
+    sinks[h] = kept;
+    ASSERT_NEAR(sinks_gradient[h], (above - below) / (2 * 0x1p-10), 1e-5) << h;
+  }
+}
+
+TEST(AttentionGradients, AreTheDerivativeForEveryOption) {
+  GradientCase<double> padded({2, 7, 7, 4, 2, 3, 5}, {7, 4}), chunk({2, 5, 9, 2, 1, 4, 2}, {9, 3}, 3);
+  for (const auto& named : option_sweep(4)) check_gradients(padded, named, 1);
+  for (const auto& named : option_sweep(2)) check_gradients(chunk, named, 1);
+}
+
+TEST(AttentionGradients, AreTheDerivativeAcrossBlocks) {
+  GradientCase<double> c({1, 150, 150, 2, 1, 5, 5}, {140});
+  for (const auto& named : option_sweep(2)) check_gradients(c, named, 311);
+}
+
+template <typename T>
+class AttentionGradientScalars : public ::testing::Test {};
+using GradientScalars = ::testing::Types<float, ef::bfloat16, ef::half>;
+TYPED_TEST_SUITE(AttentionGradientScalars, GradientScalars);
+
+TYPED_TEST(AttentionGradientScalars, AreNearThoseInDouble) {
+  for (const auto& named : option_sweep(4)) {
+    if (named.options.window == 1) continue;  // one key has probability 1: the gradients of q and k are zero, and nothing is relative to it
+    GradientCase<TypeParam> narrow({2, 90, 90, 4, 2, 24, 17}, {90, 33});
+    GradientCase<double> wide(narrow.shape, {90, 33});
+    wide.q = to_double(narrow.q), wide.k = to_double(narrow.k), wide.v = to_double(narrow.v), wide.weights = to_double(narrow.weights);
+    const auto g = narrow.gradients(Eigen::DefaultDevice{}, named.options);
+    const auto expected = wide.gradients(Eigen::DefaultDevice{}, named.options);
+    // D_i is computed from the rounded output: two roundings to the narrow type instead of one.
+    EXPECT_LT(relative_error(g.grad_q, expected.grad_q), 2 * tolerance<TypeParam>()) << named.name;
+    EXPECT_LT(relative_error(g.grad_k, expected.grad_k), 2 * tolerance<TypeParam>()) << named.name;
+    EXPECT_LT(relative_error(g.grad_v, expected.grad_v), tolerance<TypeParam>()) << named.name;
+  }
+}
+
+TEST(AttentionGradients, BitsDoNotDependOnThreadsBatchOrPacking) {
+  for (const auto& named : option_sweep(4)) {
+    SCOPED_TRACE(named.name);
+    GradientCase<float> c({2, 90, 90, 4, 2, 12, 12}, {90, 33});
+    const auto g = c.gradients(Eigen::DefaultDevice{}, named.options);
+    for (int count : {2, 3}) {
+      Threads threads(count);
+      const auto other = c.gradients(threads.device, named.options);
+      ASSERT_TRUE(same_bits(g.grad_q, other.grad_q) && same_bits(g.grad_k, other.grad_k) && same_bits(g.grad_v, other.grad_v));
+    }
+    // The second sequence alone, packed.
+    ef::Tensor<float, 3> q(33, 4, 12), k(33, 2, 12), v(33, 2, 12), grad(33, 4, 12);
+    std::copy_n(&c.q(1, 0, 0, 0), q.size(), q.data());
+    std::copy_n(&c.k(1, 0, 0, 0), k.size(), k.data());
+    std::copy_n(&c.v(1, 0, 0, 0), v.size(), v.data());
+    std::copy_n(&c.weights(1, 0, 0, 0), grad.size(), grad.data());
+    ef::Tensor<float, 2> lse(4, 33);
+    ef::AttentionOptions options = named.options;
+    options.log_sum_exp = lse;
+    const auto out = ef::variable_length_attention(q, k, v, {0, 33}, {0, 33}, options);
+    const auto alone = ef::variable_length_attention_backward(Eigen::DefaultDevice{}, grad, q, k, v, out, lse, {0, 33}, {0, 33}, options);
+    const auto equal = [](const auto& a, const float* b) { return std::memcmp(a.data(), b, static_cast<std::size_t>(a.size()) * sizeof(float)) == 0; };
+    EXPECT_TRUE(equal(alone.grad_q, &g.grad_q(1, 0, 0, 0)));
+    EXPECT_TRUE(equal(alone.grad_k, &g.grad_k(1, 0, 0, 0)));
+    EXPECT_TRUE(equal(alone.grad_v, &g.grad_v(1, 0, 0, 0)));
+  }
+}
+
+TEST(AttentionGradients, EveryIsaMeetsTheDerivative) {
+  GradientCase<float> c({1, 70, 70, 4, 2, 9, 20}, {70});
+  const auto best = c.gradients(Eigen::DefaultDevice{}, {.causal = true, .softcap = 3.0f});
+  for_each_isa([&](auto isa) {
+    ef::Workspace workspace;
+    ef::Workspace::Frame frame(workspace);
+    auto gq = poisoned_tensor<float, 4>({1, 70, 4, 9});
+    auto gk = poisoned_tensor<float, 4>({1, 70, 2, 9});
+    auto gv = poisoned_tensor<float, 4>({1, 70, 2, 20});
+    ef::AttentionBackwardProblem<float> p;
+    p.forward = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths, {.causal = true, .softcap = 3.0f}, frame);
+    p.output = c.out.data(), p.grad_output = c.weights.data(), p.log_sum_exp = c.lse.data(), p.key_rows = 70;
+    p.grad_queries = gq.data(), p.grad_keys = gk.data(), p.grad_values = gv.data();
+    ef::cpu::attention_backward(isa, Eigen::DefaultDevice{}, p, workspace);
+    EXPECT_LT(relative_error(gq, to_double(best.grad_q)), 1e-5) << isa.name;
+    EXPECT_LT(relative_error(gk, to_double(best.grad_k)), 1e-5) << isa.name;
+    EXPECT_LT(relative_error(gv, to_double(best.grad_v)), 1e-5) << isa.name;
+  });
+}
+
+TEST(AttentionGradients, RankThreeLengthZeroAndRefusals) {
+  const auto q = random_tensor<float, 3>({2, 3, 4}, 1);
+  ef::Tensor<float, 2> lse(2, 3);
+  const auto out = ef::batched_attention_with_padding(q, q, q, {2, 0}, {.log_sum_exp = lse});
+  const auto g = ef::attention_backward(q, q, q, q, out, lse, {2, 0});
+  for (Index i = 0; i < 3; ++i) EXPECT_EQ(g.grad_k(1, i, 1), 0.0f);
+  EXPECT_EQ(g.grad_q(0, 2, 0), 0.0f);
+  EXPECT_NE(g.grad_q(0, 1, 0), 0.0f);
+  const ef::Tensor<float, 3> narrow(2, 3, 3);
+  const ef::Tensor<float, 2> short_lse(2, 2);
+  expect_throws<std::invalid_argument>([&] { ef::attention_backward(narrow, q, q, q, out, lse, {2, 0}); }, {"attention_backward", "grad_out has shape (2, 3, 3)"});
+  expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, narrow, lse, {2, 0}); }, {"out has shape (2, 3, 3)"});
+  expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, out, short_lse, {2, 0}); }, {"log_sum_exp has shape (2, 2)"});
+  expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, out, lse, {4, 0}); }, {"seq_lengths[0] is 4"});
+}
+
+}  // namespace eigenformer_test
