@@ -34,7 +34,7 @@ inline float learning_rate_at(const TrainingPlan& plan, Index step) {
 /// Trains and returns tokens a second.
 template <typename Model>
 double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text, const TrainingPlan& plan) {
-  ef::AdamW optimizer(model.parameters(), {.learning_rate = plan.learning_rate, .beta2 = 0.99f, .weight_decay = 0.01f});
+  ef::AdamW optimizer(model.parameters(), {.learning_rate = plan.learning_rate, .weight_decay = 0.01f, .beta2 = 0.99f});
   Windows windows(text, plan.batch, plan.length, /*seed=*/2026);
   Progress progress("training", 5.0);
   const auto start = Clock::now();

@@ -10,6 +10,7 @@
 
 #include "../core/device.h"
 #include "../core/kv_source.h"
+#include "../core/rows.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
@@ -60,10 +61,6 @@ namespace cpu {
 
 /// Rows of a task: at least 32k elements (128 KiB of float): less does not pay for waking a thread.
 inline Index kv_grain(Index kv_heads, Index head_dim) { return 1 + 32768 / (kv_heads * head_dim + 1); }
-
-/// The scalar two types meet in.
-template <typename A, typename B>
-using common_compute_type = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
 
 template <typename Isa, typename From, typename To>
 void copy_row(const From* from, To* to, Index count) {

@@ -140,10 +140,21 @@ class DecoderPass {
   Tensor<Compute, 2> project_backward(const G& y_gradient, const X& x, std::size_t weight) {
     Tensor<Compute, 2> x_gradient(x.dimension(0), x.dimension(1));
     timed("linear", [&] {
-      linear_backward_weight_into(device_, gradient(weight), y_gradient, x);
+      add_weight_gradient(gradient(weight), y_gradient, x);
       linear_backward_input_into(device_, x_gradient, y_gradient, weights_matrix(weight));
     });
     return x_gradient;
+  }
+  // Gradients of parameters are float; in double, which serves to check gradients, one is rounded once.
+  template <typename G, typename X>
+  void add_weight_gradient(TensorView<float, 2> total, const G& y_gradient, const X& x) {
+    if constexpr (std::is_same_v<Compute, double>) {
+      Tensor<double, 2> wide = total.template cast<double>();
+      linear_backward_weight_into(device_, wide, y_gradient, x);
+      total = wide.template cast<float>();
+    } else {
+      linear_backward_weight_into(device_, total, y_gradient, x);
+    }
   }
   Tensor<Compute, 4> heads(const Tensor<Compute, 2>& x, std::size_t weight, Index batch, Index length, Index count) {
     Tensor<Compute, 4> result(batch, length, count, config_.head_dim);
