@@ -1,4 +1,5 @@
-// Unscaling 8.4 million gradients and finding whether all are finite: one read and one write. Peer: what an Eigen user writes by hand.
+// Unscaling 8.4 million gradients and finding whether all are finite: one read and one write. Peer: what an Eigen user writes by
+// hand.
 #include <eigenformer/grad_scaler.h>
 
 #include <random>

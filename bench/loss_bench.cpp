@@ -25,7 +25,8 @@ std::shared_ptr<ef::Tensor<T, 2>> random_logits(Eigen::Index rows, Eigen::Index 
 std::shared_ptr<ef::Tensor<std::int32_t, 1>> random_targets(Eigen::Index rows, Eigen::Index classes) {
   std::mt19937 generator(2);
   auto targets = std::make_shared<ef::Tensor<std::int32_t, 1>>(rows);
-  for (Eigen::Index r = 0; r < rows; ++r) (*targets)(r) = static_cast<std::int32_t>(generator() % static_cast<std::uint32_t>(classes));
+  for (Eigen::Index r = 0; r < rows; ++r)
+    (*targets)(r) = static_cast<std::int32_t>(generator() % static_cast<std::uint32_t>(classes));
   return targets;
 }
 

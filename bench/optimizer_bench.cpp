@@ -42,7 +42,8 @@ void adamw_case(bench::Suite& suite) {
   row.peer("Eigen by hand", [=, t = std::make_shared<int>(0)](const auto& device) {
     auto& [w, g, m, v] = *by_hand;
     ++*t;
-    const float correction1 = 1.0f - std::pow(0.9f, static_cast<float>(*t)), correction2 = 1.0f - std::pow(0.999f, static_cast<float>(*t));
+    const float correction1 = 1.0f - std::pow(0.9f, static_cast<float>(*t)),
+                correction2 = 1.0f - std::pow(0.999f, static_cast<float>(*t));
     m.device(device) = m * 0.9f + g * 0.1f;
     v.device(device) = v * 0.999f + g * g * 0.001f;
     w.device(device) = w * (1.0f - 1e-4f * 0.01f) - (m * (1e-4f / correction1)) / ((v * (1.0f / correction2)).sqrt() + 1e-8f);
@@ -53,7 +54,8 @@ void norm_case(bench::Suite& suite) {
   auto weights = std::make_shared<Weights>();
   auto norm = std::make_shared<ef::Tensor<float, 0>>();
   auto& row = suite.row("gradient_norm 8.4M weights", bench::Limit::read_bytes(4.0 * static_cast<double>(kWeights)));
-  row.ours([=, sink = std::make_shared<double>()](const auto& device) { *sink = ef::gradient_norm(device, weights->parameters()); });
+  row.ours(
+      [=, sink = std::make_shared<double>()](const auto& device) { *sink = ef::gradient_norm(device, weights->parameters()); });
   row.peer("Eigen by hand", [=](const auto& device) { norm->device(device) = weights->gradient.square().sum().sqrt(); });
 }
 

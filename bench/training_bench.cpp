@@ -1,5 +1,5 @@
-// A training step of a small two-layer model written with Eigen's matrices: the same model under train_step_with_grad_accumulation and
-// under the loop an Eigen user writes. The difference is the library's share: loss, gradients' bookkeeping, AdamW.
+// A training step of a small two-layer model written with Eigen's matrices: the same model under train_step_with_grad_accumulation
+// and under the loop an Eigen user writes. The difference is the library's share: loss, gradients' bookkeeping, AdamW.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 in its own AVX-512 intrinsics, where Eigen reduces (GCC bug 105593)
 #endif
@@ -24,7 +24,8 @@ Matrix random_matrix(Eigen::Index rows, Eigen::Index columns, unsigned seed) {
 }
 
 ef::Parameter parameter(Matrix& value, Matrix& gradient) {
-  return ef::Parameter{ef::TensorView<float, 1>(value.data(), value.size()), ef::TensorView<float, 1>(gradient.data(), gradient.size())};
+  return ef::Parameter{ef::TensorView<float, 1>(value.data(), value.size()),
+                       ef::TensorView<float, 1>(gradient.data(), gradient.size())};
 }
 
 /// logits = relu(x first^T) second^T
@@ -76,7 +77,8 @@ struct ByHand {
   int t = 0;
 
   void adamw(Matrix& w, const Matrix& g, Matrix& m, Matrix& v) const {
-    const float correction1 = 1.0f - std::pow(0.9f, static_cast<float>(t)), correction2 = 1.0f - std::pow(0.999f, static_cast<float>(t));
+    const float correction1 = 1.0f - std::pow(0.9f, static_cast<float>(t)),
+                correction2 = 1.0f - std::pow(0.999f, static_cast<float>(t));
     m = 0.9f * m + 0.1f * g;
     v = 0.999f * v + 0.001f * g.cwiseAbs2();
     w.array() = w.array() * (1.0f - 1e-3f * 0.01f) - 1e-3f / correction1 * m.array() / ((v.array() / correction2).sqrt() + 1e-8f);
@@ -118,7 +120,8 @@ void training_case(bench::Suite& suite) {
   auto by_hand = std::make_shared<ByHand>();
   constexpr double weights = static_cast<double>(kHidden * (kFeatures + kClasses));
   const double flops = 6.0 * weights * static_cast<double>(kRows * 4);
-  auto& row = suite.row("train_step_with_grad_accumulation 4 x (64, 256), 1.3M weights", bench::Limit::product(flops, 28 * weights));
+  auto& row =
+      suite.row("train_step_with_grad_accumulation 4 x (64, 256), 1.3M weights", bench::Limit::product(flops, 28 * weights));
   row.ours([=](const auto& device) { ef::train_step_with_grad_accumulation(device, ours->model, ours->optimizer, *data, 4); });
   row.peer_one_thread("Eigen by hand", [=] { by_hand->step(*data); });
 }

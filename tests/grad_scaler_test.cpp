@@ -15,7 +15,8 @@ struct Weights {
   ef::Tensor<float, 1> value, gradient;
   explicit Weights(Index size = 37) : value(random_tensor<float, 1>({size}, 1)), gradient(random_tensor<float, 1>({size}, 2)) {}
   std::vector<ef::Parameter> parameters() {
-    return {ef::Parameter{ef::TensorView<float, 1>(value.data(), value.size()), ef::TensorView<float, 1>(gradient.data(), gradient.size())}};
+    return {ef::Parameter{ef::TensorView<float, 1>(value.data(), value.size()),
+                          ef::TensorView<float, 1>(gradient.data(), gradient.size())}};
   }
 };
 
@@ -38,7 +39,8 @@ TEST(GradScaler, GrowsAndBacksOffOnSchedule) {
 }
 
 TEST(GradScaler, OptionsSetTheScheduleAndItsLimits) {
-  ef::GradScaler scaler({.init_scale = 8, .growth_factor = 4, .backoff_factor = 0.25, .growth_interval = 2, .min_scale = 1, .max_scale = 100});
+  ef::GradScaler scaler(
+      {.init_scale = 8, .growth_factor = 4, .backoff_factor = 0.25, .growth_interval = 2, .min_scale = 1, .max_scale = 100});
   scaler.update(false);
   scaler.update(false);
   EXPECT_EQ(scaler.scale(), 32.0);

@@ -1,5 +1,5 @@
-// Laws: equal to the plain definition for every scalar, option, width, ISA and thread count; the gradient is the derivative; ignored
-// rows are never looked at; bad targets change nothing.
+// Laws: equal to the plain definition for every scalar, option, width, ISA and thread count; the gradient is the derivative;
+// ignored rows are never looked at; bad targets change nothing.
 #include <eigenformer/loss.h>
 #include <eigenformer/reference/loss.h>
 
@@ -52,8 +52,10 @@ void compare_all_forms(Index rows, Index classes, const ef::CrossEntropyOptions&
   for_each_isa([&](auto isa) {
     auto other = poisoned_tensor<G, 2>({rows, classes});
     std::vector<double> row_loss(static_cast<std::size_t>(rows) + 1, -1.0);
-    ef::cpu::cross_entropy(isa, kDevice, ef::CrossEntropyProblem<T, G>{logits.data(), targets.data(), other.data(), row_loss.data(), rows, classes,
-                                                                       0.25, options.ignore_index, options.label_smoothing, options.z_loss});
+    ef::cpu::cross_entropy(
+        isa, kDevice,
+        ef::CrossEntropyProblem<T, G>{logits.data(), targets.data(), other.data(), row_loss.data(), rows, classes, 0.25,
+                                      options.ignore_index, options.label_smoothing, options.z_loss});
     ASSERT_LE(relative_error(other, expected.gradient), tolerance<G>()) << isa.name << " " << classes;
     double sum = 0;
     for (Index r = 0; r < rows; ++r) sum += row_loss[static_cast<std::size_t>(r)];
@@ -159,7 +161,8 @@ TYPED_TEST(Loss, ExtremeLogits) {
     ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0);
     const auto row_loss = [&](Index r) {
       return ef::cross_entropy(ef::TensorView<const T, 2>(logits.data() + r * classes, 1, classes),
-                               ef::TensorView<const std::int32_t, 1>(targets.data() + r, 1)).sum;
+                               ef::TensorView<const std::int32_t, 1>(targets.data() + r, 1))
+          .sum;
     };
     EXPECT_EQ(row_loss(0), 0.0);
     EXPECT_EQ(row_loss(1), std::numeric_limits<double>::infinity());
@@ -205,13 +208,16 @@ TEST(LossContract, RefusesBeforeWriting) {
   targets.setValues({0, -1, 5, 1});
   expect_throws<std::invalid_argument>([&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0); },
                                        {"target 1 is -1"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.ignore_index = 3}); }, {"target 1 is -1", "ignore_index 3"});
+  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.ignore_index = 3}); },
+                                       {"target 1 is -1", "ignore_index 3"});
   targets.setValues({0, 0, 0, 0});
   ef::Tensor<float, 2> narrow(4, 5);
   expect_throws<std::invalid_argument>([&] { ef::cross_entropy_with_gradient_into(kDevice, narrow, logits, targets, 1.0); },
                                        {"grad_logits has shape (4, 5)", "(4, 6)"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, ef::Tensor<std::int32_t, 1>(3)); }, {"targets has 3", "4 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.label_smoothing = 1.5}); }, {"label_smoothing", "1.5"});
+  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, ef::Tensor<std::int32_t, 1>(3)); },
+                                       {"targets has 3", "4 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.label_smoothing = 1.5}); },
+                                       {"label_smoothing", "1.5"});
   expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.z_loss = -1}); }, {"z_loss"});
   expect_throws<std::invalid_argument>(
       [&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, std::numeric_limits<double>::quiet_NaN()); },

@@ -1,5 +1,5 @@
-// Laws: steps equal the double reference and PyTorch for every size and ISA; the same bits for any number of threads and after a resume
-// from saved state; gradient norms and clipping equal their definition; nonsense is refused.
+// Laws: steps equal the double reference and PyTorch for every size and ISA; the same bits for any number of threads and after a
+// resume from saved state; gradient norms and clipping equal their definition; nonsense is refused.
 #include <eigenformer/optimizer.h>
 #include <eigenformer/reference/optimizer.h>
 
@@ -49,7 +49,8 @@ ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
 std::vector<Index> edge_sizes() {
   std::vector<Index> sizes;
   for (Index n = 0; n <= 33; ++n) sizes.push_back(n);
-  for (Index n : {ef::kPieceElements - 1, ef::kPieceElements, ef::kPieceElements + 1, 3 * ef::kPieceElements + 17}) sizes.push_back(n);
+  for (Index n : {ef::kPieceElements - 1, ef::kPieceElements, ef::kPieceElements + 1, 3 * ef::kPieceElements + 17})
+    sizes.push_back(n);
   return sizes;
 }
 
@@ -63,7 +64,8 @@ void compare_with_reference(const Options& options, Reference reference_step) {
     optimizer.step();
     for (std::size_t i = 0; i < expected.size(); ++i) {
       reference_step(expected[i], doubles(model.gradients[i]), options);
-      ASSERT_LE(relative_error(model.values[i], tensor(expected[i].value)), tolerance<float>()) << "step " << step << " size " << model.values[i].size();
+      ASSERT_LE(relative_error(model.values[i], tensor(expected[i].value)), tolerance<float>())
+          << "step " << step << " size " << model.values[i].size();
     }
     model.new_gradients(100 * step);
   }
@@ -71,8 +73,10 @@ void compare_with_reference(const Options& options, Reference reference_step) {
 }
 
 TEST(Optimizer, AdamWEqualsTheReference) {
-  for (const auto& options : {ef::AdamWOptions{}, ef::AdamWOptions{.learning_rate = 0.1, .weight_decay = 0.5, .beta1 = 0.5, .beta2 = 0.9, .epsilon = 1e-2},
-                              ef::AdamWOptions{.weight_decay = 0, .beta1 = 0, .beta2 = 0}})
+  for (const auto& options :
+       {ef::AdamWOptions{},
+        ef::AdamWOptions{.learning_rate = 0.1, .weight_decay = 0.5, .beta1 = 0.5, .beta2 = 0.9, .epsilon = 1e-2},
+        ef::AdamWOptions{.weight_decay = 0, .beta1 = 0, .beta2 = 0}})
     compare_with_reference<ef::AdamW>(options, ef::reference::adamw_step);
 }
 
@@ -110,9 +114,11 @@ TEST(Optimizer, EqualsPyTorch) {
       adamw.reset();
       sgd.reset();
       if (name == "adamw")
-        adamw.emplace(model.parameters(), ef::AdamWOptions{.learning_rate = o[0], .weight_decay = o[1], .beta1 = o[2], .beta2 = o[3], .epsilon = o[4]});
+        adamw.emplace(model.parameters(),
+                      ef::AdamWOptions{.learning_rate = o[0], .weight_decay = o[1], .beta1 = o[2], .beta2 = o[3], .epsilon = o[4]});
       else
-        sgd.emplace(model.parameters(), ef::SgdOptions{.learning_rate = o[0], .weight_decay = o[1], .momentum = o[2], .nesterov = o[3] != 0});
+        sgd.emplace(model.parameters(),
+                    ef::SgdOptions{.learning_rate = o[0], .weight_decay = o[1], .momentum = o[2], .nesterov = o[3] != 0});
     }
     if (adamw) replay_golden_step(*adamw, model.gradients[0], step);
     if (sgd) replay_golden_step(*sgd, model.gradients[0], step);
@@ -188,7 +194,8 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
       m.setZero();
       v.setZero();
       const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(), v.data(), size};
-      const ef::AdamWFactors factors{1 - 0.1f * 0.01f, 0.9f, 0.1f, 0.999f, 0.001f, 1.0f, static_cast<float>(1 / std::sqrt(1 - 0.999)), 1e-8f};
+      const ef::AdamWFactors factors{
+          1 - 0.1f * 0.01f, 0.9f, 0.1f, 0.999f, 0.001f, 1.0f, static_cast<float>(1 / std::sqrt(1 - 0.999)), 1e-8f};
       ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{}, ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, factors});
       EXPECT_LE(relative_error(model.values[0], tensor(expected.value)), 1e-5) << isa.name << size;
       double sum = -1, direct = 0;
@@ -224,7 +231,8 @@ void resume(const Options& options) {
   resumed.step();
   EXPECT_EQ(resumed.step_count(), 3);
   for (std::size_t i = 0; i < 2; ++i) EXPECT_TRUE(same_bits(model.values[i], restored.values[i]));
-  expect_throws<std::invalid_argument>([&] { resumed.load_state(std::span<const float>(saved).first(1), 1); }, {"load_state", "1 elements"});
+  expect_throws<std::invalid_argument>([&] { resumed.load_state(std::span<const float>(saved).first(1), 1); },
+                                       {"load_state", "1 elements"});
   expect_throws<std::invalid_argument>([&] { resumed.load_state(saved, -1); }, {"step_count", "-1"});
 }
 

@@ -1,6 +1,6 @@
 /// \file
-/// A two-layer model with tanh, by plain loops and no operator of the library, that meets ef::TrainableModel: activations in Compute,
-/// sums in float, master weights and gradients in float. Same layout of weights as ef::reference::Mlp.
+/// A two-layer model with tanh, by plain loops and no operator of the library, that meets ef::TrainableModel: activations in
+/// Compute, sums in float, master weights and gradients in float. Same layout of weights as ef::reference::Mlp.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,8 @@ namespace eigenformer_test {
 class TinyMlp {
  public:
   TinyMlp(ef::Index features, ef::Index hidden, ef::Index classes, unsigned seed)
-      : layout_{features, hidden, classes, {}}, weights_(random_tensor<float, 1>({hidden * (features + 1) + classes * (hidden + 1)}, seed, 0.5)),
+      : layout_{features, hidden, classes, {}},
+        weights_(random_tensor<float, 1>({hidden * (features + 1) + classes * (hidden + 1)}, seed, 0.5)),
         gradient_(weights_.size()) {
     gradient_.setConstant(std::numeric_limits<float>::quiet_NaN());  // a step must not look at what gradients held before
   }
@@ -28,7 +29,8 @@ class TinyMlp {
     for (ef::Index r = 0; r < rows; ++r) {
       for (ef::Index h = 0; h < layout_.hidden; ++h) {
         float sum = weight<Compute>(layout_.first_bias(h));
-        for (ef::Index f = 0; f < layout_.features; ++f) sum += weight<Compute>(layout_.first(h, f)) * rounded<Compute>(inputs_(r, f));
+        for (ef::Index f = 0; f < layout_.features; ++f)
+          sum += weight<Compute>(layout_.first(h, f)) * rounded<Compute>(inputs_(r, f));
         activations_(r, h) = rounded<Compute>(std::tanh(sum));
       }
       for (ef::Index c = 0; c < layout_.classes; ++c) {
@@ -52,7 +54,8 @@ class TinyMlp {
         }
         const float back = rounded<Compute>(rounded<Compute>(sum) * (1 - activations_(r, h) * activations_(r, h)));
         gradient_.data()[layout_.first_bias(h)] += back;
-        for (ef::Index f = 0; f < layout_.features; ++f) gradient_.data()[layout_.first(h, f)] += back * rounded<Compute>(inputs_(r, f));
+        for (ef::Index f = 0; f < layout_.features; ++f)
+          gradient_.data()[layout_.first(h, f)] += back * rounded<Compute>(inputs_(r, f));
       }
       for (ef::Index c = 0; c < layout_.classes; ++c)
         gradient_.data()[layout_.second_bias(c)] += static_cast<float>(logits_gradient(r, c));
@@ -92,7 +95,8 @@ class TinyMlp {
     return result;
   }
   ef::Parameter part(ef::Index begin, ef::Index size) {
-    return ef::Parameter{ef::TensorView<float, 1>(weights_.data() + begin, size), ef::TensorView<float, 1>(gradient_.data() + begin, size)};
+    return ef::Parameter{ef::TensorView<float, 1>(weights_.data() + begin, size),
+                         ef::TensorView<float, 1>(gradient_.data() + begin, size)};
   }
 
   ef::reference::Mlp layout_;

@@ -1,5 +1,5 @@
-// Laws of gradient accumulation: gradients, weights and loss are those of the one big batch, for ragged micro-batches, ignored targets,
-// the shorter last group, dirty gradients and any kind of range; errors change no weight.
+// Laws of gradient accumulation: gradients, weights and loss are those of the one big batch, for ragged micro-batches, ignored
+// targets, the shorter last group, dirty gradients and any kind of range; errors change no weight.
 #include <eigenformer/reference/training.h>
 #include <eigenformer/training.h>
 
@@ -25,7 +25,8 @@ static_assert(!ef::TrainableModel<int>);
 std::vector<TinyBatch> ragged_batches() {
   std::vector<TinyBatch> batches;
   unsigned seed = 10;
-  for (Index rows : {3, 1, 6, 0, 2, 9, 4}) batches.push_back(tiny_batch(rows, kFeatures, kClasses, ++seed, rows == 2 ? 1 : rows > 3 ? 3 : 0));
+  for (Index rows : {3, 1, 6, 0, 2, 9, 4})
+    batches.push_back(tiny_batch(rows, kFeatures, kClasses, ++seed, rows == 2 ? 1 : rows > 3 ? 3 : 0));
   return batches;
 }
 
@@ -167,8 +168,9 @@ TEST(Accumulation, RefusesBeforeAnyWeightOfTheGroupChanges) {
   for (Index steps : {0, -3})
     expect_throws<std::invalid_argument>([&] { ef::train_step_with_grad_accumulation(model, optimizer, batches, steps); },
                                          {"train_step_with_grad_accumulation", "accumulation_steps", std::to_string(steps)});
-  expect_throws<std::invalid_argument>([&] { ef::train_step_with_grad_accumulation(model, optimizer, batches, 2, {.max_gradient_norm = -1}); },
-                                       {"max_gradient_norm", "-1"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::train_step_with_grad_accumulation(model, optimizer, batches, 2, {.max_gradient_norm = -1}); },
+      {"max_gradient_norm", "-1"});
   EXPECT_TRUE(same_bits(weights, model.weights()));
   EXPECT_TRUE(same_bits(gradient, model.gradient()));
 
@@ -190,8 +192,10 @@ TEST(Accumulation, RefusesBeforeAnyWeightOfTheGroupChanges) {
 /// Twice the cross-entropy, in the form a user writes.
 struct DoubledLoss {
   template <typename Compute>
-  ef::LossResult operator()(ef::Tensor<Compute, 2>& logits, const ef::Tensor<std::int32_t, 1>& targets, double gradient_scale) const {
-    ef::LossResult result = ef::cross_entropy_with_gradient_into(Eigen::DefaultDevice{}, logits, logits, targets, 2 * gradient_scale);
+  ef::LossResult operator()(ef::Tensor<Compute, 2>& logits, const ef::Tensor<std::int32_t, 1>& targets,
+                            double gradient_scale) const {
+    ef::LossResult result =
+        ef::cross_entropy_with_gradient_into(Eigen::DefaultDevice{}, logits, logits, targets, 2 * gradient_scale);
     result.sum *= 2;
     return result;
   }
@@ -209,7 +213,8 @@ TEST(Accumulation, TakesAnotherLoss) {
   };
   EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, lambda), 2 * loss);
   EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, ef::TrainOptions{}, lambda), 2 * loss);
-  const double smoothed = ef::train_step_with_grad_accumulation(model, optimizer, batches, 100, ef::CrossEntropyLoss{{.label_smoothing = 0.5}});
+  const double smoothed =
+      ef::train_step_with_grad_accumulation(model, optimizer, batches, 100, ef::CrossEntropyLoss{{.label_smoothing = 0.5}});
   EXPECT_NE(smoothed, loss);
 }
 
@@ -245,7 +250,8 @@ TEST(Accumulation, ClipsAndReports) {
   ef::Sgd optimizer(model.parameters(), {.learning_rate = 0});
   std::vector<ef::StepReport> reports;
   const double loss = ef::train_step_with_grad_accumulation(
-      model, optimizer, batches, 2, {.max_gradient_norm = 1e-2, .on_step = [&](const ef::StepReport& report) { reports.push_back(report); }});
+      model, optimizer, batches, 2,
+      {.max_gradient_norm = 1e-2, .on_step = [&](const ef::StepReport& report) { reports.push_back(report); }});
   ASSERT_EQ(reports.size(), 4u);  // 7 micro-batches in twos
   ef::LossResult total;
   for (std::size_t g = 0; g < 4; ++g) {
@@ -289,7 +295,7 @@ TEST(MixedPrecision, TheContractsCall) {
   TinyMlp model = new_model();
   const auto [inputs, labels] = tiny_batch(8, kFeatures, kClasses, 1);
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
-  ef::GradScaler scaler;     // scale 65536, growth 2 every 2000 good steps, backoff 0.5
+  ef::GradScaler scaler;  // scale 65536, growth 2 every 2000 good steps, backoff 0.5
   double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
   EXPECT_GT(loss, 0.0);
   EXPECT_EQ(optimizer.step_count(), 1);
@@ -332,7 +338,8 @@ TEST(MixedPrecision, AnOverflowIsSkippedAndTheScaleBacksOff) {
   TinyBatch batch = tiny_batch(1, kFeatures, kClasses, 4);
   const auto first = model.forward<float>(batch.inputs);
   for (Index c = 0; c < kClasses; ++c)
-    if (first(0, c) < first(0, batch.targets(0))) batch.targets(0) = static_cast<std::int32_t>(c);  // an unlikely target: gradient near -1
+    if (first(0, c) < first(0, batch.targets(0)))
+      batch.targets(0) = static_cast<std::int32_t>(c);  // an unlikely target: gradient near -1
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3});
   ef::GradScaler scaler({.init_scale = 524288});  // -0.8 * 2^19 overflows half, and so does 2^18; 2^16 * -0.8 does not
   const ef::Tensor<float, 1> weights = model.weights();
@@ -402,7 +409,8 @@ TEST(MixedPrecision, LearnsOverAccumulatedMicroBatchesOnAPool) {
                                      EXPECT_EQ(report.group, groups++ % 4);
                                    }};
     const auto batches = ragged_batches();
-    const double before = ef::train_step_with_grad_accumulation<ef::bfloat16>(threads.device, model, optimizer, batches, 2, options, scaler);
+    const double before =
+        ef::train_step_with_grad_accumulation<ef::bfloat16>(threads.device, model, optimizer, batches, 2, options, scaler);
     double after = before;
     for (int epoch = 0; epoch < 30; ++epoch)
       after = ef::train_step_with_grad_accumulation<ef::bfloat16>(model, optimizer, batches, 2, options, scaler);

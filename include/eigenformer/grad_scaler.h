@@ -1,7 +1,7 @@
 /// \file
 /// Dynamic loss scaling for mixed precision (Micikevicius et al., "Mixed Precision Training", 2018), the state machine of
-/// torch.amp.GradScaler. The loss gradient is multiplied by scale() before the backward pass, so that small gradients survive in half;
-/// gradients are divided by it before the step. A step whose gradients are not all finite is skipped and the scale backs off;
+/// torch.amp.GradScaler. The loss gradient is multiplied by scale() before the backward pass, so that small gradients survive in
+/// half; gradients are divided by it before the step. A step whose gradients are not all finite is skipped and the scale backs off;
 /// after growth_interval good steps in a row it grows.
 ///
 ///   ef::GradScaler scaler;
@@ -10,8 +10,8 @@
 ///   const bool stepped = scaler.step(optimizer);        // unscales if you did not; skips where a gradient is not finite
 ///   scaler.update();                                    // once a step: grows or backs off
 ///
-/// With {.enabled = false} (bfloat16 has the range of float) the scale is 1 and never moves; steps with gradients that are not finite
-/// are skipped and counted all the same. Ranks of a distributed run must agree: reduce found_inf() over them and call
+/// With {.enabled = false} (bfloat16 has the range of float) the scale is 1 and never moves; steps with gradients that are not
+/// finite are skipped and counted all the same. Ranks of a distributed run must agree: reduce found_inf() over them and call
 /// update(found_inf_anywhere). `train_step_mixed_precision` in training.h does all of this.
 ///
 /// Cost: unscale reads and writes the gradients once. Nothing else touches data.
@@ -66,7 +66,8 @@ class GradScaler {
   template <CpuDevice D>
   bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
     const void* const key = key_of(parameters);
-    if (find(key) != nullptr) throw std::logic_error("GradScaler::unscale: these gradients were unscaled already since the last update");
+    if (find(key) != nullptr)
+      throw std::logic_error("GradScaler::unscale: these gradients were unscaled already since the last update");
     const bool finite = scale_gradients(device, parameters, multiplier / scale());
     unscaled_.push_back({key, finite});
     found_inf_ = found_inf_ || !finite;
@@ -149,11 +150,14 @@ class GradScaler {
   static const GradScalerOptions& checked(const GradScalerOptions& o) {
     constexpr auto name = "GradScaler";
     require(o.min_scale >= 0x1p-120 && o.min_scale <= 0x1p120, name, "min_scale is ", o.min_scale, ", expected 2^-120 to 2^120");
-    require(o.max_scale >= o.min_scale && o.max_scale <= 0x1p120, name, "max_scale is ", o.max_scale, ", expected min_scale to 2^120");
-    require(o.init_scale >= o.min_scale && o.init_scale <= o.max_scale, name, "init_scale is ", o.init_scale, ", expected ", o.min_scale,
-            " (min_scale) to ", o.max_scale, " (max_scale)");
-    require(o.growth_factor > 1 && std::isfinite(o.growth_factor), name, "growth_factor is ", o.growth_factor, ", expected more than 1");
-    require(o.backoff_factor > 0 && o.backoff_factor < 1, name, "backoff_factor is ", o.backoff_factor, ", expected between 0 and 1");
+    require(o.max_scale >= o.min_scale && o.max_scale <= 0x1p120, name, "max_scale is ", o.max_scale,
+            ", expected min_scale to 2^120");
+    require(o.init_scale >= o.min_scale && o.init_scale <= o.max_scale, name, "init_scale is ", o.init_scale, ", expected ",
+            o.min_scale, " (min_scale) to ", o.max_scale, " (max_scale)");
+    require(o.growth_factor > 1 && std::isfinite(o.growth_factor), name, "growth_factor is ", o.growth_factor,
+            ", expected more than 1");
+    require(o.backoff_factor > 0 && o.backoff_factor < 1, name, "backoff_factor is ", o.backoff_factor,
+            ", expected between 0 and 1");
     require(o.growth_interval >= 1, name, "growth_interval is ", o.growth_interval, ", expected 1 or more");
     return o;
   }

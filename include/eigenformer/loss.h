@@ -10,13 +10,13 @@
 ///                       "Rethinking the Inception Architecture", 2016)
 ///   - z_loss z:         + z * log(sum_k exp(x[r, k]))^2, which keeps logits from drifting (Chowdhery et al., "PaLM", 2022)
 ///
-/// The result is a sum and a count, so that parts of a batch can be put together: the mean over the whole is sum of sums over sum of
-/// counts, and its gradient needs gradient_scale = 1 / count (times a loss scale, where one is used).
+/// The result is a sum and a count, so that parts of a batch can be put together: the mean over the whole is sum of sums over sum
+/// of counts, and its gradient needs gradient_scale = 1 / count (times a loss scale, where one is used).
 ///
-/// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for double), rows' losses are added in double
-/// in their order. The maximum is subtracted first, so that no finite logit overflows. A logit of -infinity is a class of probability
-/// 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row that is all -infinity give a NaN loss and gradient
-/// row. A gradient past the range of its type becomes infinite: a loss scaler sees that.
+/// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for double), rows' losses are added in
+/// double in their order. The maximum is subtracted first, so that no finite logit overflows. A logit of -infinity is a class of
+/// probability 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row that is all -infinity give a NaN loss
+/// and gradient row. A gradient past the range of its type becomes infinite: a loss scaler sees that.
 ///
 /// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential an element (two where the gradient is
 /// narrower than float); reads the logits and writes the gradient once. Nothing is allocated after the first call at a size.
@@ -55,8 +55,8 @@ inline Index checked_target_count(const std::int32_t* targets, Index rows, Index
   Index count = 0;
   for (Index r = 0; r < rows; ++r) {
     if (targets[r] == ignore_index) continue;
-    require(targets[r] >= 0 && targets[r] < classes, "cross_entropy", "target ", r, " is ", targets[r], ", expected a class in [0, ",
-            classes, ") or ignore_index ", ignore_index);
+    require(targets[r] >= 0 && targets[r] < classes, "cross_entropy", "target ", r, " is ", targets[r],
+            ", expected a class in [0, ", classes, ") or ignore_index ", ignore_index);
     ++count;
   }
   return count;
@@ -76,9 +76,9 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, con
   LossResult result;
   result.count = checked_target_count(targets.data(), rows, classes, options.ignore_index);
   Workspace::Frame frame(workspace);
-  const CrossEntropyProblem<L, G> problem{logits.data(),  targets.data(),       gradient,        frame.take<double>(rows),
-                                          rows,           classes,              gradient_scale,  options.ignore_index,
-                                          options.label_smoothing, options.z_loss};
+  const CrossEntropyProblem<L, G> problem{
+      logits.data(),        targets.data(),          gradient,      frame.take<double>(rows), rows, classes, gradient_scale,
+      options.ignore_index, options.label_smoothing, options.z_loss};
   cpu::cross_entropy(isa::best{}, device, problem);
   for (Index r = 0; r < rows; ++r) result.sum += problem.row_loss[r];
   return result;
@@ -97,8 +97,8 @@ LossResult cross_entropy(const D& device, const Logits& logits, const Targets& t
   using L = scalar_of<Logits>;
   const auto x = input_view<2>(logits);
   static_assert(FloatingScalar<scalar_of<decltype(x)>>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  return detail::cross_entropy<D, L, compute_type<L>>(device, static_cast<compute_type<L>*>(nullptr), x, input_view<1>(targets), 1.0,
-                                                      options, workspace);
+  return detail::cross_entropy<D, L, compute_type<L>>(device, static_cast<compute_type<L>*>(nullptr), x, input_view<1>(targets),
+                                                      1.0, options, workspace);
 }
 
 template <typename Logits, typename Targets>

@@ -1,19 +1,19 @@
 /// \file
 /// Optimizers over flat float parameters, and what is done to gradients before a step.
 ///
-/// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), with the update of torch.optim.AdamW; t counts steps
-/// from 1, g is the gradient, everything elementwise:
+/// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), with the update of torch.optim.AdamW; t counts
+/// steps from 1, g is the gradient, everything elementwise:
 ///
 ///   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 ///   w = w (1 - learning_rate weight_decay) - learning_rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 ///
-/// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013), with the update of
-/// torch.optim.SGD, decay coupled to the gradient:
+/// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013), with the update
+/// of torch.optim.SGD, decay coupled to the gradient:
 ///
 ///   d = g + weight_decay w;   u = momentum u + d;   w = w - learning_rate (nesterov ? d + momentum u : u)
 ///
-/// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is; it owns its state. A step with a
-/// gradient that is infinite or NaN spoils the weight it belongs to: GradScaler and `all_finite` exist to skip such steps.
+/// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is; it owns its state. A step with
+/// a gradient that is infinite or NaN spoils the weight it belongs to: GradScaler and `all_finite` exist to skip such steps.
 /// Results are the same bits for any number of threads.
 ///
 /// Cost: one pass; AdamW reads 16 and writes 12 bytes an element, SGD reads 8 and writes 4 (12 and 8 with momentum). Nothing is
@@ -38,7 +38,8 @@ inline namespace EIGENFORMER_ABI {
 
 /// One parameter of a model, flattened: views of its float master weights and of their gradient, of equal size.
 ///
-///   ef::Parameter{ef::TensorView<float, 1>(weight.data(), weight.size()), ef::TensorView<float, 1>(gradient.data(), gradient.size())}
+///   ef::Parameter{ef::TensorView<float, 1>(weight.data(), weight.size()), ef::TensorView<float, 1>(gradient.data(),
+///   gradient.size())}
 struct Parameter {
   TensorView<float, 1> value, gradient;
 };
@@ -73,7 +74,8 @@ inline Index piece_count(std::span<const Parameter> parameters) {
 }
 
 /// Cuts the parameters into pieces; moments, where not null, are laid out one parameter after the other.
-inline void cut_into_pieces(std::span<const Parameter> parameters, float* first_moments, float* second_moments, ParameterPiece* pieces) {
+inline void cut_into_pieces(std::span<const Parameter> parameters, float* first_moments, float* second_moments,
+                            ParameterPiece* pieces) {
   for (const Parameter& parameter : parameters)
     for (Index at = 0; at < parameter.value.size(); at += kPieceElements) {
       const Index size = std::min(kPieceElements, parameter.value.size() - at);
@@ -116,14 +118,16 @@ class OptimizerState {
   }
 
   TensorView<const float, 1> moment(std::string_view operation, int which, Index index) const {
-    require(index >= 0 && index < static_cast<Index>(parameters_.size()), operation, "parameter ", index, " of ", parameters_.size());
+    require(index >= 0 && index < static_cast<Index>(parameters_.size()), operation, "parameter ", index, " of ",
+            parameters_.size());
     require(which < moments_, operation, "there is no such moment");
     Index offset = which * elements_;
     for (Index i = 0; i < index; ++i) offset += parameters_[static_cast<std::size_t>(i)].value.size();
     return TensorView<const float, 1>(memory_.data() + offset, parameters_[static_cast<std::size_t>(index)].value.size());
   }
   void load(std::string_view operation, std::span<const float> state, Index step_count) {
-    require(static_cast<Index>(state.size()) == memory_.size(), operation, "state has ", state.size(), " elements, expected ", memory_.size());
+    require(static_cast<Index>(state.size()) == memory_.size(), operation, "state has ", state.size(), " elements, expected ",
+            memory_.size());
     require(step_count >= 0, operation, "step_count is ", step_count, ", expected 0 or more");
     std::copy(state.begin(), state.end(), memory_.data());
     steps = step_count;
@@ -158,8 +162,8 @@ struct AdamWOptions {
 /// ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
 class AdamW {
  public:
-  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters share memory, and for an option
-  /// that is NaN, negative or (betas) 1 or more.
+  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters share memory, and for an
+  /// option that is NaN, negative or (betas) 1 or more.
   explicit AdamW(std::vector<Parameter> parameters, const AdamWOptions& options = {})
       : options_(checked(options)), state_("AdamW", std::move(parameters), 2) {}
 
@@ -301,9 +305,11 @@ double gradient_norm(const D& device, std::span<const Parameter> parameters, Wor
 }
 inline double gradient_norm(std::span<const Parameter> parameters) { return gradient_norm(Eigen::DefaultDevice{}, parameters); }
 
-/// Multiplies every gradient by the factor and returns whether all are finite afterwards: the unscaling of mixed precision, in one pass.
+/// Multiplies every gradient by the factor and returns whether all are finite afterwards: the unscaling of mixed precision, in one
+/// pass.
 template <CpuDevice D>
-bool scale_gradients(const D& device, std::span<const Parameter> parameters, double factor, Workspace& workspace = thread_workspace()) {
+bool scale_gradients(const D& device, std::span<const Parameter> parameters, double factor,
+                     Workspace& workspace = thread_workspace()) {
   detail::check_parameters("scale_gradients", parameters);
   require(std::isfinite(factor), "scale_gradients", "factor is ", factor, ", expected a finite number");
   Workspace::Frame frame(workspace);
@@ -328,11 +334,12 @@ bool all_finite(const D& device, std::span<const Parameter> parameters, Workspac
 }
 inline bool all_finite(std::span<const Parameter> parameters) { return all_finite(Eigen::DefaultDevice{}, parameters); }
 
-/// Scales all gradients together so that their L2 norm is at most max_norm (Pascanu et al., "On the difficulty of training recurrent
-/// neural networks", 2013), and returns the norm before. A norm that is infinite or NaN is returned and leaves the gradients as they
-/// are: skip the step. Throws std::invalid_argument unless max_norm is above 0.
+/// Scales all gradients together so that their L2 norm is at most max_norm (Pascanu et al., "On the difficulty of training
+/// recurrent neural networks", 2013), and returns the norm before. A norm that is infinite or NaN is returned and leaves the
+/// gradients as they are: skip the step. Throws std::invalid_argument unless max_norm is above 0.
 template <CpuDevice D>
-double clip_gradient_norm(const D& device, std::span<const Parameter> parameters, double max_norm, Workspace& workspace = thread_workspace()) {
+double clip_gradient_norm(const D& device, std::span<const Parameter> parameters, double max_norm,
+                          Workspace& workspace = thread_workspace()) {
   require(max_norm > 0, "clip_gradient_norm", "max_norm is ", max_norm, ", expected more than 0");
   const double norm = gradient_norm(device, parameters, workspace);
   if (std::isfinite(norm) && norm > max_norm) scale_gradients(device, parameters, max_norm / norm, workspace);

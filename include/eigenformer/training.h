@@ -1,26 +1,26 @@
 /// \file
 /// Training steps over any model that meets `TrainableModel`: gradient accumulation and mixed precision.
 ///
-/// Gradient accumulation splits a big batch into micro-batches that fit in memory. Every `accumulation_steps` micro-batches of the range
-/// form one group, the last of which may be shorter, and one optimizer step. The step's gradients are those of the mean loss over
-/// all targets of the group that count: weighted by targets, not by micro-batch, so that micro-batches may differ in size. The number of
-/// targets is known only at the group's last micro-batch (the range may be single-pass), so the loss gradients are divided by n, the
-/// number of targets of the group's first micro-batch, which keeps them in the range of half, and all gradients are multiplied by
-/// n / count once before the step: nothing where they are equal, else one pass.
+/// Gradient accumulation splits a big batch into micro-batches that fit in memory. Every `accumulation_steps` micro-batches of the
+/// range form one group, the last of which may be shorter, and one optimizer step. The step's gradients are those of the mean loss
+/// over all targets of the group that count: weighted by targets, not by micro-batch, so that micro-batches may differ in size. The
+/// number of targets is known only at the group's last micro-batch (the range may be single-pass), so the loss gradients are
+/// divided by n, the number of targets of the group's first micro-batch, which keeps them in the range of half, and all gradients
+/// are multiplied by n / count once before the step: nothing where they are equal, else one pass.
 ///
 /// Mixed precision (Micikevicius et al., 2018): the model computes forward and backward in Compute (float, Eigen::bfloat16 or
-/// Eigen::half), the loss and all sums are in float or double, master weights, their gradients and the optimizer's state are float. A
-/// GradScaler multiplies the loss gradient; gradients are unscaled once, before clipping and the step; a step whose gradients are not
-/// all finite is skipped, leaving weights and optimizer bit for bit, and the scale backs off. An overflow of the scaled loss gradient
-/// itself is such a case.
+/// Eigen::half), the loss and all sums are in float or double, master weights, their gradients and the optimizer's state are float.
+/// A GradScaler multiplies the loss gradient; gradients are unscaled once, before clipping and the step; a step whose gradients are
+/// not all finite is skipped, leaving weights and optimizer bit for bit, and the scale backs off. An overflow of the scaled loss
+/// gradient itself is such a case.
 ///
-/// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip, optimizer step, scaler update, on_step.
-/// A group in which no target counts makes no step and does not move the scale. After the epoch the gradients are those the last
-/// step used. An exception (a target out of range, or one of the model's own) passes through; weights, optimizer and scaler are then
-/// as the last finished group left them.
+/// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip, optimizer step, scaler update,
+/// on_step. A group in which no target counts makes no step and does not move the scale. After the epoch the gradients are those
+/// the last step used. An exception (a target out of range, or one of the model's own) passes through; weights, optimizer and
+/// scaler are then as the last finished group left them.
 ///
-/// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero them, at most one to scale, one to
-/// clip, and the optimizer's.
+/// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero them, at most one to scale, one
+/// to clip, and the optimizer's.
 #pragma once
 
 #include <cmath>
@@ -56,7 +56,8 @@ concept TrainableModel = requires(Model& model, const Inputs& inputs, const Tens
   { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
 };
 
-/// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and zero_grad(device) are used where they exist.
+/// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and zero_grad(device) are used where
+/// they exist.
 template <typename O>
 concept TrainingOptimizer = requires(O& optimizer) {
   optimizer.step();
@@ -68,8 +69,9 @@ concept TrainingOptimizer = requires(O& optimizer) {
 ///
 ///   ef::LossResult loss(ef::Tensor<Compute, 2>& logits, const Targets& targets, double gradient_scale)
 ///
-/// that returns the loss summed over the targets that count, and their number, and overwrites the logits (targets, classes) with the
-/// gradient of that sum times gradient_scale. `targets` is what the batch carries. It may take the device as one more first argument.
+/// that returns the loss summed over the targets that count, and their number, and overwrites the logits (targets, classes) with
+/// the gradient of that sum times gradient_scale. `targets` is what the batch carries. It may take the device as one more first
+/// argument.
 struct CrossEntropyLoss {
   CrossEntropyOptions options = {};
 
@@ -81,14 +83,14 @@ struct CrossEntropyLoss {
 
 /// One finished group of micro-batches, as TrainOptions::on_step sees it.
 struct StepReport {
-  bool stepped = false;       ///< the weights were updated
-  bool found_inf = false;     ///< a gradient was infinite or NaN, and the step was skipped for that
-  double scale = 1;           ///< loss scale from here on
-  Index skipped_total = 0;    ///< steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
-  double loss = 0;            ///< mean over the group's targets
-  Index targets = 0;          ///< how many counted
-  double gradient_norm = 0;   ///< before clipping; 0 where clipping is off
-  Index group = 0;            ///< groups finished before this one in the epoch
+  bool stepped = false;      ///< the weights were updated
+  bool found_inf = false;    ///< a gradient was infinite or NaN, and the step was skipped for that
+  double scale = 1;          ///< loss scale from here on
+  Index skipped_total = 0;   ///< steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
+  double loss = 0;           ///< mean over the group's targets
+  Index targets = 0;         ///< how many counted
+  double gradient_norm = 0;  ///< before clipping; 0 where clipping is off
+  Index group = 0;           ///< groups finished before this one in the epoch
 };
 
 struct TrainOptions {
@@ -117,7 +119,8 @@ class Trainer {
  public:
   Trainer(const D& device, Model& model, Optimizer& optimizer, Loss& loss, Scaler& scaler, const TrainOptions& options)
       : device_(device), model_(model), optimizer_(optimizer), loss_(loss), scaler_(scaler), options_(options) {
-    require(options.max_gradient_norm >= 0, "train_step", "max_gradient_norm is ", options.max_gradient_norm, ", expected 0 (off) or more");
+    require(options.max_gradient_norm >= 0, "train_step", "max_gradient_norm is ", options.max_gradient_norm,
+            ", expected 0 (off) or more");
   }
 
   /// Forward and backward of one micro-batch; the first of a group zeroes the gradients.
@@ -180,9 +183,10 @@ class Trainer {
     if constexpr (LossWithDevice<Loss, D, Compute, Targets>) {
       return loss_(device_, logits, targets, gradient_scale);
     } else {
-      static_assert(LossWithoutDevice<Loss, Compute, Targets>,
-                    "eigenformer: a loss is called as loss(logits, targets, gradient_scale), overwrites logits with the gradient and "
-                    "returns ef::LossResult; see ef::CrossEntropyLoss in training.h");
+      static_assert(
+          LossWithoutDevice<Loss, Compute, Targets>,
+          "eigenformer: a loss is called as loss(logits, targets, gradient_scale), overwrites logits with the gradient and "
+          "returns ef::LossResult; see ef::CrossEntropyLoss in training.h");
       return loss_(logits, targets, gradient_scale);
     }
   }
@@ -218,7 +222,7 @@ class Trainer {
   Loss& loss_;
   Scaler& scaler_;
   const TrainOptions& options_;
-  double normaliser_ = 1;       // of the group's loss gradients: targets of its first micro-batch
+  double normaliser_ = 1;  // of the group's loss gradients: targets of its first micro-batch
   LossResult group_loss_, total_;
   Index micro_batches_ = 0, groups_ = 0, skipped_ = 0;
 };
@@ -239,15 +243,16 @@ double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&&
 
 }  // namespace detail
 
-/// One epoch over `data_loader`: any input range, single-pass ones included, of batches with members `inputs` (of any type the model
-/// takes) and `targets` (ef::Tensor<std::int32_t, 1>, class indices, -100 is ignored). Returns the mean loss over all targets of the
-/// epoch. An empty range returns 0 and leaves everything as it was, gradients included. Throws std::invalid_argument for
+/// One epoch over `data_loader`: any input range, single-pass ones included, of batches with members `inputs` (of any type the
+/// model takes) and `targets` (ef::Tensor<std::int32_t, 1>, class indices, -100 is ignored). Returns the mean loss over all targets
+/// of the epoch. An empty range returns 0 and leaves everything as it was, gradients included. Throws std::invalid_argument for
 /// accumulation_steps below 1 before anything happens, and for a target out of range before any weight of its group changes.
 ///
 ///   double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
 ///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, data_loader, 4);   // on a pool, in bfloat16
 template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader>
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps) {
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps) {
   detail::NoScaler none;
   CrossEntropyLoss loss;
   return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, TrainOptions{}, none, loss);
@@ -261,17 +266,21 @@ double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loa
 /// The same with another loss function; its form is at CrossEntropyLoss.
 ///
 ///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, ef::CrossEntropyLoss{{.label_smoothing = 0.1}});
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader, typename Loss>
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
+          typename Loss>
   requires(!std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
 double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
                                          Index accumulation_steps, Loss&& loss) {
   detail::NoScaler none;
   return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, TrainOptions{}, none, loss);
 }
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader, typename Loss>
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
+          typename Loss>
   requires(!Device<Model> && !std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps, Loss&& loss) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, loss);
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
+                                         Loss&& loss) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps,
+                                                    loss);
 }
 
 /// The same with clipping and a callback after each step, and with a loss.
@@ -290,17 +299,19 @@ template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Opti
   requires(!Device<Model> && !std::same_as<Loss, GradScaler>)
 double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
                                          const TrainOptions& options, Loss loss = {}) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, options,
-                                                    std::move(loss));
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps,
+                                                    options, std::move(loss));
 }
 
 /// The same with a loss scaler: mixed precision over accumulated micro-batches. The scale is fixed within a group.
 ///
-///   ef::train_step_with_grad_accumulation<Eigen::half>(device, model, optimizer, data_loader, 4, {.max_gradient_norm = 1}, scaler);
+///   ef::train_step_with_grad_accumulation<Eigen::half>(device, model, optimizer, data_loader, 4, {.max_gradient_norm = 1},
+///   scaler);
 template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
           typename Loss = CrossEntropyLoss>
 double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, const TrainOptions& options, GradScaler& scaler, Loss loss = {}) {
+                                         Index accumulation_steps, const TrainOptions& options, GradScaler& scaler,
+                                         Loss loss = {}) {
   return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, options, scaler, loss);
 }
 template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
@@ -308,8 +319,8 @@ template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Opti
   requires(!Device<Model>)
 double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
                                          const TrainOptions& options, GradScaler& scaler, Loss loss = {}) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, options,
-                                                    scaler, std::move(loss));
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps,
+                                                    options, scaler, std::move(loss));
 }
 
 /// One step of mixed precision on one batch; returns the unscaled mean loss over its targets. What happened is in the scaler
@@ -328,9 +339,10 @@ double train_step_mixed_precision(const D& device, Model& model, Optimizer& opti
 template <FloatingScalar Compute, typename Model, TrainingOptimizer Optimizer, typename Inputs, typename Labels,
           typename Loss = CrossEntropyLoss>
   requires(!Device<Model>)
-double train_step_mixed_precision(Model& model, Optimizer& optimizer, const Inputs& inputs, const Labels& labels, GradScaler& scaler,
-                                  const TrainOptions& options = {}, Loss loss = {}) {
-  return train_step_mixed_precision<Compute>(Eigen::DefaultDevice{}, model, optimizer, inputs, labels, scaler, options, std::move(loss));
+double train_step_mixed_precision(Model& model, Optimizer& optimizer, const Inputs& inputs, const Labels& labels,
+                                  GradScaler& scaler, const TrainOptions& options = {}, Loss loss = {}) {
+  return train_step_mixed_precision<Compute>(Eigen::DefaultDevice{}, model, optimizer, inputs, labels, scaler, options,
+                                             std::move(loss));
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -1,9 +1,9 @@
 /// \file
-/// CPU kernel of softmax cross-entropy. A row is read three times, from memory once where it fits the second-level cache: its maximum,
-/// the sum of exp(x - maximum), the gradient. Where the gradient has the type of the computation, the second pass leaves the
-/// exponentials in it, so that each is computed once; narrower gradients compute them twice. Sums run in four interleaved vectors,
-/// whatever the row's neighbours and the threads. Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018), discuss
-/// the passes; an online maximum saves nothing here, because the row stays in cache.
+/// CPU kernel of softmax cross-entropy. A row is read three times, from memory once where it fits the second-level cache: its
+/// maximum, the sum of exp(x - maximum), the gradient. Where the gradient has the type of the computation, the second pass leaves
+/// the exponentials in it, so that each is computed once; narrower gradients compute them twice. Sums run in four interleaved
+/// vectors, whatever the row's neighbours and the threads. Milakov and Gimelshein, "Online normalizer calculation for softmax"
+/// (2018), discuss the passes; an online maximum saves nothing here, because the row stays in cache.
 #pragma once
 
 #include <cmath>
@@ -109,7 +109,8 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
 /// Writes every row's loss and, where asked for, its gradient.
 template <typename Isa, CpuDevice D, typename L, typename G>
 void cross_entropy(Isa, const D& device, const CrossEntropyProblem<L, G>& p) {
-  const Index grain = 1 + 8192 / (p.classes + 1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
+  const Index grain =
+      1 + 8192 / (p.classes + 1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
   parallel_for(device, p.rows, grain, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) cross_entropy_row<Isa>(p, r);
   });

@@ -1,7 +1,7 @@
 /// \file
-/// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at most kPieceElements, so that threads
-/// share large parameters and do not pay for small ones, and so that sums have a fixed order: lanes in a piece, then piece after
-/// piece. An AdamW step moves 28 bytes and about 12 operations an element: memory sets its speed.
+/// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at most kPieceElements, so that
+/// threads share large parameters and do not pay for small ones, and so that sums have a fixed order: lanes in a piece, then piece
+/// after piece. An AdamW step moves 28 bytes and about 12 operations an element: memory sets its speed.
 #pragma once
 
 #include <cmath>
@@ -21,12 +21,13 @@ struct ParameterPiece {
   Index size;
 };
 
-/// 16384 elements: 64 KiB of each array, so that a piece's four arrays share a second-level cache, and 512 pieces in 8.4 million weights.
+/// 16384 elements: 64 KiB of each array, so that a piece's four arrays share a second-level cache, and 512 pieces in 8.4 million
+/// weights.
 inline constexpr Index kPieceElements = 16384;
 
 /// The factors of one AdamW step, the same for every element.
 struct AdamWFactors {
-  float decay;              // 1 - learning_rate * weight_decay
+  float decay;  // 1 - learning_rate * weight_decay
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   float step_size;          // learning_rate / (1 - beta1^t)
   float inverse_root_bias;  // 1 / sqrt(1 - beta2^t)

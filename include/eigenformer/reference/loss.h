@@ -17,8 +17,8 @@ struct CrossEntropy {
   Tensor<double, 2> gradient;  // of the sum, times gradient_scale
 };
 
-inline CrossEntropy cross_entropy(const Tensor<double, 2>& logits, const Tensor<std::int32_t, 1>& targets, double gradient_scale = 1,
-                                  const CrossEntropyOptions& options = {}) {
+inline CrossEntropy cross_entropy(const Tensor<double, 2>& logits, const Tensor<std::int32_t, 1>& targets,
+                                  double gradient_scale = 1, const CrossEntropyOptions& options = {}) {
   const Index rows = logits.dimension(0), classes = logits.dimension(1);
   CrossEntropy result{{}, Tensor<double, 2>(rows, classes)};
   result.gradient.setZero();

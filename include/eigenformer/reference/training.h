@@ -1,6 +1,6 @@
 /// \file
-/// A plain trainer in double for a tiny model: two layers with tanh between, softmax cross-entropy, gradients of the mean over one big
-/// batch. What the tests and a doubting user compare gradient accumulation and mixed precision with.
+/// A plain trainer in double for a tiny model: two layers with tanh between, softmax cross-entropy, gradients of the mean over one
+/// big batch. What the tests and a doubting user compare gradient accumulation and mixed precision with.
 #pragma once
 
 #include <cmath>
@@ -66,7 +66,8 @@ inline MlpGradient mlp_gradient(const Mlp& m, const Tensor<double, 2>& inputs, c
 }
 
 /// One AdamW step on one big batch; returns its loss. A batch in which no target counts makes no step.
-inline LossResult mlp_adamw_step(Mlp& m, const Tensor<double, 2>& inputs, const Tensor<std::int32_t, 1>& targets, const AdamWOptions& options) {
+inline LossResult mlp_adamw_step(Mlp& m, const Tensor<double, 2>& inputs, const Tensor<std::int32_t, 1>& targets,
+                                 const AdamWOptions& options) {
   const MlpGradient step = mlp_gradient(m, inputs, targets);
   if (step.loss.count > 0) adamw_step(m.weights, step.gradient, options);
   return step.loss;

@@ -1,6 +1,6 @@
 /// \file
-/// The loop of elementwise kernels: whole vectors, then one partial vector that goes through the same code, so that an element has the
-/// same bits wherever the length of the array puts it.
+/// The loop of elementwise kernels: whole vectors, then one partial vector that goes through the same code, so that an element has
+/// the same bits wherever the length of the array puts it.
 #pragma once
 
 #include "simd.h"
@@ -46,7 +46,8 @@ struct PartialVector {
   }
 };
 
-/// Calls body(i, part) for i = 0, V::lanes, ... below size; part is a WholeVector but for the last call, which may be a PartialVector.
+/// Calls body(i, part) for i = 0, V::lanes, ... below size; part is a WholeVector but for the last call, which may be a
+/// PartialVector.
 template <typename V, typename Body>
 EIGENFORMER_INLINE void for_each_vector(Index size, Body&& body) {
   Index i = 0;
