@@ -32,9 +32,9 @@ eigenformer_operator(causal_mask)
 # - keys and values in pages
 #eigenformer_operator(paged_kv_cache WITHOUT cuda)
 # - INT8
-#eigenformer_operator(quantization)
+eigenformer_operator(quantization WITHOUT cuda)
 # - matrix products
-#eigenformer_operator(linear WITHOUT cuda)
+eigenformer_operator(linear WITHOUT cuda)
 # - softmax(QK)V
 #eigenformer_operator(attention WITHOUT cuda)
 # - ranks

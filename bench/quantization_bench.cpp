@@ -1,0 +1,46 @@
+// INT8 quantization: streams of bytes. Peer: the Eigen expression an Eigen user writes.
+#include <eigenformer/quantization.h>
+
+#include <random>
+
+#include "harness.h"
+
+namespace ef = eigenformer;
+using Eigen::Index;
+
+namespace {
+
+void quantization_cases(bench::Suite& suite) {
+  const Index size = 8192;
+  auto weights = std::make_shared<ef::Tensor<float, 2>>(size, size);
+  std::mt19937 generator(1);
+  std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+  for (Index i = 0; i < weights->size(); ++i) weights->data()[i] = uniform(generator);
+  auto values = std::make_shared<ef::Tensor<std::int8_t, 2>>(size, size);
+  auto scales = std::make_shared<ef::Tensor<float, 1>>(size);
+  auto back = std::make_shared<ef::Tensor<float, 2>>(size, size);
+  const double count = static_cast<double>(weights->size());
+
+  auto& channels = suite.row("quantize_weights_int8_per_channel (8192, 8192) float", bench::Limit::copy_bytes(4 * count, count));
+  channels.ours([=](const auto& device) { ef::quantize_weights_int8_per_channel_into(device, *values, *scales, *weights); });
+  channels.peer("Eigen by hand", [=](const auto& device) {
+    scales->device(device) = weights->abs().maximum(Eigen::array<Index, 1>{1}) / 127.0f;
+    const auto divisors = scales->reshape(Eigen::array<Index, 2>{size, 1}).broadcast(Eigen::array<Index, 2>{1, size});
+    values->device(device) = (*weights / divisors).round().cwiseMin(127.0f).cwiseMax(-127.0f).template cast<std::int8_t>();
+  });
+
+  auto scale = std::make_shared<float>();
+  suite.row("quantize_weights_int8 (8192, 8192) float", bench::Limit::copy_bytes(8 * count, count))
+      .ours([=](const auto& device) { ef::quantize_weights_int8_into(device, *values, *scale, *weights); });
+
+  auto& dequantize = suite.row("dequantize (8192, 8192) to float", bench::Limit::copy_bytes(count, 4 * count));
+  dequantize.ours([=](const auto& device) { ef::dequantize_into(device, *back, *values, *scales); });
+  dequantize.peer("Eigen by hand", [=](const auto& device) {
+    const auto factors = scales->reshape(Eigen::array<Index, 2>{size, 1}).broadcast(Eigen::array<Index, 2>{1, size});
+    back->device(device) = values->template cast<float>() * factors;
+  });
+}
+
+}  // namespace
+
+EIGENFORMER_BENCHMARK(quantization_cases)

@@ -1,0 +1,117 @@
+/// \file
+/// CPU kernels of INT8 quantization: one pass over the numbers for the scales, one that divides, rounds and writes. Both are streams:
+/// 4 bytes read a number, then 4 read and 1 written; a group or row of up to L2's size is still in cache in the second.
+#pragma once
+
+#include "quantize_line.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// A checked request: a (rows, columns) matrix whose rows are cut into groups with a scale each; group = columns is one scale a row.
+template <typename T>
+struct QuantizeProblem {
+  const T* weights;
+  std::int8_t* values;  // (rows, columns)
+  float* scales;        // (rows, groups)
+  Index rows, columns, group;
+
+  EIGENFORMER_HOST_DEVICE constexpr Index groups() const { return group == 0 ? 0 : (columns + group - 1) / group; }
+};
+
+/// values * scales, the other way round.
+template <typename T>
+struct DequantizeProblem {
+  const std::int8_t* values;
+  const float* scales;
+  T* weights;
+  Index rows, columns, group;
+};
+
+namespace cpu {
+
+constexpr Index kQuantizeChunk = 16384;  // numbers of one task where a whole tensor shares a scale
+
+/// Values by the scales that p.scales holds; a NaN scale gives zeros.
+template <typename Isa, CpuDevice D, typename T>
+void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
+  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r)
+      for (Index g = 0; g < p.groups(); ++g) {
+        const Index at = r * p.columns + g * p.group;
+        quantize_activation_line<Isa>(p.weights + at, std::min(p.group, p.columns - g * p.group), p.scales[r * p.groups() + g], p.values + at);
+      }
+  });
+}
+
+/// Scale and values of each row while it is in cache; rows that hold NaN or infinity get the scale NaN and zeros.
+template <typename Isa, CpuDevice D, typename T>
+void quantize_activations(Isa, const D& device, const QuantizeProblem<T>& p) {
+  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r) {
+      const T* row = p.weights + r * p.columns;
+      p.scales[r] = activation_scale<Isa>(row, p.columns);
+      quantize_activation_line<Isa>(row, p.columns, p.scales[r], p.values + r * p.columns);
+    }
+  });
+}
+
+/// max|w| of a whole tensor; `parts` has room for one number a chunk.
+template <typename Isa, CpuDevice D, typename T>
+Magnitude<compute_type<T>> tensor_magnitude(Isa, const D& device, const T* numbers, Index count, compute_type<T>* parts) {
+  const Index chunks = (count + kQuantizeChunk - 1) / kQuantizeChunk;
+  std::atomic<bool> finite{true};
+  parallel_for(device, chunks, 4, [&](Index first, Index last, int) {
+    for (Index c = first; c < last; ++c) {
+      const auto found = magnitude<Isa>(numbers + c * kQuantizeChunk, std::min(kQuantizeChunk, count - c * kQuantizeChunk));
+      parts[c] = found.largest;
+      if (!found.finite) finite.store(false, std::memory_order_relaxed);
+    }
+  });
+  compute_type<T> largest = 0;
+  for (Index c = 0; c < chunks; ++c) largest = std::max(largest, parts[c]);
+  return {largest, finite.load(std::memory_order_relaxed)};
+}
+
+template <typename Isa, CpuDevice D, typename T>
+void quantize_tensor(Isa, const D& device, const T* numbers, Index count, float scale, std::int8_t* values) {
+  parallel_for(device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
+    const Index begin = first * kQuantizeChunk, end = std::min(last * kQuantizeChunk, count);
+    quantize_line<Isa>(numbers + begin, end - begin, scale, values + begin);
+  });
+}
+
+/// One multiplication in T's compute type, one rounding to T.
+template <typename Isa, typename T>
+void dequantize_line(const std::int8_t* values, Index count, float scale, T* to) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const V factor = V::set1(static_cast<compute_type<T>>(scale));
+  Index at = 0;
+  for (; at + V::lanes <= count; at += V::lanes) (V::load(values + at) * factor).store(to + at);
+  const int rest = static_cast<int>(count - at);
+  if (rest > 0) (V::load_partial(values + at, rest) * factor).store_partial(to + at, rest);
+}
+
+template <typename Isa, CpuDevice D, typename T>
+void dequantize_tensor(Isa, const D& device, const std::int8_t* values, Index count, float scale, T* to) {
+  parallel_for(device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
+    const Index begin = first * kQuantizeChunk, end = std::min(last * kQuantizeChunk, count);
+    dequantize_line<Isa>(values + begin, end - begin, scale, to + begin);
+  });
+}
+
+template <typename Isa, CpuDevice D, typename T>
+void dequantize(Isa, const D& device, const DequantizeProblem<T>& p) {
+  const Index groups = p.group == 0 ? 0 : (p.columns + p.group - 1) / p.group;
+  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r)
+      for (Index g = 0; g < groups; ++g) {
+        const Index at = r * p.columns + g * p.group;
+        dequantize_line<Isa>(p.values + at, std::min(p.group, p.columns - g * p.group), p.scales[r * groups + g], p.weights + at);
+      }
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

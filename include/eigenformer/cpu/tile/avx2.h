@@ -1,0 +1,99 @@
+/// \file
+/// Register tiles for AVX2: 6 x 2 vectors of 8 columns in 12 of the 16 registers. The meaning of every member is in generic.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "generic.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace tile {
+
+template <typename T>
+  requires std::same_as<T, float>
+constexpr Shape shape(isa::avx2) {
+  return {6, 2};
+}
+
+template <typename Isa, typename V = simd::Vec<float, Isa>>
+  requires std::same_as<V, simd::vec<float, isa::avx2>>
+EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx2, const bfloat16* p) {
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i odd = _mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {V{_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16))}, V{_mm256_castsi256_ps(odd)}};
+}
+
+/// int8 widened to int16 and vpmaddwd: as many instructions as sign, vpmaddubsw and vpmaddwd, and exact for -128 too.
+struct Int8Avx2 {
+  static constexpr int lanes = 8;
+  using Stored = std::int8_t;
+  using Unit = std::uint32_t;
+  using Sum = std::int32_t;
+  struct Accumulator {
+    __m256i v;
+  };
+  struct Fragment {
+    __m256i even, odd;
+  };
+  using Factor = Fragment;
+  static constexpr int rows = 6, vectors = 2, columns = vectors * lanes, step = 4, units = 2, fragment = 4 * lanes;
+  static constexpr bool offset_activations = false;
+
+  static EIGENFORMER_INLINE Accumulator zero() { return {_mm256_setzero_si256()}; }
+  static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+  }
+  static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sums.v);
+  }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return {_mm256_srai_epi16(_mm256_slli_epi16(raw, 8), 8), _mm256_srai_epi16(raw, 8)};
+  }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm256_set1_epi32(static_cast<int>(p[0])), _mm256_set1_epi32(static_cast<int>(p[Rows]))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight, const Factor& x) {
+    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(weight.even, x.even), _mm256_madd_epi16(weight.odd, x.odd));
+    return {_mm256_add_epi32(sum.v, products)};
+  }
+};
+
+constexpr int transpose_size(isa::avx2) { return 8; }
+
+template <typename Unit>
+  requires(sizeof(Unit) == 4)
+void transpose(isa::avx2, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+  const auto first = [](int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); };
+  const auto row = [&](int r) { return reinterpret_cast<const int*>(static_cast<const std::byte*>(from) + r * from_bytes); };
+  const __m256i loaded = first(count);
+  __m256 in[8], out[8];
+  unroll<8>([&](auto r) {
+    in[r] = r < rows ? _mm256_castsi256_ps(_mm256_maskload_epi32(row(r), loaded)) : _mm256_setzero_ps();
+  });
+  unroll<4>([&](auto i) {  // pairs of rows interleaved
+    out[2 * i] = _mm256_unpacklo_ps(in[2 * i], in[2 * i + 1]);
+    out[2 * i + 1] = _mm256_unpackhi_ps(in[2 * i], in[2 * i + 1]);
+  });
+  unroll<2>([&](auto part) {  // four rows: columns 0 to 3 of each 128-bit half
+    constexpr int h = 4 * part.value;
+    in[h + 0] = _mm256_shuffle_ps(out[h], out[h + 2], 0x44);
+    in[h + 1] = _mm256_shuffle_ps(out[h], out[h + 2], 0xee);
+    in[h + 2] = _mm256_shuffle_ps(out[h + 1], out[h + 3], 0x44);
+    in[h + 3] = _mm256_shuffle_ps(out[h + 1], out[h + 3], 0xee);
+  });
+  unroll<4>([&](auto i) {
+    out[i] = _mm256_permute2f128_ps(in[i], in[i + 4], 0x20);
+    out[i + 4] = _mm256_permute2f128_ps(in[i], in[i + 4], 0x31);
+  });
+  const __m256i stored = first(rows);
+  unroll<8>([&](auto u) {
+    if (u < count) _mm256_maskstore_epi32(reinterpret_cast<int*>(to + u * to_stride), stored, _mm256_castps_si256(out[u]));
+  });
+}
+
+}  // namespace tile
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

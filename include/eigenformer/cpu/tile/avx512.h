@@ -1,0 +1,154 @@
+/// \file
+/// Register tiles for AVX-512: 12 x 2 vectors of 16 columns in 24 of the 32 registers; VNNI and BF16 dots where this build has them.
+/// The meaning of every member is in generic.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "avx2.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace tile {
+
+// Zero-masked forms under a full mask: see simd/avx512.h.
+template <typename T>
+  requires std::same_as<T, float>
+constexpr Shape shape(isa::avx512) {
+  return {12, 2};
+}
+
+template <typename Isa, typename V = simd::Vec<float, Isa>>
+  requires std::same_as<V, simd::vec<float, isa::avx512>>
+EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
+  const __m512i raw = _mm512_loadu_si512(p);
+  const __m512i odd = _mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {V{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, raw, 16))}, V{_mm512_castsi512_ps(odd)}};
+}
+
+#if defined(EIGENFORMER_ISA_AVX512_BF16)
+/// bfloat16 weights and activations by vdpbf16ps, which adds the products of a pair to a float sum and takes denormals as zero.
+struct Bfloat16Avx512 {
+  using V = simd::vec<float, isa::avx512>;
+  using Stored = bfloat16;
+  using Unit = std::uint32_t;
+  using Sum = float;
+  using Accumulator = V;
+  struct Fragment {
+    __m512i v;
+  };
+  using Factor = Fragment;
+  static constexpr int rows = 12, vectors = 2, columns = vectors * V::lanes, step = 2, units = 1, fragment = 2 * V::lanes;
+
+  static EIGENFORMER_INLINE V zero() { return V::zero(); }
+  static EIGENFORMER_INLINE V load(const float* p) { return V::load(p); }
+  static EIGENFORMER_INLINE void store(float* p, V sums) { sums.store(p); }
+  static EIGENFORMER_INLINE Fragment weights(const bfloat16* p) { return {_mm512_loadu_si512(p)}; }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm512_set1_epi32(static_cast<int>(*p))};
+  }
+  static EIGENFORMER_INLINE V multiply_add(V sum, Fragment weight, Factor x) {
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weight.v), reinterpret_cast<__m512bh>(x.v))};
+  }
+};
+#endif
+
+struct Int8Avx512Base {
+  static constexpr int lanes = 16;
+  using Stored = std::int8_t;
+  using Unit = std::uint32_t;
+  using Sum = std::int32_t;
+  struct Accumulator {
+    __m512i v;
+  };
+  static constexpr int rows = 12, vectors = 2, columns = vectors * lanes, step = 4, fragment = 4 * lanes;
+
+  static EIGENFORMER_INLINE Accumulator zero() { return {_mm512_setzero_si512()}; }
+  static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
+  static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) { _mm512_storeu_si512(p, sums.v); }
+};
+
+#if defined(EIGENFORMER_ISA_AVX512_VNNI)
+/// vpdpbusd wants unsigned activations: they are packed with 128 added, and 128 times the sum of each weight row is taken off at the
+/// end. Sums may wrap on the way; modulo 2^32 the end is exact.
+struct Int8Avx512 : Int8Avx512Base {
+  struct Fragment {
+    __m512i v;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 1;
+  static constexpr bool offset_activations = true;
+
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {_mm512_loadu_si512(p)}; }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm512_set1_epi32(static_cast<int>(*p))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
+    return {_mm512_dpbusd_epi32(sum.v, x.v, weight.v)};
+  }
+};
+#else
+/// As on AVX2: widened to int16, vpmaddwd.
+struct Int8Avx512 : Int8Avx512Base {
+  struct Fragment {
+    __m512i even, odd;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 2;
+  static constexpr bool offset_activations = false;
+
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
+    const __m512i raw = _mm512_loadu_si512(p);
+    return {_mm512_srai_epi16(_mm512_slli_epi16(raw, 8), 8), _mm512_srai_epi16(raw, 8)};
+  }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm512_set1_epi32(static_cast<int>(p[0])), _mm512_set1_epi32(static_cast<int>(p[Rows]))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight, const Factor& x) {
+    const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(weight.even, x.even), _mm512_madd_epi16(weight.odd, x.odd));
+    return {_mm512_add_epi32(sum.v, products)};
+  }
+};
+#endif
+
+constexpr int transpose_size(isa::avx512) { return 16; }
+
+template <typename Unit>
+  requires(sizeof(Unit) == 4)
+void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+  const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1u); };
+  const auto* bytes = static_cast<const std::byte*>(from);
+  const __mmask16 loaded = first(count), stored = first(rows);
+  __m512 a[16], b[16];
+  unroll<16>([&](auto r) { a[r] = _mm512_maskz_loadu_ps(r < rows ? loaded : __mmask16{0}, r < rows ? bytes + r * from_bytes : bytes); });
+  unroll<8>([&](auto i) {  // pairs of rows interleaved
+    b[2 * i] = _mm512_maskz_unpacklo_ps(0xffff, a[2 * i], a[2 * i + 1]);
+    b[2 * i + 1] = _mm512_maskz_unpackhi_ps(0xffff, a[2 * i], a[2 * i + 1]);
+  });
+  unroll<4>([&](auto i) {  // a[4 i + c]: rows 4 i to 4 i + 3 of columns c, 4 + c, 8 + c, 12 + c
+    a[4 * i + 0] = _mm512_maskz_shuffle_ps(0xffff, b[4 * i], b[4 * i + 2], 0x44);
+    a[4 * i + 1] = _mm512_maskz_shuffle_ps(0xffff, b[4 * i], b[4 * i + 2], 0xee);
+    a[4 * i + 2] = _mm512_maskz_shuffle_ps(0xffff, b[4 * i + 1], b[4 * i + 3], 0x44);
+    a[4 * i + 3] = _mm512_maskz_shuffle_ps(0xffff, b[4 * i + 1], b[4 * i + 3], 0xee);
+  });
+  unroll<4>([&](auto c) {  // rows 0 to 7 and 8 to 15 of columns (c, 8 + c), then of (4 + c, 12 + c)
+    b[c] = _mm512_maskz_shuffle_f32x4(0xffff, a[c], a[4 + c], 0x88);
+    b[4 + c] = _mm512_maskz_shuffle_f32x4(0xffff, a[c], a[4 + c], 0xdd);
+    b[8 + c] = _mm512_maskz_shuffle_f32x4(0xffff, a[8 + c], a[12 + c], 0x88);
+    b[12 + c] = _mm512_maskz_shuffle_f32x4(0xffff, a[8 + c], a[12 + c], 0xdd);
+  });
+  unroll<8>([&](auto c) {
+    a[c] = _mm512_maskz_shuffle_f32x4(0xffff, b[c], b[8 + c], 0x88);
+    a[8 + c] = _mm512_maskz_shuffle_f32x4(0xffff, b[c], b[8 + c], 0xdd);
+  });
+  unroll<16>([&](auto u) {
+    if (u < count) _mm512_mask_storeu_ps(to + u * to_stride, stored, a[u]);
+  });
+}
+
+}  // namespace tile
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,129 @@
+/// \file
+/// Register tiles of the matrix product, in plain C++ and over `simd::Vec`: what every ISA falls back to.
+///
+/// A product is sums(row, column) = sum over k of activation(row, k) * weight(column, k). Both operands are packed first, in units of
+/// 32 bits (one float, two bfloat16 or half, four int8; double has units of 64 bits), so that the inner loop is the same for all:
+///
+///   weights      [panel][step][column of the panel][k of the step]     a panel is `columns` weights rows wide
+///   activations  [tile][step][unit of the step][row of the tile]
+///
+/// A dot is the arithmetic of one step, and has these members:
+///
+///   Stored, Unit, Sum           element of a packed weight, unit of the packed activations, scalar of a sum
+///   rows, vectors, columns      largest register tile: rows x vectors; columns = vectors * lanes is the width of a panel
+///   step, units                 k of one step, units of the activations in one step
+///   fragment                    Stored elements that one vector of weights takes in one step
+///   Accumulator, Fragment, Factor   registers: sums, weights of a step, broadcast activations of a step
+///   zero() load(sums) store(sums, accumulator)
+///   weights(p) factor<Rows>(p)  load a Fragment; broadcast a Factor, unit u of which lies at p[u * Rows]
+///   multiply_add(sum, fragment, factor)
+///
+/// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting k into blocks (and storing the sums
+/// between them) changes no bit, and neither do the rows and columns beside it.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "../simd/simd.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace tile {
+
+/// f(integral_constant 0), ..., f(integral_constant N - 1): unrolled by construction, so that arrays of registers stay in registers.
+template <int N, typename F>
+EIGENFORMER_INLINE void unroll(F&& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
+  (std::make_integer_sequence<int, N>{});
+}
+
+struct Shape {
+  int rows, vectors;
+};
+
+template <typename T>
+constexpr Shape shape(isa::generic) {
+  return {4, 2};
+}
+
+/// Two vectors of floats: the even and the odd k of a step.
+template <typename V>
+struct Pair {
+  V even, odd;
+};
+
+/// lanes x (even, odd) bfloat16, widened.
+template <typename Isa, typename V = simd::Vec<float, Isa>>
+EIGENFORMER_INLINE Pair<V> widen_pairs(isa::generic, const bfloat16* p) {
+  alignas(64) float even[V::lanes], odd[V::lanes];
+  for (int i = 0; i < V::lanes; ++i) {
+    even[i] = static_cast<float>(p[2 * i]);
+    odd[i] = static_cast<float>(p[2 * i + 1]);
+  }
+  return {V::load(even), V::load(odd)};
+}
+
+/// int8 weights and activations, exact in int32. A step is four k; its activations are two units of two int16, (k0, k2) and (k1, k3).
+struct Int8Generic {
+  static constexpr int lanes = 8;
+  using Stored = std::int8_t;
+  using Unit = std::uint32_t;
+  using Sum = std::int32_t;
+  struct Accumulator {
+    std::int32_t v[lanes];
+  };
+  struct Fragment {
+    const std::int8_t* p;
+  };
+  struct Factor {
+    std::int32_t k[4];
+  };
+  static constexpr int rows = 4, vectors = 2, columns = vectors * lanes, step = 4, units = 2, fragment = 4 * lanes;
+  static constexpr bool offset_activations = false;
+
+  static EIGENFORMER_INLINE Accumulator zero() { return {}; }
+  static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) {
+    Accumulator sums;
+    std::memcpy(sums.v, p, sizeof(sums.v));
+    return sums;
+  }
+  static EIGENFORMER_INLINE void store(std::int32_t* p, const Accumulator& sums) { std::memcpy(p, sums.v, sizeof(sums.v)); }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {p}; }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    const auto low = [](Unit u) { return static_cast<std::int32_t>(static_cast<std::int16_t>(u & 0xffffu)); };
+    return {{low(p[0]), low(p[Rows]), low(p[0] >> 16), low(p[Rows] >> 16)}};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, const Factor& x) {
+    for (int i = 0; i < lanes; ++i)
+      for (int j = 0; j < 4; ++j) sum.v[i] += weight.p[4 * i + j] * x.k[j];
+    return sum;
+  }
+};
+
+/// Units of four quantized activations for the dots that multiply int16: even and odd k apart.
+EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std::uint32_t& odd) {
+  const auto word = [quad](int byte) {
+    return static_cast<std::uint32_t>(static_cast<std::uint16_t>(static_cast<std::int8_t>((quad >> (8 * byte)) & 0xffu)));
+  };
+  even = word(0) | word(2) << 16;
+  odd = word(1) | word(3) << 16;
+}
+
+/// Largest block that `transpose` takes, in units.
+constexpr int transpose_size(isa::generic) { return 16; }
+
+/// to[u * to_stride + r] = unit u of the row r that starts r * from_bytes bytes after `from`, for r < rows and u < count, both at most
+/// transpose_size. Any alignment; reads and writes nothing else.
+template <typename Unit>
+void transpose(isa::generic, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+  const auto* bytes = static_cast<const std::byte*>(from);
+  for (int r = 0; r < rows; ++r)
+    for (int u = 0; u < count; ++u)
+      std::memcpy(to + u * to_stride + r, bytes + r * from_bytes + u * static_cast<Index>(sizeof(Unit)), sizeof(Unit));
+}
+
+}  // namespace tile
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

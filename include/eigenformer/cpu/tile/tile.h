@@ -1,0 +1,47 @@
+/// \file
+/// What matrix kernels include: the register tiles of every ISA this translation unit may use, and the dot that serves a tag.
+#pragma once
+
+#include "float.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace tile {
+namespace detail {
+
+Int8Generic pick_int8(isa::generic);
+template <typename Isa>
+Widening<bfloat16, Isa> pick_bfloat16(isa::generic);
+#if defined(EIGENFORMER_ISA_AVX2)
+Int8Avx2 pick_int8(isa::avx2);
+#endif
+#if defined(EIGENFORMER_ISA_AVX512)
+Int8Avx512 pick_int8(isa::avx512);
+#endif
+#if defined(EIGENFORMER_ISA_AVX512_BF16)
+template <typename Isa>
+Bfloat16Avx512 pick_bfloat16(isa::avx512);
+#endif
+
+template <typename Stored, bool NarrowActivations, typename Isa>
+auto pick_dot() {
+  if constexpr (std::is_same_v<Stored, std::int8_t>)
+    return decltype(pick_int8(Isa{})){};
+  else if constexpr (std::is_same_v<Stored, bfloat16> && NarrowActivations)
+    return decltype(pick_bfloat16<Isa>(Isa{})){};
+  else if constexpr (std::is_same_v<Stored, bfloat16> || std::is_same_v<Stored, half>)
+    return Widening<Stored, Isa>{};
+  else
+    return Plain<Stored, Isa>{};
+}
+
+}  // namespace detail
+
+/// The arithmetic for packed weights of Stored and activations of X: bfloat16 by bfloat16 may use the ISA's bfloat16 products, int8
+/// quantizes the activations, everything else widens to float (double to double).
+template <typename Stored, typename X, typename Isa>
+using Dot = decltype(detail::pick_dot<Stored, std::is_same_v<X, bfloat16>, Isa>());
+
+}  // namespace tile
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

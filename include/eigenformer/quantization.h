@@ -1,0 +1,339 @@
+/// \file
+/// Symmetric INT8 quantization and the product with quantized weights:
+///
+///   scale = max|w| / 127                                  1 where all are zero
+///   q     = clamp(round_half_to_even(w / scale), -127, 127)      so -128 never occurs, and |w - q * scale| <= scale / 2 up to one rounding
+///
+/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128 inputs of a row, or for each token of
+/// activations. The quotient is a true division, in float (double for double); the scale is a float and never 0: where max|w| / 127
+/// rounds to 0 the smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See Dettmers et al.,
+/// "LLM.int8()" (2022), for per-token activations against per-row weights.
+///
+/// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's range) throws std::invalid_argument
+/// naming the first one's index, before anything is written. On a GPU (per channel only) nothing can throw after the launch: there a row that
+/// holds NaN or infinity gets the scale NaN and values 0. Activations never throw for their values: a token that holds NaN or infinity
+/// gets the scale NaN and values 0, so that its outputs are NaN and no other token is touched.
+///
+/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written once; a token's second read is in
+/// cache. The _into forms allocate nothing after the first call at a size.
+#pragma once
+
+#include "core/check.h"
+#include "core/device.h"
+#include "core/workspace.h"
+#include "cpu/quantization.h"
+#include "linear.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// auto [values, scale] = ef::quantize_weights_int8(weights);
+template <int Rank>
+struct QuantizedTensor {
+  Tensor<std::int8_t, Rank> values;
+  float scale;
+};
+
+/// auto [values, scales] = ef::quantize_weights_int8_per_channel(weights);
+struct QuantizedChannels {
+  Tensor<std::int8_t, 2> values;  ///< (out, in)
+  Tensor<float, 1> scales;        ///< (out)
+};
+
+/// auto [values, scales] = ef::quantize_weights_int8_grouped(weights, 64);
+struct QuantizedGroups {
+  Tensor<std::int8_t, 2> values;  ///< (out, in)
+  Tensor<float, 2> scales;        ///< (out, ceil(in / group_size))
+};
+
+namespace detail {
+
+template <typename T>
+constexpr void require_quantizable_scalar() {
+  static_assert(FloatingScalar<T>, "eigenformer: quantization takes float, double, Eigen::bfloat16 or Eigen::half");
+}
+
+template <typename Values>
+constexpr void require_int8_values() {
+  static_assert(std::is_same_v<scalar_of<Values>, std::int8_t>, "eigenformer: quantized values are std::int8_t");
+}
+
+template <typename Isa, typename D, typename View>
+float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const View& weights, Workspace& workspace) {
+  using T = scalar_of<View>;
+  const Index count = weights.size();
+  Workspace::Frame frame(workspace);
+  auto* parts = frame.take<compute_type<T>>(count / cpu::kQuantizeChunk + 1);
+  const auto found = cpu::tensor_magnitude(isa, device, weights.data(), count, parts);
+  const float scale = cpu::int8_scale(found.largest);
+  if (!found.finite || !std::isfinite(scale))
+    throw_not_quantizable("quantize_weights_int8", weights, cpu::first_not_quantizable(weights.data(), count));
+  cpu::quantize_tensor(isa, device, weights.data(), count, scale, values);
+  return scale;
+}
+
+template <typename Isa, typename D, typename View>
+void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values, float* scales, const View& weights, Index group,
+                        Workspace& workspace) {
+  using T = scalar_of<View>;
+  const Index rows = weights.dimension(0), columns = weights.dimension(1);
+  const QuantizeProblem<T> problem{weights.data(), values, scales, rows, columns, group};
+  Workspace::Frame frame(workspace);
+  float* found = frame.take<float>(rows * problem.groups());
+  if (group > 0 && !cpu::group_scales(isa, device, weights.data(), rows, columns, group, found))
+    throw_not_quantizable(name, weights, cpu::first_not_quantizable(weights.data(), rows * columns));
+  std::copy_n(found, rows * problem.groups(), scales);
+  cpu::quantize_values(isa, device, problem);
+}
+
+inline void require_group_size(Index group_size, std::string_view name) {
+  require(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ", group_size, ", expected 32, 64 or 128");
+}
+
+}  // namespace detail
+
+/// Writes the values and the scale of a tensor of any rank. Throws std::invalid_argument.
+template <CpuDevice D, typename Values, typename Weights>
+void quantize_weights_int8_into(const D& device, Values&& values, float& scale, const Weights& weights, Workspace& workspace = thread_workspace()) {
+  constexpr int rank = rank_of<Weights>;
+  detail::require_quantizable_scalar<scalar_of<Weights>>();
+  detail::require_int8_values<Values>();
+  const auto from = input_view<rank>(weights);
+  auto to = output_view<rank>(values);
+  require_same_shape("quantize_weights_int8", "values", to, "weights", from);
+  scale = detail::quantize_tensor_on(isa::best{}, device, to.data(), from, workspace);
+}
+
+template <CpuDevice D, typename Weights>
+auto quantize_weights_int8(const D& device, const Weights& weights) {
+  constexpr int rank = rank_of<Weights>;
+  const auto from = input_view<rank>(weights);
+  QuantizedTensor<(rank < 0 ? 0 : rank)> result{Tensor<std::int8_t, (rank < 0 ? 0 : rank)>(from.dimensions()), 1.0f};
+  quantize_weights_int8_into(device, result.values, result.scale, weights);
+  return result;
+}
+template <typename Weights>
+auto quantize_weights_int8(const Weights& weights) {
+  return quantize_weights_int8(Eigen::DefaultDevice{}, weights);
+}
+
+/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on a GPU too, without the check of values.
+template <Device D, typename Values, typename Scales, typename Weights>
+void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales, const Weights& weights,
+                                            Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "quantize_weights_int8_per_channel";
+  using T = scalar_of<Weights>;
+  detail::require_quantizable_scalar<T>();
+  detail::require_int8_values<Values>();
+  const auto from = input_view<2>(weights);
+  auto to = output_view<2>(values);
+  auto factors = output_view<1>(scales);
+  require_same_shape(name, "values", to, "weights", from);
+  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, weights has ", from.dimension(0), " rows");
+  if constexpr (is_gpu_device<D>) {
+    (void)workspace;
+    launch_on_gpu(device, QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1), from.dimension(1)});
+  } else if (from.dimension(1) == 0) {
+    std::fill_n(factors.data(), factors.size(), 1.0f);
+  } else {
+    detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, from.dimension(1), workspace);
+  }
+}
+
+template <CpuDevice D, typename Weights>
+QuantizedChannels quantize_weights_int8_per_channel(const D& device, const Weights& weights) {
+  const auto from = input_view<2>(weights);
+  QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)), Tensor<float, 1>(from.dimension(0))};
+  quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights);
+  return result;
+}
+template <typename Weights>
+QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
+  return quantize_weights_int8_per_channel(Eigen::DefaultDevice{}, weights);
+}
+
+/// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be short. Throws std::invalid_argument,
+/// also for a group_size that is not 32, 64 or 128.
+template <CpuDevice D, typename Values, typename Scales, typename Weights>
+void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales, const Weights& weights, Index group_size,
+                                        Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "quantize_weights_int8_grouped";
+  detail::require_quantizable_scalar<scalar_of<Weights>>();
+  detail::require_int8_values<Values>();
+  detail::require_group_size(group_size, name);
+  const auto from = input_view<2>(weights);
+  auto to = output_view<2>(values);
+  auto factors = output_view<2>(scales);
+  require_same_shape(name, "values", to, "weights", from);
+  const Index groups = (from.dimension(1) + group_size - 1) / group_size;
+  require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name, "scales has shape ", detail::shape_text(factors),
+          ", expected (", from.dimension(0), ", ", groups, ")");
+  detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size, workspace);
+}
+
+template <CpuDevice D, typename Weights>
+QuantizedGroups quantize_weights_int8_grouped(const D& device, const Weights& weights, Index group_size) {
+  const auto from = input_view<2>(weights);
+  detail::require_group_size(group_size, "quantize_weights_int8_grouped");
+  QuantizedGroups result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
+                         Tensor<float, 2>(from.dimension(0), (from.dimension(1) + group_size - 1) / group_size)};
+  quantize_weights_int8_grouped_into(device, result.values, result.scales, weights, group_size);
+  return result;
+}
+template <typename Weights>
+QuantizedGroups quantize_weights_int8_grouped(const Weights& weights, Index group_size) {
+  return quantize_weights_int8_grouped(Eigen::DefaultDevice{}, weights, group_size);
+}
+
+/// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens with NaN or infinity: see the top.
+template <CpuDevice D, typename Values, typename Scales, typename Input>
+void quantize_activations_int8_into(const D& device, Values&& values, Scales&& scales, const Input& x) {
+  constexpr auto name = "quantize_activations_int8";
+  using T = scalar_of<Input>;
+  detail::require_quantizable_scalar<T>();
+  detail::require_int8_values<Values>();
+  const auto from = input_view<2>(x);
+  auto to = output_view<2>(values);
+  auto factors = output_view<1>(scales);
+  require_same_shape(name, "values", to, "x", from);
+  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, x has ", from.dimension(0), " tokens");
+  cpu::quantize_activations(isa::best{}, device,
+                            QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1), from.dimension(1)});
+}
+
+namespace detail {
+
+/// The output's memory, once shapes and scalars are right.
+template <typename Output, typename Values>
+auto* dequantized(Output& weights, const Values& values) {
+  constexpr int rank = rank_of<Values>;
+  require_int8_values<Values>();
+  static_assert(FloatingScalar<scalar_of<Output>>, "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
+  auto to = output_view<rank>(weights);
+  require_same_shape("dequantize", "weights", to, "values", input_view<rank>(values));
+  return to.data();
+}
+
+template <typename D, typename Output, typename Values>
+void dequantize_groups(const D& device, Output& weights, const Values& values, const float* scales, Index group) {
+  auto* to = dequantized(weights, values);
+  cpu::dequantize(isa::best{}, device,
+                  DequantizeProblem<scalar_of<Output>>{values.data(), scales, to, values.dimension(0), values.dimension(1), group});
+}
+
+}  // namespace detail
+
+/// weights = values * scale, of any rank, with one scale.
+template <CpuDevice D, typename Output, typename Values>
+void dequantize_into(const D& device, Output&& weights, const Values& values, float scale) {
+  auto* to = detail::dequantized(weights, values);
+  cpu::dequantize_tensor(isa::best{}, device, values.data(), values.size(), scale, to);
+}
+
+/// weights (out, in) = values * scales (out), row by row.
+template <CpuDevice D, typename Output, typename Values, RowMajorTensor Scales>
+void dequantize_into(const D& device, Output&& weights, const Values& values, const Scales& scales) {
+  const auto from = input_view<2>(values);
+  const auto factors = input_view<1>(scales);
+  require(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ", factors.dimension(0), " elements, values has ", from.dimension(0), " rows");
+  detail::dequantize_groups(device, weights, values, factors.data(), from.dimension(1));
+}
+
+/// weights (out, in) = values * scales (out, ceil(in / group_size)).
+template <CpuDevice D, typename Output, typename Values, typename Scales>
+void dequantize_grouped_into(const D& device, Output&& weights, const Values& values, const Scales& scales, Index group_size) {
+  detail::require_group_size(group_size, "dequantize_grouped");
+  const auto from = input_view<2>(values);
+  const auto factors = input_view<2>(scales);
+  const Index groups = (from.dimension(1) + group_size - 1) / group_size;
+  require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, "dequantize_grouped", "scales has shape ",
+          detail::shape_text(factors), ", expected (", from.dimension(0), ", ", groups, ")");
+  detail::dequantize_groups(device, weights, values, factors.data(), group_size);
+}
+
+/// ef::Tensor<float, 2> w = ef::dequantize(qc, scales);   and   ef::dequantize(q, scale), of any rank
+template <CpuDevice D, typename Values, typename Scales>
+auto dequantize(const D& device, const Values& values, const Scales& scales) {
+  constexpr int rank = rank_of<Values>;
+  Tensor<float, (rank < 0 ? 0 : rank)> weights(input_view<rank>(values).dimensions());
+  dequantize_into(device, weights, values, scales);
+  return weights;
+}
+template <typename Values, typename Scales>
+  requires(!Device<Values>)
+auto dequantize(const Values& values, const Scales& scales) {
+  return dequantize(Eigen::DefaultDevice{}, values, scales);
+}
+
+template <CpuDevice D, typename Values, typename Scales>
+Tensor<float, 2> dequantize_grouped(const D& device, const Values& values, const Scales& scales, Index group_size) {
+  Tensor<float, 2> weights(input_view<2>(values).dimensions());
+  dequantize_grouped_into(device, weights, values, scales, group_size);
+  return weights;
+}
+template <typename Values, typename Scales>
+Tensor<float, 2> dequantize_grouped(const Values& values, const Scales& scales, Index group_size) {
+  return dequantize_grouped(Eigen::DefaultDevice{}, values, scales, group_size);
+}
+
+namespace detail {
+
+template <typename Isa, typename D, typename Output, typename Input, typename Values, typename Scales, typename B>
+void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const Values& values, const Scales& scales, const B* bias,
+                    Workspace& workspace) {
+  using X = scalar_of<Input>;
+  using Y = scalar_of<Output>;
+  require_int8_values<Values>();
+  static_assert(FloatingScalar<X> && !std::is_same_v<X, double> && FloatingScalar<Y> && !std::is_same_v<Y, double> && !std::is_same_v<B, double>,
+                "eigenformer: int8_linear takes and gives float, Eigen::bfloat16 or Eigen::half");
+  static_assert(std::is_same_v<scalar_of<Scales>, float>, "eigenformer: scales are float");
+  const auto to = output_view<2>(y);
+  const auto from = input_view<2>(x);
+  const auto weight = input_view<2>(values);
+  const auto factors = input_view<1>(scales);
+  const Index tokens = from.dimension(0), in = from.dimension(1), out = weight.dimension(0);
+  require_linear_shapes(to.dimension(0), to.dimension(1), tokens, in, out, weight.dimension(1));
+  require(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0), " elements, weight has ", out, " rows");
+  require_int8_depth(in, "int8_linear");
+  cpu::product<tile::Dot<std::int8_t, X, Isa>>(isa, device, ProductProblem<X, MatrixOperand<std::int8_t>, StoreScaledSums<Y, B>>{
+      {from.data(), in, 1}, {weight.data(), in, 1}, tokens, out, in, {to.data(), out, bias, factors.data()}}, workspace);
+}
+
+}  // namespace detail
+
+/// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of linear with
+/// pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <= 133,144, and
+/// y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127].
+template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, Workspace& workspace) {
+  detail::int8_linear_on(isa::best{}, device, y, x, values, scales, static_cast<const float*>(nullptr), workspace);
+}
+template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales) {
+  int8_linear_into(device, y, x, values, scales, thread_workspace());
+}
+template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename Bias>
+  requires(!std::same_as<Bias, Workspace>)
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const Bias& bias,
+                      Workspace& workspace = thread_workspace()) {
+  const auto view = detail::checked_bias(values, bias);
+  detail::int8_linear_on(isa::best{}, device, y, x, values, scales, view.data(), workspace);
+}
+
+/// ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);   // x of any scalar but double, y float
+template <CpuDevice D, typename Input, typename Values, typename Scales, typename... Bias>
+  requires(sizeof...(Bias) <= 1)
+Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
+  const auto view = input_view<2>(x);
+  Tensor<float, 2> y(view.dimension(0), input_view<2>(values).dimension(0));
+  int8_linear_into(device, y, x, values, scales, bias...);
+  return y;
+}
+template <typename Input, typename Values, typename Scales, typename... Bias>
+  requires(!Device<Input> && sizeof...(Bias) <= 1)
+Tensor<float, 2> int8_linear(const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
+  return int8_linear(Eigen::DefaultDevice{}, x, values, scales, bias...);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
