@@ -23,7 +23,7 @@ struct Allocations {
 
 /// Calls of operator new while f runs.
 template <typename F>
-long allocations_in(F&& f) {
+long count_allocations(F&& f) {
   const long before = Allocations::count;
   f();
   return Allocations::count - before;

@@ -212,23 +212,23 @@ TYPED_TEST(KvCache, AllocatesNothingWithinTheReservation) {
   ef::KvCache<T, Storage> shapeless;  // remembered until the shapes are known
   shapeless.reserve(500);
   for (Index layer = 0; layer < 3; ++layer) ef::update_kv_cache(shapeless, prompt, prompt, layer);
-  EXPECT_EQ(allocations_in([&] { decode(shapeless, 400); }), 0);
+  EXPECT_EQ(count_allocations([&] { decode(shapeless, 400); }), 0);
   EXPECT_EQ(shapeless.length(2), 500);
   shapeless.clear();
-  EXPECT_EQ(allocations_in([&] { decode(shapeless, 500); }), 0);
+  EXPECT_EQ(count_allocations([&] { decode(shapeless, 500); }), 0);
 
   ef::KvCache<T, Storage> shaped;
   shaped.reserve(3, 2, 500, 2, 16);
   EXPECT_EQ(shaped.length(0), 0);
   EXPECT_EQ(shaped.keys(0).dimension(0), 2);
-  EXPECT_EQ(allocations_in([&] {
+  EXPECT_EQ(count_allocations([&] {
               for (Index layer = 0; layer < 3; ++layer) ef::update_kv_cache(shaped, prompt, prompt, layer);
               decode(shaped, 400);
             }),
             0);
   shaped.reserve(700);
-  EXPECT_EQ(allocations_in([&] { decode(shaped, 200); }), 0);
-  EXPECT_EQ(allocations_in([&] { shaped.truncate(10), decode(shaped, 300); }), 0);
+  EXPECT_EQ(count_allocations([&] { decode(shaped, 200); }), 0);
+  EXPECT_EQ(count_allocations([&] { shaped.truncate(10), decode(shaped, 300); }), 0);
   expect_throws<std::invalid_argument>([&] { shaped.reserve(1, 3, 10, 2, 16); }, {"KvCache::reserve", "layer 0", "(2, 310, 2, 16)", "(3, n, 2, 16)"});
   EXPECT_THROW(shaped.reserve(-1), std::invalid_argument);
   EXPECT_THROW(shaped.reserve(std::numeric_limits<Index>::max()), std::exception);
@@ -300,7 +300,7 @@ TEST(KvCacheCalls, EarlierRowsNeverMoveAndGrowthIsAmortised) {
   const auto token = rows<float>(2, 1, 2, 8, 1);
   ef::update_kv_cache(cache, token, token, 0);
   const float* first = cache.source(0).key_row(1, 1, 0);
-  const long allocations = allocations_in([&] {
+  const long allocations = count_allocations([&] {
     for (int i = 1; i < 20000; ++i) ef::update_kv_cache(cache, token, token, 0);
   });
   EXPECT_LT(allocations, 120);  // log(20000 / 64) / log(1.5) growths of a few vectors each
@@ -395,7 +395,7 @@ void check_append_into(Index dim) {
           expected_values(b, positions[static_cast<std::size_t>(b)] + i, h, d) = static_cast<Storage>(values(b, i, h, d));
         }
   auto key_buffer = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), value_buffer = key_buffer;
-  EXPECT_EQ(allocations_in([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }), 0);
+  EXPECT_EQ(count_allocations([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }), 0);
   EXPECT_TRUE(same_bits(key_buffer, expected_keys));
   EXPECT_TRUE(same_bits(value_buffer, expected_values));
   Threads threads(3);

@@ -405,7 +405,7 @@ TEST(PagedKvCache, AllocatesNothingInSteadyState) {
     }
   };
   step();
-  EXPECT_EQ(allocations_in([&] {
+  EXPECT_EQ(count_allocations([&] {
               for (int i = 1; i < 200; ++i) step();
             }),
             0);
