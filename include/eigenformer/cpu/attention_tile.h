@@ -191,8 +191,7 @@ struct AttentionTile {
            (at_least(position, static_cast<C>(range.begin)) & below(position, static_cast<C>(range.end)));
   }
 
-  /// tanh with an absolute error below 2e-7 relative to |x| for float: the odd Taylor-like polynomial where 1 - e^-2|x| would
-  /// cancel.
+  /// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel, that quotient elsewhere.
   static EIGENFORMER_INLINE V tanh(V x) {
     if constexpr (sizeof(C) == 8) {
       return V::make([&](int i) { return std::tanh(x.v[i]); });
