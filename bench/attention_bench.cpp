@@ -1,5 +1,5 @@
-// Attention: prefill is bound by multiply-adds, decode by the bytes of keys and values. 32 heads, 8 KV heads, head 128. Peer: what an Eigen
-// user writes by hand, a matrix product, a softmax and a product for each head.
+// Attention: prefill is bound by multiply-adds, decode by the bytes of keys and values. 32 heads, 8 KV heads, head 128. Peer: what
+// an Eigen user writes by hand, a matrix product, a softmax and a product for each head.
 #include <eigenformer/attention.h>
 
 #include <random>
@@ -27,17 +27,23 @@ struct Inputs {
   std::shared_ptr<ef::Tensor<T, 4>> q, k, v, out;
   std::shared_ptr<std::vector<Index>> lengths;
   Inputs(Index batch, Index queries, Index keys, std::vector<Index> key_lengths)
-      : q(random_rows<T>(batch, queries, kHeads, 1)), k(random_rows<T>(batch, keys, kKvHeads, 2)), v(random_rows<T>(batch, keys, kKvHeads, 3)),
-        out(std::make_shared<ef::Tensor<T, 4>>(batch, queries, kHeads, kDim)), lengths(std::make_shared<std::vector<Index>>(std::move(key_lengths))) {}
+      : q(random_rows<T>(batch, queries, kHeads, 1)),
+        k(random_rows<T>(batch, keys, kKvHeads, 2)),
+        v(random_rows<T>(batch, keys, kKvHeads, 3)),
+        out(std::make_shared<ef::Tensor<T, 4>>(batch, queries, kHeads, kDim)),
+        lengths(std::make_shared<std::vector<Index>>(std::move(key_lengths))) {}
 };
 
 /// softmax(Q K^T / sqrt(d)) V for one head of one sequence, causal at the end, with Eigen's matrices.
 void by_hand(const Inputs<float>& x, Index b, Index h, bool causal) {
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   using Rows = Eigen::Map<Matrix, 0, Eigen::OuterStride<>>;
-  const Index length = (*x.lengths)[static_cast<std::size_t>(b)], queries = std::min(x.q->dimension(1), length), kv = h / (kHeads / kKvHeads);
-  Rows q(&(*x.q)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim)), out(&(*x.out)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim));
-  Rows k(&(*x.k)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim)), v(&(*x.v)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim));
+  const Index length = (*x.lengths)[static_cast<std::size_t>(b)], queries = std::min(x.q->dimension(1), length),
+              kv = h / (kHeads / kKvHeads);
+  Rows q(&(*x.q)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim)),
+      out(&(*x.out)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim));
+  Rows k(&(*x.k)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim)),
+      v(&(*x.v)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim));
   Matrix scores = q * k.transpose() * (1.0f / std::sqrt(static_cast<float>(kDim)));
   for (Index i = 0; i < queries; ++i) {
     const Index seen = causal ? length - queries + i + 1 : length;
@@ -64,9 +70,11 @@ struct ByHand {
 double flops(double pairs) { return 4.0 * kHeads * kDim * pairs; }
 
 template <typename T>
-void forward_row(bench::Suite& suite, const std::string& name, const Inputs<T>& x, double pairs, double key_bytes, const ef::AttentionOptions& options) {
+void forward_row(bench::Suite& suite, const std::string& name, const Inputs<T>& x, double pairs, double key_bytes,
+                 const ef::AttentionOptions& options) {
   auto& row = suite.row("attention " + name, bench::Limit::product(flops(pairs), key_bytes));
-  row.ours([=](const auto& device) { ef::batched_attention_with_padding_into(device, *x.out, *x.q, *x.k, *x.v, *x.lengths, options); });
+  row.ours(
+      [=](const auto& device) { ef::batched_attention_with_padding_into(device, *x.out, *x.q, *x.k, *x.v, *x.lengths, options); });
   if constexpr (std::is_same_v<T, float>) row.peer("Eigen by hand", ByHand{x, options.causal});
 }
 
@@ -99,8 +107,10 @@ void backward_cases(bench::Suite& suite) {
   Inputs<float> x(1, n, n, {n});
   auto lse = std::make_shared<ef::Tensor<float, 3>>(1, kHeads, n);
   auto grad_out = random_rows<float>(1, n, kHeads, 4);
-  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, *x.out, *x.q, *x.k, *x.v, *x.lengths, {.causal = true, .log_sum_exp = *lse});
-  auto gq = random_rows<float>(1, n, kHeads, 5), gk = random_rows<float>(1, n, kKvHeads, 6), gv = random_rows<float>(1, n, kKvHeads, 7);
+  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, *x.out, *x.q, *x.k, *x.v, *x.lengths,
+                                          {.causal = true, .log_sum_exp = *lse});
+  auto gq = random_rows<float>(1, n, kHeads, 5), gk = random_rows<float>(1, n, kKvHeads, 6),
+       gv = random_rows<float>(1, n, kKvHeads, 7);
   auto& row = suite.row("attention backward, causal 512 float", bench::Limit::product(2.5 * flops(n * (n + 1) / 2.0), 0));
   row.ours([=](const auto& device) {
     ef::attention_backward_into(device, *gq, *gk, *gv, *grad_out, *x.q, *x.k, *x.v, *x.out, *lse, *x.lengths, {.causal = true});

@@ -1,5 +1,5 @@
-// Laws of attention against a KvSource: dense or in pages of any size, whole or in chunks or token by token, the bits are the same; rows past
-// a length are never read; INT8 storage is what its scales say.
+// Laws of attention against a KvSource: dense or in pages of any size, whole or in chunks or token by token, the bits are the same;
+// rows past a length are never read; INT8 storage is what its scales say.
 #pragma once
 
 #include <memory>
@@ -27,7 +27,8 @@ class TestCache {
     }
     source_.page_size = page_size;
     const Index pages = (capacity + page_size - 1) / page_size;
-    const auto rows = static_cast<std::size_t>(kv_heads * page_size), bytes = (rows * static_cast<std::size_t>(head_dim) * sizeof(S) + 3) / 4 * 4;
+    const auto rows = static_cast<std::size_t>(kv_heads * page_size),
+               bytes = (rows * static_cast<std::size_t>(head_dim) * sizeof(S) + 3) / 4 * 4;
     source_.layer_offset = 64;
     source_.value_offset = bytes;
     source_.key_scale_offset = 2 * bytes;
@@ -38,7 +39,8 @@ class TestCache {
     }
     for (Index b = 0; b < batch; ++b) {
       table_storage_.emplace_back();
-      for (Index i = 0; i < pages; ++i) table_storage_.back().push_back(static_cast<std::int32_t>((pages - 1 - i) * batch + b));  // out of order
+      for (Index i = 0; i < pages; ++i)
+        table_storage_.back().push_back(static_cast<std::int32_t>((pages - 1 - i) * batch + b));  // out of order
       tables_.push_back(table_storage_.back().data());
     }
     source_.pages = pages_.data();
@@ -50,7 +52,8 @@ class TestCache {
     std::copy_n(key, source_.head_dim, const_cast<S*>(source_.key_row(b, h, j)));
     std::copy_n(value, source_.head_dim, const_cast<S*>(source_.value_row(b, h, j)));
     if constexpr (std::is_same_v<S, std::int8_t>) {
-      const Index page = tables_[static_cast<std::size_t>(b)][j / source_.page_size], row = h * source_.page_size + j % source_.page_size;
+      const Index page = tables_[static_cast<std::size_t>(b)][j / source_.page_size],
+                  row = h * source_.page_size + j % source_.page_size;
       auto* base = storage_[static_cast<std::size_t>(page)].data() + source_.layer_offset;
       reinterpret_cast<float*>(base + source_.key_scale_offset)[row] = key_scale;
       reinterpret_cast<float*>(base + source_.value_scale_offset)[row] = value_scale;
@@ -72,7 +75,8 @@ class TestCache {
 
 template <typename T>
 ef::Tensor<T, 4> rows_of(const ef::Tensor<T, 4>& x, Index begin, Index end) {
-  return x.slice(Eigen::array<Index, 4>{0, begin, 0, 0}, Eigen::array<Index, 4>{x.dimension(0), end - begin, x.dimension(2), x.dimension(3)});
+  return x.slice(Eigen::array<Index, 4>{0, begin, 0, 0},
+                 Eigen::array<Index, 4>{x.dimension(0), end - begin, x.dimension(2), x.dimension(3)});
 }
 
 template <typename T>
@@ -161,8 +165,11 @@ TEST(AttentionCacheCalls, MixesChunksAndDecodeSteps) {
   ef::attention_with_kv_source_into(threads.device, out, c.q, cache.source(0), {.causal = true, .query_lengths = queries});
   EXPECT_LT(relative_error(out, expected.output), tolerance<float>());
   for (Index i = 1; i < 9; ++i) EXPECT_EQ(out(1, i, 0, 0), 0.0f);  // padding
-  EXPECT_TRUE(same_bits(out, ef::attention_with_kv_source(threads.device, c.q, cache.source(0), {.causal = true, .query_lengths = queries})));
-  EXPECT_TRUE(same_bits(out, ef::attention_with_kv_cache(threads.device, c.q, cache, 0, {.causal = true, .query_lengths = queries})));
+  EXPECT_TRUE(same_bits(
+      out, ef::attention_with_kv_source(threads.device, c.q, cache.source(0), {.causal = true, .query_lengths = queries})));
+  EXPECT_TRUE(same_bits(out, ef::attention_with_kv_source(c.q, cache.source(0), {.causal = true, .query_lengths = queries})));
+  EXPECT_TRUE(
+      same_bits(out, ef::attention_with_kv_cache(threads.device, c.q, cache, 0, {.causal = true, .query_lengths = queries})));
   auto again = poisoned_tensor<float, 4>({4, 9, 4, 16});
   ef::attention_with_kv_cache_into(Eigen::DefaultDevice{}, again, c.q, cache, 0, {.causal = true, .query_lengths = queries});
   EXPECT_TRUE(same_bits(out, again));
@@ -175,7 +182,8 @@ TEST(AttentionCacheCalls, CompileAsTheContractWritesThemAndRefuse) {
   ef::Tensor<float, 4> dec = ef::attention_with_kv_cache(q4, cache, layer_idx, {.causal = true});
   for (Index i = 0; i < dec.size(); ++i) EXPECT_EQ(dec.data()[i], 0.0f);  // an empty cache shows nothing
   const ef::Tensor<float, 4> three(3, 1, 4, 8), narrow(2, 1, 4, 7), odd(2, 1, 3, 8);
-  expect_throws<std::invalid_argument>([&] { ef::attention_with_kv_cache(three, cache, 0); }, {"attention_with_kv_cache", "batch 3", "2 sequences"});
+  expect_throws<std::invalid_argument>([&] { ef::attention_with_kv_cache(three, cache, 0); },
+                                       {"attention_with_kv_cache", "batch 3", "2 sequences"});
   expect_throws<std::invalid_argument>([&] { ef::attention_with_kv_cache(narrow, cache, 0); }, {"head_dim 7", "has 8"});
   expect_throws<std::invalid_argument>([&] { ef::attention_with_kv_cache(odd, cache, 0); }, {"3 heads"});
 }

@@ -19,7 +19,9 @@ struct AttentionCase {
   ef::Tensor<T, 4> q, k, v;
 
   AttentionCase(const AttentionShape& s, std::vector<Index> lengths, unsigned seed = 1, std::vector<Index> ragged = {})
-      : shape(s), key_lengths(std::move(lengths)), query_lengths(std::move(ragged)),
+      : shape(s),
+        key_lengths(std::move(lengths)),
+        query_lengths(std::move(ragged)),
         q(random_tensor<T, 4>({s.batch, s.queries, s.heads, s.head_dim}, seed)),
         k(random_tensor<T, 4>({s.batch, s.keys, s.kv_heads, s.head_dim}, seed + 1)),
         v(random_tensor<T, 4>({s.batch, s.keys, s.kv_heads, s.value_dim}, seed + 2)) {
@@ -64,19 +66,21 @@ inline const std::vector<float>& test_sinks() {
 inline std::vector<NamedOptions> option_sweep(Index heads) {
   const std::span<const float> slopes(test_slopes().data(), static_cast<std::size_t>(heads));
   const std::span<const float> sinks(test_sinks().data(), static_cast<std::size_t>(heads));
-  return {{"plain", {}},
-          {"causal", {.causal = true}},
-          {"window 1", {.causal = true, .window = 1}},
-          {"window 5", {.causal = true, .window = 5}},
-          {"window 70", {.causal = true, .window = 70}},
-          {"softcap", {.softcap = 2.0f}},
-          {"scale", {.scale = 0.25f}},
-          {"alibi", {.causal = true, .alibi_slopes = slopes}},
-          {"alibi both ways", {.alibi_slopes = slopes}},
-          {"sinks", {.sinks = sinks}},
-          {"prefix", {.causal = true, .prefix_length = 9}},
-          {"prefix and window", {.causal = true, .window = 3, .prefix_length = 66}},
-          {"all", {.causal = true, .window = 20, .softcap = 3.0f, .scale = 0.3f, .alibi_slopes = slopes, .sinks = sinks, .prefix_length = 4}}};
+  return {
+      {"plain", {}},
+      {"causal", {.causal = true}},
+      {"window 1", {.causal = true, .window = 1}},
+      {"window 5", {.causal = true, .window = 5}},
+      {"window 70", {.causal = true, .window = 70}},
+      {"softcap", {.softcap = 2.0f}},
+      {"scale", {.scale = 0.25f}},
+      {"alibi", {.causal = true, .alibi_slopes = slopes}},
+      {"alibi both ways", {.alibi_slopes = slopes}},
+      {"sinks", {.sinks = sinks}},
+      {"prefix", {.causal = true, .prefix_length = 9}},
+      {"prefix and window", {.causal = true, .window = 3, .prefix_length = 66}},
+      {"all",
+       {.causal = true, .window = 20, .softcap = 3.0f, .scale = 0.3f, .alibi_slopes = slopes, .sinks = sinks, .prefix_length = 4}}};
 }
 
 }  // namespace eigenformer_test

@@ -31,7 +31,8 @@ inline ef::Tensor<double, 4> golden_values(std::uint32_t seed, Index heads) {
 
 inline void expect_golden(const ef::Tensor<double, 4>& actual, const std::vector<double>& expected, const std::string& name) {
   ASSERT_EQ(static_cast<std::size_t>(actual.size()), expected.size()) << name;
-  for (Index i = 0; i < actual.size(); ++i) ASSERT_NEAR(actual.data()[i], expected[static_cast<std::size_t>(i)], 1e-10) << name << " " << i;
+  for (Index i = 0; i < actual.size(); ++i)
+    ASSERT_NEAR(actual.data()[i], expected[static_cast<std::size_t>(i)], 1e-10) << name << " " << i;
 }
 
 TEST(AttentionGolden, AgreesWithPyTorch) {

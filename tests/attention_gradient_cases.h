@@ -1,5 +1,5 @@
-// Laws of attention_backward: the derivative of the forward pass for every option, zero where nothing was seen, the same bits on any
-// number of threads and in any batch.
+// Laws of attention_backward: the derivative of the forward pass for every option, zero where nothing was seen, the same bits on
+// any number of threads and in any batch.
 #pragma once
 
 #include "attention_case.h"
@@ -15,7 +15,8 @@ struct GradientCase : AttentionCase<T> {
   GradientCase(const AttentionShape& s, std::vector<Index> lengths, unsigned seed = 1)
       : AttentionCase<T>(s, std::move(lengths), seed),
         weights(random_tensor<T, 4>({s.batch, s.queries, s.heads, s.value_dim}, seed + 3)),
-        out(s.batch, s.queries, s.heads, s.value_dim), lse(s.batch, s.heads, s.queries) {}
+        out(s.batch, s.queries, s.heads, s.value_dim),
+        lse(s.batch, s.heads, s.queries) {}
 
   ef::Tensor<T, 4> forward(const ef::AttentionOptions& options) const {
     return ef::batched_attention_with_padding(this->q, this->k, this->v, this->key_lengths, options);
@@ -36,7 +37,8 @@ struct GradientCase : AttentionCase<T> {
     const auto& s = this->shape;
     for (Index b = 0; b < s.batch; ++b)
       for (Index i = this->query_lengths[static_cast<std::size_t>(b)]; i < s.queries; ++i)
-        for (Index x = 0; x < s.heads * s.value_dim; ++x) (&grad_out(b, i, 0, 0))[x] = (&out(b, i, 0, 0))[x] = std::numeric_limits<T>::quiet_NaN();
+        for (Index x = 0; x < s.heads * s.value_dim; ++x)
+          (&grad_out(b, i, 0, 0))[x] = (&out(b, i, 0, 0))[x] = std::numeric_limits<T>::quiet_NaN();
     return ef::attention_backward(device, grad_out, this->q, this->k, this->v, out, lse, this->key_lengths, options);
   }
 };
@@ -102,10 +104,12 @@ TYPED_TEST_SUITE(AttentionGradientScalars, GradientScalars);
 
 TYPED_TEST(AttentionGradientScalars, AreNearThoseInDouble) {
   for (const auto& named : option_sweep(4)) {
-    if (named.options.window == 1) continue;  // one key has probability 1: the gradients of q and k are zero, and nothing is relative to it
+    if (named.options.window == 1)
+      continue;  // one key has probability 1: the gradients of q and k are zero, and nothing is relative to it
     GradientCase<TypeParam> narrow({2, 90, 90, 4, 2, 24, 17}, {90, 33});
     GradientCase<double> wide(narrow.shape, {90, 33});
-    wide.q = to_double(narrow.q), wide.k = to_double(narrow.k), wide.v = to_double(narrow.v), wide.weights = to_double(narrow.weights);
+    wide.q = to_double(narrow.q), wide.k = to_double(narrow.k), wide.v = to_double(narrow.v),
+    wide.weights = to_double(narrow.weights);
     const auto g = narrow.gradients(Eigen::DefaultDevice{}, named.options);
     const auto expected = wide.gradients(Eigen::DefaultDevice{}, named.options);
     // D_i is computed from the rounded output: two roundings to the narrow type instead of one.
@@ -135,8 +139,11 @@ TEST(AttentionGradients, BitsDoNotDependOnThreadsBatchOrPacking) {
     ef::AttentionOptions options = named.options;
     options.log_sum_exp = lse;
     const auto out = ef::variable_length_attention(q, k, v, {0, 33}, {0, 33}, options);
-    const auto alone = ef::variable_length_attention_backward(Eigen::DefaultDevice{}, grad, q, k, v, out, lse, {0, 33}, {0, 33}, options);
-    const auto equal = [](const auto& a, const float* b) { return std::memcmp(a.data(), b, static_cast<std::size_t>(a.size()) * sizeof(float)) == 0; };
+    const auto alone =
+        ef::variable_length_attention_backward(Eigen::DefaultDevice{}, grad, q, k, v, out, lse, {0, 33}, {0, 33}, options);
+    const auto equal = [](const auto& a, const float* b) {
+      return std::memcmp(a.data(), b, static_cast<std::size_t>(a.size()) * sizeof(float)) == 0;
+    };
     EXPECT_TRUE(equal(alone.grad_q, &g.grad_q(1, 0, 0, 0)));
     EXPECT_TRUE(equal(alone.grad_k, &g.grad_k(1, 0, 0, 0)));
     EXPECT_TRUE(equal(alone.grad_v, &g.grad_v(1, 0, 0, 0)));
@@ -173,9 +180,21 @@ TEST(AttentionGradients, RankThreeLengthZeroAndRefusals) {
   EXPECT_NE(g.grad_q(0, 1, 0), 0.0f);
   const ef::Tensor<float, 3> narrow(2, 3, 3);
   const ef::Tensor<float, 2> short_lse(2, 2);
-  expect_throws<std::invalid_argument>([&] { ef::attention_backward(narrow, q, q, q, out, lse, {2, 0}); }, {"attention_backward", "grad_out has shape (2, 3, 3)"});
-  expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, narrow, lse, {2, 0}); }, {"out has shape (2, 3, 3)"});
-  expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, out, short_lse, {2, 0}); }, {"log_sum_exp has shape (2, 2)"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::attention_backward(narrow, q, q, q, out, lse, {2, 0});
+      },
+      {"attention_backward", "grad_out has shape (2, 3, 3)"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::attention_backward(q, q, q, q, narrow, lse, {2, 0});
+      },
+      {"out has shape (2, 3, 3)"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::attention_backward(q, q, q, q, out, short_lse, {2, 0});
+      },
+      {"log_sum_exp has shape (2, 2)"});
   expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, out, lse, {4, 0}); }, {"seq_lengths[0] is 4"});
 }
 

@@ -1,5 +1,6 @@
-// Laws: equal to the plain definition for every option, shape, scalar and ISA; keys and rows that must not count never do, NaN included;
-// bits do not depend on threads, batch, padding, packing or chunks; what makes no sense is refused with the argument named.
+// Laws: equal to the plain definition for every option, shape, scalar and ISA; keys and rows that must not count never do, NaN
+// included; bits do not depend on threads, batch, padding, packing or chunks; what makes no sense is refused with the argument
+// named.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -92,7 +93,7 @@ TYPED_TEST_SUITE(Attention, Scalars);
 
 TYPED_TEST(Attention, EqualsItsDefinitionForEveryOption) {
   const AttentionCase<TypeParam> padded({3, 100, 100, 4, 2, 24, 40}, {100, 0, 71});
-  const AttentionCase<TypeParam> chunk({2, 13, 140, 4, 1, 16, 16}, {140, 7}, 5);          // more queries than keys in the second
+  const AttentionCase<TypeParam> chunk({2, 13, 140, 4, 1, 16, 16}, {140, 7}, 5);  // more queries than keys in the second
   const AttentionCase<TypeParam> ragged({4, 9, 80, 2, 2, 8, 8}, {80, 33, 5, 64}, 9, {9, 1, 5, 0});
   for (const auto& options : option_sweep(4)) {
     check(padded, options);
@@ -159,7 +160,8 @@ TEST(AttentionBits, RowsDoNotDependOnBatchPaddingOrPacking) {
     token = 0;
     for (Index b = 0; b < 3; ++b) {
       const Index n = lengths[static_cast<std::size_t>(b)];
-      EXPECT_EQ(std::memcmp(&packed(token, 0, 0), &batch(b, 0, 0, 0), static_cast<std::size_t>(n * 4 * 24) * sizeof(float)), 0) << b;
+      EXPECT_EQ(std::memcmp(&packed(token, 0, 0), &batch(b, 0, 0, 0), static_cast<std::size_t>(n * 4 * 24) * sizeof(float)), 0)
+          << b;
       token += n;
     }
     const auto expected = c.reference(named.options).log_sum_exp;
@@ -216,9 +218,12 @@ TEST(AttentionValues, LargeScoresDoNotOverflow) {
 }
 
 TEST(AttentionCalls, OfTheContract) {
-  const auto query = random_tensor<float, 3>({2, 4, 8}, 1), key = random_tensor<float, 3>({2, 4, 8}, 2), value = random_tensor<float, 3>({2, 4, 8}, 3);
-  const auto q4 = random_tensor<float, 4>({2, 4, 4, 8}, 1), k4 = random_tensor<float, 4>({2, 4, 2, 8}, 2), v4 = random_tensor<float, 4>({2, 4, 2, 8}, 3);
-  const auto q = random_tensor<float, 3>({5, 2, 8}, 4), k = random_tensor<float, 3>({5, 2, 8}, 5), v = random_tensor<float, 3>({5, 2, 8}, 6);
+  const auto query = random_tensor<float, 3>({2, 4, 8}, 1), key = random_tensor<float, 3>({2, 4, 8}, 2),
+             value = random_tensor<float, 3>({2, 4, 8}, 3);
+  const auto q4 = random_tensor<float, 4>({2, 4, 4, 8}, 1), k4 = random_tensor<float, 4>({2, 4, 2, 8}, 2),
+             v4 = random_tensor<float, 4>({2, 4, 2, 8}, 3);
+  const auto q = random_tensor<float, 3>({5, 2, 8}, 4), k = random_tensor<float, 3>({5, 2, 8}, 5),
+             v = random_tensor<float, 3>({5, 2, 8}, 6);
   const auto call = [&](const auto& seq_lengths) {
     ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);
     ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
@@ -253,12 +258,21 @@ TEST(AttentionCalls, OfTheContract) {
 
 TEST(AttentionCalls, EmptyTensorsAreLegal) {
   const std::vector<Index> none;
-  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(0, 4, 8), ef::Tensor<float, 3>(0, 4, 8), ef::Tensor<float, 3>(0, 4, 8), none).size(), 0);
-  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(2, 0, 8), ef::Tensor<float, 3>(2, 0, 8), ef::Tensor<float, 3>(2, 0, 8), {0, 0}).size(), 0);
+  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(0, 4, 8), ef::Tensor<float, 3>(0, 4, 8),
+                                               ef::Tensor<float, 3>(0, 4, 8), none)
+                .size(),
+            0);
+  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(2, 0, 8), ef::Tensor<float, 3>(2, 0, 8),
+                                               ef::Tensor<float, 3>(2, 0, 8), {0, 0})
+                .size(),
+            0);
   const ef::Tensor<float, 4> q = random_tensor<float, 4>({1, 2, 2, 8}, 1);
   const auto out = ef::batched_attention_with_padding(q, ef::Tensor<float, 4>(1, 0, 2, 8), ef::Tensor<float, 4>(1, 0, 2, 8), {0});
   for (Index i = 0; i < out.size(); ++i) EXPECT_EQ(out.data()[i], 0.0f);
-  EXPECT_EQ(ef::variable_length_attention(ef::Tensor<float, 3>(0, 2, 8), ef::Tensor<float, 3>(0, 2, 8), ef::Tensor<float, 3>(0, 2, 8), {0, 0, 0}, {0, 0, 0}).size(), 0);
+  EXPECT_EQ(ef::variable_length_attention(ef::Tensor<float, 3>(0, 2, 8), ef::Tensor<float, 3>(0, 2, 8),
+                                          ef::Tensor<float, 3>(0, 2, 8), {0, 0, 0}, {0, 0, 0})
+                .size(),
+            0);
 }
 
 TEST(AttentionCalls, OutputMayBeTheQuery) {
@@ -283,12 +297,33 @@ TEST(AttentionCalls, IntoFormAllocatesNothingTheSecondTime) {
   EXPECT_EQ(allocations, before);
 }
 
+TEST(AttentionCalls, BackwardAllocatesNothingTheSecondTime) {
+  GradientCase<float> c({2, 40, 40, 2, 1, 8, 8}, {40, 13});
+  const auto expected = c.gradients(Eigen::DefaultDevice{}, {.causal = true});
+  auto gq = poisoned_tensor<float, 4>({2, 40, 2, 8});
+  auto gk = poisoned_tensor<float, 4>({2, 40, 1, 8});
+  auto gv = poisoned_tensor<float, 4>({2, 40, 1, 8});
+  ef::Workspace workspace;
+  const auto call = [&] {
+    ef::attention_backward_into(Eigen::DefaultDevice{}, gq, gk, gv, c.weights, c.q, c.k, c.v, c.out, c.lse, c.key_lengths,
+                                {.causal = true}, workspace);
+  };
+  call();
+  const long before = allocations;
+  call();
+  EXPECT_EQ(allocations, before);
+  EXPECT_TRUE(same_bits(gq, expected.grad_q) && same_bits(gk, expected.grad_k) && same_bits(gv, expected.grad_v));
+}
+
 TEST(AttentionCalls, RefusesWithTheArgumentNamed) {
-  const auto q = random_tensor<float, 4>({2, 4, 4, 8}, 1), k = random_tensor<float, 4>({2, 4, 2, 8}, 2), v = random_tensor<float, 4>({2, 4, 2, 8}, 3);
-  const auto refuses = [&](const ef::AttentionOptions& options, std::initializer_list<int> lengths, const std::vector<std::string>& words) {
+  const auto q = random_tensor<float, 4>({2, 4, 4, 8}, 1), k = random_tensor<float, 4>({2, 4, 2, 8}, 2),
+             v = random_tensor<float, 4>({2, 4, 2, 8}, 3);
+  const auto refuses = [&](const ef::AttentionOptions& options, std::initializer_list<int> lengths,
+                           const std::vector<std::string>& words) {
     ef::Tensor<float, 4> out(2, 4, 4, 8);
     out.setConstant(7.0f);
-    expect_throws<std::invalid_argument>([&] { ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, q, k, v, lengths, options); }, words);
+    expect_throws<std::invalid_argument>(
+        [&] { ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, q, k, v, lengths, options); }, words);
     for (Index i = 0; i < out.size(); ++i) ASSERT_EQ(out.data()[i], 7.0f);
   };
   const std::vector<float> three(3, 1.0f), bad(4, std::numeric_limits<float>::quiet_NaN());
@@ -318,12 +353,21 @@ TEST(AttentionCalls, RefusesWithTheArgumentNamed) {
   expect_throws<std::invalid_argument>([&] { call(q, k, short_keys); }, {"value has shape (2, 3, 2, 8)"});
   expect_throws<std::invalid_argument>([&] { call(q, one, one); }, {"query has batch 2, key 1"});
   ef::Tensor<float, 4> small(2, 4, 4, 7);
-  expect_throws<std::invalid_argument>([&] { ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, small, q, k, v, {1, 1}); },
-                                       {"output has shape (2, 4, 4, 7)"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, small, q, k, v, {1, 1});
+      },
+      {"output has shape (2, 4, 4, 7)"});
 
   const ef::Tensor<float, 3> p = random_tensor<float, 3>({5, 2, 8}, 4);
-  const auto packed = [&](std::initializer_list<int> a, std::initializer_list<int> b) { return ef::variable_length_attention(p, p, p, a, b); };
-  expect_throws<std::invalid_argument>([&] { packed({0, 4}, {0, 5}); }, {"variable_length_attention", "q_offsets ends at 4", "5 (tokens)"});
+  const auto packed = [&](std::initializer_list<int> a, std::initializer_list<int> b) {
+    return ef::variable_length_attention(p, p, p, a, b);
+  };
+  expect_throws<std::invalid_argument>(
+      [&] {
+        packed({0, 4}, {0, 5});
+      },
+      {"variable_length_attention", "q_offsets ends at 4", "5 (tokens)"});
   expect_throws<std::invalid_argument>([&] { packed({0, 3, 5}, {0, 5}); }, {"kv_offsets has 2", "3"});
   expect_throws<std::invalid_argument>([&] { packed({0, 3, 2, 5}, {0, 1, 2, 5}); }, {"q_offsets falls from 3 to 2"});
   expect_throws<std::invalid_argument>([&] { packed({1, 5}, {0, 5}); }, {"q_offsets starts at 1"});

@@ -5,7 +5,7 @@
 ///   score = softcap * tanh(score / softcap)                  where softcap > 0 (Gemma 2)
 ///   score += slope[head] * (j - p_i)                         where ALiBi slopes are given (Press et al., 2022)
 ///   out_i = sum over visible j of exp(score[i, j]) v_j / (exp(sink[head]) + sum over visible j of exp(score[i, j]))
-///   log_sum_exp_i = log of that denominator                  exp(sink) is there only where sinks are given (Xiao et al., 2023; gpt-oss)
+///   log_sum_exp_i = log of that denominator                  exp(sink) is there only where sinks are given (gpt-oss, 2025)
 ///
 /// (Vaswani et al., "Attention Is All You Need", 2017; computed as in Dao et al., "FlashAttention", 2022.) Shapes:
 ///
@@ -14,7 +14,8 @@
 ///   packed    q (total_tokens, heads, head_dim), k and v (total_keys, kv_heads, width), sequences one after the other
 ///   cached    q (batch, n, heads, head_dim) against a KvCache, a PagedKvCache or any KvSource
 ///
-/// heads is a multiple of kv_heads (grouped-query attention, Ainslie et al., 2023); query head h uses KV head h / (heads / kv_heads).
+/// heads is a multiple of kv_heads (grouped-query attention, Ainslie et al., 2023); with group = heads / kv_heads, query head h
+/// uses KV head h / group.
 ///
 /// Positions. Sequence b has L_b keys, at positions 0 to L_b - 1, and n_b queries, aligned at the end: query i stands at position
 /// p_i = L_b - n_b + i. Here n_b is
@@ -24,21 +25,23 @@
 /// Rows i >= n_b are padding. p_i may be negative (more queries than keys); under causal such a row sees only the prefix, if any.
 /// Query i sees key j < L_b where not causal; or j <= p_i and (window 0 or j > p_i - window); or j < prefix_length.
 ///
-/// Exact zeros. Padding rows and rows that see no key are exactly zero and have log_sum_exp -infinity, sinks or not: the mask decides,
-/// not the values. Length 0 is legal, and so are empty tensors. Keys and values at or past L_b, and query rows that are padding, are
-/// never read into arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it holds.
+/// Exact zeros. Padding rows and rows that see no key are exactly zero and have log_sum_exp -infinity, sinks or not: the mask
+/// decides, not the values. Length 0 is legal, and so are empty tensors. Keys and values at or past L_b, and query rows that are
+/// padding, are never read into arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it
+/// holds.
 ///
-/// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is -infinity (or the sink). A visible score of
-/// +infinity or NaN makes its row NaN and no other. With softcap a score of +-infinity counts as +-softcap.
+/// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is -infinity (or the sink). A visible score
+/// of +infinity or NaN makes its row NaN and no other. With softcap a score of +-infinity counts as +-softcap.
 ///
-/// Bits. A row is one fixed chain over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding, the number
-/// of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type of K and V).
-/// bfloat16, half and INT8 are converted to float; sums are float, or double for double.
+/// Bits. A row is one fixed chain over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding,
+/// the number of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type
+/// of K and V). bfloat16, half and INT8 are converted to float; sums are float, or double for double.
 ///
-/// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that nobody sees left out, so work follows the
-/// sum of length^2, half of it under causal, and length * window with a window. K and V are read once for each 128 rows of a group's
-/// queries: a decode step reads the cache once. Memory beyond the output: about 250 KiB of scratch a thread at head_dim 128. The _into
-/// forms allocate nothing after the first call at a size. The output may be the query tensor itself; other overlaps are not allowed.
+/// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that nobody sees left out, so work
+/// follows the sum of length^2, half of it under causal, and length * window with a window. K and V are read once for each 128 rows
+/// of a group's queries: a decode step reads the cache once. Memory beyond the output: about 250 KiB of scratch a thread at
+/// head_dim 128. The _into forms allocate nothing after the first call at a size. The output may be the query tensor itself; other
+/// overlaps are not allowed.
 ///
 /// Everything throws std::invalid_argument for shapes that do not fit, lengths outside [0, key rows], options out of range.
 #pragma once
@@ -50,7 +53,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Output and log_sum_exp join a problem, then it runs. `squeezed` has the rank of the caller's tensors.
+/// Output and log_sum_exp join a problem, then it runs.
 template <typename D, typename Output, typename Q, typename Problem>
 void run_attention(std::string_view name, const D& device, Output& output, const Q& q, bool packed, const AttentionOptions& options,
                    Problem& problem, Workspace& workspace) {
@@ -102,8 +105,8 @@ auto batched_attention_with_padding(const D& device, const Q& query, const K& ke
 
 /// Dense attention with padding on the calling thread.
 ///
-///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);              // (batch, seq, d_model)
-///   ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
+///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);              // (batch, seq,
+///   d_model) ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
 auto batched_attention_with_padding(const Q& query, const K& key, const V& value, const LengthSpan& seq_lengths,
@@ -111,8 +114,8 @@ auto batched_attention_with_padding(const Q& query, const K& key, const V& value
   return batched_attention_with_padding(Eigen::DefaultDevice{}, query, key, value, seq_lengths, options);
 }
 
-/// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows [kv_offsets[b], kv_offsets[b + 1]). Offsets
-/// start at 0, never fall and end at the number of rows. Into `output` (total_tokens, heads, value_dim).
+/// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows [kv_offsets[b], kv_offsets[b + 1]).
+/// Offsets start at 0, never fall and end at the number of rows. Into `output` (total_tokens, heads, value_dim).
 template <CpuDevice D, typename Output, typename Q, typename K, typename V>
 void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key, const V& value,
                                     const LengthSpan& q_offsets, const LengthSpan& kv_offsets, const AttentionOptions& options = {},
@@ -146,13 +149,14 @@ auto variable_length_attention(const D& device, const Q& query, const K& key, co
 ///   ef::Tensor<float, 3> packed = ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
-auto variable_length_attention(const Q& query, const K& key, const V& value, const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
-                               const AttentionOptions& options = {}) {
+auto variable_length_attention(const Q& query, const K& key, const V& value, const LengthSpan& q_offsets,
+                               const LengthSpan& kv_offsets, const AttentionOptions& options = {}) {
   return variable_length_attention(Eigen::DefaultDevice{}, query, key, value, q_offsets, kv_offsets, options);
 }
 
-/// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last positions of their sequences and their own
-/// keys are already there. options.query_lengths mixes prefill chunks and decode steps in one call. Into `output` (the shape of query).
+/// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last positions of their sequences and
+/// their own keys are already there. options.query_lengths mixes prefill chunks and decode steps in one call. Into `output` (the
+/// shape of query).
 template <CpuDevice D, typename Output, typename Q, typename S>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query, const KvSource<S>& source,
                                    const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
@@ -172,6 +176,13 @@ auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>
   return output;
 }
 
+/// On the calling thread.
+template <typename Q, typename S>
+  requires(!Device<Q>)
+auto attention_with_kv_source(const Q& query, const KvSource<S>& source, const AttentionOptions& options = {}) {
+  return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, options);
+}
+
 /// Anything that says where the keys and values of a layer are: KvCache, PagedKvCache.
 template <typename Cache>
 concept KvCacheLike = requires(const Cache& cache, Index layer_idx) { cache.source(layer_idx).key_row(Index{}, Index{}, Index{}); };
@@ -184,7 +195,8 @@ void attention_with_kv_cache_into(const D& device, Output&& output, const Q& que
 }
 
 template <CpuDevice D, typename Q, KvCacheLike Cache>
-auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache, Index layer_idx, const AttentionOptions& options = {}) {
+auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache, Index layer_idx,
+                             const AttentionOptions& options = {}) {
   return attention_with_kv_source(device, query, cache.source(layer_idx), options);
 }
 

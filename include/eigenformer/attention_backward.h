@@ -1,21 +1,21 @@
 /// \file
-/// Gradients of attention.h, for training, with every option of the forward pass: with P the probabilities, D_i = grad_out_i . out_i and
-/// dS = P * (grad_out V^T - D) (times 1 - tanh^2 under a softcap)
+/// Gradients of attention.h, for training, with every option of the forward pass. P are the probabilities, D_i the dot product of
+/// grad_out_i and out_i, dS = P * (grad_out V^T - D), times 1 - tanh^2 under a softcap:
 ///
 ///   grad_v = P^T grad_out    grad_q = scale * dS K    grad_k = scale * dS^T Q    grad_sink = -sum over rows of exp(sink - lse) D
 ///
-/// P is computed again from `log_sum_exp`, block by block (Dao et al., "FlashAttention", 2022): the score matrix never exists; scratch a
-/// thread is about 200 KiB and the float gradients of one KV head's queries in the longest sequence.
+/// P is computed again from `log_sum_exp`, block by block (Dao et al., "FlashAttention", 2022): the score matrix never exists;
+/// scratch a thread is about 200 KiB and the float gradients of one KV head's queries in the longest sequence.
 ///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);
 ///   auto out = ef::batched_attention_with_padding(q, k, v, seq_lengths, {.causal = true, .log_sum_exp = lse});
 ///   auto [grad_q, grad_k, grad_v] = ef::attention_backward(device, grad_out, q, k, v, out, lse, seq_lengths, {.causal = true});
 ///
-/// The options are those of the forward call; log_sum_exp in them is ignored, and sinks_gradient, where given, gets the gradient of the
-/// sinks. Gradients of grouped heads are summed. They are written, not added, have the shapes of q, k and v, and are zero for
-/// padding rows and keys past the length, which are not read. Rows that saw no key get and give no gradient. Values that a row does not
-/// see must be finite here. Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences in the batch.
-/// Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair. Throws std::invalid_argument.
+/// The options are those of the forward call; log_sum_exp in them is ignored, and sinks_gradient, where given, gets the gradient of
+/// the sinks. Gradients of grouped heads are summed. They are written, not added, have the shapes of q, k and v, and are zero for
+/// padding rows and keys past the length, which are not read. Rows that saw no key get and give no gradient. Values that a row does
+/// not see must be finite here. Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences in
+/// the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair. Throws std::invalid_argument.
 #pragma once
 
 #include "attention_problem.h"
@@ -32,11 +32,13 @@ struct AttentionGradients {
 namespace detail {
 
 /// Checks what the backward pass has besides the forward problem, and runs it.
-template <typename D, typename T, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O, typename L>
-void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, GK& grad_k, GV& grad_v, const GO& grad_out, const Q& q,
-                            const K& k, const V& v, const O& out, const L& lse, bool packed, Index key_rows, const AttentionOptions& options,
-                            const AttentionProblem<T, T>& forward, Workspace& workspace) {
-  static_assert(std::is_same_v<scalar_of<GO>, T> && std::is_same_v<scalar_of<O>, T>, "eigenformer: grad_out and out have the scalar type of q");
+template <typename D, typename T, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V,
+          typename O, typename L>
+void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, GK& grad_k, GV& grad_v, const GO& grad_out,
+                            const Q& q, const K& k, const V& v, const O& out, const L& lse, bool packed, Index key_rows,
+                            const AttentionOptions& options, const AttentionProblem<T, T>& forward, Workspace& workspace) {
+  static_assert(std::is_same_v<scalar_of<GO>, T> && std::is_same_v<scalar_of<O>, T>,
+                "eigenformer: grad_out and out have the scalar type of q");
   static_assert(std::is_same_v<scalar_of<GQ>, T> && std::is_same_v<scalar_of<GK>, T> && std::is_same_v<scalar_of<GV>, T>,
                 "eigenformer: gradients have the scalar type of q, k and v");
   static_assert(std::is_same_v<scalar_of<L>, compute_type<T>>, "eigenformer: log_sum_exp is a tensor of the compute type");
@@ -66,10 +68,11 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
 }  // namespace detail
 
 /// Gradients of batched_attention_with_padding, into tensors of the shapes of q, k and v.
-template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O, typename L>
-void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v, const GO& grad_out, const Q& q, const K& k, const V& v,
-                             const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths, const AttentionOptions& options = {},
-                             Workspace& workspace = thread_workspace()) {
+template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O,
+          typename L>
+void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v, const GO& grad_out, const Q& q, const K& k,
+                             const V& v, const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths,
+                             const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "attention_backward";
   constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
   const auto q_view = input_view<rank>(q);
@@ -80,8 +83,9 @@ void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& gra
   auto grad_v_view = output_view<rank>(grad_v);
   Workspace::Frame frame(workspace);
   const auto forward = detail::dense_attention_problem(name, q_view, k_view, v_view, seq_lengths, options, frame);
-  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view, input_view<rank>(grad_out), q_view, k_view, v_view,
-                                 input_view<rank>(out), input_view<rank - 1>(log_sum_exp), false, k_view.dimension(1), options, forward, workspace);
+  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view, input_view<rank>(grad_out), q_view, k_view,
+                                 v_view, input_view<rank>(out), input_view<rank - 1>(log_sum_exp), false, k_view.dimension(1),
+                                 options, forward, workspace);
 }
 
 /// Gradients of batched_attention_with_padding.
@@ -105,11 +109,12 @@ auto attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v, 
 }
 
 /// Gradients of variable_length_attention, into tensors of the shapes of q, k and v; log_sum_exp is (heads, total_tokens).
-template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O, typename L>
+template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O,
+          typename L>
 void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v, const GO& grad_out, const Q& q,
-                                             const K& k, const V& v, const O& out, const L& log_sum_exp, const LengthSpan& q_offsets,
-                                             const LengthSpan& kv_offsets, const AttentionOptions& options = {},
-                                             Workspace& workspace = thread_workspace()) {
+                                             const K& k, const V& v, const O& out, const L& log_sum_exp,
+                                             const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+                                             const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "variable_length_attention_backward";
   const auto q_view = input_view<3>(q);
   const auto k_view = input_view<3>(k);
@@ -119,8 +124,8 @@ void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& 
   auto grad_v_view = output_view<3>(grad_v);
   Workspace::Frame frame(workspace);
   const auto forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets, kv_offsets, options, frame);
-  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view, input_view<3>(grad_out), q_view, k_view, v_view,
-                                 input_view<3>(out), input_view<2>(log_sum_exp), true, 0, options, forward, workspace);
+  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view, input_view<3>(grad_out), q_view, k_view,
+                                 v_view, input_view<3>(out), input_view<2>(log_sum_exp), true, 0, options, forward, workspace);
 }
 
 /// Gradients of variable_length_attention.
@@ -131,7 +136,8 @@ auto variable_length_attention_backward(const D& device, const GO& grad_out, con
   AttentionGradients<scalar_of<Q>, 3> g{Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(q))),
                                         Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(k))),
                                         Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(v)))};
-  variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp, q_offsets, kv_offsets, options);
+  variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp, q_offsets,
+                                          kv_offsets, options);
   return g;
 }
 

@@ -52,7 +52,8 @@ class LogSumExpOutput {
     static_assert(std::is_lvalue_reference_v<X> || !std::is_same_v<std::remove_cvref_t<X>, Tensor<T, rank_of<X>>>,
                   "eigenformer: log_sum_exp would be written into a temporary tensor");
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "eigenformer: log_sum_exp is a tensor of float or double");
-    static_assert(rank_of<X> == 2 || rank_of<X> == 3, "eigenformer: log_sum_exp is (batch, heads, seq), (batch, seq) or (heads, tokens)");
+    static_assert(rank_of<X> == 2 || rank_of<X> == 3,
+                  "eigenformer: log_sum_exp is (batch, heads, seq), (batch, seq) or (heads, tokens)");
     auto view = output_view<rank_of<X>>(tensor);
     if constexpr (std::is_same_v<T, float>)
       floats_ = view.data();
@@ -79,8 +80,8 @@ class LogSumExpOutput {
       if (d > 0) expected += ", ";
       expected += std::to_string(sizes[d]);
     }
-    require(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1], rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "",
-            "), expected (", expected, ")");
+    require(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1],
+            rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (", expected, ")");
     if constexpr (wide)
       return doubles_;
     else
@@ -99,10 +100,10 @@ class LogSumExpOutput {
 
 /// Spans are host memory and must live until the call returns.
 struct AttentionOptions {
-  bool causal = false;   ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
-  Index window = 0;      ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
-  float softcap = 0;     ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
-  float scale = 0;       ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
+  bool causal = false;  ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
+  Index window = 0;     ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
+  float softcap = 0;    ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
+  float scale = 0;      ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
   std::span<const float> alibi_slopes = {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
   std::span<const float> sinks = {};         ///< one logit a head that joins maximum and denominator and has no value
   Index prefix_length = 0;                   ///< with causal: leading keys visible to every query (prefix-LM)

@@ -24,31 +24,38 @@ std::array<Index, 4> attention_shape(const View& view) {
 }
 
 inline void check_attention_heads(std::string_view name, Index heads, Index kv_heads) {
-  require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, name, "query has ", heads, " heads, expected a multiple of the ", kv_heads,
-          " heads of key and value");
+  require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, name, "query has ", heads, " heads, expected a multiple of the ",
+          kv_heads, " heads of key and value");
 }
 
 inline void check_attention_options(std::string_view name, const AttentionOptions& o, Index heads) {
   constexpr Index limit = std::numeric_limits<Index>::max() / 4;
   require(o.window >= 0 && o.window < limit, name, "window is ", o.window, ", expected 0 (none) or more, below 2^61");
-  require(o.window == 0 || o.causal, name, "window is ", o.window, " without causal; a window counts back from the query, expected causal = true");
-  require(o.prefix_length >= 0 && o.prefix_length < limit, name, "prefix_length is ", o.prefix_length, ", expected 0 or more, below 2^61");
-  require(o.softcap >= 0 && std::isfinite(o.softcap), name, "softcap is ", o.softcap, ", expected 0 (none) or a finite value above");
-  require(o.scale >= 0 && std::isfinite(o.scale), name, "scale is ", o.scale, ", expected 0 (1 / sqrt(head_dim)) or a finite value above");
+  require(o.window == 0 || o.causal, name, "window is ", o.window,
+          " without causal; a window counts back from the query, expected causal = true");
+  require(o.prefix_length >= 0 && o.prefix_length < limit, name, "prefix_length is ", o.prefix_length,
+          ", expected 0 or more, below 2^61");
+  require(o.softcap >= 0 && std::isfinite(o.softcap), name, "softcap is ", o.softcap,
+          ", expected 0 (none) or a finite value above");
+  require(o.scale >= 0 && std::isfinite(o.scale), name, "scale is ", o.scale,
+          ", expected 0 (1 / sqrt(head_dim)) or a finite value above");
   const auto check_one_a_head = [&](std::string_view what, auto span) {
-    require(span.empty() || static_cast<Index>(span.size()) == heads, name, what, " has ", span.size(), " elements, expected ", heads, " (heads)");
+    require(span.empty() || static_cast<Index>(span.size()) == heads, name, what, " has ", span.size(), " elements, expected ",
+            heads, " (heads)");
   };
   check_one_a_head("alibi_slopes", o.alibi_slopes);
   check_one_a_head("sinks", o.sinks);
   check_one_a_head("sinks_gradient", o.sinks_gradient);
-  for (const float slope : o.alibi_slopes) require(std::isfinite(slope), name, "alibi_slopes holds ", slope, ", expected finite values");
+  for (const float slope : o.alibi_slopes)
+    require(std::isfinite(slope), name, "alibi_slopes holds ", slope, ", expected finite values");
   for (const float sink : o.sinks)
     require(sink < std::numeric_limits<float>::infinity(), name, "sinks holds ", sink, ", expected finite values or -infinity");
 }
 
 /// What options and widths say, everything but pointers and sequences.
 template <typename TQ, typename TKV>
-AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads, Index kv_heads, Index head_dim, Index value_dim) {
+AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads, Index kv_heads, Index head_dim,
+                                            Index value_dim) {
   using C = compute_type<TQ>;
   AttentionProblem<TQ, TKV> p;
   p.heads = heads;
@@ -65,10 +72,11 @@ AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Ind
 
 inline void check_query_lengths(std::string_view name, const AttentionOptions& options, Index batch, Index rows) {
   if (options.query_lengths.empty()) return;
-  require(options.query_lengths.size() == batch, name, "query_lengths has ", options.query_lengths.size(), " elements, expected ", batch, " (batch)");
+  require(options.query_lengths.size() == batch, name, "query_lengths has ", options.query_lengths.size(), " elements, expected ",
+          batch, " (batch)");
   for (Index b = 0; b < batch; ++b)
-    require(options.query_lengths[b] >= 0 && options.query_lengths[b] <= rows, name, "query_lengths[", b, "] is ", options.query_lengths[b],
-            ", expected 0 to ", rows, " (query rows)");
+    require(options.query_lengths[b] >= 0 && options.query_lengths[b] <= rows, name, "query_lengths[", b, "] is ",
+            options.query_lengths[b], ", expected 0 to ", rows, " (query rows)");
 }
 
 /// Sequence b of tensors (batch, rows, heads, width), its queries the last ones of its keys.
@@ -82,7 +90,8 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
                              const AttentionOptions& options, Workspace::Frame& frame) {
   using T = scalar_of<Q>;
   static_assert(FloatingScalar<T>, "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>, "eigenformer: query, key and value have one scalar type");
+  static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
+                "eigenformer: query, key and value have one scalar type");
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
   const auto [k_batch, keys, kv_heads, k_dim] = attention_shape(k);
   const auto [v_batch, v_keys, v_heads, value_dim] = attention_shape(v);
@@ -94,7 +103,8 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   check_query_lengths(name, options, batch, rows);
   require(lengths.size() == batch, name, "seq_lengths has ", lengths.size(), " elements, expected ", batch, " (batch)");
   for (Index b = 0; b < batch; ++b)
-    require(lengths[b] >= 0 && lengths[b] <= keys, name, "seq_lengths[", b, "] is ", lengths[b], ", expected 0 to ", keys, " (key rows)");
+    require(lengths[b] >= 0 && lengths[b] <= keys, name, "seq_lengths[", b, "] is ", lengths[b], ", expected 0 to ", keys,
+            " (key rows)");
 
   auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim);
   p.queries = q.data();
@@ -106,9 +116,17 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
     sequences[b] = aligned_sequence(b, rows, heads, queries, lengths[b]);
   }
   p.sequences = sequences;
-  p.source = {.batch = batch, .kv_heads = kv_heads, .head_dim = head_dim, .keys = k.data(), .values = v.data(),
-              .sequence_stride = keys * kv_heads * head_dim, .row_stride = kv_heads * head_dim, .head_stride = head_dim,
-              .value_sequence_stride = keys * kv_heads * value_dim, .value_row_stride = kv_heads * value_dim, .value_head_stride = value_dim};
+  p.source = {.batch = batch,
+              .kv_heads = kv_heads,
+              .head_dim = head_dim,
+              .keys = k.data(),
+              .values = v.data(),
+              .sequence_stride = keys * kv_heads * head_dim,
+              .row_stride = kv_heads * head_dim,
+              .head_stride = head_dim,
+              .value_sequence_stride = keys * kv_heads * value_dim,
+              .value_row_stride = kv_heads * value_dim,
+              .value_head_stride = value_dim};
   return p;
 }
 
@@ -116,7 +134,8 @@ inline void check_offsets(std::string_view name, std::string_view what, const Le
   require(offsets.size() == batch + 1, name, what, " has ", offsets.size(), " elements, expected ", batch + 1, " (sequences + 1)");
   require(offsets[0] == 0, name, what, " starts at ", offsets[0], ", expected 0");
   for (Index b = 0; b < batch; ++b)
-    require(offsets[b] <= offsets[b + 1], name, what, " falls from ", offsets[b], " to ", offsets[b + 1], " at ", b + 1, ", expected to rise or stay");
+    require(offsets[b] <= offsets[b + 1], name, what, " falls from ", offsets[b], " to ", offsets[b + 1], " at ", b + 1,
+            ", expected to rise or stay");
   require(offsets[batch] == total, name, what, " ends at ", offsets[batch], ", expected ", total, " (tokens)");
 }
 
@@ -126,10 +145,13 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
                               const LengthSpan& kv_offsets, const AttentionOptions& options, Workspace::Frame& frame) {
   using T = scalar_of<Q>;
   static_assert(FloatingScalar<T>, "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>, "eigenformer: query, key and value have one scalar type");
+  static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
+                "eigenformer: query, key and value have one scalar type");
   const Index heads = q.dimension(1), head_dim = q.dimension(2), kv_heads = k.dimension(1), value_dim = v.dimension(2);
-  require(k.dimension(2) == head_dim, name, "key has shape ", shape_text(k), ", expected the width ", head_dim, " of query ", shape_text(q));
-  require(v.dimension(0) == k.dimension(0) && v.dimension(1) == kv_heads, name, "value has shape ", shape_text(v), ", key has shape ", shape_text(k));
+  require(k.dimension(2) == head_dim, name, "key has shape ", shape_text(k), ", expected the width ", head_dim, " of query ",
+          shape_text(q));
+  require(v.dimension(0) == k.dimension(0) && v.dimension(1) == kv_heads, name, "value has shape ", shape_text(v),
+          ", key has shape ", shape_text(k));
   check_attention_heads(name, heads, kv_heads);
   check_attention_options(name, options, heads);
   require(options.query_lengths.empty(), name, "query_lengths is given, expected none: q_offsets say how long sequences are");
@@ -148,8 +170,15 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
     sequences[b] = {q_offsets[b], queries, queries, 0, kv_offsets[b], keys, keys - queries, q_offsets[b]};
   }
   p.sequences = sequences;
-  p.source = {.batch = 1, .kv_heads = kv_heads, .head_dim = head_dim, .keys = k.data(), .values = v.data(),
-              .row_stride = kv_heads * head_dim, .head_stride = head_dim, .value_row_stride = kv_heads * value_dim, .value_head_stride = value_dim};
+  p.source = {.batch = 1,
+              .kv_heads = kv_heads,
+              .head_dim = head_dim,
+              .keys = k.data(),
+              .values = v.data(),
+              .row_stride = kv_heads * head_dim,
+              .head_stride = head_dim,
+              .value_row_stride = kv_heads * value_dim,
+              .value_head_stride = value_dim};
   return p;
 }
 
@@ -166,8 +195,10 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   check_attention_heads(name, heads, batch == 0 ? heads : source.kv_heads);
   check_attention_options(name, options, heads);
   check_query_lengths(name, options, batch, rows);
-  require(!std::is_same_v<S, std::int8_t> || source.tables != nullptr || batch == 0, name, "the cache holds int8 rows without scales");
-  for (Index b = 0; b < batch; ++b) require(source.lengths[b] >= 0, name, "the cache has length ", source.lengths[b], " for sequence ", b);
+  require(!std::is_same_v<S, std::int8_t> || source.tables != nullptr || batch == 0, name,
+          "the cache holds int8 rows without scales");
+  for (Index b = 0; b < batch; ++b)
+    require(source.lengths[b] >= 0, name, "the cache has length ", source.lengths[b], " for sequence ", b);
 
   auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim, head_dim);
   p.queries = q.data();
@@ -189,7 +220,8 @@ void require_attention_output(std::string_view name, std::string_view what, cons
   bool same = output.dimension(rank_of<Q> - 1) == value_dim;
   for (int d = 0; d < rank_of<Q> - 1; ++d)
     same = same && output.dimension(static_cast<std::size_t>(d)) == q.dimension(static_cast<std::size_t>(d));
-  require(same, name, what, " has shape ", shape_text(output), ", expected that of query ", shape_text(q), " with a last dimension of ", value_dim);
+  require(same, name, what, " has shape ", shape_text(output), ", expected that of query ", shape_text(q),
+          " with a last dimension of ", value_dim);
 }
 
 /// The shape log_sum_exp has for a query tensor.

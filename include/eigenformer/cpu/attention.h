@@ -1,10 +1,10 @@
 /// \file
-/// CPU kernel of attention: tiles with an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018;
-/// Dao et al., "FlashAttention", 2022). A task is (sequence, KV head, block of query positions); all heads of the group stand in one tile
-/// as rows (position, head), so K and V are read and converted once for the group: a decode step reads each byte of them once. For each
-/// key block of 64: pack K transposed, V as rows, both as floats; scores = Q K^T; online softmax by row; sums = factor * sums + P V.
-/// Flops: 4 * rows * visible keys * head_dim; bytes: K and V once for each 128 query rows; one exp a score. The scores of a block are all
-/// that is ever held of the score matrix.
+/// CPU kernel of attention: tiles with an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax",
+/// 2018; Dao et al., "FlashAttention", 2022). A task is (sequence, KV head, block of query positions); all heads of the group stand
+/// in one tile as rows (position, head), so K and V are read and converted once for the group: a decode step reads each byte of
+/// them once. For each key block of 64: pack K transposed, V as rows, both as floats; scores = Q K^T; online softmax by row; sums =
+/// factor * sums + P V. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once for each 128 query rows; one exp a score.
+/// The scores of a block are all that is ever held of the score matrix.
 #pragma once
 
 #include <cmath>
@@ -41,7 +41,7 @@ struct AttentionProblem {
   KvSource<TKV> source;
   const AttentionSequence* sequences = nullptr;  // (batch)
   Visibility visibility;
-  Compute scale = 1, softcap = 0;  // softcap 0: none
+  Compute scale = 1, softcap = 0;       // softcap 0: none
   const float* alibi_slopes = nullptr;  // (heads) or nullptr
   const float* sinks = nullptr;         // (heads) or nullptr
 
@@ -88,7 +88,9 @@ class AttentionWorker {
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
 
  public:
-  static Index positions_per_block(const Problem& p) { return std::max<Index>(1, kAttentionQueryRows / std::max<Index>(1, p.group())); }
+  static Index positions_per_block(const Problem& p) {
+    return std::max<Index>(1, kAttentionQueryRows / std::max<Index>(1, p.group()));
+  }
 
   static AttentionScratch<C> take_scratch(const Problem& p, Workspace::Frame& frame) {
     const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
@@ -133,9 +135,11 @@ class AttentionWorker {
     first_position_ = sequence.first_position + first;
     for (Index r = 0; r < rows_; ++r) {
       const Index head = kv_head * group_ + r % group_, row = sequence.query_begin + first + r / group_;
-      Tile::load_row(p_.queries + (row * p_.heads + head) * p_.head_dim, p_.scale, p_.head_dim, p_.head_dim, s_.queries + r * p_.head_dim);
+      Tile::load_row(p_.queries + (row * p_.heads + head) * p_.head_dim, p_.scale, p_.head_dim, p_.head_dim,
+                     s_.queries + r * p_.head_dim);
       const bool sink = p_.sinks != nullptr && p_.sinks[head] > -std::numeric_limits<float>::infinity();
-      s_.maxima[r] = sink ? static_cast<C>(p_.sinks[head]) : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
+      s_.maxima[r] =
+          sink ? static_cast<C>(p_.sinks[head]) : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
       Tile::fill(s_.lane_sums + r * Tile::lanes, Tile::lanes, C(0));
       if (sink) s_.lane_sums[r * Tile::lanes] = C(1);
     }
@@ -146,7 +150,8 @@ class AttentionWorker {
     const int count = static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
     const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head, sequence.key_begin + block_begin, count};
     // The next block is asked for while this one is worked on: a decode step has little work a byte.
-    const int next = static_cast<int>(std::clamp<Index>(sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
+    const int next =
+        static_cast<int>(std::clamp<Index>(sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
     Tile::pack_transposed(
         count, p_.head_dim, s_.keys,
         [&](int j) {
@@ -159,7 +164,8 @@ class AttentionWorker {
       Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_, s_.values + j * width_);
     }
     for (Index r = 0; r < rows_; ++r)
-      s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_, sequence.key_length, block_begin) : s_.ranges[r - 1];
+      s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_, sequence.key_length, block_begin)
+                                     : s_.ranges[r - 1];
 
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
     for (Index r = 0; r < rows_; ++r) softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
@@ -243,8 +249,8 @@ class AttentionWorker {
 
   template <int R>
   void accumulate(Index r, int begin, int end, const C* factor) {
-    Tile::template accumulate<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_, begin, end, factor, width_,
-                                 s_.sums + r * width_, width_);
+    Tile::template accumulate<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_, begin, end, factor,
+                                 width_, s_.sums + r * width_, width_);
   }
 
   C* log_sum_exp(const AttentionSequence& sequence, Index head, Index row) const {
@@ -287,7 +293,8 @@ Index attention_workers(const D& device, const Problem& p, Index tasks) {
   double work = 0;
   for (Index b = 0; b < p.batch; ++b) {
     const AttentionSequence& s = p.sequences[b];
-    work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) * static_cast<double>(p.heads * (p.head_dim + p.value_dim));
+    work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) *
+            static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   }
   const Index worth = 1 + static_cast<Index>(std::min(work / 65536, 1e6));
   return std::clamp<Index>(std::min(tasks, worth), 1, worker_count(device));
@@ -300,7 +307,8 @@ void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspa
   const Index positions = Worker::positions_per_block(p);
   Index* const first_task = frame.take<Index>(p.batch + 1);
   first_task[0] = 0;
-  for (Index b = 0; b < p.batch; ++b) first_task[b + 1] = first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
+  for (Index b = 0; b < p.batch; ++b)
+    first_task[b + 1] = first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
   const Index tasks = first_task[p.batch];
   if (tasks == 0) return;
   const Index workers = attention_workers(device, p, tasks);

@@ -1,12 +1,14 @@
 /// \file
-/// CPU kernel of the gradients of attention (Dao et al., "FlashAttention", 2022): probabilities are computed again from log_sum_exp, block by
-/// block, so memory is that of the gradients plus those of one KV head's queries. With D_i = grad_out_i . out_i:
+/// CPU kernel of the gradients of attention (Dao et al., "FlashAttention", 2022): probabilities are computed again from
+/// log_sum_exp, block by block, so memory is that of the gradients plus those of one KV head's queries. With D_i the dot product of
+/// grad_out_i and out_i:
 ///
 ///   P = exp(score - log_sum_exp)      dV = P^T grad_out     dP = grad_out V^T     dS = P * (dP - D) * softcap'
 ///   dQ = scale * dS K                 dK = scale * dS^T Q   dsink = -sum over rows of exp(sink - log_sum_exp) D
 ///
-/// A task is (sequence, KV head): key blocks outside, query blocks inside, both at absolute positions, so that every sum has one order
-/// and no two tasks write one element. Flops: 10 * head_dim for each visible pair, in the same two products as the forward pass.
+/// A task is (sequence, KV head): key blocks outside, query blocks inside, both at absolute positions, so that every sum has one
+/// order and no two tasks write one element. Flops: 10 * head_dim for each visible pair, in the same two products as the forward
+/// pass.
 #pragma once
 
 #include "attention.h"
@@ -54,18 +56,31 @@ class AttentionBackwardWorker {
   static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest, Workspace::Frame& frame) {
     const Index width = Tile::padded(p.forward.head_dim), value_width = Tile::padded(p.forward.value_dim);
     const Index rows = positions_per_block(p) * p.forward.group(), all = longest * p.forward.group();
-    AttentionBackwardScratch<C> s{frame.take<C>(rows * width), frame.take<C>(rows * value_width), frame.take<C>(rows * kBlock),
-                                  frame.take<C>(rows * kBlock), frame.take<C>(kBlock * width), frame.take<C>(kBlock * width),
-                                  frame.take<C>(kBlock * value_width), frame.take<C>(kBlock * width), frame.take<C>(kBlock * value_width),
-                                  frame.take<C>(all * width), frame.take<C>(all), frame.take<C>(all)};
+    AttentionBackwardScratch<C> s{frame.take<C>(rows * width),
+                                  frame.take<C>(rows * value_width),
+                                  frame.take<C>(rows * kBlock),
+                                  frame.take<C>(rows * kBlock),
+                                  frame.take<C>(kBlock * width),
+                                  frame.take<C>(kBlock * width),
+                                  frame.take<C>(kBlock * value_width),
+                                  frame.take<C>(kBlock * width),
+                                  frame.take<C>(kBlock * value_width),
+                                  frame.take<C>(all * width),
+                                  frame.take<C>(all),
+                                  frame.take<C>(all)};
     Tile::fill(s.probabilities, rows * kBlock, C(0));  // lanes past the last key are computed with and thrown away
     Tile::fill(s.grad_scores, rows * kBlock, C(0));
     return s;
   }
 
   AttentionBackwardWorker(const Problem& problem, const AttentionBackwardScratch<C>& scratch)
-      : p_(problem), f_(problem.forward), s_(scratch), group_(f_.group()), width_(Tile::padded(f_.head_dim)),
-        value_width_(Tile::padded(f_.value_dim)), positions_(positions_per_block(problem)) {}
+      : p_(problem),
+        f_(problem.forward),
+        s_(scratch),
+        group_(f_.group()),
+        width_(Tile::padded(f_.head_dim)),
+        value_width_(Tile::padded(f_.value_dim)),
+        positions_(positions_per_block(problem)) {}
 
   /// All gradients of one KV head in one sequence; grad_sinks (heads), the sums of this sequence, may be nullptr.
   void run(const AttentionSequence& sequence, Index kv_head, double* grad_sinks) {
@@ -88,7 +103,9 @@ class AttentionBackwardWorker {
  private:
   Index head(Index g) const { return kv_head_ * group_ + g; }
   Index row(Index i, Index g) const { return (sequence_->query_begin + i) * f_.heads + head(g); }
-  T* key_gradient(Index j) const { return p_.grad_keys + (f_.source.key_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) - f_.source.keys); }
+  T* key_gradient(Index j) const {
+    return p_.grad_keys + (f_.source.key_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) - f_.source.keys);
+  }
   T* value_gradient(Index j) const {
     return p_.grad_values + (f_.source.value_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) - f_.source.values);
   }
@@ -109,8 +126,10 @@ class AttentionBackwardWorker {
     const int count = static_cast<int>(std::min<Index>(kBlock, sequence_->key_length - begin));
     const KeyBlock<T> block{f_.source, sequence_->key_sequence, kv_head_, sequence_->key_begin + begin, count};
     const auto one = [](int) { return C(1); };
-    Tile::pack_transposed(count, f_.head_dim, s_.packed_keys, [&](int j) { return block.key(j); }, one);
-    Tile::pack_transposed(count, f_.value_dim, s_.packed_values, [&](int j) { return block.value(j); }, one);
+    Tile::pack_transposed(
+        count, f_.head_dim, s_.packed_keys, [&](int j) { return block.key(j); }, one);
+    Tile::pack_transposed(
+        count, f_.value_dim, s_.packed_values, [&](int j) { return block.value(j); }, one);
     for (int j = 0; j < count; ++j) Tile::load_row(block.key(j), C(1), f_.head_dim, width_, s_.keys + j * width_);
     Tile::fill(s_.grad_keys, kBlock * width_, C(0));
     Tile::fill(s_.grad_values, kBlock * value_width_, C(0));
@@ -142,8 +161,8 @@ class AttentionBackwardWorker {
       for (int key = 0; key < count; key += Tile::kPanel) {
         Tile::template dot_panel<R>(s_.queries + r * width_, width_, s_.packed_keys + key * f_.head_dim, f_.head_dim,
                                     s_.probabilities + r * kBlock + key, kBlock);
-        Tile::template dot_panel<R>(s_.grad_output + r * value_width_, value_width_, s_.packed_values + key * f_.value_dim, f_.value_dim,
-                                    s_.grad_scores + r * kBlock + key, kBlock);
+        Tile::template dot_panel<R>(s_.grad_output + r * value_width_, value_width_, s_.packed_values + key * f_.value_dim,
+                                    f_.value_dim, s_.grad_scores + r * kBlock + key, kBlock);
       }
     });
     for (Index r = 0; r < rows; ++r) softmax_backward_row(r, first * group_ + r, begin);
@@ -156,12 +175,13 @@ class AttentionBackwardWorker {
                                    s_.grad_keys + j * width_, width_);
     });
     Tile::for_row_tiles(rows, [&](auto tile, Index r) {
-      Tile::template accumulate<decltype(tile)::value>({s_.grad_scores + r * kBlock, kBlock, 1}, s_.keys, width_, 0, count, nullptr, width_,
-                                                       s_.grad_queries + (first * group_ + r) * width_, width_);
+      Tile::template accumulate<decltype(tile)::value>({s_.grad_scores + r * kBlock, kBlock, 1}, s_.keys, width_, 0, count, nullptr,
+                                                       width_, s_.grad_queries + (first * group_ + r) * width_, width_);
     });
   }
 
-  /// Scores to probabilities and dP to dS in row r of the tile, row `index` of the sequence. What the row does not see is 0 in both.
+  /// Scores to probabilities and dP to dS in row r of the tile, row `index` of the sequence. What the row does not see is 0 in
+  /// both.
   void softmax_backward_row(Index r, Index index, Index begin) {
     const Index position = sequence_->first_position + index / group_;
     const C lse = s_.log_sum_exp[index];
@@ -177,7 +197,8 @@ class AttentionBackwardWorker {
         slope = fma(V::zero() - t, t, slope);
       }
       if (f_.alibi_slopes != nullptr)
-        x = fma(V::set1(static_cast<C>(f_.alibi_slopes[head(index % group_)])), Tile::positions(c) + V::set1(static_cast<C>(begin - position)), x);
+        x = fma(V::set1(static_cast<C>(f_.alibi_slopes[head(index % group_)])),
+                Tile::positions(c) + V::set1(static_cast<C>(begin - position)), x);
       const V p = exp(x - V::set1(lse));
       const V ds = p * (V::load(grad_scores + c) - V::set1(s_.deltas[index])) * slope;
       const auto seen = Tile::visible(range, Tile::positions(c));
@@ -205,7 +226,9 @@ class AttentionBackwardWorker {
     double sum = 0;
     for (Index i = 0; i < sequence_->query_rows; ++i) {
       const C lse = s_.log_sum_exp[i * group_ + g];
-      if (lse > -kInfinity) sum -= std::exp(static_cast<double>(f_.sinks[head(g)]) - static_cast<double>(lse)) * static_cast<double>(s_.deltas[i * group_ + g]);
+      if (lse > -kInfinity)
+        sum -= std::exp(static_cast<double>(f_.sinks[head(g)]) - static_cast<double>(lse)) *
+               static_cast<double>(s_.deltas[i * group_ + g]);
     }
     return sum;
   }

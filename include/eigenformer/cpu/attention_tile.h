@@ -1,7 +1,7 @@
 /// \file
 /// The pieces attention is put together from, forward and backward: keys packed with positions along the lanes, two register-tiled
-/// products, and the ranges of a key block that a query sees. A row of a tile is one chain of multiply-adds whatever rows stand beside
-/// it, so results do not depend on how rows are grouped.
+/// products, and the ranges of a key block that a query sees. A row of a tile is one chain of multiply-adds whatever rows stand
+/// beside it, so results do not depend on how rows are grouped.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Keys are processed in blocks at absolute positions 0, 64, 128, ...: the reduction order of a row is a function of its position only.
-/// 64 x 128 floats of K and of V are 64 KiB: in L2, and a panel of them in L1.
+/// Keys are processed in blocks at absolute positions 0, 64, 128, ...: the reduction order of a row is a function of its position
+/// only. 64 x 128 floats of K and of V are 64 KiB: in L2, and a panel of them in L1.
 inline constexpr int kAttentionKeyBlock = 64;
 
 /// The keys of one block that a query sees, relative to the block: [0, prefix_end) and [begin, end), prefix_end < begin or empty.
@@ -47,8 +47,8 @@ template <typename C, typename Isa>
 struct AttentionTile {
   using V = simd::Vec<C, Isa>;
   static constexpr int lanes = V::lanes;
-  static constexpr int kPanel = 2 * lanes;                // two vectors and kRows rows: 16 sums in flight hide the latency of fma
-  static constexpr int kRows = lanes >= 16 ? 8 : 4;       // 16 registers of AVX2 hold 4 x 2 sums, 32 of AVX-512 hold 8 x 2
+  static constexpr int kPanel = 2 * lanes;           // two vectors and kRows rows: 16 sums in flight hide the latency of fma
+  static constexpr int kRows = lanes >= 16 ? 8 : 4;  // 16 registers of AVX2 hold 4 x 2 sums, 32 of AVX-512 hold 8 x 2
   static_assert(kAttentionKeyBlock % kPanel == 0);
 
   static Index padded(Index width) { return (width + kPanel - 1) / kPanel * kPanel; }
@@ -70,10 +70,12 @@ struct AttentionTile {
     Index d = 0;
     for (; d + lanes <= width; d += lanes) (V::load(source + d) * f).store(row + d);
     if (d < width) {
-      (V::load_partial(source + d, static_cast<int>(width - d)) * f).store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
+      (V::load_partial(source + d, static_cast<int>(width - d)) * f)
+          .store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
       d += lanes;
     }
-    for (; d < padded_width; d += lanes) V::zero().store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
+    for (; d < padded_width; d += lanes)
+      V::zero().store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
   }
 
   /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no hardware prefetcher follows.
@@ -189,7 +191,7 @@ struct AttentionTile {
            (at_least(position, static_cast<C>(range.begin)) & below(position, static_cast<C>(range.end)));
   }
 
-  /// tanh with an absolute error below 2e-7 relative to |x| for float: the odd Taylor-like polynomial where 1 - e^-2|x| would cancel.
+  /// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel, that quotient elsewhere.
   static EIGENFORMER_INLINE V tanh(V x) {
     if constexpr (sizeof(C) == 8) {
       return V::make([&](int i) { return std::tanh(x.v[i]); });

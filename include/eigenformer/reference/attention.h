@@ -25,10 +25,12 @@ inline bool attention_visible(const AttentionOptions& options, Index key_length,
   return j <= position && (options.window == 0 || j > position - options.window);
 }
 
-inline double attention_score(const AttentionOptions& options, const double* q, const double* k, Index head_dim, Index head, Index distance) {
+inline double attention_score(const AttentionOptions& options, const double* q, const double* k, Index head_dim, Index head,
+                              Index distance) {
   double score = 0;
   for (Index d = 0; d < head_dim; ++d) score += q[d] * k[d];
-  score *= options.scale > 0 ? static_cast<double>(options.scale) : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
+  score *=
+      options.scale > 0 ? static_cast<double>(options.scale) : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
   if (options.softcap > 0) score = options.softcap * std::tanh(score / options.softcap);
   if (!options.alibi_slopes.empty()) score += options.alibi_slopes[static_cast<std::size_t>(head)] * static_cast<double>(distance);
   return score;
@@ -47,14 +49,17 @@ inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double
   for (Index b = 0; b < batch; ++b)
     for (Index h = 0; h < heads; ++h)
       for (Index i = 0; i < rows; ++i) {
-        const Index key_length = key_lengths[static_cast<std::size_t>(b)], query_length = query_lengths[static_cast<std::size_t>(b)];
-        const double sink = options.sinks.empty() ? -std::numeric_limits<double>::infinity() : options.sinks[static_cast<std::size_t>(h)];
+        const Index key_length = key_lengths[static_cast<std::size_t>(b)],
+                    query_length = query_lengths[static_cast<std::size_t>(b)];
+        const double sink =
+            options.sinks.empty() ? -std::numeric_limits<double>::infinity() : options.sinks[static_cast<std::size_t>(h)];
         double maximum = sink;
         bool any = false;
         for (Index j = 0; j < keys; ++j) {
           if (!attention_visible(options, key_length, query_length, i, j)) continue;
           any = true;
-          scores[static_cast<std::size_t>(j)] = attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, h, j - (key_length - query_length + i));
+          scores[static_cast<std::size_t>(j)] =
+              attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, h, j - (key_length - query_length + i));
           maximum = std::max(maximum, scores[static_cast<std::size_t>(j)]);
         }
         if (!any) continue;
