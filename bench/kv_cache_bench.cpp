@@ -26,7 +26,8 @@ void append_case(bench::Suite& suite, const std::string& name) {
   const auto prompt = random_rows<T>(kLength);
   ef::update_kv_cache(*cache, prompt, prompt, 0);
   const double elements = 2.0 * static_cast<double>(token->size());
-  auto& row = suite.row("update_kv_cache (8, 1, 8, 128) after 4096, " + name, bench::Limit::copy_bytes(elements * sizeof(T), elements * sizeof(Storage)));
+  auto& row = suite.row("update_kv_cache (8, 1, 8, 128) after 4096, " + name,
+                        bench::Limit::copy_bytes(elements * sizeof(T), elements * sizeof(Storage)));
   row.ours([=](const auto& device) {
     if (cache->length(0) == 2 * kLength) cache->truncate(kLength);
     ef::update_kv_cache(device, *cache, *token, *token, 0);

@@ -40,7 +40,8 @@ struct Load {
 
 void continuous_batching(bench::Suite& suite) {
   const auto ours = std::make_shared<Load<ef::ContinuousBatchScheduler>>(ef::ContinuousBatchScheduler(64, 1 << 30));
-  const auto plain = std::make_shared<Load<ef::reference::ContinuousBatchScheduler>>(ef::reference::ContinuousBatchScheduler{64, 1 << 30, {}, {}, {}});
+  const auto plain = std::make_shared<Load<ef::reference::ContinuousBatchScheduler>>(
+      ef::reference::ContinuousBatchScheduler{64, 1 << 30, {}, {}, {}});
   suite.row("update_batch x 1000, batch 64, 1000 waiting", bench::Limit{})
       .ours([=](const auto&) { ours->run(); })
       .peer_one_thread("plain model", [=] { plain->run(); });
@@ -69,7 +70,8 @@ void get_batch(bench::Suite& suite) {
 
 void stepping(bench::Suite& suite) {
   struct Stepping {
-    ef::StepScheduler scheduler{{.max_batch_size = 64, .max_seq_length = 2048, .token_budget = 512, .page_size = 16, .page_count = 4096}};
+    ef::StepScheduler scheduler{
+        {.max_batch_size = 64, .max_seq_length = 2048, .token_budget = 512, .page_size = 16, .page_count = 4096}};
     ef::StepPlan plan;
     std::vector<ef::StepToken> sampled;
     std::vector<std::int32_t> prompt = std::vector<std::int32_t>(100, 3);

@@ -1,5 +1,6 @@
 /// \file
-/// Counts calls of operator new, and makes the n-th of them fail. Include it in one file of a program: it replaces the global operators.
+/// Counts calls of operator new, and makes the n-th of them fail. Include it in one file of a program: it replaces the global
+/// operators.
 #pragma once
 
 #include <atomic>
@@ -29,8 +30,8 @@ long count_allocations(F&& f) {
   return Allocations::count - before;
 }
 
-/// Runs f once with each of its allocations failing in turn, until it gets through; after every failure calls check(). Returns how many
-/// failures there were.
+/// Runs f once with each of its allocations failing in turn, until it gets through; after every failure calls check(). Returns how
+/// many failures there were.
 template <typename F, typename Check>
 int with_failing_allocations(F&& f, Check&& check) {
   for (int failures = 0;; ++failures) {

@@ -1,5 +1,5 @@
-// Laws: equal to concatenation bit for bit (through the storage type), whatever unused slots hold; earlier rows never move; a refused or
-// failed update changes nothing; after reserve no allocation.
+// Laws: equal to concatenation bit for bit (through the storage type), whatever unused slots hold; earlier rows never move; a
+// refused or failed update changes nothing; after reserve no allocation.
 #include <eigenformer/kv_cache.h>
 #include <eigenformer/reference/kv_cache.h>
 
@@ -72,8 +72,8 @@ struct Stored {
   using storage = Storage;
 };
 using Pairs = ::testing::Types<Stored<float>, Stored<double>, Stored<ef::bfloat16>, Stored<ef::half>, Stored<float, ef::bfloat16>,
-                               Stored<float, ef::half>, Stored<double, float>, Stored<float, std::int8_t>, Stored<double, std::int8_t>,
-                               Stored<ef::bfloat16, std::int8_t>, Stored<ef::half, std::int8_t>>;
+                               Stored<float, ef::half>, Stored<double, float>, Stored<float, std::int8_t>,
+                               Stored<double, std::int8_t>, Stored<ef::bfloat16, std::int8_t>, Stored<ef::half, std::int8_t>>;
 TYPED_TEST_SUITE(KvCache, Pairs);
 
 TYPED_TEST(KvCache, EqualsConcatenation) {
@@ -192,8 +192,11 @@ TYPED_TEST(KvCache, OutOfMemoryChangesNothing) {
     const auto keys = rows<T>(2, 64, 2, 5, 1), values = rows<T>(2, 64, 2, 5, 2);
     const int failures = with_failing_allocations([&] { ef::update_kv_cache(cache, keys, values, layer); },
                                                   [&] {
-                                                    for (const auto& [index, unused] : model.layers) expect_equal(cache, index, model);
-                                                    if (model.layers.count(layer) == 0) { EXPECT_EQ(cache.length(layer), 0); }
+                                                    for (const auto& [index, unused] : model.layers)
+                                                      expect_equal(cache, index, model);
+                                                    if (model.layers.count(layer) == 0) {
+                                                      EXPECT_EQ(cache.length(layer), 0);
+                                                    }
                                                   });
     EXPECT_GT(failures, 3);
     ef::reference::update_kv_cache(model, keys, values, layer);
@@ -229,7 +232,8 @@ TYPED_TEST(KvCache, AllocatesNothingWithinTheReservation) {
   shaped.reserve(700);
   EXPECT_EQ(count_allocations([&] { decode(shaped, 200); }), 0);
   EXPECT_EQ(count_allocations([&] { shaped.truncate(10), decode(shaped, 300); }), 0);
-  expect_throws<std::invalid_argument>([&] { shaped.reserve(1, 3, 10, 2, 16); }, {"KvCache::reserve", "layer 0", "(2, 310, 2, 16)", "(3, n, 2, 16)"});
+  expect_throws<std::invalid_argument>([&] { shaped.reserve(1, 3, 10, 2, 16); },
+                                       {"KvCache::reserve", "layer 0", "(2, 310, 2, 16)", "(3, n, 2, 16)"});
   EXPECT_THROW(shaped.reserve(-1), std::invalid_argument);
   EXPECT_THROW(shaped.reserve(std::numeric_limits<Index>::max()), std::exception);
   EXPECT_EQ(shaped.length(1), 310);
@@ -353,7 +357,8 @@ TEST(KvCacheInt8, OneScaleARowRoundingToEven) {
     }
   const auto halves = quantized(ef::isa::best{}, std::vector<float>{127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -63.5f}, 6, 0);
   EXPECT_EQ(halves.first, 1.0f);
-  EXPECT_EQ(std::vector<std::int8_t>(halves.second.begin(), halves.second.end() - 1), (std::vector<std::int8_t>{127, 0, 2, 2, 0, -64}));
+  EXPECT_EQ(std::vector<std::int8_t>(halves.second.begin(), halves.second.end() - 1),
+            (std::vector<std::int8_t>{127, 0, 2, 2, 0, -64}));
   const auto tiny = quantized(ef::isa::best{}, std::vector<float>{1e-44f, -1e-45f}, 2, 0);  // max / 127 is zero in float
   EXPECT_EQ(tiny.first, 1.0f);
   EXPECT_EQ(tiny.second[0], 0);
@@ -395,12 +400,14 @@ void check_append_into(Index dim) {
           expected_values(b, positions[static_cast<std::size_t>(b)] + i, h, d) = static_cast<Storage>(values(b, i, h, d));
         }
   auto key_buffer = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), value_buffer = key_buffer;
-  EXPECT_EQ(count_allocations([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }), 0);
+  EXPECT_EQ(count_allocations([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }),
+            0);
   EXPECT_TRUE(same_bits(key_buffer, expected_keys));
   EXPECT_TRUE(same_bits(value_buffer, expected_values));
   Threads threads(3);
   auto again = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), again_values = again;
-  ef::append_kv_into(threads.device, again, ef::TensorView<Storage, 4>(again_values.data(), batch, capacity, heads, dim), keys, values, positions);
+  ef::append_kv_into(threads.device, again, ef::TensorView<Storage, 4>(again_values.data(), batch, capacity, heads, dim), keys,
+                     values, positions);
   EXPECT_TRUE(same_bits(again, expected_keys));
   EXPECT_TRUE(same_bits(again_values, expected_values));
 
@@ -409,7 +416,10 @@ void check_append_into(Index dim) {
                                    {"append_kv_into", "sequence 1", "position 8", "capacity of 10"});
   EXPECT_TRUE(same_bits(again, expected_keys));
   expect_throws<std::invalid_argument>(
-      [&] { ef::append_kv_into(Eigen::DefaultDevice{}, again, again_values, keys, values, std::vector<Index>{1, 2}); }, {"positions has 2"});
+      [&] {
+        ef::append_kv_into(Eigen::DefaultDevice{}, again, again_values, keys, values, std::vector<Index>{1, 2});
+      },
+      {"positions has 2"});
   auto narrow = poisoned_tensor<Storage, 4>({batch, capacity, heads + 1, dim});
   expect_throws<std::invalid_argument>([&] { ef::append_kv_into(Eigen::DefaultDevice{}, narrow, narrow, keys, values, positions); },
                                        {"key_buffer", "(4, 10, 3,", "(4, 3, 2,"});

@@ -1,5 +1,5 @@
-// Laws: any history of add, append, fork, truncate and free holds what the plain model holds, whatever unused slots hold; pages in use
-// are exactly those somebody needs; a refused call changes nothing; in steady state nothing is allocated.
+// Laws: any history of add, append, fork, truncate and free holds what the plain model holds, whatever unused slots hold; pages in
+// use are exactly those somebody needs; a refused call changes nothing; in steady state nothing is allocated.
 #include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/reference/kv_cache.h>
 #include <eigenformer/reference/paged_kv_cache.h>
@@ -86,7 +86,8 @@ void poison_unused(ef::PagedKvCache<T, Storage>& cache) {
           for (Index d = 0; d < kDim; ++d)
             slots.key_slot(b, h, j)[d] = slots.value_slot(b, h, j)[d] =
                 std::is_same_v<Scalar, std::int8_t> ? std::numeric_limits<Scalar>::min() : std::numeric_limits<Scalar>::quiet_NaN();
-          if constexpr (std::is_same_v<Storage, std::int8_t>) *slots.key_scale_slot(b, h, j) = *slots.value_scale_slot(b, h, j) = NAN;
+          if constexpr (std::is_same_v<Storage, std::int8_t>)
+            *slots.key_scale_slot(b, h, j) = *slots.value_scale_slot(b, h, j) = NAN;
         }
       }
     }
@@ -152,7 +153,8 @@ struct RandomHistory {
         offsets.push_back(offsets.back() + pick(5));
       }
     std::shuffle(ids.begin(), ids.end(), random);
-    const auto keys = rows<T>(offsets.back(), static_cast<unsigned>(random())), values = rows<T>(offsets.back(), static_cast<unsigned>(random()));
+    const auto keys = rows<T>(offsets.back(), static_cast<unsigned>(random())),
+               values = rows<T>(offsets.back(), static_cast<unsigned>(random()));
     const Index first_layer = pick(2), layers = pick(4) == 0 ? 1 : 2;  // now and then one layer falls behind
     for (Index l = 0; l < layers; ++l) {
       const Index layer = (first_layer + l) % 2;
@@ -184,7 +186,9 @@ void random_history(unsigned seed, Index page_size) {
   }
   EXPECT_GT(history.out_of_pages, 0);
   EXPECT_GT(history.forks, 10);
-  if (page_size > 1) { EXPECT_GT(history.cache.statistics().copies, 5); }  // a page of one position is never part full
+  if (page_size > 1) {
+    EXPECT_GT(history.cache.statistics().copies, 5);
+  }  // a page of one position is never part full
   history.cache.clear();
   EXPECT_EQ(history.cache.pages_free(), 40);  // every count is back to where it began
   EXPECT_EQ(history.cache.statistics().pages_shared, 0);
@@ -276,7 +280,8 @@ TEST(PagedKvCache, PagesRunOutForTheWholeBatchOrNotAtAll) {
   for (SequenceId id : {a, b}) cache.append(id, 0, prompt, prompt), model.append(id, 0, prompt, prompt);
   const std::vector<SequenceId> ids{a, b};
   const auto too_many = random_tensor<float, 4>({2, 3, kHeads, kDim}, 2);  // a page each, one is free
-  expect_throws<std::length_error>([&] { cache.append(ids, 0, too_many, too_many); }, {"PagedKvCache", "2 pages needed", "1 of 5 are free"});
+  expect_throws<std::length_error>([&] { cache.append(ids, 0, too_many, too_many); },
+                                   {"PagedKvCache", "2 pages needed", "1 of 5 are free"});
   expect_equal(cache, model);
   EXPECT_EQ(cache.pages_free(), 1);
 
@@ -348,8 +353,16 @@ TEST(PagedKvCache, RefusalsChangeNothing) {
   refuse(argument, [&] { cache.append(std::vector<SequenceId>{a, a}, 0, two, two); }, {"sequence 0 comes twice"});
   refuse(argument, [&] { cache.append(std::vector<SequenceId>{a}, 0, two, two); }, {"batch of 2", "1 sequences"});
   refuse(unknown, [&] { cache.append(std::vector<SequenceId>{a, gone}, 0, two, two); }, {"no sequence 2"});
-  refuse(argument, [&] { cache.append(std::vector<SequenceId>{a, b}, std::vector<Index>{0, 3, 2}, 0, rows(2, 1), rows(2, 1)); }, {"offsets"});
-  refuse(argument, [&] { cache.append(std::vector<SequenceId>{a, b}, std::vector<Index>{0, 5}, 0, prompt, prompt); }, {"offsets of 2"});
+  refuse(argument,
+         [&] {
+           cache.append(std::vector<SequenceId>{a, b}, std::vector<Index>{0, 3, 2}, 0, rows(2, 1), rows(2, 1));
+         },
+         {"offsets"});
+  refuse(argument,
+         [&] {
+           cache.append(std::vector<SequenceId>{a, b}, std::vector<Index>{0, 5}, 0, prompt, prompt);
+         },
+         {"offsets of 2"});
   auto bad = prompt;
   bad(3, 1, 2) = NAN;
   refuse(argument, [&] { cache.append(a, 0, prompt, bad); }, {"values", "element 37"});

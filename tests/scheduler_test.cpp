@@ -1,5 +1,5 @@
 // Laws: any history of calls gives what the plain model gives, errors change nothing; a step never exceeds its budgets, and a cache
-// driven by its plans never runs out of pages; everybody gets a first token within the stated bound; pages return to where they began.
+// driven by its plans never runs out of pages; everybody gets a first token within the stated bound; pages all return.
 #include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
@@ -63,6 +63,7 @@ TEST(ContinuousBatchScheduler, RandomEventsEqualThePlainModel) {
   for (unsigned seed = 1; seed <= 5; ++seed) {
     std::mt19937 random(seed);
     const auto pick = [&](unsigned n) { return static_cast<Index>(random() % n); };
+    const auto one_of = [&](const auto& list) { return list[random() % list.size()].id; };
     const Index max_batch = seed == 1 ? 1 : static_cast<Index>(seed) * 2, max_length = seed == 2 ? 2 : 12;
     ef::ContinuousBatchScheduler scheduler(max_batch, max_length);
     ef::reference::ContinuousBatchScheduler model{max_batch, max_length, {}, {}, {}};
@@ -77,13 +78,13 @@ TEST(ContinuousBatchScheduler, RandomEventsEqualThePlainModel) {
         ours = outcome([&] { scheduler.add_request(id, prompt); });
         expected = outcome([&] { model.add_request(id, prompt); });
       } else if (kind < 9) {
-        const std::string target = !model.active.empty() && pick(8) != 0 ? model.active[static_cast<std::size_t>(pick(static_cast<unsigned>(model.active.size())))].id : id;
+        const std::string target = !model.active.empty() && pick(8) != 0 ? one_of(model.active) : id;
         const std::int32_t token = static_cast<std::int32_t>(random());
         const bool finished = pick(5) == 0;
         ours = outcome([&] { scheduler.update_batch(target, token, finished); });
         expected = outcome([&] { model.update_batch(target, token, finished); });
       } else {
-        const std::string target = !model.finished.empty() && pick(4) != 0 ? model.finished[static_cast<std::size_t>(pick(static_cast<unsigned>(model.finished.size())))].id : id;
+        const std::string target = !model.finished.empty() && pick(4) != 0 ? one_of(model.finished) : id;
         Tokens text, expected_text;
         ours = outcome([&] { text = scheduler.take_finished(target); });
         expected = outcome([&] { expected_text = model.take_finished(target); });
@@ -125,10 +126,10 @@ TEST(ContinuousBatchScheduler, ContractCallsCompileAsWritten) {
   const std::int32_t new_token = 9;
   const bool is_finished = false;
   ef::ContinuousBatchScheduler scheduler(max_batch_size, max_seq_length);
-  scheduler.add_request(request_id, prompt_tokens);      // std::string, std::span<const std::int32_t>
-  ef::Batch batch = scheduler.get_batch();               // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
+  scheduler.add_request(request_id, prompt_tokens);  // std::string, std::span<const std::int32_t>
+  ef::Batch batch = scheduler.get_batch();           // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
   scheduler.update_batch(request_id, new_token, is_finished);
-  bool room = scheduler.can_add_more_requests();         // a request added now would join the batch at once
+  bool room = scheduler.can_add_more_requests();  // a request added now would join the batch at once
   EXPECT_TRUE(room);
   EXPECT_EQ(batch.input_ids(0, 1), 6);
   scheduler.add_request("span", std::span<const std::int32_t>(prompt_tokens));
@@ -175,7 +176,8 @@ TEST(ContinuousBatchScheduler, OutOfMemoryChangesNothing) {
     failures += with_failing_allocations([&] { scheduler.add_request(id, {1, 2, 3}); }, [&] { expect_equal(scheduler, model); });
     model.add_request(id, {1, 2, 3});
     const std::string first = model.active.front().id;
-    failures += with_failing_allocations([&] { scheduler.update_batch(first, i, i == 3); }, [&] { expect_equal(scheduler, model); });
+    failures +=
+        with_failing_allocations([&] { scheduler.update_batch(first, i, i == 3); }, [&] { expect_equal(scheduler, model); });
     model.update_batch(first, i, i == 3);
     expect_equal(scheduler, model);
   }
@@ -188,7 +190,11 @@ TEST(ContinuousBatchScheduler, OutOfMemoryChangesNothing) {
 struct Engine {
   explicit Engine(const ef::StepSchedulerOptions& options)
       : scheduler(options),
-        cache({.layers = 1, .kv_heads = 1, .head_dim = 1, .page_size = std::max<Index>(1, options.page_size), .page_count = options.page_size == 0 ? 10000 : options.page_count}) {}
+        cache({.layers = 1,
+               .kv_heads = 1,
+               .head_dim = 1,
+               .page_size = std::max<Index>(1, options.page_size),
+               .page_count = options.page_size == 0 ? 10000 : options.page_count}) {}
 
   ef::StepScheduler scheduler;
   ef::PagedKvCache<float> cache;
@@ -209,7 +215,7 @@ struct Engine {
     for (std::size_t i = 0; i < plan.requests.size(); ++i) {
       const Index n = plan.offsets[i + 1] - plan.offsets[i];
       EXPECT_GE(n, 1);
-      if (options.prefill_chunk > 0) { EXPECT_LE(n, options.prefill_chunk); }
+      EXPECT_LE(n, options.prefill_chunk > 0 ? options.prefill_chunk : options.token_budget);
       const auto [entry, fresh] = sequences.try_emplace(plan.requests[i], -1);
       EXPECT_TRUE(!fresh || plan.positions[i] == 0);
       if (fresh) entry->second = cache.add_sequence();
@@ -290,8 +296,9 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
         if (round < 200 && random() % 3 == 0) {
           const Tokens prompt = prompt_of(1 + static_cast<Index>(random() % 30), static_cast<unsigned>(random()));
           const Index limit = static_cast<Index>(prompt.size()) + 1 + static_cast<Index>(random() % 20);
-          const auto ticket = engine.scheduler.submit(prompt, {.priority = static_cast<int>(random() % static_cast<unsigned>(cases[c].priorities)),
-                                                               .max_new_tokens = limit - static_cast<Index>(prompt.size())});
+          const auto ticket =
+              engine.scheduler.submit(prompt, {.priority = static_cast<int>(random() % static_cast<unsigned>(cases[c].priorities)),
+                                               .max_new_tokens = limit - static_cast<Index>(prompt.size())});
           expected[ticket] = text_of(prompt, limit, 13);
         }
         const bool work = engine.plan_step();
@@ -312,7 +319,8 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
         ASSERT_LE(figures.pages_used, cases[c].options.page_count);
         ASSERT_LE(figures.running, cases[c].options.max_batch_size);
       }
-      for (int i = 0; i < 20000 && engine.step(13); ++i) {}
+      for (int i = 0; i < 20000 && engine.step(13); ++i) {
+      }
       EXPECT_FALSE(engine.step(13));
       const auto figures = engine.scheduler.statistics();
       EXPECT_EQ(figures.waiting + figures.running, 0);
@@ -325,7 +333,8 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
         if (cancelled.count(ticket) > 0) continue;
         const auto done = engine.scheduler.take_finished(ticket);
         EXPECT_EQ(done.tokens, text) << ticket;
-        EXPECT_EQ(done.reason == ef::FinishReason::told, text.back() == 13 && done.tokens.size() > static_cast<std::size_t>(done.prompt_length));
+        EXPECT_EQ(done.reason == ef::FinishReason::told,
+                  text.back() == 13 && done.tokens.size() > static_cast<std::size_t>(done.prompt_length));
       }
       EXPECT_TRUE(engine.scheduler.finished().empty());
     }
@@ -335,12 +344,18 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
 TEST(StepScheduler, EverybodyGetsAFirstTokenWithinTheBound) {
   for (unsigned seed = 1; seed <= 6; ++seed) {
     std::mt19937 random(seed);
-    Engine engine({.max_batch_size = 4, .max_seq_length = 60, .token_budget = 8, .prefill_chunk = seed % 2 == 0 ? 3 : 0, .page_size = 4, .page_count = 15});
+    Engine engine({.max_batch_size = 4,
+                   .max_seq_length = 60,
+                   .token_budget = 8,
+                   .prefill_chunk = seed % 2 == 0 ? 3 : 0,
+                   .page_size = 4,
+                   .page_count = 15});
     std::map<ef::RequestTicket, Index> due;
     Index step = 0;
     for (; step < 3000; ++step) {
       if (step < 300 && random() % 4 == 0) {
-        const auto ticket = engine.scheduler.submit(prompt_of(1 + static_cast<Index>(random() % 40), seed), {.max_new_tokens = 1 + static_cast<Index>(random() % 15)});
+        const auto ticket = engine.scheduler.submit(prompt_of(1 + static_cast<Index>(random() % 40), seed),
+                                                    {.max_new_tokens = 1 + static_cast<Index>(random() % 15)});
         due[ticket] = step + engine.scheduler.first_token_bound(ticket);
       }
       const bool work = engine.step();
@@ -386,7 +401,8 @@ TEST(StepScheduler, RefusalsChangeNothing) {
   ef::StepScheduler scheduler({.max_batch_size = 2, .max_seq_length = 40, .token_budget = 8, .page_size = 4, .page_count = 5});
   expect_throws<std::invalid_argument>([&] { scheduler.submit({}); }, {"prompt is empty"});
   expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(40, 1)); }, {"40 tokens", "max_seq_length is 40"});
-  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(3, 1), {.max_new_tokens = -1}); }, {"max_new_tokens is -1"});
+  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(3, 1), {.max_new_tokens = -1}); },
+                                       {"max_new_tokens is -1"});
   expect_throws<std::length_error>([&] { scheduler.submit(prompt_of(3, 1)); }, {"40 tokens needs 10 pages", "there are 5"});
   const auto a = scheduler.submit(prompt_of(6, 1), {.max_new_tokens = 15});  // 21 tokens, of which 20 are ever stored
   ef::StepPlan plan;
@@ -463,7 +479,8 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
   while (submitting || engine.scheduler.statistics().waiting + engine.scheduler.statistics().running > 0) engine.step();
   submitter.join();
   canceller.join();
-  while (engine.step()) {}
+  while (engine.step()) {
+  }
   const auto figures = engine.scheduler.statistics();
   EXPECT_EQ(figures.submitted, 300);
   EXPECT_EQ(figures.cancelled, cancelled);
@@ -473,7 +490,8 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
   EXPECT_EQ(engine.cache.sequence_count(), 0);
   for (ef::RequestTicket ticket : engine.scheduler.finished()) {
     const auto done = engine.scheduler.take_finished(ticket);
-    EXPECT_EQ(done.tokens, text_of(prompt_of(1 + ticket % 30, static_cast<unsigned>(ticket)), static_cast<Index>(done.tokens.size()), -1));
+    EXPECT_EQ(done.tokens,
+              text_of(prompt_of(1 + ticket % 30, static_cast<unsigned>(ticket)), static_cast<Index>(done.tokens.size()), -1));
   }
 }
 

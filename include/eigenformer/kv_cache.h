@@ -1,7 +1,7 @@
 /// \file
-/// The KV cache of a decoder (Pope et al., "Efficiently Scaling Transformer Inference", 2022): keys and values of earlier tokens, kept
-/// so that a step computes those of new tokens only. All sequences of the batch have one length; sequences that differ, come and go
-/// are paged_kv_cache.h.
+/// The KV cache of a decoder (Pope et al., "Efficiently Scaling Transformer Inference", 2022): keys and values of earlier tokens,
+/// kept so that a step computes those of new tokens only. All sequences of the batch have one length; sequences that differ, come
+/// and go are paged_kv_cache.h.
 ///
 ///   ef::KvCache<float> cache;
 ///   ef::update_kv_cache(cache, new_keys, new_values, layer_idx);   // both (batch, n, kv_heads, head_dim), n >= 1
@@ -16,13 +16,14 @@
 /// KvCache<T, Storage> stores T itself, a narrower floating-point scalar (rounded to nearest even), or std::int8_t with one scale
 /// per position and head:
 ///
-///   scale = max|x| / 127 over the row's head_dim elements (1 where that is zero),   q = round_half_to_even(x / scale) in [-127, 127]
+///   scale = max|x| / 127 over the row's head_dim elements (1 where that is zero)
+///   q     = round_half_to_even(x / scale), in [-127, 127]
 ///
-/// A row to be stored as INT8 that holds NaN, infinity or a magnitude above the largest float has no scale: the update throws and names
-/// the element. That check reads the new elements once more. Other storage takes NaN and infinity as they are.
+/// A row to be stored as INT8 that holds NaN, infinity or a magnitude above the largest float has no scale: the update throws and
+/// names the element. That check reads the new elements once more. Other storage takes NaN and infinity as they are.
 ///
-/// A refused update leaves the cache bit for bit as it was, and so does one that runs out of memory. Const members may be called from
-/// many threads at once. A copy is deep; what was moved from is empty.
+/// A refused update leaves the cache bit for bit as it was, and so does one that runs out of memory. Const members may be called
+/// from many threads at once. A copy is deep; what was moved from is empty.
 #pragma once
 
 #include <limits>
@@ -122,7 +123,7 @@ class KvLayer {
   KvPageLayout layout_;
   Index length_ = 0, groups_ = 0;
   bool closed_ = false;
-  std::vector<Index> lengths_;               // (batch), all equal: what KvSource points to
+  std::vector<Index> lengths_;  // (batch), all equal: what KvSource points to
   std::vector<AlignedBytes> slabs_;
   std::vector<std::byte*> pages_;            // [page id]
   std::vector<std::int32_t> entries_;        // (batch, groups) page ids
@@ -135,8 +136,8 @@ void require_quantizable(std::string_view operation, std::string_view name, cons
   if (cpu::all_quantizable<isa::best>(view.data(), view.size())) return;
   Index at = 0;
   while (cpu::all_quantizable<isa::generic>(view.data() + at, 1)) ++at;
-  require(false, operation, name, " of shape ", shape_text(view), " holds ", static_cast<double>(view.data()[at]), " at element ", at,
-          ", expected finite values within the range of float (INT8 storage)");
+  require(false, operation, name, " of shape ", shape_text(view), " holds ", static_cast<double>(view.data()[at]), " at element ",
+          at, ", expected finite values within the range of float (INT8 storage)");
 }
 
 /// Where the rows of an append go is the caller's business; that they get there is one call, on any device.
@@ -151,7 +152,7 @@ void append_kv(const D& device, const KvAppendProblem<T, Storage>& problem) {
 }  // namespace detail
 
 template <FloatingScalar T, typename Storage = T>
-  requires KvStorage<Storage, T>
+requires KvStorage<Storage, T>
 class KvCache {
  public:
   using scalar = T;
@@ -163,8 +164,9 @@ class KvCache {
     return layer == nullptr ? 0 : layer->length();
   }
 
-  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized; (0, 0, 0, 0) for a layer that was never
-  /// written. Throws std::invalid_argument for a negative layer. Cost: O(length); attention reads the cache itself, through source().
+  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized; (0, 0, 0, 0) for a layer that was
+  /// never written. Throws std::invalid_argument for a negative layer. Cost: O(length); attention reads the cache itself, through
+  /// source().
   template <CpuDevice D>
   Tensor<T, 4> keys(const D& device, Index layer_idx) const {
     return read(device, layer_idx, false);
@@ -176,7 +178,8 @@ class KvCache {
   Tensor<T, 4> keys(Index layer_idx) const { return keys(Eigen::DefaultDevice{}, layer_idx); }
   Tensor<T, 4> values(Index layer_idx) const { return values(Eigen::DefaultDevice{}, layer_idx); }
 
-  /// What attention reads. Pointers only: valid until the cache is next changed, moved or destroyed. Empty for a layer never written.
+  /// What attention reads. Pointers only: valid until the cache is next changed, moved or destroyed. Empty for a layer never
+  /// written.
   KvSource<Storage> source(Index layer_idx) const {
     const auto* layer = find(layer_idx);
     return layer == nullptr ? KvSource<Storage>{} : layer->source();
@@ -190,30 +193,31 @@ class KvCache {
       if (layer.length() > length) layer.set_length(length);
   }
 
-  /// Forgets everything, shapes included, as if newly made; memory and reservations are kept, and reused where the next shape is the same.
+  /// Forgets everything, shapes included, as if newly made; memory and reservations are kept, and reused where the next shape is
+  /// the same.
   void clear() {
     for (auto& [index, layer] : layers_) layer.clear();
   }
 
-  /// Room for `max_length` positions, at once in layers of known shape, in others with their first update: appending allocates nothing
-  /// up to that length. Throws std::invalid_argument for a negative length, std::bad_alloc.
+  /// Room for `max_length` positions, at once in layers of known shape, in others with their first update: appending allocates
+  /// nothing up to that length. Throws std::invalid_argument for a negative length, std::bad_alloc.
   void reserve(Index max_length) {
     require(max_length >= 0, "KvCache::reserve", "max_length is ", max_length, ", expected 0 or more");
     for (auto& [index, layer] : layers_) layer.grow(max_length, true);
     reserved_ = std::max(reserved_, max_length);
   }
 
-  /// The same, before the first update: fixes the shape of layers [0, layers), so that not even their first update allocates. Throws
-  /// std::invalid_argument for negative sizes or where a layer has another shape.
+  /// The same, before the first update: fixes the shape of layers [0, layers), so that not even their first update allocates.
+  /// Throws std::invalid_argument for negative sizes or where a layer has another shape.
   void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim) {
     constexpr auto name = "KvCache::reserve";
-    require(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0, name, "layers, batch, max_length, kv_heads, head_dim are ",
-            layers, ", ", batch, ", ", max_length, ", ", kv_heads, ", ", head_dim, ", expected 0 or more each");
+    require(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0, name,
+            "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch, ", ", max_length, ", ", kv_heads, ", ",
+            head_dim, ", expected 0 or more each");
     Layers fresh;
     for (Index i = 0; i < layers; ++i) {
       const Layer* layer = find(i);
-      if (layer != nullptr && layer->closed())
-        require_shape(name, i, *layer, batch, kv_heads, head_dim);
+      if (layer != nullptr && layer->closed()) require_shape(name, i, *layer, batch, kv_heads, head_dim);
       if (layer == nullptr || !layer->has_shape(batch, kv_heads, head_dim))
         fresh.try_emplace(i, batch, kv_heads, head_dim).first->second.grow(max_length, true);
     }
@@ -241,7 +245,8 @@ class KvCache {
                   "eigenformer: new_keys and new_values hold the scalar T of ef::KvCache<T, Storage>");
     require_same_shape(name, "new_keys", keys, "new_values", values);
     if (keys.dimension(1) < 1)
-      require(false, name, "new_keys has shape ", detail::shape_text(keys), ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
+      require(false, name, "new_keys has shape ", detail::shape_text(keys),
+              ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
     const Index batch = keys.dimension(0), kv_heads = keys.dimension(2), head_dim = keys.dimension(3);
     Layer* layer = const_cast<Layer*>(find(layer_idx));
     if (layer != nullptr && layer->closed()) require_shape(name, layer_idx, *layer, batch, kv_heads, head_dim);
@@ -270,15 +275,17 @@ class KvCache {
   }
 
   static void require_shape(std::string_view name, Index index, const Layer& layer, Index batch, Index kv_heads, Index head_dim) {
-    require(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index, " of the cache holds (batch, length, kv_heads, head_dim) = (",
-            layer.batch(), ", ", layer.length(), ", ", layer.kv_heads(), ", ", layer.head_dim(), "), new keys and values have (", batch,
-            ", n, ", kv_heads, ", ", head_dim, ")");
+    require(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index,
+            " of the cache holds (batch, length, kv_heads, head_dim) = (", layer.batch(), ", ", layer.length(), ", ",
+            layer.kv_heads(), ", ", layer.head_dim(), "), new keys and values have (", batch, ", n, ", kv_heads, ", ", head_dim,
+            ")");
   }
 
   template <typename D, typename View>
   void write(const D& device, Layer& layer, const View& keys, const View& values) {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
-    require(added <= std::numeric_limits<Index>::max() / 2 - length, "update_kv_cache", "length ", length, " + ", added, " overflows");
+    require(added <= std::numeric_limits<Index>::max() / 2 - length, "update_kv_cache", "length ", length, " + ", added,
+            " overflows");
     layer.grow(reserved_, true);
     layer.grow(length + added, false);
     const KvSource<Storage> target = layer.source();
@@ -302,8 +309,8 @@ class KvCache {
 };
 
 /// Appends new_keys and new_values, both (batch, n, kv_heads, head_dim) of T with n >= 1, to a layer of the cache. Throws
-/// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, a negative layer, or what INT8 cannot hold;
-/// std::bad_alloc. The cache is then as it was.
+/// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, a negative layer, or what INT8 cannot
+/// hold; std::bad_alloc. The cache is then as it was.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
   cache.append(device, new_keys, new_values, layer_idx);
@@ -314,15 +321,15 @@ void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Val
   cache.append(Eigen::DefaultDevice{}, new_keys, new_values, layer_idx);
 }
 
-/// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values (batch, n, kv_heads, head_dim) of T into
-/// key_buffer and value_buffer (batch, capacity, kv_heads, head_dim) of T or a narrower floating-point scalar, sequence b at positions
-/// [positions[b], positions[b] + n). A negative position leaves its sequence out. Other rows are not touched; buffers and new rows must
-/// not overlap. `positions` (batch) is memory of the device.
-/// Throws std::invalid_argument for shapes, std::length_error where a position + n exceeds the capacity, before anything is written; on
-/// a GPU positions cannot be read by the host, and a row past the capacity is left out instead. Allocates nothing.
+/// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values (batch, n, kv_heads, head_dim) of T
+/// into key_buffer and value_buffer (batch, capacity, kv_heads, head_dim) of T or a narrower floating-point scalar, sequence b at
+/// positions [positions[b], positions[b] + n). A negative position leaves its sequence out. Other rows are not touched; buffers and
+/// new rows must not overlap. `positions` (batch) is memory of the device. Throws std::invalid_argument for shapes,
+/// std::length_error where a position + n exceeds the capacity, before anything is written; on a GPU positions cannot be read by
+/// the host, and a row past the capacity is left out instead. Allocates nothing.
 template <Device D, typename KeyBuffer, typename ValueBuffer, typename Keys, typename Values>
-void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer, const Keys& new_keys, const Values& new_values,
-                    std::span<const Index> positions) {
+void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer, const Keys& new_keys,
+                    const Values& new_values, std::span<const Index> positions) {
   constexpr auto name = "append_kv_into";
   using T = scalar_of<Keys>;
   using Storage = scalar_of<KeyBuffer>;
@@ -332,20 +339,22 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   const auto values = input_view<4>(new_values);
   static_assert(std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<ValueBuffer>, Storage>,
                 "eigenformer: keys and values have one scalar, and so have their buffers");
-  static_assert(KvStorage<Storage, T> && FloatingScalar<Storage>,
-                "eigenformer: a buffer holds the scalar of the new rows or a narrower floating-point one; INT8 needs the scales of a cache");
+  static_assert(
+      KvStorage<Storage, T> && FloatingScalar<Storage>,
+      "eigenformer: a buffer holds the scalar of the new rows or a narrower floating-point one; INT8 needs the scales of a cache");
   require_same_shape(name, "new_keys", keys, "new_values", values);
   require_same_shape(name, "key_buffer", key_rows, "value_buffer", value_rows);
   const Index batch = keys.dimension(0), added = keys.dimension(1), capacity = key_rows.dimension(1);
   if (key_rows.dimension(0) != batch || key_rows.dimension(2) != keys.dimension(2) || key_rows.dimension(3) != keys.dimension(3))
-    require(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ", detail::shape_text(key_rows), ", new_keys has shape ",
-            detail::shape_text(keys));
-  require(static_cast<Index>(positions.size()) == batch, name, "positions has ", positions.size(), " elements, new_keys has a batch of ", batch);
+    require(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ", detail::shape_text(key_rows),
+            ", new_keys has shape ", detail::shape_text(keys));
+  require(static_cast<Index>(positions.size()) == batch, name, "positions has ", positions.size(),
+          " elements, new_keys has a batch of ", batch);
   if constexpr (!is_gpu_device<D>)
     for (Index b = 0; b < batch; ++b) {
       const Index position = positions[static_cast<std::size_t>(b)];
-      require_capacity(position < 0 || (added <= capacity && position <= capacity - added), name, "sequence ", b, " at position ", position,
-                       " + ", added, " new ones exceeds the capacity of ", capacity);
+      require_capacity(position < 0 || (added <= capacity && position <= capacity - added), name, "sequence ", b, " at position ",
+                       position, " + ", added, " new ones exceeds the capacity of ", capacity);
     }
   KvSource<Storage> target;
   target.batch = batch;

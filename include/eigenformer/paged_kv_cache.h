@@ -1,6 +1,7 @@
 /// \file
-/// A KV cache for many sequences of different lengths that come and go (Kwon et al., "Efficient Memory Management for Large Language
-/// Model Serving with PagedAttention", SOSP 2023): one pool of fixed pages, a page table per sequence, prefixes shared by copy-on-write.
+/// A KV cache for many sequences of different lengths that come and go (Kwon et al., "Efficient Memory Management for Large
+/// Language Model Serving with PagedAttention", SOSP 2023): one pool of fixed pages, a page table per sequence, prefixes shared by
+/// copy-on-write.
 ///
 ///   ef::PagedKvCache<float> cache({.layers = 2, .kv_heads = 4, .head_dim = 64, .page_size = 16, .page_count = 1000});
 ///   const ef::SequenceId a = cache.add_sequence();
@@ -9,19 +10,20 @@
 ///   ef::update_kv_cache(cache, ids, new_keys, new_values, layer);   // (batch, n, kv_heads, head_dim), one sequence a row
 ///   cache.free(a);
 ///
-/// Layers. A page holds page_size positions of every layer. Each layer of a sequence has its own length, which its appends advance; the
-/// layer that is ahead claims pages, and the others follow into them without claiming more. A step therefore appends the same tokens
-/// layer after layer, and pages can run out in its first layer only; reserve(sequence, length) claims them before that.
+/// Layers. A page holds page_size positions of every layer. Each layer of a sequence has its own length, which its appends advance;
+/// the layer that is ahead claims pages, and the others follow into them without claiming more. A step therefore appends the same
+/// tokens layer after layer, and pages can run out in its first layer only; reserve(sequence, length) claims them before that.
 ///
-/// Sharing. A page belongs to all sequences that were forked over it (a reference count). Whoever appends into a page that others hold
-/// too gets a copy of it first; full pages are never written again, so prefixes stay shared. A page is free when its last holder is gone.
+/// Sharing. A page belongs to all sequences that were forked over it (a reference count). Whoever appends into a page that others
+/// hold too gets a copy of it first; full pages are never written again, so prefixes stay shared. A page is free when its last
+/// holder is gone.
 ///
 /// Pages that run out: std::length_error, with nothing changed, for the whole batch of an append. Unknown or freed ids:
 /// std::out_of_range (ids are never used twice). Wrong shapes: std::invalid_argument. INT8 storage is that of kv_cache.h.
 ///
 /// The pool is one allocation, made by the constructor; later ones are page tables only, amortised. Unused slots hold anything.
-/// Const members may be called from many threads at once. A cache can be moved, not copied; what was moved from can only be destroyed or
-/// assigned to.
+/// Const members may be called from many threads at once. A cache can be moved, not copied; what was moved from can only be
+/// destroyed or assigned to.
 #pragma once
 
 #include <algorithm>
@@ -65,7 +67,7 @@ struct KvSelection {
 };
 
 template <FloatingScalar T, typename Storage = T>
-  requires KvStorage<Storage, T>
+requires KvStorage<Storage, T>
 class PagedKvCache {
  public:
   using scalar = T;
@@ -92,12 +94,13 @@ class PagedKvCache {
     return push({}, kNoParent, 0);
   }
 
-  /// A sequence with the first `length` positions of another (all of them where length is -1), sharing its pages. Costs O(pages), copies
-  /// nothing. Throws std::out_of_range, std::invalid_argument where length exceeds that of the sequence.
+  /// A sequence with the first `length` positions of another (all of them where length is -1), sharing its pages. Costs O(pages),
+  /// copies nothing. Throws std::out_of_range, std::invalid_argument where length exceeds that of the sequence.
   SequenceId fork(SequenceId sequence, Index length = -1) {
     const std::size_t parent = find(sequence);
     const Index longest = longest_layer(parent);
-    require(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ", sequence, " has ", longest, " positions");
+    require(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ", sequence, " has ", longest,
+            " positions");
     const Index kept = length == -1 ? longest : length;
     make_room_for_one();
     const auto& held = sequences_[parent].pages;
@@ -117,8 +120,8 @@ class PagedKvCache {
     for (auto& lengths : lengths_) lengths.erase(lengths.begin() + offset);
   }
 
-  /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones included; layers that are no longer
-  /// than that stay. Throws std::out_of_range, std::invalid_argument for a negative length.
+  /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones included; layers that are no
+  /// longer than that stay. Throws std::out_of_range, std::invalid_argument for a negative length.
   void truncate(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
     require(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
@@ -149,9 +152,7 @@ class PagedKvCache {
     while (!ids_.empty()) free(ids_.back());
   }
 
-  bool contains(SequenceId sequence) const {
-    return std::binary_search(ids_.begin(), ids_.end(), sequence);
-  }
+  bool contains(SequenceId sequence) const { return std::binary_search(ids_.begin(), ids_.end(), sequence); }
   Index sequence_count() const { return static_cast<Index>(sequences_.size()); }
   /// Ids of the live sequences in order of creation; valid until one is added or freed.
   std::span<const SequenceId> sequences() const { return ids_; }
@@ -179,7 +180,8 @@ class PagedKvCache {
     append(Eigen::DefaultDevice{}, sequence, layer_idx, keys, values);
   }
 
-  /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of (tokens, kv_heads, head_dim) to sequence i.
+  /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of (tokens, kv_heads, head_dim) to
+  /// sequence i.
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys,
               const Values& values) {
@@ -187,11 +189,13 @@ class PagedKvCache {
     const auto value_rows = input_view<3>(values);
     require(offsets.size() == ids.size() + 1 && offsets.front() == 0 && offsets.back() == key_rows.dimension(0) &&
                 std::is_sorted(offsets.begin(), offsets.end()),
-            kName, "offsets of ", offsets.size(), " elements must rise from 0 to ", key_rows.dimension(0), " tokens in ", ids.size(), " + 1 steps");
+            kName, "offsets of ", offsets.size(), " elements must rise from 0 to ", key_rows.dimension(0), " tokens in ",
+            ids.size(), " + 1 steps");
     append_rows(device, ids, layer_idx, key_rows, value_rows, 0, offsets.data());
   }
   template <typename Keys, typename Values>
-  void append(std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys, const Values& values) {
+  void append(std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys,
+              const Values& values) {
     append(Eigen::DefaultDevice{}, ids, offsets, layer_idx, keys, values);
   }
 
@@ -202,7 +206,8 @@ class PagedKvCache {
     const auto v = input_view<4>(values);
     require_same_shape(kName, "keys", k, "values", v);
     const Index batch = k.dimension(0), n = k.dimension(1);
-    require(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch, ", there are ", ids.size(), " sequences");
+    require(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch, ", there are ", ids.size(),
+            " sequences");
     const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), batch * n, k.dimension(2), k.dimension(3));
     const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), batch * n, v.dimension(2), v.dimension(3));
     append_rows(device, ids, layer_idx, key_rows, value_rows, n, nullptr);
@@ -224,7 +229,8 @@ class PagedKvCache {
     return source_of(layer, sequence_count(), lengths_[layer].data(), tables_.data());
   }
 
-  /// Chosen sequences in the order given (one may come twice), through tables of the caller's. Valid until the cache or the tables change.
+  /// Chosen sequences in the order given (one may come twice), through tables of the caller's. Valid until the cache or the tables
+  /// change.
   KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids, KvSelection& selection) const {
     const std::size_t layer = checked_layer(layer_idx);
     selection.tables.clear();
@@ -237,8 +243,8 @@ class PagedKvCache {
     return source_of(layer, static_cast<Index>(ids.size()), selection.lengths.data(), selection.tables.data());
   }
 
-  /// The same through tables of the cache's own, one set a layer: valid until the cache changes or this is called again for the layer,
-  /// and so, unlike the const members, for one thread at a time.
+  /// The same through tables of the cache's own, one set a layer: valid until the cache changes or this is called again for the
+  /// layer, and so, unlike the const members, for one thread at a time.
   KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids) {
     return source(layer_idx, ids, selections_[checked_layer(layer_idx)]);
   }
@@ -267,7 +273,8 @@ class PagedKvCache {
     for (Index slots : filled) result.slots_used += slots;
     for (std::int32_t page = 0; page < config_.page_count; ++page) result.pages_shared += pool_.holders(page) > 1 ? 1 : 0;
     if (result.pages_used > 0)
-      result.utilisation = static_cast<double>(result.slots_used) / (static_cast<double>(result.pages_used) * static_cast<double>(config_.page_size));
+      result.utilisation = static_cast<double>(result.slots_used) /
+                           (static_cast<double>(result.pages_used) * static_cast<double>(config_.page_size));
     return result;
   }
 
@@ -280,8 +287,9 @@ class PagedKvCache {
   };
 
   static const PagedKvConfig& checked(const PagedKvConfig& c) {
-    require(c.layers >= 1 && c.kv_heads >= 1 && c.head_dim >= 1 && c.page_size >= 1, kName, "layers, kv_heads, head_dim, page_size are ", c.layers,
-            ", ", c.kv_heads, ", ", c.head_dim, ", ", c.page_size, ", expected 1 or more each");
+    require(c.layers >= 1 && c.kv_heads >= 1 && c.head_dim >= 1 && c.page_size >= 1, kName,
+            "layers, kv_heads, head_dim, page_size are ", c.layers, ", ", c.kv_heads, ", ", c.head_dim, ", ", c.page_size,
+            ", expected 1 or more each");
     require(c.page_count >= 0 && c.page_count <= std::numeric_limits<std::int32_t>::max(), kName, "page_count is ", c.page_count,
             ", expected 0 to 2^31 - 1");
     return c;
@@ -292,7 +300,8 @@ class PagedKvCache {
   Index total_slots() const { return config_.page_count * config_.page_size; }
 
   std::size_t checked_layer(Index layer_idx) const {
-    require(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ", layer_idx, ", expected 0 to ", config_.layers - 1);
+    require(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ", layer_idx, ", expected 0 to ",
+            config_.layers - 1);
     return static_cast<std::size_t>(layer_idx);
   }
   std::size_t find(SequenceId id) const {
@@ -326,7 +335,8 @@ class PagedKvCache {
 
   void grow_table(std::size_t at, Index pages) {
     auto& table = sequences_[at].pages;
-    if (static_cast<std::size_t>(pages) > table.capacity()) table.reserve(std::max(static_cast<std::size_t>(pages), table.capacity() * 2));
+    if (static_cast<std::size_t>(pages) > table.capacity())
+      table.reserve(std::max(static_cast<std::size_t>(pages), table.capacity() * 2));
     tables_[at] = table.data();
   }
   void take_pages(std::size_t at, Index pages) {
@@ -341,14 +351,15 @@ class PagedKvCache {
   }
 
   template <typename D, typename View>
-  void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx, const View& keys, const View& values, Index each,
-                   const Index* offsets) {
-    static_assert(std::is_same_v<scalar_of<View>, T>, "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
+  void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx, const View& keys, const View& values,
+                   Index each, const Index* offsets) {
+    static_assert(std::is_same_v<scalar_of<View>, T>,
+                  "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
     require_same_shape(kName, "keys", keys, "values", values);
     const std::size_t layer = checked_layer(layer_idx);
     if (keys.dimension(1) != config_.kv_heads || keys.dimension(2) != config_.head_dim)
-      require(false, kName, "keys (tokens, kv_heads, head_dim) has shape ", detail::shape_text(keys), ", the cache has ", config_.kv_heads,
-              " heads of ", config_.head_dim);
+      require(false, kName, "keys (tokens, kv_heads, head_dim) has shape ", detail::shape_text(keys), ", the cache has ",
+              config_.kv_heads, " heads of ", config_.head_dim);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
       detail::require_quantizable(kName, "keys", keys);
       detail::require_quantizable(kName, "values", values);
@@ -358,8 +369,8 @@ class PagedKvCache {
     const auto added = [&](std::size_t i) { return offsets == nullptr ? each : offsets[i + 1] - offsets[i]; };
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
-    detail::append_kv(device, KvAppendProblem<T, Storage>{keys.data(), values.data(), keys.dimension(0), each, offsets, selection.lengths.data(),
-                                                          total_slots(), target});
+    detail::append_kv(device, KvAppendProblem<T, Storage>{keys.data(), values.data(), keys.dimension(0), each, offsets,
+                                                          selection.lengths.data(), total_slots(), target});
     for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
   }
 
@@ -370,7 +381,8 @@ class PagedKvCache {
     ++appends_;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::size_t at = find(ids[i]);
-      require(std::exchange(sequences_[at].last_append, appends_) != appends_, kName, "sequence ", ids[i], " comes twice in an append");
+      require(std::exchange(sequences_[at].last_append, appends_) != appends_, kName, "sequence ", ids[i],
+              " comes twice in an append");
       const Index begin = lengths_[layer][at], pages = detail::pages_for(begin + added(i), config_.page_size);
       needed += std::max<Index>(0, pages - static_cast<Index>(sequences_[at].pages.size()));
     }
@@ -452,14 +464,15 @@ void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, std::span
   cache.append(device, ids, layer_idx, new_keys, new_values);
 }
 template <typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids, const Keys& new_keys, const Values& new_values,
-                     Index layer_idx) {
+void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids, const Keys& new_keys,
+                     const Values& new_values, Index layer_idx) {
   cache.append(ids, layer_idx, new_keys, new_values);
 }
 
 /// Appends to all live sequences in order of creation: (batch, n, kv_heads, head_dim) with as many rows as there are sequences.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
+void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values,
+                     Index layer_idx) {
   cache.append(device, cache.sequences(), layer_idx, new_keys, new_values);
 }
 template <typename T, typename Storage, typename Keys, typename Values>

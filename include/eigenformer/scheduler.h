@@ -1,7 +1,7 @@
 /// \file
-/// Continuous batching (Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022): a sequence
-/// that finishes leaves the batch at once, and the next request takes its place. No model inside: batches out, tokens in, the same
-/// calls give the same batches.
+/// Continuous batching (Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022): a
+/// sequence that finishes leaves the batch at once, and the next request takes its place. No model inside: batches out, tokens in,
+/// the same calls give the same batches.
 ///
 ///   ef::ContinuousBatchScheduler scheduler(max_batch_size, max_seq_length);
 ///   scheduler.add_request("a", prompt);
@@ -11,15 +11,16 @@
 ///   }
 ///   std::vector<std::int32_t> text = scheduler.take_finished("a");   // prompt and everything generated
 ///
-/// The batch is a row of slots. A request added while there is room stands behind the active ones; otherwise it waits, first come first
-/// served. A request finishes when update_batch says so, or when its text reaches max_seq_length, the last token included either way.
-/// Then, in the same call, the first waiting request takes its very slot; where nobody waits, the requests behind it close up. No other
-/// request moves, so active requests keep their order: [1, 2, 3, 4] with 5 waiting becomes [1, 5, 3, 4] when 2 finishes.
+/// The batch is a row of slots. A request added while there is room stands behind the active ones; otherwise it waits, first come
+/// first served. A request finishes when update_batch says so, or when its text reaches max_seq_length, the last token included
+/// either way. Then, in the same call, the first waiting request takes its very slot; where nobody waits, the requests behind it
+/// close up. No other request moves, so active requests keep their order: [1, 2, 3, 4] with 5 waiting becomes [1, 5, 3, 4] when 2
+/// finishes.
 ///
-/// An id is in use from add_request until its text is taken. Errors change nothing: std::invalid_argument for an id in use, an empty
-/// prompt, a prompt of max_seq_length tokens or more, an update of a request that waits or has finished; std::out_of_range for an
-/// unknown id. Every call is O(1) in the number of requests waiting and finished; get_batch is O(its output), an update that closes a
-/// gap O(batch). For one thread at a time. Movable, not copyable.
+/// An id is in use from add_request until its text is taken. Errors change nothing: std::invalid_argument for an id in use, an
+/// empty prompt, a prompt of max_seq_length tokens or more, an update of a request that waits or has finished; std::out_of_range
+/// for an unknown id. Every call is O(1) in the number of requests waiting and finished; get_batch is O(its output), an update that
+/// closes a gap O(batch). For one thread at a time. Movable, not copyable.
 ///
 /// Token budgets, chunked prefill, pages, preemption, priorities and cancellation are StepScheduler's: core/step_scheduler.h.
 #pragma once
@@ -53,7 +54,8 @@ struct Batch {
 class ContinuousBatchScheduler {
  public:
   /// Throws std::invalid_argument where a size is below 1.
-  ContinuousBatchScheduler(Index max_batch_size, Index max_seq_length) : max_batch_size_(max_batch_size), max_seq_length_(max_seq_length) {
+  ContinuousBatchScheduler(Index max_batch_size, Index max_seq_length)
+      : max_batch_size_(max_batch_size), max_seq_length_(max_seq_length) {
     require(max_batch_size >= 1, kName, "max_batch_size is ", max_batch_size, ", expected 1 or more");
     require(max_seq_length >= 1, kName, "max_seq_length is ", max_seq_length, ", expected 1 or more");
   }
@@ -117,8 +119,8 @@ class ContinuousBatchScheduler {
   /// A request added now would join the batch at once.
   bool can_add_more_requests() const { return active_count() < max_batch_size_; }
 
-  /// The whole text of a finished request, which is then forgotten: its id is free again. Throws std::out_of_range for an unknown id,
-  /// std::invalid_argument where it has not finished.
+  /// The whole text of a finished request, which is then forgotten: its id is free again. Throws std::out_of_range for an unknown
+  /// id, std::invalid_argument where it has not finished.
   std::vector<std::int32_t> take_finished(std::string_view request_id) {
     const auto request = find(request_id);
     require(request->state == State::finished, kName, "request ", request_id, " has not finished");
@@ -190,7 +192,7 @@ class ContinuousBatchScheduler {
 
   Index max_batch_size_, max_seq_length_;
   std::list<Request> waiting_, active_, finished_;
-  std::vector<Handle> slots_;                             // the batch, in order
+  std::vector<Handle> slots_;                              // the batch, in order
   std::unordered_map<std::string_view, Handle> requests_;  // keys are the ids in the nodes
 };
 

@@ -1,6 +1,6 @@
 /// \file
-/// How a page of keys and values lies in memory: what the caches write and KvSource reads. One page holds `page_size` positions of one
-/// sequence; a layer's part of it is
+/// How a page of keys and values lies in memory: what the caches write and KvSource reads. One page holds `page_size` positions of
+/// one sequence; a layer's part of it is
 ///
 ///   keys (kv_heads, page_size, head_dim) | values, the same | INT8 only: key scales (kv_heads, page_size) of float | value scales
 ///
@@ -21,8 +21,8 @@ inline namespace EIGENFORMER_ABI {
 
 /// What a cache of T may store: T itself, a narrower floating-point scalar, or INT8 with one scale per position and head.
 template <typename Storage, typename T>
-concept KvStorage = FloatingScalar<T> && (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> ||
-                                          (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
+concept KvStorage = FloatingScalar<T> &&
+    (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> || (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
 
 namespace detail {
 
@@ -60,9 +60,10 @@ KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim, std
   const Index slots = checked_product(kv_heads, page_size, operation, "a page");
   const Index row_bytes = checked_product(head_dim, Index{sizeof(Storage)}, operation, "a row");
   const std::size_t rows = aligned(checked_product(slots, row_bytes, operation, "a page"));
-  const std::size_t scales = std::is_same_v<Storage, std::int8_t> ? aligned(checked_product(slots, sizeof(float), operation, "a page")) : 0;
-  require(rows < (std::size_t{1} << 60) && scales < (std::size_t{1} << 60), operation, "a page of ", page_size, " positions x ", kv_heads,
-          " heads x ", head_dim, " overflows");
+  const std::size_t scales =
+      std::is_same_v<Storage, std::int8_t> ? aligned(checked_product(slots, sizeof(float), operation, "a page")) : 0;
+  require(rows < (std::size_t{1} << 60) && scales < (std::size_t{1} << 60), operation, "a page of ", page_size, " positions x ",
+          kv_heads, " heads x ", head_dim, " overflows");
   return {page_size, kv_heads, head_dim, rows, 2 * rows, 2 * rows + scales, 2 * (rows + scales)};
 }
 

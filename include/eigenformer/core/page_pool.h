@@ -1,6 +1,6 @@
 /// \file
-/// A pool of equal pages in one allocation, with a count of holders for each: the allocator under PagedKvCache. It knows nothing of what
-/// a page holds.
+/// A pool of equal pages in one allocation, with a count of holders for each: the allocator under PagedKvCache. It knows nothing of
+/// what a page holds.
 #pragma once
 
 #include <cstdint>

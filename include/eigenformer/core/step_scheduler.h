@@ -1,9 +1,10 @@
 /// \file
 /// Continuous batching with a budget: how a server steps. One rule serves prefill and decode: a request has tokens, some of them
 /// computed, and each step computes more of them, the best-ranked request first, until the step's token budget is spent (chunked
-/// prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024). No model inside: a plan out, tokens in, the same calls give the same plans.
+/// prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024). No model inside: plans out, tokens in; the same calls give the same
+/// plans.
 ///
-///   ef::StepScheduler scheduler({.max_batch_size = 8, .max_seq_length = 2048, .token_budget = 512, .page_size = 16, .page_count = 1000});
+///   ef::StepScheduler scheduler({.max_batch_size = 8, .token_budget = 512, .page_size = 16, .page_count = 1000});
 ///   const ef::RequestTicket ticket = scheduler.submit(prompt, {.max_new_tokens = 100});
 ///   while (scheduler.next_step(plan)) {
 ///     for (ef::RequestTicket t : plan.released) ...   // free what the cache holds for t
@@ -12,20 +13,21 @@
 ///   }
 ///   ef::FinishedRequest done = scheduler.take_finished(ticket);
 ///
-/// Rank: higher priority first, then earlier submission. A request keeps its rank for life, preempted or not. The queue is strict: nobody
-/// passes the best-ranked waiting request, and a waiting request that outranks running ones takes their place where it needs it.
+/// Rank: higher priority first, then earlier submission. A request keeps its rank for life, preempted or not. The queue is strict:
+/// nobody passes the best-ranked waiting request, and a waiting request that outranks running ones takes their place where it needs
+/// it.
 ///
-/// Pages. Where page_size > 0, a request holds the pages of its text from admission on, and one more whenever it outgrows them; give the
-/// numbers of the PagedKvCache's config. Where pages run out, the worst-ranked running request is preempted: it gives all of them back,
-/// waits at its rank and computes its text again later. A request that could never fit alone is refused by submit. So the best-ranked
-/// request always progresses, and with c = min(token_budget, prefill_chunk), a request gets its first token within
+/// Pages. Where page_size > 0, a request holds the pages of its text from admission on, and one more whenever it outgrows them;
+/// give the numbers of the PagedKvCache's config. Where pages run out, the worst-ranked running request is preempted: it gives all
+/// of them back, waits at its rank and computes its text again later. A request that could never fit alone is refused by submit. So
+/// the best-ranked request always progresses, and with c = min(token_budget, prefill_chunk), a request gets its first token within
 ///
 ///   ceil(prompt / c) + sum over the better-ranked unfinished requests i of (ceil(limit_i / c) + limit_i - length_i)   steps,
 ///
 /// limit_i the longest its text may grow: first_token_bound(ticket). Better-ranked requests submitted later add theirs.
 ///
-/// Every member may be called from any thread, cancel above all; one thread steps. Submitting, cancelling and planning cost O(log n) for
-/// each request touched.
+/// Every member may be called from any thread, cancel above all; one thread steps. Submitting, cancelling and planning cost O(log
+/// n) for each request touched.
 #pragma once
 
 #include <algorithm>
@@ -61,11 +63,11 @@ struct SubmitOptions {
   Index max_new_tokens = 0;  ///< 0 means up to max_seq_length
 };
 
-/// One step, ragged: row i computes tokens [offsets[i], offsets[i + 1]) of requests[i] at positions[i] onwards. Offsets are those that
-/// variable_length_attention and PagedKvCache::append take.
+/// One step, ragged: row i computes tokens [offsets[i], offsets[i + 1]) of requests[i] at positions[i] onwards. Offsets are those
+/// that variable_length_attention and PagedKvCache::append take.
 struct StepPlan {
-  /// Preempted, finished or cancelled since the last plan: free what the cache holds for them first. After a discarded step a name may
-  /// come for which it holds nothing.
+  /// Preempted, finished or cancelled since the last plan: free what the cache holds for them first. After a discarded step a name
+  /// may come for which it holds nothing.
   std::vector<RequestTicket> released;
   std::vector<RequestTicket> requests;    ///< in order of rank; position 0 begins a sequence
   std::vector<Index> offsets;             ///< (rows + 1)
@@ -102,10 +104,11 @@ class StepScheduler {
   /// Throws std::invalid_argument for sizes below 1 (prefill_chunk, page_size, page_count: below 0).
   explicit StepScheduler(const StepSchedulerOptions& options) : options_(options) {
     const auto& o = options;
-    require(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName, "max_batch_size, max_seq_length, token_budget are ",
-            o.max_batch_size, ", ", o.max_seq_length, ", ", o.token_budget, ", expected 1 or more each");
-    require(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName, "prefill_chunk, page_size, page_count are ", o.prefill_chunk,
-            ", ", o.page_size, ", ", o.page_count, ", expected 0 or more each");
+    require(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName,
+            "max_batch_size, max_seq_length, token_budget are ", o.max_batch_size, ", ", o.max_seq_length, ", ", o.token_budget,
+            ", expected 1 or more each");
+    require(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName, "prefill_chunk, page_size, page_count are ",
+            o.prefill_chunk, ", ", o.page_size, ", ", o.page_count, ", expected 0 or more each");
     chunk_ = o.prefill_chunk == 0 ? o.token_budget : std::min(o.prefill_chunk, o.token_budget);
   }
 
@@ -118,8 +121,8 @@ class StepScheduler {
     require(options.max_new_tokens >= 0, kName, "max_new_tokens is ", options.max_new_tokens, ", expected 0 (no limit) or more");
     const Index limit = length + (options.max_new_tokens == 0 ? room : std::min(room, options.max_new_tokens));
     // The last token of a text is never computed, so it takes no room.
-    require_capacity(pages_for(limit - 1) <= options_.page_count || options_.page_size == 0, kName, "a text of ", limit, " tokens needs ",
-                     pages_for(limit - 1), " pages, there are ", options_.page_count);
+    require_capacity(pages_for(limit - 1) <= options_.page_count || options_.page_size == 0, kName, "a text of ", limit,
+                     " tokens needs ", pages_for(limit - 1), " pages, there are ", options_.page_count);
     const std::lock_guard lock(mutex_);
     const Rank rank{-static_cast<std::int64_t>(options.priority), next_ticket_};
     std::set<Rank> queued{rank};
@@ -129,8 +132,8 @@ class StepScheduler {
     return next_ticket_++;
   }
 
-  /// Ends a request that waits or runs; its text is dropped. False where there is no such request, or it has finished: cancelling twice,
-  /// or too late, is no error. A step under way may still compute it; the token that step brings is ignored.
+  /// Ends a request that waits or runs; its text is dropped. False where there is no such request, or it has finished: cancelling
+  /// twice, or too late, is no error. A step under way may still compute it; the token that step brings is ignored.
   bool cancel(RequestTicket ticket) {
     const std::lock_guard lock(mutex_);
     const auto found = requests_.find(ticket);
@@ -206,8 +209,8 @@ class StepScheduler {
     return result;
   }
 
-  /// Steps within which a request that has no token yet gets one, counted from now, were nobody better ranked submitted. O(requests).
-  /// Throws std::out_of_range.
+  /// Steps within which a request that has no token yet gets one, counted from now, were nobody better ranked submitted.
+  /// O(requests). Throws std::out_of_range.
   Index first_token_bound(RequestTicket ticket) const {
     const std::lock_guard lock(mutex_);
     const auto found = requests_.find(ticket);

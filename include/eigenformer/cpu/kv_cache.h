@@ -1,7 +1,7 @@
 /// \file
-/// CPU kernels of the KV caches: append rows to pages or to a dense buffer, and read them back. Both are copies, one read and one write
-/// of every new element, converted on the way where storage differs; INT8 reads a row twice (largest magnitude, then quotients), the
-/// second time out of L1. No row depends on another: results do not depend on threads or on the batch.
+/// CPU kernels of the KV caches: append rows to pages or to a dense buffer, and read them back. Both are copies, one read and one
+/// write of every new element, converted on the way where storage differs; INT8 reads a row twice (largest magnitude, then
+/// quotients), the second time out of L1. No row depends on another: results do not depend on threads or on the batch.
 #pragma once
 
 #include <algorithm>
@@ -19,11 +19,11 @@ inline namespace EIGENFORMER_ABI {
 /// A checked request to append: pointers and sizes only. `target` says where rows lie; its memory is the cache's, and writable.
 template <typename T, typename Storage>
 struct KvAppendProblem {
-  const T* new_keys;     // (tokens, kv_heads, head_dim), sequence after sequence
-  const T* new_values;   // the same
-  Index tokens;          // of all sequences
-  Index tokens_each;     // of one sequence, where offsets is nullptr
-  const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
+  const T* new_keys;       // (tokens, kv_heads, head_dim), sequence after sequence
+  const T* new_values;     // the same
+  Index tokens;            // of all sequences
+  Index tokens_each;       // of one sequence, where offsets is nullptr
+  const Index* offsets;    // (batch + 1) first token of each sequence, or nullptr
   const Index* positions;  // (batch) where a sequence's first token goes; negative leaves the sequence out
   Index capacity;          // positions a sequence of the target has room for. The host has checked them for the CPU; on a GPU
                            // `positions` is device memory, and what lies past the capacity is left out.

@@ -1,6 +1,6 @@
 /// \file
-/// The paged cache without pages: every sequence and layer is a list of rows, a fork copies them, and the pages that a pool would hold
-/// are recounted from scratch. What the tests and a doubting user compare with.
+/// The paged cache without pages: every sequence and layer is a list of rows, a fork copies them, and the pages that a pool would
+/// hold are recounted from scratch. What the tests and a doubting user compare with.
 #pragma once
 
 #include <algorithm>
