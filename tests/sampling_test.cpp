@@ -16,6 +16,8 @@ void* counted_allocation(std::size_t bytes, std::size_t alignment) {
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
+// Not inlined: g++ 12 would see free() meet an operator new that it has not inlined, and warn of a mismatch.
+[[gnu::noinline]] void release(void* p) noexcept { std::free(p); }
 }  // namespace
 void* operator new(std::size_t bytes) { return counted_allocation(bytes, 16); }
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
@@ -28,11 +30,11 @@ void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
     return nullptr;
   }
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p) noexcept { release(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
+void operator delete(void* p, std::size_t) noexcept { release(p); }
+void operator delete(void* p, std::align_val_t) noexcept { release(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { release(p); }
 
 using namespace eigenformer_test;
 
