@@ -52,14 +52,16 @@ void sampling_cases(bench::Suite& suite) {
     *ids = best.cast<std::int32_t>();
   });
 
-  const auto add = [&](const std::string& name, const std::shared_ptr<ef::Tensor<float, 2>>& logits, const ef::SamplingParams& params) {
+  const auto add = [&](const std::string& name, const std::shared_ptr<ef::Tensor<float, 2>>& logits,
+                       const ef::SamplingParams& params) {
     const auto rng = std::make_shared<ef::Philox>(7u);
     auto& row = suite.row(name + shape, limit);
     row.ours([=](const auto& device) { ef::sample_into(device, *ids, *logits, params, *rng); });
     row.peer_one_thread("Eigen by hand", [=] {
       const Index k = std::min(params.top_k, kVocab);
       for (Index r = 0; r < kBatch; ++r)
-        (*ids)(r) = sample_by_hand(logits->data() + r * kVocab, k, static_cast<float>(params.top_p), static_cast<float>(rng->uniform(static_cast<std::uint32_t>(r))));
+        (*ids)(r) = sample_by_hand(logits->data() + r * kVocab, k, static_cast<float>(params.top_p),
+                                   static_cast<float>(rng->uniform(static_cast<std::uint32_t>(r))));
       rng->advance();
     });
   };

@@ -1,8 +1,8 @@
 /// \file
 /// From logits (batch, vocab) to tokens: greedy, top-k (Fan et al., "Hierarchical Neural Story Generation", 2018), top-p or nucleus
-/// (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020), min-p (Nguyen et al., "Turning Up the Heat", 2024), locally
-/// typical (Meister et al., 2023), penalties (Keskar et al., "CTRL", 2019), and speculative verification (Leviathan et al., "Fast
-/// Inference from Transformers via Speculative Decoding", 2023; Chen et al., 2023).
+/// (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020), min-p (Nguyen et al., "Turning Up the Heat", 2024),
+/// locally typical (Meister et al., 2023), penalties (Keskar et al., "CTRL", 2019), and speculative verification (Leviathan et al.,
+/// "Fast Inference from Transformers via Speculative Decoding", 2023; Chen et al., 2023).
 ///
 ///   ids = ef::greedy_sample(logits);
 ///   ids = ef::top_k_sample(logits, k, temperature, rng);
@@ -11,37 +11,41 @@
 ///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
 ///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
 ///
-/// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each filter
-/// on the renormalised survivors of the one before:
-///   penalties     x > 0 ? x / r : x * r for tokens of prompt and output; then x -= frequency * count + presence for those of the output
+/// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each
+/// filter on the renormalised survivors of the one before:
+///
+///   penalties     x > 0 ? x / r : x * r for tokens of prompt and output; then x -= frequency * count + presence, output only
 ///   logit_bias    x += bias
 ///   token_mask    -infinity where the bit is 0
-///   temperature   x / T; T = 0 keeps the best token (lowest index among equals): greedy
+///   temperature   x / T; T = 0 keeps the best token, the lowest index among equals: greedy
 ///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties)
 ///   top_p         the smallest set of most likely tokens whose probability sums to at least p; equals by lowest index
 ///   min_p         probability >= min_p * the best's
-///   typical_p     the smallest set of tokens nearest in information to the entropy whose probability sums to at least p; all equals
-/// Every set holds at least one token. Equality and order are those of the logits as given (after penalties and bias), not of rounded
-/// probabilities. Sums and weights are in double. Tokens at -infinity are never drawn.
+///   typical_p     the smallest set of tokens nearest in information to the entropy that sums to at least p; all equals
+///
+/// Every set holds at least one token. Equality and order are those of the logits as given (after penalties and bias), not of
+/// rounded probabilities. Sums and weights are in double. Tokens at -infinity are never drawn.
 ///
 /// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a function of (seed, position, r),
 /// or of (seed, position) where every row has a generator of its own. Each call advances each generator by one, whatever the batch
 /// and the outcome of its rows; a call that throws advances nothing. Results do not depend on the other rows or on threads.
 ///
-/// Logits are float, double, bfloat16 or half and are never changed. A row that holds NaN or +infinity, or that is all -infinity (as
-/// given, or after bias and mask), makes the returning forms throw std::invalid_argument naming it; the _into forms give it id -1
-/// and a status and serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators, parameters
-/// out of range or NaN, and token ids out of range. batch 0 is legal. An output must not overlap the logits.
+/// Logits are float, double, bfloat16 or half and are never changed. A row that holds NaN or +infinity, or that is all -infinity
+/// (as given, or after bias and mask), makes the returning forms throw std::invalid_argument naming it; the _into forms give it id
+/// -1 and a status and serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators,
+/// parameters out of range or NaN, and token ids out of range. batch 0 is legal. An output must not overlap the logits.
 ///
-/// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about one
-/// exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a pool.
-/// The _into forms allocate nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
+/// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about
+/// one exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a
+/// pool. The _into forms allocate nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
 #pragma once
 
 #include <cmath>
 #include <limits>
 #include <span>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "core/check.h"
 #include "core/device.h"
@@ -64,20 +68,22 @@ inline void check_sampling_order(std::string_view name, const SamplingOrder& ord
     const auto stage = static_cast<unsigned>(order[i]);
     require(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage, " at place ", i,
             ", expected every stage once");
-    require((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name, "order has stage ", stage, " at place ", i,
-            ", expected penalties, logit_bias and token_mask in the first three places");
+    require((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name, "order has stage ", stage, " at place ",
+            i, ", expected penalties, logit_bias and token_mask in the first three places");
     seen |= 1u << stage;
   }
 }
 
 inline void check_tokens(std::string_view name, std::string_view argument, std::span<const std::int32_t> tokens, Index vocab) {
   for (std::size_t i = 0; i < tokens.size(); ++i)
-    require(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i], ", expected a token in [0, ", vocab, ")");
+    require(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i], ", expected a token in [0, ", vocab,
+            ")");
 }
 
 /// O(1) but for the lists that come with the parameters.
 inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
-  require(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ", p.temperature, ", expected 0 (greedy) or more");
+  require(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ", p.temperature,
+          ", expected 0 (greedy) or more");
   require(p.top_k >= 1, name, "top_k is ", p.top_k, ", expected 1 or more");
   require(!std::isnan(p.top_p), name, "top_p is NaN");
   require(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
@@ -91,7 +97,8 @@ inline void check_sampling_params(std::string_view name, const SamplingParams& p
   check_tokens(name, "output_tokens", p.output_tokens, vocab);
   for (std::size_t i = 0; i < p.logit_bias.size(); ++i) {
     const LogitBias& bias = p.logit_bias[i];
-    require(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ", bias.token, ", expected a token in [0, ", vocab, ")");
+    require(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ", bias.token, ", expected a token in [0, ",
+            vocab, ")");
     require(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i, "] is ", bias.bias,
             ", expected a finite number or -infinity");
   }
@@ -125,13 +132,14 @@ inline void check_generators(std::string_view name, const Generators& rng, Index
 }
 
 template <typename View>
-auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params, std::int32_t* ids, SampleStatus* statuses) {
+auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params, std::int32_t* ids,
+                      SampleStatus* statuses) {
   using T = scalar_of<View>;
   static_assert(FloatingScalar<T>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   check_sampling_shape(name, logits.dimension(1));
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
-  return SamplingProblem<T>{logits.data(), logits.dimension(0), logits.dimension(1), params.data, params.per_row ? 1 : 0,
-                            nullptr, 0, ids, statuses};
+  return SamplingProblem<T>{
+      logits.data(), logits.dimension(0), logits.dimension(1), params.data, params.per_row ? 1 : 0, nullptr, 0, ids, statuses};
 }
 
 template <typename T>
@@ -145,7 +153,8 @@ inline void require_good_rows(std::string_view name, std::span<const SampleStatu
   for (std::size_t r = 0; r < statuses.size(); ++r) {
     require(statuses[r] != SampleStatus::nan, name, "logits row ", r, " holds NaN");
     require(statuses[r] != SampleStatus::positive_infinity, name, "logits row ", r, " holds +infinity");
-    require(statuses[r] != SampleStatus::no_token, name, "logits row ", r, " is all -infinity, as given or after bias and mask: no token is left");
+    require(statuses[r] != SampleStatus::no_token, name, "logits row ", r,
+            " is all -infinity, as given or after bias and mask: no token is left");
   }
 }
 
@@ -154,8 +163,8 @@ auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> s
   auto view = output_view<1>(ids);
   static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>, "eigenformer: token ids are std::int32_t");
   require(view.dimension(0) == batch, name, "ids has ", view.dimension(0), " elements, logits has ", batch, " rows");
-  require(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name, "statuses has ", statuses.size(), " elements, logits has ",
-          batch, " rows");
+  require(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name, "statuses has ", statuses.size(),
+          " elements, logits has ", batch, " rows");
   return view;
 }
 
@@ -194,15 +203,16 @@ inline SamplingParams top_p_params(double p, double temperature) { return {.temp
 
 // ---- greedy ------------------------------------------------------------------------------------------------------------------
 
-/// ids[r] = lowest index of the largest logit of row r; -1 and a status (where `statuses`, (batch), is given) for a bad row. On a GPU
-/// all three are device memory.
+/// ids[r] = lowest index of the largest logit of row r; -1 and a status (where `statuses`, (batch), is given) for a bad row. On a
+/// GPU all three are device memory.
 template <Device D, typename Ids, typename Logits>
 void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits, std::span<SampleStatus> statuses = {},
                         Workspace& workspace = thread_workspace()) {
   const auto view = input_view<2>(logits);
   auto out = detail::sampled_ids_view("greedy_sample", ids, statuses, view.dimension(0));
   const SamplingParams greedy{.temperature = 0};
-  const auto problem = detail::sampling_problem("greedy_sample", view, greedy, out.data(), statuses.empty() ? nullptr : statuses.data());
+  const auto problem =
+      detail::sampling_problem("greedy_sample", view, greedy, out.data(), statuses.empty() ? nullptr : statuses.data());
   if constexpr (is_gpu_device<D>)
     launch_on_gpu(device, problem);
   else
@@ -228,8 +238,8 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 
 // ---- sampling ----------------------------------------------------------------------------------------------------------------
 
-/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is (batch). Allocates nothing after the first
-/// call at a size. On CPU devices any parameters.
+/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is (batch). Allocates nothing after the
+/// first call at a size. On CPU devices any parameters.
 template <CpuDevice D, typename Ids, typename Logits>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params, Generators rng,
                  std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {

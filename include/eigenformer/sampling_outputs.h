@@ -13,15 +13,15 @@ struct LogProbabilityOptions {
   Index best = 0;  ///< number of best tokens reported for a row; at most vocab are
 };
 
-/// What sample_with_log_probabilities returns. "Raw" is the log-softmax of the logits as given, before penalties, temperature and filters;
-/// "processed" the log of the probability drawn with, -infinity for a token filtered out.
+/// What sample_with_log_probabilities returns. "Raw" is the log-softmax of the logits as given, before penalties, temperature and
+/// filters; "processed" the log of the probability drawn with, -infinity for a token filtered out.
 struct SamplesWithLogProbabilities {
-  Tensor<std::int32_t, 1> ids;                    ///< (batch)
-  Tensor<float, 1> log_probabilities;             ///< (batch) raw, of the drawn token
-  Tensor<float, 1> processed_log_probabilities;   ///< (batch) processed, of the drawn token
-  Tensor<std::int32_t, 1> ranks;                  ///< (batch) 1 + the number of tokens whose raw logit is larger than the drawn one's
-  Tensor<std::int32_t, 2> best_ids;               ///< (batch, best) the tokens of largest raw logit, best first, equals by index
-  Tensor<float, 2> best_log_probabilities;            ///< (batch, best) raw
+  Tensor<std::int32_t, 1> ids;                   ///< (batch)
+  Tensor<float, 1> log_probabilities;            ///< (batch) raw, of the drawn token
+  Tensor<float, 1> processed_log_probabilities;  ///< (batch) processed, of the drawn token
+  Tensor<std::int32_t, 1> ranks;            ///< (batch) 1 + the number of tokens whose raw logit is larger than the drawn one's
+  Tensor<std::int32_t, 2> best_ids;         ///< (batch, best) the tokens of largest raw logit, best first, equals by index
+  Tensor<float, 2> best_log_probabilities;  ///< (batch, best) raw
   Tensor<float, 2> best_processed_log_probabilities;  ///< (batch, best) processed
 };
 
@@ -38,9 +38,13 @@ SamplesWithLogProbabilities sample_with_log_probabilities(const D& device, const
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(batch));
   auto problem = sampling_problem(name, view, params, nullptr, statuses.data());
   set_generators(name, problem, rng);
-  SamplesWithLogProbabilities result{Tensor<std::int32_t, 1>(batch),       Tensor<float, 1>(batch),      Tensor<float, 1>(batch),
-                                     Tensor<std::int32_t, 1>(batch),       Tensor<std::int32_t, 2>(batch, best),
-                                     Tensor<float, 2>(batch, best),        Tensor<float, 2>(batch, best)};
+  SamplesWithLogProbabilities result{Tensor<std::int32_t, 1>(batch),
+                                     Tensor<float, 1>(batch),
+                                     Tensor<float, 1>(batch),
+                                     Tensor<std::int32_t, 1>(batch),
+                                     Tensor<std::int32_t, 2>(batch, best),
+                                     Tensor<float, 2>(batch, best),
+                                     Tensor<float, 2>(batch, best)};
   problem.ids = result.ids.data();
   const LogProbabilityOutputs outputs{result.log_probabilities.data(),
                                       result.processed_log_probabilities.data(),
@@ -93,19 +97,19 @@ struct SpeculativeResult {
   Tensor<std::int32_t, 2> tokens;           ///< (batch, n + 1) the accepted drafts, then one token more, then -1
 };
 
-/// Turns drafted tokens into tokens of the target distribution, each row for itself. With q = draft and p = target probabilities, draft
-/// i is accepted where u_i q(token) < p(token). At the first refusal the next token is drawn from max(0, p - q), normalised (from p
-/// where that is zero: p equals q up to rounding); after the last draft from the target's next distribution. The tokens then follow the
-/// target's distribution exactly, whatever the drafts' (Leviathan et al., 2023, appendix A.1), provided that each draft was drawn
-/// from the very q given here and that p holds the target's temperature and filters (sampling_probabilities).
+/// Turns drafted tokens into tokens of the target distribution, each row for itself. With q = draft and p = target probabilities,
+/// draft i is accepted where u_i q(token) < p(token). At the first refusal the next token is drawn from max(0, p - q), normalised
+/// (from p where that is zero: p equals q up to rounding); after the last draft from the target's next distribution. The tokens
+/// then follow the target's distribution exactly, whatever the drafts' (Leviathan et al., 2023, appendix A.1), provided that each
+/// draft was drawn from the very q given here and that p holds the target's temperature and filters (sampling_probabilities).
 ///
 ///   draft_tokens          (batch, n) int32
 ///   draft_probabilities   (batch, n, vocab) float, double, bfloat16 or half; rows sum to 1
 ///   target_probabilities  (batch, n + 1, vocab) likewise; of a row of draft_lengths[r] = m the first m + 1 are read
 ///
 /// Random numbers: index i of (position, row) for draft i, index m for the last token. Advances each generator by one. Throws
-/// std::invalid_argument for shapes, tokens or lengths out of range, and, naming the row, for a distribution that was read and holds NaN,
-/// infinity or a negative number or sums to 0.
+/// std::invalid_argument for shapes, tokens or lengths out of range, and, naming the row, for a distribution that was read and
+/// holds NaN, infinity or a negative number or sums to 0.
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 SpeculativeResult verify_speculative(const D& device, const Tokens& draft_tokens, const Draft& draft_probabilities,
                                      const Target& target_probabilities, Generators rng, const SpeculativeOptions& options = {}) {
@@ -118,12 +122,13 @@ SpeculativeResult verify_speculative(const D& device, const Tokens& draft_tokens
                 "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1), vocab = target.dimension(2);
   detail::check_sampling_shape(name, vocab);
-  require(draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab, name, "draft_probabilities has shape ",
-          detail::shape_text(draft), ", expected (", batch, ", ", drafts, ", ", vocab, ")");
+  require(draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab, name,
+          "draft_probabilities has shape ", detail::shape_text(draft), ", expected (", batch, ", ", drafts, ", ", vocab, ")");
   require(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name, "target_probabilities has shape ",
           detail::shape_text(target), ", expected (", batch, ", ", drafts + 1, ", vocab)");
   const auto lengths = options.draft_lengths;
-  require(lengths.empty() || static_cast<Index>(lengths.size()) == batch, name, "draft_lengths has ", lengths.size(), " elements, expected ", batch);
+  require(lengths.empty() || static_cast<Index>(lengths.size()) == batch, name, "draft_lengths has ", lengths.size(),
+          " elements, expected ", batch);
   for (Index r = 0; r < batch; ++r) {
     const Index length = lengths.empty() ? drafts : lengths[static_cast<std::size_t>(r)];
     require(length >= 0 && length <= drafts, name, "draft_lengths[", r, "] is ", length, ", expected 0 to ", drafts);
@@ -133,20 +138,21 @@ SpeculativeResult verify_speculative(const D& device, const Tokens& draft_tokens
   }
   detail::check_generators(name, rng, batch);
   SpeculativeResult result{Tensor<std::int32_t, 1>(batch), Tensor<std::int32_t, 2>(batch, drafts + 1)};
-  cpu::verify_speculative(device, SpeculativeProblem<scalar_of<Draft>, scalar_of<Target>>{
-                                      tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-                                      lengths.empty() ? nullptr : lengths.data(), rng.data(), rng.per_row() ? 1 : 0,
-                                      result.accepted_counts.data(), result.tokens.data()});
+  cpu::verify_speculative(
+      device, SpeculativeProblem<scalar_of<Draft>, scalar_of<Target>>{
+                  tokens.data(), draft.data(), target.data(), batch, drafts, vocab, lengths.empty() ? nullptr : lengths.data(),
+                  rng.data(), rng.per_row() ? 1 : 0, result.accepted_counts.data(), result.tokens.data()});
   for (Index r = 0; r < batch; ++r)
-    require(result.accepted_counts(r) >= 0, name, "row ", r, " holds a probability that is NaN, infinite or negative, or sums to 0");
+    require(result.accepted_counts(r) >= 0, name, "row ", r,
+            " holds a probability that is NaN, infinite or negative, or sums to 0");
   rng.advance();
   return result;
 }
 
 template <typename Tokens, typename Draft, typename Target>
   requires(!Device<Tokens>)
-SpeculativeResult verify_speculative(const Tokens& draft_tokens, const Draft& draft_probabilities, const Target& target_probabilities,
-                                     Generators rng, const SpeculativeOptions& options = {}) {
+SpeculativeResult verify_speculative(const Tokens& draft_tokens, const Draft& draft_probabilities,
+                                     const Target& target_probabilities, Generators rng, const SpeculativeOptions& options = {}) {
   return verify_speculative(Eigen::DefaultDevice{}, draft_tokens, draft_probabilities, target_probabilities, rng, options);
 }
 

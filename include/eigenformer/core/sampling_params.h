@@ -1,6 +1,6 @@
 /// \file
-/// What a caller says about sampling one row: the parameters of every filter, the order they run in, the tokens that penalties count,
-/// logit bias and token mask; and the status a row ends with. `sampling.h` is the manual.
+/// What a caller says about sampling one row: the parameters of every filter, the order they run in, the tokens that penalties
+/// count, logit bias and token mask; and the status a row ends with. `sampling.h` is the manual.
 #pragma once
 
 #include <array>
@@ -22,13 +22,13 @@ inline constexpr Index kKeepAllTokens = std::numeric_limits<Index>::max();
 /// One step of the chain from logits to the distribution drawn from.
 enum class SamplingStage : std::uint8_t { penalties, logit_bias, token_mask, temperature, top_k, top_p, min_p, typical_p };
 
-/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first three places in any order. A stage whose
-/// parameter has its default value does nothing.
+/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first three places in any order. A stage
+/// whose parameter has its default value does nothing.
 using SamplingOrder = std::array<SamplingStage, 8>;
 
 /// Hugging Face transformers.
-inline constexpr SamplingOrder kHuggingFaceOrder{SamplingStage::penalties, SamplingStage::logit_bias,  SamplingStage::token_mask,
-                                                 SamplingStage::temperature, SamplingStage::top_k,     SamplingStage::top_p,
+inline constexpr SamplingOrder kHuggingFaceOrder{SamplingStage::penalties,   SamplingStage::logit_bias, SamplingStage::token_mask,
+                                                 SamplingStage::temperature, SamplingStage::top_k,      SamplingStage::top_p,
                                                  SamplingStage::min_p,       SamplingStage::typical_p};
 /// vLLM's engine version 1; typical_p, which vLLM lacks, comes last.
 inline constexpr SamplingOrder kVllmOrder{SamplingStage::token_mask,  SamplingStage::logit_bias, SamplingStage::penalties,
@@ -52,25 +52,27 @@ struct LogitBias {
 };
 
 struct SamplingParams {
-  double temperature = 1;         ///< logits are divided by it; 0 is greedy
-  Index top_k = kKeepAllTokens;   ///< number of most likely tokens kept, 1 or more
-  double top_p = 1;               ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
-  double min_p = 0;               ///< least probability kept, in units of the best token's, from 0 to 1
-  double typical_p = 1;           ///< probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
-  double repetition_penalty = 1;  ///< positive logits divided by it, others multiplied, for tokens of prompt_tokens and output_tokens
-  double frequency_penalty = 0;   ///< subtracted once for each occurrence in output_tokens
-  double presence_penalty = 0;    ///< subtracted from tokens that occur in output_tokens
+  double temperature = 1;        ///< logits are divided by it; 0 is greedy
+  Index top_k = kKeepAllTokens;  ///< number of most likely tokens kept, 1 or more
+  double top_p = 1;              ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
+  double min_p = 0;              ///< least probability kept, in units of the best token's, from 0 to 1
+  double typical_p = 1;          ///< probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
+  double repetition_penalty =
+      1;  ///< positive logits divided by it, others multiplied, for tokens of prompt_tokens and output_tokens
+  double frequency_penalty = 0;  ///< subtracted once for each occurrence in output_tokens
+  double presence_penalty = 0;   ///< subtracted from tokens that occur in output_tokens
   SamplingOrder order = kHuggingFaceOrder;
   TopKTies top_k_ties = TopKTies::lowest_index;
   std::span<const std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
   std::span<const std::int32_t> output_tokens = {};  ///< tokens generated so far
   std::span<const LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
-  /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it; ceil(vocab / 32) words, or none: all allowed.
+  /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it; ceil(vocab / 32) words, or none: all
+  /// allowed.
   std::span<const std::uint32_t> token_mask = {};
 };
 
-/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams, which it refers to. (A span would itself
-/// accept `{}` where the parameters of all rows are meant.)
+/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams, which it refers to. (A span would
+/// itself accept `{}` where the parameters of all rows are meant.)
 class RowSamplingParams {
  public:
   template <typename Range>

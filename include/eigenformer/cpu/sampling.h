@@ -1,8 +1,8 @@
 /// \file
 /// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of every block of 128 tokens; one
-/// streaming read), filtered (sampling_filters.h), and drawn from by the inverse of its cumulative distribution in token order. Greedy
-/// is the scan and one block. Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block maximum; a draw
-/// without top-k adds one exponential a token in double, about 1 ns each.
+/// streaming read), filtered (sampling_filters.h), and drawn from by the inverse of its cumulative distribution in token order.
+/// Greedy is the scan and one block. Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
+/// maximum; a draw without top-k adds one exponential a token in double, about 1 ns each.
 #pragma once
 
 #include "../core/device.h"
@@ -13,8 +13,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device memory, params and generators the host's;
-/// params[0].temperature == 0 asks for greedy, else params[0].top_k for top-k.
+/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device memory, params and generators the
+/// host's; params[0].temperature == 0 asks for greedy, else params[0].top_k for top-k.
 template <typename T>
 struct SamplingProblem {
   const T* logits;  // (batch, vocab)

@@ -1,9 +1,9 @@
 /// \file
 /// The filters: each narrows the band of tokens in play (sampling_row.h). They share one selection, the shortest prefix of the
-/// candidates in a given order whose weights reach a target: weight 1 and target k for top-k, the token weights and p of their sum for
-/// top-p, the same with the order of typicality for typical-p. It narrows by 11 bits of the sort key at a time with the weight of
-/// each of 2048 bins (a radix select), then sorts the last 256 candidates at most: O(vocab) whatever the distribution, and no sort
-/// of a flat row.
+/// candidates in a given order whose weights reach a target: weight 1 and target k for top-k, the token weights and p of their sum
+/// for top-p, the same with the order of typicality for typical-p. It narrows by 11 bits of the sort key at a time with the weight
+/// of each of 2048 bins (a radix select), then sorts the last 256 candidates at most: O(vocab) whatever the distribution, and no
+/// sort of a flat row.
 #pragma once
 
 #include <cmath>
@@ -36,12 +36,12 @@ struct PrefixEnd {
 struct SelectionLimits {
   static constexpr int bin_bits = 11;
   static constexpr Index bins = Index{1} << bin_bits;
-  static constexpr Index ways = 4;     // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
-  static constexpr Index sort = 256;                   // below this a sort costs less than the bins
+  static constexpr Index ways = 4;    // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
+  static constexpr Index sort = 256;  // below this a sort costs less than the bins
 };
 
-/// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the running weight `above` reaches the
-/// target (the last one that weighs anything where none does), keeps its values and returns how many.
+/// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the running weight `above` reaches
+/// the target (the last one that weighs anything where none does), keeps its values and returns how many.
 template <typename C, typename Key, typename Weights>
 Index narrow_to_bin(C* values, Index n, int shift, double target, double& above, Key key, Weights weights,
                     const SamplingScratch<C>& scratch) {
@@ -77,8 +77,8 @@ Index narrow_to_bin(C* values, Index n, int shift, double target, double& above,
   return kept;
 }
 
-/// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least `target`; never empty, and all of them
-/// where the sum stays below. Equal values have equal keys and weights. Permutes `values`.
+/// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least `target`; never empty, and all of
+/// them where the sum stays below. Equal values have equal keys and weights. Permutes `values`.
 template <typename C, typename Key, typename Weights>
 PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights weights, const SamplingScratch<C>& scratch) {
   double above = 0;
@@ -118,7 +118,8 @@ void end_band_at(SamplingRow<T>& row, const PrefixEnd<compute_type<T>>& end) {
   row.band.lo = end.value;
 }
 
-/// A logit that the k-th largest in play reaches: the k-th largest of the maxima of the blocks, for k of them are k different tokens.
+/// A logit that the k-th largest in play reaches: the k-th largest of the maxima of the blocks, for k of them are k different
+/// tokens.
 template <typename T>
 compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k, compute_type<T>* maxima) {
   const Index blocks = row.blocks();
@@ -137,7 +138,8 @@ void keep_top_k(SamplingRow<T>& row, Index k, TopKTies ties, const SamplingScrat
   const Index n = gather_candidates<Isa>(row, kth_largest_bound(row, k, scratch.candidates), scratch.candidates);
   if (n < k) return;
   const auto weights = [](const C*, Index count, double* w) { std::fill(w, w + count, 1.0); };
-  auto end = select_prefix(scratch.candidates, n, static_cast<double>(k), [](C x) { return order_key(x); }, weights, scratch);
+  auto end = select_prefix(
+      scratch.candidates, n, static_cast<double>(k), [](C x) { return order_key(x); }, weights, scratch);
   if (ties == TopKTies::keep_all) end.taken = end.candidates;
   end_band_at<Isa>(row, end);
 }
@@ -154,8 +156,8 @@ auto candidate_weights(double best, double inverse_temperature) {
   };
 }
 
-/// A logit below which no token can be needed for top-p: tokens lighter than (1 - p) * total / vocab weigh less than (1 - p) * total
-/// together, so that the others reach p. Rounded down in every step.
+/// A logit below which no token can be needed for top-p: tokens lighter than (1 - p) * total / vocab weigh less than (1 - p) *
+/// total together, so that the others reach p. Rounded down in every step.
 template <typename T>
 compute_type<T> top_p_bound(const SamplingRow<T>& row, double p, double total) {
   using C = compute_type<T>;
@@ -174,7 +176,8 @@ void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_typ
   const double total = sum_weights<Isa>(row, scratch.block_sum);
   const Index n = gather_candidates<Isa>(row, top_p_bound(row, p, total), scratch.candidates);
   const auto weights = candidate_weights<C>(static_cast<double>(row.band.hi), row.inverse_temperature);
-  end_band_at<Isa>(row, select_prefix(scratch.candidates, n, p * total, [](C x) { return order_key(x); }, weights, scratch));
+  end_band_at<Isa>(row, select_prefix(
+                            scratch.candidates, n, p * total, [](C x) { return order_key(x); }, weights, scratch));
 }
 
 template <typename Isa, typename T>
@@ -195,8 +198,8 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   row.band.lo = least;
 }
 
-/// Keeps the tokens whose information -log(probability) is nearest to the entropy. With d = (logit - best) / temperature both contain
-/// the same log of the normaliser, which cancels: the distance is |d - mean of d|.
+/// Keeps the tokens whose information -log(probability) is nearest to the entropy. With d = (logit - best) / temperature both
+/// contain the same log of the normaliser, which cancels: the distance is |d - mean of d|.
 template <typename Isa, typename T>
 void keep_typical_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;

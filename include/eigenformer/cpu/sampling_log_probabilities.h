@@ -10,13 +10,13 @@ inline namespace EIGENFORMER_ABI {
 
 /// Where the log-probabilities go. Rows whose status is not ok get -1 and NaN.
 struct LogProbabilityOutputs {
-  float* raw;                    // (batch)
-  float* processed;              // (batch)
-  std::int32_t* rank;            // (batch)
-  Index best;                    // columns of the three below, at most vocab
-  std::int32_t* best_ids;        // (batch, best)
-  float* best_raw;               // (batch, best)
-  float* best_processed;         // (batch, best)
+  float* raw;              // (batch)
+  float* processed;        // (batch)
+  std::int32_t* rank;      // (batch)
+  Index best;              // columns of the three below, at most vocab
+  std::int32_t* best_ids;  // (batch, best)
+  float* best_raw;         // (batch, best)
+  float* best_processed;   // (batch, best)
 };
 
 namespace cpu {
@@ -27,7 +27,8 @@ float processed_log_probability(const SamplingRow<T>& row, Index token, double t
   using C = compute_type<T>;
   const C logit = static_cast<C>(row.logits[token]);
   if (!row.band.contains(logit, token)) return -std::numeric_limits<float>::infinity();
-  return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) * row.inverse_temperature - std::log(total));
+  return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) * row.inverse_temperature -
+                            std::log(total));
 }
 
 /// Fills `ids` with the `count` tokens of largest logit, best first, equals by index. Leaves the band closed around them.
@@ -38,7 +39,8 @@ void best_tokens(SamplingRow<T>& row, Index count, std::int32_t* ids, const Samp
   Index n = 0;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
     for (Index j = 0; j < SamplingBlock::size && block * SamplingBlock::size + j < row.vocab; ++j)
-      if (row.band.contains(x[j], block * SamplingBlock::size + j)) ids[n++] = static_cast<std::int32_t>(block * SamplingBlock::size + j);
+      if (row.band.contains(x[j], block * SamplingBlock::size + j))
+        ids[n++] = static_cast<std::int32_t>(block * SamplingBlock::size + j);
   });
   std::sort(ids, ids + n, [&](std::int32_t a, std::int32_t b) {
     const auto xa = row.logits[a], xb = row.logits[b];
@@ -61,7 +63,9 @@ void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id, const
                              const SamplingScratch<compute_type<T>>& scratch, Processed processed) {
   scan_row<Isa>(raw);
   const double best = static_cast<double>(raw.band.hi), log_total = std::log(sum_weights<Isa>(raw, scratch.block_sum));
-  const auto log_probability = [&](Index token) { return static_cast<float>(static_cast<double>(raw.logits[token]) - best - log_total); };
+  const auto log_probability = [&](Index token) {
+    return static_cast<float>(static_cast<double>(raw.logits[token]) - best - log_total);
+  };
   out.raw[r] = log_probability(id);
   out.processed[r] = processed(id);
   out.rank[r] = static_cast<std::int32_t>(1 + count_above<Isa>(raw, static_cast<compute_type<T>>(raw.logits[id])));
@@ -91,7 +95,8 @@ void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T
     p.finish(r, id, status);
     const double total = sum_weights<Isa>(row, scratch.block_sum);
     const SamplingRow<T> raw{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
-    write_log_probabilities<Isa>(raw, r, id, out, scratch, [&](Index token) { return processed_log_probability(row, token, total); });
+    write_log_probabilities<Isa>(raw, r, id, out, scratch,
+                                 [&](Index token) { return processed_log_probability(row, token, total); });
   });
 }
 

@@ -1,11 +1,11 @@
 /// \file
 /// One row of logits as sampling sees it: blocks of 128 tokens, each with its maximum, and the tokens still in play.
 ///
-/// Top-k, top-p and min-p keep a prefix of the tokens sorted by (logit descending, index ascending), and typical-p keeps an interval of
-/// logits, so that the survivors of any chain of filters are the tokens of one band: lo < logit <= hi, and of those equal to lo
-/// the ones of index below lo_end. A filter narrows the band; nothing is sorted but the few candidates for its new end. Blocks whose
-/// maximum lies below the band are skipped, so that after the first scan of the row (the maximum of each block, one read of
-/// vocab * sizeof(T) bytes) a filter reads only where survivors are.
+/// Top-k, top-p and min-p keep a prefix of the tokens sorted by (logit descending, index ascending), and typical-p keeps an
+/// interval of logits, so that the survivors of any chain of filters are the tokens of one band: lo < logit <= hi, and of those
+/// equal to lo the ones of index below lo_end. A filter narrows the band; nothing is sorted but the few candidates for its new end.
+/// Blocks whose maximum lies below the band are skipped, so that after the first scan of the row (the maximum of each block, one
+/// read of vocab * sizeof(T) bytes) a filter reads only where survivors are.
 ///
 /// Weights exp((logit - hi) / temperature) are computed in double, to a relative error of 1e-15, and summed in double in a fixed
 /// order: 8 interleaved sums in a block, then the blocks from first to last. They depend on the row alone.
@@ -30,12 +30,12 @@ struct SamplingBlock {
 /// The scratch of one worker. C is the compute type of the logits.
 template <typename C>
 struct SamplingScratch {
-  C* block_max;           // (blocks)
-  double* block_sum;      // (blocks)
-  C* candidates;          // (vocab)
-  double* bin_sum;        // (2048, 4)
-  C* adjusted;            // (vocab) logits after penalties, bias and mask; nullptr where no row has any
-  std::int32_t* counts;   // (vocab) occurrences of each token; nullptr where no row has penalties
+  C* block_max;          // (blocks)
+  double* block_sum;     // (blocks)
+  C* candidates;         // (vocab)
+  double* bin_sum;       // (2048, 4)
+  C* adjusted;           // (vocab) logits after penalties, bias and mask; nullptr where no row has any
+  std::int32_t* counts;  // (vocab) occurrences of each token; nullptr where no row has penalties
 };
 
 /// The tokens still in play.
@@ -130,8 +130,8 @@ Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
   return row.vocab - 1;  // not reached: the caller has seen that many
 }
 
-/// e^x for x <= 0, without a branch, so that a loop over an array is SIMD code on every ISA: 2^n times the Taylor polynomial of degree 13
-/// on |r| <= ln2 / 2, whose remainder is below 5e-18. Exactly 1 at 0; 0 below -708, where doubles become denormal.
+/// e^x for x <= 0, without a branch, so that a loop over an array is SIMD code on every ISA: 2^n times the Taylor polynomial of
+/// degree 13 on |r| <= ln2 / 2, whose remainder is below 5e-18. Exactly 1 at 0; 0 below -708, where doubles become denormal.
 EIGENFORMER_INLINE double exp_nonpositive(double x) {
   const auto multiply_add = [](double a, double b, double c) {
     if constexpr (isa::kHasFma)

@@ -41,7 +41,8 @@ inline void keep_typical(std::vector<Candidate>& tokens, double p) {
     if (c.probability > 0) entropy -= c.probability * std::log(c.probability);
   const auto distance = [&](const Candidate& c) { return std::abs(-std::log(c.probability) - entropy); };
   std::stable_sort(tokens.begin(), tokens.end(), [&](const Candidate& a, const Candidate& b) { return distance(a) < distance(b); });
-  const double farthest = distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) + 1e-12;  // equals may differ by rounding here
+  const double farthest =
+      distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) + 1e-12;  // equals may differ by rounding here
   std::erase_if(tokens, [&](const Candidate& c) { return distance(c) > farthest; });
 }
 
@@ -92,7 +93,8 @@ Tensor<double, 2> sampling_probabilities(const Logits& logits, const SamplingPar
     for (std::size_t i = 0; i < 3; ++i) adjust_logits(x, params.order[i], params);
     std::vector<Candidate> tokens;
     for (Index v = 0; v < vocab; ++v)
-      if (x[static_cast<std::size_t>(v)] > -std::numeric_limits<double>::infinity()) tokens.push_back({x[static_cast<std::size_t>(v)], 0, v});
+      if (x[static_cast<std::size_t>(v)] > -std::numeric_limits<double>::infinity())
+        tokens.push_back({x[static_cast<std::size_t>(v)], 0, v});
     renormalize(tokens);
     for (std::size_t i = 3; i < params.order.size(); ++i) apply_stage(tokens, params.order[i], params);
     for (const Candidate& c : tokens) result(r, c.token) = c.probability;
