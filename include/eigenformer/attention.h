@@ -46,8 +46,8 @@
 /// Everything throws std::invalid_argument for shapes that do not fit, lengths outside [0, key rows], options out of range.
 #pragma once
 
-#include "attention_backward.h"
-#include "attention_problem.h"
+#include "attention/backward.h"
+#include "attention/problem.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -49,7 +49,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
-#include "core/sampling_params.h"
+#include "sampling/params.h"
 #include "core/workspace.h"
 #include "cpu/sampling.h"
 #include "cpu/sampling_log_probabilities.h"
@@ -365,4 +365,4 @@ Tensor<float, 2> sampling_probabilities(const Logits& logits, const RowSamplingP
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
 
-#include "sampling_outputs.h"  // sample_with_log_probabilities, verify_speculative
+#include "sampling/outputs.h"  // sample_with_log_probabilities, verify_speculative

@@ -22,7 +22,7 @@
 /// for an unknown id. Every call is O(1) in the number of requests waiting and finished; get_batch is O(its output), an update that
 /// closes a gap O(batch). For one thread at a time. Movable, not copyable.
 ///
-/// Token budgets, chunked prefill, pages, preemption, priorities and cancellation are StepScheduler's: core/step_scheduler.h.
+/// Token budgets, chunked prefill, pages, preemption, priorities and cancellation are StepScheduler's: scheduler/step_scheduler.h.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +37,7 @@
 #include <vector>
 
 #include "core/check.h"
-#include "core/step_scheduler.h"
+#include "scheduler/step_scheduler.h"
 #include "core/tensor.h"
 
 namespace eigenformer {

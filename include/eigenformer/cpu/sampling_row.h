@@ -16,7 +16,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../core/sampling_params.h"
+#include "../sampling/params.h"
 #include "simd/simd.h"
 
 namespace eigenformer {

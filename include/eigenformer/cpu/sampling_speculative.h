@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../core/device.h"
-#include "../core/sampling_params.h"
+#include "../sampling/params.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

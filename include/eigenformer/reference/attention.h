@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "../attention_options.h"
+#include "../attention/options.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -21,10 +21,10 @@
 #include <sys/mman.h>
 #endif
 
-#include "core/check.h"
-#include "core/device.h"
-#include "core/workspace.h"
-#include "cpu/linear.h"
+#include "../core/check.h"
+#include "../core/device.h"
+#include "../core/workspace.h"
+#include "../cpu/linear.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

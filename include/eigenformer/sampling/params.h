@@ -10,8 +10,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "philox.h"
-#include "tensor.h"
+#include "../core/philox.h"
+#include "../core/tensor.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

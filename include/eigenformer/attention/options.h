@@ -6,8 +6,8 @@
 #include <initializer_list>
 #include <span>
 
-#include "core/check.h"
-#include "core/tensor.h"
+#include "../core/check.h"
+#include "../core/tensor.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

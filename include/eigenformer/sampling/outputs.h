@@ -2,7 +2,7 @@
 /// Part of sampling.h, which includes it: log-probabilities beside the draw, and speculative verification.
 #pragma once
 
-#include "sampling.h"
+#include "../sampling.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -41,7 +41,7 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
+#include "../core/check.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
