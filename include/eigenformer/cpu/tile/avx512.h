@@ -49,7 +49,12 @@ struct Bfloat16Avx512 {
     return {_mm512_set1_epi32(static_cast<int>(*p))};
   }
   static EIGENFORMER_INLINE V multiply_add(V sum, Fragment weight, Factor x) {
+#if defined(__clang__)  // clang 16 overflows its stack on the intrinsic in a loop
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(weight.v), "v"(x.v));
+    return sum;
+#else
     return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weight.v), reinterpret_cast<__m512bh>(x.v))};
+#endif
   }
 };
 #endif
