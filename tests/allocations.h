@@ -1,8 +1,10 @@
 /// \file
-/// Counts heap allocations of the whole test program. Include in one source file of a test: it replaces the global operators new.
+/// Counts calls of operator new, to prove that a call allocates nothing. Replaces the global operators: include it in one file of a
+/// program.
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdlib>
 #include <new>
 
@@ -10,36 +12,30 @@ namespace eigenformer_test {
 
 inline std::atomic<long> allocation_count{0};
 
-/// Allocations while f runs.
+/// Calls of operator new while f runs, on all threads.
 template <typename F>
-long allocations_in(F&& f) {
+long count_allocations(F&& f) {
   const long before = allocation_count.load();
   f();
   return allocation_count.load() - before;
 }
 
-inline void* counted_allocation(std::size_t bytes, std::size_t alignment) {
-  allocation_count.fetch_add(1);
-  void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0));
-  if (memory == nullptr) throw std::bad_alloc();
-  return memory;
-}
-
 }  // namespace eigenformer_test
 
-void* operator new(std::size_t bytes) { return eigenformer_test::counted_allocation(bytes, alignof(std::max_align_t)); }
-void* operator new[](std::size_t bytes) { return eigenformer_test::counted_allocation(bytes, alignof(std::max_align_t)); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return eigenformer_test::counted_allocation(bytes, static_cast<std::size_t>(alignment));
+// Not inlined: g++ 12 would see malloc meet a delete, or a new meet free, and warn (-Wmismatched-new-delete).
+#define EIGENFORMER_TEST_NOINLINE __attribute__((noinline))
+EIGENFORMER_TEST_NOINLINE void* operator new(std::size_t bytes) {
+  ++eigenformer_test::allocation_count;
+  if (void* p = std::malloc(bytes > 0 ? bytes : 1)) return p;
+  throw std::bad_alloc();
 }
-void* operator new[](std::size_t bytes, std::align_val_t alignment) {
-  return eigenformer_test::counted_allocation(bytes, static_cast<std::size_t>(alignment));
+EIGENFORMER_TEST_NOINLINE void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  ++eigenformer_test::allocation_count;
+  const std::size_t align = static_cast<std::size_t>(alignment);
+  if (void* p = std::aligned_alloc(align, (bytes + align - 1) / align * align)) return p;
+  throw std::bad_alloc();
 }
-void operator delete(void* memory) noexcept { std::free(memory); }
-void operator delete[](void* memory) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::align_val_t) noexcept { std::free(memory); }
-void operator delete(void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
-void operator delete[](void* memory, std::size_t, std::align_val_t) noexcept { std::free(memory); }
+EIGENFORMER_TEST_NOINLINE void operator delete(void* p) noexcept { std::free(p); }
+EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }

@@ -253,7 +253,7 @@ TEST(QuantizationMemory, NothingIsAllocatedTwice) {
     ef::int8_linear_into(device, y, weights, values, scales);
   };
   all();
-  EXPECT_EQ(allocations_in(all), 0);
+  EXPECT_EQ(count_allocations(all), 0);
 }
 
 }  // namespace
