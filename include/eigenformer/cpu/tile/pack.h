@@ -156,12 +156,15 @@ void pack_panel(Isa isa, const MatrixOperand<From>& source, Index row, Index row
   if constexpr (std::is_same_v<E, half>) separate_pairs<Dot>(to, (count + Dot::step - 1) / Dot::step);
 }
 
-/// Adds to each column's offset what activations with 128 added make too much over a packed chunk: 128 times the sum of its weights.
+/// Adds to each column's offset what activations with 128 added make too much over a packed chunk: 128 times the sum of its weights,
+/// modulo 2^32.
 template <typename Dot>
 void add_offsets(const std::int8_t* panel, Index steps, std::int32_t* offsets) {
   for (Index s = 0; s < steps; ++s, panel += Dot::columns * 4)
     for (int c = 0; c < Dot::columns; ++c)
-      offsets[c] += 128 * (panel[4 * c] + panel[4 * c + 1] + panel[4 * c + 2] + panel[4 * c + 3]);
+      offsets[c] = static_cast<std::int32_t>(
+          static_cast<std::uint32_t>(offsets[c]) +
+          static_cast<std::uint32_t>(128 * (panel[4 * c] + panel[4 * c + 1] + panel[4 * c + 2] + panel[4 * c + 3])));
 }
 
 /// Packs all of k of one tile of activations: `rows` valid of `height`. Plain and widening dots take Unit elements, bfloat16 dots pairs.
