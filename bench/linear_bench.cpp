@@ -55,7 +55,8 @@ void backward_rows(bench::Suite& suite, const std::string& type, bench::Peak pea
   const auto grad_y = random_matrix<T>(tokens, out, 1), x = random_matrix<T>(tokens, in, 2);
   const auto weight = random_matrix<float>(out, in, 3), grad_weight = random_matrix<float>(out, in, 4);
   const auto grad_x = std::make_shared<ef::Tensor<T, 2>>(tokens, in);
-  const bench::Limit limit = bench::Limit::product(2.0 * static_cast<double>(tokens * in * out), static_cast<double>(in * out) * sizeof(float), peak);
+  const bench::Limit limit =
+      bench::Limit::product(2.0 * static_cast<double>(tokens * in * out), static_cast<double>(in * out) * sizeof(float), peak);
   auto& input = suite.row("linear_backward_input 512 x 1024 x 1024 " + type, limit);
   input.ours([=](const auto& device) { ef::linear_backward_input_into(device, *grad_x, *grad_y, *weight); });
   auto& parameters = suite.row("linear_backward_weight 512 x 1024 x 1024 " + type, limit);
@@ -66,7 +67,8 @@ void backward_rows(bench::Suite& suite, const std::string& type, bench::Peak pea
       Out(grad_x->data(), tokens, in).noalias() = Map<float>(grad_y->data(), tokens, out) * Map<float>(weight->data(), out, in);
     });
     parameters.peer("Eigen by hand", [=](const auto&) {
-      Out(grad_weight->data(), out, in).noalias() += Map<float>(grad_y->data(), tokens, out).transpose() * Map<float>(x->data(), tokens, in);
+      Out(grad_weight->data(), out, in).noalias() +=
+          Map<float>(grad_y->data(), tokens, out).transpose() * Map<float>(x->data(), tokens, in);
     });
   }
 }

@@ -30,8 +30,9 @@ void quantization_cases(bench::Suite& suite) {
   });
 
   auto scale = std::make_shared<float>();
-  suite.row("quantize_weights_int8 (8192, 8192) float", bench::Limit::copy_bytes(8 * count, count))
-      .ours([=](const auto& device) { ef::quantize_weights_int8_into(device, *values, *scale, *weights); });
+  suite.row("quantize_weights_int8 (8192, 8192) float", bench::Limit::copy_bytes(8 * count, count)).ours([=](const auto& device) {
+    ef::quantize_weights_int8_into(device, *values, *scale, *weights);
+  });
 
   auto& dequantize = suite.row("dequantize (8192, 8192) to float", bench::Limit::copy_bytes(count, 4 * count));
   dequantize.ours([=](const auto& device) { ef::dequantize_into(device, *back, *values, *scales); });

@@ -1,5 +1,6 @@
-// Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not depend on its neighbours, threads,
-// shards or packing; gradients are those of the definition and accumulate; nothing is allocated twice; refuses what does not fit.
+// Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not depend on its neighbours,
+// threads, shards or packing; gradients are those of the definition and accumulate; nothing is allocated twice; refuses what does
+// not fit.
 #include <eigenformer/linear.h>
 #include <eigenformer/reference/linear.h>
 
@@ -29,9 +30,11 @@ ef::TensorView<const T, 2> rows_of(const ef::Tensor<T, 2>& matrix, Index first, 
 }
 
 template <typename Isa, typename X, typename Weight>
-ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out, const ef::Tensor<float, 1>* bias = nullptr) {
+ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out,
+                     const ef::Tensor<float, 1>* bias = nullptr) {
   auto y = poisoned_tensor<X, 2>({x.dimension(0), out});
-  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, bias == nullptr ? nullptr : bias->data(), ef::thread_workspace());
+  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, bias == nullptr ? nullptr : bias->data(),
+                          ef::thread_workspace());
   return y;
 }
 
@@ -122,7 +125,9 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
     if constexpr (std::is_same_v<X, T>) {
       other.setZero();
       ef::linear_into(threads.device, other, x, weight);
-      if (std::is_same_v<T, float> || std::is_same_v<T, ef::bfloat16>) { ASSERT_TRUE(same_bits(y, other)) << count << " threads, plain"; }
+      if (std::is_same_v<T, float> || std::is_same_v<T, ef::bfloat16>) {
+        ASSERT_TRUE(same_bits(y, other)) << count << " threads, plain";
+      }
     }
   }
 }
@@ -212,7 +217,15 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
     using G = decltype(g_scalar);
     const double allowed = std::max({tolerance<Y>(), tolerance<X>(), tolerance<W>(), tolerance<G>()});
     unsigned seed = 1;
-    for (const auto& [tokens, in, out] : {std::array<Index, 3>{1, 1, 1}, {7, 33, 5}, {13, 1, 40}, {20, 65, 1}, {37, 50, 70}, {301, 66, 131}, {0, 4, 5}, {4, 0, 5}, {4, 5, 0}}) {
+    for (const auto& [tokens, in, out] : {std::array<Index, 3>{1, 1, 1},
+                                          {7, 33, 5},
+                                          {13, 1, 40},
+                                          {20, 65, 1},
+                                          {37, 50, 70},
+                                          {301, 66, 131},
+                                          {0, 4, 5},
+                                          {4, 0, 5},
+                                          {4, 5, 0}}) {
       const auto grad_y = random_tensor<Y, 2>({tokens, out}, ++seed);
       const auto x = random_tensor<X, 2>({tokens, in}, ++seed);
       const auto weight = random_tensor<W, 2>({out, in}, ++seed);
@@ -261,7 +274,8 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
 
 TEST(LinearBackward, IsTheDerivativeOfTheLayer) {
   // y is linear in each argument, so a difference quotient is exact up to rounding.
-  const auto x = random_tensor<double, 2>({4, 6}, 1), weight = random_tensor<double, 2>({5, 6}, 2), grad_y = random_tensor<double, 2>({4, 5}, 3);
+  const auto x = random_tensor<double, 2>({4, 6}, 1), weight = random_tensor<double, 2>({5, 6}, 2),
+             grad_y = random_tensor<double, 2>({4, 5}, 3);
   const auto loss = [&](const auto& a, const auto& b) {
     const ef::Tensor<double, 2> y = ef::linear(a, b);
     double sum = 0;
@@ -325,7 +339,8 @@ TEST(LinearMemory, ManyThreadsAtOnce) {
 }
 
 TEST(LinearPacked, CopiesMovesAndRepacks) {
-  const auto x = random_tensor<float, 2>({3, 20}, 1), first = random_tensor<float, 2>({33, 20}, 2), second = random_tensor<float, 2>({17, 20}, 3);
+  const auto x = random_tensor<float, 2>({3, 20}, 1), first = random_tensor<float, 2>({33, 20}, 2),
+             second = random_tensor<float, 2>({17, 20}, 3);
   ef::PackedWeight<float> packed = ef::pack_weight<float>(first);
   const ef::PackedWeight<float> copy = packed;
   EXPECT_EQ(copy.rows(), 33);
@@ -345,15 +360,20 @@ TEST(LinearErrors, NameTheArgument) {
   ef::Tensor<float, 2> y(3, 5);
   y.setConstant(7.0f);
   expect_throws<std::invalid_argument>([&] { ef::linear(x, weight); }, {"linear", "weight has 9 columns", "8 features"});
-  expect_throws<std::invalid_argument>([&] { ef::linear(x, ef::pack_weight<float>(weight)); }, {"weight has 9 columns", "8 features"});
+  expect_throws<std::invalid_argument>([&] { ef::linear(x, ef::pack_weight<float>(weight)); },
+                                       {"weight has 9 columns", "8 features"});
   const auto good = random_tensor<float, 2>({5, 8}, 1);
   ef::Tensor<float, 2> wrong(3, 6);
   expect_throws<std::invalid_argument>([&] { ef::linear_into(device, wrong, x, good); }, {"y has shape (3, 6)", "(3, 5)"});
-  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, good, ef::Tensor<float, 1>(4)); }, {"bias has 4", "weight has 5 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::linear_backward_input_into(device, y, x, good); }, {"linear_backward_input", "grad_y has 8", "5 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::linear_backward_weight_into(device, wrong, y, x); }, {"linear_backward_weight", "(3, 6)", "(5, 8)"});
+  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, good, ef::Tensor<float, 1>(4)); },
+                                       {"bias has 4", "weight has 5 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::linear_backward_input_into(device, y, x, good); },
+                                       {"linear_backward_input", "grad_y has 8", "5 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::linear_backward_weight_into(device, wrong, y, x); },
+                                       {"linear_backward_weight", "(3, 6)", "(5, 8)"});
   ef::Tensor<float, 1> grad_bias(2);
-  expect_throws<std::invalid_argument>([&] { ef::linear_backward_bias_into(device, grad_bias, y); }, {"linear_backward_bias", "2", "5"});
+  expect_throws<std::invalid_argument>([&] { ef::linear_backward_bias_into(device, grad_bias, y); },
+                                       {"linear_backward_bias", "2", "5"});
   EXPECT_EQ(y(0, 0), 7.0f);
 
   auto bad = good;
@@ -365,7 +385,8 @@ TEST(LinearErrors, NameTheArgument) {
   EXPECT_TRUE(same_bits(before, ef::linear(input, packed)));
   ef::Tensor<std::int8_t, 2> q(5, 8);
   q.setZero();
-  expect_throws<std::invalid_argument>([&] { ef::pack_weight(q, ef::Tensor<float, 1>(4)); }, {"pack_weight", "scales has 4", "5 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight(q, ef::Tensor<float, 1>(4)); },
+                                       {"pack_weight", "scales has 4", "5 rows"});
   ef::Tensor<float, 2> deep(1, ef::detail::kLargestInt8Depth + 1);
   deep.setZero();
   expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(deep); }, {"pack_weight", "133145", "133144"});
@@ -373,7 +394,8 @@ TEST(LinearErrors, NameTheArgument) {
   if constexpr (!std::is_same_v<ef::isa::best, ef::isa::generic>) {
     const auto foreign = packed_for<float>(ef::isa::generic{}, good);
     const ef::Tensor<float, 2> eight = random_tensor<float, 2>({3, 8}, 2);
-    expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, eight, foreign); }, {"generic", ef::isa::best::name, "pack it again"});
+    expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, eight, foreign); },
+                                         {"generic", ef::isa::best::name, "pack it again"});
   }
 }
 

@@ -62,7 +62,8 @@ void check_tensor(const ef::Tensor<T, Rank>& weights) {
 }
 
 TYPED_TEST(Quantization, OfATensorIsItsDefinition) {
-  for (Index size : {0, 1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 129}) check_tensor(random_tensor<TypeParam, 1>({size}, 1 + static_cast<unsigned>(size)));
+  for (Index size : {0, 1, 2, 7, 8, 15, 16, 17, 63, 64, 65, 129})
+    check_tensor(random_tensor<TypeParam, 1>({size}, 1 + static_cast<unsigned>(size)));
   check_tensor(random_tensor<TypeParam, 3>({3, 5, 7}, 1));
   check_tensor(random_tensor<TypeParam, 2>({130, 1001}, 2));  // several chunks
   ef::Tensor<TypeParam, 2> zeros(3, 5);
@@ -140,8 +141,10 @@ TEST(QuantizationErrors, NameTheFirstBadWeightAndWriteNothing) {
     scales.setConstant(5.0f);
     float scale = 5.0f;
     const Eigen::DefaultDevice device;
-    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_into(device, values, scale, weights); }, {"quantize_weights_int8", where, "nan"});
-    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel_into(device, values, scales, weights); }, {"per_channel", where});
+    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_into(device, values, scale, weights); },
+                                         {"quantize_weights_int8", where, "nan"});
+    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel_into(device, values, scales, weights); },
+                                         {"per_channel", where});
     expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(weights, 32); }, {"grouped", where});
     EXPECT_EQ(scale, 5.0f);
     for (Index i = 0; i < values.size(); ++i) ASSERT_EQ(values.data()[i], 5);
@@ -162,12 +165,17 @@ TEST(QuantizationErrors, ShapesAndGroups) {
   ef::Tensor<std::int8_t, 2> values(4, 40), wrong(4, 39);
   ef::Tensor<float, 1> scales(4), few(3);
   float scale = 0;
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_into(device, wrong, scale, weights); }, {"(4, 39)", "(4, 40)"});
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel_into(device, values, few, weights); }, {"scales has 3", "4 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(weights, 48); }, {"group_size is 48", "32, 64 or 128"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_into(device, wrong, scale, weights); },
+                                       {"(4, 39)", "(4, 40)"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel_into(device, values, few, weights); },
+                                       {"scales has 3", "4 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(weights, 48); },
+                                       {"group_size is 48", "32, 64 or 128"});
   expect_throws<std::invalid_argument>([&] { ef::dequantize(values, few); }, {"dequantize", "scales has 3", "4 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::dequantize_grouped(values, ef::Tensor<float, 2>(4, 1), 32); }, {"(4, 1)", "(4, 2)"});
-  expect_throws<std::invalid_argument>([&] { ef::quantize_activations_int8_into(device, values, few, weights); }, {"scales has 3", "4 tokens"});
+  expect_throws<std::invalid_argument>([&] { ef::dequantize_grouped(values, ef::Tensor<float, 2>(4, 1), 32); },
+                                       {"(4, 1)", "(4, 2)"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_activations_int8_into(device, values, few, weights); },
+                                       {"scales has 3", "4 tokens"});
   const auto x = random_tensor<float, 2>({2, 40}, 2);
   expect_throws<std::invalid_argument>([&] { ef::int8_linear(x, values, few); }, {"int8_linear", "scales has 3", "4 rows"});
   expect_throws<std::invalid_argument>([&] { ef::int8_linear(x, wrong, scales); }, {"39 columns", "40 features"});

@@ -2,20 +2,22 @@
 /// Symmetric INT8 quantization and the product with quantized weights:
 ///
 ///   scale = max|w| / 127                                  1 where all are zero
-///   q     = clamp(round_half_to_even(w / scale), -127, 127)      so -128 never occurs, and |w - q * scale| <= scale / 2 up to one rounding
+///   q     = clamp(round_half_to_even(w / scale), -127, 127)      so -128 never occurs, and |w - q * scale| <= scale / 2 up to one
+///   rounding
 ///
-/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128 inputs of a row, or for each token of
-/// activations. The quotient is a true division, in float (double for double); the scale is a float and never 0: where max|w| / 127
-/// rounds to 0 the smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See Dettmers et al.,
-/// "LLM.int8()" (2022), for per-token activations against per-row weights.
+/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128 inputs of a row, or for each
+/// token of activations. The quotient is a true division, in float (double for double); the scale is a float and never 0: where
+/// max|w| / 127 rounds to 0 the smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See
+/// Dettmers et al., "LLM.int8()" (2022), for per-token activations against per-row weights.
 ///
-/// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's range) throws std::invalid_argument
-/// naming the first one's index, before anything is written. On a GPU (per channel only) nothing can throw after the launch: there a row that
-/// holds NaN or infinity gets the scale NaN and values 0. Activations never throw for their values: a token that holds NaN or infinity
-/// gets the scale NaN and values 0, so that its outputs are NaN and no other token is touched.
+/// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's range) throws
+/// std::invalid_argument naming the first one's index, before anything is written. On a GPU (per channel only) nothing can throw
+/// after the launch: there a row that holds NaN or infinity gets the scale NaN and values 0. Activations never throw for their
+/// values: a token that holds NaN or infinity gets the scale NaN and values 0, so that its outputs are NaN and no other token is
+/// touched.
 ///
-/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written once; a token's second read is in
-/// cache. The _into forms allocate nothing after the first call at a size.
+/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written once; a token's second read is
+/// in cache. The _into forms allocate nothing after the first call at a size.
 #pragma once
 
 #include "core/check.h"
@@ -76,8 +78,8 @@ float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const Vi
 }
 
 template <typename Isa, typename D, typename View>
-void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values, float* scales, const View& weights, Index group,
-                        Workspace& workspace) {
+void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values, float* scales, const View& weights,
+                        Index group, Workspace& workspace) {
   using T = scalar_of<View>;
   const Index rows = weights.dimension(0), columns = weights.dimension(1);
   const QuantizeProblem<T> problem{weights.data(), values, scales, rows, columns, group};
@@ -90,14 +92,16 @@ void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::in
 }
 
 inline void require_group_size(Index group_size, std::string_view name) {
-  require(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ", group_size, ", expected 32, 64 or 128");
+  require(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ", group_size,
+          ", expected 32, 64 or 128");
 }
 
 }  // namespace detail
 
 /// Writes the values and the scale of a tensor of any rank. Throws std::invalid_argument.
 template <CpuDevice D, typename Values, typename Weights>
-void quantize_weights_int8_into(const D& device, Values&& values, float& scale, const Weights& weights, Workspace& workspace = thread_workspace()) {
+void quantize_weights_int8_into(const D& device, Values&& values, float& scale, const Weights& weights,
+                                Workspace& workspace = thread_workspace()) {
   constexpr int rank = rank_of<Weights>;
   detail::require_quantizable_scalar<scalar_of<Weights>>();
   detail::require_int8_values<Values>();
@@ -120,7 +124,8 @@ auto quantize_weights_int8(const Weights& weights) {
   return quantize_weights_int8(Eigen::DefaultDevice{}, weights);
 }
 
-/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on a GPU too, without the check of values.
+/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on a GPU too, without the check of
+/// values.
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales, const Weights& weights,
                                             Workspace& workspace = thread_workspace()) {
@@ -132,10 +137,12 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
   require_same_shape(name, "values", to, "weights", from);
-  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, weights has ", from.dimension(0), " rows");
+  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, weights has ",
+          from.dimension(0), " rows");
   if constexpr (is_gpu_device<D>) {
     (void)workspace;
-    launch_on_gpu(device, QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1), from.dimension(1)});
+    launch_on_gpu(device, QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1),
+                                             from.dimension(1)});
   } else if (from.dimension(1) == 0) {
     std::fill_n(factors.data(), factors.size(), 1.0f);
   } else {
@@ -155,8 +162,8 @@ QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
   return quantize_weights_int8_per_channel(Eigen::DefaultDevice{}, weights);
 }
 
-/// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be short. Throws std::invalid_argument,
-/// also for a group_size that is not 32, 64 or 128.
+/// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be short. Throws
+/// std::invalid_argument, also for a group_size that is not 32, 64 or 128.
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales, const Weights& weights, Index group_size,
                                         Workspace& workspace = thread_workspace()) {
@@ -169,8 +176,8 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   auto factors = output_view<2>(scales);
   require_same_shape(name, "values", to, "weights", from);
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
-  require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name, "scales has shape ", detail::shape_text(factors),
-          ", expected (", from.dimension(0), ", ", groups, ")");
+  require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name, "scales has shape ",
+          detail::shape_text(factors), ", expected (", from.dimension(0), ", ", groups, ")");
   detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size, workspace);
 }
 
@@ -188,7 +195,8 @@ QuantizedGroups quantize_weights_int8_grouped(const Weights& weights, Index grou
   return quantize_weights_int8_grouped(Eigen::DefaultDevice{}, weights, group_size);
 }
 
-/// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens with NaN or infinity: see the top.
+/// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens with NaN or infinity: see the
+/// top.
 template <CpuDevice D, typename Values, typename Scales, typename Input>
 void quantize_activations_int8_into(const D& device, Values&& values, Scales&& scales, const Input& x) {
   constexpr auto name = "quantize_activations_int8";
@@ -199,9 +207,11 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
   require_same_shape(name, "values", to, "x", from);
-  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, x has ", from.dimension(0), " tokens");
-  cpu::quantize_activations(isa::best{}, device,
-                            QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1), from.dimension(1)});
+  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, x has ",
+          from.dimension(0), " tokens");
+  cpu::quantize_activations(
+      isa::best{}, device,
+      QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1), from.dimension(1)});
 }
 
 namespace detail {
@@ -211,7 +221,8 @@ template <typename Output, typename Values>
 auto* dequantized(Output& weights, const Values& values) {
   constexpr int rank = rank_of<Values>;
   require_int8_values<Values>();
-  static_assert(FloatingScalar<scalar_of<Output>>, "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(FloatingScalar<scalar_of<Output>>,
+                "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
   auto to = output_view<rank>(weights);
   require_same_shape("dequantize", "weights", to, "values", input_view<rank>(values));
   return to.data();
@@ -238,7 +249,8 @@ template <CpuDevice D, typename Output, typename Values, RowMajorTensor Scales>
 void dequantize_into(const D& device, Output&& weights, const Values& values, const Scales& scales) {
   const auto from = input_view<2>(values);
   const auto factors = input_view<1>(scales);
-  require(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ", factors.dimension(0), " elements, values has ", from.dimension(0), " rows");
+  require(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ", factors.dimension(0), " elements, values has ",
+          from.dimension(0), " rows");
   detail::dequantize_groups(device, weights, values, factors.data(), from.dimension(1));
 }
 
@@ -263,8 +275,7 @@ auto dequantize(const D& device, const Values& values, const Scales& scales) {
   return weights;
 }
 template <typename Values, typename Scales>
-  requires(!Device<Values>)
-auto dequantize(const Values& values, const Scales& scales) {
+requires(!Device<Values>) auto dequantize(const Values& values, const Scales& scales) {
   return dequantize(Eigen::DefaultDevice{}, values, scales);
 }
 
@@ -287,7 +298,8 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
   using X = scalar_of<Input>;
   using Y = scalar_of<Output>;
   require_int8_values<Values>();
-  static_assert(FloatingScalar<X> && !std::is_same_v<X, double> && FloatingScalar<Y> && !std::is_same_v<Y, double> && !std::is_same_v<B, double>,
+  static_assert(FloatingScalar<X> && !std::is_same_v<X, double> && FloatingScalar<Y> && !std::is_same_v<Y, double> &&
+                    !std::is_same_v<B, double>,
                 "eigenformer: int8_linear takes and gives float, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<scalar_of<Scales>, float>, "eigenformer: scales are float");
   const auto to = output_view<2>(y);
@@ -298,17 +310,21 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
   require_linear_shapes(to.dimension(0), to.dimension(1), tokens, in, out, weight.dimension(1));
   require(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0), " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
-  cpu::product<tile::Dot<std::int8_t, X, Isa>>(isa, device, ProductProblem<X, MatrixOperand<std::int8_t>, StoreScaledSums<Y, B>>{
-      {from.data(), in, 1}, {weight.data(), in, 1}, tokens, out, in, {to.data(), out, bias, factors.data()}}, workspace);
+  cpu::product<tile::Dot<std::int8_t, X, Isa>>(
+      isa, device,
+      ProductProblem<X, MatrixOperand<std::int8_t>, StoreScaledSums<Y, B>>{
+          {from.data(), in, 1}, {weight.data(), in, 1}, tokens, out, in, {to.data(), out, bias, factors.data()}},
+      workspace);
 }
 
 }  // namespace detail
 
-/// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of linear with
-/// pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <= 133,144, and
-/// y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127].
+/// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of
+/// linear with pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <=
+/// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127].
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, Workspace& workspace) {
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales,
+                      Workspace& workspace) {
   detail::int8_linear_on(isa::best{}, device, y, x, values, scales, static_cast<const float*>(nullptr), workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
@@ -316,25 +332,25 @@ void int8_linear_into(const D& device, Output&& y, const Input& x, const Values&
   int8_linear_into(device, y, x, values, scales, thread_workspace());
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename Bias>
-  requires(!std::same_as<Bias, Workspace>)
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const Bias& bias,
-                      Workspace& workspace = thread_workspace()) {
+requires(!std::same_as<Bias, Workspace>) void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
+                                                               const Scales& scales, const Bias& bias,
+                                                               Workspace& workspace = thread_workspace()) {
   const auto view = detail::checked_bias(values, bias);
   detail::int8_linear_on(isa::best{}, device, y, x, values, scales, view.data(), workspace);
 }
 
 /// ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);   // x of any scalar but double, y float
 template <CpuDevice D, typename Input, typename Values, typename Scales, typename... Bias>
-  requires(sizeof...(Bias) <= 1)
-Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
+requires(sizeof...(Bias) <= 1) Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values,
+                                                            const Scales& scales, const Bias&... bias) {
   const auto view = input_view<2>(x);
   Tensor<float, 2> y(view.dimension(0), input_view<2>(values).dimension(0));
   int8_linear_into(device, y, x, values, scales, bias...);
   return y;
 }
 template <typename Input, typename Values, typename Scales, typename... Bias>
-  requires(!Device<Input> && sizeof...(Bias) <= 1)
-Tensor<float, 2> int8_linear(const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
+requires(!Device<Input> && sizeof...(Bias) <= 1) Tensor<float, 2> int8_linear(const Input& x, const Values& values,
+                                                                              const Scales& scales, const Bias&... bias) {
   return int8_linear(Eigen::DefaultDevice{}, x, values, scales, bias...);
 }
 

@@ -1,10 +1,12 @@
 /// \file
-/// CPU kernel of the linear layer and its gradients: one blocked matrix product, sums(row, column) = sum over k of x(row, k) w(column, k).
+/// CPU kernel of the linear layer and its gradients: one blocked matrix product, sums(row, column) = sum over k of x(row, k)
+/// w(column, k).
 ///
-/// Activations are packed into tiles (up to 12 rows), weights into panels (32 columns on AVX-512), see tile/generic.h. Loops, outermost
-/// first: blocks of 384 rows, so that a block of activations and k fills less than half of an L2 of 1 MiB; groups of 8 panels, shared out
-/// to the threads; blocks of k of 32 KiB a panel; panels; tiles. Sums wait between blocks of k in tile-shaped scratch. Plain weights are
-/// packed chunk by chunk into the worker's scratch. One tile of rows or less streams whole panels, several in flight.
+/// Activations are packed into tiles (up to 12 rows), weights into panels (32 columns on AVX-512), see tile/generic.h. Loops,
+/// outermost first: blocks of 384 rows, so that a block of activations and k fills less than half of an L2 of 1 MiB; groups of 8
+/// panels, shared out to the threads; blocks of k of 32 KiB a panel; panels; tiles. Sums wait between blocks of k in tile-shaped
+/// scratch. Plain weights are packed chunk by chunk into the worker's scratch. One tile of rows or less streams whole panels,
+/// several in flight.
 ///
 /// Each sum is one chain over k in ascending order whatever the blocks, so a row has the same bits alone or among others, with any
 /// number of threads, and for any subset of the weight's rows. After Goto and van de Geijn, "Anatomy of High-Performance Matrix
@@ -40,8 +42,8 @@ struct ProductProblem {
 
 namespace cpu {
 
-constexpr Index kBlockRows = 384;      // a multiple of every tile height's maximum: 12, 6, 4
-constexpr Index kBlockUnits = 256;     // units of a row in one block of k
+constexpr Index kBlockRows = 384;   // a multiple of every tile height's maximum: 12, 6, 4
+constexpr Index kBlockUnits = 256;  // units of a row in one block of k
 constexpr Index kGroupPanels = 8;
 
 template <typename Weights>
@@ -52,7 +54,7 @@ inline constexpr bool is_packed<PackedPanels<Stored>> = true;
 template <typename Dot>
 inline constexpr bool offset_activations = false;
 template <typename Dot>
-  requires std::is_same_v<typename Dot::Stored, std::int8_t>
+requires std::is_same_v<typename Dot::Stored, std::int8_t>
 inline constexpr bool offset_activations<Dot> = Dot::offset_activations;
 
 /// How the rows of a block fall into tiles.
@@ -87,10 +89,12 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
 }
 
 template <typename Dot, typename Isa, typename X>
-void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height, Index depth, typename Dot::Unit* to, float* scales) {
+void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height, Index depth, typename Dot::Unit* to,
+                      float* scales) {
   if constexpr (std::is_same_v<typename Dot::Stored, std::int8_t>) {
     if (rows < height) std::fill_n(to, (depth + 3) / 4 * Dot::units * height, 0u);
-    for (Index r = 0; r < rows; ++r) pack_quantized_row<Dot>(isa, x.data + (row + r) * x.row_stride, depth, height, to + r, scales + r);
+    for (Index r = 0; r < rows; ++r)
+      pack_quantized_row<Dot>(isa, x.data + (row + r) * x.row_stride, depth, height, to + r, scales + r);
   } else {
     tile::pack_tile<Dot>(isa, x, row, rows, height, depth, to);
   }
@@ -114,17 +118,17 @@ struct ProductBlock {
   float* scales;      // (rows) of int8 activations
 
   struct Scratch {
-    Sum* sums;                 // (panels of a group, padded rows, columns of a panel)
-    Stored* chunk;             // (panels of a group, block_steps, panel_step), plain weights only
-    std::int32_t* offsets;     // (panels of a group, columns of a panel), plain int8 weights only
+    Sum* sums;              // (panels of a group, padded rows, columns of a panel)
+    Stored* chunk;          // (panels of a group, block_steps, panel_step), plain weights only
+    std::int32_t* offsets;  // (panels of a group, columns of a panel), plain int8 weights only
   };
 
   Unit* tile_activations(Index t) const { return activations + t * Dot::rows * steps * Dot::units; }
 
   void pack(Index first, Index last) const {
     for (Index t = first; t < last; ++t)
-      pack_activations<Dot>(Isa{}, problem.x, row + t * Dot::rows, tiles.valid(t), tiles.height(t), problem.depth, tile_activations(t),
-                            scales + t * Dot::rows);
+      pack_activations<Dot>(Isa{}, problem.x, row + t * Dot::rows, tiles.valid(t), tiles.height(t), problem.depth,
+                            tile_activations(t), scales + t * Dot::rows);
   }
 
   TileSums<Sum> sums_of(const Scratch& scratch, Index group, Index panel, Index t) const {
@@ -137,8 +141,14 @@ struct ProductBlock {
       else
         offsets = scratch.offsets + j * Dot::columns;
     }
-    return {sums,   Dot::columns, row + t * Dot::rows, static_cast<int>(tiles.valid(t)),
-            column, static_cast<int>(std::min<Index>(Dot::columns, problem.columns - column)), scales + t * Dot::rows, offsets};
+    return {sums,
+            Dot::columns,
+            row + t * Dot::rows,
+            static_cast<int>(tiles.valid(t)),
+            column,
+            static_cast<int>(std::min<Index>(Dot::columns, problem.columns - column)),
+            scales + t * Dot::rows,
+            offsets};
   }
 
   /// Packs steps [first, first + count) of `panels` panels of plain weights.
@@ -147,7 +157,8 @@ struct ProductBlock {
     for (Index j = 0; j < panels; ++j) {
       const Index column = (group + j) * Dot::columns;
       Stored* chunk = scratch.chunk + j * block_steps * panel_step;
-      tile::pack_panel<Dot>(Isa{}, problem.weights, column, std::min<Index>(Dot::columns, problem.columns - column), k, depth, chunk);
+      tile::pack_panel<Dot>(Isa{}, problem.weights, column, std::min<Index>(Dot::columns, problem.columns - column), k, depth,
+                            chunk);
       if constexpr (offset_activations<Dot>) tile::add_offsets<Dot>(chunk, count, scratch.offsets + j * Dot::columns);
     }
   }
@@ -170,7 +181,8 @@ struct ProductBlock {
       for (Index t = t0; t < t1; ++t) {
         const int height = tiles.height(t);
         tile::tile_products<Dot>(height, tile_activations(t) + first * Dot::units * height, weights + j * stride, stride, count,
-                                 scratch.sums + (j * tiles.padded_rows() + t * Dot::rows) * Dot::columns, sums_stride, at_once, from_zero);
+                                 scratch.sums + (j * tiles.padded_rows() + t * Dot::rows) * Dot::columns, sums_stride, at_once,
+                                 from_zero);
       }
   }
 
@@ -178,7 +190,8 @@ struct ProductBlock {
     const Index block = packed && tiles.count == 1 ? std::max<Index>(steps, 1) : block_steps;
     for (Index group = p0; group < p1; group += kGroupPanels) {
       const Index panels = std::min(kGroupPanels, p1 - group);
-      if constexpr (Problem::epilogue_type::starts_from_output) each(scratch, group, panels, t0, t1, [&](const auto& s) { problem.epilogue.load(Isa{}, s); });
+      if constexpr (Problem::epilogue_type::starts_from_output)
+        each(scratch, group, panels, t0, t1, [&](const auto& s) { problem.epilogue.load(Isa{}, s); });
       if constexpr (offset_activations<Dot> && !packed) std::fill_n(scratch.offsets, panels * Dot::columns, 0);
       for (Index first = 0; first == 0 || first < steps; first += block) {
         const Index count = std::min(block, steps - first);
@@ -215,7 +228,8 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
   for (Index row = 0; row < p.rows; row += kBlockRows) {
     const Tiles<Dot> tiles(std::min(kBlockRows, p.rows - row));
     const Block block{p, row, tiles, steps, activations, scales};
-    parallel_for(device, tiles.count, 1 + 65536 / (Dot::rows * (p.depth + 1)), [&](Index first, Index last, int) { block.pack(first, last); });
+    parallel_for(device, tiles.count, 1 + 65536 / (Dot::rows * (p.depth + 1)),
+                 [&](Index first, Index last, int) { block.pack(first, last); });
     const auto scratch = [&](int worker) {
       return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk, all_offsets + worker * offsets};
     };

@@ -1,6 +1,7 @@
 /// \file
-/// What becomes of finished sums: an epilogue is a type with `store(isa, tile sums)`, called once for each register tile when its sums
-/// are complete, and `load(isa, tile sums)` before the first where `starts_from_output`. A fused activation or residual is one more type here.
+/// What becomes of finished sums: an epilogue is a type with `store(isa, tile sums)`, called once for each register tile when its
+/// sums are complete, and `load(isa, tile sums)` before the first where `starts_from_output`. A fused activation or residual is one
+/// more type here.
 #pragma once
 
 #include <cmath>

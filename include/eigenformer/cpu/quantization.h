@@ -1,6 +1,6 @@
 /// \file
-/// CPU kernels of INT8 quantization: one pass over the numbers for the scales, one that divides, rounds and writes. Both are streams:
-/// 4 bytes read a number, then 4 read and 1 written; a group or row of up to L2's size is still in cache in the second.
+/// CPU kernels of INT8 quantization: one pass over the numbers for the scales, one that divides, rounds and writes. Both are
+/// streams: 4 bytes read a number, then 4 read and 1 written; a group or row of up to L2's size is still in cache in the second.
 #pragma once
 
 #include "quantize_line.h"
@@ -8,7 +8,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// A checked request: a (rows, columns) matrix whose rows are cut into groups with a scale each; group = columns is one scale a row.
+/// A checked request: a (rows, columns) matrix whose rows are cut into groups with a scale each; group = columns is one scale a
+/// row.
 template <typename T>
 struct QuantizeProblem {
   const T* weights;
@@ -39,7 +40,8 @@ void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
     for (Index r = first; r < last; ++r)
       for (Index g = 0; g < p.groups(); ++g) {
         const Index at = r * p.columns + g * p.group;
-        quantize_activation_line<Isa>(p.weights + at, std::min(p.group, p.columns - g * p.group), p.scales[r * p.groups() + g], p.values + at);
+        quantize_activation_line<Isa>(p.weights + at, std::min(p.group, p.columns - g * p.group), p.scales[r * p.groups() + g],
+                                      p.values + at);
       }
   });
 }

@@ -41,7 +41,8 @@ Magnitude<compute_type<T>> magnitude(const T* line, Index count) {
   return {reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3]))), is_nan(all).bits() == 0};
 }
 
-/// Never 0: where max|w| is so small that the quotient rounds to 0, the smallest float serves. Infinite only for doubles past float's range.
+/// Never 0: where max|w| is so small that the quotient rounds to 0, the smallest float serves. Infinite only for doubles past
+/// float's range.
 template <typename C>
 float int8_scale(C largest) {
   if (largest == C(0)) return 1.0f;
@@ -90,8 +91,8 @@ bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index colum
   return quantizable.load(std::memory_order_relaxed);
 }
 
-/// The scale of a token: NaN where the token holds NaN or infinity, and then all its values are 0, so that the damage shows in its own
-/// outputs (all NaN) and nowhere else.
+/// The scale of a token: NaN where the token holds NaN or infinity, and then all its values are 0, so that the damage shows in its
+/// own outputs (all NaN) and nowhere else.
 template <typename Isa, typename T>
 float activation_scale(const T* line, Index count) {
   const auto found = magnitude<Isa>(line, count);

@@ -1,18 +1,19 @@
 /// \file
-/// Weights of linear layers packed once into the order that the matrix kernels stream: panels of rows, k-major, 64-byte aligned (2 MiB
-/// aligned, in huge pages where the system grants them, from 4 MiB on).
+/// Weights of linear layers packed once into the order that the matrix kernels stream: panels of rows, k-major, 64-byte aligned (2
+/// MiB aligned, in huge pages where the system grants them, from 4 MiB on).
 ///
 ///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
 ///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale a row of weight
-///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);                    // from int8 values in [-127, 127] and their scales
-///   ef::pack_weight_into(device, w, weight);                                          // again, reusing w's memory: training, every step
+///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);                    // from int8 values in [-127, 127] and their
+///   scales ef::pack_weight_into(device, w, weight);                                          // again, reusing w's memory:
+///   training, every step
 ///
 /// bfloat16 and half round to nearest even. int8 is symmetric per row: scale = max|w| / 127, 1 for a row of zeros. A packed weight
-/// carries the layout of the ISA it was packed for, and a product refuses another. Packing the rows [a, b) gives the bits of the same
-/// rows of the whole weight. Cost: one read and one write of the weights (int8: one more read, for the scales).
+/// carries the layout of the ISA it was packed for, and a product refuses another. Packing the rows [a, b) gives the bits of the
+/// same rows of the whole weight. Cost: one read and one write of the weights (int8: one more read, for the scales).
 ///
-/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index, before `packed` is touched); scales
-/// that do not match; an input dimension above 133,144 for int8, where the sum of products could leave 32 bits.
+/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index, before `packed` is touched);
+/// scales that do not match; an input dimension above 133,144 for int8, where the sum of products could leave 32 bits.
 #pragma once
 
 #include <cstdlib>
@@ -63,7 +64,7 @@ class PackedArray {
     if (size > capacity_) {
       const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
       const std::size_t alignment = bytes >= kHugeFrom ? kHugePage : 64;
-      T* fresh = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment}));
+      T* fresh = static_cast<T*>(::operator new (bytes, std::align_val_t{alignment}));
 #if defined(__linux__)
       if (bytes >= kHugeFrom) madvise(fresh, bytes, MADV_HUGEPAGE);  // a hint: without it the bits are the same
 #endif
@@ -81,7 +82,7 @@ class PackedArray {
  private:
   static constexpr std::size_t kHugePage = std::size_t{2} << 20, kHugeFrom = std::size_t{4} << 20;
   void release() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment_});
+    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment_});
     data_ = nullptr;
     size_ = capacity_ = 0;
   }
@@ -114,7 +115,8 @@ inline void require_int8_depth(Index depth, std::string_view operation) {
 template <typename T>
 struct WeightAccess;
 
-/// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half, or int8 with a scale for each row.
+/// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half, or int8 with a scale for each
+/// row.
 template <typename T>
 class PackedWeight {
  public:
@@ -207,7 +209,8 @@ void pack_float_weight(Isa isa, const D& device, PackedWeight<T>& packed, Tensor
 }
 
 template <typename Isa, typename D, typename W>
-void pack_quantized_weight(Isa isa, const D& device, PackedWeight<std::int8_t>& packed, TensorView<const W, 2> weight, Workspace& workspace) {
+void pack_quantized_weight(Isa isa, const D& device, PackedWeight<std::int8_t>& packed, TensorView<const W, 2> weight,
+                           Workspace& workspace) {
   using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
   const Index rows = weight.dimension(0), depth = weight.dimension(1);
   require_int8_depth(depth, "pack_weight");
@@ -236,15 +239,16 @@ void pack_int8_weight(Isa isa, const D& device, PackedWeight<std::int8_t>& packe
   WeightAccess<std::int8_t>::reshape(packed, isa, rows, depth);
   std::copy_n(scales.data(), rows, WeightAccess<std::int8_t>::scales(packed));
   const MatrixOperand<std::int8_t> source{values.data(), depth, 1};
-  for_each_panel(isa, device, packed, [&](Index row, Index valid, std::int8_t* to) {
-    tile::pack_panel<Dot>(isa, source, row, valid, 0, depth, to);
-  });
+  for_each_panel(isa, device, packed,
+                 [&](Index row, Index valid, std::int8_t* to) { tile::pack_panel<Dot>(isa, source, row, valid, 0, depth, to); });
 }
 
 template <typename Isa, typename D, typename T, typename W>
 void pack_weight_on(Isa isa, const D& device, PackedWeight<T>& packed, TensorView<const W, 2> weight, Workspace& workspace) {
-  static_assert(FloatingScalar<W>, "eigenformer: pack_weight takes float, double, Eigen::bfloat16 or Eigen::half; int8 needs its scales");
-  static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>, "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
+  static_assert(FloatingScalar<W>,
+                "eigenformer: pack_weight takes float, double, Eigen::bfloat16 or Eigen::half; int8 needs its scales");
+  static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
+                "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
   if constexpr (std::is_same_v<T, std::int8_t>)
     pack_quantized_weight(isa, device, packed, weight, workspace);
   else
@@ -261,8 +265,8 @@ void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& we
 
 /// Packs int8 values (out, in) with one scale a row (out).
 template <CpuDevice D, typename Values, typename Scales>
-  requires(!std::same_as<Scales, Workspace>)
-void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Values& values, const Scales& scales) {
+requires(!std::same_as<Scales, Workspace>) void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed,
+                                                                 const Values& values, const Scales& scales) {
   detail::pack_int8_weight(isa::best{}, device, packed, input_view<2>(values), input_view<1>(scales));
 }
 
@@ -279,16 +283,14 @@ PackedWeight<T> pack_weight(const Weight& weight) {
 }
 
 template <typename T = std::int8_t, CpuDevice D, typename Values, typename Scales>
-  requires std::same_as<T, std::int8_t>
-PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales) {
+requires std::same_as<T, std::int8_t> PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales) {
   PackedWeight<T> packed;
   pack_weight_into(device, packed, values, scales);
   return packed;
 }
 
 template <typename T = std::int8_t, typename Values, typename Scales>
-  requires(std::same_as<T, std::int8_t> && !Device<Values>)
-PackedWeight<T> pack_weight(const Values& values, const Scales& scales) {
+requires(std::same_as<T, std::int8_t> && !Device<Values>) PackedWeight<T> pack_weight(const Values& values, const Scales& scales) {
   return pack_weight<T>(Eigen::DefaultDevice{}, values, scales);
 }
 

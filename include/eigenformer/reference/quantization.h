@@ -30,7 +30,8 @@ void quantize(const T* numbers, Index count, float scale, std::int8_t* values) {
 
 /// x quantized per token, exact integer sums, one fused multiply-add in float.
 template <typename X>
-Tensor<float, 2> int8_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values, const Tensor<float, 1>& scales, const float* bias) {
+Tensor<float, 2> int8_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values, const Tensor<float, 1>& scales,
+                             const float* bias) {
   const Index tokens = x.dimension(0), in = x.dimension(1), out = values.dimension(0);
   Tensor<float, 2> y(tokens, out);
   std::vector<std::int8_t> row(static_cast<std::size_t>(in));

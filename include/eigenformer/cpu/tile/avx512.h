@@ -1,6 +1,6 @@
 /// \file
-/// Register tiles for AVX-512: 12 x 2 vectors of 16 columns in 24 of the 32 registers; VNNI and BF16 dots where this build has them.
-/// The meaning of every member is in generic.h.
+/// Register tiles for AVX-512: 12 x 2 vectors of 16 columns in 24 of the 32 registers; VNNI and BF16 dots where this build has
+/// them. The meaning of every member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -13,14 +13,11 @@ namespace tile {
 
 // Zero-masked forms under a full mask: see simd/avx512.h.
 template <typename T>
-  requires std::same_as<T, float>
-constexpr Shape shape(isa::avx512) {
-  return {12, 2};
-}
+requires std::same_as<T, float>
+constexpr Shape shape(isa::avx512) { return {12, 2}; }
 
 template <typename Isa, typename V = simd::Vec<float, Isa>>
-  requires std::same_as<V, simd::vec<float, isa::avx512>>
-EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
+requires std::same_as<V, simd::vec<float, isa::avx512>> EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
   const __m512i raw = _mm512_loadu_si512(p);
   const __m512i odd = _mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
   return {V{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, raw, 16))}, V{_mm512_castsi512_ps(odd)}};
@@ -75,8 +72,8 @@ struct Int8Avx512Base {
 };
 
 #if defined(EIGENFORMER_ISA_AVX512_VNNI)
-/// vpdpbusd wants unsigned activations: they are packed with 128 added, and 128 times the sum of each weight row is taken off at the
-/// end. Sums may wrap on the way; modulo 2^32 the end is exact.
+/// vpdpbusd wants unsigned activations: they are packed with 128 added, and 128 times the sum of each weight row is taken off at
+/// the end. Sums may wrap on the way; modulo 2^32 the end is exact.
 struct Int8Avx512 : Int8Avx512Base {
   struct Fragment {
     __m512i v;
@@ -122,13 +119,14 @@ struct Int8Avx512 : Int8Avx512Base {
 constexpr int transpose_size(isa::avx512) { return 16; }
 
 template <typename Unit>
-  requires(sizeof(Unit) == 4)
-void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+requires(sizeof(Unit) == 4) void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to,
+                                           Index to_stride) {
   const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1u); };
   const auto* bytes = static_cast<const std::byte*>(from);
   const __mmask16 loaded = first(count), stored = first(rows);
   __m512 a[16], b[16];
-  unroll<16>([&](auto r) { a[r] = _mm512_maskz_loadu_ps(r < rows ? loaded : __mmask16{0}, r < rows ? bytes + r * from_bytes : bytes); });
+  unroll<16>(
+      [&](auto r) { a[r] = _mm512_maskz_loadu_ps(r < rows ? loaded : __mmask16{0}, r < rows ? bytes + r * from_bytes : bytes); });
   unroll<8>([&](auto i) {  // pairs of rows interleaved
     b[2 * i] = _mm512_maskz_unpacklo_ps(0xffff, a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm512_maskz_unpackhi_ps(0xffff, a[2 * i], a[2 * i + 1]);

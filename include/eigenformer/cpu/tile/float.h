@@ -1,6 +1,6 @@
 /// \file
-/// Dots of floating weights, written once over `simd::Vec` for every ISA. The meaning of every member is in generic.h. Included after
-/// the ISAs' own headers, whose `shape` and `widen_pairs` it picks by tag.
+/// Dots of floating weights, written once over `simd::Vec` for every ISA. The meaning of every member is in generic.h. Included
+/// after the ISAs' own headers, whose `shape` and `widen_pairs` it picks by tag.
 #pragma once
 
 #include "generic.h"

@@ -1,8 +1,9 @@
 /// \file
 /// Register tiles of the matrix product, in plain C++ and over `simd::Vec`: what every ISA falls back to.
 ///
-/// A product is sums(row, column) = sum over k of activation(row, k) * weight(column, k). Both operands are packed first, in units of
-/// 32 bits (one float, two bfloat16 or half, four int8; double has units of 64 bits), so that the inner loop is the same for all:
+/// A product is sums(row, column) = sum over k of activation(row, k) * weight(column, k). Both operands are packed first, in units
+/// of 32 bits (one float, two bfloat16 or half, four int8; double has units of 64 bits), so that the inner loop is the same for
+/// all:
 ///
 ///   weights      [panel][step][column of the panel][k of the step]     a panel is `columns` weights rows wide
 ///   activations  [tile][step][unit of the step][row of the tile]
@@ -18,8 +19,8 @@
 ///   weights(p) factor<Rows>(p)  load a Fragment; broadcast a Factor, unit u of which lies at p[u * Rows]
 ///   multiply_add(sum, fragment, factor)
 ///
-/// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting k into blocks (and storing the sums
-/// between them) changes no bit, and neither do the rows and columns beside it.
+/// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting k into blocks (and storing the
+/// sums between them) changes no bit, and neither do the rows and columns beside it.
 #pragma once
 
 #include <cstring>
@@ -31,7 +32,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace tile {
 
-/// f(integral_constant 0), ..., f(integral_constant N - 1): unrolled by construction, so that arrays of registers stay in registers.
+/// f(integral_constant 0), ..., f(integral_constant N - 1): unrolled by construction, so that arrays of registers stay in
+/// registers.
 template <int N, typename F>
 EIGENFORMER_INLINE void unroll(F&& f) {
   [&]<int... I>(std::integer_sequence<int, I...>) { (f(std::integral_constant<int, I>{}), ...); }
@@ -64,7 +66,8 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::generic, const bfloat16* p) {
   return {V::load(even), V::load(odd)};
 }
 
-/// int8 weights and activations, exact in int32. A step is four k; its activations are two units of two int16, (k0, k2) and (k1, k3).
+/// int8 weights and activations, exact in int32. A step is four k; its activations are two units of two int16, (k0, k2) and (k1,
+/// k3).
 struct Int8Generic {
   static constexpr int lanes = 8;
   using Stored = std::int8_t;
@@ -114,8 +117,8 @@ EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std:
 /// Largest block that `transpose` takes, in units.
 constexpr int transpose_size(isa::generic) { return 16; }
 
-/// to[u * to_stride + r] = unit u of the row r that starts r * from_bytes bytes after `from`, for r < rows and u < count, both at most
-/// transpose_size. Any alignment; reads and writes nothing else.
+/// to[u * to_stride + r] = unit u of the row r that starts r * from_bytes bytes after `from`, for r < rows and u < count, both at
+/// most transpose_size. Any alignment; reads and writes nothing else.
 template <typename Unit>
 void transpose(isa::generic, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
   const auto* bytes = static_cast<const std::byte*>(from);

@@ -41,8 +41,8 @@ void clear(Unit* to, Index units) {
   if (units > 0) std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(units) * sizeof(Unit));
 }
 
-// Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead halve the time of packing. A prefetch
-// past the end of an array is harmless.
+// Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead halve the time of packing. A
+// prefetch past the end of an array is harmless.
 constexpr Index kPrefetchUnits = 128;
 template <typename E>
 void prefetch_lines(const E* from, Index row_stride, Index rows) {
@@ -51,11 +51,12 @@ void prefetch_lines(const E* from, Index row_stride, Index rows) {
     __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(r * row_stride) * sizeof(E)), 0, 2);
 }
 
-/// Packs `rows` of `width` rows (zeros for the others) and `count` of k, with zeros up to a whole unit. `convert(r, k, n, stage)` writes
-/// elements [k, k + n) of row r as E.
+/// Packs `rows` of `width` rows (zeros for the others) and `count` of k, with zeros up to a whole unit. `convert(r, k, n, stage)`
+/// writes elements [k, k + n) of row r as E.
 template <typename E, typename Isa, typename Unit, typename Convert>
 void pack_lines(Isa isa, Index rows, int width, Index count, Unit* to, Convert&& convert) {
-  constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{}), stage_units = 64, stage_count = stage_units * per_unit;
+  constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{}), stage_units = 64,
+                stage_count = stage_units * per_unit;
   alignas(64) E stage[block * stage_count];
   const Index units = (count + per_unit - 1) / per_unit;
   if (rows < width) clear(to, units * width);
@@ -70,7 +71,8 @@ void pack_lines(Isa isa, Index rows, int width, Index count, Unit* to, Convert&&
         std::fill(stage + r * stage_count + elements, stage + r * stage_count + staged * per_unit, E{});
       }
       for (int u = 0; u < staged; u += block)
-        transpose(isa, stage + u * per_unit, Index{sizeof(stage)} / block, n, std::min(block, staged - u), to + (first + u) * width + r0, width);
+        transpose(isa, stage + u * per_unit, Index{sizeof(stage)} / block, n, std::min(block, staged - u),
+                  to + (first + u) * width + r0, width);
     }
   }
 }
@@ -84,8 +86,9 @@ void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int wi
   for (Index u = 0; u < whole; u += block) {
     prefetch_lines(from + (u + kPrefetchUnits) * per_unit, row_stride, rows);
     for (int r = 0; r < rows; r += block)
-      transpose(isa, from + r * row_stride + u * per_unit, row_stride * Index{sizeof(E)}, static_cast<int>(std::min<Index>(block, rows - r)),
-                static_cast<int>(std::min<Index>(block, whole - u)), to + u * width + r, width);
+      transpose(isa, from + r * row_stride + u * per_unit, row_stride * Index{sizeof(E)},
+                static_cast<int>(std::min<Index>(block, rows - r)), static_cast<int>(std::min<Index>(block, whole - u)),
+                to + u * width + r, width);
   }
   if (whole * per_unit < count)
     pack_lines<E>(isa, rows, width, count - whole * per_unit, to + whole * width, [&](Index r, Index, int n, E* stage) {
@@ -127,9 +130,8 @@ void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index r
   if constexpr (std::is_same_v<From, E>)
     pack_raw_lines<E>(isa, from, source.row_stride, rows, width, count, to);
   else
-    pack_lines<E>(isa, rows, width, count, to, [&](Index r, Index at, int n, E* stage) {
-      convert_line<Isa>(from + r * source.row_stride + at, n, stage);
-    });
+    pack_lines<E>(isa, rows, width, count, to,
+                  [&](Index r, Index at, int n, E* stage) { convert_line<Isa>(from + r * source.row_stride + at, n, stage); });
 }
 
 /// The unit of packed weights: 64 bits for double, 32 for everything else.
@@ -156,15 +158,19 @@ void pack_panel(Isa isa, const MatrixOperand<From>& source, Index row, Index row
   if constexpr (std::is_same_v<E, half>) separate_pairs<Dot>(to, (count + Dot::step - 1) / Dot::step);
 }
 
-/// Adds to each column's offset what activations with 128 added make too much over a packed chunk: 128 times the sum of its weights.
+/// Adds to each column's offset what activations with 128 added make too much over a packed chunk: 128 times the sum of its
+/// weights, modulo 2^32.
 template <typename Dot>
 void add_offsets(const std::int8_t* panel, Index steps, std::int32_t* offsets) {
   for (Index s = 0; s < steps; ++s, panel += Dot::columns * 4)
     for (int c = 0; c < Dot::columns; ++c)
-      offsets[c] += 128 * (panel[4 * c] + panel[4 * c + 1] + panel[4 * c + 2] + panel[4 * c + 3]);
+      offsets[c] = static_cast<std::int32_t>(
+          static_cast<std::uint32_t>(offsets[c]) +
+          static_cast<std::uint32_t>(128 * (panel[4 * c] + panel[4 * c + 1] + panel[4 * c + 2] + panel[4 * c + 3])));
 }
 
-/// Packs all of k of one tile of activations: `rows` valid of `height`. Plain and widening dots take Unit elements, bfloat16 dots pairs.
+/// Packs all of k of one tile of activations: `rows` valid of `height`. Plain and widening dots take Unit elements, bfloat16 dots
+/// pairs.
 template <typename Dot, typename Isa, typename From>
 void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index depth, typename Dot::Unit* to) {
   using Unit = typename Dot::Unit;

@@ -1,7 +1,7 @@
 /// \file
 /// The inner loop of every matrix product: a register tile of Rows x Panels panels, all of k that it is given. For many rows one
-/// panel at a time fills the registers (12 x 32 on AVX-512: 24 multiply-adds for 14 loads); for few rows several panels are in flight,
-/// so that a product of one row streams the weights at memory speed instead of waiting for its own sums.
+/// panel at a time fills the registers (12 x 32 on AVX-512: 24 multiply-adds for 14 loads); for few rows several panels are in
+/// flight, so that a product of one row streams the weights at memory speed instead of waiting for its own sums.
 #pragma once
 
 #include "tile.h"
@@ -63,20 +63,28 @@ void tile_products(int height, const typename Dot::Unit* a, const typename Dot::
       constexpr int flight = panels_in_flight<Dot>(Rows);
       Index p = 0;
       for (; p + flight <= panels; p += flight)
-        tile_product<Dot, Rows, flight>(a, b + p * panel_stride, panel_stride, steps, sums + p * sums_stride, sums_stride, from_zero);
+        tile_product<Dot, Rows, flight>(a, b + p * panel_stride, panel_stride, steps, sums + p * sums_stride, sums_stride,
+                                        from_zero);
       if constexpr (flight > 1)
         for (; p < panels; ++p)
           tile_product<Dot, Rows, 1>(a, b + p * panel_stride, panel_stride, steps, sums + p * sums_stride, sums_stride, from_zero);
     }
   };
   switch (height) {
-    case 1: return run(std::integral_constant<int, 1>{});
-    case 2: return run(std::integral_constant<int, 2>{});
-    case 3: return run(std::integral_constant<int, 3>{});
-    case 4: return run(std::integral_constant<int, 4>{});
-    case 6: return run(std::integral_constant<int, 6>{});
-    case 8: return run(std::integral_constant<int, 8>{});
-    default: return run(std::integral_constant<int, 12>{});
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 3:
+      return run(std::integral_constant<int, 3>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    case 6:
+      return run(std::integral_constant<int, 6>{});
+    case 8:
+      return run(std::integral_constant<int, 8>{});
+    default:
+      return run(std::integral_constant<int, 12>{});
   }
 }
 
