@@ -3,7 +3,7 @@
 /// where another header was faster.
 #pragma once
 
-#if defined(EIGEN_CXX11_TENSOR_TENSOR_H)  // the guard of Eigen's Tensor class, in 3.4 and 5
+#if defined(EIGEN_CXX11_TENSOR_TENSOR_H) || defined(EIGEN_TENSOR_TENSOR_H)  // guards of Eigen's Tensor class, 3.4 and 5
 #if !defined(EIGEN_USE_THREADS)
 #error "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_THREADS for the whole program, or include <eigenformer/eigenformer.h> first."
 #endif
@@ -32,7 +32,11 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 sees ghosts in Eigen's inlined evaluators
 #endif
 
+#if __has_include(<unsupported/Eigen/Tensor>)  // Eigen 5
+#include <unsupported/Eigen/Tensor>
+#else
 #include <unsupported/Eigen/CXX11/Tensor>
+#endif
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
