@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <exception>
 #include <memory>
+#include <numeric>
+#include <vector>
 
 #include "demo/options.h"
 #include "demo/progress.h"
@@ -34,13 +36,15 @@ void print_profile(const char* title, const ef::OperatorProfile& profile) {
       std::printf("  %-14s %8.3f s  %5.1f%%  %8ld calls\n", std::string(entry.name).c_str(), entry.seconds, 100 * entry.seconds / profile.total_seconds(), entry.calls);
 }
 
-// Characters of the continuations that equal the text, position by position.
-Index recalled(const std::string& text, const std::map<std::string, std::string>& generated) {
-  Index equal = 0;
+// Characters of each prompt's continuation that equal the text, position by position.
+std::vector<Index> recalled(const std::string& text, const std::map<std::string, std::string>& generated) {
+  std::vector<Index> equal;
   for (Index p = 0; p < demo::kPrompts; ++p) {
     const std::string& got = generated.at("recall-" + std::to_string(p));
     const Index start = demo::prompt_start(text, p) + demo::kPromptLength;
-    for (Index i = 0; i < demo::kContinuation; ++i) equal += got[static_cast<std::size_t>(i)] == text[static_cast<std::size_t>(start + i)] ? 1 : 0;
+    equal.push_back(0);
+    for (Index i = 0; i < demo::kContinuation; ++i)
+      equal.back() += got[static_cast<std::size_t>(i)] == text[static_cast<std::size_t>(start + i)] ? 1 : 0;
   }
   return equal;
 }
@@ -95,7 +99,8 @@ int run(const demo::Options& options) {
     if (first) served = std::move(result);
   });
 
-  const Index equal = recalled(text, served.generated), total = demo::kPrompts * demo::kContinuation;
+  const std::vector<Index> equal = recalled(text, served.generated);
+  const Index sum = std::accumulate(equal.begin(), equal.end(), Index{0}), total = demo::kPrompts * demo::kContinuation;
   std::printf("\n");
   if (training_rate > 0) print_profile("training, share of the time by operator:", training_profile);
   print_profile("serving, share of the time by operator (rank 0):", serving_profile);
@@ -103,7 +108,10 @@ int run(const demo::Options& options) {
   if (training_rate > 0) std::printf("  training   %10.0f tokens/s\n", training_rate);
   std::printf("  prefill    %10.0f tokens/s\n", static_cast<double>(served.prefill_tokens) / served.prefill_seconds);
   std::printf("  decode     %10.0f tokens/s (%td steps)\n", static_cast<double>(served.decode_tokens) / served.decode_seconds, served.steps);
-  std::printf("  recalled   %td of %td characters (%.1f%%) of the text after %td prompts\n", equal, total, 100.0 * static_cast<double>(equal) / static_cast<double>(total), demo::kPrompts);
+  std::printf("  recalled   %td of %td characters (%.1f%%) of the text after %td prompts:", sum, total,
+              100.0 * static_cast<double>(sum) / static_cast<double>(total), demo::kPrompts);
+  for (Index count : equal) std::printf(" %td", count);
+  std::printf("\n");
   std::printf("  wall time  %10.1f s\n", demo::seconds_since(start));
   return 0;
 }

@@ -2,6 +2,7 @@
 /// The text as bytes, training batches cut from it, and the prompts that test what was learned.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
@@ -35,16 +36,18 @@ struct TrainingBatch {
   ef::Tensor<std::int32_t, 1> targets;  // (batch * length): the byte that follows
 };
 
-/// Windows of the text at random places: the same for a seed.
+/// Windows of the text at random places: the same for a seed. Places are drawn half a window beyond both ends and moved inside, so that the
+/// first and last characters are seen as often as the others.
 class Windows {
  public:
   Windows(const std::string& text, Index batch, Index length, std::uint64_t seed) : text_(text), batch_(batch), length_(length), random_(seed) {}
 
   TrainingBatch next() {
     TrainingBatch result{ef::Tensor<std::int32_t, 2>(batch_, length_), ef::Tensor<std::int32_t, 1>(batch_ * length_)};
-    const auto starts = static_cast<std::uint32_t>(static_cast<Index>(text_.size()) - length_);
+    const Index last = static_cast<Index>(text_.size()) - length_ - 1;
     for (Index b = 0; b < batch_; ++b) {
-      const Index start = random_() % starts;
+      const Index place = static_cast<Index>(random_() % static_cast<std::uint32_t>(last + length_)) - length_ / 2;
+      const Index start = std::clamp<Index>(place, 0, last);
       for (Index i = 0; i < length_; ++i) {
         result.inputs(b, i) = static_cast<unsigned char>(text_[static_cast<std::size_t>(start + i)]);
         result.targets(b * length_ + i) = static_cast<unsigned char>(text_[static_cast<std::size_t>(start + i + 1)]);
