@@ -19,14 +19,13 @@ namespace {
 namespace ef = eigenformer;
 using demo::Index;
 
-ef::DecoderConfig decoder_config(bool quick) {
-  if (quick) return {.vocabulary = 256, .features = 128, .layers = 3, .heads = 4, .kv_heads = 2, .head_dim = 32, .hidden = 384};
-  return {.vocabulary = 256, .features = 160, .layers = 4, .heads = 5, .kv_heads = 5, .head_dim = 32, .hidden = 448};
+ef::DecoderConfig decoder_config() {
+  return {.vocabulary = 256, .features = 192, .layers = 2, .heads = 6, .kv_heads = 3, .head_dim = 32, .hidden = 512};
 }
 
+// Windows are longer than prompt and continuation together (264), so that every position served was trained.
 demo::TrainingPlan training_plan(bool quick) {
-  if (quick) return {.batch = 4, .length = 256, .accumulation = 2, .steps = 300};
-  return {.batch = 4, .length = 256, .accumulation = 2, .steps = 900};
+  return {.batch = 1, .length = 288, .accumulation = 2, .steps = quick ? 900 : 2500, .learning_rate = 1.5e-3f};
 }
 
 void print_profile(const char* title, const ef::OperatorProfile& profile) {
@@ -63,7 +62,7 @@ int run(const demo::Options& options) {
     weights = demo::load(options.load);
     std::printf("loaded %s\n", demo::weights_file(options.load).c_str());
   } else {
-    weights = std::make_shared<ef::DecoderWeights>(decoder_config(options.quick), /*seed=*/1);
+    weights = std::make_shared<ef::DecoderWeights>(decoder_config(), /*seed=*/1);
     std::printf("decoder: %td layers, %td features, %td heads, %.2f million parameters, %s kernels, %d threads\n", weights->config().layers,
                 weights->config().features, weights->config().heads, static_cast<double>(weights->parameter_count()) / 1e6, ef::isa::best::name, options.threads);
     ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);

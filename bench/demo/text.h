@@ -19,7 +19,7 @@ namespace demo {
 namespace ef = eigenformer;
 using ef::Index;
 
-inline constexpr Index kPromptLength = 48;
+inline constexpr Index kPromptLength = 64;
 inline constexpr Index kContinuation = 200;
 inline constexpr Index kPrompts = 10;
 

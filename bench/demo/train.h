@@ -17,7 +17,7 @@
 namespace demo {
 
 struct TrainingPlan {
-  Index batch = 4, length = 256;   // of a micro-batch
+  Index batch = 1, length = 288;   // of a micro-batch
   Index accumulation = 2;          // micro-batches a step
   Index steps = 1000;
   float learning_rate = 3e-3f;
