@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "../core/device.h"
-#include "simd/for_each_vector.h"
+#include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -37,15 +37,15 @@ typename V::scalar row_maximum(const L* logits, Index classes) {
   const L lowest = -std::numeric_limits<L>::infinity();
   const V start = V::set1(-std::numeric_limits<typename V::scalar>::infinity());
   V best[4] = {start, start, start, start};
-  simd::for_each_vector_interleaved<V, 4>(
-      classes, [&](Index i, auto part, int k) { best[k] = max(best[k], part.load_or(logits + i, lowest)); });
+  for_each_vector_interleaved<V, 4>(
+      classes, [&](Index i, auto part, int k) { best[k] = max(best[k], load_or<V>(logits + i, lowest, part)); });
   return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
 }
 
 template <typename V, typename L>
 typename V::scalar row_sum(const L* logits, Index classes) {
   V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  simd::for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) { sums[k] = sums[k] + part.load(logits + i); });
+  for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) { sums[k] = sums[k] + load<V>(logits + i, part); });
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
@@ -55,9 +55,9 @@ typename V::scalar exponential_sum(const L* logits, Index classes, typename V::s
   const L lowest = -std::numeric_limits<L>::infinity();
   const V shift = V::set1(maximum);
   V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  simd::for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) {
-    const V e = simd::exp(part.load_or(logits + i, lowest) - shift);
-    if constexpr (Keep) part.store(e, keep + i);
+  for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) {
+    const V e = simd::exp(load_or<V>(logits + i, lowest, part) - shift);
+    if constexpr (Keep) store(e, keep + i, part);
     sums[k] = sums[k] + e;
   });
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -73,7 +73,7 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   const std::int32_t target = p.targets[r];
   if (target == p.ignore_index) {
     p.row_loss[r] = 0;
-    if (gradient != nullptr) simd::for_each_vector<V>(p.classes, [&](Index i, auto part) { part.store(V::zero(), gradient + i); });
+    if (gradient != nullptr) for_each_vector<V>(0, p.classes, [&](Index i, auto part) { store(V::zero(), gradient + i, part); });
     return;
   }
 
@@ -95,13 +95,13 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   const C offset = static_cast<C>(-per_class * p.gradient_scale);
   const C hit = static_cast<C>((1.0 - p.label_smoothing) * p.gradient_scale);
   const V factors = V::set1(factor), offsets = V::set1(offset), shift = V::set1(maximum);
-  simd::for_each_vector<V>(p.classes, [&](Index i, auto part) {
+  for_each_vector<V>(0, p.classes, [&](Index i, auto part) {
     V e;
     if constexpr (keep)
-      e = part.load(gradient + i);
+      e = load<V>(gradient + i, part);
     else
-      e = simd::exp(part.load(logits + i) - shift);
-    part.store(fma(e, factors, offsets), gradient + i);
+      e = simd::exp(load<V>(logits + i, part) - shift);
+    store(fma(e, factors, offsets), gradient + i, part);
   });
   gradient[target] = static_cast<G>(std::exp(target_logit - maximum) * factor + offset - hit);
 }

@@ -7,7 +7,7 @@
 #include <cmath>
 
 #include "../core/device.h"
-#include "simd/for_each_vector.h"
+#include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -62,14 +62,14 @@ void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
   const V decay = V::set1(f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2), epsilon = V::set1(f.epsilon);
   const V one_minus_beta1 = V::set1(f.one_minus_beta1), one_minus_beta2 = V::set1(f.one_minus_beta2);
   const V minus_step = V::set1(-f.step_size), inverse_root_bias = V::set1(f.inverse_root_bias);
-  simd::for_each_vector<V>(piece.size, [&](Index i, auto part) {
-    const V g = part.load(piece.gradient + i);
-    const V m = fma(beta1, part.load(piece.first_moment + i), one_minus_beta1 * g);
-    const V v = fma(beta2, part.load(piece.second_moment + i), one_minus_beta2 * g * g);
+  for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
+    const V g = load<V>(piece.gradient + i, part);
+    const V m = fma(beta1, load<V>(piece.first_moment + i, part), one_minus_beta1 * g);
+    const V v = fma(beta2, load<V>(piece.second_moment + i, part), one_minus_beta2 * g * g);
     const V direction = m / fma(sqrt(v), inverse_root_bias, epsilon);
-    part.store(m, piece.first_moment + i);
-    part.store(v, piece.second_moment + i);
-    part.store(fma(minus_step, direction, part.load(piece.value + i) * decay), piece.value + i);
+    store(m, piece.first_moment + i, part);
+    store(v, piece.second_moment + i, part);
+    store(fma(minus_step, direction, load<V>(piece.value + i, part) * decay), piece.value + i, part);
   });
 }
 
@@ -77,15 +77,15 @@ template <typename Isa>
 void sgd_piece(const ParameterPiece& piece, const SgdFactors& f) {
   using V = simd::Vec<float, Isa>;
   const V minus_rate = V::set1(-f.learning_rate), momentum = V::set1(f.momentum), decay = V::set1(f.weight_decay);
-  simd::for_each_vector<V>(piece.size, [&](Index i, auto part) {
-    const V value = part.load(piece.value + i);
-    V direction = fma(decay, value, part.load(piece.gradient + i));
+  for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
+    const V value = load<V>(piece.value + i, part);
+    V direction = fma(decay, value, load<V>(piece.gradient + i, part));
     if (piece.first_moment != nullptr) {
-      const V velocity = fma(momentum, part.load(piece.first_moment + i), direction);
-      part.store(velocity, piece.first_moment + i);
+      const V velocity = fma(momentum, load<V>(piece.first_moment + i, part), direction);
+      store(velocity, piece.first_moment + i, part);
       direction = f.nesterov ? fma(momentum, velocity, direction) : velocity;
     }
-    part.store(fma(minus_rate, direction, value), piece.value + i);
+    store(fma(minus_rate, direction, value), piece.value + i, part);
   });
 }
 
@@ -103,7 +103,7 @@ template <typename Isa, CpuDevice D>
 void zero_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count) {
   using V = simd::Vec<float, Isa>;
   for_each_piece(device, pieces, count, [](Index, const ParameterPiece& piece) {
-    simd::for_each_vector<V>(piece.size, [&](Index i, auto part) { part.store(V::zero(), piece.gradient + i); });
+    for_each_vector<V>(0, piece.size, [&](Index i, auto part) { store(V::zero(), piece.gradient + i, part); });
   });
 }
 
@@ -113,8 +113,8 @@ void gradient_squares(Isa, const D& device, const ParameterPiece* pieces, Index 
   using V = simd::Vec<double, Isa>;
   for_each_piece(device, pieces, count, [sums](Index index, const ParameterPiece& piece) {
     V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    simd::for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
-      const V g = part.load(piece.gradient + i);
+    for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
+      const V g = load<V>(piece.gradient + i, part);
       squares[k] = fma(g, g, squares[k]);
     });
     sums[index] = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
@@ -128,11 +128,11 @@ void scale_gradients(Isa, const D& device, const ParameterPiece* pieces, Index c
   for_each_piece(device, pieces, count, [factor, finite](Index index, const ParameterPiece& piece) {
     const V factors = V::set1(factor), zero = V::zero();
     V poison[4] = {zero, zero, zero, zero};  // 0 * x is NaN where x is not finite, and NaN stays
-    simd::for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
-      V g = part.load(piece.gradient + i);
+    for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
+      V g = load<V>(piece.gradient + i, part);
       if constexpr (Scale) {
         g = g * factors;
-        part.store(g, piece.gradient + i);
+        store(g, piece.gradient + i, part);
       }
       poison[k] = fma(g, zero, poison[k]);
     });

@@ -24,6 +24,17 @@ template <typename V, typename S>
 EIGENFORMER_INLINE V load(const S* p, PartOfVector part) {
   return V::load_partial(p, part.lanes);
 }
+/// The lanes that are not there read as `beyond`.
+template <typename V, typename S>
+EIGENFORMER_INLINE V load_or(const S* p, S, WholeVector) {
+  return V::load(p);
+}
+template <typename V, typename S>
+EIGENFORMER_INLINE V load_or(const S* p, S beyond, PartOfVector part) {
+  alignas(64) S buffer[V::lanes];
+  for (int i = 0; i < V::lanes; ++i) buffer[i] = i < part.lanes ? p[i] : beyond;
+  return V::load(buffer);
+}
 template <typename V, typename S>
 EIGENFORMER_INLINE void store(const V& v, S* p, WholeVector) {
   v.store(p);
@@ -39,6 +50,17 @@ EIGENFORMER_INLINE void for_each_vector(Index begin, Index end, Body&& body) {
   Index at = begin;
   for (; end - at >= V::lanes; at += V::lanes) body(at, WholeVector{});
   if (at < end) body(at, PartOfVector{static_cast<int>(end - at)});
+}
+
+/// The same from 0 with `Ways` independent accumulators: body(at, part, k), k in turn, in an order that count alone determines.
+template <typename V, int Ways, typename Body>
+EIGENFORMER_INLINE void for_each_vector_interleaved(Index count, Body&& body) {
+  Index at = 0;
+  for (; at + Ways * V::lanes <= count; at += Ways * V::lanes)
+    for (int k = 0; k < Ways; ++k) body(at + k * V::lanes, WholeVector{}, k);
+  int k = 0;
+  for (; at + V::lanes <= count; at += V::lanes, ++k) body(at, WholeVector{}, k);
+  if (at < count) body(at, PartOfVector{static_cast<int>(count - at)}, k);
 }
 
 /// Sum over [0, count) of what `add(accumulator, at, part)` adds, in an order that count alone determines: four interleaved vectors
