@@ -1,9 +1,10 @@
-// Linear layers: decode is bytes of weights, prefill is arithmetic. Peer: Eigen's own products by hand.
+// Linear layers: decode is bytes of weights, prefill is arithmetic. Peers: Eigen's own products by hand, oneDNN, OpenBLAS.
 #include <eigenformer/linear.h>
 
 #include <random>
 
 #include "harness.h"
+#include "peers/matmul.h"
 
 namespace ef = eigenformer;
 using Eigen::Index;
@@ -39,6 +40,12 @@ void packed_rows(bench::Suite& suite, const std::string& type, bench::Peak peak)
         Eigen::Map<Eigen::Matrix<X, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(y->data(), tokens, out).noalias() =
             Map<X>(x->data(), tokens, in) * Map<X>(weight->data(), out, in).transpose();
       });
+    const bool same = std::is_same_v<X, W>, int8 = std::is_same_v<W, std::int8_t>;
+    if (same || int8) {  // peers take float and narrow it themselves, before they are timed
+      const auto wide = std::make_shared<ef::Tensor<float, 2>>(x->template cast<float>());
+      const auto type_of = int8 ? bench::WeightType::int8 : std::is_same_v<W, float> ? bench::WeightType::float32 : bench::WeightType::bfloat16;
+      bench::add_matmul_peers(row, tokens, in, out, wide, weight, type_of);
+    }
   }
 }
 
