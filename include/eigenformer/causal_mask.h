@@ -51,7 +51,8 @@ inline Index causal_mask_key_length(Index query_length, const CausalMaskOptions&
 }
 
 template <typename T>
-CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_length, Index key_length, const CausalMaskOptions& options) {
+CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_length, Index key_length,
+                                         const CausalMaskOptions& options) {
   constexpr auto name = "create_causal_mask";
   require(batch >= 0, name, "batch_size is ", batch, ", expected 0 or more");
   require(query_length >= 0, name, "query_length is ", query_length, ", expected 0 or more");
@@ -129,8 +130,8 @@ auto causal_mask_expression(Index query_length, Index batch_size, const CausalMa
   return leaf.broadcast(Eigen::array<Index, 3>{batch_size, query_length, key_length}).generate(generator);
 }
 
-/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h + 1) / n) for the largest power of
-/// two n not above heads, then the odd powers of the sequence for 2n.
+/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h + 1) / n) for the largest
+/// power of two n not above heads, then the odd powers of the sequence for 2n.
 inline std::vector<float> alibi_slopes(Index heads) {
   require(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
   Index power = 1;
