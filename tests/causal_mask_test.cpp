@@ -109,12 +109,22 @@ TEST(CausalMaskShapes, AlibiSlopesAndBias) {
   EXPECT_EQ(mask(1, 0, 3), -std::numeric_limits<float>::infinity());
 }
 
+TEST(CausalMaskShapes, RowsWithoutKeysCostNothing) {
+  const ef::Tensor<float, 3> mask = ef::create_causal_mask<float>(Index{1} << 31, Index{1} << 31, {.key_length = 0});
+  EXPECT_EQ(mask.dimension(1), Index{1} << 31);
+  EXPECT_EQ(mask.size(), 0);
+}
+
 TEST(CausalMaskShapes, RefusesWithTheArgumentNamed) {
   expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(-1, 1); }, {"create_causal_mask", "query_length", "-1"});
   expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, -2); }, {"batch_size", "-2"});
   expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, 1, {.key_length = -5}); }, {"key_length", "-5"});
   expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, 1, {.window = -1}); }, {"window", "-1"});
   expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(Index{1} << 31, 1 << 20); }, {"overflows"});
+  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(Index{1} << 33, Index{1} << 33, {.key_length = 0}); },
+                                       {"overflows"});
+  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(0, Index{1} << 40, {.key_length = Index{1} << 40}); },
+                                       {"overflows"});
   const std::vector<std::int32_t> ids{0, 1};
   expect_throws<std::invalid_argument>([&] { ef::create_causal_mask<float>(3, 2, {.segment_ids = ids}); }, {"segment_ids has 2", "3", "6"});
   ef::Tensor<float, 3> mask(1, 2, 4);

@@ -51,7 +51,8 @@ inline Index causal_mask_key_length(Index query_length, const CausalMaskOptions&
 }
 
 template <typename T>
-CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_length, Index key_length, const CausalMaskOptions& options) {
+CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_length, Index key_length,
+                                         const CausalMaskOptions& options) {
   constexpr auto name = "create_causal_mask";
   require(batch >= 0, name, "batch_size is ", batch, ", expected 0 or more");
   require(query_length >= 0, name, "query_length is ", query_length, ", expected 0 or more");
@@ -61,11 +62,14 @@ CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_lengt
   constexpr Index limit = std::numeric_limits<Index>::max() / 4;
   require(options.query_offset > -limit && options.query_offset < limit && options.window < limit, name,
           "query_offset is ", options.query_offset, " and window is ", options.window, ", expected magnitudes below 2^61");
+  // Products of two sizes too: that of a mask with no element would hide them.
   const Index area = checked_product(query_length, key_length, name, "mask");
+  const Index batch_keys = checked_product(batch, key_length, name, "mask");
+  checked_product(batch, query_length, name, "mask");
   checked_product(checked_product(batch, area, name, "mask"), Index{sizeof(T)}, name, "mask");
   const Index segments = static_cast<Index>(options.segment_ids.size());
-  require(segments == 0 || segments == key_length || segments == batch * key_length, name, "segment_ids has ", segments,
-          " elements, expected ", key_length, " (key_length) or ", batch * key_length, " (batch x key_length)");
+  require(segments == 0 || segments == key_length || segments == batch_keys, name, "segment_ids has ", segments,
+          " elements, expected ", key_length, " (key_length) or ", batch_keys, " (batch x key_length)");
   return {mask, batch, query_length, key_length, options.query_offset,
           Visibility{true, options.window, options.prefix_length}, segments == 0 ? nullptr : options.segment_ids.data(),
           segments == key_length ? 0 : key_length};
@@ -126,8 +130,8 @@ auto causal_mask_expression(Index query_length, Index batch_size, const CausalMa
   return leaf.broadcast(Eigen::array<Index, 3>{batch_size, query_length, key_length}).generate(generator);
 }
 
-/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h + 1) / n) for the largest power of
-/// two n not above heads, then the odd powers of the sequence for 2n.
+/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h + 1) / n) for the largest
+/// power of two n not above heads, then the odd powers of the sequence for 2n.
 inline std::vector<float> alibi_slopes(Index heads) {
   require(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
   Index power = 1;
