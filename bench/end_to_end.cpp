@@ -7,12 +7,12 @@
 #include <numeric>
 #include <vector>
 
+#include "demo/checkpoint.h"
 #include "demo/options.h"
 #include "demo/progress.h"
 #include "demo/serve.h"
 #include "demo/text.h"
 #include "demo/train.h"
-#include "demo/checkpoint.h"
 
 namespace {
 
@@ -32,7 +32,8 @@ void print_profile(const char* title, const ef::OperatorProfile& profile) {
   std::printf("%s\n", title);
   for (const auto& entry : profile.entries())
     if (entry.calls > 0)
-      std::printf("  %-14s %8.3f s  %5.1f%%  %8ld calls\n", std::string(entry.name).c_str(), entry.seconds, 100 * entry.seconds / profile.total_seconds(), entry.calls);
+      std::printf("  %-14s %8.3f s  %5.1f%%  %8ld calls\n", std::string(entry.name).c_str(), entry.seconds,
+                  100 * entry.seconds / profile.total_seconds(), entry.calls);
 }
 
 // Characters of each prompt's continuation that equal the text, position by position.
@@ -63,8 +64,9 @@ int run(const demo::Options& options) {
     std::printf("loaded %s\n", demo::weights_file(options.load).c_str());
   } else {
     weights = std::make_shared<ef::DecoderWeights>(decoder_config(), /*seed=*/1);
-    std::printf("decoder: %td layers, %td features, %td heads, %.2f million parameters, %s kernels, %d threads\n", weights->config().layers,
-                weights->config().features, weights->config().heads, static_cast<double>(weights->parameter_count()) / 1e6, ef::isa::best::name, options.threads);
+    std::printf("decoder: %td layers, %td features, %td heads, %.2f million parameters, %s kernels, %d threads\n",
+                weights->config().layers, weights->config().features, weights->config().heads,
+                static_cast<double>(weights->parameter_count()) / 1e6, ef::isa::best::name, options.threads);
     ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);
     model.set_profile(&training_profile);
     training_rate = demo::train(model, device, text, training_plan(options.quick));
@@ -106,7 +108,8 @@ int run(const demo::Options& options) {
   std::printf("\nsummary\n");
   if (training_rate > 0) std::printf("  training   %10.0f tokens/s\n", training_rate);
   std::printf("  prefill    %10.0f tokens/s\n", static_cast<double>(served.prefill_tokens) / served.prefill_seconds);
-  std::printf("  decode     %10.0f tokens/s (%td steps)\n", static_cast<double>(served.decode_tokens) / served.decode_seconds, served.steps);
+  std::printf("  decode     %10.0f tokens/s (%td steps)\n", static_cast<double>(served.decode_tokens) / served.decode_seconds,
+              served.steps);
   std::printf("  recalled   %td of %td characters (%.1f%%) of the text after %td prompts:", sum, total,
               100.0 * static_cast<double>(sum) / static_cast<double>(total), demo::kPrompts);
   for (Index count : equal) std::printf(" %td", count);

@@ -43,7 +43,9 @@ void packed_rows(bench::Suite& suite, const std::string& type, bench::Peak peak)
     const bool same = std::is_same_v<X, W>, int8 = std::is_same_v<W, std::int8_t>;
     if (same || int8) {  // peers take float and narrow it themselves, before they are timed
       const auto wide = std::make_shared<ef::Tensor<float, 2>>(x->template cast<float>());
-      const auto type_of = int8 ? bench::WeightType::int8 : std::is_same_v<W, float> ? bench::WeightType::float32 : bench::WeightType::bfloat16;
+      const auto type_of = int8                       ? bench::WeightType::int8
+                           : std::is_same_v<W, float> ? bench::WeightType::float32
+                                                      : bench::WeightType::bfloat16;
       bench::add_matmul_peers(row, tokens, in, out, wide, weight, type_of);
     }
   }

@@ -1,6 +1,6 @@
 /// \file
-/// safetensors files: eight bytes of header length (little endian), a JSON header, the data. Written and read here for float32 tensors.
-/// A file is hostile until proven otherwise: every size and offset is checked before a byte is read through it.
+/// safetensors files: eight bytes of header length (little endian), a JSON header, the data. Written and read here for float32
+/// tensors. A file is hostile until proven otherwise: every size and offset is checked before a byte is read through it.
 #pragma once
 
 #include <cstddef>
@@ -60,13 +60,15 @@ inline File::Entry read_entry(const std::string& name, const nlohmann::json& des
   std::uint64_t bytes = sizeof(float);
   for (const auto& size : description["shape"]) {
     const std::uint64_t extent = unsigned_number(size, "a size of \"" + name + "\"");
-    if (extent > static_cast<std::uint64_t>(INT64_MAX) || __builtin_mul_overflow(bytes, extent, &bytes)) fail("the shape of \"" + name + "\" overflows");
+    if (extent > static_cast<std::uint64_t>(INT64_MAX) || __builtin_mul_overflow(bytes, extent, &bytes))
+      fail("the shape of \"" + name + "\" overflows");
     entry.shape.push_back(static_cast<std::int64_t>(extent));
   }
   const std::uint64_t begin = unsigned_number(description["data_offsets"][0], "an offset of \"" + name + "\"");
   const std::uint64_t end = unsigned_number(description["data_offsets"][1], "an offset of \"" + name + "\"");
   if (begin > end || end > data.size()) fail("the data of \"" + name + "\" lies outside the file");
-  if (end - begin != bytes) fail("\"" + name + "\" has " + std::to_string(end - begin) + " bytes, its shape needs " + std::to_string(bytes));
+  if (end - begin != bytes)
+    fail("\"" + name + "\" has " + std::to_string(end - begin) + " bytes, its shape needs " + std::to_string(bytes));
   entry.values.resize(static_cast<std::size_t>(bytes / sizeof(float)));
   if (bytes > 0) std::memcpy(entry.values.data(), data.data() + begin, static_cast<std::size_t>(bytes));
   return entry;
@@ -80,7 +82,8 @@ inline File parse(std::span<const std::byte> bytes) {
   if (bytes.size() < 8) fail("the file is shorter than its 8 byte length");
   std::uint64_t header_size = 0;
   for (int i = 7; i >= 0; --i) header_size = header_size << 8 | std::to_integer<std::uint64_t>(bytes[static_cast<std::size_t>(i)]);
-  if (header_size > detail::kMaxHeader || header_size > bytes.size() - 8) fail("the header length " + std::to_string(header_size) + " exceeds the file");
+  if (header_size > detail::kMaxHeader || header_size > bytes.size() - 8)
+    fail("the header length " + std::to_string(header_size) + " exceeds the file");
   const auto* text = reinterpret_cast<const char*>(bytes.data()) + 8;
   int depth = 0;  // the format is two objects deep; a bomb of brackets is not worth a stack
   const auto shallow = [&depth](int level, nlohmann::json::parse_event_t event, nlohmann::json&) {
@@ -116,7 +119,8 @@ inline File read(const std::filesystem::path& path) {
   if (!stream) detail::fail("cannot open " + path.string());
   std::vector<std::byte> bytes(static_cast<std::size_t>(stream.tellg()));
   stream.seekg(0);
-  if (!stream.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()))) detail::fail("cannot read " + path.string());
+  if (!stream.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size())))
+    detail::fail("cannot read " + path.string());
   try {
     return parse(bytes);
   } catch (const Error& error) {

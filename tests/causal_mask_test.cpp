@@ -35,7 +35,8 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
     ef::cpu::causal_mask(isa, Eigen::DefaultDevice{}, ef::detail::causal_mask_problem(other.data(), batch, queries, keys, options));
     ASSERT_TRUE(same_bits(mask, other)) << isa.name;
     if (!options.segment_ids.empty()) return;
-    // The path of masks larger than the caches, at addresses that no vector is aligned to; the element before and after is not its own.
+    // The path of masks larger than the caches, at addresses that no vector is aligned to; the element before and after is not its
+    // own.
     auto memory = poisoned_tensor<T, 1>({mask.size() + 2});
     const ef::TensorView<T, 3> shifted(memory.data() + 1, batch, queries, keys);
     const auto problem = ef::detail::causal_mask_problem(memory.data() + 1, batch, queries, keys, options);
@@ -52,7 +53,8 @@ TYPED_TEST(CausalMask, EqualsItsDefinitionAtEveryEdge) {
       check<TypeParam>(queries, batch, {});
       for (Index window : {1, 2, 16, 100}) check<TypeParam>(queries, batch, {.window = window});
       for (Index offset : {-40, -2, 5}) check<TypeParam>(queries, batch, {.key_length = 21, .query_offset = offset, .window = 4});
-      for (Index prefix : {1, 7, 50}) check<TypeParam>(queries, batch, {.key_length = 20, .query_offset = 3, .window = 2, .prefix_length = prefix});
+      for (Index prefix : {1, 7, 50})
+        check<TypeParam>(queries, batch, {.key_length = 20, .query_offset = 3, .window = 2, .prefix_length = prefix});
       check<TypeParam>(queries, batch, {.key_length = 0});
     }
 }
@@ -126,10 +128,12 @@ TEST(CausalMaskShapes, RefusesWithTheArgumentNamed) {
   expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(0, Index{1} << 40, {.key_length = Index{1} << 40}); },
                                        {"overflows"});
   const std::vector<std::int32_t> ids{0, 1};
-  expect_throws<std::invalid_argument>([&] { ef::create_causal_mask<float>(3, 2, {.segment_ids = ids}); }, {"segment_ids has 2", "3", "6"});
+  expect_throws<std::invalid_argument>([&] { ef::create_causal_mask<float>(3, 2, {.segment_ids = ids}); },
+                                       {"segment_ids has 2", "3", "6"});
   ef::Tensor<float, 3> mask(1, 2, 4);
   mask.setConstant(7.0f);
-  expect_throws<std::invalid_argument>([&] { ef::causal_mask_into(Eigen::DefaultDevice{}, mask, {.key_length = 5}); }, {"mask has 4 keys", "5"});
+  expect_throws<std::invalid_argument>([&] { ef::causal_mask_into(Eigen::DefaultDevice{}, mask, {.key_length = 5}); },
+                                       {"mask has 4 keys", "5"});
   EXPECT_EQ(mask(0, 0, 0), 7.0f);
 }
 

@@ -93,8 +93,9 @@ TEST(ParallelFor, MayBeCalledFromAThreadOfThePool) {
 }
 
 TEST(Checks, SayOperatorArgumentExpectedAndGot) {
-  expect_throws<std::invalid_argument>([] { ef::require(false, "linear", "weight has ", Index{96}, " columns, input has ", 128, " features"); },
-                                       {"linear: weight has 96 columns, input has 128 features"});
+  expect_throws<std::invalid_argument>(
+      [] { ef::require(false, "linear", "weight has ", Index{96}, " columns, input has ", 128, " features"); },
+      {"linear: weight has 96 columns, input has 128 features"});
   EXPECT_THROW(ef::checked_product(Index{1} << 40, Index{1} << 40, "op", "tensor"), std::invalid_argument);
   EXPECT_THROW(ef::checked_product(-1, 4, "op", "tensor"), std::invalid_argument);
   ef::Tensor<float, 2> a(2, 3), b(3, 2);

@@ -1,5 +1,5 @@
-// Laws: equal to the plain decoder; gradients equal finite differences; a row of logits has the same bits alone, in a batch, in chunks, token
-// by token, on any number of threads and ranks, through either cache; INT8 stays close; a small text is learned.
+// Laws: equal to the plain decoder; gradients equal finite differences; a row of logits has the same bits alone, in a batch, in
+// chunks, token by token, on any number of threads and ranks, through either cache; INT8 stays close; a small text is learned.
 #include <eigenformer/decoder.h>
 #include <eigenformer/reference/decoder.h>
 #include <eigenformer/sampling.h>
@@ -11,7 +11,8 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr ef::DecoderConfig kConfig{.vocabulary = 37, .features = 24, .layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 6, .hidden = 40};
+constexpr ef::DecoderConfig kConfig{
+    .vocabulary = 37, .features = 24, .layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 6, .hidden = 40};
 
 ef::DecoderConfig config_of(ef::RopeLayout layout) {
   ef::DecoderConfig config = kConfig;
@@ -31,7 +32,8 @@ std::shared_ptr<ef::DecoderWeights> make_weights(const ef::DecoderConfig& config
 ef::Tensor<std::int32_t, 2> random_ids(Index batch, Index length, unsigned seed) {
   std::mt19937 generator(seed);
   ef::Tensor<std::int32_t, 2> ids(batch, length);
-  for (Index i = 0; i < ids.size(); ++i) ids.data()[i] = static_cast<std::int32_t>(generator() % static_cast<unsigned>(kConfig.vocabulary));
+  for (Index i = 0; i < ids.size(); ++i)
+    ids.data()[i] = static_cast<std::int32_t>(generator() % static_cast<unsigned>(kConfig.vocabulary));
   return ids;
 }
 
@@ -143,7 +145,8 @@ TEST(Decoder, PagedCacheServesRaggedPromptsWithTheSameBits) {
   const std::vector<Index> lengths{20, 1, 11};
   for (Index b = 0; b < 3; ++b)
     for (Index t = lengths[static_cast<std::size_t>(b)]; t < 20; ++t) ids(b, t) = -7;  // nobody's ids
-  ef::PagedKvCache<float> cache({.layers = kConfig.layers, .kv_heads = kConfig.kv_heads, .head_dim = kConfig.head_dim, .page_size = 5, .page_count = 30});
+  ef::PagedKvCache<float> cache(
+      {.layers = kConfig.layers, .kv_heads = kConfig.kv_heads, .head_dim = kConfig.head_dim, .page_size = 5, .page_count = 30});
   std::vector<ef::SequenceId> sequences;
   for (int b = 0; b < 3; ++b) sequences.push_back(cache.add_sequence());
   auto logits = model.prefill(ids, lengths, cache, sequences);
@@ -176,7 +179,8 @@ TEST(Decoder, SameBitsOnThreadsAndRanks) {
       ef::KvCache<float> other;
       EXPECT_TRUE(same_bits(expected, threaded.prefill(ids, other)));
       ef::ThreadCommunicator::run(count, [&](auto& communicator) {
-        ef::Decoder<float, Eigen::DefaultDevice, std::remove_reference_t<decltype(communicator)>> rank(weights, kOneThread, communicator);
+        ef::Decoder<float, Eigen::DefaultDevice, std::remove_reference_t<decltype(communicator)>> rank(weights, kOneThread,
+                                                                                                       communicator);
         if (int8) rank.quantize();
         ef::KvCache<float> own;
         const auto logits = rank.prefill(ids, own);
@@ -224,7 +228,8 @@ TEST(Decoder, LearnsAndRepacksAfterTraining) {
 TEST(Decoder, RefusesWithTheArgumentNamed) {
   ef::DecoderConfig config = kConfig;
   config.kv_heads = 3;
-  expect_throws<std::invalid_argument>([&] { ef::DecoderWeights{config}; }, {"Decoder: heads is 4, expected a multiple of kv_heads, 3"});
+  expect_throws<std::invalid_argument>([&] { ef::DecoderWeights{config}; },
+                                       {"Decoder: heads is 4, expected a multiple of kv_heads, 3"});
   config = kConfig;
   config.head_dim = 5;
   expect_throws<std::invalid_argument>([&] { ef::DecoderWeights{config}; }, {"head_dim is 5"});

@@ -1,6 +1,7 @@
 /// \file
-/// Tests that run on every device from one source: a file named X_device_test.cpp is built as C++ (DefaultDevice, ThreadPoolDevice) and, where CUDA is on,
-/// as CUDA (GpuDevice). It moves data through a `Bench` and compares with the reference on the host. Without a GPU the CUDA build skips aloud.
+/// Tests that run on every device from one source: a file named X_device_test.cpp is built as C++ (DefaultDevice, ThreadPoolDevice)
+/// and, where CUDA is on, as CUDA (GpuDevice). It moves data through a `Bench` and compares with the reference on the host. Without
+/// a GPU the CUDA build skips aloud.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -85,7 +86,8 @@ void for_each_device(F&& f) {
 template <typename B, typename T, int Rank>
 class DeviceTensor {
  public:
-  DeviceTensor(const B& bench, const ef::Tensor<T, Rank>& host) : bench_(bench), sizes_(host.dimensions()), data_(bench.template allocate<T>(host.size())) {
+  DeviceTensor(const B& bench, const ef::Tensor<T, Rank>& host)
+      : bench_(bench), sizes_(host.dimensions()), data_(bench.template allocate<T>(host.size())) {
     bench_.to_device(data_, host.data(), host.size());
   }
   DeviceTensor(const DeviceTensor&) = delete;

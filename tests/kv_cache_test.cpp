@@ -400,8 +400,8 @@ void check_append_into(Index dim) {
           expected_values(b, positions[static_cast<std::size_t>(b)] + i, h, d) = static_cast<Storage>(values(b, i, h, d));
         }
   auto key_buffer = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), value_buffer = key_buffer;
-  EXPECT_EQ(count_allocations([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }),
-            0);
+  EXPECT_EQ(
+      count_allocations([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }), 0);
   EXPECT_TRUE(same_bits(key_buffer, expected_keys));
   EXPECT_TRUE(same_bits(value_buffer, expected_values));
   Threads threads(3);

@@ -24,7 +24,9 @@ void check(Index rows, Index columns) {
       for (Index j = 0; j < columns; ++j) largest = std::max(largest, std::abs(static_cast<C>(weights(r, j))));
       const float scale = largest == 0 ? 1.0f : static_cast<float>(largest / C(127));
       ASSERT_EQ(s(r), scale);
-      for (Index j = 0; j < columns; ++j) ASSERT_EQ(q(r, j), static_cast<int>(std::nearbyint(static_cast<C>(weights(r, j)) / static_cast<C>(scale)))) << r << ' ' << j;
+      for (Index j = 0; j < columns; ++j)
+        ASSERT_EQ(q(r, j), static_cast<int>(std::nearbyint(static_cast<C>(weights(r, j)) / static_cast<C>(scale))))
+            << r << ' ' << j;
     }
   });
 }

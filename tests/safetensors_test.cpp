@@ -19,7 +19,8 @@ std::vector<std::byte> file_of(const std::string& header, std::size_t data_bytes
 }
 
 TEST(Safetensors, RoundTrip) {
-  const auto path = std::filesystem::temp_directory_path() / ("eigenformer_round_trip_" + std::to_string(::getpid()) + ".safetensors");
+  const auto path =
+      std::filesystem::temp_directory_path() / ("eigenformer_round_trip_" + std::to_string(::getpid()) + ".safetensors");
   const std::vector<float> a{1.5f, -2.0f, std::numeric_limits<float>::infinity(), 0.0f, 3.0f, 4.0f}, b{7.0f};
   safetensors::write(path, {{"layer.a", {{2, 3}, a}}, {"b", {{1}, b}}, {"none", {{0, 5}, {}}}}, {{"text", "LICENSE"}});
   const auto file = safetensors::read(path);
@@ -55,13 +56,15 @@ TEST(Safetensors, RefusesEveryLie) {
   for (const auto& [header, fragment] : lies)
     expect_throws<safetensors::Error>([&] { safetensors::parse(file_of(header, 8)); }, {"safetensors: ", fragment});
   expect_throws<safetensors::Error>([] { safetensors::parse(file_of("{}", 0, 1000)); }, {"exceeds the file"});
-  expect_throws<safetensors::Error>([] { safetensors::parse(file_of("{}", 0, std::numeric_limits<std::int64_t>::max())); }, {"exceeds the file"});
+  expect_throws<safetensors::Error>([] { safetensors::parse(file_of("{}", 0, std::numeric_limits<std::int64_t>::max())); },
+                                    {"exceeds the file"});
   expect_throws<safetensors::Error>([] { safetensors::parse(std::vector<std::byte>(5)); }, {"shorter"});
   expect_throws<safetensors::Error>([] { safetensors::parse(file_of(std::string(100000, '['), 0)); }, {"nested too deeply"});
 }
 
 TEST(Safetensors, SurvivesRandomDamage) {
-  const auto good = file_of(R"({"x":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"y":{"dtype":"F32","shape":[1],"data_offsets":[24,28]}})", 28);
+  const auto good = file_of(
+      R"({"x":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},"y":{"dtype":"F32","shape":[1],"data_offsets":[24,28]}})", 28);
   std::mt19937 generator(7);
   int accepted = 0;
   for (int trial = 0; trial < 20000; ++trial) {

@@ -20,7 +20,8 @@ ef::Tensor<T, 2> rows_with_ties_and_faults(Index vocab) {
   return logits;
 }
 
-constexpr ef::SampleStatus kStatuses[] = {ef::SampleStatus::ok, ef::SampleStatus::ok, ef::SampleStatus::nan, ef::SampleStatus::positive_infinity,
+constexpr ef::SampleStatus kStatuses[] = {ef::SampleStatus::ok,       ef::SampleStatus::ok,
+                                          ef::SampleStatus::nan,      ef::SampleStatus::positive_infinity,
                                           ef::SampleStatus::no_token, ef::SampleStatus::ok};
 
 ef::Tensor<std::int8_t, 1> poisoned_statuses() { return poisoned_tensor<std::int8_t, 1>({6}); }

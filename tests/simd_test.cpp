@@ -18,7 +18,8 @@ void check_loads_and_stores(Isa) {
     std::vector<T> target(source.size(), static_cast<T>(99.0f));
     V::load(source.data() + offset).store(target.data() + offset);
     for (int i = 0; i < V::lanes; ++i)
-      EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(offset + i)]), static_cast<float>(source[static_cast<std::size_t>(offset + i)]));
+      EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(offset + i)]),
+                static_cast<float>(source[static_cast<std::size_t>(offset + i)]));
     EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(offset + V::lanes)]), 99.0f);
   }
   for (int n = 0; n <= V::lanes; ++n) {
@@ -26,10 +27,12 @@ void check_loads_and_stores(Isa) {
     std::vector<float> wide(static_cast<std::size_t>(V::lanes));
     const V loaded = V::load_partial(exact.data(), n);
     loaded.store(wide.data());
-    for (int i = 0; i < V::lanes; ++i) EXPECT_EQ(wide[static_cast<std::size_t>(i)], i < n ? static_cast<float>(source[static_cast<std::size_t>(i)]) : 0.0f);
+    for (int i = 0; i < V::lanes; ++i)
+      EXPECT_EQ(wide[static_cast<std::size_t>(i)], i < n ? static_cast<float>(source[static_cast<std::size_t>(i)]) : 0.0f);
     std::vector<T> target(static_cast<std::size_t>(n));
     loaded.store_partial(target.data(), n);
-    for (int i = 0; i < n; ++i) EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(i)]), static_cast<float>(source[static_cast<std::size_t>(i)]));
+    for (int i = 0; i < n; ++i)
+      EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(i)]), static_cast<float>(source[static_cast<std::size_t>(i)]));
   }
 }
 
@@ -70,7 +73,9 @@ TEST(Simd, NarrowingRoundsToNearestEvenLikeEigen) {
           EXPECT_TRUE(std::isnan(static_cast<float>(narrow[i])));
           EXPECT_TRUE(std::isnan(static_cast<float>(halves[i])));
         } else {
-          EXPECT_EQ(std::bit_cast<std::uint32_t>(static_cast<float>(narrow[i])), std::bit_cast<std::uint32_t>(static_cast<float>(expected))) << isa.name << ' ' << values[i];
+          EXPECT_EQ(std::bit_cast<std::uint32_t>(static_cast<float>(narrow[i])),
+                    std::bit_cast<std::uint32_t>(static_cast<float>(expected)))
+              << isa.name << ' ' << values[i];
           EXPECT_EQ(static_cast<float>(halves[i]), static_cast<float>(static_cast<ef::half>(values[i]))) << isa.name;
         }
       }

@@ -34,8 +34,13 @@ inline void save(const ef::DecoderWeights& weights, const std::filesystem::path&
   const ef::DecoderConfig& c = weights.config();
   const auto text = [](Index value) { return std::to_string(value); };
   safetensors::write(weights_file(folder), tensors,
-                     {{"vocabulary", text(c.vocabulary)}, {"features", text(c.features)}, {"layers", text(c.layers)}, {"heads", text(c.heads)},
-                      {"kv_heads", text(c.kv_heads)}, {"head_dim", text(c.head_dim)}, {"hidden", text(c.hidden)}});
+                     {{"vocabulary", text(c.vocabulary)},
+                      {"features", text(c.features)},
+                      {"layers", text(c.layers)},
+                      {"heads", text(c.heads)},
+                      {"kv_heads", text(c.kv_heads)},
+                      {"head_dim", text(c.head_dim)},
+                      {"hidden", text(c.hidden)}});
   std::printf("saved %s\n", weights_file(folder).c_str());
 }
 
@@ -43,15 +48,21 @@ inline void save(const ef::DecoderWeights& weights, const std::filesystem::path&
 inline ef::DecoderConfig read_config(const safetensors::File& file) {
   const auto number = [&](const char* key) -> Index {
     const auto found = file.metadata.find(key);
-    if (found == file.metadata.end()) throw safetensors::Error(std::string("safetensors: the metadata lacks ") + key + "; was it saved by --save?");
+    if (found == file.metadata.end())
+      throw safetensors::Error(std::string("safetensors: the metadata lacks ") + key + "; was it saved by --save?");
     char* end = nullptr;
     const long long value = std::strtoll(found->second.c_str(), &end, 10);
     if (end == found->second.c_str() || *end != '\0' || value < 1 || value > 1 << 20)
       throw safetensors::Error(std::string("safetensors: metadata ") + key + " is not a size");
     return value;
   };
-  const ef::DecoderConfig config{.vocabulary = number("vocabulary"), .features = number("features"), .layers = number("layers"),
-                                 .heads = number("heads"), .kv_heads = number("kv_heads"), .head_dim = number("head_dim"), .hidden = number("hidden")};
+  const ef::DecoderConfig config{.vocabulary = number("vocabulary"),
+                                 .features = number("features"),
+                                 .layers = number("layers"),
+                                 .heads = number("heads"),
+                                 .kv_heads = number("kv_heads"),
+                                 .head_dim = number("head_dim"),
+                                 .hidden = number("hidden")};
   if (config.vocabulary != 256) throw safetensors::Error("safetensors: this job serves bytes and needs a vocabulary of 256");
   config.validate();
   return config;
@@ -65,7 +76,8 @@ inline std::shared_ptr<ef::DecoderWeights> load(const std::filesystem::path& fol
   for (const auto& [name, entry] : file.tensors) held += static_cast<Index>(entry.values.size());
   const Index features = config.features;
   if (static_cast<Index>(file.tensors.size()) != 9 * config.layers + 3 || held < 2 * features * config.vocabulary ||
-      held < 3 * features * config.hidden || held < 2 * features * config.heads || held / config.head_dim < 2 * features * config.heads)
+      held < 3 * features * config.hidden || held < 2 * features * config.heads ||
+      held / config.head_dim < 2 * features * config.heads)
     throw safetensors::Error("safetensors: the file holds less than its metadata claims");
   auto weights = std::make_shared<ef::DecoderWeights>(config);
   for (std::size_t t = 0; t < weights->tensors().size(); ++t) {

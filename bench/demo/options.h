@@ -11,13 +11,14 @@
 namespace demo {
 
 struct Options {
-  std::filesystem::path text;       // what is learned
-  std::filesystem::path save, load; // folders of trained weights
+  std::filesystem::path text;        // what is learned
+  std::filesystem::path save, load;  // folders of trained weights
   bool quick = false;
   int threads = 2;
 };
 
-inline constexpr const char* kUsage = R"(end_to_end: trains a small decoder on a text, quantizes it to INT8 and serves 16 concurrent requests with it.
+inline constexpr const char* kUsage =
+    R"(end_to_end: trains a small decoder on a text, quantizes it to INT8 and serves 16 concurrent requests with it.
 
   --text FILE   learn this text instead of the LICENSE (at least 1,000 bytes; what fits the model is a few tens of kilobytes)
   --quick       at most a minute: fewer training steps, so less is recalled

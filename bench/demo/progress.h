@@ -29,8 +29,9 @@ class Progress {
     if (terminal_) {
       constexpr int width = 30;
       const int full = static_cast<int>(std::clamp(fraction, 0.0, 1.0) * width);
-      std::printf("\r%s [%s%s] %3.0f%%  %s  %.0f s left \033[K%s", title_.c_str(), std::string(static_cast<std::size_t>(full), '#').c_str(),
-                  std::string(static_cast<std::size_t>(width - full), '.').c_str(), 100 * fraction, status.c_str(), left, last ? "\n" : "");
+      std::printf(
+          "\r%s [%s%s] %3.0f%%  %s  %.0f s left \033[K%s", title_.c_str(), std::string(static_cast<std::size_t>(full), '#').c_str(),
+          std::string(static_cast<std::size_t>(width - full), '.').c_str(), 100 * fraction, status.c_str(), left, last ? "\n" : "");
     } else {
       std::printf("%s %3.0f%%  %s  %.0f s left\n", title_.c_str(), 100 * fraction, status.c_str(), left);
     }

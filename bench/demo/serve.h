@@ -1,6 +1,6 @@
 /// \file
-/// Step (d) of the main job: 16 requests through the continuous-batching scheduler. Every rank runs the same loop on its part of the linear
-/// layers; rank 0 prints.
+/// Step (d) of the main job: 16 requests through the continuous-batching scheduler. Every rank runs the same loop on its part of
+/// the linear layers; rank 0 prints.
 #pragma once
 
 #include <cstdio>
@@ -29,16 +29,24 @@ struct Request {
 inline std::vector<Request> make_requests(const std::string& text) {
   std::vector<Request> requests;
   for (Index p = 0; p < kPrompts; ++p)
-    requests.push_back({"recall-" + std::to_string(p), text.substr(static_cast<std::size_t>(prompt_start(text, p)), static_cast<std::size_t>(kPromptLength)), kContinuation,
-                        {.temperature = 0.0f}, "greedy"});
+    requests.push_back({"recall-" + std::to_string(p),
+                        text.substr(static_cast<std::size_t>(prompt_start(text, p)), static_cast<std::size_t>(kPromptLength)),
+                        kContinuation,
+                        {.temperature = 0.0f},
+                        "greedy"});
   const auto piece = [&](Index tenth, Index length) {
-    return text.substr(static_cast<std::size_t>(static_cast<Index>(text.size() - 100) * tenth / 10), static_cast<std::size_t>(length));
+    return text.substr(static_cast<std::size_t>(static_cast<Index>(text.size() - 100) * tenth / 10),
+                       static_cast<std::size_t>(length));
   };
   requests.push_back({"topk-0", piece(1, 20), 120, {.temperature = 0.8f, .top_k = 5}, "top-k 5"});
   requests.push_back({"topk-1", piece(3, 33), 90, {.temperature = 1.0f, .top_k = 20}, "top-k 20"});
   requests.push_back({"topp-0", piece(5, 12), 150, {.temperature = 0.9f, .top_p = 0.9f}, "top-p 0.9"});
   requests.push_back({"topp-1", piece(7, 64), 60, {.temperature = 1.0f, .top_p = 0.5f}, "top-p 0.5"});
-  requests.push_back({"mixed-0", piece(8, 8), 100, {.temperature = 0.7f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f}, "top-k 40, top-p 0.95, min-p 0.05"});
+  requests.push_back({"mixed-0",
+                      piece(8, 8),
+                      100,
+                      {.temperature = 0.7f, .top_k = 40, .top_p = 0.95f, .min_p = 0.05f},
+                      "top-k 40, top-p 0.95, min-p 0.05"});
   requests.push_back({"greedy-0", piece(9, 5), 80, {.temperature = 0.0f}, "greedy"});
   return requests;
 }
@@ -74,8 +82,15 @@ template <typename Model>
 class Server {
  public:
   Server(Model& model, const std::vector<Request>& requests, Index max_batch, bool prints, ef::OperatorProfile* profile)
-      : model_(model), requests_(requests), scheduler_(max_batch, /*max_seq_length=*/4096), profile_(profile), stream_(prints),
-        cache_({.layers = model.config().layers, .kv_heads = model.config().kv_heads, .head_dim = model.config().head_dim, .page_size = 32,
+      : model_(model),
+        requests_(requests),
+        scheduler_(max_batch, /*max_seq_length=*/4096),
+        profile_(profile),
+        stream_(prints),
+        cache_({.layers = model.config().layers,
+                .kv_heads = model.config().kv_heads,
+                .head_dim = model.config().head_dim,
+                .page_size = 32,
                 .page_count = max_batch * 32}) {
     for (std::size_t r = 0; r < requests.size(); ++r) {
       const std::string& prompt = requests[r].prompt;
@@ -105,7 +120,8 @@ class Server {
     Index generated;
   };
 
-  // Newcomers are prefilled together, padded to the longest prompt; the others decode one token. Then every row is sampled in its own way.
+  // Newcomers are prefilled together, padded to the longest prompt; the others decode one token. Then every row is sampled in its
+  // own way.
   void step(const ef::Batch& batch) {
     std::vector<Index> fresh, running;
     for (std::size_t r = 0; r < batch.request_ids.size(); ++r)
@@ -160,8 +176,8 @@ class Server {
       params.push_back(state.request->sampling);
       random.push_back(state.random);
     }
-    const ef::Tensor<std::int32_t, 1> ids =
-        timed("sampling", [&] { return ef::sample(logits, std::span<const ef::SamplingParams>(params), std::span<ef::Philox>(random)); });
+    const ef::Tensor<std::int32_t, 1> ids = timed(
+        "sampling", [&] { return ef::sample(logits, std::span<const ef::SamplingParams>(params), std::span<ef::Philox>(random)); });
     for (std::size_t i = 0; i < rows.size(); ++i) {
       const std::string& id = batch.request_ids[static_cast<std::size_t>(rows[i])];
       State& state = state_.at(id);

@@ -27,7 +27,8 @@ inline std::string read_text(const std::filesystem::path& path) {
   std::ifstream stream(path, std::ios::binary);
   if (!stream) throw std::runtime_error("cannot open " + path.string() + "; give a readable file with --text");
   std::string text((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
-  if (text.size() < 1000) throw std::runtime_error(path.string() + " has " + std::to_string(text.size()) + " bytes; the job needs at least 1000");
+  if (text.size() < 1000)
+    throw std::runtime_error(path.string() + " has " + std::to_string(text.size()) + " bytes; the job needs at least 1000");
   return text;
 }
 
@@ -36,11 +37,12 @@ struct TrainingBatch {
   ef::Tensor<std::int32_t, 1> targets;  // (batch * length): the byte that follows
 };
 
-/// Windows of the text at random places: the same for a seed. Places are drawn half a window beyond both ends and moved inside, so that the
-/// first and last characters are seen as often as the others.
+/// Windows of the text at random places: the same for a seed. Places are drawn half a window beyond both ends and moved inside, so
+/// that the first and last characters are seen as often as the others.
 class Windows {
  public:
-  Windows(const std::string& text, Index batch, Index length, std::uint64_t seed) : text_(text), batch_(batch), length_(length), random_(seed) {}
+  Windows(const std::string& text, Index batch, Index length, std::uint64_t seed)
+      : text_(text), batch_(batch), length_(length), random_(seed) {}
 
   TrainingBatch next() {
     TrainingBatch result{ef::Tensor<std::int32_t, 2>(batch_, length_), ef::Tensor<std::int32_t, 1>(batch_ * length_)};

@@ -17,8 +17,8 @@
 namespace demo {
 
 struct TrainingPlan {
-  Index batch = 1, length = 288;   // of a micro-batch
-  Index accumulation = 2;          // micro-batches a step
+  Index batch = 1, length = 288;  // of a micro-batch
+  Index accumulation = 2;         // micro-batches a step
   Index steps = 1000;
   float learning_rate = 3e-3f;
 };
@@ -65,7 +65,9 @@ double evaluate(Model& model, const std::string& text, Index length, Index windo
     ef::KvCache<float> cache;
     ef::Tensor<std::int32_t, 2> ids(1, length / 2);
     ef::Tensor<std::int32_t, 1> target(1), next(1);
-    const auto byte = [&](Index i) { return static_cast<std::int32_t>(static_cast<unsigned char>(text[static_cast<std::size_t>(start + i)])); };
+    const auto byte = [&](Index i) {
+      return static_cast<std::int32_t>(static_cast<unsigned char>(text[static_cast<std::size_t>(start + i)]));
+    };
     for (Index i = 0; i < length / 2; ++i) ids(0, i) = byte(i);
     ef::Tensor<float, 2> logits = model.prefill(ids, cache);
     for (Index i = length / 2; i < length; ++i) {

@@ -31,10 +31,10 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct CausalMaskOptions {
-  Index key_length = -1;   ///< keys in a row; -1 means query_offset + query_length
-  Index query_offset = 0;  ///< absolute position of the first query, for chunked prefill
-  Index window = 0;        ///< most recent keys visible, the current one included; 0 means no window
-  Index prefix_length = 0; ///< leading keys visible to all
+  Index key_length = -1;    ///< keys in a row; -1 means query_offset + query_length
+  Index query_offset = 0;   ///< absolute position of the first query, for chunked prefill
+  Index window = 0;         ///< most recent keys visible, the current one included; 0 means no window
+  Index prefix_length = 0;  ///< leading keys visible to all
   /// Document of each position, (key_length) shared by the batch or (batch, key_length); empty means one document. Memory of the
   /// device. A query whose position is outside [0, key_length) then sees nothing.
   std::span<const std::int32_t> segment_ids = {};
@@ -60,8 +60,8 @@ CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_lengt
   require(options.window >= 0, name, "window is ", options.window, ", expected 0 (none) or more");
   require(options.prefix_length >= 0, name, "prefix_length is ", options.prefix_length, ", expected 0 or more");
   constexpr Index limit = std::numeric_limits<Index>::max() / 4;
-  require(options.query_offset > -limit && options.query_offset < limit && options.window < limit, name,
-          "query_offset is ", options.query_offset, " and window is ", options.window, ", expected magnitudes below 2^61");
+  require(options.query_offset > -limit && options.query_offset < limit && options.window < limit, name, "query_offset is ",
+          options.query_offset, " and window is ", options.window, ", expected magnitudes below 2^61");
   // Products of two sizes too: that of a mask with no element would hide them.
   const Index area = checked_product(query_length, key_length, name, "mask");
   const Index batch_keys = checked_product(batch, key_length, name, "mask");
@@ -70,8 +70,13 @@ CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_lengt
   const Index segments = static_cast<Index>(options.segment_ids.size());
   require(segments == 0 || segments == key_length || segments == batch_keys, name, "segment_ids has ", segments,
           " elements, expected ", key_length, " (key_length) or ", batch_keys, " (batch x key_length)");
-  return {mask, batch, query_length, key_length, options.query_offset,
-          Visibility{true, options.window, options.prefix_length}, segments == 0 ? nullptr : options.segment_ids.data(),
+  return {mask,
+          batch,
+          query_length,
+          key_length,
+          options.query_offset,
+          Visibility{true, options.window, options.prefix_length},
+          segments == 0 ? nullptr : options.segment_ids.data(),
           segments == key_length ? 0 : key_length};
 }
 
@@ -138,9 +143,9 @@ inline std::vector<float> alibi_slopes(Index heads) {
   while (power * 2 <= heads) power *= 2;
   std::vector<float> slopes(static_cast<std::size_t>(heads));
   for (Index h = 0; h < heads; ++h)
-    slopes[static_cast<std::size_t>(h)] = static_cast<float>(
-        h < power ? std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(power))
-                  : std::exp2(-4.0 * static_cast<double>(2 * (h - power) + 1) / static_cast<double>(power)));
+    slopes[static_cast<std::size_t>(h)] =
+        static_cast<float>(h < power ? std::exp2(-8.0 * static_cast<double>(h + 1) / static_cast<double>(power))
+                                     : std::exp2(-4.0 * static_cast<double>(2 * (h - power) + 1) / static_cast<double>(power)));
   return slopes;
 }
 

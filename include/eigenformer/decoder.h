@@ -6,8 +6,8 @@
 ///               x += W_down (silu(W_gate m) * (W_up m)),              m = rms_norm(x)
 ///   logits = W_head rms_norm(x)
 ///
-/// One class serves training (it meets ef::TrainableModel), prefill, and decode over the caches, in float, bfloat16 or half, with float or INT8
-/// weights, alone or as one rank of a group that shares the linear layers.
+/// One class serves training (it meets ef::TrainableModel), prefill, and decode over the caches, in float, bfloat16 or half, with
+/// float or INT8 weights, alone or as one rank of a group that shares the linear layers.
 ///
 ///   ef::Decoder<float> model({.vocabulary = 256, .features = 128}, /*seed=*/1);
 ///   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f});
@@ -17,8 +17,8 @@
 ///   auto logits = model.prefill(prompt, cache);                  // (batch, vocabulary)
 ///   logits = model.decode(ef::greedy_sample(logits), cache);
 ///
-/// Every row of logits has the same bits whether its sequence is alone or in a batch, prefilled whole or in chunks or decoded token by token, on any
-/// number of threads and ranks (INT8 included: activations are quantized by token).
+/// Every row of logits has the same bits whether its sequence is alone or in a batch, prefilled whole or in chunks or decoded token
+/// by token, on any number of threads and ranks (INT8 included: activations are quantized by token).
 #pragma once
 
 #include <memory>
@@ -40,8 +40,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a time; ranks share DecoderWeights, which inference
-/// only reads. Device, communicator and profile must outlive it.
+/// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a time; ranks share DecoderWeights,
+/// which inference only reads. Device, communicator and profile must outlive it.
 template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice, typename C = SelfCommunicator>
 class Decoder {
  public:
@@ -66,7 +66,8 @@ class Decoder {
   const DecoderWeights& weights() const { return *weights_; }
   void set_profile(OperatorProfile* profile) { profile_ = profile; }
 
-  // ---- training ------------------------------------------------------------------------------------------------------------------
+  // ---- training
+  // ------------------------------------------------------------------------------------------------------------------
 
   /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary). Keeps what backward reads.
   template <typename Compute, typename Inputs>
@@ -84,20 +85,23 @@ class Decoder {
   /// The master weights and their gradients, flattened; valid as long as the weights live.
   std::vector<Parameter> parameters() { return weights_->parameters(); }
 
-  // ---- inference -----------------------------------------------------------------------------------------------------------------
+  // ---- inference
+  // -----------------------------------------------------------------------------------------------------------------
 
-  /// Packs this rank's part of the weights in type T. prefill and decode pack by themselves, the first time and after training, in the type
-  /// packed last; call this (or quantize) where the weights changed in another way.
+  /// Packs this rank's part of the weights in type T. prefill and decode pack by themselves, the first time and after training, in
+  /// the type packed last; call this (or quantize) where the weights changed in another way.
   void pack() { pack_as<T>(); }
 
   /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output channel.
   void quantize() { pack_as<std::int8_t>(); }
 
-  /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales included, without padding), the rest as float.
+  /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales included, without padding), the rest
+  /// as float.
   std::size_t weight_bytes() const { return weight_bytes_; }
 
   /// Appends ids (batch, n) to sequences of equal length; positions start at cache.length(0), so that a prompt may come in chunks.
-  /// Returns the logits (batch, vocabulary) after the last of them. Throws std::invalid_argument for an id outside the vocabulary or another batch.
+  /// Returns the logits (batch, vocabulary) after the last of them. Throws std::invalid_argument for an id outside the vocabulary
+  /// or another batch.
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
     const auto view = input_view<2>(ids);
@@ -119,38 +123,42 @@ class Decoder {
     return prefill(TensorView<const std::int32_t, 2>(view.data(), view.dimension(0), 1), cache);
   }
 
-  /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b] of the cache, which must be empty.
-  /// Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each. Throws std::length_error,
-  /// with nothing changed, where the pages do not suffice for all.
+  /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b] of the cache, which must be
+  /// empty. Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each. Throws
+  /// std::length_error, with nothing changed, where the pages do not suffice for all.
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths, PagedKvCache<T, Storage>& cache,
                            std::span<const SequenceId> sequences) {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), n = view.dimension(1);
     constexpr auto name = "Decoder::prefill";
-    require(static_cast<Index>(lengths.size()) == batch && static_cast<Index>(sequences.size()) == batch, name, "ids has ", batch, " rows, but there are ",
-            lengths.size(), " lengths and ", sequences.size(), " sequences");
+    require(static_cast<Index>(lengths.size()) == batch && static_cast<Index>(sequences.size()) == batch, name, "ids has ", batch,
+            " rows, but there are ", lengths.size(), " lengths and ", sequences.size(), " sequences");
     for (Index b = 0; b < batch; ++b) {
       const Index length = lengths[static_cast<std::size_t>(b)];
       require(length > 0 && length <= n, name, "lengths[", b, "] is ", length, ", expected 1 to ", n);
-      require(cache.length(sequences[static_cast<std::size_t>(b)]) == 0, name, "sequence ", b, " already holds tokens: decode appends to it");
+      require(cache.length(sequences[static_cast<std::size_t>(b)]) == 0, name, "sequence ", b,
+              " already holds tokens: decode appends to it");
     }
     fill_positions(batch, n, [&](Index, Index i) { return i; });
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
     clear_padding(view, lengths);
     const Index row = config().kv_heads * config().head_dim;
-    return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
-      if (layer == 0) claim_pages(cache, sequences, lengths);
-      timed("kv_cache", [&] {
-        for (Index b = 0; b < batch; ++b) {
-          const auto at = static_cast<std::size_t>(b);
-          const auto own = [&](const Heads& x) { return TensorView<const T, 3>(x.data() + b * n * row, lengths[at], config().kv_heads, config().head_dim); };
-          cache.append(*device_, sequences[at], layer, own(k), own(v));
-        }
-      });
-      timed("attention", [&] { batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal()); });
-    });
+    return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n),
+               [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+                 if (layer == 0) claim_pages(cache, sequences, lengths);
+                 timed("kv_cache", [&] {
+                   for (Index b = 0; b < batch; ++b) {
+                     const auto at = static_cast<std::size_t>(b);
+                     const auto own = [&](const Heads& x) {
+                       return TensorView<const T, 3>(x.data() + b * n * row, lengths[at], config().kv_heads, config().head_dim);
+                     };
+                     cache.append(*device_, sequences[at], layer, own(k), own(v));
+                   }
+                 });
+                 timed("attention", [&] { batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal()); });
+               });
   }
 
   /// One token (batch) for each of the sequences, whatever their lengths -> logits (batch, vocabulary).
@@ -158,11 +166,13 @@ class Decoder {
   Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences) {
     const auto view = input_view<1>(ids);
     const Index batch = view.dimension(0);
-    require(static_cast<Index>(sequences.size()) == batch, "Decoder::decode", "ids has ", batch, " rows, but there are ", sequences.size(), " sequences");
+    require(static_cast<Index>(sequences.size()) == batch, "Decoder::decode", "ids has ", batch, " rows, but there are ",
+            sequences.size(), " sequences");
     fill_positions(batch, 1, [&](Index b, Index) { return cache.length(sequences[static_cast<std::size_t>(b)]); });
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b;
-    return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1), [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+    return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1), [&](Index layer, const Heads& q, const Heads& k,
+                                                                             const Heads& v, Heads& out) {
       timed("kv_cache", [&] { cache.append(*device_, sequences, layer, k, v); });
       timed("attention", [&] { attention_with_kv_source_into(*device_, out, q, cache.source(layer, sequences), causal()); });
     });
@@ -206,7 +216,8 @@ class Decoder {
     };
     for (Index l = 0; l < config().layers; ++l) {
       const DecoderWeights::Layer& w = weights_->layer(l);
-      packed.layers.push_back({shard(w.query), shard(w.key), shard(w.value), shard(w.output), shard(w.gate), shard(w.up), shard(w.down)});
+      packed.layers.push_back(
+          {shard(w.query), shard(w.key), shard(w.value), shard(w.output), shard(w.gate), shard(w.up), shard(w.down)});
     }
     packed.head = shard(weights_->head());
     weight_bytes_ += static_cast<std::size_t>(config().features * (config().vocabulary + 2 * config().layers + 1)) * sizeof(float);
@@ -270,7 +281,8 @@ class Decoder {
       const DecoderWeights::Layer& names = weights_->layer(l);
       norm(normalised, x, names.attention_norm);
       Tensor<T, 2> q = project(normalised, w.query), k = project(normalised, w.key), v = project(normalised, w.value);
-      Heads q4(q.data(), batch, n, c.heads, c.head_dim), k4(k.data(), batch, n, c.kv_heads, c.head_dim), v4(v.data(), batch, n, c.kv_heads, c.head_dim);
+      Heads q4(q.data(), batch, n, c.heads, c.head_dim), k4(k.data(), batch, n, c.kv_heads, c.head_dim),
+          v4(v.data(), batch, n, c.kv_heads, c.head_dim);
       rotate(q4);
       rotate(k4);
       Tensor<T, 2> attended(tokens, c.heads * c.head_dim);
@@ -292,7 +304,8 @@ class Decoder {
     const Index count = static_cast<Index>(rows_.size());
     Tensor<T, 2> last(count, config().features), normalised(count, config().features);
     for (Index r = 0; r < count; ++r)
-      std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features, config().features, last.data() + r * config().features);
+      std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features, config().features,
+                  last.data() + r * config().features);
     norm(normalised, last, weights_->norm());
     Tensor<T, 2> logits = project(normalised, weight);
     if constexpr (std::is_same_v<T, float>)
@@ -308,7 +321,8 @@ class Decoder {
     return y;
   }
   void norm(Tensor<T, 2>& y, const Tensor<T, 2>& x, std::size_t weight) {
-    timed("normalization", [&] { rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight), {.epsilon = config().epsilon}); });
+    timed("normalization",
+          [&] { rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight), {.epsilon = config().epsilon}); });
   }
   void rotate(Heads& x) {
     timed("rope", [&] { rope_into(*device_, x, x, positions_, {.base = config().rope_base, .layout = config().rope_layout}); });

@@ -152,7 +152,7 @@ void append_kv(const D& device, const KvAppendProblem<T, Storage>& problem) {
 }  // namespace detail
 
 template <FloatingScalar T, typename Storage = T>
-requires KvStorage<Storage, T>
+  requires KvStorage<Storage, T>
 class KvCache {
  public:
   using scalar = T;

@@ -3,8 +3,8 @@
 ///
 ///   y[t, o] = bias[o] + sum over i of x[t, i] * weight[o, i]         x (tokens, in), weight (out, in), bias (out), y (tokens, out)
 ///
-/// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight (linear/packed_weight.h), which is
-/// what to use where a weight serves more than one call. bias: x's scalar or float. y: any; double only with double x.
+/// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight (linear/packed_weight.h), which
+/// is what to use where a weight serves more than one call. bias: x's scalar or float. y: any; double only with double x.
 ///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded first, as in mixed-precision
 ///   training),
 ///     with the ISA's bfloat16 products where it has them (they take denormals as zero); everything accumulates in float.
@@ -149,8 +149,9 @@ void linear_into(const D& device, Output&& y, const Input& x, const Weight& weig
   linear_into(device, y, x, weight, thread_workspace());
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight, typename Bias>
-requires(!std::same_as<Bias, Workspace>) void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
-                                                          const Bias& bias, Workspace& workspace = thread_workspace()) {
+  requires(!std::same_as<Bias, Workspace>)
+void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, const Bias& bias,
+                 Workspace& workspace = thread_workspace()) {
   const auto view = detail::checked_bias(weight, bias);
   detail::linear_with(isa::best{}, device, y, x, weight, view.data(), workspace);
 }
@@ -174,9 +175,13 @@ auto linear(const D& device, const Input& x, const Weight& weight, const Bias& b
   return y;
 }
 template <typename Input, typename Weight>
-requires(!Device<Input>) auto linear(const Input& x, const Weight& weight) { return linear(Eigen::DefaultDevice{}, x, weight); }
+  requires(!Device<Input>)
+auto linear(const Input& x, const Weight& weight) {
+  return linear(Eigen::DefaultDevice{}, x, weight);
+}
 template <typename Input, typename Weight, typename Bias>
-requires(!Device<Input>) auto linear(const Input& x, const Weight& weight, const Bias& bias) {
+  requires(!Device<Input>)
+auto linear(const Input& x, const Weight& weight, const Bias& bias) {
   return linear(Eigen::DefaultDevice{}, x, weight, bias);
 }
 

@@ -67,7 +67,7 @@ struct KvSelection {
 };
 
 template <FloatingScalar T, typename Storage = T>
-requires KvStorage<Storage, T>
+  requires KvStorage<Storage, T>
 class PagedKvCache {
  public:
   using scalar = T;

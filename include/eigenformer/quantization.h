@@ -275,7 +275,8 @@ auto dequantize(const D& device, const Values& values, const Scales& scales) {
   return weights;
 }
 template <typename Values, typename Scales>
-requires(!Device<Values>) auto dequantize(const Values& values, const Scales& scales) {
+  requires(!Device<Values>)
+auto dequantize(const Values& values, const Scales& scales) {
   return dequantize(Eigen::DefaultDevice{}, values, scales);
 }
 
@@ -332,25 +333,25 @@ void int8_linear_into(const D& device, Output&& y, const Input& x, const Values&
   int8_linear_into(device, y, x, values, scales, thread_workspace());
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename Bias>
-requires(!std::same_as<Bias, Workspace>) void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
-                                                               const Scales& scales, const Bias& bias,
-                                                               Workspace& workspace = thread_workspace()) {
+  requires(!std::same_as<Bias, Workspace>)
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const Bias& bias,
+                      Workspace& workspace = thread_workspace()) {
   const auto view = detail::checked_bias(values, bias);
   detail::int8_linear_on(isa::best{}, device, y, x, values, scales, view.data(), workspace);
 }
 
 /// ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);   // x of any scalar but double, y float
 template <CpuDevice D, typename Input, typename Values, typename Scales, typename... Bias>
-requires(sizeof...(Bias) <= 1) Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values,
-                                                            const Scales& scales, const Bias&... bias) {
+  requires(sizeof...(Bias) <= 1)
+Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
   const auto view = input_view<2>(x);
   Tensor<float, 2> y(view.dimension(0), input_view<2>(values).dimension(0));
   int8_linear_into(device, y, x, values, scales, bias...);
   return y;
 }
 template <typename Input, typename Values, typename Scales, typename... Bias>
-requires(!Device<Input> && sizeof...(Bias) <= 1) Tensor<float, 2> int8_linear(const Input& x, const Values& values,
-                                                                              const Scales& scales, const Bias&... bias) {
+  requires(!Device<Input> && sizeof...(Bias) <= 1)
+Tensor<float, 2> int8_linear(const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
   return int8_linear(Eigen::DefaultDevice{}, x, values, scales, bias...);
 }
 

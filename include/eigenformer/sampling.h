@@ -49,11 +49,11 @@
 
 #include "core/check.h"
 #include "core/device.h"
-#include "sampling/params.h"
 #include "core/workspace.h"
 #include "cpu/sampling.h"
 #include "cpu/sampling_log_probabilities.h"
 #include "cpu/sampling_speculative.h"
+#include "sampling/params.h"
 #if defined(__CUDACC__)
 #include "cuda/sampling.cuh"
 #endif

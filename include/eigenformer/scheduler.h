@@ -37,8 +37,8 @@
 #include <vector>
 
 #include "core/check.h"
-#include "scheduler/step_scheduler.h"
 #include "core/tensor.h"
+#include "scheduler/step_scheduler.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

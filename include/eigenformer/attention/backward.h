@@ -18,8 +18,8 @@
 /// the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair. Throws std::invalid_argument.
 #pragma once
 
-#include "problem.h"
 #include "../cpu/attention_backward.h"
+#include "problem.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -5,10 +5,10 @@
 
 #include <cmath>
 
-#include "options.h"
 #include "../core/device.h"
 #include "../core/workspace.h"
 #include "../cpu/attention.h"
+#include "options.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -12,8 +12,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 template <typename D>
-inline constexpr bool is_cpu_device = std::is_same_v<std::remove_cvref_t<D>, Eigen::DefaultDevice> ||
-                                      std::is_same_v<std::remove_cvref_t<D>, Eigen::ThreadPoolDevice>;
+inline constexpr bool is_cpu_device =
+    std::is_same_v<std::remove_cvref_t<D>, Eigen::DefaultDevice> || std::is_same_v<std::remove_cvref_t<D>, Eigen::ThreadPoolDevice>;
 
 #if defined(__CUDACC__)
 template <typename D>

@@ -5,10 +5,12 @@
 
 #if defined(EIGEN_CXX11_TENSOR_TENSOR_H) || defined(EIGEN_TENSOR_TENSOR_H)  // guards of Eigen's Tensor class, 3.4 and 5
 #if !defined(EIGEN_USE_THREADS)
-#error "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_THREADS for the whole program, or include <eigenformer/eigenformer.h> first."
+#error \
+    "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_THREADS for the whole program, or include <eigenformer/eigenformer.h> first."
 #endif
 #if defined(__CUDACC__) && !defined(EIGEN_USE_GPU)
-#error "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_GPU. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_GPU for CUDA files, or include <eigenformer/eigenformer.h> first."
+#error \
+    "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_GPU. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_GPU for CUDA files, or include <eigenformer/eigenformer.h> first."
 #endif
 #endif
 

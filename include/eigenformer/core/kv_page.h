@@ -21,8 +21,8 @@ inline namespace EIGENFORMER_ABI {
 
 /// What a cache of T may store: T itself, a narrower floating-point scalar, or INT8 with one scale per position and head.
 template <typename Storage, typename T>
-concept KvStorage = FloatingScalar<T> &&
-    (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> || (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
+concept KvStorage = FloatingScalar<T> && (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> ||
+                                          (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
 
 namespace detail {
 

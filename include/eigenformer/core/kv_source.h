@@ -1,7 +1,7 @@
 /// \file
-/// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head, position). One struct covers dense
-/// tensors and every cache, so that attention is written once. A page table turns a position into a page; storage may be INT8 with
-/// one scale a row.
+/// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head, position). One struct covers
+/// dense tensors and every cache, so that attention is written once. A page table turns a position into a page; storage may be INT8
+/// with one scale a row.
 #pragma once
 
 #include <cstddef>
@@ -29,12 +29,12 @@ struct KvSource {
 
   const T* keys = nullptr;
   const T* values = nullptr;
-  Index sequence_stride = 0, row_stride = 0, head_stride = 0;              // in elements, of the keys
+  Index sequence_stride = 0, row_stride = 0, head_stride = 0;                    // in elements, of the keys
   Index value_sequence_stride = 0, value_row_stride = 0, value_head_stride = 0;  // in elements, of the values
 
-  const std::byte* const* pages = nullptr;         // [page id]
-  const std::int32_t* const* tables = nullptr;     // [sequence][page of the sequence] -> page id
-  Index page_size = 0;                             // positions in a page
+  const std::byte* const* pages = nullptr;      // [page id]
+  const std::int32_t* const* tables = nullptr;  // [sequence][page of the sequence] -> page id
+  Index page_size = 0;                          // positions in a page
   std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
 
   const T* key_row(Index b, Index h, Index j) const {

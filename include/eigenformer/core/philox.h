@@ -13,7 +13,7 @@ inline namespace EIGENFORMER_ABI {
 
 /// The bijection itself: 128 bits of counter and 64 bits of key give 128 random bits.
 EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(std::array<std::uint32_t, 4> counter,
-                                                                            std::array<std::uint32_t, 2> key) {
+                                                                             std::array<std::uint32_t, 2> key) {
   std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
   std::uint32_t k0 = key[0], k1 = key[1];
   for (int round = 0; round < 10; ++round) {

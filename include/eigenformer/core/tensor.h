@@ -28,8 +28,7 @@ using TensorView = Eigen::TensorMap<Eigen::Tensor<T, Rank, Eigen::RowMajor>>;
 
 /// Scalars that floating-point operators accept.
 template <typename T>
-concept FloatingScalar =
-    std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, bfloat16> || std::same_as<T, half>;
+concept FloatingScalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, bfloat16> || std::same_as<T, half>;
 
 /// What an operator on T computes in: double for double, float for everything narrower.
 template <typename T>
@@ -48,8 +47,7 @@ struct tensor_traits {
 
 template <typename T, int Rank, int Options, typename I>
 struct tensor_traits<Eigen::Tensor<T, Rank, Options, I>> {
-  static constexpr TensorKind kind =
-      (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
+  static constexpr TensorKind kind = (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
   static constexpr int rank = Rank;
   using scalar = std::remove_const_t<T>;
 };
@@ -66,9 +64,10 @@ constexpr void require_tensor_argument() {
   static_assert(traits::kind != TensorKind::other,
                 "eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an Eigen expression into an "
                 "ef::Tensor<T, Rank> first, or wrap memory of your own in an ef::TensorView<T, Rank>.");
-  static_assert(traits::kind != TensorKind::column_major,
-                "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as ef::Tensor<T, Rank> (row-major), "
-                "or assign tensor.swap_layout().shuffle(reversed dimensions) to one.");
+  static_assert(
+      traits::kind != TensorKind::column_major,
+      "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as ef::Tensor<T, Rank> (row-major), "
+      "or assign tensor.swap_layout().shuffle(reversed dimensions) to one.");
   static_assert(traits::kind == TensorKind::other || Rank < 0 || traits::rank == Rank,
                 "eigenformer: this tensor has the wrong rank for this argument; the operator's header gives the shapes.");
 }

@@ -121,7 +121,7 @@ void packed_causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index l
 
 template <typename Isa, CpuDevice D, typename T>
 void causal_mask(Isa, const D& device, const CausalMaskProblem<T>& p) {
-  if (p.key_length == 0) return;  // any number of rows may be empty
+  if (p.key_length == 0) return;                       // any number of rows may be empty
   const Index grain = 1 + 16384 / (p.key_length + 1);  // a task writes at least 16k elements: less does not pay for waking a thread
   const Index bytes = p.batch * p.query_length * p.key_length * Index{sizeof(T)};
   parallel_for(device, p.batch * p.query_length, grain, [&](Index first, Index last, int) {

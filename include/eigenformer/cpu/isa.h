@@ -11,8 +11,8 @@
 
 #if defined(__CUDACC__)
 #define EIGENFORMER_ISA_GENERIC 1
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && \
-    defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX2__) && \
+    defined(__FMA__) && defined(__F16C__)
 #define EIGENFORMER_ISA_AVX2 1
 #define EIGENFORMER_ISA_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -33,7 +33,8 @@
 #define EIGENFORMER_ISA_AMX 1
 #endif
 
-// Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its own.
+// Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its
+// own.
 #if defined(__CUDACC__)
 #if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
 #define EIGENFORMER_ABI_JOIN_(a, b) a##b

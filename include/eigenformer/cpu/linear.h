@@ -54,7 +54,7 @@ inline constexpr bool is_packed<PackedPanels<Stored>> = true;
 template <typename Dot>
 inline constexpr bool offset_activations = false;
 template <typename Dot>
-requires std::is_same_v<typename Dot::Stored, std::int8_t>
+  requires std::is_same_v<typename Dot::Stored, std::int8_t>
 inline constexpr bool offset_activations<Dot> = Dot::offset_activations;
 
 /// How the rows of a block fall into tiles.

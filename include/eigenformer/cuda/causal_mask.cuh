@@ -24,7 +24,7 @@ struct CausalMaskBody {
 template <typename T>
 void launch_on_gpu(const Eigen::GpuDevice& device, const CausalMaskProblem<T>& p) {
   cuda::launch_for_each(device, "causal_mask", p.batch * p.query_length * p.key_length,
-                  cuda::CausalMaskBody<T>{p, T(0), -std::numeric_limits<T>::infinity()});
+                        cuda::CausalMaskBody<T>{p, T(0), -std::numeric_limits<T>::infinity()});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -33,9 +33,10 @@ template <typename T, typename Storage>
 void launch_on_gpu(const Eigen::GpuDevice& device, const KvAppendProblem<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
   const Index row = to.kv_heads * to.head_dim;
-  cuda::launch_for_each(device, "append_kv_into", p.tokens * row,
-                        cuda::KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys), const_cast<Storage*>(to.values),
-                                                       p.positions, p.tokens_each, row, p.capacity, to.sequence_stride, to.value_sequence_stride});
+  cuda::launch_for_each(
+      device, "append_kv_into", p.tokens * row,
+      cuda::KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys), const_cast<Storage*>(to.values),
+                                     p.positions, p.tokens_each, row, p.capacity, to.sequence_stride, to.value_sequence_stride});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -2,9 +2,9 @@
 /// CUDA kernels of greedy and top-k sampling, one block a row.
 ///
 /// Greedy: one pass, the largest logit and its lowest index. Top-k: the k-th largest by radix selection (four passes over 8 bits of
-/// the ordered keys, from the highest), then two passes in which every thread owns a run of consecutive tokens: one sums the weights of the
-/// tokens kept, one finds the token where the cumulative weight passes u. Weights are exp in double; the sum runs in token order by threads. The
-/// random number is Philox of (seed, position, row), as on the CPU.
+/// the ordered keys, from the highest), then two passes in which every thread owns a run of consecutive tokens: one sums the
+/// weights of the tokens kept, one finds the token where the cumulative weight passes u. Weights are exp in double; the sum runs in
+/// token order by threads. The random number is Philox of (seed, position, row), as on the CPU.
 #pragma once
 
 #include <limits>
@@ -126,9 +126,11 @@ struct SampleBody {
     return result;
   }
 
-  // Calls visit(token, weight) for the kept tokens of [begin, end) in order; `ties_before` tokens of the threshold's key lie before.
+  // Calls visit(token, weight) for the kept tokens of [begin, end) in order; `ties_before` tokens of the threshold's key lie
+  // before.
   template <typename Visit>
-  __device__ void for_each_kept(const T* own, Index begin, Index end, C largest, Threshold threshold, Index ties_before, Visit visit) const {
+  __device__ void for_each_kept(const T* own, Index begin, Index end, C largest, Threshold threshold, Index ties_before,
+                                Visit visit) const {
     for (Index t = begin; t < end; ++t) {
       const C x = static_cast<C>(own[t]);
       const unsigned long long key = ordered_key(x);
@@ -165,7 +167,8 @@ struct SampleBody {
     __syncthreads();
     const double target = random.uniform(static_cast<std::uint32_t>(row)) * sums[kRowThreads];
     // Exactly one run holds the target: the last one that has weight takes what rounding leaves over.
-    const bool holds = sum > 0 && target >= sums[threadIdx.x] && (target < sums[threadIdx.x + 1] || sums[threadIdx.x + 1] == sums[kRowThreads]);
+    const bool holds =
+        sum > 0 && target >= sums[threadIdx.x] && (target < sums[threadIdx.x + 1] || sums[threadIdx.x + 1] == sums[kRowThreads]);
     if (holds) {
       double passed = sums[threadIdx.x];
       std::int32_t id = -1;
@@ -195,9 +198,10 @@ void launch_on_gpu(const Eigen::GpuDevice& device, const SamplingProblem<T>& p) 
   const SamplingParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
   require(greedy || p.generators_stride == 0, name, "generators come one a row, expected one for the batch");
-  cuda::launch_rows(device, "sample", p.batch,
-                    cuda::SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy, params.top_k_ties == TopKTies::keep_all,
-                                        greedy ? Philox() : p.generators[0], p.ids, p.statuses});
+  cuda::launch_rows(
+      device, "sample", p.batch,
+      cuda::SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy, params.top_k_ties == TopKTies::keep_all,
+                          greedy ? Philox() : p.generators[0], p.ids, p.statuses});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -10,15 +10,15 @@ inline namespace EIGENFORMER_ABI {
 
 struct DecoderConfig {
   Index vocabulary = 256;
-  Index features = 128;      ///< width of the residual stream
+  Index features = 128;  ///< width of the residual stream
   Index layers = 4;
-  Index heads = 4;           ///< query heads
-  Index kv_heads = 4;        ///< key and value heads; divides heads
+  Index heads = 4;     ///< query heads
+  Index kv_heads = 4;  ///< key and value heads; divides heads
   Index head_dim = 32;
-  Index hidden = 384;        ///< width of the gated feed-forward
+  Index hidden = 384;  ///< width of the gated feed-forward
   float rope_base = 10000.0f;
   RopeLayout rope_layout = RopeLayout::half_split;
-  float epsilon = 1e-5f;     ///< of RMSNorm
+  float epsilon = 1e-5f;  ///< of RMSNorm
 
   /// Throws std::invalid_argument where a decoder of this shape cannot exist.
   void validate() const {

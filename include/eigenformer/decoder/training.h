@@ -1,6 +1,7 @@
 /// \file
-/// Forward and backward of a decoder for training, put together from the public operators. Activations are of type Compute, weights and their
-/// gradients are float. The forward pass keeps what the backward pass reads: about (10 features + 3 hidden) elements a token and layer.
+/// Forward and backward of a decoder for training, put together from the public operators. Activations are of type Compute, weights
+/// and their gradients are float. The forward pass keeps what the backward pass reads: about (10 features + 3 hidden) elements a
+/// token and layer.
 #pragma once
 
 #include <vector>
@@ -20,11 +21,11 @@ inline namespace EIGENFORMER_ABI {
 template <typename Compute>
 struct DecoderTape {
   struct Layer {
-    Tensor<Compute, 2> input, attention_input;          // (tokens, features): residual stream, and normalised
-    Tensor<Compute, 4> query, key, value, attended;     // (batch, length, heads, head_dim), rotated
-    Tensor<compute_type<Compute>, 3> log_sum_exp;       // (batch, heads, length)
-    Tensor<Compute, 2> middle, feed_forward_input;      // (tokens, features)
-    Tensor<Compute, 2> gate, up, gated;                 // (tokens, hidden)
+    Tensor<Compute, 2> input, attention_input;       // (tokens, features): residual stream, and normalised
+    Tensor<Compute, 4> query, key, value, attended;  // (batch, length, heads, head_dim), rotated
+    Tensor<compute_type<Compute>, 3> log_sum_exp;    // (batch, heads, length)
+    Tensor<Compute, 2> middle, feed_forward_input;   // (tokens, features)
+    Tensor<Compute, 2> gate, up, gated;              // (tokens, hidden)
   };
   Tensor<std::int32_t, 2> ids;  // (batch, length)
   std::vector<Index> lengths, positions;
@@ -64,7 +65,8 @@ class DecoderPass {
     x.resize(tokens, config_.features);
     const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
     timed("embedding", [&] { embedding_into(device_, x, flat, weights_matrix(weights_.embedding())); });
-    for (Index l = 0; l < config_.layers; ++l) forward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x, batch, length);
+    for (Index l = 0; l < config_.layers; ++l)
+      forward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x, batch, length);
     tape_.last = x;
     norm(tape_.normalised, tape_.last, weights_.norm());
     Tensor<Compute, 2> logits;
@@ -81,7 +83,8 @@ class DecoderPass {
     project_backward(tape_.branch, logits_gradient, tape_.normalised, weights_.head());
     x_gradient.resize(tape_.last.dimensions());
     norm_backward(x_gradient, tape_.branch, tape_.last, weights_.norm());
-    for (Index l = config_.layers - 1; l >= 0; --l) backward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x_gradient);
+    for (Index l = config_.layers - 1; l >= 0; --l)
+      backward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x_gradient);
     const TensorView<const std::int32_t, 1> flat(tape_.ids.data(), tape_.ids.size());
     timed("embedding", [&] { embedding_backward_into(device_, gradient(weights_.embedding()), x_gradient, flat); });
   }
@@ -147,8 +150,8 @@ class DecoderPass {
     auto attended_rows = as_rows(tape_.attended_gradient, config_.heads * config_.head_dim);
     project_backward_into(attended_rows, x_gradient, as_rows(t.attended, config_.heads * config_.head_dim), w.output);
     timed("attention", [&] {
-      attention_backward_into(device_, tape_.query_gradient, tape_.key_gradient, tape_.value_gradient, tape_.attended_gradient, t.query,
-                              t.key, t.value, t.attended, t.log_sum_exp, tape_.lengths, {.causal = true});
+      attention_backward_into(device_, tape_.query_gradient, tape_.key_gradient, tape_.value_gradient, tape_.attended_gradient,
+                              t.query, t.key, t.value, t.attended, t.log_sum_exp, tape_.lengths, {.causal = true});
     });
     rotate_backward(tape_.query_gradient);
     rotate_backward(tape_.key_gradient);
@@ -183,7 +186,8 @@ class DecoderPass {
       linear_backward_weight_into(device_, total, y_gradient, x);
     }
   }
-  void project_heads(Tensor<Compute, 4>& y, const Tensor<Compute, 2>& x, std::size_t weight, Index batch, Index length, Index count) {
+  void project_heads(Tensor<Compute, 4>& y, const Tensor<Compute, 2>& x, std::size_t weight, Index batch, Index length,
+                     Index count) {
     y.resize(batch, length, count, config_.head_dim);
     auto rows = as_rows(y, count * config_.head_dim);
     timed("linear", [&] { linear_into(device_, rows, x, weights_matrix(weight)); });

@@ -1,6 +1,6 @@
 /// \file
-/// The float master weights of a decoder, and their gradients once training asks for them: two flat arrays with a named view for every
-/// tensor. Names and shapes are those of Llama checkpoints, so that files can be exchanged.
+/// The float master weights of a decoder, and their gradients once training asks for them: two flat arrays with a named view for
+/// every tensor. Names and shapes are those of Llama checkpoints, so that files can be exchanged.
 #pragma once
 
 #include <cmath>

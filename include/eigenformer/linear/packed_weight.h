@@ -64,7 +64,7 @@ class PackedArray {
     if (size > capacity_) {
       const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
       const std::size_t alignment = bytes >= kHugeFrom ? kHugePage : 64;
-      T* fresh = static_cast<T*>(::operator new (bytes, std::align_val_t{alignment}));
+      T* fresh = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment}));
 #if defined(__linux__)
       if (bytes >= kHugeFrom) madvise(fresh, bytes, MADV_HUGEPAGE);  // a hint: without it the bits are the same
 #endif
@@ -82,7 +82,7 @@ class PackedArray {
  private:
   static constexpr std::size_t kHugePage = std::size_t{2} << 20, kHugeFrom = std::size_t{4} << 20;
   void release() {
-    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment_});
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment_});
     data_ = nullptr;
     size_ = capacity_ = 0;
   }
@@ -265,8 +265,8 @@ void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& we
 
 /// Packs int8 values (out, in) with one scale a row (out).
 template <CpuDevice D, typename Values, typename Scales>
-requires(!std::same_as<Scales, Workspace>) void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed,
-                                                                 const Values& values, const Scales& scales) {
+  requires(!std::same_as<Scales, Workspace>)
+void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Values& values, const Scales& scales) {
   detail::pack_int8_weight(isa::best{}, device, packed, input_view<2>(values), input_view<1>(scales));
 }
 
@@ -283,14 +283,16 @@ PackedWeight<T> pack_weight(const Weight& weight) {
 }
 
 template <typename T = std::int8_t, CpuDevice D, typename Values, typename Scales>
-requires std::same_as<T, std::int8_t> PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales) {
+  requires std::same_as<T, std::int8_t>
+PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales) {
   PackedWeight<T> packed;
   pack_weight_into(device, packed, values, scales);
   return packed;
 }
 
 template <typename T = std::int8_t, typename Values, typename Scales>
-requires(std::same_as<T, std::int8_t> && !Device<Values>) PackedWeight<T> pack_weight(const Values& values, const Scales& scales) {
+  requires(std::same_as<T, std::int8_t> && !Device<Values>)
+PackedWeight<T> pack_weight(const Values& values, const Scales& scales) {
   return pack_weight<T>(Eigen::DefaultDevice{}, values, scales);
 }
 

@@ -19,7 +19,8 @@ inline Rows project(const Rows& x, const TensorView<const float, 2>& w) {
   Rows y(x.size(), std::vector<double>(static_cast<std::size_t>(w.dimension(0))));
   for (std::size_t t = 0; t < x.size(); ++t)
     for (Index o = 0; o < w.dimension(0); ++o)
-      for (Index i = 0; i < w.dimension(1); ++i) y[t][static_cast<std::size_t>(o)] += x[t][static_cast<std::size_t>(i)] * static_cast<double>(w(o, i));
+      for (Index i = 0; i < w.dimension(1); ++i)
+        y[t][static_cast<std::size_t>(o)] += x[t][static_cast<std::size_t>(i)] * static_cast<double>(w(o, i));
   return y;
 }
 
@@ -39,9 +40,11 @@ inline void rotate(Rows& x, Index heads, const DecoderConfig& c) {
   for (std::size_t t = 0; t < x.size(); ++t)
     for (Index h = 0; h < heads; ++h)
       for (Index i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(t) * std::pow(static_cast<double>(c.rope_base), -2.0 * static_cast<double>(i) / static_cast<double>(c.head_dim));
+        const double angle = static_cast<double>(t) * std::pow(static_cast<double>(c.rope_base),
+                                                               -2.0 * static_cast<double>(i) / static_cast<double>(c.head_dim));
         const bool split = c.rope_layout == RopeLayout::half_split;
-        const auto a = static_cast<std::size_t>(h * c.head_dim + (split ? i : 2 * i)), b = static_cast<std::size_t>(h * c.head_dim + (split ? i + half : 2 * i + 1));
+        const auto a = static_cast<std::size_t>(h * c.head_dim + (split ? i : 2 * i)),
+                   b = static_cast<std::size_t>(h * c.head_dim + (split ? i + half : 2 * i + 1));
         const double first = x[t][a], second = x[t][b];
         x[t][a] = first * std::cos(angle) - second * std::sin(angle);
         x[t][b] = first * std::sin(angle) + second * std::cos(angle);
@@ -56,13 +59,16 @@ inline Rows attend(const Rows& q, const Rows& k, const Rows& v, const DecoderCon
       std::vector<double> weight(t + 1);
       double largest = -1e300, total = 0;
       for (std::size_t s = 0; s <= t; ++s) {
-        for (Index i = 0; i < c.head_dim; ++i) weight[s] += q[t][static_cast<std::size_t>(h * c.head_dim + i)] * k[s][static_cast<std::size_t>(kv * c.head_dim + i)];
+        for (Index i = 0; i < c.head_dim; ++i)
+          weight[s] += q[t][static_cast<std::size_t>(h * c.head_dim + i)] * k[s][static_cast<std::size_t>(kv * c.head_dim + i)];
         weight[s] /= std::sqrt(static_cast<double>(c.head_dim));
         largest = std::max(largest, weight[s]);
       }
       for (double& w : weight) total += w = std::exp(w - largest);
       for (std::size_t s = 0; s <= t; ++s)
-        for (Index i = 0; i < c.head_dim; ++i) out[t][static_cast<std::size_t>(h * c.head_dim + i)] += weight[s] / total * v[s][static_cast<std::size_t>(kv * c.head_dim + i)];
+        for (Index i = 0; i < c.head_dim; ++i)
+          out[t][static_cast<std::size_t>(h * c.head_dim + i)] +=
+              weight[s] / total * v[s][static_cast<std::size_t>(kv * c.head_dim + i)];
     }
   return out;
 }

@@ -84,9 +84,7 @@ struct vec<float, isa::avx2> {
   friend EIGENFORMER_INLINE vec max(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec abs(vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
   friend EIGENFORMER_INLINE vec sqrt(vec a) { return {_mm256_sqrt_ps(a.v)}; }
-  friend EIGENFORMER_INLINE vec round(vec a) {
-    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  }
+  friend EIGENFORMER_INLINE vec round(vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
   friend EIGENFORMER_INLINE mask less(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
   friend EIGENFORMER_INLINE mask less_equal(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
   friend EIGENFORMER_INLINE mask equal(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }

@@ -113,8 +113,8 @@ struct vec<float, isa::avx512> {
   }
 
  private:
-  // The plain intrinsics of GCC 12 read an undefined register, which -Wall reports in the user's build (GCC bug 105593). Zero-masked
-  // forms under a full mask are the same instructions.
+  // The plain intrinsics of GCC 12 read an undefined register, which -Wall reports in the user's build (GCC bug 105593).
+  // Zero-masked forms under a full mask are the same instructions.
   static constexpr __mmask16 kAll = 0xffff;
   static EIGENFORMER_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
   static EIGENFORMER_INLINE vec from_bfloat16(__m256i raw) {

@@ -4,8 +4,8 @@
 ///
 ///   lanes                      number of elements
 ///   zero() set1(x)             constants
-///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted (bfloat16 and half round to nearest even)
-///   load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches memory past p + n
+///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted (bfloat16 and half round to
+///   nearest even) load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches memory past p + n
 ///   store_partial(p, n)        first n elements
 ///   store_streaming(p)         store around the caches where the ISA can; p aligned to the bytes stored. A thread calls
 ///   fence_streaming()          after the last of them, before anybody else may read

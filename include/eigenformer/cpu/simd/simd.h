@@ -35,8 +35,8 @@ vec<float, isa::avx512> pick(isa::avx512);
 template <typename T, typename Isa>
 using Vec = decltype(detail::pick<T, Isa>(Isa{}));
 
-/// e^x. Relative error below 1.2e-7 (2 ulp) for float; exactly 0 at -infinity and below -103.98, +infinity above 88.73, NaN for NaN.
-/// Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 polynomial of Cephes' expf; double calls std::exp lane by lane.
+/// e^x. Relative error below 1.2e-7 (2 ulp) for float; exactly 0 at -infinity and below -103.98, +infinity above 88.73, NaN for
+/// NaN. Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 polynomial of Cephes' expf; double calls std::exp lane by lane.
 template <typename V>
 EIGENFORMER_INLINE V exp(V x) {
   if constexpr (sizeof(typename V::scalar) == 8) {

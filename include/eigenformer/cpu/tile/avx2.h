@@ -11,11 +11,14 @@ inline namespace EIGENFORMER_ABI {
 namespace tile {
 
 template <typename T>
-requires std::same_as<T, float>
-constexpr Shape shape(isa::avx2) { return {6, 2}; }
+  requires std::same_as<T, float>
+constexpr Shape shape(isa::avx2) {
+  return {6, 2};
+}
 
 template <typename Isa, typename V = simd::Vec<float, Isa>>
-requires std::same_as<V, simd::vec<float, isa::avx2>> EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx2, const bfloat16* p) {
+  requires std::same_as<V, simd::vec<float, isa::avx2>>
+EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx2, const bfloat16* p) {
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   const __m256i odd = _mm256_and_si256(raw, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
   return {V{_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16))}, V{_mm256_castsi256_ps(odd)}};
@@ -61,8 +64,8 @@ struct Int8Avx2 {
 constexpr int transpose_size(isa::avx2) { return 8; }
 
 template <typename Unit>
-requires(sizeof(Unit) == 4) void transpose(isa::avx2, const void* from, Index from_bytes, int rows, int count, Unit* to,
-                                           Index to_stride) {
+  requires(sizeof(Unit) == 4)
+void transpose(isa::avx2, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
   const auto first = [](int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); };
   const auto row = [&](int r) { return reinterpret_cast<const int*>(static_cast<const std::byte*>(from) + r * from_bytes); };
   const __m256i loaded = first(count);

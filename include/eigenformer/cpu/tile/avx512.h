@@ -13,11 +13,14 @@ namespace tile {
 
 // Zero-masked forms under a full mask: see simd/avx512.h.
 template <typename T>
-requires std::same_as<T, float>
-constexpr Shape shape(isa::avx512) { return {12, 2}; }
+  requires std::same_as<T, float>
+constexpr Shape shape(isa::avx512) {
+  return {12, 2};
+}
 
 template <typename Isa, typename V = simd::Vec<float, Isa>>
-requires std::same_as<V, simd::vec<float, isa::avx512>> EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
+  requires std::same_as<V, simd::vec<float, isa::avx512>>
+EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
   const __m512i raw = _mm512_loadu_si512(p);
   const __m512i odd = _mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
   return {V{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, raw, 16))}, V{_mm512_castsi512_ps(odd)}};
@@ -119,8 +122,8 @@ struct Int8Avx512 : Int8Avx512Base {
 constexpr int transpose_size(isa::avx512) { return 16; }
 
 template <typename Unit>
-requires(sizeof(Unit) == 4) void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to,
-                                           Index to_stride) {
+  requires(sizeof(Unit) == 4)
+void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
   const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1u); };
   const auto* bytes = static_cast<const std::byte*>(from);
   const __mmask16 loaded = first(count), stored = first(rows);
