@@ -4,6 +4,7 @@
 #pragma once
 
 #include <eigenformer/reference/tensor_parallel.h>
+#include <eigenformer/sampling.h>
 #include <eigenformer/tensor_parallel.h>
 
 #include "compare.h"
@@ -112,6 +113,8 @@ void check_vocabulary(C& communicator) {
         const auto ids = ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 1.5f, rng);
         ASSERT_EQ(rng.position(), static_cast<std::uint64_t>(step) + 1);
         const ef::Philox used{99, static_cast<std::uint64_t>(step)};
+        ef::Philox gathered = used;
+        ASSERT_TRUE(same_bits(ids, ef::top_k_sample(logits, k, 1.5f, gathered))) << vocabulary << " " << k;
         for (Index row = 0; row < 6; ++row)
           ASSERT_EQ(ids(row), ef::reference::top_k_token(logits, row, k, 1.5, used.uniform(static_cast<std::uint32_t>(row))))
               << vocabulary << " " << k;

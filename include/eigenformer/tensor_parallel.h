@@ -422,17 +422,18 @@ Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const W
   return vocabulary_parallel_greedy(Eigen::DefaultDevice{}, hidden, weight, communicator);
 }
 
-/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties lowest index first), the same on
-/// every rank: every rank passes an rng in the same state, which moves on by one position. The draw of a row depends on (seed,
-/// position, row) only. Temperature 0 is greedy. k >= vocab keeps all. Sends 16 bytes for each of at most k candidates a row and
-/// rank. Throws std::invalid_argument for k < 1, a negative or NaN temperature, and rows as vocabulary_parallel_greedy does.
+/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties lowest index first): the tokens
+/// that top_k_sample draws from linear(hidden, weight), the same on every rank: every rank passes an rng in the same state, which
+/// moves on by one position. The draw of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps
+/// all. Sends 16 bytes for each of at most k candidates a row and rank. Throws std::invalid_argument for k < 1, a negative or NaN
+/// temperature, and rows as vocabulary_parallel_greedy does.
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
 Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden, const Weight& weight,
                                                          C& communicator, Index k, float temperature, Philox& rng) {
   constexpr auto name = "vocabulary_parallel_top_k_sample";
   require(k >= 1, name, "k is ", k, ", expected 1 or more");
   require(temperature >= 0, name, "temperature is ", temperature, ", expected 0 (greedy) or more");
-  const auto draw = [&](const VocabularyCandidate* candidates, Index count, Index row) {
+  const auto draw = [&](VocabularyCandidate* candidates, Index count, Index row) {
     return cpu::draw_candidate(candidates, count, temperature, rng.uniform(static_cast<std::uint32_t>(row)));
   };
   const auto best = [](const VocabularyCandidate*, Index, Index) { return Index{0}; };

@@ -98,9 +98,13 @@ void vocabulary_candidates(const D& device, const VocabularyProblem<T>& p) {
 }
 
 /// Index into `candidates` (best first, finite best) of the token that the uniform number u draws from softmax(logit /
-/// temperature).
-inline Index draw_candidate(const VocabularyCandidate* candidates, Index count, double temperature, double u) {
-  const auto weight = [&](Index i) { return std::exp((candidates[i].logit - candidates[0].logit) / temperature); };
+/// temperature), by the inverse of the cumulative distribution in token order, which is the rule of sampling.h. Puts the candidates
+/// in that order.
+inline Index draw_candidate(VocabularyCandidate* candidates, Index count, double temperature, double u) {
+  const double best = candidates[0].logit;
+  std::sort(candidates, candidates + count,
+            [](const VocabularyCandidate& a, const VocabularyCandidate& b) { return a.token < b.token; });
+  const auto weight = [&](Index i) { return std::exp((candidates[i].logit - best) / temperature); };
   double total = 0;
   for (Index i = 0; i < count; ++i) total += weight(i);
   double cumulative = 0;

@@ -56,8 +56,10 @@ template <typename T>
 Index top_k_token(const Tensor<T, 2>& logits, Index row, Index k, double temperature, double u) {
   auto order = by_likelihood(logits, row);
   order.resize(static_cast<std::size_t>(std::min<Index>(k, logits.dimension(1))));
+  const Index best = order[0];
+  std::sort(order.begin(), order.end());  // the distribution is inverted in token order
   const auto weight = [&](Index token) {
-    return std::exp((static_cast<double>(logits(row, token)) - static_cast<double>(logits(row, order[0]))) / temperature);
+    return std::exp((static_cast<double>(logits(row, token)) - static_cast<double>(logits(row, best))) / temperature);
   };
   double total = 0, cumulative = 0;
   for (Index token : order) total += weight(token);
