@@ -25,7 +25,7 @@ ef::DecoderConfig decoder_config() {
 
 // Windows are longer than prompt and continuation together (264), so that every position served was trained.
 demo::TrainingPlan training_plan(bool quick) {
-  return {.batch = 1, .length = 288, .accumulation = 2, .steps = quick ? 900 : 2500, .learning_rate = 1.5e-3f};
+  return quick ? demo::TrainingPlan{.steps = 900, .seconds = 40} : demo::TrainingPlan{};
 }
 
 void print_profile(const char* title, const ef::OperatorProfile& profile) {

@@ -2,8 +2,10 @@
 /// Step (b) of the main job: gradient accumulation in bfloat16 mixed precision on a thread pool, with a progress bar.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <numbers>
 #include <string>
 #include <vector>
 
@@ -19,40 +21,43 @@ namespace demo {
 struct TrainingPlan {
   Index batch = 1, length = 288;  // of a micro-batch
   Index accumulation = 2;         // micro-batches a step
-  Index steps = 1000;
-  float learning_rate = 3e-3f;
+  Index steps = 2500;
+  double seconds = 240;  // a machine too slow for the steps takes fewer, on the same schedule
+  double learning_rate = 1.5e-3;
 };
 
-/// Linear warm-up, then a cosine to a twentieth.
-inline float learning_rate_at(const TrainingPlan& plan, Index step) {
-  const double warm = 0.05 * static_cast<double>(plan.steps), at = static_cast<double>(step);
-  if (at < warm) return static_cast<float>(plan.learning_rate * (at + 1) / warm);
-  const double progress = (at - warm) / (static_cast<double>(plan.steps) - warm);
-  return static_cast<float>(plan.learning_rate * (0.05 + 0.95 * 0.5 * (1 + std::cos(3.14159265358979 * progress))));
+/// Linear warm-up, then a cosine to a twentieth; `done` is the part of the training that is over.
+inline double learning_rate_at(const TrainingPlan& plan, double done) {
+  constexpr double warm = 0.05;
+  if (done < warm) return plan.learning_rate * std::max(done, 1e-3) / warm;
+  return plan.learning_rate * (0.05 + 0.95 * 0.5 * (1 + std::cos(std::numbers::pi * (done - warm) / (1 - warm))));
 }
 
 /// Trains and returns tokens a second.
 template <typename Model>
 double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text, const TrainingPlan& plan) {
-  ef::AdamW optimizer(model.parameters(), {.learning_rate = plan.learning_rate, .weight_decay = 0.01f, .beta2 = 0.99f});
+  ef::AdamW optimizer(model.parameters(), {.learning_rate = plan.learning_rate, .weight_decay = 0.01, .beta2 = 0.99});
   Windows windows(text, plan.batch, plan.length, /*seed=*/2026);
   Progress progress("training", 5.0);
   const auto start = Clock::now();
-  double smooth = 0;
+  double smooth = 0, done = 0;
   const Index tokens_a_step = plan.batch * plan.length * plan.accumulation;
   std::vector<TrainingBatch> group(static_cast<std::size_t>(plan.accumulation));
-  for (Index step = 0; step < plan.steps; ++step) {
+  Index step = 0;
+  while (done < 1) {
     for (TrainingBatch& batch : group) batch = windows.next();
-    optimizer.set_learning_rate(learning_rate_at(plan, step));
+    optimizer.set_learning_rate(learning_rate_at(plan, done));
     const double loss = ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, group, plan.accumulation,
                                                                                ef::TrainOptions{.max_gradient_norm = 1.0f});
     smooth = step == 0 ? loss : 0.95 * smooth + 0.05 * loss;
+    ++step;
+    done = std::max(static_cast<double>(step) / static_cast<double>(plan.steps), seconds_since(start) / plan.seconds);
     char status[96];
-    const double rate = static_cast<double>((step + 1) * tokens_a_step) / seconds_since(start);
-    std::snprintf(status, sizeof status, "step %td of %td  loss %.4f  %.0f tokens/s", step + 1, plan.steps, smooth, rate);
-    progress.update(static_cast<double>(step + 1) / static_cast<double>(plan.steps), status);
+    std::snprintf(status, sizeof status, "step %td of %td  loss %.4f  %.0f tokens/s", step, plan.steps, smooth,
+                  static_cast<double>(step * tokens_a_step) / seconds_since(start));
+    progress.update(std::min(done, 1.0), status);
   }
-  return static_cast<double>(plan.steps * tokens_a_step) / seconds_since(start);
+  return static_cast<double>(step * tokens_a_step) / seconds_since(start);
 }
 
 /// Mean cross-entropy in nats a byte over the text, through the cache and whatever weights inference holds (float or INT8).
