@@ -191,6 +191,11 @@ class Decoder {
   };
   using PackedWeights = std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>;
 
+  // Activations of inference, kept so that a step of the same shape allocates nothing but its logits.
+  struct Scratch {
+    Tensor<T, 2> stream, normalised, query, key, value, attended, gate, up, branch;
+  };
+
   static const Eigen::DefaultDevice& default_device() {
     static const Eigen::DefaultDevice device;
     return device;
@@ -273,27 +278,34 @@ class Decoder {
   Tensor<float, 2> run_packed(const Packed<W>& packed, const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
     const DecoderConfig& c = config();
     const Index batch = ids.dimension(0), n = ids.dimension(1), tokens = batch * n;
-    Tensor<T, 2> x(tokens, c.features), normalised(tokens, c.features);
+    Tensor<T, 2>&x = scratch_.stream, &normalised = scratch_.normalised, &branch = scratch_.branch;
+    Tensor<T, 2>&q = scratch_.query, &k = scratch_.key, &v = scratch_.value, &attended = scratch_.attended;
+    Tensor<T, 2>&gate = scratch_.gate, &up = scratch_.up;
+    x.resize(tokens, c.features);
+    attended.resize(tokens, c.heads * c.head_dim);
     const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
     timed("embedding", [&] { embedding_into(*device_, x, flat, std::as_const(*weights_).matrix(weights_->embedding())); });
     for (Index l = 0; l < c.layers; ++l) {
       const PackedLayer<W>& w = packed.layers[static_cast<std::size_t>(l)];
       const DecoderWeights::Layer& names = weights_->layer(l);
       norm(normalised, x, names.attention_norm);
-      Tensor<T, 2> q = project(normalised, w.query), k = project(normalised, w.key), v = project(normalised, w.value);
+      project(q, normalised, w.query);
+      project(k, normalised, w.key);
+      project(v, normalised, w.value);
       Heads q4(q.data(), batch, n, c.heads, c.head_dim), k4(k.data(), batch, n, c.kv_heads, c.head_dim),
           v4(v.data(), batch, n, c.kv_heads, c.head_dim);
       rotate(q4);
       rotate(k4);
-      Tensor<T, 2> attended(tokens, c.heads * c.head_dim);
       Heads out(attended.data(), batch, n, c.heads, c.head_dim);
       attend(l, q4, k4, v4, out);
-      join(x, project(attended, w.output));
+      project(branch, attended, w.output);
+      join(x, branch);
       norm(normalised, x, names.feed_forward_norm);
-      Tensor<T, 2> gate = project(normalised, w.gate);
-      const Tensor<T, 2> up = project(normalised, w.up);
+      project(gate, normalised, w.gate);
+      project(up, normalised, w.up);
       timed("activation", [&] { swiglu_into(*device_, gate, gate, up); });
-      join(x, project(gate, w.down));
+      project(branch, gate, w.down);
+      join(x, branch);
     }
     return head(x, packed.head);
   }
@@ -302,12 +314,14 @@ class Decoder {
   template <typename W>
   Tensor<float, 2> head(const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
     const Index count = static_cast<Index>(rows_.size());
-    Tensor<T, 2> last(count, config().features), normalised(count, config().features);
+    Tensor<T, 2>&last = scratch_.branch, &normalised = scratch_.normalised;
+    last.resize(count, config().features);
     for (Index r = 0; r < count; ++r)
       std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features, config().features,
                   last.data() + r * config().features);
     norm(normalised, last, weights_->norm());
-    Tensor<T, 2> logits = project(normalised, weight);
+    Tensor<T, 2> logits;
+    project(logits, normalised, weight);
     if constexpr (std::is_same_v<T, float>)
       return logits;
     else
@@ -315,12 +329,12 @@ class Decoder {
   }
 
   template <typename W>
-  Tensor<T, 2> project(const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
-    Tensor<T, 2> y(x.dimension(0), weight.out_features);
+  void project(Tensor<T, 2>& y, const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
+    y.resize(x.dimension(0), weight.out_features);
     timed("linear", [&] { column_parallel_linear_into(*device_, y, x, weight, *communicator_); });
-    return y;
   }
   void norm(Tensor<T, 2>& y, const Tensor<T, 2>& x, std::size_t weight) {
+    y.resize(x.dimensions());
     timed("normalization",
           [&] { rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight), {.epsilon = config().epsilon}); });
   }
@@ -344,6 +358,7 @@ class Decoder {
   PackedWeights packed_weights_;
   bool stale_ = true;
   std::size_t weight_bytes_ = 0;
+  Scratch scratch_;
   std::vector<Index> positions_, rows_;
   std::vector<std::int32_t> padded_ids_;
 };
