@@ -203,6 +203,24 @@ TEST(Decoder, Int8StaysCloseAndIsSmaller) {
   EXPECT_LT(relative_error(model.prefill(ids, b), to_double(exact)), 0.05);
 }
 
+template <typename T>
+double inference_error(const std::shared_ptr<ef::DecoderWeights>& weights) {
+  ef::Decoder<T> model(weights, kOneThread);
+  const auto ids = random_ids(1, 9, 12);
+  const auto expected = ef::reference::decoder(*weights, row_of(ids, 0, 9));
+  ef::KvCache<T> cache;
+  const auto logits = model.prefill(ids, cache);
+  return relative_error(logits, to_double(ef::TensorView<const double, 2>(expected.data() + 8 * 37, 1, 37)));
+}
+
+TEST(Decoder, InferenceInEveryScalarEqualsThePlainDecoder) {
+  auto weights = make_weights();
+  EXPECT_LT(inference_error<double>(weights), 1e-6);  // rotation tables and logits are float
+  EXPECT_LT(inference_error<float>(weights), 2e-5);
+  EXPECT_LT(inference_error<ef::half>(weights), 1e-2);
+  EXPECT_LT(inference_error<ef::bfloat16>(weights), 5e-2);
+}
+
 TEST(Decoder, LearnsAndRepacksAfterTraining) {
   auto weights = std::make_shared<ef::DecoderWeights>(kConfig, 1);
   ef::Decoder<float> model(weights, kOneThread);

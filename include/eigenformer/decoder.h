@@ -92,8 +92,12 @@ class Decoder {
   /// the type packed last; call this (or quantize) where the weights changed in another way.
   void pack() { pack_as<T>(); }
 
-  /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output channel.
-  void quantize() { pack_as<std::int8_t>(); }
+  /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output channel. Not for double.
+  void quantize()
+    requires(!std::same_as<T, double>)
+  {
+    pack_as<std::int8_t>();
+  }
 
   /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales included, without padding), the rest
   /// as float.
@@ -189,7 +193,10 @@ class Decoder {
     std::vector<PackedLayer<W>> layers;
     PackedColumnShard<W> head;
   };
-  using PackedWeights = std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>;
+  // INT8 products accumulate into float, so that double, which serves as a reference, has none.
+  static constexpr bool kHasInt8 = !std::is_same_v<T, double>;
+  using PackedWeights = std::conditional_t<kHasInt8, std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>,
+                                           std::variant<std::monostate, Packed<T>>>;
 
   // Activations of inference, kept so that a step of the same shape allocates nothing but its logits.
   struct Scratch {
@@ -259,10 +266,10 @@ class Decoder {
   template <typename Attend>
   Tensor<float, 2> run(const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
     if (stale_) {
-      if (std::holds_alternative<Packed<std::int8_t>>(packed_weights_))
-        quantize();
-      else
-        pack();
+      if constexpr (kHasInt8) {
+        if (std::holds_alternative<Packed<std::int8_t>>(packed_weights_)) quantize();
+      }
+      if (stale_) pack();
     }
     return std::visit(
         [&](const auto& packed) -> Tensor<float, 2> {
