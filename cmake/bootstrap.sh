@@ -18,7 +18,7 @@ fail() { printf 'eigenformer: %s\n' "$*" >&2; exit 1; }
 needs_of() {
   case "$1" in
     demo) echo compiler cmake ninja eigen json ;;
-    test) echo compiler cmake ninja eigen gtest mpi ;;
+    test) echo compiler cmake ninja eigen json gtest mpi ;;
     ci) echo compiler cmake ninja eigen json gtest mpi benchmark ccache clang onednn openblas format ;;
     *) fail "unknown package set '$1', expected demo, test or ci" ;;
   esac
