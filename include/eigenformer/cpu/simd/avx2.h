@@ -45,7 +45,7 @@ struct vec<float, isa::avx2> {
   template <typename S>
   static EIGENFORMER_INLINE vec load_partial(const S* p, int n) {
     alignas(16) unsigned char buffer[lanes * sizeof(S)] = {};
-    std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(S));
+    if (n > 0) std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(S));  // p may be null where there is nothing
     return load(reinterpret_cast<const S*>(buffer));
   }
 
@@ -65,7 +65,7 @@ struct vec<float, isa::avx2> {
   EIGENFORMER_INLINE void store_partial(S* p, int n) const {
     alignas(16) unsigned char buffer[lanes * sizeof(S)];
     store(reinterpret_cast<S*>(buffer));
-    std::memcpy(static_cast<void*>(p), buffer, static_cast<std::size_t>(n) * sizeof(S));
+    if (n > 0) std::memcpy(static_cast<void*>(p), buffer, static_cast<std::size_t>(n) * sizeof(S));
   }
 
   EIGENFORMER_INLINE void store_streaming(float* p) const { _mm256_stream_ps(p, v); }
