@@ -27,39 +27,22 @@ endfunction()
 
 # The nine systems
 eigenformer_operator(causal_mask)
-# - keys and values
 eigenformer_operator(kv_cache)
-# - keys and values in pages
 eigenformer_operator(paged_kv_cache WITHOUT cpu cuda)
-# - INT8
 eigenformer_operator(quantization)
-# - matrix products
 eigenformer_operator(linear WITHOUT cuda)
-# - softmax(QK)V
 eigenformer_operator(attention WITHOUT cuda)
-# - ranks
 eigenformer_operator(communicator WITHOUT reference cpu cuda)
-# - column- and row-parallel layers
 eigenformer_operator(tensor_parallel WITHOUT cuda)
-# - tokens
 eigenformer_operator(sampling)
-# - steps
 eigenformer_operator(training WITHOUT cpu cuda)
-# - loss scaling
 eigenformer_operator(grad_scaler WITHOUT reference cpu cuda)
-# - requests
 eigenformer_operator(scheduler WITHOUT cpu cuda)
 # What a decoder needs besides
 eigenformer_operator(normalization)
-# - positions
 eigenformer_operator(rope WITHOUT cuda)
-# - gates
 eigenformer_operator(activation WITHOUT cuda)
-# - tokens to vectors
 eigenformer_operator(embedding WITHOUT cuda)
-# - cross-entropy
 eigenformer_operator(loss WITHOUT cuda)
-# - AdamW, SGD, clipping
 eigenformer_operator(optimizer WITHOUT cuda)
-# - the model
 eigenformer_operator(decoder WITHOUT cpu cuda)

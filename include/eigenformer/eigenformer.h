@@ -21,6 +21,6 @@
 #include "decoder.h"        // a Llama-shaped decoder out of all of these
 #include "embedding.h"      // tokens to vectors
 #include "loss.h"           // softmax cross-entropy
-#include "normalization.h"  // RMSNorm
+#include "normalization.h"  // RMSNorm, LayerNorm
 #include "optimizer.h"      // AdamW, SGD, gradient clipping
 #include "rope.h"           // rotary embedding
