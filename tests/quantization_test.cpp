@@ -205,14 +205,15 @@ void check_int8_linear(Index tokens, Index in, Index out) {
   const auto x = random_tensor<X, 2>({tokens, in}, static_cast<unsigned>(tokens + in));
   const auto [qc, scales] = ef::quantize_weights_int8_per_channel(random_tensor<float, 2>({out, in}, static_cast<unsigned>(out)));
   const auto bias = random_tensor<float, 1>({out}, 5);
-  for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-    const auto expected = ef::reference::int8_linear(x, qc, scales, b);
+  for (const bool with_bias : {false, true}) {
+    const auto expected = ef::reference::int8_linear(x, qc, scales, with_bias ? bias.data() : nullptr);
+    const ef::Epilogue<> b = with_bias ? ef::Epilogue{}.bias(bias) : ef::Epilogue{};
     for_each_isa([&, &values = qc, &factors = scales](auto isa) {
       auto y = poisoned_tensor<float, 2>({tokens, out});
       ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, factors, b, ef::thread_workspace());
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out;
       ef::PackedWeight<std::int8_t> packed;
-      ef::detail::pack_int8_weight(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<1>(factors));
+      ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<1>(factors), {});
       y.setZero();
       ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, packed, b, ef::thread_workspace());
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " packed " << tokens << " x " << in << " x " << out;
