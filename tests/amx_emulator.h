@@ -1,15 +1,15 @@
 /// \file
 /// AMX for machines without it: on such a CPU every AMX instruction raises SIGILL, and the handler here executes it, so that AMX
 /// kernels (intrinsics or assembly, unchanged) can be tested on any Linux x86-64 machine. For tests only: one instruction costs
-/// microseconds.
+/// 7 to 13 microseconds on a virtual Zen 5, 7 of them the signal.
 ///
 /// The tile registers are the thread's, as in hardware. Loads and stores are ordinary C++, so ASan and TSan see what the tiles
 /// touch. A signal handler runs past the red zone, and the kernel saves and restores vector registers and MXCSR around it.
 ///
 /// Not emulated is what a program asks about AMX: CPUID, XCR0 and arch_prctl still say that there is none. Neither are segment and
-/// address-size prefixes, nor signals that arrive between two AMX instructions of a handler. Where the CPU has AMX but Linux
-/// refuses the tile data, ldtilecfg runs in hardware, unseen by the emulator, and the first tile instruction after it stops the
-/// program.
+/// address-size prefixes, AMX-FP16 and later, or the kernel's own view of the tiles (ptrace, the signal frame). Where the CPU has
+/// AMX but Linux refuses the tile data, ldtilecfg runs in hardware, unseen by the emulator, and the first tile instruction after it
+/// stops the program.
 #pragma once
 
 #include <atomic>
