@@ -55,8 +55,9 @@ constexpr Index kIn = 4096, kOut = 4096;
 
 template <typename X>
 bench::Limit product_limit(Index tokens, Index weight_bytes, Index copies, bench::Peak peak) {
-  const bench::Limit limit = bench::Limit::product(2.0 * static_cast<double>(tokens * kIn * kOut),
-                                                   static_cast<double>(weight_bytes + tokens * (kIn + kOut) * Index{sizeof(X)}), peak);
+  const bench::Limit limit =
+      bench::Limit::product(2.0 * static_cast<double>(tokens * kIn * kOut),
+                            static_cast<double>(weight_bytes + tokens * (kIn + kOut) * Index{sizeof(X)}), peak);
   return copies > 1 ? limit.rotating_through(static_cast<double>(kRotation)) : limit;
 }
 

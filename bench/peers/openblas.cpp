@@ -28,8 +28,7 @@ std::function<void(int)> matmul(const Product& product, std::shared_ptr<float> y
     if (tokens == 1)
       cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1.0f, w, in, product.x.get(), 1, 0.0f, y.get(), 1);
     else
-      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, tokens, out, in, 1.0f, product.x.get(), in, w, in, 0.0f,
-                  y.get(), out);
+      cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, tokens, out, in, 1.0f, product.x.get(), in, w, in, 0.0f, y.get(), out);
   };
 }
 

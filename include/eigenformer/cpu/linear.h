@@ -54,6 +54,14 @@ constexpr Index block_rows() {
   return !Packed ? 1152 : tile::steps_at_once<Dot> > 1 ? 128 : 384;
 }
 
+/// Blocks of nearly equal size, whole tiles each: of 512 rows, 264 and 248 rather than 384 and 128, whose weights would wait for
+/// memory.
+template <typename Dot>
+constexpr Index even_block_rows(Index rows, Index most) {
+  const Index blocks = std::max<Index>((rows + most - 1) / most, 1), each = (rows + blocks - 1) / blocks;
+  return std::max<Index>((each + Dot::rows - 1) / Dot::rows, 1) * Dot::rows;
+}
+
 /// Steps of one block of k: 32 KiB a panel, which stay in L1 for all tiles. AMX reads weights out of L2, and gains more from
 /// loading and storing its sums seldom: 128 KiB.
 template <typename Dot>
@@ -91,9 +99,8 @@ struct ProductBlock {
   ActivationScales scales;
 
   struct Scratch {
-    Sum* sums;                   // (panels of a group, padded rows, columns of a panel)
-    Stored* chunk;               // (panels of a group, block_steps, panel_step), plain weights only
-    typename Dot::Sum* partial;  // (panels of a group, rows of a tile, columns of a panel), grouped weights only
+    Sum* sums;      // (panels of a group, padded rows, columns of a panel)
+    Stored* chunk;  // (panels of a group, block_steps, panel_step), plain weights only
   };
 
   Unit* tile_activations(Index t) const { return activations + tiles.first(t) * steps * Dot::units; }
@@ -146,55 +153,43 @@ struct ProductBlock {
       weights = scratch.chunk;
     }
     const Index at_once = t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
-    for (Index j = 0; j < panels; j += at_once)
+    for (Index j = 0; j < panels; j += at_once) {
+      // What comes after this panel's chunk: the next panel's, the first panel's next, or the next group's first.
+      const Stored* next = weights + (j + 1) * stride;
+      if (packed && j + 1 == panels) next = first + count < steps ? weights + count * panel_step : next - first * panel_step;
+      const std::uintptr_t chunk_bytes = static_cast<std::uintptr_t>(count * panel_step) * sizeof(Stored);
       for (Index t = t0; t < t1; ++t) {
         const int height = tiles.height(t);
         const Unit* a = tile_activations(t) + first * Dot::units * height;
+        // Each tile fetches its part of it, and once it is all there, what is in cache anyway.
+        const std::uintptr_t done = static_cast<std::uintptr_t>(t - t0) * ahead_bytes(count);
+        const auto ahead = packed && done < chunk_bytes ? reinterpret_cast<std::uintptr_t>(next) + done
+                                                        : reinterpret_cast<std::uintptr_t>(weights + j * stride);
+        const tile::TileOperands<Dot> operands{a, weights + j * stride, stride, ahead};
+        Sum* sums = tile_sums(scratch, j, t);
+        const Index sums_stride = tiles.padded_rows() * Dot::columns;
         if constexpr (grouped)
-          multiply_groups(scratch, group, j, at_once, first, count, t, a, weights + j * stride, stride);
+          tile::grouped_tile_products<simd::Vec<float, Isa>>(height, operands, count, group_factors(group + j, first, t),
+                                                             static_cast<int>(tiles.valid(t)), sums, sums_stride, at_once,
+                                                             first == 0);
         else
-          multiply_tile(height, a, weights + j * stride, stride, count, tile_sums(scratch, j, t), at_once, first == 0 && !resumes,
-                        t - t0, t1 - t0);
+          tile::tile_products<Dot>(height, operands, count, sums, sums_stride, at_once, first == 0 && !resumes);
       }
-  }
-
-  void multiply_tile(int height, const Unit* a, const Stored* b, Index stride, Index count, Sum* sums, Index panels, bool from_zero,
-                     [[maybe_unused]] Index turn, [[maybe_unused]] Index turns) const {
-    const Index sums_stride = tiles.padded_rows() * Dot::columns;
-    if constexpr (tile::steps_at_once<Dot> > 1) {  // each tile fetches its share of the next panel
-      const Index share = packed ? tile::steps_at_once<Dot> * panel_step * Index{sizeof(Stored)} / turns / 64 * 64 : 0;
-      const Index rounds = count / tile::steps_at_once<Dot>;
-      const auto next = reinterpret_cast<std::uintptr_t>(b + stride) + static_cast<std::uintptr_t>(turn * share * rounds);
-      tile::tile_products<Dot>(height, a, b, stride, count, sums, sums_stride, panels, from_zero, {next, share});
-    } else {
-      tile::tile_products<Dot>(height, a, b, stride, count, sums, sums_stride, panels, from_zero);
     }
   }
 
-  /// The same with an exact sum for each group of k: float sums = fma(int32 sum, the group's scale, float sums).
-  void multiply_groups(const Scratch& scratch, Index group, Index j, Index panels, Index first, Index count, Index t, const Unit* a,
-                       const Stored* b, Index stride) const {
-    using V = simd::Vec<float, Isa>;
-    const GroupedPanels& w = problem.weights;
-    const int height = tiles.height(t), valid = static_cast<int>(tiles.valid(t));
-    const Index group_steps = w.group / Dot::step, partial_stride = Index{Dot::rows} * Dot::columns;
-    for (Index s = 0; s < count; s += group_steps) {
-      const Index g = (first + s) / group_steps;
-      tile::tile_products<Dot>(height, a + s * Dot::units * height, b + s * panel_step, stride, std::min(group_steps, count - s),
-                               scratch.partial, partial_stride, panels, true);
-      for (Index p = 0; p < panels; ++p) {
-        const float* group_scales = w.scales + ((group + j + p) * scales.groups + g) * Dot::columns;
-        for (int r = 0; r < valid; ++r) {
-          const std::int32_t* exact = scratch.partial + p * partial_stride + r * Dot::columns;
-          Sum* sums = tile_sums(scratch, j + p, t) + r * Dot::columns;
-          const std::int32_t offset = scales.offsets[(tiles.first(t) + r) * scales.groups + g];
-          for (int c = 0; c < Dot::columns; c += V::lanes) {
-            const V before = g == 0 ? V::zero() : V::load(sums + c);
-            fused_multiply_add(exact_sums<V>(exact + c, offset), V::load(group_scales + c), before).store(sums + c);
-          }
-        }
-      }
-    }
+  tile::GroupFactors group_factors(Index panel, Index first, Index t) const {
+    const Index group_steps = problem.weights.group / Dot::step, g = first / group_steps, stride = scales.groups * Dot::columns;
+    return {group_steps, problem.weights.scales + panel * stride + g * Dot::columns, stride,
+            scales.offsets + tiles.first(t) * scales.groups + g, scales.groups};
+  }
+
+  /// What one tile fetches in `count` steps.
+  static std::uintptr_t ahead_bytes(Index count) {
+    if constexpr (tile::steps_at_once<Dot> > 1)
+      return static_cast<std::uintptr_t>(count / tile::steps_at_once<Dot> * Dot::lines_ahead) * tile::kLineBytes;
+    else
+      return static_cast<std::uintptr_t>(count) * tile::kLineBytes;
   }
 
   void run(const Scratch& scratch, Index p0, Index p1, Index t0, Index t1) const {
@@ -223,12 +218,12 @@ struct ProductBlock {
 template <typename Dot, typename Isa, CpuDevice D, typename Problem>
 void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
   using Block = ProductBlock<Dot, Isa, Problem>;
-  constexpr Index rows_at_once = block_rows<Dot, Block::packed>();
+  const Index rows_at_once = even_block_rows<Dot>(p.rows, block_rows<Dot, Block::packed>());
   const Index steps = tile::product_steps<Dot>(p.depth), panels = (p.columns + Block::outputs - 1) / Block::outputs;
   if (p.rows == 0 || panels == 0) return;
   const Index padded_rows = Tiles<Dot>::padded_rows(std::min(rows_at_once, p.rows));
   const Index group = std::min(kGroupPanels, panels), workers = worker_count(device);
-  const Index sums = group * padded_rows * Dot::columns, partial = Block::grouped ? group * Dot::rows * Dot::columns : 0;
+  const Index sums = group * padded_rows * Dot::columns;
   const Index chunk = Block::packed ? 0 : group * block_steps<Dot>() * Block::panel_step;
   Index k_group = std::max<Index>(p.depth, 1), groups = 1;
   if constexpr (Block::grouped) {
@@ -240,16 +235,13 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
   const ActivationScales scales{frame.take<float>(padded_rows), frame.take<std::int32_t>(padded_rows * groups), k_group, groups};
   auto* all_sums = frame.take<typename Block::Sum>(workers * sums);
   auto* all_chunks = frame.take<typename Dot::Stored>(workers * chunk);
-  auto* all_partials = frame.take<typename Dot::Sum>(workers * partial);
   for (Index row = 0; row < p.rows; row += rows_at_once) {
     const Tiles<Dot> tiles(std::min(rows_at_once, p.rows - row));
     const Block block{p, row, tiles, steps, activations, scales};
     const Index tile_count = tiles.count(), rows = std::min(rows_at_once, p.rows - row);
     parallel_for(device, tile_count, 1 + 65536 / (Dot::rows * (p.depth + 1)),
                  [&](Index first, Index last, int) { block.pack(first, last); });
-    const auto scratch = [&](int worker) {
-      return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk, all_partials + worker * partial};
-    };
+    const auto scratch = [&](int worker) { return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk}; };
     // About 40,000 cycles pay for waking a thread: a step of a panel costs two cycles a row, and eight to fetch its weights.
     const Index panel_cycles = (steps + 1) * (2 * rows + 8);
     if (panels < workers && tile_count > panels)

@@ -33,33 +33,15 @@ void for_each_vector(const TileSums<Sum>& tile, F&& f) {
     for (int c = 0; c < tile.columns; c += V::lanes) f(r, c, std::min(V::lanes, tile.columns - c));
 }
 
+template <typename V, typename T>
+EIGENFORMER_INLINE V load_first(const T* p, int n) {
+  return n == V::lanes ? V::load(p) : V::load_partial(p, n);
+}
+
 /// n of B as the sums' type, zeros where there is no bias.
 template <typename V, typename B>
-V bias_vector(const B* bias, Index column, int n) {
-  return bias == nullptr ? V::zero() : V::load_partial(bias + column, n);
-}
-
-/// a * b + c in one rounding on every ISA. Where the machine has no such instruction the library's fma is slow, but once a sum.
-template <typename V>
-V fused_multiply_add(V a, V b, V c) {
-  if constexpr (isa::kHasFma) {
-    return fma(a, b, c);
-  } else {
-    float x[V::lanes], y[V::lanes], z[V::lanes];
-    a.store(x), b.store(y), c.store(z);
-    for (int i = 0; i < V::lanes; ++i) x[i] = std::fma(x[i], y[i], z[i]);
-    return V::load(x);
-  }
-}
-
-/// int32 sums less an offset, as float. Unsigned on the way, because sums of unsigned weights may have wrapped.
-template <typename V>
-V exact_sums(const std::int32_t* sums, std::int32_t offset) {
-  alignas(64) float line[V::lanes];
-  for (int i = 0; i < V::lanes; ++i)
-    line[i] =
-        static_cast<float>(static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - static_cast<std::uint32_t>(offset)));
-  return V::load(line);
+EIGENFORMER_INLINE V bias_vector(const B* bias, Index column, int n) {
+  return bias == nullptr ? V::zero() : load_first<V>(bias + column, n);
 }
 
 // ---- reading: V read<V>(tile, row, column of the tile, column of the bias, lanes) ----------------------------------------------
@@ -83,9 +65,9 @@ struct ScaledSums {
 
   template <typename V>
   V read(const TileSums<std::int32_t>& tile, int r, int c, Index bias_column, int n) const {
-    const V scale = V::set1(tile.row_scales[r]) * V::load_partial(weight_scales + tile.packed_column + c, n);
-    return fused_multiply_add(exact_sums<V>(tile.sums + r * tile.stride + c, tile.row_offsets[r]), scale,
-                              bias_vector<V>(bias, bias_column, n));
+    const V scale = V::set1(tile.row_scales[r]) * load_first<V>(weight_scales + tile.packed_column + c, n);
+    return simd::fused_multiply_add(V::load_difference(tile.sums + r * tile.stride + c, tile.row_offsets[r]), scale,
+                                    bias_vector<V>(bias, bias_column, n));
   }
 };
 
@@ -96,8 +78,8 @@ struct GroupedSums {
 
   template <typename V>
   V read(const TileSums<float>& tile, int r, int c, Index bias_column, int n) const {
-    return fused_multiply_add(V::load(tile.sums + r * tile.stride + c), V::set1(tile.row_scales[r]),
-                              bias_vector<V>(bias, bias_column, n));
+    return simd::fused_multiply_add(V::load(tile.sums + r * tile.stride + c), V::set1(tile.row_scales[r]),
+                                    bias_vector<V>(bias, bias_column, n));
   }
 };
 
@@ -120,7 +102,7 @@ struct Finish {
       const Index column = tile.column + c, at = (tile.row + r) * columns + column;
       V value = Function::value(sums.template read<V>(tile, r, c, column, n));
       if constexpr (Gated) value = value * sums.template read<V>(tile, r, tile.stride / 2 + c, columns + column, n);
-      if (residual != nullptr) value = V::load_partial(residual + at, n) + value;
+      if (residual != nullptr) value = load_first<V>(residual + at, n) + value;
       n == V::lanes ? value.store(y + at) : value.store_partial(y + at, n);
     });
   }

@@ -49,6 +49,10 @@ struct vec<float, isa::avx2> {
     return load(reinterpret_cast<const S*>(buffer));
   }
 
+  static EIGENFORMER_INLINE vec load_difference(const std::int32_t* p, std::int32_t d) {
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(d)))};
+  }
+
   EIGENFORMER_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   EIGENFORMER_INLINE void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat16()); }
   EIGENFORMER_INLINE void store(half* p) const {

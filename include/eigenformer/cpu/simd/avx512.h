@@ -48,6 +48,10 @@ struct vec<float, isa::avx512> {
     return {_mm512_maskz_cvtepi32_ps(kAll, _mm512_maskz_cvtepi8_epi32(kAll, _mm_maskz_loadu_epi8(first(n), p)))};
   }
 
+  static EIGENFORMER_INLINE vec load_difference(const std::int32_t* p, std::int32_t d) {
+    return {_mm512_maskz_cvtepi32_ps(kAll, _mm512_sub_epi32(_mm512_loadu_si512(p), _mm512_set1_epi32(d)))};
+  }
+
   EIGENFORMER_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   EIGENFORMER_INLINE void store(bfloat16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bfloat16()); }
   EIGENFORMER_INLINE void store(half* p) const {

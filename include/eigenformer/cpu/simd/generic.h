@@ -7,6 +7,7 @@
 ///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted (bfloat16 and half round to
 ///   nearest even) load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches memory past p + n
 ///   store_partial(p, n)        first n elements
+///   load_difference(p, d)      of float: int32 numbers less d, modulo 2^32, converted to nearest even
 ///   store_streaming(p)         store around the caches where the ISA can; p aligned to the bytes stored. A thread calls
 ///   fence_streaming()          after the last of them, before anybody else may read
 ///   + - * / fma(a,b,c)         fma is a * b + c, in one rounding where isa::kHasFma
@@ -83,6 +84,11 @@ struct vec<T, isa::generic> {
   template <typename S>
   static EIGENFORMER_INLINE vec load_partial(const S* p, int n) {
     return make([&](int i) { return i < n ? static_cast<T>(p[i]) : T(0); });
+  }
+  static EIGENFORMER_INLINE vec load_difference(const std::int32_t* p, std::int32_t d) {
+    return make([&](int i) {
+      return static_cast<T>(static_cast<std::int32_t>(static_cast<std::uint32_t>(p[i]) - static_cast<std::uint32_t>(d)));
+    });
   }
   template <typename S>
   EIGENFORMER_INLINE void store(S* p) const {

@@ -35,6 +35,20 @@ vec<float, isa::avx512> pick(isa::avx512);
 template <typename T, typename Isa>
 using Vec = decltype(detail::pick<T, Isa>(Isa{}));
 
+/// a * b + c in one rounding on every ISA. Where the machine has no such instruction the library's fma is slow: for what is done
+/// once a sum.
+template <typename V>
+EIGENFORMER_INLINE V fused_multiply_add(V a, V b, V c) {
+  if constexpr (isa::kHasFma) {
+    return fma(a, b, c);
+  } else {
+    float x[V::lanes], y[V::lanes], z[V::lanes];
+    a.store(x), b.store(y), c.store(z);
+    for (int i = 0; i < V::lanes; ++i) x[i] = std::fma(x[i], y[i], z[i]);
+    return V::load(x);
+  }
+}
+
 /// e^x. Relative error below 1.2e-7 (2 ulp) for float; exactly 0 at -infinity and below -103.98, +infinity above 88.73, NaN for
 /// NaN. Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 polynomial of Cephes' expf; double calls std::exp lane by lane.
 template <typename V>

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "avx512.h"
+#include "product.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -71,6 +72,8 @@ struct AmxDot {
   using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, std::int32_t, float>;
   static constexpr int rows = 2 * amx::kRows, vectors = 2, columns = 32, step = 4 / sizeof(T), units = 1, fragment = 16 * step;
   static constexpr int steps_at_once = amx::kSteps;
+  // Fetched with each 16 steps: a quarter of the panel's 2 KiB, so that four tiles of rows have fetched what comes next.
+  static constexpr int lines_ahead = 8;
 };
 struct Bfloat16Amx : AmxDot<bfloat16> {
   template <int C, int A, int B>
@@ -91,21 +94,15 @@ concept Amx = std::same_as<Dot, Bfloat16Amx> || std::same_as<Dot, Int8Amx>;
 
 namespace amx {
 
-/// What to fetch into L2 meanwhile: `bytes` for each 16 steps, from `address` on. A prefetch past the end of an array is harmless.
-struct Ahead {
-  std::uintptr_t address = 0;
-  Index bytes = 0;
-};
-
 template <int Tile>
 EIGENFORMER_INLINE void start(const void* sums, Index row_bytes, bool from_zero) {
   from_zero ? zero<Tile>() : load<Tile>(sums, row_bytes);
 }
 
-/// 17 to 32 rows by one panel.
+/// 17 to 32 rows by one panel; fetches lines from `ahead` on.
 template <Amx Dot>
 void two_by_two(int height, const std::byte* a, const std::byte* b, Index steps, typename Dot::Sum* sums, bool from_zero,
-                Ahead ahead) {
+                std::uintptr_t ahead) {
   constexpr Index sum_bytes = Dot::columns * sizeof(typename Dot::Sum), panel_bytes = 2 * kRowBytes;
   const Index a_bytes = Index{height} * kRowBytes;
   auto* low = reinterpret_cast<std::byte*>(sums);
@@ -124,8 +121,8 @@ void two_by_two(int height, const std::byte* a, const std::byte* b, Index steps,
     load<7>(b + kRowBytes, panel_bytes);
     Dot::template multiply_add<1, 4, 7>();
     Dot::template multiply_add<3, 5, 7>();
-    for (Index line = 0; line < ahead.bytes; line += kRowBytes, ahead.address += kRowBytes)
-      __builtin_prefetch(reinterpret_cast<const void*>(ahead.address), 0, 2);
+    unroll<Dot::lines_ahead>([&](auto line) { prefetch(ahead + line * kLineBytes); });
+    ahead += Dot::lines_ahead * kLineBytes;
   }
   store<0>(low, sum_bytes);
   store<1>(low + kRowBytes, sum_bytes);
@@ -179,17 +176,17 @@ constexpr int tile_height(Index rows) {
 
 /// See product.h. steps is a multiple of 16; operands are zero beyond the true k.
 template <Amx Dot>
-void tile_products(int height, const typename Dot::Unit* a, const typename Dot::Stored* b, Index panel_stride, Index steps,
-                   typename Dot::Sum* sums, Index sums_stride, Index panels, bool from_zero, amx::Ahead ahead = {}) {
-  const auto* rows = reinterpret_cast<const std::byte*>(a);
-  const auto* weights = reinterpret_cast<const std::byte*>(b);
-  const Index panel_bytes = panel_stride * static_cast<Index>(sizeof(typename Dot::Stored));
+void tile_products(int height, const TileOperands<Dot>& at, Index steps, typename Dot::Sum* sums, Index sums_stride, Index panels,
+                   bool from_zero) {
+  const auto* rows = reinterpret_cast<const std::byte*>(at.a);
+  const auto* weights = reinterpret_cast<const std::byte*>(at.b);
+  const Index panel_bytes = at.panel_stride * static_cast<Index>(sizeof(typename Dot::Stored));
+  Index p = 0;
   if (height > amx::kRows) {
-    for (Index p = 0; p < panels; ++p)
-      amx::two_by_two<Dot>(height, rows, weights + p * panel_bytes, steps, sums + p * sums_stride, from_zero, ahead);
+    for (; p < panels; ++p)
+      amx::two_by_two<Dot>(height, rows, weights + p * panel_bytes, steps, sums + p * sums_stride, from_zero, at.ahead);
     return;
   }
-  Index p = 0;
   for (; p + 2 <= panels; p += 2)
     amx::one_by_four<Dot, 2>(height, rows, weights + p * panel_bytes, panel_bytes, steps, sums + p * sums_stride, sums_stride,
                              from_zero);
