@@ -82,6 +82,8 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
       std::memcpy(&quad, values + 4 * q, 4);
       if constexpr (Dot::offset_activations)
         *to = quad ^ 0x80808080u;
+      else if constexpr (Dot::units == 1)
+        *to = quad;
       else
         tile::split_quad(quad, to[0], to[height]);
     }
