@@ -33,8 +33,8 @@ template <typename Isa, typename X, typename Weight>
 ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out,
                      const ef::Tensor<float, 1>* bias = nullptr) {
   auto y = poisoned_tensor<X, 2>({x.dimension(0), out});
-  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, bias == nullptr ? nullptr : bias->data(),
-                          ef::thread_workspace());
+  const ef::Epilogue<> epilogue = bias == nullptr ? ef::Epilogue{} : ef::Epilogue{}.bias(*bias);
+  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue, ef::thread_workspace());
   return y;
 }
 

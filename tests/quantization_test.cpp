@@ -205,14 +205,15 @@ void check_int8_linear(Index tokens, Index in, Index out) {
   const auto x = random_tensor<X, 2>({tokens, in}, static_cast<unsigned>(tokens + in));
   const auto [qc, scales] = ef::quantize_weights_int8_per_channel(random_tensor<float, 2>({out, in}, static_cast<unsigned>(out)));
   const auto bias = random_tensor<float, 1>({out}, 5);
-  for (const float* b : {static_cast<const float*>(nullptr), bias.data()}) {
-    const auto expected = ef::reference::int8_linear(x, qc, scales, b);
+  for (const bool with_bias : {false, true}) {
+    const auto expected = ef::reference::int8_linear(x, qc, scales, with_bias ? bias.data() : nullptr);
+    const ef::Epilogue<> b = with_bias ? ef::Epilogue{}.bias(bias) : ef::Epilogue{};
     for_each_isa([&, &values = qc, &factors = scales](auto isa) {
       auto y = poisoned_tensor<float, 2>({tokens, out});
       ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, factors, b, ef::thread_workspace());
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out;
       ef::PackedWeight<std::int8_t> packed;
-      ef::detail::pack_int8_weight(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<1>(factors));
+      ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<1>(factors), {});
       y.setZero();
       ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, packed, b, ef::thread_workspace());
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " packed " << tokens << " x " << in << " x " << out;
@@ -233,7 +234,6 @@ TEST(Int8Linear, IsExactAndTheSameOnEveryIsa) {
 }
 
 TEST(Int8Linear, IsExactForTheLargestProducts) {
-  const float* const no_bias = nullptr;
   // Weights of -128, which only a caller can bring, and activations of -127 and 127: pairs of products come within 256 of int16's
   // end.
   for (Index in : {1, 2, 3, 4, 8, 67, 1000}) {
@@ -246,10 +246,10 @@ TEST(Int8Linear, IsExactForTheLargestProducts) {
         values(o, i) = static_cast<std::int8_t>(o == 0 || (o == 1 && i % 2 == 0) ? -128 : 127 - 63 * o);
     for (Index t = 0; t < 7; ++t)
       for (Index i = 0; i < in; ++i) x(t, i) = t == 0 || (t + i) % 3 != 0 ? -1.0f : 1.0f;
-    const auto expected = ef::reference::int8_linear(x, values, scales, no_bias);
+    const auto expected = ef::reference::int8_linear(x, values, scales, static_cast<const float*>(nullptr));
     for_each_isa([&](auto isa) {
       ef::Tensor<float, 2> y(7, 5);
-      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, scales, no_bias, ef::thread_workspace());
+      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, scales, ef::Epilogue<>{}, ef::thread_workspace());
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << in;
     });
   }

@@ -40,6 +40,8 @@ class Matmul {
   void run(int threads) {
     set_threads(threads);
     if (threads != threads_) build(threads);
+    arguments_[DNNL_ARG_WEIGHTS] = weights_[turn_];
+    turn_ = (turn_ + 1) % weights_.size();
     primitive_.execute(stream_, arguments_);
     stream_.wait();
   }
@@ -70,7 +72,10 @@ class Matmul {
     primitive_ = dnnl::matmul(descriptor);
     // (out, in) row-major is what oneDNN calls (in, out) in order "ba".
     arguments_[DNNL_ARG_SRC] = converted(product_.x.get(), x8, {product_.tokens, product_.in}, Tag::ab, descriptor.src_desc());
-    arguments_[DNNL_ARG_WEIGHTS] = converted(product_.w.get(), w8, {product_.in, product_.out}, Tag::ba, descriptor.weights_desc());
+    weights_.clear();
+    for (int copy = 0; copy < product_.copies; ++copy)
+      weights_.push_back(converted(product_.w.get(), w8, {product_.in, product_.out}, Tag::ba, descriptor.weights_desc()));
+    turn_ = 0;
     arguments_[DNNL_ARG_DST] = memory(descriptor.dst_desc(), engine_, y_.get());
     threads_ = threads;
   }
@@ -123,6 +128,8 @@ class Matmul {
   dnnl::stream stream_{engine_};
   dnnl::matmul primitive_;
   std::unordered_map<int, memory> arguments_;
+  std::vector<memory> weights_;  // copies of one
+  std::size_t turn_ = 0;
   int threads_ = 0;
 };
 

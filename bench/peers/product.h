@@ -18,6 +18,8 @@ struct Product {
   std::shared_ptr<const float> x;  // (tokens, in)
   std::shared_ptr<const float> w;  // (out, in)
   WeightType type = WeightType::float32;
+  /// Calls take turns on this many copies of the weights: so many that each comes out of DRAM, as in decoding.
+  int copies = 1;
 };
 
 /// What is wrong with y (tokens, out), empty where its relative Frobenius error is in bounds: against double, over some 4,000

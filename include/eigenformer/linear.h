@@ -30,7 +30,9 @@
 #include "core/check.h"
 #include "core/device.h"
 #include "core/workspace.h"
+#include "cpu/isa_granted.h"
 #include "cpu/linear.h"
+#include "linear/epilogue.h"
 #include "linear/packed_weight.h"
 
 namespace eigenformer {
@@ -54,63 +56,114 @@ inline void require_linear_shapes(Index y_rows, Index y_columns, Index tokens, I
           out, ")");
 }
 
-/// y = x w^T + bias; `bias` may be nullptr. Weight is a TensorView or a PackedWeight.
-template <typename Isa, typename D, typename Y, typename X, typename W, typename B>
-void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x, TensorView<const W, 2> weight, const B* bias,
-               Workspace& workspace) {
+inline void require_packed_layout(const PanelLayout& packed, const PanelLayout& expected, Index rows) {
+  require(rows == 0 || packed == expected, "linear", "weight was packed for ", packed.isa, " (panels of ", packed.columns,
+          "), these kernels read ", expected.isa, " (panels of ", expected.columns, "): pack it again");
+}
+
+/// y = residual + function(sums): the kernel's epilogue for sums of type Sums.
+template <bool Gated, typename Sums, typename Y, typename Function, typename B, typename R>
+auto finish(const Sums& sums, const TensorView<Y, 2>& y, const Epilogue<Function, B, R>& epilogue) {
+  return Finish<Sums, Function, Gated, Y, R>{sums, y.data(), y.dimension(1),
+                                             epilogue.has_residual() ? epilogue.residual_view().data() : nullptr};
+}
+
+/// Plain weights: one (out, in) matrix, or gate and up.
+template <typename Isa, typename D, typename Y, typename X, typename W, int Matrices, typename E>
+void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x, const WeightRows<W, Matrices>& weight,
+               const E& epilogue, Workspace& workspace) {
   static_assert(FloatingScalar<W>,
                 "eigenformer: a plain weight is float, double, Eigen::bfloat16 or Eigen::half; for int8 use int8_linear "
                 "or pack_weight(values, scales)");
-  const Index tokens = x.dimension(0), in = x.dimension(1), out = weight.dimension(0);
-  require_linear_shapes(y.dimension(0), y.dimension(1), tokens, in, out, weight.dimension(1));
   using Dot = tile::Dot<operand_scalar<X, W>, X, Isa>;
+  const auto end = finish<(Matrices > 1)>(PlainSums<typename E::bias_scalar>{epilogue.bias_view().data()}, y, epilogue);
   cpu::product<Dot>(isa, device,
-                    ProductProblem<X, MatrixOperand<W>, StoreSums<Y, B>>{
-                        {x.data(), in, 1}, {weight.data(), in, 1}, tokens, out, in, {y.data(), out, bias}},
+                    ProductProblem<X, WeightRows<W, Matrices>, std::remove_const_t<decltype(end)>>{
+                        {x.data(), x.dimension(1), 1}, weight, x.dimension(0), y.dimension(1), x.dimension(1), end},
                     workspace);
 }
 
-template <typename Isa, typename D, typename Y, typename X, typename S, typename B>
-void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x, const PackedWeight<S>& weight, const B* bias,
-               Workspace& workspace) {
+/// Packed weights, a pair where Gated.
+template <bool Gated, typename Isa, typename D, typename Y, typename X, typename S, typename E>
+void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x, const PackedWeight<S>& weight,
+                      const E& epilogue, Workspace& workspace) {
   static_assert(std::is_same_v<X, double> == std::is_same_v<S, double>,
                 "eigenformer: double x goes with PackedWeight<double> and with no other");
-  const Index tokens = x.dimension(0), in = x.dimension(1), out = weight.rows();
-  require_linear_shapes(y.dimension(0), y.dimension(1), tokens, in, out, weight.columns());
-  const PanelLayout expected = panel_layout<S>(isa);
-  require(weight.rows() == 0 || weight.layout() == expected, "linear", "weight was packed for ", weight.layout().isa,
-          " (panels of ", weight.layout().columns, "), these kernels read ", expected.isa, " (panels of ", expected.columns,
-          "): pack it again");
-  using Dot = tile::Dot<S, X, Isa>;
-  const MatrixOperand<X> activations{x.data(), in, 1};
-  if constexpr (std::is_same_v<S, std::int8_t>)
-    cpu::product<Dot>(isa, device,
-                      ProductProblem<X, PackedPanels<S>, StoreScaledSums<Y, B>>{
-                          activations, weight.panels(), tokens, out, in, {y.data(), out, bias, weight.scales()}},
-                      workspace);
-  else
-    cpu::product<Dot>(
-        isa, device,
-        ProductProblem<X, PackedPanels<S>, StoreSums<Y, B>>{activations, weight.panels(), tokens, out, in, {y.data(), out, bias}},
-        workspace);
+  require_packed_layout(weight.layout(), panel_layout<S>(isa), weight.rows());
+  const typename E::bias_scalar* bias = epilogue.bias_view().data();
+  const auto run = [&](auto dot, const auto& panels, const auto& sums) {
+    const auto end = finish<Gated>(sums, y, epilogue);
+    using Panels = std::remove_cvref_t<decltype(panels)>;
+    cpu::product<decltype(dot)>(isa, device,
+                                ProductProblem<X, Panels, std::remove_const_t<decltype(end)>>{
+                                    {x.data(), x.dimension(1), 1}, panels, x.dimension(0), y.dimension(1), x.dimension(1), end},
+                                workspace);
+  };
+  using B = typename E::bias_scalar;
+  if constexpr (std::is_same_v<S, std::int8_t>) {
+    if (weight.group_size() > 0)
+      run(tile::GroupedDot<Isa>{}, GroupedPanels{weight.panels().data, weight.scales(), weight.group_size()}, GroupedSums<B>{bias});
+    else
+      run(tile::Dot<S, X, Isa>{}, weight.panels(), ScaledSums<B>{bias, weight.scales()});
+  } else {
+    run(tile::Dot<S, X, Isa>{}, weight.panels(), PlainSums<B>{bias});
+  }
 }
 
-/// Views of the arguments, checks of the scalars.
-template <typename Isa, typename D, typename Output, typename Input, typename Weight, typename B>
-void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weight& weight, const B* bias, Workspace& workspace) {
-  using Y = scalar_of<Output>;
-  using X = scalar_of<Input>;
+/// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `biases` the elements its bias must have.
+template <typename Y, typename X, typename E>
+void require_linear(const Y& y, const X& x, const E& epilogue, Index rows, Index weight_in, Index biases) {
+  using XS = scalar_of<X>;
+  using B = typename E::bias_scalar;
+  using R = typename E::residual_scalar;
+  static_assert(FloatingScalar<XS> && FloatingScalar<scalar_of<Y>>,
+                "eigenformer: x and y of a linear layer are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(std::is_same_v<XS, double> || !std::is_same_v<scalar_of<Y>, double>, "eigenformer: a double y needs a double x");
+  static_assert(FloatingScalar<B> && (std::is_same_v<XS, double> || !std::is_same_v<B, double>),
+                "eigenformer: a bias has x's scalar or float");
+  static_assert(FloatingScalar<R> && (std::is_same_v<XS, double> || !std::is_same_v<R, double>),
+                "eigenformer: a residual is double only where x is");
+  require_linear_shapes(y.dimension(0), y.dimension(1), x.dimension(0), x.dimension(1), rows, weight_in);
+  require(!epilogue.has_bias() || epilogue.bias_view().dimension(0) == biases, "linear", "bias has ",
+          epilogue.bias_view().dimension(0), " elements, weight has ", biases, " rows");
+  if (epilogue.has_residual()) require_same_shape("linear", "residual", epilogue.residual_view(), "y", y);
+}
+
+/// Views of the arguments, checks, the kernel of a tag.
+template <typename Isa, typename D, typename Output, typename Input, typename Weight, typename E>
+void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weight& weight, const E& epilogue,
+                 Workspace& workspace) {
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
-  static_assert(FloatingScalar<X> && FloatingScalar<Y>,
-                "eigenformer: x and y of a linear layer are float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<X, double> || !std::is_same_v<Y, double>, "eigenformer: a double y needs a double x");
-  static_assert(FloatingScalar<B> && (std::is_same_v<X, double> || !std::is_same_v<B, double>),
-                "eigenformer: a bias has x's scalar or float");
-  if constexpr (is_packed_weight<Weight>)
-    linear_on(isa, device, y_view, x_view, weight, bias, workspace);
-  else
-    linear_on(isa, device, y_view, x_view, input_view<2>(weight), bias, workspace);
+  if constexpr (is_packed_weight<Weight>) {
+    require_linear(y_view, x_view, epilogue, weight.rows(), weight.columns(), weight.rows());
+    packed_linear_on<false>(isa, device, y_view, x_view, weight, epilogue, workspace);
+  } else {
+    const auto w = input_view<2>(weight);
+    using W = scalar_of<Weight>;
+    require_linear(y_view, x_view, epilogue, w.dimension(0), w.dimension(1), w.dimension(0));
+    linear_on(isa, device, y_view, x_view, WeightRows<W, 1>{{{w.data(), w.dimension(1), 1}}, w.dimension(0)}, epilogue, workspace);
+  }
+}
+
+template <typename Isa, typename D, typename Output, typename Input, typename S, typename E>
+void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x, const PackedGatedWeight<S>& weight, const E& epilogue,
+                       Workspace& workspace) {
+  const auto y_view = output_view<2>(y);
+  const auto x_view = input_view<2>(x);
+  require_linear(y_view, x_view, epilogue, weight.rows(), weight.columns(), 2 * weight.rows());
+  packed_linear_on<true>(isa, device, y_view, x_view, weight.pair(), epilogue, workspace);
+}
+
+template <typename Isa, typename D, typename Output, typename Input, typename W, typename E>
+void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x, const TensorView<const W, 2>& gate,
+                       const TensorView<const W, 2>& up, const E& epilogue, Workspace& workspace) {
+  const auto y_view = output_view<2>(y);
+  const auto x_view = input_view<2>(x);
+  require_same_shape("gated_linear", "gate", gate, "up", up);
+  const Index rows = gate.dimension(0), in = gate.dimension(1);
+  require_linear(y_view, x_view, epilogue, rows, in, 2 * rows);
+  linear_on(isa, device, y_view, x_view, WeightRows<W, 2>{{{gate.data(), in, 1}, {up.data(), in, 1}}, rows}, epilogue, workspace);
 }
 
 template <typename Weight>
@@ -121,14 +174,6 @@ Index weight_rows(const Weight& weight) {
     return input_view<2>(weight).dimension(0);
 }
 
-template <typename Weight, typename Bias>
-auto checked_bias(const Weight& weight, const Bias& bias) {
-  const auto view = input_view<1>(bias);
-  require(view.dimension(0) == weight_rows(weight), "linear", "bias has ", view.dimension(0), " elements, weight has ",
-          weight_rows(weight), " rows");
-  return view;
-}
-
 /// What the returning forms return: x's scalar; of a packed weight float (double for double), since its scalar is a matter of
 /// storage.
 template <typename Input, typename Weight>
@@ -136,121 +181,70 @@ using linear_result = std::conditional_t<is_packed_weight<Weight>, compute_type<
 
 }  // namespace detail
 
-/// y (tokens, out) = x (tokens, in) times weight (out, in) transposed, plus bias (out). Allocates nothing after the first call at a
-/// size.
+/// y (tokens, out) = x (tokens, in) times weight (out, in) transposed, plus bias (out), or whatever an Epilogue says. Allocates
+/// nothing after the first call at a size.
 ///
 ///   ef::linear_into(device, y, x, w8);  ef::linear_into(device, y, x, w8, bias);
+///   ef::linear_into(device, y, x, w8, ef::Epilogue{}.bias(bias).gelu().residual(y));
+template <CpuDevice D, typename Output, typename Input, typename Weight, typename E>
+  requires detail::is_epilogue<E>
+void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, const E& epilogue,
+                 Workspace& workspace = thread_workspace()) {
+  cpu::with_granted_isa([&](auto isa) { detail::linear_with(isa, device, y, x, weight, epilogue, workspace); });
+}
 template <CpuDevice D, typename Output, typename Input, typename Weight>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, Workspace& workspace) {
-  detail::linear_with(isa::best{}, device, y, x, weight, static_cast<const float*>(nullptr), workspace);
+  linear_into(device, y, x, weight, Epilogue{}, workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight) {
-  linear_into(device, y, x, weight, thread_workspace());
+  linear_into(device, y, x, weight, Epilogue{}, thread_workspace());
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight, typename Bias>
-  requires(!std::same_as<Bias, Workspace>)
+  requires(!std::same_as<Bias, Workspace> && !detail::is_epilogue<Bias>)
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, const Bias& bias,
                  Workspace& workspace = thread_workspace()) {
-  const auto view = detail::checked_bias(weight, bias);
-  detail::linear_with(isa::best{}, device, y, x, weight, view.data(), workspace);
+  detail::require_tensor_argument<1, Bias>();
+  linear_into(device, y, x, weight, Epilogue{}.bias(bias), workspace);
 }
 
 /// Returns y: of x's scalar where the weight is a tensor, of float (double for double x) where it is a PackedWeight.
 ///
 ///   ef::Tensor<float, 2> y = ef::linear(x, weight, bias);
-///   ef::Tensor<float, 2> y3 = ef::linear(device, x, w8, bias);   // x float or bfloat16
-template <CpuDevice D, typename Input, typename Weight>
-auto linear(const D& device, const Input& x, const Weight& weight) {
+///   ef::Tensor<float, 2> y3 = ef::linear(device, x, w8, bias);   // x float or bfloat16; an Epilogue in the bias' place
+template <CpuDevice D, typename Input, typename Weight, typename... BiasOrEpilogue>
+  requires(sizeof...(BiasOrEpilogue) <= 1)
+auto linear(const D& device, const Input& x, const Weight& weight, const BiasOrEpilogue&... end) {
   const auto view = input_view<2>(x);
   Tensor<detail::linear_result<Input, Weight>, 2> y(view.dimension(0), detail::weight_rows(weight));
-  linear_into(device, y, x, weight);
+  linear_into(device, y, x, weight, end...);
   return y;
 }
-template <CpuDevice D, typename Input, typename Weight, typename Bias>
-auto linear(const D& device, const Input& x, const Weight& weight, const Bias& bias) {
-  const auto view = input_view<2>(x);
-  Tensor<detail::linear_result<Input, Weight>, 2> y(view.dimension(0), detail::weight_rows(weight));
-  linear_into(device, y, x, weight, bias);
-  return y;
-}
-template <typename Input, typename Weight>
-  requires(!Device<Input>)
-auto linear(const Input& x, const Weight& weight) {
-  return linear(Eigen::DefaultDevice{}, x, weight);
-}
-template <typename Input, typename Weight, typename Bias>
-  requires(!Device<Input>)
-auto linear(const Input& x, const Weight& weight, const Bias& bias) {
-  return linear(Eigen::DefaultDevice{}, x, weight, bias);
+template <typename Input, typename Weight, typename... BiasOrEpilogue>
+  requires(!Device<Input> && sizeof...(BiasOrEpilogue) <= 1)
+auto linear(const Input& x, const Weight& weight, const BiasOrEpilogue&... end) {
+  return linear(Eigen::DefaultDevice{}, x, weight, end...);
 }
 
-/// grad_x (tokens, in) = grad_y (tokens, out) times weight (out, in), a tensor. grad_x must not overlap an input.
-template <CpuDevice D, typename GradX, typename GradY, typename Weight>
-void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& grad_y, const Weight& weight,
-                                Workspace& workspace = thread_workspace()) {
-  constexpr auto name = "linear_backward_input";
-  static_assert(!detail::is_packed_weight<Weight>,
-                "eigenformer: linear_backward_input_into takes the (out, in) tensor, not a PackedWeight");
-  const auto to = output_view<2>(grad_x);
-  const auto from = input_view<2>(grad_y);
-  const auto w = input_view<2>(weight);
-  using X = scalar_of<GradX>;
-  using Y = scalar_of<GradY>;
-  using W = scalar_of<Weight>;
-  static_assert(FloatingScalar<X> && FloatingScalar<Y> && FloatingScalar<W>, "eigenformer: gradients are of floating scalars");
-  static_assert(std::is_same_v<Y, double> || !std::is_same_v<X, double>, "eigenformer: a double grad_x needs a double grad_y");
-  const Index tokens = from.dimension(0), out = w.dimension(0), in = w.dimension(1);
-  require(from.dimension(1) == out, name, "grad_y has ", from.dimension(1), " features, weight has ", out, " rows");
-  require(to.dimension(0) == tokens && to.dimension(1) == in, name, "grad_x has shape ", detail::shape_text(to), ", expected (",
-          tokens, ", ", in, ")");
-  using Dot = tile::Dot<detail::operand_scalar<Y, W>, Y, isa::best>;
-  cpu::product<Dot>(isa::best{}, device,
-                    ProductProblem<Y, MatrixOperand<W>, StoreSums<X, float>>{
-                        {from.data(), out, 1}, {w.data(), 1, in}, tokens, in, out, {to.data(), in, nullptr}},
-                    workspace);
+/// y (tokens, out) = residual + function(x gate^T + bias[0, out)) * (x up^T + bias[out, 2 out)) in one product, neither half
+/// written: SwiGLU with Epilogue{}.silu(), GeGLU with .gelu() (Shazeer, 2020). Gate and up (out, in) are packed together
+/// (pack_gated_weight), or two tensors of one scalar.
+template <CpuDevice D, typename Output, typename Input, typename S, typename E>
+  requires detail::is_epilogue<E>
+void gated_linear_into(const D& device, Output&& y, const Input& x, const PackedGatedWeight<S>& weight, const E& epilogue,
+                       Workspace& workspace = thread_workspace()) {
+  cpu::with_granted_isa([&](auto isa) { detail::gated_linear_with(isa, device, y, x, weight, epilogue, workspace); });
 }
-
-/// grad_weight (out, in) += grad_y (tokens, out) transposed times x (tokens, in). grad_weight is float; double for double grad_y or
-/// x.
-template <CpuDevice D, typename GradW, typename GradY, typename Input>
-void linear_backward_weight_into(const D& device, GradW&& grad_weight, const GradY& grad_y, const Input& x,
-                                 Workspace& workspace = thread_workspace()) {
-  constexpr auto name = "linear_backward_weight";
-  const auto to = output_view<2>(grad_weight);
-  const auto dy = input_view<2>(grad_y);
-  const auto input = input_view<2>(x);
-  using G = scalar_of<GradW>;
-  using Y = scalar_of<GradY>;
-  using X = scalar_of<Input>;
-  static_assert(std::is_same_v<G, float> || std::is_same_v<G, double>, "eigenformer: gradients of parameters are float or double");
-  static_assert(std::is_same_v<G, double> || (!std::is_same_v<X, double> && !std::is_same_v<Y, double>),
-                "eigenformer: double activations need a double gradient");
-  const Index tokens = dy.dimension(0), out = dy.dimension(1), in = input.dimension(1);
-  require(input.dimension(0) == tokens, name, "x has ", input.dimension(0), " tokens, grad_y has ", tokens);
-  require(to.dimension(0) == out && to.dimension(1) == in, name, "grad_weight has shape ", detail::shape_text(to), ", expected (",
-          out, ", ", in, ")");
-  constexpr bool narrow = std::is_same_v<X, bfloat16> && std::is_same_v<Y, bfloat16> && std::is_same_v<G, float>;
-  using Dot = tile::Dot<std::conditional_t<narrow, bfloat16, G>, Y, isa::best>;
-  cpu::product<Dot>(
-      isa::best{}, device,
-      ProductProblem<Y, MatrixOperand<X>, AddSums<G>>{{dy.data(), 1, out}, {input.data(), 1, in}, out, in, tokens, {to.data(), in}},
-      workspace);
-}
-
-/// grad_bias (out) += the sum of grad_y (tokens, out) over tokens, in their order. grad_bias is float; double for double grad_y.
-template <CpuDevice D, typename GradB, typename GradY>
-void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& grad_y) {
-  const auto to = output_view<1>(grad_bias);
-  const auto dy = input_view<2>(grad_y);
-  using G = scalar_of<GradB>;
-  static_assert(std::is_same_v<G, float> || std::is_same_v<G, double>, "eigenformer: gradients of parameters are float or double");
-  static_assert(std::is_same_v<G, double> || !std::is_same_v<scalar_of<GradY>, double>,
-                "eigenformer: double activations need a double gradient");
-  require(to.dimension(0) == dy.dimension(1), "linear_backward_bias", "grad_bias has ", to.dimension(0), " elements, grad_y has ",
-          dy.dimension(1), " features");
-  cpu::add_column_sums(isa::best{}, device, to.data(), dy.data(), dy.dimension(0), dy.dimension(1));
+template <CpuDevice D, typename Output, typename Input, typename Gate, typename Up, typename E>
+  requires detail::is_epilogue<E>
+void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& gate, const Up& up, const E& epilogue,
+                       Workspace& workspace = thread_workspace()) {
+  static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>, "eigenformer: gate and up have one scalar");
+  const auto g = input_view<2>(gate), u = input_view<2>(up);
+  cpu::with_granted_isa([&](auto isa) { detail::gated_linear_with(isa, device, y, x, g, u, epilogue, workspace); });
 }
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#include "linear/backward.h"

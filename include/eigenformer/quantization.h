@@ -72,7 +72,7 @@ float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const Vi
   const auto found = cpu::tensor_magnitude(isa, device, weights.data(), count, parts);
   const float scale = cpu::int8_scale(found.largest);
   if (!found.finite || !std::isfinite(scale))
-    throw_not_quantizable("quantize_weights_int8", weights, cpu::first_not_quantizable(weights.data(), count));
+    throw_not_quantizable("quantize_weights_int8", "weights", weights, cpu::first_not_quantizable(weights.data(), count));
   cpu::quantize_tensor(isa, device, weights.data(), count, scale, values);
   return scale;
 }
@@ -86,14 +86,9 @@ void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::in
   Workspace::Frame frame(workspace);
   float* found = frame.take<float>(rows * problem.groups());
   if (group > 0 && !cpu::group_scales(isa, device, weights.data(), rows, columns, group, found))
-    throw_not_quantizable(name, weights, cpu::first_not_quantizable(weights.data(), rows * columns));
+    throw_not_quantizable(name, "weights", weights, cpu::first_not_quantizable(weights.data(), rows * columns));
   std::copy_n(found, rows * problem.groups(), scales);
   cpu::quantize_values(isa, device, problem);
-}
-
-inline void require_group_size(Index group_size, std::string_view name) {
-  require(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ", group_size,
-          ", expected 32, 64 or 128");
 }
 
 }  // namespace detail
@@ -293,29 +288,26 @@ Tensor<float, 2> dequantize_grouped(const Values& values, const Scales& scales, 
 
 namespace detail {
 
-template <typename Isa, typename D, typename Output, typename Input, typename Values, typename Scales, typename B>
-void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const Values& values, const Scales& scales, const B* bias,
-                    Workspace& workspace) {
+template <typename Isa, typename D, typename Output, typename Input, typename Values, typename Scales, typename E>
+void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const Values& values, const Scales& scales,
+                    const E& epilogue, Workspace& workspace) {
   using X = scalar_of<Input>;
-  using Y = scalar_of<Output>;
   require_int8_values<Values>();
-  static_assert(FloatingScalar<X> && !std::is_same_v<X, double> && FloatingScalar<Y> && !std::is_same_v<Y, double> &&
-                    !std::is_same_v<B, double>,
-                "eigenformer: int8_linear takes and gives float, Eigen::bfloat16 or Eigen::half");
+  static_assert(!std::is_same_v<X, double>, "eigenformer: int8_linear takes and gives float, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<scalar_of<Scales>, float>, "eigenformer: scales are float");
   const auto to = output_view<2>(y);
   const auto from = input_view<2>(x);
   const auto weight = input_view<2>(values);
   const auto factors = input_view<1>(scales);
   const Index tokens = from.dimension(0), in = from.dimension(1), out = weight.dimension(0);
-  require_linear_shapes(to.dimension(0), to.dimension(1), tokens, in, out, weight.dimension(1));
+  require_linear(to, from, epilogue, out, weight.dimension(1), out);
   require(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0), " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
-  cpu::product<tile::Dot<std::int8_t, X, Isa>>(
-      isa, device,
-      ProductProblem<X, MatrixOperand<std::int8_t>, StoreScaledSums<Y, B>>{
-          {from.data(), in, 1}, {weight.data(), in, 1}, tokens, out, in, {to.data(), out, bias, factors.data()}},
-      workspace);
+  const auto end = finish<false>(ScaledSums<typename E::bias_scalar>{epilogue.bias_view().data(), factors.data()}, to, epilogue);
+  cpu::product<tile::Dot<std::int8_t, X, Isa>>(isa, device,
+                                               ProductProblem<X, WeightRows<std::int8_t, 1>, std::remove_const_t<decltype(end)>>{
+                                                   {from.data(), in, 1}, {{{weight.data(), in, 1}}, out}, tokens, out, in, end},
+                                               workspace);
 }
 
 }  // namespace detail
@@ -323,21 +315,26 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
 /// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of
 /// linear with pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <=
 /// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127].
+template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename E>
+  requires detail::is_epilogue<E>
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const E& epilogue,
+                      Workspace& workspace = thread_workspace()) {
+  cpu::with_granted_isa([&](auto isa) { detail::int8_linear_on(isa, device, y, x, values, scales, epilogue, workspace); });
+}
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales,
                       Workspace& workspace) {
-  detail::int8_linear_on(isa::best{}, device, y, x, values, scales, static_cast<const float*>(nullptr), workspace);
+  int8_linear_into(device, y, x, values, scales, Epilogue{}, workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales) {
-  int8_linear_into(device, y, x, values, scales, thread_workspace());
+  int8_linear_into(device, y, x, values, scales, Epilogue{}, thread_workspace());
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename Bias>
-  requires(!std::same_as<Bias, Workspace>)
+  requires(!std::same_as<Bias, Workspace> && !detail::is_epilogue<Bias>)
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const Bias& bias,
                       Workspace& workspace = thread_workspace()) {
-  const auto view = detail::checked_bias(values, bias);
-  detail::int8_linear_on(isa::best{}, device, y, x, values, scales, view.data(), workspace);
+  int8_linear_into(device, y, x, values, scales, Epilogue{}.bias(bias), workspace);
 }
 
 /// ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);   // x of any scalar but double, y float

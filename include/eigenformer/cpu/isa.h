@@ -29,7 +29,11 @@
 #if defined(EIGENFORMER_ISA_AVX512) && defined(__AVX512BF16__)
 #define EIGENFORMER_ISA_AVX512_BF16 1
 #endif
-#if defined(EIGENFORMER_ISA_AVX512) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#if defined(EIGENFORMER_ISA_AVX2) && defined(__AVXVNNI__)
+#define EIGENFORMER_ISA_AVX_VNNI 1
+#endif
+#if defined(EIGENFORMER_ISA_AVX512_VNNI) && defined(EIGENFORMER_ISA_AVX512_BF16) && defined(__AMX_TILE__) && \
+    defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define EIGENFORMER_ISA_AMX 1
 #endif
 #if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_DOTPROD)
@@ -41,38 +45,43 @@
 
 // Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its
 // own.
-#if defined(__CUDACC__)
-#if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
 #define EIGENFORMER_ABI_JOIN_(a, b) a##b
 #define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
-#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(v1_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
+#if defined(__CUDACC__)
+#if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
+#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(v1_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
 #else
-#define EIGENFORMER_ABI v1_cuda
+#define EIGENFORMER_ABI_BASE v1_cuda
 #endif
 #elif defined(EIGENFORMER_ISA_AMX)
-#define EIGENFORMER_ABI v1_amx
+#define EIGENFORMER_ABI_BASE v1_amx
 #elif defined(EIGENFORMER_ISA_AVX512_BF16) && defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI v1_avx512_bf16_vnni
+#define EIGENFORMER_ABI_BASE v1_avx512_bf16_vnni
 #elif defined(EIGENFORMER_ISA_AVX512_BF16)
-#define EIGENFORMER_ABI v1_avx512_bf16
+#define EIGENFORMER_ABI_BASE v1_avx512_bf16
 #elif defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI v1_avx512_vnni
+#define EIGENFORMER_ABI_BASE v1_avx512_vnni
 #elif defined(EIGENFORMER_ISA_AVX512)
-#define EIGENFORMER_ABI v1_avx512
+#define EIGENFORMER_ABI_BASE v1_avx512
 #elif defined(EIGENFORMER_ISA_AVX2)
-#define EIGENFORMER_ABI v1_avx2
+#define EIGENFORMER_ABI_BASE v1_avx2
 #elif defined(EIGENFORMER_ISA_NEON_DOTPROD) && defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI v1_neon_dotprod_fp16
+#define EIGENFORMER_ABI_BASE v1_neon_dotprod_fp16
 #elif defined(EIGENFORMER_ISA_NEON_DOTPROD)
-#define EIGENFORMER_ABI v1_neon_dotprod
+#define EIGENFORMER_ABI_BASE v1_neon_dotprod
 #elif defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI v1_neon_fp16
+#define EIGENFORMER_ABI_BASE v1_neon_fp16
 #elif defined(EIGENFORMER_ISA_NEON)
-#define EIGENFORMER_ABI v1_neon
+#define EIGENFORMER_ABI_BASE v1_neon
 #elif defined(__FMA__)
-#define EIGENFORMER_ABI v1_generic_fma
+#define EIGENFORMER_ABI_BASE v1_generic_fma
 #else
-#define EIGENFORMER_ABI v1_generic
+#define EIGENFORMER_ABI_BASE v1_generic
+#endif
+#if defined(EIGENFORMER_ISA_AVX_VNNI)
+#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
+#else
+#define EIGENFORMER_ABI EIGENFORMER_ABI_BASE
 #endif
 
 /// Kernels are split into small functions that must not cost a call in the inner loop.

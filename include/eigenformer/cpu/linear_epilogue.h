@@ -1,11 +1,12 @@
 /// \file
 /// What becomes of finished sums: an epilogue is a type with `store(isa, tile sums)`, called once for each register tile when its
-/// sums are complete, and `load(isa, tile sums)` before the first where `starts_from_output`. A fused activation or residual is one
-/// more type here.
+/// sums are complete, and `load(isa, tile sums)` before the first where `starts_from_output`. A fused epilogue reads sums by one
+/// type (plain, scaled int8, grouped int8) and passes them through one function, so that every combination is compiled for itself.
 #pragma once
 
 #include <cmath>
 
+#include "activation_functions.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
@@ -18,10 +19,11 @@ struct TileSums {
   int stride;
   Index row;
   int rows;
-  Index column;
+  Index column;  // of the output
   int columns;
-  const float* row_scales;      // (rows) of quantized activations
-  const std::int32_t* offsets;  // (columns) to take off int8 sums, or nullptr
+  Index packed_column;              // of the packed weight: where its scales are
+  const float* row_scales;          // (rows) of quantized activations
+  const std::int32_t* row_offsets;  // (rows) to take off int8 sums
 };
 
 /// Calls f(row of the tile, column of the tile, lanes) over whole and partial vectors.
@@ -37,71 +39,97 @@ V bias_vector(const B* bias, Index column, int n) {
   return bias == nullptr ? V::zero() : V::load_partial(bias + column, n);
 }
 
-/// y = sum + bias.
-template <typename Y, typename B>
-struct StoreSums {
-  static constexpr bool starts_from_output = false;
-  Y* y;  // (rows, columns)
-  Index columns;
-  const B* bias;  // (columns) or nullptr
+/// a * b + c in one rounding on every ISA. Where the machine has no such instruction the library's fma is slow, but once a sum.
+template <typename V>
+V fused_multiply_add(V a, V b, V c) {
+  if constexpr (isa::kHasFma) {
+    return fma(a, b, c);
+  } else {
+    float x[V::lanes], y[V::lanes], z[V::lanes];
+    a.store(x), b.store(y), c.store(z);
+    for (int i = 0; i < V::lanes; ++i) x[i] = std::fma(x[i], y[i], z[i]);
+    return V::load(x);
+  }
+}
 
-  template <typename Isa, typename Sum>
-  void store(Isa, const TileSums<Sum>& tile) const {
-    using V = simd::Vec<Sum, Isa>;
-    for_each_vector<V>(tile, [&](int r, int c, int n) {
-      const V sum = V::load(tile.sums + r * tile.stride + c) + bias_vector<V>(bias, tile.column + c, n);
-      Y* to = y + (tile.row + r) * columns + tile.column + c;
-      n == V::lanes ? sum.store(to) : sum.store_partial(to, n);
-    });
+/// int32 sums less an offset, as float. Unsigned on the way, because sums of unsigned weights may have wrapped.
+template <typename V>
+V exact_sums(const std::int32_t* sums, std::int32_t offset) {
+  alignas(64) float line[V::lanes];
+  for (int i = 0; i < V::lanes; ++i)
+    line[i] =
+        static_cast<float>(static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - static_cast<std::uint32_t>(offset)));
+  return V::load(line);
+}
+
+// ---- reading: V read<V>(tile, row, column of the tile, column of the bias, lanes) ----------------------------------------------
+
+/// sum + bias.
+template <typename B>
+struct PlainSums {
+  const B* bias;  // nullptr: none
+
+  template <typename V, typename Sum>
+  V read(const TileSums<Sum>& tile, int r, int c, Index bias_column, int n) const {
+    return V::load(tile.sums + r * tile.stride + c) + bias_vector<V>(bias, bias_column, n);
   }
 };
 
-/// y = fma(float(sum), activation scale * weight scale, bias): the same bits on every ISA.
-template <typename Y, typename B>
-struct StoreScaledSums {
-  static constexpr bool starts_from_output = false;
-  Y* y;
-  Index columns;
+/// fma(float(sum), activation scale * weight scale, bias): the same bits on every ISA.
+template <typename B>
+struct ScaledSums {
   const B* bias;
-  const float* weight_scales;  // (columns)
+  const float* weight_scales;  // by packed column; whole vectors are there
 
-  template <typename Isa>
-  void store(Isa, const TileSums<std::int32_t>& tile) const {
-    using V = simd::Vec<float, Isa>;
-    alignas(64) float line[V::lanes];
-    for_each_vector<V>(tile, [&](int r, int c, int n) {
-      const std::int32_t* sums = tile.sums + r * tile.stride + c;
-      for (int i = 0; i < V::lanes; ++i) {
-        // Unsigned, because sums of offset activations may have wrapped.
-        const std::uint32_t offset = tile.offsets == nullptr ? 0u : static_cast<std::uint32_t>(tile.offsets[c + i]);
-        line[i] = static_cast<float>(static_cast<std::int32_t>(static_cast<std::uint32_t>(sums[i]) - offset));
-      }
-      const V scale = V::set1(tile.row_scales[r]) * V::load_partial(weight_scales + tile.column + c, n);
-      const V result = fused(V::load(line), scale, bias_vector<V>(bias, tile.column + c, n));
-      Y* to = y + (tile.row + r) * columns + tile.column + c;
-      n == V::lanes ? result.store(to) : result.store_partial(to, n);
-    });
-  }
-
- private:
-  // Once a sum: where the machine has no such instruction the library's fma is slow, but its bits are those of the others.
   template <typename V>
-  static V fused(V a, V b, V c) {
-    if constexpr (isa::kHasFma) {
-      return fma(a, b, c);
-    } else {
-      float x[V::lanes], y[V::lanes], z[V::lanes];
-      a.store(x), b.store(y), c.store(z);
-      for (int i = 0; i < V::lanes; ++i) x[i] = std::fma(x[i], y[i], z[i]);
-      return V::load(x);
-    }
+  V read(const TileSums<std::int32_t>& tile, int r, int c, Index bias_column, int n) const {
+    const V scale = V::set1(tile.row_scales[r]) * V::load_partial(weight_scales + tile.packed_column + c, n);
+    return fused_multiply_add(exact_sums<V>(tile.sums + r * tile.stride + c, tile.row_offsets[r]), scale,
+                              bias_vector<V>(bias, bias_column, n));
+  }
+};
+
+/// fma(sum of the scaled groups, activation scale, bias).
+template <typename B>
+struct GroupedSums {
+  const B* bias;
+
+  template <typename V>
+  V read(const TileSums<float>& tile, int r, int c, Index bias_column, int n) const {
+    return fused_multiply_add(V::load(tile.sums + r * tile.stride + c), V::set1(tile.row_scales[r]),
+                              bias_vector<V>(bias, bias_column, n));
+  }
+};
+
+// ---- writing -------------------------------------------------------------------------------------------------------------------
+
+/// y = residual + function(sums), or, gated, residual + function(gate) * up, where a tile holds gate in the first half of its
+/// columns and up in the second.
+template <typename Sums, typename Function, bool Gated, typename Y, typename R>
+struct Finish {
+  static constexpr bool starts_from_output = false, gated = Gated;
+  Sums sums;
+  Y* y;  // (rows, columns)
+  Index columns;
+  const R* residual;  // (rows, columns) or nullptr
+
+  template <typename Isa, typename Sum>
+  void store(Isa, const TileSums<Sum>& tile) const {
+    using V = simd::Vec<std::conditional_t<std::is_same_v<Sum, double>, double, float>, Isa>;
+    for_each_vector<V>(tile, [&](int r, int c, int n) {
+      const Index column = tile.column + c, at = (tile.row + r) * columns + column;
+      V value = Function::value(sums.template read<V>(tile, r, c, column, n));
+      if constexpr (Gated) value = value * sums.template read<V>(tile, r, tile.stride / 2 + c, columns + column, n);
+      if (residual != nullptr) value = V::load_partial(residual + at, n) + value;
+      n == V::lanes ? value.store(y + at) : value.store_partial(y + at, n);
+    });
   }
 };
 
 /// y += sum, as one chain that starts from y: accumulating two parts of k in turn gives the bits of accumulating them at once.
 template <typename Y>
 struct AddSums {
-  static constexpr bool starts_from_output = true;
+  static constexpr bool starts_from_output = true, gated = false;
   Y* y;
   Index columns;
 

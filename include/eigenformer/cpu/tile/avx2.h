@@ -24,8 +24,7 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx2, const bfloat16* p) {
   return {V{_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16))}, V{_mm256_castsi256_ps(odd)}};
 }
 
-/// int8 widened to int16 and vpmaddwd: as many instructions as sign, vpmaddubsw and vpmaddwd, and exact for -128 too.
-struct Int8Avx2 {
+struct Int8Avx2Base {
   static constexpr int lanes = 8;
   using Stored = std::int8_t;
   using Unit = std::uint32_t;
@@ -33,12 +32,7 @@ struct Int8Avx2 {
   struct Accumulator {
     __m256i v;
   };
-  struct Fragment {
-    __m256i even, odd;
-  };
-  using Factor = Fragment;
-  static constexpr int rows = 6, vectors = 2, columns = vectors * lanes, step = 4, units = 2, fragment = 4 * lanes;
-  static constexpr bool offset_activations = false;
+  static constexpr int rows = 6, vectors = 2, columns = vectors * lanes, step = 4, fragment = 4 * lanes;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {_mm256_setzero_si256()}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) {
@@ -47,9 +41,40 @@ struct Int8Avx2 {
   static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sums.v);
   }
+  static EIGENFORMER_INLINE __m256i raw(const std::int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+};
+
+#if defined(EIGENFORMER_ISA_AVX_VNNI)
+/// vpdpbusd: weights are the unsigned side, see generic.h.
+struct Int8Avx2 : Int8Avx2Base {
+  struct Fragment {
+    __m256i v;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 1;
+  static constexpr bool unsigned_weights = true;
+
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p)}; }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm256_set1_epi32(static_cast<int>(*p))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
+    return {_mm256_dpbusd_avx_epi32(sum.v, weight.v, x.v)};
+  }
+};
+#else
+/// int8 widened to int16 and vpmaddwd: as many instructions as sign, vpmaddubsw and vpmaddwd, and exact for -128 too.
+struct Int8Avx2 : Int8Avx2Base {
+  struct Fragment {
+    __m256i even, odd;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 2;
+  static constexpr bool unsigned_weights = false;
+
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
-    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return {_mm256_srai_epi16(_mm256_slli_epi16(raw, 8), 8), _mm256_srai_epi16(raw, 8)};
+    return {_mm256_srai_epi16(_mm256_slli_epi16(raw(p), 8), 8), _mm256_srai_epi16(raw(p), 8)};
   }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
@@ -60,6 +85,7 @@ struct Int8Avx2 {
     return {_mm256_add_epi32(sum.v, products)};
   }
 };
+#endif
 
 constexpr int transpose_size(isa::avx2) { return 8; }
 

@@ -18,6 +18,12 @@ constexpr Shape shape(isa::avx512) {
   return {12, 2};
 }
 
+template <typename Stored>
+  requires(std::same_as<Stored, bfloat16> || std::same_as<Stored, std::int8_t>)
+constexpr int step_multiple(isa::avx512) {
+  return 16;
+}
+
 template <typename Isa, typename V = simd::Vec<float, Isa>>
   requires std::same_as<V, simd::vec<float, isa::avx512>>
 EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
@@ -75,15 +81,14 @@ struct Int8Avx512Base {
 };
 
 #if defined(EIGENFORMER_ISA_AVX512_VNNI)
-/// vpdpbusd wants unsigned activations: they are packed with 128 added, and 128 times the sum of each weight row is taken off at
-/// the end. Sums may wrap on the way; modulo 2^32 the end is exact.
+/// vpdpbusd: weights are the unsigned side, see generic.h. Sums may wrap on the way; modulo 2^32 the end is exact.
 struct Int8Avx512 : Int8Avx512Base {
   struct Fragment {
     __m512i v;
   };
   using Factor = Fragment;
   static constexpr int units = 1;
-  static constexpr bool offset_activations = true;
+  static constexpr bool unsigned_weights = true;
 
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {_mm512_loadu_si512(p)}; }
   template <int Rows>
@@ -91,7 +96,7 @@ struct Int8Avx512 : Int8Avx512Base {
     return {_mm512_set1_epi32(static_cast<int>(*p))};
   }
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
-    return {_mm512_dpbusd_epi32(sum.v, x.v, weight.v)};
+    return {_mm512_dpbusd_epi32(sum.v, weight.v, x.v)};
   }
 };
 #else
@@ -102,7 +107,7 @@ struct Int8Avx512 : Int8Avx512Base {
   };
   using Factor = Fragment;
   static constexpr int units = 2;
-  static constexpr bool offset_activations = false;
+  static constexpr bool unsigned_weights = false;
 
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
     const __m512i raw = _mm512_loadu_si512(p);
@@ -118,6 +123,18 @@ struct Int8Avx512 : Int8Avx512Base {
   }
 };
 #endif
+
+EIGENFORMER_INLINE void store_pairs(isa::avx512, simd::vec<float, isa::avx512> even, simd::vec<float, isa::avx512> odd, int n,
+                                    std::uint32_t* to) {
+  std::uint16_t rounded[2][16];
+  even.store(reinterpret_cast<bfloat16*>(rounded[0]));
+  odd.store(reinterpret_cast<bfloat16*>(rounded[1]));
+  const auto widened = [&](int half) {
+    return _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded[half])));
+  };
+  const __m512i pairs = _mm512_or_si512(widened(0), _mm512_maskz_slli_epi32(0xffff, widened(1), 16));
+  _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << n) - 1u), pairs);
+}
 
 constexpr int transpose_size(isa::avx512) { return 16; }
 

@@ -6,7 +6,7 @@
 /// all:
 ///
 ///   weights      [panel][step][column of the panel][k of the step]     a panel is `columns` weights rows wide
-///   activations  [tile][step][unit of the step][row of the tile]
+///   activations  [tile][step][unit of the step][row of the tile]       AMX: [tile][16 steps][row of the tile][step]
 ///
 /// A dot is the arithmetic of one step, and has these members:
 ///
@@ -18,9 +18,12 @@
 ///   zero() load(sums) store(sums, accumulator)
 ///   weights(p) factor<Rows>(p)  load a Fragment; broadcast a Factor, unit u of which lies at p[u * Rows]
 ///   multiply_add(sum, fragment, factor)
+///   unsigned_weights            int8 only: packed weights are w + 128 as bytes (for instructions that multiply unsigned by
+///                               signed), and 128 times the sum of a row's activations is taken off that row's sums
 ///
 /// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting k into blocks (and storing the
-/// sums between them) changes no bit, and neither do the rows and columns beside it.
+/// sums between them) changes no bit, and neither do the rows and columns beside it. AMX dots have tile_products of their own
+/// (amx.h) instead of registers, and take steps 16 at a time (`steps_at_once`).
 #pragma once
 
 #include <cstring>
@@ -44,6 +47,12 @@ EIGENFORMER_INLINE void unroll(F&& f) {
 struct Shape {
   int rows, vectors;
 };
+
+/// Steps of a packed panel come in multiples of this, zeros behind the last: 16 where AMX may read them.
+template <typename Stored>
+constexpr int step_multiple(isa::generic) {
+  return 1;
+}
 
 template <typename T>
 constexpr Shape shape(isa::generic) {
@@ -84,7 +93,7 @@ struct Int8Generic {
     std::int32_t k[4];
   };
   static constexpr int rows = 4, vectors = 2, columns = vectors * lanes, step = 4, units = 2, fragment = 4 * lanes;
-  static constexpr bool offset_activations = false;
+  static constexpr bool unsigned_weights = false;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) {
@@ -114,6 +123,15 @@ EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std:
   };
   even = word(0) | word(2) << 16;
   odd = word(1) | word(3) << 16;
+}
+
+/// to[i] = the bfloat16 pair (even[i], odd[i]), even in the low half, for the first n lanes; both rounded to nearest even.
+template <typename V>
+EIGENFORMER_INLINE void store_pairs(isa::generic, V even, V odd, int n, std::uint32_t* to) {
+  std::uint16_t low[V::lanes], high[V::lanes];
+  even.store(reinterpret_cast<bfloat16*>(low));
+  odd.store(reinterpret_cast<bfloat16*>(high));
+  for (int i = 0; i < n; ++i) to[i] = low[i] | static_cast<std::uint32_t>(high[i]) << 16;
 }
 
 /// Largest block that `transpose` takes, in units.

@@ -1,5 +1,5 @@
 /// \file
-/// Register tiles for NEON: 6 x 3 vectors of 4 columns for floats, 6 x 4 for int8, in 18 and 24 of the 32 registers. The meaning of
+/// Register tiles for NEON: 8 x 2 vectors of 4 columns for floats, 6 x 4 for int8, in 16 and 24 of the 32 registers. The meaning of
 /// every member is in generic.h.
 #pragma once
 
@@ -10,13 +10,14 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace tile {
 
-// 18 sums cover 4 units of 4 cycles latency and leave room for the 6 widened vectors of a step of bfloat16 or half; 6 x 4 would
-// take 34 registers. By llvm-mca and g++ 12: 1.10 cycles a multiply-add with bfloat16 weights on a Cortex-A57, where 6 x 4 takes
-// 1.24, and 0.34 against 0.37 on an Exynos M5; with float weights both shapes take 1.03 and 0.34.
+// 16 sums cover 4 units of 4 cycles latency and leave room for a step's 4 widened vectors of bfloat16 or half and its factors,
+// where 6 x 4 would take 34 registers. By llvm-mca and g++ 12: 1.19 cycles a multiply-add with bfloat16 weights on a Cortex-A57,
+// where 6 x 4 takes 1.24, and 0.34 against 0.37 on an Exynos M5; with float weights both take 1.04 and 0.34. An even number of
+// vectors, so that the panel of a gated unit halves in whole ones.
 template <typename T>
   requires std::same_as<T, float>
 constexpr Shape shape(isa::neon) {
-  return {6, 3};
+  return {8, 2};
 }
 
 template <typename Isa, typename V = simd::Vec<float, Isa>>
@@ -28,7 +29,7 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::neon, const bfloat16* p) {
 }
 
 /// A step is four k of four columns in 16 bytes, and its activations are one unit of four int8 as they are. Nothing is widened, so
-/// 6 x 4 sums fit: 2.4 sdot a load, where 6 x 3 has 2.
+/// 6 x 4 sums fit: 2.4 sdot a load, where 8 x 2 has 1.6.
 struct Int8Neon {
   static constexpr int lanes = 4;
   using Stored = std::int8_t;
@@ -42,7 +43,7 @@ struct Int8Neon {
   };
   using Factor = Fragment;
   static constexpr int rows = 6, vectors = 4, columns = vectors * lanes, step = 4, units = 1, fragment = 4 * lanes;
-  static constexpr bool offset_activations = false;
+  static constexpr bool unsigned_weights = false;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {vdupq_n_s32(0)}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) { return {vld1q_s32(p)}; }

@@ -16,6 +16,23 @@ struct MatrixOperand {
   Index row_stride, depth_stride;
 };
 
+/// The rows of weights that make up panels: of one matrix (out, in), or of two whose outputs are paired (a gated unit: the first
+/// half of a panel's columns are rows of the first, the second half the same rows of the second).
+template <typename W, int Matrices>
+struct WeightRows {
+  MatrixOperand<W> matrices[Matrices];
+  Index rows;  // of each
+
+  /// f(matrix, first row, rows, first column of the panel) for the parts of a panel of `columns`.
+  template <typename F>
+  void for_each_part(Index panel, int columns, F&& f) const {
+    const int width = columns / Matrices;
+    const Index first = panel * width, valid = std::min<Index>(width, rows - first);
+    for (int m = 0; m < Matrices; ++m) f(matrices[m], first, valid, m * width);
+  }
+  bool fills(Index panel, int columns) const { return (panel + 1) * (columns / Matrices) <= rows; }
+};
+
 namespace tile {
 
 /// count elements of From, converted through vectors to E.
@@ -51,15 +68,14 @@ void prefetch_lines(const E* from, Index row_stride, Index rows) {
     __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(r * row_stride) * sizeof(E)), 0, 2);
 }
 
-/// Packs `rows` of `width` rows (zeros for the others) and `count` of k, with zeros up to a whole unit. `convert(r, k, n, stage)`
-/// writes elements [k, k + n) of row r as E.
+/// Packs `rows` rows and `count` of k, with zeros up to a whole unit; to[unit * width + row]. `convert(r, k, n, stage)` writes
+/// elements [k, k + n) of row r as E.
 template <typename E, typename Isa, typename Unit, typename Convert>
 void pack_lines(Isa isa, Index rows, int width, Index count, Unit* to, Convert&& convert) {
   constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{}), stage_units = 64,
                 stage_count = stage_units * per_unit;
   alignas(64) E stage[block * stage_count];
   const Index units = (count + per_unit - 1) / per_unit;
-  if (rows < width) clear(to, units * width);
   for (Index first = 0; first < units; first += stage_units) {
     const Index k = first * per_unit;
     const int staged = static_cast<int>(std::min<Index>(stage_units, units - first));
@@ -82,7 +98,6 @@ template <typename E, typename Isa, typename Unit>
 void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int width, Index count, Unit* to) {
   constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{});
   const Index whole = count / per_unit;
-  if (rows < width) clear(to, whole * width);
   for (Index u = 0; u < whole; u += block) {
     prefetch_lines(from + (u + kPrefetchUnits) * per_unit, row_stride, rows);
     for (int r = 0; r < rows; r += block)
@@ -96,37 +111,37 @@ void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int wi
     });
 }
 
-/// Packs a source whose k runs along the rows of memory: k at from + k * depth_stride, `rows` contiguous elements each.
-template <typename E, typename Isa, typename From, typename Unit>
-void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int width, Index count, Unit* to) {
-  constexpr int per_unit = sizeof(Unit) / sizeof(E), widest = 32;  // columns of the widest panel
-  alignas(64) E lines[per_unit * widest] = {};
-  for (Index k = 0; k < count; k += per_unit, to += width) {
-    for (int j = 0; j < per_unit; ++j) {
-      if (k + j < count)
-        convert_line<Isa>(from + (k + j) * depth_stride, rows, lines + j * widest);
-      else
-        std::fill_n(lines + j * widest, rows, E{});
-    }
-    if constexpr (per_unit == 1) {
-      std::memcpy(static_cast<void*>(to), lines, static_cast<std::size_t>(width) * sizeof(E));
-    } else {
-      static_assert(sizeof(E) == 2 && per_unit == 2);
-      std::uint16_t words[2][widest];
-      std::uint32_t pairs[widest];
-      std::memcpy(words, lines, sizeof(words));
-      for (int r = 0; r < widest; ++r) pairs[r] = words[0][r] | static_cast<std::uint32_t>(words[1][r]) << 16;
-      std::memcpy(static_cast<void*>(to), pairs, static_cast<std::size_t>(width) * sizeof(Unit));
+/// Packs a source whose k runs along the rows of memory: k at from + k * depth_stride, `rows` contiguous elements each. One k a
+/// unit.
+template <typename Isa, typename From, typename E>
+void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int width, Index count, E* to) {
+  for (Index k = 0; k < count; ++k) convert_line<Isa>(from + k * depth_stride, rows, to + k * width);
+}
+
+/// Pairs of bfloat16 from the same.
+template <typename Isa, typename From>
+void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows, int width, Index count, std::uint32_t* to) {
+  using V = simd::Vec<float, Isa>;
+  for (Index k = 0; k < count; k += 2, to += width) {
+    const From* even = from + k * depth_stride;
+    const From* odd = even + depth_stride;  // not read where k is the last
+    for (Index r = 0; r < rows; r += V::lanes) {
+      const int n = static_cast<int>(std::min<Index>(V::lanes, rows - r));
+      const auto load = [&](const From* p) { return n == V::lanes ? V::load(p + r) : V::load_partial(p + r, n); };
+      store_pairs(isa, load(even), k + 1 < count ? load(odd) : V::zero(), n, to + r);
     }
   }
 }
 
-/// Either orientation, elements of E.
+/// Either orientation, elements of E, `rows` rows from `row` on to the first columns of lines of `width`.
 template <typename E, typename Isa, typename From, typename Unit>
 void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int width, Index k, Index count, Unit* to) {
   const From* from = source.data + row * source.row_stride + k * source.depth_stride;
-  if constexpr (!std::is_same_v<E, std::int8_t>)  // int8 has no gradients
-    if (source.depth_stride != 1) return pack_columns<E>(isa, from, source.depth_stride, rows, width, count, to);
+  if constexpr (sizeof(E) == sizeof(Unit)) {
+    if (source.depth_stride != 1) return pack_columns(isa, from, source.depth_stride, rows, width, count, reinterpret_cast<E*>(to));
+  } else if constexpr (std::is_same_v<E, bfloat16>) {  // int8 and half have no gradients of their own
+    if (source.depth_stride != 1) return pack_column_pairs(isa, from, source.depth_stride, rows, width, count, to);
+  }
   if constexpr (std::is_same_v<From, E>)
     pack_raw_lines<E>(isa, from, source.row_stride, rows, width, count, to);
   else
@@ -134,9 +149,25 @@ void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index r
                   [&](Index r, Index at, int n, E* stage) { convert_line<Isa>(from + r * source.row_stride + at, n, stage); });
 }
 
+// ---- weights -----------------------------------------------------------------------------------------------------------------
+
 /// The unit of packed weights: 64 bits for double, 32 for everything else.
 template <typename Stored>
 using WeightUnit = std::conditional_t<std::is_same_v<Stored, double>, double, std::uint32_t>;
+
+template <typename Dot>
+inline constexpr bool unsigned_weights = false;
+template <typename Dot>
+  requires std::is_same_v<typename Dot::Stored, std::int8_t>
+inline constexpr bool unsigned_weights<Dot> = Dot::unsigned_weights;
+
+/// Steps of `depth` in a packed panel.
+template <typename Stored, typename Isa>
+constexpr Index packed_steps(Isa isa, Index depth) {
+  constexpr int step = Dot<Stored, Stored, Isa>::step, multiple = step_multiple<Stored>(Isa{});
+  static_cast<void>(isa);
+  return (depth + step * multiple - 1) / (step * multiple) * multiple;
+}
 
 /// Half keeps the two k of a step one vector after the other, so that a fragment is two plain loads.
 template <typename Dot>
@@ -149,35 +180,85 @@ void separate_pairs(typename Dot::Stored* panel, Index steps) {
   }
 }
 
-/// Packs k of [k, k + count) of one panel of weights, `rows` of its columns valid; k is a multiple of the step.
-template <typename Dot, typename Isa, typename From>
-void pack_panel(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, Index k, Index count, typename Dot::Stored* to) {
+/// The last touch on `steps` steps of a panel, once all its columns are packed.
+template <typename Dot>
+void finish_panel(typename Dot::Stored* panel, Index steps) {
+  if constexpr (std::is_same_v<typename Dot::Stored, half>) separate_pairs<Dot>(panel, steps);
+  if constexpr (unsigned_weights<Dot>)
+    for (Index i = 0; i < steps * Dot::columns * Dot::step; ++i) panel[i] = static_cast<std::int8_t>(panel[i] ^ -128);  // w + 128
+}
+
+/// Packs k of [k, k + count) of one panel, zeros up to `steps` steps; k is a multiple of the step.
+template <typename Dot, typename Isa, typename W, int Matrices>
+void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, Index k, Index count, Index steps,
+                typename Dot::Stored* to) {
   using E = typename Dot::Stored;
   auto* units = reinterpret_cast<WeightUnit<E>*>(to);
-  pack_operand<E>(isa, source, row, rows, Dot::columns, k, count, units);
-  if constexpr (std::is_same_v<E, half>) separate_pairs<Dot>(to, (count + Dot::step - 1) / Dot::step);
+  constexpr int per_unit = sizeof(WeightUnit<E>) / sizeof(E), units_per_step = Dot::step / per_unit;
+  const Index filled = (count + per_unit - 1) / per_unit;
+  if (weights.fills(panel, Dot::columns))
+    clear(units + filled * Dot::columns, (steps * units_per_step - filled) * Dot::columns);
+  else
+    clear(units, steps * units_per_step * Dot::columns);
+  weights.for_each_part(panel, Dot::columns, [&](const MatrixOperand<W>& matrix, Index row, Index rows, int column) {
+    pack_operand<E>(isa, matrix, row, rows, Dot::columns, k, count, units + column);
+  });
+  finish_panel<Dot>(to, steps);
 }
 
-/// Adds to each column's offset what activations with 128 added make too much over a packed chunk: 128 times the sum of its
-/// weights, modulo 2^32.
+// ---- activations ---------------------------------------------------------------------------------------------------------------
+
 template <typename Dot>
-void add_offsets(const std::int8_t* panel, Index steps, std::int32_t* offsets) {
-  for (Index s = 0; s < steps; ++s, panel += Dot::columns * 4)
-    for (int c = 0; c < Dot::columns; ++c)
-      offsets[c] = static_cast<std::int32_t>(
-          static_cast<std::uint32_t>(offsets[c]) +
-          static_cast<std::uint32_t>(128 * (panel[4 * c] + panel[4 * c + 1] + panel[4 * c + 2] + panel[4 * c + 3])));
+inline constexpr int steps_at_once = 1;
+template <typename Dot>
+  requires(Dot::steps_at_once > 1)
+inline constexpr int steps_at_once<Dot> = Dot::steps_at_once;
+
+/// Steps that a product of Dot goes through for `depth`.
+template <typename Dot>
+constexpr Index product_steps(Index depth) {
+  constexpr Index at_once = Index{Dot::step} * steps_at_once<Dot>;
+  return (depth + at_once - 1) / at_once * steps_at_once<Dot>;
 }
 
-/// Packs all of k of one tile of activations: `rows` valid of `height`. Plain and widening dots take Unit elements, bfloat16 dots
-/// pairs.
+/// What the tile of activations of a dot holds: pairs of bfloat16 where a unit is 32 raw bits.
+template <typename Dot>
+using ActivationElement = std::conditional_t<std::is_same_v<typename Dot::Unit, std::uint32_t>, bfloat16, typename Dot::Unit>;
+
+/// AMX order: [16 steps][row][step], zeros behind the last k.
+template <typename Dot, typename Isa, typename From>
+void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index depth,
+                    typename Dot::Unit* to) {
+  using E = ActivationElement<Dot>;
+  constexpr Index at_once = Index{Dot::step} * steps_at_once<Dot>;
+  for (Index k = 0; k < depth; k += at_once, to += height * steps_at_once<Dot>) {
+    const Index n = std::min(at_once, depth - k);
+    const From* from = source.data + row * source.row_stride + k * source.depth_stride;
+    if (n < at_once) clear(to, height * steps_at_once<Dot>);
+    if (source.depth_stride == 1) {
+      for (Index r = 0; r < rows; ++r)
+        convert_line<Isa>(from + r * source.row_stride, n, reinterpret_cast<E*>(to + r * steps_at_once<Dot>));
+    } else {
+      constexpr int block = 16;
+      typename Dot::Unit stage[steps_at_once<Dot>][Dot::rows];
+      pack_column_pairs(isa, from, source.depth_stride, rows, Dot::rows, n, stage[0]);
+      for (Index r = 0; r < rows; r += block)
+        transpose(isa, stage[0] + r, Index{sizeof(stage[0])}, static_cast<int>((n + 1) / 2),
+                  static_cast<int>(std::min<Index>(block, rows - r)), to + r * steps_at_once<Dot>, Index{steps_at_once<Dot>});
+    }
+  }
+}
+
+/// Packs all of k of one tile of activations, `rows` valid of `height`, zeros elsewhere. Plain and widening dots take Unit
+/// elements, bfloat16 dots pairs.
 template <typename Dot, typename Isa, typename From>
 void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index depth, typename Dot::Unit* to) {
-  using Unit = typename Dot::Unit;
-  using E = std::conditional_t<std::is_same_v<Unit, std::uint32_t>, bfloat16, Unit>;
-  constexpr int per_unit = sizeof(Unit) / sizeof(E);
+  using E = ActivationElement<Dot>;
+  constexpr int per_unit = sizeof(typename Dot::Unit) / sizeof(E);
+  if constexpr (steps_at_once<Dot> > 1) return pack_tile_rows<Dot>(isa, source, row, rows, height, depth, to);
+  const Index filled = (depth + per_unit - 1) / per_unit, units = product_steps<Dot>(depth) * Dot::units;
+  if (rows < height) clear(to, filled * height);
   pack_operand<E>(isa, source, row, rows, height, 0, depth, to);
-  const Index filled = (depth + per_unit - 1) / per_unit, units = (depth + Dot::step - 1) / Dot::step * Dot::units;
   clear(to + filled * height, (units - filled) * height);
 }
 

@@ -18,6 +18,13 @@ constexpr int tile_height(Index rows) {
   return Dot::rows;
 }
 
+/// The largest height of at most this many rows.
+template <typename Dot>
+constexpr Index whole_height(Index rows) {
+  while (tile_height<Dot>(rows) != rows) --rows;
+  return rows;
+}
+
 /// Panels in flight at a height: two thirds of the registers of a full tile, the rest for factors and fragments.
 template <typename Dot>
 constexpr int panels_in_flight(int height) {

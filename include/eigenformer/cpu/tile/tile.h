@@ -3,6 +3,9 @@
 #pragma once
 
 #include "float.h"
+#if defined(EIGENFORMER_ISA_AMX)
+#include "amx.h"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -25,6 +28,11 @@ Int8Neon pick_int8(isa::neon);
 template <typename Isa>
 Bfloat16Avx512 pick_bfloat16(isa::avx512);
 #endif
+#if defined(EIGENFORMER_ISA_AMX)
+Int8Amx pick_int8(isa::amx);
+template <typename Isa>
+Bfloat16Amx pick_bfloat16(isa::amx);
+#endif
 
 template <typename Stored, bool NarrowActivations, typename Isa>
 auto pick_dot() {
@@ -44,6 +52,10 @@ auto pick_dot() {
 /// quantizes the activations, everything else widens to float (double to double).
 template <typename Stored, typename X, typename Isa>
 using Dot = decltype(detail::pick_dot<Stored, std::is_same_v<X, bfloat16>, Isa>());
+
+/// The same for weights quantized in groups, whose sums are cut every 32 to 128 k: too short for AMX.
+template <typename Isa>
+using GroupedDot = Dot<std::int8_t, std::int8_t, std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512, Isa>>;
 
 }  // namespace tile
 }  // namespace EIGENFORMER_ABI

@@ -1,0 +1,116 @@
+/// \file
+/// Activations of a matrix product: how the rows of a block fall into register tiles, and their packing, for int8 with the
+/// quantization of each token on the way.
+#pragma once
+
+#include "quantize_line.h"
+#include "tile/pack.h"
+#include "tile/product.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// How the rows of a block fall into tiles: whole ones, but a short last one shares its rows with the one before it. Of 16 rows,
+/// two tiles of 8 run faster than 12 and 4: a tile of 4 waits for its own sums.
+template <typename Dot>
+class Tiles {
+ public:
+  explicit Tiles(Index block_rows) : rows_(block_rows), count_((block_rows + Dot::rows - 1) / Dot::rows), split_(block_rows) {
+    const Index rest = block_rows % Dot::rows;
+    if (tile::steps_at_once<Dot> == 1 && count_ > 1 && rest > 0 && rest <= Dot::rows / 3)
+      split_ = (count_ - 2) * Dot::rows + tile::whole_height<Dot>(2 * Dot::rows / 3);
+    else if (count_ > 0)
+      split_ = (count_ - 1) * Dot::rows;
+  }
+  Index count() const { return count_; }
+  Index first(Index t) const { return t + 1 == count_ ? split_ : t * Dot::rows; }
+  Index valid(Index t) const { return (t + 1 == count_ ? rows_ : t + 2 == count_ ? split_ : (t + 1) * Dot::rows) - first(t); }
+  int height(Index t) const { return tile::tile_height<Dot>(valid(t)); }
+  /// Of the last tile's end.
+  Index padded_rows() const { return count_ == 0 ? 0 : split_ + height(count_ - 1); }
+  /// An upper bound of padded_rows for any number of rows up to this.
+  static constexpr Index padded_rows(Index rows) { return (rows + Dot::rows - 1) / Dot::rows * Dot::rows; }
+
+ private:
+  Index rows_, count_;
+  Index split_;  // first row of the last tile
+};
+
+/// What quantized activations are scaled by and what is taken off their sums.
+struct ActivationScales {
+  float* scales;          // (rows)
+  std::int32_t* offsets;  // (rows, groups): 128 times the sum of the group's values, 0 where weights are signed
+  Index group;            // k of one group; the depth where there is one
+  Index groups;
+};
+
+inline std::int32_t sum_of(const std::int8_t* values, Index count) {
+  std::int32_t sum = 0;
+  for (Index i = 0; i < count; ++i) sum += values[i];
+  return sum;
+}
+
+/// Quads of `n` quantized activations from k on into their places in a tile; n is a multiple of 4 but at the end.
+template <typename Dot>
+void place_quads(const std::int8_t* values, Index k, Index n, int height, typename Dot::Unit* to) {
+  if constexpr (tile::steps_at_once<Dot> > 1) {
+    constexpr Index at_once = Index{Dot::step} * tile::steps_at_once<Dot>;
+    for (Index at = 0; at < n; at += at_once)
+      std::memcpy(static_cast<void*>(to + (k + at) / at_once * height * tile::steps_at_once<Dot>), values + at,
+                  static_cast<std::size_t>(std::min(at_once, n - at)));
+  } else {
+    to += k / 4 * height * Dot::units;
+    for (Index at = 0; at < n; at += 4, to += height * Dot::units) {
+      std::uint32_t quad;
+      std::memcpy(&quad, values + at, 4);
+      if constexpr (Dot::units == 1)
+        *to = quad;
+      else
+        tile::split_quad(quad, to[0], to[height]);
+    }
+  }
+}
+
+/// Quantizes row r of activations into its place in an int8 tile.
+template <typename Dot, typename Isa, typename X>
+void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot::Unit* to, const ActivationScales& result,
+                        Index r) {
+  constexpr Index chunk = 256;  // a multiple of every group size but the whole depth
+  alignas(64) std::int8_t values[chunk];
+  const float scale = activation_scale<Isa>(row, depth);
+  result.scales[r] = scale;
+  std::int32_t* offsets = result.offsets + r * result.groups;
+  std::fill_n(offsets, result.groups, 0);
+  for (Index k = 0; k < depth; k += chunk) {
+    const Index n = std::min(chunk, depth - k), padded = (n + 3) / 4 * 4;
+    quantize_activation_line<Isa>(row + k, n, scale, values);
+    std::fill(values + n, values + padded, std::int8_t{0});
+    place_quads<Dot>(values, k, padded, height, to);
+    if constexpr (Dot::unsigned_weights)
+      for (Index at = 0, part = std::min(chunk, result.group); at < n; at += part)
+        offsets[(k + at) / result.group] += 128 * sum_of(values + at, std::min(part, n - at));
+  }
+}
+
+/// Packs a tile of `rows` valid rows of `height`; `r` is its first row in the block.
+template <typename Dot, typename Isa, typename X>
+void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height, Index depth, typename Dot::Unit* to,
+                      const ActivationScales& scales, Index r) {
+  if constexpr (std::is_same_v<typename Dot::Stored, std::int8_t>) {
+    const Index steps = tile::product_steps<Dot>(depth);
+    if (rows < height) tile::clear(to, steps * Dot::units * height);
+    if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)  // the last of the 16 steps may stay empty
+      tile::clear(to + (steps - tile::steps_at_once<Dot>)*height, Index{tile::steps_at_once<Dot>} * height);
+    for (Index i = 0; i < rows; ++i) {
+      constexpr Index to_next = tile::steps_at_once<Dot>;  // from one row of a tile to the next
+      pack_quantized_row<Dot>(isa, x.data + (row + i) * x.row_stride, depth, height, to + i * to_next, scales, r + i);
+    }
+  } else {
+    tile::pack_tile<Dot>(isa, x, row, rows, height, depth, to);
+  }
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

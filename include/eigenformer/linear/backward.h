@@ -1,0 +1,83 @@
+/// \file
+/// Gradients of the linear layer. The manual is linear.h.
+#pragma once
+
+#include "../linear.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// grad_x (tokens, in) = grad_y (tokens, out) times weight (out, in), a tensor. grad_x must not overlap an input.
+template <CpuDevice D, typename GradX, typename GradY, typename Weight>
+void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& grad_y, const Weight& weight,
+                                Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "linear_backward_input";
+  static_assert(!detail::is_packed_weight<Weight>,
+                "eigenformer: linear_backward_input_into takes the (out, in) tensor, not a PackedWeight");
+  const auto to = output_view<2>(grad_x);
+  const auto from = input_view<2>(grad_y);
+  const auto w = input_view<2>(weight);
+  using X = scalar_of<GradX>;
+  using Y = scalar_of<GradY>;
+  using W = scalar_of<Weight>;
+  static_assert(FloatingScalar<X> && FloatingScalar<Y> && FloatingScalar<W>, "eigenformer: gradients are of floating scalars");
+  static_assert(std::is_same_v<Y, double> || !std::is_same_v<X, double>, "eigenformer: a double grad_x needs a double grad_y");
+  const Index tokens = from.dimension(0), out = w.dimension(0), in = w.dimension(1);
+  require(from.dimension(1) == out, name, "grad_y has ", from.dimension(1), " features, weight has ", out, " rows");
+  require(to.dimension(0) == tokens && to.dimension(1) == in, name, "grad_x has shape ", detail::shape_text(to), ", expected (",
+          tokens, ", ", in, ")");
+  const auto end = detail::finish<false>(PlainSums<float>{nullptr}, to, Epilogue{});
+  cpu::with_granted_isa([&](auto isa) {
+    using Dot = tile::Dot<detail::operand_scalar<Y, W>, Y, decltype(isa)>;
+    cpu::product<Dot>(isa, device,
+                      ProductProblem<Y, WeightRows<W, 1>, std::remove_const_t<decltype(end)>>{
+                          {from.data(), out, 1}, {{{w.data(), 1, in}}, in}, tokens, in, out, end},
+                      workspace);
+  });
+}
+
+/// grad_weight (out, in) += grad_y (tokens, out) transposed times x (tokens, in). grad_weight is float; double for double grad_y or
+/// x.
+template <CpuDevice D, typename GradW, typename GradY, typename Input>
+void linear_backward_weight_into(const D& device, GradW&& grad_weight, const GradY& grad_y, const Input& x,
+                                 Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "linear_backward_weight";
+  const auto to = output_view<2>(grad_weight);
+  const auto dy = input_view<2>(grad_y);
+  const auto input = input_view<2>(x);
+  using G = scalar_of<GradW>;
+  using Y = scalar_of<GradY>;
+  using X = scalar_of<Input>;
+  static_assert(std::is_same_v<G, float> || std::is_same_v<G, double>, "eigenformer: gradients of parameters are float or double");
+  static_assert(std::is_same_v<G, double> || (!std::is_same_v<X, double> && !std::is_same_v<Y, double>),
+                "eigenformer: double activations need a double gradient");
+  const Index tokens = dy.dimension(0), out = dy.dimension(1), in = input.dimension(1);
+  require(input.dimension(0) == tokens, name, "x has ", input.dimension(0), " tokens, grad_y has ", tokens);
+  require(to.dimension(0) == out && to.dimension(1) == in, name, "grad_weight has shape ", detail::shape_text(to), ", expected (",
+          out, ", ", in, ")");
+  constexpr bool narrow = std::is_same_v<X, bfloat16> && std::is_same_v<Y, bfloat16> && std::is_same_v<G, float>;
+  cpu::with_granted_isa([&](auto isa) {
+    using Dot = tile::Dot<std::conditional_t<narrow, bfloat16, G>, Y, decltype(isa)>;
+    cpu::product<Dot>(isa, device,
+                      ProductProblem<Y, WeightRows<X, 1>, AddSums<G>>{
+                          {dy.data(), 1, out}, {{{input.data(), 1, in}}, in}, out, in, tokens, {to.data(), in}},
+                      workspace);
+  });
+}
+
+/// grad_bias (out) += the sum of grad_y (tokens, out) over tokens, in their order. grad_bias is float; double for double grad_y.
+template <CpuDevice D, typename GradB, typename GradY>
+void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& grad_y) {
+  const auto to = output_view<1>(grad_bias);
+  const auto dy = input_view<2>(grad_y);
+  using G = scalar_of<GradB>;
+  static_assert(std::is_same_v<G, float> || std::is_same_v<G, double>, "eigenformer: gradients of parameters are float or double");
+  static_assert(std::is_same_v<G, double> || !std::is_same_v<scalar_of<GradY>, double>,
+                "eigenformer: double activations need a double gradient");
+  require(to.dimension(0) == dy.dimension(1), "linear_backward_bias", "grad_bias has ", to.dimension(0), " elements, grad_y has ",
+          dy.dimension(1), " features");
+  cpu::add_column_sums(isa::best{}, device, to.data(), dy.data(), dy.dimension(0), dy.dimension(1));
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
