@@ -36,6 +36,9 @@ std::string isa_name() {
 #if defined(EIGENFORMER_ISA_AVX512_BF16)
   name += " bf16";
 #endif
+#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
+  name += " dotprod";
+#endif
   return name;
 }
 

@@ -19,7 +19,7 @@ needs_of() {
   case "$1" in
     demo) echo compiler cmake ninja eigen json ;;
     test) echo compiler cmake ninja eigen json gtest mpi ;;
-    ci) echo compiler cmake ninja eigen json gtest mpi benchmark ccache clang onednn openblas format ;;
+    ci) echo compiler cmake ninja eigen json gtest mpi benchmark ccache clang onednn openblas format cross ;;
     *) fail "unknown package set '$1', expected demo, test or ci" ;;
   esac
 }
@@ -38,6 +38,7 @@ package_of() {  # need, manager
     apt:onednn) echo libdnnl-dev ;;    dnf:onednn) echo onednn-devel ;;    pacman:onednn) echo onednn ;;          brew:onednn) echo onednn ;;
     apt:openblas) echo libopenblas-dev ;; dnf:openblas) echo openblas-devel ;; *:openblas) echo openblas ;;
     apt:format) echo clang-format-16 ;; *:format) echo - ;;
+    apt:cross) echo g++-aarch64-linux-gnu qemu-user googletest ;; *:cross) echo - ;;
   esac
 }
 

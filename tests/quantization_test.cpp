@@ -233,6 +233,28 @@ TEST(Int8Linear, IsExactAndTheSameOnEveryIsa) {
   check_int8_linear<float>(70, 2100, 150);
 }
 
+TEST(Int8Linear, IsExactForTheLargestProducts) {
+  // Weights of -128, which only a caller can bring, and activations of -127 and 127: pairs of products come within 256 of int16's
+  // end.
+  for (Index in : {1, 2, 3, 4, 8, 67, 1000}) {
+    ef::Tensor<std::int8_t, 2> values(5, in);
+    ef::Tensor<float, 2> x(7, in);
+    ef::Tensor<float, 1> scales(5);
+    scales.setConstant(1.0f);
+    for (Index o = 0; o < 5; ++o)
+      for (Index i = 0; i < in; ++i)
+        values(o, i) = static_cast<std::int8_t>(o == 0 || (o == 1 && i % 2 == 0) ? -128 : 127 - 63 * o);
+    for (Index t = 0; t < 7; ++t)
+      for (Index i = 0; i < in; ++i) x(t, i) = t == 0 || (t + i) % 3 != 0 ? -1.0f : 1.0f;
+    const auto expected = ef::reference::int8_linear(x, values, scales, static_cast<const float*>(nullptr));
+    for_each_isa([&](auto isa) {
+      ef::Tensor<float, 2> y(7, 5);
+      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, scales, ef::Epilogue<>{}, ef::thread_workspace());
+      ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << in;
+    });
+  }
+}
+
 TEST(Int8Linear, PackedFromFloatEqualsQuantizedThenPacked) {
   const auto weight = random_tensor<float, 2>({45, 67}, 1);
   const auto x = random_tensor<float, 2>({6, 67}, 2);

@@ -1,5 +1,5 @@
 // vec<T, Isa> against scalar arithmetic, for every ISA of this build, every length of a tail, and every special value.
-#include <eigenformer/cpu/simd/simd.h>
+#include <eigenformer/cpu/simd/transpose.h>
 
 #include "compare.h"
 
@@ -56,6 +56,23 @@ TEST(Simd, SwapPairsExchangesNeighbours) {
   });
 }
 
+TEST(Simd, TransposeExchangesRowsAndColumns) {
+  for_each_isa([](auto isa) {
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    V rows[V::lanes];
+    float values[V::lanes];
+    for (int r = 0; r < V::lanes; ++r) {
+      for (int c = 0; c < V::lanes; ++c) values[c] = static_cast<float>(r * V::lanes + c);
+      rows[r] = V::load(values);
+    }
+    transpose(rows);
+    for (int r = 0; r < V::lanes; ++r) {
+      rows[r].store(values);
+      for (int c = 0; c < V::lanes; ++c) EXPECT_EQ(values[c], static_cast<float>(c * V::lanes + r)) << isa.name;
+    }
+  });
+}
+
 TEST(Simd, NarrowingRoundsToNearestEvenLikeEigen) {
   std::mt19937 generator(1);
   for_each_isa([&](auto isa) {
@@ -105,7 +122,7 @@ TEST(Simd, ArithmeticMasksAndReductions) {
       const V a = V::load(x.data()), b = V::load(y.data());
       const auto sum = lanes_of(a + b), product = lanes_of(a * b), fused = lanes_of(fma(a, b, a)), low = lanes_of(min(a, b)),
                  high = lanes_of(max(a, b)), magnitude = lanes_of(abs(a)), rounded = lanes_of(round(a)), quotient = lanes_of(a / b),
-                 chosen = lanes_of(select(less(a, b), a, b));
+                 chosen = lanes_of(select(less(a, b), a, b)), root = lanes_of(sqrt(abs(b)));
       const auto lt = less(a, b).bits(), le = less_equal(a, b).bits(), eq = equal(a, b).bits(), nan = is_nan(a).bits();
       for (int i = 0; i < V::lanes; ++i) {
         const auto u = static_cast<std::size_t>(i);
@@ -117,6 +134,7 @@ TEST(Simd, ArithmeticMasksAndReductions) {
           EXPECT_EQ(magnitude[u], std::fabs(x[u]));
           EXPECT_EQ(rounded[u], std::nearbyint(x[u]));
         }
+        EXPECT_EQ(root[u], std::sqrt(std::fabs(y[u])));
         EXPECT_EQ(low[u], x[u] < y[u] ? x[u] : y[u]);
         EXPECT_EQ(high[u], x[u] > y[u] ? x[u] : y[u]);
         EXPECT_EQ(chosen[u], x[u] < y[u] ? x[u] : y[u]);
@@ -131,6 +149,18 @@ TEST(Simd, ArithmeticMasksAndReductions) {
       EXPECT_EQ(reduce_max(b), *std::max_element(y.begin(), y.end()));
       EXPECT_EQ(reduce_min(b), *std::min_element(y.begin(), y.end()));
     }
+  });
+}
+
+TEST(Simd, MinAndMaxReturnTheSecondOperandWhereEitherIsNan) {
+  for_each_isa([](auto isa) {
+    SCOPED_TRACE(isa.name);
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    const V nan = V::set1(std::numeric_limits<float>::quiet_NaN()), one = V::set1(1.0f);
+    EXPECT_EQ(lanes_of(min(nan, one))[0], 1.0f);
+    EXPECT_EQ(lanes_of(max(nan, one))[0], 1.0f);
+    EXPECT_TRUE(std::isnan(lanes_of(min(one, nan))[0]));
+    EXPECT_TRUE(std::isnan(lanes_of(max(one, nan))[0]));
   });
 }
 

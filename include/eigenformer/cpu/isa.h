@@ -36,6 +36,12 @@
     defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define EIGENFORMER_ISA_AMX 1
 #endif
+#if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#define EIGENFORMER_ISA_NEON_DOTPROD 1
+#endif
+#if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_FP16_SCALAR_ARITHMETIC)
+#define EIGENFORMER_ISA_NEON_FP16 1  // Eigen::half holds an __fp16 then, which calls pass in another register
+#endif
 
 // Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its
 // own.
@@ -59,6 +65,12 @@
 #define EIGENFORMER_ABI_BASE v1_avx512
 #elif defined(EIGENFORMER_ISA_AVX2)
 #define EIGENFORMER_ABI_BASE v1_avx2
+#elif defined(EIGENFORMER_ISA_NEON_DOTPROD) && defined(EIGENFORMER_ISA_NEON_FP16)
+#define EIGENFORMER_ABI_BASE v1_neon_dotprod_fp16
+#elif defined(EIGENFORMER_ISA_NEON_DOTPROD)
+#define EIGENFORMER_ABI_BASE v1_neon_dotprod
+#elif defined(EIGENFORMER_ISA_NEON_FP16)
+#define EIGENFORMER_ABI_BASE v1_neon_fp16
 #elif defined(EIGENFORMER_ISA_NEON)
 #define EIGENFORMER_ABI_BASE v1_neon
 #elif defined(__FMA__)

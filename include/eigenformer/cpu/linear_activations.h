@@ -64,7 +64,7 @@ void place_quads(const std::int8_t* values, Index k, Index n, int height, typena
     for (Index at = 0; at < n; at += 4, to += height * Dot::units) {
       std::uint32_t quad;
       std::memcpy(&quad, values + at, 4);
-      if constexpr (Dot::unsigned_weights)
+      if constexpr (Dot::units == 1)
         *to = quad;
       else
         tile::split_quad(quad, to[0], to[height]);

@@ -10,6 +10,9 @@
 #if defined(EIGENFORMER_ISA_AVX512)
 #include "avx512.h"
 #endif
+#if defined(EIGENFORMER_ISA_NEON)
+#include "neon.h"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -27,6 +30,11 @@ vec<float, isa::avx2> pick(isa::avx2);
 template <typename T, typename Isa>
   requires std::same_as<T, float>
 vec<float, isa::avx512> pick(isa::avx512);
+#endif
+#if defined(EIGENFORMER_ISA_NEON)
+template <typename T, typename Isa>
+  requires std::same_as<T, float>
+vec<float, isa::neon> pick(isa::neon);
 #endif
 
 }  // namespace detail

@@ -60,6 +60,18 @@ EIGENFORMER_INLINE void transpose(vec<float, isa::avx512> (&rows)[16]) {
 }
 #endif
 
+#if defined(EIGENFORMER_ISA_NEON)
+EIGENFORMER_INLINE void transpose(vec<float, isa::neon> (&rows)[4]) {
+  const auto pair = [](float32x4_t v) { return vreinterpretq_f64_f32(v); };
+  const float64x2_t even01 = pair(vtrn1q_f32(rows[0].v, rows[1].v)), odd01 = pair(vtrn2q_f32(rows[0].v, rows[1].v));  // a0 b0 a2 b2
+  const float64x2_t even23 = pair(vtrn1q_f32(rows[2].v, rows[3].v)), odd23 = pair(vtrn2q_f32(rows[2].v, rows[3].v));
+  rows[0].v = vreinterpretq_f32_f64(vtrn1q_f64(even01, even23));
+  rows[1].v = vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23));
+  rows[2].v = vreinterpretq_f32_f64(vtrn2q_f64(even01, even23));
+  rows[3].v = vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23));
+}
+#endif
+
 }  // namespace simd
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

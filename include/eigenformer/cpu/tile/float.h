@@ -10,6 +10,9 @@
 #if defined(EIGENFORMER_ISA_AVX512)
 #include "avx512.h"
 #endif
+#if defined(EIGENFORMER_ISA_NEON)
+#include "neon.h"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -115,7 +115,8 @@ struct Int8Generic {
   }
 };
 
-/// Units of four quantized activations for the dots that multiply int16: even and odd k apart.
+/// Units of four quantized activations for the dots that multiply int16: even and odd k apart. A dot of one unit takes the four as
+/// they are.
 EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std::uint32_t& odd) {
   const auto word = [quad](int byte) {
     return static_cast<std::uint32_t>(static_cast<std::uint16_t>(static_cast<std::int8_t>((quad >> (8 * byte)) & 0xffu)));

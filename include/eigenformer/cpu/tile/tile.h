@@ -21,6 +21,9 @@ Int8Avx2 pick_int8(isa::avx2);
 #if defined(EIGENFORMER_ISA_AVX512)
 Int8Avx512 pick_int8(isa::avx512);
 #endif
+#if defined(EIGENFORMER_ISA_NEON)
+Int8Neon pick_int8(isa::neon);
+#endif
 #if defined(EIGENFORMER_ISA_AVX512_BF16)
 template <typename Isa>
 Bfloat16Avx512 pick_bfloat16(isa::avx512);
