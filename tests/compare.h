@@ -18,6 +18,10 @@
 #include <eigenformer/core/tensor.h>
 #include <eigenformer/cpu/isa.h>
 
+#if defined(EIGENFORMER_ISA_AMX)
+#include "amx_emulator.h"
+#endif
+
 namespace eigenformer_test {
 
 namespace ef = eigenformer;
@@ -122,13 +126,16 @@ struct Threads {
   Eigen::ThreadPoolDevice device;
 };
 
-/// Calls f(tag) for every ISA this build can run.
+/// Calls f(tag) for every ISA this build can run; AMX, where the machine has none, on the emulator.
 template <typename F>
 void for_each_isa(F&& f) {
   f(ef::isa::generic{});
   if constexpr (std::is_base_of_v<ef::isa::avx2, ef::isa::best>) f(ef::isa::avx2{});
   if constexpr (std::is_base_of_v<ef::isa::avx512, ef::isa::best>) f(ef::isa::avx512{});
-  if constexpr (std::is_base_of_v<ef::isa::amx, ef::isa::best>) f(ef::isa::amx{});
+#if defined(EIGENFORMER_ISA_AMX)
+  provide_amx();
+  f(ef::isa::amx{});
+#endif
   if constexpr (std::is_base_of_v<ef::isa::neon, ef::isa::best>) f(ef::isa::neon{});
 }
 

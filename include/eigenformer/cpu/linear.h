@@ -91,6 +91,8 @@ struct ProductBlock {
   static constexpr Index panel_step = Index{Dot::columns} * Dot::step;     // elements of a panel in one step
   static constexpr int outputs = gated ? Dot::columns / 2 : Dot::columns;  // of a panel
 
+  static_assert(!gated || Dot::vectors % 2 == 0, "a gated panel is whole vectors of gate and of up");
+
   const Problem& problem;
   Index row;  // first of the block
   Tiles<Dot> tiles;

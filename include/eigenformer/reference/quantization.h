@@ -47,6 +47,31 @@ Tensor<float, 2> int8_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>
   return y;
 }
 
+/// The same with weights quantized in groups: scales (out, groups). One chain of float multiply-adds over the exact sums of the
+/// groups, then the activation's scale.
+template <typename X>
+Tensor<float, 2> int8_linear_grouped(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values, const Tensor<float, 2>& scales,
+                                     Index group_size, const float* bias) {
+  const Index tokens = x.dimension(0), in = x.dimension(1), out = values.dimension(0);
+  Tensor<float, 2> y(tokens, out);
+  std::vector<std::int8_t> row(static_cast<std::size_t>(in));
+  for (Index t = 0; t < tokens; ++t) {
+    const float scale = int8_scale(x.data() + t * in, in);
+    quantize(x.data() + t * in, in, scale, row.data());
+    for (Index o = 0; o < out; ++o) {
+      float joined = 0;
+      for (Index first = 0, g = 0; first < in; first += group_size, ++g) {
+        std::int64_t sum = 0;
+        for (Index i = first; i < std::min(in, first + group_size); ++i)
+          sum += std::int64_t{row[static_cast<std::size_t>(i)]} * values(o, i);
+        joined = std::fma(static_cast<float>(sum), scales(o, g), joined);
+      }
+      y(t, o) = std::fma(joined, scale, bias == nullptr ? 0.0f : bias[o]);
+    }
+  }
+  return y;
+}
+
 }  // namespace reference
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

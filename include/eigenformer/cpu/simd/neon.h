@@ -54,6 +54,10 @@ struct vec<float, isa::neon> {
     return load(buffer);
   }
 
+  static EIGENFORMER_INLINE vec load_difference(const std::int32_t* p, std::int32_t d) {
+    return {vcvtq_f32_s32(vsubq_s32(vld1q_s32(p), vdupq_n_s32(d)))};
+  }
+
   EIGENFORMER_INLINE void store(float* p) const { vst1q_f32(p, v); }
   EIGENFORMER_INLINE void store(bfloat16* p) const { vst1_u16(reinterpret_cast<std::uint16_t*>(p), to_bfloat16()); }
   EIGENFORMER_INLINE void store(half* p) const {

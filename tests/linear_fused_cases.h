@@ -1,0 +1,228 @@
+// Laws of fused epilogues, gated pairs and grouped int8 weights: the bits of the separate operators, for every scalar, tail and
+// ISA; the same bits alone, in a batch and on threads; errors that change nothing.
+#pragma once
+
+#include <eigenformer/activation.h>
+#include <eigenformer/linear.h>
+#include <eigenformer/quantization.h>
+#include <eigenformer/reference/quantization.h>
+
+#include "compare.h"
+
+namespace eigenformer_test {
+
+template <typename Isa, typename Y, typename X, typename Weight, typename E>
+ef::Tensor<Y, 2> linear_by(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out, const E& epilogue) {
+  auto y = poisoned_tensor<Y, 2>({x.dimension(0), out});
+  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue, ef::thread_workspace());
+  return y;
+}
+
+template <typename Isa, typename T>
+ef::PackedWeight<T> pack_for(Isa isa, const ef::Tensor<float, 2>& weight, T, const ef::Int8Packing& options = {}) {
+  ef::PackedWeight<T> packed;
+  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight), ef::thread_workspace(), options);
+  return packed;
+}
+
+template <typename Isa, typename T>
+ef::PackedGatedWeight<T> pack_pair_for(Isa isa, const ef::Tensor<float, 2>& gate, const ef::Tensor<float, 2>& up, T,
+                                       const ef::Int8Packing& options = {}) {
+  ef::PackedGatedWeight<T> packed;
+  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, ef::WeightAccess<T>::pair(packed),
+                             {ef::input_view<2>(gate), ef::input_view<2>(up)}, {"gate", "up"}, options, ef::thread_workspace());
+  return packed;
+}
+
+/// f(x) of every element, by the vectors of a tag: what the operator of activation.h computes there.
+template <typename Function, typename Isa>
+ef::Tensor<float, 2> activated(Isa isa, const ef::Tensor<float, 2>& x) {
+  ef::Tensor<float, 2> y(x.dimensions());
+  ef::cpu::activation(isa, Eigen::DefaultDevice{}, ef::ActivationProblem<Function, float, float>{y.data(), x.data(), x.size()});
+  return y;
+}
+
+template <typename Function, typename Weight, typename X, typename E>
+void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight, const E& activation) {
+  const Index tokens = x.dimension(0), out = weight.dimension(0);
+  const auto bias = random_tensor<float, 1>({out}, 3);
+  const auto residual = random_tensor<ef::bfloat16, 2>({tokens, out}, 4);
+  for_each_isa([&](auto isa) {
+    const auto packed = pack_for(isa, weight, Weight{});
+    const auto sums = linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
+    auto expected = activated<Function>(isa, sums);
+    const auto fused = activation.bias(bias);
+    ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, fused), expected)) << isa.name;
+    for (Index i = 0; i < expected.size(); ++i) expected.data()[i] += static_cast<float>(residual.data()[i]);
+    const auto joined = fused.residual(residual);
+    ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, joined), expected)) << isa.name;
+    const ef::Tensor<ef::half, 2> narrow = expected.template cast<ef::half>();  // output in another type
+    ASSERT_TRUE(same_bits(linear_by<decltype(isa), ef::half>(isa, x, packed, out, joined), narrow)) << isa.name;
+    auto in_place = residual;  // the residual stream, updated where it stands
+    ef::detail::linear_with(isa, Eigen::DefaultDevice{}, in_place, x, packed, fused.residual(in_place), ef::thread_workspace());
+    const ef::Tensor<ef::bfloat16, 2> stream = expected.template cast<ef::bfloat16>();
+    ASSERT_TRUE(same_bits(in_place, stream)) << isa.name;
+  });
+}
+
+TEST(LinearEpilogue, HasTheBitsOfSeparateOperators) {
+  unsigned seed = 1;
+  for (Index out : {1, 15, 16, 17, 31, 33, 70})
+    for (Index tokens : {1, 3, 14, 37}) {
+      const auto weight = random_tensor<float, 2>({out, 45}, ++seed);
+      const auto x = random_tensor<float, 2>({tokens, 45}, ++seed);
+      const ef::Tensor<ef::bfloat16, 2> x16 = x.cast<ef::bfloat16>();
+      expect_fused<ef::cpu::Silu, float>(x, weight, ef::Epilogue{}.silu());
+      expect_fused<ef::cpu::GeluErf, ef::bfloat16>(x16, weight, ef::Epilogue{}.gelu());
+      expect_fused<ef::cpu::GeluTanh, ef::half>(x, weight, ef::Epilogue{}.gelu_tanh());
+      expect_fused<ef::cpu::Relu, std::int8_t>(x16, weight, ef::Epilogue{}.relu());
+      expect_fused<ef::cpu::Identity, std::int8_t>(x, weight, ef::Epilogue{});
+    }
+}
+
+template <typename Weight, typename X>
+void expect_gated(const ef::Tensor<X, 2>& x, Index out, unsigned seed, const ef::Int8Packing& options = {}) {
+  const Index tokens = x.dimension(0), in = x.dimension(1);
+  const auto gate = random_tensor<float, 2>({out, in}, seed), up = random_tensor<float, 2>({out, in}, seed + 1);
+  const auto bias = random_tensor<float, 1>({2 * out}, seed + 2);
+  ef::Tensor<float, 1> gate_bias(out), up_bias(out);
+  std::copy_n(bias.data(), out, gate_bias.data());
+  std::copy_n(bias.data() + out, out, up_bias.data());
+  for_each_isa([&](auto isa) {
+    using Isa = decltype(isa);
+    const auto pair = pack_pair_for(isa, gate, up, Weight{}, options);
+    const auto g = activated<ef::cpu::Silu>(
+        isa, linear_by<Isa, float>(isa, x, pack_for(isa, gate, Weight{}, options), out, ef::Epilogue{}.bias(gate_bias)));
+    ef::Tensor<float, 2> expected =
+        g * linear_by<Isa, float>(isa, x, pack_for(isa, up, Weight{}, options), out, ef::Epilogue{}.bias(up_bias));
+    auto y = poisoned_tensor<float, 2>({tokens, out});
+    ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, y, x, pair, ef::Epilogue{}.silu().bias(bias),
+                                  ef::thread_workspace());
+    ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out;
+    if constexpr (std::is_same_v<Weight, float> || (std::is_same_v<Weight, ef::bfloat16> && std::is_same_v<X, ef::bfloat16>)) {
+      auto plain = poisoned_tensor<float, 2>({tokens, out});
+      ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, plain, x, ef::input_view<2>(gate), ef::input_view<2>(up),
+                                    ef::Epilogue{}.silu().bias(bias), ef::thread_workspace());
+      ASSERT_TRUE(same_bits(plain, expected)) << isa.name << " plain";
+    }
+  });
+}
+
+TEST(LinearGated, HasTheBitsOfTwoProducts) {
+  unsigned seed = 1;
+  for (Index out : {0, 1, 7, 8, 15, 16, 17, 32, 40})
+    for (Index tokens : {1, 2, 13, 30}) {
+      const auto x = random_tensor<float, 2>({tokens, 70}, ++seed);
+      const ef::Tensor<ef::bfloat16, 2> x16 = x.cast<ef::bfloat16>();
+      expect_gated<float>(x, out, ++seed);
+      expect_gated<ef::bfloat16>(x16, out, ++seed);
+      expect_gated<ef::half>(x, out, ++seed);
+      expect_gated<std::int8_t>(x, out, ++seed);
+      expect_gated<std::int8_t>(x16, out, ++seed, {.group_size = 32});
+    }
+}
+
+TEST(LinearGated, PublicFormsAgreeOnAnyDevice) {
+  const auto gate = random_tensor<float, 2>({90, 65}, 1), up = random_tensor<float, 2>({90, 65}, 2);
+  const auto x = random_tensor<float, 2>({20, 65}, 3);
+  ef::Tensor<float, 2> y(20, 90), other(20, 90);
+  ef::gated_linear_into(Eigen::DefaultDevice{}, y, x, gate, up, ef::Epilogue{}.gelu());
+  Threads threads(3);
+  ef::gated_linear_into(threads.device, other, x, ef::pack_gated_weight<float>(threads.device, gate, up), ef::Epilogue{}.gelu());
+  EXPECT_TRUE(same_bits(y, other));
+  const ef::Tensor<float, 2> g = ef::gelu(ef::Tensor<float, 2>(ef::linear(x, gate)));
+  const ef::Tensor<float, 2> expected = g * ef::linear(x, up);
+  EXPECT_TRUE(same_bits(y, expected));
+}
+
+TEST(LinearGrouped, EqualsItsDefinitionOnEveryIsa) {
+  unsigned seed = 1;
+  for (Index group : {32, 64, 128})
+    for (Index in : {0, 1, 5, 31, 32, 33, 64, 127, 128, 130, 300, 1100})
+      for (Index out : {1, 17, 33}) {
+        const Index tokens = 1 + seed % 17;
+        const auto x = random_tensor<float, 2>({tokens, in}, ++seed);
+        const auto [q, scales] = ef::quantize_weights_int8_grouped(random_tensor<float, 2>({out, in}, ++seed), group);
+        const auto bias = random_tensor<float, 1>({out}, ++seed);
+        const auto expected = ef::reference::int8_linear_grouped(x, q, scales, group, bias.data());
+        for_each_isa([&, &values = q, &factors = scales](auto isa) {
+          ef::PackedWeight<std::int8_t> packed;
+          ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<2>(factors),
+                                       {.group_size = group});
+          const auto y = linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
+          ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out << " by " << group;
+        });
+      }
+}
+
+TEST(LinearGrouped, RowsThreadsAndPackingFromFloatChangeNothing) {
+  const Index tokens = 41, in = 2402, out = 300, group = 64;
+  const auto x = random_tensor<float, 2>({tokens, in}, 1);
+  const auto weight = random_tensor<float, 2>({out, in}, 2);
+  const auto packed = ef::pack_weight<std::int8_t>(weight, {.group_size = group});
+  EXPECT_EQ(packed.group_size(), group);
+  const ef::Tensor<float, 2> y = ef::linear(x, packed);
+  const auto [q, scales] = ef::quantize_weights_int8_grouped(weight, group);
+  const ef::Tensor<float, 2> from_values = ef::linear(x, ef::pack_weight(q, scales, {.group_size = group}));
+  EXPECT_TRUE(same_bits(y, from_values));
+  EXPECT_LE(relative_error(y, ef::reference::linear(to_double(x), to_double(weight))), 3e-2);  // both sides rounded to 8 bits
+  for (Index t : {0, 11, 12, 40}) {
+    const ef::TensorView<const float, 2> row(x.data() + t * in, 1, in);
+    const ef::Tensor<float, 2> alone = ef::linear(row, packed);
+    for (Index o = 0; o < out; ++o) ASSERT_EQ(alone(0, o), y(t, o)) << t << " " << o;
+  }
+  for (int count : {2, 3}) {
+    Threads threads(count);
+    const ef::Tensor<float, 2> other =
+        ef::linear(threads.device, x, ef::pack_weight<std::int8_t>(threads.device, weight, {.group_size = group}));
+    ASSERT_TRUE(same_bits(y, other)) << count;
+  }
+}
+
+TEST(LinearErrors, OfEpiloguesPairsAndGroups) {
+  const auto x = random_tensor<float, 2>({3, 40}, 1), weight = random_tensor<float, 2>({5, 40}, 2);
+  ef::Tensor<float, 2> y(3, 5);
+  y.setConstant(7.0f);
+  const ef::Tensor<float, 1> short_bias(4);
+  const ef::Tensor<float, 2> narrow(3, 4);
+  const Eigen::DefaultDevice device;
+  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, weight, ef::Epilogue{}.bias(short_bias)); },
+                                       {"linear", "bias has 4", "5 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, weight, ef::Epilogue{}.residual(narrow)); },
+                                       {"linear", "residual has shape (3, 4)", "(3, 5)"});
+  const ef::Tensor<float, 2> other = random_tensor<float, 2>({6, 40}, 3);
+  expect_throws<std::invalid_argument>([&] { ef::gated_linear_into(device, y, x, weight, other, ef::Epilogue{}.silu()); },
+                                       {"gated_linear", "gate has shape (5, 40)", "up has shape (6, 40)"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<float>(weight, other); }, {"pack_gated_weight", "gate", "up"});
+  const ef::Tensor<float, 1> half_bias(5);
+  expect_throws<std::invalid_argument>(
+      [&] { ef::gated_linear_into(device, y, x, weight, weight, ef::Epilogue{}.silu().bias(half_bias)); }, {"bias has 5", "10"});
+  EXPECT_EQ(y(0, 0), 7.0f);
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(weight, {.group_size = 48}); },
+                                       {"group_size is 48", "128"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight<float>(weight, {.group_size = 32}); }, {"only int8 weights"});
+  const auto [q, scales] = ef::quantize_weights_int8_grouped(weight, 32);
+  expect_throws<std::invalid_argument>([&, &v = q, &s = scales] { ef::pack_weight(v, s, {.group_size = 64}); },
+                                       {"scales has 2 columns", "expected 1"});
+  auto bad = other;
+  bad(4, 39) = std::numeric_limits<float>::quiet_NaN();
+  expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<std::int8_t>(other, bad); },
+                                       {"pack_weight", "up[4, 39]", "nan"});
+}
+
+TEST(LinearAmx, IsWhatTheTagRuns) {
+#if defined(EIGENFORMER_ISA_AMX)
+  provide_amx();
+  const auto before = amx_emulated_instructions();
+  const auto weight = random_tensor<float, 2>({33, 70}, 1);
+  const ef::Tensor<ef::bfloat16, 2> x = random_tensor<ef::bfloat16, 2>({3, 70}, 2);
+  linear_by<ef::isa::amx, float>(ef::isa::amx{}, x, pack_for(ef::isa::amx{}, weight, ef::bfloat16{}), 33, ef::Epilogue{});
+  const auto between = amx_emulated_instructions();
+  linear_by<ef::isa::amx, float>(ef::isa::amx{}, x, pack_for(ef::isa::amx{}, weight, std::int8_t{}), 33, ef::Epilogue{});
+  EXPECT_TRUE(amx_in_hardware() || (between > before && amx_emulated_instructions() > between));
+#else
+  GTEST_SKIP() << "this build has no AMX kernels";
+#endif
+}
+
+}  // namespace eigenformer_test
