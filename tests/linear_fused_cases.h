@@ -210,6 +210,33 @@ TEST(LinearErrors, OfEpiloguesPairsAndGroups) {
                                        {"pack_weight", "up[4, 39]", "nan"});
 }
 
+template <typename Weight, typename X>
+void expect_blocks_and_threads_of_isa(Index in) {
+  const Index tokens = 140, out = 40;  // more rows than a block of AMX has, more of k than a block of any ISA
+  const auto x = random_tensor<X, 2>({tokens, in}, 1);
+  const auto weight = random_tensor<float, 2>({out, in}, 2);
+  for_each_isa([&](auto isa) {
+    using Isa = decltype(isa);
+    const auto packed = pack_for(isa, weight, Weight{});
+    const auto y = linear_by<Isa, float>(isa, x, packed, out, ef::Epilogue{});
+    for (Index t : {0, 15, 16, 31, 32, 127, 128, 139}) {
+      const ef::Tensor<X, 2> row = ef::TensorView<const X, 2>(x.data() + t * in, 1, in);
+      const auto alone = linear_by<Isa, float>(isa, row, packed, out, ef::Epilogue{});
+      for (Index o = 0; o < out; ++o) ASSERT_EQ(alone(0, o), y(t, o)) << isa.name << " " << t << " " << o;
+    }
+    Threads threads(2);
+    auto other = poisoned_tensor<float, 2>({tokens, out});
+    ef::detail::linear_with(isa, threads.device, other, x, packed, ef::Epilogue{}, ef::thread_workspace());
+    ASSERT_TRUE(same_bits(y, other)) << isa.name;
+  });
+}
+
+TEST(LinearBits, DoNotDependOnBlocksOrThreadsOnAnyIsa) {
+  expect_blocks_and_threads_of_isa<ef::bfloat16, ef::bfloat16>(2100);
+  expect_blocks_and_threads_of_isa<std::int8_t, float>(4200);
+  expect_blocks_and_threads_of_isa<float, float>(300);
+}
+
 TEST(LinearAmx, IsWhatTheTagRuns) {
 #if defined(EIGENFORMER_ISA_AMX)
   provide_amx();

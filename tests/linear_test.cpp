@@ -273,6 +273,38 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
   check(float{}, float{}, float{}, double{});
 }
 
+TEST(LinearBackward, HoldsForEveryIsaAndMicroBatchesOfWholeLinks) {
+  const Index tokens = 100, in = 66, out = 41, cut = 64;  // a link of a sum's chain is 1, 2 or, with AMX, 32 tokens
+  const auto check = [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto grad_y = random_tensor<T, 2>({tokens, out}, 1), x = random_tensor<T, 2>({tokens, in}, 2);
+    const auto weight = random_tensor<float, 2>({out, in}, 3), start = random_tensor<float, 2>({out, in}, 4);
+    auto expected = to_double(start);
+    ef::reference::linear_backward_weight(expected, to_double(grad_y), to_double(x));
+    for_each_isa([&](auto isa) {
+      const Eigen::DefaultDevice device;
+      auto grad_x = poisoned_tensor<T, 2>({tokens, in});
+      ef::detail::linear_backward_input_on(isa, device, ef::output_view<2>(grad_x), ef::input_view<2>(grad_y),
+                                           ef::input_view<2>(weight), ef::thread_workspace());
+      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y), to_double(weight))), tolerance<T>())
+          << isa.name;
+      const auto add = [&](ef::Tensor<float, 2>& gradient, Index first, Index count) {
+        ef::detail::linear_backward_weight_on(isa, device, ef::output_view<2>(gradient), rows_of(grad_y, first, count),
+                                              rows_of(x, first, count), ef::thread_workspace());
+      };
+      auto at_once = start, in_turn = start;
+      add(at_once, 0, tokens);
+      add(in_turn, 0, cut);
+      add(in_turn, cut, tokens - cut);
+      ASSERT_LE(relative_error(at_once, expected), tolerance<T>()) << isa.name;
+      ASSERT_TRUE(same_bits(at_once, in_turn)) << isa.name;
+    });
+  };
+  check(float{});
+  check(ef::half{});
+  check(ef::bfloat16{});
+}
+
 TEST(LinearBackward, IsTheDerivativeOfTheLayer) {
   // y is linear in each argument, so a difference quotient is exact up to rounding.
   const auto x = random_tensor<double, 2>({4, 6}, 1), weight = random_tensor<double, 2>({5, 6}, 2),

@@ -11,20 +11,26 @@
 ///   - int8 PackedWeight: x is quantized per token while it is packed (scale = max|x| / 127), sums are exact in int32, and
 ///     y = fma(float(sum), x's scale * weight's scale, bias) in this order: the same bits on every ISA. A token that holds NaN or
 ///     infinity gets NaN in all its outputs; the others are not touched.
+///     Weights quantized in groups have one such sum a group, and y = fma(chain of fma(float(sum), group's scale, .), x's scale,
+///     bias).
 ///   - any other pair widens exactly to float (to double where one is double, with weights not packed or packed in double).
 ///
-/// Each output is one chain of multiply-adds over i in ascending order: its bits depend neither on the other tokens, nor on
-/// threads, nor on which rows of the weight are there, nor on whether the weight was packed. in = 0 gives the bias, or 0. y must
-/// not overlap an input. All forms throw std::invalid_argument for shapes that do not fit and for a weight packed for another ISA,
-/// before writing.
+/// What follows the sum (bias, activation, residual, gated pairs, another type of output) is fused: linear/epilogue.h.
 ///
-/// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; one token reads the packed weights once. A plain
-/// weight is packed on the way into scratch, at about the cost of one more token on AVX2 and AVX-512 (once for every 384 tokens).
-/// Scratch, from the workspace: at most 384 rows of x and, for each thread, about 1 MiB.
+/// Each output is one chain over i in ascending order: its bits depend neither on the other tokens, nor on threads, nor on which
+/// rows of the weight are there, nor on whether the weight was packed. A link of the chain is one multiply-add, or the instruction
+/// that the ISA multiplies bfloat16 with: 2 of i (vdpbf16ps), 32 (AMX, counted from i = 0; see cpu/tile/amx.h). in = 0 gives the
+/// bias, or 0. y must not overlap an input, but a residual may be y itself. All forms throw std::invalid_argument for shapes that
+/// do not fit and for a weight packed for another ISA, before writing. A build for AMX asks the operating system for the tile
+/// registers once, and uses AVX-512 for everything where they are refused.
+///
+/// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; up to four tokens read the packed weights once,
+/// at memory speed. A plain weight is packed on the way into scratch, once for every 1152 tokens. Scratch, from the workspace: at
+/// most 384 rows of x (1152 with a plain weight) and, for each thread, sums of 32 columns x 8 for these rows.
 ///
 /// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are added to, each element one chain
 /// over tokens that starts from what the gradient holds, so that micro-batches in turn give the bits of one big batch (of bfloat16
-/// pairs: where the micro-batches are even).
+/// pairs: where all micro-batches but the last are whole links, 2 tokens or 32).
 #pragma once
 
 #include "core/check.h"
