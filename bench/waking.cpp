@@ -61,14 +61,19 @@ struct Setting {
   int linger;  // us, 0 stands for no region
 };
 
+constexpr std::array<Setting, 3> kSettings{{{"no region", 0}, {"region", 100}, {"region, 1 ms", 1000}}};
+
+void open(Region& region, const Eigen::ThreadPoolDevice& device, Setting setting) {
+  if (setting.linger > 0) region.emplace(device, ef::ParallelRegionOptions{std::chrono::microseconds(setting.linger)});
+}
+
 void empty_calls(const Eigen::ThreadPoolDevice& device, int samples) {
   std::printf("%-41s %18s    %18s\n", "", "empty parts (us)", "both begun (us)");
   std::printf("%-41s %9s %8s    %9s %8s\n", "parallel_for, 2 parts", "median", "p99", "median", "p99");
-  constexpr std::array<Setting, 3> kSettings{{{"no region", 0}, {"region", 100}, {"region, 1 ms", 1000}}};
   for (const Gap gap : kGaps)
     for (const Setting setting : kSettings) {
       Region region;
-      if (setting.linger > 0) region.emplace(device, ef::ParallelRegionOptions{std::chrono::microseconds(setting.linger)});
+      open(region, device, setting);
       const int count = gap.serial_work > 0 ? samples / 10 : samples;
       const Quantiles empty = time_calls(count, gap, [&] { ef::parallel_for(device, 2, 1, [](Index, Index, int) {}); });
       const Quantiles both = time_calls(count, gap, [&] {
@@ -132,13 +137,13 @@ void products(const Eigen::ThreadPoolDevice& device, int samples) {
   for (const Gap gap : kGaps) {
     const Quantiles one = time_calls(count, gap, [&] { ef::linear_into(Eigen::DefaultDevice{}, p->y, p->x, p->weight); });
     std::printf("  %-22s  %-15s %9.2f %8.2f\n", gap.name, "1 thread", one.median, one.p99);
-    for (const bool inside : {false, true}) {
+    for (const Setting setting : kSettings) {
       Region region;
-      if (inside) region.emplace(device);
+      open(region, device, setting);
       const Quantiles two = time_calls(count, gap, [&] { ef::linear_into(device, p->y, p->x, p->weight); });
       const Halves halves = time_halves(device, *p, count, gap);
-      std::printf("  %-22s  %-15s %9.2f %8.2f    %11.2f  %13.1f%%\n", gap.name, inside ? "2, region" : "2, no region", two.median,
-                  two.p99, halves.total, 100 * halves.lost);
+      std::printf("  %-22s  %-15s %9.2f %8.2f    %11.2f  %13.1f%%\n", gap.name, setting.name, two.median, two.p99, halves.total,
+                  100 * halves.lost);
     }
   }
 }
