@@ -28,6 +28,7 @@
 #include <variant>
 
 #include "communicator.h"
+#include "core/parallel_region.h"
 #include "decoder/config.h"
 #include "decoder/profile.h"
 #include "decoder/training.h"
@@ -41,7 +42,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 /// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a time; ranks share DecoderWeights,
-/// which inference only reads. Device, communicator and profile must outlive it.
+/// which inference only reads. Device, communicator and profile must outlive it. On a pool a step of inference is one
+/// ParallelRegion: it wakes the threads once.
 template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice, typename C = SelfCommunicator>
 class Decoder {
  public:
@@ -285,6 +287,7 @@ class Decoder {
   Tensor<float, 2> run_packed(const Packed<W>& packed, const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
     const DecoderConfig& c = config();
     const Index batch = ids.dimension(0), n = ids.dimension(1), tokens = batch * n;
+    const ParallelRegion region(*device_);
     Tensor<T, 2>&x = scratch_.stream, &normalised = scratch_.normalised, &branch = scratch_.branch;
     Tensor<T, 2>&q = scratch_.query, &k = scratch_.key, &v = scratch_.value, &attended = scratch_.attended;
     Tensor<T, 2>&gate = scratch_.gate, &up = scratch_.up;

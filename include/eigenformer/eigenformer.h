@@ -16,6 +16,9 @@
 #include "tensor_parallel.h"  // column- and row-parallel linear layers, vocabulary-parallel sampling
 #include "training.h"         // training steps with gradient accumulation and in mixed precision
 
+// What every operator shares
+#include "core/parallel_region.h"  // keeps a pool's threads awake over several operators
+
 // What a decoder needs besides
 #include "activation.h"     // SiLU, GELU, ReLU, gated pairs, residual sums
 #include "decoder.h"        // a Llama-shaped decoder out of all of these

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "tensor.h"
+#include "thread_team.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -40,6 +41,9 @@ inline int worker_count(const Eigen::ThreadPoolDevice& device) {
 /// Calls body(begin, end, worker) on disjoint ranges that cover [0, count), and returns when all are done. Ranges are static: equal
 /// parts, at least `grain` long, worker in [0, worker_count(device)). The body must not throw, and what it computes for an index
 /// must not depend on where the ranges are cut: results are the same bits for any number of threads.
+///
+/// On a pool each part but the first is a task of its own, which Eigen allocates and wakes a thread for; inside a ParallelRegion
+/// (core/parallel_region.h) parts go to threads that are awake.
 template <typename Body>
 void parallel_for(const Eigen::DefaultDevice&, Index count, Index /*grain*/, Body&& body) {
   if (count > 0) body(Index{0}, count, 0);
@@ -53,13 +57,20 @@ void parallel_for(const Eigen::ThreadPoolDevice& device, Index count, Index grai
     body(Index{0}, count, 0);
     return;
   }
-  Eigen::Barrier barrier(static_cast<unsigned>(parts - 1));
-  const auto run = [&body, &barrier, parts, count](Index part) {
+  const auto compute = [&body, parts, count](Index part) {
     body(count * part / parts, count * (part + 1) / parts, static_cast<int>(part));
-    if (part > 0) barrier.Notify();
+  };
+  if (detail::ThreadTeam* team = detail::team_on(device.getPool())) {
+    team->run(parts, compute);
+    return;
+  }
+  Eigen::Barrier barrier(static_cast<unsigned>(parts - 1));
+  const auto run = [&compute, &barrier](Index part) {
+    compute(part);
+    barrier.Notify();
   };
   for (Index part = 1; part < parts; ++part) device.enqueueNoNotification([&run, part] { run(part); });
-  run(0);
+  compute(0);
   barrier.Wait();
 }
 
