@@ -159,6 +159,78 @@ TEST(QuantizationErrors, NameTheFirstBadWeightAndWriteNothing) {
   expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8(wide); }, {"weights[1]"});
 }
 
+TEST(QuantizationAtOnce, HasTheBitsOfCheckingFirst) {
+  const ef::QuantizeOptions at_once{.check_first = false};
+  Threads threads(2);
+  // The last is past 4 MiB, where values are written around the caches.
+  for (const auto& [rows, columns] : {std::pair<Index, Index>{0, 5}, {1, 1}, {3, 63}, {7, 130}, {2, 0}, {33, 131072}}) {
+    const auto weights = random_tensor<float, 2>({rows, columns}, 1);
+    for (Index group : {Index{0}, Index{64}}) {
+      const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
+      ef::Tensor<std::int8_t, 2> checked(rows, columns), values(rows, columns), threaded(rows, columns);
+      ef::Tensor<float, 2> checked_scales(rows, groups), scales(rows, groups), threaded_scales(rows, groups);
+      const auto run = [&](const auto& device, auto& q, auto& s, const ef::QuantizeOptions& options) {
+        q.setConstant(-128);
+        if (group == 0)
+          ef::quantize_weights_int8_per_channel_into(device, q, ef::TensorView<float, 1>(s.data(), rows), weights, options);
+        else
+          ef::quantize_weights_int8_grouped_into(device, q, s, weights, group, options);
+      };
+      run(Eigen::DefaultDevice{}, checked, checked_scales, {});
+      run(Eigen::DefaultDevice{}, values, scales, at_once);
+      run(threads.device, threaded, threaded_scales, at_once);
+      ASSERT_TRUE(same_bits(values, checked)) << rows << " x " << columns << " by " << group;
+      ASSERT_TRUE(same_bits(scales, checked_scales)) << rows << " x " << columns << " by " << group;
+      ASSERT_TRUE(same_bits(threaded, checked) && same_bits(threaded_scales, checked_scales)) << "threads";
+    }
+  }
+}
+
+TEST(QuantizationAtOnce, NamesTheFirstBadWeightToo) {
+  Threads threads(2);
+  for (Index at : {0, 31, 64, 99, 149})
+    for (Index group : {Index{0}, Index{32}}) {
+      auto weights = random_tensor<float, 2>({3, 50}, 1);
+      weights.data()[149] = std::numeric_limits<float>::infinity();
+      weights.data()[at] = std::numeric_limits<float>::quiet_NaN();
+      const std::string where = "weights[" + std::to_string(at / 50) + ", " + std::to_string(at % 50) + "]";
+      ef::Tensor<std::int8_t, 2> values(3, 50);
+      ef::Tensor<float, 1> scales(3);
+      ef::Tensor<float, 2> group_scales(3, 2);
+      expect_throws<std::invalid_argument>(
+          [&] {
+            if (group == 0)
+              ef::quantize_weights_int8_per_channel_into(threads.device, values, scales, weights, {.check_first = false});
+            else
+              ef::quantize_weights_int8_grouped_into(threads.device, values, group_scales, weights, group, {.check_first = false});
+          },
+          {where});
+    }
+}
+
+TEST(QuantizationEdges, QuotientsNearTiesRoundAsADivisionDoes) {
+  std::mt19937 generator(1);
+  std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
+  for (int exponent : {-120, -75, -61, -59, -20, 0, 3, 59, 61, 110})
+    for (int repeat = 0; repeat < 12; ++repeat) {
+      const float scale = std::ldexp(mantissa(generator), exponent);
+      ef::Tensor<float, 1> line(254 * 9);
+      Index at = 0;
+      for (int k = -127; k < 127; ++k)  // each tie between two values, and four floats on either side of it
+        for (int step = -4; step <= 4; ++step) {
+          float w = (static_cast<float>(k) + 0.5f) * scale;
+          for (int i = 0; i < std::abs(step); ++i) w = std::nextafter(w, step < 0 ? -INFINITY : INFINITY);
+          line(at++) = w;
+        }
+      std::vector<std::int8_t> expected(static_cast<std::size_t>(line.size())), values(expected.size());
+      ef::reference::quantize(line.data(), line.size(), scale, expected.data());
+      for_each_isa([&](auto isa) {
+        ef::cpu::quantize_line<decltype(isa)>(line.data(), line.size(), scale, values.data());
+        ASSERT_EQ(values, expected) << isa.name << " scale " << scale;
+      });
+    }
+}
+
 TEST(QuantizationErrors, ShapesAndGroups) {
   const Eigen::DefaultDevice device;
   const ef::Tensor<float, 2> weights = random_tensor<float, 2>({4, 40}, 1);

@@ -16,8 +16,9 @@
 /// values: a token that holds NaN or infinity gets the scale NaN and values 0, so that its outputs are NaN and no other token is
 /// touched.
 ///
-/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written once; a token's second read is
-/// in cache. The _into forms allocate nothing after the first call at a size.
+/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written once, or, by row or group, read
+/// once with {.check_first = false} and in the returning forms; a token's second read is in cache. The _into forms allocate nothing
+/// after the first call at a size.
 #pragma once
 
 #include "core/check.h"
@@ -31,6 +32,13 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+
+/// How weights are quantized by row or by group.
+struct QuantizeOptions {
+  /// All weights are read before anything is written, so that a NaN changes nothing. false: one read instead of two, at up to
+  /// twice the speed where weights come from memory; a call that throws may have written some of the values and scales.
+  bool check_first = true;
+};
 
 /// auto [values, scale] = ef::quantize_weights_int8(weights);
 template <int Rank>
@@ -79,14 +87,18 @@ float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const Vi
 
 template <typename Isa, typename D, typename View>
 void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values, float* scales, const View& weights,
-                        Index group, Workspace& workspace) {
+                        Index group, const QuantizeOptions& options, Workspace& workspace) {
   using T = scalar_of<View>;
   const Index rows = weights.dimension(0), columns = weights.dimension(1);
   const QuantizeProblem<T> problem{weights.data(), values, scales, rows, columns, group};
+  const auto require_quantizable = [&](bool quantizable) {
+    if (!quantizable) throw_not_quantizable(name, "weights", weights, cpu::first_not_quantizable(weights.data(), rows * columns));
+  };
+  if (group == 0) return;
+  if (!options.check_first) return require_quantizable(cpu::quantize_at_once(isa, device, problem));
   Workspace::Frame frame(workspace);
   float* found = frame.take<float>(rows * problem.groups());
-  if (group > 0 && !cpu::group_scales(isa, device, weights.data(), rows, columns, group, found))
-    throw_not_quantizable(name, "weights", weights, cpu::first_not_quantizable(weights.data(), rows * columns));
+  require_quantizable(cpu::group_scales(isa, device, weights.data(), rows, columns, group, found));
   std::copy_n(found, rows * problem.groups(), scales);
   cpu::quantize_values(isa, device, problem);
 }
@@ -123,7 +135,7 @@ auto quantize_weights_int8(const Weights& weights) {
 /// values.
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales, const Weights& weights,
-                                            Workspace& workspace = thread_workspace()) {
+                                            const QuantizeOptions& options, Workspace& workspace = thread_workspace()) {
   constexpr auto name = "quantize_weights_int8_per_channel";
   using T = scalar_of<Weights>;
   detail::require_quantizable_scalar<T>();
@@ -135,21 +147,26 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, weights has ",
           from.dimension(0), " rows");
   if constexpr (is_gpu_device<D>) {
-    (void)workspace;
+    (void)options, (void)workspace;
     launch_on_gpu(device, QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1),
                                              from.dimension(1)});
   } else if (from.dimension(1) == 0) {
     std::fill_n(factors.data(), factors.size(), 1.0f);
   } else {
-    detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, from.dimension(1), workspace);
+    detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, from.dimension(1), options, workspace);
   }
+}
+template <Device D, typename Values, typename Scales, typename Weights>
+void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales, const Weights& weights,
+                                            Workspace& workspace = thread_workspace()) {
+  quantize_weights_int8_per_channel_into(device, values, scales, weights, QuantizeOptions{}, workspace);
 }
 
 template <CpuDevice D, typename Weights>
 QuantizedChannels quantize_weights_int8_per_channel(const D& device, const Weights& weights) {
   const auto from = input_view<2>(weights);
   QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)), Tensor<float, 1>(from.dimension(0))};
-  quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights);
+  quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights, {.check_first = false});
   return result;
 }
 template <typename Weights>
@@ -161,7 +178,7 @@ QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
 /// std::invalid_argument, also for a group_size that is not 32, 64 or 128.
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales, const Weights& weights, Index group_size,
-                                        Workspace& workspace = thread_workspace()) {
+                                        const QuantizeOptions& options, Workspace& workspace = thread_workspace()) {
   constexpr auto name = "quantize_weights_int8_grouped";
   detail::require_quantizable_scalar<scalar_of<Weights>>();
   detail::require_int8_values<Values>();
@@ -173,7 +190,12 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
   require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name, "scales has shape ",
           detail::shape_text(factors), ", expected (", from.dimension(0), ", ", groups, ")");
-  detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size, workspace);
+  detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size, options, workspace);
+}
+template <CpuDevice D, typename Values, typename Scales, typename Weights>
+void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales, const Weights& weights, Index group_size,
+                                        Workspace& workspace = thread_workspace()) {
+  quantize_weights_int8_grouped_into(device, values, scales, weights, group_size, QuantizeOptions{}, workspace);
 }
 
 template <CpuDevice D, typename Weights>
@@ -182,7 +204,7 @@ QuantizedGroups quantize_weights_int8_grouped(const D& device, const Weights& we
   detail::require_group_size(group_size, "quantize_weights_int8_grouped");
   QuantizedGroups result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
                          Tensor<float, 2>(from.dimension(0), (from.dimension(1) + group_size - 1) / group_size)};
-  quantize_weights_int8_grouped_into(device, result.values, result.scales, weights, group_size);
+  quantize_weights_int8_grouped_into(device, result.values, result.scales, weights, group_size, {.check_first = false});
   return result;
 }
 template <typename Weights>

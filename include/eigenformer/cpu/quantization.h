@@ -1,6 +1,8 @@
 /// \file
-/// CPU kernels of INT8 quantization: one pass over the numbers for the scales, one that divides, rounds and writes. Both are
-/// streams: 4 bytes read a number, then 4 read and 1 written; a group or row of up to L2's size is still in cache in the second.
+/// CPU kernels of INT8 quantization: a pass over the numbers for the scales, one that divides, rounds and writes. Both are streams,
+/// 4 bytes read a number and 1 written. Where nothing must be known of later rows, a row is still in cache in the second pass,
+/// which runs in one loop with the first pass over the next row: each number is read from memory once. What leaves the caches
+/// anyway is written around them, which saves reading it first.
 #pragma once
 
 #include "quantize_line.h"
@@ -31,19 +33,71 @@ struct DequantizeProblem {
 
 namespace cpu {
 
+/// f(true_type or false_type): whether `size` values are written around the caches, in lines of `line` (the last of a row may be
+/// shorter): where they would not stay in a cache of a few MiB, and every vector of them is aligned. Fences behind f.
+template <typename Isa, typename T, typename F>
+void with_streaming(const std::int8_t* values, Index size, Index row, Index line, F&& f) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  constexpr Index kBytes = Index{4} << 20;
+  if (size <= kBytes || row % V::lanes != 0 || line % V::lanes != 0 || reinterpret_cast<std::uintptr_t>(values) % V::lanes != 0)
+    return f(std::false_type{});
+  f(std::true_type{});
+  V::fence_streaming();
+}
+
 constexpr Index kQuantizeChunk = 16384;  // numbers of one task where a whole tensor shares a scale
 
 /// Values by the scales that p.scales holds; a NaN scale gives zeros.
 template <typename Isa, CpuDevice D, typename T>
 void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
   parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
-    for (Index r = first; r < last; ++r)
-      for (Index g = 0; g < p.groups(); ++g) {
-        const Index at = r * p.columns + g * p.group;
-        quantize_activation_line<Isa>(p.weights + at, std::min(p.group, p.columns - g * p.group), p.scales[r * p.groups() + g],
-                                      p.values + at);
-      }
+    with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
+      for (Index r = first; r < last; ++r)
+        for (Index g = 0; g < p.groups(); ++g) {
+          const Index at = r * p.columns + g * p.group;
+          quantize_activation_line<Isa, decltype(streaming)::value>(p.weights + at, std::min(p.group, p.columns - g * p.group),
+                                                                    p.scales[r * p.groups() + g], p.values + at);
+        }
+    });
   });
+}
+
+/// Scales and values in one read. False where a number is not quantizable: then some rows are written and some are not.
+template <typename Isa, CpuDevice D, typename T>
+bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
+  if (p.groups() == 0) return true;
+  std::atomic<bool> quantizable{true};
+  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+    with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
+      constexpr bool kStreaming = decltype(streaming)::value;
+      const auto scale_of = [&](const auto& found, Index place) {
+        p.scales[place] = int8_scale(found.largest);
+        if (found.finite && std::isfinite(p.scales[place])) return true;
+        quantizable.store(false, std::memory_order_relaxed);
+        return false;
+      };
+      if (p.groups() > 1) {  // a group is short enough to be in L1 twice
+        for (Index r = first; r < last; ++r)
+          for (Index g = 0; g < p.groups(); ++g) {
+            const Index at = r * p.columns + g * p.group, n = std::min(p.group, p.columns - g * p.group);
+            if (!scale_of(magnitude<Isa>(p.weights + at, n), r * p.groups() + g)) return;
+            quantize_line<Isa, kStreaming>(p.weights + at, n, p.scales[r * p.groups() + g], p.values + at);
+          }
+        return;
+      }
+      auto found = magnitude<Isa>(p.weights + first * p.columns, p.columns);
+      for (Index r = first; r < last; ++r) {
+        if (!scale_of(found, r)) return;
+        const T* row = p.weights + r * p.columns;
+        std::int8_t* values = p.values + r * p.columns;
+        if (r + 1 < last)
+          found = quantize_and_measure<Isa, kStreaming>(row, p.columns, p.scales[r], values, row + p.columns);
+        else
+          quantize_line<Isa, kStreaming>(row, p.columns, p.scales[r], values);
+      }
+    });
+  });
+  return quantizable.load(std::memory_order_relaxed);
 }
 
 /// Scale and values of each row while it is in cache; rows that hold NaN or infinity get the scale NaN and zeros.
@@ -79,7 +133,9 @@ template <typename Isa, CpuDevice D, typename T>
 void quantize_tensor(Isa, const D& device, const T* numbers, Index count, float scale, std::int8_t* values) {
   parallel_for(device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
     const Index begin = first * kQuantizeChunk, end = std::min(last * kQuantizeChunk, count);
-    quantize_line<Isa>(numbers + begin, end - begin, scale, values + begin);
+    with_streaming<Isa, T>(values, count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
+      quantize_line<Isa, decltype(streaming)::value>(numbers + begin, end - begin, scale, values + begin);
+    });
   });
 }
 

@@ -77,6 +77,11 @@ struct vec<float, isa::avx2> {
   EIGENFORMER_INLINE void store_streaming(half* p) const {
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  EIGENFORMER_INLINE void store_streaming(std::int8_t* p) const {
+    alignas(8) long long bytes;
+    store(reinterpret_cast<std::int8_t*>(&bytes));
+    _mm_stream_si64(reinterpret_cast<long long*>(p), bytes);
+  }
   static EIGENFORMER_INLINE void fence_streaming() { _mm_sfence(); }
 
   friend EIGENFORMER_INLINE vec operator+(vec a, vec b) { return {_mm256_add_ps(a.v, b.v)}; }

@@ -75,6 +75,9 @@ struct vec<float, isa::avx512> {
   EIGENFORMER_INLINE void store_streaming(half* p) const {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAll, v, _MM_FROUND_TO_NEAREST_INT));
   }
+  EIGENFORMER_INLINE void store_streaming(std::int8_t* p) const {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtsepi32_epi8(kAll, _mm512_maskz_cvtps_epi32(kAll, v)));
+  }
   static EIGENFORMER_INLINE void fence_streaming() { _mm_sfence(); }
 
   friend EIGENFORMER_INLINE vec operator+(vec a, vec b) { return {_mm512_add_ps(a.v, b.v)}; }
