@@ -11,8 +11,8 @@
 /// INT8 product takes 70. ef::Decoder opens a region for each step; open one around a loop of steps to keep the threads awake from
 /// step to step.
 ///
-/// Results have the same bits inside and outside: ranges and the worker numbers that go with them do not change. Only who computes
-/// a part does: the caller takes those that no thread has begun when it is done with its own. So a thread that comes late costs
+/// Results have the same bits inside and outside. Ranges are static as there, shared out finer, and the caller takes those that no
+/// thread has begun when it is done with its own. So a thread that comes late costs
 /// nothing; one that the kernel takes off its core in the middle of a part is waited for, as outside.
 ///
 /// Costs. Opening a region allocates 192 bytes and wakes nobody. The first operator with more than one part enqueues one task for
