@@ -1,5 +1,7 @@
 #include "turns.h"
 
+#include <eigenformer/core/parallel_region.h>
+
 #include <fcntl.h>
 #include <signal.h>
 #include <spawn.h>
@@ -11,6 +13,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -21,6 +24,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr double kShortestSample = 50e-6;  // seconds; the clock and its calls take some 50 ns
+
+constexpr double kSettling = 0.03;        // seconds
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -108,6 +113,12 @@ void Timer::run(const Call& call, int threads, int times) {
 
 std::vector<double> Timer::take(const Turn& turn) {
   const Call& call = suite_->rows.at(turn.row)->calls.at(turn.call);
+  // As a program that calls operator after operator would: threads stay awake, as those of the peers' OpenMP do.
+  std::optional<eigenformer::ParallelRegion<Eigen::ThreadPoolDevice>> region;
+  if (turn.threads > 1 && call.family.empty()) region.emplace(device(turn.threads));
+  // After idleness Linux wakes a thread on the core of its waker and moves it to a free one some milliseconds later (2 virtual cores):
+  // until then both halves of a product take turns on one core, ours and the peers'.
+  for (const auto warm = Clock::now(); turn.threads > 1 && since(warm) < kSettling;) run(call, turn.threads, 1);
   const auto start = Clock::now();
   run(call, turn.threads, 1);
   const auto second = Clock::now();
