@@ -156,18 +156,14 @@ struct ProductBlock {
     }
     const Index at_once = t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
     for (Index j = 0; j < panels; j += at_once) {
-      // What comes after this panel's chunk: the next panel's, the first panel's next, or the next group's first.
-      const Stored* next = weights + (j + 1) * stride;
-      if (packed && j + 1 == panels) next = first + count < steps ? weights + count * panel_step : next - first * panel_step;
-      const std::uintptr_t chunk_bytes = static_cast<std::uintptr_t>(count * panel_step) * sizeof(Stored);
+      // What comes after this panel's chunk, in elements: the next panel's, the first panel's next, or the next group's first.
+      Index next = (j + 1) * stride;
+      if (packed && j + 1 == panels) next = first + count < steps ? count * panel_step : next - first * panel_step;
       for (Index t = t0; t < t1; ++t) {
         const int height = tiles.height(t);
-        const Unit* a = tile_activations(t) + first * Dot::units * height;
-        // Each tile fetches its part of it, and once it is all there, what is in cache anyway.
-        const std::uintptr_t done = static_cast<std::uintptr_t>(t - t0) * ahead_bytes(count);
-        const auto ahead = packed && done < chunk_bytes ? reinterpret_cast<std::uintptr_t>(next) + done
-                                                        : reinterpret_cast<std::uintptr_t>(weights + j * stride);
-        const tile::TileOperands<Dot> operands{a, weights + j * stride, stride, ahead};
+        const auto [ahead, ahead_step] = what_to_fetch(weights, j * stride, next, count, t - t0, t1 - t0);
+        const tile::TileOperands<Dot> operands{tile_activations(t) + first * Dot::units * height, weights + j * stride, stride,
+                                               ahead, ahead_step};
         Sum* sums = tile_sums(scratch, j, t);
         const Index sums_stride = tiles.padded_rows() * Dot::columns;
         if constexpr (grouped)
@@ -180,18 +176,28 @@ struct ProductBlock {
     }
   }
 
+  struct Fetch {
+    std::uintptr_t address, step;
+  };
+
+  /// For tile `turn` of `turns` of the chunk at element `here`: its part of the chunk at `next`, and once that is all there, what
+  /// is in cache anyway. A chunk that is read once is fetched itself, some way ahead.
+  static Fetch what_to_fetch(const Stored* weights, Index here, Index next, Index count, Index turn, Index turns) {
+    const auto bytes = [](Index elements) { return static_cast<std::uintptr_t>(elements) * sizeof(Stored); };
+    const auto base =
+        reinterpret_cast<std::uintptr_t>(weights);  // numbers, because a fetch past the end is harmless and a pointer is not
+    if (packed && turns == 1) return {base + bytes(here) + tile::kStreamBytes, bytes(panel_step)};
+    std::uintptr_t part = static_cast<std::uintptr_t>(count) * tile::kLineBytes;
+    if constexpr (tile::steps_at_once<Dot> > 1) part = part / tile::steps_at_once<Dot> * Dot::lines_ahead;
+    const std::uintptr_t done = static_cast<std::uintptr_t>(turn) * part;
+    const bool useful = packed && done < bytes(count * panel_step);
+    return {base + (useful ? bytes(next) + done : bytes(here)), tile::kLineBytes};
+  }
+
   tile::GroupFactors group_factors(Index panel, Index first, Index t) const {
     const Index group_steps = problem.weights.group / Dot::step, g = first / group_steps, stride = scales.groups * Dot::columns;
     return {group_steps, problem.weights.scales + panel * stride + g * Dot::columns, stride,
             scales.offsets + tiles.first(t) * scales.groups + g, scales.groups};
-  }
-
-  /// What one tile fetches in `count` steps.
-  static std::uintptr_t ahead_bytes(Index count) {
-    if constexpr (tile::steps_at_once<Dot> > 1)
-      return static_cast<std::uintptr_t>(count / tile::steps_at_once<Dot> * Dot::lines_ahead) * tile::kLineBytes;
-    else
-      return static_cast<std::uintptr_t>(count) * tile::kLineBytes;
   }
 
   void run(const Scratch& scratch, Index p0, Index p1, Index t0, Index t1) const {
