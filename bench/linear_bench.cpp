@@ -1,4 +1,6 @@
-// Linear layers: decode is bytes of weights, prefill is arithmetic. Peers: Eigen's own products by hand, oneDNN, OpenBLAS.
+// Linear layers: decode is bytes of weights (out of DRAM: calls with few tokens take turns on copies), prefill is arithmetic.
+// Peers: Eigen's own products by hand, oneDNN, OpenBLAS.
+#include <eigenformer/activation.h>
 #include <eigenformer/linear.h>
 
 #include <random>
@@ -134,6 +136,34 @@ void linear_backward_cases(bench::Suite& suite) {
   backward_rows<Eigen::bfloat16>(suite, "bfloat16", bench::Peak::bfloat16);
 }
 
+/// SwiGLU in one product, beside the three operators it stands for.
+template <typename X, typename W>
+void gated_rows(bench::Suite& suite, const std::string& type, bench::Peak peak) {
+  const Index in = 2048, hidden = 5632;
+  const auto gate = random_matrix<float>(hidden, in, 1), up = random_matrix<float>(hidden, in, 2);
+  const auto pair = std::make_shared<const ef::PackedGatedWeight<W>>(ef::pack_gated_weight<W>(*gate, *up));
+  const auto gate_alone = std::make_shared<const ef::PackedWeight<W>>(ef::pack_weight<W>(*gate));
+  const auto up_alone = std::make_shared<const ef::PackedWeight<W>>(ef::pack_weight<W>(*up));
+  for (Index tokens : {1, 512}) {
+    const auto x = random_matrix<X>(tokens, in, 3);
+    const auto y = std::make_shared<ef::Tensor<X, 2>>(tokens, hidden), other = std::make_shared<ef::Tensor<X, 2>>(tokens, hidden);
+    const bench::Limit limit =
+        bench::Limit::product(4.0 * static_cast<double>(tokens * in * hidden), static_cast<double>(pair->pair().bytes()), peak);
+    auto& row = suite.row("gated_linear SwiGLU " + std::to_string(tokens) + " x 2048 x 5632 " + type, limit);
+    row.ours([=](const auto& device) { ef::gated_linear_into(device, *y, *x, *pair, ef::Epilogue{}.silu()); });
+    row.peer("separate operators", [=](const auto& device) {
+      ef::linear_into(device, *y, *x, *gate_alone);
+      ef::linear_into(device, *other, *x, *up_alone);
+      ef::swiglu_into(device, *y, *y, *other);
+    });
+  }
+}
+
+void gated_cases(bench::Suite& suite) {
+  gated_rows<Eigen::bfloat16, Eigen::bfloat16>(suite, "bfloat16", bench::Peak::bfloat16);
+  gated_rows<float, std::int8_t>(suite, "int8", bench::Peak::int8);
+}
+
 void pack_cases(bench::Suite& suite) {
   const auto weight = random_matrix<float>(4096, 4096, 1);
   const double count = static_cast<double>(weight->size());
@@ -148,4 +178,5 @@ EIGENFORMER_BENCHMARK(linear_float_cases)
 EIGENFORMER_BENCHMARK(linear_bfloat16_cases)
 EIGENFORMER_BENCHMARK(linear_int8_cases)
 EIGENFORMER_BENCHMARK(linear_backward_cases)
+EIGENFORMER_BENCHMARK(gated_cases)
 EIGENFORMER_BENCHMARK(pack_cases)

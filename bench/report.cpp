@@ -37,7 +37,8 @@ measured with).
 Then ours and the peers alternate: 5 turns of 5 samples each after a warm-up (fewer where a call takes long), and the median
 counts. Peers are asked for their result before they are timed; a wrong one is left out, and said so (exit status 2). A peer with
 threads of its own (oneDNN, OpenBLAS) runs in a process of its own, because idle pools in one process stall each other; after its
-turn on several threads we wait until its idle threads have stopped spinning. On a shared machine compare ratios within one run.
+turn on several threads we wait until its idle threads have stopped spinning. A turn on several threads warms up for 30 ms, until
+Linux has put each on a core of its own, and ours runs inside a ParallelRegion. On a shared machine compare ratios within one run.
 
 Write bench/results/MACHINE.json with --json when a figure goes into a document, and quote the command.
 )";

@@ -25,7 +25,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr double kShortestSample = 50e-6;  // seconds; the clock and its calls take some 50 ns
 
-constexpr double kSettling = 0.03;        // seconds
+constexpr double kSettling = 0.03;  // seconds
 
 double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -116,8 +116,8 @@ std::vector<double> Timer::take(const Turn& turn) {
   // As a program that calls operator after operator would: threads stay awake, as those of the peers' OpenMP do.
   std::optional<eigenformer::ParallelRegion<Eigen::ThreadPoolDevice>> region;
   if (turn.threads > 1 && call.family.empty()) region.emplace(device(turn.threads));
-  // After idleness Linux wakes a thread on the core of its waker and moves it to a free one some milliseconds later (2 virtual cores):
-  // until then both halves of a product take turns on one core, ours and the peers'.
+  // After idleness Linux wakes a thread on the core of its waker and moves it to a free one some milliseconds later (2 virtual
+  // cores): until then both halves of a product take turns on one core, ours and the peers'.
   for (const auto warm = Clock::now(); turn.threads > 1 && since(warm) < kSettling;) run(call, turn.threads, 1);
   const auto start = Clock::now();
   run(call, turn.threads, 1);

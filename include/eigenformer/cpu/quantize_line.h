@@ -23,8 +23,8 @@ struct Magnitude {
   bool finite;  // neither NaN nor infinity among them
 };
 
-/// Fetches what a stream will come to into L2. 8 KiB ahead: arithmetic between the loads keeps so few of them in flight that hardware
-/// prefetchers alone leave memory idle a third of the time (Zen 5). Past the end of an array it is harmless.
+/// Fetches what a stream will come to into L2. 8 KiB ahead: arithmetic between the loads keeps so few of them in flight that
+/// hardware prefetchers alone leave memory idle a third of the time (Zen 5). Past the end of an array it is harmless.
 template <typename T>
 EIGENFORMER_INLINE void prefetch_ahead(const T* line) {
   constexpr std::uintptr_t kBytes = 8192;
