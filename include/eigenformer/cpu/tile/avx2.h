@@ -64,25 +64,27 @@ struct Int8Avx2 : Int8Avx2Base {
   }
 };
 #else
-/// int8 widened to int16 and vpmaddwd: as many instructions as sign, vpmaddubsw and vpmaddwd, and exact for -128 too.
+/// |w| by x with the sign of w, vpmaddubsw and vpmaddwd. Pairs of products fit int16 because quantized activations are never -128:
+/// at most 2 * 128 * 127 = 32512, weights of -128 included. As fast as widening both to int16 for 6 rows, 1.4 times for one (Zen
+/// 5), with half the activations to read.
 struct Int8Avx2 : Int8Avx2Base {
   struct Fragment {
-    __m256i even, odd;
+    __m256i signs, magnitudes;
   };
-  using Factor = Fragment;
-  static constexpr int units = 2;
+  struct Factor {
+    __m256i v;
+  };
+  static constexpr int units = 1;
   static constexpr bool unsigned_weights = false;
 
-  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
-    return {_mm256_srai_epi16(_mm256_slli_epi16(raw(p), 8), 8), _mm256_srai_epi16(raw(p), 8)};
-  }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p), _mm256_abs_epi8(raw(p))}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    return {_mm256_set1_epi32(static_cast<int>(p[0])), _mm256_set1_epi32(static_cast<int>(p[Rows]))};
+    return {_mm256_set1_epi32(static_cast<int>(*p))};
   }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight, const Factor& x) {
-    const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(weight.even, x.even), _mm256_madd_epi16(weight.odd, x.odd));
-    return {_mm256_add_epi32(sum.v, products)};
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight, Factor x) {
+    const __m256i pairs = _mm256_maddubs_epi16(weight.magnitudes, _mm256_sign_epi8(x.v, weight.signs));
+    return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
 };
 #endif

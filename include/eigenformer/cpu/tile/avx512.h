@@ -100,7 +100,7 @@ struct Int8Avx512 : Int8Avx512Base {
   }
 };
 #else
-/// As on AVX2: widened to int16, vpmaddwd.
+/// Widened to int16, vpmaddwd: AVX-512 has no vpsignb, which AVX2's way needs.
 struct Int8Avx512 : Int8Avx512Base {
   struct Fragment {
     __m512i even, odd;
