@@ -196,7 +196,8 @@ TEST(LinearErrors, OfEpiloguesPairsAndGroups) {
   expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<float>(weight, other); }, {"pack_gated_weight", "gate", "up"});
   const ef::Tensor<float, 1> half_bias(5);
   expect_throws<std::invalid_argument>(
-      [&] { ef::gated_linear_into(device, y, x, weight, weight, ef::Epilogue{}.silu().bias(half_bias)); }, {"bias has 5", "10"});
+      [&] { ef::gated_linear_into(device, y, x, weight, weight, ef::Epilogue{}.silu().bias(half_bias)); },
+      {"gated_linear", "bias has 5", "gate has 5 rows", "each of gate and of up"});
   EXPECT_EQ(y(0, 0), 7.0f);
   expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(weight, {.group_size = 48}); },
                                        {"group_size is 48", "128"});
@@ -207,7 +208,45 @@ TEST(LinearErrors, OfEpiloguesPairsAndGroups) {
   auto bad = other;
   bad(4, 39) = std::numeric_limits<float>::quiet_NaN();
   expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<std::int8_t>(other, bad); },
-                                       {"pack_weight", "up[4, 39]", "nan"});
+                                       {"pack_gated_weight", "up[4, 39]", "nan"});
+}
+
+TEST(LinearEpilogue, IsAValue) {
+  const auto x = random_tensor<float, 2>({2, 9}, 1), weight = random_tensor<float, 2>({5, 9}, 2);
+  const auto first = random_tensor<float, 1>({5}, 3), second = random_tensor<float, 1>({5}, 4);
+  auto epilogue = ef::Epilogue{}.bias(first);
+  epilogue = ef::Epilogue{}.bias(second);
+  EXPECT_TRUE(same_bits(ef::linear(x, weight, epilogue), ef::linear(x, weight, second)));
+  epilogue = ef::Epilogue{};
+  EXPECT_TRUE(same_bits(ef::linear(x, weight, epilogue), ef::linear(x, weight)));
+}
+
+TEST(LinearPacked, MovesAndCopiesKeepShapeAndMemoryTogether) {
+  const auto weight = random_tensor<float, 2>({40, 30}, 1), small = random_tensor<float, 2>({3, 30}, 2);
+  const auto x = random_tensor<float, 2>({2, 30}, 3);
+  auto packed = ef::pack_weight<std::int8_t>(weight);
+  const auto copy = packed;
+  const ef::Tensor<float, 2> expected = ef::linear(x, copy);
+  auto moved = std::move(packed);
+  EXPECT_EQ(packed.rows(), 0);  // NOLINT(bugprone-use-after-move): what is left is an empty weight
+  EXPECT_TRUE(same_bits(ef::linear(x, moved), expected));
+  packed = ef::pack_weight<std::int8_t>(small);
+  packed = copy;
+  EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
+  ef::pack_weight_into(Eigen::DefaultDevice{}, packed, small, {.group_size = 32});
+  ef::pack_weight_into(Eigen::DefaultDevice{}, packed, weight);  // the same memory, from groups back to rows
+  EXPECT_EQ(packed.group_size(), 0);
+  EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
+}
+
+TEST(LinearErrors, ShapesWhoseProductOverflows) {
+  const Index huge = Index{1} << 33;
+  const ef::TensorView<const float, 2> x(nullptr, huge, 0), weight(nullptr, huge, 0);
+  expect_throws<std::invalid_argument>([&] { ef::linear(x, weight); }, {"linear", "overflows"});
+  const ef::TensorView<const float, 2> vast(nullptr, Index{1} << 62, 64);
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(vast, 32); }, {"grouped", "overflows"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel(vast); }, {"per_channel", "overflows"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(vast); }, {"pack_weight", "overflows"});
 }
 
 template <typename Weight, typename X>

@@ -1,6 +1,7 @@
 // Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not depend on its neighbours,
 // threads, shards or packing; gradients are those of the definition and accumulate; nothing is allocated twice; refuses what does
 // not fit.
+#include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
 #include <eigenformer/reference/linear.h>
 
@@ -181,7 +182,7 @@ TEST(LinearBits, NothingOutsideIsReadOrWritten) {
 }
 
 TEST(LinearInt8, SumsAreExactToTheLimit) {
-  const Index in = ef::detail::kLargestInt8Depth;
+  const Index in = ef::detail::kLargestInt8Depth;  // 128 times the sum of these activations leaves 32 bits
   ef::Tensor<float, 2> x(1, in);
   x.setConstant(1.0f);
   ef::Tensor<std::int8_t, 2> q(2, in);
@@ -358,6 +359,26 @@ TEST(LinearMemory, NothingIsAllocatedTwice) {
   };
   EXPECT_GT(count_allocations(all), 0);
   EXPECT_EQ(count_allocations(all), 0);
+}
+
+TEST(LinearMemory, NothingAtAllWithAWorkspaceNorOnAnAwakePool) {
+  const auto x = random_tensor<float, 2>({14, 90}, 1), weight = random_tensor<float, 2>({70, 90}, 2);
+  const auto gate_up = ef::pack_gated_weight<ef::bfloat16>(weight, weight);
+  const auto w8 = ef::pack_weight<std::int8_t>(weight), groups = ef::pack_weight<std::int8_t>(weight, {.group_size = 32});
+  ef::Tensor<float, 2> y(14, 70);
+  ef::Workspace workspace(std::size_t{16} << 20);
+  const auto all = [&](const auto& device) {
+    ef::linear_into(device, y, x, w8, workspace);
+    ef::linear_into(device, y, x, groups, ef::Epilogue{}.gelu(), workspace);
+    ef::linear_into(device, y, x, weight, workspace);
+    ef::gated_linear_into(device, y, x, gate_up, ef::Epilogue{}.silu(), workspace);
+  };
+  const Eigen::DefaultDevice one;
+  EXPECT_EQ(count_allocations([&] { all(one); }), 0);  // the first call already
+  Threads threads(2);
+  const ef::ParallelRegion region(threads.device, {.linger = std::chrono::seconds(5)});
+  all(threads.device);  // wakes the threads
+  EXPECT_EQ(count_allocations([&] { all(threads.device); }), 0);
 }
 
 TEST(LinearMemory, ManyThreadsAtOnce) {

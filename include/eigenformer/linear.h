@@ -56,22 +56,20 @@ using operand_scalar = std::conditional_t<
     std::is_same_v<X, double> || std::is_same_v<W, double>, double,
     std::conditional_t<std::is_same_v<X, bfloat16> && (std::is_same_v<W, bfloat16> || std::is_same_v<W, float>), bfloat16, float>>;
 
-inline void require_linear_shapes(Index y_rows, Index y_columns, Index tokens, Index in, Index out, Index weight_in) {
-  require(weight_in == in, "linear", "weight has ", weight_in, " columns, x has ", in, " features");
-  require(y_rows == tokens && y_columns == out, "linear", "y has shape (", y_rows, ", ", y_columns, "), expected (", tokens, ", ",
-          out, ")");
-}
+/// What exceptions call an operator and its weight.
+struct LinearNames {
+  std::string_view operation, weight;
+};
 
-inline void require_packed_layout(const PanelLayout& packed, const PanelLayout& expected, Index rows) {
-  require(rows == 0 || packed == expected, "linear", "weight was packed for ", packed.isa, " (panels of ", packed.columns,
+inline void require_packed_layout(std::string_view name, const PanelLayout& packed, const PanelLayout& expected, Index rows) {
+  require(rows == 0 || packed == expected, name, "weight was packed for ", packed.isa, " (panels of ", packed.columns,
           "), these kernels read ", expected.isa, " (panels of ", expected.columns, "): pack it again");
 }
 
 /// y = residual + function(sums): the kernel's epilogue for sums of type Sums.
 template <bool Gated, typename Sums, typename Y, typename Function, typename B, typename R>
 auto finish(const Sums& sums, const TensorView<Y, 2>& y, const Epilogue<Function, B, R>& epilogue) {
-  return Finish<Sums, Function, Gated, Y, R>{sums, y.data(), y.dimension(1),
-                                             epilogue.has_residual() ? epilogue.residual_view().data() : nullptr};
+  return Finish<Sums, Function, Gated, Y, R>{sums, y.data(), y.dimension(1), epilogue.residual_data()};
 }
 
 /// Plain weights: one (out, in) matrix, or gate and up.
@@ -82,7 +80,7 @@ void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X,
                 "eigenformer: a plain weight is float, double, Eigen::bfloat16 or Eigen::half; for int8 use int8_linear "
                 "or pack_weight(values, scales)");
   using Dot = tile::Dot<operand_scalar<X, W>, X, Isa>;
-  const auto end = finish<(Matrices > 1)>(PlainSums<typename E::bias_scalar>{epilogue.bias_view().data()}, y, epilogue);
+  const auto end = finish<(Matrices > 1)>(PlainSums<typename E::bias_scalar>{epilogue.bias_data()}, y, epilogue);
   cpu::product<Dot>(isa, device,
                     ProductProblem<X, WeightRows<W, Matrices>, std::remove_const_t<decltype(end)>>{
                         {x.data(), x.dimension(1), 1}, weight, x.dimension(0), y.dimension(1), x.dimension(1), end},
@@ -95,8 +93,8 @@ void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<c
                       const E& epilogue, Workspace& workspace) {
   static_assert(std::is_same_v<X, double> == std::is_same_v<S, double>,
                 "eigenformer: double x goes with PackedWeight<double> and with no other");
-  require_packed_layout(weight.layout(), panel_layout<S>(isa), weight.rows());
-  const typename E::bias_scalar* bias = epilogue.bias_view().data();
+  require_packed_layout(Gated ? "gated_linear" : "linear", weight.layout(), panel_layout<S>(isa), weight.rows());
+  const typename E::bias_scalar* bias = epilogue.bias_data();
   const auto run = [&](auto dot, const auto& panels, const auto& sums) {
     const auto end = finish<Gated>(sums, y, epilogue);
     using Panels = std::remove_cvref_t<decltype(panels)>;
@@ -116,9 +114,10 @@ void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<c
   }
 }
 
-/// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `biases` the elements its bias must have.
+/// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `matrices` the weights that give each.
 template <typename Y, typename X, typename E>
-void require_linear(const Y& y, const X& x, const E& epilogue, Index rows, Index weight_in, Index biases) {
+void require_linear(const LinearNames& names, const Y& y, const X& x, const E& epilogue, Index rows, Index weight_in,
+                    Index matrices) {
   using XS = scalar_of<X>;
   using B = typename E::bias_scalar;
   using R = typename E::residual_scalar;
@@ -129,10 +128,17 @@ void require_linear(const Y& y, const X& x, const E& epilogue, Index rows, Index
                 "eigenformer: a bias has x's scalar or float");
   static_assert(FloatingScalar<R> && (std::is_same_v<XS, double> || !std::is_same_v<R, double>),
                 "eigenformer: a residual is double only where x is");
-  require_linear_shapes(y.dimension(0), y.dimension(1), x.dimension(0), x.dimension(1), rows, weight_in);
-  require(!epilogue.has_bias() || epilogue.bias_view().dimension(0) == biases, "linear", "bias has ",
-          epilogue.bias_view().dimension(0), " elements, weight has ", biases, " rows");
-  if (epilogue.has_residual()) require_same_shape("linear", "residual", epilogue.residual_view(), "y", y);
+  const std::string_view name = names.operation;
+  const Index tokens = x.dimension(0), in = x.dimension(1);
+  require(weight_in == in, name, names.weight, " has ", weight_in, " columns, x has ", in, " features");
+  require(y.dimension(0) == tokens && y.dimension(1) == rows, name, "y has shape ", shape_text(y), ", expected (", tokens, ", ",
+          rows, ")");
+  if (epilogue.bias_size() != E::kNone && epilogue.bias_size() != rows * matrices)
+    require(false, name, "bias has ", epilogue.bias_size(), " elements, ", names.weight, " has ", rows, " rows",
+            matrices > 1 ? ": expected one for each of gate and of up" : "");
+  if (epilogue.residual_rows() != E::kNone)
+    require(epilogue.residual_rows() == tokens && epilogue.residual_columns() == rows, name, "residual has shape (",
+            epilogue.residual_rows(), ", ", epilogue.residual_columns(), "), y has shape ", shape_text(y));
 }
 
 /// Views of the arguments, checks, the kernel of a tag.
@@ -142,12 +148,12 @@ void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weig
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
   if constexpr (is_packed_weight<Weight>) {
-    require_linear(y_view, x_view, epilogue, weight.rows(), weight.columns(), weight.rows());
+    require_linear({"linear", "weight"}, y_view, x_view, epilogue, weight.rows(), weight.columns(), 1);
     packed_linear_on<false>(isa, device, y_view, x_view, weight, epilogue, workspace);
   } else {
     const auto w = input_view<2>(weight);
     using W = scalar_of<Weight>;
-    require_linear(y_view, x_view, epilogue, w.dimension(0), w.dimension(1), w.dimension(0));
+    require_linear({"linear", "weight"}, y_view, x_view, epilogue, w.dimension(0), w.dimension(1), 1);
     linear_on(isa, device, y_view, x_view, WeightRows<W, 1>{{{w.data(), w.dimension(1), 1}}, w.dimension(0)}, epilogue, workspace);
   }
 }
@@ -157,7 +163,7 @@ void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x, cons
                        Workspace& workspace) {
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
-  require_linear(y_view, x_view, epilogue, weight.rows(), weight.columns(), 2 * weight.rows());
+  require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, weight.rows(), weight.columns(), 2);
   packed_linear_on<true>(isa, device, y_view, x_view, weight.pair(), epilogue, workspace);
 }
 
@@ -168,7 +174,7 @@ void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x, cons
   const auto x_view = input_view<2>(x);
   require_same_shape("gated_linear", "gate", gate, "up", up);
   const Index rows = gate.dimension(0), in = gate.dimension(1);
-  require_linear(y_view, x_view, epilogue, rows, in, 2 * rows);
+  require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, rows, in, 2);
   linear_on(isa, device, y_view, x_view, WeightRows<W, 2>{{{gate.data(), in, 1}, {up.data(), in, 1}}, rows}, epilogue, workspace);
 }
 
@@ -221,8 +227,9 @@ void linear_into(const D& device, Output&& y, const Input& x, const Weight& weig
 template <CpuDevice D, typename Input, typename Weight, typename... BiasOrEpilogue>
   requires(sizeof...(BiasOrEpilogue) <= 1)
 auto linear(const D& device, const Input& x, const Weight& weight, const BiasOrEpilogue&... end) {
-  const auto view = input_view<2>(x);
-  Tensor<detail::linear_result<Input, Weight>, 2> y(view.dimension(0), detail::weight_rows(weight));
+  const Index tokens = input_view<2>(x).dimension(0), out = detail::weight_rows(weight);
+  checked_product(tokens, out, "linear", "y");
+  Tensor<detail::linear_result<Input, Weight>, 2> y(tokens, out);
   linear_into(device, y, x, weight, end...);
   return y;
 }

@@ -122,6 +122,9 @@ template <CpuDevice D, typename Weights>
 auto quantize_weights_int8(const D& device, const Weights& weights) {
   constexpr int rank = rank_of<Weights>;
   const auto from = input_view<rank>(weights);
+  Index count = 1;
+  for (int d = 0; d < rank; ++d)
+    count = checked_product(count, from.dimension(static_cast<std::size_t>(d)), "quantize_weights_int8", "weights");
   QuantizedTensor<(rank < 0 ? 0 : rank)> result{Tensor<std::int8_t, (rank < 0 ? 0 : rank)>(from.dimensions()), 1.0f};
   quantize_weights_int8_into(device, result.values, result.scale, weights);
   return result;
@@ -165,6 +168,7 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
 template <CpuDevice D, typename Weights>
 QuantizedChannels quantize_weights_int8_per_channel(const D& device, const Weights& weights) {
   const auto from = input_view<2>(weights);
+  checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_per_channel", "weights");
   QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)), Tensor<float, 1>(from.dimension(0))};
   quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights, {.check_first = false});
   return result;
@@ -202,6 +206,7 @@ template <CpuDevice D, typename Weights>
 QuantizedGroups quantize_weights_int8_grouped(const D& device, const Weights& weights, Index group_size) {
   const auto from = input_view<2>(weights);
   detail::require_group_size(group_size, "quantize_weights_int8_grouped");
+  checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_grouped", "weights");
   QuantizedGroups result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
                          Tensor<float, 2>(from.dimension(0), (from.dimension(1) + group_size - 1) / group_size)};
   quantize_weights_int8_grouped_into(device, result.values, result.scales, weights, group_size, {.check_first = false});
@@ -235,19 +240,20 @@ namespace detail {
 
 /// The output's memory, once shapes and scalars are right.
 template <typename Output, typename Values>
-auto* dequantized(Output& weights, const Values& values) {
+auto* dequantized(std::string_view name, Output& weights, const Values& values) {
   constexpr int rank = rank_of<Values>;
   require_int8_values<Values>();
   static_assert(FloatingScalar<scalar_of<Output>>,
                 "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
   auto to = output_view<rank>(weights);
-  require_same_shape("dequantize", "weights", to, "values", input_view<rank>(values));
+  require_same_shape(name, "weights", to, "values", input_view<rank>(values));
   return to.data();
 }
 
 template <typename D, typename Output, typename Values>
-void dequantize_groups(const D& device, Output& weights, const Values& values, const float* scales, Index group) {
-  auto* to = dequantized(weights, values);
+void dequantize_groups(std::string_view name, const D& device, Output& weights, const Values& values, const float* scales,
+                       Index group) {
+  auto* to = dequantized(name, weights, values);
   cpu::dequantize(isa::best{}, device,
                   DequantizeProblem<scalar_of<Output>>{values.data(), scales, to, values.dimension(0), values.dimension(1), group});
 }
@@ -257,7 +263,7 @@ void dequantize_groups(const D& device, Output& weights, const Values& values, c
 /// weights = values * scale, of any rank, with one scale.
 template <CpuDevice D, typename Output, typename Values>
 void dequantize_into(const D& device, Output&& weights, const Values& values, float scale) {
-  auto* to = detail::dequantized(weights, values);
+  auto* to = detail::dequantized("dequantize", weights, values);
   cpu::dequantize_tensor(isa::best{}, device, values.data(), values.size(), scale, to);
 }
 
@@ -268,7 +274,7 @@ void dequantize_into(const D& device, Output&& weights, const Values& values, co
   const auto factors = input_view<1>(scales);
   require(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ", factors.dimension(0), " elements, values has ",
           from.dimension(0), " rows");
-  detail::dequantize_groups(device, weights, values, factors.data(), from.dimension(1));
+  detail::dequantize_groups("dequantize", device, weights, values, factors.data(), from.dimension(1));
 }
 
 /// weights (out, in) = values * scales (out, ceil(in / group_size)).
@@ -280,7 +286,7 @@ void dequantize_grouped_into(const D& device, Output&& weights, const Values& va
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
   require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, "dequantize_grouped", "scales has shape ",
           detail::shape_text(factors), ", expected (", from.dimension(0), ", ", groups, ")");
-  detail::dequantize_groups(device, weights, values, factors.data(), group_size);
+  detail::dequantize_groups("dequantize_grouped", device, weights, values, factors.data(), group_size);
 }
 
 /// ef::Tensor<float, 2> w = ef::dequantize(qc, scales);   and   ef::dequantize(q, scale), of any rank
@@ -322,10 +328,10 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
   const auto weight = input_view<2>(values);
   const auto factors = input_view<1>(scales);
   const Index tokens = from.dimension(0), in = from.dimension(1), out = weight.dimension(0);
-  require_linear(to, from, epilogue, out, weight.dimension(1), out);
+  require_linear({"int8_linear", "weight"}, to, from, epilogue, out, weight.dimension(1), 1);
   require(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0), " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
-  const auto end = finish<false>(ScaledSums<typename E::bias_scalar>{epilogue.bias_view().data(), factors.data()}, to, epilogue);
+  const auto end = finish<false>(ScaledSums<typename E::bias_scalar>{epilogue.bias_data(), factors.data()}, to, epilogue);
   cpu::product<tile::Dot<std::int8_t, X, Isa>>(isa, device,
                                                ProductProblem<X, WeightRows<std::int8_t, 1>, std::remove_const_t<decltype(end)>>{
                                                    {from.data(), in, 1}, {{{weight.data(), in, 1}}, out}, tokens, out, in, end},
@@ -363,8 +369,9 @@ void int8_linear_into(const D& device, Output&& y, const Input& x, const Values&
 template <CpuDevice D, typename Input, typename Values, typename Scales, typename... Bias>
   requires(sizeof...(Bias) <= 1)
 Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
-  const auto view = input_view<2>(x);
-  Tensor<float, 2> y(view.dimension(0), input_view<2>(values).dimension(0));
+  const Index tokens = input_view<2>(x).dimension(0), out = input_view<2>(values).dimension(0);
+  checked_product(tokens, out, "int8_linear", "y");
+  Tensor<float, 2> y(tokens, out);
   int8_linear_into(device, y, x, values, scales, bias...);
   return y;
 }

@@ -51,6 +51,11 @@ inline std::int32_t sum_of(const std::int8_t* values, Index count) {
   return sum;
 }
 
+/// Modulo 2^32: from 132,105 inputs on 128 times their sum may leave 32 bits, as the sums it is taken off do.
+inline void add_wrapping(std::int32_t& to, std::int32_t number) {
+  to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) + static_cast<std::uint32_t>(number));
+}
+
 /// Quads of `n` quantized activations from k on into their places in a tile; n is a multiple of 4 but at the end.
 template <typename Dot>
 void place_quads(const std::int8_t* values, Index k, Index n, int height, typename Dot::Unit* to) {
@@ -89,7 +94,7 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
     place_quads<Dot>(values, k, padded, height, to);
     if constexpr (Dot::unsigned_weights)
       for (Index at = 0, part = std::min(chunk, result.group); at < n; at += part)
-        offsets[(k + at) / result.group] += 128 * sum_of(values + at, std::min(part, n - at));
+        add_wrapping(offsets[(k + at) / result.group], 128 * sum_of(values + at, std::min(part, n - at)));
   }
 }
 

@@ -61,7 +61,7 @@ struct PlainSums {
 template <typename B>
 struct ScaledSums {
   const B* bias;
-  const float* weight_scales;  // by packed column; whole vectors are there
+  const float* weight_scales;  // by packed column
 
   template <typename V>
   V read(const TileSums<std::int32_t>& tile, int r, int c, Index bias_column, int n) const {

@@ -24,38 +24,47 @@ class Epilogue {
   using residual_scalar = R;
 
   Epilogue() = default;
-  Epilogue(TensorView<const B, 1> bias, bool has_bias, TensorView<const R, 2> residual, bool has_residual)
-      : bias_(bias), residual_(residual), has_bias_(has_bias), has_residual_(has_residual) {}
+  Epilogue(const B* bias, Index bias_size, const R* residual, Index residual_rows, Index residual_columns)
+      : bias_(bias),
+        residual_(residual),
+        bias_size_(bias_size),
+        residual_rows_(residual_rows),
+        residual_columns_(residual_columns) {}
 
   /// (out); of a gated layer (2 * out), gate's then up's.
   template <RowMajorTensor Tensor1>
   auto bias(const Tensor1& values) const {
-    return Epilogue<Function, scalar_of<Tensor1>, R>(input_view<1>(values), true, residual_, has_residual_);
+    const auto view = input_view<1>(values);
+    return Epilogue<Function, scalar_of<Tensor1>, R>(view.data(), view.dimension(0), residual_, residual_rows_, residual_columns_);
   }
   /// (tokens, out); may be the output itself.
   template <RowMajorTensor Tensor2>
   auto residual(const Tensor2& values) const {
-    return Epilogue<Function, B, scalar_of<Tensor2>>(bias_, has_bias_, input_view<2>(values), true);
+    const auto view = input_view<2>(values);
+    return Epilogue<Function, B, scalar_of<Tensor2>>(bias_, bias_size_, view.data(), view.dimension(0), view.dimension(1));
   }
   auto silu() const { return with<cpu::Silu>(); }
   auto gelu() const { return with<cpu::GeluErf>(); }
   auto gelu_tanh() const { return with<cpu::GeluTanh>(); }
   auto relu() const { return with<cpu::Relu>(); }
 
-  const TensorView<const B, 1>& bias_view() const { return bias_; }
-  const TensorView<const R, 2>& residual_view() const { return residual_; }
-  bool has_bias() const { return has_bias_; }
-  bool has_residual() const { return has_residual_; }
+  const B* bias_data() const { return bias_; }            ///< nullptr where there is none
+  Index bias_size() const { return bias_size_; }          ///< kNone where there is none
+  const R* residual_data() const { return residual_; }    ///< nullptr where there is none
+  Index residual_rows() const { return residual_rows_; }  ///< kNone where there is none
+  Index residual_columns() const { return residual_columns_; }
+  static constexpr Index kNone = -1;
 
  private:
   template <typename Other>
   auto with() const {
-    return Epilogue<Other, B, R>(bias_, has_bias_, residual_, has_residual_);
+    return Epilogue<Other, B, R>(bias_, bias_size_, residual_, residual_rows_, residual_columns_);
   }
 
-  TensorView<const B, 1> bias_{nullptr, 0};
-  TensorView<const R, 2> residual_{nullptr, 0, 0};
-  bool has_bias_ = false, has_residual_ = false;
+  // Pointers rather than views: a view's assignment writes through it.
+  const B* bias_ = nullptr;
+  const R* residual_ = nullptr;
+  Index bias_size_ = kNone, residual_rows_ = kNone, residual_columns_ = kNone;
 };
 Epilogue() -> Epilogue<>;
 

@@ -67,6 +67,10 @@ void arrange_scales(Isa, PackedWeight<std::int8_t>& packed, const float* const (
         for (Index r = first; r < first + width; ++r) *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
 }
 
+/// What exceptions call the operator.
+template <int Matrices>
+inline constexpr std::string_view packing_name = Matrices == 1 ? "pack_weight" : "pack_gated_weight";
+
 /// Quantizes and packs, with a scale for each `group` inputs (0: each row). `names` are those of the arguments.
 template <int Matrices, typename Isa, typename D, typename W>
 void pack_quantized(Isa isa, const D& device, PackedWeight<std::int8_t>& packed, const TensorView<const W, 2> (&views)[Matrices],
@@ -75,15 +79,18 @@ void pack_quantized(Isa isa, const D& device, PackedWeight<std::int8_t>& packed,
   const auto weights = weight_rows_of(views);
   const Index rows = weights.rows, depth = views[0].dimension(1), each = group == 0 ? std::max<Index>(depth, 1) : group;
   const Index groups = group == 0 ? 1 : (depth + group - 1) / group;
+  constexpr std::string_view name = packing_name<Matrices>;
+  checked_product(rows, depth, name, "weight");
+  const Index all_scales = checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
   Workspace::Frame frame(workspace);
-  float* found = frame.take<float>(Matrices * rows * groups);
-  std::fill_n(found, Matrices * rows * groups, 1.0f);
+  float* found = frame.take<float>(all_scales);
+  std::fill_n(found, all_scales, 1.0f);
   const float* scales[Matrices];
   for (int m = 0; m < Matrices; ++m) {
     float* own = found + m * rows * groups;
     scales[m] = own;
     if (depth > 0 && !cpu::group_scales(isa, device, views[m].data(), rows, depth, each, own))
-      throw_not_quantizable("pack_weight", names[m], views[m], cpu::first_not_quantizable(views[m].data(), rows * depth));
+      throw_not_quantizable(name, names[m], views[m], cpu::first_not_quantizable(views[m].data(), rows * depth));
   }
   WeightAccess<std::int8_t>::reshape(packed, isa, rows, depth, Matrices, group);
   arrange_scales(isa, packed, scales);
@@ -114,15 +121,16 @@ void pack_weight_on(Isa isa, const D& device, PackedWeight<T>& packed, const Ten
                 "eigenformer: pack_weight takes float, double, Eigen::bfloat16 or Eigen::half; int8 needs its scales");
   static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
                 "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
-  for (int m = 1; m < Matrices; ++m) require_same_shape("pack_gated_weight", names[0], views[0], names[m], views[m]);
+  constexpr std::string_view name = packing_name<Matrices>;
+  for (int m = 1; m < Matrices; ++m) require_same_shape(name, names[0], views[0], names[m], views[m]);
   if constexpr (std::is_same_v<T, std::int8_t>) {
     if (options.group_size == 0)
-      require_int8_depth(views[0].dimension(1), "pack_weight");
+      require_int8_depth(views[0].dimension(1), name);
     else
-      require_group_size(options.group_size, "pack_weight");
+      require_group_size(options.group_size, name);
     pack_quantized(isa, device, packed, views, names, options.group_size, workspace);
   } else {
-    require(options.group_size == 0, "pack_weight", "group_size is ", options.group_size, ", but only int8 weights have groups");
+    require(options.group_size == 0, name, "group_size is ", options.group_size, ", but only int8 weights have groups");
     WeightAccess<T>::reshape(packed, isa, views[0].dimension(0), views[0].dimension(1), Matrices, 0);
     pack_values(isa, device, packed, views);
   }

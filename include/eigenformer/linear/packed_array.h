@@ -37,6 +37,7 @@ class PackedArray {
   /// Contents are lost where it grows. Throws std::bad_alloc, and then keeps what it had.
   void resize(Index size) {
     if (size > capacity_) {
+      if (static_cast<std::size_t>(size) > (~std::size_t{0} >> 1) / sizeof(T)) throw std::bad_array_new_length();
       const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
       const std::size_t alignment = bytes >= kHugeFrom ? kHugePage : 64;
       T* fresh = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment}));

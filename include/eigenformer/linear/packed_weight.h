@@ -76,6 +76,21 @@ struct WeightAccess;
 template <typename T>
 class PackedWeight {
  public:
+  PackedWeight() = default;
+  PackedWeight(const PackedWeight&) = default;
+  PackedWeight(PackedWeight&& other) noexcept { swap(other); }
+  PackedWeight& operator=(const PackedWeight& other) {
+    if (this != &other) {
+      PackedWeight copy(other);  // may throw std::bad_alloc, before anything has changed
+      swap(copy);
+    }
+    return *this;
+  }
+  PackedWeight& operator=(PackedWeight&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
   const PanelLayout& layout() const { return layout_; }
@@ -90,6 +105,14 @@ class PackedWeight {
 
  private:
   friend struct WeightAccess<T>;
+  void swap(PackedWeight& other) noexcept {
+    std::swap(rows_, other.rows_);
+    std::swap(columns_, other.columns_);
+    std::swap(group_, other.group_);
+    std::swap(layout_, other.layout_);
+    std::swap(data_, other.data_);
+    std::swap(scales_, other.scales_);
+  }
   Index rows_ = 0, columns_ = 0, group_ = 0;
   PanelLayout layout_;
   detail::PackedArray<T> data_;
@@ -126,10 +149,15 @@ struct WeightAccess {
     const Index width = Dot::columns / matrices, panels = (rows + width - 1) / width;
     const Index steps = tile::packed_steps<T>(isa, columns);
     const Index panel = checked_product(steps, Index{Dot::columns} * Dot::step, name, "weight");
-    packed.data_.resize(checked_product(panels, panel, name, "weight"));
-    if constexpr (std::is_same_v<T, std::int8_t>)
-      packed.scales_.resize(checked_product(panels * Dot::columns, group == 0 ? 1 : (columns + group - 1) / group, name, "scales"));
-    packed.rows_ = rows * matrices;
+    const Index elements = checked_product(panels, panel, name, "weight"),
+                all_rows = checked_product(rows, matrices, name, "weight");
+    const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
+    [[maybe_unused]] const Index scales =
+        checked_product(checked_product(panels, Dot::columns, name, "scales"), groups, name, "scales");
+    packed.rows_ = packed.columns_ = 0;  // empty, should memory run out
+    packed.data_.resize(elements);
+    if constexpr (std::is_same_v<T, std::int8_t>) packed.scales_.resize(scales);
+    packed.rows_ = all_rows;
     packed.columns_ = columns;
     packed.group_ = group;
     packed.layout_ = detail::panel_layout<T>(isa);

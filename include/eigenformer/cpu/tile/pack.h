@@ -62,8 +62,8 @@ void clear(Unit* to, Index units) {
 // prefetch past the end of an array is harmless.
 constexpr Index kPrefetchUnits = 128;
 template <typename E>
-void prefetch_lines(const E* from, Index row_stride, Index rows) {
-  const auto address = reinterpret_cast<std::uintptr_t>(from);
+void prefetch_lines(const E* from, Index ahead, Index row_stride, Index rows) {
+  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead) * sizeof(E);
   for (Index r = 0; r < rows; ++r)
     __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(r * row_stride) * sizeof(E)), 0, 2);
 }
@@ -99,7 +99,7 @@ void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int wi
   constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{});
   const Index whole = count / per_unit;
   for (Index u = 0; u < whole; u += block) {
-    prefetch_lines(from + (u + kPrefetchUnits) * per_unit, row_stride, rows);
+    prefetch_lines(from, (u + kPrefetchUnits) * per_unit, row_stride, rows);
     for (int r = 0; r < rows; r += block)
       transpose(isa, from + r * row_stride + u * per_unit, row_stride * Index{sizeof(E)},
                 static_cast<int>(std::min<Index>(block, rows - r)), static_cast<int>(std::min<Index>(block, whole - u)),
@@ -124,11 +124,11 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
   using V = simd::Vec<float, Isa>;
   for (Index k = 0; k < count; k += 2, to += width) {
     const From* even = from + k * depth_stride;
-    const From* odd = even + depth_stride;  // not read where k is the last
+    const From* odd = k + 1 < count ? even + depth_stride : nullptr;
     for (Index r = 0; r < rows; r += V::lanes) {
       const int n = static_cast<int>(std::min<Index>(V::lanes, rows - r));
       const auto load = [&](const From* p) { return n == V::lanes ? V::load(p + r) : V::load_partial(p + r, n); };
-      store_pairs(isa, load(even), k + 1 < count ? load(odd) : V::zero(), n, to + r);
+      store_pairs(isa, load(even), odd != nullptr ? load(odd) : V::zero(), n, to + r);
     }
   }
 }
@@ -240,10 +240,10 @@ void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index
         convert_line<Isa>(from + r * source.row_stride, n, reinterpret_cast<E*>(to + r * steps_at_once<Dot>));
     } else {
       constexpr int block = 16;
-      typename Dot::Unit stage[steps_at_once<Dot>][Dot::rows];
-      pack_column_pairs(isa, from, source.depth_stride, rows, Dot::rows, n, stage[0]);
+      typename Dot::Unit stage[steps_at_once<Dot> * Dot::rows];  // [step][row]
+      pack_column_pairs(isa, from, source.depth_stride, rows, Dot::rows, n, stage);
       for (Index r = 0; r < rows; r += block)
-        transpose(isa, stage[0] + r, Index{sizeof(stage[0])}, static_cast<int>((n + 1) / 2),
+        transpose(isa, stage + r, Index{Dot::rows} * Index{sizeof(stage[0])}, static_cast<int>((n + 1) / 2),
                   static_cast<int>(std::min<Index>(block, rows - r)), to + r * steps_at_once<Dot>, Index{steps_at_once<Dot>});
     }
   }
