@@ -10,8 +10,8 @@ using Eigen::Index;
 
 namespace {
 
-/// A square matrix in 2 MiB pages, as the memory that limits are measured on: out of pages of 4 KiB the same call takes up to 1.3
-/// times as long, the more the longer the machine has run.
+/// A square matrix in 2 MiB pages, as the memory that limits are measured on: out of pages of 4 KiB the same call was seen to take
+/// up to 1.3 times as long.
 template <typename T>
 std::shared_ptr<ef::TensorView<T, 2>> square_in_huge_pages(Index size) {
   struct Matrix {

@@ -11,8 +11,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// How the rows of a block fall into tiles: whole ones, but a short last one shares its rows with the one before it. Of 16 rows,
-/// two tiles of 8 run faster than 12 and 4: a tile of 4 waits for its own sums.
+/// How the rows of a block fall into tiles: whole ones, but a short last one shares its rows with the one before it. Of 16 rows
+/// two tiles of 8 rather than 12 and 4: the 8 sums of a tile of 4 barely cover the latency of their own multiply-adds.
 template <typename Dot>
 class Tiles {
  public:
