@@ -46,27 +46,27 @@ struct ProductProblem {
 
 namespace cpu {
 
-/// Rows whose activations are packed together; a multiple of every tile height's maximum. With packed weights 384: a block of k of
-/// them (384 KiB) stays in half an L2 of 1 MiB, and AMX, whose blocks of k are longer, takes 128 (512 KiB of 2 MiB). Plain weights
-/// are packed once for each block, so theirs are longer: 1152.
+/// Rows whose activations are packed together; a multiple of every tile height's maximum. With packed weights 192: a block of k of
+/// them (768 KiB) stays in an L2 of 1 MiB, and AMX, whose units are 64 bytes for four of these, takes 128 (512 KiB of 2 MiB). Plain
+/// weights are packed once for each block, so theirs are longer: 1152.
 template <typename Dot, bool Packed>
 constexpr Index block_rows() {
-  return !Packed ? 1152 : tile::steps_at_once<Dot> > 1 ? 128 : 384;
+  return !Packed ? 1152 : tile::steps_at_once<Dot> > 1 ? 128 : 192;
 }
 
-/// Blocks of nearly equal size, whole tiles each: of 512 rows, 264 and 248 rather than 384 and 128, whose weights would wait for
-/// memory.
+/// Blocks of nearly equal size, whole tiles each: of 512 rows, 180, 180 and 152 rather than 192, 192 and 128, whose weights would
+/// wait for memory.
 template <typename Dot>
 constexpr Index even_block_rows(Index rows, Index most) {
   const Index blocks = std::max<Index>((rows + most - 1) / most, 1), each = (rows + blocks - 1) / blocks;
   return std::max<Index>((each + Dot::rows - 1) / Dot::rows, 1) * Dot::rows;
 }
 
-/// Steps of one block of k: 32 KiB a panel, which stay in L1 for all tiles. AMX reads weights out of L2 and should
-/// load and store its sums seldom: 128 KiB (both figures of AMX are reasoned, not yet timed).
-template <typename Dot>
+/// Steps of one block of k. Packed panels are read out of L2 (128 KiB a block), which keeps up with the multiply-adds, so that sums
+/// are loaded and stored seldom; plain ones, packed here for many rows, stay in L1 (32 KiB). AMX's figures are reasoned, not timed.
+template <typename Dot, bool Packed>
 constexpr Index block_steps() {
-  return (tile::steps_at_once<Dot> > 1 ? 1024 : 256) / Dot::units;
+  return (Packed || tile::steps_at_once<Dot> > 1 ? 1024 : 256) / Dot::units;
 }
 
 constexpr Index kGroupPanels = 8;
@@ -139,7 +139,7 @@ struct ProductBlock {
       const Index depth = std::clamp<Index>(problem.depth - k, 0, part * Dot::step);
       for (Index j = 0; j < panels; ++j)
         tile::pack_panel<Dot>(Isa{}, problem.weights, group + j, k, depth, part,
-                              scratch.chunk + (j * block_steps<Dot>() + s) * panel_step);
+                              scratch.chunk + (j * block_steps<Dot, packed>() + s) * panel_step);
     }
   }
 
@@ -151,7 +151,7 @@ struct ProductBlock {
       stride = tile::packed_steps<Stored>(Isa{}, problem.depth) * panel_step;
       weights = problem.weights.data + group * stride + first * panel_step;
     } else {
-      stride = block_steps<Dot>() * panel_step;
+      stride = block_steps<Dot, packed>() * panel_step;
       weights = scratch.chunk;
     }
     const Index at_once = t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
@@ -167,9 +167,8 @@ struct ProductBlock {
         Sum* sums = tile_sums(scratch, j, t);
         const Index sums_stride = tiles.padded_rows() * Dot::columns;
         if constexpr (grouped)
-          tile::grouped_tile_products<simd::Vec<float, Isa>>(height, operands, count, group_factors(group + j, first, t),
-                                                             static_cast<int>(tiles.valid(t)), sums, sums_stride, at_once,
-                                                             first == 0);
+          tile::grouped_tile_products<simd::Vec<float, Isa>>(height, operands, count, group_factors(group + j, first, t), sums,
+                                                             sums_stride, at_once, first == 0);
         else
           tile::tile_products<Dot>(height, operands, count, sums, sums_stride, at_once, first == 0 && !resumes);
       }
@@ -201,7 +200,7 @@ struct ProductBlock {
   }
 
   void run(const Scratch& scratch, Index p0, Index p1, Index t0, Index t1) const {
-    const Index block = packed && tiles.count() == 1 ? std::max<Index>(steps, 1) : block_steps<Dot>();
+    const Index block = packed && tiles.count() == 1 ? std::max<Index>(steps, 1) : block_steps<Dot, packed>();
     for (Index group = p0; group < p1; group += kGroupPanels) {
       const Index panels = std::min(kGroupPanels, p1 - group);
       if constexpr (resumes) each(scratch, group, panels, t0, t1, [&](const auto& s) { problem.epilogue.load(Isa{}, s); });
@@ -216,10 +215,11 @@ struct ProductBlock {
     }
   }
 
+  /// Panels inside: a row's values of the whole group are written side by side.
   template <typename F>
   void each(const Scratch& scratch, Index group, Index panels, Index t0, Index t1, F&& f) const {
-    for (Index j = 0; j < panels; ++j)
-      for (Index t = t0; t < t1; ++t) f(sums_of(scratch, group, group + j, t));
+    for (Index t = t0; t < t1; ++t)
+      for (Index j = 0; j < panels; ++j) f(sums_of(scratch, group, group + j, t));
   }
 };
 
@@ -232,7 +232,7 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
   const Index padded_rows = Tiles<Dot>::padded_rows(std::min(rows_at_once, p.rows));
   const Index group = std::min(kGroupPanels, panels), workers = worker_count(device);
   const Index sums = group * padded_rows * Dot::columns;
-  const Index chunk = Block::packed ? 0 : group * block_steps<Dot>() * Block::panel_step;
+  const Index chunk = Block::packed ? 0 : group * block_steps<Dot, Block::packed>() * Block::panel_step;
   Index k_group = std::max<Index>(p.depth, 1), groups = 1;
   if constexpr (Block::grouped) {
     k_group = p.weights.group;

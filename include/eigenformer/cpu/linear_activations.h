@@ -40,7 +40,7 @@ class Tiles {
 /// What quantized activations are scaled by and what is taken off their sums.
 struct ActivationScales {
   float* scales;          // (rows)
-  std::int32_t* offsets;  // (rows, groups): 128 times the sum of the group's values, 0 where weights are signed
+  std::int32_t* offsets;  // (padded rows, groups): 128 times the sum of the group's values, 0 where weights are signed
   Index group;            // k of one group; the depth where there is one
   Index groups;
 };
@@ -86,7 +86,6 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   const float scale = activation_scale<Isa>(row, depth);
   result.scales[r] = scale;
   std::int32_t* offsets = result.offsets + r * result.groups;
-  std::fill_n(offsets, result.groups, 0);
   for (Index k = 0; k < depth; k += chunk) {
     const Index n = std::min(chunk, depth - k), padded = (n + 3) / 4 * 4;
     quantize_activation_line<Isa>(row + k, n, scale, values);
@@ -107,6 +106,7 @@ void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows,
     if (rows < height) tile::clear(to, steps * Dot::units * height);
     if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)  // the last of the 16 steps may stay empty
       tile::clear(to + (steps - tile::steps_at_once<Dot>)*height, Index{tile::steps_at_once<Dot>} * height);
+    std::fill_n(scales.offsets + r * scales.groups, height * scales.groups, 0);
     for (Index i = 0; i < rows; ++i) {
       constexpr Index to_next = tile::steps_at_once<Dot>;  // from one row of a tile to the next
       pack_quantized_row<Dot>(isa, x.data + (row + i) * x.row_stride, depth, height, to + i * to_next, scales, r + i);

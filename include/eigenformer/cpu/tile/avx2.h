@@ -41,6 +41,7 @@ struct Int8Avx2Base {
   static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sums.v);
   }
+  static EIGENFORMER_INLINE simd::vec<float, isa::avx2> to_float(Accumulator sums) { return {_mm256_cvtepi32_ps(sums.v)}; }
   static EIGENFORMER_INLINE __m256i raw(const std::int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 };
 
@@ -54,6 +55,9 @@ struct Int8Avx2 : Int8Avx2Base {
   static constexpr int units = 1;
   static constexpr bool unsigned_weights = true;
 
+  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
+    return {_mm256_sub_epi32(_mm256_setzero_si256(), _mm256_set1_epi32(offset))};
+  }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p)}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {

@@ -78,6 +78,9 @@ struct Int8Avx512Base {
   static EIGENFORMER_INLINE Accumulator zero() { return {_mm512_setzero_si512()}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
   static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) { _mm512_storeu_si512(p, sums.v); }
+  static EIGENFORMER_INLINE simd::vec<float, isa::avx512> to_float(Accumulator sums) {
+    return {_mm512_maskz_cvtepi32_ps(0xffff, sums.v)};
+  }
 };
 
 #if defined(EIGENFORMER_ISA_AVX512_VNNI)
@@ -90,6 +93,9 @@ struct Int8Avx512 : Int8Avx512Base {
   static constexpr int units = 1;
   static constexpr bool unsigned_weights = true;
 
+  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
+    return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(offset))};
+  }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {_mm512_loadu_si512(p)}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {

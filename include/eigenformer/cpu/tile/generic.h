@@ -16,6 +16,7 @@
 ///   fragment                    Stored elements that one vector of weights takes in one step
 ///   Accumulator, Fragment, Factor   registers: sums, weights of a step, broadcast activations of a step
 ///   zero() load(sums) store(sums, accumulator)
+///   minus(offset) to_float(accumulator)   int8 only: all sums at -offset (modulo 2^32; unsigned weights only); sums as a Vec
 ///   weights(p) factor<Rows>(p)  load a Fragment; broadcast a Factor, unit u of which lies at p[u * Rows]
 ///   multiply_add(sum, fragment, factor)
 ///   unsigned_weights            int8 only: packed weights are w + 128 as bytes (for instructions that multiply unsigned by
@@ -102,6 +103,9 @@ struct Int8Generic {
     return sums;
   }
   static EIGENFORMER_INLINE void store(std::int32_t* p, const Accumulator& sums) { std::memcpy(p, sums.v, sizeof(sums.v)); }
+  static EIGENFORMER_INLINE auto to_float(const Accumulator& sums) {
+    return simd::Vec<float, isa::generic>::load_difference(sums.v, 0);
+  }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {p}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {

@@ -48,6 +48,7 @@ struct Int8Neon {
   static EIGENFORMER_INLINE Accumulator zero() { return {vdupq_n_s32(0)}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) { return {vld1q_s32(p)}; }
   static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) { vst1q_s32(p, sums.v); }
+  static EIGENFORMER_INLINE simd::vec<float, isa::neon> to_float(Accumulator sums) { return {vcvtq_f32_s32(sums.v)}; }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {arrange(vld1q_s8(p))}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {

@@ -4,6 +4,7 @@
 /// flight, so that a product of one row streams the weights at memory speed instead of waiting for its own sums.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 #include "generic.h"
@@ -108,35 +109,40 @@ struct GroupFactors {
   Index steps;                  // of a group
   const float* scales;          // [panel][group][column]
   Index panel_stride;           // of the scales
-  const std::int32_t* offsets;  // [row][group]: taken off the row's sums
+  const std::int32_t* offsets;  // [row of the height][group]: taken off the row's sums
   Index row_stride;             // of the offsets
 };
 
 /// float sums[panel][row][column] = fma(exact sum of the group, its scale, sums), group after group.
 template <typename V, typename Dot, int Rows, int Panels>
-void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups, int rows, float* sums, Index sums_stride,
+void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups, float* sums, Index sums_stride,
                           bool from_zero) {
   constexpr int vectors = Dot::vectors, all = vectors * Panels, lanes = Dot::columns / vectors;
   static_assert(lanes == V::lanes);
+  const auto place = [&](int r, int v) { return sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes; };
+  if (from_zero) unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { V::zero().store(place(r, v)); }); });
   const float* scales = groups.scales;
   const std::int32_t* offsets = groups.offsets;
   for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns, ++offsets) {
     typename Dot::Accumulator c[Rows][all];
-    unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { c[r][v] = Dot::zero(); }); });
+    unroll<Rows>([&](auto r) {
+      const auto start = [&] {
+        if constexpr (Dot::unsigned_weights)
+          return Dot::minus(offsets[r * groups.row_stride]);
+        else
+          return Dot::zero();
+      }();
+      unroll<all>([&](auto v) { c[r][v] = start; });
+    });
     accumulate<Dot, Rows, Panels>(at, std::min(groups.steps, steps - s), c);
-    // Through memory, and rows in a loop: the fold unrolled would need more registers than the sums leave.
-    alignas(64) std::int32_t exact[Rows][all * lanes];
-    unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { Dot::store(exact[r] + v * lanes, c[r][v]); }); });
-    const bool first = from_zero && s == 0;
-    for (int r = 0; r < rows; ++r) {
-      const std::int32_t offset = offsets[r * groups.row_stride];
-      unroll<all>([&](auto v) {
-        float* place = sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes;
-        const V scale = V::load(scales + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
-        simd::fused_multiply_add(V::load_difference(exact[r] + v * lanes, offset), scale, first ? V::zero() : V::load(place))
-            .store(place);
-      });
-    }
+    // The float sums of a full tile have no registers left. They stay in memory: moved out of the loop by the compiler they would
+    // be stored twice, there and where it spills them.
+    std::atomic_signal_fence(std::memory_order_acq_rel);
+    unroll<all>([&](auto v) {
+      const V scale = V::load(scales + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
+      unroll<Rows>(
+          [&](auto r) { simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v))).store(place(r, v)); });
+    });
   }
 }
 
@@ -186,16 +192,16 @@ void tile_products(int height, const TileOperands<Dot>& at, Index steps, typenam
   });
 }
 
-/// The same with groups; `rows` of the height are there.
+/// The same with groups.
 template <typename V, typename Dot>
-void grouped_tile_products(int height, const TileOperands<Dot>& at, Index steps, GroupFactors groups, int rows, float* sums,
+void grouped_tile_products(int height, const TileOperands<Dot>& at, Index steps, GroupFactors groups, float* sums,
                            Index sums_stride, Index panels, bool from_zero) {
   const float* scales = groups.scales;
   with_height<Dot>(height, [&](auto tile_rows) {
     for_each_flight<Dot, decltype(tile_rows)::value>(panels, [&](auto flight, Index p) {
       groups.scales = scales + p * groups.panel_stride;
       grouped_tile_product<V, Dot, decltype(tile_rows)::value, decltype(flight)::value>(
-          at.from_panel(p), steps, groups, rows, sums + p * sums_stride, sums_stride, from_zero);
+          at.from_panel(p), steps, groups, sums + p * sums_stride, sums_stride, from_zero);
     });
   });
 }
