@@ -135,13 +135,38 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
 }
 
 TEST(LinearBits, DoNotDependOnBlocksOrThreads) {
-  expect_blocks_and_threads<float, float>(400, 601, 300);  // more than a block of rows, of k and of panels
-  expect_blocks_and_threads<ef::bfloat16, ef::bfloat16>(400, 1201, 300);
-  expect_blocks_and_threads<ef::half, ef::half>(100, 601, 300);
-  expect_blocks_and_threads<float, std::int8_t>(400, 2402, 300);
+  expect_blocks_and_threads<float, float>(400, 1201, 300);  // more than a block of rows, of k and of panels
+  expect_blocks_and_threads<ef::bfloat16, ef::bfloat16>(400, 2401, 300);
+  expect_blocks_and_threads<ef::half, ef::half>(100, 1201, 300);
+  expect_blocks_and_threads<float, std::int8_t>(400, 4802, 300);
   expect_blocks_and_threads<float, float>(100, 301, 20);  // fewer panels than threads: rows are shared out
   expect_blocks_and_threads<float, float>(1, 4000, 600);
   expect_blocks_and_threads<float, std::int8_t>(3, 4000, 600);
+}
+
+// Outputs of more than kStreamingBytes are written around the caches where every row starts at a line.
+TEST(LinearBits, DoNotDependOnTheSizeOfTheOutput) {
+  const Index tokens = 1100, in = 40;
+  for (Index out : {Index{1024}, Index{1023}}) {
+    ASSERT_GT(tokens * out * Index{sizeof(float)}, ef::cpu::kStreamingBytes);
+    const auto x = random_tensor<float, 2>({tokens, in}, 1);
+    const auto weight = random_tensor<float, 2>({out, in}, 2), residual = random_tensor<float, 2>({tokens, out}, 3);
+    const auto packed = ef::pack_weight<std::int8_t>(weight);
+    const auto check = [&](const auto& w, const auto& end_of) {
+      Threads threads(2);
+      auto whole = poisoned_tensor<float, 2>({tokens, out});
+      ef::linear_into(threads.device, whole, x, w, end_of(0, tokens));
+      for (Index first = 0; first < tokens; first += 100) {
+        auto part = poisoned_tensor<float, 2>({100, out});
+        ef::linear_into(Eigen::DefaultDevice{}, part, rows_of(x, first, 100), w, end_of(first, 100));
+        ASSERT_TRUE(same_bits(part, rows_of(whole, first, 100))) << out << " columns, row " << first;
+      }
+    };
+    const auto plain = [](Index, Index) { return ef::Epilogue{}; };
+    check(weight, plain);
+    check(packed, plain);
+    check(weight, [&](Index first, Index count) { return ef::Epilogue{}.residual(rows_of(residual, first, count)); });
+  }
 }
 
 TEST(LinearBits, DoNotDependOnTheShard) {

@@ -69,7 +69,7 @@ inline void require_packed_layout(std::string_view name, const PanelLayout& pack
 /// y = residual + function(sums): the kernel's epilogue for sums of type Sums.
 template <bool Gated, typename Sums, typename Y, typename Function, typename B, typename R>
 auto finish(const Sums& sums, const TensorView<Y, 2>& y, const Epilogue<Function, B, R>& epilogue) {
-  return Finish<Sums, Function, Gated, Y, R>{sums, y.data(), y.dimension(1), epilogue.residual_data()};
+  return Finish<Sums, Function, Gated, Y, R>(sums, y.data(), y.dimension(0), y.dimension(1), epilogue.residual_data());
 }
 
 /// Plain weights: one (out, in) matrix, or gate and up.

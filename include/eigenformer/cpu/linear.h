@@ -213,6 +213,7 @@ struct ProductBlock {
         if (steps == 0) std::fill_n(scratch.sums, panels * tiles.padded_rows() * Dot::columns, 0.0f);
       each(scratch, group, panels, t0, t1, [&](const auto& s) { problem.epilogue.store(Isa{}, s); });
     }
+    problem.epilogue.finish(Isa{});
   }
 
   /// Panels inside: a row's values of the whole group are written side by side.

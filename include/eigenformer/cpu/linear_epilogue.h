@@ -1,13 +1,14 @@
 /// \file
 /// What becomes of finished sums: an epilogue is a type with `store(isa, tile sums)`, called once for each register tile when its
-/// sums are complete, and `load(isa, tile sums)` before the first where `starts_from_output`. A fused epilogue reads sums by one
-/// type (plain, scaled int8, grouped int8) and passes them through one function, so that every combination is compiled for itself.
+/// sums are complete, `load(isa, tile sums)` before the first where `starts_from_output`, and `finish(isa)` when a thread has
+/// stored its last. A fused epilogue reads sums by one type (plain, scaled int8, grouped int8) and passes them through one
+/// function, so that every combination is compiled for itself.
 #pragma once
 
 #include <cmath>
 
 #include "activation_functions.h"
-#include "simd/simd.h"
+#include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -26,34 +27,31 @@ struct TileSums {
   const std::int32_t* row_offsets;  // (rows) to take off int8 sums
 };
 
-/// Calls f(row of the tile, column of the tile, lanes) over whole and partial vectors.
-template <typename V, typename Sum, typename F>
-void for_each_vector(const TileSums<Sum>& tile, F&& f) {
-  for (int r = 0; r < tile.rows; ++r)
-    for (int c = 0; c < tile.columns; c += V::lanes) f(r, c, std::min(V::lanes, tile.columns - c));
-}
+// ---- reading: what a vector of columns shares in all rows, then V read(tile, row, that row's sums at these columns)
+// --------------
 
-template <typename V, typename T>
-EIGENFORMER_INLINE V load_first(const T* p, int n) {
-  return n == V::lanes ? V::load(p) : V::load_partial(p, n);
+/// part of B as the sums' type, zeros where there is no bias.
+template <typename V, typename B, typename Part>
+EIGENFORMER_INLINE V bias_vector(const B* bias, Index column, Part part) {
+  return bias == nullptr ? V::zero() : cpu::load<V>(bias + column, part);
 }
-
-/// n of B as the sums' type, zeros where there is no bias.
-template <typename V, typename B>
-EIGENFORMER_INLINE V bias_vector(const B* bias, Index column, int n) {
-  return bias == nullptr ? V::zero() : load_first<V>(bias + column, n);
-}
-
-// ---- reading: V read<V>(tile, row, column of the tile, column of the bias, lanes) ----------------------------------------------
 
 /// sum + bias.
 template <typename B>
 struct PlainSums {
   const B* bias;  // nullptr: none
 
-  template <typename V, typename Sum>
-  V read(const TileSums<Sum>& tile, int r, int c, Index bias_column, int n) const {
-    return V::load(tile.sums + r * tile.stride + c) + bias_vector<V>(bias, bias_column, n);
+  template <typename V>
+  struct Columns {
+    V bias;
+    template <typename Sum>
+    EIGENFORMER_INLINE V read(const TileSums<Sum>&, int, const Sum* sums) const {
+      return V::load(sums) + bias;
+    }
+  };
+  template <typename V, typename Sum, typename Part>
+  EIGENFORMER_INLINE Columns<V> columns(const TileSums<Sum>&, Index, Index bias_column, Part part) const {
+    return {bias_vector<V>(bias, bias_column, part)};
   }
 };
 
@@ -64,10 +62,15 @@ struct ScaledSums {
   const float* weight_scales;  // by packed column
 
   template <typename V>
-  V read(const TileSums<std::int32_t>& tile, int r, int c, Index bias_column, int n) const {
-    const V scale = V::set1(tile.row_scales[r]) * load_first<V>(weight_scales + tile.packed_column + c, n);
-    return simd::fused_multiply_add(V::load_difference(tile.sums + r * tile.stride + c, tile.row_offsets[r]), scale,
-                                    bias_vector<V>(bias, bias_column, n));
+  struct Columns {
+    V scale, bias;
+    EIGENFORMER_INLINE V read(const TileSums<std::int32_t>& tile, int r, const std::int32_t* sums) const {
+      return simd::fused_multiply_add(V::load_difference(sums, tile.row_offsets[r]), V::set1(tile.row_scales[r]) * scale, bias);
+    }
+  };
+  template <typename V, typename Part>
+  EIGENFORMER_INLINE Columns<V> columns(const TileSums<std::int32_t>& tile, Index c, Index bias_column, Part part) const {
+    return {cpu::load<V>(weight_scales + tile.packed_column + c, part), bias_vector<V>(bias, bias_column, part)};
   }
 };
 
@@ -77,9 +80,15 @@ struct GroupedSums {
   const B* bias;
 
   template <typename V>
-  V read(const TileSums<float>& tile, int r, int c, Index bias_column, int n) const {
-    return simd::fused_multiply_add(V::load(tile.sums + r * tile.stride + c), V::set1(tile.row_scales[r]),
-                                    bias_vector<V>(bias, bias_column, n));
+  struct Columns {
+    V bias;
+    EIGENFORMER_INLINE V read(const TileSums<float>& tile, int r, const float* sums) const {
+      return simd::fused_multiply_add(V::load(sums), V::set1(tile.row_scales[r]), bias);
+    }
+  };
+  template <typename V, typename Part>
+  EIGENFORMER_INLINE Columns<V> columns(const TileSums<float>&, Index, Index bias_column, Part part) const {
+    return {bias_vector<V>(bias, bias_column, part)};
   }
 };
 
@@ -94,16 +103,45 @@ struct Finish {
   Y* y;  // (rows, columns)
   Index columns;
   const R* residual;  // (rows, columns) or nullptr
+  bool streaming;     // whole lines are written around the caches
+
+  Finish(const Sums& read, Y* to, Index rows, Index row_columns, const R* added)
+      : sums(read), y(to), columns(row_columns), residual(added) {
+    constexpr Index line = 64 / sizeof(Y);
+    streaming = residual == nullptr && rows * columns > cpu::kStreamingBytes / Index{sizeof(Y)} && columns % line == 0 &&
+                reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
+  }
 
   template <typename Isa, typename Sum>
   void store(Isa, const TileSums<Sum>& tile) const {
     using V = simd::Vec<std::conditional_t<std::is_same_v<Sum, double>, double, float>, Isa>;
-    for_each_vector<V>(tile, [&](int r, int c, int n) {
-      const Index column = tile.column + c, at = (tile.row + r) * columns + column;
-      V value = Function::value(sums.template read<V>(tile, r, c, column, n));
-      if constexpr (Gated) value = value * sums.template read<V>(tile, r, tile.stride / 2 + c, columns + column, n);
-      if (residual != nullptr) value = load_first<V>(residual + at, n) + value;
-      n == V::lanes ? value.store(y + at) : value.store_partial(y + at, n);
+    if constexpr (V::lanes * sizeof(Y) == 64)  // parts of a line would wait for each other in too few buffers
+      if (streaming) return store_rows<V>(tile, [](V value, Y* to, auto) { value.store_streaming(to); });
+    store_rows<V>(tile, [](V value, Y* to, auto part) { cpu::store(value, to, part); });
+  }
+
+  /// After the last tile of a thread.
+  template <typename Isa>
+  void finish(Isa) const {
+    if (streaming) simd::Vec<float, Isa>::fence_streaming();
+  }
+
+ private:
+  template <typename V, typename Sum, typename Store>
+  EIGENFORMER_INLINE void store_rows(const TileSums<Sum> tile, Store&& write) const {
+    cpu::for_each_vector<V>(0, tile.columns, [&](Index c, auto part) {
+      const Index column = tile.column + c, up = tile.stride / 2;
+      const auto columns_of = [&](Index at, Index bias_column) { return sums.template columns<V>(tile, at, bias_column, part); };
+      const auto first = columns_of(c, column);
+      const auto second = columns_of(Gated ? up + c : c, Gated ? columns + column : column);
+      const Sum* from = tile.sums + c;
+      Index at = tile.row * columns + column;
+      for (int r = 0; r < tile.rows; ++r, from += tile.stride, at += columns) {
+        V value = Function::value(first.read(tile, r, from));
+        if constexpr (Gated) value = value * second.read(tile, r, from + up);
+        if (residual != nullptr) value = cpu::load<V>(residual + at, part) + value;
+        write(value, y + at, part);
+      }
     });
   }
 };
@@ -118,16 +156,23 @@ struct AddSums {
   template <typename Isa, typename Sum>
   void load(Isa, const TileSums<Sum>& tile) const {
     using V = simd::Vec<Sum, Isa>;
-    for_each_vector<V>(tile, [&](int r, int c, int n) {
-      V::load_partial(y + (tile.row + r) * columns + tile.column + c, n).store(tile.sums + r * tile.stride + c);
-    });
+    for_each_vector<V>(tile, [](Sum* sum, Y* to, auto part) { cpu::load<V>(to, part).store(sum); });
   }
   template <typename Isa, typename Sum>
   void store(Isa, const TileSums<Sum>& tile) const {
     using V = simd::Vec<Sum, Isa>;
-    for_each_vector<V>(tile, [&](int r, int c, int n) {
-      V::load(tile.sums + r * tile.stride + c).store_partial(y + (tile.row + r) * columns + tile.column + c, n);
-    });
+    for_each_vector<V>(tile, [](Sum* sum, Y* to, auto part) { cpu::store(V::load(sum), to, part); });
+  }
+  template <typename Isa>
+  void finish(Isa) const {}
+
+ private:
+  template <typename V, typename Sum, typename F>
+  EIGENFORMER_INLINE void for_each_vector(const TileSums<Sum> tile, F&& f) const {
+    for (int r = 0; r < tile.rows; ++r)
+      cpu::for_each_vector<V>(0, tile.columns, [&](Index c, auto part) {
+        f(tile.sums + r * tile.stride + c, y + (tile.row + r) * columns + tile.column + c, part);
+      });
   }
 };
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "quantize_line.h"
+#include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -34,12 +35,12 @@ struct DequantizeProblem {
 namespace cpu {
 
 /// f(true_type or false_type): whether `size` values are written around the caches, in lines of `line` (the last of a row may be
-/// shorter): where they would not stay in a cache of a few MiB, and every vector of them is aligned. Fences behind f.
+/// shorter): where they are many, and every vector of them is aligned. Fences behind f.
 template <typename Isa, typename T, typename F>
 void with_streaming(const std::int8_t* values, Index size, Index row, Index line, F&& f) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  constexpr Index kBytes = Index{4} << 20;
-  if (size <= kBytes || row % V::lanes != 0 || line % V::lanes != 0 || reinterpret_cast<std::uintptr_t>(values) % V::lanes != 0)
+  if (size <= kStreamingBytes || row % V::lanes != 0 || line % V::lanes != 0 ||
+      reinterpret_cast<std::uintptr_t>(values) % V::lanes != 0)
     return f(std::false_type{});
   f(std::true_type{});
   V::fence_streaming();

@@ -75,6 +75,10 @@ EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+/// A result larger than this is written around the caches where its vectors are aligned: it would not stay in an L2 of a few MiB,
+/// and plain stores read each line before they write it.
+inline constexpr Index kStreamingBytes = Index{4} << 20;
+
 /// Elements below which a share of the work does not pay for waking a thread.
 inline constexpr Index kElementsPerTask = 16384;
 
