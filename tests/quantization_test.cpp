@@ -186,6 +186,66 @@ TEST(QuantizationAtOnce, HasTheBitsOfCheckingFirst) {
   }
 }
 
+// Vectors of groups at a time, whole ones and what is left, and groups whose scales leave the range of the corrected quotient.
+template <typename T>
+void check_line_in_groups() {
+  for (Index group : {32, 64, 128})
+    for (Index count : {Index{0}, Index{5}, 16 * group, 33 * group + 17}) {
+      auto line = random_tensor<T, 1>({count}, 1);
+      const auto set_group = [&](Index g, float factor) {
+        for (Index i = g * group; i < std::min(count, (g + 1) * group); ++i) line(i) = T(static_cast<float>(line(i)) * factor);
+      };
+      const auto check = [&](const char* what) {
+        const Index groups = (count + group - 1) / group;
+        std::vector<float> expected_scales(static_cast<std::size_t>(groups)), scales(expected_scales.size());
+        std::vector<std::int8_t> expected(static_cast<std::size_t>(count)), values(expected.size());
+        for (Index g = 0; g < groups; ++g) {
+          const T* from = line.data() + g * group;
+          const Index n = std::min(group, count - g * group);
+          expected_scales[static_cast<std::size_t>(g)] = ef::reference::int8_scale(from, n);
+          ef::reference::quantize(from, n, expected_scales[static_cast<std::size_t>(g)], expected.data() + g * group);
+        }
+        for_each_isa([&](auto isa) {
+          std::fill(values.begin(), values.end(), std::int8_t{-128});
+          ASSERT_TRUE(
+              (ef::cpu::quantize_line_in_groups<decltype(isa), false>(line.data(), count, group, scales.data(), values.data())));
+          ASSERT_EQ(values, expected) << isa.name << " " << count << " by " << group << " " << what;
+          ASSERT_EQ(scales, expected_scales) << isa.name << " " << count << " by " << group << " " << what;
+        });
+      };
+      check("random");
+      set_group(3, 0.0f);
+      set_group(18, 0.0f);
+      check("zeros");
+      set_group(2, 1e-30f);
+      check("tiny");
+      set_group(33, 1e30f);
+      check("huge");
+      if constexpr (!std::is_same_v<T, double>) {
+        set_group(17, 1e-45f);
+        check("denormal");
+      }
+      for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()})
+        for (Index at = 0; at < count; at += 97) {
+          auto broken = line;
+          broken(at) = T(bad);
+          std::vector<float> scales(static_cast<std::size_t>((count + group - 1) / group));
+          std::vector<std::int8_t> values(static_cast<std::size_t>(count));
+          for_each_isa([&](auto isa) {
+            ASSERT_FALSE(
+                (ef::cpu::quantize_line_in_groups<decltype(isa), false>(broken.data(), count, group, scales.data(), values.data())))
+                << isa.name << " " << at;
+          });
+        }
+    }
+}
+
+TEST(QuantizationAtOnce, OfGroupsIsItsDefinitionOnEveryIsa) {
+  check_line_in_groups<float>();
+  check_line_in_groups<ef::bfloat16>();
+  check_line_in_groups<double>();
+}
+
 TEST(QuantizationAtOnce, NamesTheFirstBadWeightToo) {
   Threads threads(2);
   for (Index at : {0, 31, 64, 99, 149})

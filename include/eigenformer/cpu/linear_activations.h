@@ -86,10 +86,10 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   const float scale = activation_scale<Isa>(row, depth);
   result.scales[r] = scale;
   std::int32_t* offsets = result.offsets + r * result.groups;
-  const auto row_address = reinterpret_cast<std::uintptr_t>(row);  // the next row is fetched while this one is quantized
   for (Index k = 0; k < depth; k += chunk) {
     const Index n = std::min(chunk, depth - k), padded = (n + 3) / 4 * 4;
-    tile::prefetch_lines(row_address + static_cast<std::uintptr_t>(depth + k) * sizeof(X), n * Index{sizeof(X)});
+    for (Index at = 0; at < n; at += 64 / Index{sizeof(X)})
+      prefetch_after<2>(row + k + at, depth * Index{sizeof(X)});  // the next row, whose maximum comes next
     quantize_activation_line<Isa>(row + k, n, scale, values);
     std::fill(values + n, values + padded, std::int8_t{0});
     place_quads<Dot>(values, k, padded, height, to);

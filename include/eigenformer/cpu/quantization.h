@@ -1,8 +1,7 @@
 /// \file
 /// CPU kernels of INT8 quantization: a pass over the numbers for the scales, one that divides, rounds and writes. Both are streams,
-/// 4 bytes read a number and 1 written. Where nothing must be known of later rows, a row is still in cache in the second pass,
-/// which runs in one loop with the first pass over the next row: each number is read from memory once. What leaves the caches
-/// anyway is written around them, which saves reading it first.
+/// 4 bytes read a number and 1 written. Where nothing must be known of later rows, a row is still in cache in the second pass, and
+/// each number is read from memory once. What leaves the caches anyway is written around them, which saves reading it first.
 #pragma once
 
 #include "quantize_line.h"
@@ -71,24 +70,17 @@ bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
   parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
     with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
       constexpr bool kStreaming = decltype(streaming)::value;
-      const auto scale_of = [&](const auto& found, Index place) {
-        p.scales[place] = int8_scale(found.largest);
-        if (found.finite && std::isfinite(p.scales[place])) return true;
-        quantizable.store(false, std::memory_order_relaxed);
-        return false;
-      };
-      if (p.groups() > 1) {  // a group is short enough to be in L1 twice
+      if (p.groups() > 1) {
         for (Index r = first; r < last; ++r)
-          for (Index g = 0; g < p.groups(); ++g) {
-            const Index at = r * p.columns + g * p.group, n = std::min(p.group, p.columns - g * p.group);
-            if (!scale_of(magnitude<Isa>(p.weights + at, n), r * p.groups() + g)) return;
-            quantize_line<Isa, kStreaming>(p.weights + at, n, p.scales[r * p.groups() + g], p.values + at);
-          }
+          if (!quantize_line_in_groups<Isa, kStreaming>(p.weights + r * p.columns, p.columns, p.group, p.scales + r * p.groups(),
+                                                        p.values + r * p.columns))
+            return quantizable.store(false, std::memory_order_relaxed);
         return;
       }
       auto found = magnitude<Isa>(p.weights + first * p.columns, p.columns);
       for (Index r = first; r < last; ++r) {
-        if (!scale_of(found, r)) return;
+        p.scales[r] = int8_scale(found.largest);
+        if (!found.finite || !std::isfinite(p.scales[r])) return quantizable.store(false, std::memory_order_relaxed);
         const T* row = p.weights + r * p.columns;
         std::int8_t* values = p.values + r * p.columns;
         if (r + 1 < last)

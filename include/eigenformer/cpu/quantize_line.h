@@ -11,7 +11,7 @@
 #include <limits>
 
 #include "../core/device.h"
-#include "simd/simd.h"
+#include "simd/transpose.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -23,13 +23,17 @@ struct Magnitude {
   bool finite;  // neither NaN nor infinity among them
 };
 
-/// Fetches what a stream will come to into L2. 8 KiB ahead: arithmetic between the loads keeps few of them in flight
-/// (8192 x 8192 floats by row on Zen 5: 13 ms with hardware prefetchers alone, 9 with this). Past the end of an array it is
-/// harmless.
+/// Fetches the line that `bytes` after p lie in: past the end of an array it is harmless. Level is 3 for L1, 2 for L2.
+template <int Level, typename T>
+EIGENFORMER_INLINE void prefetch_after(const T* p, Index bytes) {
+  const auto address = reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes);
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
+}
+
+/// Fetches what a stream will come to: arithmetic between the loads keeps few of them in flight.
 template <typename T>
 EIGENFORMER_INLINE void prefetch_ahead(const T* line) {
-  constexpr std::uintptr_t kBytes = 8192;
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(line) + kBytes), 0, 2);
+  prefetch_after<3>(line, 8192);
 }
 
 /// The running maximum over vectors, in four chains that hide each other's latency.
@@ -90,54 +94,59 @@ float int8_scale(C largest) {
 /// gives the bits of a division (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990);
 /// elsewhere, and in double, it is a division.
 template <typename V>
-class Quotient {
- public:
-  explicit EIGENFORMER_INLINE Quotient(float scale)
-      : divisor_(V::set1(static_cast<typename V::scalar>(scale))),
-        reciprocal_(V::set1(static_cast<typename V::scalar>(1) / static_cast<typename V::scalar>(scale))),
-        exact_(isa::kHasFma && sizeof(typename V::scalar) == 4 && scale > 0x1p-60f && scale < 0x1p60f) {}
+struct CorrectedQuotient {
+  static constexpr float lowest = 0x1p-60f, highest = 0x1p60f;
+  static constexpr bool possible = isa::kHasFma && sizeof(typename V::scalar) == 4;
+  V minus_scale, reciprocal;
 
-  /// f(quotient of w) with the choice made once: quotient is a function of a vector.
-  template <typename F>
-  EIGENFORMER_INLINE void with(F&& f) const {
-    const V divisor = divisor_, reciprocal = reciprocal_;
-    if (exact_) {
-      const V negative = V::zero() - divisor;
-      f([=](V w) {
-        V q = w * reciprocal;
-        q = fma(fma(q, negative, w), reciprocal, q);
-        return fma(fma(q, negative, w), reciprocal, q);
-      });
-    } else {
-      f([=](V w) { return w / divisor; });
-    }
+  CorrectedQuotient(V scale, V its_reciprocal) : minus_scale(V::zero() - scale), reciprocal(its_reciprocal) {}
+  EIGENFORMER_INLINE V operator()(V w) const {
+    V q = w * reciprocal;
+    q = fma(fma(q, minus_scale, w), reciprocal, q);
+    return fma(fma(q, minus_scale, w), reciprocal, q);
   }
-
- private:
-  V divisor_, reciprocal_;
-  bool exact_;
+};
+template <typename V>
+struct DividedQuotient {
+  V scale;
+  EIGENFORMER_INLINE V operator()(V w) const { return w / scale; }
 };
 
-/// Values of vectors and of a tail. Streaming stores around the caches; `to` is then aligned to a vector's bytes of int8.
-template <bool Streaming, typename V>
-EIGENFORMER_INLINE void store_values(V quotient, std::int8_t* to) {
-  const V value = min(V::set1(127), max(V::set1(-127), round(quotient)));
-  if constexpr (Streaming)
-    value.store_streaming(to);
-  else
-    value.store(to);
+/// f(quotient), of the kind that suits the scale.
+template <typename V, typename F>
+EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
+  using C = typename V::scalar;
+  if constexpr (CorrectedQuotient<V>::possible)
+    if (scale > CorrectedQuotient<V>::lowest && scale < CorrectedQuotient<V>::highest)
+      return f(CorrectedQuotient<V>(V::set1(C(scale)), V::set1(C(1) / C(scale))));
+  f(DividedQuotient<V>{V::set1(static_cast<C>(scale))});
+}
+
+/// The values of a vector of numbers, still as numbers. Beyond 127 come 190 denormals over a scale of one of them.
+template <typename V, typename Quotient>
+EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
+  return min(V::set1(127), max(V::set1(-127), round(quotient(w))));
+}
+
+/// `count` values; Streaming stores around the caches, where `to` is aligned to a vector's bytes of int8.
+template <bool Streaming, typename V, typename Quotient, typename T>
+EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count, std::int8_t* to) {
+  Index at = 0;
+  for (; at + V::lanes <= count; at += V::lanes) {
+    const V values = int8_values(quotient, V::load(line + at));
+    if constexpr (Streaming)
+      values.store_streaming(to + at);
+    else
+      values.store(to + at);
+  }
+  const int rest = static_cast<int>(count - at);
+  if (rest > 0) int8_values(quotient, V::load_partial(line + at, rest)).store_partial(to + at, rest);
 }
 
 template <typename Isa, bool Streaming = false, typename T>
 void quantize_line(const T* line, Index count, float scale, std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  Quotient<V>(scale).with([&](auto quotient) {
-    Index at = 0;
-    for (; at + V::lanes <= count; at += V::lanes) store_values<Streaming>(quotient(V::load(line + at)), to + at);
-    const int rest = static_cast<int>(count - at);
-    if (rest > 0)
-      min(V::set1(127), max(V::set1(-127), round(quotient(V::load_partial(line + at, rest))))).store_partial(to + at, rest);
-  });
+  with_quotient<V>(scale, [&](const auto& quotient) { quantize_with<Streaming, V>(quotient, line, count, to); });
 }
 
 /// quantize_line of a line that is in cache, and the magnitude of the next one, which comes from memory: in one loop, so that
@@ -145,18 +154,66 @@ void quantize_line(const T* line, Index count, float scale, std::int8_t* to) {
 template <typename Isa, bool Streaming, typename T>
 Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, float scale, std::int8_t* to, const T* next) {
   using V = simd::Vec<compute_type<T>, Isa>;
+  constexpr Index step = MagnitudeChains<V>::step;
   MagnitudeChains<V> chains;
-  const Index whole = count / MagnitudeChains<V>::step * MagnitudeChains<V>::step;
-  Quotient<V>(scale).with([&](auto quotient) {
-    for (Index at = 0; at < whole; at += MagnitudeChains<V>::step) {
+  const Index whole = count / step * step;
+  with_quotient<V>(scale, [&](const auto& quotient) {
+    for (Index at = 0; at < whole; at += step) {
       chains.add_step(next + at);
-      for (Index v = at; v < at + MagnitudeChains<V>::step; v += V::lanes)
-        store_values<Streaming>(quotient(V::load(line + v)), to + v);
+      quantize_with<Streaming, V>(quotient, line + at, step, to + at);
     }
   });
   quantize_line<Isa>(line + whole, count - whole, scale, to + whole);
   chains.add_rest(next + whole, count - whole);
   return chains.result();
+}
+
+/// Scales and values of a line cut into groups, in one read; false where a number has no scale (NaN or infinity): then only some
+/// values are written. A vector of groups at a time has its maxima reduced, divided and inverted together.
+template <typename Isa, bool Streaming, typename T>
+bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales, std::int8_t* to) {
+  using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
+  Index at = 0;
+  if constexpr (CorrectedQuotient<V>::possible) {
+    alignas(64) float reciprocals[V::lanes];
+    for (; at + V::lanes * group <= count && group % (2 * V::lanes) == 0; at += V::lanes * group, scales += V::lanes) {
+      V largest[V::lanes], residues[2] = {V::zero(), V::zero()};
+      for (int g = 0; g < V::lanes; ++g) {
+        const T* own = line + at + g * group;
+        V most[2] = {V::zero(), V::zero()};
+        for (Index i = 0; i < group; i += 2 * V::lanes)
+          for (int half = 0; half < 2; ++half) {
+            prefetch_ahead(own + i + half * V::lanes);
+            const V w = V::load(own + i + half * V::lanes);
+            most[half] = max(abs(w), most[half]);
+            residues[half] = fma(w, V::zero(), residues[half]);
+          }
+        largest[g] = max(most[0], most[1]);
+      }
+      if (is_nan(residues[0] + residues[1]).bits() != 0) return false;
+      simd::transpose(largest);
+      V most = largest[0];
+      for (int i = 1; i < V::lanes; ++i) most = max(most, largest[i]);
+      const V quotient = most / V::set1(127), scale = select(equal(most, V::zero()), V::set1(1), quotient);
+      const auto in_range =
+          less(V::set1(CorrectedQuotient<V>::lowest), scale) & less(scale, V::set1(CorrectedQuotient<V>::highest));
+      if (in_range.bits() != (std::uint32_t{1} << V::lanes) - 1) break;  // the rest one by one
+      scale.store(scales);
+      (V::set1(1) / scale).store(reciprocals);
+      for (int g = 0; g < V::lanes; ++g)
+        quantize_with<Streaming, V>(CorrectedQuotient<V>(V::set1(scales[g]), V::set1(reciprocals[g])), line + at + g * group, group,
+                                    to + at + g * group);
+    }
+  }
+  for (; at < count; at += group, ++scales) {
+    const Index n = std::min(group, count - at);
+    const auto found = magnitude<Isa>(line + at, n);
+    *scales = int8_scale(found.largest);
+    if (!found.finite || !std::isfinite(*scales)) return false;
+    quantize_line<Isa, Streaming>(line + at, n, *scales, to + at);
+  }
+  return true;
 }
 
 /// The first number, in memory order, that has no int8 scale (NaN, infinity, a double past float's range), or count.
