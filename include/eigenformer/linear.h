@@ -25,8 +25,8 @@
 /// registers once, and uses AVX-512 for everything where they are refused.
 ///
 /// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; up to four tokens read the packed weights once,
-/// at memory speed. A plain weight is packed on the way into scratch, once for every 1152 tokens. Scratch, from the workspace: at
-/// most 192 rows of x (1152 with a plain weight) and, for each thread, sums of 32 columns x 8 for these rows.
+/// at memory speed. A plain weight is packed on the way into scratch, once for every 768 tokens. Scratch, from the workspace: at
+/// most 192 rows of x (768 with a plain weight) and, for each thread, sums of 32 columns x 8 for these rows.
 ///
 /// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are added to, each element one chain
 /// over tokens that starts from what the gradient holds, so that micro-batches in turn give the bits of one big batch (of bfloat16

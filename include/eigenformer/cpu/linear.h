@@ -48,10 +48,10 @@ namespace cpu {
 
 /// Rows whose activations are packed together; a multiple of every tile height's maximum. With packed weights 192: a block of k of
 /// them (768 KiB) stays in an L2 of 1 MiB, and AMX, whose units are 64 bytes for four of these, takes 128 (512 KiB of 2 MiB). Plain
-/// weights are packed once for each block, so theirs are longer: 1152.
+/// weights are packed once for each block, so theirs are longer: 768.
 template <typename Dot, bool Packed>
 constexpr Index block_rows() {
-  return !Packed ? 1152 : tile::steps_at_once<Dot> > 1 ? 128 : 192;
+  return !Packed ? 768 : tile::steps_at_once<Dot> > 1 ? 128 : 192;
 }
 
 /// Blocks of nearly equal size, whole tiles each: of 512 rows, 180, 180 and 152 rather than 192, 192 and 128, whose weights would
@@ -108,9 +108,12 @@ struct ProductBlock {
   Unit* tile_activations(Index t) const { return activations + tiles.first(t) * steps * Dot::units; }
 
   void pack(Index first, Index last) const {
-    for (Index t = first; t < last; ++t)
-      pack_activations<Dot>(Isa{}, problem.x, row + tiles.first(t), tiles.valid(t), tiles.height(t), problem.depth,
-                            tile_activations(t), scales, tiles.first(t));
+    // Columns of a matrix: some k at a time for all tiles, whose parts of a line are then read while it is in cache.
+    const Index depth = problem.depth, at_once = problem.x.depth_stride == 1 ? std::max<Index>(depth, 1) : Index{64};
+    for (Index k = 0; k == 0 || k < depth; k += at_once)
+      for (Index t = first; t < last; ++t)
+        pack_activations<Dot>(Isa{}, problem.x, row + tiles.first(t), tiles.valid(t), tiles.height(t), k,
+                              std::min(k + at_once, depth), tile_activations(t), scales, tiles.first(t));
   }
 
   Sum* tile_sums(const Scratch& scratch, Index j, Index t) const {

@@ -99,11 +99,13 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   }
 }
 
-/// Packs a tile of `rows` valid rows of `height`; `r` is its first row in the block.
+/// Packs k of [first, end) of a tile of `rows` valid rows of `height`, where they are quantized all of k; `r` is the tile's first
+/// row in the block.
 template <typename Dot, typename Isa, typename X>
-void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height, Index depth, typename Dot::Unit* to,
-                      const ActivationScales& scales, Index r) {
+void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height, Index first, Index end,
+                      typename Dot::Unit* to, const ActivationScales& scales, Index r) {
   if constexpr (std::is_same_v<typename Dot::Stored, std::int8_t>) {
+    const Index depth = end;
     const Index steps = tile::product_steps<Dot>(depth);
     if (rows < height) tile::clear(to, steps * Dot::units * height);
     if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)  // the last of the 16 steps may stay empty
@@ -114,7 +116,7 @@ void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows,
       pack_quantized_row<Dot>(isa, x.data + (row + i) * x.row_stride, depth, height, to + i * to_next, scales, r + i);
     }
   } else {
-    tile::pack_tile<Dot>(isa, x, row, rows, height, depth, to);
+    tile::pack_tile<Dot>(isa, x, row, rows, height, first, end, to);
   }
 }
 

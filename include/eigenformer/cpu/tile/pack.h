@@ -4,6 +4,8 @@
 /// small stage and transposed in registers; and k along rows (the transposed operands of gradients), which are converted in place.
 #pragma once
 
+#include <bit>
+
 #include "tile.h"
 
 namespace eigenformer {
@@ -118,6 +120,18 @@ void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int wid
   for (Index k = 0; k < count; ++k) convert_line<Isa>(from + k * depth_stride, rows, to + k * width);
 }
 
+/// to[i] = the bits of the pair (even[i], odd[i]).
+inline void join_pairs(const bfloat16* even, const bfloat16* odd, Index count, std::uint32_t* to) {
+  const auto bits = [](const bfloat16& p) { return static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p)); };
+  const auto join = [&](Index at, auto size) {
+    for (Index i = at; i < at + decltype(size)::value; ++i) to[i] = bits(even[i]) | bits(odd[i]) << 16;
+  };
+  Index at = 0;
+  for (; at + 8 <= count; at += 8) join(at, std::integral_constant<int, 8>{});
+  if (at + 4 <= count) join(at, std::integral_constant<int, 4>{}), at += 4;
+  for (; at < count; ++at) join(at, std::integral_constant<int, 1>{});
+}
+
 /// Pairs of bfloat16 from the same.
 template <typename Isa, typename From>
 void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows, int width, Index count, std::uint32_t* to) {
@@ -125,6 +139,11 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
   for (Index k = 0; k < count; k += 2, to += width) {
     const From* even = from + k * depth_stride;
     const From* odd = k + 1 < count ? even + depth_stride : nullptr;
+    if constexpr (std::is_same_v<From, bfloat16>)
+      if (odd != nullptr) {
+        join_pairs(even, odd, rows, to);
+        continue;
+      }
     for (Index r = 0; r < rows; r += V::lanes) {
       const int n = static_cast<int>(std::min<Index>(V::lanes, rows - r));
       const auto load = [&](const From* p) { return n == V::lanes ? V::load(p + r) : V::load_partial(p + r, n); };
@@ -227,12 +246,13 @@ using ActivationElement = std::conditional_t<std::is_same_v<typename Dot::Unit, 
 
 /// AMX order: [16 steps][row][step], zeros behind the last k.
 template <typename Dot, typename Isa, typename From>
-void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index depth,
+void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index first, Index end,
                     typename Dot::Unit* to) {
   using E = ActivationElement<Dot>;
   constexpr Index at_once = Index{Dot::step} * steps_at_once<Dot>;
-  for (Index k = 0; k < depth; k += at_once, to += height * steps_at_once<Dot>) {
-    const Index n = std::min(at_once, depth - k);
+  to += first / at_once * height * steps_at_once<Dot>;
+  for (Index k = first; k < end; k += at_once, to += height * steps_at_once<Dot>) {
+    const Index n = std::min(at_once, end - k);
     const From* from = source.data + row * source.row_stride + k * source.depth_stride;
     if (n < at_once) clear(to, height * steps_at_once<Dot>);
     if (source.depth_stride == 1) {
@@ -249,16 +269,17 @@ void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index
   }
 }
 
-/// Packs all of k of one tile of activations, `rows` valid of `height`, zeros elsewhere. Plain and widening dots take Unit
-/// elements, bfloat16 dots pairs.
+/// Packs k of [first, end) of one tile of activations, `rows` valid of `height`, zeros elsewhere; first is a multiple of 64, and so
+/// is end but at the depth. Plain and widening dots take Unit elements, bfloat16 dots pairs.
 template <typename Dot, typename Isa, typename From>
-void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index depth, typename Dot::Unit* to) {
+void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index first, Index end,
+               typename Dot::Unit* to) {
   using E = ActivationElement<Dot>;
   constexpr int per_unit = sizeof(typename Dot::Unit) / sizeof(E);
-  if constexpr (steps_at_once<Dot> > 1) return pack_tile_rows<Dot>(isa, source, row, rows, height, depth, to);
-  const Index filled = (depth + per_unit - 1) / per_unit, units = product_steps<Dot>(depth) * Dot::units;
-  if (rows < height) clear(to, filled * height);
-  pack_operand<E>(isa, source, row, rows, height, 0, depth, to);
+  if constexpr (steps_at_once<Dot> > 1) return pack_tile_rows<Dot>(isa, source, row, rows, height, first, end, to);
+  const Index start = first / per_unit, filled = (end + per_unit - 1) / per_unit, units = product_steps<Dot>(end) * Dot::units;
+  if (rows < height) clear(to + start * height, (filled - start) * height);
+  pack_operand<E>(isa, source, row, rows, height, first, end - first, to + start * height);
   clear(to + filled * height, (units - filled) * height);
 }
 
