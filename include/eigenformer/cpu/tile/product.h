@@ -15,12 +15,16 @@ namespace tile {
 
 constexpr std::uintptr_t kLineBytes = 64;
 
-// How far ahead one or two panels side by side are fetched where they are read once: hardware prefetchers stop at each page of 4
-// KiB, which four streams hide from each other and two do not (4 tokens, bfloat16, Zen 5: 0.79 instead of 0.84 ms).
-constexpr std::uintptr_t kStreamBytes = 4096;
+// How far ahead panels that are read once are fetched, one of them into L2 and two side by side into L1: hardware prefetchers stop
+// at each page of 4 KiB, which four streams hide from each other and fewer do not.
+constexpr std::uintptr_t kStreamBytes = 8192, kPairBytes = 4096;
 
-/// Fetches the line at an address into L2. One past the end of an array is harmless, which pointers would not allow to say.
-EIGENFORMER_INLINE void prefetch(std::uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
+/// Fetches the line at an address into L2 (L1 where Level is 3). One past the end of an array is harmless, which pointers would not
+/// allow to say.
+template <int Level = 2>
+EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
+}
 
 /// Tile heights that exist. A tile of fewer rows takes the next height, with rows of zeros.
 template <typename Dot>
@@ -75,7 +79,7 @@ EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Accumulat
       typename Dot::Factor x[Rows];
       unroll<Rows>([&](auto r) { x[r] = Dot::template factor<Rows>(a + r); });
       unroll<all>([&](auto v) {
-        if constexpr (Panels == 2) prefetch(reinterpret_cast<std::uintptr_t>(place(v)) + kStreamBytes);
+        if constexpr (Panels == 2) prefetch<3>(reinterpret_cast<std::uintptr_t>(place(v)) + kPairBytes);
         const auto w = Dot::weights(place(v));
         unroll<Rows>([&](auto r) { c[r][v] = Dot::multiply_add(c[r][v], w, x[r]); });
       });
