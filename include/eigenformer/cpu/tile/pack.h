@@ -124,7 +124,9 @@ void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int wid
 inline void join_pairs(const bfloat16* even, const bfloat16* odd, Index count, std::uint32_t* to) {
   const auto bits = [](const bfloat16& p) { return static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p)); };
   const auto join = [&](Index at, auto size) {
-    for (Index i = at; i < at + decltype(size)::value; ++i) to[i] = bits(even[i]) | bits(odd[i]) << 16;
+    std::uint32_t pairs[decltype(size)::value];
+    for (Index i = 0; i < size; ++i) pairs[i] = bits(even[at + i]) | bits(odd[at + i]) << 16;
+    std::memcpy(static_cast<void*>(to + at), pairs, sizeof(pairs));
   };
   Index at = 0;
   for (; at + 8 <= count; at += 8) join(at, std::integral_constant<int, 8>{});
