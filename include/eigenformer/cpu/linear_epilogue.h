@@ -27,8 +27,7 @@ struct TileSums {
   const std::int32_t* row_offsets;  // (rows) to take off int8 sums
 };
 
-// ---- reading: what a vector of columns shares in all rows, then V read(tile, row, that row's sums at these columns)
-// --------------
+// ---- reading: columns(...) is what a vector of columns shares in all rows, its read(tile, row, sums) one row of them -------------
 
 /// part of B as the sums' type, zeros where there is no bias.
 template <typename V, typename B, typename Part>
