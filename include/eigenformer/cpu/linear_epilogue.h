@@ -27,7 +27,7 @@ struct TileSums {
   const std::int32_t* row_offsets;  // (rows) to take off int8 sums
 };
 
-// ---- reading: columns(...) is what a vector of columns shares in all rows, its read(tile, row, sums) one row of them -------------
+// ---- reading: columns(...) is what a vector of columns shares in all rows, its read(tile, row, sums) one row of them
 
 /// part of B as the sums' type, zeros where there is no bias.
 template <typename V, typename B, typename Part>
