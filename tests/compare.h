@@ -139,4 +139,10 @@ void for_each_isa(F&& f) {
   if constexpr (std::is_base_of_v<ef::isa::neon, ef::isa::best>) f(ef::isa::neon{});
 }
 
+/// Rows [first, first + count) of a matrix, in place.
+template <typename T>
+ef::TensorView<const T, 2> rows_of(const ef::Tensor<T, 2>& matrix, Index first, Index count) {
+  return {matrix.data() + first * matrix.dimension(1), count, matrix.dimension(1)};
+}
+
 }  // namespace eigenformer_test

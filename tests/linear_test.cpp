@@ -1,6 +1,6 @@
 // Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not depend on its neighbours,
-// threads, shards or packing; gradients are those of the definition and accumulate; nothing is allocated twice; refuses what does
-// not fit.
+// threads, shards or packing; nothing is allocated twice; refuses what does not fit. Gradients, epilogues, pairs and groups have
+// headers of their own.
 #include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
 #include <eigenformer/reference/linear.h>
@@ -9,6 +9,7 @@
 
 #include "allocations.h"
 #include "compare.h"
+#include "linear_backward_cases.h"
 #include "linear_fused_cases.h"
 
 using namespace eigenformer_test;
@@ -25,11 +26,6 @@ class Linear : public ::testing::Test {};
 using Pairs = ::testing::Types<Pair<float, float>, Pair<double, double>, Pair<ef::bfloat16, ef::bfloat16>, Pair<ef::half, ef::half>,
                                Pair<float, ef::bfloat16>, Pair<float, ef::half>, Pair<ef::bfloat16, float>, Pair<ef::half, float>>;
 TYPED_TEST_SUITE(Linear, Pairs);
-
-template <typename T>
-ef::TensorView<const T, 2> rows_of(const ef::Tensor<T, 2>& matrix, Index first, Index count) {
-  return {matrix.data() + first * matrix.dimension(1), count, matrix.dimension(1)};
-}
 
 template <typename Isa, typename X, typename Weight>
 ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out,
@@ -155,6 +151,7 @@ TEST(LinearBits, DoNotDependOnTheSizeOfTheOutput) {
     const auto check = [&](const auto& w, const auto& end_of) {
       Threads threads(2);
       auto whole = poisoned_tensor<float, 2>({tokens, out});
+      ASSERT_EQ(reinterpret_cast<std::uintptr_t>(whole.data()) % 64, 0u);
       ef::linear_into(threads.device, whole, x, w, end_of(0, tokens));
       for (Index first = 0; first < tokens; first += 100) {
         auto part = poisoned_tensor<float, 2>({100, out});
@@ -234,127 +231,6 @@ TEST(LinearInt8, ATokenWithNanHurtsOnlyItself) {
       else
         ASSERT_EQ(after(t, o), before(t, o));
     }
-}
-
-TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
-  const auto check = [](auto y_scalar, auto x_scalar, auto w_scalar, auto g_scalar) {
-    using Y = decltype(y_scalar);
-    using X = decltype(x_scalar);
-    using W = decltype(w_scalar);
-    using G = decltype(g_scalar);
-    const double allowed = std::max({tolerance<Y>(), tolerance<X>(), tolerance<W>(), tolerance<G>()});
-    unsigned seed = 1;
-    for (const auto& [tokens, in, out] : {std::array<Index, 3>{1, 1, 1},
-                                          {7, 33, 5},
-                                          {13, 1, 40},
-                                          {20, 65, 1},
-                                          {37, 50, 70},
-                                          {301, 66, 131},
-                                          {0, 4, 5},
-                                          {4, 0, 5},
-                                          {4, 5, 0}}) {
-      const auto grad_y = random_tensor<Y, 2>({tokens, out}, ++seed);
-      const auto x = random_tensor<X, 2>({tokens, in}, ++seed);
-      const auto weight = random_tensor<W, 2>({out, in}, ++seed);
-      auto grad_x = poisoned_tensor<Y, 2>({tokens, in});
-      ef::linear_backward_input_into(Eigen::DefaultDevice{}, grad_x, grad_y, weight);
-      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y), to_double(weight))), allowed);
-      auto grad_weight = random_tensor<G, 2>({out, in}, ++seed);
-      auto expected = to_double(grad_weight);
-      const auto before = grad_weight;
-      ef::linear_backward_weight_into(Eigen::DefaultDevice{}, grad_weight, grad_y, x);
-      ef::reference::linear_backward_weight(expected, to_double(grad_y), to_double(x));
-      ASSERT_LE(relative_error(grad_weight, expected), allowed);
-      auto grad_bias = random_tensor<G, 1>({out}, ++seed);
-      auto expected_bias = to_double(grad_bias);
-      const auto bias_before = grad_bias;
-      ef::linear_backward_bias_into(Eigen::DefaultDevice{}, grad_bias, grad_y);
-      ef::reference::linear_backward_bias(expected_bias, to_double(grad_y));
-      ASSERT_LE(relative_error(grad_bias, expected_bias), allowed);
-      for (int count : {2, 3}) {
-        Threads threads(count);
-        auto other_x = poisoned_tensor<Y, 2>({tokens, in});
-        ef::linear_backward_input_into(threads.device, other_x, grad_y, weight);
-        ASSERT_TRUE(same_bits(grad_x, other_x));
-        auto other_weight = before;
-        ef::linear_backward_weight_into(threads.device, other_weight, grad_y, x);
-        ASSERT_TRUE(same_bits(grad_weight, other_weight));
-        auto other_bias = bias_before;
-        ef::linear_backward_bias_into(threads.device, other_bias, grad_y);
-        ASSERT_TRUE(same_bits(grad_bias, other_bias));
-      }
-      const Index half_way = tokens / 4 * 2;  // even, for pairs of bfloat16
-      auto in_turn = before;
-      for (const auto& [first, count] : {std::pair{Index{0}, half_way}, std::pair{half_way, tokens - half_way}})
-        ef::linear_backward_weight_into(Eigen::DefaultDevice{}, in_turn, rows_of(grad_y, first, count), rows_of(x, first, count));
-      ASSERT_TRUE(same_bits(grad_weight, in_turn));
-    }
-  };
-  check(float{}, float{}, float{}, float{});
-  check(double{}, double{}, double{}, double{});
-  check(ef::bfloat16{}, ef::bfloat16{}, float{}, float{});
-  check(ef::bfloat16{}, ef::bfloat16{}, ef::bfloat16{}, float{});
-  check(ef::half{}, ef::half{}, float{}, float{});
-  check(float{}, ef::bfloat16{}, ef::half{}, float{});
-  check(float{}, float{}, float{}, double{});
-}
-
-TEST(LinearBackward, HoldsForEveryIsaAndMicroBatchesOfWholeLinks) {
-  const Index tokens = 100, in = 66, out = 41, cut = 64;  // a link of a sum's chain is 1, 2 or, with AMX, 32 tokens
-  const auto check = [&](auto scalar) {
-    using T = decltype(scalar);
-    const auto grad_y = random_tensor<T, 2>({tokens, out}, 1), x = random_tensor<T, 2>({tokens, in}, 2);
-    const auto weight = random_tensor<float, 2>({out, in}, 3), start = random_tensor<float, 2>({out, in}, 4);
-    auto expected = to_double(start);
-    ef::reference::linear_backward_weight(expected, to_double(grad_y), to_double(x));
-    for_each_isa([&](auto isa) {
-      const Eigen::DefaultDevice device;
-      auto grad_x = poisoned_tensor<T, 2>({tokens, in});
-      ef::detail::linear_backward_input_on(isa, device, ef::output_view<2>(grad_x), ef::input_view<2>(grad_y),
-                                           ef::input_view<2>(weight), ef::thread_workspace());
-      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y), to_double(weight))), tolerance<T>())
-          << isa.name;
-      const auto add = [&](ef::Tensor<float, 2>& gradient, Index first, Index count) {
-        ef::detail::linear_backward_weight_on(isa, device, ef::output_view<2>(gradient), rows_of(grad_y, first, count),
-                                              rows_of(x, first, count), ef::thread_workspace());
-      };
-      auto at_once = start, in_turn = start;
-      add(at_once, 0, tokens);
-      add(in_turn, 0, cut);
-      add(in_turn, cut, tokens - cut);
-      ASSERT_LE(relative_error(at_once, expected), tolerance<T>()) << isa.name;
-      ASSERT_TRUE(same_bits(at_once, in_turn)) << isa.name;
-    });
-  };
-  check(float{});
-  check(ef::half{});
-  check(ef::bfloat16{});
-}
-
-TEST(LinearBackward, IsTheDerivativeOfTheLayer) {
-  // y is linear in each argument, so a difference quotient is exact up to rounding.
-  const auto x = random_tensor<double, 2>({4, 6}, 1), weight = random_tensor<double, 2>({5, 6}, 2),
-             grad_y = random_tensor<double, 2>({4, 5}, 3);
-  const auto loss = [&](const auto& a, const auto& b) {
-    const ef::Tensor<double, 2> y = ef::linear(a, b);
-    double sum = 0;
-    for (Index i = 0; i < y.size(); ++i) sum += y.data()[i] * grad_y.data()[i];
-    return sum;
-  };
-  ef::Tensor<double, 2> grad_x(4, 6), grad_weight(5, 6);
-  grad_weight.setZero();
-  ef::linear_backward_input_into(Eigen::DefaultDevice{}, grad_x, grad_y, weight);
-  ef::linear_backward_weight_into(Eigen::DefaultDevice{}, grad_weight, grad_y, x);
-  for (Index i = 0; i < x.size(); ++i) {
-    auto up = x, down = x;
-    up.data()[i] += 0.5, down.data()[i] -= 0.5;
-    EXPECT_NEAR(loss(up, weight) - loss(down, weight), grad_x.data()[i], 1e-12);
-  }
-  for (Index i = 0; i < weight.size(); ++i) {
-    auto up = weight, down = weight;
-    up.data()[i] += 0.5, down.data()[i] -= 0.5;
-    EXPECT_NEAR(loss(x, up) - loss(x, down), grad_weight.data()[i], 1e-12);
-  }
 }
 
 TEST(LinearMemory, NothingIsAllocatedTwice) {

@@ -80,7 +80,7 @@ struct AttentionTile {
 
   /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no hardware prefetcher follows.
   static EIGENFORMER_INLINE void prefetch_row(const void* row, Index bytes) {
-    for (Index offset = 0; offset < bytes; offset += 64) __builtin_prefetch(static_cast<const std::byte*>(row) + offset, 0, 2);
+    for (Index offset = 0; offset < bytes; offset += 64) simd::prefetch_after(static_cast<const std::byte*>(row), offset);
   }
 
   static void fill(C* p, Index count, C value) {

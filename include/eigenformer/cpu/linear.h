@@ -109,7 +109,7 @@ struct ProductBlock {
 
   void pack(Index first, Index last) const {
     // Columns of a matrix: some k at a time for all tiles, whose parts of a line are then read while it is in cache.
-    const Index depth = problem.depth, at_once = problem.x.depth_stride == 1 ? std::max<Index>(depth, 1) : Index{64};
+    const Index depth = problem.depth, at_once = problem.x.depth_stride == 1 ? std::max<Index>(depth, 1) : tile::kColumnDepth;
     for (Index k = 0; k == 0 || k < depth; k += at_once)
       for (Index t = first; t < last; ++t)
         pack_activations<Dot>(Isa{}, problem.x, row + tiles.first(t), tiles.valid(t), tiles.height(t), k,
@@ -188,7 +188,7 @@ struct ProductBlock {
     const auto bytes = [](Index elements) { return static_cast<std::uintptr_t>(elements) * sizeof(Stored); };
     const auto base =
         reinterpret_cast<std::uintptr_t>(weights);  // numbers, because a fetch past the end is harmless and a pointer is not
-    if (packed && turns == 1) return {base + bytes(here) + tile::kStreamBytes, bytes(panel_step)};
+    if (packed && turns == 1) return {base + bytes(here) + std::uintptr_t{tile::kStreamBytes}, bytes(panel_step)};
     std::uintptr_t part = static_cast<std::uintptr_t>(count) * tile::kLineBytes;
     if constexpr (tile::steps_at_once<Dot> > 1) part = part / tile::steps_at_once<Dot> * Dot::lines_ahead;
     const std::uintptr_t done = static_cast<std::uintptr_t>(turn) * part;

@@ -89,7 +89,7 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   for (Index k = 0; k < depth; k += chunk) {
     const Index n = std::min(chunk, depth - k), padded = (n + 3) / 4 * 4;
     for (Index at = 0; at < n; at += 64 / Index{sizeof(X)})
-      prefetch_after<2>(row + k + at, depth * Index{sizeof(X)});  // the next row, whose maximum comes next
+      simd::prefetch_after(row + k + at, depth * Index{sizeof(X)});  // the next row, whose maximum comes next
     quantize_activation_line<Isa>(row + k, n, scale, values);
     std::fill(values + n, values + padded, std::int8_t{0});
     place_quads<Dot>(values, k, padded, height, to);

@@ -23,17 +23,10 @@ struct Magnitude {
   bool finite;  // neither NaN nor infinity among them
 };
 
-/// Fetches the line that `bytes` after p lie in: past the end of an array it is harmless. Level is 3 for L1, 2 for L2.
-template <int Level, typename T>
-EIGENFORMER_INLINE void prefetch_after(const T* p, Index bytes) {
-  const auto address = reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes);
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
-}
-
 /// Fetches what a stream will come to: arithmetic between the loads keeps few of them in flight.
 template <typename T>
 EIGENFORMER_INLINE void prefetch_ahead(const T* line) {
-  prefetch_after<3>(line, 8192);
+  simd::prefetch_after<3>(line, 8192);
 }
 
 /// The running maximum over vectors, in four chains that hide each other's latency.
@@ -122,7 +115,8 @@ EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
   f(DividedQuotient<V>{V::set1(static_cast<C>(scale))});
 }
 
-/// The values of a vector of numbers, still as numbers. Beyond 127 come 190 denormals over a scale of one of them.
+/// The values of a vector of numbers, still as numbers. Only denormal scales need the clamp: a maximum of 190 denormals has a scale
+/// of one.
 template <typename V, typename Quotient>
 EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
   return min(V::set1(127), max(V::set1(-127), round(quotient(w))));
@@ -168,54 +162,6 @@ Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, floa
   return chains.result();
 }
 
-/// Scales and values of a line cut into groups, in one read; false where a number has no scale (NaN or infinity): then only some
-/// values are written. A vector of groups at a time has its maxima reduced, divided and inverted together.
-template <typename Isa, bool Streaming, typename T>
-bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales, std::int8_t* to) {
-  using C = compute_type<T>;
-  using V = simd::Vec<C, Isa>;
-  Index at = 0;
-  if constexpr (CorrectedQuotient<V>::possible) {
-    alignas(64) float reciprocals[V::lanes];
-    for (; at + V::lanes * group <= count && group % (2 * V::lanes) == 0; at += V::lanes * group, scales += V::lanes) {
-      V largest[V::lanes], residues[2] = {V::zero(), V::zero()};
-      for (int g = 0; g < V::lanes; ++g) {
-        const T* own = line + at + g * group;
-        V most[2] = {V::zero(), V::zero()};
-        for (Index i = 0; i < group; i += 2 * V::lanes)
-          for (int half = 0; half < 2; ++half) {
-            prefetch_ahead(own + i + half * V::lanes);
-            const V w = V::load(own + i + half * V::lanes);
-            most[half] = max(abs(w), most[half]);
-            residues[half] = fma(w, V::zero(), residues[half]);
-          }
-        largest[g] = max(most[0], most[1]);
-      }
-      if (is_nan(residues[0] + residues[1]).bits() != 0) return false;
-      simd::transpose(largest);
-      V most = largest[0];
-      for (int i = 1; i < V::lanes; ++i) most = max(most, largest[i]);
-      const V quotient = most / V::set1(127), scale = select(equal(most, V::zero()), V::set1(1), quotient);
-      const auto in_range =
-          less(V::set1(CorrectedQuotient<V>::lowest), scale) & less(scale, V::set1(CorrectedQuotient<V>::highest));
-      if (in_range.bits() != (std::uint32_t{1} << V::lanes) - 1) break;  // the rest one by one
-      scale.store(scales);
-      (V::set1(1) / scale).store(reciprocals);
-      for (int g = 0; g < V::lanes; ++g)
-        quantize_with<Streaming, V>(CorrectedQuotient<V>(V::set1(scales[g]), V::set1(reciprocals[g])), line + at + g * group, group,
-                                    to + at + g * group);
-    }
-  }
-  for (; at < count; at += group, ++scales) {
-    const Index n = std::min(group, count - at);
-    const auto found = magnitude<Isa>(line + at, n);
-    *scales = int8_scale(found.largest);
-    if (!found.finite || !std::isfinite(*scales)) return false;
-    quantize_line<Isa, Streaming>(line + at, n, *scales, to + at);
-  }
-  return true;
-}
-
 /// The first number, in memory order, that has no int8 scale (NaN, infinity, a double past float's range), or count.
 template <typename T>
 Index first_not_quantizable(const T* numbers, Index count) {
@@ -227,6 +173,83 @@ Index first_not_quantizable(const T* numbers, Index count) {
   return count;
 }
 
+/// Whether a line of this many numbers starts with a vector of whole groups, which scales_of_groups takes.
+template <typename V>
+constexpr bool has_vector_of_groups(Index count, Index group) {
+  return sizeof(typename V::scalar) == sizeof(float) && V::lanes * group <= count && group % (2 * V::lanes) == 0;
+}
+
+/// The scales of V::lanes groups, their maxima reduced and divided together; false where a number has no scale (NaN or infinity).
+template <typename V, typename T>
+bool scales_of_groups(const T* line, Index group, V& scales) {
+  V largest[V::lanes], residues[2] = {V::zero(), V::zero()};
+  for (int g = 0; g < V::lanes; ++g) {
+    const T* own = line + g * group;
+    V most[2] = {V::zero(), V::zero()};
+    for (Index i = 0; i < group; i += 2 * V::lanes)
+      for (int half_step = 0; half_step < 2; ++half_step) {
+        prefetch_ahead(own + i + half_step * V::lanes);
+        const V w = V::load(own + i + half_step * V::lanes);
+        most[half_step] = max(abs(w), most[half_step]);
+        residues[half_step] = fma(w, V::zero(), residues[half_step]);
+      }
+    largest[g] = max(most[0], most[1]);
+  }
+  if (is_nan(residues[0] + residues[1]).bits() != 0) return false;
+  simd::transpose(largest);
+  V most = largest[0];
+  for (int i = 1; i < V::lanes; ++i) most = max(most, largest[i]);
+  const V least = V::set1(std::numeric_limits<typename V::scalar>::denorm_min());
+  scales = select(equal(most, V::zero()), V::set1(1), max(most / V::set1(127), least));  // as int8_scale
+  return true;
+}
+
+/// Scales of a line cut into groups; false as above.
+template <typename Isa, typename T>
+bool group_scales(const T* line, Index count, Index group, float* scales) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  Index at = 0;
+  if constexpr (sizeof(typename V::scalar) == sizeof(float))
+    for (V found; has_vector_of_groups<V>(count - at, group); at += V::lanes * group, scales += V::lanes) {
+      if (!scales_of_groups(line + at, group, found)) return false;
+      found.store(scales);
+    }
+  for (; at < count; at += group, ++scales) {
+    const auto found = magnitude<Isa>(line + at, std::min(group, count - at));
+    *scales = int8_scale(found.largest);
+    if (!found.finite || !std::isfinite(*scales)) return false;
+  }
+  return true;
+}
+
+/// Scales and values of a line cut into groups, in one read: values while their group is in L1. False as above; then only some are
+/// written.
+template <typename Isa, bool Streaming, typename T>
+bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales, std::int8_t* to) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  using Quotient = CorrectedQuotient<V>;
+  Index at = 0;
+  if constexpr (Quotient::possible) {
+    alignas(64) float reciprocals[V::lanes];
+    for (V found; has_vector_of_groups<V>(count - at, group); at += V::lanes * group, scales += V::lanes) {
+      if (!scales_of_groups(line + at, group, found)) return false;
+      const auto in_range = less(V::set1(Quotient::lowest), found) & less(found, V::set1(Quotient::highest));
+      if (in_range.bits() != (std::uint32_t{1} << V::lanes) - 1) break;  // the rest one by one
+      found.store(scales);
+      (V::set1(1) / found).store(reciprocals);
+      for (int g = 0; g < V::lanes; ++g)
+        quantize_with<Streaming, V>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])), line + at + g * group, group,
+                                    to + at + g * group);
+    }
+  }
+  for (; at < count; at += group, ++scales) {
+    const Index n = std::min(group, count - at);
+    if (!group_scales<Isa>(line + at, n, group, scales)) return false;
+    quantize_line<Isa, Streaming>(line + at, n, *scales, to + at);
+  }
+  return true;
+}
+
 /// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a number is not quantizable.
 template <typename Isa, CpuDevice D, typename T>
 bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index columns, Index group, float* scales) {
@@ -234,12 +257,8 @@ bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index colum
   std::atomic<bool> quantizable{true};
   parallel_for(device, rows, 1 + 65536 / (columns + 1), [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
-      for (Index g = 0; g < groups; ++g) {
-        const auto found = magnitude<Isa>(matrix + r * columns + g * group, std::min(group, columns - g * group));
-        const float scale = int8_scale(found.largest);
-        scales[r * groups + g] = scale;
-        if (!found.finite || !std::isfinite(scale)) quantizable.store(false, std::memory_order_relaxed);
-      }
+      if (!group_scales<Isa>(matrix + r * columns, columns, group, scales + r * groups))
+        return quantizable.store(false, std::memory_order_relaxed);
   });
   return quantizable.load(std::memory_order_relaxed);
 }

@@ -17,6 +17,19 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace simd {
+
+/// Fetches the line at an address into L2 (L1 where Level is 3). An address is a number here, because a fetch past the end of an
+/// array is harmless and a pointer there is not.
+template <int Level = 2>
+EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
+}
+/// The line `bytes` after p.
+template <int Level = 2, typename T>
+EIGENFORMER_INLINE void prefetch_after(const T* p, Index bytes) {
+  prefetch<Level>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes));
+}
+
 namespace detail {
 
 template <typename T, typename Isa>

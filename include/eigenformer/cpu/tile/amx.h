@@ -121,7 +121,7 @@ void two_by_two(int height, const std::byte* a, const std::byte* b, Index steps,
     load<7>(b + kRowBytes, panel_bytes);
     Dot::template multiply_add<1, 4, 7>();
     Dot::template multiply_add<3, 5, 7>();
-    unroll<Dot::lines_ahead>([&](auto line) { prefetch(ahead + line * kLineBytes); });
+    unroll<Dot::lines_ahead>([&](auto line) { simd::prefetch(ahead + line * kLineBytes); });
     ahead += Dot::lines_ahead * kLineBytes;
   }
   store<0>(low, sum_bytes);

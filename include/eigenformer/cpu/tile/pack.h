@@ -60,14 +60,11 @@ void clear(Unit* to, Index units) {
   if (units > 0) std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(units) * sizeof(Unit));
 }
 
-// Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead halve the time of packing. A
-// prefetch past the end of an array is harmless.
+// Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead halve the time of packing.
 constexpr Index kPrefetchUnits = 128;
 template <typename E>
 void prefetch_lines(const E* from, Index ahead, Index row_stride, Index rows) {
-  const auto address = reinterpret_cast<std::uintptr_t>(from) + static_cast<std::uintptr_t>(ahead) * sizeof(E);
-  for (Index r = 0; r < rows; ++r)
-    __builtin_prefetch(reinterpret_cast<const void*>(address + static_cast<std::uintptr_t>(r * row_stride) * sizeof(E)), 0, 2);
+  for (Index r = 0; r < rows; ++r) simd::prefetch_after(from, (ahead + r * row_stride) * Index{sizeof(E)});
 }
 
 /// Packs `rows` rows and `count` of k, with zeros up to a whole unit; to[unit * width + row]. `convert(r, k, n, stage)` writes
@@ -271,8 +268,11 @@ void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index
   }
 }
 
-/// Packs k of [first, end) of one tile of activations, `rows` valid of `height`, zeros elsewhere; first is a multiple of 64, and so
-/// is end but at the depth. Plain and widening dots take Unit elements, bfloat16 dots pairs.
+/// k that are packed at once for all tiles where k runs along columns: a multiple of what any dot takes at once.
+constexpr Index kColumnDepth = 64;
+
+/// Packs k of [first, end) of one tile of activations, `rows` valid of `height`, zeros elsewhere; first is a multiple of
+/// kColumnDepth, and so is end but at the depth. Plain and widening dots take Unit elements, bfloat16 dots pairs.
 template <typename Dot, typename Isa, typename From>
 void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index first, Index end,
                typename Dot::Unit* to) {

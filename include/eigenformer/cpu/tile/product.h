@@ -17,14 +17,7 @@ constexpr std::uintptr_t kLineBytes = 64;
 
 // How far ahead panels that are read once are fetched, one of them into L2 and two side by side into L1: hardware prefetchers stop
 // at each page of 4 KiB, which four streams hide from each other and fewer do not.
-constexpr std::uintptr_t kStreamBytes = 8192, kPairBytes = 4096;
-
-/// Fetches the line at an address into L2 (L1 where Level is 3). One past the end of an array is harmless, which pointers would not
-/// allow to say.
-template <int Level = 2>
-EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
-}
+constexpr Index kStreamBytes = 8192, kPairBytes = 4096;
 
 /// Tile heights that exist. A tile of fewer rows takes the next height, with rows of zeros.
 template <typename Dot>
@@ -79,12 +72,12 @@ EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Accumulat
       typename Dot::Factor x[Rows];
       unroll<Rows>([&](auto r) { x[r] = Dot::template factor<Rows>(a + r); });
       unroll<all>([&](auto v) {
-        if constexpr (Panels == 2) prefetch<3>(reinterpret_cast<std::uintptr_t>(place(v)) + kPairBytes);
+        if constexpr (Panels == 2) simd::prefetch_after<3>(place(v), kPairBytes);
         const auto w = Dot::weights(place(v));
         unroll<Rows>([&](auto r) { c[r][v] = Dot::multiply_add(c[r][v], w, x[r]); });
       });
     } else {
-      prefetch(ahead);
+      simd::prefetch(ahead);
       ahead += at.ahead_step;
       typename Dot::Fragment w[all];
       unroll<all>([&](auto v) { w[v] = Dot::weights(place(v)); });
