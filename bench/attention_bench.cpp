@@ -38,8 +38,8 @@ struct Inputs {
 void by_hand(const Inputs<float>& x, Index b, Index h, bool causal) {
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   using Rows = Eigen::Map<Matrix, 0, Eigen::OuterStride<>>;
-  const Index length = (*x.lengths)[static_cast<std::size_t>(b)], queries = std::min(x.q->dimension(1), length),
-              kv = h / (kHeads / kKvHeads);
+  const Index length = (*x.lengths)[static_cast<std::size_t>(b)],
+              queries = std::min(x.q->dimension(1), length), kv = h / (kHeads / kKvHeads);
   Rows q(&(*x.q)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim)),
       out(&(*x.out)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim));
   Rows k(&(*x.k)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim)),
@@ -70,26 +70,31 @@ struct ByHand {
 double flops(double pairs) { return 4.0 * kHeads * kDim * pairs; }
 
 template <typename T>
-void forward_row(bench::Suite& suite, const std::string& name, const Inputs<T>& x, double pairs, double key_bytes,
-                 const ef::AttentionOptions& options) {
+void forward_row(bench::Suite& suite, const std::string& name, const Inputs<T>& x, double pairs,
+                 double key_bytes, const ef::AttentionOptions& options) {
   auto& row = suite.row("attention " + name, bench::Limit::product(flops(pairs), key_bytes));
-  row.ours(
-      [=](const auto& device) { ef::batched_attention_with_padding_into(device, *x.out, *x.q, *x.k, *x.v, *x.lengths, options); });
+  row.ours([=](const auto& device) {
+    ef::batched_attention_with_padding_into(device, *x.out, *x.q, *x.k, *x.v, *x.lengths, options);
+  });
   if constexpr (std::is_same_v<T, float>) row.peer("Eigen by hand", ByHand{x, options.causal});
 }
 
 void prefill_cases(bench::Suite& suite) {
   for (const Index n : {512, 2048}) {
     const double pairs = static_cast<double>(n) * static_cast<double>(n + 1) / 2;
-    forward_row(suite, "causal prefill " + std::to_string(n) + " float", Inputs<float>(1, n, n, {n}), pairs, 0, {.causal = true});
+    forward_row(suite, "causal prefill " + std::to_string(n) + " float",
+                Inputs<float>(1, n, n, {n}), pairs, 0, {.causal = true});
   }
-  forward_row(suite, "causal prefill 512 bfloat16", Inputs<ef::bfloat16>(1, 512, 512, {512}), 512.0 * 513 / 2, 0, {.causal = true});
+  forward_row(suite, "causal prefill 512 bfloat16", Inputs<ef::bfloat16>(1, 512, 512, {512}),
+              512.0 * 513 / 2, 0, {.causal = true});
 }
 
 void decode_cases(bench::Suite& suite) {
   const double elements = 2.0 * 4096 * kKvHeads * kDim;
-  forward_row(suite, "decode 4096 keys float", Inputs<float>(1, 1, 4096, {4096}), 4096, 4 * elements, {.causal = true});
-  forward_row(suite, "decode 4096 keys bfloat16", Inputs<ef::bfloat16>(1, 1, 4096, {4096}), 4096, 2 * elements, {.causal = true});
+  forward_row(suite, "decode 4096 keys float", Inputs<float>(1, 1, 4096, {4096}), 4096,
+              4 * elements, {.causal = true});
+  forward_row(suite, "decode 4096 keys bfloat16", Inputs<ef::bfloat16>(1, 1, 4096, {4096}), 4096,
+              2 * elements, {.causal = true});
 }
 
 void padded_cases(bench::Suite& suite) {
@@ -107,13 +112,15 @@ void backward_cases(bench::Suite& suite) {
   Inputs<float> x(1, n, n, {n});
   auto lse = std::make_shared<ef::Tensor<float, 3>>(1, kHeads, n);
   auto grad_out = random_rows<float>(1, n, kHeads, 4);
-  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, *x.out, *x.q, *x.k, *x.v, *x.lengths,
-                                          {.causal = true, .log_sum_exp = *lse});
+  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, *x.out, *x.q, *x.k, *x.v,
+                                          *x.lengths, {.causal = true, .log_sum_exp = *lse});
   auto gq = random_rows<float>(1, n, kHeads, 5), gk = random_rows<float>(1, n, kKvHeads, 6),
        gv = random_rows<float>(1, n, kKvHeads, 7);
-  auto& row = suite.row("attention backward, causal 512 float", bench::Limit::product(2.5 * flops(n * (n + 1) / 2.0), 0));
+  auto& row = suite.row("attention backward, causal 512 float",
+                        bench::Limit::product(2.5 * flops(n * (n + 1) / 2.0), 0));
   row.ours([=](const auto& device) {
-    ef::attention_backward_into(device, *gq, *gk, *gv, *grad_out, *x.q, *x.k, *x.v, *x.out, *lse, *x.lengths, {.causal = true});
+    ef::attention_backward_into(device, *gq, *gk, *gv, *grad_out, *x.q, *x.k, *x.v, *x.out, *lse,
+                                *x.lengths, {.causal = true});
   });
 }
 

@@ -15,7 +15,8 @@ namespace {
 /// Two long-lived ranks: rank 1 repeats what rank 0, on the timed thread, asks for.
 class Pair {
  public:
-  explicit Pair(Eigen::Index elements) : part_{make(elements), make(elements)}, whole_{make(2 * elements), make(2 * elements)} {
+  explicit Pair(Eigen::Index elements)
+      : part_{make(elements), make(elements)}, whole_{make(2 * elements), make(2 * elements)} {
     own_.emplace_back(group_.communicator(0));
     other_ = std::jthread([this, communicator = group_.communicator(1)]() mutable {
       try {
@@ -33,7 +34,9 @@ class Pair {
   void copy() { std::memcpy(whole_[0].data(), whole_[1].data(), whole_[0].size() * sizeof(float)); }
 
  private:
-  static std::vector<float> make(Eigen::Index elements) { return std::vector<float>(static_cast<std::size_t>(elements), 1e-20f); }
+  static std::vector<float> make(Eigen::Index elements) {
+    return std::vector<float>(static_cast<std::size_t>(elements), 1e-20f);
+  }
 
   void request(std::int32_t work) {
     work_ = work;
@@ -59,14 +62,18 @@ void communicator_cases(bench::Suite& suite) {
   for (Eigen::Index elements : {Eigen::Index{4096} / 8, Eigen::Index{1} << 17}) {
     auto pair = std::make_shared<Pair>(elements);
     const double bytes = 2.0 * static_cast<double>(elements) * sizeof(float);
-    const std::string size = std::to_string(static_cast<Eigen::Index>(bytes) / 1024) + " KiB over 2 thread ranks";
+    const std::string size =
+        std::to_string(static_cast<Eigen::Index>(bytes) / 1024) + " KiB over 2 thread ranks";
     auto& gather = suite.row("all_gather " + size, bench::Limit::copy_bytes(bytes, bytes));
-    gather.calls.push_back({"eigenformer", [=](const Eigen::DefaultDevice&) { pair->all_gather(); }, {}});
+    gather.calls.push_back(
+        {"eigenformer", [=](const Eigen::DefaultDevice&) { pair->all_gather(); }, {}});
     gather.peer_one_thread("memcpy", [=] { pair->copy(); });
     auto& reduce =
-        suite.row("all_reduce_sum " + std::to_string(static_cast<Eigen::Index>(bytes) / 2048) + " KiB over 2 thread ranks",
+        suite.row("all_reduce_sum " + std::to_string(static_cast<Eigen::Index>(bytes) / 2048) +
+                      " KiB over 2 thread ranks",
                   bench::Limit::copy_bytes(bytes / 2, bytes / 2));
-    reduce.calls.push_back({"eigenformer", [=](const Eigen::DefaultDevice&) { pair->all_reduce_sum(); }, {}});
+    reduce.calls.push_back(
+        {"eigenformer", [=](const Eigen::DefaultDevice&) { pair->all_reduce_sum(); }, {}});
     reduce.peer_one_thread("memcpy of twice the bytes", [=] { pair->copy(); });
   }
   auto pair = std::make_shared<Pair>(1);

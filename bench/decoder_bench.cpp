@@ -13,7 +13,8 @@ using Eigen::Index;
 // Both devices of a row need a decoder and a cache of their own; the cache is cut back after each call.
 template <typename D>
 struct Served {
-  Served(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8) : model(std::move(weights), device) {
+  Served(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8)
+      : model(std::move(weights), device) {
     if (int8) model.quantize();
   }
   ef::Decoder<float, D> model;
@@ -21,19 +22,28 @@ struct Served {
 };
 
 void decoder_cases(bench::Suite& suite) {
-  const ef::DecoderConfig config{
-      .vocabulary = 8192, .features = 512, .layers = 4, .heads = 8, .kv_heads = 4, .head_dim = 64, .hidden = 1408};
+  const ef::DecoderConfig config{.vocabulary = 8192,
+                                 .features = 512,
+                                 .layers = 4,
+                                 .heads = 8,
+                                 .kv_heads = 4,
+                                 .head_dim = 64,
+                                 .hidden = 1408};
   auto weights = std::make_shared<ef::DecoderWeights>(config, 1);
-  const double parameters = static_cast<double>(weights->parameter_count() - config.vocabulary * config.features);
+  const double parameters =
+      static_cast<double>(weights->parameter_count() - config.vocabulary * config.features);
   for (const bool int8 : {false, true})
     for (const Index tokens : {1, 256}) {
       const double bytes = parameters * (int8 ? 1.0 : 4.0);
-      const double flops =
-          2.0 * parameters * static_cast<double>(tokens) - (tokens > 1 ? 2.0 * 8192 * 512 * static_cast<double>(tokens - 1) : 0.0);
-      auto& row = suite.row(std::string("decoder ") + (tokens == 1 ? "decode 1" : "prefill 256") + (int8 ? " int8" : " float"),
-                            bench::Limit::product(flops, bytes, int8 ? bench::Peak::int8 : bench::Peak::float_fma));
+      const double flops = 2.0 * parameters * static_cast<double>(tokens) -
+                           (tokens > 1 ? 2.0 * 8192 * 512 * static_cast<double>(tokens - 1) : 0.0);
+      auto& row = suite.row(
+          std::string("decoder ") + (tokens == 1 ? "decode 1" : "prefill 256") +
+              (int8 ? " int8" : " float"),
+          bench::Limit::product(flops, bytes, int8 ? bench::Peak::int8 : bench::Peak::float_fma));
       ef::Tensor<std::int32_t, 2> ids(1, tokens);
-      for (Index t = 0; t < tokens; ++t) ids(0, t) = static_cast<std::int32_t>(t * 31 % config.vocabulary);
+      for (Index t = 0; t < tokens; ++t)
+        ids(0, t) = static_cast<std::int32_t>(t * 31 % config.vocabulary);
       auto one = std::make_shared<std::unique_ptr<Served<Eigen::DefaultDevice>>>();
       auto pool = std::make_shared<std::unique_ptr<Served<Eigen::ThreadPoolDevice>>>();
       row.ours([=](const auto& device) {

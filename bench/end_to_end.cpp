@@ -20,7 +20,13 @@ namespace ef = eigenformer;
 using demo::Index;
 
 ef::DecoderConfig decoder_config() {
-  return {.vocabulary = 256, .features = 192, .layers = 2, .heads = 6, .kv_heads = 3, .head_dim = 32, .hidden = 512};
+  return {.vocabulary = 256,
+          .features = 192,
+          .layers = 2,
+          .heads = 6,
+          .kv_heads = 3,
+          .head_dim = 32,
+          .hidden = 512};
 }
 
 // Windows are longer than prompt and continuation together (264), so that every position served was trained.
@@ -32,19 +38,21 @@ void print_profile(const char* title, const ef::OperatorProfile& profile) {
   std::printf("%s\n", title);
   for (const auto& entry : profile.entries())
     if (entry.calls > 0)
-      std::printf("  %-14s %8.3f s  %5.1f%%  %8ld calls\n", std::string(entry.name).c_str(), entry.seconds,
-                  100 * entry.seconds / profile.total_seconds(), entry.calls);
+      std::printf("  %-14s %8.3f s  %5.1f%%  %8ld calls\n", std::string(entry.name).c_str(),
+                  entry.seconds, 100 * entry.seconds / profile.total_seconds(), entry.calls);
 }
 
 // Characters of each prompt's continuation that equal the text, position by position.
-std::vector<Index> recalled(const std::string& text, const std::map<std::string, std::string>& generated) {
+std::vector<Index> recalled(const std::string& text,
+                            const std::map<std::string, std::string>& generated) {
   std::vector<Index> equal;
   for (Index p = 0; p < demo::kPrompts; ++p) {
     const std::string& got = generated.at("recall-" + std::to_string(p));
     const Index start = demo::prompt_start(text, p) + demo::kPromptLength;
     equal.push_back(0);
     for (Index i = 0; i < demo::kContinuation; ++i)
-      equal.back() += got[static_cast<std::size_t>(i)] == text[static_cast<std::size_t>(start + i)] ? 1 : 0;
+      equal.back() +=
+          got[static_cast<std::size_t>(i)] == text[static_cast<std::size_t>(start + i)] ? 1 : 0;
   }
   return equal;
 }
@@ -64,9 +72,12 @@ int run(const demo::Options& options) {
     std::printf("loaded %s\n", demo::weights_file(options.load).c_str());
   } else {
     weights = std::make_shared<ef::DecoderWeights>(decoder_config(), /*seed=*/1);
-    std::printf("decoder: %td layers, %td features, %td heads, %.2f million parameters, %s kernels, %d threads\n",
-                weights->config().layers, weights->config().features, weights->config().heads,
-                static_cast<double>(weights->parameter_count()) / 1e6, ef::isa::best::name, options.threads);
+    std::printf(
+        "decoder: %td layers, %td features, %td heads, %.2f million parameters, %s kernels, %d "
+        "threads\n",
+        weights->config().layers, weights->config().features, weights->config().heads,
+        static_cast<double>(weights->parameter_count()) / 1e6, ef::isa::best::name,
+        options.threads);
     ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);
     model.set_profile(&training_profile);
     training_rate = demo::train(model, device, text, training_plan(options.quick));
@@ -81,12 +92,14 @@ int run(const demo::Options& options) {
     const std::size_t float_bytes = model.weight_bytes();
     model.quantize();
     const double after = demo::evaluate(model, text, 256, windows);
-    std::printf("\nINT8: %.2f MB -> %.2f MB of weights, loss %.4f -> %.4f nats a byte\n", static_cast<double>(float_bytes) / 1e6,
+    std::printf("\nINT8: %.2f MB -> %.2f MB of weights, loss %.4f -> %.4f nats a byte\n",
+                static_cast<double>(float_bytes) / 1e6,
                 static_cast<double>(model.weight_bytes()) / 1e6, before, after);
   }
 
   const std::vector<demo::Request> requests = demo::make_requests(text);
-  std::printf("\nserving %zu requests, at most 8 at once, on %d ranks:\n", requests.size(), options.threads);
+  std::printf("\nserving %zu requests, at most 8 at once, on %d ranks:\n", requests.size(),
+              options.threads);
   demo::ServingResult served;
   ef::ThreadCommunicator::run(options.threads, [&](auto& communicator) {
     const Eigen::DefaultDevice own;
@@ -95,23 +108,27 @@ int run(const demo::Options& options) {
     const bool first = communicator.rank() == 0;
     if (first) model.set_profile(&serving_profile);
     model.quantize();
-    demo::Server server(model, requests, /*max_batch=*/8, first, first ? &serving_profile : nullptr);
+    demo::Server server(model, requests, /*max_batch=*/8, first,
+                        first ? &serving_profile : nullptr);
     demo::ServingResult result = server.run();
     if (first) served = std::move(result);
   });
 
   const std::vector<Index> equal = recalled(text, served.generated);
-  const Index sum = std::accumulate(equal.begin(), equal.end(), Index{0}), total = demo::kPrompts * demo::kContinuation;
+  const Index sum = std::accumulate(equal.begin(), equal.end(), Index{0}),
+              total = demo::kPrompts * demo::kContinuation;
   std::printf("\n");
-  if (training_rate > 0) print_profile("training, share of the time by operator:", training_profile);
+  if (training_rate > 0)
+    print_profile("training, share of the time by operator:", training_profile);
   print_profile("serving, share of the time by operator (rank 0):", serving_profile);
   std::printf("\nsummary\n");
   if (training_rate > 0) std::printf("  training   %10.0f tokens/s\n", training_rate);
-  std::printf("  prefill    %10.0f tokens/s\n", static_cast<double>(served.prefill_tokens) / served.prefill_seconds);
-  std::printf("  decode     %10.0f tokens/s (%td steps)\n", static_cast<double>(served.decode_tokens) / served.decode_seconds,
-              served.steps);
-  std::printf("  recalled   %td of %td characters (%.1f%%) of the text after %td prompts:", sum, total,
-              100.0 * static_cast<double>(sum) / static_cast<double>(total), demo::kPrompts);
+  std::printf("  prefill    %10.0f tokens/s\n",
+              static_cast<double>(served.prefill_tokens) / served.prefill_seconds);
+  std::printf("  decode     %10.0f tokens/s (%td steps)\n",
+              static_cast<double>(served.decode_tokens) / served.decode_seconds, served.steps);
+  std::printf("  recalled   %td of %td characters (%.1f%%) of the text after %td prompts:", sum,
+              total, 100.0 * static_cast<double>(sum) / static_cast<double>(total), demo::kPrompts);
   for (Index count : equal) std::printf(" %td", count);
   std::printf("\n");
   std::printf("  wall time  %10.1f s\n", demo::seconds_since(start));

@@ -21,7 +21,8 @@ struct Gradients {
     for (Eigen::Index i = 0; i < kWeights; ++i) value(i) = gradient(i) = uniform(generator);
   }
   std::vector<ef::Parameter> parameters() {
-    return {ef::Parameter{ef::TensorView<float, 1>(value.data(), kWeights), ef::TensorView<float, 1>(gradient.data(), kWeights)}};
+    return {ef::Parameter{ef::TensorView<float, 1>(value.data(), kWeights),
+                          ef::TensorView<float, 1>(gradient.data(), kWeights)}};
   }
 };
 
@@ -29,9 +30,11 @@ void unscale_case(bench::Suite& suite) {
   auto ours = std::make_shared<Gradients>();
   auto by_hand = std::make_shared<Gradients>();
   // Factors near 1 keep the gradients normal numbers over any number of iterations; the work is that of 65536.
-  auto scaler = std::make_shared<ef::GradScaler>(ef::GradScalerOptions{.init_scale = 1.0000001, .growth_interval = 1'000'000'000});
+  auto scaler = std::make_shared<ef::GradScaler>(
+      ef::GradScalerOptions{.init_scale = 1.0000001, .growth_interval = 1'000'000'000});
   const double bytes = 4.0 * static_cast<double>(kWeights);
-  auto& row = suite.row("GradScaler::unscale 8.4M gradients", bench::Limit::copy_bytes(bytes, bytes));
+  auto& row =
+      suite.row("GradScaler::unscale 8.4M gradients", bench::Limit::copy_bytes(bytes, bytes));
   row.ours([=](const auto& device) {
     scaler->unscale(device, ours->parameters());
     scaler->update(false);

@@ -25,13 +25,16 @@ struct Limit {
   double bytes_written = 0;
   double operations = 0;
   Peak peak = Peak::none;
-  double footprint = 0;  ///< bytes that repeated calls go through; 0 means bytes_read + bytes_written
+  double footprint =
+      0;  ///< bytes that repeated calls go through; 0 means bytes_read + bytes_written
 
   static Limit read_bytes(double bytes) { return {bytes, 0, 0, Peak::none}; }
   static Limit write_bytes(double bytes) { return {0, bytes, 0, Peak::none}; }
   static Limit copy_bytes(double read, double written) { return {read, written, 0, Peak::none}; }
   /// A product of `flops` (a multiply-add counts two) that reads at least `bytes`.
-  static Limit product(double flops, double bytes, Peak peak = Peak::float_fma) { return {bytes, 0, flops, peak}; }
+  static Limit product(double flops, double bytes, Peak peak = Peak::float_fma) {
+    return {bytes, 0, flops, peak};
+  }
   /// The same limit where calls take turns on several copies of their input, `bytes` in all (weights that come out of DRAM).
   Limit rotating_through(double bytes) const {
     Limit limit = *this;
@@ -78,10 +81,11 @@ struct Row {
   }
   /// A peer with a thread pool of its own: `f(threads)` sets the pool's size and runs. `mismatch` runs it and judges the result.
   template <typename F>
-  Row& peer_with_own_threads(std::string peer_name, std::string family, F f, std::function<std::string()> mismatch) {
+  Row& peer_with_own_threads(std::string peer_name, std::string family, F f,
+                             std::function<std::string()> mismatch) {
     calls.push_back(Call{std::move(peer_name), [f](const Eigen::DefaultDevice&) { f(1); },
-                         [f](const Eigen::ThreadPoolDevice& device) { f(device.numThreads()); }, std::move(family),
-                         std::move(mismatch)});
+                         [f](const Eigen::ThreadPoolDevice& device) { f(device.numThreads()); },
+                         std::move(family), std::move(mismatch)});
     return *this;
   }
 };
@@ -101,9 +105,12 @@ inline std::vector<std::pair<std::string, CaseFunction>>& registered_cases() {
   return cases;
 }
 struct Registration {
-  Registration(std::string name, CaseFunction function) { registered_cases().emplace_back(std::move(name), function); }
+  Registration(std::string name, CaseFunction function) {
+    registered_cases().emplace_back(std::move(name), function);
+  }
 };
 
 }  // namespace bench
 
-#define EIGENFORMER_BENCHMARK(function) static const bench::Registration registration_##function(#function, function);
+#define EIGENFORMER_BENCHMARK(function) \
+  static const bench::Registration registration_##function(#function, function);

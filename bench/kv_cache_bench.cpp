@@ -34,7 +34,8 @@ void append_case(bench::Suite& suite, const std::string& name) {
     ef::update_kv_cache(device, *cache, *token, *token, 0);
   });
   if constexpr (std::is_same_v<T, Storage>) {
-    const auto keys = std::make_shared<ef::Tensor<T, 4>>(prompt), values = std::make_shared<ef::Tensor<T, 4>>(prompt);
+    const auto keys = std::make_shared<ef::Tensor<T, 4>>(prompt),
+               values = std::make_shared<ef::Tensor<T, 4>>(prompt);
     row.peer("Eigen concatenate", [=](const auto& device) {
       for (const auto& old : {keys, values}) {
         ef::Tensor<T, 4> joined(kBatch, kLength + 1, kHeads, kHeadDim);
@@ -42,7 +43,8 @@ void append_case(bench::Suite& suite, const std::string& name) {
       }
     });
     row.peer("Eigen slice of a preallocated tensor", [=](const auto& device) {
-      const Eigen::array<Eigen::Index, 4> offsets{0, kLength - 1, 0, 0}, extents{kBatch, 1, kHeads, kHeadDim};
+      const Eigen::array<Eigen::Index, 4> offsets{0, kLength - 1, 0, 0},
+          extents{kBatch, 1, kHeads, kHeadDim};
       keys->slice(offsets, extents).device(device) = *token;
       values->slice(offsets, extents).device(device) = *token;
     });
@@ -61,12 +63,14 @@ void prefill_case(bench::Suite& suite) {
   const auto cache = std::make_shared<ef::KvCache<float>>();
   cache->reserve(512);
   const double bytes = 2.0 * static_cast<double>(prompt->size()) * sizeof(float);
-  auto& row = suite.row("update_kv_cache (8, 512, 8, 128), float", bench::Limit::copy_bytes(bytes, bytes));
+  auto& row =
+      suite.row("update_kv_cache (8, 512, 8, 128), float", bench::Limit::copy_bytes(bytes, bytes));
   row.ours([=](const auto& device) {
     cache->clear();
     ef::update_kv_cache(device, *cache, *prompt, *prompt, 0);
   });
-  const auto keys = std::make_shared<ef::Tensor<float, 4>>(*prompt), values = std::make_shared<ef::Tensor<float, 4>>(*prompt);
+  const auto keys = std::make_shared<ef::Tensor<float, 4>>(*prompt),
+             values = std::make_shared<ef::Tensor<float, 4>>(*prompt);
   row.peer("Eigen copy", [=](const auto& device) {
     keys->device(device) = *prompt;
     values->device(device) = *prompt;

@@ -18,7 +18,8 @@ namespace {
 std::string cpu_model() {
   std::ifstream file("/proc/cpuinfo");
   for (std::string line; std::getline(file, line);)
-    if (line.rfind("model name", 0) == 0) return line.substr(std::min(line.size(), line.find(':') + 2));
+    if (line.rfind("model name", 0) == 0)
+      return line.substr(std::min(line.size(), line.find(':') + 2));
   return "unknown CPU";  // Arm's /proc/cpuinfo has no model name
 }
 
@@ -55,8 +56,9 @@ std::string compiler_name() {
 }  // namespace
 
 Machine describe_machine() {
-  const std::string eigen =
-      std::to_string(EIGEN_WORLD_VERSION) + "." + std::to_string(EIGEN_MAJOR_VERSION) + "." + std::to_string(EIGEN_MINOR_VERSION);
+  const std::string eigen = std::to_string(EIGEN_WORLD_VERSION) + "." +
+                            std::to_string(EIGEN_MAJOR_VERSION) + "." +
+                            std::to_string(EIGEN_MINOR_VERSION);
   double load = 0;
   if (getloadavg(&load, 1) != 1) load = 0;
   return {cpu_model(), usable_cores(), isa_name(), compiler_name(), eigen, peer_versions(), load};

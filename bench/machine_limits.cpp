@@ -31,7 +31,8 @@ constexpr double kMiB = 1 << 20;
 /// Size of a cache level in bytes. Linux's own description first: sysconf counts the L3 of other sockets on some machines.
 double cache_bytes(int level, double otherwise) {
   for (int index = 0; index < 8; ++index) {
-    const std::string folder = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
+    const std::string folder =
+        "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/";
     std::ifstream level_file(folder + "level"), size_file(folder + "size");
     int found = 0;
     double size = 0;
@@ -47,7 +48,8 @@ double cache_bytes(int level, double otherwise) {
 /// Memory in 2 MiB pages where the system gives them, touched by the caller's threads.
 class Buffer {
  public:
-  explicit Buffer(std::size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage), data_(std::aligned_alloc(kPage, bytes_)) {
+  explicit Buffer(std::size_t bytes)
+      : bytes_((bytes + kPage - 1) / kPage * kPage), data_(std::aligned_alloc(kPage, bytes_)) {
     if (data_ == nullptr) throw std::bad_alloc();
     madvise(data_, bytes_, MADV_HUGEPAGE);
   }
@@ -72,7 +74,8 @@ void read_pass(const float* data, std::size_t count) {
   V sums[kUnroll];
   for (V& sum : sums) sum = V::zero();
   for (std::size_t i = 0; i < count; i += kStep)
-    for (std::size_t u = 0; u < kUnroll; ++u) sums[u] = sums[u] + V::load(data + i + u * static_cast<std::size_t>(V::lanes));
+    for (std::size_t u = 0; u < kUnroll; ++u)
+      sums[u] = sums[u] + V::load(data + i + u * static_cast<std::size_t>(V::lanes));
   for (std::size_t u = 1; u < kUnroll; ++u) sums[0] = sums[0] + sums[u];
   float result[V::lanes];
   sums[0].store(result);
@@ -93,7 +96,8 @@ template <bool Streaming>
 void write_pass(float* data, std::size_t count) {
   const V value = V::set1(1.0f);
   for (std::size_t i = 0; i < count; i += kStep)
-    for (std::size_t u = 0; u < kUnroll; ++u) put<Streaming>(value, data + i + u * static_cast<std::size_t>(V::lanes));
+    for (std::size_t u = 0; u < kUnroll; ++u)
+      put<Streaming>(value, data + i + u * static_cast<std::size_t>(V::lanes));
   if constexpr (Streaming) V::fence_streaming();
   keep(data);
 }
@@ -102,7 +106,8 @@ template <bool Streaming>
 void copy_pass(const float* from, float* to, std::size_t count) {
   for (std::size_t i = 0; i < count; i += kStep)
     for (std::size_t u = 0; u < kUnroll; ++u)
-      put<Streaming>(V::load(from + i + u * static_cast<std::size_t>(V::lanes)), to + i + u * static_cast<std::size_t>(V::lanes));
+      put<Streaming>(V::load(from + i + u * static_cast<std::size_t>(V::lanes)),
+                     to + i + u * static_cast<std::size_t>(V::lanes));
   if constexpr (Streaming) V::fence_streaming();
   keep(to);
 }
@@ -113,18 +118,22 @@ struct ReadWriteCopy {
 
 /// `bytes` is what one thread goes through, again and again.
 ReadWriteCopy bandwidth(int threads, std::size_t bytes) {
-  const std::size_t count = std::max<std::size_t>(bytes / sizeof(float) / (2 * kStep), 1) * 2 * kStep, half = count / 2;
-  const int passes = static_cast<int>(std::max(1.0, 96.0 * kMiB / static_cast<double>(count * sizeof(float))));
+  const std::size_t count =
+                        std::max<std::size_t>(bytes / sizeof(float) / (2 * kStep), 1) * 2 * kStep,
+                    half = count / 2;
+  const int passes =
+      static_cast<int>(std::max(1.0, 96.0 * kMiB / static_cast<double>(count * sizeof(float))));
   std::vector<std::unique_ptr<Buffer>> buffers;
-  for (int t = 0; t < threads; ++t) buffers.push_back(std::make_unique<Buffer>(count * sizeof(float)));
+  for (int t = 0; t < threads; ++t)
+    buffers.push_back(std::make_unique<Buffer>(count * sizeof(float)));
   const auto rate = [&](auto&& pass) {
     const double seconds = detail::seconds_together(threads, kRounds, [&](int t) {
       for (int p = 0; p < passes; ++p) pass(buffers[static_cast<std::size_t>(t)]->data());
     });
     return static_cast<double>(count * sizeof(float)) * passes * threads / seconds;
   };
-  const double write =
-      std::max(rate([&](float* p) { write_pass<false>(p, count); }), rate([&](float* p) { write_pass<true>(p, count); }));
+  const double write = std::max(rate([&](float* p) { write_pass<false>(p, count); }),
+                                rate([&](float* p) { write_pass<true>(p, count); }));
   const double copy = std::max(rate([&](float* p) { copy_pass<false>(p, p + half, half); }),
                                rate([&](float* p) { copy_pass<true>(p, p + half, half); }));
   return {rate([&](float* p) { read_pass(p, count); }), write, copy};
@@ -132,9 +141,11 @@ ReadWriteCopy bandwidth(int threads, std::size_t bytes) {
 
 /// Independent chains of multiply-adds: enough to cover 2 units of 4 cycles latency, few enough to stay in registers.
 double float_fma_peak(int threads) {
-  constexpr int chains = std::is_base_of_v<ef::isa::avx512, ef::isa::best> || std::is_base_of_v<ef::isa::neon, ef::isa::best> ? 16
-                         : std::is_base_of_v<ef::isa::avx2, ef::isa::best>                                                    ? 12
-                                                                                                                              : 6;
+  constexpr int chains = std::is_base_of_v<ef::isa::avx512, ef::isa::best> ||
+                                 std::is_base_of_v<ef::isa::neon, ef::isa::best>
+                             ? 16
+                         : std::is_base_of_v<ef::isa::avx2, ef::isa::best> ? 12
+                                                                           : 6;
   constexpr int iterations = 400000;
   const double seconds = detail::seconds_together(threads, kRounds, [](int) {
     volatile float one = 1.0f, tiny = 1e-9f;  // the compiler must not know them
@@ -222,7 +233,8 @@ double memory_seconds(const Limit& limit, const Limits& limits) {
   // A copy at its measured rate, as far as reads and writes are in balance; what is left over at its own rate.
   const double both = 2 * std::min(limit.bytes_read, limit.bytes_written);
   const double rest = bytes - both;
-  const double rest_rate = level(limit.bytes_read > limit.bytes_written ? limits.read : limits.write, footprint, limits);
+  const double rest_rate =
+      level(limit.bytes_read > limit.bytes_written ? limits.read : limits.write, footprint, limits);
   return std::max(alone, both / level(limits.copy, footprint, limits) + rest / rest_rate);
 }
 

@@ -9,9 +9,11 @@ namespace {
 
 void set_counters(benchmark::State& state, const bench::Limit& limit) {
   const auto rate = [&](double amount) {
-    return benchmark::Counter(amount * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
+    return benchmark::Counter(amount * static_cast<double>(state.iterations()),
+                              benchmark::Counter::kIsRate);
   };
-  if (limit.bytes_read + limit.bytes_written > 0) state.counters["bytes/s"] = rate(limit.bytes_read + limit.bytes_written);
+  if (limit.bytes_read + limit.bytes_written > 0)
+    state.counters["bytes/s"] = rate(limit.bytes_read + limit.bytes_written);
   if (limit.operations > 0) state.counters["flop/s"] = rate(limit.operations);
 }
 
@@ -26,16 +28,19 @@ int main(int argc, char** argv) {
   for (const auto& [name, function] : bench::registered_cases()) function(suite);
   for (const auto& row : suite.rows)
     for (const auto& call : row->calls) {
-      benchmark::RegisterBenchmark((row->name + " / " + call.name + " / 1 thread").c_str(), [&](benchmark::State& state) {
-        for (auto _ : state) call.one_thread(Eigen::DefaultDevice{});
-        set_counters(state, row->limit);
-      })->UseRealTime();
+      benchmark::RegisterBenchmark((row->name + " / " + call.name + " / 1 thread").c_str(),
+                                   [&](benchmark::State& state) {
+                                     for (auto _ : state) call.one_thread(Eigen::DefaultDevice{});
+                                     set_counters(state, row->limit);
+                                   })
+          ->UseRealTime();
       if (call.pool && threads > 1)
-        benchmark::RegisterBenchmark((row->name + " / " + call.name + " / " + std::to_string(threads) + " threads").c_str(),
-                                     [&](benchmark::State& state) {
-                                       for (auto _ : state) call.pool(pool_device);
-                                       set_counters(state, row->limit);
-                                     })
+        benchmark::RegisterBenchmark(
+            (row->name + " / " + call.name + " / " + std::to_string(threads) + " threads").c_str(),
+            [&](benchmark::State& state) {
+              for (auto _ : state) call.pool(pool_device);
+              set_counters(state, row->limit);
+            })
             ->UseRealTime();
     }
   benchmark::RunSpecifiedBenchmarks();

@@ -37,34 +37,50 @@ void quantization_cases(bench::Suite& suite) {
   const auto back = square_in_huge_pages<float>(size);
   const double count = static_cast<double>(weights->size());
 
-  auto& checked =
-      suite.row("quantize_weights_int8_per_channel (8192, 8192) float, checked first", bench::Limit::copy_bytes(8 * count, count));
-  checked.ours([=](const auto& device) { ef::quantize_weights_int8_per_channel_into(device, *values, *scales, *weights); });
-  auto& channels = suite.row("quantize_weights_int8_per_channel (8192, 8192) float", bench::Limit::copy_bytes(4 * count, count));
+  auto& checked = suite.row("quantize_weights_int8_per_channel (8192, 8192) float, checked first",
+                            bench::Limit::copy_bytes(8 * count, count));
+  checked.ours([=](const auto& device) {
+    ef::quantize_weights_int8_per_channel_into(device, *values, *scales, *weights);
+  });
+  auto& channels = suite.row("quantize_weights_int8_per_channel (8192, 8192) float",
+                             bench::Limit::copy_bytes(4 * count, count));
   channels.ours([=](const auto& device) {
-    ef::quantize_weights_int8_per_channel_into(device, *values, *scales, *weights, {.check_first = false});
+    ef::quantize_weights_int8_per_channel_into(device, *values, *scales, *weights,
+                                               {.check_first = false});
   });
   channels.peer("Eigen by hand", [=](const auto& device) {
     scales->device(device) = weights->abs().maximum(Eigen::array<Index, 1>{1}) / 127.0f;
-    const auto divisors = scales->reshape(Eigen::array<Index, 2>{size, 1}).broadcast(Eigen::array<Index, 2>{1, size});
-    values->device(device) = (*weights / divisors).round().cwiseMin(127.0f).cwiseMax(-127.0f).template cast<std::int8_t>();
+    const auto divisors =
+        scales->reshape(Eigen::array<Index, 2>{size, 1}).broadcast(Eigen::array<Index, 2>{1, size});
+    values->device(device) = (*weights / divisors)
+                                 .round()
+                                 .cwiseMin(127.0f)
+                                 .cwiseMax(-127.0f)
+                                 .template cast<std::int8_t>();
   });
 
   auto group_scales = std::make_shared<ef::Tensor<float, 2>>(size, size / 64);
-  suite.row("quantize_weights_int8_grouped (8192, 8192) by 64 float", bench::Limit::copy_bytes(4 * count, count * (1 + 4.0 / 64)))
+  suite
+      .row("quantize_weights_int8_grouped (8192, 8192) by 64 float",
+           bench::Limit::copy_bytes(4 * count, count * (1 + 4.0 / 64)))
       .ours([=](const auto& device) {
-        ef::quantize_weights_int8_grouped_into(device, *values, *group_scales, *weights, 64, {.check_first = false});
+        ef::quantize_weights_int8_grouped_into(device, *values, *group_scales, *weights, 64,
+                                               {.check_first = false});
       });
 
   auto scale = std::make_shared<float>();
-  suite.row("quantize_weights_int8 (8192, 8192) float", bench::Limit::copy_bytes(8 * count, count)).ours([=](const auto& device) {
-    ef::quantize_weights_int8_into(device, *values, *scale, *weights);
-  });
+  suite.row("quantize_weights_int8 (8192, 8192) float", bench::Limit::copy_bytes(8 * count, count))
+      .ours([=](const auto& device) {
+        ef::quantize_weights_int8_into(device, *values, *scale, *weights);
+      });
 
-  auto& dequantize = suite.row("dequantize (8192, 8192) to float", bench::Limit::copy_bytes(count, 4 * count));
-  dequantize.ours([=](const auto& device) { ef::dequantize_into(device, *back, *values, *scales); });
+  auto& dequantize =
+      suite.row("dequantize (8192, 8192) to float", bench::Limit::copy_bytes(count, 4 * count));
+  dequantize.ours(
+      [=](const auto& device) { ef::dequantize_into(device, *back, *values, *scales); });
   dequantize.peer("Eigen by hand", [=](const auto& device) {
-    const auto factors = scales->reshape(Eigen::array<Index, 2>{size, 1}).broadcast(Eigen::array<Index, 2>{1, size});
+    const auto factors =
+        scales->reshape(Eigen::array<Index, 2>{size, 1}).broadcast(Eigen::array<Index, 2>{1, size});
     back->device(device) = values->template cast<float>() * factors;
   });
 }

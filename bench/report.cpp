@@ -17,7 +17,8 @@
 
 namespace {
 
-constexpr const char* kHelp = R"(report: every benchmark row of eigenformer beside its peers and this machine's limits
+constexpr const char* kHelp =
+    R"(report: every benchmark row of eigenformer beside its peers and this machine's limits
 
   report [--filter REGEX] [--quick] [--threads N] [--json FILE|-] [--svg FILE] [--list]
 
@@ -49,7 +50,9 @@ struct Options {
   int threads = 0;  // 0: all cores
 };
 
-[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what + "\nreport --help lists the options"); }
+[[noreturn]] void refuse(const std::string& what) {
+  throw std::invalid_argument(what + "\nreport --help lists the options");
+}
 
 int positive_number(const std::string& option, const std::string& text) {
   int value = 0;
@@ -129,21 +132,29 @@ class Reporter {
   bench::Results run() {
     for (int threads : {1, options_.threads})
       if (threads > 1 || results_.limits.empty()) {
-        progress_.step("measuring the limits of this machine", std::to_string(threads) + " threads");
+        progress_.step("measuring the limits of this machine",
+                       std::to_string(threads) + " threads");
         results_.limits.push_back(bench::measure_limits(threads));
       }
-    for (std::size_t index = 0; index < bench::registered_cases().size(); ++index) time_suite(index);
+    for (std::size_t index = 0; index < bench::registered_cases().size(); ++index)
+      time_suite(index);
     if (results_.rows.empty())
-      refuse(options_.filter.empty() ? "there are no rows: no operator with a benchmark is enabled in cmake/operators.cmake"
-                                     : "no row matches --filter \"" + options_.filter + "\"; report --list prints the names");
+      refuse(options_.filter.empty() ? "there are no rows: no operator with a benchmark is enabled "
+                                       "in cmake/operators.cmake"
+                                     : "no row matches --filter \"" + options_.filter +
+                                           "\"; report --list prints the names");
     return std::move(results_);
   }
 
  private:
   using Clock = std::chrono::steady_clock;
-  static double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+  static double since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  }
 
-  bool matches(const bench::Row& row) const { return options_.filter.empty() || std::regex_search(row.name, filter_); }
+  bool matches(const bench::Row& row) const {
+    return options_.filter.empty() || std::regex_search(row.name, filter_);
+  }
 
   void time_suite(std::size_t index) {
     progress_.step("building the inputs of " + bench::registered_cases()[index].first, "");
@@ -154,8 +165,9 @@ class Reporter {
     for (const auto& row : local_.suite().rows)
       if (matches(*row)) columns += static_cast<double>(row->calls.size() * results_.limits.size());
     const double files_left = static_cast<double>(bench::registered_cases().size() - index);
-    const double seconds =
-        options_.quick ? std::max(0.5, kQuickSeconds - since(start_)) / files_left / std::max(columns, 1.0) : kSecondsPerCall;
+    const double seconds = options_.quick ? std::max(0.5, kQuickSeconds - since(start_)) /
+                                                files_left / std::max(columns, 1.0)
+                                          : kSecondsPerCall;
     for (std::size_t row = 0; row < local_.suite().rows.size(); ++row)
       if (matches(*local_.suite().rows[row])) time_row(row, std::min(seconds, kSecondsPerCall));
   }
@@ -176,13 +188,16 @@ class Reporter {
       for (int turn = 0; turn < turns; ++turn)
         for (std::size_t call = 0; call < row.calls.size(); ++call) {
           if (limits.threads > 1 && !row.calls[call].pool) continue;
-          progress_.step(row.name, row.calls[call].name + ", threads " + std::to_string(limits.threads) + ", turn " +
+          progress_.step(row.name, row.calls[call].name + ", threads " +
+                                       std::to_string(limits.threads) + ", turn " +
                                        std::to_string(turn + 1));
           attempt(row, call, good, [&](auto& timer) {
-            for (double s : timer.take({row_index, call, limits.threads, options_.quick ? 3 : 5, seconds / turns}))
+            for (double s : timer.take(
+                     {row_index, call, limits.threads, options_.quick ? 3 : 5, seconds / turns}))
               samples[call].push_back(s);
           });
-          if (limits.threads > 1 && !row.calls[call].family.empty()) std::this_thread::sleep_for(kSpinning);
+          if (limits.threads > 1 && !row.calls[call].family.empty())
+            std::this_thread::sleep_for(kSpinning);
         }
       add_result(row, limits, good, samples);
     }
@@ -207,7 +222,8 @@ class Reporter {
       f(*timer);
     } catch (const std::exception& error) {
       good[call] = false;
-      results_.left_out.push_back(row.calls[call].name + " in \"" + row.name + "\": " + error.what());
+      results_.left_out.push_back(row.calls[call].name + " in \"" + row.name +
+                                  "\": " + error.what());
       if (!family.empty() && !remotes_[family]->alive()) {
         remotes_.erase(family);  // the next row starts another process
         opened_.erase(std::remove(opened_.begin(), opened_.end(), family), opened_.end());
@@ -222,22 +238,26 @@ class Reporter {
     result.threads = limits.threads;
     result.limit = row.limit;
     result.floor = bench::floor_seconds(row.limit, limits);
-    result.bound_by_memory = bench::memory_seconds(row.limit, limits) >= bench::arithmetic_seconds(row.limit, limits);
+    result.bound_by_memory =
+        bench::memory_seconds(row.limit, limits) >= bench::arithmetic_seconds(row.limit, limits);
     for (std::size_t call = 0; call < row.calls.size(); ++call)
-      if (good[call] && !samples[call].empty()) result.calls.push_back({row.calls[call].name, bench::timing_of(samples[call])});
+      if (good[call] && !samples[call].empty())
+        result.calls.push_back({row.calls[call].name, bench::timing_of(samples[call])});
     if (!result.calls.empty()) results_.rows.push_back(std::move(result));
   }
 
-  static constexpr double kSecondsPerCall = 2.5;             // for all turns of a call on a number of threads
-  static constexpr double kQuickSeconds = 45;                // leaves room for inputs, checks and packing within a minute
-  static constexpr std::chrono::milliseconds kSpinning{40};  // OpenBLAS threads spin for 2^26 cycles before they sleep
+  static constexpr double kSecondsPerCall = 2.5;  // for all turns of a call on a number of threads
+  static constexpr double kQuickSeconds =
+      45;  // leaves room for inputs, checks and packing within a minute
+  static constexpr std::chrono::milliseconds kSpinning{
+      40};  // OpenBLAS threads spin for 2^26 cycles before they sleep
 
   Options options_;
   std::regex filter_;
   bench::Results results_;
   bench::Timer local_;
   std::map<std::string, std::unique_ptr<bench::RemoteTimer>> remotes_;  // by family
-  std::vector<std::string> opened_;                                     // families whose process has the current suite
+  std::vector<std::string> opened_;  // families whose process has the current suite
   std::size_t index_ = 0;
   Clock::time_point start_ = Clock::now();
   Progress progress_;
@@ -248,14 +268,17 @@ void write_file(const std::string& path, const std::string& text) {
   file << text;
   file.close();
   if (!file)
-    throw std::runtime_error("cannot write " + path + ": " + std::strerror(errno) + "; does its folder exist, and is there room?");
+    throw std::runtime_error("cannot write " + path + ": " + std::strerror(errno) +
+                             "; does its folder exist, and is there room?");
 }
 
 /// Fails now rather than after minutes of measuring.
 void require_writable(const std::string& path) {
   if (path.empty() || path == "-") return;
   std::ofstream file(path, std::ios::app);
-  if (!file) throw std::runtime_error("cannot write " + path + ": " + std::strerror(errno) + "; create its folder first");
+  if (!file)
+    throw std::runtime_error("cannot write " + path + ": " + std::strerror(errno) +
+                             "; create its folder first");
 }
 
 int report(int argc, char** argv) {

@@ -58,16 +58,21 @@ TEST(ReportFloor, TakesTheLevelThatHoldsTheFootprint) {
   EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::read_bytes(5e5), limits), 5e5 / 100);
   EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::read_bytes(4e6), limits), 4e6 / 50);
   EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::write_bytes(4e7), limits), 4e7 / 5);
-  EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::read_bytes(5e5).rotating_through(1e9), limits), 5e5 / 10);
+  EXPECT_DOUBLE_EQ(
+      bench::floor_seconds(bench::Limit::read_bytes(5e5).rotating_through(1e9), limits), 5e5 / 10);
   // 2e7 bytes read and written, and 1e7 more read: a copy of 4e7 bytes, then reads.
-  EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::copy_bytes(3e7, 2e7), limits), std::max(2e7 / 5, 4e7 / 12 + 1e7 / 10));
+  EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::copy_bytes(3e7, 2e7), limits),
+                   std::max(2e7 / 5, 4e7 / 12 + 1e7 / 10));
 }
 
 TEST(ReportFloor, TakesThePeakOfTheInstructionOrFloats) {
   const bench::Limits limits = round_limits();
   EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::product(1e9, 8), limits), 1e6);
-  EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::product(1e9, 8, bench::Peak::bfloat16), limits), 1e9 / 4000);
-  EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::product(1e9, 8, bench::Peak::int8), limits), 1e6);
+  EXPECT_DOUBLE_EQ(
+      bench::floor_seconds(bench::Limit::product(1e9, 8, bench::Peak::bfloat16), limits),
+      1e9 / 4000);
+  EXPECT_DOUBLE_EQ(bench::floor_seconds(bench::Limit::product(1e9, 8, bench::Peak::int8), limits),
+                   1e6);
 }
 
 TEST(ReportTable, RatioIsTheFastestPeerOverOurs) {
@@ -77,7 +82,8 @@ TEST(ReportTable, RatioIsTheFastestPeerOverOurs) {
   EXPECT_EQ(bench::peer(results.rows[0], "OpenBLAS"), nullptr);
   EXPECT_EQ(bench::ours(results.rows[1]), nullptr);
   const std::string table = bench::to_table(results);
-  for (const char* fragment : {"2.50", "0.50 plain loop", "50%", "OpenBLAS was not found", "left out: somebody, because"})
+  for (const char* fragment :
+       {"2.50", "0.50 plain loop", "50%", "OpenBLAS was not found", "left out: somebody, because"})
     EXPECT_NE(table.find(fragment), std::string::npos) << fragment << "\n" << table;
 }
 

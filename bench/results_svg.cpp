@@ -10,8 +10,8 @@ namespace bench {
 namespace {
 
 // Pixels. One line of text is 16 high; a row holds its bars and a gap.
-constexpr double kLabelPerCharacter = 6.7, kPlotWidth = 560, kBar = 14, kBarGap = 2, kRowGap = 12, kTop = 118, kBottom = 52,
-                 kRight = 76;
+constexpr double kLabelPerCharacter = 6.7, kPlotWidth = 560, kBar = 14, kBarGap = 2, kRowGap = 12,
+                 kTop = 118, kBottom = 52, kRight = 76;
 constexpr double kShownAtMost = 150;  // percent; what lies beyond sits on the edge, with its number
 
 const char* bar_colour(std::size_t index) { return index == 0 ? "#7fb3d5" : "#1f618d"; }
@@ -32,20 +32,24 @@ std::string marker(std::size_t kind, double x, double y) {
   const char* colour = kMarkers[kind].colour;
   const char* style = " stroke=\"#ffffff\" stroke-width=\"1\"/>";
   if (kind == 0) {
-    out << "<circle cx=\"" << x << "\" cy=\"" << y << "\" r=\"4.5\" fill=\"" << colour << "\"" << style;
+    out << "<circle cx=\"" << x << "\" cy=\"" << y << "\" r=\"4.5\" fill=\"" << colour << "\""
+        << style;
   } else if (kind == 2) {
-    out << "<rect x=\"" << x - 4 << "\" y=\"" << y - 4 << "\" width=\"8\" height=\"8\" fill=\"" << colour << "\"" << style;
+    out << "<rect x=\"" << x - 4 << "\" y=\"" << y - 4 << "\" width=\"8\" height=\"8\" fill=\""
+        << colour << "\"" << style;
   } else {
-    out << "<path d=\"M" << x << ' ' << y - 5.5 << (kind == 1 ? " l5.5 5.5 l-5.5 5.5 l-5.5 -5.5 z" : " l5.5 10 h-11 z")
-        << "\" fill=\"" << colour << "\"" << style;
+    out << "<path d=\"M" << x << ' ' << y - 5.5
+        << (kind == 1 ? " l5.5 5.5 l-5.5 5.5 l-5.5 -5.5 z" : " l5.5 10 h-11 z") << "\" fill=\""
+        << colour << "\"" << style;
   }
   return out.str() + "\n";
 }
 
-std::string text_at(double x, double y, const std::string& text, const char* anchor = "start", const char* extra = "") {
+std::string text_at(double x, double y, const std::string& text, const char* anchor = "start",
+                    const char* extra = "") {
   std::ostringstream out;
-  out << "<text x=\"" << x << "\" y=\"" << y << "\" text-anchor=\"" << anchor << "\" " << extra << '>' << escape_xml(text)
-      << "</text>\n";
+  out << "<text x=\"" << x << "\" y=\"" << y << "\" text-anchor=\"" << anchor << "\" " << extra
+      << '>' << escape_xml(text) << "</text>\n";
   return out.str();
 }
 
@@ -58,7 +62,8 @@ class Chart {
       if (!(row.floor > 0)) continue;
       if (names_.empty() || names_.back() != row.name) names_.push_back(row.name);
       longest = std::max(longest, row.name.size());
-      for (const CallResult& call : row.calls) largest = std::max(largest, 100 * row.floor / call.timing.median);
+      for (const CallResult& call : row.calls)
+        largest = std::max(largest, 100 * row.floor / call.timing.median);
     }
     left_ = 24 + kLabelPerCharacter * static_cast<double>(longest);
     scale_end_ = std::min(kShownAtMost, 25 * std::ceil(largest / 25));
@@ -69,10 +74,12 @@ class Chart {
   std::string draw() const {
     std::ostringstream out;
     const double width = left_ + kPlotWidth + kRight, height = kTop + plot_height_ + kBottom;
-    out << "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " << width << ' ' << height << "\" width=\"" << width
-        << "\" height=\"" << height << "\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"12\" fill=\"#222222\">\n"
+    out << "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " << width << ' ' << height
+        << "\" width=\"" << width << "\" height=\"" << height
+        << "\" font-family=\"Helvetica, Arial, sans-serif\" font-size=\"12\" fill=\"#222222\">\n"
         << "<rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
-        << text_at(16, 28, "eigenformer: percent of this machine's limit", "start", "font-size=\"17\" font-weight=\"bold\"")
+        << text_at(16, 28, "eigenformer: percent of this machine's limit", "start",
+                   "font-size=\"17\" font-weight=\"bold\"")
         << text_at(16, 48, subtitle(), "start", "fill=\"#666666\"") << legend() << axis();
     for (std::size_t i = 0; i < names_.size(); ++i) out << row(i);
     out << "</svg>\n";
@@ -80,11 +87,14 @@ class Chart {
   }
 
  private:
-  double x_of(double percent) const { return left_ + kPlotWidth * std::clamp(percent, 0.0, scale_end_) / scale_end_; }
+  double x_of(double percent) const {
+    return left_ + kPlotWidth * std::clamp(percent, 0.0, scale_end_) / scale_end_;
+  }
 
   std::string subtitle() const {
     const Machine& m = results_.machine;
-    return m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") + ", ISA " + m.isa + ", " + m.compiler;
+    return m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") + ", ISA " +
+           m.isa + ", " + m.compiler;
   }
 
   std::string legend() const {
@@ -92,8 +102,11 @@ class Chart {
     double x = 16;
     for (std::size_t i = 0; i < results_.limits.size(); ++i) {
       const int threads = results_.limits[i].threads;
-      out << "<rect x=\"" << x << "\" y=\"68\" width=\"22\" height=\"12\" fill=\"" << bar_colour(i) << "\"/>\n"
-          << text_at(x + 28, 78, "eigenformer, " + std::to_string(threads) + (threads == 1 ? " thread" : " threads"));
+      out << "<rect x=\"" << x << "\" y=\"68\" width=\"22\" height=\"12\" fill=\"" << bar_colour(i)
+          << "\"/>\n"
+          << text_at(x + 28, 78,
+                     "eigenformer, " + std::to_string(threads) +
+                         (threads == 1 ? " thread" : " threads"));
       x += 178;
     }
     for (std::size_t kind = 0; kind < std::size(kMarkers); ++kind) {
@@ -110,13 +123,17 @@ class Chart {
     std::ostringstream out;
     for (double percent = 0; percent <= scale_end_; percent += 25) {
       const double x = x_of(percent);
-      out << "<line x1=\"" << x << "\" y1=\"" << kTop - 6 << "\" x2=\"" << x << "\" y2=\"" << kTop + plot_height_ << "\" stroke=\""
+      out << "<line x1=\"" << x << "\" y1=\"" << kTop - 6 << "\" x2=\"" << x << "\" y2=\""
+          << kTop + plot_height_ << "\" stroke=\""
           << (percent == 100 ? "#222222\" stroke-dasharray=\"5 3" : "#dddddd") << "\"/>\n";
-      out << text_at(x, kTop + plot_height_ + 18, std::to_string(static_cast<int>(percent)) + "%", "middle");
+      out << text_at(x, kTop + plot_height_ + 18, std::to_string(static_cast<int>(percent)) + "%",
+                     "middle");
     }
-    out << text_at(left_ + kPlotWidth + kRight - 16, kTop - 12, "ours", "end", "font-size=\"11\" fill=\"#666666\"");
+    out << text_at(left_ + kPlotWidth + kRight - 16, kTop - 12, "ours", "end",
+                   "font-size=\"11\" fill=\"#666666\"");
     out << text_at(left_ + kPlotWidth / 2, kTop + plot_height_ + 40,
-                   "floor / time: the floor is the row's bytes at the measured bandwidth or its operations at the measured peak",
+                   "floor / time: the floor is the row's bytes at the measured bandwidth or its "
+                   "operations at the measured peak",
                    "middle", "fill=\"#666666\"");
     return out.str();
   }
@@ -131,16 +148,21 @@ class Chart {
                                    [&](const Limits& l) { return l.threads == result.threads; });
       const std::size_t lane = static_cast<std::size_t>(at - results_.limits.begin());
       const double y = top + static_cast<double>(lane) * (kBar + kBarGap);
-      const auto percent = [&](const CallResult& call) { return 100 * result.floor / call.timing.median; };
+      const auto percent = [&](const CallResult& call) {
+        return 100 * result.floor / call.timing.median;
+      };
       if (const CallResult* mine = ours(result)) {
         char number[32];
         std::snprintf(number, sizeof number, "%.0f%%", percent(*mine));
-        out << "<rect x=\"" << left_ << "\" y=\"" << y << "\" width=\"" << x_of(percent(*mine)) - left_ << "\" height=\"" << kBar
-            << "\" fill=\"" << bar_colour(lane) << "\"/>\n"
-            << text_at(left_ + kPlotWidth + kRight - 16, y + kBar - 3, number, "end", "font-size=\"11\"");
+        out << "<rect x=\"" << left_ << "\" y=\"" << y << "\" width=\""
+            << x_of(percent(*mine)) - left_ << "\" height=\"" << kBar << "\" fill=\""
+            << bar_colour(lane) << "\"/>\n"
+            << text_at(left_ + kPlotWidth + kRight - 16, y + kBar - 3, number, "end",
+                       "font-size=\"11\"");
       }
       for (std::size_t kind = 0; kind < std::size(kMarkers); ++kind)
-        if (const CallResult* theirs = peer(result, kMarkers[kind].peer)) out << marker(kind, x_of(percent(*theirs)), y + kBar / 2);
+        if (const CallResult* theirs = peer(result, kMarkers[kind].peer))
+          out << marker(kind, x_of(percent(*theirs)), y + kBar / 2);
     }
     return out.str();
   }
@@ -169,7 +191,8 @@ std::string escape_xml(const std::string& text) {
         escaped += "&quot;";
         break;
       default:
-        escaped += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;  // control characters are not XML
+        escaped +=
+            static_cast<unsigned char>(c) < 0x20 ? ' ' : c;  // control characters are not XML
     }
   }
   return escaped;

@@ -36,12 +36,16 @@ std::string format_ratio(const CallResult* peer_result, const CallResult* our_re
 
 std::string format_limits(const Limits& l) {
   const auto rates = [](const Bandwidth& b) {
-    return format("%.0f / ", b.l2 * 1e-9) + format("%.0f / ", b.l3 * 1e-9) + format("%.0f", b.dram * 1e-9);
+    return format("%.0f / ", b.l2 * 1e-9) + format("%.0f / ", b.l3 * 1e-9) +
+           format("%.0f", b.dram * 1e-9);
   };
-  std::string text = "limits, " + std::to_string(l.threads) + (l.threads == 1 ? " thread:  " : " threads: ");
-  text += "GB/s of L2 / L3 / DRAM: read " + rates(l.read) + ", write " + rates(l.write) + ", copy " + rates(l.copy);
+  std::string text =
+      "limits, " + std::to_string(l.threads) + (l.threads == 1 ? " thread:  " : " threads: ");
+  text += "GB/s of L2 / L3 / DRAM: read " + rates(l.read) + ", write " + rates(l.write) +
+          ", copy " + rates(l.copy);
   text += "; GFLOP/s: float " + format("%.0f", l.float_fma * 1e-9);
-  text += l.bfloat16 > 0 ? ", bfloat16 " + format("%.0f", l.bfloat16 * 1e-9) : ", bfloat16 held against float";
+  text += l.bfloat16 > 0 ? ", bfloat16 " + format("%.0f", l.bfloat16 * 1e-9)
+                         : ", bfloat16 held against float";
   text += l.int8 > 0 ? ", int8 " + format("%.0f", l.int8 * 1e-9) : ", int8 held against float";
   if (!l.dot_instruction.empty()) text += " (" + l.dot_instruction + ")";
   return text + "\n";
@@ -49,13 +53,15 @@ std::string format_limits(const Limits& l) {
 
 std::string header(const Results& results) {
   const Machine& m = results.machine;
-  std::string text = m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") + ", ISA " + m.isa + ", " +
-                     m.compiler + ", Eigen " + m.eigen + "\n";
+  std::string text = m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") +
+                     ", ISA " + m.isa + ", " + m.compiler + ", Eigen " + m.eigen + "\n";
   text += "peers: Eigen, as its users would write it";
   for (const std::string& name : m.peers) text += ", " + name;
   for (const char* optional : {"oneDNN", "OpenBLAS"})
-    if (std::none_of(m.peers.begin(), m.peers.end(), [&](const std::string& name) { return name.rfind(optional, 0) == 0; }))
-      text += std::string("; ") + optional + " was not found when this was built (see bench/CMakeLists.txt)";
+    if (std::none_of(m.peers.begin(), m.peers.end(),
+                     [&](const std::string& name) { return name.rfind(optional, 0) == 0; }))
+      text += std::string("; ") + optional +
+              " was not found when this was built (see bench/CMakeLists.txt)";
   text += "\n";
   for (const Limits& limits : results.limits) text += format_limits(limits);
   if (m.load > 0.5)
@@ -79,15 +85,19 @@ std::string summary(const Results& results) {
         ++count;
       }
       if (count > 0)
-        line += "  " + name + " " + format("%.2f", std::exp(logarithms / count)) + " (" + std::to_string(count) + " rows)";
+        line += "  " + name + " " + format("%.2f", std::exp(logarithms / count)) + " (" +
+                std::to_string(count) + " rows)";
     }
     if (!line.empty())
-      text += "geometric mean, " + std::to_string(limits.threads) + (limits.threads == 1 ? " thread: " : " threads:") + line + "\n";
+      text += "geometric mean, " + std::to_string(limits.threads) +
+              (limits.threads == 1 ? " thread: " : " threads:") + line + "\n";
   }
   return text;
 }
 
-nlohmann::ordered_json json_of(const Bandwidth& b) { return {{"l2", b.l2}, {"l3", b.l3}, {"dram", b.dram}}; }
+nlohmann::ordered_json json_of(const Bandwidth& b) {
+  return {{"l2", b.l2}, {"l3", b.l3}, {"dram", b.dram}};
+}
 
 nlohmann::ordered_json json_of(const Limits& l) {
   return {{"threads", l.threads},
@@ -112,7 +122,8 @@ nlohmann::ordered_json json_of(const RowResult& row) {
                                     {"upper_quartile", call.timing.upper_quartile},
                                     {"samples", call.timing.samples}};
     if (row.floor > 0) entry["share_of_limit"] = row.floor / call.timing.median;
-    if (mine != nullptr && &call != mine) entry["times_ours"] = call.timing.median / mine->timing.median;
+    if (mine != nullptr && &call != mine)
+      entry["times_ours"] = call.timing.median / mine->timing.median;
     calls.push_back(std::move(entry));
   }
   return {{"name", row.name},
@@ -133,16 +144,20 @@ const std::vector<std::string>& peer_columns() {
 }
 
 const CallResult* ours(const RowResult& row) {
-  return !row.calls.empty() && row.calls.front().name == "eigenformer" ? &row.calls.front() : nullptr;
+  return !row.calls.empty() && row.calls.front().name == "eigenformer" ? &row.calls.front()
+                                                                       : nullptr;
 }
 
 const CallResult* peer(const RowResult& row, const std::string& name) {
-  const auto begins_with = [](const CallResult& call, const std::string& start) { return call.name.rfind(start, 0) == 0; };
+  const auto begins_with = [](const CallResult& call, const std::string& start) {
+    return call.name.rfind(start, 0) == 0;
+  };
   const CallResult* best = nullptr;
   for (const CallResult& call : row.calls) {
     if (&call == ours(row)) continue;
-    const bool has_column = std::any_of(peer_columns().begin(), peer_columns().end(),
-                                        [&](const std::string& column) { return begins_with(call, column); });
+    const bool has_column =
+        std::any_of(peer_columns().begin(), peer_columns().end(),
+                    [&](const std::string& column) { return begins_with(call, column); });
     if (name.empty() ? has_column : !begins_with(call, name)) continue;
     if (best == nullptr || call.timing.median < best->timing.median) best = &call;
   }
@@ -158,7 +173,8 @@ std::string format_seconds(double seconds) {
 std::string to_table(const Results& results) {
   std::size_t width = 3;
   for (const RowResult& row : results.rows) width = std::max(width, row.name.size());
-  std::string text = header(results) + "\n" + pad_right("row", width) + "  threads        time      IQR            rate  of limit";
+  std::string text = header(results) + "\n" + pad_right("row", width) +
+                     "  threads        time      IQR            rate  of limit";
   for (const std::string& name : peer_columns()) text += "  " + pad_left(name, 9);
   text += "  other\n";
   for (const RowResult& row : results.rows) {
@@ -171,14 +187,20 @@ std::string to_table(const Results& results) {
       text += "  " + pad_left(format_rate(row, t.median), 14) + "  " +
               pad_left(row.floor > 0 ? format("%.0f%%", 100 * row.floor / t.median) : "-", 8);
     } else {
-      text += "  " + pad_left("-", 10) + "  " + pad_left("-", 7) + "  " + pad_left("-", 14) + "  " + pad_left("-", 8);
+      text += "  " + pad_left("-", 10) + "  " + pad_left("-", 7) + "  " + pad_left("-", 14) + "  " +
+              pad_left("-", 8);
     }
-    for (const std::string& name : peer_columns()) text += "  " + pad_left(format_ratio(peer(row, name), mine), 9);
+    for (const std::string& name : peer_columns())
+      text += "  " + pad_left(format_ratio(peer(row, name), mine), 9);
     const CallResult* other = peer(row, "");
-    text += "  " + (other != nullptr ? format_ratio(other, mine) + " " + other->name : std::string("-")) + "\n";
+    text += "  " +
+            (other != nullptr ? format_ratio(other, mine) + " " + other->name : std::string("-")) +
+            "\n";
   }
   text += "\n" + summary(results);
-  text += "Peer columns: time of the peer over ours, above 1 we are faster. IQR: spread of the middle half of the samples.\n";
+  text +=
+      "Peer columns: time of the peer over ours, above 1 we are faster. IQR: spread of the middle "
+      "half of the samples.\n";
   for (const std::string& sentence : results.left_out) text += "left out: " + sentence + "\n";
   return text;
 }

@@ -25,21 +25,23 @@ void rope_cases(bench::Suite& suite) {
          sine = std::make_shared<ef::Tensor<float, 3>>(tokens, 1, half);
     for (Eigen::Index t = 0; t < tokens; ++t)
       for (Eigen::Index i = 0; i < half; ++i) {
-        const double angle = static_cast<double>(1000 + t) * std::pow(10000.0, -2.0 * static_cast<double>(i) / head_dim);
+        const double angle = static_cast<double>(1000 + t) *
+                             std::pow(10000.0, -2.0 * static_cast<double>(i) / head_dim);
         (*cosine)(t, 0, i) = static_cast<float>(std::cos(angle));
         (*sine)(t, 0, i) = static_cast<float>(std::sin(angle));
       }
     suite.row("rope, table " + shape, limit)
         .ours([=](const auto& device) { ef::rope_into(device, *y, *x, *positions, *table); })
         .peer("Eigen by hand", [=](const auto& device) {
-          const Eigen::array<Eigen::Index, 3> low{0, 0, 0}, high{0, 0, half}, extent{tokens, heads, half}, across{1, heads, 1};
+          const Eigen::array<Eigen::Index, 3> low{0, 0, 0}, high{0, 0, half},
+              extent{tokens, heads, half}, across{1, heads, 1};
           const auto a = x->slice(low, extent), b = x->slice(high, extent);
           const auto c = cosine->broadcast(across), s = sine->broadcast(across);
           y->slice(low, extent).device(device) = a * c - b * s;
           y->slice(high, extent).device(device) = b * c + a * s;
         });
-    const auto interleaved =
-        std::make_shared<ef::RopeTable>(4096, head_dim, ef::RopeOptions{.layout = ef::RopeLayout::interleaved});
+    const auto interleaved = std::make_shared<ef::RopeTable>(
+        4096, head_dim, ef::RopeOptions{.layout = ef::RopeLayout::interleaved});
     suite.row("rope, interleaved table " + shape, limit).ours([=](const auto& device) {
       ef::rope_into(device, *y, *x, *positions, *interleaved);
     });

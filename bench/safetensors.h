@@ -41,7 +41,8 @@ struct File {
 
 namespace detail {
 
-inline constexpr std::uint64_t kMaxHeader = 100'000'000;  // the limit of the reference implementation
+inline constexpr std::uint64_t kMaxHeader =
+    100'000'000;  // the limit of the reference implementation
 
 [[noreturn]] inline void fail(const std::string& what) { throw Error("safetensors: " + what); }
 
@@ -50,27 +51,36 @@ inline std::uint64_t unsigned_number(const nlohmann::json& value, const std::str
   return value.get<std::uint64_t>();
 }
 
-inline File::Entry read_entry(const std::string& name, const nlohmann::json& description, std::span<const std::byte> data) {
+inline File::Entry read_entry(const std::string& name, const nlohmann::json& description,
+                              std::span<const std::byte> data) {
   if (!description.is_object()) fail("the entry of \"" + name + "\" is not an object");
-  if (!description.contains("dtype") || description["dtype"] != "F32") fail("\"" + name + "\" has a dtype other than F32");
-  if (!description.contains("shape") || !description["shape"].is_array()) fail("\"" + name + "\" has no shape");
-  if (!description.contains("data_offsets") || !description["data_offsets"].is_array() || description["data_offsets"].size() != 2)
+  if (!description.contains("dtype") || description["dtype"] != "F32")
+    fail("\"" + name + "\" has a dtype other than F32");
+  if (!description.contains("shape") || !description["shape"].is_array())
+    fail("\"" + name + "\" has no shape");
+  if (!description.contains("data_offsets") || !description["data_offsets"].is_array() ||
+      description["data_offsets"].size() != 2)
     fail("\"" + name + "\" has no data_offsets");
   File::Entry entry;
   std::uint64_t bytes = sizeof(float);
   for (const auto& size : description["shape"]) {
     const std::uint64_t extent = unsigned_number(size, "a size of \"" + name + "\"");
-    if (extent > static_cast<std::uint64_t>(INT64_MAX) || __builtin_mul_overflow(bytes, extent, &bytes))
+    if (extent > static_cast<std::uint64_t>(INT64_MAX) ||
+        __builtin_mul_overflow(bytes, extent, &bytes))
       fail("the shape of \"" + name + "\" overflows");
     entry.shape.push_back(static_cast<std::int64_t>(extent));
   }
-  const std::uint64_t begin = unsigned_number(description["data_offsets"][0], "an offset of \"" + name + "\"");
-  const std::uint64_t end = unsigned_number(description["data_offsets"][1], "an offset of \"" + name + "\"");
+  const std::uint64_t begin =
+      unsigned_number(description["data_offsets"][0], "an offset of \"" + name + "\"");
+  const std::uint64_t end =
+      unsigned_number(description["data_offsets"][1], "an offset of \"" + name + "\"");
   if (begin > end || end > data.size()) fail("the data of \"" + name + "\" lies outside the file");
   if (end - begin != bytes)
-    fail("\"" + name + "\" has " + std::to_string(end - begin) + " bytes, its shape needs " + std::to_string(bytes));
+    fail("\"" + name + "\" has " + std::to_string(end - begin) + " bytes, its shape needs " +
+         std::to_string(bytes));
   entry.values.resize(static_cast<std::size_t>(bytes / sizeof(float)));
-  if (bytes > 0) std::memcpy(entry.values.data(), data.data() + begin, static_cast<std::size_t>(bytes));
+  if (bytes > 0)
+    std::memcpy(entry.values.data(), data.data() + begin, static_cast<std::size_t>(bytes));
   return entry;
 }
 
@@ -81,13 +91,17 @@ inline File parse(std::span<const std::byte> bytes) {
   using detail::fail;
   if (bytes.size() < 8) fail("the file is shorter than its 8 byte length");
   std::uint64_t header_size = 0;
-  for (int i = 7; i >= 0; --i) header_size = header_size << 8 | std::to_integer<std::uint64_t>(bytes[static_cast<std::size_t>(i)]);
+  for (int i = 7; i >= 0; --i)
+    header_size =
+        header_size << 8 | std::to_integer<std::uint64_t>(bytes[static_cast<std::size_t>(i)]);
   if (header_size > detail::kMaxHeader || header_size > bytes.size() - 8)
     fail("the header length " + std::to_string(header_size) + " exceeds the file");
   const auto* text = reinterpret_cast<const char*>(bytes.data()) + 8;
   int depth = 0;  // the format is two objects deep; a bomb of brackets is not worth a stack
   const auto shallow = [&depth](int level, nlohmann::json::parse_event_t event, nlohmann::json&) {
-    if (event == nlohmann::json::parse_event_t::object_start || event == nlohmann::json::parse_event_t::array_start) depth = level;
+    if (event == nlohmann::json::parse_event_t::object_start ||
+        event == nlohmann::json::parse_event_t::array_start)
+      depth = level;
     if (depth > 8) fail("the header is nested too deeply");
     return true;
   };
@@ -119,7 +133,8 @@ inline File read(const std::filesystem::path& path) {
   if (!stream) detail::fail("cannot open " + path.string());
   std::vector<std::byte> bytes(static_cast<std::size_t>(stream.tellg()));
   stream.seekg(0);
-  if (!stream.read(reinterpret_cast<char*>(bytes.data()), static_cast<std::streamsize>(bytes.size())))
+  if (!stream.read(reinterpret_cast<char*>(bytes.data()),
+                   static_cast<std::streamsize>(bytes.size())))
     detail::fail("cannot read " + path.string());
   try {
     return parse(bytes);
@@ -129,14 +144,16 @@ inline File read(const std::filesystem::path& path) {
 }
 
 /// Writes a file; data start at a multiple of 8 bytes. The file appears whole or not at all.
-inline void write(const std::filesystem::path& path, const std::vector<std::pair<std::string, TensorRef>>& tensors,
+inline void write(const std::filesystem::path& path,
+                  const std::vector<std::pair<std::string, TensorRef>>& tensors,
                   const std::map<std::string, std::string>& metadata = {}) {
   nlohmann::json header = nlohmann::json::object();
   if (!metadata.empty()) header["__metadata__"] = metadata;
   std::uint64_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
     const std::uint64_t size = tensor.values.size_bytes();
-    header[name] = {{"dtype", "F32"}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + size}}};
+    header[name] = {
+        {"dtype", "F32"}, {"shape", tensor.shape}, {"data_offsets", {offset, offset + size}}};
     offset += size;
   }
   std::string text = header.dump();
@@ -148,9 +165,12 @@ inline void write(const std::filesystem::path& path, const std::vector<std::pair
   stream.write(length, 8);
   stream.write(text.data(), static_cast<std::streamsize>(text.size()));
   for (const auto& [name, tensor] : tensors)
-    stream.write(reinterpret_cast<const char*>(tensor.values.data()), static_cast<std::streamsize>(tensor.values.size_bytes()));
+    stream.write(reinterpret_cast<const char*>(tensor.values.data()),
+                 static_cast<std::streamsize>(tensor.values.size_bytes()));
   stream.close();
-  if (!stream) detail::fail("cannot write " + partial.string() + ": is the disk full, or the folder not writable?");
+  if (!stream)
+    detail::fail("cannot write " + partial.string() +
+                 ": is the disk full, or the folder not writable?");
   std::filesystem::rename(partial, path);
 }
 

@@ -27,14 +27,16 @@ std::int32_t sample_by_hand(const float* logits, Index k, float p, float u) {
   const Eigen::ArrayXf probabilities = (x - x.maxCoeff()).exp();
   std::vector<std::int32_t> order(kVocab);
   std::iota(order.begin(), order.end(), 0);
-  std::sort(order.begin(), order.end(), [&](auto a, auto b) { return probabilities[a] > probabilities[b]; });
+  std::sort(order.begin(), order.end(),
+            [&](auto a, auto b) { return probabilities[a] > probabilities[b]; });
   const float total = probabilities.sum();
   float kept = 0;
   Index n = 0;
   while (n < k && kept < p * total) kept += probabilities[order[static_cast<std::size_t>(n++)]];
   float target = u * kept;
   for (Index i = 0; i < n; ++i)
-    if ((target -= probabilities[order[static_cast<std::size_t>(i)]]) <= 0) return order[static_cast<std::size_t>(i)];
+    if ((target -= probabilities[order[static_cast<std::size_t>(i)]]) <= 0)
+      return order[static_cast<std::size_t>(i)];
   return order[static_cast<std::size_t>(n - 1)];
 }
 

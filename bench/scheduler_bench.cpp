@@ -39,7 +39,8 @@ struct Load {
 };
 
 void continuous_batching(bench::Suite& suite) {
-  const auto ours = std::make_shared<Load<ef::ContinuousBatchScheduler>>(ef::ContinuousBatchScheduler(64, 1 << 30));
+  const auto ours = std::make_shared<Load<ef::ContinuousBatchScheduler>>(
+      ef::ContinuousBatchScheduler(64, 1 << 30));
   const auto plain = std::make_shared<Load<ef::reference::ContinuousBatchScheduler>>(
       ef::reference::ContinuousBatchScheduler{64, 1 << 30, {}, {}, {}});
   suite.row("update_batch x 1000, batch 64, 1000 waiting", bench::Limit{})
@@ -54,7 +55,9 @@ void get_batch(bench::Suite& suite) {
     texts->emplace_back(static_cast<std::size_t>(1 + i * 32), i);
     scheduler->add_request(std::to_string(i), texts->back());
   }
-  suite.row("get_batch (64, 2017)", bench::Limit::write_bytes(2.0 * 64 * 2017 * sizeof(std::int32_t)))
+  suite
+      .row("get_batch (64, 2017)",
+           bench::Limit::write_bytes(2.0 * 64 * 2017 * sizeof(std::int32_t)))
       .ours([=](const auto&) { scheduler->get_batch(); })
       .peer("Eigen by hand", [=](const auto& device) {
         ef::Tensor<std::int32_t, 2> ids(64, 2017), mask(64, 2017);
@@ -70,8 +73,11 @@ void get_batch(bench::Suite& suite) {
 
 void stepping(bench::Suite& suite) {
   struct Stepping {
-    ef::StepScheduler scheduler{
-        {.max_batch_size = 64, .max_seq_length = 2048, .token_budget = 512, .page_size = 16, .page_count = 4096}};
+    ef::StepScheduler scheduler{{.max_batch_size = 64,
+                                 .max_seq_length = 2048,
+                                 .token_budget = 512,
+                                 .page_size = 16,
+                                 .page_count = 4096}};
     ef::StepPlan plan;
     std::vector<ef::StepToken> sampled;
     std::vector<std::int32_t> prompt = std::vector<std::int32_t>(100, 3);
@@ -81,11 +87,13 @@ void stepping(bench::Suite& suite) {
     auto& scheduler = state->scheduler;
     for (int step = 0; step < 16; ++step) {
       for (ef::RequestTicket done : scheduler.finished()) scheduler.take_finished(done);
-      while (scheduler.statistics().waiting < 64) scheduler.submit(state->prompt, {.max_new_tokens = 100});
+      while (scheduler.statistics().waiting < 64)
+        scheduler.submit(state->prompt, {.max_new_tokens = 100});
       scheduler.next_step(state->plan);
       state->sampled.clear();
       for (std::size_t i = 0; i < state->plan.requests.size(); ++i)
-        if (state->plan.wants_token[i] != 0) state->sampled.push_back({state->plan.requests[i], 5, false});
+        if (state->plan.wants_token[i] != 0)
+          state->sampled.push_back({state->plan.requests[i], 5, false});
       scheduler.complete(state->sampled);
     }
   });

@@ -25,7 +25,9 @@ ef::Tensor<float, 2> random_matrix(Index rows, Index columns) {
 class Layer {
  public:
   Layer(Index tokens, Index in, Index out)
-      : x(random_matrix(tokens, in)), weight(random_matrix(out, in)), y{{tokens, out}, {tokens, out}} {
+      : x(random_matrix(tokens, in)),
+        weight(random_matrix(out, in)),
+        y{{tokens, out}, {tokens, out}} {
     own_.emplace_back(group_.communicator(0));
     other_ = std::jthread([this, communicator = group_.communicator(1)]() mutable {
       try {
@@ -45,7 +47,8 @@ class Layer {
  private:
   void step(ef::ThreadCommunicator& communicator) {
     communicator.barrier();
-    ef::column_parallel_linear_into(Eigen::DefaultDevice{}, y[communicator.rank()], x, weight, communicator);
+    ef::column_parallel_linear_into(Eigen::DefaultDevice{}, y[communicator.rank()], x, weight,
+                                    communicator);
   }
 
   ef::ThreadCommunicatorGroup group_{2};
@@ -58,10 +61,14 @@ void tensor_parallel_cases(bench::Suite& suite) {
   for (Index tokens : {1, 16, 256}) {
     auto layer = std::make_shared<Layer>(tokens, features, features);
     const double weights = static_cast<double>(features * features);
-    auto& row = suite.row("column_parallel_linear " + std::to_string(tokens) + " tokens, (2048, 2048) float, 2 thread ranks",
-                          bench::Limit::product(2.0 * static_cast<double>(tokens) * weights, 4.0 * weights));
+    auto& row = suite.row(
+        "column_parallel_linear " + std::to_string(tokens) +
+            " tokens, (2048, 2048) float, 2 thread ranks",
+        bench::Limit::product(2.0 * static_cast<double>(tokens) * weights, 4.0 * weights));
     row.calls.push_back({"eigenformer", [=](const Eigen::DefaultDevice&) { layer->run(); }, {}});
-    row.peer("ef::linear", [=](const auto& device) { ef::linear_into(device, layer->y[0], layer->x, layer->weight); });
+    row.peer("ef::linear", [=](const auto& device) {
+      ef::linear_into(device, layer->y[0], layer->x, layer->weight);
+    });
     row.peer("Eigen by hand", [=](const auto& device) {
       const Eigen::array<Eigen::IndexPair<Index>, 1> pairs{Eigen::IndexPair<Index>(1, 1)};
       layer->y[0].device(device) = layer->x.contract(layer->weight, pairs);

@@ -1,7 +1,8 @@
 // A training step of a small two-layer model written with Eigen's matrices: the same model under train_step_with_grad_accumulation
 // and under the loop an Eigen user writes. The difference is the library's share: loss, gradients' bookkeeping, AdamW.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wuninitialized"  // g++ 12 in its own AVX-512 intrinsics, where Eigen reduces (GCC bug 105593)
+#pragma GCC diagnostic ignored \
+    "-Wuninitialized"  // g++ 12 in its own AVX-512 intrinsics, where Eigen reduces (GCC bug 105593)
 #endif
 #include <eigenformer/training.h>
 
@@ -31,7 +32,8 @@ ef::Parameter parameter(Matrix& value, Matrix& gradient) {
 /// logits = relu(x first^T) second^T
 struct Mlp {
   Matrix first = random_matrix(kHidden, kFeatures, 1), second = random_matrix(kClasses, kHidden, 2);
-  Matrix first_gradient = Matrix::Zero(kHidden, kFeatures), second_gradient = Matrix::Zero(kClasses, kHidden);
+  Matrix first_gradient = Matrix::Zero(kHidden, kFeatures),
+         second_gradient = Matrix::Zero(kClasses, kHidden);
   Matrix inputs, hidden;
 
   template <typename Compute, typename Inputs>
@@ -40,18 +42,22 @@ struct Mlp {
     hidden.noalias() = inputs * first.transpose();
     hidden = hidden.cwiseMax(0.0f);
     ef::Tensor<Compute, 2> logits(x.dimension(0), kClasses);
-    Eigen::Map<Matrix>(logits.data(), x.dimension(0), kClasses).noalias() = hidden * second.transpose();
+    Eigen::Map<Matrix>(logits.data(), x.dimension(0), kClasses).noalias() =
+        hidden * second.transpose();
     return logits;
   }
   template <typename Compute>
   void backward(const ef::Tensor<Compute, 2>& logits_gradient) {
-    const Eigen::Map<const Matrix> d(logits_gradient.data(), logits_gradient.dimension(0), kClasses);
+    const Eigen::Map<const Matrix> d(logits_gradient.data(), logits_gradient.dimension(0),
+                                     kClasses);
     second_gradient.noalias() += d.transpose() * hidden;
     Matrix back = d * second;
     back.array() *= (hidden.array() > 0.0f).cast<float>();
     first_gradient.noalias() += back.transpose() * inputs;
   }
-  std::vector<ef::Parameter> parameters() { return {parameter(first, first_gradient), parameter(second, second_gradient)}; }
+  std::vector<ef::Parameter> parameters() {
+    return {parameter(first, first_gradient), parameter(second, second_gradient)};
+  }
 };
 
 struct Batch {
@@ -64,8 +70,10 @@ std::vector<Batch> batches() {
   std::normal_distribution<float> normal;
   std::vector<Batch> result(4);
   for (Batch& batch : result) {
-    for (Eigen::Index i = 0; i < batch.inputs.size(); ++i) batch.inputs.data()[i] = normal(generator);
-    for (Eigen::Index r = 0; r < kRows; ++r) batch.targets(r) = static_cast<std::int32_t>(generator() % kClasses);
+    for (Eigen::Index i = 0; i < batch.inputs.size(); ++i)
+      batch.inputs.data()[i] = normal(generator);
+    for (Eigen::Index r = 0; r < kRows; ++r)
+      batch.targets(r) = static_cast<std::int32_t>(generator() % kClasses);
   }
   return result;
 }
@@ -73,7 +81,8 @@ std::vector<Batch> batches() {
 /// AdamW and softmax as matrix expressions.
 struct ByHand {
   Mlp model;
-  Matrix m1 = Matrix::Zero(kHidden, kFeatures), v1 = m1, m2 = Matrix::Zero(kClasses, kHidden), v2 = m2;
+  Matrix m1 = Matrix::Zero(kHidden, kFeatures), v1 = m1, m2 = Matrix::Zero(kClasses, kHidden),
+         v2 = m2;
   int t = 0;
 
   void adamw(Matrix& w, const Matrix& g, Matrix& m, Matrix& v) const {
@@ -81,7 +90,8 @@ struct ByHand {
                 correction2 = 1.0f - std::pow(0.999f, static_cast<float>(t));
     m = 0.9f * m + 0.1f * g;
     v = 0.999f * v + 0.001f * g.cwiseAbs2();
-    w.array() = w.array() * (1.0f - 1e-3f * 0.01f) - 1e-3f / correction1 * m.array() / ((v.array() / correction2).sqrt() + 1e-8f);
+    w.array() = w.array() * (1.0f - 1e-3f * 0.01f) -
+                1e-3f / correction1 * m.array() / ((v.array() / correction2).sqrt() + 1e-8f);
   }
   double step(const std::vector<Batch>& data) {
     double loss = 0;
@@ -120,9 +130,11 @@ void training_case(bench::Suite& suite) {
   auto by_hand = std::make_shared<ByHand>();
   constexpr double weights = static_cast<double>(kHidden * (kFeatures + kClasses));
   const double flops = 6.0 * weights * static_cast<double>(kRows * 4);
-  auto& row =
-      suite.row("train_step_with_grad_accumulation 4 x (64, 256), 1.3M weights", bench::Limit::product(flops, 28 * weights));
-  row.ours([=](const auto& device) { ef::train_step_with_grad_accumulation(device, ours->model, ours->optimizer, *data, 4); });
+  auto& row = suite.row("train_step_with_grad_accumulation 4 x (64, 256), 1.3M weights",
+                        bench::Limit::product(flops, 28 * weights));
+  row.ours([=](const auto& device) {
+    ef::train_step_with_grad_accumulation(device, ours->model, ours->optimizer, *data, 4);
+  });
   row.peer_one_thread("Eigen by hand", [=] { by_hand->step(*data); });
 }
 

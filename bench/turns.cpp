@@ -27,7 +27,9 @@ constexpr double kShortestSample = 50e-6;  // seconds; the clock and its calls t
 
 constexpr double kSettling = 0.03;  // seconds
 
-double since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 /// Reads up to the next newline. False at the end of the stream.
 bool read_line(int socket, std::string& unread, std::string& line) {
@@ -118,14 +120,17 @@ std::vector<double> Timer::take(const Turn& turn) {
   if (turn.threads > 1 && call.family.empty()) region.emplace(device(turn.threads));
   // After idleness Linux wakes a thread on the core of its waker and moves it to a free one some milliseconds later (2 virtual
   // cores): until then both halves of a product take turns on one core, ours and the peers'.
-  for (const auto warm = Clock::now(); turn.threads > 1 && since(warm) < kSettling;) run(call, turn.threads, 1);
+  for (const auto warm = Clock::now(); turn.threads > 1 && since(warm) < kSettling;)
+    run(call, turn.threads, 1);
   const auto start = Clock::now();
   run(call, turn.threads, 1);
   const auto second = Clock::now();
-  run(call, turn.threads, 1);  // the first may have packed, allocated and woken threads; this one tells how long a call is
+  run(call, turn.threads,
+      1);  // the first may have packed, allocated and woken threads; this one tells how long a call is
   const double once = since(second);
   if (since(start) > turn.seconds) return {once};
-  const int times = static_cast<int>(std::clamp(std::ceil(kShortestSample / std::max(once, 1e-9)), 1.0, 1e5));
+  const int times =
+      static_cast<int>(std::clamp(std::ceil(kShortestSample / std::max(once, 1e-9)), 1.0, 1e5));
   std::vector<double> samples;
   do {
     const auto begin = Clock::now();
@@ -138,12 +143,14 @@ std::vector<double> Timer::take(const Turn& turn) {
 RemoteTimer::RemoteTimer() {
   int ends[2];
   if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0)
-    throw std::runtime_error(std::string("no socket for a peer's process: ") + std::strerror(errno));
+    throw std::runtime_error(std::string("no socket for a peer's process: ") +
+                             std::strerror(errno));
   socket_ = ends[0];
   // Duplicated onto 3, the child's end stays open across exec; everything else of ours closes.
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  const int spare = ends[1] == 3 ? fcntl(ends[1], F_DUPFD_CLOEXEC, 10) : ends[1];  // dup2 onto itself would keep close-on-exec
+  const int spare = ends[1] == 3 ? fcntl(ends[1], F_DUPFD_CLOEXEC, 10)
+                                 : ends[1];  // dup2 onto itself would keep close-on-exec
   posix_spawn_file_actions_adddup2(&actions, spare, 3);
   char program[] = "report", option[] = "--serve", descriptor[] = "3";
   char* arguments[] = {program, option, descriptor, nullptr};
@@ -169,8 +176,10 @@ void RemoteTimer::fail() {
   int status = 0;
   waitpid(process_, &status, 0);
   process_ = -1;
-  throw std::runtime_error(WIFSIGNALED(status) ? std::string("its process was ended by signal ") + strsignal(WTERMSIG(status))
-                                               : "its process ended with status " + std::to_string(WEXITSTATUS(status)));
+  throw std::runtime_error(
+      WIFSIGNALED(status)
+          ? std::string("its process was ended by signal ") + strsignal(WTERMSIG(status))
+          : "its process ended with status " + std::to_string(WEXITSTATUS(status)));
 }
 
 std::string RemoteTimer::ask(const std::string& question) {
@@ -189,7 +198,8 @@ std::string RemoteTimer::mismatch(std::size_t row, std::size_t call) {
 
 std::vector<double> RemoteTimer::take(const Turn& turn) {
   std::ostringstream question;
-  question << "take " << turn.row << ' ' << turn.call << ' ' << turn.threads << ' ' << turn.samples << ' ' << turn.seconds;
+  question << "take " << turn.row << ' ' << turn.call << ' ' << turn.threads << ' ' << turn.samples
+           << ' ' << turn.seconds;
   std::istringstream reply(ask(question.str()));
   std::vector<double> samples;
   for (double seconds = 0; reply >> seconds;) samples.push_back(seconds);

@@ -39,7 +39,9 @@ class Timer {
   const Eigen::ThreadPoolDevice& device(int threads);
 
   std::unique_ptr<Suite> suite_;
-  std::map<int, std::pair<std::unique_ptr<Eigen::ThreadPool>, std::unique_ptr<Eigen::ThreadPoolDevice>>> pools_;
+  std::map<int,
+           std::pair<std::unique_ptr<Eigen::ThreadPool>, std::unique_ptr<Eigen::ThreadPoolDevice>>>
+      pools_;
 };
 
 /// The same, in a process of its own: `report --serve FD`, which answers one line for each line it gets. Throws std::runtime_error

@@ -23,7 +23,9 @@ using Clock = std::chrono::steady_clock;
 using Eigen::Index;
 using Region = std::optional<ef::ParallelRegion<Eigen::ThreadPoolDevice>>;
 
-double microseconds(Clock::duration duration) { return std::chrono::duration<double, std::micro>(duration).count(); }
+double microseconds(Clock::duration duration) {
+  return std::chrono::duration<double, std::micro>(duration).count();
+}
 
 struct Quantiles {
   double median, p99;
@@ -40,7 +42,8 @@ struct Gap {
 constexpr std::array<Gap, 2> kGaps{{{"back to back", 0}, {"after 200 us of serial", 200}}};
 
 void wait_for(Gap gap) {
-  for (const auto start = Clock::now(); microseconds(Clock::now() - start) < gap.serial_work;) continue;
+  for (const auto start = Clock::now(); microseconds(Clock::now() - start) < gap.serial_work;)
+    continue;
 }
 
 /// Microseconds of each of `count` calls, the first tenth left out.
@@ -61,21 +64,25 @@ struct Setting {
   int linger;  // us, 0 stands for no region
 };
 
-constexpr std::array<Setting, 3> kSettings{{{"no region", 0}, {"region", 100}, {"region, 1 ms", 1000}}};
+constexpr std::array<Setting, 3> kSettings{
+    {{"no region", 0}, {"region", 100}, {"region, 1 ms", 1000}}};
 
 void open(Region& region, const Eigen::ThreadPoolDevice& device, Setting setting) {
-  if (setting.linger > 0) region.emplace(device, ef::ParallelRegionOptions{std::chrono::microseconds(setting.linger)});
+  if (setting.linger > 0)
+    region.emplace(device, ef::ParallelRegionOptions{std::chrono::microseconds(setting.linger)});
 }
 
 void empty_calls(const Eigen::ThreadPoolDevice& device, int samples) {
   std::printf("%-41s %18s    %18s\n", "", "empty parts (us)", "both begun (us)");
-  std::printf("%-41s %9s %8s    %9s %8s\n", "parallel_for, 2 parts", "median", "p99", "median", "p99");
+  std::printf("%-41s %9s %8s    %9s %8s\n", "parallel_for, 2 parts", "median", "p99", "median",
+              "p99");
   for (const Gap gap : kGaps)
     for (const Setting setting : kSettings) {
       Region region;
       open(region, device, setting);
       const int count = gap.serial_work > 0 ? samples / 10 : samples;
-      const Quantiles empty = time_calls(count, gap, [&] { ef::parallel_for(device, 2, 1, [](Index, Index, int) {}); });
+      const Quantiles empty =
+          time_calls(count, gap, [&] { ef::parallel_for(device, 2, 1, [](Index, Index, int) {}); });
       const Quantiles both = time_calls(count, gap, [&] {
         std::atomic<bool> begun{false};
         ef::parallel_for(device, 2, 1, [&](Index, Index, int worker) {
@@ -83,14 +90,17 @@ void empty_calls(const Eigen::ThreadPoolDevice& device, int samples) {
           while (!begun) continue;
         });
       });
-      std::printf("  %-22s  %-15s %9.2f %8.2f    %9.2f %8.2f\n", gap.name, setting.name, empty.median, empty.p99, both.median,
-                  both.p99);
+      std::printf("  %-22s  %-15s %9.2f %8.2f    %9.2f %8.2f\n", gap.name, setting.name,
+                  empty.median, empty.p99, both.median, both.p99);
     }
 }
 
 struct Product {
   static constexpr Index kSize = 4096;
-  Product() : x(1, kSize), y(1, kSize), results{ef::Tensor<float, 2>(1, kSize / 2), ef::Tensor<float, 2>(1, kSize / 2)} {
+  Product()
+      : x(1, kSize),
+        y(1, kSize),
+        results{ef::Tensor<float, 2>(1, kSize / 2), ef::Tensor<float, 2>(1, kSize / 2)} {
     std::mt19937 generator(1);
     std::normal_distribution<float> normal;
     ef::Tensor<float, 2> matrix(kSize, kSize);
@@ -99,7 +109,8 @@ struct Product {
     weight = ef::pack_weight<std::int8_t>(matrix);
     for (std::size_t half : {0, 1}) {
       const float* first = matrix.data() + (half == 0 ? 0 : matrix.size() / 2);
-      halves[half] = ef::pack_weight<std::int8_t>(ef::TensorView<const float, 2>(first, kSize / 2, kSize));
+      halves[half] =
+          ef::pack_weight<std::int8_t>(ef::TensorView<const float, 2>(first, kSize / 2, kSize));
     }
   }
   ef::Tensor<float, 2> x, y;
@@ -109,7 +120,8 @@ struct Product {
 };
 
 struct Halves {
-  double total, lost;  // medians: us of a call, and the share of it beyond its longer half: waking and waiting
+  double total,
+      lost;  // medians: us of a call, and the share of it beyond its longer half: waking and waiting
 };
 Halves time_halves(const Eigen::ThreadPoolDevice& device, Product& p, int count, Gap gap) {
   std::vector<double> totals, shares;
@@ -133,17 +145,20 @@ Halves time_halves(const Eigen::ThreadPoolDevice& device, Product& p, int count,
 void products(const Eigen::ThreadPoolDevice& device, int samples) {
   const auto p = std::make_unique<Product>();
   const int count = samples / 20;
-  std::printf("\n%-41s %9s %8s    %11s  %s\n", "linear 1 x 4096 x 4096 int8 (us)", "median", "p99", "two halves", "lost to waking");
+  std::printf("\n%-41s %9s %8s    %11s  %s\n", "linear 1 x 4096 x 4096 int8 (us)", "median", "p99",
+              "two halves", "lost to waking");
   for (const Gap gap : kGaps) {
-    const Quantiles one = time_calls(count, gap, [&] { ef::linear_into(Eigen::DefaultDevice{}, p->y, p->x, p->weight); });
+    const Quantiles one = time_calls(
+        count, gap, [&] { ef::linear_into(Eigen::DefaultDevice{}, p->y, p->x, p->weight); });
     std::printf("  %-22s  %-15s %9.2f %8.2f\n", gap.name, "1 thread", one.median, one.p99);
     for (const Setting setting : kSettings) {
       Region region;
       open(region, device, setting);
-      const Quantiles two = time_calls(count, gap, [&] { ef::linear_into(device, p->y, p->x, p->weight); });
+      const Quantiles two =
+          time_calls(count, gap, [&] { ef::linear_into(device, p->y, p->x, p->weight); });
       const Halves halves = time_halves(device, *p, count, gap);
-      std::printf("  %-22s  %-15s %9.2f %8.2f    %11.2f  %13.1f%%\n", gap.name, setting.name, two.median, two.p99, halves.total,
-                  100 * halves.lost);
+      std::printf("  %-22s  %-15s %9.2f %8.2f    %11.2f  %13.1f%%\n", gap.name, setting.name,
+                  two.median, two.p99, halves.total, 100 * halves.lost);
     }
   }
 }

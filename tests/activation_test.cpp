@@ -21,14 +21,18 @@ struct SiluCase {
   static double value(double x) { return ef::reference::silu(x); }
   static double derivative(double x) { return ef::reference::silu_derivative(x); }
   static void into(const auto& device, auto& y, const auto& x) { ef::silu_into(device, y, x); }
-  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) { ef::silu_backward_into(device, gx, gy, x); }
+  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) {
+    ef::silu_backward_into(device, gx, gy, x);
+  }
 };
 struct GeluCase {
   using function = ef::cpu::GeluErf;
   static double value(double x) { return ef::reference::gelu(x); }
   static double derivative(double x) { return ef::reference::gelu_derivative(x); }
   static void into(const auto& device, auto& y, const auto& x) { ef::gelu_into(device, y, x); }
-  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) { ef::gelu_backward_into(device, gx, gy, x); }
+  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) {
+    ef::gelu_backward_into(device, gx, gy, x);
+  }
 };
 struct GeluTanhCase {
   using function = ef::cpu::GeluTanh;
@@ -46,7 +50,9 @@ struct ReluCase {
   static double value(double x) { return ef::reference::relu(x); }
   static double derivative(double x) { return ef::reference::relu_derivative(x); }
   static void into(const auto& device, auto& y, const auto& x) { ef::relu_into(device, y, x); }
-  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) { ef::relu_backward_into(device, gx, gy, x); }
+  static void backward(const auto& device, auto& gx, const auto& gy, const auto& x) {
+    ef::relu_backward_into(device, gx, gy, x);
+  }
 };
 
 template <typename F>
@@ -83,8 +89,9 @@ TYPED_TEST(Activation, EqualsItsDefinitionAtEveryLength) {
         ef::cpu::activation(isa, kHere, ef::ActivationProblem<F, T, T>{y.data(), x.data(), n});
         ASSERT_LT(relative_error(y, value), tolerance<T>()) << isa.name << " " << n;
         auto grad_x = poisoned_tensor<T, 1>({n});
-        ef::cpu::activation_backward(isa, kHere,
-                                     ef::ActivationBackwardProblem<F, T, T, T>{grad_x.data(), grad_y.data(), x.data(), n});
+        ef::cpu::activation_backward(
+            isa, kHere,
+            ef::ActivationBackwardProblem<F, T, T, T>{grad_x.data(), grad_y.data(), x.data(), n});
         ASSERT_LT(relative_error(grad_x, derivative), tolerance<T>()) << isa.name << " " << n;
       });
     }
@@ -94,7 +101,8 @@ TYPED_TEST(Activation, EqualsItsDefinitionAtEveryLength) {
 TYPED_TEST(Activation, NeverDependsOnThreadsOrPlace) {
   using T = TypeParam;
   for_each_case([](auto c) {
-    const auto x = random_tensor<T, 3>({3, 41, 801}, 3, 3.0), grad_y = random_tensor<T, 3>({3, 41, 801}, 4);
+    const auto x = random_tensor<T, 3>({3, 41, 801}, 3, 3.0),
+               grad_y = random_tensor<T, 3>({3, 41, 801}, 4);
     auto y = poisoned_tensor<T, 3>({3, 41, 801}), grad_x = y;
     c.into(kHere, y, x);
     c.backward(kHere, grad_x, grad_y, x);
@@ -120,8 +128,11 @@ TEST(ActivationValues, FloatErrorIsWhatTheHeaderSays) {
     for_each_isa([&](auto isa) {
       const Index n = 100001;
       ef::Tensor<float, 1> x(n), y(n);
-      for (Index i = 0; i < n; ++i) x(i) = static_cast<float>(static_cast<double>(i - n / 2) * 5e-4);  // [-25, 25]
-      ef::cpu::activation(isa, kHere, ef::ActivationProblem<typename decltype(c)::function, float, float>{y.data(), x.data(), n});
+      for (Index i = 0; i < n; ++i)
+        x(i) = static_cast<float>(static_cast<double>(i - n / 2) * 5e-4);  // [-25, 25]
+      ef::cpu::activation(isa, kHere,
+                          ef::ActivationProblem<typename decltype(c)::function, float, float>{
+                              y.data(), x.data(), n});
       for (Index i = 0; i < n; ++i) {
         const double exact = c.value(static_cast<double>(x(i)));
         ASSERT_LE(std::abs(static_cast<double>(y(i)) - exact),
@@ -137,23 +148,30 @@ TEST(ActivationValues, InfinitiesGiveTheLimitAndNaNGivesNaN) {
     for_each_isa([&]<typename Isa>(Isa isa) {
       using F = typename decltype(c)::function;
       const auto run = [&]<typename T>(T) {
-        const T infinity = std::numeric_limits<T>::infinity(), largest = std::numeric_limits<T>::max();
-        const std::vector<T> x{-infinity, infinity, std::numeric_limits<T>::quiet_NaN(), T(0), -largest, largest, T(-100),
-                               T(100),    T(-800)};
-        const std::vector<double> value{0, kInfinity, NAN, 0, 0, static_cast<double>(largest), 0, 100, 0};
+        const T infinity = std::numeric_limits<T>::infinity(),
+                largest = std::numeric_limits<T>::max();
+        const std::vector<T> x{-infinity, infinity, std::numeric_limits<T>::quiet_NaN(),
+                               T(0),      -largest, largest,
+                               T(-100),   T(100),   T(-800)};
+        const std::vector<double> value{0, kInfinity, NAN, 0, 0, static_cast<double>(largest),
+                                        0, 100,       0};
         const double at_zero = std::is_same_v<F, ef::cpu::Relu> ? 0.0 : 0.5;
         const std::vector<double> derivative{0, 1, NAN, at_zero, 0, 1, 0, 1, 0};
         std::vector<T> ones(x.size(), T(1)), y(x.size()), grad(x.size());
         const Index n = static_cast<Index>(x.size());
         ef::cpu::activation(isa, kHere, ef::ActivationProblem<F, T, T>{y.data(), x.data(), n});
-        ef::cpu::activation_backward(isa, kHere, ef::ActivationBackwardProblem<F, T, T, T>{grad.data(), ones.data(), x.data(), n});
+        ef::cpu::activation_backward(
+            isa, kHere,
+            ef::ActivationBackwardProblem<F, T, T, T>{grad.data(), ones.data(), x.data(), n});
         for (std::size_t i = 0; i < x.size(); ++i) {
           if (std::isnan(value[i])) {
             EXPECT_TRUE(std::isnan(y[i]) && std::isnan(grad[i])) << isa.name << " " << x[i];
           } else {
-            EXPECT_TRUE(y[i] == static_cast<T>(value[i]) || std::abs(static_cast<double>(y[i]) - value[i]) < 1e-40)
+            EXPECT_TRUE(y[i] == static_cast<T>(value[i]) ||
+                        std::abs(static_cast<double>(y[i]) - value[i]) < 1e-40)
                 << isa.name << " " << x[i] << " gives " << y[i];
-            EXPECT_NEAR(static_cast<double>(grad[i]), derivative[i], 1e-7) << isa.name << " " << x[i];
+            EXPECT_NEAR(static_cast<double>(grad[i]), derivative[i], 1e-7)
+                << isa.name << " " << x[i];
           }
         }
       };
@@ -188,7 +206,8 @@ TYPED_TEST(Activation, GatedFormsEqualTheirDefinition) {
       ASSERT_TRUE(same_bits(y, ef::swiglu(fused)));
       ASSERT_TRUE(same_bits(y, ef::swiglu(threads.device, gate, up)));
       ASSERT_TRUE(same_bits(y, ef::swiglu(threads.device, fused)));
-      const ef::Tensor<T, 2> z = ef::geglu(gate, up, {.approximation = ef::GeluApproximation::tanh});
+      const ef::Tensor<T, 2> z =
+          ef::geglu(gate, up, {.approximation = ef::GeluApproximation::tanh});
       ASSERT_LT(relative_error(z, geglu), tolerance<T>());
       ASSERT_TRUE(same_bits(z, ef::geglu(fused, kTanh)));
       ASSERT_TRUE(same_bits(ef::geglu(gate, up), ef::geglu(threads.device, fused)));
@@ -199,7 +218,8 @@ TYPED_TEST(Activation, GatedFormsEqualTheirDefinition) {
       ASSERT_LT(relative_error(gu, grad_up), tolerance<T>());
       ef::Tensor<T, 2> fused_gradient = fused, gate_in_place = gate, up_in_place = up;
       ef::swiglu_backward_into(threads.device, fused_gradient, grad_y, fused_gradient);
-      ef::swiglu_backward_into(threads.device, gate_in_place, up_in_place, grad_y, gate_in_place, up_in_place);
+      ef::swiglu_backward_into(threads.device, gate_in_place, up_in_place, grad_y, gate_in_place,
+                               up_in_place);
       ASSERT_TRUE(same_bits(gate_in_place, gg));
       ASSERT_TRUE(same_bits(up_in_place, gu));
       for (Index i = 0; i < rows; ++i)
@@ -232,14 +252,17 @@ TEST(ActivationGradients, EqualFiniteDifferences) {
   check([&] { return dot(ef::swiglu(x, up), grad_y); });
   ef::geglu_backward_into(kHere, grad_gate, grad_up, grad_y, x, up);
   check([&] { return dot(ef::geglu(x, up), grad_y); });
-  ef::geglu_backward_into(kHere, grad_gate, grad_up, grad_y, x, up, {.approximation = ef::GeluApproximation::tanh});
+  ef::geglu_backward_into(kHere, grad_gate, grad_up, grad_y, x, up,
+                          {.approximation = ef::GeluApproximation::tanh});
   check([&] { return dot(ef::geglu(x, up, kTanh), grad_y); });
 
   auto fused = random_tensor<double, 2>({5, 16}, 11);
   const auto grad_fused_y = random_tensor<double, 2>({5, 8}, 12);
   ef::Tensor<double, 2> grad_fused(5, 16);
   ef::geglu_backward_into(kHere, grad_fused, grad_fused_y, fused, kTanh);
-  EXPECT_LT(relative_error(grad_fused, finite_differences(fused, [&] { return dot(ef::geglu(fused, kTanh), grad_fused_y); })),
+  EXPECT_LT(relative_error(grad_fused,
+                           finite_differences(
+                               fused, [&] { return dot(ef::geglu(fused, kTanh), grad_fused_y); })),
             1e-8);
 }
 
@@ -250,7 +273,8 @@ TYPED_TEST(Activation, ResidualAddRoundsOnce) {
   for (Index n : {0, 1, 15, 16, 17, 50000}) {
     const auto x = random_tensor<T, 2>({1, n}, 13), residual = random_tensor<T, 2>({1, n}, 14);
     ef::Tensor<T, 2> expected(1, n), y = residual;
-    for (Index i = 0; i < n; ++i) expected(0, i) = static_cast<T>(static_cast<C>(x(0, i)) + static_cast<C>(residual(0, i)));
+    for (Index i = 0; i < n; ++i)
+      expected(0, i) = static_cast<T>(static_cast<C>(x(0, i)) + static_cast<C>(residual(0, i)));
     ASSERT_TRUE(same_bits(ef::residual_add(x, residual), expected));
     ef::residual_add_into(threads.device, y, x, y);  // in place
     ASSERT_TRUE(same_bits(y, expected));
@@ -263,15 +287,20 @@ TEST(ActivationScalars, MayDiffer) {
   auto y = poisoned_tensor<double, 2>({3, 50});
   ef::swiglu_into(kHere, y, gate, up);
   for (Index i = 0; i < y.size(); ++i)
-    EXPECT_NEAR(y.data()[i], ef::reference::swiglu(static_cast<double>(gate.data()[i]), static_cast<double>(up.data()[i])), 1e-13);
+    EXPECT_NEAR(y.data()[i],
+                ef::reference::swiglu(static_cast<double>(gate.data()[i]),
+                                      static_cast<double>(up.data()[i])),
+                1e-13);
   auto sum = poisoned_tensor<float, 2>({3, 50});
   ef::residual_add_into(kHere, sum, gate, up);
-  for (Index i = 0; i < y.size(); ++i) EXPECT_EQ(sum.data()[i], static_cast<float>(gate.data()[i]) + up.data()[i]);
+  for (Index i = 0; i < y.size(); ++i)
+    EXPECT_EQ(sum.data()[i], static_cast<float>(gate.data()[i]) + up.data()[i]);
 }
 
 TEST(ActivationMemory, DestinationFormsAllocateNothing) {
   const auto fused = random_tensor<float, 2>({10, 100}, 17);
-  const auto gate = random_tensor<float, 2>({10, 50}, 18), up = random_tensor<float, 2>({10, 50}, 19);
+  const auto gate = random_tensor<float, 2>({10, 50}, 18),
+             up = random_tensor<float, 2>({10, 50}, 19);
   ef::Tensor<float, 2> y(10, 50), grad(10, 50), grad_fused(10, 100);
   EXPECT_EQ(count_allocations([&] {
               ef::gelu_into(kHere, y, gate);
@@ -292,7 +321,8 @@ TEST(ActivationErrors, NameTheArgument) {
                                        {"silu", "y has shape (2, 6)", "x has shape (3, 6)"});
   expect_throws<std::invalid_argument>([&] { ef::gelu_backward_into(kHere, y, other, x); },
                                        {"gelu_backward", "grad_y has shape (3, 6)"});
-  expect_throws<std::invalid_argument>([&] { ef::swiglu(x, other); }, {"swiglu", "up has shape (3, 6)", "gate has shape (2, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::swiglu(x, other); },
+                                       {"swiglu", "up has shape (3, 6)", "gate has shape (2, 6)"});
   expect_throws<std::invalid_argument>([&] { ef::swiglu(odd); }, {"swiglu", "5 columns", "even"});
   expect_throws<std::invalid_argument>([&] { ef::geglu_into(kHere, y, x); },
                                        {"geglu", "y has shape (2, 6)", "gate_up has shape (2, 6)"});

@@ -43,4 +43,6 @@ EIGENFORMER_TEST_NOINLINE void* operator new(std::size_t bytes, const std::nothr
 EIGENFORMER_TEST_NOINLINE void operator delete(void* p) noexcept { std::free(p); }
 EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+EIGENFORMER_TEST_NOINLINE void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
+  std::free(p);
+}

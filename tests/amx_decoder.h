@@ -25,10 +25,11 @@ enum class Op {
 
 struct Instruction {
   Op op;
-  int length;             // bytes
-  int c, a, b;            // tiles: ModRM.reg, ModRM.rm, VEX.vvvv
-  std::uint64_t address;  // of memory: base + displacement, for the configuration + scaled index too
-  std::uint64_t stride;   // scaled index of sibmem, 0 where there is none
+  int length;   // bytes
+  int c, a, b;  // tiles: ModRM.reg, ModRM.rm, VEX.vvvv
+  std::uint64_t
+      address;           // of memory: base + displacement, for the configuration + scaled index too
+  std::uint64_t stride;  // scaled index of sibmem, 0 where there is none
 };
 
 /// A memory operand: ModRM, SIB and displacement, with the registers in encoding order (rax rcx rdx rbx rsp rbp rsi rdi r8 ...
@@ -39,7 +40,8 @@ struct MemoryOperand {
   const std::uint8_t* end;
 };
 
-inline MemoryOperand decode_memory(const std::uint8_t* modrm, bool extend_index, bool extend_base, const std::uint64_t* registers) {
+inline MemoryOperand decode_memory(const std::uint8_t* modrm, bool extend_index, bool extend_base,
+                                   const std::uint64_t* registers) {
   const int mod = *modrm >> 6, rm = *modrm & 7;
   const int base_extension = extend_base ? 8 : 0;
   int displacement_bytes = mod == 1 ? 1 : mod == 2 ? 4 : 0;
@@ -48,7 +50,8 @@ inline MemoryOperand decode_memory(const std::uint8_t* modrm, bool extend_index,
   if (operand.sib) {
     const int sib = *operand.end++;
     const int index = (sib >> 3 & 7) | (extend_index ? 8 : 0);
-    if (index != 4) operand.scaled_index = registers[index] << (sib >> 6);  // 4 says no index; r12 is 12
+    if (index != 4)
+      operand.scaled_index = registers[index] << (sib >> 6);  // 4 says no index; r12 is 12
     if ((sib & 7) == 5 && mod == 0)
       displacement_bytes = 4;  // no base, whatever VEX.B
     else
@@ -68,7 +71,8 @@ inline MemoryOperand decode_memory(const std::uint8_t* modrm, bool extend_index,
   }
   operand.end += displacement_bytes;
   if (rip_relative)
-    operand.base = reinterpret_cast<std::uint64_t>(operand.end);  // no immediate follows: it is the next instruction
+    operand.base = reinterpret_cast<std::uint64_t>(
+        operand.end);  // no immediate follows: it is the next instruction
   operand.base += static_cast<std::uint64_t>(displacement);
   return operand;
 }
@@ -99,9 +103,10 @@ inline std::optional<Op> decode_op(int opcode, Prefix prefix, int modrm) {
 
 /// Reads no byte past the instruction: the next page may not be there.
 inline std::optional<Instruction> decode(const std::uint8_t* code, const std::uint64_t* registers) {
-  if (code[0] != 0xc4) return std::nullopt;                                 // map 0F38 needs the three-byte VEX
-  if ((code[1] & 0x1f) != 2 || (code[1] & 0x80) == 0) return std::nullopt;  // tmm8 and above do not exist
-  if ((code[2] & 0x84) != 0) return std::nullopt;                           // W0, 128
+  if (code[0] != 0xc4) return std::nullopt;  // map 0F38 needs the three-byte VEX
+  if ((code[1] & 0x1f) != 2 || (code[1] & 0x80) == 0)
+    return std::nullopt;                           // tmm8 and above do not exist
+  if ((code[2] & 0x84) != 0) return std::nullopt;  // W0, 128
   if (code[3] != 0x49 && code[3] != 0x4b && code[3] != 0x5c && code[3] != 0x5e) return std::nullopt;
   const bool extend_index = (code[1] & 0x40) == 0, extend_base = (code[1] & 0x20) == 0;
   const int vvvv = (code[2] >> 3 & 15) ^ 15;

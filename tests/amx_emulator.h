@@ -77,9 +77,11 @@ inline struct sigaction action_before {};
 
 inline void on_illegal_instruction(int, siginfo_t* info, void* context) {
   greg_t* const saved = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
-  constexpr int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
-                             REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
-  if (info->si_code <= 0) {  // sent by a process, not raised by an instruction: returning would lose it
+  constexpr int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
+                             REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
+                             REG_R12, REG_R13, REG_R14, REG_R15};
+  if (info->si_code <=
+      0) {  // sent by a process, not raised by an instruction: returning would lose it
     sigaction(SIGILL, &action_before, nullptr);
     raise(SIGILL);
     return;
@@ -105,13 +107,16 @@ inline int installed = 0;
 inline bool amx_in_hardware() {
   static const bool granted = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
-    constexpr unsigned kOsxsave = 1u << 27, kTilesInt8Bfloat16 = 1u << 24 | 1u << 25 | 1u << 22, kTileState = 3u << 17;
+    constexpr unsigned kOsxsave = 1u << 27, kTilesInt8Bfloat16 = 1u << 24 | 1u << 25 | 1u << 22,
+                       kTileState = 3u << 17;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kOsxsave) == 0) return false;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTilesInt8Bfloat16) != kTilesInt8Bfloat16) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTilesInt8Bfloat16) != kTilesInt8Bfloat16)
+      return false;
     std::uint32_t low, high;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low & kTileState) != kTileState) return false;
-    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    constexpr long kRequestPermission = 0x1023,
+                   kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return granted;
@@ -127,7 +132,8 @@ class AmxEmulator {
     action.sa_sigaction = amx::on_illegal_instruction;
     // SA_NODEFER: an illegal instruction inside the handler is a defect and shall reach whoever comes next, not block.
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    if (sigaction(SIGILL, &action, &amx::action_before) != 0) amx::stop("AmxEmulator: sigaction failed\n");
+    if (sigaction(SIGILL, &action, &amx::action_before) != 0)
+      amx::stop("AmxEmulator: sigaction failed\n");
   }
   ~AmxEmulator() {
     const std::lock_guard lock(amx::installation);
@@ -140,7 +146,8 @@ class AmxEmulator {
 /// From here on this process can execute AMX instructions, in hardware or emulated.
 inline void provide_amx() {
   // Never destroyed: threads of a pool may outlive static objects.
-  [[maybe_unused]] static const AmxEmulator* const emulator = amx_in_hardware() ? nullptr : new AmxEmulator;
+  [[maybe_unused]] static const AmxEmulator* const emulator =
+      amx_in_hardware() ? nullptr : new AmxEmulator;
 }
 
 #else

@@ -6,7 +6,9 @@
 
 #if !defined(EIGENFORMER_TEST_AMX_EMULATOR)
 
-TEST(Amx, NeedsLinuxOnX86) { GTEST_SKIP() << "the AMX emulator decodes x86-64 instructions in a Linux signal handler"; }
+TEST(Amx, NeedsLinuxOnX86) {
+  GTEST_SKIP() << "the AMX emulator decodes x86-64 instructions in a Linux signal handler";
+}
 
 #else
 
@@ -48,7 +50,8 @@ Bytes random_bfloat16(std::size_t count, unsigned lowest, unsigned highest) {
   Bytes bytes;
   for (std::size_t i = 0; i < count; ++i) {
     const auto random = static_cast<std::uint32_t>(generator());
-    const std::uint32_t bits = (random & 0x807f) | (lowest + (random >> 16) % (highest - lowest + 1)) << 7;
+    const std::uint32_t bits =
+        (random & 0x807f) | (lowest + (random >> 16) % (highest - lowest + 1)) << 7;
     bytes.push_back(static_cast<std::uint8_t>(bits));
     bytes.push_back(static_cast<std::uint8_t>(bits >> 8));
   }
@@ -70,8 +73,9 @@ float expected_bfloat16(const Operands& x, Shape s, std::size_t m, std::size_t n
   float chain[2] = {0, 0};
   for (std::size_t k = 0; k < s.k; ++k)
     for (std::size_t i = 0; i < 2; ++i)
-      chain[i] = flush(std::fma(flush(amx::widen_bfloat16(&x.a[4 * (m * s.k + k) + 2 * i])),
-                                flush(amx::widen_bfloat16(&x.b[4 * (k * s.n + n) + 2 * i])), chain[i]));
+      chain[i] =
+          flush(std::fma(flush(amx::widen_bfloat16(&x.a[4 * (m * s.k + k) + 2 * i])),
+                         flush(amx::widen_bfloat16(&x.b[4 * (k * s.n + n) + 2 * i])), chain[i]));
   return flush(flush(at<float>(x.c, m * s.n + n)) + flush(chain[0] + chain[1]));
 }
 
@@ -79,7 +83,8 @@ template <typename A, typename B>
 std::int32_t expected_bytes(const Operands& x, Shape s, std::size_t m, std::size_t n) {
   std::int64_t sum = at<std::int32_t>(x.c, m * s.n + n);
   for (std::size_t k = 0; k < 4 * s.k; ++k) {
-    const std::int64_t a = at<A>(x.a, 4 * m * s.k + k), b = at<B>(x.b, 4 * (k / 4 * s.n + n) + k % 4);
+    const std::int64_t a = at<A>(x.a, 4 * m * s.k + k),
+                       b = at<B>(x.b, 4 * (k / 4 * s.n + n) + k % 4);
     sum += a * b;
   }
   return static_cast<std::int32_t>(sum);  // modulo 2^32 since C++20
@@ -112,7 +117,8 @@ void for_each_shape(F&& f) {
 TEST_F(Amx, ProductsOfBytesWrapAround) {
   for_each_shape([](Shape s) {
     for (const bool overflow : {false, true}) {
-      Operands x{random_bytes(4 * s.m * s.k), random_bytes(4 * s.k * s.n), random_bytes(4 * s.m * s.n)};
+      Operands x{random_bytes(4 * s.m * s.k), random_bytes(4 * s.k * s.n),
+                 random_bytes(4 * s.m * s.n)};
       if (overflow) {  // every sum leaves the range of int32
         x = {Bytes(x.a.size(), 0x80), Bytes(x.b.size(), 0x80), {}};
         for (std::size_t i = 0; i < s.m * s.n; ++i) x.c.insert(x.c.end(), {0xff, 0xff, 0xff, 0x7f});
@@ -130,7 +136,8 @@ TEST_F(Amx, ProductOfBfloat16IsTwoChains) {
     unsigned lowest, highest;
   };
   // Around one; products and operands around the smallest normal number; the largest numbers; every pattern there is.
-  for (const Range range : {Range{120, 134}, Range{58, 68}, Range{0, 3}, Range{186, 254}, Range{0, 255}})
+  for (const Range range :
+       {Range{120, 134}, Range{58, 68}, Range{0, 3}, Range{186, 254}, Range{0, 255}})
     for_each_shape([&](Shape s) {
       const bool tiny = range.highest <= 68;
       Operands x{random_bfloat16(2 * s.m * s.k, range.lowest, range.highest),
@@ -141,7 +148,8 @@ TEST_F(Amx, ProductOfBfloat16IsTwoChains) {
 }
 
 TEST_F(Amx, DenormalsAreZeroAndNanStays) {
-  const std::uint16_t one = 0x3f80, denormal = 0x0040, smallest = 0x0080, half = 0x3f00, infinity = 0x7f80, nan = 0x7fc0;
+  const std::uint16_t one = 0x3f80, denormal = 0x0040, smallest = 0x0080, half = 0x3f00,
+                      infinity = 0x7f80, nan = 0x7fc0;
   const auto product = [](std::uint16_t a, std::uint16_t b, std::uint32_t c) {
     Operands x{Bytes(4), Bytes(4), Bytes(4)};
     std::memcpy(x.a.data(), &a, 2);
@@ -154,8 +162,9 @@ TEST_F(Amx, DenormalsAreZeroAndNanStays) {
   EXPECT_EQ(product(denormal, infinity, 0), 0x7fc00000u);  // zero times infinity
   EXPECT_EQ(product(smallest, half, 0), 0u);
   EXPECT_EQ(product(smallest, one, 0), 0x00800000u);
-  EXPECT_EQ(product(0, 0, 0x00400000u), 0u);                    // a denormal accumulator
-  EXPECT_EQ(product(smallest, one, 0x80c00000u), 0x80000000u);  // 2^-126 - 1.5 * 2^-126 is denormal: minus zero
+  EXPECT_EQ(product(0, 0, 0x00400000u), 0u);  // a denormal accumulator
+  EXPECT_EQ(product(smallest, one, 0x80c00000u),
+            0x80000000u);  // 2^-126 - 1.5 * 2^-126 is denormal: minus zero
   EXPECT_EQ(product(nan, one, 0), 0x7fc00000u);
   EXPECT_EQ(product(one, one, 0x7f800001u), 0x7fc00000u);
   EXPECT_EQ(product(one, infinity, 0xff800000u), 0x7fc00000u);
@@ -167,7 +176,8 @@ TEST_F(Amx, LoadsAndStoresTouchTheTileAlone) {
     for (int row_bytes = 4; row_bytes <= 64; row_bytes += 4) {
       const auto program = [&](auto& backend) {
         Bytes target(16 * 80, 0xee);
-        backend.ldtilecfg(Config({{16, 64}, {static_cast<std::uint8_t>(rows), static_cast<std::uint16_t>(row_bytes)}}));
+        backend.ldtilecfg(Config(
+            {{16, 64}, {static_cast<std::uint8_t>(rows), static_cast<std::uint16_t>(row_bytes)}}));
         backend.template tileloadd<1>(source.data(), 100);
         backend.template tilestored<1>(target.data(), 80);
         backend.tilerelease();
@@ -192,12 +202,15 @@ TEST_F(Amx, RestOfATileIsZero) {
   functions.tileloadd<0>(source.data(), 64);
   for (std::size_t row = 0; row < 16; ++row)
     for (std::size_t i = 0; i < 64; ++i)
-      EXPECT_EQ(functions.tiles.data[0][row][i], row < 5 && i < 12 ? source[64 * row + i] : 0) << row << ' ' << i;
+      EXPECT_EQ(functions.tiles.data[0][row][i], row < 5 && i < 12 ? source[64 * row + i] : 0)
+          << row << ' ' << i;
 }
 
 TEST_F(Amx, EveryAddressingFormReachesTheSameMemory) {
-  constexpr std::size_t kStride = 72,
-                        kMargin = 0x200;  // data is kMargin bytes into the buffer, displacements reach both sides of it
+  constexpr std::size_t
+      kStride = 72,
+      kMargin =
+          0x200;  // data is kMargin bytes into the buffer, displacements reach both sides of it
   const Bytes source = random_bytes(kMargin + 16 * kStride);
   const Bytes rows(source.begin() + kMargin, source.end());
   Instructions backend;
@@ -205,9 +218,11 @@ TEST_F(Amx, EveryAddressingFormReachesTheSameMemory) {
   for (const AddressingForm& form : addressing_forms()) {
     SCOPED_TRACE(form.text);
     Bytes seen(1024), stored(kMargin + 16 * kStride, 0xee), expected = stored;
-    form.load(source.data() + kMargin - form.displacement, kStride / static_cast<std::size_t>(form.scale));
+    form.load(source.data() + kMargin - form.displacement,
+              kStride / static_cast<std::size_t>(form.scale));
     backend.tilestored<0>(seen.data(), 64);
-    form.store(stored.data() + kMargin - form.displacement, kStride / static_cast<std::size_t>(form.scale));
+    form.store(stored.data() + kMargin - form.displacement,
+               kStride / static_cast<std::size_t>(form.scale));
     for (std::size_t row = 0; row < 16; ++row) {
       EXPECT_TRUE(std::equal(seen.begin() + static_cast<std::ptrdiff_t>(64 * row),
                              seen.begin() + static_cast<std::ptrdiff_t>(64 * row + 64),
@@ -246,7 +261,8 @@ TEST_F(Amx, ConfigurationComesBackFromEveryAddress) {
   const auto clear = [&] { backend.tilerelease(); };
   clear();
   EXPECT_EQ(stored(), Config({}, 0));
-  asm volatile("ldtilecfg %0" ::"m"(kStaticConfig));  // relative to rip in position-independent code
+  asm volatile(
+      "ldtilecfg %0" ::"m"(kStaticConfig));  // relative to rip in position-independent code
   EXPECT_EQ(stored(), kStaticConfig);
   std::vector<Config> configs(3, Config({}, 0));
   configs[2] = kStaticConfig;
@@ -256,9 +272,12 @@ TEST_F(Amx, ConfigurationComesBackFromEveryAddress) {
   asm volatile("mov %0, %%r13\n\tldtilecfg 128(%%r13)" ::"r"(configs.data()) : "r13", "memory");
   EXPECT_EQ(stored(), configs[2]);
   clear();
-  asm volatile("mov %0, %%r12\n\tmov $16, %%r9\n\tldtilecfg (%%r12,%%r9,8)" ::"r"(configs.data()) : "r9", "r12", "memory");
+  asm volatile("mov %0, %%r12\n\tmov $16, %%r9\n\tldtilecfg (%%r12,%%r9,8)" ::"r"(configs.data())
+               : "r9", "r12", "memory");
   EXPECT_EQ(stored(), configs[2]);
-  asm volatile("mov %0, %%r12\n\tmov $8, %%r15\n\tsttilecfg 64(%%r12,%%r15,8)" ::"r"(configs.data() - 1) : "r12", "r15", "memory");
+  asm volatile(
+      "mov %0, %%r12\n\tmov $8, %%r15\n\tsttilecfg 64(%%r12,%%r15,8)" ::"r"(configs.data() - 1)
+      : "r12", "r15", "memory");
   EXPECT_EQ(configs[1], configs[2]);
   backend.ldtilecfg(Config({}, 0));  // palette 0 releases
   EXPECT_EQ(stored(), Config({}, 0));
@@ -274,7 +293,8 @@ TEST_F(Amx, ConfigurationZeroesTheTiles) {
   backend.tilestored<5>(seen.data(), 64);
   EXPECT_EQ(seen, Bytes(1024));
   backend.tileloadd<5>(source.data(), 64);
-  asm volatile("tileloaddt1 (%0,%1,1), %%tmm6" ::"r"(source.data()), "r"(std::uint64_t{64}) : "memory");
+  asm volatile("tileloaddt1 (%0,%1,1), %%tmm6" ::"r"(source.data()), "r"(std::uint64_t{64})
+               : "memory");
   backend.tilezero<5>();
   backend.tilestored<5>(seen.data(), 64);
   EXPECT_EQ(seen, Bytes(1024));
@@ -316,7 +336,9 @@ TEST_F(Amx, ThreadsHaveTilesOfTheirOwn) {
   };
   std::vector<std::thread> threads;
   for (const Shape s : {Shape{16, 16, 16}, Shape{3, 9, 7}})
-    threads.emplace_back(work, s, Operands{random_bytes(4 * s.m * s.k), random_bytes(4 * s.k * s.n), random_bytes(4 * s.m * s.n)});
+    threads.emplace_back(work, s,
+                         Operands{random_bytes(4 * s.m * s.k), random_bytes(4 * s.k * s.n),
+                                  random_bytes(4 * s.m * s.n)});
   for (auto& thread : threads) thread.join();
 }
 
@@ -347,7 +369,8 @@ TEST(AmxEmulation, EndsWithTheLastEmulator) {
   const auto flags_now = [] {
     struct sigaction now {};
     sigaction(SIGILL, nullptr, &now);
-    return now.sa_flags & SA_SIGINFO ? reinterpret_cast<void*>(now.sa_sigaction) : reinterpret_cast<void*>(now.sa_handler);
+    return now.sa_flags & SA_SIGINFO ? reinterpret_cast<void*>(now.sa_sigaction)
+                                     : reinterpret_cast<void*>(now.sa_handler);
   };
   void* const before = flags_now();
   {
@@ -364,7 +387,8 @@ TEST(AmxEmulation, EndsWithTheLastEmulator) {
 TEST_F(AmxDeathTest, OtherSignalsDieAsBefore) {
   const AmxEmulator here;  // in hardware too
   EXPECT_EXIT(asm volatile("ud2"), testing::KilledBySignal(SIGILL), "");
-  EXPECT_EXIT(asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, 0xd9"), testing::KilledBySignal(SIGILL), "");  // tilezero with rm 1
+  EXPECT_EXIT(asm volatile(".byte 0xc4, 0xe2, 0x7b, 0x49, 0xd9"), testing::KilledBySignal(SIGILL),
+              "");  // tilezero with rm 1
   EXPECT_EXIT(raise(SIGILL), testing::KilledBySignal(SIGILL), "");
 }
 
@@ -391,15 +415,20 @@ TEST_F(AmxDeathTest, WhatHardwareRefusesIsNamed) {
   EXPECT_DEATH(x.ldtilecfg(Config({{17, 64}})), "tmm0 of 17 rows x 64 bytes");
   EXPECT_DEATH(x.ldtilecfg(Config({{16, 64}, {16, 65}})), "tmm1 of 16 rows x 65 bytes");
   EXPECT_DEATH(x.ldtilecfg(Config({{0, 64}})), "tmm0 of 0 rows");
-  EXPECT_DEATH((Functions().product<amx::Op::tdpbssd, 0, 1, 2>()), "tdpbssd .*no tile is configured");
+  EXPECT_DEATH((Functions().product<amx::Op::tdpbssd, 0, 1, 2>()),
+               "tdpbssd .*no tile is configured");
   EXPECT_DEATH(Functions().tilezero<3>(), "tilezero tmm3: no tile is configured");
-  EXPECT_DEATH(configured(Config({{16, 64}})).tilezero<3>(), "tilezero tmm3: this tile has no rows");
-  EXPECT_DEATH(configured(Config({{16, 62}})).tileloadd<0>(nullptr, 64), "tileloadd tmm0: 16 rows x 62 bytes");
-  EXPECT_DEATH(configured(Config({{16, 62}})).tilestored<0>(nullptr, 64), "tilestored tmm0: 16 rows x 62 bytes");
+  EXPECT_DEATH(configured(Config({{16, 64}})).tilezero<3>(),
+               "tilezero tmm3: this tile has no rows");
+  EXPECT_DEATH(configured(Config({{16, 62}})).tileloadd<0>(nullptr, 64),
+               "tileloadd tmm0: 16 rows x 62 bytes");
+  EXPECT_DEATH(configured(Config({{16, 62}})).tilestored<0>(nullptr, 64),
+               "tilestored tmm0: 16 rows x 62 bytes");
   const auto product = [&](std::initializer_list<TileShape> shapes) {
     configured(Config(shapes)).product<amx::Op::tdpbf16ps, 0, 1, 2>();
   };
-  EXPECT_DEATH(product({{16, 64}, {15, 64}, {16, 64}}), "tdpbf16ps tmm0 .16 rows x 64 bytes.*tmm1 .15 x 64.*rows of the first");
+  EXPECT_DEATH(product({{16, 64}, {15, 64}, {16, 64}}),
+               "tdpbf16ps tmm0 .16 rows x 64 bytes.*tmm1 .15 x 64.*rows of the first");
   EXPECT_DEATH(product({{16, 64}, {16, 64}, {16, 60}}), "columns of the first and the third");
   EXPECT_DEATH(product({{16, 64}, {16, 60}, {16, 64}}), "not the third tile's rows");
   EXPECT_DEATH(product({{16, 62}, {16, 64}, {16, 62}}), "multiple of 4");
@@ -446,14 +475,16 @@ TEST(AmxDecoder, RefusesWhatIsNoAmxInstruction) {
 
 TEST(AmxDecoder, ReadsNoByteBehindTheInstruction) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  auto* const pages =
-      static_cast<std::uint8_t*>(mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  auto* const pages = static_cast<std::uint8_t*>(
+      mmap(nullptr, 2 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   ASSERT_NE(static_cast<void*>(pages), MAP_FAILED);
   ASSERT_EQ(mprotect(pages + page, page, PROT_NONE), 0);
   const std::uint64_t registers[16] = {};
-  for (const Bytes& code : {Bytes{0xc4, 0xe2, 0x78, 0x49, 0xc0}, Bytes{0xc4, 0xe2, 0x7b, 0x4b, 0x1c, 0x08}, Bytes{0xf4},
-                            Bytes{0xc4, 0xe2, 0x78, 0x49, 0x05, 0x10, 0, 0, 0}}) {
-    std::uint8_t* const start = std::copy(code.begin(), code.end(), pages + page - code.size()) - code.size();
+  for (const Bytes& code :
+       {Bytes{0xc4, 0xe2, 0x78, 0x49, 0xc0}, Bytes{0xc4, 0xe2, 0x7b, 0x4b, 0x1c, 0x08}, Bytes{0xf4},
+        Bytes{0xc4, 0xe2, 0x78, 0x49, 0x05, 0x10, 0, 0, 0}}) {
+    std::uint8_t* const start =
+        std::copy(code.begin(), code.end(), pages + page - code.size()) - code.size();
     const auto decoded = amx::decode(start, registers);
     EXPECT_EQ(decoded.has_value(), code.size() > 1);
     if (code.size() == 9) {  // ldtilecfg 16(%rip)

@@ -29,7 +29,9 @@ struct TileShape {
 
 /// The operand of ldtilecfg.
 struct alignas(64) Config {
-  constexpr explicit Config(std::initializer_list<TileShape> shapes = {}, std::uint8_t palette_id = 1) : palette(palette_id) {
+  constexpr explicit Config(std::initializer_list<TileShape> shapes = {},
+                            std::uint8_t palette_id = 1)
+      : palette(palette_id) {
     std::size_t t = 0;
     for (const TileShape& shape : shapes) {
       rows[t] = shape.rows;
@@ -70,11 +72,16 @@ struct Instructions {
   template <amx::Op op, int C, int A, int B>
   void product() {
     using enum amx::Op;
-    if constexpr (op == tdpbf16ps) asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-    if constexpr (op == tdpbssd) asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-    if constexpr (op == tdpbsud) asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-    if constexpr (op == tdpbusd) asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
-    if constexpr (op == tdpbuud) asm volatile("tdpbuud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+    if constexpr (op == tdpbf16ps)
+      asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+    if constexpr (op == tdpbssd)
+      asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+    if constexpr (op == tdpbsud)
+      asm volatile("tdpbsud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+    if constexpr (op == tdpbusd)
+      asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
+    if constexpr (op == tdpbuud)
+      asm volatile("tdpbuud %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B) : "memory");
   }
 };
 
@@ -103,7 +110,9 @@ struct Functions {
 
 template <typename F>
 void for_each_tile(F&& f) {
-  [&]<int... T>(std::integer_sequence<int, T...>) { (f.template operator()<T>(), ...); }(std::make_integer_sequence<int, 8>{});
+  [&]<int... T>(std::integer_sequence<int, T...>) {
+    (f.template operator()<T>(), ...);
+  }(std::make_integer_sequence<int, 8>{});
 }
 
 /// c (m, n) += a (m, k) * b (k, n) in elements of 4 bytes.
@@ -141,60 +150,69 @@ struct AddressingForm {
 };
 
 // Register names must be part of the assembly's text, which only a macro can put there.
-#define EIGENFORMER_TEST_ADDRESSING_FORM(base, index, scale, displacement)                                                       \
-  AddressingForm {                                                                                                               \
-    #displacement "(" base "," index "," #scale ")", scale, displacement,                                                        \
-        [](const void* memory, std::uint64_t stride) {                                                                           \
-          asm volatile("mov %0, %%" base "\n\tmov %1, %%" index "\n\ttileloadd " #displacement "(%%" base ",%%" index "," #scale \
-                       "), %%tmm0" ::"r"(memory),                                                                                \
-                       "r"(stride)                                                                                               \
-                       : base, index, "memory");                                                                                 \
-        },                                                                                                                       \
-        [](void* memory, std::uint64_t stride) {                                                                                 \
-          asm volatile("mov %0, %%" base "\n\tmov %1, %%" index "\n\ttilestored %%tmm0, " #displacement "(%%" base ",%%" index   \
-                       "," #scale ")" ::"r"(memory),                                                                             \
-                       "r"(stride)                                                                                               \
-                       : base, index, "memory");                                                                                 \
-        }                                                                                                                        \
+#define EIGENFORMER_TEST_ADDRESSING_FORM(base, index, scale, displacement)                       \
+  AddressingForm {                                                                               \
+    #displacement "(" base "," index "," #scale ")", scale, displacement,                        \
+        [](const void* memory, std::uint64_t stride) {                                           \
+          asm volatile("mov %0, %%" base "\n\tmov %1, %%" index "\n\ttileloadd " #displacement   \
+                       "(%%" base ",%%" index "," #scale "), %%tmm0" ::"r"(memory),              \
+                       "r"(stride)                                                               \
+                       : base, index, "memory");                                                 \
+        },                                                                                       \
+        [](void* memory, std::uint64_t stride) {                                                 \
+          asm volatile("mov %0, %%" base "\n\tmov %1, %%" index                                  \
+                       "\n\ttilestored %%tmm0, " #displacement "(%%" base ",%%" index "," #scale \
+                       ")" ::"r"(memory),                                                        \
+                       "r"(stride)                                                               \
+                       : base, index, "memory");                                                 \
+        }                                                                                        \
   }
 
 /// rbp cannot be a clobber where it is the frame pointer: it is put back by hand.
 inline AddressingForm rbp_form() {
-  return {
-      "0(rbp,r10,1)", 1, 0,
-      [](const void* memory, std::uint64_t stride) {
-        asm volatile(
-            "mov %1, %%r10\n\tmov %0, %%r11\n\txchg %%rbp, %%r11\n\ttileloadd (%%rbp,%%r10,1), %%tmm0\n\tmov %%r11, %%rbp" ::"r"(
-                memory),
-            "r"(stride)
-            : "r10", "r11", "memory");
-      },
-      [](void* memory, std::uint64_t stride) {
-        asm volatile(
-            "mov %1, %%r10\n\tmov %0, %%r11\n\txchg %%rbp, %%r11\n\ttilestored %%tmm0, (%%rbp,%%r10,1)\n\tmov %%r11, %%rbp" ::"r"(
-                memory),
-            "r"(stride)
-            : "r10", "r11", "memory");
-      }};
+  return {"0(rbp,r10,1)", 1, 0,
+          [](const void* memory, std::uint64_t stride) {
+            asm volatile(
+                "mov %1, %%r10\n\tmov %0, %%r11\n\txchg %%rbp, %%r11\n\ttileloadd (%%rbp,%%r10,1), "
+                "%%tmm0\n\tmov %%r11, %%rbp" ::"r"(memory),
+                "r"(stride)
+                : "r10", "r11", "memory");
+          },
+          [](void* memory, std::uint64_t stride) {
+            asm volatile(
+                "mov %1, %%r10\n\tmov %0, %%r11\n\txchg %%rbp, %%r11\n\ttilestored %%tmm0, "
+                "(%%rbp,%%r10,1)\n\tmov %%r11, %%rbp" ::"r"(memory),
+                "r"(stride)
+                : "r10", "r11", "memory");
+          }};
 }
 
 inline std::vector<AddressingForm> addressing_forms() {
   return {
-      EIGENFORMER_TEST_ADDRESSING_FORM("rax", "rcx", 1, 0),      EIGENFORMER_TEST_ADDRESSING_FORM("rcx", "rax", 2, 64),
-      EIGENFORMER_TEST_ADDRESSING_FORM("rdx", "rsi", 4, -128),   EIGENFORMER_TEST_ADDRESSING_FORM("rsi", "rdx", 8, 127),
-      EIGENFORMER_TEST_ADDRESSING_FORM("rdi", "r8", 1, 128),     EIGENFORMER_TEST_ADDRESSING_FORM("r8", "rdi", 2, -129),
-      EIGENFORMER_TEST_ADDRESSING_FORM("r9", "r10", 4, 0x1f0),   EIGENFORMER_TEST_ADDRESSING_FORM("r10", "r9", 8, 8),
-      EIGENFORMER_TEST_ADDRESSING_FORM("r11", "r12", 1, 0),      EIGENFORMER_TEST_ADDRESSING_FORM("r12", "r11", 2, 0),
-      EIGENFORMER_TEST_ADDRESSING_FORM("r12", "r13", 1, 16),     EIGENFORMER_TEST_ADDRESSING_FORM("r13", "r14", 4, 0),
-      EIGENFORMER_TEST_ADDRESSING_FORM("r13", "r15", 8, -0x1f0), EIGENFORMER_TEST_ADDRESSING_FORM("r14", "r13", 1, 0),
-      EIGENFORMER_TEST_ADDRESSING_FORM("r15", "r14", 2, 1),      rbp_form(),
+      EIGENFORMER_TEST_ADDRESSING_FORM("rax", "rcx", 1, 0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("rcx", "rax", 2, 64),
+      EIGENFORMER_TEST_ADDRESSING_FORM("rdx", "rsi", 4, -128),
+      EIGENFORMER_TEST_ADDRESSING_FORM("rsi", "rdx", 8, 127),
+      EIGENFORMER_TEST_ADDRESSING_FORM("rdi", "r8", 1, 128),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r8", "rdi", 2, -129),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r9", "r10", 4, 0x1f0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r10", "r9", 8, 8),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r11", "r12", 1, 0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r12", "r11", 2, 0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r12", "r13", 1, 16),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r13", "r14", 4, 0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r13", "r15", 8, -0x1f0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r14", "r13", 1, 0),
+      EIGENFORMER_TEST_ADDRESSING_FORM("r15", "r14", 2, 1),
+      rbp_form(),
   };
 }
 
 /// tmm0 from 1024 bytes copied to the stack, addressed by rsp with an 8-bit displacement. The signal's frame lies below them.
 inline void load_from_stack(const void* source) {
   asm volatile(
-      "mov %0, %%rsi\n\tsub $2048, %%rsp\n\tlea 96(%%rsp), %%rdi\n\tmov $1024, %%ecx\n\tcld\n\trep movsb\n\t"
+      "mov %0, %%rsi\n\tsub $2048, %%rsp\n\tlea 96(%%rsp), %%rdi\n\tmov $1024, %%ecx\n\tcld\n\trep "
+      "movsb\n\t"
       "mov $16, %%r8\n\ttileloadd 96(%%rsp,%%r8,4), %%tmm0\n\tadd $2048, %%rsp" ::"r"(source)
       : "rsi", "rdi", "rcx", "r8", "memory", "cc");
 }
@@ -219,7 +237,8 @@ inline Survivors multiply_with_full_registers(std::uint8_t* memory, bool wide) {
   const std::uint32_t toward_zero = 0x7f80;
   asm volatile(
       "mov %[wide], %%r9d\n\tmov %[memory], %%r8\n\tldmxcsr %[toward_zero]\n\t"
-      "lea -256(%%rsp), %%rsp\n\tmovabs $0x123456789abcdef, %%r10\n\tmov %%r10, -64(%%rsp)\n\txor %%r10d, %%r10d\n\t"
+      "lea -256(%%rsp), %%rsp\n\tmovabs $0x123456789abcdef, %%r10\n\tmov %%r10, -64(%%rsp)\n\txor "
+      "%%r10d, %%r10d\n\t"
       "test %%r9d, %%r9d\n\tjz 1f\n\t"
       ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n\tvmovups \\i*64(%%r8), %%zmm\\i\n\t.endr\n\t"
       "stc\n\ttdpbf16ps %%tmm2, %%tmm1, %%tmm0\n\tsetc %%r11b\n\t"
@@ -227,14 +246,15 @@ inline Survivors multiply_with_full_registers(std::uint8_t* memory, bool wide) {
       "vzeroupper\n\tjmp 2f\n1:\n\t"
       ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n\tmovups \\i*64(%%r8), %%xmm\\i\n\t.endr\n\t"
       "stc\n\ttdpbf16ps %%tmm2, %%tmm1, %%tmm0\n\tsetc %%r11b\n\t"
-      ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n\tmovups %%xmm\\i, \\i*64(%%r8)\n\t.endr\n2:\n\t"
+      ".irp i,0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15\n\tmovups %%xmm\\i, "
+      "\\i*64(%%r8)\n\t.endr\n2:\n\t"
       "mov -64(%%rsp), %%r10\n\tlea 256(%%rsp), %%rsp\n\tmov %[seen], %%r8\n\t"
       "mov %%r11b, (%%r8)\n\tstmxcsr 4(%%r8)\n\tmov %%r10, 8(%%r8)\n\tldmxcsr %[before]"
       :
-      : [memory] "r"(memory), [wide] "r"(static_cast<int>(wide)), [toward_zero] "m"(toward_zero), [before] "m"(before),
-        [seen] "r"(&seen)
-      : "r8", "r9", "r10", "r11", "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9",
-        "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
+      : [memory] "r"(memory), [wide] "r"(static_cast<int>(wide)), [toward_zero] "m"(toward_zero),
+        [before] "m"(before), [seen] "r"(&seen)
+      : "r8", "r9", "r10", "r11", "cc", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5",
+        "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");
   return seen;
 }
 

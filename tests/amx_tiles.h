@@ -35,7 +35,8 @@ struct Tiles {
   va_start(arguments, format);
   const int length = std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  if (length > 0 && write(2, text, static_cast<std::size_t>(length)) < 0) std::abort();  // it ends here either way
+  if (length > 0 && write(2, text, static_cast<std::size_t>(length)) < 0)
+    std::abort();  // it ends here either way
   std::abort();
 }
 
@@ -53,7 +54,8 @@ inline void ldtilecfg(Tiles& tiles, const void* memory) {
     std::memcpy(next.row_bytes, config + 16, sizeof(next.row_bytes));
     std::memcpy(next.rows, config + 48, sizeof(next.rows));
     for (int t = 0; t < kTiles; ++t)
-      if (next.rows[t] > kMaxRows || next.row_bytes[t] > kMaxRowBytes || (next.rows[t] == 0) != (next.row_bytes[t] == 0))
+      if (next.rows[t] > kMaxRows || next.row_bytes[t] > kMaxRowBytes ||
+          (next.rows[t] == 0) != (next.row_bytes[t] == 0))
         stop("ldtilecfg: tmm%d of %d rows x %d bytes (#GP)\n", t, next.rows[t], next.row_bytes[t]);
   }
   tiles = next;
@@ -74,7 +76,8 @@ inline void tilerelease(Tiles& tiles) { tiles = Tiles{}; }
 
 inline void check_valid(const Tiles& tiles, const char* name, int t) {
   if (!tiles.configured) stop("%s tmm%d: no tile is configured (#UD)\n", name, t);
-  if (tiles.rows[t] == 0) stop("%s tmm%d: this tile has no rows in the configuration (#UD)\n", name, t);
+  if (tiles.rows[t] == 0)
+    stop("%s tmm%d: this tile has no rows in the configuration (#UD)\n", name, t);
 }
 
 inline void tilezero(Tiles& tiles, int t) {
@@ -86,7 +89,8 @@ inline void tilezero(Tiles& tiles, int t) {
 inline void check_moved(const Tiles& tiles, const char* name, int t) {
   check_valid(tiles, name, t);
   if (tiles.row_bytes[t] % 4 != 0 || tiles.start_row >= tiles.rows[t])
-    stop("%s tmm%d: %d rows x %d bytes, start row %d (#UD)\n", name, t, tiles.rows[t], tiles.row_bytes[t], tiles.start_row);
+    stop("%s tmm%d: %d rows x %d bytes, start row %d (#UD)\n", name, t, tiles.rows[t],
+         tiles.row_bytes[t], tiles.start_row);
 }
 
 /// Reads the tile's rows from address, address + stride, ... The rest of the tile becomes zero.
@@ -94,14 +98,16 @@ inline void tileloadd(Tiles& tiles, int t, std::uint64_t address, std::uint64_t 
   check_moved(tiles, "tileloadd", t);
   if (tiles.start_row == 0) std::memset(tiles.data[t], 0, sizeof(tiles.data[t]));
   for (std::uint64_t row = tiles.start_row; row < tiles.rows[t]; ++row)
-    std::memcpy(tiles.data[t][row], reinterpret_cast<const void*>(address + row * stride), tiles.row_bytes[t]);
+    std::memcpy(tiles.data[t][row], reinterpret_cast<const void*>(address + row * stride),
+                tiles.row_bytes[t]);
   tiles.start_row = 0;
 }
 
 inline void tilestored(Tiles& tiles, int t, std::uint64_t address, std::uint64_t stride) {
   check_moved(tiles, "tilestored", t);
   for (std::uint64_t row = tiles.start_row; row < tiles.rows[t]; ++row)
-    std::memcpy(reinterpret_cast<void*>(address + row * stride), tiles.data[t][row], tiles.row_bytes[t]);
+    std::memcpy(reinterpret_cast<void*>(address + row * stride), tiles.data[t][row],
+                tiles.row_bytes[t]);
   tiles.start_row = 0;
 }
 
@@ -124,8 +130,9 @@ inline void check_product(const Tiles& tiles, const char* name, int c, int a, in
   else if (tiles.row_bytes[a] / 4 != tiles.rows[b])
     wrong = "the second tile's columns of 4 bytes are not the third tile's rows";
   if (wrong == nullptr) return;
-  stop("%s tmm%d (%d rows x %d bytes) += tmm%d (%d x %d) * tmm%d (%d x %d): %s (#UD)\n", name, c, tiles.rows[c], tiles.row_bytes[c],
-       a, tiles.rows[a], tiles.row_bytes[a], b, tiles.rows[b], tiles.row_bytes[b], wrong);
+  stop("%s tmm%d (%d rows x %d bytes) += tmm%d (%d x %d) * tmm%d (%d x %d): %s (#UD)\n", name, c,
+       tiles.rows[c], tiles.row_bytes[c], a, tiles.rows[a], tiles.row_bytes[a], b, tiles.rows[b],
+       tiles.row_bytes[b], wrong);
 }
 
 /// Writes 16 results into row m of tile c, zero past the tile's columns.
@@ -139,10 +146,12 @@ void write_row_and_zero(Tiles& tiles, int c, int m, const T (&result)[16]) {
 template <typename A, typename B>
 void dot_bytes(Tiles& tiles, const char* name, int c, int a, int b) {
   check_product(tiles, name, c, a, b);
-  std::uint32_t wide[kMaxRows][4][16];  // b widened and with the bytes apart, so that 16 columns are one vector
+  std::uint32_t wide[kMaxRows][4]
+                    [16];  // b widened and with the bytes apart, so that 16 columns are one vector
   for (int k = 0; k < kMaxRows; ++k)
     for (int i = 0; i < 4; ++i)
-      for (int n = 0; n < 16; ++n) wide[k][i][n] = static_cast<std::uint32_t>(static_cast<B>(tiles.data[b][k][4 * n + i]));
+      for (int n = 0; n < 16; ++n)
+        wide[k][i][n] = static_cast<std::uint32_t>(static_cast<B>(tiles.data[b][k][4 * n + i]));
   for (int m = 0; m < tiles.rows[c]; ++m) {
     std::uint32_t sum[16];
     std::memcpy(sum, tiles.data[c][m], sizeof(sum));
@@ -173,8 +182,8 @@ class FlushDenormals {
 };
 
 /// The arithmetic of TDPBF16PS alone. Not inlined, so that none of it is moved out of the life of FlushDenormals.
-[[gnu::noinline]] inline void multiply_bfloat16(int rows, int pairs, float (*c)[16], const float (*a)[32],
-                                                const float (*b)[2][16]) {
+[[gnu::noinline]] inline void multiply_bfloat16(int rows, int pairs, float (*c)[16],
+                                                const float (*a)[32], const float (*b)[2][16]) {
   for (int m = 0; m < rows; ++m) {
     float even[16] = {}, odd[16] = {};
     for (int k = 0; k < pairs; ++k) {
@@ -188,7 +197,8 @@ class FlushDenormals {
 
 /// The float whose upper half is the 2 bytes at `bytes`.
 inline float widen_bfloat16(const std::uint8_t* bytes) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(bytes[0]) << 16 | static_cast<std::uint32_t>(bytes[1]) << 24;
+  const std::uint32_t bits =
+      static_cast<std::uint32_t>(bytes[0]) << 16 | static_cast<std::uint32_t>(bytes[1]) << 24;
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;

@@ -15,10 +15,12 @@ struct AttentionShape {
 template <typename T>
 struct AttentionCase {
   AttentionShape shape;
-  std::vector<Index> key_lengths, query_lengths;  // query_lengths: what the operator must find out, or was told
+  std::vector<Index> key_lengths,
+      query_lengths;  // query_lengths: what the operator must find out, or was told
   ef::Tensor<T, 4> q, k, v;
 
-  AttentionCase(const AttentionShape& s, std::vector<Index> lengths, unsigned seed = 1, std::vector<Index> ragged = {})
+  AttentionCase(const AttentionShape& s, std::vector<Index> lengths, unsigned seed = 1,
+                std::vector<Index> ragged = {})
       : shape(s),
         key_lengths(std::move(lengths)),
         query_lengths(std::move(ragged)),
@@ -26,7 +28,8 @@ struct AttentionCase {
         k(random_tensor<T, 4>({s.batch, s.keys, s.kv_heads, s.head_dim}, seed + 1)),
         v(random_tensor<T, 4>({s.batch, s.keys, s.kv_heads, s.value_dim}, seed + 2)) {
     if (query_lengths.empty())
-      for (const Index length : key_lengths) query_lengths.push_back(s.queries == s.keys ? length : s.queries);
+      for (const Index length : key_lengths)
+        query_lengths.push_back(s.queries == s.keys ? length : s.queries);
     poison();
   }
 
@@ -43,7 +46,8 @@ struct AttentionCase {
   }
 
   ef::reference::AttentionResult reference(const ef::AttentionOptions& options) const {
-    return ef::reference::attention(to_double(q), to_double(k), to_double(v), key_lengths, query_lengths, options);
+    return ef::reference::attention(to_double(q), to_double(k), to_double(v), key_lengths,
+                                    query_lengths, options);
   }
 };
 
@@ -58,7 +62,8 @@ inline const std::vector<float>& test_slopes() {
   return slopes;
 }
 inline const std::vector<float>& test_sinks() {
-  static const std::vector<float> sinks{0.5f, -1.0f, 2.0f, -std::numeric_limits<float>::infinity(), 0.0f, 1.5f, -3.0f, 4.0f};
+  static const std::vector<float> sinks{0.5f, -1.0f, 2.0f,  -std::numeric_limits<float>::infinity(),
+                                        0.0f, 1.5f,  -3.0f, 4.0f};
   return sinks;
 }
 
@@ -66,21 +71,26 @@ inline const std::vector<float>& test_sinks() {
 inline std::vector<NamedOptions> option_sweep(Index heads) {
   const std::span<const float> slopes(test_slopes().data(), static_cast<std::size_t>(heads));
   const std::span<const float> sinks(test_sinks().data(), static_cast<std::size_t>(heads));
-  return {
-      {"plain", {}},
-      {"causal", {.causal = true}},
-      {"window 1", {.causal = true, .window = 1}},
-      {"window 5", {.causal = true, .window = 5}},
-      {"window 70", {.causal = true, .window = 70}},
-      {"softcap", {.softcap = 2.0f}},
-      {"scale", {.scale = 0.25f}},
-      {"alibi", {.causal = true, .alibi_slopes = slopes}},
-      {"alibi both ways", {.alibi_slopes = slopes}},
-      {"sinks", {.sinks = sinks}},
-      {"prefix", {.causal = true, .prefix_length = 9}},
-      {"prefix and window", {.causal = true, .window = 3, .prefix_length = 66}},
-      {"all",
-       {.causal = true, .window = 20, .softcap = 3.0f, .scale = 0.3f, .alibi_slopes = slopes, .sinks = sinks, .prefix_length = 4}}};
+  return {{"plain", {}},
+          {"causal", {.causal = true}},
+          {"window 1", {.causal = true, .window = 1}},
+          {"window 5", {.causal = true, .window = 5}},
+          {"window 70", {.causal = true, .window = 70}},
+          {"softcap", {.softcap = 2.0f}},
+          {"scale", {.scale = 0.25f}},
+          {"alibi", {.causal = true, .alibi_slopes = slopes}},
+          {"alibi both ways", {.alibi_slopes = slopes}},
+          {"sinks", {.sinks = sinks}},
+          {"prefix", {.causal = true, .prefix_length = 9}},
+          {"prefix and window", {.causal = true, .window = 3, .prefix_length = 66}},
+          {"all",
+           {.causal = true,
+            .window = 20,
+            .softcap = 3.0f,
+            .scale = 0.3f,
+            .alibi_slopes = slopes,
+            .sinks = sinks,
+            .prefix_length = 4}}};
 }
 
 }  // namespace eigenformer_test

@@ -19,13 +19,15 @@ struct GradientCase : AttentionCase<T> {
         lse(s.batch, s.heads, s.queries) {}
 
   ef::Tensor<T, 4> forward(const ef::AttentionOptions& options) const {
-    return ef::batched_attention_with_padding(this->q, this->k, this->v, this->key_lengths, options);
+    return ef::batched_attention_with_padding(this->q, this->k, this->v, this->key_lengths,
+                                              options);
   }
 
   double loss(const ef::AttentionOptions& options) const {
     const auto result = forward(options);
     double sum = 0;
-    for (Index i = 0; i < result.size(); ++i) sum += static_cast<double>(weights.data()[i]) * static_cast<double>(result.data()[i]);
+    for (Index i = 0; i < result.size(); ++i)
+      sum += static_cast<double>(weights.data()[i]) * static_cast<double>(result.data()[i]);
     return sum;
   }
 
@@ -39,11 +41,13 @@ struct GradientCase : AttentionCase<T> {
       for (Index i = this->query_lengths[static_cast<std::size_t>(b)]; i < s.queries; ++i)
         for (Index x = 0; x < s.heads * s.value_dim; ++x)
           (&grad_out(b, i, 0, 0))[x] = (&out(b, i, 0, 0))[x] = std::numeric_limits<T>::quiet_NaN();
-    return ef::attention_backward(device, grad_out, this->q, this->k, this->v, out, lse, this->key_lengths, options);
+    return ef::attention_backward(device, grad_out, this->q, this->k, this->v, out, lse,
+                                  this->key_lengths, options);
   }
 };
 
-inline double central_difference(GradientCase<double>& c, double& x, const ef::AttentionOptions& options) {
+inline double central_difference(GradientCase<double>& c, double& x,
+                                 const ef::AttentionOptions& options) {
   const double step = 1e-5, kept = x;
   x = kept + step;
   const double above = c.loss(options);
@@ -53,7 +57,8 @@ inline double central_difference(GradientCase<double>& c, double& x, const ef::A
   return (above - below) / (2 * step);
 }
 
-inline void expect_derivative(GradientCase<double>& c, ef::Tensor<double, 4>& x, const ef::Tensor<double, 4>& gradient,
+inline void expect_derivative(GradientCase<double>& c, ef::Tensor<double, 4>& x,
+                              const ef::Tensor<double, 4>& gradient,
                               const ef::AttentionOptions& options, Index stride) {
   for (Index i = 0; i < x.size(); i += stride) {
     if (std::isnan(x.data()[i])) {
@@ -68,7 +73,8 @@ inline void expect_derivative(GradientCase<double>& c, ef::Tensor<double, 4>& x,
 inline void check_gradients(GradientCase<double>& c, const NamedOptions& named, Index stride) {
   SCOPED_TRACE(named.name);
   ef::AttentionOptions options = named.options;
-  std::vector<float> sinks(options.sinks.begin(), options.sinks.end()), sinks_gradient(sinks.size(), 7.0f);
+  std::vector<float> sinks(options.sinks.begin(), options.sinks.end()),
+      sinks_gradient(sinks.size(), 7.0f);
   options.sinks = sinks;
   options.sinks_gradient = sinks_gradient;
   const auto g = c.gradients(Eigen::DefaultDevice{}, options);
@@ -87,7 +93,8 @@ inline void check_gradients(GradientCase<double>& c, const NamedOptions& named, 
 }
 
 TEST(AttentionGradients, AreTheDerivativeForEveryOption) {
-  GradientCase<double> padded({2, 7, 7, 4, 2, 3, 5}, {7, 4}), chunk({2, 5, 9, 2, 1, 4, 2}, {9, 3}, 3);
+  GradientCase<double> padded({2, 7, 7, 4, 2, 3, 5}, {7, 4}),
+      chunk({2, 5, 9, 2, 1, 4, 2}, {9, 3}, 3);
   for (const auto& named : option_sweep(4)) check_gradients(padded, named, 1);
   for (const auto& named : option_sweep(2)) check_gradients(chunk, named, 1);
 }
@@ -127,7 +134,8 @@ TEST(AttentionGradients, BitsDoNotDependOnThreadsBatchOrPacking) {
     for (int count : {2, 3}) {
       Threads threads(count);
       const auto other = c.gradients(threads.device, named.options);
-      ASSERT_TRUE(same_bits(g.grad_q, other.grad_q) && same_bits(g.grad_k, other.grad_k) && same_bits(g.grad_v, other.grad_v));
+      ASSERT_TRUE(same_bits(g.grad_q, other.grad_q) && same_bits(g.grad_k, other.grad_k) &&
+                  same_bits(g.grad_v, other.grad_v));
     }
     // The second sequence alone, packed.
     ef::Tensor<float, 3> q(33, 4, 12), k(33, 2, 12), v(33, 2, 12), grad(33, 4, 12);
@@ -139,8 +147,8 @@ TEST(AttentionGradients, BitsDoNotDependOnThreadsBatchOrPacking) {
     ef::AttentionOptions options = named.options;
     options.log_sum_exp = lse;
     const auto out = ef::variable_length_attention(q, k, v, {0, 33}, {0, 33}, options);
-    const auto alone =
-        ef::variable_length_attention_backward(Eigen::DefaultDevice{}, grad, q, k, v, out, lse, {0, 33}, {0, 33}, options);
+    const auto alone = ef::variable_length_attention_backward(Eigen::DefaultDevice{}, grad, q, k, v,
+                                                              out, lse, {0, 33}, {0, 33}, options);
     const auto equal = [](const auto& a, const float* b) {
       return std::memcmp(a.data(), b, static_cast<std::size_t>(a.size()) * sizeof(float)) == 0;
     };
@@ -160,8 +168,10 @@ TEST(AttentionGradients, EveryIsaMeetsTheDerivative) {
     auto gk = poisoned_tensor<float, 4>({1, 70, 2, 9});
     auto gv = poisoned_tensor<float, 4>({1, 70, 2, 20});
     ef::AttentionBackwardProblem<float> p;
-    p.forward = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths, {.causal = true, .softcap = 3.0f}, frame);
-    p.output = c.out.data(), p.grad_output = c.weights.data(), p.log_sum_exp = c.lse.data(), p.key_rows = 70;
+    p.forward = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths,
+                                                    {.causal = true, .softcap = 3.0f}, frame);
+    p.output = c.out.data(), p.grad_output = c.weights.data(), p.log_sum_exp = c.lse.data(),
+    p.key_rows = 70;
     p.grad_queries = gq.data(), p.grad_keys = gk.data(), p.grad_values = gv.data();
     ef::cpu::attention_backward(isa, Eigen::DefaultDevice{}, p, workspace);
     EXPECT_LT(relative_error(gq, to_double(best.grad_q)), 1e-5) << isa.name;
@@ -195,7 +205,11 @@ TEST(AttentionGradients, RankThreeLengthZeroAndRefusals) {
         ef::attention_backward(q, q, q, q, out, short_lse, {2, 0});
       },
       {"log_sum_exp has shape (2, 2)"});
-  expect_throws<std::invalid_argument>([&] { ef::attention_backward(q, q, q, q, out, lse, {4, 0}); }, {"seq_lengths[0] is 4"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::attention_backward(q, q, q, q, out, lse, {4, 0});
+      },
+      {"seq_lengths[0] is 4"});
 }
 
 }  // namespace eigenformer_test

@@ -31,7 +31,9 @@ std::atomic<long> allocations{0};
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-[[gnu::noinline]] void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t, std::align_val_t) noexcept {
+  std::free(p);
+}
 
 namespace {
 
@@ -51,13 +53,15 @@ double log_sum_exp_error(const A& actual, const ef::Tensor<double, 3>& expected)
 }
 
 template <typename T>
-void check_zero_rows(const AttentionCase<T>& c, const ef::Tensor<T, 4>& out, const ef::reference::AttentionResult& expected) {
+void check_zero_rows(const AttentionCase<T>& c, const ef::Tensor<T, 4>& out,
+                     const ef::reference::AttentionResult& expected) {
   const auto& s = c.shape;
   for (Index b = 0; b < s.batch; ++b)
     for (Index i = 0; i < s.queries; ++i)
       for (Index h = 0; h < s.heads; ++h) {
         if (expected.log_sum_exp(b, h, i) > -kInfinity) continue;
-        for (Index d = 0; d < s.value_dim; ++d) ASSERT_EQ(static_cast<double>(out(b, i, h, d)), 0.0) << b << " " << i << " " << h;
+        for (Index d = 0; d < s.value_dim; ++d)
+          ASSERT_EQ(static_cast<double>(out(b, i, h, d)), 0.0) << b << " " << i << " " << h;
       }
 }
 
@@ -70,18 +74,22 @@ void check(const AttentionCase<T>& c, const NamedOptions& named) {
   const auto expected = c.reference(options);
   auto lse = poisoned_tensor<ef::compute_type<T>, 3>({s.batch, s.heads, s.queries});
   options.log_sum_exp = lse;
-  if (s.queries != s.keys || c.query_lengths != c.key_lengths) options.query_lengths = c.query_lengths;
+  if (s.queries != s.keys || c.query_lengths != c.key_lengths)
+    options.query_lengths = c.query_lengths;
   auto out = poisoned_tensor<T, 4>({s.batch, s.queries, s.heads, s.value_dim});
-  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, c.q, c.k, c.v, c.key_lengths, options);
+  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, c.q, c.k, c.v, c.key_lengths,
+                                          options);
   ASSERT_LT(relative_error(out, expected.output), tolerance<T>());
-  ASSERT_LT(log_sum_exp_error(lse, expected.log_sum_exp), (std::is_same_v<T, double> ? 1e-12 : 1e-5));
+  ASSERT_LT(log_sum_exp_error(lse, expected.log_sum_exp),
+            (std::is_same_v<T, double> ? 1e-12 : 1e-5));
   check_zero_rows(c, out, expected);
 
   Threads threads(3);
   auto other = poisoned_tensor<T, 4>({s.batch, s.queries, s.heads, s.value_dim});
   auto other_lse = poisoned_tensor<ef::compute_type<T>, 3>({s.batch, s.heads, s.queries});
   options.log_sum_exp = other_lse;
-  ef::batched_attention_with_padding_into(threads.device, other, c.q, c.k, c.v, c.key_lengths, options);
+  ef::batched_attention_with_padding_into(threads.device, other, c.q, c.k, c.v, c.key_lengths,
+                                          options);
   ASSERT_TRUE(same_bits(out, other));
   ASSERT_TRUE(same_bits(lse, other_lse));
 }
@@ -93,7 +101,8 @@ TYPED_TEST_SUITE(Attention, Scalars);
 
 TYPED_TEST(Attention, EqualsItsDefinitionForEveryOption) {
   const AttentionCase<TypeParam> padded({3, 100, 100, 4, 2, 24, 40}, {100, 0, 71});
-  const AttentionCase<TypeParam> chunk({2, 13, 140, 4, 1, 16, 16}, {140, 7}, 5);  // more queries than keys in the second
+  const AttentionCase<TypeParam> chunk({2, 13, 140, 4, 1, 16, 16}, {140, 7},
+                                       5);  // more queries than keys in the second
   const AttentionCase<TypeParam> ragged({4, 9, 80, 2, 2, 8, 8}, {80, 33, 5, 64}, 9, {9, 1, 5, 0});
   for (const auto& options : option_sweep(4)) {
     check(padded, options);
@@ -103,13 +112,17 @@ TYPED_TEST(Attention, EqualsItsDefinitionForEveryOption) {
 }
 
 TYPED_TEST(Attention, EqualsItsDefinitionAtEveryEdge) {
-  for (Index width = 1; width <= 35; ++width) {  // around every vector width, head_dim and value_dim in opposite directions
-    const AttentionCase<TypeParam> c({2, 6, 6, 2, 1, width, 36 - width}, {6, 3}, static_cast<unsigned>(width));
+  for (Index width = 1; width <= 35;
+       ++width) {  // around every vector width, head_dim and value_dim in opposite directions
+    const AttentionCase<TypeParam> c({2, 6, 6, 2, 1, width, 36 - width}, {6, 3},
+                                     static_cast<unsigned>(width));
     check(c, {"width " + std::to_string(width), {.causal = true}});
   }
-  for (Index length : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 193})  // around panels and key blocks
+  for (Index length : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129,
+                       193})  // around panels and key blocks
     for (Index heads : {1, 3}) {
-      const AttentionCase<TypeParam> c({1, length, length, heads, 1, 8, 8}, {length}, static_cast<unsigned>(length));
+      const AttentionCase<TypeParam> c({1, length, length, heads, 1, 8, 8}, {length},
+                                       static_cast<unsigned>(length));
       check(c, {"length " + std::to_string(length), {.causal = true, .window = 40}});
       check(c, {"length " + std::to_string(length), {}});
     }
@@ -122,11 +135,13 @@ TYPED_TEST(Attention, EveryIsaMeetsTheDefinition) {
     for_each_isa([&](auto isa) {
       ef::Workspace workspace;
       ef::Workspace::Frame frame(workspace);
-      auto problem = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths, named.options, frame);
+      auto problem = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths,
+                                                         named.options, frame);
       auto out = poisoned_tensor<TypeParam, 4>({2, 70, 6, 33});
       problem.output = out.data();
       ef::cpu::attention(isa, Eigen::DefaultDevice{}, problem, workspace);
-      EXPECT_LT(relative_error(out, expected.output), tolerance<TypeParam>()) << isa.name << " " << named.name;
+      EXPECT_LT(relative_error(out, expected.output), tolerance<TypeParam>())
+          << isa.name << " " << named.name;
     });
   }
 }
@@ -149,18 +164,25 @@ TEST(AttentionBits, RowsDoNotDependOnBatchPaddingOrPacking) {
       std::copy_n(k.data(), k.size(), &pk(token, 0, 0));
       std::copy_n(v.data(), v.size(), &pv(token, 0, 0));
       token += n;
-      const auto alone = ef::batched_attention_with_padding(q, k, v, std::vector<int>{static_cast<int>(n)}, named.options);
-      EXPECT_EQ(std::memcmp(alone.data(), &batch(b, 0, 0, 0), static_cast<std::size_t>(alone.size()) * sizeof(float)), 0) << b;
+      const auto alone = ef::batched_attention_with_padding(
+          q, k, v, std::vector<int>{static_cast<int>(n)}, named.options);
+      EXPECT_EQ(std::memcmp(alone.data(), &batch(b, 0, 0, 0),
+                            static_cast<std::size_t>(alone.size()) * sizeof(float)),
+                0)
+          << b;
     }
     ef::AttentionOptions options = named.options;
     auto lse = poisoned_tensor<float, 2>({4, 208});
     options.log_sum_exp = lse;
     const std::vector<int> offsets{0, 130, 131, 208};
-    const ef::Tensor<float, 3> packed = ef::variable_length_attention(pq, pk, pv, offsets, offsets, options);
+    const ef::Tensor<float, 3> packed =
+        ef::variable_length_attention(pq, pk, pv, offsets, offsets, options);
     token = 0;
     for (Index b = 0; b < 3; ++b) {
       const Index n = lengths[static_cast<std::size_t>(b)];
-      EXPECT_EQ(std::memcmp(&packed(token, 0, 0), &batch(b, 0, 0, 0), static_cast<std::size_t>(n * 4 * 24) * sizeof(float)), 0)
+      EXPECT_EQ(std::memcmp(&packed(token, 0, 0), &batch(b, 0, 0, 0),
+                            static_cast<std::size_t>(n * 4 * 24) * sizeof(float)),
+                0)
           << b;
       token += n;
     }
@@ -171,9 +193,12 @@ TEST(AttentionBits, RowsDoNotDependOnBatchPaddingOrPacking) {
 
 TEST(AttentionBits, AKeyNobodySeesMayBeNaN) {
   AttentionCase<float> c({1, 90, 90, 2, 1, 16, 16}, {90});
-  const auto clean = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, {.causal = true, .window = 10});
-  for (Index x = 0; x < 16; ++x) c.k(0, 50, 0, x) = c.v(0, 50, 0, x) = std::numeric_limits<float>::quiet_NaN();
-  const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, {.causal = true, .window = 10});
+  const auto clean = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths,
+                                                        {.causal = true, .window = 10});
+  for (Index x = 0; x < 16; ++x)
+    c.k(0, 50, 0, x) = c.v(0, 50, 0, x) = std::numeric_limits<float>::quiet_NaN();
+  const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths,
+                                                      {.causal = true, .window = 10});
   for (Index i = 0; i < 90; ++i)
     for (Index h = 0; h < 2; ++h) {
       if (i >= 50 && i < 60)
@@ -209,24 +234,31 @@ TEST(AttentionValues, InfiniteScores) {
 }
 
 TEST(AttentionValues, LargeScoresDoNotOverflow) {
-  auto q = random_tensor<float, 3>({1, 80, 16}, 1, 300.0), k = random_tensor<float, 3>({1, 80, 16}, 2, 300.0);
+  auto q = random_tensor<float, 3>({1, 80, 16}, 1, 300.0),
+       k = random_tensor<float, 3>({1, 80, 16}, 2, 300.0);
   const auto v = random_tensor<float, 3>({1, 80, 16}, 3);
   const auto out = ef::batched_attention_with_padding(q, k, v, {80});
-  const auto as4 = [](const auto& x) { return ef::Tensor<double, 4>(to_double(x).reshape(Eigen::array<Index, 4>{1, 80, 1, 16})); };
+  const auto as4 = [](const auto& x) {
+    return ef::Tensor<double, 4>(to_double(x).reshape(Eigen::array<Index, 4>{1, 80, 1, 16}));
+  };
   const auto expected = ef::reference::attention(as4(q), as4(k), as4(v), {80}, {80}, {});
-  for (Index i = 0; i < out.size(); ++i) ASSERT_NEAR(out.data()[i], expected.output.data()[i], 0.05);
+  for (Index i = 0; i < out.size(); ++i)
+    ASSERT_NEAR(out.data()[i], expected.output.data()[i], 0.05);
 }
 
 TEST(AttentionCalls, OfTheContract) {
-  const auto query = random_tensor<float, 3>({2, 4, 8}, 1), key = random_tensor<float, 3>({2, 4, 8}, 2),
+  const auto query = random_tensor<float, 3>({2, 4, 8}, 1),
+             key = random_tensor<float, 3>({2, 4, 8}, 2),
              value = random_tensor<float, 3>({2, 4, 8}, 3);
-  const auto q4 = random_tensor<float, 4>({2, 4, 4, 8}, 1), k4 = random_tensor<float, 4>({2, 4, 2, 8}, 2),
+  const auto q4 = random_tensor<float, 4>({2, 4, 4, 8}, 1),
+             k4 = random_tensor<float, 4>({2, 4, 2, 8}, 2),
              v4 = random_tensor<float, 4>({2, 4, 2, 8}, 3);
   const auto q = random_tensor<float, 3>({5, 2, 8}, 4), k = random_tensor<float, 3>({5, 2, 8}, 5),
              v = random_tensor<float, 3>({5, 2, 8}, 6);
   const auto call = [&](const auto& seq_lengths) {
     ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);
-    ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
+    ef::Tensor<float, 4> o4 =
+        ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
     EXPECT_EQ(out(0, 3, 7), 0.0f);  // the notebook's example: lengths 3 and 2
     EXPECT_EQ(out(1, 2, 0), 0.0f);
     EXPECT_NE(out(1, 1, 0), 0.0f);
@@ -246,38 +278,46 @@ TEST(AttentionCalls, OfTheContract) {
 
   const std::vector<int> q_offsets{0, 2, 5};
   const std::vector<Index> kv_offsets{0, 1, 5};
-  ef::Tensor<float, 3> packed = ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
+  ef::Tensor<float, 3> packed =
+      ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
   EXPECT_EQ(packed(0, 0, 0), 0.0f);  // two queries, one key: the first is before it
   EXPECT_EQ(packed(1, 0, 0), v(0, 0, 0));
 
   Threads threads(2);
   ef::TensorView<const float, 3> view(query.data(), 2, 4, 8);
-  EXPECT_TRUE(same_bits(expected, ef::batched_attention_with_padding(threads.device, view, key, value, wide)));
-  EXPECT_TRUE(same_bits(packed, ef::variable_length_attention(threads.device, q, k, v, q_offsets, kv_offsets, {.causal = true})));
+  EXPECT_TRUE(same_bits(
+      expected, ef::batched_attention_with_padding(threads.device, view, key, value, wide)));
+  EXPECT_TRUE(same_bits(packed, ef::variable_length_attention(threads.device, q, k, v, q_offsets,
+                                                              kv_offsets, {.causal = true})));
 }
 
 TEST(AttentionCalls, EmptyTensorsAreLegal) {
   const std::vector<Index> none;
-  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(0, 4, 8), ef::Tensor<float, 3>(0, 4, 8),
+  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(0, 4, 8),
+                                               ef::Tensor<float, 3>(0, 4, 8),
                                                ef::Tensor<float, 3>(0, 4, 8), none)
                 .size(),
             0);
-  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(2, 0, 8), ef::Tensor<float, 3>(2, 0, 8),
+  EXPECT_EQ(ef::batched_attention_with_padding(ef::Tensor<float, 3>(2, 0, 8),
+                                               ef::Tensor<float, 3>(2, 0, 8),
                                                ef::Tensor<float, 3>(2, 0, 8), {0, 0})
                 .size(),
             0);
   const ef::Tensor<float, 4> q = random_tensor<float, 4>({1, 2, 2, 8}, 1);
-  const auto out = ef::batched_attention_with_padding(q, ef::Tensor<float, 4>(1, 0, 2, 8), ef::Tensor<float, 4>(1, 0, 2, 8), {0});
+  const auto out = ef::batched_attention_with_padding(q, ef::Tensor<float, 4>(1, 0, 2, 8),
+                                                      ef::Tensor<float, 4>(1, 0, 2, 8), {0});
   for (Index i = 0; i < out.size(); ++i) EXPECT_EQ(out.data()[i], 0.0f);
-  EXPECT_EQ(ef::variable_length_attention(ef::Tensor<float, 3>(0, 2, 8), ef::Tensor<float, 3>(0, 2, 8),
-                                          ef::Tensor<float, 3>(0, 2, 8), {0, 0, 0}, {0, 0, 0})
-                .size(),
-            0);
+  EXPECT_EQ(
+      ef::variable_length_attention(ef::Tensor<float, 3>(0, 2, 8), ef::Tensor<float, 3>(0, 2, 8),
+                                    ef::Tensor<float, 3>(0, 2, 8), {0, 0, 0}, {0, 0, 0})
+          .size(),
+      0);
 }
 
 TEST(AttentionCalls, OutputMayBeTheQuery) {
   auto q = random_tensor<float, 4>({2, 150, 4, 16}, 1);
-  const auto k = random_tensor<float, 4>({2, 150, 2, 16}, 2), v = random_tensor<float, 4>({2, 150, 2, 16}, 3);
+  const auto k = random_tensor<float, 4>({2, 150, 2, 16}, 2),
+             v = random_tensor<float, 4>({2, 150, 2, 16}, 3);
   const auto expected = ef::batched_attention_with_padding(q, k, v, {150, 90}, {.causal = true});
   Threads threads(2);
   ef::batched_attention_with_padding_into(threads.device, q, q, k, v, {150, 90}, {.causal = true});
@@ -289,7 +329,8 @@ TEST(AttentionCalls, IntoFormAllocatesNothingTheSecondTime) {
   ef::Tensor<ef::bfloat16, 4> out(2, 70, 4, 16);
   ef::Workspace workspace;
   const auto call = [&] {
-    ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, c.q, c.k, c.v, c.key_lengths, {.causal = true}, workspace);
+    ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, c.q, c.k, c.v,
+                                            c.key_lengths, {.causal = true}, workspace);
   };
   call();
   const long before = allocations;
@@ -305,25 +346,31 @@ TEST(AttentionCalls, BackwardAllocatesNothingTheSecondTime) {
   auto gv = poisoned_tensor<float, 4>({2, 40, 1, 8});
   ef::Workspace workspace;
   const auto call = [&] {
-    ef::attention_backward_into(Eigen::DefaultDevice{}, gq, gk, gv, c.weights, c.q, c.k, c.v, c.out, c.lse, c.key_lengths,
-                                {.causal = true}, workspace);
+    ef::attention_backward_into(Eigen::DefaultDevice{}, gq, gk, gv, c.weights, c.q, c.k, c.v, c.out,
+                                c.lse, c.key_lengths, {.causal = true}, workspace);
   };
   call();
   const long before = allocations;
   call();
   EXPECT_EQ(allocations, before);
-  EXPECT_TRUE(same_bits(gq, expected.grad_q) && same_bits(gk, expected.grad_k) && same_bits(gv, expected.grad_v));
+  EXPECT_TRUE(same_bits(gq, expected.grad_q) && same_bits(gk, expected.grad_k) &&
+              same_bits(gv, expected.grad_v));
 }
 
 TEST(AttentionCalls, RefusesWithTheArgumentNamed) {
-  const auto q = random_tensor<float, 4>({2, 4, 4, 8}, 1), k = random_tensor<float, 4>({2, 4, 2, 8}, 2),
+  const auto q = random_tensor<float, 4>({2, 4, 4, 8}, 1),
+             k = random_tensor<float, 4>({2, 4, 2, 8}, 2),
              v = random_tensor<float, 4>({2, 4, 2, 8}, 3);
   const auto refuses = [&](const ef::AttentionOptions& options, std::initializer_list<int> lengths,
                            const std::vector<std::string>& words) {
     ef::Tensor<float, 4> out(2, 4, 4, 8);
     out.setConstant(7.0f);
     expect_throws<std::invalid_argument>(
-        [&] { ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, q, k, v, lengths, options); }, words);
+        [&] {
+          ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, out, q, k, v, lengths,
+                                                  options);
+        },
+        words);
     for (Index i = 0; i < out.size(); ++i) ASSERT_EQ(out.data()[i], 7.0f);
   };
   const std::vector<float> three(3, 1.0f), bad(4, std::numeric_limits<float>::quiet_NaN());
@@ -346,11 +393,17 @@ TEST(AttentionCalls, RefusesWithTheArgumentNamed) {
   ef::Tensor<double, 3> wide(2, 4, 4);
   refuses({.log_sum_exp = wide}, {4, 4}, {"log_sum_exp is a tensor of double", "float"});
 
-  const auto call = [](const auto& a, const auto& b, const auto& c) { return ef::batched_attention_with_padding(a, b, c, {1, 1}); };
-  const ef::Tensor<float, 4> narrow(2, 4, 2, 7), three_heads(2, 4, 3, 8), short_keys(2, 3, 2, 8), one(1, 4, 2, 8);
-  expect_throws<std::invalid_argument>([&] { call(q, narrow, v); }, {"key has shape (2, 4, 2, 7)", "width 8"});
-  expect_throws<std::invalid_argument>([&] { call(q, three_heads, three_heads); }, {"query has 4 heads", "multiple of the 3"});
-  expect_throws<std::invalid_argument>([&] { call(q, k, short_keys); }, {"value has shape (2, 3, 2, 8)"});
+  const auto call = [](const auto& a, const auto& b, const auto& c) {
+    return ef::batched_attention_with_padding(a, b, c, {1, 1});
+  };
+  const ef::Tensor<float, 4> narrow(2, 4, 2, 7), three_heads(2, 4, 3, 8), short_keys(2, 3, 2, 8),
+      one(1, 4, 2, 8);
+  expect_throws<std::invalid_argument>([&] { call(q, narrow, v); },
+                                       {"key has shape (2, 4, 2, 7)", "width 8"});
+  expect_throws<std::invalid_argument>([&] { call(q, three_heads, three_heads); },
+                                       {"query has 4 heads", "multiple of the 3"});
+  expect_throws<std::invalid_argument>([&] { call(q, k, short_keys); },
+                                       {"value has shape (2, 3, 2, 8)"});
   expect_throws<std::invalid_argument>([&] { call(q, one, one); }, {"query has batch 2, key 1"});
   ef::Tensor<float, 4> small(2, 4, 4, 7);
   expect_throws<std::invalid_argument>(
@@ -368,8 +421,16 @@ TEST(AttentionCalls, RefusesWithTheArgumentNamed) {
         packed({0, 4}, {0, 5});
       },
       {"variable_length_attention", "q_offsets ends at 4", "5 (tokens)"});
-  expect_throws<std::invalid_argument>([&] { packed({0, 3, 5}, {0, 5}); }, {"kv_offsets has 2", "3"});
-  expect_throws<std::invalid_argument>([&] { packed({0, 3, 2, 5}, {0, 1, 2, 5}); }, {"q_offsets falls from 3 to 2"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        packed({0, 3, 5}, {0, 5});
+      },
+      {"kv_offsets has 2", "3"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        packed({0, 3, 2, 5}, {0, 1, 2, 5});
+      },
+      {"q_offsets falls from 3 to 2"});
   expect_throws<std::invalid_argument>([&] { packed({1, 5}, {0, 5}); }, {"q_offsets starts at 1"});
   expect_throws<std::invalid_argument>([&] { packed({}, {}); }, {"q_offsets is empty"});
 }

@@ -17,11 +17,13 @@ void check(Index batch, Index queries, Index keys, ef::CausalMaskOptions options
     ef::Tensor<std::int32_t, 1> ids(static_cast<Index>(options.segment_ids.size()));
     std::copy(options.segment_ids.begin(), options.segment_ids.end(), ids.data());
     auto device_ids = on_device(bench, ids);
-    if (ids.size() > 0) device_options.segment_ids = {device_ids.view().data(), options.segment_ids.size()};
+    if (ids.size() > 0)
+      device_options.segment_ids = {device_ids.view().data(), options.segment_ids.size()};
     ef::causal_mask_into(bench.device, mask.view(), device_options);
     const auto got = mask.host();
     const auto expected = ef::reference::causal_mask(queries, batch, keys, options);
-    for (Index i = 0; i < got.size(); ++i) ASSERT_EQ(static_cast<double>(got.data()[i]), expected.data()[i]) << i;
+    for (Index i = 0; i < got.size(); ++i)
+      ASSERT_EQ(static_cast<double>(got.data()[i]), expected.data()[i]) << i;
   });
 }
 

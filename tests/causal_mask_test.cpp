@@ -17,13 +17,15 @@ TYPED_TEST_SUITE(CausalMask, Scalars);
 
 template <typename T>
 void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
-  const Index keys = options.key_length == -1 ? std::max<Index>(0, queries + options.query_offset) : options.key_length;
+  const Index keys = options.key_length == -1 ? std::max<Index>(0, queries + options.query_offset)
+                                              : options.key_length;
   const auto expected = ef::reference::causal_mask(queries, batch, keys, options);
   const auto mask = ef::create_causal_mask<T>(queries, batch, options);
   ASSERT_EQ(mask.dimension(0), batch);
   ASSERT_EQ(mask.dimension(1), queries);
   ASSERT_EQ(mask.dimension(2), keys);
-  for (Index i = 0; i < mask.size(); ++i) ASSERT_EQ(static_cast<double>(mask.data()[i]), expected.data()[i]) << i;
+  for (Index i = 0; i < mask.size(); ++i)
+    ASSERT_EQ(static_cast<double>(mask.data()[i]), expected.data()[i]) << i;
 
   const ef::Tensor<T, 3> lazy = ef::causal_mask_expression<T>(queries, batch, options);
   ASSERT_TRUE(same_bits(mask, lazy));
@@ -32,14 +34,17 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
   ASSERT_TRUE(same_bits(mask, ef::create_causal_mask<T>(threads.device, queries, batch, options)));
   for_each_isa([&](auto isa) {
     auto other = poisoned_tensor<T, 3>({batch, queries, keys});
-    ef::cpu::causal_mask(isa, Eigen::DefaultDevice{}, ef::detail::causal_mask_problem(other.data(), batch, queries, keys, options));
+    ef::cpu::causal_mask(
+        isa, Eigen::DefaultDevice{},
+        ef::detail::causal_mask_problem(other.data(), batch, queries, keys, options));
     ASSERT_TRUE(same_bits(mask, other)) << isa.name;
     if (!options.segment_ids.empty()) return;
     // The path of masks larger than the caches, at addresses that no vector is aligned to; the element before and after is not its
     // own.
     auto memory = poisoned_tensor<T, 1>({mask.size() + 2});
     const ef::TensorView<T, 3> shifted(memory.data() + 1, batch, queries, keys);
-    const auto problem = ef::detail::causal_mask_problem(memory.data() + 1, batch, queries, keys, options);
+    const auto problem =
+        ef::detail::causal_mask_problem(memory.data() + 1, batch, queries, keys, options);
     ef::cpu::causal_mask_rows_streaming<decltype(isa)>(problem, 0, batch * queries);
     ASSERT_TRUE(same_bits(mask, shifted)) << isa.name;
     ASSERT_NE(memory(0), memory(0)) << isa.name;
@@ -52,9 +57,12 @@ TYPED_TEST(CausalMask, EqualsItsDefinitionAtEveryEdge) {
     for (Index batch : {0, 1, 3}) {
       check<TypeParam>(queries, batch, {});
       for (Index window : {1, 2, 16, 100}) check<TypeParam>(queries, batch, {.window = window});
-      for (Index offset : {-40, -2, 5}) check<TypeParam>(queries, batch, {.key_length = 21, .query_offset = offset, .window = 4});
+      for (Index offset : {-40, -2, 5})
+        check<TypeParam>(queries, batch, {.key_length = 21, .query_offset = offset, .window = 4});
       for (Index prefix : {1, 7, 50})
-        check<TypeParam>(queries, batch, {.key_length = 20, .query_offset = 3, .window = 2, .prefix_length = prefix});
+        check<TypeParam>(
+            queries, batch,
+            {.key_length = 20, .query_offset = 3, .window = 2, .prefix_length = prefix});
       check<TypeParam>(queries, batch, {.key_length = 0});
     }
 }
@@ -63,7 +71,10 @@ TYPED_TEST(CausalMask, PackedDocumentsSeeOnlyThemselves) {
   const std::vector<std::int32_t> shared{0, 0, 0, 1, 1, 2, 2, 2, 2};
   check<TypeParam>(9, 2, {.segment_ids = shared});
   check<TypeParam>(4, 3, {.key_length = 9, .query_offset = 5, .window = 3, .segment_ids = shared});
-  check<TypeParam>(4, 2, {.key_length = 9, .query_offset = 7, .segment_ids = shared});  // two queries past the last key
+  check<TypeParam>(4, 2,
+                   {.key_length = 9,
+                    .query_offset = 7,
+                    .segment_ids = shared});  // two queries past the last key
   std::vector<std::int32_t> own(shared);
   for (std::int32_t id : {5, 5, 5, 5, 5, 5, 6, 6, 7}) own.push_back(id);
   check<TypeParam>(9, 2, {.prefix_length = 2, .segment_ids = own});
@@ -73,10 +84,13 @@ TEST(CausalMaskShapes, LargerThanTheCaches) {
   const Index length = 2960;  // 35 MB of float
   static_assert(2960 * 2960 * sizeof(float) > ef::cpu::kCausalMaskStreamingBytes);
   Threads threads(2);
-  const auto mask = ef::create_causal_mask<float>(threads.device, length, 1, {.window = 1000, .prefix_length = 3});
+  const auto mask = ef::create_causal_mask<float>(threads.device, length, 1,
+                                                  {.window = 1000, .prefix_length = 3});
   for (Index i = 0; i < length; ++i)
     for (Index j = 0; j < length; ++j)
-      ASSERT_EQ(mask(0, i, j), j < 3 || (j <= i && j > i - 1000) ? 0.0f : -std::numeric_limits<float>::infinity()) << i << " " << j;
+      ASSERT_EQ(mask(0, i, j),
+                j < 3 || (j <= i && j > i - 1000) ? 0.0f : -std::numeric_limits<float>::infinity())
+          << i << " " << j;
 }
 
 TEST(CausalMaskShapes, NotebookExample) {
@@ -93,13 +107,17 @@ TEST(CausalMaskShapes, LazyExpressionWorksInsideOthers) {
   const ef::Tensor<float, 3> masked = scores + expression;
   for (Index b = 0; b < 2; ++b)
     for (Index i = 0; i < 5; ++i)
-      for (Index j = 0; j < 5; ++j) EXPECT_EQ(masked(b, i, j), j <= i ? scores(b, i, j) : -std::numeric_limits<float>::infinity());
+      for (Index j = 0; j < 5; ++j)
+        EXPECT_EQ(masked(b, i, j),
+                  j <= i ? scores(b, i, j) : -std::numeric_limits<float>::infinity());
 }
 
 TEST(CausalMaskShapes, AlibiSlopesAndBias) {
   const auto eight = ef::alibi_slopes(8);
-  for (int h = 0; h < 8; ++h) EXPECT_FLOAT_EQ(eight[static_cast<std::size_t>(h)], std::exp2(-static_cast<float>(h + 1)));
-  const auto twelve = ef::alibi_slopes(12);  // the paper's rule for other head counts, as published with BLOOM
+  for (int h = 0; h < 8; ++h)
+    EXPECT_FLOAT_EQ(eight[static_cast<std::size_t>(h)], std::exp2(-static_cast<float>(h + 1)));
+  const auto twelve =
+      ef::alibi_slopes(12);  // the paper's rule for other head counts, as published with BLOOM
   EXPECT_FLOAT_EQ(twelve[7], std::exp2(-8.0f));
   EXPECT_FLOAT_EQ(twelve[8], std::exp2(-0.5f));
   EXPECT_FLOAT_EQ(twelve[11], std::exp2(-3.5f));
@@ -112,28 +130,38 @@ TEST(CausalMaskShapes, AlibiSlopesAndBias) {
 }
 
 TEST(CausalMaskShapes, RowsWithoutKeysCostNothing) {
-  const ef::Tensor<float, 3> mask = ef::create_causal_mask<float>(Index{1} << 31, Index{1} << 31, {.key_length = 0});
+  const ef::Tensor<float, 3> mask =
+      ef::create_causal_mask<float>(Index{1} << 31, Index{1} << 31, {.key_length = 0});
   EXPECT_EQ(mask.dimension(1), Index{1} << 31);
   EXPECT_EQ(mask.size(), 0);
 }
 
 TEST(CausalMaskShapes, RefusesWithTheArgumentNamed) {
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(-1, 1); }, {"create_causal_mask", "query_length", "-1"});
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, -2); }, {"batch_size", "-2"});
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, 1, {.key_length = -5}); }, {"key_length", "-5"});
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, 1, {.window = -1}); }, {"window", "-1"});
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(Index{1} << 31, 1 << 20); }, {"overflows"});
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(Index{1} << 33, Index{1} << 33, {.key_length = 0}); },
-                                       {"overflows"});
-  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(0, Index{1} << 40, {.key_length = Index{1} << 40}); },
-                                       {"overflows"});
+  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(-1, 1); },
+                                       {"create_causal_mask", "query_length", "-1"});
+  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, -2); },
+                                       {"batch_size", "-2"});
+  expect_throws<std::invalid_argument>(
+      [] { ef::create_causal_mask<float>(3, 1, {.key_length = -5}); }, {"key_length", "-5"});
+  expect_throws<std::invalid_argument>([] { ef::create_causal_mask<float>(3, 1, {.window = -1}); },
+                                       {"window", "-1"});
+  expect_throws<std::invalid_argument>(
+      [] { ef::create_causal_mask<float>(Index{1} << 31, 1 << 20); }, {"overflows"});
+  expect_throws<std::invalid_argument>(
+      [] { ef::create_causal_mask<float>(Index{1} << 33, Index{1} << 33, {.key_length = 0}); },
+      {"overflows"});
+  expect_throws<std::invalid_argument>(
+      [] { ef::create_causal_mask<float>(0, Index{1} << 40, {.key_length = Index{1} << 40}); },
+      {"overflows"});
   const std::vector<std::int32_t> ids{0, 1};
-  expect_throws<std::invalid_argument>([&] { ef::create_causal_mask<float>(3, 2, {.segment_ids = ids}); },
-                                       {"segment_ids has 2", "3", "6"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::create_causal_mask<float>(3, 2, {.segment_ids = ids}); },
+      {"segment_ids has 2", "3", "6"});
   ef::Tensor<float, 3> mask(1, 2, 4);
   mask.setConstant(7.0f);
-  expect_throws<std::invalid_argument>([&] { ef::causal_mask_into(Eigen::DefaultDevice{}, mask, {.key_length = 5}); },
-                                       {"mask has 4 keys", "5"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::causal_mask_into(Eigen::DefaultDevice{}, mask, {.key_length = 5}); },
+      {"mask has 4 keys", "5"});
   EXPECT_EQ(mask(0, 0, 0), 7.0f);
 }
 

@@ -36,7 +36,8 @@ TEST(ThreadCommunicator, DifferentCallsAreAnErrorOnEveryRank) {
 TEST(ThreadCommunicator, RanksAreDistinctAndAllRun) {
   for (int ranks : {1, 2, 5, 16}) {
     std::vector<std::atomic<int>> seen(static_cast<std::size_t>(ranks));
-    ef::ThreadCommunicator::run(ranks, [&](auto& communicator) { ++seen[static_cast<std::size_t>(communicator.rank())]; });
+    ef::ThreadCommunicator::run(
+        ranks, [&](auto& communicator) { ++seen[static_cast<std::size_t>(communicator.rank())]; });
     for (auto& count : seen) EXPECT_EQ(count, 1);
   }
 }
@@ -107,16 +108,19 @@ TEST(ThreadCommunicator, ARankThatEndsEarlyIsAnErrorForThoseWhoWait) {
           });
         },
         {"barrier", "rank " + std::to_string(run % 3) + " has ended"});
-  ef::ThreadCommunicator::run(4, [](auto& communicator) {  // an end after the last collective disturbs nobody
-    communicator.barrier();
-    if (communicator.rank() != 0) std::this_thread::sleep_for(std::chrono::milliseconds(communicator.rank()));
-  });
+  ef::ThreadCommunicator::run(
+      4, [](auto& communicator) {  // an end after the last collective disturbs nobody
+        communicator.barrier();
+        if (communicator.rank() != 0)
+          std::this_thread::sleep_for(std::chrono::milliseconds(communicator.rank()));
+      });
 }
 
 TEST(ThreadCommunicator, RefusesEmptyWorlds) {
   for (int ranks : {0, -1, -100})
-    expect_throws<std::invalid_argument>([&] { ef::ThreadCommunicator::run(ranks, [](auto&) { FAIL(); }); },
-                                         {"ThreadCommunicator", "world_size is " + std::to_string(ranks), "1 or more"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::ThreadCommunicator::run(ranks, [](auto&) { FAIL(); }); },
+        {"ThreadCommunicator", "world_size is " + std::to_string(ranks), "1 or more"});
 }
 
 TEST(ThreadCommunicator, SeveralGroupsAtOnce) {
@@ -191,7 +195,8 @@ TEST(ThreadCommunicatorGroup, StopWakesThoseWhoWait) {
       std::vector<std::jthread> threads;
       for (int rank = 0; rank < 2; ++rank)
         threads.emplace_back([&woken, communicator = group.communicator(rank)]() mutable {
-          expect_throws<ef::CommunicatorError>([&] { communicator.barrier(); }, {"stopped", "shutting down"});
+          expect_throws<ef::CommunicatorError>([&] { communicator.barrier(); },
+                                               {"stopped", "shutting down"});
           ++woken;
         });
       if (run % 2 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
@@ -214,7 +219,8 @@ TEST(ShardRange, CoversEverythingOnceFirstRanksTakeTheRemainder) {
       }
       EXPECT_EQ(next, count);
     }
-  expect_throws<std::invalid_argument>([] { ef::shard_range(4, 2, 2); }, {"shard_range", "rank is 2", "0 to 1"});
+  expect_throws<std::invalid_argument>([] { ef::shard_range(4, 2, 2); },
+                                       {"shard_range", "rank is 2", "0 to 1"});
   expect_throws<std::invalid_argument>([] { ef::shard_range(4, -1, 2); }, {"rank is -1"});
   expect_throws<std::invalid_argument>([] { ef::shard_range(4, 0, 0); }, {"world_size is 0"});
   expect_throws<std::invalid_argument>([] { ef::shard_range(-1, 0, 1); }, {"count is -1"});

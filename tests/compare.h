@@ -38,7 +38,8 @@ constexpr double tolerance() {
 
 /// Eigen has an array type of its own in CUDA code, so sizes go through its dimensions.
 template <int Rank>
-Eigen::DSizes<Index, Rank> dimensions_of(const std::array<Index, static_cast<std::size_t>(Rank)>& sizes) {
+Eigen::DSizes<Index, Rank> dimensions_of(
+    const std::array<Index, static_cast<std::size_t>(Rank)>& sizes) {
   Eigen::DSizes<Index, Rank> result;
   for (int d = 0; d < Rank; ++d) result[d] = sizes[static_cast<std::size_t>(d)];
   return result;
@@ -46,11 +47,13 @@ Eigen::DSizes<Index, Rank> dimensions_of(const std::array<Index, static_cast<std
 
 /// normal(0, 1) values, the same for a seed on every machine up to the standard library.
 template <typename T, int Rank>
-ef::Tensor<T, Rank> random_tensor(std::array<Index, static_cast<std::size_t>(Rank)> sizes, unsigned seed, double scale = 1.0) {
+ef::Tensor<T, Rank> random_tensor(std::array<Index, static_cast<std::size_t>(Rank)> sizes,
+                                  unsigned seed, double scale = 1.0) {
   std::mt19937 generator(seed);
   std::normal_distribution<double> normal(0.0, scale);
   ef::Tensor<T, Rank> tensor(dimensions_of<Rank>(sizes));
-  for (Index i = 0; i < tensor.size(); ++i) tensor.data()[i] = static_cast<T>(static_cast<float>(normal(generator)));
+  for (Index i = 0; i < tensor.size(); ++i)
+    tensor.data()[i] = static_cast<T>(static_cast<float>(normal(generator)));
   return tensor;
 }
 
@@ -80,11 +83,13 @@ auto to_double(const X& x) {
 template <typename A, typename B>
 double relative_error(const A& actual, const B& expected) {
   for (int d = 0; d < ef::rank_of<A>; ++d)
-    if (actual.dimension(static_cast<std::size_t>(d)) != expected.dimension(static_cast<std::size_t>(d)))
+    if (actual.dimension(static_cast<std::size_t>(d)) !=
+        expected.dimension(static_cast<std::size_t>(d)))
       return std::numeric_limits<double>::infinity();
   double difference = 0, norm = 0;
   for (Index i = 0; i < actual.size(); ++i) {
-    const double a = static_cast<double>(actual.data()[i]), e = static_cast<double>(expected.data()[i]);
+    const double a = static_cast<double>(actual.data()[i]),
+                 e = static_cast<double>(expected.data()[i]);
     if (!std::isfinite(a)) return std::numeric_limits<double>::infinity();
     difference += (a - e) * (a - e);
     norm += e * e;
@@ -96,11 +101,13 @@ double relative_error(const A& actual, const B& expected) {
 template <typename A, typename B>
 ::testing::AssertionResult same_bits(const A& a, const B& b) {
   static_assert(std::is_same_v<ef::scalar_of<A>, ef::scalar_of<B>>);
-  if (a.size() != b.size()) return ::testing::AssertionFailure() << "sizes " << a.size() << " and " << b.size();
+  if (a.size() != b.size())
+    return ::testing::AssertionFailure() << "sizes " << a.size() << " and " << b.size();
   for (Index i = 0; i < a.size(); ++i)
     if (std::memcmp(a.data() + i, b.data() + i, sizeof(*a.data())) != 0)
-      return ::testing::AssertionFailure() << "element " << i << ": " << static_cast<double>(a.data()[i]) << " and "
-                                           << static_cast<double>(b.data()[i]);
+      return ::testing::AssertionFailure()
+             << "element " << i << ": " << static_cast<double>(a.data()[i]) << " and "
+             << static_cast<double>(b.data()[i]);
   return ::testing::AssertionSuccess();
 }
 

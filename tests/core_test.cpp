@@ -15,11 +15,14 @@ namespace {
 // Random123 kat_vectors, philox4x32-10.
 TEST(Philox, KnownAnswers) {
   using Words = std::array<std::uint32_t, 4>;
-  EXPECT_EQ(ef::philox4x32_10({0, 0, 0, 0}, {0, 0}), (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
-  EXPECT_EQ(ef::philox4x32_10({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}),
-            (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
-  EXPECT_EQ(ef::philox4x32_10({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
-            (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+  EXPECT_EQ(ef::philox4x32_10({0, 0, 0, 0}, {0, 0}),
+            (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
+  EXPECT_EQ(
+      ef::philox4x32_10({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}),
+      (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
+  EXPECT_EQ(
+      ef::philox4x32_10({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
+      (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
 TEST(Philox, DrawIsAFunctionOfSeedPositionRowAndIndex) {
@@ -87,19 +90,25 @@ TEST(ParallelFor, MayBeCalledFromAThreadOfThePool) {
   std::atomic<int> total{0};
   ef::parallel_for(threads.device, 4, 1, [&](Index begin, Index end, int) {
     for (Index i = begin; i < end; ++i)
-      ef::parallel_for(threads.device, 10, 1, [&](Index b, Index e, int) { total += static_cast<int>(e - b); });
+      ef::parallel_for(threads.device, 10, 1,
+                       [&](Index b, Index e, int) { total += static_cast<int>(e - b); });
   });
   EXPECT_EQ(total.load(), 40);
 }
 
 TEST(Checks, SayOperatorArgumentExpectedAndGot) {
   expect_throws<std::invalid_argument>(
-      [] { ef::require(false, "linear", "weight has ", Index{96}, " columns, input has ", 128, " features"); },
+      [] {
+        ef::require_that(false, "linear", "weight has ", Index{96}, " columns, input has ", 128,
+                         " features");
+      },
       {"linear: weight has 96 columns, input has 128 features"});
-  EXPECT_THROW(ef::checked_product(Index{1} << 40, Index{1} << 40, "op", "tensor"), std::invalid_argument);
+  EXPECT_THROW(ef::checked_product(Index{1} << 40, Index{1} << 40, "op", "tensor"),
+               std::invalid_argument);
   EXPECT_THROW(ef::checked_product(-1, 4, "op", "tensor"), std::invalid_argument);
   ef::Tensor<float, 2> a(2, 3), b(3, 2);
-  expect_throws<std::invalid_argument>([&] { ef::require_same_shape("op", "a", a, "b", b); }, {"(2, 3)", "(3, 2)"});
+  expect_throws<std::invalid_argument>([&] { ef::require_same_shape("op", "a", a, "b", b); },
+                                       {"(2, 3)", "(3, 2)"});
 }
 
 }  // namespace

@@ -11,8 +11,13 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr ef::DecoderConfig kConfig{
-    .vocabulary = 37, .features = 24, .layers = 2, .heads = 4, .kv_heads = 2, .head_dim = 6, .hidden = 40};
+constexpr ef::DecoderConfig kConfig{.vocabulary = 37,
+                                    .features = 24,
+                                    .layers = 2,
+                                    .heads = 4,
+                                    .kv_heads = 2,
+                                    .head_dim = 6,
+                                    .hidden = 40};
 
 ef::DecoderConfig config_of(ef::RopeLayout layout) {
   ef::DecoderConfig config = kConfig;
@@ -21,7 +26,8 @@ ef::DecoderConfig config_of(ef::RopeLayout layout) {
 }
 
 // Weights large enough for the branches to matter.
-std::shared_ptr<ef::DecoderWeights> make_weights(const ef::DecoderConfig& config = kConfig, unsigned seed = 5) {
+std::shared_ptr<ef::DecoderWeights> make_weights(const ef::DecoderConfig& config = kConfig,
+                                                 unsigned seed = 5) {
   auto weights = std::make_shared<ef::DecoderWeights>(config, seed);
   for (ef::Parameter& parameter : weights->parameters())
     for (Index i = 0; i < parameter.value.size(); ++i)
@@ -33,7 +39,8 @@ ef::Tensor<std::int32_t, 2> random_ids(Index batch, Index length, unsigned seed)
   std::mt19937 generator(seed);
   ef::Tensor<std::int32_t, 2> ids(batch, length);
   for (Index i = 0; i < ids.size(); ++i)
-    ids.data()[i] = static_cast<std::int32_t>(generator() % static_cast<unsigned>(kConfig.vocabulary));
+    ids.data()[i] =
+        static_cast<std::int32_t>(generator() % static_cast<unsigned>(kConfig.vocabulary));
   return ids;
 }
 
@@ -88,7 +95,8 @@ TEST(Decoder, GradientsEqualFiniteDifferences) {
   std::mt19937 generator(4);
   for (std::size_t p = 0; p < parameters.size(); ++p) {
     for (int sample = 0; sample < 6; ++sample) {
-      const Index at = static_cast<Index>(generator() % static_cast<unsigned>(parameters[p].value.size()));
+      const Index at =
+          static_cast<Index>(generator() % static_cast<unsigned>(parameters[p].value.size()));
       float& weight = parameters[p].value(at);
       const float before = weight;
       const double gradient = static_cast<double>(parameters[p].gradient(at));
@@ -100,7 +108,8 @@ TEST(Decoder, GradientsEqualFiniteDifferences) {
       const double down = objective();
       weight = before;
       const double slope = (up - down) / (static_cast<double>(high) - static_cast<double>(low));
-      EXPECT_NEAR(gradient, slope, 2e-3 * (1.0 + std::fabs(slope))) << weights->tensors()[p].name << '[' << at << ']';
+      EXPECT_NEAR(gradient, slope, 2e-3 * (1.0 + std::fabs(slope)))
+          << weights->tensors()[p].name << '[' << at << ']';
     }
   }
 }
@@ -121,7 +130,8 @@ TEST(Decoder, SameBitsWholeInChunksTokenByTokenAndInABatch) {
     ef::KvCache<float> chunked;
     ef::Tensor<float, 2> logits;
     for (Index start = 0, n = 1; start < 70; start += n, n = std::min<Index>(2 * n, 70 - start)) {
-      ef::Tensor<std::int32_t, 2> chunk = ids.slice(Eigen::array<Index, 2>{0, start}, Eigen::array<Index, 2>{3, n});
+      ef::Tensor<std::int32_t, 2> chunk =
+          ids.slice(Eigen::array<Index, 2>{0, start}, Eigen::array<Index, 2>{3, n});
       logits = model.prefill(chunk, chunked);
       if (start + n >= 70) break;
     }
@@ -144,9 +154,13 @@ TEST(Decoder, PagedCacheServesRaggedPromptsWithTheSameBits) {
   auto ids = random_ids(3, 20, 7);
   const std::vector<Index> lengths{20, 1, 11};
   for (Index b = 0; b < 3; ++b)
-    for (Index t = lengths[static_cast<std::size_t>(b)]; t < 20; ++t) ids(b, t) = -7;  // nobody's ids
-  ef::PagedKvCache<float> cache(
-      {.layers = kConfig.layers, .kv_heads = kConfig.kv_heads, .head_dim = kConfig.head_dim, .page_size = 5, .page_count = 30});
+    for (Index t = lengths[static_cast<std::size_t>(b)]; t < 20; ++t)
+      ids(b, t) = -7;  // nobody's ids
+  ef::PagedKvCache<float> cache({.layers = kConfig.layers,
+                                 .kv_heads = kConfig.kv_heads,
+                                 .head_dim = kConfig.head_dim,
+                                 .page_size = 5,
+                                 .page_count = 30});
   std::vector<ef::SequenceId> sequences;
   for (int b = 0; b < 3; ++b) sequences.push_back(cache.add_sequence());
   auto logits = model.prefill(ids, lengths, cache, sequences);
@@ -179,8 +193,8 @@ TEST(Decoder, SameBitsOnThreadsAndRanks) {
       ef::KvCache<float> other;
       EXPECT_TRUE(same_bits(expected, threaded.prefill(ids, other)));
       ef::ThreadCommunicator::run(count, [&](auto& communicator) {
-        ef::Decoder<float, Eigen::DefaultDevice, std::remove_reference_t<decltype(communicator)>> rank(weights, kOneThread,
-                                                                                                       communicator);
+        ef::Decoder<float, Eigen::DefaultDevice, std::remove_reference_t<decltype(communicator)>>
+            rank(weights, kOneThread, communicator);
         if (int8) rank.quantize();
         ef::KvCache<float> own;
         const auto logits = rank.prefill(ids, own);
@@ -210,7 +224,8 @@ double inference_error(const std::shared_ptr<ef::DecoderWeights>& weights) {
   const auto expected = ef::reference::decoder(*weights, row_of(ids, 0, 9));
   ef::KvCache<T> cache;
   const auto logits = model.prefill(ids, cache);
-  return relative_error(logits, to_double(ef::TensorView<const double, 2>(expected.data() + 8 * 37, 1, 37)));
+  return relative_error(
+      logits, to_double(ef::TensorView<const double, 2>(expected.data() + 8 * 37, 1, 37)));
 }
 
 TEST(Decoder, InferenceInEveryScalarEqualsThePlainDecoder) {
@@ -229,13 +244,15 @@ TEST(Decoder, LearnsAndRepacksAfterTraining) {
     ef::Tensor<std::int32_t, 2> inputs;
     ef::Tensor<std::int32_t, 1> targets;
   };
-  Batch batch{ids.slice(Eigen::array<Index, 2>{0, 0}, Eigen::array<Index, 2>{1, 23}), ef::Tensor<std::int32_t, 1>(23)};
+  Batch batch{ids.slice(Eigen::array<Index, 2>{0, 0}, Eigen::array<Index, 2>{1, 23}),
+              ef::Tensor<std::int32_t, 1>(23)};
   for (Index t = 0; t < 23; ++t) batch.targets(t) = ids(0, t + 1);
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-2f});
   const std::vector<Batch> epoch{batch};
   const double first = ef::train_step_with_grad_accumulation(model, optimizer, epoch, 1);
   double loss = first;
-  for (int step = 0; step < 60; ++step) loss = ef::train_step_with_grad_accumulation<ef::bfloat16>(model, optimizer, epoch, 1);
+  for (int step = 0; step < 60; ++step)
+    loss = ef::train_step_with_grad_accumulation<ef::bfloat16>(model, optimizer, epoch, 1);
   EXPECT_NEAR(first, std::log(37.0), 0.5);
   EXPECT_LT(loss, 0.2);
   ef::KvCache<float> cache;  // packed after training without being asked

@@ -16,7 +16,8 @@ const Eigen::DefaultDevice kHere{};
 ef::Tensor<std::int32_t, 1> random_ids(Index tokens, Index vocab, unsigned seed) {
   std::mt19937 generator(seed);
   ef::Tensor<std::int32_t, 1> ids(tokens);
-  for (Index t = 0; t < tokens; ++t) ids(t) = static_cast<std::int32_t>(generator() % static_cast<unsigned>(vocab));
+  for (Index t = 0; t < tokens; ++t)
+    ids(t) = static_cast<std::int32_t>(generator() % static_cast<unsigned>(vocab));
   return ids;
 }
 
@@ -40,10 +41,11 @@ TYPED_TEST(Embedding, CopiesRowsAtEveryWidth) {
         auto wide = poisoned_tensor<float, 2>({tokens, features});
         auto narrow = poisoned_tensor<ef::bfloat16, 2>({tokens, features});
         ef::cpu::embedding(isa, kHere,
-                           ef::EmbeddingProblem<float, T, std::int32_t>{wide.data(), ids.data(), table.data(), tokens, features});
-        ef::cpu::embedding(
-            isa, kHere,
-            ef::EmbeddingProblem<ef::bfloat16, T, std::int32_t>{narrow.data(), ids.data(), table.data(), tokens, features});
+                           ef::EmbeddingProblem<float, T, std::int32_t>{
+                               wide.data(), ids.data(), table.data(), tokens, features});
+        ef::cpu::embedding(isa, kHere,
+                           ef::EmbeddingProblem<ef::bfloat16, T, std::int32_t>{
+                               narrow.data(), ids.data(), table.data(), tokens, features});
         for (Index i = 0; i < y.size(); ++i) {
           ASSERT_EQ(wide.data()[i], static_cast<float>(y.data()[i])) << isa.name;
           ASSERT_EQ(static_cast<float>(narrow.data()[i]),
@@ -64,8 +66,9 @@ TYPED_TEST(Embedding, GradientAddsInTheOrderOfTokens) {
       ef::Tensor<float, 2> expected = start;  // the same additions, one by one
       for (Index t = 0; t < tokens; ++t)
         for (Index j = 0; j < features; ++j)
-          expected(ids(t), j) = static_cast<float>(static_cast<ef::compute_type<T>>(expected(ids(t), j)) +
-                                                   static_cast<ef::compute_type<T>>(grad_y(t, j)));
+          expected(ids(t), j) =
+              static_cast<float>(static_cast<ef::compute_type<T>>(expected(ids(t), j)) +
+                                 static_cast<ef::compute_type<T>>(grad_y(t, j)));
       for (int count : {1, 2, 3}) {
         Threads threads(count);
         ef::Tensor<float, 2> grad_table = start;
@@ -86,7 +89,10 @@ TEST(EmbeddingGradients, EqualFiniteDifferences) {
   ef::Tensor<double, 2> grad_table(5, 6);
   grad_table.setZero();
   ef::embedding_backward_into(kHere, grad_table, grad_y, ids);
-  EXPECT_LT(relative_error(grad_table, finite_differences(table, [&] { return dot(ef::embedding(ids, table), grad_y); })), 1e-8);
+  EXPECT_LT(relative_error(
+                grad_table,
+                finite_differences(table, [&] { return dot(ef::embedding(ids, table), grad_y); })),
+            1e-8);
 }
 
 TEST(EmbeddingShapes, BatchesAndWideIds) {
@@ -126,12 +132,16 @@ TEST(EmbeddingErrors, NameThePositionTheIdAndTheVocabulary) {
   auto y = poisoned_tensor<float, 2>({3, 4});
   const auto grad_y = random_tensor<float, 2>({3, 4}, 13);
   ef::Tensor<std::int32_t, 1> ids(3);
-  for (std::int32_t bad : {-1, 8, std::numeric_limits<std::int32_t>::min(), std::numeric_limits<std::int32_t>::max()}) {
+  for (std::int32_t bad : {-1, 8, std::numeric_limits<std::int32_t>::min(),
+                           std::numeric_limits<std::int32_t>::max()}) {
     ids.setValues({0, 7, bad});
-    const std::vector<std::string> fragments{"embedding", "id " + std::to_string(bad), "position 2", "< 8"};
-    expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, y, ids, table); }, fragments);
+    const std::vector<std::string> fragments{"embedding", "id " + std::to_string(bad), "position 2",
+                                             "< 8"};
+    expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, y, ids, table); },
+                                         fragments);
     expect_throws<std::invalid_argument>([&] { ef::embedding(ids, table); }, fragments);
-    expect_throws<std::invalid_argument>([&] { ef::embedding_backward_into(kHere, grad_table, grad_y, ids); }, fragments);
+    expect_throws<std::invalid_argument>(
+        [&] { ef::embedding_backward_into(kHere, grad_table, grad_y, ids); }, fragments);
   }
   ids.setValues({0, 1, 2});
   auto short_y = poisoned_tensor<float, 2>({2, 4}), narrow = poisoned_tensor<float, 2>({3, 5});
@@ -139,8 +149,9 @@ TEST(EmbeddingErrors, NameThePositionTheIdAndTheVocabulary) {
                                        {"y has shape (2, 4)", "ids has shape (3)"});
   expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, narrow, ids, table); },
                                        {"y has shape (3, 5)", "table has shape (8, 4)"});
-  expect_throws<std::invalid_argument>([&] { ef::embedding_backward_into(kHere, grad_table, narrow, ids); },
-                                       {"embedding_backward", "grad_y"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::embedding_backward_into(kHere, grad_table, narrow, ids); },
+      {"embedding_backward", "grad_y"});
   EXPECT_TRUE(same_bits(grad_table, table));
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
 }

@@ -16,7 +16,8 @@ struct Allocations {
 
   static void* allocate(std::size_t bytes, std::size_t alignment) {
     if (++count >= fail_at) throw std::bad_alloc();
-    void* memory = std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0));
+    void* memory = std::aligned_alloc(
+        alignment, (bytes + alignment - 1) / alignment * alignment + (bytes == 0 ? alignment : 0));
     if (memory == nullptr) throw std::bad_alloc();
     return memory;
   }
@@ -52,7 +53,9 @@ int with_failing_allocations(F&& f, Check&& check) {
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmismatched-new-delete"  // these are the operators themselves
 #endif
-void* operator new(std::size_t bytes) { return eigenformer_test::Allocations::allocate(bytes, alignof(std::max_align_t)); }
+void* operator new(std::size_t bytes) {
+  return eigenformer_test::Allocations::allocate(bytes, alignof(std::max_align_t));
+}
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   return eigenformer_test::Allocations::allocate(bytes, static_cast<std::size_t>(alignment));
 }

@@ -8,7 +8,8 @@ namespace eigenformer_test {
 
 /// Gradient of loss() with respect to each element of x, by central differences: error about step^2, 1e-9 of the values' size.
 template <typename Loss, int Rank>
-ef::Tensor<double, Rank> finite_differences(ef::Tensor<double, Rank>& x, Loss&& loss, double step = 1e-5) {
+ef::Tensor<double, Rank> finite_differences(ef::Tensor<double, Rank>& x, Loss&& loss,
+                                            double step = 1e-5) {
   ef::Tensor<double, Rank> gradient(x.dimensions());
   for (Index i = 0; i < x.size(); ++i) {
     const double kept = x.data()[i];
@@ -26,7 +27,8 @@ ef::Tensor<double, Rank> finite_differences(ef::Tensor<double, Rank>& x, Loss&& 
 template <typename A, typename B>
 double dot(const A& a, const B& b) {
   double sum = 0;
-  for (Index i = 0; i < a.size(); ++i) sum += static_cast<double>(a.data()[i]) * static_cast<double>(b.data()[i]);
+  for (Index i = 0; i < a.size(); ++i)
+    sum += static_cast<double>(a.data()[i]) * static_cast<double>(b.data()[i]);
   return sum;
 }
 

@@ -13,7 +13,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct Weights {
   ef::Tensor<float, 1> value, gradient;
-  explicit Weights(Index size = 37) : value(random_tensor<float, 1>({size}, 1)), gradient(random_tensor<float, 1>({size}, 2)) {}
+  explicit Weights(Index size = 37)
+      : value(random_tensor<float, 1>({size}, 1)), gradient(random_tensor<float, 1>({size}, 2)) {}
   std::vector<ef::Parameter> parameters() {
     return {ef::Parameter{ef::TensorView<float, 1>(value.data(), value.size()),
                           ef::TensorView<float, 1>(gradient.data(), gradient.size())}};
@@ -39,8 +40,12 @@ TEST(GradScaler, GrowsAndBacksOffOnSchedule) {
 }
 
 TEST(GradScaler, OptionsSetTheScheduleAndItsLimits) {
-  ef::GradScaler scaler(
-      {.init_scale = 8, .growth_factor = 4, .backoff_factor = 0.25, .growth_interval = 2, .min_scale = 1, .max_scale = 100});
+  ef::GradScaler scaler({.init_scale = 8,
+                         .growth_factor = 4,
+                         .backoff_factor = 0.25,
+                         .growth_interval = 2,
+                         .min_scale = 1,
+                         .max_scale = 100});
   scaler.update(false);
   scaler.update(false);
   EXPECT_EQ(scaler.scale(), 32.0);
@@ -103,7 +108,8 @@ TEST(GradScaler, ASkippedStepChangesNothingButGradients) {
 
 TEST(GradScaler, AStepEqualsOneWithoutScaling) {
   Weights plain, scaled;
-  for (Index i = 0; i < scaled.gradient.size(); ++i) scaled.gradient(i) *= 65536.0f;  // a power of two: exact
+  for (Index i = 0; i < scaled.gradient.size(); ++i)
+    scaled.gradient(i) *= 65536.0f;  // a power of two: exact
   ef::Sgd a(plain.parameters()), b(scaled.parameters());
   ef::GradScaler scaler;
   a.step();
@@ -147,21 +153,29 @@ TEST(GradScaler, RefusesMisuse) {
   expect_throws<std::logic_error>([&] { scaler.update(); }, {"GradScaler::update", "no gradients"});
   scaler.unscale(optimizer);
   const ef::Tensor<float, 1> gradient = weights.gradient;
-  expect_throws<std::logic_error>([&] { scaler.unscale(optimizer); }, {"GradScaler::unscale", "already"});
+  expect_throws<std::logic_error>([&] { scaler.unscale(optimizer); },
+                                  {"GradScaler::unscale", "already"});
   EXPECT_TRUE(same_bits(gradient, weights.gradient));
   scaler.step(optimizer);
   expect_throws<std::logic_error>([&] { scaler.step(optimizer); }, {"GradScaler::step", "already"});
   EXPECT_EQ(optimizer.step_count(), 1);
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.init_scale = nan}); }, {"init_scale", "nan"});
+  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.init_scale = nan}); },
+                                       {"init_scale", "nan"});
   expect_throws<std::invalid_argument>([&] { ef::GradScaler({.init_scale = 0}); }, {"init_scale"});
-  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.growth_factor = 1}); }, {"growth_factor"});
-  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.backoff_factor = 1}); }, {"backoff_factor"});
-  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.growth_interval = 0}); }, {"growth_interval", "0"});
+  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.growth_factor = 1}); },
+                                       {"growth_factor"});
+  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.backoff_factor = 1}); },
+                                       {"backoff_factor"});
+  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.growth_interval = 0}); },
+                                       {"growth_interval", "0"});
   expect_throws<std::invalid_argument>([&] { ef::GradScaler({.min_scale = 0}); }, {"min_scale"});
-  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.max_scale = 0x1p121}); }, {"max_scale"});
-  expect_throws<std::invalid_argument>([&] { scaler.load_state({.scale = -1}); }, {"load_state", "scale"});
-  expect_throws<std::invalid_argument>([&] { scaler.load_state({.good_steps = -1}); }, {"good_steps", "-1"});
+  expect_throws<std::invalid_argument>([&] { ef::GradScaler({.max_scale = 0x1p121}); },
+                                       {"max_scale"});
+  expect_throws<std::invalid_argument>([&] { scaler.load_state({.scale = -1}); },
+                                       {"load_state", "scale"});
+  expect_throws<std::invalid_argument>([&] { scaler.load_state({.good_steps = -1}); },
+                                       {"good_steps", "-1"});
 }
 
 TEST(GradScaler, GoesOnFromACheckpoint) {

@@ -25,7 +25,8 @@ Rows<T> through(const Rows<T>& x) {
     return ef::reference::through_int8(x);
   } else {
     Rows<T> result = x;
-    for (Index i = 0; i < x.size(); ++i) result.data()[i] = static_cast<T>(static_cast<Storage>(x.data()[i]));
+    for (Index i = 0; i < x.size(); ++i)
+      result.data()[i] = static_cast<T>(static_cast<Storage>(x.data()[i]));
     return result;
   }
 }
@@ -38,7 +39,8 @@ void poison_unused(ef::KvCache<T, Storage>& cache, Index layer) {
   const auto fill = [](const auto* row, Index count) {
     using S = std::remove_const_t<std::remove_pointer_t<decltype(row)>>;
     for (Index i = 0; i < count; ++i)
-      const_cast<S*>(row)[i] = std::is_same_v<S, std::int8_t> ? std::numeric_limits<S>::min() : std::numeric_limits<S>::quiet_NaN();
+      const_cast<S*>(row)[i] = std::is_same_v<S, std::int8_t> ? std::numeric_limits<S>::min()
+                                                              : std::numeric_limits<S>::quiet_NaN();
   };
   for (Index b = 0; b < source.batch; ++b)
     for (Index h = 0; h < source.kv_heads; ++h)
@@ -55,7 +57,8 @@ void poison_unused(ef::KvCache<T, Storage>& cache, Index layer) {
 }
 
 template <typename T, typename Storage>
-void expect_equal(const ef::KvCache<T, Storage>& cache, Index layer, const ef::reference::KvCache<T>& model) {
+void expect_equal(const ef::KvCache<T, Storage>& cache, Index layer,
+                  const ef::reference::KvCache<T>& model) {
   const auto& expected = model.layers.at(layer);
   ASSERT_EQ(cache.length(layer), expected.keys.dimension(1));
   const Rows<T> keys = cache.keys(layer);
@@ -71,9 +74,11 @@ struct Stored {
   using scalar = T;
   using storage = Storage;
 };
-using Pairs = ::testing::Types<Stored<float>, Stored<double>, Stored<ef::bfloat16>, Stored<ef::half>, Stored<float, ef::bfloat16>,
-                               Stored<float, ef::half>, Stored<double, float>, Stored<float, std::int8_t>,
-                               Stored<double, std::int8_t>, Stored<ef::bfloat16, std::int8_t>, Stored<ef::half, std::int8_t>>;
+using Pairs =
+    ::testing::Types<Stored<float>, Stored<double>, Stored<ef::bfloat16>, Stored<ef::half>,
+                     Stored<float, ef::bfloat16>, Stored<float, ef::half>, Stored<double, float>,
+                     Stored<float, std::int8_t>, Stored<double, std::int8_t>,
+                     Stored<ef::bfloat16, std::int8_t>, Stored<ef::half, std::int8_t>>;
 TYPED_TEST_SUITE(KvCache, Pairs);
 
 TYPED_TEST(KvCache, EqualsConcatenation) {
@@ -83,10 +88,12 @@ TYPED_TEST(KvCache, EqualsConcatenation) {
     ef::KvCache<T, Storage> cache;
     ef::reference::KvCache<T> model;
     unsigned seed = 1;
-    for (Index n : {5, 1, 1, 57, 1, 1, 63, 64, 65, 1, 130}) {  // crosses and meets the ends of pages
+    for (Index n :
+         {5, 1, 1, 57, 1, 1, 63, 64, 65, 1, 130}) {  // crosses and meets the ends of pages
       for (Index layer : {0, 7}) {
         const Index heads = layer == 0 ? 2 : 3;
-        const auto keys = rows<T>(2, n, heads, dim, ++seed), values = rows<T>(2, n, heads, dim, ++seed);
+        const auto keys = rows<T>(2, n, heads, dim, ++seed),
+                   values = rows<T>(2, n, heads, dim, ++seed);
         ef::update_kv_cache(cache, keys, values, layer);
         ef::reference::update_kv_cache(model, keys, values, layer);
         poison_unused(cache, layer);
@@ -111,14 +118,18 @@ TYPED_TEST(KvCache, SameBitsOnAnyThreadsBatchAndChunking) {
   }
   ef::KvCache<T, Storage> chunked, alone;
   for (Index first = 0; first < 150; first += 30) {
-    const Rows<T> k = keys.slice(Eigen::array<Index, 4>{0, first, 0, 0}, Eigen::array<Index, 4>{3, 30, 4, 80});
-    const Rows<T> v = values.slice(Eigen::array<Index, 4>{0, first, 0, 0}, Eigen::array<Index, 4>{3, 30, 4, 80});
+    const Rows<T> k =
+        keys.slice(Eigen::array<Index, 4>{0, first, 0, 0}, Eigen::array<Index, 4>{3, 30, 4, 80});
+    const Rows<T> v =
+        values.slice(Eigen::array<Index, 4>{0, first, 0, 0}, Eigen::array<Index, 4>{3, 30, 4, 80});
     ef::update_kv_cache(chunked, k, v, 0);
   }
   EXPECT_TRUE(same_bits(chunked.keys(0), whole.keys(0)));
-  const Rows<T> second = keys.slice(Eigen::array<Index, 4>{1, 0, 0, 0}, Eigen::array<Index, 4>{1, 150, 4, 80});
+  const Rows<T> second =
+      keys.slice(Eigen::array<Index, 4>{1, 0, 0, 0}, Eigen::array<Index, 4>{1, 150, 4, 80});
   ef::update_kv_cache(alone, second, second, 0);
-  const Rows<T> expected = whole.keys(0).slice(Eigen::array<Index, 4>{1, 0, 0, 0}, Eigen::array<Index, 4>{1, 150, 4, 80});
+  const Rows<T> expected = whole.keys(0).slice(Eigen::array<Index, 4>{1, 0, 0, 0},
+                                               Eigen::array<Index, 4>{1, 150, 4, 80});
   EXPECT_TRUE(same_bits(alone.keys(0), expected));
 }
 
@@ -137,7 +148,8 @@ TYPED_TEST(KvCache, SourceFindsTheRows) {
     for (Index j = 0; j < 70; ++j)
       for (Index h = 0; h < 3; ++h)
         for (Index d = 0; d < 5; ++d) {
-          double k = static_cast<double>(source.key_row(b, h, j)[d]), v = static_cast<double>(source.value_row(b, h, j)[d]);
+          double k = static_cast<double>(source.key_row(b, h, j)[d]),
+                 v = static_cast<double>(source.value_row(b, h, j)[d]);
           if constexpr (std::is_same_v<Storage, std::int8_t>) {
             k *= static_cast<double>(source.key_scale(b, h, j));
             v *= static_cast<double>(source.value_scale(b, h, j));
@@ -157,15 +169,18 @@ TYPED_TEST(KvCache, RefusedUpdatesChangeNothing) {
   const auto keys = rows<T>(2, 9, 3, 5, 1), values = rows<T>(2, 9, 3, 5, 2);
   ef::update_kv_cache(cache, keys, values, 1);
   ef::reference::update_kv_cache(model, keys, values, 1);
-  const auto refuse = [&](const Rows<T>& k, const Rows<T>& v, Index layer, const std::vector<std::string>& text) {
+  const auto refuse = [&](const Rows<T>& k, const Rows<T>& v, Index layer,
+                          const std::vector<std::string>& text) {
     expect_throws<std::invalid_argument>([&] { ef::update_kv_cache(cache, k, v, layer); }, text);
     expect_equal(cache, 1, model);
     EXPECT_EQ(cache.length(0), 0);
   };
-  refuse(rows<T>(3, 1, 3, 5, 3), rows<T>(3, 1, 3, 5, 3), 1, {"update_kv_cache", "layer 1", "(2, 9, 3, 5)", "(3, n, 3, 5)"});
+  refuse(rows<T>(3, 1, 3, 5, 3), rows<T>(3, 1, 3, 5, 3), 1,
+         {"update_kv_cache", "layer 1", "(2, 9, 3, 5)", "(3, n, 3, 5)"});
   refuse(rows<T>(2, 1, 4, 5, 3), rows<T>(2, 1, 4, 5, 3), 1, {"(2, 9, 3, 5)", "(2, n, 4, 5)"});
   refuse(rows<T>(2, 1, 3, 6, 3), rows<T>(2, 1, 3, 6, 3), 1, {"(2, 9, 3, 5)", "(2, n, 3, 6)"});
-  refuse(rows<T>(2, 1, 3, 5, 3), rows<T>(2, 2, 3, 5, 3), 1, {"new_keys", "(2, 1, 3, 5)", "new_values", "(2, 2, 3, 5)"});
+  refuse(rows<T>(2, 1, 3, 5, 3), rows<T>(2, 2, 3, 5, 3), 1,
+         {"new_keys", "(2, 1, 3, 5)", "new_values", "(2, 2, 3, 5)"});
   refuse(rows<T>(2, 0, 3, 5, 3), rows<T>(2, 0, 3, 5, 3), 1, {"(2, 0, 3, 5)", "n >= 1"});
   refuse(rows<T>(2, 0, 3, 5, 3), rows<T>(2, 0, 3, 5, 3), 0, {"(2, 0, 3, 5)", "n >= 1"});
   refuse(rows<T>(2, 1, 3, 5, 3), rows<T>(2, 1, 3, 5, 3), -1, {"layer_idx is -1"});
@@ -190,14 +205,15 @@ TYPED_TEST(KvCache, OutOfMemoryChangesNothing) {
   ef::reference::KvCache<T> model;
   for (Index layer : {0, 1, 0}) {  // a new layer, a second one, growth
     const auto keys = rows<T>(2, 64, 2, 5, 1), values = rows<T>(2, 64, 2, 5, 2);
-    const int failures = with_failing_allocations([&] { ef::update_kv_cache(cache, keys, values, layer); },
-                                                  [&] {
-                                                    for (const auto& [index, unused] : model.layers)
-                                                      expect_equal(cache, index, model);
-                                                    if (model.layers.count(layer) == 0) {
-                                                      EXPECT_EQ(cache.length(layer), 0);
-                                                    }
-                                                  });
+    const int failures =
+        with_failing_allocations([&] { ef::update_kv_cache(cache, keys, values, layer); },
+                                 [&] {
+                                   for (const auto& [index, unused] : model.layers)
+                                     expect_equal(cache, index, model);
+                                   if (model.layers.count(layer) == 0) {
+                                     EXPECT_EQ(cache.length(layer), 0);
+                                   }
+                                 });
     EXPECT_GT(failures, 3);
     ef::reference::update_kv_cache(model, keys, values, layer);
     expect_equal(cache, layer, model);
@@ -225,15 +241,17 @@ TYPED_TEST(KvCache, AllocatesNothingWithinTheReservation) {
   EXPECT_EQ(shaped.length(0), 0);
   EXPECT_EQ(shaped.keys(0).dimension(0), 2);
   EXPECT_EQ(count_allocations([&] {
-              for (Index layer = 0; layer < 3; ++layer) ef::update_kv_cache(shaped, prompt, prompt, layer);
+              for (Index layer = 0; layer < 3; ++layer)
+                ef::update_kv_cache(shaped, prompt, prompt, layer);
               decode(shaped, 400);
             }),
             0);
   shaped.reserve(700);
   EXPECT_EQ(count_allocations([&] { decode(shaped, 200); }), 0);
   EXPECT_EQ(count_allocations([&] { shaped.truncate(10), decode(shaped, 300); }), 0);
-  expect_throws<std::invalid_argument>([&] { shaped.reserve(1, 3, 10, 2, 16); },
-                                       {"KvCache::reserve", "layer 0", "(2, 310, 2, 16)", "(3, n, 2, 16)"});
+  expect_throws<std::invalid_argument>(
+      [&] { shaped.reserve(1, 3, 10, 2, 16); },
+      {"KvCache::reserve", "layer 0", "(2, 310, 2, 16)", "(3, n, 2, 16)"});
   EXPECT_THROW(shaped.reserve(-1), std::invalid_argument);
   EXPECT_THROW(shaped.reserve(std::numeric_limits<Index>::max()), std::exception);
   EXPECT_EQ(shaped.length(1), 310);
@@ -278,7 +296,8 @@ TEST(KvCacheCalls, TruncateClearAndUnknownLayers) {
   EXPECT_EQ(cache.length(0), 100);
   EXPECT_TRUE(same_bits(cache.keys(0), keys));
   cache.truncate(63);
-  const Rows<float> fifth = keys.slice(Eigen::array<Index, 4>{0, 5, 0, 0}, Eigen::array<Index, 4>{1, 1, 2, 4});
+  const Rows<float> fifth =
+      keys.slice(Eigen::array<Index, 4>{0, 5, 0, 0}, Eigen::array<Index, 4>{1, 1, 2, 4});
   ef::update_kv_cache(cache, more, fifth, 1);
   const auto values = cache.values(1);
   EXPECT_EQ(values.dimension(1), 64);
@@ -331,7 +350,8 @@ TEST(KvCacheCalls, CopiesAreDeepAndMovesAreWhole) {
 }
 
 template <typename Isa, typename T>
-std::pair<float, std::vector<std::int8_t>> quantized(Isa, const std::vector<T>& x, Index count, std::size_t shift) {
+std::pair<float, std::vector<std::int8_t>> quantized(Isa, const std::vector<T>& x, Index count,
+                                                     std::size_t shift) {
   std::vector<std::int8_t> q(static_cast<std::size_t>(count) + shift + 1, std::int8_t{-128});
   const float scale = ef::cpu::quantize_row<Isa>(x.data() + shift, q.data() + shift, count);
   EXPECT_EQ(q.back(), -128);
@@ -344,30 +364,37 @@ TEST(KvCacheInt8, OneScaleARowRoundingToEven) {
     for (std::size_t shift : {0, 1, 3}) {
       const std::vector<float> row(x.data(), x.data() + static_cast<std::size_t>(count) + shift);
       const auto expected = quantized(ef::isa::generic{}, row, count, shift);
-      for_each_isa([&](auto isa) { EXPECT_EQ(quantized(isa, row, count, shift), expected) << isa.name; });
+      for_each_isa(
+          [&](auto isa) { EXPECT_EQ(quantized(isa, row, count, shift), expected) << isa.name; });
       float largest = 0;
-      for (Index i = 0; i < count; ++i) largest = std::max(largest, std::fabs(row[static_cast<std::size_t>(i) + shift]));
+      for (Index i = 0; i < count; ++i)
+        largest = std::max(largest, std::fabs(row[static_cast<std::size_t>(i) + shift]));
       EXPECT_EQ(expected.first, largest == 0 ? 1.0f : largest / 127.0f);
       for (Index i = 0; i < count; ++i) {
         const std::size_t at = static_cast<std::size_t>(i) + shift;
         const int q = expected.second[at];
         EXPECT_GE(q, -127);
-        EXPECT_LE(std::fabs(row[at] - static_cast<float>(q) * expected.first), expected.first * 0.5001f);
+        EXPECT_LE(std::fabs(row[at] - static_cast<float>(q) * expected.first),
+                  expected.first * 0.5001f);
       }
     }
-  const auto halves = quantized(ef::isa::best{}, std::vector<float>{127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -63.5f}, 6, 0);
+  const auto halves =
+      quantized(ef::isa::best{}, std::vector<float>{127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -63.5f}, 6, 0);
   EXPECT_EQ(halves.first, 1.0f);
   EXPECT_EQ(std::vector<std::int8_t>(halves.second.begin(), halves.second.end() - 1),
             (std::vector<std::int8_t>{127, 0, 2, 2, 0, -64}));
-  const auto tiny = quantized(ef::isa::best{}, std::vector<float>{1e-44f, -1e-45f}, 2, 0);  // max / 127 is zero in float
+  const auto tiny = quantized(ef::isa::best{}, std::vector<float>{1e-44f, -1e-45f}, 2,
+                              0);  // max / 127 is zero in float
   EXPECT_EQ(tiny.first, 1.0f);
   EXPECT_EQ(tiny.second[0], 0);
-  const auto large = quantized(ef::isa::best{}, std::vector<float>{std::numeric_limits<float>::max()}, 1, 0);
+  const auto large =
+      quantized(ef::isa::best{}, std::vector<float>{std::numeric_limits<float>::max()}, 1, 0);
   EXPECT_EQ(large.second[0], 127);
   ef::KvCache<double, std::int8_t> doubles;  // finite in double, no scale in float
   ef::Tensor<double, 4> wide(1, 1, 1, 2);
   wide.setConstant(1e300);
-  expect_throws<std::invalid_argument>([&] { ef::update_kv_cache(doubles, wide, wide, 0); }, {"element 0", "range of float"});
+  expect_throws<std::invalid_argument>([&] { ef::update_kv_cache(doubles, wide, wide, 0); },
+                                       {"element 0", "range of float"});
 }
 
 TEST(KvCacheInt8, EveryIsaReadsAndWritesTheSameBits) {
@@ -378,9 +405,12 @@ TEST(KvCacheInt8, EveryIsaReadsAndWritesTheSameBits) {
     ef::update_kv_cache(cache, keys, keys, 0);
     for_each_isa([&](auto isa) {
       auto read = poisoned_tensor<float, 4>({batch, n, heads, dim});
-      ef::cpu::read_kv(isa, Eigen::DefaultDevice{}, ef::KvReadProblem<float, std::int8_t>{cache.source(0), n, true, read.data()});
+      ef::cpu::read_kv(
+          isa, Eigen::DefaultDevice{},
+          ef::KvReadProblem<float, std::int8_t>{cache.source(0), n, true, read.data()});
       EXPECT_TRUE(same_bits(read, cache.values(0))) << isa.name;
-      EXPECT_FALSE((ef::cpu::all_quantizable<decltype(isa)>(std::vector<float>(static_cast<std::size_t>(dim), NAN).data(), dim)));
+      EXPECT_FALSE((ef::cpu::all_quantizable<decltype(isa)>(
+          std::vector<float>(static_cast<std::size_t>(dim), NAN).data(), dim)));
       EXPECT_TRUE(ef::cpu::all_quantizable<decltype(isa)>(keys.data(), keys.size()));
     });
   }
@@ -391,38 +421,49 @@ void check_append_into(Index dim) {
   const Index batch = 4, n = 3, heads = 2, capacity = 10;
   const auto keys = rows<T>(batch, n, heads, dim, 1), values = rows<T>(batch, n, heads, dim, 2);
   const std::vector<Index> positions{0, 7, -1, 4};
-  auto expected_keys = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), expected_values = expected_keys;
+  auto expected_keys = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}),
+       expected_values = expected_keys;
   for (Index b = 0; b < batch; ++b)
     for (Index i = 0; i < n && positions[static_cast<std::size_t>(b)] >= 0; ++i)
       for (Index h = 0; h < heads; ++h)
         for (Index d = 0; d < dim; ++d) {
-          expected_keys(b, positions[static_cast<std::size_t>(b)] + i, h, d) = static_cast<Storage>(keys(b, i, h, d));
-          expected_values(b, positions[static_cast<std::size_t>(b)] + i, h, d) = static_cast<Storage>(values(b, i, h, d));
+          expected_keys(b, positions[static_cast<std::size_t>(b)] + i, h, d) =
+              static_cast<Storage>(keys(b, i, h, d));
+          expected_values(b, positions[static_cast<std::size_t>(b)] + i, h, d) =
+              static_cast<Storage>(values(b, i, h, d));
         }
-  auto key_buffer = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), value_buffer = key_buffer;
-  EXPECT_EQ(
-      count_allocations([&] { ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values, positions); }), 0);
+  auto key_buffer = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}),
+       value_buffer = key_buffer;
+  EXPECT_EQ(count_allocations([&] {
+              ef::append_kv_into(Eigen::DefaultDevice{}, key_buffer, value_buffer, keys, values,
+                                 positions);
+            }),
+            0);
   EXPECT_TRUE(same_bits(key_buffer, expected_keys));
   EXPECT_TRUE(same_bits(value_buffer, expected_values));
   Threads threads(3);
   auto again = poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}), again_values = again;
-  ef::append_kv_into(threads.device, again, ef::TensorView<Storage, 4>(again_values.data(), batch, capacity, heads, dim), keys,
-                     values, positions);
+  ef::append_kv_into(threads.device, again,
+                     ef::TensorView<Storage, 4>(again_values.data(), batch, capacity, heads, dim),
+                     keys, values, positions);
   EXPECT_TRUE(same_bits(again, expected_keys));
   EXPECT_TRUE(same_bits(again_values, expected_values));
 
   const std::vector<Index> past{0, 8, -1, 4};
-  expect_throws<std::length_error>([&] { ef::append_kv_into(Eigen::DefaultDevice{}, again, again_values, values, keys, past); },
-                                   {"append_kv_into", "sequence 1", "position 8", "capacity of 10"});
+  expect_throws<std::length_error>(
+      [&] { ef::append_kv_into(Eigen::DefaultDevice{}, again, again_values, values, keys, past); },
+      {"append_kv_into", "sequence 1", "position 8", "capacity of 10"});
   EXPECT_TRUE(same_bits(again, expected_keys));
   expect_throws<std::invalid_argument>(
       [&] {
-        ef::append_kv_into(Eigen::DefaultDevice{}, again, again_values, keys, values, std::vector<Index>{1, 2});
+        ef::append_kv_into(Eigen::DefaultDevice{}, again, again_values, keys, values,
+                           std::vector<Index>{1, 2});
       },
       {"positions has 2"});
   auto narrow = poisoned_tensor<Storage, 4>({batch, capacity, heads + 1, dim});
-  expect_throws<std::invalid_argument>([&] { ef::append_kv_into(Eigen::DefaultDevice{}, narrow, narrow, keys, values, positions); },
-                                       {"key_buffer", "(4, 10, 3,", "(4, 3, 2,"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::append_kv_into(Eigen::DefaultDevice{}, narrow, narrow, keys, values, positions); },
+      {"key_buffer", "(4, 10, 3,", "(4, 3, 2,"});
 }
 
 TEST(AppendKvInto, WritesTheRowsAtTheirPositionsAndNoOthers) {

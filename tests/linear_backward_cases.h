@@ -16,7 +16,8 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
     using X = decltype(x_scalar);
     using W = decltype(w_scalar);
     using G = decltype(g_scalar);
-    const double allowed = std::max({tolerance<Y>(), tolerance<X>(), tolerance<W>(), tolerance<G>()});
+    const double allowed =
+        std::max({tolerance<Y>(), tolerance<X>(), tolerance<W>(), tolerance<G>()});
     unsigned seed = 1;
     for (const auto& [tokens, in, out] : {std::array<Index, 3>{1, 1, 1},
                                           {7, 33, 5},
@@ -32,7 +33,9 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
       const auto weight = random_tensor<W, 2>({out, in}, ++seed);
       auto grad_x = poisoned_tensor<Y, 2>({tokens, in});
       ef::linear_backward_input_into(Eigen::DefaultDevice{}, grad_x, grad_y, weight);
-      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y), to_double(weight))), allowed);
+      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y),
+                                                                            to_double(weight))),
+                allowed);
       auto grad_weight = random_tensor<G, 2>({out, in}, ++seed);
       auto expected = to_double(grad_weight);
       const auto before = grad_weight;
@@ -59,8 +62,10 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
       }
       const Index half_way = tokens / 4 * 2;  // even, for pairs of bfloat16
       auto in_turn = before;
-      for (const auto& [first, count] : {std::pair{Index{0}, half_way}, std::pair{half_way, tokens - half_way}})
-        ef::linear_backward_weight_into(Eigen::DefaultDevice{}, in_turn, rows_of(grad_y, first, count), rows_of(x, first, count));
+      for (const auto& [first, count] :
+           {std::pair{Index{0}, half_way}, std::pair{half_way, tokens - half_way}})
+        ef::linear_backward_weight_into(Eigen::DefaultDevice{}, in_turn,
+                                        rows_of(grad_y, first, count), rows_of(x, first, count));
       ASSERT_TRUE(same_bits(grad_weight, in_turn));
     }
   };
@@ -74,22 +79,29 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
 }
 
 TEST(LinearBackward, HoldsForEveryIsaAndMicroBatchesOfWholeLinks) {
-  const Index tokens = 100, in = 66, out = 41, cut = 64;  // a link of a sum's chain is 1, 2 or, with AMX, 32 tokens
+  const Index tokens = 100, in = 66, out = 41,
+              cut = 64;  // a link of a sum's chain is 1, 2 or, with AMX, 32 tokens
   const auto check = [&](auto scalar) {
     using T = decltype(scalar);
-    const auto grad_y = random_tensor<T, 2>({tokens, out}, 1), x = random_tensor<T, 2>({tokens, in}, 2);
-    const auto weight = random_tensor<float, 2>({out, in}, 3), start = random_tensor<float, 2>({out, in}, 4);
+    const auto grad_y = random_tensor<T, 2>({tokens, out}, 1),
+               x = random_tensor<T, 2>({tokens, in}, 2);
+    const auto weight = random_tensor<float, 2>({out, in}, 3),
+               start = random_tensor<float, 2>({out, in}, 4);
     auto expected = to_double(start);
     ef::reference::linear_backward_weight(expected, to_double(grad_y), to_double(x));
     for_each_isa([&](auto isa) {
       const Eigen::DefaultDevice device;
       auto grad_x = poisoned_tensor<T, 2>({tokens, in});
-      ef::detail::linear_backward_input_on(isa, device, ef::output_view<2>(grad_x), ef::input_view<2>(grad_y),
-                                           ef::input_view<2>(weight), ef::thread_workspace());
-      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y), to_double(weight))), tolerance<T>())
+      ef::detail::linear_backward_input_on(isa, device, ef::output_view<2>(grad_x),
+                                           ef::input_view<2>(grad_y), ef::input_view<2>(weight),
+                                           ef::thread_workspace());
+      ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y),
+                                                                            to_double(weight))),
+                tolerance<T>())
           << isa.name;
       const auto add = [&](ef::Tensor<float, 2>& gradient, Index first, Index count) {
-        ef::detail::linear_backward_weight_on(isa, device, ef::output_view<2>(gradient), rows_of(grad_y, first, count),
+        ef::detail::linear_backward_weight_on(isa, device, ef::output_view<2>(gradient),
+                                              rows_of(grad_y, first, count),
                                               rows_of(x, first, count), ef::thread_workspace());
       };
       auto at_once = start, in_turn = start;

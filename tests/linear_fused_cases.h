@@ -12,25 +12,31 @@
 namespace eigenformer_test {
 
 template <typename Isa, typename Y, typename X, typename Weight, typename E>
-ef::Tensor<Y, 2> linear_by(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out, const E& epilogue) {
+ef::Tensor<Y, 2> linear_by(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out,
+                           const E& epilogue) {
   auto y = poisoned_tensor<Y, 2>({x.dimension(0), out});
-  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue, ef::thread_workspace());
+  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue,
+                          ef::thread_workspace());
   return y;
 }
 
 template <typename Isa, typename T>
-ef::PackedWeight<T> pack_for(Isa isa, const ef::Tensor<float, 2>& weight, T, const ef::Int8Packing& options = {}) {
+ef::PackedWeight<T> pack_for(Isa isa, const ef::Tensor<float, 2>& weight, T,
+                             const ef::Int8Packing& options = {}) {
   ef::PackedWeight<T> packed;
-  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight), ef::thread_workspace(), options);
+  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight),
+                             ef::thread_workspace(), options);
   return packed;
 }
 
 template <typename Isa, typename T>
-ef::PackedGatedWeight<T> pack_pair_for(Isa isa, const ef::Tensor<float, 2>& gate, const ef::Tensor<float, 2>& up, T,
+ef::PackedGatedWeight<T> pack_pair_for(Isa isa, const ef::Tensor<float, 2>& gate,
+                                       const ef::Tensor<float, 2>& up, T,
                                        const ef::Int8Packing& options = {}) {
   ef::PackedGatedWeight<T> packed;
   ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, ef::WeightAccess<T>::pair(packed),
-                             {ef::input_view<2>(gate), ef::input_view<2>(up)}, {"gate", "up"}, options, ef::thread_workspace());
+                             {ef::input_view<2>(gate), ef::input_view<2>(up)}, {"gate", "up"},
+                             options, ef::thread_workspace());
   return packed;
 }
 
@@ -38,28 +44,37 @@ ef::PackedGatedWeight<T> pack_pair_for(Isa isa, const ef::Tensor<float, 2>& gate
 template <typename Function, typename Isa>
 ef::Tensor<float, 2> activated(Isa isa, const ef::Tensor<float, 2>& x) {
   ef::Tensor<float, 2> y(x.dimensions());
-  ef::cpu::activation(isa, Eigen::DefaultDevice{}, ef::ActivationProblem<Function, float, float>{y.data(), x.data(), x.size()});
+  ef::cpu::activation(isa, Eigen::DefaultDevice{},
+                      ef::ActivationProblem<Function, float, float>{y.data(), x.data(), x.size()});
   return y;
 }
 
 template <typename Function, typename Weight, typename X, typename E>
-void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight, const E& activation) {
+void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight,
+                  const E& activation) {
   const Index tokens = x.dimension(0), out = weight.dimension(0);
   const auto bias = random_tensor<float, 1>({out}, 3);
   const auto residual = random_tensor<ef::bfloat16, 2>({tokens, out}, 4);
   for_each_isa([&](auto isa) {
     const auto packed = pack_for(isa, weight, Weight{});
-    const auto sums = linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
+    const auto sums =
+        linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
     auto expected = activated<Function>(isa, sums);
     const auto fused = activation.bias(bias);
-    ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, fused), expected)) << isa.name;
-    for (Index i = 0; i < expected.size(); ++i) expected.data()[i] += static_cast<float>(residual.data()[i]);
+    ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, fused), expected))
+        << isa.name;
+    for (Index i = 0; i < expected.size(); ++i)
+      expected.data()[i] += static_cast<float>(residual.data()[i]);
     const auto joined = fused.residual(residual);
-    ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, joined), expected)) << isa.name;
-    const ef::Tensor<ef::half, 2> narrow = expected.template cast<ef::half>();  // output in another type
-    ASSERT_TRUE(same_bits(linear_by<decltype(isa), ef::half>(isa, x, packed, out, joined), narrow)) << isa.name;
+    ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, joined), expected))
+        << isa.name;
+    const ef::Tensor<ef::half, 2> narrow =
+        expected.template cast<ef::half>();  // output in another type
+    ASSERT_TRUE(same_bits(linear_by<decltype(isa), ef::half>(isa, x, packed, out, joined), narrow))
+        << isa.name;
     auto in_place = residual;  // the residual stream, updated where it stands
-    ef::detail::linear_with(isa, Eigen::DefaultDevice{}, in_place, x, packed, fused.residual(in_place), ef::thread_workspace());
+    ef::detail::linear_with(isa, Eigen::DefaultDevice{}, in_place, x, packed,
+                            fused.residual(in_place), ef::thread_workspace());
     const ef::Tensor<ef::bfloat16, 2> stream = expected.template cast<ef::bfloat16>();
     ASSERT_TRUE(same_bits(in_place, stream)) << isa.name;
   });
@@ -81,9 +96,11 @@ TEST(LinearEpilogue, HasTheBitsOfSeparateOperators) {
 }
 
 template <typename Weight, typename X>
-void expect_gated(const ef::Tensor<X, 2>& x, Index out, unsigned seed, const ef::Int8Packing& options = {}) {
+void expect_gated(const ef::Tensor<X, 2>& x, Index out, unsigned seed,
+                  const ef::Int8Packing& options = {}) {
   const Index tokens = x.dimension(0), in = x.dimension(1);
-  const auto gate = random_tensor<float, 2>({out, in}, seed), up = random_tensor<float, 2>({out, in}, seed + 1);
+  const auto gate = random_tensor<float, 2>({out, in}, seed),
+             up = random_tensor<float, 2>({out, in}, seed + 1);
   const auto bias = random_tensor<float, 1>({2 * out}, seed + 2);
   ef::Tensor<float, 1> gate_bias(out), up_bias(out);
   std::copy_n(bias.data(), out, gate_bias.data());
@@ -92,17 +109,21 @@ void expect_gated(const ef::Tensor<X, 2>& x, Index out, unsigned seed, const ef:
     using Isa = decltype(isa);
     const auto pair = pack_pair_for(isa, gate, up, Weight{}, options);
     const auto g = activated<ef::cpu::Silu>(
-        isa, linear_by<Isa, float>(isa, x, pack_for(isa, gate, Weight{}, options), out, ef::Epilogue{}.bias(gate_bias)));
+        isa, linear_by<Isa, float>(isa, x, pack_for(isa, gate, Weight{}, options), out,
+                                   ef::Epilogue{}.bias(gate_bias)));
     ef::Tensor<float, 2> expected =
-        g * linear_by<Isa, float>(isa, x, pack_for(isa, up, Weight{}, options), out, ef::Epilogue{}.bias(up_bias));
+        g * linear_by<Isa, float>(isa, x, pack_for(isa, up, Weight{}, options), out,
+                                  ef::Epilogue{}.bias(up_bias));
     auto y = poisoned_tensor<float, 2>({tokens, out});
-    ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, y, x, pair, ef::Epilogue{}.silu().bias(bias),
-                                  ef::thread_workspace());
+    ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, y, x, pair,
+                                  ef::Epilogue{}.silu().bias(bias), ef::thread_workspace());
     ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out;
-    if constexpr (std::is_same_v<Weight, float> || (std::is_same_v<Weight, ef::bfloat16> && std::is_same_v<X, ef::bfloat16>)) {
+    if constexpr (std::is_same_v<Weight, float> ||
+                  (std::is_same_v<Weight, ef::bfloat16> && std::is_same_v<X, ef::bfloat16>)) {
       auto plain = poisoned_tensor<float, 2>({tokens, out});
-      ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, plain, x, ef::input_view<2>(gate), ef::input_view<2>(up),
-                                    ef::Epilogue{}.silu().bias(bias), ef::thread_workspace());
+      ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, plain, x, ef::input_view<2>(gate),
+                                    ef::input_view<2>(up), ef::Epilogue{}.silu().bias(bias),
+                                    ef::thread_workspace());
       ASSERT_TRUE(same_bits(plain, expected)) << isa.name << " plain";
     }
   });
@@ -128,7 +149,9 @@ TEST(LinearGated, PublicFormsAgreeOnAnyDevice) {
   ef::Tensor<float, 2> y(20, 90), other(20, 90);
   ef::gated_linear_into(Eigen::DefaultDevice{}, y, x, gate, up, ef::Epilogue{}.gelu());
   Threads threads(3);
-  ef::gated_linear_into(threads.device, other, x, ef::pack_gated_weight<float>(threads.device, gate, up), ef::Epilogue{}.gelu());
+  ef::gated_linear_into(threads.device, other, x,
+                        ef::pack_gated_weight<float>(threads.device, gate, up),
+                        ef::Epilogue{}.gelu());
   EXPECT_TRUE(same_bits(y, other));
   const ef::Tensor<float, 2> g = ef::gelu(ef::Tensor<float, 2>(ef::linear(x, gate)));
   const ef::Tensor<float, 2> expected = g * ef::linear(x, up);
@@ -142,15 +165,19 @@ TEST(LinearGrouped, EqualsItsDefinitionOnEveryIsa) {
       for (Index out : {1, 17, 33}) {
         const Index tokens = 1 + seed % 17;
         const auto x = random_tensor<float, 2>({tokens, in}, ++seed);
-        const auto [q, scales] = ef::quantize_weights_int8_grouped(random_tensor<float, 2>({out, in}, ++seed), group);
+        const auto [q, scales] =
+            ef::quantize_weights_int8_grouped(random_tensor<float, 2>({out, in}, ++seed), group);
         const auto bias = random_tensor<float, 1>({out}, ++seed);
         const auto expected = ef::reference::int8_linear_grouped(x, q, scales, group, bias.data());
         for_each_isa([&, &values = q, &factors = scales](auto isa) {
           ef::PackedWeight<std::int8_t> packed;
-          ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<2>(factors),
+          ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed,
+                                       ef::input_view<2>(values), ef::input_view<2>(factors),
                                        {.group_size = group});
-          const auto y = linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
-          ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out << " by " << group;
+          const auto y =
+              linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
+          ASSERT_TRUE(same_bits(y, expected))
+              << isa.name << " " << tokens << " x " << in << " x " << out << " by " << group;
         });
       }
 }
@@ -163,9 +190,11 @@ TEST(LinearGrouped, RowsThreadsAndPackingFromFloatChangeNothing) {
   EXPECT_EQ(packed.group_size(), group);
   const ef::Tensor<float, 2> y = ef::linear(x, packed);
   const auto [q, scales] = ef::quantize_weights_int8_grouped(weight, group);
-  const ef::Tensor<float, 2> from_values = ef::linear(x, ef::pack_weight(q, scales, {.group_size = group}));
+  const ef::Tensor<float, 2> from_values =
+      ef::linear(x, ef::pack_weight(q, scales, {.group_size = group}));
   EXPECT_TRUE(same_bits(y, from_values));
-  EXPECT_LE(relative_error(y, ef::reference::linear(to_double(x), to_double(weight))), 3e-2);  // both sides rounded to 8 bits
+  EXPECT_LE(relative_error(y, ef::reference::linear(to_double(x), to_double(weight))),
+            3e-2);  // both sides rounded to 8 bits
   for (Index t : {0, 11, 12, 40}) {
     const ef::TensorView<const float, 2> row(x.data() + t * in, 1, in);
     const ef::Tensor<float, 2> alone = ef::linear(row, packed);
@@ -174,7 +203,8 @@ TEST(LinearGrouped, RowsThreadsAndPackingFromFloatChangeNothing) {
   for (int count : {2, 3}) {
     Threads threads(count);
     const ef::Tensor<float, 2> other =
-        ef::linear(threads.device, x, ef::pack_weight<std::int8_t>(threads.device, weight, {.group_size = group}));
+        ef::linear(threads.device, x,
+                   ef::pack_weight<std::int8_t>(threads.device, weight, {.group_size = group}));
     ASSERT_TRUE(same_bits(y, other)) << count;
   }
 }
@@ -186,25 +216,34 @@ TEST(LinearErrors, OfEpiloguesPairsAndGroups) {
   const ef::Tensor<float, 1> short_bias(4);
   const ef::Tensor<float, 2> narrow(3, 4);
   const Eigen::DefaultDevice device;
-  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, weight, ef::Epilogue{}.bias(short_bias)); },
-                                       {"linear", "bias has 4", "5 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, weight, ef::Epilogue{}.residual(narrow)); },
-                                       {"linear", "residual has shape (3, 4)", "(3, 5)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::linear_into(device, y, x, weight, ef::Epilogue{}.bias(short_bias)); },
+      {"linear", "bias has 4", "5 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::linear_into(device, y, x, weight, ef::Epilogue{}.residual(narrow)); },
+      {"linear", "residual has shape (3, 4)", "(3, 5)"});
   const ef::Tensor<float, 2> other = random_tensor<float, 2>({6, 40}, 3);
-  expect_throws<std::invalid_argument>([&] { ef::gated_linear_into(device, y, x, weight, other, ef::Epilogue{}.silu()); },
-                                       {"gated_linear", "gate has shape (5, 40)", "up has shape (6, 40)"});
-  expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<float>(weight, other); }, {"pack_gated_weight", "gate", "up"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::gated_linear_into(device, y, x, weight, other, ef::Epilogue{}.silu()); },
+      {"gated_linear", "gate has shape (5, 40)", "up has shape (6, 40)"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<float>(weight, other); },
+                                       {"pack_gated_weight", "gate", "up"});
   const ef::Tensor<float, 1> half_bias(5);
   expect_throws<std::invalid_argument>(
-      [&] { ef::gated_linear_into(device, y, x, weight, weight, ef::Epilogue{}.silu().bias(half_bias)); },
+      [&] {
+        ef::gated_linear_into(device, y, x, weight, weight, ef::Epilogue{}.silu().bias(half_bias));
+      },
       {"gated_linear", "bias has 5", "gate has 5 rows", "each of gate and of up"});
   EXPECT_EQ(y(0, 0), 7.0f);
-  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(weight, {.group_size = 48}); },
-                                       {"group_size is 48", "128"});
-  expect_throws<std::invalid_argument>([&] { ef::pack_weight<float>(weight, {.group_size = 32}); }, {"only int8 weights"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::pack_weight<std::int8_t>(weight, {.group_size = 48}); },
+      {"group_size is 48", "128"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight<float>(weight, {.group_size = 32}); },
+                                       {"only int8 weights"});
   const auto [q, scales] = ef::quantize_weights_int8_grouped(weight, 32);
-  expect_throws<std::invalid_argument>([&, &v = q, &s = scales] { ef::pack_weight(v, s, {.group_size = 64}); },
-                                       {"scales has 2 columns", "expected 1"});
+  expect_throws<std::invalid_argument>(
+      [&, &v = q, &s = scales] { ef::pack_weight(v, s, {.group_size = 64}); },
+      {"scales has 2 columns", "expected 1"});
   auto bad = other;
   bad(4, 39) = std::numeric_limits<float>::quiet_NaN();
   expect_throws<std::invalid_argument>([&] { ef::pack_gated_weight<std::int8_t>(other, bad); },
@@ -222,7 +261,8 @@ TEST(LinearEpilogue, IsAValue) {
 }
 
 TEST(LinearPacked, MovesAndCopiesKeepShapeAndMemoryTogether) {
-  const auto weight = random_tensor<float, 2>({40, 30}, 1), small = random_tensor<float, 2>({3, 30}, 2);
+  const auto weight = random_tensor<float, 2>({40, 30}, 1),
+             small = random_tensor<float, 2>({3, 30}, 2);
   const auto x = random_tensor<float, 2>({2, 30}, 3);
   auto packed = ef::pack_weight<std::int8_t>(weight);
   const auto copy = packed;
@@ -234,7 +274,8 @@ TEST(LinearPacked, MovesAndCopiesKeepShapeAndMemoryTogether) {
   packed = copy;
   EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
   ef::pack_weight_into(Eigen::DefaultDevice{}, packed, small, {.group_size = 32});
-  ef::pack_weight_into(Eigen::DefaultDevice{}, packed, weight);  // the same memory, from groups back to rows
+  ef::pack_weight_into(Eigen::DefaultDevice{}, packed,
+                       weight);  // the same memory, from groups back to rows
   EXPECT_EQ(packed.group_size(), 0);
   EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
 }
@@ -244,14 +285,18 @@ TEST(LinearErrors, ShapesWhoseProductOverflows) {
   const ef::TensorView<const float, 2> x(nullptr, huge, 0), weight(nullptr, huge, 0);
   expect_throws<std::invalid_argument>([&] { ef::linear(x, weight); }, {"linear", "overflows"});
   const ef::TensorView<const float, 2> vast(nullptr, Index{1} << 62, 64);
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(vast, 32); }, {"grouped", "overflows"});
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel(vast); }, {"per_channel", "overflows"});
-  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(vast); }, {"pack_weight", "overflows"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(vast, 32); },
+                                       {"grouped", "overflows"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel(vast); },
+                                       {"per_channel", "overflows"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(vast); },
+                                       {"pack_weight", "overflows"});
 }
 
 template <typename Weight, typename X>
 void expect_blocks_and_threads_of_isa(Index in) {
-  const Index tokens = 140, out = 40;  // more rows than a block of AMX has, more of k than a block of any ISA
+  const Index tokens = 140,
+              out = 40;  // more rows than a block of AMX has, more of k than a block of any ISA
   const auto x = random_tensor<X, 2>({tokens, in}, 1);
   const auto weight = random_tensor<float, 2>({out, in}, 2);
   for_each_isa([&](auto isa) {
@@ -261,11 +306,13 @@ void expect_blocks_and_threads_of_isa(Index in) {
     for (Index t : {0, 15, 16, 31, 32, 127, 128, 139}) {
       const ef::Tensor<X, 2> row = ef::TensorView<const X, 2>(x.data() + t * in, 1, in);
       const auto alone = linear_by<Isa, float>(isa, row, packed, out, ef::Epilogue{});
-      for (Index o = 0; o < out; ++o) ASSERT_EQ(alone(0, o), y(t, o)) << isa.name << " " << t << " " << o;
+      for (Index o = 0; o < out; ++o)
+        ASSERT_EQ(alone(0, o), y(t, o)) << isa.name << " " << t << " " << o;
     }
     Threads threads(2);
     auto other = poisoned_tensor<float, 2>({tokens, out});
-    ef::detail::linear_with(isa, threads.device, other, x, packed, ef::Epilogue{}, ef::thread_workspace());
+    ef::detail::linear_with(isa, threads.device, other, x, packed, ef::Epilogue{},
+                            ef::thread_workspace());
     ASSERT_TRUE(same_bits(y, other)) << isa.name;
   });
 }
@@ -282,9 +329,11 @@ TEST(LinearAmx, IsWhatTheTagRuns) {
   const auto before = amx_emulated_instructions();
   const auto weight = random_tensor<float, 2>({33, 70}, 1);
   const ef::Tensor<ef::bfloat16, 2> x = random_tensor<ef::bfloat16, 2>({3, 70}, 2);
-  linear_by<ef::isa::amx, float>(ef::isa::amx{}, x, pack_for(ef::isa::amx{}, weight, ef::bfloat16{}), 33, ef::Epilogue{});
+  linear_by<ef::isa::amx, float>(
+      ef::isa::amx{}, x, pack_for(ef::isa::amx{}, weight, ef::bfloat16{}), 33, ef::Epilogue{});
   const auto between = amx_emulated_instructions();
-  linear_by<ef::isa::amx, float>(ef::isa::amx{}, x, pack_for(ef::isa::amx{}, weight, std::int8_t{}), 33, ef::Epilogue{});
+  linear_by<ef::isa::amx, float>(ef::isa::amx{}, x, pack_for(ef::isa::amx{}, weight, std::int8_t{}),
+                                 33, ef::Epilogue{});
   EXPECT_TRUE(amx_in_hardware() || (between > before && amx_emulated_instructions() > between));
 #else
   GTEST_SKIP() << "this build has no AMX kernels";

@@ -23,8 +23,10 @@ struct Pair {
 };
 template <typename P>
 class Linear : public ::testing::Test {};
-using Pairs = ::testing::Types<Pair<float, float>, Pair<double, double>, Pair<ef::bfloat16, ef::bfloat16>, Pair<ef::half, ef::half>,
-                               Pair<float, ef::bfloat16>, Pair<float, ef::half>, Pair<ef::bfloat16, float>, Pair<ef::half, float>>;
+using Pairs =
+    ::testing::Types<Pair<float, float>, Pair<double, double>, Pair<ef::bfloat16, ef::bfloat16>,
+                     Pair<ef::half, ef::half>, Pair<float, ef::bfloat16>, Pair<float, ef::half>,
+                     Pair<ef::bfloat16, float>, Pair<ef::half, float>>;
 TYPED_TEST_SUITE(Linear, Pairs);
 
 template <typename Isa, typename X, typename Weight>
@@ -32,14 +34,16 @@ ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, I
                      const ef::Tensor<float, 1>* bias = nullptr) {
   auto y = poisoned_tensor<X, 2>({x.dimension(0), out});
   const ef::Epilogue<> epilogue = bias == nullptr ? ef::Epilogue{} : ef::Epilogue{}.bias(*bias);
-  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue, ef::thread_workspace());
+  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue,
+                          ef::thread_workspace());
   return y;
 }
 
 template <typename T, typename Isa, typename W>
 ef::PackedWeight<T> packed_for(Isa isa, const ef::Tensor<W, 2>& weight) {
   ef::PackedWeight<T> packed;
-  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight), ef::thread_workspace());
+  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight),
+                             ef::thread_workspace());
   return packed;
 }
 
@@ -59,13 +63,17 @@ TYPED_TEST(Linear, EqualsItsDefinitionAtEveryTail) {
       const auto weight = random_tensor<W, 2>({out, in}, ++seed);
       const auto bias = random_tensor<float, 1>({out}, ++seed);
       const auto wide_bias = to_double(bias);
-      const auto expected = ef::reference::linear(to_double(x), to_double(weight), wide_bias.data());
+      const auto expected =
+          ef::reference::linear(to_double(x), to_double(weight), wide_bias.data());
       for_each_isa([&](auto isa) {
         const auto y = run(isa, x, weight, out, &bias);
-        ASSERT_LE(relative_error(y, expected), allowed) << isa.name << " " << tokens << " x " << in << " x " << out;
+        ASSERT_LE(relative_error(y, expected), allowed)
+            << isa.name << " " << tokens << " x " << in << " x " << out;
         const auto packed = packed_for<Packing<X, W>>(isa, weight);
-        ASSERT_TRUE(same_bits(y, run(isa, x, packed, out, &bias))) << isa.name << " " << tokens << " x " << in << " x " << out;
-        ASSERT_TRUE(same_bits(run(isa, x, weight, out), run(isa, x, packed, out))) << isa.name << " without bias";
+        ASSERT_TRUE(same_bits(y, run(isa, x, packed, out, &bias)))
+            << isa.name << " " << tokens << " x " << in << " x " << out;
+        ASSERT_TRUE(same_bits(run(isa, x, weight, out), run(isa, x, packed, out)))
+            << isa.name << " without bias";
       });
     }
 }
@@ -119,7 +127,8 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
     ASSERT_TRUE(same_bits(y, other)) << count << " threads";
     ef::PackedWeight<T> repacked;
     ef::pack_weight_into(threads.device, repacked, weight);
-    ASSERT_EQ(0, std::memcmp(packed.panels().data, repacked.panels().data, static_cast<std::size_t>(packed.bytes())));
+    ASSERT_EQ(0, std::memcmp(packed.panels().data, repacked.panels().data,
+                             static_cast<std::size_t>(packed.bytes())));
     if constexpr (std::is_same_v<X, T>) {
       other.setZero();
       ef::linear_into(threads.device, other, x, weight);
@@ -131,11 +140,13 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
 }
 
 TEST(LinearBits, DoNotDependOnBlocksOrThreads) {
-  expect_blocks_and_threads<float, float>(400, 1201, 300);  // more than a block of rows, of k and of panels
+  expect_blocks_and_threads<float, float>(400, 1201,
+                                          300);  // more than a block of rows, of k and of panels
   expect_blocks_and_threads<ef::bfloat16, ef::bfloat16>(400, 2401, 300);
   expect_blocks_and_threads<ef::half, ef::half>(100, 1201, 300);
   expect_blocks_and_threads<float, std::int8_t>(400, 4802, 300);
-  expect_blocks_and_threads<float, float>(100, 301, 20);  // fewer panels than threads: rows are shared out
+  expect_blocks_and_threads<float, float>(100, 301,
+                                          20);  // fewer panels than threads: rows are shared out
   expect_blocks_and_threads<float, float>(1, 4000, 600);
   expect_blocks_and_threads<float, std::int8_t>(3, 4000, 600);
 }
@@ -146,7 +157,8 @@ TEST(LinearBits, DoNotDependOnTheSizeOfTheOutput) {
   for (Index out : {Index{1024}, Index{1023}}) {
     ASSERT_GT(tokens * out * Index{sizeof(float)}, ef::cpu::kStreamingBytes);
     const auto x = random_tensor<float, 2>({tokens, in}, 1);
-    const auto weight = random_tensor<float, 2>({out, in}, 2), residual = random_tensor<float, 2>({tokens, out}, 3);
+    const auto weight = random_tensor<float, 2>({out, in}, 2),
+               residual = random_tensor<float, 2>({tokens, out}, 3);
     const auto packed = ef::pack_weight<std::int8_t>(weight);
     const auto check = [&](const auto& w, const auto& end_of) {
       Threads threads(2);
@@ -155,14 +167,18 @@ TEST(LinearBits, DoNotDependOnTheSizeOfTheOutput) {
       ef::linear_into(threads.device, whole, x, w, end_of(0, tokens));
       for (Index first = 0; first < tokens; first += 100) {
         auto part = poisoned_tensor<float, 2>({100, out});
-        ef::linear_into(Eigen::DefaultDevice{}, part, rows_of(x, first, 100), w, end_of(first, 100));
-        ASSERT_TRUE(same_bits(part, rows_of(whole, first, 100))) << out << " columns, row " << first;
+        ef::linear_into(Eigen::DefaultDevice{}, part, rows_of(x, first, 100), w,
+                        end_of(first, 100));
+        ASSERT_TRUE(same_bits(part, rows_of(whole, first, 100)))
+            << out << " columns, row " << first;
       }
     };
     const auto plain = [](Index, Index) { return ef::Epilogue{}; };
     check(weight, plain);
     check(packed, plain);
-    check(weight, [&](Index first, Index count) { return ef::Epilogue{}.residual(rows_of(residual, first, count)); });
+    check(weight, [&](Index first, Index count) {
+      return ef::Epilogue{}.residual(rows_of(residual, first, count));
+    });
   }
 }
 
@@ -174,8 +190,10 @@ TEST(LinearBits, DoNotDependOnTheShard) {
     using T = decltype(scalar);
     const ef::Tensor<float, 2> whole = ef::linear(x, ef::pack_weight<T>(weight));
     for (Index split = 0; split <= out; ++split)
-      for (const auto& [first, count] : {std::pair{Index{0}, split}, std::pair{split, out - split}}) {
-        const ef::Tensor<float, 2> part = ef::linear(x, ef::pack_weight<T>(rows_of(weight, first, count)));
+      for (const auto& [first, count] :
+           {std::pair{Index{0}, split}, std::pair{split, out - split}}) {
+        const ef::Tensor<float, 2> part =
+            ef::linear(x, ef::pack_weight<T>(rows_of(weight, first, count)));
         for (Index t = 0; t < 5; ++t)
           for (Index o = 0; o < count; ++o) ASSERT_EQ(part(t, o), whole(t, first + o)) << split;
       }
@@ -192,19 +210,23 @@ TEST(LinearBits, NothingOutsideIsReadOrWritten) {
     auto x_memory = poisoned_tensor<float, 1>({tokens * in + 64});
     auto w_memory = poisoned_tensor<float, 1>({out * in + 64});
     auto y_memory = poisoned_tensor<float, 1>({tokens * out + 64});
-    const auto x = random_tensor<float, 2>({tokens, in}, 1), weight = random_tensor<float, 2>({out, in}, 2);
+    const auto x = random_tensor<float, 2>({tokens, in}, 1),
+               weight = random_tensor<float, 2>({out, in}, 2);
     std::copy_n(x.data(), x.size(), x_memory.data() + shift);
     std::copy_n(weight.data(), weight.size(), w_memory.data() + shift);
     ef::TensorView<float, 2> y(y_memory.data() + shift, tokens, out);
-    ef::linear_into(Eigen::DefaultDevice{}, y, ef::TensorView<const float, 2>(x_memory.data() + shift, tokens, in),
+    ef::linear_into(Eigen::DefaultDevice{}, y,
+                    ef::TensorView<const float, 2>(x_memory.data() + shift, tokens, in),
                     ef::TensorView<const float, 2>(w_memory.data() + shift, out, in));
     ASSERT_TRUE(same_bits(y, ef::linear(x, weight)));
-    for (Index i = 0; i < y_memory.size(); ++i) ASSERT_EQ(std::isnan(y_memory(i)), i < shift || i >= shift + tokens * out) << i;
+    for (Index i = 0; i < y_memory.size(); ++i)
+      ASSERT_EQ(std::isnan(y_memory(i)), i < shift || i >= shift + tokens * out) << i;
   }
 }
 
 TEST(LinearInt8, SumsAreExactToTheLimit) {
-  const Index in = ef::detail::kLargestInt8Depth;  // 128 times the sum of these activations leaves 32 bits
+  const Index in =
+      ef::detail::kLargestInt8Depth;  // 128 times the sum of these activations leaves 32 bits
   ef::Tensor<float, 2> x(1, in);
   x.setConstant(1.0f);
   ef::Tensor<std::int8_t, 2> q(2, in);
@@ -263,9 +285,11 @@ TEST(LinearMemory, NothingIsAllocatedTwice) {
 }
 
 TEST(LinearMemory, NothingAtAllWithAWorkspaceNorOnAnAwakePool) {
-  const auto x = random_tensor<float, 2>({14, 90}, 1), weight = random_tensor<float, 2>({70, 90}, 2);
+  const auto x = random_tensor<float, 2>({14, 90}, 1),
+             weight = random_tensor<float, 2>({70, 90}, 2);
   const auto gate_up = ef::pack_gated_weight<ef::bfloat16>(weight, weight);
-  const auto w8 = ef::pack_weight<std::int8_t>(weight), groups = ef::pack_weight<std::int8_t>(weight, {.group_size = 32});
+  const auto w8 = ef::pack_weight<std::int8_t>(weight),
+             groups = ef::pack_weight<std::int8_t>(weight, {.group_size = 32});
   ef::Tensor<float, 2> y(14, 70);
   ef::Workspace workspace(std::size_t{16} << 20);
   const auto all = [&](const auto& device) {
@@ -306,7 +330,10 @@ TEST(LinearPacked, CopiesMovesAndRepacks) {
   EXPECT_TRUE(same_bits(y2, ef::linear(x, packed)));
   const ef::PackedWeight<float> moved = std::move(packed);
   EXPECT_TRUE(same_bits(y2, ef::linear(x, moved)));
-  EXPECT_EQ(ef::linear(x, ef::PackedWeight<float>(ef::pack_weight<float>(ef::Tensor<float, 2>(0, 20)))).dimension(1), 0);
+  EXPECT_EQ(
+      ef::linear(x, ef::PackedWeight<float>(ef::pack_weight<float>(ef::Tensor<float, 2>(0, 20))))
+          .dimension(1),
+      0);
 }
 
 TEST(LinearErrors, NameTheArgument) {
@@ -314,18 +341,22 @@ TEST(LinearErrors, NameTheArgument) {
   const ef::Tensor<float, 2> x(3, 8), weight(5, 9);
   ef::Tensor<float, 2> y(3, 5);
   y.setConstant(7.0f);
-  expect_throws<std::invalid_argument>([&] { ef::linear(x, weight); }, {"linear", "weight has 9 columns", "8 features"});
+  expect_throws<std::invalid_argument>([&] { ef::linear(x, weight); },
+                                       {"linear", "weight has 9 columns", "8 features"});
   expect_throws<std::invalid_argument>([&] { ef::linear(x, ef::pack_weight<float>(weight)); },
                                        {"weight has 9 columns", "8 features"});
   const auto good = random_tensor<float, 2>({5, 8}, 1);
   ef::Tensor<float, 2> wrong(3, 6);
-  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, wrong, x, good); }, {"y has shape (3, 6)", "(3, 5)"});
-  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, x, good, ef::Tensor<float, 1>(4)); },
-                                       {"bias has 4", "weight has 5 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::linear_into(device, wrong, x, good); },
+                                       {"y has shape (3, 6)", "(3, 5)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::linear_into(device, y, x, good, ef::Tensor<float, 1>(4)); },
+      {"bias has 4", "weight has 5 rows"});
   expect_throws<std::invalid_argument>([&] { ef::linear_backward_input_into(device, y, x, good); },
                                        {"linear_backward_input", "grad_y has 8", "5 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::linear_backward_weight_into(device, wrong, y, x); },
-                                       {"linear_backward_weight", "(3, 6)", "(5, 8)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::linear_backward_weight_into(device, wrong, y, x); },
+      {"linear_backward_weight", "(3, 6)", "(5, 8)"});
   ef::Tensor<float, 1> grad_bias(2);
   expect_throws<std::invalid_argument>([&] { ef::linear_backward_bias_into(device, grad_bias, y); },
                                        {"linear_backward_bias", "2", "5"});
@@ -335,8 +366,10 @@ TEST(LinearErrors, NameTheArgument) {
   bad(2, 3) = std::numeric_limits<float>::quiet_NaN();
   bad(4, 0) = std::numeric_limits<float>::infinity();
   auto packed = ef::pack_weight<std::int8_t>(good);
-  const ef::Tensor<float, 2> input = random_tensor<float, 2>({2, 8}, 3), before = ef::linear(input, packed);
-  expect_throws<std::invalid_argument>([&] { ef::pack_weight_into(device, packed, bad); }, {"pack_weight", "weights[2, 3]", "nan"});
+  const ef::Tensor<float, 2> input = random_tensor<float, 2>({2, 8}, 3),
+                             before = ef::linear(input, packed);
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight_into(device, packed, bad); },
+                                       {"pack_weight", "weights[2, 3]", "nan"});
   EXPECT_TRUE(same_bits(before, ef::linear(input, packed)));
   ef::Tensor<std::int8_t, 2> q(5, 8);
   q.setZero();
@@ -344,13 +377,15 @@ TEST(LinearErrors, NameTheArgument) {
                                        {"pack_weight", "scales has 4", "5 rows"});
   ef::Tensor<float, 2> deep(1, ef::detail::kLargestInt8Depth + 1);
   deep.setZero();
-  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(deep); }, {"pack_weight", "133145", "133144"});
+  expect_throws<std::invalid_argument>([&] { ef::pack_weight<std::int8_t>(deep); },
+                                       {"pack_weight", "133145", "133144"});
 
   if constexpr (!std::is_same_v<ef::isa::best, ef::isa::generic>) {
     const auto foreign = packed_for<float>(ef::isa::generic{}, good);
     const ef::Tensor<float, 2> eight = random_tensor<float, 2>({3, 8}, 2);
-    expect_throws<std::invalid_argument>([&] { ef::linear_into(device, y, eight, foreign); },
-                                         {"generic", ef::detail::panel_layout<float>(ef::isa::best{}).isa.data(), "pack it again"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::linear_into(device, y, eight, foreign); },
+        {"generic", ef::detail::panel_layout<float>(ef::isa::best{}).isa.data(), "pack it again"});
   }
 }
 
@@ -368,7 +403,8 @@ TEST(LinearContract, CallsCompileAsWritten) {
     ef::linear_into(device, y, x, w8, bias);
     EXPECT_LE(relative_error(y, to_double(y3)), 1e-2);
     y3 = ef::linear(device, x, w32, bias);
-    EXPECT_LE(relative_error(ef::Tensor<float, 2>(ef::linear(device, x, w, bias)), to_double(y3)), 1e-2);
+    EXPECT_LE(relative_error(ef::Tensor<float, 2>(ef::linear(device, x, w, bias)), to_double(y3)),
+              1e-2);
     y3 = ef::linear(x, w8);
   };
   const auto x = random_tensor<float, 2>({3, 16}, 3);
@@ -380,7 +416,9 @@ TEST(LinearContract, CallsCompileAsWritten) {
   check(x16, y);
   check(x16, y16);
   ef::Tensor<float, 2> y2 = ef::linear(x, weight, bias);
-  EXPECT_LE(relative_error(y2, ef::reference::linear(to_double(x), to_double(weight), to_double(bias).data())), 1e-5);
+  EXPECT_LE(relative_error(
+                y2, ef::reference::linear(to_double(x), to_double(weight), to_double(bias).data())),
+            1e-5);
   ef::Tensor<Eigen::bfloat16, 2> narrow = ef::linear(x16, weight, bias);
   EXPECT_LE(relative_error(narrow, to_double(y2)), 1e-2);
 }

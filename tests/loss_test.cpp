@@ -12,11 +12,14 @@ namespace {
 
 const Eigen::DefaultDevice kDevice;
 
-ef::Tensor<std::int32_t, 1> random_targets(Index rows, Index classes, unsigned seed, std::int32_t ignored = -100) {
+ef::Tensor<std::int32_t, 1> random_targets(Index rows, Index classes, unsigned seed,
+                                           std::int32_t ignored = -100) {
   std::mt19937 generator(seed);
   ef::Tensor<std::int32_t, 1> targets(rows);
   for (Index r = 0; r < rows; ++r)
-    targets(r) = r % 5 == 3 ? ignored : static_cast<std::int32_t>(generator() % static_cast<std::uint32_t>(classes));
+    targets(r) = r % 5 == 3
+                     ? ignored
+                     : static_cast<std::int32_t>(generator() % static_cast<std::uint32_t>(classes));
   return targets;
 }
 
@@ -30,22 +33,30 @@ void compare_all_forms(Index rows, Index classes, const ef::CrossEntropyOptions&
   const auto logits = random_tensor<T, 2>({rows, classes}, static_cast<unsigned>(classes), 2.0);
   const auto targets = random_targets(rows, classes, 7, options.ignore_index);
   const auto expected = ef::reference::cross_entropy(to_double(logits), targets, 0.25, options);
-  const double allowed = std::is_same_v<T, double> ? 1e-12 : 1e-5;  // the sum is float or better whatever the logits' type
+  const double allowed = std::is_same_v<T, double>
+                             ? 1e-12
+                             : 1e-5;  // the sum is float or better whatever the logits' type
 
   const auto loss = ef::cross_entropy(logits, targets, options);
   EXPECT_EQ(loss.count, expected.loss.count);
-  ASSERT_NEAR(loss.sum, expected.loss.sum, allowed * (1 + std::abs(expected.loss.sum))) << rows << " x " << classes;
+  ASSERT_NEAR(loss.sum, expected.loss.sum, allowed * (1 + std::abs(expected.loss.sum)))
+      << rows << " x " << classes;
 
   auto gradient = poisoned_tensor<G, 2>({rows, classes});
-  const auto with_gradient = ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 0.25, options);
+  const auto with_gradient =
+      ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 0.25, options);
   EXPECT_EQ(with_gradient.sum, loss.sum);
   EXPECT_EQ(with_gradient.count, loss.count);
-  ASSERT_LE(relative_error(gradient, expected.gradient), tolerance<G>()) << rows << " x " << classes;
+  ASSERT_LE(relative_error(gradient, expected.gradient), tolerance<G>())
+      << rows << " x " << classes;
 
   for (int count : {1, 2, 3}) {
     Threads threads(count);
     auto other = poisoned_tensor<G, 2>({rows, classes});
-    EXPECT_EQ(ef::cross_entropy_with_gradient_into(threads.device, other, logits, targets, 0.25, options).sum, loss.sum);
+    EXPECT_EQ(
+        ef::cross_entropy_with_gradient_into(threads.device, other, logits, targets, 0.25, options)
+            .sum,
+        loss.sum);
     EXPECT_EQ(ef::cross_entropy(threads.device, logits, targets, options).sum, loss.sum);
     ASSERT_TRUE(same_bits(gradient, other)) << count << " threads";
   }
@@ -54,9 +65,11 @@ void compare_all_forms(Index rows, Index classes, const ef::CrossEntropyOptions&
     std::vector<double> row_loss(static_cast<std::size_t>(rows) + 1, -1.0);
     ef::cpu::cross_entropy(
         isa, kDevice,
-        ef::CrossEntropyProblem<T, G>{logits.data(), targets.data(), other.data(), row_loss.data(), rows, classes, 0.25,
-                                      options.ignore_index, options.label_smoothing, options.z_loss});
-    ASSERT_LE(relative_error(other, expected.gradient), tolerance<G>()) << isa.name << " " << classes;
+        ef::CrossEntropyProblem<T, G>{logits.data(), targets.data(), other.data(), row_loss.data(),
+                                      rows, classes, 0.25, options.ignore_index,
+                                      options.label_smoothing, options.z_loss});
+    ASSERT_LE(relative_error(other, expected.gradient), tolerance<G>())
+        << isa.name << " " << classes;
     double sum = 0;
     for (Index r = 0; r < rows; ++r) sum += row_loss[static_cast<std::size_t>(r)];
     ASSERT_NEAR(sum, expected.loss.sum, allowed * (1 + std::abs(expected.loss.sum))) << isa.name;
@@ -64,9 +77,12 @@ void compare_all_forms(Index rows, Index classes, const ef::CrossEntropyOptions&
 }
 
 TYPED_TEST(Loss, EqualsItsDefinitionAtEveryWidth) {
-  for (Index classes = 1; classes <= 35; ++classes) compare_all_forms<TypeParam, TypeParam>(6, classes, {});
-  for (Index classes : {63, 64, 65, 127, 128, 129, 1000, 4099}) compare_all_forms<TypeParam, TypeParam>(5, classes, {});
-  for (Index classes : {1, 17, 300}) compare_all_forms<TypeParam, ef::compute_type<TypeParam>>(7, classes, {});
+  for (Index classes = 1; classes <= 35; ++classes)
+    compare_all_forms<TypeParam, TypeParam>(6, classes, {});
+  for (Index classes : {63, 64, 65, 127, 128, 129, 1000, 4099})
+    compare_all_forms<TypeParam, TypeParam>(5, classes, {});
+  for (Index classes : {1, 17, 300})
+    compare_all_forms<TypeParam, ef::compute_type<TypeParam>>(7, classes, {});
 }
 
 TYPED_TEST(Loss, OptionsEqualTheirDefinition) {
@@ -84,10 +100,12 @@ TYPED_TEST(Loss, InPlaceEqualsOutOfPlaceAndMisalignedEqualsAligned) {
     const auto targets = random_targets(4, classes, 9);
     auto gradient = poisoned_tensor<TypeParam, 2>({4, classes});
     const auto loss = ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 3.0);
-    std::vector<TypeParam> memory(static_cast<std::size_t>(logits.size()) + 1, std::numeric_limits<TypeParam>::quiet_NaN());
+    std::vector<TypeParam> memory(static_cast<std::size_t>(logits.size()) + 1,
+                                  std::numeric_limits<TypeParam>::quiet_NaN());
     std::copy(logits.data(), logits.data() + logits.size(), memory.data() + 1);
     ef::TensorView<TypeParam, 2> in_place(memory.data() + 1, 4, classes);
-    EXPECT_EQ(ef::cross_entropy_with_gradient_into(kDevice, in_place, in_place, targets, 3.0).sum, loss.sum);
+    EXPECT_EQ(ef::cross_entropy_with_gradient_into(kDevice, in_place, in_place, targets, 3.0).sum,
+              loss.sum);
     ASSERT_TRUE(same_bits(gradient, in_place));
     EXPECT_TRUE(std::isnan(static_cast<float>(memory[0])));
   }
@@ -103,13 +121,15 @@ TYPED_TEST(Loss, ARowDoesNotDependOnItsNeighbours) {
     const ef::TensorView<const std::int32_t, 1> target(targets.data() + r, 1);
     auto alone = poisoned_tensor<TypeParam, 2>({1, 77});
     ef::cross_entropy_with_gradient_into(kDevice, alone, row, target, 1.0);
-    ASSERT_TRUE(same_bits(alone, ef::TensorView<const TypeParam, 2>(together.data() + r * 77, 1, 77)));
+    ASSERT_TRUE(
+        same_bits(alone, ef::TensorView<const TypeParam, 2>(together.data() + r * 77, 1, 77)));
   }
 }
 
 TEST(LossGradient, IsTheDerivativeOfTheLoss) {
   for (const ef::CrossEntropyOptions& options :
-       {ef::CrossEntropyOptions{}, ef::CrossEntropyOptions{.label_smoothing = 0.2, .z_loss = 0.05}}) {
+       {ef::CrossEntropyOptions{},
+        ef::CrossEntropyOptions{.label_smoothing = 0.2, .z_loss = 0.05}}) {
     auto logits = random_tensor<double, 2>({4, 7}, 11);
     const auto targets = random_targets(4, 7, 12);
     ef::Tensor<double, 2> gradient(4, 7);
@@ -150,9 +170,10 @@ TYPED_TEST(Loss, ExtremeLogits) {
   for (Index classes : {3, 40}) {
     ef::Tensor<T, 2> logits(5, classes);
     logits.setConstant(static_cast<T>(-infinity));
-    for (Index k = 0; k < classes; ++k) logits(4, k) = static_cast<T>(60000.0f);  // exp(60000) overflows every type
-    logits(0, 1) = static_cast<T>(2.0f);                                          // one possible class, and it is the target
-    logits(1, 1) = static_cast<T>(2.0f);                                          // the target is impossible
+    for (Index k = 0; k < classes; ++k)
+      logits(4, k) = static_cast<T>(60000.0f);  // exp(60000) overflows every type
+    logits(0, 1) = static_cast<T>(2.0f);        // one possible class, and it is the target
+    logits(1, 1) = static_cast<T>(2.0f);        // the target is impossible
     for (Index k = 0; k < classes; ++k) logits(2, k) = static_cast<T>(1.0f);
     logits(2, classes - 1) = std::numeric_limits<T>::quiet_NaN();
     ef::Tensor<std::int32_t, 1> targets(5);  // row 3: all -infinity
@@ -203,24 +224,34 @@ TEST(LossContract, RefusesBeforeWriting) {
   gradient.setConstant(7.0f);
   ef::Tensor<std::int32_t, 1> targets(4);
   targets.setValues({0, 5, 6, 1});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0); },
-                                       {"cross_entropy", "target 2 is 6", "[0, 6)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0); },
+      {"cross_entropy", "target 2 is 6", "[0, 6)"});
   targets.setValues({0, -1, 5, 1});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0); },
-                                       {"target 1 is -1"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.ignore_index = 3}); },
-                                       {"target 1 is -1", "ignore_index 3"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0); },
+      {"target 1 is -1"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::cross_entropy(logits, targets, {.ignore_index = 3}); },
+      {"target 1 is -1", "ignore_index 3"});
   targets.setValues({0, 0, 0, 0});
   ef::Tensor<float, 2> narrow(4, 5);
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy_with_gradient_into(kDevice, narrow, logits, targets, 1.0); },
-                                       {"grad_logits has shape (4, 5)", "(4, 6)"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, ef::Tensor<std::int32_t, 1>(3)); },
-                                       {"targets has 3", "4 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.label_smoothing = 1.5}); },
-                                       {"label_smoothing", "1.5"});
-  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.z_loss = -1}); }, {"z_loss"});
   expect_throws<std::invalid_argument>(
-      [&] { ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, std::numeric_limits<double>::quiet_NaN()); },
+      [&] { ef::cross_entropy_with_gradient_into(kDevice, narrow, logits, targets, 1.0); },
+      {"grad_logits has shape (4, 5)", "(4, 6)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::cross_entropy(logits, ef::Tensor<std::int32_t, 1>(3)); },
+      {"targets has 3", "4 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::cross_entropy(logits, targets, {.label_smoothing = 1.5}); },
+      {"label_smoothing", "1.5"});
+  expect_throws<std::invalid_argument>([&] { ef::cross_entropy(logits, targets, {.z_loss = -1}); },
+                                       {"z_loss"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets,
+                                             std::numeric_limits<double>::quiet_NaN());
+      },
       {"gradient_scale"});
   for (Index i = 0; i < gradient.size(); ++i) EXPECT_EQ(gradient.data()[i], 7.0f);
 }

@@ -37,8 +37,11 @@ TYPED_TEST(RmsNorm, EqualsItsDefinitionAtEveryWidth) {
       ASSERT_LT(relative_error(y, expected), tolerance<T>()) << rows << " x " << features;
       for_each_isa([&](auto isa) {
         auto other = poisoned_tensor<T, 2>({rows, features});
-        ef::cpu::rms_norm(isa, kHere, ef::RmsNormProblem<T, T, T>{other.data(), x.data(), weight.data(), rows, features, kEpsilon});
-        ASSERT_LT(relative_error(other, expected), tolerance<T>()) << isa.name << " " << rows << " x " << features;
+        ef::cpu::rms_norm(isa, kHere,
+                          ef::RmsNormProblem<T, T, T>{other.data(), x.data(), weight.data(), rows,
+                                                      features, kEpsilon});
+        ASSERT_LT(relative_error(other, expected), tolerance<T>())
+            << isa.name << " " << rows << " x " << features;
       });
     }
 }
@@ -93,21 +96,29 @@ TYPED_TEST(RmsNorm, GradientsEqualTheReference) {
   using G = ef::compute_type<T>;
   for (Index features : {0, 1, 5, 16, 31, 64, 65, 200})
     for (Index rows : {0, 1, 7, 64, 65, 130}) {
-      const float epsilon = features == 1 ? 1.0f : kEpsilon;  // one feature: the gradient is what epsilon leaves of it
-      const auto x = random_tensor<T, 2>({rows, features}, 8), grad_y = random_tensor<T, 2>({rows, features}, 9);
+      const float epsilon =
+          features == 1 ? 1.0f
+                        : kEpsilon;  // one feature: the gradient is what epsilon leaves of it
+      const auto x = random_tensor<T, 2>({rows, features}, 8),
+                 grad_y = random_tensor<T, 2>({rows, features}, 9);
       const auto weight = random_tensor<G, 1>({features}, 10);
-      auto expected = ef::reference::rms_norm_backward(to_double(grad_y), to_double(x), to_double(weight), epsilon);
+      auto expected = ef::reference::rms_norm_backward(to_double(grad_y), to_double(x),
+                                                       to_double(weight), epsilon);
       auto grad_x = poisoned_tensor<T, 2>({rows, features});
       auto grad_weight = random_tensor<G, 1>({features}, 11);
-      for (Index j = 0; j < features; ++j) expected.weight(j) += static_cast<double>(grad_weight(j));
-      ef::rms_norm_backward_into(kHere, grad_x, grad_weight, grad_y, x, weight, {.epsilon = epsilon});
+      for (Index j = 0; j < features; ++j)
+        expected.weight(j) += static_cast<double>(grad_weight(j));
+      ef::rms_norm_backward_into(kHere, grad_x, grad_weight, grad_y, x, weight,
+                                 {.epsilon = epsilon});
       ASSERT_LT(relative_error(grad_x, expected.x), tolerance<T>()) << rows << " x " << features;
-      ASSERT_LT(relative_error(grad_weight, expected.weight), tolerance<G>()) << rows << " x " << features;
+      ASSERT_LT(relative_error(grad_weight, expected.weight), tolerance<G>())
+          << rows << " x " << features;
       for (int count : {2, 3}) {
         Threads threads(count);
         ef::Tensor<T, 2> in_place = grad_y;
         auto again = random_tensor<G, 1>({features}, 11);
-        ef::rms_norm_backward_into(threads.device, in_place, again, in_place, x, weight, {.epsilon = epsilon});
+        ef::rms_norm_backward_into(threads.device, in_place, again, in_place, x, weight,
+                                   {.epsilon = epsilon});
         ASSERT_TRUE(same_bits(in_place, grad_x));
         ASSERT_TRUE(same_bits(again, grad_weight));
       }
@@ -128,9 +139,11 @@ TEST(RmsNormGradients, EqualFiniteDifferences) {
 }
 
 TEST(RmsNormGradients, ManyRowsKeepTheirPrecision) {
-  const auto x = random_tensor<float, 2>({30000, 20}, 15), grad_y = random_tensor<float, 2>({30000, 20}, 16);
+  const auto x = random_tensor<float, 2>({30000, 20}, 15),
+             grad_y = random_tensor<float, 2>({30000, 20}, 16);
   const auto weight = random_tensor<float, 1>({20}, 17);
-  const auto expected = ef::reference::rms_norm_backward(to_double(grad_y), to_double(x), to_double(weight), kEpsilon);
+  const auto expected = ef::reference::rms_norm_backward(to_double(grad_y), to_double(x),
+                                                         to_double(weight), kEpsilon);
   ef::Tensor<float, 2> grad_x(30000, 20);
   ef::Tensor<float, 1> grad_weight(20);
   grad_weight.setZero();
@@ -156,7 +169,8 @@ TEST(RmsNormScalars, MayDiffer) {
   ef::Tensor<double, 2> sum = to_double(residual) + to_double(x);
   ef::add_rms_norm_into(kHere, narrow, residual, x, weight);
   EXPECT_LT(relative_error(residual, sum), 1e-6);
-  EXPECT_LT(relative_error(narrow, ef::reference::rms_norm(sum, to_double(weight), kEpsilon)), 1e-2);
+  EXPECT_LT(relative_error(narrow, ef::reference::rms_norm(sum, to_double(weight), kEpsilon)),
+            1e-2);
 }
 
 TEST(RmsNormValues, ZerosGiveZerosAndNaNStaysInItsRow) {
@@ -174,7 +188,8 @@ TEST(RmsNormValues, ZerosGiveZerosAndNaNStaysInItsRow) {
 }
 
 TEST(RmsNormMemory, DestinationFormsAllocateNothing) {
-  const auto x = random_tensor<float, 2>({10, 100}, 22), grad_y = random_tensor<float, 2>({10, 100}, 23);
+  const auto x = random_tensor<float, 2>({10, 100}, 22),
+             grad_y = random_tensor<float, 2>({10, 100}, 23);
   const auto weight = random_tensor<float, 1>({100}, 24);
   auto residual = random_tensor<float, 2>({10, 100}, 25);
   ef::Tensor<float, 2> y(10, 100);
@@ -193,24 +208,32 @@ TEST(RmsNormMemory, DestinationFormsAllocateNothing) {
 
 TEST(RmsNormErrors, NameTheArgument) {
   const auto x = random_tensor<float, 2>({2, 8}, 26);
-  const auto weight = random_tensor<float, 1>({8}, 27), short_weight = random_tensor<float, 1>({7}, 28);
+  const auto weight = random_tensor<float, 1>({8}, 27),
+             short_weight = random_tensor<float, 1>({7}, 28);
   auto y = poisoned_tensor<float, 2>({2, 8}), wrong = poisoned_tensor<float, 2>({3, 8});
-  expect_throws<std::invalid_argument>([&] { ef::rms_norm(x, short_weight); }, {"rms_norm", "weight has 7", "8 features"});
-  expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, wrong, x, weight); }, {"y has shape (3, 8)", "(2, 8)"});
-  for (float epsilon : {0.0f, -1e-5f, std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, y, x, weight, {.epsilon = epsilon}); },
-                                         {"rms_norm", "epsilon"});
+  expect_throws<std::invalid_argument>([&] { ef::rms_norm(x, short_weight); },
+                                       {"rms_norm", "weight has 7", "8 features"});
+  expect_throws<std::invalid_argument>([&] { ef::rms_norm_into(kHere, wrong, x, weight); },
+                                       {"y has shape (3, 8)", "(2, 8)"});
+  for (float epsilon : {0.0f, -1e-5f, std::numeric_limits<float>::quiet_NaN(),
+                        std::numeric_limits<float>::infinity()}) {
+    expect_throws<std::invalid_argument>(
+        [&] { ef::rms_norm_into(kHere, y, x, weight, {.epsilon = epsilon}); },
+        {"rms_norm", "epsilon"});
     auto grad_weight = weight;
     expect_throws<std::invalid_argument>(
-        [&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight, {.epsilon = epsilon}); },
+        [&] {
+          ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight, {.epsilon = epsilon});
+        },
         {"rms_norm_backward", "epsilon"});
     EXPECT_TRUE(same_bits(grad_weight, weight));
   }
   expect_throws<std::invalid_argument>([&] { ef::add_rms_norm_into(kHere, y, wrong, x, weight); },
                                        {"add_rms_norm", "residual has shape (3, 8)"});
   auto grad_weight = short_weight;
-  expect_throws<std::invalid_argument>([&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight); },
-                                       {"grad_weight has 7"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::rms_norm_backward_into(kHere, y, grad_weight, x, x, weight); },
+      {"grad_weight has 7"});
   EXPECT_TRUE(std::isnan(y(0, 0)));
 }
 
@@ -222,18 +245,24 @@ TYPED_TEST(LayerNorm, EqualsItsDefinitionAtEveryWidth) {
   using T = TypeParam;
   for (Index features : edge_widths())
     for (Index rows : {0, 1, 3}) {
-      const float epsilon = features == 2 ? 0.1f : kEpsilon;  // two nearly equal features are all cancellation
+      const float epsilon =
+          features == 2 ? 0.1f : kEpsilon;  // two nearly equal features are all cancellation
       auto x = random_tensor<T, 2>({rows, features}, 31);
-      for (Index i = 0; i < x.size(); ++i) x.data()[i] = static_cast<T>(static_cast<float>(x.data()[i]) + 2.0f);
-      const auto weight = random_tensor<T, 1>({features}, 32), bias = random_tensor<T, 1>({features}, 33);
-      const auto expected = ef::reference::layer_norm(to_double(x), to_double(weight), to_double(bias), epsilon);
+      for (Index i = 0; i < x.size(); ++i)
+        x.data()[i] = static_cast<T>(static_cast<float>(x.data()[i]) + 2.0f);
+      const auto weight = random_tensor<T, 1>({features}, 32),
+                 bias = random_tensor<T, 1>({features}, 33);
+      const auto expected =
+          ef::reference::layer_norm(to_double(x), to_double(weight), to_double(bias), epsilon);
       const ef::Tensor<T, 2> y = ef::layer_norm(x, weight, bias, {.epsilon = epsilon});
       ASSERT_LT(relative_error(y, expected), tolerance<T>()) << rows << " x " << features;
       for_each_isa([&](auto isa) {
         auto other = poisoned_tensor<T, 2>({rows, features});
-        ef::cpu::layer_norm(
-            isa, kHere, ef::LayerNormProblem<T, T, T>{other.data(), x.data(), weight.data(), bias.data(), rows, features, epsilon});
-        ASSERT_LT(relative_error(other, expected), tolerance<T>()) << isa.name << " " << rows << " x " << features;
+        ef::cpu::layer_norm(isa, kHere,
+                            ef::LayerNormProblem<T, T, T>{other.data(), x.data(), weight.data(),
+                                                          bias.data(), rows, features, epsilon});
+        ASSERT_LT(relative_error(other, expected), tolerance<T>())
+            << isa.name << " " << rows << " x " << features;
       });
     }
 }
@@ -249,7 +278,8 @@ TYPED_TEST(LayerNorm, NeverDependsOnThreadsBatchOrPlace) {
     ef::layer_norm_into(threads.device, in_place, in_place, weight, bias);
     ASSERT_TRUE(same_bits(y, in_place));
   }
-  const ef::TensorView<const T, 2> alone(x.data() + 20 * 515, 1, 515), expected(y.data() + 20 * 515, 1, 515);
+  const ef::TensorView<const T, 2> alone(x.data() + 20 * 515, 1, 515),
+      expected(y.data() + 20 * 515, 1, 515);
   ASSERT_TRUE(same_bits(ef::layer_norm(alone, weight, bias), expected));
 }
 
@@ -259,14 +289,17 @@ TYPED_TEST(LayerNorm, GradientsEqualTheReference) {
   for (Index features : {0, 3, 16, 31, 64, 65, 200})
     for (Index rows : {0, 1, 7, 65, 130}) {
       const float epsilon = features == 3 ? 0.1f : kEpsilon;
-      const auto x = random_tensor<T, 2>({rows, features}, 37), grad_y = random_tensor<T, 2>({rows, features}, 38);
+      const auto x = random_tensor<T, 2>({rows, features}, 37),
+                 grad_y = random_tensor<T, 2>({rows, features}, 38);
       const auto weight = random_tensor<G, 1>({features}, 39);
-      const auto expected = ef::reference::layer_norm_backward(to_double(grad_y), to_double(x), to_double(weight), epsilon);
+      const auto expected = ef::reference::layer_norm_backward(to_double(grad_y), to_double(x),
+                                                               to_double(weight), epsilon);
       auto grad_x = poisoned_tensor<T, 2>({rows, features});
       ef::Tensor<G, 1> grad_weight(features), grad_bias(features);
       grad_weight.setConstant(G(1));
       grad_bias.setConstant(G(-1));
-      ef::layer_norm_backward_into(kHere, grad_x, grad_weight, grad_bias, grad_y, x, weight, {.epsilon = epsilon});
+      ef::layer_norm_backward_into(kHere, grad_x, grad_weight, grad_bias, grad_y, x, weight,
+                                   {.epsilon = epsilon});
       ASSERT_LT(relative_error(grad_x, expected.x), tolerance<T>()) << rows << " x " << features;
       for (Index j = 0; j < features; ++j) {
         ASSERT_NEAR(static_cast<double>(grad_weight(j)), 1 + expected.weight(j), 1e-4);
@@ -277,7 +310,8 @@ TYPED_TEST(LayerNorm, GradientsEqualTheReference) {
       ef::Tensor<G, 1> weight_again(features), bias_again(features);
       weight_again.setConstant(G(1));
       bias_again.setConstant(G(-1));
-      ef::layer_norm_backward_into(threads.device, in_place, weight_again, bias_again, in_place, x, weight, {.epsilon = epsilon});
+      ef::layer_norm_backward_into(threads.device, in_place, weight_again, bias_again, in_place, x,
+                                   weight, {.epsilon = epsilon});
       ASSERT_TRUE(same_bits(in_place, grad_x));
       ASSERT_TRUE(same_bits(weight_again, grad_weight));
       ASSERT_TRUE(same_bits(bias_again, grad_bias));
@@ -301,9 +335,12 @@ TEST(LayerNormGradients, EqualFiniteDifferences) {
 
 TEST(LayerNormErrors, NameTheArgument) {
   const auto x = random_tensor<float, 2>({2, 8}, 44);
-  const auto weight = random_tensor<float, 1>({8}, 45), short_bias = random_tensor<float, 1>({7}, 46);
-  expect_throws<std::invalid_argument>([&] { ef::layer_norm(x, weight, short_bias); }, {"layer_norm", "bias has 7", "8 features"});
-  expect_throws<std::invalid_argument>([&] { ef::layer_norm(x, weight, weight, {.epsilon = 0.0f}); }, {"layer_norm", "epsilon"});
+  const auto weight = random_tensor<float, 1>({8}, 45),
+             short_bias = random_tensor<float, 1>({7}, 46);
+  expect_throws<std::invalid_argument>([&] { ef::layer_norm(x, weight, short_bias); },
+                                       {"layer_norm", "bias has 7", "8 features"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::layer_norm(x, weight, weight, {.epsilon = 0.0f}); }, {"layer_norm", "epsilon"});
 }
 
 }  // namespace

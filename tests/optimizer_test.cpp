@@ -25,8 +25,9 @@ struct Model {
   std::vector<ef::Parameter> parameters() {
     std::vector<ef::Parameter> result;
     for (std::size_t i = 0; i < values.size(); ++i)
-      result.push_back(ef::Parameter{ef::TensorView<float, 1>(values[i].data(), values[i].size()),
-                                     ef::TensorView<float, 1>(gradients[i].data(), gradients[i].size())});
+      result.push_back(
+          ef::Parameter{ef::TensorView<float, 1>(values[i].data(), values[i].size()),
+                        ef::TensorView<float, 1>(gradients[i].data(), gradients[i].size())});
     return result;
   }
   void new_gradients(unsigned seed) {
@@ -38,7 +39,9 @@ struct Model {
   std::vector<ef::Tensor<float, 1>> values, gradients;
 };
 
-std::vector<double> doubles(const ef::Tensor<float, 1>& x) { return {x.data(), x.data() + x.size()}; }
+std::vector<double> doubles(const ef::Tensor<float, 1>& x) {
+  return {x.data(), x.data() + x.size()};
+}
 
 ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
   ef::Tensor<double, 1> result(static_cast<Index>(x.size()));
@@ -49,7 +52,8 @@ ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
 std::vector<Index> edge_sizes() {
   std::vector<Index> sizes;
   for (Index n = 0; n <= 33; ++n) sizes.push_back(n);
-  for (Index n : {ef::kPieceElements - 1, ef::kPieceElements, ef::kPieceElements + 1, 3 * ef::kPieceElements + 17})
+  for (Index n : {ef::kPieceElements - 1, ef::kPieceElements, ef::kPieceElements + 1,
+                  3 * ef::kPieceElements + 17})
     sizes.push_back(n);
   return sizes;
 }
@@ -75,15 +79,17 @@ void compare_with_reference(const Options& options, Reference reference_step) {
 TEST(Optimizer, AdamWEqualsTheReference) {
   for (const auto& options :
        {ef::AdamWOptions{},
-        ef::AdamWOptions{.learning_rate = 0.1, .weight_decay = 0.5, .beta1 = 0.5, .beta2 = 0.9, .epsilon = 1e-2},
+        ef::AdamWOptions{
+            .learning_rate = 0.1, .weight_decay = 0.5, .beta1 = 0.5, .beta2 = 0.9, .epsilon = 1e-2},
         ef::AdamWOptions{.weight_decay = 0, .beta1 = 0, .beta2 = 0}})
     compare_with_reference<ef::AdamW>(options, ef::reference::adamw_step);
 }
 
 TEST(Optimizer, SgdEqualsTheReference) {
-  for (const auto& options : {ef::SgdOptions{}, ef::SgdOptions{.learning_rate = 0.1, .weight_decay = 0.3},
-                              ef::SgdOptions{.learning_rate = 0.1, .weight_decay = 0.1, .momentum = 0.9},
-                              ef::SgdOptions{.learning_rate = 0.1, .momentum = 0.8, .nesterov = true}})
+  for (const auto& options :
+       {ef::SgdOptions{}, ef::SgdOptions{.learning_rate = 0.1, .weight_decay = 0.3},
+        ef::SgdOptions{.learning_rate = 0.1, .weight_decay = 0.1, .momentum = 0.9},
+        ef::SgdOptions{.learning_rate = 0.1, .momentum = 0.8, .nesterov = true}})
     compare_with_reference<ef::Sgd>(options, ef::reference::sgd_step);
 }
 
@@ -114,11 +120,16 @@ TEST(Optimizer, EqualsPyTorch) {
       adamw.reset();
       sgd.reset();
       if (name == "adamw")
-        adamw.emplace(model.parameters(),
-                      ef::AdamWOptions{.learning_rate = o[0], .weight_decay = o[1], .beta1 = o[2], .beta2 = o[3], .epsilon = o[4]});
+        adamw.emplace(model.parameters(), ef::AdamWOptions{.learning_rate = o[0],
+                                                           .weight_decay = o[1],
+                                                           .beta1 = o[2],
+                                                           .beta2 = o[3],
+                                                           .epsilon = o[4]});
       else
-        sgd.emplace(model.parameters(),
-                    ef::SgdOptions{.learning_rate = o[0], .weight_decay = o[1], .momentum = o[2], .nesterov = o[3] != 0});
+        sgd.emplace(model.parameters(), ef::SgdOptions{.learning_rate = o[0],
+                                                       .weight_decay = o[1],
+                                                       .momentum = o[2],
+                                                       .nesterov = o[3] != 0});
     }
     if (adamw) replay_golden_step(*adamw, model.gradients[0], step);
     if (sgd) replay_golden_step(*sgd, model.gradients[0], step);
@@ -173,8 +184,9 @@ TEST(Optimizer, AnElementDoesNotDependOnWhereItStands) {
   Model apart({40});
   for (Index begin : {0, 1, 4, 21}) {
     const Index end = begin == 0 ? 1 : begin == 1 ? 4 : begin == 4 ? 21 : 40;
-    parts.push_back(ef::Parameter{ef::TensorView<float, 1>(apart.values[0].data() + begin, end - begin),
-                                  ef::TensorView<float, 1>(apart.gradients[0].data() + begin, end - begin)});
+    parts.push_back(
+        ef::Parameter{ef::TensorView<float, 1>(apart.values[0].data() + begin, end - begin),
+                      ef::TensorView<float, 1>(apart.gradients[0].data() + begin, end - begin)});
   }
   ef::AdamW a(together.parameters()), b(parts);
   for (int step = 0; step < 3; ++step) {
@@ -193,16 +205,25 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
       ef::Tensor<float, 1> m(size), v(size);
       m.setZero();
       v.setZero();
-      const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(), v.data(), size};
-      const ef::AdamWFactors factors{
-          1 - 0.1f * 0.01f, 0.9f, 0.1f, 0.999f, 0.001f, 1.0f, static_cast<float>(1 / std::sqrt(1 - 0.999)), 1e-8f};
-      ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{}, ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, factors});
+      const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(),
+                                     v.data(), size};
+      const ef::AdamWFactors factors{1 - 0.1f * 0.01f,
+                                     0.9f,
+                                     0.1f,
+                                     0.999f,
+                                     0.001f,
+                                     1.0f,
+                                     static_cast<float>(1 / std::sqrt(1 - 0.999)),
+                                     1e-8f};
+      ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{},
+                              ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, factors});
       EXPECT_LE(relative_error(model.values[0], tensor(expected.value)), 1e-5) << isa.name << size;
       double sum = -1, direct = 0;
       ef::cpu::gradient_squares(isa, Eigen::DefaultDevice{}, &piece, 1, &sum);
       for (double g : doubles(model.gradients[0])) direct += g * g;
       EXPECT_NEAR(sum, direct, 1e-12 * direct) << isa.name;
-      for (float bad : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
+      for (float bad :
+           {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
         for (Index at = 0; at < size; ++at) {
           bool finite = false;
           const float kept = std::exchange(model.gradients[0](at), 1e30f);
@@ -231,9 +252,11 @@ void resume(const Options& options) {
   resumed.step();
   EXPECT_EQ(resumed.step_count(), 3);
   for (std::size_t i = 0; i < 2; ++i) EXPECT_TRUE(same_bits(model.values[i], restored.values[i]));
-  expect_throws<std::invalid_argument>([&] { resumed.load_state(std::span<const float>(saved).first(1), 1); },
-                                       {"load_state", "1 elements"});
-  expect_throws<std::invalid_argument>([&] { resumed.load_state(saved, -1); }, {"step_count", "-1"});
+  expect_throws<std::invalid_argument>(
+      [&] { resumed.load_state(std::span<const float>(saved).first(1), 1); },
+      {"load_state", "1 elements"});
+  expect_throws<std::invalid_argument>([&] { resumed.load_state(saved, -1); },
+                                       {"step_count", "-1"});
 }
 
 TEST(Optimizer, ResumesExactly) {
@@ -252,8 +275,10 @@ TEST(Optimizer, ResumesExactly) {
   EXPECT_EQ(moved.first_moment(1)(0), 0.5f * model.gradients[1](0));
   moved.step();
   EXPECT_EQ(moved.step_count(), 2);
-  expect_throws<std::invalid_argument>([&] { moved.first_moment(2); }, {"first_moment", "parameter 2 of 2"});
-  expect_throws<std::invalid_argument>([&] { ef::Sgd(model.parameters()).momentum(0); }, {"momentum"});
+  expect_throws<std::invalid_argument>([&] { moved.first_moment(2); },
+                                       {"first_moment", "parameter 2 of 2"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd(model.parameters()).momentum(0); },
+                                       {"momentum"});
 }
 
 TEST(Gradients, ClippingEqualsItsDefinition) {
@@ -264,7 +289,8 @@ TEST(Gradients, ClippingEqualsItsDefinition) {
   const double norm = std::sqrt(squares);
   Model untouched = model;
   EXPECT_NEAR(ef::clip_gradient_norm(model.parameters(), 2 * norm), norm, 1e-9);
-  for (std::size_t i = 0; i < 3; ++i) EXPECT_TRUE(same_bits(model.gradients[i], untouched.gradients[i]));
+  for (std::size_t i = 0; i < 3; ++i)
+    EXPECT_TRUE(same_bits(model.gradients[i], untouched.gradients[i]));
   EXPECT_NEAR(ef::clip_gradient_norm(model.parameters(), 0.5), norm, 1e-9);
   EXPECT_NEAR(ef::gradient_norm(model.parameters()), 0.5, 1e-6);
   EXPECT_NEAR(model.gradients[2](7), untouched.gradients[2](7) * 0.5 / norm, 1e-7);
@@ -275,7 +301,8 @@ TEST(Gradients, NormsPastTheRangeOfFloatAndNonFiniteOnes) {
   model.gradients[0].setConstant(1e30f);  // squares overflow float
   EXPECT_NEAR(ef::gradient_norm(model.parameters()), std::sqrt(40.0) * 1e30, 1e24);
   EXPECT_TRUE(ef::all_finite(model.parameters()));
-  for (float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+  for (float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
     model.gradients[0](39) = bad;
     EXPECT_FALSE(ef::all_finite(model.parameters()));
     EXPECT_FALSE(std::isfinite(ef::clip_gradient_norm(model.parameters(), 1.0)));
@@ -287,24 +314,34 @@ TEST(Gradients, NormsPastTheRangeOfFloatAndNonFiniteOnes) {
 
 TEST(OptimizerContract, Refuses) {
   Model model({4, 5});
-  auto mixed = std::vector<ef::Parameter>{ef::Parameter{model.parameters()[0].value, model.parameters()[1].gradient}};
-  expect_throws<std::invalid_argument>([&] { ef::AdamW{mixed}; }, {"AdamW", "parameter 0", "4 values", "5 gradients"});
+  auto mixed = std::vector<ef::Parameter>{
+      ef::Parameter{model.parameters()[0].value, model.parameters()[1].gradient}};
+  expect_throws<std::invalid_argument>([&] { ef::AdamW{mixed}; },
+                                       {"AdamW", "parameter 0", "4 values", "5 gradients"});
   expect_throws<std::invalid_argument>([&] { ef::Sgd{mixed}; }, {"Sgd", "parameter 0"});
-  expect_throws<std::invalid_argument>([&] { ef::gradient_norm(mixed); }, {"gradient_norm", "parameter 0"});
+  expect_throws<std::invalid_argument>([&] { ef::gradient_norm(mixed); },
+                                       {"gradient_norm", "parameter 0"});
   auto twice = model.parameters();
   twice.push_back(model.parameters()[0]);
-  expect_throws<std::invalid_argument>([&] { ef::AdamW{twice}; }, {"AdamW", "share memory", "0", "2"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW{twice}; },
+                                       {"AdamW", "share memory", "0", "2"});
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const auto p = model.parameters();
-  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = -1}); }, {"AdamW", "learning_rate", "-1"});
-  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = nan}); }, {"learning_rate", "nan"});
-  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.weight_decay = nan}); }, {"weight_decay"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = -1}); },
+                                       {"AdamW", "learning_rate", "-1"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = nan}); },
+                                       {"learning_rate", "nan"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.weight_decay = nan}); },
+                                       {"weight_decay"});
   expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.beta1 = 1}); }, {"beta1", "1"});
   expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.beta2 = nan}); }, {"beta2"});
   expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.epsilon = -1e-8}); }, {"epsilon"});
-  expect_throws<std::invalid_argument>([&] { ef::AdamW(p).set_learning_rate(nan); }, {"learning_rate"});
-  expect_throws<std::invalid_argument>([&] { ef::Sgd(p, {.momentum = 1.5}); }, {"Sgd", "momentum", "1.5"});
-  expect_throws<std::invalid_argument>([&] { ef::Sgd(p, {.nesterov = true}); }, {"nesterov", "momentum"});
+  expect_throws<std::invalid_argument>([&] { ef::AdamW(p).set_learning_rate(nan); },
+                                       {"learning_rate"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd(p, {.momentum = 1.5}); },
+                                       {"Sgd", "momentum", "1.5"});
+  expect_throws<std::invalid_argument>([&] { ef::Sgd(p, {.nesterov = true}); },
+                                       {"nesterov", "momentum"});
   expect_throws<std::invalid_argument>([&] { ef::clip_gradient_norm(p, 0); }, {"max_norm", "0"});
   expect_throws<std::invalid_argument>([&] { ef::clip_gradient_norm(p, nan); }, {"max_norm"});
   expect_throws<std::invalid_argument>([&] { ef::scale_gradients(p, nan); }, {"factor"});

@@ -31,26 +31,33 @@ Rows<T> part(const Rows<T>& x, Index begin, Index n) {
 }
 
 ef::PagedKvConfig config(Index layers, Index page_size, Index page_count) {
-  return {.layers = layers, .kv_heads = kHeads, .head_dim = kDim, .page_size = page_size, .page_count = page_count};
+  return {.layers = layers,
+          .kv_heads = kHeads,
+          .head_dim = kDim,
+          .page_size = page_size,
+          .page_count = page_count};
 }
 
 template <typename T, typename Storage>
 Rows<T> through(const Rows<T>& x) {
   if constexpr (std::is_same_v<Storage, std::int8_t>) return ef::reference::through_int8(x);
   Rows<T> result = x;
-  for (Index i = 0; i < x.size(); ++i) result.data()[i] = static_cast<T>(static_cast<Storage>(x.data()[i]));
+  for (Index i = 0; i < x.size(); ++i)
+    result.data()[i] = static_cast<T>(static_cast<Storage>(x.data()[i]));
   return result;
 }
 
 template <typename T>
 Rows<T> tensor_of(const std::vector<std::vector<T>>& list) {
   Rows<T> result(static_cast<Index>(list.size()), kHeads, kDim);
-  for (std::size_t i = 0; i < list.size(); ++i) std::copy(list[i].begin(), list[i].end(), result.data() + i * kHeads * kDim);
+  for (std::size_t i = 0; i < list.size(); ++i)
+    std::copy(list[i].begin(), list[i].end(), result.data() + i * kHeads * kDim);
   return result;
 }
 
 template <typename T, typename Storage>
-void expect_equal(const ef::PagedKvCache<T, Storage>& cache, const ef::reference::PagedKvCache<T>& model) {
+void expect_equal(const ef::PagedKvCache<T, Storage>& cache,
+                  const ef::reference::PagedKvCache<T>& model) {
   ASSERT_EQ(cache.sequence_count(), static_cast<Index>(model.sequences.size()));
   std::size_t at = 0;
   for (const auto& [id, layers] : model.sequences) {
@@ -58,8 +65,11 @@ void expect_equal(const ef::PagedKvCache<T, Storage>& cache, const ef::reference
     for (std::size_t layer = 0; layer < layers.size(); ++layer) {
       const Index index = static_cast<Index>(layer);
       ASSERT_EQ(cache.length(id, index), model.length(id, index));
-      ASSERT_TRUE(same_bits(cache.keys(id, index), through<T, Storage>(tensor_of(layers[layer].keys)))) << id << " layer " << layer;
-      ASSERT_TRUE(same_bits(cache.values(id, index), through<T, Storage>(tensor_of(layers[layer].values))));
+      ASSERT_TRUE(
+          same_bits(cache.keys(id, index), through<T, Storage>(tensor_of(layers[layer].keys))))
+          << id << " layer " << layer;
+      ASSERT_TRUE(
+          same_bits(cache.values(id, index), through<T, Storage>(tensor_of(layers[layer].values))));
     }
   }
 }
@@ -74,18 +84,21 @@ void poison_unused(ef::PagedKvCache<T, Storage>& cache) {
     slots.target = cache.source(layer);
     std::set<const Scalar*> held;  // first element of each row of head 0 that somebody holds
     for (Index b = 0; b < slots.target.batch; ++b)
-      for (Index j = 0; j < slots.target.lengths[b]; ++j) held.insert(slots.target.key_row(b, 0, j));
+      for (Index j = 0; j < slots.target.lengths[b]; ++j)
+        held.insert(slots.target.key_row(b, 0, j));
     for (Index b = 0; b < slots.target.batch; ++b) {
       const SequenceId id = cache.sequences()[static_cast<std::size_t>(b)];
       Index longest = 0;
-      for (Index l = 0; l < cache.config().layers; ++l) longest = std::max(longest, cache.length(id, l));
+      for (Index l = 0; l < cache.config().layers; ++l)
+        longest = std::max(longest, cache.length(id, l));
       const Index end = (longest + page_size - 1) / page_size * page_size;
       for (Index j = slots.target.lengths[b]; j < end; ++j) {
         if (held.count(slots.target.key_row(b, 0, j)) > 0) continue;  // a sharer is longer
         for (Index h = 0; h < kHeads; ++h) {
           for (Index d = 0; d < kDim; ++d)
             slots.key_slot(b, h, j)[d] = slots.value_slot(b, h, j)[d] =
-                std::is_same_v<Scalar, std::int8_t> ? std::numeric_limits<Scalar>::min() : std::numeric_limits<Scalar>::quiet_NaN();
+                std::is_same_v<Scalar, std::int8_t> ? std::numeric_limits<Scalar>::min()
+                                                    : std::numeric_limits<Scalar>::quiet_NaN();
           if constexpr (std::is_same_v<Storage, std::int8_t>)
             *slots.key_scale_slot(b, h, j) = *slots.value_scale_slot(b, h, j) = NAN;
         }
@@ -102,7 +115,8 @@ std::size_t pages_in_tables(const Cache& cache) {
   for (Index b = 0; b < source.batch; ++b) {
     const SequenceId id = cache.sequences()[static_cast<std::size_t>(b)];
     Index longest = 0;
-    for (Index l = 0; l < cache.config().layers; ++l) longest = std::max(longest, cache.length(id, l));
+    for (Index l = 0; l < cache.config().layers; ++l)
+      longest = std::max(longest, cache.length(id, l));
     for (Index p = 0; p * source.page_size < longest; ++p) pages.insert(source.tables[b][p]);
   }
   return pages.size();
@@ -118,7 +132,9 @@ struct RandomHistory {
   int out_of_pages = 0, forks = 0;
 
   Index pick(Index n) { return static_cast<Index>(random() % static_cast<unsigned>(n)); }
-  SequenceId any() { return cache.sequences()[static_cast<std::size_t>(pick(cache.sequence_count()))]; }
+  SequenceId any() {
+    return cache.sequences()[static_cast<std::size_t>(pick(cache.sequence_count()))];
+  }
 
   void step() {
     const Index kind = cache.sequence_count() == 0 ? 0 : pick(20);
@@ -126,7 +142,8 @@ struct RandomHistory {
       ASSERT_EQ(cache.add_sequence(), model.add_sequence(2));
     } else if (kind == 1) {
       const SequenceId parent = any();
-      const Index longest = model.longest(parent), length = pick(2) == 0 ? longest : pick(longest + 1);
+      const Index longest = model.longest(parent),
+                  length = pick(2) == 0 ? longest : pick(longest + 1);
       const SequenceId child = length == longest ? cache.fork(parent) : cache.fork(parent, length);
       ASSERT_EQ(child, model.fork(parent, length));
       ++forks;
@@ -155,7 +172,8 @@ struct RandomHistory {
     std::shuffle(ids.begin(), ids.end(), random);
     const auto keys = rows<T>(offsets.back(), static_cast<unsigned>(random())),
                values = rows<T>(offsets.back(), static_cast<unsigned>(random()));
-    const Index first_layer = pick(2), layers = pick(4) == 0 ? 1 : 2;  // now and then one layer falls behind
+    const Index first_layer = pick(2),
+                layers = pick(4) == 0 ? 1 : 2;  // now and then one layer falls behind
     for (Index l = 0; l < layers; ++l) {
       const Index layer = (first_layer + l) % 2;
       try {
@@ -206,8 +224,10 @@ TEST(PagedKvCache, RandomHistoriesEqualThePlainModel) {
 
 TEST(PagedKvCache, UpdateKvCacheServesAWholeBatch) {
   ef::PagedKvCache<float> cache(config(2, 4, 20));
-  const std::vector<SequenceId> ids{cache.add_sequence(), cache.add_sequence(), cache.add_sequence()};
-  const auto keys = random_tensor<float, 4>({3, 6, kHeads, kDim}, 1), values = random_tensor<float, 4>({3, 6, kHeads, kDim}, 2);
+  const std::vector<SequenceId> ids{cache.add_sequence(), cache.add_sequence(),
+                                    cache.add_sequence()};
+  const auto keys = random_tensor<float, 4>({3, 6, kHeads, kDim}, 1),
+             values = random_tensor<float, 4>({3, 6, kHeads, kDim}, 2);
   for (Index layer : {0, 1}) ef::update_kv_cache(cache, keys, values, layer);
   const std::vector<SequenceId> backwards{ids[2], ids[0]};
   const auto more = random_tensor<float, 4>({2, 1, kHeads, kDim}, 3);
@@ -277,9 +297,11 @@ TEST(PagedKvCache, PagesRunOutForTheWholeBatchOrNotAtAll) {
   const SequenceId a = cache.add_sequence(), b = cache.add_sequence();
   model.add_sequence(1), model.add_sequence(1);
   const auto prompt = rows(6, 1);
-  for (SequenceId id : {a, b}) cache.append(id, 0, prompt, prompt), model.append(id, 0, prompt, prompt);
+  for (SequenceId id : {a, b})
+    cache.append(id, 0, prompt, prompt), model.append(id, 0, prompt, prompt);
   const std::vector<SequenceId> ids{a, b};
-  const auto too_many = random_tensor<float, 4>({2, 3, kHeads, kDim}, 2);  // a page each, one is free
+  const auto too_many =
+      random_tensor<float, 4>({2, 3, kHeads, kDim}, 2);  // a page each, one is free
   expect_throws<std::length_error>([&] { cache.append(ids, 0, too_many, too_many); },
                                    {"PagedKvCache", "2 pages needed", "1 of 5 are free"});
   expect_equal(cache, model);
@@ -350,12 +372,22 @@ TEST(PagedKvCache, RefusalsChangeNothing) {
   const auto wide = random_tensor<float, 3>({1, kHeads, kDim + 1}, 1);
   refuse(argument, [&] { cache.append(a, 0, wide, wide); }, {"(1, 2, 6)", "2 heads of 5"});
   const auto two = random_tensor<float, 4>({2, 1, kHeads, kDim}, 1);
-  refuse(argument, [&] { cache.append(std::vector<SequenceId>{a, a}, 0, two, two); }, {"sequence 0 comes twice"});
-  refuse(argument, [&] { cache.append(std::vector<SequenceId>{a}, 0, two, two); }, {"batch of 2", "1 sequences"});
-  refuse(unknown, [&] { cache.append(std::vector<SequenceId>{a, gone}, 0, two, two); }, {"no sequence 2"});
   refuse(argument,
          [&] {
-           cache.append(std::vector<SequenceId>{a, b}, std::vector<Index>{0, 3, 2}, 0, rows(2, 1), rows(2, 1));
+           cache.append(std::vector<SequenceId>{a, a}, 0, two, two);
+         },
+         {"sequence 0 comes twice"});
+  refuse(argument, [&] { cache.append(std::vector<SequenceId>{a}, 0, two, two); },
+         {"batch of 2", "1 sequences"});
+  refuse(unknown,
+         [&] {
+           cache.append(std::vector<SequenceId>{a, gone}, 0, two, two);
+         },
+         {"no sequence 2"});
+  refuse(argument,
+         [&] {
+           cache.append(std::vector<SequenceId>{a, b}, std::vector<Index>{0, 3, 2}, 0, rows(2, 1),
+                        rows(2, 1));
          },
          {"offsets"});
   refuse(argument,
@@ -371,7 +403,8 @@ TEST(PagedKvCache, RefusalsChangeNothing) {
   EXPECT_THROW((ef::PagedKvCache<float>(config(0, 4, 4))), std::invalid_argument);
   EXPECT_THROW((ef::PagedKvCache<float>(config(1, 0, 4))), std::invalid_argument);
   EXPECT_THROW((ef::PagedKvCache<float>(config(1, 4, -1))), std::invalid_argument);
-  EXPECT_THROW((ef::PagedKvCache<float>(config(Index{1} << 40, Index{1} << 40, 4))), std::invalid_argument);
+  EXPECT_THROW((ef::PagedKvCache<float>(config(Index{1} << 40, Index{1} << 40, 4))),
+               std::invalid_argument);
 }
 
 TEST(PagedKvCache, OutOfMemoryChangesNothing) {

@@ -64,14 +64,16 @@ TEST(ParallelRegion, PartsAsWithoutOfASixteenthOfTheGrain) {
       for (Index grain : {0, 1, 3, 47, 64, 16000}) {
         const auto expected = parts_of(threads.device, n, grain / 16);
         const ef::ParallelRegion region(threads.device);
-        for (int again = 0; again < 3; ++again) EXPECT_EQ(parts_of(threads.device, n, grain), expected) << n << ' ' << grain;
+        for (int again = 0; again < 3; ++again)
+          EXPECT_EQ(parts_of(threads.device, n, grain), expected) << n << ' ' << grain;
       }
   }
 }
 
 TEST(ParallelRegion, LinearHasTheSameBits) {
   Threads threads(3);
-  const auto x = random_tensor<float, 2>({5, 300}, 1), weight = random_tensor<float, 2>({700, 300}, 2);
+  const auto x = random_tensor<float, 2>({5, 300}, 1),
+             weight = random_tensor<float, 2>({700, 300}, 2);
   const auto expected = ef::linear(x, weight);
   const auto packed = ef::pack_weight<std::int8_t>(weight);
   const auto expected8 = ef::linear(Eigen::DefaultDevice{}, x, packed);
@@ -108,7 +110,8 @@ TEST(ParallelRegion, ManyShortJobs) {
       const Index n = 2 + i % 7;  // now fewer parts than threads, now as many
       std::vector<Index> sums(static_cast<std::size_t>(count), 0);
       ef::parallel_for(threads.device, n, 1, [&](Index begin, Index end, int worker) {
-        for (int pauses = (worker * 5 + i) % 11 * 4; pauses > 0; --pauses) ef::detail::pause_instruction();
+        for (int pauses = (worker * 5 + i) % 11 * 4; pauses > 0; --pauses)
+          ef::detail::pause_instruction();
         for (Index j = begin; j < end; ++j) sums[static_cast<std::size_t>(worker)] += j;
       });
       ASSERT_EQ(std::accumulate(sums.begin(), sums.end(), Index{0}), n * (n - 1) / 2);
@@ -151,7 +154,8 @@ TEST(ParallelRegion, NothingToDoOnOneThread) {
             0);
   std::atomic<int> total{0};
   ef::parallel_for(two.device, 2, 1, [&](Index begin, Index end, int) {
-    const ef::ParallelRegion region(two.device);  // on the caller a region, on the pool's thread nothing
+    const ef::ParallelRegion region(
+        two.device);  // on the caller a region, on the pool's thread nothing
     for (Index i = begin; i < end; ++i) total += static_cast<int>(sum_of_indices(two.device, 10));
   });
   EXPECT_EQ(total.load(), 90);

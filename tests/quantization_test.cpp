@@ -35,7 +35,8 @@ TEST(QuantizationExample, OfTheContract) {
   x.setConstant(0.5f);
   ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);
   EXPECT_NEAR(y(0, 0), -0.25f, 0.01f);
-  static_assert(std::is_same_v<decltype(q), ef::Tensor<std::int8_t, 2>> && std::is_same_v<decltype(scales), ef::Tensor<float, 1>>);
+  static_assert(std::is_same_v<decltype(q), ef::Tensor<std::int8_t, 2>> &&
+                std::is_same_v<decltype(scales), ef::Tensor<float, 1>>);
 }
 
 template <typename T, int Rank>
@@ -50,7 +51,8 @@ void check_tensor(const ef::Tensor<T, Rank>& weights) {
   ASSERT_TRUE(same_bits(ef::quantize_weights_int8(threads.device, weights).values, expected));
   for_each_isa([&](auto isa) {
     ef::Tensor<std::int8_t, Rank> other(weights.dimensions());
-    ASSERT_EQ(scale, ef::detail::quantize_tensor_on(isa, Eigen::DefaultDevice{}, other.data(), weights, ef::thread_workspace()));
+    ASSERT_EQ(scale, ef::detail::quantize_tensor_on(isa, Eigen::DefaultDevice{}, other.data(),
+                                                    weights, ef::thread_workspace()));
     ASSERT_TRUE(same_bits(other, expected)) << isa.name;
   });
   const auto back = ef::dequantize(result.values, result.scale);
@@ -76,7 +78,8 @@ TYPED_TEST(Quantization, OfRowsAndGroupsIsItsDefinition) {
   Threads threads(3);
   for (Index rows : {0, 1, 5, 130})
     for (Index columns : {0, 1, 31, 32, 33, 64, 100, 257}) {
-      auto weights = random_tensor<TypeParam, 2>({rows, columns}, static_cast<unsigned>(rows + columns));
+      auto weights =
+          random_tensor<TypeParam, 2>({rows, columns}, static_cast<unsigned>(rows + columns));
       if (rows > 1) std::fill_n(weights.data(), columns, TypeParam(0));
       const auto [qc, scales] = ef::quantize_weights_int8_per_channel(threads.device, weights);
       for (Index r = 0; r < rows; ++r) {
@@ -84,10 +87,12 @@ TYPED_TEST(Quantization, OfRowsAndGroupsIsItsDefinition) {
         ASSERT_EQ(scales(r), ef::reference::int8_scale(row, columns));
         std::vector<std::int8_t> expected(static_cast<std::size_t>(columns));
         ef::reference::quantize(row, columns, scales(r), expected.data());
-        for (Index i = 0; i < columns; ++i) ASSERT_EQ(qc(r, i), expected[static_cast<std::size_t>(i)]);
+        for (Index i = 0; i < columns; ++i)
+          ASSERT_EQ(qc(r, i), expected[static_cast<std::size_t>(i)]);
       }
       const auto back = ef::dequantize(threads.device, qc, scales);
-      for (Index i = 0; i < back.size(); ++i) ASSERT_EQ(back.data()[i], static_cast<float>(qc.data()[i]) * scales(i / columns));
+      for (Index i = 0; i < back.size(); ++i)
+        ASSERT_EQ(back.data()[i], static_cast<float>(qc.data()[i]) * scales(i / columns));
       for (Index group : {32, 64, 128}) {
         const auto [qg, factors] = ef::quantize_weights_int8_grouped(weights, group);
         ASSERT_EQ(factors.dimension(1), (columns + group - 1) / group);
@@ -101,7 +106,8 @@ TYPED_TEST(Quantization, OfRowsAndGroupsIsItsDefinition) {
             ef::reference::quantize(from, n, factors(r, g), expected.data());
             for (Index i = 0; i < n; ++i) {
               ASSERT_EQ(qg(r, g * group + i), expected[static_cast<std::size_t>(i)]);
-              ASSERT_EQ(wide(r, g * group + i), static_cast<float>(qg(r, g * group + i)) * factors(r, g));
+              ASSERT_EQ(wide(r, g * group + i),
+                        static_cast<float>(qg(r, g * group + i)) * factors(r, g));
             }
           }
       }
@@ -109,7 +115,8 @@ TYPED_TEST(Quantization, OfRowsAndGroupsIsItsDefinition) {
 }
 
 TEST(QuantizationEdges, TinyAndHugeNumbers) {
-  const float smallest = std::numeric_limits<float>::denorm_min(), largest = std::numeric_limits<float>::max();
+  const float smallest = std::numeric_limits<float>::denorm_min(),
+              largest = std::numeric_limits<float>::max();
   for (float w : {smallest, 4 * smallest, 190 * smallest, 1e-40f, 1e-37f, 1e30f, largest}) {
     ef::Tensor<float, 1> weights(3);
     weights.setValues({w, -w, 0.0f});
@@ -134,18 +141,22 @@ TEST(QuantizationErrors, NameTheFirstBadWeightAndWriteNothing) {
     auto weights = random_tensor<float, 2>({10, 15}, 1);
     weights.data()[149] = std::numeric_limits<float>::infinity();
     weights.data()[at] = std::numeric_limits<float>::quiet_NaN();
-    const std::string where = "weights[" + std::to_string(at / 15) + ", " + std::to_string(at % 15) + "]";
+    const std::string where =
+        "weights[" + std::to_string(at / 15) + ", " + std::to_string(at % 15) + "]";
     ef::Tensor<std::int8_t, 2> values(10, 15);
     ef::Tensor<float, 1> scales(10);
     values.setConstant(5);
     scales.setConstant(5.0f);
     float scale = 5.0f;
     const Eigen::DefaultDevice device;
-    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_into(device, values, scale, weights); },
-                                         {"quantize_weights_int8", where, "nan"});
-    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel_into(device, values, scales, weights); },
-                                         {"per_channel", where});
-    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(weights, 32); }, {"grouped", where});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::quantize_weights_int8_into(device, values, scale, weights); },
+        {"quantize_weights_int8", where, "nan"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::quantize_weights_int8_per_channel_into(device, values, scales, weights); },
+        {"per_channel", where});
+    expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(weights, 32); },
+                                         {"grouped", where});
     EXPECT_EQ(scale, 5.0f);
     for (Index i = 0; i < values.size(); ++i) ASSERT_EQ(values.data()[i], 5);
     for (Index i = 0; i < 10; ++i) ASSERT_EQ(scales(i), 5.0f);
@@ -153,7 +164,8 @@ TEST(QuantizationErrors, NameTheFirstBadWeightAndWriteNothing) {
   ef::Tensor<float, 3> deep(2, 3, 4);
   deep.setZero();
   deep(1, 2, 3) = -std::numeric_limits<float>::infinity();
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8(deep); }, {"weights[1, 2, 3]", "inf"});
+  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8(deep); },
+                                       {"weights[1, 2, 3]", "inf"});
   ef::Tensor<double, 1> wide(2);
   wide.setValues({1.0, 1e300});
   expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8(wide); }, {"weights[1]"});
@@ -163,16 +175,21 @@ TEST(QuantizationAtOnce, HasTheBitsOfCheckingFirst) {
   const ef::QuantizeOptions at_once{.check_first = false};
   Threads threads(2);
   // The last is past 4 MiB, where values are written around the caches.
-  for (const auto& [rows, columns] : {std::pair<Index, Index>{0, 5}, {1, 1}, {3, 63}, {7, 130}, {2, 0}, {33, 131072}}) {
+  for (const auto& [rows, columns] :
+       {std::pair<Index, Index>{0, 5}, {1, 1}, {3, 63}, {7, 130}, {2, 0}, {33, 131072}}) {
     const auto weights = random_tensor<float, 2>({rows, columns}, 1);
     for (Index group : {Index{0}, Index{64}}) {
       const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
-      ef::Tensor<std::int8_t, 2> checked(rows, columns), values(rows, columns), threaded(rows, columns);
-      ef::Tensor<float, 2> checked_scales(rows, groups), scales(rows, groups), threaded_scales(rows, groups);
-      const auto run = [&](const auto& device, auto& q, auto& s, const ef::QuantizeOptions& options) {
+      ef::Tensor<std::int8_t, 2> checked(rows, columns), values(rows, columns),
+          threaded(rows, columns);
+      ef::Tensor<float, 2> checked_scales(rows, groups), scales(rows, groups),
+          threaded_scales(rows, groups);
+      const auto run = [&](const auto& device, auto& q, auto& s,
+                           const ef::QuantizeOptions& options) {
         q.setConstant(-128);
         if (group == 0)
-          ef::quantize_weights_int8_per_channel_into(device, q, ef::TensorView<float, 1>(s.data(), rows), weights, options);
+          ef::quantize_weights_int8_per_channel_into(
+              device, q, ef::TensorView<float, 1>(s.data(), rows), weights, options);
         else
           ef::quantize_weights_int8_grouped_into(device, q, s, weights, group, options);
       };
@@ -181,7 +198,8 @@ TEST(QuantizationAtOnce, HasTheBitsOfCheckingFirst) {
       run(threads.device, threaded, threaded_scales, at_once);
       ASSERT_TRUE(same_bits(values, checked)) << rows << " x " << columns << " by " << group;
       ASSERT_TRUE(same_bits(scales, checked_scales)) << rows << " x " << columns << " by " << group;
-      ASSERT_TRUE(same_bits(threaded, checked) && same_bits(threaded_scales, checked_scales)) << "threads";
+      ASSERT_TRUE(same_bits(threaded, checked) && same_bits(threaded_scales, checked_scales))
+          << "threads";
     }
   }
 }
@@ -193,24 +211,28 @@ void check_line_in_groups() {
     for (Index count : {Index{0}, Index{5}, 16 * group, 33 * group + 17}) {
       auto line = random_tensor<T, 1>({count}, 1);
       const auto set_group = [&](Index g, float factor) {
-        for (Index i = g * group; i < std::min(count, (g + 1) * group); ++i) line(i) = T(static_cast<float>(line(i)) * factor);
+        for (Index i = g * group; i < std::min(count, (g + 1) * group); ++i)
+          line(i) = T(static_cast<float>(line(i)) * factor);
       };
       const auto check = [&](const char* what) {
         const Index groups = (count + group - 1) / group;
-        std::vector<float> expected_scales(static_cast<std::size_t>(groups)), scales(expected_scales.size());
+        std::vector<float> expected_scales(static_cast<std::size_t>(groups)),
+            scales(expected_scales.size());
         std::vector<std::int8_t> expected(static_cast<std::size_t>(count)), values(expected.size());
         for (Index g = 0; g < groups; ++g) {
           const T* from = line.data() + g * group;
           const Index n = std::min(group, count - g * group);
           expected_scales[static_cast<std::size_t>(g)] = ef::reference::int8_scale(from, n);
-          ef::reference::quantize(from, n, expected_scales[static_cast<std::size_t>(g)], expected.data() + g * group);
+          ef::reference::quantize(from, n, expected_scales[static_cast<std::size_t>(g)],
+                                  expected.data() + g * group);
         }
         for_each_isa([&](auto isa) {
           std::fill(values.begin(), values.end(), std::int8_t{-128});
-          ASSERT_TRUE(
-              (ef::cpu::quantize_line_in_groups<decltype(isa), false>(line.data(), count, group, scales.data(), values.data())));
+          ASSERT_TRUE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
+              line.data(), count, group, scales.data(), values.data())));
           ASSERT_EQ(values, expected) << isa.name << " " << count << " by " << group << " " << what;
-          ASSERT_EQ(scales, expected_scales) << isa.name << " " << count << " by " << group << " " << what;
+          ASSERT_EQ(scales, expected_scales)
+              << isa.name << " " << count << " by " << group << " " << what;
         });
       };
       check("random");
@@ -225,15 +247,16 @@ void check_line_in_groups() {
         set_group(17, 1e-45f);
         check("denormal");
       }
-      for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()})
+      for (const float bad :
+           {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()})
         for (Index at = 0; at < count; at += 97) {
           auto broken = line;
           broken(at) = T(bad);
           std::vector<float> scales(static_cast<std::size_t>((count + group - 1) / group));
           std::vector<std::int8_t> values(static_cast<std::size_t>(count));
           for_each_isa([&](auto isa) {
-            ASSERT_FALSE(
-                (ef::cpu::quantize_line_in_groups<decltype(isa), false>(broken.data(), count, group, scales.data(), values.data())))
+            ASSERT_FALSE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
+                broken.data(), count, group, scales.data(), values.data())))
                 << isa.name << " " << at;
           });
         }
@@ -253,16 +276,19 @@ TEST(QuantizationAtOnce, NamesTheFirstBadWeightToo) {
       auto weights = random_tensor<float, 2>({3, 50}, 1);
       weights.data()[149] = std::numeric_limits<float>::infinity();
       weights.data()[at] = std::numeric_limits<float>::quiet_NaN();
-      const std::string where = "weights[" + std::to_string(at / 50) + ", " + std::to_string(at % 50) + "]";
+      const std::string where =
+          "weights[" + std::to_string(at / 50) + ", " + std::to_string(at % 50) + "]";
       ef::Tensor<std::int8_t, 2> values(3, 50);
       ef::Tensor<float, 1> scales(3);
       ef::Tensor<float, 2> group_scales(3, 2);
       expect_throws<std::invalid_argument>(
           [&] {
             if (group == 0)
-              ef::quantize_weights_int8_per_channel_into(threads.device, values, scales, weights, {.check_first = false});
+              ef::quantize_weights_int8_per_channel_into(threads.device, values, scales, weights,
+                                                         {.check_first = false});
             else
-              ef::quantize_weights_int8_grouped_into(threads.device, values, group_scales, weights, group, {.check_first = false});
+              ef::quantize_weights_int8_grouped_into(threads.device, values, group_scales, weights,
+                                                     group, {.check_first = false});
           },
           {where});
     }
@@ -276,13 +302,16 @@ TEST(QuantizationEdges, QuotientsNearTiesRoundAsADivisionDoes) {
       const float scale = std::ldexp(mantissa(generator), exponent);
       ef::Tensor<float, 1> line(254 * 9);
       Index at = 0;
-      for (int k = -127; k < 127; ++k)  // each tie between two values, and four floats on either side of it
+      for (int k = -127; k < 127;
+           ++k)  // each tie between two values, and four floats on either side of it
         for (int step = -4; step <= 4; ++step) {
           float w = (static_cast<float>(k) + 0.5f) * scale;
-          for (int i = 0; i < std::abs(step); ++i) w = std::nextafter(w, step < 0 ? -INFINITY : INFINITY);
+          for (int i = 0; i < std::abs(step); ++i)
+            w = std::nextafter(w, step < 0 ? -INFINITY : INFINITY);
           line(at++) = w;
         }
-      std::vector<std::int8_t> expected(static_cast<std::size_t>(line.size())), values(expected.size());
+      std::vector<std::int8_t> expected(static_cast<std::size_t>(line.size())),
+          values(expected.size());
       ef::reference::quantize(line.data(), line.size(), scale, expected.data());
       for_each_isa([&](auto isa) {
         ef::cpu::quantize_line<decltype(isa)>(line.data(), line.size(), scale, values.data());
@@ -297,20 +326,27 @@ TEST(QuantizationErrors, ShapesAndGroups) {
   ef::Tensor<std::int8_t, 2> values(4, 40), wrong(4, 39);
   ef::Tensor<float, 1> scales(4), few(3);
   float scale = 0;
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_into(device, wrong, scale, weights); },
-                                       {"(4, 39)", "(4, 40)"});
-  expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_per_channel_into(device, values, few, weights); },
-                                       {"scales has 3", "4 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::quantize_weights_int8_into(device, wrong, scale, weights); },
+      {"(4, 39)", "(4, 40)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::quantize_weights_int8_per_channel_into(device, values, few, weights); },
+      {"scales has 3", "4 rows"});
   expect_throws<std::invalid_argument>([&] { ef::quantize_weights_int8_grouped(weights, 48); },
                                        {"group_size is 48", "32, 64 or 128"});
-  expect_throws<std::invalid_argument>([&] { ef::dequantize(values, few); }, {"dequantize", "scales has 3", "4 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::dequantize_grouped(values, ef::Tensor<float, 2>(4, 1), 32); },
-                                       {"(4, 1)", "(4, 2)"});
-  expect_throws<std::invalid_argument>([&] { ef::quantize_activations_int8_into(device, values, few, weights); },
-                                       {"scales has 3", "4 tokens"});
+  expect_throws<std::invalid_argument>([&] { ef::dequantize(values, few); },
+                                       {"dequantize", "scales has 3", "4 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::dequantize_grouped(values, ef::Tensor<float, 2>(4, 1), 32); },
+      {"(4, 1)", "(4, 2)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::quantize_activations_int8_into(device, values, few, weights); },
+      {"scales has 3", "4 tokens"});
   const auto x = random_tensor<float, 2>({2, 40}, 2);
-  expect_throws<std::invalid_argument>([&] { ef::int8_linear(x, values, few); }, {"int8_linear", "scales has 3", "4 rows"});
-  expect_throws<std::invalid_argument>([&] { ef::int8_linear(x, wrong, scales); }, {"39 columns", "40 features"});
+  expect_throws<std::invalid_argument>([&] { ef::int8_linear(x, values, few); },
+                                       {"int8_linear", "scales has 3", "4 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::int8_linear(x, wrong, scales); },
+                                       {"39 columns", "40 features"});
 }
 
 TYPED_TEST(Quantization, OfActivationsIsPerTokenAndNeverThrows) {
@@ -335,20 +371,26 @@ TYPED_TEST(Quantization, OfActivationsIsPerTokenAndNeverThrows) {
 template <typename X>
 void check_int8_linear(Index tokens, Index in, Index out) {
   const auto x = random_tensor<X, 2>({tokens, in}, static_cast<unsigned>(tokens + in));
-  const auto [qc, scales] = ef::quantize_weights_int8_per_channel(random_tensor<float, 2>({out, in}, static_cast<unsigned>(out)));
+  const auto [qc, scales] = ef::quantize_weights_int8_per_channel(
+      random_tensor<float, 2>({out, in}, static_cast<unsigned>(out)));
   const auto bias = random_tensor<float, 1>({out}, 5);
   for (const bool with_bias : {false, true}) {
-    const auto expected = ef::reference::int8_linear(x, qc, scales, with_bias ? bias.data() : nullptr);
+    const auto expected =
+        ef::reference::int8_linear(x, qc, scales, with_bias ? bias.data() : nullptr);
     const ef::Epilogue<> b = with_bias ? ef::Epilogue{}.bias(bias) : ef::Epilogue{};
     for_each_isa([&, &values = qc, &factors = scales](auto isa) {
       auto y = poisoned_tensor<float, 2>({tokens, out});
-      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, factors, b, ef::thread_workspace());
-      ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out;
+      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, factors, b,
+                                 ef::thread_workspace());
+      ASSERT_TRUE(same_bits(y, expected))
+          << isa.name << " " << tokens << " x " << in << " x " << out;
       ef::PackedWeight<std::int8_t> packed;
-      ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values), ef::input_view<1>(factors), {});
+      ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values),
+                                   ef::input_view<1>(factors), {});
       y.setZero();
       ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, packed, b, ef::thread_workspace());
-      ASSERT_TRUE(same_bits(y, expected)) << isa.name << " packed " << tokens << " x " << in << " x " << out;
+      ASSERT_TRUE(same_bits(y, expected))
+          << isa.name << " packed " << tokens << " x " << in << " x " << out;
     });
   }
 }
@@ -375,13 +417,16 @@ TEST(Int8Linear, IsExactForTheLargestProducts) {
     scales.setConstant(1.0f);
     for (Index o = 0; o < 5; ++o)
       for (Index i = 0; i < in; ++i)
-        values(o, i) = static_cast<std::int8_t>(o == 0 || (o == 1 && i % 2 == 0) ? -128 : 127 - 63 * o);
+        values(o, i) =
+            static_cast<std::int8_t>(o == 0 || (o == 1 && i % 2 == 0) ? -128 : 127 - 63 * o);
     for (Index t = 0; t < 7; ++t)
       for (Index i = 0; i < in; ++i) x(t, i) = t == 0 || (t + i) % 3 != 0 ? -1.0f : 1.0f;
-    const auto expected = ef::reference::int8_linear(x, values, scales, static_cast<const float*>(nullptr));
+    const auto expected =
+        ef::reference::int8_linear(x, values, scales, static_cast<const float*>(nullptr));
     for_each_isa([&](auto isa) {
       ef::Tensor<float, 2> y(7, 5);
-      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, scales, ef::Epilogue<>{}, ef::thread_workspace());
+      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, scales,
+                                 ef::Epilogue<>{}, ef::thread_workspace());
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << in;
     });
   }
@@ -397,7 +442,8 @@ TEST(Int8Linear, PackedFromFloatEqualsQuantizedThenPacked) {
   EXPECT_TRUE(same_bits(y, ef::linear(x, ef::pack_weight(threads.device, qc, scales))));
   EXPECT_TRUE(same_bits(y, ef::int8_linear(x, qc, scales)));
   const auto bias = random_tensor<float, 1>({45}, 3);
-  EXPECT_TRUE(same_bits(ef::int8_linear(threads.device, x, qc, scales, bias), ef::int8_linear(x, qc, scales, bias)));
+  EXPECT_TRUE(same_bits(ef::int8_linear(threads.device, x, qc, scales, bias),
+                        ef::int8_linear(x, qc, scales, bias)));
 }
 
 TEST(QuantizationMemory, NothingIsAllocatedTwice) {

@@ -30,7 +30,8 @@ TYPED_TEST(Rope, EqualsItsDefinitionAtEveryWidthAndTheTableGivesTheSameBits) {
   for (auto layout : {kHalfSplit, kInterleaved})
     for (Index head_dim : {0, 2, 4, 6, 8, 14, 16, 18, 30, 32, 34, 62, 64, 66, 128, 130})
       for (Index rotary_dim : {Index{0}, head_dim / 4 * 2}) {
-        const ef::RopeOptions options{.base = 5000.0f, .layout = layout, .rotary_dim = rotary_dim, .scale = 0.5f};
+        const ef::RopeOptions options{
+            .base = 5000.0f, .layout = layout, .rotary_dim = rotary_dim, .scale = 0.5f};
         const auto x = random_tensor<T, 3>({6, 3, head_dim}, 1);
         const auto expected = ef::reference::rope(to_double(x), positions, options);
         const ef::Tensor<T, 3> y = ef::rope(x, positions, options);
@@ -41,12 +42,14 @@ TYPED_TEST(Rope, EqualsItsDefinitionAtEveryWidthAndTheTableGivesTheSameBits) {
         ASSERT_TRUE(same_bits(from_table, y));
         for_each_isa([&](auto isa) {
           auto other = poisoned_tensor<T, 3>({6, 3, head_dim});
-          auto problem = ef::detail::rope_problem("rope", "y", ef::output_view<3>(other), "x", ef::input_view<3>(x),
+          auto problem = ef::detail::rope_problem("rope", "y", ef::output_view<3>(other), "x",
+                                                  ef::input_view<3>(x),
                                                   std::span<const Index>(positions), false);
           problem.angles = table.angles();
           problem.table = table.rows();
           ef::cpu::rope(isa, kHere, problem);
-          ASSERT_LT(relative_error(other, expected), tolerance<T>()) << isa.name << " " << head_dim << " " << rotary_dim;
+          ASSERT_LT(relative_error(other, expected), tolerance<T>())
+              << isa.name << " " << head_dim << " " << rotary_dim;
         });
       }
 }
@@ -57,7 +60,8 @@ TYPED_TEST(Rope, FarPositionsKeepTheirPrecision) {
   const auto x = random_tensor<T, 3>({4, 2, 128}, 2);
   for (float base : {10000.0f, 500000.0f}) {
     const ef::RopeOptions options{.base = base};
-    EXPECT_LT(relative_error(ef::rope(x, positions, options), ef::reference::rope(to_double(x), positions, options)),
+    EXPECT_LT(relative_error(ef::rope(x, positions, options),
+                             ef::reference::rope(to_double(x), positions, options)),
               std::max(tolerance<T>(), 1e-9));  // double: an angle of 10^6 is known to 1e-10
   }
 }
@@ -73,7 +77,8 @@ TYPED_TEST(Rope, NeverDependsOnThreadsBatchOrPlace) {
     const ef::Tensor<T, 4> y = ef::rope(x, positions, options);
     for (int count : {1, 2, 3}) {
       Threads threads(count);
-      ASSERT_TRUE(same_bits(y, ef::rope(threads.device, x, std::span<const std::int32_t>(positions), options)));
+      ASSERT_TRUE(same_bits(
+          y, ef::rope(threads.device, x, std::span<const std::int32_t>(positions), options)));
       ef::Tensor<T, 4> in_place = x;
       ef::rope_into(threads.device, in_place, in_place, positions, table);
       ASSERT_TRUE(same_bits(y, in_place));
@@ -81,7 +86,8 @@ TYPED_TEST(Rope, NeverDependsOnThreadsBatchOrPlace) {
     for (Index t : {0, 60, 149}) {  // a token alone, misaligned
       std::vector<T> buffer(4 * 96 + 1);
       std::copy_n(x.data() + t * 4 * 96, 4 * 96, buffer.data() + 1);
-      const ef::TensorView<const T, 3> alone(buffer.data() + 1, 1, 4, 96), expected(y.data() + t * 4 * 96, 1, 4, 96);
+      const ef::TensorView<const T, 3> alone(buffer.data() + 1, 1, 4, 96),
+          expected(y.data() + t * 4 * 96, 1, 4, 96);
       const std::vector<Index> position{positions[static_cast<std::size_t>(t)]};
       ASSERT_TRUE(same_bits(ef::rope(alone, position, options), expected));
     }
@@ -97,8 +103,12 @@ TEST(RopeLaws, InverseUndoesItAndIsTheGradient) {
     auto grad_x = poisoned_tensor<double, 3>({3, 2, 14}), from_table = grad_x;
     ef::rope_backward_into(kHere, grad_x, grad_y, positions, options);
     EXPECT_LT(relative_error(grad_x, ef::reference::rope(grad_y, positions, options, true)), 1e-12);
-    EXPECT_LT(relative_error(grad_x, finite_differences(x, [&] { return dot(ef::rope(x, positions, options), grad_y); })), 1e-8);
-    ef::rope_backward_into(kHere, from_table, grad_y, positions, ef::BasicRopeTable<double>(101, 14, options));
+    EXPECT_LT(relative_error(grad_x,
+                             finite_differences(
+                                 x, [&] { return dot(ef::rope(x, positions, options), grad_y); })),
+              1e-8);
+    ef::rope_backward_into(kHere, from_table, grad_y, positions,
+                           ef::BasicRopeTable<double>(101, 14, options));
     EXPECT_TRUE(same_bits(from_table, grad_x));
     ef::Tensor<double, 3> back = ef::rope(x, positions, options);
     ef::rope_backward_into(kHere, back, back, positions, options);
@@ -107,10 +117,12 @@ TEST(RopeLaws, InverseUndoesItAndIsTheGradient) {
 }
 
 TEST(RopeLaws, ScoresDependOnDistanceOnlyAndLengthsAreKept) {
-  const auto q = random_tensor<double, 3>({1, 1, 64}, 6), k = random_tensor<double, 3>({1, 1, 64}, 7);
+  const auto q = random_tensor<double, 3>({1, 1, 64}, 6),
+             k = random_tensor<double, 3>({1, 1, 64}, 7);
   for (auto layout : {kHalfSplit, kInterleaved}) {
     const auto score = [&](Index i, Index j) {
-      return dot(ef::rope(q, std::vector<Index>{i}, {.layout = layout}), ef::rope(k, std::vector<Index>{j}, {.layout = layout}));
+      return dot(ef::rope(q, std::vector<Index>{i}, {.layout = layout}),
+                 ef::rope(k, std::vector<Index>{j}, {.layout = layout}));
     };
     EXPECT_NEAR(score(10, 3), score(1007, 1000), 1e-9);
     EXPECT_GT(std::abs(score(10, 3) - score(10, 4)), 1e-3);
@@ -139,7 +151,8 @@ TEST(RopeScalars, MayDiffer) {
   const auto x = random_tensor<ef::bfloat16, 3>({2, 2, 20}, 8);
   auto y = poisoned_tensor<float, 3>({2, 2, 20});
   ef::rope_into(kHere, y, x, positions, {.rotary_dim = 12});
-  EXPECT_LT(relative_error(y, ef::reference::rope(to_double(x), positions, {.rotary_dim = 12})), 1e-6);
+  EXPECT_LT(relative_error(y, ef::reference::rope(to_double(x), positions, {.rotary_dim = 12})),
+            1e-6);
 }
 
 TEST(RopeMemory, AllocatesNothing) {
@@ -159,21 +172,33 @@ TEST(RopeErrors, NameTheArgument) {
   const auto x = random_tensor<float, 3>({2, 1, 8}, 10);
   auto y = poisoned_tensor<float, 3>({2, 1, 8}), wrong = poisoned_tensor<float, 3>({2, 2, 8});
   const std::vector<Index> positions{1, 9}, three{1, 2, 3}, negative{0, -1};
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, three); }, {"rope", "positions has 3", "2 tokens"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, wrong, x, positions); }, {"y has shape (2, 2, 8)"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 3}); },
-                                       {"rotary_dim is 3", "even"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 10}); },
-                                       {"rotary_dim is 10", "8"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.base = 0.0f}); }, {"base is 0"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, {.scale = NAN}); }, {"scale is nan"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, three); },
+                                       {"rope", "positions has 3", "2 tokens"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, wrong, x, positions); },
+                                       {"y has shape (2, 2, 8)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 3}); },
+      {"rotary_dim is 3", "even"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::rope_into(kHere, y, x, positions, {.rotary_dim = 10}); },
+      {"rotary_dim is 10", "8"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::rope_into(kHere, y, x, positions, {.base = 0.0f}); }, {"base is 0"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::rope_into(kHere, y, x, positions, {.scale = NAN}); }, {"scale is nan"});
   const ef::RopeTable table(9, 8), narrow(9, 6), none;
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, table); }, {"positions[1] is 9", "0 to 8"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, negative, table); }, {"positions[1] is -1"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, narrow); }, {"head_dim 6", "head_dim 8"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, none); }, {"head_dim 0"});
-  expect_throws<std::invalid_argument>([&] { ef::rope_backward_into(kHere, y, x, three); }, {"rope_backward", "positions has 3"});
-  expect_throws<std::invalid_argument>([] { ef::RopeTable(-1, 8); }, {"RopeTable", "max_positions is -1"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, table); },
+                                       {"positions[1] is 9", "0 to 8"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, negative, table); },
+                                       {"positions[1] is -1"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, narrow); },
+                                       {"head_dim 6", "head_dim 8"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_into(kHere, y, x, positions, none); },
+                                       {"head_dim 0"});
+  expect_throws<std::invalid_argument>([&] { ef::rope_backward_into(kHere, y, x, three); },
+                                       {"rope_backward", "positions has 3"});
+  expect_throws<std::invalid_argument>([] { ef::RopeTable(-1, 8); },
+                                       {"RopeTable", "max_positions is -1"});
   expect_throws<std::invalid_argument>([] { ef::RopeTable(4, 7); }, {"rotary_dim is 7"});
   expect_throws<std::invalid_argument>([] { ef::RopeTable(Index{1} << 60, 64); }, {"overflows"});
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));

@@ -12,7 +12,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 template <typename T>
 ef::Tensor<T, 2> rows_with_ties_and_faults(Index vocab) {
   auto logits = random_tensor<T, 2>({6, vocab}, 4, 3.0);
-  for (Index t = 0; t < vocab; ++t) logits(1, t) = static_cast<T>(static_cast<float>(t % 3));  // many equals
+  for (Index t = 0; t < vocab; ++t)
+    logits(1, t) = static_cast<T>(static_cast<float>(t % 3));  // many equals
   logits(2, vocab / 2) = static_cast<T>(std::numeric_limits<float>::quiet_NaN());
   logits(3, vocab - 1) = static_cast<T>(kInfinity);
   for (Index t = 0; t < vocab; ++t) logits(4, t) = static_cast<T>(-kInfinity);
@@ -20,9 +21,10 @@ ef::Tensor<T, 2> rows_with_ties_and_faults(Index vocab) {
   return logits;
 }
 
-constexpr ef::SampleStatus kStatuses[] = {ef::SampleStatus::ok,       ef::SampleStatus::ok,
-                                          ef::SampleStatus::nan,      ef::SampleStatus::positive_infinity,
-                                          ef::SampleStatus::no_token, ef::SampleStatus::ok};
+constexpr ef::SampleStatus kStatuses[] = {
+    ef::SampleStatus::ok,       ef::SampleStatus::ok,
+    ef::SampleStatus::nan,      ef::SampleStatus::positive_infinity,
+    ef::SampleStatus::no_token, ef::SampleStatus::ok};
 
 ef::Tensor<std::int8_t, 1> poisoned_statuses() { return poisoned_tensor<std::int8_t, 1>({6}); }
 
@@ -34,12 +36,14 @@ void check(Index vocab, Index k, double temperature) {
     auto device_logits = on_device(bench, logits);
     auto ids = on_device(bench, poisoned_tensor<std::int32_t, 1>({6}));
     auto raw = on_device(bench, poisoned_statuses());
-    const std::span<ef::SampleStatus> statuses(reinterpret_cast<ef::SampleStatus*>(raw.view().data()), 6);
+    const std::span<ef::SampleStatus> statuses(
+        reinterpret_cast<ef::SampleStatus*>(raw.view().data()), 6);
     ef::Philox advancing = random;
     if (temperature == 0)
       ef::greedy_sample_into(bench.device, ids.view(), device_logits.cview(), statuses);
     else
-      ef::top_k_sample_into(bench.device, ids.view(), device_logits.cview(), k, temperature, advancing, statuses);
+      ef::top_k_sample_into(bench.device, ids.view(), device_logits.cview(), k, temperature,
+                            advancing, statuses);
     const auto got = ids.host();
     const auto got_statuses = raw.host();
     for (Index r = 0; r < 6; ++r) {

@@ -16,7 +16,9 @@ TEST(SamplingDraws, EveryContractCall) {
   ef::Tensor<std::int32_t, 1> ids = ef::greedy_sample(logits);
   ids = ef::top_k_sample(logits, k, temperature, rng);
   ids = ef::top_p_sample(logits, p, temperature, rng);
-  ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
+  ids = ef::sample(
+      logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f},
+      rng);
   const std::vector<ef::SamplingParams> rows(3);
   const std::span<const ef::SamplingParams> per_row_params = rows;
   ids = ef::sample(logits, per_row_params, rng);
@@ -55,7 +57,8 @@ TEST(SamplingDraws, DependOnSeedPositionAndRowOnly) {
     EXPECT_TRUE(same_bits(ef::sampling_probabilities(pool.device, logits, params), distribution));
   }
   ef::Philox again{11, 5};
-  const Ids first = ef::sample(ef::TensorView<const float, 2>(logits.data(), 4, 5000), params, again);  // fewer rows around
+  const Ids first = ef::sample(ef::TensorView<const float, 2>(logits.data(), 4, 5000), params,
+                               again);  // fewer rows around
   for (Index r = 0; r < 4; ++r) EXPECT_EQ(first(r), expected(r));
   // A generator of its own follows the request from row to row: it draws at row 0.
   std::vector<ef::Philox> generators;
@@ -63,7 +66,9 @@ TEST(SamplingDraws, DependOnSeedPositionAndRowOnly) {
   const Ids own = ef::sample(logits, params, generators);
   for (Index r = 0; r < 9; ++r) {
     ef::Philox one{100 + static_cast<std::uint64_t>(r)};
-    EXPECT_EQ(ef::sample(ef::TensorView<const float, 2>(logits.data() + r * 5000, 1, 5000), params, one)(0), own(r));
+    EXPECT_EQ(ef::sample(ef::TensorView<const float, 2>(logits.data() + r * 5000, 1, 5000), params,
+                         one)(0),
+              own(r));
   }
   // Parameters a row: each row as if all had its own.
   std::vector<ef::SamplingParams> rows(9, params);
@@ -85,7 +90,8 @@ TEST(SamplingDraws, FollowTheDistribution) {
       const auto row = random_tensor<float, 2>({1, vocab}, 12, 1.5);
       const ef::Tensor<float, 2> logits = row.broadcast(Eigen::array<Index, 2>{batch, 1});
       const auto reference = ef::reference::sampling_probabilities(row, params);
-      std::vector<double> counts(static_cast<std::size_t>(vocab)), expected(reference.data(), reference.data() + vocab);
+      std::vector<double> counts(static_cast<std::size_t>(vocab)),
+          expected(reference.data(), reference.data() + vocab);
       ef::Philox rng{2024};
       for (Index s = 0; s < steps; ++s) {
         const Ids ids = ef::sample(logits, params, rng);
@@ -98,7 +104,8 @@ TEST(SamplingDraws, FollowTheDistribution) {
 TEST(SamplingLogProbabilities, RawProcessedRankAndBest) {
   const auto logits = random_tensor<float, 2>({6, 700}, 31, 2.0);
   const std::vector<std::int32_t> history{3};
-  const ef::SamplingParams params{.temperature = .7, .top_k = 20, .presence_penalty = .5, .output_tokens = history};
+  const ef::SamplingParams params{
+      .temperature = .7, .top_k = 20, .presence_penalty = .5, .output_tokens = history};
   ef::Philox rng{5}, same{5};
   const auto result = ef::sample_with_log_probabilities(logits, params, rng, {.best = 30});
   EXPECT_TRUE(same_bits(result.ids, ef::sample(logits, params, same)));
@@ -110,31 +117,36 @@ TEST(SamplingLogProbabilities, RawProcessedRankAndBest) {
     EXPECT_NEAR(result.processed_log_probabilities(r), std::log(processed(r, result.ids(r))), 1e-5);
     std::vector<std::int32_t> sorted(700);
     for (std::size_t v = 0; v < 700; ++v) sorted[v] = static_cast<std::int32_t>(v);
-    std::stable_sort(sorted.begin(), sorted.end(), [&](auto a, auto b) { return logits(r, a) > logits(r, b); });
+    std::stable_sort(sorted.begin(), sorted.end(),
+                     [&](auto a, auto b) { return logits(r, a) > logits(r, b); });
     EXPECT_EQ(sorted[static_cast<std::size_t>(result.ranks(r)) - 1], result.ids(r));
     for (Index i = 0; i < 30; ++i) {
       const std::int32_t id = sorted[static_cast<std::size_t>(i)];
       EXPECT_EQ(result.best_ids(r, i), id);
       EXPECT_NEAR(result.best_log_probabilities(r, i), std::log(raw(r, id)), 1e-5);
       if (processed(r, id) > 0) {
-        EXPECT_NEAR(result.best_processed_log_probabilities(r, i), std::log(processed(r, id)), 1e-5);
+        EXPECT_NEAR(result.best_processed_log_probabilities(r, i), std::log(processed(r, id)),
+                    1e-5);
       } else {
         EXPECT_EQ(result.best_processed_log_probabilities(r, i), -kInfinity);
       }
     }
   }
-  const auto few = ef::sample_with_log_probabilities(row_of({1, -kInfinity, 1}), {.temperature = 0}, rng, {.best = 9});
+  const auto few = ef::sample_with_log_probabilities(row_of({1, -kInfinity, 1}), {.temperature = 0},
+                                                     rng, {.best = 9});
   EXPECT_EQ(few.best_ids.dimension(1), 3);
   EXPECT_EQ(few.best_ids(0, 1), 2);
   EXPECT_EQ(few.best_ids(0, 2), 1);
   EXPECT_EQ(few.best_log_probabilities(0, 2), -kInfinity);
   EXPECT_EQ(few.processed_log_probabilities(0), 0.f);
-  expect_throws<std::invalid_argument>([&] { ef::sample_with_log_probabilities(row_of({1}), {.top_k = 1}, rng, {.best = -1}); },
-                                       {"best is -1"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::sample_with_log_probabilities(row_of({1}), {.top_k = 1}, rng, {.best = -1}); },
+      {"best is -1"});
 }
 
 /// Verifies `batch` chains per step whose drafts are drawn from `draft`; counts the token at each place of the chain.
-void check_speculative(const ef::Tensor<double, 2>& draft, const ef::Tensor<double, 2>& target, const std::string& what) {
+void check_speculative(const ef::Tensor<double, 2>& draft, const ef::Tensor<double, 2>& target,
+                       const std::string& what) {
   const Index drafts = draft.dimension(0), vocab = draft.dimension(1), batch = 2000, steps = 15;
   ef::Tensor<double, 3> q(batch, drafts, vocab), p(batch, drafts + 1, vocab);
   for (Index r = 0; r < batch; ++r) {
@@ -169,19 +181,24 @@ void check_speculative(const ef::Tensor<double, 2>& draft, const ef::Tensor<doub
   }
   for (Index i = 0; i <= drafts; ++i) {
     const std::vector<double> expected(target.data() + i * vocab, target.data() + (i + 1) * vocab);
-    expect_distributed(counts[static_cast<std::size_t>(i)], expected, what + " place " + std::to_string(i));
+    expect_distributed(counts[static_cast<std::size_t>(i)], expected,
+                       what + " place " + std::to_string(i));
   }
 }
 
 TEST(SpeculativeVerification, TokensFollowTheTarget) {
-  const auto draft = ef::reference::sampling_probabilities(random_tensor<float, 2>({3, 12}, 1), {.temperature = 1.5});
-  const auto target = ef::reference::sampling_probabilities(random_tensor<float, 2>({4, 12}, 2), {.top_k = 7});
+  const auto draft = ef::reference::sampling_probabilities(random_tensor<float, 2>({3, 12}, 1),
+                                                           {.temperature = 1.5});
+  const auto target =
+      ef::reference::sampling_probabilities(random_tensor<float, 2>({4, 12}, 2), {.top_k = 7});
   check_speculative(draft, target, "different");
   ef::Tensor<double, 2> same(4, 12);
   std::copy(draft.data(), draft.data() + 36, same.data());
   std::copy(draft.data(), draft.data() + 12, same.data() + 36);
   check_speculative(draft, same, "the same");
-  check_speculative(draft, ef::reference::sampling_probabilities(random_tensor<float, 2>({4, 12}, 2), {.temperature = 0}),
+  check_speculative(draft,
+                    ef::reference::sampling_probabilities(random_tensor<float, 2>({4, 12}, 2),
+                                                          {.temperature = 0}),
                     "greedy target");
 }
 
@@ -202,16 +219,20 @@ TEST(SpeculativeVerification, EdgesAndErrors) {
   EXPECT_EQ(result.tokens(1, 0), 1);
   EXPECT_EQ(result.tokens(1, 1), -1);
   EXPECT_EQ(rng.position(), 1u);
-  expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, q, p, rng); }, {"draft_tokens(0, 0) is 99"});
+  expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, q, p, rng); },
+                                       {"draft_tokens(0, 0) is 99"});
   tokens(1, 0) = 1;  // accepted, and the bonus distribution is NaN
-  expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, q, p, rng, {.draft_lengths = lengths}); },
-                                       {"row 1", "NaN"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::verify_speculative(tokens, q, p, rng, {.draft_lengths = lengths}); },
+      {"row 1", "NaN"});
   const std::vector<Index> wrong{0, 2};
-  expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, q, p, rng, {.draft_lengths = wrong}); },
-                                       {"draft_lengths[1] is 2"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::verify_speculative(tokens, q, p, rng, {.draft_lengths = wrong}); },
+      {"draft_lengths[1] is 2"});
   const ef::Tensor<float, 3> short_target(2, 1, 3), narrow(2, 1, 2);
-  expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, q, short_target, rng); },
-                                       {"target_probabilities", "(2, 1, 3)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::verify_speculative(tokens, q, short_target, rng); },
+      {"target_probabilities", "(2, 1, 3)"});
   expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, narrow, p, rng); },
                                        {"draft_probabilities", "(2, 1, 2)"});
   EXPECT_EQ(rng.position(), 1u);

@@ -48,16 +48,18 @@ TYPED_TEST_SUITE(Sampling, Scalars);
 TYPED_TEST(Sampling, DistributionOfEverySmallVocabulary) {
   for (Index vocab = 1; vocab <= 70; ++vocab)
     for (const auto& [name, params] : parameter_sets())
-      check_distribution(random_tensor<TypeParam, 2>({2, vocab}, static_cast<unsigned>(vocab), 2.0), params,
-                         name + " vocab " + std::to_string(vocab));
+      check_distribution(random_tensor<TypeParam, 2>({2, vocab}, static_cast<unsigned>(vocab), 2.0),
+                         params, name + " vocab " + std::to_string(vocab));
 }
 
 TYPED_TEST(Sampling, DistributionOfLargeVocabularies) {
   for (Index vocab : {127, 128, 129, 1000, 32000}) {
-    if (vocab == 32000 && std::is_same_v<TypeParam, double>) continue;  // the float row says as much
+    if (vocab == 32000 && std::is_same_v<TypeParam, double>)
+      continue;  // the float row says as much
     for (double scale : {0.5, 4.0})
       for (const auto& [name, params] : parameter_sets())
-        check_distribution(random_tensor<TypeParam, 2>({1, vocab}, 7, scale), params, name + " vocab " + std::to_string(vocab));
+        check_distribution(random_tensor<TypeParam, 2>({1, vocab}, 7, scale), params,
+                           name + " vocab " + std::to_string(vocab));
   }
 }
 
@@ -65,8 +67,8 @@ TEST(SamplingDistribution, Vocabulary128256FlatPeakedAndTied) {
   auto tied = random_tensor<float, 2>({1, 128256}, 3, 2.0);
   for (Index i = 0; i < tied.size(); ++i) tied.data()[i] = std::nearbyint(tied.data()[i]);
   for (const auto& [name, params] : parameter_sets()) {
-    if (name != "top-k 50" && name != "top-p 0.9" && name != "top-p 0.3" && name != "combined" && name != "typical 0.9" &&
-        name != "top-k 3000")
+    if (name != "top-k 50" && name != "top-p 0.9" && name != "top-p 0.3" && name != "combined" &&
+        name != "typical 0.9" && name != "top-k 3000")
       continue;
     check_distribution(random_tensor<float, 2>({1, 128256}, 1, 0.01), params, name + " flat");
     check_distribution(random_tensor<float, 2>({1, 128256}, 2, 3.0), params, name + " peaked");
@@ -76,12 +78,14 @@ TEST(SamplingDistribution, Vocabulary128256FlatPeakedAndTied) {
 
 TEST(SamplingDistribution, EveryIsaKeepsTheSameTokens) {
   const auto logits = random_tensor<float, 2>({2, 3000}, 5, 3.0);
-  const auto expected = ef::reference::sampling_probabilities(logits, {.temperature = .9, .top_p = .9f, .min_p = .001});
+  const auto expected = ef::reference::sampling_probabilities(
+      logits, {.temperature = .9, .top_p = .9f, .min_p = .001});
   const ef::SamplingParams params{.temperature = .9, .top_p = .9f, .min_p = .001};
   ef::Workspace workspace;
   for_each_isa([&](auto tag) {
     auto actual = poisoned_tensor<float, 2>({2, 3000});
-    const ef::SamplingProblem<float> problem{logits.data(), 2, 3000, &params, 0, nullptr, 0, nullptr, nullptr};
+    const ef::SamplingProblem<float> problem{logits.data(), 2, 3000,    &params, 0,
+                                             nullptr,       0, nullptr, nullptr};
     ef::cpu::sampling_probabilities(tag, Eigen::DefaultDevice{}, problem, actual.data(), workspace);
     for (Index r = 0; r < 2; ++r) EXPECT_EQ(kept(actual, r), kept(expected, r)) << tag.name;
     EXPECT_LT(relative_error(actual, expected), 1e-6) << tag.name;
@@ -91,7 +95,8 @@ TEST(SamplingDistribution, EveryIsaKeepsTheSameTokens) {
 TEST(SamplingTies, LowestIndexFirst) {
   const auto uniform = row_of({0, 0, 0, 0});
   EXPECT_EQ(kept_by(uniform, {.top_k = 2}), (Set{0, 1}));
-  EXPECT_EQ(kept_by(uniform, {.top_k = 2, .top_k_ties = ef::TopKTies::keep_all}), (Set{0, 1, 2, 3}));
+  EXPECT_EQ(kept_by(uniform, {.top_k = 2, .top_k_ties = ef::TopKTies::keep_all}),
+            (Set{0, 1, 2, 3}));
   EXPECT_EQ(kept_by(uniform, {.top_p = .5}), (Set{0, 1}));
   EXPECT_EQ(kept_by(uniform, {.top_p = .75}), (Set{0, 1, 2}));
   EXPECT_EQ(kept_by(uniform, {.top_p = .7500001}), (Set{0, 1, 2, 3}));
@@ -114,8 +119,10 @@ TEST(SamplingTies, UniformVocabulariesCutExactly) {
       EXPECT_EQ(static_cast<double>(tokens.size()), p * static_cast<double>(vocab));
       EXPECT_EQ(*tokens.rbegin() + 1, static_cast<Index>(tokens.size()));  // the first ones
     }
-    EXPECT_EQ(kept_by(uniform, {.top_k = vocab / 2 + 1}).size(), static_cast<std::size_t>(vocab / 2 + 1));
-    EXPECT_EQ(kept_by(uniform, {.typical_p = .5}).size(), static_cast<std::size_t>(vocab));  // equally typical
+    EXPECT_EQ(kept_by(uniform, {.top_k = vocab / 2 + 1}).size(),
+              static_cast<std::size_t>(vocab / 2 + 1));
+    EXPECT_EQ(kept_by(uniform, {.typical_p = .5}).size(),
+              static_cast<std::size_t>(vocab));  // equally typical
   }
 }
 
@@ -127,7 +134,8 @@ TEST(SamplingFilters, PublishedVectorsOfLlamaCpp) {
   EXPECT_EQ(kept_by(p, {.top_p = 1}), (Set{0, 1, 2, 3}));
   const std::vector<std::pair<double, std::size_t>> min_p{{0, 4},   {.24, 4}, {.26, 3}, {.49, 3},
                                                           {.51, 2}, {.74, 2}, {.76, 1}, {1, 1}};
-  for (const auto& [threshold, count] : min_p) EXPECT_EQ(kept_by(p, {.min_p = threshold}).size(), count) << threshold;
+  for (const auto& [threshold, count] : min_p)
+    EXPECT_EQ(kept_by(p, {.min_p = threshold}).size(), count) << threshold;
   EXPECT_EQ(kept_by(log_of({.97, .01, .01, .01}), {.typical_p = .5}), (Set{0}));
   EXPECT_EQ(kept_by(log_of({.4, .2, .2, .2}), {.typical_p = .5}), (Set{1, 2, 3}));
 }
@@ -136,7 +144,8 @@ TEST(SamplingFilters, OrdersGiveTheSetsOfTheirProjects) {
   const auto logits = row_of({3, 2, 1});
   EXPECT_EQ(kept_by(logits, {.temperature = .5, .top_p = .8}), (Set{0}));
   EXPECT_EQ(kept_by(logits, {.temperature = .5, .top_p = .8, .order = ef::kVllmOrder}), (Set{0}));
-  EXPECT_EQ(kept_by(logits, {.temperature = .5, .top_p = .8, .order = ef::kLlamaCppOrder}), (Set{0, 1}));
+  EXPECT_EQ(kept_by(logits, {.temperature = .5, .top_p = .8, .order = ef::kLlamaCppOrder}),
+            (Set{0, 1}));
   // min-p leaves {0, 1}, .714 and .286 of what is left: .71 of that is one token, .71 of the whole is three.
   const auto four = log_of({.5, .2, .16, .14});
   EXPECT_EQ(kept_by(four, {.top_p = .71, .min_p = .35}), (Set{0, 1}));
@@ -154,7 +163,8 @@ TEST(SamplingFilters, ExtremeTemperaturesAndLogits) {
   }
   const auto hot = ef::sampling_probabilities(logits, {.temperature = 1e300});
   for (Index v = 0; v < 4; ++v) EXPECT_FLOAT_EQ(hot(0, v), .25f);
-  const auto far = ef::sampling_probabilities(row_of({3e38, -3e38, 3e38, -kInfinity}), {.top_p = .99});
+  const auto far =
+      ef::sampling_probabilities(row_of({3e38, -3e38, 3e38, -kInfinity}), {.top_p = .99});
   EXPECT_EQ(far(0, 0), .5f);
   EXPECT_EQ(far(0, 2), .5f);
   EXPECT_EQ(far(0, 3), 0.f);
@@ -184,8 +194,10 @@ TEST(SamplingLogits, PenaltiesBiasAndMask) {
   // By hand: 2 and -2 both become less likely, -infinity stays; frequency counts, presence does not.
   const std::vector<std::int32_t> all{0, 1, 2, 0};
   const auto p =
-      ef::sampling_probabilities(row_of({2, -2, -kInfinity, 0}),
-                                 {.repetition_penalty = 2, .frequency_penalty = .25, .presence_penalty = 1, .output_tokens = all});
+      ef::sampling_probabilities(row_of({2, -2, -kInfinity, 0}), {.repetition_penalty = 2,
+                                                                  .frequency_penalty = .25,
+                                                                  .presence_penalty = 1,
+                                                                  .output_tokens = all});
   EXPECT_NEAR(std::log(p(0, 0) / p(0, 3)), 1 - .5 - 1, 1e-6);
   EXPECT_NEAR(std::log(p(0, 1) / p(0, 3)), -4 - .25 - 1, 1e-5);
   EXPECT_EQ(p(0, 2), 0.f);
@@ -195,14 +207,18 @@ TEST(SamplingRows, GreedyTakesTheLowestIndexOfEquals) {
   for (Index vocab : {1, 2, 7, 8, 9, 31, 33, 127, 128, 129, 255, 257, 1000, 32000}) {
     auto logits = random_tensor<float, 2>({3, vocab}, static_cast<unsigned>(vocab));
     for (Index i = 0; i < logits.size(); ++i) logits.data()[i] = std::nearbyint(logits.data()[i]);
-    EXPECT_TRUE(same_bits(ef::greedy_sample(logits), ef::reference::greedy_sample(logits))) << vocab;
+    EXPECT_TRUE(same_bits(ef::greedy_sample(logits), ef::reference::greedy_sample(logits)))
+        << vocab;
     ef::Philox rng{1};
-    EXPECT_TRUE(same_bits(ef::sample(logits, {.temperature = 0}, rng), ef::reference::greedy_sample(logits))) << vocab;
+    EXPECT_TRUE(same_bits(ef::sample(logits, {.temperature = 0}, rng),
+                          ef::reference::greedy_sample(logits)))
+        << vocab;
     const ef::SamplingParams greedy{.temperature = 0};
     ef::Workspace workspace;
     for_each_isa([&](auto tag) {
       Ids ids(3);
-      const ef::SamplingProblem<float> problem{logits.data(), 3, vocab, &greedy, 0, nullptr, 0, ids.data(), nullptr};
+      const ef::SamplingProblem<float> problem{logits.data(), 3, vocab,      &greedy, 0,
+                                               nullptr,       0, ids.data(), nullptr};
       ef::cpu::greedy_sample(tag, Eigen::DefaultDevice{}, problem, workspace);
       EXPECT_TRUE(same_bits(ids, ef::reference::greedy_sample(logits))) << vocab << " " << tag.name;
     });
@@ -218,7 +234,8 @@ TEST(SamplingRows, OnlyTheRowIsReadAtAnyAlignment) {
       const ef::TensorView<const float, 2> view(memory.data() + offset, 2, vocab);
       EXPECT_TRUE(same_bits(ef::greedy_sample(view), ef::greedy_sample(logits)));
       const ef::SamplingParams params{.temperature = .8, .top_k = 9, .top_p = .9};
-      EXPECT_TRUE(same_bits(ef::sampling_probabilities(view, params), ef::sampling_probabilities(logits, params)));
+      EXPECT_TRUE(same_bits(ef::sampling_probabilities(view, params),
+                            ef::sampling_probabilities(logits, params)));
     }
 }
 
@@ -230,7 +247,8 @@ TEST(SamplingRows, BadRowsAreNamedAndHarmNoOther) {
     logits(2, at) = kInfinity;
     for (Index v = 0; v < 130; ++v) logits(3, v) = -kInfinity;
     ef::Philox rng{3}, same{3};
-    const std::vector<ef::SampleStatus> expected{ef::SampleStatus::ok, ef::SampleStatus::nan, ef::SampleStatus::positive_infinity,
+    const std::vector<ef::SampleStatus> expected{ef::SampleStatus::ok, ef::SampleStatus::nan,
+                                                 ef::SampleStatus::positive_infinity,
                                                  ef::SampleStatus::no_token, ef::SampleStatus::ok};
     std::vector<ef::SampleStatus> statuses(5);
     Ids ids(5), alone = ef::sample(good, {.top_k = 20}, same);
@@ -242,12 +260,16 @@ TEST(SamplingRows, BadRowsAreNamedAndHarmNoOther) {
     ef::greedy_sample_into(Eigen::DefaultDevice{}, ids, logits, statuses);
     EXPECT_EQ(statuses, expected);
     EXPECT_EQ(ids(4), ef::greedy_sample(good)(4));
-    expect_throws<std::invalid_argument>([&] { ef::greedy_sample(logits); }, {"greedy_sample", "row 1", "NaN"});
+    expect_throws<std::invalid_argument>([&] { ef::greedy_sample(logits); },
+                                         {"greedy_sample", "row 1", "NaN"});
     logits(1, at) = 0;
-    expect_throws<std::invalid_argument>([&] { ef::sample(logits, {}, rng); }, {"sample", "row 2", "+infinity"});
+    expect_throws<std::invalid_argument>([&] { ef::sample(logits, {}, rng); },
+                                         {"sample", "row 2", "+infinity"});
     logits(2, at) = 0;
-    expect_throws<std::invalid_argument>([&] { ef::top_k_sample(logits, 3, 1.f, rng); }, {"top_k_sample", "row 3", "-infinity"});
-    expect_throws<std::invalid_argument>([&] { ef::sampling_probabilities(logits, {.temperature = 0}); }, {"row 3"});
+    expect_throws<std::invalid_argument>([&] { ef::top_k_sample(logits, 3, 1.f, rng); },
+                                         {"top_k_sample", "row 3", "-infinity"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::sampling_probabilities(logits, {.temperature = 0}); }, {"row 3"});
     EXPECT_EQ(rng.position(), 1u);
   }
   const std::vector<std::uint32_t> nothing(1, 0u);
@@ -261,9 +283,11 @@ TEST(SamplingRows, BadRowsAreNamedAndHarmNoOther) {
 TEST(SamplingRows, RefusesWithTheArgumentNamed) {
   ef::Philox rng{1};
   const auto logits = row_of({1, 2, 3});
-  const auto refused = [&](const ef::SamplingParams& params, const std::vector<std::string>& fragments) {
+  const auto refused = [&](const ef::SamplingParams& params,
+                           const std::vector<std::string>& fragments) {
     expect_throws<std::invalid_argument>([&] { ef::sample(logits, params, rng); }, fragments);
-    expect_throws<std::invalid_argument>([&] { ef::sampling_probabilities(logits, params); }, fragments);
+    expect_throws<std::invalid_argument>([&] { ef::sampling_probabilities(logits, params); },
+                                         fragments);
   };
   const double nan = std::nan("");
   refused({.temperature = -1}, {"sampl", "temperature", "-1"});
@@ -295,29 +319,41 @@ TEST(SamplingRows, RefusesWithTheArgumentNamed) {
   order = ef::kHuggingFaceOrder;
   order[4] = order[5];
   refused({.order = order}, {"order", "once"});
-  expect_throws<std::invalid_argument>([&] { ef::top_k_sample(logits, 0, 1.f, rng); }, {"top_k_sample", "top_k is 0"});
-  expect_throws<std::invalid_argument>([&] { ef::top_p_sample(logits, .5f, -1.f, rng); }, {"top_p_sample", "temperature"});
+  expect_throws<std::invalid_argument>([&] { ef::top_k_sample(logits, 0, 1.f, rng); },
+                                       {"top_k_sample", "top_k is 0"});
+  expect_throws<std::invalid_argument>([&] { ef::top_p_sample(logits, .5f, -1.f, rng); },
+                                       {"top_p_sample", "temperature"});
   const ef::Tensor<float, 2> no_vocabulary(2, 0);
-  expect_throws<std::invalid_argument>([&] { ef::greedy_sample(no_vocabulary); }, {"vocabulary of 0"});
-  expect_throws<std::invalid_argument>([&] { ef::sample(no_vocabulary, {.temperature = 1}, rng); }, {"vocabulary of 0"});
+  expect_throws<std::invalid_argument>([&] { ef::greedy_sample(no_vocabulary); },
+                                       {"vocabulary of 0"});
+  expect_throws<std::invalid_argument>([&] { ef::sample(no_vocabulary, {.temperature = 1}, rng); },
+                                       {"vocabulary of 0"});
   std::vector<ef::SamplingParams> two(2);
-  expect_throws<std::invalid_argument>([&] { ef::sample(logits, two, rng); }, {"params has 2 sets", "1 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::sample(logits, two, rng); },
+                                       {"params has 2 sets", "1 rows"});
   const ef::Tensor<float, 2> rows = random_tensor<float, 2>({2, 4}, 1);
   two[1].top_k = 0;
-  expect_throws<std::invalid_argument>([&] { ef::sample(rows, two, rng); }, {"params of row 1", "top_k is 0"});
+  expect_throws<std::invalid_argument>([&] { ef::sample(rows, two, rng); },
+                                       {"params of row 1", "top_k is 0"});
   std::vector<ef::Philox> one(1);
-  expect_throws<std::invalid_argument>([&] { ef::sample(rows, {.top_k = 1}, one); }, {"rng has 1 generators", "2 rows"});
+  expect_throws<std::invalid_argument>([&] { ef::sample(rows, {.top_k = 1}, one); },
+                                       {"rng has 1 generators", "2 rows"});
   Ids short_ids(1);
-  expect_throws<std::invalid_argument>([&] { ef::greedy_sample_into(Eigen::DefaultDevice{}, short_ids, rows); },
-                                       {"ids has 1", "2 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::greedy_sample_into(Eigen::DefaultDevice{}, short_ids, rows); },
+      {"ids has 1", "2 rows"});
   EXPECT_EQ(rng.position(), 0u);
 }
 
 TEST(SamplingDraws, DestinationFormsAllocateNothing) {
   const auto logits = random_tensor<float, 2>({4, 3000}, 6, 2.0);
   const std::vector<std::int32_t> history{1, 2, 3};
-  const ef::SamplingParams params{
-      .temperature = .9, .top_k = 500, .top_p = .9, .typical_p = .95, .presence_penalty = 1, .output_tokens = history};
+  const ef::SamplingParams params{.temperature = .9,
+                                  .top_k = 500,
+                                  .top_p = .9,
+                                  .typical_p = .95,
+                                  .presence_penalty = 1,
+                                  .output_tokens = history};
   Ids ids(4);
   ef::Tensor<float, 2> distribution(4, 3000);
   std::vector<ef::SampleStatus> statuses(4);

@@ -18,13 +18,15 @@ namespace {
 
 using Tokens = std::vector<std::int32_t>;
 
-void expect_equal(const ef::ContinuousBatchScheduler& scheduler, const ef::reference::ContinuousBatchScheduler& model) {
+void expect_equal(const ef::ContinuousBatchScheduler& scheduler,
+                  const ef::reference::ContinuousBatchScheduler& model) {
   const ef::Batch batch = scheduler.get_batch();
   const Index rows = static_cast<Index>(model.active.size());
   ASSERT_EQ(batch.request_ids.size(), model.active.size());
   ASSERT_EQ(batch.sequence_lengths.size(), model.active.size());
   Index longest = 0;
-  for (const auto& request : model.active) longest = std::max(longest, static_cast<Index>(request.tokens.size()));
+  for (const auto& request : model.active)
+    longest = std::max(longest, static_cast<Index>(request.tokens.size()));
   ASSERT_EQ(batch.input_ids.dimension(0), rows);
   ASSERT_EQ(batch.input_ids.dimension(1), longest);
   ASSERT_EQ(batch.attention_mask.dimension(0), rows);
@@ -35,7 +37,8 @@ void expect_equal(const ef::ContinuousBatchScheduler& scheduler, const ef::refer
     ASSERT_EQ(batch.request_ids[static_cast<std::size_t>(i)], request.id);
     ASSERT_EQ(batch.sequence_lengths[static_cast<std::size_t>(i)], length);
     for (Index j = 0; j < longest; ++j) {
-      ASSERT_EQ(batch.input_ids(i, j), j < length ? request.tokens[static_cast<std::size_t>(j)] : 0);
+      ASSERT_EQ(batch.input_ids(i, j),
+                j < length ? request.tokens[static_cast<std::size_t>(j)] : 0);
       ASSERT_EQ(batch.attention_mask(i, j), j < length ? 1 : 0);
     }
   }
@@ -64,7 +67,8 @@ TEST(ContinuousBatchScheduler, RandomEventsEqualThePlainModel) {
     std::mt19937 random(seed);
     const auto pick = [&](unsigned n) { return static_cast<Index>(random() % n); };
     const auto one_of = [&](const auto& list) { return list[random() % list.size()].id; };
-    const Index max_batch = seed == 1 ? 1 : static_cast<Index>(seed) * 2, max_length = seed == 2 ? 2 : 12;
+    const Index max_batch = seed == 1 ? 1 : static_cast<Index>(seed) * 2,
+                max_length = seed == 2 ? 2 : 12;
     ef::ContinuousBatchScheduler scheduler(max_batch, max_length);
     ef::reference::ContinuousBatchScheduler model{max_batch, max_length, {}, {}, {}};
     int refused = 0, taken = 0;
@@ -78,13 +82,15 @@ TEST(ContinuousBatchScheduler, RandomEventsEqualThePlainModel) {
         ours = outcome([&] { scheduler.add_request(id, prompt); });
         expected = outcome([&] { model.add_request(id, prompt); });
       } else if (kind < 9) {
-        const std::string target = !model.active.empty() && pick(8) != 0 ? one_of(model.active) : id;
+        const std::string target =
+            !model.active.empty() && pick(8) != 0 ? one_of(model.active) : id;
         const std::int32_t token = static_cast<std::int32_t>(random());
         const bool finished = pick(5) == 0;
         ours = outcome([&] { scheduler.update_batch(target, token, finished); });
         expected = outcome([&] { model.update_batch(target, token, finished); });
       } else {
-        const std::string target = !model.finished.empty() && pick(4) != 0 ? one_of(model.finished) : id;
+        const std::string target =
+            !model.finished.empty() && pick(4) != 0 ? one_of(model.finished) : id;
         Tokens text, expected_text;
         ours = outcome([&] { text = scheduler.take_finished(target); });
         expected = outcome([&] { expected_text = model.take_finished(target); });
@@ -102,7 +108,8 @@ TEST(ContinuousBatchScheduler, RandomEventsEqualThePlainModel) {
 
 TEST(ContinuousBatchScheduler, NotebookTimeline) {
   ef::ContinuousBatchScheduler scheduler(4, 100);
-  for (const char* id : {"Req1", "Req2", "Req3", "Req4", "Req5", "Req6"}) scheduler.add_request(id, {1, 2, 3});
+  for (const char* id : {"Req1", "Req2", "Req3", "Req4", "Req5", "Req6"})
+    scheduler.add_request(id, {1, 2, 3});
   using Ids = std::vector<std::string>;
   EXPECT_EQ(scheduler.get_batch().request_ids, (Ids{"Req1", "Req2", "Req3", "Req4"}));
   scheduler.update_batch("Req2", 7, true);
@@ -127,9 +134,12 @@ TEST(ContinuousBatchScheduler, ContractCallsCompileAsWritten) {
   const bool is_finished = false;
   ef::ContinuousBatchScheduler scheduler(max_batch_size, max_seq_length);
   scheduler.add_request(request_id, prompt_tokens);  // std::string, std::span<const std::int32_t>
-  ef::Batch batch = scheduler.get_batch();           // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
+  ef::Batch batch =
+      scheduler
+          .get_batch();  // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
   scheduler.update_batch(request_id, new_token, is_finished);
-  bool room = scheduler.can_add_more_requests();  // a request added now would join the batch at once
+  bool room =
+      scheduler.can_add_more_requests();  // a request added now would join the batch at once
   EXPECT_TRUE(room);
   EXPECT_EQ(batch.input_ids(0, 1), 6);
   scheduler.add_request("span", std::span<const std::int32_t>(prompt_tokens));
@@ -150,16 +160,28 @@ TEST(ContinuousBatchScheduler, ErrorsNameTheRequest) {
   ef::ContinuousBatchScheduler scheduler(1, 4);
   scheduler.add_request("a", {1});
   scheduler.add_request("b", {1});
-  expect_throws<std::invalid_argument>([&] { scheduler.add_request("a", {1}); }, {"request a exists already"});
-  expect_throws<std::invalid_argument>([&] { scheduler.add_request("b", {1}); }, {"request b exists already"});
-  expect_throws<std::invalid_argument>([&] { scheduler.add_request("c", {}); }, {"prompt of request c is empty"});
-  expect_throws<std::invalid_argument>([&] { scheduler.add_request("c", {1, 2, 3, 4}); }, {"4 tokens", "max_seq_length is 4"});
-  expect_throws<std::out_of_range>([&] { scheduler.update_batch("z", 1, false); }, {"no request z"});
-  expect_throws<std::invalid_argument>([&] { scheduler.update_batch("b", 1, false); }, {"request b is waiting"});
-  expect_throws<std::invalid_argument>([&] { scheduler.take_finished("a"); }, {"request a has not finished"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("a", {1}); },
+                                       {"request a exists already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("b", {1}); },
+                                       {"request b exists already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("c", {}); },
+                                       {"prompt of request c is empty"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        scheduler.add_request("c", {1, 2, 3, 4});
+      },
+      {"4 tokens", "max_seq_length is 4"});
+  expect_throws<std::out_of_range>([&] { scheduler.update_batch("z", 1, false); },
+                                   {"no request z"});
+  expect_throws<std::invalid_argument>([&] { scheduler.update_batch("b", 1, false); },
+                                       {"request b is waiting"});
+  expect_throws<std::invalid_argument>([&] { scheduler.take_finished("a"); },
+                                       {"request a has not finished"});
   scheduler.update_batch("a", 2, true);
-  expect_throws<std::invalid_argument>([&] { scheduler.update_batch("a", 1, false); }, {"request a has finished already"});
-  expect_throws<std::invalid_argument>([&] { scheduler.add_request("a", {1}); }, {"request a exists already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.update_batch("a", 1, false); },
+                                       {"request a has finished already"});
+  expect_throws<std::invalid_argument>([&] { scheduler.add_request("a", {1}); },
+                                       {"request a exists already"});
   scheduler.take_finished("a");
   scheduler.add_request("a", {1});  // the id is free again
   EXPECT_THROW(ef::ContinuousBatchScheduler(0, 4), std::invalid_argument);
@@ -172,12 +194,17 @@ TEST(ContinuousBatchScheduler, OutOfMemoryChangesNothing) {
   ef::reference::ContinuousBatchScheduler model{3, 50, {}, {}, {}};
   int failures = 0;
   for (int i = 0; i < 6; ++i) {
-    const std::string id = std::to_string(i) + ", a request whose name is too long for a small string";
-    failures += with_failing_allocations([&] { scheduler.add_request(id, {1, 2, 3}); }, [&] { expect_equal(scheduler, model); });
+    const std::string id =
+        std::to_string(i) + ", a request whose name is too long for a small string";
+    failures += with_failing_allocations(
+        [&] {
+          scheduler.add_request(id, {1, 2, 3});
+        },
+        [&] { expect_equal(scheduler, model); });
     model.add_request(id, {1, 2, 3});
     const std::string first = model.active.front().id;
-    failures +=
-        with_failing_allocations([&] { scheduler.update_batch(first, i, i == 3); }, [&] { expect_equal(scheduler, model); });
+    failures += with_failing_allocations([&] { scheduler.update_batch(first, i, i == 3); },
+                                         [&] { expect_equal(scheduler, model); });
     model.update_batch(first, i, i == 3);
     expect_equal(scheduler, model);
   }
@@ -222,8 +249,11 @@ struct Engine {
       const ef::SequenceId sequence = entry->second;
       EXPECT_EQ(cache.length(sequence), plan.positions[i]);
       ef::Tensor<float, 3> rows(n, 1, 1);
-      for (Index j = 0; j < n; ++j) rows(j, 0, 0) = static_cast<float>(plan.tokens[static_cast<std::size_t>(plan.offsets[i] + j)]);
-      cache.append(sequence, 0, rows, rows);  // throws where the plan promised pages that are not there
+      for (Index j = 0; j < n; ++j)
+        rows(j, 0, 0) =
+            static_cast<float>(plan.tokens[static_cast<std::size_t>(plan.offsets[i] + j)]);
+      cache.append(sequence, 0, rows,
+                   rows);  // throws where the plan promised pages that are not there
     }
     return work;
   }
@@ -267,7 +297,8 @@ Tokens prompt_of(Index length, unsigned seed) {
 Tokens text_of(Tokens tokens, Index limit, std::int32_t end_token) {
   while (static_cast<Index>(tokens.size()) < limit) {
     float sum = 1;
-    for (std::size_t j = 0; j < tokens.size(); ++j) sum += static_cast<float>(tokens[j]) * static_cast<float>(j % 3 + 1);
+    for (std::size_t j = 0; j < tokens.size(); ++j)
+      sum += static_cast<float>(tokens[j]) * static_cast<float>(j % 3 + 1);
     tokens.push_back(static_cast<std::int32_t>(sum) % 50);
     if (tokens.back() == end_token) break;
   }
@@ -279,12 +310,33 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
     ef::StepSchedulerOptions options;
     int priorities;
   };
-  const std::vector<Case> cases{
-      {{.max_batch_size = 4, .max_seq_length = 60, .token_budget = 16, .page_size = 4, .page_count = 20}, 1},  // pages are scarce
-      {{.max_batch_size = 4, .max_seq_length = 60, .token_budget = 16, .prefill_chunk = 5, .page_size = 4, .page_count = 16}, 3},
-      {{.max_batch_size = 8, .max_seq_length = 60, .token_budget = 7, .page_size = 1, .page_count = 70}, 1},
-      {{.max_batch_size = 3, .max_seq_length = 60, .token_budget = 1000}, 2},  // pages are not counted
-      {{.max_batch_size = 1, .max_seq_length = 60, .token_budget = 1, .page_size = 16, .page_count = 4}, 1}};
+  const std::vector<Case> cases{{{.max_batch_size = 4,
+                                  .max_seq_length = 60,
+                                  .token_budget = 16,
+                                  .page_size = 4,
+                                  .page_count = 20},
+                                 1},  // pages are scarce
+                                {{.max_batch_size = 4,
+                                  .max_seq_length = 60,
+                                  .token_budget = 16,
+                                  .prefill_chunk = 5,
+                                  .page_size = 4,
+                                  .page_count = 16},
+                                 3},
+                                {{.max_batch_size = 8,
+                                  .max_seq_length = 60,
+                                  .token_budget = 7,
+                                  .page_size = 1,
+                                  .page_count = 70},
+                                 1},
+                                {{.max_batch_size = 3, .max_seq_length = 60, .token_budget = 1000},
+                                 2},  // pages are not counted
+                                {{.max_batch_size = 1,
+                                  .max_seq_length = 60,
+                                  .token_budget = 1,
+                                  .page_size = 16,
+                                  .page_count = 4},
+                                 1}};
   std::int64_t preempted = 0;
   for (std::size_t c = 0; c < cases.size(); ++c)
     for (unsigned seed = 1; seed <= 3; ++seed) {
@@ -294,11 +346,14 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
       std::set<ef::RequestTicket> cancelled;
       for (int round = 0; round < 400; ++round) {
         if (round < 200 && random() % 3 == 0) {
-          const Tokens prompt = prompt_of(1 + static_cast<Index>(random() % 30), static_cast<unsigned>(random()));
-          const Index limit = static_cast<Index>(prompt.size()) + 1 + static_cast<Index>(random() % 20);
-          const auto ticket =
-              engine.scheduler.submit(prompt, {.priority = static_cast<int>(random() % static_cast<unsigned>(cases[c].priorities)),
-                                               .max_new_tokens = limit - static_cast<Index>(prompt.size())});
+          const Tokens prompt =
+              prompt_of(1 + static_cast<Index>(random() % 30), static_cast<unsigned>(random()));
+          const Index limit =
+              static_cast<Index>(prompt.size()) + 1 + static_cast<Index>(random() % 20);
+          const auto ticket = engine.scheduler.submit(
+              prompt,
+              {.priority = static_cast<int>(random() % static_cast<unsigned>(cases[c].priorities)),
+               .max_new_tokens = limit - static_cast<Index>(prompt.size())});
           expected[ticket] = text_of(prompt, limit, 13);
         }
         const bool work = engine.plan_step();
@@ -310,7 +365,8 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
         }
         if (random() % 20 == 0 && work) {  // the model failed: roll the cache back, plan again
           for (std::size_t i = 0; i < engine.plan.requests.size(); ++i)
-            engine.cache.truncate(engine.sequences.at(engine.plan.requests[i]), engine.plan.positions[i]);
+            engine.cache.truncate(engine.sequences.at(engine.plan.requests[i]),
+                                  engine.plan.positions[i]);
           engine.scheduler.discard_step();
         } else {
           engine.finish_step(13);
@@ -333,8 +389,9 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
         if (cancelled.count(ticket) > 0) continue;
         const auto done = engine.scheduler.take_finished(ticket);
         EXPECT_EQ(done.tokens, text) << ticket;
-        EXPECT_EQ(done.reason == ef::FinishReason::told,
-                  text.back() == 13 && done.tokens.size() > static_cast<std::size_t>(done.prompt_length));
+        EXPECT_EQ(
+            done.reason == ef::FinishReason::told,
+            text.back() == 13 && done.tokens.size() > static_cast<std::size_t>(done.prompt_length));
       }
       EXPECT_TRUE(engine.scheduler.finished().empty());
     }
@@ -354,8 +411,9 @@ TEST(StepScheduler, EverybodyGetsAFirstTokenWithinTheBound) {
     Index step = 0;
     for (; step < 3000; ++step) {
       if (step < 300 && random() % 4 == 0) {
-        const auto ticket = engine.scheduler.submit(prompt_of(1 + static_cast<Index>(random() % 40), seed),
-                                                    {.max_new_tokens = 1 + static_cast<Index>(random() % 15)});
+        const auto ticket =
+            engine.scheduler.submit(prompt_of(1 + static_cast<Index>(random() % 40), seed),
+                                    {.max_new_tokens = 1 + static_cast<Index>(random() % 15)});
         due[ticket] = step + engine.scheduler.first_token_bound(ticket);
       }
       const bool work = engine.step();
@@ -385,7 +443,8 @@ TEST(StepScheduler, ChunksPrefillAndKeepsRank) {
   EXPECT_EQ(engine.plan.offsets, (std::vector<Index>{0, 5, 9}));
   EXPECT_EQ(engine.plan.wants_token, (std::vector<std::uint8_t>{1, 1}));
   engine.step();
-  const auto urgent = engine.scheduler.submit(prompt_of(2, 4), {.priority = 1, .max_new_tokens = 1});
+  const auto urgent =
+      engine.scheduler.submit(prompt_of(2, 4), {.priority = 1, .max_new_tokens = 1});
   engine.step();  // outranks b, the worst running, and takes its place
   EXPECT_EQ(engine.plan.requests, (Tickets{urgent, a}));
   EXPECT_EQ(engine.plan.released, Tickets{b});
@@ -398,18 +457,26 @@ TEST(StepScheduler, ChunksPrefillAndKeepsRank) {
 }
 
 TEST(StepScheduler, RefusalsChangeNothing) {
-  ef::StepScheduler scheduler({.max_batch_size = 2, .max_seq_length = 40, .token_budget = 8, .page_size = 4, .page_count = 5});
+  ef::StepScheduler scheduler({.max_batch_size = 2,
+                               .max_seq_length = 40,
+                               .token_budget = 8,
+                               .page_size = 4,
+                               .page_count = 5});
   expect_throws<std::invalid_argument>([&] { scheduler.submit({}); }, {"prompt is empty"});
-  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(40, 1)); }, {"40 tokens", "max_seq_length is 40"});
-  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(3, 1), {.max_new_tokens = -1}); },
-                                       {"max_new_tokens is -1"});
-  expect_throws<std::length_error>([&] { scheduler.submit(prompt_of(3, 1)); }, {"40 tokens needs 10 pages", "there are 5"});
-  const auto a = scheduler.submit(prompt_of(6, 1), {.max_new_tokens = 15});  // 21 tokens, of which 20 are ever stored
+  expect_throws<std::invalid_argument>([&] { scheduler.submit(prompt_of(40, 1)); },
+                                       {"40 tokens", "max_seq_length is 40"});
+  expect_throws<std::invalid_argument>(
+      [&] { scheduler.submit(prompt_of(3, 1), {.max_new_tokens = -1}); }, {"max_new_tokens is -1"});
+  expect_throws<std::length_error>([&] { scheduler.submit(prompt_of(3, 1)); },
+                                   {"40 tokens needs 10 pages", "there are 5"});
+  const auto a = scheduler.submit(
+      prompt_of(6, 1), {.max_new_tokens = 15});  // 21 tokens, of which 20 are ever stored
   ef::StepPlan plan;
   EXPECT_THROW(scheduler.complete({}), std::invalid_argument);
   ASSERT_TRUE(scheduler.next_step(plan));
   EXPECT_THROW(scheduler.next_step(plan), std::invalid_argument);
-  const auto refuse = [&](std::vector<ef::StepToken> sampled, const std::vector<std::string>& text) {
+  const auto refuse = [&](std::vector<ef::StepToken> sampled,
+                          const std::vector<std::string>& text) {
     expect_throws<std::invalid_argument>([&] { scheduler.complete(sampled); }, text);
     EXPECT_EQ(scheduler.statistics().steps, 0);
   };
@@ -432,13 +499,20 @@ TEST(StepScheduler, RefusalsChangeNothing) {
 }
 
 TEST(StepScheduler, OutOfMemoryLosesNothing) {
-  Engine engine({.max_batch_size = 3, .max_seq_length = 60, .token_budget = 16, .page_size = 4, .page_count = 10});
+  Engine engine({.max_batch_size = 3,
+                 .max_seq_length = 60,
+                 .token_budget = 16,
+                 .page_size = 4,
+                 .page_count = 10});
   ef::StepPlan plan;
   std::vector<ef::RequestTicket> tickets;
   tickets.reserve(5);
   for (unsigned i = 0; i < 5; ++i)
-    with_failing_allocations([&] { tickets.push_back(engine.scheduler.submit(prompt_of(9, i), {.max_new_tokens = 12})); },
-                             [&] { EXPECT_EQ(engine.scheduler.statistics().submitted, static_cast<std::int64_t>(i)); });
+    with_failing_allocations(
+        [&] {
+          tickets.push_back(engine.scheduler.submit(prompt_of(9, i), {.max_new_tokens = 12}));
+        },
+        [&] { EXPECT_EQ(engine.scheduler.statistics().submitted, static_cast<std::int64_t>(i)); });
   int failures = 0;
   bool work = true;
   std::set<ef::RequestTicket> holding;
@@ -451,20 +525,27 @@ TEST(StepScheduler, OutOfMemoryLosesNothing) {
       EXPECT_EQ(holding.insert(plan.requests[i]).second, plan.positions[i] == 0);
       if (plan.wants_token[i] != 0) sampled.push_back({plan.requests[i], 1, false});
     }
-    if (work) failures += with_failing_allocations([&] { engine.scheduler.complete(sampled); }, [] {});
+    if (work)
+      failures += with_failing_allocations([&] { engine.scheduler.complete(sampled); }, [] {});
   }
   EXPECT_TRUE(holding.empty());
   EXPECT_GT(failures, 30);
-  for (ef::RequestTicket ticket : tickets) EXPECT_EQ(engine.scheduler.take_finished(ticket).tokens.size(), 21u);
+  for (ef::RequestTicket ticket : tickets)
+    EXPECT_EQ(engine.scheduler.take_finished(ticket).tokens.size(), 21u);
 }
 
 TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
-  Engine engine({.max_batch_size = 4, .max_seq_length = 60, .token_budget = 16, .page_size = 4, .page_count = 20});
+  Engine engine({.max_batch_size = 4,
+                 .max_seq_length = 60,
+                 .token_budget = 16,
+                 .page_size = 4,
+                 .page_count = 20});
   std::atomic<bool> submitting{true};
   std::atomic<int> cancelled{0};
   std::thread submitter([&] {
     for (unsigned i = 0; i < 300; ++i) {
-      engine.scheduler.submit(prompt_of(1 + i % 30, i), {.max_new_tokens = 1 + static_cast<Index>(i % 20)});
+      engine.scheduler.submit(prompt_of(1 + i % 30, i),
+                              {.max_new_tokens = 1 + static_cast<Index>(i % 20)});
       std::this_thread::yield();
     }
     submitting = false;
@@ -476,7 +557,9 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
       std::this_thread::yield();
     }
   });
-  while (submitting || engine.scheduler.statistics().waiting + engine.scheduler.statistics().running > 0) engine.step();
+  while (submitting ||
+         engine.scheduler.statistics().waiting + engine.scheduler.statistics().running > 0)
+    engine.step();
   submitter.join();
   canceller.join();
   while (engine.step()) {
@@ -490,8 +573,8 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
   EXPECT_EQ(engine.cache.sequence_count(), 0);
   for (ef::RequestTicket ticket : engine.scheduler.finished()) {
     const auto done = engine.scheduler.take_finished(ticket);
-    EXPECT_EQ(done.tokens,
-              text_of(prompt_of(1 + ticket % 30, static_cast<unsigned>(ticket)), static_cast<Index>(done.tokens.size()), -1));
+    EXPECT_EQ(done.tokens, text_of(prompt_of(1 + ticket % 30, static_cast<unsigned>(ticket)),
+                                   static_cast<Index>(done.tokens.size()), -1));
   }
 }
 

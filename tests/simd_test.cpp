@@ -13,7 +13,8 @@ template <typename T, typename Isa>
 void check_loads_and_stores(Isa) {
   using V = ef::simd::Vec<float, Isa>;
   std::vector<T> source(static_cast<std::size_t>(2 * V::lanes + 1));
-  for (std::size_t i = 0; i < source.size(); ++i) source[i] = static_cast<T>(static_cast<float>(i) * 3 - 20);
+  for (std::size_t i = 0; i < source.size(); ++i)
+    source[i] = static_cast<T>(static_cast<float>(i) * 3 - 20);
   for (int offset = 0; offset < V::lanes; ++offset) {  // misaligned on purpose
     std::vector<T> target(source.size(), static_cast<T>(99.0f));
     V::load(source.data() + offset).store(target.data() + offset);
@@ -28,11 +29,13 @@ void check_loads_and_stores(Isa) {
     const V loaded = V::load_partial(exact.data(), n);
     loaded.store(wide.data());
     for (int i = 0; i < V::lanes; ++i)
-      EXPECT_EQ(wide[static_cast<std::size_t>(i)], i < n ? static_cast<float>(source[static_cast<std::size_t>(i)]) : 0.0f);
+      EXPECT_EQ(wide[static_cast<std::size_t>(i)],
+                i < n ? static_cast<float>(source[static_cast<std::size_t>(i)]) : 0.0f);
     std::vector<T> target(static_cast<std::size_t>(n));
     loaded.store_partial(target.data(), n);
     for (int i = 0; i < n; ++i)
-      EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(i)]), static_cast<float>(source[static_cast<std::size_t>(i)]));
+      EXPECT_EQ(static_cast<float>(target[static_cast<std::size_t>(i)]),
+                static_cast<float>(source[static_cast<std::size_t>(i)]));
   }
 }
 
@@ -68,7 +71,8 @@ TEST(Simd, TransposeExchangesRowsAndColumns) {
     transpose(rows);
     for (int r = 0; r < V::lanes; ++r) {
       rows[r].store(values);
-      for (int c = 0; c < V::lanes; ++c) EXPECT_EQ(values[c], static_cast<float>(c * V::lanes + r)) << isa.name;
+      for (int c = 0; c < V::lanes; ++c)
+        EXPECT_EQ(values[c], static_cast<float>(c * V::lanes + r)) << isa.name;
     }
   });
 }
@@ -93,7 +97,9 @@ TEST(Simd, NarrowingRoundsToNearestEvenLikeEigen) {
           EXPECT_EQ(std::bit_cast<std::uint32_t>(static_cast<float>(narrow[i])),
                     std::bit_cast<std::uint32_t>(static_cast<float>(expected)))
               << isa.name << ' ' << values[i];
-          EXPECT_EQ(static_cast<float>(halves[i]), static_cast<float>(static_cast<ef::half>(values[i]))) << isa.name;
+          EXPECT_EQ(static_cast<float>(halves[i]),
+                    static_cast<float>(static_cast<ef::half>(values[i])))
+              << isa.name;
         }
       }
     }
@@ -120,10 +126,13 @@ TEST(Simd, ArithmeticMasksAndReductions) {
       x[0] = y[0];
       if (trial % 3 == 0) x[1] = std::numeric_limits<float>::quiet_NaN();
       const V a = V::load(x.data()), b = V::load(y.data());
-      const auto sum = lanes_of(a + b), product = lanes_of(a * b), fused = lanes_of(fma(a, b, a)), low = lanes_of(min(a, b)),
-                 high = lanes_of(max(a, b)), magnitude = lanes_of(abs(a)), rounded = lanes_of(round(a)), quotient = lanes_of(a / b),
-                 chosen = lanes_of(select(less(a, b), a, b)), root = lanes_of(sqrt(abs(b)));
-      const auto lt = less(a, b).bits(), le = less_equal(a, b).bits(), eq = equal(a, b).bits(), nan = is_nan(a).bits();
+      const auto sum = lanes_of(a + b), product = lanes_of(a * b), fused = lanes_of(fma(a, b, a)),
+                 low = lanes_of(minimum(a, b)), high = lanes_of(maximum(a, b)),
+                 magnitude = lanes_of(abs(a)), rounded = lanes_of(round(a)),
+                 quotient = lanes_of(a / b), chosen = lanes_of(select(less(a, b), a, b)),
+                 root = lanes_of(sqrt(abs(b)));
+      const auto lt = less(a, b).bits(), le = less_equal(a, b).bits(), eq = equal(a, b).bits(),
+                 nan = is_nan(a).bits();
       for (int i = 0; i < V::lanes; ++i) {
         const auto u = static_cast<std::size_t>(i);
         if (!std::isnan(x[u])) {
@@ -157,10 +166,10 @@ TEST(Simd, MinAndMaxReturnTheSecondOperandWhereEitherIsNan) {
     SCOPED_TRACE(isa.name);
     using V = ef::simd::Vec<float, decltype(isa)>;
     const V nan = V::set1(std::numeric_limits<float>::quiet_NaN()), one = V::set1(1.0f);
-    EXPECT_EQ(lanes_of(min(nan, one))[0], 1.0f);
-    EXPECT_EQ(lanes_of(max(nan, one))[0], 1.0f);
-    EXPECT_TRUE(std::isnan(lanes_of(min(one, nan))[0]));
-    EXPECT_TRUE(std::isnan(lanes_of(max(one, nan))[0]));
+    EXPECT_EQ(lanes_of(minimum(nan, one))[0], 1.0f);
+    EXPECT_EQ(lanes_of(maximum(nan, one))[0], 1.0f);
+    EXPECT_TRUE(std::isnan(lanes_of(minimum(one, nan))[0]));
+    EXPECT_TRUE(std::isnan(lanes_of(maximum(one, nan))[0]));
   });
 }
 

@@ -27,8 +27,10 @@ ef::TensorView<const T, 2> tokens_of(const ef::Tensor<T, 3>& x) {
 /// This rank's features of x.
 template <typename T, ef::Communicator C>
 ef::Tensor<T, 3> own_features(const ef::Tensor<T, 3>& x, const C& communicator) {
-  const ef::ShardRange own = ef::shard_range(x.dimension(2), communicator.rank(), communicator.size());
-  return x.slice(Eigen::array<Index, 3>{0, 0, own.begin}, Eigen::array<Index, 3>{x.dimension(0), x.dimension(1), own.size()});
+  const ef::ShardRange own =
+      ef::shard_range(x.dimension(2), communicator.rank(), communicator.size());
+  return x.slice(Eigen::array<Index, 3>{0, 0, own.begin},
+                 Eigen::array<Index, 3>{x.dimension(0), x.dimension(1), own.size()});
 }
 
 template <typename T, ef::Communicator C>
@@ -36,7 +38,8 @@ void check_layers(C& communicator, Index batch, Index sequence, Index in, Index 
   const auto x = random_input<T>(batch, sequence, in);
   const auto weight = random_tensor<T, 2>({out, in}, 2);
   const auto bias = random_tensor<T, 1>({out}, 3);
-  const auto full = ef::linear(tokens_of(x), weight), with_bias = ef::linear(tokens_of(x), weight, bias);
+  const auto full = ef::linear(tokens_of(x), weight),
+             with_bias = ef::linear(tokens_of(x), weight, bias);
 
   const ef::Tensor<T, 3> y = ef::column_parallel_linear(x, weight, communicator);
   ASSERT_EQ(y.dimension(0), batch);
@@ -44,19 +47,26 @@ void check_layers(C& communicator, Index batch, Index sequence, Index in, Index 
   ASSERT_EQ(y.dimension(2), out);
   ASSERT_TRUE(same_bits(y, full));
   ASSERT_TRUE(same_bits(ef::column_parallel_linear(x, weight, communicator, bias), with_bias));
-  const ef::Tensor<T, 2> rank2 = ef::column_parallel_linear(tokens_of(x), weight, communicator, bias);
+  const ef::Tensor<T, 2> rank2 =
+      ef::column_parallel_linear(tokens_of(x), weight, communicator, bias);
   ASSERT_TRUE(same_bits(rank2, with_bias));
 
-  const ef::Tensor<T, 3> part = ef::column_parallel_linear(x, weight, communicator, bias, {.gather_output = false});
+  const ef::Tensor<T, 3> part =
+      ef::column_parallel_linear(x, weight, communicator, bias, {.gather_output = false});
   const ef::ShardRange own = ef::shard_range(out, communicator.rank(), communicator.size());
   ASSERT_EQ(part.dimension(2), own.size());
   for (Index t = 0; t < with_bias.dimension(0); ++t)
     for (Index o = own.begin; o < own.end; ++o)
-      ASSERT_EQ(std::memcmp(&part.data()[t * own.size() + o - own.begin], &with_bias(t, o), sizeof(T)), 0);
+      ASSERT_EQ(
+          std::memcmp(&part.data()[t * own.size() + o - own.begin], &with_bias(t, o), sizeof(T)),
+          0);
 
-  const ef::Tensor<T, 3> z = ef::row_parallel_linear(own_features(x, communicator), weight, communicator);
+  const ef::Tensor<T, 3> z =
+      ef::row_parallel_linear(own_features(x, communicator), weight, communicator);
   ASSERT_TRUE(same_bits(z, full));
-  ASSERT_TRUE(same_bits(ef::row_parallel_linear(own_features(x, communicator), weight, communicator, bias), with_bias));
+  ASSERT_TRUE(
+      same_bits(ef::row_parallel_linear(own_features(x, communicator), weight, communicator, bias),
+                with_bias));
 }
 
 /// A column-parallel layer in parts, then a row-parallel one: the two halves of a transformer block's MLP.
@@ -64,7 +74,8 @@ template <ef::Communicator C>
 void check_pair_of_layers(C& communicator) {
   for (Index hidden : {1, 5, 13, 300}) {
     const auto x = random_input<float>(2, 3, 24);
-    const auto up = random_tensor<float, 2>({hidden, 24}, 5), down = random_tensor<float, 2>({11, hidden}, 6);
+    const auto up = random_tensor<float, 2>({hidden, 24}, 5),
+               down = random_tensor<float, 2>({11, hidden}, 6);
     const auto bias = random_tensor<float, 1>({11}, 7);
     const auto middle = ef::column_parallel_linear(x, up, communicator, {.gather_output = false});
     const auto y = ef::row_parallel_linear(middle, down, communicator, bias);
@@ -83,11 +94,17 @@ void check_packed(C& communicator) {
     const auto shard = ef::pack_column_shard<T>(weight, communicator);
     ASSERT_EQ(shard.out_features, out);
     const auto full = ef::linear(tokens_of(x), packed, bias);
-    ASSERT_TRUE(same_bits(ef::column_parallel_linear(x, shard, communicator), ef::linear(tokens_of(x), packed))) << out;
+    ASSERT_TRUE(same_bits(ef::column_parallel_linear(x, shard, communicator),
+                          ef::linear(tokens_of(x), packed)))
+        << out;
     ASSERT_TRUE(same_bits(ef::column_parallel_linear(x, shard, communicator, bias), full)) << out;
-    ASSERT_TRUE(same_bits(ef::row_parallel_linear(own_features(x, communicator), shard, communicator, bias), full)) << out;
-    const auto part = ef::column_parallel_linear(x, shard, communicator, bias, {.gather_output = false});
-    ASSERT_EQ(part.dimension(2), ef::shard_range(out, communicator.rank(), communicator.size()).size());
+    ASSERT_TRUE(same_bits(
+        ef::row_parallel_linear(own_features(x, communicator), shard, communicator, bias), full))
+        << out;
+    const auto part =
+        ef::column_parallel_linear(x, shard, communicator, bias, {.gather_output = false});
+    ASSERT_EQ(part.dimension(2),
+              ef::shard_range(out, communicator.rank(), communicator.size()).size());
   }
 }
 
@@ -99,27 +116,34 @@ void check_vocabulary(C& communicator) {
     if (vocabulary == 97)  // ties across ranks
       for (Index copy : {20, 50, 96}) head.chip(copy, 0) = head.chip(3, 0);
     const auto logits = ef::linear(hidden, head);
-    const ef::Tensor<std::int32_t, 1> greedy = ef::vocabulary_parallel_greedy(hidden, head, communicator);
+    const ef::Tensor<std::int32_t, 1> greedy =
+        ef::vocabulary_parallel_greedy(hidden, head, communicator);
     const auto shard = ef::pack_column_shard<float>(head, communicator);
     const auto packed_logits = ef::linear(hidden, ef::pack_weight<float>(head));
     const auto packed_greedy = ef::vocabulary_parallel_greedy(hidden, shard, communicator);
     for (Index row = 0; row < 6; ++row) {
       ASSERT_EQ(greedy(row), ef::reference::by_likelihood(logits, row)[0]) << vocabulary;
-      ASSERT_EQ(packed_greedy(row), ef::reference::by_likelihood(packed_logits, row)[0]) << vocabulary;
+      ASSERT_EQ(packed_greedy(row), ef::reference::by_likelihood(packed_logits, row)[0])
+          << vocabulary;
     }
     for (Index k : {Index{1}, Index{2}, Index{7}, Index{50}, std::numeric_limits<Index>::max()}) {
       ef::Philox rng{99};
       for (int step = 0; step < 4; ++step) {
-        const auto ids = ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 1.5f, rng);
+        const auto ids =
+            ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 1.5f, rng);
         ASSERT_EQ(rng.position(), static_cast<std::uint64_t>(step) + 1);
         const ef::Philox used{99, static_cast<std::uint64_t>(step)};
         ef::Philox gathered = used;
-        ASSERT_TRUE(same_bits(ids, ef::top_k_sample(logits, k, 1.5f, gathered))) << vocabulary << " " << k;
+        ASSERT_TRUE(same_bits(ids, ef::top_k_sample(logits, k, 1.5f, gathered)))
+            << vocabulary << " " << k;
         for (Index row = 0; row < 6; ++row)
-          ASSERT_EQ(ids(row), ef::reference::top_k_token(logits, row, k, 1.5, used.uniform(static_cast<std::uint32_t>(row))))
+          ASSERT_EQ(ids(row),
+                    ef::reference::top_k_token(logits, row, k, 1.5,
+                                               used.uniform(static_cast<std::uint32_t>(row))))
               << vocabulary << " " << k;
       }
-      const auto cold = ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 0.0f, rng);
+      const auto cold =
+          ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 0.0f, rng);
       ASSERT_TRUE(same_bits(cold, greedy));
     }
   }
@@ -138,57 +162,76 @@ void check_vocabulary_refusals(C& communicator) {
     for (Index token : {0, 4, 8}) {
       head.setConstant(0.5f);
       head(token, 0) = bad;
-      expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_greedy(hidden, head, communicator); },
-                                           {"vocabulary_parallel_greedy", "row 0", "NaN or +infinity"});
-      expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 3, 1.0f, rng); },
-                                           {"row 0"});
+      expect_throws<std::invalid_argument>(
+          [&] { ef::vocabulary_parallel_greedy(hidden, head, communicator); },
+          {"vocabulary_parallel_greedy", "row 0", "NaN or +infinity"});
+      expect_throws<std::invalid_argument>(
+          [&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 3, 1.0f, rng); },
+          {"row 0"});
     }
   }
   head.setConstant(-kInfinity);
-  expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_greedy(hidden, head, communicator); },
-                                       {"row 0", "all -infinity"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_greedy(hidden, head, communicator); },
+      {"row 0", "all -infinity"});
   head(7, 0) = 0.0f;
   ASSERT_EQ(ef::vocabulary_parallel_greedy(hidden, head, communicator)(2), 7);
   ASSERT_EQ(ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 5, 1.0f, rng)(1), 7);
-  expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 0, 1.0f, rng); },
-                                       {"k is 0"});
-  expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 1, -1.0f, rng); },
-                                       {"temperature"});
-  expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_greedy(hidden, ef::Tensor<float, 2>(9, 2), communicator); },
-                                       {"weight has 2 columns, hidden has 1 features"});
-  expect_throws<std::invalid_argument>([&] { ef::vocabulary_parallel_greedy(hidden, ef::Tensor<float, 2>(0, 1), communicator); },
-                                       {"0 rows"});
-  EXPECT_EQ(ef::vocabulary_parallel_greedy(ef::Tensor<float, 2>(0, 1), head, communicator).size(), 0);
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 0, 1.0f, rng); },
+      {"k is 0"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 1, -1.0f, rng); },
+      {"temperature"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_greedy(hidden, ef::Tensor<float, 2>(9, 2), communicator); },
+      {"weight has 2 columns, hidden has 1 features"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_greedy(hidden, ef::Tensor<float, 2>(0, 1), communicator); },
+      {"0 rows"});
+  EXPECT_EQ(ef::vocabulary_parallel_greedy(ef::Tensor<float, 2>(0, 1), head, communicator).size(),
+            0);
 }
 
 template <ef::Communicator C>
 void check_layer_refusals(C& communicator) {
   const auto x = random_input<float>(2, 3, 128);
-  const auto weight = random_tensor<float, 2>({10, 96}, 2), good = random_tensor<float, 2>({10, 128}, 2);
+  const auto weight = random_tensor<float, 2>({10, 96}, 2),
+             good = random_tensor<float, 2>({10, 128}, 2);
   const auto bias = random_tensor<float, 1>({9}, 3);
-  expect_throws<std::invalid_argument>([&] { ef::column_parallel_linear(x, weight, communicator); },
-                                       {"column_parallel_linear: weight has 96 columns, input has 128 features"});
-  expect_throws<std::invalid_argument>([&] { ef::column_parallel_linear(x, good, communicator, bias); },
-                                       {"column_parallel_linear: bias has 9 elements, weight has 10 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::column_parallel_linear(x, weight, communicator); },
+      {"column_parallel_linear: weight has 96 columns, input has 128 features"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::column_parallel_linear(x, good, communicator, bias); },
+      {"column_parallel_linear: bias has 9 elements, weight has 10 rows"});
   const Index own = ef::shard_range(128, communicator.rank(), communicator.size()).size();
   const ef::Tensor<float, 3> one_more(2, 3, own + 1);
   expect_throws<std::invalid_argument>(
       [&] { ef::row_parallel_linear(one_more, good, communicator); },
-      {"row_parallel_linear: input has " + std::to_string(own + 1) + " features", "has " + std::to_string(own)});
-  expect_throws<std::invalid_argument>([&] { ef::row_parallel_linear(own_features(x, communicator), good, communicator, bias); },
-                                       {"bias has 9"});
+      {"row_parallel_linear: input has " + std::to_string(own + 1) + " features",
+       "has " + std::to_string(own)});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::row_parallel_linear(own_features(x, communicator), good, communicator, bias); },
+      {"bias has 9"});
   ef::Tensor<float, 3> output(2, 3, 11);
   output.setConstant(7.0f);
   expect_throws<std::invalid_argument>(
-      [&] { ef::column_parallel_linear_into(Eigen::DefaultDevice{}, output, x, good, communicator); },
+      [&] {
+        ef::column_parallel_linear_into(Eigen::DefaultDevice{}, output, x, good, communicator);
+      },
       {"output has shape (2, 3, 11)", "10 output features"});
   expect_throws<std::invalid_argument>(
-      [&] { ef::row_parallel_linear_into(Eigen::DefaultDevice{}, output, own_features(x, communicator), good, communicator); },
+      [&] {
+        ef::row_parallel_linear_into(Eigen::DefaultDevice{}, output, own_features(x, communicator),
+                                     good, communicator);
+      },
       {"(2, 3, 11)"});
   EXPECT_EQ(output(0, 0, 0), 7.0f);
   auto shard = ef::pack_column_shard<float>(good, communicator);
   shard.world_size += 1;
-  expect_throws<std::invalid_argument>([&] { ef::column_parallel_linear(x, shard, communicator); }, {"weight was packed for rank"});
+  expect_throws<std::invalid_argument>([&] { ef::column_parallel_linear(x, shard, communicator); },
+                                       {"weight was packed for rank"});
 }
 
 template <ef::Communicator C>

@@ -40,16 +40,20 @@ TEST(MpiCommunicator, OwnsWhatItIsTold) {
     ef::MpiCommunicator moved(std::move(borrowed));
     check_all_gather<float>(moved);
   }
-  ef::MpiCommunicator owner(reversed, {.take_ownership = true});  // frees it: MPI_Finalize reports leaks under a debugging MPI
+  ef::MpiCommunicator owner(
+      reversed,
+      {.take_ownership = true});  // frees it: MPI_Finalize reports leaks under a debugging MPI
   EXPECT_EQ(owner.size(), size);
   owner.barrier();
-  expect_throws<std::invalid_argument>([] { ef::MpiCommunicator(MPI_COMM_WORLD, {.largest_message = 0}); },
-                                       {"largest_message is 0"});
+  expect_throws<std::invalid_argument>(
+      [] { ef::MpiCommunicator(MPI_COMM_WORLD, {.largest_message = 0}); },
+      {"largest_message is 0"});
 }
 
 TEST(MpiCommunicator, FailuresOfMpiAreExceptions) {
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-  expect_throws<ef::CommunicatorError>([] { ef::MpiCommunicator communicator(MPI_COMM_NULL); }, {"MPI_Comm_dup"});
+  expect_throws<ef::CommunicatorError>([] { ef::MpiCommunicator communicator(MPI_COMM_NULL); },
+                                       {"MPI_Comm_dup"});
   MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_ARE_FATAL);
 }
 
@@ -64,7 +68,8 @@ class FailuresOnly : public ::testing::EmptyTestEventListener {
   explicit FailuresOnly(int rank) : rank_(rank) {}
   void OnTestPartResult(const ::testing::TestPartResult& result) override {
     if (result.failed())
-      std::fprintf(stderr, "rank %d: %s:%d %s\n", rank_, result.file_name(), result.line_number(), result.summary());
+      std::fprintf(stderr, "rank %d: %s:%d %s\n", rank_, result.file_name(), result.line_number(),
+                   result.summary());
   }
 
  private:

@@ -15,9 +15,12 @@ class TinyMlp {
  public:
   TinyMlp(ef::Index features, ef::Index hidden, ef::Index classes, unsigned seed)
       : layout_{features, hidden, classes, {}},
-        weights_(random_tensor<float, 1>({hidden * (features + 1) + classes * (hidden + 1)}, seed, 0.5)),
+        weights_(
+            random_tensor<float, 1>({hidden * (features + 1) + classes * (hidden + 1)}, seed, 0.5)),
         gradient_(weights_.size()) {
-    gradient_.setConstant(std::numeric_limits<float>::quiet_NaN());  // a step must not look at what gradients held before
+    gradient_.setConstant(
+        std::numeric_limits<
+            float>::quiet_NaN());  // a step must not look at what gradients held before
   }
 
   template <typename Compute, typename Inputs>
@@ -35,7 +38,8 @@ class TinyMlp {
       }
       for (ef::Index c = 0; c < layout_.classes; ++c) {
         float sum = weight<Compute>(layout_.second_bias(c));
-        for (ef::Index h = 0; h < layout_.hidden; ++h) sum += weight<Compute>(layout_.second(c, h)) * activations_(r, h);
+        for (ef::Index h = 0; h < layout_.hidden; ++h)
+          sum += weight<Compute>(layout_.second(c, h)) * activations_(r, h);
         logits(r, c) = static_cast<Compute>(sum);
       }
     }
@@ -52,7 +56,8 @@ class TinyMlp {
           sum += weight<Compute>(layout_.second(c, h)) * d;
           gradient_.data()[layout_.second(c, h)] += d * activations_(r, h);
         }
-        const float back = rounded<Compute>(rounded<Compute>(sum) * (1 - activations_(r, h) * activations_(r, h)));
+        const float back =
+            rounded<Compute>(rounded<Compute>(sum) * (1 - activations_(r, h) * activations_(r, h)));
         gradient_.data()[layout_.first_bias(h)] += back;
         for (ef::Index f = 0; f < layout_.features; ++f)
           gradient_.data()[layout_.first(h, f)] += back * rounded<Compute>(inputs_(r, f));
@@ -91,7 +96,8 @@ class TinyMlp {
   template <typename Inputs>
   static ef::Tensor<float, 2> to_float(const Inputs& inputs) {
     ef::Tensor<float, 2> result(inputs.dimension(0), inputs.dimension(1));
-    for (ef::Index i = 0; i < result.size(); ++i) result.data()[i] = static_cast<float>(inputs.data()[i]);
+    for (ef::Index i = 0; i < result.size(); ++i)
+      result.data()[i] = static_cast<float>(inputs.data()[i]);
     return result;
   }
   ef::Parameter part(ef::Index begin, ef::Index size) {
@@ -111,11 +117,15 @@ struct TinyBatch {
 };
 
 /// Every `ignored_every`-th target is -100 (0: none).
-inline TinyBatch tiny_batch(ef::Index rows, ef::Index features, ef::Index classes, unsigned seed, ef::Index ignored_every = 0) {
-  TinyBatch batch{random_tensor<float, 2>({rows, features}, seed), ef::Tensor<std::int32_t, 1>(rows)};
+inline TinyBatch tiny_batch(ef::Index rows, ef::Index features, ef::Index classes, unsigned seed,
+                            ef::Index ignored_every = 0) {
+  TinyBatch batch{random_tensor<float, 2>({rows, features}, seed),
+                  ef::Tensor<std::int32_t, 1>(rows)};
   for (ef::Index r = 0; r < rows; ++r) {
     const bool ignored = ignored_every > 0 && r % ignored_every == 0;
-    batch.targets(r) = ignored ? -100 : static_cast<std::int32_t>((r * 7 + static_cast<ef::Index>(seed)) % classes);
+    batch.targets(r) =
+        ignored ? -100
+                : static_cast<std::int32_t>((r * 7 + static_cast<ef::Index>(seed)) % classes);
   }
   return batch;
 }
@@ -124,12 +134,15 @@ inline TinyBatch tiny_batch(ef::Index rows, ef::Index features, ef::Index classe
 inline TinyBatch joined(const std::vector<TinyBatch>& batches, std::size_t begin, std::size_t end) {
   ef::Index rows = 0;
   for (std::size_t i = begin; i < end; ++i) rows += batches[i].targets.size();
-  TinyBatch big{ef::Tensor<float, 2>(rows, batches[begin].inputs.dimension(1)), ef::Tensor<std::int32_t, 1>(rows)};
+  TinyBatch big{ef::Tensor<float, 2>(rows, batches[begin].inputs.dimension(1)),
+                ef::Tensor<std::int32_t, 1>(rows)};
   float* inputs = big.inputs.data();
   std::int32_t* targets = big.targets.data();
   for (std::size_t i = begin; i < end; ++i) {
-    inputs = std::copy(batches[i].inputs.data(), batches[i].inputs.data() + batches[i].inputs.size(), inputs);
-    targets = std::copy(batches[i].targets.data(), batches[i].targets.data() + batches[i].targets.size(), targets);
+    inputs = std::copy(batches[i].inputs.data(),
+                       batches[i].inputs.data() + batches[i].inputs.size(), inputs);
+    targets = std::copy(batches[i].targets.data(),
+                        batches[i].targets.data() + batches[i].targets.size(), targets);
   }
   return big;
 }

@@ -26,7 +26,10 @@ std::vector<TinyBatch> ragged_batches() {
   std::vector<TinyBatch> batches;
   unsigned seed = 10;
   for (Index rows : {3, 1, 6, 0, 2, 9, 4})
-    batches.push_back(tiny_batch(rows, kFeatures, kClasses, ++seed, rows == 2 ? 1 : rows > 3 ? 3 : 0));
+    batches.push_back(tiny_batch(rows, kFeatures, kClasses, ++seed,
+                                 rows == 2  ? 1
+                                 : rows > 3 ? 3
+                                            : 0));
   return batches;
 }
 
@@ -60,8 +63,10 @@ TEST(Accumulation, GradientsAreThoseOfTheOneBigBatch) {
     auto model = new_model();
     ef::Sgd optimizer(model.parameters(), {.learning_rate = 0});
     const auto big = joined(batches, 0, count);
-    const auto expected = ef::reference::mlp_gradient(model.reference(), to_double(big.inputs), big.targets);
-    const double loss = ef::train_step_with_grad_accumulation(model, optimizer, std::span(batches).first(count), 100);
+    const auto expected =
+        ef::reference::mlp_gradient(model.reference(), to_double(big.inputs), big.targets);
+    const double loss = ef::train_step_with_grad_accumulation(model, optimizer,
+                                                              std::span(batches).first(count), 100);
     EXPECT_LE(relative_error(model.gradient(), tensor(expected.gradient)), 1e-5) << count;
     EXPECT_NEAR(loss, expected.loss.mean(), 1e-5);
   }
@@ -74,12 +79,15 @@ TEST(Accumulation, EpochsEqualTrainingOnBigBatches) {
     auto expected = model.reference();
     const ef::AdamWOptions options{.learning_rate = 0.01, .epsilon = 1e-3};
     ef::AdamW optimizer(model.parameters(), options);
-    for (int epoch = 0; epoch < 3; ++epoch) {  // gradients of the epoch before are in the way of the next
-      const double loss = ef::train_step_with_grad_accumulation(model, optimizer, batches, static_cast<Index>(steps));
+    for (int epoch = 0; epoch < 3;
+         ++epoch) {  // gradients of the epoch before are in the way of the next
+      const double loss = ef::train_step_with_grad_accumulation(model, optimizer, batches,
+                                                                static_cast<Index>(steps));
       ef::LossResult total;
       for (std::size_t begin = 0; begin < batches.size(); begin += steps) {
         const auto big = joined(batches, begin, std::min(begin + steps, batches.size()));
-        const auto result = ef::reference::mlp_adamw_step(expected, to_double(big.inputs), big.targets, options);
+        const auto result =
+            ef::reference::mlp_adamw_step(expected, to_double(big.inputs), big.targets, options);
         total.sum += result.sum;
         total.count += result.count;
       }
@@ -95,7 +103,8 @@ TEST(Accumulation, TheContractsCall) {
   const std::vector<TinyBatch> data_loader = ragged_batches();
   const int accumulation_steps = 2;
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
-  double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
+  double average_loss =
+      ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
   EXPECT_GT(average_loss, 0.0);
 }
 
@@ -112,12 +121,15 @@ TEST(Accumulation, TakesAnyInputRange) {
   std::vector<TinyBatch> batches = ragged_batches();
   const auto expected = trained_on(std::as_const(batches));
   EXPECT_TRUE(same_bits(expected, trained_on(batches)));
-  EXPECT_TRUE(same_bits(expected, trained_on(std::list<TinyBatch>(batches.begin(), batches.end()))));
+  EXPECT_TRUE(
+      same_bits(expected, trained_on(std::list<TinyBatch>(batches.begin(), batches.end()))));
   EXPECT_TRUE(same_bits(expected, trained_on(std::span<const TinyBatch>(batches))));
-  EXPECT_TRUE(same_bits(expected, trained_on(std::views::iota(std::size_t{0}, batches.size()) |
-                                             std::views::transform([&](std::size_t i) { return batches[i]; }))));
+  EXPECT_TRUE(same_bits(
+      expected, trained_on(std::views::iota(std::size_t{0}, batches.size()) |
+                           std::views::transform([&](std::size_t i) { return batches[i]; }))));
   std::istringstream numbers("0 1 2 3 4 5 6");  // single-pass, and a batch lives for one iteration
-  auto single_pass = std::views::istream<std::size_t>(numbers) | std::views::transform([&](std::size_t i) { return batches[i]; });
+  auto single_pass = std::views::istream<std::size_t>(numbers) |
+                     std::views::transform([&](std::size_t i) { return batches[i]; });
   static_assert(!std::ranges::forward_range<decltype(single_pass)>);
   EXPECT_TRUE(same_bits(expected, trained_on(single_pass)));
 }
@@ -139,7 +151,8 @@ TEST(Accumulation, AnEmptyLoaderLeavesEverythingAsItWas) {
   model.gradient().setConstant(7.0f);
   const ef::Tensor<float, 1> weights = model.weights(), gradient = model.gradient();
   ef::AdamW optimizer(model.parameters());
-  EXPECT_EQ(ef::train_step_with_grad_accumulation(model, optimizer, std::vector<TinyBatch>{}, 4), 0.0);
+  EXPECT_EQ(ef::train_step_with_grad_accumulation(model, optimizer, std::vector<TinyBatch>{}, 4),
+            0.0);
   EXPECT_TRUE(same_bits(weights, model.weights()));
   EXPECT_TRUE(same_bits(gradient, model.gradient()));
   EXPECT_EQ(optimizer.step_count(), 0);
@@ -149,12 +162,15 @@ TEST(Accumulation, AGroupWithoutTargetsMakesNoStep) {
   auto model = new_model();
   const ef::Tensor<float, 1> weights = model.weights();
   ef::AdamW optimizer(model.parameters(), {.weight_decay = 0.5});
-  const std::vector<TinyBatch> batches{tiny_batch(3, kFeatures, kClasses, 1, 1), tiny_batch(0, kFeatures, kClasses, 2)};
+  const std::vector<TinyBatch> batches{tiny_batch(3, kFeatures, kClasses, 1, 1),
+                                       tiny_batch(0, kFeatures, kClasses, 2)};
   EXPECT_EQ(ef::train_step_with_grad_accumulation(model, optimizer, batches, 1), 0.0);
   EXPECT_TRUE(same_bits(weights, model.weights()));
   EXPECT_EQ(optimizer.step_count(), 0);
   ef::GradScaler scaler({.growth_interval = 1});
-  EXPECT_EQ(ef::train_step_mixed_precision<float>(model, optimizer, batches[0].inputs, batches[0].targets, scaler), 0.0);
+  EXPECT_EQ(ef::train_step_mixed_precision<float>(model, optimizer, batches[0].inputs,
+                                                  batches[0].targets, scaler),
+            0.0);
   EXPECT_EQ(scaler.scale(), 65536.0);
   EXPECT_TRUE(same_bits(weights, model.weights()));
 }
@@ -166,10 +182,14 @@ TEST(Accumulation, RefusesBeforeAnyWeightOfTheGroupChanges) {
   ef::AdamW optimizer(model.parameters());
   const std::vector<TinyBatch> batches = ragged_batches();
   for (Index steps : {0, -3})
-    expect_throws<std::invalid_argument>([&] { ef::train_step_with_grad_accumulation(model, optimizer, batches, steps); },
-                                         {"train_step_with_grad_accumulation", "accumulation_steps", std::to_string(steps)});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::train_step_with_grad_accumulation(model, optimizer, batches, steps); },
+        {"train_step_with_grad_accumulation", "accumulation_steps", std::to_string(steps)});
   expect_throws<std::invalid_argument>(
-      [&] { ef::train_step_with_grad_accumulation(model, optimizer, batches, 2, {.max_gradient_norm = -1}); },
+      [&] {
+        ef::train_step_with_grad_accumulation(model, optimizer, batches, 2,
+                                              {.max_gradient_norm = -1});
+      },
       {"max_gradient_norm", "-1"});
   EXPECT_TRUE(same_bits(weights, model.weights()));
   EXPECT_TRUE(same_bits(gradient, model.gradient()));
@@ -182,8 +202,9 @@ TEST(Accumulation, RefusesBeforeAnyWeightOfTheGroupChanges) {
     ef::AdamW fresh_optimizer(fresh.parameters());
     std::vector<TinyBatch> spoiled{batches[0], batches[1], batches[2], batches[5]};
     spoiled[3].targets(8) = bad;  // the last target of the second group
-    expect_throws<std::invalid_argument>([&] { ef::train_step_with_grad_accumulation(fresh, fresh_optimizer, spoiled, 2); },
-                                         {"target 8 is " + std::to_string(bad), "[0, 4)"});
+    expect_throws<std::invalid_argument>(
+        [&] { ef::train_step_with_grad_accumulation(fresh, fresh_optimizer, spoiled, 2); },
+        {"target 8 is " + std::to_string(bad), "[0, 4)"});
     EXPECT_TRUE(same_bits(twin.weights(), fresh.weights()));
     EXPECT_EQ(fresh_optimizer.step_count(), 1);
   }
@@ -192,10 +213,11 @@ TEST(Accumulation, RefusesBeforeAnyWeightOfTheGroupChanges) {
 /// Twice the cross-entropy, in the form a user writes.
 struct DoubledLoss {
   template <typename Compute>
-  ef::LossResult operator()(ef::Tensor<Compute, 2>& logits, const ef::Tensor<std::int32_t, 1>& targets,
+  ef::LossResult operator()(ef::Tensor<Compute, 2>& logits,
+                            const ef::Tensor<std::int32_t, 1>& targets,
                             double gradient_scale) const {
-    ef::LossResult result =
-        ef::cross_entropy_with_gradient_into(Eigen::DefaultDevice{}, logits, logits, targets, 2 * gradient_scale);
+    ef::LossResult result = ef::cross_entropy_with_gradient_into(
+        Eigen::DefaultDevice{}, logits, logits, targets, 2 * gradient_scale);
     result.sum *= 2;
     return result;
   }
@@ -204,17 +226,23 @@ struct DoubledLoss {
 TEST(Accumulation, TakesAnotherLoss) {
   const auto batches = ragged_batches();
   auto model = new_model(), doubled = new_model();
-  ef::Sgd optimizer(model.parameters(), {.learning_rate = 0}), other(doubled.parameters(), {.learning_rate = 0});
+  ef::Sgd optimizer(model.parameters(), {.learning_rate = 0}),
+      other(doubled.parameters(), {.learning_rate = 0});
   const double loss = ef::train_step_with_grad_accumulation(model, optimizer, batches, 100);
-  EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, DoubledLoss{}), 2 * loss);
-  for (Index i = 0; i < model.gradient().size(); ++i) EXPECT_EQ(doubled.gradient()(i), 2 * model.gradient()(i));
-  const auto lambda = [](ef::Tensor<float, 2>& logits, const ef::Tensor<std::int32_t, 1>& targets, double gradient_scale) {
+  EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, DoubledLoss{}),
+            2 * loss);
+  for (Index i = 0; i < model.gradient().size(); ++i)
+    EXPECT_EQ(doubled.gradient()(i), 2 * model.gradient()(i));
+  const auto lambda = [](ef::Tensor<float, 2>& logits, const ef::Tensor<std::int32_t, 1>& targets,
+                         double gradient_scale) {
     return DoubledLoss{}(logits, targets, gradient_scale);
   };
   EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, lambda), 2 * loss);
-  EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, ef::TrainOptions{}, lambda), 2 * loss);
-  const double smoothed =
-      ef::train_step_with_grad_accumulation(model, optimizer, batches, 100, ef::CrossEntropyLoss{{.label_smoothing = 0.5}});
+  EXPECT_EQ(ef::train_step_with_grad_accumulation(doubled, other, batches, 100, ef::TrainOptions{},
+                                                  lambda),
+            2 * loss);
+  const double smoothed = ef::train_step_with_grad_accumulation(
+      model, optimizer, batches, 100, ef::CrossEntropyLoss{{.label_smoothing = 0.5}});
   EXPECT_NE(smoothed, loss);
 }
 
@@ -240,7 +268,8 @@ TEST(Accumulation, TakesAUsersOptimizer) {
   EXPECT_EQ(optimizer.steps, 4);
   EXPECT_LE(relative_error(model.weights(), expected.weights()), 1e-6);
   ef::GradScaler scaler;
-  ef::train_step_mixed_precision<float>(model, optimizer, batches[0].inputs, batches[0].targets, scaler);
+  ef::train_step_mixed_precision<float>(model, optimizer, batches[0].inputs, batches[0].targets,
+                                        scaler);
   EXPECT_EQ(optimizer.steps, 5);
 }
 
@@ -251,12 +280,14 @@ TEST(Accumulation, ClipsAndReports) {
   std::vector<ef::StepReport> reports;
   const double loss = ef::train_step_with_grad_accumulation(
       model, optimizer, batches, 2,
-      {.max_gradient_norm = 1e-2, .on_step = [&](const ef::StepReport& report) { reports.push_back(report); }});
+      {.max_gradient_norm = 1e-2,
+       .on_step = [&](const ef::StepReport& report) { reports.push_back(report); }});
   ASSERT_EQ(reports.size(), 4u);  // 7 micro-batches in twos
   ef::LossResult total;
   for (std::size_t g = 0; g < 4; ++g) {
     const auto big = joined(batches, 2 * g, std::min<std::size_t>(2 * g + 2, 7));
-    const auto expected = ef::reference::mlp_gradient(model.reference(), to_double(big.inputs), big.targets);
+    const auto expected =
+        ef::reference::mlp_gradient(model.reference(), to_double(big.inputs), big.targets);
     double squares = 0;
     for (double x : expected.gradient) squares += x * x;
     EXPECT_EQ(reports[g].group, static_cast<Index>(g));
@@ -281,7 +312,8 @@ TEST(Accumulation, ClippingSkipsWhatIsNotFinite) {
   ef::AdamW optimizer(model.parameters());
   ef::StepReport last;
   const double loss = ef::train_step_with_grad_accumulation(
-      model, optimizer, batches, 1, {.max_gradient_norm = 1, .on_step = [&](const ef::StepReport& report) { last = report; }});
+      model, optimizer, batches, 1,
+      {.max_gradient_norm = 1, .on_step = [&](const ef::StepReport& report) { last = report; }});
   EXPECT_TRUE(std::isnan(loss));
   EXPECT_TRUE(last.found_inf);
   EXPECT_EQ(last.skipped_total, 1);
@@ -296,7 +328,8 @@ TEST(MixedPrecision, TheContractsCall) {
   const auto [inputs, labels] = tiny_batch(8, kFeatures, kClasses, 1);
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
   ef::GradScaler scaler;  // scale 65536, growth 2 every 2000 good steps, backoff 0.5
-  double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
+  double loss =
+      ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
   EXPECT_GT(loss, 0.0);
   EXPECT_EQ(optimizer.step_count(), 1);
 }
@@ -306,8 +339,10 @@ void compare_step_with_reference(ef::GradScaler scaler, double allowed) {
   auto model = new_model();
   const TinyBatch batch = tiny_batch(64, kFeatures, kClasses, 2, 5);
   ef::Sgd optimizer(model.parameters(), {.learning_rate = 0});
-  const auto expected = ef::reference::mlp_gradient(model.reference(), to_double(batch.inputs), batch.targets);
-  const double loss = ef::train_step_mixed_precision<Compute>(model, optimizer, batch.inputs, batch.targets, scaler);
+  const auto expected =
+      ef::reference::mlp_gradient(model.reference(), to_double(batch.inputs), batch.targets);
+  const double loss = ef::train_step_mixed_precision<Compute>(model, optimizer, batch.inputs,
+                                                              batch.targets, scaler);
   EXPECT_NEAR(loss, expected.loss.mean(), allowed);
   EXPECT_LE(relative_error(model.gradient(), tensor(expected.gradient)), allowed);
   EXPECT_EQ(optimizer.step_count(), 1);
@@ -327,7 +362,8 @@ TEST(MixedPrecision, InFloatAPowerOfTwoChangesNoBit) {
   ef::GradScaler scaler;
   for (unsigned seed = 0; seed < 3; ++seed) {
     const std::vector<TinyBatch> batch{tiny_batch(9, kFeatures, kClasses, seed, 4)};
-    const double loss = ef::train_step_mixed_precision<float>(scaled, a, batch[0].inputs, batch[0].targets, scaler);
+    const double loss =
+        ef::train_step_mixed_precision<float>(scaled, a, batch[0].inputs, batch[0].targets, scaler);
     EXPECT_EQ(loss, ef::train_step_with_grad_accumulation(plain, b, batch, 1));
     EXPECT_TRUE(same_bits(scaled.weights(), plain.weights()));
   }
@@ -341,15 +377,20 @@ TEST(MixedPrecision, AnOverflowIsSkippedAndTheScaleBacksOff) {
     if (first(0, c) < first(0, batch.targets(0)))
       batch.targets(0) = static_cast<std::int32_t>(c);  // an unlikely target: gradient near -1
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3});
-  ef::GradScaler scaler({.init_scale = 524288});  // -0.8 * 2^19 overflows half, and so does 2^18; 2^16 * -0.8 does not
+  ef::GradScaler scaler(
+      {.init_scale =
+           524288});  // -0.8 * 2^19 overflows half, and so does 2^18; 2^16 * -0.8 does not
   const ef::Tensor<float, 1> weights = model.weights();
   std::vector<ef::StepReport> reports;
-  const ef::TrainOptions options{.on_step = [&](const ef::StepReport& report) { reports.push_back(report); }};
-  const auto expected = ef::reference::mlp_gradient(model.reference(), to_double(batch.inputs), batch.targets);
+  const ef::TrainOptions options{
+      .on_step = [&](const ef::StepReport& report) { reports.push_back(report); }};
+  const auto expected =
+      ef::reference::mlp_gradient(model.reference(), to_double(batch.inputs), batch.targets);
   double scale = scaler.scale();
   int skipped = 0;
   for (int attempt = 0; attempt < 20 && optimizer.step_count() == 0; ++attempt) {
-    const double loss = ef::train_step_mixed_precision<ef::half>(model, optimizer, batch.inputs, batch.targets, scaler, options);
+    const double loss = ef::train_step_mixed_precision<ef::half>(model, optimizer, batch.inputs,
+                                                                 batch.targets, scaler, options);
     EXPECT_NEAR(loss, expected.loss.mean(), 2e-3);  // unscaled, skipped or not
     const ef::StepReport& report = reports.back();
     EXPECT_EQ(report.scale, scaler.scale());
@@ -384,9 +425,11 @@ TEST(MixedPrecision, TheScaleGrowsOnSchedule) {
 TEST(MixedPrecision, ScalingKeepsSmallGradientsAlive) {
   auto model = new_model();
   for (Index c = 0; c < kClasses; ++c)
-    for (Index h = 0; h < kHidden; ++h) model.weights().data()[model.layout().second(c, h)] = c % 2 == 0 ? 0x1p-18f : -0x1p-18f;
+    for (Index h = 0; h < kHidden; ++h)
+      model.weights().data()[model.layout().second(c, h)] = c % 2 == 0 ? 0x1p-18f : -0x1p-18f;
   const TinyBatch batch = tiny_batch(512, kFeatures, kClasses, 4);
-  const auto expected = ef::reference::mlp_gradient(model.reference(), to_double(batch.inputs), batch.targets);
+  const auto expected =
+      ef::reference::mlp_gradient(model.reference(), to_double(batch.inputs), batch.targets);
   const std::size_t at = model.layout().first(2, 3);
   ef::Sgd optimizer(model.parameters(), {.learning_rate = 0});
   ef::GradScaler off({.enabled = false}), on;
@@ -394,7 +437,8 @@ TEST(MixedPrecision, ScalingKeepsSmallGradientsAlive) {
   EXPECT_EQ(model.gradient().data()[at], 0.0f);  // below 2^-25 everything underflows in half
   ef::train_step_mixed_precision<ef::half>(model, optimizer, batch.inputs, batch.targets, on);
   EXPECT_NE(expected.gradient[at], 0.0);
-  EXPECT_NEAR(model.gradient().data()[at], expected.gradient[at], 0.05 * std::abs(expected.gradient[at]));
+  EXPECT_NEAR(model.gradient().data()[at], expected.gradient[at],
+              0.05 * std::abs(expected.gradient[at]));
 }
 
 TEST(MixedPrecision, LearnsOverAccumulatedMicroBatchesOnAPool) {
@@ -404,16 +448,18 @@ TEST(MixedPrecision, LearnsOverAccumulatedMicroBatchesOnAPool) {
     ef::AdamW optimizer(model.parameters(), {.learning_rate = 0.02});
     ef::GradScaler scaler({.init_scale = 1024, .enabled = enabled});
     Index groups = 0;
-    const ef::TrainOptions options{.max_gradient_norm = 1, .on_step = [&](const ef::StepReport& report) {
+    const ef::TrainOptions options{.max_gradient_norm = 1,
+                                   .on_step = [&](const ef::StepReport& report) {
                                      EXPECT_TRUE(report.stepped);
                                      EXPECT_EQ(report.group, groups++ % 4);
                                    }};
     const auto batches = ragged_batches();
-    const double before =
-        ef::train_step_with_grad_accumulation<ef::bfloat16>(threads.device, model, optimizer, batches, 2, options, scaler);
+    const double before = ef::train_step_with_grad_accumulation<ef::bfloat16>(
+        threads.device, model, optimizer, batches, 2, options, scaler);
     double after = before;
     for (int epoch = 0; epoch < 30; ++epoch)
-      after = ef::train_step_with_grad_accumulation<ef::bfloat16>(model, optimizer, batches, 2, options, scaler);
+      after = ef::train_step_with_grad_accumulation<ef::bfloat16>(model, optimizer, batches, 2,
+                                                                  options, scaler);
     EXPECT_EQ(groups, 31 * 4);
     EXPECT_LT(after, 0.7 * before);
   }

@@ -55,7 +55,8 @@ inline Options parse_options(int argc, char** argv, const std::filesystem::path&
       options.load = value();
     } else if (argument == "--threads") {
       options.threads = std::atoi(value().c_str());
-      if (options.threads < 1 || options.threads > 256) fail("--threads takes a number from 1 to 256");
+      if (options.threads < 1 || options.threads > 256)
+        fail("--threads takes a number from 1 to 256");
     } else {
       fail("unknown argument " + argument);
     }

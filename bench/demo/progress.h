@@ -13,11 +13,14 @@ namespace demo {
 
 using Clock = std::chrono::steady_clock;
 
-inline double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 class Progress {
  public:
-  Progress(std::string title, double plain_interval) : title_(std::move(title)), interval_(plain_interval) {}
+  Progress(std::string title, double plain_interval)
+      : title_(std::move(title)), interval_(plain_interval) {}
 
   /// `fraction` of the work is done; `status` is what to say besides.
   void update(double fraction, const std::string& status) {
@@ -29,11 +32,13 @@ class Progress {
     if (terminal_) {
       constexpr int width = 30;
       const int full = static_cast<int>(std::clamp(fraction, 0.0, 1.0) * width);
-      std::printf(
-          "\r%s [%s%s] %3.0f%%  %s  %.0f s left \033[K%s", title_.c_str(), std::string(static_cast<std::size_t>(full), '#').c_str(),
-          std::string(static_cast<std::size_t>(width - full), '.').c_str(), 100 * fraction, status.c_str(), left, last ? "\n" : "");
+      std::printf("\r%s [%s%s] %3.0f%%  %s  %.0f s left \033[K%s", title_.c_str(),
+                  std::string(static_cast<std::size_t>(full), '#').c_str(),
+                  std::string(static_cast<std::size_t>(width - full), '.').c_str(), 100 * fraction,
+                  status.c_str(), left, last ? "\n" : "");
     } else {
-      std::printf("%s %3.0f%%  %s  %.0f s left\n", title_.c_str(), 100 * fraction, status.c_str(), left);
+      std::printf("%s %3.0f%%  %s  %.0f s left\n", title_.c_str(), 100 * fraction, status.c_str(),
+                  left);
     }
     std::fflush(stdout);
   }

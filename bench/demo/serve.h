@@ -30,7 +30,8 @@ inline std::vector<Request> make_requests(const std::string& text) {
   std::vector<Request> requests;
   for (Index p = 0; p < kPrompts; ++p)
     requests.push_back({"recall-" + std::to_string(p),
-                        text.substr(static_cast<std::size_t>(prompt_start(text, p)), static_cast<std::size_t>(kPromptLength)),
+                        text.substr(static_cast<std::size_t>(prompt_start(text, p)),
+                                    static_cast<std::size_t>(kPromptLength)),
                         kContinuation,
                         {.temperature = 0.0f},
                         "greedy"});
@@ -40,8 +41,10 @@ inline std::vector<Request> make_requests(const std::string& text) {
   };
   requests.push_back({"topk-0", piece(1, 20), 120, {.temperature = 0.8f, .top_k = 5}, "top-k 5"});
   requests.push_back({"topk-1", piece(3, 33), 90, {.temperature = 1.0f, .top_k = 20}, "top-k 20"});
-  requests.push_back({"topp-0", piece(5, 12), 150, {.temperature = 0.9f, .top_p = 0.9f}, "top-p 0.9"});
-  requests.push_back({"topp-1", piece(7, 64), 60, {.temperature = 1.0f, .top_p = 0.5f}, "top-p 0.5"});
+  requests.push_back(
+      {"topp-0", piece(5, 12), 150, {.temperature = 0.9f, .top_p = 0.9f}, "top-p 0.9"});
+  requests.push_back(
+      {"topp-1", piece(7, 64), 60, {.temperature = 1.0f, .top_p = 0.5f}, "top-p 0.5"});
   requests.push_back({"mixed-0",
                       piece(8, 8),
                       100,
@@ -81,7 +84,8 @@ struct ServingResult {
 template <typename Model>
 class Server {
  public:
-  Server(Model& model, const std::vector<Request>& requests, Index max_batch, bool prints, ef::OperatorProfile* profile)
+  Server(Model& model, const std::vector<Request>& requests, Index max_batch, bool prints,
+         ef::OperatorProfile* profile)
       : model_(model),
         requests_(requests),
         scheduler_(max_batch, /*max_seq_length=*/4096),
@@ -95,7 +99,8 @@ class Server {
     for (std::size_t r = 0; r < requests.size(); ++r) {
       const std::string& prompt = requests[r].prompt;
       std::vector<std::int32_t> tokens(prompt.size());
-      for (std::size_t i = 0; i < prompt.size(); ++i) tokens[i] = static_cast<unsigned char>(prompt[i]);
+      for (std::size_t i = 0; i < prompt.size(); ++i)
+        tokens[i] = static_cast<unsigned char>(prompt[i]);
       timed("scheduler", [&] { scheduler_.add_request(requests[r].id, tokens); });
       state_[requests[r].id] = {&requests[r], ef::Philox(1000 + r), 0, false, 0};
     }
@@ -125,7 +130,8 @@ class Server {
   void step(const ef::Batch& batch) {
     std::vector<Index> fresh, running;
     for (std::size_t r = 0; r < batch.request_ids.size(); ++r)
-      (state_.at(batch.request_ids[r]).prefilled ? running : fresh).push_back(static_cast<Index>(r));
+      (state_.at(batch.request_ids[r]).prefilled ? running : fresh)
+          .push_back(static_cast<Index>(r));
     if (!fresh.empty()) sample(batch, fresh, prefill(batch, fresh));
     if (!running.empty()) sample(batch, running, decode(batch, running));
   }
@@ -141,7 +147,8 @@ class Server {
     ids.setConstant(-1);  // padding is never read
     sequences_.clear();
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      for (Index t = 0; t < lengths[i]; ++t) ids(static_cast<Index>(i), t) = batch.input_ids(rows[i], t);
+      for (Index t = 0; t < lengths[i]; ++t)
+        ids(static_cast<Index>(i), t) = batch.input_ids(rows[i], t);
       State& state = state_.at(batch.request_ids[static_cast<std::size_t>(rows[i])]);
       state.sequence = cache_.add_sequence();
       state.prefilled = true;
@@ -158,8 +165,10 @@ class Server {
     ef::Tensor<std::int32_t, 1> ids(static_cast<Index>(rows.size()));
     sequences_.clear();
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      ids(static_cast<Index>(i)) = batch.input_ids(rows[i], batch.sequence_lengths[static_cast<std::size_t>(rows[i])] - 1);
-      sequences_.push_back(state_.at(batch.request_ids[static_cast<std::size_t>(rows[i])]).sequence);
+      ids(static_cast<Index>(i)) =
+          batch.input_ids(rows[i], batch.sequence_lengths[static_cast<std::size_t>(rows[i])] - 1);
+      sequences_.push_back(
+          state_.at(batch.request_ids[static_cast<std::size_t>(rows[i])]).sequence);
     }
     result_.decode_tokens += static_cast<Index>(rows.size());
     const auto start = Clock::now();
@@ -168,7 +177,8 @@ class Server {
     return logits;
   }
 
-  void sample(const ef::Batch& batch, const std::vector<Index>& rows, const ef::Tensor<float, 2>& logits) {
+  void sample(const ef::Batch& batch, const std::vector<Index>& rows,
+              const ef::Tensor<float, 2>& logits) {
     std::vector<ef::SamplingParams> params;
     std::vector<ef::Philox> random;
     for (Index r : rows) {
@@ -176,8 +186,10 @@ class Server {
       params.push_back(state.request->sampling);
       random.push_back(state.random);
     }
-    const ef::Tensor<std::int32_t, 1> ids = timed(
-        "sampling", [&] { return ef::sample(logits, std::span<const ef::SamplingParams>(params), std::span<ef::Philox>(random)); });
+    const ef::Tensor<std::int32_t, 1> ids = timed("sampling", [&] {
+      return ef::sample(logits, std::span<const ef::SamplingParams>(params),
+                        std::span<ef::Philox>(random));
+    });
     for (std::size_t i = 0; i < rows.size(); ++i) {
       const std::string& id = batch.request_ids[static_cast<std::size_t>(rows[i])];
       State& state = state_.at(id);

@@ -25,10 +25,12 @@ inline constexpr Index kPrompts = 10;
 
 inline std::string read_text(const std::filesystem::path& path) {
   std::ifstream stream(path, std::ios::binary);
-  if (!stream) throw std::runtime_error("cannot open " + path.string() + "; give a readable file with --text");
+  if (!stream)
+    throw std::runtime_error("cannot open " + path.string() + "; give a readable file with --text");
   std::string text((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
   if (text.size() < 1000)
-    throw std::runtime_error(path.string() + " has " + std::to_string(text.size()) + " bytes; the job needs at least 1000");
+    throw std::runtime_error(path.string() + " has " + std::to_string(text.size()) +
+                             " bytes; the job needs at least 1000");
   return text;
 }
 
@@ -45,14 +47,18 @@ class Windows {
       : text_(text), batch_(batch), length_(length), random_(seed) {}
 
   TrainingBatch next() {
-    TrainingBatch result{ef::Tensor<std::int32_t, 2>(batch_, length_), ef::Tensor<std::int32_t, 1>(batch_ * length_)};
+    TrainingBatch result{ef::Tensor<std::int32_t, 2>(batch_, length_),
+                         ef::Tensor<std::int32_t, 1>(batch_ * length_)};
     const Index last = static_cast<Index>(text_.size()) - length_ - 1;
     for (Index b = 0; b < batch_; ++b) {
-      const Index place = static_cast<Index>(random_() % static_cast<std::uint32_t>(last + length_)) - length_ / 2;
+      const Index place =
+          static_cast<Index>(random_() % static_cast<std::uint32_t>(last + length_)) - length_ / 2;
       const Index start = std::clamp<Index>(place, 0, last);
       for (Index i = 0; i < length_; ++i) {
-        result.inputs(b, i) = static_cast<unsigned char>(text_[static_cast<std::size_t>(start + i)]);
-        result.targets(b * length_ + i) = static_cast<unsigned char>(text_[static_cast<std::size_t>(start + i + 1)]);
+        result.inputs(b, i) =
+            static_cast<unsigned char>(text_[static_cast<std::size_t>(start + i)]);
+        result.targets(b * length_ + i) =
+            static_cast<unsigned char>(text_[static_cast<std::size_t>(start + i + 1)]);
       }
     }
     return result;

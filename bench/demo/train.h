@@ -30,13 +30,16 @@ struct TrainingPlan {
 inline double learning_rate_at(const TrainingPlan& plan, double done) {
   constexpr double warm = 0.05;
   if (done < warm) return plan.learning_rate * std::max(done, 1e-3) / warm;
-  return plan.learning_rate * (0.05 + 0.95 * 0.5 * (1 + std::cos(std::numbers::pi * (done - warm) / (1 - warm))));
+  return plan.learning_rate *
+         (0.05 + 0.95 * 0.5 * (1 + std::cos(std::numbers::pi * (done - warm) / (1 - warm))));
 }
 
 /// Trains and returns tokens a second.
 template <typename Model>
-double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text, const TrainingPlan& plan) {
-  ef::AdamW optimizer(model.parameters(), {.learning_rate = plan.learning_rate, .weight_decay = 0.01, .beta2 = 0.99});
+double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text,
+             const TrainingPlan& plan) {
+  ef::AdamW optimizer(model.parameters(),
+                      {.learning_rate = plan.learning_rate, .weight_decay = 0.01, .beta2 = 0.99});
   Windows windows(text, plan.batch, plan.length, /*seed=*/2026);
   Progress progress("training", 5.0);
   const auto start = Clock::now();
@@ -47,13 +50,16 @@ double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::str
   while (done < 1) {
     for (TrainingBatch& batch : group) batch = windows.next();
     optimizer.set_learning_rate(learning_rate_at(plan, done));
-    const double loss = ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, group, plan.accumulation,
-                                                                               ef::TrainOptions{.max_gradient_norm = 1.0f});
+    const double loss = ef::train_step_with_grad_accumulation<Eigen::bfloat16>(
+        device, model, optimizer, group, plan.accumulation,
+        ef::TrainOptions{.max_gradient_norm = 1.0f});
     smooth = step == 0 ? loss : 0.95 * smooth + 0.05 * loss;
     ++step;
-    done = std::max(static_cast<double>(step) / static_cast<double>(plan.steps), seconds_since(start) / plan.seconds);
+    done = std::max(static_cast<double>(step) / static_cast<double>(plan.steps),
+                    seconds_since(start) / plan.seconds);
     char status[96];
-    std::snprintf(status, sizeof status, "step %td of %td  loss %.4f  %.0f tokens/s", step, plan.steps, smooth,
+    std::snprintf(status, sizeof status, "step %td of %td  loss %.4f  %.0f tokens/s", step,
+                  plan.steps, smooth,
                   static_cast<double>(step * tokens_a_step) / seconds_since(start));
     progress.update(std::min(done, 1.0), status);
   }
@@ -66,12 +72,14 @@ double evaluate(Model& model, const std::string& text, Index length, Index windo
   double sum = 0;
   Index count = 0;
   for (Index w = 0; w < windows; ++w) {
-    const Index start = (static_cast<Index>(text.size()) - length - 1) * w / std::max<Index>(1, windows - 1);
+    const Index start =
+        (static_cast<Index>(text.size()) - length - 1) * w / std::max<Index>(1, windows - 1);
     ef::KvCache<float> cache;
     ef::Tensor<std::int32_t, 2> ids(1, length / 2);
     ef::Tensor<std::int32_t, 1> target(1), next(1);
     const auto byte = [&](Index i) {
-      return static_cast<std::int32_t>(static_cast<unsigned char>(text[static_cast<std::size_t>(start + i)]));
+      return static_cast<std::int32_t>(
+          static_cast<unsigned char>(text[static_cast<std::size_t>(start + i)]));
     };
     for (Index i = 0; i < length / 2; ++i) ids(0, i) = byte(i);
     ef::Tensor<float, 2> logits = model.prefill(ids, cache);

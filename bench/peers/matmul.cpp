@@ -13,7 +13,8 @@ namespace {
 using OwnThreads = std::function<void(int)>;
 
 /// The result and the call are made when the peer is first used: rows that are filtered out cost nothing.
-[[maybe_unused]] void add_peer(Row& row, const Product& product, const std::string& name, const std::string& family,
+[[maybe_unused]] void add_peer(Row& row, const Product& product, const std::string& name,
+                               const std::string& family,
                                OwnThreads (*matmul)(const Product&, std::shared_ptr<float>)) {
   struct State {
     std::shared_ptr<float> y;
@@ -23,7 +24,8 @@ using OwnThreads = std::function<void(int)>;
   const auto run = [state, product, matmul](int threads) {
     if (!state->call) {
       state->y =
-          std::shared_ptr<float>(new float[static_cast<std::size_t>(product.tokens * product.out)], std::default_delete<float[]>());
+          std::shared_ptr<float>(new float[static_cast<std::size_t>(product.tokens * product.out)],
+                                 std::default_delete<float[]>());
       state->call = matmul(product, state->y);
     }
     state->call(threads);
@@ -52,7 +54,8 @@ void add_matmul_peers([[maybe_unused]] Row& row, [[maybe_unused]] const Product&
   add_peer(row, product, "oneDNN", "oneDNN", onednn::matmul);
 #endif
 #if defined(EIGENFORMER_BENCH_OPENBLAS)
-  if (product.type == WeightType::float32) add_peer(row, product, "OpenBLAS", "OpenBLAS", openblas::matmul);
+  if (product.type == WeightType::float32)
+    add_peer(row, product, "OpenBLAS", "OpenBLAS", openblas::matmul);
 #endif
 }
 

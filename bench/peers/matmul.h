@@ -24,8 +24,9 @@ std::vector<std::string> peer_versions();
 void add_matmul_peers(Row& row, const Product& product);
 
 template <typename X, typename W>
-void add_matmul_peers(Row& row, Eigen::Index tokens, Eigen::Index in, Eigen::Index out, const std::shared_ptr<X>& x,
-                      const std::shared_ptr<W>& w, WeightType type = WeightType::float32, int copies = 1) {
+void add_matmul_peers(Row& row, Eigen::Index tokens, Eigen::Index in, Eigen::Index out,
+                      const std::shared_ptr<X>& x, const std::shared_ptr<W>& w,
+                      WeightType type = WeightType::float32, int copies = 1) {
   add_matmul_peers(row, Product{tokens, in, out, std::shared_ptr<const float>(x, x->data()),
                                 std::shared_ptr<const float>(w, w->data()), type, copies});
 }

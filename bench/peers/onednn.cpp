@@ -20,7 +20,8 @@ using Type = memory::data_type;
 /// library than this compiler's, or for none.
 void set_threads(int threads) {
   using SetThreads = void (*)(int);
-  static const SetThreads set = reinterpret_cast<SetThreads>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
+  static const SetThreads set =
+      reinterpret_cast<SetThreads>(dlsym(RTLD_DEFAULT, "omp_set_num_threads"));
   if (set != nullptr) set(threads);
 }
 
@@ -29,13 +30,15 @@ float quantize(const float* values, std::int64_t count, std::int8_t* q) {
   float largest = 0;
   for (std::int64_t i = 0; i < count; ++i) largest = std::max(largest, std::fabs(values[i]));
   const float scale = largest > 0 ? largest / 127.0f : 1.0f;
-  for (std::int64_t i = 0; i < count; ++i) q[i] = static_cast<std::int8_t>(std::nearbyint(values[i] / scale));
+  for (std::int64_t i = 0; i < count; ++i)
+    q[i] = static_cast<std::int8_t>(std::nearbyint(values[i] / scale));
   return scale;
 }
 
 class Matmul {
  public:
-  Matmul(Product product, std::shared_ptr<float> y) : product_(std::move(product)), y_(std::move(y)) {}
+  Matmul(Product product, std::shared_ptr<float> y)
+      : product_(std::move(product)), y_(std::move(y)) {}
 
   void run(int threads) {
     set_threads(threads);
@@ -48,7 +51,9 @@ class Matmul {
 
  private:
   Type type() const {
-    return product_.type == WeightType::float32 ? Type::f32 : product_.type == WeightType::bfloat16 ? Type::bf16 : Type::s8;
+    return product_.type == WeightType::float32    ? Type::f32
+           : product_.type == WeightType::bfloat16 ? Type::bf16
+                                                   : Type::s8;
   }
 
   /// The primitive fixes its number of threads, and may choose another layout of the weights for it.
@@ -71,17 +76,20 @@ class Matmul {
     const auto descriptor = describe(x_desc, w_desc, y_desc, x_scale, w_scales);
     primitive_ = dnnl::matmul(descriptor);
     // (out, in) row-major is what oneDNN calls (in, out) in order "ba".
-    arguments_[DNNL_ARG_SRC] = converted(product_.x.get(), x8, {product_.tokens, product_.in}, Tag::ab, descriptor.src_desc());
+    arguments_[DNNL_ARG_SRC] = converted(product_.x.get(), x8, {product_.tokens, product_.in},
+                                         Tag::ab, descriptor.src_desc());
     weights_.clear();
     for (int copy = 0; copy < product_.copies; ++copy)
-      weights_.push_back(converted(product_.w.get(), w8, {product_.in, product_.out}, Tag::ba, descriptor.weights_desc()));
+      weights_.push_back(converted(product_.w.get(), w8, {product_.in, product_.out}, Tag::ba,
+                                   descriptor.weights_desc()));
     turn_ = 0;
     arguments_[DNNL_ARG_DST] = memory(descriptor.dst_desc(), engine_, y_.get());
     threads_ = threads;
   }
 
 #if DNNL_VERSION_MAJOR >= 3
-  dnnl::matmul::primitive_desc describe(const memory::desc& x, const memory::desc& w, const memory::desc& y, float x_scale,
+  dnnl::matmul::primitive_desc describe(const memory::desc& x, const memory::desc& w,
+                                        const memory::desc& y, float x_scale,
                                         const std::vector<float>& w_scales) {
     dnnl::primitive_attr attributes;
     if (product_.type == WeightType::int8) {
@@ -94,12 +102,14 @@ class Matmul {
   }
 
   memory vector_memory(const std::vector<float>& values) {
-    memory result(memory::desc({static_cast<memory::dim>(values.size())}, Type::f32, Tag::a), engine_);
+    memory result(memory::desc({static_cast<memory::dim>(values.size())}, Type::f32, Tag::a),
+                  engine_);
     std::copy(values.begin(), values.end(), static_cast<float*>(result.get_data_handle()));
     return result;
   }
 #else
-  dnnl::matmul::primitive_desc describe(const memory::desc& x, const memory::desc& w, const memory::desc& y, float x_scale,
+  dnnl::matmul::primitive_desc describe(const memory::desc& x, const memory::desc& w,
+                                        const memory::desc& y, float x_scale,
                                         std::vector<float> w_scales) {
     dnnl::primitive_attr attributes;
     if (product_.type == WeightType::int8) {
@@ -111,8 +121,8 @@ class Matmul {
 #endif
 
   /// The values, or their quantized form where there is one, in the type and layout of `target`.
-  memory converted(const float* values, std::vector<std::int8_t>& quantized, const memory::dims& sizes, Tag order,
-                   const memory::desc& target) {
+  memory converted(const float* values, std::vector<std::int8_t>& quantized,
+                   const memory::dims& sizes, Tag order, const memory::desc& target) {
     const bool is_quantized = !quantized.empty();
     void* data = is_quantized ? static_cast<void*>(quantized.data()) : const_cast<float*>(values);
     memory source(memory::desc(sizes, is_quantized ? Type::s8 : Type::f32, order), engine_, data);
@@ -137,7 +147,8 @@ class Matmul {
 
 std::string version() {
   const dnnl_version_t* v = dnnl_version();
-  return "oneDNN " + std::to_string(v->major) + "." + std::to_string(v->minor) + "." + std::to_string(v->patch);
+  return "oneDNN " + std::to_string(v->major) + "." + std::to_string(v->minor) + "." +
+         std::to_string(v->patch);
 }
 
 std::function<void(int)> matmul(const Product& product, std::shared_ptr<float> y) {

@@ -32,16 +32,21 @@ inline std::string mismatch_of(const Product& product, const float* y) {
     const float* x = product.x.get() + at / product.out * product.in;
     const float* w = product.w.get() + at % product.out * product.in;
     double expected = 0;
-    for (std::int64_t k = 0; k < product.in; ++k) expected += static_cast<double>(x[k]) * static_cast<double>(w[k]);
+    for (std::int64_t k = 0; k < product.in; ++k)
+      expected += static_cast<double>(x[k]) * static_cast<double>(w[k]);
     const double error = static_cast<double>(y[at]) - expected;
     difference += error * error;
     norm += expected * expected;
   }
   const double relative = norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
-  const double bound = product.type == WeightType::float32 ? 1e-5 : product.type == WeightType::bfloat16 ? 1e-2 : 3e-2;
+  const double bound = product.type == WeightType::float32    ? 1e-5
+                       : product.type == WeightType::bfloat16 ? 1e-2
+                                                              : 3e-2;
   if (relative <= bound) return {};  // false for NaN
   char text[96];
-  std::snprintf(text, sizeof text, "relative error %.2g against the double reference, at most %.0e expected", relative, bound);
+  std::snprintf(text, sizeof text,
+                "relative error %.2g against the double reference, at most %.0e expected", relative,
+                bound);
   return text;
 }
 

@@ -51,7 +51,9 @@ template <typename Function, typename D, typename Y, typename X>
 void activation_into(std::string_view name, const D& device, Y y, X x) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, "y", y, "x", x);
-  cpu::activation(isa::best{}, device, ActivationProblem<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), x.size()});
+  cpu::activation(
+      isa::best{}, device,
+      ActivationProblem<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), x.size()});
 }
 
 template <typename Function, typename D, typename GX, typename GY, typename X>
@@ -60,7 +62,8 @@ void activation_backward_into(std::string_view name, const D& device, GX grad_x,
   require_same_shape(name, "grad_x", grad_x, "x", x);
   require_same_shape(name, "grad_y", grad_y, "x", x);
   using Problem = ActivationBackwardProblem<Function, scalar_of<GX>, scalar_of<GY>, scalar_of<X>>;
-  cpu::activation_backward(isa::best{}, device, Problem{grad_x.data(), grad_y.data(), x.data(), x.size()});
+  cpu::activation_backward(isa::best{}, device,
+                           Problem{grad_x.data(), grad_y.data(), x.data(), x.size()});
 }
 
 template <typename Function, typename D, typename Y, typename Gate, typename Up>
@@ -73,30 +76,38 @@ void gated_into(std::string_view name, const D& device, Y y, Gate gate, Up up) {
   cpu::gated(isa::best{}, device, Problem{y.data(), gate.data(), up.data(), 1, n, n, n, n});
 }
 
-template <typename Function, typename D, typename GG, typename GU, typename GY, typename Gate, typename Up>
-void gated_backward_into(std::string_view name, const D& device, GG grad_gate, GU grad_up, GY grad_y, Gate gate, Up up) {
+template <typename Function, typename D, typename GG, typename GU, typename GY, typename Gate,
+          typename Up>
+void gated_backward_into(std::string_view name, const D& device, GG grad_gate, GU grad_up,
+                         GY grad_y, Gate gate, Up up) {
   require_floating_scalars<GG, GU, GY, Gate, Up>();
   require_same_shape(name, "up", up, "gate", gate);
   require_same_shape(name, "grad_y", grad_y, "gate", gate);
   require_same_shape(name, "grad_gate", grad_gate, "gate", gate);
   require_same_shape(name, "grad_up", grad_up, "gate", gate);
   const Index n = gate.size();
-  using Problem = GatedBackwardProblem<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>, scalar_of<Gate>, scalar_of<Up>>;
+  using Problem = GatedBackwardProblem<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>,
+                                       scalar_of<Gate>, scalar_of<Up>>;
   cpu::gated_backward(isa::best{}, device,
-                      Problem{grad_gate.data(), grad_up.data(), grad_y.data(), gate.data(), up.data(), 1, n, n, n, n});
+                      Problem{grad_gate.data(), grad_up.data(), grad_y.data(), gate.data(),
+                              up.data(), 1, n, n, n, n});
 }
 
 /// Rows of a fused tensor (..., 2 * features) and of its result (..., features).
 template <typename Fused, typename Y>
-RowShape fused_shape(std::string_view name, const Fused& fused, std::string_view y_name, const Y& y) {
+RowShape fused_shape(std::string_view name, const Fused& fused, std::string_view y_name,
+                     const Y& y) {
   const RowShape shape = row_shape(fused, name, "gate_up");
-  require(shape.features % 2 == 0, name, "gate_up has ", shape.features, " columns, expected an even number (gate, then up)");
+  require_that(shape.features % 2 == 0, name, "gate_up has ", shape.features,
+               " columns, expected an even number (gate, then up)");
   bool same = true;
   for (int d = 0; d < rank_of<Y>; ++d) {
     const auto at = static_cast<std::size_t>(d);
     same = same && y.dimension(at) == fused.dimension(at) / (d == rank_of<Y> - 1 ? 2 : 1);
   }
-  if (!same) require(false, name, y_name, " has shape ", shape_text(y), ", gate_up has shape ", shape_text(fused));
+  if (!same)
+    require_that(false, name, y_name, " has shape ", shape_text(y), ", gate_up has shape ",
+                 shape_text(fused));
   return {shape.rows, shape.features / 2};
 }
 
@@ -105,18 +116,21 @@ void gated_fused_into(std::string_view name, const D& device, Y y, Fused fused) 
   require_floating_scalars<Y, Fused>();
   const auto [rows, n] = fused_shape(name, fused, "y", y);
   using Problem = GatedProblem<Function, scalar_of<Y>, scalar_of<Fused>, scalar_of<Fused>>;
-  cpu::gated(isa::best{}, device, Problem{y.data(), fused.data(), fused.data() + n, rows, n, n, 2 * n, 2 * n});
+  cpu::gated(isa::best{}, device,
+             Problem{y.data(), fused.data(), fused.data() + n, rows, n, n, 2 * n, 2 * n});
 }
 
 template <typename Function, typename D, typename GF, typename GY, typename Fused>
-void gated_fused_backward_into(std::string_view name, const D& device, GF grad_fused, GY grad_y, Fused fused) {
+void gated_fused_backward_into(std::string_view name, const D& device, GF grad_fused, GY grad_y,
+                               Fused fused) {
   require_floating_scalars<GF, GY, Fused>();
   require_same_shape(name, "grad_gate_up", grad_fused, "gate_up", fused);
   const auto [rows, n] = fused_shape(name, fused, "grad_y", grad_y);
-  using Problem = GatedBackwardProblem<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>, scalar_of<Fused>, scalar_of<Fused>>;
-  cpu::gated_backward(
-      isa::best{}, device,
-      Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(), fused.data() + n, rows, n, 2 * n, n, 2 * n});
+  using Problem = GatedBackwardProblem<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>,
+                                       scalar_of<Fused>, scalar_of<Fused>>;
+  cpu::gated_backward(isa::best{}, device,
+                      Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(),
+                              fused.data() + n, rows, n, 2 * n, n, 2 * n});
 }
 
 /// The result of a gated activation of a fused tensor.
@@ -124,7 +138,8 @@ template <typename Fused>
 auto fused_result(std::string_view name, const Fused& fused) {
   auto sizes = sizes_of<rank_of<Fused>>(fused);
   Index& columns = sizes[rank_of<Fused> - 1];
-  require(columns % 2 == 0, name, "gate_up has ", columns, " columns, expected an even number (gate, then up)");
+  require_that(columns % 2 == 0, name, "gate_up has ", columns,
+               " columns, expected an even number (gate, then up)");
   columns /= 2;
   return Tensor<scalar_of<Fused>, rank_of<Fused>>(sizes);
 }
@@ -148,12 +163,14 @@ concept NotAnOption = !Device<X> && !std::same_as<X, GeluOptions>;
 /// y = silu(x).
 template <CpuDevice D, typename Y, typename X>
 void silu_into(const D& device, Y&& y, const X& x) {
-  detail::activation_into<cpu::Silu>("silu", device, detail::output_like<X>(y), detail::any_input(x));
+  detail::activation_into<cpu::Silu>("silu", device, detail::output_like<X>(y),
+                                     detail::any_input(x));
 }
 /// grad_x = grad_y * silu'(x).
 template <CpuDevice D, typename GX, typename GY, typename X>
 void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<cpu::Silu>("silu_backward", device, detail::output_like<X>(grad_x),
+  detail::activation_backward_into<cpu::Silu>("silu_backward", device,
+                                              detail::output_like<X>(grad_x),
                                               input_view<rank_of<X>>(grad_y), detail::any_input(x));
 }
 /// Returns silu(x), in the scalar and shape of x.
@@ -173,15 +190,17 @@ auto silu(const X& x) {
 /// y = gelu(x).
 template <CpuDevice D, typename Y, typename X>
 void gelu_into(const D& device, Y&& y, const X& x, const GeluOptions& options = {}) {
-  detail::with_gelu(
-      options, [&]<typename F>(F) { detail::activation_into<F>("gelu", device, detail::output_like<X>(y), detail::any_input(x)); });
+  detail::with_gelu(options, [&]<typename F>(F) {
+    detail::activation_into<F>("gelu", device, detail::output_like<X>(y), detail::any_input(x));
+  });
 }
 /// grad_x = grad_y * gelu'(x).
 template <CpuDevice D, typename GX, typename GY, typename X>
-void gelu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x, const GeluOptions& options = {}) {
+void gelu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x,
+                        const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::activation_backward_into<F>("gelu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
-                                        detail::any_input(x));
+    detail::activation_backward_into<F>("gelu_backward", device, detail::output_like<X>(grad_x),
+                                        input_view<rank_of<X>>(grad_y), detail::any_input(x));
   });
 }
 /// Returns gelu(x), in the scalar and shape of x.
@@ -203,12 +222,14 @@ auto gelu(const X& x, const GeluOptions& options = {}) {
 /// y = relu(x).
 template <CpuDevice D, typename Y, typename X>
 void relu_into(const D& device, Y&& y, const X& x) {
-  detail::activation_into<cpu::Relu>("relu", device, detail::output_like<X>(y), detail::any_input(x));
+  detail::activation_into<cpu::Relu>("relu", device, detail::output_like<X>(y),
+                                     detail::any_input(x));
 }
 /// grad_x = grad_y where x > 0, else 0 (at x = 0 too).
 template <CpuDevice D, typename GX, typename GY, typename X>
 void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<cpu::Relu>("relu_backward", device, detail::output_like<X>(grad_x),
+  detail::activation_backward_into<cpu::Relu>("relu_backward", device,
+                                              detail::output_like<X>(grad_x),
                                               input_view<rank_of<X>>(grad_y), detail::any_input(x));
 }
 /// Returns relu(x), in the scalar and shape of x.
@@ -228,26 +249,31 @@ auto relu(const X& x) {
 /// y = silu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, typename Up>
 void swiglu_into(const D& device, Y&& y, const Gate& gate, const Up& up) {
-  detail::gated_into<cpu::Silu>("swiglu", device, detail::output_like<Gate>(y), detail::any_input(gate),
-                                input_view<rank_of<Gate>>(up));
+  detail::gated_into<cpu::Silu>("swiglu", device, detail::output_like<Gate>(y),
+                                detail::any_input(gate), input_view<rank_of<Gate>>(up));
 }
 /// y = silu(gate) * up for the fused tensor [gate | up].
 template <CpuDevice D, typename Y, typename Fused>
 void swiglu_into(const D& device, Y&& y, const Fused& gate_up) {
-  detail::gated_fused_into<cpu::Silu>("swiglu", device, detail::output_like<Fused>(y), detail::any_input(gate_up));
+  detail::gated_fused_into<cpu::Silu>("swiglu", device, detail::output_like<Fused>(y),
+                                      detail::any_input(gate_up));
 }
 /// grad_gate = grad_y * up * silu'(gate), grad_up = grad_y * silu(gate).
 template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
-void swiglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y, const Gate& gate, const Up& up) {
-  detail::gated_backward_into<cpu::Silu>("swiglu_backward", device, detail::output_like<Gate>(grad_gate),
-                                         detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y),
-                                         detail::any_input(gate), input_view<rank_of<Gate>>(up));
+void swiglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
+                          const Gate& gate, const Up& up) {
+  detail::gated_backward_into<cpu::Silu>(
+      "swiglu_backward", device, detail::output_like<Gate>(grad_gate),
+      detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y),
+      detail::any_input(gate), input_view<rank_of<Gate>>(up));
 }
 /// The same for the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
 template <CpuDevice D, typename GF, typename GY, typename Fused>
-void swiglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up) {
-  detail::gated_fused_backward_into<cpu::Silu>("swiglu_backward", device, detail::output_like<Fused>(grad_gate_up),
-                                               input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
+void swiglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y,
+                          const Fused& gate_up) {
+  detail::gated_fused_backward_into<cpu::Silu>(
+      "swiglu_backward", device, detail::output_like<Fused>(grad_gate_up),
+      input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
 }
 /// Returns silu(gate) * up, in the scalar and shape of gate.
 template <CpuDevice D, typename Gate, typename Up>
@@ -276,25 +302,29 @@ auto swiglu(const Fused& gate_up) {
 
 /// y = gelu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, detail::NotAnOption Up>
-void geglu_into(const D& device, Y&& y, const Gate& gate, const Up& up, const GeluOptions& options = {}) {
+void geglu_into(const D& device, Y&& y, const Gate& gate, const Up& up,
+                const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_into<F>("geglu", device, detail::output_like<Gate>(y), detail::any_input(gate), input_view<rank_of<Gate>>(up));
+    detail::gated_into<F>("geglu", device, detail::output_like<Gate>(y), detail::any_input(gate),
+                          input_view<rank_of<Gate>>(up));
   });
 }
 /// y = gelu(gate) * up for the fused tensor [gate | up].
 template <CpuDevice D, typename Y, typename Fused>
 void geglu_into(const D& device, Y&& y, const Fused& gate_up, const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_fused_into<F>("geglu", device, detail::output_like<Fused>(y), detail::any_input(gate_up));
+    detail::gated_fused_into<F>("geglu", device, detail::output_like<Fused>(y),
+                                detail::any_input(gate_up));
   });
 }
 /// grad_gate = grad_y * up * gelu'(gate), grad_up = grad_y * gelu(gate).
 template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
-void geglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y, const Gate& gate, const Up& up,
-                         const GeluOptions& options = {}) {
+void geglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
+                         const Gate& gate, const Up& up, const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
     detail::gated_backward_into<F>("geglu_backward", device, detail::output_like<Gate>(grad_gate),
-                                   detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y), detail::any_input(gate),
+                                   detail::output_like<Gate>(grad_up),
+                                   input_view<rank_of<Gate>>(grad_y), detail::any_input(gate),
                                    input_view<rank_of<Gate>>(up));
   });
 }
@@ -303,8 +333,9 @@ template <CpuDevice D, typename GF, typename GY, typename Fused>
 void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up,
                          const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_fused_backward_into<F>("geglu_backward", device, detail::output_like<Fused>(grad_gate_up),
-                                         input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
+    detail::gated_fused_backward_into<F>(
+        "geglu_backward", device, detail::output_like<Fused>(grad_gate_up),
+        input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
   });
 }
 /// Returns gelu(gate) * up, in the scalar and shape of gate.

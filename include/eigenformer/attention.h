@@ -55,11 +55,12 @@ namespace detail {
 
 /// Output and log_sum_exp join a problem, then it runs.
 template <typename D, typename Output, typename Q, typename Problem>
-void run_attention(std::string_view name, const D& device, Output& output, const Q& q, bool packed, const AttentionOptions& options,
-                   Problem& problem, Workspace& workspace) {
+void run_attention(std::string_view name, const D& device, Output& output, const Q& q, bool packed,
+                   const AttentionOptions& options, Problem& problem, Workspace& workspace) {
   require_attention_output(name, "output", output, q, problem.value_dim);
   problem.output = output.data();
-  problem.log_sum_exp = options.log_sum_exp.checked<typename Problem::Compute>(name, log_sum_exp_shape(q, packed));
+  problem.log_sum_exp =
+      options.log_sum_exp.checked<typename Problem::Compute>(name, log_sum_exp_shape(q, packed));
   cpu::attention(isa::best{}, device, problem, workspace);
 }
 
@@ -73,8 +74,10 @@ inline constexpr int dense_rank = rank_of<X> == 3 ? 3 : 4;
 ///
 ///   ef::batched_attention_with_padding_into(device, out, q4, k4, v4, seq_lengths, {.causal = true, .log_sum_exp = lse});
 template <CpuDevice D, typename Output, typename Q, typename K, typename V>
-void batched_attention_with_padding_into(const D& device, Output&& output, const Q& query, const K& key, const V& value,
-                                         const LengthSpan& seq_lengths, const AttentionOptions& options = {},
+void batched_attention_with_padding_into(const D& device, Output&& output, const Q& query,
+                                         const K& key, const V& value,
+                                         const LengthSpan& seq_lengths,
+                                         const AttentionOptions& options = {},
                                          Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "batched_attention_with_padding";
   constexpr int rank = detail::dense_rank<Q>;
@@ -82,7 +85,8 @@ void batched_attention_with_padding_into(const D& device, Output&& output, const
   const auto k = input_view<rank>(key);
   const auto v = input_view<rank>(value);
   auto out = output_view<rank>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>, "eigenformer: output has the scalar type of query");
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
+                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
   auto problem = detail::dense_attention_problem(name, q, k, v, seq_lengths, options, frame);
   detail::run_attention(name, device, out, q, false, options, problem, workspace);
@@ -90,13 +94,16 @@ void batched_attention_with_padding_into(const D& device, Output&& output, const
 
 /// Dense attention with padding on a device.
 template <CpuDevice D, typename Q, typename K, typename V>
-auto batched_attention_with_padding(const D& device, const Q& query, const K& key, const V& value, const LengthSpan& seq_lengths,
+auto batched_attention_with_padding(const D& device, const Q& query, const K& key, const V& value,
+                                    const LengthSpan& seq_lengths,
                                     const AttentionOptions& options = {}) {
   constexpr int rank = detail::dense_rank<Q>;
   auto sizes = detail::sizes_of<rank>(input_view<rank>(query));
   sizes[rank - 1] = input_view<rank>(value).dimension(rank - 1);
   checked_product(checked_product(sizes[0], sizes[1], "batched_attention_with_padding", "output"),
-                  rank == 4 ? checked_product(sizes[2], sizes[rank - 1], "batched_attention_with_padding", "output") : sizes[2],
+                  rank == 4 ? checked_product(sizes[2], sizes[rank - 1],
+                                              "batched_attention_with_padding", "output")
+                            : sizes[2],
                   "batched_attention_with_padding", "output");
   Tensor<scalar_of<Q>, rank> output(sizes);
   batched_attention_with_padding_into(device, output, query, key, value, seq_lengths, options);
@@ -109,36 +116,44 @@ auto batched_attention_with_padding(const D& device, const Q& query, const K& ke
 ///   d_model) ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
-auto batched_attention_with_padding(const Q& query, const K& key, const V& value, const LengthSpan& seq_lengths,
+auto batched_attention_with_padding(const Q& query, const K& key, const V& value,
+                                    const LengthSpan& seq_lengths,
                                     const AttentionOptions& options = {}) {
-  return batched_attention_with_padding(Eigen::DefaultDevice{}, query, key, value, seq_lengths, options);
+  return batched_attention_with_padding(Eigen::DefaultDevice{}, query, key, value, seq_lengths,
+                                        options);
 }
 
 /// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows [kv_offsets[b], kv_offsets[b + 1]).
 /// Offsets start at 0, never fall and end at the number of rows. Into `output` (total_tokens, heads, value_dim).
 template <CpuDevice D, typename Output, typename Q, typename K, typename V>
-void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key, const V& value,
-                                    const LengthSpan& q_offsets, const LengthSpan& kv_offsets, const AttentionOptions& options = {},
+void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key,
+                                    const V& value, const LengthSpan& q_offsets,
+                                    const LengthSpan& kv_offsets,
+                                    const AttentionOptions& options = {},
                                     Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "variable_length_attention";
   const auto q = input_view<3>(query);
   const auto k = input_view<3>(key);
   const auto v = input_view<3>(value);
   auto out = output_view<3>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>, "eigenformer: output has the scalar type of query");
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
+                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
-  auto problem = detail::packed_attention_problem(name, q, k, v, q_offsets, kv_offsets, options, frame);
+  auto problem =
+      detail::packed_attention_problem(name, q, k, v, q_offsets, kv_offsets, options, frame);
   detail::run_attention(name, device, out, q, true, options, problem, workspace);
 }
 
 /// Packed sequences on a device.
 template <CpuDevice D, typename Q, typename K, typename V>
-auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value, const LengthSpan& q_offsets,
-                               const LengthSpan& kv_offsets, const AttentionOptions& options = {}) {
+auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value,
+                               const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+                               const AttentionOptions& options = {}) {
   const auto q = input_view<3>(query);
   const Index width = input_view<3>(value).dimension(2);
-  checked_product(checked_product(q.dimension(0), q.dimension(1), "variable_length_attention", "output"), width,
-                  "variable_length_attention", "output");
+  checked_product(
+      checked_product(q.dimension(0), q.dimension(1), "variable_length_attention", "output"), width,
+      "variable_length_attention", "output");
   Tensor<scalar_of<Q>, 3> output(q.dimension(0), q.dimension(1), width);
   variable_length_attention_into(device, output, query, key, value, q_offsets, kv_offsets, options);
   return output;
@@ -149,28 +164,33 @@ auto variable_length_attention(const D& device, const Q& query, const K& key, co
 ///   ef::Tensor<float, 3> packed = ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
-auto variable_length_attention(const Q& query, const K& key, const V& value, const LengthSpan& q_offsets,
-                               const LengthSpan& kv_offsets, const AttentionOptions& options = {}) {
-  return variable_length_attention(Eigen::DefaultDevice{}, query, key, value, q_offsets, kv_offsets, options);
+auto variable_length_attention(const Q& query, const K& key, const V& value,
+                               const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+                               const AttentionOptions& options = {}) {
+  return variable_length_attention(Eigen::DefaultDevice{}, query, key, value, q_offsets, kv_offsets,
+                                   options);
 }
 
 /// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last positions of their sequences and
 /// their own keys are already there. options.query_lengths mixes prefill chunks and decode steps in one call. Into `output` (the
 /// shape of query).
 template <CpuDevice D, typename Output, typename Q, typename S>
-void attention_with_kv_source_into(const D& device, Output&& output, const Q& query, const KvSource<S>& source,
-                                   const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
+void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
+                                   const KvSource<S>& source, const AttentionOptions& options = {},
+                                   Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "attention_with_kv_cache";
   const auto q = input_view<4>(query);
   auto out = output_view<4>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>, "eigenformer: output has the scalar type of query");
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
+                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
   auto problem = detail::cached_attention_problem(name, q, source, options, frame);
   detail::run_attention(name, device, out, q, false, options, problem, workspace);
 }
 
 template <CpuDevice D, typename Q, typename S>
-auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source, const AttentionOptions& options = {}) {
+auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
+                              const AttentionOptions& options = {}) {
   Tensor<scalar_of<Q>, 4> output(detail::sizes_of<4>(input_view<4>(query)));
   attention_with_kv_source_into(device, output, query, source, options);
   return output;
@@ -179,18 +199,23 @@ auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>
 /// On the calling thread.
 template <typename Q, typename S>
   requires(!Device<Q>)
-auto attention_with_kv_source(const Q& query, const KvSource<S>& source, const AttentionOptions& options = {}) {
+auto attention_with_kv_source(const Q& query, const KvSource<S>& source,
+                              const AttentionOptions& options = {}) {
   return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, options);
 }
 
 /// Anything that says where the keys and values of a layer are: KvCache, PagedKvCache.
 template <typename Cache>
-concept KvCacheLike = requires(const Cache& cache, Index layer_idx) { cache.source(layer_idx).key_row(Index{}, Index{}, Index{}); };
+concept KvCacheLike = requires(const Cache& cache, Index layer_idx) {
+  cache.source(layer_idx).key_row(Index{}, Index{}, Index{});
+};
 
 /// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an unknown layer.
 template <CpuDevice D, typename Output, typename Q, KvCacheLike Cache>
-void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query, const Cache& cache, Index layer_idx,
-                                  const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
+void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query,
+                                  const Cache& cache, Index layer_idx,
+                                  const AttentionOptions& options = {},
+                                  Workspace& workspace = thread_workspace()) {
   attention_with_kv_source_into(device, output, query, cache.source(layer_idx), options, workspace);
 }
 
@@ -205,7 +230,8 @@ auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache
 ///   ef::Tensor<float, 4> dec = ef::attention_with_kv_cache(q4, cache, layer_idx, {.causal = true});
 template <typename Q, KvCacheLike Cache>
   requires(!Device<Q>)
-auto attention_with_kv_cache(const Q& query, const Cache& cache, Index layer_idx, const AttentionOptions& options = {}) {
+auto attention_with_kv_cache(const Q& query, const Cache& cache, Index layer_idx,
+                             const AttentionOptions& options = {}) {
   return attention_with_kv_cache(Eigen::DefaultDevice{}, query, cache, layer_idx, options);
 }
 

@@ -39,18 +39,20 @@ inline namespace EIGENFORMER_ABI {
 
 /// What parallel operators need of the ranks they run on; the collectives are described above.
 template <typename C>
-concept Communicator = requires(C& communicator, std::span<const float> part, std::span<float> whole, std::span<const Index> counts,
-                                std::span<std::int32_t> integers, std::span<bfloat16> narrow, int root) {
-  { communicator.rank() } -> std::convertible_to<int>;
-  { communicator.size() } -> std::convertible_to<int>;
-  communicator.all_gather(part, whole);
-  communicator.all_gather(part, whole, counts);
-  communicator.all_reduce_sum(whole);
-  communicator.all_reduce_sum(integers);
-  communicator.all_reduce_sum(narrow);
-  communicator.broadcast(whole, root);
-  communicator.barrier();
-};
+concept Communicator =
+    requires(C& communicator, std::span<const float> part, std::span<float> whole,
+             std::span<const Index> counts, std::span<std::int32_t> integers,
+             std::span<bfloat16> narrow, int root) {
+      { communicator.rank() } -> std::convertible_to<int>;
+      { communicator.size() } -> std::convertible_to<int>;
+      communicator.all_gather(part, whole);
+      communicator.all_gather(part, whole, counts);
+      communicator.all_reduce_sum(whole);
+      communicator.all_reduce_sum(integers);
+      communicator.all_reduce_sum(narrow);
+      communicator.broadcast(whole, root);
+      communicator.barrier();
+    };
 
 static_assert(Communicator<SelfCommunicator> && Communicator<ThreadCommunicator>);
 

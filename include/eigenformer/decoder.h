@@ -44,7 +44,8 @@ inline namespace EIGENFORMER_ABI {
 /// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a time; ranks share DecoderWeights,
 /// which inference only reads. Device, communicator and profile must outlive it. On a pool a step of inference is one
 /// ParallelRegion: it wakes the threads once.
-template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice, typename C = SelfCommunicator>
+template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice,
+          typename C = SelfCommunicator>
 class Decoder {
  public:
   /// A decoder of its own with random weights, on the calling thread. Throws std::invalid_argument for an impossible shape.
@@ -55,7 +56,10 @@ class Decoder {
   /// A decoder on a device.
   Decoder(std::shared_ptr<DecoderWeights> weights, const D& device)
     requires std::same_as<C, SelfCommunicator>
-      : weights_(std::move(weights)), device_(&device), own_communicator_(std::in_place), communicator_(&*own_communicator_) {}
+      : weights_(std::move(weights)),
+        device_(&device),
+        own_communicator_(std::in_place),
+        communicator_(&*own_communicator_) {}
 
   /// One rank of a group.
   Decoder(std::shared_ptr<DecoderWeights> weights, const D& device, C& communicator)
@@ -112,13 +116,15 @@ class Decoder {
   Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), n = view.dimension(1), start = cache.length(0);
-    require(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view), ", expected at least one token a sequence");
+    require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
+                 ", expected at least one token a sequence");
     fill_positions(batch, n, [&](Index, Index i) { return start + i; });
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + n - 1;
     return run(view, [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
       timed("kv_cache", [&] { update_kv_cache(*device_, cache, k, v, layer); });
-      timed("attention", [&] { attention_with_kv_cache_into(*device_, out, q, cache, layer, causal()); });
+      timed("attention",
+            [&] { attention_with_kv_cache_into(*device_, out, q, cache, layer, causal()); });
     });
   }
 
@@ -133,22 +139,26 @@ class Decoder {
   /// empty. Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each. Throws
   /// std::length_error, with nothing changed, where the pages do not suffice for all.
   template <typename Ids, typename Storage>
-  Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths, PagedKvCache<T, Storage>& cache,
-                           std::span<const SequenceId> sequences) {
+  Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths,
+                           PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences) {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), n = view.dimension(1);
     constexpr auto name = "Decoder::prefill";
-    require(static_cast<Index>(lengths.size()) == batch && static_cast<Index>(sequences.size()) == batch, name, "ids has ", batch,
-            " rows, but there are ", lengths.size(), " lengths and ", sequences.size(), " sequences");
+    require_that(static_cast<Index>(lengths.size()) == batch &&
+                     static_cast<Index>(sequences.size()) == batch,
+                 name, "ids has ", batch, " rows, but there are ", lengths.size(), " lengths and ",
+                 sequences.size(), " sequences");
     for (Index b = 0; b < batch; ++b) {
       const Index length = lengths[static_cast<std::size_t>(b)];
-      require(length > 0 && length <= n, name, "lengths[", b, "] is ", length, ", expected 1 to ", n);
-      require(cache.length(sequences[static_cast<std::size_t>(b)]) == 0, name, "sequence ", b,
-              " already holds tokens: decode appends to it");
+      require_that(length > 0 && length <= n, name, "lengths[", b, "] is ", length,
+                   ", expected 1 to ", n);
+      require_that(cache.length(sequences[static_cast<std::size_t>(b)]) == 0, name, "sequence ", b,
+                   " already holds tokens: decode appends to it");
     }
     fill_positions(batch, n, [&](Index, Index i) { return i; });
     rows_.resize(static_cast<std::size_t>(batch));
-    for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
+    for (Index b = 0; b < batch; ++b)
+      rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
     clear_padding(view, lengths);
     const Index row = config().kv_heads * config().head_dim;
     return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n),
@@ -158,30 +168,39 @@ class Decoder {
                    for (Index b = 0; b < batch; ++b) {
                      const auto at = static_cast<std::size_t>(b);
                      const auto own = [&](const Heads& x) {
-                       return TensorView<const T, 3>(x.data() + b * n * row, lengths[at], config().kv_heads, config().head_dim);
+                       return TensorView<const T, 3>(x.data() + b * n * row, lengths[at],
+                                                     config().kv_heads, config().head_dim);
                      };
                      cache.append(*device_, sequences[at], layer, own(k), own(v));
                    }
                  });
-                 timed("attention", [&] { batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal()); });
+                 timed("attention", [&] {
+                   batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal());
+                 });
                });
   }
 
   /// One token (batch) for each of the sequences, whatever their lengths -> logits (batch, vocabulary).
   template <typename Ids, typename Storage>
-  Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences) {
+  Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache,
+                          std::span<const SequenceId> sequences) {
     const auto view = input_view<1>(ids);
     const Index batch = view.dimension(0);
-    require(static_cast<Index>(sequences.size()) == batch, "Decoder::decode", "ids has ", batch, " rows, but there are ",
-            sequences.size(), " sequences");
-    fill_positions(batch, 1, [&](Index b, Index) { return cache.length(sequences[static_cast<std::size_t>(b)]); });
+    require_that(static_cast<Index>(sequences.size()) == batch, "Decoder::decode", "ids has ",
+                 batch, " rows, but there are ", sequences.size(), " sequences");
+    fill_positions(batch, 1, [&](Index b, Index) {
+      return cache.length(sequences[static_cast<std::size_t>(b)]);
+    });
     rows_.resize(static_cast<std::size_t>(batch));
     for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b;
-    return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1), [&](Index layer, const Heads& q, const Heads& k,
-                                                                             const Heads& v, Heads& out) {
-      timed("kv_cache", [&] { cache.append(*device_, sequences, layer, k, v); });
-      timed("attention", [&] { attention_with_kv_source_into(*device_, out, q, cache.source(layer, sequences), causal()); });
-    });
+    return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1),
+               [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
+                 timed("kv_cache", [&] { cache.append(*device_, sequences, layer, k, v); });
+                 timed("attention", [&] {
+                   attention_with_kv_source_into(*device_, out, q, cache.source(layer, sequences),
+                                                 causal());
+                 });
+               });
   }
 
  private:
@@ -197,8 +216,9 @@ class Decoder {
   };
   // INT8 products accumulate into float, so that double, which serves as a reference, has none.
   static constexpr bool kHasInt8 = !std::is_same_v<T, double>;
-  using PackedWeights = std::conditional_t<kHasInt8, std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>,
-                                           std::variant<std::monostate, Packed<T>>>;
+  using PackedWeights =
+      std::conditional_t<kHasInt8, std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>,
+                         std::variant<std::monostate, Packed<T>>>;
 
   // Activations of inference, kept so that a step of the same shape allocates nothing but its logits.
   struct Scratch {
@@ -224,17 +244,21 @@ class Decoder {
     const auto shard = [&](std::size_t tensor) {
       const auto full = std::as_const(*weights_).matrix(tensor);
       PackedColumnShard<W> result = pack_column_shard<W>(full, *communicator_);
-      weight_bytes_ += static_cast<std::size_t>(result.weight.rows() * result.weight.columns()) * sizeof(W);
-      if (std::is_same_v<W, std::int8_t>) weight_bytes_ += static_cast<std::size_t>(result.weight.rows()) * sizeof(float);
+      weight_bytes_ +=
+          static_cast<std::size_t>(result.weight.rows() * result.weight.columns()) * sizeof(W);
+      if (std::is_same_v<W, std::int8_t>)
+        weight_bytes_ += static_cast<std::size_t>(result.weight.rows()) * sizeof(float);
       return result;
     };
     for (Index l = 0; l < config().layers; ++l) {
       const DecoderWeights::Layer& w = weights_->layer(l);
-      packed.layers.push_back(
-          {shard(w.query), shard(w.key), shard(w.value), shard(w.output), shard(w.gate), shard(w.up), shard(w.down)});
+      packed.layers.push_back({shard(w.query), shard(w.key), shard(w.value), shard(w.output),
+                               shard(w.gate), shard(w.up), shard(w.down)});
     }
     packed.head = shard(weights_->head());
-    weight_bytes_ += static_cast<std::size_t>(config().features * (config().vocabulary + 2 * config().layers + 1)) * sizeof(float);
+    weight_bytes_ += static_cast<std::size_t>(config().features *
+                                              (config().vocabulary + 2 * config().layers + 1)) *
+                     sizeof(float);
     packed_weights_ = std::move(packed);
     stale_ = false;
   }
@@ -243,7 +267,8 @@ class Decoder {
   void fill_positions(Index batch, Index n, F&& position) {
     positions_.resize(static_cast<std::size_t>(batch * n));
     for (Index b = 0; b < batch; ++b)
-      for (Index i = 0; i < n; ++i) positions_[static_cast<std::size_t>(b * n + i)] = position(b, i);
+      for (Index i = 0; i < n; ++i)
+        positions_[static_cast<std::size_t>(b * n + i)] = position(b, i);
   }
 
   // Ids beyond a length are nobody's: they become 0, which every vocabulary has.
@@ -251,12 +276,14 @@ class Decoder {
     const Index n = ids.dimension(1);
     padded_ids_.assign(static_cast<std::size_t>(ids.size()), 0);
     for (Index b = 0; b < ids.dimension(0); ++b)
-      std::copy_n(ids.data() + b * n, lengths[static_cast<std::size_t>(b)], padded_ids_.begin() + b * n);
+      std::copy_n(ids.data() + b * n, lengths[static_cast<std::size_t>(b)],
+                  padded_ids_.begin() + b * n);
   }
 
   // All pages or none, before anything is written.
   template <typename Storage>
-  static void claim_pages(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences, std::span<const Index> lengths) {
+  static void claim_pages(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences,
+                          std::span<const Index> lengths) {
     try {
       for (std::size_t b = 0; b < sequences.size(); ++b) cache.reserve(sequences[b], lengths[b]);
     } catch (...) {
@@ -284,17 +311,21 @@ class Decoder {
   }
 
   template <typename W, typename Attend>
-  Tensor<float, 2> run_packed(const Packed<W>& packed, const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
+  Tensor<float, 2> run_packed(const Packed<W>& packed, const TensorView<const std::int32_t, 2>& ids,
+                              Attend&& attend) {
     const DecoderConfig& c = config();
     const Index batch = ids.dimension(0), n = ids.dimension(1), tokens = batch * n;
     const ParallelRegion region(*device_);
     Tensor<T, 2>&x = scratch_.stream, &normalised = scratch_.normalised, &branch = scratch_.branch;
-    Tensor<T, 2>&q = scratch_.query, &k = scratch_.key, &v = scratch_.value, &attended = scratch_.attended;
+    Tensor<T, 2>&q = scratch_.query, &k = scratch_.key, &v = scratch_.value,
+              &attended = scratch_.attended;
     Tensor<T, 2>&gate = scratch_.gate, &up = scratch_.up;
     x.resize(tokens, c.features);
     attended.resize(tokens, c.heads * c.head_dim);
     const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
-    timed("embedding", [&] { embedding_into(*device_, x, flat, std::as_const(*weights_).matrix(weights_->embedding())); });
+    timed("embedding", [&] {
+      embedding_into(*device_, x, flat, std::as_const(*weights_).matrix(weights_->embedding()));
+    });
     for (Index l = 0; l < c.layers; ++l) {
       const PackedLayer<W>& w = packed.layers[static_cast<std::size_t>(l)];
       const DecoderWeights::Layer& names = weights_->layer(l);
@@ -302,7 +333,8 @@ class Decoder {
       project(q, normalised, w.query);
       project(k, normalised, w.key);
       project(v, normalised, w.value);
-      Heads q4(q.data(), batch, n, c.heads, c.head_dim), k4(k.data(), batch, n, c.kv_heads, c.head_dim),
+      Heads q4(q.data(), batch, n, c.heads, c.head_dim),
+          k4(k.data(), batch, n, c.kv_heads, c.head_dim),
           v4(v.data(), batch, n, c.kv_heads, c.head_dim);
       rotate(q4);
       rotate(k4);
@@ -327,8 +359,8 @@ class Decoder {
     Tensor<T, 2>&last = scratch_.branch, &normalised = scratch_.normalised;
     last.resize(count, config().features);
     for (Index r = 0; r < count; ++r)
-      std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features, config().features,
-                  last.data() + r * config().features);
+      std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features,
+                  config().features, last.data() + r * config().features);
     norm(normalised, last, weights_->norm());
     Tensor<T, 2> logits;
     project(logits, normalised, weight);
@@ -345,11 +377,16 @@ class Decoder {
   }
   void norm(Tensor<T, 2>& y, const Tensor<T, 2>& x, std::size_t weight) {
     y.resize(x.dimensions());
-    timed("normalization",
-          [&] { rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight), {.epsilon = config().epsilon}); });
+    timed("normalization", [&] {
+      rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight),
+                    {.epsilon = config().epsilon});
+    });
   }
   void rotate(Heads& x) {
-    timed("rope", [&] { rope_into(*device_, x, x, positions_, {.base = config().rope_base, .layout = config().rope_layout}); });
+    timed("rope", [&] {
+      rope_into(*device_, x, x, positions_,
+                {.base = config().rope_base, .layout = config().rope_layout});
+    });
   }
   void join(Tensor<T, 2>& x, const Tensor<T, 2>& branch) {
     timed("activation", [&] { residual_add_into(*device_, x, x, branch); });
@@ -364,7 +401,8 @@ class Decoder {
   std::optional<C> own_communicator_;
   C* communicator_;
   OperatorProfile* profile_ = nullptr;
-  std::tuple<DecoderTape<float>, DecoderTape<double>, DecoderTape<bfloat16>, DecoderTape<half>> tapes_;
+  std::tuple<DecoderTape<float>, DecoderTape<double>, DecoderTape<bfloat16>, DecoderTape<half>>
+      tapes_;
   PackedWeights packed_weights_;
   bool stale_ = true;
   std::size_t weight_bytes_ = 0;

@@ -22,26 +22,28 @@ namespace detail {
 
 template <typename Ids>
 auto ids_input(const Ids& ids) {
-  static_assert(rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) && (std::is_same_v<scalar_of<Ids>, std::int32_t> ||
-                                                                                    std::is_same_v<scalar_of<Ids>, std::int64_t>)),
+  static_assert(rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) &&
+                                       (std::is_same_v<scalar_of<Ids>, std::int32_t> ||
+                                        std::is_same_v<scalar_of<Ids>, std::int64_t>)),
                 "eigenformer: token ids are a tensor of int32 or int64, (tokens) or (batch, seq)");
   return input_view<rank_of<Ids>>(ids);
 }
 
 /// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`.
 template <typename Ids, typename Rows, typename Table>
-void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name, const Rows& rows,
-                       std::string_view table_name, const Table& table) {
+void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name,
+                       const Rows& rows, std::string_view table_name, const Table& table) {
   constexpr int rank = rank_of<Ids>;
   bool same = rows.dimension(rank) == table.dimension(1);
   for (std::size_t d = 0; d < rank; ++d) same = same && rows.dimension(d) == ids.dimension(d);
   if (!same)
-    require(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ", shape_text(ids), ", ", table_name,
-            " has shape ", shape_text(table));
+    require_that(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ",
+                 shape_text(ids), ", ", table_name, " has shape ", shape_text(table));
   const Index vocab = table.dimension(0);
   for (Index t = 0; t < ids.size(); ++t)
-    require(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ", ids.data()[t], " at position ", t,
-            " is outside the vocabulary, expected 0 <= id < ", vocab);
+    require_that(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ",
+                 ids.data()[t], " at position ", t,
+                 " is outside the vocabulary, expected 0 <= id < ", vocab);
 }
 
 }  // namespace detail
@@ -55,7 +57,9 @@ void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) 
   detail::require_floating_scalars<decltype(out), decltype(rows)>();
   detail::require_embedding("embedding", id_view, "y", out, "table", rows);
   using Problem = EmbeddingProblem<scalar_of<Y>, scalar_of<Table>, scalar_of<Ids>>;
-  cpu::embedding(isa::best{}, device, Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
+  cpu::embedding(
+      isa::best{}, device,
+      Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
 }
 
 /// Returns the rows, (tokens, features) or (batch, seq, features), in the table's scalar.
@@ -91,8 +95,9 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
   detail::require_floating_scalars<decltype(gradient)>();
   detail::require_embedding("embedding_backward", id_view, "grad_y", gradient, "grad_table", rows);
   using Problem = EmbeddingBackwardProblem<scalar_of<G>, scalar_of<GY>, scalar_of<Ids>>;
-  cpu::embedding_backward(isa::best{}, device,
-                          Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});
+  cpu::embedding_backward(
+      isa::best{}, device,
+      Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -50,7 +50,9 @@ class GradScaler {
  public:
   GradScaler() = default;
   /// Throws std::invalid_argument for an option out of range.
-  explicit GradScaler(const GradScalerOptions& options) : options_(checked(options)) { state_.scale = options.init_scale; }
+  explicit GradScaler(const GradScalerOptions& options) : options_(checked(options)) {
+    state_.scale = options.init_scale;
+  }
 
   bool enabled() const { return options_.enabled; }
   const GradScalerOptions& options() const { return options_; }
@@ -67,7 +69,8 @@ class GradScaler {
   bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
     const void* const key = key_of(parameters);
     if (find(key) != nullptr)
-      throw std::logic_error("GradScaler::unscale: these gradients were unscaled already since the last update");
+      throw std::logic_error(
+          "GradScaler::unscale: these gradients were unscaled already since the last update");
     const bool finite = scale_gradients(device, parameters, multiplier / scale());
     unscaled_.push_back({key, finite});
     found_inf_ = found_inf_ || !finite;
@@ -90,7 +93,9 @@ class GradScaler {
     const std::span<const Parameter> parameters(list);
     if (find(key_of(parameters)) == nullptr) unscale(parameters);
     Unscaled& entry = *find(key_of(parameters));
-    if (entry.stepped) throw std::logic_error("GradScaler::step: this optimizer stepped already since the last update");
+    if (entry.stepped)
+      throw std::logic_error(
+          "GradScaler::step: this optimizer stepped already since the last update");
     entry.stepped = true;
     if (entry.finite) optimizer.step();
     return entry.finite;
@@ -98,7 +103,9 @@ class GradScaler {
 
   /// Moves the scale by what the unscales since the last update found. Throws std::logic_error where there was none.
   void update() {
-    if (unscaled_.empty()) throw std::logic_error("GradScaler::update: no gradients were unscaled since the last update");
+    if (unscaled_.empty())
+      throw std::logic_error(
+          "GradScaler::update: no gradients were unscaled since the last update");
     update(found_inf_);
   }
   /// Moves the scale by what the caller found, on all ranks for example.
@@ -108,10 +115,10 @@ class GradScaler {
     if (found_inf) ++state_.skipped_steps;
     if (!options_.enabled) return;
     if (found_inf) {
-      state_.scale = std::max(state_.scale * options_.backoff_factor, options_.min_scale);
+      state_.scale = (std::max)(state_.scale * options_.backoff_factor, options_.min_scale);
       state_.good_steps = 0;
     } else if (++state_.good_steps >= options_.growth_interval) {
-      state_.scale = std::min(state_.scale * options_.growth_factor, options_.max_scale);
+      state_.scale = (std::min)(state_.scale * options_.growth_factor, options_.max_scale);
       state_.good_steps = 0;
     }
   }
@@ -120,10 +127,13 @@ class GradScaler {
   /// Goes on from a checkpoint. Throws std::invalid_argument for a scale outside the options' limits or a negative count.
   void load_state(const GradScalerState& state) {
     constexpr auto name = "GradScaler::load_state";
-    require(state.scale >= options_.min_scale && state.scale <= options_.max_scale, name, "scale is ", state.scale, ", expected ",
-            options_.min_scale, " to ", options_.max_scale);
-    require(state.good_steps >= 0, name, "good_steps is ", state.good_steps, ", expected 0 or more");
-    require(state.skipped_steps >= 0, name, "skipped_steps is ", state.skipped_steps, ", expected 0 or more");
+    require_that(state.scale >= options_.min_scale && state.scale <= options_.max_scale, name,
+                 "scale is ", state.scale, ", expected ", options_.min_scale, " to ",
+                 options_.max_scale);
+    require_that(state.good_steps >= 0, name, "good_steps is ", state.good_steps,
+                 ", expected 0 or more");
+    require_that(state.skipped_steps >= 0, name, "skipped_steps is ", state.skipped_steps,
+                 ", expected 0 or more");
     state_ = state;
     unscaled_.clear();
     found_inf_ = false;
@@ -143,22 +153,26 @@ class GradScaler {
     return nullptr;
   }
   Unscaled* find(const void* key) {
-    const auto found = std::find_if(unscaled_.begin(), unscaled_.end(), [&](const Unscaled& entry) { return entry.key == key; });
+    const auto found = std::find_if(unscaled_.begin(), unscaled_.end(),
+                                    [&](const Unscaled& entry) { return entry.key == key; });
     return found == unscaled_.end() ? nullptr : &*found;
   }
 
   static const GradScalerOptions& checked(const GradScalerOptions& o) {
     constexpr auto name = "GradScaler";
-    require(o.min_scale >= 0x1p-120 && o.min_scale <= 0x1p120, name, "min_scale is ", o.min_scale, ", expected 2^-120 to 2^120");
-    require(o.max_scale >= o.min_scale && o.max_scale <= 0x1p120, name, "max_scale is ", o.max_scale,
-            ", expected min_scale to 2^120");
-    require(o.init_scale >= o.min_scale && o.init_scale <= o.max_scale, name, "init_scale is ", o.init_scale, ", expected ",
-            o.min_scale, " (min_scale) to ", o.max_scale, " (max_scale)");
-    require(o.growth_factor > 1 && std::isfinite(o.growth_factor), name, "growth_factor is ", o.growth_factor,
-            ", expected more than 1");
-    require(o.backoff_factor > 0 && o.backoff_factor < 1, name, "backoff_factor is ", o.backoff_factor,
-            ", expected between 0 and 1");
-    require(o.growth_interval >= 1, name, "growth_interval is ", o.growth_interval, ", expected 1 or more");
+    require_that(o.min_scale >= 0x1p-120 && o.min_scale <= 0x1p120, name, "min_scale is ",
+                 o.min_scale, ", expected 2^-120 to 2^120");
+    require_that(o.max_scale >= o.min_scale && o.max_scale <= 0x1p120, name, "max_scale is ",
+                 o.max_scale, ", expected min_scale to 2^120");
+    require_that(o.init_scale >= o.min_scale && o.init_scale <= o.max_scale, name, "init_scale is ",
+                 o.init_scale, ", expected ", o.min_scale, " (min_scale) to ", o.max_scale,
+                 " (max_scale)");
+    require_that(o.growth_factor > 1 && std::isfinite(o.growth_factor), name, "growth_factor is ",
+                 o.growth_factor, ", expected more than 1");
+    require_that(o.backoff_factor > 0 && o.backoff_factor < 1, name, "backoff_factor is ",
+                 o.backoff_factor, ", expected between 0 and 1");
+    require_that(o.growth_interval >= 1, name, "growth_interval is ", o.growth_interval,
+                 ", expected 1 or more");
     return o;
   }
 

@@ -56,10 +56,16 @@ class KvLayer {
         lengths_(static_cast<std::size_t>(batch), 0) {}
   KvLayer(KvLayer&&) noexcept = default;
   KvLayer& operator=(KvLayer&&) noexcept = default;
-  KvLayer(const KvLayer& other) : layout_(other.layout_), length_(other.length_), closed_(other.closed_), lengths_(other.lengths_) {
+  KvLayer(const KvLayer& other)
+      : layout_(other.layout_),
+        length_(other.length_),
+        closed_(other.closed_),
+        lengths_(other.lengths_) {
     grow_to(other.groups_);
-    const std::size_t used = static_cast<std::size_t>(pages_for(length_, kPageSize)) * lengths_.size();
-    for (std::size_t id = 0; id < used; ++id) std::copy_n(other.pages_[id], layout_.bytes, pages_[id]);
+    const std::size_t used =
+        static_cast<std::size_t>(pages_for(length_, kPageSize)) * lengths_.size();
+    for (std::size_t id = 0; id < used; ++id)
+      std::copy_n(other.pages_[id], layout_.bytes, pages_[id]);
   }
   KvLayer& operator=(const KvLayer& other) { return *this = KvLayer(other); }
   ~KvLayer() = default;
@@ -89,23 +95,27 @@ class KvLayer {
   /// Room for `length` positions: by half of what there is at least, or exactly. Throws with nothing changed.
   void grow(Index length, bool exactly) {
     const Index groups = pages_for(length, kPageSize);
-    if (groups > groups_) grow_to(exactly ? groups : std::max(groups, groups_ + groups_ / 2));
+    if (groups > groups_) grow_to(exactly ? groups : (std::max)(groups, groups_ + groups_ / 2));
   }
 
   KvSource<Storage> source() const {
-    return paged_source<Storage>(layout_, batch(), lengths_.data(), pages_.data(), tables_.data(), 0);
+    return paged_source<Storage>(layout_, batch(), lengths_.data(), pages_.data(), tables_.data(),
+                                 0);
   }
 
  private:
   void grow_to(Index groups) {
     constexpr auto name = "KvCache";
     const Index count = checked_product(groups, batch(), name, "the page table");
-    require_capacity(count <= std::numeric_limits<std::int32_t>::max(), name, count, " pages, a page table counts to 2^31 - 1");
+    require_capacity(count <= (std::numeric_limits<std::int32_t>::max)(), name, count,
+                     " pages, a page table counts to 2^31 - 1");
     const Index added = count - static_cast<Index>(pages_.size());
-    AlignedBytes slab(static_cast<std::size_t>(checked_product(added, static_cast<Index>(layout_.bytes), name, "a slab")));
+    AlignedBytes slab(static_cast<std::size_t>(
+        checked_product(added, static_cast<Index>(layout_.bytes), name, "a slab")));
     std::vector<std::byte*> pages(pages_);
     pages.reserve(static_cast<std::size_t>(count));
-    for (Index i = 0; i < added; ++i) pages.push_back(slab.data() + static_cast<std::size_t>(i) * layout_.bytes);
+    for (Index i = 0; i < added; ++i)
+      pages.push_back(slab.data() + static_cast<std::size_t>(i) * layout_.bytes);
     std::vector<std::int32_t> entries(static_cast<std::size_t>(count));
     std::vector<const std::int32_t*> tables(lengths_.size());
     for (Index b = 0; b < batch(); ++b) {
@@ -136,8 +146,9 @@ void require_quantizable(std::string_view operation, std::string_view name, cons
   if (cpu::all_quantizable<isa::best>(view.data(), view.size())) return;
   Index at = 0;
   while (cpu::all_quantizable<isa::generic>(view.data() + at, 1)) ++at;
-  require(false, operation, name, " of shape ", shape_text(view), " holds ", static_cast<double>(view.data()[at]), " at element ",
-          at, ", expected finite values within the range of float (INT8 storage)");
+  require_that(false, operation, name, " of shape ", shape_text(view), " holds ",
+               static_cast<double>(view.data()[at]), " at element ", at,
+               ", expected finite values within the range of float (INT8 storage)");
 }
 
 /// Where the rows of an append go is the caller's business; that they get there is one call, on any device.
@@ -188,7 +199,7 @@ class KvCache {
   /// Forgets positions [length, ...) of every layer; a layer that is no longer than that stays as it is. Keeps memory and shapes.
   /// Throws std::invalid_argument for a negative length. Cost: O(layers x batch).
   void truncate(Index length) {
-    require(length >= 0, "KvCache::truncate", "length is ", length, ", expected 0 or more");
+    require_that(length >= 0, "KvCache::truncate", "length is ", length, ", expected 0 or more");
     for (auto& [index, layer] : layers_)
       if (layer.length() > length) layer.set_length(length);
   }
@@ -202,22 +213,24 @@ class KvCache {
   /// Room for `max_length` positions, at once in layers of known shape, in others with their first update: appending allocates
   /// nothing up to that length. Throws std::invalid_argument for a negative length, std::bad_alloc.
   void reserve(Index max_length) {
-    require(max_length >= 0, "KvCache::reserve", "max_length is ", max_length, ", expected 0 or more");
+    require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
+                 ", expected 0 or more");
     for (auto& [index, layer] : layers_) layer.grow(max_length, true);
-    reserved_ = std::max(reserved_, max_length);
+    reserved_ = (std::max)(reserved_, max_length);
   }
 
   /// The same, before the first update: fixes the shape of layers [0, layers), so that not even their first update allocates.
   /// Throws std::invalid_argument for negative sizes or where a layer has another shape.
   void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim) {
     constexpr auto name = "KvCache::reserve";
-    require(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0, name,
-            "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch, ", ", max_length, ", ", kv_heads, ", ",
-            head_dim, ", expected 0 or more each");
+    require_that(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0,
+                 name, "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch,
+                 ", ", max_length, ", ", kv_heads, ", ", head_dim, ", expected 0 or more each");
     Layers fresh;
     for (Index i = 0; i < layers; ++i) {
       const Layer* layer = find(i);
-      if (layer != nullptr && layer->closed()) require_shape(name, i, *layer, batch, kv_heads, head_dim);
+      if (layer != nullptr && layer->closed())
+        require_shape(name, i, *layer, batch, kv_heads, head_dim);
       if (layer == nullptr || !layer->has_shape(batch, kv_heads, head_dim))
         fresh.try_emplace(i, batch, kv_heads, head_dim).first->second.grow(max_length, true);
     }
@@ -241,15 +254,18 @@ class KvCache {
     constexpr auto name = "update_kv_cache";
     const auto keys = input_view<4>(new_keys);
     const auto values = input_view<4>(new_values);
-    static_assert(std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
-                  "eigenformer: new_keys and new_values hold the scalar T of ef::KvCache<T, Storage>");
+    static_assert(
+        std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
+        "eigenformer: new_keys and new_values hold the scalar T of ef::KvCache<T, Storage>");
     require_same_shape(name, "new_keys", keys, "new_values", values);
     if (keys.dimension(1) < 1)
-      require(false, name, "new_keys has shape ", detail::shape_text(keys),
-              ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
-    const Index batch = keys.dimension(0), kv_heads = keys.dimension(2), head_dim = keys.dimension(3);
+      require_that(false, name, "new_keys has shape ", detail::shape_text(keys),
+                   ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
+    const Index batch = keys.dimension(0), kv_heads = keys.dimension(2),
+                head_dim = keys.dimension(3);
     Layer* layer = const_cast<Layer*>(find(layer_idx));
-    if (layer != nullptr && layer->closed()) require_shape(name, layer_idx, *layer, batch, kv_heads, head_dim);
+    if (layer != nullptr && layer->closed())
+      require_shape(name, layer_idx, *layer, batch, kv_heads, head_dim);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
       detail::require_quantizable(name, "new_keys", keys);
       detail::require_quantizable(name, "new_values", values);
@@ -258,7 +274,8 @@ class KvCache {
       write(device, *layer, keys, values);
     } else {  // the new layer joins the cache when nothing can fail any more
       Layers fresh;
-      write(device, fresh.try_emplace(layer_idx, batch, kv_heads, head_dim).first->second, keys, values);
+      write(device, fresh.try_emplace(layer_idx, batch, kv_heads, head_dim).first->second, keys,
+            values);
       layers_.erase(layer_idx);
       layers_.merge(fresh);
     }
@@ -269,28 +286,30 @@ class KvCache {
   using Layers = std::map<Index, Layer>;
 
   const Layer* find(Index layer_idx) const {
-    require(layer_idx >= 0, "KvCache", "layer_idx is ", layer_idx, ", expected 0 or more");
+    require_that(layer_idx >= 0, "KvCache", "layer_idx is ", layer_idx, ", expected 0 or more");
     const auto found = layers_.find(layer_idx);
     return found == layers_.end() ? nullptr : &found->second;
   }
 
-  static void require_shape(std::string_view name, Index index, const Layer& layer, Index batch, Index kv_heads, Index head_dim) {
-    require(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index,
-            " of the cache holds (batch, length, kv_heads, head_dim) = (", layer.batch(), ", ", layer.length(), ", ",
-            layer.kv_heads(), ", ", layer.head_dim(), "), new keys and values have (", batch, ", n, ", kv_heads, ", ", head_dim,
-            ")");
+  static void require_shape(std::string_view name, Index index, const Layer& layer, Index batch,
+                            Index kv_heads, Index head_dim) {
+    require_that(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index,
+                 " of the cache holds (batch, length, kv_heads, head_dim) = (", layer.batch(), ", ",
+                 layer.length(), ", ", layer.kv_heads(), ", ", layer.head_dim(),
+                 "), new keys and values have (", batch, ", n, ", kv_heads, ", ", head_dim, ")");
   }
 
   template <typename D, typename View>
   void write(const D& device, Layer& layer, const View& keys, const View& values) {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
-    require(added <= std::numeric_limits<Index>::max() / 2 - length, "update_kv_cache", "length ", length, " + ", added,
-            " overflows");
+    require_that(added <= (std::numeric_limits<Index>::max)() / 2 - length, "update_kv_cache",
+                 "length ", length, " + ", added, " overflows");
     layer.grow(reserved_, true);
     layer.grow(length + added, false);
     const KvSource<Storage> target = layer.source();
-    detail::append_kv(device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added, nullptr, target.lengths,
-                                                          layer.capacity(), target});
+    detail::append_kv(
+        device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added,
+                                            nullptr, target.lengths, layer.capacity(), target});
     layer.set_length(length + added);
     layer.close();
   }
@@ -300,7 +319,9 @@ class KvCache {
     const Layer* layer = find(layer_idx);
     if (layer == nullptr || !layer->closed()) return Tensor<T, 4>(0, 0, 0, 0);
     Tensor<T, 4> output(layer->batch(), layer->length(), layer->kv_heads(), layer->head_dim());
-    cpu::read_kv(isa::best{}, device, KvReadProblem<T, Storage>{layer->source(), layer->length(), values, output.data()});
+    cpu::read_kv(
+        isa::best{}, device,
+        KvReadProblem<T, Storage>{layer->source(), layer->length(), values, output.data()});
     return output;
   }
 
@@ -312,12 +333,14 @@ class KvCache {
 /// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, a negative layer, or what INT8 cannot
 /// hold; std::bad_alloc. The cache is then as it was.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
+void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys,
+                     const Values& new_values, Index layer_idx) {
   cache.append(device, new_keys, new_values, layer_idx);
 }
 
 template <typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
+void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values,
+                     Index layer_idx) {
   cache.append(Eigen::DefaultDevice{}, new_keys, new_values, layer_idx);
 }
 
@@ -328,8 +351,9 @@ void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Val
 /// std::length_error where a position + n exceeds the capacity, before anything is written; on a GPU positions cannot be read by
 /// the host, and a row past the capacity is left out instead. Allocates nothing.
 template <Device D, typename KeyBuffer, typename ValueBuffer, typename Keys, typename Values>
-void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer, const Keys& new_keys,
-                    const Values& new_values, std::span<const Index> positions) {
+void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer,
+                    const Keys& new_keys, const Values& new_values,
+                    std::span<const Index> positions) {
   constexpr auto name = "append_kv_into";
   using T = scalar_of<Keys>;
   using Storage = scalar_of<KeyBuffer>;
@@ -337,24 +361,28 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   auto value_rows = output_view<4>(value_buffer);
   const auto keys = input_view<4>(new_keys);
   const auto values = input_view<4>(new_values);
-  static_assert(std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<ValueBuffer>, Storage>,
-                "eigenformer: keys and values have one scalar, and so have their buffers");
   static_assert(
-      KvStorage<Storage, T> && FloatingScalar<Storage>,
-      "eigenformer: a buffer holds the scalar of the new rows or a narrower floating-point one; INT8 needs the scales of a cache");
+      std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<ValueBuffer>, Storage>,
+      "eigenformer: keys and values have one scalar, and so have their buffers");
+  static_assert(KvStorage<Storage, T> && FloatingScalar<Storage>,
+                "eigenformer: a buffer holds the scalar of the new rows or a narrower "
+                "floating-point one; INT8 needs the scales of a cache");
   require_same_shape(name, "new_keys", keys, "new_values", values);
   require_same_shape(name, "key_buffer", key_rows, "value_buffer", value_rows);
-  const Index batch = keys.dimension(0), added = keys.dimension(1), capacity = key_rows.dimension(1);
-  if (key_rows.dimension(0) != batch || key_rows.dimension(2) != keys.dimension(2) || key_rows.dimension(3) != keys.dimension(3))
-    require(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ", detail::shape_text(key_rows),
-            ", new_keys has shape ", detail::shape_text(keys));
-  require(static_cast<Index>(positions.size()) == batch, name, "positions has ", positions.size(),
-          " elements, new_keys has a batch of ", batch);
+  const Index batch = keys.dimension(0), added = keys.dimension(1),
+              capacity = key_rows.dimension(1);
+  if (key_rows.dimension(0) != batch || key_rows.dimension(2) != keys.dimension(2) ||
+      key_rows.dimension(3) != keys.dimension(3))
+    require_that(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ",
+                 detail::shape_text(key_rows), ", new_keys has shape ", detail::shape_text(keys));
+  require_that(static_cast<Index>(positions.size()) == batch, name, "positions has ",
+               positions.size(), " elements, new_keys has a batch of ", batch);
   if constexpr (!is_gpu_device<D>)
     for (Index b = 0; b < batch; ++b) {
       const Index position = positions[static_cast<std::size_t>(b)];
-      require_capacity(position < 0 || (added <= capacity && position <= capacity - added), name, "sequence ", b, " at position ",
-                       position, " + ", added, " new ones exceeds the capacity of ", capacity);
+      require_capacity(position < 0 || (added <= capacity && position <= capacity - added), name,
+                       "sequence ", b, " at position ", position, " + ", added,
+                       " new ones exceeds the capacity of ", capacity);
     }
   KvSource<Storage> target;
   target.batch = batch;
@@ -364,8 +392,9 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   target.sequence_stride = target.value_sequence_stride = capacity * target.row_stride;
   target.keys = key_rows.data();
   target.values = value_rows.data();
-  detail::append_kv(device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added, nullptr, positions.data(),
-                                                        capacity, target});
+  detail::append_kv(
+      device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added, nullptr,
+                                          positions.data(), capacity, target});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -54,59 +54,79 @@ inline constexpr bool is_packed_weight<PackedWeight<T>> = true;
 template <typename X, typename W>
 using operand_scalar = std::conditional_t<
     std::is_same_v<X, double> || std::is_same_v<W, double>, double,
-    std::conditional_t<std::is_same_v<X, bfloat16> && (std::is_same_v<W, bfloat16> || std::is_same_v<W, float>), bfloat16, float>>;
+    std::conditional_t<std::is_same_v<X, bfloat16> &&
+                           (std::is_same_v<W, bfloat16> || std::is_same_v<W, float>),
+                       bfloat16, float>>;
 
 /// What exceptions call an operator and its weight.
 struct LinearNames {
   std::string_view operation, weight;
 };
 
-inline void require_packed_layout(std::string_view name, const PanelLayout& packed, const PanelLayout& expected, Index rows) {
-  require(rows == 0 || packed == expected, name, "weight was packed for ", packed.isa, " (panels of ", packed.columns,
-          "), these kernels read ", expected.isa, " (panels of ", expected.columns, "): pack it again");
+inline void require_packed_layout(std::string_view name, const PanelLayout& packed,
+                                  const PanelLayout& expected, Index rows) {
+  require_that(rows == 0 || packed == expected, name, "weight was packed for ", packed.isa,
+               " (panels of ", packed.columns, "), these kernels read ", expected.isa,
+               " (panels of ", expected.columns, "): pack it again");
 }
 
 /// y = residual + function(sums): the kernel's epilogue for sums of type Sums.
 template <bool Gated, typename Sums, typename Y, typename Function, typename B, typename R>
 auto finish(const Sums& sums, const TensorView<Y, 2>& y, const Epilogue<Function, B, R>& epilogue) {
-  return Finish<Sums, Function, Gated, Y, R>(sums, y.data(), y.dimension(0), y.dimension(1), epilogue.residual_data());
+  return Finish<Sums, Function, Gated, Y, R>(sums, y.data(), y.dimension(0), y.dimension(1),
+                                             epilogue.residual_data());
 }
 
 /// Plain weights: one (out, in) matrix, or gate and up.
 template <typename Isa, typename D, typename Y, typename X, typename W, int Matrices, typename E>
-void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x, const WeightRows<W, Matrices>& weight,
-               const E& epilogue, Workspace& workspace) {
+void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x,
+               const WeightRows<W, Matrices>& weight, const E& epilogue, Workspace& workspace) {
   static_assert(FloatingScalar<W>,
-                "eigenformer: a plain weight is float, double, Eigen::bfloat16 or Eigen::half; for int8 use int8_linear "
+                "eigenformer: a plain weight is float, double, Eigen::bfloat16 or Eigen::half; for "
+                "int8 use int8_linear "
                 "or pack_weight(values, scales)");
   using Dot = tile::Dot<operand_scalar<X, W>, X, Isa>;
-  const auto end = finish<(Matrices > 1)>(PlainSums<typename E::bias_scalar>{epilogue.bias_data()}, y, epilogue);
+  const auto end =
+      finish<(Matrices > 1)>(PlainSums<typename E::bias_scalar>{epilogue.bias_data()}, y, epilogue);
   cpu::product<Dot>(isa, device,
                     ProductProblem<X, WeightRows<W, Matrices>, std::remove_const_t<decltype(end)>>{
-                        {x.data(), x.dimension(1), 1}, weight, x.dimension(0), y.dimension(1), x.dimension(1), end},
+                        {x.data(), x.dimension(1), 1},
+                        weight,
+                        x.dimension(0),
+                        y.dimension(1),
+                        x.dimension(1),
+                        end},
                     workspace);
 }
 
 /// Packed weights, a pair where Gated.
 template <bool Gated, typename Isa, typename D, typename Y, typename X, typename S, typename E>
-void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x, const PackedWeight<S>& weight,
-                      const E& epilogue, Workspace& workspace) {
+void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x,
+                      const PackedWeight<S>& weight, const E& epilogue, Workspace& workspace) {
   static_assert(std::is_same_v<X, double> == std::is_same_v<S, double>,
                 "eigenformer: double x goes with PackedWeight<double> and with no other");
-  require_packed_layout(Gated ? "gated_linear" : "linear", weight.layout(), panel_layout<S>(isa), weight.rows());
+  require_packed_layout(Gated ? "gated_linear" : "linear", weight.layout(), panel_layout<S>(isa),
+                        weight.rows());
   const typename E::bias_scalar* bias = epilogue.bias_data();
   const auto run = [&](auto dot, const auto& panels, const auto& sums) {
     const auto end = finish<Gated>(sums, y, epilogue);
     using Panels = std::remove_cvref_t<decltype(panels)>;
-    cpu::product<decltype(dot)>(isa, device,
-                                ProductProblem<X, Panels, std::remove_const_t<decltype(end)>>{
-                                    {x.data(), x.dimension(1), 1}, panels, x.dimension(0), y.dimension(1), x.dimension(1), end},
-                                workspace);
+    cpu::product<decltype(dot)>(
+        isa, device,
+        ProductProblem<X, Panels, std::remove_const_t<decltype(end)>>{{x.data(), x.dimension(1), 1},
+                                                                      panels,
+                                                                      x.dimension(0),
+                                                                      y.dimension(1),
+                                                                      x.dimension(1),
+                                                                      end},
+        workspace);
   };
   using B = typename E::bias_scalar;
   if constexpr (std::is_same_v<S, std::int8_t>) {
     if (weight.group_size() > 0)
-      run(tile::GroupedDot<Isa>{}, GroupedPanels{weight.panels().data, weight.scales(), weight.group_size()}, GroupedSums<B>{bias});
+      run(tile::GroupedDot<Isa>{},
+          GroupedPanels{weight.panels().data, weight.scales(), weight.group_size()},
+          GroupedSums<B>{bias});
     else
       run(tile::Dot<S, X, Isa>{}, weight.panels(), ScaledSums<B>{bias, weight.scales()});
   } else {
@@ -116,66 +136,80 @@ void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<c
 
 /// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `matrices` the weights that give each.
 template <typename Y, typename X, typename E>
-void require_linear(const LinearNames& names, const Y& y, const X& x, const E& epilogue, Index rows, Index weight_in,
-                    Index matrices) {
+void require_linear(const LinearNames& names, const Y& y, const X& x, const E& epilogue, Index rows,
+                    Index weight_in, Index matrices) {
   using XS = scalar_of<X>;
   using B = typename E::bias_scalar;
   using R = typename E::residual_scalar;
-  static_assert(FloatingScalar<XS> && FloatingScalar<scalar_of<Y>>,
-                "eigenformer: x and y of a linear layer are float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<XS, double> || !std::is_same_v<scalar_of<Y>, double>, "eigenformer: a double y needs a double x");
+  static_assert(
+      FloatingScalar<XS> && FloatingScalar<scalar_of<Y>>,
+      "eigenformer: x and y of a linear layer are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(std::is_same_v<XS, double> || !std::is_same_v<scalar_of<Y>, double>,
+                "eigenformer: a double y needs a double x");
   static_assert(FloatingScalar<B> && (std::is_same_v<XS, double> || !std::is_same_v<B, double>),
                 "eigenformer: a bias has x's scalar or float");
   static_assert(FloatingScalar<R> && (std::is_same_v<XS, double> || !std::is_same_v<R, double>),
                 "eigenformer: a residual is double only where x is");
   const std::string_view name = names.operation;
   const Index tokens = x.dimension(0), in = x.dimension(1);
-  require(weight_in == in, name, names.weight, " has ", weight_in, " columns, x has ", in, " features");
-  require(y.dimension(0) == tokens && y.dimension(1) == rows, name, "y has shape ", shape_text(y), ", expected (", tokens, ", ",
-          rows, ")");
+  require_that(weight_in == in, name, names.weight, " has ", weight_in, " columns, x has ", in,
+               " features");
+  require_that(y.dimension(0) == tokens && y.dimension(1) == rows, name, "y has shape ",
+               shape_text(y), ", expected (", tokens, ", ", rows, ")");
   if (epilogue.bias_size() != E::kNone && epilogue.bias_size() != rows * matrices)
-    require(false, name, "bias has ", epilogue.bias_size(), " elements, ", names.weight, " has ", rows, " rows",
-            matrices > 1 ? ": expected one for each of gate and of up" : "");
+    require_that(false, name, "bias has ", epilogue.bias_size(), " elements, ", names.weight,
+                 " has ", rows, " rows",
+                 matrices > 1 ? ": expected one for each of gate and of up" : "");
   if (epilogue.residual_rows() != E::kNone)
-    require(epilogue.residual_rows() == tokens && epilogue.residual_columns() == rows, name, "residual has shape (",
-            epilogue.residual_rows(), ", ", epilogue.residual_columns(), "), y has shape ", shape_text(y));
+    require_that(epilogue.residual_rows() == tokens && epilogue.residual_columns() == rows, name,
+                 "residual has shape (", epilogue.residual_rows(), ", ",
+                 epilogue.residual_columns(), "), y has shape ", shape_text(y));
 }
 
 /// Views of the arguments, checks, the kernel of a tag.
 template <typename Isa, typename D, typename Output, typename Input, typename Weight, typename E>
-void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weight& weight, const E& epilogue,
-                 Workspace& workspace) {
+void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weight& weight,
+                 const E& epilogue, Workspace& workspace) {
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
   if constexpr (is_packed_weight<Weight>) {
-    require_linear({"linear", "weight"}, y_view, x_view, epilogue, weight.rows(), weight.columns(), 1);
+    require_linear({"linear", "weight"}, y_view, x_view, epilogue, weight.rows(), weight.columns(),
+                   1);
     packed_linear_on<false>(isa, device, y_view, x_view, weight, epilogue, workspace);
   } else {
     const auto w = input_view<2>(weight);
     using W = scalar_of<Weight>;
-    require_linear({"linear", "weight"}, y_view, x_view, epilogue, w.dimension(0), w.dimension(1), 1);
-    linear_on(isa, device, y_view, x_view, WeightRows<W, 1>{{{w.data(), w.dimension(1), 1}}, w.dimension(0)}, epilogue, workspace);
+    require_linear({"linear", "weight"}, y_view, x_view, epilogue, w.dimension(0), w.dimension(1),
+                   1);
+    linear_on(isa, device, y_view, x_view,
+              WeightRows<W, 1>{{{w.data(), w.dimension(1), 1}}, w.dimension(0)}, epilogue,
+              workspace);
   }
 }
 
 template <typename Isa, typename D, typename Output, typename Input, typename S, typename E>
-void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x, const PackedGatedWeight<S>& weight, const E& epilogue,
+void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x,
+                       const PackedGatedWeight<S>& weight, const E& epilogue,
                        Workspace& workspace) {
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
-  require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, weight.rows(), weight.columns(), 2);
+  require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, weight.rows(),
+                 weight.columns(), 2);
   packed_linear_on<true>(isa, device, y_view, x_view, weight.pair(), epilogue, workspace);
 }
 
 template <typename Isa, typename D, typename Output, typename Input, typename W, typename E>
-void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x, const TensorView<const W, 2>& gate,
-                       const TensorView<const W, 2>& up, const E& epilogue, Workspace& workspace) {
+void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x,
+                       const TensorView<const W, 2>& gate, const TensorView<const W, 2>& up,
+                       const E& epilogue, Workspace& workspace) {
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
   require_same_shape("gated_linear", "gate", gate, "up", up);
   const Index rows = gate.dimension(0), in = gate.dimension(1);
   require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, rows, in, 2);
-  linear_on(isa, device, y_view, x_view, WeightRows<W, 2>{{{gate.data(), in, 1}, {up.data(), in, 1}}, rows}, epilogue, workspace);
+  linear_on(isa, device, y_view, x_view,
+            WeightRows<W, 2>{{{gate.data(), in, 1}, {up.data(), in, 1}}, rows}, epilogue,
+            workspace);
 }
 
 template <typename Weight>
@@ -189,7 +223,8 @@ Index weight_rows(const Weight& weight) {
 /// What the returning forms return: x's scalar; of a packed weight float (double for double), since its scalar is a matter of
 /// storage.
 template <typename Input, typename Weight>
-using linear_result = std::conditional_t<is_packed_weight<Weight>, compute_type<scalar_of<Input>>, scalar_of<Input>>;
+using linear_result =
+    std::conditional_t<is_packed_weight<Weight>, compute_type<scalar_of<Input>>, scalar_of<Input>>;
 
 }  // namespace detail
 
@@ -200,12 +235,14 @@ using linear_result = std::conditional_t<is_packed_weight<Weight>, compute_type<
 ///   ef::linear_into(device, y, x, w8, ef::Epilogue{}.bias(bias).gelu().residual(y));
 template <CpuDevice D, typename Output, typename Input, typename Weight, typename E>
   requires detail::is_epilogue<E>
-void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, const E& epilogue,
-                 Workspace& workspace = thread_workspace()) {
-  cpu::with_granted_isa([&](auto isa) { detail::linear_with(isa, device, y, x, weight, epilogue, workspace); });
+void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
+                 const E& epilogue, Workspace& workspace = thread_workspace()) {
+  cpu::with_granted_isa(
+      [&](auto isa) { detail::linear_with(isa, device, y, x, weight, epilogue, workspace); });
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight>
-void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, Workspace& workspace) {
+void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
+                 Workspace& workspace) {
   linear_into(device, y, x, weight, Epilogue{}, workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight>
@@ -214,8 +251,8 @@ void linear_into(const D& device, Output&& y, const Input& x, const Weight& weig
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight, typename Bias>
   requires(!std::same_as<Bias, Workspace> && !detail::is_epilogue<Bias>)
-void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight, const Bias& bias,
-                 Workspace& workspace = thread_workspace()) {
+void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
+                 const Bias& bias, Workspace& workspace = thread_workspace()) {
   detail::require_tensor_argument<1, Bias>();
   linear_into(device, y, x, weight, Epilogue{}.bias(bias), workspace);
 }
@@ -244,17 +281,21 @@ auto linear(const Input& x, const Weight& weight, const BiasOrEpilogue&... end) 
 /// (pack_gated_weight), or two tensors of one scalar.
 template <CpuDevice D, typename Output, typename Input, typename S, typename E>
   requires detail::is_epilogue<E>
-void gated_linear_into(const D& device, Output&& y, const Input& x, const PackedGatedWeight<S>& weight, const E& epilogue,
+void gated_linear_into(const D& device, Output&& y, const Input& x,
+                       const PackedGatedWeight<S>& weight, const E& epilogue,
                        Workspace& workspace = thread_workspace()) {
-  cpu::with_granted_isa([&](auto isa) { detail::gated_linear_with(isa, device, y, x, weight, epilogue, workspace); });
+  cpu::with_granted_isa(
+      [&](auto isa) { detail::gated_linear_with(isa, device, y, x, weight, epilogue, workspace); });
 }
 template <CpuDevice D, typename Output, typename Input, typename Gate, typename Up, typename E>
   requires detail::is_epilogue<E>
-void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& gate, const Up& up, const E& epilogue,
-                       Workspace& workspace = thread_workspace()) {
-  static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>, "eigenformer: gate and up have one scalar");
+void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& gate, const Up& up,
+                       const E& epilogue, Workspace& workspace = thread_workspace()) {
+  static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
+                "eigenformer: gate and up have one scalar");
   const auto g = input_view<2>(gate), u = input_view<2>(up);
-  cpu::with_granted_isa([&](auto isa) { detail::gated_linear_with(isa, device, y, x, g, u, epilogue, workspace); });
+  cpu::with_granted_isa(
+      [&](auto isa) { detail::gated_linear_with(isa, device, y, x, g, u, epilogue, workspace); });
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -51,34 +51,48 @@ struct LossResult {
 namespace detail {
 
 /// Throws for the first target that is neither a class nor ignore_index; returns how many are classes.
-inline Index checked_target_count(const std::int32_t* targets, Index rows, Index classes, std::int32_t ignore_index) {
+inline Index checked_target_count(const std::int32_t* targets, Index rows, Index classes,
+                                  std::int32_t ignore_index) {
   Index count = 0;
   for (Index r = 0; r < rows; ++r) {
     if (targets[r] == ignore_index) continue;
-    require(targets[r] >= 0 && targets[r] < classes, "cross_entropy", "target ", r, " is ", targets[r],
-            ", expected a class in [0, ", classes, ") or ignore_index ", ignore_index);
+    require_that(targets[r] >= 0 && targets[r] < classes, "cross_entropy", "target ", r, " is ",
+                 targets[r], ", expected a class in [0, ", classes, ") or ignore_index ",
+                 ignore_index);
     ++count;
   }
   return count;
 }
 
 template <CpuDevice D, typename L, typename G, typename Logits, typename Targets>
-LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, const Targets& targets, double gradient_scale,
-                         const CrossEntropyOptions& options, Workspace& workspace) {
+LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, const Targets& targets,
+                         double gradient_scale, const CrossEntropyOptions& options,
+                         Workspace& workspace) {
   constexpr auto name = "cross_entropy";
-  static_assert(std::is_same_v<scalar_of<Targets>, std::int32_t>, "eigenformer: targets are an ef::Tensor<std::int32_t, 1>");
+  static_assert(std::is_same_v<scalar_of<Targets>, std::int32_t>,
+                "eigenformer: targets are an ef::Tensor<std::int32_t, 1>");
   const Index rows = logits.dimension(0), classes = logits.dimension(1);
-  require(targets.dimension(0) == rows, name, "targets has ", targets.dimension(0), " elements, logits has ", rows, " rows");
-  require(options.label_smoothing >= 0 && options.label_smoothing <= 1, name, "label_smoothing is ", options.label_smoothing,
-          ", expected 0 to 1");
-  require(options.z_loss >= 0 && std::isfinite(options.z_loss), name, "z_loss is ", options.z_loss, ", expected 0 or more");
-  require(std::isfinite(gradient_scale), name, "gradient_scale is ", gradient_scale, ", expected a finite number");
+  require_that(targets.dimension(0) == rows, name, "targets has ", targets.dimension(0),
+               " elements, logits has ", rows, " rows");
+  require_that(options.label_smoothing >= 0 && options.label_smoothing <= 1, name,
+               "label_smoothing is ", options.label_smoothing, ", expected 0 to 1");
+  require_that(options.z_loss >= 0 && std::isfinite(options.z_loss), name, "z_loss is ",
+               options.z_loss, ", expected 0 or more");
+  require_that(std::isfinite(gradient_scale), name, "gradient_scale is ", gradient_scale,
+               ", expected a finite number");
   LossResult result;
   result.count = checked_target_count(targets.data(), rows, classes, options.ignore_index);
   Workspace::Frame frame(workspace);
-  const CrossEntropyProblem<L, G> problem{
-      logits.data(),        targets.data(),          gradient,      frame.take<double>(rows), rows, classes, gradient_scale,
-      options.ignore_index, options.label_smoothing, options.z_loss};
+  const CrossEntropyProblem<L, G> problem{logits.data(),
+                                          targets.data(),
+                                          gradient,
+                                          frame.take<double>(rows),
+                                          rows,
+                                          classes,
+                                          gradient_scale,
+                                          options.ignore_index,
+                                          options.label_smoothing,
+                                          options.z_loss};
   cpu::cross_entropy(isa::best{}, device, problem);
   for (Index r = 0; r < rows; ++r) result.sum += problem.row_loss[r];
   return result;
@@ -92,18 +106,22 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, con
 ///
 ///   const ef::LossResult loss = ef::cross_entropy(logits, targets);   // loss.mean()
 template <CpuDevice D, typename Logits, typename Targets>
-LossResult cross_entropy(const D& device, const Logits& logits, const Targets& targets, const CrossEntropyOptions& options = {},
+LossResult cross_entropy(const D& device, const Logits& logits, const Targets& targets,
+                         const CrossEntropyOptions& options = {},
                          Workspace& workspace = thread_workspace()) {
   using L = scalar_of<Logits>;
   const auto x = input_view<2>(logits);
-  static_assert(FloatingScalar<scalar_of<decltype(x)>>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  return detail::cross_entropy<D, L, compute_type<L>>(device, static_cast<compute_type<L>*>(nullptr), x, input_view<1>(targets),
-                                                      1.0, options, workspace);
+  static_assert(FloatingScalar<scalar_of<decltype(x)>>,
+                "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
+  return detail::cross_entropy<D, L, compute_type<L>>(
+      device, static_cast<compute_type<L>*>(nullptr), x, input_view<1>(targets), 1.0, options,
+      workspace);
 }
 
 template <typename Logits, typename Targets>
   requires(!Device<Logits>)
-LossResult cross_entropy(const Logits& logits, const Targets& targets, const CrossEntropyOptions& options = {}) {
+LossResult cross_entropy(const Logits& logits, const Targets& targets,
+                         const CrossEntropyOptions& options = {}) {
   return cross_entropy(Eigen::DefaultDevice{}, logits, targets, options);
 }
 
@@ -113,18 +131,23 @@ LossResult cross_entropy(const Logits& logits, const Targets& targets, const Cro
 ///
 ///   ef::cross_entropy_with_gradient_into(device, logits, logits, targets, 1.0 / count);   // in place
 template <CpuDevice D, typename Gradient, typename Logits, typename Targets>
-LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_logits, const Logits& logits, const Targets& targets,
-                                            double gradient_scale, const CrossEntropyOptions& options = {},
+LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_logits,
+                                            const Logits& logits, const Targets& targets,
+                                            double gradient_scale,
+                                            const CrossEntropyOptions& options = {},
                                             Workspace& workspace = thread_workspace()) {
   using L = scalar_of<Logits>;
   using G = scalar_of<Gradient>;
   const auto x = input_view<2>(logits);
   auto gradient = output_view<2>(grad_logits);
-  static_assert(FloatingScalar<L>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<G, L> || std::is_same_v<G, compute_type<L>>,
-                "eigenformer: the gradient has the type of the logits, or is float where they are narrower");
+  static_assert(FloatingScalar<L>,
+                "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(
+      std::is_same_v<G, L> || std::is_same_v<G, compute_type<L>>,
+      "eigenformer: the gradient has the type of the logits, or is float where they are narrower");
   require_same_shape("cross_entropy_with_gradient_into", "grad_logits", gradient, "logits", x);
-  return detail::cross_entropy<D, L, G>(device, gradient.data(), x, input_view<1>(targets), gradient_scale, options, workspace);
+  return detail::cross_entropy<D, L, G>(device, gradient.data(), x, input_view<1>(targets),
+                                        gradient_scale, options, workspace);
 }
 
 }  // namespace EIGENFORMER_ABI

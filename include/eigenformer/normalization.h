@@ -53,18 +53,22 @@ auto norm_input(const X& x) {
 }
 
 inline void require_epsilon(std::string_view name, float epsilon) {
-  require(epsilon > 0 && std::isfinite(epsilon), name, "epsilon is ", epsilon, ", expected positive and finite");
+  require_that(epsilon > 0 && std::isfinite(epsilon), name, "epsilon is ", epsilon,
+               ", expected positive and finite");
 }
 
 /// A parameter or its gradient has one element a feature.
 template <typename W>
-void require_features(std::string_view name, std::string_view w_name, const W& w, std::string_view x_name, Index features) {
-  require(w.dimension(0) == features, name, w_name, " has ", w.dimension(0), " elements, ", x_name, " has ", features, " features");
+void require_features(std::string_view name, std::string_view w_name, const W& w,
+                      std::string_view x_name, Index features) {
+  require_that(w.dimension(0) == features, name, w_name, " has ", w.dimension(0), " elements, ",
+               x_name, " has ", features, " features");
 }
 
 template <typename Y, typename X, typename W>
-RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::string_view name, Y y, std::string_view x_name, X x,
-                                                                          W weight, const RmsNormOptions& options) {
+RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
+    std::string_view name, Y y, std::string_view x_name, X x, W weight,
+    const RmsNormOptions& options) {
   require_floating_scalars<Y, X, W>();
   require_same_shape(name, "y", y, x_name, x);
   const RowShape shape = row_shape(x, name, x_name);
@@ -79,9 +83,11 @@ RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(std::s
 ///
 ///   ef::rms_norm_into(device, hidden, hidden, weight, {.epsilon = 1e-6f});   // in place
 template <Device D, typename Y, typename X, typename W>
-void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight, const RmsNormOptions& options = {}) {
+void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight,
+                   const RmsNormOptions& options = {}) {
   const auto problem =
-      detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x", detail::norm_input(x), input_view<1>(weight), options);
+      detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x", detail::norm_input(x),
+                               input_view<1>(weight), options);
   if constexpr (is_gpu_device<D>)
     launch_on_gpu(device, problem);
   else
@@ -106,14 +112,16 @@ auto rms_norm(const X& x, const W& weight, const RmsNormOptions& options = {}) {
 /// residual += x, rounded to residual's scalar, then y = RMSNorm(residual) * weight: the same bits as the two steps apart, with one
 /// pass through memory. y may be x itself, not residual.
 template <CpuDevice D, typename Y, typename R, typename X, typename W>
-void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W& weight, const RmsNormOptions& options = {}) {
+void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W& weight,
+                       const RmsNormOptions& options = {}) {
   constexpr auto name = "add_rms_norm";
   const auto addend = detail::norm_input(x);
   auto sum = output_view<rank_of<X>>(residual);
   detail::require_floating_scalars<decltype(addend)>();
   require_same_shape(name, "residual", sum, "x", addend);
-  const auto norm = detail::rms_norm_problem(name, output_view<rank_of<X>>(y), "residual", detail::norm_input(residual),
-                                             input_view<1>(weight), options);
+  const auto norm =
+      detail::rms_norm_problem(name, output_view<rank_of<X>>(y), "residual",
+                               detail::norm_input(residual), input_view<1>(weight), options);
   using Problem = AddRmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<R>, scalar_of<W>>;
   cpu::add_rms_norm(isa::best{}, device, Problem{norm, sum.data(), addend.data()});
 }
@@ -121,8 +129,9 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
 /// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and
 /// may be grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
-void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y, const X& x, const W& weight,
-                            const RmsNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
+void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y,
+                            const X& x, const W& weight, const RmsNormOptions& options = {},
+                            Workspace& workspace = thread_workspace()) {
   constexpr auto name = "rms_norm_backward";
   auto gx = output_view<rank_of<X>>(grad_x);
   auto gw = output_view<1>(grad_weight);
@@ -139,19 +148,21 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
   detail::require_features(name, "grad_weight", gw, "x", shape.features);
   detail::require_epsilon(name, options.epsilon);
 
-  using Problem = RmsNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>, scalar_of<W>>;
+  using Problem = RmsNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>,
+                                         scalar_of<W>>;
   using C = typename Problem::compute;
   Workspace::Frame frame(workspace);
   C* inverse_rms = frame.take<C>(shape.rows);
   C* projection = frame.take<C>(shape.rows);
   cpu::rms_norm_backward(isa::best{}, device,
-                         Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows, shape.features, options.epsilon,
-                                 inverse_rms, projection});
+                         Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows,
+                                 shape.features, options.epsilon, inverse_rms, projection});
 }
 
 /// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
 template <CpuDevice D, typename Y, typename X, typename W, typename B>
-void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const B& bias, const LayerNormOptions& options = {}) {
+void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const B& bias,
+                     const LayerNormOptions& options = {}) {
   constexpr auto name = "layer_norm";
   auto yv = output_view<rank_of<X>>(y);
   const auto xv = detail::norm_input(x);
@@ -164,12 +175,14 @@ void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const 
   detail::require_epsilon(name, options.epsilon);
   using Problem = LayerNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;
   cpu::layer_norm(isa::best{}, device,
-                  Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features, options.epsilon});
+                  Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features,
+                          options.epsilon});
 }
 
 /// Returns LayerNorm(x) * weight + bias, in the scalar and shape of x.
 template <CpuDevice D, typename X, typename W, typename B>
-auto layer_norm(const D& device, const X& x, const W& weight, const B& bias, const LayerNormOptions& options = {}) {
+auto layer_norm(const D& device, const X& x, const W& weight, const B& bias,
+                const LayerNormOptions& options = {}) {
   auto y = detail::tensor_like(detail::norm_input(x));
   layer_norm_into(device, y, x, weight, bias, options);
   return y;
@@ -183,8 +196,10 @@ auto layer_norm(const X& x, const W& weight, const B& bias, const LayerNormOptio
 /// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call. grad_x is written and may be grad_y
 /// or x itself. grad_weight and grad_bias, both float or both double, are added to, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GB, typename GY, typename X, typename W>
-void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias, const GY& grad_y, const X& x,
-                              const W& weight, const LayerNormOptions& options = {}, Workspace& workspace = thread_workspace()) {
+void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias,
+                              const GY& grad_y, const X& x, const W& weight,
+                              const LayerNormOptions& options = {},
+                              Workspace& workspace = thread_workspace()) {
   constexpr auto name = "layer_norm_backward";
   auto gx = output_view<rank_of<X>>(grad_x);
   auto gw = output_view<1>(grad_weight), gb = output_view<1>(grad_bias);
@@ -202,12 +217,13 @@ void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB
   detail::require_features(name, "grad_bias", gb, "x", shape.features);
   detail::require_epsilon(name, options.epsilon);
 
-  using Problem = LayerNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>, scalar_of<W>>;
+  using Problem = LayerNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>,
+                                           scalar_of<X>, scalar_of<W>>;
   Workspace::Frame frame(workspace);
   auto* row_scratch = frame.take<LayerNormRow<typename Problem::compute>>(shape.rows);
   cpu::layer_norm_backward(isa::best{}, device,
-                           Problem{gx.data(), gw.data(), gb.data(), gy.data(), xv.data(), w.data(), shape.rows, shape.features,
-                                   options.epsilon, row_scratch});
+                           Problem{gx.data(), gw.data(), gb.data(), gy.data(), xv.data(), w.data(),
+                                   shape.rows, shape.features, options.epsilon, row_scratch});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -48,8 +48,9 @@ namespace detail {
 
 inline void check_parameters(std::string_view operation, std::span<const Parameter> parameters) {
   for (std::size_t i = 0; i < parameters.size(); ++i)
-    require(parameters[i].value.size() == parameters[i].gradient.size(), operation, "parameter ", i, " has ",
-            parameters[i].value.size(), " values and ", parameters[i].gradient.size(), " gradients");
+    require_that(parameters[i].value.size() == parameters[i].gradient.size(), operation,
+                 "parameter ", i, " has ", parameters[i].value.size(), " values and ",
+                 parameters[i].gradient.size(), " gradients");
 }
 
 /// A weight that is listed twice would be stepped twice.
@@ -58,28 +59,32 @@ inline void check_distinct(std::string_view operation, std::span<const Parameter
   for (std::size_t i = 0; i < parameters.size(); ++i)
     if (parameters[i].value.size() > 0) order.push_back(i);
   const std::less<const float*> before;
-  std::sort(order.begin(), order.end(),
-            [&](std::size_t a, std::size_t b) { return before(parameters[a].value.data(), parameters[b].value.data()); });
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return before(parameters[a].value.data(), parameters[b].value.data());
+  });
   for (std::size_t k = 1; k < order.size(); ++k) {
     const auto& last = parameters[order[k - 1]].value;
-    require(!before(parameters[order[k]].value.data(), last.data() + last.size()), operation, "parameters ", order[k - 1], " and ",
-            order[k], " share memory; a tied weight is listed once");
+    require_that(!before(parameters[order[k]].value.data(), last.data() + last.size()), operation,
+                 "parameters ", order[k - 1], " and ", order[k],
+                 " share memory; a tied weight is listed once");
   }
 }
 
 inline Index piece_count(std::span<const Parameter> parameters) {
   Index count = 0;
-  for (const Parameter& parameter : parameters) count += (parameter.value.size() + kPieceElements - 1) / kPieceElements;
+  for (const Parameter& parameter : parameters)
+    count += (parameter.value.size() + kPieceElements - 1) / kPieceElements;
   return count;
 }
 
 /// Cuts the parameters into pieces; moments, where not null, are laid out one parameter after the other.
-inline void cut_into_pieces(std::span<const Parameter> parameters, float* first_moments, float* second_moments,
-                            ParameterPiece* pieces) {
+inline void cut_into_pieces(std::span<const Parameter> parameters, float* first_moments,
+                            float* second_moments, ParameterPiece* pieces) {
   for (const Parameter& parameter : parameters)
     for (Index at = 0; at < parameter.value.size(); at += kPieceElements) {
-      const Index size = std::min(kPieceElements, parameter.value.size() - at);
-      *pieces++ = {parameter.value.data() + at, parameter.gradient.data() + at, first_moments, second_moments, size};
+      const Index size = (std::min)(kPieceElements, parameter.value.size() - at);
+      *pieces++ = {parameter.value.data() + at, parameter.gradient.data() + at, first_moments,
+                   second_moments, size};
       if (first_moments != nullptr) first_moments += size;
       if (second_moments != nullptr) second_moments += size;
     }
@@ -105,7 +110,9 @@ class OptimizerState {
   OptimizerState& operator=(const OptimizerState&) = delete;
 
   const std::vector<Parameter>& parameters() const { return parameters_; }
-  std::span<const float> memory() const { return {memory_.data(), static_cast<std::size_t>(memory_.size())}; }
+  std::span<const float> memory() const {
+    return {memory_.data(), static_cast<std::size_t>(memory_.size())};
+  }
   Index steps = 0;
 
   template <typename Factors>
@@ -118,17 +125,19 @@ class OptimizerState {
   }
 
   TensorView<const float, 1> moment(std::string_view operation, int which, Index index) const {
-    require(index >= 0 && index < static_cast<Index>(parameters_.size()), operation, "parameter ", index, " of ",
-            parameters_.size());
-    require(which < moments_, operation, "there is no such moment");
+    require_that(index >= 0 && index < static_cast<Index>(parameters_.size()), operation,
+                 "parameter ", index, " of ", parameters_.size());
+    require_that(which < moments_, operation, "there is no such moment");
     Index offset = which * elements_;
-    for (Index i = 0; i < index; ++i) offset += parameters_[static_cast<std::size_t>(i)].value.size();
-    return TensorView<const float, 1>(memory_.data() + offset, parameters_[static_cast<std::size_t>(index)].value.size());
+    for (Index i = 0; i < index; ++i)
+      offset += parameters_[static_cast<std::size_t>(i)].value.size();
+    return TensorView<const float, 1>(memory_.data() + offset,
+                                      parameters_[static_cast<std::size_t>(index)].value.size());
   }
   void load(std::string_view operation, std::span<const float> state, Index step_count) {
-    require(static_cast<Index>(state.size()) == memory_.size(), operation, "state has ", state.size(), " elements, expected ",
-            memory_.size());
-    require(step_count >= 0, operation, "step_count is ", step_count, ", expected 0 or more");
+    require_that(static_cast<Index>(state.size()) == memory_.size(), operation, "state has ",
+                 state.size(), " elements, expected ", memory_.size());
+    require_that(step_count >= 0, operation, "step_count is ", step_count, ", expected 0 or more");
     std::copy(state.begin(), state.end(), memory_.data());
     steps = step_count;
   }
@@ -142,11 +151,13 @@ class OptimizerState {
 };
 
 inline void require_rate(std::string_view operation, std::string_view name, double value) {
-  require(value >= 0 && std::isfinite(value), operation, name, " is ", value, ", expected 0 or more");
+  require_that(value >= 0 && std::isfinite(value), operation, name, " is ", value,
+               ", expected 0 or more");
 }
 
 inline void require_beta(std::string_view operation, std::string_view name, double value) {
-  require(value >= 0 && value < 1, operation, name, " is ", value, ", expected 0 or more and below 1");
+  require_that(value >= 0 && value < 1, operation, name, " is ", value,
+               ", expected 0 or more and below 1");
 }
 
 }  // namespace detail
@@ -203,12 +214,18 @@ class AdamW {
   /// Steps taken.
   Index step_count() const { return state_.steps; }
   /// m and v of one parameter. Throws std::invalid_argument for an index out of range.
-  TensorView<const float, 1> first_moment(Index parameter) const { return state_.moment("AdamW::first_moment", 0, parameter); }
-  TensorView<const float, 1> second_moment(Index parameter) const { return state_.moment("AdamW::second_moment", 1, parameter); }
+  TensorView<const float, 1> first_moment(Index parameter) const {
+    return state_.moment("AdamW::first_moment", 0, parameter);
+  }
+  TensorView<const float, 1> second_moment(Index parameter) const {
+    return state_.moment("AdamW::second_moment", 1, parameter);
+  }
   /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside step_count() and the weights.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
-  void load_state(std::span<const float> state, Index step_count) { state_.load("AdamW::load_state", state, step_count); }
+  void load_state(std::span<const float> state, Index step_count) {
+    state_.load("AdamW::load_state", state, step_count);
+  }
 
  private:
   static const AdamWOptions& checked(const AdamWOptions& options) {
@@ -236,14 +253,16 @@ class Sgd {
  public:
   /// Throws std::invalid_argument like AdamW, and for nesterov without momentum.
   explicit Sgd(std::vector<Parameter> parameters, const SgdOptions& options = {})
-      : options_(checked(options)), state_("Sgd", std::move(parameters), options.momentum > 0 ? 1 : 0) {}
+      : options_(checked(options)),
+        state_("Sgd", std::move(parameters), options.momentum > 0 ? 1 : 0) {}
 
   /// One update from the gradients as they are. The gradients keep their values.
   void step() { step(Eigen::DefaultDevice{}); }
   template <CpuDevice D>
   void step(const D& device) {
     ++state_.steps;
-    const SgdFactors factors{static_cast<float>(options_.learning_rate), static_cast<float>(options_.momentum),
+    const SgdFactors factors{static_cast<float>(options_.learning_rate),
+                             static_cast<float>(options_.momentum),
                              static_cast<float>(options_.weight_decay), options_.nesterov};
     cpu::optimizer_step(isa::best{}, device, state_.problem(factors));
   }
@@ -267,18 +286,23 @@ class Sgd {
   /// Steps taken.
   Index step_count() const { return state_.steps; }
   /// u of one parameter. Throws std::invalid_argument for an index out of range and where there is no momentum.
-  TensorView<const float, 1> momentum(Index parameter) const { return state_.moment("Sgd::momentum", 0, parameter); }
+  TensorView<const float, 1> momentum(Index parameter) const {
+    return state_.moment("Sgd::momentum", 0, parameter);
+  }
   /// All of u, parameter after parameter; empty without momentum.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
-  void load_state(std::span<const float> state, Index step_count) { state_.load("Sgd::load_state", state, step_count); }
+  void load_state(std::span<const float> state, Index step_count) {
+    state_.load("Sgd::load_state", state, step_count);
+  }
 
  private:
   static const SgdOptions& checked(const SgdOptions& options) {
     detail::require_rate("Sgd", "learning_rate", options.learning_rate);
     detail::require_rate("Sgd", "weight_decay", options.weight_decay);
     detail::require_beta("Sgd", "momentum", options.momentum);
-    require(!options.nesterov || options.momentum > 0, "Sgd", "nesterov is set, momentum is 0, expected a momentum");
+    require_that(!options.nesterov || options.momentum > 0, "Sgd",
+                 "nesterov is set, momentum is 0, expected a momentum");
     return options;
   }
 
@@ -291,7 +315,8 @@ class Sgd {
 /// The L2 norm of all gradients together, in double: finite for any finite floats, NaN or infinite where a gradient is.
 /// Throws std::invalid_argument where a value and its gradient differ in size, as all functions below do.
 template <CpuDevice D>
-double gradient_norm(const D& device, std::span<const Parameter> parameters, Workspace& workspace = thread_workspace()) {
+double gradient_norm(const D& device, std::span<const Parameter> parameters,
+                     Workspace& workspace = thread_workspace()) {
   detail::check_parameters("gradient_norm", parameters);
   Workspace::Frame frame(workspace);
   const Index count = detail::piece_count(parameters);
@@ -303,7 +328,9 @@ double gradient_norm(const D& device, std::span<const Parameter> parameters, Wor
   for (Index i = 0; i < count; ++i) total += sums[i];
   return std::sqrt(total);
 }
-inline double gradient_norm(std::span<const Parameter> parameters) { return gradient_norm(Eigen::DefaultDevice{}, parameters); }
+inline double gradient_norm(std::span<const Parameter> parameters) {
+  return gradient_norm(Eigen::DefaultDevice{}, parameters);
+}
 
 /// Multiplies every gradient by the factor and returns whether all are finite afterwards: the unscaling of mixed precision, in one
 /// pass.
@@ -311,7 +338,8 @@ template <CpuDevice D>
 bool scale_gradients(const D& device, std::span<const Parameter> parameters, double factor,
                      Workspace& workspace = thread_workspace()) {
   detail::check_parameters("scale_gradients", parameters);
-  require(std::isfinite(factor), "scale_gradients", "factor is ", factor, ", expected a finite number");
+  require_that(std::isfinite(factor), "scale_gradients", "factor is ", factor,
+               ", expected a finite number");
   Workspace::Frame frame(workspace);
   const Index count = detail::piece_count(parameters);
   auto* pieces = frame.take<ParameterPiece>(count);
@@ -320,7 +348,8 @@ bool scale_gradients(const D& device, std::span<const Parameter> parameters, dou
   if (factor == 1.0)  // nothing to write
     cpu::scale_gradients<false>(isa::best{}, device, pieces, count, 1.0f, finite);
   else
-    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(factor), finite);
+    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(factor),
+                               finite);
   return std::all_of(finite, finite + count, [](bool ok) { return ok; });
 }
 inline bool scale_gradients(std::span<const Parameter> parameters, double factor) {
@@ -329,10 +358,13 @@ inline bool scale_gradients(std::span<const Parameter> parameters, double factor
 
 /// Whether no gradient is infinite or NaN. Reads only.
 template <CpuDevice D>
-bool all_finite(const D& device, std::span<const Parameter> parameters, Workspace& workspace = thread_workspace()) {
+bool all_finite(const D& device, std::span<const Parameter> parameters,
+                Workspace& workspace = thread_workspace()) {
   return scale_gradients(device, parameters, 1.0, workspace);
 }
-inline bool all_finite(std::span<const Parameter> parameters) { return all_finite(Eigen::DefaultDevice{}, parameters); }
+inline bool all_finite(std::span<const Parameter> parameters) {
+  return all_finite(Eigen::DefaultDevice{}, parameters);
+}
 
 /// Scales all gradients together so that their L2 norm is at most max_norm (Pascanu et al., "On the difficulty of training
 /// recurrent neural networks", 2013), and returns the norm before. A norm that is infinite or NaN is returned and leaves the
@@ -340,9 +372,11 @@ inline bool all_finite(std::span<const Parameter> parameters) { return all_finit
 template <CpuDevice D>
 double clip_gradient_norm(const D& device, std::span<const Parameter> parameters, double max_norm,
                           Workspace& workspace = thread_workspace()) {
-  require(max_norm > 0, "clip_gradient_norm", "max_norm is ", max_norm, ", expected more than 0");
+  require_that(max_norm > 0, "clip_gradient_norm", "max_norm is ", max_norm,
+               ", expected more than 0");
   const double norm = gradient_norm(device, parameters, workspace);
-  if (std::isfinite(norm) && norm > max_norm) scale_gradients(device, parameters, max_norm / norm, workspace);
+  if (std::isfinite(norm) && norm > max_norm)
+    scale_gradients(device, parameters, max_norm / norm, workspace);
   return norm;
 }
 inline double clip_gradient_norm(std::span<const Parameter> parameters, double max_norm) {

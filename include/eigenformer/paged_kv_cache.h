@@ -53,9 +53,9 @@ struct PagedKvConfig {
 struct PagedKvStatistics {
   Index sequences = 0;
   Index pages_total = 0, pages_used = 0, pages_peak = 0;
-  Index pages_shared = 0;   ///< held by more than one sequence
-  Index tokens = 0;         ///< positions of all sequences, a shared one counted by each
-  Index slots_used = 0;     ///< positions of used pages that hold something, a shared one counted once
+  Index pages_shared = 0;  ///< held by more than one sequence
+  Index tokens = 0;        ///< positions of all sequences, a shared one counted by each
+  Index slots_used = 0;  ///< positions of used pages that hold something, a shared one counted once
   double utilisation = 1;   ///< slots_used / (pages_used * page_size); 1 where no page is used
   std::int64_t copies = 0;  ///< pages copied because a sharer wrote, since the cache was made
 };
@@ -76,7 +76,8 @@ class PagedKvCache {
   /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows, std::bad_alloc.
   explicit PagedKvCache(const PagedKvConfig& config)
       : config_(checked(config)),
-        layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim, kName)),
+        layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
+                                                kName)),
         pool_(config.page_count, page_bytes(config, layout_), kName),
         lengths_(static_cast<std::size_t>(config.layers)),
         selections_(static_cast<std::size_t>(config.layers)) {}
@@ -99,12 +100,13 @@ class PagedKvCache {
   SequenceId fork(SequenceId sequence, Index length = -1) {
     const std::size_t parent = find(sequence);
     const Index longest = longest_layer(parent);
-    require(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ", sequence, " has ", longest,
-            " positions");
+    require_that(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ",
+                 sequence, " has ", longest, " positions");
     const Index kept = length == -1 ? longest : length;
     make_room_for_one();
     const auto& held = sequences_[parent].pages;
-    std::vector<std::int32_t> pages(held.begin(), held.begin() + detail::pages_for(kept, config_.page_size));
+    std::vector<std::int32_t> pages(held.begin(),
+                                    held.begin() + detail::pages_for(kept, config_.page_size));
     for (std::int32_t page : pages) pool_.retain(page);
     return push(std::move(pages), parent, kept);
   }
@@ -124,10 +126,11 @@ class PagedKvCache {
   /// longer than that stay. Throws std::out_of_range, std::invalid_argument for a negative length.
   void truncate(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
-    require(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
-    for (auto& lengths : lengths_) lengths[at] = std::min(lengths[at], length);
+    require_that(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
+    for (auto& lengths : lengths_) lengths[at] = (std::min)(lengths[at], length);
     auto& pages = sequences_[at].pages;
-    const auto kept = static_cast<std::size_t>(detail::pages_for(std::min(length, total_slots()), config_.page_size));
+    const auto kept = static_cast<std::size_t>(
+        detail::pages_for((std::min)(length, total_slots()), config_.page_size));
     while (pages.size() > kept) {
       pool_.release(pages.back());
       pages.pop_back();
@@ -138,9 +141,10 @@ class PagedKvCache {
   /// written, not now. Throws std::out_of_range, std::invalid_argument, std::length_error.
   void reserve(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
-    require(length >= 0, kName, "reserve a length of ", length, ", expected 0 or more");
+    require_that(length >= 0, kName, "reserve a length of ", length, ", expected 0 or more");
     auto& pages = sequences_[at].pages;
-    const Index wanted = detail::pages_for(length, config_.page_size), held = static_cast<Index>(pages.size());
+    const Index wanted = detail::pages_for(length, config_.page_size),
+                held = static_cast<Index>(pages.size());
     if (wanted <= held) return;
     pool_.require_free(wanted - held, kName);
     grow_table(at, wanted);
@@ -152,7 +156,9 @@ class PagedKvCache {
     while (!ids_.empty()) free(ids_.back());
   }
 
-  bool contains(SequenceId sequence) const { return std::binary_search(ids_.begin(), ids_.end(), sequence); }
+  bool contains(SequenceId sequence) const {
+    return std::binary_search(ids_.begin(), ids_.end(), sequence);
+  }
   Index sequence_count() const { return static_cast<Index>(sequences_.size()); }
   /// Ids of the live sequences in order of creation; valid until one is added or freed.
   std::span<const SequenceId> sequences() const { return ids_; }
@@ -160,20 +166,24 @@ class PagedKvCache {
   /// Positions that every layer of a sequence holds. Throws std::out_of_range.
   Index length(SequenceId sequence) const {
     const std::size_t at = find(sequence);
-    Index shortest = std::numeric_limits<Index>::max();
-    for (const auto& lengths : lengths_) shortest = std::min(shortest, lengths[at]);
+    Index shortest = (std::numeric_limits<Index>::max)();
+    for (const auto& lengths : lengths_) shortest = (std::min)(shortest, lengths[at]);
     return shortest;
   }
-  Index length(SequenceId sequence, Index layer_idx) const { return lengths_[checked_layer(layer_idx)][find(sequence)]; }
+  Index length(SequenceId sequence, Index layer_idx) const {
+    return lengths_[checked_layer(layer_idx)][find(sequence)];
+  }
 
   // ---- append ------------------------------------------------------------------------------------------------------------------
 
   /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence.
   template <CpuDevice D, typename Keys, typename Values>
-  void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys, const Values& values) {
+  void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys,
+              const Values& values) {
     const auto key_rows = input_view<3>(keys);
     const auto value_rows = input_view<3>(values);
-    append_rows(device, std::span(&sequence, 1), layer_idx, key_rows, value_rows, key_rows.dimension(0), nullptr);
+    append_rows(device, std::span(&sequence, 1), layer_idx, key_rows, value_rows,
+                key_rows.dimension(0), nullptr);
   }
   template <typename Keys, typename Values>
   void append(SequenceId sequence, Index layer_idx, const Keys& keys, const Values& values) {
@@ -183,45 +193,54 @@ class PagedKvCache {
   /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of (tokens, kv_heads, head_dim) to
   /// sequence i.
   template <CpuDevice D, typename Keys, typename Values>
-  void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys,
-              const Values& values) {
+  void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets,
+              Index layer_idx, const Keys& keys, const Values& values) {
     const auto key_rows = input_view<3>(keys);
     const auto value_rows = input_view<3>(values);
-    require(offsets.size() == ids.size() + 1 && offsets.front() == 0 && offsets.back() == key_rows.dimension(0) &&
-                std::is_sorted(offsets.begin(), offsets.end()),
-            kName, "offsets of ", offsets.size(), " elements must rise from 0 to ", key_rows.dimension(0), " tokens in ",
-            ids.size(), " + 1 steps");
+    require_that(offsets.size() == ids.size() + 1 && offsets.front() == 0 &&
+                     offsets.back() == key_rows.dimension(0) &&
+                     std::is_sorted(offsets.begin(), offsets.end()),
+                 kName, "offsets of ", offsets.size(), " elements must rise from 0 to ",
+                 key_rows.dimension(0), " tokens in ", ids.size(), " + 1 steps");
     append_rows(device, ids, layer_idx, key_rows, value_rows, 0, offsets.data());
   }
   template <typename Keys, typename Values>
-  void append(std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx, const Keys& keys,
-              const Values& values) {
+  void append(std::span<const SequenceId> ids, std::span<const Index> offsets, Index layer_idx,
+              const Keys& keys, const Values& values) {
     append(Eigen::DefaultDevice{}, ids, offsets, layer_idx, keys, values);
   }
 
   /// The same number of positions to each: (batch, n, kv_heads, head_dim), row i to sequence ids[i].
   template <CpuDevice D, typename Keys, typename Values>
-  void append(const D& device, std::span<const SequenceId> ids, Index layer_idx, const Keys& keys, const Values& values) {
+  void append(const D& device, std::span<const SequenceId> ids, Index layer_idx, const Keys& keys,
+              const Values& values) {
     const auto k = input_view<4>(keys);
     const auto v = input_view<4>(values);
     require_same_shape(kName, "keys", k, "values", v);
     const Index batch = k.dimension(0), n = k.dimension(1);
-    require(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch, ", there are ", ids.size(),
-            " sequences");
-    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), batch * n, k.dimension(2), k.dimension(3));
-    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), batch * n, v.dimension(2), v.dimension(3));
+    require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch,
+                 ", there are ", ids.size(), " sequences");
+    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), batch * n, k.dimension(2),
+                                                        k.dimension(3));
+    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), batch * n, v.dimension(2),
+                                                            v.dimension(3));
     append_rows(device, ids, layer_idx, key_rows, value_rows, n, nullptr);
   }
   template <typename Keys, typename Values>
-  void append(std::span<const SequenceId> ids, Index layer_idx, const Keys& keys, const Values& values) {
+  void append(std::span<const SequenceId> ids, Index layer_idx, const Keys& keys,
+              const Values& values) {
     append(Eigen::DefaultDevice{}, ids, layer_idx, keys, values);
   }
 
   // ---- read --------------------------------------------------------------------------------------------------------------------
 
   /// A copy of a layer's keys or values of one sequence (length, kv_heads, head_dim), INT8 dequantized.
-  Tensor<T, 3> keys(SequenceId sequence, Index layer_idx) const { return read(sequence, layer_idx, false); }
-  Tensor<T, 3> values(SequenceId sequence, Index layer_idx) const { return read(sequence, layer_idx, true); }
+  Tensor<T, 3> keys(SequenceId sequence, Index layer_idx) const {
+    return read(sequence, layer_idx, false);
+  }
+  Tensor<T, 3> values(SequenceId sequence, Index layer_idx) const {
+    return read(sequence, layer_idx, true);
+  }
 
   /// What attention reads: all live sequences in order of creation. Valid until the cache is next changed.
   KvSource<Storage> source(Index layer_idx) const {
@@ -231,7 +250,8 @@ class PagedKvCache {
 
   /// Chosen sequences in the order given (one may come twice), through tables of the caller's. Valid until the cache or the tables
   /// change.
-  KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids, KvSelection& selection) const {
+  KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids,
+                           KvSelection& selection) const {
     const std::size_t layer = checked_layer(layer_idx);
     selection.tables.clear();
     selection.lengths.clear();
@@ -240,7 +260,8 @@ class PagedKvCache {
       selection.tables.push_back(tables_[at]);
       selection.lengths.push_back(lengths_[layer][at]);
     }
-    return source_of(layer, static_cast<Index>(ids.size()), selection.lengths.data(), selection.tables.data());
+    return source_of(layer, static_cast<Index>(ids.size()), selection.lengths.data(),
+                     selection.tables.data());
   }
 
   /// The same through tables of the cache's own, one set a layer: valid until the cache changes or this is called again for the
@@ -265,16 +286,18 @@ class PagedKvCache {
       Index left = longest_layer(at);
       result.tokens += left;
       for (std::int32_t page : sequences_[at].pages) {
-        auto& slots = filled[static_cast<std::size_t>(page)];
-        slots = std::max(slots, std::clamp<Index>(left, 0, config_.page_size));
+        auto& used = filled[static_cast<std::size_t>(page)];
+        used = (std::max)(used, std::clamp<Index>(left, 0, config_.page_size));
         left -= config_.page_size;
       }
     }
-    for (Index slots : filled) result.slots_used += slots;
-    for (std::int32_t page = 0; page < config_.page_count; ++page) result.pages_shared += pool_.holders(page) > 1 ? 1 : 0;
+    for (Index used : filled) result.slots_used += used;
+    for (std::int32_t page = 0; page < config_.page_count; ++page)
+      result.pages_shared += pool_.holders(page) > 1 ? 1 : 0;
     if (result.pages_used > 0)
-      result.utilisation = static_cast<double>(result.slots_used) /
-                           (static_cast<double>(result.pages_used) * static_cast<double>(config_.page_size));
+      result.utilisation =
+          static_cast<double>(result.slots_used) /
+          (static_cast<double>(result.pages_used) * static_cast<double>(config_.page_size));
     return result;
   }
 
@@ -283,25 +306,27 @@ class PagedKvCache {
   static constexpr std::size_t kNoParent = ~std::size_t{0};
   struct Sequence {
     std::vector<std::int32_t> pages;
-    std::int64_t last_append;  // number of the append that met it last: finds an id that comes twice
+    std::int64_t
+        last_append;  // number of the append that met it last: finds an id that comes twice
   };
 
   static const PagedKvConfig& checked(const PagedKvConfig& c) {
-    require(c.layers >= 1 && c.kv_heads >= 1 && c.head_dim >= 1 && c.page_size >= 1, kName,
-            "layers, kv_heads, head_dim, page_size are ", c.layers, ", ", c.kv_heads, ", ", c.head_dim, ", ", c.page_size,
-            ", expected 1 or more each");
-    require(c.page_count >= 0 && c.page_count <= std::numeric_limits<std::int32_t>::max(), kName, "page_count is ", c.page_count,
-            ", expected 0 to 2^31 - 1");
+    require_that(c.layers >= 1 && c.kv_heads >= 1 && c.head_dim >= 1 && c.page_size >= 1, kName,
+                 "layers, kv_heads, head_dim, page_size are ", c.layers, ", ", c.kv_heads, ", ",
+                 c.head_dim, ", ", c.page_size, ", expected 1 or more each");
+    require_that(c.page_count >= 0 && c.page_count <= (std::numeric_limits<std::int32_t>::max)(),
+                 kName, "page_count is ", c.page_count, ", expected 0 to 2^31 - 1");
     return c;
   }
   static std::size_t page_bytes(const PagedKvConfig& config, const detail::KvPageLayout& layout) {
-    return static_cast<std::size_t>(checked_product(config.layers, static_cast<Index>(layout.bytes), kName, "a page"));
+    return static_cast<std::size_t>(
+        checked_product(config.layers, static_cast<Index>(layout.bytes), kName, "a page"));
   }
   Index total_slots() const { return config_.page_count * config_.page_size; }
 
   std::size_t checked_layer(Index layer_idx) const {
-    require(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ", layer_idx, ", expected 0 to ",
-            config_.layers - 1);
+    require_that(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ", layer_idx,
+                 ", expected 0 to ", config_.layers - 1);
     return static_cast<std::size_t>(layer_idx);
   }
   std::size_t find(SequenceId id) const {
@@ -311,7 +336,7 @@ class PagedKvCache {
   }
   Index longest_layer(std::size_t at) const {
     Index longest = 0;
-    for (const auto& lengths : lengths_) longest = std::max(longest, lengths[at]);
+    for (const auto& lengths : lengths_) longest = (std::max)(longest, lengths[at]);
     return longest;
   }
 
@@ -326,7 +351,8 @@ class PagedKvCache {
     for (auto& lengths : lengths_) grow(lengths);
   }
   SequenceId push(std::vector<std::int32_t> pages, std::size_t parent, Index kept) {
-    for (auto& lengths : lengths_) lengths.push_back(parent == kNoParent ? 0 : std::min(lengths[parent], kept));
+    for (auto& lengths : lengths_)
+      lengths.push_back(parent == kNoParent ? 0 : (std::min)(lengths[parent], kept));
     ids_.push_back(next_id_);
     sequences_.push_back({std::move(pages), 0});
     tables_.push_back(sequences_.back().pages.data());
@@ -336,7 +362,7 @@ class PagedKvCache {
   void grow_table(std::size_t at, Index pages) {
     auto& table = sequences_[at].pages;
     if (static_cast<std::size_t>(pages) > table.capacity())
-      table.reserve(std::max(static_cast<std::size_t>(pages), table.capacity() * 2));
+      table.reserve((std::max)(static_cast<std::size_t>(pages), table.capacity() * 2));
     tables_[at] = table.data();
   }
   void take_pages(std::size_t at, Index pages) {
@@ -347,30 +373,36 @@ class PagedKvCache {
   /// Pages of a sequence that positions [begin, end) fall into and that it holds already.
   std::pair<Index, Index> held_pages(std::size_t at, Index begin, Index end) const {
     const Index held = static_cast<Index>(sequences_[at].pages.size());
-    return {std::min(begin / config_.page_size, held), std::min(detail::pages_for(end, config_.page_size), held)};
+    return {(std::min)(begin / config_.page_size, held),
+            (std::min)(detail::pages_for(end, config_.page_size), held)};
   }
 
   template <typename D, typename View>
-  void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx, const View& keys, const View& values,
-                   Index each, const Index* offsets) {
+  void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx,
+                   const View& keys, const View& values, Index each, const Index* offsets) {
     static_assert(std::is_same_v<scalar_of<View>, T>,
                   "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
     require_same_shape(kName, "keys", keys, "values", values);
     const std::size_t layer = checked_layer(layer_idx);
     if (keys.dimension(1) != config_.kv_heads || keys.dimension(2) != config_.head_dim)
-      require(false, kName, "keys (tokens, kv_heads, head_dim) has shape ", detail::shape_text(keys), ", the cache has ",
-              config_.kv_heads, " heads of ", config_.head_dim);
+      require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
+                   detail::shape_text(keys), ", the cache has ", config_.kv_heads, " heads of ",
+                   config_.head_dim);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
       detail::require_quantizable(kName, "keys", keys);
       detail::require_quantizable(kName, "values", values);
     }
     KvSelection& selection = selections_[layer];
-    source(layer_idx, ids, selection);  // checks ids, and grows the tables while a failure still changes nothing
-    const auto added = [&](std::size_t i) { return offsets == nullptr ? each : offsets[i + 1] - offsets[i]; };
+    source(layer_idx, ids,
+           selection);  // checks ids, and grows the tables while a failure still changes nothing
+    const auto added = [&](std::size_t i) {
+      return offsets == nullptr ? each : offsets[i + 1] - offsets[i];
+    };
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
-    detail::append_kv(device, KvAppendProblem<T, Storage>{keys.data(), values.data(), keys.dimension(0), each, offsets,
-                                                          selection.lengths.data(), total_slots(), target});
+    detail::append_kv(device, KvAppendProblem<T, Storage>{
+                                  keys.data(), values.data(), keys.dimension(0), each, offsets,
+                                  selection.lengths.data(), total_slots(), target});
     for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
   }
 
@@ -381,14 +413,17 @@ class PagedKvCache {
     ++appends_;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::size_t at = find(ids[i]);
-      require(std::exchange(sequences_[at].last_append, appends_) != appends_, kName, "sequence ", ids[i],
-              " comes twice in an append");
-      const Index begin = lengths_[layer][at], pages = detail::pages_for(begin + added(i), config_.page_size);
+      require_that(std::exchange(sequences_[at].last_append, appends_) != appends_, kName,
+                   "sequence ", ids[i], " comes twice in an append");
+      const Index begin = lengths_[layer][at],
+                  pages = detail::pages_for(begin + added(i), config_.page_size);
       needed += std::max<Index>(0, pages - static_cast<Index>(sequences_[at].pages.size()));
     }
     needed += copies_needed(layer, ids, added);
     pool_.require_free(needed, kName);
-    const auto end_of = [&](std::size_t i, std::size_t at) { return lengths_[layer][at] + added(i); };
+    const auto end_of = [&](std::size_t i, std::size_t at) {
+      return lengths_[layer][at] + added(i);
+    };
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::size_t at = find(ids[i]);
       grow_table(at, detail::pages_for(end_of(i, at), config_.page_size));
@@ -410,14 +445,16 @@ class PagedKvCache {
       for (std::size_t i = 0; i < ids.size(); ++i) {
         if (added(i) == 0) continue;
         const std::size_t at = find(ids[i]);
-        const auto [first, last] = held_pages(at, lengths_[layer][at], lengths_[layer][at] + added(i));
+        const auto [first, last] =
+            held_pages(at, lengths_[layer][at], lengths_[layer][at] + added(i));
         for (Index p = first; p < last; ++p) {
           const std::int32_t page = sequences_[at].pages[static_cast<std::size_t>(p)];
           if (pool_.holders(page) > 1) body(page);
         }
       }
     };
-    for_each_shared([&](std::int32_t page) { copies += ++pool_.mark(page) < pool_.holders(page) ? 1 : 0; });
+    for_each_shared(
+        [&](std::int32_t page) { copies += ++pool_.mark(page) < pool_.holders(page) ? 1 : 0; });
     for_each_shared([&](std::int32_t page) { pool_.mark(page) = 0; });
     return copies;
   }
@@ -431,8 +468,10 @@ class PagedKvCache {
     ++copies_;
   }
 
-  KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths, const std::int32_t* const* tables) const {
-    return detail::paged_source<Storage>(layout_, batch, lengths, pool_.pages(), tables, layer * layout_.bytes);
+  KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths,
+                              const std::int32_t* const* tables) const {
+    return detail::paged_source<Storage>(layout_, batch, lengths, pool_.pages(), tables,
+                                         layer * layout_.bytes);
   }
 
   Tensor<T, 3> read(SequenceId sequence, Index layer_idx, bool values) const {
@@ -440,7 +479,8 @@ class PagedKvCache {
     const Index length = lengths_[layer][at];
     Tensor<T, 3> output(length, config_.kv_heads, config_.head_dim);
     const auto one = source_of(layer, 1, &lengths_[layer][at], &tables_[at]);
-    cpu::read_kv(isa::best{}, Eigen::DefaultDevice{}, KvReadProblem<T, Storage>{one, length, values, output.data()});
+    cpu::read_kv(isa::best{}, Eigen::DefaultDevice{},
+                 KvReadProblem<T, Storage>{one, length, values, output.data()});
     return output;
   }
 
@@ -459,24 +499,26 @@ class PagedKvCache {
 
 /// Appends to the given sequences, row i to ids[i]; see PagedKvCache::append.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids, const Keys& new_keys,
+void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache,
+                     std::span<const SequenceId> ids, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
   cache.append(device, ids, layer_idx, new_keys, new_values);
 }
 template <typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids, const Keys& new_keys,
-                     const Values& new_values, Index layer_idx) {
+void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> ids,
+                     const Keys& new_keys, const Values& new_values, Index layer_idx) {
   cache.append(ids, layer_idx, new_keys, new_values);
 }
 
 /// Appends to all live sequences in order of creation: (batch, n, kv_heads, head_dim) with as many rows as there are sequences.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values,
-                     Index layer_idx) {
+void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys,
+                     const Values& new_values, Index layer_idx) {
   cache.append(device, cache.sequences(), layer_idx, new_keys, new_values);
 }
 template <typename T, typename Storage, typename Keys, typename Values>
-void update_kv_cache(PagedKvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values, Index layer_idx) {
+void update_kv_cache(PagedKvCache<T, Storage>& cache, const Keys& new_keys,
+                     const Values& new_values, Index layer_idx) {
   update_kv_cache(Eigen::DefaultDevice{}, cache, new_keys, new_values, layer_idx);
 }
 

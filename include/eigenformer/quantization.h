@@ -63,16 +63,19 @@ namespace detail {
 
 template <typename T>
 constexpr void require_quantizable_scalar() {
-  static_assert(FloatingScalar<T>, "eigenformer: quantization takes float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(FloatingScalar<T>,
+                "eigenformer: quantization takes float, double, Eigen::bfloat16 or Eigen::half");
 }
 
 template <typename Values>
 constexpr void require_int8_values() {
-  static_assert(std::is_same_v<scalar_of<Values>, std::int8_t>, "eigenformer: quantized values are std::int8_t");
+  static_assert(std::is_same_v<scalar_of<Values>, std::int8_t>,
+                "eigenformer: quantized values are std::int8_t");
 }
 
 template <typename Isa, typename D, typename View>
-float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const View& weights, Workspace& workspace) {
+float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const View& weights,
+                         Workspace& workspace) {
   using T = scalar_of<View>;
   const Index count = weights.size();
   Workspace::Frame frame(workspace);
@@ -80,19 +83,23 @@ float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const Vi
   const auto found = cpu::tensor_magnitude(isa, device, weights.data(), count, parts);
   const float scale = cpu::int8_scale(found.largest);
   if (!found.finite || !std::isfinite(scale))
-    throw_not_quantizable("quantize_weights_int8", "weights", weights, cpu::first_not_quantizable(weights.data(), count));
+    throw_not_quantizable("quantize_weights_int8", "weights", weights,
+                          cpu::first_not_quantizable(weights.data(), count));
   cpu::quantize_tensor(isa, device, weights.data(), count, scale, values);
   return scale;
 }
 
 template <typename Isa, typename D, typename View>
-void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values, float* scales, const View& weights,
-                        Index group, const QuantizeOptions& options, Workspace& workspace) {
+void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values,
+                        float* scales, const View& weights, Index group,
+                        const QuantizeOptions& options, Workspace& workspace) {
   using T = scalar_of<View>;
   const Index rows = weights.dimension(0), columns = weights.dimension(1);
   const QuantizeProblem<T> problem{weights.data(), values, scales, rows, columns, group};
   const auto require_quantizable = [&](bool quantizable) {
-    if (!quantizable) throw_not_quantizable(name, "weights", weights, cpu::first_not_quantizable(weights.data(), rows * columns));
+    if (!quantizable)
+      throw_not_quantizable(name, "weights", weights,
+                            cpu::first_not_quantizable(weights.data(), rows * columns));
   };
   if (group == 0) return;
   if (!options.check_first) return require_quantizable(cpu::quantize_at_once(isa, device, problem));
@@ -107,8 +114,8 @@ void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::in
 
 /// Writes the values and the scale of a tensor of any rank. Throws std::invalid_argument.
 template <CpuDevice D, typename Values, typename Weights>
-void quantize_weights_int8_into(const D& device, Values&& values, float& scale, const Weights& weights,
-                                Workspace& workspace = thread_workspace()) {
+void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
+                                const Weights& weights, Workspace& workspace = thread_workspace()) {
   constexpr int rank = rank_of<Weights>;
   detail::require_quantizable_scalar<scalar_of<Weights>>();
   detail::require_int8_values<Values>();
@@ -124,8 +131,10 @@ auto quantize_weights_int8(const D& device, const Weights& weights) {
   const auto from = input_view<rank>(weights);
   Index count = 1;
   for (int d = 0; d < rank; ++d)
-    count = checked_product(count, from.dimension(static_cast<std::size_t>(d)), "quantize_weights_int8", "weights");
-  QuantizedTensor<(rank < 0 ? 0 : rank)> result{Tensor<std::int8_t, (rank < 0 ? 0 : rank)>(from.dimensions()), 1.0f};
+    count = checked_product(count, from.dimension(static_cast<std::size_t>(d)),
+                            "quantize_weights_int8", "weights");
+  QuantizedTensor<(rank < 0 ? 0 : rank)> result{
+      Tensor<std::int8_t, (rank < 0 ? 0 : rank)>(from.dimensions()), 1.0f};
   quantize_weights_int8_into(device, result.values, result.scale, weights);
   return result;
 }
@@ -137,8 +146,9 @@ auto quantize_weights_int8(const Weights& weights) {
 /// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on a GPU too, without the check of
 /// values.
 template <Device D, typename Values, typename Scales, typename Weights>
-void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales, const Weights& weights,
-                                            const QuantizeOptions& options, Workspace& workspace = thread_workspace()) {
+void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
+                                            const Weights& weights, const QuantizeOptions& options,
+                                            Workspace& workspace = thread_workspace()) {
   constexpr auto name = "quantize_weights_int8_per_channel";
   using T = scalar_of<Weights>;
   detail::require_quantizable_scalar<T>();
@@ -147,30 +157,37 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
   require_same_shape(name, "values", to, "weights", from);
-  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, weights has ",
-          from.dimension(0), " rows");
+  require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
+               " elements, weights has ", from.dimension(0), " rows");
   if constexpr (is_gpu_device<D>) {
     (void)options, (void)workspace;
-    launch_on_gpu(device, QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1),
-                                             from.dimension(1)});
+    launch_on_gpu(device,
+                  QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0),
+                                     from.dimension(1), from.dimension(1)});
   } else if (from.dimension(1) == 0) {
     std::fill_n(factors.data(), factors.size(), 1.0f);
   } else {
-    detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, from.dimension(1), options, workspace);
+    detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from,
+                               from.dimension(1), options, workspace);
   }
 }
 template <Device D, typename Values, typename Scales, typename Weights>
-void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales, const Weights& weights,
+void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
+                                            const Weights& weights,
                                             Workspace& workspace = thread_workspace()) {
-  quantize_weights_int8_per_channel_into(device, values, scales, weights, QuantizeOptions{}, workspace);
+  quantize_weights_int8_per_channel_into(device, values, scales, weights, QuantizeOptions{},
+                                         workspace);
 }
 
 template <CpuDevice D, typename Weights>
 QuantizedChannels quantize_weights_int8_per_channel(const D& device, const Weights& weights) {
   const auto from = input_view<2>(weights);
-  checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_per_channel", "weights");
-  QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)), Tensor<float, 1>(from.dimension(0))};
-  quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights, {.check_first = false});
+  checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_per_channel",
+                  "weights");
+  QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
+                           Tensor<float, 1>(from.dimension(0))};
+  quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights,
+                                         {.check_first = false});
   return result;
 }
 template <typename Weights>
@@ -181,8 +198,10 @@ QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
 /// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be short. Throws
 /// std::invalid_argument, also for a group_size that is not 32, 64 or 128.
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
-void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales, const Weights& weights, Index group_size,
-                                        const QuantizeOptions& options, Workspace& workspace = thread_workspace()) {
+void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
+                                        const Weights& weights, Index group_size,
+                                        const QuantizeOptions& options,
+                                        Workspace& workspace = thread_workspace()) {
   constexpr auto name = "quantize_weights_int8_grouped";
   detail::require_quantizable_scalar<scalar_of<Weights>>();
   detail::require_int8_values<Values>();
@@ -192,24 +211,31 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   auto factors = output_view<2>(scales);
   require_same_shape(name, "values", to, "weights", from);
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
-  require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name, "scales has shape ",
-          detail::shape_text(factors), ", expected (", from.dimension(0), ", ", groups, ")");
-  detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size, options, workspace);
+  require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name,
+               "scales has shape ", detail::shape_text(factors), ", expected (", from.dimension(0),
+               ", ", groups, ")");
+  detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size,
+                             options, workspace);
 }
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
-void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales, const Weights& weights, Index group_size,
+void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
+                                        const Weights& weights, Index group_size,
                                         Workspace& workspace = thread_workspace()) {
-  quantize_weights_int8_grouped_into(device, values, scales, weights, group_size, QuantizeOptions{}, workspace);
+  quantize_weights_int8_grouped_into(device, values, scales, weights, group_size, QuantizeOptions{},
+                                     workspace);
 }
 
 template <CpuDevice D, typename Weights>
-QuantizedGroups quantize_weights_int8_grouped(const D& device, const Weights& weights, Index group_size) {
+QuantizedGroups quantize_weights_int8_grouped(const D& device, const Weights& weights,
+                                              Index group_size) {
   const auto from = input_view<2>(weights);
   detail::require_group_size(group_size, "quantize_weights_int8_grouped");
   checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_grouped", "weights");
-  QuantizedGroups result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
-                         Tensor<float, 2>(from.dimension(0), (from.dimension(1) + group_size - 1) / group_size)};
-  quantize_weights_int8_grouped_into(device, result.values, result.scales, weights, group_size, {.check_first = false});
+  QuantizedGroups result{
+      Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
+      Tensor<float, 2>(from.dimension(0), (from.dimension(1) + group_size - 1) / group_size)};
+  quantize_weights_int8_grouped_into(device, result.values, result.scales, weights, group_size,
+                                     {.check_first = false});
   return result;
 }
 template <typename Weights>
@@ -220,7 +246,8 @@ QuantizedGroups quantize_weights_int8_grouped(const Weights& weights, Index grou
 /// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens with NaN or infinity: see the
 /// top.
 template <CpuDevice D, typename Values, typename Scales, typename Input>
-void quantize_activations_int8_into(const D& device, Values&& values, Scales&& scales, const Input& x) {
+void quantize_activations_int8_into(const D& device, Values&& values, Scales&& scales,
+                                    const Input& x) {
   constexpr auto name = "quantize_activations_int8";
   using T = scalar_of<Input>;
   detail::require_quantizable_scalar<T>();
@@ -229,11 +256,12 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
   require_same_shape(name, "values", to, "x", from);
-  require(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0), " elements, x has ",
-          from.dimension(0), " tokens");
+  require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
+               " elements, x has ", from.dimension(0), " tokens");
   cpu::quantize_activations(
       isa::best{}, device,
-      QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0), from.dimension(1), from.dimension(1)});
+      QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0),
+                         from.dimension(1), from.dimension(1)});
 }
 
 namespace detail {
@@ -243,19 +271,21 @@ template <typename Output, typename Values>
 auto* dequantized(std::string_view name, Output& weights, const Values& values) {
   constexpr int rank = rank_of<Values>;
   require_int8_values<Values>();
-  static_assert(FloatingScalar<scalar_of<Output>>,
-                "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(
+      FloatingScalar<scalar_of<Output>>,
+      "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
   auto to = output_view<rank>(weights);
   require_same_shape(name, "weights", to, "values", input_view<rank>(values));
   return to.data();
 }
 
 template <typename D, typename Output, typename Values>
-void dequantize_groups(std::string_view name, const D& device, Output& weights, const Values& values, const float* scales,
-                       Index group) {
+void dequantize_groups(std::string_view name, const D& device, Output& weights,
+                       const Values& values, const float* scales, Index group) {
   auto* to = dequantized(name, weights, values);
   cpu::dequantize(isa::best{}, device,
-                  DequantizeProblem<scalar_of<Output>>{values.data(), scales, to, values.dimension(0), values.dimension(1), group});
+                  DequantizeProblem<scalar_of<Output>>{
+                      values.data(), scales, to, values.dimension(0), values.dimension(1), group});
 }
 
 }  // namespace detail
@@ -269,24 +299,29 @@ void dequantize_into(const D& device, Output&& weights, const Values& values, fl
 
 /// weights (out, in) = values * scales (out), row by row.
 template <CpuDevice D, typename Output, typename Values, RowMajorTensor Scales>
-void dequantize_into(const D& device, Output&& weights, const Values& values, const Scales& scales) {
+void dequantize_into(const D& device, Output&& weights, const Values& values,
+                     const Scales& scales) {
   const auto from = input_view<2>(values);
   const auto factors = input_view<1>(scales);
-  require(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ", factors.dimension(0), " elements, values has ",
-          from.dimension(0), " rows");
-  detail::dequantize_groups("dequantize", device, weights, values, factors.data(), from.dimension(1));
+  require_that(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ",
+               factors.dimension(0), " elements, values has ", from.dimension(0), " rows");
+  detail::dequantize_groups("dequantize", device, weights, values, factors.data(),
+                            from.dimension(1));
 }
 
 /// weights (out, in) = values * scales (out, ceil(in / group_size)).
 template <CpuDevice D, typename Output, typename Values, typename Scales>
-void dequantize_grouped_into(const D& device, Output&& weights, const Values& values, const Scales& scales, Index group_size) {
+void dequantize_grouped_into(const D& device, Output&& weights, const Values& values,
+                             const Scales& scales, Index group_size) {
   detail::require_group_size(group_size, "dequantize_grouped");
   const auto from = input_view<2>(values);
   const auto factors = input_view<2>(scales);
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
-  require(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, "dequantize_grouped", "scales has shape ",
-          detail::shape_text(factors), ", expected (", from.dimension(0), ", ", groups, ")");
-  detail::dequantize_groups("dequantize_grouped", device, weights, values, factors.data(), group_size);
+  require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups,
+               "dequantize_grouped", "scales has shape ", detail::shape_text(factors),
+               ", expected (", from.dimension(0), ", ", groups, ")");
+  detail::dequantize_groups("dequantize_grouped", device, weights, values, factors.data(),
+                            group_size);
 }
 
 /// ef::Tensor<float, 2> w = ef::dequantize(qc, scales);   and   ef::dequantize(q, scale), of any rank
@@ -304,7 +339,8 @@ auto dequantize(const Values& values, const Scales& scales) {
 }
 
 template <CpuDevice D, typename Values, typename Scales>
-Tensor<float, 2> dequantize_grouped(const D& device, const Values& values, const Scales& scales, Index group_size) {
+Tensor<float, 2> dequantize_grouped(const D& device, const Values& values, const Scales& scales,
+                                    Index group_size) {
   Tensor<float, 2> weights(input_view<2>(values).dimensions());
   dequantize_grouped_into(device, weights, values, scales, group_size);
   return weights;
@@ -316,12 +352,14 @@ Tensor<float, 2> dequantize_grouped(const Values& values, const Scales& scales, 
 
 namespace detail {
 
-template <typename Isa, typename D, typename Output, typename Input, typename Values, typename Scales, typename E>
-void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const Values& values, const Scales& scales,
-                    const E& epilogue, Workspace& workspace) {
+template <typename Isa, typename D, typename Output, typename Input, typename Values,
+          typename Scales, typename E>
+void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const Values& values,
+                    const Scales& scales, const E& epilogue, Workspace& workspace) {
   using X = scalar_of<Input>;
   require_int8_values<Values>();
-  static_assert(!std::is_same_v<X, double>, "eigenformer: int8_linear takes and gives float, Eigen::bfloat16 or Eigen::half");
+  static_assert(!std::is_same_v<X, double>,
+                "eigenformer: int8_linear takes and gives float, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<scalar_of<Scales>, float>, "eigenformer: scales are float");
   const auto to = output_view<2>(y);
   const auto from = input_view<2>(x);
@@ -329,13 +367,16 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
   const auto factors = input_view<1>(scales);
   const Index tokens = from.dimension(0), in = from.dimension(1), out = weight.dimension(0);
   require_linear({"int8_linear", "weight"}, to, from, epilogue, out, weight.dimension(1), 1);
-  require(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0), " elements, weight has ", out, " rows");
+  require_that(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0),
+               " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
-  const auto end = finish<false>(ScaledSums<typename E::bias_scalar>{epilogue.bias_data(), factors.data()}, to, epilogue);
-  cpu::product<tile::Dot<std::int8_t, X, Isa>>(isa, device,
-                                               ProductProblem<X, WeightRows<std::int8_t, 1>, std::remove_const_t<decltype(end)>>{
-                                                   {from.data(), in, 1}, {{{weight.data(), in, 1}}, out}, tokens, out, in, end},
-                                               workspace);
+  const auto end = finish<false>(
+      ScaledSums<typename E::bias_scalar>{epilogue.bias_data(), factors.data()}, to, epilogue);
+  cpu::product<tile::Dot<std::int8_t, X, Isa>>(
+      isa, device,
+      ProductProblem<X, WeightRows<std::int8_t, 1>, std::remove_const_t<decltype(end)>>{
+          {from.data(), in, 1}, {{{weight.data(), in, 1}}, out}, tokens, out, in, end},
+      workspace);
 }
 
 }  // namespace detail
@@ -343,24 +384,31 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
 /// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of
 /// linear with pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <=
 /// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127].
-template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename E>
+template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
+          typename E>
   requires detail::is_epilogue<E>
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const E& epilogue,
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
+                      const Scales& scales, const E& epilogue,
                       Workspace& workspace = thread_workspace()) {
-  cpu::with_granted_isa([&](auto isa) { detail::int8_linear_on(isa, device, y, x, values, scales, epilogue, workspace); });
+  cpu::with_granted_isa([&](auto isa) {
+    detail::int8_linear_on(isa, device, y, x, values, scales, epilogue, workspace);
+  });
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales,
-                      Workspace& workspace) {
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
+                      const Scales& scales, Workspace& workspace) {
   int8_linear_into(device, y, x, values, scales, Epilogue{}, workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales) {
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
+                      const Scales& scales) {
   int8_linear_into(device, y, x, values, scales, Epilogue{}, thread_workspace());
 }
-template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales, typename Bias>
+template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
+          typename Bias>
   requires(!std::same_as<Bias, Workspace> && !detail::is_epilogue<Bias>)
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values, const Scales& scales, const Bias& bias,
+void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
+                      const Scales& scales, const Bias& bias,
                       Workspace& workspace = thread_workspace()) {
   int8_linear_into(device, y, x, values, scales, Epilogue{}.bias(bias), workspace);
 }
@@ -368,7 +416,8 @@ void int8_linear_into(const D& device, Output&& y, const Input& x, const Values&
 /// ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);   // x of any scalar but double, y float
 template <CpuDevice D, typename Input, typename Values, typename Scales, typename... Bias>
   requires(sizeof...(Bias) <= 1)
-Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
+Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values,
+                             const Scales& scales, const Bias&... bias) {
   const Index tokens = input_view<2>(x).dimension(0), out = input_view<2>(values).dimension(0);
   checked_product(tokens, out, "int8_linear", "y");
   Tensor<float, 2> y(tokens, out);
@@ -377,7 +426,8 @@ Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& valu
 }
 template <typename Input, typename Values, typename Scales, typename... Bias>
   requires(!Device<Input> && sizeof...(Bias) <= 1)
-Tensor<float, 2> int8_linear(const Input& x, const Values& values, const Scales& scales, const Bias&... bias) {
+Tensor<float, 2> int8_linear(const Input& x, const Values& values, const Scales& scales,
+                             const Bias&... bias) {
   return int8_linear(Eigen::DefaultDevice{}, x, values, scales, bias...);
 }
 

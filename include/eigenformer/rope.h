@@ -35,34 +35,39 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct RopeOptions {
-  float base = 10000.0f;                       ///< of the geometric series of frequencies; larger for longer contexts
+  float base = 10000.0f;  ///< of the geometric series of frequencies; larger for longer contexts
   RopeLayout layout = RopeLayout::half_split;  ///< which features are a pair
-  Index rotary_dim = 0;                        ///< leading features of a head that turn, even; 0 means head_dim
-  float scale = 1.0f;                          ///< multiplies positions
+  Index rotary_dim = 0;  ///< leading features of a head that turn, even; 0 means head_dim
+  float scale = 1.0f;    ///< multiplies positions
 };
 
 namespace detail {
 
 inline Index rope_rotary_dim(std::string_view name, Index head_dim, const RopeOptions& options) {
-  require(head_dim >= 0, name, "head_dim is ", head_dim, ", expected 0 or more");
+  require_that(head_dim >= 0, name, "head_dim is ", head_dim, ", expected 0 or more");
   const Index rotary_dim = options.rotary_dim == 0 ? head_dim : options.rotary_dim;
-  require(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= head_dim, name, "rotary_dim is ", rotary_dim,
-          ", expected an even number of at most head_dim, ", head_dim);
-  require(options.base > 0 && std::isfinite(options.base), name, "base is ", options.base, ", expected positive and finite");
-  require(options.scale > 0 && std::isfinite(options.scale), name, "scale is ", options.scale, ", expected positive and finite");
+  require_that(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= head_dim, name,
+               "rotary_dim is ", rotary_dim, ", expected an even number of at most head_dim, ",
+               head_dim);
+  require_that(options.base > 0 && std::isfinite(options.base), name, "base is ", options.base,
+               ", expected positive and finite");
+  require_that(options.scale > 0 && std::isfinite(options.scale), name, "scale is ", options.scale,
+               ", expected positive and finite");
   return rotary_dim;
 }
 
 inline void write_inverse_frequencies(float base, Index rotary_dim, double* out) {
   for (Index i = 0; i < rotary_dim / 2; ++i)
-    out[i] = std::pow(static_cast<double>(base), -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim));
+    out[i] = std::pow(static_cast<double>(base),
+                      -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim));
 }
 
 /// Positions as a span of Index or of int32.
 template <typename P>
 auto position_span(const P& positions) {
   static_assert(
-      std::is_convertible_v<const P&, std::span<const Index>> || std::is_convertible_v<const P&, std::span<const std::int32_t>>,
+      std::is_convertible_v<const P&, std::span<const Index>> ||
+          std::is_convertible_v<const P&, std::span<const std::int32_t>>,
       "eigenformer: positions are a std::span or std::vector of Eigen::Index or std::int32_t");
   if constexpr (std::is_convertible_v<const P&, std::span<const Index>>)
     return std::span<const Index>(positions);
@@ -72,24 +77,29 @@ auto position_span(const P& positions) {
 
 template <typename X>
 auto rope_input(const X& x) {
-  static_assert(rank_of<X> == -1 || rank_of<X> == 3 || rank_of<X> == 4,
-                "eigenformer: rope takes (tokens, heads, head_dim) or (batch, seq, heads, head_dim)");
+  static_assert(
+      rank_of<X> == -1 || rank_of<X> == 3 || rank_of<X> == 4,
+      "eigenformer: rope takes (tokens, heads, head_dim) or (batch, seq, heads, head_dim)");
   return input_view<rank_of<X>>(x);
 }
 
 /// Everything but the angles, checked.
 template <typename Y, typename X, typename Position>
-RopeProblem<scalar_of<Y>, scalar_of<X>, Position> rope_problem(std::string_view name, std::string_view y_name, Y y,
-                                                               std::string_view x_name, X x, std::span<const Position> positions,
+RopeProblem<scalar_of<Y>, scalar_of<X>, Position> rope_problem(std::string_view name,
+                                                               std::string_view y_name, Y y,
+                                                               std::string_view x_name, X x,
+                                                               std::span<const Position> positions,
                                                                bool inverse) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, y_name, y, x_name, x);
   constexpr int rank = rank_of<X>;
   const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
-  const Index tokens = rank == 3 ? x.dimension(0) : checked_product(x.dimension(0), x.dimension(1), name, x_name);
-  require(static_cast<Index>(positions.size()) == tokens, name, "positions has ", positions.size(), " elements, ", x_name, " has ",
-          tokens, " tokens");
-  return {y.data(), x.data(), positions.data(), tokens, heads, head_dim, {}, nullptr, nullptr, inverse};
+  const Index tokens =
+      rank == 3 ? x.dimension(0) : checked_product(x.dimension(0), x.dimension(1), name, x_name);
+  require_that(static_cast<Index>(positions.size()) == tokens, name, "positions has ",
+               positions.size(), " elements, ", x_name, " has ", tokens, " tokens");
+  return {y.data(), x.data(), positions.data(), tokens,  heads,
+          head_dim, {},       nullptr,          nullptr, inverse};
 }
 
 }  // namespace detail
@@ -105,16 +115,20 @@ class BasicRopeTable {
   BasicRopeTable() = default;  ///< no position
   /// Throws std::invalid_argument for bad sizes and options.
   BasicRopeTable(Index max_positions, Index head_dim, const RopeOptions& options = {})
-      : options_(options), head_dim_(head_dim), rotary_dim_(detail::rope_rotary_dim("RopeTable", head_dim, options)) {
+      : options_(options),
+        head_dim_(head_dim),
+        rotary_dim_(detail::rope_rotary_dim("RopeTable", head_dim, options)) {
     frequencies_.resize(static_cast<std::size_t>(rotary_dim_ / 2));
     detail::write_inverse_frequencies(options.base, rotary_dim_, frequencies_.data());
     const Index row_size = angles().row_size();
-    require(max_positions >= 0, "RopeTable", "max_positions is ", max_positions, ", expected 0 or more");
+    require_that(max_positions >= 0, "RopeTable", "max_positions is ", max_positions,
+                 ", expected 0 or more");
     const Index size = checked_product(max_positions, row_size, "RopeTable", "table");
     checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
     max_positions_ = max_positions;
     rows_.resize(static_cast<std::size_t>(size));
-    for (Index p = 0; p < max_positions; ++p) angles().write_row(static_cast<double>(p), rows_.data() + p * row_size);
+    for (Index p = 0; p < max_positions; ++p)
+      angles().write_row(static_cast<double>(p), rows_.data() + p * row_size);
   }
 
   Index max_positions() const { return max_positions_; }
@@ -122,7 +136,9 @@ class BasicRopeTable {
   const RopeOptions& options() const { return options_; }
 
   /// For kernels: how rows are laid out, and the first of them.
-  RopeAngles angles() const { return {frequencies_.data(), rotary_dim_, options_.layout, static_cast<double>(options_.scale)}; }
+  RopeAngles angles() const {
+    return {frequencies_.data(), rotary_dim_, options_.layout, static_cast<double>(options_.scale)};
+  }
   const C* rows() const { return rows_.data(); }
 
  private:
@@ -138,25 +154,30 @@ using RopeTable = BasicRopeTable<float>;
 namespace detail {
 
 template <typename D, typename Problem>
-void rope_with_options(std::string_view name, const D& device, Problem problem, const RopeOptions& options, Workspace& workspace) {
+void rope_with_options(std::string_view name, const D& device, Problem problem,
+                       const RopeOptions& options, Workspace& workspace) {
   const Index rotary_dim = rope_rotary_dim(name, problem.head_dim, options);
   Workspace::Frame frame(workspace);
   double* frequencies = frame.take<double>(rotary_dim / 2);
   write_inverse_frequencies(options.base, rotary_dim, frequencies);
   problem.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale)};
-  problem.rows = frame.take<typename Problem::compute>(worker_count(device) * problem.angles.row_size());
+  problem.rows =
+      frame.take<typename Problem::compute>(worker_count(device) * problem.angles.row_size());
   cpu::rope(isa::best{}, device, problem);
 }
 
 template <typename D, typename Problem, typename C>
-void rope_with_table(std::string_view name, const D& device, Problem problem, const BasicRopeTable<C>& table) {
+void rope_with_table(std::string_view name, const D& device, Problem problem,
+                     const BasicRopeTable<C>& table) {
   static_assert(std::is_same_v<C, typename Problem::compute>,
-                "eigenformer: RopeTable serves float, bfloat16 and half; double takes a BasicRopeTable<double>");
-  require(problem.head_dim == table.head_dim(), name, "table is for head_dim ", table.head_dim(), ", x has head_dim ",
-          problem.head_dim);
+                "eigenformer: RopeTable serves float, bfloat16 and half; double takes a "
+                "BasicRopeTable<double>");
+  require_that(problem.head_dim == table.head_dim(), name, "table is for head_dim ",
+               table.head_dim(), ", x has head_dim ", problem.head_dim);
   for (Index t = 0; t < problem.tokens; ++t)
-    require(problem.positions[t] >= 0 && problem.positions[t] < table.max_positions(), name, "positions[", t, "] is ",
-            problem.positions[t], ", table has positions 0 to ", table.max_positions() - 1);
+    require_that(problem.positions[t] >= 0 && problem.positions[t] < table.max_positions(), name,
+                 "positions[", t, "] is ", problem.positions[t], ", table has positions 0 to ",
+                 table.max_positions() - 1);
   problem.angles = table.angles();
   problem.table = table.rows();
   cpu::rope(isa::best{}, device, problem);
@@ -166,21 +187,24 @@ void rope_with_table(std::string_view name, const D& device, Problem problem, co
 
 /// y = x, turned. The workspace takes one row of cosines and sines a thread.
 template <CpuDevice D, typename Y, typename X, typename P>
-void rope_into(const D& device, Y&& y, const X& x, const P& positions, const RopeOptions& options = {},
-               Workspace& workspace = thread_workspace()) {
-  detail::rope_with_options("rope", device,
-                            detail::rope_problem("rope", "y", output_view<rank_of<X>>(y), "x", detail::rope_input(x),
-                                                 detail::position_span(positions), false),
-                            options, workspace);
+void rope_into(const D& device, Y&& y, const X& x, const P& positions,
+               const RopeOptions& options = {}, Workspace& workspace = thread_workspace()) {
+  detail::rope_with_options(
+      "rope", device,
+      detail::rope_problem("rope", "y", output_view<rank_of<X>>(y), "x", detail::rope_input(x),
+                           detail::position_span(positions), false),
+      options, workspace);
 }
 
 /// y = x, turned by the angles of the table: no sine, no allocation.
 template <CpuDevice D, typename Y, typename X, typename P, typename C>
-void rope_into(const D& device, Y&& y, const X& x, const P& positions, const BasicRopeTable<C>& table) {
-  detail::rope_with_table("rope", device,
-                          detail::rope_problem("rope", "y", output_view<rank_of<X>>(y), "x", detail::rope_input(x),
-                                               detail::position_span(positions), false),
-                          table);
+void rope_into(const D& device, Y&& y, const X& x, const P& positions,
+               const BasicRopeTable<C>& table) {
+  detail::rope_with_table(
+      "rope", device,
+      detail::rope_problem("rope", "y", output_view<rank_of<X>>(y), "x", detail::rope_input(x),
+                           detail::position_span(positions), false),
+      table);
 }
 
 /// Returns x turned, in its scalar and shape.
@@ -199,19 +223,23 @@ auto rope(const X& x, const P& positions, const RopeOptions& options = {}) {
 
 /// Gradient of x from that of y: the rotation by the opposite angle. grad_x may be grad_y itself.
 template <CpuDevice D, typename GX, typename GY, typename P>
-void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions, const RopeOptions& options = {},
+void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
+                        const RopeOptions& options = {},
                         Workspace& workspace = thread_workspace()) {
-  detail::rope_with_options("rope_backward", device,
-                            detail::rope_problem("rope_backward", "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
-                                                 detail::rope_input(grad_y), detail::position_span(positions), true),
-                            options, workspace);
+  detail::rope_with_options(
+      "rope_backward", device,
+      detail::rope_problem("rope_backward", "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
+                           detail::rope_input(grad_y), detail::position_span(positions), true),
+      options, workspace);
 }
 template <CpuDevice D, typename GX, typename GY, typename P, typename C>
-void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions, const BasicRopeTable<C>& table) {
-  detail::rope_with_table("rope_backward", device,
-                          detail::rope_problem("rope_backward", "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
-                                               detail::rope_input(grad_y), detail::position_span(positions), true),
-                          table);
+void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
+                        const BasicRopeTable<C>& table) {
+  detail::rope_with_table(
+      "rope_backward", device,
+      detail::rope_problem("rope_backward", "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
+                           detail::rope_input(grad_y), detail::position_span(positions), true),
+      table);
 }
 
 }  // namespace EIGENFORMER_ABI

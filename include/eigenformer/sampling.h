@@ -66,45 +66,51 @@ inline void check_sampling_order(std::string_view name, const SamplingOrder& ord
   unsigned seen = 0;
   for (std::size_t i = 0; i < order.size(); ++i) {
     const auto stage = static_cast<unsigned>(order[i]);
-    require(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage, " at place ", i,
-            ", expected every stage once");
-    require((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name, "order has stage ", stage, " at place ",
-            i, ", expected penalties, logit_bias and token_mask in the first three places");
+    require_that(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage,
+                 " at place ", i, ", expected every stage once");
+    require_that((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name,
+                 "order has stage ", stage, " at place ", i,
+                 ", expected penalties, logit_bias and token_mask in the first three places");
     seen |= 1u << stage;
   }
 }
 
-inline void check_tokens(std::string_view name, std::string_view argument, std::span<const std::int32_t> tokens, Index vocab) {
+inline void check_tokens(std::string_view name, std::string_view argument,
+                         std::span<const std::int32_t> tokens, Index vocab) {
   for (std::size_t i = 0; i < tokens.size(); ++i)
-    require(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i], ", expected a token in [0, ", vocab,
-            ")");
+    require_that(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i],
+                 ", expected a token in [0, ", vocab, ")");
 }
 
 /// O(1) but for the lists that come with the parameters.
 inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
-  require(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ", p.temperature,
-          ", expected 0 (greedy) or more");
-  require(p.top_k >= 1, name, "top_k is ", p.top_k, ", expected 1 or more");
-  require(!std::isnan(p.top_p), name, "top_p is NaN");
-  require(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
-  require(!std::isnan(p.typical_p), name, "typical_p is NaN");
-  require(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, name, "repetition_penalty is ", p.repetition_penalty,
-          ", expected a finite number above 0");
-  require(std::isfinite(p.frequency_penalty), name, "frequency_penalty is ", p.frequency_penalty, ", expected a finite number");
-  require(std::isfinite(p.presence_penalty), name, "presence_penalty is ", p.presence_penalty, ", expected a finite number");
+  require_that(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ",
+               p.temperature, ", expected 0 (greedy) or more");
+  require_that(p.top_k >= 1, name, "top_k is ", p.top_k, ", expected 1 or more");
+  require_that(!std::isnan(p.top_p), name, "top_p is NaN");
+  require_that(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
+  require_that(!std::isnan(p.typical_p), name, "typical_p is NaN");
+  require_that(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, name,
+               "repetition_penalty is ", p.repetition_penalty,
+               ", expected a finite number above 0");
+  require_that(std::isfinite(p.frequency_penalty), name, "frequency_penalty is ",
+               p.frequency_penalty, ", expected a finite number");
+  require_that(std::isfinite(p.presence_penalty), name, "presence_penalty is ", p.presence_penalty,
+               ", expected a finite number");
   check_sampling_order(name, p.order);
   check_tokens(name, "prompt_tokens", p.prompt_tokens, vocab);
   check_tokens(name, "output_tokens", p.output_tokens, vocab);
   for (std::size_t i = 0; i < p.logit_bias.size(); ++i) {
     const LogitBias& bias = p.logit_bias[i];
-    require(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ", bias.token, ", expected a token in [0, ",
-            vocab, ")");
-    require(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i, "] is ", bias.bias,
-            ", expected a finite number or -infinity");
+    require_that(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ",
+                 bias.token, ", expected a token in [0, ", vocab, ")");
+    require_that(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i,
+                 "] is ", bias.bias, ", expected a finite number or -infinity");
   }
   const Index words = static_cast<Index>(p.token_mask.size());
-  require(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words, " words, expected ", (vocab + 31) / 32,
-          " (a bit for each of ", vocab, " tokens) or none");
+  require_that(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words,
+               " words, expected ", (vocab + 31) / 32, " (a bit for each of ", vocab,
+               " tokens) or none");
 }
 
 /// Parameters of a call: one set for all rows, or one a row.
@@ -113,33 +119,46 @@ struct SamplingParamsView {
   Index count;
   bool per_row;
   SamplingParamsView(const SamplingParams& shared) : data(&shared), count(1), per_row(false) {}
-  SamplingParamsView(const RowSamplingParams& rows) : data(rows.data()), count(rows.size()), per_row(true) {}
+  SamplingParamsView(const RowSamplingParams& rows)
+      : data(rows.data()), count(rows.size()), per_row(true) {}
 };
 
 inline void check_sampling_shape(std::string_view name, Index vocab) {
-  require(vocab >= 1 && vocab <= std::numeric_limits<std::int32_t>::max(), name, "logits has a vocabulary of ", vocab,
-          ", expected 1 to 2147483647 tokens");
+  require_that(vocab >= 1 && vocab <= (std::numeric_limits<std::int32_t>::max)(), name,
+               "logits has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
 }
 
-inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch, Index vocab) {
+inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
+                             Index vocab) {
   if (!params.per_row) return check_sampling_params(name, *params.data, vocab);
-  require(params.count == batch, name, "params has ", params.count, " sets, logits has ", batch, " rows");
-  for (Index r = 0; r < batch; ++r) check_sampling_params(join(name, "params of row ", r), params.data[r], vocab);
+  require_that(params.count == batch, name, "params has ", params.count, " sets, logits has ",
+               batch, " rows");
+  for (Index r = 0; r < batch; ++r)
+    check_sampling_params(join(name, "params of row ", r), params.data[r], vocab);
 }
 
 inline void check_generators(std::string_view name, const Generators& rng, Index batch) {
-  require(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(), " generators, logits has ", batch, " rows");
+  require_that(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(),
+               " generators, logits has ", batch, " rows");
 }
 
 template <typename View>
-auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params, std::int32_t* ids,
-                      SampleStatus* statuses) {
+auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params,
+                      std::int32_t* ids, SampleStatus* statuses) {
   using T = scalar_of<View>;
-  static_assert(FloatingScalar<T>, "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(FloatingScalar<T>,
+                "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   check_sampling_shape(name, logits.dimension(1));
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
-  return SamplingProblem<T>{
-      logits.data(), logits.dimension(0), logits.dimension(1), params.data, params.per_row ? 1 : 0, nullptr, 0, ids, statuses};
+  return SamplingProblem<T>{logits.data(),
+                            logits.dimension(0),
+                            logits.dimension(1),
+                            params.data,
+                            params.per_row ? 1 : 0,
+                            nullptr,
+                            0,
+                            ids,
+                            statuses};
 }
 
 template <typename T>
@@ -151,29 +170,35 @@ void set_generators(std::string_view name, SamplingProblem<T>& problem, const Ge
 
 inline void require_good_rows(std::string_view name, std::span<const SampleStatus> statuses) {
   for (std::size_t r = 0; r < statuses.size(); ++r) {
-    require(statuses[r] != SampleStatus::nan, name, "logits row ", r, " holds NaN");
-    require(statuses[r] != SampleStatus::positive_infinity, name, "logits row ", r, " holds +infinity");
-    require(statuses[r] != SampleStatus::no_token, name, "logits row ", r,
-            " is all -infinity, as given or after bias and mask: no token is left");
+    require_that(statuses[r] != SampleStatus::nan, name, "logits row ", r, " holds NaN");
+    require_that(statuses[r] != SampleStatus::positive_infinity, name, "logits row ", r,
+                 " holds +infinity");
+    require_that(statuses[r] != SampleStatus::no_token, name, "logits row ", r,
+                 " is all -infinity, as given or after bias and mask: no token is left");
   }
 }
 
 template <typename Ids>
-auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> statuses, Index batch) {
+auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> statuses,
+                      Index batch) {
   auto view = output_view<1>(ids);
-  static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>, "eigenformer: token ids are std::int32_t");
-  require(view.dimension(0) == batch, name, "ids has ", view.dimension(0), " elements, logits has ", batch, " rows");
-  require(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name, "statuses has ", statuses.size(),
-          " elements, logits has ", batch, " rows");
+  static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>,
+                "eigenformer: token ids are std::int32_t");
+  require_that(view.dimension(0) == batch, name, "ids has ", view.dimension(0),
+               " elements, logits has ", batch, " rows");
+  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name,
+               "statuses has ", statuses.size(), " elements, logits has ", batch, " rows");
   return view;
 }
 
 template <typename D, typename Ids, typename Logits>
-void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits, const SamplingParamsView& params,
-                 const Generators& rng, std::span<SampleStatus> statuses, Workspace& workspace) {
+void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
+                 const SamplingParamsView& params, const Generators& rng,
+                 std::span<SampleStatus> statuses, Workspace& workspace) {
   const auto view = input_view<2>(logits);
   auto out = sampled_ids_view(name, ids, statuses, view.dimension(0));
-  auto problem = sampling_problem(name, view, params, out.data(), statuses.empty() ? nullptr : statuses.data());
+  auto problem = sampling_problem(name, view, params, out.data(),
+                                  statuses.empty() ? nullptr : statuses.data());
   set_generators(name, problem, rng);
   if constexpr (is_gpu_device<D>)
     launch_on_gpu(device, problem);
@@ -183,8 +208,8 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
 }
 
 template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits, const SamplingParamsView& params,
-                               const Generators& rng) {
+Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits,
+                               const SamplingParamsView& params, const Generators& rng) {
   const auto view = input_view<2>(logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));
@@ -196,8 +221,12 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   return ids;
 }
 
-inline SamplingParams top_k_params(Index k, double temperature) { return {.temperature = temperature, .top_k = k}; }
-inline SamplingParams top_p_params(double p, double temperature) { return {.temperature = temperature, .top_p = p}; }
+inline SamplingParams top_k_params(Index k, double temperature) {
+  return {.temperature = temperature, .top_k = k};
+}
+inline SamplingParams top_p_params(double p, double temperature) {
+  return {.temperature = temperature, .top_p = p};
+}
 
 }  // namespace detail
 
@@ -206,13 +235,14 @@ inline SamplingParams top_p_params(double p, double temperature) { return {.temp
 /// ids[r] = lowest index of the largest logit of row r; -1 and a status (where `statuses`, (batch), is given) for a bad row. On a
 /// GPU all three are device memory.
 template <Device D, typename Ids, typename Logits>
-void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits, std::span<SampleStatus> statuses = {},
+void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
+                        std::span<SampleStatus> statuses = {},
                         Workspace& workspace = thread_workspace()) {
   const auto view = input_view<2>(logits);
   auto out = detail::sampled_ids_view("greedy_sample", ids, statuses, view.dimension(0));
   const SamplingParams greedy{.temperature = 0};
-  const auto problem =
-      detail::sampling_problem("greedy_sample", view, greedy, out.data(), statuses.empty() ? nullptr : statuses.data());
+  const auto problem = detail::sampling_problem("greedy_sample", view, greedy, out.data(),
+                                                statuses.empty() ? nullptr : statuses.data());
   if constexpr (is_gpu_device<D>)
     launch_on_gpu(device, problem);
   else
@@ -241,30 +271,36 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 /// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is (batch). Allocates nothing after the
 /// first call at a size. On CPU devices any parameters.
 template <CpuDevice D, typename Ids, typename Logits>
-void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params, Generators rng,
-                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params,
+                 Generators rng, std::span<SampleStatus> statuses = {},
+                 Workspace& workspace = thread_workspace()) {
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
 template <CpuDevice D, typename Ids, typename Logits>
-void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamplingParams& params, Generators rng,
-                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamplingParams& params,
+                 Generators rng, std::span<SampleStatus> statuses = {},
+                 Workspace& workspace = thread_workspace()) {
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
 
 /// Draws from the k largest of every row at a temperature. On a GPU ids, logits and statuses are device memory.
 template <Device D, typename Ids, typename Logits>
-void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k, double temperature, Generators rng,
-                       std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
-  detail::sample_into("top_k_sample", device, ids, logits, detail::top_k_params(k, temperature), rng, statuses, workspace);
+void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
+                       double temperature, Generators rng, std::span<SampleStatus> statuses = {},
+                       Workspace& workspace = thread_workspace()) {
+  detail::sample_into("top_k_sample", device, ids, logits, detail::top_k_params(k, temperature),
+                      rng, statuses, workspace);
 }
 
 /// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
 template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const SamplingParams& params, Generators rng) {
+Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const SamplingParams& params,
+                               Generators rng) {
   return detail::sample("sample", device, logits, params, rng);
 }
 template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const RowSamplingParams& params, Generators rng) {
+Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits,
+                               const RowSamplingParams& params, Generators rng) {
   return detail::sample("sample", device, logits, params, rng);
 }
 template <typename Logits>
@@ -274,29 +310,34 @@ Tensor<std::int32_t, 1> sample(const Logits& logits, const SamplingParams& param
 }
 template <typename Logits>
   requires(!Device<Logits>)
-Tensor<std::int32_t, 1> sample(const Logits& logits, const RowSamplingParams& params, Generators rng) {
+Tensor<std::int32_t, 1> sample(const Logits& logits, const RowSamplingParams& params,
+                               Generators rng) {
   return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
 }
 
 /// sample with {.temperature = temperature, .top_k = k}.
 template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> top_k_sample(const D& device, const Logits& logits, Index k, double temperature, Generators rng) {
+Tensor<std::int32_t, 1> top_k_sample(const D& device, const Logits& logits, Index k,
+                                     double temperature, Generators rng) {
   return detail::sample("top_k_sample", device, logits, detail::top_k_params(k, temperature), rng);
 }
 template <typename Logits>
   requires(!Device<Logits>)
-Tensor<std::int32_t, 1> top_k_sample(const Logits& logits, Index k, double temperature, Generators rng) {
+Tensor<std::int32_t, 1> top_k_sample(const Logits& logits, Index k, double temperature,
+                                     Generators rng) {
   return top_k_sample(Eigen::DefaultDevice{}, logits, k, temperature, rng);
 }
 
 /// sample with {.temperature = temperature, .top_p = p}.
 template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> top_p_sample(const D& device, const Logits& logits, double p, double temperature, Generators rng) {
+Tensor<std::int32_t, 1> top_p_sample(const D& device, const Logits& logits, double p,
+                                     double temperature, Generators rng) {
   return detail::sample("top_p_sample", device, logits, detail::top_p_params(p, temperature), rng);
 }
 template <typename Logits>
   requires(!Device<Logits>)
-Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temperature, Generators rng) {
+Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temperature,
+                                     Generators rng) {
   return top_p_sample(Eigen::DefaultDevice{}, logits, p, temperature, rng);
 }
 
@@ -305,21 +346,26 @@ Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temp
 namespace detail {
 
 template <CpuDevice D, typename Out, typename Logits>
-void sampling_probabilities_into(const D& device, Out& probabilities, const Logits& logits, const SamplingParamsView& params,
-                                 std::span<SampleStatus> statuses, Workspace& workspace) {
+void sampling_probabilities_into(const D& device, Out& probabilities, const Logits& logits,
+                                 const SamplingParamsView& params, std::span<SampleStatus> statuses,
+                                 Workspace& workspace) {
   constexpr auto name = "sampling_probabilities";
   const auto view = input_view<2>(logits);
   auto out = output_view<2>(probabilities);
-  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: sampling probabilities are float");
+  static_assert(std::is_same_v<scalar_of<Out>, float>,
+                "eigenformer: sampling probabilities are float");
   require_same_shape(name, "probabilities", out, "logits", view);
-  require(statuses.empty() || static_cast<Index>(statuses.size()) == view.dimension(0), name, "statuses has ", statuses.size(),
-          " elements, logits has ", view.dimension(0), " rows");
-  const auto problem = sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
+  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == view.dimension(0), name,
+               "statuses has ", statuses.size(), " elements, logits has ", view.dimension(0),
+               " rows");
+  const auto problem =
+      sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
   cpu::sampling_probabilities(isa::best{}, device, problem, out.data(), workspace);
 }
 
 template <CpuDevice D, typename Logits>
-Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const SamplingParamsView& params) {
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
+                                        const SamplingParamsView& params) {
   const auto view = input_view<2>(logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
@@ -332,23 +378,29 @@ Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, c
 
 /// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is all zero. Nothing is allocated.
 template <CpuDevice D, typename Out, typename Logits>
-void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits, const SamplingParams& params,
-                                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
+                                 const SamplingParams& params,
+                                 std::span<SampleStatus> statuses = {},
+                                 Workspace& workspace = thread_workspace()) {
   detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
 }
 template <CpuDevice D, typename Out, typename Logits>
-void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits, const RowSamplingParams& params,
-                                 std::span<SampleStatus> statuses = {}, Workspace& workspace = thread_workspace()) {
+void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
+                                 const RowSamplingParams& params,
+                                 std::span<SampleStatus> statuses = {},
+                                 Workspace& workspace = thread_workspace()) {
   detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
 }
 
 /// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature 0. Throws std::invalid_argument.
 template <CpuDevice D, typename Logits>
-Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const SamplingParams& params) {
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
+                                        const SamplingParams& params) {
   return detail::sampling_probabilities(device, logits, params);
 }
 template <CpuDevice D, typename Logits>
-Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const RowSamplingParams& params) {
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
+                                        const RowSamplingParams& params) {
   return detail::sampling_probabilities(device, logits, params);
 }
 template <typename Logits>

@@ -46,7 +46,8 @@ inline namespace EIGENFORMER_ABI {
 /// What the model is to run: row i belongs to request_ids[i].
 struct Batch {
   std::vector<std::string> request_ids;
-  Tensor<std::int32_t, 2> input_ids;       ///< (batch, longest): prompt and generated tokens, 0 past a row's length
+  Tensor<std::int32_t, 2>
+      input_ids;  ///< (batch, longest): prompt and generated tokens, 0 past a row's length
   Tensor<std::int32_t, 2> attention_mask;  ///< (batch, longest): 1 within a row's length, 0 past it
   std::vector<Index> sequence_lengths;     ///< (batch)
 };
@@ -56,22 +57,27 @@ class ContinuousBatchScheduler {
   /// Throws std::invalid_argument where a size is below 1.
   ContinuousBatchScheduler(Index max_batch_size, Index max_seq_length)
       : max_batch_size_(max_batch_size), max_seq_length_(max_seq_length) {
-    require(max_batch_size >= 1, kName, "max_batch_size is ", max_batch_size, ", expected 1 or more");
-    require(max_seq_length >= 1, kName, "max_seq_length is ", max_seq_length, ", expected 1 or more");
+    require_that(max_batch_size >= 1, kName, "max_batch_size is ", max_batch_size,
+                 ", expected 1 or more");
+    require_that(max_seq_length >= 1, kName, "max_seq_length is ", max_seq_length,
+                 ", expected 1 or more");
   }
   ContinuousBatchScheduler(ContinuousBatchScheduler&&) = default;
   ContinuousBatchScheduler& operator=(ContinuousBatchScheduler&&) = default;
 
   /// Adds a request to the batch, or to the queue where the batch is full. The tokens are copied.
   void add_request(std::string_view request_id, std::span<const std::int32_t> prompt_tokens) {
-    require(requests_.find(request_id) == requests_.end(), kName, "request ", request_id, " exists already");
-    require(!prompt_tokens.empty(), kName, "the prompt of request ", request_id, " is empty");
-    require(static_cast<Index>(prompt_tokens.size()) < max_seq_length_, kName, "the prompt of request ", request_id, " has ",
-            prompt_tokens.size(), " tokens, max_seq_length is ", max_seq_length_);
+    require_that(requests_.find(request_id) == requests_.end(), kName, "request ", request_id,
+                 " exists already");
+    require_that(!prompt_tokens.empty(), kName, "the prompt of request ", request_id, " is empty");
+    require_that(static_cast<Index>(prompt_tokens.size()) < max_seq_length_, kName,
+                 "the prompt of request ", request_id, " has ", prompt_tokens.size(),
+                 " tokens, max_seq_length is ", max_seq_length_);
     const bool joins = can_add_more_requests();
     if (joins && slots_.size() == slots_.capacity()) slots_.reserve(slots_.size() * 2 + 8);
     std::list<Request> fresh;
-    fresh.push_back({std::string(request_id), {prompt_tokens.begin(), prompt_tokens.end()}, State::waiting, 0});
+    fresh.push_back(
+        {std::string(request_id), {prompt_tokens.begin(), prompt_tokens.end()}, State::waiting, 0});
     const auto request = fresh.begin();
     requests_.emplace(request->id, request);  // the last that may throw
     waiting_.splice(waiting_.end(), fresh);
@@ -81,14 +87,16 @@ class ContinuousBatchScheduler {
     }
   }
   void add_request(std::string_view request_id, std::initializer_list<std::int32_t> prompt_tokens) {
-    add_request(request_id, std::span<const std::int32_t>(prompt_tokens.begin(), prompt_tokens.size()));
+    add_request(request_id,
+                std::span<const std::int32_t>(prompt_tokens.begin(), prompt_tokens.size()));
   }
 
   /// The active requests in the order of their slots; all tensors (0, 0) where there are none.
   Batch get_batch() const {
     const Index batch = active_count();
     Index longest = 0;
-    for (const auto& request : slots_) longest = std::max(longest, static_cast<Index>(request->tokens.size()));
+    for (const auto& request : slots_)
+      longest = (std::max)(longest, static_cast<Index>(request->tokens.size()));
     Batch result;
     result.request_ids.reserve(slots_.size());
     result.sequence_lengths.reserve(slots_.size());
@@ -110,10 +118,12 @@ class ContinuousBatchScheduler {
   /// Appends the new token, the last one of a finished request included; who finishes makes room in this call.
   void update_batch(std::string_view request_id, std::int32_t new_token, bool is_finished) {
     const auto request = find(request_id);
-    require(request->state == State::active, kName, "request ", request_id,
-            request->state == State::waiting ? " is waiting, not in the batch" : " has finished already");
+    require_that(request->state == State::active, kName, "request ", request_id,
+                 request->state == State::waiting ? " is waiting, not in the batch"
+                                                  : " has finished already");
     request->tokens.push_back(new_token);
-    if (is_finished || static_cast<Index>(request->tokens.size()) >= max_seq_length_) finish(request);
+    if (is_finished || static_cast<Index>(request->tokens.size()) >= max_seq_length_)
+      finish(request);
   }
 
   /// A request added now would join the batch at once.
@@ -123,7 +133,8 @@ class ContinuousBatchScheduler {
   /// id, std::invalid_argument where it has not finished.
   std::vector<std::int32_t> take_finished(std::string_view request_id) {
     const auto request = find(request_id);
-    require(request->state == State::finished, kName, "request ", request_id, " has not finished");
+    require_that(request->state == State::finished, kName, "request ", request_id,
+                 " has not finished");
     std::vector<std::int32_t> tokens = std::move(request->tokens);
     requests_.erase(request_id);
     finished_.erase(request);
@@ -131,7 +142,9 @@ class ContinuousBatchScheduler {
   }
 
   /// The text so far, in any state; valid until the scheduler is next changed. Throws std::out_of_range.
-  std::span<const std::int32_t> tokens(std::string_view request_id) const { return find(request_id)->tokens; }
+  std::span<const std::int32_t> tokens(std::string_view request_id) const {
+    return find(request_id)->tokens;
+  }
 
   /// Finished and not yet taken; false for an unknown id.
   bool is_finished(std::string_view request_id) const {

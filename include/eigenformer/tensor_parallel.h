@@ -38,7 +38,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct ColumnParallelOptions {
-  bool gather_output = true;  ///< false: this rank's output features only, (batch, seq, shard), and nothing is sent
+  bool gather_output =
+      true;  ///< false: this rank's output features only, (batch, seq, shard), and nothing is sent
 };
 
 /// A view, no copy, of the rows [begin, end) of a weight (out, in), or of the elements of a bias (out), that belong to a rank; as
@@ -48,15 +49,17 @@ struct ColumnParallelOptions {
 template <typename Weight>
 auto column_shard(Weight&& weight, int rank, int world_size) {
   constexpr int kRank = rank_of<Weight> == 1 ? 1 : 2;
-  static_assert(
-      std::is_lvalue_reference_v<Weight> || !std::is_same_v<std::remove_cvref_t<Weight>, Tensor<scalar_of<Weight>, kRank>>,
-      "eigenformer: column_shard returns a view, and this tensor ends with the expression. Give it a name first.");
+  static_assert(std::is_lvalue_reference_v<Weight> ||
+                    !std::is_same_v<std::remove_cvref_t<Weight>, Tensor<scalar_of<Weight>, kRank>>,
+                "eigenformer: column_shard returns a view, and this tensor ends with the "
+                "expression. Give it a name first.");
   detail::require_tensor_argument<kRank, Weight>();
   auto sizes = detail::sizes_of<kRank>(weight);
   const ShardRange rows = shard_range(sizes[0], rank, world_size);
   const Index row = kRank == 1 ? 1 : sizes[kRank - 1];
   sizes[0] = rows.size();
-  return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(weight.data() + rows.begin * row, sizes);
+  return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(
+      weight.data() + rows.begin * row, sizes);
 }
 
 /// One rank's rows of a weight, packed.
@@ -78,7 +81,8 @@ template <typename T, typename Weight, typename C>
 PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator) {
   const auto full = input_view<2>(weight);
   const int rank = communicator.rank(), ranks = communicator.size();
-  return {pack_weight<T>(column_shard(full, rank, ranks)), full.dimension(0), full.dimension(1), rank, ranks};
+  return {pack_weight<T>(column_shard(full, rank, ranks)), full.dimension(0), full.dimension(1),
+          rank, ranks};
 }
 
 namespace detail {
@@ -95,7 +99,8 @@ auto token_rows(const X& x) {
   const auto view = input_view<kRank>(x);
   Index tokens = 1;
   for (int d = 0; d + 1 < kRank; ++d) tokens *= view.dimension(static_cast<std::size_t>(d));
-  return TensorView<const scalar_of<decltype(view)>, 2>(view.data(), tokens, view.dimension(kRank - 1));
+  return TensorView<const scalar_of<decltype(view)>, 2>(view.data(), tokens,
+                                                        view.dimension(kRank - 1));
 }
 
 /// A checked layer: where this rank stands in it.
@@ -105,24 +110,25 @@ struct ParallelShape {
 };
 
 template <typename Weight, typename C, typename... Bias>
-ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& weight, const C& communicator,
-                             const Bias&... bias) {
+ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& weight,
+                             const C& communicator, const Bias&... bias) {
   ParallelShape shape{tokens, 0, 0, {}};
   if constexpr (is_packed_shard<Weight>) {
     shape.in = weight.in_features;
     shape.out = weight.out_features;
-    require(weight.rank == communicator.rank() && weight.world_size == communicator.size(), name, "weight was packed for rank ",
-            weight.rank, " of ", weight.world_size, ", the communicator is rank ", communicator.rank(), " of ",
-            communicator.size());
+    require_that(weight.rank == communicator.rank() && weight.world_size == communicator.size(),
+                 name, "weight was packed for rank ", weight.rank, " of ", weight.world_size,
+                 ", the communicator is rank ", communicator.rank(), " of ", communicator.size());
   } else {
     const auto full = input_view<2>(weight);
     shape.out = full.dimension(0);
     shape.in = full.dimension(1);
   }
-  (require(input_view<1>(bias).dimension(0) == shape.out, name, "bias has ", input_view<1>(bias).dimension(0),
-           " elements, weight has ", shape.out, " rows"),
+  (require_that(input_view<1>(bias).dimension(0) == shape.out, name, "bias has ",
+                input_view<1>(bias).dimension(0), " elements, weight has ", shape.out, " rows"),
    ...);
-  checked_product(checked_product(tokens, std::max(shape.out, shape.in), name, "output"), Index{sizeof(double)}, name, "output");
+  checked_product(checked_product(tokens, (std::max)(shape.out, shape.in), name, "output"),
+                  Index{sizeof(double)}, name, "output");
   shape.columns = shard_range(shape.out, communicator.rank(), communicator.size());
   return shape;
 }
@@ -130,45 +136,52 @@ ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& 
 /// Element type of the layer's output: what linear returns for the same arguments.
 template <typename X, typename Weight>
 struct layer_result {
-  using type = scalar_of<decltype(linear(std::declval<const TensorView<const X, 2>&>(), std::declval<const Weight&>()))>;
+  using type = scalar_of<decltype(linear(std::declval<const TensorView<const X, 2>&>(),
+                                         std::declval<const Weight&>()))>;
 };
 template <typename X, typename T>
 struct layer_result<X, PackedColumnShard<T>> : layer_result<X, PackedWeight<T>> {};
 
 /// y (tokens, columns of this rank) = x times this rank's rows of the weight + bias.
 template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>
-void shard_product(const D& device, T* y, const X& x, const Weight& weight, const ParallelShape& shape, const C& communicator,
-                   Workspace& workspace, const Bias&... bias) {
+void shard_product(const D& device, T* y, const X& x, const Weight& weight,
+                   const ParallelShape& shape, const C& communicator, Workspace& workspace,
+                   const Bias&... bias) {
   TensorView<T, 2> output(y, shape.tokens, shape.columns.size());
   if (output.size() == 0) return;
   const int rank = communicator.rank(), ranks = communicator.size();
   if constexpr (is_packed_shard<Weight>)
     linear_into(device, output, x, weight.weight, column_shard(bias, rank, ranks)..., workspace);
   else
-    linear_into(device, output, x, column_shard(weight, rank, ranks), column_shard(bias, rank, ranks)..., workspace);
+    linear_into(device, output, x, column_shard(weight, rank, ranks),
+                column_shard(bias, rank, ranks)..., workspace);
 }
 
 /// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features) as produce(place), which may
 /// write to `place` or have the part elsewhere, and returns where it is.
 template <typename T, CpuDevice D, typename C, typename Produce>
-void gather_features(const D& device, T* whole, Index tokens, Index features, C& communicator, Workspace& workspace,
-                     Produce&& produce) {
+void gather_features(const D& device, T* whole, Index tokens, Index features, C& communicator,
+                     Workspace& workspace, Produce&& produce) {
   const int ranks = communicator.size();
   Workspace::Frame frame(workspace);
   const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  for (int r = 0; r < ranks; ++r) counts[static_cast<std::size_t>(r)] = tokens * shard_range(features, r, ranks).size();
+  for (int r = 0; r < ranks; ++r)
+    counts[static_cast<std::size_t>(r)] = tokens * shard_range(features, r, ranks).size();
   const ShardRange own = shard_range(features, communicator.rank(), ranks);
   const bool in_order = tokens == 1 || ranks == 1;  // then the gathered parts are the rows
   T* const parts = in_order ? whole : frame.take<T>(tokens * features);
   const T* part = produce(parts + tokens * own.begin);
   communicator.all_gather(std::span<const T>(part, static_cast<std::size_t>(tokens * own.size())),
-                          std::span<T>(parts, static_cast<std::size_t>(tokens * features)), std::span<const Index>(counts));
-  if (!in_order) cpu::interleave(device, InterleaveProblem<T>{parts, whole, tokens, features, ranks});
+                          std::span<T>(parts, static_cast<std::size_t>(tokens * features)),
+                          std::span<const Index>(counts));
+  if (!in_order)
+    cpu::interleave(device, InterleaveProblem<T>{parts, whole, tokens, features, ranks});
 }
 
 template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>
-void column_parallel(const D& device, T* y, const X& x, const Weight& weight, const ParallelShape& shape, C& communicator,
-                     Workspace& workspace, const Bias&... bias) {
+void column_parallel(const D& device, T* y, const X& x, const Weight& weight,
+                     const ParallelShape& shape, C& communicator, Workspace& workspace,
+                     const Bias&... bias) {
   gather_features(device, y, shape.tokens, shape.out, communicator, workspace, [&](T* place) {
     shard_product(device, place, x, weight, shape, communicator, workspace, bias...);
     return static_cast<const T*>(place);
@@ -177,11 +190,13 @@ void column_parallel(const D& device, T* y, const X& x, const Weight& weight, co
 
 template <typename Y, typename X>
 void require_output(std::string_view name, const Y& output, const X& input, Index features) {
-  static_assert(rank_of<Y> == rank_of<X>, "eigenformer: output and input must have the same rank, 2 or 3");
+  static_assert(rank_of<Y> == rank_of<X>,
+                "eigenformer: output and input must have the same rank, 2 or 3");
   bool same = output.dimension(rank_of<Y> - 1) == features;
-  for (std::size_t d = 0; d + 1 < rank_of<Y>; ++d) same = same && output.dimension(d) == input.dimension(d);
-  require(same, name, "output has shape ", shape_text(output), ", input has shape ", shape_text(input), " and ", features,
-          " output features are expected");
+  for (std::size_t d = 0; d + 1 < rank_of<Y>; ++d)
+    same = same && output.dimension(d) == input.dimension(d);
+  require_that(same, name, "output has shape ", shape_text(output), ", input has shape ",
+               shape_text(input), " and ", features, " output features are expected");
 }
 
 template <typename Weight, typename X>
@@ -193,12 +208,14 @@ auto output_like(const X& input, Index features) {
 }
 
 template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
-void column_parallel_into(const D& device, Y& output, const X& input, const Weight& weight, C& communicator,
-                          const ColumnParallelOptions& options, Workspace& workspace, const Bias&... bias) {
+void column_parallel_into(const D& device, Y& output, const X& input, const Weight& weight,
+                          C& communicator, const ColumnParallelOptions& options,
+                          Workspace& workspace, const Bias&... bias) {
   constexpr auto name = "column_parallel_linear";
   const auto x = token_rows(input);
   const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator, bias...);
-  require(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ", x.dimension(1), " features");
+  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
+               x.dimension(1), " features");
   const auto y = output_view<rank_of<X>>(output);
   require_output(name, y, input, options.gather_output ? shape.out : shape.columns.size());
   if (options.gather_output)
@@ -210,23 +227,27 @@ void column_parallel_into(const D& device, Y& output, const X& input, const Weig
 template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
 auto column_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
                             const ColumnParallelOptions& options, const Bias&... bias) {
-  const ParallelShape shape =
-      parallel_shape("column_parallel_linear", token_rows(input).dimension(0), weight, communicator, bias...);
-  auto output = output_like<Weight>(input, options.gather_output ? shape.out : shape.columns.size());
-  column_parallel_into(device, output, input, weight, communicator, options, thread_workspace(), bias...);
+  const ParallelShape shape = parallel_shape(
+      "column_parallel_linear", token_rows(input).dimension(0), weight, communicator, bias...);
+  auto output =
+      output_like<Weight>(input, options.gather_output ? shape.out : shape.columns.size());
+  column_parallel_into(device, output, input, weight, communicator, options, thread_workspace(),
+                       bias...);
   return output;
 }
 
 template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
-void row_parallel_into(const D& device, Y& output, const X& input, const Weight& weight, C& communicator, Workspace& workspace,
-                       const Bias&... bias) {
+void row_parallel_into(const D& device, Y& output, const X& input, const Weight& weight,
+                       C& communicator, Workspace& workspace, const Bias&... bias) {
   constexpr auto name = "row_parallel_linear";
   using T = scalar_of<X>;
   const auto part = token_rows(input);
-  const ParallelShape shape = parallel_shape(name, part.dimension(0), weight, communicator, bias...);
+  const ParallelShape shape =
+      parallel_shape(name, part.dimension(0), weight, communicator, bias...);
   const ShardRange own = shard_range(shape.in, communicator.rank(), communicator.size());
-  require(part.dimension(1) == own.size(), name, "input has ", part.dimension(1), " features, rank ", communicator.rank(), " of ",
-          communicator.size(), " has ", own.size(), " of the weight's ", shape.in, " columns");
+  require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
+               " features, rank ", communicator.rank(), " of ", communicator.size(), " has ",
+               own.size(), " of the weight's ", shape.in, " columns");
   const auto y = output_view<rank_of<X>>(output);
   require_output(name, y, input, shape.out);
   if (communicator.size() == 1) {
@@ -235,22 +256,25 @@ void row_parallel_into(const D& device, Y& output, const X& input, const Weight&
   }
   Workspace::Frame frame(workspace);
   T* x = frame.take<T>(shape.tokens * shape.in);
-  gather_features(device, x, shape.tokens, shape.in, communicator, workspace, [&](T*) { return part.data(); });
-  column_parallel(device, output.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight, shape, communicator, workspace,
-                  bias...);
+  gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
+                  [&](T*) { return part.data(); });
+  column_parallel(device, output.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight,
+                  shape, communicator, workspace, bias...);
 }
 
 template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
-auto row_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator, const Bias&... bias) {
-  const ParallelShape shape = parallel_shape("row_parallel_linear", token_rows(input).dimension(0), weight, communicator, bias...);
+auto row_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
+                         const Bias&... bias) {
+  const ParallelShape shape = parallel_shape("row_parallel_linear", token_rows(input).dimension(0),
+                                             weight, communicator, bias...);
   auto output = output_like<Weight>(input, shape.out);
   row_parallel_into(device, output, input, weight, communicator, thread_workspace(), bias...);
   return output;
 }
 
 template <typename X>
-concept NoOptions =
-    !std::same_as<std::remove_cvref_t<X>, ColumnParallelOptions> && !std::same_as<std::remove_cvref_t<X>, Workspace>;
+concept NoOptions = !std::same_as<std::remove_cvref_t<X>, ColumnParallelOptions> &&
+                    !std::same_as<std::remove_cvref_t<X>, Workspace>;
 
 }  // namespace detail
 
@@ -262,38 +286,47 @@ concept NoOptions =
 ///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator, bias);
 ///   auto part = ef::column_parallel_linear(input, weight, communicator, bias, {.gather_output = false});
 template <CpuDevice D, typename Input, typename Weight, Communicator C>
-auto column_parallel_linear(const D& device, const Input& input, const Weight& weight, C& communicator,
-                            const ColumnParallelOptions& options = {}) {
+auto column_parallel_linear(const D& device, const Input& input, const Weight& weight,
+                            C& communicator, const ColumnParallelOptions& options = {}) {
   return detail::column_parallel_result(device, input, weight, communicator, options);
 }
 template <CpuDevice D, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
-auto column_parallel_linear(const D& device, const Input& input, const Weight& weight, C& communicator, const Bias& bias,
+auto column_parallel_linear(const D& device, const Input& input, const Weight& weight,
+                            C& communicator, const Bias& bias,
                             const ColumnParallelOptions& options = {}) {
   return detail::column_parallel_result(device, input, weight, communicator, options, bias);
 }
 template <typename Input, typename Weight, Communicator C>
   requires(!Device<Input>)
-auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator, const ColumnParallelOptions& options = {}) {
-  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator, options);
+auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator,
+                            const ColumnParallelOptions& options = {}) {
+  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator,
+                                        options);
 }
 template <typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
   requires(!Device<Input>)
-auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator, const Bias& bias,
-                            const ColumnParallelOptions& options = {}) {
-  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator, options, bias);
+auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator,
+                            const Bias& bias, const ColumnParallelOptions& options = {}) {
+  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator,
+                                        options, bias);
 }
 
 /// Writes into `output`; allocates nothing after the first call at a size.
 template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C>
-void column_parallel_linear_into(const D& device, Output&& output, const Input& input, const Weight& weight, C& communicator,
-                                 const ColumnParallelOptions& options = {}, Workspace& workspace = thread_workspace()) {
+void column_parallel_linear_into(const D& device, Output&& output, const Input& input,
+                                 const Weight& weight, C& communicator,
+                                 const ColumnParallelOptions& options = {},
+                                 Workspace& workspace = thread_workspace()) {
   detail::column_parallel_into(device, output, input, weight, communicator, options, workspace);
 }
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
-void column_parallel_linear_into(const D& device, Output&& output, const Input& input, const Weight& weight, C& communicator,
-                                 const Bias& bias, const ColumnParallelOptions& options = {},
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
+          detail::NoOptions Bias>
+void column_parallel_linear_into(const D& device, Output&& output, const Input& input,
+                                 const Weight& weight, C& communicator, const Bias& bias,
+                                 const ColumnParallelOptions& options = {},
                                  Workspace& workspace = thread_workspace()) {
-  detail::column_parallel_into(device, output, input, weight, communicator, options, workspace, bias);
+  detail::column_parallel_into(device, output, input, weight, communicator, options, workspace,
+                               bias);
 }
 
 /// y (batch, seq, out), the same on every rank, from this rank's features of the input, (batch, seq, shard of in): what
@@ -302,11 +335,13 @@ void column_parallel_linear_into(const D& device, Output&& output, const Input& 
 ///   auto hidden = ef::column_parallel_linear(input, up, communicator, {.gather_output = false});
 ///   ef::Tensor<float, 3> y = ef::row_parallel_linear(hidden, down, communicator, bias);
 template <CpuDevice D, typename Input, typename Weight, Communicator C>
-auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight, C& communicator) {
+auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight,
+                         C& communicator) {
   return detail::row_parallel_result(device, input_shard, weight, communicator);
 }
 template <CpuDevice D, typename Input, typename Weight, Communicator C, typename Bias>
-auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight, C& communicator, const Bias& bias) {
+auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight,
+                         C& communicator, const Bias& bias) {
   return detail::row_parallel_result(device, input_shard, weight, communicator, bias);
 }
 template <typename Input, typename Weight, Communicator C>
@@ -316,19 +351,24 @@ auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& comm
 }
 template <typename Input, typename Weight, Communicator C, typename Bias>
   requires(!Device<Input>)
-auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& communicator, const Bias& bias) {
-  return detail::row_parallel_result(Eigen::DefaultDevice{}, input_shard, weight, communicator, bias);
+auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& communicator,
+                         const Bias& bias) {
+  return detail::row_parallel_result(Eigen::DefaultDevice{}, input_shard, weight, communicator,
+                                     bias);
 }
 
 /// Writes into `output`; allocates nothing after the first call at a size.
 template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C>
-void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard, const Weight& weight, C& communicator,
+void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard,
+                              const Weight& weight, C& communicator,
                               Workspace& workspace = thread_workspace()) {
   detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace);
 }
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
-void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard, const Weight& weight, C& communicator,
-                              const Bias& bias, Workspace& workspace = thread_workspace()) {
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
+          detail::NoOptions Bias>
+void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard,
+                              const Weight& weight, C& communicator, const Bias& bias,
+                              Workspace& workspace = thread_workspace()) {
   detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace, bias);
 }
 
@@ -336,7 +376,8 @@ namespace detail {
 
 /// All candidates of a row in rank order: row `row` of part r is (kept_of(r)) long.
 template <typename Visit>
-void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> kept, Index rows, Index row, Visit&& visit) {
+void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> kept, Index rows,
+                       Index row, Visit&& visit) {
   for (Index count : kept) {
     for (Index i = 0; i < count; ++i) visit(parts[row * count + i]);
     parts += rows * count;
@@ -345,32 +386,36 @@ void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> 
 
 /// Merges the ranks' candidates of one row into `merged`, best first, and returns how many there are. Throws where no token can be
 /// drawn; all ranks hold the same candidates, so all throw or none does.
-inline Index merge_candidates(std::string_view name, const VocabularyCandidate* parts, std::span<const Index> kept, Index rows,
-                              Index row, VocabularyCandidate* merged) {
+inline Index merge_candidates(std::string_view name, const VocabularyCandidate* parts,
+                              std::span<const Index> kept, Index rows, Index row,
+                              VocabularyCandidate* merged) {
   Index count = 0;
   bool valid = true;
   for_each_gathered(parts, kept, rows, row, [&](const VocabularyCandidate& candidate) {
     valid = valid && candidate.token != VocabularyCandidate::kInvalid;
     if (candidate.token >= 0) merged[count++] = candidate;
   });
-  require(valid, name, "the logits of row ", row, " hold NaN or +infinity");
+  require_that(valid, name, "the logits of row ", row, " hold NaN or +infinity");
   std::sort(merged, merged + count, [](const VocabularyCandidate& a, const VocabularyCandidate& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
   });
-  require(merged[0].logit > -std::numeric_limits<double>::infinity(), name, "the logits of row ", row, " are all -infinity");
+  require_that(merged[0].logit > -std::numeric_limits<double>::infinity(), name,
+               "the logits of row ", row, " are all -infinity");
   return count;
 }
 
 /// tokens[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary.
 template <CpuDevice D, typename Hidden, typename Weight, typename C, typename Choose>
-Tensor<std::int32_t, 1> vocabulary_parallel(std::string_view name, const D& device, const Hidden& hidden, const Weight& weight,
+Tensor<std::int32_t, 1> vocabulary_parallel(std::string_view name, const D& device,
+                                            const Hidden& hidden, const Weight& weight,
                                             C& communicator, Index k, Choose&& choose) {
   using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
   const auto x = input_view<2>(hidden);
   const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator);
-  require(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, hidden has ", x.dimension(1), " features");
-  require(shape.out >= 1 && shape.out <= std::numeric_limits<std::int32_t>::max(), name, "weight has ", shape.out,
-          " rows, expected a vocabulary of 1 to 2^31 - 1 tokens");
+  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, hidden has ",
+               x.dimension(1), " features");
+  require_that(shape.out >= 1 && shape.out <= (std::numeric_limits<std::int32_t>::max)(), name,
+               "weight has ", shape.out, " rows, expected a vocabulary of 1 to 2^31 - 1 tokens");
   const int ranks = communicator.size();
   const Index rows = shape.tokens, size = shape.columns.size();
   Workspace::Frame frame(thread_workspace());
@@ -379,26 +424,31 @@ Tensor<std::int32_t, 1> vocabulary_parallel(std::string_view name, const D& devi
   Index all_kept = 0;
   for (int r = 0; r < ranks; ++r) {
     const auto at = static_cast<std::size_t>(r);
-    kept[at] = std::clamp<Index>(shard_range(shape.out, r, ranks).size(), 1, k);  // at least 1, which can say that there is none
+    kept[at] = std::clamp<Index>(shard_range(shape.out, r, ranks).size(), 1,
+                                 k);  // at least 1, which can say that there is none
     counts[at] = rows * kept[at];
     all_kept += kept[at];
   }
   const Index own_kept = kept[static_cast<std::size_t>(communicator.rank())];
-  const auto own = std::span(frame.take<VocabularyCandidate>(rows * own_kept), static_cast<std::size_t>(rows * own_kept));
-  const auto all = std::span(frame.take<VocabularyCandidate>(rows * all_kept), static_cast<std::size_t>(rows * all_kept));
+  const auto own = std::span(frame.take<VocabularyCandidate>(rows * own_kept),
+                             static_cast<std::size_t>(rows * own_kept));
+  const auto all = std::span(frame.take<VocabularyCandidate>(rows * all_kept),
+                             static_cast<std::size_t>(rows * all_kept));
   {
     Workspace::Frame logits_frame(thread_workspace());
     T* logits = logits_frame.take<T>(rows * size);
     auto* order = logits_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
     shard_product(device, logits, x, weight, shape, communicator, thread_workspace());
-    cpu::vocabulary_candidates(device, VocabularyProblem<T>{logits, own.data(), order, rows, own_kept, shape.columns});
+    cpu::vocabulary_candidates(
+        device, VocabularyProblem<T>{logits, own.data(), order, rows, own_kept, shape.columns});
   }
   communicator.all_gather(own, all, std::span<const Index>(counts));
   VocabularyCandidate* merged = frame.take<VocabularyCandidate>(all_kept);
   Tensor<std::int32_t, 1> tokens(rows);
   for (Index row = 0; row < rows; ++row) {
     const Index count = merge_candidates(name, all.data(), kept, rows, row, merged);
-    tokens(row) = static_cast<std::int32_t>(merged[choose(merged, std::min(count, k), row)].token);
+    tokens(row) =
+        static_cast<std::int32_t>(merged[choose(merged, (std::min)(count, k), row)].token);
   }
   return tokens;
 }
@@ -412,13 +462,16 @@ Tensor<std::int32_t, 1> vocabulary_parallel(std::string_view name, const D& devi
 ///
 ///   ef::Tensor<std::int32_t, 1> ids = ef::vocabulary_parallel_greedy(hidden, head, communicator);
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
-Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const D& device, const Hidden& hidden, const Weight& weight, C& communicator) {
-  return detail::vocabulary_parallel("vocabulary_parallel_greedy", device, hidden, weight, communicator, 1,
-                                     [](const VocabularyCandidate*, Index, Index) { return Index{0}; });
+Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const D& device, const Hidden& hidden,
+                                                   const Weight& weight, C& communicator) {
+  return detail::vocabulary_parallel(
+      "vocabulary_parallel_greedy", device, hidden, weight, communicator, 1,
+      [](const VocabularyCandidate*, Index, Index) { return Index{0}; });
 }
 template <typename Hidden, typename Weight, Communicator C>
   requires(!Device<Hidden>)
-Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const Weight& weight, C& communicator) {
+Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const Weight& weight,
+                                                   C& communicator) {
   return vocabulary_parallel_greedy(Eigen::DefaultDevice{}, hidden, weight, communicator);
 }
 
@@ -428,25 +481,32 @@ Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const W
 /// all. Sends 16 bytes for each of at most k candidates a row and rank. Throws std::invalid_argument for k < 1, a negative or NaN
 /// temperature, and rows as vocabulary_parallel_greedy does.
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
-Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden, const Weight& weight,
-                                                         C& communicator, Index k, float temperature, Philox& rng) {
+Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden,
+                                                         const Weight& weight, C& communicator,
+                                                         Index k, float temperature, Philox& rng) {
   constexpr auto name = "vocabulary_parallel_top_k_sample";
-  require(k >= 1, name, "k is ", k, ", expected 1 or more");
-  require(temperature >= 0, name, "temperature is ", temperature, ", expected 0 (greedy) or more");
+  require_that(k >= 1, name, "k is ", k, ", expected 1 or more");
+  require_that(temperature >= 0, name, "temperature is ", temperature,
+               ", expected 0 (greedy) or more");
   const auto draw = [&](VocabularyCandidate* candidates, Index count, Index row) {
-    return cpu::draw_candidate(candidates, count, temperature, rng.uniform(static_cast<std::uint32_t>(row)));
+    return cpu::draw_candidate(candidates, count, temperature,
+                               rng.uniform(static_cast<std::uint32_t>(row)));
   };
   const auto best = [](const VocabularyCandidate*, Index, Index) { return Index{0}; };
-  auto tokens = temperature > 0 ? detail::vocabulary_parallel(name, device, hidden, weight, communicator, k, draw)
-                                : detail::vocabulary_parallel(name, device, hidden, weight, communicator, 1, best);
+  auto tokens =
+      temperature > 0
+          ? detail::vocabulary_parallel(name, device, hidden, weight, communicator, k, draw)
+          : detail::vocabulary_parallel(name, device, hidden, weight, communicator, 1, best);
   rng.advance();
   return tokens;
 }
 template <typename Hidden, typename Weight, Communicator C>
   requires(!Device<Hidden>)
-Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, const Weight& weight, C& communicator, Index k,
+Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, const Weight& weight,
+                                                         C& communicator, Index k,
                                                          float temperature, Philox& rng) {
-  return vocabulary_parallel_top_k_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, k, temperature, rng);
+  return vocabulary_parallel_top_k_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, k,
+                                          temperature, rng);
 }
 
 }  // namespace EIGENFORMER_ABI

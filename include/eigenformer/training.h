@@ -50,11 +50,12 @@ inline namespace EIGENFORMER_ABI {
 ///     std::vector<ef::Parameter> parameters();                            // values and gradients, flattened, float
 ///   };
 template <typename Model, typename Compute = float, typename Inputs = Tensor<Compute, 2>>
-concept TrainableModel = requires(Model& model, const Inputs& inputs, const Tensor<Compute, 2>& logits_gradient) {
-  { model.template forward<Compute>(inputs) } -> std::convertible_to<Tensor<Compute, 2>>;
-  model.template backward<Compute>(logits_gradient);
-  { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
-};
+concept TrainableModel =
+    requires(Model& model, const Inputs& inputs, const Tensor<Compute, 2>& logits_gradient) {
+      { model.template forward<Compute>(inputs) } -> std::convertible_to<Tensor<Compute, 2>>;
+      model.template backward<Compute>(logits_gradient);
+      { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
+    };
 
 /// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and zero_grad(device) are used where
 /// they exist.
@@ -76,17 +77,20 @@ struct CrossEntropyLoss {
   CrossEntropyOptions options = {};
 
   template <CpuDevice D, FloatingScalar Compute, typename Targets>
-  LossResult operator()(const D& device, Tensor<Compute, 2>& logits, const Targets& targets, double gradient_scale) const {
-    return cross_entropy_with_gradient_into(device, logits, logits, targets, gradient_scale, options);
+  LossResult operator()(const D& device, Tensor<Compute, 2>& logits, const Targets& targets,
+                        double gradient_scale) const {
+    return cross_entropy_with_gradient_into(device, logits, logits, targets, gradient_scale,
+                                            options);
   }
 };
 
 /// One finished group of micro-batches, as TrainOptions::on_step sees it.
 struct StepReport {
-  bool stepped = false;      ///< the weights were updated
-  bool found_inf = false;    ///< a gradient was infinite or NaN, and the step was skipped for that
-  double scale = 1;          ///< loss scale from here on
-  Index skipped_total = 0;   ///< steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
+  bool stepped = false;    ///< the weights were updated
+  bool found_inf = false;  ///< a gradient was infinite or NaN, and the step was skipped for that
+  double scale = 1;        ///< loss scale from here on
+  Index skipped_total =
+      0;  ///< steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
   double loss = 0;           ///< mean over the group's targets
   Index targets = 0;         ///< how many counted
   double gradient_norm = 0;  ///< before clipping; 0 where clipping is off
@@ -96,15 +100,17 @@ struct StepReport {
 struct TrainOptions {
   /// Gradients are clipped to this L2 norm; 0: not clipped. A norm that is not finite skips the step, with or without a scaler.
   double max_gradient_norm = 0;
-  std::function<void(const StepReport&)> on_step = {};  ///< called after each group, for progress and learning rate schedules
+  std::function<void(const StepReport&)> on_step =
+      {};  ///< called after each group, for progress and learning rate schedules
 };
 
 namespace detail {
 
 template <typename L, typename D, typename Compute, typename Targets>
-concept LossWithDevice = requires(L& loss, const D& device, Tensor<Compute, 2>& logits, const Targets& targets) {
-  { loss(device, logits, targets, 1.0) } -> std::convertible_to<LossResult>;
-};
+concept LossWithDevice =
+    requires(L& loss, const D& device, Tensor<Compute, 2>& logits, const Targets& targets) {
+      { loss(device, logits, targets, 1.0) } -> std::convertible_to<LossResult>;
+    };
 template <typename L, typename Compute, typename Targets>
 concept LossWithoutDevice = requires(L& loss, Tensor<Compute, 2>& logits, const Targets& targets) {
   { loss(logits, targets, 1.0) } -> std::convertible_to<LossResult>;
@@ -114,20 +120,28 @@ concept LossWithoutDevice = requires(L& loss, Tensor<Compute, 2>& logits, const 
 struct NoScaler {};
 
 /// One epoch, or one step: what is alike in all training functions.
-template <typename Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer, typename Loss, typename Scaler>
+template <typename Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer, typename Loss,
+          typename Scaler>
 class Trainer {
  public:
-  Trainer(const D& device, Model& model, Optimizer& optimizer, Loss& loss, Scaler& scaler, const TrainOptions& options)
-      : device_(device), model_(model), optimizer_(optimizer), loss_(loss), scaler_(scaler), options_(options) {
-    require(options.max_gradient_norm >= 0, "train_step", "max_gradient_norm is ", options.max_gradient_norm,
-            ", expected 0 (off) or more");
+  Trainer(const D& device, Model& model, Optimizer& optimizer, Loss& loss, Scaler& scaler,
+          const TrainOptions& options)
+      : device_(device),
+        model_(model),
+        optimizer_(optimizer),
+        loss_(loss),
+        scaler_(scaler),
+        options_(options) {
+    require_that(options.max_gradient_norm >= 0, "train_step", "max_gradient_norm is ",
+                 options.max_gradient_norm, ", expected 0 (off) or more");
   }
 
   /// Forward and backward of one micro-batch; the first of a group zeroes the gradients.
   template <typename Inputs, typename Targets>
   void accumulate(const Inputs& inputs, const Targets& targets) {
     static_assert(TrainableModel<Model, Compute, Inputs>,
-                  "eigenformer: the model needs forward<Compute>(inputs), backward<Compute>(logits_gradient) and parameters(), as "
+                  "eigenformer: the model needs forward<Compute>(inputs), "
+                  "backward<Compute>(logits_gradient) and parameters(), as "
                   "ef::TrainableModel in training.h describes them");
     if (micro_batches_ == 0) begin_group(input_view<1>(targets).size());
     ++micro_batches_;
@@ -183,10 +197,10 @@ class Trainer {
     if constexpr (LossWithDevice<Loss, D, Compute, Targets>) {
       return loss_(device_, logits, targets, gradient_scale);
     } else {
-      static_assert(
-          LossWithoutDevice<Loss, Compute, Targets>,
-          "eigenformer: a loss is called as loss(logits, targets, gradient_scale), overwrites logits with the gradient and "
-          "returns ef::LossResult; see ef::CrossEntropyLoss in training.h");
+      static_assert(LossWithoutDevice<Loss, Compute, Targets>,
+                    "eigenformer: a loss is called as loss(logits, targets, gradient_scale), "
+                    "overwrites logits with the gradient and "
+                    "returns ef::LossResult; see ef::CrossEntropyLoss in training.h");
       return loss_(logits, targets, gradient_scale);
     }
   }
@@ -227,12 +241,15 @@ class Trainer {
   Index micro_batches_ = 0, groups_ = 0, skipped_ = 0;
 };
 
-template <typename Compute, CpuDevice D, typename Model, typename Optimizer, typename Loader, typename Scaler, typename Loss>
-double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&& loader, Index accumulation_steps,
-                   const TrainOptions& options, Scaler& scaler, Loss& loss) {
-  require(accumulation_steps >= 1, "train_step_with_grad_accumulation", "accumulation_steps is ", accumulation_steps,
-          ", expected 1 or more");
-  Trainer<Compute, D, Model, Optimizer, Loss, Scaler> trainer(device, model, optimizer, loss, scaler, options);
+template <typename Compute, CpuDevice D, typename Model, typename Optimizer, typename Loader,
+          typename Scaler, typename Loss>
+double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&& loader,
+                   Index accumulation_steps, const TrainOptions& options, Scaler& scaler,
+                   Loss& loss) {
+  require_that(accumulation_steps >= 1, "train_step_with_grad_accumulation",
+               "accumulation_steps is ", accumulation_steps, ", expected 1 or more");
+  Trainer<Compute, D, Model, Optimizer, Loss, Scaler> trainer(device, model, optimizer, loss,
+                                                              scaler, options);
   for (auto&& batch : loader) {
     trainer.accumulate(batch.inputs, batch.targets);
     if (trainer.micro_batches() == accumulation_steps) trainer.finish_group();
@@ -250,99 +267,117 @@ double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&&
 ///
 ///   double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
 ///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, data_loader, 4);   // on a pool, in bfloat16
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader>
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps) {
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader>
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
+                                         Loader&& data_loader, Index accumulation_steps) {
   detail::NoScaler none;
   CrossEntropyLoss loss;
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, TrainOptions{}, none, loss);
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
+                                      TrainOptions{}, none, loss);
 }
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader>
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader>
   requires(!Device<Model>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps);
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
+                                                    data_loader, accumulation_steps);
 }
 
 /// The same with another loss function; its form is at CrossEntropyLoss.
 ///
 ///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, ef::CrossEntropyLoss{{.label_smoothing = 0.1}});
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
-          typename Loss>
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader, typename Loss>
   requires(!std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, Loss&& loss) {
-  detail::NoScaler none;
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, TrainOptions{}, none, loss);
-}
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
-          typename Loss>
-  requires(!Device<Model> && !std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
+                                         Loader&& data_loader, Index accumulation_steps,
                                          Loss&& loss) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps,
-                                                    loss);
+  detail::NoScaler none;
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
+                                      TrainOptions{}, none, loss);
+}
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader, typename Loss>
+  requires(!Device<Model> && !std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps, Loss&& loss) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
+                                                    data_loader, accumulation_steps, loss);
 }
 
 /// The same with clipping and a callback after each step, and with a loss.
 ///
 ///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, {.max_gradient_norm = 1, .on_step = report});
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
-          typename Loss = CrossEntropyLoss>
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
   requires(!std::same_as<Loss, GradScaler>)
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, const TrainOptions& options, Loss loss = {}) {
-  detail::NoScaler none;
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, options, none, loss);
-}
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
-          typename Loss = CrossEntropyLoss>
-  requires(!Device<Model> && !std::same_as<Loss, GradScaler>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
+                                         Loader&& data_loader, Index accumulation_steps,
                                          const TrainOptions& options, Loss loss = {}) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps,
-                                                    options, std::move(loss));
+  detail::NoScaler none;
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
+                                      options, none, loss);
+}
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
+  requires(!Device<Model> && !std::same_as<Loss, GradScaler>)
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps, const TrainOptions& options,
+                                         Loss loss = {}) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
+                                                    data_loader, accumulation_steps, options,
+                                                    std::move(loss));
 }
 
 /// The same with a loss scaler: mixed precision over accumulated micro-batches. The scale is fixed within a group.
 ///
 ///   ef::train_step_with_grad_accumulation<Eigen::half>(device, model, optimizer, data_loader, 4, {.max_gradient_norm = 1},
 ///   scaler);
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
-          typename Loss = CrossEntropyLoss>
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, const TrainOptions& options, GradScaler& scaler,
+template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
+double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
+                                         Loader&& data_loader, Index accumulation_steps,
+                                         const TrainOptions& options, GradScaler& scaler,
                                          Loss loss = {}) {
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps, options, scaler, loss);
+  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
+                                      options, scaler, loss);
 }
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer, std::ranges::input_range Loader,
-          typename Loss = CrossEntropyLoss>
+template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
+          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
   requires(!Device<Model>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader, Index accumulation_steps,
-                                         const TrainOptions& options, GradScaler& scaler, Loss loss = {}) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps,
-                                                    options, scaler, std::move(loss));
+double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
+                                         Index accumulation_steps, const TrainOptions& options,
+                                         GradScaler& scaler, Loss loss = {}) {
+  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
+                                                    data_loader, accumulation_steps, options,
+                                                    scaler, std::move(loss));
 }
 
 /// One step of mixed precision on one batch; returns the unscaled mean loss over its targets. What happened is in the scaler
 /// (skipped_steps, scale) or in options.on_step.
 ///
 ///   double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
-template <FloatingScalar Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer, typename Inputs, typename Labels,
-          typename Loss = CrossEntropyLoss>
-double train_step_mixed_precision(const D& device, Model& model, Optimizer& optimizer, const Inputs& inputs, const Labels& labels,
-                                  GradScaler& scaler, const TrainOptions& options = {}, Loss loss = {}) {
-  detail::Trainer<Compute, D, Model, Optimizer, Loss, GradScaler> trainer(device, model, optimizer, loss, scaler, options);
+template <FloatingScalar Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+          typename Inputs, typename Labels, typename Loss = CrossEntropyLoss>
+double train_step_mixed_precision(const D& device, Model& model, Optimizer& optimizer,
+                                  const Inputs& inputs, const Labels& labels, GradScaler& scaler,
+                                  const TrainOptions& options = {}, Loss loss = {}) {
+  detail::Trainer<Compute, D, Model, Optimizer, Loss, GradScaler> trainer(device, model, optimizer,
+                                                                          loss, scaler, options);
   trainer.accumulate(inputs, labels);
   trainer.finish_group();
   return trainer.mean_loss();
 }
-template <FloatingScalar Compute, typename Model, TrainingOptimizer Optimizer, typename Inputs, typename Labels,
-          typename Loss = CrossEntropyLoss>
+template <FloatingScalar Compute, typename Model, TrainingOptimizer Optimizer, typename Inputs,
+          typename Labels, typename Loss = CrossEntropyLoss>
   requires(!Device<Model>)
-double train_step_mixed_precision(Model& model, Optimizer& optimizer, const Inputs& inputs, const Labels& labels,
-                                  GradScaler& scaler, const TrainOptions& options = {}, Loss loss = {}) {
-  return train_step_mixed_precision<Compute>(Eigen::DefaultDevice{}, model, optimizer, inputs, labels, scaler, options,
-                                             std::move(loss));
+double train_step_mixed_precision(Model& model, Optimizer& optimizer, const Inputs& inputs,
+                                  const Labels& labels, GradScaler& scaler,
+                                  const TrainOptions& options = {}, Loss loss = {}) {
+  return train_step_mixed_precision<Compute>(Eigen::DefaultDevice{}, model, optimizer, inputs,
+                                             labels, scaler, options, std::move(loss));
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -12,8 +12,8 @@ int main() {
   auto [q, scale] = ef::quantize_weights_int8(weights);
   ef::Tensor<float, 2> logits(1, 4);
   logits.setValues({{0.5f, 2.0f, -1.0f, 1.0f}});
-  const bool ok =
-      mask(1, 2, 2) == 0.0f && q(1, 0) == 127 && q(0, 1) == 64 && scale == 3.0f / 127 && ef::greedy_sample(logits)(0) == 1;
+  const bool ok = mask(1, 2, 2) == 0.0f && q(1, 0) == 127 && q(0, 1) == 64 && scale == 3.0f / 127 &&
+                  ef::greedy_sample(logits)(0) == 1;
   std::printf("consumer: %s\n", ok ? "ok" : "wrong results");
   return ok ? 0 : 1;
 }

@@ -32,16 +32,20 @@ struct AttentionGradients {
 namespace detail {
 
 /// Checks what the backward pass has besides the forward problem, and runs it.
-template <typename D, typename T, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V,
-          typename O, typename L>
-void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, GK& grad_k, GV& grad_v, const GO& grad_out,
-                            const Q& q, const K& k, const V& v, const O& out, const L& lse, bool packed, Index key_rows,
-                            const AttentionOptions& options, const AttentionProblem<T, T>& forward, Workspace& workspace) {
+template <typename D, typename T, typename GQ, typename GK, typename GV, typename GO, typename Q,
+          typename K, typename V, typename O, typename L>
+void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, GK& grad_k,
+                            GV& grad_v, const GO& grad_out, const Q& q, const K& k, const V& v,
+                            const O& out, const L& lse, bool packed, Index key_rows,
+                            const AttentionOptions& options, const AttentionProblem<T, T>& forward,
+                            Workspace& workspace) {
   static_assert(std::is_same_v<scalar_of<GO>, T> && std::is_same_v<scalar_of<O>, T>,
                 "eigenformer: grad_out and out have the scalar type of q");
-  static_assert(std::is_same_v<scalar_of<GQ>, T> && std::is_same_v<scalar_of<GK>, T> && std::is_same_v<scalar_of<GV>, T>,
+  static_assert(std::is_same_v<scalar_of<GQ>, T> && std::is_same_v<scalar_of<GK>, T> &&
+                    std::is_same_v<scalar_of<GV>, T>,
                 "eigenformer: gradients have the scalar type of q, k and v");
-  static_assert(std::is_same_v<scalar_of<L>, compute_type<T>>, "eigenformer: log_sum_exp is a tensor of the compute type");
+  static_assert(std::is_same_v<scalar_of<L>, compute_type<T>>,
+                "eigenformer: log_sum_exp is a tensor of the compute type");
   require_attention_output(name, "out", out, q, forward.value_dim);
   require_same_shape(name, "grad_out", grad_out, "out", out);
   require_same_shape(name, "grad_q", grad_q, "q", q);
@@ -50,7 +54,8 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
   const auto expected = log_sum_exp_shape(q, packed);
   bool same = true;
   for (std::size_t d = 0; d < expected.size(); ++d) same = same && lse.dimension(d) == expected[d];
-  require(same, name, "log_sum_exp has shape ", shape_text(lse), ", expected heads before rows of query ", shape_text(q));
+  require_that(same, name, "log_sum_exp has shape ", shape_text(lse),
+               ", expected heads before rows of query ", shape_text(q));
 
   AttentionBackwardProblem<T> problem;
   problem.forward = forward;
@@ -68,11 +73,13 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
 }  // namespace detail
 
 /// Gradients of batched_attention_with_padding, into tensors of the shapes of q, k and v.
-template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O,
-          typename L>
-void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v, const GO& grad_out, const Q& q, const K& k,
-                             const V& v, const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths,
-                             const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
+template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
+          typename V, typename O, typename L>
+void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v,
+                             const GO& grad_out, const Q& q, const K& k, const V& v, const O& out,
+                             const L& log_sum_exp, const LengthSpan& seq_lengths,
+                             const AttentionOptions& options = {},
+                             Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "attention_backward";
   constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
   const auto q_view = input_view<rank>(q);
@@ -82,39 +89,49 @@ void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& gra
   auto grad_k_view = output_view<rank>(grad_k);
   auto grad_v_view = output_view<rank>(grad_v);
   Workspace::Frame frame(workspace);
-  const auto forward = detail::dense_attention_problem(name, q_view, k_view, v_view, seq_lengths, options, frame);
-  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view, input_view<rank>(grad_out), q_view, k_view,
-                                 v_view, input_view<rank>(out), input_view<rank - 1>(log_sum_exp), false, k_view.dimension(1),
-                                 options, forward, workspace);
+  const auto forward =
+      detail::dense_attention_problem(name, q_view, k_view, v_view, seq_lengths, options, frame);
+  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view,
+                                 input_view<rank>(grad_out), q_view, k_view, v_view,
+                                 input_view<rank>(out), input_view<rank - 1>(log_sum_exp), false,
+                                 k_view.dimension(1), options, forward, workspace);
 }
 
 /// Gradients of batched_attention_with_padding.
 template <CpuDevice D, typename GO, typename Q, typename K, typename V, typename O, typename L>
-auto attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k, const V& v, const O& out, const L& log_sum_exp,
-                        const LengthSpan& seq_lengths, const AttentionOptions& options = {}) {
+auto attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k, const V& v,
+                        const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths,
+                        const AttentionOptions& options = {}) {
   constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
-  AttentionGradients<scalar_of<Q>, rank> g{Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(q))),
-                                           Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(k))),
-                                           Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(v)))};
-  attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp, seq_lengths, options);
+  AttentionGradients<scalar_of<Q>, rank> g{
+      Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(q))),
+      Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(k))),
+      Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(v)))};
+  attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp,
+                          seq_lengths, options);
   return g;
 }
 
 /// On the calling thread.
 template <typename GO, typename Q, typename K, typename V, typename O, typename L>
   requires(!Device<GO>)
-auto attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v, const O& out, const L& log_sum_exp,
-                        const LengthSpan& seq_lengths, const AttentionOptions& options = {}) {
-  return attention_backward(Eigen::DefaultDevice{}, grad_out, q, k, v, out, log_sum_exp, seq_lengths, options);
+auto attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v, const O& out,
+                        const L& log_sum_exp, const LengthSpan& seq_lengths,
+                        const AttentionOptions& options = {}) {
+  return attention_backward(Eigen::DefaultDevice{}, grad_out, q, k, v, out, log_sum_exp,
+                            seq_lengths, options);
 }
 
 /// Gradients of variable_length_attention, into tensors of the shapes of q, k and v; log_sum_exp is (heads, total_tokens).
-template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K, typename V, typename O,
-          typename L>
-void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v, const GO& grad_out, const Q& q,
-                                             const K& k, const V& v, const O& out, const L& log_sum_exp,
-                                             const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
-                                             const AttentionOptions& options = {}, Workspace& workspace = thread_workspace()) {
+template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
+          typename V, typename O, typename L>
+void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v,
+                                             const GO& grad_out, const Q& q, const K& k, const V& v,
+                                             const O& out, const L& log_sum_exp,
+                                             const LengthSpan& q_offsets,
+                                             const LengthSpan& kv_offsets,
+                                             const AttentionOptions& options = {},
+                                             Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "variable_length_attention_backward";
   const auto q_view = input_view<3>(q);
   const auto k_view = input_view<3>(k);
@@ -123,21 +140,25 @@ void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& 
   auto grad_k_view = output_view<3>(grad_k);
   auto grad_v_view = output_view<3>(grad_v);
   Workspace::Frame frame(workspace);
-  const auto forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets, kv_offsets, options, frame);
-  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view, input_view<3>(grad_out), q_view, k_view,
-                                 v_view, input_view<3>(out), input_view<2>(log_sum_exp), true, 0, options, forward, workspace);
+  const auto forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets,
+                                                        kv_offsets, options, frame);
+  detail::run_attention_backward(
+      name, device, grad_q_view, grad_k_view, grad_v_view, input_view<3>(grad_out), q_view, k_view,
+      v_view, input_view<3>(out), input_view<2>(log_sum_exp), true, 0, options, forward, workspace);
 }
 
 /// Gradients of variable_length_attention.
 template <CpuDevice D, typename GO, typename Q, typename K, typename V, typename O, typename L>
-auto variable_length_attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k, const V& v, const O& out,
-                                        const L& log_sum_exp, const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+auto variable_length_attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k,
+                                        const V& v, const O& out, const L& log_sum_exp,
+                                        const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
                                         const AttentionOptions& options = {}) {
-  AttentionGradients<scalar_of<Q>, 3> g{Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(q))),
-                                        Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(k))),
-                                        Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(v)))};
-  variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp, q_offsets,
-                                          kv_offsets, options);
+  AttentionGradients<scalar_of<Q>, 3> g{
+      Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(q))),
+      Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(k))),
+      Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(v)))};
+  variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v,
+                                          out, log_sum_exp, q_offsets, kv_offsets, options);
   return g;
 }
 

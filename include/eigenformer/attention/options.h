@@ -18,19 +18,26 @@ inline namespace EIGENFORMER_ABI {
 class LengthSpan {
  public:
   constexpr LengthSpan() = default;
-  constexpr LengthSpan(std::span<const Index> lengths) : wide_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
-  constexpr LengthSpan(std::span<const int> lengths) : narrow_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
-  constexpr LengthSpan(std::initializer_list<int> lengths) : LengthSpan(std::span<const int>(lengths.begin(), lengths.size())) {}
+  constexpr LengthSpan(std::span<const Index> lengths)
+      : wide_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
+  constexpr LengthSpan(std::span<const int> lengths)
+      : narrow_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
+  constexpr LengthSpan(std::initializer_list<int> lengths)
+      : LengthSpan(std::span<const int>(lengths.begin(), lengths.size())) {}
   template <typename R>
     requires std::convertible_to<const R&, std::span<const Index>>
-  constexpr LengthSpan(const R& lengths) : LengthSpan(static_cast<std::span<const Index>>(lengths)) {}
+  constexpr LengthSpan(const R& lengths)
+      : LengthSpan(static_cast<std::span<const Index>>(lengths)) {}
   template <typename R>
-    requires(std::convertible_to<const R&, std::span<const int>> && !std::convertible_to<const R&, std::span<const Index>>)
+    requires(std::convertible_to<const R&, std::span<const int>> &&
+             !std::convertible_to<const R&, std::span<const Index>>)
   constexpr LengthSpan(const R& lengths) : LengthSpan(static_cast<std::span<const int>>(lengths)) {}
 
   constexpr Index size() const { return size_; }
   constexpr bool empty() const { return size_ == 0; }
-  constexpr Index operator[](Index i) const { return wide_ != nullptr ? wide_[i] : static_cast<Index>(narrow_[i]); }
+  constexpr Index operator[](Index i) const {
+    return wide_ != nullptr ? wide_[i] : static_cast<Index>(narrow_[i]);
+  }
 
  private:
   const Index* wide_ = nullptr;
@@ -49,18 +56,22 @@ class LogSumExpOutput {
     requires(RowMajorTensor<X> && !std::is_same_v<std::remove_cvref_t<X>, LogSumExpOutput>)
   LogSumExpOutput(X&& tensor) {
     using T = scalar_of<X>;
-    static_assert(std::is_lvalue_reference_v<X> || !std::is_same_v<std::remove_cvref_t<X>, Tensor<T, rank_of<X>>>,
+    static_assert(std::is_lvalue_reference_v<X> ||
+                      !std::is_same_v<std::remove_cvref_t<X>, Tensor<T, rank_of<X>>>,
                   "eigenformer: log_sum_exp would be written into a temporary tensor");
-    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>, "eigenformer: log_sum_exp is a tensor of float or double");
-    static_assert(rank_of<X> == 2 || rank_of<X> == 3,
-                  "eigenformer: log_sum_exp is (batch, heads, seq), (batch, seq) or (heads, tokens)");
+    static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
+                  "eigenformer: log_sum_exp is a tensor of float or double");
+    static_assert(
+        rank_of<X> == 2 || rank_of<X> == 3,
+        "eigenformer: log_sum_exp is (batch, heads, seq), (batch, seq) or (heads, tokens)");
     auto view = output_view<rank_of<X>>(tensor);
     if constexpr (std::is_same_v<T, float>)
       floats_ = view.data();
     else
       doubles_ = view.data();
     rank_ = rank_of<X>;
-    for (int d = 0; d < rank_of<X>; ++d) sizes_[static_cast<std::size_t>(d)] = view.dimension(static_cast<std::size_t>(d));
+    for (int d = 0; d < rank_of<X>; ++d)
+      sizes_[static_cast<std::size_t>(d)] = view.dimension(static_cast<std::size_t>(d));
     present_ = true;
   }
 
@@ -71,8 +82,9 @@ class LogSumExpOutput {
   C* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
     if (!present_) return nullptr;
     constexpr bool wide = std::is_same_v<C, double>;
-    require(wide == (doubles_ != nullptr || floats_ == nullptr) || sizes_product() == 0, operation, "log_sum_exp is a tensor of ",
-            wide ? "float, expected double" : "double, expected float");
+    require_that(wide == (doubles_ != nullptr || floats_ == nullptr) || sizes_product() == 0,
+                 operation, "log_sum_exp is a tensor of ",
+                 wide ? "float, expected double" : "double, expected float");
     bool same = rank_ == static_cast<int>(Rank);
     std::string expected;
     for (std::size_t d = 0; d < Rank; ++d) {
@@ -80,8 +92,9 @@ class LogSumExpOutput {
       if (d > 0) expected += ", ";
       expected += std::to_string(sizes[d]);
     }
-    require(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1],
-            rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (", expected, ")");
+    require_that(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1],
+                 rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (", expected,
+                 ")");
     if constexpr (wide)
       return doubles_;
     else
@@ -100,17 +113,24 @@ class LogSumExpOutput {
 
 /// Spans are host memory and must live until the call returns.
 struct AttentionOptions {
-  bool causal = false;  ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
-  Index window = 0;     ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
-  float softcap = 0;    ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
-  float scale = 0;      ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
-  std::span<const float> alibi_slopes = {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
-  std::span<const float> sinks = {};         ///< one logit a head that joins maximum and denominator and has no value
-  Index prefix_length = 0;                   ///< with causal: leading keys visible to every query (prefix-LM)
-  LogSumExpOutput log_sum_exp = {};          ///< a tensor that gets log(sum exp), for the backward pass or for merging
+  bool causal =
+      false;  ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
+  Index window =
+      0;  ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
+  float softcap =
+      0;  ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
+  float scale = 0;  ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
+  std::span<const float> alibi_slopes =
+      {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
+  std::span<const float> sinks =
+      {};  ///< one logit a head that joins maximum and denominator and has no value
+  Index prefix_length = 0;  ///< with causal: leading keys visible to every query (prefix-LM)
+  LogSumExpOutput log_sum_exp =
+      {};  ///< a tensor that gets log(sum exp), for the backward pass or for merging
   /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows are padding and give zeros.
   LengthSpan query_lengths = {};
-  std::span<float> sinks_gradient = {};  ///< backward only: gets the gradient of the sinks, one a head
+  std::span<float> sinks_gradient =
+      {};  ///< backward only: gets the gradient of the sinks, one a head
 };
 
 }  // namespace EIGENFORMER_ABI

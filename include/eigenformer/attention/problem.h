@@ -24,38 +24,41 @@ std::array<Index, 4> attention_shape(const View& view) {
 }
 
 inline void check_attention_heads(std::string_view name, Index heads, Index kv_heads) {
-  require(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, name, "query has ", heads, " heads, expected a multiple of the ",
-          kv_heads, " heads of key and value");
+  require_that(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, name, "query has ", heads,
+               " heads, expected a multiple of the ", kv_heads, " heads of key and value");
 }
 
 inline void check_attention_options(std::string_view name, const AttentionOptions& o, Index heads) {
-  constexpr Index limit = std::numeric_limits<Index>::max() / 4;
-  require(o.window >= 0 && o.window < limit, name, "window is ", o.window, ", expected 0 (none) or more, below 2^61");
-  require(o.window == 0 || o.causal, name, "window is ", o.window,
-          " without causal; a window counts back from the query, expected causal = true");
-  require(o.prefix_length >= 0 && o.prefix_length < limit, name, "prefix_length is ", o.prefix_length,
-          ", expected 0 or more, below 2^61");
-  require(o.softcap >= 0 && std::isfinite(o.softcap), name, "softcap is ", o.softcap,
-          ", expected 0 (none) or a finite value above");
-  require(o.scale >= 0 && std::isfinite(o.scale), name, "scale is ", o.scale,
-          ", expected 0 (1 / sqrt(head_dim)) or a finite value above");
+  constexpr Index limit = (std::numeric_limits<Index>::max)() / 4;
+  require_that(o.window >= 0 && o.window < limit, name, "window is ", o.window,
+               ", expected 0 (none) or more, below 2^61");
+  require_that(o.window == 0 || o.causal, name, "window is ", o.window,
+               " without causal; a window counts back from the query, expected causal = true");
+  require_that(o.prefix_length >= 0 && o.prefix_length < limit, name, "prefix_length is ",
+               o.prefix_length, ", expected 0 or more, below 2^61");
+  require_that(o.softcap >= 0 && std::isfinite(o.softcap), name, "softcap is ", o.softcap,
+               ", expected 0 (none) or a finite value above");
+  require_that(o.scale >= 0 && std::isfinite(o.scale), name, "scale is ", o.scale,
+               ", expected 0 (1 / sqrt(head_dim)) or a finite value above");
   const auto check_one_a_head = [&](std::string_view what, auto span) {
-    require(span.empty() || static_cast<Index>(span.size()) == heads, name, what, " has ", span.size(), " elements, expected ",
-            heads, " (heads)");
+    require_that(span.empty() || static_cast<Index>(span.size()) == heads, name, what, " has ",
+                 span.size(), " elements, expected ", heads, " (heads)");
   };
   check_one_a_head("alibi_slopes", o.alibi_slopes);
   check_one_a_head("sinks", o.sinks);
   check_one_a_head("sinks_gradient", o.sinks_gradient);
   for (const float slope : o.alibi_slopes)
-    require(std::isfinite(slope), name, "alibi_slopes holds ", slope, ", expected finite values");
+    require_that(std::isfinite(slope), name, "alibi_slopes holds ", slope,
+                 ", expected finite values");
   for (const float sink : o.sinks)
-    require(sink < std::numeric_limits<float>::infinity(), name, "sinks holds ", sink, ", expected finite values or -infinity");
+    require_that(sink < std::numeric_limits<float>::infinity(), name, "sinks holds ", sink,
+                 ", expected finite values or -infinity");
 }
 
 /// What options and widths say, everything but pointers and sequences.
 template <typename TQ, typename TKV>
-AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads, Index kv_heads, Index head_dim,
-                                            Index value_dim) {
+AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads,
+                                            Index kv_heads, Index head_dim, Index value_dim) {
   using C = compute_type<TQ>;
   AttentionProblem<TQ, TKV> p;
   p.heads = heads;
@@ -63,48 +66,58 @@ AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Ind
   p.head_dim = head_dim;
   p.value_dim = value_dim;
   p.visibility = {options.causal, options.window, options.prefix_length};
-  p.scale = options.scale > 0 ? static_cast<C>(options.scale) : C(1) / std::sqrt(static_cast<C>(std::max<Index>(1, head_dim)));
+  p.scale = options.scale > 0 ? static_cast<C>(options.scale)
+                              : C(1) / std::sqrt(static_cast<C>(std::max<Index>(1, head_dim)));
   p.softcap = static_cast<C>(options.softcap);
   p.alibi_slopes = options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data();
   p.sinks = options.sinks.empty() ? nullptr : options.sinks.data();
   return p;
 }
 
-inline void check_query_lengths(std::string_view name, const AttentionOptions& options, Index batch, Index rows) {
+inline void check_query_lengths(std::string_view name, const AttentionOptions& options, Index batch,
+                                Index rows) {
   if (options.query_lengths.empty()) return;
-  require(options.query_lengths.size() == batch, name, "query_lengths has ", options.query_lengths.size(), " elements, expected ",
-          batch, " (batch)");
+  require_that(options.query_lengths.size() == batch, name, "query_lengths has ",
+               options.query_lengths.size(), " elements, expected ", batch, " (batch)");
   for (Index b = 0; b < batch; ++b)
-    require(options.query_lengths[b] >= 0 && options.query_lengths[b] <= rows, name, "query_lengths[", b, "] is ",
-            options.query_lengths[b], ", expected 0 to ", rows, " (query rows)");
+    require_that(options.query_lengths[b] >= 0 && options.query_lengths[b] <= rows, name,
+                 "query_lengths[", b, "] is ", options.query_lengths[b], ", expected 0 to ", rows,
+                 " (query rows)");
 }
 
 /// Sequence b of tensors (batch, rows, heads, width), its queries the last ones of its keys.
-inline AttentionSequence aligned_sequence(Index b, Index rows, Index heads, Index queries, Index key_length) {
+inline AttentionSequence aligned_sequence(Index b, Index rows, Index heads, Index queries,
+                                          Index key_length) {
   return {b * rows, queries, rows, b, 0, key_length, key_length - queries, b * heads * rows};
 }
 
 /// Dense q, k, v of rank 3 or 4 with lengths; output and log_sum_exp are left to the caller. The sequences live in `frame`.
 template <typename Q, typename K, typename V>
-auto dense_attention_problem(std::string_view name, const Q& q, const K& k, const V& v, const LengthSpan& lengths,
-                             const AttentionOptions& options, Workspace::Frame& frame) {
+auto dense_attention_problem(std::string_view name, const Q& q, const K& k, const V& v,
+                             const LengthSpan& lengths, const AttentionOptions& options,
+                             Workspace::Frame& frame) {
   using T = scalar_of<Q>;
-  static_assert(FloatingScalar<T>, "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(FloatingScalar<T>,
+                "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
                 "eigenformer: query, key and value have one scalar type");
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
   const auto [k_batch, keys, kv_heads, k_dim] = attention_shape(k);
   const auto [v_batch, v_keys, v_heads, value_dim] = attention_shape(v);
-  require(k_batch == batch && v_batch == batch, name, "query has batch ", batch, ", key ", k_batch, ", value ", v_batch);
-  require(k_dim == head_dim, name, "key has shape ", shape_text(k), ", expected the width ", head_dim, " of query ", shape_text(q));
-  require(v_keys == keys && v_heads == kv_heads, name, "value has shape ", shape_text(v), ", key has shape ", shape_text(k));
+  require_that(k_batch == batch && v_batch == batch, name, "query has batch ", batch, ", key ",
+               k_batch, ", value ", v_batch);
+  require_that(k_dim == head_dim, name, "key has shape ", shape_text(k), ", expected the width ",
+               head_dim, " of query ", shape_text(q));
+  require_that(v_keys == keys && v_heads == kv_heads, name, "value has shape ", shape_text(v),
+               ", key has shape ", shape_text(k));
   check_attention_heads(name, heads, kv_heads);
   check_attention_options(name, options, heads);
   check_query_lengths(name, options, batch, rows);
-  require(lengths.size() == batch, name, "seq_lengths has ", lengths.size(), " elements, expected ", batch, " (batch)");
+  require_that(lengths.size() == batch, name, "seq_lengths has ", lengths.size(),
+               " elements, expected ", batch, " (batch)");
   for (Index b = 0; b < batch; ++b)
-    require(lengths[b] >= 0 && lengths[b] <= keys, name, "seq_lengths[", b, "] is ", lengths[b], ", expected 0 to ", keys,
-            " (key rows)");
+    require_that(lengths[b] >= 0 && lengths[b] <= keys, name, "seq_lengths[", b, "] is ",
+                 lengths[b], ", expected 0 to ", keys, " (key rows)");
 
   auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim);
   p.queries = q.data();
@@ -112,7 +125,9 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   p.lse_head_stride = rows;
   auto* const sequences = frame.take<AttentionSequence>(batch);
   for (Index b = 0; b < batch; ++b) {
-    const Index queries = !options.query_lengths.empty() ? options.query_lengths[b] : rows == keys ? lengths[b] : rows;
+    const Index queries = !options.query_lengths.empty() ? options.query_lengths[b]
+                          : rows == keys                 ? lengths[b]
+                                                         : rows;
     sequences[b] = aligned_sequence(b, rows, heads, queries, lengths[b]);
   }
   p.sequences = sequences;
@@ -130,32 +145,39 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   return p;
 }
 
-inline void check_offsets(std::string_view name, std::string_view what, const LengthSpan& offsets, Index batch, Index total) {
-  require(offsets.size() == batch + 1, name, what, " has ", offsets.size(), " elements, expected ", batch + 1, " (sequences + 1)");
-  require(offsets[0] == 0, name, what, " starts at ", offsets[0], ", expected 0");
+inline void check_offsets(std::string_view name, std::string_view what, const LengthSpan& offsets,
+                          Index batch, Index total) {
+  require_that(offsets.size() == batch + 1, name, what, " has ", offsets.size(),
+               " elements, expected ", batch + 1, " (sequences + 1)");
+  require_that(offsets[0] == 0, name, what, " starts at ", offsets[0], ", expected 0");
   for (Index b = 0; b < batch; ++b)
-    require(offsets[b] <= offsets[b + 1], name, what, " falls from ", offsets[b], " to ", offsets[b + 1], " at ", b + 1,
-            ", expected to rise or stay");
-  require(offsets[batch] == total, name, what, " ends at ", offsets[batch], ", expected ", total, " (tokens)");
+    require_that(offsets[b] <= offsets[b + 1], name, what, " falls from ", offsets[b], " to ",
+                 offsets[b + 1], " at ", b + 1, ", expected to rise or stay");
+  require_that(offsets[batch] == total, name, what, " ends at ", offsets[batch], ", expected ",
+               total, " (tokens)");
 }
 
 /// Packed q, k, v (tokens, heads, width) with offsets; output and log_sum_exp are left to the caller.
 template <typename Q, typename K, typename V>
-auto packed_attention_problem(std::string_view name, const Q& q, const K& k, const V& v, const LengthSpan& q_offsets,
-                              const LengthSpan& kv_offsets, const AttentionOptions& options, Workspace::Frame& frame) {
+auto packed_attention_problem(std::string_view name, const Q& q, const K& k, const V& v,
+                              const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+                              const AttentionOptions& options, Workspace::Frame& frame) {
   using T = scalar_of<Q>;
-  static_assert(FloatingScalar<T>, "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(FloatingScalar<T>,
+                "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
                 "eigenformer: query, key and value have one scalar type");
-  const Index heads = q.dimension(1), head_dim = q.dimension(2), kv_heads = k.dimension(1), value_dim = v.dimension(2);
-  require(k.dimension(2) == head_dim, name, "key has shape ", shape_text(k), ", expected the width ", head_dim, " of query ",
-          shape_text(q));
-  require(v.dimension(0) == k.dimension(0) && v.dimension(1) == kv_heads, name, "value has shape ", shape_text(v),
-          ", key has shape ", shape_text(k));
+  const Index heads = q.dimension(1), head_dim = q.dimension(2), kv_heads = k.dimension(1),
+              value_dim = v.dimension(2);
+  require_that(k.dimension(2) == head_dim, name, "key has shape ", shape_text(k),
+               ", expected the width ", head_dim, " of query ", shape_text(q));
+  require_that(v.dimension(0) == k.dimension(0) && v.dimension(1) == kv_heads, name,
+               "value has shape ", shape_text(v), ", key has shape ", shape_text(k));
   check_attention_heads(name, heads, kv_heads);
   check_attention_options(name, options, heads);
-  require(options.query_lengths.empty(), name, "query_lengths is given, expected none: q_offsets say how long sequences are");
-  require(q_offsets.size() >= 1, name, "q_offsets is empty, expected sequences + 1 elements");
+  require_that(options.query_lengths.empty(), name,
+               "query_lengths is given, expected none: q_offsets say how long sequences are");
+  require_that(q_offsets.size() >= 1, name, "q_offsets is empty, expected sequences + 1 elements");
   const Index batch = q_offsets.size() - 1;
   check_offsets(name, "q_offsets", q_offsets, batch, q.dimension(0));
   check_offsets(name, "kv_offsets", kv_offsets, batch, k.dimension(0));
@@ -167,7 +189,8 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
   auto* const sequences = frame.take<AttentionSequence>(batch);
   for (Index b = 0; b < batch; ++b) {
     const Index queries = q_offsets[b + 1] - q_offsets[b], keys = kv_offsets[b + 1] - kv_offsets[b];
-    sequences[b] = {q_offsets[b], queries, queries, 0, kv_offsets[b], keys, keys - queries, q_offsets[b]};
+    sequences[b] = {q_offsets[b],  queries, queries,        0,
+                    kv_offsets[b], keys,    keys - queries, q_offsets[b]};
   }
   p.sequences = sequences;
   p.source = {.batch = 1,
@@ -184,21 +207,26 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
 
 /// Queries (batch, n, heads, head_dim) that are the last positions of the sequences of a KvSource.
 template <typename Q, typename S>
-auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source, const AttentionOptions& options,
-                              Workspace::Frame& frame) {
+auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
+                              const AttentionOptions& options, Workspace::Frame& frame) {
   using T = scalar_of<Q>;
-  static_assert(FloatingScalar<T>, "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(!std::is_same_v<S, double> || std::is_same_v<T, double>, "eigenformer: a cache of double serves queries of double");
+  static_assert(FloatingScalar<T>,
+                "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(!std::is_same_v<S, double> || std::is_same_v<T, double>,
+                "eigenformer: a cache of double serves queries of double");
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
-  require(source.batch == batch, name, "query has batch ", batch, ", the cache has ", source.batch, " sequences");
-  require(source.head_dim == head_dim || batch == 0, name, "query has head_dim ", head_dim, ", the cache has ", source.head_dim);
+  require_that(source.batch == batch, name, "query has batch ", batch, ", the cache has ",
+               source.batch, " sequences");
+  require_that(source.head_dim == head_dim || batch == 0, name, "query has head_dim ", head_dim,
+               ", the cache has ", source.head_dim);
   check_attention_heads(name, heads, batch == 0 ? heads : source.kv_heads);
   check_attention_options(name, options, heads);
   check_query_lengths(name, options, batch, rows);
-  require(!std::is_same_v<S, std::int8_t> || source.tables != nullptr || batch == 0, name,
-          "the cache holds int8 rows without scales");
+  require_that(!std::is_same_v<S, std::int8_t> || source.tables != nullptr || batch == 0, name,
+               "the cache holds int8 rows without scales");
   for (Index b = 0; b < batch; ++b)
-    require(source.lengths[b] >= 0, name, "the cache has length ", source.lengths[b], " for sequence ", b);
+    require_that(source.lengths[b] >= 0, name, "the cache has length ", source.lengths[b],
+                 " for sequence ", b);
 
   auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim, head_dim);
   p.queries = q.data();
@@ -216,12 +244,14 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
 
 /// The output must have the shape of `q` but for its last dimension.
 template <typename Output, typename Q>
-void require_attention_output(std::string_view name, std::string_view what, const Output& output, const Q& q, Index value_dim) {
+void require_attention_output(std::string_view name, std::string_view what, const Output& output,
+                              const Q& q, Index value_dim) {
   bool same = output.dimension(rank_of<Q> - 1) == value_dim;
   for (int d = 0; d < rank_of<Q> - 1; ++d)
-    same = same && output.dimension(static_cast<std::size_t>(d)) == q.dimension(static_cast<std::size_t>(d));
-  require(same, name, what, " has shape ", shape_text(output), ", expected that of query ", shape_text(q),
-          " with a last dimension of ", value_dim);
+    same = same && output.dimension(static_cast<std::size_t>(d)) ==
+                       q.dimension(static_cast<std::size_t>(d));
+  require_that(same, name, what, " has shape ", shape_text(output), ", expected that of query ",
+               shape_text(q), " with a last dimension of ", value_dim);
 }
 
 /// The shape log_sum_exp has for a query tensor.
@@ -230,7 +260,8 @@ auto log_sum_exp_shape(const Q& q, bool packed) {
   if constexpr (rank_of<Q> == 4)
     return std::array<Index, 3>{q.dimension(0), q.dimension(2), q.dimension(1)};
   else
-    return packed ? std::array<Index, 2>{q.dimension(1), q.dimension(0)} : std::array<Index, 2>{q.dimension(0), q.dimension(1)};
+    return packed ? std::array<Index, 2>{q.dimension(1), q.dimension(0)}
+                  : std::array<Index, 2>{q.dimension(0), q.dimension(1)};
 }
 
 }  // namespace detail

@@ -34,9 +34,11 @@ struct ShardRange {
 /// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The first count % world_size ranks get
 /// one more than the others; where world_size > count the last ranks get nothing. Throws std::invalid_argument.
 inline ShardRange shard_range(Index count, int rank, int world_size) {
-  require(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
-  require(world_size >= 1, "shard_range", "world_size is ", world_size, ", expected 1 or more");
-  require(rank >= 0 && rank < world_size, "shard_range", "rank is ", rank, ", expected 0 to ", world_size - 1);
+  require_that(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
+  require_that(world_size >= 1, "shard_range", "world_size is ", world_size,
+               ", expected 1 or more");
+  require_that(rank >= 0 && rank < world_size, "shard_range", "rank is ", rank, ", expected 0 to ",
+               world_size - 1);
   const Index share = count / world_size, more = count % world_size;
   const Index begin = rank * share + std::min<Index>(rank, more);
   return {begin, begin + share + (rank < more ? 1 : 0)};
@@ -44,12 +46,13 @@ inline ShardRange shard_range(Index count, int rank, int world_size) {
 
 /// What collectives move: a std::span, std::vector, std::array or any other contiguous range of trivially copyable elements.
 template <typename R>
-concept ElementRange =
-    std::ranges::contiguous_range<R> && std::ranges::sized_range<R> && std::is_trivially_copyable_v<std::ranges::range_value_t<R>>;
+concept ElementRange = std::ranges::contiguous_range<R> && std::ranges::sized_range<R> &&
+                       std::is_trivially_copyable_v<std::ranges::range_value_t<R>>;
 
 /// What all_reduce_sum adds.
 template <typename T>
-concept Summable = FloatingScalar<T> || std::same_as<T, std::int32_t> || std::same_as<T, std::int64_t>;
+concept Summable =
+    FloatingScalar<T> || std::same_as<T, std::int32_t> || std::same_as<T, std::int64_t>;
 
 namespace detail {
 
@@ -86,7 +89,8 @@ inline std::string element_name(std::int64_t code) {
 }
 
 inline std::string describe(const CollectiveCall& call) {
-  const std::string amount = " of " + std::to_string(call.count) + " " + element_name(call.element) + " elements";
+  const std::string amount =
+      " of " + std::to_string(call.count) + " " + element_name(call.element) + " elements";
   switch (call.kind) {
     case Collective::all_gather:
       return "all_gather" + amount;
@@ -106,8 +110,8 @@ void require_same_call(int ranks, CallOfRank&& call_of) {
   for (int r = 1; r < ranks; ++r) {
     const CollectiveCall &first = call_of(0), &other = call_of(r);
     if (first == other) continue;
-    std::string text =
-        "communicator: rank 0 calls " + describe(first) + ", rank " + std::to_string(r) + " calls " + describe(other);
+    std::string text = "communicator: rank 0 calls " + describe(first) + ", rank " +
+                       std::to_string(r) + " calls " + describe(other);
     if (describe(first) == describe(other)) text += " in parts of other sizes";
     throw CommunicatorError(text);
   }
@@ -117,30 +121,37 @@ void require_same_call(int ranks, CallOfRank&& call_of) {
 struct PartSizes {
   std::span<const Index> counts;
   Index equal;
-  Index operator[](int rank) const { return counts.empty() ? equal : counts[static_cast<std::size_t>(rank)]; }
+  Index operator[](int rank) const {
+    return counts.empty() ? equal : counts[static_cast<std::size_t>(rank)];
+  }
 };
 
 /// Checks an all_gather against this rank's view of it and returns what to compare with the other ranks.
 template <typename T>
-CollectiveCall all_gather_call(const PartSizes& parts, Index part, Index whole, int rank, int ranks) {
+CollectiveCall all_gather_call(const PartSizes& parts, Index part, Index whole, int rank,
+                               int ranks) {
   constexpr auto name = "all_gather";
-  require(parts.counts.empty() || static_cast<Index>(parts.counts.size()) == ranks, name, "counts has ", parts.counts.size(),
-          " elements, expected ", ranks, " (one a rank)");
+  require_that(parts.counts.empty() || static_cast<Index>(parts.counts.size()) == ranks, name,
+               "counts has ", parts.counts.size(), " elements, expected ", ranks, " (one a rank)");
   Index total = 0;
   std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a over the sizes
   for (int r = 0; r < ranks; ++r) {
-    require(parts[r] >= 0, name, "counts[", r, "] is ", parts[r], ", expected 0 or more");
-    require(!__builtin_add_overflow(total, parts[r], &total), name, "the parts together overflow");
+    require_that(parts[r] >= 0, name, "counts[", r, "] is ", parts[r], ", expected 0 or more");
+    require_that(!__builtin_add_overflow(total, parts[r], &total), name,
+                 "the parts together overflow");
     hash = (hash ^ static_cast<std::uint64_t>(parts[r])) * 0x100000001b3u;
   }
-  require(parts[rank] == part, name, "part has ", part, " elements, counts[", rank, "] is ", parts[rank]);
-  require(total == whole, name, "whole has ", whole, " elements, the parts together have ", total);
+  require_that(parts[rank] == part, name, "part has ", part, " elements, counts[", rank, "] is ",
+               parts[rank]);
+  require_that(total == whole, name, "whole has ", whole, " elements, the parts together have ",
+               total);
   return {Collective::all_gather, element_code<T>(), whole, 0, hash};
 }
 
 template <typename T>
 CollectiveCall broadcast_call(Index count, int root, int ranks) {
-  require(root >= 0 && root < ranks, "broadcast", "root is ", root, ", expected 0 to ", ranks - 1);
+  require_that(root >= 0 && root < ranks, "broadcast", "root is ", root, ", expected 0 to ",
+               ranks - 1);
   return {Collective::broadcast, element_code<T>(), count, root, 0};
 }
 
@@ -154,7 +165,8 @@ inline constexpr CollectiveCall kBarrierCall{Collective::barrier, 0, 0, 0, 0};
 /// std::memcpy that allows null pointers for nothing and a copy onto itself.
 template <typename T>
 void copy_elements(const T* source, T* target, Index count) {
-  if (count > 0 && source != target) std::memcpy(static_cast<void*>(target), source, static_cast<std::size_t>(count) * sizeof(T));
+  if (count > 0 && source != target)
+    std::memcpy(static_cast<void*>(target), source, static_cast<std::size_t>(count) * sizeof(T));
 }
 
 /// What a sum is kept in: float for narrower scalars; integers wrap around.
@@ -177,7 +189,7 @@ void ordered_sum(int ranks, Index count, Source&& source, Sink&& sink) {
   Sum sums[kBlock];
   T rounded[kBlock];
   for (Index offset = 0; offset < count; offset += kBlock) {
-    const Index n = std::min(kBlock, count - offset);
+    const Index n = (std::min)(kBlock, count - offset);
     for (Index i = 0; i < n; ++i) sums[i] = static_cast<Sum>(source(0)[offset + i]);
     for (int r = 1; r < ranks; ++r) {
       const T* values = source(r) + offset;

@@ -47,11 +47,15 @@ class MpiCommunicator {
  public:
   /// Collective over `communicator`. Throws CommunicatorError where MPI is not running or fails, std::invalid_argument for a
   /// largest_message outside [1, INT_MAX].
-  explicit MpiCommunicator(MPI_Comm communicator = MPI_COMM_WORLD, const MpiOptions& options = {}) : options_(options) {
-    require(options.largest_message >= 1 && options.largest_message <= std::numeric_limits<int>::max(), "MpiCommunicator",
-            "largest_message is ", options.largest_message, ", expected 1 to ", std::numeric_limits<int>::max());
-    if (!running()) throw CommunicatorError("MpiCommunicator: MPI is not initialised, or is finalised");
-    check(MPI_Comm_dup(communicator, &own_), "MPI_Comm_dup");
+  explicit MpiCommunicator(MPI_Comm communicator = MPI_COMM_WORLD, const MpiOptions& options = {})
+      : options_(options) {
+    require_that(options.largest_message >= 1 &&
+                     options.largest_message <= (std::numeric_limits<int>::max)(),
+                 "MpiCommunicator", "largest_message is ", options.largest_message,
+                 ", expected 1 to ", (std::numeric_limits<int>::max)());
+    if (!running())
+      throw CommunicatorError("MpiCommunicator: MPI is not initialised, or is finalised");
+    succeed(MPI_Comm_dup(communicator, &own_), "MPI_Comm_dup");
     MPI_Comm_set_errhandler(own_, MPI_ERRORS_RETURN);
     MPI_Comm_rank(own_, &rank_);
     MPI_Comm_size(own_, &size_);
@@ -85,11 +89,13 @@ class MpiCommunicator {
   template <ElementRange Part, ElementRange Whole>
   void all_gather(const Part& part, Whole&& whole, std::span<const Index> counts = {}) {
     using T = std::ranges::range_value_t<Whole>;
-    static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>, "eigenformer: part and whole hold different types");
+    static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>,
+                  "eigenformer: part and whole hold different types");
     const std::span<const T> from(part);
     const std::span<T> to(whole);
     const detail::PartSizes parts{counts, static_cast<Index>(from.size())};
-    compare(detail::all_gather_call<T>(parts, parts.equal, static_cast<Index>(to.size()), rank_, size_));
+    compare(detail::all_gather_call<T>(parts, parts.equal, static_cast<Index>(to.size()), rank_,
+                                       size_));
     Index before = 0;
     for (int r = 0; r < rank_; ++r) before += parts[r];
     detail::copy_elements(from.data(), to.data() + before, parts.equal);
@@ -105,8 +111,10 @@ class MpiCommunicator {
     compare(detail::all_reduce_call<T>(count));
     if (size_ == 1) return;
     constexpr Index kPieceBytes = Index{4} << 20;  // scratch memory of a sum: as much as one piece
-    const Index piece = std::max<Index>(1, std::min(kPieceBytes, options_.largest_message) / Index{sizeof(T)});
-    for (Index offset = 0; offset < count; offset += piece) reduce_piece(own.data() + offset, std::min(piece, count - offset));
+    const Index piece =
+        std::max<Index>(1, (std::min)(kPieceBytes, options_.largest_message) / Index{sizeof(T)});
+    for (Index offset = 0; offset < count; offset += piece)
+      reduce_piece(own.data() + offset, (std::min)(piece, count - offset));
   }
 
   template <ElementRange Values>
@@ -120,7 +128,7 @@ class MpiCommunicator {
 
   void barrier() {
     compare(detail::kBarrierCall);
-    check(MPI_Barrier(own_), "MPI_Barrier");
+    succeed(MPI_Barrier(own_), "MPI_Barrier");
   }
 
  private:
@@ -131,7 +139,7 @@ class MpiCommunicator {
     return initialised != 0 && finalised == 0;
   }
 
-  static void check(int code, const char* call) {
+  static void succeed(int code, const char* call) {
     if (code == MPI_SUCCESS) return;
     char text[MPI_MAX_ERROR_STRING] = "";
     int length = 0;
@@ -147,14 +155,17 @@ class MpiCommunicator {
   void compare(const detail::CollectiveCall& call) {
     if (!options_.compare_calls) return;
     constexpr int kBytes = static_cast<int>(sizeof(detail::CollectiveCall));
-    check(MPI_Allgather(&call, kBytes, MPI_BYTE, calls_.data(), kBytes, MPI_BYTE, own_), "MPI_Allgather");
-    detail::require_same_call(size_, [&](int r) -> const detail::CollectiveCall& { return calls_[static_cast<std::size_t>(r)]; });
+    succeed(MPI_Allgather(&call, kBytes, MPI_BYTE, calls_.data(), kBytes, MPI_BYTE, own_),
+            "MPI_Allgather");
+    detail::require_same_call(size_, [&](int r) -> const detail::CollectiveCall& {
+      return calls_[static_cast<std::size_t>(r)];
+    });
   }
 
   void broadcast_bytes(std::byte* data, Index count, int root) {
     for (Index offset = 0; offset < count; offset += options_.largest_message) {
-      const int n = static_cast<int>(std::min(options_.largest_message, count - offset));
-      check(MPI_Bcast(data + offset, n, MPI_BYTE, root, own_), "MPI_Bcast");
+      const int n = static_cast<int>((std::min)(options_.largest_message, count - offset));
+      succeed(MPI_Bcast(data + offset, n, MPI_BYTE, root, own_), "MPI_Bcast");
     }
   }
 
@@ -168,11 +179,14 @@ class MpiCommunicator {
       return;
     }
     fill_sizes(bytes_, offsets_, bytes_of);
-    check(MPI_Allgatherv(MPI_IN_PLACE, 0, MPI_BYTE, whole, bytes_.data(), offsets_.data(), MPI_BYTE, own_), "MPI_Allgatherv");
+    succeed(MPI_Allgatherv(MPI_IN_PLACE, 0, MPI_BYTE, whole, bytes_.data(), offsets_.data(),
+                           MPI_BYTE, own_),
+            "MPI_Allgatherv");
   }
 
   template <typename BytesOfRank>
-  void fill_sizes(std::vector<int>& bytes, std::vector<int>& offsets, BytesOfRank&& bytes_of) const {
+  void fill_sizes(std::vector<int>& bytes, std::vector<int>& offsets,
+                  BytesOfRank&& bytes_of) const {
     int offset = 0;
     for (std::size_t r = 0; r < bytes.size(); ++r) {
       bytes[r] = static_cast<int>(bytes_of(static_cast<int>(r)));
@@ -184,19 +198,23 @@ class MpiCommunicator {
   template <typename T>
   void reduce_piece(T* values, Index count) {
     const ShardRange slice = shard_range(count, rank_, size_);
-    const auto slice_bytes = [&](int r) { return shard_range(count, r, size_).size() * Index{sizeof(T)}; };
+    const auto slice_bytes = [&](int r) {
+      return shard_range(count, r, size_).size() * Index{sizeof(T)};
+    };
     // What arrives is one slice a rank: as many bytes as a piece, up to one element a rank more.
     const auto needed = static_cast<std::size_t>(slice.size() * size_) * sizeof(T);
     if (scratch_.size() < needed) scratch_.resize(needed);
     T* slices = reinterpret_cast<T*>(scratch_.data());  // operator new aligns for every scalar
     fill_sizes(bytes_, offsets_, slice_bytes);
     fill_sizes(other_bytes_, other_offsets_, [&](int) { return slice.size() * Index{sizeof(T)}; });
-    check(MPI_Alltoallv(values, bytes_.data(), offsets_.data(), MPI_BYTE, slices, other_bytes_.data(), other_offsets_.data(),
-                        MPI_BYTE, own_),
-          "MPI_Alltoallv");
+    succeed(MPI_Alltoallv(values, bytes_.data(), offsets_.data(), MPI_BYTE, slices,
+                          other_bytes_.data(), other_offsets_.data(), MPI_BYTE, own_),
+            "MPI_Alltoallv");
     detail::ordered_sum<T>(
         size_, slice.size(), [&](int r) { return slices + r * slice.size(); },
-        [&](Index offset, const T* sums, Index n) { detail::copy_elements(sums, values + slice.begin + offset, n); });
+        [&](Index offset, const T* sums, Index n) {
+          detail::copy_elements(sums, values + slice.begin + offset, n);
+        });
     gather_in_place(as_bytes(values), slice_bytes);
   }
 

@@ -15,7 +15,8 @@ class SelfCommunicator {
   template <ElementRange Part, ElementRange Whole>
   void all_gather(const Part& part, Whole&& whole, std::span<const Index> counts = {}) {
     using T = std::ranges::range_value_t<Whole>;
-    static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>, "eigenformer: part and whole hold different types");
+    static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>,
+                  "eigenformer: part and whole hold different types");
     const std::span<const T> from(part);
     const std::span<T> to(whole);
     const Index count = static_cast<Index>(from.size());
@@ -30,7 +31,8 @@ class SelfCommunicator {
 
   template <ElementRange Values>
   void broadcast(Values&& values, int root) {
-    detail::broadcast_call<std::ranges::range_value_t<Values>>(static_cast<Index>(std::ranges::size(values)), root, 1);
+    detail::broadcast_call<std::ranges::range_value_t<Values>>(
+        static_cast<Index>(std::ranges::size(values)), root, 1);
   }
 
   void barrier() {}

@@ -35,15 +35,17 @@ class ThreadMeeting {
 
   void take_rank(int rank) {
     const std::lock_guard lock(mutex_);
-    require(!taken_[static_cast<std::size_t>(rank)], "ThreadCommunicatorGroup", "the communicator of rank ", rank,
-            " was taken before");
+    require_that(!taken_[static_cast<std::size_t>(rank)], "ThreadCommunicatorGroup",
+                 "the communicator of rank ", rank, " was taken before");
     taken_[static_cast<std::size_t>(rank)] = true;
   }
 
   /// Step 1. `round` counts this rank's collectives; two sets of slots alternate, so that a fast rank overwrites nothing unread.
   void enter(int rank, unsigned round, const CollectiveCall& call, void* data) {
     slot(rank, round) = {call, data};
-    if (!meet<true>()) throw CommunicatorError(describe(call) + " on rank " + std::to_string(rank) + ": " + failure());
+    if (!meet<true>())
+      throw CommunicatorError(describe(call) + " on rank " + std::to_string(rank) + ": " +
+                              failure());
     require_same_call(ranks_, [&](int r) -> const CollectiveCall& { return slot(r, round).call; });
   }
   void* data(int rank, unsigned round) { return slot(rank, round).data; }
@@ -73,13 +75,16 @@ class ThreadMeeting {
     void* data = nullptr;
   };
 
-  Slot& slot(int rank, unsigned round) { return slots_[static_cast<std::size_t>(rank) * 2 + (round & 1)]; }
+  Slot& slot(int rank, unsigned round) {
+    return slots_[static_cast<std::size_t>(rank) * 2 + (round & 1)];
+  }
 
   // reason_ and stopped_by_ were written before kStopped was set and never change again.
   std::string failure() const {
     if (stopped_by_ < 0) return "the group was stopped: " + reason_;
     const std::string who = "rank " + std::to_string(stopped_by_);
-    return reason_.empty() ? who + " has ended and takes part in no more collectives" : who + " has failed: " + reason_;
+    return reason_.empty() ? who + " has ended and takes part in no more collectives"
+                           : who + " has failed: " + reason_;
   }
 
   /// Returns when all ranks have called it: true. A stoppable meeting that has not completed when the group stops never does: false
@@ -88,11 +93,14 @@ class ThreadMeeting {
   bool meet() noexcept {
     const std::uint32_t before = state_.load(std::memory_order_acquire);
     if (kStoppable && (before & kStopped)) return false;
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(ranks_)) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 ==
+        static_cast<std::uint32_t>(ranks_)) {
       arrived_.store(0, std::memory_order_relaxed);
       std::uint32_t expected = before;
       if constexpr (kStoppable) {
-        if (!state_.compare_exchange_strong(expected, before + kGeneration, std::memory_order_acq_rel)) return false;
+        if (!state_.compare_exchange_strong(expected, before + kGeneration,
+                                            std::memory_order_acq_rel))
+          return false;
       } else {
         state_.fetch_add(kGeneration, std::memory_order_acq_rel);
       }
@@ -110,8 +118,9 @@ class ThreadMeeting {
   const int ranks_, polls_;
   std::vector<Slot> slots_;
   alignas(64) std::atomic<std::uint32_t> arrived_{0};
-  alignas(64) std::atomic<std::uint32_t> state_{0};  // kStopped, and the number of meetings so far times kGeneration
-  std::mutex mutex_;                                 // of what follows
+  alignas(64) std::atomic<std::uint32_t> state_{
+      0};             // kStopped, and the number of meetings so far times kGeneration
+  std::mutex mutex_;  // of what follows
   std::vector<bool> taken_;
   int stopped_by_ = -1;
   std::string reason_;
@@ -147,14 +156,17 @@ class ThreadCommunicator {
   template <ElementRange Part, ElementRange Whole>
   void all_gather(const Part& part, Whole&& whole, std::span<const Index> counts = {}) {
     using T = std::ranges::range_value_t<Whole>;
-    static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>, "eigenformer: part and whole hold different types");
+    static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>,
+                  "eigenformer: part and whole hold different types");
     const std::span<const T> from(part);
     const std::span<T> to(whole);
     const detail::PartSizes parts{counts, static_cast<Index>(from.size())};
-    const auto call = detail::all_gather_call<T>(parts, parts.equal, static_cast<Index>(to.size()), rank_, size());
+    const auto call = detail::all_gather_call<T>(parts, parts.equal, static_cast<Index>(to.size()),
+                                                 rank_, size());
     collective<const T>(call, from.data(), [&](auto&& memory) {
       T* target = to.data();
-      for (int r = 0; r < size(); target += parts[r], ++r) detail::copy_elements(memory(r), target, parts[r]);
+      for (int r = 0; r < size(); target += parts[r], ++r)
+        detail::copy_elements(memory(r), target, parts[r]);
     });
   }
 
@@ -169,11 +181,12 @@ class ThreadCommunicator {
       if (size() == 1) return;
       constexpr Index kGrain = 64;  // whole cache lines: two ranks rarely write to the same one
       const ShardRange grains = shard_range((count + kGrain - 1) / kGrain, rank_, size());
-      const Index begin = grains.begin * kGrain, end = std::min(grains.end * kGrain, count);
+      const Index begin = grains.begin * kGrain, end = (std::min)(grains.end * kGrain, count);
       detail::ordered_sum<T>(
           size(), end - begin, [&](int r) { return memory(r) + begin; },
           [&](Index offset, const T* sums, Index n) {
-            for (int r = 0; r < size(); ++r) detail::copy_elements(sums, memory(r) + begin + offset, n);
+            for (int r = 0; r < size(); ++r)
+              detail::copy_elements(sums, memory(r) + begin + offset, n);
           });
     });
   }
@@ -183,15 +196,17 @@ class ThreadCommunicator {
     using T = std::ranges::range_value_t<Values>;
     const std::span<T> own(values);
     const Index count = static_cast<Index>(own.size());
-    collective<T>(detail::broadcast_call<T>(count, root, size()), own.data(),
-                  [&](auto&& memory) { detail::copy_elements<T>(memory(root), own.data(), count); });
+    collective<T>(detail::broadcast_call<T>(count, root, size()), own.data(), [&](auto&& memory) {
+      detail::copy_elements<T>(memory(root), own.data(), count);
+    });
   }
 
   void barrier() { meeting_->enter(rank_, round_++, detail::kBarrierCall, nullptr); }
 
  private:
   friend class ThreadCommunicatorGroup;
-  ThreadCommunicator(std::shared_ptr<detail::ThreadMeeting> meeting, int rank) : meeting_(std::move(meeting)), rank_(rank) {}
+  ThreadCommunicator(std::shared_ptr<detail::ThreadMeeting> meeting, int rank)
+      : meeting_(std::move(meeting)), rank_(rank) {}
 
   template <typename T, typename Transfer>
   void collective(const detail::CollectiveCall& call, T* data, Transfer&& transfer) {
@@ -215,7 +230,8 @@ class ThreadCommunicatorGroup {
  public:
   /// Throws std::invalid_argument for world_size < 1.
   explicit ThreadCommunicatorGroup(int world_size) {
-    require(world_size >= 1, "ThreadCommunicator", "world_size is ", world_size, ", expected 1 or more");
+    require_that(world_size >= 1, "ThreadCommunicator", "world_size is ", world_size,
+                 ", expected 1 or more");
     meeting_ = std::make_shared<detail::ThreadMeeting>(world_size);
   }
 
@@ -223,7 +239,8 @@ class ThreadCommunicatorGroup {
 
   /// Throws std::invalid_argument for a rank outside [0, size()) or taken before.
   ThreadCommunicator communicator(int rank) {
-    require(rank >= 0 && rank < size(), "ThreadCommunicatorGroup", "rank is ", rank, ", expected 0 to ", size() - 1);
+    require_that(rank >= 0 && rank < size(), "ThreadCommunicatorGroup", "rank is ", rank,
+                 ", expected 0 to ", size() - 1);
     meeting_->take_rank(rank);
     return ThreadCommunicator(meeting_, rank);
   }

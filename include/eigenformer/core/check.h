@@ -43,9 +43,9 @@ std::string shape_text(const View& view) {
 }  // namespace detail
 
 /// Throws std::invalid_argument "operation: parts..." unless `ok`.
-/// require(rows == n, "linear", "bias has ", rows, " elements, weight has ", n, " rows");
+/// require_that(rows == n, "linear", "bias has ", rows, " elements, weight has ", n, " rows");
 template <typename... Parts>
-void require(bool ok, std::string_view operation, const Parts&... parts) {
+void require_that(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
     throw std::invalid_argument(detail::join(operation, parts...));
 }
@@ -66,20 +66,24 @@ void require_known(bool ok, std::string_view operation, const Parts&... parts) {
 
 /// The shapes of two tensors must agree in every dimension.
 template <typename A, typename B>
-void require_same_shape(std::string_view operation, std::string_view name_a, const A& a, std::string_view name_b, const B& b) {
+void require_same_shape(std::string_view operation, std::string_view name_a, const A& a,
+                        std::string_view name_b, const B& b) {
   static_assert(rank_of<A> == rank_of<B>);
   bool same = true;
   for (int d = 0; d < rank_of<A>; ++d)
-    same = same && a.dimension(static_cast<std::size_t>(d)) == b.dimension(static_cast<std::size_t>(d));
+    same = same &&
+           a.dimension(static_cast<std::size_t>(d)) == b.dimension(static_cast<std::size_t>(d));
   if (!same) [[unlikely]]
-    require(false, operation, name_a, " has shape ", detail::shape_text(a), ", ", name_b, " has shape ", detail::shape_text(b));
+    require_that(false, operation, name_a, " has shape ", detail::shape_text(a), ", ", name_b,
+                 " has shape ", detail::shape_text(b));
 }
 
 /// Product of two sizes; throws std::invalid_argument where it does not fit an Index or a size is negative.
 inline Index checked_product(Index a, Index b, std::string_view operation, std::string_view what) {
-  require(a >= 0 && b >= 0, operation, what, " has a negative size (", a, " x ", b, ")");
+  require_that(a >= 0 && b >= 0, operation, what, " has a negative size (", a, " x ", b, ")");
   Index product = 0;
-  require(!__builtin_mul_overflow(a, b, &product), operation, what, " of ", a, " x ", b, " elements overflows");
+  require_that(!__builtin_mul_overflow(a, b, &product), operation, what, " of ", a, " x ", b,
+               " elements overflows");
   return product;
 }
 

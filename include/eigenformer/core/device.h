@@ -14,7 +14,8 @@ inline namespace EIGENFORMER_ABI {
 
 template <typename D>
 inline constexpr bool is_cpu_device =
-    std::is_same_v<std::remove_cvref_t<D>, Eigen::DefaultDevice> || std::is_same_v<std::remove_cvref_t<D>, Eigen::ThreadPoolDevice>;
+    std::is_same_v<std::remove_cvref_t<D>, Eigen::DefaultDevice> ||
+    std::is_same_v<std::remove_cvref_t<D>, Eigen::ThreadPoolDevice>;
 
 #if defined(__CUDACC__)
 template <typename D>
@@ -35,7 +36,7 @@ concept CpuDevice = is_cpu_device<D>;
 inline int worker_count(const Eigen::DefaultDevice&) { return 1; }
 inline int worker_count(const Eigen::ThreadPoolDevice& device) {
   // A thread of the pool that waited for the pool could wait for itself: it works alone.
-  return device.currentThreadId() >= 0 ? 1 : std::max(1, device.numThreads());
+  return device.currentThreadId() >= 0 ? 1 : (std::max)(1, device.numThreads());
 }
 
 /// Calls body(begin, end, worker) on disjoint ranges that cover [0, count), and returns when all are done. Ranges are static: equal
@@ -72,7 +73,8 @@ void parallel_for(const Eigen::ThreadPoolDevice& device, Index count, Index grai
     compute(part);
     barrier.Notify();
   };
-  for (Index part = 1; part < parts; ++part) device.enqueueNoNotification([&run, part] { run(part); });
+  for (Index part = 1; part < parts; ++part)
+    device.enqueueNoNotification([&run, part] { run(part); });
   compute(0);
   barrier.Wait();
 }

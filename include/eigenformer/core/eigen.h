@@ -3,7 +3,8 @@
 /// where another header was faster.
 #pragma once
 
-#if defined(EIGEN_CXX11_TENSOR_TENSOR_H) || defined(EIGEN_TENSOR_TENSOR_H)  // guards of Eigen's Tensor class, 3.4 and 5
+#if defined(EIGEN_CXX11_TENSOR_TENSOR_H) || \
+    defined(EIGEN_TENSOR_TENSOR_H)  // guards of Eigen's Tensor class, 3.4 and 5
 #if !defined(EIGEN_USE_THREADS)
 #error \
     "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_THREADS for the whole program, or include <eigenformer/eigenformer.h> first."
@@ -31,7 +32,8 @@
 #endif
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // g++ 12 sees ghosts in Eigen's inlined evaluators
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // g++ 12 sees ghosts in Eigen's inlined evaluators
 #endif
 
 #if __has_include(<unsupported/Eigen/Tensor>)  // Eigen 5

@@ -21,8 +21,9 @@ inline namespace EIGENFORMER_ABI {
 
 /// What a cache of T may store: T itself, a narrower floating-point scalar, or INT8 with one scale per position and head.
 template <typename Storage, typename T>
-concept KvStorage = FloatingScalar<T> && (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> ||
-                                          (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
+concept KvStorage =
+    FloatingScalar<T> && (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> ||
+                          (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
 
 namespace detail {
 
@@ -30,13 +31,16 @@ namespace detail {
 class AlignedBytes {
  public:
   AlignedBytes() = default;
-  explicit AlignedBytes(std::size_t bytes) : data_(bytes == 0 ? nullptr : allocate(bytes)), size_(bytes) {}
+  explicit AlignedBytes(std::size_t bytes)
+      : data_(bytes == 0 ? nullptr : allocate(bytes)), size_(bytes) {}
   std::byte* data() const { return data_.get(); }
   std::size_t size() const { return size_; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  static std::byte* allocate(std::size_t bytes) { return static_cast<std::byte*>(::operator new(bytes, kAlignment)); }
+  static std::byte* allocate(std::size_t bytes) {
+    return static_cast<std::byte*>(::operator new(bytes, kAlignment));
+  }
   struct Delete {
     void operator()(std::byte* data) const { ::operator delete(data, kAlignment); }
   };
@@ -45,7 +49,9 @@ class AlignedBytes {
 };
 
 /// Pages of `page_size` positions that hold `length` positions.
-inline Index pages_for(Index length, Index page_size) { return length / page_size + (length % page_size != 0 ? 1 : 0); }
+inline Index pages_for(Index length, Index page_size) {
+  return length / page_size + (length % page_size != 0 ? 1 : 0);
+}
 
 /// Offsets in bytes within one layer's part of a page, and the size of that part.
 struct KvPageLayout {
@@ -55,22 +61,27 @@ struct KvPageLayout {
 
 /// Throws std::invalid_argument where a size is negative or the page overflows.
 template <typename Storage>
-KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim, std::string_view operation) {
+KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim,
+                            std::string_view operation) {
   const auto aligned = [](Index bytes) { return (static_cast<std::size_t>(bytes) + 63) / 64 * 64; };
-  const Index slots = checked_product(kv_heads, page_size, operation, "a page");
+  const Index cells = checked_product(kv_heads, page_size, operation, "a page");
   const Index row_bytes = checked_product(head_dim, Index{sizeof(Storage)}, operation, "a row");
-  const std::size_t rows = aligned(checked_product(slots, row_bytes, operation, "a page"));
+  const std::size_t rows = aligned(checked_product(cells, row_bytes, operation, "a page"));
   const std::size_t scales =
-      std::is_same_v<Storage, std::int8_t> ? aligned(checked_product(slots, sizeof(float), operation, "a page")) : 0;
-  require(rows < (std::size_t{1} << 60) && scales < (std::size_t{1} << 60), operation, "a page of ", page_size, " positions x ",
-          kv_heads, " heads x ", head_dim, " overflows");
+      std::is_same_v<Storage, std::int8_t>
+          ? aligned(checked_product(cells, sizeof(float), operation, "a page"))
+          : 0;
+  require_that(rows < (std::size_t{1} << 60) && scales < (std::size_t{1} << 60), operation,
+               "a page of ", page_size, " positions x ", kv_heads, " heads x ", head_dim,
+               " overflows");
   return {page_size, kv_heads, head_dim, rows, 2 * rows, 2 * rows + scales, 2 * (rows + scales)};
 }
 
 /// The source that reads one layer of `batch` sequences out of such pages.
 template <typename Storage>
-KvSource<Storage> paged_source(const KvPageLayout& layout, Index batch, const Index* lengths, const std::byte* const* pages,
-                               const std::int32_t* const* tables, std::size_t layer_offset) {
+KvSource<Storage> paged_source(const KvPageLayout& layout, Index batch, const Index* lengths,
+                               const std::byte* const* pages, const std::int32_t* const* tables,
+                               std::size_t layer_offset) {
   KvSource<Storage> source;
   source.batch = batch;
   source.kv_heads = layout.kv_heads;

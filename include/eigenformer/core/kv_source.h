@@ -29,8 +29,9 @@ struct KvSource {
 
   const T* keys = nullptr;
   const T* values = nullptr;
-  Index sequence_stride = 0, row_stride = 0, head_stride = 0;                    // in elements, of the keys
-  Index value_sequence_stride = 0, value_row_stride = 0, value_head_stride = 0;  // in elements, of the values
+  Index sequence_stride = 0, row_stride = 0, head_stride = 0;  // in elements, of the keys
+  Index value_sequence_stride = 0, value_row_stride = 0,
+        value_head_stride = 0;  // in elements, of the values
 
   const std::byte* const* pages = nullptr;      // [page id]
   const std::int32_t* const* tables = nullptr;  // [sequence][page of the sequence] -> page id
@@ -42,11 +43,16 @@ struct KvSource {
     return paged_row<T>(b, h, j, 0, head_dim);
   }
   const T* value_row(Index b, Index h, Index j) const {
-    if (tables == nullptr) return values + b * value_sequence_stride + j * value_row_stride + h * value_head_stride;
+    if (tables == nullptr)
+      return values + b * value_sequence_stride + j * value_row_stride + h * value_head_stride;
     return paged_row<T>(b, h, j, value_offset, head_dim);
   }
-  float key_scale(Index b, Index h, Index j) const { return *paged_row<float>(b, h, j, key_scale_offset, 1); }
-  float value_scale(Index b, Index h, Index j) const { return *paged_row<float>(b, h, j, value_scale_offset, 1); }
+  float key_scale(Index b, Index h, Index j) const {
+    return *paged_row<float>(b, h, j, key_scale_offset, 1);
+  }
+  float value_scale(Index b, Index h, Index j) const {
+    return *paged_row<float>(b, h, j, value_scale_offset, 1);
+  }
 
  private:
   template <typename U>

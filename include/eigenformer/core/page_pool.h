@@ -16,7 +16,8 @@ namespace detail {
 class PagePool {
  public:
   PagePool(Index count, std::size_t page_bytes, std::string_view operation)
-      : memory_(static_cast<std::size_t>(checked_product(count, static_cast<Index>(page_bytes), operation, "the pool"))),
+      : memory_(static_cast<std::size_t>(
+            checked_product(count, static_cast<Index>(page_bytes), operation, "the pool"))),
         page_bytes_(page_bytes),
         pages_(static_cast<std::size_t>(count)),
         holders_(pages_.size(), 0),
@@ -38,7 +39,8 @@ class PagePool {
   std::int32_t& mark(std::int32_t id) { return marks_[static_cast<std::size_t>(id)]; }
 
   void require_free(Index pages, std::string_view operation) const {
-    require_capacity(pages <= free_count(), operation, pages, " pages needed, ", free_count(), " of ", pages_.size(), " are free");
+    require_capacity(pages <= free_count(), operation, pages, " pages needed, ", free_count(),
+                     " of ", pages_.size(), " are free");
   }
 
   /// A page with one holder; there must be a free one. Never throws: the list keeps its capacity.
@@ -46,7 +48,7 @@ class PagePool {
     const std::int32_t id = free_.back();
     free_.pop_back();
     holders_[static_cast<std::size_t>(id)] = 1;
-    peak_ = std::max(peak_, static_cast<Index>(pages_.size() - free_.size()));
+    peak_ = (std::max)(peak_, static_cast<Index>(pages_.size() - free_.size()));
     return id;
   }
   void retain(std::int32_t id) { ++holders_[static_cast<std::size_t>(id)]; }

@@ -44,7 +44,8 @@ template <Device D>
 class ParallelRegion {
  public:
   /// Throws std::bad_alloc.
-  [[nodiscard]] explicit ParallelRegion(const D& device, [[maybe_unused]] const ParallelRegionOptions& options = {}) {
+  [[nodiscard]] explicit ParallelRegion(
+      const D& device, [[maybe_unused]] const ParallelRegionOptions& options = {}) {
     if constexpr (std::is_same_v<D, Eigen::ThreadPoolDevice>) {
       if (worker_count(device) < 2 || detail::team_on(device.getPool()) != nullptr) return;
       team_ = new detail::ThreadTeam(device.getPool(), options.linger, detail::innermost_team());

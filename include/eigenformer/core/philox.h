@@ -12,8 +12,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 /// The bijection itself: 128 bits of counter and 64 bits of key give 128 random bits.
-EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(std::array<std::uint32_t, 4> counter,
-                                                                             std::array<std::uint32_t, 2> key) {
+EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(
+    std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
   std::uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
   std::uint32_t k0 = key[0], k1 = key[1];
   for (int round = 0; round < 10; ++round) {
@@ -36,7 +36,8 @@ class Philox {
  public:
   using result_type = std::uint32_t;
 
-  EIGENFORMER_HOST_DEVICE explicit constexpr Philox(std::uint64_t seed = 0, std::uint64_t position = 0)
+  EIGENFORMER_HOST_DEVICE explicit constexpr Philox(std::uint64_t seed = 0,
+                                                    std::uint64_t position = 0)
       : seed_(seed), position_(position) {}
 
   EIGENFORMER_HOST_DEVICE constexpr std::uint64_t seed() const { return seed_; }
@@ -44,20 +45,24 @@ class Philox {
   EIGENFORMER_HOST_DEVICE constexpr void advance(std::uint64_t steps = 1) { position_ += steps; }
 
   /// 128 random bits for (row, index) at the current position; leaves the position.
-  EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(std::uint32_t row, std::uint32_t index = 0) const {
-    return philox4x32_10({index, row, static_cast<std::uint32_t>(position_), static_cast<std::uint32_t>(position_ >> 32)},
-                         {static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32)});
+  EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(
+      std::uint32_t row, std::uint32_t index = 0) const {
+    return philox4x32_10(
+        {index, row, static_cast<std::uint32_t>(position_),
+         static_cast<std::uint32_t>(position_ >> 32)},
+        {static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32)});
   }
 
   /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index) at the current position; leaves the position.
-  EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row, std::uint32_t index = 0) const {
+  EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row,
+                                                   std::uint32_t index = 0) const {
     const auto words = bits(row, index);
     const std::uint64_t mantissa = ((std::uint64_t{words[0]} << 32) | words[1]) >> 12;
     return (static_cast<double>(mantissa) + 0.5) * 0x1p-52;
   }
 
-  static constexpr result_type min() { return 0; }
-  static constexpr result_type max() { return 0xFFFFFFFFu; }
+  static constexpr result_type(min)() { return 0; }
+  static constexpr result_type(max)() { return 0xFFFFFFFFu; }
   EIGENFORMER_HOST_DEVICE constexpr result_type operator()() {
     const auto words = bits(0xFFFFFFFFu);
     advance();

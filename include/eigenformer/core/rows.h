@@ -24,7 +24,8 @@ template <typename View>
 RowShape row_shape(const View& view, std::string_view operation, std::string_view argument) {
   constexpr int last = rank_of<View> - 1;
   Index rows = 1;
-  for (int d = 0; d < last; ++d) rows = checked_product(rows, view.dimension(static_cast<std::size_t>(d)), operation, argument);
+  for (int d = 0; d < last; ++d)
+    rows = checked_product(rows, view.dimension(static_cast<std::size_t>(d)), operation, argument);
   return {rows, view.dimension(static_cast<std::size_t>(last))};
 }
 

@@ -28,7 +28,8 @@ using TensorView = Eigen::TensorMap<Eigen::Tensor<T, Rank, Eigen::RowMajor>>;
 
 /// Scalars that floating-point operators accept.
 template <typename T>
-concept FloatingScalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, bfloat16> || std::same_as<T, half>;
+concept FloatingScalar = std::same_as<T, float> || std::same_as<T, double> ||
+                         std::same_as<T, bfloat16> || std::same_as<T, half>;
 
 /// What an operator on T computes in: double for double, float for everything narrower.
 template <typename T>
@@ -47,13 +48,15 @@ struct tensor_traits {
 
 template <typename T, int Rank, int Options, typename I>
 struct tensor_traits<Eigen::Tensor<T, Rank, Options, I>> {
-  static constexpr TensorKind kind = (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
+  static constexpr TensorKind kind =
+      (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
   static constexpr int rank = Rank;
   using scalar = std::remove_const_t<T>;
 };
 
 template <typename X, int MapOptions, template <class> class MakePointer>
-struct tensor_traits<Eigen::TensorMap<X, MapOptions, MakePointer>> : tensor_traits<std::remove_const_t<X>> {};
+struct tensor_traits<Eigen::TensorMap<X, MapOptions, MakePointer>>
+    : tensor_traits<std::remove_const_t<X>> {};
 
 template <typename>
 inline constexpr bool always_false = false;
@@ -61,21 +64,25 @@ inline constexpr bool always_false = false;
 template <int Rank, typename X>
 constexpr void require_tensor_argument() {
   using traits = tensor_traits<std::remove_cvref_t<X>>;
-  static_assert(traits::kind != TensorKind::other,
-                "eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an Eigen expression into an "
-                "ef::Tensor<T, Rank> first, or wrap memory of your own in an ef::TensorView<T, Rank>.");
   static_assert(
-      traits::kind != TensorKind::column_major,
-      "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as ef::Tensor<T, Rank> (row-major), "
-      "or assign tensor.swap_layout().shuffle(reversed dimensions) to one.");
+      traits::kind != TensorKind::other,
+      "eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an "
+      "Eigen expression into an "
+      "ef::Tensor<T, Rank> first, or wrap memory of your own in an ef::TensorView<T, Rank>.");
+  static_assert(traits::kind != TensorKind::column_major,
+                "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as "
+                "ef::Tensor<T, Rank> (row-major), "
+                "or assign tensor.swap_layout().shuffle(reversed dimensions) to one.");
   static_assert(traits::kind == TensorKind::other || Rank < 0 || traits::rank == Rank,
-                "eigenformer: this tensor has the wrong rank for this argument; the operator's header gives the shapes.");
+                "eigenformer: this tensor has the wrong rank for this argument; the operator's "
+                "header gives the shapes.");
 }
 
 template <int Rank, typename X>
 Eigen::DSizes<Index, Rank> sizes_of(const X& x) {
   Eigen::DSizes<Index, Rank> sizes;
-  for (int d = 0; d < Rank; ++d) sizes[d] = static_cast<Index>(x.dimension(static_cast<std::size_t>(d)));
+  for (int d = 0; d < Rank; ++d)
+    sizes[d] = static_cast<Index>(x.dimension(static_cast<std::size_t>(d)));
   return sizes;
 }
 
@@ -83,7 +90,8 @@ Eigen::DSizes<Index, Rank> sizes_of(const X& x) {
 
 /// An ef::Tensor or ef::TensorView of any scalar and rank.
 template <typename X>
-concept RowMajorTensor = detail::tensor_traits<std::remove_cvref_t<X>>::kind == detail::TensorKind::row_major;
+concept RowMajorTensor =
+    detail::tensor_traits<std::remove_cvref_t<X>>::kind == detail::TensorKind::row_major;
 
 /// Number of dimensions of a tensor type, -1 where X is no tensor.
 template <typename X>
@@ -101,7 +109,8 @@ auto input_view(const X& x) {
     const Eigen::DSizes<Index, Rank> sizes = detail::sizes_of<Rank>(x);
     return TensorView<const scalar_of<X>, Rank>(x.data(), sizes);
   } else {  // keeps the errors after the message above few
-    return TensorView<const float, (Rank < 1 ? 1 : Rank)>(nullptr, Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
+    return TensorView<const float, (Rank < 1 ? 1 : Rank)>(
+        nullptr, Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
   }
 }
 
@@ -111,11 +120,13 @@ auto output_view(X& x) {
   detail::require_tensor_argument<Rank, X>();
   if constexpr (RowMajorTensor<X> && rank_of<X> == Rank) {
     static_assert(!std::is_const_v<std::remove_pointer_t<decltype(x.data())>>,
-                  "eigenformer: the output is read-only; pass a mutable ef::Tensor or an ef::TensorView of non-const T.");
+                  "eigenformer: the output is read-only; pass a mutable ef::Tensor or an "
+                  "ef::TensorView of non-const T.");
     const Eigen::DSizes<Index, Rank> sizes = detail::sizes_of<Rank>(x);
     return TensorView<scalar_of<X>, Rank>(x.data(), sizes);
   } else {
-    return TensorView<float, (Rank < 1 ? 1 : Rank)>(nullptr, Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
+    return TensorView<float, (Rank < 1 ? 1 : Rank)>(nullptr,
+                                                    Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
   }
 }
 

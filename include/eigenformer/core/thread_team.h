@@ -35,7 +35,8 @@ template <typename Condition>
 bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
   using Clock = std::chrono::steady_clock;
   constexpr std::chrono::microseconds kSpin{50};
-  constexpr int kLooks = 64;  // between two looks at the clock, which take 20 to 50 ns: 1 to 3 us of pauses
+  constexpr int kLooks =
+      64;  // between two looks at the clock, which take 20 to 50 ns: 1 to 3 us of pauses
   const auto look = [&holds] {
     for (int i = 0; i < kLooks; ++i) {
       if (holds()) return true;
@@ -78,14 +79,16 @@ class ThreadTeam {
     call_ = [](const void* f, Index p) { (*static_cast<const Part*>(f))(p); };
     unfinished_.store(parts - 1, std::memory_order_relaxed);
     const std::uint64_t jobs = (claim_.load(std::memory_order_relaxed) >> kPartBits) + 1;
-    claim_.store(jobs << kPartBits | static_cast<std::uint64_t>(parts - 1), std::memory_order_release);
+    claim_.store(jobs << kPartBits | static_cast<std::uint64_t>(parts - 1),
+                 std::memory_order_release);
     part(0);
     Index taken = 0;
     for (Index p = claim(); p > 0; p = claim()) {
       part(p);
       ++taken;
     }
-    spin_until(std::chrono::nanoseconds::max(), [&] { return unfinished_.load(std::memory_order_acquire) == taken; });
+    spin_until((std::chrono::nanoseconds::max)(),
+               [&] { return unfinished_.load(std::memory_order_acquire) == taken; });
     running_ = false;
   }
 
@@ -98,7 +101,8 @@ class ThreadTeam {
  private:
   static constexpr int kPartBits = 16;  // Eigen's pools have fewer than 2^16 threads
   static constexpr std::uint64_t kParts = (std::uint64_t{1} << kPartBits) - 1;
-  static constexpr std::uint64_t kClosed = ~kParts;  // no part to take, and a job number that 2^48 jobs would reach
+  static constexpr std::uint64_t kClosed =
+      ~kParts;  // no part to take, and a job number that 2^48 jobs would reach
 
   ~ThreadTeam() = default;
 
@@ -110,7 +114,7 @@ class ThreadTeam {
         pool_->Schedule([this] { help(); });
       } catch (const std::bad_alloc&) {
         users_.fetch_sub(1, std::memory_order_relaxed);  // not the last: the opener is one
-        return;                                          // the opener takes the parts that find no helper
+        return;  // the opener takes the parts that find no helper
       }
     }
   }
@@ -143,7 +147,8 @@ class ThreadTeam {
   Index claim() {
     std::uint64_t word = claim_.load(std::memory_order_relaxed);
     while ((word & kParts) != 0)
-      if (claim_.compare_exchange_weak(word, word - 1, std::memory_order_acquire, std::memory_order_relaxed))
+      if (claim_.compare_exchange_weak(word, word - 1, std::memory_order_acquire,
+                                       std::memory_order_relaxed))
         return static_cast<Index>(word & kParts);
     return 0;
   }

@@ -18,7 +18,8 @@ struct KeyRange {
 /// A query at absolute position p sees the keys [p - window + 1, p] (window 0: [0, p]) and, besides, the first `prefix` keys.
 struct Visibility {
   bool causal = true;
-  Index window = 0;  ///< most recent keys seen, the query's own included; 0 means no limit. Needs causal.
+  Index window =
+      0;  ///< most recent keys seen, the query's own included; 0 means no limit. Needs causal.
   Index prefix = 0;  ///< leading keys visible to every query (prefix-LM)
 
   /// Keys seen by position, of key_length, apart from the prefix. Empty where begin >= end.

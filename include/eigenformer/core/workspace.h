@@ -43,7 +43,8 @@ class Workspace {
 
   class Frame {
    public:
-    explicit Frame(Workspace& workspace) : workspace_(workspace), block_(workspace.current_), used_(workspace.used_) {
+    explicit Frame(Workspace& workspace)
+        : workspace_(workspace), block_(workspace.current_), used_(workspace.used_) {
       ++workspace_.depth_;
     }
     Frame(const Frame&) = delete;
@@ -58,7 +59,8 @@ class Workspace {
     template <typename T>
     T* take(Index count) {
       static_assert(std::is_trivially_destructible_v<T>);
-      if (count < 0 || static_cast<std::size_t>(count) > (~std::size_t{0} >> 1) / sizeof(T)) throw std::bad_alloc();
+      if (count < 0 || static_cast<std::size_t>(count) > (~std::size_t{0} >> 1) / sizeof(T))
+        throw std::bad_alloc();
       return static_cast<T*>(workspace_.take(static_cast<std::size_t>(count) * sizeof(T)));
     }
 
@@ -71,8 +73,10 @@ class Workspace {
  private:
   static constexpr std::size_t kAlignment = 64;
   struct Block {
-    explicit Block(std::size_t bytes) : data(::operator new(bytes, std::align_val_t{kAlignment})), size(bytes) {}
-    Block(Block&& other) noexcept : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
+    explicit Block(std::size_t bytes)
+        : data(::operator new(bytes, std::align_val_t{kAlignment})), size(bytes) {}
+    Block(Block&& other) noexcept
+        : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
     Block& operator=(Block&& other) noexcept {
       std::swap(data, other.data);
       std::swap(size, other.size);
@@ -85,9 +89,13 @@ class Workspace {
     std::size_t size;
   };
 
-  static std::size_t round_up(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+  static std::size_t round_up(std::size_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
 
-  void add_block(std::size_t bytes) { blocks_.emplace_back(std::max(round_up(bytes), kAlignment)); }
+  void add_block(std::size_t bytes) {
+    blocks_.emplace_back((std::max)(round_up(bytes), kAlignment));
+  }
 
   void* take(std::size_t bytes) {
     bytes = round_up(bytes);

@@ -50,7 +50,8 @@ struct GatedBackwardProblem {
   const GY* grad_y;
   const Gate* gate;
   const Up* up;
-  Index rows, features, grad_stride, grad_y_stride, gate_stride;  // grad_stride of both gradients, gate_stride of gate and up
+  Index rows, features, grad_stride, grad_y_stride,
+      gate_stride;  // grad_stride of both gradients, gate_stride of gate and up
 };
 
 /// y = x + residual.
@@ -69,16 +70,20 @@ template <typename Isa, CpuDevice D, typename Function, typename Y, typename X>
 void activation(Isa, const D& device, const ActivationProblem<Function, Y, X>& p) {
   using V = simd::Vec<typename ActivationProblem<Function, Y, X>::compute, Isa>;
   parallel_for(device, p.count, kElementsPerTask, [&](Index first, Index last, int) {
-    for_each_vector<V>(first, last, [&](Index at, auto part) { store(Function::value(load<V>(p.x + at, part)), p.y + at, part); });
+    for_each_vector<V>(first, last, [&](Index at, auto part) {
+      store(Function::value(load<V>(p.x + at, part)), p.y + at, part);
+    });
   });
 }
 
 template <typename Isa, CpuDevice D, typename Function, typename GX, typename GY, typename X>
-void activation_backward(Isa, const D& device, const ActivationBackwardProblem<Function, GX, GY, X>& p) {
+void activation_backward(Isa, const D& device,
+                         const ActivationBackwardProblem<Function, GX, GY, X>& p) {
   using V = simd::Vec<typename ActivationBackwardProblem<Function, GX, GY, X>::compute, Isa>;
   parallel_for(device, p.count, kElementsPerTask, [&](Index first, Index last, int) {
     for_each_vector<V>(first, last, [&](Index at, auto part) {
-      store(load<V>(p.grad_y + at, part) * Function::derivative(load<V>(p.x + at, part)), p.grad_x + at, part);
+      store(load<V>(p.grad_y + at, part) * Function::derivative(load<V>(p.x + at, part)),
+            p.grad_x + at, part);
     });
   });
 }
@@ -89,7 +94,7 @@ template <typename Body>
 EIGENFORMER_INLINE void for_each_row_piece(Index begin, Index end, Index features, Body&& body) {
   while (begin < end) {
     const Index row = begin / features, first = begin - row * features;
-    const Index last = std::min(features, first + end - begin);
+    const Index last = (std::min)(features, first + end - begin);
     body(row, first, last);
     begin += last - first;
   }
@@ -110,8 +115,10 @@ void gated(Isa, const D& device, const GatedProblem<Function, Y, Gate, Up>& p) {
   });
 }
 
-template <typename Isa, CpuDevice D, typename Function, typename GG, typename GU, typename GY, typename Gate, typename Up>
-void gated_backward(Isa, const D& device, const GatedBackwardProblem<Function, GG, GU, GY, Gate, Up>& p) {
+template <typename Isa, CpuDevice D, typename Function, typename GG, typename GU, typename GY,
+          typename Gate, typename Up>
+void gated_backward(Isa, const D& device,
+                    const GatedBackwardProblem<Function, GG, GU, GY, Gate, Up>& p) {
   using V = simd::Vec<typename GatedBackwardProblem<Function, GG, GU, GY, Gate, Up>::compute, Isa>;
   parallel_for(device, p.rows * p.features, kElementsPerTask, [&](Index begin, Index end, int) {
     for_each_row_piece(begin, end, p.features, [&](Index row, Index first, Index last) {
@@ -121,7 +128,8 @@ void gated_backward(Isa, const D& device, const GatedBackwardProblem<Function, G
       const Gate* gate = p.gate + row * p.gate_stride;
       const Up* up = p.up + row * p.gate_stride;
       for_each_vector<V>(first, last, [&](Index at, auto part) {
-        const V g = load<V>(grad_y + at, part), a = load<V>(gate + at, part), b = load<V>(up + at, part);
+        const V g = load<V>(grad_y + at, part), a = load<V>(gate + at, part),
+                b = load<V>(up + at, part);
         store(g * b * Function::derivative(a), grad_gate + at, part);
         store(g * Function::value(a), grad_up + at, part);
       });
@@ -133,8 +141,9 @@ template <typename Isa, CpuDevice D, typename Y, typename X, typename R>
 void residual_add(Isa, const D& device, const ResidualAddProblem<Y, X, R>& p) {
   using V = simd::Vec<typename ResidualAddProblem<Y, X, R>::compute, Isa>;
   parallel_for(device, p.count, kElementsPerTask, [&](Index first, Index last, int) {
-    for_each_vector<V>(
-        first, last, [&](Index at, auto part) { store(load<V>(p.x + at, part) + load<V>(p.residual + at, part), p.y + at, part); });
+    for_each_vector<V>(first, last, [&](Index at, auto part) {
+      store(load<V>(p.x + at, part) + load<V>(p.residual + at, part), p.y + at, part);
+    });
   });
 }
 

@@ -16,7 +16,7 @@ namespace cpu {
 
 template <typename V>
 EIGENFORMER_INLINE V clamp_to_limits(V x) {
-  return min(V::set1(800), max(V::set1(-800), x));  // in this order a NaN passes through
+  return minimum(V::set1(800), maximum(V::set1(-800), x));  // in this order a NaN passes through
 }
 
 /// 1 / (1 + e^-x). Relative error below 3e-7 for float, 0 below -88.8.
@@ -51,7 +51,9 @@ EIGENFORMER_INLINE V erfc_of_positive(V z) {
 /// Distribution function of the normal distribution, without cancellation for negative x.
 template <typename V>
 EIGENFORMER_INLINE V normal_distribution(V x) {
-  const V tail = V::set1(0.5f) * erfc_of_positive(abs(x) * V::set1(static_cast<typename V::scalar>(0.70710678118654752440)));
+  const V tail =
+      V::set1(0.5f) *
+      erfc_of_positive(abs(x) * V::set1(static_cast<typename V::scalar>(0.70710678118654752440)));
   return select(less(x, V::zero()), tail, V::set1(1) - tail);
 }
 
@@ -65,7 +67,7 @@ struct Identity {
 struct Silu {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
-    return max(V::set1(-800), x) / (V::set1(1) + simd::exp(V::zero() - x));
+    return maximum(V::set1(-800), x) / (V::set1(1) + simd::exp(V::zero() - x));
   }
   template <typename V>
   static EIGENFORMER_INLINE V derivative(V x) {
@@ -78,12 +80,13 @@ struct Silu {
 struct GeluErf {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
-    return max(V::set1(-800), x) * normal_distribution(x);
+    return maximum(V::set1(-800), x) * normal_distribution(x);
   }
   template <typename V>
   static EIGENFORMER_INLINE V derivative(V x) {
     x = clamp_to_limits(x);
-    const V density = V::set1(static_cast<typename V::scalar>(0.39894228040143267794)) * simd::exp(x * x * V::set1(-0.5f));
+    const V density = V::set1(static_cast<typename V::scalar>(0.39894228040143267794)) *
+                      simd::exp(x * x * V::set1(-0.5f));
     return fma(x, density, normal_distribution(x));
   }
 };
@@ -93,19 +96,20 @@ struct GeluTanh {
   template <typename V>
   static EIGENFORMER_INLINE V twice_u(V x) {
     using C = typename V::scalar;
-    return x * fma(x * x, V::set1(static_cast<C>(kTwoRootTwoOverPi * 0.044715)), V::set1(static_cast<C>(kTwoRootTwoOverPi)));
+    return x * fma(x * x, V::set1(static_cast<C>(kTwoRootTwoOverPi * 0.044715)),
+                   V::set1(static_cast<C>(kTwoRootTwoOverPi)));
   }
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
-    return max(V::set1(-800), x) / (V::set1(1) + simd::exp(V::zero() - twice_u(x)));
+    return maximum(V::set1(-800), x) / (V::set1(1) + simd::exp(V::zero() - twice_u(x)));
   }
   template <typename V>
   static EIGENFORMER_INLINE V derivative(V x) {
     using C = typename V::scalar;
     x = clamp_to_limits(x);
     const V s = sigmoid(twice_u(x));
-    const V slope =
-        fma(x * x, V::set1(static_cast<C>(3 * kTwoRootTwoOverPi * 0.044715)), V::set1(static_cast<C>(kTwoRootTwoOverPi)));
+    const V slope = fma(x * x, V::set1(static_cast<C>(3 * kTwoRootTwoOverPi * 0.044715)),
+                        V::set1(static_cast<C>(kTwoRootTwoOverPi)));
     return s * fma(x * slope, V::set1(1) - s, V::set1(1));
   }
   static constexpr double kTwoRootTwoOverPi = 1.59576912160573071176;
@@ -114,7 +118,7 @@ struct GeluTanh {
 struct Relu {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
-    return max(V::zero(), x);  // in this order a NaN passes through
+    return maximum(V::zero(), x);  // in this order a NaN passes through
   }
   template <typename V>
   static EIGENFORMER_INLINE V derivative(V x) {

@@ -33,9 +33,10 @@ struct AttentionSequence {
 template <typename TQ, typename TKV>
 struct AttentionProblem {
   using Compute = compute_type<TQ>;
-  const TQ* queries = nullptr;     // (rows, heads, head_dim)
-  TQ* output = nullptr;            // (rows, heads, value_dim)
-  Compute* log_sum_exp = nullptr;  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
+  const TQ* queries = nullptr;  // (rows, heads, head_dim)
+  TQ* output = nullptr;         // (rows, heads, value_dim)
+  Compute* log_sum_exp =
+      nullptr;  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
   Index lse_head_stride = 0;
   Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   KvSource<TKV> source;
@@ -63,11 +64,13 @@ struct KeyBlock {
   const TKV* key(int j) const { return source.key_row(sequence, kv_head, begin + j); }
   const TKV* value(int j) const { return source.value_row(sequence, kv_head, begin + j); }
   float key_scale(int j) const {
-    if constexpr (std::is_same_v<TKV, std::int8_t>) return source.key_scale(sequence, kv_head, begin + j);
+    if constexpr (std::is_same_v<TKV, std::int8_t>)
+      return source.key_scale(sequence, kv_head, begin + j);
     return 1.0f;
   }
   float value_scale(int j) const {
-    if constexpr (std::is_same_v<TKV, std::int8_t>) return source.value_scale(sequence, kv_head, begin + j);
+    if constexpr (std::is_same_v<TKV, std::int8_t>)
+      return source.value_scale(sequence, kv_head, begin + j);
     return 1.0f;
   }
 };
@@ -103,12 +106,16 @@ class AttentionWorker {
                           frame.take<C>(rows * Tile::lanes),
                           frame.take<C>(rows),
                           frame.take<BlockRange>(rows)};
-    Tile::fill(s.scores, rows * kAttentionKeyBlock, C(0));  // lanes nobody sees are computed with and thrown away
+    Tile::fill(s.scores, rows * kAttentionKeyBlock,
+               C(0));  // lanes nobody sees are computed with and thrown away
     return s;
   }
 
   AttentionWorker(const Problem& problem, const AttentionScratch<C>& scratch)
-      : p_(problem), s_(scratch), group_(problem.group()), width_(Tile::padded(problem.value_dim)) {}
+      : p_(problem),
+        s_(scratch),
+        group_(problem.group()),
+        width_(Tile::padded(problem.value_dim)) {}
 
   /// Query rows [first, first + count) of a sequence, padding included, for the heads of one KV head.
   void run(const AttentionSequence& sequence, Index kv_head, Index first, Index count) {
@@ -118,15 +125,19 @@ class AttentionWorker {
     if (queries == 0) return;
     begin(sequence, kv_head, first, queries);
     const Index last_position = first_position_ + queries - 1;
-    const Index prefix = p_.visibility.causal ? std::min(p_.visibility.prefix, sequence.key_length) : 0;
+    const Index prefix =
+        p_.visibility.causal ? (std::min)(p_.visibility.prefix, sequence.key_length) : 0;
     const Index window_begin = p_.visibility.keys(first_position_, sequence.key_length).begin;
-    const Index end = std::max(p_.visibility.keys(last_position, sequence.key_length).end, prefix);
+    const Index end =
+        (std::max)(p_.visibility.keys(last_position, sequence.key_length).end, prefix);
     for (Index block = 0; block < end; block += kAttentionKeyBlock) {
       if (block >= prefix && block + kAttentionKeyBlock <= window_begin)
-        block = window_begin / kAttentionKeyBlock * kAttentionKeyBlock;  // whole blocks before the window
+        block = window_begin / kAttentionKeyBlock *
+                kAttentionKeyBlock;  // whole blocks before the window
       if (block < end) add_block(sequence, kv_head, block);
     }
-    for (Index r = 0; r < rows_; ++r) write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
+    for (Index r = 0; r < rows_; ++r)
+      write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
   }
 
  private:
@@ -134,12 +145,15 @@ class AttentionWorker {
     rows_ = queries * group_;
     first_position_ = sequence.first_position + first;
     for (Index r = 0; r < rows_; ++r) {
-      const Index head = kv_head * group_ + r % group_, row = sequence.query_begin + first + r / group_;
-      Tile::load_row(p_.queries + (row * p_.heads + head) * p_.head_dim, p_.scale, p_.head_dim, p_.head_dim,
-                     s_.queries + r * p_.head_dim);
-      const bool sink = p_.sinks != nullptr && p_.sinks[head] > -std::numeric_limits<float>::infinity();
+      const Index head = kv_head * group_ + r % group_,
+                  row = sequence.query_begin + first + r / group_;
+      Tile::load_row(p_.queries + (row * p_.heads + head) * p_.head_dim, p_.scale, p_.head_dim,
+                     p_.head_dim, s_.queries + r * p_.head_dim);
+      const bool sink =
+          p_.sinks != nullptr && p_.sinks[head] > -std::numeric_limits<float>::infinity();
       s_.maxima[r] =
-          sink ? static_cast<C>(p_.sinks[head]) : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
+          sink ? static_cast<C>(p_.sinks[head])
+               : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
       Tile::fill(s_.lane_sums + r * Tile::lanes, Tile::lanes, C(0));
       if (sink) s_.lane_sums[r * Tile::lanes] = C(1);
     }
@@ -147,28 +161,37 @@ class AttentionWorker {
   }
 
   void add_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
-    const int count = static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
-    const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head, sequence.key_begin + block_begin, count};
+    const int count =
+        static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
+    const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head,
+                              sequence.key_begin + block_begin, count};
     // The next block is asked for while this one is worked on: a decode step has little work a byte.
-    const int next =
-        static_cast<int>(std::clamp<Index>(sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
+    const int next = static_cast<int>(std::clamp<Index>(
+        sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
     Tile::pack_transposed(
         count, p_.head_dim, s_.keys,
         [&](int j) {
-          if (j < next) Tile::prefetch_row(block.key(j + kAttentionKeyBlock), p_.head_dim * static_cast<Index>(sizeof(TKV)));
+          if (j < next)
+            Tile::prefetch_row(block.key(j + kAttentionKeyBlock),
+                               p_.head_dim * static_cast<Index>(sizeof(TKV)));
           return block.key(j);
         },
         [&](int j) { return static_cast<C>(block.key_scale(j)); });
     for (int j = 0; j < count; ++j) {
-      if (j < next) Tile::prefetch_row(block.value(j + kAttentionKeyBlock), p_.value_dim * static_cast<Index>(sizeof(TKV)));
-      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_, s_.values + j * width_);
+      if (j < next)
+        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
+                           p_.value_dim * static_cast<Index>(sizeof(TKV)));
+      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_,
+                     s_.values + j * width_);
     }
     for (Index r = 0; r < rows_; ++r)
-      s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_, sequence.key_length, block_begin)
+      s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_,
+                                                   sequence.key_length, block_begin)
                                      : s_.ranges[r - 1];
 
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
-    for (Index r = 0; r < rows_; ++r) softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
+    for (Index r = 0; r < rows_; ++r)
+      softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) { value_tile<decltype(tile)::value>(r); });
   }
 
@@ -179,11 +202,12 @@ class AttentionWorker {
     for (int i = 0; i < R; ++i) {
       const BlockRange& range = s_.ranges[r + i];
       if (range.empty()) continue;
-      first = std::min(first, range.first());
-      last = std::max(last, range.last());
+      first = (std::min)(first, range.first());
+      last = (std::max)(last, range.last());
     }
     for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
-      Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim, s_.keys + key * p_.head_dim, p_.head_dim,
+      Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim,
+                                  s_.keys + key * p_.head_dim, p_.head_dim,
                                   s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
   }
 
@@ -198,13 +222,17 @@ class AttentionWorker {
       V x = V::load(scores + c);
       if (p_.softcap > 0) x = Tile::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
       if (p_.alibi_slopes != nullptr)
-        x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])), Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
-      if (!range.full()) x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
+        x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])),
+                Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
+      if (!range.full())
+        x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
       x.store(scores + c);
-      top = max(x, top);  // this order lets a NaN pass by: it reaches the row through its weight
+      top =
+          maximum(x, top);  // this order lets a NaN pass by: it reaches the row through its weight
     }
-    const C maximum = std::max(s_.maxima[r], reduce_max(top));
-    const C reference = maximum == -kInfinity ? C(0) : maximum;  // all scores -infinity: weights 0, not exp(NaN)
+    const C maximum = (std::max)(s_.maxima[r], reduce_max(top));
+    const C reference =
+        maximum == -kInfinity ? C(0) : maximum;  // all scores -infinity: weights 0, not exp(NaN)
     V sum = V::zero();
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
       const V weight = exp(V::load(scores + c) - V::set1(reference));
@@ -227,11 +255,12 @@ class AttentionWorker {
     for (int i = 0; i < R; ++i) {
       uniform = uniform && ranges[i] == ranges[0];
       same_begin = same_begin && ranges[i].prefix_end == 0 && ranges[i].begin == ranges[0].begin;
-      common_end = std::min(common_end, ranges[i].end);
+      common_end = (std::min)(common_end, ranges[i].end);
     }
     if (uniform) {
       accumulate_range<R>(r, ranges[0]);
-    } else if (same_begin) {  // the diagonal: what all rows see together, then what later rows see besides
+    } else if (
+        same_begin) {  // the diagonal: what all rows see together, then what later rows see besides
       accumulate<R>(r, ranges[0].begin, common_end, s_.factors + r);
       for (int i = 0; i < R; ++i)
         if (common_end < ranges[i].end) accumulate<1>(r + i, common_end, ranges[i].end, nullptr);
@@ -244,13 +273,15 @@ class AttentionWorker {
   EIGENFORMER_INLINE void accumulate_range(Index r, const BlockRange& range) {
     if (range.empty()) return;
     if (range.prefix_end > 0) accumulate<R>(r, 0, range.prefix_end, s_.factors + r);
-    if (range.begin < range.end) accumulate<R>(r, range.begin, range.end, range.prefix_end > 0 ? nullptr : s_.factors + r);
+    if (range.begin < range.end)
+      accumulate<R>(r, range.begin, range.end, range.prefix_end > 0 ? nullptr : s_.factors + r);
   }
 
   template <int R>
   void accumulate(Index r, int begin, int end, const C* factor) {
-    Tile::template accumulate<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_, begin, end, factor,
-                                 width_, s_.sums + r * width_, width_);
+    Tile::template accumulate<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
+                                 s_.values, width_, begin, end, factor, width_,
+                                 s_.sums + r * width_, width_);
   }
 
   C* log_sum_exp(const AttentionSequence& sequence, Index head, Index row) const {
@@ -269,16 +300,20 @@ class AttentionWorker {
   void write_row(const AttentionSequence& sequence, Index head, Index row, Index r) const {
     const Index position = sequence.first_position + row;
     const KeyRange keys = p_.visibility.keys(position, sequence.key_length);
-    const bool sees_prefix = p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
+    const bool sees_prefix =
+        p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
     if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
     const C sum = reduce_add(V::load(s_.lane_sums + r * Tile::lanes));
     const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
     const C* const sums = s_.sums + r * width_;
     TQ* const out = output(sequence, head, row);
     Index d = 0;
-    for (; d + Tile::lanes <= p_.value_dim; d += Tile::lanes) (V::load(sums + d) * factor).store(out + d);
-    if (d < p_.value_dim) (V::load(sums + d) * factor).store_partial(out + d, static_cast<int>(p_.value_dim - d));
-    if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
+    for (; d + Tile::lanes <= p_.value_dim; d += Tile::lanes)
+      (V::load(sums + d) * factor).store(out + d);
+    if (d < p_.value_dim)
+      (V::load(sums + d) * factor).store_partial(out + d, static_cast<int>(p_.value_dim - d));
+    if (p_.log_sum_exp != nullptr)
+      *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
   }
 
   const Problem& p_;
@@ -296,8 +331,8 @@ Index attention_workers(const D& device, const Problem& p, Index tasks) {
     work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) *
             static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   }
-  const Index worth = 1 + static_cast<Index>(std::min(work / 65536, 1e6));
-  return std::clamp<Index>(std::min(tasks, worth), 1, worker_count(device));
+  const Index worth = 1 + static_cast<Index>((std::min)(work / 65536, 1e6));
+  return std::clamp<Index>((std::min)(tasks, worth), 1, worker_count(device));
 }
 
 template <typename Isa, CpuDevice D, typename TQ, typename TKV>
@@ -308,7 +343,8 @@ void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspa
   Index* const first_task = frame.take<Index>(p.batch + 1);
   first_task[0] = 0;
   for (Index b = 0; b < p.batch; ++b)
-    first_task[b + 1] = first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
+    first_task[b + 1] =
+        first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
   const Index tasks = first_task[p.batch];
   if (tasks == 0) return;
   const Index workers = attention_workers(device, p, tasks);
@@ -320,11 +356,14 @@ void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspa
     for (Index w = begin; w < end; ++w) {
       Worker worker(p, scratch[w]);
       for (Index task = w; task < tasks; task += workers) {
-        const Index b = std::upper_bound(first_task, first_task + p.batch + 1, task) - first_task - 1;
+        const Index b =
+            std::upper_bound(first_task, first_task + p.batch + 1, task) - first_task - 1;
         const AttentionSequence& sequence = p.sequences[b];
-        const Index blocks = (sequence.tensor_rows + positions - 1) / positions, local = task - first_task[b];
+        const Index blocks = (sequence.tensor_rows + positions - 1) / positions,
+                    local = task - first_task[b];
         const Index first = local % blocks * positions;
-        worker.run(sequence, local / blocks, first, std::min(positions, sequence.tensor_rows - first));
+        worker.run(sequence, local / blocks, first,
+                   (std::min)(positions, sequence.tensor_rows - first));
       }
     }
   });

@@ -26,19 +26,20 @@ struct AttentionBackwardProblem {
   const Compute* log_sum_exp = nullptr;  // as AttentionProblem::log_sum_exp
   T* grad_queries = nullptr;             // (rows, heads, head_dim)
   T* grad_keys = nullptr;                // (key rows, kv_heads, head_dim), laid out like the keys
-  T* grad_values = nullptr;              // (key rows, kv_heads, value_dim), laid out like the values
-  Index key_rows = 0;                    // rows of a dense sequence, padding included; 0 where packed
-  float* grad_sinks = nullptr;           // (heads) or nullptr
+  T* grad_values = nullptr;     // (key rows, kv_heads, value_dim), laid out like the values
+  Index key_rows = 0;           // rows of a dense sequence, padding included; 0 where packed
+  float* grad_sinks = nullptr;  // (heads) or nullptr
 };
 
 namespace cpu {
 
 template <typename C>
 struct AttentionBackwardScratch {
-  C *queries, *grad_output, *probabilities, *grad_scores;  // a query block: (rows, width), (rows, value width), (rows, 64) twice
-  C *keys, *packed_keys, *packed_values;                   // a key block: rows and transposed
-  C *grad_keys, *grad_values;                              // a key block
-  C *grad_queries, *deltas, *log_sum_exp;                  // the whole sequence, rows (position, head of the group)
+  C *queries, *grad_output, *probabilities,
+      *grad_scores;  // a query block: (rows, width), (rows, value width), (rows, 64) twice
+  C *keys, *packed_keys, *packed_values;   // a key block: rows and transposed
+  C *grad_keys, *grad_values;              // a key block
+  C *grad_queries, *deltas, *log_sum_exp;  // the whole sequence, rows (position, head of the group)
 };
 
 template <typename Isa, typename T>
@@ -51,11 +52,16 @@ class AttentionBackwardWorker {
   static constexpr Index kBlock = kAttentionKeyBlock;
 
  public:
-  static Index positions_per_block(const Problem& p) { return std::max<Index>(1, kBlock / std::max<Index>(1, p.forward.group())); }
+  static Index positions_per_block(const Problem& p) {
+    return std::max<Index>(1, kBlock / std::max<Index>(1, p.forward.group()));
+  }
 
-  static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest, Workspace::Frame& frame) {
-    const Index width = Tile::padded(p.forward.head_dim), value_width = Tile::padded(p.forward.value_dim);
-    const Index rows = positions_per_block(p) * p.forward.group(), all = longest * p.forward.group();
+  static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest,
+                                                  Workspace::Frame& frame) {
+    const Index width = Tile::padded(p.forward.head_dim),
+                value_width = Tile::padded(p.forward.value_dim);
+    const Index rows = positions_per_block(p) * p.forward.group(),
+                all = longest * p.forward.group();
     AttentionBackwardScratch<C> s{frame.take<C>(rows * width),
                                   frame.take<C>(rows * value_width),
                                   frame.take<C>(rows * kBlock),
@@ -68,7 +74,8 @@ class AttentionBackwardWorker {
                                   frame.take<C>(all * width),
                                   frame.take<C>(all),
                                   frame.take<C>(all)};
-    Tile::fill(s.probabilities, rows * kBlock, C(0));  // lanes past the last key are computed with and thrown away
+    Tile::fill(s.probabilities, rows * kBlock,
+               C(0));  // lanes past the last key are computed with and thrown away
     Tile::fill(s.grad_scores, rows * kBlock, C(0));
     return s;
   }
@@ -104,37 +111,46 @@ class AttentionBackwardWorker {
   Index head(Index g) const { return kv_head_ * group_ + g; }
   Index row(Index i, Index g) const { return (sequence_->query_begin + i) * f_.heads + head(g); }
   T* key_gradient(Index j) const {
-    return p_.grad_keys + (f_.source.key_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) - f_.source.keys);
+    return p_.grad_keys +
+           (f_.source.key_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) -
+            f_.source.keys);
   }
   T* value_gradient(Index j) const {
-    return p_.grad_values + (f_.source.value_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) - f_.source.values);
+    return p_.grad_values +
+           (f_.source.value_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) -
+            f_.source.values);
   }
 
   /// D_i and log_sum_exp of one row.
   void load_row_sums(Index i, Index g) {
-    const T *out = p_.output + row(i, g) * f_.value_dim, *grad = p_.grad_output + row(i, g) * f_.value_dim;
+    const T *out = p_.output + row(i, g) * f_.value_dim,
+            *grad = p_.grad_output + row(i, g) * f_.value_dim;
     V sum = V::zero();
     Index d = 0;
-    for (; d + Tile::lanes <= f_.value_dim; d += Tile::lanes) sum = fma(V::load(out + d), V::load(grad + d), sum);
+    for (; d + Tile::lanes <= f_.value_dim; d += Tile::lanes)
+      sum = fma(V::load(out + d), V::load(grad + d), sum);
     const int rest = static_cast<int>(f_.value_dim - d);
     sum = fma(V::load_partial(out + d, rest), V::load_partial(grad + d, rest), sum);
     s_.deltas[i * group_ + g] = reduce_add(sum);
-    s_.log_sum_exp[i * group_ + g] = p_.log_sum_exp[sequence_->lse_begin + head(g) * f_.lse_head_stride + i];
+    s_.log_sum_exp[i * group_ + g] =
+        p_.log_sum_exp[sequence_->lse_begin + head(g) * f_.lse_head_stride + i];
   }
 
   void key_block(Index begin) {
     const int count = static_cast<int>(std::min<Index>(kBlock, sequence_->key_length - begin));
-    const KeyBlock<T> block{f_.source, sequence_->key_sequence, kv_head_, sequence_->key_begin + begin, count};
+    const KeyBlock<T> block{f_.source, sequence_->key_sequence, kv_head_,
+                            sequence_->key_begin + begin, count};
     const auto one = [](int) { return C(1); };
     Tile::pack_transposed(
         count, f_.head_dim, s_.packed_keys, [&](int j) { return block.key(j); }, one);
     Tile::pack_transposed(
         count, f_.value_dim, s_.packed_values, [&](int j) { return block.value(j); }, one);
-    for (int j = 0; j < count; ++j) Tile::load_row(block.key(j), C(1), f_.head_dim, width_, s_.keys + j * width_);
+    for (int j = 0; j < count; ++j)
+      Tile::load_row(block.key(j), C(1), f_.head_dim, width_, s_.keys + j * width_);
     Tile::fill(s_.grad_keys, kBlock * width_, C(0));
     Tile::fill(s_.grad_values, kBlock * value_width_, C(0));
     for (Index first = 0; first < sequence_->query_rows; first += positions_) {
-      const Index queries = std::min(positions_, sequence_->query_rows - first);
+      const Index queries = (std::min)(positions_, sequence_->query_rows - first);
       if (sees(first, queries, begin)) query_block(first, queries * group_, begin, count);
     }
     for (int j = 0; j < count; ++j) {
@@ -147,36 +163,43 @@ class AttentionBackwardWorker {
   bool sees(Index first, Index queries, Index begin) const {
     if (!f_.visibility.causal || begin < f_.visibility.prefix) return true;
     const Index position = sequence_->first_position + first;
-    return position + queries - 1 >= begin && f_.visibility.keys(position, sequence_->key_length).begin < begin + kBlock;
+    return position + queries - 1 >= begin &&
+           f_.visibility.keys(position, sequence_->key_length).begin < begin + kBlock;
   }
 
   void query_block(Index first, Index rows, Index begin, int count) {
     for (Index r = 0; r < rows; ++r) {
       const Index at = row(first + r / group_, r % group_);
-      Tile::load_row(f_.queries + at * f_.head_dim, f_.scale, f_.head_dim, width_, s_.queries + r * width_);
-      Tile::load_row(p_.grad_output + at * f_.value_dim, C(1), f_.value_dim, value_width_, s_.grad_output + r * value_width_);
+      Tile::load_row(f_.queries + at * f_.head_dim, f_.scale, f_.head_dim, width_,
+                     s_.queries + r * width_);
+      Tile::load_row(p_.grad_output + at * f_.value_dim, C(1), f_.value_dim, value_width_,
+                     s_.grad_output + r * value_width_);
     }
     Tile::for_row_tiles(rows, [&](auto tile, Index r) {
       constexpr int R = decltype(tile)::value;
       for (int key = 0; key < count; key += Tile::kPanel) {
-        Tile::template dot_panel<R>(s_.queries + r * width_, width_, s_.packed_keys + key * f_.head_dim, f_.head_dim,
+        Tile::template dot_panel<R>(s_.queries + r * width_, width_,
+                                    s_.packed_keys + key * f_.head_dim, f_.head_dim,
                                     s_.probabilities + r * kBlock + key, kBlock);
-        Tile::template dot_panel<R>(s_.grad_output + r * value_width_, value_width_, s_.packed_values + key * f_.value_dim,
-                                    f_.value_dim, s_.grad_scores + r * kBlock + key, kBlock);
+        Tile::template dot_panel<R>(s_.grad_output + r * value_width_, value_width_,
+                                    s_.packed_values + key * f_.value_dim, f_.value_dim,
+                                    s_.grad_scores + r * kBlock + key, kBlock);
       }
     });
     for (Index r = 0; r < rows; ++r) softmax_backward_row(r, first * group_ + r, begin);
     const int inner = static_cast<int>(rows);
     Tile::for_row_tiles(count, [&](auto tile, Index j) {
       constexpr int R = decltype(tile)::value;
-      Tile::template accumulate<R>({s_.probabilities + j, 1, kBlock}, s_.grad_output, value_width_, 0, inner, nullptr, value_width_,
+      Tile::template accumulate<R>({s_.probabilities + j, 1, kBlock}, s_.grad_output, value_width_,
+                                   0, inner, nullptr, value_width_,
                                    s_.grad_values + j * value_width_, value_width_);
-      Tile::template accumulate<R>({s_.grad_scores + j, 1, kBlock}, s_.queries, width_, 0, inner, nullptr, width_,
-                                   s_.grad_keys + j * width_, width_);
+      Tile::template accumulate<R>({s_.grad_scores + j, 1, kBlock}, s_.queries, width_, 0, inner,
+                                   nullptr, width_, s_.grad_keys + j * width_, width_);
     });
     Tile::for_row_tiles(rows, [&](auto tile, Index r) {
-      Tile::template accumulate<decltype(tile)::value>({s_.grad_scores + r * kBlock, kBlock, 1}, s_.keys, width_, 0, count, nullptr,
-                                                       width_, s_.grad_queries + (first * group_ + r) * width_, width_);
+      Tile::template accumulate<decltype(tile)::value>(
+          {s_.grad_scores + r * kBlock, kBlock, 1}, s_.keys, width_, 0, count, nullptr, width_,
+          s_.grad_queries + (first * group_ + r) * width_, width_);
     });
   }
 
@@ -186,8 +209,10 @@ class AttentionBackwardWorker {
     const Index position = sequence_->first_position + index / group_;
     const C lse = s_.log_sum_exp[index];
     BlockRange range = block_range(f_.visibility, position, sequence_->key_length, begin);
-    if (lse == -kInfinity) range = {0, 0, 0};  // a row without weight: nothing visible, or all scores -infinity
-    C *const probabilities = s_.probabilities + r * kBlock, *const grad_scores = s_.grad_scores + r * kBlock;
+    if (lse == -kInfinity)
+      range = {0, 0, 0};  // a row without weight: nothing visible, or all scores -infinity
+    C *const probabilities = s_.probabilities + r * kBlock, *const grad_scores =
+                                                                s_.grad_scores + r * kBlock;
     for (int c = 0; c < kBlock; c += Tile::lanes) {
       V x = V::load(probabilities + c);
       V slope = V::set1(C(1));
@@ -242,7 +267,8 @@ class AttentionBackwardWorker {
 };
 
 template <typename Isa, CpuDevice D, typename T>
-void attention_backward(Isa, const D& device, const AttentionBackwardProblem<T>& p, Workspace& workspace) {
+void attention_backward(Isa, const D& device, const AttentionBackwardProblem<T>& p,
+                        Workspace& workspace) {
   using Worker = AttentionBackwardWorker<Isa, T>;
   const auto& f = p.forward;
   Workspace::Frame frame(workspace);
@@ -250,7 +276,7 @@ void attention_backward(Isa, const D& device, const AttentionBackwardProblem<T>&
   const bool sinks = p.grad_sinks != nullptr && f.sinks != nullptr;
   double* const grad_sinks = sinks ? frame.take<double>(f.batch * f.heads) : nullptr;
   Index longest = 0;
-  for (Index b = 0; b < f.batch; ++b) longest = std::max(longest, f.sequences[b].query_rows);
+  for (Index b = 0; b < f.batch; ++b) longest = (std::max)(longest, f.sequences[b].query_rows);
   if (tasks > 0) {
     const Index workers = attention_workers(device, f, tasks);
     auto* const scratch = frame.take<AttentionBackwardScratch<compute_type<T>>>(workers);

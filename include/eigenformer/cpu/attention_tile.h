@@ -32,13 +32,16 @@ struct BlockRange {
   friend bool operator==(const BlockRange&, const BlockRange&) = default;
 };
 
-inline BlockRange block_range(const Visibility& visibility, Index position, Index key_length, Index block_begin) {
-  const auto inside = [&](Index key) { return static_cast<int>(std::clamp<Index>(key - block_begin, 0, kAttentionKeyBlock)); };
+inline BlockRange block_range(const Visibility& visibility, Index position, Index key_length,
+                              Index block_begin) {
+  const auto inside = [&](Index key) {
+    return static_cast<int>(std::clamp<Index>(key - block_begin, 0, kAttentionKeyBlock));
+  };
   const KeyRange keys = visibility.keys(position, key_length);
-  const int prefix_end = visibility.causal ? inside(std::min(visibility.prefix, key_length)) : 0;
-  const int begin = inside(keys.begin), end = std::max(inside(keys.end), begin);
+  const int prefix_end = visibility.causal ? inside((std::min)(visibility.prefix, key_length)) : 0;
+  const int begin = inside(keys.begin), end = (std::max)(inside(keys.end), begin);
   if (begin == end) return {0, 0, prefix_end};
-  if (begin <= prefix_end) return {0, prefix_end > 0 ? 0 : begin, std::max(end, prefix_end)};
+  if (begin <= prefix_end) return {0, prefix_end > 0 ? 0 : begin, (std::max)(end, prefix_end)};
   return {prefix_end, begin, end};
 }
 
@@ -47,8 +50,10 @@ template <typename C, typename Isa>
 struct AttentionTile {
   using V = simd::Vec<C, Isa>;
   static constexpr int lanes = V::lanes;
-  static constexpr int kPanel = 2 * lanes;           // two vectors and kRows rows: 16 sums in flight hide the latency of fma
-  static constexpr int kRows = lanes >= 16 ? 8 : 4;  // 16 registers of AVX2 hold 4 x 2 sums, 32 of AVX-512 hold 8 x 2
+  static constexpr int kPanel =
+      2 * lanes;  // two vectors and kRows rows: 16 sums in flight hide the latency of fma
+  static constexpr int kRows =
+      lanes >= 16 ? 8 : 4;  // 16 registers of AVX2 hold 4 x 2 sums, 32 of AVX-512 hold 8 x 2
   static_assert(kAttentionKeyBlock % kPanel == 0);
 
   static Index padded(Index width) { return (width + kPanel - 1) / kPanel * kPanel; }
@@ -80,7 +85,8 @@ struct AttentionTile {
 
   /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no hardware prefetcher follows.
   static EIGENFORMER_INLINE void prefetch_row(const void* row, Index bytes) {
-    for (Index offset = 0; offset < bytes; offset += 64) simd::prefetch_after(static_cast<const std::byte*>(row), offset);
+    for (Index offset = 0; offset < bytes; offset += 64)
+      simd::prefetch_after(static_cast<const std::byte*>(row), offset);
   }
 
   static void fill(C* p, Index count, C value) {
@@ -110,7 +116,8 @@ struct AttentionTile {
         if (present == lanes && n == lanes) {
           for (int i = 0; i < lanes; ++i) block[i] = V::load(rows[i] + d) * scales[i];
         } else {
-          for (int i = 0; i < lanes; ++i) block[i] = i < present ? V::load_partial(rows[i] + d, n) * scales[i] : V::zero();
+          for (int i = 0; i < lanes; ++i)
+            block[i] = i < present ? V::load_partial(rows[i] + d, n) * scales[i] : V::zero();
         }
         transpose(block);
         for (int i = 0; i < n; ++i) block[i].store(column + (d + i) * kPanel);
@@ -120,7 +127,8 @@ struct AttentionTile {
 
   /// out[r][0, kPanel) = rows[r] . panel, summed over depth in order.
   template <int R>
-  static EIGENFORMER_INLINE void dot_panel(const C* rows, Index row_stride, const C* panel, Index depth, C* out, Index out_stride) {
+  static EIGENFORMER_INLINE void dot_panel(const C* rows, Index row_stride, const C* panel,
+                                           Index depth, C* out, Index out_stride) {
     V sum[R][2];
     for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
     for (Index d = 0; d < depth; ++d, panel += kPanel) {
@@ -146,8 +154,9 @@ struct AttentionTile {
   /// out[r][0, width) = factor[r] * out[r] + sum over k in [begin, end) of weights(r, k) * matrix[k], in the order of k. width is a
   /// multiple of kPanel. factor may be nullptr: 1.
   template <int R>
-  static EIGENFORMER_INLINE void accumulate(Weights w, const C* matrix, Index matrix_stride, int begin, int end, const C* factor,
-                                            Index width, C* out, Index out_stride) {
+  static EIGENFORMER_INLINE void accumulate(Weights w, const C* matrix, Index matrix_stride,
+                                            int begin, int end, const C* factor, Index width,
+                                            C* out, Index out_stride) {
     for (Index c = 0; c < width; c += kPanel) {
       V sum[R][2];
       for (int r = 0; r < R; ++r) {
@@ -160,7 +169,8 @@ struct AttentionTile {
         }
       }
       for (int k = begin; k < end; ++k) {
-        const V m0 = V::load(matrix + k * matrix_stride + c), m1 = V::load(matrix + k * matrix_stride + c + lanes);
+        const V m0 = V::load(matrix + k * matrix_stride + c),
+                m1 = V::load(matrix + k * matrix_stride + c + lanes);
         for (int r = 0; r < R; ++r) {
           const V weight = V::set1(w.data[r * w.row_stride + k * w.inner_stride]);
           sum[r][0] = fma(weight, m0, sum[r][0]);
@@ -178,7 +188,8 @@ struct AttentionTile {
   static EIGENFORMER_INLINE V positions(int first) {
     alignas(64) static constexpr auto table = [] {
       std::array<C, kAttentionKeyBlock> values{};
-      for (int i = 0; i < kAttentionKeyBlock; ++i) values[static_cast<std::size_t>(i)] = static_cast<C>(i);
+      for (int i = 0; i < kAttentionKeyBlock; ++i)
+        values[static_cast<std::size_t>(i)] = static_cast<C>(i);
       return values;
     }();
     return V::load(table.data() + first);
@@ -188,7 +199,8 @@ struct AttentionTile {
     const auto at_least = [](V a, C b) { return less_equal(V::set1(b), a); };
     const auto below = [](V a, C b) { return less(a, V::set1(b)); };
     return below(position, static_cast<C>(range.prefix_end)) |
-           (at_least(position, static_cast<C>(range.begin)) & below(position, static_cast<C>(range.end)));
+           (at_least(position, static_cast<C>(range.begin)) &
+            below(position, static_cast<C>(range.end)));
   }
 
   /// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel, that quotient elsewhere.
@@ -207,8 +219,8 @@ struct AttentionTile {
       p = fma(p, square, V::set1(static_cast<float>(-17.0 / 315)));
       p = fma(p, square, V::set1(static_cast<float>(2.0 / 15)));
       p = fma(p, square, V::set1(static_cast<float>(-1.0 / 3)));
-      const V small = fma(p * square, x, x);
-      return select(less(a, V::set1(0.5f)), small, large);
+      const V near_zero = fma(p * square, x, x);
+      return select(less(a, V::set1(0.5f)), near_zero, large);
     }
   }
 };

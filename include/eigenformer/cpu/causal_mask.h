@@ -20,8 +20,9 @@ struct CausalMaskProblem {
   T* mask;  // (batch, query_length, key_length)
   Index batch, query_length, key_length, query_offset;
   Visibility visibility;
-  const std::int32_t* segment_ids;  // (key_length) of sequence 0, nullptr where there is one document
-  Index segment_stride;             // from one sequence of the batch to the next, 0 where shared
+  const std::int32_t*
+      segment_ids;       // (key_length) of sequence 0, nullptr where there is one document
+  Index segment_stride;  // from one sequence of the batch to the next, 0 where shared
 
   EIGENFORMER_HOST_DEVICE constexpr bool visible(Index b, Index i, Index j) const {
     const Index position = query_offset + i;
@@ -63,12 +64,14 @@ struct CausalMaskRow {
   /// Around the caches: every line inside the row is written in full and in order, also where runs meet.
   void store_streaming(T* row) const {
     constexpr Index bytes = V::lanes * Index{sizeof(T)};
-    const Index misaligned = static_cast<Index>(reinterpret_cast<std::uintptr_t>(row) % static_cast<std::uintptr_t>(bytes));
-    Index j = std::min(length, (bytes - misaligned) % bytes / Index{sizeof(T)});
+    const Index misaligned = static_cast<Index>(reinterpret_cast<std::uintptr_t>(row) %
+                                                static_cast<std::uintptr_t>(bytes));
+    Index j = (std::min)(length, (bytes - misaligned) % bytes / Index{sizeof(T)});
     if (j > 0) blend(0).store_partial(row, static_cast<int>(j));
     const auto run = [&](const V& value, Index run_end) {
       for (; j + V::lanes <= run_end; j += V::lanes) value.store_streaming(row + j);
-      if (j < run_end && j + V::lanes <= length) {  // every run that ends inside this vector is in it
+      if (j < run_end &&
+          j + V::lanes <= length) {  // every run that ends inside this vector is in it
         blend(j).store_streaming(row + j);
         j += V::lanes;
       }
@@ -86,14 +89,17 @@ struct CausalMaskRow {
     C lanes[V::lanes];
     for (int i = 0; i < V::lanes; ++i) lanes[i] = static_cast<C>(i);
     const V lane = V::load(lanes);
-    const auto before = [&](Index edge) { return less(lane, V::set1(static_cast<C>(std::clamp<Index>(edge - j, 0, V::lanes)))); };
-    return select(before(prefix), open(), select(before(begin), blocked(), select(before(end), open(), blocked())));
+    const auto before = [&](Index edge) {
+      return less(lane, V::set1(static_cast<C>(std::clamp<Index>(edge - j, 0, V::lanes))));
+    };
+    return select(before(prefix), open(),
+                  select(before(begin), blocked(), select(before(end), open(), blocked())));
   }
 };
 
 template <typename Isa, typename T>
 CausalMaskRow<Isa, T> causal_mask_row(const CausalMaskProblem<T>& p, Index i) {
-  const Index prefix = std::min(p.visibility.prefix, p.key_length);
+  const Index prefix = (std::min)(p.visibility.prefix, p.key_length);
   const KeyRange keys = p.visibility.keys(p.query_offset + i, p.key_length);
   const Index begin = std::clamp(keys.begin, prefix, p.key_length);
   return {prefix, begin, std::clamp(keys.end, begin, p.key_length), p.key_length};
@@ -102,12 +108,14 @@ CausalMaskRow<Isa, T> causal_mask_row(const CausalMaskProblem<T>& p, Index i) {
 /// Rows [first, last) of all sequences, of one document each.
 template <typename Isa, typename T>
 void causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index last) {
-  for (Index r = first; r < last; ++r) causal_mask_row<Isa>(p, r % p.query_length).store(p.mask + r * p.key_length);
+  for (Index r = first; r < last; ++r)
+    causal_mask_row<Isa>(p, r % p.query_length).store(p.mask + r * p.key_length);
 }
 
 template <typename Isa, typename T>
 void causal_mask_rows_streaming(const CausalMaskProblem<T>& p, Index first, Index last) {
-  for (Index r = first; r < last; ++r) causal_mask_row<Isa>(p, r % p.query_length).store_streaming(p.mask + r * p.key_length);
+  for (Index r = first; r < last; ++r)
+    causal_mask_row<Isa>(p, r % p.query_length).store_streaming(p.mask + r * p.key_length);
   simd::Vec<compute_type<T>, Isa>::fence_streaming();
 }
 
@@ -115,14 +123,18 @@ template <typename T>
 void packed_causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index last) {
   for (Index r = first; r < last; ++r)
     for (Index j = 0; j < p.key_length; ++j)
-      p.mask[r * p.key_length + j] =
-          p.visible(r / p.query_length, r % p.query_length, j) ? T(0) : -std::numeric_limits<T>::infinity();
+      p.mask[r * p.key_length + j] = p.visible(r / p.query_length, r % p.query_length, j)
+                                         ? T(0)
+                                         : -std::numeric_limits<T>::infinity();
 }
 
 template <typename Isa, CpuDevice D, typename T>
 void causal_mask(Isa, const D& device, const CausalMaskProblem<T>& p) {
-  if (p.key_length == 0) return;                       // any number of rows may be empty
-  const Index grain = 1 + 16384 / (p.key_length + 1);  // a task writes at least 16k elements: less does not pay for waking a thread
+  if (p.key_length == 0) return;  // any number of rows may be empty
+  const Index grain =
+      1 +
+      16384 / (p.key_length +
+               1);  // a task writes at least 16k elements: less does not pay for waking a thread
   const Index bytes = p.batch * p.query_length * p.key_length * Index{sizeof(T)};
   parallel_for(device, p.batch * p.query_length, grain, [&](Index first, Index last, int) {
     if (p.segment_ids != nullptr)

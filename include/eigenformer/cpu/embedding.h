@@ -41,9 +41,12 @@ void embedding(Isa, const D& device, const EmbeddingProblem<Y, T, Id>& p) {
       const T* row = p.table + static_cast<Index>(p.ids[token]) * p.features;
       Y* y = p.y + token * p.features;
       if constexpr (std::is_same_v<Y, T>) {
-        if (p.features > 0) std::memcpy(static_cast<void*>(y), row, static_cast<std::size_t>(p.features) * sizeof(T));
+        if (p.features > 0)
+          std::memcpy(static_cast<void*>(y), row, static_cast<std::size_t>(p.features) * sizeof(T));
       } else {
-        for_each_vector<V>(0, p.features, [&](Index at, auto part) { store(load<V>(row + at, part), y + at, part); });
+        for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+          store(load<V>(row + at, part), y + at, part);
+        });
       }
     }
   });
@@ -52,13 +55,15 @@ void embedding(Isa, const D& device, const EmbeddingProblem<Y, T, Id>& p) {
 template <typename Isa, CpuDevice D, typename G, typename GY, typename Id>
 void embedding_backward(Isa, const D& device, const EmbeddingBackwardProblem<G, GY, Id>& p) {
   using V = simd::Vec<typename EmbeddingBackwardProblem<G, GY, Id>::compute, Isa>;
-  const Index grain = std::max<Index>(64, rows_per_task(p.tokens));  // 64 floats are four cache lines: threads share few of them
+  const Index grain = std::max<Index>(
+      64, rows_per_task(p.tokens));  // 64 floats are four cache lines: threads share few of them
   parallel_for(device, p.features, grain, [&](Index first, Index last, int) {
     for (Index token = 0; token < p.tokens; ++token) {
       G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
       const GY* grad_y = p.grad_y + token * p.features;
-      for_each_vector<V>(first, last,
-                         [&](Index at, auto part) { store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part); });
+      for_each_vector<V>(first, last, [&](Index at, auto part) {
+        store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part);
+      });
     }
   });
 }

@@ -11,8 +11,8 @@
 
 #if defined(__CUDACC__)
 #define EIGENFORMER_ISA_GENERIC 1
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__) && defined(__AVX2__) && \
-    defined(__FMA__) && defined(__F16C__)
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
+    defined(__AVX512VL__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define EIGENFORMER_ISA_AVX2 1
 #define EIGENFORMER_ISA_AVX512 1
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -32,15 +32,16 @@
 #if defined(EIGENFORMER_ISA_AVX2) && defined(__AVXVNNI__)
 #define EIGENFORMER_ISA_AVX_VNNI 1
 #endif
-#if defined(EIGENFORMER_ISA_AVX512_VNNI) && defined(EIGENFORMER_ISA_AVX512_BF16) && defined(__AMX_TILE__) && \
-    defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#if defined(EIGENFORMER_ISA_AVX512_VNNI) && defined(EIGENFORMER_ISA_AVX512_BF16) && \
+    defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define EIGENFORMER_ISA_AMX 1
 #endif
 #if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define EIGENFORMER_ISA_NEON_DOTPROD 1
 #endif
 #if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_FP16_SCALAR_ARITHMETIC)
-#define EIGENFORMER_ISA_NEON_FP16 1  // Eigen::half holds an __fp16 then, which calls pass in another register
+#define EIGENFORMER_ISA_NEON_FP16 \
+  1  // Eigen::half holds an __fp16 then, which calls pass in another register
 #endif
 
 // Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its

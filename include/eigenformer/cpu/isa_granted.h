@@ -19,7 +19,8 @@ namespace cpu {
 /// The processor has AMX with palette 1 as the kernels use it (8 tiles of 16 rows of 64 bytes: CPUID 7 and 1D).
 inline bool has_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25, all = bfloat16 | tile | int8;
+  constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25,
+                     all = bfloat16 | tile | int8;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & all) != all) return false;
   if (__get_cpuid_count(0x1d, 1, &a, &b, &c, &d) == 0) return false;
   return (b & 0xffffu) == 64 && (b >> 16) == 8 && (c & 0xffffu) == 16;

@@ -58,13 +58,19 @@ struct MeanAndInverseDeviation {
 };
 
 template <typename V, typename X>
-MeanAndInverseDeviation<typename V::scalar> layer_norm_statistics(const X* x, Index features, float epsilon) {
+MeanAndInverseDeviation<typename V::scalar> layer_norm_statistics(const X* x, Index features,
+                                                                  float epsilon) {
   using C = typename V::scalar;
   const C n = static_cast<C>(features);
-  const C mean = sum_over_vectors<V>(features, [&](V sum, Index at, auto part) { return sum + load<V>(x + at, part); }) / n;
+  const C mean =
+      sum_over_vectors<V>(features,
+                          [&](V sum, Index at, auto part) { return sum + load<V>(x + at, part); }) /
+      n;
   const C squares = sum_over_vectors<V>(features, [&](V sum, Index at, auto part) {
     V distance = load<V>(x + at, part) - V::set1(mean);
-    if constexpr (std::is_same_v<decltype(part), PartOfVector>) {  // lanes past the end are 0 - mean: out of the sum
+    if constexpr (std::is_same_v<
+                      decltype(part),
+                      PartOfVector>) {  // lanes past the end are 0 - mean: out of the sum
       C lanes[V::lanes];
       distance.store(lanes);
       distance = V::load_partial(lanes, part.lanes);
@@ -85,7 +91,8 @@ void layer_norm(Isa, const D& device, const LayerNormProblem<Y, X, W>& p) {
       const V mean = V::set1(statistics.mean), scale = V::set1(statistics.inverse_deviation);
       for_each_vector<V>(0, p.features, [&](Index at, auto part) {
         const V normalized = (load<V>(x + at, part) - mean) * scale;
-        store(fma(normalized, load<V>(p.weight + at, part), load<V>(p.bias + at, part)), y + at, part);
+        store(fma(normalized, load<V>(p.weight + at, part), load<V>(p.bias + at, part)), y + at,
+              part);
       });
     }
   });
@@ -100,8 +107,9 @@ void layer_norm_parameter_gradients(const Problem& p, Index column, Index column
   for (Index begin = 0; begin < p.rows; begin += kRowBlock) {
     V weight[Vectors], bias[Vectors];
     for (int k = 0; k < Vectors; ++k) weight[k] = bias[k] = V::zero();
-    for (Index row = begin; row < std::min(begin + kRowBlock, p.rows); ++row) {
-      const V mean = V::set1(p.row_scratch[row].mean), scale = V::set1(p.row_scratch[row].inverse_deviation);
+    for (Index row = begin; row < (std::min)(begin + kRowBlock, p.rows); ++row) {
+      const V mean = V::set1(p.row_scratch[row].mean),
+              scale = V::set1(p.row_scratch[row].inverse_deviation);
       for (int k = 0; k < Vectors; ++k) {
         const Index i = row * p.features + column + k * V::lanes;
         const V gradient = load<V>(p.grad_y + i, part);
@@ -129,10 +137,12 @@ void layer_norm_backward_statistics(const Problem& p, Index row) {
   const auto [mean, scale] = layer_norm_statistics<V>(x, p.features, p.epsilon);
   const V center = V::set1(mean);
   // Lanes past the end hold a gradient of 0, so that they add nothing.
-  const C gradient = sum_over_vectors<V>(
-      p.features, [&](V sum, Index at, auto part) { return fma(load<V>(grad_y + at, part), load<V>(p.weight + at, part), sum); });
+  const C gradient = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
+    return fma(load<V>(grad_y + at, part), load<V>(p.weight + at, part), sum);
+  });
   const C projection = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
-    return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part), load<V>(x + at, part) - center, sum);
+    return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part),
+               load<V>(x + at, part) - center, sum);
   });
   const C n = static_cast<C>(p.features);
   p.row_scratch[row] = {mean, scale, gradient / n, projection * scale / n};
@@ -146,30 +156,35 @@ void layer_norm_backward_row(const Problem& p, Index row) {
   const V mean_gradient = V::set1(s.mean_gradient), against = V::set1(-s.projection);
   for_each_vector<V>(0, p.features, [&](Index at, auto part) {
     const V normalized = (load<V>(p.x + begin + at, part) - mean) * scale;
-    const V gradient = fma(load<V>(p.grad_y + begin + at, part), load<V>(p.weight + at, part), V::zero() - mean_gradient);
+    const V gradient = fma(load<V>(p.grad_y + begin + at, part), load<V>(p.weight + at, part),
+                           V::zero() - mean_gradient);
     store(fma(normalized, against, gradient) * scale, p.grad_x + begin + at, part);
   });
 }
 
 template <typename Isa, CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
-void layer_norm_backward(Isa, const D& device, const LayerNormBackwardProblem<GX, GW, GY, X, W>& p) {
+void layer_norm_backward(Isa, const D& device,
+                         const LayerNormBackwardProblem<GX, GW, GY, X, W>& p) {
   using V = simd::Vec<typename LayerNormBackwardProblem<GX, GW, GY, X, W>::compute, Isa>;
   parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) layer_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
-  parallel_for(device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns), [&](Index first, Index last, int) {
-    for (Index block = first; block < last; ++block) {
-      const Index begin = block * kColumns, end = std::min(begin + kColumns, p.features);
-      if (end - begin == kColumns) {
-        layer_norm_parameter_gradients<V, 4>(p, begin, kColumns, WholeVector{});
-      } else {
-        for_each_vector<V>(begin, end, [&](Index at, auto part) {
-          layer_norm_parameter_gradients<V, 1>(p, at, std::min<Index>(V::lanes, end - at), part);
-        });
-      }
-    }
-  });
+  parallel_for(device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
+               [&](Index first, Index last, int) {
+                 for (Index block = first; block < last; ++block) {
+                   const Index begin = block * kColumns,
+                               end = (std::min)(begin + kColumns, p.features);
+                   if (end - begin == kColumns) {
+                     layer_norm_parameter_gradients<V, 4>(p, begin, kColumns, WholeVector{});
+                   } else {
+                     for_each_vector<V>(begin, end, [&](Index at, auto part) {
+                       layer_norm_parameter_gradients<V, 1>(
+                           p, at, std::min<Index>(V::lanes, end - at), part);
+                     });
+                   }
+                 }
+               });
   parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) layer_norm_backward_row<V>(p, row);
   });

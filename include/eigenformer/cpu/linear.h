@@ -58,7 +58,8 @@ constexpr Index block_rows() {
 /// wait for memory.
 template <typename Dot>
 constexpr Index even_block_rows(Index rows, Index most) {
-  const Index blocks = std::max<Index>((rows + most - 1) / most, 1), each = (rows + blocks - 1) / blocks;
+  const Index blocks = std::max<Index>((rows + most - 1) / most, 1),
+              each = (rows + blocks - 1) / blocks;
   return std::max<Index>((each + Dot::rows - 1) / Dot::rows, 1) * Dot::rows;
 }
 
@@ -86,12 +87,15 @@ struct ProductBlock {
   using Stored = typename Dot::Stored;
   using Weights = decltype(Problem::weights);
   static constexpr bool packed = is_packed<Weights>, grouped = is_grouped<Weights>;
-  static constexpr bool gated = Problem::epilogue_type::gated, resumes = Problem::epilogue_type::starts_from_output;
+  static constexpr bool gated = Problem::epilogue_type::gated,
+                        resumes = Problem::epilogue_type::starts_from_output;
   using Sum = std::conditional_t<grouped, float, typename Dot::Sum>;
-  static constexpr Index panel_step = Index{Dot::columns} * Dot::step;     // elements of a panel in one step
+  static constexpr Index panel_step =
+      Index{Dot::columns} * Dot::step;  // elements of a panel in one step
   static constexpr int outputs = gated ? Dot::columns / 2 : Dot::columns;  // of a panel
 
-  static_assert(!gated || Dot::vectors % 2 == 0, "a gated panel is whole vectors of gate and of up");
+  static_assert(!gated || Dot::vectors % 2 == 0,
+                "a gated panel is whole vectors of gate and of up");
 
   const Problem& problem;
   Index row;  // first of the block
@@ -105,15 +109,20 @@ struct ProductBlock {
     Stored* chunk;  // (panels of a group, block_steps, panel_step), plain weights only
   };
 
-  Unit* tile_activations(Index t) const { return activations + tiles.first(t) * steps * Dot::units; }
+  Unit* tile_activations(Index t) const {
+    return activations + tiles.first(t) * steps * Dot::units;
+  }
 
   void pack(Index first, Index last) const {
     // Columns of a matrix: some k at a time for all tiles, whose parts of a line are then read while it is in cache.
-    const Index depth = problem.depth, at_once = problem.x.depth_stride == 1 ? std::max<Index>(depth, 1) : tile::kColumnDepth;
+    const Index depth = problem.depth, at_once = problem.x.depth_stride == 1
+                                                     ? std::max<Index>(depth, 1)
+                                                     : tile::kColumnDepth;
     for (Index k = 0; k == 0 || k < depth; k += at_once)
       for (Index t = first; t < last; ++t)
-        pack_activations<Dot>(Isa{}, problem.x, row + tiles.first(t), tiles.valid(t), tiles.height(t), k,
-                              std::min(k + at_once, depth), tile_activations(t), scales, tiles.first(t));
+        pack_activations<Dot>(Isa{}, problem.x, row + tiles.first(t), tiles.valid(t),
+                              tiles.height(t), k, (std::min)(k + at_once, depth),
+                              tile_activations(t), scales, tiles.first(t));
   }
 
   Sum* tile_sums(const Scratch& scratch, Index j, Index t) const {
@@ -134,11 +143,12 @@ struct ProductBlock {
   }
 
   /// Packs steps [first, first + count) of `panels` panels of plain weights.
-  void pack_chunk(const Scratch& scratch, Index group, Index panels, Index first, Index count) const {
+  void pack_chunk(const Scratch& scratch, Index group, Index panels, Index first,
+                  Index count) const {
     // Columns of a matrix: a few rows at a time for all panels, so that whole lines are read while they are in L1.
     const Index at_once = problem.weights.matrices[0].depth_stride == 1 ? count : Index{32};
     for (Index s = 0; s < count; s += at_once) {
-      const Index part = std::min(at_once, count - s), k = (first + s) * Dot::step;
+      const Index part = (std::min)(at_once, count - s), k = (first + s) * Dot::step;
       const Index depth = std::clamp<Index>(problem.depth - k, 0, part * Dot::step);
       for (Index j = 0; j < panels; ++j)
         tile::pack_panel<Dot>(Isa{}, problem.weights, group + j, k, depth, part,
@@ -147,7 +157,8 @@ struct ProductBlock {
   }
 
   /// Steps [first, first + count) for all tiles in [t0, t1) and `panels` panels.
-  void multiply(const Scratch& scratch, Index group, Index panels, Index first, Index count, Index t0, Index t1) const {
+  void multiply(const Scratch& scratch, Index group, Index panels, Index first, Index count,
+                Index t0, Index t1) const {
     const Stored* weights;
     Index stride;
     if constexpr (packed) {
@@ -157,23 +168,28 @@ struct ProductBlock {
       stride = block_steps<Dot, packed>() * panel_step;
       weights = scratch.chunk;
     }
-    const Index at_once = t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
+    const Index at_once =
+        t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
     for (Index j = 0; j < panels; j += at_once) {
       // What comes after this panel's chunk, in elements: the next panel's, the first panel's next, or the next group's first.
       Index next = (j + 1) * stride;
-      if (packed && j + 1 == panels) next = first + count < steps ? count * panel_step : next - first * panel_step;
+      if (packed && j + 1 == panels)
+        next = first + count < steps ? count * panel_step : next - first * panel_step;
       for (Index t = t0; t < t1; ++t) {
         const int height = tiles.height(t);
-        const auto [ahead, ahead_step] = what_to_fetch(weights, j * stride, next, count, t - t0, t1 - t0);
-        const tile::TileOperands<Dot> operands{tile_activations(t) + first * Dot::units * height, weights + j * stride, stride,
-                                               ahead, ahead_step};
+        const auto [ahead, ahead_step] =
+            what_to_fetch(weights, j * stride, next, count, t - t0, t1 - t0);
+        const tile::TileOperands<Dot> operands{tile_activations(t) + first * Dot::units * height,
+                                               weights + j * stride, stride, ahead, ahead_step};
         Sum* sums = tile_sums(scratch, j, t);
         const Index sums_stride = tiles.padded_rows() * Dot::columns;
         if constexpr (grouped)
-          tile::grouped_tile_products<simd::Vec<float, Isa>>(height, operands, count, group_factors(group + j, first, t), sums,
-                                                             sums_stride, at_once, first == 0);
+          tile::grouped_tile_products<simd::Vec<float, Isa>>(
+              height, operands, count, group_factors(group + j, first, t), sums, sums_stride,
+              at_once, first == 0);
         else
-          tile::tile_products<Dot>(height, operands, count, sums, sums_stride, at_once, first == 0 && !resumes);
+          tile::tile_products<Dot>(height, operands, count, sums, sums_stride, at_once,
+                                   first == 0 && !resumes);
       }
     }
   }
@@ -184,37 +200,48 @@ struct ProductBlock {
 
   /// For tile `turn` of `turns` of the chunk at element `here`: its part of the chunk at `next`, and once that is all there, what
   /// is in cache anyway. A chunk that is read once is fetched itself, some way ahead.
-  static Fetch what_to_fetch(const Stored* weights, Index here, Index next, Index count, Index turn, Index turns) {
-    const auto bytes = [](Index elements) { return static_cast<std::uintptr_t>(elements) * sizeof(Stored); };
-    const auto base =
-        reinterpret_cast<std::uintptr_t>(weights);  // numbers, because a fetch past the end is harmless and a pointer is not
-    if (packed && turns == 1) return {base + bytes(here) + std::uintptr_t{tile::kStreamBytes}, bytes(panel_step)};
+  static Fetch what_to_fetch(const Stored* weights, Index here, Index next, Index count, Index turn,
+                             Index turns) {
+    const auto bytes = [](Index elements) {
+      return static_cast<std::uintptr_t>(elements) * sizeof(Stored);
+    };
+    const auto base = reinterpret_cast<std::uintptr_t>(
+        weights);  // numbers, because a fetch past the end is harmless and a pointer is not
+    if (packed && turns == 1)
+      return {base + bytes(here) + std::uintptr_t{tile::kStreamBytes}, bytes(panel_step)};
     std::uintptr_t part = static_cast<std::uintptr_t>(count) * tile::kLineBytes;
-    if constexpr (tile::steps_at_once<Dot> > 1) part = part / tile::steps_at_once<Dot> * Dot::lines_ahead;
+    if constexpr (tile::steps_at_once<Dot> > 1)
+      part = part / tile::steps_at_once<Dot> * Dot::lines_ahead;
     const std::uintptr_t done = static_cast<std::uintptr_t>(turn) * part;
     const bool useful = packed && done < bytes(count * panel_step);
     return {base + (useful ? bytes(next) + done : bytes(here)), tile::kLineBytes};
   }
 
   tile::GroupFactors group_factors(Index panel, Index first, Index t) const {
-    const Index group_steps = problem.weights.group / Dot::step, g = first / group_steps, stride = scales.groups * Dot::columns;
+    const Index group_steps = problem.weights.group / Dot::step, g = first / group_steps,
+                stride = scales.groups * Dot::columns;
     return {group_steps, problem.weights.scales + panel * stride + g * Dot::columns, stride,
             scales.offsets + tiles.first(t) * scales.groups + g, scales.groups};
   }
 
   void run(const Scratch& scratch, Index p0, Index p1, Index t0, Index t1) const {
-    const Index block = packed && tiles.count() == 1 ? std::max<Index>(steps, 1) : block_steps<Dot, packed>();
+    const Index block =
+        packed && tiles.count() == 1 ? std::max<Index>(steps, 1) : block_steps<Dot, packed>();
     for (Index group = p0; group < p1; group += kGroupPanels) {
-      const Index panels = std::min(kGroupPanels, p1 - group);
-      if constexpr (resumes) each(scratch, group, panels, t0, t1, [&](const auto& s) { problem.epilogue.load(Isa{}, s); });
+      const Index panels = (std::min)(kGroupPanels, p1 - group);
+      if constexpr (resumes)
+        each(scratch, group, panels, t0, t1,
+             [&](const auto& s) { problem.epilogue.load(Isa{}, s); });
       for (Index first = 0; first == 0 || first < steps; first += block) {
-        const Index count = std::min(block, steps - first);
+        const Index count = (std::min)(block, steps - first);
         if constexpr (!packed) pack_chunk(scratch, group, panels, first, count);
         multiply(scratch, group, panels, first, count, t0, t1);
       }
       if constexpr (grouped)
-        if (steps == 0) std::fill_n(scratch.sums, panels * tiles.padded_rows() * Dot::columns, 0.0f);
-      each(scratch, group, panels, t0, t1, [&](const auto& s) { problem.epilogue.store(Isa{}, s); });
+        if (steps == 0)
+          std::fill_n(scratch.sums, panels * tiles.padded_rows() * Dot::columns, 0.0f);
+      each(scratch, group, panels, t0, t1,
+           [&](const auto& s) { problem.epilogue.store(Isa{}, s); });
     }
     problem.epilogue.finish(Isa{});
   }
@@ -231,12 +258,14 @@ template <typename Dot, typename Isa, CpuDevice D, typename Problem>
 void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
   using Block = ProductBlock<Dot, Isa, Problem>;
   const Index rows_at_once = even_block_rows<Dot>(p.rows, block_rows<Dot, Block::packed>());
-  const Index steps = tile::product_steps<Dot>(p.depth), panels = (p.columns + Block::outputs - 1) / Block::outputs;
+  const Index steps = tile::product_steps<Dot>(p.depth),
+              panels = (p.columns + Block::outputs - 1) / Block::outputs;
   if (p.rows == 0 || panels == 0) return;
-  const Index padded_rows = Tiles<Dot>::padded_rows(std::min(rows_at_once, p.rows));
-  const Index group = std::min(kGroupPanels, panels), workers = worker_count(device);
+  const Index padded_rows = Tiles<Dot>::padded_rows((std::min)(rows_at_once, p.rows));
+  const Index group = (std::min)(kGroupPanels, panels), workers = worker_count(device);
   const Index sums = group * padded_rows * Dot::columns;
-  const Index chunk = Block::packed ? 0 : group * block_steps<Dot, Block::packed>() * Block::panel_step;
+  const Index chunk =
+      Block::packed ? 0 : group * block_steps<Dot, Block::packed>() * Block::panel_step;
   Index k_group = std::max<Index>(p.depth, 1), groups = 1;
   if constexpr (Block::grouped) {
     k_group = p.weights.group;
@@ -244,24 +273,31 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
   }
   Workspace::Frame frame(workspace);
   auto* activations = frame.take<typename Dot::Unit>(padded_rows * steps * Dot::units);
-  const ActivationScales scales{frame.take<float>(padded_rows), frame.take<std::int32_t>(padded_rows * groups), k_group, groups};
+  const ActivationScales scales{frame.take<float>(padded_rows),
+                                frame.take<std::int32_t>(padded_rows * groups), k_group, groups};
   auto* all_sums = frame.take<typename Block::Sum>(workers * sums);
   auto* all_chunks = frame.take<typename Dot::Stored>(workers * chunk);
   for (Index row = 0; row < p.rows; row += rows_at_once) {
-    const Tiles<Dot> tiles(std::min(rows_at_once, p.rows - row));
+    const Tiles<Dot> tiles((std::min)(rows_at_once, p.rows - row));
     const Block block{p, row, tiles, steps, activations, scales};
-    const Index tile_count = tiles.count(), rows = std::min(rows_at_once, p.rows - row);
+    const Index tile_count = tiles.count(), rows = (std::min)(rows_at_once, p.rows - row);
     parallel_for(device, tile_count, 1 + 65536 / (Dot::rows * (p.depth + 1)),
                  [&](Index first, Index last, int) { block.pack(first, last); });
-    const auto scratch = [&](int worker) { return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk}; };
+    const auto scratch = [&](int worker) {
+      return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk};
+    };
     // About 40,000 cycles pay for waking a thread: a step of a panel costs two cycles a row, and eight to fetch its weights.
     const Index panel_cycles = (steps + 1) * (2 * rows + 8);
     if (panels < workers && tile_count > panels)
       parallel_for(device, tile_count, 1 + 40000 * tile_count / (panel_cycles * panels),
-                   [&](Index first, Index last, int worker) { block.run(scratch(worker), 0, panels, first, last); });
+                   [&](Index first, Index last, int worker) {
+                     block.run(scratch(worker), 0, panels, first, last);
+                   });
     else
       parallel_for(device, panels, 1 + 40000 / panel_cycles,
-                   [&](Index first, Index last, int worker) { block.run(scratch(worker), first, last, 0, tile_count); });
+                   [&](Index first, Index last, int worker) {
+                     block.run(scratch(worker), first, last, 0, tile_count);
+                   });
   }
 }
 
@@ -270,15 +306,17 @@ template <typename Isa, CpuDevice D, typename G, typename T>
 void add_column_sums(Isa, const D& device, G* sums, const T* matrix, Index rows, Index columns) {
   using V = simd::Vec<G, Isa>;
   const Index blocks = (columns + V::lanes - 1) / V::lanes;
-  parallel_for(device, blocks, 1 + 65536 / (rows * V::lanes + 1), [&](Index first, Index last, int) {
-    for (Index b = first; b < last; ++b) {
-      const Index at = b * V::lanes;
-      const int n = static_cast<int>(std::min<Index>(V::lanes, columns - at));
-      V sum = V::load_partial(sums + at, n);
-      for (Index r = 0; r < rows; ++r) sum = sum + V::load_partial(matrix + r * columns + at, n);
-      sum.store_partial(sums + at, n);
-    }
-  });
+  parallel_for(device, blocks, 1 + 65536 / (rows * V::lanes + 1),
+               [&](Index first, Index last, int) {
+                 for (Index b = first; b < last; ++b) {
+                   const Index at = b * V::lanes;
+                   const int n = static_cast<int>(std::min<Index>(V::lanes, columns - at));
+                   V sum = V::load_partial(sums + at, n);
+                   for (Index r = 0; r < rows; ++r)
+                     sum = sum + V::load_partial(matrix + r * columns + at, n);
+                   sum.store_partial(sums + at, n);
+                 }
+               });
 }
 
 }  // namespace cpu

@@ -16,7 +16,8 @@ namespace cpu {
 template <typename Dot>
 class Tiles {
  public:
-  explicit Tiles(Index block_rows) : rows_(block_rows), count_((block_rows + Dot::rows - 1) / Dot::rows), split_(block_rows) {
+  explicit Tiles(Index block_rows)
+      : rows_(block_rows), count_((block_rows + Dot::rows - 1) / Dot::rows), split_(block_rows) {
     const Index rest = block_rows % Dot::rows;
     if (tile::steps_at_once<Dot> == 1 && count_ > 1 && rest > 0 && rest <= Dot::rows / 3)
       split_ = (count_ - 2) * Dot::rows + tile::whole_height<Dot>(2 * Dot::rows / 3);
@@ -25,12 +26,16 @@ class Tiles {
   }
   Index count() const { return count_; }
   Index first(Index t) const { return t + 1 == count_ ? split_ : t * Dot::rows; }
-  Index valid(Index t) const { return (t + 1 == count_ ? rows_ : t + 2 == count_ ? split_ : (t + 1) * Dot::rows) - first(t); }
+  Index valid(Index t) const {
+    return (t + 1 == count_ ? rows_ : t + 2 == count_ ? split_ : (t + 1) * Dot::rows) - first(t);
+  }
   int height(Index t) const { return tile::tile_height<Dot>(valid(t)); }
   /// Of the last tile's end.
   Index padded_rows() const { return count_ == 0 ? 0 : split_ + height(count_ - 1); }
   /// An upper bound of padded_rows for any number of rows up to this.
-  static constexpr Index padded_rows(Index rows) { return (rows + Dot::rows - 1) / Dot::rows * Dot::rows; }
+  static constexpr Index padded_rows(Index rows) {
+    return (rows + Dot::rows - 1) / Dot::rows * Dot::rows;
+  }
 
  private:
   Index rows_, count_;
@@ -39,9 +44,10 @@ class Tiles {
 
 /// What quantized activations are scaled by and what is taken off their sums.
 struct ActivationScales {
-  float* scales;          // (rows)
-  std::int32_t* offsets;  // (padded rows, groups): 128 times the sum of the group's values, 0 where weights are signed
-  Index group;            // k of one group; the depth where there is one
+  float* scales;  // (rows)
+  std::int32_t*
+      offsets;  // (padded rows, groups): 128 times the sum of the group's values, 0 where weights are signed
+  Index group;  // k of one group; the depth where there is one
   Index groups;
 };
 
@@ -53,7 +59,8 @@ inline std::int32_t sum_of(const std::int8_t* values, Index count) {
 
 /// Modulo 2^32: from 132,105 inputs on 128 times their sum may leave 32 bits, as the sums it is taken off do.
 inline void add_wrapping(std::int32_t& to, std::int32_t number) {
-  to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) + static_cast<std::uint32_t>(number));
+  to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) +
+                                 static_cast<std::uint32_t>(number));
 }
 
 /// Quads of `n` quantized activations from k on into their places in a tile; n is a multiple of 4 but at the end.
@@ -62,8 +69,8 @@ void place_quads(const std::int8_t* values, Index k, Index n, int height, typena
   if constexpr (tile::steps_at_once<Dot> > 1) {
     constexpr Index at_once = Index{Dot::step} * tile::steps_at_once<Dot>;
     for (Index at = 0; at < n; at += at_once)
-      std::memcpy(static_cast<void*>(to + (k + at) / at_once * height * tile::steps_at_once<Dot>), values + at,
-                  static_cast<std::size_t>(std::min(at_once, n - at)));
+      std::memcpy(static_cast<void*>(to + (k + at) / at_once * height * tile::steps_at_once<Dot>),
+                  values + at, static_cast<std::size_t>((std::min)(at_once, n - at)));
   } else {
     to += k / 4 * height * Dot::units;
     for (Index at = 0; at < n; at += 4, to += height * Dot::units) {
@@ -79,41 +86,47 @@ void place_quads(const std::int8_t* values, Index k, Index n, int height, typena
 
 /// Quantizes row r of activations into its place in an int8 tile.
 template <typename Dot, typename Isa, typename X>
-void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot::Unit* to, const ActivationScales& result,
-                        Index r) {
+void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot::Unit* to,
+                        const ActivationScales& result, Index r) {
   constexpr Index chunk = 256;  // a multiple of every group size but the whole depth
   alignas(64) std::int8_t values[chunk];
   const float scale = activation_scale<Isa>(row, depth);
   result.scales[r] = scale;
   std::int32_t* offsets = result.offsets + r * result.groups;
   for (Index k = 0; k < depth; k += chunk) {
-    const Index n = std::min(chunk, depth - k), padded = (n + 3) / 4 * 4;
+    const Index n = (std::min)(chunk, depth - k), padded = (n + 3) / 4 * 4;
     for (Index at = 0; at < n; at += 64 / Index{sizeof(X)})
-      simd::prefetch_after(row + k + at, depth * Index{sizeof(X)});  // the next row, whose maximum comes next
+      simd::prefetch_after(row + k + at,
+                           depth * Index{sizeof(X)});  // the next row, whose maximum comes next
     quantize_activation_line<Isa>(row + k, n, scale, values);
     std::fill(values + n, values + padded, std::int8_t{0});
     place_quads<Dot>(values, k, padded, height, to);
     if constexpr (Dot::unsigned_weights)
-      for (Index at = 0, part = std::min(chunk, result.group); at < n; at += part)
-        add_wrapping(offsets[(k + at) / result.group], 128 * sum_of(values + at, std::min(part, n - at)));
+      for (Index at = 0, part = (std::min)(chunk, result.group); at < n; at += part)
+        add_wrapping(offsets[(k + at) / result.group],
+                     128 * sum_of(values + at, (std::min)(part, n - at)));
   }
 }
 
 /// Packs k of [first, end) of a tile of `rows` valid rows of `height`, where they are quantized all of k; `r` is the tile's first
 /// row in the block.
 template <typename Dot, typename Isa, typename X>
-void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height, Index first, Index end,
-                      typename Dot::Unit* to, const ActivationScales& scales, Index r) {
+void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height,
+                      Index first, Index end, typename Dot::Unit* to,
+                      const ActivationScales& scales, Index r) {
   if constexpr (std::is_same_v<typename Dot::Stored, std::int8_t>) {
     const Index depth = end;
     const Index steps = tile::product_steps<Dot>(depth);
     if (rows < height) tile::clear(to, steps * Dot::units * height);
-    if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)  // the last of the 16 steps may stay empty
-      tile::clear(to + (steps - tile::steps_at_once<Dot>)*height, Index{tile::steps_at_once<Dot>} * height);
+    if (steps * Dot::step > depth &&
+        tile::steps_at_once<Dot> > 1)  // the last of the 16 steps may stay empty
+      tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
+                  Index{tile::steps_at_once<Dot>} * height);
     std::fill_n(scales.offsets + r * scales.groups, height * scales.groups, 0);
     for (Index i = 0; i < rows; ++i) {
       constexpr Index to_next = tile::steps_at_once<Dot>;  // from one row of a tile to the next
-      pack_quantized_row<Dot>(isa, x.data + (row + i) * x.row_stride, depth, height, to + i * to_next, scales, r + i);
+      pack_quantized_row<Dot>(isa, x.data + (row + i) * x.row_stride, depth, height,
+                              to + i * to_next, scales, r + i);
     }
   } else {
     tile::pack_tile<Dot>(isa, x, row, rows, height, first, end, to);

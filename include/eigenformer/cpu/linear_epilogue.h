@@ -49,7 +49,8 @@ struct PlainSums {
     }
   };
   template <typename V, typename Sum, typename Part>
-  EIGENFORMER_INLINE Columns<V> columns(const TileSums<Sum>&, Index, Index bias_column, Part part) const {
+  EIGENFORMER_INLINE Columns<V> columns(const TileSums<Sum>&, Index, Index bias_column,
+                                        Part part) const {
     return {bias_vector<V>(bias, bias_column, part)};
   }
 };
@@ -63,13 +64,17 @@ struct ScaledSums {
   template <typename V>
   struct Columns {
     V scale, bias;
-    EIGENFORMER_INLINE V read(const TileSums<std::int32_t>& tile, int r, const std::int32_t* sums) const {
-      return simd::fused_multiply_add(V::load_difference(sums, tile.row_offsets[r]), V::set1(tile.row_scales[r]) * scale, bias);
+    EIGENFORMER_INLINE V read(const TileSums<std::int32_t>& tile, int r,
+                              const std::int32_t* sums) const {
+      return simd::fused_multiply_add(V::load_difference(sums, tile.row_offsets[r]),
+                                      V::set1(tile.row_scales[r]) * scale, bias);
     }
   };
   template <typename V, typename Part>
-  EIGENFORMER_INLINE Columns<V> columns(const TileSums<std::int32_t>& tile, Index c, Index bias_column, Part part) const {
-    return {cpu::load<V>(weight_scales + tile.packed_column + c, part), bias_vector<V>(bias, bias_column, part)};
+  EIGENFORMER_INLINE Columns<V> columns(const TileSums<std::int32_t>& tile, Index c,
+                                        Index bias_column, Part part) const {
+    return {cpu::load<V>(weight_scales + tile.packed_column + c, part),
+            bias_vector<V>(bias, bias_column, part)};
   }
 };
 
@@ -86,7 +91,8 @@ struct GroupedSums {
     }
   };
   template <typename V, typename Part>
-  EIGENFORMER_INLINE Columns<V> columns(const TileSums<float>&, Index, Index bias_column, Part part) const {
+  EIGENFORMER_INLINE Columns<V> columns(const TileSums<float>&, Index, Index bias_column,
+                                        Part part) const {
     return {bias_vector<V>(bias, bias_column, part)};
   }
 };
@@ -107,15 +113,17 @@ struct Finish {
   Finish(const Sums& read, Y* to, Index rows, Index row_columns, const R* added)
       : sums(read), y(to), columns(row_columns), residual(added) {
     constexpr Index line = 64 / sizeof(Y);
-    streaming = residual == nullptr && rows * columns > cpu::kStreamingBytes / Index{sizeof(Y)} && columns % line == 0 &&
-                reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
+    streaming = residual == nullptr && rows * columns > cpu::kStreamingBytes / Index{sizeof(Y)} &&
+                columns % line == 0 && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
   }
 
   template <typename Isa, typename Sum>
   void store(Isa, const TileSums<Sum>& tile) const {
     using V = simd::Vec<std::conditional_t<std::is_same_v<Sum, double>, double, float>, Isa>;
-    if constexpr (V::lanes * sizeof(Y) == 64)  // parts of a line would wait for each other in too few buffers
-      if (streaming) return store_rows<V>(tile, [](V value, Y* to, auto) { value.store_streaming(to); });
+    if constexpr (V::lanes * sizeof(Y) ==
+                  64)  // parts of a line would wait for each other in too few buffers
+      if (streaming)
+        return store_rows<V>(tile, [](V value, Y* to, auto) { value.store_streaming(to); });
     store_rows<V>(tile, [](V value, Y* to, auto part) { cpu::store(value, to, part); });
   }
 
@@ -130,7 +138,9 @@ struct Finish {
   EIGENFORMER_INLINE void store_rows(const TileSums<Sum> tile, Store&& write) const {
     cpu::for_each_vector<V>(0, tile.columns, [&](Index c, auto part) {
       const Index column = tile.column + c, up = tile.stride / 2;
-      const auto columns_of = [&](Index at, Index bias_column) { return sums.template columns<V>(tile, at, bias_column, part); };
+      const auto columns_of = [&](Index at, Index bias_column) {
+        return sums.template columns<V>(tile, at, bias_column, part);
+      };
       const auto first = columns_of(c, column);
       const auto second = columns_of(Gated ? up + c : c, Gated ? columns + column : column);
       const Sum* from = tile.sums + c;
@@ -160,7 +170,8 @@ struct AddSums {
   template <typename Isa, typename Sum>
   void store(Isa, const TileSums<Sum>& tile) const {
     using V = simd::Vec<Sum, Isa>;
-    for_each_vector<V>(tile, [](Sum* sum, Y* to, auto part) { cpu::store(V::load(sum), to, part); });
+    for_each_vector<V>(tile,
+                       [](Sum* sum, Y* to, auto part) { cpu::store(V::load(sum), to, part); });
   }
   template <typename Isa>
   void finish(Isa) const {}

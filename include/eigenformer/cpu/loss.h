@@ -22,8 +22,8 @@ template <typename L, typename G>
 struct CrossEntropyProblem {
   const L* logits;              // (rows, classes)
   const std::int32_t* targets;  // (rows)
-  G* gradient;                  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
-  double* row_loss;             // (rows), written
+  G* gradient;  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
+  double* row_loss;  // (rows), written
   Index rows, classes;
   double gradient_scale;
   std::int32_t ignore_index;
@@ -37,21 +37,24 @@ typename V::scalar row_maximum(const L* logits, Index classes) {
   const L lowest = -std::numeric_limits<L>::infinity();
   const V start = V::set1(-std::numeric_limits<typename V::scalar>::infinity());
   V best[4] = {start, start, start, start};
-  for_each_vector_interleaved<V, 4>(
-      classes, [&](Index i, auto part, int k) { best[k] = max(best[k], load_or<V>(logits + i, lowest, part)); });
-  return reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
+  for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) {
+    best[k] = maximum(best[k], load_or<V>(logits + i, lowest, part));
+  });
+  return reduce_max(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
 }
 
 template <typename V, typename L>
 typename V::scalar row_sum(const L* logits, Index classes) {
   V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) { sums[k] = sums[k] + load<V>(logits + i, part); });
+  for_each_vector_interleaved<V, 4>(
+      classes, [&](Index i, auto part, int k) { sums[k] = sums[k] + load<V>(logits + i, part); });
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 /// Sum of exp(x - maximum); leaves the exponentials in `keep` where Keep.
 template <typename V, bool Keep, typename L, typename G>
-typename V::scalar exponential_sum(const L* logits, Index classes, typename V::scalar maximum, [[maybe_unused]] G* keep) {
+typename V::scalar exponential_sum(const L* logits, Index classes, typename V::scalar maximum,
+                                   [[maybe_unused]] G* keep) {
   const L lowest = -std::numeric_limits<L>::infinity();
   const V shift = V::set1(maximum);
   V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
@@ -73,16 +76,20 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   const std::int32_t target = p.targets[r];
   if (target == p.ignore_index) {
     p.row_loss[r] = 0;
-    if (gradient != nullptr) for_each_vector<V>(0, p.classes, [&](Index i, auto part) { store(V::zero(), gradient + i, part); });
+    if (gradient != nullptr)
+      for_each_vector<V>(0, p.classes,
+                         [&](Index i, auto part) { store(V::zero(), gradient + i, part); });
     return;
   }
 
   const C target_logit = static_cast<C>(logits[target]);  // read before the gradient overwrites it
   const double per_class = p.label_smoothing / static_cast<double>(p.classes);
-  const double logit_sum = p.label_smoothing > 0 ? static_cast<double>(row_sum<V>(logits, p.classes)) : 0.0;
+  const double logit_sum =
+      p.label_smoothing > 0 ? static_cast<double>(row_sum<V>(logits, p.classes)) : 0.0;
   const C maximum = row_maximum<V>(logits, p.classes);
-  const C sum = gradient != nullptr ? exponential_sum<V, keep>(logits, p.classes, maximum, gradient)
-                                    : exponential_sum<V, false>(logits, p.classes, maximum, gradient);
+  const C sum = gradient != nullptr
+                    ? exponential_sum<V, keep>(logits, p.classes, maximum, gradient)
+                    : exponential_sum<V, false>(logits, p.classes, maximum, gradient);
   const double log_sum_exp = static_cast<double>(maximum) + std::log(static_cast<double>(sum));
   double loss = log_sum_exp - (1.0 - p.label_smoothing) * static_cast<double>(target_logit);
   if (p.label_smoothing > 0) loss -= per_class * logit_sum;
@@ -110,7 +117,10 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
 template <typename Isa, CpuDevice D, typename L, typename G>
 void cross_entropy(Isa, const D& device, const CrossEntropyProblem<L, G>& p) {
   const Index grain =
-      1 + 8192 / (p.classes + 1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
+      1 +
+      8192 /
+          (p.classes +
+           1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
   parallel_for(device, p.rows, grain, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) cross_entropy_row<Isa>(p, r);
   });

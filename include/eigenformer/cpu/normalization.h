@@ -92,7 +92,9 @@ void add_rms_norm(Isa, const D& device, const AddRmsNormProblem<Y, X, R, W>& p) 
       for_each_vector<V>(0, features, [&](Index at, auto part) {
         store(load<V>(residual + at, part) + load<V>(addend + at, part), residual + at, part);
       });
-      rms_norm_row<Isa>(p.norm, row);  // reads what was stored, rounded: the same bits as the two operators one after the other
+      rms_norm_row<Isa>(
+          p.norm,
+          row);  // reads what was stored, rounded: the same bits as the two operators one after the other
     }
   });
 }
@@ -107,7 +109,7 @@ void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Par
   for (Index begin = 0; begin < p.rows; begin += kRowBlock) {
     V block[Vectors];
     for (int k = 0; k < Vectors; ++k) block[k] = V::zero();
-    for (Index row = begin; row < std::min(begin + kRowBlock, p.rows); ++row) {
+    for (Index row = begin; row < (std::min)(begin + kRowBlock, p.rows); ++row) {
       const Index at = row * p.features + column;
       const V scale = V::set1(p.inverse_rms[row]);
       for (int k = 0; k < Vectors; ++k) {
@@ -128,10 +130,12 @@ void rms_norm_backward_row(const Problem& p, Index row) {
   const Index begin = row * p.features;
   const C r = p.inverse_rms[row];
   const V scale = V::set1(r);
-  const V along_x = V::set1(-(p.projection[row] * r / static_cast<C>(p.features)) * r * r);  // r^3 alone may overflow
+  const V along_x = V::set1(-(p.projection[row] * r / static_cast<C>(p.features)) * r *
+                            r);  // r^3 alone may overflow
   for_each_vector<V>(0, p.features, [&](Index at, auto part) {
     const V gradient = load<V>(p.grad_y + begin + at, part) * load<V>(p.weight + at, part);
-    store(fma(load<V>(p.x + begin + at, part), along_x, gradient * scale), p.grad_x + begin + at, part);
+    store(fma(load<V>(p.x + begin + at, part), along_x, gradient * scale), p.grad_x + begin + at,
+          part);
   });
 }
 
@@ -144,23 +148,26 @@ void rms_norm_backward(Isa, const D& device, const RmsNormBackwardProblem<GX, GW
       const GY* grad_y = p.grad_y + row * p.features;
       p.inverse_rms[row] = inverse_rms<V>(x, p.features, p.epsilon);
       p.projection[row] = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
-        return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part), load<V>(x + at, part), sum);
+        return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part), load<V>(x + at, part),
+                   sum);
       });
     }
   });
   constexpr Index kColumns = 4 * V::lanes;
-  parallel_for(device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns), [&](Index first, Index last, int) {
-    for (Index block = first; block < last; ++block) {
-      const Index begin = block * kColumns, end = std::min(begin + kColumns, p.features);
-      if (end - begin == kColumns) {
-        rms_norm_weight_gradient<V, 4>(p, begin, kColumns, WholeVector{});
-      } else {
-        for_each_vector<V>(begin, end, [&](Index at, auto part) {
-          rms_norm_weight_gradient<V, 1>(p, at, std::min<Index>(V::lanes, end - at), part);
-        });
-      }
-    }
-  });
+  parallel_for(
+      device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
+      [&](Index first, Index last, int) {
+        for (Index block = first; block < last; ++block) {
+          const Index begin = block * kColumns, end = (std::min)(begin + kColumns, p.features);
+          if (end - begin == kColumns) {
+            rms_norm_weight_gradient<V, 4>(p, begin, kColumns, WholeVector{});
+          } else {
+            for_each_vector<V>(begin, end, [&](Index at, auto part) {
+              rms_norm_weight_gradient<V, 1>(p, at, std::min<Index>(V::lanes, end - at), part);
+            });
+          }
+        }
+      });
   parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) rms_norm_backward_row<V>(p, row);
   });

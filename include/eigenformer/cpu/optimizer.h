@@ -59,8 +59,10 @@ void for_each_piece(const D& device, const ParameterPiece* pieces, Index count, 
 template <typename Isa>
 void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
   using V = simd::Vec<float, Isa>;
-  const V decay = V::set1(f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2), epsilon = V::set1(f.epsilon);
-  const V one_minus_beta1 = V::set1(f.one_minus_beta1), one_minus_beta2 = V::set1(f.one_minus_beta2);
+  const V decay = V::set1(f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
+          epsilon = V::set1(f.epsilon);
+  const V one_minus_beta1 = V::set1(f.one_minus_beta1),
+          one_minus_beta2 = V::set1(f.one_minus_beta2);
   const V minus_step = V::set1(-f.step_size), inverse_root_bias = V::set1(f.inverse_root_bias);
   for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
     const V g = load<V>(piece.gradient + i, part);
@@ -69,14 +71,16 @@ void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
     const V direction = m / fma(sqrt(v), inverse_root_bias, epsilon);
     store(m, piece.first_moment + i, part);
     store(v, piece.second_moment + i, part);
-    store(fma(minus_step, direction, load<V>(piece.value + i, part) * decay), piece.value + i, part);
+    store(fma(minus_step, direction, load<V>(piece.value + i, part) * decay), piece.value + i,
+          part);
   });
 }
 
 template <typename Isa>
 void sgd_piece(const ParameterPiece& piece, const SgdFactors& f) {
   using V = simd::Vec<float, Isa>;
-  const V minus_rate = V::set1(-f.learning_rate), momentum = V::set1(f.momentum), decay = V::set1(f.weight_decay);
+  const V minus_rate = V::set1(-f.learning_rate), momentum = V::set1(f.momentum),
+          decay = V::set1(f.weight_decay);
   for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
     const V value = load<V>(piece.value + i, part);
     V direction = fma(decay, value, load<V>(piece.gradient + i, part));
@@ -91,25 +95,29 @@ void sgd_piece(const ParameterPiece& piece, const SgdFactors& f) {
 
 template <typename Isa, CpuDevice D>
 void optimizer_step(Isa, const D& device, const OptimizerProblem<AdamWFactors>& p) {
-  for_each_piece(device, p.pieces, p.count, [&](Index, const ParameterPiece& piece) { adamw_piece<Isa>(piece, p.factors); });
+  for_each_piece(device, p.pieces, p.count,
+                 [&](Index, const ParameterPiece& piece) { adamw_piece<Isa>(piece, p.factors); });
 }
 
 template <typename Isa, CpuDevice D>
 void optimizer_step(Isa, const D& device, const OptimizerProblem<SgdFactors>& p) {
-  for_each_piece(device, p.pieces, p.count, [&](Index, const ParameterPiece& piece) { sgd_piece<Isa>(piece, p.factors); });
+  for_each_piece(device, p.pieces, p.count,
+                 [&](Index, const ParameterPiece& piece) { sgd_piece<Isa>(piece, p.factors); });
 }
 
 template <typename Isa, CpuDevice D>
 void zero_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count) {
   using V = simd::Vec<float, Isa>;
   for_each_piece(device, pieces, count, [](Index, const ParameterPiece& piece) {
-    for_each_vector<V>(0, piece.size, [&](Index i, auto part) { store(V::zero(), piece.gradient + i, part); });
+    for_each_vector<V>(0, piece.size,
+                       [&](Index i, auto part) { store(V::zero(), piece.gradient + i, part); });
   });
 }
 
 /// sums[i] = the sum of squares of piece i's gradient, in double.
 template <typename Isa, CpuDevice D>
-void gradient_squares(Isa, const D& device, const ParameterPiece* pieces, Index count, double* sums) {
+void gradient_squares(Isa, const D& device, const ParameterPiece* pieces, Index count,
+                      double* sums) {
   using V = simd::Vec<double, Isa>;
   for_each_piece(device, pieces, count, [sums](Index index, const ParameterPiece& piece) {
     V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
@@ -123,7 +131,8 @@ void gradient_squares(Isa, const D& device, const ParameterPiece* pieces, Index 
 
 /// Multiplies the gradients by factor where Scale; finite[i] is whether piece i holds no infinity and no NaN afterwards.
 template <bool Scale, typename Isa, CpuDevice D>
-void scale_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count, float factor, bool* finite) {
+void scale_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count, float factor,
+                     bool* finite) {
   using V = simd::Vec<float, Isa>;
   for_each_piece(device, pieces, count, [factor, finite](Index index, const ParameterPiece& piece) {
     const V factors = V::set1(factor), zero = V::zero();

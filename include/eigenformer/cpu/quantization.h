@@ -19,7 +19,9 @@ struct QuantizeProblem {
   float* scales;        // (rows, groups)
   Index rows, columns, group;
 
-  EIGENFORMER_HOST_DEVICE constexpr Index groups() const { return group == 0 ? 0 : (columns + group - 1) / group; }
+  EIGENFORMER_HOST_DEVICE constexpr Index groups() const {
+    return group == 0 ? 0 : (columns + group - 1) / group;
+  }
 };
 
 /// values * scales, the other way round.
@@ -55,8 +57,9 @@ void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
       for (Index r = first; r < last; ++r)
         for (Index g = 0; g < p.groups(); ++g) {
           const Index at = r * p.columns + g * p.group;
-          quantize_activation_line<Isa, decltype(streaming)::value>(p.weights + at, std::min(p.group, p.columns - g * p.group),
-                                                                    p.scales[r * p.groups() + g], p.values + at);
+          quantize_activation_line<Isa, decltype(streaming)::value>(
+              p.weights + at, (std::min)(p.group, p.columns - g * p.group),
+              p.scales[r * p.groups() + g], p.values + at);
         }
     });
   });
@@ -72,7 +75,8 @@ bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
       constexpr bool kStreaming = decltype(streaming)::value;
       if (p.groups() > 1) {
         for (Index r = first; r < last; ++r)
-          if (!quantize_line_in_groups<Isa, kStreaming>(p.weights + r * p.columns, p.columns, p.group, p.scales + r * p.groups(),
+          if (!quantize_line_in_groups<Isa, kStreaming>(p.weights + r * p.columns, p.columns,
+                                                        p.group, p.scales + r * p.groups(),
                                                         p.values + r * p.columns))
             return quantizable.store(false, std::memory_order_relaxed);
         return;
@@ -80,11 +84,13 @@ bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
       auto found = magnitude<Isa>(p.weights + first * p.columns, p.columns);
       for (Index r = first; r < last; ++r) {
         p.scales[r] = int8_scale(found.largest);
-        if (!found.finite || !std::isfinite(p.scales[r])) return quantizable.store(false, std::memory_order_relaxed);
+        if (!found.finite || !std::isfinite(p.scales[r]))
+          return quantizable.store(false, std::memory_order_relaxed);
         const T* row = p.weights + r * p.columns;
         std::int8_t* values = p.values + r * p.columns;
         if (r + 1 < last)
-          found = quantize_and_measure<Isa, kStreaming>(row, p.columns, p.scales[r], values, row + p.columns);
+          found = quantize_and_measure<Isa, kStreaming>(row, p.columns, p.scales[r], values,
+                                                        row + p.columns);
         else
           quantize_line<Isa, kStreaming>(row, p.columns, p.scales[r], values);
       }
@@ -107,29 +113,34 @@ void quantize_activations(Isa, const D& device, const QuantizeProblem<T>& p) {
 
 /// max|w| of a whole tensor; `parts` has room for one number a chunk.
 template <typename Isa, CpuDevice D, typename T>
-Magnitude<compute_type<T>> tensor_magnitude(Isa, const D& device, const T* numbers, Index count, compute_type<T>* parts) {
+Magnitude<compute_type<T>> tensor_magnitude(Isa, const D& device, const T* numbers, Index count,
+                                            compute_type<T>* parts) {
   const Index chunks = (count + kQuantizeChunk - 1) / kQuantizeChunk;
   std::atomic<bool> finite{true};
   parallel_for(device, chunks, 4, [&](Index first, Index last, int) {
     for (Index c = first; c < last; ++c) {
-      const auto found = magnitude<Isa>(numbers + c * kQuantizeChunk, std::min(kQuantizeChunk, count - c * kQuantizeChunk));
+      const auto found = magnitude<Isa>(numbers + c * kQuantizeChunk,
+                                        (std::min)(kQuantizeChunk, count - c * kQuantizeChunk));
       parts[c] = found.largest;
       if (!found.finite) finite.store(false, std::memory_order_relaxed);
     }
   });
   compute_type<T> largest = 0;
-  for (Index c = 0; c < chunks; ++c) largest = std::max(largest, parts[c]);
+  for (Index c = 0; c < chunks; ++c) largest = (std::max)(largest, parts[c]);
   return {largest, finite.load(std::memory_order_relaxed)};
 }
 
 template <typename Isa, CpuDevice D, typename T>
-void quantize_tensor(Isa, const D& device, const T* numbers, Index count, float scale, std::int8_t* values) {
-  parallel_for(device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
-    const Index begin = first * kQuantizeChunk, end = std::min(last * kQuantizeChunk, count);
-    with_streaming<Isa, T>(values, count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
-      quantize_line<Isa, decltype(streaming)::value>(numbers + begin, end - begin, scale, values + begin);
-    });
-  });
+void quantize_tensor(Isa, const D& device, const T* numbers, Index count, float scale,
+                     std::int8_t* values) {
+  parallel_for(
+      device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
+        const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, count);
+        with_streaming<Isa, T>(values, count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
+          quantize_line<Isa, decltype(streaming)::value>(numbers + begin, end - begin, scale,
+                                                         values + begin);
+        });
+      });
 }
 
 /// One multiplication in T's compute type, one rounding to T.
@@ -144,11 +155,13 @@ void dequantize_line(const std::int8_t* values, Index count, float scale, T* to)
 }
 
 template <typename Isa, CpuDevice D, typename T>
-void dequantize_tensor(Isa, const D& device, const std::int8_t* values, Index count, float scale, T* to) {
-  parallel_for(device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
-    const Index begin = first * kQuantizeChunk, end = std::min(last * kQuantizeChunk, count);
-    dequantize_line<Isa>(values + begin, end - begin, scale, to + begin);
-  });
+void dequantize_tensor(Isa, const D& device, const std::int8_t* values, Index count, float scale,
+                       T* to) {
+  parallel_for(
+      device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
+        const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, count);
+        dequantize_line<Isa>(values + begin, end - begin, scale, to + begin);
+      });
 }
 
 template <typename Isa, CpuDevice D, typename T>
@@ -158,7 +171,8 @@ void dequantize(Isa, const D& device, const DequantizeProblem<T>& p) {
     for (Index r = first; r < last; ++r)
       for (Index g = 0; g < groups; ++g) {
         const Index at = r * p.columns + g * p.group;
-        dequantize_line<Isa>(p.values + at, std::min(p.group, p.columns - g * p.group), p.scales[r * groups + g], p.weights + at);
+        dequantize_line<Isa>(p.values + at, (std::min)(p.group, p.columns - g * p.group),
+                             p.scales[r * groups + g], p.weights + at);
       }
   });
 }

@@ -51,16 +51,19 @@ class MagnitudeChains {
   }
   EIGENFORMER_INLINE Magnitude<scalar> result() const {
     const V all = (residue_[0] + residue_[1]) + (residue_[2] + residue_[3]);
-    return {reduce_max(max(max(largest_[0], largest_[1]), max(largest_[2], largest_[3]))), is_nan(all).bits() == 0};
+    return {
+        reduce_max(maximum(maximum(largest_[0], largest_[1]), maximum(largest_[2], largest_[3]))),
+        is_nan(all).bits() == 0};
   }
 
  private:
   EIGENFORMER_INLINE void add(int i, V w) {
-    largest_[i] = max(abs(w), largest_[i]);  // in this order a NaN leaves the maximum
+    largest_[i] = maximum(abs(w), largest_[i]);  // in this order a NaN leaves the maximum
     residue_[i] = fma(w, V::zero(), residue_[i]);
   }
   V largest_[chains] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  V residue_[chains] = {V::zero(), V::zero(), V::zero(), V::zero()};  // w * 0 is 0, or NaN for good where w is not finite
+  V residue_[chains] = {V::zero(), V::zero(), V::zero(),
+                        V::zero()};  // w * 0 is 0, or NaN for good where w is not finite
 };
 
 template <typename Isa, typename T>
@@ -92,7 +95,8 @@ struct CorrectedQuotient {
   static constexpr bool possible = isa::kHasFma && sizeof(typename V::scalar) == 4;
   V minus_scale, reciprocal;
 
-  CorrectedQuotient(V scale, V its_reciprocal) : minus_scale(V::zero() - scale), reciprocal(its_reciprocal) {}
+  CorrectedQuotient(V scale, V its_reciprocal)
+      : minus_scale(V::zero() - scale), reciprocal(its_reciprocal) {}
   EIGENFORMER_INLINE V operator()(V w) const {
     V q = w * reciprocal;
     q = fma(fma(q, minus_scale, w), reciprocal, q);
@@ -119,12 +123,13 @@ EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
 /// of one.
 template <typename V, typename Quotient>
 EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
-  return min(V::set1(127), max(V::set1(-127), round(quotient(w))));
+  return minimum(V::set1(127), maximum(V::set1(-127), round(quotient(w))));
 }
 
 /// `count` values; Streaming stores around the caches, where `to` is aligned to a vector's bytes of int8.
 template <bool Streaming, typename V, typename Quotient, typename T>
-EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count, std::int8_t* to) {
+EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count,
+                                      std::int8_t* to) {
   Index at = 0;
   for (; at + V::lanes <= count; at += V::lanes) {
     const V values = int8_values(quotient, V::load(line + at));
@@ -134,19 +139,22 @@ EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, I
       values.store(to + at);
   }
   const int rest = static_cast<int>(count - at);
-  if (rest > 0) int8_values(quotient, V::load_partial(line + at, rest)).store_partial(to + at, rest);
+  if (rest > 0)
+    int8_values(quotient, V::load_partial(line + at, rest)).store_partial(to + at, rest);
 }
 
 template <typename Isa, bool Streaming = false, typename T>
 void quantize_line(const T* line, Index count, float scale, std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  with_quotient<V>(scale, [&](const auto& quotient) { quantize_with<Streaming, V>(quotient, line, count, to); });
+  with_quotient<V>(
+      scale, [&](const auto& quotient) { quantize_with<Streaming, V>(quotient, line, count, to); });
 }
 
 /// quantize_line of a line that is in cache, and the magnitude of the next one, which comes from memory: in one loop, so that
 /// memory never waits for arithmetic.
 template <typename Isa, bool Streaming, typename T>
-Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, float scale, std::int8_t* to, const T* next) {
+Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, float scale,
+                                                std::int8_t* to, const T* next) {
   using V = simd::Vec<compute_type<T>, Isa>;
   constexpr Index step = MagnitudeChains<V>::step;
   MagnitudeChains<V> chains;
@@ -176,7 +184,8 @@ Index first_not_quantizable(const T* numbers, Index count) {
 /// Whether a line of this many numbers starts with a vector of whole groups, which scales_of_groups takes.
 template <typename V>
 constexpr bool has_vector_of_groups(Index count, Index group) {
-  return sizeof(typename V::scalar) == sizeof(float) && V::lanes * group <= count && group % (2 * V::lanes) == 0;
+  return sizeof(typename V::scalar) == sizeof(float) && V::lanes * group <= count &&
+         group % (2 * V::lanes) == 0;
 }
 
 /// The scales of V::lanes groups, their maxima reduced and divided together; false where a number has no scale (NaN or infinity).
@@ -190,17 +199,18 @@ bool scales_of_groups(const T* line, Index group, V& scales) {
       for (int half_step = 0; half_step < 2; ++half_step) {
         prefetch_ahead(own + i + half_step * V::lanes);
         const V w = V::load(own + i + half_step * V::lanes);
-        most[half_step] = max(abs(w), most[half_step]);
+        most[half_step] = maximum(abs(w), most[half_step]);
         residues[half_step] = fma(w, V::zero(), residues[half_step]);
       }
-    largest[g] = max(most[0], most[1]);
+    largest[g] = maximum(most[0], most[1]);
   }
   if (is_nan(residues[0] + residues[1]).bits() != 0) return false;
   simd::transpose(largest);
   V most = largest[0];
-  for (int i = 1; i < V::lanes; ++i) most = max(most, largest[i]);
+  for (int i = 1; i < V::lanes; ++i) most = maximum(most, largest[i]);
   const V least = V::set1(std::numeric_limits<typename V::scalar>::denorm_min());
-  scales = select(equal(most, V::zero()), V::set1(1), max(most / V::set1(127), least));  // as int8_scale
+  scales = select(equal(most, V::zero()), V::set1(1),
+                  maximum(most / V::set1(127), least));  // as int8_scale
   return true;
 }
 
@@ -210,12 +220,13 @@ bool group_scales(const T* line, Index count, Index group, float* scales) {
   using V = simd::Vec<compute_type<T>, Isa>;
   Index at = 0;
   if constexpr (sizeof(typename V::scalar) == sizeof(float))
-    for (V found; has_vector_of_groups<V>(count - at, group); at += V::lanes * group, scales += V::lanes) {
+    for (V found; has_vector_of_groups<V>(count - at, group);
+         at += V::lanes * group, scales += V::lanes) {
       if (!scales_of_groups(line + at, group, found)) return false;
       found.store(scales);
     }
   for (; at < count; at += group, ++scales) {
-    const auto found = magnitude<Isa>(line + at, std::min(group, count - at));
+    const auto found = magnitude<Isa>(line + at, (std::min)(group, count - at));
     *scales = int8_scale(found.largest);
     if (!found.finite || !std::isfinite(*scales)) return false;
   }
@@ -225,25 +236,28 @@ bool group_scales(const T* line, Index count, Index group, float* scales) {
 /// Scales and values of a line cut into groups, in one read: values while their group is in L1. False as above; then only some are
 /// written.
 template <typename Isa, bool Streaming, typename T>
-bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales, std::int8_t* to) {
+bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales,
+                             std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
   using Quotient = CorrectedQuotient<V>;
   Index at = 0;
   if constexpr (Quotient::possible) {
     alignas(64) float reciprocals[V::lanes];
-    for (V found; has_vector_of_groups<V>(count - at, group); at += V::lanes * group, scales += V::lanes) {
+    for (V found; has_vector_of_groups<V>(count - at, group);
+         at += V::lanes * group, scales += V::lanes) {
       if (!scales_of_groups(line + at, group, found)) return false;
-      const auto in_range = less(V::set1(Quotient::lowest), found) & less(found, V::set1(Quotient::highest));
+      const auto in_range =
+          less(V::set1(Quotient::lowest), found) & less(found, V::set1(Quotient::highest));
       if (in_range.bits() != (std::uint32_t{1} << V::lanes) - 1) break;  // the rest one by one
       found.store(scales);
       (V::set1(1) / found).store(reciprocals);
       for (int g = 0; g < V::lanes; ++g)
-        quantize_with<Streaming, V>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])), line + at + g * group, group,
-                                    to + at + g * group);
+        quantize_with<Streaming, V>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])),
+                                    line + at + g * group, group, to + at + g * group);
     }
   }
   for (; at < count; at += group, ++scales) {
-    const Index n = std::min(group, count - at);
+    const Index n = (std::min)(group, count - at);
     if (!group_scales<Isa>(line + at, n, group, scales)) return false;
     quantize_line<Isa, Streaming>(line + at, n, *scales, to + at);
   }
@@ -252,7 +266,8 @@ bool quantize_line_in_groups(const T* line, Index count, Index group, float* sca
 
 /// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a number is not quantizable.
 template <typename Isa, CpuDevice D, typename T>
-bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index columns, Index group, float* scales) {
+bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index columns, Index group,
+                  float* scales) {
   const Index groups = (columns + group - 1) / group;
   std::atomic<bool> quantizable{true};
   parallel_for(device, rows, 1 + 65536 / (columns + 1), [&](Index first, Index last, int) {

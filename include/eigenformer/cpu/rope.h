@@ -92,7 +92,8 @@ void rope_token(const RopeProblem<Y, X, Position>& p, Index token, const typenam
     Y* y = p.y + head * p.head_dim;
     rope_head<V, Layout>(row, sign, rotary_dim, x, y);
     if (static_cast<const void*>(x) != static_cast<const void*>(y))
-      for_each_vector<V>(rotary_dim, p.head_dim, [&](Index at, auto part) { store(load<V>(x + at, part), y + at, part); });
+      for_each_vector<V>(rotary_dim, p.head_dim,
+                         [&](Index at, auto part) { store(load<V>(x + at, part), y + at, part); });
   }
 }
 
@@ -101,20 +102,23 @@ void rope(Isa, const D& device, const RopeProblem<Y, X, Position>& p) {
   using C = typename RopeProblem<Y, X, Position>::compute;
   using V = simd::Vec<C, Isa>;
   const Index row_size = p.angles.row_size();
-  parallel_for(device, p.tokens, rows_per_task(p.heads * p.head_dim), [&](Index first, Index last, int worker) {
-    for (Index token = first; token < last; ++token) {
-      const C* row = p.table + (p.table == nullptr ? 0 : static_cast<Index>(p.positions[token]) * row_size);
-      if (p.table == nullptr) {
-        C* own = p.rows + worker * row_size;
-        p.angles.write_row(static_cast<double>(p.positions[token]), own);
-        row = own;
-      }
-      if (p.angles.layout == RopeLayout::half_split)
-        rope_token<V, RopeLayout::half_split>(p, token, row);
-      else
-        rope_token<V, RopeLayout::interleaved>(p, token, row);
-    }
-  });
+  parallel_for(device, p.tokens, rows_per_task(p.heads * p.head_dim),
+               [&](Index first, Index last, int worker) {
+                 for (Index token = first; token < last; ++token) {
+                   const C* row =
+                       p.table +
+                       (p.table == nullptr ? 0 : static_cast<Index>(p.positions[token]) * row_size);
+                   if (p.table == nullptr) {
+                     C* own = p.rows + worker * row_size;
+                     p.angles.write_row(static_cast<double>(p.positions[token]), own);
+                     row = own;
+                   }
+                   if (p.angles.layout == RopeLayout::half_split)
+                     rope_token<V, RopeLayout::half_split>(p, token, row);
+                   else
+                     rope_token<V, RopeLayout::interleaved>(p, token, row);
+                 }
+               });
 }
 
 }  // namespace cpu

@@ -28,7 +28,8 @@ struct SamplingProblem {
 
   const SamplingParams& params_of(Index row) const { return params[row * params_stride]; }
   double uniform(Index row) const {
-    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row)) : generators[row].uniform(0);
+    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row))
+                                  : generators[row].uniform(0);
   }
   void finish(Index row, std::int32_t id, SampleStatus status) const {
     if (ids != nullptr) ids[row] = id;
@@ -52,7 +53,8 @@ struct SamplingNeeds {
 
 /// The scratch of `workers` workers for rows of `vocab` tokens.
 template <typename C>
-SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, Index vocab, bool adjusted, bool penalties) {
+SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, Index vocab,
+                                          bool adjusted, bool penalties) {
   auto* scratch = frame.take<SamplingScratch<C>>(workers);
   const Index blocks = (vocab + SamplingBlock::size - 1) / SamplingBlock::size;
   for (int w = 0; w < workers; ++w) {
@@ -66,15 +68,19 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
   return scratch;
 }
 
-inline Index sampling_grain(Index vocab) { return 1 + 16384 / (vocab + 1); }  // a task reads at least 16k logits
+inline Index sampling_grain(Index vocab) {
+  return 1 + 16384 / (vocab + 1);
+}  // a task reads at least 16k logits
 
 /// Calls visit(r, row, status, scratch) for every row of the batch, `row` filtered where the status is ok.
 template <typename Isa, CpuDevice D, typename T, typename Visit>
-void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspace& workspace, Visit visit) {
+void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspace& workspace,
+                           Visit visit) {
   using C = compute_type<T>;
   Workspace::Frame frame(workspace);
   const SamplingNeeds<T> needs(p);
-  const auto* scratches = take_sampling_scratch<C>(frame, worker_count(device), p.vocab, needs.adjusted, needs.penalties);
+  const auto* scratches = take_sampling_scratch<C>(frame, worker_count(device), p.vocab,
+                                                   needs.adjusted, needs.penalties);
   parallel_for(device, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
     for (Index r = first; r < last; ++r) {
@@ -97,7 +103,8 @@ void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspa
 
 /// The token at which the running sum of weights, in token order, passes u times their total. u in (0, 1).
 template <typename Isa, typename T>
-std::int32_t draw_token(const SamplingRow<T>& row, double u, const SamplingScratch<compute_type<T>>& scratch) {
+std::int32_t draw_token(const SamplingRow<T>& row, double u,
+                        const SamplingScratch<compute_type<T>>& scratch) {
   const double target = u * sum_weights<Isa>(row, scratch.block_sum);
   double before = 0;
   Index block = -1;
@@ -111,7 +118,8 @@ std::int32_t draw_token(const SamplingRow<T>& row, double u, const SamplingScrat
   alignas(64) double weights[SamplingBlock::size];
   load_block<Isa>(row.logits, row.vocab, block, x);
   member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-  Index drawn = -1;  // rounding may leave the sum just below the target: then the last token of positive weight
+  Index drawn =
+      -1;  // rounding may leave the sum just below the target: then the last token of positive weight
   for (Index j = 0; j < SamplingBlock::size; ++j) {
     if (weights[j] == 0) continue;
     drawn = j;
@@ -123,9 +131,12 @@ std::int32_t draw_token(const SamplingRow<T>& row, double u, const SamplingScrat
 
 template <typename Isa, CpuDevice D, typename T>
 void sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& workspace) {
-  for_each_distribution<Isa>(device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
-    p.finish(r, status == SampleStatus::ok ? draw_token<Isa>(row, p.uniform(r), scratch) : -1, status);
-  });
+  for_each_distribution<Isa>(
+      device, p, workspace,
+      [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+        p.finish(r, status == SampleStatus::ok ? draw_token<Isa>(row, p.uniform(r), scratch) : -1,
+                 status);
+      });
 }
 
 /// Lowest index of the largest logit of every row.
@@ -134,32 +145,41 @@ void greedy_sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace&
   using C = compute_type<T>;
   Workspace::Frame frame(workspace);
   const Index blocks = (p.vocab + SamplingBlock::size - 1) / SamplingBlock::size;
-  C* maxima = frame.take<C>(checked_product(worker_count(device), blocks, "greedy_sample", "scratch"));
+  C* maxima =
+      frame.take<C>(checked_product(worker_count(device), blocks, "greedy_sample", "scratch"));
   parallel_for(device, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, maxima + worker * blocks, {}, 1.0};
       const SampleStatus status = scan_row<Isa>(row);
-      p.finish(r, status == SampleStatus::ok ? static_cast<std::int32_t>(nth_equal<Isa>(row, row.band.hi, 1)) : -1, status);
+      p.finish(r,
+               status == SampleStatus::ok
+                   ? static_cast<std::int32_t>(nth_equal<Isa>(row, row.band.hi, 1))
+                   : -1,
+               status);
     }
   });
 }
 
 /// Writes the distribution of every row, (batch, vocab); rows whose status is not ok are zero.
 template <typename Isa, CpuDevice D, typename T>
-void sampling_probabilities(Isa, const D& device, const SamplingProblem<T>& p, float* probabilities, Workspace& workspace) {
-  for_each_distribution<Isa>(device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
-    float* out = probabilities + r * p.vocab;
-    std::fill(out, out + p.vocab, 0.0f);
-    p.finish(r, -1, status);
-    if (status != SampleStatus::ok) return;
-    const double total = sum_weights<Isa>(row, scratch.block_sum);
-    alignas(64) double weights[SamplingBlock::size];
-    for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-      member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-      const Index begin = block * SamplingBlock::size, count = std::min(SamplingBlock::size, p.vocab - begin);
-      for (Index j = 0; j < count; ++j) out[begin + j] = static_cast<float>(weights[j] / total);
-    });
-  });
+void sampling_probabilities(Isa, const D& device, const SamplingProblem<T>& p, float* probabilities,
+                            Workspace& workspace) {
+  for_each_distribution<Isa>(
+      device, p, workspace,
+      [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+        float* out = probabilities + r * p.vocab;
+        std::fill(out, out + p.vocab, 0.0f);
+        p.finish(r, -1, status);
+        if (status != SampleStatus::ok) return;
+        const double total = sum_weights<Isa>(row, scratch.block_sum);
+        alignas(64) double weights[SamplingBlock::size];
+        for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+          member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+          const Index begin = block * SamplingBlock::size,
+                      count = (std::min)(SamplingBlock::size, p.vocab - begin);
+          for (Index j = 0; j < count; ++j) out[begin + j] = static_cast<float>(weights[j] / total);
+        });
+      });
 }
 
 }  // namespace cpu

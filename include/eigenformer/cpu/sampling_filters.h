@@ -18,7 +18,8 @@ namespace cpu {
 /// Monotone integer image of a logit: larger logits have larger keys, and -0 has the key of +0.
 EIGENFORMER_INLINE std::uint32_t order_key(float x) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x + 0.0f);
-  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);  // no branch: the sign of a logit is a coin toss
+  return bits ^
+         ((0u - (bits >> 31)) | 0x80000000u);  // no branch: the sign of a logit is a coin toss
 }
 EIGENFORMER_INLINE std::uint64_t order_key(double x) {
   const std::uint64_t bits = std::bit_cast<std::uint64_t>(x + 0.0);
@@ -36,25 +37,29 @@ struct PrefixEnd {
 struct SelectionLimits {
   static constexpr int bin_bits = 11;
   static constexpr Index bins = Index{1} << bin_bits;
-  static constexpr Index ways = 4;    // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
+  static constexpr Index ways =
+      4;  // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
   static constexpr Index sort = 256;  // below this a sort costs less than the bins
 };
 
 /// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the running weight `above` reaches
 /// the target (the last one that weighs anything where none does), keeps its values and returns how many.
 template <typename C, typename Key, typename Weights>
-Index narrow_to_bin(C* values, Index n, int shift, double target, double& above, Key key, Weights weights,
-                    const SamplingScratch<C>& scratch) {
+Index narrow_to_bin(C* values, Index n, int shift, double target, double& above, Key key,
+                    Weights weights, const SamplingScratch<C>& scratch) {
   constexpr std::uint64_t low_bits = SelectionLimits::bins - 1;
-  const auto bin_of = [&](C value) { return static_cast<Index>((std::uint64_t{key(value)} >> shift) & low_bits); };
+  const auto bin_of = [&](C value) {
+    return static_cast<Index>((std::uint64_t{key(value)} >> shift) & low_bits);
+  };
   constexpr Index ways = SelectionLimits::ways;
   std::fill(scratch.bin_sum, scratch.bin_sum + SelectionLimits::bins * ways, 0.0);
   alignas(64) double w[SamplingBlock::size];
   alignas(64) std::int32_t bins[SamplingBlock::size];
   for (Index i = 0; i < n; i += SamplingBlock::size) {
-    const Index count = std::min(SamplingBlock::size, n - i);
+    const Index count = (std::min)(SamplingBlock::size, n - i);
     weights(values + i, count, w);
-    for (Index j = 0; j < count; ++j) bins[j] = static_cast<std::int32_t>(bin_of(values[i + j]) * ways + j % ways);
+    for (Index j = 0; j < count; ++j)
+      bins[j] = static_cast<std::int32_t>(bin_of(values[i + j]) * ways + j % ways);
     for (Index j = 0; j < count; ++j) scratch.bin_sum[bins[j]] += w[j];
   }
   Index chosen = 0;
@@ -80,14 +85,17 @@ Index narrow_to_bin(C* values, Index n, int shift, double target, double& above,
 /// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least `target`; never empty, and all of
 /// them where the sum stays below. Equal values have equal keys and weights. Permutes `values`.
 template <typename C, typename Key, typename Weights>
-PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights weights, const SamplingScratch<C>& scratch) {
+PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights weights,
+                           const SamplingScratch<C>& scratch) {
   double above = 0;
   int shift = 8 * static_cast<int>(sizeof(key(values[0])));
   while (n > SelectionLimits::sort && shift > 0) {
-    shift = std::max(0, shift - SelectionLimits::bin_bits);
+    shift = (std::max)(0, shift - SelectionLimits::bin_bits);
     n = narrow_to_bin(values, n, shift, target, above, key, weights, scratch);
   }
-  if (shift > 0) std::sort(values, values + n, [&](C a, C b) { return key(a) > key(b); });  // at 0 all keys are equal
+  if (shift > 0)
+    std::sort(values, values + n,
+              [&](C a, C b) { return key(a) > key(b); });  // at 0 all keys are equal
   for (Index begin = 0;;) {
     Index end = begin + 1;
     while (end < n && values[end] == values[begin]) ++end;
@@ -125,21 +133,25 @@ compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k, compute_ty
   const Index blocks = row.blocks();
   if (k > blocks) return row.band.lo;
   // After typical-p the largest token of a block may be out of play.
-  const auto last = std::copy_if(row.block_max, row.block_max + blocks, maxima, [&](auto m) { return m <= row.band.hi; });
+  const auto last = std::copy_if(row.block_max, row.block_max + blocks, maxima,
+                                 [&](auto m) { return m <= row.band.hi; });
   if (last - maxima < k) return row.band.lo;
   std::nth_element(maxima, maxima + (k - 1), last, std::greater<>{});
-  return std::max(maxima[k - 1], row.band.lo);
+  return (std::max)(maxima[k - 1], row.band.lo);
 }
 
 template <typename Isa, typename T>
-void keep_top_k(SamplingRow<T>& row, Index k, TopKTies ties, const SamplingScratch<compute_type<T>>& scratch) {
+void keep_top_k(SamplingRow<T>& row, Index k, TopKTies ties,
+                const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
   if (k >= row.vocab) return;
-  const Index n = gather_candidates<Isa>(row, kth_largest_bound(row, k, scratch.candidates), scratch.candidates);
+  const Index n = gather_candidates<Isa>(row, kth_largest_bound(row, k, scratch.candidates),
+                                         scratch.candidates);
   if (n < k) return;
   const auto weights = [](const C*, Index count, double* w) { std::fill(w, w + count, 1.0); };
   auto end = select_prefix(
-      scratch.candidates, n, static_cast<double>(k), [](C x) { return order_key(x); }, weights, scratch);
+      scratch.candidates, n, static_cast<double>(k), [](C x) { return order_key(x); }, weights,
+      scratch);
   if (ties == TopKTies::keep_all) end.taken = end.candidates;
   end_band_at<Isa>(row, end);
 }
@@ -151,7 +163,8 @@ auto candidate_weights(double best, double inverse_temperature) {
     if (count == SamplingBlock::size) {
       block_weights(x, best, inverse_temperature, w);
     } else {
-      for (Index j = 0; j < count; ++j) w[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
+      for (Index j = 0; j < count; ++j)
+        w[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
     }
   };
 }
@@ -172,12 +185,14 @@ template <typename Isa, typename T>
 void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
   if (p >= 1.0) return;
-  p = std::max(p, 0.0);
+  p = (std::max)(p, 0.0);
   const double total = sum_weights<Isa>(row, scratch.block_sum);
   const Index n = gather_candidates<Isa>(row, top_p_bound(row, p, total), scratch.candidates);
-  const auto weights = candidate_weights<C>(static_cast<double>(row.band.hi), row.inverse_temperature);
+  const auto weights =
+      candidate_weights<C>(static_cast<double>(row.band.hi), row.inverse_temperature);
   end_band_at<Isa>(row, select_prefix(
-                            scratch.candidates, n, p * total, [](C x) { return order_key(x); }, weights, scratch));
+                            scratch.candidates, n, p * total, [](C x) { return order_key(x); },
+                            weights, scratch));
 }
 
 template <typename Isa, typename T>
@@ -185,14 +200,16 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   using C = compute_type<T>;
   if (min_p <= 0.0) return;
   const double best = static_cast<double>(row.band.hi);
-  const auto kept = [&](C x) { return token_weight(static_cast<double>(x), best, row.inverse_temperature) >= min_p; };
+  const auto kept = [&](C x) {
+    return token_weight(static_cast<double>(x), best, row.inverse_temperature) >= min_p;
+  };
   alignas(64) double weights[SamplingBlock::size];
   C least = row.band.hi;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
     if (!kept(row.block_max[block])) return;
     member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
     for (Index j = 0; j < SamplingBlock::size; ++j)
-      if (weights[j] >= min_p) least = std::min(least, x[j]);
+      if (weights[j] >= min_p) least = (std::min)(least, x[j]);
   });
   if (least > row.band.lo) row.band.lo_end = row.vocab;
   row.band.lo = least;
@@ -201,31 +218,39 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
 /// Keeps the tokens whose information -log(probability) is nearest to the entropy. With d = (logit - best) / temperature both
 /// contain the same log of the normaliser, which cancels: the distance is |d - mean of d|.
 template <typename Isa, typename T>
-void keep_typical_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_type<T>>& scratch) {
+void keep_typical_p(SamplingRow<T>& row, double p,
+                    const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
   if (p >= 1.0) return;
-  const double best = static_cast<double>(row.band.hi), inverse_temperature = row.inverse_temperature;
-  const auto scaled = [=](C x) { return std::min(0.0, (static_cast<double>(x) - best) * inverse_temperature); };
+  const double best = static_cast<double>(row.band.hi),
+               inverse_temperature = row.inverse_temperature;
+  const auto scaled = [=](C x) {
+    return (std::min)(0.0, (static_cast<double>(x) - best) * inverse_temperature);
+  };
   alignas(64) double weights[SamplingBlock::size];
   double total = 0, moment = 0;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
     member_weights<Isa>(x, block, row.band, inverse_temperature, weights);
     total += block_sum(weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j) weights[j] = weights[j] > 0 ? weights[j] * scaled(x[j]) : 0.0;
+    for (Index j = 0; j < SamplingBlock::size; ++j)
+      weights[j] = weights[j] > 0 ? weights[j] * scaled(x[j]) : 0.0;
     moment += block_sum(weights);
   });
   const double mean = moment / total;
   const auto distance = [=](C x) { return std::abs(scaled(x) - mean); };
-  const auto key = [=](C x) { return ~std::bit_cast<std::uint64_t>(distance(x)); };  // near is first
+  const auto key = [=](C x) {
+    return ~std::bit_cast<std::uint64_t>(distance(x));
+  };  // near is first
   const Index n = gather_candidates<Isa>(row, row.band.lo, scratch.candidates);
-  const auto end = select_prefix(scratch.candidates, n, p * total, key, candidate_weights<C>(best, inverse_temperature), scratch);
+  const auto end = select_prefix(scratch.candidates, n, p * total, key,
+                                 candidate_weights<C>(best, inverse_temperature), scratch);
   const double farthest = distance(end.value);
   C lo = row.band.hi, hi = row.band.lo;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
     for (Index j = 0; j < SamplingBlock::size; ++j)
       if (row.band.contains(x[j], block * SamplingBlock::size + j) && distance(x[j]) <= farthest) {
-        lo = std::min(lo, x[j]);
-        hi = std::max(hi, x[j]);
+        lo = (std::min)(lo, x[j]);
+        hi = (std::max)(hi, x[j]);
       }
   });
   row.band = {hi, lo, lo > row.band.lo ? row.vocab : row.band.lo_end};
@@ -237,16 +262,19 @@ void set_temperature(SamplingRow<T>& row, double temperature) {
     row.band.lo_end = nth_equal<Isa>(row, row.band.hi, 1) + 1;
     row.band.lo = row.band.hi;
   } else {
-    row.inverse_temperature = std::min(1.0 / temperature, 1e300);  // finite, so that 0 times it is 0
+    row.inverse_temperature =
+        (std::min)(1.0 / temperature, 1e300);  // finite, so that 0 times it is 0
   }
 }
 
 /// Runs the stages after penalties, bias and mask on a scanned row.
 template <typename Isa, typename T>
-void apply_filters(SamplingRow<T>& row, const SamplingParams& params, const SamplingScratch<compute_type<T>>& scratch) {
+void apply_filters(SamplingRow<T>& row, const SamplingParams& params,
+                   const SamplingScratch<compute_type<T>>& scratch) {
   for (const SamplingStage stage : params.order) {
     if (stage == SamplingStage::temperature) set_temperature<Isa>(row, params.temperature);
-    if (stage == SamplingStage::top_k) keep_top_k<Isa>(row, params.top_k, params.top_k_ties, scratch);
+    if (stage == SamplingStage::top_k)
+      keep_top_k<Isa>(row, params.top_k, params.top_k_ties, scratch);
     if (stage == SamplingStage::top_p) keep_top_p<Isa>(row, params.top_p, scratch);
     if (stage == SamplingStage::min_p) keep_min_p<Isa>(row, params.min_p);
     if (stage == SamplingStage::typical_p) keep_typical_p<Isa>(row, params.typical_p, scratch);

@@ -27,14 +27,17 @@ float processed_log_probability(const SamplingRow<T>& row, Index token, double t
   using C = compute_type<T>;
   const C logit = static_cast<C>(row.logits[token]);
   if (!row.band.contains(logit, token)) return -std::numeric_limits<float>::infinity();
-  return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) * row.inverse_temperature -
+  return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) *
+                                row.inverse_temperature -
                             std::log(total));
 }
 
 /// Fills `ids` with the `count` tokens of largest logit, best first, equals by index. Leaves the band closed around them.
 template <typename Isa, typename T>
-void best_tokens(SamplingRow<T>& row, Index count, std::int32_t* ids, const SamplingScratch<compute_type<T>>& scratch) {
-  row.band.lo = -std::numeric_limits<compute_type<T>>::infinity();  // here a banned token counts: it is among the best of few
+void best_tokens(SamplingRow<T>& row, Index count, std::int32_t* ids,
+                 const SamplingScratch<compute_type<T>>& scratch) {
+  row.band.lo = -std::numeric_limits<
+      compute_type<T>>::infinity();  // here a banned token counts: it is among the best of few
   keep_top_k<Isa>(row, count, TopKTies::lowest_index, scratch);
   Index n = 0;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
@@ -59,16 +62,19 @@ Index count_above(const SamplingRow<T>& row, compute_type<T> value) {
 
 /// The part of one row that looks at its raw logits. processed(token) is the log-probability in the filtered distribution.
 template <typename Isa, typename T, typename Processed>
-void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id, const LogProbabilityOutputs& out,
+void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id,
+                             const LogProbabilityOutputs& out,
                              const SamplingScratch<compute_type<T>>& scratch, Processed processed) {
   scan_row<Isa>(raw);
-  const double best = static_cast<double>(raw.band.hi), log_total = std::log(sum_weights<Isa>(raw, scratch.block_sum));
+  const double best = static_cast<double>(raw.band.hi),
+               log_total = std::log(sum_weights<Isa>(raw, scratch.block_sum));
   const auto log_probability = [&](Index token) {
     return static_cast<float>(static_cast<double>(raw.logits[token]) - best - log_total);
   };
   out.raw[r] = log_probability(id);
   out.processed[r] = processed(id);
-  out.rank[r] = static_cast<std::int32_t>(1 + count_above<Isa>(raw, static_cast<compute_type<T>>(raw.logits[id])));
+  out.rank[r] = static_cast<std::int32_t>(
+      1 + count_above<Isa>(raw, static_cast<compute_type<T>>(raw.logits[id])));
   if (out.best == 0) return;
   best_tokens<Isa>(raw, out.best, out.best_ids + r * out.best, scratch);
   for (Index i = r * out.best; i < (r + 1) * out.best; ++i) {
@@ -78,26 +84,30 @@ void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id, const
 }
 
 template <typename Isa, CpuDevice D, typename T>
-void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T>& p, const LogProbabilityOutputs& out,
-                                   Workspace& workspace) {
+void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T>& p,
+                                   const LogProbabilityOutputs& out, Workspace& workspace) {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-  for_each_distribution<Isa>(device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
-    if (status != SampleStatus::ok) {
-      p.finish(r, -1, status);
-      out.raw[r] = out.processed[r] = nan;
-      out.rank[r] = -1;
-      std::fill(out.best_ids + r * out.best, out.best_ids + (r + 1) * out.best, -1);
-      std::fill(out.best_raw + r * out.best, out.best_raw + (r + 1) * out.best, nan);
-      std::fill(out.best_processed + r * out.best, out.best_processed + (r + 1) * out.best, nan);
-      return;
-    }
-    const std::int32_t id = draw_token<Isa>(row, p.uniform(r), scratch);
-    p.finish(r, id, status);
-    const double total = sum_weights<Isa>(row, scratch.block_sum);
-    const SamplingRow<T> raw{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
-    write_log_probabilities<Isa>(raw, r, id, out, scratch,
-                                 [&](Index token) { return processed_log_probability(row, token, total); });
-  });
+  for_each_distribution<Isa>(
+      device, p, workspace,
+      [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+        if (status != SampleStatus::ok) {
+          p.finish(r, -1, status);
+          out.raw[r] = out.processed[r] = nan;
+          out.rank[r] = -1;
+          std::fill(out.best_ids + r * out.best, out.best_ids + (r + 1) * out.best, -1);
+          std::fill(out.best_raw + r * out.best, out.best_raw + (r + 1) * out.best, nan);
+          std::fill(out.best_processed + r * out.best, out.best_processed + (r + 1) * out.best,
+                    nan);
+          return;
+        }
+        const std::int32_t id = draw_token<Isa>(row, p.uniform(r), scratch);
+        p.finish(r, id, status);
+        const double total = sum_weights<Isa>(row, scratch.block_sum);
+        const SamplingRow<T> raw{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
+        write_log_probabilities<Isa>(raw, r, id, out, scratch, [&](Index token) {
+          return processed_log_probability(row, token, total);
+        });
+      });
 }
 
 }  // namespace cpu

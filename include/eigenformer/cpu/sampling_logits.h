@@ -12,8 +12,10 @@ inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
 inline bool has_penalties(const SamplingParams& params) {
-  const bool repetition = params.repetition_penalty != 1.0 && !(params.prompt_tokens.empty() && params.output_tokens.empty());
-  return repetition || ((params.frequency_penalty != 0.0 || params.presence_penalty != 0.0) && !params.output_tokens.empty());
+  const bool repetition = params.repetition_penalty != 1.0 &&
+                          !(params.prompt_tokens.empty() && params.output_tokens.empty());
+  return repetition || ((params.frequency_penalty != 0.0 || params.presence_penalty != 0.0) &&
+                        !params.output_tokens.empty());
 }
 
 inline bool adjusts_logits(const SamplingParams& params) {
@@ -24,7 +26,8 @@ inline bool adjusts_logits(const SamplingParams& params) {
 template <typename C>
 C penalized_logit(C logit, std::int32_t occurrences, const SamplingParams& params) {
   double x = static_cast<double>(logit);
-  x = x < 0 ? x * params.repetition_penalty : x / params.repetition_penalty;  // towards less likely on both sides of 0
+  x = x < 0 ? x * params.repetition_penalty
+            : x / params.repetition_penalty;  // towards less likely on both sides of 0
   if (occurrences > 0) x -= params.frequency_penalty * occurrences + params.presence_penalty;
   return static_cast<C>(x);
 }
@@ -51,24 +54,29 @@ void apply_token_mask(C* logits, Index vocab, std::span<const std::uint32_t> mas
     if (bits == 0xFFFFFFFFu) continue;
     const Index count = std::min<Index>(32, vocab - word * 32);
     for (Index bit = 0; bit < count; ++bit)
-      logits[word * 32 + bit] = (bits >> bit & 1u) != 0 ? logits[word * 32 + bit] : -std::numeric_limits<C>::infinity();
+      logits[word * 32 + bit] =
+          (bits >> bit & 1u) != 0 ? logits[word * 32 + bit] : -std::numeric_limits<C>::infinity();
   }
 }
 
 /// Copies a row to `adjusted` and applies penalties, bias and mask in the order of the parameters.
 template <typename Isa, typename T, typename C>
-void adjust_logits(const T* logits, Index vocab, const SamplingParams& params, C* adjusted, std::int32_t* counts) {
+void adjust_logits(const T* logits, Index vocab, const SamplingParams& params, C* adjusted,
+                   std::int32_t* counts) {
   using V = simd::Vec<C, Isa>;
   for (Index i = 0; i < vocab; i += V::lanes) {
     const int count = static_cast<int>(std::min<Index>(V::lanes, vocab - i));
     V::load_partial(logits + i, count).store_partial(adjusted + i, count);
   }
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::penalties && has_penalties(params)) apply_penalties(adjusted, vocab, params, counts);
-    if (stage == SamplingStage::token_mask && !params.token_mask.empty()) apply_token_mask(adjusted, vocab, params.token_mask);
+    if (stage == SamplingStage::penalties && has_penalties(params))
+      apply_penalties(adjusted, vocab, params, counts);
+    if (stage == SamplingStage::token_mask && !params.token_mask.empty())
+      apply_token_mask(adjusted, vocab, params.token_mask);
     if (stage == SamplingStage::logit_bias)
       for (const LogitBias& bias : params.logit_bias)
-        adjusted[bias.token] = static_cast<C>(static_cast<double>(adjusted[bias.token]) + static_cast<double>(bias.bias));
+        adjusted[bias.token] = static_cast<C>(static_cast<double>(adjusted[bias.token]) +
+                                              static_cast<double>(bias.bias));
   }
 }
 

@@ -30,11 +30,11 @@ struct SamplingBlock {
 /// The scratch of one worker. C is the compute type of the logits.
 template <typename C>
 struct SamplingScratch {
-  C* block_max;          // (blocks)
-  double* block_sum;     // (blocks)
-  C* candidates;         // (vocab)
-  double* bin_sum;       // (2048, 4)
-  C* adjusted;           // (vocab) logits after penalties, bias and mask; nullptr where no row has any
+  C* block_max;       // (blocks)
+  double* block_sum;  // (blocks)
+  C* candidates;      // (vocab)
+  double* bin_sum;    // (2048, 4)
+  C* adjusted;        // (vocab) logits after penalties, bias and mask; nullptr where no row has any
   std::int32_t* counts;  // (vocab) occurrences of each token; nullptr where no row has penalties
 };
 
@@ -45,7 +45,9 @@ struct Band {
   C lo;          // the smallest; never -infinity
   Index lo_end;  // tokens equal to lo are in play below this index
 
-  bool contains(C logit, Index token) const { return logit <= hi && (logit > lo || (logit == lo && token < lo_end)); }
+  bool contains(C logit, Index token) const {
+    return logit <= hi && (logit > lo || (logit == lo && token < lo_end));
+  }
 };
 
 template <typename T>
@@ -65,11 +67,14 @@ template <typename Isa, typename T, typename C>
 void load_block(const T* logits, Index vocab, Index block, C* x) {
   using V = simd::Vec<C, Isa>;
   const T* source = logits + block * SamplingBlock::size;
-  const Index count = std::min(SamplingBlock::size, vocab - block * SamplingBlock::size);
-  if (count < SamplingBlock::size) std::fill(x, x + SamplingBlock::size, -std::numeric_limits<C>::infinity());
+  const Index count = (std::min)(SamplingBlock::size, vocab - block * SamplingBlock::size);
+  if (count < SamplingBlock::size)
+    std::fill(x, x + SamplingBlock::size, -std::numeric_limits<C>::infinity());
   Index i = 0;
   for (; i + V::lanes <= count; i += V::lanes) V::load(source + i).store(x + i);
-  if (i < count) V::load_partial(source + i, static_cast<int>(count - i)).store_partial(x + i, static_cast<int>(count - i));
+  if (i < count)
+    V::load_partial(source + i, static_cast<int>(count - i))
+        .store_partial(x + i, static_cast<int>(count - i));
 }
 
 /// Writes the maximum of every block and opens the band to all tokens above -infinity; says what is wrong with the row.
@@ -85,13 +90,14 @@ SampleStatus scan_row(SamplingRow<T>& row) {
     for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
       const V x = V::load(p + i);
       nan = nan | is_nan(x);
-      largest = max(x, largest);
+      largest = maximum(x, largest);
     }
-    best = max(largest, best);
+    best = maximum(largest, best);
     row.block_max[block] = reduce_max(largest);
   };
   const Index full = row.vocab / SamplingBlock::size;
-  for (Index block = 0; block < full; ++block) scan_block(row.logits + block * SamplingBlock::size, block);
+  for (Index block = 0; block < full; ++block)
+    scan_block(row.logits + block * SamplingBlock::size, block);
   if (full < row.blocks()) {
     alignas(64) C x[SamplingBlock::size];
     load_block<Isa>(row.logits, row.vocab, full, x);
@@ -139,11 +145,14 @@ EIGENFORMER_INLINE double exp_nonpositive(double x) {
     else
       return a * b + c;
   };
-  constexpr double shift = 0x1.8p52;  // adding it rounds to an integer and leaves that integer in the low bits
+  constexpr double shift =
+      0x1.8p52;  // adding it rounds to an integer and leaves that integer in the low bits
   const double clamped = x < -708.0 ? -708.0 : x;
   const double shifted = multiply_add(clamped, 0x1.71547652b82fep0, shift);
   const double n = shifted - shift;
-  double r = multiply_add(n, -0x1.62e42feep-1, clamped);  // ln 2 in two parts; the first has 32 bits, so that n times it is exact
+  double r = multiply_add(
+      n, -0x1.62e42feep-1,
+      clamped);  // ln 2 in two parts; the first has 32 bits, so that n times it is exact
   r = multiply_add(n, -0x1.a39ef35793c76p-33, r);
   double p = 1.0 / 6227020800.0;
   p = multiply_add(p, r, 1.0 / 479001600.0);
@@ -159,7 +168,8 @@ EIGENFORMER_INLINE double exp_nonpositive(double x) {
   p = multiply_add(p, r, 0.5);
   p = multiply_add(p, r, 1.0);
   p = multiply_add(p, r, 1.0);
-  const double scaled = std::bit_cast<double>(std::bit_cast<std::uint64_t>(p) + (std::bit_cast<std::uint64_t>(shifted) << 52));
+  const double scaled = std::bit_cast<double>(std::bit_cast<std::uint64_t>(p) +
+                                              (std::bit_cast<std::uint64_t>(shifted) << 52));
   return x < -708.0 ? 0.0 : scaled;
 }
 
@@ -172,7 +182,8 @@ EIGENFORMER_INLINE double token_weight(double logit, double best, double inverse
 /// weights[j] of any 128 logits.
 template <typename C>
 void block_weights(const C* x, double best, double inverse_temperature, double* weights) {
-  for (Index j = 0; j < SamplingBlock::size; ++j) weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
+  for (Index j = 0; j < SamplingBlock::size; ++j)
+    weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
 }
 
 /// One bit for each of the 128 tokens of a block.
@@ -184,7 +195,8 @@ struct BlockBits {
   template <typename F>
   EIGENFORMER_INLINE void for_each(F&& f) const {
     for (int w = 0; w < 2; ++w)
-      for (std::uint64_t bits = word[w]; bits != 0; bits &= bits - 1) f(Index{64} * w + std::countr_zero(bits));
+      for (std::uint64_t bits = word[w]; bits != 0; bits &= bits - 1)
+        f(Index{64} * w + std::countr_zero(bits));
   }
 };
 
@@ -192,17 +204,21 @@ struct BlockBits {
 template <typename Isa, typename C>
 EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>& band, C least) {
   using V = simd::Vec<C, Isa>;
-  const V lo = V::set1(band.lo), hi = V::set1(band.hi), bound = V::set1(std::max(least, band.lo));
+  const V lo = V::set1(band.lo), hi = V::set1(band.hi), bound = V::set1((std::max)(least, band.lo));
   BlockBits members, ends;
   for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
     const V v = V::load(x + i);
-    members.word[i / 64] |= std::uint64_t{(less_equal(bound, v) & less_equal(v, hi)).bits()} << (i % 64);
+    members.word[i / 64] |= std::uint64_t{(less_equal(bound, v) & less_equal(v, hi)).bits()}
+                            << (i % 64);
     ends.word[i / 64] |= std::uint64_t{equal(v, lo).bits()} << (i % 64);
   }
-  const Index ties = band.lo_end - block * SamplingBlock::size;  // of the tokens at lo, those before this place are in play
+  const Index ties =
+      band.lo_end -
+      block * SamplingBlock::size;  // of the tokens at lo, those before this place are in play
   for (Index w = 0; w < 2; ++w) {
     const Index before = std::clamp<Index>(ties - 64 * w, 0, 64);
-    const std::uint64_t in_play = before == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << before) - 1;
+    const std::uint64_t in_play =
+        before == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << before) - 1;
     members.word[w] &= ~ends.word[w] | in_play;
   }
   return members;
@@ -210,13 +226,16 @@ EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>&
 
 /// weights[j] of the tokens of a block that are in play, 0 for the others. Few tokens are computed one by one, with the same bits.
 template <typename Isa, typename C>
-void member_weights(const C* x, Index block, const Band<C>& band, double inverse_temperature, double* weights) {
+void member_weights(const C* x, Index block, const Band<C>& band, double inverse_temperature,
+                    double* weights) {
   const double best = static_cast<double>(band.hi);
   const BlockBits members = member_bits<Isa>(x, block, band, band.lo);
   constexpr int few = 24;  // a whole block takes as long as about 40 tokens one by one
   if (members.count() <= few) {
     std::fill(weights, weights + SamplingBlock::size, 0.0);
-    members.for_each([&](Index j) { weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature); });
+    members.for_each([&](Index j) {
+      weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
+    });
     return;
   }
   block_weights(x, best, inverse_temperature, weights);
@@ -229,7 +248,8 @@ inline double block_sum(const double* weights) {
   double partial[8] = {};
   for (Index i = 0; i < SamplingBlock::size; i += 8)
     for (int lane = 0; lane < 8; ++lane) partial[lane] += weights[i + lane];
-  return ((partial[0] + partial[4]) + (partial[2] + partial[6])) + ((partial[1] + partial[5]) + (partial[3] + partial[7]));
+  return ((partial[0] + partial[4]) + (partial[2] + partial[6])) +
+         ((partial[1] + partial[5]) + (partial[3] + partial[7]));
 }
 
 /// Sum of the weights of all tokens in play; leaves the sum of each block in `sums`.
@@ -250,7 +270,7 @@ double sum_weights(const SamplingRow<T>& row, double* sums) {
 template <typename Isa, typename T>
 Index gather_candidates(const SamplingRow<T>& row, compute_type<T> least, compute_type<T>* out) {
   Index n = 0;
-  for_each_block<Isa>(row, std::max(least, row.band.lo), [&](Index block, const auto* x) {
+  for_each_block<Isa>(row, (std::max)(least, row.band.lo), [&](Index block, const auto* x) {
     const BlockBits members = member_bits<Isa>(x, block, row.band, least);
     members.for_each([&](Index j) { out[n++] = x[j]; });
   });

@@ -22,7 +22,8 @@ struct SpeculativeProblem {
   std::int32_t* tokens;    // (batch, drafts + 1), -1 past the last
 
   double uniform(Index row, Index index) const {
-    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row), static_cast<std::uint32_t>(index))
+    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row),
+                                                          static_cast<std::uint32_t>(index))
                                   : generators[row].uniform(0, static_cast<std::uint32_t>(index));
   }
 };
@@ -56,8 +57,12 @@ std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
 template <typename Draft, typename Target>
 Index verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens) {
   const Index length = p.draft_lengths == nullptr ? p.drafts : p.draft_lengths[r];
-  const auto target_at = [&](Index i, Index v) { return static_cast<double>(p.target[(r * (p.drafts + 1) + i) * p.vocab + v]); };
-  const auto draft_at = [&](Index i, Index v) { return static_cast<double>(p.draft[(r * p.drafts + i) * p.vocab + v]); };
+  const auto target_at = [&](Index i, Index v) {
+    return static_cast<double>(p.target[(r * (p.drafts + 1) + i) * p.vocab + v]);
+  };
+  const auto draft_at = [&](Index i, Index v) {
+    return static_cast<double>(p.draft[(r * p.drafts + i) * p.vocab + v]);
+  };
   Index accepted = 0;
   while (accepted < length) {
     const std::int32_t token = p.draft_tokens[r * p.drafts + accepted];
@@ -75,7 +80,8 @@ Index verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32
     });
   }
   // No residual: the two distributions are one up to rounding.
-  if (last == -1) last = draw_from_weights(p.vocab, u, [&](Index v) { return target_at(accepted, v); });
+  if (last == -1)
+    last = draw_from_weights(p.vocab, u, [&](Index v) { return target_at(accepted, v); });
   if (last < 0) return -1;
   tokens[accepted] = last;
   return accepted;

@@ -47,13 +47,15 @@ namespace cpu {
 
 template <CpuDevice D, typename T>
 void interleave(const D& device, const InterleaveProblem<T>& p) {
-  const Index grain = 1 + 16384 / (p.features + 1);  // less than 16k elements do not pay for waking a thread
+  const Index grain =
+      1 + 16384 / (p.features + 1);  // less than 16k elements do not pay for waking a thread
   parallel_for(device, p.tokens, grain, [&](Index first, Index last, int) {
     for (int r = 0; r < p.ranks; ++r) {
       const ShardRange shard = shard_range(p.features, r, p.ranks);
       const T* part = p.parts + p.tokens * shard.begin;
       for (Index t = first; t < last; ++t)
-        eigenformer::detail::copy_elements(part + t * shard.size(), p.rows + t * p.features + shard.begin, shard.size());
+        eigenformer::detail::copy_elements(part + t * shard.size(),
+                                           p.rows + t * p.features + shard.begin, shard.size());
     }
   });
 }
@@ -61,23 +63,29 @@ void interleave(const D& device, const InterleaveProblem<T>& p) {
 template <typename T>
 bool drawable(const T* row, Index size) {
   bool good = true;
-  for (Index i = 0; i < size; ++i) good &= static_cast<compute_type<T>>(row[i]) < std::numeric_limits<compute_type<T>>::infinity();
+  for (Index i = 0; i < size; ++i)
+    good &= static_cast<compute_type<T>>(row[i]) < std::numeric_limits<compute_type<T>>::infinity();
   return good;  // NaN compares false
 }
 
 template <typename T>
 void best_candidates(const VocabularyProblem<T>& p, Index row, std::int32_t* order) {
-  const Index size = p.shard.size(), found = std::min(size, p.kept);
+  const Index size = p.shard.size(), found = (std::min)(size, p.kept);
   const T* logits = p.logits + row * size;
   VocabularyCandidate* candidates = p.candidates + row * p.kept;
-  std::fill_n(candidates, p.kept, VocabularyCandidate{-std::numeric_limits<double>::infinity(), VocabularyCandidate::kNone});
+  std::fill_n(
+      candidates, p.kept,
+      VocabularyCandidate{-std::numeric_limits<double>::infinity(), VocabularyCandidate::kNone});
   if (!drawable(logits, size)) {
     candidates[0].token = VocabularyCandidate::kInvalid;
     return;
   }
-  const auto candidate = [&](Index i) { return VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i}; };
+  const auto candidate = [&](Index i) {
+    return VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i};
+  };
   if (found == 1) {
-    candidates[0] = candidate(std::max_element(logits, logits + size) - logits);  // the first of the largest
+    candidates[0] =
+        candidate(std::max_element(logits, logits + size) - logits);  // the first of the largest
     return;
   }
   for (Index i = 0; i < size; ++i) order[i] = static_cast<std::int32_t>(i);
@@ -93,17 +101,20 @@ template <CpuDevice D, typename T>
 void vocabulary_candidates(const D& device, const VocabularyProblem<T>& p) {
   const Index grain = 1 + 16384 / (p.shard.size() + 1);
   parallel_for(device, p.rows, grain, [&](Index first, Index last, int worker) {
-    for (Index row = first; row < last; ++row) best_candidates(p, row, p.kept > 1 ? p.order + worker * p.shard.size() : nullptr);
+    for (Index row = first; row < last; ++row)
+      best_candidates(p, row, p.kept > 1 ? p.order + worker * p.shard.size() : nullptr);
   });
 }
 
 /// Index into `candidates` (best first, finite best) of the token that the uniform number u draws from softmax(logit /
 /// temperature), by the inverse of the cumulative distribution in token order, which is the rule of sampling.h. Puts the candidates
 /// in that order.
-inline Index draw_candidate(VocabularyCandidate* candidates, Index count, double temperature, double u) {
+inline Index draw_candidate(VocabularyCandidate* candidates, Index count, double temperature,
+                            double u) {
   const double best = candidates[0].logit;
-  std::sort(candidates, candidates + count,
-            [](const VocabularyCandidate& a, const VocabularyCandidate& b) { return a.token < b.token; });
+  std::sort(
+      candidates, candidates + count,
+      [](const VocabularyCandidate& a, const VocabularyCandidate& b) { return a.token < b.token; });
   const auto weight = [&](Index i) { return std::exp((candidates[i].logit - best) / temperature); };
   double total = 0;
   for (Index i = 0; i < count; ++i) total += weight(i);

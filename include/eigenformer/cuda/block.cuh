@@ -18,7 +18,8 @@ __device__ T reduce_block(T value, Combine combine) {
   values[threadIdx.x] = value;
   __syncthreads();
   for (int half = kRowThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half) values[threadIdx.x] = combine(values[threadIdx.x], values[threadIdx.x + half]);
+    if (threadIdx.x < half)
+      values[threadIdx.x] = combine(values[threadIdx.x], values[threadIdx.x + half]);
     __syncthreads();
   }
   const T result = values[0];
@@ -40,10 +41,12 @@ __global__ void for_each_row(Index rows, Body body) {
 
 /// body(row) for every row, one block of kRowThreads threads each.
 template <typename Body>
-void launch_rows(const Eigen::GpuDevice& device, const char* operation, Index rows, const Body& body) {
+void launch_rows(const Eigen::GpuDevice& device, const char* operation, Index rows,
+                 const Body& body) {
   if (rows <= 0) return;
-  for_each_row<<<static_cast<unsigned>(rows < 1048576 ? rows : 1048576), kRowThreads, 0, device.stream()>>>(rows, body);
-  check(cudaGetLastError(), operation);
+  for_each_row<<<static_cast<unsigned>(rows < 1048576 ? rows : 1048576), kRowThreads, 0,
+                 device.stream()>>>(rows, body);
+  check_cuda(cudaGetLastError(), operation);
 }
 
 }  // namespace cuda

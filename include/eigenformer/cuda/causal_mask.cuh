@@ -15,7 +15,8 @@ struct CausalMaskBody {
   T open, blocked;
   __device__ void operator()(Index at) const {
     const Index row = at / p.key_length;
-    p.mask[at] = p.visible(row / p.query_length, row % p.query_length, at % p.key_length) ? open : blocked;
+    p.mask[at] =
+        p.visible(row / p.query_length, row % p.query_length, at % p.key_length) ? open : blocked;
   }
 };
 

@@ -16,14 +16,16 @@ struct KvAppendBody {
   Storage* keys;
   Storage* values;
   const Index* positions;
-  Index tokens_each, row, capacity, key_stride, value_stride;  // row = kv_heads * head_dim, strides from sequence to sequence
+  Index tokens_each, row, capacity, key_stride,
+      value_stride;  // row = kv_heads * head_dim, strides from sequence to sequence
 
   __device__ void operator()(Index at) const {
     const Index token = at / row, sequence = token / tokens_each;
     const Index first = positions[sequence], position = first + token % tokens_each;
     if (first < 0 || position >= capacity) return;
     keys[sequence * key_stride + position * row + at % row] = static_cast<Storage>(new_keys[at]);
-    values[sequence * value_stride + position * row + at % row] = static_cast<Storage>(new_values[at]);
+    values[sequence * value_stride + position * row + at % row] =
+        static_cast<Storage>(new_values[at]);
   }
 };
 
@@ -33,10 +35,11 @@ template <typename T, typename Storage>
 void launch_on_gpu(const Eigen::GpuDevice& device, const KvAppendProblem<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
   const Index row = to.kv_heads * to.head_dim;
-  cuda::launch_for_each(
-      device, "append_kv_into", p.tokens * row,
-      cuda::KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys), const_cast<Storage*>(to.values),
-                                     p.positions, p.tokens_each, row, p.capacity, to.sequence_stride, to.value_sequence_stride});
+  cuda::launch_for_each(device, "append_kv_into", p.tokens * row,
+                        cuda::KvAppendBody<T, Storage>{
+                            p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
+                            const_cast<Storage*>(to.values), p.positions, p.tokens_each, row,
+                            p.capacity, to.sequence_stride, to.value_sequence_stride});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -21,24 +21,28 @@ class DeviceError : public std::runtime_error {
 
 namespace cuda {
 
-inline void check(cudaError_t status, const char* operation) {
-  if (status != cudaSuccess) throw DeviceError(std::string(operation) + ": CUDA says " + cudaGetErrorString(status));
+inline void check_cuda(cudaError_t status, const char* operation) {
+  if (status != cudaSuccess)
+    throw DeviceError(std::string(operation) + ": CUDA says " + cudaGetErrorString(status));
 }
 
 template <typename Body>
 __global__ void for_each_index(Index count, Body body) {
   const Index stride = static_cast<Index>(gridDim.x) * blockDim.x;
-  for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) body(i);
+  for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride)
+    body(i);
 }
 
 /// body(i) for every i in [0, count): one element a thread, grid-stride.
 template <typename Body>
-void launch_for_each(const Eigen::GpuDevice& device, const char* operation, Index count, const Body& body) {
+void launch_for_each(const Eigen::GpuDevice& device, const char* operation, Index count,
+                     const Body& body) {
   if (count <= 0) return;
   constexpr int threads = 256;
   const Index blocks = (count + threads - 1) / threads;
-  for_each_index<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), threads, 0, device.stream()>>>(count, body);
-  check(cudaGetLastError(), operation);
+  for_each_index<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), threads, 0,
+                   device.stream()>>>(count, body);
+  check_cuda(cudaGetLastError(), operation);
 }
 
 }  // namespace cuda

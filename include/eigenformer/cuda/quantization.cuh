@@ -31,13 +31,17 @@ struct QuantizeBody {
       largest = LargestOrNan{}(largest, static_cast<C>(fabs(static_cast<C>(weights[j]))));
     largest = reduce_block(largest, LargestOrNan{});
     float scale = largest == C(0) ? 1.0f : static_cast<float>(largest / C(127));
-    if (scale == 0.0f) scale = 1.40129846e-45f;    // the smallest float, as on the CPU
-    const bool bad = !(scale < 3.402823466e+38f);  // infinite or NaN: the host could not throw in time, so the scale says it
+    if (scale == 0.0f) scale = 1.40129846e-45f;  // the smallest float, as on the CPU
+    const bool bad = !(
+        scale <
+        3.402823466e+38f);  // infinite or NaN: the host could not throw in time, so the scale says it
     if (threadIdx.x == 0) p.scales[row] = bad ? __int_as_float(0x7fc00000) : scale;
     for (Index j = threadIdx.x; j < p.columns; j += kRowThreads) {
       const C quotient = rint(static_cast<C>(weights[j]) / static_cast<C>(scale));
       p.values[row * p.columns + j] =
-          bad ? std::int8_t{0} : static_cast<std::int8_t>(quotient < C(-127) ? C(-127) : (quotient > C(127) ? C(127) : quotient));
+          bad ? std::int8_t{0}
+              : static_cast<std::int8_t>(
+                    quotient < C(-127) ? C(-127) : (quotient > C(127) ? C(127) : quotient));
     }
   }
 };

@@ -83,7 +83,8 @@ struct SampleBody {
     const RowBest<C> best = best_of_row(own, vocab);
     const SampleStatus status = status_of(best, vocab);
     std::int32_t id = -1;
-    if (status == SampleStatus::ok) id = greedy ? static_cast<std::int32_t>(best.index) : draw(own, best.value, row);
+    if (status == SampleStatus::ok)
+      id = greedy ? static_cast<std::int32_t>(best.index) : draw(own, best.value, row);
     if (threadIdx.x == 0) {
       ids[row] = id;
       if (statuses != nullptr) statuses[row] = status;
@@ -111,12 +112,14 @@ struct SampleBody {
       __syncthreads();
       for (Index t = threadIdx.x; t < vocab; t += kRowThreads) {
         const unsigned long long key = ordered_key(static_cast<C>(own[t]));
-        if (shift + 8 == bits || key >> (shift + 8) == prefix >> (shift + 8)) atomicAdd(&histogram[key >> shift & 255], 1u);
+        if (shift + 8 == bits || key >> (shift + 8) == prefix >> (shift + 8))
+          atomicAdd(&histogram[key >> shift & 255], 1u);
       }
       __syncthreads();
       if (threadIdx.x == 0) {
         int digit = 255;
-        while (digit > 0 && static_cast<Index>(histogram[digit]) < wanted) wanted -= histogram[digit--];
+        while (digit > 0 && static_cast<Index>(histogram[digit]) < wanted)
+          wanted -= histogram[digit--];
         prefix |= static_cast<unsigned long long>(digit) << shift;
       }
       __syncthreads();
@@ -129,12 +132,13 @@ struct SampleBody {
   // Calls visit(token, weight) for the kept tokens of [begin, end) in order; `ties_before` tokens of the threshold's key lie
   // before.
   template <typename Visit>
-  __device__ void for_each_kept(const T* own, Index begin, Index end, C largest, Threshold threshold, Index ties_before,
-                                Visit visit) const {
+  __device__ void for_each_kept(const T* own, Index begin, Index end, C largest,
+                                Threshold threshold, Index ties_before, Visit visit) const {
     for (Index t = begin; t < end; ++t) {
       const C x = static_cast<C>(own[t]);
       const unsigned long long key = ordered_key(x);
-      if (key < threshold.key || (key == threshold.key && ties_before++ >= threshold.ties)) continue;
+      if (key < threshold.key || (key == threshold.key && ties_before++ >= threshold.ties))
+        continue;
       visit(t, exp((static_cast<double>(x) - static_cast<double>(largest)) / temperature));
     }
   }
@@ -145,9 +149,11 @@ struct SampleBody {
     __shared__ std::int32_t chosen;
     const Threshold threshold = select(own);
     const Index run = (vocab + kRowThreads - 1) / kRowThreads;
-    const Index begin = threadIdx.x * run < vocab ? threadIdx.x * run : vocab, end = begin + run < vocab ? begin + run : vocab;
+    const Index begin = threadIdx.x * run < vocab ? threadIdx.x * run : vocab,
+                end = begin + run < vocab ? begin + run : vocab;
     Index own_ties = 0;
-    for (Index t = begin; t < end; ++t) own_ties += ordered_key(static_cast<C>(own[t])) == threshold.key ? 1 : 0;
+    for (Index t = begin; t < end; ++t)
+      own_ties += ordered_key(static_cast<C>(own[t])) == threshold.key ? 1 : 0;
     ties[threadIdx.x + 1] = own_ties;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -156,7 +162,8 @@ struct SampleBody {
     }
     __syncthreads();
     double sum = 0;
-    for_each_kept(own, begin, end, largest, threshold, ties[threadIdx.x], [&](Index, double weight) { sum += weight; });
+    for_each_kept(own, begin, end, largest, threshold, ties[threadIdx.x],
+                  [&](Index, double weight) { sum += weight; });
     sums[threadIdx.x + 1] = sum;
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -168,17 +175,19 @@ struct SampleBody {
     const double target = random.uniform(static_cast<std::uint32_t>(row)) * sums[kRowThreads];
     // Exactly one run holds the target: the last one that has weight takes what rounding leaves over.
     const bool holds =
-        sum > 0 && target >= sums[threadIdx.x] && (target < sums[threadIdx.x + 1] || sums[threadIdx.x + 1] == sums[kRowThreads]);
+        sum > 0 && target >= sums[threadIdx.x] &&
+        (target < sums[threadIdx.x + 1] || sums[threadIdx.x + 1] == sums[kRowThreads]);
     if (holds) {
       double passed = sums[threadIdx.x];
       std::int32_t id = -1;
       bool found = false;
-      for_each_kept(own, begin, end, largest, threshold, ties[threadIdx.x], [&](Index t, double weight) {
-        if (found || weight == 0) return;
-        passed += weight;
-        id = static_cast<std::int32_t>(t);
-        found = target < passed;
-      });
+      for_each_kept(own, begin, end, largest, threshold, ties[threadIdx.x],
+                    [&](Index t, double weight) {
+                      if (found || weight == 0) return;
+                      passed += weight;
+                      id = static_cast<std::int32_t>(t);
+                      found = target < passed;
+                    });
       chosen = id;
     }
     __syncthreads();
@@ -194,14 +203,16 @@ struct SampleBody {
 template <typename T>
 void launch_on_gpu(const Eigen::GpuDevice& device, const SamplingProblem<T>& p) {
   constexpr auto name = "sample on a GPU";
-  require(p.params_stride == 0, name, "parameters come one a row, expected one set for the batch");
+  require_that(p.params_stride == 0, name,
+               "parameters come one a row, expected one set for the batch");
   const SamplingParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
-  require(greedy || p.generators_stride == 0, name, "generators come one a row, expected one for the batch");
-  cuda::launch_rows(
-      device, "sample", p.batch,
-      cuda::SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy, params.top_k_ties == TopKTies::keep_all,
-                          greedy ? Philox() : p.generators[0], p.ids, p.statuses});
+  require_that(greedy || p.generators_stride == 0, name,
+               "generators come one a row, expected one for the batch");
+  cuda::launch_rows(device, "sample", p.batch,
+                    cuda::SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy,
+                                        params.top_k_ties == TopKTies::keep_all,
+                                        greedy ? Philox() : p.generators[0], p.ids, p.statuses});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -47,7 +47,10 @@ class OperatorProfile {
       std::string_view name;
       std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
       ~Timer() {
-        if (profile != nullptr) profile->add(name, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+        if (profile != nullptr)
+          profile->add(
+              name,
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
       }
     } timer{profile, name};
     return call();

@@ -21,7 +21,8 @@ inline namespace EIGENFORMER_ABI {
 template <typename Compute>
 struct DecoderTape {
   struct Layer {
-    Tensor<Compute, 2> input, attention_input;       // (tokens, features): residual stream, and normalised
+    Tensor<Compute, 2> input,
+        attention_input;  // (tokens, features): residual stream, and normalised
     Tensor<Compute, 4> query, key, value, attended;  // (batch, length, heads, head_dim), rotated
     Tensor<compute_type<Compute>, 3> log_sum_exp;    // (batch, heads, length)
     Tensor<Compute, 2> middle, feed_forward_input;   // (tokens, features)
@@ -49,8 +50,13 @@ TensorView<T, 2> as_rows(Tensor<T, Rank>& x, Index columns) {
 template <typename Compute, CpuDevice D>
 class DecoderPass {
  public:
-  DecoderPass(const D& device, DecoderWeights& weights, DecoderTape<Compute>& tape, OperatorProfile* profile)
-      : device_(device), weights_(weights), config_(weights.config()), tape_(tape), profile_(profile) {}
+  DecoderPass(const D& device, DecoderWeights& weights, DecoderTape<Compute>& tape,
+              OperatorProfile* profile)
+      : device_(device),
+        weights_(weights),
+        config_(weights.config()),
+        tape_(tape),
+        profile_(profile) {}
 
   /// ids (batch, length) -> logits (batch * length, vocabulary)
   Tensor<Compute, 2> forward(const TensorView<const std::int32_t, 2>& ids) {
@@ -64,7 +70,8 @@ class DecoderPass {
     Tensor<Compute, 2>& x = tape_.stream;
     x.resize(tokens, config_.features);
     const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
-    timed("embedding", [&] { embedding_into(device_, x, flat, weights_matrix(weights_.embedding())); });
+    timed("embedding",
+          [&] { embedding_into(device_, x, flat, weights_matrix(weights_.embedding())); });
     for (Index l = 0; l < config_.layers; ++l)
       forward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x, batch, length);
     tape_.last = x;
@@ -76,9 +83,11 @@ class DecoderPass {
 
   /// gradient of the logits -> adds to the gradients of the weights
   void backward(const Tensor<Compute, 2>& logits_gradient) {
-    require(logits_gradient.dimension(0) == tape_.normalised.dimension(0) && logits_gradient.dimension(1) == config_.vocabulary,
-            "Decoder::backward", "logits_gradient has shape ", shape_text(logits_gradient), ", expected (",
-            tape_.normalised.dimension(0), ", ", config_.vocabulary, "), that of the last forward");
+    require_that(logits_gradient.dimension(0) == tape_.normalised.dimension(0) &&
+                     logits_gradient.dimension(1) == config_.vocabulary,
+                 "Decoder::backward", "logits_gradient has shape ", shape_text(logits_gradient),
+                 ", expected (", tape_.normalised.dimension(0), ", ", config_.vocabulary,
+                 "), that of the last forward");
     Tensor<Compute, 2>& x_gradient = tape_.stream;
     project_backward(tape_.branch, logits_gradient, tape_.normalised, weights_.head());
     x_gradient.resize(tape_.last.dimensions());
@@ -86,13 +95,16 @@ class DecoderPass {
     for (Index l = config_.layers - 1; l >= 0; --l)
       backward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x_gradient);
     const TensorView<const std::int32_t, 1> flat(tape_.ids.data(), tape_.ids.size());
-    timed("embedding", [&] { embedding_backward_into(device_, gradient(weights_.embedding()), x_gradient, flat); });
+    timed("embedding", [&] {
+      embedding_backward_into(device_, gradient(weights_.embedding()), x_gradient, flat);
+    });
   }
 
  private:
   using Layer = typename DecoderTape<Compute>::Layer;
 
-  void forward_layer(const DecoderWeights::Layer& w, Layer& t, Tensor<Compute, 2>& x, Index batch, Index length) {
+  void forward_layer(const DecoderWeights::Layer& w, Layer& t, Tensor<Compute, 2>& x, Index batch,
+                     Index length) {
     t.input = x;
     norm(t.attention_input, t.input, w.attention_norm);
     project_heads(t.query, t.attention_input, w.query, batch, length, config_.heads);
@@ -103,7 +115,8 @@ class DecoderPass {
     t.attended.resize(t.query.dimensions());
     t.log_sum_exp.resize(batch, config_.heads, length);
     timed("attention", [&] {
-      batched_attention_with_padding_into(device_, t.attended, t.query, t.key, t.value, tape_.lengths,
+      batched_attention_with_padding_into(device_, t.attended, t.query, t.key, t.value,
+                                          tape_.lengths,
                                           {.causal = true, .log_sum_exp = t.log_sum_exp});
     });
     project(tape_.branch, as_rows(t.attended, config_.heads * config_.head_dim), w.output);
@@ -124,34 +137,42 @@ class DecoderPass {
     project_backward(tape_.gated_gradient, x_gradient, t.gated, w.down);
     tape_.gate_gradient.resize(t.gate.dimensions());
     tape_.up_gradient.resize(t.up.dimensions());
-    timed("activation",
-          [&] { swiglu_backward_into(device_, tape_.gate_gradient, tape_.up_gradient, tape_.gated_gradient, t.gate, t.up); });
+    timed("activation", [&] {
+      swiglu_backward_into(device_, tape_.gate_gradient, tape_.up_gradient, tape_.gated_gradient,
+                           t.gate, t.up);
+    });
     project_backward(branch, tape_.gate_gradient, t.feed_forward_input, w.gate);
     project_backward(part, tape_.up_gradient, t.feed_forward_input, w.up);
     join(branch, part);
     norm_backward(part, branch, t.middle, w.feed_forward_norm);
     join(x_gradient, part);
     attention_backward_layer(w, t, x_gradient);
-    project_backward(branch, as_rows(tape_.query_gradient, config_.heads * config_.head_dim), t.attention_input, w.query);
-    project_backward(part, as_rows(tape_.key_gradient, config_.kv_heads * config_.head_dim), t.attention_input, w.key);
+    project_backward(branch, as_rows(tape_.query_gradient, config_.heads * config_.head_dim),
+                     t.attention_input, w.query);
+    project_backward(part, as_rows(tape_.key_gradient, config_.kv_heads * config_.head_dim),
+                     t.attention_input, w.key);
     join(branch, part);
-    project_backward(part, as_rows(tape_.value_gradient, config_.kv_heads * config_.head_dim), t.attention_input, w.value);
+    project_backward(part, as_rows(tape_.value_gradient, config_.kv_heads * config_.head_dim),
+                     t.attention_input, w.value);
     join(branch, part);
     norm_backward(part, branch, t.input, w.attention_norm);
     join(x_gradient, part);
   }
 
   // From the gradient of the residual stream to those of the unrotated queries, keys and values.
-  void attention_backward_layer(const DecoderWeights::Layer& w, Layer& t, const Tensor<Compute, 2>& x_gradient) {
+  void attention_backward_layer(const DecoderWeights::Layer& w, Layer& t,
+                                const Tensor<Compute, 2>& x_gradient) {
     tape_.attended_gradient.resize(t.attended.dimensions());
     tape_.query_gradient.resize(t.query.dimensions());
     tape_.key_gradient.resize(t.key.dimensions());
     tape_.value_gradient.resize(t.value.dimensions());
     auto attended_rows = as_rows(tape_.attended_gradient, config_.heads * config_.head_dim);
-    project_backward_into(attended_rows, x_gradient, as_rows(t.attended, config_.heads * config_.head_dim), w.output);
+    project_backward_into(attended_rows, x_gradient,
+                          as_rows(t.attended, config_.heads * config_.head_dim), w.output);
     timed("attention", [&] {
-      attention_backward_into(device_, tape_.query_gradient, tape_.key_gradient, tape_.value_gradient, tape_.attended_gradient,
-                              t.query, t.key, t.value, t.attended, t.log_sum_exp, tape_.lengths, {.causal = true});
+      attention_backward_into(device_, tape_.query_gradient, tape_.key_gradient,
+                              tape_.value_gradient, tape_.attended_gradient, t.query, t.key,
+                              t.value, t.attended, t.log_sum_exp, tape_.lengths, {.causal = true});
     });
     rotate_backward(tape_.query_gradient);
     rotate_backward(tape_.key_gradient);
@@ -164,7 +185,8 @@ class DecoderPass {
     timed("linear", [&] { linear_into(device_, y, x, weights_matrix(weight)); });
   }
   template <typename G, typename X>
-  void project_backward(Tensor<Compute, 2>& x_gradient, const G& y_gradient, const X& x, std::size_t weight) {
+  void project_backward(Tensor<Compute, 2>& x_gradient, const G& y_gradient, const X& x,
+                        std::size_t weight) {
     x_gradient.resize(x.dimension(0), x.dimension(1));
     project_backward_into(x_gradient, y_gradient, x, weight);
   }
@@ -186,22 +208,24 @@ class DecoderPass {
       linear_backward_weight_into(device_, total, y_gradient, x);
     }
   }
-  void project_heads(Tensor<Compute, 4>& y, const Tensor<Compute, 2>& x, std::size_t weight, Index batch, Index length,
-                     Index count) {
+  void project_heads(Tensor<Compute, 4>& y, const Tensor<Compute, 2>& x, std::size_t weight,
+                     Index batch, Index length, Index count) {
     y.resize(batch, length, count, config_.head_dim);
     auto rows = as_rows(y, count * config_.head_dim);
     timed("linear", [&] { linear_into(device_, rows, x, weights_matrix(weight)); });
   }
   void norm(Tensor<Compute, 2>& y, const Tensor<Compute, 2>& x, std::size_t weight) {
     y.resize(x.dimensions());
-    timed("normalization", [&] { rms_norm_into(device_, y, x, weights_vector(weight), {.epsilon = config_.epsilon}); });
+    timed("normalization", [&] {
+      rms_norm_into(device_, y, x, weights_vector(weight), {.epsilon = config_.epsilon});
+    });
   }
-  void norm_backward(Tensor<Compute, 2>& x_gradient, const Tensor<Compute, 2>& y_gradient, const Tensor<Compute, 2>& x,
-                     std::size_t weight) {
+  void norm_backward(Tensor<Compute, 2>& x_gradient, const Tensor<Compute, 2>& y_gradient,
+                     const Tensor<Compute, 2>& x, std::size_t weight) {
     x_gradient.resize(x.dimensions());
     timed("normalization", [&] {
-      rms_norm_backward_into(device_, x_gradient, weights_.gradient_vector(weight), y_gradient, x, weights_vector(weight),
-                             {.epsilon = config_.epsilon});
+      rms_norm_backward_into(device_, x_gradient, weights_.gradient_vector(weight), y_gradient, x,
+                             weights_vector(weight), {.epsilon = config_.epsilon});
     });
   }
   void rotate(Tensor<Compute, 4>& x) {
@@ -214,9 +238,15 @@ class DecoderPass {
     timed("activation", [&] { residual_add_into(device_, x, x, branch); });
   }
 
-  RopeOptions rope_options() const { return {.base = config_.rope_base, .layout = config_.rope_layout}; }
-  TensorView<const float, 2> weights_matrix(std::size_t t) const { return std::as_const(weights_).matrix(t); }
-  TensorView<const float, 1> weights_vector(std::size_t t) const { return std::as_const(weights_).vector(t); }
+  RopeOptions rope_options() const {
+    return {.base = config_.rope_base, .layout = config_.rope_layout};
+  }
+  TensorView<const float, 2> weights_matrix(std::size_t t) const {
+    return std::as_const(weights_).matrix(t);
+  }
+  TensorView<const float, 1> weights_vector(std::size_t t) const {
+    return std::as_const(weights_).vector(t);
+  }
   TensorView<float, 2> gradient(std::size_t t) { return weights_.gradient_matrix(t); }
 
   template <typename Call>

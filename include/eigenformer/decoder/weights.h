@@ -34,7 +34,8 @@ class DecoderWeights {
   /// 2019); norms are one. The same seed gives the same weights on every machine up to the last bits of log and cos.
   explicit DecoderWeights(const DecoderConfig& config, std::uint64_t seed = 0) : config_(config) {
     config.validate();
-    const Index q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim, d = config.features;
+    const Index q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim,
+                d = config.features;
     embedding_ = add("model.embed_tokens.weight", config.vocabulary, d);
     for (Index l = 0; l < config.layers; ++l) {
       const std::string prefix = "model.layers." + std::to_string(l) + ".";
@@ -93,7 +94,9 @@ class DecoderWeights {
     std::vector<Parameter> result;
     result.reserve(tensors_.size());
     for (std::size_t t = 0; t < tensors_.size(); ++t)
-      result.push_back({TensorView<float, 1>(values_.data() + tensors_[t].offset, tensors_[t].size()), gradient_vector(t)});
+      result.push_back(
+          {TensorView<float, 1>(values_.data() + tensors_[t].offset, tensors_[t].size()),
+           gradient_vector(t)});
     return result;
   }
 
@@ -101,7 +104,8 @@ class DecoderWeights {
   std::size_t add(std::string name, Index rows, Index columns) {
     const Index size = checked_product(rows, columns, "Decoder", "weight");
     tensors_.push_back({std::move(name), rows, columns, static_cast<std::size_t>(count_)});
-    require(!__builtin_add_overflow(count_, size, &count_), "Decoder", "the weights together overflow");
+    require_that(!__builtin_add_overflow(count_, size, &count_), "Decoder",
+                 "the weights together overflow");
     return tensors_.size() - 1;
   }
 
@@ -118,12 +122,15 @@ class DecoderWeights {
       std::fill(out, out + tensor.size(), 1.0f);
       return;
     }
-    const double deviation = 0.02 / (joins_residual(t) ? std::sqrt(2.0 * static_cast<double>(config_.layers)) : 1.0);
+    const double deviation =
+        0.02 / (joins_residual(t) ? std::sqrt(2.0 * static_cast<double>(config_.layers)) : 1.0);
     const Philox random(seed, t);
     for (Index i = 0; i < tensor.size(); ++i) {  // Box-Muller: a counter for each element
-      const auto row = static_cast<std::uint32_t>(i >> 31), index = static_cast<std::uint32_t>(2 * i);
+      const auto row = static_cast<std::uint32_t>(i >> 31),
+                 index = static_cast<std::uint32_t>(2 * i);
       const double radius = std::sqrt(-2.0 * std::log(random.uniform(row, index)));
-      out[i] = static_cast<float>(deviation * radius * std::cos(2.0 * std::numbers::pi * random.uniform(row, index + 1)));
+      out[i] = static_cast<float>(
+          deviation * radius * std::cos(2.0 * std::numbers::pi * random.uniform(row, index + 1)));
     }
   }
 

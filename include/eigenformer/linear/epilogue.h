@@ -24,7 +24,8 @@ class Epilogue {
   using residual_scalar = R;
 
   Epilogue() = default;
-  Epilogue(const B* bias, Index bias_size, const R* residual, Index residual_rows, Index residual_columns)
+  Epilogue(const B* bias, Index bias_size, const R* residual, Index residual_rows,
+           Index residual_columns)
       : bias_(bias),
         residual_(residual),
         bias_size_(bias_size),
@@ -35,13 +36,15 @@ class Epilogue {
   template <RowMajorTensor Tensor1>
   auto bias(const Tensor1& values) const {
     const auto view = input_view<1>(values);
-    return Epilogue<Function, scalar_of<Tensor1>, R>(view.data(), view.dimension(0), residual_, residual_rows_, residual_columns_);
+    return Epilogue<Function, scalar_of<Tensor1>, R>(view.data(), view.dimension(0), residual_,
+                                                     residual_rows_, residual_columns_);
   }
   /// (tokens, out); may be the output itself.
   template <RowMajorTensor Tensor2>
   auto residual(const Tensor2& values) const {
     const auto view = input_view<2>(values);
-    return Epilogue<Function, B, scalar_of<Tensor2>>(bias_, bias_size_, view.data(), view.dimension(0), view.dimension(1));
+    return Epilogue<Function, B, scalar_of<Tensor2>>(bias_, bias_size_, view.data(),
+                                                     view.dimension(0), view.dimension(1));
   }
   auto silu() const { return with<cpu::Silu>(); }
   auto gelu() const { return with<cpu::GeluErf>(); }

@@ -25,7 +25,9 @@ class PackedArray {
   PackedArray& operator=(const PackedArray& other) {
     if (this == &other) return *this;
     resize(other.size_);
-    if (size_ > 0) std::memcpy(static_cast<void*>(data_), other.data_, static_cast<std::size_t>(size_) * sizeof(T));
+    if (size_ > 0)
+      std::memcpy(static_cast<void*>(data_), other.data_,
+                  static_cast<std::size_t>(size_) * sizeof(T));
     return *this;
   }
   PackedArray& operator=(PackedArray&& other) noexcept {
@@ -37,12 +39,14 @@ class PackedArray {
   /// Contents are lost where it grows. Throws std::bad_alloc, and then keeps what it had.
   void resize(Index size) {
     if (size > capacity_) {
-      if (static_cast<std::size_t>(size) > (~std::size_t{0} >> 1) / sizeof(T)) throw std::bad_array_new_length();
+      if (static_cast<std::size_t>(size) > (~std::size_t{0} >> 1) / sizeof(T))
+        throw std::bad_array_new_length();
       const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
       const std::size_t alignment = bytes >= kHugeFrom ? kHugePage : 64;
       T* fresh = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment}));
 #if defined(__linux__)
-      if (bytes >= kHugeFrom) madvise(fresh, bytes, MADV_HUGEPAGE);  // a hint: without it the bits are the same
+      if (bytes >= kHugeFrom)
+        madvise(fresh, bytes, MADV_HUGEPAGE);  // a hint: without it the bits are the same
 #endif
       release();
       data_ = fresh;

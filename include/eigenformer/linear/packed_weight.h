@@ -51,19 +51,21 @@ namespace detail {
 template <typename T, typename Isa>
 PanelLayout panel_layout(Isa) {
   using Dot = tile::Dot<T, T, Isa>;
-  return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512::name : Isa::name, Dot::columns, Dot::step};
+  return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512::name : Isa::name, Dot::columns,
+          Dot::step};
 }
 
 /// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
 inline constexpr Index kLargestInt8Depth = ((Index{1} << 31) - 1) / (127 * 127);
 
 inline void require_int8_depth(Index depth, std::string_view operation) {
-  require(depth <= kLargestInt8Depth, operation, "weight has ", depth, " columns, int8 sums are exact up to ", kLargestInt8Depth);
+  require_that(depth <= kLargestInt8Depth, operation, "weight has ", depth,
+               " columns, int8 sums are exact up to ", kLargestInt8Depth);
 }
 
 inline void require_group_size(Index group_size, std::string_view name) {
-  require(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ", group_size,
-          ", expected 32, 64 or 128");
+  require_that(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ",
+               group_size, ", expected 32, 64 or 128");
 }
 
 }  // namespace detail
@@ -143,7 +145,8 @@ template <typename T>
 struct WeightAccess {
   /// Memory for `rows` rows in panels of `matrices` matrices each.
   template <typename Isa>
-  static void reshape(PackedWeight<T>& packed, Isa isa, Index rows, Index columns, int matrices, Index group) {
+  static void reshape(PackedWeight<T>& packed, Isa isa, Index rows, Index columns, int matrices,
+                      Index group) {
     using Dot = tile::Dot<T, T, Isa>;
     constexpr auto name = "pack_weight";
     const Index width = Dot::columns / matrices, panels = (rows + width - 1) / width;
@@ -152,8 +155,8 @@ struct WeightAccess {
     const Index elements = checked_product(panels, panel, name, "weight"),
                 all_rows = checked_product(rows, matrices, name, "weight");
     const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
-    [[maybe_unused]] const Index scales =
-        checked_product(checked_product(panels, Dot::columns, name, "scales"), groups, name, "scales");
+    [[maybe_unused]] const Index scales = checked_product(
+        checked_product(panels, Dot::columns, name, "scales"), groups, name, "scales");
     packed.rows_ = packed.columns_ = 0;  // empty, should memory run out
     packed.data_.resize(elements);
     if constexpr (std::is_same_v<T, std::int8_t>) packed.scales_.resize(scales);

@@ -27,14 +27,17 @@ inline double gelu_derivative(double x, const GeluOptions& options = {}) {
     const double c = std::sqrt(2 / std::numbers::pi), t = std::tanh(c * (x + 0.044715 * x * x * x));
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x);
   }
-  return 0.5 * std::erfc(-x / std::numbers::sqrt2) + x * std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi);
+  return 0.5 * std::erfc(-x / std::numbers::sqrt2) +
+         x * std::exp(-x * x / 2) / std::sqrt(2 * std::numbers::pi);
 }
 
 inline double relu(double x) { return x > 0 ? x : 0; }
 inline double relu_derivative(double x) { return x > 0 ? 1 : 0; }
 
 inline double swiglu(double gate, double up) { return silu(gate) * up; }
-inline double geglu(double gate, double up, const GeluOptions& options = {}) { return gelu(gate, options) * up; }
+inline double geglu(double gate, double up, const GeluOptions& options = {}) {
+  return gelu(gate, options) * up;
+}
 
 }  // namespace reference
 }  // namespace EIGENFORMER_ABI

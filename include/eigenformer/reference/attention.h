@@ -18,31 +18,37 @@ struct AttentionResult {
 };
 
 /// Query i of sequence b, at position key_lengths[b] - query_lengths[b] + i, sees key j.
-inline bool attention_visible(const AttentionOptions& options, Index key_length, Index query_length, Index i, Index j) {
+inline bool attention_visible(const AttentionOptions& options, Index key_length, Index query_length,
+                              Index i, Index j) {
   if (i >= query_length || j >= key_length) return false;
   if (!options.causal || j < options.prefix_length) return true;
   const Index position = key_length - query_length + i;
   return j <= position && (options.window == 0 || j > position - options.window);
 }
 
-inline double attention_score(const AttentionOptions& options, const double* q, const double* k, Index head_dim, Index head,
-                              Index distance) {
+inline double attention_score(const AttentionOptions& options, const double* q, const double* k,
+                              Index head_dim, Index head, Index distance) {
   double score = 0;
   for (Index d = 0; d < head_dim; ++d) score += q[d] * k[d];
-  score *=
-      options.scale > 0 ? static_cast<double>(options.scale) : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
+  score *= options.scale > 0 ? static_cast<double>(options.scale)
+                             : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
   if (options.softcap > 0) score = options.softcap * std::tanh(score / options.softcap);
-  if (!options.alibi_slopes.empty()) score += options.alibi_slopes[static_cast<std::size_t>(head)] * static_cast<double>(distance);
+  if (!options.alibi_slopes.empty())
+    score += options.alibi_slopes[static_cast<std::size_t>(head)] * static_cast<double>(distance);
   return score;
 }
 
 /// q (batch, rows, heads, head_dim), k (batch, keys, kv_heads, head_dim), v (batch, keys, kv_heads, value_dim).
-inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double, 4>& k, const Tensor<double, 4>& v,
-                                 const std::vector<Index>& key_lengths, const std::vector<Index>& query_lengths,
+inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double, 4>& k,
+                                 const Tensor<double, 4>& v, const std::vector<Index>& key_lengths,
+                                 const std::vector<Index>& query_lengths,
                                  const AttentionOptions& options) {
-  const Index batch = q.dimension(0), rows = q.dimension(1), heads = q.dimension(2), head_dim = q.dimension(3);
-  const Index keys = k.dimension(1), value_dim = v.dimension(3), group = heads == 0 ? 1 : heads / k.dimension(2);
-  AttentionResult result{Tensor<double, 4>(batch, rows, heads, value_dim), Tensor<double, 3>(batch, heads, rows)};
+  const Index batch = q.dimension(0), rows = q.dimension(1), heads = q.dimension(2),
+              head_dim = q.dimension(3);
+  const Index keys = k.dimension(1), value_dim = v.dimension(3),
+              group = heads == 0 ? 1 : heads / k.dimension(2);
+  AttentionResult result{Tensor<double, 4>(batch, rows, heads, value_dim),
+                         Tensor<double, 3>(batch, heads, rows)};
   result.output.setZero();
   result.log_sum_exp.setConstant(-std::numeric_limits<double>::infinity());
   std::vector<double> scores(static_cast<std::size_t>(keys));
@@ -51,16 +57,17 @@ inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double
       for (Index i = 0; i < rows; ++i) {
         const Index key_length = key_lengths[static_cast<std::size_t>(b)],
                     query_length = query_lengths[static_cast<std::size_t>(b)];
-        const double sink =
-            options.sinks.empty() ? -std::numeric_limits<double>::infinity() : options.sinks[static_cast<std::size_t>(h)];
+        const double sink = options.sinks.empty() ? -std::numeric_limits<double>::infinity()
+                                                  : options.sinks[static_cast<std::size_t>(h)];
         double maximum = sink;
         bool any = false;
         for (Index j = 0; j < keys; ++j) {
           if (!attention_visible(options, key_length, query_length, i, j)) continue;
           any = true;
           scores[static_cast<std::size_t>(j)] =
-              attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, h, j - (key_length - query_length + i));
-          maximum = std::max(maximum, scores[static_cast<std::size_t>(j)]);
+              attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, h,
+                              j - (key_length - query_length + i));
+          maximum = (std::max)(maximum, scores[static_cast<std::size_t>(j)]);
         }
         if (!any) continue;
         double sum = std::exp(sink - maximum);
@@ -68,7 +75,8 @@ inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double
           if (!attention_visible(options, key_length, query_length, i, j)) continue;
           const double weight = std::exp(scores[static_cast<std::size_t>(j)] - maximum);
           sum += weight;
-          for (Index d = 0; d < value_dim; ++d) result.output(b, i, h, d) += weight * v(b, j, h / group, d);
+          for (Index d = 0; d < value_dim; ++d)
+            result.output(b, i, h, d) += weight * v(b, j, h / group, d);
         }
         for (Index d = 0; d < value_dim; ++d) result.output(b, i, h, d) /= sum;
         result.log_sum_exp(b, h, i) = maximum + std::log(sum);

@@ -10,7 +10,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace reference {
 
-inline Tensor<double, 3> causal_mask(Index query_length, Index batch, Index key_length, const CausalMaskOptions& options) {
+inline Tensor<double, 3> causal_mask(Index query_length, Index batch, Index key_length,
+                                     const CausalMaskOptions& options) {
   Tensor<double, 3> mask(batch, query_length, key_length);
   const bool shared = static_cast<Index>(options.segment_ids.size()) == key_length;
   for (Index b = 0; b < batch; ++b)

@@ -23,7 +23,8 @@ Tensor<T, 4> concatenate_positions(const Tensor<T, 4>& old, const Tensor<T, 4>& 
   for (Index b = 0; b < added.dimension(0); ++b)
     for (Index j = 0; j < m + n; ++j)
       for (Index h = 0; h < added.dimension(2); ++h)
-        for (Index d = 0; d < added.dimension(3); ++d) result(b, j, h, d) = j < m ? old(b, j, h, d) : added(b, j - m, h, d);
+        for (Index d = 0; d < added.dimension(3); ++d)
+          result(b, j, h, d) = j < m ? old(b, j, h, d) : added(b, j - m, h, d);
   return result;
 }
 
@@ -36,7 +37,8 @@ struct KvCache {
 };
 
 template <typename T>
-void update_kv_cache(KvCache<T>& cache, const Tensor<T, 4>& new_keys, const Tensor<T, 4>& new_values, Index layer_idx) {
+void update_kv_cache(KvCache<T>& cache, const Tensor<T, 4>& new_keys,
+                     const Tensor<T, 4>& new_values, Index layer_idx) {
   const auto found = cache.layers.find(layer_idx);
   if (found == cache.layers.end()) {
     cache.layers[layer_idx] = {new_keys, new_values};
@@ -55,11 +57,13 @@ Tensor<T, Rank> through_int8(const Tensor<T, Rank>& x) {
   for (Index row = 0; width > 0 && row < x.size() / width; ++row) {
     const T* from = x.data() + row * width;
     C largest = 0;
-    for (Index i = 0; i < width; ++i) largest = std::max(largest, std::fabs(static_cast<C>(from[i])));
+    for (Index i = 0; i < width; ++i)
+      largest = (std::max)(largest, std::fabs(static_cast<C>(from[i])));
     float scale = static_cast<float>(largest / C(127));
     if (scale == 0.0f) scale = 1.0f;
     for (Index i = 0; i < width; ++i) {
-      const C quotient = std::clamp(std::nearbyint(static_cast<C>(from[i]) / static_cast<C>(scale)), C(-127), C(127));
+      const C quotient = std::clamp(std::nearbyint(static_cast<C>(from[i]) / static_cast<C>(scale)),
+                                    C(-127), C(127));
       const auto q = static_cast<std::int8_t>(quotient);
       result.data()[row * width + i] = static_cast<T>(static_cast<C>(q) * static_cast<C>(scale));
     }

@@ -9,7 +9,8 @@ inline namespace EIGENFORMER_ABI {
 namespace reference {
 
 /// x (tokens, in), weight (out, in); bias (out) or nullptr.
-inline Tensor<double, 2> linear(const Tensor<double, 2>& x, const Tensor<double, 2>& weight, const double* bias = nullptr) {
+inline Tensor<double, 2> linear(const Tensor<double, 2>& x, const Tensor<double, 2>& weight,
+                                const double* bias = nullptr) {
   const Index tokens = x.dimension(0), in = x.dimension(1), out = weight.dimension(0);
   Tensor<double, 2> y(tokens, out);
   for (Index t = 0; t < tokens; ++t)
@@ -21,7 +22,8 @@ inline Tensor<double, 2> linear(const Tensor<double, 2>& x, const Tensor<double,
   return y;
 }
 
-inline Tensor<double, 2> linear_backward_input(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& weight) {
+inline Tensor<double, 2> linear_backward_input(const Tensor<double, 2>& grad_y,
+                                               const Tensor<double, 2>& weight) {
   const Index tokens = grad_y.dimension(0), out = weight.dimension(0), in = weight.dimension(1);
   Tensor<double, 2> grad_x(tokens, in);
   for (Index t = 0; t < tokens; ++t)
@@ -34,10 +36,12 @@ inline Tensor<double, 2> linear_backward_input(const Tensor<double, 2>& grad_y, 
 }
 
 /// Adds to grad_weight (out, in).
-inline void linear_backward_weight(Tensor<double, 2>& grad_weight, const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x) {
+inline void linear_backward_weight(Tensor<double, 2>& grad_weight, const Tensor<double, 2>& grad_y,
+                                   const Tensor<double, 2>& x) {
   for (Index t = 0; t < x.dimension(0); ++t)
     for (Index o = 0; o < grad_weight.dimension(0); ++o)
-      for (Index i = 0; i < grad_weight.dimension(1); ++i) grad_weight(o, i) += grad_y(t, o) * x(t, i);
+      for (Index i = 0; i < grad_weight.dimension(1); ++i)
+        grad_weight(o, i) += grad_y(t, o) * x(t, i);
 }
 
 /// Adds to grad_bias (out).

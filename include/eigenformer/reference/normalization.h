@@ -10,7 +10,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace reference {
 
-inline Tensor<double, 2> rms_norm(const Tensor<double, 2>& x, const Tensor<double, 1>& weight, double epsilon) {
+inline Tensor<double, 2> rms_norm(const Tensor<double, 2>& x, const Tensor<double, 1>& weight,
+                                  double epsilon) {
   Tensor<double, 2> y(x.dimension(0), x.dimension(1));
   for (Index i = 0; i < x.dimension(0); ++i) {
     double squares = 0;
@@ -26,7 +27,8 @@ struct RmsNormGradients {
   Tensor<double, 1> weight;
 };
 
-inline RmsNormGradients rms_norm_backward(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x,
+inline RmsNormGradients rms_norm_backward(const Tensor<double, 2>& grad_y,
+                                          const Tensor<double, 2>& x,
                                           const Tensor<double, 1>& weight, double epsilon) {
   const Index rows = x.dimension(0), features = x.dimension(1);
   RmsNormGradients grad{Tensor<double, 2>(rows, features), Tensor<double, 1>(features)};
@@ -46,15 +48,17 @@ inline RmsNormGradients rms_norm_backward(const Tensor<double, 2>& grad_y, const
   return grad;
 }
 
-inline Tensor<double, 2> layer_norm(const Tensor<double, 2>& x, const Tensor<double, 1>& weight, const Tensor<double, 1>& bias,
-                                    double epsilon) {
+inline Tensor<double, 2> layer_norm(const Tensor<double, 2>& x, const Tensor<double, 1>& weight,
+                                    const Tensor<double, 1>& bias, double epsilon) {
   const Index features = x.dimension(1);
   Tensor<double, 2> y(x.dimension(0), features);
   for (Index i = 0; i < x.dimension(0); ++i) {
     double mean = 0, variance = 0;
     for (Index k = 0; k < features; ++k) mean += x(i, k) / static_cast<double>(features);
-    for (Index k = 0; k < features; ++k) variance += (x(i, k) - mean) * (x(i, k) - mean) / static_cast<double>(features);
-    for (Index j = 0; j < features; ++j) y(i, j) = (x(i, j) - mean) / std::sqrt(variance + epsilon) * weight(j) + bias(j);
+    for (Index k = 0; k < features; ++k)
+      variance += (x(i, k) - mean) * (x(i, k) - mean) / static_cast<double>(features);
+    for (Index j = 0; j < features; ++j)
+      y(i, j) = (x(i, j) - mean) / std::sqrt(variance + epsilon) * weight(j) + bias(j);
   }
   return y;
 }
@@ -64,11 +68,13 @@ struct LayerNormGradients {
   Tensor<double, 1> weight, bias;
 };
 
-inline LayerNormGradients layer_norm_backward(const Tensor<double, 2>& grad_y, const Tensor<double, 2>& x,
+inline LayerNormGradients layer_norm_backward(const Tensor<double, 2>& grad_y,
+                                              const Tensor<double, 2>& x,
                                               const Tensor<double, 1>& weight, double epsilon) {
   const Index rows = x.dimension(0), features = x.dimension(1);
   const double n = static_cast<double>(features);
-  LayerNormGradients grad{Tensor<double, 2>(rows, features), Tensor<double, 1>(features), Tensor<double, 1>(features)};
+  LayerNormGradients grad{Tensor<double, 2>(rows, features), Tensor<double, 1>(features),
+                          Tensor<double, 1>(features)};
   grad.weight.setZero();
   grad.bias.setZero();
   for (Index i = 0; i < rows; ++i) {
@@ -84,7 +90,8 @@ inline LayerNormGradients layer_norm_backward(const Tensor<double, 2>& grad_y, c
       const double normalized = (x(i, j) - mean) / deviation;
       grad.weight(j) += grad_y(i, j) * normalized;
       grad.bias(j) += grad_y(i, j);
-      grad.x(i, j) = (grad_y(i, j) * weight(j) - mean_gradient - normalized * projection) / deviation;
+      grad.x(i, j) =
+          (grad_y(i, j) * weight(j) - mean_gradient - normalized * projection) / deviation;
     }
   }
   return grad;

@@ -38,7 +38,7 @@ struct PagedKvCache {
 
   void truncate(std::int64_t id, Index length) {
     for (Layer& layer : sequences.at(id)) {
-      layer.keys.resize(std::min(layer.keys.size(), static_cast<std::size_t>(length)));
+      layer.keys.resize((std::min)(layer.keys.size(), static_cast<std::size_t>(length)));
       layer.values.resize(layer.keys.size());
     }
   }
@@ -59,7 +59,8 @@ struct PagedKvCache {
 
   Index longest(std::int64_t id) const {
     Index result = 0;
-    for (const Layer& layer : sequences.at(id)) result = std::max(result, static_cast<Index>(layer.keys.size()));
+    for (const Layer& layer : sequences.at(id))
+      result = (std::max)(result, static_cast<Index>(layer.keys.size()));
     return result;
   }
 };

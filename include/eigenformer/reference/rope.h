@@ -11,8 +11,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace reference {
 
-inline Tensor<double, 3> rope(const Tensor<double, 3>& x, std::span<const Index> positions, const RopeOptions& options,
-                              bool inverse = false) {
+inline Tensor<double, 3> rope(const Tensor<double, 3>& x, std::span<const Index> positions,
+                              const RopeOptions& options, bool inverse = false) {
   Tensor<double, 3> y = x;
   const Index rotary_dim = options.rotary_dim == 0 ? x.dimension(2) : options.rotary_dim;
   for (Index t = 0; t < x.dimension(0); ++t)
@@ -20,11 +20,14 @@ inline Tensor<double, 3> rope(const Tensor<double, 3>& x, std::span<const Index>
       for (Index i = 0; i < rotary_dim / 2; ++i) {
         const Index a = options.layout == RopeLayout::half_split ? i : 2 * i;
         const Index b = options.layout == RopeLayout::half_split ? i + rotary_dim / 2 : 2 * i + 1;
-        const long double frequency = std::pow(static_cast<long double>(options.base),
-                                               -2.0L * static_cast<long double>(i) / static_cast<long double>(rotary_dim));
+        const long double frequency =
+            std::pow(static_cast<long double>(options.base),
+                     -2.0L * static_cast<long double>(i) / static_cast<long double>(rotary_dim));
         const long double angle = static_cast<long double>(positions[static_cast<std::size_t>(t)]) *
-                                  static_cast<long double>(options.scale) * frequency * (inverse ? -1 : 1);
-        const double c = static_cast<double>(std::cos(angle)), s = static_cast<double>(std::sin(angle));
+                                  static_cast<long double>(options.scale) * frequency *
+                                  (inverse ? -1 : 1);
+        const double c = static_cast<double>(std::cos(angle)),
+                     s = static_cast<double>(std::sin(angle));
         y(t, h, a) = x(t, h, a) * c - x(t, h, b) * s;
         y(t, h, b) = x(t, h, b) * c + x(t, h, a) * s;
       }

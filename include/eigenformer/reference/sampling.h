@@ -21,7 +21,7 @@ struct Candidate {
 
 inline void renormalize(std::vector<Candidate>& tokens, double temperature = 1) {
   double best = -std::numeric_limits<double>::infinity(), total = 0;
-  for (const Candidate& c : tokens) best = std::max(best, c.logit);
+  for (const Candidate& c : tokens) best = (std::max)(best, c.logit);
   for (Candidate& c : tokens) c.logit = (c.logit - best) / temperature;
   for (const Candidate& c : tokens) total += std::exp(c.logit);
   for (Candidate& c : tokens) c.probability = std::exp(c.logit) / total;
@@ -39,14 +39,19 @@ inline void keep_typical(std::vector<Candidate>& tokens, double p) {
   double entropy = 0;
   for (const Candidate& c : tokens)
     if (c.probability > 0) entropy -= c.probability * std::log(c.probability);
-  const auto distance = [&](const Candidate& c) { return std::abs(-std::log(c.probability) - entropy); };
-  std::stable_sort(tokens.begin(), tokens.end(), [&](const Candidate& a, const Candidate& b) { return distance(a) < distance(b); });
-  const double farthest =
-      distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) + 1e-12;  // equals may differ by rounding here
+  const auto distance = [&](const Candidate& c) {
+    return std::abs(-std::log(c.probability) - entropy);
+  };
+  std::stable_sort(tokens.begin(), tokens.end(), [&](const Candidate& a, const Candidate& b) {
+    return distance(a) < distance(b);
+  });
+  const double farthest = distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) +
+                          1e-12;  // equals may differ by rounding here
   std::erase_if(tokens, [&](const Candidate& c) { return distance(c) > farthest; });
 }
 
-inline void apply_stage(std::vector<Candidate>& tokens, SamplingStage stage, const SamplingParams& p) {
+inline void apply_stage(std::vector<Candidate>& tokens, SamplingStage stage,
+                        const SamplingParams& p) {
   std::stable_sort(tokens.begin(), tokens.end(), [](const Candidate& a, const Candidate& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
   });
@@ -54,7 +59,9 @@ inline void apply_stage(std::vector<Candidate>& tokens, SamplingStage stage, con
   if (stage == SamplingStage::temperature && p.temperature == 0) keep = 1;
   if (stage == SamplingStage::top_k && p.top_k < static_cast<Index>(keep)) {
     keep = static_cast<std::size_t>(p.top_k);
-    while (p.top_k_ties == TopKTies::keep_all && keep < tokens.size() && tokens[keep].logit == tokens[keep - 1].logit) ++keep;
+    while (p.top_k_ties == TopKTies::keep_all && keep < tokens.size() &&
+           tokens[keep].logit == tokens[keep - 1].logit)
+      ++keep;
   }
   if (stage == SamplingStage::top_p && p.top_p < 1) keep = nucleus_size(tokens, p.top_p);
   if (stage == SamplingStage::min_p)
@@ -74,11 +81,13 @@ inline void adjust_logits(std::vector<double>& x, SamplingStage stage, const Sam
       if (seen > 0) x[t] = x[t] < 0 ? x[t] * p.repetition_penalty : x[t] / p.repetition_penalty;
       if (count > 0) x[t] -= p.frequency_penalty * static_cast<double>(count) + p.presence_penalty;
     }
-    if (stage == SamplingStage::token_mask && !p.token_mask.empty() && (p.token_mask[t / 32] >> (t % 32) & 1u) == 0)
+    if (stage == SamplingStage::token_mask && !p.token_mask.empty() &&
+        (p.token_mask[t / 32] >> (t % 32) & 1u) == 0)
       x[t] = -std::numeric_limits<double>::infinity();
   }
   if (stage == SamplingStage::logit_bias)
-    for (const LogitBias& bias : p.logit_bias) x[static_cast<std::size_t>(bias.token)] += static_cast<double>(bias.bias);
+    for (const LogitBias& bias : p.logit_bias)
+      x[static_cast<std::size_t>(bias.token)] += static_cast<double>(bias.bias);
 }
 
 /// The distribution of every row, (batch, vocab), of logits that have a token to draw.
@@ -96,7 +105,8 @@ Tensor<double, 2> sampling_probabilities(const Logits& logits, const SamplingPar
       if (x[static_cast<std::size_t>(v)] > -std::numeric_limits<double>::infinity())
         tokens.push_back({x[static_cast<std::size_t>(v)], 0, v});
     renormalize(tokens);
-    for (std::size_t i = 3; i < params.order.size(); ++i) apply_stage(tokens, params.order[i], params);
+    for (std::size_t i = 3; i < params.order.size(); ++i)
+      apply_stage(tokens, params.order[i], params);
     for (const Candidate& c : tokens) result(r, c.token) = c.probability;
   }
   return result;

@@ -26,11 +26,14 @@ struct ContinuousBatchScheduler {
       if (list[i].id == id) return static_cast<Index>(i);
     return -1;
   }
-  bool known(const std::string& id) const { return position(active, id) + position(waiting, id) + position(finished, id) > -3; }
+  bool known(const std::string& id) const {
+    return position(active, id) + position(waiting, id) + position(finished, id) > -3;
+  }
   bool can_add_more_requests() const { return static_cast<Index>(active.size()) < max_batch_size; }
 
   void add_request(const std::string& id, const std::vector<std::int32_t>& prompt) {
-    if (known(id) || prompt.empty() || static_cast<Index>(prompt.size()) >= max_seq_length) throw std::invalid_argument(id);
+    if (known(id) || prompt.empty() || static_cast<Index>(prompt.size()) >= max_seq_length)
+      throw std::invalid_argument(id);
     (can_add_more_requests() ? active : waiting).push_back({id, prompt});
   }
 

@@ -13,7 +13,8 @@ inline namespace EIGENFORMER_ABI {
 namespace reference {
 
 /// y (tokens, out): the shards of the weight's rows one after the other. `bias` may be empty.
-inline Tensor<double, 2> column_parallel_linear(const Tensor<double, 2>& x, const Tensor<double, 2>& weight,
+inline Tensor<double, 2> column_parallel_linear(const Tensor<double, 2>& x,
+                                                const Tensor<double, 2>& weight,
                                                 const Tensor<double, 1>& bias, int world_size) {
   Tensor<double, 2> y(x.dimension(0), weight.dimension(0));
   for (int rank = 0; rank < world_size; ++rank) {
@@ -28,7 +29,8 @@ inline Tensor<double, 2> column_parallel_linear(const Tensor<double, 2>& x, cons
 }
 
 /// y (tokens, out): the sum over ranks of products of their input features, the bias once.
-inline Tensor<double, 2> row_parallel_linear(const Tensor<double, 2>& x, const Tensor<double, 2>& weight,
+inline Tensor<double, 2> row_parallel_linear(const Tensor<double, 2>& x,
+                                             const Tensor<double, 2>& weight,
                                              const Tensor<double, 1>& bias, int world_size) {
   Tensor<double, 2> y(x.dimension(0), weight.dimension(0));
   for (Index t = 0; t < y.dimension(0); ++t)
@@ -47,7 +49,8 @@ template <typename T>
 std::vector<Index> by_likelihood(const Tensor<T, 2>& logits, Index row) {
   std::vector<Index> order(static_cast<std::size_t>(logits.dimension(1)));
   std::iota(order.begin(), order.end(), Index{0});
-  std::stable_sort(order.begin(), order.end(), [&](Index a, Index b) { return logits(row, a) > logits(row, b); });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](Index a, Index b) { return logits(row, a) > logits(row, b); });
   return order;
 }
 
@@ -59,7 +62,9 @@ Index top_k_token(const Tensor<T, 2>& logits, Index row, Index k, double tempera
   const Index best = order[0];
   std::sort(order.begin(), order.end());  // the distribution is inverted in token order
   const auto weight = [&](Index token) {
-    return std::exp((static_cast<double>(logits(row, token)) - static_cast<double>(logits(row, best))) / temperature);
+    return std::exp(
+        (static_cast<double>(logits(row, token)) - static_cast<double>(logits(row, best))) /
+        temperature);
   };
   double total = 0, cumulative = 0;
   for (Index token : order) total += weight(token);

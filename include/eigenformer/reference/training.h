@@ -22,8 +22,12 @@ struct Mlp {
 
   std::size_t first(Index h, Index f) const { return static_cast<std::size_t>(h * features + f); }
   std::size_t first_bias(Index h) const { return static_cast<std::size_t>(hidden * features + h); }
-  std::size_t second(Index c, Index h) const { return static_cast<std::size_t>(hidden * (features + 1) + c * hidden + h); }
-  std::size_t second_bias(Index c) const { return static_cast<std::size_t>(hidden * (features + 1 + classes) + c); }
+  std::size_t second(Index c, Index h) const {
+    return static_cast<std::size_t>(hidden * (features + 1) + c * hidden + h);
+  }
+  std::size_t second_bias(Index c) const {
+    return static_cast<std::size_t>(hidden * (features + 1 + classes) + c);
+  }
 };
 
 struct MlpGradient {
@@ -31,7 +35,8 @@ struct MlpGradient {
   std::vector<double> gradient;  // of the mean loss; zero where no target counts
 };
 
-inline MlpGradient mlp_gradient(const Mlp& m, const Tensor<double, 2>& inputs, const Tensor<std::int32_t, 1>& targets) {
+inline MlpGradient mlp_gradient(const Mlp& m, const Tensor<double, 2>& inputs,
+                                const Tensor<std::int32_t, 1>& targets) {
   const Index rows = inputs.dimension(0);
   const std::vector<double>& w = m.weights.value;
   Tensor<double, 2> activations(rows, m.hidden), logits(rows, m.classes);
@@ -58,7 +63,8 @@ inline MlpGradient mlp_gradient(const Mlp& m, const Tensor<double, 2>& inputs, c
         result.gradient[m.second(c, h)] += d * activations(r, h);
         const double back = d * w[m.second(c, h)] * (1 - activations(r, h) * activations(r, h));
         result.gradient[m.first_bias(h)] += back;
-        for (Index f = 0; f < m.features; ++f) result.gradient[m.first(h, f)] += back * inputs(r, f);
+        for (Index f = 0; f < m.features; ++f)
+          result.gradient[m.first(h, f)] += back * inputs(r, f);
       }
     }
   }
@@ -66,7 +72,8 @@ inline MlpGradient mlp_gradient(const Mlp& m, const Tensor<double, 2>& inputs, c
 }
 
 /// One AdamW step on one big batch; returns its loss. A batch in which no target counts makes no step.
-inline LossResult mlp_adamw_step(Mlp& m, const Tensor<double, 2>& inputs, const Tensor<std::int32_t, 1>& targets,
+inline LossResult mlp_adamw_step(Mlp& m, const Tensor<double, 2>& inputs,
+                                 const Tensor<std::int32_t, 1>& targets,
                                  const AdamWOptions& options) {
   const MlpGradient step = mlp_gradient(m, inputs, targets);
   if (step.loss.count > 0) adamw_step(m.weights, step.gradient, options);

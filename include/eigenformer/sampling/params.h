@@ -17,27 +17,39 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 /// The value of top_k that keeps every token.
-inline constexpr Index kKeepAllTokens = std::numeric_limits<Index>::max();
+inline constexpr Index kKeepAllTokens = (std::numeric_limits<Index>::max)();
 
 /// One step of the chain from logits to the distribution drawn from.
-enum class SamplingStage : std::uint8_t { penalties, logit_bias, token_mask, temperature, top_k, top_p, min_p, typical_p };
+enum class SamplingStage : std::uint8_t {
+  penalties,
+  logit_bias,
+  token_mask,
+  temperature,
+  top_k,
+  top_p,
+  min_p,
+  typical_p
+};
 
 /// Every stage once; penalties, logit bias and token mask, which change logits, hold the first three places in any order. A stage
 /// whose parameter has its default value does nothing.
 using SamplingOrder = std::array<SamplingStage, 8>;
 
 /// Hugging Face transformers.
-inline constexpr SamplingOrder kHuggingFaceOrder{SamplingStage::penalties,   SamplingStage::logit_bias, SamplingStage::token_mask,
-                                                 SamplingStage::temperature, SamplingStage::top_k,      SamplingStage::top_p,
-                                                 SamplingStage::min_p,       SamplingStage::typical_p};
+inline constexpr SamplingOrder kHuggingFaceOrder{
+    SamplingStage::penalties,   SamplingStage::logit_bias, SamplingStage::token_mask,
+    SamplingStage::temperature, SamplingStage::top_k,      SamplingStage::top_p,
+    SamplingStage::min_p,       SamplingStage::typical_p};
 /// vLLM's engine version 1; typical_p, which vLLM lacks, comes last.
-inline constexpr SamplingOrder kVllmOrder{SamplingStage::token_mask,  SamplingStage::logit_bias, SamplingStage::penalties,
-                                          SamplingStage::temperature, SamplingStage::min_p,      SamplingStage::top_k,
-                                          SamplingStage::top_p,       SamplingStage::typical_p};
+inline constexpr SamplingOrder kVllmOrder{SamplingStage::token_mask, SamplingStage::logit_bias,
+                                          SamplingStage::penalties,  SamplingStage::temperature,
+                                          SamplingStage::min_p,      SamplingStage::top_k,
+                                          SamplingStage::top_p,      SamplingStage::typical_p};
 /// llama.cpp: the filters see the distribution at temperature 1.
-inline constexpr SamplingOrder kLlamaCppOrder{SamplingStage::token_mask, SamplingStage::logit_bias, SamplingStage::penalties,
-                                              SamplingStage::top_k,      SamplingStage::typical_p,  SamplingStage::top_p,
-                                              SamplingStage::min_p,      SamplingStage::temperature};
+inline constexpr SamplingOrder kLlamaCppOrder{
+    SamplingStage::token_mask, SamplingStage::logit_bias, SamplingStage::penalties,
+    SamplingStage::top_k,      SamplingStage::typical_p,  SamplingStage::top_p,
+    SamplingStage::min_p,      SamplingStage::temperature};
 
 /// What top-k does with tokens equal to the k-th largest.
 enum class TopKTies : std::uint8_t {
@@ -54,9 +66,11 @@ struct LogitBias {
 struct SamplingParams {
   double temperature = 1;        ///< logits are divided by it; 0 is greedy
   Index top_k = kKeepAllTokens;  ///< number of most likely tokens kept, 1 or more
-  double top_p = 1;              ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
-  double min_p = 0;              ///< least probability kept, in units of the best token's, from 0 to 1
-  double typical_p = 1;          ///< probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
+  double top_p =
+      1;  ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
+  double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
+  double typical_p =
+      1;  ///< probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
   double repetition_penalty =
       1;  ///< positive logits divided by it, others multiplied, for tokens of prompt_tokens and output_tokens
   double frequency_penalty = 0;  ///< subtracted once for each occurrence in output_tokens
@@ -100,9 +114,11 @@ class Generators {
  public:
   Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}
   Generators(Philox&& shared) : Generators(shared) {}
-  Generators(std::span<Philox> one_a_row) : data_(one_a_row.data()), size_(static_cast<Index>(one_a_row.size())), per_row_(true) {}
+  Generators(std::span<Philox> one_a_row)
+      : data_(one_a_row.data()), size_(static_cast<Index>(one_a_row.size())), per_row_(true) {}
   template <typename Range>
-    requires(std::is_convertible_v<Range&, std::span<Philox>> && !std::is_same_v<std::remove_cvref_t<Range>, Generators> &&
+    requires(std::is_convertible_v<Range&, std::span<Philox>> &&
+             !std::is_same_v<std::remove_cvref_t<Range>, Generators> &&
              !std::is_same_v<std::remove_cvref_t<Range>, std::span<Philox>>)
   Generators(Range& one_a_row) : Generators(std::span<Philox>(one_a_row)) {}
 

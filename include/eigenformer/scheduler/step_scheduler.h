@@ -53,8 +53,8 @@ struct StepSchedulerOptions {
   Index max_batch_size = 8;     ///< requests running at once
   Index max_seq_length = 2048;  ///< longest text, prompt included
   Index token_budget = 512;     ///< tokens a step computes at most
-  Index prefill_chunk = 0;      ///< tokens of one request a step computes at most; 0 means token_budget
-  Index page_size = 0;          ///< positions in a page; 0 means that pages are not counted
+  Index prefill_chunk = 0;  ///< tokens of one request a step computes at most; 0 means token_budget
+  Index page_size = 0;      ///< positions in a page; 0 means that pages are not counted
   Index page_count = 0;
 };
 
@@ -69,11 +69,12 @@ struct StepPlan {
   /// Preempted, finished or cancelled since the last plan: free what the cache holds for them first. After a discarded step a name
   /// may come for which it holds nothing.
   std::vector<RequestTicket> released;
-  std::vector<RequestTicket> requests;    ///< in order of rank; position 0 begins a sequence
-  std::vector<Index> offsets;             ///< (rows + 1)
-  std::vector<Index> positions;           ///< (rows) of the row's first token
-  std::vector<std::int32_t> tokens;       ///< (offsets.back())
-  std::vector<std::uint8_t> wants_token;  ///< (rows) 1 where the row ends its text, so that the next token is to be sampled
+  std::vector<RequestTicket> requests;  ///< in order of rank; position 0 begins a sequence
+  std::vector<Index> offsets;           ///< (rows + 1)
+  std::vector<Index> positions;         ///< (rows) of the row's first token
+  std::vector<std::int32_t> tokens;     ///< (offsets.back())
+  std::vector<std::uint8_t>
+      wants_token;  ///< (rows) 1 where the row ends its text, so that the next token is to be sampled
 };
 
 /// What was sampled for a row.
@@ -96,7 +97,8 @@ struct StepSchedulerStatistics {
   Index pages_used = 0, pages_peak = 0;
   std::int64_t submitted = 0, finished = 0, cancelled = 0, preempted = 0;
   std::int64_t steps = 0, tokens_computed = 0;
-  std::int64_t tokens_discarded = 0;  ///< computed, then given up by preemption: the price of recomputation
+  std::int64_t tokens_discarded =
+      0;  ///< computed, then given up by preemption: the price of recomputation
 };
 
 class StepScheduler {
@@ -104,29 +106,35 @@ class StepScheduler {
   /// Throws std::invalid_argument for sizes below 1 (prefill_chunk, page_size, page_count: below 0).
   explicit StepScheduler(const StepSchedulerOptions& options) : options_(options) {
     const auto& o = options;
-    require(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName,
-            "max_batch_size, max_seq_length, token_budget are ", o.max_batch_size, ", ", o.max_seq_length, ", ", o.token_budget,
-            ", expected 1 or more each");
-    require(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName, "prefill_chunk, page_size, page_count are ",
-            o.prefill_chunk, ", ", o.page_size, ", ", o.page_count, ", expected 0 or more each");
-    chunk_ = o.prefill_chunk == 0 ? o.token_budget : std::min(o.prefill_chunk, o.token_budget);
+    require_that(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName,
+                 "max_batch_size, max_seq_length, token_budget are ", o.max_batch_size, ", ",
+                 o.max_seq_length, ", ", o.token_budget, ", expected 1 or more each");
+    require_that(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName,
+                 "prefill_chunk, page_size, page_count are ", o.prefill_chunk, ", ", o.page_size,
+                 ", ", o.page_count, ", expected 0 or more each");
+    chunk_ = o.prefill_chunk == 0 ? o.token_budget : (std::min)(o.prefill_chunk, o.token_budget);
   }
 
   /// Queues a request. Throws std::invalid_argument for an empty prompt, one of max_seq_length tokens or more, or a negative
   /// max_new_tokens; std::length_error where its longest text needs more pages than there are.
   RequestTicket submit(std::span<const std::int32_t> prompt, const SubmitOptions& options = {}) {
     const Index length = static_cast<Index>(prompt.size()), room = options_.max_seq_length - length;
-    require(length > 0, kName, "the prompt is empty");
-    require(room > 0, kName, "the prompt has ", length, " tokens, max_seq_length is ", options_.max_seq_length);
-    require(options.max_new_tokens >= 0, kName, "max_new_tokens is ", options.max_new_tokens, ", expected 0 (no limit) or more");
-    const Index limit = length + (options.max_new_tokens == 0 ? room : std::min(room, options.max_new_tokens));
+    require_that(length > 0, kName, "the prompt is empty");
+    require_that(room > 0, kName, "the prompt has ", length, " tokens, max_seq_length is ",
+                 options_.max_seq_length);
+    require_that(options.max_new_tokens >= 0, kName, "max_new_tokens is ", options.max_new_tokens,
+                 ", expected 0 (no limit) or more");
+    const Index limit =
+        length + (options.max_new_tokens == 0 ? room : (std::min)(room, options.max_new_tokens));
     // The last token of a text is never computed, so it takes no room.
-    require_capacity(pages_for(limit - 1) <= options_.page_count || options_.page_size == 0, kName, "a text of ", limit,
-                     " tokens needs ", pages_for(limit - 1), " pages, there are ", options_.page_count);
+    require_capacity(pages_for(limit - 1) <= options_.page_count || options_.page_size == 0, kName,
+                     "a text of ", limit, " tokens needs ", pages_for(limit - 1),
+                     " pages, there are ", options_.page_count);
     const std::lock_guard lock(mutex_);
     const Rank rank{-static_cast<std::int64_t>(options.priority), next_ticket_};
     std::set<Rank> queued{rank};
-    requests_.try_emplace(next_ticket_, Request{rank, {prompt.begin(), prompt.end()}, length, limit});
+    requests_.try_emplace(next_ticket_,
+                          Request{rank, {prompt.begin(), prompt.end()}, length, limit});
     waiting_.merge(queued);
     ++statistics_.submitted;
     return next_ticket_++;
@@ -155,10 +163,10 @@ class StepScheduler {
   /// Throws std::invalid_argument while a step is under way; where memory runs out, nothing is under way and no release is lost.
   bool next_step(StepPlan& plan) {
     const std::lock_guard lock(mutex_);
-    require(!under_way_, kName, "next_step before the last one was completed or discarded");
+    require_that(!under_way_, kName, "next_step before the last one was completed or discarded");
     released_.reserve(released_.size() + running_.size());
     decide();
-    emit(plan);
+    write_plan(plan);
     plan.released.swap(released_);
     released_.clear();
     under_way_ = !plan.requests.empty();
@@ -169,8 +177,8 @@ class StepScheduler {
   /// meanwhile may be there or not. Throws std::invalid_argument with nothing changed.
   void complete(std::span<const StepToken> sampled) {
     const std::lock_guard lock(mutex_);
-    require(under_way_, kName, "complete without a step under way");
-    check(sampled);
+    require_that(under_way_, kName, "complete without a step under way");
+    check_sampled(sampled);
     for (const Rank& rank : running_) {
       Request& request = request_of(rank);
       statistics_.tokens_computed += request.planned;
@@ -217,7 +225,8 @@ class StepScheduler {
     require_known(found != requests_.end(), kName, "no request ", ticket);
     Index steps = ceil_divide(found->second.prompt_length, chunk_);
     for (const auto& [other, request] : requests_)
-      if (request.rank < found->second.rank) steps += ceil_divide(request.limit, chunk_) + request.limit - request.length();
+      if (request.rank < found->second.rank)
+        steps += ceil_divide(request.limit, chunk_) + request.limit - request.length();
     return steps;
   }
 
@@ -251,14 +260,16 @@ class StepScheduler {
   };
 
   static Index ceil_divide(Index a, Index b) { return a / b + (a % b != 0 ? 1 : 0); }
-  Index pages_for(Index length) const { return options_.page_size == 0 ? 0 : ceil_divide(length, options_.page_size); }
+  Index pages_for(Index length) const {
+    return options_.page_size == 0 ? 0 : ceil_divide(length, options_.page_size);
+  }
   Index pages_free() const { return options_.page_count - pages_used_; }
   Request& request_of(const Rank& rank) { return requests_.find(rank.ticket)->second; }
 
   void hold_pages(Request& request, Index pages) {
     pages_used_ += pages - request.pages;
     request.pages = pages;
-    statistics_.pages_peak = std::max(statistics_.pages_peak, pages_used_);
+    statistics_.pages_peak = (std::max)(statistics_.pages_peak, pages_used_);
   }
   void give_back_pages(Request& request) { hold_pages(request, 0); }
 
@@ -283,15 +294,18 @@ class StepScheduler {
     while (budget > 0) {
       if (admitting && !waiting_.empty() && (next == running_.end() || *waiting_.begin() < *next)) {
         const auto admitted = admit_first();
-        admitting = admitted != running_.end();  // where not, nothing has changed, and nobody passes the one that does not fit
+        admitting =
+            admitted !=
+            running_
+                .end();  // where not, nothing has changed, and nobody passes the one that does not fit
         if (!admitting) continue;
         next = admitted;
       }
       if (next == running_.end()) return;
       const Rank rank = *next;
       Request& request = request_of(rank);
-      const Index count = std::min({request.length() - request.computed, budget, chunk_});
-      const Index needed = std::max(request.pages, pages_for(request.computed + count));
+      const Index count = (std::min)({request.length() - request.computed, budget, chunk_});
+      const Index needed = (std::max)(request.pages, pages_for(request.computed + count));
       while (running_.count(rank) > 0 && needed - request.pages > pages_free()) preempt_worst();
       if (running_.count(rank) == 0) return;  // it was the worst itself: nobody is left behind it
       hold_pages(request, needed);
@@ -306,7 +320,9 @@ class StepScheduler {
     const auto first = waiting_.begin();
     Request& request = request_of(*first);
     const Index needed = pages_for(request.length());
-    const auto fits = [&](Index running, Index free) { return running < options_.max_batch_size && needed <= free; };
+    const auto fits = [&](Index running, Index free) {
+      return running < options_.max_batch_size && needed <= free;
+    };
     Index running = static_cast<Index>(running_.size()), free = pages_free();
     for (auto worse = running_.upper_bound(*first); worse != running_.end(); ++worse) {
       --running;
@@ -319,7 +335,7 @@ class StepScheduler {
     return running_.insert(std::move(node)).position;
   }
 
-  void emit(StepPlan& plan) {
+  void write_plan(StepPlan& plan) {
     plan.requests.clear();
     plan.offsets.assign(1, 0);
     plan.positions.clear();
@@ -338,24 +354,28 @@ class StepScheduler {
   }
 
   /// Everything that can go wrong with the tokens of a step, memory included.
-  void check(std::span<const StepToken> sampled) {
+  void check_sampled(std::span<const StepToken> sampled) {
     ++checks_;
     std::size_t wanted = 0, live = 0;
     for (const Rank& rank : running_) wanted += request_of(rank).wants_token() ? 1 : 0;
     for (const StepToken& result : sampled) {
       const auto found = requests_.find(result.request);
       if (found == requests_.end()) {
-        require(result.request >= 0 && result.request < next_ticket_ && finished_.count(result.request) == 0, kName,
-                "a token came for request ", result.request, ", which is not running");
+        require_that(result.request >= 0 && result.request < next_ticket_ &&
+                         finished_.count(result.request) == 0,
+                     kName, "a token came for request ", result.request, ", which is not running");
         continue;  // cancelled
       }
       Request& request = found->second;
-      require(request.wants_token(), kName, "a token came for request ", result.request, ", which wanted none");
-      require(std::exchange(request.answered, checks_) != checks_, kName, "two tokens came for request ", result.request);
-      if (request.tokens.size() == request.tokens.capacity()) request.tokens.reserve(request.tokens.size() * 2);
+      require_that(request.wants_token(), kName, "a token came for request ", result.request,
+                   ", which wanted none");
+      require_that(std::exchange(request.answered, checks_) != checks_, kName,
+                   "two tokens came for request ", result.request);
+      if (request.tokens.size() == request.tokens.capacity())
+        request.tokens.reserve(request.tokens.size() * 2);
       ++live;
     }
-    require(live == wanted, kName, live, " tokens came, ", wanted, " were wanted");
+    require_that(live == wanted, kName, live, " tokens came, ", wanted, " were wanted");
     released_.reserve(released_.size() + sampled.size());
   }
 
@@ -378,7 +398,8 @@ class StepScheduler {
   mutable std::mutex mutex_;
   std::map<RequestTicket, Request> requests_;  // waiting and running
   std::map<RequestTicket, Request> finished_;
-  std::set<Rank> waiting_, running_;  // nodes move from one to the other, which neither allocates nor throws
+  std::set<Rank> waiting_,
+      running_;  // nodes move from one to the other, which neither allocates nor throws
   std::vector<RequestTicket> released_;
   bool under_way_ = false;
   Index pages_used_ = 0;

@@ -22,6 +22,7 @@ int main() {
 #else
   const double baseline = baseline_result(), avx2 = avx2_result();
 #endif
-  std::printf("two_isas: %s gives %.17g, %s gives %.17g\n", baseline_isa().c_str(), baseline, avx2_isa().c_str(), avx2);
+  std::printf("two_isas: %s gives %.17g, %s gives %.17g\n", baseline_isa().c_str(), baseline,
+              avx2_isa().c_str(), avx2);
   return baseline == avx2 ? 0 : 1;
 }

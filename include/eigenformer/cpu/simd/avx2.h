@@ -19,7 +19,9 @@ struct vec<float, isa::avx2> {
 
   struct mask {
     __m256 m;
-    EIGENFORMER_INLINE std::uint32_t bits() const { return static_cast<std::uint32_t>(_mm256_movemask_ps(m)); }
+    EIGENFORMER_INLINE std::uint32_t bits() const {
+      return static_cast<std::uint32_t>(_mm256_movemask_ps(m));
+    }
     friend EIGENFORMER_INLINE mask operator&(mask a, mask b) { return {_mm256_and_ps(a.m, b.m)}; }
     friend EIGENFORMER_INLINE mask operator|(mask a, mask b) { return {_mm256_or_ps(a.m, b.m)}; }
   };
@@ -39,32 +41,43 @@ struct vec<float, isa::avx2> {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
   static EIGENFORMER_INLINE vec load(const std::int8_t* p) {
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+    return {_mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
   }
-  static EIGENFORMER_INLINE vec load_partial(const float* p, int n) { return {_mm256_maskload_ps(p, lane_mask(n))}; }
+  static EIGENFORMER_INLINE vec load_partial(const float* p, int n) {
+    return {_mm256_maskload_ps(p, lane_mask(n))};
+  }
   template <typename S>
   static EIGENFORMER_INLINE vec load_partial(const S* p, int n) {
     alignas(16) unsigned char buffer[lanes * sizeof(S)] = {};
-    if (n > 0) std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(S));  // p may be null where there is nothing
+    if (n > 0)
+      std::memcpy(buffer, p,
+                  static_cast<std::size_t>(n) * sizeof(S));  // p may be null where there is nothing
     return load(reinterpret_cast<const S*>(buffer));
   }
 
   static EIGENFORMER_INLINE vec load_difference(const std::int32_t* p, std::int32_t d) {
-    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(d)))};
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(d)))};
   }
 
   EIGENFORMER_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
-  EIGENFORMER_INLINE void store(bfloat16* p) const { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat16()); }
+  EIGENFORMER_INLINE void store(bfloat16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bfloat16());
+  }
   EIGENFORMER_INLINE void store(half* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   /// Integral values in [-128, 127].
   EIGENFORMER_INLINE void store(std::int8_t* p) const {
     const __m256i wide = _mm256_cvtps_epi32(v);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
   }
-  EIGENFORMER_INLINE void store_partial(float* p, int n) const { _mm256_maskstore_ps(p, lane_mask(n), v); }
+  EIGENFORMER_INLINE void store_partial(float* p, int n) const {
+    _mm256_maskstore_ps(p, lane_mask(n), v);
+  }
   template <typename S>
   EIGENFORMER_INLINE void store_partial(S* p, int n) const {
     alignas(16) unsigned char buffer[lanes * sizeof(S)];
@@ -73,7 +86,9 @@ struct vec<float, isa::avx2> {
   }
 
   EIGENFORMER_INLINE void store_streaming(float* p) const { _mm256_stream_ps(p, v); }
-  EIGENFORMER_INLINE void store_streaming(bfloat16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bfloat16()); }
+  EIGENFORMER_INLINE void store_streaming(bfloat16* p) const {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bfloat16());
+  }
   EIGENFORMER_INLINE void store_streaming(half* p) const {
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -88,17 +103,31 @@ struct vec<float, isa::avx2> {
   friend EIGENFORMER_INLINE vec operator-(vec a, vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec operator*(vec a, vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec operator/(vec a, vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-  friend EIGENFORMER_INLINE vec fma(vec a, vec b, vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-  friend EIGENFORMER_INLINE vec min(vec a, vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-  friend EIGENFORMER_INLINE vec max(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-  friend EIGENFORMER_INLINE vec abs(vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  friend EIGENFORMER_INLINE vec fma(vec a, vec b, vec c) {
+    return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+  }
+  friend EIGENFORMER_INLINE vec minimum(vec a, vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+  friend EIGENFORMER_INLINE vec maximum(vec a, vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+  friend EIGENFORMER_INLINE vec abs(vec a) {
+    return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)};
+  }
   friend EIGENFORMER_INLINE vec sqrt(vec a) { return {_mm256_sqrt_ps(a.v)}; }
-  friend EIGENFORMER_INLINE vec round(vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-  friend EIGENFORMER_INLINE mask less(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
-  friend EIGENFORMER_INLINE mask less_equal(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
-  friend EIGENFORMER_INLINE mask equal(vec a, vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+  friend EIGENFORMER_INLINE vec round(vec a) {
+    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  friend EIGENFORMER_INLINE mask less(vec a, vec b) {
+    return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)};
+  }
+  friend EIGENFORMER_INLINE mask less_equal(vec a, vec b) {
+    return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)};
+  }
+  friend EIGENFORMER_INLINE mask equal(vec a, vec b) {
+    return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
+  }
   friend EIGENFORMER_INLINE mask is_nan(vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
-  friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
+  friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) {
+    return {_mm256_blendv_ps(b.v, a.v, m.m)};
+  }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) { return {_mm256_permute_ps(a.v, 0xb1)}; }
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
     // Two factors, because 2^n alone leaves the range of float before a * 2^n does.
@@ -128,13 +157,15 @@ struct vec<float, isa::avx2> {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
   static EIGENFORMER_INLINE vec power_of_two(__m256i n) {
-    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
+    return {
+        _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
   }
   // Round to nearest even by integer arithmetic: the same bits on every ISA, denormals included. A NaN stays a (quiet) NaN.
   EIGENFORMER_INLINE __m128i to_bfloat16() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i rounded =
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
     const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);

@@ -87,7 +87,8 @@ struct vec<T, isa::generic> {
   }
   static EIGENFORMER_INLINE vec load_difference(const std::int32_t* p, std::int32_t d) {
     return make([&](int i) {
-      return static_cast<T>(static_cast<std::int32_t>(static_cast<std::uint32_t>(p[i]) - static_cast<std::uint32_t>(d)));
+      return static_cast<T>(static_cast<std::int32_t>(static_cast<std::uint32_t>(p[i]) -
+                                                      static_cast<std::uint32_t>(d)));
     });
   }
   template <typename S>
@@ -125,10 +126,10 @@ struct vec<T, isa::generic> {
         return a.v[i] * b.v[i] + c.v[i];
     });
   }
-  friend EIGENFORMER_INLINE vec min(vec a, vec b) {
+  friend EIGENFORMER_INLINE vec minimum(vec a, vec b) {
     return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
   }
-  friend EIGENFORMER_INLINE vec max(vec a, vec b) {
+  friend EIGENFORMER_INLINE vec maximum(vec a, vec b) {
     return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
   friend EIGENFORMER_INLINE vec abs(vec a) {

@@ -36,15 +36,18 @@ struct vec<float, isa::neon> {
   // One conversion for each source type; the partial forms go through it, so that a tail has the bits of the middle.
   static EIGENFORMER_INLINE vec load(const float* p) { return {vld1q_f32(p)}; }
   static EIGENFORMER_INLINE vec load(const bfloat16* p) {
-    return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)), 16))};
+    return {vreinterpretq_f32_u32(
+        vshll_n_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p)), 16))};
   }
   static EIGENFORMER_INLINE vec load(const half* p) {
-    return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p))))};
+    return {
+        vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const std::uint16_t*>(p))))};
   }
   static EIGENFORMER_INLINE vec load(const std::int8_t* p) {
     std::uint32_t four;  // no vector load is as short as 4 bytes
     std::memcpy(&four, p, sizeof(four));
-    return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))))};
+    return {
+        vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))))))};
   }
   template <typename S>
   static EIGENFORMER_INLINE vec load_partial(const S* p, int n) {
@@ -59,14 +62,17 @@ struct vec<float, isa::neon> {
   }
 
   EIGENFORMER_INLINE void store(float* p) const { vst1q_f32(p, v); }
-  EIGENFORMER_INLINE void store(bfloat16* p) const { vst1_u16(reinterpret_cast<std::uint16_t*>(p), to_bfloat16()); }
+  EIGENFORMER_INLINE void store(bfloat16* p) const {
+    vst1_u16(reinterpret_cast<std::uint16_t*>(p), to_bfloat16());
+  }
   EIGENFORMER_INLINE void store(half* p) const {
     vst1_u16(reinterpret_cast<std::uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(v)));
   }
   /// Integral values in [-128, 127].
   EIGENFORMER_INLINE void store(std::int8_t* p) const {
     const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(v));
-    const std::uint32_t four = vget_lane_u32(vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(words, words))), 0);
+    const std::uint32_t four =
+        vget_lane_u32(vreinterpret_u32_s8(vqmovn_s16(vcombine_s16(words, words))), 0);
     std::memcpy(p, &four, sizeof(four));
   }
   template <typename S>
@@ -90,8 +96,8 @@ struct vec<float, isa::neon> {
   friend EIGENFORMER_INLINE vec operator/(vec a, vec b) { return {vdivq_f32(a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec fma(vec a, vec b, vec c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
   // Compare and select: fmin returns a NaN whichever operand holds it, and fminnm neither.
-  friend EIGENFORMER_INLINE vec min(vec a, vec b) { return select(less(a, b), a, b); }
-  friend EIGENFORMER_INLINE vec max(vec a, vec b) { return select(less(b, a), a, b); }
+  friend EIGENFORMER_INLINE vec minimum(vec a, vec b) { return select(less(a, b), a, b); }
+  friend EIGENFORMER_INLINE vec maximum(vec a, vec b) { return select(less(b, a), a, b); }
   friend EIGENFORMER_INLINE vec abs(vec a) { return {vabsq_f32(a.v)}; }
   friend EIGENFORMER_INLINE vec sqrt(vec a) { return {vsqrtq_f32(a.v)}; }
   friend EIGENFORMER_INLINE vec round(vec a) { return {vrndnq_f32(a.v)}; }
@@ -113,10 +119,10 @@ struct vec<float, isa::neon> {
     return reduce(a, [](vec x, vec y) { return x + y; });
   }
   friend EIGENFORMER_INLINE float reduce_max(vec a) {
-    return reduce(a, [](vec x, vec y) { return max(x, y); });
+    return reduce(a, [](vec x, vec y) { return maximum(x, y); });
   }
   friend EIGENFORMER_INLINE float reduce_min(vec a) {
-    return reduce(a, [](vec x, vec y) { return min(x, y); });
+    return reduce(a, [](vec x, vec y) { return minimum(x, y); });
   }
 
  private:

@@ -44,14 +44,17 @@ EIGENFORMER_INLINE void transpose(vec<float, isa::avx512> (&rows)[16]) {
     pairs[i + 1] = _mm512_maskz_unpackhi_ps(all, rows[i].v, rows[i + 1].v);
   }
   for (int i = 0; i < 16; i += 4)
-    for (int k = 0; k < 2; ++k) {  // quads[4g + c]: columns c, c + 4, c + 8, c + 12 of rows 4g to 4g + 3
+    for (int k = 0; k < 2;
+         ++k) {  // quads[4g + c]: columns c, c + 4, c + 8, c + 12 of rows 4g to 4g + 3
       quads[i + 2 * k] = _mm512_maskz_shuffle_ps(all, pairs[i + k], pairs[i + k + 2], 0x44);
       quads[i + 2 * k + 1] = _mm512_maskz_shuffle_ps(all, pairs[i + k], pairs[i + k + 2], 0xee);
     }
   for (int c = 0; c < 4; ++c)
     for (int g = 0; g < 2; ++g) {  // eight rows: columns c, c + 8 and c + 4, c + 12
-      halves[8 * g + c] = _mm512_maskz_shuffle_f32x4(all, quads[8 * g + c], quads[8 * g + 4 + c], 0x88);
-      halves[8 * g + 4 + c] = _mm512_maskz_shuffle_f32x4(all, quads[8 * g + c], quads[8 * g + 4 + c], 0xdd);
+      halves[8 * g + c] =
+          _mm512_maskz_shuffle_f32x4(all, quads[8 * g + c], quads[8 * g + 4 + c], 0x88);
+      halves[8 * g + 4 + c] =
+          _mm512_maskz_shuffle_f32x4(all, quads[8 * g + c], quads[8 * g + 4 + c], 0xdd);
     }
   for (int c = 0; c < 8; ++c) {
     rows[c].v = _mm512_maskz_shuffle_f32x4(all, halves[c], halves[8 + c], 0x88);
@@ -63,8 +66,10 @@ EIGENFORMER_INLINE void transpose(vec<float, isa::avx512> (&rows)[16]) {
 #if defined(EIGENFORMER_ISA_NEON)
 EIGENFORMER_INLINE void transpose(vec<float, isa::neon> (&rows)[4]) {
   const auto pair = [](float32x4_t v) { return vreinterpretq_f64_f32(v); };
-  const float64x2_t even01 = pair(vtrn1q_f32(rows[0].v, rows[1].v)), odd01 = pair(vtrn2q_f32(rows[0].v, rows[1].v));  // a0 b0 a2 b2
-  const float64x2_t even23 = pair(vtrn1q_f32(rows[2].v, rows[3].v)), odd23 = pair(vtrn2q_f32(rows[2].v, rows[3].v));
+  const float64x2_t even01 = pair(vtrn1q_f32(rows[0].v, rows[1].v)),
+                    odd01 = pair(vtrn2q_f32(rows[0].v, rows[1].v));  // a0 b0 a2 b2
+  const float64x2_t even23 = pair(vtrn1q_f32(rows[2].v, rows[3].v)),
+                    odd23 = pair(vtrn2q_f32(rows[2].v, rows[3].v));
   rows[0].v = vreinterpretq_f32_f64(vtrn1q_f64(even01, even23));
   rows[1].v = vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23));
   rows[2].v = vreinterpretq_f32_f64(vtrn2q_f64(even01, even23));

@@ -70,7 +70,8 @@ struct AmxDot {
   using Stored = T;
   using Unit = std::uint32_t;
   using Sum = std::conditional_t<std::is_same_v<T, std::int8_t>, std::int32_t, float>;
-  static constexpr int rows = 2 * amx::kRows, vectors = 2, columns = 32, step = 4 / sizeof(T), units = 1, fragment = 16 * step;
+  static constexpr int rows = 2 * amx::kRows, vectors = 2, columns = 32, step = 4 / sizeof(T),
+                       units = 1, fragment = 16 * step;
   static constexpr int steps_at_once = amx::kSteps;
   // Fetched with each 16 steps: a quarter of the panel's 2 KiB, so that four tiles of rows have fetched what comes next.
   static constexpr int lines_ahead = 8;
@@ -101,8 +102,8 @@ EIGENFORMER_INLINE void start(const void* sums, Index row_bytes, bool from_zero)
 
 /// 17 to 32 rows by one panel; fetches lines from `ahead` on.
 template <Amx Dot>
-void two_by_two(int height, const std::byte* a, const std::byte* b, Index steps, typename Dot::Sum* sums, bool from_zero,
-                std::uintptr_t ahead) {
+void two_by_two(int height, const std::byte* a, const std::byte* b, Index steps,
+                typename Dot::Sum* sums, bool from_zero, std::uintptr_t ahead) {
   constexpr Index sum_bytes = Dot::columns * sizeof(typename Dot::Sum), panel_bytes = 2 * kRowBytes;
   const Index a_bytes = Index{height} * kRowBytes;
   auto* low = reinterpret_cast<std::byte*>(sums);
@@ -132,8 +133,8 @@ void two_by_two(int height, const std::byte* a, const std::byte* b, Index steps,
 
 /// 1 to 16 rows by one or two panels.
 template <Amx Dot, int Panels>
-void one_by_four(int height, const std::byte* a, const std::byte* b, Index panel_bytes, Index steps, typename Dot::Sum* sums,
-                 Index sums_stride, bool from_zero) {
+void one_by_four(int height, const std::byte* a, const std::byte* b, Index panel_bytes, Index steps,
+                 typename Dot::Sum* sums, Index sums_stride, bool from_zero) {
   constexpr Index sum_bytes = Dot::columns * sizeof(typename Dot::Sum), line = 2 * kRowBytes;
   const Index a_bytes = Index{height} * kRowBytes;
   auto* first = reinterpret_cast<std::byte*>(sums);
@@ -176,23 +177,24 @@ constexpr int tile_height(Index rows) {
 
 /// See product.h. steps is a multiple of 16; operands are zero beyond the true k.
 template <Amx Dot>
-void tile_products(int height, const TileOperands<Dot>& at, Index steps, typename Dot::Sum* sums, Index sums_stride, Index panels,
-                   bool from_zero) {
+void tile_products(int height, const TileOperands<Dot>& at, Index steps, typename Dot::Sum* sums,
+                   Index sums_stride, Index panels, bool from_zero) {
   const auto* rows = reinterpret_cast<const std::byte*>(at.a);
   const auto* weights = reinterpret_cast<const std::byte*>(at.b);
   const Index panel_bytes = at.panel_stride * static_cast<Index>(sizeof(typename Dot::Stored));
   Index p = 0;
   if (height > amx::kRows) {
     for (; p < panels; ++p)
-      amx::two_by_two<Dot>(height, rows, weights + p * panel_bytes, steps, sums + p * sums_stride, from_zero, at.ahead);
+      amx::two_by_two<Dot>(height, rows, weights + p * panel_bytes, steps, sums + p * sums_stride,
+                           from_zero, at.ahead);
     return;
   }
   for (; p + 2 <= panels; p += 2)
-    amx::one_by_four<Dot, 2>(height, rows, weights + p * panel_bytes, panel_bytes, steps, sums + p * sums_stride, sums_stride,
-                             from_zero);
+    amx::one_by_four<Dot, 2>(height, rows, weights + p * panel_bytes, panel_bytes, steps,
+                             sums + p * sums_stride, sums_stride, from_zero);
   if (p < panels)
-    amx::one_by_four<Dot, 1>(height, rows, weights + p * panel_bytes, panel_bytes, steps, sums + p * sums_stride, sums_stride,
-                             from_zero);
+    amx::one_by_four<Dot, 1>(height, rows, weights + p * panel_bytes, panel_bytes, steps,
+                             sums + p * sums_stride, sums_stride, from_zero);
 }
 
 }  // namespace tile

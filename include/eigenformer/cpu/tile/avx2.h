@@ -32,7 +32,8 @@ struct Int8Avx2Base {
   struct Accumulator {
     __m256i v;
   };
-  static constexpr int rows = 6, vectors = 2, columns = vectors * lanes, step = 4, fragment = 4 * lanes;
+  static constexpr int rows = 6, vectors = 2, columns = vectors * lanes, step = 4,
+                       fragment = 4 * lanes;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {_mm256_setzero_si256()}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) {
@@ -41,8 +42,12 @@ struct Int8Avx2Base {
   static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), sums.v);
   }
-  static EIGENFORMER_INLINE simd::vec<float, isa::avx2> to_float(Accumulator sums) { return {_mm256_cvtepi32_ps(sums.v)}; }
-  static EIGENFORMER_INLINE __m256i raw(const std::int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static EIGENFORMER_INLINE simd::vec<float, isa::avx2> to_float(Accumulator sums) {
+    return {_mm256_cvtepi32_ps(sums.v)};
+  }
+  static EIGENFORMER_INLINE __m256i raw(const std::int8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
 };
 
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
@@ -81,13 +86,17 @@ struct Int8Avx2 : Int8Avx2Base {
   static constexpr int units = 1;
   static constexpr bool unsigned_weights = false;
 
-  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p), _mm256_abs_epi8(raw(p))}; }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
+    return {raw(p), _mm256_abs_epi8(raw(p))};
+  }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
     return {_mm256_set1_epi32(static_cast<int>(*p))};
   }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight, Factor x) {
-    const __m256i pairs = _mm256_maddubs_epi16(weight.magnitudes, _mm256_sign_epi8(x.v, weight.signs));
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight,
+                                                     Factor x) {
+    const __m256i pairs =
+        _mm256_maddubs_epi16(weight.magnitudes, _mm256_sign_epi8(x.v, weight.signs));
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
   }
 };
@@ -97,12 +106,20 @@ constexpr int transpose_size(isa::avx2) { return 8; }
 
 template <typename Unit>
   requires(sizeof(Unit) == 4)
-void transpose(isa::avx2, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
-  const auto first = [](int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); };
-  const auto row = [&](int r) { return reinterpret_cast<const int*>(static_cast<const std::byte*>(from) + r * from_bytes); };
+void transpose(isa::avx2, const void* from, Index from_bytes, int rows, int count, Unit* to,
+               Index to_stride) {
+  const auto first = [](int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  };
+  const auto row = [&](int r) {
+    return reinterpret_cast<const int*>(static_cast<const std::byte*>(from) + r * from_bytes);
+  };
   const __m256i loaded = first(count);
   __m256 in[8], out[8];
-  unroll<8>([&](auto r) { in[r] = r < rows ? _mm256_castsi256_ps(_mm256_maskload_epi32(row(r), loaded)) : _mm256_setzero_ps(); });
+  unroll<8>([&](auto r) {
+    in[r] =
+        r < rows ? _mm256_castsi256_ps(_mm256_maskload_epi32(row(r), loaded)) : _mm256_setzero_ps();
+  });
   unroll<4>([&](auto i) {  // pairs of rows interleaved
     out[2 * i] = _mm256_unpacklo_ps(in[2 * i], in[2 * i + 1]);
     out[2 * i + 1] = _mm256_unpackhi_ps(in[2 * i], in[2 * i + 1]);
@@ -120,7 +137,9 @@ void transpose(isa::avx2, const void* from, Index from_bytes, int rows, int coun
   });
   const __m256i stored = first(rows);
   unroll<8>([&](auto u) {
-    if (u < count) _mm256_maskstore_epi32(reinterpret_cast<int*>(to + u * to_stride), stored, _mm256_castps_si256(out[u]));
+    if (u < count)
+      _mm256_maskstore_epi32(reinterpret_cast<int*>(to + u * to_stride), stored,
+                             _mm256_castps_si256(out[u]));
   });
 }
 

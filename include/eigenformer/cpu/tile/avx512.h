@@ -29,7 +29,8 @@ template <typename Isa, typename V = simd::Vec<float, Isa>>
 EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
   const __m512i raw = _mm512_loadu_si512(p);
   const __m512i odd = _mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {V{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, raw, 16))}, V{_mm512_castsi512_ps(odd)}};
+  return {V{_mm512_castsi512_ps(_mm512_maskz_slli_epi32(0xffff, raw, 16))},
+          V{_mm512_castsi512_ps(odd)}};
 }
 
 #if defined(EIGENFORMER_ISA_AVX512_BF16)
@@ -44,7 +45,8 @@ struct Bfloat16Avx512 {
     __m512i v;
   };
   using Factor = Fragment;
-  static constexpr int rows = 12, vectors = 2, columns = vectors * V::lanes, step = 2, units = 1, fragment = 2 * V::lanes;
+  static constexpr int rows = 12, vectors = 2, columns = vectors * V::lanes, step = 2, units = 1,
+                       fragment = 2 * V::lanes;
 
   static EIGENFORMER_INLINE V zero() { return V::zero(); }
   static EIGENFORMER_INLINE V load(const float* p) { return V::load(p); }
@@ -59,7 +61,8 @@ struct Bfloat16Avx512 {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(weight.v), "v"(x.v));
     return sum;
 #else
-    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weight.v), reinterpret_cast<__m512bh>(x.v))};
+    return {_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weight.v),
+                             reinterpret_cast<__m512bh>(x.v))};
 #endif
   }
 };
@@ -73,11 +76,16 @@ struct Int8Avx512Base {
   struct Accumulator {
     __m512i v;
   };
-  static constexpr int rows = 12, vectors = 2, columns = vectors * lanes, step = 4, fragment = 4 * lanes;
+  static constexpr int rows = 12, vectors = 2, columns = vectors * lanes, step = 4,
+                       fragment = 4 * lanes;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {_mm512_setzero_si512()}; }
-  static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) { return {_mm512_loadu_si512(p)}; }
-  static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) { _mm512_storeu_si512(p, sums.v); }
+  static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) {
+    return {_mm512_loadu_si512(p)};
+  }
+  static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) {
+    _mm512_storeu_si512(p, sums.v);
+  }
   static EIGENFORMER_INLINE simd::vec<float, isa::avx512> to_float(Accumulator sums) {
     return {_mm512_maskz_cvtepi32_ps(0xffff, sums.v)};
   }
@@ -96,7 +104,9 @@ struct Int8Avx512 : Int8Avx512Base {
   static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
     return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(offset))};
   }
-  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
+    return {_mm512_loadu_si512(p)};
+  }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
     return {_mm512_set1_epi32(static_cast<int>(*p))};
@@ -121,24 +131,29 @@ struct Int8Avx512 : Int8Avx512Base {
   }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    return {_mm512_set1_epi32(static_cast<int>(p[0])), _mm512_set1_epi32(static_cast<int>(p[Rows]))};
+    return {_mm512_set1_epi32(static_cast<int>(p[0])),
+            _mm512_set1_epi32(static_cast<int>(p[Rows]))};
   }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight, const Factor& x) {
-    const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(weight.even, x.even), _mm512_madd_epi16(weight.odd, x.odd));
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Fragment& weight,
+                                                     const Factor& x) {
+    const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(weight.even, x.even),
+                                              _mm512_madd_epi16(weight.odd, x.odd));
     return {_mm512_add_epi32(sum.v, products)};
   }
 };
 #endif
 
-EIGENFORMER_INLINE void store_pairs(isa::avx512, simd::vec<float, isa::avx512> even, simd::vec<float, isa::avx512> odd, int n,
-                                    std::uint32_t* to) {
+EIGENFORMER_INLINE void store_pairs(isa::avx512, simd::vec<float, isa::avx512> even,
+                                    simd::vec<float, isa::avx512> odd, int n, std::uint32_t* to) {
   std::uint16_t rounded[2][16];
   even.store(reinterpret_cast<bfloat16*>(rounded[0]));
   odd.store(reinterpret_cast<bfloat16*>(rounded[1]));
   const auto widened = [&](int half) {
-    return _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded[half])));
+    return _mm512_maskz_cvtepu16_epi32(
+        0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded[half])));
   };
-  const __m512i pairs = _mm512_or_si512(widened(0), _mm512_maskz_slli_epi32(0xffff, widened(1), 16));
+  const __m512i pairs =
+      _mm512_or_si512(widened(0), _mm512_maskz_slli_epi32(0xffff, widened(1), 16));
   _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << n) - 1u), pairs);
 }
 
@@ -146,13 +161,16 @@ constexpr int transpose_size(isa::avx512) { return 16; }
 
 template <typename Unit>
   requires(sizeof(Unit) == 4)
-void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+void transpose(isa::avx512, const void* from, Index from_bytes, int rows, int count, Unit* to,
+               Index to_stride) {
   const auto first = [](int n) { return static_cast<__mmask16>((1u << n) - 1u); };
   const auto* bytes = static_cast<const std::byte*>(from);
   const __mmask16 loaded = first(count), stored = first(rows);
   __m512 a[16], b[16];
-  unroll<16>(
-      [&](auto r) { a[r] = _mm512_maskz_loadu_ps(r < rows ? loaded : __mmask16{0}, r < rows ? bytes + r * from_bytes : bytes); });
+  unroll<16>([&](auto r) {
+    a[r] = _mm512_maskz_loadu_ps(r < rows ? loaded : __mmask16{0},
+                                 r < rows ? bytes + r * from_bytes : bytes);
+  });
   unroll<8>([&](auto i) {  // pairs of rows interleaved
     b[2 * i] = _mm512_maskz_unpacklo_ps(0xffff, a[2 * i], a[2 * i + 1]);
     b[2 * i + 1] = _mm512_maskz_unpackhi_ps(0xffff, a[2 * i], a[2 * i + 1]);

@@ -28,7 +28,8 @@ struct Plain {
   using Accumulator = V;
   using Fragment = V;
   using Factor = V;
-  static constexpr int rows = shape<T>(Isa{}).rows, vectors = shape<T>(Isa{}).vectors, columns = vectors * V::lanes;
+  static constexpr int rows = shape<T>(Isa{}).rows, vectors = shape<T>(Isa{}).vectors,
+                       columns = vectors * V::lanes;
   static constexpr int step = 1, units = 1, fragment = V::lanes;
 
   static EIGENFORMER_INLINE V zero() { return V::zero(); }
@@ -39,7 +40,9 @@ struct Plain {
   static EIGENFORMER_INLINE V factor(const T* p) {
     return V::set1(*p);
   }
-  static EIGENFORMER_INLINE V multiply_add(V sum, V weight, V activation) { return fma(weight, activation, sum); }
+  static EIGENFORMER_INLINE V multiply_add(V sum, V weight, V activation) {
+    return fma(weight, activation, sum);
+  }
 };
 
 /// bfloat16 or half weights, float activations and float arithmetic. A step is two k; half keeps them one vector after the other.
@@ -52,7 +55,8 @@ struct Widening {
   using Accumulator = V;
   using Fragment = Pair<V>;
   using Factor = Pair<V>;
-  static constexpr int rows = shape<float>(Isa{}).rows, vectors = shape<float>(Isa{}).vectors, columns = vectors * V::lanes;
+  static constexpr int rows = shape<float>(Isa{}).rows, vectors = shape<float>(Isa{}).vectors,
+                       columns = vectors * V::lanes;
   static constexpr int step = 2, units = 2, fragment = 2 * V::lanes;
 
   static EIGENFORMER_INLINE V zero() { return V::zero(); }
@@ -68,7 +72,8 @@ struct Widening {
   static EIGENFORMER_INLINE Factor factor(const float* p) {
     return {V::set1(p[0]), V::set1(p[Rows])};
   }
-  static EIGENFORMER_INLINE V multiply_add(V sum, const Fragment& weight, const Factor& activation) {
+  static EIGENFORMER_INLINE V multiply_add(V sum, const Fragment& weight,
+                                           const Factor& activation) {
     return fma(weight.odd, activation.odd, fma(weight.even, activation.even, sum));
   }
 };

@@ -93,7 +93,8 @@ struct Int8Generic {
   struct Factor {
     std::int32_t k[4];
   };
-  static constexpr int rows = 4, vectors = 2, columns = vectors * lanes, step = 4, units = 2, fragment = 4 * lanes;
+  static constexpr int rows = 4, vectors = 2, columns = vectors * lanes, step = 4, units = 2,
+                       fragment = 4 * lanes;
   static constexpr bool unsigned_weights = false;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {}; }
@@ -102,17 +103,22 @@ struct Int8Generic {
     std::memcpy(sums.v, p, sizeof(sums.v));
     return sums;
   }
-  static EIGENFORMER_INLINE void store(std::int32_t* p, const Accumulator& sums) { std::memcpy(p, sums.v, sizeof(sums.v)); }
+  static EIGENFORMER_INLINE void store(std::int32_t* p, const Accumulator& sums) {
+    std::memcpy(p, sums.v, sizeof(sums.v));
+  }
   static EIGENFORMER_INLINE auto to_float(const Accumulator& sums) {
     return simd::Vec<float, isa::generic>::load_difference(sums.v, 0);
   }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {p}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    const auto low = [](Unit u) { return static_cast<std::int32_t>(static_cast<std::int16_t>(u & 0xffffu)); };
+    const auto low = [](Unit u) {
+      return static_cast<std::int32_t>(static_cast<std::int16_t>(u & 0xffffu));
+    };
     return {{low(p[0]), low(p[Rows]), low(p[0] >> 16), low(p[Rows] >> 16)}};
   }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, const Factor& x) {
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight,
+                                                     const Factor& x) {
     for (int i = 0; i < lanes; ++i)
       for (int j = 0; j < 4; ++j) sum.v[i] += weight.p[4 * i + j] * x.k[j];
     return sum;
@@ -123,7 +129,8 @@ struct Int8Generic {
 /// they are.
 EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std::uint32_t& odd) {
   const auto word = [quad](int byte) {
-    return static_cast<std::uint32_t>(static_cast<std::uint16_t>(static_cast<std::int8_t>((quad >> (8 * byte)) & 0xffu)));
+    return static_cast<std::uint32_t>(
+        static_cast<std::uint16_t>(static_cast<std::int8_t>((quad >> (8 * byte)) & 0xffu)));
   };
   even = word(0) | word(2) << 16;
   odd = word(1) | word(3) << 16;
@@ -144,11 +151,13 @@ constexpr int transpose_size(isa::generic) { return 16; }
 /// to[u * to_stride + r] = unit u of the row r that starts r * from_bytes bytes after `from`, for r < rows and u < count, both at
 /// most transpose_size. Any alignment; reads and writes nothing else.
 template <typename Unit>
-void transpose(isa::generic, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+void transpose(isa::generic, const void* from, Index from_bytes, int rows, int count, Unit* to,
+               Index to_stride) {
   const auto* bytes = static_cast<const std::byte*>(from);
   for (int r = 0; r < rows; ++r)
     for (int u = 0; u < count; ++u)
-      std::memcpy(to + u * to_stride + r, bytes + r * from_bytes + u * static_cast<Index>(sizeof(Unit)), sizeof(Unit));
+      std::memcpy(to + u * to_stride + r,
+                  bytes + r * from_bytes + u * static_cast<Index>(sizeof(Unit)), sizeof(Unit));
 }
 
 }  // namespace tile

@@ -23,7 +23,8 @@ constexpr Shape shape(isa::neon) {
 template <typename Isa, typename V = simd::Vec<float, Isa>>
   requires std::same_as<V, simd::vec<float, isa::neon>>
 EIGENFORMER_INLINE Pair<V> widen_pairs(isa::neon, const bfloat16* p) {
-  const uint32x4_t raw = vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const std::uint16_t*>(p)));
+  const uint32x4_t raw =
+      vreinterpretq_u32_u16(vld1q_u16(reinterpret_cast<const std::uint16_t*>(p)));
   const uint32x4_t odd = vandq_u32(raw, vdupq_n_u32(0xffff0000u));
   return {V{vreinterpretq_f32_u32(vshlq_n_u32(raw, 16))}, V{vreinterpretq_f32_u32(odd)}};
 }
@@ -42,14 +43,19 @@ struct Int8Neon {
     int8x16_t v;
   };
   using Factor = Fragment;
-  static constexpr int rows = 6, vectors = 4, columns = vectors * lanes, step = 4, units = 1, fragment = 4 * lanes;
+  static constexpr int rows = 6, vectors = 4, columns = vectors * lanes, step = 4, units = 1,
+                       fragment = 4 * lanes;
   static constexpr bool unsigned_weights = false;
 
   static EIGENFORMER_INLINE Accumulator zero() { return {vdupq_n_s32(0)}; }
   static EIGENFORMER_INLINE Accumulator load(const std::int32_t* p) { return {vld1q_s32(p)}; }
   static EIGENFORMER_INLINE void store(std::int32_t* p, Accumulator sums) { vst1q_s32(p, sums.v); }
-  static EIGENFORMER_INLINE simd::vec<float, isa::neon> to_float(Accumulator sums) { return {vcvtq_f32_s32(sums.v)}; }
-  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {arrange(vld1q_s8(p))}; }
+  static EIGENFORMER_INLINE simd::vec<float, isa::neon> to_float(Accumulator sums) {
+    return {vcvtq_f32_s32(sums.v)};
+  }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
+    return {arrange(vld1q_s8(p))};
+  }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
     return {arrange(vreinterpretq_s8_u32(vdupq_n_u32(*p)))};
@@ -63,7 +69,9 @@ struct Int8Neon {
   }
 #else
   /// Even k in the low half, odd k in the high one, so that the two products which meet in an int16 are of one column.
-  static EIGENFORMER_INLINE int8x16_t arrange(int8x16_t quads) { return vuzp1q_s8(quads, vextq_s8(quads, quads, 1)); }
+  static EIGENFORMER_INLINE int8x16_t arrange(int8x16_t quads) {
+    return vuzp1q_s8(quads, vextq_s8(quads, quads, 1));
+  }
   /// smull, smlal2, sadalp: 3 instructions for 16 products. An int16 holds two of them as long as not both factors of both are
   /// -128: 2 * 128 * 128 = 32768 wraps, which made sums wrong in MLAS (onnxruntime issue 31573). Quantized activations are within
   /// -127 to 127, so at most 2 * 128 * 127 = 32512 arrives, whatever the weights are.
@@ -76,25 +84,29 @@ struct Int8Neon {
 
 template <typename Unit>
   requires(sizeof(Unit) == 4)
-void transpose(isa::neon, const void* from, Index from_bytes, int rows, int count, Unit* to, Index to_stride) {
+void transpose(isa::neon, const void* from, Index from_bytes, int rows, int count, Unit* to,
+               Index to_stride) {
   using V = simd::vec<float, isa::neon>;
   const auto* bytes = static_cast<const std::byte*>(from);
   for (int r = 0; r < rows; r += 4)
     for (int u = 0; u < count; u += 4) {
       const std::byte* const corner = bytes + r * from_bytes + u * 4;
       Unit* const target = to + u * to_stride + r;
-      const int high = std::min(4, rows - r), wide = std::min(4, count - u);
+      const int high = (std::min)(4, rows - r), wide = (std::min)(4, count - u);
       if (high < 4 || wide < 4) {
         transpose(isa::generic{}, corner, from_bytes, high, wide, target, to_stride);
         continue;
       }
       V block[4];  // moved, never computed with: any bits survive
       unroll<4>([&](auto i) {
-        block[i].v = vreinterpretq_f32_u8(vld1q_u8(reinterpret_cast<const std::uint8_t*>(corner + i * from_bytes)));
+        block[i].v = vreinterpretq_f32_u8(
+            vld1q_u8(reinterpret_cast<const std::uint8_t*>(corner + i * from_bytes)));
       });
       simd::transpose(block);
-      unroll<4>(
-          [&](auto i) { vst1q_u8(reinterpret_cast<std::uint8_t*>(target + i * to_stride), vreinterpretq_u8_f32(block[i].v)); });
+      unroll<4>([&](auto i) {
+        vst1q_u8(reinterpret_cast<std::uint8_t*>(target + i * to_stride),
+                 vreinterpretq_u8_f32(block[i].v));
+      });
     }
 }
 

@@ -41,9 +41,11 @@ namespace tile {
 template <typename Isa, typename From, typename E>
 void convert_line(const From* from, Index count, E* to) {
   if constexpr (std::is_same_v<From, E>) {
-    if (count > 0) std::memcpy(static_cast<void*>(to), from, static_cast<std::size_t>(count) * sizeof(E));
+    if (count > 0)
+      std::memcpy(static_cast<void*>(to), from, static_cast<std::size_t>(count) * sizeof(E));
   } else {
-    using V = simd::Vec<std::conditional_t<std::is_same_v<E, double>, double, compute_type<From>>, Isa>;
+    using V =
+        simd::Vec<std::conditional_t<std::is_same_v<E, double>, double, compute_type<From>>, Isa>;
     for (Index i = 0; i < count; i += V::lanes) {
       const int n = static_cast<int>(std::min<Index>(V::lanes, count - i));
       if (n == V::lanes)
@@ -57,22 +59,24 @@ void convert_line(const From* from, Index count, E* to) {
 // Units lie over elements of other types: they are written as bytes only.
 template <typename Unit>
 void clear(Unit* to, Index units) {
-  if (units > 0) std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(units) * sizeof(Unit));
+  if (units > 0)
+    std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(units) * sizeof(Unit));
 }
 
 // Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead halve the time of packing.
 constexpr Index kPrefetchUnits = 128;
 template <typename E>
 void prefetch_lines(const E* from, Index ahead, Index row_stride, Index rows) {
-  for (Index r = 0; r < rows; ++r) simd::prefetch_after(from, (ahead + r * row_stride) * Index{sizeof(E)});
+  for (Index r = 0; r < rows; ++r)
+    simd::prefetch_after(from, (ahead + r * row_stride) * Index{sizeof(E)});
 }
 
 /// Packs `rows` rows and `count` of k, with zeros up to a whole unit; to[unit * width + row]. `convert(r, k, n, stage)` writes
 /// elements [k, k + n) of row r as E.
 template <typename E, typename Isa, typename Unit, typename Convert>
 void pack_lines(Isa isa, Index rows, int width, Index count, Unit* to, Convert&& convert) {
-  constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{}), stage_units = 64,
-                stage_count = stage_units * per_unit;
+  constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{}),
+                stage_units = 64, stage_count = stage_units * per_unit;
   alignas(64) E stage[block * stage_count];
   const Index units = (count + per_unit - 1) / per_unit;
   for (Index first = 0; first < units; first += stage_units) {
@@ -83,43 +87,51 @@ void pack_lines(Isa isa, Index rows, int width, Index count, Unit* to, Convert&&
       const int n = static_cast<int>(std::min<Index>(block, rows - r0));
       for (int r = 0; r < n; ++r) {
         convert(r0 + r, k, elements, stage + r * stage_count);
-        std::fill(stage + r * stage_count + elements, stage + r * stage_count + staged * per_unit, E{});
+        std::fill(stage + r * stage_count + elements, stage + r * stage_count + staged * per_unit,
+                  E{});
       }
       for (int u = 0; u < staged; u += block)
-        transpose(isa, stage + u * per_unit, Index{sizeof(stage)} / block, n, std::min(block, staged - u),
-                  to + (first + u) * width + r0, width);
+        transpose(isa, stage + u * per_unit, Index{sizeof(stage)} / block, n,
+                  (std::min)(block, staged - u), to + (first + u) * width + r0, width);
     }
   }
 }
 
 /// The same without conversion, straight from rows of E.
 template <typename E, typename Isa, typename Unit>
-void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int width, Index count, Unit* to) {
+void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int width, Index count,
+                    Unit* to) {
   constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{});
   const Index whole = count / per_unit;
   for (Index u = 0; u < whole; u += block) {
     prefetch_lines(from, (u + kPrefetchUnits) * per_unit, row_stride, rows);
     for (int r = 0; r < rows; r += block)
       transpose(isa, from + r * row_stride + u * per_unit, row_stride * Index{sizeof(E)},
-                static_cast<int>(std::min<Index>(block, rows - r)), static_cast<int>(std::min<Index>(block, whole - u)),
-                to + u * width + r, width);
+                static_cast<int>(std::min<Index>(block, rows - r)),
+                static_cast<int>(std::min<Index>(block, whole - u)), to + u * width + r, width);
   }
   if (whole * per_unit < count)
-    pack_lines<E>(isa, rows, width, count - whole * per_unit, to + whole * width, [&](Index r, Index, int n, E* stage) {
-      std::memcpy(static_cast<void*>(stage), from + r * row_stride + whole * per_unit, static_cast<std::size_t>(n) * sizeof(E));
-    });
+    pack_lines<E>(isa, rows, width, count - whole * per_unit, to + whole * width,
+                  [&](Index r, Index, int n, E* stage) {
+                    std::memcpy(static_cast<void*>(stage), from + r * row_stride + whole * per_unit,
+                                static_cast<std::size_t>(n) * sizeof(E));
+                  });
 }
 
 /// Packs a source whose k runs along the rows of memory: k at from + k * depth_stride, `rows` contiguous elements each. One k a
 /// unit.
 template <typename Isa, typename From, typename E>
-void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int width, Index count, E* to) {
-  for (Index k = 0; k < count; ++k) convert_line<Isa>(from + k * depth_stride, rows, to + k * width);
+void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int width, Index count,
+                  E* to) {
+  for (Index k = 0; k < count; ++k)
+    convert_line<Isa>(from + k * depth_stride, rows, to + k * width);
 }
 
 /// to[i] = the bits of the pair (even[i], odd[i]).
 inline void join_pairs(const bfloat16* even, const bfloat16* odd, Index count, std::uint32_t* to) {
-  const auto bits = [](const bfloat16& p) { return static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p)); };
+  const auto bits = [](const bfloat16& p) {
+    return static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p));
+  };
   const auto join = [&](Index at, auto size) {
     std::uint32_t pairs[decltype(size)::value];
     for (Index i = 0; i < size; ++i) pairs[i] = bits(even[at + i]) | bits(odd[at + i]) << 16;
@@ -133,7 +145,8 @@ inline void join_pairs(const bfloat16* even, const bfloat16* odd, Index count, s
 
 /// Pairs of bfloat16 from the same.
 template <typename Isa, typename From>
-void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows, int width, Index count, std::uint32_t* to) {
+void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows, int width,
+                       Index count, std::uint32_t* to) {
   using V = simd::Vec<float, Isa>;
   for (Index k = 0; k < count; k += 2, to += width) {
     const From* even = from + k * depth_stride;
@@ -145,7 +158,9 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
       }
     for (Index r = 0; r < rows; r += V::lanes) {
       const int n = static_cast<int>(std::min<Index>(V::lanes, rows - r));
-      const auto load = [&](const From* p) { return n == V::lanes ? V::load(p + r) : V::load_partial(p + r, n); };
+      const auto load = [&](const From* p) {
+        return n == V::lanes ? V::load(p + r) : V::load_partial(p + r, n);
+      };
       store_pairs(isa, load(even), odd != nullptr ? load(odd) : V::zero(), n, to + r);
     }
   }
@@ -153,18 +168,24 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
 
 /// Either orientation, elements of E, `rows` rows from `row` on to the first columns of lines of `width`.
 template <typename E, typename Isa, typename From, typename Unit>
-void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int width, Index k, Index count, Unit* to) {
+void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int width,
+                  Index k, Index count, Unit* to) {
   const From* from = source.data + row * source.row_stride + k * source.depth_stride;
   if constexpr (sizeof(E) == sizeof(Unit)) {
-    if (source.depth_stride != 1) return pack_columns(isa, from, source.depth_stride, rows, width, count, reinterpret_cast<E*>(to));
-  } else if constexpr (std::is_same_v<E, bfloat16>) {  // int8 and half have no gradients of their own
-    if (source.depth_stride != 1) return pack_column_pairs(isa, from, source.depth_stride, rows, width, count, to);
+    if (source.depth_stride != 1)
+      return pack_columns(isa, from, source.depth_stride, rows, width, count,
+                          reinterpret_cast<E*>(to));
+  } else if constexpr (std::is_same_v<E,
+                                      bfloat16>) {  // int8 and half have no gradients of their own
+    if (source.depth_stride != 1)
+      return pack_column_pairs(isa, from, source.depth_stride, rows, width, count, to);
   }
   if constexpr (std::is_same_v<From, E>)
     pack_raw_lines<E>(isa, from, source.row_stride, rows, width, count, to);
   else
-    pack_lines<E>(isa, rows, width, count, to,
-                  [&](Index r, Index at, int n, E* stage) { convert_line<Isa>(from + r * source.row_stride + at, n, stage); });
+    pack_lines<E>(isa, rows, width, count, to, [&](Index r, Index at, int n, E* stage) {
+      convert_line<Isa>(from + r * source.row_stride + at, n, stage);
+    });
 }
 
 // ---- weights -----------------------------------------------------------------------------------------------------------------
@@ -203,13 +224,14 @@ template <typename Dot>
 void finish_panel(typename Dot::Stored* panel, Index steps) {
   if constexpr (std::is_same_v<typename Dot::Stored, half>) separate_pairs<Dot>(panel, steps);
   if constexpr (unsigned_weights<Dot>)
-    for (Index i = 0; i < steps * Dot::columns * Dot::step; ++i) panel[i] = static_cast<std::int8_t>(panel[i] ^ -128);  // w + 128
+    for (Index i = 0; i < steps * Dot::columns * Dot::step; ++i)
+      panel[i] = static_cast<std::int8_t>(panel[i] ^ -128);  // w + 128
 }
 
 /// Packs k of [k, k + count) of one panel, zeros up to `steps` steps; k is a multiple of the step.
 template <typename Dot, typename Isa, typename W, int Matrices>
-void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, Index k, Index count, Index steps,
-                typename Dot::Stored* to) {
+void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, Index k, Index count,
+                Index steps, typename Dot::Stored* to) {
   using E = typename Dot::Stored;
   auto* units = reinterpret_cast<WeightUnit<E>*>(to);
   constexpr int per_unit = sizeof(WeightUnit<E>) / sizeof(E), units_per_step = Dot::step / per_unit;
@@ -218,9 +240,10 @@ void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, In
     clear(units + filled * Dot::columns, (steps * units_per_step - filled) * Dot::columns);
   else
     clear(units, steps * units_per_step * Dot::columns);
-  weights.for_each_part(panel, Dot::columns, [&](const MatrixOperand<W>& matrix, Index row, Index rows, int column) {
-    pack_operand<E>(isa, matrix, row, rows, Dot::columns, k, count, units + column);
-  });
+  weights.for_each_part(
+      panel, Dot::columns, [&](const MatrixOperand<W>& matrix, Index row, Index rows, int column) {
+        pack_operand<E>(isa, matrix, row, rows, Dot::columns, k, count, units + column);
+      });
   finish_panel<Dot>(to, steps);
 }
 
@@ -241,29 +264,32 @@ constexpr Index product_steps(Index depth) {
 
 /// What the tile of activations of a dot holds: pairs of bfloat16 where a unit is 32 raw bits.
 template <typename Dot>
-using ActivationElement = std::conditional_t<std::is_same_v<typename Dot::Unit, std::uint32_t>, bfloat16, typename Dot::Unit>;
+using ActivationElement = std::conditional_t<std::is_same_v<typename Dot::Unit, std::uint32_t>,
+                                             bfloat16, typename Dot::Unit>;
 
 /// AMX order: [16 steps][row][step], zeros behind the last k.
 template <typename Dot, typename Isa, typename From>
-void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index first, Index end,
-                    typename Dot::Unit* to) {
+void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height,
+                    Index first, Index end, typename Dot::Unit* to) {
   using E = ActivationElement<Dot>;
   constexpr Index at_once = Index{Dot::step} * steps_at_once<Dot>;
   to += first / at_once * height * steps_at_once<Dot>;
   for (Index k = first; k < end; k += at_once, to += height * steps_at_once<Dot>) {
-    const Index n = std::min(at_once, end - k);
+    const Index n = (std::min)(at_once, end - k);
     const From* from = source.data + row * source.row_stride + k * source.depth_stride;
     if (n < at_once) clear(to, height * steps_at_once<Dot>);
     if (source.depth_stride == 1) {
       for (Index r = 0; r < rows; ++r)
-        convert_line<Isa>(from + r * source.row_stride, n, reinterpret_cast<E*>(to + r * steps_at_once<Dot>));
+        convert_line<Isa>(from + r * source.row_stride, n,
+                          reinterpret_cast<E*>(to + r * steps_at_once<Dot>));
     } else {
       constexpr int block = 16;
       typename Dot::Unit stage[steps_at_once<Dot> * Dot::rows];  // [step][row]
       pack_column_pairs(isa, from, source.depth_stride, rows, Dot::rows, n, stage);
       for (Index r = 0; r < rows; r += block)
-        transpose(isa, stage + r, Index{Dot::rows} * Index{sizeof(stage[0])}, static_cast<int>((n + 1) / 2),
-                  static_cast<int>(std::min<Index>(block, rows - r)), to + r * steps_at_once<Dot>, Index{steps_at_once<Dot>});
+        transpose(isa, stage + r, Index{Dot::rows} * Index{sizeof(stage[0])},
+                  static_cast<int>((n + 1) / 2), static_cast<int>(std::min<Index>(block, rows - r)),
+                  to + r * steps_at_once<Dot>, Index{steps_at_once<Dot>});
     }
   }
 }
@@ -274,12 +300,14 @@ constexpr Index kColumnDepth = 64;
 /// Packs k of [first, end) of one tile of activations, `rows` valid of `height`, zeros elsewhere; first is a multiple of
 /// kColumnDepth, and so is end but at the depth. Plain and widening dots take Unit elements, bfloat16 dots pairs.
 template <typename Dot, typename Isa, typename From>
-void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height, Index first, Index end,
-               typename Dot::Unit* to) {
+void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height,
+               Index first, Index end, typename Dot::Unit* to) {
   using E = ActivationElement<Dot>;
   constexpr int per_unit = sizeof(typename Dot::Unit) / sizeof(E);
-  if constexpr (steps_at_once<Dot> > 1) return pack_tile_rows<Dot>(isa, source, row, rows, height, first, end, to);
-  const Index start = first / per_unit, filled = (end + per_unit - 1) / per_unit, units = product_steps<Dot>(end) * Dot::units;
+  if constexpr (steps_at_once<Dot> > 1)
+    return pack_tile_rows<Dot>(isa, source, row, rows, height, first, end, to);
+  const Index start = first / per_unit, filled = (end + per_unit - 1) / per_unit,
+              units = product_steps<Dot>(end) * Dot::units;
   if (rows < height) clear(to + start * height, (filled - start) * height);
   pack_operand<E>(isa, source, row, rows, height, first, end - first, to + start * height);
   clear(to + filled * height, (units - filled) * height);

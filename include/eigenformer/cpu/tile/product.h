@@ -54,7 +54,8 @@ struct TileOperands {
   /// The same from panel p on, with what comes next as far from it.
   TileOperands from_panel(Index p) const {
     const Index elements = p * panel_stride;
-    return {a, b + elements, panel_stride, ahead + static_cast<std::uintptr_t>(elements) * sizeof(*b), ahead_step};
+    return {a, b + elements, panel_stride,
+            ahead + static_cast<std::uintptr_t>(elements) * sizeof(*b), ahead_step};
   }
 };
 
@@ -66,9 +67,12 @@ EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Accumulat
   const auto* a = at.a;
   const auto* b = at.b;
   auto ahead = at.ahead;
-  const auto place = [&](int v) { return b + (v / vectors) * at.panel_stride + (v % vectors) * Dot::fragment; };
+  const auto place = [&](int v) {
+    return b + (v / vectors) * at.panel_stride + (v % vectors) * Dot::fragment;
+  };
   for (Index s = 0; s < steps; ++s, a += Rows * Dot::units, b += vectors * Dot::fragment) {
-    if constexpr (Panels > 1) {  // few rows: their factors stay in registers while weights stream by
+    if constexpr (Panels >
+                  1) {  // few rows: their factors stay in registers while weights stream by
       typename Dot::Factor x[Rows];
       unroll<Rows>([&](auto r) { x[r] = Dot::template factor<Rows>(a + r); });
       unroll<all>([&](auto v) {
@@ -92,11 +96,16 @@ EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Accumulat
 
 /// sums[panel][row][column] = (from_zero ? 0 : sums) + sum over `steps` steps.
 template <typename Dot, int Rows, int Panels>
-void tile_product(TileOperands<Dot> at, Index steps, typename Dot::Sum* sums, Index sums_stride, bool from_zero) {
+void tile_product(TileOperands<Dot> at, Index steps, typename Dot::Sum* sums, Index sums_stride,
+                  bool from_zero) {
   constexpr int vectors = Dot::vectors, all = vectors * Panels, lanes = Dot::columns / vectors;
   typename Dot::Accumulator c[Rows][all];
-  const auto place = [&](int r, int v) { return sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes; };
-  unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { c[r][v] = from_zero ? Dot::zero() : Dot::load(place(r, v)); }); });
+  const auto place = [&](int r, int v) {
+    return sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes;
+  };
+  unroll<Rows>([&](auto r) {
+    unroll<all>([&](auto v) { c[r][v] = from_zero ? Dot::zero() : Dot::load(place(r, v)); });
+  });
   accumulate<Dot, Rows, Panels>(at, steps, c);
   unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { Dot::store(place(r, v), c[r][v]); }); });
 }
@@ -112,12 +121,15 @@ struct GroupFactors {
 
 /// float sums[panel][row][column] = fma(exact sum of the group, its scale, sums), group after group.
 template <typename V, typename Dot, int Rows, int Panels>
-void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups, float* sums, Index sums_stride,
-                          bool from_zero) {
+void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups,
+                          float* sums, Index sums_stride, bool from_zero) {
   constexpr int vectors = Dot::vectors, all = vectors * Panels, lanes = Dot::columns / vectors;
   static_assert(lanes == V::lanes);
-  const auto place = [&](int r, int v) { return sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes; };
-  if (from_zero) unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { V::zero().store(place(r, v)); }); });
+  const auto place = [&](int r, int v) {
+    return sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes;
+  };
+  if (from_zero)
+    unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { V::zero().store(place(r, v)); }); });
   const float* scales = groups.scales;
   const std::int32_t* offsets = groups.offsets;
   for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns, ++offsets) {
@@ -131,14 +143,16 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
       }();
       unroll<all>([&](auto v) { c[r][v] = start; });
     });
-    accumulate<Dot, Rows, Panels>(at, std::min(groups.steps, steps - s), c);
+    accumulate<Dot, Rows, Panels>(at, (std::min)(groups.steps, steps - s), c);
     // The float sums of a full tile have no registers left. They stay in memory: moved out of the loop by the compiler they would
     // be stored twice, there and where it spills them.
     std::atomic_signal_fence(std::memory_order_acq_rel);
     unroll<all>([&](auto v) {
       const V scale = V::load(scales + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
-      unroll<Rows>(
-          [&](auto r) { simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v))).store(place(r, v)); });
+      unroll<Rows>([&](auto r) {
+        simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v)))
+            .store(place(r, v));
+      });
     });
   }
 }
@@ -179,20 +193,21 @@ EIGENFORMER_INLINE void for_each_flight(Index panels, F&& f) {
 
 /// tile_product for any number of panels, at a height known at run time.
 template <typename Dot>
-void tile_products(int height, const TileOperands<Dot>& at, Index steps, typename Dot::Sum* sums, Index sums_stride, Index panels,
-                   bool from_zero) {
+void tile_products(int height, const TileOperands<Dot>& at, Index steps, typename Dot::Sum* sums,
+                   Index sums_stride, Index panels, bool from_zero) {
   with_height<Dot>(height, [&](auto rows) {
     for_each_flight<Dot, decltype(rows)::value>(panels, [&](auto flight, Index p) {
-      tile_product<Dot, decltype(rows)::value, decltype(flight)::value>(at.from_panel(p), steps, sums + p * sums_stride,
-                                                                        sums_stride, from_zero);
+      tile_product<Dot, decltype(rows)::value, decltype(flight)::value>(
+          at.from_panel(p), steps, sums + p * sums_stride, sums_stride, from_zero);
     });
   });
 }
 
 /// The same with groups.
 template <typename V, typename Dot>
-void grouped_tile_products(int height, const TileOperands<Dot>& at, Index steps, GroupFactors groups, float* sums,
-                           Index sums_stride, Index panels, bool from_zero) {
+void grouped_tile_products(int height, const TileOperands<Dot>& at, Index steps,
+                           GroupFactors groups, float* sums, Index sums_stride, Index panels,
+                           bool from_zero) {
   const float* scales = groups.scales;
   with_height<Dot>(height, [&](auto tile_rows) {
     for_each_flight<Dot, decltype(tile_rows)::value>(panels, [&](auto flight, Index p) {

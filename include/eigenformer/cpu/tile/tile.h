@@ -55,7 +55,8 @@ using Dot = decltype(detail::pick_dot<Stored, std::is_same_v<X, bfloat16>, Isa>(
 
 /// The same for weights quantized in groups, whose sums are cut every 32 to 128 k: too short for AMX.
 template <typename Isa>
-using GroupedDot = Dot<std::int8_t, std::int8_t, std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512, Isa>>;
+using GroupedDot = Dot<std::int8_t, std::int8_t,
+                       std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512, Isa>>;
 
 }  // namespace tile
 }  // namespace EIGENFORMER_ABI
