@@ -1,10 +1,13 @@
 // The foundation: Philox, workspaces, parallel_for, argument checks.
 #include <eigenformer/core/check.h>
+#include <eigenformer/core/compiler.h>
 #include <eigenformer/core/philox.h>
 #include <eigenformer/core/workspace.h>
 
 #include <atomic>
 #include <bit>
+#include <limits>
+#include <utility>
 
 #include "compare.h"
 
@@ -38,6 +41,36 @@ TEST(Philox, DrawIsAFunctionOfSeedPositionRowAndIndex) {
   std::uniform_int_distribution<int> die(1, 6);  // usable with <random>
   for (int i = 0; i < 100; ++i) EXPECT_LE(die(a), 6);
   EXPECT_EQ(a.position(), 107u);
+}
+
+// Against the exact result in 64 bits, at every 8-bit pair and at the ends of the widest type.
+template <typename I>
+void expect_exact_bounds() {
+  for (int i = std::numeric_limits<I>::min(); i <= std::numeric_limits<I>::max(); ++i)
+    for (int j = std::numeric_limits<I>::min(); j <= std::numeric_limits<I>::max(); ++j) {
+      const auto a = static_cast<I>(i), b = static_cast<I>(j);
+      I sum = 77, product = 77;
+      const bool sum_fits = std::in_range<I>(i + j), product_fits = std::in_range<I>(i * j);
+      ASSERT_EQ(ef::detail::add_fits(a, b, sum), sum_fits) << i << " + " << j;
+      ASSERT_EQ(sum, sum_fits ? static_cast<I>(i + j) : 77) << i << " + " << j;
+      ASSERT_EQ(ef::detail::multiply_fits(a, b, product), product_fits) << i << " * " << j;
+      ASSERT_EQ(product, product_fits ? static_cast<I>(i * j) : 77) << i << " * " << j;
+    }
+}
+TEST(Compiler, SumsAndProductsFitOrNot) {
+  expect_exact_bounds<std::int8_t>();
+  expect_exact_bounds<std::uint8_t>();
+  constexpr auto largest = (std::numeric_limits<std::int64_t>::max)();
+  constexpr auto least = (std::numeric_limits<std::int64_t>::min)();
+  std::int64_t result = 0;
+  EXPECT_FALSE(ef::detail::add_fits(largest, std::int64_t{1}, result));
+  EXPECT_FALSE(ef::detail::add_fits(least, std::int64_t{-1}, result));
+  EXPECT_FALSE(ef::detail::multiply_fits(least, std::int64_t{-1}, result));
+  EXPECT_FALSE(ef::detail::multiply_fits(std::int64_t{-1}, least, result));
+  EXPECT_FALSE(ef::detail::multiply_fits(std::int64_t{1} << 32, std::int64_t{1} << 31, result));
+  EXPECT_EQ(result, 0);
+  EXPECT_TRUE(ef::detail::multiply_fits(std::int64_t{-1} << 32, std::int64_t{1} << 31, result));
+  EXPECT_EQ(result, least);
 }
 
 TEST(Workspace, GrowsOnceThenStays) {

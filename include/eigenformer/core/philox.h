@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 
-#include "../cpu/isa.h"
+#include "compiler.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

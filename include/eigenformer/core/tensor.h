@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../cpu/isa.h"
+#include "compiler.h"
 #include "eigen.h"
 
 namespace eigenformer {

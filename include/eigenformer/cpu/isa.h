@@ -85,19 +85,6 @@
 #define EIGENFORMER_ABI EIGENFORMER_ABI_BASE
 #endif
 
-/// Kernels are split into small functions that must not cost a call in the inner loop.
-#if defined(__GNUC__) || defined(__clang__)
-#define EIGENFORMER_INLINE inline __attribute__((always_inline))
-#else
-#define EIGENFORMER_INLINE inline
-#endif
-
-#if defined(__CUDACC__)
-#define EIGENFORMER_HOST_DEVICE __host__ __device__
-#else
-#define EIGENFORMER_HOST_DEVICE
-#endif
-
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 

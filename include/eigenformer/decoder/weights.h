@@ -104,7 +104,7 @@ class DecoderWeights {
   std::size_t add(std::string name, Index rows, Index columns) {
     const Index size = checked_product(rows, columns, "Decoder", "weight");
     tensors_.push_back({std::move(name), rows, columns, static_cast<std::size_t>(count_)});
-    require_that(!__builtin_add_overflow(count_, size, &count_), "Decoder",
+    require_that(detail::add_fits(count_, size, count_), "Decoder",
                  "the weights together overflow");
     return tensors_.size() - 1;
   }
