@@ -9,14 +9,29 @@
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
 
+// NaN and infinity carry meaning here (masks, padding, overflow checks), sums have one fixed order,
+// and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the results.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) ||                     \
+    defined(__NO_SIGNED_ZEROS__) || defined(_M_FP_FAST)
+#error \
+    "eigenformer: -ffast-math (or a part of it: -Ofast, -ffinite-math-only, -funsafe-math-optimizations, /fp:fast) breaks what the library guarantees. Build the files that include it with -fno-fast-math (MSVC: /fp:precise); other files may keep the flag. -fno-math-errno and -fno-trapping-math are welcome."
+#endif
+
+// MSVC's /arch:AVX2 stands for FMA and F16C as well, but names neither.
+#if defined(_MSC_VER) && !defined(__clang__) && defined(__AVX2__)
+#define EIGENFORMER_ISA_HAS_AVX2_FMA_F16C 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define EIGENFORMER_ISA_HAS_AVX2_FMA_F16C 1
+#endif
+
 #if defined(__CUDACC__)
 #define EIGENFORMER_ISA_GENERIC 1
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
-    defined(__AVX512VL__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(EIGENFORMER_ISA_HAS_AVX2_FMA_F16C)
 #define EIGENFORMER_ISA_AVX2 1
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define EIGENFORMER_ISA_AVX512 1
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define EIGENFORMER_ISA_AVX2 1
+#endif
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #define EIGENFORMER_ISA_NEON 1
 #else
@@ -32,8 +47,9 @@
 #if defined(EIGENFORMER_ISA_AVX2) && defined(__AVXVNNI__)
 #define EIGENFORMER_ISA_AVX_VNNI 1
 #endif
-#if defined(EIGENFORMER_ISA_AVX512_VNNI) && defined(EIGENFORMER_ISA_AVX512_BF16) && \
-    defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#if defined(__x86_64__) && defined(EIGENFORMER_ISA_AVX512_VNNI) &&                            \
+    defined(EIGENFORMER_ISA_AVX512_BF16) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && \
+    defined(__AMX_BF16__)
 #define EIGENFORMER_ISA_AMX 1
 #endif
 #if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_DOTPROD)
@@ -80,9 +96,17 @@
 #define EIGENFORMER_ABI_BASE v1_generic
 #endif
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
-#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
+#define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
 #else
-#define EIGENFORMER_ABI EIGENFORMER_ABI_BASE
+#define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_BASE
+#endif
+
+// Without exceptions errors go to a handler (core/error.h), so functions differ there as well.
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+#define EIGENFORMER_HAS_EXCEPTIONS 1
+#define EIGENFORMER_ABI EIGENFORMER_ABI_ISA
+#else
+#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
 #endif
 
 namespace eigenformer {
@@ -121,7 +145,7 @@ using best = generic;
 #endif
 
 /// True where a multiply-add is one instruction. Where it is not, kernels multiply and add in two rounding steps.
-#if defined(__FMA__) || defined(EIGENFORMER_ISA_NEON)
+#if defined(__FMA__) || defined(EIGENFORMER_ISA_AVX2) || defined(EIGENFORMER_ISA_NEON)
 inline constexpr bool kHasFma = true;
 #else
 inline constexpr bool kHasFma = false;
