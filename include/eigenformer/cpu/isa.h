@@ -9,6 +9,8 @@
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
 
+#include "../core/version.h"
+
 // NaN and infinity carry meaning here (masks, padding, overflow checks), sums have one fixed order,
 // and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the results.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
@@ -60,40 +62,42 @@
   1  // Eigen::half holds an __fp16 then, which calls pass in another register
 #endif
 
-// Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its
-// own.
+// Objects compiled for different ISAs, or from different versions of these headers, link into one program: each version and each
+// feature set below changes the code, so each has a name of its own, for example v0_1_0_avx2.
 #define EIGENFORMER_ABI_JOIN_(a, b) a##b
 #define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
+#define EIGENFORMER_ABI_VERSION_(major, minor, patch) v##major##_##minor##_##patch
+#define EIGENFORMER_ABI_VERSION(major, minor, patch) EIGENFORMER_ABI_VERSION_(major, minor, patch)
 #if defined(__CUDACC__)
 #if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
-#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(v1_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
+#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
 #else
-#define EIGENFORMER_ABI_BASE v1_cuda
+#define EIGENFORMER_ABI_BASE _cuda
 #endif
 #elif defined(EIGENFORMER_ISA_AMX)
-#define EIGENFORMER_ABI_BASE v1_amx
+#define EIGENFORMER_ABI_BASE _amx
 #elif defined(EIGENFORMER_ISA_AVX512_BF16) && defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI_BASE v1_avx512_bf16_vnni
+#define EIGENFORMER_ABI_BASE _avx512_bf16_vnni
 #elif defined(EIGENFORMER_ISA_AVX512_BF16)
-#define EIGENFORMER_ABI_BASE v1_avx512_bf16
+#define EIGENFORMER_ABI_BASE _avx512_bf16
 #elif defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI_BASE v1_avx512_vnni
+#define EIGENFORMER_ABI_BASE _avx512_vnni
 #elif defined(EIGENFORMER_ISA_AVX512)
-#define EIGENFORMER_ABI_BASE v1_avx512
+#define EIGENFORMER_ABI_BASE _avx512
 #elif defined(EIGENFORMER_ISA_AVX2)
-#define EIGENFORMER_ABI_BASE v1_avx2
+#define EIGENFORMER_ABI_BASE _avx2
 #elif defined(EIGENFORMER_ISA_NEON_DOTPROD) && defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI_BASE v1_neon_dotprod_fp16
+#define EIGENFORMER_ABI_BASE _neon_dotprod_fp16
 #elif defined(EIGENFORMER_ISA_NEON_DOTPROD)
-#define EIGENFORMER_ABI_BASE v1_neon_dotprod
+#define EIGENFORMER_ABI_BASE _neon_dotprod
 #elif defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI_BASE v1_neon_fp16
+#define EIGENFORMER_ABI_BASE _neon_fp16
 #elif defined(EIGENFORMER_ISA_NEON)
-#define EIGENFORMER_ABI_BASE v1_neon
+#define EIGENFORMER_ABI_BASE _neon
 #elif defined(__FMA__)
-#define EIGENFORMER_ABI_BASE v1_generic_fma
+#define EIGENFORMER_ABI_BASE _generic_fma
 #else
-#define EIGENFORMER_ABI_BASE v1_generic
+#define EIGENFORMER_ABI_BASE _generic
 #endif
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
 #define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
@@ -104,10 +108,15 @@
 // Without exceptions errors go to a handler (core/error.h), so functions differ there as well.
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
 #define EIGENFORMER_HAS_EXCEPTIONS 1
-#define EIGENFORMER_ABI EIGENFORMER_ABI_ISA
+#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_ISA
 #else
-#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
+#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
 #endif
+#define EIGENFORMER_ABI                                                             \
+  EIGENFORMER_ABI_JOIN(                                                             \
+      EIGENFORMER_ABI_VERSION(EIGENFORMER_VERSION_MAJOR, EIGENFORMER_VERSION_MINOR, \
+                              EIGENFORMER_VERSION_PATCH),                           \
+      EIGENFORMER_ABI_UNIT)
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
