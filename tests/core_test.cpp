@@ -136,8 +136,9 @@ TEST(Checks, SayOperatorArgumentExpectedAndGot) {
                          " features");
       },
       {"linear: weight has 96 columns, input has 128 features"});
-  EXPECT_THROW(ef::checked_product(Index{1} << 40, Index{1} << 40, "op", "tensor"),
-               std::invalid_argument);
+  constexpr Index largest = (std::numeric_limits<Index>::max)();
+  EXPECT_THROW(ef::checked_product(largest / 2 + 1, 2, "op", "tensor"), std::invalid_argument);
+  EXPECT_EQ(ef::checked_product(largest / 2, 2, "op", "tensor"), largest - 1);
   EXPECT_THROW(ef::checked_product(-1, 4, "op", "tensor"), std::invalid_argument);
   ef::Tensor<float, 2> a(2, 3), b(3, 2);
   expect_throws<std::invalid_argument>([&] { ef::require_same_shape("op", "a", a, "b", b); },

@@ -31,23 +31,25 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// result = a + b, where that fits an I; else false, and result stays what it was.
-template <std::integral I>
-constexpr bool add_fits(I a, I b, I& result) {
-  using Limits = std::numeric_limits<I>;
+/// result = a + b, where that fits an Integer; else false, and result stays what it was.
+template <std::integral Integer>
+constexpr bool add_fits(Integer a, Integer b, Integer& result) {
+  using Limits = std::numeric_limits<Integer>;
   if (b > 0 ? a > (Limits::max)() - b : a < (Limits::min)() - b) return false;
-  result = static_cast<I>(a + b);
+  result = static_cast<Integer>(a + b);
   return true;
 }
 
-/// result = a * b, where that fits an I; else false, and result stays what it was.
-template <std::integral I>
-constexpr bool multiply_fits(I a, I b, I& result) {
-  constexpr I least = (std::numeric_limits<I>::min)(), greatest = (std::numeric_limits<I>::max)();
-  constexpr I minus_one = static_cast<I>(I{0} - I{1});  // of an unsigned I the greatest
+/// result = a * b, where that fits an Integer; else false, and result stays what it was.
+template <std::integral Integer>
+constexpr bool multiply_fits(Integer a, Integer b, Integer& result) {
+  constexpr Integer least = (std::numeric_limits<Integer>::min)(),
+                    greatest = (std::numeric_limits<Integer>::max)();
+  constexpr Integer minus_one =
+      static_cast<Integer>(Integer{0} - Integer{1});  // of an unsigned Integer the greatest
   if (b > 0 && (a > greatest / b || a < least / b)) return false;
   if (b < 0 && (b == minus_one ? a < -greatest : a < greatest / b || a > least / b)) return false;
-  result = static_cast<I>(a * b);
+  result = static_cast<Integer>(a * b);
   return true;
 }
 

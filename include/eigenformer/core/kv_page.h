@@ -72,9 +72,8 @@ KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim,
           ? aligned(checked_product(cells, sizeof(float), operation, "a page"))
           : 0;
   constexpr std::size_t most = ~std::size_t{0} >> 4;
-  require_that(rows <= most && scales <= most, operation,
-               "a page of ", page_size, " positions x ", kv_heads, " heads x ", head_dim,
-               " overflows");
+  require_that(rows <= most && scales <= most, operation, "a page of ", page_size, " positions x ",
+               kv_heads, " heads x ", head_dim, " overflows");
   return {page_size, kv_heads, head_dim, rows, 2 * rows, 2 * rows + scales, 2 * (rows + scales)};
 }
 

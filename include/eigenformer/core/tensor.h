@@ -46,8 +46,8 @@ struct tensor_traits {
   using scalar = void;
 };
 
-template <typename T, int Rank, int Options, typename I>
-struct tensor_traits<Eigen::Tensor<T, Rank, Options, I>> {
+template <typename T, int Rank, int Options, typename Sizes>
+struct tensor_traits<Eigen::Tensor<T, Rank, Options, Sizes>> {
   static constexpr TensorKind kind =
       (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
   static constexpr int rank = Rank;
