@@ -40,7 +40,7 @@ TEST(Philox, DrawIsAFunctionOfSeedPositionRowAndIndex) {
   }
   std::uniform_int_distribution<int> die(1, 6);  // usable with <random>
   for (int i = 0; i < 100; ++i) EXPECT_LE(die(a), 6);
-  EXPECT_EQ(a.position(), 107u);
+  EXPECT_GE(a.position(), 107u);  // how often a distribution asks is the library's affair
 }
 
 // Against the exact result in 64 bits, at every 8-bit pair and at the ends of the widest type.
