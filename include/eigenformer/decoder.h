@@ -65,6 +65,10 @@ class Decoder {
   Decoder(std::shared_ptr<DecoderWeights> weights, const D& device, C& communicator)
       : weights_(std::move(weights)), device_(&device), communicator_(&communicator) {}
 
+  /// The device must outlive the decoder: a temporary one is refused.
+  template <typename... Rest>
+  Decoder(std::shared_ptr<DecoderWeights> weights, const D&& device, Rest&&... rest) = delete;
+
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
