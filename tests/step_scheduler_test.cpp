@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <map>
+#include <numeric>
 #include <set>
 #include <thread>
 
@@ -18,6 +19,15 @@ namespace {
 
 using Tokens = std::vector<std::int32_t>;
 
+Tokens prompt_of(Index length, unsigned seed) {
+  std::mt19937 random(seed);
+  Tokens tokens(static_cast<std::size_t>(length));
+  for (auto& token : tokens) token = static_cast<std::int32_t>(random() % 50);
+  return tokens;
+}
+/// What requests that share a prefix begin with: its last page is never full, but for pages of 1 and 3.
+const Tokens kSystemPrompt = prompt_of(9, 4711);
+
 /// Carries plans out on a real paged cache, whose keys are the tokens themselves, and checks every law a plan must keep.
 struct Engine {
   explicit Engine(const ef::StepSchedulerOptions& options)
@@ -26,13 +36,29 @@ struct Engine {
                .kv_heads = 1,
                .head_dim = 1,
                .page_size = std::max<Index>(1, options.page_size),
-               .page_count = options.page_size == 0 ? 10000 : options.page_count}) {}
+               .page_count = options.page_size == 0
+                                 ? 10000
+                                 : options.page_count + prefix_pages(options.page_size)}),
+        prefix(cache.add_sequence()) {
+    append(prefix, kSystemPrompt);
+  }
+  static Index prefix_pages(Index page_size) { return (9 + page_size - 1) / page_size; }
 
   ef::StepScheduler scheduler;
   ef::PagedKvCache<float> cache;
+  ef::SequenceId prefix;
   std::map<ef::RequestTicket, ef::SequenceId> sequences;
+  std::map<ef::RequestTicket, Index> shared;  // prefix of each request that has one
+  std::mt19937 guess{1};                      // whether a draft is right
+  int right = 0, wrong = 0;
   ef::StepPlan plan;
   std::vector<ef::RequestTicket> first_tokens;  // of the last step
+
+  void append(ef::SequenceId sequence, std::span<const std::int32_t> tokens) {
+    ef::Tensor<float, 3> rows(static_cast<Index>(tokens.size()), 1, 1);
+    std::copy(tokens.begin(), tokens.end(), rows.data());
+    cache.append(sequence, 0, rows, rows);
+  }
 
   bool plan_step() {
     const bool work = scheduler.next_step(plan);
@@ -42,23 +68,28 @@ struct Engine {
     }
     const auto& options = scheduler.options();
     EXPECT_LE(static_cast<Index>(plan.requests.size()), options.max_batch_size);
-    EXPECT_LE(static_cast<Index>(plan.tokens.size()), options.token_budget);
+    EXPECT_LE(static_cast<Index>(plan.tokens.size()) +
+                  std::accumulate(plan.drafts.begin(), plan.drafts.end(), Index{0}),
+              options.token_budget);
     EXPECT_EQ(plan.offsets.size(), plan.requests.size() + 1);
     for (std::size_t i = 0; i < plan.requests.size(); ++i) {
       const Index n = plan.offsets[i + 1] - plan.offsets[i];
       EXPECT_GE(n, 1);
       EXPECT_LE(n, options.prefill_chunk > 0 ? options.prefill_chunk : options.token_budget);
       const auto [entry, fresh] = sequences.try_emplace(plan.requests[i], -1);
-      EXPECT_TRUE(!fresh || plan.positions[i] == 0);
-      if (fresh) entry->second = cache.add_sequence();
-      const ef::SequenceId sequence = entry->second;
-      EXPECT_EQ(cache.length(sequence), plan.positions[i]);
-      ef::Tensor<float, 3> rows(n, 1, 1);
-      for (Index j = 0; j < n; ++j)
-        rows(j, 0, 0) =
-            static_cast<float>(plan.tokens[static_cast<std::size_t>(plan.offsets[i] + j)]);
-      cache.append(sequence, 0, rows,
-                   rows);  // throws where the plan promised pages that are not there
+      if (fresh) {
+        EXPECT_EQ(plan.positions[i], shared[plan.requests[i]]);
+        entry->second = cache.fork(prefix, plan.positions[i]);
+      }
+      EXPECT_EQ(cache.length(entry->second), plan.positions[i]);
+      // Throws where the plan promised pages that are not there.
+      append(entry->second,
+             std::span(plan.tokens)
+                 .subspan(static_cast<std::size_t>(plan.offsets[i]), static_cast<std::size_t>(n)));
+    }
+    if (options.page_size > 0) {
+      EXPECT_LE(cache.statistics().pages_used,
+                scheduler.statistics().pages_used + prefix_pages(options.page_size));
     }
     return work;
   }
@@ -75,13 +106,30 @@ struct Engine {
     std::vector<ef::StepToken> sampled;
     first_tokens.clear();
     for (std::size_t i = 0; i < plan.requests.size(); ++i)
-      if (plan.wants_token[i] != 0) {
-        const std::int32_t token = next_token(plan.requests[i]);
-        sampled.push_back({plan.requests[i], token, token == end_token});
-        first_tokens.push_back(plan.requests[i]);
-      }
-    std::reverse(sampled.begin(), sampled.end());  // any order will do
+      if (plan.wants_token[plan.wants_token.size() - 1 - i] != 0)  // any order of rows will do
+        sample_row(plan.wants_token.size() - 1 - i, end_token, sampled);
     if (!plan.requests.empty()) scheduler.complete(sampled);
+  }
+
+  /// The row's next token, and one more for each draft that was right. Drafts fill all the room that the plan gives them.
+  void sample_row(std::size_t row, std::int32_t end_token, std::vector<ef::StepToken>& sampled) {
+    const ef::RequestTicket ticket = plan.requests[row];
+    const ef::SequenceId sequence = sequences.at(ticket);
+    first_tokens.push_back(ticket);
+    for (Index room = plan.drafts[row];; --room) {
+      const std::int32_t token = next_token(ticket);
+      sampled.push_back({ticket, token, token == end_token});
+      if (token == end_token || room == 0) return;
+      if (guess() % 3 == 0) {
+        ++wrong;
+        const Index length = cache.length(sequence);
+        append(sequence, Tokens(static_cast<std::size_t>(room), 99));
+        cache.truncate(sequence, length);
+        return;
+      }
+      ++right;
+      append(sequence, Tokens{token});
+    }
   }
 
   bool step(std::int32_t end_token = -1) {
@@ -90,13 +138,6 @@ struct Engine {
     return work;
   }
 };
-
-Tokens prompt_of(Index length, unsigned seed) {
-  std::mt19937 random(seed);
-  Tokens tokens(static_cast<std::size_t>(length));
-  for (auto& token : tokens) token = static_cast<std::int32_t>(random() % 50);
-  return tokens;
-}
 
 /// The text a request must end with, whatever the batch around it.
 Tokens text_of(Tokens tokens, Index limit, std::int32_t end_token) {
@@ -143,6 +184,7 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
                                   .page_count = 4},
                                  1}};
   std::int64_t preempted = 0;
+  int right = 0, wrong = 0;
   for (std::size_t c = 0; c < cases.size(); ++c)
     for (unsigned seed = 1; seed <= 3; ++seed) {
       std::mt19937 random(seed);
@@ -151,14 +193,19 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
       std::set<ef::RequestTicket> cancelled;
       for (int round = 0; round < 400; ++round) {
         if (round < 200 && random() % 3 == 0) {
-          const Tokens prompt =
+          Tokens prompt =
               prompt_of(1 + static_cast<Index>(random() % 30), static_cast<unsigned>(random()));
+          const bool shares = prompt.size() > 9 && random() % 2 == 0;
+          if (shares) std::copy(kSystemPrompt.begin(), kSystemPrompt.end(), prompt.begin());
           const Index limit =
               static_cast<Index>(prompt.size()) + 1 + static_cast<Index>(random() % 20);
           const auto ticket = engine.scheduler.submit(
               prompt,
               {.priority = static_cast<int>(random() % static_cast<unsigned>(cases[c].priorities)),
-               .max_new_tokens = limit - static_cast<Index>(prompt.size())});
+               .max_new_tokens = limit - static_cast<Index>(prompt.size()),
+               .shared_prefix = shares ? 9 : 0,
+               .draft_tokens = static_cast<Index>(random() % 4)});
+          engine.shared[ticket] = shares ? 9 : 0;
           expected[ticket] = text_of(prompt, limit, 13);
         }
         const bool work = engine.plan_step();
@@ -189,6 +236,9 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
       EXPECT_EQ(figures.cancelled, static_cast<std::int64_t>(cancelled.size()));
       EXPECT_EQ(figures.finished + figures.cancelled, figures.submitted);
       preempted += figures.preempted;
+      right += engine.right;
+      wrong += engine.wrong;
+      EXPECT_EQ(engine.cache.sequence_count(), 1);  // the prefix
       for (const auto& [ticket, text] : expected) {
         ASSERT_EQ(engine.scheduler.is_finished(ticket), cancelled.count(ticket) == 0);
         if (cancelled.count(ticket) > 0) continue;
@@ -201,6 +251,8 @@ TEST(StepScheduler, RandomLoadsFinishWithTheirOwnTextsAndPagesReturn) {
       EXPECT_TRUE(engine.scheduler.finished().empty());
     }
   EXPECT_GT(preempted, 50);
+  EXPECT_GT(right, 500);
+  EXPECT_GT(wrong, 200);
 }
 
 TEST(StepScheduler, EverybodyGetsAFirstTokenWithinTheBound) {
@@ -285,8 +337,9 @@ TEST(StepScheduler, RefusalsChangeNothing) {
     expect_throws<std::invalid_argument>([&] { scheduler.complete(sampled); }, text);
     EXPECT_EQ(scheduler.statistics().steps, 0);
   };
-  refuse({}, {"0 tokens came, 1 were wanted"});
-  refuse({{a, 1, false}, {a, 1, false}}, {"two tokens came"});
+  refuse({}, {"tokens came for 0 requests, 1 wanted one"});
+  refuse({{a, 1, true}, {a, 1, false}}, {"behind the last one of request 0"});
+  refuse({{a, 1, false}, {-1, 1, false}}, {"request -1", "not running"});
   refuse({{a, 1, false}, {99, 1, false}}, {"request 99", "not running"});
   const auto b = scheduler.submit(prompt_of(2, 1), {.max_new_tokens = 1});
   refuse({{a, 1, false}, {b, 1, false}}, {"wanted none"});
@@ -374,8 +427,8 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
   EXPECT_EQ(figures.cancelled, cancelled);
   EXPECT_EQ(figures.finished, 300 - cancelled);
   EXPECT_EQ(figures.pages_used, 0);
-  EXPECT_EQ(engine.cache.pages_free(), 20);
-  EXPECT_EQ(engine.cache.sequence_count(), 0);
+  EXPECT_EQ(engine.cache.pages_free(), 20);  // of 23, 3 of which hold the prefix
+  EXPECT_EQ(engine.cache.sequence_count(), 1);
   for (ef::RequestTicket ticket : engine.scheduler.finished()) {
     const auto done = engine.scheduler.take_finished(ticket);
     EXPECT_EQ(done.tokens, text_of(prompt_of(1 + ticket % 30, static_cast<unsigned>(ticket)),
