@@ -1,5 +1,5 @@
 /// \file
-/// Counts calls of operator new, makes the n-th of them fail, and holds a thread up in its next one. Include it in one file of a
+/// Counts calls of operator new, makes the n-th or the large ones fail, and holds a thread up in its next one. Include it in one file of a
 /// program: it replaces the global operators.
 #pragma once
 
@@ -16,12 +16,13 @@ namespace eigenformer_test {
 struct Allocations {
   static inline std::atomic<long> count{0};
   static inline std::atomic<long> fail_at{(std::numeric_limits<long>::max)()};
+  static inline std::atomic<std::size_t> largest{(std::numeric_limits<std::size_t>::max)()};
   /// Called once, by the next allocation of this thread.
   static inline thread_local std::function<void()>* before_next = nullptr;
 
   static void* allocate(std::size_t bytes) {
     if (before_next != nullptr) (*std::exchange(before_next, nullptr))();
-    if (++count >= fail_at) throw std::bad_alloc();
+    if (++count >= fail_at || bytes > largest) throw std::bad_alloc();
     void* memory = std::malloc(bytes > 0 ? bytes : 1);
     if (memory == nullptr) throw std::bad_alloc();
     return memory;
@@ -49,6 +50,15 @@ long count_allocations(F&& f) {
   f();
   return Allocations::count - before;
 }
+
+/// While it lives, memory suffices for no allocation above so many bytes.
+class ScarceMemory {
+ public:
+  explicit ScarceMemory(std::size_t largest) { Allocations::largest = largest; }
+  ~ScarceMemory() { Allocations::largest = (std::numeric_limits<std::size_t>::max)(); }
+  ScarceMemory(const ScarceMemory&) = delete;
+  ScarceMemory& operator=(const ScarceMemory&) = delete;
+};
 
 /// Runs f once with each of its allocations failing in turn, until it gets through; after every failure calls check(). Returns how
 /// many failures there were. Any other exception of f passes through.

@@ -220,9 +220,10 @@ class PagedKvCache {
     const Index batch = k.dimension(0), n = k.dimension(1);
     require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch,
                  ", there are ", ids.size(), " sequences");
-    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), batch * n, k.dimension(2),
+    const Index tokens = checked_product(batch, n, kName, "keys (batch, n)");
+    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), tokens, k.dimension(2),
                                                         k.dimension(3));
-    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), batch * n, v.dimension(2),
+    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), tokens, v.dimension(2),
                                                             v.dimension(3));
     append_rows(device, ids, layer_idx, key_rows, value_rows, n, nullptr);
   }
@@ -415,8 +416,11 @@ class PagedKvCache {
       const std::size_t at = find(ids[i]);
       require_that(std::exchange(sequences_[at].last_append, appends_) != appends_, kName,
                    "sequence ", ids[i], " comes twice in an append");
-      const Index begin = lengths_[layer][at],
-                  pages = detail::pages_for(begin + added(i), config_.page_size);
+      const Index begin = lengths_[layer][at];
+      require_capacity(added(i) <= total_slots() - begin, kName, added(i),
+                       " more positions behind ", begin, " of sequence ", ids[i], ", the pool has ",
+                       total_slots());
+      const Index pages = detail::pages_for(begin + added(i), config_.page_size);
       needed += std::max<Index>(0, pages - static_cast<Index>(sequences_[at].pages.size()));
     }
     needed += copies_needed(layer, ids, added);
