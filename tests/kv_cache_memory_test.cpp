@@ -272,6 +272,23 @@ TEST(KvCacheMemory, AReservationThatALaterLayerCannotMeetLeavesUpdatesAlone) {
   EXPECT_EQ(cache.keys(0)(0, 100, 0, 63), 2.0f);
 }
 
+TEST(KvCacheMemory, PagesOfAllSequencesTogetherHaveNumbersOf32Bits) {
+  const ScarceMemory scarce(1 << 28);  // against tables of 2^32 entries
+  const Index batch = Index{1} << 16, length = kPage << 16;
+  ef::KvCache<float> cache;
+  expect_throws<std::length_error>([&] { cache.reserve(1, batch, length, 0, 1); },
+                                   {"KvCache", std::to_string(length), std::to_string(batch)});
+  cache.reserve(length);  // of one sequence that is no more than 65536 pages
+  const ef::TensorView<const float, 4> nothing(nullptr, batch, 1, 0, 1);
+  ef::update_kv_cache(cache, nothing, nothing, 0);
+  EXPECT_EQ(cache.length(0), 1);
+  EXPECT_EQ(cache.capacity(0), kPage);
+  expect_throws<std::length_error>([&] { cache.reserve(length); }, {std::to_string(batch)});
+  cache.reserve(kPage * 3);
+  EXPECT_EQ(cache.capacity(0), kPage * 3);
+  EXPECT_THROW(cache.reserve(kPage << 15), std::length_error);  // 2^31 pages, one too many
+}
+
 TEST(KvCacheMemory, EmptyTensorsOfAnySizeAreRefusedOrTaken) {
   ef::KvCache<float> cache;
   const auto append = [&](Index batch, Index n, Index heads, Index dim) {

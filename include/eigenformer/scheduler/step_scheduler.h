@@ -176,7 +176,7 @@ class StepScheduler {
     if (running_.count(rank) > 0) {
       released_.push_back(ticket);
       // next_step has left room for every running request.
-      if (under_way_ && found->second.wants_token()) excused_.push_back(ticket);
+      if (found->second.wants_token()) excused_.push_back(ticket);
       give_back_pages(found->second);
       running_.erase(rank);
     } else {
