@@ -171,9 +171,8 @@ TEST(KvCacheMemory, AReservationThatNothingCouldMeetIsRefusedAtOnce) {
   constexpr Index most = (std::min)(Index{(std::numeric_limits<std::int32_t>::max)()},
                                     kLargest / kPage) *
                          kPage;  // positions of a page table
-  for (Index length :
-       {most + 1, most + kPage, kLargest / 2, kLargest - 63, kLargest - 1, kLargest}) {
-    if (length < most) continue;  // past the largest Index of 32 bits
+  for (Index length : {most + 1, most + 63, kLargest / 2, kLargest - 63, kLargest - 1, kLargest}) {
+    if (length <= most) continue;  // where Index has 32 bits
     ef::KvCache<float> cache;
     const auto refuse = [&] {
       expect_throws<std::length_error>([&] { cache.reserve(length); },

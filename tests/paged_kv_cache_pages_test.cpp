@@ -195,7 +195,8 @@ TEST(PagedKvCachePages, SizesUpToTheLargest) {
                                      {std::to_string(size), "the pool has 20"});
     const std::vector<SequenceId> both{b, a};
     const ef::TensorView<const float, 4> nothing(nullptr, 2, size, 0, 1);
-    EXPECT_THROW(cache.append(both, 0, nothing, nothing), std::invalid_argument);
+    expect_throws<std::invalid_argument>([&] { cache.append(both, 0, nothing, nothing); },
+                                         {"keys (batch, n) of 2 x " + std::to_string(size)});
     const std::vector<Index> offsets{0, size - 1, size};
     EXPECT_THROW(cache.append(both, offsets, 0, endless, endless), std::length_error);
     const auto refuse = [](const ef::PagedKvConfig& config) {

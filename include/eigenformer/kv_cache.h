@@ -34,6 +34,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/error.h"
 #include "core/kv_page.h"
 #include "core/kv_source.h"
 #include "cpu/kv_cache.h"
@@ -123,17 +124,6 @@ class KvLayer {
     commit(growth_to(wanted, AlignedBytes(slab_bytes(wanted))));
   }
 
-  /// Room for exactly `length` positions, where they have page numbers and memory suffices for them.
-  void grow_if_memory_suffices(Index length) {
-    const Index groups = pages_for(length, kPageSize);
-    if (groups <= groups_ || groups > most_groups()) return;
-    const Index pages = (groups - groups_) * batch();
-    if (layout_.bytes > 0 && pages > kLargest / static_cast<Index>(layout_.bytes)) return;
-    const std::size_t bytes = static_cast<std::size_t>(pages) * layout_.bytes;
-    AlignedBytes slab = AlignedBytes::if_memory_suffices(bytes);
-    if (slab.size() == bytes) commit(growth_to(groups, std::move(slab)));
-  }
-
   KvSource<Storage> source() const {
     return paged_source<Storage>(layout_, batch(), lengths_.data(), pages_.data(), tables_.data(),
                                  0);
@@ -141,10 +131,9 @@ class KvLayer {
 
  private:
   static constexpr auto kName = "KvCache";
-  static constexpr Index kLargest = (std::numeric_limits<Index>::max)();
   /// Pages have numbers of 32 bits; positions are counted in Index.
-  static constexpr Index kMostPages =
-      (std::min)(Index{(std::numeric_limits<std::int32_t>::max)()}, kLargest / kPageSize);
+  static constexpr Index kMostPages = (std::min)(Index{(std::numeric_limits<std::int32_t>::max)()},
+                                                 (std::numeric_limits<Index>::max)() / kPageSize);
 
   static std::size_t checked_batch(Index batch) {
     require_capacity(batch <= kMostPages, kName, "a batch of ", batch, " sequences, expected ",
@@ -265,7 +254,8 @@ class KvCache {
   /// come later get it with their first update, where memory suffices for it; where not, they grow as they need. Less than an
   /// earlier reservation changes nothing. Throws, with nothing changed, std::invalid_argument for a negative length,
   /// std::length_error for more pages than a page table counts to (2^37 positions of all sequences), std::bad_alloc where memory
-  /// does not suffice, be it for a layer of one head of one element only.
+  /// does not suffice, be it for a layer of one head of one element only. (Without exceptions, memory that does not suffice ends the
+  /// program: core/error.h.)
   void reserve(Index max_length) {
     require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
                  ", expected 0 or more");
@@ -371,7 +361,8 @@ class KvCache {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
     require_capacity(added <= (std::numeric_limits<Index>::max)() - length, "update_kv_cache",
                      "length ", length, " + ", added, " overflows");
-    layer.grow_if_memory_suffices(reserved_);
+    // A reservation older than the layer, which memory or page numbers may not suffice for, is no reason to refuse an update.
+    detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
     layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
     detail::append_kv(

@@ -34,14 +34,6 @@ class AlignedBytes {
   AlignedBytes() = default;
   explicit AlignedBytes(std::size_t bytes)
       : data_(bytes == 0 ? nullptr : allocate(bytes)), size_(bytes) {}
-  /// Empty where memory does not suffice.
-  static AlignedBytes if_memory_suffices(std::size_t bytes) {
-    AlignedBytes result;
-    if (bytes > 0)
-      result.data_.reset(static_cast<std::byte*>(::operator new(bytes, kAlignment, std::nothrow)));
-    if (result.data_ != nullptr) result.size_ = bytes;
-    return result;
-  }
   std::byte* data() const { return data_.get(); }
   std::size_t size() const { return size_; }
 
