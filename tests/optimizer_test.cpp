@@ -207,7 +207,7 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
       v.setZero();
       const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(),
                                      v.data(), size};
-      const ef::AdamWFactors factors{1 - 0.1f * 0.01f,
+      const ef::AdamWFactors factors{0.1f * 0.01f,
                                      0.9f,
                                      0.1f,
                                      0.999f,

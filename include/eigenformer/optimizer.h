@@ -7,8 +7,8 @@
 ///   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 ///   w = w - learning_rate ((m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon) + weight_decay w)
 ///
-/// The weight is rounded once a step, so that a decay far below its last digit (learning_rate 2e-6, weight_decay 0.01) arrives in
-/// the long run: the update, which is larger and varies, carries it over.
+/// The weight is rounded once a step, so that a decay far below its last digit (learning_rate 2e-6,
+/// weight_decay 0.01) arrives in the long run: the update, which is larger and varies, carries it.
 ///
 /// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013), with the update
 /// of torch.optim.SGD, decay coupled to the gradient:
@@ -110,8 +110,8 @@ class AdamW {
  public:
   using Group = ParameterGroup<AdamWOptions>;
 
-  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters share memory, and for an
-  /// option that is NaN, negative, above 1e18 or (betas) 1 or more.
+  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters
+  /// share memory, and for an option that is NaN, negative, above 1e18 or (betas) 1 or more.
   explicit AdamW(std::vector<Parameter> parameters, const AdamWOptions& options = {})
       : AdamW(std::vector<Group>{{std::move(parameters), options}}) {}
   explicit AdamW(std::vector<Group> groups) : state_(std::move(groups)) {}
@@ -137,13 +137,11 @@ class AdamW {
   /// Of one group. Throws std::invalid_argument for a group out of range, as all functions below do.
   const AdamWOptions& options(Index group = 0) const { return state_.options(group); }
   double learning_rate(Index group = 0) const { return options(group).learning_rate; }
-  /// From the next step on, for schedules: the rate of all groups, of one, or all options of one. Throws std::invalid_argument as
-  /// the constructor does, and changes nothing then.
+  /// From the next step on, for schedules: the rate of all groups, of one, or all options of one.
+  /// Throws std::invalid_argument as the constructor does, and changes nothing then.
   void set_learning_rate(double rate) { state_.set_learning_rate(rate); }
   void set_learning_rate(Index group, double rate) { state_.set_learning_rate(group, rate); }
-  void set_options(Index group, const AdamWOptions& options) {
-    state_.set_options(group, options);
-  }
+  void set_options(Index group, const AdamWOptions& options) { state_.set_options(group, options); }
 
   /// Steps taken.
   Index step_count() const { return state_.steps; }
@@ -154,7 +152,8 @@ class AdamW {
   TensorView<const float, 1> second_moment(Index parameter) const {
     return state_.moment("AdamW::second_moment", 1, parameter);
   }
-  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside step_count(), the options and the weights.
+  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside step_count(),
+  /// the options and the weights.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
   void load_state(std::span<const float> state, Index step_count) {
@@ -191,7 +190,7 @@ class Sgd {
     state_.zero_gradients(device);
   }
 
-  /// As for AdamW. A group that has momentum keeps one, another gets none: set_options throws std::invalid_argument for that.
+  /// As for AdamW. set_options changes the value of a group's momentum, not whether it has one.
   const std::vector<Parameter>& parameters() const { return state_.parameters(); }
   Index group_count() const { return state_.group_count(); }
   const SgdOptions& options(Index group = 0) const { return state_.options(group); }
@@ -266,8 +265,9 @@ inline void require_factor(std::string_view operation, std::string_view name, do
 
 }  // namespace detail
 
-/// Multiplies every gradient by the factor and returns whether all are finite afterwards: the unscaling of mixed precision, in one
-/// pass. Throws std::invalid_argument for a factor that is NaN or past the range of float.
+/// Multiplies every gradient by the factor and returns whether all are finite afterwards: the
+/// unscaling of mixed precision, in one pass. Throws std::invalid_argument for a factor that is NaN
+/// or past the range of float.
 template <CpuDevice D>
 bool scale_gradients(const D& device, std::span<const Parameter> parameters, double factor,
                      Workspace& workspace = thread_workspace()) {

@@ -1,6 +1,6 @@
 /// \file
-/// What optimizers have in common: the parameters and their groups, the pieces that kernels work on, the moments. The public
-/// types among these are described in optimizer.h.
+/// What optimizers have in common: parameters and their groups, the pieces that kernels work on,
+/// the moments. How they are used is in optimizer.h.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,7 @@
 #include <limits>
 #include <span>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -19,10 +20,11 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// One parameter of a model, flattened: views of its float master weights and of their gradient, of equal size.
+/// One parameter of a model, flattened: views of its float master weights and of their gradient, of
+/// equal size.
 ///
-///   ef::Parameter{ef::TensorView<float, 1>(weight.data(), weight.size()), ef::TensorView<float, 1>(gradient.data(),
-///   gradient.size())}
+///   ef::Parameter{ef::TensorView<float, 1>(weight.data(), weight.size()),
+///                 ef::TensorView<float, 1>(gradient.data(), gradient.size())}
 struct Parameter {
   TensorView<float, 1> value, gradient;
 };
@@ -43,7 +45,7 @@ inline void check_parameters(std::string_view operation, std::span<const Paramet
                  parameters[i].gradient.size(), " gradients");
 }
 
-/// A weight that is listed twice would be stepped twice, a gradient that is listed twice would be scaled twice.
+/// A weight that is listed twice would be stepped twice, a gradient scaled twice.
 inline void check_distinct(std::string_view operation, std::span<const Parameter> parameters) {
   struct Range {
     const float* begin;
@@ -75,7 +77,7 @@ inline Index piece_count(std::span<const Parameter> parameters) {
   return count;
 }
 
-/// Cuts a parameter into pieces and returns the end of them; moments are of the parameter's size, or null.
+/// Cuts a parameter into pieces and returns the end of them; moments are of its size, or null.
 inline ParameterPiece* cut_into_pieces(const Parameter& parameter, float* first_moment,
                                        float* second_moment, ParameterPiece* pieces) {
   for (Index at = 0; at < parameter.value.size(); at += kPieceElements)
@@ -103,8 +105,9 @@ inline void require_beta(std::string_view operation, std::string_view name, Inde
                ", expected 0 or more and below 1");
 }
 
-/// Groups of parameters, their pieces and the moments: what AdamW and Sgd have in common. Rules says in static members what is
-/// their own: name, kMoments, check(group, options), keeps_state(options) and factors(options, step).
+/// Groups of parameters, their pieces and the moments: what AdamW and Sgd have in common. Rules says
+/// in static members what is their own: name, kMoments, check(group, options), keeps_state(options)
+/// and factors(options, step).
 template <typename Rules, typename Options>
 class OptimizerState {
  public:
