@@ -151,6 +151,19 @@ TrainOptions data_parallel(C& communicator, TrainOptions options = {}) {
   return options;
 }
 
+/// Model parallelism: options under which ranks that hold different parameters, each a part of one
+/// model, agree on each step and clip by the norm of the whole. A parameter that several ranks hold
+/// alike counts in the norm once for each.
+template <typename C>
+TrainOptions model_parallel(C& communicator, TrainOptions options = {}) {
+  options.reduce_verdict = [&communicator](GradientVerdict& verdict) {
+    double sums[] = {verdict.found_inf ? 1.0 : 0.0, verdict.squared_norm};
+    communicator.all_reduce_sum(std::span<double>(sums));
+    verdict = {sums[0] > 0, sums[1]};
+  };
+  return options;
+}
+
 namespace detail {
 
 template <typename L, typename D, typename Compute, typename Targets>
