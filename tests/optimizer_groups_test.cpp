@@ -1,5 +1,5 @@
-// Laws: a group of parameters takes the steps, to the bit, of an optimizer of its own with the group's
-// options; all of them are saved and loaded together; nonsense is refused by the group's number.
+// Laws: a group of parameters takes the steps, to the bit, of an optimizer of its own with the
+// group's options; all groups are saved and loaded together; nonsense is refused by its group.
 #include <eigenformer/optimizer.h>
 
 #include "compare.h"

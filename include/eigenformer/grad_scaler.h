@@ -1,9 +1,9 @@
 /// \file
-/// Dynamic loss scaling for mixed precision (Micikevicius et al., "Mixed Precision Training", 2018),
-/// the state machine of torch.amp.GradScaler. The loss gradient is multiplied by scale() before the
-/// backward pass, so that small gradients survive in half; gradients are divided by it before the
-/// step. A step whose gradients are not all finite is skipped and the scale backs off; after
-/// growth_interval good steps in a row it grows.
+/// Dynamic loss scaling for mixed precision (Micikevicius et al., "Mixed Precision Training",
+/// 2018), the state machine of torch.amp.GradScaler. The loss gradient is multiplied by scale()
+/// before the backward pass, so that small gradients survive in half; gradients are divided by it
+/// before the step. A step whose gradients are not all finite is skipped and the scale backs off;
+/// after growth_interval good steps in a row it grows.
 ///
 ///   ef::GradScaler scaler;
 ///   ... backward pass of the loss times scaler.scale(), as often as gradients accumulate ...

@@ -105,9 +105,9 @@ inline void require_beta(std::string_view operation, std::string_view name, Inde
                ", expected 0 or more and below 1");
 }
 
-/// Groups of parameters, their pieces and the moments: what AdamW and Sgd have in common. Rules says
-/// in static members what is their own: name, kMoments, check(group, options), keeps_state(options)
-/// and factors(options, step).
+/// Groups of parameters, their pieces and the moments: what AdamW and Sgd have in common. Rules
+/// says in static members what is their own: name, kMoments, check(group, options),
+/// keeps_state(options) and factors(options, step).
 template <typename Rules, typename Options>
 class OptimizerState {
  public:
