@@ -114,6 +114,45 @@ TEST(Decoder, GradientsEqualFiniteDifferences) {
   }
 }
 
+/// Gradients of all parameters for the gradient of the logits in `direction`.
+template <typename Compute>
+std::vector<ef::Tensor<double, 2>> gradients_in(ef::DecoderWeights& weights,
+                                                ef::Decoder<float>& model,
+                                                const ef::Tensor<std::int32_t, 2>& ids,
+                                                const ef::Tensor<double, 2>& direction) {
+  for (ef::Parameter& parameter : weights.parameters()) parameter.gradient.setZero();
+  model.forward<Compute>(ids);
+  ef::Tensor<Compute, 2> narrow(direction.dimensions());
+  for (Index i = 0; i < narrow.size(); ++i)
+    narrow.data()[i] = static_cast<Compute>(direction.data()[i]);
+  model.backward<Compute>(narrow);
+  std::vector<ef::Tensor<double, 2>> result;
+  for (std::size_t t = 0; t < weights.tensors().size(); ++t)
+    result.push_back(to_double(weights.gradient_matrix(t)));
+  return result;
+}
+
+/// Row by row, so that one row of a wrong size in a large matrix shows.
+TEST(Decoder, GradientsInEveryScalarEqualThoseInDouble) {
+  auto weights = make_weights();
+  ef::Decoder<float> model(weights, kOneThread);
+  const auto ids = random_ids(2, 40, 2);
+  const auto direction = random_tensor<double, 2>({80, kConfig.vocabulary}, 3);
+  const auto expected = gradients_in<double>(*weights, model, ids, direction);
+  const auto compare = [&](const std::vector<ef::Tensor<double, 2>>& actual, double allowed) {
+    for (std::size_t t = 0; t < expected.size(); ++t)
+      for (Index r = 0; r < expected[t].dimension(0); ++r) {
+        const Index columns = expected[t].dimension(1);
+        const ef::TensorView<const double, 2> mine(actual[t].data() + r * columns, 1, columns);
+        const ef::TensorView<const double, 2> wanted(expected[t].data() + r * columns, 1, columns);
+        EXPECT_LT(relative_error(mine, wanted), allowed) << weights->tensors()[t].name << ' ' << r;
+      }
+  };
+  compare(gradients_in<float>(*weights, model, ids, direction), 1e-4);
+  compare(gradients_in<ef::half>(*weights, model, ids, direction), 0.05);
+  compare(gradients_in<ef::bfloat16>(*weights, model, ids, direction), 0.3);
+}
+
 TEST(Decoder, SameBitsWholeInChunksTokenByTokenAndInABatch) {
   auto weights = make_weights();
   ef::Decoder<float> model(weights, kOneThread);
@@ -214,7 +253,14 @@ TEST(Decoder, Int8StaysCloseAndIsSmaller) {
   const auto exact = model.prefill(ids, a);
   model.quantize();
   EXPECT_LT(model.weight_bytes(), bytes / 2);
-  EXPECT_LT(relative_error(model.prefill(ids, b), to_double(exact)), 0.05);
+  const auto int8 = model.prefill(ids, b);
+  EXPECT_LT(relative_error(int8, to_double(exact)), 0.05);
+  double squares = 0;
+  for (Index i = 0; i < exact.size(); ++i)
+    squares += static_cast<double>(exact.data()[i]) * static_cast<double>(exact.data()[i]);
+  const double size = std::sqrt(squares / static_cast<double>(exact.size()));
+  for (Index c = 0; c < exact.dimension(1); ++c)  // one channel with a wrong scale shows here
+    for (Index r = 0; r < 4; ++r) EXPECT_NEAR(int8(r, c), exact(r, c), 0.2 * size) << r << ' ' << c;
 }
 
 TEST(Decoder, ReleasesItsMasterWeights) {
