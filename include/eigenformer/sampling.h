@@ -10,6 +10,9 @@
 ///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
 ///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
 ///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
+///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});      // sampling/log_probabilities.h
+///   scores = ef::log_probabilities_of(logits, tokens);                                // of given tokens, likewise
+///   result = ef::verify_speculative(draft_tokens, draft_probabilities, target_probabilities, rng);   // sampling/speculative.h
 ///
 /// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each
 /// filter on the renormalised survivors of the one before:
@@ -18,7 +21,7 @@
 ///   logit_bias    x += bias
 ///   token_mask    -infinity where the bit is 0
 ///   temperature   x / T; T = 0 keeps the best token, the lowest index among equals: greedy
-///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties)
+///   top_k         the k largest, 0: all; of equals at the end those of lowest index, or all (top_k_ties)
 ///   top_p         the smallest set of most likely tokens whose probability sums to at least p; equals by lowest index
 ///   min_p         probability >= min_p * the best's
 ///   typical_p     the smallest set of tokens nearest in information to the entropy that sums to at least p; all equals
@@ -28,11 +31,13 @@
 ///
 /// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a function of (seed, position, r),
 /// or of (seed, position) where every row has a generator of its own. Each call advances each generator by one, whatever the batch
-/// and the outcome of its rows; a call that throws advances nothing. Results do not depend on the other rows or on threads.
+/// and the outcome of its rows; a call that throws advances nothing. Drafting and verifying draw from streams of their own, so that
+/// both may have generators of one seed (core/philox.h states the law). Results do not depend on the other rows or on threads.
 ///
-/// Logits are float, double, bfloat16 or half and are never changed. A row that holds NaN or +infinity, or that is all -infinity
-/// (as given, or after bias and mask), makes the returning forms throw std::invalid_argument naming it; the _into forms give it id
-/// -1 and a status and serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators,
+/// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or +infinity, or that is all
+/// -infinity (as given, or after penalties, bias and mask). Forms that return tokens or numbers alone throw std::invalid_argument
+/// naming it; forms that can say how each row ended (the _into forms, and results with `statuses`) give it id -1 and a status and
+/// serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators,
 /// parameters out of range or NaN, and token ids out of range. batch 0 is legal. An output must not overlap the logits.
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about
@@ -86,7 +91,7 @@ inline void check_tokens(std::string_view name, std::string_view argument,
 inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
   require_that(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ",
                p.temperature, ", expected 0 (greedy) or more");
-  require_that(p.top_k >= 1, name, "top_k is ", p.top_k, ", expected 1 or more");
+  require_that(p.top_k >= 0, name, "top_k is ", p.top_k, ", expected 0 (all tokens) or more");
   require_that(!std::isnan(p.top_p), name, "top_p is NaN");
   require_that(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
   require_that(!std::isnan(p.typical_p), name, "typical_p is NaN");
@@ -123,9 +128,9 @@ struct SamplingParamsView {
       : data(rows.data()), count(rows.size()), per_row(true) {}
 };
 
-inline void check_sampling_shape(std::string_view name, Index vocab) {
-  require_that(vocab >= 1 && vocab <= (std::numeric_limits<std::int32_t>::max)(), name,
-               "logits has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
+inline void check_sampling_shape(std::string_view name, std::string_view argument, Index vocab) {
+  require_that(vocab >= 1 && vocab <= (std::numeric_limits<std::int32_t>::max)(), name, argument,
+               " has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
 }
 
 inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
@@ -137,9 +142,13 @@ inline void check_all_params(std::string_view name, const SamplingParamsView& pa
     check_sampling_params(join(name, "params of row ", r), params.data[r], vocab);
 }
 
-inline void check_generators(std::string_view name, const Generators& rng, Index batch) {
-  require_that(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(),
-               " generators, logits has ", batch, " rows");
+inline void check_generators(std::string_view name, std::string_view argument,
+                             const Generators& rng, Index batch) {
+  require_that(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(), " generators, ",
+               argument, " has ", batch, " rows");
+  require_that(rng.per_row() || static_cast<std::uint64_t>(batch) <= Philox::kRows, name,
+               "rng is one generator, ", argument, " has ", batch, " rows, expected at most ",
+               Philox::kRows);
 }
 
 template <typename View>
@@ -148,7 +157,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   using T = scalar_of<View>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  check_sampling_shape(name, logits.dimension(1));
+  check_sampling_shape(name, "logits", logits.dimension(1));
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
   return SamplingProblem<T>{logits.data(),
                             logits.dimension(0),
@@ -163,7 +172,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
 
 template <typename T>
 void set_generators(std::string_view name, SamplingProblem<T>& problem, const Generators& rng) {
-  check_generators(name, rng, problem.batch);
+  check_generators(name, "logits", rng, problem.batch);
   problem.generators = rng.data();
   problem.generators_stride = rng.per_row() ? 1 : 0;
 }
@@ -221,7 +230,8 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   return ids;
 }
 
-inline SamplingParams top_k_params(Index k, double temperature) {
+inline SamplingParams top_k_params(std::string_view name, Index k, double temperature) {
+  require_that(k >= 1, name, "top_k is ", k, ", expected 1 or more");
   return {.temperature = temperature, .top_k = k};
 }
 inline SamplingParams top_p_params(double p, double temperature) {
@@ -283,13 +293,14 @@ void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamp
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
 
-/// Draws from the k largest of every row at a temperature. On a GPU ids, logits and statuses are device memory.
+/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses are device memory.
 template <Device D, typename Ids, typename Logits>
 void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
                        double temperature, Generators rng, std::span<SampleStatus> statuses = {},
                        Workspace& workspace = thread_workspace()) {
-  detail::sample_into("top_k_sample", device, ids, logits, detail::top_k_params(k, temperature),
-                      rng, statuses, workspace);
+  constexpr auto name = "top_k_sample";
+  detail::sample_into(name, device, ids, logits, detail::top_k_params(name, k, temperature), rng,
+                      statuses, workspace);
 }
 
 /// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
@@ -315,11 +326,12 @@ Tensor<std::int32_t, 1> sample(const Logits& logits, const RowSamplingParams& pa
   return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
 }
 
-/// sample with {.temperature = temperature, .top_k = k}.
+/// sample with {.temperature = temperature, .top_k = k}; k < 1 throws.
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> top_k_sample(const D& device, const Logits& logits, Index k,
                                      double temperature, Generators rng) {
-  return detail::sample("top_k_sample", device, logits, detail::top_k_params(k, temperature), rng);
+  constexpr auto name = "top_k_sample";
+  return detail::sample(name, device, logits, detail::top_k_params(name, k, temperature), rng);
 }
 template <typename Logits>
   requires(!Device<Logits>)
@@ -417,4 +429,5 @@ Tensor<float, 2> sampling_probabilities(const Logits& logits, const RowSamplingP
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
 
-#include "sampling/outputs.h"  // sample_with_log_probabilities, verify_speculative
+#include "sampling/log_probabilities.h"
+#include "sampling/speculative.h"

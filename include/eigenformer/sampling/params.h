@@ -64,8 +64,9 @@ struct LogitBias {
 };
 
 struct SamplingParams {
-  double temperature = 1;        ///< logits are divided by it; 0 is greedy
-  Index top_k = kKeepAllTokens;  ///< number of most likely tokens kept, 1 or more
+  double temperature = 1;  ///< logits are divided by it; 0 is greedy
+  Index top_k =
+      kKeepAllTokens;  ///< number of most likely tokens kept; 0, like vocab or more, keeps all
   double top_p =
       1;  ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
   double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
@@ -85,6 +86,11 @@ struct SamplingParams {
   std::span<const std::uint32_t> token_mask = {};
 };
 
+/// top_k as a number of tokens: 0 says all.
+constexpr Index kept_by_top_k(const SamplingParams& params) {
+  return params.top_k == 0 ? kKeepAllTokens : params.top_k;
+}
+
 /// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams, which it refers to. (A span would
 /// itself accept `{}` where the parameters of all rows are meant.)
 class RowSamplingParams {
@@ -99,12 +105,13 @@ class RowSamplingParams {
   std::span<const SamplingParams> rows_;
 };
 
-/// How sampling a row ended.
+/// How a row ended. A row that is not ok harms no other.
 enum class SampleStatus : std::uint8_t {
   ok,
   nan,                ///< the row holds NaN
-  positive_infinity,  ///< the row holds +infinity
-  no_token            ///< every logit is -infinity, as given or after bias and mask
+  positive_infinity,  ///< the row holds +infinity, as given or after penalties and bias
+  no_token,  ///< every logit is -infinity, as given or after bias and mask; every probability is 0
+  negative   ///< the row holds a negative probability
 };
 
 /// The random numbers of a call: one generator for all rows (row r draws at row r of its counter), or one generator a row (each row
