@@ -21,6 +21,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/values.h"
 #include "core/visibility.h"
 #include "cpu/causal_mask.h"
 #if defined(__CUDACC__)
@@ -37,7 +38,7 @@ struct CausalMaskOptions {
   Index prefix_length = 0;  ///< leading keys visible to all
   /// Document of each position, (key_length) shared by the batch or (batch, key_length); empty means one document. Memory of the
   /// device. A query whose position is outside [0, key_length) then sees nothing.
-  std::span<const std::int32_t> segment_ids = {};
+  Values<std::int32_t> segment_ids = {};
 };
 
 namespace detail {
@@ -129,7 +130,7 @@ Tensor<T, 3> create_causal_mask(Index query_length, Index batch_size,
 }
 
 /// The same mask as a lazy Eigen expression (batch_size, query_length, key_length): no memory, computed where it is used.
-/// options.segment_ids must outlive the expression.
+/// A container of segment ids that has a name must outlive the expression.
 ///
 ///   scores += ef::causal_mask_expression<float>(seq_length, batch_size);
 template <FloatingScalar T>
@@ -142,8 +143,10 @@ auto causal_mask_expression(Index query_length, Index batch_size,
   // a life of its own.
   static const T unread{};
   static const TensorView<const T, 3> leaf(&unread, 1, 1, 1);
-  const auto generator = [problem](const Eigen::array<Index, 3>& at) {
-    return problem.visible(at[0], at[1], at[2]) ? T(0) : -std::numeric_limits<T>::infinity();
+  const auto generator = [problem, ids = options.segment_ids](const Eigen::array<Index, 3>& at) {
+    auto here = problem;
+    here.segment_ids = ids.empty() ? nullptr : ids.data();  // those of this copy of the expression
+    return here.visible(at[0], at[1], at[2]) ? T(0) : -std::numeric_limits<T>::infinity();
   };
   return leaf.broadcast(Eigen::array<Index, 3>{batch_size, query_length, key_length})
       .generate(generator);

@@ -284,12 +284,14 @@ class Decoder {
   template <typename Storage>
   static void claim_pages(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences,
                           std::span<const Index> lengths) {
-    try {
-      for (std::size_t b = 0; b < sequences.size(); ++b) cache.reserve(sequences[b], lengths[b]);
-    } catch (...) {
-      for (SequenceId sequence : sequences) cache.truncate(sequence, 0);
-      throw;
-    }
+    detail::attempt_or_undo(
+        [&] {
+          for (std::size_t b = 0; b < sequences.size(); ++b)
+            cache.reserve(sequences[b], lengths[b]);
+        },
+        [&] {
+          for (SequenceId sequence : sequences) cache.truncate(sequence, 0);
+        });
   }
 
   template <typename Attend>

@@ -69,7 +69,7 @@ class GradScaler {
   bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
     const void* const key = key_of(parameters);
     if (find(key) != nullptr)
-      throw std::logic_error(
+      detail::fail<std::logic_error>(
           "GradScaler::unscale: these gradients were unscaled already since the last update");
     const bool finite = scale_gradients(device, parameters, multiplier / scale());
     unscaled_.push_back({key, finite});
@@ -94,7 +94,7 @@ class GradScaler {
     if (find(key_of(parameters)) == nullptr) unscale(parameters);
     Unscaled& entry = *find(key_of(parameters));
     if (entry.stepped)
-      throw std::logic_error(
+      detail::fail<std::logic_error>(
           "GradScaler::step: this optimizer stepped already since the last update");
     entry.stepped = true;
     if (entry.finite) optimizer.step();
@@ -104,7 +104,7 @@ class GradScaler {
   /// Moves the scale by what the unscales since the last update found. Throws std::logic_error where there was none.
   void update() {
     if (unscaled_.empty())
-      throw std::logic_error(
+      detail::fail<std::logic_error>(
           "GradScaler::update: no gradients were unscaled since the last update");
     update(found_inf_);
   }

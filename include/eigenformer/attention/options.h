@@ -1,49 +1,16 @@
 /// \file
-/// The options of attention, and the two argument types its calls share: lengths of sequences and the log-sum-exp output.
+/// The options of attention, and the type of its log-sum-exp output.
 #pragma once
 
 #include <array>
-#include <initializer_list>
 #include <span>
 
 #include "../core/check.h"
 #include "../core/tensor.h"
+#include "../core/values.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// Lengths or offsets of sequences: a view of Index or of int, made implicitly from anything that converts to
-/// std::span<const Index> or std::span<const int> (std::vector, std::array, arrays) and from a braced list. Host memory; it must
-/// live until the call returns.
-class LengthSpan {
- public:
-  constexpr LengthSpan() = default;
-  constexpr LengthSpan(std::span<const Index> lengths)
-      : wide_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
-  constexpr LengthSpan(std::span<const int> lengths)
-      : narrow_(lengths.data()), size_(static_cast<Index>(lengths.size())) {}
-  constexpr LengthSpan(std::initializer_list<int> lengths)
-      : LengthSpan(std::span<const int>(lengths.begin(), lengths.size())) {}
-  template <typename R>
-    requires std::convertible_to<const R&, std::span<const Index>>
-  constexpr LengthSpan(const R& lengths)
-      : LengthSpan(static_cast<std::span<const Index>>(lengths)) {}
-  template <typename R>
-    requires(std::convertible_to<const R&, std::span<const int>> &&
-             !std::convertible_to<const R&, std::span<const Index>>)
-  constexpr LengthSpan(const R& lengths) : LengthSpan(static_cast<std::span<const int>>(lengths)) {}
-
-  constexpr Index size() const { return size_; }
-  constexpr bool empty() const { return size_ == 0; }
-  constexpr Index operator[](Index i) const {
-    return wide_ != nullptr ? wide_[i] : static_cast<Index>(narrow_[i]);
-  }
-
- private:
-  const Index* wide_ = nullptr;
-  const int* narrow_ = nullptr;
-  Index size_ = 0;
-};
 
 /// Where attention writes log(sum of exp of the scores), made implicitly from an ef::Tensor or ef::TensorView of the compute type
 /// (float, or double for double inputs). The shape is that of the output without its last dimension, heads before rows:
@@ -111,7 +78,7 @@ class LogSumExpOutput {
   bool present_ = false;
 };
 
-/// Spans are host memory and must live until the call returns.
+/// Values are host memory: a container with a name is viewed, a temporary or a braced list is owned (core/values.h).
 struct AttentionOptions {
   bool causal =
       false;  ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
@@ -120,9 +87,9 @@ struct AttentionOptions {
   float softcap =
       0;  ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
   float scale = 0;  ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
-  std::span<const float> alibi_slopes =
+  Values<float> alibi_slopes =
       {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
-  std::span<const float> sinks =
+  Values<float> sinks =
       {};  ///< one logit a head that joins maximum and denominator and has no value
   Index prefix_length = 0;  ///< with causal: leading keys visible to every query (prefix-LM)
   LogSumExpOutput log_sum_exp =

@@ -40,7 +40,7 @@ inline void check_attention_options(std::string_view name, const AttentionOption
                ", expected 0 (none) or a finite value above");
   require_that(o.scale >= 0 && std::isfinite(o.scale), name, "scale is ", o.scale,
                ", expected 0 (1 / sqrt(head_dim)) or a finite value above");
-  const auto check_one_a_head = [&](std::string_view what, auto span) {
+  const auto check_one_a_head = [&](std::string_view what, const auto& span) {
     require_that(span.empty() || static_cast<Index>(span.size()) == heads, name, what, " has ",
                  span.size(), " elements, expected ", heads, " (heads)");
   };

@@ -113,7 +113,7 @@ void require_same_call(int ranks, CallOfRank&& call_of) {
     std::string text = "communicator: rank 0 calls " + describe(first) + ", rank " +
                        std::to_string(r) + " calls " + describe(other);
     if (describe(first) == describe(other)) text += " in parts of other sizes";
-    throw CommunicatorError(text);
+    detail::fail<CommunicatorError>(text);
   }
 }
 

@@ -54,7 +54,7 @@ class MpiCommunicator {
                  "MpiCommunicator", "largest_message is ", options.largest_message,
                  ", expected 1 to ", (std::numeric_limits<int>::max)());
     if (!running())
-      throw CommunicatorError("MpiCommunicator: MPI is not initialised, or is finalised");
+      detail::fail<CommunicatorError>("MpiCommunicator: MPI is not initialised, or is finalised");
     succeed(MPI_Comm_dup(communicator, &own_), "MPI_Comm_dup");
     MPI_Comm_set_errhandler(own_, MPI_ERRORS_RETURN);
     MPI_Comm_rank(own_, &rank_);
@@ -144,7 +144,7 @@ class MpiCommunicator {
     char text[MPI_MAX_ERROR_STRING] = "";
     int length = 0;
     MPI_Error_string(code, text, &length);
-    throw CommunicatorError(std::string(call) + ": " + text);
+    detail::fail<CommunicatorError>(std::string(call) + ": " + text);
   }
 
   template <typename T>

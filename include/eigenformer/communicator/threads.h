@@ -44,7 +44,7 @@ class ThreadMeeting {
   void enter(int rank, unsigned round, const CollectiveCall& call, void* data) {
     slot(rank, round) = {call, data};
     if (!meet<true>())
-      throw CommunicatorError(describe(call) + " on rank " + std::to_string(rank) + ": " +
+      fail<CommunicatorError>(describe(call) + " on rank " + std::to_string(rank) + ": " +
                               failure());
     require_same_call(ranks_, [&](int r) -> const CollectiveCall& { return slot(r, round).call; });
   }
@@ -59,11 +59,12 @@ class ThreadMeeting {
     const std::lock_guard lock(mutex_);
     if (state_.load(std::memory_order_relaxed) & kStopped) return;
     stopped_by_ = rank;
-    try {
-      if (what != nullptr) reason_ = what;
-    } catch (const std::bad_alloc&) {
-      // The reason is lost; that the group has stopped is not.
-    }
+    // Where memory runs out the reason is lost; that the group has stopped is not.
+    attempt(
+        [&] {
+          if (what != nullptr) reason_ = what;
+        },
+        [](const char*) {});
     state_.fetch_or(kStopped, std::memory_order_release);
     state_.notify_all();
   }
@@ -263,25 +264,22 @@ void ThreadCommunicator::run(int world_size, Body&& body) {
   };
   const auto run_rank = [&](int rank) {
     ThreadCommunicator communicator = group.communicator(rank);
-    try {
-      body(communicator);
-    } catch (const std::exception& error) {
-      keep(std::current_exception());  // before the others wake and throw
-      communicator.fail(error.what());
-    } catch (...) {
-      keep(std::current_exception());
-      communicator.fail("an exception that is no std::exception");
-    }
+    detail::attempt([&] { body(communicator); },
+                    [&](const char* what) {
+                      keep(std::current_exception());  // before the others wake and throw
+                      communicator.fail(what);
+                    });
   };
   {
     std::vector<std::jthread> threads;
-    try {
+    const auto start = [&] {
       threads.reserve(static_cast<std::size_t>(world_size) - 1);
       for (int rank = 1; rank < world_size; ++rank) threads.emplace_back(run_rank, rank);
-    } catch (...) {
+    };
+    detail::attempt(start, [&](const char*) {
       keep(std::current_exception());
       group.stop("a thread could not be started");
-    }
+    });
     if (static_cast<int>(threads.size()) == world_size - 1) run_rank(0);
   }
   if (first != nullptr) std::rethrow_exception(first);

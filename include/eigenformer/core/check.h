@@ -8,6 +8,7 @@
 #include <string_view>
 #include <type_traits>
 
+#include "error.h"
 #include "tensor.h"
 
 namespace eigenformer {
@@ -47,21 +48,21 @@ std::string shape_text(const View& view) {
 template <typename... Parts>
 void require_that(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
-    throw std::invalid_argument(detail::join(operation, parts...));
+    detail::fail<std::invalid_argument>(detail::join(operation, parts...));
 }
 
 /// Throws std::length_error unless `ok`: a capacity ran out.
 template <typename... Parts>
 void require_capacity(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
-    throw std::length_error(detail::join(operation, parts...));
+    detail::fail<std::length_error>(detail::join(operation, parts...));
 }
 
 /// Throws std::out_of_range unless `ok`: a key is unknown.
 template <typename... Parts>
 void require_known(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
-    throw std::out_of_range(detail::join(operation, parts...));
+    detail::fail<std::out_of_range>(detail::join(operation, parts...));
 }
 
 /// The shapes of two tensors must agree in every dimension.

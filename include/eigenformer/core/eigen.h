@@ -21,9 +21,13 @@
 #if defined(__CUDACC__) && !defined(EIGEN_USE_GPU)
 #define EIGEN_USE_GPU
 #endif
-// Without this Eigen's allocator follows -m flags, and memory from one translation unit freed in another corrupts the heap.
+// Without this Eigen's allocator follows -m flags, and memory from one translation unit freed in
+// another corrupts the heap: Eigen's functions have the same name in both.
 #if !defined(EIGEN_MAX_ALIGN_BYTES)
 #define EIGEN_MAX_ALIGN_BYTES 64
+#elif EIGEN_MAX_ALIGN_BYTES != 64
+#error \
+    "eigenformer: EIGEN_MAX_ALIGN_BYTES is not 64. Either it was set so, or Eigen was included before eigenformer without it: Eigen then follows the -m flags of each file, and a tensor made in one file and freed in another corrupts the heap. Link the CMake target eigenformer::eigenformer, or define EIGEN_MAX_ALIGN_BYTES=64 for the whole program; including <eigenformer/eigenformer.h> before Eigen mends this file alone."
 #endif
 
 #if defined(__CUDACC__)
@@ -48,3 +52,11 @@
 #if defined(__CUDACC__)
 #pragma nv_diagnostic pop
 #endif
+
+#include <cstddef>
+#include <type_traits>
+
+static_assert(std::is_same_v<Eigen::Index, std::ptrdiff_t>,
+              "eigenformer: Eigen::Index is not std::ptrdiff_t, so EIGEN_DEFAULT_DENSE_INDEX_TYPE "
+              "was set. Tensors of eigenformer have sizes and strides of std::ptrdiff_t: take that "
+              "definition away for the files that include eigenformer.");

@@ -14,6 +14,7 @@
 #include <new>
 #include <thread>
 
+#include "error.h"
 #include "tensor.h"
 
 namespace eigenformer {
@@ -110,9 +111,10 @@ class ThreadTeam {
   void summon(Index count) {
     for (Index helpers = users_.load(std::memory_order_relaxed) - 1; helpers < count; ++helpers) {
       users_.fetch_add(1, std::memory_order_relaxed);
-      try {
-        pool_->Schedule([this] { help(); });
-      } catch (const std::bad_alloc&) {
+      bool started = true;
+      attempt([this] { pool_->Schedule([this] { help(); }); },
+              [&started](const char*) { started = false; });
+      if (!started) {
         users_.fetch_sub(1, std::memory_order_relaxed);  // not the last: the opener is one
         return;  // the opener takes the parts that find no helper
       }

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "error.h"
 #include "tensor.h"
 
 namespace eigenformer {
@@ -52,7 +53,11 @@ class Workspace {
     ~Frame() {
       workspace_.current_ = block_;
       workspace_.used_ = used_;
-      if (--workspace_.depth_ == 0) workspace_.coalesce();
+      if (--workspace_.depth_ > 0) return;
+      if (workspace_.retired_)
+        workspace_.release();
+      else
+        workspace_.coalesce();
     }
 
     /// Uninitialised memory for `count` elements, aligned to 64 bytes; valid until the frame ends. Throws std::bad_alloc.
@@ -60,7 +65,7 @@ class Workspace {
     T* take(Index count) {
       static_assert(std::is_trivially_destructible_v<T>);
       if (count < 0 || static_cast<std::size_t>(count) > (~std::size_t{0} >> 1) / sizeof(T))
-        throw std::bad_alloc();
+        detail::fail<std::bad_alloc>();
       return static_cast<T*>(workspace_.take(static_cast<std::size_t>(count) * sizeof(T)));
     }
 
@@ -69,6 +74,13 @@ class Workspace {
     std::size_t block_;
     std::size_t used_;
   };
+
+  /// Gives all memory back, now (outside of frames) and at the end of each later frame: such a
+  /// workspace needs no destructor any more.
+  void retire() noexcept {
+    retired_ = true;
+    if (depth_ == 0) release();
+  }
 
  private:
   static constexpr std::size_t kAlignment = 64;
@@ -109,6 +121,12 @@ class Workspace {
     return result;
   }
 
+  void release() noexcept {
+    std::vector<Block>().swap(blocks_);
+    current_ = 0;
+    used_ = 0;
+  }
+
   // Several blocks mean that this was the first call at its size: the next one finds a single block that is large enough.
   void coalesce() noexcept {
     current_ = 0;
@@ -116,23 +134,34 @@ class Workspace {
     if (blocks_.size() < 2) return;
     const std::size_t total = capacity();
     blocks_.clear();
-    try {
-      add_block(total);
-    } catch (const std::bad_alloc&) {
-      // Nothing is lost: the next frame allocates and reports.
-    }
+    // Where it throws nothing is lost: the next frame allocates and reports.
+    detail::attempt([&] { add_block(total); }, [](const char*) {});
   }
 
   std::vector<Block> blocks_;
   std::size_t current_ = 0;
   std::size_t used_ = 0;
   int depth_ = 0;
+  bool retired_ = false;
 };
 
-/// The scratch of operators that are not given a workspace: one for each thread, grown on first use, freed when the thread ends.
+/// The scratch of operators that are not given a workspace: one for each thread, grown on first use,
+/// freed when the thread ends. Destructors of global and of thread-local objects may run after that
+/// and call operators still: the workspace is never destroyed, it then frees its memory after each
+/// call.
 inline Workspace& thread_workspace() {
-  thread_local Workspace workspace;
-  return workspace;
+  struct RetireAtThreadEnd {
+    Workspace* workspace = nullptr;
+    ~RetireAtThreadEnd() { workspace->retire(); }
+  };
+  alignas(Workspace) thread_local std::byte memory[sizeof(Workspace)];
+  thread_local Workspace* workspace = nullptr;  // neither has a destructor: both outlive the next
+  if (workspace == nullptr) [[unlikely]] {
+    workspace = ::new (static_cast<void*>(memory)) Workspace;
+    thread_local RetireAtThreadEnd retire;
+    retire.workspace = workspace;
+  }
+  return *workspace;
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -9,6 +9,15 @@
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
 
+// NaN and infinity carry meaning here (masks, padding, overflow checks), sums have one fixed order,
+// and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the results.
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
+    defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) ||                     \
+    defined(__NO_SIGNED_ZEROS__) || defined(_M_FP_FAST)
+#error \
+    "eigenformer: -ffast-math (or a part of it: -Ofast, -ffinite-math-only, -funsafe-math-optimizations, /fp:fast) breaks what the library guarantees. Build the files that include it with -fno-fast-math (MSVC: /fp:precise); other files may keep the flag. -fno-math-errno and -fno-trapping-math are welcome."
+#endif
+
 #if defined(__CUDACC__)
 #define EIGENFORMER_ISA_GENERIC 1
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
@@ -80,9 +89,17 @@
 #define EIGENFORMER_ABI_BASE v1_generic
 #endif
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
-#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
+#define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
 #else
-#define EIGENFORMER_ABI EIGENFORMER_ABI_BASE
+#define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_BASE
+#endif
+
+// Without exceptions errors go to a handler (core/error.h), so functions differ there as well.
+#if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
+#define EIGENFORMER_HAS_EXCEPTIONS 1
+#define EIGENFORMER_ABI EIGENFORMER_ABI_ISA
+#else
+#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
 #endif
 
 /// Kernels are split into small functions that must not cost a call in the inner loop.

@@ -23,7 +23,7 @@ namespace cuda {
 
 inline void check_cuda(cudaError_t status, const char* operation) {
   if (status != cudaSuccess)
-    throw DeviceError(std::string(operation) + ": CUDA says " + cudaGetErrorString(status));
+    detail::fail<DeviceError>(std::string(operation) + ": CUDA says " + cudaGetErrorString(status));
 }
 
 template <typename Body>

@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "../core/error.h"
 #include "../core/tensor.h"
 
 namespace eigenformer {
@@ -40,7 +41,7 @@ class PackedArray {
   void resize(Index size) {
     if (size > capacity_) {
       if (static_cast<std::size_t>(size) > (~std::size_t{0} >> 1) / sizeof(T))
-        throw std::bad_array_new_length();
+        detail::fail<std::bad_array_new_length>();
       const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
       const std::size_t alignment = bytes >= kHugeFrom ? kHugePage : 64;
       T* fresh = static_cast<T*>(::operator new(bytes, std::align_val_t{alignment}));
