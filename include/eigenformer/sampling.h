@@ -202,7 +202,7 @@ auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> s
 
 template <typename D, typename Ids, typename Logits>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
-                 const SamplingParamsView& params, const Generators& rng,
+                 const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace) {
   const auto view = input_view<2>(logits);
   auto out = sampled_ids_view(name, ids, statuses, view.dimension(0));
@@ -218,7 +218,7 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
 
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits,
-                               const SamplingParamsView& params, const Generators& rng) {
+                               const SamplingParamsView& params, Generators& rng) {
   const auto view = input_view<2>(logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));

@@ -18,7 +18,7 @@ struct SpeculativeProblem {
   const Draft* draft;                // (batch, drafts, vocab)
   const Target* target;              // (batch, drafts + 1, vocab)
   Index batch, drafts, vocab;
-  const Index* draft_lengths;  // (batch), or nullptr: all of them
+  const LengthSpan* draft_lengths;  // (batch), or nullptr: all of them
   const Philox* generators;
   Index generators_stride;
   std::int32_t* accepted;  // (batch)
@@ -26,10 +26,10 @@ struct SpeculativeProblem {
   SampleStatus* statuses;  // (batch); where not ok nothing is accepted and every token is -1
 
   double uniform(Index row, Index index, Philox::Purpose purpose) const {
-    const auto draft = static_cast<std::uint32_t>(index);
+    const auto counter = static_cast<std::uint32_t>(index);
     return generators_stride == 0
-               ? generators[0].uniform(static_cast<std::uint32_t>(row), draft, purpose)
-               : generators[row].uniform(0, draft, purpose);
+               ? generators[0].uniform(static_cast<std::uint32_t>(row), counter, purpose)
+               : generators[row].uniform(0, counter, purpose);
   }
 };
 
@@ -75,7 +75,7 @@ template <typename Draft, typename Target>
 SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens,
                         std::int32_t& accepted) {
   const std::int32_t* drafted = p.draft_tokens + r * p.drafts;
-  const Index given = p.draft_lengths == nullptr ? p.drafts : p.draft_lengths[r];
+  const Index given = p.draft_lengths == nullptr ? p.drafts : (*p.draft_lengths)[r];
   const Index length = std::find(drafted, drafted + given, -1) - drafted;
   const auto target_at = [&](Index i, Index v) {
     return static_cast<double>(p.target[(r * (p.drafts + 1) + i) * p.vocab + v]);

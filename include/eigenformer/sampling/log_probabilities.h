@@ -34,7 +34,7 @@ namespace detail {
 template <CpuDevice D, typename Logits>
 void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
                                         const Logits& logits, const SamplingParamsView& params,
-                                        const Generators& rng, const LogProbabilityOptions& options,
+                                        Generators& rng, const LogProbabilityOptions& options,
                                         Workspace& workspace) {
   constexpr auto name = "sample_with_log_probabilities";
   const auto view = input_view<2>(logits);
@@ -67,7 +67,7 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
 template <CpuDevice D, typename Logits>
 SamplesWithLogProbabilities sample_with_log_probabilities(const D& device, const Logits& logits,
                                                           const SamplingParamsView& params,
-                                                          const Generators& rng,
+                                                          Generators& rng,
                                                           const LogProbabilityOptions& options) {
   SamplesWithLogProbabilities result;
   sample_with_log_probabilities_into(device, result, logits, params, rng, options,

@@ -8,8 +8,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct SpeculativeOptions {
-  std::span<const Index> draft_lengths =
-      {};  ///< (batch) drafted tokens of each row, from 0 to n; empty: n for all
+  LengthSpan draft_lengths = {};  ///< (batch) drafted tokens of each row, 0 to n; empty: n for all
 };
 
 struct SpeculativeResult {
@@ -23,13 +22,13 @@ struct SpeculativeResult {
 namespace detail {
 
 template <typename Tokens>
-void check_drafts(std::string_view name, const Tokens& tokens, std::span<const Index> lengths,
+void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan& lengths,
                   Index vocab) {
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1);
-  require_that(lengths.empty() || static_cast<Index>(lengths.size()) == batch, name,
-               "draft_lengths has ", lengths.size(), " elements, expected ", batch);
+  require_that(lengths.empty() || lengths.size() == batch, name, "draft_lengths has ",
+               lengths.size(), " elements, expected ", batch);
   for (Index r = 0; r < batch; ++r) {
-    const Index length = lengths.empty() ? drafts : lengths[static_cast<std::size_t>(r)];
+    const Index length = lengths.empty() ? drafts : lengths[r];
     require_that(length >= 0 && length <= drafts, name, "draft_lengths[", r, "] is ", length,
                  ", expected 0 to ", drafts);
     for (Index i = 0; i < length; ++i)
@@ -41,7 +40,7 @@ void check_drafts(std::string_view name, const Tokens& tokens, std::span<const I
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 void verify_speculative_into(const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
                              const Draft& draft_probabilities, const Target& target_probabilities,
-                             const Generators& rng, const SpeculativeOptions& options) {
+                             Generators& rng, const SpeculativeOptions& options) {
   constexpr auto name = "verify_speculative";
   const auto tokens = input_view<2>(draft_tokens);
   const auto draft = input_view<3>(draft_probabilities);
@@ -62,7 +61,7 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
   require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
                "target_probabilities has shape ", shape_text(target), ", expected (", batch, ", ",
                drafts + 1, ", vocab)");
-  const std::span<const Index> lengths = options.draft_lengths;
+  const LengthSpan& lengths = options.draft_lengths;
   check_drafts(name, tokens, lengths, vocab);
   check_generators(name, "draft_tokens", rng, batch);
   result.accepted_counts.resize(batch);
@@ -71,7 +70,7 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
   cpu::verify_speculative(
       device, SpeculativeProblem<scalar_of<Draft>, scalar_of<Target>>{
                   tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-                  lengths.empty() ? nullptr : lengths.data(), rng.data(), rng.per_row() ? 1 : 0,
+                  lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
                   result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
   rng.advance();
 }
