@@ -1,4 +1,5 @@
-// Laws: every filter keeps exactly the tokens that its rule names, at ties, at thresholds and where sums are rounded.
+// Laws: every filter keeps exactly the tokens that its rule names, at ties, at thresholds and where
+// sums are rounded.
 #include "sampling_support.h"
 
 using namespace eigenformer_test;
@@ -50,9 +51,23 @@ TYPED_TEST(SamplingZeros, BothZerosAreEqualInLargeVocabularies) {
   }
 }
 
-// One token above ties of equal weight: the number of ties kept where their sum just reaches p, or just misses it.
+// One token above ties of equal weight: the number of ties kept where their sum just reaches p, or
+// just misses it.
 TEST(SamplingTies, CountsOfTiesWhereTheSumIsRounded) {
   EXPECT_EQ(kept_by(row_of<double>({.595, 0, 0, 0, 0}), {.top_p = .82797270314430538}).size(), 4u);
+  // Quotients (p * total - 1) / weight that round to one tie too many or one too few, whether products
+  // and sums are fused or not.
+  struct Case {
+    double best, p;
+    std::size_t kept;
+  };
+  for (const Case& c : {Case{.070, .040195984394252086, 6}, Case{1.694, .16367090390129632, 21},
+                        Case{2.387, .93162639775844713, 141}, Case{.638, .90782966683535049, 138},
+                        Case{.366, .98679362005862004, 150}}) {
+    std::vector<double> logits(151, 0.0);
+    logits[0] = c.best;
+    EXPECT_EQ(kept_by(row_of<double>(logits), {.top_p = c.p}).size(), c.kept) << c.best;
+  }
   std::mt19937_64 generator(5);
   std::uniform_real_distribution<double> uniform(0, 3);
   int decided = 0;
@@ -63,7 +78,8 @@ TEST(SamplingTies, CountsOfTiesWhereTheSumIsRounded) {
     logits[0] = best;
     const auto count = static_cast<double>(1 + generator() % static_cast<unsigned>(ties));
     const double weight = std::exp(-best), total = 1 + static_cast<double>(ties) * weight;
-    // A hair on either side of `count` ties: one part in 10^12 is far above rounding, far below a weight.
+    // A hair on either side of `count` ties: one part in 10^12 is far above rounding, far below a
+    // weight.
     for (double hair : {-1e-12, 1e-12}) {
       const double p = (1 + count * weight) / total + hair;
       if (p >= 1) continue;
@@ -76,7 +92,8 @@ TEST(SamplingTies, CountsOfTiesWhereTheSumIsRounded) {
   EXPECT_GT(decided, 20000);
 }
 
-// A weight that equals the threshold stays: of min-p, of the distance from the entropy, of the sum that top-p asks for.
+// A weight that equals the threshold stays: of min-p, of the distance from the entropy, of the sum
+// that top-p asks for.
 TEST(SamplingFilters, ExactlyAtTheThreshold) {
   const auto steps = row_of({0, -1, -2});
   EXPECT_EQ(kept_by(steps, {.min_p = std::exp(-1.0)}), (Set{0, 1}));
@@ -151,7 +168,8 @@ TEST(SamplingFilters, OrdersGiveTheSetsOfTheirProjects) {
   EXPECT_EQ(kept_by(logits, {.temperature = .5, .top_p = .8, .order = ef::kVllmOrder}), (Set{0}));
   EXPECT_EQ(kept_by(logits, {.temperature = .5, .top_p = .8, .order = ef::kLlamaCppOrder}),
             (Set{0, 1}));
-  // min-p leaves {0, 1}, .714 and .286 of what is left: .71 of that is one token, .71 of the whole is three.
+  // min-p leaves {0, 1}, .714 and .286 of what is left: .71 of that is one token, .71 of the whole
+  // is three.
   const auto four = log_of({.5, .2, .16, .14});
   EXPECT_EQ(kept_by(four, {.top_p = .71, .min_p = .35}), (Set{0, 1}));
   EXPECT_EQ(kept_by(four, {.top_p = .71, .min_p = .35, .order = ef::kVllmOrder}), (Set{0}));

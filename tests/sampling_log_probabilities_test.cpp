@@ -1,5 +1,5 @@
-// Laws: log-probabilities are those of a double reference to a float's rounding, for drawn and for given tokens, raw and processed;
-// a bad row is told by its status and harms no other.
+// Laws: log-probabilities are those of a double reference to a float's rounding, for drawn and for
+// given tokens, raw and processed; a bad row is told by its status and harms no other.
 #include "allocations.h"
 #include "sampling_support.h"
 

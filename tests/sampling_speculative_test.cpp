@@ -1,5 +1,6 @@
-// Laws: the tokens of speculative verification follow the target whatever the seeds; they are those of the reference, draw for
-// draw; a row that is no distribution is told by its status and harms no other.
+// Laws: the tokens of speculative verification follow the target whatever the seeds; they are those
+// of the reference, draw for draw; a row that is no distribution is told by its status and harms no
+// other.
 #include "allocations.h"
 #include "sampling_support.h"
 
@@ -9,7 +10,8 @@ namespace {
 
 using Status = ef::SampleStatus;
 
-/// Verifies `batch` chains per step whose drafts are drawn from `draft`; counts the token at each place of the chain.
+/// Verifies `batch` chains per step whose drafts are drawn from `draft`; counts the token at each
+/// place of the chain.
 void check_speculative(const ef::Tensor<double, 2>& draft, const ef::Tensor<double, 2>& target,
                        const std::string& what, bool one_seed = false) {
   const Index drafts = draft.dimension(0), vocab = draft.dimension(1), batch = 2000, steps = 15;
@@ -157,8 +159,8 @@ TEST(SpeculativeVerification, IsTheReferenceDrawForDraw) {
       EXPECT_EQ(rng.position(), used.position() + 1);
       for (Index r = 0; r < batch; ++r)
         expect_tokens(result, r, chains.reference(r, drafts, used, static_cast<std::uint32_t>(r)));
-      // A generator of its own draws at row 0, wherever its request stands in the batch; some chains are shorter, said by a
-      // length or by a draft that is -1.
+      // A generator of its own draws at row 0, wherever its request stands in the batch; some
+      // chains are shorter, said by a length or by a draft that is -1.
       std::vector<ef::Philox> generators;
       std::vector<std::size_t> lengths;
       ef::Tensor<std::int32_t, 2> cut = chains.tokens;
@@ -192,7 +194,8 @@ TEST(SpeculativeVerification, EqualGeneratorsDrawEqualTokens) {
   for (Index r = 1; r < 4; ++r) EXPECT_EQ(result.tokens(r, 1), result.tokens(0, 1));
 }
 
-// A draft that its own distribution excludes is accepted where the target allows it and refused where it does not.
+// A draft that its own distribution excludes is accepted where the target allows it and refused
+// where it does not.
 TEST(SpeculativeVerification, DraftsOfProbabilityZero) {
   ef::Tensor<std::int32_t, 2> tokens(1, 1);
   tokens(0, 0) = 2;
@@ -217,7 +220,8 @@ struct Spoiled {
   Status expected;
 };
 
-// Row 1 of 3 is spoiled. Its drafts are tokens 0 and 1: the first is accepted for certain, the second refused for certain.
+// Row 1 of 3 is spoiled. Its drafts are tokens 0 and 1: the first is accepted for certain, the
+// second refused for certain.
 TEST(SpeculativeVerification, BadRowsHarmNoOther) {
   const double nan = std::nan(""), infinity = HUGE_VAL;
   const std::vector<Spoiled> cases{
@@ -326,7 +330,8 @@ TEST(SpeculativeVerification, EdgesAndErrors) {
   expect_throws<std::invalid_argument>([&] { ef::verify_speculative(tokens, narrow, p, rng); },
                                        {"draft_probabilities", "(2, 1, 2)"});
   EXPECT_EQ(rng.position(), 1u);
-  // p equals q up to rounding: where a draft is refused and no residual is left, the target itself is drawn from.
+  // p equals q up to rounding: where a draft is refused and no residual is left, the target itself
+  // is drawn from.
   ef::Tensor<float, 3> halves(1, 1, 2), quarter(1, 2, 2);
   halves.setConstant(.5f);
   quarter.setConstant(.25f);  // everywhere below q
@@ -364,7 +369,8 @@ TEST(SpeculativeVerification, LengthsOfAnyTypeAndRefusals) {
   refuse({.draft_lengths = {1, 4}}, {"verify_speculative", "draft_lengths[1] is 4", "0 to 3"});
   refuse({.draft_lengths = {-1, 0}}, {"draft_lengths[0] is -1"});
   refuse({.draft_lengths = {1}}, {"draft_lengths has 1", "2"});
-  refuse({.draft_lengths = {1LL << 62, 0}}, {"draft_lengths[0] is"});
+  const std::vector<long long> huge{1LL << 62, 0};
+  refuse({.draft_lengths = huge}, {"draft_lengths[0] is"});
   auto tokens = chains.tokens;
   for (std::int32_t token : {4, std::numeric_limits<std::int32_t>::max(), -2}) {
     tokens(1, 2) = token;

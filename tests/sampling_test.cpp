@@ -287,7 +287,8 @@ TEST(SamplingRows, SizesAtTheirLimits) {
   EXPECT_EQ(ef::sample(empty, {.top_p = .5}, rng).size(), 0);  // without scratch for 2^31 tokens
   EXPECT_EQ(ef::sample_with_log_probabilities(empty, {}, rng).ids.size(), 0);
   if constexpr (sizeof(Index) > 4) {
-    const Index too_many = largest + Index{1}, rows = 2 * too_many + 1;  // 2^31, 2^32 + 1
+    const auto too_many = static_cast<Index>(std::int64_t{1} << 31),
+               rows = static_cast<Index>((std::int64_t{1} << 32) + 1);
     expect_throws<std::invalid_argument>(
         [&] { ef::greedy_sample(ef::TensorView<const float, 2>(nullptr, 0, too_many)); },
         {"vocabulary of 2147483648"});
@@ -305,7 +306,8 @@ TEST(SamplingRows, SizesAtTheirLimits) {
   EXPECT_EQ(rng.position(), 2u);
 }
 
-// -infinity stays what it is where the penalties themselves overflow, and a row made +infinite is told.
+// -infinity stays what it is where the penalties themselves overflow, and a row made +infinite is
+// told.
 TEST(SamplingLogits, PenaltiesThatOverflow) {
   const ef::SamplingParams params{
       .frequency_penalty = -1e308, .presence_penalty = 1e308, .output_tokens = {1, 1, 1}};

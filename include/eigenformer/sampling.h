@@ -10,9 +10,11 @@
 ///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
 ///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
 ///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
-///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});      // sampling/log_probabilities.h
-///   scores = ef::log_probabilities_of(logits, tokens);                                // of given tokens, likewise
-///   result = ef::verify_speculative(draft_tokens, draft_probabilities, target_probabilities, rng);   // sampling/speculative.h
+///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
+///   scores = ef::log_probabilities_of(logits, tokens);                  // of given tokens
+///   result = ef::verify_speculative(draft_tokens, draft_probabilities, target_probabilities, rng);
+///
+/// The last three are in sampling/log_probabilities.h and sampling/speculative.h.
 ///
 /// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each
 /// filter on the renormalised survivors of the one before:
@@ -21,7 +23,8 @@
 ///   logit_bias    x += bias
 ///   token_mask    -infinity where the bit is 0
 ///   temperature   x / T; T = 0 keeps the best token, the lowest index among equals: greedy
-///   top_k         the k largest, 0: all; of equals at the end those of lowest index, or all (top_k_ties)
+///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties);
+///                 k = 0 and k >= vocab keep all
 ///   top_p         the smallest set of most likely tokens whose probability sums to at least p; equals by lowest index
 ///   min_p         probability >= min_p * the best's
 ///   typical_p     the smallest set of tokens nearest in information to the entropy that sums to at least p; all equals
@@ -29,16 +32,20 @@
 /// Every set holds at least one token. Equality and order are those of the logits as given (after penalties and bias), not of
 /// rounded probabilities. Sums and weights are in double. Tokens at -infinity are never drawn.
 ///
-/// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a function of (seed, position, r),
-/// or of (seed, position) where every row has a generator of its own. Each call advances each generator by one, whatever the batch
-/// and the outcome of its rows; a call that throws advances nothing. Drafting and verifying draw from streams of their own, so that
-/// both may have generators of one seed (core/philox.h states the law). Results do not depend on the other rows or on threads.
+/// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a
+/// function of (seed, position, r), or of (seed, position) where every row has a generator of its
+/// own. Each call advances each generator by one, whatever the batch and the outcome of its rows; a
+/// call that throws advances nothing. Drafting and verifying draw from streams of their own, so
+/// that both may have generators of one seed (core/philox.h states the law). Results do not depend
+/// on the other rows or on threads.
 ///
-/// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or +infinity, or that is all
-/// -infinity (as given, or after penalties, bias and mask). Forms that return tokens or numbers alone throw std::invalid_argument
-/// naming it; forms that can say how each row ended (the _into forms, and results with `statuses`) give it id -1 and a status and
-/// serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators,
-/// parameters out of range or NaN, and token ids out of range. batch 0 is legal. An output must not overlap the logits.
+/// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or
+/// +infinity, or that is all -infinity (as given, or after penalties, bias and mask). Forms that
+/// return tokens or numbers alone throw std::invalid_argument naming it; forms that can say how
+/// each row ended (the _into forms, and results with `statuses`) give it id -1 and a status and
+/// serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or
+/// generators, parameters out of range or NaN, and token ids out of range. batch 0 is legal. An
+/// output must not overlap the logits.
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about
 /// one exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a
@@ -293,7 +300,8 @@ void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamp
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
 
-/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses are device memory.
+/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses
+/// are device memory.
 template <Device D, typename Ids, typename Logits>
 void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
                        double temperature, Generators rng, std::span<SampleStatus> statuses = {},

@@ -6,7 +6,8 @@
 ///                               gathered on every rank, or kept in parts with {.gather_output = false}
 ///   row_parallel_linear         the same y from an x that is kept in parts: its features are divided by shard_range(in, ...)
 ///   vocabulary_parallel_greedy, vocabulary_parallel_top_k_sample
-///                               tokens from hidden states and a (vocab, hidden) head (tensor_parallel/vocabulary.h)
+///                               tokens from hidden states and a (vocab, hidden) head: see
+///                               tensor_parallel/vocabulary.h
 ///
 /// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this rank's rows of it packed once
 /// (`pack_column_shard`); b (out), the full bias on every rank; y (batch, seq, out) or (tokens, out). Nothing needs to divide: the

@@ -29,26 +29,29 @@ EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(
   return {c0, c1, c2, c3};
 }
 
-/// Random numbers that are a function of (seed, position, row, purpose, index): what one row draws does not depend on the rows
-/// beside it, on threads or on the device. An operator that draws advances the position by one, whatever the number of rows.
-/// Also a uniform random bit generator for <random>.
+/// Random numbers that are a function of (seed, position, row, purpose, index): what one row draws
+/// does not depend on the rows beside it, on threads or on the device. An operator that draws
+/// advances the position by one, whatever the number of rows. Also a uniform random bit generator
+/// for <random>.
 ///
-/// The law, which makes every use a stream of its own: generators of one seed at one position may draft, verify, shuffle and
-/// initialise, and no number is used twice.
+/// The law, which makes every use a stream of its own: generators of one seed at one position may
+/// draft, verify, shuffle and initialise, and no number is used twice.
 ///
 ///   key        words 0, 1: seed
-///   counter    word 0: index below 2^28, purpose above (4 bits)    word 1: row, below 2^32    words 2, 3: position
+///   counter    word 0: index (28 bits), purpose above it (4 bits); word 1: row (32 bits);
+///              words 2, 3: position (64 bits)
 ///
-///   purpose           row                                             index      numbers
-///   sampling          the row of the batch; 0 of a generator of       0          the draw of sample and its like
-///                     its own
-///   acceptance        likewise                                        draft      verify_speculative: is the draft accepted?
-///   last_token        likewise                                        0          verify_speculative: the token after the drafts
-///   initialisation    element / 2^27; position: the weight's number   2 * (element % 2^27) + 0, 1
-///   engine            0                                               0          operator()
-///   user              any                                             any        never drawn by the library: yours
+///   purpose           row              index            what is drawn
+///   sampling          row of the batch 0                the token, in sample and its like
+///   acceptance        row of the batch draft            verify_speculative: is it accepted?
+///   last_token        row of the batch 0                verify_speculative: the token after drafts
+///   initialisation    n / 2^28         n % 2^28         number n of a weight; position: which one
+///   engine            0                0                operator()
+///   user              any              any              what you like: the library never does
 ///
-/// The counter of two draws that differ in any of these differs, and Philox is a bijection of the counter.
+/// A row that has a generator of its own draws at row 0 of it, wherever it stands in the batch.
+/// The counter of two draws that differ in any of these differs, and Philox is a bijection of the
+/// counter.
 class Philox {
  public:
   using result_type = std::uint32_t;
@@ -72,7 +75,8 @@ class Philox {
   EIGENFORMER_HOST_DEVICE constexpr std::uint64_t position() const { return position_; }
   EIGENFORMER_HOST_DEVICE constexpr void advance(std::uint64_t steps = 1) { position_ += steps; }
 
-  /// 128 random bits for (row, index, purpose) at the current position; leaves the position. index < 2^28.
+  /// 128 random bits for (row, index, purpose) at the current position; leaves the position. index
+  /// < 2^28.
   EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(
       std::uint32_t row, std::uint32_t index = 0, Purpose purpose = Purpose::sampling) const {
     return philox4x32_10(
@@ -81,8 +85,9 @@ class Philox {
         {static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32)});
   }
 
-  /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index, purpose) at the current position; leaves the
-  /// position. index < 2^28. uniform(row) is the number that `sample` draws the row with.
+  /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index, purpose) at the
+  /// current position; leaves the position. index < 2^28. uniform(row) is the number that `sample`
+  /// draws the row with.
   EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row, std::uint32_t index = 0,
                                                    Purpose purpose = Purpose::sampling) const {
     const auto words = bits(row, index, purpose);

@@ -1,6 +1,7 @@
 /// \file
-/// CPU kernels of log-probabilities: beside the draw of sampling.h the log-softmax of the logits as they came, of the drawn token
-/// and of the best n (one more scan of the row and one exponential a token); and the log-probability of a given token.
+/// CPU kernels of log-probabilities: beside the draw of sampling.h the log-softmax of the logits as
+/// they came, of the drawn token and of the best n (one more scan of the row and one exponential a
+/// token); and the log-probability of a given token.
 #pragma once
 
 #include "sampling.h"
@@ -21,8 +22,8 @@ struct LogProbabilityOutputs {
 
 namespace cpu {
 
-/// Log of the sum of the weights in play, to a relative error of 1e-15 also where one token has nearly all of it: log m + log(1 +
-/// rest / m) of m tokens of weight 1.
+/// Log of the sum of the weights in play, to a relative error of 1e-15 also where one token has
+/// nearly all of it: log m + log(1 + rest / m) of m tokens of weight 1.
 template <typename Isa, typename T>
 double log_sum_weights(const SamplingRow<T>& row) {
   alignas(64) double weights[SamplingBlock::size];
@@ -39,7 +40,8 @@ double log_sum_weights(const SamplingRow<T>& row) {
   return std::log(ones) + std::log1p(rest / ones);
 }
 
-/// Log of the probability of one token in a filtered distribution, from the log of the sum of its weights.
+/// Log of the probability of one token in a filtered distribution, from the log of the sum of its
+/// weights.
 template <typename T>
 float log_probability(const SamplingRow<T>& row, Index token, double log_total) {
   using C = compute_type<T>;
@@ -125,8 +127,8 @@ void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T
       });
 }
 
-/// out[r] = log-probability of tokens[r] in the distribution of row r: NaN where the row is bad, 0 where the token is -1, whatever
-/// the row holds.
+/// out[r] = log-probability of tokens[r] in the distribution of row r: NaN where the row is bad, 0
+/// where the token is -1, whatever the row holds.
 template <typename Isa, CpuDevice D, typename T>
 void log_probabilities_of(Isa, const D& device, const SamplingProblem<T>& p,
                           const std::int32_t* tokens, float* out, Workspace& workspace) {

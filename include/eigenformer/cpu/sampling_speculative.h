@@ -51,7 +51,8 @@ SampleStatus status_of_probabilities(Index count, Numbers number) {
   return status;
 }
 
-/// Draws from weight(token) >= 0 in token order with doubles; -1 where the weights sum to 0, -2 where their sum overflows.
+/// Draws from weight(token) >= 0 in token order with doubles; -1 where the weights sum to 0, -2
+/// where their sum overflows.
 template <typename Weight>
 std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
   double total = 0;
@@ -69,8 +70,9 @@ std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
   return drawn;
 }
 
-/// Verifies one row: writes the drafts that are accepted and one token more, and counts the former. Every number that is read is
-/// looked at: the two of each draft up to the first refusal, and the distributions that the last token is drawn from.
+/// Verifies one row: writes the drafts that are accepted and one token more, and counts the former.
+/// Every number that is read is looked at: the two of each draft up to the first refusal, and the
+/// distributions that the last token is drawn from.
 template <typename Draft, typename Target>
 SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens,
                         std::int32_t& accepted) {

@@ -146,8 +146,8 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
   return ids;
 }
 
-/// The tokens of one row of verify_speculative, of distributions that are all good. A generator of the
-/// row's own draws at row 0. q (drafts, vocab), p (drafts + 1, vocab).
+/// The tokens of one row of verify_speculative, of distributions that are all good. A generator of
+/// the row's own draws at row 0. q (drafts, vocab), p (drafts + 1, vocab).
 inline std::vector<std::int32_t> verified_tokens(const std::vector<std::int32_t>& drafts,
                                                  const Tensor<double, 2>& q,
                                                  const Tensor<double, 2>& p, const Philox& rng,

@@ -1,5 +1,6 @@
 /// \file
-/// Part of sampling.h, which includes it: log-probabilities beside the draw, and of tokens that are given.
+/// Part of sampling.h, which includes it: log-probabilities beside the draw, and of tokens that are
+/// given.
 #pragma once
 
 #include "../sampling.h"
@@ -7,15 +8,16 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-// ---- of drawn tokens ---------------------------------------------------------------------------------------------------------
+// ---- of drawn tokens ----------------------------------------------------------------------------
 
 struct LogProbabilityOptions {
   Index best = 0;  ///< number of best tokens reported for a row; at most vocab are
 };
 
-/// What sample_with_log_probabilities returns. "Raw" is the log-softmax of the logits as given, before penalties, temperature and
-/// filters; "processed" the log of the probability drawn with, -infinity for a token filtered out. Right to a float's rounding,
-/// however unlikely or certain the token is.
+/// What sample_with_log_probabilities returns. "Raw" is the log-softmax of the logits as given,
+/// before penalties, temperature and filters; "processed" the log of the probability drawn with,
+/// -infinity for a token filtered out. Right to a float's rounding, however unlikely or certain the
+/// token is.
 struct SamplesWithLogProbabilities {
   Tensor<std::int32_t, 1> ids;                   ///< (batch)
   Tensor<float, 1> log_probabilities;            ///< (batch) raw, of the drawn token
@@ -77,9 +79,10 @@ SamplesWithLogProbabilities sample_with_log_probabilities(const D& device, const
 
 }  // namespace detail
 
-/// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row gets id -1, NaN and its status in
-/// result.statuses, and the others are served. Throws std::invalid_argument for bad arguments. Costs one more read of the logits
-/// and one exponential a token.
+/// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row
+/// gets id -1, NaN and its status in result.statuses, and the others are served. Throws
+/// std::invalid_argument for bad arguments. Costs one more read of the logits and one exponential a
+/// token.
 ///
 ///   auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
 ///   if (drawn.statuses[r] == ef::SampleStatus::ok) text += drawn.ids(r);
@@ -112,7 +115,8 @@ SamplesWithLogProbabilities sample_with_log_probabilities(
                                                options);
 }
 
-/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates nothing where they do not.
+/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates
+/// nothing where they do not.
 template <CpuDevice D, typename Logits>
 void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
                                         const Logits& logits, const SamplingParams& params,
@@ -130,7 +134,7 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
                                              workspace);
 }
 
-// ---- of given tokens ---------------------------------------------------------------------------------------------------------
+// ---- of given tokens ----------------------------------------------------------------------------
 
 namespace detail {
 
@@ -186,26 +190,27 @@ Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, con
 
 }  // namespace detail
 
-/// The log-probability of one given token for each row: of the next tokens of a prompt or an answer that is scored, of drafts that
-/// were verified.
+/// The log-probability of one given token for each row: of the next tokens of a prompt or an answer
+/// that is scored, of drafts that were verified.
 ///
-///   log p(token_r) = (x_token - max x) - log(sum over tokens v of exp(x_v - max x)),   x the logits of row r
+///   log p(token) = (x_token - max x) - log(sum over v of exp(x_v - max x))   x: logits of the row
 ///
-/// with parameters the log of the probability that sample draws the token with (sampling_probabilities), -infinity where it is
-/// filtered out; without, the log-softmax of the logits as given. Computed in double: right to a float's rounding, however unlikely
-/// or certain the token is.
+/// With parameters (one set, or one for each row) the log of the probability that sample draws the
+/// token with (sampling_probabilities), -infinity where it is filtered out; without, the
+/// log-softmax of the logits as given. Computed in double: right to a float's rounding, however
+/// unlikely or certain the token is.
 ///
 ///   logits   (batch, vocab)
-///   tokens   (batch) std::int32_t, a tensor, std::vector or std::span; -1, which stands where sample_into and verify_speculative
-///            have no token, gives 0 whatever the row holds
+///   tokens   (batch) std::int32_t, a tensor, std::vector or std::span; -1, which stands where
+///            sample_into and verify_speculative have no token, gives 0 whatever the row holds
 ///   result   (batch) float
 ///
 ///   auto scores = ef::log_probabilities_of(logits, next_tokens);           // raw
-///   auto scores = ef::log_probabilities_of(logits, tokens, params);        // processed; one set, or one for each row
+///   auto scores = ef::log_probabilities_of(logits, tokens, params);        // processed
 ///
-/// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and a status and serves the others.
-/// std::invalid_argument too for sizes that differ and tokens out of range. Costs two reads of the logits and one exponential a
-/// token.
+/// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and
+/// a status and serves the others. std::invalid_argument too for sizes that differ and tokens out
+/// of range. Costs two reads of the logits and one exponential a token.
 template <CpuDevice D, typename Logits, typename Tokens>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
                                       const SamplingParams& params = {}) {
@@ -229,8 +234,8 @@ Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens
   return detail::log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
 }
 
-/// Writes into log_probabilities (batch) of float, NaN where a row is bad; `statuses`, where given, is (batch). Allocates nothing
-/// after the first call at a size.
+/// Writes into log_probabilities (batch) of float, NaN where a row is bad; `statuses`, where given,
+/// is (batch). Allocates nothing after the first call at a size.
 template <CpuDevice D, typename Out, typename Logits, typename Tokens>
 void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
                                const Tokens& tokens, const SamplingParams& params = {},

@@ -79,8 +79,8 @@ struct SamplingParams {
   double presence_penalty = 0;   ///< subtracted from tokens that occur in output_tokens
   SamplingOrder order = kHuggingFaceOrder;
   TopKTies top_k_ties = TopKTies::lowest_index;
-  // Lists may be containers with a name, which must live as long as the parameters are used, or braced lists and temporaries,
-  // which the parameters own (core/values.h).
+  // Lists may be containers with a name, which must live as long as the parameters are used, or
+  // braced lists and temporaries, which the parameters own (core/values.h).
   Values<std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
   Values<std::int32_t> output_tokens = {};  ///< tokens generated so far
   Values<LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
@@ -94,8 +94,9 @@ constexpr Index kept_by_top_k(const SamplingParams& params) {
   return params.top_k == 0 ? kKeepAllTokens : params.top_k;
 }
 
-/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams: of one with a name a view, of a
-/// temporary a copy. (A span would itself accept `{}` where the parameters of all rows are meant.)
+/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams: of
+/// one with a name a view, of a temporary a copy. (A span would itself accept `{}` where the
+/// parameters of all rows are meant.)
 class RowSamplingParams {
  public:
   template <detail::ContiguousRange Range>
@@ -124,9 +125,10 @@ enum class SampleStatus : std::uint8_t {
   negative   ///< the row holds a negative probability
 };
 
-/// The random numbers of a call: one generator for all rows (row r draws at row r of its counter), or one generator a row (each row
-/// draws at row 0 of its own, so that a request's draws follow it from batch to batch). Made implicitly from a Philox, a span,
-/// vector or array of them; it refers to them (and owns a Philox that is a temporary), and the call advances each by one.
+/// The random numbers of a call: one generator for all rows (row r draws at row r of its counter),
+/// or one generator a row (each row draws at row 0 of its own, so that a request's draws follow it
+/// from batch to batch). Made implicitly from a Philox, a span, vector or array of them; it refers
+/// to them (and owns a Philox that is a temporary), and the call advances each by one.
 class Generators {
  public:
   Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}

@@ -77,23 +77,28 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
 
 }  // namespace detail
 
-/// Turns drafted tokens into tokens of the target distribution, each row for itself. With q = draft and p = target probabilities,
-/// draft i is accepted where u_i q(token) < p(token). At the first refusal the next token is drawn from max(0, p - q), normalised
-/// (from p where that is zero: p equals q up to rounding); after the last draft from the target's next distribution. The tokens
-/// then follow the target's distribution exactly, whatever the drafts' (Leviathan et al., 2023, appendix A.1), provided that each
-/// draft was drawn from the very q given here and that p holds the target's temperature and filters (sampling_probabilities).
+/// Turns drafted tokens into tokens of the target distribution, each row for itself. With q = draft
+/// and p = target probabilities, draft i is accepted where u_i q(token) < p(token). At the first
+/// refusal the next token is drawn from max(0, p - q), normalised (from p where that is zero: p
+/// equals q up to rounding); after the last draft from the target's next distribution. The tokens
+/// then follow the target's distribution exactly, whatever the drafts' (Leviathan et al., 2023,
+/// appendix A.1), provided that each draft was drawn from the very q given here and that p holds
+/// the target's temperature and filters (sampling_probabilities).
 ///
-///   draft_tokens          (batch, n) int32; -1, which sample_into gives a row without a token, ends the drafts of its row
+///   draft_tokens          (batch, n) int32; -1, which sample_into writes where it has no token,
+///                         ends the drafts of its row
 ///   draft_probabilities   (batch, n, vocab) float, double, bfloat16 or half; rows sum to 1
-///   target_probabilities  (batch, n + 1, vocab) likewise; of a row of draft_lengths[r] = m the first m + 1 are read
+///   target_probabilities  (batch, n + 1, vocab) likewise; of a row of m drafts the first m + 1
 ///
-/// A row in which a number that was read is NaN, infinite or negative, or whose last distribution sums to 0, gets no token and its
-/// status in result.statuses (nan, positive_infinity, negative, no_token), and the others are served. Read are, of each draft up to
-/// the first refusal, its two probabilities, and the distributions that the last token is drawn from. Throws std::invalid_argument
-/// for shapes, tokens or lengths out of range.
+/// A row in which a number that was read is NaN, infinite or negative, or whose last distribution
+/// sums to 0, gets no token and its status in result.statuses (nan, positive_infinity, negative,
+/// no_token), and the others are served. Read are, of each draft up to the first refusal, its two
+/// probabilities, and the distributions that the last token is drawn from. Throws
+/// std::invalid_argument for shapes, tokens or lengths out of range.
 ///
-/// Random numbers: streams of their own (core/philox.h), so that drafter and verifier may be generators of one seed; draft i of a
-/// row is accepted or refused by index i of (position, row). Advances each generator by one.
+/// Random numbers: streams of their own (core/philox.h), so that drafter and verifier may be
+/// generators of one seed; draft i of a row is accepted or refused by index i of (position, row).
+/// Advances each generator by one.
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 SpeculativeResult verify_speculative(const D& device, const Tokens& draft_tokens,
                                      const Draft& draft_probabilities,
@@ -113,7 +118,8 @@ SpeculativeResult verify_speculative(const Tokens& draft_tokens, const Draft& dr
                             target_probabilities, rng, options);
 }
 
-/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates nothing where they do not.
+/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates
+/// nothing where they do not.
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 void verify_speculative_into(const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
                              const Draft& draft_probabilities, const Target& target_probabilities,

@@ -1,5 +1,6 @@
 /// \file
-/// Part of tensor_parallel.h, which includes it: tokens of a language-model head whose rows are divided among ranks.
+/// Part of tensor_parallel.h, which includes it: tokens of a language-model head whose rows are
+/// divided among ranks.
 #pragma once
 
 #include <algorithm>
@@ -23,8 +24,8 @@ void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> 
   }
 }
 
-/// Merges the ranks' candidates of one row into `merged`, best first, and counts them. All ranks hold the same candidates, so all
-/// come to the same status.
+/// Merges the ranks' candidates of one row into `merged`, best first, and counts them. All ranks
+/// hold the same candidates, so all come to the same status.
 inline SampleStatus merge_candidates(const VocabularyCandidate* parts, std::span<const Index> kept,
                                      Index rows, Index row, VocabularyCandidate* merged,
                                      Index& count) {
@@ -44,7 +45,8 @@ inline SampleStatus merge_candidates(const VocabularyCandidate* parts, std::span
                                                                     : SampleStatus::no_token;
 }
 
-/// ids[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary, -1 where the row is bad.
+/// ids[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary, -1 where
+/// the row is bad.
 template <CpuDevice D, typename Ids, typename Hidden, typename Weight, typename C, typename Choose>
 void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
                               const Hidden& hidden, const Weight& weight, C& communicator, Index k,
@@ -154,10 +156,11 @@ Tensor<std::int32_t, 1> good_vocabulary_tokens(std::string_view name, const Hidd
 
 }  // namespace detail
 
-/// The most likely token of each row of hidden states (tokens, in), lowest index among equals, the same on every rank:
-/// greedy_sample of linear(hidden, weight), with 16 bytes a row and rank sent instead of the logits. `weight` is the full (vocab,
-/// in) head or a PackedColumnShard. A row whose logits hold NaN or +infinity, or are all -infinity, throws std::invalid_argument
-/// naming it, on every rank.
+/// The most likely token of each row of hidden states (tokens, in), lowest index among equals, the
+/// same on every rank: greedy_sample of linear(hidden, weight), with 16 bytes a row and rank sent
+/// instead of the logits. `weight` is the full (vocab, in) head or a PackedColumnShard. A row whose
+/// logits hold NaN or +infinity, or are all -infinity, throws std::invalid_argument naming it, on
+/// every rank.
 ///
 ///   ef::Tensor<std::int32_t, 1> ids = ef::vocabulary_parallel_greedy(hidden, head, communicator);
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
@@ -176,8 +179,9 @@ Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const W
   return vocabulary_parallel_greedy(Eigen::DefaultDevice{}, hidden, weight, communicator);
 }
 
-/// Writes ids (tokens), -1 where a row is bad, and its status where `statuses`, (tokens), is given: the same on every rank, and the
-/// other rows are served. Allocates nothing after the first call at a size.
+/// Writes ids (tokens), -1 where a row is bad, and its status where `statuses`, (tokens), is given:
+/// the same on every rank, and the other rows are served. Allocates nothing after the first call at
+/// a size.
 template <CpuDevice D, typename Ids, typename Hidden, typename Weight, Communicator C>
 void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& hidden,
                                      const Weight& weight, C& communicator,
@@ -187,11 +191,13 @@ void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& h
                                           workspace);
 }
 
-/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties lowest index first): the tokens
-/// that top_k_sample draws from linear(hidden, weight), the same on every rank: every rank passes an rng in the same state, which
-/// moves on by one position. The draw of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps
-/// all. Sends 16 bytes for each of at most k candidates a row and rank. Throws std::invalid_argument for k < 1, a temperature that
-/// is negative or not finite, and rows as vocabulary_parallel_greedy does; rng then stays where it is.
+/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties
+/// lowest index first): the tokens that top_k_sample draws from linear(hidden, weight), the same on
+/// every rank: every rank passes an rng in the same state, which moves on by one position. The draw
+/// of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps all.
+/// Sends 16 bytes for each of at most k candidates a row and rank. Throws std::invalid_argument for
+/// k < 1, a temperature that is negative or not finite, and rows as vocabulary_parallel_greedy
+/// does; rng then stays where it is.
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
 Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden,
                                                          const Weight& weight, C& communicator,
@@ -214,7 +220,8 @@ Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, c
                                           temperature, rng);
 }
 
-/// Writes ids and statuses as vocabulary_parallel_greedy_into does; rng moves on by one whatever the rows are.
+/// Writes ids and statuses as vocabulary_parallel_greedy_into does; rng moves on by one whatever
+/// the rows are.
 template <CpuDevice D, typename Ids, typename Hidden, typename Weight, Communicator C>
 void vocabulary_parallel_top_k_sample_into(const D& device, Ids&& ids, const Hidden& hidden,
                                            const Weight& weight, C& communicator, Index k,
