@@ -242,6 +242,45 @@ TEST(Decoder, Int8StaysCloseAndIsSmaller) {
   EXPECT_LT(relative_error(model.prefill(ids, b), to_double(exact)), 0.05);
 }
 
+TEST(Decoder, ReleasesItsMasterWeights) {
+  for (bool int8 : {false, true}) {
+    auto weights = make_weights();
+    const std::weak_ptr<ef::DecoderWeights> watched = weights;
+    ef::Decoder<float> model(weights, kOneThread);
+    weights.reset();
+    const auto ids = random_ids(2, 16, 9);
+    ef::KvCache<float> a, b;
+    if (int8) model.quantize();
+    const auto before = model.prefill(ids, a);
+    const std::size_t bytes = model.weight_bytes();
+    model.release_master_weights();
+    EXPECT_TRUE(watched.expired());
+    const auto after = model.prefill(ids, b);
+    if (int8) {  // of the embedding 1 byte a number and 4 a token stay
+      const auto table = static_cast<std::size_t>(kConfig.vocabulary * kConfig.features);
+      EXPECT_EQ(model.weight_bytes(),
+                bytes - 3 * table + 4 * static_cast<std::size_t>(kConfig.vocabulary));
+      EXPECT_LT(relative_error(after, to_double(before)), 0.05);
+      EXPECT_FALSE(same_bits(before, after));
+    } else {
+      EXPECT_EQ(model.weight_bytes(), bytes);
+      EXPECT_TRUE(same_bits(before, after));
+    }
+    EXPECT_THROW(model.forward<float>(ids), std::logic_error);
+    EXPECT_THROW(model.parameters(), std::logic_error);
+    EXPECT_THROW(model.pack(), std::logic_error);
+    EXPECT_THROW(model.quantize(), std::logic_error);
+    EXPECT_THROW(model.release_master_weights(), std::logic_error);
+    ef::Tensor<std::int32_t, 2> unknown(1, 1);
+    unknown(0, 0) = static_cast<std::int32_t>(kConfig.vocabulary);
+    ef::KvCache<float> empty;
+    EXPECT_THROW(model.prefill(unknown, empty), std::invalid_argument);
+    EXPECT_EQ(empty.length(0), 0);
+    ef::KvCache<float> again;
+    EXPECT_TRUE(same_bits(after, model.prefill(ids, again)));  // refusals changed nothing
+  }
+}
+
 template <typename T>
 double inference_error(const std::shared_ptr<ef::DecoderWeights>& weights) {
   ef::Decoder<T> model(weights, kOneThread);

@@ -49,17 +49,19 @@ struct ColumnParallelOptions {
 template <typename Weight>
 auto column_shard(Weight&& weight, int rank, int world_size) {
   constexpr int kRank = rank_of<Weight> == 1 ? 1 : 2;
-  static_assert(std::is_lvalue_reference_v<Weight> ||
-                    !std::is_same_v<std::remove_cvref_t<Weight>, Tensor<scalar_of<Weight>, kRank>>,
+  static_assert(std::is_lvalue_reference_v<Weight> || !detail::owns_its_elements<Weight>,
                 "eigenformer: column_shard returns a view, and this tensor ends with the "
                 "expression. Give it a name first.");
-  detail::require_tensor_argument<kRank, Weight>();
-  auto sizes = detail::sizes_of<kRank>(weight);
+  const auto full = input_view<kRank>(weight);
+  auto sizes = detail::sizes_of<kRank>(full);
   const ShardRange rows = shard_range(sizes[0], rank, world_size);
-  const Index row = kRank == 1 ? 1 : sizes[kRank - 1];
+  const Index begin = rows.begin * (kRank == 1 ? 1 : sizes[kRank - 1]);
   sizes[0] = rows.size();
-  return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(
-      weight.data() + rows.begin * row, sizes);
+  if constexpr (RowMajorTensor<Weight>)
+    return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(weight.data() + begin,
+                                                                             sizes);
+  else
+    return full;
 }
 
 /// One rank's rows of a weight, packed.
@@ -216,12 +218,12 @@ void column_parallel_into(const D& device, Y& output, const X& input, const Weig
   const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator, bias...);
   require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
                x.dimension(1), " features");
-  const auto y = output_view<rank_of<X>>(output);
+  auto y = output_view<rank_of<X>>(output);
   require_output(name, y, input, options.gather_output ? shape.out : shape.columns.size());
   if (options.gather_output)
-    column_parallel(device, output.data(), x, weight, shape, communicator, workspace, bias...);
+    column_parallel(device, y.data(), x, weight, shape, communicator, workspace, bias...);
   else
-    shard_product(device, output.data(), x, weight, shape, communicator, workspace, bias...);
+    shard_product(device, y.data(), x, weight, shape, communicator, workspace, bias...);
 }
 
 template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
@@ -248,17 +250,17 @@ void row_parallel_into(const D& device, Y& output, const X& input, const Weight&
   require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
                " features, rank ", communicator.rank(), " of ", communicator.size(), " has ",
                own.size(), " of the weight's ", shape.in, " columns");
-  const auto y = output_view<rank_of<X>>(output);
+  auto y = output_view<rank_of<X>>(output);
   require_output(name, y, input, shape.out);
   if (communicator.size() == 1) {
-    shard_product(device, output.data(), part, weight, shape, communicator, workspace, bias...);
+    shard_product(device, y.data(), part, weight, shape, communicator, workspace, bias...);
     return;
   }
   Workspace::Frame frame(workspace);
   T* x = frame.take<T>(shape.tokens * shape.in);
   gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
                   [&](T*) { return part.data(); });
-  column_parallel(device, output.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight,
+  column_parallel(device, y.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight,
                   shape, communicator, workspace, bias...);
 }
 

@@ -23,8 +23,7 @@ class LogSumExpOutput {
     requires(RowMajorTensor<X> && !std::is_same_v<std::remove_cvref_t<X>, LogSumExpOutput>)
   LogSumExpOutput(X&& tensor) {
     using T = scalar_of<X>;
-    static_assert(std::is_lvalue_reference_v<X> ||
-                      !std::is_same_v<std::remove_cvref_t<X>, Tensor<T, rank_of<X>>>,
+    static_assert(std::is_lvalue_reference_v<X> || !detail::owns_its_elements<X>,
                   "eigenformer: log_sum_exp would be written into a temporary tensor");
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
                   "eigenformer: log_sum_exp is a tensor of float or double");

@@ -69,7 +69,7 @@ void require_known(bool ok, std::string_view operation, const Parts&... parts) {
 template <typename A, typename B>
 void require_same_shape(std::string_view operation, std::string_view name_a, const A& a,
                         std::string_view name_b, const B& b) {
-  static_assert(rank_of<A> == rank_of<B>);
+  static_assert(rank_of<A> == rank_of<B>, "eigenformer: two tensors of this call differ in rank");
   bool same = true;
   for (int d = 0; d < rank_of<A>; ++d)
     same = same &&
