@@ -4,6 +4,11 @@
 
 #include <atomic>
 #include <chrono>
+#include <stdexcept>
+#include <thread>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include "allocations.h"
 
@@ -96,6 +101,49 @@ TEST(ThreadCommunicator, AnExceptionStopsAllRanksAndIsRethrown) {
                                            }),
                int);
 }
+
+#if defined(__linux__)
+/// All threads made while it lives share one core.
+class OnOneCore {
+ public:
+  OnOneCore() {
+    sched_getaffinity(0, sizeof(before_), &before_);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    for (int core = 0; core < CPU_SETSIZE; ++core)
+      if (CPU_ISSET(core, &before_)) {
+        CPU_SET(core, &one);
+        break;
+      }
+    sched_setaffinity(0, sizeof(one), &one);
+  }
+  ~OnOneCore() { sched_setaffinity(0, sizeof(before_), &before_); }
+  OnOneCore(const OnOneCore&) = delete;
+  OnOneCore& operator=(const OnOneCore&) = delete;
+
+ private:
+  cpu_set_t before_;
+};
+
+// The others let the CommunicatorError out that the failure of one brings them. Whoever it wakes goes first: they sleep by the time
+// the idle thread runs, and take the core from it at once. So its exception is the first kept only where it is kept before that.
+TEST(ThreadCommunicator, TheErrorsThatAnExceptionBringsOthersNeverTakeItsPlace) {
+  const OnOneCore one_core;
+  const int ranks =
+      static_cast<int>(std::thread::hardware_concurrency()) + 2;  // none of them spins
+  for (int run = 0; run < 20; ++run)
+    EXPECT_THROW(ef::ThreadCommunicator::run(ranks,
+                                             [&](auto& communicator) {
+                                               if (communicator.rank() == 1 + run % 2) {
+                                                 const sched_param idle{};
+                                                 sched_setscheduler(0, SCHED_IDLE, &idle);
+                                                 throw std::out_of_range("the cause");
+                                               }
+                                               communicator.barrier();
+                                             }),
+                 std::out_of_range);
+}
+#endif
 
 TEST(ThreadCommunicator, ARankThatEndsEarlyIsAnErrorForThoseWhoWait) {
   for (int run = 0; run < 50; ++run)
