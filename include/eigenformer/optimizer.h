@@ -65,7 +65,7 @@ struct AdamWRules {
   static constexpr auto name = "AdamW";
   static constexpr Index kMoments = 2;
   static bool keeps_state(const AdamWOptions&) { return true; }
-  static void check(Index group, const AdamWOptions& o) {
+  static void check_options(Index group, const AdamWOptions& o) {
     require_rate(name, "learning_rate", group, o.learning_rate);
     require_rate(name, "weight_decay", group, o.weight_decay);
     require_beta(name, "beta1", group, o.beta1);
@@ -89,7 +89,7 @@ struct SgdRules {
   static constexpr auto name = "Sgd";
   static constexpr Index kMoments = 1;
   static bool keeps_state(const SgdOptions& o) { return o.momentum > 0; }
-  static void check(Index group, const SgdOptions& o) {
+  static void check_options(Index group, const SgdOptions& o) {
     require_rate(name, "learning_rate", group, o.learning_rate);
     require_rate(name, "weight_decay", group, o.weight_decay);
     require_beta(name, "momentum", group, o.momentum);

@@ -106,7 +106,7 @@ inline void require_beta(std::string_view operation, std::string_view name, Inde
 }
 
 /// Groups of parameters, their pieces and the moments: what AdamW and Sgd have in common. Rules
-/// says in static members what is their own: name, kMoments, check(group, options),
+/// says in static members what is their own: name, kMoments, check_options(group, options),
 /// keeps_state(options) and factors(options, step).
 template <typename Rules, typename Options>
 class OptimizerState {
@@ -114,7 +114,7 @@ class OptimizerState {
   explicit OptimizerState(std::vector<ParameterGroup<Options>> groups) {
     if (groups.empty()) groups.emplace_back();
     for (const ParameterGroup<Options>& group : groups) {
-      Rules::check(static_cast<Index>(groups_.size()), group.options);
+      Rules::check_options(static_cast<Index>(groups_.size()), group.options);
       groups_.push_back({group.options, 0, piece_count(group.parameters)});
       parameters_.insert(parameters_.end(), group.parameters.begin(), group.parameters.end());
     }
@@ -136,7 +136,7 @@ class OptimizerState {
   const Options& options(Index group) const { return groups_[checked(group)].options; }
   void set_options(Index group, const Options& options) {
     Group& changed = groups_[checked(group)];
-    Rules::check(group, options);
+    Rules::check_options(group, options);
     require_that(Rules::keeps_state(options) == Rules::keeps_state(changed.options), Rules::name,
                  "group ", group, " changes between momentum and none; make a new optimizer");
     changed.options = options;

@@ -100,11 +100,11 @@ struct PagedKvPages {
   }
   /// Positions of pages in use that hold something for somebody, a shared one counted once.
   Index slots_used() const {
-    std::map<std::pair<std::int64_t, Index>, bool> slots;  // (page, place in it)
+    std::map<std::pair<std::int64_t, Index>, bool> used;  // (page, place in it)
     for (const auto& [id, sequence] : sequences)
       for (Index j = 0; j < sequence.longest(); ++j)
-        slots[{sequence.pages[static_cast<std::size_t>(j / page_size)], j % page_size}] = true;
-    return static_cast<Index>(slots.size());
+        used[{sequence.pages[static_cast<std::size_t>(j / page_size)], j % page_size}] = true;
+    return static_cast<Index>(used.size());
   }
 
   std::int64_t add_sequence() {
