@@ -219,7 +219,7 @@ TEST(ThreadCommunicator, AllocatesNothingInTheSteadyState) {
 TEST(ThreadCommunicatorGroup, ServesThreadsOfTheCaller) {
   ef::ThreadCommunicatorGroup group(3);
   EXPECT_EQ(group.size(), 3);
-  std::vector<std::jthread> threads;
+  std::vector<std::thread> threads;
   std::atomic<int> good{0};
   for (int rank = 0; rank < 3; ++rank)
     threads.emplace_back([&good, communicator = group.communicator(rank)]() mutable {
@@ -228,7 +228,7 @@ TEST(ThreadCommunicatorGroup, ServesThreadsOfTheCaller) {
       if (value[0] == 3) ++good;
       communicator.barrier();
     });
-  threads.clear();
+  for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(good, 3);
   expect_throws<std::invalid_argument>([&] { group.communicator(3); }, {"rank is 3", "0 to 2"});
   expect_throws<std::invalid_argument>([&] { group.communicator(1); }, {"rank 1 was taken"});
@@ -239,17 +239,16 @@ TEST(ThreadCommunicatorGroup, StopWakesThoseWhoWait) {
     ef::ThreadCommunicatorGroup group(3);
     auto absent = group.communicator(2);
     std::atomic<int> woken{0};
-    {
-      std::vector<std::jthread> threads;
-      for (int rank = 0; rank < 2; ++rank)
-        threads.emplace_back([&woken, communicator = group.communicator(rank)]() mutable {
-          expect_throws<ef::CommunicatorError>([&] { communicator.barrier(); },
-                                               {"stopped", "shutting down"});
-          ++woken;
-        });
-      if (run % 2 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
-      group.stop("shutting down");
-    }
+    std::vector<std::thread> threads;
+    for (int rank = 0; rank < 2; ++rank)
+      threads.emplace_back([&woken, communicator = group.communicator(rank)]() mutable {
+        expect_throws<ef::CommunicatorError>([&] { communicator.barrier(); },
+                                             {"stopped", "shutting down"});
+        ++woken;
+      });
+    if (run % 2 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    group.stop("shutting down");
+    for (std::thread& thread : threads) thread.join();
     EXPECT_EQ(woken, 2);
     expect_throws<ef::CommunicatorError>([&] { absent.barrier(); }, {"shutting down"});
   }

@@ -38,14 +38,14 @@ struct ContinuousBatchScheduler {
 
   void add_request(const std::string& id, const std::vector<std::int32_t>& prompt) {
     if (known(id) || prompt.empty() || static_cast<Index>(prompt.size()) >= max_seq_length)
-      detail::fail<std::invalid_argument>(id);
+      eigenformer::detail::fail<std::invalid_argument>(id);
     (can_add_more_requests() ? active : waiting).push_back({id, prompt});
   }
 
   void update_batch(const std::string& id, std::int32_t token, bool is_finished) {
-    if (!known(id)) detail::fail<std::out_of_range>(id);
+    if (!known(id)) eigenformer::detail::fail<std::out_of_range>(id);
     const Index at = position(active, id);
-    if (at < 0) detail::fail<std::invalid_argument>(id);
+    if (at < 0) eigenformer::detail::fail<std::invalid_argument>(id);
     Request& request = active[static_cast<std::size_t>(at)];
     request.tokens.push_back(token);
     if (!is_finished && static_cast<Index>(request.tokens.size()) < max_seq_length) return;
@@ -59,9 +59,9 @@ struct ContinuousBatchScheduler {
   }
 
   std::vector<std::int32_t> take_finished(const std::string& id) {
-    if (!known(id)) detail::fail<std::out_of_range>(id);
+    if (!known(id)) eigenformer::detail::fail<std::out_of_range>(id);
     const Index at = position(finished, id);
-    if (at < 0) detail::fail<std::invalid_argument>(id);
+    if (at < 0) eigenformer::detail::fail<std::invalid_argument>(id);
     const auto tokens = finished[static_cast<std::size_t>(at)].tokens;
     finished.erase(finished.begin() + at);
     return tokens;
