@@ -1,9 +1,11 @@
 // Laws: equal to the plain decoder; gradients equal finite differences; a row of logits has the same bits alone, in a batch, in
 // chunks, token by token, on any number of threads and ranks, through either cache; INT8 stays close; a small text is learned.
 #include <eigenformer/decoder.h>
+
 #include <eigenformer/reference/decoder.h>
 #include <eigenformer/sampling.h>
 #include <eigenformer/training.h>
+#include <numbers>
 
 #include "compare.h"
 
@@ -55,6 +57,29 @@ ef::Tensor<float, 2> row(const ef::Tensor<float, 2>& x, Index r) {
 }
 
 const Eigen::DefaultDevice kOneThread;
+// Box-Muller of numbers 2 i and 2 i + 1 of a stream of their own, whatever a sampler of the same seed
+// draws.
+TEST(DecoderWeights, InitialValuesAreOfTheStreamOfInitialisation) {
+  const ef::DecoderWeights weights(kConfig, 5);
+  const auto& tensors = weights.tensors();
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    if (tensors[t].rows == 1) continue;
+    const ef::Philox random(5, t);
+    const auto uniform = [&](std::uint32_t index) {
+      return random.uniform(0, index, ef::Philox::Purpose::initialisation);
+    };
+    const auto normal = [&](std::uint32_t i) {
+      return std::sqrt(-2.0 * std::log(uniform(2 * i))) *
+             std::cos(2.0 * std::numbers::pi * uniform(2 * i + 1));
+    };
+    const auto values = weights.matrix(t);
+    const double scale = values.data()[0] / normal(0);
+    EXPECT_GT(scale, 0.0);
+    EXPECT_LE(scale, 0.0200001);
+    for (std::uint32_t i = 1; i < tensors[t].size(); ++i)
+      ASSERT_NEAR(values.data()[i], scale * normal(i), 1e-7) << tensors[t].name << " " << i;
+  }
+}
 
 TEST(Decoder, ForwardEqualsThePlainDecoder) {
   for (auto layout : {ef::RopeLayout::half_split, ef::RopeLayout::interleaved}) {

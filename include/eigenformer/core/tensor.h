@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../cpu/isa.h"
+#include "compiler.h"
 #include "eigen.h"
 
 namespace eigenformer {
@@ -58,8 +58,8 @@ struct tensor_traits {
   using scalar = typename scalar_or_float<X>::type;
 };
 
-template <typename T, int Rank, int Options, typename I>
-struct tensor_traits<Eigen::Tensor<T, Rank, Options, I>> {
+template <typename T, int Rank, int Options, typename Sizes>
+struct tensor_traits<Eigen::Tensor<T, Rank, Options, Sizes>> {
   static constexpr TensorKind kind =
       (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
   static constexpr int rank = Rank;

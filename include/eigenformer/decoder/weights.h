@@ -140,7 +140,7 @@ class DecoderWeights {
   std::size_t add(std::string name, Index rows, Index columns) {
     const Index size = checked_product(rows, columns, "Decoder", "weight");
     tensors_.push_back({std::move(name), rows, columns, static_cast<std::size_t>(count_)});
-    require_that(!__builtin_add_overflow(count_, size, &count_), "Decoder",
+    require_that(detail::add_fits(count_, size, count_), "Decoder",
                  "the weights together overflow");
     return tensors_.size() - 1;
   }
@@ -161,12 +161,16 @@ class DecoderWeights {
     const double deviation =
         0.02 / (joins_residual(t) ? std::sqrt(2.0 * static_cast<double>(config_.layers)) : 1.0);
     const Philox random(seed, t);
-    for (Index i = 0; i < tensor.size(); ++i) {  // Box-Muller: a counter for each element
-      const auto row = static_cast<std::uint32_t>(i >> 31),
-                 index = static_cast<std::uint32_t>(2 * i);
-      const double radius = std::sqrt(-2.0 * std::log(random.uniform(row, index)));
-      out[i] = static_cast<float>(
-          deviation * radius * std::cos(2.0 * std::numbers::pi * random.uniform(row, index + 1)));
+    const auto uniform = [&random](std::uint64_t number) {
+      return random.uniform(static_cast<std::uint32_t>(number / Philox::kIndices),
+                            static_cast<std::uint32_t>(number % Philox::kIndices),
+                            Philox::Purpose::initialisation);
+    };
+    for (Index i = 0; i < tensor.size(); ++i) {  // Box-Muller: two numbers for each element
+      const auto number = 2 * static_cast<std::uint64_t>(i);
+      const double radius = std::sqrt(-2.0 * std::log(uniform(number)));
+      out[i] = static_cast<float>(deviation * radius *
+                                  std::cos(2.0 * std::numbers::pi * uniform(number + 1)));
     }
   }
 

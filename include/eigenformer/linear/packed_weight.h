@@ -56,7 +56,7 @@ PanelLayout panel_layout(Isa) {
 }
 
 /// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
-inline constexpr Index kLargestInt8Depth = ((Index{1} << 31) - 1) / (127 * 127);
+inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
 
 inline void require_int8_depth(Index depth, std::string_view operation) {
   require_that(depth <= kLargestInt8Depth, operation, "weight has ", depth,

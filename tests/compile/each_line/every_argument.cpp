@@ -37,6 +37,8 @@ void refused() {
   ef::Tensor<std::int8_t, 2> q;
   ef::Tensor<std::int32_t, 1> ids1, idsn;
   ef::Tensor<std::int32_t, 2> draft;
+  ef::SamplesWithLogProbabilities logged;
+  ef::SpeculativeResult verified;
   ef::greedy_sample(E(lg));
   ef::greedy_sample(dev, E(lg));
   ef::top_k_sample(E(lg), 2, 1.0, rng);
@@ -46,9 +48,19 @@ void refused() {
   ef::sampling_probabilities_into(dev, E(lg), lg, ef::SamplingParams{});
   ef::sampling_probabilities_into(dev, lg, E(lg), ef::SamplingParams{});
   ef::sample_with_log_probabilities(E(lg), ef::SamplingParams{}, rng);
+  ef::sample_with_log_probabilities_into(dev, logged, E(lg), ef::SamplingParams{}, rng);
+  ef::log_probabilities_of(E(lg), ids1);
+  ef::log_probabilities_of(lg, E(ids1));
+  ef::log_probabilities_of(dev, E(lg), ids1, ef::SamplingParams{});
+  ef::log_probabilities_of_into(dev, E(b), lg, ids1);
+  ef::log_probabilities_of_into(dev, b, E(lg), ids1);
+  ef::log_probabilities_of_into(dev, b, lg, E(ids1));
   ef::verify_speculative(E(draft), q3, p3, rng);
   ef::verify_speculative(draft, E(q3), p3, rng);
   ef::verify_speculative(draft, q3, E(p3), rng);
+  ef::verify_speculative_into(dev, verified, E(draft), q3, p3, rng);
+  ef::verify_speculative_into(dev, verified, draft, E(q3), p3, rng);
+  ef::verify_speculative_into(dev, verified, draft, q3, E(p3), rng);
   ef::sample_into(dev, E(ids1), lg, ef::SamplingParams{}, rng);
   ef::sample_into(dev, ids1, E(lg), ef::SamplingParams{}, rng);
   ef::linear(E(m), w, b);
@@ -255,6 +267,12 @@ void refused() {
   ef::vocabulary_parallel_greedy(m, E(w), comm);
   ef::vocabulary_parallel_top_k_sample(E(m), w, comm, 2, 1.f, rng);
   ef::vocabulary_parallel_top_k_sample(m, E(w), comm, 2, 1.f, rng);
+  ef::vocabulary_parallel_top_k_sample_into(dev, E(ids1), m, w, comm, 2, 1.f, rng);
+  ef::vocabulary_parallel_top_k_sample_into(dev, ids1, E(m), w, comm, 2, 1.f, rng);
+  ef::vocabulary_parallel_top_k_sample_into(dev, ids1, m, E(w), comm, 2, 1.f, rng);
+  ef::vocabulary_parallel_greedy_into(dev, E(ids1), m, w, comm);
+  ef::vocabulary_parallel_greedy_into(dev, ids1, E(m), w, comm);
+  ef::vocabulary_parallel_greedy_into(dev, ids1, m, E(w), comm);
   ef::causal_mask_into(dev, E(t3));
 }
 // clang-format on
