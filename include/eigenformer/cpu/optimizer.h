@@ -59,11 +59,11 @@ void for_each_piece(const D& device, const ParameterPiece* pieces, Index count, 
 template <typename Isa>
 void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
   using V = simd::Vec<float, Isa>;
-  const V decay = V::set1(f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
+  const V minus_decay = V::set1(-f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
           epsilon = V::set1(f.epsilon);
   const V one_minus_beta1 = V::set1(f.one_minus_beta1),
           one_minus_beta2 = V::set1(f.one_minus_beta2);
-  const V step = V::set1(f.step_size), inverse_root_bias = V::set1(f.inverse_root_bias);
+  const V minus_step = V::set1(-f.step_size), inverse_root_bias = V::set1(f.inverse_root_bias);
   for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
     const V g = load<V>(piece.gradient + i, part);
     const V m = fma(beta1, load<V>(piece.first_moment + i, part), one_minus_beta1 * g);
@@ -72,7 +72,7 @@ void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
     store(m, piece.first_moment + i, part);
     store(v, piece.second_moment + i, part);
     const V value = load<V>(piece.value + i, part);
-    store(value - fma(decay, value, step * direction), piece.value + i, part);
+    store(value + fma(minus_step, direction, minus_decay * value), piece.value + i, part);
   });
 }
 
