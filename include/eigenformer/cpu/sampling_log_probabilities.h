@@ -23,21 +23,22 @@ struct LogProbabilityOutputs {
 namespace cpu {
 
 /// Log of the sum of the weights in play, to a relative error of 1e-15 also where one token has
-/// nearly all of it: log m + log(1 + rest / m) of m tokens of weight 1.
+/// nearly all of it: log(1 + rest), where a token of weight 1, the best, is left out of the rest.
 template <typename Isa, typename T>
 double log_sum_weights(const SamplingRow<T>& row) {
   alignas(64) double weights[SamplingBlock::size];
-  double ones = 0, rest = 0;
+  double rest = 0;
+  bool best_left_out = false;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
     member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      const double one = weights[j] == 1.0 ? 1.0 : 0.0;
-      ones += one;
-      weights[j] -= one;
-    }
+    for (Index j = 0; j < SamplingBlock::size && !best_left_out; ++j)
+      if (weights[j] == 1.0) {
+        weights[j] = 0;
+        best_left_out = true;
+      }
     rest += block_sum(weights);
   });
-  return std::log(ones) + std::log1p(rest / ones);
+  return std::log1p(rest);
 }
 
 /// Log of the probability of one token in a filtered distribution, from the log of the sum of its

@@ -42,12 +42,19 @@ inline SampleStatus status_of_probability(double p) {
   return p < 0 ? SampleStatus::negative : SampleStatus::nan;
 }
 
-/// The status of the first number that is no probability; ok where all are.
-template <typename Numbers>
-SampleStatus status_of_probabilities(Index count, Numbers number) {
+/// The status of the first number that is no probability; ok where all are, which one pass without
+/// branches finds out.
+template <typename P>
+SampleStatus status_of_probabilities(const P* numbers, Index count) {
+  using C = compute_type<P>;
+  bool good = true;
+  for (Index i = 0; i < count; ++i) {
+    const C number = static_cast<C>(numbers[i]);
+    good &= (number >= C(0)) & (number <= (std::numeric_limits<C>::max)());
+  }
   SampleStatus status = SampleStatus::ok;
-  for (Index i = 0; i < count && status == SampleStatus::ok; ++i)
-    status = status_of_probability(number(i));
+  for (Index i = 0; i < count && !good && status == SampleStatus::ok; ++i)
+    status = status_of_probability(static_cast<double>(numbers[i]));
   return status;
 }
 
@@ -79,34 +86,34 @@ SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std
   const std::int32_t* drafted = p.draft_tokens + r * p.drafts;
   const Index given = p.draft_lengths == nullptr ? p.drafts : (*p.draft_lengths)[r];
   const Index length = std::find(drafted, drafted + given, -1) - drafted;
-  const auto target_at = [&](Index i, Index v) {
-    return static_cast<double>(p.target[(r * (p.drafts + 1) + i) * p.vocab + v]);
-  };
-  const auto draft_at = [&](Index i, Index v) {
-    return static_cast<double>(p.draft[(r * p.drafts + i) * p.vocab + v]);
-  };
+  const auto target_at = [&](Index i) { return p.target + (r * (p.drafts + 1) + i) * p.vocab; };
+  const auto draft_at = [&](Index i) { return p.draft + (r * p.drafts + i) * p.vocab; };
   Index place = 0;
   for (; place < length; ++place) {
     const std::int32_t token = drafted[place];
-    const double read[] = {target_at(place, token), draft_at(place, token)};
-    const auto status = status_of_probabilities(2, [&](Index i) { return read[i]; });
+    const double target = static_cast<double>(target_at(place)[token]),
+                 draft = static_cast<double>(draft_at(place)[token]);
+    const double read[] = {target, draft};
+    const SampleStatus status = status_of_probabilities(read, 2);
     if (status != SampleStatus::ok) return status;
-    if (!(p.uniform(r, place, Philox::Purpose::acceptance) * read[1] < read[0])) break;
+    if (!(p.uniform(r, place, Philox::Purpose::acceptance) * draft < target)) break;
     tokens[place] = token;
   }
-  const auto target = [&](Index v) { return target_at(place, v); };
-  const auto draft = [&](Index v) { return draft_at(place, v); };
-  SampleStatus status = status_of_probabilities(p.vocab, target);
-  if (status == SampleStatus::ok && place < length)
-    status = status_of_probabilities(p.vocab, draft);
+  const Target* target = target_at(place);
+  const Draft* draft = place < length ? draft_at(place) : nullptr;
+  SampleStatus status = status_of_probabilities(target, p.vocab);
+  if (status == SampleStatus::ok && draft != nullptr)
+    status = status_of_probabilities(draft, p.vocab);
   if (status != SampleStatus::ok) return status;
   const double u = p.uniform(r, 0, Philox::Purpose::last_token);
   std::int32_t last = -1;
-  if (place < length)
-    last = draw_from_weights(p.vocab, u,
-                             [&](Index v) { return (std::max)(0.0, target(v) - draft(v)); });
+  if (draft != nullptr)
+    last = draw_from_weights(p.vocab, u, [&](Index v) {
+      return (std::max)(0.0, static_cast<double>(target[v]) - static_cast<double>(draft[v]));
+    });
   // No residual: the two distributions are one up to rounding.
-  if (last == -1) last = draw_from_weights(p.vocab, u, target);
+  if (last == -1)
+    last = draw_from_weights(p.vocab, u, [&](Index v) { return static_cast<double>(target[v]); });
   if (last < 0) return last == -1 ? SampleStatus::no_token : SampleStatus::positive_infinity;
   tokens[place] = last;
   accepted = static_cast<std::int32_t>(place);
