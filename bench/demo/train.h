@@ -45,7 +45,7 @@ inline double learning_rate_at(const TrainingPlan& plan, double done) {
 
 template <typename Model>
 TrainingResult train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text,
-             const TrainingPlan& plan) {
+                     const TrainingPlan& plan) {
   ef::AdamW optimizer(model.parameters(),
                       {.learning_rate = plan.learning_rate, .weight_decay = 0.01, .beta2 = 0.99});
   Windows windows(text, plan.batch, plan.length, /*seed=*/2026);

@@ -28,16 +28,17 @@ namespace eigenformer {
 /// Gets the message of an error and does not return.
 using ErrorHandler = void (*)(const char* message);
 
-namespace detail {
+// Outside the namespace of the ISA, and so not in `detail`, which lives there.
+namespace without_exceptions {
 inline std::atomic<ErrorHandler>& error_handler() {
   static std::atomic<ErrorHandler> handler{nullptr};
   return handler;
 }
-}  // namespace detail
+}  // namespace without_exceptions
 
 /// Takes the place of printing the message; null goes back to that. Returns the handler before.
 inline ErrorHandler set_error_handler(ErrorHandler handler) {
-  return detail::error_handler().exchange(handler);
+  return without_exceptions::error_handler().exchange(handler);
 }
 #endif
 
@@ -51,7 +52,7 @@ template <typename Error, typename... Arguments>
   throw Error(std::forward<Arguments>(arguments)...);
 #else
   const Error error(std::forward<Arguments>(arguments)...);
-  if (const ErrorHandler handler = error_handler().load()) {
+  if (const ErrorHandler handler = without_exceptions::error_handler().load()) {
     handler(error.what());
   } else {
     std::fprintf(stderr, "eigenformer: %s\n", error.what());

@@ -28,7 +28,7 @@ struct KvAppendProblem {
       positions;  // (batch) where a sequence's first token goes; negative leaves the sequence out
   Index
       capacity;  // positions a sequence of the target has room for. The host has checked them for the CPU; on a GPU
-      // `positions` is device memory, and what lies past the capacity is left out.
+  // `positions` is device memory, and what lies past the capacity is left out.
   KvSource<Storage> target;
 
   Index sequence_of(Index token) const {
