@@ -145,6 +145,7 @@ void check_vocabulary(C& communicator) {
       const auto cold =
           ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 0.0f, rng);
       ASSERT_TRUE(same_bits(cold, greedy));
+      ASSERT_EQ(rng.position(), 5u);  // greedy moves it on, too
     }
   }
 }
