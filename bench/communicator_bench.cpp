@@ -18,7 +18,7 @@ class Pair {
   explicit Pair(Eigen::Index elements)
       : part_{make(elements), make(elements)}, whole_{make(2 * elements), make(2 * elements)} {
     own_.emplace_back(group_.communicator(0));
-    other_ = std::jthread([this, communicator = group_.communicator(1)]() mutable {
+    other_ = std::thread([this, communicator = group_.communicator(1)]() mutable {
       try {
         for (;;) step(communicator);
       } catch (const ef::CommunicatorError&) {
@@ -26,7 +26,10 @@ class Pair {
       }
     });
   }
-  ~Pair() { group_.stop("end of the benchmark"); }
+  ~Pair() {
+    group_.stop("end of the benchmark");
+    other_.join();
+  }
 
   void all_gather() { request(1); }
   void all_reduce_sum() { request(2); }
@@ -55,7 +58,7 @@ class Pair {
   std::vector<float> part_[2], whole_[2];
   std::atomic<std::int32_t> work_{0};
   std::vector<ef::ThreadCommunicator> own_;
-  std::jthread other_;
+  std::thread other_;
 };
 
 void communicator_cases(bench::Suite& suite) {

@@ -2,9 +2,11 @@
 #include <eigenformer/eigenformer.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <numeric>
+#include <thread>
 #include <vector>
 
 #include "demo/checkpoint.h"
@@ -31,7 +33,26 @@ ef::DecoderConfig decoder_config() {
 
 // Windows are longer than prompt and continuation together (264), so that every position served was trained.
 demo::TrainingPlan training_plan(bool quick) {
-  return quick ? demo::TrainingPlan{.steps = 900, .seconds = 40} : demo::TrainingPlan{};
+  return quick ? demo::TrainingPlan{.tokens = 480'000} : demo::TrainingPlan{};
+}
+
+/// What limits the training: its largest operator, and other work on the machine.
+void print_limits(const demo::TrainingResult& training, const ef::OperatorProfile& profile,
+                  int threads) {
+  const ef::OperatorProfile::Entry* largest = nullptr;
+  for (const auto& entry : profile.entries())
+    if (largest == nullptr || entry.seconds > largest->seconds) largest = &entry;
+  std::printf("training took %.0f s for %.2f million tokens on %d threads", training.seconds,
+              static_cast<double>(training.tokens) / 1e6, threads);
+  if (largest != nullptr)
+    std::printf("; %.0f%% of it is %s", 100 * largest->seconds / profile.total_seconds(),
+                std::string(largest->name).c_str());
+  double load = 0;
+  const double cores = static_cast<double>(std::thread::hardware_concurrency());
+  if (getloadavg(&load, 1) == 1 && load > cores + 0.5)
+    std::printf("; %.1f threads of all programs share %.0f cores, so a quiet machine takes less",
+                load, cores);
+  std::printf("\n");
 }
 
 void print_profile(const char* title, const ef::OperatorProfile& profile) {
@@ -66,7 +87,7 @@ int run(const demo::Options& options) {
   const Eigen::ThreadPoolDevice device(&pool, options.threads);
   ef::OperatorProfile training_profile, serving_profile;
   std::shared_ptr<ef::DecoderWeights> weights;
-  double training_rate = 0;
+  demo::TrainingResult training;
   if (!options.load.empty()) {
     weights = demo::load(options.load);
     std::printf("loaded %s\n", demo::weights_file(options.load).c_str());
@@ -80,7 +101,8 @@ int run(const demo::Options& options) {
         options.threads);
     ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);
     model.set_profile(&training_profile);
-    training_rate = demo::train(model, device, text, training_plan(options.quick));
+    training = demo::train(model, device, text, training_plan(options.quick));
+    print_limits(training, training_profile, options.threads);
   }
   if (!options.save.empty()) demo::save(*weights, options.save);
 
@@ -118,11 +140,11 @@ int run(const demo::Options& options) {
   const Index sum = std::accumulate(equal.begin(), equal.end(), Index{0}),
               total = demo::kPrompts * demo::kContinuation;
   std::printf("\n");
-  if (training_rate > 0)
+  if (training.tokens > 0)
     print_profile("training, share of the time by operator:", training_profile);
   print_profile("serving, share of the time by operator (rank 0):", serving_profile);
   std::printf("\nsummary\n");
-  if (training_rate > 0) std::printf("  training   %10.0f tokens/s\n", training_rate);
+  if (training.tokens > 0) std::printf("  training   %10.0f tokens/s\n", training.rate());
   std::printf("  prefill    %10.0f tokens/s\n",
               static_cast<double>(served.prefill_tokens) / served.prefill_seconds);
   std::printf("  decode     %10.0f tokens/s (%td steps)\n",

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include <eigenformer/core/compiler.h>
 #include <nlohmann/json.hpp>
 
 namespace safetensors {
@@ -66,7 +67,7 @@ inline File::Entry read_entry(const std::string& name, const nlohmann::json& des
   for (const auto& size : description["shape"]) {
     const std::uint64_t extent = unsigned_number(size, "a size of \"" + name + "\"");
     if (extent > static_cast<std::uint64_t>(INT64_MAX) ||
-        __builtin_mul_overflow(bytes, extent, &bytes))
+        !eigenformer::detail::multiply_fits(bytes, extent, bytes))
       fail("the shape of \"" + name + "\" overflows");
     entry.shape.push_back(static_cast<std::int64_t>(extent));
   }

@@ -29,7 +29,7 @@ class Layer {
         weight(random_matrix(out, in)),
         y{{tokens, out}, {tokens, out}} {
     own_.emplace_back(group_.communicator(0));
-    other_ = std::jthread([this, communicator = group_.communicator(1)]() mutable {
+    other_ = std::thread([this, communicator = group_.communicator(1)]() mutable {
       try {
         for (;;) step(communicator);
       } catch (const ef::CommunicatorError&) {
@@ -37,7 +37,10 @@ class Layer {
       }
     });
   }
-  ~Layer() { group_.stop("end of the benchmark"); }
+  ~Layer() {
+    group_.stop("end of the benchmark");
+    other_.join();
+  }
 
   void run() { step(own_.front()); }
 
@@ -53,7 +56,7 @@ class Layer {
 
   ef::ThreadCommunicatorGroup group_{2};
   std::vector<ef::ThreadCommunicator> own_;
-  std::jthread other_;
+  std::thread other_;
 };
 
 void tensor_parallel_cases(bench::Suite& suite) {

@@ -19,7 +19,7 @@ needs_of() {
   case "$1" in
     demo) echo compiler cmake ninja eigen json ;;
     test) echo compiler cmake ninja eigen json gtest mpi ;;
-    ci) echo compiler cmake ninja eigen json gtest mpi benchmark ccache clang onednn openblas format cross ;;
+    ci) echo compiler cmake ninja eigen json gtest mpi benchmark ccache clang onednn openblas format cross platforms ;;
     *) fail "unknown package set '$1', expected demo, test or ci" ;;
   esac
 }
@@ -38,6 +38,8 @@ package_of() {  # need, manager
     apt:onednn) echo libdnnl-dev ;;    dnf:onednn) echo onednn-devel ;;    pacman:onednn) echo onednn ;;          brew:onednn) echo onednn ;;
     apt:openblas) echo libopenblas-dev ;; dnf:openblas) echo openblas-devel ;; *:openblas) echo openblas ;;
     apt:format) echo clang-format-16 ;; *:format) echo - ;;
+    # The 32-bit libraries by their version: g++-multilib itself shuts out the cross compilers.
+    apt:platforms) echo libc++-16-dev libc++abi-16-dev g++-12-multilib g++-mingw-w64-x86-64-posix wine wine64 ;; *:platforms) echo - ;;
     apt:cross) echo g++-aarch64-linux-gnu qemu-user googletest ;; *:cross) echo - ;;
   esac
 }

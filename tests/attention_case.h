@@ -78,6 +78,8 @@ inline std::vector<NamedOptions> option_sweep(Index heads) {
           {"window 70", {.causal = true, .window = 70}},
           {"softcap", {.softcap = 2.0f}},
           {"scale", {.scale = 0.25f}},
+          {"scale 0", {.causal = true, .scale = 0.0f}},
+          {"negative scale", {.causal = true, .scale = -0.5f}},
           {"alibi", {.causal = true, .alibi_slopes = slopes}},
           {"alibi both ways", {.alibi_slopes = slopes}},
           {"sinks", {.sinks = sinks}},

@@ -97,6 +97,30 @@ double relative_error(const A& actual, const B& expected) {
   return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
 }
 
+/// relative_error, and beside it every element: |actual - expected| of no more than `bound` times
+/// |expected| and the root mean square of the whole together. The norm alone would pass one wrong
+/// element among 1 / bound^2.
+template <typename A, typename B>
+::testing::AssertionResult within(const A& actual, const B& expected, double bound) {
+  const double error = relative_error(actual, expected);
+  if (!(error <= bound))
+    return ::testing::AssertionFailure() << "relative error " << error << ", allowed " << bound;
+  double norm = 0;
+  for (Index i = 0; i < expected.size(); ++i) {
+    const double e = static_cast<double>(expected.data()[i]);
+    norm += e * e;
+  }
+  const double mean = std::sqrt(norm / static_cast<double>(expected.size() + (norm == 0)));
+  for (Index i = 0; i < expected.size(); ++i) {
+    const double a = static_cast<double>(actual.data()[i]),
+                 e = static_cast<double>(expected.data()[i]);
+    if (!(std::abs(a - e) <= bound * (std::abs(e) + mean)))
+      return ::testing::AssertionFailure() << "element " << i << " is " << a << ", expected " << e
+                                           << " within " << bound << " of it and of " << mean;
+  }
+  return ::testing::AssertionSuccess();
+}
+
 /// Every bit of the two tensors is equal.
 template <typename A, typename B>
 ::testing::AssertionResult same_bits(const A& a, const B& b) {

@@ -200,12 +200,15 @@ TEST(Contract, Training) {
   labels.setValues({0, 2, -100, 1, 0});
   const auto inputs = filled<float, 2>({5, 4});
   std::list<TrainingBatch> data_loader(3, TrainingBatch{inputs, labels});
+  const double first_loss = ef::cross_entropy(model.forward<float>(inputs), labels).mean();
   double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
-  EXPECT_GT(average_loss, 0.0);
+  EXPECT_LT(average_loss, first_loss);   // the second of two steps sees what the first has learned: by a rate of 1e-3
+  EXPECT_NEAR(average_loss, first_loss, 0.02);
   ef::GradScaler scaler;     // scale 65536, growth 2 every 2000 good steps, backoff 0.5
   EXPECT_EQ(scaler.scale(), 65536.0f);
+  const double second_loss = ef::cross_entropy(model.forward<float>(inputs), labels).mean();
   double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
-  EXPECT_GT(loss, 0.0);
+  EXPECT_NEAR(loss, second_loss, 2e-3 * second_loss);
   ef::Sgd sgd(model.parameters(), {.learning_rate = 1e-3f});
   sgd.zero_grad();
   sgd.step();

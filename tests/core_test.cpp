@@ -1,10 +1,15 @@
 // The foundation: Philox, workspaces, parallel_for, argument checks.
 #include <eigenformer/core/check.h>
+#include <eigenformer/core/compiler.h>
 #include <eigenformer/core/philox.h>
 #include <eigenformer/core/workspace.h>
 
 #include <atomic>
 #include <bit>
+#include <limits>
+#include <random>
+#include <set>
+#include <utility>
 
 #include "compare.h"
 
@@ -25,6 +30,76 @@ TEST(Philox, KnownAnswers) {
       (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
+void expect_draw(std::uint64_t seed, std::uint64_t position, std::uint32_t row, std::uint32_t index,
+                 ef::Philox::Purpose purpose, std::array<std::uint32_t, 4> bits, double uniform) {
+  const ef::Philox rng(seed, position);
+  EXPECT_EQ(rng.bits(row, index, purpose), bits) << seed << " " << position;
+  EXPECT_EQ(rng.uniform(row, index, purpose), uniform) << seed << " " << position;
+  EXPECT_EQ(rng.seed(), seed);
+  EXPECT_EQ(rng.position(), position);
+  ef::Philox advanced(seed);
+  advanced.advance(position);
+  EXPECT_EQ(advanced.bits(row, index, purpose), bits);
+  if (purpose == ef::Philox::Purpose::sampling) {
+    EXPECT_EQ(rng.uniform(row, index), uniform);
+  }
+}
+
+// Computed apart, from the paper's definition: counter {index + purpose * 2^28, row, position low,
+// position high}, key {seed low, seed high}.
+TEST(Philox, KnownAnswersOfDraws) {
+  using enum ef::Philox::Purpose;
+  expect_draw(0x2a, 0x0, 0x0, 0x0, sampling, {0x9ceaf053, 0x77f5493b, 0x12bf50ad, 0x5742b3d7},
+              0x1.39d5e0a6efea9p-1);
+  expect_draw(0x1, 0x0, 0x0, 0x0, sampling, {0xe3e80670, 0xe50a0ebc, 0x95f222c0, 0xb615aa27},
+              0x1.c7d00ce1ca141p-1);
+  expect_draw(0x1, 0x100000000, 0x0, 0x0, sampling,
+              {0x127bee41, 0x1e047488, 0x48842b20, 0x0a393496}, 0x1.27bee411e0478p-4);
+  expect_draw(0x100000000, 0x0, 0x0, 0x0, sampling,
+              {0xfdde3e0b, 0xfa7e58b6, 0x3380ec46, 0xd8d55c4f}, 0x1.fbbc7c17f4fcbp-1);
+  expect_draw(0x100000001, 0x5, 0x9, 0x0, sampling,
+              {0xccfdc1e5, 0xcd72ee34, 0x149560b3, 0xc99cfd1e}, 0x1.99fb83cb9ae5dp-1);
+  expect_draw(0xfedcba9876543210, 0x123456789abcdef, 0xfffffffe, 0xfffffff, sampling,
+              {0x134190de, 0xf9675f18, 0xda6bb091, 0xd763edd4}, 0x1.34190def96758p-4);
+  expect_draw(0x2a, 0x7, 0x3, 0x5, sampling, {0x929190ec, 0x344bb197, 0xb89dd1da, 0xcc6a69b8},
+              0x1.252321d868977p-1);
+  expect_draw(0x2a, 0x7, 0x5, 0x3, sampling, {0xe778ed2d, 0xdcf8f352, 0xb8ffa08c, 0x12b8f6f3},
+              0x1.cef1da5bb9f1fp-1);
+  expect_draw(0x2a, 0x7, 0x3, 0x5, acceptance, {0x59f677e3, 0x73105f93, 0x97940bcb, 0xe244dd0c},
+              0x1.67d9df8dcc416p-2);
+  expect_draw(0x2a, 0x7, 0x3, 0x0, last_token, {0x656d03bb, 0x09adfe17, 0xe42b7511, 0xa11d7ac9},
+              0x1.95b40eec26b7ep-2);
+  expect_draw(0x2a, 0x7, 0x3, 0x5, initialisation, {0xc41404f3, 0x978fe6f0, 0x65e0dba3, 0xaf202c2d},
+              0x1.882809e72f1fdp-1);
+  expect_draw(0x2a, 0x7, 0x0, 0x0, engine, {0x528739b0, 0x1e34b222, 0x289e0bcb, 0x1c9a9556},
+              0x1.4a1ce6c078d2ep-2);
+  expect_draw(0x2a, 0x7, 0x3, 0x5, user, {0x60ca95b3, 0x9fdb7c8a, 0xd51a8fde, 0x6d84def7},
+              0x1.832a56ce7f6dep-2);
+  expect_draw(0x2a, 0xffffffffffffffff, 0xffffffff, 0x0, sampling,
+              {0xd2bbea13, 0x488cdabe, 0x694c3c21, 0xafa70807}, 0x1.a577d4269119bp-1);
+  ef::Philox random(42);
+  for (std::uint32_t expected : {0x7c78fb3eu, 0x0aec3112u, 0xefc42a04u})
+    EXPECT_EQ(random(), expected);
+  EXPECT_EQ(random.position(), 3u);
+}
+
+// Streams of one seed and position: no counter is shared, up to the limits of rows and indices.
+TEST(Philox, PurposesNeverMeet) {
+  using enum ef::Philox::Purpose;
+  const ef::Philox rng(3, std::uint64_t{1} << 32);
+  std::set<std::array<std::uint32_t, 4>> seen;
+  std::size_t draws = 0;
+  for (const auto purpose : {sampling, acceptance, last_token, initialisation, engine, user})
+    for (std::uint32_t row : {0u, 1u, 2u, 0x0FFFFFFFu, 0x10000000u, 0xFFFFFFFEu, 0xFFFFFFFFu})
+      for (std::uint32_t index : {0u, 1u, 2u, 0x07FFFFFFu, 0x08000000u, 0x0FFFFFFFu}) {
+        seen.insert(rng.bits(row, index, purpose));
+        ++draws;
+      }
+  EXPECT_EQ(seen.size(), draws);
+  ef::Philox engine_draw = rng;
+  EXPECT_EQ(engine_draw(), rng.bits(0, 0, engine)[0]);
+}
+
 TEST(Philox, DrawIsAFunctionOfSeedPositionRowAndIndex) {
   ef::Philox a(42), b(42, 7);
   EXPECT_NE(a.bits(3), b.bits(3));
@@ -36,8 +111,40 @@ TEST(Philox, DrawIsAFunctionOfSeedPositionRowAndIndex) {
     EXPECT_LT(a.uniform(row), 1.0);
   }
   std::uniform_int_distribution<int> die(1, 6);  // usable with <random>
-  for (int i = 0; i < 100; ++i) EXPECT_LE(die(a), 6);
-  EXPECT_EQ(a.position(), 107u);
+  std::set<int> faces;
+  for (int i = 0; i < 100; ++i) faces.insert(die(a));
+  EXPECT_EQ(faces, (std::set<int>{1, 2, 3, 4, 5, 6}));
+  EXPECT_GE(a.position(), 107u);  // how often a distribution asks is the library's affair
+}
+
+// Against the exact result in 64 bits, at every 8-bit pair and at the ends of the widest type.
+template <typename I>
+void expect_exact_bounds() {
+  for (int i = std::numeric_limits<I>::min(); i <= std::numeric_limits<I>::max(); ++i)
+    for (int j = std::numeric_limits<I>::min(); j <= std::numeric_limits<I>::max(); ++j) {
+      const auto a = static_cast<I>(i), b = static_cast<I>(j);
+      I sum = 77, product = 77;
+      const bool sum_fits = std::in_range<I>(i + j), product_fits = std::in_range<I>(i * j);
+      ASSERT_EQ(ef::detail::add_fits(a, b, sum), sum_fits) << i << " + " << j;
+      ASSERT_EQ(sum, sum_fits ? static_cast<I>(i + j) : 77) << i << " + " << j;
+      ASSERT_EQ(ef::detail::multiply_fits(a, b, product), product_fits) << i << " * " << j;
+      ASSERT_EQ(product, product_fits ? static_cast<I>(i * j) : 77) << i << " * " << j;
+    }
+}
+TEST(Compiler, SumsAndProductsFitOrNot) {
+  expect_exact_bounds<std::int8_t>();
+  expect_exact_bounds<std::uint8_t>();
+  constexpr auto largest = (std::numeric_limits<std::int64_t>::max)();
+  constexpr auto least = (std::numeric_limits<std::int64_t>::min)();
+  std::int64_t result = 0;
+  EXPECT_FALSE(ef::detail::add_fits(largest, std::int64_t{1}, result));
+  EXPECT_FALSE(ef::detail::add_fits(least, std::int64_t{-1}, result));
+  EXPECT_FALSE(ef::detail::multiply_fits(least, std::int64_t{-1}, result));
+  EXPECT_FALSE(ef::detail::multiply_fits(std::int64_t{-1}, least, result));
+  EXPECT_FALSE(ef::detail::multiply_fits(std::int64_t{1} << 32, std::int64_t{1} << 31, result));
+  EXPECT_EQ(result, 0);
+  EXPECT_TRUE(ef::detail::multiply_fits(std::int64_t{-1} << 32, std::int64_t{1} << 31, result));
+  EXPECT_EQ(result, least);
 }
 
 TEST(Workspace, GrowsOnceThenStays) {
@@ -103,8 +210,9 @@ TEST(Checks, SayOperatorArgumentExpectedAndGot) {
                          " features");
       },
       {"linear: weight has 96 columns, input has 128 features"});
-  EXPECT_THROW(ef::checked_product(Index{1} << 40, Index{1} << 40, "op", "tensor"),
-               std::invalid_argument);
+  constexpr Index largest = (std::numeric_limits<Index>::max)();
+  EXPECT_THROW(ef::checked_product(largest / 2 + 1, 2, "op", "tensor"), std::invalid_argument);
+  EXPECT_EQ(ef::checked_product(largest / 2, 2, "op", "tensor"), largest - 1);
   EXPECT_THROW(ef::checked_product(-1, 4, "op", "tensor"), std::invalid_argument);
   ef::Tensor<float, 2> a(2, 3), b(3, 2);
   expect_throws<std::invalid_argument>([&] { ef::require_same_shape("op", "a", a, "b", b); },

@@ -1,9 +1,11 @@
 // Laws: equal to the plain decoder; gradients equal finite differences; a row of logits has the same bits alone, in a batch, in
 // chunks, token by token, on any number of threads and ranks, through either cache; INT8 stays close; a small text is learned.
 #include <eigenformer/decoder.h>
+
 #include <eigenformer/reference/decoder.h>
 #include <eigenformer/sampling.h>
 #include <eigenformer/training.h>
+#include <numbers>
 
 #include "compare.h"
 
@@ -55,6 +57,29 @@ ef::Tensor<float, 2> row(const ef::Tensor<float, 2>& x, Index r) {
 }
 
 const Eigen::DefaultDevice kOneThread;
+// Box-Muller of numbers 2 i and 2 i + 1 of a stream of their own, whatever a sampler of the same seed
+// draws.
+TEST(DecoderWeights, InitialValuesAreOfTheStreamOfInitialisation) {
+  const ef::DecoderWeights weights(kConfig, 5);
+  const auto& tensors = weights.tensors();
+  for (std::size_t t = 0; t < tensors.size(); ++t) {
+    if (tensors[t].rows == 1) continue;
+    const ef::Philox random(5, t);
+    const auto uniform = [&](std::uint32_t index) {
+      return random.uniform(0, index, ef::Philox::Purpose::initialisation);
+    };
+    const auto normal = [&](std::uint32_t i) {
+      return std::sqrt(-2.0 * std::log(uniform(2 * i))) *
+             std::cos(2.0 * std::numbers::pi * uniform(2 * i + 1));
+    };
+    const auto values = weights.matrix(t);
+    const double scale = values.data()[0] / normal(0);
+    EXPECT_GT(scale, 0.0);
+    EXPECT_LE(scale, 0.0200001);
+    for (std::uint32_t i = 1; i < tensors[t].size(); ++i)
+      ASSERT_NEAR(values.data()[i], scale * normal(i), 1e-7) << tensors[t].name << " " << i;
+  }
+}
 
 TEST(Decoder, ForwardEqualsThePlainDecoder) {
   for (auto layout : {ef::RopeLayout::half_split, ef::RopeLayout::interleaved}) {
@@ -112,6 +137,45 @@ TEST(Decoder, GradientsEqualFiniteDifferences) {
           << weights->tensors()[p].name << '[' << at << ']';
     }
   }
+}
+
+/// Gradients of all parameters for the gradient of the logits in `direction`.
+template <typename Compute>
+std::vector<ef::Tensor<double, 2>> gradients_in(ef::DecoderWeights& weights,
+                                                ef::Decoder<float>& model,
+                                                const ef::Tensor<std::int32_t, 2>& ids,
+                                                const ef::Tensor<double, 2>& direction) {
+  for (ef::Parameter& parameter : weights.parameters()) parameter.gradient.setZero();
+  model.forward<Compute>(ids);
+  ef::Tensor<Compute, 2> narrow(direction.dimensions());
+  for (Index i = 0; i < narrow.size(); ++i)
+    narrow.data()[i] = static_cast<Compute>(direction.data()[i]);
+  model.backward<Compute>(narrow);
+  std::vector<ef::Tensor<double, 2>> result;
+  for (std::size_t t = 0; t < weights.tensors().size(); ++t)
+    result.push_back(to_double(weights.gradient_matrix(t)));
+  return result;
+}
+
+/// Row by row, so that one row of a wrong size in a large matrix shows.
+TEST(Decoder, GradientsInEveryScalarEqualThoseInDouble) {
+  auto weights = make_weights();
+  ef::Decoder<float> model(weights, kOneThread);
+  const auto ids = random_ids(2, 40, 2);
+  const auto direction = random_tensor<double, 2>({80, kConfig.vocabulary}, 3);
+  const auto expected = gradients_in<double>(*weights, model, ids, direction);
+  const auto compare = [&](const std::vector<ef::Tensor<double, 2>>& actual, double allowed) {
+    for (std::size_t t = 0; t < expected.size(); ++t)
+      for (Index r = 0; r < expected[t].dimension(0); ++r) {
+        const Index columns = expected[t].dimension(1);
+        const ef::TensorView<const double, 2> mine(actual[t].data() + r * columns, 1, columns);
+        const ef::TensorView<const double, 2> wanted(expected[t].data() + r * columns, 1, columns);
+        EXPECT_LT(relative_error(mine, wanted), allowed) << weights->tensors()[t].name << ' ' << r;
+      }
+  };
+  compare(gradients_in<float>(*weights, model, ids, direction), 1e-4);
+  compare(gradients_in<ef::half>(*weights, model, ids, direction), 0.05);
+  compare(gradients_in<ef::bfloat16>(*weights, model, ids, direction), 0.3);
 }
 
 TEST(Decoder, SameBitsWholeInChunksTokenByTokenAndInABatch) {
@@ -214,7 +278,53 @@ TEST(Decoder, Int8StaysCloseAndIsSmaller) {
   const auto exact = model.prefill(ids, a);
   model.quantize();
   EXPECT_LT(model.weight_bytes(), bytes / 2);
-  EXPECT_LT(relative_error(model.prefill(ids, b), to_double(exact)), 0.05);
+  const auto int8 = model.prefill(ids, b);
+  EXPECT_LT(relative_error(int8, to_double(exact)), 0.05);
+  double squares = 0;
+  for (Index i = 0; i < exact.size(); ++i)
+    squares += static_cast<double>(exact.data()[i]) * static_cast<double>(exact.data()[i]);
+  const double size = std::sqrt(squares / static_cast<double>(exact.size()));
+  for (Index c = 0; c < exact.dimension(1); ++c)  // one channel with a wrong scale shows here
+    for (Index r = 0; r < 4; ++r) EXPECT_NEAR(int8(r, c), exact(r, c), 0.2 * size) << r << ' ' << c;
+}
+
+TEST(Decoder, ReleasesItsMasterWeights) {
+  for (bool int8 : {false, true}) {
+    auto weights = make_weights();
+    const std::weak_ptr<ef::DecoderWeights> watched = weights;
+    ef::Decoder<float> model(weights, kOneThread);
+    weights.reset();
+    const auto ids = random_ids(2, 16, 9);
+    ef::KvCache<float> a, b;
+    if (int8) model.quantize();
+    const auto before = model.prefill(ids, a);
+    const std::size_t bytes = model.weight_bytes();
+    model.release_master_weights();
+    EXPECT_TRUE(watched.expired());
+    const auto after = model.prefill(ids, b);
+    if (int8) {  // of the embedding 1 byte a number and 4 a token stay
+      const auto table = static_cast<std::size_t>(kConfig.vocabulary * kConfig.features);
+      EXPECT_EQ(model.weight_bytes(),
+                bytes - 3 * table + 4 * static_cast<std::size_t>(kConfig.vocabulary));
+      EXPECT_LT(relative_error(after, to_double(before)), 0.05);
+      EXPECT_FALSE(same_bits(before, after));
+    } else {
+      EXPECT_EQ(model.weight_bytes(), bytes);
+      EXPECT_TRUE(same_bits(before, after));
+    }
+    EXPECT_THROW(model.forward<float>(ids), std::logic_error);
+    EXPECT_THROW(model.parameters(), std::logic_error);
+    EXPECT_THROW(model.pack(), std::logic_error);
+    EXPECT_THROW(model.quantize(), std::logic_error);
+    EXPECT_THROW(model.release_master_weights(), std::logic_error);
+    ef::Tensor<std::int32_t, 2> unknown(1, 1);
+    unknown(0, 0) = static_cast<std::int32_t>(kConfig.vocabulary);
+    ef::KvCache<float> empty;
+    EXPECT_THROW(model.prefill(unknown, empty), std::invalid_argument);
+    EXPECT_EQ(empty.length(0), 0);
+    ef::KvCache<float> again;
+    EXPECT_TRUE(same_bits(after, model.prefill(ids, again)));  // refusals changed nothing
+  }
 }
 
 template <typename T>

@@ -148,14 +148,17 @@ TYPED_TEST(KvCache, SourceFindsTheRows) {
     for (Index j = 0; j < 70; ++j)
       for (Index h = 0; h < 3; ++h)
         for (Index d = 0; d < 5; ++d) {
-          double k = static_cast<double>(source.key_row(b, h, j)[d]),
-                 v = static_cast<double>(source.value_row(b, h, j)[d]);
+          // Exactly what is stored; of INT8, its product with the scale, rounded once.
+          using C = ef::compute_type<T>;
+          C k = static_cast<C>(source.key_row(b, h, j)[d]),
+            v = static_cast<C>(source.value_row(b, h, j)[d]);
           if constexpr (std::is_same_v<Storage, std::int8_t>) {
-            k *= static_cast<double>(source.key_scale(b, h, j));
-            v *= static_cast<double>(source.value_scale(b, h, j));
+            k *= static_cast<C>(source.key_scale(b, h, j));
+            v *= static_cast<C>(source.value_scale(b, h, j));
           }
-          ASSERT_NEAR(static_cast<double>(keys(b, j, h, d)), k, 0.01 * std::abs(k));
-          ASSERT_NEAR(static_cast<double>(values(b, j, h, d)), v, 0.01 * std::abs(v));
+          ASSERT_EQ(static_cast<double>(keys(b, j, h, d)), static_cast<double>(static_cast<T>(k)));
+          ASSERT_EQ(static_cast<double>(values(b, j, h, d)),
+                    static_cast<double>(static_cast<T>(v)));
         }
   }
   EXPECT_EQ(cache.source(3).batch, 0);

@@ -78,7 +78,8 @@ TYPED_TEST(Linear, EqualsItsDefinitionAtEveryTail) {
     }
 }
 
-// Blocks of k are 256, 512 or 1024 steps of 1, 2 or 4 inputs: sizes around each, whose last block is one element.
+// Blocks of k are 256, 512 or 1024 steps of 1, 2 or 4 inputs: sizes around each, whose last block
+// is one element.
 TYPED_TEST(Linear, EqualsItsDefinitionAroundEveryBlock) {
   using X = typename TypeParam::Activation;
   using W = typename TypeParam::Weight;

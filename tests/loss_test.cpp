@@ -208,7 +208,8 @@ TEST(LossGradient, OverflowOfAScaledHalfGradientIsInfinite) {
   EXPECT_EQ(static_cast<float>(logits(0, 1)), -std::numeric_limits<float>::infinity());
 }
 
-// The loss is of distances from the maximum: what all logits share leaves it alone, and none overflows.
+// The loss is of distances from the maximum: what all logits share leaves it alone, and none
+// overflows.
 TYPED_TEST(Loss, OfLargeLogitsLosesNothing) {
   using T = TypeParam;
   using G = ef::compute_type<T>;

@@ -3,45 +3,19 @@
 #include <eigenformer/optimizer.h>
 #include <eigenformer/reference/optimizer.h>
 
+#include <cmath>
 #include <fstream>
 #include <optional>
+#include <random>
 #include <sstream>
 
 #include "allocations.h"
 #include "compare.h"
+#include "optimizer_support.h"
 
 using namespace eigenformer_test;
 
 namespace {
-
-/// Parameters of the given sizes with random weights and gradients.
-struct Model {
-  explicit Model(const std::vector<Index>& sizes, unsigned seed = 1) {
-    for (Index size : sizes) {
-      values.push_back(random_tensor<float, 1>({size}, seed++));
-      gradients.push_back(random_tensor<float, 1>({size}, seed++));
-    }
-  }
-  std::vector<ef::Parameter> parameters() {
-    std::vector<ef::Parameter> result;
-    for (std::size_t i = 0; i < values.size(); ++i)
-      result.push_back(
-          ef::Parameter{ef::TensorView<float, 1>(values[i].data(), values[i].size()),
-                        ef::TensorView<float, 1>(gradients[i].data(), gradients[i].size())});
-    return result;
-  }
-  void new_gradients(unsigned seed) {
-    for (auto& gradient : gradients) {  // in place: the optimizer refers to this memory
-      const auto fresh = random_tensor<float, 1>({gradient.size()}, seed++);
-      std::copy(fresh.data(), fresh.data() + fresh.size(), gradient.data());
-    }
-  }
-  std::vector<ef::Tensor<float, 1>> values, gradients;
-};
-
-std::vector<double> doubles(const ef::Tensor<float, 1>& x) {
-  return {x.data(), x.data() + x.size()};
-}
 
 ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
   ef::Tensor<double, 1> result(static_cast<Index>(x.size()));
@@ -207,7 +181,7 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
       v.setZero();
       const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(),
                                      v.data(), size};
-      const ef::AdamWFactors factors{1 - 0.1f * 0.01f,
+      const ef::AdamWFactors factors{0.1f * 0.01f,
                                      0.9f,
                                      0.1f,
                                      0.999f,
@@ -236,6 +210,93 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
         }
     }
   });
+}
+
+/// w - step, rounded once: off by half a last digit of the weight, and by the rounding of the step.
+testing::AssertionResult rounded_once(float before, double step, float after) {
+  const float next = std::nextafter(after, std::numeric_limits<float>::infinity());
+  const double digit = static_cast<double>(next) - static_cast<double>(after);
+  const double error = static_cast<double>(before) - step - static_cast<double>(after);
+  if (std::abs(error) <= 0.51 * digit + 1e-6 * std::abs(step)) return testing::AssertionSuccess();
+  return testing::AssertionFailure() << error / digit << " last digits from the update";
+}
+
+TEST(Optimizer, TheWeightIsRoundedOnceAStep) {
+  constexpr Index size = 203;
+  for_each_isa([&](auto isa) {
+    Model model({size}), state({size, size});
+    const auto g = doubles(model.gradients[0]);
+    ef::Tensor<float, 1>&m = state.values[0], &v = state.values[1];
+    for (Index i = 0; i < size; ++i) v(i) = std::abs(v(i)) + 0.1f;
+    const auto m0 = doubles(m), v0 = doubles(v);
+    const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(),
+                                   v.data(), size};
+    const ef::AdamWFactors adamw{1e-5f, 0.875f, 0.125f, 0.5f, 0.5f, 1e-3f, 1.25f, 1e-8f};
+    ef::Tensor<float, 1> before = model.values[0];
+    ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{},
+                            ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, adamw});
+    for (Index i = 0; i < size; ++i) {
+      const auto k = static_cast<std::size_t>(i);
+      const double first = 0.875 * m0[k] + 0.125 * g[k], second = 0.5 * v0[k] + 0.5 * g[k] * g[k];
+      const double step =
+          static_cast<double>(adamw.step_size) * first / (std::sqrt(second) * 1.25 + 1e-8) +
+          static_cast<double>(adamw.decay) * static_cast<double>(before(i));
+      ASSERT_TRUE(rounded_once(before(i), step, model.values[0](i))) << isa.name << ' ' << i;
+    }
+    for (bool nesterov : {false, true}) {
+      before = model.values[0];
+      const auto u0 = doubles(m);
+      const ef::SgdFactors sgd{1e-3f, 0.875f, 0.125f, nesterov};
+      ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{},
+                              ef::OptimizerProblem<ef::SgdFactors>{&piece, 1, sgd});
+      for (Index i = 0; i < size; ++i) {
+        const auto k = static_cast<std::size_t>(i);
+        const double d = g[k] + 0.125 * static_cast<double>(before(i)), u = 0.875 * u0[k] + d;
+        const double step = static_cast<double>(sgd.learning_rate) * (nesterov ? d + 0.875 * u : u);
+        ASSERT_TRUE(rounded_once(before(i), step, model.values[0](i))) << isa.name << ' ' << i;
+      }
+    }
+  });
+}
+
+/// The decay that arrives after many steps of noise, over that of the formula in double.
+template <typename Optimizer, typename Options, typename Reference>
+double decay_that_arrives(Options options, Reference reference_step) {
+  constexpr Index size = 256;
+  Model model({size});
+  for (Index i = 0; i < size; ++i) model.values[0](i) = 1.0f + static_cast<float>(i) / size;
+  Optimizer optimizer(model.parameters(), options);
+  Options without = options;
+  without.weight_decay = 0;
+  ef::reference::OptimizedVector decayed{doubles(model.values[0])}, plain{doubles(model.values[0])};
+  std::mt19937 generator(7);
+  std::normal_distribution<float> normal;
+  for (int step = 0; step < 3000; ++step) {
+    for (Index i = 0; i < size; ++i) model.gradients[0](i) = normal(generator);
+    const auto gradient = doubles(model.gradients[0]);
+    optimizer.step();
+    reference_step(decayed, gradient, options);
+    reference_step(plain, gradient, without);
+  }
+  double expected = 0, actual = 0;
+  for (Index i = 0; i < size; ++i) {
+    const auto k = static_cast<std::size_t>(i);
+    expected += plain.value[k] - decayed.value[k];
+    actual += plain.value[k] - static_cast<double>(model.values[0](i));
+  }
+  return actual / expected;
+}
+
+TEST(Optimizer, ADecayBelowTheLastDigitArrives) {
+  for (const auto& options : {ef::AdamWOptions{.learning_rate = 2e-6, .weight_decay = 0.01},
+                              ef::AdamWOptions{.learning_rate = 1e-4, .weight_decay = 1e-4}})
+    EXPECT_NEAR(decay_that_arrives<ef::AdamW>(options, ef::reference::adamw_step), 1, 0.05);
+  for (const auto& options :
+       {ef::SgdOptions{.learning_rate = 2e-6, .weight_decay = 0.01},
+        ef::SgdOptions{.learning_rate = 2e-6, .weight_decay = 0.01, .momentum = 0.5},
+        ef::SgdOptions{
+            .learning_rate = 2e-6, .weight_decay = 0.01, .momentum = 0.5, .nesterov = true}})
+    EXPECT_NEAR(decay_that_arrives<ef::Sgd>(options, ef::reference::sgd_step), 1, 0.05);
 }
 
 template <typename Optimizer, typename Options>
@@ -312,6 +373,37 @@ TEST(Gradients, NormsPastTheRangeOfFloatAndNonFiniteOnes) {
   EXPECT_FALSE(ef::scale_gradients(model.parameters(), 1e20));  // overflow by the factor counts
 }
 
+TEST(Gradients, NormsAndClippingOverTheWholeRangeOfFloat) {
+  constexpr float largest = std::numeric_limits<float>::max();
+  constexpr float smallest = std::numeric_limits<float>::denorm_min();
+  for (Index size : {1, 40, 20000})
+    for (float g : {largest, 1e30f, 1e-30f, 1e-40f, smallest})
+      for (double max_norm : {1e-3, 1.0, 1e10, 1e38}) {
+        Model model({size});
+        model.gradients[0].setConstant(-g);
+        const double norm = static_cast<double>(g) * std::sqrt(static_cast<double>(size));
+        EXPECT_NEAR(ef::gradient_norm(model.parameters()), norm, 1e-12 * norm);
+        EXPECT_NEAR(ef::clip_gradient_norm(model.parameters(), max_norm), norm, 1e-12 * norm);
+        const double expected = -static_cast<double>(g) * std::min(1.0, max_norm / norm);
+        for (Index i = 0; i < size; ++i)
+          ASSERT_NEAR(static_cast<double>(model.gradients[0](i)), expected,
+                      2e-7 * std::abs(expected))
+              << g << " to " << max_norm;
+      }
+  Model model({100});  // factors below the smallest normal float keep their bits
+  model.gradients[0].setConstant(3e38f);
+  for (double factor : {0x1.234567p-130, -0x1.abcdefp-149, 0x1p-200}) {
+    Model scaled = model;
+    EXPECT_TRUE(ef::scale_gradients(scaled.parameters(), factor));
+    const double expected = static_cast<double>(3e38f) * factor;
+    ASSERT_NEAR(static_cast<double>(scaled.gradients[0](99)), expected,
+                2e-7 * std::abs(expected) + 0x1p-149);
+  }
+  for (double bad : {1e39, -1e300, static_cast<double>(std::numeric_limits<float>::infinity())})
+    expect_throws<std::invalid_argument>([&] { ef::scale_gradients(model.parameters(), bad); },
+                                         {"scale_gradients", "factor"});
+}
+
 TEST(OptimizerContract, Refuses) {
   Model model({4, 5});
   auto mixed = std::vector<ef::Parameter>{
@@ -325,6 +417,21 @@ TEST(OptimizerContract, Refuses) {
   twice.push_back(model.parameters()[0]);
   expect_throws<std::invalid_argument>([&] { ef::AdamW{twice}; },
                                        {"AdamW", "share memory", "0", "2"});
+  ef::Tensor<float, 1> memory(60);  // any overlap, of values, of gradients or of one with the other
+  for (Index value = 0; value <= 50; ++value)
+    for (Index gradient = 0; gradient <= 50; ++gradient) {
+      const auto view = [&](Index begin) {
+        return ef::TensorView<float, 1>(memory.data() + begin, 10);
+      };
+      const auto apart = [](Index a, Index b) { return a >= b + 10 || b >= a + 10; };
+      const std::vector<ef::Parameter> pair{{view(20), view(40)}, {view(value), view(gradient)}};
+      const bool legal = apart(value, gradient) && apart(value, 20) && apart(value, 40) &&
+                         apart(gradient, 20) && apart(gradient, 40);
+      if (legal)
+        ef::AdamW{pair};
+      else
+        expect_throws<std::invalid_argument>([&] { ef::AdamW{pair}; }, {"share memory"});
+    }
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
   const auto p = model.parameters();
   expect_throws<std::invalid_argument>([&] { ef::AdamW(p, {.learning_rate = -1}); },

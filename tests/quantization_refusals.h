@@ -1,5 +1,6 @@
 /// \file
-/// What quantization and int8 products refuse: numbers that have no scale, wherever they stand, and scales that are no scales.
+/// What quantization and int8 products refuse: numbers that have no scale, wherever they stand, and
+/// scales that are no scales.
 #pragma once
 
 #include <eigenformer/quantization.h>
@@ -8,7 +9,8 @@
 
 namespace eigenformer_test {
 
-// NaN and infinity in a line that is otherwise clean, so that nothing but the vector path can find them, at every place of a step.
+// NaN and infinity in a line that is otherwise clean, so that nothing but the vector path can find
+// them, at every place of a step.
 template <typename T>
 void find_bad_numbers_in_clean_lines() {
   for (Index group : {32, 64, 128}) {

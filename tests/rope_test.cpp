@@ -68,7 +68,8 @@ TYPED_TEST(Rope, FarPositionsKeepTheirPrecision) {
 
 TYPED_TEST(Rope, ScaledPositionsAreNotRounded) {
   using T = TypeParam;
-  // 999999 * 0.1f and 16777217 are no floats: an angle from their rounding is off by up to a radian.
+  // 999999 * 0.1f and 16777217 are no floats: an angle from their rounding is off by up to a
+  // radian.
   const std::vector<Index> positions{999999, 16777217, -16777217};
   const auto x = random_tensor<T, 3>({3, 2, 64}, 32);
   for (float scale : {0.1f, 0.3f, 1.0f}) {

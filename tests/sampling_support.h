@@ -80,6 +80,13 @@ inline std::vector<std::pair<std::string, ef::SamplingParams>> parameter_sets() 
       {"min-p 1", {.min_p = 1}},
       {"typical 0.9", {.typical_p = .9f}},
       {"typical 0.2", {.temperature = 1.5, .typical_p = .2f}},
+      {"typical 0.5 before top-k 3",
+       {.top_k = 3,
+        .typical_p = .5,
+        .order = {ef::SamplingStage::penalties, ef::SamplingStage::logit_bias,
+                  ef::SamplingStage::token_mask, ef::SamplingStage::typical_p,
+                  ef::SamplingStage::temperature, ef::SamplingStage::top_k,
+                  ef::SamplingStage::top_p, ef::SamplingStage::min_p}}},
       {"combined", {.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}},
       {"combined vLLM",
        {.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f, .order = ef::kVllmOrder}},
@@ -111,7 +118,7 @@ inline void expect_distributed(const std::vector<double>& counts,
   if (rest_expected > 1)
     statistic += (rest_count - rest_expected) * (rest_count - rest_expected) / rest_expected,
         ++cells;
-  if (cells < 2) return;
+  if (cells < 2) return;  // one token is all: that no other came is asserted above
   EXPECT_LT(std::sqrt(2 * statistic) - std::sqrt(2 * (cells - 1) - 1), 4.0)
       << what << ": chi-square " << statistic << " over " << cells << " cells";
 }

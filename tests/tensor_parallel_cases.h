@@ -145,7 +145,7 @@ void check_vocabulary(C& communicator) {
       const auto cold =
           ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, k, 0.0f, rng);
       ASSERT_TRUE(same_bits(cold, greedy));
-      ASSERT_EQ(rng.position(), 5u);  // greedy moves it on, too
+      ASSERT_EQ(rng.position(), 5u);
     }
   }
 }
@@ -192,6 +192,74 @@ void check_vocabulary_refusals(C& communicator) {
       {"0 rows"});
   EXPECT_EQ(ef::vocabulary_parallel_greedy(ef::Tensor<float, 2>(0, 1), head, communicator).size(),
             0);
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 1, kInfinity, rng); },
+      {"temperature"});
+  EXPECT_EQ(rng.position(), 1u);  // one call was good
+}
+
+/// A row that cannot be drawn from is told by its status on every rank and harms no other.
+template <ef::Communicator C>
+void check_vocabulary_statuses(C& communicator) {
+  using Status = ef::SampleStatus;
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const auto good = random_tensor<float, 2>({5, 4}, 10);
+  const auto head = random_tensor<float, 2>({9, 4}, 11);
+  ef::Tensor<float, 2> hidden = good;
+  hidden(1, 2) = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<Status> nan_only{Status::ok, Status::nan, Status::ok, Status::ok, Status::ok};
+  const Eigen::DefaultDevice device;
+  ef::Philox rng{3}, same{3};
+  const auto sampled = ef::vocabulary_parallel_top_k_sample(good, head, communicator, 4, 1.f, same);
+  const auto best = ef::vocabulary_parallel_greedy(good, head, communicator);
+  const auto check = [&](const auto& ids, const auto& expected, Index bad) {
+    for (Index r = 0; r < 5; ++r) ASSERT_EQ(ids(r), r == bad ? -1 : expected(r)) << r;
+  };
+  ef::Tensor<std::int32_t, 1> ids(5);
+  std::vector<Status> statuses(5, Status::negative);
+  ef::vocabulary_parallel_greedy_into(device, ids, hidden, head, communicator, statuses);
+  check(ids, best, 1);
+  ASSERT_EQ(statuses, nan_only);
+  statuses.assign(5, Status::negative);
+  ef::vocabulary_parallel_top_k_sample_into(device, ids, hidden, head, communicator, 4, 1.f, rng,
+                                            statuses);
+  check(ids, sampled, 1);
+  ASSERT_EQ(statuses, nan_only);
+  ASSERT_EQ(rng.position(), 1u);
+  ef::vocabulary_parallel_greedy_into(device, ids, hidden, head, communicator);  // no statuses
+  check(ids, best, 1);
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_top_k_sample(hidden, head, communicator, 4, 1.f, rng); },
+      {"row 1", "NaN or +infinity"});
+  ASSERT_EQ(rng.position(), 1u);
+  // +infinity in one rank's rows and NaN in another's; all -infinity.
+  ef::Tensor<float, 2> one(2, 1), column(9, 1);
+  one.setConstant(1.f);
+  ef::Tensor<std::int32_t, 1> two(2);
+  std::vector<Status> both(2);
+  const auto status = [&](float first, float last) {
+    column.setConstant(0.f);
+    column(0, 0) = first;
+    column(8, 0) = last;
+    ef::vocabulary_parallel_greedy_into(device, two, one, column, communicator, both);
+    EXPECT_EQ(both[0], both[1]);
+    return both[1];
+  };
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  ASSERT_EQ(status(0.f, kInfinity), Status::positive_infinity);
+  ASSERT_EQ(status(kInfinity, nan), Status::nan);
+  ASSERT_EQ(status(nan, kInfinity), Status::nan);
+  ASSERT_EQ(status(1.f, -kInfinity), Status::ok);
+  column.setConstant(-kInfinity);
+  ef::vocabulary_parallel_greedy_into(device, two, one, column, communicator, both);
+  ASSERT_EQ(both[1], Status::no_token);
+  ASSERT_EQ(two(1), -1);
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_greedy_into(device, two, good, head, communicator); },
+      {"ids has 2", "5 rows"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::vocabulary_parallel_greedy_into(device, ids, good, head, communicator, both); },
+      {"statuses has 2", "5 rows"});
 }
 
 template <ef::Communicator C>
@@ -255,6 +323,7 @@ void check_tensor_parallel(C& communicator) {
   check_packed<std::int8_t, float>(communicator);
   check_vocabulary(communicator);
   check_vocabulary_refusals(communicator);
+  check_vocabulary_statuses(communicator);
   check_layer_refusals(communicator);
 }
 

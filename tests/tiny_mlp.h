@@ -3,11 +3,14 @@
 /// Compute, sums in float, master weights and gradients in float. Same layout of weights as ef::reference::Mlp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <tuple>
 #include <vector>
 
 #include <eigenformer/reference/training.h>
+
+#include "compare.h"
 
 namespace eigenformer_test {
 
@@ -145,6 +148,28 @@ inline TinyBatch joined(const std::vector<TinyBatch>& batches, std::size_t begin
                         batches[i].targets.data() + batches[i].targets.size(), targets);
   }
   return big;
+}
+
+constexpr ef::Index kFeatures = 5, kHidden = 7, kClasses = 4;
+
+inline TinyMlp new_model(unsigned seed = 3) { return TinyMlp(kFeatures, kHidden, kClasses, seed); }
+
+/// Ragged, with ignored targets, one micro-batch all ignored and one empty.
+inline std::vector<TinyBatch> ragged_batches(unsigned seed = 10) {
+  std::vector<TinyBatch> batches;
+  for (ef::Index rows : {3, 1, 6, 0, 2, 9, 4})
+    batches.push_back(tiny_batch(rows, kFeatures, kClasses, ++seed,
+                                 rows == 2  ? 1
+                                 : rows > 3 ? 3
+                                            : 0));
+  return batches;
+}
+
+/// A reference's vector as a tensor.
+inline ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
+  ef::Tensor<double, 1> result(static_cast<ef::Index>(x.size()));
+  std::copy(x.begin(), x.end(), result.data());
+  return result;
 }
 
 }  // namespace eigenformer_test

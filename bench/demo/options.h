@@ -21,7 +21,7 @@ inline constexpr const char* kUsage =
     R"(end_to_end: trains a small decoder on a text, quantizes it to INT8 and serves 16 concurrent requests with it.
 
   --text FILE   learn this text instead of the LICENSE (at least 1,000 bytes; what fits the model is a few tens of kilobytes)
-  --quick       at most a minute: fewer training steps, so less is recalled
+  --quick       a third of the training tokens, so less is recalled
   --save DIR    keep the trained weights in DIR/model.safetensors
   --load DIR    serve with the weights kept there instead of training
   --threads N   threads for training and ranks for serving (default 2)

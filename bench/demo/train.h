@@ -21,9 +21,18 @@ namespace demo {
 struct TrainingPlan {
   Index batch = 1, length = 288;  // of a micro-batch
   Index accumulation = 2;         // micro-batches a step
-  Index steps = 2500;
-  double seconds = 240;  // a machine too slow for the steps takes fewer, on the same schedule
+  Index tokens = 1'440'000;       // in all: what is recalled depends on them, not on the machine
   double learning_rate = 1.5e-3;
+
+  Index tokens_per_step() const { return batch * length * accumulation; }
+  Index steps() const { return (tokens + tokens_per_step() - 1) / tokens_per_step(); }
+};
+
+/// What was done, and how fast.
+struct TrainingResult {
+  Index tokens = 0;
+  double seconds = 0, loss = 0;
+  double rate() const { return seconds > 0 ? static_cast<double>(tokens) / seconds : 0; }
 };
 
 /// Linear warm-up, then a cosine to a twentieth; `done` is the part of the training that is over.
@@ -34,36 +43,35 @@ inline double learning_rate_at(const TrainingPlan& plan, double done) {
          (0.05 + 0.95 * 0.5 * (1 + std::cos(std::numbers::pi * (done - warm) / (1 - warm))));
 }
 
-/// Trains and returns tokens a second.
 template <typename Model>
-double train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text,
+TrainingResult train(Model& model, const Eigen::ThreadPoolDevice& device, const std::string& text,
              const TrainingPlan& plan) {
   ef::AdamW optimizer(model.parameters(),
                       {.learning_rate = plan.learning_rate, .weight_decay = 0.01, .beta2 = 0.99});
   Windows windows(text, plan.batch, plan.length, /*seed=*/2026);
   Progress progress("training", 5.0);
   const auto start = Clock::now();
-  double smooth = 0, done = 0;
-  const Index tokens_a_step = plan.batch * plan.length * plan.accumulation;
+  const Index steps = plan.steps();
+  TrainingResult result;
   std::vector<TrainingBatch> group(static_cast<std::size_t>(plan.accumulation));
-  Index step = 0;
-  while (done < 1) {
+  for (Index step = 0; step < steps; ++step) {
     for (TrainingBatch& batch : group) batch = windows.next();
-    optimizer.set_learning_rate(learning_rate_at(plan, done));
+    optimizer.set_learning_rate(
+        learning_rate_at(plan, static_cast<double>(step) / static_cast<double>(steps)));
     const double loss = ef::train_step_with_grad_accumulation<Eigen::bfloat16>(
         device, model, optimizer, group, plan.accumulation,
         ef::TrainOptions{.max_gradient_norm = 1.0f});
-    smooth = step == 0 ? loss : 0.95 * smooth + 0.05 * loss;
-    ++step;
-    done = std::max(static_cast<double>(step) / static_cast<double>(plan.steps),
-                    seconds_since(start) / plan.seconds);
+    result.loss = step == 0 ? loss : 0.95 * result.loss + 0.05 * loss;
+    result.tokens += plan.tokens_per_step();
+    result.seconds = seconds_since(start);
     char status[96];
-    std::snprintf(status, sizeof status, "step %td of %td  loss %.4f  %.0f tokens/s", step,
-                  plan.steps, smooth,
-                  static_cast<double>(step * tokens_a_step) / seconds_since(start));
-    progress.update(std::min(done, 1.0), status);
+    std::snprintf(status, sizeof status, "%.2f of %.2f million tokens  loss %.4f  %.0f tokens/s",
+                  static_cast<double>(result.tokens) / 1e6,
+                  static_cast<double>(steps * plan.tokens_per_step()) / 1e6, result.loss,
+                  result.rate());
+    progress.update(static_cast<double>(step + 1) / static_cast<double>(steps), status);
   }
-  return static_cast<double>(step * tokens_a_step) / seconds_since(start);
+  return result;
 }
 
 /// Mean cross-entropy in nats a byte over the text, through the cache and whatever weights inference holds (float or INT8).

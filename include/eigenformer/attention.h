@@ -30,8 +30,11 @@
 /// padding, are never read into arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it
 /// holds.
 ///
-/// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is -infinity (or the sink). A visible score
-/// of +infinity or NaN makes its row NaN and no other. With softcap a score of +-infinity counts as +-softcap.
+/// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is
+/// -infinity (or the sink). A visible score of +infinity or NaN makes its row NaN and no other.
+/// With softcap a score of +-infinity counts as +-softcap. Scores are numbers of the compute type:
+/// one beyond its range is +-infinity, or NaN where its products overflow in both directions. An
+/// average of finite values is finite and right however large they and however many the keys are.
 ///
 /// Bits. A row is one fixed chain over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding,
 /// the number of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type

@@ -46,9 +46,9 @@ namespace detail {
 inline Index causal_mask_key_length(Index query_length, const CausalMaskOptions& options) {
   if (options.key_length != -1) return options.key_length;
   Index keys = 0;
-  require_that(!__builtin_add_overflow(options.query_offset, query_length, &keys),
-               "create_causal_mask", "query_offset of ", options.query_offset,
-               " + query_length of ", query_length, " overflows");
+  require_that(add_fits(options.query_offset, query_length, keys), "create_causal_mask",
+               "query_offset of ", options.query_offset, " + query_length of ", query_length,
+               " overflows");
   return std::max<Index>(0, keys);
 }
 

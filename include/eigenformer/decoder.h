@@ -65,6 +65,10 @@ class Decoder {
   Decoder(std::shared_ptr<DecoderWeights> weights, const D& device, C& communicator)
       : weights_(std::move(weights)), device_(&device), communicator_(&communicator) {}
 
+  /// The device must outlive the decoder: a temporary one is refused.
+  template <typename... Rest>
+  Decoder(std::shared_ptr<DecoderWeights> weights, const D&& device, Rest&&... rest) = delete;
+
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
@@ -78,6 +82,7 @@ class Decoder {
   /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary). Keeps what backward reads.
   template <typename Compute, typename Inputs>
   Tensor<Compute, 2> forward(const Inputs& ids) {
+    require_masters("Decoder::forward");
     stale_ = true;  // weights are about to change: inference packs them again
     return pass<Compute>().forward(input_view<2>(ids));
   }
@@ -89,7 +94,10 @@ class Decoder {
   }
 
   /// The master weights and their gradients, flattened; valid as long as the weights live.
-  std::vector<Parameter> parameters() { return weights_->parameters(); }
+  std::vector<Parameter> parameters() {
+    require_masters("Decoder::parameters");
+    return weights_->parameters();
+  }
 
   // ---- inference
   // -----------------------------------------------------------------------------------------------------------------
@@ -103,6 +111,23 @@ class Decoder {
     requires(!std::same_as<T, double>)
   {
     pack_as<std::int8_t>();
+  }
+
+  /// Lets go of the float master weights, for a decoder that serves and trains no more: what stays
+  /// are the weights as packed last (packed now where they are not), the norms, and the embedding,
+  /// as float or, beside INT8 weights, as INT8 with one scale per token, whose rounding the logits
+  /// then carry. Memory goes back once nobody shares the weights. Later calls of forward,
+  /// parameters, pack and quantize throw std::logic_error.
+  void release_master_weights() {
+    require_masters("Decoder::release_master_weights");
+    pack_if_stale();
+    const bool int8 = is_quantized();
+    weights_ = weights_->for_inference(int8);
+    const Index embedding = config().features * config().vocabulary;
+    if (int8)
+      weight_bytes_ -= static_cast<std::size_t>(embedding) * (sizeof(float) - 1) -
+                       static_cast<std::size_t>(config().vocabulary) * sizeof(float);
+    tapes_ = {};
   }
 
   /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales included, without padding), the rest
@@ -237,8 +262,27 @@ class Decoder {
 
   static AttentionOptions causal() { return {.causal = true}; }
 
+  void require_masters(std::string_view name) const {
+    if (!weights_->complete())
+      detail::fail<std::logic_error>(std::string(name) + ": the master weights were released");
+  }
+  bool is_quantized() const {
+    if constexpr (kHasInt8)
+      return std::holds_alternative<Packed<std::int8_t>>(packed_weights_);
+    else
+      return false;
+  }
+  // In the type packed last.
+  void pack_if_stale() {
+    if (!stale_) return;
+    if constexpr (kHasInt8)
+      if (is_quantized()) return quantize();
+    pack();
+  }
+
   template <typename W>
   void pack_as() {
+    require_masters("Decoder::pack");
     Packed<W> packed;
     weight_bytes_ = 0;
     const auto shard = [&](std::size_t tensor) {
@@ -296,12 +340,7 @@ class Decoder {
 
   template <typename Attend>
   Tensor<float, 2> run(const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
-    if (stale_) {
-      if constexpr (kHasInt8) {
-        if (std::holds_alternative<Packed<std::int8_t>>(packed_weights_)) quantize();
-      }
-      if (stale_) pack();
-    }
+    pack_if_stale();
     return std::visit(
         [&](const auto& packed) -> Tensor<float, 2> {
           if constexpr (std::is_same_v<std::remove_cvref_t<decltype(packed)>, std::monostate>)
@@ -324,10 +363,7 @@ class Decoder {
     Tensor<T, 2>&gate = scratch_.gate, &up = scratch_.up;
     x.resize(tokens, c.features);
     attended.resize(tokens, c.heads * c.head_dim);
-    const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
-    timed("embedding", [&] {
-      embedding_into(*device_, x, flat, std::as_const(*weights_).matrix(weights_->embedding()));
-    });
+    timed("embedding", [&] { embed(x, {ids.data(), tokens}); });
     for (Index l = 0; l < c.layers; ++l) {
       const PackedLayer<W>& w = packed.layers[static_cast<std::size_t>(l)];
       const DecoderWeights::Layer& names = weights_->layer(l);
@@ -352,6 +388,22 @@ class Decoder {
       join(x, branch);
     }
     return head(x, packed.head);
+  }
+
+  void embed(Tensor<T, 2>& x, const TensorView<const std::int32_t, 1>& ids) {
+    const QuantizedChannels& table = weights_->int8_embedding();
+    if (table.values.size() == 0)
+      return embedding_into(*device_, x, ids,
+                            std::as_const(*weights_).matrix(weights_->embedding()));
+    const Index features = config().features, vocabulary = config().vocabulary;
+    for (Index t = 0; t < ids.dimension(0); ++t)
+      require_that(ids(t) >= 0 && ids(t) < vocabulary, "embedding", "ids[", t, "] is ", ids(t),
+                   ", expected 0 to ", vocabulary - 1);
+    for (Index t = 0; t < ids.dimension(0); ++t)
+      dequantize_into(
+          *device_, TensorView<T, 1>(x.data() + t * features, features),
+          TensorView<const std::int8_t, 1>(table.values.data() + ids(t) * features, features),
+          table.scales(ids(t)));
   }
 
   // Only the rows that somebody samples from go through the head.

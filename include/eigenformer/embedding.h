@@ -3,7 +3,8 @@
 ///
 ///   y[t, :] = table[ids[t], :]
 ///
-/// ids is int32 or int64, (tokens) or (batch, seq), or a std::vector or std::span of (tokens); table is (vocab, features); y is (tokens, features) or (batch, seq, features).
+/// ids is int32 or int64, (tokens) or (batch, seq), or a std::vector or std::span of (tokens);
+/// table is (vocab, features); y is (tokens, features) or (batch, seq, features).
 /// The table is float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
 ///
 /// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming the position, the id and vocab,

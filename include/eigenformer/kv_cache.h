@@ -34,6 +34,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/error.h"
 #include "core/kv_page.h"
 #include "core/kv_source.h"
 #include "cpu/kv_cache.h"
@@ -53,7 +54,7 @@ class KvLayer {
 
   KvLayer(Index batch, Index kv_heads, Index head_dim)
       : layout_(kv_page_layout<Storage>(kPageSize, kv_heads, head_dim, "update_kv_cache")),
-        lengths_(static_cast<std::size_t>(batch), 0) {}
+        lengths_(checked_batch(batch), 0) {}
   KvLayer(KvLayer&&) noexcept = default;
   KvLayer& operator=(KvLayer&&) noexcept = default;
   KvLayer(const KvLayer& other)
@@ -61,7 +62,7 @@ class KvLayer {
         length_(other.length_),
         closed_(other.closed_),
         lengths_(other.lengths_) {
-    grow_to(other.groups_);
+    commit(growth_to(other.groups_, AlignedBytes(slab_bytes(other.groups_))));
     const std::size_t used =
         static_cast<std::size_t>(pages_for(length_, kPageSize)) * lengths_.size();
     for (std::size_t id = 0; id < used; ++id)
@@ -92,10 +93,35 @@ class KvLayer {
     std::fill(lengths_.begin(), lengths_.end(), length);
   }
 
-  /// Room for `length` positions: by half of what there is at least, or exactly. Throws with nothing changed.
-  void grow(Index length, bool exactly) {
-    const Index groups = pages_for(length, kPageSize);
-    if (groups > groups_) grow_to(exactly ? groups : (std::max)(groups, groups_ + groups_ / 2));
+  /// New pages and the tables that name them, made before anything changes.
+  struct Growth {
+    Index groups = 0;  // 0: there is room already
+    AlignedBytes slab;
+    std::vector<std::byte*> pages;
+    std::vector<std::int32_t> entries;
+    std::vector<const std::int32_t*> tables;
+  };
+
+  /// What it takes to have room for exactly `length` positions. Changes nothing that can be seen.
+  Growth growth_for(Index length) {
+    const Index groups = checked_groups(length);
+    return groups <= groups_ ? Growth{} : growth_to(groups, AlignedBytes(slab_bytes(groups)));
+  }
+  void commit(Growth&& growth) noexcept {
+    if (growth.groups <= groups_) return;
+    slabs_.push_back(std::move(growth.slab));  // growth_to has left room for it
+    pages_ = std::move(growth.pages);
+    entries_ = std::move(growth.entries);
+    tables_ = std::move(growth.tables);
+    groups_ = growth.groups;
+  }
+
+  /// Room for `length` positions, growing by half of what there is at least. Throws with nothing changed.
+  void grow(Index length) {
+    const Index groups = checked_groups(length);
+    if (groups <= groups_) return;
+    const Index wanted = (std::max)(groups, (std::min)(groups_ + groups_ / 2, most_groups()));
+    commit(growth_to(wanted, AlignedBytes(slab_bytes(wanted))));
   }
 
   KvSource<Storage> source() const {
@@ -104,30 +130,44 @@ class KvLayer {
   }
 
  private:
-  void grow_to(Index groups) {
-    constexpr auto name = "KvCache";
-    const Index count = checked_product(groups, batch(), name, "the page table");
-    require_capacity(count <= (std::numeric_limits<std::int32_t>::max)(), name, count,
-                     " pages, a page table counts to 2^31 - 1");
-    const Index added = count - static_cast<Index>(pages_.size());
-    AlignedBytes slab(static_cast<std::size_t>(
-        checked_product(added, static_cast<Index>(layout_.bytes), name, "a slab")));
-    std::vector<std::byte*> pages(pages_);
-    pages.reserve(static_cast<std::size_t>(count));
+  static constexpr auto kName = "KvCache";
+  /// Pages have numbers of 32 bits; positions are counted in Index.
+  static constexpr Index kMostPages = (std::min)(Index{(std::numeric_limits<std::int32_t>::max)()},
+                                                 (std::numeric_limits<Index>::max)() / kPageSize);
+
+  static std::size_t checked_batch(Index batch) {
+    require_capacity(batch <= kMostPages, kName, "a batch of ", batch, " sequences, expected ",
+                     kMostPages, " at most");
+    return static_cast<std::size_t>(batch);
+  }
+  Index most_groups() const { return kMostPages / (std::max)(Index{1}, batch()); }
+  Index checked_groups(Index length) const {
+    const Index groups = pages_for(length, kPageSize);
+    require_capacity(groups <= most_groups(), kName, length, " positions of ", batch(),
+                     " sequences take more pages of ", kPageSize, " than the ", kMostPages,
+                     " that a page table counts to");
+    return groups;
+  }
+  std::size_t slab_bytes(Index groups) const {
+    return static_cast<std::size_t>(checked_product(
+        (groups - groups_) * batch(), static_cast<Index>(layout_.bytes), kName, "a slab of pages"));
+  }
+
+  Growth growth_to(Index groups, AlignedBytes slab) {
+    const Index count = groups * batch(), added = count - static_cast<Index>(pages_.size());
+    Growth growth{groups, std::move(slab), pages_, {}, {}};
+    growth.pages.reserve(static_cast<std::size_t>(count));
     for (Index i = 0; i < added; ++i)
-      pages.push_back(slab.data() + static_cast<std::size_t>(i) * layout_.bytes);
-    std::vector<std::int32_t> entries(static_cast<std::size_t>(count));
-    std::vector<const std::int32_t*> tables(lengths_.size());
+      growth.pages.push_back(growth.slab.data() + static_cast<std::size_t>(i) * layout_.bytes);
+    growth.entries.resize(static_cast<std::size_t>(count));
+    growth.tables.resize(lengths_.size());
     for (Index b = 0; b < batch(); ++b) {
-      std::int32_t* table = entries.data() + b * groups;
-      tables[static_cast<std::size_t>(b)] = table;
+      std::int32_t* table = growth.entries.data() + b * groups;
+      growth.tables[static_cast<std::size_t>(b)] = table;
       for (Index g = 0; g < groups; ++g) table[g] = static_cast<std::int32_t>(g * batch() + b);
     }
-    slabs_.push_back(std::move(slab));  // the last that may throw
-    pages_ = std::move(pages);
-    entries_ = std::move(entries);
-    tables_ = std::move(tables);
-    groups_ = groups;
+    if (slabs_.size() == slabs_.capacity()) slabs_.reserve(slabs_.size() * 2 + 4);
+    return growth;
   }
 
   KvPageLayout layout_;
@@ -190,10 +230,10 @@ class KvCache {
   Tensor<T, 4> values(Index layer_idx) const { return values(Eigen::DefaultDevice{}, layer_idx); }
 
   /// What attention reads. Pointers only: valid until the cache is next changed, moved or destroyed. Empty for a layer never
-  /// written.
+  /// written, or not since clear().
   KvSource<Storage> source(Index layer_idx) const {
     const auto* layer = find(layer_idx);
-    return layer == nullptr ? KvSource<Storage>{} : layer->source();
+    return layer == nullptr || !layer->closed() ? KvSource<Storage>{} : layer->source();
   }
 
   /// Forgets positions [length, ...) of every layer; a layer that is no longer than that stays as it is. Keeps memory and shapes.
@@ -210,32 +250,40 @@ class KvCache {
     for (auto& [index, layer] : layers_) layer.clear();
   }
 
-  /// Room for `max_length` positions, at once in layers of known shape, in others with their first update: appending allocates
-  /// nothing up to that length. Throws std::invalid_argument for a negative length, std::bad_alloc.
+  /// Room for `max_length` positions, at once in layers of known shape: appending allocates nothing up to that length. Layers that
+  /// come later get it with their first update, where memory suffices for it; where not, they grow as they need. Less than an
+  /// earlier reservation changes nothing. Throws, with nothing changed, std::invalid_argument for a negative length,
+  /// std::length_error for more pages than a page table counts to (2^37 positions of all sequences), std::bad_alloc where memory
+  /// does not suffice, be it for a layer of one head of one element only. (Without exceptions, memory that does not suffice ends the
+  /// program: core/error.h.)
   void reserve(Index max_length) {
     require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
                  ", expected 0 or more");
-    for (auto& [index, layer] : layers_) layer.grow(max_length, true);
+    if (layers_.empty() && max_length > reserved_) Layer(1, 1, 1).growth_for(max_length);
+    grow_layers((std::numeric_limits<Index>::max)(), max_length);
     reserved_ = (std::max)(reserved_, max_length);
   }
 
   /// The same, before the first update: fixes the shape of layers [0, layers), so that not even their first update allocates.
-  /// Throws std::invalid_argument for negative sizes or where a layer has another shape.
+  /// Throws as the other does, and std::invalid_argument for other negative sizes, more than 65536 layers, or where a layer has
+  /// another shape.
   void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim) {
     constexpr auto name = "KvCache::reserve";
     require_that(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0,
                  name, "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch,
                  ", ", max_length, ", ", kv_heads, ", ", head_dim, ", expected 0 or more each");
+    require_that(layers <= 65536, name, "layers is ", layers, ", expected 65536 at most");
     Layers fresh;
     for (Index i = 0; i < layers; ++i) {
       const Layer* layer = find(i);
       if (layer != nullptr && layer->closed())
         require_shape(name, i, *layer, batch, kv_heads, head_dim);
-      if (layer == nullptr || !layer->has_shape(batch, kv_heads, head_dim))
-        fresh.try_emplace(i, batch, kv_heads, head_dim).first->second.grow(max_length, true);
+      if (layer == nullptr || !layer->has_shape(batch, kv_heads, head_dim)) {
+        Layer& made = fresh.try_emplace(i, batch, kv_heads, head_dim).first->second;
+        made.commit(made.growth_for(max_length));
+      }
     }
-    for (auto& [index, layer] : layers_)
-      if (index < layers && fresh.count(index) == 0) layer.grow(max_length, true);
+    grow_layers(layers, max_length, &fresh);
     for (auto& [index, layer] : fresh) layers_.erase(index);
     layers_.merge(fresh);
     for (auto& [index, layer] : layers_)
@@ -285,6 +333,15 @@ class KvCache {
   using Layer = detail::KvLayer<Storage>;
   using Layers = std::map<Index, Layer>;
 
+  /// Room in layers [0, layers) that are not in `replaced`: in all of them or, where one throws, in none.
+  void grow_layers(Index layers, Index length, const Layers* replaced = nullptr) {
+    std::vector<std::pair<Layer*, typename Layer::Growth>> growths;
+    for (auto& [index, layer] : layers_)
+      if (index < layers && (replaced == nullptr || replaced->count(index) == 0))
+        growths.emplace_back(&layer, layer.growth_for(length));
+    for (auto& [layer, growth] : growths) layer->commit(std::move(growth));
+  }
+
   const Layer* find(Index layer_idx) const {
     require_that(layer_idx >= 0, "KvCache", "layer_idx is ", layer_idx, ", expected 0 or more");
     const auto found = layers_.find(layer_idx);
@@ -302,10 +359,11 @@ class KvCache {
   template <typename D, typename View>
   void write(const D& device, Layer& layer, const View& keys, const View& values) {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
-    require_that(added <= (std::numeric_limits<Index>::max)() / 2 - length, "update_kv_cache",
-                 "length ", length, " + ", added, " overflows");
-    layer.grow(reserved_, true);
-    layer.grow(length + added, false);
+    require_capacity(added <= (std::numeric_limits<Index>::max)() - length, "update_kv_cache",
+                     "length ", length, " + ", added, " overflows");
+    // A reservation older than the layer, which memory or page numbers may not suffice for, is no reason to refuse an update.
+    detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
+    layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
     detail::append_kv(
         device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added,
@@ -331,7 +389,7 @@ class KvCache {
 
 /// Appends new_keys and new_values, both (batch, n, kv_heads, head_dim) of T with n >= 1, to a layer of the cache. Throws
 /// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, a negative layer, or what INT8 cannot
-/// hold; std::bad_alloc. The cache is then as it was.
+/// hold; std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then as it was.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
@@ -384,6 +442,8 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
                        "sequence ", b, " at position ", position, " + ", added,
                        " new ones exceeds the capacity of ", capacity);
     }
+  for (std::size_t d = 0; d < 4; ++d)
+    if (keys.dimension(d) == 0) return;  // and sizes of tensors that hold nothing may overflow
   KvSource<Storage> target;
   target.batch = batch;
   target.kv_heads = keys.dimension(2);

@@ -1,5 +1,6 @@
 /// \file
-/// Softmax cross-entropy over rows of logits (rows, classes) with class indices as targets (rows), any contiguous range of integers:
+/// Softmax cross-entropy over rows of logits (rows, classes) with class indices as targets (rows),
+/// any contiguous range of integers:
 ///
 ///   loss[r]        = log(sum_k exp(x[r, k])) - x[r, target[r]]
 ///   gradient[r, k] = (softmax(x[r])[k] - [k == target[r]]) * gradient_scale
@@ -14,7 +15,8 @@
 /// of counts, and its gradient needs gradient_scale = 1 / count (times a loss scale, where one is used).
 ///
 /// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for double), rows' losses are added in
-/// double in their order. Everything is measured from the maximum: no finite logit overflows, and large ones lose nothing. A logit of -infinity is a class of
+/// double in their order. Everything is measured from the maximum: no finite logit overflows, and
+/// large ones lose nothing. A logit of -infinity is a class of
 /// probability 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row that is all -infinity give a NaN loss
 /// and gradient row. A gradient past the range of its type becomes infinite: a loss scaler sees that.
 ///

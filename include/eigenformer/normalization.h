@@ -9,12 +9,15 @@
 ///
 /// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are (features). Scalars are float, double,
 /// bfloat16 and half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double
-/// where an argument is double; nothing is rounded in between. Every finite row has its right result: one whose squares or sums leave
-/// the range of the type is summed again in a unit of its own (twice the cost, for that row), and LayerNorm loses nothing where the
+/// where an argument is double; nothing is rounded in between. Every finite row has its right
+/// result: one whose squares or sums leave
+/// the range of the type is summed again in a unit of its own (twice the cost, for that row), and
+/// LayerNorm loses nothing where the
 /// mean is large against the spread: a row of equal numbers gives the bias.
 ///
 /// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row
-/// stays in that row; going back, a row that holds NaN or infinity and whose grad_y is all zero takes no part: it gives grad_x 0
+/// stays in that row; going back, a row that holds NaN or infinity and whose grad_y is all zero
+/// takes no part: it gives grad_x 0
 /// and adds nothing to the gradients of weight and bias.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.

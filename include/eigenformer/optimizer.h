@@ -5,12 +5,21 @@
 /// steps from 1, g is the gradient, everything elementwise:
 ///
 ///   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
-///   w = w (1 - learning_rate weight_decay) - learning_rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
+///   w = w - learning_rate ((m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon) + weight_decay w)
+///
+/// The weight is rounded once a step, so that a decay far below its last digit (learning_rate 2e-6,
+/// weight_decay 0.01) arrives in the long run: the update, which is larger and varies, carries it.
 ///
 /// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013), with the update
 /// of torch.optim.SGD, decay coupled to the gradient:
 ///
 ///   d = g + weight_decay w;   u = momentum u + d;   w = w - learning_rate (nesterov ? d + momentum u : u)
+///
+/// Parameters may come in groups, each with options of its own; recipes do not decay norms and biases:
+///
+///   ef::AdamW optimizer({{matrices, {.learning_rate = 1e-3, .weight_decay = 0.1}},
+///                        {norms_and_biases, {.learning_rate = 1e-3, .weight_decay = 0}}});
+///   optimizer.set_learning_rate(0, 5e-4);        // of one group, between steps; without a group: of all
 ///
 /// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is; it owns its state. A step with
 /// a gradient that is infinite or NaN spoils the weight it belongs to: GradScaler and `all_finite` exist to skip such steps.
@@ -22,145 +31,18 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
+#include <initializer_list>
+#include <limits>
 #include <span>
 #include <string_view>
 #include <utility>
 #include <vector>
 
-#include "core/check.h"
-#include "core/device.h"
 #include "core/workspace.h"
-#include "cpu/optimizer.h"
+#include "optimizer/state.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// One parameter of a model, flattened: views of its float master weights and of their gradient, of equal size.
-///
-///   ef::Parameter{ef::TensorView<float, 1>(weight.data(), weight.size()), ef::TensorView<float, 1>(gradient.data(),
-///   gradient.size())}
-struct Parameter {
-  TensorView<float, 1> value, gradient;
-};
-
-namespace detail {
-
-inline void check_parameters(std::string_view operation, std::span<const Parameter> parameters) {
-  for (std::size_t i = 0; i < parameters.size(); ++i)
-    require_that(parameters[i].value.size() == parameters[i].gradient.size(), operation,
-                 "parameter ", i, " has ", parameters[i].value.size(), " values and ",
-                 parameters[i].gradient.size(), " gradients");
-}
-
-/// A weight that is listed twice would be stepped twice.
-inline void check_distinct(std::string_view operation, std::span<const Parameter> parameters) {
-  std::vector<std::size_t> order;
-  for (std::size_t i = 0; i < parameters.size(); ++i)
-    if (parameters[i].value.size() > 0) order.push_back(i);
-  const std::less<const float*> before;
-  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    return before(parameters[a].value.data(), parameters[b].value.data());
-  });
-  for (std::size_t k = 1; k < order.size(); ++k) {
-    const auto& last = parameters[order[k - 1]].value;
-    require_that(!before(parameters[order[k]].value.data(), last.data() + last.size()), operation,
-                 "parameters ", order[k - 1], " and ", order[k],
-                 " share memory; a tied weight is listed once");
-  }
-}
-
-inline Index piece_count(std::span<const Parameter> parameters) {
-  Index count = 0;
-  for (const Parameter& parameter : parameters)
-    count += (parameter.value.size() + kPieceElements - 1) / kPieceElements;
-  return count;
-}
-
-/// Cuts the parameters into pieces; moments, where not null, are laid out one parameter after the other.
-inline void cut_into_pieces(std::span<const Parameter> parameters, float* first_moments,
-                            float* second_moments, ParameterPiece* pieces) {
-  for (const Parameter& parameter : parameters)
-    for (Index at = 0; at < parameter.value.size(); at += kPieceElements) {
-      const Index size = (std::min)(kPieceElements, parameter.value.size() - at);
-      *pieces++ = {parameter.value.data() + at, parameter.gradient.data() + at, first_moments,
-                   second_moments, size};
-      if (first_moments != nullptr) first_moments += size;
-      if (second_moments != nullptr) second_moments += size;
-    }
-}
-
-/// Parameters, their pieces and the moments: what AdamW and Sgd have in common.
-class OptimizerState {
- public:
-  OptimizerState(std::string_view operation, std::vector<Parameter> parameters, int moments)
-      : parameters_(std::move(parameters)), moments_(moments) {
-    check_parameters(operation, parameters_);
-    check_distinct(operation, parameters_);
-    for (const Parameter& parameter : parameters_) elements_ += parameter.value.size();
-    memory_ = Tensor<float, 1>(checked_product(elements_, moments, operation, "state"));
-    memory_.setZero();
-    float* const first = moments > 0 ? memory_.data() : nullptr;
-    float* const second = moments > 1 ? memory_.data() + elements_ : nullptr;
-    pieces_.resize(static_cast<std::size_t>(piece_count(parameters_)));
-    cut_into_pieces(parameters_, first, second, pieces_.data());
-  }
-  OptimizerState(OptimizerState&&) noexcept = default;
-  OptimizerState(const OptimizerState&) = delete;  // two optimizers would step the same weights
-  OptimizerState& operator=(const OptimizerState&) = delete;
-
-  const std::vector<Parameter>& parameters() const { return parameters_; }
-  std::span<const float> memory() const {
-    return {memory_.data(), static_cast<std::size_t>(memory_.size())};
-  }
-  Index steps = 0;
-
-  template <typename Factors>
-  OptimizerProblem<Factors> problem(const Factors& factors) const {
-    return {pieces_.data(), static_cast<Index>(pieces_.size()), factors};
-  }
-  template <CpuDevice D>
-  void zero_gradients(const D& device) const {
-    cpu::zero_gradients(isa::best{}, device, pieces_.data(), static_cast<Index>(pieces_.size()));
-  }
-
-  TensorView<const float, 1> moment(std::string_view operation, int which, Index index) const {
-    require_that(index >= 0 && index < static_cast<Index>(parameters_.size()), operation,
-                 "parameter ", index, " of ", parameters_.size());
-    require_that(which < moments_, operation, "there is no such moment");
-    Index offset = which * elements_;
-    for (Index i = 0; i < index; ++i)
-      offset += parameters_[static_cast<std::size_t>(i)].value.size();
-    return TensorView<const float, 1>(memory_.data() + offset,
-                                      parameters_[static_cast<std::size_t>(index)].value.size());
-  }
-  void load(std::string_view operation, std::span<const float> state, Index step_count) {
-    require_that(static_cast<Index>(state.size()) == memory_.size(), operation, "state has ",
-                 state.size(), " elements, expected ", memory_.size());
-    require_that(step_count >= 0, operation, "step_count is ", step_count, ", expected 0 or more");
-    std::copy(state.begin(), state.end(), memory_.data());
-    steps = step_count;
-  }
-
- private:
-  std::vector<Parameter> parameters_;
-  int moments_;
-  Index elements_ = 0;
-  Tensor<float, 1> memory_;  // (moments, elements)
-  std::vector<ParameterPiece> pieces_;
-};
-
-inline void require_rate(std::string_view operation, std::string_view name, double value) {
-  require_that(value >= 0 && std::isfinite(value), operation, name, " is ", value,
-               ", expected 0 or more");
-}
-
-inline void require_beta(std::string_view operation, std::string_view name, double value) {
-  require_that(value >= 0 && value < 1, operation, name, " is ", value,
-               ", expected 0 or more and below 1");
-}
-
-}  // namespace detail
 
 struct AdamWOptions {
   double learning_rate = 1e-3;
@@ -170,77 +52,6 @@ struct AdamWOptions {
   double epsilon = 1e-8;
 };
 
-/// ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
-class AdamW {
- public:
-  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters share memory, and for an
-  /// option that is NaN, negative or (betas) 1 or more.
-  explicit AdamW(std::vector<Parameter> parameters, const AdamWOptions& options = {})
-      : options_(checked(options)), state_("AdamW", std::move(parameters), 2) {}
-
-  /// One update from the gradients as they are. The gradients keep their values.
-  void step() { step(Eigen::DefaultDevice{}); }
-  template <CpuDevice D>
-  void step(const D& device) {
-    const double t = static_cast<double>(++state_.steps);
-    const AdamWOptions& o = options_;
-    const AdamWFactors factors{static_cast<float>(1.0 - o.learning_rate * o.weight_decay),
-                               static_cast<float>(o.beta1),
-                               static_cast<float>(1.0 - o.beta1),
-                               static_cast<float>(o.beta2),
-                               static_cast<float>(1.0 - o.beta2),
-                               static_cast<float>(o.learning_rate / (1.0 - std::pow(o.beta1, t))),
-                               static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, t))),
-                               static_cast<float>(o.epsilon)};
-    cpu::optimizer_step(isa::best{}, device, state_.problem(factors));
-  }
-
-  /// Sets all gradients to zero.
-  void zero_grad() { state_.zero_gradients(Eigen::DefaultDevice{}); }
-  template <CpuDevice D>
-  void zero_grad(const D& device) {
-    state_.zero_gradients(device);
-  }
-
-  const std::vector<Parameter>& parameters() const { return state_.parameters(); }
-  const AdamWOptions& options() const { return options_; }
-  double learning_rate() const { return options_.learning_rate; }
-  /// For schedules. Throws std::invalid_argument for NaN, infinity or a negative rate.
-  void set_learning_rate(double rate) {
-    detail::require_rate("AdamW", "learning_rate", rate);
-    options_.learning_rate = rate;
-  }
-
-  /// Steps taken.
-  Index step_count() const { return state_.steps; }
-  /// m and v of one parameter. Throws std::invalid_argument for an index out of range.
-  TensorView<const float, 1> first_moment(Index parameter) const {
-    return state_.moment("AdamW::first_moment", 0, parameter);
-  }
-  TensorView<const float, 1> second_moment(Index parameter) const {
-    return state_.moment("AdamW::second_moment", 1, parameter);
-  }
-  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside step_count() and the weights.
-  std::span<const float> state() const { return state_.memory(); }
-  /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
-  void load_state(std::span<const float> state, Index step_count) {
-    state_.load("AdamW::load_state", state, step_count);
-  }
-
- private:
-  static const AdamWOptions& checked(const AdamWOptions& options) {
-    detail::require_rate("AdamW", "learning_rate", options.learning_rate);
-    detail::require_rate("AdamW", "weight_decay", options.weight_decay);
-    detail::require_beta("AdamW", "beta1", options.beta1);
-    detail::require_beta("AdamW", "beta2", options.beta2);
-    detail::require_rate("AdamW", "epsilon", options.epsilon);
-    return options;
-  }
-
-  AdamWOptions options_;
-  detail::OptimizerState state_;
-};
-
 struct SgdOptions {
   double learning_rate = 1e-3;
   double weight_decay = 0;  ///< added to the gradient, times the weight
@@ -248,23 +59,69 @@ struct SgdOptions {
   bool nesterov = false;    ///< needs momentum
 };
 
-/// ef::Sgd optimizer(model.parameters(), {.learning_rate = 0.1f, .momentum = 0.9f});
-class Sgd {
+namespace detail {
+
+struct AdamWRules {
+  static constexpr auto name = "AdamW";
+  static constexpr Index kMoments = 2;
+  static bool keeps_state(const AdamWOptions&) { return true; }
+  static void check_options(Index group, const AdamWOptions& o) {
+    require_rate(name, "learning_rate", group, o.learning_rate);
+    require_rate(name, "weight_decay", group, o.weight_decay);
+    require_beta(name, "beta1", group, o.beta1);
+    require_beta(name, "beta2", group, o.beta2);
+    require_rate(name, "epsilon", group, o.epsilon);
+  }
+  static AdamWFactors factors(const AdamWOptions& o, Index step) {
+    const double t = static_cast<double>(step);
+    return {static_cast<float>(o.learning_rate * o.weight_decay),
+            static_cast<float>(o.beta1),
+            static_cast<float>(1.0 - o.beta1),
+            static_cast<float>(o.beta2),
+            static_cast<float>(1.0 - o.beta2),
+            static_cast<float>(o.learning_rate / (1.0 - std::pow(o.beta1, t))),
+            static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(o.beta2, t))),
+            static_cast<float>(o.epsilon)};
+  }
+};
+
+struct SgdRules {
+  static constexpr auto name = "Sgd";
+  static constexpr Index kMoments = 1;
+  static bool keeps_state(const SgdOptions& o) { return o.momentum > 0; }
+  static void check_options(Index group, const SgdOptions& o) {
+    require_rate(name, "learning_rate", group, o.learning_rate);
+    require_rate(name, "weight_decay", group, o.weight_decay);
+    require_beta(name, "momentum", group, o.momentum);
+    require_that(!o.nesterov || o.momentum > 0, name, "nesterov of group ", group,
+                 " is set, momentum is 0, expected a momentum");
+  }
+  static SgdFactors factors(const SgdOptions& o, Index) {
+    return {static_cast<float>(o.learning_rate), static_cast<float>(o.momentum),
+            static_cast<float>(o.weight_decay), o.nesterov};
+  }
+};
+
+}  // namespace detail
+
+/// ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
+/// ef::AdamW optimizer({{matrices, {.weight_decay = 0.1}}, {norms, {.weight_decay = 0}}});   // groups
+class AdamW {
  public:
-  /// Throws std::invalid_argument like AdamW, and for nesterov without momentum.
-  explicit Sgd(std::vector<Parameter> parameters, const SgdOptions& options = {})
-      : options_(checked(options)),
-        state_("Sgd", std::move(parameters), options.momentum > 0 ? 1 : 0) {}
+  using Group = ParameterGroup<AdamWOptions>;
+
+  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters
+  /// share memory, and for an option that is NaN, negative, above 1e18 or (betas) 1 or more.
+  explicit AdamW(std::vector<Parameter> parameters, const AdamWOptions& options = {})
+      : AdamW(std::vector<Group>{{std::move(parameters), options}}) {}
+  explicit AdamW(std::vector<Group> groups) : state_(std::move(groups)) {}
+  explicit AdamW(std::initializer_list<Group> groups) : AdamW(std::vector<Group>(groups)) {}
 
   /// One update from the gradients as they are. The gradients keep their values.
   void step() { step(Eigen::DefaultDevice{}); }
   template <CpuDevice D>
   void step(const D& device) {
-    ++state_.steps;
-    const SgdFactors factors{static_cast<float>(options_.learning_rate),
-                             static_cast<float>(options_.momentum),
-                             static_cast<float>(options_.weight_decay), options_.nesterov};
-    cpu::optimizer_step(isa::best{}, device, state_.problem(factors));
+    state_.step(device);
   }
 
   /// Sets all gradients to zero.
@@ -274,22 +131,81 @@ class Sgd {
     state_.zero_gradients(device);
   }
 
+  /// Of all groups, one after the other.
   const std::vector<Parameter>& parameters() const { return state_.parameters(); }
-  const SgdOptions& options() const { return options_; }
-  double learning_rate() const { return options_.learning_rate; }
-  /// For schedules. Throws std::invalid_argument for NaN, infinity or a negative rate.
-  void set_learning_rate(double rate) {
-    detail::require_rate("Sgd", "learning_rate", rate);
-    options_.learning_rate = rate;
-  }
+  Index group_count() const { return state_.group_count(); }
+  /// Of one group. Throws std::invalid_argument for a group out of range, as all functions below do.
+  const AdamWOptions& options(Index group = 0) const { return state_.options(group); }
+  double learning_rate(Index group = 0) const { return options(group).learning_rate; }
+  /// From the next step on, for schedules: the rate of all groups, of one, or all options of one.
+  /// Throws std::invalid_argument as the constructor does, and changes nothing then.
+  void set_learning_rate(double rate) { state_.set_learning_rate(rate); }
+  void set_learning_rate(Index group, double rate) { state_.set_learning_rate(group, rate); }
+  void set_options(Index group, const AdamWOptions& options) { state_.set_options(group, options); }
 
   /// Steps taken.
   Index step_count() const { return state_.steps; }
-  /// u of one parameter. Throws std::invalid_argument for an index out of range and where there is no momentum.
+  /// m and v of one parameter, counted as in parameters(). Throws std::invalid_argument for an index out of range.
+  TensorView<const float, 1> first_moment(Index parameter) const {
+    return state_.moment("AdamW::first_moment", 0, parameter);
+  }
+  TensorView<const float, 1> second_moment(Index parameter) const {
+    return state_.moment("AdamW::second_moment", 1, parameter);
+  }
+  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside step_count(),
+  /// the options and the weights.
+  std::span<const float> state() const { return state_.memory(); }
+  /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
+  void load_state(std::span<const float> state, Index step_count) {
+    state_.load("AdamW::load_state", state, step_count);
+  }
+
+ private:
+  detail::OptimizerState<detail::AdamWRules, AdamWOptions> state_;
+};
+
+/// ef::Sgd optimizer(model.parameters(), {.learning_rate = 0.1f, .momentum = 0.9f});
+/// ef::Sgd optimizer({{matrices, {.weight_decay = 1e-4}}, {norms, {}}});   // groups
+class Sgd {
+ public:
+  using Group = ParameterGroup<SgdOptions>;
+
+  /// Throws std::invalid_argument like AdamW, and for nesterov without momentum.
+  explicit Sgd(std::vector<Parameter> parameters, const SgdOptions& options = {})
+      : Sgd(std::vector<Group>{{std::move(parameters), options}}) {}
+  explicit Sgd(std::vector<Group> groups) : state_(std::move(groups)) {}
+  explicit Sgd(std::initializer_list<Group> groups) : Sgd(std::vector<Group>(groups)) {}
+
+  /// One update from the gradients as they are. The gradients keep their values.
+  void step() { step(Eigen::DefaultDevice{}); }
+  template <CpuDevice D>
+  void step(const D& device) {
+    state_.step(device);
+  }
+
+  /// Sets all gradients to zero.
+  void zero_grad() { state_.zero_gradients(Eigen::DefaultDevice{}); }
+  template <CpuDevice D>
+  void zero_grad(const D& device) {
+    state_.zero_gradients(device);
+  }
+
+  /// As for AdamW. set_options changes the value of a group's momentum, not whether it has one.
+  const std::vector<Parameter>& parameters() const { return state_.parameters(); }
+  Index group_count() const { return state_.group_count(); }
+  const SgdOptions& options(Index group = 0) const { return state_.options(group); }
+  double learning_rate(Index group = 0) const { return options(group).learning_rate; }
+  void set_learning_rate(double rate) { state_.set_learning_rate(rate); }
+  void set_learning_rate(Index group, double rate) { state_.set_learning_rate(group, rate); }
+  void set_options(Index group, const SgdOptions& options) { state_.set_options(group, options); }
+
+  /// Steps taken.
+  Index step_count() const { return state_.steps; }
+  /// u of one parameter. Throws std::invalid_argument for an index out of range and where its group has no momentum.
   TensorView<const float, 1> momentum(Index parameter) const {
     return state_.moment("Sgd::momentum", 0, parameter);
   }
-  /// All of u, parameter after parameter; empty without momentum.
+  /// All of u, parameter after parameter, of the groups that have momentum.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
   void load_state(std::span<const float> state, Index step_count) {
@@ -297,17 +213,7 @@ class Sgd {
   }
 
  private:
-  static const SgdOptions& checked(const SgdOptions& options) {
-    detail::require_rate("Sgd", "learning_rate", options.learning_rate);
-    detail::require_rate("Sgd", "weight_decay", options.weight_decay);
-    detail::require_beta("Sgd", "momentum", options.momentum);
-    require_that(!options.nesterov || options.momentum > 0, "Sgd",
-                 "nesterov is set, momentum is 0, expected a momentum");
-    return options;
-  }
-
-  SgdOptions options_;
-  detail::OptimizerState state_;
+  detail::OptimizerState<detail::SgdRules, SgdOptions> state_;
 };
 
 // ---- gradients -----------------------------------------------------------------------------------------------------------------
@@ -322,7 +228,7 @@ double gradient_norm(const D& device, std::span<const Parameter> parameters,
   const Index count = detail::piece_count(parameters);
   auto* pieces = frame.take<ParameterPiece>(count);
   auto* sums = frame.take<double>(count);
-  detail::cut_into_pieces(parameters, nullptr, nullptr, pieces);
+  detail::cut_into_pieces(parameters, pieces);
   cpu::gradient_squares(isa::best{}, device, pieces, count, sums);
   double total = 0;
   for (Index i = 0; i < count; ++i) total += sums[i];
@@ -332,24 +238,47 @@ inline double gradient_norm(std::span<const Parameter> parameters) {
   return gradient_norm(Eigen::DefaultDevice{}, parameters);
 }
 
-/// Multiplies every gradient by the factor and returns whether all are finite afterwards: the unscaling of mixed precision, in one
-/// pass.
+namespace detail {
+
+/// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite numbers afterwards.
+template <CpuDevice D>
+void scale_pieces(const D& device, const ParameterPiece* pieces, Index count, double factor,
+                  bool* finite) {
+  constexpr double kSmallest = (std::numeric_limits<float>::min)();
+  if (factor == 1.0) {  // nothing to write
+    cpu::scale_gradients<false>(isa::best{}, device, pieces, count, 1.0f, finite);
+  } else if (factor != 0 && std::abs(factor) < kSmallest) {  // in two, or few of its bits are left
+    cpu::scale_gradients<true>(isa::best{}, device, pieces, count,
+                               static_cast<float>(factor / kSmallest), finite);
+    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(kSmallest),
+                               finite);
+  } else {
+    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(factor),
+                               finite);
+  }
+}
+
+inline void require_factor(std::string_view operation, std::string_view name, double factor) {
+  require_that(std::abs(factor) <= static_cast<double>((std::numeric_limits<float>::max)()),
+               operation, name, " is ", factor, ", expected a finite number of float's range");
+}
+
+}  // namespace detail
+
+/// Multiplies every gradient by the factor and returns whether all are finite afterwards: the
+/// unscaling of mixed precision, in one pass. Throws std::invalid_argument for a factor that is NaN
+/// or past the range of float.
 template <CpuDevice D>
 bool scale_gradients(const D& device, std::span<const Parameter> parameters, double factor,
                      Workspace& workspace = thread_workspace()) {
   detail::check_parameters("scale_gradients", parameters);
-  require_that(std::isfinite(factor), "scale_gradients", "factor is ", factor,
-               ", expected a finite number");
+  detail::require_factor("scale_gradients", "factor", factor);
   Workspace::Frame frame(workspace);
   const Index count = detail::piece_count(parameters);
   auto* pieces = frame.take<ParameterPiece>(count);
   auto* finite = frame.take<bool>(count);
-  detail::cut_into_pieces(parameters, nullptr, nullptr, pieces);
-  if (factor == 1.0)  // nothing to write
-    cpu::scale_gradients<false>(isa::best{}, device, pieces, count, 1.0f, finite);
-  else
-    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(factor),
-                               finite);
+  detail::cut_into_pieces(parameters, pieces);
+  detail::scale_pieces(device, pieces, count, factor, finite);
   return std::all_of(finite, finite + count, [](bool ok) { return ok; });
 }
 inline bool scale_gradients(std::span<const Parameter> parameters, double factor) {

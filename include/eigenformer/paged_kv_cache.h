@@ -34,37 +34,11 @@
 #include <vector>
 
 #include "core/page_pool.h"
+#include "core/paged_kv_config.h"
 #include "kv_cache.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// Names a sequence of a PagedKvCache; rises with every sequence made and is never used again.
-using SequenceId = std::int64_t;
-
-struct PagedKvConfig {
-  Index layers = 0;
-  Index kv_heads = 0;
-  Index head_dim = 0;
-  Index page_size = 16;  ///< positions in a page
-  Index page_count = 0;  ///< pages in the pool
-};
-
-struct PagedKvStatistics {
-  Index sequences = 0;
-  Index pages_total = 0, pages_used = 0, pages_peak = 0;
-  Index pages_shared = 0;  ///< held by more than one sequence
-  Index tokens = 0;        ///< positions of all sequences, a shared one counted by each
-  Index slots_used = 0;  ///< positions of used pages that hold something, a shared one counted once
-  double utilisation = 1;   ///< slots_used / (pages_used * page_size); 1 where no page is used
-  std::int64_t copies = 0;  ///< pages copied because a sharer wrote, since the cache was made
-};
-
-/// Tables that a KvSource of chosen sequences points to: the caller's, so that building one allocates nothing once they have grown.
-struct KvSelection {
-  std::vector<const std::int32_t*> tables;
-  std::vector<Index> lengths;
-};
 
 template <FloatingScalar T, typename Storage = T>
   requires KvStorage<Storage, T>
@@ -75,7 +49,7 @@ class PagedKvCache {
 
   /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows, std::bad_alloc.
   explicit PagedKvCache(const PagedKvConfig& config)
-      : config_(checked(config)),
+      : config_(detail::checked_config(config, kName)),
         layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
                                                 kName)),
         pool_(config.page_count, page_bytes(config, layout_), kName),
@@ -220,9 +194,10 @@ class PagedKvCache {
     const Index batch = k.dimension(0), n = k.dimension(1);
     require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch,
                  ", there are ", ids.size(), " sequences");
-    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), batch * n, k.dimension(2),
+    const Index tokens = checked_product(batch, n, kName, "keys (batch, n)");
+    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), tokens, k.dimension(2),
                                                         k.dimension(3));
-    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), batch * n, v.dimension(2),
+    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), tokens, v.dimension(2),
                                                             v.dimension(3));
     append_rows(device, ids, layer_idx, key_rows, value_rows, n, nullptr);
   }
@@ -310,14 +285,6 @@ class PagedKvCache {
         last_append;  // number of the append that met it last: finds an id that comes twice
   };
 
-  static const PagedKvConfig& checked(const PagedKvConfig& c) {
-    require_that(c.layers >= 1 && c.kv_heads >= 1 && c.head_dim >= 1 && c.page_size >= 1, kName,
-                 "layers, kv_heads, head_dim, page_size are ", c.layers, ", ", c.kv_heads, ", ",
-                 c.head_dim, ", ", c.page_size, ", expected 1 or more each");
-    require_that(c.page_count >= 0 && c.page_count <= (std::numeric_limits<std::int32_t>::max)(),
-                 kName, "page_count is ", c.page_count, ", expected 0 to 2^31 - 1");
-    return c;
-  }
   static std::size_t page_bytes(const PagedKvConfig& config, const detail::KvPageLayout& layout) {
     return static_cast<std::size_t>(
         checked_product(config.layers, static_cast<Index>(layout.bytes), kName, "a page"));
@@ -415,8 +382,11 @@ class PagedKvCache {
       const std::size_t at = find(ids[i]);
       require_that(std::exchange(sequences_[at].last_append, appends_) != appends_, kName,
                    "sequence ", ids[i], " comes twice in an append");
-      const Index begin = lengths_[layer][at],
-                  pages = detail::pages_for(begin + added(i), config_.page_size);
+      const Index begin = lengths_[layer][at];
+      require_capacity(added(i) <= total_slots() - begin, kName, added(i),
+                       " more positions behind ", begin, " of sequence ", ids[i], ", the pool has ",
+                       total_slots());
+      const Index pages = detail::pages_for(begin + added(i), config_.page_size);
       needed += std::max<Index>(0, pages - static_cast<Index>(sequences_[at].pages.size()));
     }
     needed += copies_needed(layer, ids, added);

@@ -128,11 +128,10 @@ void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
 
 template <CpuDevice D, typename Weights>
 auto quantize_weights_int8(const D& device, const Weights& weights) {
-  constexpr int rank = rank_of<Weights>;
-  const auto from = input_view<rank>(weights);
+  constexpr int rank = detail::rank_or_one<rank_of<Weights>>;
+  const auto from = input_view<rank_of<Weights>>(weights);
   detail::checked_size("quantize_weights_int8", "weights", from);
-  QuantizedTensor<(rank < 0 ? 0 : rank)> result{
-      Tensor<std::int8_t, (rank < 0 ? 0 : rank)>(from.dimensions()), 1.0f};
+  QuantizedTensor<rank> result{Tensor<std::int8_t, rank>(detail::sizes_of<rank>(from)), 1.0f};
   quantize_weights_int8_into(device, result.values, result.scale, weights);
   return result;
 }
@@ -283,11 +282,12 @@ auto* dequantized(std::string_view name, Output& weights, const Values& values) 
 template <typename D, typename Output, typename Values>
 void dequantize_groups(std::string_view name, const D& device, Output& weights,
                        const Values& values, const float* scales, Index group) {
+  const auto from = input_view<2>(values);
   auto* to = dequantized(name, weights, values);
   if (values.size() == 0) return;  // any number of rows may be empty
   cpu::dequantize(isa::best{}, device,
-                  DequantizeProblem<scalar_of<Output>>{
-                      values.data(), scales, to, values.dimension(0), values.dimension(1), group});
+                  DequantizeProblem<scalar_of<Output>>{from.data(), scales, to, from.dimension(0),
+                                                       from.dimension(1), group});
 }
 
 }  // namespace detail
@@ -295,12 +295,15 @@ void dequantize_groups(std::string_view name, const D& device, Output& weights,
 /// weights = values * scale, of any rank, with one scale.
 template <CpuDevice D, typename Output, typename Values>
 void dequantize_into(const D& device, Output&& weights, const Values& values, float scale) {
+  const auto from = input_view<rank_of<Values>>(values);
   auto* to = detail::dequantized("dequantize", weights, values);
-  cpu::dequantize_tensor(isa::best{}, device, values.data(), values.size(), scale, to);
+  cpu::dequantize_tensor(isa::best{}, device, from.data(), from.size(), scale, to);
 }
 
-/// weights (out, in) = values * scales (out), row by row; whatever a scale is: NaN gives a row of NaN, as an activation's does.
-template <CpuDevice D, typename Output, typename Values, RowMajorTensor Scales>
+/// weights (out, in) = values * scales (out), row by row; whatever a scale is: NaN gives a row of
+/// NaN, as an activation's does.
+template <CpuDevice D, typename Output, typename Values, typename Scales>
+  requires(!std::is_arithmetic_v<Scales>)
 void dequantize_into(const D& device, Output&& weights, const Values& values,
                      const Scales& scales) {
   const auto from = input_view<2>(values);
@@ -330,9 +333,9 @@ void dequantize_grouped_into(const D& device, Output&& weights, const Values& va
 /// ef::Tensor<float, 2> w = ef::dequantize(qc, scales);   and   ef::dequantize(q, scale), of any rank
 template <CpuDevice D, typename Values, typename Scales>
 auto dequantize(const D& device, const Values& values, const Scales& scales) {
-  constexpr int rank = rank_of<Values>;
-  auto weights = detail::make_tensor<float, (rank < 0 ? 0 : rank)>(
-      "dequantize", "result", input_view<rank>(values).dimensions());
+  constexpr int rank = detail::rank_or_one<rank_of<Values>>;
+  auto weights = detail::make_tensor<float, rank>(
+      "dequantize", "result", detail::sizes_of<rank>(input_view<rank_of<Values>>(values)));
   dequantize_into(device, weights, values, scales);
   return weights;
 }
@@ -390,7 +393,8 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
 
 /// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of
 /// linear with pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <=
-/// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127]. A scale that is NaN, infinite
+/// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127,
+/// 127]. A scale that is NaN, infinite
 /// or negative throws std::invalid_argument naming the first one: O(out).
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
           typename E>

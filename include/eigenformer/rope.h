@@ -8,7 +8,8 @@
 /// 1 is position interpolation (Chen et al., 2023): 0.25 serves contexts four times the length trained.
 ///
 /// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has one element a token, batch * seq
-/// of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other contiguous range of integers, or a braced
+/// of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other contiguous
+/// range of integers, or a braced
 /// list. Scalars are float, double, bfloat16 and half;
 /// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to 1e-10 at position 10^6) and
 /// rounded once: to float, or to double where x or y is.
@@ -227,7 +228,8 @@ auto rope(const D& device, const X& x, const P& positions, const RopeOptions& op
   rope_into(device, y, x, positions, options);
   return y;
 }
-///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});   // or ef::rope(query, positions, table)
+///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});   // or
+/// ef::rope(query, positions, table)
 template <typename X, typename P = LengthSpan>
   requires(!Device<X>)
 auto rope(const X& x, const P& positions, const RopeOptions& options = {}) {

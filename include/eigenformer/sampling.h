@@ -10,6 +10,11 @@
 ///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
 ///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
 ///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
+///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
+///   scores = ef::log_probabilities_of(logits, tokens);                  // of given tokens
+///   result = ef::verify_speculative(draft_tokens, draft_probabilities, target_probabilities, rng);
+///
+/// The last three are in sampling/log_probabilities.h and sampling/speculative.h.
 ///
 /// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each
 /// filter on the renormalised survivors of the one before:
@@ -18,7 +23,8 @@
 ///   logit_bias    x += bias
 ///   token_mask    -infinity where the bit is 0
 ///   temperature   x / T; T = 0 keeps the best token, the lowest index among equals: greedy
-///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties)
+///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties);
+///                 k = 0 and k >= vocab keep all
 ///   top_p         the smallest set of most likely tokens whose probability sums to at least p; equals by lowest index
 ///   min_p         probability >= min_p * the best's
 ///   typical_p     the smallest set of tokens nearest in information to the entropy that sums to at least p; all equals
@@ -26,14 +32,20 @@
 /// Every set holds at least one token. Equality and order are those of the logits as given (after penalties and bias), not of
 /// rounded probabilities. Sums and weights are in double. Tokens at -infinity are never drawn.
 ///
-/// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a function of (seed, position, r),
-/// or of (seed, position) where every row has a generator of its own. Each call advances each generator by one, whatever the batch
-/// and the outcome of its rows; a call that throws advances nothing. Results do not depend on the other rows or on threads.
+/// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a
+/// function of (seed, position, r), or of (seed, position) where every row has a generator of its
+/// own. Each call advances each generator by one, whatever the batch and the outcome of its rows; a
+/// call that throws advances nothing. Drafting and verifying draw from streams of their own, so
+/// that both may have generators of one seed (core/philox.h states the law). Results do not depend
+/// on the other rows or on threads.
 ///
-/// Logits are float, double, bfloat16 or half and are never changed. A row that holds NaN or +infinity, or that is all -infinity
-/// (as given, or after bias and mask), makes the returning forms throw std::invalid_argument naming it; the _into forms give it id
-/// -1 and a status and serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or generators,
-/// parameters out of range or NaN, and token ids out of range. batch 0 is legal. An output must not overlap the logits.
+/// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or
+/// +infinity, or that is all -infinity (as given, or after penalties, bias and mask). Forms that
+/// return tokens or numbers alone throw std::invalid_argument naming it; forms that can say how
+/// each row ended (the _into forms, and results with `statuses`) give it id -1 and a status and
+/// serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or
+/// generators, parameters out of range or NaN, and token ids out of range. batch 0 is legal. An
+/// output must not overlap the logits.
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about
 /// one exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a
@@ -86,7 +98,7 @@ inline void check_tokens(std::string_view name, std::string_view argument,
 inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
   require_that(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ",
                p.temperature, ", expected 0 (greedy) or more");
-  require_that(p.top_k >= 1, name, "top_k is ", p.top_k, ", expected 1 or more");
+  require_that(p.top_k >= 0, name, "top_k is ", p.top_k, ", expected 0 (all tokens) or more");
   require_that(!std::isnan(p.top_p), name, "top_p is NaN");
   require_that(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
   require_that(!std::isnan(p.typical_p), name, "typical_p is NaN");
@@ -123,9 +135,9 @@ struct SamplingParamsView {
       : data(rows.data()), count(rows.size()), per_row(true) {}
 };
 
-inline void check_sampling_shape(std::string_view name, Index vocab) {
-  require_that(vocab >= 1 && vocab <= (std::numeric_limits<std::int32_t>::max)(), name,
-               "logits has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
+inline void check_sampling_shape(std::string_view name, std::string_view argument, Index vocab) {
+  require_that(vocab >= 1 && vocab <= (std::numeric_limits<std::int32_t>::max)(), name, argument,
+               " has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
 }
 
 inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
@@ -137,9 +149,13 @@ inline void check_all_params(std::string_view name, const SamplingParamsView& pa
     check_sampling_params(join(name, "params of row ", r), params.data[r], vocab);
 }
 
-inline void check_generators(std::string_view name, const Generators& rng, Index batch) {
-  require_that(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(),
-               " generators, logits has ", batch, " rows");
+inline void check_generators(std::string_view name, std::string_view argument,
+                             const Generators& rng, Index batch) {
+  require_that(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(), " generators, ",
+               argument, " has ", batch, " rows");
+  require_that(rng.per_row() || static_cast<std::uint64_t>(batch) <= Philox::kRows, name,
+               "rng is one generator, ", argument, " has ", batch, " rows, expected at most ",
+               Philox::kRows);
 }
 
 template <typename View>
@@ -148,7 +164,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   using T = scalar_of<View>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  check_sampling_shape(name, logits.dimension(1));
+  check_sampling_shape(name, "logits", logits.dimension(1));
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
   return SamplingProblem<T>{logits.data(),
                             logits.dimension(0),
@@ -163,7 +179,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
 
 template <typename T>
 void set_generators(std::string_view name, SamplingProblem<T>& problem, const Generators& rng) {
-  check_generators(name, rng, problem.batch);
+  check_generators(name, "logits", rng, problem.batch);
   problem.generators = rng.data();
   problem.generators_stride = rng.per_row() ? 1 : 0;
 }
@@ -193,7 +209,7 @@ auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> s
 
 template <typename D, typename Ids, typename Logits>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
-                 const SamplingParamsView& params, const Generators& rng,
+                 const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace) {
   const auto view = input_view<2>(logits);
   auto out = sampled_ids_view(name, ids, statuses, view.dimension(0));
@@ -209,7 +225,7 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
 
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits,
-                               const SamplingParamsView& params, const Generators& rng) {
+                               const SamplingParamsView& params, Generators& rng) {
   const auto view = input_view<2>(logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));
@@ -221,7 +237,8 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   return ids;
 }
 
-inline SamplingParams top_k_params(Index k, double temperature) {
+inline SamplingParams top_k_params(std::string_view name, Index k, double temperature) {
+  require_that(k >= 1, name, "top_k is ", k, ", expected 1 or more");
   return {.temperature = temperature, .top_k = k};
 }
 inline SamplingParams top_p_params(double p, double temperature) {
@@ -283,13 +300,15 @@ void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamp
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
 
-/// Draws from the k largest of every row at a temperature. On a GPU ids, logits and statuses are device memory.
+/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses
+/// are device memory.
 template <Device D, typename Ids, typename Logits>
 void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
                        double temperature, Generators rng, std::span<SampleStatus> statuses = {},
                        Workspace& workspace = thread_workspace()) {
-  detail::sample_into("top_k_sample", device, ids, logits, detail::top_k_params(k, temperature),
-                      rng, statuses, workspace);
+  constexpr auto name = "top_k_sample";
+  detail::sample_into(name, device, ids, logits, detail::top_k_params(name, k, temperature), rng,
+                      statuses, workspace);
 }
 
 /// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
@@ -315,11 +334,12 @@ Tensor<std::int32_t, 1> sample(const Logits& logits, const RowSamplingParams& pa
   return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
 }
 
-/// sample with {.temperature = temperature, .top_k = k}.
+/// sample with {.temperature = temperature, .top_k = k}; k < 1 throws.
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> top_k_sample(const D& device, const Logits& logits, Index k,
                                      double temperature, Generators rng) {
-  return detail::sample("top_k_sample", device, logits, detail::top_k_params(k, temperature), rng);
+  constexpr auto name = "top_k_sample";
+  return detail::sample(name, device, logits, detail::top_k_params(name, k, temperature), rng);
 }
 template <typename Logits>
   requires(!Device<Logits>)
@@ -417,4 +437,5 @@ Tensor<float, 2> sampling_probabilities(const Logits& logits, const RowSamplingP
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
 
-#include "sampling/outputs.h"  // sample_with_log_probabilities, verify_speculative
+#include "sampling/log_probabilities.h"
+#include "sampling/speculative.h"

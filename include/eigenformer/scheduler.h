@@ -70,7 +70,7 @@ class ContinuousBatchScheduler {
     require_that(requests_.find(request_id) == requests_.end(), kName, "request ", request_id,
                  " exists already");
     require_that(!prompt_tokens.empty(), kName, "the prompt of request ", request_id, " is empty");
-    require_that(static_cast<Index>(prompt_tokens.size()) < max_seq_length_, kName,
+    require_that(std::cmp_less(prompt_tokens.size(), max_seq_length_), kName,
                  "the prompt of request ", request_id, " has ", prompt_tokens.size(),
                  " tokens, max_seq_length is ", max_seq_length_);
     const bool joins = can_add_more_requests();
@@ -91,12 +91,14 @@ class ContinuousBatchScheduler {
                 std::span<const std::int32_t>(prompt_tokens.begin(), prompt_tokens.size()));
   }
 
-  /// The active requests in the order of their slots; all tensors (0, 0) where there are none.
+  /// The active requests in the order of their slots; all tensors (0, 0) where there are none. Throws std::invalid_argument where
+  /// a padded tensor overflows, std::bad_alloc.
   Batch get_batch() const {
     const Index batch = active_count();
     Index longest = 0;
     for (const auto& request : slots_)
       longest = (std::max)(longest, static_cast<Index>(request->tokens.size()));
+    checked_product(batch, longest, kName, "input_ids (batch, longest)");
     Batch result;
     result.request_ids.reserve(slots_.size());
     result.sequence_lengths.reserve(slots_.size());

@@ -6,7 +6,8 @@
 ///                               gathered on every rank, or kept in parts with {.gather_output = false}
 ///   row_parallel_linear         the same y from an x that is kept in parts: its features are divided by shard_range(in, ...)
 ///   vocabulary_parallel_greedy, vocabulary_parallel_top_k_sample
-///                               tokens from hidden states and a (vocab, hidden) head
+///                               tokens from hidden states and a (vocab, hidden) head: see
+///                               tensor_parallel/vocabulary.h
 ///
 /// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this rank's rows of it packed once
 /// (`pack_column_shard`); b (out), the full bias on every rank; y (batch, seq, out) or (tokens, out). Nothing needs to divide: the
@@ -29,7 +30,6 @@
 #include "communicator.h"
 #include "core/check.h"
 #include "core/device.h"
-#include "core/philox.h"
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/tensor_parallel.h"
@@ -50,18 +50,20 @@ struct ColumnParallelOptions {
 template <typename Weight>
 auto column_shard(Weight&& weight, int rank, int world_size) {
   constexpr int kRank = rank_of<Weight> == 1 ? 1 : 2;
-  static_assert(std::is_lvalue_reference_v<Weight> ||
-                    !std::is_same_v<std::remove_cvref_t<Weight>, Tensor<scalar_of<Weight>, kRank>>,
+  static_assert(std::is_lvalue_reference_v<Weight> || !detail::owns_its_elements<Weight>,
                 "eigenformer: column_shard returns a view, and this tensor ends with the "
                 "expression. Give it a name first.");
-  detail::require_tensor_argument<kRank, Weight>();
-  detail::checked_size("column_shard", "weight", weight);
-  auto sizes = detail::sizes_of<kRank>(weight);
+  const auto full = input_view<kRank>(weight);
+  detail::checked_size("column_shard", "weight", full);
+  auto sizes = detail::sizes_of<kRank>(full);
   const ShardRange rows = shard_range(sizes[0], rank, world_size);
-  const Index row = kRank == 1 ? 1 : sizes[kRank - 1];
+  const Index begin = rows.begin * (kRank == 1 ? 1 : sizes[kRank - 1]);
   sizes[0] = rows.size();
-  return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(
-      weight.data() + rows.begin * row, sizes);
+  if constexpr (RowMajorTensor<Weight>)
+    return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(weight.data() + begin,
+                                                                             sizes);
+  else
+    return full;
 }
 
 /// One rank's rows of a weight, packed.
@@ -221,12 +223,12 @@ void column_parallel_into(const D& device, Y& output, const X& input, const Weig
   const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator, bias...);
   require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
                x.dimension(1), " features");
-  const auto y = output_view<rank_of<X>>(output);
+  auto y = output_view<rank_of<X>>(output);
   require_output(name, y, input, options.gather_output ? shape.out : shape.columns.size());
   if (options.gather_output)
-    column_parallel(device, output.data(), x, weight, shape, communicator, workspace, bias...);
+    column_parallel(device, y.data(), x, weight, shape, communicator, workspace, bias...);
   else
-    shard_product(device, output.data(), x, weight, shape, communicator, workspace, bias...);
+    shard_product(device, y.data(), x, weight, shape, communicator, workspace, bias...);
 }
 
 template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
@@ -254,17 +256,17 @@ void row_parallel_into(const D& device, Y& output, const X& input, const Weight&
   require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
                " features, rank ", communicator.rank(), " of ", communicator.size(), " has ",
                own.size(), " of the weight's ", shape.in, " columns");
-  const auto y = output_view<rank_of<X>>(output);
+  auto y = output_view<rank_of<X>>(output);
   require_output(name, y, input, shape.out);
   if (communicator.size() == 1) {
-    shard_product(device, output.data(), part, weight, shape, communicator, workspace, bias...);
+    shard_product(device, y.data(), part, weight, shape, communicator, workspace, bias...);
     return;
   }
   Workspace::Frame frame(workspace);
   T* x = frame.take<T>(shape.tokens * shape.in);
   gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
                   [&](T*) { return part.data(); });
-  column_parallel(device, output.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight,
+  column_parallel(device, y.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight,
                   shape, communicator, workspace, bias...);
 }
 
@@ -379,142 +381,7 @@ void row_parallel_linear_into(const D& device, Output&& output, const Input& inp
   detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace, bias);
 }
 
-namespace detail {
-
-/// All candidates of a row in rank order: row `row` of part r is (kept_of(r)) long.
-template <typename Visit>
-void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> kept, Index rows,
-                       Index row, Visit&& visit) {
-  for (Index count : kept) {
-    for (Index i = 0; i < count; ++i) visit(parts[row * count + i]);
-    parts += rows * count;
-  }
-}
-
-/// Merges the ranks' candidates of one row into `merged`, best first, and returns how many there are. Throws where no token can be
-/// drawn; all ranks hold the same candidates, so all throw or none does.
-inline Index merge_candidates(std::string_view name, const VocabularyCandidate* parts,
-                              std::span<const Index> kept, Index rows, Index row,
-                              VocabularyCandidate* merged) {
-  Index count = 0;
-  bool valid = true;
-  for_each_gathered(parts, kept, rows, row, [&](const VocabularyCandidate& candidate) {
-    valid = valid && candidate.token != VocabularyCandidate::kInvalid;
-    if (candidate.token >= 0) merged[count++] = candidate;
-  });
-  require_that(valid, name, "the logits of row ", row, " hold NaN or +infinity");
-  std::sort(merged, merged + count, [](const VocabularyCandidate& a, const VocabularyCandidate& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-  });
-  require_that(merged[0].logit > -std::numeric_limits<double>::infinity(), name,
-               "the logits of row ", row, " are all -infinity");
-  return count;
-}
-
-/// tokens[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary.
-template <CpuDevice D, typename Hidden, typename Weight, typename C, typename Choose>
-Tensor<std::int32_t, 1> vocabulary_parallel(std::string_view name, const D& device,
-                                            const Hidden& hidden, const Weight& weight,
-                                            C& communicator, Index k, Choose&& choose) {
-  using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
-  const auto x = input_view<2>(hidden);
-  const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator);
-  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, hidden has ",
-               x.dimension(1), " features");
-  require_that(shape.out >= 1 && shape.out <= (std::numeric_limits<std::int32_t>::max)(), name,
-               "weight has ", shape.out, " rows, expected a vocabulary of 1 to 2^31 - 1 tokens");
-  const int ranks = communicator.size();
-  const Index rows = shape.tokens, size = shape.columns.size();
-  Workspace::Frame frame(thread_workspace());
-  const std::span<Index> kept(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  Index all_kept = 0;
-  for (int r = 0; r < ranks; ++r) {
-    const auto at = static_cast<std::size_t>(r);
-    kept[at] = std::clamp<Index>(shard_range(shape.out, r, ranks).size(), 1,
-                                 k);  // at least 1, which can say that there is none
-    counts[at] = rows * kept[at];
-    all_kept += kept[at];
-  }
-  const Index own_kept = kept[static_cast<std::size_t>(communicator.rank())];
-  const auto own = std::span(frame.take<VocabularyCandidate>(rows * own_kept),
-                             static_cast<std::size_t>(rows * own_kept));
-  const auto all = std::span(frame.take<VocabularyCandidate>(rows * all_kept),
-                             static_cast<std::size_t>(rows * all_kept));
-  {
-    Workspace::Frame logits_frame(thread_workspace());
-    T* logits = logits_frame.take<T>(rows * size);
-    auto* order = logits_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
-    shard_product(device, logits, x, weight, shape, communicator, thread_workspace());
-    cpu::vocabulary_candidates(
-        device, VocabularyProblem<T>{logits, own.data(), order, rows, own_kept, shape.columns});
-  }
-  communicator.all_gather(own, all, std::span<const Index>(counts));
-  VocabularyCandidate* merged = frame.take<VocabularyCandidate>(all_kept);
-  Tensor<std::int32_t, 1> tokens(rows);
-  for (Index row = 0; row < rows; ++row) {
-    const Index count = merge_candidates(name, all.data(), kept, rows, row, merged);
-    tokens(row) =
-        static_cast<std::int32_t>(merged[choose(merged, (std::min)(count, k), row)].token);
-  }
-  return tokens;
-}
-
-}  // namespace detail
-
-/// The most likely token of each row of hidden states (tokens, in), lowest index among equals, the same on every rank:
-/// greedy_sample of linear(hidden, weight), with 16 bytes a row and rank sent instead of the logits. `weight` is the full (vocab,
-/// in) head or a PackedColumnShard. A row whose logits hold NaN or +infinity, or are all -infinity, throws std::invalid_argument
-/// naming it, on every rank.
-///
-///   ef::Tensor<std::int32_t, 1> ids = ef::vocabulary_parallel_greedy(hidden, head, communicator);
-template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
-Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const D& device, const Hidden& hidden,
-                                                   const Weight& weight, C& communicator) {
-  return detail::vocabulary_parallel(
-      "vocabulary_parallel_greedy", device, hidden, weight, communicator, 1,
-      [](const VocabularyCandidate*, Index, Index) { return Index{0}; });
-}
-template <typename Hidden, typename Weight, Communicator C>
-  requires(!Device<Hidden>)
-Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const Weight& weight,
-                                                   C& communicator) {
-  return vocabulary_parallel_greedy(Eigen::DefaultDevice{}, hidden, weight, communicator);
-}
-
-/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties lowest index first): the tokens
-/// that top_k_sample draws from linear(hidden, weight), the same on every rank: every rank passes an rng in the same state, which
-/// moves on by one position. The draw of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps
-/// all. Sends 16 bytes for each of at most k candidates a row and rank. Throws std::invalid_argument for k < 1, a negative or NaN
-/// temperature, and rows as vocabulary_parallel_greedy does.
-template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
-Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden,
-                                                         const Weight& weight, C& communicator,
-                                                         Index k, float temperature, Philox& rng) {
-  constexpr auto name = "vocabulary_parallel_top_k_sample";
-  require_that(k >= 1, name, "k is ", k, ", expected 1 or more");
-  require_that(temperature >= 0, name, "temperature is ", temperature,
-               ", expected 0 (greedy) or more");
-  const auto draw = [&](VocabularyCandidate* candidates, Index count, Index row) {
-    return cpu::draw_candidate(candidates, count, temperature,
-                               rng.uniform(static_cast<std::uint32_t>(row)));
-  };
-  const auto best = [](const VocabularyCandidate*, Index, Index) { return Index{0}; };
-  auto tokens =
-      temperature > 0
-          ? detail::vocabulary_parallel(name, device, hidden, weight, communicator, k, draw)
-          : detail::vocabulary_parallel(name, device, hidden, weight, communicator, 1, best);
-  rng.advance();
-  return tokens;
-}
-template <typename Hidden, typename Weight, Communicator C>
-  requires(!Device<Hidden>)
-Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, const Weight& weight,
-                                                         C& communicator, Index k,
-                                                         float temperature, Philox& rng) {
-  return vocabulary_parallel_top_k_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, k,
-                                          temperature, rng);
-}
-
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#include "tensor_parallel/vocabulary.h"

@@ -5,7 +5,7 @@
 /// range form one group, the last of which may be shorter, and one optimizer step. The step's gradients are those of the mean loss
 /// over all targets of the group that count: weighted by targets, not by micro-batch, so that micro-batches may differ in size. The
 /// number of targets is known only at the group's last micro-batch (the range may be single-pass), so the loss gradients are
-/// divided by n, the number of targets of the group's first micro-batch, which keeps them in the range of half, and all gradients
+/// divided by n, the rows of logits of the group's first micro-batch, which keeps them in the range of half, and all gradients
 /// are multiplied by n / count once before the step: nothing where they are equal, else one pass.
 ///
 /// Mixed precision (Micikevicius et al., 2018): the model computes forward and backward in Compute (float, Eigen::bfloat16 or
@@ -15,7 +15,8 @@
 /// gradient itself is such a case.
 ///
 /// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip, optimizer step, scaler update,
-/// on_step. A group in which no target counts makes no step and does not move the scale. After the epoch the gradients are those
+/// on_step. On several ranks hooks between them (TrainOptions) put the ranks' sums together; `data_parallel` sets them. On a pool
+/// each micro-batch and each step is a ParallelRegion. A group in which no target counts makes no step and does not move the scale. After the epoch the gradients are those
 /// the last step used. An exception (a target out of range, or one of the model's own) passes through; weights, optimizer and
 /// scaler are then as the last finished group left them.
 ///
@@ -23,6 +24,7 @@
 /// to clip, and the optimizer's.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
@@ -33,6 +35,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/parallel_region.h"
 #include "grad_scaler.h"
 #include "loss.h"
 #include "optimizer.h"
@@ -71,8 +74,8 @@ concept TrainingOptimizer = requires(O& optimizer) {
 ///   ef::LossResult loss(ef::Tensor<Compute, 2>& logits, const Targets& targets, double gradient_scale)
 ///
 /// that returns the loss summed over the targets that count, and their number, and overwrites the logits (targets, classes) with
-/// the gradient of that sum times gradient_scale. `targets` is what the batch carries. It may take the device as one more first
-/// argument.
+/// the gradient of that sum times gradient_scale. `targets` is what the batch carries, of any type: class indices, soft labels or
+/// values (rows, classes) of float, a struct. It may take the device as one more first argument.
 struct CrossEntropyLoss {
   CrossEntropyOptions options = {};
 
@@ -97,12 +100,69 @@ struct StepReport {
   Index group = 0;           ///< groups finished before this one in the epoch
 };
 
+/// What all ranks must know to step alike, as TrainOptions::reduce_verdict sees it.
+struct GradientVerdict {
+  bool found_inf = false;   ///< a gradient is infinite or NaN; the step is skipped where true
+  double squared_norm = 0;  ///< of the unscaled gradients, for clipping; 0 where clipping is off
+};
+
 struct TrainOptions {
   /// Gradients are clipped to this L2 norm; 0: not clipped. A norm that is not finite skips the step, with or without a scaler.
   double max_gradient_norm = 0;
   std::function<void(const StepReport&)> on_step =
       {};  ///< called after each group, for progress and learning rate schedules
+
+  // Training on several ranks. Each hook is called once for each group on every rank, in this order,
+  // with what this rank has; it leaves there what all ranks together have. So each rank needs as
+  // many groups as the others.
+
+  /// The loss and the number of targets: sums over ranks. Goes with reduce_gradients.
+  std::function<void(LossResult&)> reduce_loss = {};
+  /// The gradients, after the backward passes and before unscaling: sums over ranks, which are those
+  /// of the mean over all ranks' targets, times the scale.
+  std::function<void(std::span<const Parameter>)> reduce_gradients = {};
+  /// The verdict, after unscaling and before clipping and the step: found_inf anywhere, and the sum
+  /// of squared_norm, where ranks hold different parameters. Where all ranks have the same gradients
+  /// they agree already.
+  std::function<void(GradientVerdict&)> reduce_verdict = {};
 };
+
+/// Data parallelism: options under which every rank trains on batches of its own and all take the
+/// same steps, those of the mean over all their targets. Each rank has its own model, optimizer and
+/// scaler, alike at the start; they stay alike bit for bit. The communicator must outlive the call.
+///
+///   ef::ThreadCommunicator::run(4, [&](auto& communicator) {
+///     ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler,
+///                                                 ef::data_parallel(communicator));
+///   });
+template <typename C>
+TrainOptions data_parallel(C& communicator, TrainOptions options = {}) {
+  options.reduce_loss = [&communicator](LossResult& loss) {
+    double sums[] = {loss.sum, static_cast<double>(loss.count)};
+    communicator.all_reduce_sum(std::span<double>(sums));
+    loss = {sums[0], static_cast<Index>(sums[1])};
+  };
+  options.reduce_gradients = [&communicator](std::span<const Parameter> parameters) {
+    for (const Parameter& parameter : parameters) {
+      const auto size = static_cast<std::size_t>(parameter.gradient.size());
+      communicator.all_reduce_sum(std::span<float>(parameter.gradient.data(), size));
+    }
+  };
+  return options;
+}
+
+/// Model parallelism: options under which ranks that hold different parameters, each a part of one
+/// model, agree on each step and clip by the norm of the whole. A parameter that several ranks hold
+/// alike counts in the norm once for each.
+template <typename C>
+TrainOptions model_parallel(C& communicator, TrainOptions options = {}) {
+  options.reduce_verdict = [&communicator](GradientVerdict& verdict) {
+    double sums[] = {verdict.found_inf ? 1.0 : 0.0, verdict.squared_norm};
+    communicator.all_reduce_sum(std::span<double>(sums));
+    verdict = {sums[0] > 0, sums[1]};
+  };
+  return options;
+}
 
 namespace detail {
 
@@ -134,6 +194,8 @@ class Trainer {
         options_(options) {
     require_that(options.max_gradient_norm >= 0, "train_step", "max_gradient_norm is ",
                  options.max_gradient_norm, ", expected 0 (off) or more");
+    require_that(!options.reduce_loss == !options.reduce_gradients, "train_step",
+                 "reduce_loss and reduce_gradients are set together or not at all");
   }
 
   /// Forward and backward of one micro-batch; the first of a group zeroes the gradients.
@@ -143,9 +205,12 @@ class Trainer {
                   "eigenformer: the model needs forward<Compute>(inputs), "
                   "backward<Compute>(logits_gradient) and parameters(), as "
                   "ef::TrainableModel in training.h describes them");
-    if (micro_batches_ == 0) begin_group(input_view<1>(targets).size());
-    ++micro_batches_;
+    const ParallelRegion region(device_);
+    if (micro_batches_ == 0) begin_group();
     Tensor<Compute, 2> logits = model_.template forward<Compute>(inputs);
+    if (micro_batches_ == 0)
+      normaliser_ = static_cast<double>((std::max)(logits.dimension(0), Index{1}));
+    ++micro_batches_;
     const LossResult result = apply_loss(logits, targets);
     group_loss_.sum += result.sum;
     group_loss_.count += result.count;
@@ -155,6 +220,7 @@ class Trainer {
   /// The optimizer step of the micro-batches so far.
   void finish_group() {
     StepReport report;
+    if (options_.reduce_loss) options_.reduce_loss(group_loss_);
     if (group_loss_.count > 0) step(report);
     report.scale = scale();
     report.skipped_total = skipped();
@@ -182,13 +248,17 @@ class Trainer {
     return skipped_;
   }
 
-  void begin_group(Index targets) {
+  void begin_group() {
+    if constexpr (kScaled)
+      if (scaler_.pending())
+        fail<std::logic_error>(
+            "train_step: the scaler has gradients unscaled since its last update; call update() "
+            "before");
     if constexpr (requires { optimizer_.zero_grad(device_); })
       optimizer_.zero_grad(device_);
     else
       optimizer_.zero_grad();
     group_loss_ = {};
-    normaliser_ = targets > 0 ? static_cast<double>(targets) : 1.0;
   }
 
   template <typename Targets>
@@ -208,26 +278,48 @@ class Trainer {
   void step(StepReport& report) {
     const auto& list = optimizer_.parameters();  // a user's optimizer may return them by value
     const std::span<const Parameter> parameters(list);
-    const double to_mean = normaliser_ / static_cast<double>(group_loss_.count);
-    bool finite = true;
-    if constexpr (kScaled)
-      finite = scale_gradients(device_, parameters, to_mean / scale());
-    else if (to_mean != 1.0)
-      scale_gradients(device_, parameters, to_mean);
-    if (finite && options_.max_gradient_norm > 0) {
-      report.gradient_norm = clip_gradient_norm(device_, parameters, options_.max_gradient_norm);
-      finite = std::isfinite(report.gradient_norm);
+    const ParallelRegion region(device_);
+    // Gradients are those of the loss times scale / normaliser, and become those of the mean.
+    double factor = normaliser_ / static_cast<double>(group_loss_.count);
+    if (options_.reduce_gradients) {
+      if (factor != 1.0) scale_gradients(device_, parameters, factor);
+      factor = 1;
+      options_.reduce_gradients(parameters);
     }
-    if (finite) {
+    GradientVerdict verdict;
+    if constexpr (kScaled)
+      verdict.found_inf = !scale_gradients(device_, parameters, factor / scale());
+    else if (factor != 1.0)
+      scale_gradients(device_, parameters, factor);
+    clip(parameters, verdict, report);
+    report.stepped = !verdict.found_inf;
+    report.found_inf = verdict.found_inf;
+    if (report.stepped) {
       if constexpr (requires { optimizer_.step(device_); })
         optimizer_.step(device_);
       else
         optimizer_.step();
     }
-    report.stepped = finite;
-    report.found_inf = !finite;
-    skipped_ += finite ? 0 : 1;
-    if constexpr (kScaled) scaler_.update(!finite);
+    skipped_ += report.stepped ? 0 : 1;
+    if constexpr (kScaled) scaler_.update(verdict.found_inf);
+  }
+
+  /// Completes the verdict and, where it is good, clips.
+  void clip(std::span<const Parameter> parameters, GradientVerdict& verdict, StepReport& report) {
+    const double limit = options_.max_gradient_norm;
+    double norm = 0;
+    if (limit > 0 && !verdict.found_inf) {
+      norm = gradient_norm(device_, parameters);
+      verdict.found_inf = !std::isfinite(norm);
+    }
+    report.gradient_norm = norm;
+    if (options_.reduce_verdict) {
+      verdict.squared_norm = norm * norm;
+      options_.reduce_verdict(verdict);
+      if (limit > 0) norm = report.gradient_norm = std::sqrt(verdict.squared_norm);
+    }
+    if (!verdict.found_inf && limit > 0 && norm > limit)
+      scale_gradients(device_, parameters, limit / norm);
   }
 
   const D& device_;
@@ -236,7 +328,7 @@ class Trainer {
   Loss& loss_;
   Scaler& scaler_;
   const TrainOptions& options_;
-  double normaliser_ = 1;  // of the group's loss gradients: targets of its first micro-batch
+  double normaliser_ = 1;  // of the group's loss gradients: rows of its first logits
   LossResult group_loss_, total_;
   Index micro_batches_ = 0, groups_ = 0, skipped_ = 0;
 };
@@ -261,7 +353,8 @@ double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&&
 }  // namespace detail
 
 /// One epoch over `data_loader`: any input range, single-pass ones included, of batches with members `inputs` (of any type the
-/// model takes) and `targets` (ef::Tensor<std::int32_t, 1>, class indices, -100 is ignored). Returns the mean loss over all targets
+/// model takes) and `targets` (ef::Tensor<std::int32_t, 1>, class indices, -100 is ignored; anything else that a loss of one's own
+/// takes, such as soft labels (rows, classes)). Returns the mean loss over all targets
 /// of the epoch. An empty range returns 0 and leaves everything as it was, gradients included. Throws std::invalid_argument for
 /// accumulation_steps below 1 before anything happens, and for a target out of range before any weight of its group changes.
 ///

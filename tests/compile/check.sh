@@ -1,9 +1,10 @@
 #!/bin/sh
 # check.sh FILE COMPILER [FLAGS...]: FILE must not compile, and the errors must contain every line of FILE that begins with "// expect: ".
-# A file with "// expect-success" must compile: it shows that the flags are right.
+# A file with "// expect-success" must compile: it shows that the flags are right. "// flags: " adds some.
 file=$1
 shift
-output=$("$@" -fsyntax-only "$file" 2>&1)
+# shellcheck disable=SC2046
+output=$("$@" $(sed -n 's|^// flags: ||p' "$file") -fsyntax-only "$file" 2>&1)
 status=$?
 if grep -q '^// expect-success' "$file"; then
   [ $status = 0 ] && exit 0

@@ -1,11 +1,15 @@
 /// \file
-/// Gradients of attention.h, for training, with every option of the forward pass. P are the probabilities, D_i the dot product of
-/// grad_out_i and out_i, dS = P * (grad_out V^T - D), times 1 - tanh^2 under a softcap:
+/// Gradients of attention.h, for training, with every option of the forward pass. P are the
+/// probabilities, dP = grad_out V^T, D_i the sum over keys of P_ij dP_ij (which is grad_out_i .
+/// out_i), dS = P * (dP - D), times 1 - tanh^2 under a softcap:
 ///
-///   grad_v = P^T grad_out    grad_q = scale * dS K    grad_k = scale * dS^T Q    grad_sink = -sum over rows of exp(sink - lse) D
+///   grad_v = P^T grad_out     grad_q = scale * dS K     grad_k = scale * dS^T Q
+///   grad_sink = -sum over rows of P_sink D
 ///
-/// P is computed again from `log_sum_exp`, block by block (Dao et al., "FlashAttention", 2022): the score matrix never exists;
-/// scratch a thread is about 200 KiB and the float gradients of one KV head's queries in the longest sequence.
+/// P and D are computed again from q, k, v and grad_out (after Dao et al., "FlashAttention", 2022):
+/// the score matrix never exists. Scratch a thread is about 200 KiB, 512 bytes for each key that 64
+/// rows of queries see, and the float gradients of one KV head's keys and values in the longest
+/// sequence.
 ///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);
 ///   auto out = ef::batched_attention_with_padding(q, k, v, seq_lengths, {.causal = true, .log_sum_exp = lse});
@@ -13,9 +17,21 @@
 ///
 /// The options are those of the forward call; log_sum_exp in them is ignored, and sinks_gradient, where given, gets the gradient of
 /// the sinks. Gradients of grouped heads are summed. They are written, not added, have the shapes of q, k and v, and are zero for
-/// padding rows and keys past the length, which are not read. Rows that saw no key get and give no gradient. Values that a row does
-/// not see must be finite here. Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences in
-/// the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair. Throws std::invalid_argument.
+/// padding rows and keys past the length, which are not read.
+///
+/// out and log_sum_exp are those of the forward call. Only their shapes are looked at: they are
+/// rounded, and a D of a rounded out loses gradients where softmax is sharp, a P of a rounded
+/// log_sum_exp its mass where logits are large. What is in doubt is so by the rounding of scores
+/// alone, relative to their size.
+///
+/// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
+/// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible
+/// takes no part in any gradient: what only one of the two sees may be NaN. A NaN or infinity in a
+/// visible pair makes the gradients of its row NaN, and those of the keys and values that row sees.
+///
+/// Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences
+/// in the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair.
+/// Throws std::invalid_argument.
 #pragma once
 
 #include "../cpu/attention_backward.h"
@@ -59,9 +75,7 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
 
   AttentionBackwardProblem<T> problem;
   problem.forward = forward;
-  problem.output = out.data();
   problem.grad_output = grad_out.data();
-  problem.log_sum_exp = lse.data();
   problem.grad_queries = grad_q.data();
   problem.grad_keys = grad_k.data();
   problem.grad_values = grad_v.data();
@@ -160,6 +174,17 @@ auto variable_length_attention_backward(const D& device, const GO& grad_out, con
   variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v,
                                           out, log_sum_exp, q_offsets, kv_offsets, options);
   return g;
+}
+
+/// On the calling thread.
+template <typename GO, typename Q, typename K, typename V, typename O, typename L>
+  requires(!Device<GO>)
+auto variable_length_attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v,
+                                        const O& out, const L& log_sum_exp,
+                                        const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
+                                        const AttentionOptions& options = {}) {
+  return variable_length_attention_backward(Eigen::DefaultDevice{}, grad_out, q, k, v, out,
+                                            log_sum_exp, q_offsets, kv_offsets, options);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <span>
 
 #include "../core/check.h"
@@ -23,8 +24,7 @@ class LogSumExpOutput {
     requires(RowMajorTensor<X> && !std::is_same_v<std::remove_cvref_t<X>, LogSumExpOutput>)
   LogSumExpOutput(X&& tensor) {
     using T = scalar_of<X>;
-    static_assert(std::is_lvalue_reference_v<X> ||
-                      !std::is_same_v<std::remove_cvref_t<X>, Tensor<T, rank_of<X>>>,
+    static_assert(std::is_lvalue_reference_v<X> || !detail::owns_its_elements<X>,
                   "eigenformer: log_sum_exp would be written into a temporary tensor");
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
                   "eigenformer: log_sum_exp is a tensor of float or double");
@@ -86,7 +86,8 @@ struct AttentionOptions {
       0;  ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
   float softcap =
       0;  ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
-  float scale = 0;  ///< factor on Q K^T, finite and above 0; 0 means 1 / sqrt(head_dim)
+  std::optional<float> scale =
+      {};  ///< factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
   Values<float> alibi_slopes =
       {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
   Values<float> sinks =

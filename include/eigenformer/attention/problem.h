@@ -38,8 +38,8 @@ inline void check_attention_options(std::string_view name, const AttentionOption
                o.prefix_length, ", expected 0 or more, below 2^61");
   require_that(o.softcap >= 0 && std::isfinite(o.softcap), name, "softcap is ", o.softcap,
                ", expected 0 (none) or a finite value above");
-  require_that(o.scale >= 0 && std::isfinite(o.scale), name, "scale is ", o.scale,
-               ", expected 0 (1 / sqrt(head_dim)) or a finite value above");
+  require_that(std::isfinite(o.scale.value_or(0.0f)), name, "scale is ", o.scale.value_or(0.0f),
+               ", expected a finite value, or none (1 / sqrt(head_dim))");
   const auto check_one_a_head = [&](std::string_view what, const auto& span) {
     require_that(span.empty() || static_cast<Index>(span.size()) == heads, name, what, " has ",
                  span.size(), " elements, expected ", heads, " (heads)");
@@ -66,8 +66,8 @@ AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Ind
   p.head_dim = head_dim;
   p.value_dim = value_dim;
   p.visibility = {options.causal, options.window, options.prefix_length};
-  p.scale = options.scale > 0 ? static_cast<C>(options.scale)
-                              : C(1) / std::sqrt(static_cast<C>(std::max<Index>(1, head_dim)));
+  p.scale = options.scale ? static_cast<C>(*options.scale)
+                          : C(1) / std::sqrt(static_cast<C>(std::max<Index>(1, head_dim)));
   p.softcap = static_cast<C>(options.softcap);
   p.alibi_slopes = options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data();
   p.sinks = options.sinks.empty() ? nullptr : options.sinks.data();

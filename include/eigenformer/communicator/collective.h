@@ -137,8 +137,7 @@ CollectiveCall all_gather_call(const PartSizes& parts, Index part, Index whole, 
   std::uint64_t hash = 0xcbf29ce484222325u;  // FNV-1a over the sizes
   for (int r = 0; r < ranks; ++r) {
     require_that(parts[r] >= 0, name, "counts[", r, "] is ", parts[r], ", expected 0 or more");
-    require_that(!__builtin_add_overflow(total, parts[r], &total), name,
-                 "the parts together overflow");
+    require_that(detail::add_fits(total, parts[r], total), name, "the parts together overflow");
     hash = (hash ^ static_cast<std::uint64_t>(parts[r])) * 0x100000001b3u;
   }
   require_that(parts[rank] == part, name, "part has ", part, " elements, counts[", rank, "] is ",

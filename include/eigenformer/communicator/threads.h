@@ -225,8 +225,8 @@ class ThreadCommunicator {
 /// A group of long-lived ranks whose threads belong to the caller: each takes its communicator once, from any thread.
 ///
 ///   ef::ThreadCommunicatorGroup group(2);
-///   std::jthread worker([communicator = group.communicator(1)]() mutable { serve(communicator); });
-///   auto communicator = group.communicator(0);
+///   std::thread worker([communicator = group.communicator(1)]() mutable { serve(communicator); });
+///   auto communicator = group.communicator(0);  // ... and worker.join() in the end
 class ThreadCommunicatorGroup {
  public:
   /// Threads of one process: more than this no system starts.
@@ -256,6 +256,18 @@ class ThreadCommunicatorGroup {
   std::shared_ptr<detail::ThreadMeeting> meeting_;
 };
 
+namespace detail {
+
+/// Threads that are joined at the end of the scope. libc++ has std::jthread from version 20 on only.
+struct JoinedThreads {
+  std::vector<std::thread> threads;
+  ~JoinedThreads() {
+    for (std::thread& thread : threads) thread.join();
+  }
+};
+
+}  // namespace detail
+
 template <typename Body>
 void ThreadCommunicator::run(int world_size, Body&& body) {
   ThreadCommunicatorGroup group(world_size);
@@ -274,7 +286,8 @@ void ThreadCommunicator::run(int world_size, Body&& body) {
                     });
   };
   {
-    std::vector<std::jthread> threads;
+    detail::JoinedThreads joined;
+    std::vector<std::thread>& threads = joined.threads;
     const auto start = [&] {
       threads.reserve(static_cast<std::size_t>(world_size) - 1);
       for (int rank = 1; rank < world_size; ++rank) threads.emplace_back(run_rank, rank);

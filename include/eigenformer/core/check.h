@@ -69,7 +69,7 @@ void require_known(bool ok, std::string_view operation, const Parts&... parts) {
 template <typename A, typename B>
 void require_same_shape(std::string_view operation, std::string_view name_a, const A& a,
                         std::string_view name_b, const B& b) {
-  static_assert(rank_of<A> == rank_of<B>);
+  static_assert(rank_of<A> == rank_of<B>, "eigenformer: two tensors of this call differ in rank");
   bool same = true;
   for (int d = 0; d < rank_of<A>; ++d)
     same = same &&
@@ -83,7 +83,7 @@ void require_same_shape(std::string_view operation, std::string_view name_a, con
 inline Index checked_product(Index a, Index b, std::string_view operation, std::string_view what) {
   require_that(a >= 0 && b >= 0, operation, what, " has a negative size (", a, " x ", b, ")");
   Index product = 0;
-  require_that(!__builtin_mul_overflow(a, b, &product), operation, what, " of ", a, " x ", b,
+  require_that(detail::multiply_fits(a, b, product), operation, what, " of ", a, " x ", b,
                " elements overflows");
   return product;
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "error.h"
 #include "tensor.h"
 #include "thread_team.h"
 
@@ -73,8 +74,9 @@ void parallel_for(const Eigen::ThreadPoolDevice& device, Index count, Index grai
     compute(part);
     barrier.Notify();
   };
-  for (Index part = 1; part < parts; ++part)
-    device.enqueueNoNotification([&run, part] { run(part); });
+  for (Index part = 1; part < parts; ++part)  // where there is no memory for the task, it runs here
+    detail::attempt([&] { device.enqueueNoNotification([&run, part] { run(part); }); },
+                    [&](const char*) { run(part); });
   compute(0);
   barrier.Wait();
 }

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <new>
 #include <string_view>
@@ -71,9 +72,9 @@ KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim,
       std::is_same_v<Storage, std::int8_t>
           ? aligned(checked_product(cells, sizeof(float), operation, "a page"))
           : 0;
-  require_that(rows < (std::size_t{1} << 60) && scales < (std::size_t{1} << 60), operation,
-               "a page of ", page_size, " positions x ", kv_heads, " heads x ", head_dim,
-               " overflows");
+  constexpr std::size_t most = static_cast<std::size_t>((std::numeric_limits<Index>::max)()) / 8;
+  require_that(rows < most && scales < most, operation, "a page of ", page_size, " positions x ",
+               kv_heads, " heads x ", head_dim, " overflows");
   return {page_size, kv_heads, head_dim, rows, 2 * rows, 2 * rows + scales, 2 * (rows + scales)};
 }
 

@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 
-#include "../cpu/isa.h"
+#include "compiler.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -29,12 +29,43 @@ EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(
   return {c0, c1, c2, c3};
 }
 
-/// A stream of random numbers that is a function of (seed, position, row, index): what one row draws does not depend on the rows
-/// beside it, on threads or on the device. An operator that draws advances the position by one, whatever the number of rows.
-/// Also a uniform random bit generator for <random>.
+/// Random numbers that are a function of (seed, position, row, purpose, index): what one row draws
+/// does not depend on the rows beside it, on threads or on the device. An operator that draws
+/// advances the position by one, whatever the number of rows. Also a uniform random bit generator
+/// for <random>.
+///
+/// The law, which makes every use a stream of its own: generators of one seed at one position may
+/// draft, verify, shuffle and initialise, and no number is used twice.
+///
+///   key        words 0, 1: seed
+///   counter    word 0: index (28 bits), purpose above it (4 bits); word 1: row (32 bits);
+///              words 2, 3: position (64 bits)
+///
+///   purpose           row              index            what is drawn
+///   sampling          row of the batch 0                the token, in sample and its like
+///   acceptance        row of the batch draft            verify_speculative: is it accepted?
+///   last_token        row of the batch 0                verify_speculative: the token after drafts
+///   initialisation    n / 2^28         n % 2^28         number n of a weight; position: which one
+///   engine            0                0                operator()
+///   user              any              any              what you like: the library never does
+///
+/// A row that has a generator of its own draws at row 0 of it, wherever it stands in the batch.
+/// The counter of two draws that differ in any of these differs, and Philox is a bijection of the
+/// counter.
 class Philox {
  public:
   using result_type = std::uint32_t;
+
+  enum class Purpose : std::uint32_t {
+    sampling = 0,
+    acceptance = 1,
+    last_token = 2,
+    initialisation = 3,
+    engine = 4,
+    user = 15
+  };
+  static constexpr std::uint64_t kRows = std::uint64_t{1} << 32;     ///< a row is less
+  static constexpr std::uint64_t kIndices = std::uint64_t{1} << 28;  ///< an index is less
 
   EIGENFORMER_HOST_DEVICE explicit constexpr Philox(std::uint64_t seed = 0,
                                                     std::uint64_t position = 0)
@@ -44,27 +75,31 @@ class Philox {
   EIGENFORMER_HOST_DEVICE constexpr std::uint64_t position() const { return position_; }
   EIGENFORMER_HOST_DEVICE constexpr void advance(std::uint64_t steps = 1) { position_ += steps; }
 
-  /// 128 random bits for (row, index) at the current position; leaves the position.
+  /// 128 random bits for (row, index, purpose) at the current position; leaves the position. index
+  /// < 2^28.
   EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(
-      std::uint32_t row, std::uint32_t index = 0) const {
+      std::uint32_t row, std::uint32_t index = 0, Purpose purpose = Purpose::sampling) const {
     return philox4x32_10(
-        {index, row, static_cast<std::uint32_t>(position_),
-         static_cast<std::uint32_t>(position_ >> 32)},
+        {index ^ static_cast<std::uint32_t>(purpose) << 28, row,
+         static_cast<std::uint32_t>(position_), static_cast<std::uint32_t>(position_ >> 32)},
         {static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32)});
   }
 
-  /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index) at the current position; leaves the position.
-  EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row,
-                                                   std::uint32_t index = 0) const {
-    const auto words = bits(row, index);
+  /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index, purpose) at the
+  /// current position; leaves the position. index < 2^28. uniform(row) is the number that `sample`
+  /// draws the row with.
+  EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row, std::uint32_t index = 0,
+                                                   Purpose purpose = Purpose::sampling) const {
+    const auto words = bits(row, index, purpose);
     const std::uint64_t mantissa = ((std::uint64_t{words[0]} << 32) | words[1]) >> 12;
     return (static_cast<double>(mantissa) + 0.5) * 0x1p-52;
   }
 
   static constexpr result_type(min)() { return 0; }
   static constexpr result_type(max)() { return 0xFFFFFFFFu; }
+  /// 32 random bits; advances by one.
   EIGENFORMER_HOST_DEVICE constexpr result_type operator()() {
-    const auto words = bits(0xFFFFFFFFu);
+    const auto words = bits(0, 0, Purpose::engine);
     advance();
     return words[0];
   }

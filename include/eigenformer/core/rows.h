@@ -17,8 +17,10 @@ using common_compute_type = std::conditional_t<(std::is_same_v<Ts, double> || ..
 
 namespace detail {
 
-/// Number of elements of a view. Throws std::invalid_argument where a size is negative, or where the bytes that its sizes other than 0
-/// make, `element` each, do not fit an Index with room to spare: what is computed from a size cannot overflow then.
+/// Number of elements of a view. Throws std::invalid_argument where a size is negative, or where
+/// the bytes that its sizes other than 0
+/// make, `element` each, do not fit an Index with room to spare: what is computed from a size
+/// cannot overflow then.
 template <typename View>
 Index checked_size(std::string_view operation, std::string_view argument, const View& view,
                    Index element = Index{sizeof(scalar_of<View>)}) {
@@ -44,7 +46,8 @@ struct RowShape {
   Index rows, features;
 };
 
-/// Throws like checked_size. A tensor without elements has no rows: a loop over 2^60 empty ones would take for ever.
+/// Throws like checked_size. A tensor without elements has no rows: a loop over 2^60 empty ones
+/// would take for ever.
 template <typename View>
 RowShape row_shape(const View& view, std::string_view operation, std::string_view argument) {
   constexpr int last = rank_of<View> - 1;

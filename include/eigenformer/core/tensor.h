@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../cpu/isa.h"
+#include "compiler.h"
 #include "eigen.h"
 
 namespace eigenformer {
@@ -39,15 +39,27 @@ namespace detail {
 
 enum class TensorKind { other, row_major, column_major };
 
+// An argument that is no tensor gets a scalar that everything compiles with, so that the message of
+// require_tensor_argument is the first error and not the last of a hundred.
+template <typename X>
+struct scalar_or_float {
+  using type = float;
+};
+template <typename X>
+  requires(FloatingScalar<typename X::Scalar> || std::is_arithmetic_v<typename X::Scalar>)
+struct scalar_or_float<X> {
+  using type = typename X::Scalar;
+};
+
 template <typename X>
 struct tensor_traits {
   static constexpr TensorKind kind = TensorKind::other;
   static constexpr int rank = -1;
-  using scalar = void;
+  using scalar = typename scalar_or_float<X>::type;
 };
 
-template <typename T, int Rank, int Options, typename I>
-struct tensor_traits<Eigen::Tensor<T, Rank, Options, I>> {
+template <typename T, int Rank, int Options, typename Sizes>
+struct tensor_traits<Eigen::Tensor<T, Rank, Options, Sizes>> {
   static constexpr TensorKind kind =
       (Options & Eigen::RowMajor) != 0 ? TensorKind::row_major : TensorKind::column_major;
   static constexpr int rank = Rank;
@@ -78,6 +90,10 @@ constexpr void require_tensor_argument() {
                 "header gives the shapes.");
 }
 
+/// For the types that follow an argument that was refused.
+template <int Rank>
+inline constexpr int rank_or_one = Rank < 1 ? 1 : Rank;
+
 template <int Rank, typename X>
 Eigen::DSizes<Index, Rank> sizes_of(const X& x) {
   Eigen::DSizes<Index, Rank> sizes;
@@ -93,11 +109,23 @@ template <typename X>
 concept RowMajorTensor =
     detail::tensor_traits<std::remove_cvref_t<X>>::kind == detail::TensorKind::row_major;
 
+namespace detail {
+
+/// An ef::Tensor rather than a view: its elements end with it.
+template <typename X>
+inline constexpr bool owns_its_elements =
+    RowMajorTensor<X> &&
+    std::is_same_v<std::remove_cvref_t<X>,
+                   Tensor<typename tensor_traits<std::remove_cvref_t<X>>::scalar,
+                          tensor_traits<std::remove_cvref_t<X>>::rank>>;
+
+}  // namespace detail
+
 /// Number of dimensions of a tensor type, -1 where X is no tensor.
 template <typename X>
 inline constexpr int rank_of = detail::tensor_traits<std::remove_cvref_t<X>>::rank;
 
-/// Element type of a tensor type without const, void where X is no tensor.
+/// Element type of a tensor type without const; of something else no promise.
 template <typename X>
 using scalar_of = typename detail::tensor_traits<std::remove_cvref_t<X>>::scalar;
 
@@ -109,8 +137,8 @@ auto input_view(const X& x) {
     const Eigen::DSizes<Index, Rank> sizes = detail::sizes_of<Rank>(x);
     return TensorView<const scalar_of<X>, Rank>(x.data(), sizes);
   } else {  // keeps the errors after the message above few
-    return TensorView<const float, (Rank < 1 ? 1 : Rank)>(
-        nullptr, Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
+    return TensorView<const scalar_of<X>, detail::rank_or_one<Rank>>(
+        nullptr, Eigen::DSizes<Index, detail::rank_or_one<Rank>>{});
   }
 }
 
@@ -125,8 +153,8 @@ auto output_view(X& x) {
     const Eigen::DSizes<Index, Rank> sizes = detail::sizes_of<Rank>(x);
     return TensorView<scalar_of<X>, Rank>(x.data(), sizes);
   } else {
-    return TensorView<float, (Rank < 1 ? 1 : Rank)>(nullptr,
-                                                    Eigen::DSizes<Index, (Rank < 1 ? 1 : Rank)>{});
+    return TensorView<scalar_of<X>, detail::rank_or_one<Rank>>(
+        nullptr, Eigen::DSizes<Index, detail::rank_or_one<Rank>>{});
   }
 }
 

@@ -21,15 +21,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Gives the core's other hardware thread its turn, and leaves a spin loop without the penalty of a mispredicted exit.
-inline void pause_instruction() {
-#if defined(__x86_64__) || defined(__i386__)
-  __asm__ __volatile__("pause");
-#elif defined(__aarch64__)
-  __asm__ __volatile__("yield");
-#endif
-}
-
 /// Waits until holds() does, or `limit` has passed; returns holds(). Spins for 50 us, which is what a call that wakes a sleeping
 /// thread costs (bench/waking.cpp), then yields the core between looks to whoever wants it.
 template <typename Condition>

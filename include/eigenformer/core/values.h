@@ -71,8 +71,7 @@ class Values {
     requires(rank_of<X> == 1 && std::same_as<scalar_of<X>, T>)
   Values(X&& tensor) {
     const auto count = static_cast<std::size_t>(tensor.dimension(0));
-    if constexpr (std::is_lvalue_reference_v<X> ||
-                  !std::same_as<std::remove_cvref_t<X>, Tensor<T, 1>>)
+    if constexpr (std::is_lvalue_reference_v<X> || !detail::owns_its_elements<X>)
       view_ = {tensor.data(), count};
     else
       *this = copy(tensor.data(), count);
@@ -131,17 +130,17 @@ class LengthSpan {
   }
   LengthSpan(std::initializer_list<Index> list) { own(list.begin(), list.size()); }
   template <detail::ContiguousRange R>
-    requires(!std::same_as<std::remove_cvref_t<R>, LengthSpan> &&
-             detail::LengthScalar<detail::element_of<R>>)
+    requires(!std::same_as<std::remove_cvref_t<R>, LengthSpan>)
   LengthSpan(R&& range) {
+    static_assert(detail::LengthScalar<detail::element_of<R>>,
+                  "eigenformer: this argument holds lengths or offsets, which are integers");
     set<detail::has_life_of_its_own<R>>(std::ranges::data(range),
                                         static_cast<std::size_t>(std::ranges::size(range)));
   }
   template <typename X>
     requires(rank_of<X> == 1 && detail::LengthScalar<scalar_of<X>>)
   LengthSpan(X&& tensor) {
-    constexpr bool lives = std::is_lvalue_reference_v<X> ||
-                           !std::same_as<std::remove_cvref_t<X>, Tensor<scalar_of<X>, 1>>;
+    constexpr bool lives = std::is_lvalue_reference_v<X> || !detail::owns_its_elements<X>;
     set<lives>(tensor.data(), static_cast<std::size_t>(tensor.dimension(0)));
   }
   /// Whatever else converts to a span of Index or int.

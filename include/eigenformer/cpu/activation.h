@@ -117,7 +117,8 @@ void gated(Isa, const D& device, const GatedProblem<Function, Y, Gate, Up>& p) {
   });
 }
 
-/// a * b * c for |c| of at most about 1; where a * b overflows, both are above 1, and b * c comes first.
+/// a * b * c for |c| of at most about 1; where a * b overflows, both are above 1, and b * c comes
+/// first.
 template <typename V>
 EIGENFORMER_INLINE V product_with_small(const V& a, const V& b, const V& c) {
   const V ab = a * b;

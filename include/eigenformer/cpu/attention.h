@@ -1,10 +1,13 @@
 /// \file
-/// CPU kernel of attention: tiles with an online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax",
-/// 2018; Dao et al., "FlashAttention", 2022). A task is (sequence, KV head, block of query positions); all heads of the group stand
-/// in one tile as rows (position, head), so K and V are read and converted once for the group: a decode step reads each byte of
-/// them once. For each key block of 64: pack K transposed, V as rows, both as floats; scores = Q K^T; online softmax by row; sums =
-/// factor * sums + P V. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once for each 128 query rows; one exp a score.
-/// The scores of a block are all that is ever held of the score matrix.
+/// CPU kernel of attention: tiles with an online softmax (Milakov and Gimelshein, "Online
+/// normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022). A task is
+/// (sequence, KV head, block of query positions); all heads of the group stand in one tile as rows
+/// (position, head), so K and V are read and converted once for the group: a decode step reads each
+/// byte of them once. For each key block of 64: pack K transposed, V as rows, both as floats;
+/// scores = Q K^T; online softmax by row; sums = factor * sums + P V. A row whose sums overflow
+/// goes over its keys once more. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once for
+/// each 128 query rows; one exp a score. The scores of a block are all that is ever held of the
+/// score matrix.
 #pragma once
 
 #include <cmath>
@@ -78,7 +81,7 @@ struct KeyBlock {
 /// Scratch of one worker.
 template <typename C>
 struct AttentionScratch {
-  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors;
+  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors, *average;
   BlockRange* ranges;
 };
 
@@ -89,6 +92,7 @@ class AttentionWorker {
   using V = typename Tile::V;
   using Problem = AttentionProblem<TQ, TKV>;
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  static constexpr C kLargest = (std::numeric_limits<C>::max)();
 
  public:
   static Index positions_per_block(const Problem& p) {
@@ -105,6 +109,7 @@ class AttentionWorker {
                           frame.take<C>(rows),
                           frame.take<C>(rows * Tile::lanes),
                           frame.take<C>(rows),
+                          frame.take<C>(width),
                           frame.take<BlockRange>(rows)};
     Tile::fill(s.scores, rows * kAttentionKeyBlock,
                C(0));  // lanes nobody sees are computed with and thrown away
@@ -124,18 +129,12 @@ class AttentionWorker {
       for (Index g = 0; g < group_; ++g) write_empty_row(sequence, kv_head * group_ + g, first + i);
     if (queries == 0) return;
     begin(sequence, kv_head, first, queries);
-    const Index last_position = first_position_ + queries - 1;
-    const Index prefix =
-        p_.visibility.causal ? (std::min)(p_.visibility.prefix, sequence.key_length) : 0;
-    const Index window_begin = p_.visibility.keys(first_position_, sequence.key_length).begin;
-    const Index end =
-        (std::max)(p_.visibility.keys(last_position, sequence.key_length).end, prefix);
-    for (Index block = 0; block < end; block += kAttentionKeyBlock) {
-      if (block >= prefix && block + kAttentionKeyBlock <= window_begin)
-        block = window_begin / kAttentionKeyBlock *
-                kAttentionKeyBlock;  // whole blocks before the window
-      if (block < end) add_block(sequence, kv_head, block);
-    }
+    for_each_block(sequence, queries, [&](Index block) {
+      load_block(sequence, kv_head, block);
+      add_block(sequence, kv_head, block);
+    });
+    for (Index r = 0; r < rows_; ++r)
+      if (!finish_row(r)) average_row(sequence, kv_head, queries, r);
     for (Index r = 0; r < rows_; ++r)
       write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
   }
@@ -160,7 +159,13 @@ class AttentionWorker {
     Tile::fill(s_.sums, rows_ * width_, C(0));
   }
 
-  void add_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
+  template <typename F>
+  void for_each_block(const AttentionSequence& sequence, Index queries, F&& f) const {
+    for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
+  }
+
+  /// Keys transposed and values, as C.
+  void load_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
     const int count =
         static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
     const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head,
@@ -184,38 +189,38 @@ class AttentionWorker {
       Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_,
                      s_.values + j * width_);
     }
-    for (Index r = 0; r < rows_; ++r)
-      s_.ranges[r] = r % group_ == 0 ? block_range(p_.visibility, first_position_ + r / group_,
-                                                   sequence.key_length, block_begin)
-                                     : s_.ranges[r - 1];
+  }
 
+  void add_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
+    for (Index r = 0; r < rows_; ++r)
+      s_.ranges[r] = r % group_ == 0 ? range_of(sequence, r, block_begin) : s_.ranges[r - 1];
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
     for (Index r = 0; r < rows_; ++r)
       softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { value_tile<decltype(tile)::value>(r); });
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+      value_tile<decltype(tile)::value>(r, s_.factors + r, s_.sums + r * width_);
+    });
+  }
+
+  BlockRange range_of(const AttentionSequence& sequence, Index r, Index block_begin) const {
+    return block_range(p_.visibility, first_position_ + r / group_, sequence.key_length,
+                       block_begin);
   }
 
   /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
   template <int R>
   void score_tile(Index r) {
-    int first = kAttentionKeyBlock, last = 0;
-    for (int i = 0; i < R; ++i) {
-      const BlockRange& range = s_.ranges[r + i];
-      if (range.empty()) continue;
-      first = (std::min)(first, range.first());
-      last = (std::max)(last, range.last());
-    }
+    const auto [first, last] = seen_by_tile(s_.ranges + r, R);
     for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
       Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim,
                                   s_.keys + key * p_.head_dim, p_.head_dim,
                                   s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
   }
 
-  /// Scores to weights relative to the new maximum, in place; the factor that brings earlier sums to that maximum.
-  void softmax_row(Index r, Index head, Index distance) {
+  /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
+  /// lanes.
+  V score_row(Index r, Index head, Index distance) {
     const BlockRange range = s_.ranges[r];
-    s_.factors[r] = C(1);
-    if (range.empty()) return;
     C* const scores = s_.scores + r * kAttentionKeyBlock;
     V top = V::set1(-kInfinity);
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
@@ -230,7 +235,16 @@ class AttentionWorker {
       top =
           maximum(x, top);  // this order lets a NaN pass by: it reaches the row through its weight
     }
-    const C maximum = (std::max)(s_.maxima[r], reduce_max(top));
+    return top;
+  }
+
+  /// Dot products to weights relative to the new maximum, in place; the factor that brings earlier
+  /// sums to that maximum.
+  void softmax_row(Index r, Index head, Index distance) {
+    s_.factors[r] = C(1);
+    if (s_.ranges[r].empty()) return;
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    const C maximum = (std::max)(s_.maxima[r], reduce_max(score_row(r, head, distance)));
     const C reference =
         maximum == -kInfinity ? C(0) : maximum;  // all scores -infinity: weights 0, not exp(NaN)
     V sum = V::zero();
@@ -246,42 +260,55 @@ class AttentionWorker {
     s_.maxima[r] = maximum;
   }
 
-  /// sums[r ... r + R) = factor * sums + weights V. A key that a row does not see is left out, not multiplied by 0: it may be NaN.
+  /// sums[0 ... R) = factor * sums + weights V, for the rows from r on.
   template <int R>
-  void value_tile(Index r) {
-    const BlockRange* ranges = s_.ranges + r;
-    bool uniform = true, same_begin = true;
-    int common_end = ranges[0].end;
-    for (int i = 0; i < R; ++i) {
-      uniform = uniform && ranges[i] == ranges[0];
-      same_begin = same_begin && ranges[i].prefix_end == 0 && ranges[i].begin == ranges[0].begin;
-      common_end = (std::min)(common_end, ranges[i].end);
-    }
-    if (uniform) {
-      accumulate_range<R>(r, ranges[0]);
-    } else if (
-        same_begin) {  // the diagonal: what all rows see together, then what later rows see besides
-      accumulate<R>(r, ranges[0].begin, common_end, s_.factors + r);
-      for (int i = 0; i < R; ++i)
-        if (common_end < ranges[i].end) accumulate<1>(r + i, common_end, ranges[i].end, nullptr);
-    } else {
-      for (int i = 0; i < R; ++i) accumulate_range<1>(r + i, ranges[i]);
-    }
+  void value_tile(Index r, const C* factor, C* sums) {
+    Tile::template accumulate_ranges<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
+                                        s_.values, width_, s_.ranges + r, factor, width_, sums,
+                                        width_);
   }
 
-  template <int R>
-  EIGENFORMER_INLINE void accumulate_range(Index r, const BlockRange& range) {
-    if (range.empty()) return;
-    if (range.prefix_end > 0) accumulate<R>(r, 0, range.prefix_end, s_.factors + r);
-    if (range.begin < range.end)
-      accumulate<R>(r, range.begin, range.end, range.prefix_end > 0 ? nullptr : s_.factors + r);
+  C weight_sum(Index r) const { return reduce_add(V::load(s_.lane_sums + r * Tile::lanes)); }
+
+  /// Sums of weighted values to averages. False where one is not finite though the weights are.
+  bool finish_row(Index r) {
+    const C sum = weight_sum(r);
+    const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
+    std::uint32_t finite = ~std::uint32_t{0};
+    for (Index d = 0; d < width_; d += Tile::lanes) {
+      const V x = V::load(s_.sums + r * width_ + d) * factor;
+      x.store(s_.sums + r * width_ + d);
+      finite &= less_equal(abs(x), V::set1(kLargest)).bits();
+    }
+    constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - Tile::lanes);
+    return (finite & every_lane) == every_lane || !(sum > 0 && sum < kInfinity);
   }
 
-  template <int R>
-  void accumulate(Index r, int begin, int end, const C* factor) {
-    Tile::template accumulate<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
-                                 s_.values, width_, begin, end, factor, width_,
-                                 s_.sums + r * width_, width_);
+  /// A sum of values may overflow where their average does not: this row once more over its keys,
+  /// now that the sum of the weights is known, every weight divided by twice that sum beforehand,
+  /// so that no partial sum comes near the largest number.
+  void average_row(const AttentionSequence& sequence, Index kv_head, Index queries, Index r) {
+    Tile::fill(s_.average, width_, C(0));
+    const V factor = V::set1(C(0.5) / weight_sum(r));
+    for_each_block(sequence, queries, [&](Index block) {
+      s_.ranges[r] = range_of(sequence, r, block);
+      if (s_.ranges[r].empty()) return;
+      load_block(sequence, kv_head, block);
+      score_tile<1>(r);
+      score_row(r, kv_head * group_ + r % group_, block - first_position_ - r / group_);
+      C* const scores = s_.scores + r * kAttentionKeyBlock;
+      for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
+        (exp(V::load(scores + c) - V::set1(s_.maxima[r])) * factor).store(scores + c);
+      value_tile<1>(r, nullptr, s_.average);
+    });
+    C* const row = s_.sums + r * width_;
+    for (Index d = 0; d < p_.value_dim; ++d) {
+      if (std::abs(row[d]) <= kLargest) continue;
+      const C half =
+          s_.average[d];  // infinite or NaN where a value is; rounded, no more than the largest
+      row[d] =
+          std::abs(half) <= kLargest ? std::clamp(half, -kLargest / 2, kLargest / 2) * 2 : half;
+    }
   }
 
   C* log_sum_exp(const AttentionSequence& sequence, Index head, Index row) const {
@@ -303,17 +330,15 @@ class AttentionWorker {
     const bool sees_prefix =
         p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
     if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
-    const C sum = reduce_add(V::load(s_.lane_sums + r * Tile::lanes));
-    const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
-    const C* const sums = s_.sums + r * width_;
+    const C* const averages = s_.sums + r * width_;
     TQ* const out = output(sequence, head, row);
     Index d = 0;
-    for (; d + Tile::lanes <= p_.value_dim; d += Tile::lanes)
-      (V::load(sums + d) * factor).store(out + d);
+    for (; d + Tile::lanes <= p_.value_dim; d += Tile::lanes) V::load(averages + d).store(out + d);
     if (d < p_.value_dim)
-      (V::load(sums + d) * factor).store_partial(out + d, static_cast<int>(p_.value_dim - d));
-    if (p_.log_sum_exp != nullptr)
-      *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
+      V::load(averages + d).store_partial(out + d, static_cast<int>(p_.value_dim - d));
+    if (p_.log_sum_exp == nullptr) return;
+    const C sum = weight_sum(r);
+    *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
   }
 
   const Problem& p_;

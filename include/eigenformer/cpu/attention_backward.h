@@ -1,14 +1,18 @@
 /// \file
-/// CPU kernel of the gradients of attention (Dao et al., "FlashAttention", 2022): probabilities are computed again from
-/// log_sum_exp, block by block, so memory is that of the gradients plus those of one KV head's queries. With D_i the dot product of
-/// grad_out_i and out_i:
+/// CPU kernel of the gradients of attention (after Dao et al., "FlashAttention", 2022). With P the
+/// probabilities:
 ///
-///   P = exp(score - log_sum_exp)      dV = P^T grad_out     dP = grad_out V^T     dS = P * (dP - D) * softcap'
-///   dQ = scale * dS K                 dK = scale * dS^T Q   dsink = -sum over rows of exp(sink - log_sum_exp) D
+///   dP = grad_out V^T     D_i = sum over j of P_ij dP_ij     dS = P * (dP - D) * softcap'
+///   dV = P^T grad_out     dQ = scale * dS K     dK = scale * dS^T Q
+///   dsink = -sum over rows of P_sink D
 ///
-/// A task is (sequence, KV head): key blocks outside, query blocks inside, both at absolute positions, so that every sum has one
-/// order and no two tasks write one element. Flops: 10 * head_dim for each visible pair, in the same two products as the forward
-/// pass.
+/// A task is (sequence, KV head): query blocks outside, key blocks inside, both at absolute
+/// positions, so that every sum has one order and no two tasks write one element. For a query block
+/// of 64 rows scores and dP of all keys it sees are kept, 512 bytes a key in float: maximum, sum
+/// and D come from the very scores and dP that P and dS are made of. Neither a rounded log_sum_exp
+/// nor a rounded output takes part, and what cancels cancels: dP counts from that of the row's
+/// greatest score, so that a row with nearly all weight on one key keeps the precision of the small
+/// rest. Flops: 10 * head_dim for each visible pair, in the same two products as the forward pass.
 #pragma once
 
 #include "attention.h"
@@ -21,25 +25,27 @@ template <typename T>
 struct AttentionBackwardProblem {
   using Compute = compute_type<T>;
   AttentionProblem<T, T> forward;
-  const T* output = nullptr;             // (rows, heads, value_dim)
-  const T* grad_output = nullptr;        // (rows, heads, value_dim)
-  const Compute* log_sum_exp = nullptr;  // as AttentionProblem::log_sum_exp
-  T* grad_queries = nullptr;             // (rows, heads, head_dim)
-  T* grad_keys = nullptr;                // (key rows, kv_heads, head_dim), laid out like the keys
-  T* grad_values = nullptr;     // (key rows, kv_heads, value_dim), laid out like the values
-  Index key_rows = 0;           // rows of a dense sequence, padding included; 0 where packed
-  float* grad_sinks = nullptr;  // (heads) or nullptr
+  const T* grad_output = nullptr;  // (rows, heads, value_dim)
+  T* grad_queries = nullptr;       // (rows, heads, head_dim)
+  T* grad_keys = nullptr;          // (key rows, kv_heads, head_dim), laid out like the keys
+  T* grad_values = nullptr;        // (key rows, kv_heads, value_dim), laid out like the values
+  Index key_rows = 0;              // rows of a dense sequence, padding included; 0 where packed
+  float* grad_sinks = nullptr;     // (heads) or nullptr
 };
 
 namespace cpu {
 
+/// Scratch of one worker. "A query block's" of all its key blocks: (key blocks, rows, 64).
 template <typename C>
 struct AttentionBackwardScratch {
-  C *queries, *grad_output, *probabilities,
-      *grad_scores;  // a query block: (rows, width), (rows, value width), (rows, 64) twice
-  C *keys, *packed_keys, *packed_values;   // a key block: rows and transposed
-  C *grad_keys, *grad_values;              // a key block
-  C *grad_queries, *deltas, *log_sum_exp;  // the whole sequence, rows (position, head of the group)
+  C *queries, *grad_output, *grad_queries;  // a query block: (rows, width or value width)
+  C *keys, *packed_keys, *packed_values;    // a key block: rows, and transposed
+  C *probabilities, *grad_scores, *slopes;  // (key blocks, rows, 64); scores and dP at first
+  C *grad_keys, *grad_values;               // the whole sequence
+  C *query_sums, *key_sums, *value_sums;    // what one key block adds to the gradients
+  BlockRange* row_ranges;                   // the keys that a row sees (key blocks, rows)
+  BlockRange* key_ranges;                   // the rows that see a key of a block (64)
+  Index* blocks;                            // where the key blocks begin
 };
 
 template <typename Isa, typename T>
@@ -56,27 +62,40 @@ class AttentionBackwardWorker {
     return std::max<Index>(1, kBlock / std::max<Index>(1, p.forward.group()));
   }
 
+  /// Key blocks that a query block sees at most, of a sequence of `keys`.
+  static Index most_blocks(const Problem& p, Index keys) {
+    const Visibility& v = p.forward.visibility;
+    const Index all = (keys + kBlock - 1) / kBlock;
+    if (!v.causal || v.window == 0) return all;
+    return (std::min)(all, v.prefix / kBlock + (v.window + positions_per_block(p)) / kBlock + 3);
+  }
+
   static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest,
                                                   Workspace::Frame& frame) {
     const Index width = Tile::padded(p.forward.head_dim),
                 value_width = Tile::padded(p.forward.value_dim);
-    const Index rows = positions_per_block(p) * p.forward.group(),
-                all = longest * p.forward.group();
+    const Index rows = positions_per_block(p) * p.forward.group(), blocks = most_blocks(p, longest),
+                pairs = blocks * rows * kBlock;
     AttentionBackwardScratch<C> s{frame.take<C>(rows * width),
                                   frame.take<C>(rows * value_width),
-                                  frame.take<C>(rows * kBlock),
-                                  frame.take<C>(rows * kBlock),
+                                  frame.take<C>(rows * width),
                                   frame.take<C>(kBlock * width),
                                   frame.take<C>(kBlock * width),
                                   frame.take<C>(kBlock * value_width),
+                                  frame.take<C>(pairs),
+                                  frame.take<C>(pairs),
+                                  p.forward.softcap > 0 ? frame.take<C>(pairs) : nullptr,
+                                  frame.take<C>(longest * width),
+                                  frame.take<C>(longest * value_width),
+                                  frame.take<C>(rows * width),
                                   frame.take<C>(kBlock * width),
                                   frame.take<C>(kBlock * value_width),
-                                  frame.take<C>(all * width),
-                                  frame.take<C>(all),
-                                  frame.take<C>(all)};
-    Tile::fill(s.probabilities, rows * kBlock,
-               C(0));  // lanes past the last key are computed with and thrown away
-    Tile::fill(s.grad_scores, rows * kBlock, C(0));
+                                  frame.take<BlockRange>(blocks * rows),
+                                  frame.take<BlockRange>(kBlock),
+                                  frame.take<Index>(blocks)};
+    // Lanes nobody sees are computed with and thrown away.
+    Tile::fill(s.probabilities, pairs, C(0));
+    Tile::fill(s.grad_scores, pairs, C(0));
     return s;
   }
 
@@ -93,18 +112,23 @@ class AttentionBackwardWorker {
   void run(const AttentionSequence& sequence, Index kv_head, double* grad_sinks) {
     sequence_ = &sequence;
     kv_head_ = kv_head;
-    Tile::fill(s_.grad_queries, sequence.query_rows * group_ * width_, C(0));
-    for (Index i = 0; i < sequence.query_rows; ++i)
-      for (Index g = 0; g < group_; ++g) load_row_sums(i, g);
-    for (Index block = 0; block < sequence.key_length; block += kBlock) key_block(block);
+    grad_sinks_ = grad_sinks;
+    Tile::fill(s_.grad_keys, sequence.key_length * width_, C(0));
+    Tile::fill(s_.grad_values, sequence.key_length * value_width_, C(0));
+    if (grad_sinks != nullptr) std::fill_n(grad_sinks + head(0), group_, 0.0);
+    for (Index first = 0; first < sequence.query_rows; first += positions_)
+      query_block(first, (std::min)(positions_, sequence.query_rows - first));
+    for (Index i = sequence.query_rows; i < sequence.tensor_rows; ++i)
+      for (Index g = 0; g < group_; ++g)
+        std::fill_n(p_.grad_queries + row(i, g) * f_.head_dim, f_.head_dim, T(0));
+    for (Index j = 0; j < sequence.key_length; ++j) {
+      store_row(s_.grad_keys + j * width_, C(1), f_.head_dim, key_gradient(j));
+      store_row(s_.grad_values + j * value_width_, C(1), f_.value_dim, value_gradient(j));
+    }
     for (Index j = sequence.key_length; j < p_.key_rows; ++j) {
       std::fill_n(key_gradient(j), f_.head_dim, T(0));
       std::fill_n(value_gradient(j), f_.value_dim, T(0));
     }
-    for (Index i = 0; i < sequence.tensor_rows; ++i)
-      for (Index g = 0; g < group_; ++g) write_query_gradient(i, g);
-    if (grad_sinks != nullptr)
-      for (Index g = 0; g < group_; ++g) grad_sinks[kv_head * group_ + g] = sink_gradient(g);
   }
 
  private:
@@ -120,116 +144,212 @@ class AttentionBackwardWorker {
            (f_.source.value_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) -
             f_.source.values);
   }
-
-  /// D_i and log_sum_exp of one row.
-  void load_row_sums(Index i, Index g) {
-    const T *out = p_.output + row(i, g) * f_.value_dim,
-            *grad = p_.grad_output + row(i, g) * f_.value_dim;
-    V sum = V::zero();
-    Index d = 0;
-    for (; d + Tile::lanes <= f_.value_dim; d += Tile::lanes)
-      sum = fma(V::load(out + d), V::load(grad + d), sum);
-    const int rest = static_cast<int>(f_.value_dim - d);
-    sum = fma(V::load_partial(out + d, rest), V::load_partial(grad + d, rest), sum);
-    s_.deltas[i * group_ + g] = reduce_add(sum);
-    s_.log_sum_exp[i * group_ + g] =
-        p_.log_sum_exp[sequence_->lse_begin + head(g) * f_.lse_head_stride + i];
+  KeyBlock<T> key_block(Index begin) const {
+    return {f_.source, sequence_->key_sequence, kv_head_, sequence_->key_begin + begin,
+            static_cast<int>(std::min<Index>(kBlock, sequence_->key_length - begin))};
   }
+  /// Row r of key block n.
+  Index at(Index n, Index r) const { return (n * rows_ + r) * kBlock; }
 
-  void key_block(Index begin) {
-    const int count = static_cast<int>(std::min<Index>(kBlock, sequence_->key_length - begin));
-    const KeyBlock<T> block{f_.source, sequence_->key_sequence, kv_head_,
-                            sequence_->key_begin + begin, count};
-    const auto one = [](int) { return C(1); };
-    Tile::pack_transposed(
-        count, f_.head_dim, s_.packed_keys, [&](int j) { return block.key(j); }, one);
-    Tile::pack_transposed(
-        count, f_.value_dim, s_.packed_values, [&](int j) { return block.value(j); }, one);
-    for (int j = 0; j < count; ++j)
-      Tile::load_row(block.key(j), C(1), f_.head_dim, width_, s_.keys + j * width_);
-    Tile::fill(s_.grad_keys, kBlock * width_, C(0));
-    Tile::fill(s_.grad_values, kBlock * value_width_, C(0));
-    for (Index first = 0; first < sequence_->query_rows; first += positions_) {
-      const Index queries = (std::min)(positions_, sequence_->query_rows - first);
-      if (sees(first, queries, begin)) query_block(first, queries * group_, begin, count);
-    }
-    for (int j = 0; j < count; ++j) {
-      store_row(s_.grad_keys + j * width_, C(1), f_.head_dim, key_gradient(begin + j));
-      store_row(s_.grad_values + j * value_width_, C(1), f_.value_dim, value_gradient(begin + j));
-    }
-  }
-
-  /// Does one of the queries see one of the keys?
-  bool sees(Index first, Index queries, Index begin) const {
-    if (!f_.visibility.causal || begin < f_.visibility.prefix) return true;
-    const Index position = sequence_->first_position + first;
-    return position + queries - 1 >= begin &&
-           f_.visibility.keys(position, sequence_->key_length).begin < begin + kBlock;
-  }
-
-  void query_block(Index first, Index rows, Index begin, int count) {
-    for (Index r = 0; r < rows; ++r) {
-      const Index at = row(first + r / group_, r % group_);
-      Tile::load_row(f_.queries + at * f_.head_dim, f_.scale, f_.head_dim, width_,
+  void query_block(Index first, Index queries) {
+    rows_ = queries * group_;
+    first_position_ = sequence_->first_position + first;
+    for (Index r = 0; r < rows_; ++r) {
+      const Index from = row(first + r / group_, r % group_);
+      Tile::load_row(f_.queries + from * f_.head_dim, f_.scale, f_.head_dim, width_,
                      s_.queries + r * width_);
-      Tile::load_row(p_.grad_output + at * f_.value_dim, C(1), f_.value_dim, value_width_,
+      Tile::load_row(p_.grad_output + from * f_.value_dim, C(1), f_.value_dim, value_width_,
                      s_.grad_output + r * value_width_);
     }
-    Tile::for_row_tiles(rows, [&](auto tile, Index r) {
+    Tile::fill(s_.grad_queries, rows_ * width_, C(0));
+    blocks_ = 0;
+    for_each_key_block(f_.visibility, first_position_, queries, sequence_->key_length,
+                       [&](Index begin) { score_block(blocks_++, begin); });
+    for (Index r = 0; r < rows_; ++r) softmax_row(r);
+    for (Index n = 0; n < blocks_; ++n) gradient_block(n, s_.blocks[n]);
+    for (Index r = 0; r < rows_; ++r)
+      store_row(s_.grad_queries + r * width_, f_.scale, f_.head_dim,
+                p_.grad_queries + row(first + r / group_, r % group_) * f_.head_dim);
+  }
+
+  /// Q K^T and dP of key block n, at `begin`.
+  void score_block(Index n, Index begin) {
+    s_.blocks[n] = begin;
+    const KeyBlock<T> block = key_block(begin);
+    const auto one = [](int) { return C(1); };
+    Tile::pack_transposed(
+        block.count, f_.head_dim, s_.packed_keys, [&](int j) { return block.key(j); }, one);
+    Tile::pack_transposed(
+        block.count, f_.value_dim, s_.packed_values, [&](int j) { return block.value(j); }, one);
+    BlockRange* const ranges = s_.row_ranges + n * rows_;
+    for (Index r = 0; r < rows_; ++r)
+      ranges[r] = r % group_ == 0 ? block_range(f_.visibility, first_position_ + r / group_,
+                                                sequence_->key_length, begin)
+                                  : ranges[r - 1];
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
       constexpr int R = decltype(tile)::value;
-      for (int key = 0; key < count; key += Tile::kPanel) {
+      const auto [from, to] = seen_by_tile(ranges + r, R);
+      for (int key = from / Tile::kPanel * Tile::kPanel; key < to; key += Tile::kPanel) {
         Tile::template dot_panel<R>(s_.queries + r * width_, width_,
                                     s_.packed_keys + key * f_.head_dim, f_.head_dim,
-                                    s_.probabilities + r * kBlock + key, kBlock);
+                                    s_.probabilities + at(n, r) + key, kBlock);
         Tile::template dot_panel<R>(s_.grad_output + r * value_width_, value_width_,
                                     s_.packed_values + key * f_.value_dim, f_.value_dim,
-                                    s_.grad_scores + r * kBlock + key, kBlock);
+                                    s_.grad_scores + at(n, r) + key, kBlock);
       }
-    });
-    for (Index r = 0; r < rows; ++r) softmax_backward_row(r, first * group_ + r, begin);
-    const int inner = static_cast<int>(rows);
-    Tile::for_row_tiles(count, [&](auto tile, Index j) {
-      constexpr int R = decltype(tile)::value;
-      Tile::template accumulate<R>({s_.probabilities + j, 1, kBlock}, s_.grad_output, value_width_,
-                                   0, inner, nullptr, value_width_,
-                                   s_.grad_values + j * value_width_, value_width_);
-      Tile::template accumulate<R>({s_.grad_scores + j, 1, kBlock}, s_.queries, width_, 0, inner,
-                                   nullptr, width_, s_.grad_keys + j * width_, width_);
-    });
-    Tile::for_row_tiles(rows, [&](auto tile, Index r) {
-      Tile::template accumulate<decltype(tile)::value>(
-          {s_.grad_scores + r * kBlock, kBlock, 1}, s_.keys, width_, 0, count, nullptr, width_,
-          s_.grad_queries + (first * group_ + r) * width_, width_);
     });
   }
 
-  /// Scores to probabilities and dP to dS in row r of the tile, row `index` of the sequence. What the row does not see is 0 in
-  /// both.
-  void softmax_backward_row(Index r, Index index, Index begin) {
-    const Index position = sequence_->first_position + index / group_;
-    const C lse = s_.log_sum_exp[index];
-    BlockRange range = block_range(f_.visibility, position, sequence_->key_length, begin);
-    if (lse == -kInfinity)
-      range = {0, 0, 0};  // a row without weight: nothing visible, or all scores -infinity
-    C *const probabilities = s_.probabilities + r * kBlock, *const grad_scores =
-                                                                s_.grad_scores + r * kBlock;
-    for (int c = 0; c < kBlock; c += Tile::lanes) {
-      V x = V::load(probabilities + c);
-      V slope = V::set1(C(1));
-      if (f_.softcap > 0) {
-        const V t = Tile::tanh(x / V::set1(f_.softcap));
-        x = t * V::set1(f_.softcap);
-        slope = fma(V::zero() - t, t, slope);
+  /// The greatest score of row r and the dP that belongs to it.
+  struct Top {
+    C score, grad;
+  };
+
+  /// Dot products of row r to scores, in place, -infinity where it sees nothing; the slopes of the
+  /// softcap.
+  Top score_row(Index r, C sink) {
+    V top = V::set1(-kInfinity), top_grad = V::zero();
+    for (Index n = 0; n < blocks_; ++n) {
+      const BlockRange range = s_.row_ranges[n * rows_ + r];
+      if (range.empty()) continue;
+      const Index position = first_position_ + r / group_;
+      for (int c = 0; c < kBlock; c += Tile::lanes) {
+        V x = V::load(s_.probabilities + at(n, r) + c),
+          grad = V::load(s_.grad_scores + at(n, r) + c);
+        if (f_.softcap > 0) {
+          const V t = Tile::tanh(x / V::set1(f_.softcap));
+          x = t * V::set1(f_.softcap);
+          fma(V::zero() - t, t, V::set1(C(1))).store(s_.slopes + at(n, r) + c);
+        }
+        if (f_.alibi_slopes != nullptr)
+          x = fma(V::set1(static_cast<C>(f_.alibi_slopes[head(r % group_)])),
+                  Tile::positions(c) + V::set1(static_cast<C>(s_.blocks[n] - position)), x);
+        if (!range.full()) {
+          const auto seen = Tile::visible(range, Tile::positions(c));
+          x = select(seen, x, V::set1(-kInfinity));
+          grad = select(seen, grad, V::zero());
+          grad.store(s_.grad_scores + at(n, r) + c);
+        }
+        x.store(s_.probabilities + at(n, r) + c);
+        const auto higher = less(top, x);
+        top = select(higher, x, top);
+        top_grad = select(higher, grad, top_grad);
       }
-      if (f_.alibi_slopes != nullptr)
-        x = fma(V::set1(static_cast<C>(f_.alibi_slopes[head(index % group_)])),
-                Tile::positions(c) + V::set1(static_cast<C>(begin - position)), x);
-      const V p = exp(x - V::set1(lse));
-      const V ds = p * (V::load(grad_scores + c) - V::set1(s_.deltas[index])) * slope;
-      const auto seen = Tile::visible(range, Tile::positions(c));
-      select(seen, p, V::zero()).store(probabilities + c);
-      select(seen, ds, V::zero()).store(grad_scores + c);
     }
+    C scores[Tile::lanes], grads[Tile::lanes];
+    top.store(scores);
+    top_grad.store(grads);
+    Top result{sink, C(0)};  // a sink is a key whose value is 0
+    for (int i = 0; i < Tile::lanes; ++i)
+      if (scores[i] > result.score) result = {scores[i], grads[i]};
+    return result;
+  }
+
+  /// Dot products and dP of row r to probabilities and dS. A row without weight on a key (nothing
+  /// visible, or all scores -infinity) gives no gradient whatever it holds.
+  void softmax_row(Index r) {
+    const BlockRange* const ranges = s_.row_ranges + r;
+    const C sink = f_.sinks == nullptr ? -kInfinity : static_cast<C>(f_.sinks[head(r % group_)]);
+    const Top top = score_row(r, sink);
+    const C reference = top.score == -kInfinity ? C(0) : top.score;
+    double sum = 0, delta = 0;  // float would lose half a digit of D over 200,000 keys
+    for (Index n = 0; n < blocks_; ++n) {
+      if (ranges[n * rows_].empty()) continue;
+      V weights = V::zero(), grads = V::zero();
+      for (int c = 0; c < kBlock; c += Tile::lanes) {
+        const V weight = exp(V::load(s_.probabilities + at(n, r) + c) - V::set1(reference));
+        const V grad = V::load(s_.grad_scores + at(n, r) + c) - V::set1(top.grad);
+        weight.store(s_.probabilities + at(n, r) + c);
+        grad.store(s_.grad_scores + at(n, r) + c);
+        weights = weights + weight;
+        grads = fma(weight, grad, grads);
+      }
+      sum += static_cast<double>(reduce_add(weights));
+      delta += static_cast<double>(reduce_add(grads));
+    }
+    if (sum == 0) return silence(r);
+    const double sink_weight =
+        sink > -kInfinity ? std::exp(static_cast<double>(sink - reference)) : 0.0;
+    sum += sink_weight;
+    delta = (delta - sink_weight * static_cast<double>(top.grad)) / sum;
+    if (grad_sinks_ != nullptr)
+      grad_sinks_[head(r % group_)] -= sink_weight / sum * (static_cast<double>(top.grad) + delta);
+    scale_row(r, static_cast<C>(1 / sum), static_cast<C>(delta));
+  }
+
+  /// Weights and dP of row r to P and dS.
+  void scale_row(Index r, C factor, C delta) {
+    for (Index n = 0; n < blocks_; ++n) {
+      if (s_.row_ranges[n * rows_ + r].empty()) continue;
+      for (int c = 0; c < kBlock; c += Tile::lanes) {
+        const V p = V::load(s_.probabilities + at(n, r) + c) * V::set1(factor);
+        V ds = p * (V::load(s_.grad_scores + at(n, r) + c) - V::set1(delta));
+        if (f_.softcap > 0) ds = ds * V::load(s_.slopes + at(n, r) + c);
+        p.store(s_.probabilities + at(n, r) + c);
+        ds.store(s_.grad_scores + at(n, r) + c);
+      }
+    }
+  }
+
+  /// Row r takes no part: it gets no gradient, and what it holds is not multiplied with.
+  void silence(Index r) {
+    for (Index n = 0; n < blocks_; ++n) {
+      s_.row_ranges[n * rows_ + r] = {0, 0, 0};
+      Tile::fill(s_.probabilities + at(n, r), kBlock, C(0));
+      Tile::fill(s_.grad_scores + at(n, r), kBlock, C(0));
+    }
+    Tile::fill(s_.queries + r * width_, width_, C(0));
+    Tile::fill(s_.grad_output + r * value_width_, value_width_, C(0));
+  }
+
+  /// What the pairs of key block n add to the gradients: each pair that is visible, and no other,
+  /// which may hold NaN. The block is summed by itself first, because one chain over 200,000 keys
+  /// would lose half a digit.
+  void gradient_block(Index n, Index begin) {
+    const KeyBlock<T> block = key_block(begin);
+    for (int j = 0; j < block.count; ++j) {
+      Tile::load_row(block.key(j), C(1), f_.head_dim, width_, s_.keys + j * width_);
+      s_.key_ranges[j] = rows_that_see(begin + j);
+    }
+    Tile::fill(s_.query_sums, rows_ * width_, C(0));
+    Tile::fill(s_.key_sums, kBlock * width_, C(0));
+    Tile::fill(s_.value_sums, kBlock * value_width_, C(0));
+    const C* const p = s_.probabilities + at(n, 0);
+    const C* const ds = s_.grad_scores + at(n, 0);
+    Tile::for_row_tiles(block.count, [&](auto tile, Index j) {
+      constexpr int R = decltype(tile)::value;
+      Tile::template accumulate_ranges<R>({p + j, 1, kBlock}, s_.grad_output, value_width_,
+                                          s_.key_ranges + j, nullptr, value_width_,
+                                          s_.value_sums + j * value_width_, value_width_);
+      Tile::template accumulate_ranges<R>({ds + j, 1, kBlock}, s_.queries, width_,
+                                          s_.key_ranges + j, nullptr, width_,
+                                          s_.key_sums + j * width_, width_);
+    });
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+      Tile::template accumulate_ranges<decltype(tile)::value>(
+          {ds + r * kBlock, kBlock, 1}, s_.keys, width_, s_.row_ranges + n * rows_ + r, nullptr,
+          width_, s_.query_sums + r * width_, width_);
+    });
+    add(s_.query_sums, rows_ * width_, s_.grad_queries);
+    add(s_.key_sums, block.count * width_, s_.grad_keys + begin * width_);
+    add(s_.value_sums, block.count * value_width_, s_.grad_values + begin * value_width_);
+  }
+
+  /// The widths are whole vectors.
+  static void add(const C* terms, Index count, C* sums) {
+    for (Index i = 0; i < count; i += Tile::lanes)
+      (V::load(sums + i) + V::load(terms + i)).store(sums + i);
+  }
+
+  BlockRange rows_that_see(Index key) const {
+    const Visibility& v = f_.visibility;
+    const Index queries = rows_ / group_;
+    if (!v.causal || key < v.prefix) return {0, 0, static_cast<int>(rows_)};
+    const Index begin = std::clamp<Index>(key - first_position_, 0, queries);
+    const Index end = v.window > 0
+                          ? std::clamp<Index>(key + v.window - first_position_, begin, queries)
+                          : queries;
+    return {0, static_cast<int>(begin * group_), static_cast<int>(end * group_)};
   }
 
   static void store_row(const C* source, C factor, Index width, T* row) {
@@ -239,31 +359,14 @@ class AttentionBackwardWorker {
     if (d < width) (V::load(source + d) * f).store_partial(row + d, static_cast<int>(width - d));
   }
 
-  void write_query_gradient(Index i, Index g) {
-    T* const grad = p_.grad_queries + row(i, g) * f_.head_dim;
-    if (i < sequence_->query_rows)
-      store_row(s_.grad_queries + (i * group_ + g) * width_, f_.scale, f_.head_dim, grad);
-    else
-      std::fill_n(grad, f_.head_dim, T(0));
-  }
-
-  double sink_gradient(Index g) const {
-    double sum = 0;
-    for (Index i = 0; i < sequence_->query_rows; ++i) {
-      const C lse = s_.log_sum_exp[i * group_ + g];
-      if (lse > -kInfinity)
-        sum -= std::exp(static_cast<double>(f_.sinks[head(g)]) - static_cast<double>(lse)) *
-               static_cast<double>(s_.deltas[i * group_ + g]);
-    }
-    return sum;
-  }
-
   const Problem& p_;
   const AttentionProblem<T, T>& f_;
   const AttentionBackwardScratch<C>& s_;
   Index group_, width_, value_width_, positions_;
   const AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0;
+  double* grad_sinks_ = nullptr;
+  Index rows_ = 0, first_position_ = 0, blocks_ = 0;  // of the query block
 };
 
 template <typename Isa, CpuDevice D, typename T>
@@ -276,7 +379,7 @@ void attention_backward(Isa, const D& device, const AttentionBackwardProblem<T>&
   const bool sinks = p.grad_sinks != nullptr && f.sinks != nullptr;
   double* const grad_sinks = sinks ? frame.take<double>(f.batch * f.heads) : nullptr;
   Index longest = 0;
-  for (Index b = 0; b < f.batch; ++b) longest = (std::max)(longest, f.sequences[b].query_rows);
+  for (Index b = 0; b < f.batch; ++b) longest = (std::max)(longest, f.sequences[b].key_length);
   if (tasks > 0) {
     const Index workers = attention_workers(device, f, tasks);
     auto* const scratch = frame.take<AttentionBackwardScratch<compute_type<T>>>(workers);

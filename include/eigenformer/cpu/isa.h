@@ -9,6 +9,8 @@
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
 
+#include "../core/version.h"
+
 // NaN and infinity carry meaning here (masks, padding, overflow checks), sums have one fixed order,
 // and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the results.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
@@ -18,14 +20,20 @@
     "eigenformer: -ffast-math (or a part of it: -Ofast, -ffinite-math-only, -funsafe-math-optimizations, /fp:fast) breaks what the library guarantees. Build the files that include it with -fno-fast-math (MSVC: /fp:precise); other files may keep the flag. -fno-math-errno and -fno-trapping-math are welcome."
 #endif
 
+// MSVC's /arch:AVX2 stands for FMA and F16C as well, but names neither.
+#if defined(_MSC_VER) && !defined(__clang__) && defined(__AVX2__)
+#define EIGENFORMER_ISA_HAS_AVX2_FMA_F16C 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define EIGENFORMER_ISA_HAS_AVX2_FMA_F16C 1
+#endif
+
 #if defined(__CUDACC__)
 #define EIGENFORMER_ISA_GENERIC 1
-#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
-    defined(__AVX512VL__) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#elif defined(EIGENFORMER_ISA_HAS_AVX2_FMA_F16C)
 #define EIGENFORMER_ISA_AVX2 1
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define EIGENFORMER_ISA_AVX512 1
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define EIGENFORMER_ISA_AVX2 1
+#endif
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 #define EIGENFORMER_ISA_NEON 1
 #else
@@ -41,8 +49,9 @@
 #if defined(EIGENFORMER_ISA_AVX2) && defined(__AVXVNNI__)
 #define EIGENFORMER_ISA_AVX_VNNI 1
 #endif
-#if defined(EIGENFORMER_ISA_AVX512_VNNI) && defined(EIGENFORMER_ISA_AVX512_BF16) && \
-    defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#if defined(__x86_64__) && defined(EIGENFORMER_ISA_AVX512_VNNI) &&                            \
+    defined(EIGENFORMER_ISA_AVX512_BF16) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && \
+    defined(__AMX_BF16__)
 #define EIGENFORMER_ISA_AMX 1
 #endif
 #if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_DOTPROD)
@@ -53,40 +62,42 @@
   1  // Eigen::half holds an __fp16 then, which calls pass in another register
 #endif
 
-// Objects compiled for different ISAs link into one program: each feature set below changes the code, so each has a name of its
-// own.
+// Objects compiled for different ISAs, or from different versions of these headers, link into one program: each version and each
+// feature set below changes the code, so each has a name of its own, for example v0_1_0_avx2.
 #define EIGENFORMER_ABI_JOIN_(a, b) a##b
 #define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
+#define EIGENFORMER_ABI_VERSION_(major, minor, patch) v##major##_##minor##_##patch
+#define EIGENFORMER_ABI_VERSION(major, minor, patch) EIGENFORMER_ABI_VERSION_(major, minor, patch)
 #if defined(__CUDACC__)
 #if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
-#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(v1_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
+#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
 #else
-#define EIGENFORMER_ABI_BASE v1_cuda
+#define EIGENFORMER_ABI_BASE _cuda
 #endif
 #elif defined(EIGENFORMER_ISA_AMX)
-#define EIGENFORMER_ABI_BASE v1_amx
+#define EIGENFORMER_ABI_BASE _amx
 #elif defined(EIGENFORMER_ISA_AVX512_BF16) && defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI_BASE v1_avx512_bf16_vnni
+#define EIGENFORMER_ABI_BASE _avx512_bf16_vnni
 #elif defined(EIGENFORMER_ISA_AVX512_BF16)
-#define EIGENFORMER_ABI_BASE v1_avx512_bf16
+#define EIGENFORMER_ABI_BASE _avx512_bf16
 #elif defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI_BASE v1_avx512_vnni
+#define EIGENFORMER_ABI_BASE _avx512_vnni
 #elif defined(EIGENFORMER_ISA_AVX512)
-#define EIGENFORMER_ABI_BASE v1_avx512
+#define EIGENFORMER_ABI_BASE _avx512
 #elif defined(EIGENFORMER_ISA_AVX2)
-#define EIGENFORMER_ABI_BASE v1_avx2
+#define EIGENFORMER_ABI_BASE _avx2
 #elif defined(EIGENFORMER_ISA_NEON_DOTPROD) && defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI_BASE v1_neon_dotprod_fp16
+#define EIGENFORMER_ABI_BASE _neon_dotprod_fp16
 #elif defined(EIGENFORMER_ISA_NEON_DOTPROD)
-#define EIGENFORMER_ABI_BASE v1_neon_dotprod
+#define EIGENFORMER_ABI_BASE _neon_dotprod
 #elif defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI_BASE v1_neon_fp16
+#define EIGENFORMER_ABI_BASE _neon_fp16
 #elif defined(EIGENFORMER_ISA_NEON)
-#define EIGENFORMER_ABI_BASE v1_neon
+#define EIGENFORMER_ABI_BASE _neon
 #elif defined(__FMA__)
-#define EIGENFORMER_ABI_BASE v1_generic_fma
+#define EIGENFORMER_ABI_BASE _generic_fma
 #else
-#define EIGENFORMER_ABI_BASE v1_generic
+#define EIGENFORMER_ABI_BASE _generic
 #endif
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
 #define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
@@ -97,23 +108,15 @@
 // Without exceptions errors go to a handler (core/error.h), so functions differ there as well.
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
 #define EIGENFORMER_HAS_EXCEPTIONS 1
-#define EIGENFORMER_ABI EIGENFORMER_ABI_ISA
+#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_ISA
 #else
-#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
+#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
 #endif
-
-/// Kernels are split into small functions that must not cost a call in the inner loop.
-#if defined(__GNUC__) || defined(__clang__)
-#define EIGENFORMER_INLINE inline __attribute__((always_inline))
-#else
-#define EIGENFORMER_INLINE inline
-#endif
-
-#if defined(__CUDACC__)
-#define EIGENFORMER_HOST_DEVICE __host__ __device__
-#else
-#define EIGENFORMER_HOST_DEVICE
-#endif
+#define EIGENFORMER_ABI                                                             \
+  EIGENFORMER_ABI_JOIN(                                                             \
+      EIGENFORMER_ABI_VERSION(EIGENFORMER_VERSION_MAJOR, EIGENFORMER_VERSION_MINOR, \
+                              EIGENFORMER_VERSION_PATCH),                           \
+      EIGENFORMER_ABI_UNIT)
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -151,7 +154,7 @@ using best = generic;
 #endif
 
 /// True where a multiply-add is one instruction. Where it is not, kernels multiply and add in two rounding steps.
-#if defined(__FMA__) || defined(EIGENFORMER_ISA_NEON)
+#if defined(__FMA__) || defined(EIGENFORMER_ISA_AVX2) || defined(EIGENFORMER_ISA_NEON)
 inline constexpr bool kHasFma = true;
 #else
 inline constexpr bool kHasFma = false;

@@ -1,7 +1,9 @@
 /// \file
 /// CPU kernels of LayerNorm. A row is read three times, but from memory once: mean, variance about the mean (no cancellation),
-/// result. The mean is that of the distances from the first element, so that a row of equal numbers has exactly itself, and what
-/// rounding left out of it comes from the second pass, as does the variance about it (Chan, Golub and LeVeque, "Algorithms for
+/// result. The mean is that of the distances from the first element, so that a row of equal numbers
+/// has exactly itself, and what
+/// rounding left out of it comes from the second pass, as does the variance about it (Chan, Golub
+/// and LeVeque, "Algorithms for
 /// computing the sample variance", 1983): a mean of 10^7 times the spread loses nothing.
 ///
 /// Backward (with r = 1 / sqrt(variance + epsilon), h = (x - mean) r, g the gradient of y):
@@ -62,7 +64,8 @@ struct LayerNormBackwardProblem {
 
 namespace cpu {
 
-/// What is known of a row times its unit: a number near the mean, how far the mean is from it, the variance.
+/// What is known of a row times its unit: a number near the mean, how far the mean is from it, the
+/// variance.
 template <typename C>
 struct RowMoments {
   C center, correction, variance;

@@ -45,7 +45,8 @@ typename V::scalar row_maximum(const L* logits, Index classes) {
   return reduce_max(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
 }
 
-/// Mean of maximum - x: of distances, because the logits themselves may be large against their spread. Where the sum overflows, the
+/// Mean of maximum - x: of distances, because the logits themselves may be large against their
+/// spread. Where the sum overflows, the
 /// mean may not: then in double, divided first.
 template <typename V, typename L>
 double mean_below(const L* logits, Index classes, typename V::scalar maximum) {

@@ -6,7 +6,8 @@
 ///   grad_weight[j] += sum over rows of g[j] x[j] r
 ///   grad_x[j]       = r (g[j] w[j] - x[j] r^2 / n * sum_k g[k] w[k] x[k])
 /// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x, threads splitting the rows. grad_x
-/// comes last so that it may take the place of grad_y or x. A row whose grad_y is all zero takes no part: its NaN reach nothing.
+/// comes last so that it may take the place of grad_y or x. A row whose grad_y is all zero takes no
+/// part: its NaN reach nothing.
 #pragma once
 
 #include <cmath>

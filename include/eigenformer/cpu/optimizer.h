@@ -27,7 +27,7 @@ inline constexpr Index kPieceElements = 16384;
 
 /// The factors of one AdamW step, the same for every element.
 struct AdamWFactors {
-  float decay;  // 1 - learning_rate * weight_decay
+  float decay;  // learning_rate * weight_decay
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   float step_size;          // learning_rate / (1 - beta1^t)
   float inverse_root_bias;  // 1 / sqrt(1 - beta2^t)
@@ -59,7 +59,7 @@ void for_each_piece(const D& device, const ParameterPiece* pieces, Index count, 
 template <typename Isa>
 void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
   using V = simd::Vec<float, Isa>;
-  const V decay = V::set1(f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
+  const V minus_decay = V::set1(-f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
           epsilon = V::set1(f.epsilon);
   const V one_minus_beta1 = V::set1(f.one_minus_beta1),
           one_minus_beta2 = V::set1(f.one_minus_beta2);
@@ -71,8 +71,8 @@ void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
     const V direction = m / fma(sqrt(v), inverse_root_bias, epsilon);
     store(m, piece.first_moment + i, part);
     store(v, piece.second_moment + i, part);
-    store(fma(minus_step, direction, load<V>(piece.value + i, part) * decay), piece.value + i,
-          part);
+    const V value = load<V>(piece.value + i, part);
+    store(value + fma(minus_step, direction, minus_decay * value), piece.value + i, part);
   });
 }
 

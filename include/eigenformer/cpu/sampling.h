@@ -76,6 +76,7 @@ inline Index sampling_grain(Index vocab) {
 template <typename Isa, CpuDevice D, typename T, typename Visit>
 void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspace& workspace,
                            Visit visit) {
+  if (p.batch == 0) return;  // no scratch for a vocabulary that has no row
   using C = compute_type<T>;
   Workspace::Frame frame(workspace);
   const SamplingNeeds<T> needs(p);
@@ -142,6 +143,7 @@ void sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& worksp
 /// Lowest index of the largest logit of every row.
 template <typename Isa, CpuDevice D, typename T>
 void greedy_sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& workspace) {
+  if (p.batch == 0) return;
   using C = compute_type<T>;
   Workspace::Frame frame(workspace);
   const Index blocks = (p.vocab + SamplingBlock::size - 1) / SamplingBlock::size;

@@ -1,6 +1,7 @@
 /// \file
-/// CPU kernel of sampling with log-probabilities: the draw of sampling.h, and beside it the log-softmax of the logits as they came,
-/// of the drawn token and of the best n: one more scan of the row and one exponential a token.
+/// CPU kernels of log-probabilities: beside the draw of sampling.h the log-softmax of the logits as
+/// they came, of the drawn token and of the best n (one more scan of the row and one exponential a
+/// token); and the log-probability of a given token.
 #pragma once
 
 #include "sampling.h"
@@ -21,15 +22,35 @@ struct LogProbabilityOutputs {
 
 namespace cpu {
 
-/// Log of the probability of one token in a filtered distribution whose weights sum to `total`.
+/// Log of the sum of the weights in play, to a relative error of 1e-15 also where one token has
+/// nearly all of it: log(1 + rest), where a token of weight 1, the best, is left out of the rest.
+template <typename Isa, typename T>
+double log_sum_weights(const SamplingRow<T>& row) {
+  alignas(64) double weights[SamplingBlock::size];
+  double rest = 0;
+  bool best_left_out = false;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+    for (Index j = 0; j < SamplingBlock::size && !best_left_out; ++j)
+      if (weights[j] == 1.0) {
+        weights[j] = 0;
+        best_left_out = true;
+      }
+    rest += block_sum(weights);
+  });
+  return std::log1p(rest);
+}
+
+/// Log of the probability of one token in a filtered distribution, from the log of the sum of its
+/// weights.
 template <typename T>
-float processed_log_probability(const SamplingRow<T>& row, Index token, double total) {
+float log_probability(const SamplingRow<T>& row, Index token, double log_total) {
   using C = compute_type<T>;
   const C logit = static_cast<C>(row.logits[token]);
   if (!row.band.contains(logit, token)) return -std::numeric_limits<float>::infinity();
   return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) *
                                 row.inverse_temperature -
-                            std::log(total));
+                            log_total);
 }
 
 /// Fills `ids` with the `count` tokens of largest logit, best first, equals by index. Leaves the band closed around them.
@@ -66,19 +87,16 @@ void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id,
                              const LogProbabilityOutputs& out,
                              const SamplingScratch<compute_type<T>>& scratch, Processed processed) {
   scan_row<Isa>(raw);
-  const double best = static_cast<double>(raw.band.hi),
-               log_total = std::log(sum_weights<Isa>(raw, scratch.block_sum));
-  const auto log_probability = [&](Index token) {
-    return static_cast<float>(static_cast<double>(raw.logits[token]) - best - log_total);
-  };
-  out.raw[r] = log_probability(id);
+  const SamplingRow<T> all = raw;
+  const double log_total = log_sum_weights<Isa>(all);
+  out.raw[r] = log_probability(all, id, log_total);
   out.processed[r] = processed(id);
   out.rank[r] = static_cast<std::int32_t>(
       1 + count_above<Isa>(raw, static_cast<compute_type<T>>(raw.logits[id])));
   if (out.best == 0) return;
   best_tokens<Isa>(raw, out.best, out.best_ids + r * out.best, scratch);
   for (Index i = r * out.best; i < (r + 1) * out.best; ++i) {
-    out.best_raw[i] = log_probability(out.best_ids[i]);
+    out.best_raw[i] = log_probability(all, out.best_ids[i], log_total);
     out.best_processed[i] = processed(out.best_ids[i]);
   }
 }
@@ -102,11 +120,30 @@ void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T
         }
         const std::int32_t id = draw_token<Isa>(row, p.uniform(r), scratch);
         p.finish(r, id, status);
-        const double total = sum_weights<Isa>(row, scratch.block_sum);
+        const double log_total = log_sum_weights<Isa>(row);
         const SamplingRow<T> raw{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
         write_log_probabilities<Isa>(raw, r, id, out, scratch, [&](Index token) {
-          return processed_log_probability(row, token, total);
+          return log_probability(row, token, log_total);
         });
+      });
+}
+
+/// out[r] = log-probability of tokens[r] in the distribution of row r: NaN where the row is bad, 0
+/// where the token is -1, whatever the row holds.
+template <typename Isa, CpuDevice D, typename T>
+void log_probabilities_of(Isa, const D& device, const SamplingProblem<T>& p,
+                          const std::int32_t* tokens, float* out, Workspace& workspace) {
+  for_each_distribution<Isa>(
+      device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto&) {
+        if (tokens[r] < 0) {
+          out[r] = 0;
+          p.finish(r, -1, SampleStatus::ok);
+          return;
+        }
+        out[r] = status == SampleStatus::ok
+                     ? log_probability(row, tokens[r], log_sum_weights<Isa>(row))
+                     : std::numeric_limits<float>::quiet_NaN();
+        p.finish(r, -1, status);
       });
 }
 

@@ -25,6 +25,7 @@ inline bool adjusts_logits(const SamplingParams& params) {
 /// The logit of a token that occurs in the history, `occurrences` times of them in the output. -infinity stays what it is.
 template <typename C>
 C penalized_logit(C logit, std::int32_t occurrences, const SamplingParams& params) {
+  if (logit < std::numeric_limits<C>::lowest()) return logit;
   double x = static_cast<double>(logit);
   x = x < 0 ? x * params.repetition_penalty
             : x / params.repetition_penalty;  // towards less likely on both sides of 0

@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -141,7 +142,7 @@ Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
 EIGENFORMER_INLINE double exp_nonpositive(double x) {
   const auto multiply_add = [](double a, double b, double c) {
     if constexpr (isa::kHasFma)
-      return __builtin_fma(a, b, c);
+      return std::fma(a, b, c);
     else
       return a * b + c;
   };

@@ -1,7 +1,10 @@
 /// \file
 /// CPU kernel of speculative verification: rejection sampling along a drafted chain. A row costs two numbers for each accepted
-/// token and one pass over one distribution (two at a rejection) for the last.
+/// token and three passes over one distribution (two at a rejection) for the last.
 #pragma once
+
+#include <algorithm>
+#include <limits>
 
 #include "../core/device.h"
 #include "../sampling/params.h"
@@ -15,32 +18,53 @@ struct SpeculativeProblem {
   const Draft* draft;                // (batch, drafts, vocab)
   const Target* target;              // (batch, drafts + 1, vocab)
   Index batch, drafts, vocab;
-  const Index* draft_lengths;  // (batch), or nullptr: all of them
+  const LengthSpan* draft_lengths;  // (batch), or nullptr: all of them
   const Philox* generators;
   Index generators_stride;
-  std::int32_t* accepted;  // (batch), -1 where a distribution that was read is none
+  std::int32_t* accepted;  // (batch)
   std::int32_t* tokens;    // (batch, drafts + 1), -1 past the last
+  SampleStatus* statuses;  // (batch); where not ok nothing is accepted and every token is -1
 
-  double uniform(Index row, Index index) const {
-    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row),
-                                                          static_cast<std::uint32_t>(index))
-                                  : generators[row].uniform(0, static_cast<std::uint32_t>(index));
+  double uniform(Index row, Index index, Philox::Purpose purpose) const {
+    const auto counter = static_cast<std::uint32_t>(index);
+    return generators_stride == 0
+               ? generators[0].uniform(static_cast<std::uint32_t>(row), counter, purpose)
+               : generators[row].uniform(0, counter, purpose);
   }
 };
 
 namespace cpu {
 
-/// Draws from weight(token) >= 0 in token order with doubles; -1 where the weights sum to 0, -2 where they are no distribution.
+inline SampleStatus status_of_probability(double p) {
+  if (p >= 0)
+    return p < std::numeric_limits<double>::infinity() ? SampleStatus::ok
+                                                       : SampleStatus::positive_infinity;
+  return p < 0 ? SampleStatus::negative : SampleStatus::nan;
+}
+
+/// The status of the first number that is no probability; ok where all are, which one pass without
+/// branches finds out.
+template <typename P>
+SampleStatus status_of_probabilities(const P* numbers, Index count) {
+  using C = compute_type<P>;
+  bool good = true;
+  for (Index i = 0; i < count; ++i) {
+    const C number = static_cast<C>(numbers[i]);
+    good &= (number >= C(0)) & (number <= (std::numeric_limits<C>::max)());
+  }
+  SampleStatus status = SampleStatus::ok;
+  for (Index i = 0; i < count && !good && status == SampleStatus::ok; ++i)
+    status = status_of_probability(static_cast<double>(numbers[i]));
+  return status;
+}
+
+/// Draws from weight(token) >= 0 in token order with doubles; -1 where the weights sum to 0, -2
+/// where their sum overflows.
 template <typename Weight>
 std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
   double total = 0;
-  bool negative = false;
-  for (Index v = 0; v < vocab; ++v) {
-    const double w = weight(v);
-    negative = negative || w < 0;
-    total += w;
-  }
-  if (negative || !(total < std::numeric_limits<double>::infinity())) return -2;
+  for (Index v = 0; v < vocab; ++v) total += weight(v);
+  if (!(total < std::numeric_limits<double>::infinity())) return -2;
   std::int32_t drawn = -1;
   double running = 0;
   for (Index v = 0; v < vocab; ++v) {
@@ -53,38 +77,47 @@ std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
   return drawn;
 }
 
-/// Verifies one row; returns how many drafts were accepted, -1 where what it read is no distribution.
+/// Verifies one row: writes the drafts that are accepted and one token more, and counts the former.
+/// Every number that is read is looked at: the two of each draft up to the first refusal, and the
+/// distributions that the last token is drawn from.
 template <typename Draft, typename Target>
-Index verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens) {
-  const Index length = p.draft_lengths == nullptr ? p.drafts : p.draft_lengths[r];
-  const auto target_at = [&](Index i, Index v) {
-    return static_cast<double>(p.target[(r * (p.drafts + 1) + i) * p.vocab + v]);
-  };
-  const auto draft_at = [&](Index i, Index v) {
-    return static_cast<double>(p.draft[(r * p.drafts + i) * p.vocab + v]);
-  };
-  Index accepted = 0;
-  while (accepted < length) {
-    const std::int32_t token = p.draft_tokens[r * p.drafts + accepted];
-    const double target = target_at(accepted, token), draft = draft_at(accepted, token);
-    if (!(target >= 0 && draft >= 0)) return -1;
-    if (!(p.uniform(r, accepted) * draft < target)) break;
-    tokens[accepted++] = token;
+SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens,
+                        std::int32_t& accepted) {
+  const std::int32_t* drafted = p.draft_tokens + r * p.drafts;
+  const Index given = p.draft_lengths == nullptr ? p.drafts : (*p.draft_lengths)[r];
+  const Index length = std::find(drafted, drafted + given, -1) - drafted;
+  const auto target_at = [&](Index i) { return p.target + (r * (p.drafts + 1) + i) * p.vocab; };
+  const auto draft_at = [&](Index i) { return p.draft + (r * p.drafts + i) * p.vocab; };
+  Index place = 0;
+  for (; place < length; ++place) {
+    const std::int32_t token = drafted[place];
+    const double target = static_cast<double>(target_at(place)[token]),
+                 draft = static_cast<double>(draft_at(place)[token]);
+    const double read[] = {target, draft};
+    const SampleStatus status = status_of_probabilities(read, 2);
+    if (status != SampleStatus::ok) return status;
+    if (!(p.uniform(r, place, Philox::Purpose::acceptance) * draft < target)) break;
+    tokens[place] = token;
   }
-  const double u = p.uniform(r, length);  // one number for the last token, wherever the chain broke
+  const Target* target = target_at(place);
+  const Draft* draft = place < length ? draft_at(place) : nullptr;
+  SampleStatus status = status_of_probabilities(target, p.vocab);
+  if (status == SampleStatus::ok && draft != nullptr)
+    status = status_of_probabilities(draft, p.vocab);
+  if (status != SampleStatus::ok) return status;
+  const double u = p.uniform(r, 0, Philox::Purpose::last_token);
   std::int32_t last = -1;
-  if (accepted < length) {
+  if (draft != nullptr)
     last = draw_from_weights(p.vocab, u, [&](Index v) {
-      const double excess = target_at(accepted, v) - draft_at(accepted, v);
-      return excess < 0 ? 0.0 : excess;  // a NaN passes
+      return (std::max)(0.0, static_cast<double>(target[v]) - static_cast<double>(draft[v]));
     });
-  }
   // No residual: the two distributions are one up to rounding.
   if (last == -1)
-    last = draw_from_weights(p.vocab, u, [&](Index v) { return target_at(accepted, v); });
-  if (last < 0) return -1;
-  tokens[accepted] = last;
-  return accepted;
+    last = draw_from_weights(p.vocab, u, [&](Index v) { return static_cast<double>(target[v]); });
+  if (last < 0) return last == -1 ? SampleStatus::no_token : SampleStatus::positive_infinity;
+  tokens[place] = last;
+  accepted = static_cast<std::int32_t>(place);
+  return SampleStatus::ok;
 }
 
 template <CpuDevice D, typename Draft, typename Target>
@@ -93,9 +126,9 @@ void verify_speculative(const D& device, const SpeculativeProblem<Draft, Target>
     for (Index r = first; r < last; ++r) {
       std::int32_t* tokens = p.tokens + r * (p.drafts + 1);
       std::fill(tokens, tokens + p.drafts + 1, -1);
-      const Index accepted = verify_row(p, r, tokens);
-      if (accepted < 0) std::fill(tokens, tokens + p.drafts + 1, -1);
-      p.accepted[r] = static_cast<std::int32_t>(accepted);
+      p.accepted[r] = 0;
+      p.statuses[r] = verify_row(p, r, tokens, p.accepted[r]);
+      if (p.statuses[r] != SampleStatus::ok) std::fill(tokens, tokens + p.drafts + 1, -1);
     }
   });
 }

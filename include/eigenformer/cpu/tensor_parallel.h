@@ -27,8 +27,9 @@ struct InterleaveProblem {
 
 /// A token that may be drawn. No padding: candidates travel between ranks as bytes.
 struct VocabularyCandidate {
-  static constexpr std::int64_t kNone = -1;     ///< the shard has no further token
-  static constexpr std::int64_t kInvalid = -2;  ///< the shard's row holds NaN or +infinity
+  static constexpr std::int64_t kNone = -1;      ///< the shard has no further token
+  static constexpr std::int64_t kNan = -2;       ///< the shard's row holds NaN
+  static constexpr std::int64_t kInfinity = -3;  ///< the shard's row holds +infinity and no NaN
   double logit;
   std::int64_t token;  // in the whole vocabulary
 };
@@ -60,12 +61,17 @@ void interleave(const D& device, const InterleaveProblem<T>& p) {
   });
 }
 
+/// kNone, or what forbids a draw from the row.
 template <typename T>
-bool drawable(const T* row, Index size) {
-  bool good = true;
+std::int64_t fault_of(const T* row, Index size) {
+  using C = compute_type<T>;
+  bool good = true, nan = false;
   for (Index i = 0; i < size; ++i)
-    good &= static_cast<compute_type<T>>(row[i]) < std::numeric_limits<compute_type<T>>::infinity();
-  return good;  // NaN compares false
+    good &= static_cast<C>(row[i]) < std::numeric_limits<C>::infinity();  // false for NaN
+  if (good) return VocabularyCandidate::kNone;
+  for (Index i = 0; i < size; ++i)
+    nan |= !(static_cast<C>(row[i]) <= std::numeric_limits<C>::infinity());
+  return nan ? VocabularyCandidate::kNan : VocabularyCandidate::kInfinity;
 }
 
 template <typename T>
@@ -76,10 +82,8 @@ void best_candidates(const VocabularyProblem<T>& p, Index row, std::int32_t* ord
   std::fill_n(
       candidates, p.kept,
       VocabularyCandidate{-std::numeric_limits<double>::infinity(), VocabularyCandidate::kNone});
-  if (!drawable(logits, size)) {
-    candidates[0].token = VocabularyCandidate::kInvalid;
-    return;
-  }
+  candidates[0].token = fault_of(logits, size);
+  if (candidates[0].token != VocabularyCandidate::kNone) return;
   const auto candidate = [&](Index i) {
     return VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i};
   };

@@ -63,7 +63,8 @@ EIGENFORMER_INLINE void for_each_vector_interleaved(Index count, Body&& body) {
   if (at < count) body(at, PartOfVector{static_cast<int>(count - at)}, k);
 }
 
-/// Sum over [0, count) of what `add(accumulator, at, part)` adds to `zero`, in an order that count alone determines: four interleaved
+/// Sum over [0, count) of what `add(accumulator, at, part)` adds to `zero`, in an order that count
+/// alone determines: four interleaved
 /// partial sums hide the latency of the addition. Sum is V, or several of them with an operator+.
 template <typename V, typename Sum, typename Add>
 EIGENFORMER_INLINE Sum accumulate_vectors(Index count, const Sum& zero, Add&& add) {

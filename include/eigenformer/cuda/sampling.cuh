@@ -209,10 +209,11 @@ void launch_on_gpu(const Eigen::GpuDevice& device, const SamplingProblem<T>& p) 
   const bool greedy = params.temperature == 0;
   require_that(greedy || p.generators_stride == 0, name,
                "generators come one a row, expected one for the batch");
-  cuda::launch_rows(device, "sample", p.batch,
-                    cuda::SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy,
-                                        params.top_k_ties == TopKTies::keep_all,
-                                        greedy ? Philox() : p.generators[0], p.ids, p.statuses});
+  cuda::launch_rows(
+      device, "sample", p.batch,
+      cuda::SampleBody<T>{p.logits, p.vocab, kept_by_top_k(params), params.temperature, greedy,
+                          params.top_k_ties == TopKTies::keep_all,
+                          greedy ? Philox() : p.generators[0], p.ids, p.statuses});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -8,6 +8,7 @@
 
 #include "../activation.h"
 #include "../attention.h"
+#include "../core/parallel_region.h"
 #include "../embedding.h"
 #include "../linear.h"
 #include "../normalization.h"
@@ -60,6 +61,7 @@ class DecoderPass {
 
   /// ids (batch, length) -> logits (batch * length, vocabulary)
   Tensor<Compute, 2> forward(const TensorView<const std::int32_t, 2>& ids) {
+    const ParallelRegion region(device_);
     const Index batch = ids.dimension(0), length = ids.dimension(1), tokens = batch * length;
     tape_.ids = ids;
     tape_.lengths.assign(static_cast<std::size_t>(batch), length);
@@ -88,6 +90,7 @@ class DecoderPass {
                  "Decoder::backward", "logits_gradient has shape ", shape_text(logits_gradient),
                  ", expected (", tape_.normalised.dimension(0), ", ", config_.vocabulary,
                  "), that of the last forward");
+    const ParallelRegion region(device_);
     Tensor<Compute, 2>& x_gradient = tape_.stream;
     project_backward(tape_.branch, logits_gradient, tape_.normalised, weights_.head());
     x_gradient.resize(tape_.last.dimensions());

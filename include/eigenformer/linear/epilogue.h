@@ -33,18 +33,20 @@ class Epilogue {
         residual_columns_(residual_columns) {}
 
   /// (out); of a gated layer (2 * out), gate's then up's.
-  template <RowMajorTensor Tensor1>
-  auto bias(const Tensor1& values) const {
+  template <typename Bias>
+  auto bias(Bias&& values) const {
+    require_life<Bias>();
     const auto view = input_view<1>(values);
-    return Epilogue<Function, scalar_of<Tensor1>, R>(view.data(), view.dimension(0), residual_,
-                                                     residual_rows_, residual_columns_);
+    return Epilogue<Function, scalar_of<Bias>, R>(view.data(), view.dimension(0), residual_,
+                                                  residual_rows_, residual_columns_);
   }
   /// (tokens, out); may be the output itself.
-  template <RowMajorTensor Tensor2>
-  auto residual(const Tensor2& values) const {
+  template <typename Residual>
+  auto residual(Residual&& values) const {
+    require_life<Residual>();
     const auto view = input_view<2>(values);
-    return Epilogue<Function, B, scalar_of<Tensor2>>(bias_, bias_size_, view.data(),
-                                                     view.dimension(0), view.dimension(1));
+    return Epilogue<Function, B, scalar_of<Residual>>(bias_, bias_size_, view.data(),
+                                                      view.dimension(0), view.dimension(1));
   }
   auto silu() const { return with<cpu::Silu>(); }
   auto gelu() const { return with<cpu::GeluErf>(); }
@@ -59,6 +61,13 @@ class Epilogue {
   static constexpr Index kNone = -1;
 
  private:
+  template <typename X>
+  static constexpr void require_life() {
+    static_assert(
+        std::is_lvalue_reference_v<X> || !detail::owns_its_elements<X>,
+        "eigenformer: an epilogue holds a view, and this tensor ends with the expression. "
+        "Give it a name first.");
+  }
   template <typename Other>
   auto with() const {
     return Epilogue<Other, B, R>(bias_, bias_size_, residual_, residual_rows_, residual_columns_);

@@ -239,7 +239,7 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
 
 /// Packs int8 values (out, in) with one scale a row (out), or one a group (out, ceil(in / group_size)).
 template <CpuDevice D, typename Values, typename Scales>
-  requires RowMajorTensor<Scales>
+  requires(!std::same_as<Scales, Int8Packing>)
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Values& values,
                       const Scales& scales, const Int8Packing& options = {}) {
   detail::pack_int8_values(isa::best{}, device, packed, input_view<2>(values),
@@ -261,7 +261,7 @@ PackedWeight<T> pack_weight(const Weight& weight, const Int8Packing& options = {
 }
 
 template <typename T = std::int8_t, CpuDevice D, typename Values, typename Scales>
-  requires(std::same_as<T, std::int8_t> && RowMajorTensor<Scales>)
+  requires(std::same_as<T, std::int8_t> && !std::same_as<Scales, Int8Packing>)
 PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
@@ -269,7 +269,7 @@ PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales&
   return packed;
 }
 template <typename T = std::int8_t, typename Values, typename Scales>
-  requires(std::same_as<T, std::int8_t> && !Device<Values> && RowMajorTensor<Scales>)
+  requires(std::same_as<T, std::int8_t> && !Device<Values> && !std::same_as<Scales, Int8Packing>)
 PackedWeight<T> pack_weight(const Values& values, const Scales& scales,
                             const Int8Packing& options = {}) {
   return pack_weight<T>(Eigen::DefaultDevice{}, values, scales, options);

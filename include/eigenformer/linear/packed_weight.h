@@ -17,7 +17,9 @@
 /// device's threads.
 ///
 /// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index, before `packed` is touched);
-/// scales that do not match, or are NaN, infinite or negative (the first one's index is named); a group_size other than 32, 64 or 128; an input dimension above 133,144 for int8 without groups, where
+/// scales that do not match, or are NaN, infinite or negative (the first one's index is named); a
+/// group_size other than 32, 64 or 128; an input dimension above 133,144 for int8 without groups,
+/// where
 /// the sum of products could leave 32 bits.
 #pragma once
 
@@ -56,7 +58,7 @@ PanelLayout panel_layout(Isa) {
 }
 
 /// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
-inline constexpr Index kLargestInt8Depth = ((Index{1} << 31) - 1) / (127 * 127);
+inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
 
 inline void require_int8_depth(Index depth, std::string_view operation) {
   require_that(depth <= kLargestInt8Depth, operation, "weight has ", depth,

@@ -26,12 +26,16 @@ inline bool attention_visible(const AttentionOptions& options, Index key_length,
   return j <= position && (options.window == 0 || j > position - options.window);
 }
 
+inline double attention_scale(const AttentionOptions& options, Index head_dim) {
+  return options.scale ? static_cast<double>(*options.scale)
+                       : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
+}
+
 inline double attention_score(const AttentionOptions& options, const double* q, const double* k,
                               Index head_dim, Index head, Index distance) {
   double score = 0;
   for (Index d = 0; d < head_dim; ++d) score += q[d] * k[d];
-  score *= options.scale > 0 ? static_cast<double>(options.scale)
-                             : 1 / std::sqrt(static_cast<double>(std::max<Index>(1, head_dim)));
+  score *= attention_scale(options, head_dim);
   if (options.softcap > 0) score = options.softcap * std::tanh(score / options.softcap);
   if (!options.alibi_slopes.empty())
     score += options.alibi_slopes[static_cast<std::size_t>(head)] * static_cast<double>(distance);
@@ -82,6 +86,80 @@ inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double
         result.log_sum_exp(b, h, i) = maximum + std::log(sum);
       }
   return result;
+}
+
+struct AttentionGradients {
+  Tensor<double, 4> grad_q, grad_k, grad_v;
+  std::vector<double> grad_sinks;  // (heads), zeros where there are none
+};
+
+/// The gradients of sum(grad_out * output), by the formulas of attention/backward.h; dP counts from
+/// the key with the greatest score, which changes nothing but what is lost where a row has nearly
+/// all its weight on one key.
+inline AttentionGradients attention_backward(const Tensor<double, 4>& grad_out,
+                                             const Tensor<double, 4>& q, const Tensor<double, 4>& k,
+                                             const Tensor<double, 4>& v,
+                                             const std::vector<Index>& key_lengths,
+                                             const std::vector<Index>& query_lengths,
+                                             const AttentionOptions& options) {
+  const Index rows = q.dimension(1), heads = q.dimension(2), head_dim = q.dimension(3),
+              value_dim = v.dimension(3), group = heads == 0 ? 1 : heads / k.dimension(2);
+  AttentionGradients g{q, k, v, std::vector<double>(static_cast<std::size_t>(heads), 0.0)};
+  g.grad_q.setZero(), g.grad_k.setZero(), g.grad_v.setZero();
+  const double scale = attention_scale(options, head_dim),
+               infinity = std::numeric_limits<double>::infinity();
+  struct Pair {
+    Index key;
+    double p, dp;  // p is the score at first
+  };
+  for (Index b = 0; b < q.dimension(0); ++b)
+    for (Index h = 0; h < heads; ++h)
+      for (Index i = 0; i < rows; ++i) {
+        const Index length = key_lengths[static_cast<std::size_t>(b)],
+                    queries = query_lengths[static_cast<std::size_t>(b)];
+        std::vector<Pair> pairs;
+        for (Index j = 0; j < length; ++j) {
+          if (!attention_visible(options, length, queries, i, j)) continue;
+          double dp = 0;
+          for (Index d = 0; d < value_dim; ++d) dp += grad_out(b, i, h, d) * v(b, j, h / group, d);
+          pairs.push_back({j,
+                           attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0),
+                                           head_dim, h, j - (length - queries + i)),
+                           dp});
+        }
+        if (pairs.empty()) continue;
+        const double sink =
+            options.sinks.empty() ? -infinity : options.sinks[static_cast<std::size_t>(h)];
+        double top = sink, top_dp = 0;
+        for (const Pair& pair : pairs)
+          if (pair.p > top) top = pair.p, top_dp = pair.dp;
+        if (top == -infinity) continue;
+        const double sink_weight = std::exp(sink - top);
+        double sum = sink_weight, delta = -sink_weight * top_dp;
+        for (Pair& pair : pairs) {
+          pair.p = std::exp(pair.p - top);
+          sum += pair.p;
+          delta += pair.p * (pair.dp - top_dp);
+        }
+        delta /= sum;
+        g.grad_sinks[static_cast<std::size_t>(h)] -= sink_weight / sum * (top_dp + delta);
+        for (const auto& [j, weight, dp] : pairs) {
+          double ds = weight / sum * (dp - top_dp - delta) * scale;
+          if (options.softcap > 0) {
+            double dot = 0;
+            for (Index d = 0; d < head_dim; ++d) dot += q(b, i, h, d) * k(b, j, h / group, d);
+            const double t = std::tanh(dot * scale / options.softcap);
+            ds *= 1 - t * t;
+          }
+          for (Index d = 0; d < head_dim; ++d) {
+            g.grad_q(b, i, h, d) += ds * k(b, j, h / group, d);
+            g.grad_k(b, j, h / group, d) += ds * q(b, i, h, d);
+          }
+          for (Index d = 0; d < value_dim; ++d)
+            g.grad_v(b, j, h / group, d) += weight / sum * grad_out(b, i, h, d);
+        }
+      }
+  return g;
 }
 
 }  // namespace reference

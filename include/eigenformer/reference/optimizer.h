@@ -24,12 +24,11 @@ inline void adamw_step(OptimizedVector& x, const std::vector<double>& gradient,
                        const AdamWOptions& o) {
   ++x.steps;
   for (std::size_t i = 0; i < x.value.size(); ++i) {
-    x.value[i] -= o.learning_rate * o.weight_decay * x.value[i];
     x.first[i] = o.beta1 * x.first[i] + (1 - o.beta1) * gradient[i];
     x.second[i] = o.beta2 * x.second[i] + (1 - o.beta2) * gradient[i] * gradient[i];
     const double m = x.first[i] / (1 - std::pow(o.beta1, x.steps)),
                  v = x.second[i] / (1 - std::pow(o.beta2, x.steps));
-    x.value[i] -= o.learning_rate * m / (std::sqrt(v) + o.epsilon);
+    x.value[i] -= o.learning_rate * (m / (std::sqrt(v) + o.epsilon) + o.weight_decay * x.value[i]);
   }
 }
 

@@ -57,7 +57,7 @@ inline void apply_stage(std::vector<Candidate>& tokens, SamplingStage stage,
   });
   std::size_t keep = tokens.size();
   if (stage == SamplingStage::temperature && p.temperature == 0) keep = 1;
-  if (stage == SamplingStage::top_k && p.top_k < static_cast<Index>(keep)) {
+  if (stage == SamplingStage::top_k && p.top_k > 0 && p.top_k < static_cast<Index>(keep)) {
     keep = static_cast<std::size_t>(p.top_k);
     while (p.top_k_ties == TopKTies::keep_all && keep < tokens.size() &&
            tokens[keep].logit == tokens[keep - 1].logit)
@@ -90,24 +90,46 @@ inline void adjust_logits(std::vector<double>& x, SamplingStage stage, const Sam
       x[static_cast<std::size_t>(bias.token)] += static_cast<double>(bias.bias);
 }
 
-/// The distribution of every row, (batch, vocab), of logits that have a token to draw.
+/// The tokens that may be drawn in a row, of logits that have a token to draw.
+template <typename Logits>
+std::vector<Candidate> candidates(const Logits& logits, Index r, const SamplingParams& params) {
+  std::vector<double> x;
+  for (Index v = 0; v < logits.dimension(1); ++v) x.push_back(static_cast<double>(logits(r, v)));
+  for (std::size_t i = 0; i < 3; ++i) adjust_logits(x, params.order[i], params);
+  std::vector<Candidate> tokens;
+  for (Index v = 0; v < logits.dimension(1); ++v)
+    if (x[static_cast<std::size_t>(v)] > -std::numeric_limits<double>::infinity())
+      tokens.push_back({x[static_cast<std::size_t>(v)], 0, v});
+  renormalize(tokens);
+  for (std::size_t i = 3; i < params.order.size(); ++i)
+    apply_stage(tokens, params.order[i], params);
+  return tokens;
+}
+
+/// The distribution of every row, (batch, vocab).
 template <typename Logits>
 Tensor<double, 2> sampling_probabilities(const Logits& logits, const SamplingParams& params) {
-  const Index batch = logits.dimension(0), vocab = logits.dimension(1);
-  Tensor<double, 2> result(batch, vocab);
+  Tensor<double, 2> result(logits.dimension(0), logits.dimension(1));
   result.setZero();
-  for (Index r = 0; r < batch; ++r) {
-    std::vector<double> x;
-    for (Index v = 0; v < vocab; ++v) x.push_back(static_cast<double>(logits(r, v)));
-    for (std::size_t i = 0; i < 3; ++i) adjust_logits(x, params.order[i], params);
-    std::vector<Candidate> tokens;
-    for (Index v = 0; v < vocab; ++v)
-      if (x[static_cast<std::size_t>(v)] > -std::numeric_limits<double>::infinity())
-        tokens.push_back({x[static_cast<std::size_t>(v)], 0, v});
-    renormalize(tokens);
-    for (std::size_t i = 3; i < params.order.size(); ++i)
-      apply_stage(tokens, params.order[i], params);
-    for (const Candidate& c : tokens) result(r, c.token) = c.probability;
+  for (Index r = 0; r < logits.dimension(0); ++r)
+    for (const Candidate& c : candidates(logits, r, params)) result(r, c.token) = c.probability;
+  return result;
+}
+
+/// Its logarithm, (batch, vocab): -infinity where nothing is drawn.
+template <typename Logits>
+Tensor<double, 2> sampling_log_probabilities(const Logits& logits, const SamplingParams& params) {
+  Tensor<double, 2> result(logits.dimension(0), logits.dimension(1));
+  result.setConstant(-std::numeric_limits<double>::infinity());
+  for (Index r = 0; r < logits.dimension(0); ++r) {
+    const std::vector<Candidate> tokens = candidates(logits, r, params);
+    std::size_t best = 0;  // its logit is 0
+    for (std::size_t i = 1; i < tokens.size(); ++i)
+      if (tokens[i].logit > tokens[best].logit) best = i;
+    double others = 0;
+    for (std::size_t i = 0; i < tokens.size(); ++i)
+      others += i == best ? 0.0 : std::exp(tokens[i].logit);
+    for (const Candidate& c : tokens) result(r, c.token) = c.logit - std::log1p(others);
   }
   return result;
 }
@@ -122,6 +144,41 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
       if (logits(r, v) > logits(r, ids(r))) ids(r) = static_cast<std::int32_t>(v);
   }
   return ids;
+}
+
+/// The tokens of one row of verify_speculative, of distributions that are all good. A generator of
+/// the row's own draws at row 0. q (drafts, vocab), p (drafts + 1, vocab).
+inline std::vector<std::int32_t> verified_tokens(const std::vector<std::int32_t>& drafts,
+                                                 const Tensor<double, 2>& q,
+                                                 const Tensor<double, 2>& p, const Philox& rng,
+                                                 std::uint32_t row) {
+  const Index vocab = p.dimension(1);
+  std::vector<std::int32_t> tokens;
+  std::vector<double> weights(static_cast<std::size_t>(vocab));
+  for (std::uint32_t i = 0; i <= drafts.size(); ++i) {
+    const bool bonus = i == drafts.size();
+    if (!bonus &&
+        rng.uniform(row, i, Philox::Purpose::acceptance) * q(i, drafts[i]) < p(i, drafts[i])) {
+      tokens.push_back(drafts[i]);
+      continue;
+    }
+    double total = 0;
+    for (Index v = 0; v < vocab; ++v)
+      total += weights[static_cast<std::size_t>(v)] =
+          bonus ? p(i, v) : (std::max)(0.0, p(i, v) - q(i, v));
+    if (total == 0)
+      for (Index v = 0; v < vocab; ++v) total += weights[static_cast<std::size_t>(v)] = p(i, v);
+    const double target = rng.uniform(row, 0, Philox::Purpose::last_token) * total;
+    double sum = 0;
+    std::int32_t last = -1;
+    for (Index v = 0; v < vocab && sum <= target; ++v) {
+      sum += weights[static_cast<std::size_t>(v)];
+      if (weights[static_cast<std::size_t>(v)] > 0) last = static_cast<std::int32_t>(v);
+    }
+    tokens.push_back(last);
+    break;
+  }
+  return tokens;
 }
 
 }  // namespace reference

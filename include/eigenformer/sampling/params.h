@@ -12,6 +12,7 @@
 
 #include "../core/philox.h"
 #include "../core/tensor.h"
+#include "../core/values.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -64,8 +65,9 @@ struct LogitBias {
 };
 
 struct SamplingParams {
-  double temperature = 1;        ///< logits are divided by it; 0 is greedy
-  Index top_k = kKeepAllTokens;  ///< number of most likely tokens kept, 1 or more
+  double temperature = 1;  ///< logits are divided by it; 0 is greedy
+  Index top_k =
+      kKeepAllTokens;  ///< number of most likely tokens kept; 0, like vocab or more, keeps all
   double top_p =
       1;  ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
   double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
@@ -77,43 +79,60 @@ struct SamplingParams {
   double presence_penalty = 0;   ///< subtracted from tokens that occur in output_tokens
   SamplingOrder order = kHuggingFaceOrder;
   TopKTies top_k_ties = TopKTies::lowest_index;
-  std::span<const std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
-  std::span<const std::int32_t> output_tokens = {};  ///< tokens generated so far
-  std::span<const LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
+  // Lists may be containers with a name, which must live as long as the parameters are used, or
+  // braced lists and temporaries, which the parameters own (core/values.h).
+  Values<std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
+  Values<std::int32_t> output_tokens = {};  ///< tokens generated so far
+  Values<LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
   /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it; ceil(vocab / 32) words, or none: all
   /// allowed.
-  std::span<const std::uint32_t> token_mask = {};
+  Values<std::uint32_t> token_mask = {};
 };
 
-/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams, which it refers to. (A span would
-/// itself accept `{}` where the parameters of all rows are meant.)
+/// top_k as a number of tokens: 0 says all.
+constexpr Index kept_by_top_k(const SamplingParams& params) {
+  return params.top_k == 0 ? kKeepAllTokens : params.top_k;
+}
+
+/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams: of
+/// one with a name a view, of a temporary a copy. (A span would itself accept `{}` where the
+/// parameters of all rows are meant.)
 class RowSamplingParams {
  public:
-  template <typename Range>
-    requires std::is_convertible_v<const Range&, std::span<const SamplingParams>>
-  RowSamplingParams(const Range& rows) : rows_(rows) {}
-  const SamplingParams* data() const { return rows_.data(); }
-  Index size() const { return static_cast<Index>(rows_.size()); }
+  template <detail::ContiguousRange Range>
+    requires std::is_convertible_v<Range&, std::span<const SamplingParams>>
+  RowSamplingParams(Range&& rows) {
+    const std::span<const SamplingParams> given(rows);
+    if constexpr (detail::has_life_of_its_own<Range>)
+      view_ = given;
+    else
+      owned_.assign(given.begin(), given.end());
+  }
+  const SamplingParams* data() const { return owned_.empty() ? view_.data() : owned_.data(); }
+  Index size() const { return static_cast<Index>(owned_.empty() ? view_.size() : owned_.size()); }
 
  private:
-  std::span<const SamplingParams> rows_;
+  std::span<const SamplingParams> view_;
+  std::vector<SamplingParams> owned_;
 };
 
-/// How sampling a row ended.
+/// How a row ended. A row that is not ok harms no other.
 enum class SampleStatus : std::uint8_t {
   ok,
   nan,                ///< the row holds NaN
-  positive_infinity,  ///< the row holds +infinity
-  no_token            ///< every logit is -infinity, as given or after bias and mask
+  positive_infinity,  ///< the row holds +infinity, as given or after penalties and bias
+  no_token,  ///< every logit is -infinity, as given or after bias and mask; every probability is 0
+  negative   ///< the row holds a negative probability
 };
 
-/// The random numbers of a call: one generator for all rows (row r draws at row r of its counter), or one generator a row (each row
-/// draws at row 0 of its own, so that a request's draws follow it from batch to batch). Made implicitly from a Philox, a span,
-/// vector or array of them; it refers to them, and the call advances each by one.
+/// The random numbers of a call: one generator for all rows (row r draws at row r of its counter),
+/// or one generator a row (each row draws at row 0 of its own, so that a request's draws follow it
+/// from batch to batch). Made implicitly from a Philox, a span, vector or array of them; it refers
+/// to them (and owns a Philox that is a temporary), and the call advances each by one.
 class Generators {
  public:
   Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}
-  Generators(Philox&& shared) : Generators(shared) {}
+  Generators(Philox&& shared) : owned_(shared), data_(nullptr), size_(1), per_row_(false) {}
   Generators(std::span<Philox> one_a_row)
       : data_(one_a_row.data()), size_(static_cast<Index>(one_a_row.size())), per_row_(true) {}
   template <typename Range>
@@ -122,14 +141,16 @@ class Generators {
              !std::is_same_v<std::remove_cvref_t<Range>, std::span<Philox>>)
   Generators(Range& one_a_row) : Generators(std::span<Philox>(one_a_row)) {}
 
-  const Philox* data() const { return data_; }
+  const Philox* data() const { return data_ != nullptr || per_row_ ? data_ : &owned_; }
   Index size() const { return size_; }
   bool per_row() const { return per_row_; }
-  void advance() const {
-    for (Index i = 0; i < size_; ++i) data_[i].advance();
+  void advance() {
+    Philox* const first = data_ != nullptr || per_row_ ? data_ : &owned_;
+    for (Index i = 0; i < size_; ++i) first[i].advance();
   }
 
  private:
+  Philox owned_;
   Philox* data_;
   Index size_;
   bool per_row_;

@@ -22,9 +22,21 @@
 /// of them back, waits at its rank and computes its text again later. A request that could never fit alone is refused by submit. So
 /// the best-ranked request always progresses, and with c = min(token_budget, prefill_chunk), a request gets its first token within
 ///
-///   ceil(prompt / c) + sum over the better-ranked unfinished requests i of (ceil(limit_i / c) + limit_i - length_i)   steps,
+///   ceil((prompt - prefix) / c) + sum over the better-ranked unfinished requests i of
+///                                 (ceil((limit_i - prefix_i) / c) + limit_i - length_i)   steps,
 ///
-/// limit_i the longest its text may grow: first_token_bound(ticket). Better-ranked requests submitted later add theirs.
+/// limit_i the longest its text may grow, prefix what is shared: first_token_bound(ticket). Better-ranked requests submitted later
+/// add theirs.
+///
+/// Shared prefix. Many requests begin with one system prompt, whose keys and values a sequence of the cache holds already. Submit
+/// them with `shared_prefix` tokens: their rows begin at that position, and pages that the prefix fills are not counted for them.
+/// Where a row's position is shared_prefix and the cache holds nothing for it, fork the prefix's sequence at that length. The
+/// prefix's own pages are the caller's: leave them out of page_count.
+///
+/// Speculative decoding. Where a row wants a token, plan.drafts says how many positions behind its tokens have a page and a share of
+/// the token budget: so many draft tokens of it may be verified in the same step (verify_speculative). complete() then takes the
+/// accepted tokens and the one behind them, in order; truncate the cache to the accepted ones. More tokens than plan.drafts + 1 are
+/// taken too: those that the cache does not hold are computed by the next steps, like a prompt.
 ///
 /// Every member may be called from any thread, cancel above all; one thread steps. Submitting, cancelling and planning cost O(log
 /// n) for each request touched.
@@ -52,7 +64,7 @@ using RequestTicket = std::int64_t;
 struct StepSchedulerOptions {
   Index max_batch_size = 8;     ///< requests running at once
   Index max_seq_length = 2048;  ///< longest text, prompt included
-  Index token_budget = 512;     ///< tokens a step computes at most
+  Index token_budget = 512;     ///< tokens a step computes at most, room for drafts included
   Index prefill_chunk = 0;  ///< tokens of one request a step computes at most; 0 means token_budget
   Index page_size = 0;      ///< positions in a page; 0 means that pages are not counted
   Index page_count = 0;
@@ -61,6 +73,8 @@ struct StepSchedulerOptions {
 struct SubmitOptions {
   int priority = 0;          ///< higher goes first
   Index max_new_tokens = 0;  ///< 0 means up to max_seq_length
+  Index shared_prefix = 0;   ///< first tokens of the prompt that the cache holds for all
+  Index draft_tokens = 0;    ///< draft tokens that a step may verify at most
 };
 
 /// One step, ragged: row i computes tokens [offsets[i], offsets[i + 1]) of requests[i] at positions[i] onwards. Offsets are those
@@ -69,15 +83,16 @@ struct StepPlan {
   /// Preempted, finished or cancelled since the last plan: free what the cache holds for them first. After a discarded step a name
   /// may come for which it holds nothing.
   std::vector<RequestTicket> released;
-  std::vector<RequestTicket> requests;  ///< in order of rank; position 0 begins a sequence
+  std::vector<RequestTicket> requests;  ///< in order of rank; position shared_prefix (0) begins one
   std::vector<Index> offsets;           ///< (rows + 1)
   std::vector<Index> positions;         ///< (rows) of the row's first token
   std::vector<std::int32_t> tokens;     ///< (offsets.back())
   std::vector<std::uint8_t>
       wants_token;  ///< (rows) 1 where the row ends its text, so that the next token is to be sampled
+  std::vector<Index> drafts;  ///< (rows) draft tokens for which there is room behind the row's own
 };
 
-/// What was sampled for a row.
+/// What was sampled for a row; several for one row stand in the order of the text.
 struct StepToken {
   RequestTicket request = -1;
   std::int32_t token = 0;
@@ -94,9 +109,9 @@ struct FinishedRequest {
 
 struct StepSchedulerStatistics {
   Index waiting = 0, running = 0;
-  Index pages_used = 0, pages_peak = 0;
+  Index pages_used = 0, pages_peak = 0;  ///< now, and the most that were ever held
   std::int64_t submitted = 0, finished = 0, cancelled = 0, preempted = 0;
-  std::int64_t steps = 0, tokens_computed = 0;
+  std::int64_t steps = 0, tokens_computed = 0;  ///< rejected drafts and cancelled rows left out
   std::int64_t tokens_discarded =
       0;  ///< computed, then given up by preemption: the price of recomputation
 };
@@ -115,26 +130,37 @@ class StepScheduler {
     chunk_ = o.prefill_chunk == 0 ? o.token_budget : (std::min)(o.prefill_chunk, o.token_budget);
   }
 
-  /// Queues a request. Throws std::invalid_argument for an empty prompt, one of max_seq_length tokens or more, or a negative
-  /// max_new_tokens; std::length_error where its longest text needs more pages than there are.
+  /// Queues a request. Throws std::invalid_argument for an empty prompt, one of max_seq_length tokens or more, a negative
+  /// max_new_tokens or draft_tokens, or a shared_prefix that is negative or leaves no token of the prompt; std::length_error where
+  /// its longest text needs more pages than there are.
   RequestTicket submit(std::span<const std::int32_t> prompt, const SubmitOptions& options = {}) {
-    const Index length = static_cast<Index>(prompt.size()), room = options_.max_seq_length - length;
-    require_that(length > 0, kName, "the prompt is empty");
-    require_that(room > 0, kName, "the prompt has ", length, " tokens, max_seq_length is ",
-                 options_.max_seq_length);
+    require_that(!prompt.empty(), kName, "the prompt is empty");
+    require_that(std::cmp_less(prompt.size(), options_.max_seq_length), kName, "the prompt has ",
+                 prompt.size(), " tokens, max_seq_length is ", options_.max_seq_length);
     require_that(options.max_new_tokens >= 0, kName, "max_new_tokens is ", options.max_new_tokens,
                  ", expected 0 (no limit) or more");
+    require_that(options.draft_tokens >= 0, kName, "draft_tokens is ", options.draft_tokens,
+                 ", expected 0 or more");
+    const Index length = static_cast<Index>(prompt.size()), room = options_.max_seq_length - length,
+                prefix = options.shared_prefix;
+    require_that(prefix >= 0 && prefix < length, kName, "shared_prefix is ", prefix,
+                 ", expected 0 to ", length - 1, ": the prompt has ", length, " tokens");
     const Index limit =
         length + (options.max_new_tokens == 0 ? room : (std::min)(room, options.max_new_tokens));
     // The last token of a text is never computed, so it takes no room.
-    require_capacity(pages_for(limit - 1) <= options_.page_count || options_.page_size == 0, kName,
-                     "a text of ", limit, " tokens needs ", pages_for(limit - 1),
-                     " pages, there are ", options_.page_count);
+    const Index pages = pages_for(limit - 1, prefix);
+    require_capacity(pages <= options_.page_count || options_.page_size == 0, kName, "a text of ",
+                     limit, " tokens needs ", pages, " pages, there are ", options_.page_count);
     const std::lock_guard lock(mutex_);
     const Rank rank{-static_cast<std::int64_t>(options.priority), next_ticket_};
     std::set<Rank> queued{rank};
-    requests_.try_emplace(next_ticket_,
-                          Request{rank, {prompt.begin(), prompt.end()}, length, limit});
+    requests_.try_emplace(next_ticket_, Request{rank,
+                                                {prompt.begin(), prompt.end()},
+                                                length,
+                                                limit,
+                                                prefix,
+                                                options.draft_tokens,
+                                                prefix});
     waiting_.merge(queued);
     ++statistics_.submitted;
     return next_ticket_++;
@@ -149,6 +175,8 @@ class StepScheduler {
     const Rank rank = found->second.rank;
     if (running_.count(rank) > 0) {
       released_.push_back(ticket);
+      // next_step has left room for every running request.
+      if (found->second.wants_token()) excused_.push_back(ticket);
       give_back_pages(found->second);
       running_.erase(rank);
     } else {
@@ -167,14 +195,17 @@ class StepScheduler {
     released_.reserve(released_.size() + running_.size());
     decide();
     write_plan(plan);
+    excused_.clear();
+    excused_.reserve(running_.size());
     plan.released.swap(released_);
     released_.clear();
     under_way_ = !plan.requests.empty();
     return under_way_;
   }
 
-  /// Takes the tokens of the step under way: exactly one for each row that wanted one, in any order; those of requests cancelled
-  /// meanwhile may be there or not. Throws std::invalid_argument with nothing changed.
+  /// Takes the tokens of the step under way: at least one for each row that wanted one, rows in any order, tokens of a row in the
+  /// order of its text; those of requests cancelled meanwhile may be there or not. Throws std::invalid_argument with nothing
+  /// changed: no token for a row that wanted one, one for another request, one behind a last token.
   void complete(std::span<const StepToken> sampled) {
     const std::lock_guard lock(mutex_);
     require_that(under_way_, kName, "complete without a step under way");
@@ -217,16 +248,22 @@ class StepScheduler {
     return result;
   }
 
-  /// Steps within which a request that has no token yet gets one, counted from now, were nobody better ranked submitted.
+  /// Steps within which a request that has no token yet gets one, counted from the next plan, were nobody better ranked submitted.
+  /// The largest Index stands for all bounds above it: a request without a limit under a max_seq_length that is none.
   /// O(requests). Throws std::out_of_range.
   Index first_token_bound(RequestTicket ticket) const {
     const std::lock_guard lock(mutex_);
     const auto found = requests_.find(ticket);
     require_known(found != requests_.end(), kName, "no request ", ticket);
-    Index steps = ceil_divide(found->second.prompt_length, chunk_);
+    constexpr Index largest = (std::numeric_limits<Index>::max)();
+    Index steps = 0;
+    const auto add = [&](Index more) { steps = more > largest - steps ? largest : steps + more; };
+    add(ceil_divide(found->second.prompt_length - found->second.prefix, chunk_));
     for (const auto& [other, request] : requests_)
-      if (request.rank < found->second.rank)
-        steps += ceil_divide(request.limit, chunk_) + request.limit - request.length();
+      if (request.rank < found->second.rank) {
+        add(ceil_divide(request.limit - request.prefix, chunk_));
+        add(request.limit - request.length());
+      }
     return steps;
   }
 
@@ -250,9 +287,12 @@ class StepScheduler {
   struct Request {
     Rank rank;
     std::vector<std::int32_t> tokens;
-    Index prompt_length, limit;
-    Index computed = 0, planned = 0, pages = 0;
-    std::int64_t answered = -1;  // step whose token came
+    Index prompt_length, limit, prefix, draft_tokens;
+    Index computed;  // prefix included
+    Index planned = 0, drafts = 0, pages = 0;
+    std::int64_t answered = 0;  // check that met its tokens last, and what it met
+    Index answers = 0;
+    bool answered_finally = false;
     FinishReason reason = FinishReason::told;
 
     Index length() const { return static_cast<Index>(tokens.size()); }
@@ -260,8 +300,13 @@ class StepScheduler {
   };
 
   static Index ceil_divide(Index a, Index b) { return a / b + (a % b != 0 ? 1 : 0); }
-  Index pages_for(Index length) const {
-    return options_.page_size == 0 ? 0 : ceil_divide(length, options_.page_size);
+  /// Pages of its own that a text needs: those that its shared prefix fills are another's.
+  Index pages_for(Index length, Index prefix) const {
+    const Index size = options_.page_size;
+    return size == 0 ? 0 : ceil_divide(length, size) - prefix / size;
+  }
+  Index pages_for(const Request& request, Index length) const {
+    return pages_for(length, request.prefix);
   }
   Index pages_free() const { return options_.page_count - pages_used_; }
   Request& request_of(const Rank& rank) { return requests_.find(rank.ticket)->second; }
@@ -277,9 +322,10 @@ class StepScheduler {
   void preempt_worst() {
     const auto worst = std::prev(running_.end());
     Request& request = request_of(*worst);
-    statistics_.tokens_discarded += request.computed;
+    statistics_.tokens_discarded += request.computed - request.prefix;
     ++statistics_.preempted;
-    request.computed = request.planned = 0;
+    request.computed = request.prefix;
+    request.planned = request.drafts = 0;
     give_back_pages(request);
     released_.push_back(request.rank.ticket);
     waiting_.insert(running_.extract(worst));
@@ -287,7 +333,7 @@ class StepScheduler {
 
   /// Walks running and waiting requests in order of rank and sets `planned`. Preempts only requests that come later in the walk.
   void decide() {
-    for (const Rank& rank : running_) request_of(rank).planned = 0;
+    for (const Rank& rank : running_) request_of(rank).planned = request_of(rank).drafts = 0;
     Index budget = options_.token_budget;
     bool admitting = true;
     auto next = running_.begin();
@@ -305,21 +351,34 @@ class StepScheduler {
       const Rank rank = *next;
       Request& request = request_of(rank);
       const Index count = (std::min)({request.length() - request.computed, budget, chunk_});
-      const Index needed = (std::max)(request.pages, pages_for(request.computed + count));
+      const Index needed = (std::max)(request.pages, pages_for(request, request.computed + count));
       while (running_.count(rank) > 0 && needed - request.pages > pages_free()) preempt_worst();
       if (running_.count(rank) == 0) return;  // it was the worst itself: nobody is left behind it
       hold_pages(request, needed);
       request.planned = count;
       budget -= count;
+      if (request.wants_token()) budget -= plan_drafts(request, budget);
       next = running_.upper_bound(rank);
     }
+  }
+
+  /// Gives a row that ends its text room for drafts, out of what budget and pages are left: nobody is preempted for a guess.
+  Index plan_drafts(Request& request, Index budget) {
+    const Index length = request.length();
+    Index drafts = (std::min)({request.draft_tokens, budget, request.limit - length - 1});
+    if (pages_for(request, length + drafts) > request.pages + pages_free())
+      drafts = (request.pages + pages_free() + request.prefix / options_.page_size) *
+                   options_.page_size -
+               length;
+    hold_pages(request, (std::max)(request.pages, pages_for(request, length + drafts)));
+    return request.drafts = drafts;
   }
 
   /// Moves the best waiting request to the running ones, in place of worse-ranked ones where it must; end() where it does not fit.
   std::set<Rank>::iterator admit_first() {
     const auto first = waiting_.begin();
     Request& request = request_of(*first);
-    const Index needed = pages_for(request.length());
+    const Index needed = pages_for(request, request.length());
     const auto fits = [&](Index running, Index free) {
       return running < options_.max_batch_size && needed <= free;
     };
@@ -341,6 +400,7 @@ class StepScheduler {
     plan.positions.clear();
     plan.tokens.clear();
     plan.wants_token.clear();
+    plan.drafts.clear();
     for (const Rank& rank : running_) {
       const Request& request = request_of(rank);
       if (request.planned == 0) continue;
@@ -350,6 +410,7 @@ class StepScheduler {
       plan.tokens.insert(plan.tokens.end(), first, first + request.planned);
       plan.offsets.push_back(static_cast<Index>(plan.tokens.size()));
       plan.wants_token.push_back(request.wants_token() ? 1 : 0);
+      plan.drafts.push_back(request.drafts);
     }
   }
 
@@ -361,28 +422,42 @@ class StepScheduler {
     for (const StepToken& result : sampled) {
       const auto found = requests_.find(result.request);
       if (found == requests_.end()) {
-        require_that(result.request >= 0 && result.request < next_ticket_ &&
-                         finished_.count(result.request) == 0,
+        require_that(std::find(excused_.begin(), excused_.end(), result.request) != excused_.end(),
                      kName, "a token came for request ", result.request, ", which is not running");
         continue;  // cancelled
       }
       Request& request = found->second;
       require_that(request.wants_token(), kName, "a token came for request ", result.request,
                    ", which wanted none");
-      require_that(std::exchange(request.answered, checks_) != checks_, kName,
-                   "two tokens came for request ", result.request);
-      if (request.tokens.size() == request.tokens.capacity())
-        request.tokens.reserve(request.tokens.size() * 2);
-      ++live;
+      if (std::exchange(request.answered, checks_) != checks_) {
+        request.answers = 0;
+        request.answered_finally = false;
+        ++live;
+      }
+      require_that(!request.answered_finally, kName, "a token came behind the last one of request ",
+                   result.request);
+      ++request.answers;
+      request.answered_finally =
+          result.is_finished || request.length() + request.answers == request.limit;
+      const auto length = request.tokens.size() + static_cast<std::size_t>(request.answers);
+      if (length > request.tokens.capacity())
+        request.tokens.reserve((std::max)(length, request.tokens.size() * 2));
     }
-    require_that(live == wanted, kName, live, " tokens came, ", wanted, " were wanted");
-    released_.reserve(released_.size() + sampled.size());
+    require_that(live == wanted, kName, "tokens came for ", live, " requests, ", wanted,
+                 " wanted one");
+    released_.reserve(released_.size() + live);
   }
 
   void take(const StepToken& result) {
     const auto found = requests_.find(result.request);
     if (found == requests_.end()) return;  // cancelled
     Request& request = found->second;
+    if (request.computed < request.length() && request.drafts > 0) {
+      // A token follows, so the last one was a draft, and the step has computed it.
+      ++request.computed;
+      --request.drafts;
+      ++statistics_.tokens_computed;
+    }
     request.tokens.push_back(result.token);
     if (!result.is_finished && request.length() < request.limit) return;
     request.reason = result.is_finished ? FinishReason::told : FinishReason::length;
@@ -401,6 +476,7 @@ class StepScheduler {
   std::set<Rank> waiting_,
       running_;  // nodes move from one to the other, which neither allocates nor throws
   std::vector<RequestTicket> released_;
+  std::vector<RequestTicket> excused_;  // wanted a token of the step under way and were cancelled
   bool under_way_ = false;
   Index pages_used_ = 0;
   RequestTicket next_ticket_ = 0;

@@ -93,9 +93,16 @@ struct vec<float, isa::avx2> {
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
   EIGENFORMER_INLINE void store_streaming(std::int8_t* p) const {
+#if defined(__x86_64__) || defined(_M_X64)
     alignas(8) long long bytes;
     store(reinterpret_cast<std::int8_t*>(&bytes));
     _mm_stream_si64(reinterpret_cast<long long*>(p), bytes);
+#else  // 32 bits have no such instruction
+    alignas(8) int halves[2];
+    store(reinterpret_cast<std::int8_t*>(halves));
+    _mm_stream_si32(reinterpret_cast<int*>(p), halves[0]);
+    _mm_stream_si32(reinterpret_cast<int*>(p) + 1, halves[1]);
+#endif
   }
   static EIGENFORMER_INLINE void fence_streaming() { _mm_sfence(); }
 

@@ -2,7 +2,7 @@
 /// What kernels include: the vectors of every ISA this translation unit may use, `Vec<T, Isa>` that picks one by tag, and exp.
 #pragma once
 
-#include "../isa.h"
+#include "../../core/compiler.h"
 #include "generic.h"
 #if defined(EIGENFORMER_ISA_AVX2)
 #include "avx2.h"
@@ -18,12 +18,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace simd {
 
-/// Fetches the line at an address into L2 (L1 where Level is 3). An address is a number here, because a fetch past the end of an
-/// array is harmless and a pointer there is not.
-template <int Level = 2>
-EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
-  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
-}
+using eigenformer::detail::prefetch;
 /// The line `bytes` after p.
 template <int Level = 2, typename T>
 EIGENFORMER_INLINE void prefetch_after(const T* p, Index bytes) {

@@ -15,6 +15,11 @@
 /// Architectures Software Developer's Manual, volume 1, chapter 18.
 #pragma once
 
+#if !defined(__GNUC__) && !defined(__clang__)
+#error \
+    "eigenformer: the AMX kernels are inline assembly of g++ and clang: build with one of them, or without AMX"
+#endif
+
 #include "avx512.h"
 #include "product.h"
 

@@ -40,8 +40,8 @@ namespace tile {
 /// registers.
 template <int N, typename F>
 EIGENFORMER_INLINE void unroll(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    (f(std::integral_constant<int, I>{}), ...);
+  [&]<int... Is>(std::integer_sequence<int, Is...>) {
+    (f(std::integral_constant<int, Is>{}), ...);
   }(std::make_integer_sequence<int, N>{});
 }
 

@@ -1,0 +1,85 @@
+/// \file
+/// What differs by compiler (g++, clang, MSVC, nvcc), and the one place where compilers are told apart, but for the assembly of the
+/// tiles, which stands with the instructions it names. What the ISA decides is in cpu/isa.h.
+#pragma once
+
+#include <concepts>
+#include <cstdint>
+#include <limits>
+
+#include "../cpu/isa.h"
+#if defined(_MSC_VER)
+#include <intrin.h>
+#endif
+
+/// Kernels are split into small functions that must not cost a call in the inner loop.
+#if defined(__GNUC__) || defined(__clang__)
+#define EIGENFORMER_INLINE inline __attribute__((always_inline))
+#elif defined(_MSC_VER)
+#define EIGENFORMER_INLINE __forceinline
+#else
+#define EIGENFORMER_INLINE inline
+#endif
+
+#if defined(__CUDACC__)
+#define EIGENFORMER_HOST_DEVICE __host__ __device__
+#else
+#define EIGENFORMER_HOST_DEVICE
+#endif
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+/// result = a + b, where that fits an Integer; else false, and result stays what it was.
+template <std::integral Integer>
+constexpr bool add_fits(Integer a, Integer b, Integer& result) {
+  using Limits = std::numeric_limits<Integer>;
+  if (b > 0 ? a > (Limits::max)() - b : a < (Limits::min)() - b) return false;
+  result = static_cast<Integer>(a + b);
+  return true;
+}
+
+/// result = a * b, where that fits an Integer; else false, and result stays what it was.
+template <std::integral Integer>
+constexpr bool multiply_fits(Integer a, Integer b, Integer& result) {
+  constexpr Integer least = (std::numeric_limits<Integer>::min)(),
+                    greatest = (std::numeric_limits<Integer>::max)();
+  constexpr Integer minus_one =
+      static_cast<Integer>(Integer{0} - Integer{1});  // of an unsigned Integer the greatest
+  if (b > 0 && (a > greatest / b || a < least / b)) return false;
+  if (b < 0 && (b == minus_one ? a < -greatest : a < greatest / b || a > least / b)) return false;
+  result = static_cast<Integer>(a * b);
+  return true;
+}
+
+/// Gives the core's other hardware thread its turn, and leaves a spin loop without the penalty of a mispredicted exit.
+inline void pause_instruction() {
+#if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+  _mm_pause();
+#elif defined(_MSC_VER) && defined(_M_ARM64)
+  __yield();
+#elif defined(__x86_64__) || defined(__i386__)
+  __asm__ __volatile__("pause");
+#elif defined(__aarch64__)
+  __asm__ __volatile__("yield");
+#endif
+}
+
+/// Fetches the line at an address into L2 (L1 where Level is 3). An address is a number here, because a fetch past the end of an
+/// array is harmless and a pointer there is not.
+template <int Level = 2>
+EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
+  static_assert(Level == 2 || Level == 3);
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 0, Level);
+#elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+  _mm_prefetch(reinterpret_cast<const char*>(address), Level == 3 ? _MM_HINT_T0 : _MM_HINT_T1);
+#else
+  (void)address;
+#endif
+}
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,257 @@
+/// \file
+/// Part of sampling.h, which includes it: log-probabilities beside the draw, and of tokens that are
+/// given.
+#pragma once
+
+#include "../sampling.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+// ---- of drawn tokens ----------------------------------------------------------------------------
+
+struct LogProbabilityOptions {
+  Index best = 0;  ///< number of best tokens reported for a row; at most vocab are
+};
+
+/// What sample_with_log_probabilities returns. "Raw" is the log-softmax of the logits as given,
+/// before penalties, temperature and filters; "processed" the log of the probability drawn with,
+/// -infinity for a token filtered out. Right to a float's rounding, however unlikely or certain the
+/// token is.
+struct SamplesWithLogProbabilities {
+  Tensor<std::int32_t, 1> ids;                   ///< (batch)
+  Tensor<float, 1> log_probabilities;            ///< (batch) raw, of the drawn token
+  Tensor<float, 1> processed_log_probabilities;  ///< (batch) processed, of the drawn token
+  Tensor<std::int32_t, 1>
+      ranks;  ///< (batch) 1 + the number of tokens whose raw logit is larger than the drawn one's
+  Tensor<std::int32_t, 2>
+      best_ids;  ///< (batch, best) the tokens of largest raw logit, best first, equals by index
+  Tensor<float, 2> best_log_probabilities;            ///< (batch, best) raw
+  Tensor<float, 2> best_processed_log_probabilities;  ///< (batch, best) processed
+  std::vector<SampleStatus> statuses;  ///< (batch); where not ok, ids and ranks are -1, numbers NaN
+};
+
+namespace detail {
+
+template <CpuDevice D, typename Logits>
+void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
+                                        const Logits& logits, const SamplingParamsView& params,
+                                        Generators& rng, const LogProbabilityOptions& options,
+                                        Workspace& workspace) {
+  constexpr auto name = "sample_with_log_probabilities";
+  const auto view = input_view<2>(logits);
+  const Index batch = view.dimension(0);
+  require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
+  const Index best = (std::min)(options.best, static_cast<Index>(view.dimension(1)));
+  auto problem = sampling_problem(name, view, params, nullptr, nullptr);
+  set_generators(name, problem, rng);
+  result.ids.resize(batch);
+  result.log_probabilities.resize(batch);
+  result.processed_log_probabilities.resize(batch);
+  result.ranks.resize(batch);
+  result.best_ids.resize(batch, best);
+  result.best_log_probabilities.resize(batch, best);
+  result.best_processed_log_probabilities.resize(batch, best);
+  result.statuses.resize(static_cast<std::size_t>(batch));
+  problem.ids = result.ids.data();
+  problem.statuses = result.statuses.data();
+  const LogProbabilityOutputs outputs{result.log_probabilities.data(),
+                                      result.processed_log_probabilities.data(),
+                                      result.ranks.data(),
+                                      best,
+                                      result.best_ids.data(),
+                                      result.best_log_probabilities.data(),
+                                      result.best_processed_log_probabilities.data()};
+  cpu::sample_with_log_probabilities(isa::best{}, device, problem, outputs, workspace);
+  rng.advance();
+}
+
+template <CpuDevice D, typename Logits>
+SamplesWithLogProbabilities sample_with_log_probabilities(const D& device, const Logits& logits,
+                                                          const SamplingParamsView& params,
+                                                          Generators& rng,
+                                                          const LogProbabilityOptions& options) {
+  SamplesWithLogProbabilities result;
+  sample_with_log_probabilities_into(device, result, logits, params, rng, options,
+                                     thread_workspace());
+  return result;
+}
+
+}  // namespace detail
+
+/// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row
+/// gets id -1, NaN and its status in result.statuses, and the others are served. Throws
+/// std::invalid_argument for bad arguments. Costs one more read of the logits and one exponential a
+/// token.
+///
+///   auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
+///   if (drawn.statuses[r] == ef::SampleStatus::ok) text += drawn.ids(r);
+template <CpuDevice D, typename Logits>
+SamplesWithLogProbabilities sample_with_log_probabilities(
+    const D& device, const Logits& logits, const SamplingParams& params, Generators rng,
+    const LogProbabilityOptions& options = {}) {
+  return detail::sample_with_log_probabilities(device, logits, params, rng, options);
+}
+template <CpuDevice D, typename Logits>
+SamplesWithLogProbabilities sample_with_log_probabilities(
+    const D& device, const Logits& logits, const RowSamplingParams& params, Generators rng,
+    const LogProbabilityOptions& options = {}) {
+  return detail::sample_with_log_probabilities(device, logits, params, rng, options);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+SamplesWithLogProbabilities sample_with_log_probabilities(
+    const Logits& logits, const SamplingParams& params, Generators rng,
+    const LogProbabilityOptions& options = {}) {
+  return detail::sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng,
+                                               options);
+}
+template <typename Logits>
+  requires(!Device<Logits>)
+SamplesWithLogProbabilities sample_with_log_probabilities(
+    const Logits& logits, const RowSamplingParams& params, Generators rng,
+    const LogProbabilityOptions& options = {}) {
+  return detail::sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng,
+                                               options);
+}
+
+/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates
+/// nothing where they do not.
+template <CpuDevice D, typename Logits>
+void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
+                                        const Logits& logits, const SamplingParams& params,
+                                        Generators rng, const LogProbabilityOptions& options = {},
+                                        Workspace& workspace = thread_workspace()) {
+  detail::sample_with_log_probabilities_into(device, result, logits, params, rng, options,
+                                             workspace);
+}
+template <CpuDevice D, typename Logits>
+void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
+                                        const Logits& logits, const RowSamplingParams& params,
+                                        Generators rng, const LogProbabilityOptions& options = {},
+                                        Workspace& workspace = thread_workspace()) {
+  detail::sample_with_log_probabilities_into(device, result, logits, params, rng, options,
+                                             workspace);
+}
+
+// ---- of given tokens ----------------------------------------------------------------------------
+
+namespace detail {
+
+template <typename Tokens>
+std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& tokens, Index batch,
+                                           Index vocab) {
+  std::span<const std::int32_t> given;
+  if constexpr (std::is_convertible_v<const Tokens&, std::span<const std::int32_t>>) {
+    given = tokens;
+  } else {
+    static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
+                  "eigenformer: token ids are std::int32_t");
+    const auto view = input_view<1>(tokens);
+    given = {view.data(), static_cast<std::size_t>(view.size())};
+  }
+  require_that(static_cast<Index>(given.size()) == batch, name, "tokens has ", given.size(),
+               " elements, logits has ", batch, " rows");
+  for (std::size_t r = 0; r < given.size(); ++r)
+    require_that(given[r] >= -1 && given[r] < vocab, name, "tokens[", r, "] is ", given[r],
+                 ", expected a token in [0, ", vocab, "), or -1 for none");
+  return given;
+}
+
+template <CpuDevice D, typename Out, typename Logits, typename Tokens>
+void log_probabilities_of_into(const D& device, Out& out, const Logits& logits,
+                               const Tokens& tokens, const SamplingParamsView& params,
+                               std::span<SampleStatus> statuses, Workspace& workspace) {
+  constexpr auto name = "log_probabilities_of";
+  const auto view = input_view<2>(logits);
+  auto output = output_view<1>(out);
+  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
+  const Index batch = view.dimension(0);
+  require_that(output.dimension(0) == batch, name, "log_probabilities has ", output.dimension(0),
+               " elements, logits has ", batch, " rows");
+  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name,
+               "statuses has ", statuses.size(), " elements, logits has ", batch, " rows");
+  const auto problem =
+      sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
+  const auto given = given_tokens(name, tokens, batch, view.dimension(1));
+  cpu::log_probabilities_of(isa::best{}, device, problem, given.data(), output.data(), workspace);
+}
+
+template <CpuDevice D, typename Logits, typename Tokens>
+Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
+                                      const SamplingParamsView& params) {
+  const auto view = input_view<2>(logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<float, 1> result(view.dimension(0));
+  log_probabilities_of_into(device, result, view, tokens, params, statuses, thread_workspace());
+  require_good_rows("log_probabilities_of", statuses);
+  return result;
+}
+
+}  // namespace detail
+
+/// The log-probability of one given token for each row: of the next tokens of a prompt or an answer
+/// that is scored, of drafts that were verified.
+///
+///   log p(token) = (x_token - max x) - log(sum over v of exp(x_v - max x))   x: logits of the row
+///
+/// With parameters (one set, or one for each row) the log of the probability that sample draws the
+/// token with (sampling_probabilities), -infinity where it is filtered out; without, the
+/// log-softmax of the logits as given. Computed in double: right to a float's rounding, however
+/// unlikely or certain the token is.
+///
+///   logits   (batch, vocab)
+///   tokens   (batch) std::int32_t, a tensor, std::vector or std::span; -1, which stands where
+///            sample_into and verify_speculative have no token, gives 0 whatever the row holds
+///   result   (batch) float
+///
+///   auto scores = ef::log_probabilities_of(logits, next_tokens);           // raw
+///   auto scores = ef::log_probabilities_of(logits, tokens, params);        // processed
+///
+/// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and
+/// a status and serves the others. std::invalid_argument too for sizes that differ and tokens out
+/// of range. Costs two reads of the logits and one exponential a token.
+template <CpuDevice D, typename Logits, typename Tokens>
+Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
+                                      const SamplingParams& params = {}) {
+  return detail::log_probabilities_of(device, logits, tokens, params);
+}
+template <CpuDevice D, typename Logits, typename Tokens>
+Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
+                                      const RowSamplingParams& params) {
+  return detail::log_probabilities_of(device, logits, tokens, params);
+}
+template <typename Logits, typename Tokens>
+  requires(!Device<Logits>)
+Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens,
+                                      const SamplingParams& params = {}) {
+  return detail::log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
+}
+template <typename Logits, typename Tokens>
+  requires(!Device<Logits>)
+Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens,
+                                      const RowSamplingParams& params) {
+  return detail::log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
+}
+
+/// Writes into log_probabilities (batch) of float, NaN where a row is bad; `statuses`, where given,
+/// is (batch). Allocates nothing after the first call at a size.
+template <CpuDevice D, typename Out, typename Logits, typename Tokens>
+void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
+                               const Tokens& tokens, const SamplingParams& params = {},
+                               std::span<SampleStatus> statuses = {},
+                               Workspace& workspace = thread_workspace()) {
+  detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
+                                    workspace);
+}
+template <CpuDevice D, typename Out, typename Logits, typename Tokens>
+void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
+                               const Tokens& tokens, const RowSamplingParams& params,
+                               std::span<SampleStatus> statuses = {},
+                               Workspace& workspace = thread_workspace()) {
+  detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
+                                    workspace);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,130 @@
+// Forward attention at the edges of its numbers: averages of values near the largest, scores up to
+// a million, long sequences.
+#pragma once
+
+#include "attention_case.h"
+
+namespace eigenformer_test {
+
+/// Integer scores times `scale`, exact in every scalar: k is (0 to 10 eighths, noise, noise), q (1,
+/// 0, 0), so that keys tie and differ.
+template <typename T, typename Case>
+void set_exact_scores(Case& c) {
+  for (Index r = 0; r < c.q.size() / 3; ++r) {
+    c.q.data()[3 * r] = static_cast<T>(1.0f);
+    c.q.data()[3 * r + 1] = c.q.data()[3 * r + 2] = static_cast<T>(0.0f);
+  }
+  for (Index j = 0; j < c.k.size() / 3; ++j)
+    c.k.data()[3 * j] = static_cast<T>(static_cast<float>(j * 7 % 11) / 8);
+}
+
+template <typename T>
+class AttentionEdges : public ::testing::Test {};
+using EdgeScalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
+TYPED_TEST_SUITE(AttentionEdges, EdgeScalars);
+
+TYPED_TEST(AttentionEdges, ScoresOfAMillion) {
+  AttentionCase<TypeParam> c({1, 150, 150, 2, 1, 3, 8}, {150});
+  set_exact_scores<TypeParam>(c);
+  for (const float scale : {8e5f, -8e5f, 8e3f, 48.0f}) {
+    ef::Tensor<ef::compute_type<TypeParam>, 3> lse(1, 2, 150);
+    const ef::AttentionOptions options{.causal = true, .scale = scale, .log_sum_exp = lse};
+    const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, options);
+    const auto expected = c.reference(options);
+    EXPECT_TRUE(within(out, expected.output, tolerance<TypeParam>())) << scale;
+    for (Index i = 0; i < lse.size(); ++i) {
+      const double e = expected.log_sum_exp.data()[i];
+      ASSERT_NEAR(static_cast<double>(lse.data()[i]), e, 1e-6 * (1 + std::abs(e))) << scale;
+    }
+  }
+}
+
+/// Values of a size, some of them negative, in columns of their own; the last column is tiny.
+template <typename T>
+void set_large_values(AttentionCase<T>& c, T size) {
+  const Index width = c.shape.value_dim;
+  for (Index j = 0; j < c.v.size() / width; ++j) {
+    T* const v = c.v.data() + j * width;
+    for (Index d = 0; d < width; ++d) v[d] = d % 2 == 0 || j % 3 != 0 ? size : -size;
+    v[width - 1] = static_cast<T>(1e-30f);
+  }
+}
+
+TEST(AttentionValues, AverageOfTheLargestIsFinite) {
+  for (const Index length : {1, 2, 65, 200}) {
+    AttentionCase<float> c({1, length, length, 2, 1, 4, 21}, {length});
+    for (const float size : {3e38f, (std::numeric_limits<float>::max)()}) {
+      set_large_values(c, size);
+      for (const auto& named : option_sweep(2)) {
+        const auto expected = c.reference(named.options);
+        for_each_isa([&](auto isa) {
+          ef::Workspace workspace;
+          ef::Workspace::Frame frame(workspace);
+          auto problem = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths,
+                                                             named.options, frame);
+          auto out = poisoned_tensor<float, 4>({1, length, 2, 21});
+          problem.output = out.data();
+          ef::cpu::attention(isa, Eigen::DefaultDevice{}, problem, workspace);
+          ASSERT_TRUE(within(out, expected.output, tolerance<float>()))
+              << isa.name << " " << named.name << " " << length << " " << size;
+          for (Index i = 0; i < length; ++i)  // far below what the rest weighs in `within`
+            ASSERT_NEAR(out(0, i, 1, 20), expected.output(0, i, 1, 20), 1e-35);
+        });
+      }
+    }
+  }
+}
+
+TEST(AttentionValues, AverageOfTheLargestInOtherScalars) {
+  AttentionCase<double> wide({1, 200, 200, 2, 1, 4, 9}, {200});
+  set_large_values(wide, 1.7e308);
+  auto scaled = wide;
+  for (Index i = 0; i < scaled.v.size(); ++i) scaled.v.data()[i] *= 0x1p-600;
+  auto out = ef::batched_attention_with_padding(wide.q, wide.k, wide.v, wide.key_lengths);
+  for (Index i = 0; i < out.size(); ++i) out.data()[i] *= 0x1p-600;
+  EXPECT_TRUE(within(out, scaled.reference({}).output, tolerance<double>()));
+
+  AttentionCase<ef::bfloat16> narrow({1, 200, 200, 2, 1, 4, 9}, {200});
+  set_large_values(narrow, (std::numeric_limits<ef::bfloat16>::max)());
+  EXPECT_TRUE(
+      within(ef::batched_attention_with_padding(narrow.q, narrow.k, narrow.v, narrow.key_lengths),
+             narrow.reference({}).output, tolerance<ef::bfloat16>()));
+}
+
+TEST(AttentionValues, RowsBesideOneThatOverflowsKeepTheirBits) {
+  AttentionCase<float> c({1, 90, 90, 2, 1, 8, 5}, {90});
+  const auto before = ef::batched_attention_with_padding(c.q, c.k, c.v, {90}, {.causal = true});
+  for (Index j = 40; j < 90; ++j) c.v(0, j, 0, 2) = 3e38f;
+  const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, {90}, {.causal = true});
+  for (Index i = 0; i < 90; ++i)
+    for (Index h = 0; h < 2; ++h)
+      for (Index d = 0; d < 5; ++d) {
+        if (d != 2 || i < 40)
+          ASSERT_EQ(out(0, i, h, d), before(0, i, h, d)) << i << " " << d;
+        else
+          ASSERT_TRUE(out(0, i, h, d) > 0 && out(0, i, h, d) <= 3.0001e38f) << i;
+      }
+  c.v(0, 50, 0, 2) = std::numeric_limits<float>::infinity();  // seen, and told
+  c.v(0, 50, 0, 3) = std::numeric_limits<float>::quiet_NaN();
+  const auto told = ef::batched_attention_with_padding(c.q, c.k, c.v, {90}, {.causal = true});
+  EXPECT_EQ(told(0, 49, 0, 2), out(0, 49, 0, 2));
+  EXPECT_EQ(told(0, 50, 0, 2), std::numeric_limits<float>::infinity());
+  EXPECT_TRUE(std::isnan(told(0, 50, 0, 3)));
+  EXPECT_EQ(told(0, 50, 0, 1), out(0, 50, 0, 1));
+}
+
+TEST(AttentionValues, ScoresThatOverflowStayInTheirRow) {
+  AttentionCase<float> c({1, 6, 6, 1, 1, 4, 4}, {6});
+  const auto before = ef::batched_attention_with_padding(c.q, c.k, c.v, {6}, {.causal = true});
+  for (Index d = 0; d < 4; ++d) {
+    c.q(0, 2, 0, d) = 1e20f, c.k(0, 1, 0, d) = 1e20f;  // +infinity: the row is NaN
+    c.q(0, 4, 0, d) = -1e20f;                          // -infinity: a key without weight
+  }
+  for (Index i = 0; i < 6; ++i) c.q(0, i, 0, 0) = i == 2 ? 1e20f : i == 4 ? -1e20f : 0.0f;
+  const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, {6}, {.causal = true});
+  EXPECT_EQ(out(0, 0, 0, 1), before(0, 0, 0, 1));
+  EXPECT_TRUE(std::isnan(out(0, 2, 0, 1)));
+  EXPECT_TRUE(std::isfinite(out(0, 4, 0, 1)));
+}
+
+}  // namespace eigenformer_test

@@ -1,0 +1,2 @@
+#define EIGENFORMER_PART(name) new_##name
+#include "../part.inc"

@@ -1,0 +1,2 @@
+#define EIGENFORMER_PART(name) old_##name
+#include "../part.inc"
