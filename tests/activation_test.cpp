@@ -333,4 +333,39 @@ TEST(ActivationErrors, NameTheArgument) {
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
 }
 
+// grad_y * up passes the range of the type where the derivative brings it back, or takes it to 0.
+template <typename T>
+void check_huge_gradients(T huge) {
+  for (const float at : {-1000.0f, -80.0f, -20.0f, -1.0f, 0.0f, 3.0f}) {
+    ef::Tensor<T, 1> gate(9), up(9), grad_y(9), grad_gate(9), grad_up(9);
+    gate.setConstant(T(at));
+    up.setConstant(huge);
+    grad_y.setConstant(-huge);
+    ef::swiglu_backward_into(kHere, grad_gate, grad_up, grad_y, gate, up);
+    const long double x = at, s = 1 / (1 + std::exp(-x)), derivative = s * (1 + x * (1 - s)),
+                      expected = -static_cast<long double>(huge) * huge * derivative;
+    for (Index i = 0; i < 9; ++i) {
+      if (std::abs(expected) > static_cast<long double>((std::numeric_limits<T>::max)())) {
+        EXPECT_EQ(std::abs(grad_gate(i)), std::numeric_limits<T>::infinity()) << at;
+      } else if (std::abs(expected) < (std::numeric_limits<T>::min)()) {
+        EXPECT_EQ(grad_gate(i), T(0)) << at;
+      } else {
+        EXPECT_NEAR(static_cast<double>(grad_gate(i) / expected), 1, 1e-5) << at;
+      }
+    }
+    ef::geglu_backward_into(kHere, grad_gate, grad_up, grad_y, gate, up);
+    for (Index i = 0; i < 9; ++i) {
+      EXPECT_FALSE(std::isnan(grad_gate(i))) << at;
+      if (at <= -80) {
+        EXPECT_EQ(grad_gate(i), T(0)) << at;
+      }
+    }
+  }
+}
+
+TEST(GatedGradients, WhoseProductsOverflow) {
+  check_huge_gradients(1e20f);
+  check_huge_gradients(1e38f);
+}
+
 }  // namespace

@@ -168,7 +168,7 @@ TEST(ThreadCommunicator, RefusesEmptyWorlds) {
   for (int ranks : {0, -1, -100})
     expect_throws<std::invalid_argument>(
         [&] { ef::ThreadCommunicator::run(ranks, [](auto&) { FAIL(); }); },
-        {"ThreadCommunicator", "world_size is " + std::to_string(ranks), "1 or more"});
+        {"ThreadCommunicator", "world_size is " + std::to_string(ranks), "1 to 65536"});
 }
 
 TEST(ThreadCommunicator, SeveralGroupsAtOnce) {

@@ -156,4 +156,27 @@ TEST(EmbeddingErrors, NameThePositionTheIdAndTheVocabulary) {
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
 }
 
+TEST(EmbeddingIds, ComeInVectorsAndSpans) {
+  const auto table = random_tensor<float, 2>({9, 5}, 40);
+  const std::vector<std::int32_t> ids{3, 8, 3};
+  ef::Tensor<std::int32_t, 1> tensor(3);
+  tensor.setValues({3, 8, 3});
+  const ef::Tensor<float, 2> y = ef::embedding(tensor, table);
+  EXPECT_TRUE(same_bits(ef::embedding(ids, table), y));
+  EXPECT_TRUE(same_bits(ef::embedding(std::span<const std::int32_t>(ids), table), y));
+  EXPECT_TRUE(same_bits(ef::embedding(kHere, std::vector<std::int64_t>{3, 8, 3}, table), y));
+  ef::Tensor<float, 2> into(3, 5), gradient(9, 5), other(9, 5);
+  ef::embedding_into(kHere, into, ids, table);
+  EXPECT_TRUE(same_bits(into, y));
+  gradient.setZero(), other.setZero();
+  ef::embedding_backward_into(kHere, gradient, y, ids);
+  ef::embedding_backward_into(kHere, other, y, tensor);
+  EXPECT_TRUE(same_bits(gradient, other));
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::embedding(std::vector<int>{1, 9}, table);
+      },
+      {"id 9 at position 1"});
+}
+
 }  // namespace

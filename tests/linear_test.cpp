@@ -78,6 +78,33 @@ TYPED_TEST(Linear, EqualsItsDefinitionAtEveryTail) {
     }
 }
 
+// Blocks of k are 256, 512 or 1024 steps of 1, 2 or 4 inputs: sizes around each, whose last block
+// is one element.
+TYPED_TEST(Linear, EqualsItsDefinitionAroundEveryBlock) {
+  using X = typename TypeParam::Activation;
+  using W = typename TypeParam::Weight;
+  constexpr double allowed = std::max(tolerance<X>(), std::is_same_v<X, ef::bfloat16> ? 1e-2 : 0.0);
+  for (Index block : {32, 128, 256, 512, 1024, 2048, 4096})
+    for (Index in : {block - 1, block, block + 1, block + 2})
+      for (Index tokens : {1, 13}) {
+        constexpr Index out = 9;
+        auto x = random_tensor<X, 2>({tokens, in}, 71);
+        auto weight = random_tensor<W, 2>({out, in}, 72);
+        // The last input outweighs the others together: without it nothing is right.
+        for (Index t = 0; t < tokens; ++t) x(t, in - 1) = X(8);
+        for (Index o = 0; o < out; ++o) weight(o, in - 1) = W(static_cast<float>(8 + o));
+        const auto expected = ef::reference::linear(to_double(x), to_double(weight));
+        for_each_isa([&](auto isa) {
+          ASSERT_LE(relative_error(run(isa, x, weight, out), expected), allowed)
+              << isa.name << " " << tokens << " x " << in;
+          ASSERT_LE(
+              relative_error(run(isa, x, packed_for<Packing<X, W>>(isa, weight), out), expected),
+              allowed)
+              << isa.name << " packed " << tokens << " x " << in;
+        });
+      }
+}
+
 template <typename Weight, typename X>
 void expect_rows_alone(const ef::Tensor<X, 2>& x, Index out) {
   for_each_isa([&](auto isa) {

@@ -65,9 +65,9 @@ void compare_all_forms(Index rows, Index classes, const ef::CrossEntropyOptions&
     std::vector<double> row_loss(static_cast<std::size_t>(rows) + 1, -1.0);
     ef::cpu::cross_entropy(
         isa, kDevice,
-        ef::CrossEntropyProblem<T, G>{logits.data(), targets.data(), other.data(), row_loss.data(),
-                                      rows, classes, 0.25, options.ignore_index,
-                                      options.label_smoothing, options.z_loss});
+        ef::CrossEntropyProblem<T, G>{logits.data(), targets, other.data(), row_loss.data(), rows,
+                                      classes, 0.25, options.ignore_index, options.label_smoothing,
+                                      options.z_loss});
     ASSERT_LE(relative_error(other, expected.gradient), tolerance<G>())
         << isa.name << " " << classes;
     double sum = 0;
@@ -206,6 +206,86 @@ TEST(LossGradient, OverflowOfAScaledHalfGradientIsInfinite) {
   targets.setValues({1});
   ef::cross_entropy_with_gradient_into(kDevice, logits, logits, targets, 65536.0);
   EXPECT_EQ(static_cast<float>(logits(0, 1)), -std::numeric_limits<float>::infinity());
+}
+
+// The loss is of distances from the maximum: what all logits share leaves it alone, and none
+// overflows.
+TYPED_TEST(Loss, OfLargeLogitsLosesNothing) {
+  using T = TypeParam;
+  using G = ef::compute_type<T>;
+  for (const double shift : {0.0, 1024.0, -4096.0, 1e6, -1e6, 1e30, 3e38, -3e38})
+    for (const double smoothing : {0.0, 0.1, 1.0}) {
+      const Index rows = 3, classes = 77;
+      auto logits = random_tensor<T, 2>({rows, classes}, 21);
+      for (Index i = 0; i < logits.size(); ++i)
+        logits.data()[i] = static_cast<T>(shift + static_cast<double>(logits.data()[i]));
+      if (!std::isfinite(static_cast<double>(logits(0, 0)))) continue;  // beyond half
+      const ef::CrossEntropyOptions options{.label_smoothing = smoothing};
+      ef::Tensor<double, 2> centered = to_double(logits);
+      for (Index r = 0; r < rows; ++r) {
+        const double first = centered(r, 0);
+        for (Index k = 0; k < classes; ++k) centered(r, k) -= first;
+      }
+      const auto targets = random_targets(rows, classes, 22);
+      const auto expected = ef::reference::cross_entropy(centered, targets, 1, options);
+      ef::Tensor<G, 2> gradient(rows, classes);
+      const auto loss =
+          ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0, options);
+      EXPECT_NEAR(loss.sum, expected.loss.sum, 1e-5 * (1 + expected.loss.sum))
+          << shift << " " << smoothing;
+      for (Index i = 0; i < gradient.size(); ++i)
+        ASSERT_NEAR(static_cast<double>(gradient.data()[i]), expected.gradient.data()[i], 1e-6)
+            << shift << " " << smoothing;
+    }
+}
+
+TEST(LossGradient, OfLogitsOfBothEndsOfTheRange) {
+  const float most = (std::numeric_limits<float>::max)();
+  ef::Tensor<float, 2> logits(1, 100), gradient(1, 100);
+  logits.setConstant(-most);
+  logits(0, 3) = most;
+  ef::Tensor<std::int32_t, 1> target(1);
+  target(0) = 3;
+  auto loss = ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, target, 1.0,
+                                                   {.label_smoothing = 0.1});
+  EXPECT_NEAR(loss.sum / (0.1 * 0.99 * 2 * static_cast<double>(most)), 1, 1e-6);
+  EXPECT_NEAR(gradient(0, 3), 0.1 - 0.001, 1e-6);
+  EXPECT_NEAR(gradient(0, 0), -0.001, 1e-9);
+  target(0) = 5;
+  loss = ef::cross_entropy(logits, target);
+  EXPECT_NEAR(loss.sum / (2 * static_cast<double>(most)), 1, 1e-6);
+  loss = ef::cross_entropy(logits, target, {.z_loss = 1e-4});
+  EXPECT_NEAR(loss.sum / (1e-4 * static_cast<double>(most) * static_cast<double>(most)), 1, 1e-6);
+
+  ef::Tensor<double, 2> wide(1, 100);
+  wide.setConstant(1e300);
+  EXPECT_NEAR(ef::cross_entropy(wide, target).sum, std::log(100.0), 1e-12);
+  EXPECT_NEAR(ef::cross_entropy(wide, target, {.label_smoothing = 0.5}).sum, std::log(100.0),
+              1e-12);
+}
+
+TEST(LossTargets, ComeInAnyContainer) {
+  const auto logits = random_tensor<float, 2>({3, 5}, 23);
+  ef::Tensor<std::int32_t, 1> tensor(3);
+  tensor.setValues({4, -100, 0});
+  ef::Tensor<float, 2> gradient(3, 5), other(3, 5);
+  const auto loss = ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, tensor, 1.0);
+  EXPECT_EQ(loss.count, 2);
+  const auto check = [&](const auto& targets) {
+    EXPECT_EQ(ef::cross_entropy(logits, targets).sum, loss.sum);
+    EXPECT_EQ(ef::cross_entropy(kDevice, logits, targets).count, 2);
+    ef::cross_entropy_with_gradient_into(kDevice, other, logits, targets, 1.0);
+    EXPECT_TRUE(same_bits(gradient, other));
+  };
+  check(std::vector<std::int32_t>{4, -100, 0});
+  check(std::vector<std::int64_t>{4, -100, 0});
+  check(std::array<Index, 3>{4, -100, 0});
+  EXPECT_EQ(ef::cross_entropy(logits, {4, -100, 0}).sum, loss.sum);
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::cross_entropy(logits, std::vector<std::int64_t>{0, 1, std::int64_t{1} << 32});
+      },
+      {"target 2 is 4294967296"});
 }
 
 TEST(LossContract, EmptyTensors) {

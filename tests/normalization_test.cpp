@@ -6,6 +6,7 @@
 #include "allocations.h"
 #include "compare.h"
 #include "finite_differences.h"
+#include "normalization_hard_rows.h"
 
 using namespace eigenformer_test;
 

@@ -5,6 +5,7 @@
 
 #include "allocations.h"
 #include "compare.h"
+#include "quantization_refusals.h"
 
 using namespace eigenformer_test;
 

@@ -42,9 +42,9 @@ TYPED_TEST(Rope, EqualsItsDefinitionAtEveryWidthAndTheTableGivesTheSameBits) {
         ASSERT_TRUE(same_bits(from_table, y));
         for_each_isa([&](auto isa) {
           auto other = poisoned_tensor<T, 3>({6, 3, head_dim});
+          const ef::LengthSpan spanned(positions);
           auto problem = ef::detail::rope_problem("rope", "y", ef::output_view<3>(other), "x",
-                                                  ef::input_view<3>(x),
-                                                  std::span<const Index>(positions), false);
+                                                  ef::input_view<3>(x), spanned, false);
           problem.angles = table.angles();
           problem.table = table.rows();
           ef::cpu::rope(isa, kHere, problem);
@@ -63,6 +63,21 @@ TYPED_TEST(Rope, FarPositionsKeepTheirPrecision) {
     EXPECT_LT(relative_error(ef::rope(x, positions, options),
                              ef::reference::rope(to_double(x), positions, options)),
               std::max(tolerance<T>(), 1e-9));  // double: an angle of 10^6 is known to 1e-10
+  }
+}
+
+TYPED_TEST(Rope, ScaledPositionsAreNotRounded) {
+  using T = TypeParam;
+  // 999999 * 0.1f and 16777217 are no floats: an angle from their rounding is off by up to a
+  // radian.
+  const std::vector<Index> positions{999999, 16777217, -16777217};
+  const auto x = random_tensor<T, 3>({3, 2, 64}, 32);
+  for (float scale : {0.1f, 0.3f, 1.0f}) {
+    const ef::RopeOptions options{.scale = scale};
+    EXPECT_LT(relative_error(ef::rope(x, positions, options),
+                             ef::reference::rope(to_double(x), positions, options)),
+              std::max(tolerance<T>(), 1e-8))
+        << scale;
   }
 }
 
@@ -202,6 +217,36 @@ TEST(RopeErrors, NameTheArgument) {
   expect_throws<std::invalid_argument>([] { ef::RopeTable(4, 7); }, {"rotary_dim is 7"});
   expect_throws<std::invalid_argument>([] { ef::RopeTable(Index{1} << 60, 64); }, {"overflows"});
   for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
+}
+
+TEST(RopePositions, ComeInAnyContainer) {
+  const auto x = random_tensor<float, 3>({3, 2, 8}, 40);
+  const std::vector<Index> positions{5, 0, 2};
+  const ef::RopeTable table(6, 8);
+  const ef::Tensor<float, 3> y = ef::rope(x, positions);
+  ef::Tensor<std::int32_t, 1> tensor(3);
+  tensor.setValues({5, 0, 2});
+  const auto check = [&](const auto& container) {
+    EXPECT_TRUE(same_bits(ef::rope(x, container), y));
+    EXPECT_TRUE(same_bits(ef::rope(x, container, table), y));
+    auto into = poisoned_tensor<float, 3>({3, 2, 8});
+    ef::rope_into(kHere, into, x, container, table);
+    EXPECT_TRUE(same_bits(into, y));
+    ef::Tensor<float, 3> back(3, 2, 8);
+    ef::rope_backward_into(kHere, back, y, container);
+    EXPECT_LT(relative_error(back, x), 1e-6);
+  };
+  check(tensor);
+  check(std::vector<std::size_t>{5, 0, 2});
+  check(std::vector<long long>{5, 0, 2});
+  check(std::vector<std::int32_t>{5, 0, 2});
+  check(std::array<unsigned char, 3>{5, 0, 2});
+  check(std::span<const Index>(positions));
+  EXPECT_TRUE(same_bits(ef::rope(x, {5, 0, 2}), y));
+  EXPECT_TRUE(same_bits(ef::rope(x, {5, 0, 2}, table), y));
+  EXPECT_TRUE(same_bits(ef::rope(kHere, x, {5, 0, 2}, {.base = 10000.0f}), y));
+  const std::vector<std::uint64_t> far{0, 1, ~std::uint64_t{0}};
+  expect_throws<std::invalid_argument>([&] { ef::rope(x, far, table); }, {"positions[2]"});
 }
 
 }  // namespace

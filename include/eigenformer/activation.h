@@ -51,9 +51,10 @@ template <typename Function, typename D, typename Y, typename X>
 void activation_into(std::string_view name, const D& device, Y y, X x) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, "y", y, "x", x);
+  const Index count = checked_size(name, "x", x);
   cpu::activation(
       isa::best{}, device,
-      ActivationProblem<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), x.size()});
+      ActivationProblem<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), count});
 }
 
 template <typename Function, typename D, typename GX, typename GY, typename X>
@@ -62,8 +63,9 @@ void activation_backward_into(std::string_view name, const D& device, GX grad_x,
   require_same_shape(name, "grad_x", grad_x, "x", x);
   require_same_shape(name, "grad_y", grad_y, "x", x);
   using Problem = ActivationBackwardProblem<Function, scalar_of<GX>, scalar_of<GY>, scalar_of<X>>;
-  cpu::activation_backward(isa::best{}, device,
-                           Problem{grad_x.data(), grad_y.data(), x.data(), x.size()});
+  cpu::activation_backward(
+      isa::best{}, device,
+      Problem{grad_x.data(), grad_y.data(), x.data(), checked_size(name, "x", x)});
 }
 
 template <typename Function, typename D, typename Y, typename Gate, typename Up>
@@ -71,7 +73,7 @@ void gated_into(std::string_view name, const D& device, Y y, Gate gate, Up up) {
   require_floating_scalars<Y, Gate, Up>();
   require_same_shape(name, "up", up, "gate", gate);
   require_same_shape(name, "y", y, "gate", gate);
-  const Index n = gate.size();
+  const Index n = checked_size(name, "gate", gate);
   using Problem = GatedProblem<Function, scalar_of<Y>, scalar_of<Gate>, scalar_of<Up>>;
   cpu::gated(isa::best{}, device, Problem{y.data(), gate.data(), up.data(), 1, n, n, n, n});
 }
@@ -85,7 +87,7 @@ void gated_backward_into(std::string_view name, const D& device, GG grad_gate, G
   require_same_shape(name, "grad_y", grad_y, "gate", gate);
   require_same_shape(name, "grad_gate", grad_gate, "gate", gate);
   require_same_shape(name, "grad_up", grad_up, "gate", gate);
-  const Index n = gate.size();
+  const Index n = checked_size(name, "gate", gate);
   using Problem = GatedBackwardProblem<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>,
                                        scalar_of<Gate>, scalar_of<Up>>;
   cpu::gated_backward(isa::best{}, device,
@@ -141,7 +143,7 @@ auto fused_result(std::string_view name, const Fused& fused) {
   require_that(columns % 2 == 0, name, "gate_up has ", columns,
                " columns, expected an even number (gate, then up)");
   columns /= 2;
-  return Tensor<scalar_of<Fused>, rank_of<Fused>>(sizes);
+  return make_tensor<scalar_of<Fused>, rank_of<Fused>>(name, "gate_up", sizes);
 }
 
 /// Calls f with the function that the options choose.
@@ -176,7 +178,7 @@ void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X&
 /// Returns silu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
 auto silu(const D& device, const X& x) {
-  auto y = detail::tensor_like(detail::any_input(x));
+  auto y = detail::tensor_like("silu", "x", detail::any_input(x));
   silu_into(device, y, x);
   return y;
 }
@@ -208,7 +210,7 @@ void gelu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X&
 ///   auto y = ef::gelu(x, {.approximation = ef::GeluApproximation::tanh});
 template <CpuDevice D, typename X>
 auto gelu(const D& device, const X& x, const GeluOptions& options = {}) {
-  auto y = detail::tensor_like(detail::any_input(x));
+  auto y = detail::tensor_like("gelu", "x", detail::any_input(x));
   gelu_into(device, y, x, options);
   return y;
 }
@@ -235,7 +237,7 @@ void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X&
 /// Returns relu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
 auto relu(const D& device, const X& x) {
-  auto y = detail::tensor_like(detail::any_input(x));
+  auto y = detail::tensor_like("relu", "x", detail::any_input(x));
   relu_into(device, y, x);
   return y;
 }
@@ -278,7 +280,9 @@ void swiglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y,
 /// Returns silu(gate) * up, in the scalar and shape of gate.
 template <CpuDevice D, typename Gate, typename Up>
 auto swiglu(const D& device, const Gate& gate, const Up& up) {
-  auto y = detail::tensor_like(detail::any_input(gate));
+  require_same_shape("swiglu", "up", input_view<rank_of<Gate>>(up), "gate",
+                     detail::any_input(gate));
+  auto y = detail::tensor_like("swiglu", "gate", detail::any_input(gate));
   swiglu_into(device, y, gate, up);
   return y;
 }
@@ -341,7 +345,8 @@ void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, c
 /// Returns gelu(gate) * up, in the scalar and shape of gate.
 template <CpuDevice D, typename Gate, detail::NotAnOption Up>
 auto geglu(const D& device, const Gate& gate, const Up& up, const GeluOptions& options = {}) {
-  auto y = detail::tensor_like(detail::any_input(gate));
+  require_same_shape("geglu", "up", input_view<rank_of<Gate>>(up), "gate", detail::any_input(gate));
+  auto y = detail::tensor_like("geglu", "gate", detail::any_input(gate));
   geglu_into(device, y, gate, up, options);
   return y;
 }
@@ -373,12 +378,16 @@ void residual_add_into(const D& device, Y&& y, const X& x, const R& residual) {
   require_same_shape("residual_add", "residual", rv, "x", xv);
   require_same_shape("residual_add", "y", yv, "x", xv);
   using Problem = ResidualAddProblem<scalar_of<Y>, scalar_of<X>, scalar_of<R>>;
-  cpu::residual_add(isa::best{}, device, Problem{yv.data(), xv.data(), rv.data(), xv.size()});
+  cpu::residual_add(
+      isa::best{}, device,
+      Problem{yv.data(), xv.data(), rv.data(), detail::checked_size("residual_add", "x", xv)});
 }
 /// Returns x + residual, in the scalar and shape of x.
 template <CpuDevice D, typename X, typename R>
 auto residual_add(const D& device, const X& x, const R& residual) {
-  auto y = detail::tensor_like(detail::any_input(x));
+  require_same_shape("residual_add", "residual", input_view<rank_of<X>>(residual), "x",
+                     detail::any_input(x));
+  auto y = detail::tensor_like("residual_add", "x", detail::any_input(x));
   residual_add_into(device, y, x, residual);
   return y;
 }

@@ -67,7 +67,7 @@ CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_lengt
   require_that(
       options.query_offset > -limit && options.query_offset < limit && options.window < limit, name,
       "query_offset is ", options.query_offset, " and window is ", options.window,
-      ", expected magnitudes below 2^61");
+      ", expected magnitudes below ", limit);
   // Products of two sizes too: that of a mask with no element would hide them.
   const Index area = checked_product(query_length, key_length, name, "mask");
   const Index batch_keys = checked_product(batch, key_length, name, "mask");
@@ -156,8 +156,9 @@ auto causal_mask_expression(Index query_length, Index batch_size,
 /// power of two n not above heads, then the odd powers of the sequence for 2n.
 inline std::vector<float> alibi_slopes(Index heads) {
   require_that(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
+  checked_product(heads, Index{sizeof(float)}, "alibi_slopes", "result");
   Index power = 1;
-  while (power * 2 <= heads) power *= 2;
+  while (power <= heads / 2) power *= 2;
   std::vector<float> slopes(static_cast<std::size_t>(heads));
   for (Index h = 0; h < heads; ++h)
     slopes[static_cast<std::size_t>(h)] = static_cast<float>(
@@ -174,6 +175,7 @@ Tensor<T, 3> create_alibi_mask(Index query_length, std::span<const float> slopes
                                const CausalMaskOptions& options = {}) {
   const Index heads = static_cast<Index>(slopes.size());
   Tensor<T, 3> mask = create_causal_mask<T>(query_length, heads, options);
+  if (mask.size() == 0) return mask;
   for (Index h = 0; h < heads; ++h)
     for (Index i = 0; i < query_length; ++i)
       for (Index j = 0; j < mask.dimension(2); ++j)

@@ -3,7 +3,8 @@
 ///
 ///   y[t, :] = table[ids[t], :]
 ///
-/// ids is int32 or int64, (tokens) or (batch, seq); table is (vocab, features); y is (tokens, features) or (batch, seq, features).
+/// ids is int32 or int64, (tokens) or (batch, seq), or a std::vector or std::span of (tokens);
+/// table is (vocab, features); y is (tokens, features) or (batch, seq, features).
 /// The table is float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
 ///
 /// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming the position, the id and vocab,
@@ -14,18 +15,29 @@
 #include "core/check.h"
 #include "core/device.h"
 #include "core/rows.h"
+#include "core/values.h"
 #include "cpu/embedding.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
+template <typename Id>
+concept TokenId = std::same_as<Id, std::int32_t> || std::same_as<Id, std::int64_t>;
+
+/// A container of ids, a std::vector or a std::span say, is a tensor of rank 1.
+template <typename Ids>
+  requires(ContiguousRange<Ids> && TokenId<element_of<Ids>>)
+auto ids_input(const Ids& ids) {
+  return TensorView<const element_of<Ids>, 1>(std::ranges::data(ids),
+                                              static_cast<Index>(std::ranges::size(ids)));
+}
 template <typename Ids>
 auto ids_input(const Ids& ids) {
-  static_assert(rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) &&
-                                       (std::is_same_v<scalar_of<Ids>, std::int32_t> ||
-                                        std::is_same_v<scalar_of<Ids>, std::int64_t>)),
-                "eigenformer: token ids are a tensor of int32 or int64, (tokens) or (batch, seq)");
+  static_assert(
+      rank_of<Ids> == -1 || ((rank_of<Ids> == 1 || rank_of<Ids> == 2) && TokenId<scalar_of<Ids>>),
+      "eigenformer: token ids are a tensor of int32 or int64, (tokens) or (batch, seq), or a "
+      "std::vector or std::span of them");
   return input_view<rank_of<Ids>>(ids);
 }
 
@@ -34,6 +46,9 @@ template <typename Ids, typename Rows, typename Table>
 void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name,
                        const Rows& rows, std::string_view table_name, const Table& table) {
   constexpr int rank = rank_of<Ids>;
+  checked_size(name, "ids", ids);
+  checked_size(name, rows_name, rows);
+  checked_size(name, table_name, table);
   bool same = rows.dimension(rank) == table.dimension(1);
   for (std::size_t d = 0; d < rank; ++d) same = same && rows.dimension(d) == ids.dimension(d);
   if (!same)
@@ -53,10 +68,11 @@ template <CpuDevice D, typename Y, typename Ids, typename Table>
 void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) {
   const auto id_view = detail::ids_input(ids);
   const auto rows = input_view<2>(table);
-  auto out = output_view<(rank_of<Ids> < 0 ? 2 : rank_of<Ids> + 1)>(y);
+  auto out = output_view<rank_of<decltype(id_view)> + 1>(y);
   detail::require_floating_scalars<decltype(out), decltype(rows)>();
   detail::require_embedding("embedding", id_view, "y", out, "table", rows);
-  using Problem = EmbeddingProblem<scalar_of<Y>, scalar_of<Table>, scalar_of<Ids>>;
+  using Problem = EmbeddingProblem<scalar_of<decltype(out)>, scalar_of<decltype(rows)>,
+                                   scalar_of<decltype(id_view)>>;
   cpu::embedding(
       isa::best{}, device,
       Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
@@ -71,8 +87,7 @@ auto embedding(const D& device, const Ids& ids, const Table& table) {
   Eigen::DSizes<Index, rank + 1> sizes;
   for (int d = 0; d < rank; ++d) sizes[d] = id_view.dimension(static_cast<std::size_t>(d));
   sizes[rank] = rows.dimension(1);
-  checked_product(id_view.size(), rows.dimension(1), "embedding", "result");
-  Tensor<scalar_of<decltype(rows)>, rank + 1> y(sizes);
+  auto y = detail::make_tensor<scalar_of<decltype(rows)>, rank + 1>("embedding", "result", sizes);
   embedding_into(device, y, ids, table);
   return y;
 }
@@ -91,10 +106,11 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
                 "eigenformer: the gradient of a table is accumulated in float or double");
   const auto id_view = detail::ids_input(ids);
   auto rows = output_view<2>(grad_table);
-  const auto gradient = input_view<(rank_of<Ids> < 0 ? 2 : rank_of<Ids> + 1)>(grad_y);
+  const auto gradient = input_view<rank_of<decltype(id_view)> + 1>(grad_y);
   detail::require_floating_scalars<decltype(gradient)>();
   detail::require_embedding("embedding_backward", id_view, "grad_y", gradient, "grad_table", rows);
-  using Problem = EmbeddingBackwardProblem<scalar_of<G>, scalar_of<GY>, scalar_of<Ids>>;
+  using Problem = EmbeddingBackwardProblem<scalar_of<G>, scalar_of<decltype(gradient)>,
+                                           scalar_of<decltype(id_view)>>;
   cpu::embedding_backward(
       isa::best{}, device,
       Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});

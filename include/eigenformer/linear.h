@@ -33,8 +33,11 @@
 /// pairs: where all micro-batches but the last are whole links, 2 tokens or 32).
 #pragma once
 
+#include <array>
+
 #include "core/check.h"
 #include "core/device.h"
+#include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/isa_granted.h"
 #include "cpu/linear.h"
@@ -151,6 +154,8 @@ void require_linear(const LinearNames& names, const Y& y, const X& x, const E& e
   static_assert(FloatingScalar<R> && (std::is_same_v<XS, double> || !std::is_same_v<R, double>),
                 "eigenformer: a residual is double only where x is");
   const std::string_view name = names.operation;
+  checked_size(name, "x", x);
+  checked_size(name, "y", y);
   const Index tokens = x.dimension(0), in = x.dimension(1);
   require_that(weight_in == in, name, names.weight, " has ", weight_in, " columns, x has ", in,
                " features");
@@ -179,6 +184,7 @@ void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weig
   } else {
     const auto w = input_view<2>(weight);
     using W = scalar_of<Weight>;
+    checked_size("linear", "weight", w);
     require_linear({"linear", "weight"}, y_view, x_view, epilogue, w.dimension(0), w.dimension(1),
                    1);
     linear_on(isa, device, y_view, x_view,
@@ -204,6 +210,7 @@ void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x,
                        const E& epilogue, Workspace& workspace) {
   const auto y_view = output_view<2>(y);
   const auto x_view = input_view<2>(x);
+  checked_size("gated_linear", "gate", gate);
   require_same_shape("gated_linear", "gate", gate, "up", up);
   const Index rows = gate.dimension(0), in = gate.dimension(1);
   require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, rows, in, 2);
@@ -213,11 +220,13 @@ void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x,
 }
 
 template <typename Weight>
-Index weight_rows(const Weight& weight) {
-  if constexpr (is_packed_weight<Weight>)
-    return weight.rows();
-  else
-    return input_view<2>(weight).dimension(0);
+std::array<Index, 2> weight_shape(const Weight& weight) {
+  if constexpr (is_packed_weight<Weight>) {
+    return {weight.rows(), weight.columns()};
+  } else {
+    const auto view = input_view<2>(weight);
+    return {view.dimension(0), view.dimension(1)};
+  }
 }
 
 /// What the returning forms return: x's scalar; of a packed weight float (double for double), since its scalar is a matter of
@@ -264,9 +273,12 @@ void linear_into(const D& device, Output&& y, const Input& x, const Weight& weig
 template <CpuDevice D, typename Input, typename Weight, typename... BiasOrEpilogue>
   requires(sizeof...(BiasOrEpilogue) <= 1)
 auto linear(const D& device, const Input& x, const Weight& weight, const BiasOrEpilogue&... end) {
-  const Index tokens = input_view<2>(x).dimension(0), out = detail::weight_rows(weight);
-  checked_product(tokens, out, "linear", "y");
-  Tensor<detail::linear_result<Input, Weight>, 2> y(tokens, out);
+  const Index tokens = input_view<2>(x).dimension(0), in = input_view<2>(x).dimension(1);
+  const auto [out, weight_in] = detail::weight_shape(weight);
+  require_that(weight_in == in, "linear", "weight has ", weight_in, " columns, x has ", in,
+               " features");
+  auto y = detail::make_tensor<detail::linear_result<Input, Weight>, 2>(
+      "linear", "y", Eigen::DSizes<Index, 2>(tokens, out));
   linear_into(device, y, x, weight, end...);
   return y;
 }

@@ -1,5 +1,6 @@
 /// \file
-/// Softmax cross-entropy over rows of logits (rows, classes) with class indices as targets (rows):
+/// Softmax cross-entropy over rows of logits (rows, classes) with class indices as targets (rows),
+/// any contiguous range of integers:
 ///
 ///   loss[r]        = log(sum_k exp(x[r, k])) - x[r, target[r]]
 ///   gradient[r, k] = (softmax(x[r])[k] - [k == target[r]]) * gradient_scale
@@ -14,7 +15,8 @@
 /// of counts, and its gradient needs gradient_scale = 1 / count (times a loss scale, where one is used).
 ///
 /// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for double), rows' losses are added in
-/// double in their order. The maximum is subtracted first, so that no finite logit overflows. A logit of -infinity is a class of
+/// double in their order. Everything is measured from the maximum: no finite logit overflows, and
+/// large ones lose nothing. A logit of -infinity is a class of
 /// probability 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row that is all -infinity give a NaN loss
 /// and gradient row. A gradient past the range of its type becomes infinite: a loss scaler sees that.
 ///
@@ -27,6 +29,8 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/rows.h"
+#include "core/values.h"
 #include "core/workspace.h"
 #include "cpu/loss.h"
 
@@ -51,7 +55,7 @@ struct LossResult {
 namespace detail {
 
 /// Throws for the first target that is neither a class nor ignore_index; returns how many are classes.
-inline Index checked_target_count(const std::int32_t* targets, Index rows, Index classes,
+inline Index checked_target_count(const LengthSpan& targets, Index rows, Index classes,
                                   std::int32_t ignore_index) {
   Index count = 0;
   for (Index r = 0; r < rows; ++r) {
@@ -64,15 +68,23 @@ inline Index checked_target_count(const std::int32_t* targets, Index rows, Index
   return count;
 }
 
-template <CpuDevice D, typename L, typename G, typename Logits, typename Targets>
-LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, const Targets& targets,
-                         double gradient_scale, const CrossEntropyOptions& options,
-                         Workspace& workspace) {
+/// Targets as whatever holds them.
+template <typename Targets>
+LengthSpan target_span(const Targets& targets) {
+  static_assert(std::is_convertible_v<const Targets&, LengthSpan>,
+                "eigenformer: targets are an ef::Tensor<std::int32_t, 1> or any other contiguous "
+                "range of integers");
+  return LengthSpan(targets);
+}
+
+template <CpuDevice D, typename L, typename G, typename Logits>
+LossResult cross_entropy(const D& device, G* gradient, const Logits& logits,
+                         const LengthSpan& targets, double gradient_scale,
+                         const CrossEntropyOptions& options, Workspace& workspace) {
   constexpr auto name = "cross_entropy";
-  static_assert(std::is_same_v<scalar_of<Targets>, std::int32_t>,
-                "eigenformer: targets are an ef::Tensor<std::int32_t, 1>");
+  checked_size(name, "logits", logits);
   const Index rows = logits.dimension(0), classes = logits.dimension(1);
-  require_that(targets.dimension(0) == rows, name, "targets has ", targets.dimension(0),
+  require_that(targets.size() == rows, name, "targets has ", targets.size(),
                " elements, logits has ", rows, " rows");
   require_that(options.label_smoothing >= 0 && options.label_smoothing <= 1, name,
                "label_smoothing is ", options.label_smoothing, ", expected 0 to 1");
@@ -81,10 +93,10 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, con
   require_that(std::isfinite(gradient_scale), name, "gradient_scale is ", gradient_scale,
                ", expected a finite number");
   LossResult result;
-  result.count = checked_target_count(targets.data(), rows, classes, options.ignore_index);
+  result.count = checked_target_count(targets, rows, classes, options.ignore_index);
   Workspace::Frame frame(workspace);
   const CrossEntropyProblem<L, G> problem{logits.data(),
-                                          targets.data(),
+                                          targets,
                                           gradient,
                                           frame.take<double>(rows),
                                           rows,
@@ -100,12 +112,12 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits, con
 
 }  // namespace detail
 
-/// The loss of logits (rows, classes) against targets (rows) of std::int32_t.
+/// The loss of logits (rows, classes) against targets (rows).
 /// Throws std::invalid_argument for a target that is neither a class nor ignore_index (naming its position and value), for sizes
 /// that differ and for options out of range.
 ///
 ///   const ef::LossResult loss = ef::cross_entropy(logits, targets);   // loss.mean()
-template <CpuDevice D, typename Logits, typename Targets>
+template <CpuDevice D, typename Logits, typename Targets = LengthSpan>
 LossResult cross_entropy(const D& device, const Logits& logits, const Targets& targets,
                          const CrossEntropyOptions& options = {},
                          Workspace& workspace = thread_workspace()) {
@@ -114,11 +126,11 @@ LossResult cross_entropy(const D& device, const Logits& logits, const Targets& t
   static_assert(FloatingScalar<scalar_of<decltype(x)>>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   return detail::cross_entropy<D, L, compute_type<L>>(
-      device, static_cast<compute_type<L>*>(nullptr), x, input_view<1>(targets), 1.0, options,
+      device, static_cast<compute_type<L>*>(nullptr), x, detail::target_span(targets), 1.0, options,
       workspace);
 }
 
-template <typename Logits, typename Targets>
+template <typename Logits, typename Targets = LengthSpan>
   requires(!Device<Logits>)
 LossResult cross_entropy(const Logits& logits, const Targets& targets,
                          const CrossEntropyOptions& options = {}) {
@@ -130,7 +142,7 @@ LossResult cross_entropy(const Logits& logits, const Targets& targets,
 /// Throws like cross_entropy.
 ///
 ///   ef::cross_entropy_with_gradient_into(device, logits, logits, targets, 1.0 / count);   // in place
-template <CpuDevice D, typename Gradient, typename Logits, typename Targets>
+template <CpuDevice D, typename Gradient, typename Logits, typename Targets = LengthSpan>
 LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_logits,
                                             const Logits& logits, const Targets& targets,
                                             double gradient_scale,
@@ -146,7 +158,7 @@ LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_log
       std::is_same_v<G, L> || std::is_same_v<G, compute_type<L>>,
       "eigenformer: the gradient has the type of the logits, or is float where they are narrower");
   require_same_shape("cross_entropy_with_gradient_into", "grad_logits", gradient, "logits", x);
-  return detail::cross_entropy<D, L, G>(device, gradient.data(), x, input_view<1>(targets),
+  return detail::cross_entropy<D, L, G>(device, gradient.data(), x, detail::target_span(targets),
                                         gradient_scale, options, workspace);
 }
 

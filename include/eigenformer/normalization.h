@@ -9,10 +9,16 @@
 ///
 /// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are (features). Scalars are float, double,
 /// bfloat16 and half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double
-/// where an argument is double; nothing is rounded in between. The square of a float overflows above 1.8e19.
+/// where an argument is double; nothing is rounded in between. Every finite row has its right
+/// result: one whose squares or sums leave
+/// the range of the type is summed again in a unit of its own (twice the cost, for that row), and
+/// LayerNorm loses nothing where the
+/// mean is large against the spread: a row of equal numbers gives the bias.
 ///
 /// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row
-/// stays in that row.
+/// stays in that row; going back, a row that holds NaN or infinity and whose grad_y is all zero
+/// takes no part: it gives grad_x 0
+/// and adds nothing to the gradients of weight and bias.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
 /// Throws std::invalid_argument for shapes that disagree and for a bad epsilon, before anything is written.
@@ -65,6 +71,14 @@ void require_features(std::string_view name, std::string_view w_name, const W& w
                x_name, " has ", features, " features");
 }
 
+/// The same of a view, before a result of its size is made.
+template <typename W, typename X>
+  requires RowMajorTensor<X>
+void require_features(std::string_view name, std::string_view w_name, const W& w,
+                      std::string_view x_name, const X& x) {
+  require_features(name, w_name, w, x_name, row_shape(x, name, x_name).features);
+}
+
 template <typename Y, typename X, typename W>
 RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
     std::string_view name, Y y, std::string_view x_name, X x, W weight,
@@ -97,7 +111,8 @@ void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight,
 /// Returns RMSNorm(x) * weight, in the scalar and shape of x.
 template <CpuDevice D, typename X, typename W>
 auto rms_norm(const D& device, const X& x, const W& weight, const RmsNormOptions& options = {}) {
-  auto y = detail::tensor_like(detail::norm_input(x));
+  detail::require_features("rms_norm", "weight", input_view<1>(weight), "x", detail::norm_input(x));
+  auto y = detail::tensor_like("rms_norm", "x", detail::norm_input(x));
   rms_norm_into(device, y, x, weight, options);
   return y;
 }
@@ -150,13 +165,11 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
 
   using Problem = RmsNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>,
                                          scalar_of<W>>;
-  using C = typename Problem::compute;
   Workspace::Frame frame(workspace);
-  C* inverse_rms = frame.take<C>(shape.rows);
-  C* projection = frame.take<C>(shape.rows);
+  auto* row_scratch = frame.take<RmsNormRow<typename Problem::compute>>(shape.rows);
   cpu::rms_norm_backward(isa::best{}, device,
                          Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows,
-                                 shape.features, options.epsilon, inverse_rms, projection});
+                                 shape.features, options.epsilon, row_scratch});
 }
 
 /// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
@@ -183,7 +196,9 @@ void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const 
 template <CpuDevice D, typename X, typename W, typename B>
 auto layer_norm(const D& device, const X& x, const W& weight, const B& bias,
                 const LayerNormOptions& options = {}) {
-  auto y = detail::tensor_like(detail::norm_input(x));
+  detail::require_features("layer_norm", "weight", input_view<1>(weight), "x",
+                           detail::norm_input(x));
+  auto y = detail::tensor_like("layer_norm", "x", detail::norm_input(x));
   layer_norm_into(device, y, x, weight, bias, options);
   return y;
 }

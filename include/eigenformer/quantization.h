@@ -23,6 +23,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/quantization.h"
 #include "linear.h"
@@ -77,7 +78,7 @@ template <typename Isa, typename D, typename View>
 float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const View& weights,
                          Workspace& workspace) {
   using T = scalar_of<View>;
-  const Index count = weights.size();
+  const Index count = checked_size("quantize_weights_int8", "weights", weights);
   Workspace::Frame frame(workspace);
   auto* parts = frame.take<compute_type<T>>(count / cpu::kQuantizeChunk + 1);
   const auto found = cpu::tensor_magnitude(isa, device, weights.data(), count, parts);
@@ -101,7 +102,7 @@ void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::in
       throw_not_quantizable(name, "weights", weights,
                             cpu::first_not_quantizable(weights.data(), rows * columns));
   };
-  if (group == 0) return;
+  if (rows == 0 || columns == 0) return;
   if (!options.check_first) return require_quantizable(cpu::quantize_at_once(isa, device, problem));
   Workspace::Frame frame(workspace);
   float* found = frame.take<float>(rows * problem.groups());
@@ -129,10 +130,7 @@ template <CpuDevice D, typename Weights>
 auto quantize_weights_int8(const D& device, const Weights& weights) {
   constexpr int rank = detail::rank_or_one<rank_of<Weights>>;
   const auto from = input_view<rank_of<Weights>>(weights);
-  Index count = 1;
-  for (int d = 0; d < rank; ++d)
-    count = checked_product(count, from.dimension(static_cast<std::size_t>(d)),
-                            "quantize_weights_int8", "weights");
+  detail::checked_size("quantize_weights_int8", "weights", from);
   QuantizedTensor<rank> result{Tensor<std::int8_t, rank>(detail::sizes_of<rank>(from)), 1.0f};
   quantize_weights_int8_into(device, result.values, result.scale, weights);
   return result;
@@ -155,6 +153,7 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   const auto from = input_view<2>(weights);
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
+  detail::checked_size(name, "weights", from);
   require_same_shape(name, "values", to, "weights", from);
   require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
                " elements, weights has ", from.dimension(0), " rows");
@@ -181,8 +180,7 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
 template <CpuDevice D, typename Weights>
 QuantizedChannels quantize_weights_int8_per_channel(const D& device, const Weights& weights) {
   const auto from = input_view<2>(weights);
-  checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_per_channel",
-                  "weights");
+  detail::checked_size("quantize_weights_int8_per_channel", "weights", from);
   QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
                            Tensor<float, 1>(from.dimension(0))};
   quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights,
@@ -209,6 +207,7 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   auto to = output_view<2>(values);
   auto factors = output_view<2>(scales);
   require_same_shape(name, "values", to, "weights", from);
+  detail::checked_size(name, "weights", from);
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
   require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name,
                "scales has shape ", detail::shape_text(factors), ", expected (", from.dimension(0),
@@ -229,7 +228,7 @@ QuantizedGroups quantize_weights_int8_grouped(const D& device, const Weights& we
                                               Index group_size) {
   const auto from = input_view<2>(weights);
   detail::require_group_size(group_size, "quantize_weights_int8_grouped");
-  checked_product(from.dimension(0), from.dimension(1), "quantize_weights_int8_grouped", "weights");
+  detail::checked_size("quantize_weights_int8_grouped", "weights", from);
   QuantizedGroups result{
       Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
       Tensor<float, 2>(from.dimension(0), (from.dimension(1) + group_size - 1) / group_size)};
@@ -254,6 +253,7 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
   const auto from = input_view<2>(x);
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
+  detail::checked_size(name, "x", from);
   require_same_shape(name, "values", to, "x", from);
   require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
                " elements, x has ", from.dimension(0), " tokens");
@@ -274,6 +274,7 @@ auto* dequantized(std::string_view name, Output& weights, const Values& values) 
       FloatingScalar<scalar_of<Output>>,
       "eigenformer: dequantized weights are float, double, Eigen::bfloat16 or Eigen::half");
   auto to = output_view<rank>(weights);
+  checked_size(name, "weights", to);
   require_same_shape(name, "weights", to, "values", input_view<rank>(values));
   return to.data();
 }
@@ -283,6 +284,7 @@ void dequantize_groups(std::string_view name, const D& device, Output& weights,
                        const Values& values, const float* scales, Index group) {
   const auto from = input_view<2>(values);
   auto* to = dequantized(name, weights, values);
+  if (values.size() == 0) return;  // any number of rows may be empty
   cpu::dequantize(isa::best{}, device,
                   DequantizeProblem<scalar_of<Output>>{from.data(), scales, to, from.dimension(0),
                                                        from.dimension(1), group});
@@ -298,7 +300,8 @@ void dequantize_into(const D& device, Output&& weights, const Values& values, fl
   cpu::dequantize_tensor(isa::best{}, device, from.data(), from.size(), scale, to);
 }
 
-/// weights (out, in) = values * scales (out), row by row.
+/// weights (out, in) = values * scales (out), row by row; whatever a scale is: NaN gives a row of
+/// NaN, as an activation's does.
 template <CpuDevice D, typename Output, typename Values, typename Scales>
   requires(!std::is_arithmetic_v<Scales>)
 void dequantize_into(const D& device, Output&& weights, const Values& values,
@@ -318,6 +321,7 @@ void dequantize_grouped_into(const D& device, Output&& weights, const Values& va
   detail::require_group_size(group_size, "dequantize_grouped");
   const auto from = input_view<2>(values);
   const auto factors = input_view<2>(scales);
+  detail::checked_size("dequantize_grouped", "values", from);
   const Index groups = (from.dimension(1) + group_size - 1) / group_size;
   require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups,
                "dequantize_grouped", "scales has shape ", detail::shape_text(factors),
@@ -330,7 +334,8 @@ void dequantize_grouped_into(const D& device, Output&& weights, const Values& va
 template <CpuDevice D, typename Values, typename Scales>
 auto dequantize(const D& device, const Values& values, const Scales& scales) {
   constexpr int rank = detail::rank_or_one<rank_of<Values>>;
-  Tensor<float, rank> weights(detail::sizes_of<rank>(input_view<rank_of<Values>>(values)));
+  auto weights = detail::make_tensor<float, rank>(
+      "dequantize", "result", detail::sizes_of<rank>(input_view<rank_of<Values>>(values)));
   dequantize_into(device, weights, values, scales);
   return weights;
 }
@@ -343,7 +348,8 @@ auto dequantize(const Values& values, const Scales& scales) {
 template <CpuDevice D, typename Values, typename Scales>
 Tensor<float, 2> dequantize_grouped(const D& device, const Values& values, const Scales& scales,
                                     Index group_size) {
-  Tensor<float, 2> weights(input_view<2>(values).dimensions());
+  auto weights = detail::make_tensor<float, 2>("dequantize_grouped", "result",
+                                               input_view<2>(values).dimensions());
   dequantize_grouped_into(device, weights, values, scales, group_size);
   return weights;
 }
@@ -367,11 +373,13 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
   const auto from = input_view<2>(x);
   const auto weight = input_view<2>(values);
   const auto factors = input_view<1>(scales);
+  checked_size("int8_linear", "weight", weight);
   const Index tokens = from.dimension(0), in = from.dimension(1), out = weight.dimension(0);
   require_linear({"int8_linear", "weight"}, to, from, epilogue, out, weight.dimension(1), 1);
   require_that(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0),
                " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
+  require_scales("int8_linear", factors);
   const auto end = finish<false>(
       ScaledSums<typename E::bias_scalar>{epilogue.bias_data(), factors.data()}, to, epilogue);
   cpu::product<tile::Dot<std::int8_t, X, Isa>>(
@@ -385,7 +393,9 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
 
 /// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of
 /// linear with pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <=
-/// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127, 127].
+/// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127,
+/// 127]. A scale that is NaN, infinite
+/// or negative throws std::invalid_argument naming the first one: O(out).
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
           typename E>
   requires detail::is_epilogue<E>
@@ -421,8 +431,7 @@ template <CpuDevice D, typename Input, typename Values, typename Scales, typenam
 Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values,
                              const Scales& scales, const Bias&... bias) {
   const Index tokens = input_view<2>(x).dimension(0), out = input_view<2>(values).dimension(0);
-  checked_product(tokens, out, "int8_linear", "y");
-  Tensor<float, 2> y(tokens, out);
+  auto y = detail::make_tensor<float, 2>("int8_linear", "y", Eigen::DSizes<Index, 2>(tokens, out));
   int8_linear_into(device, y, x, values, scales, bias...);
   return y;
 }

@@ -8,7 +8,9 @@
 /// 1 is position interpolation (Chen et al., 2023): 0.25 serves contexts four times the length trained.
 ///
 /// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has one element a token, batch * seq
-/// of them for rank 4: a std::span or std::vector of Eigen::Index or std::int32_t. Scalars are float, double, bfloat16 and half;
+/// of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other contiguous
+/// range of integers, or a braced
+/// list. Scalars are float, double, bfloat16 and half;
 /// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to 1e-10 at position 10^6) and
 /// rounded once: to float, or to double where x or y is.
 ///
@@ -28,6 +30,7 @@
 #include "core/check.h"
 #include "core/device.h"
 #include "core/rows.h"
+#include "core/values.h"
 #include "core/workspace.h"
 #include "cpu/rope.h"
 
@@ -51,6 +54,7 @@ inline Index rope_rotary_dim(std::string_view name, Index head_dim, const RopeOp
                head_dim);
   require_that(options.base > 0 && std::isfinite(options.base), name, "base is ", options.base,
                ", expected positive and finite");
+  checked_product(rotary_dim, 2 * Index{sizeof(double)}, name, "rotary_dim");  // of a row of angles
   require_that(options.scale > 0 && std::isfinite(options.scale), name, "scale is ", options.scale,
                ", expected positive and finite");
   return rotary_dim;
@@ -62,17 +66,13 @@ inline void write_inverse_frequencies(float base, Index rotary_dim, double* out)
                       -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim));
 }
 
-/// Positions as a span of Index or of int32.
+/// Positions as whatever holds them.
 template <typename P>
-auto position_span(const P& positions) {
-  static_assert(
-      std::is_convertible_v<const P&, std::span<const Index>> ||
-          std::is_convertible_v<const P&, std::span<const std::int32_t>>,
-      "eigenformer: positions are a std::span or std::vector of Eigen::Index or std::int32_t");
-  if constexpr (std::is_convertible_v<const P&, std::span<const Index>>)
-    return std::span<const Index>(positions);
-  else
-    return std::span<const std::int32_t>(positions);
+LengthSpan position_span(const P& positions) {
+  static_assert(std::is_convertible_v<const P&, LengthSpan>,
+                "eigenformer: positions are a std::vector, a std::span, an ef::Tensor of rank 1 or "
+                "any other contiguous range of integers");
+  return LengthSpan(positions);
 }
 
 template <typename X>
@@ -83,23 +83,36 @@ auto rope_input(const X& x) {
   return input_view<rank_of<X>>(x);
 }
 
+/// Tokens of x, one for each position.
+template <typename X>
+Index rope_tokens(std::string_view name, std::string_view x_name, const X& x,
+                  const LengthSpan& positions) {
+  checked_size(name, x_name, x);
+  const Index tokens = rank_of<X> == 3
+                           ? x.dimension(0)
+                           : checked_product(x.dimension(0), x.dimension(1), name, x_name);
+  require_that(positions.size() == tokens, name, "positions has ", positions.size(), " elements, ",
+               x_name, " has ", tokens, " tokens");
+  return tokens;
+}
+
+template <typename X>
+auto rope_result(const X& x, const LengthSpan& positions) {
+  rope_tokens("rope", "x", x, positions);
+  return tensor_like("rope", "x", x);
+}
+
 /// Everything but the angles, checked.
-template <typename Y, typename X, typename Position>
-RopeProblem<scalar_of<Y>, scalar_of<X>, Position> rope_problem(std::string_view name,
-                                                               std::string_view y_name, Y y,
-                                                               std::string_view x_name, X x,
-                                                               std::span<const Position> positions,
-                                                               bool inverse) {
+template <typename Y, typename X>
+RopeProblem<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name, std::string_view y_name,
+                                                     Y y, std::string_view x_name, X x,
+                                                     const LengthSpan& positions, bool inverse) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, y_name, y, x_name, x);
   constexpr int rank = rank_of<X>;
+  const Index tokens = rope_tokens(name, x_name, x, positions);
   const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
-  const Index tokens =
-      rank == 3 ? x.dimension(0) : checked_product(x.dimension(0), x.dimension(1), name, x_name);
-  require_that(static_cast<Index>(positions.size()) == tokens, name, "positions has ",
-               positions.size(), " elements, ", x_name, " has ", tokens, " tokens");
-  return {y.data(), x.data(), positions.data(), tokens,  heads,
-          head_dim, {},       nullptr,          nullptr, inverse};
+  return {y.data(), x.data(), positions, tokens, heads, head_dim, {}, nullptr, nullptr, inverse};
 }
 
 }  // namespace detail
@@ -118,14 +131,14 @@ class BasicRopeTable {
       : options_(options),
         head_dim_(head_dim),
         rotary_dim_(detail::rope_rotary_dim("RopeTable", head_dim, options)) {
-    frequencies_.resize(static_cast<std::size_t>(rotary_dim_ / 2));
-    detail::write_inverse_frequencies(options.base, rotary_dim_, frequencies_.data());
     const Index row_size = angles().row_size();
     require_that(max_positions >= 0, "RopeTable", "max_positions is ", max_positions,
                  ", expected 0 or more");
     const Index size = checked_product(max_positions, row_size, "RopeTable", "table");
     checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
     max_positions_ = max_positions;
+    frequencies_.resize(static_cast<std::size_t>(rotary_dim_ / 2));
+    detail::write_inverse_frequencies(options.base, rotary_dim_, frequencies_.data());
     rows_.resize(static_cast<std::size_t>(size));
     for (Index p = 0; p < max_positions; ++p)
       angles().write_row(static_cast<double>(p), rows_.data() + p * row_size);
@@ -157,6 +170,7 @@ template <typename D, typename Problem>
 void rope_with_options(std::string_view name, const D& device, Problem problem,
                        const RopeOptions& options, Workspace& workspace) {
   const Index rotary_dim = rope_rotary_dim(name, problem.head_dim, options);
+  if (problem.tokens == 0 || problem.heads == 0) return;
   Workspace::Frame frame(workspace);
   double* frequencies = frame.take<double>(rotary_dim / 2);
   write_inverse_frequencies(options.base, rotary_dim, frequencies);
@@ -186,7 +200,7 @@ void rope_with_table(std::string_view name, const D& device, Problem problem,
 }  // namespace detail
 
 /// y = x, turned. The workspace takes one row of cosines and sines a thread.
-template <CpuDevice D, typename Y, typename X, typename P>
+template <CpuDevice D, typename Y, typename X, typename P = LengthSpan>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions,
                const RopeOptions& options = {}, Workspace& workspace = thread_workspace()) {
   detail::rope_with_options(
@@ -197,7 +211,7 @@ void rope_into(const D& device, Y&& y, const X& x, const P& positions,
 }
 
 /// y = x, turned by the angles of the table: no sine, no allocation.
-template <CpuDevice D, typename Y, typename X, typename P, typename C>
+template <CpuDevice D, typename Y, typename X, typename P = LengthSpan, typename C>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions,
                const BasicRopeTable<C>& table) {
   detail::rope_with_table(
@@ -208,21 +222,34 @@ void rope_into(const D& device, Y&& y, const X& x, const P& positions,
 }
 
 /// Returns x turned, in its scalar and shape.
-template <CpuDevice D, typename X, typename P>
+template <CpuDevice D, typename X, typename P = LengthSpan>
 auto rope(const D& device, const X& x, const P& positions, const RopeOptions& options = {}) {
-  auto y = detail::tensor_like(detail::rope_input(x));
+  auto y = detail::rope_result(detail::rope_input(x), detail::position_span(positions));
   rope_into(device, y, x, positions, options);
   return y;
 }
-///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});
-template <typename X, typename P>
+///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});   // or
+/// ef::rope(query, positions, table)
+template <typename X, typename P = LengthSpan>
   requires(!Device<X>)
 auto rope(const X& x, const P& positions, const RopeOptions& options = {}) {
   return rope(Eigen::DefaultDevice{}, x, positions, options);
 }
 
+template <CpuDevice D, typename X, typename P = LengthSpan, typename C>
+auto rope(const D& device, const X& x, const P& positions, const BasicRopeTable<C>& table) {
+  auto y = detail::rope_result(detail::rope_input(x), detail::position_span(positions));
+  rope_into(device, y, x, positions, table);
+  return y;
+}
+template <typename X, typename P = LengthSpan, typename C>
+  requires(!Device<X>)
+auto rope(const X& x, const P& positions, const BasicRopeTable<C>& table) {
+  return rope(Eigen::DefaultDevice{}, x, positions, table);
+}
+
 /// Gradient of x from that of y: the rotation by the opposite angle. grad_x may be grad_y itself.
-template <CpuDevice D, typename GX, typename GY, typename P>
+template <CpuDevice D, typename GX, typename GY, typename P = LengthSpan>
 void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
                         const RopeOptions& options = {},
                         Workspace& workspace = thread_workspace()) {
@@ -232,7 +259,7 @@ void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P&
                            detail::rope_input(grad_y), detail::position_span(positions), true),
       options, workspace);
 }
-template <CpuDevice D, typename GX, typename GY, typename P, typename C>
+template <CpuDevice D, typename GX, typename GY, typename P = LengthSpan, typename C>
 void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
                         const BasicRopeTable<C>& table) {
   detail::rope_with_table(

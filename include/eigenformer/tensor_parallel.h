@@ -30,6 +30,7 @@
 #include "communicator.h"
 #include "core/check.h"
 #include "core/device.h"
+#include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/tensor_parallel.h"
 #include "linear.h"
@@ -53,6 +54,7 @@ auto column_shard(Weight&& weight, int rank, int world_size) {
                 "eigenformer: column_shard returns a view, and this tensor ends with the "
                 "expression. Give it a name first.");
   const auto full = input_view<kRank>(weight);
+  detail::checked_size("column_shard", "weight", full);
   auto sizes = detail::sizes_of<kRank>(full);
   const ShardRange rows = shard_range(sizes[0], rank, world_size);
   const Index begin = rows.begin * (kRank == 1 ? 1 : sizes[kRank - 1]);
@@ -96,9 +98,10 @@ inline constexpr bool is_packed_shard<PackedColumnShard<T>> = true;
 
 /// (tokens, features) of a tensor of rank 2 or 3.
 template <typename X>
-auto token_rows(const X& x) {
+auto token_rows(std::string_view name, const X& x) {
   constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
   const auto view = input_view<kRank>(x);
+  checked_size(name, "input", view);
   Index tokens = 1;
   for (int d = 0; d + 1 < kRank; ++d) tokens *= view.dimension(static_cast<std::size_t>(d));
   return TensorView<const scalar_of<decltype(view)>, 2>(view.data(), tokens,
@@ -123,6 +126,7 @@ ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& 
                  ", the communicator is rank ", communicator.rank(), " of ", communicator.size());
   } else {
     const auto full = input_view<2>(weight);
+    checked_size(name, "weight", full);
     shape.out = full.dimension(0);
     shape.in = full.dimension(1);
   }
@@ -206,7 +210,8 @@ auto output_like(const X& input, Index features) {
   constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
   auto sizes = sizes_of<kRank>(input);
   sizes[kRank - 1] = features;
-  return Tensor<typename layer_result<scalar_of<X>, Weight>::type, kRank>(sizes);
+  return make_tensor<typename layer_result<scalar_of<X>, Weight>::type, kRank>("parallel_linear",
+                                                                               "output", sizes);
 }
 
 template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
@@ -214,7 +219,7 @@ void column_parallel_into(const D& device, Y& output, const X& input, const Weig
                           C& communicator, const ColumnParallelOptions& options,
                           Workspace& workspace, const Bias&... bias) {
   constexpr auto name = "column_parallel_linear";
-  const auto x = token_rows(input);
+  const auto x = token_rows(name, input);
   const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator, bias...);
   require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
                x.dimension(1), " features");
@@ -229,8 +234,9 @@ void column_parallel_into(const D& device, Y& output, const X& input, const Weig
 template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
 auto column_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
                             const ColumnParallelOptions& options, const Bias&... bias) {
-  const ParallelShape shape = parallel_shape(
-      "column_parallel_linear", token_rows(input).dimension(0), weight, communicator, bias...);
+  constexpr auto name = "column_parallel_linear";
+  const ParallelShape shape =
+      parallel_shape(name, token_rows(name, input).dimension(0), weight, communicator, bias...);
   auto output =
       output_like<Weight>(input, options.gather_output ? shape.out : shape.columns.size());
   column_parallel_into(device, output, input, weight, communicator, options, thread_workspace(),
@@ -243,7 +249,7 @@ void row_parallel_into(const D& device, Y& output, const X& input, const Weight&
                        C& communicator, Workspace& workspace, const Bias&... bias) {
   constexpr auto name = "row_parallel_linear";
   using T = scalar_of<X>;
-  const auto part = token_rows(input);
+  const auto part = token_rows(name, input);
   const ParallelShape shape =
       parallel_shape(name, part.dimension(0), weight, communicator, bias...);
   const ShardRange own = shard_range(shape.in, communicator.rank(), communicator.size());
@@ -267,8 +273,9 @@ void row_parallel_into(const D& device, Y& output, const X& input, const Weight&
 template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
 auto row_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
                          const Bias&... bias) {
-  const ParallelShape shape = parallel_shape("row_parallel_linear", token_rows(input).dimension(0),
-                                             weight, communicator, bias...);
+  constexpr auto name = "row_parallel_linear";
+  const ParallelShape shape =
+      parallel_shape(name, token_rows(name, input).dimension(0), weight, communicator, bias...);
   auto output = output_like<Weight>(input, shape.out);
   row_parallel_into(device, output, input, weight, communicator, thread_workspace(), bias...);
   return output;

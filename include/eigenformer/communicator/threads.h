@@ -229,10 +229,13 @@ class ThreadCommunicator {
 ///   auto communicator = group.communicator(0);  // ... and worker.join() in the end
 class ThreadCommunicatorGroup {
  public:
-  /// Throws std::invalid_argument for world_size < 1.
+  /// Threads of one process: more than this no system starts.
+  static constexpr int kMostRanks = 65536;
+
+  /// Throws std::invalid_argument for a world_size outside [1, kMostRanks].
   explicit ThreadCommunicatorGroup(int world_size) {
-    require_that(world_size >= 1, "ThreadCommunicator", "world_size is ", world_size,
-                 ", expected 1 or more");
+    require_that(world_size >= 1 && world_size <= kMostRanks, "ThreadCommunicator",
+                 "world_size is ", world_size, ", expected 1 to ", kMostRanks);
     meeting_ = std::make_shared<detail::ThreadMeeting>(world_size);
   }
 

@@ -3,6 +3,8 @@
 /// instructions a vector, so memory bandwidth is the limit for what is not in cache.
 #pragma once
 
+#include <limits>
+
 #include "../core/device.h"
 #include "../core/rows.h"
 #include "activation_functions.h"
@@ -115,6 +117,15 @@ void gated(Isa, const D& device, const GatedProblem<Function, Y, Gate, Up>& p) {
   });
 }
 
+/// a * b * c for |c| of at most about 1; where a * b overflows, both are above 1, and b * c comes
+/// first.
+template <typename V>
+EIGENFORMER_INLINE V product_with_small(const V& a, const V& b, const V& c) {
+  const V ab = a * b;
+  const V largest = V::set1((std::numeric_limits<typename V::scalar>::max)());
+  return select(less_equal(abs(ab), largest), ab * c, a * (b * c));
+}
+
 template <typename Isa, CpuDevice D, typename Function, typename GG, typename GU, typename GY,
           typename Gate, typename Up>
 void gated_backward(Isa, const D& device,
@@ -130,7 +141,7 @@ void gated_backward(Isa, const D& device,
       for_each_vector<V>(first, last, [&](Index at, auto part) {
         const V g = load<V>(grad_y + at, part), a = load<V>(gate + at, part),
                 b = load<V>(up + at, part);
-        store(g * b * Function::derivative(a), grad_gate + at, part);
+        store(product_with_small(g, b, Function::derivative(a)), grad_gate + at, part);
         store(g * Function::value(a), grad_up + at, part);
       });
     });

@@ -1,17 +1,22 @@
 /// \file
 /// CPU kernels of LayerNorm. A row is read three times, but from memory once: mean, variance about the mean (no cancellation),
-/// result.
+/// result. The mean is that of the distances from the first element, so that a row of equal numbers
+/// has exactly itself, and what
+/// rounding left out of it comes from the second pass, as does the variance about it (Chan, Golub
+/// and LeVeque, "Algorithms for
+/// computing the sample variance", 1983): a mean of 10^7 times the spread loses nothing.
 ///
 /// Backward (with r = 1 / sqrt(variance + epsilon), h = (x - mean) r, g the gradient of y):
 ///   grad_weight[j] += sum over rows of g[j] h[j],   grad_bias[j] += sum over rows of g[j]
 ///   grad_x[j]       = r (g[j] w[j] - mean_k(g w) - h[j] mean_k(g w h))
-/// in the three passes of RMSNorm's.
+/// in the three passes of RMSNorm's, and like there for rows whose grad_y is all zero.
 #pragma once
 
 #include <cmath>
 
 #include "../core/device.h"
 #include "../core/rows.h"
+#include "row_unit.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
@@ -29,11 +34,18 @@ struct LayerNormProblem {
   float epsilon;
 };
 
-/// What a row's backward pass needs.
+/// A row, normalized, is (x * unit - center) * inverse + offset.
+template <typename C>
+struct LayerNormScale {
+  C unit, center, inverse, offset;
+};
+
+/// What a row's backward pass needs, with g' = g * gradient_unit.
 template <typename C>
 struct LayerNormRow {
-  C mean, inverse_deviation;
-  C mean_gradient, projection;  // mean(g w), mean(g w h)
+  LayerNormScale<C> scale;      // unit 0: the row takes no part
+  C mean_gradient, projection;  // mean(g' w), mean(g' w h)
+  C gradient_unit;
 };
 
 template <typename GX, typename GW, typename GY, typename X, typename W>
@@ -52,32 +64,66 @@ struct LayerNormBackwardProblem {
 
 namespace cpu {
 
+/// What is known of a row times its unit: a number near the mean, how far the mean is from it, the
+/// variance.
 template <typename C>
-struct MeanAndInverseDeviation {
-  C mean, inverse_deviation;
+struct RowMoments {
+  C center, correction, variance;
 };
 
-template <typename V, typename X>
-MeanAndInverseDeviation<typename V::scalar> layer_norm_statistics(const X* x, Index features,
-                                                                  float epsilon) {
+template <typename V>
+struct DistanceSums {
+  V distances, squares;
+  friend EIGENFORMER_INLINE DistanceSums operator+(const DistanceSums& a, const DistanceSums& b) {
+    return {a.distances + b.distances, a.squares + b.squares};
+  }
+};
+
+template <typename V, typename X, typename Unit>
+RowMoments<typename V::scalar> row_moments(const X* x, Index features, typename V::scalar unit,
+                                           Unit factor) {
   using C = typename V::scalar;
-  const C n = static_cast<C>(features);
-  const C mean =
-      sum_over_vectors<V>(features,
-                          [&](V sum, Index at, auto part) { return sum + load<V>(x + at, part); }) /
-      n;
-  const C squares = sum_over_vectors<V>(features, [&](V sum, Index at, auto part) {
-    V distance = load<V>(x + at, part) - V::set1(mean);
-    if constexpr (std::is_same_v<
-                      decltype(part),
-                      PartOfVector>) {  // lanes past the end are 0 - mean: out of the sum
-      C lanes[V::lanes];
-      distance.store(lanes);
-      distance = V::load_partial(lanes, part.lanes);
-    }
-    return fma(distance, distance, sum);
+  if (features == 0) return {};
+  const C n = static_cast<C>(features), first = static_cast<C>(x[0]) * unit;
+  const C distances = sum_over_vectors<V>(features, [&](V sum, Index at, auto part) {
+    return sum + present(load<V>(x + at, part) * factor - V::set1(first), part);
   });
-  return {mean, C(1) / std::sqrt(squares / n + static_cast<C>(epsilon))};
+  const C center = first + distances / n;
+  const auto sums = accumulate_vectors<V>(
+      features, DistanceSums<V>{V::zero(), V::zero()},
+      [&](const DistanceSums<V>& sum, Index at, auto part) {
+        const V distance = present(load<V>(x + at, part) * factor - V::set1(center), part);
+        return DistanceSums<V>{sum.distances + distance, fma(distance, distance, sum.squares)};
+      });
+  const C correction = reduce_add(sums.distances) / n;
+  return {center, correction,
+          (std::max)(reduce_add(sums.squares) / n - correction * correction, C(0))};  // NaN stays
+}
+
+template <typename V, typename X>
+LayerNormScale<typename V::scalar> layer_norm_scale(const X* x, Index features, float epsilon) {
+  using C = typename V::scalar;
+  const auto row = row_moments<V>(x, features, C(1), UnitOne{});
+  const C spread = row.variance + static_cast<C>(epsilon);
+  if (in_range(spread)) [[likely]] {
+    const C inverse = C(1) / std::sqrt(spread);
+    return {C(1), row.center, inverse, -row.correction * inverse};
+  }
+  const C unit = row_unit<V>(x, features);
+  const auto scaled = row_moments<V>(x, features, unit, V::set1(unit));
+  const C inverse = static_cast<C>(1 / std::sqrt(static_cast<double>(scaled.variance) +
+                                                 static_cast<double>(epsilon) * unit * unit));
+  return {unit, scaled.center, inverse, -scaled.correction * inverse};
+}
+
+/// f(normalize), where normalize(x) is a vector of the row, normalized.
+template <typename V, typename F>
+EIGENFORMER_INLINE void with_normalized(const LayerNormScale<typename V::scalar>& scale, F&& f) {
+  const V center = V::set1(scale.center), inverse = V::set1(scale.inverse),
+          offset = V::set1(scale.offset);
+  with_unit<V>(scale.unit, [&](auto unit) {
+    f([&](const V& x) { return fma(x * unit - center, inverse, offset); });
+  });
 }
 
 template <typename Isa, CpuDevice D, typename Y, typename X, typename W>
@@ -87,12 +133,12 @@ void layer_norm(Isa, const D& device, const LayerNormProblem<Y, X, W>& p) {
     for (Index row = first; row < last; ++row) {
       const X* x = p.x + row * p.features;
       Y* y = p.y + row * p.features;
-      const auto statistics = layer_norm_statistics<V>(x, p.features, p.epsilon);
-      const V mean = V::set1(statistics.mean), scale = V::set1(statistics.inverse_deviation);
-      for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-        const V normalized = (load<V>(x + at, part) - mean) * scale;
-        store(fma(normalized, load<V>(p.weight + at, part), load<V>(p.bias + at, part)), y + at,
-              part);
+      with_normalized<V>(layer_norm_scale<V>(x, p.features, p.epsilon), [&](auto normalize) {
+        for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+          store(fma(normalize(load<V>(x + at, part)), load<V>(p.weight + at, part),
+                    load<V>(p.bias + at, part)),
+                y + at, part);
+        });
       });
     }
   });
@@ -108,12 +154,15 @@ void layer_norm_parameter_gradients(const Problem& p, Index column, Index column
     V weight[Vectors], bias[Vectors];
     for (int k = 0; k < Vectors; ++k) weight[k] = bias[k] = V::zero();
     for (Index row = begin; row < (std::min)(begin + kRowBlock, p.rows); ++row) {
-      const V mean = V::set1(p.row_scratch[row].mean),
-              scale = V::set1(p.row_scratch[row].inverse_deviation);
+      const auto& found = p.row_scratch[row].scale;
+      if (found.unit == 0) continue;
+      const V unit = V::set1(found.unit), center = V::set1(found.center),
+              inverse = V::set1(found.inverse), offset = V::set1(found.offset);
       for (int k = 0; k < Vectors; ++k) {
         const Index i = row * p.features + column + k * V::lanes;
         const V gradient = load<V>(p.grad_y + i, part);
-        weight[k] = fma((load<V>(p.x + i, part) - mean) * scale, gradient, weight[k]);
+        const V normalized = fma(load<V>(p.x + i, part) * unit - center, inverse, offset);
+        weight[k] = fma(normalized, gradient, weight[k]);
         bias[k] = bias[k] + gradient;
       }
     }
@@ -130,36 +179,53 @@ void layer_norm_parameter_gradients(const Problem& p, Index column, Index column
 }
 
 template <typename V, typename Problem>
-void layer_norm_backward_statistics(const Problem& p, Index row) {
+LayerNormRow<typename V::scalar> layer_norm_backward_statistics(const Problem& p, Index row) {
   using C = typename V::scalar;
   const auto* x = p.x + row * p.features;
   const auto* grad_y = p.grad_y + row * p.features;
-  const auto [mean, scale] = layer_norm_statistics<V>(x, p.features, p.epsilon);
-  const V center = V::set1(mean);
-  // Lanes past the end hold a gradient of 0, so that they add nothing.
-  const C gradient = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
-    return fma(load<V>(grad_y + at, part), load<V>(p.weight + at, part), sum);
-  });
-  const C projection = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
-    return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part),
-               load<V>(x + at, part) - center, sum);
-  });
   const C n = static_cast<C>(p.features);
-  p.row_scratch[row] = {mean, scale, gradient / n, projection * scale / n};
+  const auto scale = layer_norm_scale<V>(x, p.features, p.epsilon);
+  // Lanes past the end hold a gradient of 0, so that they add nothing.
+  const auto sums = [&](C gradient_unit, auto unit, auto gradient_factor) {
+    const V center = V::set1(scale.center);
+    const C gradient = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
+      return fma(load<V>(grad_y + at, part) * gradient_factor, load<V>(p.weight + at, part), sum);
+    });
+    const C projection = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
+      return fma(load<V>(grad_y + at, part) * gradient_factor * load<V>(p.weight + at, part),
+                 load<V>(x + at, part) * unit - center, sum);
+    });
+    return LayerNormRow<C>{scale, gradient / n,
+                           (projection * scale.inverse + gradient * scale.offset) / n,
+                           gradient_unit};
+  };
+  if (scale.unit == 1) {
+    const auto found = sums(C(1), UnitOne{}, UnitOne{});
+    if (std::isfinite(found.mean_gradient) && std::isfinite(found.projection)) [[likely]]
+      return found;
+  }
+  if (!any_nonzero<V>(grad_y, p.features)) return {};
+  const C gradient_unit = row_unit<V>(grad_y, p.features);
+  return sums(gradient_unit, V::set1(scale.unit), V::set1(gradient_unit));
 }
 
 template <typename V, typename Problem>
 void layer_norm_backward_row(const Problem& p, Index row) {
   const Index begin = row * p.features;
-  const auto& s = p.row_scratch[row];
-  const V mean = V::set1(s.mean), scale = V::set1(s.inverse_deviation);
-  const V mean_gradient = V::set1(s.mean_gradient), against = V::set1(-s.projection);
-  for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-    const V normalized = (load<V>(p.x + begin + at, part) - mean) * scale;
-    const V gradient = fma(load<V>(p.grad_y + begin + at, part), load<V>(p.weight + at, part),
-                           V::zero() - mean_gradient);
-    store(fma(normalized, against, gradient) * scale, p.grad_x + begin + at, part);
-  });
+  const auto& found = p.row_scratch[row];
+  const V center = V::set1(found.scale.center), inverse = V::set1(found.scale.inverse),
+          offset = V::set1(found.scale.offset);
+  const V mean_gradient = V::set1(found.mean_gradient), against = V::set1(-found.projection);
+  const auto run = [&](auto unit, auto gradient_unit, auto result_unit) {
+    for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+      const V normalized = fma(load<V>(p.x + begin + at, part) * unit - center, inverse, offset);
+      const V gradient = fma(load<V>(p.grad_y + begin + at, part) * gradient_unit,
+                             load<V>(p.weight + at, part), V::zero() - mean_gradient);
+      store(fma(normalized, against, gradient) * inverse * result_unit, p.grad_x + begin + at,
+            part);
+    });
+  };
+  with_gradient_units<V>(found.scale.unit, found.gradient_unit, p.grad_x + begin, p.features, run);
 }
 
 template <typename Isa, CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
@@ -167,7 +233,8 @@ void layer_norm_backward(Isa, const D& device,
                          const LayerNormBackwardProblem<GX, GW, GY, X, W>& p) {
   using V = simd::Vec<typename LayerNormBackwardProblem<GX, GW, GY, X, W>::compute, Isa>;
   parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
-    for (Index row = first; row < last; ++row) layer_norm_backward_statistics<V>(p, row);
+    for (Index row = first; row < last; ++row)
+      p.row_scratch[row] = layer_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
   parallel_for(device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),

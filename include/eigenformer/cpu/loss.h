@@ -12,6 +12,8 @@
 #include <type_traits>
 
 #include "../core/device.h"
+#include "../core/values.h"
+#include "row_unit.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
@@ -20,8 +22,8 @@ inline namespace EIGENFORMER_ABI {
 /// A checked request: pointers and sizes only. L: scalar of the logits, G: of the gradient.
 template <typename L, typename G>
 struct CrossEntropyProblem {
-  const L* logits;              // (rows, classes)
-  const std::int32_t* targets;  // (rows)
+  const L* logits;            // (rows, classes)
+  const LengthSpan& targets;  // (rows)
   G* gradient;  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
   double* row_loss;  // (rows), written
   Index rows, classes;
@@ -43,12 +45,21 @@ typename V::scalar row_maximum(const L* logits, Index classes) {
   return reduce_max(maximum(maximum(best[0], best[1]), maximum(best[2], best[3])));
 }
 
+/// Mean of maximum - x: of distances, because the logits themselves may be large against their
+/// spread. Where the sum overflows, the
+/// mean may not: then in double, divided first.
 template <typename V, typename L>
-typename V::scalar row_sum(const L* logits, Index classes) {
-  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  for_each_vector_interleaved<V, 4>(
-      classes, [&](Index i, auto part, int k) { sums[k] = sums[k] + load<V>(logits + i, part); });
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+double mean_below(const L* logits, Index classes, typename V::scalar maximum) {
+  const double n = static_cast<double>(classes);
+  const auto sum = sum_over_vectors<V>(classes, [&](V total, Index i, auto part) {
+    return total + present(V::set1(maximum) - load<V>(logits + i, part), part);
+  });
+  if (std::isfinite(sum)) [[likely]]
+    return static_cast<double>(sum) / n;
+  double mean = 0;
+  for (Index i = 0; i < classes; ++i)
+    mean += static_cast<double>(maximum) / n - static_cast<double>(logits[i]) / n;
+  return mean;
 }
 
 /// Sum of exp(x - maximum); leaves the exponentials in `keep` where Keep.
@@ -73,7 +84,7 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   constexpr bool keep = std::is_same_v<G, C>;
   const L* logits = p.logits + r * p.classes;
   G* gradient = p.gradient == nullptr ? nullptr : p.gradient + r * p.classes;
-  const std::int32_t target = p.targets[r];
+  const Index target = p.targets[r];
   if (target == p.ignore_index) {
     p.row_loss[r] = 0;
     if (gradient != nullptr)
@@ -84,15 +95,19 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
 
   const C target_logit = static_cast<C>(logits[target]);  // read before the gradient overwrites it
   const double per_class = p.label_smoothing / static_cast<double>(p.classes);
-  const double logit_sum =
-      p.label_smoothing > 0 ? static_cast<double>(row_sum<V>(logits, p.classes)) : 0.0;
   const C maximum = row_maximum<V>(logits, p.classes);
+  const double below = p.label_smoothing > 0 ? mean_below<V>(logits, p.classes, maximum) : 0.0;
   const C sum = gradient != nullptr
                     ? exponential_sum<V, keep>(logits, p.classes, maximum, gradient)
                     : exponential_sum<V, false>(logits, p.classes, maximum, gradient);
-  const double log_sum_exp = static_cast<double>(maximum) + std::log(static_cast<double>(sum));
-  double loss = log_sum_exp - (1.0 - p.label_smoothing) * static_cast<double>(target_logit);
-  if (p.label_smoothing > 0) loss -= per_class * logit_sum;
+  const double log_sum = std::log(static_cast<double>(sum)),
+               log_sum_exp = static_cast<double>(maximum) + log_sum;
+  // Each term from the maximum: its own size cancels.
+  double loss = log_sum;
+  if (p.label_smoothing < 1)
+    loss += (1.0 - p.label_smoothing) *
+            (static_cast<double>(maximum) - static_cast<double>(target_logit));
+  if (p.label_smoothing > 0) loss += p.label_smoothing * below;
   if (p.z_loss > 0) loss += p.z_loss * log_sum_exp * log_sum_exp;
   p.row_loss[r] = loss;
   if (gradient == nullptr) return;

@@ -6,13 +6,15 @@
 ///   grad_weight[j] += sum over rows of g[j] x[j] r
 ///   grad_x[j]       = r (g[j] w[j] - x[j] r^2 / n * sum_k g[k] w[k] x[k])
 /// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x, threads splitting the rows. grad_x
-/// comes last so that it may take the place of grad_y or x.
+/// comes last so that it may take the place of grad_y or x. A row whose grad_y is all zero takes no
+/// part: its NaN reach nothing.
 #pragma once
 
 #include <cmath>
 
 #include "../core/device.h"
 #include "../core/rows.h"
+#include "row_unit.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
@@ -37,6 +39,15 @@ struct AddRmsNormProblem {
   const X* addend;  // (rows, features)
 };
 
+/// What a row's backward pass needs: with x' = x * unit and g' = g * gradient_unit,
+///   grad_x[j] = (g'[j] w[j] inverse + x'[j] along_x) * unit / gradient_unit
+template <typename C>
+struct RmsNormRow {
+  C unit, inverse;  // x * r is x' * inverse; unit 0: the row takes no part
+  C along_x;        // -inverse^3 / n * sum_k g'[k] w[k] x'[k]
+  C gradient_unit;
+};
+
 template <typename GX, typename GW, typename GY, typename X, typename W>
 struct RmsNormBackwardProblem {
   using compute = common_compute_type<GX, GY, X, W>;
@@ -47,20 +58,35 @@ struct RmsNormBackwardProblem {
   const W* weight;   // (features)
   Index rows, features;
   float epsilon;
-  compute* inverse_rms;  // (rows) scratch
-  compute* projection;   // (rows) scratch: sum_k g[k] w[k] x[k]
+  RmsNormRow<compute>* row_scratch;  // (rows)
 };
 
 namespace cpu {
 
+/// x / rms is (x * unit) * inverse.
+template <typename C>
+struct RmsScale {
+  C unit, inverse;
+};
+
 template <typename V, typename X>
-typename V::scalar inverse_rms(const X* x, Index features, float epsilon) {
+RmsScale<typename V::scalar> rms_scale(const X* x, Index features, float epsilon) {
   using C = typename V::scalar;
-  const C squares = sum_over_vectors<V>(features, [&](V sum, Index at, auto part) {
-    const V value = load<V>(x + at, part);
-    return fma(value, value, sum);
-  });
-  return C(1) / std::sqrt(squares / static_cast<C>(features) + static_cast<C>(epsilon));
+  const auto mean_square = [&](auto unit) {
+    return sum_over_vectors<V>(features,
+                               [&](V sum, Index at, auto part) {
+                                 const V value = load<V>(x + at, part) * unit;
+                                 return fma(value, value, sum);
+                               }) /
+           static_cast<C>(features);
+  };
+  const C mean = mean_square(UnitOne{}) + static_cast<C>(epsilon);
+  if (in_range(mean)) [[likely]]
+    return {C(1), C(1) / std::sqrt(mean)};
+  const C unit = row_unit<V>(x, features);
+  const double scaled =
+      static_cast<double>(mean_square(V::set1(unit))) + static_cast<double>(epsilon) * unit * unit;
+  return {unit, static_cast<C>(1 / std::sqrt(scaled))};
 }
 
 template <typename Isa, typename Y, typename X, typename W>
@@ -68,9 +94,12 @@ void rms_norm_row(const RmsNormProblem<Y, X, W>& p, Index row) {
   using V = simd::Vec<typename RmsNormProblem<Y, X, W>::compute, Isa>;
   const X* x = p.x + row * p.features;
   Y* y = p.y + row * p.features;
-  const V scale = V::set1(inverse_rms<V>(x, p.features, p.epsilon));
-  for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-    store(load<V>(x + at, part) * scale * load<V>(p.weight + at, part), y + at, part);
+  const auto found = rms_scale<V>(x, p.features, p.epsilon);
+  const V scale = V::set1(found.inverse);
+  with_unit<V>(found.unit, [&](auto unit) {
+    for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+      store(load<V>(x + at, part) * unit * scale * load<V>(p.weight + at, part), y + at, part);
+    });
   });
 }
 
@@ -110,11 +139,14 @@ void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Par
     V block[Vectors];
     for (int k = 0; k < Vectors; ++k) block[k] = V::zero();
     for (Index row = begin; row < (std::min)(begin + kRowBlock, p.rows); ++row) {
+      const auto& found = p.row_scratch[row];
+      if (found.unit == 0) continue;
       const Index at = row * p.features + column;
-      const V scale = V::set1(p.inverse_rms[row]);
+      const V unit = V::set1(found.unit), scale = V::set1(found.inverse);
       for (int k = 0; k < Vectors; ++k) {
         const Index i = at + k * V::lanes;
-        block[k] = fma(load<V>(p.grad_y + i, part) * scale, load<V>(p.x + i, part), block[k]);
+        block[k] =
+            fma(load<V>(p.grad_y + i, part) * scale, load<V>(p.x + i, part) * unit, block[k]);
       }
     }
     for (int k = 0; k < Vectors; ++k) total[k] = total[k] + block[k];
@@ -125,33 +157,52 @@ void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Par
 }
 
 template <typename V, typename Problem>
-void rms_norm_backward_row(const Problem& p, Index row) {
+RmsNormRow<typename V::scalar> rms_norm_backward_statistics(const Problem& p, Index row) {
   using C = typename V::scalar;
+  const auto* x = p.x + row * p.features;
+  const auto* grad_y = p.grad_y + row * p.features;
+  const auto along_x = [&](C inverse, auto unit, auto gradient_unit) {
+    const C projection = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
+      return fma(load<V>(grad_y + at, part) * gradient_unit * load<V>(p.weight + at, part),
+                 load<V>(x + at, part) * unit, sum);
+    });
+    return -(projection * inverse / static_cast<C>(p.features)) * inverse *
+           inverse;  // the cube alone may overflow
+  };
+  const auto found = rms_scale<V>(x, p.features, p.epsilon);
+  if (found.unit == 1) {
+    const C along = along_x(found.inverse, UnitOne{}, UnitOne{});
+    if (std::isfinite(along)) [[likely]]
+      return {C(1), found.inverse, along, C(1)};
+  }
+  if (!any_nonzero<V>(grad_y, p.features)) return {};
+  const C gradient_unit = row_unit<V>(grad_y, p.features);
+  return {found.unit, found.inverse,
+          along_x(found.inverse, V::set1(found.unit), V::set1(gradient_unit)), gradient_unit};
+}
+
+template <typename V, typename Problem>
+void rms_norm_backward_row(const Problem& p, Index row) {
   const Index begin = row * p.features;
-  const C r = p.inverse_rms[row];
-  const V scale = V::set1(r);
-  const V along_x = V::set1(-(p.projection[row] * r / static_cast<C>(p.features)) * r *
-                            r);  // r^3 alone may overflow
-  for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-    const V gradient = load<V>(p.grad_y + begin + at, part) * load<V>(p.weight + at, part);
-    store(fma(load<V>(p.x + begin + at, part), along_x, gradient * scale), p.grad_x + begin + at,
-          part);
-  });
+  const auto& found = p.row_scratch[row];
+  const V scale = V::set1(found.inverse), along_x = V::set1(found.along_x);
+  const auto run = [&](auto unit, auto gradient_unit, auto result_unit) {
+    for_each_vector<V>(0, p.features, [&](Index at, auto part) {
+      const V gradient =
+          load<V>(p.grad_y + begin + at, part) * gradient_unit * load<V>(p.weight + at, part);
+      store(fma(load<V>(p.x + begin + at, part) * unit, along_x, gradient * scale) * result_unit,
+            p.grad_x + begin + at, part);
+    });
+  };
+  with_gradient_units<V>(found.unit, found.gradient_unit, p.grad_x + begin, p.features, run);
 }
 
 template <typename Isa, CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
 void rms_norm_backward(Isa, const D& device, const RmsNormBackwardProblem<GX, GW, GY, X, W>& p) {
   using V = simd::Vec<typename RmsNormBackwardProblem<GX, GW, GY, X, W>::compute, Isa>;
   parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
-    for (Index row = first; row < last; ++row) {
-      const X* x = p.x + row * p.features;
-      const GY* grad_y = p.grad_y + row * p.features;
-      p.inverse_rms[row] = inverse_rms<V>(x, p.features, p.epsilon);
-      p.projection[row] = sum_over_vectors<V>(p.features, [&](V sum, Index at, auto part) {
-        return fma(load<V>(grad_y + at, part) * load<V>(p.weight + at, part), load<V>(x + at, part),
-                   sum);
-      });
-    }
+    for (Index row = first; row < last; ++row)
+      p.row_scratch[row] = rms_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
   parallel_for(

@@ -12,6 +12,7 @@
 
 #include "../core/device.h"
 #include "../core/rows.h"
+#include "../core/values.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
@@ -49,12 +50,12 @@ struct RopeAngles {
 };
 
 /// A checked request: pointers and sizes only.
-template <typename Y, typename X, typename Position>
+template <typename Y, typename X>
 struct RopeProblem {
   using compute = common_compute_type<Y, X>;
-  Y* y;                       // (tokens, heads, head_dim)
-  const X* x;                 // (tokens, heads, head_dim)
-  const Position* positions;  // (tokens)
+  Y* y;                         // (tokens, heads, head_dim)
+  const X* x;                   // (tokens, heads, head_dim)
+  const LengthSpan& positions;  // (tokens)
   Index tokens, heads, head_dim;
   RopeAngles angles;
   const compute* table;  // (positions, angles.row_size()), nullptr where rows are computed
@@ -83,8 +84,8 @@ void rope_head(const typename V::scalar* row, V sign, Index rotary_dim, const X*
   }
 }
 
-template <typename V, RopeLayout Layout, typename Y, typename X, typename Position>
-void rope_token(const RopeProblem<Y, X, Position>& p, Index token, const typename V::scalar* row) {
+template <typename V, RopeLayout Layout, typename Y, typename X>
+void rope_token(const RopeProblem<Y, X>& p, Index token, const typename V::scalar* row) {
   const V sign = V::set1(p.inverse ? -1 : 1);
   const Index rotary_dim = p.angles.rotary_dim;
   for (Index head = token * p.heads; head < (token + 1) * p.heads; ++head) {
@@ -97,17 +98,16 @@ void rope_token(const RopeProblem<Y, X, Position>& p, Index token, const typenam
   }
 }
 
-template <typename Isa, CpuDevice D, typename Y, typename X, typename Position>
-void rope(Isa, const D& device, const RopeProblem<Y, X, Position>& p) {
-  using C = typename RopeProblem<Y, X, Position>::compute;
+template <typename Isa, CpuDevice D, typename Y, typename X>
+void rope(Isa, const D& device, const RopeProblem<Y, X>& p) {
+  using C = typename RopeProblem<Y, X>::compute;
   using V = simd::Vec<C, Isa>;
   const Index row_size = p.angles.row_size();
   parallel_for(device, p.tokens, rows_per_task(p.heads * p.head_dim),
                [&](Index first, Index last, int worker) {
                  for (Index token = first; token < last; ++token) {
                    const C* row =
-                       p.table +
-                       (p.table == nullptr ? 0 : static_cast<Index>(p.positions[token]) * row_size);
+                       p.table + (p.table == nullptr ? 0 : p.positions[token] * row_size);
                    if (p.table == nullptr) {
                      C* own = p.rows + worker * row_size;
                      p.angles.write_row(static_cast<double>(p.positions[token]), own);

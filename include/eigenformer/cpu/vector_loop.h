@@ -63,16 +63,21 @@ EIGENFORMER_INLINE void for_each_vector_interleaved(Index count, Body&& body) {
   if (at < count) body(at, PartOfVector{static_cast<int>(count - at)}, k);
 }
 
-/// Sum over [0, count) of what `add(accumulator, at, part)` adds, in an order that count alone determines: four interleaved vectors
-/// of partial sums hide the latency of the addition.
-template <typename V, typename Add>
-EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
-  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+/// Sum over [0, count) of what `add(accumulator, at, part)` adds to `zero`, in an order that count
+/// alone determines: four interleaved
+/// partial sums hide the latency of the addition. Sum is V, or several of them with an operator+.
+template <typename V, typename Sum, typename Add>
+EIGENFORMER_INLINE Sum accumulate_vectors(Index count, const Sum& zero, Add&& add) {
+  Sum sums[4] = {zero, zero, zero, zero};
   Index at = 0;
   for (; count - at >= 4 * V::lanes; at += 4 * V::lanes)
     for (int k = 0; k < 4; ++k) sums[k] = add(sums[k], at + k * V::lanes, WholeVector{});
   for_each_vector<V>(at, count, [&](Index i, auto part) { sums[0] = add(sums[0], i, part); });
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+template <typename V, typename Add>
+EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
+  return reduce_add(accumulate_vectors<V>(count, V::zero(), add));
 }
 
 /// A result larger than this is written around the caches where its vectors are aligned: it would not stay in an L2 of a few MiB,

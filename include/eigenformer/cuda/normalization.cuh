@@ -1,5 +1,7 @@
 /// \file
-/// CUDA kernel of RMSNorm: one block a row, two coalesced passes (the second out of L2), sums in a fixed tree.
+/// CUDA kernel of RMSNorm: one block a row, two coalesced passes (the second out of L2), sums in a
+/// fixed tree; rows past the range
+/// of their squares as in cpu/row_unit.h.
 #pragma once
 
 #include "../cpu/normalization.h"  // RmsNormProblem
@@ -9,6 +11,22 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
+struct Larger {
+  template <typename T>
+  __device__ T operator()(T a, T b) const {
+    return a > b ? a : b;
+  }
+};
+
+/// cpu::row_unit, by all threads of the block.
+template <typename C, typename X>
+__device__ C row_unit(const X* x, Index count) {
+  C largest = 0;
+  for (Index j = threadIdx.x; j < count; j += kRowThreads)
+    largest = Larger{}(static_cast<C>(fabs(static_cast<C>(x[j]))), largest);
+  return cpu::unit_of(reduce_block(largest, Larger{}));
+}
+
 template <typename Y, typename X, typename W>
 struct RmsNormBody {
   RmsNormProblem<Y, X, W> p;
@@ -16,15 +34,25 @@ struct RmsNormBody {
     using C = typename RmsNormProblem<Y, X, W>::compute;
     const X* x = p.x + row * p.features;
     Y* y = p.y + row * p.features;
-    C squares = 0;
-    for (Index j = threadIdx.x; j < p.features; j += kRowThreads) {
-      const C value = static_cast<C>(x[j]);
-      squares = fma(value, value, squares);
+    const C n = static_cast<C>(p.features);
+    const auto sum_of_squares = [&](C unit) {
+      C squares = 0;
+      for (Index j = threadIdx.x; j < p.features; j += kRowThreads) {
+        const C value = static_cast<C>(x[j]) * unit;
+        squares = fma(value, value, squares);
+      }
+      return reduce_block(squares, Add{});
+    };
+    C unit = 1;
+    double mean = sum_of_squares(unit) / n + static_cast<C>(p.epsilon);
+    if (!cpu::in_range(static_cast<C>(mean))) {  // all threads of the block, or none
+      unit = row_unit<C>(x, p.features);
+      mean = static_cast<double>(sum_of_squares(unit) / n) +
+             static_cast<double>(p.epsilon) * unit * unit;
     }
-    squares = reduce_block(squares, Add{});
-    const C scale = C(1) / sqrt(squares / static_cast<C>(p.features) + static_cast<C>(p.epsilon));
+    const C scale = unit == 1 ? C(1) / sqrt(static_cast<C>(mean)) : static_cast<C>(1 / sqrt(mean));
     for (Index j = threadIdx.x; j < p.features; j += kRowThreads)
-      y[j] = static_cast<Y>(static_cast<C>(x[j]) * scale * static_cast<C>(p.weight[j]));
+      y[j] = static_cast<Y>(static_cast<C>(x[j]) * unit * scale * static_cast<C>(p.weight[j]));
   }
 };
 

@@ -63,6 +63,9 @@ void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& gr
                 "eigenformer: gradients are of floating scalars");
   static_assert(std::is_same_v<Y, double> || !std::is_same_v<X, double>,
                 "eigenformer: a double grad_x needs a double grad_y");
+  detail::checked_size(name, "grad_x", to);
+  detail::checked_size(name, "grad_y", from);
+  detail::checked_size(name, "weight", w);
   const Index tokens = from.dimension(0), out = w.dimension(0), in = w.dimension(1);
   require_that(from.dimension(1) == out, name, "grad_y has ", from.dimension(1),
                " features, weight has ", out, " rows");
@@ -89,6 +92,9 @@ void linear_backward_weight_into(const D& device, GradW&& grad_weight, const Gra
   static_assert(
       std::is_same_v<G, double> || (!std::is_same_v<X, double> && !std::is_same_v<Y, double>),
       "eigenformer: double activations need a double gradient");
+  detail::checked_size(name, "grad_weight", to);
+  detail::checked_size(name, "grad_y", dy);
+  detail::checked_size(name, "x", input);
   const Index tokens = dy.dimension(0), out = dy.dimension(1), in = input.dimension(1);
   require_that(input.dimension(0) == tokens, name, "x has ", input.dimension(0),
                " tokens, grad_y has ", tokens);
@@ -108,6 +114,8 @@ void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& 
                 "eigenformer: gradients of parameters are float or double");
   static_assert(std::is_same_v<G, double> || !std::is_same_v<scalar_of<GradY>, double>,
                 "eigenformer: double activations need a double gradient");
+  if (detail::checked_size("linear_backward_bias", "grad_y", dy) == 0 && to.dimension(0) == 0)
+    return;
   require_that(to.dimension(0) == dy.dimension(1), "linear_backward_bias", "grad_bias has ",
                to.dimension(0), " elements, grad_y has ", dy.dimension(1), " features");
   cpu::add_column_sums(isa::best{}, device, to.data(), dy.data(), dy.dimension(0), dy.dimension(1));

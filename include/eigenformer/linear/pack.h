@@ -2,16 +2,18 @@
 /// Packing: from tensors to PackedWeight. The manual is packed_weight.h.
 #pragma once
 
+#include <cmath>
+
+#include "../core/rows.h"
 #include "packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// "operation: weights[3, 17] is nan, expected finite numbers", for the element at `flat`.
+/// "3, 17": where in a view the element at `flat` is.
 template <typename View>
-[[noreturn]] void throw_not_quantizable(std::string_view operation, std::string_view argument,
-                                        const View& view, Index flat) {
+std::string index_text(const View& view, Index flat) {
   std::string at;
   Index rest = flat;
   for (int d = rank_of<View> - 1; d >= 0; --d) {
@@ -19,7 +21,15 @@ template <typename View>
     at = std::to_string(rest % size) + (at.empty() ? "" : ", ") + at;
     rest /= size;
   }
-  require_that(false, operation, argument, "[", at, "] is ", static_cast<double>(view.data()[flat]),
+  return at;
+}
+
+/// "operation: weights[3, 17] is nan, expected finite numbers", for the element at `flat`.
+template <typename View>
+[[noreturn]] void throw_not_quantizable(std::string_view operation, std::string_view argument,
+                                        const View& view, Index flat) {
+  require_that(false, operation, argument, "[", index_text(view, flat), "] is ",
+               static_cast<double>(view.data()[flat]),
                ", expected finite numbers whose scale fits a float");
   std::abort();  // not reached
 }
@@ -91,7 +101,6 @@ void pack_quantized(Isa isa, const D& device, PackedWeight<std::int8_t>& packed,
               each = group == 0 ? std::max<Index>(depth, 1) : group;
   const Index groups = group == 0 ? 1 : (depth + group - 1) / group;
   constexpr std::string_view name = packing_name<Matrices>;
-  checked_product(rows, depth, name, "weight");
   const Index all_scales =
       checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
   Workspace::Frame frame(workspace);
@@ -143,6 +152,7 @@ void pack_weight_on(Isa isa, const D& device, PackedWeight<T>& packed,
   static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
                 "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
   constexpr std::string_view name = packing_name<Matrices>;
+  checked_size(name, names[0], views[0]);
   for (int m = 1; m < Matrices; ++m)
     require_same_shape(name, names[0], views[0], names[m], views[m]);
   if constexpr (std::is_same_v<T, std::int8_t>) {
@@ -167,12 +177,26 @@ void pack_weight_on(Isa isa, const D& device, PackedWeight<T>& packed,
   pack_weight_on(isa, device, packed, {weight}, {"weights"}, options, workspace);
 }
 
+/// Scales of weights are finite and not negative; names the first that is not.
+template <typename View>
+void require_scales(std::string_view name, const View& scales) {
+  for (Index i = 0; i < scales.size(); ++i) {
+    const float scale = scales.data()[i];
+    if (std::isfinite(scale) && scale >= 0) [[likely]]
+      continue;
+    require_that(false, name, "scales[", index_text(scales, i), "] is ", scale,
+                 ", expected finite and not negative");
+  }
+}
+
 /// From int8 values and scales (out) or (out, groups).
 template <typename Isa, typename D, typename Scales>
 void pack_int8_values(Isa isa, const D& device, PackedWeight<std::int8_t>& packed,
                       TensorView<const std::int8_t, 2> values, const Scales& scales,
                       const Int8Packing& options) {
   constexpr auto name = "pack_weight";
+  checked_size(name, "weight", values);
+  checked_size(name, "scales", scales);
   const Index rows = values.dimension(0), depth = values.dimension(1), group = options.group_size;
   require_that(scales.dimension(0) == rows, name, "scales has ", scales.dimension(0),
                " rows, weight has ", rows, " rows");
@@ -187,6 +211,7 @@ void pack_int8_values(Isa isa, const D& device, PackedWeight<std::int8_t>& packe
     require_that(scales.dimension(1) == groups, name, "scales has ", scales.dimension(1),
                  " columns, expected ", groups, ", one for each ", group, " of ", depth, " inputs");
   }
+  require_scales(name, scales);
   WeightAccess<std::int8_t>::reshape(packed, isa, rows, depth, 1, group);
   arrange_scales(isa, packed, {scales.data()});
   pack_values(isa, device, packed, {values});

@@ -17,7 +17,9 @@
 /// device's threads.
 ///
 /// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index, before `packed` is touched);
-/// scales that do not match; a group_size other than 32, 64 or 128; an input dimension above 133,144 for int8 without groups, where
+/// scales that do not match, or are NaN, infinite or negative (the first one's index is named); a
+/// group_size other than 32, 64 or 128; an input dimension above 133,144 for int8 without groups,
+/// where
 /// the sum of products could leave 32 bits.
 #pragma once
 

@@ -1,0 +1,103 @@
+/// \file
+/// Rows whose squares or sums leave the range of their compute type. Kernels sum a row as it is;
+/// only where the sum overflowed or
+/// fell among the denormals they do it again in a unit of the row's own, a power of two near 1 /
+/// max|x|: x * unit is then exact
+/// and near 1. Ordinary rows cost one comparison.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "vector_loop.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// Whether a mean of squares plus epsilon lost nothing: not infinite or NaN, and so far above the
+/// denormals that no square that
+/// was rounded among them matters.
+template <typename C>
+EIGENFORMER_HOST_DEVICE inline bool in_range(C mean_of_squares) {
+  constexpr C least = (std::numeric_limits<C>::min)() / std::numeric_limits<C>::epsilon();
+  constexpr C most = (std::numeric_limits<C>::max)() / 2;
+  return mean_of_squares >= least && mean_of_squares <= most;
+}
+
+/// The unit of a row with this largest magnitude: a power of two that brings it to [1, 4), or as
+/// near as leaves room for what it is
+/// multiplied with. 1 for 0 and infinity, which no unit helps.
+template <typename C>
+EIGENFORMER_HOST_DEVICE inline C unit_of(C largest) {
+  constexpr int least = std::numeric_limits<C>::min_exponent - 1,
+                most = std::numeric_limits<C>::max_exponent / 4 * 3;
+  if (!(largest > 0) || !std::isfinite(largest)) return C(1);
+  const int exponent = -std::ilogb(largest);
+  return std::ldexp(C(1), exponent < least ? least : exponent > most ? most : exponent);
+}
+
+template <typename V, typename X>
+typename V::scalar row_unit(const X* x, Index count) {
+  V largest = V::zero();
+  for_each_vector<V>(0, count, [&](Index at, auto part) {
+    largest = maximum(abs(load<V>(x + at, part)), largest);  // in this order a NaN leaves it
+  });
+  return unit_of(reduce_max(largest));
+}
+
+/// Whether any number of a row is not 0.
+template <typename V, typename X>
+bool any_nonzero(const X* x, Index count) {
+  return sum_over_vectors<V>(count, [&](V sum, Index at, auto part) {
+           return sum + abs(load<V>(x + at, part));
+         }) != 0;
+}
+
+/// The unit 1 as a factor: nothing.
+struct UnitOne {};
+template <typename V>
+EIGENFORMER_INLINE V operator*(const V& v, UnitOne) {
+  return v;
+}
+
+/// f(factor): the vector of a unit, or UnitOne, so that ordinary rows multiply with nothing.
+template <typename V, typename F>
+EIGENFORMER_INLINE auto with_unit(typename V::scalar unit, F&& f) {
+  if (unit == 1) [[likely]]
+    return f(UnitOne{});
+  return f(V::set1(unit));
+}
+
+/// A row of a gradient: run(unit, gradient_unit, unit / gradient_unit) as factors; zeros where unit
+/// is 0, because the row takes no
+/// part.
+template <typename V, typename G, typename Run>
+void with_gradient_units(typename V::scalar unit, typename V::scalar gradient_unit, G* gradient,
+                         Index count, Run&& run) {
+  using C = typename V::scalar;
+  if (unit == 1 && gradient_unit == 1) [[likely]]
+    return run(UnitOne{}, UnitOne{}, UnitOne{});
+  if (unit == 0)
+    return for_each_vector<V>(0, count,
+                              [&](Index at, auto part) { store(V::zero(), gradient + at, part); });
+  const C largest = std::ldexp(C(1), std::numeric_limits<C>::max_exponent - 1);
+  run(V::set1(unit), V::set1(gradient_unit), V::set1((std::min)(unit / gradient_unit, largest)));
+}
+
+/// v, with 0 in the lanes past the end.
+template <typename V>
+EIGENFORMER_INLINE V present(const V& v, WholeVector) {
+  return v;
+}
+template <typename V>
+EIGENFORMER_INLINE V present(const V& v, PartOfVector part) {
+  typename V::scalar lanes[V::lanes];
+  v.store(lanes);
+  return V::load_partial(lanes, part.lanes);
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,203 @@
+// Sizes near the end of Index, in every call of the operators on rows and matrices: a
+// std::invalid_argument that names the operator
+// before anything is read or allocated, no overflow on the way (UBSan), and tensors without
+// elements that are done at once, however
+// large their other sizes.
+#include <eigenformer/eigenformer.h>
+
+#include "compare.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+const Eigen::DefaultDevice kHere{};
+constexpr Index kMost = (std::numeric_limits<Index>::max)();
+
+template <typename T, int Rank>
+ef::TensorView<T, Rank> nowhere(std::array<Index, static_cast<std::size_t>(Rank)> sizes) {
+  return ef::TensorView<T, Rank>(nullptr, dimensions_of<Rank>(sizes));
+}
+
+/// Shapes whose elements or bytes do not fit an Index, whether or not a size of 0 hides it.
+std::vector<std::array<Index, 2>> absurd_shapes() {
+  return {{kMost, 1},         {1, kMost}, {kMost, kMost}, {kMost / 2 + 1, 2}, {kMost / 2 + 1, 4},
+          {kMost / 4 + 1, 4}, {kMost, 0}, {0, kMost},     {kMost / 2, 1},     {kMost - 65535, 1}};
+}
+
+using Refusal = std::invalid_argument;
+
+TEST(Sizes, OfRowsThatOverflow) {
+  const auto table = random_tensor<float, 2>({3, 3}, 1);
+  ef::Tensor<float, 1> gradient(3);
+  const std::vector<Index> positions(3);
+  for (const auto& [rows, columns] : absurd_shapes()) {
+    const auto x = nowhere<float, 2>({rows, columns});
+    const auto each = nowhere<const float, 1>({columns});
+    const auto heads = nowhere<const float, 3>({rows, 1, columns});
+    const auto expect = [&](const char* name, auto&& call) {
+      expect_throws<Refusal>(call, {name, "overflow"});
+    };
+    expect("rms_norm", [&] { ef::rms_norm(x, each); });
+    expect("rms_norm", [&] { ef::rms_norm_into(kHere, x, x, each); });
+    expect("add_rms_norm", [&] { ef::add_rms_norm_into(kHere, x, x, x, each); });
+    expect("layer_norm", [&] { ef::layer_norm(x, each, each); });
+    expect("layer_norm", [&] { ef::layer_norm_into(kHere, x, x, each, each); });
+    expect("rms_norm_backward",
+           [&] { ef::rms_norm_backward_into(kHere, x, gradient, x, x, each); });
+    expect("layer_norm_backward",
+           [&] { ef::layer_norm_backward_into(kHere, x, gradient, gradient, x, x, each); });
+    expect("silu", [&] { ef::silu(x); });
+    expect("gelu", [&] { ef::gelu_into(kHere, x, x); });
+    expect("relu_backward", [&] { ef::relu_backward_into(kHere, x, x, x); });
+    expect("swiglu", [&] { ef::swiglu(x, x); });
+    expect("geglu_backward", [&] { ef::geglu_backward_into(kHere, x, x, x, x, x); });
+    expect("residual_add", [&] { ef::residual_add(x, x); });
+    expect("cross_entropy", [&] { ef::cross_entropy(x, {1, 2, 3}); });
+    expect("embedding", [&] { ef::embedding(std::vector<std::int32_t>{1, 2}, x); });
+    expect("embedding", [&] { ef::embedding(nowhere<std::int64_t, 2>({rows, columns}), table); });
+    expect("rope", [&] { ef::rope(heads, positions); });
+    expect("quantize_weights_int8", [&] { ef::quantize_weights_int8(x); });
+    expect("quantize_weights_int8_per_channel", [&] { ef::quantize_weights_int8_per_channel(x); });
+    expect("quantize_weights_int8_grouped", [&] { ef::quantize_weights_int8_grouped(x, 32); });
+    const auto values = nowhere<std::int8_t, 2>({rows, columns});
+    expect("quantize_activations_int8",
+           [&] { ef::quantize_activations_int8_into(kHere, values, gradient, x); });
+    expect("dequantize", [&] { ef::dequantize(values, 1.0f); });
+    expect("dequantize_grouped", [&] {
+      ef::dequantize_grouped(values, nowhere<float, 2>({1, 1}), 64);
+    });
+    expect("linear", [&] { ef::linear(x, nowhere<float, 2>({2, columns})); });
+    expect("linear", [&] { ef::linear(nowhere<float, 2>({2, columns}), x); });
+    expect("gated_linear", [&] {
+      ef::gated_linear_into(kHere, nowhere<float, 2>({1, rows}), nowhere<float, 2>({1, columns}), x,
+                            x, ef::Epilogue{});
+    });
+    expect("linear_backward_input", [&] {
+      ef::linear_backward_input_into(kHere, nowhere<float, 2>({1, columns}),
+                                     nowhere<float, 2>({1, rows}), x);
+    });
+    expect("linear_backward_weight", [&] {
+      ef::linear_backward_weight_into(kHere, x, nowhere<float, 2>({1, rows}),
+                                      nowhere<float, 2>({1, columns}));
+    });
+    expect("linear_backward_bias", [&] { ef::linear_backward_bias_into(kHere, gradient, x); });
+    expect("pack_weight", [&] { ef::pack_weight<float>(x); });
+    expect("pack_weight", [&] { ef::pack_weight<ef::bfloat16>(x); });
+    expect("pack_weight", [&] { ef::pack_weight<std::int8_t>(x, {.group_size = 64}); });
+    expect("pack_gated_weight", [&] { ef::pack_gated_weight<float>(x, x); });
+    ef::SelfCommunicator self;
+    expect("column_shard", [&] { ef::column_shard(x, 0, 1); });
+    expect("column_parallel_linear", [&] {
+      ef::column_parallel_linear(x, nowhere<float, 2>({2, columns}), self);
+    });
+    expect("row_parallel_linear", [&] {
+      ef::row_parallel_linear(nowhere<float, 2>({2, columns}), x, self);
+    });
+    expect("vocabulary_parallel_greedy", [&] {
+      ef::vocabulary_parallel_greedy(nowhere<float, 2>({2, columns}), x, self);
+    });
+  }
+}
+
+TEST(Sizes, OfNumbersThatOverflow) {
+  for (Index size : {kMost, kMost - 1, kMost / 2, kMost / 2 + 1}) {
+    expect_throws<Refusal>([&] { ef::alibi_slopes(size); }, {"alibi_slopes", "overflow"});
+    expect_throws<Refusal>([&] { ef::RopeTable(size, 64); }, {"RopeTable", "overflow"});
+    for (const auto layout : {ef::RopeLayout::half_split, ef::RopeLayout::interleaved})
+      expect_throws<Refusal>([&] { ef::RopeTable(1, size / 2 * 2, {.layout = layout}); },
+                             {"RopeTable", "overflow"});
+    expect_throws<Refusal>([&] { ef::create_causal_mask<float>(size, 1); }, {"overflow"});
+    expect_throws<Refusal>([&] { ef::create_causal_mask<float>(2, size); }, {"overflow"});
+    expect_throws<Refusal>([&] { ef::create_causal_mask<float>(1, 1, {.key_length = size}); },
+                           {"overflow"});
+    expect_throws<Refusal>([&] { ef::create_causal_mask<float>(1, 1, {.query_offset = size}); },
+                           {"query_offset"});
+    expect_throws<Refusal>([&] { ef::create_causal_mask<float>(1, 1, {.window = size}); },
+                           {"window"});
+    expect_throws<Refusal>([&] { ef::causal_mask_expression<float>(size, size); }, {"overflow"});
+    const std::vector<float> slopes{1.0f};
+    expect_throws<Refusal>([&] { ef::create_alibi_mask<float>(size, slopes); }, {"overflow"});
+    const ef::ShardRange last = ef::shard_range(size, 6, 7), first = ef::shard_range(size, 0, 7);
+    EXPECT_EQ(first.begin, 0);
+    EXPECT_EQ(last.end, size);
+    EXPECT_LE(first.size() - last.size(), 1);
+    EXPECT_EQ(ef::shard_range(size, (std::numeric_limits<int>::max)() - 1,
+                              (std::numeric_limits<int>::max)())
+                  .end,
+              size);
+  }
+  for (Index size : {Index{-1}, -kMost, -kMost - 1}) {
+    expect_throws<Refusal>([&] { ef::alibi_slopes(size); }, {"alibi_slopes"});
+    expect_throws<Refusal>([&] { ef::RopeTable(size, 64); }, {"RopeTable"});
+    expect_throws<Refusal>([&] { ef::RopeTable(4, size); }, {"RopeTable"});
+    expect_throws<Refusal>([&] { ef::create_causal_mask<float>(size, 1); }, {"query_length"});
+    expect_throws<Refusal>([&] { ef::shard_range(size, 0, 1); }, {"shard_range"});
+  }
+  EXPECT_EQ(ef::create_causal_mask<float>(3, 1, {.prefix_length = kMost}).dimension(2), 3);
+  expect_throws<Refusal>([] { ef::ThreadCommunicatorGroup((std::numeric_limits<int>::max)()); },
+                         {"world_size"});
+  expect_throws<Refusal>(
+      [] { ef::ThreadCommunicator::run((std::numeric_limits<int>::max)(), [](auto&) {}); },
+      {"world_size"});
+}
+
+TEST(Sizes, ThatContradictAreFoundBeforeAnythingIsRead) {
+  const auto x = random_tensor<float, 2>({2, 3}, 1);
+  const Index many = kMost / 4096 * 64;
+  const auto vast = nowhere<float, 2>({many, 3});
+  const auto x_row = random_tensor<float, 1>({2}, 2);
+  const auto vast_vector = nowhere<float, 1>({many});
+  ef::Tensor<float, 2> y(2, 3);
+  ef::Tensor<std::int8_t, 2> q(2, 3);
+  expect_throws<Refusal>([&] { ef::rms_norm(x, vast_vector); }, {"weight has"});
+  expect_throws<Refusal>([&] { ef::rms_norm_into(kHere, y, vast, vast_vector); }, {"shape"});
+  expect_throws<Refusal>([&] { ef::swiglu(x, vast); }, {"shape"});
+  expect_throws<Refusal>([&] { ef::cross_entropy(vast, {1, 2}); }, {"targets has 2"});
+  expect_throws<Refusal>(
+      [&] {
+        ef::rope(nowhere<float, 3>({many / 2, 1, 2}), {1, 2});
+      },
+      {"positions has 2"});
+  expect_throws<Refusal>([&] { ef::linear(x, nowhere<float, 2>({many, 2})); }, {"2 columns"});
+  expect_throws<Refusal>([&] { ef::rms_norm(vast, x_row); }, {"weight has 2"});
+  expect_throws<Refusal>([&] { ef::layer_norm(vast, x_row, x_row); }, {"weight has 2"});
+  expect_throws<Refusal>([&] { ef::residual_add(vast, x); }, {"shape"});
+  expect_throws<Refusal>([&] { ef::geglu(vast, x); }, {"shape"});
+  expect_throws<Refusal>([&] { ef::dequantize(q, vast_vector); }, {"scales has"});
+  expect_throws<Refusal>([&] { ef::pack_weight(q, vast_vector); }, {"scales has"});
+  expect_throws<Refusal>([&] { ef::int8_linear(x, q, vast_vector); }, {"scales has"});
+}
+
+TEST(Sizes, WithoutElementsAreDoneAtOnce) {
+  const Index many = kMost / 4096 * 64;
+  const auto x = nowhere<float, 2>({many, 0}), wide = nowhere<float, 2>({0, many});
+  const ef::Tensor<float, 1> none(0);
+  ef::Tensor<float, 1> gradient(0);
+  EXPECT_EQ(ef::rms_norm(x, none).dimension(0), many);
+  EXPECT_EQ(ef::layer_norm(x, none, none).dimension(0), many);
+  ef::add_rms_norm_into(kHere, x, x, x, none);
+  ef::rms_norm_backward_into(kHere, x, gradient, x, x, none);
+  ef::layer_norm_backward_into(kHere, x, gradient, gradient, x, x, none);
+  EXPECT_EQ(ef::rms_norm(wide, nowhere<float, 1>({many})).dimension(1), many);
+  EXPECT_EQ(ef::swiglu(x).dimension(0), many);
+  EXPECT_EQ(ef::swiglu(x, x).dimension(0), many);
+  EXPECT_EQ(ef::silu(wide).dimension(1), many);
+  EXPECT_EQ(ef::rope(nowhere<float, 3>({0, 1, many}), std::vector<Index>{}).dimension(2), many);
+  EXPECT_EQ(ef::rope(nowhere<float, 4>({0, 2, many, 4}), std::vector<Index>{}).dimension(2), many);
+  EXPECT_EQ(ef::embedding(std::vector<std::int32_t>{}, nowhere<float, 2>({many, 4})).size(), 0);
+  EXPECT_EQ(ef::linear(x, nowhere<float, 2>({0, 0})).dimension(0), many);
+  EXPECT_EQ(ef::linear(nowhere<float, 2>({0, 5}), nowhere<float, 2>({many / 8, 5})).size(), 0);
+  ef::linear_backward_bias_into(kHere, gradient, x);
+  const auto [values, scales] = ef::quantize_weights_int8_grouped(x, 32);
+  EXPECT_EQ(values.dimension(0), many);
+  EXPECT_EQ(ef::dequantize_grouped(values, scales, 32).dimension(0), many);
+  EXPECT_EQ(ef::dequantize(values, 1.0f).dimension(0), many);
+  EXPECT_EQ(ef::create_causal_mask<float>(many, 1, {.key_length = 0}).dimension(1), many);
+  EXPECT_EQ(ef::create_alibi_mask<float>(many, std::vector<float>{1.0f}, {.key_length = 0}).size(),
+            0);
+  EXPECT_EQ(ef::cross_entropy(wide, std::vector<int>{}).count, 0);
+  EXPECT_EQ(ef::column_shard(x, 1, 2).dimension(0), many / 2);
+}
+
+}  // namespace
