@@ -297,10 +297,14 @@ void check_layer_refusals(C& communicator) {
       },
       {"(2, 3, 11)"});
   EXPECT_EQ(output(0, 0, 0), 7.0f);
-  auto shard = ef::pack_column_shard<float>(good, communicator);
-  shard.world_size += 1;
-  expect_throws<std::invalid_argument>([&] { ef::column_parallel_linear(x, shard, communicator); },
-                                       {"weight was packed for rank"});
+  const auto shard = ef::pack_column_shard<float>(good, communicator);
+  auto of_other_group = shard, of_other_rank = shard;
+  of_other_group.world_size += 1;
+  of_other_rank.rank = communicator.rank() + 1;
+  for (const auto& other : {of_other_group, of_other_rank})
+    expect_throws<std::invalid_argument>(
+        [&] { ef::column_parallel_linear(x, other, communicator); },
+        {"weight was packed for rank"});
 }
 
 template <ef::Communicator C>
