@@ -66,6 +66,8 @@ class Values {
       *this = copy(std::ranges::data(range), static_cast<std::size_t>(std::ranges::size(range)));
     }
   }
+  /// A view of `count` elements.
+  Values(const T* first, std::size_t count) : view_(first, count) {}
   /// A tensor of rank 1, an owning one only if it has a name.
   template <typename X>
     requires(rank_of<X> == 1 && std::same_as<scalar_of<X>, T>)

@@ -111,6 +111,10 @@ LayerNormScale<typename V::scalar> layer_norm_scale(const X* x, Index features, 
   }
   const C unit = row_unit<V>(x, features);
   const auto scaled = row_moments<V>(x, features, unit, V::set1(unit));
+  if (scaled.variance == 0) {  // epsilon in that unit may be no number of C
+    const C inverse = static_cast<C>(1 / std::sqrt(static_cast<double>(epsilon)));
+    return {C(1), row.center, inverse, -row.correction * inverse};
+  }
   const C inverse = static_cast<C>(1 / std::sqrt(static_cast<double>(scaled.variance) +
                                                  static_cast<double>(epsilon) * unit * unit));
   return {unit, scaled.center, inverse, -scaled.correction * inverse};

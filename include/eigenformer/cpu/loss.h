@@ -77,6 +77,22 @@ typename V::scalar exponential_sum(const L* logits, Index classes, typename V::s
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+/// The sum of all exponentials but the target's, which are in `kept` where Keep.
+template <typename V, bool Keep, typename L, typename G>
+typename V::scalar sum_of_others(const L* logits, Index classes, Index target,
+                                 typename V::scalar maximum, [[maybe_unused]] const G* kept) {
+  const V shift = V::set1(maximum);
+  const auto part_sum = [&](Index begin, Index count) {
+    return sum_over_vectors<V>(count, [&](V total, Index i, auto part) {
+      if constexpr (Keep)
+        return total + load<V>(kept + begin + i, part);
+      else
+        return total + present(simd::exp(load<V>(logits + begin + i, part) - shift), part);
+    });
+  };
+  return part_sum(0, target) + part_sum(target + 1, classes - target - 1);
+}
+
 template <typename Isa, typename L, typename G>
 void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   using C = compute_type<L>;
@@ -100,7 +116,15 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   const C sum = gradient != nullptr
                     ? exponential_sum<V, keep>(logits, p.classes, maximum, gradient)
                     : exponential_sum<V, false>(logits, p.classes, maximum, gradient);
-  const double log_sum = std::log(static_cast<double>(sum)),
+  // Where the target holds most of the mass, it is the maximum, and 1 - p would be what rounding
+  // leaves of p: the others are summed by themselves.
+  const bool sure = sum < 2 && target_logit == maximum;
+  double others = 0;
+  if (sure)
+    others = gradient != nullptr
+                 ? sum_of_others<V, keep>(logits, p.classes, target, maximum, gradient)
+                 : sum_of_others<V, false>(logits, p.classes, target, maximum, gradient);
+  const double log_sum = sure ? std::log1p(others) : std::log(static_cast<double>(sum)),
                log_sum_exp = static_cast<double>(maximum) + log_sum;
   // Each term from the maximum: its own size cancels.
   double loss = log_sum;
@@ -116,7 +140,21 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
   const C factor = static_cast<C>(z_factor * p.gradient_scale / static_cast<double>(sum));
   const C offset = static_cast<C>(-per_class * p.gradient_scale);
   const C hit = static_cast<C>((1.0 - p.label_smoothing) * p.gradient_scale);
+  const double target_gradient =
+      sure ? p.gradient_scale * (z_factor - 1.0 + p.label_smoothing - per_class -
+                                 z_factor * others / (1.0 + others))
+           : static_cast<double>(std::exp(target_logit - maximum) * factor + offset - hit);
   const V factors = V::set1(factor), offsets = V::set1(offset), shift = V::set1(maximum);
+  if (!std::isfinite(factor)) [[unlikely]] {  // not 0 * infinity where a class has no mass
+    for (Index i = 0; i < p.classes; ++i) {
+      const double e = keep ? static_cast<double>(gradient[i])
+                            : std::exp(static_cast<double>(logits[i]) - maximum);
+      gradient[i] = static_cast<G>(static_cast<C>(
+          (z_factor * e / static_cast<double>(sum) - per_class) * p.gradient_scale));
+    }
+    gradient[target] = static_cast<G>(static_cast<C>(target_gradient));
+    return;
+  }
   for_each_vector<V>(0, p.classes, [&](Index i, auto part) {
     V e;
     if constexpr (keep)
@@ -125,7 +163,7 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
       e = simd::exp(load<V>(logits + i, part) - shift);
     store(fma(e, factors, offsets), gradient + i, part);
   });
-  gradient[target] = static_cast<G>(std::exp(target_logit - maximum) * factor + offset - hit);
+  gradient[target] = static_cast<G>(static_cast<C>(target_gradient));
 }
 
 /// Writes every row's loss and, where asked for, its gradient.

@@ -146,7 +146,7 @@ void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Par
       for (int k = 0; k < Vectors; ++k) {
         const Index i = at + k * V::lanes;
         block[k] =
-            fma(load<V>(p.grad_y + i, part) * scale, load<V>(p.x + i, part) * unit, block[k]);
+            fma(load<V>(p.x + i, part) * unit * scale, load<V>(p.grad_y + i, part), block[k]);
       }
     }
     for (int k = 0; k < Vectors; ++k) total[k] = total[k] + block[k];
@@ -166,8 +166,8 @@ RmsNormRow<typename V::scalar> rms_norm_backward_statistics(const Problem& p, In
       return fma(load<V>(grad_y + at, part) * gradient_unit * load<V>(p.weight + at, part),
                  load<V>(x + at, part) * unit, sum);
     });
-    return -(projection * inverse / static_cast<C>(p.features)) * inverse *
-           inverse;  // the cube alone may overflow
+    // One factor of the three is here, one with x, one with both: the cube may leave the range.
+    return -(projection * inverse / static_cast<C>(p.features));
   };
   const auto found = rms_scale<V>(x, p.features, p.epsilon);
   if (found.unit == 1) {
@@ -190,7 +190,8 @@ void rms_norm_backward_row(const Problem& p, Index row) {
     for_each_vector<V>(0, p.features, [&](Index at, auto part) {
       const V gradient =
           load<V>(p.grad_y + begin + at, part) * gradient_unit * load<V>(p.weight + at, part);
-      store(fma(load<V>(p.x + begin + at, part) * unit, along_x, gradient * scale) * result_unit,
+      store(fma(load<V>(p.x + begin + at, part) * unit * scale, along_x, gradient) * scale *
+                result_unit,
             p.grad_x + begin + at, part);
     });
   };
