@@ -264,6 +264,50 @@ TEST(LossGradient, OfLogitsOfBothEndsOfTheRange) {
               1e-12);
 }
 
+// Where p rounds to 1, 1 - p and -log p are what the other classes have.
+template <typename T, typename G>
+void expect_sure_rows_exact(std::initializer_list<double> row, double gradient_scale,
+                            double allowed) {
+  ef::Tensor<T, 2> logits(1, static_cast<Index>(row.size()));
+  std::transform(row.begin(), row.end(), logits.data(), [](double x) { return static_cast<T>(x); });
+  double others = 0;
+  for (Index c = 1; c < logits.size(); ++c)
+    others += std::exp(static_cast<double>(logits(0, c)) - static_cast<double>(logits(0, 0)));
+  ef::Tensor<std::int32_t, 1> target(1);
+  target(0) = 0;
+  ef::Tensor<G, 2> gradient(1, logits.size());
+  const auto loss =
+      ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, target, gradient_scale);
+  const double right = -gradient_scale * others / (1 + others);
+  EXPECT_NEAR(loss.sum, std::log1p(others), 1e-6 * std::log1p(others));
+  EXPECT_NEAR(ef::cross_entropy(logits, target).sum, std::log1p(others), 1e-6 * std::log1p(others));
+  EXPECT_NEAR(static_cast<double>(gradient(0, 0)), right, allowed * std::abs(right));
+}
+
+TEST(LossGradient, OfSureRowsKeepsItsDigits) {
+  expect_sure_rows_exact<float, float>({1e6, 1e6 - 17}, 65536, 1e-6);
+  expect_sure_rows_exact<float, float>({20, 0}, 1, 1e-6);
+  expect_sure_rows_exact<float, float>({10, 0, 0, -3, 1, 2, -1, 0, 0, 1, 0}, 1, 1e-6);
+  expect_sure_rows_exact<ef::half, float>({15, 0}, 65536, 1e-6);
+  expect_sure_rows_exact<ef::half, ef::half>({15, 0, 1}, 65536, 1e-3);
+  expect_sure_rows_exact<ef::bfloat16, ef::bfloat16>({12, 0}, 1, 1e-2);
+  expect_sure_rows_exact<double, double>({60, 0, 2}, 1, 1e-13);
+}
+
+TEST(LossGradient, ClassesWithoutMassStayZeroWhereTheFactorOverflows) {
+  ef::Tensor<float, 2> logits(1, 2), gradient(1, 2);
+  logits.setValues({{3e38f, 0.0f}});
+  ef::Tensor<std::int32_t, 1> target(1);
+  target(0) = 0;
+  ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, target, 1.0, {.z_loss = 1});
+  EXPECT_EQ(gradient(0, 0), std::numeric_limits<float>::infinity());
+  EXPECT_EQ(gradient(0, 1), 0.0f);
+  logits.setValues({{0.0f, 300.0f}});
+  ef::cross_entropy_with_gradient_into(kDevice, logits, logits, target, 1e39);  // in place
+  EXPECT_EQ(logits(0, 0), -std::numeric_limits<float>::infinity());
+  EXPECT_EQ(logits(0, 1), std::numeric_limits<float>::infinity());
+}
+
 TEST(LossTargets, ComeInAnyContainer) {
   const auto logits = random_tensor<float, 2>({3, 5}, 23);
   ef::Tensor<std::int32_t, 1> tensor(3);

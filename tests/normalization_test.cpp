@@ -344,4 +344,64 @@ TEST(LayerNormErrors, NameTheArgument) {
       [&] { ef::layer_norm(x, weight, weight, {.epsilon = 0.0f}); }, {"layer_norm", "epsilon"});
 }
 
+// Gradients of rows whose x is large and whose grad_y is small: no factor of the formula leaves the
+// range though their product is an ordinary number.
+TEST(RmsNormBackward, OfLargeRowsAndSmallGradients) {
+  struct Case {
+    float x, grad;
+  };
+  for (const Case c : {Case{1e17f, 1e-10f}, Case{1e18f, 1e-5f}, Case{1e15f, 1e-12f},
+                       Case{1e15f, 1e-20f}, Case{1e18f, 1e-26f}, Case{1e-15f, 1e10f}}) {
+    ef::Tensor<float, 2> x(1, 3), grad_y(1, 3), grad_x(1, 3);
+    ef::Tensor<float, 1> weight(3), grad_weight(3);
+    x.setValues({{c.x, 2 * c.x, -0.5f * c.x}});
+    grad_y.setValues({{c.grad, 1.9f * c.grad, 0.3f * c.grad}});
+    weight.setValues({1.0f, 0.5f, 2.0f});
+    grad_weight.setZero();  // it is added to
+    const ef::RmsNormOptions options{.epsilon = 1e-38f};
+    ef::rms_norm_backward_into(Eigen::DefaultDevice{}, grad_x, grad_weight, grad_y, x, weight,
+                               options);
+    double squares = 0, projection = 0;
+    for (Index i = 0; i < 3; ++i) {
+      squares += static_cast<double>(x(0, i)) * x(0, i);
+      projection += static_cast<double>(grad_y(0, i)) * weight(i) * x(0, i);
+    }
+    const double inverse = 1 / std::sqrt(squares / 3 + 1e-38);
+    for (Index i = 0; i < 3; ++i) {
+      const double normalised = x(0, i) * inverse,
+                   right = inverse * (static_cast<double>(grad_y(0, i)) * weight(i) -
+                                      normalised * (projection * inverse / 3));
+      EXPECT_NEAR(grad_x(0, i), right, 2e-6 * std::abs(inverse * c.grad) + kLeastEpsilon)
+          << c.x << " " << c.grad;
+      const double right_weight = normalised * grad_y(0, i);
+      EXPECT_NEAR(grad_weight(i), right_weight, 2e-6 * std::abs(right_weight)) << c.x;
+    }
+  }
+}
+
+TEST(LayerNormRows, ConstantOnesGiveTheBiasWhateverEpsilon) {
+  for (const float value : {3.4e38f, -7e19f, 1e-40f, 0.0f})
+    for (const float epsilon : {1e-5f, 1e-31f, 1e-38f, kLeastEpsilon})
+      for (const Index features : {1, 3, 100, 1000}) {
+        ef::Tensor<float, 2> x(1, features), grad_y(1, features), grad_x(1, features);
+        ef::Tensor<float, 1> weight(features), bias(features), grad_weight(features),
+            grad_bias(features);
+        x.setConstant(value);
+        grad_y.setConstant(1e-3f);
+        weight.setConstant(2.0f);
+        bias.setConstant(0.25f);
+        grad_weight.setZero();
+        grad_bias.setZero();
+        const ef::LayerNormOptions options{.epsilon = epsilon};
+        const auto y = ef::layer_norm(x, weight, bias, options);
+        ef::layer_norm_backward_into(Eigen::DefaultDevice{}, grad_x, grad_weight, grad_bias, grad_y,
+                                     x, weight, options);
+        for (Index i = 0; i < features; ++i) {
+          ASSERT_EQ(y(0, i), 0.25f) << value << " " << epsilon << " " << features;
+          ASSERT_EQ(grad_weight(i), 0.0f) << value << " " << epsilon << " " << features;
+          ASSERT_FALSE(std::isnan(grad_x(0, i))) << value << " " << epsilon << " " << features;
+        }
+      }
+}
+
 }  // namespace

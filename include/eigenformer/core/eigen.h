@@ -40,11 +40,76 @@
     "-Wmaybe-uninitialized"  // g++ 12 sees ghosts in Eigen's inlined evaluators
 #endif
 
+// Names that Eigen uses and that other people's headers define as macros (X11's Success, Apple's
+// check, ...) are put aside while it is read.
+#pragma push_macro("Success")
+#undef Success
+#pragma push_macro("None")
+#undef None
+#pragma push_macro("Status")
+#undef Status
+#pragma push_macro("Complex")
+#undef Complex
+#pragma push_macro("Bool")
+#undef Bool
+#pragma push_macro("True")
+#undef True
+#pragma push_macro("False")
+#undef False
+#pragma push_macro("Always")
+#undef Always
+#pragma push_macro("check")
+#undef check
+#pragma push_macro("verify")
+#undef verify
+#pragma push_macro("require")
+#undef require
+#pragma push_macro("min")
+#undef min
+#pragma push_macro("max")
+#undef max
+#pragma push_macro("slots")
+#undef slots
+#pragma push_macro("signals")
+#undef signals
+#pragma push_macro("emit")
+#undef emit
+#pragma push_macro("foreach")
+#undef foreach
+#pragma push_macro("small")
+#undef small
+#pragma push_macro("near")
+#undef near
+#pragma push_macro("far")
+#undef far
+#pragma push_macro("I")
+#undef I
 #if __has_include(<unsupported/Eigen/Tensor>)  // Eigen 5
 #include <unsupported/Eigen/Tensor>
 #else
 #include <unsupported/Eigen/CXX11/Tensor>
 #endif
+#pragma pop_macro("Success")
+#pragma pop_macro("None")
+#pragma pop_macro("Status")
+#pragma pop_macro("Complex")
+#pragma pop_macro("Bool")
+#pragma pop_macro("True")
+#pragma pop_macro("False")
+#pragma pop_macro("Always")
+#pragma pop_macro("check")
+#pragma pop_macro("verify")
+#pragma pop_macro("require")
+#pragma pop_macro("min")
+#pragma pop_macro("max")
+#pragma pop_macro("slots")
+#pragma pop_macro("signals")
+#pragma pop_macro("emit")
+#pragma pop_macro("foreach")
+#pragma pop_macro("small")
+#pragma pop_macro("near")
+#pragma pop_macro("far")
+#pragma pop_macro("I")
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop

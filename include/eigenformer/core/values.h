@@ -149,12 +149,18 @@ class LengthSpan {
   template <typename X>
     requires(!detail::ContiguousRange<X> && rank_of<X> != 1 &&
              std::convertible_to<X, std::span<const Index>>)
-  LengthSpan(X&& x) : LengthSpan(static_cast<std::span<const Index>>(std::forward<X>(x))) {}
+  LengthSpan(X&& x) {
+    const std::span<const Index> span(std::forward<X>(x));
+    set<std::is_lvalue_reference_v<X>>(span.data(), span.size());
+  }
   template <typename X>
     requires(!detail::ContiguousRange<X> && rank_of<X> != 1 &&
              !std::convertible_to<X, std::span<const Index>> &&
              std::convertible_to<X, std::span<const int>>)
-  LengthSpan(X&& x) : LengthSpan(static_cast<std::span<const int>>(std::forward<X>(x))) {}
+  LengthSpan(X&& x) {
+    const std::span<const int> span(std::forward<X>(x));
+    set<std::is_lvalue_reference_v<X>>(span.data(), span.size());
+  }
 
   Index size() const { return read_ != nullptr ? size_ : static_cast<Index>(indices_.size()); }
   bool empty() const { return size() == 0; }
@@ -165,9 +171,10 @@ class LengthSpan {
  private:
   template <typename T>
   static Index to_index(T value) {
-    if (std::in_range<Index>(value)) return static_cast<Index>(value);
+    const auto number = +value;  // in_range takes no character types
+    if (std::in_range<Index>(number)) return static_cast<Index>(number);
     using limits = std::numeric_limits<Index>;
-    return std::cmp_less(value, 0) ? (limits::min)() : (limits::max)();
+    return std::cmp_less(number, 0) ? (limits::min)() : (limits::max)();
   }
   template <typename T>
   void own(const T* first, std::size_t count) {

@@ -94,10 +94,29 @@
 #define EIGENFORMER_ABI_BASE _neon_fp16
 #elif defined(EIGENFORMER_ISA_NEON)
 #define EIGENFORMER_ABI_BASE _neon
-#elif defined(__FMA__)
-#define EIGENFORMER_ABI_BASE _generic_fma
+#else  // the compiler may use these in generic kernels
+#if defined(__AVX512F__)
+#define EIGENFORMER_ABI_VECTORS _generic_avx512f
+#elif defined(__AVX2__)
+#define EIGENFORMER_ABI_VECTORS _generic_avx2
+#elif defined(__AVX__)
+#define EIGENFORMER_ABI_VECTORS _generic_avx
+#elif defined(__SSE4_2__)
+#define EIGENFORMER_ABI_VECTORS _generic_sse42
+#elif defined(__SSE4_1__)
+#define EIGENFORMER_ABI_VECTORS _generic_sse41
+#elif defined(__SSSE3__)
+#define EIGENFORMER_ABI_VECTORS _generic_ssse3
+#elif defined(__SSE3__)
+#define EIGENFORMER_ABI_VECTORS _generic_sse3
 #else
-#define EIGENFORMER_ABI_BASE _generic
+#define EIGENFORMER_ABI_VECTORS _generic
+#endif
+#if defined(__FMA__)
+#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_VECTORS, _fma)
+#else
+#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_VECTORS
+#endif
 #endif
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
 #define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
@@ -108,9 +127,15 @@
 // Without exceptions errors go to a handler (core/error.h), so functions differ there as well.
 #if defined(__cpp_exceptions) || defined(__EXCEPTIONS) || defined(_CPPUNWIND)
 #define EIGENFORMER_HAS_EXCEPTIONS 1
-#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_ISA
+#define EIGENFORMER_ABI_ERRORS EIGENFORMER_ABI_ISA
 #else
-#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
+#define EIGENFORMER_ABI_ERRORS EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ISA, _noexcept)
+#endif
+// Without run-time types the exceptions of ours have none.
+#if defined(__cpp_rtti) || defined(__GXX_RTTI) || defined(_CPPRTTI)
+#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_ERRORS
+#else
+#define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ERRORS, _nortti)
 #endif
 #define EIGENFORMER_ABI                                                             \
   EIGENFORMER_ABI_JOIN(                                                             \

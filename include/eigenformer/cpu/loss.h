@@ -149,10 +149,14 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
     for (Index i = 0; i < p.classes; ++i) {
       const double e = keep ? static_cast<double>(gradient[i])
                             : std::exp(static_cast<double>(logits[i]) - maximum);
-      gradient[i] = static_cast<G>(static_cast<C>(
-          (z_factor * e / static_cast<double>(sum) - per_class) * p.gradient_scale));
+      gradient[i] = static_cast<G>(
+          static_cast<C>((z_factor * e / static_cast<double>(sum) - per_class) * p.gradient_scale));
     }
-    gradient[target] = static_cast<G>(static_cast<C>(target_gradient));
+    const double e = std::exp(static_cast<double>(target_logit) - maximum);
+    gradient[target] = static_cast<G>(static_cast<C>(
+        sure ? target_gradient
+             : (z_factor * e / static_cast<double>(sum) - per_class + p.label_smoothing - 1.0) *
+                   p.gradient_scale));
     return;
   }
   for_each_vector<V>(0, p.classes, [&](Index i, auto part) {
