@@ -113,6 +113,32 @@ TEST(AttentionValues, RowsBesideOneThatOverflowsKeepTheirBits) {
   EXPECT_EQ(told(0, 50, 0, 1), out(0, 50, 0, 1));
 }
 
+// A value that is no number reaches its own column in the rows that see it; a column whose sum
+// overflows beside it comes out right all the same, and so do the rows that do not see it.
+TEST(AttentionValues, OverflowBesideANumberThatIsNone) {
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()})
+    for (const Index at : {Index{0}, Index{70}, Index{199}}) {
+      AttentionCase<float> c({1, 200, 200, 2, 1, 8, 8}, {200});
+      for (Index j = 0; j < 200; ++j) c.v(0, j, 0, 5) = 3e38f;
+      const auto clean =
+          ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, {.causal = true});
+      c.v(0, at, 0, 2) = bad;
+      const auto out =
+          ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, {.causal = true});
+      for (Index i = 0; i < 200; ++i)
+        for (Index h = 0; h < 2; ++h)
+          for (Index d = 0; d < 8; ++d) {
+            if (d == 2 && i >= at) {
+              ASSERT_FALSE(std::isfinite(out(0, i, h, d))) << at << " " << i;
+            } else {
+              ASSERT_EQ(out(0, i, h, d), clean(0, i, h, d)) << at << " " << i << " " << d;
+              ASSERT_TRUE(std::isfinite(out(0, i, h, d)));
+            }
+          }
+    }
+}
+
 TEST(AttentionValues, ScoresThatOverflowStayInTheirRow) {
   AttentionCase<float> c({1, 6, 6, 1, 1, 4, 4}, {6});
   const auto before = ef::batched_attention_with_padding(c.q, c.k, c.v, {6}, {.causal = true});

@@ -10,8 +10,10 @@
 /// score matrix.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "../core/device.h"
 #include "../core/workspace.h"
@@ -78,11 +80,17 @@ struct KeyBlock {
   }
 };
 
+/// The first and the last of some keys; {-1, -1} where there is none.
+struct KeyEnds {
+  Index first, last;
+};
+
 /// Scratch of one worker.
 template <typename C>
 struct AttentionScratch {
   C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors, *average;
   BlockRange* ranges;
+  KeyEnds* bad_values;
 };
 
 template <typename Isa, typename TQ, typename TKV>
@@ -110,7 +118,8 @@ class AttentionWorker {
                           frame.take<C>(rows * Tile::lanes),
                           frame.take<C>(rows),
                           frame.take<C>(width),
-                          frame.take<BlockRange>(rows)};
+                          frame.take<BlockRange>(rows),
+                          frame.take<KeyEnds>(p.value_dim)};
     Tile::fill(s.scores, rows * kAttentionKeyBlock,
                C(0));  // lanes nobody sees are computed with and thrown away
     return s;
@@ -133,8 +142,12 @@ class AttentionWorker {
       load_block(sequence, kv_head, block);
       add_block(sequence, kv_head, block);
     });
-    for (Index r = 0; r < rows_; ++r)
-      if (!finish_row(r)) average_row(sequence, kv_head, queries, r);
+    bool looked = false;
+    for (Index r = 0; r < rows_; ++r) {
+      if (finish_row(r)) continue;
+      if (!std::exchange(looked, true)) find_bad_values(sequence, kv_head, queries);
+      if (overflowed(r)) average_row(sequence, kv_head, queries, r);
+    }
     for (Index r = 0; r < rows_; ++r)
       write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
   }
@@ -282,6 +295,39 @@ class AttentionWorker {
     }
     constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - Tile::lanes);
     return (finite & every_lane) == every_lane || !(sum > 0 && sum < kInfinity);
+  }
+
+  /// For each column the first and the last key with a value that is no finite number, among the
+  /// keys that a row of the block sees.
+  void find_bad_values(const AttentionSequence& sequence, Index kv_head, Index queries) {
+    std::fill_n(s_.bad_values, p_.value_dim, KeyEnds{-1, -1});
+    for_each_block(sequence, queries, [&](Index begin) {
+      const int count =
+          static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin));
+      const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head,
+                                sequence.key_begin + begin, count};
+      for (int j = 0; j < count; ++j)
+        for (Index d = 0; d < p_.value_dim; ++d) {
+          const C value = static_cast<C>(block.value(j)[d]) * static_cast<C>(block.value_scale(j));
+          if (std::abs(value) <= kLargest) continue;
+          KeyEnds& bad = s_.bad_values[d];
+          bad = {bad.first < 0 ? begin + j : bad.first, begin + j};
+        }
+    });
+  }
+
+  /// Whether a sum of row r may have left the range by itself, rather than by a value that is no
+  /// number. So one such value costs the rows that see it nothing more.
+  bool overflowed(Index r) const {
+    const Index position = first_position_ + r / group_;
+    for (Index d = 0; d < p_.value_dim; ++d) {
+      if (std::abs(s_.sums[r * width_ + d]) <= kLargest) continue;
+      const KeyEnds bad = s_.bad_values[d];
+      if (bad.begin < 0 || !(p_.visibility.visible(position, bad.begin) ||
+                             p_.visibility.visible(position, bad.last)))
+        return true;
+    }
+    return false;
   }
 
   /// A sum of values may overflow where their average does not: this row once more over its keys,
