@@ -1,6 +1,6 @@
 // Sizes near the end of Index, in every call of the operators on rows and matrices, attention and
-// sampling: a std::invalid_argument that names the operator before anything is read or allocated, no
-// overflow on the way (UBSan), and tensors without elements that are done at once, however large
+// sampling: a std::invalid_argument that names the operator before anything is read or allocated,
+// no overflow on the way (UBSan), and tensors without elements that are done at once, however large
 // their other sizes.
 #include <eigenformer/eigenformer.h>
 

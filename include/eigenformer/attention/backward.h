@@ -26,9 +26,9 @@
 ///
 /// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
 /// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible
-/// takes no part in any gradient: what only one of the two sees may be NaN. A sink of -infinity takes
-/// no part either: its gradient is 0. A NaN or infinity in a
-/// visible pair makes the gradients of its row NaN, and those of the keys and values that row sees.
+/// takes no part in any gradient: what only one of the two sees may be NaN. A sink of -infinity
+/// takes no part either: its gradient is 0. A NaN or infinity in a visible pair makes the gradients
+/// of its row NaN, and those of the keys and values that row sees.
 ///
 /// Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences
 /// in the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair.
