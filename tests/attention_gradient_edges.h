@@ -172,6 +172,20 @@ TEST(AttentionGradients, RowsWithoutWeightTakeNoPart) {
     }
 }
 
+TEST(AttentionGradients, OfASinkWithoutWeightIsZeroWhateverTheRowsHold) {
+  GradientCase<float> c({1, 5, 5, 2, 1, 8, 8}, {5});
+  const std::vector<float> sinks{-std::numeric_limits<float>::infinity(), 0.5f};
+  std::vector<float> sinks_gradient(2, 7.0f);
+  const ef::AttentionOptions options{
+      .causal = true, .sinks = sinks, .sinks_gradient = sinks_gradient};
+  for (Index h = 0; h < 2; ++h) c.weights(0, 3, h, 1) = std::numeric_limits<float>::quiet_NaN();
+  ef::attention_backward(c.weights, c.q, c.k, c.v, c.out, c.lse, {5}, options);
+  const auto expected = c.reference_gradients(options).grad_sinks;
+  EXPECT_EQ(sinks_gradient[0], 0.0f);
+  EXPECT_EQ(expected[0], 0.0);
+  EXPECT_TRUE(std::isnan(sinks_gradient[1]) && std::isnan(expected[1]));  // it takes part
+}
+
 TEST(AttentionGradients, ScaleIsWhateverIsGiven) {
   GradientCase<double> c({1, 5, 5, 1, 1, 4, 3}, {5});
   const float quarter = 0.25f;

@@ -1,8 +1,7 @@
-// Sizes near the end of Index, in every call of the operators on rows and matrices: a
-// std::invalid_argument that names the operator
-// before anything is read or allocated, no overflow on the way (UBSan), and tensors without
-// elements that are done at once, however
-// large their other sizes.
+// Sizes near the end of Index, in every call of the operators on rows and matrices, attention and
+// sampling: a std::invalid_argument that names the operator before anything is read or allocated,
+// no overflow on the way (UBSan), and tensors without elements that are done at once, however large
+// their other sizes.
 #include <eigenformer/eigenformer.h>
 
 #include "compare.h"
@@ -97,6 +96,123 @@ TEST(Sizes, OfRowsThatOverflow) {
     expect("vocabulary_parallel_greedy", [&] {
       ef::vocabulary_parallel_greedy(nowhere<float, 2>({2, columns}), x, self);
     });
+  }
+}
+
+TEST(Sizes, OfAttentionThatOverflow) {
+  const std::vector<Index> none, zero{0};
+  ef::KvCache<float> cache;
+  ef::Tensor<float, 4> key(1, 1, 1, 4);
+  key.setZero();
+  ef::update_kv_cache(cache, key, key, 0);
+  for (const auto& [rows, columns] : absurd_shapes()) {
+    const auto expect = [&](const char* name, auto&& call) {
+      expect_throws<Refusal>(call, {name, "overflow"});
+    };
+    const auto x = nowhere<float, 4>({1, rows, 1, columns});
+    const auto one = nowhere<float, 4>({1, 1, 1, columns});
+    const auto nobody = nowhere<float, 4>({0, rows, 1, columns});
+    const auto joined = nowhere<float, 3>({1, rows, columns});
+    const auto log_sum_exp = nowhere<float, 3>({1, 1, rows});
+    const char* const dense = "batched_attention_with_padding";
+    expect(dense, [&] { ef::batched_attention_with_padding(x, x, x, zero); });
+    expect(dense, [&] { ef::batched_attention_with_padding(one, x, x, zero); });
+    expect(dense, [&] { ef::batched_attention_with_padding(joined, joined, joined, zero); });
+    expect(dense, [&] {
+      ef::batched_attention_with_padding(nowhere<float, 4>({0, 1, 1, columns}), nobody, nobody,
+                                         none);
+    });
+    expect(dense, [&] { ef::batched_attention_with_padding_into(kHere, x, x, x, x, zero); });
+    expect(dense, [&] {
+      ef::batched_attention_with_padding_into(kHere, one, one, x, x, zero,
+                                              {.log_sum_exp = log_sum_exp});
+    });
+    expect(dense, [&] { ef::batched_attention_with_padding_into(kHere, x, key, key, key, zero); });
+    const char* const cached = "attention_with_kv_cache";
+    expect(cached, [&] { ef::attention_with_kv_cache(x, cache, 0); });
+    expect(cached, [&] { ef::attention_with_kv_cache_into(kHere, x, x, cache, 0); });
+    expect(cached, [&] { ef::attention_with_kv_cache_into(kHere, x, key, cache, 0); });
+    const char* const backward = "attention_backward";
+    expect(backward, [&] { ef::attention_backward(kHere, x, x, x, x, x, log_sum_exp, zero); });
+    expect(backward,
+           [&] { ef::attention_backward(kHere, one, one, x, x, one, log_sum_exp, zero); });
+    expect(backward, [&] {
+      ef::attention_backward_into(kHere, one, x, x, one, one, x, x, one, log_sum_exp, zero);
+    });
+    expect(backward, [&] {
+      ef::attention_backward_into(kHere, key, key, key, x, key, key, key, x, log_sum_exp, zero);
+    });
+    for (const auto& p :
+         {nowhere<float, 3>({rows, 1, columns}), nowhere<float, 3>({0, rows, columns})}) {
+      const std::vector<Index> ends = p.dimension(0) == 0 ? zero : std::vector<Index>{0, rows};
+      const auto lse = nowhere<float, 2>({p.dimension(1), p.dimension(0)});
+      const char* const packed = "variable_length_attention";
+      expect(packed, [&] { ef::variable_length_attention(p, p, p, ends, ends); });
+      expect(packed, [&] { ef::variable_length_attention_into(kHere, p, p, p, p, ends, ends); });
+      expect(packed, [&] {
+        ef::variable_length_attention_backward(kHere, p, p, p, p, p, lse, ends, ends);
+      });
+      expect(packed, [&] {
+        ef::variable_length_attention_backward_into(kHere, p, p, p, p, p, p, p, p, lse, ends, ends);
+      });
+    }
+  }
+}
+
+TEST(Sizes, OfAttentionScratchThatOverflow) {
+  const Index wide = kMost / 64;
+  const std::vector<Index> zero{0};
+  const auto q = nowhere<float, 4>({1, 1, 1, wide}), k = nowhere<float, 4>({1, 0, 1, wide});
+  const auto v = nowhere<float, 4>({1, 0, 1, 1}), out = nowhere<float, 4>({1, 1, 1, 1});
+  expect_throws<Refusal>(
+      [&] { ef::batched_attention_with_padding_into(kHere, out, q, k, v, zero); },
+      {"attention", "overflow"});
+  const auto lse = nowhere<float, 3>({1, 1, 1});
+  expect_throws<Refusal>(
+      [&] { ef::attention_backward_into(kHere, q, k, v, out, q, k, v, out, lse, zero); },
+      {"attention_backward", "overflow"});
+}
+
+TEST(Sizes, OfSamplingThatOverflow) {
+  const ef::SamplingParams params;
+  ef::SpeculativeResult verified;
+  ef::SamplesWithLogProbabilities drawn;
+  const ef::Generators rng = ef::Philox(1);
+  for (const auto& [rows, columns] : absurd_shapes()) {
+    const auto expect = [&](const char* name, auto&& call) {
+      expect_throws<Refusal>(call, {name, "overflow"});
+    };
+    const auto all_forms = [&](const auto& x) {
+      const auto ids = nowhere<std::int32_t, 1>({x.dimension(0)});
+      const auto numbers = nowhere<float, 1>({x.dimension(0)});
+      const auto table = nowhere<float, 2>({x.dimension(0), x.dimension(1)});
+      expect("greedy_sample", [&] { ef::greedy_sample(x); });
+      expect("greedy_sample", [&] { ef::greedy_sample_into(kHere, ids, x); });
+      expect("sample", [&] { ef::sample(x, params, rng); });
+      expect("sample", [&] { ef::sample_into(kHere, ids, x, params, rng); });
+      expect("top_k_sample", [&] { ef::top_k_sample(x, 2, 1.0, rng); });
+      expect("top_p_sample", [&] { ef::top_p_sample(x, 0.5, 1.0, rng); });
+      expect("sampling_probabilities", [&] { ef::sampling_probabilities(x, params); });
+      expect("sampling_probabilities",
+             [&] { ef::sampling_probabilities_into(kHere, table, x, params); });
+      expect("log_probabilities_of", [&] { ef::log_probabilities_of(x, ids); });
+      expect("log_probabilities_of",
+             [&] { ef::log_probabilities_of_into(kHere, numbers, x, ids); });
+      expect("sample_with_log_probabilities",
+             [&] { ef::sample_with_log_probabilities(x, params, rng, {.best = kMost}); });
+      expect("sample_with_log_probabilities",
+             [&] { ef::sample_with_log_probabilities_into(kHere, drawn, x, params, rng); });
+    };
+    all_forms(nowhere<float, 2>({rows, columns}));
+    all_forms(nowhere<ef::half, 2>({kMost / 4 + 1, 1}));  // these fit, their numbers do not
+    for (const Index drafts : {0, 1}) {
+      const auto tokens = nowhere<std::int32_t, 2>({rows, drafts});
+      const auto draft = nowhere<float, 3>({rows, drafts, columns}),
+                 target = nowhere<float, 3>({rows, drafts + 1, columns});
+      expect("verify_speculative", [&] { ef::verify_speculative(tokens, draft, target, rng); });
+      expect("verify_speculative",
+             [&] { ef::verify_speculative_into(kHere, verified, tokens, draft, target, rng); });
+    }
   }
 }
 
@@ -198,6 +314,33 @@ TEST(Sizes, WithoutElementsAreDoneAtOnce) {
             0);
   EXPECT_EQ(ef::cross_entropy(wide, std::vector<int>{}).count, 0);
   EXPECT_EQ(ef::column_shard(x, 1, 2).dimension(0), many / 2);
+}
+
+TEST(Sizes, OfAttentionWithoutElementsAreDoneAtOnce) {
+  const Index many = kMost / 4096 * 64;
+  const std::vector<Index> none, zero{0}, one{1}, all{0, many};
+  using Shape = std::array<Index, 4>;
+  for (const Shape& shape : {Shape{1, many, 1, 0}, Shape{1, 0, many, 4}, Shape{1, 1, many, 0},
+                             Shape{1, many, 0, 4}, Shape{0, many, 1, 4}}) {
+    const auto x = nowhere<float, 4>(shape);
+    const auto lse = nowhere<float, 3>({shape[0], shape[2], shape[1]});
+    const auto& lengths = shape[0] == 0 ? none : zero;
+    EXPECT_EQ(ef::batched_attention_with_padding(x, x, x, lengths).dimension(1), shape[1]);
+    ef::attention_backward_into(kHere, x, x, x, x, x, x, x, x, lse, lengths);
+    EXPECT_EQ(ef::attention_backward(x, x, x, x, x, lse, lengths).grad_k.dimension(2), shape[2]);
+  }
+  const ef::KvSource<float> source{.batch = 1, .kv_heads = 1, .lengths = one.data()};
+  EXPECT_EQ(ef::attention_with_kv_source(nowhere<float, 4>({1, many / 4, 4, 0}), source).size(), 0);
+  const auto rows = nowhere<float, 3>({many, 1, 0}), heads = nowhere<float, 3>({0, many, 4});
+  EXPECT_EQ(ef::variable_length_attention(rows, rows, rows, all, all).dimension(0), many);
+  EXPECT_EQ(ef::variable_length_attention(heads, heads, heads, zero, zero).dimension(1), many);
+  const std::vector<float> sinks(2);
+  std::vector<float> sinks_gradient(2, 7.0f);
+  const auto x = nowhere<float, 4>({1, many / 4, 2, 0});
+  const auto lse = nowhere<float, 3>({1, 2, many / 4});
+  ef::attention_backward_into(kHere, x, x, x, x, x, x, x, x, lse, zero,
+                              {.sinks = sinks, .sinks_gradient = sinks_gradient});
+  EXPECT_EQ(sinks_gradient, std::vector<float>(2));
 }
 
 }  // namespace

@@ -33,8 +33,16 @@
 /// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is
 /// -infinity (or the sink). A visible score of +infinity or NaN makes its row NaN and no other.
 /// With softcap a score of +-infinity counts as +-softcap. Scores are numbers of the compute type:
-/// one beyond its range is +-infinity, or NaN where its products overflow in both directions. An
-/// average of finite values is finite and right however large they and however many the keys are.
+/// one beyond its range is +-infinity, or NaN where its products overflow in both directions. The
+/// query is scaled first: scale times each of its numbers must be in that range too (1e30 with a
+/// scale of 1e9 is infinite in float, also where the score would fit).
+///
+/// Precision. A score is as exact as its own rounding, relative to its size: one of about a million
+/// is in doubt by some hundredths in float, and its weight by as many percent; so is the gradient.
+/// An average of finite values is finite however large they are. It is one chain of additions over
+/// the keys, whose relative error grows with their number: in float about 1e-5 for 1,000 equal
+/// values and 1e-3 for 100,000, which round to the same side; errors of values from a normal
+/// distribution mostly cancel, and their averages are within 1e-5 up to 200,000 keys.
 ///
 /// Bits. A row is one fixed chain over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding,
 /// the number of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type
@@ -46,8 +54,11 @@
 /// head_dim 128. The _into forms allocate nothing after the first call at a size. The output may be the query tensor itself; other
 /// overlaps are not allowed.
 ///
-/// Everything throws std::invalid_argument for shapes that do not fit, lengths outside [0, key rows], options out of range.
+/// Everything throws std::invalid_argument for shapes that do not fit, shapes whose size in bytes
+/// overflows (sizes of 0 left out), lengths outside [0, key rows], options out of range.
 #pragma once
+
+#include <algorithm>
 
 #include "attention/backward.h"
 #include "attention/problem.h"
@@ -62,8 +73,11 @@ void run_attention(std::string_view name, const D& device, Output& output, const
                    const AttentionOptions& options, Problem& problem, Workspace& workspace) {
   require_attention_output(name, "output", output, q, problem.value_dim);
   problem.output = output.data();
-  problem.log_sum_exp =
-      options.log_sum_exp.checked<typename Problem::Compute>(name, log_sum_exp_shape(q, packed));
+  const auto lse_shape = log_sum_exp_shape(q, packed);
+  problem.log_sum_exp = options.log_sum_exp.checked<typename Problem::Compute>(name, lse_shape);
+  // A loop over 2^60 rows without elements would take for ever.
+  const bool no_rows = std::find(lse_shape.begin(), lse_shape.end(), Index{0}) != lse_shape.end();
+  if (output.size() == 0 && (no_rows || problem.log_sum_exp == nullptr)) return;
   cpu::attention(isa::best{}, device, problem, workspace);
 }
 
@@ -103,12 +117,8 @@ auto batched_attention_with_padding(const D& device, const Q& query, const K& ke
   constexpr int rank = detail::dense_rank<Q>;
   auto sizes = detail::sizes_of<rank>(input_view<rank>(query));
   sizes[rank - 1] = input_view<rank>(value).dimension(rank - 1);
-  checked_product(checked_product(sizes[0], sizes[1], "batched_attention_with_padding", "output"),
-                  rank == 4 ? checked_product(sizes[2], sizes[rank - 1],
-                                              "batched_attention_with_padding", "output")
-                            : sizes[2],
-                  "batched_attention_with_padding", "output");
-  Tensor<scalar_of<Q>, rank> output(sizes);
+  auto output =
+      detail::make_tensor<scalar_of<Q>, rank>("batched_attention_with_padding", "output", sizes);
   batched_attention_with_padding_into(device, output, query, key, value, seq_lengths, options);
   return output;
 }
@@ -152,12 +162,9 @@ template <CpuDevice D, typename Q, typename K, typename V>
 auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value,
                                const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
                                const AttentionOptions& options = {}) {
-  const auto q = input_view<3>(query);
-  const Index width = input_view<3>(value).dimension(2);
-  checked_product(
-      checked_product(q.dimension(0), q.dimension(1), "variable_length_attention", "output"), width,
-      "variable_length_attention", "output");
-  Tensor<scalar_of<Q>, 3> output(q.dimension(0), q.dimension(1), width);
+  auto sizes = detail::sizes_of<3>(input_view<3>(query));
+  sizes[2] = input_view<3>(value).dimension(2);
+  auto output = detail::make_tensor<scalar_of<Q>, 3>("variable_length_attention", "output", sizes);
   variable_length_attention_into(device, output, query, key, value, q_offsets, kv_offsets, options);
   return output;
 }
@@ -194,7 +201,7 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
 template <CpuDevice D, typename Q, typename S>
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
                               const AttentionOptions& options = {}) {
-  Tensor<scalar_of<Q>, 4> output(detail::sizes_of<4>(input_view<4>(query)));
+  auto output = detail::tensor_like("attention_with_kv_cache", "query", input_view<4>(query));
   attention_with_kv_source_into(device, output, query, source, options);
   return output;
 }

@@ -30,7 +30,9 @@
 ///
 /// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are added to, each element one chain
 /// over tokens that starts from what the gradient holds, so that micro-batches in turn give the bits of one big batch (of bfloat16
-/// pairs: where all micro-batches but the last are whole links, 2 tokens or 32).
+/// pairs: where all micro-batches but the last are whole links, 2 tokens or 32). Products are IEEE
+/// arithmetic, 0 * NaN is NaN: a row of x that holds NaN or infinity makes grad_weight NaN also
+/// where its row of grad_y is all zero. Set such rows of x (padding) to zero first.
 #pragma once
 
 #include <array>

@@ -21,6 +21,11 @@
 ///                        {norms_and_biases, {.learning_rate = 1e-3, .weight_decay = 0}}});
 ///   optimizer.set_learning_rate(0, 5e-4);        // of one group, between steps; without a group: of all
 ///
+/// AdamW with epsilon 0 gives NaN for a weight whose gradient has always been 0 (0 / 0). Moments
+/// are floats: a finite gradient so large that (1 - beta2) g^2 is beyond 3.4e38 (from 6e20 on with
+/// beta2 = 0.999, from 2e19 on with small beta2) makes the second moment infinite for good, which
+/// freezes that weight but for its decay.
+///
 /// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is; it owns its state. A step with
 /// a gradient that is infinite or NaN spoils the weight it belongs to: GradScaler and `all_finite` exist to skip such steps.
 /// Results are the same bits for any number of threads.

@@ -44,14 +44,15 @@
 /// return tokens or numbers alone throw std::invalid_argument naming it; forms that can say how
 /// each row ended (the _into forms, and results with `statuses`) give it id -1 and a status and
 /// serve the others. std::invalid_argument too for vocab 0, a wrong number of parameter sets or
-/// generators, parameters out of range or NaN, and token ids out of range. batch 0 is legal. An
-/// output must not overlap the logits.
+/// generators, parameters out of range or NaN, token ids out of range, and shapes whose size in
+/// bytes overflows. batch 0 is legal. An output must not overlap the logits.
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about
 /// one exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a
 /// pool. The _into forms allocate nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -61,6 +62,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/sampling.h"
 #include "cpu/sampling_log_probabilities.h"
@@ -140,6 +142,17 @@ inline void check_sampling_shape(std::string_view name, std::string_view argumen
                " has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
 }
 
+/// The view of logits (batch, vocab). Throws std::invalid_argument where its sizes, or those of a
+/// result of int32 or float with a number for each of its elements, overflow.
+template <typename Logits>
+auto logits_view(std::string_view name, const Logits& logits) {
+  const auto view = input_view<2>(logits);
+  constexpr Index element = (std::max)(sizeof(scalar_of<decltype(view)>), sizeof(float));
+  checked_size(name, "logits", view, element);
+  check_sampling_shape(name, "logits", view.dimension(1));
+  return view;
+}
+
 inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
                              Index vocab) {
   if (!params.per_row) return check_sampling_params(name, *params.data, vocab);
@@ -164,7 +177,6 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   using T = scalar_of<View>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  check_sampling_shape(name, "logits", logits.dimension(1));
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
   return SamplingProblem<T>{logits.data(),
                             logits.dimension(0),
@@ -211,7 +223,7 @@ template <typename D, typename Ids, typename Logits>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
                  const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace) {
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view(name, logits);
   auto out = sampled_ids_view(name, ids, statuses, view.dimension(0));
   auto problem = sampling_problem(name, view, params, out.data(),
                                   statuses.empty() ? nullptr : statuses.data());
@@ -226,7 +238,7 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits,
                                const SamplingParamsView& params, Generators& rng) {
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view(name, logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));
   auto problem = sampling_problem(name, view, params, ids.data(), statuses.data());
@@ -255,7 +267,7 @@ template <Device D, typename Ids, typename Logits>
 void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
                         std::span<SampleStatus> statuses = {},
                         Workspace& workspace = thread_workspace()) {
-  const auto view = input_view<2>(logits);
+  const auto view = detail::logits_view("greedy_sample", logits);
   auto out = detail::sampled_ids_view("greedy_sample", ids, statuses, view.dimension(0));
   const SamplingParams greedy{.temperature = 0};
   const auto problem = detail::sampling_problem("greedy_sample", view, greedy, out.data(),
@@ -269,7 +281,7 @@ void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
 /// Returns the ids (batch). Throws std::invalid_argument.
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> greedy_sample(const D& device, const Logits& logits) {
-  const auto view = input_view<2>(logits);
+  const auto view = detail::logits_view("greedy_sample", logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));
   greedy_sample_into(device, ids, view, statuses);
@@ -370,7 +382,7 @@ void sampling_probabilities_into(const D& device, Out& probabilities, const Logi
                                  const SamplingParamsView& params, std::span<SampleStatus> statuses,
                                  Workspace& workspace) {
   constexpr auto name = "sampling_probabilities";
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view(name, logits);
   auto out = output_view<2>(probabilities);
   static_assert(std::is_same_v<scalar_of<Out>, float>,
                 "eigenformer: sampling probabilities are float");
@@ -386,7 +398,7 @@ void sampling_probabilities_into(const D& device, Out& probabilities, const Logi
 template <CpuDevice D, typename Logits>
 Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
                                         const SamplingParamsView& params) {
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view("sampling_probabilities", logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
   sampling_probabilities_into(device, probabilities, view, params, statuses, thread_workspace());

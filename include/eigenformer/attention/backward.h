@@ -26,13 +26,16 @@
 ///
 /// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
 /// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible
-/// takes no part in any gradient: what only one of the two sees may be NaN. A NaN or infinity in a
-/// visible pair makes the gradients of its row NaN, and those of the keys and values that row sees.
+/// takes no part in any gradient: what only one of the two sees may be NaN. A sink of -infinity
+/// takes no part either: its gradient is 0. A NaN or infinity in a visible pair makes the gradients
+/// of its row NaN, and those of the keys and values that row sees.
 ///
 /// Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences
 /// in the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair.
-/// Throws std::invalid_argument.
+/// Throws std::invalid_argument as the forward call does.
 #pragma once
+
+#include <algorithm>
 
 #include "../cpu/attention_backward.h"
 #include "problem.h"
@@ -46,6 +49,19 @@ struct AttentionGradients {
 };
 
 namespace detail {
+
+/// Uninitialised gradients. Nothing is allocated before all three shapes are known to fit.
+template <typename Q, typename K, typename V>
+auto attention_gradients(std::string_view name, const Q& q, const K& k, const V& v) {
+  checked_size(name, "query", q);
+  checked_size(name, "key", k);
+  checked_size(name, "value", v);
+  using T = scalar_of<Q>;
+  constexpr int rank = rank_of<Q>;
+  return AttentionGradients<T, rank>{Tensor<T, rank>(sizes_of<rank>(q)),
+                                     Tensor<T, rank>(sizes_of<rank>(k)),
+                                     Tensor<T, rank>(sizes_of<rank>(v))};
+}
 
 /// Checks what the backward pass has besides the forward problem, and runs it.
 template <typename D, typename T, typename GQ, typename GK, typename GV, typename GO, typename Q,
@@ -72,6 +88,10 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
   for (std::size_t d = 0; d < expected.size(); ++d) same = same && lse.dimension(d) == expected[d];
   require_that(same, name, "log_sum_exp has shape ", shape_text(lse),
                ", expected heads before rows of query ", shape_text(q));
+  if (q.size() == 0 && k.size() == 0 && v.size() == 0) {  // however many rows, heads and keys
+    std::fill(options.sinks_gradient.begin(), options.sinks_gradient.end(), 0.0f);
+    return;
+  }
 
   AttentionBackwardProblem<T> problem;
   problem.forward = forward;
@@ -117,10 +137,8 @@ auto attention_backward(const D& device, const GO& grad_out, const Q& q, const K
                         const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths,
                         const AttentionOptions& options = {}) {
   constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
-  AttentionGradients<scalar_of<Q>, rank> g{
-      Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(q))),
-      Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(k))),
-      Tensor<scalar_of<Q>, rank>(detail::sizes_of<rank>(input_view<rank>(v)))};
+  auto g = detail::attention_gradients("attention_backward", input_view<rank>(q),
+                                       input_view<rank>(k), input_view<rank>(v));
   attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp,
                           seq_lengths, options);
   return g;
@@ -167,10 +185,8 @@ auto variable_length_attention_backward(const D& device, const GO& grad_out, con
                                         const V& v, const O& out, const L& log_sum_exp,
                                         const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
                                         const AttentionOptions& options = {}) {
-  AttentionGradients<scalar_of<Q>, 3> g{
-      Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(q))),
-      Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(k))),
-      Tensor<scalar_of<Q>, 3>(detail::sizes_of<3>(input_view<3>(v)))};
+  auto g = detail::attention_gradients("variable_length_attention_backward", input_view<3>(q),
+                                       input_view<3>(k), input_view<3>(v));
   variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v,
                                           out, log_sum_exp, q_offsets, kv_offsets, options);
   return g;

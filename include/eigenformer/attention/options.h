@@ -49,8 +49,8 @@ class LogSumExpOutput {
   C* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
     if (!present_) return nullptr;
     constexpr bool wide = std::is_same_v<C, double>;
-    require_that(wide == (doubles_ != nullptr || floats_ == nullptr) || sizes_product() == 0,
-                 operation, "log_sum_exp is a tensor of ",
+    require_that(wide == (doubles_ != nullptr || floats_ == nullptr) || empty(), operation,
+                 "log_sum_exp is a tensor of ",
                  wide ? "float, expected double" : "double, expected float");
     bool same = rank_ == static_cast<int>(Rank);
     std::string expected;
@@ -69,7 +69,7 @@ class LogSumExpOutput {
   }
 
  private:
-  Index sizes_product() const { return sizes_[0] * sizes_[1] * (rank_ == 3 ? sizes_[2] : 1); }
+  bool empty() const { return sizes_[0] == 0 || sizes_[1] == 0 || (rank_ == 3 && sizes_[2] == 0); }
 
   float* floats_ = nullptr;
   double* doubles_ = nullptr;

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "../core/device.h"
+#include "../core/rows.h"
 #include "../core/workspace.h"
 #include "../cpu/attention.h"
 #include "options.h"
@@ -101,6 +102,9 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
                 "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
                 "eigenformer: query, key and value have one scalar type");
+  checked_size(name, "query", q);
+  checked_size(name, "key", k);
+  checked_size(name, "value", v);
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
   const auto [k_batch, keys, kv_heads, k_dim] = attention_shape(k);
   const auto [v_batch, v_keys, v_heads, value_dim] = attention_shape(v);
@@ -167,6 +171,9 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
                 "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
                 "eigenformer: query, key and value have one scalar type");
+  checked_size(name, "query", q);
+  checked_size(name, "key", k);
+  checked_size(name, "value", v);
   const Index heads = q.dimension(1), head_dim = q.dimension(2), kv_heads = k.dimension(1),
               value_dim = v.dimension(2);
   require_that(k.dimension(2) == head_dim, name, "key has shape ", shape_text(k),
@@ -214,6 +221,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
                 "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(!std::is_same_v<S, double> || std::is_same_v<T, double>,
                 "eigenformer: a cache of double serves queries of double");
+  checked_size(name, "query", q);
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
   require_that(source.batch == batch, name, "query has batch ", batch, ", the cache has ",
                source.batch, " sequences");
@@ -246,6 +254,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
 template <typename Output, typename Q>
 void require_attention_output(std::string_view name, std::string_view what, const Output& output,
                               const Q& q, Index value_dim) {
+  checked_size(name, what, output);
   bool same = output.dimension(rank_of<Q> - 1) == value_dim;
   for (int d = 0; d < rank_of<Q> - 1; ++d)
     same = same && output.dimension(static_cast<std::size_t>(d)) ==

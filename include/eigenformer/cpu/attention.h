@@ -15,6 +15,7 @@
 #include <limits>
 #include <utility>
 
+#include "../core/check.h"
 #include "../core/device.h"
 #include "../core/workspace.h"
 #include "attention_tile.h"
@@ -108,14 +109,17 @@ class AttentionWorker {
   }
 
   static AttentionScratch<C> take_scratch(const Problem& p, Workspace::Frame& frame) {
+    const auto product = [](Index a, Index b) {
+      return checked_product(a, b, "attention", "scratch");
+    };
     const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
-    AttentionScratch<C> s{frame.take<C>(rows * p.head_dim),
-                          frame.take<C>(rows * width),
-                          frame.take<C>(rows * kAttentionKeyBlock),
-                          frame.take<C>(p.head_dim * kAttentionKeyBlock),
-                          frame.take<C>(kAttentionKeyBlock * width),
+    AttentionScratch<C> s{frame.take<C>(product(rows, p.head_dim)),
+                          frame.take<C>(product(rows, width)),
+                          frame.take<C>(product(rows, kAttentionKeyBlock)),
+                          frame.take<C>(product(p.head_dim, kAttentionKeyBlock)),
+                          frame.take<C>(product(kAttentionKeyBlock, width)),
                           frame.take<C>(rows),
-                          frame.take<C>(rows * Tile::lanes),
+                          frame.take<C>(product(rows, Tile::lanes)),
                           frame.take<C>(rows),
                           frame.take<C>(width),
                           frame.take<BlockRange>(rows),

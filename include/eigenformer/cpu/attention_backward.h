@@ -72,25 +72,28 @@ class AttentionBackwardWorker {
 
   static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest,
                                                   Workspace::Frame& frame) {
+    const auto product = [](Index a, Index b) {
+      return checked_product(a, b, "attention_backward", "scratch");
+    };
     const Index width = Tile::padded(p.forward.head_dim),
                 value_width = Tile::padded(p.forward.value_dim);
     const Index rows = positions_per_block(p) * p.forward.group(), blocks = most_blocks(p, longest),
-                pairs = blocks * rows * kBlock;
-    AttentionBackwardScratch<C> s{frame.take<C>(rows * width),
-                                  frame.take<C>(rows * value_width),
-                                  frame.take<C>(rows * width),
-                                  frame.take<C>(kBlock * width),
-                                  frame.take<C>(kBlock * width),
-                                  frame.take<C>(kBlock * value_width),
+                pairs = product(product(blocks, rows), kBlock);
+    AttentionBackwardScratch<C> s{frame.take<C>(product(rows, width)),
+                                  frame.take<C>(product(rows, value_width)),
+                                  frame.take<C>(product(rows, width)),
+                                  frame.take<C>(product(kBlock, width)),
+                                  frame.take<C>(product(kBlock, width)),
+                                  frame.take<C>(product(kBlock, value_width)),
                                   frame.take<C>(pairs),
                                   frame.take<C>(pairs),
                                   p.forward.softcap > 0 ? frame.take<C>(pairs) : nullptr,
-                                  frame.take<C>(longest * width),
-                                  frame.take<C>(longest * value_width),
-                                  frame.take<C>(rows * width),
-                                  frame.take<C>(kBlock * width),
-                                  frame.take<C>(kBlock * value_width),
-                                  frame.take<BlockRange>(blocks * rows),
+                                  frame.take<C>(product(longest, width)),
+                                  frame.take<C>(product(longest, value_width)),
+                                  frame.take<C>(product(rows, width)),
+                                  frame.take<C>(product(kBlock, width)),
+                                  frame.take<C>(product(kBlock, value_width)),
+                                  frame.take<BlockRange>(product(blocks, rows)),
                                   frame.take<BlockRange>(kBlock),
                                   frame.take<Index>(blocks)};
     // Lanes nobody sees are computed with and thrown away.
@@ -272,7 +275,8 @@ class AttentionBackwardWorker {
         sink > -kInfinity ? std::exp(static_cast<double>(sink - reference)) : 0.0;
     sum += sink_weight;
     delta = (delta - sink_weight * static_cast<double>(top.grad)) / sum;
-    if (grad_sinks_ != nullptr)
+    // A sink of -infinity takes no part, whatever the row's gradient holds: 0 * NaN would be NaN.
+    if (grad_sinks_ != nullptr && sink > -kInfinity)
       grad_sinks_[head(r % group_)] -= sink_weight / sum * (static_cast<double>(top.grad) + delta);
     scale_row(r, static_cast<C>(1 / sum), static_cast<C>(delta));
   }

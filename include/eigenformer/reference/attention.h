@@ -142,7 +142,8 @@ inline AttentionGradients attention_backward(const Tensor<double, 4>& grad_out,
           delta += pair.p * (pair.dp - top_dp);
         }
         delta /= sum;
-        g.grad_sinks[static_cast<std::size_t>(h)] -= sink_weight / sum * (top_dp + delta);
+        if (sink > -infinity)
+          g.grad_sinks[static_cast<std::size_t>(h)] -= sink_weight / sum * (top_dp + delta);
         for (const auto& [j, weight, dp] : pairs) {
           double ds = weight / sum * (dp - top_dp - delta) * scale;
           if (options.softcap > 0) {

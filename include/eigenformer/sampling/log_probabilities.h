@@ -39,7 +39,7 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
                                         Generators& rng, const LogProbabilityOptions& options,
                                         Workspace& workspace) {
   constexpr auto name = "sample_with_log_probabilities";
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view(name, logits);
   const Index batch = view.dimension(0);
   require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
   const Index best = (std::min)(options.best, static_cast<Index>(view.dimension(1)));
@@ -163,7 +163,7 @@ void log_probabilities_of_into(const D& device, Out& out, const Logits& logits,
                                const Tokens& tokens, const SamplingParamsView& params,
                                std::span<SampleStatus> statuses, Workspace& workspace) {
   constexpr auto name = "log_probabilities_of";
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view(name, logits);
   auto output = output_view<1>(out);
   static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
   const Index batch = view.dimension(0);
@@ -180,7 +180,7 @@ void log_probabilities_of_into(const D& device, Out& out, const Logits& logits,
 template <CpuDevice D, typename Logits, typename Tokens>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
                                       const SamplingParamsView& params) {
-  const auto view = input_view<2>(logits);
+  const auto view = logits_view("log_probabilities_of", logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<float, 1> result(view.dimension(0));
   log_probabilities_of_into(device, result, view, tokens, params, statuses, thread_workspace());

@@ -51,6 +51,11 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
                 "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
               vocab = target.dimension(2);
+  checked_size(name, "draft_tokens", tokens);
+  checked_size(name, "draft_probabilities", draft);
+  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
+  checked_size(name, "target_probabilities", target,
+               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
   check_sampling_shape(name, "target_probabilities", vocab);
   require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
                drafts, " columns, expected at most ", Philox::kIndices);
