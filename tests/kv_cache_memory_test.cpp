@@ -317,6 +317,43 @@ TEST(KvCacheMemory, EmptyTensorsOfAnySizeAreRefusedOrTaken) {
   EXPECT_EQ(cache.length(0), 5);
 }
 
+TEST(KvCacheMemory, Int8RefusesSizesBeforeItReadsData) {
+  ef::KvCache<float, std::int8_t> fresh, known;
+  const auto row = rows(1, 1, 1, 4);
+  ef::update_kv_cache(known, row, row, 0);
+  for (auto* cache : {&fresh, &known}) {
+    const Index length = cache->length(0);
+    const auto append = [&](Index n, Index heads, Index dim) {
+      const ef::TensorView<const float, 4> endless(nullptr, 1, n, heads, dim);
+      ef::update_kv_cache(*cache, endless, endless, 0);
+    };
+    for (Index n : {kLargest / 8 + 1, kLargest / 2, kLargest})
+      EXPECT_THROW(append(n, 1, 4), std::length_error) << n;
+    EXPECT_EQ(cache->length(0), length);
+    EXPECT_EQ(cache->capacity(0), length == 0 ? 0 : kPage);
+  }
+  // Few enough positions for a page table, but not for the bytes of the rows.
+  const Index n = Index{1} << (sizeof(Index) > 4 ? 30 : 10), dim = kLargest / n / 4 + 1;
+  const ef::TensorView<const float, 4> wide(nullptr, 1, n, 1, dim);
+  expect_throws<std::invalid_argument>([&] { ef::update_kv_cache(fresh, wide, wide, 0); },
+                                       {"update_kv_cache", "new_keys", std::to_string(dim)});
+  EXPECT_EQ(fresh.capacity(0), 0);
+}
+
+TEST(KvCacheMemory, BuffersWhoseSizeOverflowsAreRefused) {
+  const auto row = rows(1, 1, 1, 4);
+  for (Index capacity : {kLargest / 4 + 1, kLargest / 2 + 1, kLargest}) {
+    ef::TensorView<float, 4> buffer(nullptr, 1, capacity, 1, 4);
+    for (Index position : {Index{0}, capacity - 1, Index{-1}})
+      expect_throws<std::invalid_argument>(
+          [&] {
+            ef::append_kv_into(Eigen::DefaultDevice{}, buffer, buffer, row, row,
+                               std::vector<Index>{position});
+          },
+          {"append_kv_into", "key_buffer", std::to_string(capacity), "overflows"});
+  }
+}
+
 // ---- the end of the program -----------------------------------------------------------------------------------------------------
 
 /// A global cache works in a destructor, after main.

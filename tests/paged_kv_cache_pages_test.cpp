@@ -220,6 +220,79 @@ TEST(PagedKvCachePages, SizesUpToTheLargest) {
   expect_throws<std::length_error>([&] { cache.append(a, 0, rows(1), rows(1)); }, {"PagedKvCache"});
 }
 
+TEST(PagedKvCachePages, Int8RefusesSizesBeforeItReadsData) {
+  ef::PagedKvCache<float, std::int8_t> cache(
+      {.layers = 1, .kv_heads = 1, .head_dim = 4, .page_size = 4, .page_count = 5});
+  const SequenceId a = cache.add_sequence(), b = cache.add_sequence();
+  for (Index size : {kLargest / 8 + 1, kLargest / 2, kLargest}) {
+    const ef::TensorView<const float, 3> one(nullptr, size, 1, 4);
+    expect_throws<std::length_error>([&] { cache.append(a, 0, one, one); },
+                                     {std::to_string(size), "the pool has 20"});
+    const ef::TensorView<const float, 4> batch(nullptr, 1, size, 1, 4);
+    expect_throws<std::length_error>(
+        [&] { ef::update_kv_cache(cache, std::vector<SequenceId>{a}, batch, batch, 0); },
+        {std::to_string(size), "the pool has 20"});
+    EXPECT_THROW(
+        cache.append(std::vector<SequenceId>{b, a}, std::vector<Index>{0, 1, size}, 0, one, one),
+        std::length_error);
+  }
+  const ef::TensorView<const float, 3> negative(nullptr, -1, 1, 4);
+  EXPECT_THROW(cache.append(a, 0, negative, negative), std::invalid_argument);
+  EXPECT_EQ(cache.statistics().pages_used, 0);
+  EXPECT_EQ(cache.length(a) + cache.length(b), 0);
+}
+
+void expect_equal(const ef::PagedKvStatistics& a, const ef::PagedKvStatistics& b) {
+  EXPECT_EQ(a.sequences, b.sequences);
+  EXPECT_EQ(a.pages_total, b.pages_total);
+  EXPECT_EQ(a.pages_used, b.pages_used);
+  EXPECT_EQ(a.pages_peak, b.pages_peak);
+  EXPECT_EQ(a.pages_shared, b.pages_shared);
+  EXPECT_EQ(a.tokens, b.tokens);
+  EXPECT_EQ(a.slots_used, b.slots_used);
+  EXPECT_EQ(a.utilisation, b.utilisation);
+  EXPECT_EQ(a.copies, b.copies);
+}
+
+TEST(PagedKvCachePages, WhatWasMovedFromIsEmptyAndAMoveToItselfIsNone) {
+  ef::PagedKvCache<float> cache(
+      {.layers = 2, .kv_heads = 1, .head_dim = 1, .page_size = 4, .page_count = 5});
+  const SequenceId a = cache.add_sequence();
+  cache.append(a, 0, rows(6), rows(6));
+  const SequenceId b = cache.fork(a);
+  cache.append(b, 0, rows(1, 2.0f), rows(1));
+  const ef::PagedKvStatistics before = cache.statistics();
+  EXPECT_EQ(before.copies, 1);
+  auto& same = cache;
+  cache = std::move(same);
+  expect_equal(cache.statistics(), before);
+  EXPECT_EQ(cache.keys(b, 0)(6, 0, 0), 2.0f);
+  ef::PagedKvCache<float> constructed(std::move(cache));
+  const auto expect_empty = [&](ef::PagedKvCache<float>& from) {
+    expect_equal(from.statistics(), {});
+    EXPECT_EQ(from.config().layers, 0);
+    EXPECT_EQ(from.pages_free(), 0);
+    EXPECT_TRUE(from.sequences().empty());
+    EXPECT_FALSE(from.contains(a));
+    EXPECT_THROW(from.keys(a, 0), std::invalid_argument);
+    EXPECT_THROW(from.append(a, 0, rows(1), rows(1)), std::invalid_argument);
+    EXPECT_THROW(from.source(0), std::invalid_argument);
+    const SequenceId c = from.add_sequence();
+    EXPECT_EQ(from.length(c), 0);
+    EXPECT_THROW(from.reserve(c, 1), std::length_error);
+    from.fork(c);
+    from.truncate(c, 3);
+    from.clear();
+    expect_equal(from.statistics(), {});
+  };
+  expect_empty(cache);
+  expect_equal(constructed.statistics(), before);
+  cache = std::move(constructed);
+  expect_empty(constructed);
+  expect_equal(cache.statistics(), before);
+  EXPECT_EQ(cache.keys(b, 0)(6, 0, 0), 2.0f);
+}
+
 /// A global cache works in its destructor, after main.
 struct ToTheEnd {
   ef::PagedKvCache<float> cache{

@@ -211,4 +211,38 @@ TEST(ContinuousBatchScheduler, OutOfMemoryChangesNothing) {
   EXPECT_GT(failures, 10);
 }
 
+TEST(ContinuousBatchScheduler, MovesWholeAlsoToItself) {
+  ef::ContinuousBatchScheduler scheduler(1, 50);
+  ef::reference::ContinuousBatchScheduler model{1, 50, {}, {}, {}};
+  const auto add = [&](const std::string& id) {
+    scheduler.add_request(id, {1, 2, 3});
+    model.add_request(id, {1, 2, 3});
+  };
+  const auto finish = [&](const std::string& id) {
+    scheduler.update_batch(id, 4, true);
+    model.update_batch(id, 4, true);
+  };
+  add("a");
+  add("b");
+  finish("a");
+  add("c");
+  auto& same = scheduler;
+  scheduler = std::move(same);
+  expect_equal(scheduler, model);
+  add("d");
+  finish("b");
+  expect_equal(scheduler, model);
+  ef::ContinuousBatchScheduler other(7, 9);
+  other.add_request("gone", {1});
+  other = std::move(scheduler);
+  expect_equal(other, model);
+  EXPECT_EQ(other.max_batch_size(), 1);
+  EXPECT_EQ(other.max_seq_length(), 50);
+  EXPECT_EQ(scheduler.active_count() + scheduler.waiting_count() + scheduler.finished_count(), 0);
+  scheduler = std::move(other);
+  add("e");
+  finish("c");
+  expect_equal(scheduler, model);
+}
+
 }  // namespace

@@ -206,6 +206,53 @@ TEST(StepSchedulerThreads, OneMemberAtATime) {
   EXPECT_FALSE(waits([&] { (void)scheduler.options(); }));  // never changes: no lock
 }
 
+// ---- memory that runs out -------------------------------------------------------------------------------------------------------
+
+TEST(StepSchedulerMemory, AfterAPlanThatFailedACancelIsWholeOrNotAtAll) {
+  ef::StepScheduler scheduler({.max_batch_size = 40});
+  const Tokens prompt{1, 2, 3};
+  for (int i = 0; i < 40; ++i) scheduler.submit(prompt);
+  std::vector<ef::RequestTicket> cancelled;
+  cancelled.reserve(40);
+  ef::StepPlan plan;
+  plan.released.assign(1, 4711);
+  const auto cancel = [&] {
+    const auto before = scheduler.statistics();
+    const auto ticket = static_cast<ef::RequestTicket>(cancelled.size());
+    const int failures =
+        with_failing_allocations([&] { EXPECT_TRUE(scheduler.cancel(ticket)); },
+                                 [&] {
+                                   EXPECT_EQ(scheduler.statistics().cancelled, before.cancelled);
+                                   EXPECT_EQ(scheduler.statistics().running, before.running);
+                                 });
+    cancelled.push_back(ticket);
+    return failures;
+  };
+  int failures = 0;
+  const int plans =
+      with_failing_allocations([&] { EXPECT_TRUE(scheduler.next_step(plan)); },
+                               [&] {
+                                 EXPECT_TRUE(plan.released.empty());
+                                 EXPECT_THROW(scheduler.complete({}), std::invalid_argument);
+                                 failures += cancel();
+                               });
+  EXPECT_GT(plans, 5);
+  EXPECT_EQ(plan.released, cancelled);  // each of them once
+  EXPECT_EQ(plan.requests.size(), 40 - cancelled.size());
+  // Of the step under way, too.
+  const std::size_t first = cancelled.size();
+  plan.released.clear();
+  failures += cancel() + cancel();
+  EXPECT_GT(failures, 0);
+  std::vector<ef::StepToken> sampled;
+  for (ef::RequestTicket ticket : plan.requests) sampled.push_back({ticket, 5, false});
+  scheduler.complete(sampled);
+  ASSERT_TRUE(scheduler.next_step(plan));
+  EXPECT_EQ(plan.released,
+            std::vector<ef::RequestTicket>(cancelled.begin() + static_cast<std::ptrdiff_t>(first),
+                                           cancelled.end()));
+}
+
 // ---- the end of the program -----------------------------------------------------------------------------------------------------
 
 /// Global objects work in their destructors, after main and after what came later was destroyed.

@@ -3,6 +3,7 @@
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
 
+#include <numeric>
 #include <random>
 
 #include "compare.h"
@@ -457,6 +458,35 @@ TEST(StepSchedulerPlans, ASharedPrefixTakesNoPagesAndIsNotComputed) {
   EXPECT_THROW(scarce.submit(prompt_of(3), {.shared_prefix = -1}), std::invalid_argument);
   EXPECT_THROW(scarce.submit(prompt_of(3), {.draft_tokens = -1}), std::invalid_argument);
   EXPECT_EQ(scarce.statistics().submitted, 2);
+}
+
+TEST(StepSchedulerPlans, RowsAreTheSameWithDraftsThatAreAllRefusedAndWithout) {
+  Index drafts = 0, preempted = 0;
+  for (unsigned seed = 1; seed <= 300; ++seed) {
+    Reached reached;
+    History with(seed, reached), without(seed, reached);
+    std::mt19937& random = with.random;
+    ef::StepPlan a, b;
+    for (int i = 0; i < 60; ++i) {
+      if (i < 30 && with.pick(2) == 0) {
+        const Tokens prompt = prompt_of(1 + with.pick(with.options.max_seq_length - 1));
+        ef::SubmitOptions how{.priority = static_cast<int>(random() % 2), .max_new_tokens = 1};
+        how.max_new_tokens += with.pick(9);
+        const bool fits =
+            !throws<std::length_error>([&] { without.scheduler.submit(prompt, how); });
+        how.draft_tokens = with.pick(9);
+        if (fits) with.scheduler.submit(prompt, how);
+      }
+      step(with.scheduler, a);
+      step(without.scheduler, b);
+      drafts += std::accumulate(a.drafts.begin(), a.drafts.end(), Index{0});
+      a.drafts = b.drafts;
+      ASSERT_NO_FATAL_FAILURE(expect_equal(a, b)) << "seed " << seed << ", step " << i;
+    }
+    preempted += static_cast<Index>(with.scheduler.statistics().preempted);
+  }
+  EXPECT_GT(drafts, 1000);
+  EXPECT_GT(preempted, 100);
 }
 
 }  // namespace

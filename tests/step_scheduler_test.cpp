@@ -436,4 +436,24 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
   }
 }
 
+TEST(StepScheduler, NobodyIsPreemptedForAGuess) {
+  ef::StepScheduler scheduler({.max_batch_size = 2,
+                               .max_seq_length = 64,
+                               .token_budget = 64,
+                               .page_size = 4,
+                               .page_count = 4});
+  const auto a = scheduler.submit(prompt_of(3, 1), {.max_new_tokens = 13, .draft_tokens = 8});
+  const auto b = scheduler.submit(prompt_of(3, 2), {.max_new_tokens = 5});
+  ef::StepPlan plan;
+  for (Index drafts : {8, 8, 3, 2, 1}) {  // from the third step on, b has two pages of its own
+    EXPECT_FALSE(scheduler.is_finished(b));
+    ASSERT_TRUE(scheduler.next_step(plan));
+    EXPECT_EQ(plan.requests, (std::vector<ef::RequestTicket>{a, b}));
+    EXPECT_EQ(plan.drafts, (std::vector<Index>{drafts, 0}));
+    scheduler.complete(std::vector<ef::StepToken>{{a, 1, false}, {b, 1, false}});  // all refused
+  }
+  EXPECT_TRUE(scheduler.is_finished(b));
+  EXPECT_EQ(scheduler.statistics().preempted, 0);
+}
+
 }  // namespace

@@ -116,6 +116,9 @@ class KvLayer {
     groups_ = growth.groups;
   }
 
+  /// Throws std::length_error where no memory would make room for `length` positions.
+  void require_countable(Index length) const { checked_groups(length); }
+
   /// Room for `length` positions, growing by half of what there is at least. Throws with nothing changed.
   void grow(Index length) {
     const Index groups = checked_groups(length);
@@ -314,10 +317,6 @@ class KvCache {
     Layer* layer = const_cast<Layer*>(find(layer_idx));
     if (layer != nullptr && layer->closed())
       require_shape(name, layer_idx, *layer, batch, kv_heads, head_dim);
-    if constexpr (std::is_same_v<Storage, std::int8_t>) {
-      detail::require_quantizable(name, "new_keys", keys);
-      detail::require_quantizable(name, "new_values", values);
-    }
     if (layer != nullptr && layer->has_shape(batch, kv_heads, head_dim)) {
       write(device, *layer, keys, values);
     } else {  // the new layer joins the cache when nothing can fail any more
@@ -361,6 +360,13 @@ class KvCache {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
     require_capacity(added <= (std::numeric_limits<Index>::max)() - length, "update_kv_cache",
                      "length ", length, " + ", added, " overflows");
+    // Sizes before data: what a view too large for any memory points to must not be read.
+    layer.require_countable(length + added);
+    detail::checked_size("update_kv_cache", "new_keys", keys);
+    if constexpr (std::is_same_v<Storage, std::int8_t>) {
+      detail::require_quantizable("update_kv_cache", "new_keys", keys);
+      detail::require_quantizable("update_kv_cache", "new_values", values);
+    }
     // A reservation older than the layer, which memory or page numbers may not suffice for, is no reason to refuse an update.
     detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
     layer.grow(length + added);
@@ -388,8 +394,8 @@ class KvCache {
 };
 
 /// Appends new_keys and new_values, both (batch, n, kv_heads, head_dim) of T with n >= 1, to a layer of the cache. Throws
-/// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, a negative layer, or what INT8 cannot
-/// hold; std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then as it was.
+/// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, sizes that overflow, a negative layer, or
+/// what INT8 cannot hold; std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then as it was.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
@@ -405,8 +411,8 @@ void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Val
 /// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values (batch, n, kv_heads, head_dim) of T
 /// into key_buffer and value_buffer (batch, capacity, kv_heads, head_dim) of T or a narrower floating-point scalar, sequence b at
 /// positions [positions[b], positions[b] + n). A negative position leaves its sequence out. Other rows are not touched; buffers and
-/// new rows must not overlap. `positions` (batch) is memory of the device. Throws std::invalid_argument for shapes,
-/// std::length_error where a position + n exceeds the capacity, before anything is written; on a GPU positions cannot be read by
+/// new rows must not overlap. `positions` (batch) is memory of the device. Throws std::invalid_argument for shapes and
+/// sizes that overflow, std::length_error where a position + n exceeds the capacity, before anything is written; on a GPU positions cannot be read by
 /// the host, and a row past the capacity is left out instead. Allocates nothing.
 template <Device D, typename KeyBuffer, typename ValueBuffer, typename Keys, typename Values>
 void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer,
@@ -444,6 +450,8 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
     }
   for (std::size_t d = 0; d < 4; ++d)
     if (keys.dimension(d) == 0) return;  // and sizes of tensors that hold nothing may overflow
+  detail::checked_size(name, "key_buffer", key_rows);
+  detail::checked_size(name, "new_keys", keys);
   KvSource<Storage> target;
   target.batch = batch;
   target.kv_heads = keys.dimension(2);

@@ -22,14 +22,14 @@
 /// std::out_of_range (ids are never used twice). Wrong shapes: std::invalid_argument. INT8 storage is that of kv_cache.h.
 ///
 /// The pool is one allocation, made by the constructor; later ones are page tables only, amortised. Unused slots hold anything.
-/// Const members may be called from many threads at once. A cache can be moved, not copied; what was moved from can only be
-/// destroyed or assigned to.
+/// Const members may be called from many threads at once. A cache can be moved, not copied; what was moved from is empty.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -52,12 +52,18 @@ class PagedKvCache {
       : config_(detail::checked_config(config, kName)),
         layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
                                                 kName)),
-        pool_(config.page_count, page_bytes(config, layout_), kName),
+        pool_(config.page_count,
+              static_cast<std::size_t>(checked_product(
+                  config.layers, static_cast<Index>(layout_.bytes), kName, "a page")),
+              kName),
         lengths_(static_cast<std::size_t>(config.layers)),
         selections_(static_cast<std::size_t>(config.layers)) {}
 
-  PagedKvCache(PagedKvCache&&) noexcept = default;
-  PagedKvCache& operator=(PagedKvCache&&) noexcept = default;
+  PagedKvCache(PagedKvCache&& other) noexcept { swap(other); }
+  PagedKvCache& operator=(PagedKvCache&& other) noexcept {
+    PagedKvCache(std::move(other)).swap(*this);
+    return *this;
+  }
 
   const PagedKvConfig& config() const { return config_; }
 
@@ -140,7 +146,7 @@ class PagedKvCache {
   /// Positions that every layer of a sequence holds. Throws std::out_of_range.
   Index length(SequenceId sequence) const {
     const std::size_t at = find(sequence);
-    Index shortest = (std::numeric_limits<Index>::max)();
+    Index shortest = lengths_.empty() ? 0 : (std::numeric_limits<Index>::max)();
     for (const auto& lengths : lengths_) shortest = (std::min)(shortest, lengths[at]);
     return shortest;
   }
@@ -255,40 +261,38 @@ class PagedKvCache {
     result.pages_total = config_.page_count;
     result.pages_used = config_.page_count - pool_.free_count();
     result.pages_peak = pool_.peak();
-    result.copies = copies_;
+    result.copies = pool_.copies();
+    result.pages_shared = pool_.shared_count();
     std::vector<Index> filled(static_cast<std::size_t>(config_.page_count), 0);
     for (std::size_t at = 0; at < sequences_.size(); ++at) {
-      Index left = longest_layer(at);
-      result.tokens += left;
-      for (std::int32_t page : sequences_[at].pages) {
-        auto& used = filled[static_cast<std::size_t>(page)];
-        used = (std::max)(used, std::clamp<Index>(left, 0, config_.page_size));
-        left -= config_.page_size;
-      }
+      const Index length = longest_layer(at);
+      result.tokens += length;
+      detail::fill_pages(filled, sequences_[at].pages, config_.page_size, length);
     }
     for (Index used : filled) result.slots_used += used;
-    for (std::int32_t page = 0; page < config_.page_count; ++page)
-      result.pages_shared += pool_.holders(page) > 1 ? 1 : 0;
     if (result.pages_used > 0)
-      result.utilisation =
-          static_cast<double>(result.slots_used) /
-          (static_cast<double>(result.pages_used) * static_cast<double>(config_.page_size));
+      result.utilisation = static_cast<double>(result.slots_used) /
+                           static_cast<double>(result.pages_used * config_.page_size);
     return result;
   }
 
  private:
   static constexpr const char* kName = "PagedKvCache";
+  PagedKvCache() noexcept = default;  // what was moved from
+  auto members() noexcept {
+    return std::tie(config_, layout_, pool_, ids_, sequences_, tables_, lengths_, selections_,
+                    next_id_, appends_);
+  }
+  void swap(PagedKvCache& other) noexcept {
+    auto mine = members(), theirs = other.members();
+    mine.swap(theirs);
+  }
   static constexpr std::size_t kNoParent = ~std::size_t{0};
   struct Sequence {
     std::vector<std::int32_t> pages;
-    std::int64_t
-        last_append;  // number of the append that met it last: finds an id that comes twice
+    std::int64_t last_append;  // number of the append that met it last: finds ids that come twice
   };
 
-  static std::size_t page_bytes(const PagedKvConfig& config, const detail::KvPageLayout& layout) {
-    return static_cast<std::size_t>(
-        checked_product(config.layers, static_cast<Index>(layout.bytes), kName, "a page"));
-  }
   Index total_slots() const { return config_.page_count * config_.page_size; }
 
   std::size_t checked_layer(Index layer_idx) const {
@@ -355,16 +359,19 @@ class PagedKvCache {
       require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
                    detail::shape_text(keys), ", the cache has ", config_.kv_heads, " heads of ",
                    config_.head_dim);
-    if constexpr (std::is_same_v<Storage, std::int8_t>) {
-      detail::require_quantizable(kName, "keys", keys);
-      detail::require_quantizable(kName, "values", values);
-    }
     KvSelection& selection = selections_[layer];
     source(layer_idx, ids,
            selection);  // checks ids, and grows the tables while a failure still changes nothing
     const auto added = [&](std::size_t i) {
       return offsets == nullptr ? each : offsets[i + 1] - offsets[i];
     };
+    // Sizes before data: what a view too large for the pool points to must not be read.
+    require_pages(layer, ids, added);
+    detail::checked_size(kName, "keys", keys);
+    if constexpr (std::is_same_v<Storage, std::int8_t>) {
+      detail::require_quantizable(kName, "keys", keys);
+      detail::require_quantizable(kName, "values", values);
+    }
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
     detail::append_kv(device, KvAppendProblem<T, Storage>{
@@ -373,9 +380,9 @@ class PagedKvCache {
     for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
   }
 
-  /// Gives every sequence pages of its own for its new positions, or throws with nothing changed.
+  /// Throws where the pool has not enough pages for the new positions of all sequences.
   template <typename Added>
-  void claim(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
+  void require_pages(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
     Index needed = 0;
     ++appends_;
     for (std::size_t i = 0; i < ids.size(); ++i) {
@@ -391,6 +398,11 @@ class PagedKvCache {
     }
     needed += copies_needed(layer, ids, added);
     pool_.require_free(needed, kName);
+  }
+
+  /// Gives every sequence pages of its own, which require_pages has found, for its new positions, or throws with nothing changed.
+  template <typename Added>
+  void claim(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
     const auto end_of = [&](std::size_t i, std::size_t at) {
       return lengths_[layer][at] + added(i);
     };
@@ -402,7 +414,8 @@ class PagedKvCache {
       const std::size_t at = find(ids[i]);
       if (added(i) == 0) continue;
       const auto [first, last] = held_pages(at, lengths_[layer][at], end_of(i, at));
-      for (Index p = first; p < last; ++p) own(sequences_[at].pages[static_cast<std::size_t>(p)]);
+      for (Index p = first; p < last; ++p)
+        pool_.make_own(sequences_[at].pages[static_cast<std::size_t>(p)]);
       take_pages(at, detail::pages_for(end_of(i, at), config_.page_size));
     }
   }
@@ -427,15 +440,6 @@ class PagedKvCache {
         [&](std::int32_t page) { copies += ++pool_.mark(page) < pool_.holders(page) ? 1 : 0; });
     for_each_shared([&](std::int32_t page) { pool_.mark(page) = 0; });
     return copies;
-  }
-
-  void own(std::int32_t& page) {
-    if (pool_.holders(page) == 1) return;
-    const std::int32_t copy = pool_.take();
-    std::copy_n(pool_.page(page), pool_.page_bytes(), pool_.page(copy));
-    pool_.release(page);
-    page = copy;
-    ++copies_;
   }
 
   KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths,
@@ -464,7 +468,7 @@ class PagedKvCache {
   std::vector<std::vector<Index>> lengths_;  // [layer][sequence]
   std::vector<KvSelection> selections_;      // [layer]
   SequenceId next_id_ = 0;
-  std::int64_t appends_ = 0, copies_ = 0;
+  std::int64_t appends_ = 0;
 };
 
 /// Appends to the given sequences, row i to ids[i]; see PagedKvCache::append.

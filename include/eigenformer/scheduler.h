@@ -20,7 +20,8 @@
 /// An id is in use from add_request until its text is taken. Errors change nothing: std::invalid_argument for an id in use, an
 /// empty prompt, a prompt of max_seq_length tokens or more, an update of a request that waits or has finished; std::out_of_range
 /// for an unknown id. Every call is O(1) in the number of requests waiting and finished; get_batch is O(its output), an update that
-/// closes a gap O(batch). For one thread at a time. Movable, not copyable.
+/// closes a gap O(batch). For one thread at a time. Movable, not copyable;
+/// what was moved from has no requests.
 ///
 /// Token budgets, chunked prefill, pages, preemption, priorities and cancellation are StepScheduler's: scheduler/step_scheduler.h.
 #pragma once
@@ -63,7 +64,17 @@ class ContinuousBatchScheduler {
                  ", expected 1 or more");
   }
   ContinuousBatchScheduler(ContinuousBatchScheduler&&) = default;
-  ContinuousBatchScheduler& operator=(ContinuousBatchScheduler&&) = default;
+  ContinuousBatchScheduler& operator=(ContinuousBatchScheduler&& other) {
+    if (this == &other) return *this;  // members moved to themselves would lose what others name
+    max_batch_size_ = other.max_batch_size_;
+    max_seq_length_ = other.max_seq_length_;
+    waiting_ = std::move(other.waiting_);
+    active_ = std::move(other.active_);
+    finished_ = std::move(other.finished_);
+    slots_ = std::move(other.slots_);
+    requests_ = std::move(other.requests_);
+    return *this;
+  }
 
   /// Adds a request to the batch, or to the queue where the batch is full. The tokens are copied.
   void add_request(std::string_view request_id, std::span<const std::int32_t> prompt_tokens) {

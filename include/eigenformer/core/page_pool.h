@@ -3,7 +3,9 @@
 /// what a page holds.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -15,6 +17,7 @@ namespace detail {
 
 class PagePool {
  public:
+  PagePool() noexcept = default;  // no pages
   PagePool(Index count, std::size_t page_bytes, std::string_view operation)
       : memory_(static_cast<std::size_t>(
             checked_product(count, static_cast<Index>(page_bytes), operation, "the pool"))),
@@ -31,10 +34,14 @@ class PagePool {
 
   Index free_count() const { return static_cast<Index>(free_.size()); }
   Index peak() const { return peak_; }
-  std::size_t page_bytes() const { return page_bytes_; }
-  std::byte* page(std::int32_t id) { return pages_[static_cast<std::size_t>(id)]; }
+  std::int64_t copies() const { return copies_; }
   const std::byte* const* pages() const { return pages_.data(); }
   std::int32_t holders(std::int32_t id) const { return holders_[static_cast<std::size_t>(id)]; }
+  /// Pages with more than one holder.
+  Index shared_count() const {
+    return static_cast<Index>(
+        std::count_if(holders_.begin(), holders_.end(), [](std::int32_t n) { return n > 1; }));
+  }
   /// A counter for the user's bookkeeping, 0 between operations.
   std::int32_t& mark(std::int32_t id) { return marks_[static_cast<std::size_t>(id)]; }
 
@@ -55,16 +62,38 @@ class PagePool {
   void release(std::int32_t id) {
     if (--holders_[static_cast<std::size_t>(id)] == 0) free_.push_back(id);
   }
+  /// Puts a copy in place of a page that others hold too; there must be a free one then.
+  void make_own(std::int32_t& id) {
+    if (holders(id) == 1) return;
+    const std::int32_t copy = take();
+    std::copy_n(page(id), page_bytes_, page(copy));
+    release(id);
+    id = copy;
+    ++copies_;
+  }
 
  private:
+  std::byte* page(std::int32_t id) { return pages_[static_cast<std::size_t>(id)]; }
+
   AlignedBytes memory_;
-  std::size_t page_bytes_;
+  std::size_t page_bytes_ = 0;
   std::vector<std::byte*> pages_;      // [page id]
   std::vector<std::int32_t> holders_;  // [page id]
   std::vector<std::int32_t> marks_;    // [page id]
   std::vector<std::int32_t> free_;
   Index peak_ = 0;
+  std::int64_t copies_ = 0;
 };
+
+/// Raises `filled`, how many positions of each page hold something, to what a sequence of `length` positions has in its pages.
+inline void fill_pages(std::vector<Index>& filled, std::span<const std::int32_t> pages,
+                       Index page_size, Index length) {
+  for (std::int32_t page : pages) {
+    auto& used = filled[static_cast<std::size_t>(page)];
+    used = (std::max)(used, std::clamp<Index>(length, 0, page_size));
+    length -= page_size;
+  }
+}
 
 }  // namespace detail
 }  // namespace EIGENFORMER_ABI

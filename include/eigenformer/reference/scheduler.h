@@ -77,7 +77,8 @@ struct StepScheduler {
     SubmitOptions options;
     Index prompt_length, limit, computed;
     State state = State::waiting;
-    Index planned = 0, drafts = 0, pages = 0;
+    Index planned = 0, drafts = 0;
+    Index pages = 0, draft_pages = 0;  // the former include the latter
     bool was_planned_and_cancelled = false;
     FinishReason reason = FinishReason::told;
 
@@ -197,19 +198,32 @@ struct StepScheduler {
     hold(request, pages);
     request.planned = count;
     budget -= count;
+    return true;
+  }
+
+  /// Room for drafts of `ticket`, which runs, out of what is left.
+  void plan_drafts(RequestTicket ticket, Index& budget) {
+    Request& request = at(ticket);
     while (request.wants_token() && request.drafts < request.options.draft_tokens && budget > 0 &&
            request.length() + request.drafts + 1 < request.limit) {  // one draft more
       const Index more = pages_of(request, request.length() + request.drafts + 1);
       if (more - request.pages > options.page_count - pages_used()) break;
+      request.draft_pages += (std::max)(request.pages, more) - request.pages;
       hold(request, (std::max)(request.pages, more));
       ++request.drafts;
       --budget;
     }
-    return true;
   }
 
   bool next_step(StepPlan& result) {
-    for (Request& request : requests) request.planned = request.drafts = 0;
+    for (Request& request : requests) {
+      request.planned = request.drafts = 0;
+      // Refused drafts are no longer in the cache.
+      if (request.state == State::running)
+        request.pages =
+            (std::max)(request.pages - request.draft_pages, pages_of(request, request.computed));
+      request.draft_pages = 0;
+    }
     Index budget = options.token_budget;
     bool queue_moves = true;
     RequestTicket last = -1;  // visited last: the walk goes down the ranks
@@ -229,6 +243,7 @@ struct StepScheduler {
       if (!plan(next, budget)) break;
       last = next;
     }
+    for (RequestTicket t : in_state(State::running)) plan_drafts(t, budget);
     result = {};
     result.offsets.push_back(0);
     for (RequestTicket t : in_state(State::running)) {

@@ -36,10 +36,10 @@
 /// Speculative decoding. Where a row wants a token, plan.drafts says how many positions behind its tokens have a page and a share of
 /// the token budget: so many draft tokens of it may be verified in the same step (verify_speculative). complete() then takes the
 /// accepted tokens and the one behind them, in order; truncate the cache to the accepted ones. More tokens than plan.drafts + 1 are
-/// taken too: those that the cache does not hold are computed by the next steps, like a prompt.
+/// taken too: those that the cache does not hold are computed by the next steps, like a prompt. Drafts get, in order of rank, what
+/// budget and pages all rows of the step have left, for this step only: nobody waits or is preempted for a guess.
 ///
-/// Every member may be called from any thread, cancel above all; one thread steps. Submitting, cancelling and planning cost O(log
-/// n) for each request touched.
+/// Any thread may call any member; one thread steps. Submitting, cancelling and planning cost O(log n) for each request touched.
 #pragma once
 
 #include <algorithm>
@@ -112,8 +112,7 @@ struct StepSchedulerStatistics {
   Index pages_used = 0, pages_peak = 0;  ///< now, and the most that were ever held
   std::int64_t submitted = 0, finished = 0, cancelled = 0, preempted = 0;
   std::int64_t steps = 0, tokens_computed = 0;  ///< rejected drafts and cancelled rows left out
-  std::int64_t tokens_discarded =
-      0;  ///< computed, then given up by preemption: the price of recomputation
+  std::int64_t tokens_discarded = 0;            ///< computed, then given up by preemption
 };
 
 class StepScheduler {
@@ -175,8 +174,8 @@ class StepScheduler {
     const Rank rank = found->second.rank;
     if (running_.count(rank) > 0) {
       released_.push_back(ticket);
-      // next_step has left room for every running request.
-      if (found->second.wants_token()) excused_.push_back(ticket);
+      // next_step has left room for every row of the step under way, so this cannot throw.
+      if (under_way_ && found->second.wants_token()) excused_.push_back(ticket);
       give_back_pages(found->second);
       running_.erase(rank);
     } else {
@@ -188,15 +187,17 @@ class StepScheduler {
   }
 
   /// Plans a step into `plan`, whose memory is reused. False where there is nothing to compute (plan.released may still name some).
-  /// Throws std::invalid_argument while a step is under way; where memory runs out, nothing is under way and no release is lost.
+  /// Throws std::invalid_argument while a step is under way. Where memory runs out, what `plan` holds is of no use, and all is as
+  /// after discard_step: nothing is under way, no release is lost.
   bool next_step(StepPlan& plan) {
     const std::lock_guard lock(mutex_);
     require_that(!under_way_, kName, "next_step before the last one was completed or discarded");
+    plan.released.clear();
     released_.reserve(released_.size() + running_.size());
     decide();
-    write_plan(plan);
     excused_.clear();
     excused_.reserve(running_.size());
+    write_plan(plan);
     plan.released.swap(released_);
     released_.clear();
     under_way_ = !plan.requests.empty();
@@ -288,8 +289,8 @@ class StepScheduler {
     Rank rank;
     std::vector<std::int32_t> tokens;
     Index prompt_length, limit, prefix, draft_tokens;
-    Index computed;  // prefix included
-    Index planned = 0, drafts = 0, pages = 0;
+    Index computed;                                             // prefix included
+    Index planned = 0, drafts = 0, pages = 0, draft_pages = 0;  // of the last step; pages has both
     std::int64_t answered = 0;  // check that met its tokens last, and what it met
     Index answers = 0;
     bool answered_finally = false;
@@ -314,6 +315,7 @@ class StepScheduler {
   void hold_pages(Request& request, Index pages) {
     pages_used_ += pages - request.pages;
     request.pages = pages;
+    request.draft_pages = 0;
     statistics_.pages_peak = (std::max)(statistics_.pages_peak, pages_used_);
   }
   void give_back_pages(Request& request) { hold_pages(request, 0); }
@@ -333,45 +335,55 @@ class StepScheduler {
 
   /// Walks running and waiting requests in order of rank and sets `planned`. Preempts only requests that come later in the walk.
   void decide() {
-    for (const Rank& rank : running_) request_of(rank).planned = request_of(rank).drafts = 0;
+    for (const Rank& rank : running_) {
+      Request& request = request_of(rank);
+      request.planned = request.drafts = 0;
+      // Refused drafts are no longer in the cache: their pages are free.
+      hold_pages(request, (std::max)(request.pages - request.draft_pages,
+                                     pages_for(request, request.computed)));
+    }
     Index budget = options_.token_budget;
     bool admitting = true;
     auto next = running_.begin();
     while (budget > 0) {
       if (admitting && !waiting_.empty() && (next == running_.end() || *waiting_.begin() < *next)) {
         const auto admitted = admit_first();
-        admitting =
-            admitted !=
-            running_
-                .end();  // where not, nothing has changed, and nobody passes the one that does not fit
+        // Where not, nothing has changed, and nobody passes the one that does not fit.
+        admitting = admitted != running_.end();
         if (!admitting) continue;
         next = admitted;
       }
-      if (next == running_.end()) return;
+      if (next == running_.end()) break;
       const Rank rank = *next;
       Request& request = request_of(rank);
       const Index count = (std::min)({request.length() - request.computed, budget, chunk_});
       const Index needed = (std::max)(request.pages, pages_for(request, request.computed + count));
       while (running_.count(rank) > 0 && needed - request.pages > pages_free()) preempt_worst();
-      if (running_.count(rank) == 0) return;  // it was the worst itself: nobody is left behind it
+      if (running_.count(rank) == 0) break;  // it was the worst itself: nobody is left behind it
       hold_pages(request, needed);
       request.planned = count;
       budget -= count;
-      if (request.wants_token()) budget -= plan_drafts(request, budget);
       next = running_.upper_bound(rank);
     }
+    plan_drafts(budget);
   }
 
-  /// Gives a row that ends its text room for drafts, out of what budget and pages are left: nobody is preempted for a guess.
-  Index plan_drafts(Request& request, Index budget) {
-    const Index length = request.length();
-    Index drafts = (std::min)({request.draft_tokens, budget, request.limit - length - 1});
-    if (pages_for(request, length + drafts) > request.pages + pages_free())
-      drafts = (request.pages + pages_free() + request.prefix / options_.page_size) *
-                   options_.page_size -
-               length;
-    hold_pages(request, (std::max)(request.pages, pages_for(request, length + drafts)));
-    return request.drafts = drafts;
+  /// Gives rows that end their text room for drafts, out of what budget and pages all rows have left.
+  void plan_drafts(Index budget) {
+    for (const Rank& rank : running_) {
+      Request& request = request_of(rank);
+      if (!request.wants_token()) continue;
+      const Index length = request.length();
+      Index drafts = (std::min)({request.draft_tokens, budget, request.limit - length - 1});
+      if (pages_for(request, length + drafts) > request.pages + pages_free())
+        drafts = (request.pages + pages_free() + request.prefix / options_.page_size) *
+                     options_.page_size -
+                 length;
+      const Index own = request.pages;
+      hold_pages(request, (std::max)(own, pages_for(request, length + drafts)));
+      request.draft_pages = request.pages - own;
+      budget -= request.drafts = drafts;
+    }
   }
 
   /// Moves the best waiting request to the running ones, in place of worse-ranked ones where it must; end() where it does not fit.
