@@ -327,7 +327,7 @@ class AttentionWorker {
     for (Index d = 0; d < p_.value_dim; ++d) {
       if (std::abs(s_.sums[r * width_ + d]) <= kLargest) continue;
       const KeyEnds bad = s_.bad_values[d];
-      if (bad.begin < 0 || !(p_.visibility.visible(position, bad.begin) ||
+      if (bad.first < 0 || !(p_.visibility.visible(position, bad.first) ||
                              p_.visibility.visible(position, bad.last)))
         return true;
     }
