@@ -51,6 +51,7 @@ struct Engine {
   std::map<ef::RequestTicket, Index> shared;  // prefix of each request that has one
   std::mt19937 guess{1};                      // whether a draft is right
   int right = 0, wrong = 0;
+  bool alone = true;  // no other thread cancels between a plan and a look at the figures
   ef::StepPlan plan;
   std::vector<ef::RequestTicket> first_tokens;  // of the last step
 
@@ -87,7 +88,7 @@ struct Engine {
              std::span(plan.tokens)
                  .subspan(static_cast<std::size_t>(plan.offsets[i]), static_cast<std::size_t>(n)));
     }
-    if (options.page_size > 0) {
+    if (options.page_size > 0 && alone) {
       EXPECT_LE(cache.statistics().pages_used,
                 scheduler.statistics().pages_used + prefix_pages(options.page_size));
     }
@@ -398,6 +399,7 @@ TEST(StepScheduler, CancellationAndSubmissionFromOtherThreads) {
                  .token_budget = 16,
                  .page_size = 4,
                  .page_count = 20});
+  engine.alone = false;
   std::atomic<bool> submitting{true};
   std::atomic<int> cancelled{0};
   std::thread submitter([&] {
