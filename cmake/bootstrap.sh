@@ -142,7 +142,7 @@ case "${1:-}" in
     configure "$build" -DEIGENFORMER_BUILD_TESTS=ON -DEIGENFORMER_BUILD_BENCHMARKS=OFF -DEIGENFORMER_MPI=ON
     cmake --build "$build"
     cd "$build"
-    exec ctest --output-on-failure
+    exec ctest --output-on-failure -j "$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
     ;;
   packages)
     install_packages "${2:-test}"
