@@ -46,8 +46,7 @@ typename V::scalar row_maximum(const L* logits, Index classes) {
 }
 
 /// Mean of maximum - x: of distances, because the logits themselves may be large against their
-/// spread. Where the sum overflows, the
-/// mean may not: then in double, divided first.
+/// spread. Where the sum overflows, the mean may not: then in double, divided first.
 template <typename V, typename L>
 double mean_below(const L* logits, Index classes, typename V::scalar maximum) {
   const double n = static_cast<double>(classes);
