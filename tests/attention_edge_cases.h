@@ -153,4 +153,110 @@ TEST(AttentionValues, ScoresThatOverflowStayInTheirRow) {
   EXPECT_TRUE(std::isfinite(out(0, 4, 0, 1)));
 }
 
+/// Scores that no float holds: those of a row stand about a number of up to 1.5 * `size`, either
+/// sign, and differ by some units.
+template <typename T>
+void set_offset_scores(AttentionCase<T>& c, float size) {
+  const Index width = c.shape.head_dim;
+  for (Index r = 0; r < c.q.size() / width; ++r)
+    c.q.data()[r * width] =
+        static_cast<T>((r % 2 == 0 ? 0.5f : -0.5f) * (1.0f + static_cast<float>(r % 97) / 48));
+  for (Index r = 0; r < c.k.size() / width; ++r) c.k.data()[r * width] = static_cast<T>(size);
+}
+
+template <typename T>
+class AttentionLargeScores : public ::testing::Test {};
+using LargeScoreScalars = ::testing::Types<float, ef::bfloat16>;
+TYPED_TEST_SUITE(AttentionLargeScores, LargeScoreScalars);
+
+TYPED_TEST(AttentionLargeScores, MeetTheToleranceWhereFloatDoesNotHoldThem) {
+  const std::vector<float> sinks{1e3f, -2e5f, 1e4f, 0.5f}, slopes{100.0f, 3000.0f, 1e4f, 1.5f};
+  const std::vector<ef::AttentionOptions> every{
+      {.causal = true, .scale = 1.0f},
+      {.scale = -0.7f},
+      {.causal = true, .window = 70, .scale = 1.0f, .sinks = sinks, .prefix_length = 5},
+      {.causal = true, .softcap = 2e5f, .scale = 1.0f},
+      {.causal = true, .scale = 1.0f, .alibi_slopes = slopes}};
+  for (const float size : {70.0f, 1e3f, 2e4f, 1e6f})
+    for (std::size_t o = 0; o < every.size(); ++o) {
+      AttentionCase<TypeParam> c({2, 150, 150, 4, 2, 24, 19}, {150, 77});
+      set_offset_scores(c, size);
+      ef::Tensor<float, 3> lse(2, 4, 150);
+      ef::AttentionOptions options = every[o];
+      options.log_sum_exp = lse;
+      const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, options);
+      const auto expected = c.reference(options);
+      EXPECT_LE(relative_error(out, expected.output), tolerance<TypeParam>()) << size << " " << o;
+      EXPECT_TRUE(within(out, expected.output, 2 * tolerance<TypeParam>())) << size << " " << o;
+      for (Index i = 0; i < lse.size(); ++i) {
+        const double e = expected.log_sum_exp.data()[i];
+        if (std::isfinite(e)) {
+          ASSERT_NEAR(lse.data()[i], e, (3e-7 + tolerance<TypeParam>() / 100) * (20 + std::abs(e)))
+              << size << " " << o;
+        }
+      }
+    }
+}
+
+TEST(AttentionLargeScores, KeepTheirBitsInChunksBatchesAndThreads) {
+  AttentionCase<float> c({3, 150, 150, 4, 2, 20, 9}, {150, 33, 97});
+  set_offset_scores(c, 3000.0f);
+  for (Index j = 0; j < 33; ++j) c.v(1, j, 1, 3) = 3e38f;  // rows that overflow besides
+  const ef::AttentionOptions options{.causal = true, .scale = 1.0f};
+  const auto whole = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, options);
+  EXPECT_TRUE(within(whole, c.reference(options).output, tolerance<float>()));
+  Threads threads(3);
+  EXPECT_TRUE(same_bits(whole, ef::batched_attention_with_padding(threads.device, c.q, c.k, c.v,
+                                                                  c.key_lengths, options)));
+  for (Index b = 0; b < 3; ++b)
+    for (Index i = 0; i < c.key_lengths[static_cast<std::size_t>(b)]; ++i) {  // row by row
+      ef::Tensor<float, 4> q(1, 1, 4, 20), k(1, i + 1, 2, 20), v(1, i + 1, 2, 9);
+      std::copy_n(&c.q(b, i, 0, 0), q.size(), q.data());
+      std::copy_n(&c.k(b, 0, 0, 0), k.size(), k.data());
+      std::copy_n(&c.v(b, 0, 0, 0), v.size(), v.data());
+      const auto row = ef::batched_attention_with_padding(q, k, v, {i + 1}, options);
+      ASSERT_EQ(std::memcmp(row.data(), &whole(b, i, 0, 0), 36 * sizeof(float)), 0)
+          << b << " " << i;
+    }
+}
+
+// One chain of additions would be 1e-3 off at 100,000 equal values, which round to the same side.
+TEST(AttentionValues, AverageOfManyEqualValues) {
+  for (const Index keys : {1000, 4097, 100000}) {
+    AttentionCase<float> c({1, 1, keys, 2, 1, 2, 3}, {keys});
+    for (Index j = 0; j < keys; ++j)
+      c.v(0, j, 0, 0) = 1.1f, c.v(0, j, 0, 1) = 3e38f, c.v(0, j, 0, 2) = 1e-38f;
+    for (Index x = 0; x < 2; ++x) c.k(0, keys - 1, 0, x) = 100.0f;  // outweighs the folds before
+    const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, {keys}, {.scale = 0.0f});
+    const auto peaked = ef::batched_attention_with_padding(c.q, c.k, c.v, {keys}, {.scale = 0.1f});
+    for (const auto* average : {&out, &peaked})
+      for (Index h = 0; h < 2; ++h) {
+        EXPECT_NEAR((*average)(0, 0, h, 0), 1.1f, 5e-6f) << keys;
+        EXPECT_NEAR((*average)(0, 0, h, 1) / 3e38f, 1.0f, 5e-6f) << keys;
+        EXPECT_NEAR((*average)(0, 0, h, 2) / 1e-38f, 1.0f, 5e-6f) << keys;
+      }
+  }
+}
+
+// Bits do not depend on the company: rows of one call that begin before, in and after the first
+// 4,096 keys, against the same rows alone.
+TEST(AttentionValues, LongRowsKeepTheirBitsInAnyCompany) {
+  AttentionCase<float> c({1, 300, 8500, 1, 1, 8, 8}, {8500});
+  for (const ef::AttentionOptions& options :
+       {ef::AttentionOptions{.causal = true}, ef::AttentionOptions{.causal = true, .window = 4200},
+        ef::AttentionOptions{.causal = true, .window = 150},
+        ef::AttentionOptions{.causal = true, .window = 40, .prefix_length = 4100}}) {
+    const auto whole = ef::batched_attention_with_padding(c.q, c.k, c.v, {8500}, options);
+    EXPECT_TRUE(within(whole, c.reference(options).output, tolerance<float>()));
+    for (Index i = 0; i < 300; i += 23) {
+      ef::Tensor<float, 4> q(1, 1, 1, 8), k(1, 8201 + i, 1, 8), v(1, 8201 + i, 1, 8);
+      std::copy_n(&c.q(0, i, 0, 0), q.size(), q.data());
+      std::copy_n(c.k.data(), k.size(), k.data());
+      std::copy_n(c.v.data(), v.size(), v.data());
+      const auto row = ef::batched_attention_with_padding(q, k, v, {8201 + i}, options);
+      ASSERT_EQ(std::memcmp(row.data(), &whole(0, i, 0, 0), 8 * sizeof(float)), 0) << i;
+    }
+  }
+}
+
 }  // namespace eigenformer_test

@@ -40,6 +40,38 @@ TYPED_TEST(AttentionGradientScalars, MeetTheToleranceForLogitsOfAMillion) {
   }
 }
 
+TEST(AttentionGradients, MeetTheToleranceWhereFloatDoesNotHoldTheScores) {
+  const std::vector<float> sinks{100.0f, -3e4f, 2e5f, 0.5f}, slopes{100.0f, 3000.0f, 1e4f, 1.5f};
+  for (const float size : {2.5f, 3.0f, 10.0f, 100.0f}) {  // scores to 2e5
+    GradientCase<float> c({2, 100, 100, 4, 2, 24, 19}, {100, 77});
+    for (Index x = 0; x < c.q.size(); ++x) c.q.data()[x] *= size;
+    for (Index x = 0; x < c.k.size(); ++x) c.k.data()[x] *= size;
+    const std::string name = "size " + std::to_string(size);
+    check_against_definition(c, {name, {.causal = true, .scale = 1.0f}});
+    check_against_definition(c, {name + " alibi", {.scale = 1.0f, .alibi_slopes = slopes}});
+    check_against_definition(c, {name + " softcap", {.softcap = 1e4f, .scale = 0.1f}});
+    check_against_definition(
+        c, {name + " window, sinks",
+            {.causal = true, .window = 9, .scale = 1.0f, .sinks = sinks, .prefix_length = 3}});
+  }
+}
+
+// Scores of a million that differ by some units, since keys come in pairs: only the gradients of
+// keys and values, which do not cancel.
+TEST(AttentionGradients, MeetTheToleranceWhereLargeScoresNearlyTie) {
+  GradientCase<float> c({1, 100, 100, 2, 1, 24, 19}, {100});
+  for (Index x = 0; x < c.q.size(); ++x) c.q.data()[x] *= 300;
+  for (Index j = 0; j < 100; ++j)
+    for (Index d = 0; d < 24; ++d)
+      c.k(0, j, 0, d) =
+          j % 2 == 0 ? c.k(0, j, 0, d) * 300 : c.k(0, j - 1, 0, d) + c.k(0, j, 0, d) * 1e-3f;
+  const ef::AttentionOptions options{.scale = 1.0f};
+  const auto g = c.gradients(Eigen::DefaultDevice{}, options);
+  const auto expected = c.reference_gradients(options);
+  EXPECT_TRUE(within(g.grad_k, expected.grad_k, tolerance<float>()));
+  EXPECT_TRUE(within(g.grad_v, expected.grad_v, tolerance<float>()));
+}
+
 TEST(AttentionGradients, MeetTheToleranceForManyKeys) {
   GradientCase<float> c({1, 2, 200000, 2, 1, 4, 4}, {200000});
   check_against_definition(c, {"plain", {}});

@@ -251,11 +251,10 @@ TEST(Sizes, OfNumbersThatOverflow) {
     expect_throws<Refusal>([&] { ef::shard_range(size, 0, 1); }, {"shard_range"});
   }
   EXPECT_EQ(ef::create_causal_mask<float>(3, 1, {.prefix_length = kMost}).dimension(2), 3);
-  expect_throws<Refusal>([] { ef::ThreadCommunicatorGroup((std::numeric_limits<int>::max)()); },
+  constexpr int most_ranks = (std::numeric_limits<int>::max)();
+  expect_throws<Refusal>([] { ef::ThreadCommunicatorGroup{most_ranks}; }, {"world_size"});
+  expect_throws<Refusal>([] { ef::ThreadCommunicator::run(most_ranks, [](auto&) {}); },
                          {"world_size"});
-  expect_throws<Refusal>(
-      [] { ef::ThreadCommunicator::run((std::numeric_limits<int>::max)(), [](auto&) {}); },
-      {"world_size"});
 }
 
 TEST(Sizes, ThatContradictAreFoundBeforeAnythingIsRead) {

@@ -37,14 +37,13 @@
 /// query is scaled first: scale times each of its numbers must be in that range too (1e30 with a
 /// scale of 1e9 is infinite in float, also where the score would fit).
 ///
-/// Precision. A score is as exact as its own rounding, relative to its size: one of about a million
-/// is in doubt by some hundredths in float, and its weight by as many percent; so is the gradient.
-/// An average of finite values is finite however large they are. It is one chain of additions over
-/// the keys, whose relative error grows with their number: in float about 1e-5 for 1,000 equal
-/// values and 1e-3 for 100,000, which round to the same side; errors of values from a normal
-/// distribution mostly cancel, and their averages are within 1e-5 up to 200,000 keys.
+/// Precision. Weights and averages are within 1e-5 in float, for any number of keys and scores up to
+/// a million: a row whose greatest score is beyond 32 (1024 where queries or keys have 16 bits or 8)
+/// takes its scores once more, in double, and costs some eight times an ordinary one. Sums are made
+/// by blocks of 64 keys, 64 blocks, and all. An average of finite values is finite however large
+/// they are.
 ///
-/// Bits. A row is one fixed chain over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding,
+/// Bits. A row is one fixed sum over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding,
 /// the number of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type
 /// of K and V). bfloat16, half and INT8 are converted to float; sums are float, or double for double.
 ///

@@ -21,8 +21,9 @@
 ///
 /// out and log_sum_exp are those of the forward call. Only their shapes are looked at: they are
 /// rounded, and a D of a rounded out loses gradients where softmax is sharp, a P of a rounded
-/// log_sum_exp its mass where logits are large. What is in doubt is so by the rounding of scores
-/// alone, relative to their size.
+/// log_sum_exp its mass where logits are large. Rows with scores too large for their rounding (32 in
+/// float, 1024 in 16 bits) take them in double, so that P and dS are as exact as the tolerance; a sum
+/// over terms that cancel, as grad_q of keys that differ little, is exact relative to its terms.
 ///
 /// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
 /// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible

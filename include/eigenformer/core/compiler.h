@@ -21,6 +21,14 @@
 #define EIGENFORMER_INLINE inline
 #endif
 
+/// Before a loop over the lanes of a vector: without it g++ keeps vectors in memory at -O2, and the
+/// kernels in double take 20 times as long.
+#if defined(__GNUC__) || defined(__clang__)
+#define EIGENFORMER_UNROLL _Pragma("GCC unroll 16")
+#else
+#define EIGENFORMER_UNROLL
+#endif
+
 #if defined(__CUDACC__)
 #define EIGENFORMER_HOST_DEVICE __host__ __device__
 #else

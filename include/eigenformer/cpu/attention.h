@@ -4,92 +4,41 @@
 /// (sequence, KV head, block of query positions); all heads of the group stand in one tile as rows
 /// (position, head), so K and V are read and converted once for the group: a decode step reads each
 /// byte of them once. For each key block of 64: pack K transposed, V as rows, both as floats;
-/// scores = Q K^T; online softmax by row; sums = factor * sums + P V. A row whose sums overflow
-/// goes over its keys once more. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once for
-/// each 128 query rows; one exp a score. The scores of a block are all that is ever held of the
+/// scores = Q K^T; online softmax by row; sums = factor * sums + P V. Sums have three levels (a
+/// block, 64 blocks, all), so that their errors do not grow with the number of keys. A row whose
+/// sums overflow, or whose scores are too large for their rounding, goes over its keys once more,
+/// with scores and sums in double. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once
+/// for each 128 query rows; one exp a score. The scores of a block are all that is ever held of the
 /// score matrix.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <limits>
+#include <span>
 #include <utility>
 
 #include "../core/check.h"
 #include "../core/device.h"
 #include "../core/workspace.h"
+#include "attention_row.h"
 #include "attention_tile.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// One sequence of a request. Query i < query_rows stands at position first_position + i; rows from query_rows on are padding.
-struct AttentionSequence {
-  Index query_begin;     // its first row in queries and output
-  Index query_rows;      // rows that are queries
-  Index tensor_rows;     // rows in the tensors, padding included
-  Index key_sequence;    // its index in the KvSource
-  Index key_begin;       // its first key there
-  Index key_length;      // its keys
-  Index first_position;  // may be negative: more queries than keys
-  Index lse_begin;       // offset of head 0, row 0 in log_sum_exp
-};
-
-/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the stored one of keys and values.
-template <typename TQ, typename TKV>
-struct AttentionProblem {
-  using Compute = compute_type<TQ>;
-  const TQ* queries = nullptr;  // (rows, heads, head_dim)
-  TQ* output = nullptr;         // (rows, heads, value_dim)
-  Compute* log_sum_exp =
-      nullptr;  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
-  Index lse_head_stride = 0;
-  Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  KvSource<TKV> source;
-  const AttentionSequence* sequences = nullptr;  // (batch)
-  Visibility visibility;
-  Compute scale = 1, softcap = 0;       // softcap 0: none
-  const float* alibi_slopes = nullptr;  // (heads) or nullptr
-  const float* sinks = nullptr;         // (heads) or nullptr
-
-  Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
-};
-
 namespace cpu {
-
-/// Rows of a query block: packing a key block costs about 3% of the work on it. Queries and sums of 128 rows of 128 fit half of L2.
-inline constexpr Index kAttentionQueryRows = 128;
-
-/// The block of a KvSource that attention reads next: keys [begin, begin + count) of a sequence and KV head.
-template <typename TKV>
-struct KeyBlock {
-  const KvSource<TKV>& source;
-  Index sequence, kv_head, begin;
-  int count;
-
-  const TKV* key(int j) const { return source.key_row(sequence, kv_head, begin + j); }
-  const TKV* value(int j) const { return source.value_row(sequence, kv_head, begin + j); }
-  float key_scale(int j) const {
-    if constexpr (std::is_same_v<TKV, std::int8_t>)
-      return source.key_scale(sequence, kv_head, begin + j);
-    return 1.0f;
-  }
-  float value_scale(int j) const {
-    if constexpr (std::is_same_v<TKV, std::int8_t>)
-      return source.value_scale(sequence, kv_head, begin + j);
-    return 1.0f;
-  }
-};
-
-/// The first and the last of some keys; {-1, -1} where there is none.
-struct KeyEnds {
-  Index first, last;
-};
 
 /// Scratch of one worker.
 template <typename C>
 struct AttentionScratch {
-  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors, *average;
+  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors;
+  C *folded_sums, *folded_maxima, *folded_lane_sums;  // of the keys before the present fold
+  C* block_sums;                                      // a tile's
+  double *query, *averages;                           // of rows in double
+  Index* large_rows;
+  bool* finite;
   BlockRange* ranges;
   KeyEnds* bad_values;
 };
@@ -113,6 +62,10 @@ class AttentionWorker {
       return checked_product(a, b, "attention", "scratch");
     };
     const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
+    const bool folds =
+        std::any_of(p.sequences, p.sequences + p.batch,
+                    [](const AttentionSequence& s) { return s.key_length > kAttentionFold; });
+    const Index folded_rows = folds ? rows : 0;
     AttentionScratch<C> s{frame.take<C>(product(rows, p.head_dim)),
                           frame.take<C>(product(rows, width)),
                           frame.take<C>(product(rows, kAttentionKeyBlock)),
@@ -121,7 +74,14 @@ class AttentionWorker {
                           frame.take<C>(rows),
                           frame.take<C>(product(rows, Tile::lanes)),
                           frame.take<C>(rows),
-                          frame.take<C>(width),
+                          frame.take<C>(product(folded_rows, width)),
+                          frame.take<C>(folded_rows),
+                          frame.take<C>(product(folded_rows, Tile::lanes)),
+                          frame.take<C>(product(Tile::kRows, width)),
+                          frame.take<double>(p.head_dim),
+                          frame.take<double>(product(kRowsInDouble, width)),
+                          frame.take<Index>(rows),
+                          frame.take<bool>(rows),
                           frame.take<BlockRange>(rows),
                           frame.take<KeyEnds>(p.value_dim)};
     Tile::fill(s.scores, rows * kAttentionKeyBlock,
@@ -142,15 +102,33 @@ class AttentionWorker {
       for (Index g = 0; g < group_; ++g) write_empty_row(sequence, kv_head * group_ + g, first + i);
     if (queries == 0) return;
     begin(sequence, kv_head, first, queries);
+    Index fold_end = -1;
+    bool folded = false;
     for_each_block(sequence, queries, [&](Index block) {
+      if (block >= fold_end) {
+        if (fold_end >= 0) fold(std::exchange(folded, true));
+        fold_end = (block / kAttentionFold + 1) * kAttentionFold;
+      }
       load_block(sequence, kv_head, block);
       add_block(sequence, kv_head, block);
     });
+    if (folded) unfold();
+    Index large = 0;
+    for (Index r = 0; r < rows_; ++r) {
+      s_.finite[r] = finish_row(r);
+      if (has_large_scores(r)) s_.large_rows[large++] = r;
+    }
+    for (Index i = 0; i < large; i += kRowsInDouble)
+      average_rows(
+          sequence, kv_head, first, queries,
+          {s_.large_rows + i, static_cast<std::size_t>((std::min)(kRowsInDouble, large - i))},
+          true);
+    for (Index i = 0; i < large; ++i) s_.finite[s_.large_rows[i]] = is_finite(s_.large_rows[i]);
     bool looked = false;
     for (Index r = 0; r < rows_; ++r) {
-      if (finish_row(r)) continue;
+      if (s_.finite[r]) continue;
       if (!std::exchange(looked, true)) find_bad_values(sequence, kv_head, queries);
-      if (overflowed(r)) average_row(sequence, kv_head, queries, r);
+      if (overflowed(r)) average_rows(sequence, kv_head, first, queries, {&r, 1}, false);
     }
     for (Index r = 0; r < rows_; ++r)
       write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
@@ -181,12 +159,15 @@ class AttentionWorker {
     for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
   }
 
+  KeyBlock<TKV> block_at(const AttentionSequence& sequence, Index kv_head, Index begin) const {
+    return {p_.source, sequence.key_sequence, kv_head, sequence.key_begin + begin,
+            static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin))};
+  }
+
   /// Keys transposed and values, as C.
   void load_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
-    const int count =
-        static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - block_begin));
-    const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head,
-                              sequence.key_begin + block_begin, count};
+    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
+    const int count = block.count;
     // The next block is asked for while this one is worked on: a decode step has little work a byte.
     const int next = static_cast<int>(std::clamp<Index>(
         sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
@@ -199,7 +180,11 @@ class AttentionWorker {
           return block.key(j);
         },
         [&](int j) { return static_cast<C>(block.key_scale(j)); });
-    for (int j = 0; j < count; ++j) {
+    load_values(block, next);
+  }
+
+  void load_values(const KeyBlock<TKV>& block, int next) {
+    for (int j = 0; j < block.count; ++j) {
       if (j < next)
         Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
                            p_.value_dim * static_cast<Index>(sizeof(TKV)));
@@ -215,7 +200,9 @@ class AttentionWorker {
     for (Index r = 0; r < rows_; ++r)
       softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
-      value_tile<decltype(tile)::value>(r, s_.factors + r, s_.sums + r * width_);
+      Tile::template add_block<decltype(tile)::value>(weights(r), s_.values, width_, s_.ranges + r,
+                                                      s_.factors + r, width_, s_.sums + r * width_,
+                                                      width_, s_.block_sums);
     });
   }
 
@@ -277,12 +264,34 @@ class AttentionWorker {
     s_.maxima[r] = maximum;
   }
 
-  /// sums[0 ... R) = factor * sums + weights V, for the rows from r on.
-  template <int R>
-  void value_tile(Index r, const C* factor, C* sums) {
-    Tile::template accumulate_ranges<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
-                                        s_.values, width_, s_.ranges + r, factor, width_, sums,
-                                        width_);
+  typename Tile::Weights weights(Index r) const {
+    return {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1};
+  }
+
+  /// Adds the sums to those of earlier folds, and starts new ones. Adding to -0 changes nothing, so
+  /// a row that sees no earlier key keeps its bits.
+  void fold(bool again) {
+    if (!again) {
+      Tile::fill(s_.folded_sums, rows_ * width_, -C(0));
+      Tile::fill(s_.folded_lane_sums, rows_ * Tile::lanes, -C(0));
+      Tile::fill(s_.folded_maxima, rows_, -kInfinity);
+    }
+    for (Index r = 0; r < rows_; ++r) {
+      const C reference = s_.maxima[r] == -kInfinity ? C(0) : s_.maxima[r];
+      const V factor = exp(V::set1(s_.folded_maxima[r] - reference));
+      Tile::add_scaled(s_.folded_sums + r * width_, factor, s_.sums + r * width_, width_);
+      Tile::add_scaled(s_.folded_lane_sums + r * Tile::lanes, factor,
+                       s_.lane_sums + r * Tile::lanes, Tile::lanes);
+      s_.folded_maxima[r] = s_.maxima[r];
+    }
+    Tile::fill(s_.sums, rows_ * width_, C(0));
+    Tile::fill(s_.lane_sums, rows_ * Tile::lanes, C(0));
+  }
+
+  void unfold() {
+    fold(true);
+    std::copy_n(s_.folded_sums, rows_ * width_, s_.sums);
+    std::copy_n(s_.folded_lane_sums, rows_ * Tile::lanes, s_.lane_sums);
   }
 
   C weight_sum(Index r) const { return reduce_add(V::load(s_.lane_sums + r * Tile::lanes)); }
@@ -291,14 +300,17 @@ class AttentionWorker {
   bool finish_row(Index r) {
     const C sum = weight_sum(r);
     const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
+    for (Index d = 0; d < width_; d += Tile::lanes)
+      (V::load(s_.sums + r * width_ + d) * factor).store(s_.sums + r * width_ + d);
+    return is_finite(r) || !(sum > 0 && sum < kInfinity);
+  }
+
+  bool is_finite(Index r) const {
     std::uint32_t finite = ~std::uint32_t{0};
-    for (Index d = 0; d < width_; d += Tile::lanes) {
-      const V x = V::load(s_.sums + r * width_ + d) * factor;
-      x.store(s_.sums + r * width_ + d);
-      finite &= less_equal(abs(x), V::set1(kLargest)).bits();
-    }
+    for (Index d = 0; d < width_; d += Tile::lanes)
+      finite &= less_equal(abs(V::load(s_.sums + r * width_ + d)), V::set1(kLargest)).bits();
     constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - Tile::lanes);
-    return (finite & every_lane) == every_lane || !(sum > 0 && sum < kInfinity);
+    return (finite & every_lane) == every_lane;
   }
 
   /// For each column the first and the last key with a value that is no finite number, among the
@@ -306,11 +318,8 @@ class AttentionWorker {
   void find_bad_values(const AttentionSequence& sequence, Index kv_head, Index queries) {
     std::fill_n(s_.bad_values, p_.value_dim, KeyEnds{-1, -1});
     for_each_block(sequence, queries, [&](Index begin) {
-      const int count =
-          static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin));
-      const KeyBlock<TKV> block{p_.source, sequence.key_sequence, kv_head,
-                                sequence.key_begin + begin, count};
-      for (int j = 0; j < count; ++j)
+      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
+      for (int j = 0; j < block.count; ++j)
         for (Index d = 0; d < p_.value_dim; ++d) {
           const C value = static_cast<C>(block.value(j)[d]) * static_cast<C>(block.value_scale(j));
           if (std::abs(value) <= kLargest) continue;
@@ -334,30 +343,77 @@ class AttentionWorker {
     return false;
   }
 
-  /// A sum of values may overflow where their average does not: this row once more over its keys,
-  /// now that the sum of the weights is known, every weight divided by twice that sum beforehand,
-  /// so that no partial sum comes near the largest number.
-  void average_row(const AttentionSequence& sequence, Index kv_head, Index queries, Index r) {
-    Tile::fill(s_.average, width_, C(0));
-    const V factor = V::set1(C(0.5) / weight_sum(r));
-    for_each_block(sequence, queries, [&](Index block) {
-      s_.ranges[r] = range_of(sequence, r, block);
-      if (s_.ranges[r].empty()) return;
-      load_block(sequence, kv_head, block);
-      score_tile<1>(r);
-      score_row(r, kv_head * group_ + r % group_, block - first_position_ - r / group_);
-      C* const scores = s_.scores + r * kAttentionKeyBlock;
-      for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
-        (exp(V::load(scores + c) - V::set1(s_.maxima[r])) * factor).store(scores + c);
-      value_tile<1>(r, nullptr, s_.average);
+  bool has_large_scores(Index r) const {
+    const C sum = weight_sum(r);
+    return is_large_score(s_.maxima[r], kAttentionLargeScore<TQ, TKV>) && sum > 0 &&
+           sum < kInfinity;
+  }
+
+  /// Some rows once more over their keys, scores and sums in double. All of a row, or only what is
+  /// not finite: a sum may overflow where the average does not, so weights are made smaller.
+  void average_rows(const AttentionSequence& sequence, Index kv_head, Index first, Index queries,
+                    std::span<const Index> rows, bool all) {
+    // Float sums the 64 keys of a block, double all of them.
+    const C factor = all ? C(1) : static_cast<C>(sizeof(C) == 8 ? 0x1p-46 : 0x1p-6);
+    RunningMaximum maxima[kRowsInDouble];
+    double sums[kRowsInDouble];
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const Index head = kv_head * group_ + rows[i] % group_;
+      if (p_.sinks != nullptr) maxima[i].value = static_cast<double>(p_.sinks[head]);
+      sums[i] = maxima[i].value > -std::numeric_limits<double>::infinity() ? double{factor} : 0.0;
+    }
+    std::fill_n(s_.averages, static_cast<Index>(rows.size()) * width_, 0.0);
+    for_each_block(sequence, queries, [&](Index begin) {
+      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
+      load_values(block, 0);
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        const Index r = rows[i], head = kv_head * group_ + r % group_;
+        s_.ranges[r] = range_of(sequence, r, begin);
+        if (s_.ranges[r].empty()) continue;
+        query_in_double(p_, (sequence.query_begin + first + r / group_) * p_.heads + head,
+                        s_.query);
+        const double rise = scores_in_double<Isa>(p_, s_.query, block, s_.ranges[r], head,
+                                                  begin - first_position_ - r / group_, maxima[i],
+                                                  s_.scores + r * kAttentionKeyBlock);
+        add_block_in_double(r, factor, std::exp(-rise), sums[i],
+                            s_.averages + static_cast<Index>(i) * width_);
+      }
     });
-    C* const row = s_.sums + r * width_;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const Index r = rows[i];
+      finish_row_in_double(r, s_.averages + static_cast<Index>(i) * width_, sums[i], all);
+      if (!all) continue;
+      s_.maxima[r] = static_cast<C>(maxima[i].value);
+      Tile::fill(s_.lane_sums + r * Tile::lanes, Tile::lanes, C(0));
+      s_.lane_sums[r * Tile::lanes] = static_cast<C>(sums[i]);
+    }
+  }
+
+  /// The weights of row r in a block, from its scores less the maximum, and what they add to sums
+  /// that are relative to an earlier one.
+  void add_block_in_double(Index r, C factor, double fall, double& weight_sum, double* sums) {
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    V sum = V::zero();
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
+      const V weight = exp(V::load(scores + c)) * V::set1(factor);
+      weight.store(scores + c);
+      sum = sum + weight;
+    }
+    weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
+    Tile::fill(s_.block_sums, width_, C(0));
+    Tile::template accumulate_ranges<1>(weights(r), s_.values, width_, s_.ranges + r, width_,
+                                        s_.block_sums, width_);
+    for (Index d = 0; d < width_; ++d)
+      sums[d] = sums[d] * fall + static_cast<double>(s_.block_sums[d]);
+  }
+
+  void finish_row_in_double(Index r, const double* sums, double weight_sum, bool all) {
+    constexpr double most = static_cast<double>(kLargest) / 2;
     for (Index d = 0; d < p_.value_dim; ++d) {
-      if (std::abs(row[d]) <= kLargest) continue;
-      const C half =
-          s_.average[d];  // infinite or NaN where a value is; rounded, no more than the largest
-      row[d] =
-          std::abs(half) <= kLargest ? std::clamp(half, -kLargest / 2, kLargest / 2) * 2 : half;
+      C& average = s_.sums[r * width_ + d];
+      if (!all && std::abs(average) <= kLargest) continue;
+      const double half = sums[d] / weight_sum / 2;  // infinite or NaN where a value is
+      average = static_cast<C>(std::isfinite(half) ? std::clamp(half, -most, most) * 2 : half);
     }
   }
 
@@ -396,19 +452,6 @@ class AttentionWorker {
   Index group_, width_;
   Index rows_ = 0, first_position_ = 0;
 };
-
-/// How many workers a request is worth: waking a thread costs some microseconds, 64k multiply-adds about as much.
-template <typename D, typename Problem>
-Index attention_workers(const D& device, const Problem& p, Index tasks) {
-  double work = 0;
-  for (Index b = 0; b < p.batch; ++b) {
-    const AttentionSequence& s = p.sequences[b];
-    work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) *
-            static_cast<double>(p.heads * (p.head_dim + p.value_dim));
-  }
-  const Index worth = 1 + static_cast<Index>((std::min)(work / 65536, 1e6));
-  return std::clamp<Index>((std::min)(tasks, worth), 1, worker_count(device));
-}
 
 template <typename Isa, CpuDevice D, typename TQ, typename TKV>
 void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspace& workspace) {

@@ -12,7 +12,8 @@
 /// and D come from the very scores and dP that P and dS are made of. Neither a rounded log_sum_exp
 /// nor a rounded output takes part, and what cancels cancels: dP counts from that of the row's
 /// greatest score, so that a row with nearly all weight on one key keeps the precision of the small
-/// rest. Flops: 10 * head_dim for each visible pair, in the same two products as the forward pass.
+/// rest. Rows whose scores are too large for their rounding take them once more in double. Flops:
+/// 10 * head_dim for each visible pair, in the same two products as the forward pass.
 #pragma once
 
 #include "attention.h"
@@ -46,6 +47,7 @@ struct AttentionBackwardScratch {
   BlockRange* row_ranges;                   // the keys that a row sees (key blocks, rows)
   BlockRange* key_ranges;                   // the rows that see a key of a block (64)
   Index* blocks;                            // where the key blocks begin
+  double *query, *maxima;                   // a row whose scores are taken in double, by blocks
 };
 
 template <typename Isa, typename T>
@@ -95,7 +97,9 @@ class AttentionBackwardWorker {
                                   frame.take<C>(product(kBlock, value_width)),
                                   frame.take<BlockRange>(product(blocks, rows)),
                                   frame.take<BlockRange>(kBlock),
-                                  frame.take<Index>(blocks)};
+                                  frame.take<Index>(blocks),
+                                  frame.take<double>(p.forward.head_dim),
+                                  frame.take<double>(blocks)};
     // Lanes nobody sees are computed with and thrown away.
     Tile::fill(s.probabilities, pairs, C(0));
     Tile::fill(s.grad_scores, pairs, C(0));
@@ -156,6 +160,7 @@ class AttentionBackwardWorker {
 
   void query_block(Index first, Index queries) {
     rows_ = queries * group_;
+    first_ = first;
     first_position_ = sequence_->first_position + first;
     for (Index r = 0; r < rows_; ++r) {
       const Index from = row(first + r / group_, r % group_);
@@ -254,7 +259,14 @@ class AttentionBackwardWorker {
     const BlockRange* const ranges = s_.row_ranges + r;
     const C sink = f_.sinks == nullptr ? -kInfinity : static_cast<C>(f_.sinks[head(r % group_)]);
     const Top top = score_row(r, sink);
-    const C reference = top.score == -kInfinity ? C(0) : top.score;
+    C reference = top.score == -kInfinity ? C(0) : top.score;
+    double maximum = static_cast<double>(reference);
+    if (is_large_score(top.score, kAttentionLargeScore<T, T>)) {
+      maximum = rescore_row(r, static_cast<double>(sink));
+      reference = C(0);
+    }
+    const double sink_weight =
+        sink > -kInfinity ? std::exp(static_cast<double>(sink) - maximum) : 0.0;
     double sum = 0, delta = 0;  // float would lose half a digit of D over 200,000 keys
     for (Index n = 0; n < blocks_; ++n) {
       if (ranges[n * rows_].empty()) continue;
@@ -271,14 +283,36 @@ class AttentionBackwardWorker {
       delta += static_cast<double>(reduce_add(grads));
     }
     if (sum == 0) return silence(r);
-    const double sink_weight =
-        sink > -kInfinity ? std::exp(static_cast<double>(sink - reference)) : 0.0;
     sum += sink_weight;
     delta = (delta - sink_weight * static_cast<double>(top.grad)) / sum;
     // A sink of -infinity takes no part, whatever the row's gradient holds: 0 * NaN would be NaN.
     if (grad_sinks_ != nullptr && sink > -kInfinity)
       grad_sinks_[head(r % group_)] -= sink_weight / sum * (static_cast<double>(top.grad) + delta);
     scale_row(r, static_cast<C>(1 / sum), static_cast<C>(delta));
+  }
+
+  /// The scores of row r in double, less their maximum, which is returned.
+  double rescore_row(Index r, double sink) {
+    query_in_double(f_, row(first_ + r / group_, r % group_), s_.query);
+    RunningMaximum maximum{sink};
+    for (Index n = 0; n < blocks_; ++n) {
+      const BlockRange& range = s_.row_ranges[n * rows_ + r];
+      if (!range.empty())
+        scores_in_double<Isa>(f_, s_.query, key_block(s_.blocks[n]), range, head(r % group_),
+                              s_.blocks[n] - first_position_ - r / group_, maximum,
+                              s_.probabilities + at(n, r),
+                              f_.softcap > 0 ? s_.slopes + at(n, r) : nullptr);
+      s_.maxima[n] = maximum.value;
+    }
+    for (Index n = 0; n < blocks_ && s_.maxima[n] < maximum.value; ++n) {
+      if (s_.row_ranges[n * rows_ + r].empty()) continue;
+      const V rise = V::set1(static_cast<C>(maximum.value - s_.maxima[n]));
+      for (int c = 0; c < kBlock; c += Tile::lanes) {
+        C* const scores = s_.probabilities + at(n, r) + c;
+        (V::load(scores) - rise).store(scores);
+      }
+    }
+    return maximum.value;
   }
 
   /// Weights and dP of row r to P and dS.
@@ -323,16 +357,16 @@ class AttentionBackwardWorker {
     Tile::for_row_tiles(block.count, [&](auto tile, Index j) {
       constexpr int R = decltype(tile)::value;
       Tile::template accumulate_ranges<R>({p + j, 1, kBlock}, s_.grad_output, value_width_,
-                                          s_.key_ranges + j, nullptr, value_width_,
+                                          s_.key_ranges + j, value_width_,
                                           s_.value_sums + j * value_width_, value_width_);
       Tile::template accumulate_ranges<R>({ds + j, 1, kBlock}, s_.queries, width_,
-                                          s_.key_ranges + j, nullptr, width_,
-                                          s_.key_sums + j * width_, width_);
+                                          s_.key_ranges + j, width_, s_.key_sums + j * width_,
+                                          width_);
     });
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
       Tile::template accumulate_ranges<decltype(tile)::value>(
-          {ds + r * kBlock, kBlock, 1}, s_.keys, width_, s_.row_ranges + n * rows_ + r, nullptr,
-          width_, s_.query_sums + r * width_, width_);
+          {ds + r * kBlock, kBlock, 1}, s_.keys, width_, s_.row_ranges + n * rows_ + r, width_,
+          s_.query_sums + r * width_, width_);
     });
     add(s_.query_sums, rows_ * width_, s_.grad_queries);
     add(s_.key_sums, block.count * width_, s_.grad_keys + begin * width_);
@@ -370,7 +404,7 @@ class AttentionBackwardWorker {
   const AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0;
   double* grad_sinks_ = nullptr;
-  Index rows_ = 0, first_position_ = 0, blocks_ = 0;  // of the query block
+  Index rows_ = 0, first_ = 0, first_position_ = 0, blocks_ = 0;  // of the query block
 };
 
 template <typename Isa, CpuDevice D, typename T>

@@ -186,31 +186,33 @@ struct AttentionTile {
     Index row_stride, inner_stride;
   };
 
-  /// out[r][0, width) = factor[r] * out[r] + sum over k in [begin, end) of weights(r, k) * matrix[k], in the order of k. width is a
-  /// multiple of kPanel. factor may be nullptr: 1.
+  /// sum[r] += weights(r, k) * matrix[k][c, c + kPanel) over k in [begin, end), in the order of k.
+  template <int R>
+  static EIGENFORMER_INLINE void add_products(Weights w, const C* matrix, Index matrix_stride,
+                                              int begin, int end, Index c, V (&sum)[R][2]) {
+    for (int k = begin; k < end; ++k) {
+      const V m0 = V::load(matrix + k * matrix_stride + c),
+              m1 = V::load(matrix + k * matrix_stride + c + lanes);
+      for (int r = 0; r < R; ++r) {
+        const V weight = V::set1(w.data[r * w.row_stride + k * w.inner_stride]);
+        sum[r][0] = fma(weight, m0, sum[r][0]);
+        sum[r][1] = fma(weight, m1, sum[r][1]);
+      }
+    }
+  }
+
+  /// out[r][0, width) += sum over k in [begin, end) of weights(r, k) * matrix[k], one term after
+  /// the other. width is a multiple of kPanel.
   template <int R>
   static void accumulate(Weights w, const C* matrix, Index matrix_stride, int begin, int end,
-                         const C* factor, Index width, C* out, Index out_stride) {
+                         Index width, C* out, Index out_stride) {
     for (Index c = 0; c < width; c += kPanel) {
       V sum[R][2];
       for (int r = 0; r < R; ++r) {
         sum[r][0] = V::load(out + r * out_stride + c);
         sum[r][1] = V::load(out + r * out_stride + c + lanes);
-        if (factor != nullptr) {
-          const V f = V::set1(factor[r]);
-          sum[r][0] = sum[r][0] * f;
-          sum[r][1] = sum[r][1] * f;
-        }
       }
-      for (int k = begin; k < end; ++k) {
-        const V m0 = V::load(matrix + k * matrix_stride + c),
-                m1 = V::load(matrix + k * matrix_stride + c + lanes);
-        for (int r = 0; r < R; ++r) {
-          const V weight = V::set1(w.data[r * w.row_stride + k * w.inner_stride]);
-          sum[r][0] = fma(weight, m0, sum[r][0]);
-          sum[r][1] = fma(weight, m1, sum[r][1]);
-        }
-      }
+      add_products<R>(w, matrix, matrix_stride, begin, end, c, sum);
       for (int r = 0; r < R; ++r) {
         sum[r][0].store(out + r * out_stride + c);
         sum[r][1].store(out + r * out_stride + c + lanes);
@@ -223,23 +225,19 @@ struct AttentionTile {
   /// the same in any company.
   template <int R>
   static void accumulate_ranges(Weights w, const C* matrix, Index matrix_stride,
-                                const BlockRange* ranges, const C* factor, Index width, C* out,
-                                Index out_stride) {
-    C factors[R];  // 1 as soon as a row has been multiplied
+                                const BlockRange* ranges, Index width, C* out, Index out_stride) {
     int begin = 0, end = (std::numeric_limits<int>::max)();
     bool one_prefix = true;
     for (int r = 0; r < R; ++r) {
-      factors[r] = factor == nullptr ? C(1) : factor[r];
       begin = (std::max)(begin, ranges[r].begin);
       end = (std::min)(end, ranges[r].end);
       one_prefix = one_prefix && ranges[r].prefix_end == ranges[0].prefix_end;
     }
     const auto add_rows = [&](auto count, int r, int from, int to) {
       if (from >= to) return;
-      accumulate<decltype(count)::value>(
-          {w.data + r * w.row_stride, w.row_stride, w.inner_stride}, matrix, matrix_stride, from,
-          to, factor == nullptr ? nullptr : factors + r, width, out + r * out_stride, out_stride);
-      std::fill_n(factors + r, count(), C(1));
+      accumulate<decltype(count)::value>({w.data + r * w.row_stride, w.row_stride, w.inner_stride},
+                                         matrix, matrix_stride, from, to, width,
+                                         out + r * out_stride, out_stride);
     };
     constexpr std::integral_constant<int, R> all{};
     constexpr std::integral_constant<int, 1> one{};
@@ -250,6 +248,41 @@ struct AttentionTile {
     }
     add_rows(all, 0, begin, end);
     for (int r = 0; r < R && begin < end; ++r) add_rows(one, r, end, ranges[r].end);
+  }
+
+  /// out[r][0, width) = factor[r] * out[r] + (sum of accumulate_ranges from 0): a block is summed by
+  /// itself, since one chain over many blocks would lose digits. Rows that see nothing keep what
+  /// they have. `block` is scratch of (R, width).
+  template <int R>
+  static void add_block(Weights w, const C* matrix, Index matrix_stride, const BlockRange* ranges,
+                        const C* factor, Index width, C* out, Index out_stride, C* block) {
+    const BlockRange& range = ranges[0];
+    bool one_piece = !range.empty() && (range.prefix_end == 0 || range.begin == range.end);
+    for (int r = 1; r < R; ++r) one_piece = one_piece && ranges[r] == range;
+    if (one_piece) {
+      for (Index c = 0; c < width; c += kPanel) {
+        V sum[R][2];
+        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
+        add_products<R>(w, matrix, matrix_stride, range.first(), range.last(), c, sum);
+        for (int r = 0; r < R; ++r) {
+          C* const to = out + r * out_stride + c;
+          fma(V::load(to), V::set1(factor[r]), sum[r][0]).store(to);
+          fma(V::load(to + lanes), V::set1(factor[r]), sum[r][1]).store(to + lanes);
+        }
+      }
+      return;
+    }
+    fill(block, R * width, C(0));
+    accumulate_ranges<R>(w, matrix, matrix_stride, ranges, width, block, width);
+    for (int r = 0; r < R; ++r)
+      if (!ranges[r].empty())
+        add_scaled(out + r * out_stride, V::set1(factor[r]), block + r * width, width);
+  }
+
+  /// sums = factor * sums + terms. count is a multiple of the lanes.
+  static void add_scaled(C* sums, V factor, const C* terms, Index count) {
+    for (Index i = 0; i < count; i += lanes)
+      fma(V::load(sums + i), factor, V::load(terms + i)).store(sums + i);
   }
 
   /// 0, 1, 2, ... lanes - 1, from `first`.

@@ -44,14 +44,17 @@ struct vec<T, isa::generic> {
     bool m[lanes];
     EIGENFORMER_INLINE std::uint32_t bits() const {
       std::uint32_t result = 0;
+      EIGENFORMER_UNROLL
       for (int i = 0; i < lanes; ++i) result |= static_cast<std::uint32_t>(m[i]) << i;
       return result;
     }
     friend EIGENFORMER_INLINE mask operator&(mask a, mask b) {
+      EIGENFORMER_UNROLL
       for (int i = 0; i < lanes; ++i) a.m[i] = a.m[i] && b.m[i];
       return a;
     }
     friend EIGENFORMER_INLINE mask operator|(mask a, mask b) {
+      EIGENFORMER_UNROLL
       for (int i = 0; i < lanes; ++i) a.m[i] = a.m[i] || b.m[i];
       return a;
     }
@@ -62,12 +65,14 @@ struct vec<T, isa::generic> {
   template <typename F>
   static EIGENFORMER_INLINE vec make(F&& f) {
     vec r;
+    EIGENFORMER_UNROLL
     for (int i = 0; i < lanes; ++i) r.v[i] = f(i);
     return r;
   }
   template <typename F>
   static EIGENFORMER_INLINE mask make_mask(F&& f) {
     mask r;
+    EIGENFORMER_UNROLL
     for (int i = 0; i < lanes; ++i) r.m[i] = f(i);
     return r;
   }
@@ -93,6 +98,7 @@ struct vec<T, isa::generic> {
   }
   template <typename S>
   EIGENFORMER_INLINE void store(S* p) const {
+    EIGENFORMER_UNROLL
     for (int i = 0; i < lanes; ++i) p[i] = static_cast<S>(v[i]);
   }
   template <typename S>

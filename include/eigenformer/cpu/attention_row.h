@@ -1,0 +1,190 @@
+/// \file
+/// A request of attention, and the scores of one of its rows in double: for rows whose scores are
+/// so large that their rounding in float would show. Such rows are rare, so this reads keys where
+/// they lie, without packing.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "../core/device.h"
+#include "../core/kv_source.h"
+#include "../core/visibility.h"
+#include "attention_tile.h"
+#include "simd/simd.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// One sequence of a request. Query i < query_rows stands at position first_position + i; rows from query_rows on are padding.
+struct AttentionSequence {
+  Index query_begin;     // its first row in queries and output
+  Index query_rows;      // rows that are queries
+  Index tensor_rows;     // rows in the tensors, padding included
+  Index key_sequence;    // its index in the KvSource
+  Index key_begin;       // its first key there
+  Index key_length;      // its keys
+  Index first_position;  // may be negative: more queries than keys
+  Index lse_begin;       // offset of head 0, row 0 in log_sum_exp
+};
+
+/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the stored one of keys and values.
+template <typename TQ, typename TKV>
+struct AttentionProblem {
+  using Compute = compute_type<TQ>;
+  const TQ* queries = nullptr;  // (rows, heads, head_dim)
+  TQ* output = nullptr;         // (rows, heads, value_dim)
+  Compute* log_sum_exp =
+      nullptr;  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
+  Index lse_head_stride = 0;
+  Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  KvSource<TKV> source;
+  const AttentionSequence* sequences = nullptr;  // (batch)
+  Visibility visibility;
+  Compute scale = 1, softcap = 0;       // softcap 0: none
+  const float* alibi_slopes = nullptr;  // (heads) or nullptr
+  const float* sinks = nullptr;         // (heads) or nullptr
+
+  Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
+};
+
+namespace cpu {
+
+/// Rows of a query block: packing a key block costs about 3% of the work on it. Queries and sums of 128 rows of 128 fit half of L2.
+inline constexpr Index kAttentionQueryRows = 128;
+
+/// Keys whose blocks are summed together, before they are added to the rest: at absolute positions.
+inline constexpr Index kAttentionFold = 64 * kAttentionKeyBlock;
+
+/// How many rows go over their keys in double together.
+inline constexpr Index kRowsInDouble = 32;
+
+/// The first and the last of some keys; {-1, -1} where there is none.
+struct KeyEnds {
+  Index first, last;
+};
+
+/// How many workers a request is worth: waking a thread costs some microseconds, 64k multiply-adds about as much.
+template <typename D, typename Problem>
+Index attention_workers(const D& device, const Problem& p, Index tasks) {
+  double work = 0;
+  for (Index b = 0; b < p.batch; ++b) {
+    const AttentionSequence& s = p.sequences[b];
+    work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) *
+            static_cast<double>(p.heads * (p.head_dim + p.value_dim));
+  }
+  const Index worth = 1 + static_cast<Index>((std::min)(work / 65536, 1e6));
+  return std::clamp<Index>((std::min)(tasks, worth), 1, worker_count(device));
+}
+
+/// The block of a KvSource that attention reads next: keys [begin, begin + count) of a sequence and KV head.
+template <typename TKV>
+struct KeyBlock {
+  const KvSource<TKV>& source;
+  Index sequence, kv_head, begin;
+  int count;
+
+  const TKV* key(int j) const { return source.key_row(sequence, kv_head, begin + j); }
+  const TKV* value(int j) const { return source.value_row(sequence, kv_head, begin + j); }
+  float key_scale(int j) const {
+    if constexpr (std::is_same_v<TKV, std::int8_t>)
+      return source.key_scale(sequence, kv_head, begin + j);
+    return 1.0f;
+  }
+  float value_scale(int j) const {
+    if constexpr (std::is_same_v<TKV, std::int8_t>)
+      return source.value_scale(sequence, kv_head, begin + j);
+    return 1.0f;
+  }
+};
+
+/// The largest score that float sums serve. A score is rounded relative to its size, about 1.6e-7
+/// of it at head_dim 128, and that is the relative error of its weight: half the tolerance of float
+/// at 32; 1.6e-4 at 1024, far below the tolerance of 16 bits and INT8.
+template <typename TQ, typename TKV>
+inline constexpr float kAttentionLargeScore =
+    std::is_same_v<TQ, float> && std::is_same_v<TKV, float> ? 32.0f : 1024.0f;
+
+/// Whether the scores of a row with this maximum are to be taken in double, where float serves up
+/// to `limit`.
+template <typename C>
+bool is_large_score(C maximum, float limit) {
+  if constexpr (std::is_same_v<C, double>)
+    return false;
+  else
+    return std::abs(maximum) > limit && std::abs(maximum) <= (std::numeric_limits<float>::max)();
+}
+
+/// Four vectors of sums, then their total: one order on an ISA.
+template <typename Isa, typename S>
+double dot_in_double(const double* x, const S* y, Index count) {
+  using W = simd::Vec<double, Isa>;
+  W sums[4] = {W::zero(), W::zero(), W::zero(), W::zero()};
+  Index d = 0;
+  for (; d + 4 * W::lanes <= count; d += 4 * W::lanes)
+    for (int i = 0; i < 4; ++i)
+      sums[i] = fma(W::load(x + d + i * W::lanes), W::load(y + d + i * W::lanes), sums[i]);
+  for (; d < count; d += W::lanes) {
+    const int n = static_cast<int>(std::min<Index>(W::lanes, count - d));
+    sums[0] = fma(W::load_partial(x + d, n), W::load_partial(y + d, n), sums[0]);
+  }
+  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+/// query[0, head_dim): the row at `row` of (rows * heads), times the scale.
+template <typename TQ, typename TKV>
+void query_in_double(const AttentionProblem<TQ, TKV>& p, Index row, double* query) {
+  for (Index d = 0; d < p.head_dim; ++d)
+    query[d] = static_cast<double>(p.queries[row * p.head_dim + d]) * static_cast<double>(p.scale);
+}
+
+/// The greatest score of a row so far; what is relative to an earlier one is multiplied by e^-rise.
+struct RunningMaximum {
+  double value = -std::numeric_limits<double>::infinity();
+
+  /// Its rise, when a score of `other` is met.
+  double rise_to(double other) {
+    if (!(other > value)) return 0;
+    return other - std::exchange(value, other);
+  }
+};
+
+/// Scores of a query with the keys of a block, less the greatest so far, rounded when they are small
+/// numbers: scores[0, 64), -infinity where the query does not see the key. `distance`: the block's
+/// first position less the query's. slopes[0, 64), of the softcap, where given. Returns how much the
+/// maximum rose.
+template <typename Isa, typename TQ, typename TKV>
+double scores_in_double(const AttentionProblem<TQ, TKV>& p, const double* query,
+                        const KeyBlock<TKV>& block, const BlockRange& range, Index head,
+                        Index distance, RunningMaximum& maximum, compute_type<TQ>* scores,
+                        compute_type<TQ>* slopes = nullptr) {
+  using C = compute_type<TQ>;
+  double x[kAttentionKeyBlock];
+  double top = -std::numeric_limits<double>::infinity();
+  const double cap = static_cast<double>(p.softcap);
+  for (int j = 0; j < kAttentionKeyBlock; ++j) {
+    x[j] = -std::numeric_limits<double>::infinity();
+    if (j >= range.prefix_end && (j < range.begin || j >= range.end)) continue;
+    x[j] = dot_in_double<Isa>(query, block.key(j), p.head_dim) *
+           static_cast<double>(block.key_scale(j));
+    if (p.softcap > 0) {
+      const double t = std::tanh(x[j] / cap);
+      x[j] = t * cap;
+      if (slopes != nullptr) slopes[j] = static_cast<C>(1 - t * t);
+    }
+    if (p.alibi_slopes != nullptr)
+      x[j] += static_cast<double>(p.alibi_slopes[head]) * static_cast<double>(distance + j);
+    top = (std::max)(top, x[j]);
+  }
+  const double rise = maximum.rise_to(top);
+  const double reference = top == -std::numeric_limits<double>::infinity() ? 0 : maximum.value;
+  for (int j = 0; j < kAttentionKeyBlock; ++j) scores[j] = static_cast<C>(x[j] - reference);
+  return rise;
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
