@@ -257,7 +257,7 @@ TEST(GradScaler, TheMultiplierIsOneForAStep) {
   EXPECT_TRUE(scaler.step(optimizer));
   scaler.update();
   constexpr double nan = std::numeric_limits<double>::quiet_NaN();
-  for (double bad : {nan, 1e300, -1e300})
+  for (double bad : {nan, 1e300, -1e300, 0.0, 1e-60})
     expect_throws<std::invalid_argument>([&] { scaler.unscale(a.parameters(), bad); },
                                          {"GradScaler::unscale", "multiplier"});
   EXPECT_FALSE(scaler.pending());

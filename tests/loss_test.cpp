@@ -294,6 +294,19 @@ TEST(LossGradient, OfSureRowsKeepsItsDigits) {
   expect_sure_rows_exact<double, double>({60, 0, 2}, 1, 1e-13);
 }
 
+TEST(LossGradient, OfAMillionEqualLogits) {
+  ef::Tensor<float, 2> logits(1, 1000000), gradient(1, 1000000);
+  logits.setConstant(0.3f);
+  logits(0, 7) = 0.5f;  // so that terms are not whole
+  const std::vector<int> targets{3};
+  const double sum = 1.0 + 999999 * std::exp(static_cast<double>(0.3f) - static_cast<double>(0.5f));
+  const double loss =
+      ef::cross_entropy_with_gradient_into(kDevice, gradient, logits, targets, 1.0).sum;
+  EXPECT_NEAR(loss, 0.5 - static_cast<double>(0.3f) + std::log(sum), 1e-6 * 14);
+  EXPECT_NEAR(gradient(0, 7) * sum, 1.0, 1e-5);
+  EXPECT_NEAR(gradient(0, 999999) * sum, std::exp(-0.2), 1e-5);
+}
+
 TEST(LossGradient, ClassesWithoutMassStayZeroWhereTheFactorOverflows) {
   ef::Tensor<float, 2> logits(1, 2), gradient(1, 2);
   logits.setValues({{3e38f, 0.0f}});

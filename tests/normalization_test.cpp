@@ -188,6 +188,20 @@ TEST(RmsNormValues, ZerosGiveZerosAndNaNStaysInItsRow) {
   }
 }
 
+// One chain of additions would be 1e-4 off: equal terms round to the same side.
+TEST(RmsNormValues, AMillionEqualFeatures) {
+  ef::Tensor<float, 2> x(1, 1000000);
+  x.setConstant(1.1f);
+  ef::Tensor<float, 1> weight(1000000), bias(1000000);
+  weight.setConstant(1.0f);
+  bias.setConstant(0.0f);
+  const auto y = ef::rms_norm(x, weight, {.epsilon = 1e-10f});
+  for (const Index at : {0, 31, 999999}) EXPECT_NEAR(y(0, at), 1.0f, 1e-5f);
+  for (Index i = 1; i < 1000000; i += 2) x(0, i) = -1.1f;
+  const auto z = ef::layer_norm(x, weight, bias, {.epsilon = 1e-10f});
+  for (const Index at : {0, 31, 999999}) EXPECT_NEAR(std::abs(z(0, at)), 1.0f, 1e-5f);
+}
+
 TEST(RmsNormMemory, DestinationFormsAllocateNothing) {
   const auto x = random_tensor<float, 2>({10, 100}, 22),
              grad_y = random_tensor<float, 2>({10, 100}, 23);

@@ -89,13 +89,15 @@ class GradScaler {
 
   /// Divides the gradients by scale(), times multiplier, and returns whether all are finite. Throws
   /// std::logic_error where one of them was unscaled since the last update, and
-  /// std::invalid_argument where two share memory or the multiplier over the scale is no float.
+  /// std::invalid_argument where two share memory or the multiplier over the scale is no float or 0.
   template <CpuDevice D>
   bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
     constexpr auto name = "GradScaler::unscale";
     detail::check_parameters(name, parameters);
     const double factor = multiplier / scale();
     detail::require_factor(name, "multiplier / scale", factor);
+    require_that(static_cast<float>(factor) != 0, name, "multiplier / scale is ", factor,
+                 " and 0 in float: it would take every gradient away");
     // All that can fail comes before the first gradient is written, so that a retry divides once.
     fresh_.clear();
     fresh_.reserve(parameters.size());

@@ -67,13 +67,11 @@ typename V::scalar exponential_sum(const L* logits, Index classes, typename V::s
                                    [[maybe_unused]] G* keep) {
   const L lowest = -std::numeric_limits<L>::infinity();
   const V shift = V::set1(maximum);
-  V sums[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  for_each_vector_interleaved<V, 4>(classes, [&](Index i, auto part, int k) {
+  return sum_over_vectors<V>(classes, [&](V sum, Index i, auto part) {
     const V e = simd::exp(load_or<V>(logits + i, lowest, part) - shift);
     if constexpr (Keep) store(e, keep + i, part);
-    sums[k] = sums[k] + e;
+    return sum + e;
   });
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 /// The sum of all exponentials but the target's, which are in `kept` where Keep.

@@ -4,10 +4,12 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
 
 #include "../core/device.h"
 #include "../sampling/params.h"
+#include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -44,16 +46,19 @@ inline SampleStatus status_of_probability(double p) {
 
 /// The status of the first number that is no probability; ok where all are, which one pass without
 /// branches finds out.
-template <typename P>
+template <typename Isa, typename P>
 SampleStatus status_of_probabilities(const P* numbers, Index count) {
-  using C = compute_type<P>;
-  bool good = true;
-  for (Index i = 0; i < count; ++i) {
-    const C number = static_cast<C>(numbers[i]);
-    good &= (number >= C(0)) & (number <= (std::numeric_limits<C>::max)());
-  }
+  using V = simd::Vec<compute_type<P>, Isa>;
+  const V most = V::set1((std::numeric_limits<compute_type<P>>::max)());
+  std::uint32_t good = ~std::uint32_t{0};
+  for_each_vector<V>(0, count, [&](Index at, auto part) {
+    const V x = load<V>(numbers + at, part);
+    good &= (less_equal(V::zero(), x) & less_equal(x, most)).bits();
+  });
+  constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - V::lanes);
   SampleStatus status = SampleStatus::ok;
-  for (Index i = 0; i < count && !good && status == SampleStatus::ok; ++i)
+  if ((good & every_lane) == every_lane) return status;
+  for (Index i = 0; i < count && status == SampleStatus::ok; ++i)
     status = status_of_probability(static_cast<double>(numbers[i]));
   return status;
 }
@@ -80,7 +85,7 @@ std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
 /// Verifies one row: writes the drafts that are accepted and one token more, and counts the former.
 /// Every number that is read is looked at: the two of each draft up to the first refusal, and the
 /// distributions that the last token is drawn from.
-template <typename Draft, typename Target>
+template <typename Isa, typename Draft, typename Target>
 SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens,
                         std::int32_t& accepted) {
   const std::int32_t* drafted = p.draft_tokens + r * p.drafts;
@@ -93,17 +98,17 @@ SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std
     const std::int32_t token = drafted[place];
     const double target = static_cast<double>(target_at(place)[token]),
                  draft = static_cast<double>(draft_at(place)[token]);
-    const double read[] = {target, draft};
-    const SampleStatus status = status_of_probabilities(read, 2);
-    if (status != SampleStatus::ok) return status;
+    for (const double read : {target, draft})
+      if (const SampleStatus status = status_of_probability(read); status != SampleStatus::ok)
+        return status;
     if (!(p.uniform(r, place, Philox::Purpose::acceptance) * draft < target)) break;
     tokens[place] = token;
   }
   const Target* target = target_at(place);
   const Draft* draft = place < length ? draft_at(place) : nullptr;
-  SampleStatus status = status_of_probabilities(target, p.vocab);
+  SampleStatus status = status_of_probabilities<Isa>(target, p.vocab);
   if (status == SampleStatus::ok && draft != nullptr)
-    status = status_of_probabilities(draft, p.vocab);
+    status = status_of_probabilities<Isa>(draft, p.vocab);
   if (status != SampleStatus::ok) return status;
   const double u = p.uniform(r, 0, Philox::Purpose::last_token);
   std::int32_t last = -1;
@@ -120,14 +125,14 @@ SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std
   return SampleStatus::ok;
 }
 
-template <CpuDevice D, typename Draft, typename Target>
-void verify_speculative(const D& device, const SpeculativeProblem<Draft, Target>& p) {
+template <typename Isa, CpuDevice D, typename Draft, typename Target>
+void verify_speculative(Isa, const D& device, const SpeculativeProblem<Draft, Target>& p) {
   parallel_for(device, p.batch, 1, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
       std::int32_t* tokens = p.tokens + r * (p.drafts + 1);
       std::fill(tokens, tokens + p.drafts + 1, -1);
       p.accepted[r] = 0;
-      p.statuses[r] = verify_row(p, r, tokens, p.accepted[r]);
+      p.statuses[r] = verify_row<Isa>(p, r, tokens, p.accepted[r]);
       if (p.statuses[r] != SampleStatus::ok) std::fill(tokens, tokens + p.drafts + 1, -1);
     }
   });

@@ -73,10 +73,11 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
   result.tokens.resize(batch, drafts + 1);
   result.statuses.resize(static_cast<std::size_t>(batch));
   cpu::verify_speculative(
-      device, SpeculativeProblem<scalar_of<Draft>, scalar_of<Target>>{
-                  tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-                  lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
-                  result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
+      isa::best{}, device,
+      SpeculativeProblem<scalar_of<Draft>, scalar_of<Target>>{
+          tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
+          lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
+          result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
   rng.advance();
 }
 
