@@ -1,4 +1,5 @@
-// Gated activation and residual sum of a feed-forward block. Limit: copy bandwidth. Peer: what an Eigen user writes by hand.
+// Gated activation and residual sum of a feed-forward block. Limit: copy bandwidth. Peer: what an
+// Eigen user writes by hand.
 #include <eigenformer/activation.h>
 
 #include "harness.h"

@@ -1,5 +1,6 @@
-// Attention: prefill is bound by multiply-adds, decode by the bytes of keys and values. 32 heads, 8 KV heads, head 128. Peer: what
-// an Eigen user writes by hand, a matrix product, a softmax and a product for each head.
+// Attention: prefill is bound by multiply-adds, decode by the bytes of keys and values. 32 heads, 8
+// KV heads, head 128. Peer: what an Eigen user writes by hand, a matrix product, a softmax and a
+// product for each head.
 #include <eigenformer/attention.h>
 
 #include <random>
@@ -34,7 +35,8 @@ struct Inputs {
         lengths(std::make_shared<std::vector<Index>>(std::move(key_lengths))) {}
 };
 
-/// softmax(Q K^T / sqrt(d)) V for one head of one sequence, causal at the end, with Eigen's matrices.
+/// softmax(Q K^T / sqrt(d)) V for one head of one sequence, causal at the end, with Eigen's
+/// matrices.
 void by_hand(const Inputs<float>& x, Index b, Index h, bool causal) {
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   using Rows = Eigen::Map<Matrix, 0, Eigen::OuterStride<>>;

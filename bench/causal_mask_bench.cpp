@@ -1,4 +1,5 @@
-// Causal mask: a pure write. Limit: streaming write bandwidth. Peer: what an Eigen user writes by hand.
+// Causal mask: a pure write. Limit: streaming write bandwidth. Peer: what an Eigen user writes by
+// hand.
 #include <eigenformer/causal_mask.h>
 
 #include "harness.h"

@@ -1,4 +1,5 @@
-// Collectives over thread ranks. Limit: the copies they must make. Peer: one memcpy of the same bytes, which needs no meeting.
+// Collectives over thread ranks. Limit: the copies they must make. Peer: one memcpy of the same
+// bytes, which needs no meeting.
 #include <eigenformer/communicator.h>
 
 #include <array>

@@ -1,5 +1,5 @@
-// A small Llama-shaped decoder: decode of one token and prefill of 256, float and INT8. Limits: the weights' bytes, the products'
-// flops.
+// A small Llama-shaped decoder: decode of one token and prefill of 256, float and INT8. Limits: the
+// weights' bytes, the products' flops.
 #include <eigenformer/decoder.h>
 
 #include "harness.h"
@@ -10,7 +10,8 @@ namespace {
 
 using Eigen::Index;
 
-// Both devices of a row need a decoder and a cache of their own; the cache is cut back after each call.
+// Both devices of a row need a decoder and a cache of their own; the cache is cut back after each
+// call.
 template <typename D>
 struct Served {
   Served(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8)

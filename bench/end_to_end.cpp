@@ -1,4 +1,5 @@
-// The main job: a text is learned, the weights are quantized, 16 requests are served. Everything runs through the public operators.
+// The main job: a text is learned, the weights are quantized, 16 requests are served. Everything
+// runs through the public operators.
 #include <eigenformer/eigenformer.h>
 
 #include <cstdio>
@@ -31,7 +32,8 @@ ef::DecoderConfig decoder_config() {
           .hidden = 512};
 }
 
-// Windows are longer than prompt and continuation together (264), so that every position served was trained.
+// Windows are longer than prompt and continuation together (264), so that every position served was
+// trained.
 demo::TrainingPlan training_plan(bool quick) {
   return quick ? demo::TrainingPlan{.tokens = 480'000} : demo::TrainingPlan{};
 }

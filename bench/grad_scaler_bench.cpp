@@ -1,5 +1,5 @@
-// Unscaling 8.4 million gradients and finding whether all are finite: one read and one write. Peer: what an Eigen user writes by
-// hand.
+// Unscaling 8.4 million gradients and finding whether all are finite: one read and one write. Peer:
+// what an Eigen user writes by hand.
 #include <eigenformer/grad_scaler.h>
 
 #include <random>
@@ -29,7 +29,8 @@ struct Gradients {
 void unscale_case(bench::Suite& suite) {
   auto ours = std::make_shared<Gradients>();
   auto by_hand = std::make_shared<Gradients>();
-  // Factors near 1 keep the gradients normal numbers over any number of iterations; the work is that of 65536.
+  // Factors near 1 keep the gradients normal numbers over any number of iterations; the work is
+  // that of 65536.
   auto scaler = std::make_shared<ef::GradScaler>(
       ef::GradScalerOptions{.init_scale = 1.0000001, .growth_interval = 1'000'000'000});
   const double bytes = 4.0 * static_cast<double>(kWeights);

@@ -1,7 +1,7 @@
 /// \file
-/// How a benchmark file states its cases once: a row is a shape, what bounds it on any machine, our call and its peers. The
-/// operator's own binary runs the rows under Google Benchmark; `report` runs all rows of all operators, ours and peers in turn,
-/// and prints the table.
+/// How a benchmark file states its cases once: a row is a shape, what bounds it on any machine, our
+/// call and its peers. The operator's own binary runs the rows under Google Benchmark; `report`
+/// runs all rows of all operators, ours and peers in turn, and prints the table.
 #pragma once
 
 #include <cstddef>
@@ -18,8 +18,9 @@ namespace bench {
 /// Peak arithmetic a row is held against.
 enum class Peak { none, float_fma, bfloat16, int8 };
 
-/// What a row must at least do: bytes it must read and write, operations it must perform. The floor is the longest of these at the
-/// limits measured on this machine, in the cache level that holds the footprint.
+/// What a row must at least do: bytes it must read and write, operations it must perform. The floor
+/// is the longest of these at the limits measured on this machine, in the cache level that holds
+/// the footprint.
 struct Limit {
   double bytes_read = 0;
   double bytes_written = 0;
@@ -35,7 +36,8 @@ struct Limit {
   static Limit product(double flops, double bytes, Peak peak = Peak::float_fma) {
     return {bytes, 0, flops, peak};
   }
-  /// The same limit where calls take turns on several copies of their input, `bytes` in all (weights that come out of DRAM).
+  /// The same limit where calls take turns on several copies of their input, `bytes` in all
+  /// (weights that come out of DRAM).
   Limit rotating_through(double bytes) const {
     Limit limit = *this;
     limit.footprint = bytes;
@@ -50,10 +52,11 @@ struct Call {
   std::string name;
   OnOneThread one_thread;
   OnPool pool;  // empty where the call has no threaded form
-  /// The library whose own threads the call runs on, empty where it runs on ours. Thread pools disturb each other, so `report`
-  /// times each family in a process of its own.
+  /// The library whose own threads the call runs on, empty where it runs on ours. Thread pools
+  /// disturb each other, so `report` times each family in a process of its own.
   std::string family = {};
-  /// What is wrong with the call's result, empty where it is right. `report` asks once, before timing.
+  /// What is wrong with the call's result, empty where it is right. `report` asks once, before
+  /// timing.
   std::function<std::string()> mismatch = {};
 };
 
@@ -79,7 +82,8 @@ struct Row {
     calls.push_back(Call{std::move(peer_name), [f](const Eigen::DefaultDevice&) { f(); }, {}});
     return *this;
   }
-  /// A peer with a thread pool of its own: `f(threads)` sets the pool's size and runs. `mismatch` runs it and judges the result.
+  /// A peer with a thread pool of its own: `f(threads)` sets the pool's size and runs. `mismatch`
+  /// runs it and judges the result.
   template <typename F>
   Row& peer_with_own_threads(std::string peer_name, std::string family, F f,
                              std::function<std::string()> mismatch) {
@@ -90,7 +94,8 @@ struct Row {
   }
 };
 
-/// The rows of one benchmark file. Inputs are random, never zeros, and owned by the lambdas (std::shared_ptr).
+/// The rows of one benchmark file. Inputs are random, never zeros, and owned by the lambdas
+/// (std::shared_ptr).
 struct Suite {
   std::vector<std::unique_ptr<Row>> rows;
   Row& row(std::string name, Limit limit) {

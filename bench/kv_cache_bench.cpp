@@ -1,5 +1,6 @@
-// KV cache: what one decode step appends to 4096 positions and more. Limit: read the new rows, write them. Peer: the notebook's
-// concatenation in Eigen, which copies the whole cache; and the read that attention does, for scale.
+// KV cache: what one decode step appends to 4096 positions and more. Limit: read the new rows,
+// write them. Peer: the notebook's concatenation in Eigen, which copies the whole cache; and the
+// read that attention does, for scale.
 #include <eigenformer/kv_cache.h>
 
 #include "harness.h"
@@ -17,7 +18,8 @@ ef::Tensor<T, 4> random_rows(Eigen::Index n) {
   return rows.cast<T>();
 }
 
-/// Appends one token a call; rolls back to kLength every 1024, so that memory is touched for the first time only here, untimed.
+/// Appends one token a call; rolls back to kLength every 1024, so that memory is touched for the
+/// first time only here, untimed.
 template <typename T, typename Storage>
 void append_case(bench::Suite& suite, const std::string& name) {
   const auto token = std::make_shared<ef::Tensor<T, 4>>(random_rows<T>(1));

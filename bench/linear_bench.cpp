@@ -1,5 +1,5 @@
-// Linear layers: decode is bytes of weights (out of DRAM: calls with few tokens take turns on copies), prefill is arithmetic.
-// Peers: Eigen's own products by hand, oneDNN, OpenBLAS.
+// Linear layers: decode is bytes of weights (out of DRAM: calls with few tokens take turns on
+// copies), prefill is arithmetic. Peers: Eigen's own products by hand, oneDNN, OpenBLAS.
 #include <eigenformer/activation.h>
 #include <eigenformer/linear.h>
 
@@ -26,10 +26,12 @@ std::shared_ptr<ef::Tensor<T, 2>> random_matrix(Index rows, Index columns, unsig
 template <typename T>
 using Map = Eigen::Map<const Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>;
 
-/// Bytes that calls with few tokens go through before they come back to the same weights: past every cache.
+/// Bytes that calls with few tokens go through before they come back to the same weights: past
+/// every cache.
 constexpr Index kRotation = Index{256} << 20;
 
-/// Copies of one thing, taken in turn; made when the first is taken, so that rows that are filtered out cost nothing.
+/// Copies of one thing, taken in turn; made when the first is taken, so that rows that are filtered
+/// out cost nothing.
 template <typename T>
 class Rotation {
  public:

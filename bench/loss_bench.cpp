@@ -1,5 +1,5 @@
-// Cross-entropy with its gradient in place: one exponential an element over a read and a write. Limit: memory. Peer: what an Eigen
-// user writes by hand.
+// Cross-entropy with its gradient in place: one exponential an element over a read and a write.
+// Limit: memory. Peer: what an Eigen user writes by hand.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored \
     "-Wuninitialized"  // g++ 12 in its own AVX-512 intrinsics, where Eigen reduces (GCC bug 105593)

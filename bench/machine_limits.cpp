@@ -28,7 +28,8 @@ using Clock = std::chrono::steady_clock;
 constexpr int kRounds = 9;
 constexpr double kMiB = 1 << 20;
 
-/// Size of a cache level in bytes. Linux's own description first: sysconf counts the L3 of other sockets on some machines.
+/// Size of a cache level in bytes. Linux's own description first: sysconf counts the L3 of other
+/// sockets on some machines.
 double cache_bytes(int level, double otherwise) {
   for (int index = 0; index < 8; ++index) {
     const std::string folder =
@@ -71,7 +72,8 @@ constexpr std::size_t kStep = kUnroll * static_cast<std::size_t>(V::lanes);
 void keep(const void* p) { asm volatile("" ::"r"(p) : "memory"); }
 
 /// Reads `data` as `Streams` parts side by side. A core follows several streams out of DRAM faster
-/// than one (29 against 23 GB/s on a Zen 3), and kernels have several: weights of some rows, K and V.
+/// than one (29 against 23 GB/s on a Zen 3), and kernels have several: weights of some rows, K and
+/// V.
 template <std::size_t Streams>
 void read_pass(const float* data, std::size_t count) {
   constexpr std::size_t unroll = kUnroll / Streams, step = unroll * V::lanes;
@@ -98,8 +100,8 @@ void put(const V& value, float* p) {
     value.store(p);
 }
 
-/// Of ones: Zen 4 writes lines of zeros past its caches several times faster than any other (77 instead of 10 GB/s, seen on a busy
-/// machine).
+/// Of ones: Zen 4 writes lines of zeros past its caches several times faster than any other (77
+/// instead of 10 GB/s, seen on a busy machine).
 template <bool Streaming>
 void write_pass(float* data, std::size_t count) {
   const V value = V::set1(1.0f);
@@ -150,7 +152,8 @@ ReadWriteCopy bandwidth(int threads, std::size_t bytes) {
   return {read, write, copy};
 }
 
-/// Independent chains of multiply-adds: enough to cover 2 units of 4 cycles latency, few enough to stay in registers.
+/// Independent chains of multiply-adds: enough to cover 2 units of 4 cycles latency, few enough to
+/// stay in registers.
 double float_fma_peak(int threads) {
   constexpr int chains = std::is_base_of_v<ef::isa::avx512, ef::isa::best> ||
                                  std::is_base_of_v<ef::isa::neon, ef::isa::best>
@@ -241,7 +244,8 @@ double memory_seconds(const Limit& limit, const Limits& limits) {
   const double alone = std::max(limit.bytes_read / level(limits.read, footprint, limits),
                                 limit.bytes_written / level(limits.write, footprint, limits));
   if (limit.bytes_read <= 0 || limit.bytes_written <= 0) return alone;
-  // A copy at its measured rate, as far as reads and writes are in balance; what is left over at its own rate.
+  // A copy at its measured rate, as far as reads and writes are in balance; what is left over at
+  // its own rate.
   const double both = 2 * std::min(limit.bytes_read, limit.bytes_written);
   const double rest = bytes - both;
   const double rest_rate =

@@ -1,7 +1,7 @@
 /// \file
-/// What this machine can do, measured at start in a few seconds: bandwidths out of L2, out of L3 and out of DRAM, and arithmetic
-/// peaks, for a number of threads that start together. Figures are medians; between machines, and between runs, they differ:
-/// compare within one run.
+/// What this machine can do, measured at start in a few seconds: bandwidths out of L2, out of L3
+/// and out of DRAM, and arithmetic peaks, for a number of threads that start together. Figures are
+/// medians; between machines, and between runs, they differ: compare within one run.
 #pragma once
 
 #include <functional>
@@ -29,8 +29,9 @@ struct Limits {
 
 Limits measure_limits(int threads);
 
-/// Seconds that `limit` takes at least: the longest of its reads, its writes, both as a copy, and its operations. A peak that this
-/// build has no instruction for is replaced by float multiply-adds.
+/// Seconds that `limit` takes at least: the longest of its reads, its writes, both as a copy, and
+/// its operations. A peak that this build has no instruction for is replaced by float
+/// multiply-adds.
 double floor_seconds(const Limit& limit, const Limits& limits);
 
 /// The same, bytes only and operations only.
@@ -39,8 +40,8 @@ double arithmetic_seconds(const Limit& limit, const Limits& limits);
 
 namespace detail {
 
-/// Runs `round(thread, round)` some times on `threads` threads that start each round together, and returns the median of the rounds
-/// in seconds, each from the first start to the last end.
+/// Runs `round(thread, round)` some times on `threads` threads that start each round together, and
+/// returns the median of the rounds in seconds, each from the first start to the last end.
 double seconds_together(int threads, int rounds, const std::function<void(int thread)>& round);
 
 /// Peaks of dot-product instructions, in operations per second; see machine_limits_dot.cpp.

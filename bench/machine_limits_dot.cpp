@@ -1,5 +1,5 @@
-// Peaks of the dot-product instructions. The only benchmark file with intrinsics and assembly: it measures instructions,
-// not kernels. What the build has is asked of cpu/isa.h alone.
+// Peaks of the dot-product instructions. The only benchmark file with intrinsics and assembly: it
+// measures instructions, not kernels. What the build has is asked of cpu/isa.h alone.
 #include <eigenformer/cpu/isa.h>
 
 #include "machine_limits.h"
@@ -25,7 +25,8 @@ constexpr int kRounds = 9;
   return operations * threads / detail::seconds_together(threads, kRounds, round);
 }
 
-// Inline assembly instead of intrinsics: nothing is folded, and clang++-16 crashes on the loop of _mm512_dpbf16_ps.
+// Inline assembly instead of intrinsics: nothing is folded, and clang++-16 crashes on the loop of
+// _mm512_dpbf16_ps.
 #if defined(EIGENFORMER_ISA_AVX512_BF16)
 double dpbf16ps_peak(int threads) {
   return operations_per_second(threads, 64.0 * kChains * kIterations, [](int) {
@@ -50,7 +51,8 @@ double dpbusd_peak(int threads) {
 }
 #endif
 
-// AVX2 multiplies bytes in three instructions, or in one where it has VNNI too. 12 chains fit its 16 registers.
+// AVX2 multiplies bytes in three instructions, or in one where it has VNNI too. 12 chains fit its
+// 16 registers.
 #if defined(EIGENFORMER_ISA_AVX2) && !defined(EIGENFORMER_ISA_AVX512)
 constexpr int kShortChains = 12;
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
@@ -83,7 +85,8 @@ double int8_peak_avx2(int threads) {
 #endif
 
 #if defined(EIGENFORMER_ISA_AMX)
-/// Asks Linux for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA), for all threads of the process.
+/// Asks Linux for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA), for all threads
+/// of the process.
 bool tiles_granted() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -97,12 +100,13 @@ struct alignas(64) TileConfig {
 };
 static_assert(sizeof(TileConfig) == 64);
 
-/// Calls step() again and again with all eight tiles zero: 4 accumulators, 2 tiles of A and 2 of B, so that 4 independent products
-/// cover the latency of one (52 cycles, one issued every 16).
+/// Calls step() again and again with all eight tiles zero: 4 accumulators, 2 tiles of A and 2 of B,
+/// so that 4 independent products cover the latency of one (52 cycles, one issued every 16).
 template <typename Step>
 void with_tiles(Step step) {
   const TileConfig config;
-  // GCC 12's _tile_loadconfig declares 8 of the 64 bytes as read; the whole struct is the operand here.
+  // GCC 12's _tile_loadconfig declares 8 of the 64 bytes as read; the whole struct is the operand
+  // here.
   asm volatile("ldtilecfg %0" ::"m"(config));
   asm volatile(
       "tilezero %%tmm0\n\ttilezero %%tmm1\n\ttilezero %%tmm2\n\ttilezero %%tmm3\n\t"

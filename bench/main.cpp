@@ -1,4 +1,5 @@
-// main() of an operator's benchmark binary: every row, ours and peers, on one thread and on a pool, under Google Benchmark.
+// main() of an operator's benchmark binary: every row, ours and peers, on one thread and on a pool,
+// under Google Benchmark.
 #include <benchmark/benchmark.h>
 
 #include <thread>

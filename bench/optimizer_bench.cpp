@@ -1,4 +1,5 @@
-// AdamW over 8.4 million weights: 28 bytes an element, nothing else. Limit: memory. Peer: what an Eigen user writes by hand.
+// AdamW over 8.4 million weights: 28 bytes an element, nothing else. Limit: memory. Peer: what an
+// Eigen user writes by hand.
 #include <eigenformer/optimizer.h>
 
 #include <random>

@@ -203,7 +203,8 @@ class Reporter {
     }
   }
 
-  /// f(timer) with the timer of the call's family. A call that fails is left out from here on, with the reason.
+  /// f(timer) with the timer of the call's family. A call that fails is left out from here on, with
+  /// the reason.
   template <typename F>
   void attempt(const bench::Row& row, std::size_t call, std::vector<bool>& good, F f) {
     if (!good[call]) return;

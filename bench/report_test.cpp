@@ -1,4 +1,5 @@
-// The parts of the report that are arithmetic and text: quantiles, floors, ratios, and output that other programs can read.
+// The parts of the report that are arithmetic and text: quantiles, floors, ratios, and output that
+// other programs can read.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -1,5 +1,6 @@
 /// \file
-/// What `report` found, and the forms it is written in. `bench/results/` holds at most one JSON per kind of machine.
+/// What `report` found, and the forms it is written in. `bench/results/` holds at most one JSON per
+/// kind of machine.
 #pragma once
 
 #include <string>
@@ -35,7 +36,8 @@ struct Results {
 
 /// Ours, or nullptr where it did not run.
 const CallResult* ours(const RowResult& row);
-/// The fastest peer whose name begins with `name`, or nullptr. An empty name means all peers that have no column of their own.
+/// The fastest peer whose name begins with `name`, or nullptr. An empty name means all peers that
+/// have no column of their own.
 const CallResult* peer(const RowResult& row, const std::string& name);
 /// Names that have a column of their own.
 const std::vector<std::string>& peer_columns();

@@ -1,4 +1,5 @@
-// The bar chart: for each row the percentage of this machine's limit, one bar for each number of threads, peers as markers.
+// The bar chart: for each row the percentage of this machine's limit, one bar for each number of
+// threads, peers as markers.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

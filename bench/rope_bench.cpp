@@ -1,4 +1,5 @@
-// Rotary embedding of queries. Limit: copy bandwidth. Peer: what an Eigen user writes by hand, with cosines and sines at hand.
+// Rotary embedding of queries. Limit: copy bandwidth. Peer: what an Eigen user writes by hand, with
+// cosines and sines at hand.
 #include <eigenformer/rope.h>
 
 #include "harness.h"

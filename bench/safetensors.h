@@ -1,6 +1,7 @@
 /// \file
-/// safetensors files: eight bytes of header length (little endian), a JSON header, the data. Written and read here for float32
-/// tensors. A file is hostile until proven otherwise: every size and offset is checked before a byte is read through it.
+/// safetensors files: eight bytes of header length (little endian), a JSON header, the data.
+/// Written and read here for float32 tensors. A file is hostile until proven otherwise: every size
+/// and offset is checked before a byte is read through it.
 #pragma once
 
 #include <cstddef>
@@ -87,7 +88,8 @@ inline File::Entry read_entry(const std::string& name, const nlohmann::json& des
 
 }  // namespace detail
 
-/// Parses a whole file. Throws Error for anything that is not a safetensors file of float32 tensors.
+/// Parses a whole file. Throws Error for anything that is not a safetensors file of float32
+/// tensors.
 inline File parse(std::span<const std::byte> bytes) {
   using detail::fail;
   if (bytes.size() < 8) fail("the file is shorter than its 8 byte length");

@@ -1,4 +1,5 @@
-// Sampling from a vocabulary of 128256. Limit: one read of the logits. Peer: Eigen by hand, that is argmax, or softmax and a sort.
+// Sampling from a vocabulary of 128256. Limit: one read of the logits. Peer: Eigen by hand, that is
+// argmax, or softmax and a sort.
 #include <eigenformer/sampling.h>
 
 #include <numeric>

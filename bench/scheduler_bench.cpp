@@ -1,5 +1,6 @@
-// Schedulers: 1000 events a call, so events a second are 1000 / time. Limit: none (bookkeeping); the peer is the plain model of
-// reference/scheduler.h, vectors and linear searches, at 1000 requests waiting.
+// Schedulers: 1000 events a call, so events a second are 1000 / time. Limit: none (bookkeeping);
+// the peer is the plain model of reference/scheduler.h, vectors and linear searches, at 1000
+// requests waiting.
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
 
@@ -9,7 +10,8 @@ namespace ef = eigenformer;
 
 namespace {
 
-/// 1000 updates, each request finishing after 50; a new one is queued for each that finishes, so that 1000 wait throughout.
+/// 1000 updates, each request finishing after 50; a new one is queued for each that finishes, so
+/// that 1000 wait throughout.
 template <typename Scheduler>
 struct Load {
   explicit Load(Scheduler made) : scheduler(std::move(made)) {

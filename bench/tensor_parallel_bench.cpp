@@ -1,5 +1,6 @@
-// A column-parallel layer over two thread ranks against the same layer on one thread. Limits: decode reads the weight, prefill
-// computes 2 * tokens * in * out. Peers: ef::linear on the device of the row, Eigen by hand on the whole weight.
+// A column-parallel layer over two thread ranks against the same layer on one thread. Limits:
+// decode reads the weight, prefill computes 2 * tokens * in * out. Peers: ef::linear on the device
+// of the row, Eigen by hand on the whole weight.
 #include <eigenformer/tensor_parallel.h>
 
 #include <array>
@@ -21,7 +22,8 @@ ef::Tensor<float, 2> random_matrix(Index rows, Index columns) {
   return matrix;
 }
 
-/// The layer and two long-lived ranks: rank 1 takes part whenever rank 0, on the timed thread, begins.
+/// The layer and two long-lived ranks: rank 1 takes part whenever rank 0, on the timed thread,
+/// begins.
 class Layer {
  public:
   Layer(Index tokens, Index in, Index out)

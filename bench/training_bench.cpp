@@ -1,5 +1,6 @@
-// A training step of a small two-layer model written with Eigen's matrices: the same model under train_step_with_grad_accumulation
-// and under the loop an Eigen user writes. The difference is the library's share: loss, gradients' bookkeeping, AdamW.
+// A training step of a small two-layer model written with Eigen's matrices: the same model under
+// train_step_with_grad_accumulation and under the loop an Eigen user writes. The difference is the
+// library's share: loss, gradients' bookkeeping, AdamW.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored \
     "-Wuninitialized"  // g++ 12 in its own AVX-512 intrinsics, where Eigen reduces (GCC bug 105593)

@@ -115,18 +115,20 @@ void Timer::run(const Call& call, int threads, int times) {
 
 std::vector<double> Timer::take(const Turn& turn) {
   const Call& call = suite_->rows.at(turn.row)->calls.at(turn.call);
-  // As a program that calls operator after operator would: threads stay awake, as those of the peers' OpenMP do.
+  // As a program that calls operator after operator would: threads stay awake, as those of the
+  // peers' OpenMP do.
   std::optional<eigenformer::ParallelRegion<Eigen::ThreadPoolDevice>> region;
   if (turn.threads > 1 && call.family.empty()) region.emplace(device(turn.threads));
-  // After idleness Linux wakes a thread on the core of its waker and moves it to a free one some milliseconds later (2 virtual
-  // cores): until then both halves of a product take turns on one core, ours and the peers'.
+  // After idleness Linux wakes a thread on the core of its waker and moves it to a free one some
+  // milliseconds later (2 virtual cores): until then both halves of a product take turns on one
+  // core, ours and the peers'.
   for (const auto warm = Clock::now(); turn.threads > 1 && since(warm) < kSettling;)
     run(call, turn.threads, 1);
   const auto start = Clock::now();
   run(call, turn.threads, 1);
   const auto second = Clock::now();
-  run(call, turn.threads,
-      1);  // the first may have packed, allocated and woken threads; this one tells how long a call is
+  // The first may have packed, allocated and woken threads; this one tells how long a call is.
+  run(call, turn.threads, 1);
   const double once = since(second);
   if (since(start) > turn.seconds) return {once};
   const int times =

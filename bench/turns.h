@@ -1,7 +1,8 @@
 /// \file
-/// Who times what where. Ours and the peers take turns, so that a change of clock or a noisy neighbour meets all of them alike. A
-/// turn is a warm-up call and a few samples of one call. Peers with thread pools of their own run in a process each: idle pools of
-/// OpenMP, OpenBLAS and Eigen spin, and were seen to stall each other for 8 to 20 ms.
+/// Who times what where. Ours and the peers take turns, so that a change of clock or a noisy
+/// neighbour meets all of them alike. A turn is a warm-up call and a few samples of one call. Peers
+/// with thread pools of their own run in a process each: idle pools of OpenMP, OpenBLAS and Eigen
+/// spin, and were seen to stall each other for 8 to 20 ms.
 #pragma once
 
 #include <sys/types.h>
@@ -31,7 +32,8 @@ class Timer {
   Suite& suite() { return *suite_; }
   /// What is wrong with the call's result, empty where it is right or cannot be judged.
   std::string mismatch(std::size_t row, std::size_t call);
-  /// Seconds of each sample. A call much shorter than the clock's noise is repeated within a sample.
+  /// Seconds of each sample. A call much shorter than the clock's noise is repeated within a
+  /// sample.
   std::vector<double> take(const Turn& turn);
 
  private:
@@ -44,8 +46,9 @@ class Timer {
       pools_;
 };
 
-/// The same, in a process of its own: `report --serve FD`, which answers one line for each line it gets. Throws std::runtime_error
-/// with the reason where the process fails; where it ended, alive() is false.
+/// The same, in a process of its own: `report --serve FD`, which answers one line for each line it
+/// gets. Throws std::runtime_error with the reason where the process fails; where it ended, alive()
+/// is false.
 class RemoteTimer {
  public:
   RemoteTimer();

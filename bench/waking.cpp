@@ -1,6 +1,7 @@
-// What waking threads costs: a parallel_for of two parts that do nothing, one whose first part waits until the second has begun on
-// another thread, and a decode-sized INT8 product on two threads; outside and inside of a ParallelRegion, back to back and after
-// 200 us of serial work. Usage: waking [samples]
+// What waking threads costs: a parallel_for of two parts that do nothing, one whose first part
+// waits until the second has begun on another thread, and a decode-sized INT8 product on two
+// threads; outside and inside of a ParallelRegion, back to back and after 200 us of serial work.
+// Usage: waking [samples]
 #include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
 
@@ -119,9 +120,9 @@ struct Product {
   std::array<ef::PackedWeight<std::int8_t>, 2> halves;
 };
 
+/// Medians: us of a call, and the share of it beyond its longer half: waking and waiting.
 struct Halves {
-  double total,
-      lost;  // medians: us of a call, and the share of it beyond its longer half: waking and waiting
+  double total, lost;
 };
 Halves time_halves(const Eigen::ThreadPoolDevice& device, Product& p, int count, Gap gap) {
   std::vector<double> totals, shares;

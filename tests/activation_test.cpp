@@ -1,5 +1,6 @@
-// Laws: equal to the definition for every scalar, ISA, length and special value; gradients equal the derivative and finite
-// differences; fused tensors are the two tensors; the same bits for any threads, place and aliasing; refuses what makes no sense.
+// Laws: equal to the definition for every scalar, ISA, length and special value; gradients equal
+// the derivative and finite differences; fused tensors are the two tensors; the same bits for any
+// threads, place and aliasing; refuses what makes no sense.
 #include <eigenformer/activation.h>
 #include <eigenformer/reference/activation.h>
 

@@ -1,6 +1,6 @@
 /// \file
-/// Counts calls of operator new, to prove that a call allocates nothing. Replaces the global operators: include it in one file of a
-/// program.
+/// Counts calls of operator new, to prove that a call allocates nothing. Replaces the global
+/// operators: include it in one file of a program.
 #pragma once
 
 #include <atomic>
@@ -22,7 +22,8 @@ long count_allocations(F&& f) {
 
 }  // namespace eigenformer_test
 
-// Not inlined: g++ 12 would see malloc meet a delete, or a new meet free, and warn (-Wmismatched-new-delete).
+// Not inlined: g++ 12 would see malloc meet a delete, or a new meet free, and warn
+// (-Wmismatched-new-delete).
 #define EIGENFORMER_TEST_NOINLINE __attribute__((noinline))
 EIGENFORMER_TEST_NOINLINE void* operator new(std::size_t bytes) {
   ++eigenformer_test::allocation_count;

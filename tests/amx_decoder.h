@@ -1,6 +1,7 @@
 /// \file
-/// Decodes one AMX instruction from its bytes: VEX.128.0F38.W0, opcodes 49, 4B, 5C and 5E (Intel SDM volume 2, sections 2.1.5, 2.3
-/// and the instructions' own pages). AMX-FP16 and later are not decoded: no kernel here uses them.
+/// Decodes one AMX instruction from its bytes: VEX.128.0F38.W0, opcodes 49, 4B, 5C and 5E (Intel
+/// SDM volume 2, sections 2.1.5, 2.3 and the instructions' own pages). AMX-FP16 and later are not
+/// decoded: no kernel here uses them.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ struct Instruction {
   std::uint64_t stride;  // scaled index of sibmem, 0 where there is none
 };
 
-/// A memory operand: ModRM, SIB and displacement, with the registers in encoding order (rax rcx rdx rbx rsp rbp rsi rdi r8 ...
-/// r15).
+/// A memory operand: ModRM, SIB and displacement, with the registers in encoding order (rax rcx rdx
+/// rbx rsp rbp rsi rdi r8 ... r15).
 struct MemoryOperand {
   bool sib;
   std::uint64_t base, scaled_index;

@@ -1,15 +1,18 @@
 /// \file
-/// AMX for machines without it: on such a CPU every AMX instruction raises SIGILL, and the handler here executes it, so that AMX
-/// kernels (intrinsics or assembly, unchanged) can be tested on any Linux x86-64 machine. For tests only: one instruction costs
-/// 7 to 13 microseconds on a virtual Zen 5, 7 of them the signal.
+/// AMX for machines without it: on such a CPU every AMX instruction raises SIGILL, and the handler
+/// here executes it, so that AMX kernels (intrinsics or assembly, unchanged) can be tested on any
+/// Linux x86-64 machine. For tests only: one instruction costs 7 to 13 microseconds on a virtual
+/// Zen 5, 7 of them the signal.
 ///
-/// The tile registers are the thread's, as in hardware. Loads and stores are ordinary C++, so ASan and TSan see what the tiles
-/// touch. A signal handler runs past the red zone, and the kernel saves and restores vector registers and MXCSR around it.
+/// The tile registers are the thread's, as in hardware. Loads and stores are ordinary C++, so ASan
+/// and TSan see what the tiles touch. A signal handler runs past the red zone, and the kernel saves
+/// and restores vector registers and MXCSR around it.
 ///
-/// Not emulated is what a program asks about AMX: CPUID, XCR0 and arch_prctl still say that there is none. Neither are segment and
-/// address-size prefixes, AMX-FP16 and later, or the kernel's own view of the tiles (ptrace, the signal frame). Where the CPU has
-/// AMX but Linux refuses the tile data, ldtilecfg runs in hardware, unseen by the emulator, and the first tile instruction after it
-/// stops the program.
+/// Not emulated is what a program asks about AMX: CPUID, XCR0 and arch_prctl still say that there
+/// is none. Neither are segment and address-size prefixes, AMX-FP16 and later, or the kernel's own
+/// view of the tiles (ptrace, the signal frame). Where the CPU has AMX but Linux refuses the tile
+/// data, ldtilecfg runs in hardware, unseen by the emulator, and the first tile instruction after
+/// it stops the program.
 #pragma once
 
 #include <atomic>
@@ -42,7 +45,8 @@ inline std::uint64_t amx_emulated_instructions() { return amx::emulated.load(); 
 
 namespace amx {
 
-// Constant initialisation and the initial-exec model: no allocation and no lazy set-up inside a signal handler.
+// Constant initialisation and the initial-exec model: no allocation and no lazy set-up inside a
+// signal handler.
 [[gnu::tls_model("initial-exec")]] inline constinit thread_local Tiles tiles_of_thread{};
 
 inline void execute(Tiles& tiles, const Instruction& i) {
@@ -103,7 +107,8 @@ inline int installed = 0;
 
 }  // namespace amx
 
-/// True where CPU and operating system have AMX tiles, int8 and bfloat16, and Linux grants this process the tile data.
+/// True where CPU and operating system have AMX tiles, int8 and bfloat16, and Linux grants this
+/// process the tile data.
 inline bool amx_in_hardware() {
   static const bool granted = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -130,7 +135,8 @@ class AmxEmulator {
     if (amx::installed++ > 0) return;
     struct sigaction action {};
     action.sa_sigaction = amx::on_illegal_instruction;
-    // SA_NODEFER: an illegal instruction inside the handler is a defect and shall reach whoever comes next, not block.
+    // SA_NODEFER: an illegal instruction inside the handler is a defect and shall reach whoever
+    // comes next, not block.
     action.sa_flags = SA_SIGINFO | SA_NODEFER;
     if (sigaction(SIGILL, &action, &amx::action_before) != 0)
       amx::stop("AmxEmulator: sigaction failed\n");

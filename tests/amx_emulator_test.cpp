@@ -1,5 +1,6 @@
-// The emulated AMX instructions against scalar arithmetic, and the decoder and the signal handler against the plain functions.
-// Where the CPU has AMX, the same programs run in hardware, so the plain functions are compared with it bit by bit.
+// The emulated AMX instructions against scalar arithmetic, and the decoder and the signal handler
+// against the plain functions. Where the CPU has AMX, the same programs run in hardware, so the
+// plain functions are compared with it bit by bit.
 #include "amx_emulator.h"
 
 #include <gtest/gtest.h>
@@ -44,8 +45,8 @@ Bytes random_bytes(std::size_t count) {
   return bytes;
 }
 
-/// bfloat16 patterns of any sign and fraction with exponents in [lowest, highest]: 0 is denormal, 127 is one, 255 is infinite or
-/// NaN.
+/// bfloat16 patterns of any sign and fraction with exponents in [lowest, highest]: 0 is denormal,
+/// 127 is one, 255 is infinite or NaN.
 Bytes random_bfloat16(std::size_t count, unsigned lowest, unsigned highest) {
   Bytes bytes;
   for (std::size_t i = 0; i < count; ++i) {
@@ -67,8 +68,8 @@ Bytes one_nan(Bytes bytes) {
 
 float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
-/// The manual's formula for one element, flushing by hand. It differs from the hardware's flush only for results that round up to
-/// the smallest normal number, which the seeds here do not meet.
+/// The manual's formula for one element, flushing by hand. It differs from the hardware's flush
+/// only for results that round up to the smallest normal number, which the seeds here do not meet.
 float expected_bfloat16(const Operands& x, Shape s, std::size_t m, std::size_t n) {
   float chain[2] = {0, 0};
   for (std::size_t k = 0; k < s.k; ++k)
@@ -135,7 +136,8 @@ TEST_F(Amx, ProductOfBfloat16IsTwoChains) {
   struct Range {
     unsigned lowest, highest;
   };
-  // Around one; products and operands around the smallest normal number; the largest numbers; every pattern there is.
+  // Around one; products and operands around the smallest normal number; the largest numbers; every
+  // pattern there is.
   for (const Range range :
        {Range{120, 134}, Range{58, 68}, Range{0, 3}, Range{186, 254}, Range{0, 255}})
     for_each_shape([&](Shape s) {
@@ -437,7 +439,8 @@ TEST_F(AmxDeathTest, WhatHardwareRefusesIsNamed) {
   EXPECT_DEATH(product({{16, 62}, {16, 64}, {16, 62}}), "multiple of 4");
   EXPECT_DEATH(product({{16, 64}, {16, 64}}), "has no rows");
   EXPECT_DEATH((configured(full_tiles()).product<amx::Op::tdpbssd, 1, 1, 2>()), "must differ");
-  // Once through the instruction: a kernel's mistake ends the program, in hardware by a signal without words.
+  // Once through the instruction: a kernel's mistake ends the program, in hardware by a signal
+  // without words.
   const auto in_a_kernel = [] {
     Instructions backend;
     backend.ldtilecfg(Config({{16, 64}, {16, 60}, {16, 64}}));

@@ -1,5 +1,6 @@
 /// \file
-/// AMX programs for the emulator's test, written once for two backends: the instructions themselves, and the plain functions.
+/// AMX programs for the emulator's test, written once for two backends: the instructions
+/// themselves, and the plain functions.
 #pragma once
 
 #include <array>
@@ -140,7 +141,8 @@ Bytes multiply(Backend& backend, const Operands& x, Shape s) {
   return result;
 }
 
-/// tmm0 loaded from and stored to displacement(base, index, scale), in registers that the text names.
+/// tmm0 loaded from and stored to displacement(base, index, scale), in registers that the text
+/// names.
 struct AddressingForm {
   const char* text;
   int scale;
@@ -208,7 +210,8 @@ inline std::vector<AddressingForm> addressing_forms() {
   };
 }
 
-/// tmm0 from 1024 bytes copied to the stack, addressed by rsp with an 8-bit displacement. The signal's frame lies below them.
+/// tmm0 from 1024 bytes copied to the stack, addressed by rsp with an 8-bit displacement. The
+/// signal's frame lies below them.
 inline void load_from_stack(const void* source) {
   asm volatile(
       "mov %0, %%rsi\n\tsub $2048, %%rsp\n\tlea 96(%%rsp), %%rdi\n\tmov $1024, %%ecx\n\tcld\n\trep "
@@ -228,8 +231,8 @@ struct Survivors {
   std::uint64_t red_zone;
 };
 
-/// tdpbf16ps with 16 vector registers (512 or 128 bits) loaded from `memory` and stored back to it, the carry set, MXCSR rounding
-/// towards zero, and a word in the red zone.
+/// tdpbf16ps with 16 vector registers (512 or 128 bits) loaded from `memory` and stored back to it,
+/// the carry set, MXCSR rounding towards zero, and a word in the red zone.
 inline Survivors multiply_with_full_registers(std::uint8_t* memory, bool wide) {
   Survivors seen{};
   std::uint32_t before;

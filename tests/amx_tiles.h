@@ -1,10 +1,13 @@
 /// \file
-/// What the AMX instructions do, as plain functions on a tile state: palette 1, eight tiles of at most 16 rows of 64 bytes.
+/// What the AMX instructions do, as plain functions on a tile state: palette 1, eight tiles of at
+/// most 16 rows of 64 bytes.
 ///
-/// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, the "Operation" sections of LDTILECFG,
-/// STTILECFG, TILERELEASE, TILEZERO, TILELOADD/TILELOADDT1, TILESTORED, TDPBSSD/TDPBSUD/TDPBUSD/TDPBUUD and TDPBF16PS, and the
-/// exception classes AMX-E1 to AMX-E6; the same text is at https://felixcloutier.com/x86/tdpbf16ps and its neighbours. What
-/// hardware answers with #GP or #UD ends the program here with a line on stderr that names the instruction and the shapes.
+/// Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, the "Operation"
+/// sections of LDTILECFG, STTILECFG, TILERELEASE, TILEZERO, TILELOADD/TILELOADDT1, TILESTORED,
+/// TDPBSSD/TDPBSUD/TDPBUSD/TDPBUUD and TDPBF16PS, and the exception classes AMX-E1 to AMX-E6; the
+/// same text is at https://felixcloutier.com/x86/tdpbf16ps and its neighbours. What hardware
+/// answers with #GP or #UD ends the program here with a line on stderr that names the instruction
+/// and the shapes.
 #pragma once
 
 #include <unistd.h>
@@ -20,7 +23,8 @@ namespace eigenformer_test::amx {
 
 inline constexpr int kTiles = 8, kMaxRows = 16, kMaxRowBytes = 64;
 
-/// The tile registers of one thread. Trivial, so that a thread's copy needs no constructor and a signal handler may touch it.
+/// The tile registers of one thread. Trivial, so that a thread's copy needs no constructor and a
+/// signal handler may touch it.
 struct Tiles {
   bool configured = false;
   std::uint8_t start_row = 0;
@@ -142,7 +146,8 @@ void write_row_and_zero(Tiles& tiles, int c, int m, const T (&result)[16]) {
   std::memcpy(tiles.data[c][m], result, tiles.row_bytes[c]);
 }
 
-/// tdpbssd, tdpbsud, tdpbusd, tdpbuud: A and B are std::int8_t or std::uint8_t. int32 wraps, as the instruction does.
+/// tdpbssd, tdpbsud, tdpbusd, tdpbuud: A and B are std::int8_t or std::uint8_t. int32 wraps, as the
+/// instruction does.
 template <typename A, typename B>
 void dot_bytes(Tiles& tiles, const char* name, int c, int a, int b) {
   check_product(tiles, name, c, a, b);
@@ -165,7 +170,8 @@ void dot_bytes(Tiles& tiles, const char* name, int c, int a, int b) {
   tiles.start_row = 0;
 }
 
-/// MXCSR as TDPBF16PS computes whatever the program's is: denormals are zero in operands and results, to nearest even, no traps.
+/// MXCSR as TDPBF16PS computes whatever the program's is: denormals are zero in operands and
+/// results, to nearest even, no traps.
 class FlushDenormals {
  public:
   FlushDenormals() {
@@ -181,7 +187,8 @@ class FlushDenormals {
   std::uint32_t saved_;
 };
 
-/// The arithmetic of TDPBF16PS alone. Not inlined, so that none of it is moved out of the life of FlushDenormals.
+/// The arithmetic of TDPBF16PS alone. Not inlined, so that none of it is moved out of the life of
+/// FlushDenormals.
 [[gnu::noinline]] inline void multiply_bfloat16(int rows, int pairs, float (*c)[16],
                                                 const float (*a)[32], const float (*b)[2][16]) {
   for (int m = 0; m < rows; ++m) {
@@ -204,8 +211,9 @@ inline float widen_bfloat16(const std::uint8_t* bytes) {
   return value;
 }
 
-/// Two chains of fused multiply-adds a column, over the even and over the odd elements; their rounded sum is added to c. Which
-/// payload a NaN result carries is the one thing that is not the manual's but the compiler's.
+/// Two chains of fused multiply-adds a column, over the even and over the odd elements; their
+/// rounded sum is added to c. Which payload a NaN result carries is the one thing that is not the
+/// manual's but the compiler's.
 inline void tdpbf16ps(Tiles& tiles, int c, int a, int b) {
   check_product(tiles, "tdpbf16ps", c, a, b);
   float left[kMaxRows][32], right[kMaxRows][2][16], sum[kMaxRows][16];

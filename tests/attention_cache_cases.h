@@ -1,5 +1,6 @@
-// Laws of attention against a KvSource: dense or in pages of any size, whole or in chunks or token by token, the bits are the same;
-// rows past a length are never read; INT8 storage is what its scales say.
+// Laws of attention against a KvSource: dense or in pages of any size, whole or in chunks or token
+// by token, the bits are the same; rows past a length are never read; INT8 storage is what its
+// scales say.
 #pragma once
 
 #include <memory>
@@ -8,7 +9,8 @@
 
 namespace eigenformer_test {
 
-/// Keys and values (batch, length, kv_heads, head_dim) as a cache would hold them: every byte that is not a row is NaN (or 0xff).
+/// Keys and values (batch, length, kv_heads, head_dim) as a cache would hold them: every byte that
+/// is not a row is NaN (or 0xff).
 template <typename S>
 class TestCache {
  public:

@@ -1,4 +1,5 @@
-// A random attention case of any shape with NaN in all memory that must not be read, its reference, and the option sets to sweep.
+// A random attention case of any shape with NaN in all memory that must not be read, its reference,
+// and the option sets to sweep.
 #pragma once
 
 #include <eigenformer/attention.h>

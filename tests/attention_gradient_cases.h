@@ -1,12 +1,13 @@
-// Laws of attention_backward: the derivative of the forward pass for every option, zero where nothing was seen, the same bits on
-// any number of threads and in any batch.
+// Laws of attention_backward: the derivative of the forward pass for every option, zero where
+// nothing was seen, the same bits on any number of threads and in any batch.
 #pragma once
 
 #include "attention_case.h"
 
 namespace eigenformer_test {
 
-/// loss = sum of weights * attention(q, k, v); weights and outputs of padding rows are NaN for the backward pass.
+/// loss = sum of weights * attention(q, k, v); weights and outputs of padding rows are NaN for the
+/// backward pass.
 template <typename T>
 struct GradientCase : AttentionCase<T> {
   ef::Tensor<T, 4> weights, out;

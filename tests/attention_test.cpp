@@ -1,6 +1,6 @@
-// Laws: equal to the plain definition for every option, shape, scalar and ISA; keys and rows that must not count never do, NaN
-// included; bits do not depend on threads, batch, padding, packing or chunks; what makes no sense is refused with the argument
-// named.
+// Laws: equal to the plain definition for every option, shape, scalar and ISA; keys and rows that
+// must not count never do, NaN included; bits do not depend on threads, batch, padding, packing or
+// chunks; what makes no sense is refused with the argument named.
 #include <atomic>
 #include <cstdlib>
 #include <new>

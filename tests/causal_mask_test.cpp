@@ -1,4 +1,5 @@
-// Laws: equal to the plain definition for every option, lazily and in memory, on any device and ISA; refuses what makes no sense.
+// Laws: equal to the plain definition for every option, lazily and in memory, on any device and
+// ISA; refuses what makes no sense.
 #include <eigenformer/causal_mask.h>
 #include <eigenformer/reference/causal_mask.h>
 
@@ -39,8 +40,8 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
         ef::detail::causal_mask_problem(other.data(), batch, queries, keys, options));
     ASSERT_TRUE(same_bits(mask, other)) << isa.name;
     if (!options.segment_ids.empty()) return;
-    // The path of masks larger than the caches, at addresses that no vector is aligned to; the element before and after is not its
-    // own.
+    // The path of masks larger than the caches, at addresses that no vector is aligned to; the
+    // element before and after is not its own.
     auto memory = poisoned_tensor<T, 1>({mask.size() + 2});
     const ef::TensorView<T, 3> shifted(memory.data() + 1, batch, queries, keys);
     const auto problem =

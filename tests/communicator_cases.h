@@ -1,5 +1,6 @@
 /// \file
-/// What every communicator must do, as functions that each rank calls: the same cases run on one rank, on threads and under MPI.
+/// What every communicator must do, as functions that each rank calls: the same cases run on one
+/// rank, on threads and under MPI.
 #pragma once
 
 #include <eigenformer/communicator.h>
@@ -128,7 +129,8 @@ inline std::array<char, 3> element<std::array<char, 3>>(int rank, Index i) {
   return {static_cast<char>(rank), static_cast<char>(i % 100), 'x'};
 }
 
-/// Contradictions within one rank's arguments: refused before anything is sent, so the other ranks need not know.
+/// Contradictions within one rank's arguments: refused before anything is sent, so the other ranks
+/// need not know.
 template <ef::Communicator C>
 void check_bad_arguments(C& communicator) {
   const int ranks = communicator.size();

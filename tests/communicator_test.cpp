@@ -1,5 +1,6 @@
-// Laws: every collective gives its definition on every rank, sums have one order; a rank that fails, ends or calls something else
-// is an error on the others and never a hang; nothing is allocated in the steady state.
+// Laws: every collective gives its definition on every rank, sums have one order; a rank that
+// fails, ends or calls something else is an error on the others and never a hang; nothing is
+// allocated in the steady state.
 #include "communicator_cases.h"
 
 #include <atomic>
@@ -125,8 +126,9 @@ class OnOneCore {
   cpu_set_t before_;
 };
 
-// The others let the CommunicatorError out that the failure of one brings them. Whoever it wakes goes first: they sleep by the time
-// the idle thread runs, and take the core from it at once. So its exception is the first kept only where it is kept before that.
+// The others let the CommunicatorError out that the failure of one brings them. Whoever it wakes
+// goes first: they sleep by the time the idle thread runs, and take the core from it at once. So
+// its exception is the first kept only where it is kept before that.
 TEST(ThreadCommunicator, TheErrorsThatAnExceptionBringsOthersNeverTakeItsPlace) {
   const OnOneCore one_core;
   const int ranks =

@@ -1,6 +1,6 @@
 /// \file
-/// What every test compares with: random and poisoned tensors, tolerances (in this one place), relative errors, equal bits, the
-/// devices and ISA tags to sweep.
+/// What every test compares with: random and poisoned tensors, tolerances (in this one place),
+/// relative errors, equal bits, the devices and ISA tags to sweep.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -27,7 +27,8 @@ namespace eigenformer_test {
 namespace ef = eigenformer;
 using ef::Index;
 
-/// Relative Frobenius error allowed against a double reference on normal(0, 1) inputs: the contract's numbers.
+/// Relative Frobenius error allowed against a double reference on normal(0, 1) inputs: the
+/// contract's numbers.
 template <typename T>
 constexpr double tolerance() {
   if constexpr (std::is_same_v<T, double>) return 1e-12;

@@ -1,4 +1,5 @@
-// The calls of the contract, exactly as it writes them, compiled and run through the umbrella header alone.
+// The calls of the contract, exactly as it writes them, compiled and run through the umbrella
+// header alone.
 // clang-format off
 #include <eigenformer/eigenformer.h>
 

@@ -1,5 +1,6 @@
-// Laws: equal to the plain decoder; gradients equal finite differences; a row of logits has the same bits alone, in a batch, in
-// chunks, token by token, on any number of threads and ranks, through either cache; INT8 stays close; a small text is learned.
+// Laws: equal to the plain decoder; gradients equal finite differences; a row of logits has the
+// same bits alone, in a batch, in chunks, token by token, on any number of threads and ranks,
+// through either cache; INT8 stays close; a small text is learned.
 #include <eigenformer/decoder.h>
 
 #include <eigenformer/reference/decoder.h>
@@ -57,8 +58,8 @@ ef::Tensor<float, 2> row(const ef::Tensor<float, 2>& x, Index r) {
 }
 
 const Eigen::DefaultDevice kOneThread;
-// Box-Muller of numbers 2 i and 2 i + 1 of a stream of their own, whatever a sampler of the same seed
-// draws.
+// Box-Muller of numbers 2 i and 2 i + 1 of a stream of their own, whatever a sampler of the same
+// seed draws.
 TEST(DecoderWeights, InitialValuesAreOfTheStreamOfInitialisation) {
   const ef::DecoderWeights weights(kConfig, 5);
   const auto& tensors = weights.tensors();

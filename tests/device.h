@@ -1,7 +1,8 @@
 /// \file
-/// Tests that run on every device from one source: a file named X_device_test.cpp is built as C++ (DefaultDevice, ThreadPoolDevice)
-/// and, where CUDA is on, as CUDA (GpuDevice). It moves data through a `Bench` and compares with the reference on the host. Without
-/// a GPU the CUDA build skips aloud.
+/// Tests that run on every device from one source: a file named X_device_test.cpp is built as C++
+/// (DefaultDevice, ThreadPoolDevice) and, where CUDA is on, as CUDA (GpuDevice). It moves data
+/// through a `Bench` and compares with the reference on the host. Without a GPU the CUDA build
+/// skips aloud.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -82,7 +83,8 @@ void for_each_device(F&& f) {
 
 #endif
 
-/// A tensor in the memory of a bench's device, filled from one of the host (poisoned tensors included).
+/// A tensor in the memory of a bench's device, filled from one of the host (poisoned tensors
+/// included).
 template <typename B, typename T, int Rank>
 class DeviceTensor {
  public:

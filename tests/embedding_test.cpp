@@ -1,5 +1,5 @@
-// Laws: rows are copied exactly, at every width, rank, scalar and ISA; the gradient adds rows in the order of tokens whatever the
-// threads; a bad id changes nothing.
+// Laws: rows are copied exactly, at every width, rank, scalar and ISA; the gradient adds rows in
+// the order of tokens whatever the threads; a bad id changes nothing.
 #include <eigenformer/embedding.h>
 #include <eigenformer/reference/embedding.h>
 

@@ -1,6 +1,6 @@
 /// \file
-/// Counts calls of operator new, makes the n-th or the large ones fail, and holds a thread up in its next one. Include it in one file of a
-/// program: it replaces the global operators.
+/// Counts calls of operator new, makes the n-th or the large ones fail, and holds a thread up in
+/// its next one. Include it in one file of a program: it replaces the global operators.
 #pragma once
 
 #include <atomic>
@@ -28,7 +28,8 @@ struct Allocations {
     return memory;
   }
 
-  /// What malloc gave stands in front of what the caller gets: not every platform has aligned_alloc.
+  /// What malloc gave stands in front of what the caller gets: not every platform has
+  /// aligned_alloc.
   static void* allocate(std::size_t bytes, std::size_t alignment) {
     const std::size_t extra = alignment + sizeof(void*);
     if (bytes > (std::numeric_limits<std::size_t>::max)() - extra) throw std::bad_alloc();
@@ -60,8 +61,9 @@ class ScarceMemory {
   ScarceMemory& operator=(const ScarceMemory&) = delete;
 };
 
-/// Runs f once with each of its allocations failing in turn, until it gets through; after every failure calls check(). Returns how
-/// many failures there were. Any other exception of f passes through.
+/// Runs f once with each of its allocations failing in turn, until it gets through; after every
+/// failure calls check(). Returns how many failures there were. Any other exception of f passes
+/// through.
 template <typename F, typename Check>
 int with_failing_allocations(F&& f, Check&& check) {
   struct Fail {  // one allocation, also where f throws something else

@@ -6,7 +6,8 @@
 
 namespace eigenformer_test {
 
-/// Gradient of loss() with respect to each element of x, by central differences: error about step^2, 1e-9 of the values' size.
+/// Gradient of loss() with respect to each element of x, by central differences: error about
+/// step^2, 1e-9 of the values' size.
 template <typename Loss, int Rank>
 ef::Tensor<double, Rank> finite_differences(ef::Tensor<double, Rank>& x, Loss&& loss,
                                             double step = 1e-5) {

@@ -1,6 +1,7 @@
-// Laws of KvCache's memory: capacity is what the plain model of it says after any history of updates and reservations; a reservation
-// that cannot be met is refused at once with nothing changed, and none keeps an update from working; sizes up to the largest there
-// is give right answers or clear errors; a cache works to the very end of the program.
+// Laws of KvCache's memory: capacity is what the plain model of it says after any history of
+// updates and reservations; a reservation that cannot be met is refused at once with nothing
+// changed, and none keeps an update from working; sizes up to the largest there is give right
+// answers or clear errors; a cache works to the very end of the program.
 #include <eigenformer/kv_cache.h>
 
 #include <cstdlib>
@@ -157,7 +158,7 @@ TEST(KvCacheMemory, CapacitiesByHand) {
   EXPECT_EQ(cleared.capacity(0), 64);
 }
 
-// ---- reservations that cannot be met --------------------------------------------------------------------------------------------
+// ---- reservations that cannot be met ------------------------------------------------------------
 
 template <typename Cache>
 void expect_usable(Cache& cache, Index layer, Index length) {
@@ -354,7 +355,7 @@ TEST(KvCacheMemory, BuffersWhoseSizeOverflowsAreRefused) {
   }
 }
 
-// ---- the end of the program -----------------------------------------------------------------------------------------------------
+// ---- the end of the program ---------------------------------------------------------------------
 
 /// A global cache works in a destructor, after main.
 struct ToTheEnd {

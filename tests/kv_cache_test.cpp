@@ -1,5 +1,5 @@
-// Laws: equal to concatenation bit for bit (through the storage type), whatever unused slots hold; earlier rows never move; a
-// refused or failed update changes nothing; after reserve no allocation.
+// Laws: equal to concatenation bit for bit (through the storage type), whatever unused slots hold;
+// earlier rows never move; a refused or failed update changes nothing; after reserve no allocation.
 #include <eigenformer/kv_cache.h>
 #include <eigenformer/reference/kv_cache.h>
 

@@ -1,5 +1,5 @@
-// Laws of the linear layer's gradients: those of the definition, for every scalar and ISA; they accumulate, and micro-batches in
-// turn give the bits of one batch; the derivative of the layer.
+// Laws of the linear layer's gradients: those of the definition, for every scalar and ISA; they
+// accumulate, and micro-batches in turn give the bits of one batch; the derivative of the layer.
 #pragma once
 
 #include <eigenformer/linear.h>

@@ -1,5 +1,6 @@
-// Laws of fused epilogues, gated pairs and grouped int8 weights: the bits of the separate operators, for every scalar, tail and
-// ISA; the same bits alone, in a batch and on threads; errors that change nothing.
+// Laws of fused epilogues, gated pairs and grouped int8 weights: the bits of the separate
+// operators, for every scalar, tail and ISA; the same bits alone, in a batch and on threads; errors
+// that change nothing.
 #pragma once
 
 #include <eigenformer/activation.h>
@@ -40,7 +41,8 @@ ef::PackedGatedWeight<T> pack_pair_for(Isa isa, const ef::Tensor<float, 2>& gate
   return packed;
 }
 
-/// f(x) of every element, by the vectors of a tag: what the operator of activation.h computes there.
+/// f(x) of every element, by the vectors of a tag: what the operator of activation.h computes
+/// there.
 template <typename Function, typename Isa>
 ef::Tensor<float, 2> activated(Isa isa, const ef::Tensor<float, 2>& x) {
   ef::Tensor<float, 2> y(x.dimensions());

@@ -1,6 +1,6 @@
-// Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not depend on its neighbours,
-// threads, shards or packing; nothing is allocated twice; refuses what does not fit. Gradients, epilogues, pairs and groups have
-// headers of their own.
+// Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not
+// depend on its neighbours, threads, shards or packing; nothing is allocated twice; refuses what
+// does not fit. Gradients, epilogues, pairs and groups have headers of their own.
 #include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
 #include <eigenformer/reference/linear.h>
@@ -178,7 +178,8 @@ TEST(LinearBits, DoNotDependOnBlocksOrThreads) {
   expect_blocks_and_threads<float, std::int8_t>(3, 4000, 600);
 }
 
-// Outputs of more than kStreamingBytes are written around the caches where every row starts at a line.
+// Outputs of more than kStreamingBytes are written around the caches where every row starts at a
+// line.
 TEST(LinearBits, DoNotDependOnTheSizeOfTheOutput) {
   const Index tokens = 1100, in = 40;
   for (Index out : {Index{1024}, Index{1023}}) {

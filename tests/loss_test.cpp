@@ -1,5 +1,5 @@
-// Laws: equal to the plain definition for every scalar, option, width, ISA and thread count; the gradient is the derivative;
-// ignored rows are never looked at; bad targets change nothing.
+// Laws: equal to the plain definition for every scalar, option, width, ISA and thread count; the
+// gradient is the derivative; ignored rows are never looked at; bad targets change nothing.
 #include <eigenformer/loss.h>
 #include <eigenformer/reference/loss.h>
 

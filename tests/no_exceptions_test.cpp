@@ -1,6 +1,6 @@
-// Built with -fno-exceptions and -fno-rtti, without GoogleTest: operators work, and an error reaches
-// the handler (argument "handler") or, without one, stderr and abort (argument "default"). Exits
-// with 0 where things went as they should.
+// Built with -fno-exceptions and -fno-rtti, without GoogleTest: operators work, and an error
+// reaches the handler (argument "handler") or, without one, stderr and abort (argument "default").
+// Exits with 0 where things went as they should.
 #include <eigenformer/eigenformer.h>
 
 #include <cstdio>

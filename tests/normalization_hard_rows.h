@@ -1,9 +1,7 @@
 /// \file
 /// Rows that are hard for their arithmetic: equal numbers, a mean large against the spread, squares
-/// and sums past the range of the
-/// type or among its denormals. What is representable comes out right, forwards and backwards, on
-/// every ISA. And rows that take no
-/// part in a gradient.
+/// and sums past the range of the type or among its denormals. What is representable comes out
+/// right, forwards and backwards, on every ISA. And rows that take no part in a gradient.
 #pragma once
 
 #include <eigenformer/normalization.h>

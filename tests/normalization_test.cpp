@@ -1,5 +1,6 @@
-// Laws: equal to the definition for every scalar, ISA and width; gradients equal finite differences; the same bits for any threads,
-// for a row alone and in place; add_rms_norm is the two steps; refuses what makes no sense.
+// Laws: equal to the definition for every scalar, ISA and width; gradients equal finite
+// differences; the same bits for any threads, for a row alone and in place; add_rms_norm is the two
+// steps; refuses what makes no sense.
 #include <eigenformer/normalization.h>
 #include <eigenformer/reference/normalization.h>
 

@@ -1,5 +1,6 @@
-// Laws: steps equal the double reference and PyTorch for every size and ISA; the same bits for any number of threads and after a
-// resume from saved state; gradient norms and clipping equal their definition; nonsense is refused.
+// Laws: steps equal the double reference and PyTorch for every size and ISA; the same bits for any
+// number of threads and after a resume from saved state; gradient norms and clipping equal their
+// definition; nonsense is refused.
 #include <eigenformer/optimizer.h>
 #include <eigenformer/reference/optimizer.h>
 

@@ -1,6 +1,6 @@
-// Laws of PagedKvCache's pages: after any history they are shared, copied and free as in the plain model, and every figure of
-// statistics() is the model's; sizes up to the largest there is give right answers or clear errors; a cache works to the very end of
-// the program.
+// Laws of PagedKvCache's pages: after any history they are shared, copied and free as in the plain
+// model, and every figure of statistics() is the model's; sizes up to the largest there is give
+// right answers or clear errors; a cache works to the very end of the program.
 #include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/reference/paged_kv_cache.h>
 

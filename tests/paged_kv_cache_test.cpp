@@ -1,5 +1,6 @@
-// Laws: any history of add, append, fork, truncate and free holds what the plain model holds, whatever unused slots hold; pages in
-// use are exactly those somebody needs; a refused call changes nothing; in steady state nothing is allocated.
+// Laws: any history of add, append, fork, truncate and free holds what the plain model holds,
+// whatever unused slots hold; pages in use are exactly those somebody needs; a refused call changes
+// nothing; in steady state nothing is allocated.
 #include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/reference/kv_cache.h>
 #include <eigenformer/reference/paged_kv_cache.h>
@@ -74,7 +75,8 @@ void expect_equal(const ef::PagedKvCache<T, Storage>& cache,
   }
 }
 
-/// Fills every slot of the pool that no sequence's layer holds with NaN: slots past lengths, in pages in use.
+/// Fills every slot of the pool that no sequence's layer holds with NaN: slots past lengths, in
+/// pages in use.
 template <typename T, typename Storage>
 void poison_unused(ef::PagedKvCache<T, Storage>& cache) {
   using Scalar = Storage;

@@ -1,5 +1,5 @@
-// ParallelRegion: the same parts and bits as without, no allocation once its threads are awake, and no call that waits for a thread
-// which others keep busy.
+// ParallelRegion: the same parts and bits as without, no allocation once its threads are awake, and
+// no call that waits for a thread which others keep busy.
 #include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
 
@@ -101,7 +101,8 @@ TEST(ParallelRegion, AllocatesNothingWhileItsThreadsAreAwake) {
   }
 }
 
-// Uneven parts: now the opener is late, now its helpers are, so that either takes parts of the other.
+// Uneven parts: now the opener is late, now its helpers are, so that either takes parts of the
+// other.
 TEST(ParallelRegion, ManyShortJobs) {
   for (int count : {2, 5}) {
     Threads threads(count);
@@ -224,7 +225,8 @@ TEST(ParallelRegion, DoesNotWaitForABusyPool) {
       ended.Notify();
     });
   begun.Wait();
-  // All parts by the opener, and nobody to wait for at the end. The pool's queues hold 1024 tasks each: they overflow, too.
+  // All parts by the opener, and nobody to wait for at the end. The pool's queues hold 1024 tasks
+  // each: they overflow, too.
   for (int i = 0; i < 3000; ++i) {
     const ef::ParallelRegion region(threads.device);
     EXPECT_EQ(sum_of_indices(threads.device, 50), 1225);
@@ -239,7 +241,8 @@ TEST(ParallelRegion, ThreadsLeaveWhenIdleAndAreCalledAgain) {
   const ef::ParallelRegion region(threads.device, {.linger = 200us});
   for (int i = 0; i < 5; ++i) {
     EXPECT_TRUE(helpers_come(threads.device));
-    // Both threads of the pool are free again when two tasks of somebody else can be under way at once.
+    // Both threads of the pool are free again when two tasks of somebody else can be under way at
+    // once.
     Eigen::Barrier together(2), ended(2);
     for (int t = 0; t < 2; ++t)
       threads.pool.Schedule([&] {

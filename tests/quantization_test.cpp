@@ -1,5 +1,6 @@
-// Laws: the definition bit for bit, on every ISA and device, in place or not; the error bound; the refusals; the product with
-// quantized weights equals exact integer sums scaled once, the same bits on every ISA, for every tail, batch and number of threads.
+// Laws: the definition bit for bit, on every ISA and device, in place or not; the error bound; the
+// refusals; the product with quantized weights equals exact integer sums scaled once, the same bits
+// on every ISA, for every tail, batch and number of threads.
 #include <eigenformer/quantization.h>
 #include <eigenformer/reference/quantization.h>
 
@@ -205,7 +206,8 @@ TEST(QuantizationAtOnce, HasTheBitsOfCheckingFirst) {
   }
 }
 
-// Vectors of groups at a time, whole ones and what is left, and groups whose scales leave the range of the corrected quotient.
+// Vectors of groups at a time, whole ones and what is left, and groups whose scales leave the range
+// of the corrected quotient.
 template <typename T>
 void check_line_in_groups() {
   for (Index group : {32, 64, 128})
@@ -409,8 +411,8 @@ TEST(Int8Linear, IsExactAndTheSameOnEveryIsa) {
 }
 
 TEST(Int8Linear, IsExactForTheLargestProducts) {
-  // Weights of -128, which only a caller can bring, and activations of -127 and 127: pairs of products come within 256 of int16's
-  // end.
+  // Weights of -128, which only a caller can bring, and activations of -127 and 127: pairs of
+  // products come within 256 of int16's end.
   for (Index in : {1, 2, 3, 4, 8, 67, 1000}) {
     ef::Tensor<std::int8_t, 2> values(5, in);
     ef::Tensor<float, 2> x(7, in);

@@ -1,6 +1,6 @@
-// Laws: equal to the definition for every scalar, ISA, width, layout and position; table and options give the same bits; the
-// inverse undoes it and is the gradient; lengths are kept, and scores depend on distances only; the same bits for any threads,
-// batch and place.
+// Laws: equal to the definition for every scalar, ISA, width, layout and position; table and
+// options give the same bits; the inverse undoes it and is the gradient; lengths are kept, and
+// scores depend on distances only; the same bits for any threads, batch and place.
 #include <eigenformer/reference/rope.h>
 #include <eigenformer/rope.h>
 

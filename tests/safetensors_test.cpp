@@ -1,4 +1,5 @@
-// The checkpoint files of the main job: what is written comes back, and no byte string makes the reader misbehave.
+// The checkpoint files of the main job: what is written comes back, and no byte string makes the
+// reader misbehave.
 #include "../bench/safetensors.h"
 
 #include <unistd.h>

@@ -1,4 +1,5 @@
-// Greedy and top-k sampling on every device: the same rule, the same random numbers, bad rows reported.
+// Greedy and top-k sampling on every device: the same rule, the same random numbers, bad rows
+// reported.
 #include <eigenformer/sampling.h>
 
 #include "device.h"
@@ -52,7 +53,8 @@ void check(Index vocab, Index k, double temperature) {
         ASSERT_EQ(got(r), -1);
         continue;
       }
-      // By definition: order by logit, then index; keep k; walk the cumulative weights in token order.
+      // By definition: order by logit, then index; keep k; walk the cumulative weights in token
+      // order.
       std::vector<std::pair<double, Index>> order;
       for (Index t = 0; t < vocab; ++t) order.push_back({-static_cast<double>(logits(r, t)), t});
       std::sort(order.begin(), order.end());

@@ -55,8 +55,8 @@ TYPED_TEST(SamplingZeros, BothZerosAreEqualInLargeVocabularies) {
 // just misses it.
 TEST(SamplingTies, CountsOfTiesWhereTheSumIsRounded) {
   EXPECT_EQ(kept_by(row_of<double>({.595, 0, 0, 0, 0}), {.top_p = .82797270314430538}).size(), 4u);
-  // Quotients (p * total - 1) / weight that round to one tie too many or one too few, whether products
-  // and sums are fused or not.
+  // Quotients (p * total - 1) / weight that round to one tie too many or one too few, whether
+  // products and sums are fused or not.
   struct Case {
     double best, p;
     std::size_t kept;

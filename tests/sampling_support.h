@@ -1,6 +1,6 @@
 /// \file
-/// What the tests of sampling share: rows with known probabilities, the sets kept, comparison with the reference, parameters to
-/// sweep.
+/// What the tests of sampling share: rows with known probabilities, the sets kept, comparison with
+/// the reference, parameters to sweep.
 #pragma once
 
 #include <eigenformer/reference/sampling.h>
@@ -100,7 +100,8 @@ inline std::vector<std::pair<std::string, ef::SamplingParams>> parameter_sets() 
       {"llama.cpp greedy", {.temperature = 0, .top_k = 40, .order = ef::kLlamaCppOrder}}};
 }
 
-/// Pearson's statistic against its mean and spread: sqrt(2 * statistic) is normal around sqrt(2 * cells - 3) with deviation 1.
+/// Pearson's statistic against its mean and spread: sqrt(2 * statistic) is normal around sqrt(2 *
+/// cells - 3) with deviation 1.
 inline void expect_distributed(const std::vector<double>& counts,
                                const std::vector<double>& probabilities, const std::string& what) {
   double total = 0, statistic = 0, cells = 0, rest_count = 0, rest_expected = 0;

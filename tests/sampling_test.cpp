@@ -1,6 +1,6 @@
-// Laws: the distribution is that of a sort in double for every filter, order and size; ties go by index; draws follow the
-// distribution and depend on (seed, position, row) only; bad rows are named and harm no other; speculative tokens follow the
-// target.
+// Laws: the distribution is that of a sort in double for every filter, order and size; ties go by
+// index; draws follow the distribution and depend on (seed, position, row) only; bad rows are named
+// and harm no other; speculative tokens follow the target.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -16,7 +16,8 @@ void* counted_allocation(std::size_t bytes, std::size_t alignment) {
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
-// Not inlined: g++ 12 would see free() meet an operator new that it has not inlined, and warn of a mismatch.
+// Not inlined: g++ 12 would see free() meet an operator new that it has not inlined, and warn of a
+// mismatch.
 [[gnu::noinline]] void release(void* p) noexcept { std::free(p); }
 }  // namespace
 void* operator new(std::size_t bytes) { return counted_allocation(bytes, 16); }
@@ -111,7 +112,8 @@ TEST(SamplingLogits, PenaltiesBiasAndMask) {
     check_distribution(random_tensor<double, 2>({2, 70}, 9, 2.0), params, "adjusted double");
     check_distribution(random_tensor<ef::half, 2>({2, 70}, 9, 2.0), params, "adjusted half");
   }
-  // By hand: 2 and -2 both become less likely, -infinity stays; frequency counts, presence does not.
+  // By hand: 2 and -2 both become less likely, -infinity stays; frequency counts, presence does
+  // not.
   const std::vector<std::int32_t> all{0, 1, 2, 0};
   const auto p =
       ef::sampling_probabilities(row_of({2, -2, -kInfinity, 0}), {.repetition_penalty = 2,

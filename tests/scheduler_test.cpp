@@ -1,5 +1,6 @@
-// Laws: any history of calls gives what the plain model gives, errors change nothing; a step never exceeds its budgets, and a cache
-// driven by its plans never runs out of pages; everybody gets a first token within the stated bound; pages all return.
+// Laws: any history of calls gives what the plain model gives, errors change nothing; a step never
+// exceeds its budgets, and a cache driven by its plans never runs out of pages; everybody gets a
+// first token within the stated bound; pages all return.
 #include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
@@ -134,9 +135,8 @@ TEST(ContinuousBatchScheduler, ContractCallsCompileAsWritten) {
   const bool is_finished = false;
   ef::ContinuousBatchScheduler scheduler(max_batch_size, max_seq_length);
   scheduler.add_request(request_id, prompt_tokens);  // std::string, std::span<const std::int32_t>
-  ef::Batch batch =
-      scheduler
-          .get_batch();  // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
+  // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
+  ef::Batch batch = scheduler.get_batch();
   scheduler.update_batch(request_id, new_token, is_finished);
   bool room =
       scheduler.can_add_more_requests();  // a request added now would join the batch at once

@@ -1,4 +1,5 @@
-// vec<T, Isa> against scalar arithmetic, for every ISA of this build, every length of a tail, and every special value.
+// vec<T, Isa> against scalar arithmetic, for every ISA of this build, every length of a tail, and
+// every special value.
 #include <eigenformer/cpu/simd/transpose.h>
 
 #include "compare.h"

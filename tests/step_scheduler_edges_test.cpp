@@ -1,5 +1,6 @@
-// Laws of both schedulers at their edges: sizes up to the largest there is give right answers or clear errors; while one thread is
-// inside a member of StepScheduler, no other gets through one; a scheduler works to the very end of the program.
+// Laws of both schedulers at their edges: sizes up to the largest there is give right answers or
+// clear errors; while one thread is inside a member of StepScheduler, no other gets through one; a
+// scheduler works to the very end of the program.
 #include <eigenformer/scheduler.h>
 
 #include <atomic>
@@ -28,7 +29,7 @@ void run(ef::StepScheduler& scheduler) {
   }
 }
 
-// ---- sizes ----------------------------------------------------------------------------------------------------------------------
+// ---- sizes --------------------------------------------------------------------------------------
 
 TEST(SchedulerSizes, NoLimitIsTheLargestIndexAndNothingOverflows) {
   for (Index budget : {Index{1}, Index{3}, kLargest - 1, kLargest})
@@ -148,10 +149,11 @@ TEST(SchedulerSizes, BatchesOfAnySizeAndTextsOfAnyLength) {
   EXPECT_TRUE(scheduler.can_add_more_requests());
 }
 
-// ---- threads --------------------------------------------------------------------------------------------------------------------
+// ---- threads ------------------------------------------------------------------------------------
 
-/// Holds a thread up inside `submit`, which allocates with the lock held, and says whether `member`, called by another thread
-/// meanwhile, got through. A lock that is missing shows as a member that gets through; the wait is for that and no longer.
+/// Holds a thread up inside `submit`, which allocates with the lock held, and says whether
+/// `member`, called by another thread meanwhile, got through. A lock that is missing shows as a
+/// member that gets through; the wait is for that and no longer.
 template <typename Member>
 bool gets_through(ef::StepScheduler& scheduler, Member&& member) {
   std::atomic<bool> inside{false}, called{false}, through{false}, go_on{false};
@@ -206,7 +208,7 @@ TEST(StepSchedulerThreads, OneMemberAtATime) {
   EXPECT_FALSE(waits([&] { (void)scheduler.options(); }));  // never changes: no lock
 }
 
-// ---- memory that runs out -------------------------------------------------------------------------------------------------------
+// ---- memory that runs out -----------------------------------------------------------------------
 
 TEST(StepSchedulerMemory, AfterAPlanThatFailedACancelIsWholeOrNotAtAll) {
   ef::StepScheduler scheduler({.max_batch_size = 40});
@@ -253,7 +255,7 @@ TEST(StepSchedulerMemory, AfterAPlanThatFailedACancelIsWholeOrNotAtAll) {
                                            cancelled.end()));
 }
 
-// ---- the end of the program -----------------------------------------------------------------------------------------------------
+// ---- the end of the program ---------------------------------------------------------------------
 
 /// Global objects work in their destructors, after main and after what came later was destroyed.
 struct ToTheEnd {

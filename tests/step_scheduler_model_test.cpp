@@ -1,5 +1,6 @@
-// Law: any history of calls gives what the plain model gives: each plan with its requests, tokens, positions and releases, each
-// refusal, each bound, each statistic. Beside it, small plans and bounds worked out by hand, so that the two cannot be wrong alike.
+// Law: any history of calls gives what the plain model gives: each plan with its requests, tokens,
+// positions and releases, each refusal, each bound, each statistic. Beside it, small plans and
+// bounds worked out by hand, so that the two cannot be wrong alike.
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
 
@@ -50,7 +51,8 @@ bool throws(F&& f) {
   }
 }
 
-/// How often the rare things happened, over all histories: a load that never reaches them tests nothing.
+/// How often the rare things happened, over all histories: a load that never reaches them tests
+/// nothing.
 struct Reached {
   int steps = 0, preempted = 0, told = 0, length = 0, refused = 0, too_long = 0, discarded = 0,
       cancelled_in_flight = 0, several_tokens = 0, drafts = 0, outranked_after_discard = 0;
@@ -247,7 +249,7 @@ TEST(StepSchedulerModel, RandomHistoriesEqualThePlainModelPlanByPlan) {
   EXPECT_GT(reached.drafts, 2000);
 }
 
-// ---- by hand --------------------------------------------------------------------------------------------------------------------
+// ---- by hand ------------------------------------------------------------------------------------
 
 Tokens prompt_of(Index length) { return Tokens(static_cast<std::size_t>(length), 7); }
 
@@ -439,7 +441,8 @@ TEST(StepSchedulerPlans, ASharedPrefixTakesNoPagesAndIsNotComputed) {
   EXPECT_EQ(plan.tokens.size(), 32u);
   EXPECT_EQ(plan.positions, std::vector<Index>(8, 64));
   EXPECT_EQ(scheduler.statistics().pages_used, 8);
-  // One page of the prefix is not full: each copies it when it writes. Preempted, a request begins at its prefix again.
+  // One page of the prefix is not full: each copies it when it writes. Preempted, a request begins
+  // at its prefix again.
   ef::StepScheduler scarce({.page_size = 4, .page_count = 3});
   const auto a = scarce.submit(prompt_of(7), {.max_new_tokens = 3, .shared_prefix = 6});
   step(scarce, plan);

@@ -1,6 +1,7 @@
-// Laws: a step never exceeds its budgets, and a cache driven by its plans never runs out of pages; every request ends with its own
-// text, whatever the batch around it; everybody gets a first token within the stated bound; pages all return. Plan by plan against
-// the plain model: step_scheduler_model_test.cpp.
+// Laws: a step never exceeds its budgets, and a cache driven by its plans never runs out of pages;
+// every request ends with its own text, whatever the batch around it; everybody gets a first token
+// within the stated bound; pages all return. Plan by plan against the plain model:
+// step_scheduler_model_test.cpp.
 #include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/scheduler.h>
 
@@ -25,10 +26,12 @@ Tokens prompt_of(Index length, unsigned seed) {
   for (auto& token : tokens) token = static_cast<std::int32_t>(random() % 50);
   return tokens;
 }
-/// What requests that share a prefix begin with: its last page is never full, but for pages of 1 and 3.
+/// What requests that share a prefix begin with: its last page is never full, but for pages of 1
+/// and 3.
 const Tokens kSystemPrompt = prompt_of(9, 4711);
 
-/// Carries plans out on a real paged cache, whose keys are the tokens themselves, and checks every law a plan must keep.
+/// Carries plans out on a real paged cache, whose keys are the tokens themselves, and checks every
+/// law a plan must keep.
 struct Engine {
   explicit Engine(const ef::StepSchedulerOptions& options)
       : scheduler(options),
@@ -112,7 +115,8 @@ struct Engine {
     if (!plan.requests.empty()) scheduler.complete(sampled);
   }
 
-  /// The row's next token, and one more for each draft that was right. Drafts fill all the room that the plan gives them.
+  /// The row's next token, and one more for each draft that was right. Drafts fill all the room
+  /// that the plan gives them.
   void sample_row(std::size_t row, std::int32_t end_token, std::vector<ef::StepToken>& sampled) {
     const ef::RequestTicket ticket = plan.requests[row];
     const ef::SequenceId sequence = sequences.at(ticket);

@@ -1,6 +1,7 @@
 /// \file
-/// What the tensor-parallel layers must do on every communicator, as functions that each rank calls: the same cases run on one
-/// rank, on threads and under MPI. Every rank makes the same inputs from the same seeds.
+/// What the tensor-parallel layers must do on every communicator, as functions that each rank
+/// calls: the same cases run on one rank, on threads and under MPI. Every rank makes the same
+/// inputs from the same seeds.
 #pragma once
 
 #include <eigenformer/reference/tensor_parallel.h>
@@ -69,7 +70,8 @@ void check_layers(C& communicator, Index batch, Index sequence, Index in, Index 
                 with_bias));
 }
 
-/// A column-parallel layer in parts, then a row-parallel one: the two halves of a transformer block's MLP.
+/// A column-parallel layer in parts, then a row-parallel one: the two halves of a transformer
+/// block's MLP.
 template <ef::Communicator C>
 void check_pair_of_layers(C& communicator) {
   for (Index hidden : {1, 5, 13, 300}) {

@@ -1,6 +1,7 @@
 // The laws of communicator_test and tensor_parallel_test, with ranks that are MPI processes:
 //   mpirun -n 3 ./tensor_parallel_mpi_test
-// Rank 0 prints the report, other ranks only their failures; every rank exits with 1 where any rank failed.
+// Rank 0 prints the report, other ranks only their failures; every rank exits with 1 where any rank
+// failed.
 #include "communicator_cases.h"
 #include "tensor_parallel_cases.h"
 

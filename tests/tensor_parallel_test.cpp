@@ -1,5 +1,6 @@
-// Laws: every layer equals ef::linear on the full weight, bit for bit, for every world size, communicator, device and scalar;
-// tokens are those of the gathered logits; bad arguments are refused before anything is sent; failures of a rank reach the others.
+// Laws: every layer equals ef::linear on the full weight, bit for bit, for every world size,
+// communicator, device and scalar; tokens are those of the gathered logits; bad arguments are
+// refused before anything is sent; failures of a rank reach the others.
 #include "tensor_parallel_cases.h"
 
 #include "allocations.h"

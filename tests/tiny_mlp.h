@@ -1,6 +1,7 @@
 /// \file
-/// A two-layer model with tanh, by plain loops and no operator of the library, that meets ef::TrainableModel: activations in
-/// Compute, sums in float, master weights and gradients in float. Same layout of weights as ef::reference::Mlp.
+/// A two-layer model with tanh, by plain loops and no operator of the library, that meets
+/// ef::TrainableModel: activations in Compute, sums in float, master weights and gradients in
+/// float. Same layout of weights as ef::reference::Mlp.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Laws of gradient accumulation: gradients, weights and loss are those of the one big batch, for
-// ragged micro-batches, ignored targets, targets of any type, the shorter last group, dirty gradients
-// and any kind of range; errors change no weight.
+// ragged micro-batches, ignored targets, targets of any type, the shorter last group, dirty
+// gradients and any kind of range; errors change no weight.
 #include <eigenformer/reference/training.h>
 #include <eigenformer/training.h>
 

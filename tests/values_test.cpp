@@ -1,5 +1,6 @@
 // Options and lengths: what has a name is viewed, what has none is owned, through copies and moves;
-// lengths are integers of any type, and what does not fit an Index reads as the nearest one that does.
+// lengths are integers of any type, and what does not fit an Index reads as the nearest one that
+// does.
 #include <eigenformer/attention.h>
 #include <eigenformer/causal_mask.h>
 

@@ -1,5 +1,6 @@
 /// \file
-/// Trained weights as a safetensors file: names of Llama checkpoints, the decoder's shape in the metadata.
+/// Trained weights as a safetensors file: names of Llama checkpoints, the decoder's shape in the
+/// metadata.
 #pragma once
 
 #include <cstdio>
@@ -77,7 +78,8 @@ inline ef::DecoderConfig read_config(const safetensors::File& file) {
 inline std::shared_ptr<ef::DecoderWeights> load(const std::filesystem::path& folder) {
   const auto file = safetensors::read(weights_file(folder));
   const ef::DecoderConfig config = read_config(file);
-  // The file must hold what its metadata claims before memory is taken for it: the sizes multiply to at most 2^62.
+  // The file must hold what its metadata claims before memory is taken for it: the sizes multiply
+  // to at most 2^62.
   Index held = 0;
   for (const auto& [name, entry] : file.tensors) held += static_cast<Index>(entry.values.size());
   const Index features = config.features;

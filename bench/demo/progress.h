@@ -1,5 +1,6 @@
 /// \file
-/// Progress of long work: a bar that is rewritten on a terminal, a plain line every few seconds elsewhere.
+/// Progress of long work: a bar that is rewritten on a terminal, a plain line every few seconds
+/// elsewhere.
 #pragma once
 
 #include <unistd.h>

@@ -1,6 +1,6 @@
 /// \file
-/// Step (d) of the main job: 16 requests through the continuous-batching scheduler. Every rank runs the same loop on its part of
-/// the linear layers; rank 0 prints.
+/// Step (d) of the main job: 16 requests through the continuous-batching scheduler. Every rank runs
+/// the same loop on its part of the linear layers; rank 0 prints.
 #pragma once
 
 #include <cstdio>
@@ -25,7 +25,8 @@ struct Request {
   std::string how;
 };
 
-/// The prompts that are held against the text, greedily, and six that sample in other ways and lengths.
+/// The prompts that are held against the text, greedily, and six that sample in other ways and
+/// lengths.
 inline std::vector<Request> make_requests(const std::string& text) {
   std::vector<Request> requests;
   for (Index p = 0; p < kPrompts; ++p)
@@ -54,7 +55,8 @@ inline std::vector<Request> make_requests(const std::string& text) {
   return requests;
 }
 
-/// Prints what the requests generate as it comes: a line for each request whenever 64 characters or a line end are there.
+/// Prints what the requests generate as it comes: a line for each request whenever 64 characters or
+/// a line end are there.
 class Stream {
  public:
   explicit Stream(bool enabled) : enabled_(enabled) {}
@@ -125,8 +127,8 @@ class Server {
     Index generated;
   };
 
-  // Newcomers are prefilled together, padded to the longest prompt; the others decode one token. Then every row is sampled in its
-  // own way.
+  // Newcomers are prefilled together, padded to the longest prompt; the others decode one token.
+  // Then every row is sampled in its own way.
   void step(const ef::Batch& batch) {
     std::vector<Index> fresh, running;
     for (std::size_t r = 0; r < batch.request_ids.size(); ++r)

@@ -39,8 +39,9 @@ struct TrainingBatch {
   ef::Tensor<std::int32_t, 1> targets;  // (batch * length): the byte that follows
 };
 
-/// Windows of the text at random places: the same for a seed. Places are drawn half a window beyond both ends and moved inside, so
-/// that the first and last characters are seen as often as the others.
+/// Windows of the text at random places: the same for a seed. Places are drawn half a window beyond
+/// both ends and moved inside, so that the first and last characters are seen as often as the
+/// others.
 class Windows {
  public:
   Windows(const std::string& text, Index batch, Index length, std::uint64_t seed)

@@ -1,5 +1,6 @@
 /// \file
-/// Step (b) of the main job: gradient accumulation in bfloat16 mixed precision on a thread pool, with a progress bar.
+/// Step (b) of the main job: gradient accumulation in bfloat16 mixed precision on a thread pool,
+/// with a progress bar.
 #pragma once
 
 #include <algorithm>
@@ -74,7 +75,8 @@ TrainingResult train(Model& model, const Eigen::ThreadPoolDevice& device, const 
   return result;
 }
 
-/// Mean cross-entropy in nats a byte over the text, through the cache and whatever weights inference holds (float or INT8).
+/// Mean cross-entropy in nats a byte over the text, through the cache and whatever weights
+/// inference holds (float or INT8).
 template <typename Model>
 double evaluate(Model& model, const std::string& text, Index length, Index windows) {
   double sum = 0;

@@ -12,7 +12,8 @@ namespace {
 
 using OwnThreads = std::function<void(int)>;
 
-/// The result and the call are made when the peer is first used: rows that are filtered out cost nothing.
+/// The result and the call are made when the peer is first used: rows that are filtered out cost
+/// nothing.
 [[maybe_unused]] void add_peer(Row& row, const Product& product, const std::string& name,
                                const std::string& family,
                                OwnThreads (*matmul)(const Product&, std::shared_ptr<float>)) {

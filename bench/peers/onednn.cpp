@@ -16,8 +16,8 @@ using dnnl::memory;
 using Tag = memory::format_tag;
 using Type = memory::data_type;
 
-/// Sets the size of the OpenMP pool that oneDNN runs on. Looked up at run time: oneDNN may have been built for another OpenMP
-/// library than this compiler's, or for none.
+/// Sets the size of the OpenMP pool that oneDNN runs on. Looked up at run time: oneDNN may have
+/// been built for another OpenMP library than this compiler's, or for none.
 void set_threads(int threads) {
   using SetThreads = void (*)(int);
   static const SetThreads set =
@@ -56,7 +56,8 @@ class Matmul {
                                                    : Type::s8;
   }
 
-  /// The primitive fixes its number of threads, and may choose another layout of the weights for it.
+  /// The primitive fixes its number of threads, and may choose another layout of the weights for
+  /// it.
   void build(int threads) {
     const memory::desc x_desc({product_.tokens, product_.in}, type(), Tag::ab);
     const memory::desc w_desc({product_.in, product_.out}, type(), Tag::any);

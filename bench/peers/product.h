@@ -1,5 +1,6 @@
 /// \file
-/// The matrix product that peers are given, y = x w^T, and the judgement of their result. Free of Eigen and of every peer.
+/// The matrix product that peers are given, y = x w^T, and the judgement of their result. Free of
+/// Eigen and of every peer.
 #pragma once
 
 #include <cmath>
@@ -18,12 +19,14 @@ struct Product {
   std::shared_ptr<const float> x;  // (tokens, in)
   std::shared_ptr<const float> w;  // (out, in)
   WeightType type = WeightType::float32;
-  /// Calls take turns on this many copies of the weights: so many that each comes out of DRAM, as in decoding.
+  /// Calls take turns on this many copies of the weights: so many that each comes out of DRAM, as
+  /// in decoding.
   int copies = 1;
 };
 
-/// What is wrong with y (tokens, out), empty where its relative Frobenius error is in bounds: against double, over some 4,000
-/// elements spread over the whole result. The bounds are the contract's, and for INT8 that of rounding both factors to 8 bits.
+/// What is wrong with y (tokens, out), empty where its relative Frobenius error is in bounds:
+/// against double, over some 4,000 elements spread over the whole result. The bounds are the
+/// contract's, and for INT8 that of rounding both factors to 8 bits.
 inline std::string mismatch_of(const Product& product, const float* y) {
   const std::int64_t size = product.tokens * product.out;
   const std::int64_t step = size / 4096 + 1;

@@ -1,5 +1,6 @@
 /// \file
-/// Activations, gated activations and the residual sum. Elements one by one, for tensors of any rank:
+/// Activations, gated activations and the residual sum. Elements one by one, for tensors of any
+/// rank:
 ///
 ///   silu(x) = x / (1 + e^-x)                                                 (Elfwing et al., 2017; also called swish)
 ///   gelu(x) = x Phi(x), Phi the normal distribution function                 (Hendrycks & Gimpel, 2016), or its tanh form
@@ -7,16 +8,18 @@
 ///   relu(x) = max(x, 0)
 ///   swiglu(gate, up) = silu(gate) * up,   geglu(gate, up) = gelu(gate) * up  (Shazeer, "GLU Variants Improve Transformer", 2020)
 ///
-/// The gated forms take gate and up of one shape, or one fused tensor (..., 2 * features) whose rows are [gate | up], as one matrix
-/// product leaves them; the result is (..., features).
+/// The gated forms take gate and up of one shape, or one fused tensor (..., 2 * features) whose
+/// rows are [gate | up], as one matrix product leaves them; the result is (..., features).
 ///
-/// Scalars are float, double, bfloat16 and half, and may differ among the arguments of a call. Arithmetic is in float, or in double
-/// where an argument is double. In float the error is below 5e-7 of the value or 2e-7 of |x|, whichever is larger. Infinities give
-/// the function's limit; NaN gives NaN.
+/// Scalars are float, double, bfloat16 and half, and may differ among the arguments of a call.
+/// Arithmetic is in float, or in double where an argument is double. In float the error is below
+/// 5e-7 of the value or 2e-7 of |x|, whichever is larger. Infinities give the function's limit; NaN
+/// gives NaN.
 ///
-/// Aliasing: an output may be an input itself (the same memory, scalar and shape); any other overlap is undefined. In the backward
-/// forms grad_gate and grad_up may take the place of gate, up and grad_y in any arrangement. Throws std::invalid_argument where
-/// shapes disagree or a fused dimension is odd, before anything is written. Cost: one pass through memory; the forms with a
+/// Aliasing: an output may be an input itself (the same memory, scalar and shape); any other
+/// overlap is undefined. In the backward forms grad_gate and grad_up may take the place of gate, up
+/// and grad_y in any arrangement. Throws std::invalid_argument where shapes disagree or a fused
+/// dimension is odd, before anything is written. Cost: one pass through memory; the forms with a
 /// destination allocate nothing. Results do not depend on threads or position.
 #pragma once
 
@@ -160,7 +163,7 @@ concept NotAnOption = !Device<X> && !std::same_as<X, GeluOptions>;
 
 }  // namespace detail
 
-// ---- silu ------------------------------------------------------------------------------------------------
+// ---- silu ---------------------------------------------------------------------------------------
 
 /// y = silu(x).
 template <CpuDevice D, typename Y, typename X>
@@ -187,7 +190,7 @@ auto silu(const X& x) {
   return silu(Eigen::DefaultDevice{}, x);
 }
 
-// ---- gelu ------------------------------------------------------------------------------------------------
+// ---- gelu ---------------------------------------------------------------------------------------
 
 /// y = gelu(x).
 template <CpuDevice D, typename Y, typename X>
@@ -219,7 +222,7 @@ auto gelu(const X& x, const GeluOptions& options = {}) {
   return gelu(Eigen::DefaultDevice{}, x, options);
 }
 
-// ---- relu ------------------------------------------------------------------------------------------------
+// ---- relu ---------------------------------------------------------------------------------------
 
 /// y = relu(x).
 template <CpuDevice D, typename Y, typename X>
@@ -246,7 +249,7 @@ auto relu(const X& x) {
   return relu(Eigen::DefaultDevice{}, x);
 }
 
-// ---- swiglu ----------------------------------------------------------------------------------------------
+// ---- swiglu -------------------------------------------------------------------------------------
 
 /// y = silu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, typename Up>
@@ -302,7 +305,7 @@ auto swiglu(const Fused& gate_up) {
   return swiglu(Eigen::DefaultDevice{}, gate_up);
 }
 
-// ---- geglu -----------------------------------------------------------------------------------------------
+// ---- geglu --------------------------------------------------------------------------------------
 
 /// y = gelu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, detail::NotAnOption Up>
@@ -366,9 +369,10 @@ auto geglu(const Fused& gate_up, const GeluOptions& options = {}) {
   return geglu(Eigen::DefaultDevice{}, gate_up, options);
 }
 
-// ---- residual --------------------------------------------------------------------------------------------
+// ---- residual -----------------------------------------------------------------------------------
 
-/// y = x + residual. y may be x or residual. Its gradient is grad_y for both: no backward form is needed.
+/// y = x + residual. y may be x or residual. Its gradient is grad_y for both: no backward form is
+/// needed.
 template <CpuDevice D, typename Y, typename X, typename R>
 void residual_add_into(const D& device, Y&& y, const X& x, const R& residual) {
   auto yv = detail::output_like<X>(y);

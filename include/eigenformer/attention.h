@@ -1,5 +1,6 @@
 /// \file
-/// Attention over batches of sequences of different lengths, without ever building the score matrix:
+/// Attention over batches of sequences of different lengths, without ever building the score
+/// matrix:
 ///
 ///   score[i, j] = scale * q_i . k_j                          scale 1 / sqrt(head_dim) unless given
 ///   score = softcap * tanh(score / softcap)                  where softcap > 0 (Gemma 2)
@@ -7,27 +8,30 @@
 ///   out_i = sum over visible j of exp(score[i, j]) v_j / (exp(sink[head]) + sum over visible j of exp(score[i, j]))
 ///   log_sum_exp_i = log of that denominator                  exp(sink) is there only where sinks are given (gpt-oss, 2025)
 ///
-/// (Vaswani et al., "Attention Is All You Need", 2017; computed as in Dao et al., "FlashAttention", 2022.) Shapes:
+/// (Vaswani et al., "Attention Is All You Need", 2017; computed as in Dao et al., "FlashAttention",
+/// 2022.) Shapes:
 ///
 ///   dense     q (batch, seq, heads, head_dim), k (batch, keys, kv_heads, head_dim), v (batch, keys, kv_heads, value_dim)
 ///             -> (batch, seq, heads, value_dim); or rank 3 (batch, seq, d_model): one head
 ///   packed    q (total_tokens, heads, head_dim), k and v (total_keys, kv_heads, width), sequences one after the other
 ///   cached    q (batch, n, heads, head_dim) against a KvCache, a PagedKvCache or any KvSource
 ///
-/// heads is a multiple of kv_heads (grouped-query attention, Ainslie et al., 2023); with group = heads / kv_heads, query head h
-/// uses KV head h / group.
+/// heads is a multiple of kv_heads (grouped-query attention, Ainslie et al., 2023); with group =
+/// heads / kv_heads, query head h uses KV head h / group.
 ///
-/// Positions. Sequence b has L_b keys, at positions 0 to L_b - 1, and n_b queries, aligned at the end: query i stands at position
-/// p_i = L_b - n_b + i. Here n_b is
+/// Positions. Sequence b has L_b keys, at positions 0 to L_b - 1, and n_b queries, aligned at the
+/// end: query i stands at position p_i = L_b - n_b + i. Here n_b is
 ///   - query_lengths[b] where that option is given;
 ///   - otherwise, dense with as many query rows as key rows: L_b, so that p_i = i (self-attention over a padded batch);
 ///   - otherwise all query rows: seq_lengths are lengths of keys (cross-attention, chunks against longer keys).
-/// Rows i >= n_b are padding. p_i may be negative (more queries than keys); under causal such a row sees only the prefix, if any.
-/// Query i sees key j < L_b where not causal; or j <= p_i and (window 0 or j > p_i - window); or j < prefix_length.
+/// Rows i >= n_b are padding. p_i may be negative (more queries than keys); under causal such a row
+/// sees only the prefix, if any. Query i sees key j < L_b where not causal; or j <= p_i and (window
+/// 0 or j > p_i - window); or j < prefix_length.
 ///
-/// Exact zeros. Padding rows and rows that see no key are exactly zero and have log_sum_exp -infinity, sinks or not: the mask
-/// decides, not the values. Length 0 is legal, and so are empty tensors. Keys and values at or past L_b, and query rows that are
-/// padding, are never read into arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it
+/// Exact zeros. Padding rows and rows that see no key are exactly zero and have log_sum_exp
+/// -infinity, sinks or not: the mask decides, not the values. Length 0 is legal, and so are empty
+/// tensors. Keys and values at or past L_b, and query rows that are padding, are never read into
+/// arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it
 /// holds.
 ///
 /// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is
@@ -37,21 +41,23 @@
 /// query is scaled first: scale times each of its numbers must be in that range too (1e30 with a
 /// scale of 1e9 is infinite in float, also where the score would fit).
 ///
-/// Precision. Weights and averages are within 1e-5 in float, for any number of keys and scores up to
-/// a million: a row whose greatest score is beyond 32 (1024 where queries or keys have 16 bits or 8)
-/// takes its scores once more, in double, and costs some eight times an ordinary one. Sums are made
-/// by blocks of 64 keys, 64 blocks, and all. An average of finite values is finite however large
-/// they are.
+/// Precision. Weights and averages are within 1e-5 in float, for any number of keys and scores up
+/// to a million: a row whose greatest score is beyond 32 (1024 where queries or keys have 16 bits
+/// or 8) takes its scores once more, in double, and costs some eight times an ordinary one. Sums
+/// are made by blocks of 64 keys, 64 blocks, and all. An average of finite values is finite however
+/// large they are.
 ///
-/// Bits. A row is one fixed sum over key blocks of 64 at absolute positions: its bits do not depend on the batch, the padding,
-/// the number of threads, or on whether the sequence came whole, in chunks or token by token through a cache (for one stored type
-/// of K and V). bfloat16, half and INT8 are converted to float; sums are float, or double for double.
+/// Bits. A row is one fixed sum over key blocks of 64 at absolute positions: its bits do not depend
+/// on the batch, the padding, the number of threads, or on whether the sequence came whole, in
+/// chunks or token by token through a cache (for one stored type of K and V). bfloat16, half and
+/// INT8 are converted to float; sums are float, or double for double.
 ///
-/// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that nobody sees left out, so work
-/// follows the sum of length^2, half of it under causal, and length * window with a window. K and V are read once for each 128 rows
-/// of a group's queries: a decode step reads the cache once. Memory beyond the output: about 250 KiB of scratch a thread at
-/// head_dim 128. The _into forms allocate nothing after the first call at a size. The output may be the query tensor itself; other
-/// overlaps are not allowed.
+/// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that
+/// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *
+/// window with a window. K and V are read once for each 128 rows of a group's queries: a decode
+/// step reads the cache once. Memory beyond the output: about 250 KiB of scratch a thread at
+/// head_dim 128. The _into forms allocate nothing after the first call at a size. The output may be
+/// the query tensor itself; other overlaps are not allowed.
 ///
 /// Everything throws std::invalid_argument for shapes that do not fit, shapes whose size in bytes
 /// overflows (sizes of 0 left out), lengths outside [0, key rows], options out of range.
@@ -135,8 +141,9 @@ auto batched_attention_with_padding(const Q& query, const K& key, const V& value
                                         options);
 }
 
-/// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows [kv_offsets[b], kv_offsets[b + 1]).
-/// Offsets start at 0, never fall and end at the number of rows. Into `output` (total_tokens, heads, value_dim).
+/// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows
+/// [kv_offsets[b], kv_offsets[b + 1]). Offsets start at 0, never fall and end at the number of
+/// rows. Into `output` (total_tokens, heads, value_dim).
 template <CpuDevice D, typename Output, typename Q, typename K, typename V>
 void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key,
                                     const V& value, const LengthSpan& q_offsets,
@@ -180,9 +187,9 @@ auto variable_length_attention(const Q& query, const K& key, const V& value,
                                    options);
 }
 
-/// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last positions of their sequences and
-/// their own keys are already there. options.query_lengths mixes prefill chunks and decode steps in one call. Into `output` (the
-/// shape of query).
+/// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last
+/// positions of their sequences and their own keys are already there. options.query_lengths mixes
+/// prefill chunks and decode steps in one call. Into `output` (the shape of query).
 template <CpuDevice D, typename Output, typename Q, typename S>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const AttentionOptions& options = {},
@@ -219,7 +226,8 @@ concept KvCacheLike = requires(const Cache& cache, Index layer_idx) {
   cache.source(layer_idx).key_row(Index{}, Index{}, Index{});
 };
 
-/// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an unknown layer.
+/// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an
+/// unknown layer.
 template <CpuDevice D, typename Output, typename Q, KvCacheLike Cache>
 void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query,
                                   const Cache& cache, Index layer_idx,

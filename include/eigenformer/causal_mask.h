@@ -1,5 +1,6 @@
 /// \file
-/// Causal attention masks (Vaswani et al., "Attention Is All You Need", 2017), with the variants that decoders use:
+/// Causal attention masks (Vaswani et al., "Attention Is All You Need", 2017), with the variants
+/// that decoders use:
 ///
 ///   mask[b, i, j] = 0 where query i of sequence b may attend to key j, -infinity elsewhere
 ///
@@ -8,8 +9,9 @@
 ///   - prefix_length n:    or j < n: a prefix that all may see (prefix-LM, Raffel et al., "T5", 2020)
 ///   - segment_ids s:      and s[p] == s[j]: documents packed into one sequence see only themselves
 ///
-/// A query_offset below zero makes leading rows empty (all -infinity); it is never clamped. Attention takes the same options and
-/// needs no mask in memory; these functions serve code that wants one. Half and bfloat16 hold a true -infinity.
+/// A query_offset below zero makes leading rows empty (all -infinity); it is never clamped.
+/// Attention takes the same options and needs no mask in memory; these functions serve code that
+/// wants one. Half and bfloat16 hold a true -infinity.
 ///
 /// Cost: one write of the mask. Nothing is allocated by the _into form.
 #pragma once
@@ -36,8 +38,9 @@ struct CausalMaskOptions {
   Index query_offset = 0;  ///< absolute position of the first query, for chunked prefill
   Index window = 0;  ///< most recent keys visible, the current one included; 0 means no window
   Index prefix_length = 0;  ///< leading keys visible to all
-  /// Document of each position, (key_length) shared by the batch or (batch, key_length); empty means one document. Memory of the
-  /// device. A query whose position is outside [0, key_length) then sees nothing.
+  /// Document of each position, (key_length) shared by the batch or (batch, key_length); empty
+  /// means one document. Memory of the device. A query whose position is outside [0, key_length)
+  /// then sees nothing.
   Values<std::int32_t> segment_ids = {};
 };
 
@@ -89,8 +92,8 @@ CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_lengt
 
 }  // namespace detail
 
-/// Writes the mask into `mask` (batch, query_length, key_length); options.key_length must be -1 or agree.
-/// Throws std::invalid_argument.
+/// Writes the mask into `mask` (batch, query_length, key_length); options.key_length must be -1 or
+/// agree. Throws std::invalid_argument.
 template <Device D, typename Mask>
 void causal_mask_into(const D& device, Mask&& mask, const CausalMaskOptions& options = {}) {
   auto view = output_view<3>(mask);
@@ -108,8 +111,9 @@ void causal_mask_into(const D& device, Mask&& mask, const CausalMaskOptions& opt
     cpu::causal_mask(isa::best{}, device, problem);
 }
 
-/// Returns the mask (batch_size, query_length, key_length), every sequence of the batch written out.
-/// Throws std::invalid_argument for negative or overflowing sizes, a negative window or a wrong number of segment ids.
+/// Returns the mask (batch_size, query_length, key_length), every sequence of the batch written
+/// out. Throws std::invalid_argument for negative or overflowing sizes, a negative window or a
+/// wrong number of segment ids.
 ///
 ///   ef::Tensor<float, 3> mask = ef::create_causal_mask<float>(seq_length, batch_size);
 ///   ef::Tensor<float, 3> rect = ef::create_causal_mask<float>(4, 1, {.key_length = 12, .query_offset = 8, .window = 4});
@@ -129,8 +133,9 @@ Tensor<T, 3> create_causal_mask(Index query_length, Index batch_size,
   return create_causal_mask<T>(Eigen::DefaultDevice{}, query_length, batch_size, options);
 }
 
-/// The same mask as a lazy Eigen expression (batch_size, query_length, key_length): no memory, computed where it is used.
-/// A container of segment ids that has a name must outlive the expression.
+/// The same mask as a lazy Eigen expression (batch_size, query_length, key_length): no memory,
+/// computed where it is used. A container of segment ids that has a name must outlive the
+/// expression.
 ///
 ///   scores += ef::causal_mask_expression<float>(seq_length, batch_size);
 template <FloatingScalar T>
@@ -139,8 +144,8 @@ auto causal_mask_expression(Index query_length, Index batch_size,
   const Index key_length = detail::causal_mask_key_length(query_length, options);
   const auto problem =
       detail::causal_mask_problem<T>(nullptr, batch_size, query_length, key_length, options);
-  // Eigen nests leaves by reference and operations by value: an immutable 1 x 1 x 1 leaf that is never read gives the expression
-  // a life of its own.
+  // Eigen nests leaves by reference and operations by value: an immutable 1 x 1 x 1 leaf that is
+  // never read gives the expression a life of its own.
   static const T unread{};
   static const TensorView<const T, 3> leaf(&unread, 1, 1, 1);
   const auto generator = [problem, ids = options.segment_ids](const Eigen::array<Index, 3>& at) {
@@ -152,8 +157,9 @@ auto causal_mask_expression(Index query_length, Index batch_size,
       .generate(generator);
 }
 
-/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h + 1) / n) for the largest
-/// power of two n not above heads, then the odd powers of the sequence for 2n.
+/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h
+/// + 1) / n) for the largest power of two n not above heads, then the odd powers of the sequence
+/// for 2n.
 inline std::vector<float> alibi_slopes(Index heads) {
   require_that(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
   checked_product(heads, Index{sizeof(float)}, "alibi_slopes", "result");
@@ -168,8 +174,9 @@ inline std::vector<float> alibi_slopes(Index heads) {
   return slopes;
 }
 
-/// The mask with ALiBi's linear bias, (heads, query_length, key_length): slope[h] * (j - p) where visible, -infinity elsewhere.
-/// segment_ids, where given, are (key_length). Throws std::invalid_argument like create_causal_mask.
+/// The mask with ALiBi's linear bias, (heads, query_length, key_length): slope[h] * (j - p) where
+/// visible, -infinity elsewhere. segment_ids, where given, are (key_length). Throws
+/// std::invalid_argument like create_causal_mask.
 template <FloatingScalar T>
 Tensor<T, 3> create_alibi_mask(Index query_length, std::span<const float> slopes,
                                const CausalMaskOptions& options = {}) {

@@ -5,8 +5,9 @@
 ///   ef::ThreadCommunicator, ef::ThreadCommunicatorGroup    ranks are threads of one process (communicator/threads.h)
 ///   ef::MpiCommunicator                                    ranks are MPI processes (communicator/mpi.h, with EIGENFORMER_MPI)
 ///
-/// A collective is called by every rank, with the same sizes and in the same order; it returns when this rank's memory may be used
-/// again. Elements are any trivially copyable type; ranges are std::span, std::vector, std::array or any other contiguous range.
+/// A collective is called by every rank, with the same sizes and in the same order; it returns when
+/// this rank's memory may be used again. Elements are any trivially copyable type; ranges are
+/// std::span, std::vector, std::array or any other contiguous range.
 ///
 ///   all_gather(part, whole)           whole = part of rank 0, part of rank 1, ...; all parts equally long
 ///   all_gather(part, whole, counts)   parts of counts[0], counts[1], ... elements (Index); 0 is legal
@@ -16,12 +17,14 @@
 ///   broadcast(values, root)           values of rank root on every rank
 ///   barrier()                         returns when every rank has called it
 ///
-/// Deterministic: the summation order is the order of the ranks, so every rank, run and transport gives the same bits.
-/// Aliasing: part may be its own place in whole; otherwise they must not overlap.
-/// Throws std::invalid_argument, before anything is sent, where this rank's arguments contradict each other, and CommunicatorError
-/// where a rank has failed or ended, where ranks call different collectives (the text says which), or where the transport fails.
-/// Nothing is allocated after the first call at a size. A communicator serves one thread at a time.
-/// Cost for n ranks and whole or values of B bytes, per rank: all_gather reads and writes B; all_reduce_sum 2 B; broadcast B.
+/// Deterministic: the summation order is the order of the ranks, so every rank, run and transport
+/// gives the same bits. Aliasing: part may be its own place in whole; otherwise they must not
+/// overlap. Throws std::invalid_argument, before anything is sent, where this rank's arguments
+/// contradict each other, and CommunicatorError where a rank has failed or ended, where ranks call
+/// different collectives (the text says which), or where the transport fails. Nothing is allocated
+/// after the first call at a size. A communicator serves one thread at a time. Cost for n ranks and
+/// whole or values of B bytes, per rank: all_gather reads and writes B; all_reduce_sum 2 B;
+/// broadcast B.
 #pragma once
 
 #include <concepts>

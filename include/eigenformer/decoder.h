@@ -6,8 +6,9 @@
 ///               x += W_down (silu(W_gate m) * (W_up m)),              m = rms_norm(x)
 ///   logits = W_head rms_norm(x)
 ///
-/// One class serves training (it meets ef::TrainableModel), prefill, and decode over the caches, in float, bfloat16 or half, with
-/// float or INT8 weights, alone or as one rank of a group that shares the linear layers.
+/// One class serves training (it meets ef::TrainableModel), prefill, and decode over the caches, in
+/// float, bfloat16 or half, with float or INT8 weights, alone or as one rank of a group that shares
+/// the linear layers.
 ///
 ///   ef::Decoder<float> model({.vocabulary = 256, .features = 128}, /*seed=*/1);
 ///   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f});
@@ -17,8 +18,9 @@
 ///   auto logits = model.prefill(prompt, cache);                  // (batch, vocabulary)
 ///   logits = model.decode(ef::greedy_sample(logits), cache);
 ///
-/// Every row of logits has the same bits whether its sequence is alone or in a batch, prefilled whole or in chunks or decoded token
-/// by token, on any number of threads and ranks (INT8 included: activations are quantized by token).
+/// Every row of logits has the same bits whether its sequence is alone or in a batch, prefilled
+/// whole or in chunks or decoded token by token, on any number of threads and ranks (INT8 included:
+/// activations are quantized by token).
 #pragma once
 
 #include <memory>
@@ -41,14 +43,15 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a time; ranks share DecoderWeights,
-/// which inference only reads. Device, communicator and profile must outlive it. On a pool a step of inference is one
-/// ParallelRegion: it wakes the threads once.
+/// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a
+/// time; ranks share DecoderWeights, which inference only reads. Device, communicator and profile
+/// must outlive it. On a pool a step of inference is one ParallelRegion: it wakes the threads once.
 template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice,
           typename C = SelfCommunicator>
 class Decoder {
  public:
-  /// A decoder of its own with random weights, on the calling thread. Throws std::invalid_argument for an impossible shape.
+  /// A decoder of its own with random weights, on the calling thread. Throws std::invalid_argument
+  /// for an impossible shape.
   explicit Decoder(const DecoderConfig& config, std::uint64_t seed = 0)
     requires std::same_as<D, Eigen::DefaultDevice> && std::same_as<C, SelfCommunicator>
       : Decoder(std::make_shared<DecoderWeights>(config, seed), default_device()) {}
@@ -77,9 +80,10 @@ class Decoder {
   void set_profile(OperatorProfile* profile) { profile_ = profile; }
 
   // ---- training
-  // ------------------------------------------------------------------------------------------------------------------
+  // -----------------------------------------------------------------------------------------------
 
-  /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary). Keeps what backward reads.
+  /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary).
+  /// Keeps what backward reads.
   template <typename Compute, typename Inputs>
   Tensor<Compute, 2> forward(const Inputs& ids) {
     require_masters("Decoder::forward");
@@ -100,13 +104,15 @@ class Decoder {
   }
 
   // ---- inference
-  // -----------------------------------------------------------------------------------------------------------------
+  // -----------------------------------------------------------------------------------------------
 
-  /// Packs this rank's part of the weights in type T. prefill and decode pack by themselves, the first time and after training, in
-  /// the type packed last; call this (or quantize) where the weights changed in another way.
+  /// Packs this rank's part of the weights in type T. prefill and decode pack by themselves, the
+  /// first time and after training, in the type packed last; call this (or quantize) where the
+  /// weights changed in another way.
   void pack() { pack_as<T>(); }
 
-  /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output channel. Not for double.
+  /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output
+  /// channel. Not for double.
   void quantize()
     requires(!std::same_as<T, double>)
   {
@@ -130,13 +136,13 @@ class Decoder {
     tapes_ = {};
   }
 
-  /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales included, without padding), the rest
-  /// as float.
+  /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales
+  /// included, without padding), the rest as float.
   std::size_t weight_bytes() const { return weight_bytes_; }
 
-  /// Appends ids (batch, n) to sequences of equal length; positions start at cache.length(0), so that a prompt may come in chunks.
-  /// Returns the logits (batch, vocabulary) after the last of them. Throws std::invalid_argument for an id outside the vocabulary
-  /// or another batch.
+  /// Appends ids (batch, n) to sequences of equal length; positions start at cache.length(0), so
+  /// that a prompt may come in chunks. Returns the logits (batch, vocabulary) after the last of
+  /// them. Throws std::invalid_argument for an id outside the vocabulary or another batch.
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
     const auto view = input_view<2>(ids);
@@ -160,9 +166,10 @@ class Decoder {
     return prefill(TensorView<const std::int32_t, 2>(view.data(), view.dimension(0), 1), cache);
   }
 
-  /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b] of the cache, which must be
-  /// empty. Attention runs over the padded batch. Returns the logits (batch, vocabulary) after the last token of each. Throws
-  /// std::length_error, with nothing changed, where the pages do not suffice for all.
+  /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b]
+  /// of the cache, which must be empty. Attention runs over the padded batch. Returns the logits
+  /// (batch, vocabulary) after the last token of each. Throws std::length_error, with nothing
+  /// changed, where the pages do not suffice for all.
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths,
                            PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences) {
@@ -205,7 +212,8 @@ class Decoder {
                });
   }
 
-  /// One token (batch) for each of the sequences, whatever their lengths -> logits (batch, vocabulary).
+  /// One token (batch) for each of the sequences, whatever their lengths -> logits (batch,
+  /// vocabulary).
   template <typename Ids, typename Storage>
   Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache,
                           std::span<const SequenceId> sequences) {
@@ -245,7 +253,8 @@ class Decoder {
       std::conditional_t<kHasInt8, std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>,
                          std::variant<std::monostate, Packed<T>>>;
 
-  // Activations of inference, kept so that a step of the same shape allocates nothing but its logits.
+  // Activations of inference, kept so that a step of the same shape allocates nothing but its
+  // logits.
   struct Scratch {
     Tensor<T, 2> stream, normalised, query, key, value, attended, gate, up, branch;
   };

@@ -1,5 +1,6 @@
 /// \file
-/// eigenformer: transformer kernels on Eigen tensors. The table of contents: one line an operator; each header is its manual.
+/// eigenformer: transformer kernels on Eigen tensors. The table of contents: one line an operator;
+/// each header is its manual.
 #pragma once
 
 // The nine systems

@@ -1,15 +1,17 @@
 /// \file
-/// Embedding: the row of a table for each token id (Bengio et al., "A Neural Probabilistic Language Model", 2003):
+/// Embedding: the row of a table for each token id (Bengio et al., "A Neural Probabilistic Language
+/// Model", 2003):
 ///
 ///   y[t, :] = table[ids[t], :]
 ///
 /// ids is int32 or int64, (tokens) or (batch, seq), or a std::vector or std::span of (tokens);
-/// table is (vocab, features); y is (tokens, features) or (batch, seq, features).
-/// The table is float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
+/// table is (vocab, features); y is (tokens, features) or (batch, seq, features). The table is
+/// float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
 ///
-/// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming the position, the id and vocab,
-/// before anything is written: one O(tokens) pass over the ids. y must not overlap the table. Cost: one read of the rows, one write
-/// of y. The forms with a destination allocate nothing.
+/// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming
+/// the position, the id and vocab, before anything is written: one O(tokens) pass over the ids. y
+/// must not overlap the table. Cost: one read of the rows, one write of y. The forms with a
+/// destination allocate nothing.
 #pragma once
 
 #include "core/check.h"
@@ -98,8 +100,8 @@ auto embedding(const Ids& ids, const Table& table) {
   return embedding(Eigen::DefaultDevice{}, ids, table);
 }
 
-/// grad_table[ids[t]] += grad_y[t] for t in order, whatever the threads; grad_table is float or double. Rows of ids that do not
-/// occur are not touched.
+/// grad_table[ids[t]] += grad_y[t] for t in order, whatever the threads; grad_table is float or
+/// double. Rows of ids that do not occur are not touched.
 template <CpuDevice D, typename G, typename GY, typename Ids>
 void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, const Ids& ids) {
   static_assert(std::is_same_v<scalar_of<G>, float> || std::is_same_v<scalar_of<G>, double>,

@@ -89,7 +89,8 @@ class GradScaler {
 
   /// Divides the gradients by scale(), times multiplier, and returns whether all are finite. Throws
   /// std::logic_error where one of them was unscaled since the last update, and
-  /// std::invalid_argument where two share memory or the multiplier over the scale is no float or 0.
+  /// std::invalid_argument where two share memory or the multiplier over the scale is no float or
+  /// 0.
   template <CpuDevice D>
   bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
     constexpr auto name = "GradScaler::unscale";

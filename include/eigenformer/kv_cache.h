@@ -1,29 +1,32 @@
 /// \file
-/// The KV cache of a decoder (Pope et al., "Efficiently Scaling Transformer Inference", 2022): keys and values of earlier tokens,
-/// kept so that a step computes those of new tokens only. All sequences of the batch have one length; sequences that differ, come
-/// and go are paged_kv_cache.h.
+/// The KV cache of a decoder (Pope et al., "Efficiently Scaling Transformer Inference", 2022): keys
+/// and values of earlier tokens, kept so that a step computes those of new tokens only. All
+/// sequences of the batch have one length; sequences that differ, come and go are paged_kv_cache.h.
 ///
 ///   ef::KvCache<float> cache;
 ///   ef::update_kv_cache(cache, new_keys, new_values, layer_idx);   // both (batch, n, kv_heads, head_dim), n >= 1
 ///   ef::Tensor<float, 4> k = cache.keys(layer_idx);                // (batch, length, kv_heads, head_dim)
 ///
-/// The first update of a layer fixes its batch, heads and head_dim; layers may differ in heads and, while a step is under way, in
-/// length. Prefill is n > 1, decode n = 1.
+/// The first update of a layer fixes its batch, heads and head_dim; layers may differ in heads and,
+/// while a step is under way, in length. Prefill is n > 1, decode n = 1.
 ///
-/// Memory: pages of 64 positions, taken from slabs that grow by half. An append writes the new rows, moves no earlier one and costs
-/// O(new elements) amortised; after reserve(max_length) it allocates nothing up to that length. Unused slots hold anything.
+/// Memory: pages of 64 positions, taken from slabs that grow by half. An append writes the new
+/// rows, moves no earlier one and costs O(new elements) amortised; after reserve(max_length) it
+/// allocates nothing up to that length. Unused slots hold anything.
 ///
-/// KvCache<T, Storage> stores T itself, a narrower floating-point scalar (rounded to nearest even), or std::int8_t with one scale
-/// per position and head:
+/// KvCache<T, Storage> stores T itself, a narrower floating-point scalar (rounded to nearest even),
+/// or std::int8_t with one scale per position and head:
 ///
 ///   scale = max|x| / 127 over the row's head_dim elements (1 where that is zero)
 ///   q     = round_half_to_even(x / scale), in [-127, 127]
 ///
-/// A row to be stored as INT8 that holds NaN, infinity or a magnitude above the largest float has no scale: the update throws and
-/// names the element. That check reads the new elements once more. Other storage takes NaN and infinity as they are.
+/// A row to be stored as INT8 that holds NaN, infinity or a magnitude above the largest float has
+/// no scale: the update throws and names the element. That check reads the new elements once more.
+/// Other storage takes NaN and infinity as they are.
 ///
-/// A refused update leaves the cache bit for bit as it was, and so does one that runs out of memory. Const members may be called
-/// from many threads at once. A copy is deep; what was moved from is empty.
+/// A refused update leaves the cache bit for bit as it was, and so does one that runs out of
+/// memory. Const members may be called from many threads at once. A copy is deep; what was moved
+/// from is empty.
 #pragma once
 
 #include <limits>
@@ -119,7 +122,8 @@ class KvLayer {
   /// Throws std::length_error where no memory would make room for `length` positions.
   void require_countable(Index length) const { checked_groups(length); }
 
-  /// Room for `length` positions, growing by half of what there is at least. Throws with nothing changed.
+  /// Room for `length` positions, growing by half of what there is at least. Throws with nothing
+  /// changed.
   void grow(Index length) {
     const Index groups = checked_groups(length);
     if (groups <= groups_) return;
@@ -194,7 +198,8 @@ void require_quantizable(std::string_view operation, std::string_view name, cons
                ", expected finite values within the range of float (INT8 storage)");
 }
 
-/// Where the rows of an append go is the caller's business; that they get there is one call, on any device.
+/// Where the rows of an append go is the caller's business; that they get there is one call, on any
+/// device.
 template <typename D, typename T, typename Storage>
 void append_kv(const D& device, const KvAppendProblem<T, Storage>& problem) {
   if constexpr (is_gpu_device<D>)
@@ -212,15 +217,16 @@ class KvCache {
   using scalar = T;
   using storage = Storage;
 
-  /// Positions held by a layer; 0 for one that was never written. Throws std::invalid_argument for a negative layer.
+  /// Positions held by a layer; 0 for one that was never written. Throws std::invalid_argument for
+  /// a negative layer.
   Index length(Index layer_idx) const {
     const auto* layer = find(layer_idx);
     return layer == nullptr ? 0 : layer->length();
   }
 
-  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized; (0, 0, 0, 0) for a layer that was
-  /// never written. Throws std::invalid_argument for a negative layer. Cost: O(length); attention reads the cache itself, through
-  /// source().
+  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized; (0,
+  /// 0, 0, 0) for a layer that was never written. Throws std::invalid_argument for a negative
+  /// layer. Cost: O(length); attention reads the cache itself, through source().
   template <CpuDevice D>
   Tensor<T, 4> keys(const D& device, Index layer_idx) const {
     return read(device, layer_idx, false);
@@ -232,33 +238,36 @@ class KvCache {
   Tensor<T, 4> keys(Index layer_idx) const { return keys(Eigen::DefaultDevice{}, layer_idx); }
   Tensor<T, 4> values(Index layer_idx) const { return values(Eigen::DefaultDevice{}, layer_idx); }
 
-  /// What attention reads. Pointers only: valid until the cache is next changed, moved or destroyed. Empty for a layer never
-  /// written, or not since clear().
+  /// What attention reads. Pointers only: valid until the cache is next changed, moved or
+  /// destroyed. Empty for a layer never written, or not since clear().
   KvSource<Storage> source(Index layer_idx) const {
     const auto* layer = find(layer_idx);
     return layer == nullptr || !layer->closed() ? KvSource<Storage>{} : layer->source();
   }
 
-  /// Forgets positions [length, ...) of every layer; a layer that is no longer than that stays as it is. Keeps memory and shapes.
-  /// Throws std::invalid_argument for a negative length. Cost: O(layers x batch).
+  /// Forgets positions [length, ...) of every layer; a layer that is no longer than that stays as
+  /// it is. Keeps memory and shapes. Throws std::invalid_argument for a negative length. Cost:
+  /// O(layers x batch).
   void truncate(Index length) {
     require_that(length >= 0, "KvCache::truncate", "length is ", length, ", expected 0 or more");
     for (auto& [index, layer] : layers_)
       if (layer.length() > length) layer.set_length(length);
   }
 
-  /// Forgets everything, shapes included, as if newly made; memory and reservations are kept, and reused where the next shape is
-  /// the same.
+  /// Forgets everything, shapes included, as if newly made; memory and reservations are kept, and
+  /// reused where the next shape is the same.
   void clear() {
     for (auto& [index, layer] : layers_) layer.clear();
   }
 
-  /// Room for `max_length` positions, at once in layers of known shape: appending allocates nothing up to that length. Layers that
-  /// come later get it with their first update, where memory suffices for it; where not, they grow as they need. Less than an
-  /// earlier reservation changes nothing. Throws, with nothing changed, std::invalid_argument for a negative length,
-  /// std::length_error for more pages than a page table counts to (2^37 positions of all sequences), std::bad_alloc where memory
-  /// does not suffice, be it for a layer of one head of one element only. (Without exceptions, memory that does not suffice ends the
-  /// program: core/error.h.)
+  /// Room for `max_length` positions, at once in layers of known shape: appending allocates nothing
+  /// up to that length. Layers that come later get it with their first update, where memory
+  /// suffices for it; where not, they grow as they need. Less than an earlier reservation changes
+  /// nothing. Throws, with nothing changed, std::invalid_argument for a negative length,
+  /// std::length_error for more pages than a page table counts to (2^37 positions of all
+  /// sequences), std::bad_alloc where memory does not suffice, be it for a layer of one head of one
+  /// element only. (Without exceptions, memory that does not suffice ends the program:
+  /// core/error.h.)
   void reserve(Index max_length) {
     require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
                  ", expected 0 or more");
@@ -267,9 +276,9 @@ class KvCache {
     reserved_ = (std::max)(reserved_, max_length);
   }
 
-  /// The same, before the first update: fixes the shape of layers [0, layers), so that not even their first update allocates.
-  /// Throws as the other does, and std::invalid_argument for other negative sizes, more than 65536 layers, or where a layer has
-  /// another shape.
+  /// The same, before the first update: fixes the shape of layers [0, layers), so that not even
+  /// their first update allocates. Throws as the other does, and std::invalid_argument for other
+  /// negative sizes, more than 65536 layers, or where a layer has another shape.
   void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim) {
     constexpr auto name = "KvCache::reserve";
     require_that(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0,
@@ -332,7 +341,8 @@ class KvCache {
   using Layer = detail::KvLayer<Storage>;
   using Layers = std::map<Index, Layer>;
 
-  /// Room in layers [0, layers) that are not in `replaced`: in all of them or, where one throws, in none.
+  /// Room in layers [0, layers) that are not in `replaced`: in all of them or, where one throws, in
+  /// none.
   void grow_layers(Index layers, Index length, const Layers* replaced = nullptr) {
     std::vector<std::pair<Layer*, typename Layer::Growth>> growths;
     for (auto& [index, layer] : layers_)
@@ -367,7 +377,8 @@ class KvCache {
       detail::require_quantizable("update_kv_cache", "new_keys", keys);
       detail::require_quantizable("update_kv_cache", "new_values", values);
     }
-    // A reservation older than the layer, which memory or page numbers may not suffice for, is no reason to refuse an update.
+    // A reservation older than the layer, which memory or page numbers may not suffice for, is no
+    // reason to refuse an update.
     detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
     layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
@@ -393,9 +404,11 @@ class KvCache {
   Index reserved_ = 0;
 };
 
-/// Appends new_keys and new_values, both (batch, n, kv_heads, head_dim) of T with n >= 1, to a layer of the cache. Throws
-/// std::invalid_argument for shapes that differ from each other or from the layer's, n < 1, sizes that overflow, a negative layer, or
-/// what INT8 cannot hold; std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then as it was.
+/// Appends new_keys and new_values, both (batch, n, kv_heads, head_dim) of T with n >= 1, to a
+/// layer of the cache. Throws std::invalid_argument for shapes that differ from each other or from
+/// the layer's, n < 1, sizes that overflow, a negative layer, or what INT8 cannot hold;
+/// std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then
+/// as it was.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
@@ -408,12 +421,14 @@ void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Val
   cache.append(Eigen::DefaultDevice{}, new_keys, new_values, layer_idx);
 }
 
-/// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values (batch, n, kv_heads, head_dim) of T
-/// into key_buffer and value_buffer (batch, capacity, kv_heads, head_dim) of T or a narrower floating-point scalar, sequence b at
-/// positions [positions[b], positions[b] + n). A negative position leaves its sequence out. Other rows are not touched; buffers and
-/// new rows must not overlap. `positions` (batch) is memory of the device. Throws std::invalid_argument for shapes and
-/// sizes that overflow, std::length_error where a position + n exceeds the capacity, before anything is written; on a GPU positions cannot be read by
-/// the host, and a row past the capacity is left out instead. Allocates nothing.
+/// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values
+/// (batch, n, kv_heads, head_dim) of T into key_buffer and value_buffer (batch, capacity, kv_heads,
+/// head_dim) of T or a narrower floating-point scalar, sequence b at positions [positions[b],
+/// positions[b] + n). A negative position leaves its sequence out. Other rows are not touched;
+/// buffers and new rows must not overlap. `positions` (batch) is memory of the device. Throws
+/// std::invalid_argument for shapes and sizes that overflow, std::length_error where a position + n
+/// exceeds the capacity, before anything is written; on a GPU positions cannot be read by the host,
+/// and a row past the capacity is left out instead. Allocates nothing.
 template <Device D, typename KeyBuffer, typename ValueBuffer, typename Keys, typename Values>
 void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer,
                     const Keys& new_keys, const Values& new_values,

@@ -3,8 +3,9 @@
 ///
 ///   y[t, o] = bias[o] + sum over i of x[t, i] * weight[o, i]         x (tokens, in), weight (out, in), bias (out), y (tokens, out)
 ///
-/// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight (linear/packed_weight.h), which
-/// is what to use where a weight serves more than one call. bias: x's scalar or float. y: any; double only with double x.
+/// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight
+/// (linear/packed_weight.h), which is what to use where a weight serves more than one call. bias:
+/// x's scalar or float. y: any; double only with double x.
 ///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded first, as in mixed-precision
 ///   training),
 ///     with the ISA's bfloat16 products where it has them (they take denormals as zero); everything accumulates in float.
@@ -15,24 +16,29 @@
 ///     bias).
 ///   - any other pair widens exactly to float (to double where one is double, with weights not packed or packed in double).
 ///
-/// What follows the sum (bias, activation, residual, gated pairs, another type of output) is fused: linear/epilogue.h.
+/// What follows the sum (bias, activation, residual, gated pairs, another type of output) is fused:
+/// linear/epilogue.h.
 ///
-/// Each output is one chain over i in ascending order: its bits depend neither on the other tokens, nor on threads, nor on which
-/// rows of the weight are there, nor on whether the weight was packed. A link of the chain is one multiply-add, or the instruction
-/// that the ISA multiplies bfloat16 with: 2 of i (vdpbf16ps), 32 (AMX, counted from i = 0; see cpu/tile/amx.h). in = 0 gives the
-/// bias, or 0. y must not overlap an input, but a residual may be y itself. All forms throw std::invalid_argument for shapes that
-/// do not fit and for a weight packed for another ISA, before writing. A build for AMX asks the operating system for the tile
-/// registers once, and uses AVX-512 for everything where they are refused.
+/// Each output is one chain over i in ascending order: its bits depend neither on the other tokens,
+/// nor on threads, nor on which rows of the weight are there, nor on whether the weight was packed.
+/// A link of the chain is one multiply-add, or the instruction that the ISA multiplies bfloat16
+/// with: 2 of i (vdpbf16ps), 32 (AMX, counted from i = 0; see cpu/tile/amx.h). in = 0 gives the
+/// bias, or 0. y must not overlap an input, but a residual may be y itself. All forms throw
+/// std::invalid_argument for shapes that do not fit and for a weight packed for another ISA, before
+/// writing. A build for AMX asks the operating system for the tile registers once, and uses AVX-512
+/// for everything where they are refused.
 ///
-/// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; up to four tokens read the packed weights once,
-/// at memory speed. A plain weight is packed on the way into scratch, once for every 768 tokens. Scratch, from the workspace: at
-/// most 192 rows of x (768 with a plain weight) and, for each thread, sums of 32 columns x 8 for these rows.
+/// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; up to four tokens
+/// read the packed weights once, at memory speed. A plain weight is packed on the way into scratch,
+/// once for every 768 tokens. Scratch, from the workspace: at most 192 rows of x (768 with a plain
+/// weight) and, for each thread, sums of 32 columns x 8 for these rows.
 ///
-/// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are added to, each element one chain
-/// over tokens that starts from what the gradient holds, so that micro-batches in turn give the bits of one big batch (of bfloat16
-/// pairs: where all micro-batches but the last are whole links, 2 tokens or 32). Products are IEEE
-/// arithmetic, 0 * NaN is NaN: a row of x that holds NaN or infinity makes grad_weight NaN also
-/// where its row of grad_y is all zero. Set such rows of x (padding) to zero first.
+/// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are
+/// added to, each element one chain over tokens that starts from what the gradient holds, so that
+/// micro-batches in turn give the bits of one big batch (of bfloat16 pairs: where all micro-batches
+/// but the last are whole links, 2 tokens or 32). Products are IEEE arithmetic, 0 * NaN is NaN: a
+/// row of x that holds NaN or infinity makes grad_weight NaN also where its row of grad_y is all
+/// zero. Set such rows of x (padding) to zero first.
 #pragma once
 
 #include <array>
@@ -139,7 +145,8 @@ void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<c
   }
 }
 
-/// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `matrices` the weights that give each.
+/// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `matrices`
+/// the weights that give each.
 template <typename Y, typename X, typename E>
 void require_linear(const LinearNames& names, const Y& y, const X& x, const E& epilogue, Index rows,
                     Index weight_in, Index matrices) {
@@ -231,16 +238,16 @@ std::array<Index, 2> weight_shape(const Weight& weight) {
   }
 }
 
-/// What the returning forms return: x's scalar; of a packed weight float (double for double), since its scalar is a matter of
-/// storage.
+/// What the returning forms return: x's scalar; of a packed weight float (double for double), since
+/// its scalar is a matter of storage.
 template <typename Input, typename Weight>
 using linear_result =
     std::conditional_t<is_packed_weight<Weight>, compute_type<scalar_of<Input>>, scalar_of<Input>>;
 
 }  // namespace detail
 
-/// y (tokens, out) = x (tokens, in) times weight (out, in) transposed, plus bias (out), or whatever an Epilogue says. Allocates
-/// nothing after the first call at a size.
+/// y (tokens, out) = x (tokens, in) times weight (out, in) transposed, plus bias (out), or whatever
+/// an Epilogue says. Allocates nothing after the first call at a size.
 ///
 ///   ef::linear_into(device, y, x, w8);  ef::linear_into(device, y, x, w8, bias);
 ///   ef::linear_into(device, y, x, w8, ef::Epilogue{}.bias(bias).gelu().residual(y));
@@ -268,7 +275,8 @@ void linear_into(const D& device, Output&& y, const Input& x, const Weight& weig
   linear_into(device, y, x, weight, Epilogue{}.bias(bias), workspace);
 }
 
-/// Returns y: of x's scalar where the weight is a tensor, of float (double for double x) where it is a PackedWeight.
+/// Returns y: of x's scalar where the weight is a tensor, of float (double for double x) where it
+/// is a PackedWeight.
 ///
 ///   ef::Tensor<float, 2> y = ef::linear(x, weight, bias);
 ///   ef::Tensor<float, 2> y3 = ef::linear(device, x, w8, bias);   // x float or bfloat16; an Epilogue in the bias' place
@@ -290,9 +298,10 @@ auto linear(const Input& x, const Weight& weight, const BiasOrEpilogue&... end) 
   return linear(Eigen::DefaultDevice{}, x, weight, end...);
 }
 
-/// y (tokens, out) = residual + function(x gate^T + bias[0, out)) * (x up^T + bias[out, 2 out)) in one product, neither half
-/// written: SwiGLU with Epilogue{}.silu(), GeGLU with .gelu() (Shazeer, 2020). Gate and up (out, in) are packed together
-/// (pack_gated_weight), or two tensors of one scalar.
+/// y (tokens, out) = residual + function(x gate^T + bias[0, out)) * (x up^T + bias[out, 2 out)) in
+/// one product, neither half written: SwiGLU with Epilogue{}.silu(), GeGLU with .gelu() (Shazeer,
+/// 2020). Gate and up (out, in) are packed together (pack_gated_weight), or two tensors of one
+/// scalar.
 template <CpuDevice D, typename Output, typename Input, typename S, typename E>
   requires detail::is_epilogue<E>
 void gated_linear_into(const D& device, Output&& y, const Input& x,

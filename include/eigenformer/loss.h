@@ -11,17 +11,20 @@
 ///                       "Rethinking the Inception Architecture", 2016)
 ///   - z_loss z:         + z * log(sum_k exp(x[r, k]))^2, which keeps logits from drifting (Chowdhery et al., "PaLM", 2022)
 ///
-/// The result is a sum and a count, so that parts of a batch can be put together: the mean over the whole is sum of sums over sum
-/// of counts, and its gradient needs gradient_scale = 1 / count (times a loss scale, where one is used).
+/// The result is a sum and a count, so that parts of a batch can be put together: the mean over the
+/// whole is sum of sums over sum of counts, and its gradient needs gradient_scale = 1 / count
+/// (times a loss scale, where one is used).
 ///
-/// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for double), rows' losses are added in
-/// double in their order. Everything is measured from the maximum: no finite logit overflows, and
-/// large ones lose nothing. A logit of -infinity is a class of
-/// probability 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row that is all -infinity give a NaN loss
-/// and gradient row. A gradient past the range of its type becomes infinite: a loss scaler sees that.
+/// Logits are float, double, Eigen::bfloat16 or Eigen::half; arithmetic is in float (double for
+/// double), rows' losses are added in double in their order. Everything is measured from the
+/// maximum: no finite logit overflows, and large ones lose nothing. A logit of -infinity is a class
+/// of probability 0 (with label smoothing the loss is then infinite); NaN, +infinity, and a row
+/// that is all -infinity give a NaN loss and gradient row. A gradient past the range of its type
+/// becomes infinite: a loss scaler sees that.
 ///
-/// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential an element (two where the gradient is
-/// narrower than float); reads the logits and writes the gradient once. Nothing is allocated after the first call at a size.
+/// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential an
+/// element (two where the gradient is narrower than float); reads the logits and writes the
+/// gradient once. Nothing is allocated after the first call at a size.
 #pragma once
 
 #include <cmath>
@@ -54,7 +57,8 @@ struct LossResult {
 
 namespace detail {
 
-/// Throws for the first target that is neither a class nor ignore_index; returns how many are classes.
+/// Throws for the first target that is neither a class nor ignore_index; returns how many are
+/// classes.
 inline Index checked_target_count(const LengthSpan& targets, Index rows, Index classes,
                                   std::int32_t ignore_index) {
   Index count = 0;
@@ -112,9 +116,9 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits,
 
 }  // namespace detail
 
-/// The loss of logits (rows, classes) against targets (rows).
-/// Throws std::invalid_argument for a target that is neither a class nor ignore_index (naming its position and value), for sizes
-/// that differ and for options out of range.
+/// The loss of logits (rows, classes) against targets (rows). Throws std::invalid_argument for a
+/// target that is neither a class nor ignore_index (naming its position and value), for sizes that
+/// differ and for options out of range.
 ///
 ///   const ef::LossResult loss = ef::cross_entropy(logits, targets);   // loss.mean()
 template <CpuDevice D, typename Logits, typename Targets = LengthSpan>
@@ -137,9 +141,9 @@ LossResult cross_entropy(const Logits& logits, const Targets& targets,
   return cross_entropy(Eigen::DefaultDevice{}, logits, targets, options);
 }
 
-/// The loss, and its gradient times gradient_scale into grad_logits (rows, classes). grad_logits has the type of the logits, or is
-/// float where they are narrower. It may be the logits themselves (same memory, same type) and must not overlap them otherwise.
-/// Throws like cross_entropy.
+/// The loss, and its gradient times gradient_scale into grad_logits (rows, classes). grad_logits
+/// has the type of the logits, or is float where they are narrower. It may be the logits themselves
+/// (same memory, same type) and must not overlap them otherwise. Throws like cross_entropy.
 ///
 ///   ef::cross_entropy_with_gradient_into(device, logits, logits, targets, 1.0 / count);   // in place
 template <CpuDevice D, typename Gradient, typename Logits, typename Targets = LengthSpan>

@@ -1,29 +1,30 @@
 /// \file
-/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019) and LayerNorm (Ba, Kiros &
-/// Hinton, 2016):
+/// Normalization of rows: RMSNorm (Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019)
+/// and LayerNorm (Ba, Kiros & Hinton, 2016):
 ///
 ///   rms_norm    y[i, j] = x[i, j] / sqrt(mean over k of x[i, k]^2 + epsilon) * weight[j]
 ///   layer_norm  y[i, j] = (x[i, j] - m) / sqrt(mean over k of (x[i, k] - m)^2 + epsilon) * weight[j] + bias[j]
 ///
 /// where m = mean over k of x[i, k].
 ///
-/// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are (features). Scalars are float, double,
-/// bfloat16 and half; y, x and weight may differ (bfloat16 activations with float weights). Arithmetic is in float, or in double
-/// where an argument is double; nothing is rounded in between. Every finite row has its right
-/// result: one whose squares or sums leave
-/// the range of the type is summed again in a unit of its own (twice the cost, for that row), and
-/// LayerNorm loses nothing where the
-/// mean is large against the spread: a row of equal numbers gives the bias.
+/// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are
+/// (features). Scalars are float, double, bfloat16 and half; y, x and weight may differ (bfloat16
+/// activations with float weights). Arithmetic is in float, or in double where an argument is
+/// double; nothing is rounded in between. Every finite row has its right result: one whose squares
+/// or sums leave the range of the type is summed again in a unit of its own (twice the cost, for
+/// that row), and LayerNorm loses nothing where the mean is large against the spread: a row of
+/// equal numbers gives the bias.
 ///
-/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives zeros, not NaN. NaN in a row
-/// stays in that row; going back, a row that holds NaN or infinity and whose grad_y is all zero
-/// takes no part: it gives grad_x 0
-/// and adds nothing to the gradients of weight and bias.
+/// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives
+/// zeros, not NaN. NaN in a row stays in that row; going back, a row that holds NaN or infinity and
+/// whose grad_y is all zero takes no part: it gives grad_x 0 and adds nothing to the gradients of
+/// weight and bias.
 ///
-/// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
-/// Throws std::invalid_argument for shapes that disagree and for a bad epsilon, before anything is written.
-/// Cost: one read of x from memory, one write of y. No form with a destination allocates, but the backward one grows its workspace
-/// on the first call at a number of rows. Results do not depend on threads or on the other rows.
+/// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined. Throws
+/// std::invalid_argument for shapes that disagree and for a bad epsilon, before anything is
+/// written. Cost: one read of x from memory, one write of y. No form with a destination allocates,
+/// but the backward one grows its workspace on the first call at a number of rows. Results do not
+/// depend on threads or on the other rows.
 #pragma once
 
 #include <cmath>
@@ -124,8 +125,8 @@ auto rms_norm(const X& x, const W& weight, const RmsNormOptions& options = {}) {
   return rms_norm(Eigen::DefaultDevice{}, x, weight, options);
 }
 
-/// residual += x, rounded to residual's scalar, then y = RMSNorm(residual) * weight: the same bits as the two steps apart, with one
-/// pass through memory. y may be x itself, not residual.
+/// residual += x, rounded to residual's scalar, then y = RMSNorm(residual) * weight: the same bits
+/// as the two steps apart, with one pass through memory. y may be x itself, not residual.
 template <CpuDevice D, typename Y, typename R, typename X, typename W>
 void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W& weight,
                        const RmsNormOptions& options = {}) {
@@ -141,8 +142,9 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
   cpu::add_rms_norm(isa::best{}, device, Problem{norm, sum.data(), addend.data()});
 }
 
-/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the forward call. grad_x is written and
-/// may be grad_y or x itself. grad_weight, float or double, is added to: once over the rows, in a fixed order.
+/// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the
+/// forward call. grad_x is written and may be grad_y or x itself. grad_weight, float or double, is
+/// added to: once over the rows, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
 void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y,
                             const X& x, const W& weight, const RmsNormOptions& options = {},
@@ -208,8 +210,9 @@ auto layer_norm(const X& x, const W& weight, const B& bias, const LayerNormOptio
   return layer_norm(Eigen::DefaultDevice{}, x, weight, bias, options);
 }
 
-/// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call. grad_x is written and may be grad_y
-/// or x itself. grad_weight and grad_bias, both float or both double, are added to, in a fixed order.
+/// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call.
+/// grad_x is written and may be grad_y or x itself. grad_weight and grad_bias, both float or both
+/// double, are added to, in a fixed order.
 template <CpuDevice D, typename GX, typename GW, typename GB, typename GY, typename X, typename W>
 void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias,
                               const GY& grad_y, const X& x, const W& weight,

@@ -1,8 +1,8 @@
 /// \file
 /// Optimizers over flat float parameters, and what is done to gradients before a step.
 ///
-/// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), with the update of torch.optim.AdamW; t counts
-/// steps from 1, g is the gradient, everything elementwise:
+/// AdamW (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019), with the update of
+/// torch.optim.AdamW; t counts steps from 1, g is the gradient, everything elementwise:
 ///
 ///   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 ///   w = w - learning_rate ((m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon) + weight_decay w)
@@ -10,12 +10,13 @@
 /// The weight is rounded once a step, so that a decay far below its last digit (learning_rate 2e-6,
 /// weight_decay 0.01) arrives in the long run: the update, which is larger and varies, carries it.
 ///
-/// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep learning", 2013), with the update
-/// of torch.optim.SGD, decay coupled to the gradient:
+/// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep
+/// learning", 2013), with the update of torch.optim.SGD, decay coupled to the gradient:
 ///
 ///   d = g + weight_decay w;   u = momentum u + d;   w = w - learning_rate (nesterov ? d + momentum u : u)
 ///
-/// Parameters may come in groups, each with options of its own; recipes do not decay norms and biases:
+/// Parameters may come in groups, each with options of its own; recipes do not decay norms and
+/// biases:
 ///
 ///   ef::AdamW optimizer({{matrices, {.learning_rate = 1e-3, .weight_decay = 0.1}},
 ///                        {norms_and_biases, {.learning_rate = 1e-3, .weight_decay = 0}}});
@@ -26,12 +27,14 @@
 /// beta2 = 0.999, from 2e19 on with small beta2) makes the second moment infinite for good, which
 /// freezes that weight but for its decay.
 ///
-/// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is; it owns its state. A step with
-/// a gradient that is infinite or NaN spoils the weight it belongs to: GradScaler and `all_finite` exist to skip such steps.
-/// Results are the same bits for any number of threads.
+/// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is;
+/// it owns its state. A step with a gradient that is infinite or NaN spoils the weight it belongs
+/// to: GradScaler and `all_finite` exist to skip such steps. Results are the same bits for any
+/// number of threads.
 ///
-/// Cost: one pass; AdamW reads 16 and writes 12 bytes an element, SGD reads 8 and writes 4 (12 and 8 with momentum). Nothing is
-/// allocated after construction (by the free functions: after the first call at a size).
+/// Cost: one pass; AdamW reads 16 and writes 12 bytes an element, SGD reads 8 and writes 4 (12 and
+/// 8 with momentum). Nothing is allocated after construction (by the free functions: after the
+/// first call at a size).
 #pragma once
 
 #include <algorithm>
@@ -115,8 +118,9 @@ class AdamW {
  public:
   using Group = ParameterGroup<AdamWOptions>;
 
-  /// Throws std::invalid_argument where a value and its gradient differ in size, where two parameters
-  /// share memory, and for an option that is NaN, negative, above 1e18 or (betas) 1 or more.
+  /// Throws std::invalid_argument where a value and its gradient differ in size, where two
+  /// parameters share memory, and for an option that is NaN, negative, above 1e18 or (betas) 1 or
+  /// more.
   explicit AdamW(std::vector<Parameter> parameters, const AdamWOptions& options = {})
       : AdamW(std::vector<Group>{{std::move(parameters), options}}) {}
   explicit AdamW(std::vector<Group> groups) : state_(std::move(groups)) {}
@@ -139,7 +143,8 @@ class AdamW {
   /// Of all groups, one after the other.
   const std::vector<Parameter>& parameters() const { return state_.parameters(); }
   Index group_count() const { return state_.group_count(); }
-  /// Of one group. Throws std::invalid_argument for a group out of range, as all functions below do.
+  /// Of one group. Throws std::invalid_argument for a group out of range, as all functions below
+  /// do.
   const AdamWOptions& options(Index group = 0) const { return state_.options(group); }
   double learning_rate(Index group = 0) const { return options(group).learning_rate; }
   /// From the next step on, for schedules: the rate of all groups, of one, or all options of one.
@@ -150,15 +155,16 @@ class AdamW {
 
   /// Steps taken.
   Index step_count() const { return state_.steps; }
-  /// m and v of one parameter, counted as in parameters(). Throws std::invalid_argument for an index out of range.
+  /// m and v of one parameter, counted as in parameters(). Throws std::invalid_argument for an
+  /// index out of range.
   TensorView<const float, 1> first_moment(Index parameter) const {
     return state_.moment("AdamW::first_moment", 0, parameter);
   }
   TensorView<const float, 1> second_moment(Index parameter) const {
     return state_.moment("AdamW::second_moment", 1, parameter);
   }
-  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside step_count(),
-  /// the options and the weights.
+  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside
+  /// step_count(), the options and the weights.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
   void load_state(std::span<const float> state, Index step_count) {
@@ -206,7 +212,8 @@ class Sgd {
 
   /// Steps taken.
   Index step_count() const { return state_.steps; }
-  /// u of one parameter. Throws std::invalid_argument for an index out of range and where its group has no momentum.
+  /// u of one parameter. Throws std::invalid_argument for an index out of range and where its group
+  /// has no momentum.
   TensorView<const float, 1> momentum(Index parameter) const {
     return state_.moment("Sgd::momentum", 0, parameter);
   }
@@ -221,10 +228,11 @@ class Sgd {
   detail::OptimizerState<detail::SgdRules, SgdOptions> state_;
 };
 
-// ---- gradients -----------------------------------------------------------------------------------------------------------------
+// ---- gradients ----------------------------------------------------------------------------------
 
-/// The L2 norm of all gradients together, in double: finite for any finite floats, NaN or infinite where a gradient is.
-/// Throws std::invalid_argument where a value and its gradient differ in size, as all functions below do.
+/// The L2 norm of all gradients together, in double: finite for any finite floats, NaN or infinite
+/// where a gradient is. Throws std::invalid_argument where a value and its gradient differ in size,
+/// as all functions below do.
 template <CpuDevice D>
 double gradient_norm(const D& device, std::span<const Parameter> parameters,
                      Workspace& workspace = thread_workspace()) {
@@ -245,7 +253,8 @@ inline double gradient_norm(std::span<const Parameter> parameters) {
 
 namespace detail {
 
-/// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite numbers afterwards.
+/// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite
+/// numbers afterwards.
 template <CpuDevice D>
 void scale_pieces(const D& device, const ParameterPiece* pieces, Index count, double factor,
                   bool* finite) {
@@ -300,9 +309,10 @@ inline bool all_finite(std::span<const Parameter> parameters) {
   return all_finite(Eigen::DefaultDevice{}, parameters);
 }
 
-/// Scales all gradients together so that their L2 norm is at most max_norm (Pascanu et al., "On the difficulty of training
-/// recurrent neural networks", 2013), and returns the norm before. A norm that is infinite or NaN is returned and leaves the
-/// gradients as they are: skip the step. Throws std::invalid_argument unless max_norm is above 0.
+/// Scales all gradients together so that their L2 norm is at most max_norm (Pascanu et al., "On the
+/// difficulty of training recurrent neural networks", 2013), and returns the norm before. A norm
+/// that is infinite or NaN is returned and leaves the gradients as they are: skip the step. Throws
+/// std::invalid_argument unless max_norm is above 0.
 template <CpuDevice D>
 double clip_gradient_norm(const D& device, std::span<const Parameter> parameters, double max_norm,
                           Workspace& workspace = thread_workspace()) {

@@ -1,7 +1,7 @@
 /// \file
-/// A KV cache for many sequences of different lengths that come and go (Kwon et al., "Efficient Memory Management for Large
-/// Language Model Serving with PagedAttention", SOSP 2023): one pool of fixed pages, a page table per sequence, prefixes shared by
-/// copy-on-write.
+/// A KV cache for many sequences of different lengths that come and go (Kwon et al., "Efficient
+/// Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023): one pool of
+/// fixed pages, a page table per sequence, prefixes shared by copy-on-write.
 ///
 ///   ef::PagedKvCache<float> cache({.layers = 2, .kv_heads = 4, .head_dim = 64, .page_size = 16, .page_count = 1000});
 ///   const ef::SequenceId a = cache.add_sequence();
@@ -10,19 +10,22 @@
 ///   ef::update_kv_cache(cache, ids, new_keys, new_values, layer);   // (batch, n, kv_heads, head_dim), one sequence a row
 ///   cache.free(a);
 ///
-/// Layers. A page holds page_size positions of every layer. Each layer of a sequence has its own length, which its appends advance;
-/// the layer that is ahead claims pages, and the others follow into them without claiming more. A step therefore appends the same
-/// tokens layer after layer, and pages can run out in its first layer only; reserve(sequence, length) claims them before that.
+/// Layers. A page holds page_size positions of every layer. Each layer of a sequence has its own
+/// length, which its appends advance; the layer that is ahead claims pages, and the others follow
+/// into them without claiming more. A step therefore appends the same tokens layer after layer, and
+/// pages can run out in its first layer only; reserve(sequence, length) claims them before that.
 ///
-/// Sharing. A page belongs to all sequences that were forked over it (a reference count). Whoever appends into a page that others
-/// hold too gets a copy of it first; full pages are never written again, so prefixes stay shared. A page is free when its last
-/// holder is gone.
+/// Sharing. A page belongs to all sequences that were forked over it (a reference count). Whoever
+/// appends into a page that others hold too gets a copy of it first; full pages are never written
+/// again, so prefixes stay shared. A page is free when its last holder is gone.
 ///
-/// Pages that run out: std::length_error, with nothing changed, for the whole batch of an append. Unknown or freed ids:
-/// std::out_of_range (ids are never used twice). Wrong shapes: std::invalid_argument. INT8 storage is that of kv_cache.h.
+/// Pages that run out: std::length_error, with nothing changed, for the whole batch of an append.
+/// Unknown or freed ids: std::out_of_range (ids are never used twice). Wrong shapes:
+/// std::invalid_argument. INT8 storage is that of kv_cache.h.
 ///
-/// The pool is one allocation, made by the constructor; later ones are page tables only, amortised. Unused slots hold anything.
-/// Const members may be called from many threads at once. A cache can be moved, not copied; what was moved from is empty.
+/// The pool is one allocation, made by the constructor; later ones are page tables only, amortised.
+/// Unused slots hold anything. Const members may be called from many threads at once. A cache can
+/// be moved, not copied; what was moved from is empty.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +50,8 @@ class PagedKvCache {
   using scalar = T;
   using storage = Storage;
 
-  /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows, std::bad_alloc.
+  /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows,
+  /// std::bad_alloc.
   explicit PagedKvCache(const PagedKvConfig& config)
       : config_(detail::checked_config(config, kName)),
         layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
@@ -67,7 +71,7 @@ class PagedKvCache {
 
   const PagedKvConfig& config() const { return config_; }
 
-  // ---- sequences ---------------------------------------------------------------------------------------------------------------
+  // ---- sequences --------------------------------------------------------------------------------
 
   /// An empty sequence. Throws std::bad_alloc.
   SequenceId add_sequence() {
@@ -75,8 +79,9 @@ class PagedKvCache {
     return push({}, kNoParent, 0);
   }
 
-  /// A sequence with the first `length` positions of another (all of them where length is -1), sharing its pages. Costs O(pages),
-  /// copies nothing. Throws std::out_of_range, std::invalid_argument where length exceeds that of the sequence.
+  /// A sequence with the first `length` positions of another (all of them where length is -1),
+  /// sharing its pages. Costs O(pages), copies nothing. Throws std::out_of_range,
+  /// std::invalid_argument where length exceeds that of the sequence.
   SequenceId fork(SequenceId sequence, Index length = -1) {
     const std::size_t parent = find(sequence);
     const Index longest = longest_layer(parent);
@@ -91,7 +96,8 @@ class PagedKvCache {
     return push(std::move(pages), parent, kept);
   }
 
-  /// Ends a sequence and gives back the pages nobody else holds. Throws std::out_of_range, also the second time.
+  /// Ends a sequence and gives back the pages nobody else holds. Throws std::out_of_range, also the
+  /// second time.
   void free(SequenceId sequence) {
     const std::size_t at = find(sequence);
     for (std::int32_t page : sequences_[at].pages) pool_.release(page);
@@ -102,8 +108,9 @@ class PagedKvCache {
     for (auto& lengths : lengths_) lengths.erase(lengths.begin() + offset);
   }
 
-  /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones included; layers that are no
-  /// longer than that stay. Throws std::out_of_range, std::invalid_argument for a negative length.
+  /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones
+  /// included; layers that are no longer than that stay. Throws std::out_of_range,
+  /// std::invalid_argument for a negative length.
   void truncate(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
     require_that(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
@@ -117,8 +124,9 @@ class PagedKvCache {
     }
   }
 
-  /// Claims pages for `length` positions of a sequence, so that appends up to there find them. What is shared is copied when it is
-  /// written, not now. Throws std::out_of_range, std::invalid_argument, std::length_error.
+  /// Claims pages for `length` positions of a sequence, so that appends up to there find them. What
+  /// is shared is copied when it is written, not now. Throws std::out_of_range,
+  /// std::invalid_argument, std::length_error.
   void reserve(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
     require_that(length >= 0, kName, "reserve a length of ", length, ", expected 0 or more");
@@ -154,7 +162,7 @@ class PagedKvCache {
     return lengths_[checked_layer(layer_idx)][find(sequence)];
   }
 
-  // ---- append ------------------------------------------------------------------------------------------------------------------
+  // ---- append -----------------------------------------------------------------------------------
 
   /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence.
   template <CpuDevice D, typename Keys, typename Values>
@@ -170,8 +178,8 @@ class PagedKvCache {
     append(Eigen::DefaultDevice{}, sequence, layer_idx, keys, values);
   }
 
-  /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of (tokens, kv_heads, head_dim) to
-  /// sequence i.
+  /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of
+  /// (tokens, kv_heads, head_dim) to sequence i.
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets,
               Index layer_idx, const Keys& keys, const Values& values) {
@@ -190,7 +198,8 @@ class PagedKvCache {
     append(Eigen::DefaultDevice{}, ids, offsets, layer_idx, keys, values);
   }
 
-  /// The same number of positions to each: (batch, n, kv_heads, head_dim), row i to sequence ids[i].
+  /// The same number of positions to each: (batch, n, kv_heads, head_dim), row i to sequence
+  /// ids[i].
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, Index layer_idx, const Keys& keys,
               const Values& values) {
@@ -213,9 +222,10 @@ class PagedKvCache {
     append(Eigen::DefaultDevice{}, ids, layer_idx, keys, values);
   }
 
-  // ---- read --------------------------------------------------------------------------------------------------------------------
+  // ---- read -------------------------------------------------------------------------------------
 
-  /// A copy of a layer's keys or values of one sequence (length, kv_heads, head_dim), INT8 dequantized.
+  /// A copy of a layer's keys or values of one sequence (length, kv_heads, head_dim), INT8
+  /// dequantized.
   Tensor<T, 3> keys(SequenceId sequence, Index layer_idx) const {
     return read(sequence, layer_idx, false);
   }
@@ -223,14 +233,15 @@ class PagedKvCache {
     return read(sequence, layer_idx, true);
   }
 
-  /// What attention reads: all live sequences in order of creation. Valid until the cache is next changed.
+  /// What attention reads: all live sequences in order of creation. Valid until the cache is next
+  /// changed.
   KvSource<Storage> source(Index layer_idx) const {
     const std::size_t layer = checked_layer(layer_idx);
     return source_of(layer, sequence_count(), lengths_[layer].data(), tables_.data());
   }
 
-  /// Chosen sequences in the order given (one may come twice), through tables of the caller's. Valid until the cache or the tables
-  /// change.
+  /// Chosen sequences in the order given (one may come twice), through tables of the caller's.
+  /// Valid until the cache or the tables change.
   KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids,
                            KvSelection& selection) const {
     const std::size_t layer = checked_layer(layer_idx);
@@ -245,13 +256,14 @@ class PagedKvCache {
                      selection.tables.data());
   }
 
-  /// The same through tables of the cache's own, one set a layer: valid until the cache changes or this is called again for the
-  /// layer, and so, unlike the const members, for one thread at a time.
+  /// The same through tables of the cache's own, one set a layer: valid until the cache changes or
+  /// this is called again for the layer, and so, unlike the const members, for one thread at a
+  /// time.
   KvSource<Storage> source(Index layer_idx, std::span<const SequenceId> ids) {
     return source(layer_idx, ids, selections_[checked_layer(layer_idx)]);
   }
 
-  // ---- figures -----------------------------------------------------------------------------------------------------------------
+  // ---- figures ----------------------------------------------------------------------------------
 
   Index pages_free() const { return pool_.free_count(); }
   /// Counts by walking every page table: O(pages held).
@@ -400,7 +412,8 @@ class PagedKvCache {
     pool_.require_free(needed, kName);
   }
 
-  /// Gives every sequence pages of its own, which require_pages has found, for its new positions, or throws with nothing changed.
+  /// Gives every sequence pages of its own, which require_pages has found, for its new positions,
+  /// or throws with nothing changed.
   template <typename Added>
   void claim(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
     const auto end_of = [&](std::size_t i, std::size_t at) {
@@ -420,26 +433,19 @@ class PagedKvCache {
     }
   }
 
-  /// Exactly how many pages the batch must copy: where all holders of a page write, the last of them keeps it.
+  /// How many pages the batch must copy.
   template <typename Added>
   Index copies_needed(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
-    Index copies = 0;
-    const auto for_each_shared = [&](auto&& body) {
+    return pool_.copies_needed([&](auto&& visit) {
       for (std::size_t i = 0; i < ids.size(); ++i) {
         if (added(i) == 0) continue;
         const std::size_t at = find(ids[i]);
-        const auto [first, last] =
-            held_pages(at, lengths_[layer][at], lengths_[layer][at] + added(i));
-        for (Index p = first; p < last; ++p) {
-          const std::int32_t page = sequences_[at].pages[static_cast<std::size_t>(p)];
-          if (pool_.holders(page) > 1) body(page);
-        }
+        const Index length = lengths_[layer][at];
+        const auto [first, last] = held_pages(at, length, length + added(i));
+        for (Index p = first; p < last; ++p)
+          visit(sequences_[at].pages[static_cast<std::size_t>(p)]);
       }
-    };
-    for_each_shared(
-        [&](std::int32_t page) { copies += ++pool_.mark(page) < pool_.holders(page) ? 1 : 0; });
-    for_each_shared([&](std::int32_t page) { pool_.mark(page) = 0; });
-    return copies;
+    });
   }
 
   KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths,
@@ -461,7 +467,8 @@ class PagedKvCache {
   PagedKvConfig config_;
   detail::KvPageLayout layout_;
   detail::PagePool pool_;
-  // Live sequences in order of creation, so that ids rise: parallel arrays, because KvSource points to tables and lengths.
+  // Live sequences in order of creation, so that ids rise: parallel arrays, because KvSource points
+  // to tables and lengths.
   std::vector<SequenceId> ids_;
   std::vector<Sequence> sequences_;
   std::vector<const std::int32_t*> tables_;  // [sequence] -> its pages
@@ -484,7 +491,8 @@ void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId
   cache.append(ids, layer_idx, new_keys, new_values);
 }
 
-/// Appends to all live sequences in order of creation: (batch, n, kv_heads, head_dim) with as many rows as there are sequences.
+/// Appends to all live sequences in order of creation: (batch, n, kv_heads, head_dim) with as many
+/// rows as there are sequences.
 template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {

@@ -5,20 +5,23 @@
 ///   q     = clamp(round_half_to_even(w / scale), -127, 127)      so -128 never occurs, and |w - q * scale| <= scale / 2 up to one
 ///   rounding
 ///
-/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128 inputs of a row, or for each
-/// token of activations. The quotient is a true division, in float (double for double); the scale is a float and never 0: where
-/// max|w| / 127 rounds to 0 the smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See
+/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128
+/// inputs of a row, or for each token of activations. The quotient is a true division, in float
+/// (double for double); the scale is a float and never 0: where max|w| / 127 rounds to 0 the
+/// smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See
 /// Dettmers et al., "LLM.int8()" (2022), for per-token activations against per-row weights.
 ///
-/// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's range) throws
-/// std::invalid_argument naming the first one's index, before anything is written. On a GPU (per channel only) nothing can throw
-/// after the launch: there a row that holds NaN or infinity gets the scale NaN and values 0. Activations never throw for their
-/// values: a token that holds NaN or infinity gets the scale NaN and values 0, so that its outputs are NaN and no other token is
-/// touched.
+/// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's
+/// range) throws std::invalid_argument naming the first one's index, before anything is written. On
+/// a GPU (per channel only) nothing can throw after the launch: there a row that holds NaN or
+/// infinity gets the scale NaN and values 0. Activations never throw for their values: a token that
+/// holds NaN or infinity gets the scale NaN and values 0, so that its outputs are NaN and no other
+/// token is touched.
 ///
-/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written once, or, by row or group, read
-/// once with {.check_first = false} and in the returning forms; a token's second read is in cache. The _into forms allocate nothing
-/// after the first call at a size.
+/// Outputs must not overlap inputs. Cost: weights are read twice (scales, then values) and written
+/// once, or, by row or group, read once with {.check_first = false} and in the returning forms; a
+/// token's second read is in cache. The _into forms allocate nothing after the first call at a
+/// size.
 #pragma once
 
 #include "core/check.h"
@@ -36,8 +39,9 @@ inline namespace EIGENFORMER_ABI {
 
 /// How weights are quantized by row or by group.
 struct QuantizeOptions {
-  /// All weights are read before anything is written, so that a NaN changes nothing. false: one read instead of two, at up to
-  /// twice the speed where weights come from memory; a call that throws may have written some of the values and scales.
+  /// All weights are read before anything is written, so that a NaN changes nothing. false: one
+  /// read instead of two, at up to twice the speed where weights come from memory; a call that
+  /// throws may have written some of the values and scales.
   bool check_first = true;
 };
 
@@ -140,8 +144,8 @@ auto quantize_weights_int8(const Weights& weights) {
   return quantize_weights_int8(Eigen::DefaultDevice{}, weights);
 }
 
-/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on a GPU too, without the check of
-/// values.
+/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on
+/// a GPU too, without the check of values.
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
                                             const Weights& weights, const QuantizeOptions& options,
@@ -192,8 +196,8 @@ QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
   return quantize_weights_int8_per_channel(Eigen::DefaultDevice{}, weights);
 }
 
-/// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be short. Throws
-/// std::invalid_argument, also for a group_size that is not 32, 64 or 128.
+/// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be
+/// short. Throws std::invalid_argument, also for a group_size that is not 32, 64 or 128.
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
                                         const Weights& weights, Index group_size,
@@ -241,8 +245,8 @@ QuantizedGroups quantize_weights_int8_grouped(const Weights& weights, Index grou
   return quantize_weights_int8_grouped(Eigen::DefaultDevice{}, weights, group_size);
 }
 
-/// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens with NaN or infinity: see the
-/// top.
+/// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens
+/// with NaN or infinity: see the top.
 template <CpuDevice D, typename Values, typename Scales, typename Input>
 void quantize_activations_int8_into(const D& device, Values&& values, Scales&& scales,
                                     const Input& x) {
@@ -391,10 +395,10 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
 
 }  // namespace detail
 
-/// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias (out) where given. The values of
-/// linear with pack_weight(values, scales), bit for bit, without packing first: quantized activations, exact int32 sums, in <=
-/// 133,144, and y = fma(float(sum), x's scale * weight's scale, bias). Values must lie in [-127,
-/// 127]. A scale that is NaN, infinite
+/// y (tokens, out) = x (tokens, in) times the quantized weight (out, in) transposed, plus bias
+/// (out) where given. The values of linear with pack_weight(values, scales), bit for bit, without
+/// packing first: quantized activations, exact int32 sums, in <= 133,144, and y = fma(float(sum),
+/// x's scale * weight's scale, bias). Values must lie in [-127, 127]. A scale that is NaN, infinite
 /// or negative throws std::invalid_argument naming the first one: O(out).
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
           typename E>

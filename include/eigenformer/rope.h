@@ -1,26 +1,29 @@
 /// \file
-/// Rotary position embedding (Su et al., "RoFormer", 2021): pairs of features of a head turn by an angle that grows with the
-/// position,
+/// Rotary position embedding (Su et al., "RoFormer", 2021): pairs of features of a head turn by an
+/// angle that grows with the position,
 ///
 ///   (y[a], y[b]) = (x[a] cos t - x[b] sin t,  x[b] cos t + x[a] sin t),   t = position * scale * base^(-2 i / rotary_dim)
 ///
-/// for pair i of rotary_dim / 2; RopeLayout says which features a and b are. Features from rotary_dim on are copied. `scale` below
-/// 1 is position interpolation (Chen et al., 2023): 0.25 serves contexts four times the length trained.
+/// for pair i of rotary_dim / 2; RopeLayout says which features a and b are. Features from
+/// rotary_dim on are copied. `scale` below 1 is position interpolation (Chen et al., 2023): 0.25
+/// serves contexts four times the length trained.
 ///
-/// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has one element a token, batch * seq
-/// of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other contiguous
-/// range of integers, or a braced
-/// list. Scalars are float, double, bfloat16 and half;
-/// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to 1e-10 at position 10^6) and
-/// rounded once: to float, or to double where x or y is.
+/// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has
+/// one element a token, batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor
+/// of rank 1 or any other contiguous range of integers, or a braced list. Scalars are float,
+/// double, bfloat16 and half; y's may differ from x's. Angles, cosines and sines are computed in
+/// double (an angle is right to 1e-10 at position 10^6) and rounded once: to float, or to double
+/// where x or y is.
 ///
-/// Two forms give the same bits. With options, cosines and sines are computed once a token, for all its heads (about 2 us for 64
-/// pairs). With a RopeTable they are read: nothing is computed but the rotation, nothing allocated; the hot path.
+/// Two forms give the same bits. With options, cosines and sines are computed once a token, for all
+/// its heads (about 2 us for 64 pairs). With a RopeTable they are read: nothing is computed but the
+/// rotation, nothing allocated; the hot path.
 ///
-/// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined.
-/// Throws std::invalid_argument for a number of positions other than of tokens, an odd or too large rotary_dim, a base or scale
-/// that is not positive and finite, and, with a table, a position outside it (O(tokens)), before anything is written. Cost: one
-/// read of x and one write of y. Results do not depend on threads or on other tokens.
+/// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined. Throws
+/// std::invalid_argument for a number of positions other than of tokens, an odd or too large
+/// rotary_dim, a base or scale that is not positive and finite, and, with a table, a position
+/// outside it (O(tokens)), before anything is written. Cost: one read of x and one write of y.
+/// Results do not depend on threads or on other tokens.
 #pragma once
 
 #include <cmath>
@@ -117,9 +120,9 @@ RopeProblem<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name, std:
 
 }  // namespace detail
 
-/// Cosines and sines of positions 0 to max_positions - 1, for heads of head_dim: max_positions * rotary_dim elements (twice that
-/// for the interleaved layout). C is float, which serves float, bfloat16 and half, or double. Immutable: share it between layers
-/// and threads.
+/// Cosines and sines of positions 0 to max_positions - 1, for heads of head_dim: max_positions *
+/// rotary_dim elements (twice that for the interleaved layout). C is float, which serves float,
+/// bfloat16 and half, or double. Immutable: share it between layers and threads.
 template <typename C>
 class BasicRopeTable {
   static_assert(std::is_same_v<C, float> || std::is_same_v<C, double>);

@@ -1,8 +1,10 @@
 /// \file
-/// From logits (batch, vocab) to tokens: greedy, top-k (Fan et al., "Hierarchical Neural Story Generation", 2018), top-p or nucleus
-/// (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020), min-p (Nguyen et al., "Turning Up the Heat", 2024),
-/// locally typical (Meister et al., 2023), penalties (Keskar et al., "CTRL", 2019), and speculative verification (Leviathan et al.,
-/// "Fast Inference from Transformers via Speculative Decoding", 2023; Chen et al., 2023).
+/// From logits (batch, vocab) to tokens: greedy, top-k (Fan et al., "Hierarchical Neural Story
+/// Generation", 2018), top-p or nucleus (Holtzman et al., "The Curious Case of Neural Text
+/// Degeneration", 2020), min-p (Nguyen et al., "Turning Up the Heat", 2024), locally typical
+/// (Meister et al., 2023), penalties (Keskar et al., "CTRL", 2019), and speculative verification
+/// (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023; Chen et
+/// al., 2023).
 ///
 ///   ids = ef::greedy_sample(logits);
 ///   ids = ef::top_k_sample(logits, k, temperature, rng);
@@ -16,8 +18,9 @@
 ///
 /// The last three are in sampling/log_probabilities.h and sampling/speculative.h.
 ///
-/// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder, kLlamaCppOrder, or one of your own), each
-/// filter on the renormalised survivors of the one before:
+/// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder,
+/// kLlamaCppOrder, or one of your own), each filter on the renormalised survivors of the one
+/// before:
 ///
 ///   penalties     x > 0 ? x / r : x * r for tokens of prompt and output; then x -= frequency * count + presence, output only
 ///   logit_bias    x += bias
@@ -29,8 +32,9 @@
 ///   min_p         probability >= min_p * the best's
 ///   typical_p     the smallest set of tokens nearest in information to the entropy that sums to at least p; all equals
 ///
-/// Every set holds at least one token. Equality and order are those of the logits as given (after penalties and bias), not of
-/// rounded probabilities. Sums and weights are in double. Tokens at -infinity are never drawn.
+/// Every set holds at least one token. Equality and order are those of the logits as given (after
+/// penalties and bias), not of rounded probabilities. Sums and weights are in double. Tokens at
+/// -infinity are never drawn.
 ///
 /// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a
 /// function of (seed, position, r), or of (seed, position) where every row has a generator of its
@@ -47,9 +51,10 @@
 /// generators, parameters out of range or NaN, token ids out of range, and shapes whose size in
 /// bytes overflows. batch 0 is legal. An output must not overlap the logits.
 ///
-/// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a draw from all tokens add about
-/// one exponential a token each. No filter sorts the vocabulary: the worst case is O(vocab). Rows are spread over the threads of a
-/// pool. The _into forms allocate nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
+/// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a
+/// draw from all tokens add about one exponential a token each. No filter sorts the vocabulary: the
+/// worst case is O(vocab). Rows are spread over the threads of a pool. The _into forms allocate
+/// nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
 #pragma once
 
 #include <algorithm>
@@ -259,10 +264,10 @@ inline SamplingParams top_p_params(double p, double temperature) {
 
 }  // namespace detail
 
-// ---- greedy ------------------------------------------------------------------------------------------------------------------
+// ---- greedy -------------------------------------------------------------------------------------
 
-/// ids[r] = lowest index of the largest logit of row r; -1 and a status (where `statuses`, (batch), is given) for a bad row. On a
-/// GPU all three are device memory.
+/// ids[r] = lowest index of the largest logit of row r; -1 and a status (where `statuses`, (batch),
+/// is given) for a bad row. On a GPU all three are device memory.
 template <Device D, typename Ids, typename Logits>
 void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
                         std::span<SampleStatus> statuses = {},
@@ -295,10 +300,10 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
   return greedy_sample(Eigen::DefaultDevice{}, logits);
 }
 
-// ---- sampling ----------------------------------------------------------------------------------------------------------------
+// ---- sampling -----------------------------------------------------------------------------------
 
-/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is (batch). Allocates nothing after the
-/// first call at a size. On CPU devices any parameters.
+/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is
+/// (batch). Allocates nothing after the first call at a size. On CPU devices any parameters.
 template <CpuDevice D, typename Ids, typename Logits>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params,
                  Generators rng, std::span<SampleStatus> statuses = {},
@@ -373,7 +378,7 @@ Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temp
   return top_p_sample(Eigen::DefaultDevice{}, logits, p, temperature, rng);
 }
 
-// ---- the distribution --------------------------------------------------------------------------------------------------------
+// ---- the distribution ---------------------------------------------------------------------------
 
 namespace detail {
 
@@ -408,7 +413,8 @@ Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
 
 }  // namespace detail
 
-/// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is all zero. Nothing is allocated.
+/// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is
+/// all zero. Nothing is allocated.
 template <CpuDevice D, typename Out, typename Logits>
 void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
                                  const SamplingParams& params,
@@ -424,7 +430,8 @@ void sampling_probabilities_into(const D& device, Out&& probabilities, const Log
   detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
 }
 
-/// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature 0. Throws std::invalid_argument.
+/// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature
+/// 0. Throws std::invalid_argument.
 template <CpuDevice D, typename Logits>
 Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
                                         const SamplingParams& params) {

@@ -1,7 +1,8 @@
 /// \file
-/// Continuous batching (Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022): a
-/// sequence that finishes leaves the batch at once, and the next request takes its place. No model inside: batches out, tokens in,
-/// the same calls give the same batches.
+/// Continuous batching (Yu et al., "Orca: A Distributed Serving System for Transformer-Based
+/// Generative Models", OSDI 2022): a sequence that finishes leaves the batch at once, and the next
+/// request takes its place. No model inside: batches out, tokens in, the same calls give the same
+/// batches.
 ///
 ///   ef::ContinuousBatchScheduler scheduler(max_batch_size, max_seq_length);
 ///   scheduler.add_request("a", prompt);
@@ -11,19 +12,22 @@
 ///   }
 ///   std::vector<std::int32_t> text = scheduler.take_finished("a");   // prompt and everything generated
 ///
-/// The batch is a row of slots. A request added while there is room stands behind the active ones; otherwise it waits, first come
-/// first served. A request finishes when update_batch says so, or when its text reaches max_seq_length, the last token included
-/// either way. Then, in the same call, the first waiting request takes its very slot; where nobody waits, the requests behind it
-/// close up. No other request moves, so active requests keep their order: [1, 2, 3, 4] with 5 waiting becomes [1, 5, 3, 4] when 2
-/// finishes.
+/// The batch is a row of slots. A request added while there is room stands behind the active ones;
+/// otherwise it waits, first come first served. A request finishes when update_batch says so, or
+/// when its text reaches max_seq_length, the last token included either way. Then, in the same
+/// call, the first waiting request takes its very slot; where nobody waits, the requests behind it
+/// close up. No other request moves, so active requests keep their order: [1, 2, 3, 4] with 5
+/// waiting becomes [1, 5, 3, 4] when 2 finishes.
 ///
-/// An id is in use from add_request until its text is taken. Errors change nothing: std::invalid_argument for an id in use, an
-/// empty prompt, a prompt of max_seq_length tokens or more, an update of a request that waits or has finished; std::out_of_range
-/// for an unknown id. Every call is O(1) in the number of requests waiting and finished; get_batch is O(its output), an update that
-/// closes a gap O(batch). For one thread at a time. Movable, not copyable;
-/// what was moved from has no requests.
+/// An id is in use from add_request until its text is taken. Errors change nothing:
+/// std::invalid_argument for an id in use, an empty prompt, a prompt of max_seq_length tokens or
+/// more, an update of a request that waits or has finished; std::out_of_range for an unknown id.
+/// Every call is O(1) in the number of requests waiting and finished; get_batch is O(its output),
+/// an update that closes a gap O(batch). For one thread at a time. Movable, not copyable; what was
+/// moved from has no requests.
 ///
-/// Token budgets, chunked prefill, pages, preemption, priorities and cancellation are StepScheduler's: scheduler/step_scheduler.h.
+/// Token budgets, chunked prefill, pages, preemption, priorities and cancellation are
+/// StepScheduler's: scheduler/step_scheduler.h.
 #pragma once
 
 #include <algorithm>
@@ -102,8 +106,8 @@ class ContinuousBatchScheduler {
                 std::span<const std::int32_t>(prompt_tokens.begin(), prompt_tokens.size()));
   }
 
-  /// The active requests in the order of their slots; all tensors (0, 0) where there are none. Throws std::invalid_argument where
-  /// a padded tensor overflows, std::bad_alloc.
+  /// The active requests in the order of their slots; all tensors (0, 0) where there are none.
+  /// Throws std::invalid_argument where a padded tensor overflows, std::bad_alloc.
   Batch get_batch() const {
     const Index batch = active_count();
     Index longest = 0;
@@ -128,7 +132,8 @@ class ContinuousBatchScheduler {
     return result;
   }
 
-  /// Appends the new token, the last one of a finished request included; who finishes makes room in this call.
+  /// Appends the new token, the last one of a finished request included; who finishes makes room in
+  /// this call.
   void update_batch(std::string_view request_id, std::int32_t new_token, bool is_finished) {
     const auto request = find(request_id);
     require_that(request->state == State::active, kName, "request ", request_id,
@@ -142,8 +147,8 @@ class ContinuousBatchScheduler {
   /// A request added now would join the batch at once.
   bool can_add_more_requests() const { return active_count() < max_batch_size_; }
 
-  /// The whole text of a finished request, which is then forgotten: its id is free again. Throws std::out_of_range for an unknown
-  /// id, std::invalid_argument where it has not finished.
+  /// The whole text of a finished request, which is then forgotten: its id is free again. Throws
+  /// std::out_of_range for an unknown id, std::invalid_argument where it has not finished.
   std::vector<std::int32_t> take_finished(std::string_view request_id) {
     const auto request = find(request_id);
     require_that(request->state == State::finished, kName, "request ", request_id,
@@ -154,7 +159,8 @@ class ContinuousBatchScheduler {
     return tokens;
   }
 
-  /// The text so far, in any state; valid until the scheduler is next changed. Throws std::out_of_range.
+  /// The text so far, in any state; valid until the scheduler is next changed. Throws
+  /// std::out_of_range.
   std::span<const std::int32_t> tokens(std::string_view request_id) const {
     return find(request_id)->tokens;
   }
@@ -186,7 +192,8 @@ class ContinuousBatchScheduler {
     State state;
     std::size_t slot;
   };
-  // A request is a list node that moves between three lists by splicing, which neither allocates nor throws.
+  // A request is a list node that moves between three lists by splicing, which neither allocates
+  // nor throws.
   using Handle = std::list<Request>::iterator;
 
   Handle find(std::string_view request_id) const {

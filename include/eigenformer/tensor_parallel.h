@@ -1,6 +1,6 @@
 /// \file
-/// Linear layers whose weight is divided among ranks (Shoeybi et al., "Megatron-LM", 2019), and a language-model head that draws
-/// tokens without gathering its logits.
+/// Linear layers whose weight is divided among ranks (Shoeybi et al., "Megatron-LM", 2019), and a
+/// language-model head that draws tokens without gathering its logits.
 ///
 ///   column_parallel_linear      y = x W^T + b; rank r computes the output features shard_range(out, r, world_size), and y is
 ///                               gathered on every rank, or kept in parts with {.gather_output = false}
@@ -9,19 +9,22 @@
 ///                               tokens from hidden states and a (vocab, hidden) head: see
 ///                               tensor_parallel/vocabulary.h
 ///
-/// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this rank's rows of it packed once
-/// (`pack_column_shard`); b (out), the full bias on every rank; y (batch, seq, out) or (tokens, out). Nothing needs to divide: the
-/// first out % world_size ranks get one feature more, and ranks beyond `out` get none.
+/// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this
+/// rank's rows of it packed once (`pack_column_shard`); b (out), the full bias on every rank; y
+/// (batch, seq, out) or (tokens, out). Nothing needs to divide: the first out % world_size ranks
+/// get one feature more, and ranks beyond `out` get none.
 ///
-/// Bits: every result equals ef::linear on the full weight, bit for bit, for every world size, on every rank. A row-parallel layer
-/// that adds partial products (the textbook's all-reduce) cannot keep that promise: its rounding depends on where the features were
-/// cut. This one gathers the parts of x and divides the output features instead: the same arithmetic and the same weight bytes a
-/// rank, tokens * (in + out) elements received where an all-reduce moves tokens * 2 * out, and no order of summation left to
-/// chance.
+/// Bits: every result equals ef::linear on the full weight, bit for bit, for every world size, on
+/// every rank. A row-parallel layer that adds partial products (the textbook's all-reduce) cannot
+/// keep that promise: its rounding depends on where the features were cut. This one gathers the
+/// parts of x and divides the output features instead: the same arithmetic and the same weight
+/// bytes a rank, tokens * (in + out) elements received where an all-reduce moves tokens * 2 * out,
+/// and no order of summation left to chance.
 ///
-/// Every rank calls, with the same shapes. Bad arguments throw std::invalid_argument before anything is sent; a rank that fails is
-/// a CommunicatorError on the others. Outputs must not overlap inputs. The _into forms allocate nothing after the first call at a
-/// size. Cost a rank: 1 / world_size of the product, and a gather of the output (for rows: of the input too).
+/// Every rank calls, with the same shapes. Bad arguments throw std::invalid_argument before
+/// anything is sent; a rank that fails is a CommunicatorError on the others. Outputs must not
+/// overlap inputs. The _into forms allocate nothing after the first call at a size. Cost a rank: 1
+/// / world_size of the product, and a gather of the output (for rows: of the input too).
 #pragma once
 
 #include <span>
@@ -43,8 +46,9 @@ struct ColumnParallelOptions {
       true;  ///< false: this rank's output features only, (batch, seq, shard), and nothing is sent
 };
 
-/// A view, no copy, of the rows [begin, end) of a weight (out, in), or of the elements of a bias (out), that belong to a rank; as
-/// const as its argument. Throws std::invalid_argument for a rank outside [0, world_size) or world_size < 1.
+/// A view, no copy, of the rows [begin, end) of a weight (out, in), or of the elements of a bias
+/// (out), that belong to a rank; as const as its argument. Throws std::invalid_argument for a rank
+/// outside [0, world_size) or world_size < 1.
 ///
 ///   auto shard = ef::column_shard(weight, rank, world_size);
 template <typename Weight>
@@ -75,8 +79,9 @@ struct PackedColumnShard {
   int rank = 0, world_size = 1;
 };
 
-/// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16 or std::int8_t; INT8 scales belong to rows, so
-/// dividing the weight changes no bit. Sends nothing. Throws what pack_weight throws.
+/// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16 or std::int8_t;
+/// INT8 scales belong to rows, so dividing the weight changes no bit. Sends nothing. Throws what
+/// pack_weight throws.
 ///
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
@@ -163,8 +168,9 @@ void shard_product(const D& device, T* y, const X& x, const Weight& weight,
                 column_shard(bias, rank, ranks)..., workspace);
 }
 
-/// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features) as produce(place), which may
-/// write to `place` or have the part elsewhere, and returns where it is.
+/// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features)
+/// as produce(place), which may write to `place` or have the part elsewhere, and returns where it
+/// is.
 template <typename T, CpuDevice D, typename C, typename Produce>
 void gather_features(const D& device, T* whole, Index tokens, Index features, C& communicator,
                      Workspace& workspace, Produce&& produce) {
@@ -287,9 +293,9 @@ concept NoOptions = !std::same_as<std::remove_cvref_t<X>, ColumnParallelOptions>
 
 }  // namespace detail
 
-/// y (batch, seq, out), the same on every rank, from the same input on every rank. `weight` is the full (out, in) tensor or a
-/// PackedColumnShard, `bias` the full (out) one. With {.gather_output = false} the result is (batch, seq, shard) and nothing is
-/// sent.
+/// y (batch, seq, out), the same on every rank, from the same input on every rank. `weight` is the
+/// full (out, in) tensor or a PackedColumnShard, `bias` the full (out) one. With {.gather_output =
+/// false} the result is (batch, seq, shard) and nothing is sent.
 ///
 ///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator);
 ///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator, bias);
@@ -338,8 +344,9 @@ void column_parallel_linear_into(const D& device, Output&& output, const Input& 
                                bias);
 }
 
-/// y (batch, seq, out), the same on every rank, from this rank's features of the input, (batch, seq, shard of in): what
-/// column_parallel_linear with {.gather_output = false} gives, after any function of single elements. The bias is added once.
+/// y (batch, seq, out), the same on every rank, from this rank's features of the input, (batch,
+/// seq, shard of in): what column_parallel_linear with {.gather_output = false} gives, after any
+/// function of single elements. The bias is added once.
 ///
 ///   auto hidden = ef::column_parallel_linear(input, up, communicator, {.gather_output = false});
 ///   ef::Tensor<float, 3> y = ef::row_parallel_linear(hidden, down, communicator, bias);

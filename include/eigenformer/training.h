@@ -1,27 +1,33 @@
 /// \file
-/// Training steps over any model that meets `TrainableModel`: gradient accumulation and mixed precision.
+/// Training steps over any model that meets `TrainableModel`: gradient accumulation and mixed
+/// precision.
 ///
-/// Gradient accumulation splits a big batch into micro-batches that fit in memory. Every `accumulation_steps` micro-batches of the
-/// range form one group, the last of which may be shorter, and one optimizer step. The step's gradients are those of the mean loss
-/// over all targets of the group that count: weighted by targets, not by micro-batch, so that micro-batches may differ in size. The
-/// number of targets is known only at the group's last micro-batch (the range may be single-pass), so the loss gradients are
-/// divided by n, the rows of logits of the group's first micro-batch, which keeps them in the range of half, and all gradients
-/// are multiplied by n / count once before the step: nothing where they are equal, else one pass.
+/// Gradient accumulation splits a big batch into micro-batches that fit in memory. Every
+/// `accumulation_steps` micro-batches of the range form one group, the last of which may be
+/// shorter, and one optimizer step. The step's gradients are those of the mean loss over all
+/// targets of the group that count: weighted by targets, not by micro-batch, so that micro-batches
+/// may differ in size. The number of targets is known only at the group's last micro-batch (the
+/// range may be single-pass), so the loss gradients are divided by n, the rows of logits of the
+/// group's first micro-batch, which keeps them in the range of half, and all gradients are
+/// multiplied by n / count once before the step: nothing where they are equal, else one pass.
 ///
-/// Mixed precision (Micikevicius et al., 2018): the model computes forward and backward in Compute (float, Eigen::bfloat16 or
-/// Eigen::half), the loss and all sums are in float or double, master weights, their gradients and the optimizer's state are float.
-/// A GradScaler multiplies the loss gradient; gradients are unscaled once, before clipping and the step; a step whose gradients are
-/// not all finite is skipped, leaving weights and optimizer bit for bit, and the scale backs off. An overflow of the scaled loss
-/// gradient itself is such a case.
+/// Mixed precision (Micikevicius et al., 2018): the model computes forward and backward in Compute
+/// (float, Eigen::bfloat16 or Eigen::half), the loss and all sums are in float or double, master
+/// weights, their gradients and the optimizer's state are float. A GradScaler multiplies the loss
+/// gradient; gradients are unscaled once, before clipping and the step; a step whose gradients are
+/// not all finite is skipped, leaving weights and optimizer bit for bit, and the scale backs off.
+/// An overflow of the scaled loss gradient itself is such a case.
 ///
-/// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip, optimizer step, scaler update,
-/// on_step. On several ranks hooks between them (TrainOptions) put the ranks' sums together; `data_parallel` sets them. On a pool
-/// each micro-batch and each step is a ParallelRegion. A group in which no target counts makes no step and does not move the scale. After the epoch the gradients are those
-/// the last step used. An exception (a target out of range, or one of the model's own) passes through; weights, optimizer and
-/// scaler are then as the last finished group left them.
+/// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip,
+/// optimizer step, scaler update, on_step. On several ranks hooks between them (TrainOptions) put
+/// the ranks' sums together; `data_parallel` sets them. On a pool each micro-batch and each step is
+/// a ParallelRegion. A group in which no target counts makes no step and does not move the scale.
+/// After the epoch the gradients are those the last step used. An exception (a target out of range,
+/// or one of the model's own) passes through; weights, optimizer and scaler are then as the last
+/// finished group left them.
 ///
-/// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero them, at most one to scale, one
-/// to clip, and the optimizer's.
+/// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero
+/// them, at most one to scale, one to clip, and the optimizer's.
 #pragma once
 
 #include <algorithm>
@@ -60,8 +66,8 @@ concept TrainableModel =
       { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
     };
 
-/// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and zero_grad(device) are used where
-/// they exist.
+/// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and
+/// zero_grad(device) are used where they exist.
 template <typename O>
 concept TrainingOptimizer = requires(O& optimizer) {
   optimizer.step();
@@ -73,9 +79,10 @@ concept TrainingOptimizer = requires(O& optimizer) {
 ///
 ///   ef::LossResult loss(ef::Tensor<Compute, 2>& logits, const Targets& targets, double gradient_scale)
 ///
-/// that returns the loss summed over the targets that count, and their number, and overwrites the logits (targets, classes) with
-/// the gradient of that sum times gradient_scale. `targets` is what the batch carries, of any type: class indices, soft labels or
-/// values (rows, classes) of float, a struct. It may take the device as one more first argument.
+/// that returns the loss summed over the targets that count, and their number, and overwrites the
+/// logits (targets, classes) with the gradient of that sum times gradient_scale. `targets` is what
+/// the batch carries, of any type: class indices, soft labels or values (rows, classes) of float, a
+/// struct. It may take the device as one more first argument.
 struct CrossEntropyLoss {
   CrossEntropyOptions options = {};
 
@@ -92,8 +99,8 @@ struct StepReport {
   bool stepped = false;    ///< the weights were updated
   bool found_inf = false;  ///< a gradient was infinite or NaN, and the step was skipped for that
   double scale = 1;        ///< loss scale from here on
-  Index skipped_total =
-      0;  ///< steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
+  /// steps skipped for found_inf: over the scaler's life, or over this epoch without a scaler
+  Index skipped_total = 0;
   double loss = 0;           ///< mean over the group's targets
   Index targets = 0;         ///< how many counted
   double gradient_norm = 0;  ///< before clipping; 0 where clipping is off
@@ -107,23 +114,24 @@ struct GradientVerdict {
 };
 
 struct TrainOptions {
-  /// Gradients are clipped to this L2 norm; 0: not clipped. A norm that is not finite skips the step, with or without a scaler.
+  /// Gradients are clipped to this L2 norm; 0: not clipped. A norm that is not finite skips the
+  /// step, with or without a scaler.
   double max_gradient_norm = 0;
   std::function<void(const StepReport&)> on_step =
       {};  ///< called after each group, for progress and learning rate schedules
 
-  // Training on several ranks. Each hook is called once for each group on every rank, in this order,
-  // with what this rank has; it leaves there what all ranks together have. So each rank needs as
-  // many groups as the others.
+  // Training on several ranks. Each hook is called once for each group on every rank, in this
+  // order, with what this rank has; it leaves there what all ranks together have. So each rank
+  // needs as many groups as the others.
 
   /// The loss and the number of targets: sums over ranks. Goes with reduce_gradients.
   std::function<void(LossResult&)> reduce_loss = {};
-  /// The gradients, after the backward passes and before unscaling: sums over ranks, which are those
-  /// of the mean over all ranks' targets, times the scale.
+  /// The gradients, after the backward passes and before unscaling: sums over ranks, which are
+  /// those of the mean over all ranks' targets, times the scale.
   std::function<void(std::span<const Parameter>)> reduce_gradients = {};
   /// The verdict, after unscaling and before clipping and the step: found_inf anywhere, and the sum
-  /// of squared_norm, where ranks hold different parameters. Where all ranks have the same gradients
-  /// they agree already.
+  /// of squared_norm, where ranks hold different parameters. Where all ranks have the same
+  /// gradients they agree already.
   std::function<void(GradientVerdict&)> reduce_verdict = {};
 };
 
@@ -352,11 +360,13 @@ double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&&
 
 }  // namespace detail
 
-/// One epoch over `data_loader`: any input range, single-pass ones included, of batches with members `inputs` (of any type the
-/// model takes) and `targets` (ef::Tensor<std::int32_t, 1>, class indices, -100 is ignored; anything else that a loss of one's own
-/// takes, such as soft labels (rows, classes)). Returns the mean loss over all targets
-/// of the epoch. An empty range returns 0 and leaves everything as it was, gradients included. Throws std::invalid_argument for
-/// accumulation_steps below 1 before anything happens, and for a target out of range before any weight of its group changes.
+/// One epoch over `data_loader`: any input range, single-pass ones included, of batches with
+/// members `inputs` (of any type the model takes) and `targets` (ef::Tensor<std::int32_t, 1>, class
+/// indices, -100 is ignored; anything else that a loss of one's own takes, such as soft labels
+/// (rows, classes)). Returns the mean loss over all targets of the epoch. An empty range returns 0
+/// and leaves everything as it was, gradients included. Throws std::invalid_argument for
+/// accumulation_steps below 1 before anything happens, and for a target out of range before any
+/// weight of its group changes.
 ///
 ///   double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
 ///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, data_loader, 4);   // on a pool, in bfloat16
@@ -424,7 +434,8 @@ double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loa
                                                     std::move(loss));
 }
 
-/// The same with a loss scaler: mixed precision over accumulated micro-batches. The scale is fixed within a group.
+/// The same with a loss scaler: mixed precision over accumulated micro-batches. The scale is fixed
+/// within a group.
 ///
 ///   ef::train_step_with_grad_accumulation<Eigen::half>(device, model, optimizer, data_loader, 4, {.max_gradient_norm = 1},
 ///   scaler);
@@ -448,8 +459,8 @@ double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loa
                                                     scaler, std::move(loss));
 }
 
-/// One step of mixed precision on one batch; returns the unscaled mean loss over its targets. What happened is in the scaler
-/// (skipped_steps, scale) or in options.on_step.
+/// One step of mixed precision on one batch; returns the unscaled mean loss over its targets. What
+/// happened is in the scaler (skipped_steps, scale) or in options.on_step.
 ///
 ///   double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
 template <FloatingScalar Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer,

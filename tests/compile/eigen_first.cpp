@@ -1,4 +1,5 @@
-// expect: eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing.
+// expect: eigenformer: Eigen's Tensor module was included before eigenformer without
+// EIGEN_USE_THREADS, so half of it is missing.
 #undef EIGEN_USE_THREADS
 #include <unsupported/Eigen/CXX11/Tensor>
 

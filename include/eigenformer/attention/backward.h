@@ -15,15 +15,17 @@
 ///   auto out = ef::batched_attention_with_padding(q, k, v, seq_lengths, {.causal = true, .log_sum_exp = lse});
 ///   auto [grad_q, grad_k, grad_v] = ef::attention_backward(device, grad_out, q, k, v, out, lse, seq_lengths, {.causal = true});
 ///
-/// The options are those of the forward call; log_sum_exp in them is ignored, and sinks_gradient, where given, gets the gradient of
-/// the sinks. Gradients of grouped heads are summed. They are written, not added, have the shapes of q, k and v, and are zero for
-/// padding rows and keys past the length, which are not read.
+/// The options are those of the forward call; log_sum_exp in them is ignored, and sinks_gradient,
+/// where given, gets the gradient of the sinks. Gradients of grouped heads are summed. They are
+/// written, not added, have the shapes of q, k and v, and are zero for padding rows and keys past
+/// the length, which are not read.
 ///
 /// out and log_sum_exp are those of the forward call. Only their shapes are looked at: they are
 /// rounded, and a D of a rounded out loses gradients where softmax is sharp, a P of a rounded
-/// log_sum_exp its mass where logits are large. Rows with scores too large for their rounding (32 in
-/// float, 1024 in 16 bits) take them in double, so that P and dS are as exact as the tolerance; a sum
-/// over terms that cancel, as grad_q of keys that differ little, is exact relative to its terms.
+/// log_sum_exp its mass where logits are large. Rows with scores too large for their rounding (32
+/// in float, 1024 in 16 bits) take them in double, so that P and dS are as exact as the tolerance;
+/// a sum over terms that cancel, as grad_q of keys that differ little, is exact relative to its
+/// terms.
 ///
 /// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
 /// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible
@@ -155,7 +157,8 @@ auto attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v, 
                             seq_lengths, options);
 }
 
-/// Gradients of variable_length_attention, into tensors of the shapes of q, k and v; log_sum_exp is (heads, total_tokens).
+/// Gradients of variable_length_attention, into tensors of the shapes of q, k and v; log_sum_exp is
+/// (heads, total_tokens).
 template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
           typename V, typename O, typename L>
 void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v,

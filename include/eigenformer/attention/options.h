@@ -13,8 +13,9 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Where attention writes log(sum of exp of the scores), made implicitly from an ef::Tensor or ef::TensorView of the compute type
-/// (float, or double for double inputs). The shape is that of the output without its last dimension, heads before rows:
+/// Where attention writes log(sum of exp of the scores), made implicitly from an ef::Tensor or
+/// ef::TensorView of the compute type (float, or double for double inputs). The shape is that of
+/// the output without its last dimension, heads before rows:
 ///   (batch, heads, seq) for (batch, seq, heads, head_dim);  (batch, seq) for (batch, seq, d_model);
 ///   (heads, total_tokens) for packed sequences.
 class LogSumExpOutput {
@@ -44,7 +45,8 @@ class LogSumExpOutput {
 
   bool present() const { return present_; }
 
-  /// The memory, nullptr where no output was asked for. Throws where scalar or shape are not those given.
+  /// The memory, nullptr where no output was asked for. Throws where scalar or shape are not those
+  /// given.
   template <typename C, std::size_t Rank>
   C* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
     if (!present_) return nullptr;
@@ -78,14 +80,15 @@ class LogSumExpOutput {
   bool present_ = false;
 };
 
-/// Values are host memory: a container with a name is viewed, a temporary or a braced list is owned (core/values.h).
+/// Values are host memory: a container with a name is viewed, a temporary or a braced list is owned
+/// (core/values.h).
 struct AttentionOptions {
-  bool causal =
-      false;  ///< query at position p sees keys j <= p; positions are aligned at the end, see attention.h
-  Index window =
-      0;  ///< with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
-  float softcap =
-      0;  ///< c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
+  /// query at position p sees keys j <= p; positions are aligned at the end, see attention.h
+  bool causal = false;
+  /// with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
+  Index window = 0;
+  /// c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
+  float softcap = 0;
   std::optional<float> scale =
       {};  ///< factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
   Values<float> alibi_slopes =
@@ -95,7 +98,8 @@ struct AttentionOptions {
   Index prefix_length = 0;  ///< with causal: leading keys visible to every query (prefix-LM)
   LogSumExpOutput log_sum_exp =
       {};  ///< a tensor that gets log(sum exp), for the backward pass or for merging
-  /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows are padding and give zeros.
+  /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows
+  /// are padding and give zeros.
   LengthSpan query_lengths = {};
   std::span<float> sinks_gradient =
       {};  ///< backward only: gets the gradient of the sinks, one a head

@@ -1,6 +1,6 @@
 /// \file
-/// From the arguments of an attention call to a checked AttentionProblem: every refusal of attention is here. Nothing is written
-/// before all checks have passed.
+/// From the arguments of an attention call to a checked AttentionProblem: every refusal of
+/// attention is here. Nothing is written before all checks have passed.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// (batch, rows, heads, width) of a rank-4 tensor; a rank-3 tensor (batch, rows, width) has one head.
+/// (batch, rows, heads, width) of a rank-4 tensor; a rank-3 tensor (batch, rows, width) has one
+/// head.
 template <typename View>
 std::array<Index, 4> attention_shape(const View& view) {
   if constexpr (rank_of<View> == 3)
@@ -92,7 +93,8 @@ inline AttentionSequence aligned_sequence(Index b, Index rows, Index heads, Inde
   return {b * rows, queries, rows, b, 0, key_length, key_length - queries, b * heads * rows};
 }
 
-/// Dense q, k, v of rank 3 or 4 with lengths; output and log_sum_exp are left to the caller. The sequences live in `frame`.
+/// Dense q, k, v of rank 3 or 4 with lengths; output and log_sum_exp are left to the caller. The
+/// sequences live in `frame`.
 template <typename Q, typename K, typename V>
 auto dense_attention_problem(std::string_view name, const Q& q, const K& k, const V& v,
                              const LengthSpan& lengths, const AttentionOptions& options,
@@ -161,7 +163,8 @@ inline void check_offsets(std::string_view name, std::string_view what, const Le
                total, " (tokens)");
 }
 
-/// Packed q, k, v (tokens, heads, width) with offsets; output and log_sum_exp are left to the caller.
+/// Packed q, k, v (tokens, heads, width) with offsets; output and log_sum_exp are left to the
+/// caller.
 template <typename Q, typename K, typename V>
 auto packed_attention_problem(std::string_view name, const Q& q, const K& k, const V& v,
                               const LengthSpan& q_offsets, const LengthSpan& kv_offsets,

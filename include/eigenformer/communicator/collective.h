@@ -1,6 +1,7 @@
 /// \file
-/// What every communicator is made of: the error, the rule that divides work among ranks, the checks of a call's arguments, the
-/// comparison that finds ranks calling different collectives, and the one order of summation.
+/// What every communicator is made of: the error, the rule that divides work among ranks, the
+/// checks of a call's arguments, the comparison that finds ranks calling different collectives, and
+/// the one order of summation.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +20,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// A collective that cannot complete: a rank has failed or ended, ranks call different collectives, the transport reports an error.
+/// A collective that cannot complete: a rank has failed or ended, ranks call different collectives,
+/// the transport reports an error.
 class CommunicatorError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
@@ -31,8 +33,9 @@ struct ShardRange {
   constexpr Index size() const { return end - begin; }
 };
 
-/// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The first count % world_size ranks get
-/// one more than the others; where world_size > count the last ranks get nothing. Throws std::invalid_argument.
+/// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The
+/// first count % world_size ranks get one more than the others; where world_size > count the last
+/// ranks get nothing. Throws std::invalid_argument.
 inline ShardRange shard_range(Index count, int rank, int world_size) {
   require_that(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
   require_that(world_size >= 1, "shard_range", "world_size is ", world_size,
@@ -44,7 +47,8 @@ inline ShardRange shard_range(Index count, int rank, int world_size) {
   return {begin, begin + share + (rank < more ? 1 : 0)};
 }
 
-/// What collectives move: a std::span, std::vector, std::array or any other contiguous range of trivially copyable elements.
+/// What collectives move: a std::span, std::vector, std::array or any other contiguous range of
+/// trivially copyable elements.
 template <typename R>
 concept ElementRange = std::ranges::contiguous_range<R> && std::ranges::sized_range<R> &&
                        std::is_trivially_copyable_v<std::ranges::range_value_t<R>>;
@@ -104,7 +108,8 @@ inline std::string describe(const CollectiveCall& call) {
   return "?";
 }
 
-/// Throws CommunicatorError unless all ranks make the same call. Every rank sees the same calls, so all throw or none does.
+/// Throws CommunicatorError unless all ranks make the same call. Every rank sees the same calls, so
+/// all throw or none does.
 template <typename CallOfRank>
 void require_same_call(int ranks, CallOfRank&& call_of) {
   for (int r = 1; r < ranks; ++r) {
@@ -126,7 +131,8 @@ struct PartSizes {
   }
 };
 
-/// Checks an all_gather against this rank's view of it and returns what to compare with the other ranks.
+/// Checks an all_gather against this rank's view of it and returns what to compare with the other
+/// ranks.
 template <typename T>
 CollectiveCall all_gather_call(const PartSizes& parts, Index part, Index whole, int rank,
                                int ranks) {
@@ -179,8 +185,9 @@ struct sum_type<T> {
   using type = std::make_unsigned_t<T>;
 };
 
-/// sum[i] = ((source(0)[i] + source(1)[i]) + source(2)[i]) + ..., rounded to T once; calls sink(offset, sums, n) block by block.
-/// The only summation of all communicators, hence the same bits on every rank, in every run, over every transport.
+/// sum[i] = ((source(0)[i] + source(1)[i]) + source(2)[i]) + ..., rounded to T once; calls
+/// sink(offset, sums, n) block by block. The only summation of all communicators, hence the same
+/// bits on every rank, in every run, over every transport.
 template <typename T, typename Source, typename Sink>
 void ordered_sum(int ranks, Index count, Source&& source, Sink&& sink) {
   using Sum = typename sum_type<T>::type;

@@ -1,9 +1,10 @@
 /// \file
-/// Ranks that are MPI processes. Included by communicator.h where EIGENFORMER_MPI is defined (CMake: -DEIGENFORMER_MPI=ON). The
-/// concept's manual is communicator.h.
+/// Ranks that are MPI processes. Included by communicator.h where EIGENFORMER_MPI is defined
+/// (CMake: -DEIGENFORMER_MPI=ON). The concept's manual is communicator.h.
 ///
-/// MPI knows neither bfloat16 nor half and promises no order of summation (MPI_Allreduce), so data travels as bytes and sums are
-/// ours: every rank receives its slice of all ranks' values, adds it in rank order, and the slices are gathered.
+/// MPI knows neither bfloat16 nor half and promises no order of summation (MPI_Allreduce), so data
+/// travels as bytes and sums are ours: every rank receives its slice of all ranks' values, adds it
+/// in rank order, and the slices are gathered.
 #pragma once
 
 // The C++ bindings were removed from MPI in 2012; their headers only warn.
@@ -26,16 +27,17 @@ inline namespace EIGENFORMER_ABI {
 struct MpiOptions {
   /// The MPI_Comm given is freed with the communicator; otherwise it stays the caller's.
   bool take_ownership = false;
-  /// Before each collective ranks compare what they are about to call (40 bytes a rank): a difference is an error on every rank
-  /// instead of undefined behaviour.
+  /// Before each collective ranks compare what they are about to call (40 bytes a rank): a
+  /// difference is an error on every rank instead of undefined behaviour.
   bool compare_calls = true;
-  /// Bytes of the largest single message, below MPI's limit of INT_MAX; longer ones travel in pieces.
+  /// Bytes of the largest single message, below MPI's limit of INT_MAX; longer ones travel in
+  /// pieces.
   Index largest_message = Index{1} << 30;
 };
 
-/// One rank of an MPI communicator, on a duplicate of it whose errors come back as CommunicatorError. MPI must be initialised
-/// before and finalised after. A rank that dies leaves the others waiting: that is MPI's way, MPI_Abort is its answer. Movable, not
-/// copyable.
+/// One rank of an MPI communicator, on a duplicate of it whose errors come back as
+/// CommunicatorError. MPI must be initialised before and finalised after. A rank that dies leaves
+/// the others waiting: that is MPI's way, MPI_Abort is its answer. Movable, not copyable.
 ///
 ///   MPI_Init(&argc, &argv);
 ///   {
@@ -45,8 +47,8 @@ struct MpiOptions {
 ///   MPI_Finalize();
 class MpiCommunicator {
  public:
-  /// Collective over `communicator`. Throws CommunicatorError where MPI is not running or fails, std::invalid_argument for a
-  /// largest_message outside [1, INT_MAX].
+  /// Collective over `communicator`. Throws CommunicatorError where MPI is not running or fails,
+  /// std::invalid_argument for a largest_message outside [1, INT_MAX].
   explicit MpiCommunicator(MPI_Comm communicator = MPI_COMM_WORLD, const MpiOptions& options = {})
       : options_(options) {
     require_that(options.largest_message >= 1 &&

@@ -1,5 +1,6 @@
 /// \file
-/// The communicator of a program that has one rank: every collective is a copy or nothing. The concept's manual is communicator.h.
+/// The communicator of a program that has one rank: every collective is a copy or nothing. The
+/// concept's manual is communicator.h.
 #pragma once
 
 #include "collective.h"

@@ -1,10 +1,13 @@
 /// \file
-/// Ranks that are threads of one process: the embedded default. Ranks read each other's memory directly, so a collective costs its
-/// copies and two meetings of all ranks; nothing is allocated after the group is made. The concept's manual is communicator.h.
+/// Ranks that are threads of one process: the embedded default. Ranks read each other's memory
+/// directly, so a collective costs its copies and two meetings of all ranks; nothing is allocated
+/// after the group is made. The concept's manual is communicator.h.
 ///
-/// A collective runs in three steps: (1) every rank publishes its call and its pointer, and all meet; (2) every rank compares the
-/// calls and moves its share of the data; (3) all meet again, so that no memory is reused while somebody still reads it. A meeting
-/// is left early, with CommunicatorError, only in step 1: after it no user code runs before step 3, so all ranks arrive there.
+/// A collective runs in three steps: (1) every rank publishes its call and its pointer, and all
+/// meet; (2) every rank compares the calls and moves its share of the data; (3) all meet again, so
+/// that no memory is reused while somebody still reads it. A meeting is left early, with
+/// CommunicatorError, only in step 1: after it no user code runs before step 3, so all ranks arrive
+/// there.
 #pragma once
 
 #include <atomic>
@@ -26,7 +29,8 @@ class ThreadMeeting {
  public:
   explicit ThreadMeeting(int ranks)
       : ranks_(ranks),
-        // Spinning helps only where every rank has a core of its own; about 10 us, what a sleeping thread costs to wake.
+        // Spinning helps only where every rank has a core of its own; about 10 us, what a sleeping
+        // thread costs to wake.
         polls_(static_cast<unsigned>(ranks) <= std::thread::hardware_concurrency() ? 8192 : 0),
         slots_(static_cast<std::size_t>(ranks) * 2),
         taken_(static_cast<std::size_t>(ranks), false) {}
@@ -40,7 +44,8 @@ class ThreadMeeting {
     taken_[static_cast<std::size_t>(rank)] = true;
   }
 
-  /// Step 1. `round` counts this rank's collectives; two sets of slots alternate, so that a fast rank overwrites nothing unread.
+  /// Step 1. `round` counts this rank's collectives; two sets of slots alternate, so that a fast
+  /// rank overwrites nothing unread.
   void enter(int rank, unsigned round, const CollectiveCall& call, void* data) {
     slot(rank, round) = {call, data};
     if (!meet<true>())
@@ -53,8 +58,8 @@ class ThreadMeeting {
   /// Step 3.
   void leave() noexcept { meet<false>(); }
 
-  /// Wakes every rank that waits in a collective or enters one later; only the first reason is kept. `what` may be null: the rank
-  /// ended.
+  /// Wakes every rank that waits in a collective or enters one later; only the first reason is
+  /// kept. `what` may be null: the rank ended.
   void stop(int rank, const char* what) noexcept {
     const std::lock_guard lock(mutex_);
     if (state_.load(std::memory_order_relaxed) & kStopped) return;
@@ -88,8 +93,9 @@ class ThreadMeeting {
                            : who + " has failed: " + reason_;
   }
 
-  /// Returns when all ranks have called it: true. A stoppable meeting that has not completed when the group stops never does: false
-  /// on all ranks, because one atomic word holds both the generation and the stop.
+  /// Returns when all ranks have called it: true. A stoppable meeting that has not completed when
+  /// the group stops never does: false on all ranks, because one atomic word holds both the
+  /// generation and the stop.
   template <bool kStoppable>
   bool meet() noexcept {
     const std::uint32_t before = state_.load(std::memory_order_acquire);
@@ -129,13 +135,15 @@ class ThreadMeeting {
 
 }  // namespace detail
 
-/// One rank of a group of threads. Movable, not copyable; used by one thread at a time. Its end is the end of the rank: others that
-/// wait for it, or would later, get a CommunicatorError instead of waiting for ever.
+/// One rank of a group of threads. Movable, not copyable; used by one thread at a time. Its end is
+/// the end of the rank: others that wait for it, or would later, get a CommunicatorError instead of
+/// waiting for ever.
 class ThreadCommunicator {
  public:
-  /// Calls body(communicator) once a rank, rank 0 on the calling thread and each other on a thread of its own, waits for all of
-  /// them and rethrows the first exception (in time). A rank that throws wakes the others. Throws std::invalid_argument for
-  /// world_size < 1, std::system_error where a thread cannot be started.
+  /// Calls body(communicator) once a rank, rank 0 on the calling thread and each other on a thread
+  /// of its own, waits for all of them and rethrows the first exception (in time). A rank that
+  /// throws wakes the others. Throws std::invalid_argument for world_size < 1, std::system_error
+  /// where a thread cannot be started.
   ///
   ///   ef::ThreadCommunicator::run(2, [&](auto& communicator) { y[communicator.rank()] = ef::column_parallel_linear(x, w,
   ///   communicator); });
@@ -171,7 +179,8 @@ class ThreadCommunicator {
     });
   }
 
-  /// Every rank sums a slice of all ranks' values and writes it to all: no scratch memory, 2 * size reads and writes in parallel.
+  /// Every rank sums a slice of all ranks' values and writes it to all: no scratch memory, 2 * size
+  /// reads and writes in parallel.
   template <ElementRange Values>
   void all_reduce_sum(Values&& values) {
     using T = std::ranges::range_value_t<Values>;
@@ -222,7 +231,8 @@ class ThreadCommunicator {
   unsigned round_ = 0;
 };
 
-/// A group of long-lived ranks whose threads belong to the caller: each takes its communicator once, from any thread.
+/// A group of long-lived ranks whose threads belong to the caller: each takes its communicator
+/// once, from any thread.
 ///
 ///   ef::ThreadCommunicatorGroup group(2);
 ///   std::thread worker([communicator = group.communicator(1)]() mutable { serve(communicator); });
@@ -249,7 +259,8 @@ class ThreadCommunicatorGroup {
     return ThreadCommunicator(meeting_, rank);
   }
 
-  /// Wakes every rank that waits in a collective, or enters one later, with a CommunicatorError. For good.
+  /// Wakes every rank that waits in a collective, or enters one later, with a CommunicatorError.
+  /// For good.
   void stop(const char* reason) noexcept { meeting_->stop(-1, reason); }
 
  private:
@@ -258,7 +269,8 @@ class ThreadCommunicatorGroup {
 
 namespace detail {
 
-/// Threads that are joined at the end of the scope. libc++ has std::jthread from version 20 on only.
+/// Threads that are joined at the end of the scope. libc++ has std::jthread from version 20 on
+/// only.
 struct JoinedThreads {
   std::vector<std::thread> threads;
   ~JoinedThreads() {

@@ -1,6 +1,7 @@
 /// \file
-/// Argument checks. They stay on in release builds and cost O(shape). The text of an exception names the operator, the argument,
-/// what was expected and what came; it is put together only when the check fails.
+/// Argument checks. They stay on in release builds and cost O(shape). The text of an exception
+/// names the operator, the argument, what was expected and what came; it is put together only when
+/// the check fails.
 #pragma once
 
 #include <stdexcept>
@@ -79,7 +80,8 @@ void require_same_shape(std::string_view operation, std::string_view name_a, con
                  " has shape ", detail::shape_text(b));
 }
 
-/// Product of two sizes; throws std::invalid_argument where it does not fit an Index or a size is negative.
+/// Product of two sizes; throws std::invalid_argument where it does not fit an Index or a size is
+/// negative.
 inline Index checked_product(Index a, Index b, std::string_view operation, std::string_view what) {
   require_that(a >= 0 && b >= 0, operation, what, " has a negative size (", a, " x ", b, ")");
   Index product = 0;

@@ -1,6 +1,7 @@
 /// \file
-/// What differs by compiler (g++, clang, MSVC, nvcc), and the one place where compilers are told apart, but for the assembly of the
-/// tiles, which stands with the instructions it names. What the ISA decides is in cpu/isa.h.
+/// What differs by compiler (g++, clang, MSVC, nvcc), and the one place where compilers are told
+/// apart, but for the assembly of the tiles, which stands with the instructions it names. What the
+/// ISA decides is in cpu/isa.h.
 #pragma once
 
 #include <concepts>
@@ -61,7 +62,8 @@ constexpr bool multiply_fits(Integer a, Integer b, Integer& result) {
   return true;
 }
 
-/// Gives the core's other hardware thread its turn, and leaves a spin loop without the penalty of a mispredicted exit.
+/// Gives the core's other hardware thread its turn, and leaves a spin loop without the penalty of a
+/// mispredicted exit.
 inline void pause_instruction() {
 #if defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
   _mm_pause();
@@ -74,8 +76,8 @@ inline void pause_instruction() {
 #endif
 }
 
-/// Fetches the line at an address into L2 (L1 where Level is 3). An address is a number here, because a fetch past the end of an
-/// array is harmless and a pointer there is not.
+/// Fetches the line at an address into L2 (L1 where Level is 3). An address is a number here,
+/// because a fetch past the end of an array is harmless and a pointer there is not.
 template <int Level = 2>
 EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
   static_assert(Level == 2 || Level == 3);

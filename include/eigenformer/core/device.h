@@ -1,6 +1,7 @@
 /// \file
-/// Devices and the one way kernels run in parallel. The type of the device alone selects the specialization, at compile time:
-/// `Eigen::DefaultDevice` (the calling thread), `Eigen::ThreadPoolDevice`, `Eigen::GpuDevice` (CUDA translation units only).
+/// Devices and the one way kernels run in parallel. The type of the device alone selects the
+/// specialization, at compile time: `Eigen::DefaultDevice` (the calling thread),
+/// `Eigen::ThreadPoolDevice`, `Eigen::GpuDevice` (CUDA translation units only).
 #pragma once
 
 #include <algorithm>
@@ -40,12 +41,14 @@ inline int worker_count(const Eigen::ThreadPoolDevice& device) {
   return device.currentThreadId() >= 0 ? 1 : (std::max)(1, device.numThreads());
 }
 
-/// Calls body(begin, end, worker) on disjoint ranges that cover [0, count), and returns when all are done. Ranges are static: equal
-/// parts, at least `grain` long, worker in [0, worker_count(device)). The body must not throw, and what it computes for an index
-/// must not depend on where the ranges are cut: results are the same bits for any number of threads.
+/// Calls body(begin, end, worker) on disjoint ranges that cover [0, count), and returns when all
+/// are done. Ranges are static: equal parts, at least `grain` long, worker in [0,
+/// worker_count(device)). The body must not throw, and what it computes for an index must not
+/// depend on where the ranges are cut: results are the same bits for any number of threads.
 ///
-/// On a pool each part but the first is a task of its own, which Eigen allocates and wakes a thread for; inside a ParallelRegion
-/// (core/parallel_region.h) parts go to threads that are awake, and may be a sixteenth as long.
+/// On a pool each part but the first is a task of its own, which Eigen allocates and wakes a thread
+/// for; inside a ParallelRegion (core/parallel_region.h) parts go to threads that are awake, and
+/// may be a sixteenth as long.
 template <typename Body>
 void parallel_for(const Eigen::DefaultDevice&, Index count, Index /*grain*/, Body&& body) {
   if (count > 0) body(Index{0}, count, 0);
@@ -55,7 +58,8 @@ template <typename Body>
 void parallel_for(const Eigen::ThreadPoolDevice& device, Index count, Index grain, Body&& body) {
   if (count <= 0) return;
   detail::ThreadTeam* team = detail::team_on(device.getPool());
-  // Grains are what pays for waking a thread, about 40,000 cycles; a thread that is awake costs a sixteenth at most.
+  // Grains are what pays for waking a thread, about 40,000 cycles; a thread that is awake costs a
+  // sixteenth at most.
   if (team != nullptr) grain /= 16;
   const Index parts = std::clamp<Index>(count / std::max<Index>(grain, 1), 1, worker_count(device));
   if (parts == 1) {

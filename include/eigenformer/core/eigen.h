@@ -1,6 +1,6 @@
 /// \file
-/// The only file that includes Eigen. It defines what Eigen's Tensor module needs before the first include, and says what to do
-/// where another header was faster.
+/// The only file that includes Eigen. It defines what Eigen's Tensor module needs before the first
+/// include, and says what to do where another header was faster.
 #pragma once
 
 #if defined(EIGEN_CXX11_TENSOR_TENSOR_H) || \

@@ -1,10 +1,11 @@
 /// \file
-/// How a page of keys and values lies in memory: what the caches write and KvSource reads. One page holds `page_size` positions of
-/// one sequence; a layer's part of it is
+/// How a page of keys and values lies in memory: what the caches write and KvSource reads. One page
+/// holds `page_size` positions of one sequence; a layer's part of it is
 ///
 ///   keys (kv_heads, page_size, head_dim) | values, the same | INT8 only: key scales (kv_heads, page_size) of float | value scales
 ///
-/// each part aligned to 64 bytes, so that no two parts share a cache line and vector loads of a head's rows do not split lines.
+/// each part aligned to 64 bytes, so that no two parts share a cache line and vector loads of a
+/// head's rows do not split lines.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// What a cache of T may store: T itself, a narrower floating-point scalar, or INT8 with one scale per position and head.
+/// What a cache of T may store: T itself, a narrower floating-point scalar, or INT8 with one scale
+/// per position and head.
 template <typename Storage, typename T>
 concept KvStorage =
     FloatingScalar<T> && (std::same_as<Storage, T> || std::same_as<Storage, std::int8_t> ||

@@ -1,7 +1,7 @@
 /// \file
-/// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head, position). One struct covers
-/// dense tensors and every cache, so that attention is written once. A page table turns a position into a page; storage may be INT8
-/// with one scale a row.
+/// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head,
+/// position). One struct covers dense tensors and every cache, so that attention is written once. A
+/// page table turns a position into a page; storage may be INT8 with one scale a row.
 #pragma once
 
 #include <cstddef>
@@ -14,9 +14,11 @@ inline namespace EIGENFORMER_ABI {
 
 /// T is the stored type: float, double, bfloat16, half, or int8 with scales.
 ///
-/// Dense (tables == nullptr): row (b, h, j) starts at keys + b * sequence_stride + j * row_stride + h * head_stride.
+/// Dense (tables == nullptr): row (b, h, j) starts at keys + b * sequence_stride + j * row_stride +
+/// h * head_stride.
 ///
-/// Paged: position j of sequence b lies in page id tables[b][j / page_size]; that page starts at pages[id], and within it
+/// Paged: position j of sequence b lies in page id tables[b][j / page_size]; that page starts at
+/// pages[id], and within it
 ///   keys         layer_offset + 0                     (kv_heads, page_size, head_dim) of T
 ///   values       layer_offset + value_offset          (kv_heads, page_size, head_dim) of T
 ///   key scales   layer_offset + key_scale_offset      (kv_heads, page_size) of float, INT8 only

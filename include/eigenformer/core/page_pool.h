@@ -1,6 +1,6 @@
 /// \file
-/// A pool of equal pages in one allocation, with a count of holders for each: the allocator under PagedKvCache. It knows nothing of
-/// what a page holds.
+/// A pool of equal pages in one allocation, with a count of holders for each: the allocator under
+/// PagedKvCache. It knows nothing of what a page holds.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +42,20 @@ class PagePool {
     return static_cast<Index>(
         std::count_if(holders_.begin(), holders_.end(), [](std::int32_t n) { return n > 1; }));
   }
-  /// A counter for the user's bookkeeping, 0 between operations.
-  std::int32_t& mark(std::int32_t id) { return marks_[static_cast<std::size_t>(id)]; }
+  /// Exactly how many pages must be copied before all of some holders write: for_each(visit) calls
+  /// visit(page) once for each of them. Where all holders of a page write, the last keeps it.
+  template <typename ForEach>
+  Index copies_needed(ForEach&& for_each) {
+    Index copies = 0;
+    const auto mark = [&](std::int32_t id) -> auto& {
+      return marks_[static_cast<std::size_t>(id)];
+    };
+    for_each([&](std::int32_t id) {
+      if (holders(id) > 1) copies += ++mark(id) < holders(id) ? 1 : 0;
+    });
+    for_each([&](std::int32_t id) { mark(id) = 0; });
+    return copies;
+  }
 
   void require_free(Index pages, std::string_view operation) const {
     require_capacity(pages <= free_count(), operation, pages, " pages needed, ", free_count(),
@@ -79,13 +91,14 @@ class PagePool {
   std::size_t page_bytes_ = 0;
   std::vector<std::byte*> pages_;      // [page id]
   std::vector<std::int32_t> holders_;  // [page id]
-  std::vector<std::int32_t> marks_;    // [page id]
+  std::vector<std::int32_t> marks_;    // [page id] 0 between operations
   std::vector<std::int32_t> free_;
   Index peak_ = 0;
   std::int64_t copies_ = 0;
 };
 
-/// Raises `filled`, how many positions of each page hold something, to what a sequence of `length` positions has in its pages.
+/// Raises `filled`, how many positions of each page hold something, to what a sequence of `length`
+/// positions has in its pages.
 inline void fill_pages(std::vector<Index>& filled, std::span<const std::int32_t> pages,
                        Index page_size, Index length) {
   for (std::int32_t page : pages) {

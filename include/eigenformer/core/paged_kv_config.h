@@ -1,5 +1,6 @@
 /// \file
-/// How large a PagedKvCache is, what it says about itself, and the names of its sequences. Its manual is paged_kv_cache.h.
+/// How large a PagedKvCache is, what it says about itself, and the names of its sequences. Its
+/// manual is paged_kv_cache.h.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +34,8 @@ struct PagedKvStatistics {
   std::int64_t copies = 0;  ///< pages copied because a sharer wrote, since the cache was made
 };
 
-/// Tables that a KvSource of chosen sequences points to: the caller's, so that building one allocates nothing once they have grown.
+/// Tables that a KvSource of chosen sequences points to: the caller's, so that building one
+/// allocates nothing once they have grown.
 struct KvSelection {
   std::vector<const std::int32_t*> tables;
   std::vector<Index> lengths;

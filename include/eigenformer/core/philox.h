@@ -1,6 +1,7 @@
 /// \file
-/// Philox4x32-10, the counter-based random generator of Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as
-/// 1, 2, 3" (SC11). Tested against the known-answer vectors of Random123.
+/// Philox4x32-10, the counter-based random generator of Salmon, Moraes, Dror and Shaw, "Parallel
+/// Random Numbers: As Easy as 1, 2, 3" (SC11). Tested against the known-answer vectors of
+/// Random123.
 #pragma once
 
 #include <array>

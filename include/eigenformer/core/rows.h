@@ -1,6 +1,6 @@
 /// \file
-/// What operators on rows and on single elements share: the compute type of several scalars, the rows of a tensor of any rank, and
-/// a result of the same shape.
+/// What operators on rows and on single elements share: the compute type of several scalars, the
+/// rows of a tensor of any rank, and a result of the same shape.
 #pragma once
 
 #include <limits>
@@ -11,16 +11,16 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// What an operator on several scalars computes in: double where one of them is double, float otherwise.
+/// What an operator on several scalars computes in: double where one of them is double, float
+/// otherwise.
 template <typename... Ts>
 using common_compute_type = std::conditional_t<(std::is_same_v<Ts, double> || ...), double, float>;
 
 namespace detail {
 
 /// Number of elements of a view. Throws std::invalid_argument where a size is negative, or where
-/// the bytes that its sizes other than 0
-/// make, `element` each, do not fit an Index with room to spare: what is computed from a size
-/// cannot overflow then.
+/// the bytes that its sizes other than 0 make, `element` each, do not fit an Index with room to
+/// spare: what is computed from a size cannot overflow then.
 template <typename View>
 Index checked_size(std::string_view operation, std::string_view argument, const View& view,
                    Index element = Index{sizeof(scalar_of<View>)}) {

@@ -1,6 +1,7 @@
 /// \file
-/// Tensor aliases, the scalars operators accept, and the door every argument comes through: `input_view` and `output_view` turn an
-/// `ef::Tensor` or an `ef::TensorView` into a view, and refuse anything else at compile time with a message that says what to do.
+/// Tensor aliases, the scalars operators accept, and the door every argument comes through:
+/// `input_view` and `output_view` turn an `ef::Tensor` or an `ef::TensorView` into a view, and
+/// refuse anything else at compile time with a message that says what to do.
 #pragma once
 
 #include <concepts>

@@ -1,11 +1,13 @@
 /// \file
-/// The mechanism behind ParallelRegion: threads of an Eigen pool that spin for the parts of the next `parallel_for`.
+/// The mechanism behind ParallelRegion: threads of an Eigen pool that spin for the parts of the
+/// next `parallel_for`.
 ///
-/// A job is published by one store to `claim_` and finished by a counter. `claim_` holds (jobs published so far, parts nobody has
-/// taken); who decrements it owns a part, and the job's number in the same word keeps a late thread from claiming in a job that it
-/// did not read. The opener claims as well when it is done with part 0, so that a thread that was never scheduled is not missed.
-/// A part costs one compare-and-swap and one cache line in each direction: 0.2 us, where a sleeping thread costs system calls and
-/// 20 to 50 us.
+/// A job is published by one store to `claim_` and finished by a counter. `claim_` holds (jobs
+/// published so far, parts nobody has taken); who decrements it owns a part, and the job's number
+/// in the same word keeps a late thread from claiming in a job that it did not read. The opener
+/// claims as well when it is done with part 0, so that a thread that was never scheduled is not
+/// missed. A part costs one compare-and-swap and one cache line in each direction: 0.2 us, where a
+/// sleeping thread costs system calls and 20 to 50 us.
 #pragma once
 
 #include <atomic>
@@ -21,8 +23,9 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Waits until holds() does, or `limit` has passed; returns holds(). Spins for 50 us, which is what a call that wakes a sleeping
-/// thread costs (bench/waking.cpp), then yields the core between looks to whoever wants it.
+/// Waits until holds() does, or `limit` has passed; returns holds(). Spins for 50 us, which is what
+/// a call that wakes a sleeping thread costs (bench/waking.cpp), then yields the core between looks
+/// to whoever wants it.
 template <typename Condition>
 bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
   using Clock = std::chrono::steady_clock;
@@ -45,8 +48,9 @@ bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
   return holds();
 }
 
-/// Memory of the opener and its helpers; the last who lets go deletes it. Helpers that have not begun when the region ends find it
-/// closed whenever the pool comes to them, so that nobody waits for them.
+/// Memory of the opener and its helpers; the last who lets go deletes it. Helpers that have not
+/// begun when the region ends find it closed whenever the pool comes to them, so that nobody waits
+/// for them.
 class ThreadTeam {
  public:
   ThreadTeam(Eigen::ThreadPoolInterface* pool, std::chrono::nanoseconds linger, ThreadTeam* outer)
@@ -57,8 +61,8 @@ class ThreadTeam {
   const Eigen::ThreadPoolInterface* pool() const { return pool_; }
   ThreadTeam* outer() const { return outer_; }
 
-  /// Calls part(p) once for each p in [0, parts), part 0 on this thread, the opener, and returns when all are done. A call from
-  /// within a part finds the helpers busy and runs alone.
+  /// Calls part(p) once for each p in [0, parts), part 0 on this thread, the opener, and returns
+  /// when all are done. A call from within a part finds the helpers busy and runs alone.
   template <typename Part>
   void run(Index parts, const Part& part) {
     if (running_) {
@@ -98,7 +102,8 @@ class ThreadTeam {
 
   ~ThreadTeam() = default;
 
-  /// Enqueues helpers until there are `count`. Those who begin, linger or wait in the pool's queue count already.
+  /// Enqueues helpers until there are `count`. Those who begin, linger or wait in the pool's queue
+  /// count already.
   void summon(Index count) {
     for (Index helpers = users_.load(std::memory_order_relaxed) - 1; helpers < count; ++helpers) {
       users_.fetch_add(1, std::memory_order_relaxed);
@@ -112,14 +117,16 @@ class ThreadTeam {
     }
   }
 
-  /// The task of a helper. Eigen runs it on the thread that enqueues it where a queue is full: the opener must not wait for itself.
+  /// The task of a helper. Eigen runs it on the thread that enqueues it where a queue is full: the
+  /// opener must not wait for itself.
   void help() {
     if (pool_->CurrentThreadId() >= 0) serve();
     let_go();
   }
 
-  /// Takes parts until the region ends or nothing has happened for `linger_`. A job that ended before this thread could claim a
-  /// part counts as an event: the next one may have a part to spare.
+  /// Takes parts until the region ends or nothing has happened for `linger_`. A job that ended
+  /// before this thread could claim a part counts as an event: the next one may have a part to
+  /// spare.
   void serve() {
     const std::chrono::nanoseconds linger = linger_;
     std::uint64_t seen = 0;
@@ -150,7 +157,8 @@ class ThreadTeam {
     if (users_.fetch_sub(1, std::memory_order_acq_rel) == 1) delete this;
   }
 
-  // What the opener writes and helpers poll, what helpers write and the opener polls, and the rest: a cache line each.
+  // What the opener writes and helpers poll, what helpers write and the opener polls, and the rest:
+  // a cache line each.
   alignas(64) std::atomic<std::uint64_t> claim_{0};
   const void* part_ = nullptr;
   void (*call_)(const void*, Index) = nullptr;

@@ -1,8 +1,8 @@
 /// \file
-/// Numbers that an option or an argument refers to: `Values<T>` for one type of element, `LengthSpan`
-/// for lengths and offsets of any integer type. Both are made implicitly. They view what has a life
-/// of its own (a container with a name, a std::span) and own what has none (a braced list, a
-/// container that is a temporary), so that options kept in a variable stay whole:
+/// Numbers that an option or an argument refers to: `Values<T>` for one type of element,
+/// `LengthSpan` for lengths and offsets of any integer type. Both are made implicitly. They view
+/// what has a life of its own (a container with a name, a std::span) and own what has none (a
+/// braced list, a container that is a temporary), so that options kept in a variable stay whole:
 ///
 ///   ef::AttentionOptions options{.causal = true, .alibi_slopes = ef::alibi_slopes(8)};   // owned
 ///   std::vector<float> sinks = ...;

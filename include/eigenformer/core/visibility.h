@@ -1,5 +1,6 @@
 /// \file
-/// Which keys a query sees: the one definition that masks, attention on every device and their references share.
+/// Which keys a query sees: the one definition that masks, attention on every device and their
+/// references share.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,8 @@ struct KeyRange {
   Index begin, end;
 };
 
-/// A query at absolute position p sees the keys [p - window + 1, p] (window 0: [0, p]) and, besides, the first `prefix` keys.
+/// A query at absolute position p sees the keys [p - window + 1, p] (window 0: [0, p]) and,
+/// besides, the first `prefix` keys.
 struct Visibility {
   bool causal = true;
   Index window =

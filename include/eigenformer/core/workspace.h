@@ -1,5 +1,6 @@
 /// \file
-/// Scratch memory for kernels: an arena that grows on the first call at a size and allocates nothing afterwards.
+/// Scratch memory for kernels: an arena that grows on the first call at a size and allocates
+/// nothing afterwards.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +16,9 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// An arena of 64-byte aligned memory. A kernel opens a Frame, takes what it needs, and gives everything back when the frame ends;
-/// frames nest. Not for concurrent use: the thread that calls an operator takes the scratch of all its workers.
+/// An arena of 64-byte aligned memory. A kernel opens a Frame, takes what it needs, and gives
+/// everything back when the frame ends; frames nest. Not for concurrent use: the thread that calls
+/// an operator takes the scratch of all its workers.
 ///
 ///   Workspace::Frame frame(workspace);
 ///   float* scores = frame.take<float>(rows * columns);   // uninitialised
@@ -60,7 +62,8 @@ class Workspace {
         workspace_.coalesce();
     }
 
-    /// Uninitialised memory for `count` elements, aligned to 64 bytes; valid until the frame ends. Throws std::bad_alloc.
+    /// Uninitialised memory for `count` elements, aligned to 64 bytes; valid until the frame ends.
+    /// Throws std::bad_alloc.
     template <typename T>
     T* take(Index count) {
       static_assert(std::is_trivially_destructible_v<T>);
@@ -127,7 +130,8 @@ class Workspace {
     used_ = 0;
   }
 
-  // Several blocks mean that this was the first call at its size: the next one finds a single block that is large enough.
+  // Several blocks mean that this was the first call at its size: the next one finds a single block
+  // that is large enough.
   void coalesce() noexcept {
     current_ = 0;
     used_ = 0;
@@ -145,10 +149,10 @@ class Workspace {
   bool retired_ = false;
 };
 
-/// The scratch of operators that are not given a workspace: one for each thread, grown on first use,
-/// freed when the thread ends. Destructors of global and of thread-local objects may run after that
-/// and call operators still: the workspace is never destroyed, it then frees its memory after each
-/// call.
+/// The scratch of operators that are not given a workspace: one for each thread, grown on first
+/// use, freed when the thread ends. Destructors of global and of thread-local objects may run after
+/// that and call operators still: the workspace is never destroyed, it then frees its memory after
+/// each call.
 inline Workspace& thread_workspace() {
   struct RetireAtThreadEnd {
     Workspace* workspace = nullptr;

@@ -1,6 +1,7 @@
 /// \file
-/// CPU kernels of activations: one vectorised pass over the elements, written once over the function. An exponential costs about 20
-/// instructions a vector, so memory bandwidth is the limit for what is not in cache.
+/// CPU kernels of activations: one vectorised pass over the elements, written once over the
+/// function. An exponential costs about 20 instructions a vector, so memory bandwidth is the limit
+/// for what is not in cache.
 #pragma once
 
 #include <limits>
@@ -32,8 +33,8 @@ struct ActivationBackwardProblem {
   Index count;
 };
 
-/// y = function(gate) * up, (rows, features) each; a stride is the distance from one row to the next, 2 * features in a fused
-/// tensor.
+/// y = function(gate) * up, (rows, features) each; a stride is the distance from one row to the
+/// next, 2 * features in a fused tensor.
 template <typename Function, typename Y, typename Gate, typename Up>
 struct GatedProblem {
   using compute = common_compute_type<Y, Gate, Up>;
@@ -90,8 +91,8 @@ void activation_backward(Isa, const D& device,
   });
 }
 
-/// body(row, first, last) for the pieces of rows that make up elements [begin, end) of (rows, features): threads share out
-/// elements, so that one long row is work for all of them.
+/// body(row, first, last) for the pieces of rows that make up elements [begin, end) of (rows,
+/// features): threads share out elements, so that one long row is work for all of them.
 template <typename Body>
 EIGENFORMER_INLINE void for_each_row_piece(Index begin, Index end, Index features, Body&& body) {
   while (begin < end) {

@@ -1,9 +1,10 @@
 /// \file
-/// The activation functions as vector code: what the activation kernels and the epilogues of matrix products share.
+/// The activation functions as vector code: what the activation kernels and the epilogues of matrix
+/// products share.
 ///
-/// A function is a struct of two templates: value<V>(x) and derivative<V>(x). Arguments of products are clamped to [-800, 800],
-/// where every function here has reached its limit: infinities then give the limit and not 0 * infinity. A NaN passes through every
-/// clamp.
+/// A function is a struct of two templates: value<V>(x) and derivative<V>(x). Arguments of products
+/// are clamped to [-800, 800], where every function here has reached its limit: infinities then
+/// give the limit and not 0 * infinity. A NaN passes through every clamp.
 #pragma once
 
 #include <cmath>
@@ -25,9 +26,10 @@ EIGENFORMER_INLINE V sigmoid(V x) {
   return V::set1(1) / (V::set1(1) + simd::exp(V::zero() - x));
 }
 
-/// erfc(z) for z >= 0: t e^(-z^2) P(t) with t = 1 / (1 + z / 2), the form of Hastings (1955); P of degree 9 is our own Chebyshev
-/// fit of e^(z^2) erfc(z) / t on z in [0, 9.5] (error 1.3e-8 on values of 0.28 to 1). Float: absolute error below 2e-7, relative
-/// below 3e-7 + 1.2e-7 z^2. Double calls std::erfc lane by lane.
+/// erfc(z) for z >= 0: t e^(-z^2) P(t) with t = 1 / (1 + z / 2), the form of Hastings (1955); P of
+/// degree 9 is our own Chebyshev fit of e^(z^2) erfc(z) / t on z in [0, 9.5] (error 1.3e-8 on
+/// values of 0.28 to 1). Float: absolute error below 2e-7, relative below 3e-7 + 1.2e-7 z^2. Double
+/// calls std::erfc lane by lane.
 template <typename V>
 EIGENFORMER_INLINE V erfc_of_positive(V z) {
   if constexpr (sizeof(typename V::scalar) == 8) {

@@ -95,7 +95,8 @@ class AttentionWorker {
         group_(problem.group()),
         width_(Tile::padded(problem.value_dim)) {}
 
-  /// Query rows [first, first + count) of a sequence, padding included, for the heads of one KV head.
+  /// Query rows [first, first + count) of a sequence, padding included, for the heads of one KV
+  /// head.
   void run(const AttentionSequence& sequence, Index kv_head, Index first, Index count) {
     const Index queries = std::clamp<Index>(sequence.query_rows - first, 0, count);
     for (Index i = queries; i < count; ++i)
@@ -168,7 +169,8 @@ class AttentionWorker {
   void load_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
     const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
     const int count = block.count;
-    // The next block is asked for while this one is worked on: a decode step has little work a byte.
+    // The next block is asked for while this one is worked on: a decode step has little work a
+    // byte.
     const int next = static_cast<int>(std::clamp<Index>(
         sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
     Tile::pack_transposed(
@@ -469,7 +471,8 @@ void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspa
   auto* const scratch = frame.take<AttentionScratch<compute_type<TQ>>>(workers);
   for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, frame);
 
-  // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads of sequences of any length.
+  // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads
+  // of sequences of any length.
   parallel_for(device, workers, 1, [&](Index begin, Index end, int) {
     for (Index w = begin; w < end; ++w) {
       Worker worker(p, scratch[w]);

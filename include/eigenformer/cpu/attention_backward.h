@@ -115,7 +115,8 @@ class AttentionBackwardWorker {
         value_width_(Tile::padded(f_.value_dim)),
         positions_(positions_per_block(problem)) {}
 
-  /// All gradients of one KV head in one sequence; grad_sinks (heads), the sums of this sequence, may be nullptr.
+  /// All gradients of one KV head in one sequence; grad_sinks (heads), the sums of this sequence,
+  /// may be nullptr.
   void run(const AttentionSequence& sequence, Index kv_head, double* grad_sinks) {
     sequence_ = &sequence;
     kv_head_ = kv_head;

@@ -19,7 +19,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// One sequence of a request. Query i < query_rows stands at position first_position + i; rows from query_rows on are padding.
+/// One sequence of a request. Query i < query_rows stands at position first_position + i; rows from
+/// query_rows on are padding.
 struct AttentionSequence {
   Index query_begin;     // its first row in queries and output
   Index query_rows;      // rows that are queries
@@ -31,14 +32,15 @@ struct AttentionSequence {
   Index lse_begin;       // offset of head 0, row 0 in log_sum_exp
 };
 
-/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the stored one of keys and values.
+/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the
+/// stored one of keys and values.
 template <typename TQ, typename TKV>
 struct AttentionProblem {
   using Compute = compute_type<TQ>;
   const TQ* queries = nullptr;  // (rows, heads, head_dim)
   TQ* output = nullptr;         // (rows, heads, value_dim)
-  Compute* log_sum_exp =
-      nullptr;  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
+  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
+  Compute* log_sum_exp = nullptr;
   Index lse_head_stride = 0;
   Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   KvSource<TKV> source;
@@ -53,7 +55,8 @@ struct AttentionProblem {
 
 namespace cpu {
 
-/// Rows of a query block: packing a key block costs about 3% of the work on it. Queries and sums of 128 rows of 128 fit half of L2.
+/// Rows of a query block: packing a key block costs about 3% of the work on it. Queries and sums of
+/// 128 rows of 128 fit half of L2.
 inline constexpr Index kAttentionQueryRows = 128;
 
 /// Keys whose blocks are summed together, before they are added to the rest: at absolute positions.
@@ -67,7 +70,8 @@ struct KeyEnds {
   Index first, last;
 };
 
-/// How many workers a request is worth: waking a thread costs some microseconds, 64k multiply-adds about as much.
+/// How many workers a request is worth: waking a thread costs some microseconds, 64k multiply-adds
+/// about as much.
 template <typename D, typename Problem>
 Index attention_workers(const D& device, const Problem& p, Index tasks) {
   double work = 0;
@@ -80,7 +84,8 @@ Index attention_workers(const D& device, const Problem& p, Index tasks) {
   return std::clamp<Index>((std::min)(tasks, worth), 1, worker_count(device));
 }
 
-/// The block of a KvSource that attention reads next: keys [begin, begin + count) of a sequence and KV head.
+/// The block of a KvSource that attention reads next: keys [begin, begin + count) of a sequence and
+/// KV head.
 template <typename TKV>
 struct KeyBlock {
   const KvSource<TKV>& source;
@@ -152,10 +157,10 @@ struct RunningMaximum {
   }
 };
 
-/// Scores of a query with the keys of a block, less the greatest so far, rounded when they are small
-/// numbers: scores[0, 64), -infinity where the query does not see the key. `distance`: the block's
-/// first position less the query's. slopes[0, 64), of the softcap, where given. Returns how much the
-/// maximum rose.
+/// Scores of a query with the keys of a block, less the greatest so far, rounded when they are
+/// small numbers: scores[0, 64), -infinity where the query does not see the key. `distance`: the
+/// block's first position less the query's. slopes[0, 64), of the softcap, where given. Returns how
+/// much the maximum rose.
 template <typename Isa, typename TQ, typename TKV>
 double scores_in_double(const AttentionProblem<TQ, TKV>& p, const double* query,
                         const KeyBlock<TKV>& block, const BlockRange& range, Index head,

@@ -1,7 +1,8 @@
 /// \file
-/// The pieces attention is put together from, forward and backward: keys packed with positions along the lanes, two register-tiled
-/// products, and the ranges of a key block that a query sees. A row of a tile is one chain of multiply-adds whatever rows stand
-/// beside it, so results do not depend on how rows are grouped.
+/// The pieces attention is put together from, forward and backward: keys packed with positions
+/// along the lanes, two register-tiled products, and the ranges of a key block that a query sees. A
+/// row of a tile is one chain of multiply-adds whatever rows stand beside it, so results do not
+/// depend on how rows are grouped.
 #pragma once
 
 #include <algorithm>
@@ -19,11 +20,13 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Keys are processed in blocks at absolute positions 0, 64, 128, ...: the reduction order of a row is a function of its position
-/// only. 64 x 128 floats of K and of V are 64 KiB: in L2, and a panel of them in L1.
+/// Keys are processed in blocks at absolute positions 0, 64, 128, ...: the reduction order of a row
+/// is a function of its position only. 64 x 128 floats of K and of V are 64 KiB: in L2, and a panel
+/// of them in L1.
 inline constexpr int kAttentionKeyBlock = 64;
 
-/// The keys of one block that a query sees, relative to the block: [0, prefix_end) and [begin, end), prefix_end < begin or empty.
+/// The keys of one block that a query sees, relative to the block: [0, prefix_end) and [begin,
+/// end), prefix_end < begin or empty.
 struct BlockRange {
   int prefix_end, begin, end;
   bool empty() const { return prefix_end == 0 && begin == end; }
@@ -118,7 +121,8 @@ struct AttentionTile {
       V::zero().store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
   }
 
-  /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no hardware prefetcher follows.
+  /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no
+  /// hardware prefetcher follows.
   static EIGENFORMER_INLINE void prefetch_row(const void* row, Index bytes) {
     for (Index offset = 0; offset < bytes; offset += 64)
       simd::prefetch_after(static_cast<const std::byte*>(row), offset);
@@ -131,8 +135,9 @@ struct AttentionTile {
     v.store_partial(p + i, static_cast<int>(count - i));
   }
 
-  /// Packs up to 64 rows of `width` elements transposed: panel p holds rows [p * kPanel, (p + 1) * kPanel) as (width, kPanel).
-  /// row(j) is the address of row j < count and scale(j) its factor; later rows are zeros.
+  /// Packs up to 64 rows of `width` elements transposed: panel p holds rows [p * kPanel, (p + 1) *
+  /// kPanel) as (width, kPanel). row(j) is the address of row j < count and scale(j) its factor;
+  /// later rows are zeros.
   template <typename Row, typename Scale>
   static void pack_transposed(int count, Index width, C* packed, Row&& row, Scale&& scale) {
     using S = std::remove_cvref_t<decltype(*row(0))>;
@@ -250,8 +255,8 @@ struct AttentionTile {
     for (int r = 0; r < R && begin < end; ++r) add_rows(one, r, end, ranges[r].end);
   }
 
-  /// out[r][0, width) = factor[r] * out[r] + (sum of accumulate_ranges from 0): a block is summed by
-  /// itself, since one chain over many blocks would lose digits. Rows that see nothing keep what
+  /// out[r][0, width) = factor[r] * out[r] + (sum of accumulate_ranges from 0): a block is summed
+  /// by itself, since one chain over many blocks would lose digits. Rows that see nothing keep what
   /// they have. `block` is scratch of (R, width).
   template <int R>
   static void add_block(Weights w, const C* matrix, Index matrix_stride, const BlockRange* ranges,
@@ -304,7 +309,8 @@ struct AttentionTile {
             below(position, static_cast<C>(range.end)));
   }
 
-  /// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel, that quotient elsewhere.
+  /// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel,
+  /// that quotient elsewhere.
   static EIGENFORMER_INLINE V tanh(V x) {
     if constexpr (sizeof(C) == 8) {
       return V::make([&](int i) { return std::tanh(x.v[i]); });
@@ -313,7 +319,8 @@ struct AttentionTile {
       const V e = exp(a * V::set1(-2.0f));
       const V magnitude = (V::set1(1.0f) - e) / (V::set1(1.0f) + e);
       const V large = select(less(x, V::zero()), V::zero() - magnitude, magnitude);
-      // x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - 1382x^11/155925 + 21844x^13/6081075: below 1e-7 relative for |x| < 0.5
+      // x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - 1382x^11/155925 + 21844x^13/6081075: below
+      // 1e-7 relative for |x| < 0.5
       V p = V::set1(static_cast<float>(21844.0 / 6081075));
       p = fma(p, square, V::set1(static_cast<float>(-1382.0 / 155925)));
       p = fma(p, square, V::set1(static_cast<float>(62.0 / 2835)));

@@ -1,7 +1,7 @@
 /// \file
-/// CPU kernel of the causal mask. A row is at most four runs of one value, so the kernel writes runs: one write of
-/// batch * queries * keys * sizeof(T) bytes and no arithmetic on elements, around the caches where they would not hold the mask.
-/// Packed documents are compared key by key.
+/// CPU kernel of the causal mask. A row is at most four runs of one value, so the kernel writes
+/// runs: one write of batch * queries * keys * sizeof(T) bytes and no arithmetic on elements,
+/// around the caches where they would not hold the mask. Packed documents are compared key by key.
 #pragma once
 
 #include <cstdint>
@@ -35,11 +35,13 @@ struct CausalMaskProblem {
 
 namespace cpu {
 
-// A mask larger than this goes around the caches: a last-level cache would not hold it for its reader, and plain stores first read
-// each line that they overwrite (64 MiB on Zen 4: 1.7 ms instead of 2.6 ms; at 16 MiB both take 0.4 ms).
+// A mask larger than this goes around the caches: a last-level cache would not hold it for its
+// reader, and plain stores first read each line that they overwrite (64 MiB on Zen 4: 1.7 ms
+// instead of 2.6 ms; at 16 MiB both take 0.4 ms).
 inline constexpr Index kCausalMaskStreamingBytes = Index{32} << 20;
 
-/// One row as runs: open before `prefix`, blocked before `begin`, open before `end`, blocked before `length`.
+/// One row as runs: open before `prefix`, blocked before `begin`, open before `end`, blocked before
+/// `length`.
 template <typename Isa, typename T>
 struct CausalMaskRow {
   using C = compute_type<T>;
@@ -61,7 +63,8 @@ struct CausalMaskRow {
     run(blocked(), end, length);
   }
 
-  /// Around the caches: every line inside the row is written in full and in order, also where runs meet.
+  /// Around the caches: every line inside the row is written in full and in order, also where runs
+  /// meet.
   void store_streaming(T* row) const {
     constexpr Index bytes = V::lanes * Index{sizeof(T)};
     const Index misaligned = static_cast<Index>(reinterpret_cast<std::uintptr_t>(row) %

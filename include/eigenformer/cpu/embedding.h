@@ -1,6 +1,7 @@
 /// \file
-/// CPU kernels of embedding: rows copied (and converted) from a table; bytes read and written, no arithmetic. Backward adds rows of
-/// grad_y to rows of grad_table in the order of tokens, each thread a range of columns, so that equal ids meet in one fixed order.
+/// CPU kernels of embedding: rows copied (and converted) from a table; bytes read and written, no
+/// arithmetic. Backward adds rows of grad_y to rows of grad_table in the order of tokens, each
+/// thread a range of columns, so that equal ids meet in one fixed order.
 #pragma once
 
 #include <cstring>

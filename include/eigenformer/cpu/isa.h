@@ -1,10 +1,10 @@
 /// \file
-/// The one file that reads compiler feature macros. It yields the ISA tags, the best tag this translation unit may use, and the
-/// name of the inline namespace everything else lives in.
+/// The one file that reads compiler feature macros. It yields the ISA tags, the best tag this
+/// translation unit may use, and the name of the inline namespace everything else lives in.
 ///
-/// Tags inherit what they fall back to: `generic <- avx2 <- avx512 <- amx`, `generic <- neon`. A kernel written for a tag serves
-/// every tag that inherits from it, and all tags up to `isa::best` can be called in one build, so that one AVX-512 build tests
-/// three of them.
+/// Tags inherit what they fall back to: `generic <- avx2 <- avx512 <- amx`, `generic <- neon`. A
+/// kernel written for a tag serves every tag that inherits from it, and all tags up to `isa::best`
+/// can be called in one build, so that one AVX-512 build tests three of them.
 ///
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
@@ -12,7 +12,8 @@
 #include "../core/version.h"
 
 // NaN and infinity carry meaning here (masks, padding, overflow checks), sums have one fixed order,
-// and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the results.
+// and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the
+// results.
 #if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__) || \
     defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) ||                     \
     defined(__NO_SIGNED_ZEROS__) || defined(_M_FP_FAST)
@@ -62,8 +63,9 @@
   1  // Eigen::half holds an __fp16 then, which calls pass in another register
 #endif
 
-// Objects compiled for different ISAs, or from different versions of these headers, link into one program: each version and each
-// feature set below changes the code, so each has a name of its own, for example v0_1_0_avx2.
+// Objects compiled for different ISAs, or from different versions of these headers, link into one
+// program: each version and each feature set below changes the code, so each has a name of its own,
+// for example v0_1_0_avx2.
 #define EIGENFORMER_ABI_JOIN_(a, b) a##b
 #define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
 #define EIGENFORMER_ABI_VERSION_(major, minor, patch) v##major##_##minor##_##patch
@@ -146,8 +148,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Tags that choose a kernel at compile time. A tag converts to the one it inherits from, so overload resolution picks the most
-/// specific kernel that exists.
+/// Tags that choose a kernel at compile time. A tag converts to the one it inherits from, so
+/// overload resolution picks the most specific kernel that exists.
 namespace isa {
 
 struct generic {
@@ -178,7 +180,8 @@ using best = neon;
 using best = generic;
 #endif
 
-/// True where a multiply-add is one instruction. Where it is not, kernels multiply and add in two rounding steps.
+/// True where a multiply-add is one instruction. Where it is not, kernels multiply and add in two
+/// rounding steps.
 #if defined(__FMA__) || defined(EIGENFORMER_ISA_AVX2) || defined(EIGENFORMER_ISA_NEON)
 inline constexpr bool kHasFma = true;
 #else

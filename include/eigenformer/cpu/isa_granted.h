@@ -1,5 +1,6 @@
 /// \file
-/// The best tag at run time: that of the build, unless it is amx and the operating system does not grant the tile registers.
+/// The best tag at run time: that of the build, unless it is amx and the operating system does not
+/// grant the tile registers.
 #pragma once
 
 #include "isa.h"
@@ -16,7 +17,8 @@ inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
 #if defined(EIGENFORMER_ISA_AMX)
-/// The processor has AMX with palette 1 as the kernels use it (8 tiles of 16 rows of 64 bytes: CPUID 7 and 1D).
+/// The processor has AMX with palette 1 as the kernels use it (8 tiles of 16 rows of 64 bytes:
+/// CPUID 7 and 1D).
 inline bool has_tiles() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   constexpr unsigned bfloat16 = 1u << 22, tile = 1u << 24, int8 = 1u << 25,
@@ -26,8 +28,8 @@ inline bool has_tiles() {
   return (b & 0xffffu) == 64 && (b >> 16) == 8 && (c & 0xffffu) == 16;
 }
 
-/// Linux lends the 8 KiB of tile state to a process that asks (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA), for all its threads.
-/// Asked once.
+/// Linux lends the 8 KiB of tile state to a process that asks (arch_prctl ARCH_REQ_XCOMP_PERM,
+/// XTILEDATA), for all its threads. Asked once.
 inline bool tiles_granted() {
 #if defined(__linux__)
   static const bool granted = [] {

@@ -1,7 +1,8 @@
 /// \file
-/// CPU kernels of the KV caches: append rows to pages or to a dense buffer, and read them back. Both are copies, one read and one
-/// write of every new element, converted on the way where storage differs; INT8 reads a row twice (largest magnitude, then
-/// quotients), the second time out of L1. No row depends on another: results do not depend on threads or on the batch.
+/// CPU kernels of the KV caches: append rows to pages or to a dense buffer, and read them back.
+/// Both are copies, one read and one write of every new element, converted on the way where storage
+/// differs; INT8 reads a row twice (largest magnitude, then quotients), the second time out of L1.
+/// No row depends on another: results do not depend on threads or on the batch.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +17,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// A checked request to append: pointers and sizes only. `target` says where rows lie; its memory is the cache's, and writable.
+/// A checked request to append: pointers and sizes only. `target` says where rows lie; its memory
+/// is the cache's, and writable.
 template <typename T, typename Storage>
 struct KvAppendProblem {
   const T* new_keys;     // (tokens, kv_heads, head_dim), sequence after sequence
@@ -26,8 +28,9 @@ struct KvAppendProblem {
   const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
   const Index*
       positions;  // (batch) where a sequence's first token goes; negative leaves the sequence out
-  Index
-      capacity;  // positions a sequence of the target has room for. The host has checked them for the CPU; on a GPU
+  // positions a sequence of the target has room for. The host has checked them for the CPU; on a
+  // GPU
+  Index capacity;
   // `positions` is device memory, and what lies past the capacity is left out.
   KvSource<Storage> target;
 
@@ -37,7 +40,8 @@ struct KvAppendProblem {
   }
   Index first_token(Index b) const { return offsets == nullptr ? b * tokens_each : offsets[b]; }
 
-  // KvSource is what readers get, so its pointers are const; whoever appends owns the memory behind them.
+  // KvSource is what readers get, so its pointers are const; whoever appends owns the memory behind
+  // them.
   Storage* key_slot(Index b, Index h, Index j) const {
     return const_cast<Storage*>(target.key_row(b, h, j));
   }
@@ -60,7 +64,8 @@ struct KvAppendProblem {
   }
 };
 
-/// A checked request to read the first `length` positions of every sequence of `source` into (batch, length, kv_heads, head_dim).
+/// A checked request to read the first `length` positions of every sequence of `source` into
+/// (batch, length, kv_heads, head_dim).
 template <typename T, typename Storage>
 struct KvReadProblem {
   KvSource<Storage> source;
@@ -91,7 +96,8 @@ void copy_row(const From* from, To* to, Index count) {
   }
 }
 
-/// q = round_half_to_even(x / scale) in [-127, 127]; returns scale = max|x| / 127, 1 where that is zero. x is finite.
+/// q = round_half_to_even(x / scale) in [-127, 127]; returns scale = max|x| / 127, 1 where that is
+/// zero. x is finite.
 template <typename Isa, typename T>
 float quantize_row(const T* x, std::int8_t* q, Index count) {
   using C = compute_type<T>;
@@ -113,7 +119,8 @@ float quantize_row(const T* x, std::int8_t* q, Index count) {
   return scale;
 }
 
-/// Every magnitude is at most the largest float: no NaN, no infinity, and a scale that float can hold.
+/// Every magnitude is at most the largest float: no NaN, no infinity, and a scale that float can
+/// hold.
 template <typename Isa, typename T>
 bool all_quantizable(const T* x, Index count) {
   using C = compute_type<T>;

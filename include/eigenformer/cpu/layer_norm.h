@@ -1,10 +1,9 @@
 /// \file
-/// CPU kernels of LayerNorm. A row is read three times, but from memory once: mean, variance about the mean (no cancellation),
-/// result. The mean is that of the distances from the first element, so that a row of equal numbers
-/// has exactly itself, and what
-/// rounding left out of it comes from the second pass, as does the variance about it (Chan, Golub
-/// and LeVeque, "Algorithms for
-/// computing the sample variance", 1983): a mean of 10^7 times the spread loses nothing.
+/// CPU kernels of LayerNorm. A row is read three times, but from memory once: mean, variance about
+/// the mean (no cancellation), result. The mean is that of the distances from the first element, so
+/// that a row of equal numbers has exactly itself, and what rounding left out of it comes from the
+/// second pass, as does the variance about it (Chan, Golub and LeVeque, "Algorithms for computing
+/// the sample variance", 1983): a mean of 10^7 times the spread loses nothing.
 ///
 /// Backward (with r = 1 / sqrt(variance + epsilon), h = (x - mean) r, g the gradient of y):
 ///   grad_weight[j] += sum over rows of g[j] h[j],   grad_bias[j] += sum over rows of g[j]
@@ -148,7 +147,8 @@ void layer_norm(Isa, const D& device, const LayerNormProblem<Y, X, W>& p) {
   });
 }
 
-/// Adds to `Vectors` vectors of grad_weight and grad_bias that start at `column`, rows in blocks of 64 as in RMSNorm.
+/// Adds to `Vectors` vectors of grad_weight and grad_bias that start at `column`, rows in blocks of
+/// 64 as in RMSNorm.
 template <typename V, int Vectors, typename Problem, typename Part>
 void layer_norm_parameter_gradients(const Problem& p, Index column, Index columns, Part part) {
   constexpr Index kRowBlock = 64;

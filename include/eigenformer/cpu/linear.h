@@ -1,16 +1,18 @@
 /// \file
-/// CPU kernel of the linear layer and its gradients: one blocked matrix product, sums(row, column) = sum over k of x(row, k)
-/// w(column, k).
+/// CPU kernel of the linear layer and its gradients: one blocked matrix product, sums(row, column)
+/// = sum over k of x(row, k) w(column, k).
 ///
-/// Activations are packed into tiles (up to 12 rows; 32 with AMX), weights into panels (32 columns on AVX-512), see tile/generic.h.
-/// Loops, outermost first: blocks of rows; groups of 8 panels, shared out to the threads; blocks of k; panels; tiles. Sums wait
-/// between blocks of k in tile-shaped scratch. Plain weights are packed chunk by chunk into the worker's scratch. One tile of rows
-/// or less streams whole panels, several in flight.
+/// Activations are packed into tiles (up to 12 rows; 32 with AMX), weights into panels (32 columns
+/// on AVX-512), see tile/generic.h. Loops, outermost first: blocks of rows; groups of 8 panels,
+/// shared out to the threads; blocks of k; panels; tiles. Sums wait between blocks of k in
+/// tile-shaped scratch. Plain weights are packed chunk by chunk into the worker's scratch. One tile
+/// of rows or less streams whole panels, several in flight.
 ///
-/// Each sum is one chain over k in ascending order whatever the blocks, so a row has the same bits alone or among others, with any
-/// number of threads, and for any subset of the weight's rows. Weights quantized in groups have an exact int32 sum for each group,
-/// which one chain of float multiply-adds over the groups joins. After Goto and van de Geijn, "Anatomy of High-Performance Matrix
-/// Multiplication" (2008).
+/// Each sum is one chain over k in ascending order whatever the blocks, so a row has the same bits
+/// alone or among others, with any number of threads, and for any subset of the weight's rows.
+/// Weights quantized in groups have an exact int32 sum for each group, which one chain of float
+/// multiply-adds over the groups joins. After Goto and van de Geijn, "Anatomy of High-Performance
+/// Matrix Multiplication" (2008).
 #pragma once
 
 #include "../core/device.h"
@@ -46,16 +48,17 @@ struct ProductProblem {
 
 namespace cpu {
 
-/// Rows whose activations are packed together; a multiple of every tile height's maximum. With packed weights 192: a block of k of
-/// them (768 KiB) stays in an L2 of 1 MiB, and AMX, whose units are 64 bytes for four of these, takes 128 (512 KiB of 2 MiB). Plain
-/// weights are packed once for each block, so theirs are longer: 768.
+/// Rows whose activations are packed together; a multiple of every tile height's maximum. With
+/// packed weights 192: a block of k of them (768 KiB) stays in an L2 of 1 MiB, and AMX, whose units
+/// are 64 bytes for four of these, takes 128 (512 KiB of 2 MiB). Plain weights are packed once for
+/// each block, so theirs are longer: 768.
 template <typename Dot, bool Packed>
 constexpr Index block_rows() {
   return !Packed ? 768 : tile::steps_at_once<Dot> > 1 ? 128 : 192;
 }
 
-/// Blocks of nearly equal size, whole tiles each: of 512 rows, 180, 180 and 152 rather than 192, 192 and 128, whose weights would
-/// wait for memory.
+/// Blocks of nearly equal size, whole tiles each: of 512 rows, 180, 180 and 152 rather than 192,
+/// 192 and 128, whose weights would wait for memory.
 template <typename Dot>
 constexpr Index even_block_rows(Index rows, Index most) {
   const Index blocks = std::max<Index>((rows + most - 1) / most, 1),
@@ -63,8 +66,9 @@ constexpr Index even_block_rows(Index rows, Index most) {
   return std::max<Index>((each + Dot::rows - 1) / Dot::rows, 1) * Dot::rows;
 }
 
-/// Steps of one block of k. Packed panels are read out of L2 (128 KiB a block), which keeps up with the multiply-adds, so that sums
-/// are loaded and stored seldom; plain ones, packed here for many rows, stay in L1 (32 KiB). AMX's figures are reasoned, not timed.
+/// Steps of one block of k. Packed panels are read out of L2 (128 KiB a block), which keeps up with
+/// the multiply-adds, so that sums are loaded and stored seldom; plain ones, packed here for many
+/// rows, stay in L1 (32 KiB). AMX's figures are reasoned, not timed.
 template <typename Dot, bool Packed>
 constexpr Index block_steps() {
   return (Packed || tile::steps_at_once<Dot> > 1 ? 1024 : 256) / Dot::units;
@@ -80,7 +84,8 @@ inline constexpr bool is_packed<WeightRows<W, Matrices>> = false;
 template <typename Weights>
 inline constexpr bool is_grouped = std::is_same_v<Weights, GroupedPanels>;
 
-/// One block of rows: the packed activations, and the work of one worker on a range of panels and tiles.
+/// One block of rows: the packed activations, and the work of one worker on a range of panels and
+/// tiles.
 template <typename Dot, typename Isa, typename Problem>
 struct ProductBlock {
   using Unit = typename Dot::Unit;
@@ -114,7 +119,8 @@ struct ProductBlock {
   }
 
   void pack(Index first, Index last) const {
-    // Columns of a matrix: some k at a time for all tiles, whose parts of a line are then read while it is in cache.
+    // Columns of a matrix: some k at a time for all tiles, whose parts of a line are then read
+    // while it is in cache.
     const Index depth = problem.depth, at_once = problem.x.depth_stride == 1
                                                      ? std::max<Index>(depth, 1)
                                                      : tile::kColumnDepth;
@@ -145,7 +151,8 @@ struct ProductBlock {
   /// Packs steps [first, first + count) of `panels` panels of plain weights.
   void pack_chunk(const Scratch& scratch, Index group, Index panels, Index first,
                   Index count) const {
-    // Columns of a matrix: a few rows at a time for all panels, so that whole lines are read while they are in L1.
+    // Columns of a matrix: a few rows at a time for all panels, so that whole lines are read while
+    // they are in L1.
     const Index at_once = problem.weights.matrices[0].depth_stride == 1 ? count : Index{32};
     for (Index s = 0; s < count; s += at_once) {
       const Index part = (std::min)(at_once, count - s), k = (first + s) * Dot::step;
@@ -171,7 +178,8 @@ struct ProductBlock {
     const Index at_once =
         t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
     for (Index j = 0; j < panels; j += at_once) {
-      // What comes after this panel's chunk, in elements: the next panel's, the first panel's next, or the next group's first.
+      // What comes after this panel's chunk, in elements: the next panel's, the first panel's next,
+      // or the next group's first.
       Index next = (j + 1) * stride;
       if (packed && j + 1 == panels)
         next = first + count < steps ? count * panel_step : next - first * panel_step;
@@ -198,8 +206,9 @@ struct ProductBlock {
     std::uintptr_t address, step;
   };
 
-  /// For tile `turn` of `turns` of the chunk at element `here`: its part of the chunk at `next`, and once that is all there, what
-  /// is in cache anyway. A chunk that is read once is fetched itself, some way ahead.
+  /// For tile `turn` of `turns` of the chunk at element `here`: its part of the chunk at `next`,
+  /// and once that is all there, what is in cache anyway. A chunk that is read once is fetched
+  /// itself, some way ahead.
   static Fetch what_to_fetch(const Stored* weights, Index here, Index next, Index count, Index turn,
                              Index turns) {
     const auto bytes = [](Index elements) {
@@ -286,7 +295,8 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
     const auto scratch = [&](int worker) {
       return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk};
     };
-    // About 40,000 cycles pay for waking a thread: a step of a panel costs two cycles a row, and eight to fetch its weights.
+    // About 40,000 cycles pay for waking a thread: a step of a panel costs two cycles a row, and
+    // eight to fetch its weights.
     const Index panel_cycles = (steps + 1) * (2 * rows + 8);
     if (panels < workers && tile_count > panels)
       parallel_for(device, tile_count, 1 + 40000 * tile_count / (panel_cycles * panels),

@@ -1,6 +1,6 @@
 /// \file
-/// Activations of a matrix product: how the rows of a block fall into register tiles, and their packing, for int8 with the
-/// quantization of each token on the way.
+/// Activations of a matrix product: how the rows of a block fall into register tiles, and their
+/// packing, for int8 with the quantization of each token on the way.
 #pragma once
 
 #include "quantize_line.h"
@@ -11,8 +11,9 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// How the rows of a block fall into tiles: whole ones, but a short last one shares its rows with the one before it. Of 16 rows
-/// two tiles of 8 rather than 12 and 4: the 8 sums of a tile of 4 barely cover the latency of their own multiply-adds.
+/// How the rows of a block fall into tiles: whole ones, but a short last one shares its rows with
+/// the one before it. Of 16 rows two tiles of 8 rather than 12 and 4: the 8 sums of a tile of 4
+/// barely cover the latency of their own multiply-adds.
 template <typename Dot>
 class Tiles {
  public:
@@ -45,8 +46,8 @@ class Tiles {
 /// What quantized activations are scaled by and what is taken off their sums.
 struct ActivationScales {
   float* scales;  // (rows)
-  std::int32_t*
-      offsets;  // (padded rows, groups): 128 times the sum of the group's values, 0 where weights are signed
+  // (padded rows, groups): 128 times the sum of the group's values, 0 where weights are signed
+  std::int32_t* offsets;
   Index group;  // k of one group; the depth where there is one
   Index groups;
 };
@@ -57,13 +58,15 @@ inline std::int32_t sum_of(const std::int8_t* values, Index count) {
   return sum;
 }
 
-/// Modulo 2^32: from 132,105 inputs on 128 times their sum may leave 32 bits, as the sums it is taken off do.
+/// Modulo 2^32: from 132,105 inputs on 128 times their sum may leave 32 bits, as the sums it is
+/// taken off do.
 inline void add_wrapping(std::int32_t& to, std::int32_t number) {
   to = static_cast<std::int32_t>(static_cast<std::uint32_t>(to) +
                                  static_cast<std::uint32_t>(number));
 }
 
-/// Quads of `n` quantized activations from k on into their places in a tile; n is a multiple of 4 but at the end.
+/// Quads of `n` quantized activations from k on into their places in a tile; n is a multiple of 4
+/// but at the end.
 template <typename Dot>
 void place_quads(const std::int8_t* values, Index k, Index n, int height, typename Dot::Unit* to) {
   if constexpr (tile::steps_at_once<Dot> > 1) {
@@ -108,8 +111,8 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   }
 }
 
-/// Packs k of [first, end) of a tile of `rows` valid rows of `height`, where they are quantized all of k; `r` is the tile's first
-/// row in the block.
+/// Packs k of [first, end) of a tile of `rows` valid rows of `height`, where they are quantized all
+/// of k; `r` is the tile's first row in the block.
 template <typename Dot, typename Isa, typename X>
 void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height,
                       Index first, Index end, typename Dot::Unit* to,

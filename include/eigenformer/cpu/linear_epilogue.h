@@ -1,8 +1,9 @@
 /// \file
-/// What becomes of finished sums: an epilogue is a type with `store(isa, tile sums)`, called once for each register tile when its
-/// sums are complete, `load(isa, tile sums)` before the first where `starts_from_output`, and `finish(isa)` when a thread has
-/// stored its last. A fused epilogue reads sums by one type (plain, scaled int8, grouped int8) and passes them through one
-/// function, so that every combination is compiled for itself.
+/// What becomes of finished sums: an epilogue is a type with `store(isa, tile sums)`, called once
+/// for each register tile when its sums are complete, `load(isa, tile sums)` before the first where
+/// `starts_from_output`, and `finish(isa)` when a thread has stored its last. A fused epilogue
+/// reads sums by one type (plain, scaled int8, grouped int8) and passes them through one function,
+/// so that every combination is compiled for itself.
 #pragma once
 
 #include <cmath>
@@ -97,10 +98,10 @@ struct GroupedSums {
   }
 };
 
-// ---- writing -------------------------------------------------------------------------------------------------------------------
+// ---- writing ------------------------------------------------------------------------------------
 
-/// y = residual + function(sums), or, gated, residual + function(gate) * up, where a tile holds gate in the first half of its
-/// columns and up in the second.
+/// y = residual + function(sums), or, gated, residual + function(gate) * up, where a tile holds
+/// gate in the first half of its columns and up in the second.
 template <typename Sums, typename Function, bool Gated, typename Y, typename R>
 struct Finish {
   static constexpr bool starts_from_output = false, gated = Gated;
@@ -155,7 +156,8 @@ struct Finish {
   }
 };
 
-/// y += sum, as one chain that starts from y: accumulating two parts of k in turn gives the bits of accumulating them at once.
+/// y += sum, as one chain that starts from y: accumulating two parts of k in turn gives the bits of
+/// accumulating them at once.
 template <typename Y>
 struct AddSums {
   static constexpr bool starts_from_output = true, gated = false;

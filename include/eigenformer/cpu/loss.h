@@ -1,9 +1,11 @@
 /// \file
-/// CPU kernel of softmax cross-entropy. A row is read three times, from memory once where it fits the second-level cache: its
-/// maximum, the sum of exp(x - maximum), the gradient. Where the gradient has the type of the computation, the second pass leaves
-/// the exponentials in it, so that each is computed once; narrower gradients compute them twice. Sums run in four interleaved
-/// vectors, whatever the row's neighbours and the threads. Milakov and Gimelshein, "Online normalizer calculation for softmax"
-/// (2018), discuss the passes; an online maximum saves nothing here, because the row stays in cache.
+/// CPU kernel of softmax cross-entropy. A row is read three times, from memory once where it fits
+/// the second-level cache: its maximum, the sum of exp(x - maximum), the gradient. Where the
+/// gradient has the type of the computation, the second pass leaves the exponentials in it, so that
+/// each is computed once; narrower gradients compute them twice. Sums run in four interleaved
+/// vectors, whatever the row's neighbours and the threads. Milakov and Gimelshein, "Online
+/// normalizer calculation for softmax" (2018), discuss the passes; an online maximum saves nothing
+/// here, because the row stays in cache.
 #pragma once
 
 #include <cmath>
@@ -24,7 +26,8 @@ template <typename L, typename G>
 struct CrossEntropyProblem {
   const L* logits;            // (rows, classes)
   const LengthSpan& targets;  // (rows)
-  G* gradient;  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
+  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
+  G* gradient;
   double* row_loss;  // (rows), written
   Index rows, classes;
   double gradient_scale;

@@ -1,13 +1,14 @@
 /// \file
-/// CPU kernels of RMSNorm. A row is read twice, the second time out of L1: sum of squares, then the scaled row; 3 flops an element
-/// against 2 sizeof(T) bytes, so memory bandwidth is the limit for rows that are not in cache.
+/// CPU kernels of RMSNorm. A row is read twice, the second time out of L1: sum of squares, then the
+/// scaled row; 3 flops an element against 2 sizeof(T) bytes, so memory bandwidth is the limit for
+/// rows that are not in cache.
 ///
 /// Backward (with r = 1 / sqrt(mean(x^2) + epsilon), g the gradient of y, n features):
 ///   grad_weight[j] += sum over rows of g[j] x[j] r
 ///   grad_x[j]       = r (g[j] w[j] - x[j] r^2 / n * sum_k g[k] w[k] x[k])
-/// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x, threads splitting the rows. grad_x
-/// comes last so that it may take the place of grad_y or x. A row whose grad_y is all zero takes no
-/// part: its NaN reach nothing.
+/// Three passes: r and the sum of each row; grad_weight, threads splitting the columns; grad_x,
+/// threads splitting the rows. grad_x comes last so that it may take the place of grad_y or x. A
+/// row whose grad_y is all zero takes no part: its NaN reach nothing.
 #pragma once
 
 #include <cmath>
@@ -121,15 +122,14 @@ void add_rms_norm(Isa, const D& device, const AddRmsNormProblem<Y, X, R, W>& p) 
       for_each_vector<V>(0, features, [&](Index at, auto part) {
         store(load<V>(residual + at, part) + load<V>(addend + at, part), residual + at, part);
       });
-      rms_norm_row<Isa>(
-          p.norm,
-          row);  // reads what was stored, rounded: the same bits as the two operators one after the other
+      // It reads what was stored, rounded: the same bits as the two operators one after the other.
+      rms_norm_row<Isa>(p.norm, row);
     }
   });
 }
 
-/// Adds to `Vectors` vectors of grad_weight that start at `column`. Rows are summed in blocks of 64, which keeps the rounding error
-/// of 10^5 rows that of a few hundred.
+/// Adds to `Vectors` vectors of grad_weight that start at `column`. Rows are summed in blocks of
+/// 64, which keeps the rounding error of 10^5 rows that of a few hundred.
 template <typename V, int Vectors, typename Problem, typename Part>
 void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Part part) {
   constexpr Index kRowBlock = 64;

@@ -1,7 +1,8 @@
 /// \file
-/// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at most kPieceElements, so that
-/// threads share large parameters and do not pay for small ones, and so that sums have a fixed order: lanes in a piece, then piece
-/// after piece. An AdamW step moves 28 bytes and about 12 operations an element: memory sets its speed.
+/// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at
+/// most kPieceElements, so that threads share large parameters and do not pay for small ones, and
+/// so that sums have a fixed order: lanes in a piece, then piece after piece. An AdamW step moves
+/// 28 bytes and about 12 operations an element: memory sets its speed.
 #pragma once
 
 #include <cmath>
@@ -21,8 +22,8 @@ struct ParameterPiece {
   Index size;
 };
 
-/// 16384 elements: 64 KiB of each array, so that a piece's four arrays share a second-level cache, and 512 pieces in 8.4 million
-/// weights.
+/// 16384 elements: 64 KiB of each array, so that a piece's four arrays share a second-level cache,
+/// and 512 pieces in 8.4 million weights.
 inline constexpr Index kPieceElements = 16384;
 
 /// The factors of one AdamW step, the same for every element.
@@ -129,7 +130,8 @@ void gradient_squares(Isa, const D& device, const ParameterPiece* pieces, Index 
   });
 }
 
-/// Multiplies the gradients by factor where Scale; finite[i] is whether piece i holds no infinity and no NaN afterwards.
+/// Multiplies the gradients by factor where Scale; finite[i] is whether piece i holds no infinity
+/// and no NaN afterwards.
 template <bool Scale, typename Isa, CpuDevice D>
 void scale_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count, float factor,
                      bool* finite) {

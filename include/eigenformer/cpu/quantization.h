@@ -1,7 +1,8 @@
 /// \file
-/// CPU kernels of INT8 quantization: a pass over the numbers for the scales, one that divides, rounds and writes. Both are streams,
-/// 4 bytes read a number and 1 written. Where nothing must be known of later rows, a row is still in cache in the second pass, and
-/// each number is read from memory once. What leaves the caches anyway is written around them, which saves reading it first.
+/// CPU kernels of INT8 quantization: a pass over the numbers for the scales, one that divides,
+/// rounds and writes. Both are streams, 4 bytes read a number and 1 written. Where nothing must be
+/// known of later rows, a row is still in cache in the second pass, and each number is read from
+/// memory once. What leaves the caches anyway is written around them, which saves reading it first.
 #pragma once
 
 #include "quantize_line.h"
@@ -10,8 +11,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// A checked request: a (rows, columns) matrix whose rows are cut into groups with a scale each; group = columns is one scale a
-/// row.
+/// A checked request: a (rows, columns) matrix whose rows are cut into groups with a scale each;
+/// group = columns is one scale a row.
 template <typename T>
 struct QuantizeProblem {
   const T* weights;
@@ -35,8 +36,9 @@ struct DequantizeProblem {
 
 namespace cpu {
 
-/// f(true_type or false_type): whether `size` values are written around the caches, in lines of `line` (the last of a row may be
-/// shorter): where they are many, and every vector of them is aligned. Fences behind f.
+/// f(true_type or false_type): whether `size` values are written around the caches, in lines of
+/// `line` (the last of a row may be shorter): where they are many, and every vector of them is
+/// aligned. Fences behind f.
 template <typename Isa, typename T, typename F>
 void with_streaming(const std::int8_t* values, Index size, Index row, Index line, F&& f) {
   using V = simd::Vec<compute_type<T>, Isa>;
@@ -65,7 +67,8 @@ void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
   });
 }
 
-/// Scales and values in one read. False where a number is not quantizable: then some rows are written and some are not.
+/// Scales and values in one read. False where a number is not quantizable: then some rows are
+/// written and some are not.
 template <typename Isa, CpuDevice D, typename T>
 bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
   if (p.groups() == 0) return true;
@@ -99,7 +102,8 @@ bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
   return quantizable.load(std::memory_order_relaxed);
 }
 
-/// Scale and values of each row while it is in cache; rows that hold NaN or infinity get the scale NaN and zeros.
+/// Scale and values of each row while it is in cache; rows that hold NaN or infinity get the scale
+/// NaN and zeros.
 template <typename Isa, CpuDevice D, typename T>
 void quantize_activations(Isa, const D& device, const QuantizeProblem<T>& p) {
   parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {

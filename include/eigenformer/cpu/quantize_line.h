@@ -1,9 +1,11 @@
 /// \file
-/// The arithmetic of symmetric INT8 on one line of numbers, shared by quantization and by products with int8 weights:
+/// The arithmetic of symmetric INT8 on one line of numbers, shared by quantization and by products
+/// with int8 weights:
 ///
 ///   scale = max|w| / 127 (1 where all are zero)      q = clamp(round_half_to_even(w / scale), -127, 127)
 ///
-/// One pass finds the maximum; NaN and infinity are found in it for the price of a multiply-add in the shadow of the loads.
+/// One pass finds the maximum; NaN and infinity are found in it for the price of a multiply-add in
+/// the shadow of the loads.
 #pragma once
 
 #include <atomic>
@@ -76,8 +78,8 @@ Magnitude<compute_type<T>> magnitude(const T* line, Index count) {
   return chains.result();
 }
 
-/// Never 0: where max|w| is so small that the quotient rounds to 0, the smallest float serves. Infinite only for doubles past
-/// float's range.
+/// Never 0: where max|w| is so small that the quotient rounds to 0, the smallest float serves.
+/// Infinite only for doubles past float's range.
 template <typename C>
 float int8_scale(C largest) {
   if (largest == C(0)) return 1.0f;
@@ -85,10 +87,11 @@ float int8_scale(C largest) {
   return scale > 0.0f ? scale : std::numeric_limits<float>::denorm_min();
 }
 
-/// w / scale, correctly rounded: w * (1 / scale) alone would round 127.5 and its like the other way. For scales away from the ends
-/// of float's range the quotient comes from the correctly rounded reciprocal and two corrections by its exact remainder, which
-/// gives the bits of a division (Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", 1990);
-/// elsewhere, and in double, it is a division.
+/// w / scale, correctly rounded: w * (1 / scale) alone would round 127.5 and its like the other
+/// way. For scales away from the ends of float's range the quotient comes from the correctly
+/// rounded reciprocal and two corrections by its exact remainder, which gives the bits of a
+/// division (Markstein, "Computation of elementary functions on the IBM RISC System/6000
+/// processor", 1990); elsewhere, and in double, it is a division.
 template <typename V>
 struct CorrectedQuotient {
   static constexpr float lowest = 0x1p-60f, highest = 0x1p60f;
@@ -119,14 +122,15 @@ EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
   f(DividedQuotient<V>{V::set1(static_cast<C>(scale))});
 }
 
-/// The values of a vector of numbers, still as numbers. Only denormal scales need the clamp: a maximum of 190 denormals has a scale
-/// of one.
+/// The values of a vector of numbers, still as numbers. Only denormal scales need the clamp: a
+/// maximum of 190 denormals has a scale of one.
 template <typename V, typename Quotient>
 EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
   return minimum(V::set1(127), maximum(V::set1(-127), round(quotient(w))));
 }
 
-/// `count` values; Streaming stores around the caches, where `to` is aligned to a vector's bytes of int8.
+/// `count` values; Streaming stores around the caches, where `to` is aligned to a vector's bytes of
+/// int8.
 template <bool Streaming, typename V, typename Quotient, typename T>
 EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count,
                                       std::int8_t* to) {
@@ -150,8 +154,8 @@ void quantize_line(const T* line, Index count, float scale, std::int8_t* to) {
       scale, [&](const auto& quotient) { quantize_with<Streaming, V>(quotient, line, count, to); });
 }
 
-/// quantize_line of a line that is in cache, and the magnitude of the next one, which comes from memory: in one loop, so that
-/// memory never waits for arithmetic.
+/// quantize_line of a line that is in cache, and the magnitude of the next one, which comes from
+/// memory: in one loop, so that memory never waits for arithmetic.
 template <typename Isa, bool Streaming, typename T>
 Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, float scale,
                                                 std::int8_t* to, const T* next) {
@@ -170,7 +174,8 @@ Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, floa
   return chains.result();
 }
 
-/// The first number, in memory order, that has no int8 scale (NaN, infinity, a double past float's range), or count.
+/// The first number, in memory order, that has no int8 scale (NaN, infinity, a double past float's
+/// range), or count.
 template <typename T>
 Index first_not_quantizable(const T* numbers, Index count) {
   using C = compute_type<T>;
@@ -181,14 +186,16 @@ Index first_not_quantizable(const T* numbers, Index count) {
   return count;
 }
 
-/// Whether a line of this many numbers starts with a vector of whole groups, which scales_of_groups takes.
+/// Whether a line of this many numbers starts with a vector of whole groups, which scales_of_groups
+/// takes.
 template <typename V>
 constexpr bool has_vector_of_groups(Index count, Index group) {
   return sizeof(typename V::scalar) == sizeof(float) && V::lanes * group <= count &&
          group % (2 * V::lanes) == 0;
 }
 
-/// The scales of V::lanes groups, their maxima reduced and divided together; false where a number has no scale (NaN or infinity).
+/// The scales of V::lanes groups, their maxima reduced and divided together; false where a number
+/// has no scale (NaN or infinity).
 template <typename V, typename T>
 bool scales_of_groups(const T* line, Index group, V& scales) {
   V largest[V::lanes], residues[2] = {V::zero(), V::zero()};
@@ -233,8 +240,8 @@ bool group_scales(const T* line, Index count, Index group, float* scales) {
   return true;
 }
 
-/// Scales and values of a line cut into groups, in one read: values while their group is in L1. False as above; then only some are
-/// written.
+/// Scales and values of a line cut into groups, in one read: values while their group is in L1.
+/// False as above; then only some are written.
 template <typename Isa, bool Streaming, typename T>
 bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales,
                              std::int8_t* to) {
@@ -264,7 +271,8 @@ bool quantize_line_in_groups(const T* line, Index count, Index group, float* sca
   return true;
 }
 
-/// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a number is not quantizable.
+/// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a
+/// number is not quantizable.
 template <typename Isa, CpuDevice D, typename T>
 bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index columns, Index group,
                   float* scales) {
@@ -278,8 +286,8 @@ bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index colum
   return quantizable.load(std::memory_order_relaxed);
 }
 
-/// The scale of a token: NaN where the token holds NaN or infinity, and then all its values are 0, so that the damage shows in its
-/// own outputs (all NaN) and nowhere else.
+/// The scale of a token: NaN where the token holds NaN or infinity, and then all its values are 0,
+/// so that the damage shows in its own outputs (all NaN) and nowhere else.
 template <typename Isa, typename T>
 float activation_scale(const T* line, Index count) {
   const auto found = magnitude<Isa>(line, count);

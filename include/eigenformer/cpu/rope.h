@@ -1,7 +1,7 @@
 /// \file
-/// CPU kernel of rotary embedding: one pass over x, two fused multiply-adds an element. Cosines and sines come from rows of a
-/// table, one row a token, shared by its heads; without a caller's table each thread keeps the row of the token it is at. A table
-/// row is [cosines | sines]:
+/// CPU kernel of rotary embedding: one pass over x, two fused multiply-adds an element. Cosines and
+/// sines come from rows of a table, one row a token, shared by its heads; without a caller's table
+/// each thread keeps the row of the token it is at. A table row is [cosines | sines]:
 ///   half_split   rotary_dim / 2 each: y[i] = x[i] c[i] - x[i + half] s[i],  y[i + half] = x[i + half] c[i] + x[i] s[i]
 ///   interleaved  rotary_dim each, every cosine twice and every sine as (-s, s): y = x * c + swap_pairs(x) * s
 /// Both are the same products and sums in the same order.
@@ -23,7 +23,8 @@ enum class RopeLayout {
   interleaved,  ///< pairs (2 i, 2 i + 1): the paper, GPT-J, Llama in Meta's layout
 };
 
-/// Cosines and sines of one position: what a row of a table holds. Angles are exact to double; C is the type they are rounded to.
+/// Cosines and sines of one position: what a row of a table holds. Angles are exact to double; C is
+/// the type they are rounded to.
 struct RopeAngles {
   const double* inverse_frequencies;  // (rotary_dim / 2)
   Index rotary_dim;

@@ -1,9 +1,8 @@
 /// \file
 /// Rows whose squares or sums leave the range of their compute type. Kernels sum a row as it is;
-/// only where the sum overflowed or
-/// fell among the denormals they do it again in a unit of the row's own, a power of two near 1 /
-/// max|x|: x * unit is then exact
-/// and near 1. Ordinary rows cost one comparison.
+/// only where the sum overflowed or fell among the denormals they do it again in a unit of the
+/// row's own, a power of two near 1 / max|x|: x * unit is then exact and near 1. Ordinary rows cost
+/// one comparison.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +16,7 @@ inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
 /// Whether a mean of squares plus epsilon lost nothing: not infinite or NaN, and so far above the
-/// denormals that no square that
-/// was rounded among them matters.
+/// denormals that no square that was rounded among them matters.
 template <typename C>
 EIGENFORMER_HOST_DEVICE inline bool in_range(C mean_of_squares) {
   constexpr C least = (std::numeric_limits<C>::min)() / std::numeric_limits<C>::epsilon();
@@ -27,8 +25,7 @@ EIGENFORMER_HOST_DEVICE inline bool in_range(C mean_of_squares) {
 }
 
 /// The unit of a row with this largest magnitude: a power of two that brings it to [1, 4), or as
-/// near as leaves room for what it is
-/// multiplied with. 1 for 0 and infinity, which no unit helps.
+/// near as leaves room for what it is multiplied with. 1 for 0 and infinity, which no unit helps.
 template <typename C>
 EIGENFORMER_HOST_DEVICE inline C unit_of(C largest) {
   constexpr int least = std::numeric_limits<C>::min_exponent - 1,
@@ -71,8 +68,7 @@ EIGENFORMER_INLINE auto with_unit(typename V::scalar unit, F&& f) {
 }
 
 /// A row of a gradient: run(unit, gradient_unit, unit / gradient_unit) as factors; zeros where unit
-/// is 0, because the row takes no
-/// part.
+/// is 0, because the row takes no part.
 template <typename V, typename G, typename Run>
 void with_gradient_units(typename V::scalar unit, typename V::scalar gradient_unit, G* gradient,
                          Index count, Run&& run) {

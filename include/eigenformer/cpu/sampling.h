@@ -1,7 +1,8 @@
 /// \file
-/// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of every block of 128 tokens; one
-/// streaming read), filtered (sampling_filters.h), and drawn from by the inverse of its cumulative distribution in token order.
-/// Greedy is the scan and one block. Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
+/// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of
+/// every block of 128 tokens; one streaming read), filtered (sampling_filters.h), and drawn from by
+/// the inverse of its cumulative distribution in token order. Greedy is the scan and one block.
+/// Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
 /// maximum; a draw without top-k adds one exponential a token in double, about 1 ns each.
 #pragma once
 
@@ -13,8 +14,9 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device memory, params and generators the
-/// host's; params[0].temperature == 0 asks for greedy, else params[0].top_k for top-k.
+/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device
+/// memory, params and generators the host's; params[0].temperature == 0 asks for greedy, else
+/// params[0].top_k for top-k.
 template <typename T>
 struct SamplingProblem {
   const T* logits;  // (batch, vocab)
@@ -72,7 +74,8 @@ inline Index sampling_grain(Index vocab) {
   return 1 + 16384 / (vocab + 1);
 }  // a task reads at least 16k logits
 
-/// Calls visit(r, row, status, scratch) for every row of the batch, `row` filtered where the status is ok.
+/// Calls visit(r, row, status, scratch) for every row of the batch, `row` filtered where the status
+/// is ok.
 template <typename Isa, CpuDevice D, typename T, typename Visit>
 void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspace& workspace,
                            Visit visit) {
@@ -102,7 +105,8 @@ void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspa
   });
 }
 
-/// The token at which the running sum of weights, in token order, passes u times their total. u in (0, 1).
+/// The token at which the running sum of weights, in token order, passes u times their total. u in
+/// (0, 1).
 template <typename Isa, typename T>
 std::int32_t draw_token(const SamplingRow<T>& row, double u,
                         const SamplingScratch<compute_type<T>>& scratch) {
@@ -119,8 +123,8 @@ std::int32_t draw_token(const SamplingRow<T>& row, double u,
   alignas(64) double weights[SamplingBlock::size];
   load_block<Isa>(row.logits, row.vocab, block, x);
   member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-  Index drawn =
-      -1;  // rounding may leave the sum just below the target: then the last token of positive weight
+  // rounding may leave the sum just below the target: then the last token of positive weight
+  Index drawn = -1;
   for (Index j = 0; j < SamplingBlock::size; ++j) {
     if (weights[j] == 0) continue;
     drawn = j;

@@ -1,9 +1,10 @@
 /// \file
-/// The filters: each narrows the band of tokens in play (sampling_row.h). They share one selection, the shortest prefix of the
-/// candidates in a given order whose weights reach a target: weight 1 and target k for top-k, the token weights and p of their sum
-/// for top-p, the same with the order of typicality for typical-p. It narrows by 11 bits of the sort key at a time with the weight
-/// of each of 2048 bins (a radix select), then sorts the last 256 candidates at most: O(vocab) whatever the distribution, and no
-/// sort of a flat row.
+/// The filters: each narrows the band of tokens in play (sampling_row.h). They share one selection,
+/// the shortest prefix of the candidates in a given order whose weights reach a target: weight 1
+/// and target k for top-k, the token weights and p of their sum for top-p, the same with the order
+/// of typicality for typical-p. It narrows by 11 bits of the sort key at a time with the weight of
+/// each of 2048 bins (a radix select), then sorts the last 256 candidates at most: O(vocab)
+/// whatever the distribution, and no sort of a flat row.
 #pragma once
 
 #include <cmath>
@@ -42,8 +43,9 @@ struct SelectionLimits {
   static constexpr Index sort = 256;  // below this a sort costs less than the bins
 };
 
-/// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the running weight `above` reaches
-/// the target (the last one that weighs anything where none does), keeps its values and returns how many.
+/// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the
+/// running weight `above` reaches the target (the last one that weighs anything where none does),
+/// keeps its values and returns how many.
 template <typename C, typename Key, typename Weights>
 Index narrow_to_bin(C* values, Index n, int shift, double target, double& above, Key key,
                     Weights weights, const SamplingScratch<C>& scratch) {
@@ -82,8 +84,9 @@ Index narrow_to_bin(C* values, Index n, int shift, double target, double& above,
   return kept;
 }
 
-/// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least `target`; never empty, and all of
-/// them where the sum stays below. Equal values have equal keys and weights. Permutes `values`.
+/// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least
+/// `target`; never empty, and all of them where the sum stays below. Equal values have equal keys
+/// and weights. Permutes `values`.
 template <typename C, typename Key, typename Weights>
 PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights weights,
                            const SamplingScratch<C>& scratch) {
@@ -126,8 +129,8 @@ void end_band_at(SamplingRow<T>& row, const PrefixEnd<compute_type<T>>& end) {
   row.band.lo = end.value;
 }
 
-/// A logit that the k-th largest in play reaches: the k-th largest of the maxima of the blocks, for k of them are k different
-/// tokens.
+/// A logit that the k-th largest in play reaches: the k-th largest of the maxima of the blocks, for
+/// k of them are k different tokens.
 template <typename T>
 compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k, compute_type<T>* maxima) {
   const Index blocks = row.blocks();
@@ -169,8 +172,9 @@ auto candidate_weights(double best, double inverse_temperature) {
   };
 }
 
-/// A logit below which no token can be needed for top-p: tokens lighter than (1 - p) * total / vocab weigh less than (1 - p) *
-/// total together, so that the others reach p. Rounded down in every step.
+/// A logit below which no token can be needed for top-p: tokens lighter than (1 - p) * total /
+/// vocab weigh less than (1 - p) * total together, so that the others reach p. Rounded down in
+/// every step.
 template <typename T>
 compute_type<T> top_p_bound(const SamplingRow<T>& row, double p, double total) {
   using C = compute_type<T>;
@@ -215,8 +219,9 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   row.band.lo = least;
 }
 
-/// Keeps the tokens whose information -log(probability) is nearest to the entropy. With d = (logit - best) / temperature both
-/// contain the same log of the normaliser, which cancels: the distance is |d - mean of d|.
+/// Keeps the tokens whose information -log(probability) is nearest to the entropy. With d = (logit
+/// - best) / temperature both contain the same log of the normaliser, which cancels: the distance
+/// is |d - mean of d|.
 template <typename Isa, typename T>
 void keep_typical_p(SamplingRow<T>& row, double p,
                     const SamplingScratch<compute_type<T>>& scratch) {

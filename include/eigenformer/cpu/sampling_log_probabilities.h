@@ -53,7 +53,8 @@ float log_probability(const SamplingRow<T>& row, Index token, double log_total) 
                             log_total);
 }
 
-/// Fills `ids` with the `count` tokens of largest logit, best first, equals by index. Leaves the band closed around them.
+/// Fills `ids` with the `count` tokens of largest logit, best first, equals by index. Leaves the
+/// band closed around them.
 template <typename Isa, typename T>
 void best_tokens(SamplingRow<T>& row, Index count, std::int32_t* ids,
                  const SamplingScratch<compute_type<T>>& scratch) {
@@ -81,7 +82,8 @@ Index count_above(const SamplingRow<T>& row, compute_type<T> value) {
   return above;
 }
 
-/// The part of one row that looks at its raw logits. processed(token) is the log-probability in the filtered distribution.
+/// The part of one row that looks at its raw logits. processed(token) is the log-probability in the
+/// filtered distribution.
 template <typename Isa, typename T, typename Processed>
 void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id,
                              const LogProbabilityOutputs& out,

@@ -1,6 +1,7 @@
 /// \file
-/// What changes logits before any filter: penalties, bias and mask. A row that has any is copied to scratch in the compute type and
-/// changed there: O(vocab + history), each number computed in double and rounded once.
+/// What changes logits before any filter: penalties, bias and mask. A row that has any is copied to
+/// scratch in the compute type and changed there: O(vocab + history), each number computed in
+/// double and rounded once.
 #pragma once
 
 #include <cmath>
@@ -22,7 +23,8 @@ inline bool adjusts_logits(const SamplingParams& params) {
   return has_penalties(params) || !params.logit_bias.empty() || !params.token_mask.empty();
 }
 
-/// The logit of a token that occurs in the history, `occurrences` times of them in the output. -infinity stays what it is.
+/// The logit of a token that occurs in the history, `occurrences` times of them in the output.
+/// -infinity stays what it is.
 template <typename C>
 C penalized_logit(C logit, std::int32_t occurrences, const SamplingParams& params) {
   if (logit < std::numeric_limits<C>::lowest()) return logit;

@@ -1,14 +1,18 @@
 /// \file
-/// One row of logits as sampling sees it: blocks of 128 tokens, each with its maximum, and the tokens still in play.
+/// One row of logits as sampling sees it: blocks of 128 tokens, each with its maximum, and the
+/// tokens still in play.
 ///
-/// Top-k, top-p and min-p keep a prefix of the tokens sorted by (logit descending, index ascending), and typical-p keeps an
-/// interval of logits, so that the survivors of any chain of filters are the tokens of one band: lo < logit <= hi, and of those
-/// equal to lo the ones of index below lo_end. A filter narrows the band; nothing is sorted but the few candidates for its new end.
-/// Blocks whose maximum lies below the band are skipped, so that after the first scan of the row (the maximum of each block, one
-/// read of vocab * sizeof(T) bytes) a filter reads only where survivors are.
+/// Top-k, top-p and min-p keep a prefix of the tokens sorted by (logit descending, index
+/// ascending), and typical-p keeps an interval of logits, so that the survivors of any chain of
+/// filters are the tokens of one band: lo < logit <= hi, and of those equal to lo the ones of index
+/// below lo_end. A filter narrows the band; nothing is sorted but the few candidates for its new
+/// end. Blocks whose maximum lies below the band are skipped, so that after the first scan of the
+/// row (the maximum of each block, one read of vocab * sizeof(T) bytes) a filter reads only where
+/// survivors are.
 ///
-/// Weights exp((logit - hi) / temperature) are computed in double, to a relative error of 1e-15, and summed in double in a fixed
-/// order: 8 interleaved sums in a block, then the blocks from first to last. They depend on the row alone.
+/// Weights exp((logit - hi) / temperature) are computed in double, to a relative error of 1e-15,
+/// and summed in double in a fixed order: 8 interleaved sums in a block, then the blocks from first
+/// to last. They depend on the row alone.
 #pragma once
 
 #include <algorithm>
@@ -78,7 +82,8 @@ void load_block(const T* logits, Index vocab, Index block, C* x) {
         .store_partial(x + i, static_cast<int>(count - i));
 }
 
-/// Writes the maximum of every block and opens the band to all tokens above -infinity; says what is wrong with the row.
+/// Writes the maximum of every block and opens the band to all tokens above -infinity; says what is
+/// wrong with the row.
 template <typename Isa, typename T>
 SampleStatus scan_row(SamplingRow<T>& row) {
   using C = compute_type<T>;
@@ -112,7 +117,8 @@ SampleStatus scan_row(SamplingRow<T>& row) {
   return hi == -infinity ? SampleStatus::no_token : SampleStatus::ok;
 }
 
-/// Calls f(block, x) for every block that may hold a token of the band, x its 128 logits in the compute type.
+/// Calls f(block, x) for every block that may hold a token of the band, x its 128 logits in the
+/// compute type.
 template <typename Isa, typename T, typename F>
 EIGENFORMER_INLINE void for_each_block(const SamplingRow<T>& row, compute_type<T> least, F&& f) {
   alignas(64) compute_type<T> x[SamplingBlock::size];
@@ -137,8 +143,9 @@ Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
   return row.vocab - 1;  // not reached: the caller has seen that many
 }
 
-/// e^x for x <= 0, without a branch, so that a loop over an array is SIMD code on every ISA: 2^n times the Taylor polynomial of
-/// degree 13 on |r| <= ln2 / 2, whose remainder is below 5e-18. Exactly 1 at 0; 0 below -708, where doubles become denormal.
+/// e^x for x <= 0, without a branch, so that a loop over an array is SIMD code on every ISA: 2^n
+/// times the Taylor polynomial of degree 13 on |r| <= ln2 / 2, whose remainder is below 5e-18.
+/// Exactly 1 at 0; 0 below -708, where doubles become denormal.
 EIGENFORMER_INLINE double exp_nonpositive(double x) {
   const auto multiply_add = [](double a, double b, double c) {
     if constexpr (isa::kHasFma)
@@ -225,7 +232,8 @@ EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>&
   return members;
 }
 
-/// weights[j] of the tokens of a block that are in play, 0 for the others. Few tokens are computed one by one, with the same bits.
+/// weights[j] of the tokens of a block that are in play, 0 for the others. Few tokens are computed
+/// one by one, with the same bits.
 template <typename Isa, typename C>
 void member_weights(const C* x, Index block, const Band<C>& band, double inverse_temperature,
                     double* weights) {

@@ -1,6 +1,7 @@
 /// \file
-/// CPU kernel of speculative verification: rejection sampling along a drafted chain. A row costs two numbers for each accepted
-/// token and three passes over one distribution (two at a rejection) for the last.
+/// CPU kernel of speculative verification: rejection sampling along a drafted chain. A row costs
+/// two numbers for each accepted token and three passes over one distribution (two at a rejection)
+/// for the last.
 #pragma once
 
 #include <algorithm>

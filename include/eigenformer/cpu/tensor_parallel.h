@@ -1,7 +1,8 @@
 /// \file
-/// CPU kernels of the tensor-parallel layers, apart from the products themselves: parts of rows put together into rows, and the
-/// candidates of a vocabulary-parallel head. Sizes are those of activations, small beside the weights: the interleaving reads and
-/// writes tokens * features elements once, the selection of candidates reads this rank's logits twice.
+/// CPU kernels of the tensor-parallel layers, apart from the products themselves: parts of rows put
+/// together into rows, and the candidates of a vocabulary-parallel head. Sizes are those of
+/// activations, small beside the weights: the interleaving reads and writes tokens * features
+/// elements once, the selection of candidates reads this rank's logits twice.
 #pragma once
 
 #include <algorithm>
@@ -110,9 +111,9 @@ void vocabulary_candidates(const D& device, const VocabularyProblem<T>& p) {
   });
 }
 
-/// Index into `candidates` (best first, finite best) of the token that the uniform number u draws from softmax(logit /
-/// temperature), by the inverse of the cumulative distribution in token order, which is the rule of sampling.h. Puts the candidates
-/// in that order.
+/// Index into `candidates` (best first, finite best) of the token that the uniform number u draws
+/// from softmax(logit / temperature), by the inverse of the cumulative distribution in token order,
+/// which is the rule of sampling.h. Puts the candidates in that order.
 inline Index draw_candidate(VocabularyCandidate* candidates, Index count, double temperature,
                             double u) {
   const double best = candidates[0].logit;

@@ -1,6 +1,7 @@
 /// \file
-/// A loop over vectors whose tail runs the code of its middle: the body is a template on how much of a vector there is, so that an
-/// element has the same bits wherever in a row, a chunk or a thread's share it stands.
+/// A loop over vectors whose tail runs the code of its middle: the body is a template on how much
+/// of a vector there is, so that an element has the same bits wherever in a row, a chunk or a
+/// thread's share it stands.
 ///
 ///   for_each_vector<V>(begin, end, [&](Index at, auto part) { store(load<V>(x + at, part) * scale, y + at, part); });
 #pragma once
@@ -52,7 +53,8 @@ EIGENFORMER_INLINE void for_each_vector(Index begin, Index end, Body&& body) {
   if (at < end) body(at, PartOfVector{static_cast<int>(end - at)});
 }
 
-/// The same from 0 with `Ways` independent accumulators: body(at, part, k), k in turn, in an order that count alone determines.
+/// The same from 0 with `Ways` independent accumulators: body(at, part, k), k in turn, in an order
+/// that count alone determines.
 template <typename V, int Ways, typename Body>
 EIGENFORMER_INLINE void for_each_vector_interleaved(Index count, Body&& body) {
   Index at = 0;
@@ -88,8 +90,8 @@ EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
   return reduce_add(accumulate_vectors<V>(count, V::zero(), add));
 }
 
-/// A result larger than this is written around the caches where its vectors are aligned: it would not stay in an L2 of a few MiB,
-/// and plain stores read each line before they write it.
+/// A result larger than this is written around the caches where its vectors are aligned: it would
+/// not stay in an L2 of a few MiB, and plain stores read each line before they write it.
 inline constexpr Index kStreamingBytes = Index{4} << 20;
 
 /// Elements below which a share of the work does not pay for waking a thread.

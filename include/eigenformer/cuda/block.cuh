@@ -1,5 +1,6 @@
 /// \file
-/// Reductions over the threads of one block, in a fixed tree: the same bits for a row whatever the grid.
+/// Reductions over the threads of one block, in a fixed tree: the same bits for a row whatever the
+/// grid.
 #pragma once
 
 #include "launch.cuh"
@@ -11,7 +12,8 @@ namespace cuda {
 /// Threads of a block that works on one row; a power of two.
 inline constexpr int kRowThreads = 256;
 
-/// combine(a, b) over the values of all threads, returned to every thread. Called by all threads of the block.
+/// combine(a, b) over the values of all threads, returned to every thread. Called by all threads of
+/// the block.
 template <typename T, typename Combine>
 __device__ T reduce_block(T value, Combine combine) {
   __shared__ T values[kRowThreads];

@@ -1,5 +1,6 @@
 /// \file
-/// CUDA kernel of the dense KV append: one thread an element, one coalesced read and one write of every new key and value.
+/// CUDA kernel of the dense KV append: one thread an element, one coalesced read and one write of
+/// every new key and value.
 #pragma once
 
 #include "../cpu/kv_cache.h"  // KvAppendProblem

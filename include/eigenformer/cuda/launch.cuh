@@ -1,8 +1,9 @@
 /// \file
 /// How CUDA kernels are started: on the device's stream, asynchronously, with every launch checked.
 ///
-/// An operator's public header calls `launch_on_gpu(device, problem)`, an overload set of namespace eigenformer with one member in
-/// each cuda/X.cuh. A C++ translation unit never sees one, and never needs to: the call is discarded for CPU devices.
+/// An operator's public header calls `launch_on_gpu(device, problem)`, an overload set of namespace
+/// eigenformer with one member in each cuda/X.cuh. A C++ translation unit never sees one, and never
+/// needs to: the call is discarded for CPU devices.
 #pragma once
 
 #include <stdexcept>

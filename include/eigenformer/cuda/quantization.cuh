@@ -1,7 +1,7 @@
 /// \file
-/// CUDA kernel of per-channel INT8 quantization: one block a row, one pass for the largest magnitude and one that divides, rounds
-/// and writes: two reads and a quarter of a write, the second read out of L2 for rows that fit. The numbers are those of the CPU
-/// kernel, bit for bit.
+/// CUDA kernel of per-channel INT8 quantization: one block a row, one pass for the largest
+/// magnitude and one that divides, rounds and writes: two reads and a quarter of a write, the
+/// second read out of L2 for rows that fit. The numbers are those of the CPU kernel, bit for bit.
 #pragma once
 
 #include "../cpu/quantization.h"  // QuantizeProblem
@@ -32,9 +32,8 @@ struct QuantizeBody {
     largest = reduce_block(largest, LargestOrNan{});
     float scale = largest == C(0) ? 1.0f : static_cast<float>(largest / C(127));
     if (scale == 0.0f) scale = 1.40129846e-45f;  // the smallest float, as on the CPU
-    const bool bad = !(
-        scale <
-        3.402823466e+38f);  // infinite or NaN: the host could not throw in time, so the scale says it
+    // infinite or NaN: the host could not throw in time, so the scale says it
+    const bool bad = !(scale < 3.402823466e+38f);
     if (threadIdx.x == 0) p.scales[row] = bad ? __int_as_float(0x7fc00000) : scale;
     for (Index j = threadIdx.x; j < p.columns; j += kRowThreads) {
       const C quotient = rint(static_cast<C>(weights[j]) / static_cast<C>(scale));

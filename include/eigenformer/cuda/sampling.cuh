@@ -1,10 +1,12 @@
 /// \file
 /// CUDA kernels of greedy and top-k sampling, one block a row.
 ///
-/// Greedy: one pass, the largest logit and its lowest index. Top-k: the k-th largest by radix selection (four passes over 8 bits of
-/// the ordered keys, from the highest), then two passes in which every thread owns a run of consecutive tokens: one sums the
-/// weights of the tokens kept, one finds the token where the cumulative weight passes u. Weights are exp in double; the sum runs in
-/// token order by threads. The random number is Philox of (seed, position, row), as on the CPU.
+/// Greedy: one pass, the largest logit and its lowest index. Top-k: the k-th largest by radix
+/// selection (four passes over 8 bits of the ordered keys, from the highest), then two passes in
+/// which every thread owns a run of consecutive tokens: one sums the weights of the tokens kept,
+/// one finds the token where the cumulative weight passes u. Weights are exp in double; the sum
+/// runs in token order by threads. The random number is Philox of (seed, position, row), as on the
+/// CPU.
 #pragma once
 
 #include <limits>
@@ -129,8 +131,8 @@ struct SampleBody {
     return result;
   }
 
-  // Calls visit(token, weight) for the kept tokens of [begin, end) in order; `ties_before` tokens of the threshold's key lie
-  // before.
+  // Calls visit(token, weight) for the kept tokens of [begin, end) in order; `ties_before` tokens
+  // of the threshold's key lie before.
   template <typename Visit>
   __device__ void for_each_kept(const T* own, Index begin, Index end, C largest,
                                 Threshold threshold, Index ties_before, Visit visit) const {
@@ -173,7 +175,8 @@ struct SampleBody {
     }
     __syncthreads();
     const double target = random.uniform(static_cast<std::uint32_t>(row)) * sums[kRowThreads];
-    // Exactly one run holds the target: the last one that has weight takes what rounding leaves over.
+    // Exactly one run holds the target: the last one that has weight takes what rounding leaves
+    // over.
     const bool holds =
         sum > 0 && target >= sums[threadIdx.x] &&
         (target < sums[threadIdx.x + 1] || sums[threadIdx.x + 1] == sums[kRowThreads]);
@@ -199,7 +202,8 @@ struct SampleBody {
 
 }  // namespace cuda
 
-/// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator a row, parameters by row.
+/// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator a
+/// row, parameters by row.
 template <typename T>
 void launch_on_gpu(const Eigen::GpuDevice& device, const SamplingProblem<T>& p) {
   constexpr auto name = "sample on a GPU";

@@ -11,7 +11,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Adds up wall time by operator name. One object belongs to one thread; a decoder given none measures nothing.
+/// Adds up wall time by operator name. One object belongs to one thread; a decoder given none
+/// measures nothing.
 class OperatorProfile {
  public:
   struct Entry {
@@ -39,7 +40,8 @@ class OperatorProfile {
     return total;
   }
 
-  /// Runs `call` and charges its time to `name`; names must outlive the profile (string literals do).
+  /// Runs `call` and charges its time to `name`; names must outlive the profile (string literals
+  /// do).
   template <typename Call>
   static decltype(auto) timed(OperatorProfile* profile, std::string_view name, Call&& call) {
     struct Timer {

@@ -1,7 +1,7 @@
 /// \file
-/// Forward and backward of a decoder for training, put together from the public operators. Activations are of type Compute, weights
-/// and their gradients are float. The forward pass keeps what the backward pass reads: about (10 features + 3 hidden) elements a
-/// token and layer.
+/// Forward and backward of a decoder for training, put together from the public operators.
+/// Activations are of type Compute, weights and their gradients are float. The forward pass keeps
+/// what the backward pass reads: about (10 features + 3 hidden) elements a token and layer.
 #pragma once
 
 #include <vector>
@@ -181,7 +181,7 @@ class DecoderPass {
     rotate_backward(tape_.key_gradient);
   }
 
-  // ---- one call of a public operator each, charged to its name ----------------------------------------------------------------
+  // ---- one call of a public operator each, charged to its name ----------------------------------
   template <typename X>
   void project(Tensor<Compute, 2>& y, const X& x, std::size_t weight) {
     y.resize(x.dimension(0), weights_.tensors()[weight].rows);
@@ -200,7 +200,8 @@ class DecoderPass {
       linear_backward_input_into(device_, x_gradient, y_gradient, weights_matrix(weight));
     });
   }
-  // Gradients of parameters are float; in double, which serves to check gradients, one is rounded once.
+  // Gradients of parameters are float; in double, which serves to check gradients, one is rounded
+  // once.
   template <typename G, typename X>
   void add_weight_gradient(TensorView<float, 2> total, const G& y_gradient, const X& x) {
     if constexpr (std::is_same_v<Compute, double>) {

@@ -1,6 +1,7 @@
 /// \file
-/// The float master weights of a decoder, and their gradients once training asks for them: two flat arrays with a named view for
-/// every tensor. Names and shapes are those of Llama checkpoints, so that files can be exchanged.
+/// The float master weights of a decoder, and their gradients once training asks for them: two flat
+/// arrays with a named view for every tensor. Names and shapes are those of Llama checkpoints, so
+/// that files can be exchanged.
 #pragma once
 
 #include <cmath>
@@ -32,8 +33,9 @@ class DecoderWeights {
     std::size_t attention_norm, query, key, value, output, feed_forward_norm, gate, up, down;
   };
 
-  /// Weights from normal(0, 0.02), scaled down by sqrt(2 layers) where a branch joins the residual stream (Radford et al., "GPT-2",
-  /// 2019); norms are one. The same seed gives the same weights on every machine up to the last bits of log and cos.
+  /// Weights from normal(0, 0.02), scaled down by sqrt(2 layers) where a branch joins the residual
+  /// stream (Radford et al., "GPT-2", 2019); norms are one. The same seed gives the same weights on
+  /// every machine up to the last bits of log and cos.
   explicit DecoderWeights(const DecoderConfig& config, std::uint64_t seed = 0) : config_(config) {
     config.validate();
     const Index q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim,
@@ -102,9 +104,9 @@ class DecoderWeights {
     return result;
   }
 
-  /// What inference reads besides packed linear layers: the norms, and the embedding as float or, for
-  /// INT8 weights, as INT8 with one scale per token. The other tensors keep their names and shapes
-  /// but hold no numbers: ask complete() before matrix() or parameters().
+  /// What inference reads besides packed linear layers: the norms, and the embedding as float or,
+  /// for INT8 weights, as INT8 with one scale per token. The other tensors keep their names and
+  /// shapes but hold no numbers: ask complete() before matrix() or parameters().
   std::shared_ptr<DecoderWeights> for_inference(bool int8_embedding) const {
     std::shared_ptr<DecoderWeights> kept(new DecoderWeights(*this, ForInference{}));
     const auto keep = [&](std::size_t t) {

@@ -5,8 +5,9 @@
 ///   ef::linear_into(device, y, x, w, ef::Epilogue{}.bias(b).residual(h));            // y = h + (x w^T + b); h may be y
 ///   ef::gated_linear_into(device, y, x, gate_up, ef::Epilogue{}.silu());             // y = silu(x Wg^T) * (x Wu^T), SwiGLU
 ///
-/// In the order residual + function(sum + bias); the calls may come in any order. The values are those of the separate operators on
-/// float intermediates, bit for bit. An epilogue holds views: its tensors must outlive the call it is passed to.
+/// In the order residual + function(sum + bias); the calls may come in any order. The values are
+/// those of the separate operators on float intermediates, bit for bit. An epilogue holds views:
+/// its tensors must outlive the call it is passed to.
 #pragma once
 
 #include "../core/tensor.h"

@@ -90,7 +90,8 @@ template <int Matrices>
 inline constexpr std::string_view packing_name =
     Matrices == 1 ? "pack_weight" : "pack_gated_weight";
 
-/// Quantizes and packs, with a scale for each `group` inputs (0: each row). `names` are those of the arguments.
+/// Quantizes and packs, with a scale for each `group` inputs (0: each row). `names` are those of
+/// the arguments.
 template <int Matrices, typename Isa, typename D, typename W>
 void pack_quantized(Isa isa, const D& device, PackedWeight<std::int8_t>& packed,
                     const TensorView<const W, 2> (&views)[Matrices],
@@ -225,7 +226,8 @@ auto scales_view(const Scales& scales) {
 
 }  // namespace detail
 
-/// Packs `weight` (out, in) into `packed`, whose memory is reused; nothing is allocated where it suffices.
+/// Packs `weight` (out, in) into `packed`, whose memory is reused; nothing is allocated where it
+/// suffices.
 template <CpuDevice D, typename T, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       Workspace& workspace = thread_workspace()) {
@@ -237,7 +239,8 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
   detail::pack_weight_on(isa::best{}, device, packed, input_view<2>(weight), workspace, options);
 }
 
-/// Packs int8 values (out, in) with one scale a row (out), or one a group (out, ceil(in / group_size)).
+/// Packs int8 values (out, in) with one scale a row (out), or one a group (out, ceil(in /
+/// group_size)).
 template <CpuDevice D, typename Values, typename Scales>
   requires(!std::same_as<Scales, Int8Packing>)
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Values& values,

@@ -1,5 +1,6 @@
 /// \file
-/// Memory of packed weights: 64-byte aligned; 2 MiB aligned, in huge pages where the system grants them, from 4 MiB on.
+/// Memory of packed weights: 64-byte aligned; 2 MiB aligned, in huge pages where the system grants
+/// them, from 4 MiB on.
 #pragma once
 
 #include <cstring>

@@ -1,6 +1,6 @@
 /// \file
-/// Weights of linear layers packed once into the order that the matrix kernels stream: panels of rows, k-major (see packed_array.h
-/// for the memory).
+/// Weights of linear layers packed once into the order that the matrix kernels stream: panels of
+/// rows, k-major (see packed_array.h for the memory).
 ///
 ///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
 ///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale a row of weight
@@ -11,16 +11,16 @@
 ///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
 ///   ef::pack_weight_into(device, w, weight);                           // again, reusing w's memory: training, every step
 ///
-/// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row (or group) of zeros. A packed
-/// weight carries the layout of the ISA it was packed for, and a product refuses another. Packing the rows [a, b) gives the bits of
-/// the same rows of the whole weight. Cost: one read and one write of the weights (int8: one more read, for the scales), on the
-/// device's threads.
+/// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row
+/// (or group) of zeros. A packed weight carries the layout of the ISA it was packed for, and a
+/// product refuses another. Packing the rows [a, b) gives the bits of the same rows of the whole
+/// weight. Cost: one read and one write of the weights (int8: one more read, for the scales), on
+/// the device's threads.
 ///
-/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index, before `packed` is touched);
-/// scales that do not match, or are NaN, infinite or negative (the first one's index is named); a
-/// group_size other than 32, 64 or 128; an input dimension above 133,144 for int8 without groups,
-/// where
-/// the sum of products could leave 32 bits.
+/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index,
+/// before `packed` is touched); scales that do not match, or are NaN, infinite or negative (the
+/// first one's index is named); a group_size other than 32, 64 or 128; an input dimension above
+/// 133,144 for int8 without groups, where the sum of products could leave 32 bits.
 #pragma once
 
 #include <cstdlib>
@@ -75,8 +75,8 @@ inline void require_group_size(Index group_size, std::string_view name) {
 template <typename T>
 struct WeightAccess;
 
-/// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half, or int8 with a scale for each row
-/// or for each group of inputs.
+/// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
+/// or int8 with a scale for each row or for each group of inputs.
 template <typename T>
 class PackedWeight {
  public:
@@ -102,7 +102,8 @@ class PackedWeight {
   Index group_size() const { return group_; }
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }
-  /// Of int8, in the order of the panels: (rows) and padding, or [panel][group][column of the panel]. nullptr otherwise.
+  /// Of int8, in the order of the panels: (rows) and padding, or [panel][group][column of the
+  /// panel]. nullptr otherwise.
   const float* scales() const { return scales_.data(); }
 
   PackedPanels<T> panels() const { return {data_.data()}; }
@@ -123,8 +124,8 @@ class PackedWeight {
   detail::PackedArray<float> scales_;
 };
 
-/// Two weights of one shape, gate and up, whose outputs lie side by side in each panel: one product gives function(gate) * up
-/// without writing either (gated_linear_into in linear.h).
+/// Two weights of one shape, gate and up, whose outputs lie side by side in each panel: one product
+/// gives function(gate) * up without writing either (gated_linear_into in linear.h).
 template <typename T>
 class PackedGatedWeight {
  public:

@@ -1,5 +1,6 @@
 /// \file
-/// Activations and their derivatives in double, one element at a time: what the tests and a doubting user compare with.
+/// Activations and their derivatives in double, one element at a time: what the tests and a
+/// doubting user compare with.
 #pragma once
 
 #include <cmath>

@@ -42,7 +42,8 @@ inline double attention_score(const AttentionOptions& options, const double* q, 
   return score;
 }
 
-/// q (batch, rows, heads, head_dim), k (batch, keys, kv_heads, head_dim), v (batch, keys, kv_heads, value_dim).
+/// q (batch, rows, heads, head_dim), k (batch, keys, kv_heads, head_dim), v (batch, keys, kv_heads,
+/// value_dim).
 inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double, 4>& k,
                                  const Tensor<double, 4>& v, const std::vector<Index>& key_lengths,
                                  const std::vector<Index>& query_lengths,

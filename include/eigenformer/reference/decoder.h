@@ -1,5 +1,6 @@
 /// \file
-/// The decoder's forward pass in plain loops and double: what the tests and a doubting user compare with.
+/// The decoder's forward pass in plain loops and double: what the tests and a doubting user compare
+/// with.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,6 @@
 /// \file
-/// The KV cache as the notebook has it: every update concatenates, in plain loops. What the tests and a doubting user compare with.
+/// The KV cache as the notebook has it: every update concatenates, in plain loops. What the tests
+/// and a doubting user compare with.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +16,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace reference {
 
-/// old (batch, m, kv_heads, head_dim) and then added (batch, n, kv_heads, head_dim), along the positions.
+/// old (batch, m, kv_heads, head_dim) and then added (batch, n, kv_heads, head_dim), along the
+/// positions.
 template <typename T>
 Tensor<T, 4> concatenate_positions(const Tensor<T, 4>& old, const Tensor<T, 4>& added) {
   const Index m = old.dimension(1), n = added.dimension(1);
@@ -48,7 +50,8 @@ void update_kv_cache(KvCache<T>& cache, const Tensor<T, 4>& new_keys,
   }
 }
 
-/// What INT8 storage makes of a tensor: each row of the last dimension quantized with its own scale, and back.
+/// What INT8 storage makes of a tensor: each row of the last dimension quantized with its own
+/// scale, and back.
 template <typename T, int Rank>
 Tensor<T, Rank> through_int8(const Tensor<T, Rank>& x) {
   using C = compute_type<T>;

@@ -1,5 +1,6 @@
 /// \file
-/// The linear layer and its gradients in plain loops, in double: what the tests and a doubting user compare with.
+/// The linear layer and its gradients in plain loops, in double: what the tests and a doubting user
+/// compare with.
 #pragma once
 
 #include "../core/tensor.h"

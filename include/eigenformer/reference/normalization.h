@@ -1,5 +1,6 @@
 /// \file
-/// RMSNorm, LayerNorm and their gradients in plain loops: what the tests and a doubting user compare with.
+/// RMSNorm, LayerNorm and their gradients in plain loops: what the tests and a doubting user
+/// compare with.
 #pragma once
 
 #include <cmath>

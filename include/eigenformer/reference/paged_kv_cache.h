@@ -1,6 +1,7 @@
 /// \file
-/// The paged cache without pages: every sequence and layer is a list of rows, and a fork copies them. And its pages without rows:
-/// which page each sequence holds, everything else recounted from that. What the tests and a doubting user compare with.
+/// The paged cache without pages: every sequence and layer is a list of rows, and a fork copies
+/// them. And its pages without rows: which page each sequence holds, everything else recounted from
+/// that. What the tests and a doubting user compare with.
 #pragma once
 
 #include <algorithm>
@@ -66,7 +67,8 @@ struct PagedKvCache {
   }
 };
 
-/// The pages of a PagedKvCache. A page is a number that is never used twice; whoever holds it has it in his list.
+/// The pages of a PagedKvCache. A page is a number that is never used twice; whoever holds it has
+/// it in his list.
 struct PagedKvPages {
   struct Sequence {
     std::vector<Index> lengths;       // [layer]
@@ -129,7 +131,8 @@ struct PagedKvPages {
     after.take(after.sequences.at(id), length);
     return become(after);
   }
-  /// Sequence ids[i] gets counts[i] more positions of a layer. False where pages run out; nothing has changed then.
+  /// Sequence ids[i] gets counts[i] more positions of a layer. False where pages run out; nothing
+  /// has changed then.
   bool append(const std::vector<std::int64_t>& ids, const std::vector<Index>& counts, Index layer) {
     PagedKvPages after = *this;
     for (std::size_t i = 0; i < ids.size(); ++i) {

@@ -53,8 +53,8 @@ Tensor<float, 2> int8_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>
   return y;
 }
 
-/// The same with weights quantized in groups: scales (out, groups). One chain of float multiply-adds over the exact sums of the
-/// groups, then the activation's scale.
+/// The same with weights quantized in groups: scales (out, groups). One chain of float
+/// multiply-adds over the exact sums of the groups, then the activation's scale.
 template <typename X>
 Tensor<float, 2> int8_linear_grouped(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values,
                                      const Tensor<float, 2>& scales, Index group_size,

@@ -1,5 +1,6 @@
 /// \file
-/// Rotary embedding in plain loops: what the tests and a doubting user compare with. Sines in long double.
+/// Rotary embedding in plain loops: what the tests and a doubting user compare with. Sines in long
+/// double.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,6 @@
 /// \file
-/// Sampling in plain code: sort in double, walk the sorted list. What the tests and a doubting user compare with.
+/// Sampling in plain code: sort in double, walk the sorted list. What the tests and a doubting user
+/// compare with.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +28,8 @@ inline void renormalize(std::vector<Candidate>& tokens, double temperature = 1) 
   for (Candidate& c : tokens) c.probability = std::exp(c.logit) / total;
 }
 
-/// Number of leading tokens whose probabilities sum to at least p; all of them where rounding keeps the sum below.
+/// Number of leading tokens whose probabilities sum to at least p; all of them where rounding keeps
+/// the sum below.
 inline std::size_t nucleus_size(const std::vector<Candidate>& tokens, double p) {
   double sum = 0;
   for (std::size_t i = 0; i < tokens.size(); ++i)

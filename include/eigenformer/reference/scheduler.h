@@ -1,6 +1,6 @@
 /// \file
-/// Continuous batching as the notebook means it, and the rules of StepScheduler, in vectors and linear searches: what the tests and
-/// a doubting user compare with.
+/// Continuous batching as the notebook means it, and the rules of StepScheduler, in vectors and
+/// linear searches: what the tests and a doubting user compare with.
 #pragma once
 
 #include <algorithm>
@@ -68,8 +68,9 @@ struct ContinuousBatchScheduler {
   }
 };
 
-/// StepScheduler without lists, counts and ranks kept up to date: all requests ever submitted in one vector, in order of ticket,
-/// and everything else found by looking through it. Arguments are taken as good; `complete` says whether they are.
+/// StepScheduler without lists, counts and ranks kept up to date: all requests ever submitted in
+/// one vector, in order of ticket, and everything else found by looking through it. Arguments are
+/// taken as good; `complete` says whether they are.
 struct StepScheduler {
   enum class State { waiting, running, finished, cancelled, taken };
   struct Request {
@@ -168,8 +169,8 @@ struct StepScheduler {
            pages <= options.page_count - pages_used();
   }
 
-  /// A waiting request starts to run, in place of the worst-ranked ones below it where it must. False, and nothing has changed,
-  /// where it would not fit even if all of those went.
+  /// A waiting request starts to run, in place of the worst-ranked ones below it where it must.
+  /// False, and nothing has changed, where it would not fit even if all of those went.
   bool admit(RequestTicket ticket) {
     const Index pages = pages_of(at(ticket), at(ticket).length());
     StepScheduler without = *this;
@@ -282,7 +283,8 @@ struct StepScheduler {
       Request& request = after.at(token.request);
       if (request.state != State::running || !at(token.request).wants_token()) return false;
       std::erase(unanswered, token.request);
-      // Tokens of this step so far: each but the last was a draft, computed if there was room for it.
+      // Tokens of this step so far: each but the last was a draft, computed if there was room for
+      // it.
       const Index before = request.length() - at(token.request).length();
       if (before >= 1 && before <= request.drafts) {
         ++request.computed;

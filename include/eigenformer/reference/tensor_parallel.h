@@ -1,5 +1,6 @@
 /// \file
-/// Tensor-parallel layers in plain loops, all ranks in turn on one thread: what the tests and a doubting user compare with.
+/// Tensor-parallel layers in plain loops, all ranks in turn on one thread: what the tests and a
+/// doubting user compare with.
 #pragma once
 
 #include <algorithm>

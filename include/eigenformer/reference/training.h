@@ -1,6 +1,7 @@
 /// \file
-/// A plain trainer in double for a tiny model: two layers with tanh between, softmax cross-entropy, gradients of the mean over one
-/// big batch. What the tests and a doubting user compare gradient accumulation and mixed precision with.
+/// A plain trainer in double for a tiny model: two layers with tanh between, softmax cross-entropy,
+/// gradients of the mean over one big batch. What the tests and a doubting user compare gradient
+/// accumulation and mixed precision with.
 #pragma once
 
 #include <cmath>
@@ -14,8 +15,9 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace reference {
 
-/// logits = second tanh(first x + first_bias) + second_bias, weights flattened in that order into one vector:
-/// first (hidden, features), first_bias (hidden), second (classes, hidden), second_bias (classes).
+/// logits = second tanh(first x + first_bias) + second_bias, weights flattened in that order into
+/// one vector: first (hidden, features), first_bias (hidden), second (classes, hidden), second_bias
+/// (classes).
 struct Mlp {
   Index features, hidden, classes;
   OptimizedVector weights;
@@ -71,7 +73,8 @@ inline MlpGradient mlp_gradient(const Mlp& m, const Tensor<double, 2>& inputs,
   return result;
 }
 
-/// One AdamW step on one big batch; returns its loss. A batch in which no target counts makes no step.
+/// One AdamW step on one big batch; returns its loss. A batch in which no target counts makes no
+/// step.
 inline LossResult mlp_adamw_step(Mlp& m, const Tensor<double, 2>& inputs,
                                  const Tensor<std::int32_t, 1>& targets,
                                  const AdamWOptions& options) {

@@ -1,6 +1,7 @@
 /// \file
-/// What a caller says about sampling one row: the parameters of every filter, the order they run in, the tokens that penalties
-/// count, logit bias and token mask; and the status a row ends with. `sampling.h` is the manual.
+/// What a caller says about sampling one row: the parameters of every filter, the order they run
+/// in, the tokens that penalties count, logit bias and token mask; and the status a row ends with.
+/// `sampling.h` is the manual.
 #pragma once
 
 #include <array>
@@ -32,8 +33,8 @@ enum class SamplingStage : std::uint8_t {
   typical_p
 };
 
-/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first three places in any order. A stage
-/// whose parameter has its default value does nothing.
+/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first
+/// three places in any order. A stage whose parameter has its default value does nothing.
 using SamplingOrder = std::array<SamplingStage, 8>;
 
 /// Hugging Face transformers.
@@ -71,10 +72,11 @@ struct SamplingParams {
   double top_p =
       1;  ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
   double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
-  double typical_p =
-      1;  ///< probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
-  double repetition_penalty =
-      1;  ///< positive logits divided by it, others multiplied, for tokens of prompt_tokens and output_tokens
+  /// probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
+  double typical_p = 1;
+  /// positive logits divided by it, others multiplied, for tokens of prompt_tokens and
+  /// output_tokens
+  double repetition_penalty = 1;
   double frequency_penalty = 0;  ///< subtracted once for each occurrence in output_tokens
   double presence_penalty = 0;   ///< subtracted from tokens that occur in output_tokens
   SamplingOrder order = kHuggingFaceOrder;
@@ -84,8 +86,8 @@ struct SamplingParams {
   Values<std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
   Values<std::int32_t> output_tokens = {};  ///< tokens generated so far
   Values<LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
-  /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it; ceil(vocab / 32) words, or none: all
-  /// allowed.
+  /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it;
+  /// ceil(vocab / 32) words, or none: all allowed.
   Values<std::uint32_t> token_mask = {};
 };
 

@@ -1,7 +1,8 @@
 /// \file
-/// Continuous batching with a budget: how a server steps. One rule serves prefill and decode: a request has tokens, some of them
-/// computed, and each step computes more of them, the best-ranked request first, until the step's token budget is spent (chunked
-/// prefill: Agrawal et al., "Sarathi-Serve", OSDI 2024). No model inside: plans out, tokens in; the same calls give the same
+/// Continuous batching with a budget: how a server steps. One rule serves prefill and decode: a
+/// request has tokens, some of them computed, and each step computes more of them, the best-ranked
+/// request first, until the step's token budget is spent (chunked prefill: Agrawal et al.,
+/// "Sarathi-Serve", OSDI 2024). No model inside: plans out, tokens in; the same calls give the same
 /// plans.
 ///
 ///   ef::StepScheduler scheduler({.max_batch_size = 8, .token_budget = 512, .page_size = 16, .page_count = 1000});
@@ -13,33 +14,39 @@
 ///   }
 ///   ef::FinishedRequest done = scheduler.take_finished(ticket);
 ///
-/// Rank: higher priority first, then earlier submission. A request keeps its rank for life, preempted or not. The queue is strict:
-/// nobody passes the best-ranked waiting request, and a waiting request that outranks running ones takes their place where it needs
-/// it.
+/// Rank: higher priority first, then earlier submission. A request keeps its rank for life,
+/// preempted or not. The queue is strict: nobody passes the best-ranked waiting request, and a
+/// waiting request that outranks running ones takes their place where it needs it.
 ///
-/// Pages. Where page_size > 0, a request holds the pages of its text from admission on, and one more whenever it outgrows them;
-/// give the numbers of the PagedKvCache's config. Where pages run out, the worst-ranked running request is preempted: it gives all
-/// of them back, waits at its rank and computes its text again later. A request that could never fit alone is refused by submit. So
-/// the best-ranked request always progresses, and with c = min(token_budget, prefill_chunk), a request gets its first token within
+/// Pages. Where page_size > 0, a request holds the pages of its text from admission on, and one
+/// more whenever it outgrows them; give the numbers of the PagedKvCache's config. Where pages run
+/// out, the worst-ranked running request is preempted: it gives all of them back, waits at its rank
+/// and computes its text again later. A request that could never fit alone is refused by submit. So
+/// the best-ranked request always progresses, and with c = min(token_budget, prefill_chunk), a
+/// request gets its first token within
 ///
 ///   ceil((prompt - prefix) / c) + sum over the better-ranked unfinished requests i of
 ///                                 (ceil((limit_i - prefix_i) / c) + limit_i - length_i)   steps,
 ///
-/// limit_i the longest its text may grow, prefix what is shared: first_token_bound(ticket). Better-ranked requests submitted later
-/// add theirs.
+/// limit_i the longest its text may grow, prefix what is shared: first_token_bound(ticket).
+/// Better-ranked requests submitted later add theirs.
 ///
-/// Shared prefix. Many requests begin with one system prompt, whose keys and values a sequence of the cache holds already. Submit
-/// them with `shared_prefix` tokens: their rows begin at that position, and pages that the prefix fills are not counted for them.
-/// Where a row's position is shared_prefix and the cache holds nothing for it, fork the prefix's sequence at that length. The
+/// Shared prefix. Many requests begin with one system prompt, whose keys and values a sequence of
+/// the cache holds already. Submit them with `shared_prefix` tokens: their rows begin at that
+/// position, and pages that the prefix fills are not counted for them. Where a row's position is
+/// shared_prefix and the cache holds nothing for it, fork the prefix's sequence at that length. The
 /// prefix's own pages are the caller's: leave them out of page_count.
 ///
-/// Speculative decoding. Where a row wants a token, plan.drafts says how many positions behind its tokens have a page and a share of
-/// the token budget: so many draft tokens of it may be verified in the same step (verify_speculative). complete() then takes the
-/// accepted tokens and the one behind them, in order; truncate the cache to the accepted ones. More tokens than plan.drafts + 1 are
-/// taken too: those that the cache does not hold are computed by the next steps, like a prompt. Drafts get, in order of rank, what
-/// budget and pages all rows of the step have left, for this step only: nobody waits or is preempted for a guess.
+/// Speculative decoding. Where a row wants a token, plan.drafts says how many positions behind its
+/// tokens have a page and a share of the token budget: so many draft tokens of it may be verified
+/// in the same step (verify_speculative). complete() then takes the accepted tokens and the one
+/// behind them, in order; truncate the cache to the accepted ones. More tokens than plan.drafts + 1
+/// are taken too: those that the cache does not hold are computed by the next steps, like a prompt.
+/// Drafts get, in order of rank, what budget and pages all rows of the step have left, for this
+/// step only: nobody waits or is preempted for a guess.
 ///
-/// Any thread may call any member; one thread steps. Submitting, cancelling and planning cost O(log n) for each request touched.
+/// Any thread may call any member; one thread steps. Submitting, cancelling and planning cost O(log
+/// n) for each request touched.
 #pragma once
 
 #include <algorithm>
@@ -54,70 +61,15 @@
 #include <vector>
 
 #include "../core/check.h"
+#include "step_plan.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Names a request of a StepScheduler; rises with every submission and is never used again.
-using RequestTicket = std::int64_t;
-
-struct StepSchedulerOptions {
-  Index max_batch_size = 8;     ///< requests running at once
-  Index max_seq_length = 2048;  ///< longest text, prompt included
-  Index token_budget = 512;     ///< tokens a step computes at most, room for drafts included
-  Index prefill_chunk = 0;  ///< tokens of one request a step computes at most; 0 means token_budget
-  Index page_size = 0;      ///< positions in a page; 0 means that pages are not counted
-  Index page_count = 0;
-};
-
-struct SubmitOptions {
-  int priority = 0;          ///< higher goes first
-  Index max_new_tokens = 0;  ///< 0 means up to max_seq_length
-  Index shared_prefix = 0;   ///< first tokens of the prompt that the cache holds for all
-  Index draft_tokens = 0;    ///< draft tokens that a step may verify at most
-};
-
-/// One step, ragged: row i computes tokens [offsets[i], offsets[i + 1]) of requests[i] at positions[i] onwards. Offsets are those
-/// that variable_length_attention and PagedKvCache::append take.
-struct StepPlan {
-  /// Preempted, finished or cancelled since the last plan: free what the cache holds for them first. After a discarded step a name
-  /// may come for which it holds nothing.
-  std::vector<RequestTicket> released;
-  std::vector<RequestTicket> requests;  ///< in order of rank; position shared_prefix (0) begins one
-  std::vector<Index> offsets;           ///< (rows + 1)
-  std::vector<Index> positions;         ///< (rows) of the row's first token
-  std::vector<std::int32_t> tokens;     ///< (offsets.back())
-  std::vector<std::uint8_t>
-      wants_token;  ///< (rows) 1 where the row ends its text, so that the next token is to be sampled
-  std::vector<Index> drafts;  ///< (rows) draft tokens for which there is room behind the row's own
-};
-
-/// What was sampled for a row; several for one row stand in the order of the text.
-struct StepToken {
-  RequestTicket request = -1;
-  std::int32_t token = 0;
-  bool is_finished = false;
-};
-
-enum class FinishReason { told, length };
-
-struct FinishedRequest {
-  std::vector<std::int32_t> tokens;  ///< prompt and generated, the last token included
-  Index prompt_length = 0;
-  FinishReason reason = FinishReason::told;
-};
-
-struct StepSchedulerStatistics {
-  Index waiting = 0, running = 0;
-  Index pages_used = 0, pages_peak = 0;  ///< now, and the most that were ever held
-  std::int64_t submitted = 0, finished = 0, cancelled = 0, preempted = 0;
-  std::int64_t steps = 0, tokens_computed = 0;  ///< rejected drafts and cancelled rows left out
-  std::int64_t tokens_discarded = 0;            ///< computed, then given up by preemption
-};
-
 class StepScheduler {
  public:
-  /// Throws std::invalid_argument for sizes below 1 (prefill_chunk, page_size, page_count: below 0).
+  /// Throws std::invalid_argument for sizes below 1 (prefill_chunk, page_size, page_count: below
+  /// 0).
   explicit StepScheduler(const StepSchedulerOptions& options) : options_(options) {
     const auto& o = options;
     require_that(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName,
@@ -129,9 +81,10 @@ class StepScheduler {
     chunk_ = o.prefill_chunk == 0 ? o.token_budget : (std::min)(o.prefill_chunk, o.token_budget);
   }
 
-  /// Queues a request. Throws std::invalid_argument for an empty prompt, one of max_seq_length tokens or more, a negative
-  /// max_new_tokens or draft_tokens, or a shared_prefix that is negative or leaves no token of the prompt; std::length_error where
-  /// its longest text needs more pages than there are.
+  /// Queues a request. Throws std::invalid_argument for an empty prompt, one of max_seq_length
+  /// tokens or more, a negative max_new_tokens or draft_tokens, or a shared_prefix that is negative
+  /// or leaves no token of the prompt; std::length_error where its longest text needs more pages
+  /// than there are.
   RequestTicket submit(std::span<const std::int32_t> prompt, const SubmitOptions& options = {}) {
     require_that(!prompt.empty(), kName, "the prompt is empty");
     require_that(std::cmp_less(prompt.size(), options_.max_seq_length), kName, "the prompt has ",
@@ -165,8 +118,9 @@ class StepScheduler {
     return next_ticket_++;
   }
 
-  /// Ends a request that waits or runs; its text is dropped. False where there is no such request, or it has finished: cancelling
-  /// twice, or too late, is no error. A step under way may still compute it; the token that step brings is ignored.
+  /// Ends a request that waits or runs; its text is dropped. False where there is no such request,
+  /// or it has finished: cancelling twice, or too late, is no error. A step under way may still
+  /// compute it; the token that step brings is ignored.
   bool cancel(RequestTicket ticket) {
     const std::lock_guard lock(mutex_);
     const auto found = requests_.find(ticket);
@@ -186,9 +140,10 @@ class StepScheduler {
     return true;
   }
 
-  /// Plans a step into `plan`, whose memory is reused. False where there is nothing to compute (plan.released may still name some).
-  /// Throws std::invalid_argument while a step is under way. Where memory runs out, what `plan` holds is of no use, and all is as
-  /// after discard_step: nothing is under way, no release is lost.
+  /// Plans a step into `plan`, whose memory is reused. False where there is nothing to compute
+  /// (plan.released may still name some). Throws std::invalid_argument while a step is under way.
+  /// Where memory runs out, what `plan` holds is of no use, and all is as after discard_step:
+  /// nothing is under way, no release is lost.
   bool next_step(StepPlan& plan) {
     const std::lock_guard lock(mutex_);
     require_that(!under_way_, kName, "next_step before the last one was completed or discarded");
@@ -204,9 +159,10 @@ class StepScheduler {
     return under_way_;
   }
 
-  /// Takes the tokens of the step under way: at least one for each row that wanted one, rows in any order, tokens of a row in the
-  /// order of its text; those of requests cancelled meanwhile may be there or not. Throws std::invalid_argument with nothing
-  /// changed: no token for a row that wanted one, one for another request, one behind a last token.
+  /// Takes the tokens of the step under way: at least one for each row that wanted one, rows in any
+  /// order, tokens of a row in the order of its text; those of requests cancelled meanwhile may be
+  /// there or not. Throws std::invalid_argument with nothing changed: no token for a row that
+  /// wanted one, one for another request, one behind a last token.
   void complete(std::span<const StepToken> sampled) {
     const std::lock_guard lock(mutex_);
     require_that(under_way_, kName, "complete without a step under way");
@@ -221,7 +177,8 @@ class StepScheduler {
     under_way_ = false;
   }
 
-  /// The step under way was not carried out: the next plan repeats it, so the cache must hold no position of it.
+  /// The step under way was not carried out: the next plan repeats it, so the cache must hold no
+  /// position of it.
   void discard_step() {
     const std::lock_guard lock(mutex_);
     under_way_ = false;
@@ -249,9 +206,9 @@ class StepScheduler {
     return result;
   }
 
-  /// Steps within which a request that has no token yet gets one, counted from the next plan, were nobody better ranked submitted.
-  /// The largest Index stands for all bounds above it: a request without a limit under a max_seq_length that is none.
-  /// O(requests). Throws std::out_of_range.
+  /// Steps within which a request that has no token yet gets one, counted from the next plan, were
+  /// nobody better ranked submitted. The largest Index stands for all bounds above it: a request
+  /// without a limit under a max_seq_length that is none. O(requests). Throws std::out_of_range.
   Index first_token_bound(RequestTicket ticket) const {
     const std::lock_guard lock(mutex_);
     const auto found = requests_.find(ticket);
@@ -333,7 +290,8 @@ class StepScheduler {
     waiting_.insert(running_.extract(worst));
   }
 
-  /// Walks running and waiting requests in order of rank and sets `planned`. Preempts only requests that come later in the walk.
+  /// Walks running and waiting requests in order of rank and sets `planned`. Preempts only requests
+  /// that come later in the walk.
   void decide() {
     for (const Rank& rank : running_) {
       Request& request = request_of(rank);
@@ -368,7 +326,8 @@ class StepScheduler {
     plan_drafts(budget);
   }
 
-  /// Gives rows that end their text room for drafts, out of what budget and pages all rows have left.
+  /// Gives rows that end their text room for drafts, out of what budget and pages all rows have
+  /// left.
   void plan_drafts(Index budget) {
     for (const Rank& rank : running_) {
       Request& request = request_of(rank);
@@ -386,7 +345,8 @@ class StepScheduler {
     }
   }
 
-  /// Moves the best waiting request to the running ones, in place of worse-ranked ones where it must; end() where it does not fit.
+  /// Moves the best waiting request to the running ones, in place of worse-ranked ones where it
+  /// must; end() where it does not fit.
   std::set<Rank>::iterator admit_first() {
     const auto first = waiting_.begin();
     Request& request = request_of(*first);

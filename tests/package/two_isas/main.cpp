@@ -1,4 +1,5 @@
-// Two translation units with different -march in one program: neither answers for the other, and INT8 results agree to the bit.
+// Two translation units with different -march in one program: neither answers for the other, and
+// INT8 results agree to the bit.
 #include <cstdio>
 #include <string>
 

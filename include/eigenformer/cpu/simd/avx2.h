@@ -1,5 +1,6 @@
 /// \file
-/// `vec<float, isa::avx2>`: 8 floats in a ymm register (AVX2, FMA, F16C). The meaning of every member is in generic.h.
+/// `vec<float, isa::avx2>`: 8 floats in a ymm register (AVX2, FMA, F16C). The meaning of every
+/// member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -31,7 +32,8 @@ struct vec<float, isa::avx2> {
   static EIGENFORMER_INLINE vec set1(float x) { return {_mm256_set1_ps(x)}; }
   static EIGENFORMER_INLINE vec zero() { return {_mm256_setzero_ps()}; }
 
-  // One conversion for each source type; the partial forms go through it, so that a tail has the bits of the middle.
+  // One conversion for each source type; the partial forms go through it, so that a tail has the
+  // bits of the middle.
   static EIGENFORMER_INLINE vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static EIGENFORMER_INLINE vec load(const bfloat16* p) {
     const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -167,7 +169,8 @@ struct vec<float, isa::avx2> {
     return {
         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
   }
-  // Round to nearest even by integer arithmetic: the same bits on every ISA, denormals included. A NaN stays a (quiet) NaN.
+  // Round to nearest even by integer arithmetic: the same bits on every ISA, denormals included. A
+  // NaN stays a (quiet) NaN.
   EIGENFORMER_INLINE __m128i to_bfloat16() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -1,5 +1,6 @@
 /// \file
-/// `vec<float, isa::avx512>`: 16 floats in a zmm register (AVX-512 F, BW, DQ, VL). The meaning of every member is in generic.h.
+/// `vec<float, isa::avx512>`: 16 floats in a zmm register (AVX-512 F, BW, DQ, VL). The meaning of
+/// every member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -167,8 +168,8 @@ struct vec<float, isa::avx512> {
   }
 
  private:
-  // The plain intrinsics of GCC 12 read an undefined register, which -Wall reports in the user's build (GCC bug 105593).
-  // Zero-masked forms under a full mask are the same instructions.
+  // The plain intrinsics of GCC 12 read an undefined register, which -Wall reports in the user's
+  // build (GCC bug 105593). Zero-masked forms under a full mask are the same instructions.
   static constexpr __mmask16 kAll = 0xffff;
   static EIGENFORMER_INLINE __mmask16 first(int n) {
     return static_cast<__mmask16>((1u << n) - 1u);
@@ -177,7 +178,8 @@ struct vec<float, isa::avx512> {
     return {_mm512_castsi512_ps(
         _mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, raw), 16))};
   }
-  // Round to nearest even by integer arithmetic: the same bits on every ISA (vcvtneps2bf16 flushes denormals). A NaN stays a NaN.
+  // Round to nearest even by integer arithmetic: the same bits on every ISA (vcvtneps2bf16 flushes
+  // denormals). A NaN stays a NaN.
   EIGENFORMER_INLINE __m256i to_bfloat16() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd =

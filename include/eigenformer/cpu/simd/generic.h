@@ -1,17 +1,22 @@
 /// \file
-/// `vec<T, isa::generic>`: the vector every kernel is written with, in plain C++ that compilers turn into whatever SIMD they have.
-/// The AVX2 and AVX-512 versions have the same members with the same meaning:
+/// `vec<T, isa::generic>`: the vector every kernel is written with, in plain C++ that compilers
+/// turn into whatever SIMD they have. The AVX2 and AVX-512 versions have the same members with the
+/// same meaning:
 ///
 ///   lanes                      number of elements
 ///   zero() set1(x)             constants
-///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted (bfloat16 and half round to
-///   nearest even) load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches memory past p + n
+///   load(p) store(p)           any alignment; p may point to T or to a narrower type, converted
+///                              (bfloat16 and half round to nearest even)
+///   load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches
+///                              memory past p + n
 ///   store_partial(p, n)        first n elements
 ///   load_difference(p, d)      of float: int32 numbers less d, modulo 2^32, converted to nearest even
-///   store_streaming(p)         store around the caches where the ISA can; p aligned to the bytes stored. A thread calls
+///   store_streaming(p)         store around the caches where the ISA can; p aligned to the bytes
+///                              stored. A thread calls
 ///   fence_streaming()          after the last of them, before anybody else may read
 ///   + - * / fma(a,b,c)         fma is a * b + c, in one rounding where isa::kHasFma
-///   min(a,b) max(a,b)          a < b ? a : b and a > b ? a : b: the second operand where either is NaN
+///   minimum(a,b) maximum(a,b)  a < b ? a : b and a > b ? a : b: the second operand where either is
+///                              NaN
 ///   abs sqrt round             round to nearest, ties to even
 ///   less less_equal equal      masks; false where either is NaN
 ///   is_nan(a)

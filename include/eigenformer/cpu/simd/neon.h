@@ -1,6 +1,6 @@
 /// \file
-/// `vec<float, isa::neon>`: 4 floats in a 128-bit register (Advanced SIMD of every aarch64; conversions of half are part of it).
-/// The meaning of every member is in generic.h.
+/// `vec<float, isa::neon>`: 4 floats in a 128-bit register (Advanced SIMD of every aarch64;
+/// conversions of half are part of it). The meaning of every member is in generic.h.
 #pragma once
 
 #include <arm_neon.h>
@@ -33,7 +33,8 @@ struct vec<float, isa::neon> {
   static EIGENFORMER_INLINE vec set1(float x) { return {vdupq_n_f32(x)}; }
   static EIGENFORMER_INLINE vec zero() { return set1(0.0f); }
 
-  // One conversion for each source type; the partial forms go through it, so that a tail has the bits of the middle.
+  // One conversion for each source type; the partial forms go through it, so that a tail has the
+  // bits of the middle.
   static EIGENFORMER_INLINE vec load(const float* p) { return {vld1q_f32(p)}; }
   static EIGENFORMER_INLINE vec load(const bfloat16* p) {
     return {vreinterpretq_f32_u32(
@@ -83,7 +84,8 @@ struct vec<float, isa::neon> {
     copy_first(buffer, n, p);
   }
 
-  // Plain stores: arm_neon.h has no store around the caches, and the cores see a stream of full lines by themselves.
+  // Plain stores: arm_neon.h has no store around the caches, and the cores see a stream of full
+  // lines by themselves.
   template <typename S>
   EIGENFORMER_INLINE void store_streaming(S* p) const {
     store(p);
@@ -140,7 +142,8 @@ struct vec<float, isa::neon> {
   static EIGENFORMER_INLINE vec power_of_two(int32x4_t n) {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))};
   }
-  // Round to nearest even by integer arithmetic: the same bits on every ISA, denormals included. A NaN stays a (quiet) NaN.
+  // Round to nearest even by integer arithmetic: the same bits on every ISA, denormals included. A
+  // NaN stays a (quiet) NaN.
   EIGENFORMER_INLINE uint16x4_t to_bfloat16() const {
     const uint32x4_t bits = vreinterpretq_u32_f32(v);
     const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));

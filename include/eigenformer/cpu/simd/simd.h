@@ -1,5 +1,6 @@
 /// \file
-/// What kernels include: the vectors of every ISA this translation unit may use, `Vec<T, Isa>` that picks one by tag, and exp.
+/// What kernels include: the vectors of every ISA this translation unit may use, `Vec<T, Isa>` that
+/// picks one by tag, and exp.
 #pragma once
 
 #include "../../core/compiler.h"
@@ -51,8 +52,8 @@ vec<float, isa::neon> pick(isa::neon);
 template <typename T, typename Isa>
 using Vec = decltype(detail::pick<T, Isa>(Isa{}));
 
-/// a * b + c in one rounding on every ISA. Where the machine has no such instruction the library's fma is slow: for what is done
-/// once a sum.
+/// a * b + c in one rounding on every ISA. Where the machine has no such instruction the library's
+/// fma is slow: for what is done once a sum.
 template <typename V>
 EIGENFORMER_INLINE V fused_multiply_add(V a, V b, V c) {
   if constexpr (isa::kHasFma) {
@@ -65,8 +66,9 @@ EIGENFORMER_INLINE V fused_multiply_add(V a, V b, V c) {
   }
 }
 
-/// e^x. Relative error below 1.2e-7 (2 ulp) for float; exactly 0 at -infinity and below -103.98, +infinity above 88.73, NaN for
-/// NaN. Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6 polynomial of Cephes' expf; double calls std::exp lane by lane.
+/// e^x. Relative error below 1.2e-7 (2 ulp) for float; exactly 0 at -infinity and below -103.98,
+/// +infinity above 88.73, NaN for NaN. Cody-Waite reduction to |r| <= ln2 / 2, then the degree-6
+/// polynomial of Cephes' expf; double calls std::exp lane by lane.
 template <typename V>
 EIGENFORMER_INLINE V exp(V x) {
   if constexpr (sizeof(typename V::scalar) == 8) {

@@ -1,6 +1,7 @@
 /// \file
-/// `transpose(rows)`: lanes x lanes elements in registers, rows become columns. Packing keys for attention is made of it; a decode
-/// step transposes every key once, so shuffles rather than scalar stores decide whether it runs at memory speed.
+/// `transpose(rows)`: lanes x lanes elements in registers, rows become columns. Packing keys for
+/// attention is made of it; a decode step transposes every key once, so shuffles rather than scalar
+/// stores decide whether it runs at memory speed.
 #pragma once
 
 #include "simd.h"

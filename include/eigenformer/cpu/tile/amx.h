@@ -1,18 +1,21 @@
 /// \file
-/// Matrix tiles of AMX: eight registers of 16 rows of 64 bytes, and one instruction that multiplies two of them into a third (16 x
-/// 16 sums, 32 bfloat16 or 64 int8 of k; 16 cycles).
+/// Matrix tiles of AMX: eight registers of 16 rows of 64 bytes, and one instruction that multiplies
+/// two of them into a third (16 x 16 sums, 32 bfloat16 or 64 int8 of k; 16 cycles).
 ///
-/// The weights' panels are those of AVX-512: 16 steps of one, 32 columns wide, are two tiles in a row, 2 KiB. Activations lie as
-/// [16 steps][row][step], so that a tile of them is contiguous. More than 16 rows take two tiles of rows by one panel (4 sums, one
-/// load a product); fewer take one by two panels, which keeps four loads of weights in flight where one token streams them.
+/// The weights' panels are those of AVX-512: 16 steps of one, 32 columns wide, are two tiles in a
+/// row, 2 KiB. Activations lie as [16 steps][row][step], so that a tile of them is contiguous. More
+/// than 16 rows take two tiles of rows by one panel (4 sums, one load a product); fewer take one by
+/// two panels, which keeps four loads of weights in flight where one token streams them.
 ///
-/// bfloat16 (tdpbf16ps): in each 16 steps the even and the odd k of a pair are two chains of multiply-adds from zero, whose sum is
-/// added to the accumulator; denormals count as zero. So the link of a sum's chain is 32 k, counted from k = 0. int8 (tdpbsud):
-/// signed activations by unsigned weights, exact modulo 2^32.
+/// bfloat16 (tdpbf16ps): in each 16 steps the even and the odd k of a pair are two chains of
+/// multiply-adds from zero, whose sum is added to the accumulator; denormals count as zero. So the
+/// link of a sum's chain is 32 k, counted from k = 0. int8 (tdpbsud): signed activations by
+/// unsigned weights, exact modulo 2^32.
 ///
-/// Inline assembly, because GCC 12's _tile_loadconfig declares 8 of its 64 bytes as read, and its _tile_loadd no memory at all.
-/// Tiles are configured for each call and released after it: another library in the process may use them too. Intel 64 and IA-32
-/// Architectures Software Developer's Manual, volume 1, chapter 18.
+/// Inline assembly, because GCC 12's _tile_loadconfig declares 8 of its 64 bytes as read, and its
+/// _tile_loadd no memory at all. Tiles are configured for each call and released after it: another
+/// library in the process may use them too. Intel 64 and IA-32 Architectures Software Developer's
+/// Manual, volume 1, chapter 18.
 #pragma once
 
 #if !defined(__GNUC__) && !defined(__clang__)
@@ -78,7 +81,8 @@ struct AmxDot {
   static constexpr int rows = 2 * amx::kRows, vectors = 2, columns = 32, step = 4 / sizeof(T),
                        units = 1, fragment = 16 * step;
   static constexpr int steps_at_once = amx::kSteps;
-  // Fetched with each 16 steps: a quarter of the panel's 2 KiB, so that four tiles of rows have fetched what comes next.
+  // Fetched with each 16 steps: a quarter of the panel's 2 KiB, so that four tiles of rows have
+  // fetched what comes next.
   static constexpr int lines_ahead = 8;
 };
 struct Bfloat16Amx : AmxDot<bfloat16> {

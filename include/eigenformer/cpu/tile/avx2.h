@@ -1,5 +1,6 @@
 /// \file
-/// Register tiles for AVX2: 6 x 2 vectors of 8 columns in 12 of the 16 registers. The meaning of every member is in generic.h.
+/// Register tiles for AVX2: 6 x 2 vectors of 8 columns in 12 of the 16 registers. The meaning of
+/// every member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -74,8 +75,8 @@ struct Int8Avx2 : Int8Avx2Base {
 };
 #else
 /// |w| by x with the sign of w, vpmaddubsw and vpmaddwd. Pairs of products fit int16 because quantized activations are never -128:
-/// at most 2 * 128 * 127 = 32512, weights of -128 included. As fast as widening both to int16 for 6 rows, 1.4 times for one (Zen
-/// 5), with half the activations to read.
+/// at most 2 * 128 * 127 = 32512, weights of -128 included. As fast as widening both to int16 for 6
+/// rows, 1.4 times for one (Zen 5), with half the activations to read.
 struct Int8Avx2 : Int8Avx2Base {
   struct Fragment {
     __m256i signs, magnitudes;

@@ -1,6 +1,6 @@
 /// \file
-/// Register tiles for AVX-512: 12 x 2 vectors of 16 columns in 24 of the 32 registers; VNNI and BF16 dots where this build has
-/// them. The meaning of every member is in generic.h.
+/// Register tiles for AVX-512: 12 x 2 vectors of 16 columns in 24 of the 32 registers; VNNI and
+/// BF16 dots where this build has them. The meaning of every member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -34,7 +34,8 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx512, const bfloat16* p) {
 }
 
 #if defined(EIGENFORMER_ISA_AVX512_BF16)
-/// bfloat16 weights and activations by vdpbf16ps, which adds the products of a pair to a float sum and takes denormals as zero.
+/// bfloat16 weights and activations by vdpbf16ps, which adds the products of a pair to a float sum
+/// and takes denormals as zero.
 struct Bfloat16Avx512 {
   using V = simd::vec<float, isa::avx512>;
   using Stored = bfloat16;
@@ -92,7 +93,8 @@ struct Int8Avx512Base {
 };
 
 #if defined(EIGENFORMER_ISA_AVX512_VNNI)
-/// vpdpbusd: weights are the unsigned side, see generic.h. Sums may wrap on the way; modulo 2^32 the end is exact.
+/// vpdpbusd: weights are the unsigned side, see generic.h. Sums may wrap on the way; modulo 2^32
+/// the end is exact.
 struct Int8Avx512 : Int8Avx512Base {
   struct Fragment {
     __m512i v;

@@ -1,6 +1,7 @@
 /// \file
-/// Dots of floating weights, written once over `simd::Vec` for every ISA. The meaning of every member is in generic.h. Included
-/// after the ISAs' own headers, whose `shape` and `widen_pairs` it picks by tag.
+/// Dots of floating weights, written once over `simd::Vec` for every ISA. The meaning of every
+/// member is in generic.h. Included after the ISAs' own headers, whose `shape` and `widen_pairs` it
+/// picks by tag.
 #pragma once
 
 #include "generic.h"
@@ -45,7 +46,8 @@ struct Plain {
   }
 };
 
-/// bfloat16 or half weights, float activations and float arithmetic. A step is two k; half keeps them one vector after the other.
+/// bfloat16 or half weights, float activations and float arithmetic. A step is two k; half keeps
+/// them one vector after the other.
 template <typename T, typename Isa>
 struct Widening {
   using V = simd::Vec<float, Isa>;

@@ -1,9 +1,10 @@
 /// \file
-/// Register tiles of the matrix product, in plain C++ and over `simd::Vec`: what every ISA falls back to.
+/// Register tiles of the matrix product, in plain C++ and over `simd::Vec`: what every ISA falls
+/// back to.
 ///
-/// A product is sums(row, column) = sum over k of activation(row, k) * weight(column, k). Both operands are packed first, in units
-/// of 32 bits (one float, two bfloat16 or half, four int8; double has units of 64 bits), so that the inner loop is the same for
-/// all:
+/// A product is sums(row, column) = sum over k of activation(row, k) * weight(column, k). Both
+/// operands are packed first, in units of 32 bits (one float, two bfloat16 or half, four int8;
+/// double has units of 64 bits), so that the inner loop is the same for all:
 ///
 ///   weights      [panel][step][column of the panel][k of the step]     a panel is `columns` weights rows wide
 ///   activations  [tile][step][unit of the step][row of the tile]       AMX: [tile][16 steps][row of the tile][step]
@@ -22,9 +23,10 @@
 ///   unsigned_weights            int8 only: packed weights are w + 128 as bytes (for instructions that multiply unsigned by
 ///                               signed), and 128 times the sum of a row's activations is taken off that row's sums
 ///
-/// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting k into blocks (and storing the
-/// sums between them) changes no bit, and neither do the rows and columns beside it. AMX dots have tile_products of their own
-/// (amx.h) instead of registers, and take steps 16 at a time (`steps_at_once`).
+/// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting
+/// k into blocks (and storing the sums between them) changes no bit, and neither do the rows and
+/// columns beside it. AMX dots have tile_products of their own (amx.h) instead of registers, and
+/// take steps 16 at a time (`steps_at_once`).
 #pragma once
 
 #include <cstring>
@@ -36,8 +38,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace tile {
 
-/// f(integral_constant 0), ..., f(integral_constant N - 1): unrolled by construction, so that arrays of registers stay in
-/// registers.
+/// f(integral_constant 0), ..., f(integral_constant N - 1): unrolled by construction, so that
+/// arrays of registers stay in registers.
 template <int N, typename F>
 EIGENFORMER_INLINE void unroll(F&& f) {
   [&]<int... Is>(std::integer_sequence<int, Is...>) {
@@ -49,7 +51,8 @@ struct Shape {
   int rows, vectors;
 };
 
-/// Steps of a packed panel come in multiples of this, zeros behind the last: 16 where AMX may read them.
+/// Steps of a packed panel come in multiples of this, zeros behind the last: 16 where AMX may read
+/// them.
 template <typename Stored>
 constexpr int step_multiple(isa::generic) {
   return 1;
@@ -77,8 +80,8 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::generic, const bfloat16* p) {
   return {V::load(even), V::load(odd)};
 }
 
-/// int8 weights and activations, exact in int32. A step is four k; its activations are two units of two int16, (k0, k2) and (k1,
-/// k3).
+/// int8 weights and activations, exact in int32. A step is four k; its activations are two units of
+/// two int16, (k0, k2) and (k1, k3).
 struct Int8Generic {
   static constexpr int lanes = 8;
   using Stored = std::int8_t;
@@ -125,8 +128,8 @@ struct Int8Generic {
   }
 };
 
-/// Units of four quantized activations for the dots that multiply int16: even and odd k apart. A dot of one unit takes the four as
-/// they are.
+/// Units of four quantized activations for the dots that multiply int16: even and odd k apart. A
+/// dot of one unit takes the four as they are.
 EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std::uint32_t& odd) {
   const auto word = [quad](int byte) {
     return static_cast<std::uint32_t>(
@@ -136,7 +139,8 @@ EIGENFORMER_INLINE void split_quad(std::uint32_t quad, std::uint32_t& even, std:
   odd = word(1) | word(3) << 16;
 }
 
-/// to[i] = the bfloat16 pair (even[i], odd[i]), even in the low half, for the first n lanes; both rounded to nearest even.
+/// to[i] = the bfloat16 pair (even[i], odd[i]), even in the low half, for the first n lanes; both
+/// rounded to nearest even.
 template <typename V>
 EIGENFORMER_INLINE void store_pairs(isa::generic, V even, V odd, int n, std::uint32_t* to) {
   std::uint16_t low[V::lanes], high[V::lanes];
@@ -148,8 +152,8 @@ EIGENFORMER_INLINE void store_pairs(isa::generic, V even, V odd, int n, std::uin
 /// Largest block that `transpose` takes, in units.
 constexpr int transpose_size(isa::generic) { return 16; }
 
-/// to[u * to_stride + r] = unit u of the row r that starts r * from_bytes bytes after `from`, for r < rows and u < count, both at
-/// most transpose_size. Any alignment; reads and writes nothing else.
+/// to[u * to_stride + r] = unit u of the row r that starts r * from_bytes bytes after `from`, for r
+/// < rows and u < count, both at most transpose_size. Any alignment; reads and writes nothing else.
 template <typename Unit>
 void transpose(isa::generic, const void* from, Index from_bytes, int rows, int count, Unit* to,
                Index to_stride) {

@@ -1,6 +1,6 @@
 /// \file
-/// Register tiles for NEON: 8 x 2 vectors of 4 columns for floats, 6 x 4 for int8, in 16 and 24 of the 32 registers. The meaning of
-/// every member is in generic.h.
+/// Register tiles for NEON: 8 x 2 vectors of 4 columns for floats, 6 x 4 for int8, in 16 and 24 of
+/// the 32 registers. The meaning of every member is in generic.h.
 #pragma once
 
 #include "../simd/transpose.h"
@@ -10,9 +10,10 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace tile {
 
-// 16 sums cover 4 units of 4 cycles latency and leave room for a step's 4 widened vectors of bfloat16 or half and its factors,
-// where 6 x 4 would take 34 registers. By llvm-mca and g++ 12: 1.19 cycles a multiply-add with bfloat16 weights on a Cortex-A57,
-// where 6 x 4 takes 1.24, and 0.34 against 0.37 on an Exynos M5; with float weights both take 1.04 and 0.34. An even number of
+// 16 sums cover 4 units of 4 cycles latency and leave room for a step's 4 widened vectors of
+// bfloat16 or half and its factors, where 6 x 4 would take 34 registers. By llvm-mca and g++ 12:
+// 1.19 cycles a multiply-add with bfloat16 weights on a Cortex-A57, where 6 x 4 takes 1.24, and
+// 0.34 against 0.37 on an Exynos M5; with float weights both take 1.04 and 0.34. An even number of
 // vectors, so that the panel of a gated unit halves in whole ones.
 template <typename T>
   requires std::same_as<T, float>
@@ -29,8 +30,8 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::neon, const bfloat16* p) {
   return {V{vreinterpretq_f32_u32(vshlq_n_u32(raw, 16))}, V{vreinterpretq_f32_u32(odd)}};
 }
 
-/// A step is four k of four columns in 16 bytes, and its activations are one unit of four int8 as they are. Nothing is widened, so
-/// 6 x 4 sums fit: 2.4 sdot a load, where 8 x 2 has 1.6.
+/// A step is four k of four columns in 16 bytes, and its activations are one unit of four int8 as
+/// they are. Nothing is widened, so 6 x 4 sums fit: 2.4 sdot a load, where 8 x 2 has 1.6.
 struct Int8Neon {
   static constexpr int lanes = 4;
   using Stored = std::int8_t;
@@ -68,13 +69,15 @@ struct Int8Neon {
     return {vdotq_s32(sum.v, weight.v, x.v)};
   }
 #else
-  /// Even k in the low half, odd k in the high one, so that the two products which meet in an int16 are of one column.
+  /// Even k in the low half, odd k in the high one, so that the two products which meet in an int16
+  /// are of one column.
   static EIGENFORMER_INLINE int8x16_t arrange(int8x16_t quads) {
     return vuzp1q_s8(quads, vextq_s8(quads, quads, 1));
   }
-  /// smull, smlal2, sadalp: 3 instructions for 16 products. An int16 holds two of them as long as not both factors of both are
-  /// -128: 2 * 128 * 128 = 32768 wraps, which made sums wrong in MLAS (onnxruntime issue 31573). Quantized activations are within
-  /// -127 to 127, so at most 2 * 128 * 127 = 32512 arrives, whatever the weights are.
+  /// smull, smlal2, sadalp: 3 instructions for 16 products. An int16 holds two of them as long as
+  /// not both factors of both are -128: 2 * 128 * 128 = 32768 wraps, which made sums wrong in MLAS
+  /// (onnxruntime issue 31573). Quantized activations are within -127 to 127, so at most 2 * 128 *
+  /// 127 = 32512 arrives, whatever the weights are.
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     const int16x8_t even = vmull_s8(vget_low_s8(weight.v), vget_low_s8(x.v));
     return {vpadalq_s16(sum.v, vmlal_high_s8(even, weight.v, x.v))};

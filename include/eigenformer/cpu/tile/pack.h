@@ -1,7 +1,9 @@
 /// \file
-/// Packing both operands of a product into the order of generic.h: to[unit][row of the panel or tile], a unit being one or more
-/// elements along k. Two orientations of the source: rows along k (weights and activations as they are), which are converted into a
-/// small stage and transposed in registers; and k along rows (the transposed operands of gradients), which are converted in place.
+/// Packing both operands of a product into the order of generic.h: to[unit][row of the panel or
+/// tile], a unit being one or more elements along k. Two orientations of the source: rows along k
+/// (weights and activations as they are), which are converted into a small stage and transposed in
+/// registers; and k along rows (the transposed operands of gradients), which are converted in
+/// place.
 #pragma once
 
 #include <bit>
@@ -11,15 +13,17 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// An operand of a product in memory: element (row, k) at data[row * row_stride + k * depth_stride]; one of the strides is 1.
+/// An operand of a product in memory: element (row, k) at data[row * row_stride + k *
+/// depth_stride]; one of the strides is 1.
 template <typename T>
 struct MatrixOperand {
   const T* data;
   Index row_stride, depth_stride;
 };
 
-/// The rows of weights that make up panels: of one matrix (out, in), or of two whose outputs are paired (a gated unit: the first
-/// half of a panel's columns are rows of the first, the second half the same rows of the second).
+/// The rows of weights that make up panels: of one matrix (out, in), or of two whose outputs are
+/// paired (a gated unit: the first half of a panel's columns are rows of the first, the second half
+/// the same rows of the second).
 template <typename W, int Matrices>
 struct WeightRows {
   MatrixOperand<W> matrices[Matrices];
@@ -63,7 +67,8 @@ void clear(Unit* to, Index units) {
     std::memset(static_cast<void*>(to), 0, static_cast<std::size_t>(units) * sizeof(Unit));
 }
 
-// Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead halve the time of packing.
+// Rows of a weight are far apart, and no hardware prefetcher follows 32 of them: 512 bytes ahead
+// halve the time of packing.
 constexpr Index kPrefetchUnits = 128;
 template <typename E>
 void prefetch_lines(const E* from, Index ahead, Index row_stride, Index rows) {
@@ -71,8 +76,8 @@ void prefetch_lines(const E* from, Index ahead, Index row_stride, Index rows) {
     simd::prefetch_after(from, (ahead + r * row_stride) * Index{sizeof(E)});
 }
 
-/// Packs `rows` rows and `count` of k, with zeros up to a whole unit; to[unit * width + row]. `convert(r, k, n, stage)` writes
-/// elements [k, k + n) of row r as E.
+/// Packs `rows` rows and `count` of k, with zeros up to a whole unit; to[unit * width + row].
+/// `convert(r, k, n, stage)` writes elements [k, k + n) of row r as E.
 template <typename E, typename Isa, typename Unit, typename Convert>
 void pack_lines(Isa isa, Index rows, int width, Index count, Unit* to, Convert&& convert) {
   constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{}),
@@ -118,8 +123,8 @@ void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int wi
                   });
 }
 
-/// Packs a source whose k runs along the rows of memory: k at from + k * depth_stride, `rows` contiguous elements each. One k a
-/// unit.
+/// Packs a source whose k runs along the rows of memory: k at from + k * depth_stride, `rows`
+/// contiguous elements each. One k a unit.
 template <typename Isa, typename From, typename E>
 void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int width, Index count,
                   E* to) {
@@ -166,7 +171,8 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
   }
 }
 
-/// Either orientation, elements of E, `rows` rows from `row` on to the first columns of lines of `width`.
+/// Either orientation, elements of E, `rows` rows from `row` on to the first columns of lines of
+/// `width`.
 template <typename E, typename Isa, typename From, typename Unit>
 void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int width,
                   Index k, Index count, Unit* to) {
@@ -188,7 +194,7 @@ void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index r
     });
 }
 
-// ---- weights -----------------------------------------------------------------------------------------------------------------
+// ---- weights ------------------------------------------------------------------------------------
 
 /// The unit of packed weights: 64 bits for double, 32 for everything else.
 template <typename Stored>
@@ -208,7 +214,8 @@ constexpr Index packed_steps(Isa isa, Index depth) {
   return (depth + step * multiple - 1) / (step * multiple) * multiple;
 }
 
-/// Half keeps the two k of a step one vector after the other, so that a fragment is two plain loads.
+/// Half keeps the two k of a step one vector after the other, so that a fragment is two plain
+/// loads.
 template <typename Dot>
 void separate_pairs(typename Dot::Stored* panel, Index steps) {
   constexpr int lanes = Dot::fragment / 2;
@@ -247,7 +254,7 @@ void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, In
   finish_panel<Dot>(to, steps);
 }
 
-// ---- activations ---------------------------------------------------------------------------------------------------------------
+// ---- activations --------------------------------------------------------------------------------
 
 template <typename Dot>
 inline constexpr int steps_at_once = 1;
@@ -294,11 +301,13 @@ void pack_tile_rows(Isa isa, const MatrixOperand<From>& source, Index row, Index
   }
 }
 
-/// k that are packed at once for all tiles where k runs along columns: a multiple of what any dot takes at once.
+/// k that are packed at once for all tiles where k runs along columns: a multiple of what any dot
+/// takes at once.
 constexpr Index kColumnDepth = 64;
 
-/// Packs k of [first, end) of one tile of activations, `rows` valid of `height`, zeros elsewhere; first is a multiple of
-/// kColumnDepth, and so is end but at the depth. Plain and widening dots take Unit elements, bfloat16 dots pairs.
+/// Packs k of [first, end) of one tile of activations, `rows` valid of `height`, zeros elsewhere;
+/// first is a multiple of kColumnDepth, and so is end but at the depth. Plain and widening dots
+/// take Unit elements, bfloat16 dots pairs.
 template <typename Dot, typename Isa, typename From>
 void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int height,
                Index first, Index end, typename Dot::Unit* to) {

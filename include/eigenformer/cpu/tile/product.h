@@ -1,7 +1,8 @@
 /// \file
-/// The inner loop of every matrix product: a register tile of Rows x Panels panels, all of k that it is given. For many rows one
-/// panel at a time fills the registers (12 x 32 on AVX-512: 24 multiply-adds for 14 loads); for few rows several panels are in
-/// flight, so that a product of one row streams the weights at memory speed instead of waiting for its own sums.
+/// The inner loop of every matrix product: a register tile of Rows x Panels panels, all of k that
+/// it is given. For many rows one panel at a time fills the registers (12 x 32 on AVX-512: 24
+/// multiply-adds for 14 loads); for few rows several panels are in flight, so that a product of one
+/// row streams the weights at memory speed instead of waiting for its own sums.
 #pragma once
 
 #include <atomic>
@@ -15,8 +16,9 @@ namespace tile {
 
 constexpr std::uintptr_t kLineBytes = 64;
 
-// How far ahead panels that are read once are fetched, one of them into L2 and two side by side into L1: hardware prefetchers stop
-// at each page of 4 KiB, which four streams hide from each other and fewer do not.
+// How far ahead panels that are read once are fetched, one of them into L2 and two side by side
+// into L1: hardware prefetchers stop at each page of 4 KiB, which four streams hide from each other
+// and fewer do not.
 constexpr Index kStreamBytes = 8192, kPairBytes = 4096;
 
 /// Tile heights that exist. A tile of fewer rows takes the next height, with rows of zeros.
@@ -34,7 +36,8 @@ constexpr Index whole_height(Index rows) {
   return rows;
 }
 
-/// Panels in flight at a height: two thirds of the registers of a full tile, the rest for factors and fragments.
+/// Panels in flight at a height: two thirds of the registers of a full tile, the rest for factors
+/// and fragments.
 template <typename Dot>
 constexpr int panels_in_flight(int height) {
   const int panels = 2 * Dot::rows / (3 * height);
@@ -47,8 +50,8 @@ struct TileOperands {
   const typename Dot::Unit* a;
   const typename Dot::Stored* b;
   Index panel_stride;  // elements from one panel to the next
-  // What to fetch into L2 meanwhile, a line each step: the weights that come next, or, where a panel is read once, the same panel
-  // further on.
+  // What to fetch into L2 meanwhile, a line each step: the weights that come next, or, where a
+  // panel is read once, the same panel further on.
   std::uintptr_t ahead, ahead_step;
 
   /// The same from panel p on, with what comes next as far from it.
@@ -59,8 +62,9 @@ struct TileOperands {
   }
 };
 
-/// c[row][vector] += `steps` steps, for Panels panels side by side. Advances the operands. One panel at a time fetches a line ahead
-/// with each step: 64 bytes a step of 12 x 32 are 24 GB/s at 4.5 GHz.
+/// c[row][vector] += `steps` steps, for Panels panels side by side. Advances the operands. One
+/// panel at a time fetches a line ahead with each step: 64 bytes a step of 12 x 32 are 24 GB/s at
+/// 4.5 GHz.
 template <typename Dot, int Rows, int Panels, typename Accumulators>
 EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Accumulators& c) {
   constexpr int vectors = Dot::vectors, all = vectors * Panels;
@@ -119,7 +123,8 @@ struct GroupFactors {
   Index row_stride;             // of the offsets
 };
 
-/// float sums[panel][row][column] = fma(exact sum of the group, its scale, sums), group after group.
+/// float sums[panel][row][column] = fma(exact sum of the group, its scale, sums), group after
+/// group.
 template <typename V, typename Dot, int Rows, int Panels>
 void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups,
                           float* sums, Index sums_stride, bool from_zero) {
@@ -144,8 +149,8 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
       unroll<all>([&](auto v) { c[r][v] = start; });
     });
     accumulate<Dot, Rows, Panels>(at, (std::min)(groups.steps, steps - s), c);
-    // The float sums of a full tile have no registers left. They stay in memory: moved out of the loop by the compiler they would
-    // be stored twice, there and where it spills them.
+    // The float sums of a full tile have no registers left. They stay in memory: moved out of the
+    // loop by the compiler they would be stored twice, there and where it spills them.
     std::atomic_signal_fence(std::memory_order_acq_rel);
     unroll<all>([&](auto v) {
       const V scale = V::load(scales + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);

@@ -1,5 +1,6 @@
 /// \file
-/// What matrix kernels include: the register tiles of every ISA this translation unit may use, and the dot that serves a tag.
+/// What matrix kernels include: the register tiles of every ISA this translation unit may use, and
+/// the dot that serves a tag.
 #pragma once
 
 #include "float.h"
@@ -48,12 +49,14 @@ auto pick_dot() {
 
 }  // namespace detail
 
-/// The arithmetic for packed weights of Stored and activations of X: bfloat16 by bfloat16 may use the ISA's bfloat16 products, int8
-/// quantizes the activations, everything else widens to float (double to double).
+/// The arithmetic for packed weights of Stored and activations of X: bfloat16 by bfloat16 may use
+/// the ISA's bfloat16 products, int8 quantizes the activations, everything else widens to float
+/// (double to double).
 template <typename Stored, typename X, typename Isa>
 using Dot = decltype(detail::pick_dot<Stored, std::is_same_v<X, bfloat16>, Isa>());
 
-/// The same for weights quantized in groups, whose sums are cut every 32 to 128 k: too short for AMX.
+/// The same for weights quantized in groups, whose sums are cut every 32 to 128 k: too short for
+/// AMX.
 template <typename Isa>
 using GroupedDot = Dot<std::int8_t, std::int8_t,
                        std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512, Isa>>;
