@@ -8,7 +8,7 @@
 #include <thread>
 
 #include <eigenformer/core/eigen.h>
-#include <eigenformer/cpu/isa.h>
+#include <eigenformer/core/isa.h>
 
 #include "peers/matmul.h"
 

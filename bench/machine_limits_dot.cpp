@@ -1,6 +1,6 @@
 // Peaks of the dot-product instructions. The only benchmark file with intrinsics and assembly: it
-// measures instructions, not kernels. What the build has is asked of cpu/isa.h alone.
-#include <eigenformer/cpu/isa.h>
+// measures instructions, not kernels. What the build has is asked of core/isa.h alone.
+#include <eigenformer/core/isa.h>
 
 #include "machine_limits.h"
 

@@ -18,7 +18,6 @@ constexpr ef::GeluOptions kTanh{.approximation = ef::GeluApproximation::tanh};
 
 // One activation under test: the calls, and the definition in double.
 struct SiluCase {
-  using function = ef::cpu::Silu;
   static double value(double x) { return ef::reference::silu(x); }
   static double derivative(double x) { return ef::reference::silu_derivative(x); }
   static void into(const auto& device, auto& y, const auto& x) { ef::silu_into(device, y, x); }
@@ -27,7 +26,6 @@ struct SiluCase {
   }
 };
 struct GeluCase {
-  using function = ef::cpu::GeluErf;
   static double value(double x) { return ef::reference::gelu(x); }
   static double derivative(double x) { return ef::reference::gelu_derivative(x); }
   static void into(const auto& device, auto& y, const auto& x) { ef::gelu_into(device, y, x); }
@@ -36,7 +34,6 @@ struct GeluCase {
   }
 };
 struct GeluTanhCase {
-  using function = ef::cpu::GeluTanh;
   static double value(double x) { return ef::reference::gelu(x, kTanh); }
   static double derivative(double x) { return ef::reference::gelu_derivative(x, kTanh); }
   static void into(const auto& device, auto& y, const auto& x) {
@@ -47,7 +44,6 @@ struct GeluTanhCase {
   }
 };
 struct ReluCase {
-  using function = ef::cpu::Relu;
   static double value(double x) { return ef::reference::relu(x); }
   static double derivative(double x) { return ef::reference::relu_derivative(x); }
   static void into(const auto& device, auto& y, const auto& x) { ef::relu_into(device, y, x); }
@@ -85,14 +81,11 @@ TYPED_TEST(Activation, EqualsItsDefinitionAtEveryLength) {
       ef::Tensor<double, 1> derivative = map(x, c.derivative);
       for (Index i = 0; i < n; ++i) derivative(i) *= static_cast<double>(grad_y(i));
       for_each_isa([&](auto isa) {
-        using F = typename decltype(c)::function;
         auto y = poisoned_tensor<T, 1>({n});
-        ef::cpu::activation(isa, kHere, ef::ActivationProblem<F, T, T>{y.data(), x.data(), n});
+        c.into(on(isa), y, x);
         ASSERT_LT(relative_error(y, value), tolerance<T>()) << isa.name << " " << n;
         auto grad_x = poisoned_tensor<T, 1>({n});
-        ef::cpu::activation_backward(
-            isa, kHere,
-            ef::ActivationBackwardProblem<F, T, T, T>{grad_x.data(), grad_y.data(), x.data(), n});
+        c.backward(on(isa), grad_x, grad_y, x);
         ASSERT_LT(relative_error(grad_x, derivative), tolerance<T>()) << isa.name << " " << n;
       });
     }
@@ -131,9 +124,7 @@ TEST(ActivationValues, FloatErrorIsWhatTheHeaderSays) {
       ef::Tensor<float, 1> x(n), y(n);
       for (Index i = 0; i < n; ++i)
         x(i) = static_cast<float>(static_cast<double>(i - n / 2) * 5e-4);  // [-25, 25]
-      ef::cpu::activation(isa, kHere,
-                          ef::ActivationProblem<typename decltype(c)::function, float, float>{
-                              y.data(), x.data(), n});
+      c.into(on(isa), y, x);
       for (Index i = 0; i < n; ++i) {
         const double exact = c.value(static_cast<double>(x(i)));
         ASSERT_LE(std::abs(static_cast<double>(y(i)) - exact),
@@ -147,7 +138,6 @@ TEST(ActivationValues, FloatErrorIsWhatTheHeaderSays) {
 TEST(ActivationValues, InfinitiesGiveTheLimitAndNaNGivesNaN) {
   for_each_case([](auto c) {
     for_each_isa([&]<typename Isa>(Isa isa) {
-      using F = typename decltype(c)::function;
       const auto run = [&]<typename T>(T) {
         const T infinity = std::numeric_limits<T>::infinity(),
                 largest = std::numeric_limits<T>::max();
@@ -156,14 +146,14 @@ TEST(ActivationValues, InfinitiesGiveTheLimitAndNaNGivesNaN) {
                                T(-100),   T(100),   T(-800)};
         const std::vector<double> value{0, kInfinity, NAN, 0, 0, static_cast<double>(largest),
                                         0, 100,       0};
-        const double at_zero = std::is_same_v<F, ef::cpu::Relu> ? 0.0 : 0.5;
+        const double at_zero = std::is_same_v<decltype(c), ReluCase> ? 0.0 : 0.5;
         const std::vector<double> derivative{0, 1, NAN, at_zero, 0, 1, 0, 1, 0};
         std::vector<T> ones(x.size(), T(1)), y(x.size()), grad(x.size());
         const Index n = static_cast<Index>(x.size());
-        ef::cpu::activation(isa, kHere, ef::ActivationProblem<F, T, T>{y.data(), x.data(), n});
-        ef::cpu::activation_backward(
-            isa, kHere,
-            ef::ActivationBackwardProblem<F, T, T, T>{grad.data(), ones.data(), x.data(), n});
+        const ef::TensorView<const T, 1> at(x.data(), n), one(ones.data(), n);
+        ef::TensorView<T, 1> values(y.data(), n), slopes(grad.data(), n);
+        c.into(on(isa), values, at);
+        c.backward(on(isa), slopes, one, at);
         for (std::size_t i = 0; i < x.size(); ++i) {
           if (std::isnan(value[i])) {
             EXPECT_TRUE(std::isnan(y[i]) && std::isnan(grad[i])) << isa.name << " " << x[i];

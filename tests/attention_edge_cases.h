@@ -58,13 +58,9 @@ TEST(AttentionValues, AverageOfTheLargestIsFinite) {
       for (const auto& named : option_sweep(2)) {
         const auto expected = c.reference(named.options);
         for_each_isa([&](auto isa) {
-          ef::Workspace workspace;
-          ef::Workspace::Frame frame(workspace);
-          auto problem = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths,
-                                                             named.options, frame);
           auto out = poisoned_tensor<float, 4>({1, length, 2, 21});
-          problem.output = out.data();
-          ef::cpu::attention(isa, Eigen::DefaultDevice{}, problem, workspace);
+          ef::batched_attention_with_padding_into(on(isa), out, c.q, c.k, c.v, c.key_lengths,
+                                                  named.options);
           ASSERT_TRUE(within(out, expected.output, tolerance<float>()))
               << isa.name << " " << named.name << " " << length << " " << size;
           for (Index i = 0; i < length; ++i)  // far below what the rest weighs in `within`

@@ -195,17 +195,11 @@ TEST(AttentionGradients, EveryIsaMeetsTheDerivative) {
   GradientCase<float> c({1, 70, 70, 4, 2, 9, 20}, {70});
   const auto expected = c.reference_gradients({.causal = true, .softcap = 3.0f});
   for_each_isa([&](auto isa) {
-    ef::Workspace workspace;
-    ef::Workspace::Frame frame(workspace);
     auto gq = poisoned_tensor<float, 4>({1, 70, 4, 9});
     auto gk = poisoned_tensor<float, 4>({1, 70, 2, 9});
     auto gv = poisoned_tensor<float, 4>({1, 70, 2, 20});
-    ef::AttentionBackwardProblem<float> p;
-    p.forward = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths,
-                                                    {.causal = true, .softcap = 3.0f}, frame);
-    p.grad_output = c.weights.data(), p.key_rows = 70;
-    p.grad_queries = gq.data(), p.grad_keys = gk.data(), p.grad_values = gv.data();
-    ef::cpu::attention_backward(isa, Eigen::DefaultDevice{}, p, workspace);
+    ef::attention_backward_into(on(isa), gq, gk, gv, c.weights, c.q, c.k, c.v, c.out, c.lse,
+                                c.key_lengths, {.causal = true, .softcap = 3.0f});
     EXPECT_TRUE(within(gq, expected.grad_q, tolerance<float>())) << isa.name;
     EXPECT_TRUE(within(gk, expected.grad_k, tolerance<float>())) << isa.name;
     EXPECT_TRUE(within(gv, expected.grad_v, tolerance<float>())) << isa.name;

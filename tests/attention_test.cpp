@@ -135,13 +135,9 @@ TYPED_TEST(Attention, EveryIsaMeetsTheDefinition) {
   for (const auto& named : option_sweep(6)) {
     const auto expected = c.reference(named.options);
     for_each_isa([&](auto isa) {
-      ef::Workspace workspace;
-      ef::Workspace::Frame frame(workspace);
-      auto problem = ef::detail::dense_attention_problem("test", c.q, c.k, c.v, c.key_lengths,
-                                                         named.options, frame);
       auto out = poisoned_tensor<TypeParam, 4>({2, 70, 6, 33});
-      problem.output = out.data();
-      ef::cpu::attention(isa, Eigen::DefaultDevice{}, problem, workspace);
+      ef::batched_attention_with_padding_into(on(isa), out, c.q, c.k, c.v, c.key_lengths,
+                                              named.options);
       EXPECT_TRUE(within(out, expected.output, tolerance<TypeParam>()))
           << isa.name << " " << named.name;
     });

@@ -35,9 +35,7 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
   ASSERT_TRUE(same_bits(mask, ef::create_causal_mask<T>(threads.device, queries, batch, options)));
   for_each_isa([&](auto isa) {
     auto other = poisoned_tensor<T, 3>({batch, queries, keys});
-    ef::cpu::causal_mask(
-        isa, Eigen::DefaultDevice{},
-        ef::detail::causal_mask_problem(other.data(), batch, queries, keys, options));
+    ef::causal_mask_into(on(isa), other, options);
     ASSERT_TRUE(same_bits(mask, other)) << isa.name;
     if (!options.segment_ids.empty()) return;
     // The path of masks larger than the caches, at addresses that no vector is aligned to; the

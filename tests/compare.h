@@ -14,9 +14,8 @@
 #include <type_traits>
 #include <vector>
 
-#include <eigenformer/core/device.h>
+#include <eigenformer/core/dispatch.h>
 #include <eigenformer/core/tensor.h>
-#include <eigenformer/cpu/isa.h>
 
 #if defined(EIGENFORMER_ISA_AMX)
 #include "amx_emulator.h"
@@ -157,6 +156,13 @@ struct Threads {
   Eigen::ThreadPool pool;
   Eigen::ThreadPoolDevice device;
 };
+
+/// The calling thread with the kernels of a tag: what an operator takes in a device's place.
+template <typename Isa>
+ef::cpu::Backend<Eigen::DefaultDevice, Isa> on(Isa isa) {
+  static const Eigen::DefaultDevice device;
+  return ef::cpu::backend(device, isa);
+}
 
 /// Calls f(tag) for every ISA this build can run; AMX, where the machine has none, on the emulator.
 template <typename F>

@@ -40,12 +40,8 @@ TYPED_TEST(Embedding, CopiesRowsAtEveryWidth) {
       for_each_isa([&](auto isa) {
         auto wide = poisoned_tensor<float, 2>({tokens, features});
         auto narrow = poisoned_tensor<ef::bfloat16, 2>({tokens, features});
-        ef::cpu::embedding(isa, kHere,
-                           ef::EmbeddingProblem<float, T, std::int32_t>{
-                               wide.data(), ids.data(), table.data(), tokens, features});
-        ef::cpu::embedding(isa, kHere,
-                           ef::EmbeddingProblem<ef::bfloat16, T, std::int32_t>{
-                               narrow.data(), ids.data(), table.data(), tokens, features});
+        ef::embedding_into(on(isa), wide, ids, table);
+        ef::embedding_into(on(isa), narrow, ids, table);
         for (Index i = 0; i < y.size(); ++i) {
           ASSERT_EQ(wide.data()[i], static_cast<float>(y.data()[i])) << isa.name;
           ASSERT_EQ(static_cast<float>(narrow.data()[i]),

@@ -78,7 +78,7 @@ TEST(GradScaler, UnscaleDividesAndFindsWhatIsNotFinite) {
 }
 
 TEST(GradScaler, ThreadsGiveTheSameBits) {
-  Weights one(3 * ef::kPieceElements + 5), other(3 * ef::kPieceElements + 5);
+  Weights one(3 * ef::problem::kPieceElements + 5), other(3 * ef::problem::kPieceElements + 5);
   Threads threads(3);
   ef::GradScaler a({.init_scale = 3}), b({.init_scale = 3});
   EXPECT_TRUE(a.unscale(one.parameters()));
@@ -323,7 +323,7 @@ template <typename D>
 int failures_of_unscale(const D& device) {
   int failures = 0;
   std::thread([&] {  // a thread with an empty workspace
-    Weights weights(3 * ef::kPieceElements);
+    Weights weights(3 * ef::problem::kPieceElements);
     weights.gradient.setConstant(65536.0f);
     ef::GradScaler scaler;
     const auto parameters = weights.parameters();
@@ -344,7 +344,7 @@ TEST(GradScaler, AFailedAllocationChangesNothing) {
   Threads threads(3);
   EXPECT_GE(failures_of_unscale(threads.device), 3);
   for (int failures = 0; failures < 20; ++failures) {  // memory for the first so many only
-    Weights weights(12 * ef::kPieceElements);
+    Weights weights(12 * ef::problem::kPieceElements);
     weights.gradient.setConstant(65536.0f);
     ef::GradScaler scaler;
     const auto parameters = weights.parameters();

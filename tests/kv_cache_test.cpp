@@ -48,7 +48,7 @@ void poison_unused(ef::KvCache<T, Storage>& cache, Index layer) {
         fill(source.key_row(b, h, j), source.head_dim);
         fill(source.value_row(b, h, j), source.head_dim);
         if constexpr (std::is_same_v<Storage, std::int8_t>) {
-          ef::KvAppendProblem<T, Storage> slots{};
+          ef::problem::KvAppend<T, Storage> slots{};
           slots.target = source;
           fill(slots.key_scale_slot(b, h, j), 1);
           fill(slots.value_scale_slot(b, h, j), 1);
@@ -407,11 +407,9 @@ TEST(KvCacheInt8, EveryIsaReadsAndWritesTheSameBits) {
     ef::KvCache<float, std::int8_t> cache;
     ef::update_kv_cache(cache, keys, keys, 0);
     for_each_isa([&](auto isa) {
-      auto read = poisoned_tensor<float, 4>({batch, n, heads, dim});
-      ef::cpu::read_kv(
-          isa, Eigen::DefaultDevice{},
-          ef::KvReadProblem<float, std::int8_t>{cache.source(0), n, true, read.data()});
-      EXPECT_TRUE(same_bits(read, cache.values(0))) << isa.name;
+      ef::KvCache<float, std::int8_t> other;
+      ef::update_kv_cache(on(isa), other, keys, keys, 0);
+      EXPECT_TRUE(same_bits(other.values(on(isa), 0), cache.values(0))) << isa.name;
       EXPECT_FALSE((ef::cpu::all_quantizable<decltype(isa)>(
           std::vector<float>(static_cast<std::size_t>(dim), NAN).data(), dim)));
       EXPECT_TRUE(ef::cpu::all_quantizable<decltype(isa)>(keys.data(), keys.size()));

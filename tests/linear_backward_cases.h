@@ -93,19 +93,15 @@ TEST(LinearBackward, HoldsForEveryIsaAndMicroBatchesOfWholeLinks) {
     auto expected = to_double(start);
     ef::reference::linear_backward_weight(expected, to_double(grad_y), to_double(x));
     for_each_isa([&](auto isa) {
-      const Eigen::DefaultDevice device;
       auto grad_x = poisoned_tensor<T, 2>({tokens, in});
-      ef::detail::linear_backward_input_on(isa, device, ef::output_view<2>(grad_x),
-                                           ef::input_view<2>(grad_y), ef::input_view<2>(weight),
-                                           ef::thread_workspace());
+      ef::linear_backward_input_into(on(isa), grad_x, grad_y, weight);
       ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y),
                                                                             to_double(weight))),
                 tolerance<T>())
           << isa.name;
       const auto add = [&](ef::Tensor<float, 2>& gradient, Index first, Index count) {
-        ef::detail::linear_backward_weight_on(isa, device, ef::output_view<2>(gradient),
-                                              rows_of(grad_y, first, count),
-                                              rows_of(x, first, count), ef::thread_workspace());
+        ef::linear_backward_weight_into(on(isa), gradient, rows_of(grad_y, first, count),
+                                        rows_of(x, first, count));
       };
       auto at_once = start, in_turn = start;
       add(at_once, 0, tokens);

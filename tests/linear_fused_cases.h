@@ -16,44 +16,27 @@ template <typename Isa, typename Y, typename X, typename Weight, typename E>
 ef::Tensor<Y, 2> linear_by(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, Index out,
                            const E& epilogue) {
   auto y = poisoned_tensor<Y, 2>({x.dimension(0), out});
-  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue,
-                          ef::thread_workspace());
+  ef::linear_into(on(isa), y, x, weight, epilogue);
   return y;
 }
 
 template <typename Isa, typename T>
 ef::PackedWeight<T> pack_for(Isa isa, const ef::Tensor<float, 2>& weight, T,
                              const ef::Int8Packing& options = {}) {
-  ef::PackedWeight<T> packed;
-  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight),
-                             ef::thread_workspace(), options);
-  return packed;
+  return ef::pack_weight<T>(on(isa), weight, options);
 }
 
 template <typename Isa, typename T>
 ef::PackedGatedWeight<T> pack_pair_for(Isa isa, const ef::Tensor<float, 2>& gate,
                                        const ef::Tensor<float, 2>& up, T,
                                        const ef::Int8Packing& options = {}) {
-  ef::PackedGatedWeight<T> packed;
-  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, ef::WeightAccess<T>::pair(packed),
-                             {ef::input_view<2>(gate), ef::input_view<2>(up)}, {"gate", "up"},
-                             options, ef::thread_workspace());
-  return packed;
+  return ef::pack_gated_weight<T>(on(isa), gate, up, options);
 }
 
-/// f(x) of every element, by the vectors of a tag: what the operator of activation.h computes
-/// there.
-template <typename Function, typename Isa>
-ef::Tensor<float, 2> activated(Isa isa, const ef::Tensor<float, 2>& x) {
-  ef::Tensor<float, 2> y(x.dimensions());
-  ef::cpu::activation(isa, Eigen::DefaultDevice{},
-                      ef::ActivationProblem<Function, float, float>{y.data(), x.data(), x.size()});
-  return y;
-}
-
-template <typename Function, typename Weight, typename X, typename E>
+/// activation: that of the epilogue; separately(backend, x): the operator of activation.h.
+template <typename Weight, typename X, typename E, typename Operator>
 void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight,
-                  const E& activation) {
+                  const E& activation, const Operator& separately) {
   const Index tokens = x.dimension(0), out = weight.dimension(0);
   const auto bias = random_tensor<float, 1>({out}, 3);
   const auto residual = random_tensor<ef::bfloat16, 2>({tokens, out}, 4);
@@ -61,7 +44,7 @@ void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight,
     const auto packed = pack_for(isa, weight, Weight{});
     const auto sums =
         linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
-    auto expected = activated<Function>(isa, sums);
+    ef::Tensor<float, 2> expected = separately(on(isa), sums);
     const auto fused = activation.bias(bias);
     ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, fused), expected))
         << isa.name;
@@ -75,8 +58,7 @@ void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight,
     ASSERT_TRUE(same_bits(linear_by<decltype(isa), ef::half>(isa, x, packed, out, joined), narrow))
         << isa.name;
     auto in_place = residual;  // the residual stream, updated where it stands
-    ef::detail::linear_with(isa, Eigen::DefaultDevice{}, in_place, x, packed,
-                            fused.residual(in_place), ef::thread_workspace());
+    ef::linear_into(on(isa), in_place, x, packed, fused.residual(in_place));
     const ef::Tensor<ef::bfloat16, 2> stream = expected.template cast<ef::bfloat16>();
     ASSERT_TRUE(same_bits(in_place, stream)) << isa.name;
   });
@@ -89,11 +71,18 @@ TEST(LinearEpilogue, HasTheBitsOfSeparateOperators) {
       const auto weight = random_tensor<float, 2>({out, 45}, ++seed);
       const auto x = random_tensor<float, 2>({tokens, 45}, ++seed);
       const ef::Tensor<ef::bfloat16, 2> x16 = x.cast<ef::bfloat16>();
-      expect_fused<ef::cpu::Silu, float>(x, weight, ef::Epilogue{}.silu());
-      expect_fused<ef::cpu::GeluErf, ef::bfloat16>(x16, weight, ef::Epilogue{}.gelu());
-      expect_fused<ef::cpu::GeluTanh, ef::half>(x, weight, ef::Epilogue{}.gelu_tanh());
-      expect_fused<ef::cpu::Relu, std::int8_t>(x16, weight, ef::Epilogue{}.relu());
-      expect_fused<ef::cpu::Identity, std::int8_t>(x, weight, ef::Epilogue{});
+      const auto silu = [](auto device, const auto& s) { return ef::silu(device, s); };
+      const auto gelu = [](auto device, const auto& s) { return ef::gelu(device, s); };
+      const auto gelu_tanh = [](auto device, const auto& s) {
+        return ef::gelu(device, s, {.approximation = ef::GeluApproximation::tanh});
+      };
+      const auto relu = [](auto device, const auto& s) { return ef::relu(device, s); };
+      const auto nothing = [](auto, const auto& s) { return s; };
+      expect_fused<float>(x, weight, ef::Epilogue{}.silu(), silu);
+      expect_fused<ef::bfloat16>(x16, weight, ef::Epilogue{}.gelu(), gelu);
+      expect_fused<ef::half>(x, weight, ef::Epilogue{}.gelu_tanh(), gelu_tanh);
+      expect_fused<std::int8_t>(x16, weight, ef::Epilogue{}.relu(), relu);
+      expect_fused<std::int8_t>(x, weight, ef::Epilogue{}, nothing);
     }
 }
 
@@ -110,22 +99,19 @@ void expect_gated(const ef::Tensor<X, 2>& x, Index out, unsigned seed,
   for_each_isa([&](auto isa) {
     using Isa = decltype(isa);
     const auto pair = pack_pair_for(isa, gate, up, Weight{}, options);
-    const auto g = activated<ef::cpu::Silu>(
-        isa, linear_by<Isa, float>(isa, x, pack_for(isa, gate, Weight{}, options), out,
-                                   ef::Epilogue{}.bias(gate_bias)));
+    const auto g =
+        ef::silu(on(isa), linear_by<Isa, float>(isa, x, pack_for(isa, gate, Weight{}, options), out,
+                                                ef::Epilogue{}.bias(gate_bias)));
     ef::Tensor<float, 2> expected =
         g * linear_by<Isa, float>(isa, x, pack_for(isa, up, Weight{}, options), out,
                                   ef::Epilogue{}.bias(up_bias));
     auto y = poisoned_tensor<float, 2>({tokens, out});
-    ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, y, x, pair,
-                                  ef::Epilogue{}.silu().bias(bias), ef::thread_workspace());
+    ef::gated_linear_into(on(isa), y, x, pair, ef::Epilogue{}.silu().bias(bias));
     ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << tokens << " x " << in << " x " << out;
     if constexpr (std::is_same_v<Weight, float> ||
                   (std::is_same_v<Weight, ef::bfloat16> && std::is_same_v<X, ef::bfloat16>)) {
       auto plain = poisoned_tensor<float, 2>({tokens, out});
-      ef::detail::gated_linear_with(isa, Eigen::DefaultDevice{}, plain, x, ef::input_view<2>(gate),
-                                    ef::input_view<2>(up), ef::Epilogue{}.silu().bias(bias),
-                                    ef::thread_workspace());
+      ef::gated_linear_into(on(isa), plain, x, gate, up, ef::Epilogue{}.silu().bias(bias));
       ASSERT_TRUE(same_bits(plain, expected)) << isa.name << " plain";
     }
   });
@@ -172,10 +158,7 @@ TEST(LinearGrouped, EqualsItsDefinitionOnEveryIsa) {
         const auto bias = random_tensor<float, 1>({out}, ++seed);
         const auto expected = ef::reference::int8_linear_grouped(x, q, scales, group, bias.data());
         for_each_isa([&, &values = q, &factors = scales](auto isa) {
-          ef::PackedWeight<std::int8_t> packed;
-          ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed,
-                                       ef::input_view<2>(values), ef::input_view<2>(factors),
-                                       {.group_size = group});
+          const auto packed = ef::pack_weight(on(isa), values, factors, {.group_size = group});
           const auto y =
               linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
           ASSERT_TRUE(same_bits(y, expected))
@@ -313,8 +296,7 @@ void expect_blocks_and_threads_of_isa(Index in) {
     }
     Threads threads(2);
     auto other = poisoned_tensor<float, 2>({tokens, out});
-    ef::detail::linear_with(isa, threads.device, other, x, packed, ef::Epilogue{},
-                            ef::thread_workspace());
+    ef::linear_into(ef::cpu::backend(threads.device, isa), other, x, packed);
     ASSERT_TRUE(same_bits(y, other)) << isa.name;
   });
 }

@@ -34,17 +34,13 @@ ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, I
                      const ef::Tensor<float, 1>* bias = nullptr) {
   auto y = poisoned_tensor<X, 2>({x.dimension(0), out});
   const ef::Epilogue<> epilogue = bias == nullptr ? ef::Epilogue{} : ef::Epilogue{}.bias(*bias);
-  ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, weight, epilogue,
-                          ef::thread_workspace());
+  ef::linear_into(on(isa), y, x, weight, epilogue);
   return y;
 }
 
 template <typename T, typename Isa, typename W>
 ef::PackedWeight<T> packed_for(Isa isa, const ef::Tensor<W, 2>& weight) {
-  ef::PackedWeight<T> packed;
-  ef::detail::pack_weight_on(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(weight),
-                             ef::thread_workspace());
-  return packed;
+  return ef::pack_weight<T>(on(isa), weight);
 }
 
 /// What a plain weight is packed as, to compare with.
@@ -154,7 +150,7 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
     ASSERT_TRUE(same_bits(y, other)) << count << " threads";
     ef::PackedWeight<T> repacked;
     ef::pack_weight_into(threads.device, repacked, weight);
-    ASSERT_EQ(0, std::memcmp(packed.panels().data, repacked.panels().data,
+    ASSERT_EQ(0, std::memcmp(packed.data(), repacked.data(),
                              static_cast<std::size_t>(packed.bytes())));
     if constexpr (std::is_same_v<X, T>) {
       other.setZero();
@@ -413,7 +409,7 @@ TEST(LinearErrors, NameTheArgument) {
     const ef::Tensor<float, 2> eight = random_tensor<float, 2>({3, 8}, 2);
     expect_throws<std::invalid_argument>(
         [&] { ef::linear_into(device, y, eight, foreign); },
-        {"generic", ef::detail::panel_layout<float>(ef::isa::best{}).isa.data(), "pack it again"});
+        {"generic", ef::pack_weight<float>(good).layout().isa.data(), "pack it again"});
   }
 }
 

@@ -76,14 +76,9 @@ TEST(HardRows, NormalizeToTheirDefinition) {
           ef::reference::layer_norm(to_double(x), to_double(weight), to_double(bias), hard.epsilon);
       for_each_isa([&](auto isa) {
         auto y = poisoned_tensor<float, 2>({3, features});
-        ef::cpu::rms_norm(isa, Eigen::DefaultDevice{},
-                          ef::RmsNormProblem<float, float, float>{y.data(), x.data(), weight.data(),
-                                                                  3, features, hard.epsilon});
+        ef::rms_norm_into(on(isa), y, x, weight, {.epsilon = hard.epsilon});
         EXPECT_LT(largest_error(y, rms), 2e-6) << isa.name << " " << hard.name << " " << features;
-        ef::cpu::layer_norm(
-            isa, Eigen::DefaultDevice{},
-            ef::LayerNormProblem<float, float, float>{y.data(), x.data(), weight.data(),
-                                                      bias.data(), 3, features, hard.epsilon});
+        ef::layer_norm_into(on(isa), y, x, weight, bias, {.epsilon = hard.epsilon});
         EXPECT_LT(largest_error(y, layer), 5e-6) << isa.name << " " << hard.name << " " << features;
       });
       auto residual = make_rows<float>(hard, 3, features, 51);
@@ -150,9 +145,7 @@ TYPED_TEST(HardRowsOf, OneNumberGiveTheBias) {
                  bias = random_tensor<T, 1>({features}, 58);
       for_each_isa([&](auto isa) {
         auto y = poisoned_tensor<T, 2>({2, features});
-        ef::cpu::layer_norm(isa, Eigen::DefaultDevice{},
-                            ef::LayerNormProblem<T, T, T>{y.data(), x.data(), weight.data(),
-                                                          bias.data(), 2, features, 1e-5f});
+        ef::layer_norm_into(on(isa), y, x, weight, bias, {.epsilon = 1e-5f});
         for (Index i = 0; i < y.size(); ++i)
           ASSERT_EQ(static_cast<double>(y.data()[i]), static_cast<double>(bias(i % features)))
               << isa.name << " " << features << " times " << number;

@@ -39,9 +39,7 @@ TYPED_TEST(RmsNorm, EqualsItsDefinitionAtEveryWidth) {
       ASSERT_LT(relative_error(y, expected), tolerance<T>()) << rows << " x " << features;
       for_each_isa([&](auto isa) {
         auto other = poisoned_tensor<T, 2>({rows, features});
-        ef::cpu::rms_norm(isa, kHere,
-                          ef::RmsNormProblem<T, T, T>{other.data(), x.data(), weight.data(), rows,
-                                                      features, kEpsilon});
+        ef::rms_norm_into(on(isa), other, x, weight, {.epsilon = kEpsilon});
         ASSERT_LT(relative_error(other, expected), tolerance<T>())
             << isa.name << " " << rows << " x " << features;
       });
@@ -274,9 +272,7 @@ TYPED_TEST(LayerNorm, EqualsItsDefinitionAtEveryWidth) {
       ASSERT_LT(relative_error(y, expected), tolerance<T>()) << rows << " x " << features;
       for_each_isa([&](auto isa) {
         auto other = poisoned_tensor<T, 2>({rows, features});
-        ef::cpu::layer_norm(isa, kHere,
-                            ef::LayerNormProblem<T, T, T>{other.data(), x.data(), weight.data(),
-                                                          bias.data(), rows, features, epsilon});
+        ef::layer_norm_into(on(isa), other, x, weight, bias, {.epsilon = epsilon});
         ASSERT_LT(relative_error(other, expected), tolerance<T>())
             << isa.name << " " << rows << " x " << features;
       });

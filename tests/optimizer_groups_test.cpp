@@ -13,7 +13,8 @@ namespace {
 template <typename Optimizer, typename Options>
 void compare_groups(const std::vector<Options>& options) {
   Threads threads(2);
-  const std::vector<std::vector<Index>> sizes{{5, 3 * ef::kPieceElements + 2}, {}, {1, 0, 40}};
+  const std::vector<std::vector<Index>> sizes{
+      {5, 3 * ef::problem::kPieceElements + 2}, {}, {1, 0, 40}};
   std::vector<Model> grouped, alone;
   std::vector<typename Optimizer::Group> groups;
   std::vector<Optimizer> optimizers;

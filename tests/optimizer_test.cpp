@@ -27,8 +27,8 @@ ef::Tensor<double, 1> tensor(const std::vector<double>& x) {
 std::vector<Index> edge_sizes() {
   std::vector<Index> sizes;
   for (Index n = 0; n <= 33; ++n) sizes.push_back(n);
-  for (Index n : {ef::kPieceElements - 1, ef::kPieceElements, ef::kPieceElements + 1,
-                  3 * ef::kPieceElements + 17})
+  for (Index n : {ef::problem::kPieceElements - 1, ef::problem::kPieceElements,
+                  ef::problem::kPieceElements + 1, 3 * ef::problem::kPieceElements + 17})
     sizes.push_back(n);
   return sizes;
 }
@@ -130,7 +130,8 @@ TEST(Optimizer, TheContractsConstruction) {
 }
 
 TEST(Optimizer, SameBitsForAnyNumberOfThreads) {
-  const std::vector<Index> sizes{3, 5 * ef::kPieceElements + 3, 1, 4 * ef::kPieceElements};
+  const std::vector<Index> sizes{3, 5 * ef::problem::kPieceElements + 3, 1,
+                                 4 * ef::problem::kPieceElements};
   Model model(sizes);
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 0.01});
   for (int step = 0; step < 3; ++step) optimizer.step();
@@ -180,21 +181,20 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
       ef::Tensor<float, 1> m(size), v(size);
       m.setZero();
       v.setZero();
-      const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(),
-                                     v.data(), size};
-      const ef::AdamWFactors factors{0.1f * 0.01f,
-                                     0.9f,
-                                     0.1f,
-                                     0.999f,
-                                     0.001f,
-                                     1.0f,
-                                     static_cast<float>(1 / std::sqrt(1 - 0.999)),
-                                     1e-8f};
-      ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{},
-                              ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, factors});
+      const ef::problem::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(),
+                                              m.data(), v.data(), size};
+      const ef::problem::AdamWFactors factors{0.1f * 0.01f,
+                                              0.9f,
+                                              0.1f,
+                                              0.999f,
+                                              0.001f,
+                                              1.0f,
+                                              static_cast<float>(1 / std::sqrt(1 - 0.999)),
+                                              1e-8f};
+      execute(on(isa), ef::problem::Optimizer<ef::problem::AdamWFactors>{&piece, 1, factors});
       EXPECT_LE(relative_error(model.values[0], tensor(expected.value)), 1e-5) << isa.name << size;
       double sum = -1, direct = 0;
-      ef::cpu::gradient_squares(isa, Eigen::DefaultDevice{}, &piece, 1, &sum);
+      execute(on(isa), ef::problem::GradientSquares{&piece, 1, &sum});
       for (double g : doubles(model.gradients[0])) direct += g * g;
       EXPECT_NEAR(sum, direct, 1e-12 * direct) << isa.name;
       for (float bad :
@@ -202,10 +202,10 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
         for (Index at = 0; at < size; ++at) {
           bool finite = false;
           const float kept = std::exchange(model.gradients[0](at), 1e30f);
-          ef::cpu::scale_gradients<false>(isa, Eigen::DefaultDevice{}, &piece, 1, 1.0f, &finite);
+          execute(on(isa), ef::problem::ScaleGradients{&piece, 1, 1.0f, &finite});
           ASSERT_TRUE(finite) << isa.name;
           model.gradients[0](at) = bad;
-          ef::cpu::scale_gradients<false>(isa, Eigen::DefaultDevice{}, &piece, 1, 1.0f, &finite);
+          execute(on(isa), ef::problem::ScaleGradients{&piece, 1, 1.0f, &finite});
           ASSERT_FALSE(finite) << isa.name << " " << at;
           model.gradients[0](at) = kept;
         }
@@ -230,12 +230,11 @@ TEST(Optimizer, TheWeightIsRoundedOnceAStep) {
     ef::Tensor<float, 1>&m = state.values[0], &v = state.values[1];
     for (Index i = 0; i < size; ++i) v(i) = std::abs(v(i)) + 0.1f;
     const auto m0 = doubles(m), v0 = doubles(v);
-    const ef::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(), m.data(),
-                                   v.data(), size};
-    const ef::AdamWFactors adamw{1e-5f, 0.875f, 0.125f, 0.5f, 0.5f, 1e-3f, 1.25f, 1e-8f};
+    const ef::problem::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(),
+                                            m.data(), v.data(), size};
+    const ef::problem::AdamWFactors adamw{1e-5f, 0.875f, 0.125f, 0.5f, 0.5f, 1e-3f, 1.25f, 1e-8f};
     ef::Tensor<float, 1> before = model.values[0];
-    ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{},
-                            ef::OptimizerProblem<ef::AdamWFactors>{&piece, 1, adamw});
+    execute(on(isa), ef::problem::Optimizer<ef::problem::AdamWFactors>{&piece, 1, adamw});
     for (Index i = 0; i < size; ++i) {
       const auto k = static_cast<std::size_t>(i);
       const double first = 0.875 * m0[k] + 0.125 * g[k], second = 0.5 * v0[k] + 0.5 * g[k] * g[k];
@@ -247,9 +246,8 @@ TEST(Optimizer, TheWeightIsRoundedOnceAStep) {
     for (bool nesterov : {false, true}) {
       before = model.values[0];
       const auto u0 = doubles(m);
-      const ef::SgdFactors sgd{1e-3f, 0.875f, 0.125f, nesterov};
-      ef::cpu::optimizer_step(isa, Eigen::DefaultDevice{},
-                              ef::OptimizerProblem<ef::SgdFactors>{&piece, 1, sgd});
+      const ef::problem::SgdFactors sgd{1e-3f, 0.875f, 0.125f, nesterov};
+      execute(on(isa), ef::problem::Optimizer<ef::problem::SgdFactors>{&piece, 1, sgd});
       for (Index i = 0; i < size; ++i) {
         const auto k = static_cast<std::size_t>(i);
         const double d = g[k] + 0.125 * static_cast<double>(before(i)), u = 0.875 * u0[k] + d;
@@ -466,7 +464,7 @@ TEST(OptimizerContract, NoParametersAndEmptyOnes) {
 }
 
 TEST(OptimizerContract, AllocatesNothingInAStep) {
-  Model model({100, 2 * ef::kPieceElements});
+  Model model({100, 2 * ef::problem::kPieceElements});
   ef::AdamW optimizer(model.parameters());
   ef::clip_gradient_norm(optimizer.parameters(), 1.0);
   EXPECT_EQ(count_allocations([&] {

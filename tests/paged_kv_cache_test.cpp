@@ -82,7 +82,7 @@ void poison_unused(ef::PagedKvCache<T, Storage>& cache) {
   using Scalar = Storage;
   const Index page_size = cache.config().page_size;
   for (Index layer = 0; layer < cache.config().layers; ++layer) {
-    ef::KvAppendProblem<T, Storage> slots{};
+    ef::problem::KvAppend<T, Storage> slots{};
     slots.target = cache.source(layer);
     std::set<const Scalar*> held;  // first element of each row of head 0 that somebody holds
     for (Index b = 0; b < slots.target.batch; ++b)

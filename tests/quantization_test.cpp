@@ -53,8 +53,9 @@ void check_tensor(const ef::Tensor<T, Rank>& weights) {
   ASSERT_TRUE(same_bits(ef::quantize_weights_int8(threads.device, weights).values, expected));
   for_each_isa([&](auto isa) {
     ef::Tensor<std::int8_t, Rank> other(weights.dimensions());
-    ASSERT_EQ(scale, ef::detail::quantize_tensor_on(isa, Eigen::DefaultDevice{}, other.data(),
-                                                    weights, ef::thread_workspace()));
+    float found = -1;
+    ef::quantize_weights_int8_into(on(isa), other, found, weights);
+    ASSERT_EQ(found, scale) << isa.name;
     ASSERT_TRUE(same_bits(other, expected)) << isa.name;
   });
   const auto back = ef::dequantize(result.values, result.scale);
@@ -383,15 +384,11 @@ void check_int8_linear(Index tokens, Index in, Index out) {
     const ef::Epilogue<> b = with_bias ? ef::Epilogue{}.bias(bias) : ef::Epilogue{};
     for_each_isa([&, &values = qc, &factors = scales](auto isa) {
       auto y = poisoned_tensor<float, 2>({tokens, out});
-      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, factors, b,
-                                 ef::thread_workspace());
+      ef::int8_linear_into(on(isa), y, x, values, factors, b);
       ASSERT_TRUE(same_bits(y, expected))
           << isa.name << " " << tokens << " x " << in << " x " << out;
-      ef::PackedWeight<std::int8_t> packed;
-      ef::detail::pack_int8_values(isa, Eigen::DefaultDevice{}, packed, ef::input_view<2>(values),
-                                   ef::input_view<1>(factors), {});
       y.setZero();
-      ef::detail::linear_with(isa, Eigen::DefaultDevice{}, y, x, packed, b, ef::thread_workspace());
+      ef::linear_into(on(isa), y, x, ef::pack_weight(on(isa), values, factors), b);
       ASSERT_TRUE(same_bits(y, expected))
           << isa.name << " packed " << tokens << " x " << in << " x " << out;
     });
@@ -428,8 +425,7 @@ TEST(Int8Linear, IsExactForTheLargestProducts) {
         ef::reference::int8_linear(x, values, scales, static_cast<const float*>(nullptr));
     for_each_isa([&](auto isa) {
       ef::Tensor<float, 2> y(7, 5);
-      ef::detail::int8_linear_on(isa, Eigen::DefaultDevice{}, y, x, values, scales,
-                                 ef::Epilogue<>{}, ef::thread_workspace());
+      ef::int8_linear_into(on(isa), y, x, values, scales);
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << in;
     });
   }

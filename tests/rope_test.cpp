@@ -42,12 +42,7 @@ TYPED_TEST(Rope, EqualsItsDefinitionAtEveryWidthAndTheTableGivesTheSameBits) {
         ASSERT_TRUE(same_bits(from_table, y));
         for_each_isa([&](auto isa) {
           auto other = poisoned_tensor<T, 3>({6, 3, head_dim});
-          const ef::LengthSpan spanned(positions);
-          auto problem = ef::detail::rope_problem("rope", "y", ef::output_view<3>(other), "x",
-                                                  ef::input_view<3>(x), spanned, false);
-          problem.angles = table.angles();
-          problem.table = table.rows();
-          ef::cpu::rope(isa, kHere, problem);
+          ef::rope_into(on(isa), other, x, positions, table);
           ASSERT_LT(relative_error(other, expected), tolerance<T>())
               << isa.name << " " << head_dim << " " << rotary_dim;
         });

@@ -80,12 +80,9 @@ TEST(SamplingDistribution, EveryIsaKeepsTheSameTokens) {
   const auto expected = ef::reference::sampling_probabilities(
       logits, {.temperature = .9, .top_p = .9f, .min_p = .001});
   const ef::SamplingParams params{.temperature = .9, .top_p = .9f, .min_p = .001};
-  ef::Workspace workspace;
   for_each_isa([&](auto tag) {
     auto actual = poisoned_tensor<float, 2>({2, 3000});
-    const ef::SamplingProblem<float> problem{logits.data(), 2, 3000,    &params, 0,
-                                             nullptr,       0, nullptr, nullptr};
-    ef::cpu::sampling_probabilities(tag, Eigen::DefaultDevice{}, problem, actual.data(), workspace);
+    ef::sampling_probabilities_into(on(tag), actual, logits, params);
     for (Index r = 0; r < 2; ++r) EXPECT_EQ(kept(actual, r), kept(expected, r)) << tag.name;
     EXPECT_LT(relative_error(actual, expected), 1e-6) << tag.name;
   });
@@ -135,13 +132,9 @@ TEST(SamplingRows, GreedyTakesTheLowestIndexOfEquals) {
     EXPECT_TRUE(same_bits(ef::sample(logits, {.temperature = 0}, rng),
                           ef::reference::greedy_sample(logits)))
         << vocab;
-    const ef::SamplingParams greedy{.temperature = 0};
-    ef::Workspace workspace;
     for_each_isa([&](auto tag) {
       Ids ids(3);
-      const ef::SamplingProblem<float> problem{logits.data(), 3, vocab,      &greedy, 0,
-                                               nullptr,       0, ids.data(), nullptr};
-      ef::cpu::greedy_sample(tag, Eigen::DefaultDevice{}, problem, workspace);
+      ef::greedy_sample_into(on(tag), ids, logits);
       EXPECT_TRUE(same_bits(ids, ef::reference::greedy_sample(logits))) << vocab << " " << tag.name;
     });
   }

@@ -25,6 +25,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "cpu/activation.h"
 
@@ -55,9 +56,8 @@ void activation_into(std::string_view name, const D& device, Y y, X x) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, "y", y, "x", x);
   const Index count = checked_size(name, "x", x);
-  cpu::activation(
-      isa::best{}, device,
-      ActivationProblem<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), count});
+  detail::run(device,
+              problem::Activation<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), count});
 }
 
 template <typename Function, typename D, typename GX, typename GY, typename X>
@@ -65,10 +65,8 @@ void activation_backward_into(std::string_view name, const D& device, GX grad_x,
   require_floating_scalars<GX, GY, X>();
   require_same_shape(name, "grad_x", grad_x, "x", x);
   require_same_shape(name, "grad_y", grad_y, "x", x);
-  using Problem = ActivationBackwardProblem<Function, scalar_of<GX>, scalar_of<GY>, scalar_of<X>>;
-  cpu::activation_backward(
-      isa::best{}, device,
-      Problem{grad_x.data(), grad_y.data(), x.data(), checked_size(name, "x", x)});
+  using Problem = problem::ActivationBackward<Function, scalar_of<GX>, scalar_of<GY>, scalar_of<X>>;
+  detail::run(device, Problem{grad_x.data(), grad_y.data(), x.data(), checked_size(name, "x", x)});
 }
 
 template <typename Function, typename D, typename Y, typename Gate, typename Up>
@@ -77,8 +75,8 @@ void gated_into(std::string_view name, const D& device, Y y, Gate gate, Up up) {
   require_same_shape(name, "up", up, "gate", gate);
   require_same_shape(name, "y", y, "gate", gate);
   const Index n = checked_size(name, "gate", gate);
-  using Problem = GatedProblem<Function, scalar_of<Y>, scalar_of<Gate>, scalar_of<Up>>;
-  cpu::gated(isa::best{}, device, Problem{y.data(), gate.data(), up.data(), 1, n, n, n, n});
+  using Problem = problem::Gated<Function, scalar_of<Y>, scalar_of<Gate>, scalar_of<Up>>;
+  detail::run(device, Problem{y.data(), gate.data(), up.data(), 1, n, n, n, n});
 }
 
 template <typename Function, typename D, typename GG, typename GU, typename GY, typename Gate,
@@ -91,10 +89,9 @@ void gated_backward_into(std::string_view name, const D& device, GG grad_gate, G
   require_same_shape(name, "grad_gate", grad_gate, "gate", gate);
   require_same_shape(name, "grad_up", grad_up, "gate", gate);
   const Index n = checked_size(name, "gate", gate);
-  using Problem = GatedBackwardProblem<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>,
-                                       scalar_of<Gate>, scalar_of<Up>>;
-  cpu::gated_backward(isa::best{}, device,
-                      Problem{grad_gate.data(), grad_up.data(), grad_y.data(), gate.data(),
+  using Problem = problem::GatedBackward<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>,
+                                         scalar_of<Gate>, scalar_of<Up>>;
+  detail::run(device, Problem{grad_gate.data(), grad_up.data(), grad_y.data(), gate.data(),
                               up.data(), 1, n, n, n, n});
 }
 
@@ -120,9 +117,8 @@ template <typename Function, typename D, typename Y, typename Fused>
 void gated_fused_into(std::string_view name, const D& device, Y y, Fused fused) {
   require_floating_scalars<Y, Fused>();
   const auto [rows, n] = fused_shape(name, fused, "y", y);
-  using Problem = GatedProblem<Function, scalar_of<Y>, scalar_of<Fused>, scalar_of<Fused>>;
-  cpu::gated(isa::best{}, device,
-             Problem{y.data(), fused.data(), fused.data() + n, rows, n, n, 2 * n, 2 * n});
+  using Problem = problem::Gated<Function, scalar_of<Y>, scalar_of<Fused>, scalar_of<Fused>>;
+  detail::run(device, Problem{y.data(), fused.data(), fused.data() + n, rows, n, n, 2 * n, 2 * n});
 }
 
 template <typename Function, typename D, typename GF, typename GY, typename Fused>
@@ -131,10 +127,9 @@ void gated_fused_backward_into(std::string_view name, const D& device, GF grad_f
   require_floating_scalars<GF, GY, Fused>();
   require_same_shape(name, "grad_gate_up", grad_fused, "gate_up", fused);
   const auto [rows, n] = fused_shape(name, fused, "grad_y", grad_y);
-  using Problem = GatedBackwardProblem<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>,
-                                       scalar_of<Fused>, scalar_of<Fused>>;
-  cpu::gated_backward(isa::best{}, device,
-                      Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(),
+  using Problem = problem::GatedBackward<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>,
+                                         scalar_of<Fused>, scalar_of<Fused>>;
+  detail::run(device, Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(),
                               fused.data() + n, rows, n, 2 * n, n, 2 * n});
 }
 
@@ -381,10 +376,9 @@ void residual_add_into(const D& device, Y&& y, const X& x, const R& residual) {
   detail::require_floating_scalars<decltype(yv), decltype(xv), decltype(rv)>();
   require_same_shape("residual_add", "residual", rv, "x", xv);
   require_same_shape("residual_add", "y", yv, "x", xv);
-  using Problem = ResidualAddProblem<scalar_of<Y>, scalar_of<X>, scalar_of<R>>;
-  cpu::residual_add(
-      isa::best{}, device,
-      Problem{yv.data(), xv.data(), rv.data(), detail::checked_size("residual_add", "x", xv)});
+  using Problem = problem::ResidualAdd<scalar_of<Y>, scalar_of<X>, scalar_of<R>>;
+  detail::run(device, Problem{yv.data(), xv.data(), rv.data(),
+                              detail::checked_size("residual_add", "x", xv)});
 }
 /// Returns x + residual, in the scalar and shape of x.
 template <CpuDevice D, typename X, typename R>

@@ -67,6 +67,7 @@
 
 #include "attention/backward.h"
 #include "attention/problem.h"
+#include "core/dispatch.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -83,7 +84,7 @@ void run_attention(std::string_view name, const D& device, Output& output, const
   // A loop over 2^60 rows without elements would take for ever.
   const bool no_rows = std::find(lse_shape.begin(), lse_shape.end(), Index{0}) != lse_shape.end();
   if (output.size() == 0 && (no_rows || problem.log_sum_exp == nullptr)) return;
-  cpu::attention(isa::best{}, device, problem, workspace);
+  detail::run(device, problem, workspace);
 }
 
 /// Rank of a dense argument; 4 where it is no tensor of rank 3 or 4, so that input_view explains.

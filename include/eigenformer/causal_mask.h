@@ -23,12 +23,10 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/values.h"
 #include "core/visibility.h"
 #include "cpu/causal_mask.h"
-#if defined(__CUDACC__)
-#include "cuda/causal_mask.cuh"
-#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -56,8 +54,8 @@ inline Index causal_mask_key_length(Index query_length, const CausalMaskOptions&
 }
 
 template <typename T>
-CausalMaskProblem<T> causal_mask_problem(T* mask, Index batch, Index query_length, Index key_length,
-                                         const CausalMaskOptions& options) {
+problem::CausalMask<T> causal_mask_problem(T* mask, Index batch, Index query_length,
+                                           Index key_length, const CausalMaskOptions& options) {
   constexpr auto name = "create_causal_mask";
   require_that(batch >= 0, name, "batch_size is ", batch, ", expected 0 or more");
   require_that(query_length >= 0, name, "query_length is ", query_length, ", expected 0 or more");
@@ -105,10 +103,7 @@ void causal_mask_into(const D& device, Mask&& mask, const CausalMaskOptions& opt
                options.key_length);
   const auto problem = detail::causal_mask_problem(view.data(), view.dimension(0),
                                                    view.dimension(1), view.dimension(2), options);
-  if constexpr (is_gpu_device<D>)
-    launch_on_gpu(device, problem);
-  else
-    cpu::causal_mask(isa::best{}, device, problem);
+  detail::run(device, problem);
 }
 
 /// Returns the mask (batch_size, query_length, key_length), every sequence of the batch written

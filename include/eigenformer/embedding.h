@@ -16,6 +16,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/values.h"
 #include "cpu/embedding.h"
@@ -73,11 +74,10 @@ void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) 
   auto out = output_view<rank_of<decltype(id_view)> + 1>(y);
   detail::require_floating_scalars<decltype(out), decltype(rows)>();
   detail::require_embedding("embedding", id_view, "y", out, "table", rows);
-  using Problem = EmbeddingProblem<scalar_of<decltype(out)>, scalar_of<decltype(rows)>,
-                                   scalar_of<decltype(id_view)>>;
-  cpu::embedding(
-      isa::best{}, device,
-      Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
+  using Problem = problem::Embedding<scalar_of<decltype(out)>, scalar_of<decltype(rows)>,
+                                     scalar_of<decltype(id_view)>>;
+  detail::run(device,
+              Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
 }
 
 /// Returns the rows, (tokens, features) or (batch, seq, features), in the table's scalar.
@@ -111,11 +111,10 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
   const auto gradient = input_view<rank_of<decltype(id_view)> + 1>(grad_y);
   detail::require_floating_scalars<decltype(gradient)>();
   detail::require_embedding("embedding_backward", id_view, "grad_y", gradient, "grad_table", rows);
-  using Problem = EmbeddingBackwardProblem<scalar_of<G>, scalar_of<decltype(gradient)>,
-                                           scalar_of<decltype(id_view)>>;
-  cpu::embedding_backward(
-      isa::best{}, device,
-      Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(), rows.dimension(1)});
+  using Problem = problem::EmbeddingBackward<scalar_of<G>, scalar_of<decltype(gradient)>,
+                                             scalar_of<decltype(id_view)>>;
+  detail::run(device, Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(),
+                              rows.dimension(1)});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -260,7 +260,7 @@ class GradScaler {
               double multiplier) {
     Workspace::Frame frame(thread_workspace());
     const Index count = detail::piece_count(parameters);
-    auto* const pieces = frame.take<ParameterPiece>(count);
+    auto* const pieces = frame.take<problem::ParameterPiece>(count);
     auto* const piece_finite = frame.take<bool>(count);
     detail::cut_into_pieces(parameters, pieces);
     detail::scale_pieces(device, pieces, count, factor, piece_finite);

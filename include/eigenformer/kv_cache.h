@@ -37,13 +37,11 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/error.h"
 #include "core/kv_page.h"
 #include "core/kv_source.h"
 #include "cpu/kv_cache.h"
-#if defined(__CUDACC__)
-#include "cuda/kv_cache.cuh"
-#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -201,11 +199,8 @@ void require_quantizable(std::string_view operation, std::string_view name, cons
 /// Where the rows of an append go is the caller's business; that they get there is one call, on any
 /// device.
 template <typename D, typename T, typename Storage>
-void append_kv(const D& device, const KvAppendProblem<T, Storage>& problem) {
-  if constexpr (is_gpu_device<D>)
-    launch_on_gpu(device, problem);
-  else
-    cpu::append_kv(isa::best{}, device, problem);
+void append_kv(const D& device, const problem::KvAppend<T, Storage>& problem) {
+  detail::run(device, problem);
 }
 
 }  // namespace detail
@@ -383,8 +378,8 @@ class KvCache {
     layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
     detail::append_kv(
-        device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added,
-                                            nullptr, target.lengths, layer.capacity(), target});
+        device, problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
+                                              nullptr, target.lengths, layer.capacity(), target});
     layer.set_length(length + added);
     layer.close();
   }
@@ -394,9 +389,8 @@ class KvCache {
     const Layer* layer = find(layer_idx);
     if (layer == nullptr || !layer->closed()) return Tensor<T, 4>(0, 0, 0, 0);
     Tensor<T, 4> output(layer->batch(), layer->length(), layer->kv_heads(), layer->head_dim());
-    cpu::read_kv(
-        isa::best{}, device,
-        KvReadProblem<T, Storage>{layer->source(), layer->length(), values, output.data()});
+    detail::run(device, problem::KvRead<T, Storage>{layer->source(), layer->length(), values,
+                                                    output.data()});
     return output;
   }
 
@@ -475,9 +469,9 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   target.sequence_stride = target.value_sequence_stride = capacity * target.row_stride;
   target.keys = key_rows.data();
   target.values = value_rows.data();
-  detail::append_kv(
-      device, KvAppendProblem<T, Storage>{keys.data(), values.data(), batch * added, added, nullptr,
-                                          positions.data(), capacity, target});
+  detail::append_kv(device,
+                    problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
+                                                  nullptr, positions.data(), capacity, target});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -45,10 +45,10 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
-#include "cpu/isa_granted.h"
-#include "cpu/linear.h"
+#include "cpu/linear_layer.h"
 #include "linear/epilogue.h"
 #include "linear/packed_weight.h"
 
@@ -61,88 +61,21 @@ inline constexpr bool is_packed_weight = false;
 template <typename T>
 inline constexpr bool is_packed_weight<PackedWeight<T>> = true;
 
-/// What plain weights of W are packed to for activations of X.
-template <typename X, typename W>
-using operand_scalar = std::conditional_t<
-    std::is_same_v<X, double> || std::is_same_v<W, double>, double,
-    std::conditional_t<std::is_same_v<X, bfloat16> &&
-                           (std::is_same_v<W, bfloat16> || std::is_same_v<W, float>),
-                       bfloat16, float>>;
-
 /// What exceptions call an operator and its weight.
 struct LinearNames {
   std::string_view operation, weight;
 };
 
-inline void require_packed_layout(std::string_view name, const PanelLayout& packed,
-                                  const PanelLayout& expected, Index rows) {
-  require_that(rows == 0 || packed == expected, name, "weight was packed for ", packed.isa,
-               " (panels of ", packed.columns, "), these kernels read ", expected.isa,
-               " (panels of ", expected.columns, "): pack it again");
-}
-
-/// y = residual + function(sums): the kernel's epilogue for sums of type Sums.
-template <bool Gated, typename Sums, typename Y, typename Function, typename B, typename R>
-auto finish(const Sums& sums, const TensorView<Y, 2>& y, const Epilogue<Function, B, R>& epilogue) {
-  return Finish<Sums, Function, Gated, Y, R>(sums, y.data(), y.dimension(0), y.dimension(1),
-                                             epilogue.residual_data());
-}
-
-/// Plain weights: one (out, in) matrix, or gate and up.
-template <typename Isa, typename D, typename Y, typename X, typename W, int Matrices, typename E>
-void linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x,
-               const WeightRows<W, Matrices>& weight, const E& epilogue, Workspace& workspace) {
+template <typename W>
+constexpr void require_plain_scalar() {
   static_assert(FloatingScalar<W>,
                 "eigenformer: a plain weight is float, double, Eigen::bfloat16 or Eigen::half; for "
-                "int8 use int8_linear "
-                "or pack_weight(values, scales)");
-  using Dot = tile::Dot<operand_scalar<X, W>, X, Isa>;
-  const auto end =
-      finish<(Matrices > 1)>(PlainSums<typename E::bias_scalar>{epilogue.bias_data()}, y, epilogue);
-  cpu::product<Dot>(isa, device,
-                    ProductProblem<X, WeightRows<W, Matrices>, std::remove_const_t<decltype(end)>>{
-                        {x.data(), x.dimension(1), 1},
-                        weight,
-                        x.dimension(0),
-                        y.dimension(1),
-                        x.dimension(1),
-                        end},
-                    workspace);
+                "int8 use int8_linear or pack_weight(values, scales)");
 }
-
-/// Packed weights, a pair where Gated.
-template <bool Gated, typename Isa, typename D, typename Y, typename X, typename S, typename E>
-void packed_linear_on(Isa isa, const D& device, TensorView<Y, 2> y, TensorView<const X, 2> x,
-                      const PackedWeight<S>& weight, const E& epilogue, Workspace& workspace) {
+template <typename X, typename S>
+constexpr void require_packed_scalars() {
   static_assert(std::is_same_v<X, double> == std::is_same_v<S, double>,
                 "eigenformer: double x goes with PackedWeight<double> and with no other");
-  require_packed_layout(Gated ? "gated_linear" : "linear", weight.layout(), panel_layout<S>(isa),
-                        weight.rows());
-  const typename E::bias_scalar* bias = epilogue.bias_data();
-  const auto run = [&](auto dot, const auto& panels, const auto& sums) {
-    const auto end = finish<Gated>(sums, y, epilogue);
-    using Panels = std::remove_cvref_t<decltype(panels)>;
-    cpu::product<decltype(dot)>(
-        isa, device,
-        ProductProblem<X, Panels, std::remove_const_t<decltype(end)>>{{x.data(), x.dimension(1), 1},
-                                                                      panels,
-                                                                      x.dimension(0),
-                                                                      y.dimension(1),
-                                                                      x.dimension(1),
-                                                                      end},
-        workspace);
-  };
-  using B = typename E::bias_scalar;
-  if constexpr (std::is_same_v<S, std::int8_t>) {
-    if (weight.group_size() > 0)
-      run(tile::GroupedDot<Isa>{},
-          GroupedPanels{weight.panels().data, weight.scales(), weight.group_size()},
-          GroupedSums<B>{bias});
-    else
-      run(tile::Dot<S, X, Isa>{}, weight.panels(), ScaledSums<B>{bias, weight.scales()});
-  } else {
-    run(tile::Dot<S, X, Isa>{}, weight.panels(), PlainSums<B>{bias});
-  }
 }
 
 /// Checks of scalars and shapes that all forms share. `rows` are the layer's outputs, `matrices`
@@ -180,52 +113,57 @@ void require_linear(const LinearNames& names, const Y& y, const X& x, const E& e
                  epilogue.residual_columns(), "), y has shape ", shape_text(y));
 }
 
-/// Views of the arguments, checks, the kernel of a tag.
-template <typename Isa, typename D, typename Output, typename Input, typename Weight, typename E>
-void linear_with(Isa isa, const D& device, Output& y, const Input& x, const Weight& weight,
-                 const E& epilogue, Workspace& workspace) {
-  const auto y_view = output_view<2>(y);
-  const auto x_view = input_view<2>(x);
+template <typename Output, typename Input, typename Weight, typename E>
+auto linear_problem(Output& y, const Input& x, const Weight& weight, const E& epilogue) {
+  const auto to = output_view<2>(y);
+  const auto from = input_view<2>(x);
+  using Y = scalar_of<Output>;
+  using X = scalar_of<Input>;
+  const Index tokens = from.dimension(0), in = from.dimension(1), out = to.dimension(1);
   if constexpr (is_packed_weight<Weight>) {
-    require_linear({"linear", "weight"}, y_view, x_view, epilogue, weight.rows(), weight.columns(),
-                   1);
-    packed_linear_on<false>(isa, device, y_view, x_view, weight, epilogue, workspace);
+    using S = typename Weight::scalar;
+    require_packed_scalars<X, S>();
+    require_linear({"linear", "weight"}, to, from, epilogue, weight.rows(), weight.columns(), 1);
+    return problem::PackedLinear<Y, X, S, false, E>{to.data(), from.data(), weight,  tokens,
+                                                    in,        out,         epilogue};
   } else {
     const auto w = input_view<2>(weight);
     using W = scalar_of<Weight>;
+    require_plain_scalar<W>();
     checked_size("linear", "weight", w);
-    require_linear({"linear", "weight"}, y_view, x_view, epilogue, w.dimension(0), w.dimension(1),
-                   1);
-    linear_on(isa, device, y_view, x_view,
-              WeightRows<W, 1>{{{w.data(), w.dimension(1), 1}}, w.dimension(0)}, epilogue,
-              workspace);
+    require_linear({"linear", "weight"}, to, from, epilogue, w.dimension(0), w.dimension(1), 1);
+    return problem::Linear<Y, X, W, 1, E>{to.data(), from.data(), {w.data()}, tokens,
+                                          in,        out,         epilogue};
   }
 }
 
-template <typename Isa, typename D, typename Output, typename Input, typename S, typename E>
-void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x,
-                       const PackedGatedWeight<S>& weight, const E& epilogue,
-                       Workspace& workspace) {
-  const auto y_view = output_view<2>(y);
-  const auto x_view = input_view<2>(x);
-  require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, weight.rows(),
-                 weight.columns(), 2);
-  packed_linear_on<true>(isa, device, y_view, x_view, weight.pair(), epilogue, workspace);
+template <typename Output, typename Input, typename S, typename E>
+auto gated_linear_problem(Output& y, const Input& x, const PackedGatedWeight<S>& weight,
+                          const E& epilogue) {
+  const auto to = output_view<2>(y);
+  const auto from = input_view<2>(x);
+  using X = scalar_of<Input>;
+  require_packed_scalars<X, S>();
+  require_linear({"gated_linear", "gate"}, to, from, epilogue, weight.rows(), weight.columns(), 2);
+  return problem::PackedLinear<scalar_of<Output>, X, S, true, E>{
+      to.data(),         from.data(),     weight.pair(), from.dimension(0),
+      from.dimension(1), to.dimension(1), epilogue};
 }
 
-template <typename Isa, typename D, typename Output, typename Input, typename W, typename E>
-void gated_linear_with(Isa isa, const D& device, Output& y, const Input& x,
-                       const TensorView<const W, 2>& gate, const TensorView<const W, 2>& up,
-                       const E& epilogue, Workspace& workspace) {
-  const auto y_view = output_view<2>(y);
-  const auto x_view = input_view<2>(x);
-  checked_size("gated_linear", "gate", gate);
-  require_same_shape("gated_linear", "gate", gate, "up", up);
-  const Index rows = gate.dimension(0), in = gate.dimension(1);
-  require_linear({"gated_linear", "gate"}, y_view, x_view, epilogue, rows, in, 2);
-  linear_on(isa, device, y_view, x_view,
-            WeightRows<W, 2>{{{gate.data(), in, 1}, {up.data(), in, 1}}, rows}, epilogue,
-            workspace);
+template <typename Output, typename Input, typename Gate, typename Up, typename E>
+auto gated_linear_problem(Output& y, const Input& x, const Gate& gate, const Up& up,
+                          const E& epilogue) {
+  const auto to = output_view<2>(y);
+  const auto from = input_view<2>(x);
+  const auto g = input_view<2>(gate), u = input_view<2>(up);
+  using W = scalar_of<Gate>;
+  require_plain_scalar<W>();
+  checked_size("gated_linear", "gate", g);
+  require_same_shape("gated_linear", "gate", g, "up", u);
+  require_linear({"gated_linear", "gate"}, to, from, epilogue, g.dimension(0), g.dimension(1), 2);
+  return problem::Linear<scalar_of<Output>, scalar_of<Input>, W, 2, E>{
+      to.data(),       from.data(), {g.data(), u.data()}, from.dimension(0), from.dimension(1),
+      to.dimension(1), epilogue};
 }
 
 template <typename Weight>
@@ -255,8 +193,7 @@ template <CpuDevice D, typename Output, typename Input, typename Weight, typenam
   requires detail::is_epilogue<E>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
                  const E& epilogue, Workspace& workspace = thread_workspace()) {
-  cpu::with_granted_isa(
-      [&](auto isa) { detail::linear_with(isa, device, y, x, weight, epilogue, workspace); });
+  detail::run(device, detail::linear_problem(y, x, weight, epilogue), workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
@@ -307,8 +244,7 @@ template <CpuDevice D, typename Output, typename Input, typename S, typename E>
 void gated_linear_into(const D& device, Output&& y, const Input& x,
                        const PackedGatedWeight<S>& weight, const E& epilogue,
                        Workspace& workspace = thread_workspace()) {
-  cpu::with_granted_isa(
-      [&](auto isa) { detail::gated_linear_with(isa, device, y, x, weight, epilogue, workspace); });
+  detail::run(device, detail::gated_linear_problem(y, x, weight, epilogue), workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Gate, typename Up, typename E>
   requires detail::is_epilogue<E>
@@ -316,9 +252,7 @@ void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& 
                        const E& epilogue, Workspace& workspace = thread_workspace()) {
   static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
                 "eigenformer: gate and up have one scalar");
-  const auto g = input_view<2>(gate), u = input_view<2>(up);
-  cpu::with_granted_isa(
-      [&](auto isa) { detail::gated_linear_with(isa, device, y, x, g, u, epilogue, workspace); });
+  detail::run(device, detail::gated_linear_problem(y, x, gate, up, epilogue), workspace);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -32,6 +32,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/values.h"
 #include "core/workspace.h"
@@ -99,17 +100,17 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits,
   LossResult result;
   result.count = checked_target_count(targets, rows, classes, options.ignore_index);
   Workspace::Frame frame(workspace);
-  const CrossEntropyProblem<L, G> problem{logits.data(),
-                                          targets,
-                                          gradient,
-                                          frame.take<double>(rows),
-                                          rows,
-                                          classes,
-                                          gradient_scale,
-                                          options.ignore_index,
-                                          options.label_smoothing,
-                                          options.z_loss};
-  cpu::cross_entropy(isa::best{}, device, problem);
+  const problem::CrossEntropy<L, G> problem{logits.data(),
+                                            targets,
+                                            gradient,
+                                            frame.take<double>(rows),
+                                            rows,
+                                            classes,
+                                            gradient_scale,
+                                            options.ignore_index,
+                                            options.label_smoothing,
+                                            options.z_loss};
+  detail::run(device, problem);
   for (Index r = 0; r < rows; ++r) result.sum += problem.row_loss[r];
   return result;
 }

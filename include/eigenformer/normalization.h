@@ -31,13 +31,11 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/layer_norm.h"
 #include "cpu/normalization.h"
-#if defined(__CUDACC__)
-#include "cuda/normalization.cuh"
-#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -81,7 +79,7 @@ void require_features(std::string_view name, std::string_view w_name, const W& w
 }
 
 template <typename Y, typename X, typename W>
-RmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
+problem::RmsNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
     std::string_view name, Y y, std::string_view x_name, X x, W weight,
     const RmsNormOptions& options) {
   require_floating_scalars<Y, X, W>();
@@ -103,10 +101,7 @@ void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight,
   const auto problem =
       detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x", detail::norm_input(x),
                                input_view<1>(weight), options);
-  if constexpr (is_gpu_device<D>)
-    launch_on_gpu(device, problem);
-  else
-    cpu::rms_norm(isa::best{}, device, problem);
+  detail::run(device, problem);
 }
 
 /// Returns RMSNorm(x) * weight, in the scalar and shape of x.
@@ -138,8 +133,8 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
   const auto norm =
       detail::rms_norm_problem(name, output_view<rank_of<X>>(y), "residual",
                                detail::norm_input(residual), input_view<1>(weight), options);
-  using Problem = AddRmsNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<R>, scalar_of<W>>;
-  cpu::add_rms_norm(isa::best{}, device, Problem{norm, sum.data(), addend.data()});
+  using Problem = problem::AddRmsNorm<scalar_of<Y>, scalar_of<X>, scalar_of<R>, scalar_of<W>>;
+  detail::run(device, Problem{norm, sum.data(), addend.data()});
 }
 
 /// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the
@@ -165,13 +160,12 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
   detail::require_features(name, "grad_weight", gw, "x", shape.features);
   detail::require_epsilon(name, options.epsilon);
 
-  using Problem = RmsNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>, scalar_of<X>,
-                                         scalar_of<W>>;
+  using Problem = problem::RmsNormBackward<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>,
+                                           scalar_of<X>, scalar_of<W>>;
   Workspace::Frame frame(workspace);
-  auto* row_scratch = frame.take<RmsNormRow<typename Problem::compute>>(shape.rows);
-  cpu::rms_norm_backward(isa::best{}, device,
-                         Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows,
-                                 shape.features, options.epsilon, row_scratch});
+  auto* row_scratch = frame.take<problem::RmsNormRow<typename Problem::compute>>(shape.rows);
+  detail::run(device, Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows,
+                              shape.features, options.epsilon, row_scratch});
 }
 
 /// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
@@ -188,10 +182,9 @@ void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const 
   detail::require_features(name, "weight", w, "x", shape.features);
   detail::require_features(name, "bias", b, "x", shape.features);
   detail::require_epsilon(name, options.epsilon);
-  using Problem = LayerNormProblem<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;
-  cpu::layer_norm(isa::best{}, device,
-                  Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features,
-                          options.epsilon});
+  using Problem = problem::LayerNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;
+  detail::run(device, Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features,
+                              options.epsilon});
 }
 
 /// Returns LayerNorm(x) * weight + bias, in the scalar and shape of x.
@@ -235,13 +228,12 @@ void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB
   detail::require_features(name, "grad_bias", gb, "x", shape.features);
   detail::require_epsilon(name, options.epsilon);
 
-  using Problem = LayerNormBackwardProblem<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>,
-                                           scalar_of<X>, scalar_of<W>>;
+  using Problem = problem::LayerNormBackward<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>,
+                                             scalar_of<X>, scalar_of<W>>;
   Workspace::Frame frame(workspace);
-  auto* row_scratch = frame.take<LayerNormRow<typename Problem::compute>>(shape.rows);
-  cpu::layer_norm_backward(isa::best{}, device,
-                           Problem{gx.data(), gw.data(), gb.data(), gy.data(), xv.data(), w.data(),
-                                   shape.rows, shape.features, options.epsilon, row_scratch});
+  auto* row_scratch = frame.take<problem::LayerNormRow<typename Problem::compute>>(shape.rows);
+  detail::run(device, Problem{gx.data(), gw.data(), gb.data(), gy.data(), xv.data(), w.data(),
+                              shape.rows, shape.features, options.epsilon, row_scratch});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -80,7 +80,7 @@ struct AdamWRules {
     require_beta(name, "beta2", group, o.beta2);
     require_rate(name, "epsilon", group, o.epsilon);
   }
-  static AdamWFactors factors(const AdamWOptions& o, Index step) {
+  static problem::AdamWFactors factors(const AdamWOptions& o, Index step) {
     const double t = static_cast<double>(step);
     return {static_cast<float>(o.learning_rate * o.weight_decay),
             static_cast<float>(o.beta1),
@@ -104,7 +104,7 @@ struct SgdRules {
     require_that(!o.nesterov || o.momentum > 0, name, "nesterov of group ", group,
                  " is set, momentum is 0, expected a momentum");
   }
-  static SgdFactors factors(const SgdOptions& o, Index) {
+  static problem::SgdFactors factors(const SgdOptions& o, Index) {
     return {static_cast<float>(o.learning_rate), static_cast<float>(o.momentum),
             static_cast<float>(o.weight_decay), o.nesterov};
   }
@@ -239,10 +239,10 @@ double gradient_norm(const D& device, std::span<const Parameter> parameters,
   detail::check_parameters("gradient_norm", parameters);
   Workspace::Frame frame(workspace);
   const Index count = detail::piece_count(parameters);
-  auto* pieces = frame.take<ParameterPiece>(count);
+  auto* pieces = frame.take<problem::ParameterPiece>(count);
   auto* sums = frame.take<double>(count);
   detail::cut_into_pieces(parameters, pieces);
-  cpu::gradient_squares(isa::best{}, device, pieces, count, sums);
+  detail::run(device, problem::GradientSquares{pieces, count, sums});
   double total = 0;
   for (Index i = 0; i < count; ++i) total += sums[i];
   return std::sqrt(total);
@@ -256,19 +256,17 @@ namespace detail {
 /// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite
 /// numbers afterwards.
 template <CpuDevice D>
-void scale_pieces(const D& device, const ParameterPiece* pieces, Index count, double factor,
-                  bool* finite) {
+void scale_pieces(const D& device, const problem::ParameterPiece* pieces, Index count,
+                  double factor, bool* finite) {
   constexpr double kSmallest = (std::numeric_limits<float>::min)();
   if (factor == 1.0) {  // nothing to write
-    cpu::scale_gradients<false>(isa::best{}, device, pieces, count, 1.0f, finite);
+    run(device, problem::ScaleGradients{pieces, count, 1.0f, finite});
   } else if (factor != 0 && std::abs(factor) < kSmallest) {  // in two, or few of its bits are left
-    cpu::scale_gradients<true>(isa::best{}, device, pieces, count,
-                               static_cast<float>(factor / kSmallest), finite);
-    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(kSmallest),
-                               finite);
+    run(device,
+        problem::ScaleGradients{pieces, count, static_cast<float>(factor / kSmallest), finite});
+    run(device, problem::ScaleGradients{pieces, count, static_cast<float>(kSmallest), finite});
   } else {
-    cpu::scale_gradients<true>(isa::best{}, device, pieces, count, static_cast<float>(factor),
-                               finite);
+    run(device, problem::ScaleGradients{pieces, count, static_cast<float>(factor), finite});
   }
 }
 
@@ -289,7 +287,7 @@ bool scale_gradients(const D& device, std::span<const Parameter> parameters, dou
   detail::require_factor("scale_gradients", "factor", factor);
   Workspace::Frame frame(workspace);
   const Index count = detail::piece_count(parameters);
-  auto* pieces = frame.take<ParameterPiece>(count);
+  auto* pieces = frame.take<problem::ParameterPiece>(count);
   auto* finite = frame.take<bool>(count);
   detail::cut_into_pieces(parameters, pieces);
   detail::scale_pieces(device, pieces, count, factor, finite);

@@ -36,6 +36,7 @@
 #include <utility>
 #include <vector>
 
+#include "core/dispatch.h"
 #include "core/page_pool.h"
 #include "core/paged_kv_config.h"
 #include "kv_cache.h"
@@ -386,7 +387,7 @@ class PagedKvCache {
     }
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
-    detail::append_kv(device, KvAppendProblem<T, Storage>{
+    detail::append_kv(device, problem::KvAppend<T, Storage>{
                                   keys.data(), values.data(), keys.dimension(0), each, offsets,
                                   selection.lengths.data(), total_slots(), target});
     for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
@@ -459,8 +460,8 @@ class PagedKvCache {
     const Index length = lengths_[layer][at];
     Tensor<T, 3> output(length, config_.kv_heads, config_.head_dim);
     const auto one = source_of(layer, 1, &lengths_[layer][at], &tables_[at]);
-    cpu::read_kv(isa::best{}, Eigen::DefaultDevice{},
-                 KvReadProblem<T, Storage>{one, length, values, output.data()});
+    detail::run(Eigen::DefaultDevice{},
+                problem::KvRead<T, Storage>{one, length, values, output.data()});
     return output;
   }
 

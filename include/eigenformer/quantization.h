@@ -26,13 +26,11 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/quantization.h"
 #include "linear.h"
-#if defined(__CUDACC__)
-#include "cuda/quantization.cuh"
-#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -78,41 +76,16 @@ constexpr void require_int8_values() {
                 "eigenformer: quantized values are std::int8_t");
 }
 
-template <typename Isa, typename D, typename View>
-float quantize_tensor_on(Isa isa, const D& device, std::int8_t* values, const View& weights,
-                         Workspace& workspace) {
-  using T = scalar_of<View>;
-  const Index count = checked_size("quantize_weights_int8", "weights", weights);
-  Workspace::Frame frame(workspace);
-  auto* parts = frame.take<compute_type<T>>(count / cpu::kQuantizeChunk + 1);
-  const auto found = cpu::tensor_magnitude(isa, device, weights.data(), count, parts);
-  const float scale = cpu::int8_scale(found.largest);
-  if (!found.finite || !std::isfinite(scale))
-    throw_not_quantizable("quantize_weights_int8", "weights", weights,
-                          cpu::first_not_quantizable(weights.data(), count));
-  cpu::quantize_tensor(isa, device, weights.data(), count, scale, values);
-  return scale;
-}
-
-template <typename Isa, typename D, typename View>
-void quantize_groups_on(Isa isa, const D& device, std::string_view name, std::int8_t* values,
-                        float* scales, const View& weights, Index group,
-                        const QuantizeOptions& options, Workspace& workspace) {
-  using T = scalar_of<View>;
-  const Index rows = weights.dimension(0), columns = weights.dimension(1);
-  const QuantizeProblem<T> problem{weights.data(), values, scales, rows, columns, group};
-  const auto require_quantizable = [&](bool quantizable) {
-    if (!quantizable)
-      throw_not_quantizable(name, "weights", weights,
-                            cpu::first_not_quantizable(weights.data(), rows * columns));
-  };
-  if (rows == 0 || columns == 0) return;
-  if (!options.check_first) return require_quantizable(cpu::quantize_at_once(isa, device, problem));
-  Workspace::Frame frame(workspace);
-  float* found = frame.take<float>(rows * problem.groups());
-  require_quantizable(cpu::group_scales(isa, device, weights.data(), rows, columns, group, found));
-  std::copy_n(found, rows * problem.groups(), scales);
-  cpu::quantize_values(isa, device, problem);
+template <typename D, typename View>
+void quantize_groups(const D& device, std::string_view name, std::int8_t* values, float* scales,
+                     const View& weights, Index group, const QuantizeOptions& options,
+                     Workspace& workspace) {
+  const problem::Quantize<scalar_of<View>> problem{
+      weights.data(),     values, scales, weights.dimension(0), weights.dimension(1), group,
+      options.check_first};
+  if (!run(device, problem, workspace))
+    throw_not_quantizable(name, "weights", weights,
+                          cpu::first_not_quantizable(weights.data(), weights.size()));
 }
 
 }  // namespace detail
@@ -126,8 +99,15 @@ void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
   detail::require_int8_values<Values>();
   const auto from = input_view<rank>(weights);
   auto to = output_view<rank>(values);
-  require_same_shape("quantize_weights_int8", "values", to, "weights", from);
-  scale = detail::quantize_tensor_on(isa::best{}, device, to.data(), from, workspace);
+  constexpr auto name = "quantize_weights_int8";
+  require_same_shape(name, "values", to, "weights", from);
+  const Index count = detail::checked_size(name, "weights", from);
+  if (!detail::run(
+          device,
+          problem::QuantizeTensor<scalar_of<Weights>>{from.data(), to.data(), &scale, count},
+          workspace))
+    detail::throw_not_quantizable(name, "weights", from,
+                                  cpu::first_not_quantizable(from.data(), count));
 }
 
 template <CpuDevice D, typename Weights>
@@ -161,17 +141,8 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   require_same_shape(name, "values", to, "weights", from);
   require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
                " elements, weights has ", from.dimension(0), " rows");
-  if constexpr (is_gpu_device<D>) {
-    (void)options, (void)workspace;
-    launch_on_gpu(device,
-                  QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0),
-                                     from.dimension(1), from.dimension(1)});
-  } else if (from.dimension(1) == 0) {
-    std::fill_n(factors.data(), factors.size(), 1.0f);
-  } else {
-    detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from,
-                               from.dimension(1), options, workspace);
-  }
+  detail::quantize_groups(device, name, to.data(), factors.data(), from, from.dimension(1), options,
+                          workspace);
 }
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
@@ -216,8 +187,8 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name,
                "scales has shape ", detail::shape_text(factors), ", expected (", from.dimension(0),
                ", ", groups, ")");
-  detail::quantize_groups_on(isa::best{}, device, name, to.data(), factors.data(), from, group_size,
-                             options, workspace);
+  detail::quantize_groups(device, name, to.data(), factors.data(), from, group_size, options,
+                          workspace);
 }
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
@@ -261,10 +232,8 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
   require_same_shape(name, "values", to, "x", from);
   require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
                " elements, x has ", from.dimension(0), " tokens");
-  cpu::quantize_activations(
-      isa::best{}, device,
-      QuantizeProblem<T>{from.data(), to.data(), factors.data(), from.dimension(0),
-                         from.dimension(1), from.dimension(1)});
+  detail::run(device, problem::QuantizeActivations<T>{from.data(), to.data(), factors.data(),
+                                                      from.dimension(0), from.dimension(1)});
 }
 
 namespace detail {
@@ -289,9 +258,8 @@ void dequantize_groups(std::string_view name, const D& device, Output& weights,
   const auto from = input_view<2>(values);
   auto* to = dequantized(name, weights, values);
   if (values.size() == 0) return;  // any number of rows may be empty
-  cpu::dequantize(isa::best{}, device,
-                  DequantizeProblem<scalar_of<Output>>{from.data(), scales, to, from.dimension(0),
-                                                       from.dimension(1), group});
+  detail::run(device, problem::Dequantize<scalar_of<Output>>{
+                          from.data(), scales, to, from.dimension(0), from.dimension(1), group});
 }
 
 }  // namespace detail
@@ -301,7 +269,8 @@ template <CpuDevice D, typename Output, typename Values>
 void dequantize_into(const D& device, Output&& weights, const Values& values, float scale) {
   const auto from = input_view<rank_of<Values>>(values);
   auto* to = detail::dequantized("dequantize", weights, values);
-  cpu::dequantize_tensor(isa::best{}, device, from.data(), from.size(), scale, to);
+  detail::run(device,
+              problem::DequantizeTensor<scalar_of<Output>>{from.data(), scale, to, from.size()});
 }
 
 /// weights (out, in) = values * scales (out), row by row; whatever a scale is: NaN gives a row of
@@ -364,10 +333,9 @@ Tensor<float, 2> dequantize_grouped(const Values& values, const Scales& scales, 
 
 namespace detail {
 
-template <typename Isa, typename D, typename Output, typename Input, typename Values,
-          typename Scales, typename E>
-void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const Values& values,
-                    const Scales& scales, const E& epilogue, Workspace& workspace) {
+template <typename Output, typename Input, typename Values, typename Scales, typename E>
+auto int8_linear_problem(Output& y, const Input& x, const Values& values, const Scales& scales,
+                         const E& epilogue) {
   using X = scalar_of<Input>;
   require_int8_values<Values>();
   static_assert(!std::is_same_v<X, double>,
@@ -384,13 +352,8 @@ void int8_linear_on(Isa isa, const D& device, Output& y, const Input& x, const V
                " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
   require_scales("int8_linear", factors);
-  const auto end = finish<false>(
-      ScaledSums<typename E::bias_scalar>{epilogue.bias_data(), factors.data()}, to, epilogue);
-  cpu::product<tile::Dot<std::int8_t, X, Isa>>(
-      isa, device,
-      ProductProblem<X, WeightRows<std::int8_t, 1>, std::remove_const_t<decltype(end)>>{
-          {from.data(), in, 1}, {{{weight.data(), in, 1}}, out}, tokens, out, in, end},
-      workspace);
+  return problem::Int8Linear<scalar_of<Output>, X, E>{
+      to.data(), from.data(), weight.data(), factors.data(), tokens, in, out, epilogue};
 }
 
 }  // namespace detail
@@ -406,9 +369,7 @@ template <CpuDevice D, typename Output, typename Input, typename Values, typenam
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
                       const Scales& scales, const E& epilogue,
                       Workspace& workspace = thread_workspace()) {
-  cpu::with_granted_isa([&](auto isa) {
-    detail::int8_linear_on(isa, device, y, x, values, scales, epilogue, workspace);
-  });
+  detail::run(device, detail::int8_linear_problem(y, x, values, scales, epilogue), workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,

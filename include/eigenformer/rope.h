@@ -32,6 +32,7 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/values.h"
 #include "core/workspace.h"
@@ -107,9 +108,10 @@ auto rope_result(const X& x, const LengthSpan& positions) {
 
 /// Everything but the angles, checked.
 template <typename Y, typename X>
-RopeProblem<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name, std::string_view y_name,
-                                                     Y y, std::string_view x_name, X x,
-                                                     const LengthSpan& positions, bool inverse) {
+problem::Rope<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name,
+                                                       std::string_view y_name, Y y,
+                                                       std::string_view x_name, X x,
+                                                       const LengthSpan& positions, bool inverse) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, y_name, y, x_name, x);
   constexpr int rank = rank_of<X>;
@@ -152,7 +154,7 @@ class BasicRopeTable {
   const RopeOptions& options() const { return options_; }
 
   /// For kernels: how rows are laid out, and the first of them.
-  RopeAngles angles() const {
+  problem::RopeAngles angles() const {
     return {frequencies_.data(), rotary_dim_, options_.layout, static_cast<double>(options_.scale)};
   }
   const C* rows() const { return rows_.data(); }
@@ -180,7 +182,7 @@ void rope_with_options(std::string_view name, const D& device, Problem problem,
   problem.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale)};
   problem.rows =
       frame.take<typename Problem::compute>(worker_count(device) * problem.angles.row_size());
-  cpu::rope(isa::best{}, device, problem);
+  detail::run(device, problem);
 }
 
 template <typename D, typename Problem, typename C>
@@ -197,7 +199,7 @@ void rope_with_table(std::string_view name, const D& device, Problem problem,
                  table.max_positions() - 1);
   problem.angles = table.angles();
   problem.table = table.rows();
-  cpu::rope(isa::best{}, device, problem);
+  detail::run(device, problem);
 }
 
 }  // namespace detail

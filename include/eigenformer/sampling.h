@@ -67,15 +67,13 @@
 
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/sampling.h"
 #include "cpu/sampling_log_probabilities.h"
 #include "cpu/sampling_speculative.h"
 #include "sampling/params.h"
-#if defined(__CUDACC__)
-#include "cuda/sampling.cuh"
-#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -183,19 +181,19 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
-  return SamplingProblem<T>{logits.data(),
-                            logits.dimension(0),
-                            logits.dimension(1),
-                            params.data,
-                            params.per_row ? 1 : 0,
-                            nullptr,
-                            0,
-                            ids,
-                            statuses};
+  return problem::Sampling<T>{logits.data(),
+                              logits.dimension(0),
+                              logits.dimension(1),
+                              params.data,
+                              params.per_row ? 1 : 0,
+                              nullptr,
+                              0,
+                              ids,
+                              statuses};
 }
 
 template <typename T>
-void set_generators(std::string_view name, SamplingProblem<T>& problem, const Generators& rng) {
+void set_generators(std::string_view name, problem::Sampling<T>& problem, const Generators& rng) {
   check_generators(name, "logits", rng, problem.batch);
   problem.generators = rng.data();
   problem.generators_stride = rng.per_row() ? 1 : 0;
@@ -233,10 +231,7 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
   auto problem = sampling_problem(name, view, params, out.data(),
                                   statuses.empty() ? nullptr : statuses.data());
   set_generators(name, problem, rng);
-  if constexpr (is_gpu_device<D>)
-    launch_on_gpu(device, problem);
-  else
-    cpu::sample(isa::best{}, device, problem, workspace);
+  detail::run(device, problem, workspace);
   rng.advance();
 }
 
@@ -248,7 +243,7 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   Tensor<std::int32_t, 1> ids(view.dimension(0));
   auto problem = sampling_problem(name, view, params, ids.data(), statuses.data());
   set_generators(name, problem, rng);
-  cpu::sample(isa::best{}, device, problem, thread_workspace());
+  detail::run(device, problem, thread_workspace());
   require_good_rows(name, statuses);
   rng.advance();
   return ids;
@@ -277,10 +272,7 @@ void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
   const SamplingParams greedy{.temperature = 0};
   const auto problem = detail::sampling_problem("greedy_sample", view, greedy, out.data(),
                                                 statuses.empty() ? nullptr : statuses.data());
-  if constexpr (is_gpu_device<D>)
-    launch_on_gpu(device, problem);
-  else
-    cpu::greedy_sample(isa::best{}, device, problem, workspace);
+  detail::run(device, problem::GreedySampling<scalar_of<Logits>>{problem}, workspace);
 }
 
 /// Returns the ids (batch). Throws std::invalid_argument.
@@ -397,7 +389,7 @@ void sampling_probabilities_into(const D& device, Out& probabilities, const Logi
                " rows");
   const auto problem =
       sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
-  cpu::sampling_probabilities(isa::best{}, device, problem, out.data(), workspace);
+  run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()}, workspace);
 }
 
 template <CpuDevice D, typename Logits>

@@ -33,6 +33,7 @@
 #include "communicator.h"
 #include "core/check.h"
 #include "core/device.h"
+#include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/tensor_parallel.h"
@@ -186,8 +187,7 @@ void gather_features(const D& device, T* whole, Index tokens, Index features, C&
   communicator.all_gather(std::span<const T>(part, static_cast<std::size_t>(tokens * own.size())),
                           std::span<T>(parts, static_cast<std::size_t>(tokens * features)),
                           std::span<const Index>(counts));
-  if (!in_order)
-    cpu::interleave(device, InterleaveProblem<T>{parts, whole, tokens, features, ranks});
+  if (!in_order) detail::run(device, problem::Interleave<T>{parts, whole, tokens, features, ranks});
 }
 
 template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>

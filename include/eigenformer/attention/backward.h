@@ -40,6 +40,7 @@
 
 #include <algorithm>
 
+#include "../core/dispatch.h"
 #include "../cpu/attention_backward.h"
 #include "problem.h"
 
@@ -72,8 +73,8 @@ template <typename D, typename T, typename GQ, typename GK, typename GV, typenam
 void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, GK& grad_k,
                             GV& grad_v, const GO& grad_out, const Q& q, const K& k, const V& v,
                             const O& out, const L& lse, bool packed, Index key_rows,
-                            const AttentionOptions& options, const AttentionProblem<T, T>& forward,
-                            Workspace& workspace) {
+                            const AttentionOptions& options,
+                            const problem::Attention<T, T>& forward, Workspace& workspace) {
   static_assert(std::is_same_v<scalar_of<GO>, T> && std::is_same_v<scalar_of<O>, T>,
                 "eigenformer: grad_out and out have the scalar type of q");
   static_assert(std::is_same_v<scalar_of<GQ>, T> && std::is_same_v<scalar_of<GK>, T> &&
@@ -96,7 +97,7 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
     return;
   }
 
-  AttentionBackwardProblem<T> problem;
+  problem::AttentionBackward<T> problem;
   problem.forward = forward;
   problem.grad_output = grad_out.data();
   problem.grad_queries = grad_q.data();
@@ -104,7 +105,7 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
   problem.grad_values = grad_v.data();
   problem.key_rows = key_rows;
   problem.grad_sinks = options.sinks_gradient.empty() ? nullptr : options.sinks_gradient.data();
-  cpu::attention_backward(isa::best{}, device, problem, workspace);
+  detail::run(device, problem, workspace);
 }
 
 }  // namespace detail

@@ -1,5 +1,5 @@
 /// \file
-/// From the arguments of an attention call to a checked AttentionProblem: every refusal of
+/// From the arguments of an attention call to a checked problem::Attention: every refusal of
 /// attention is here. Nothing is written before all checks have passed.
 #pragma once
 
@@ -59,10 +59,10 @@ inline void check_attention_options(std::string_view name, const AttentionOption
 
 /// What options and widths say, everything but pointers and sequences.
 template <typename TQ, typename TKV>
-AttentionProblem<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads,
-                                            Index kv_heads, Index head_dim, Index value_dim) {
+problem::Attention<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads,
+                                              Index kv_heads, Index head_dim, Index value_dim) {
   using C = compute_type<TQ>;
-  AttentionProblem<TQ, TKV> p;
+  problem::Attention<TQ, TKV> p;
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;
@@ -88,8 +88,8 @@ inline void check_query_lengths(std::string_view name, const AttentionOptions& o
 }
 
 /// Sequence b of tensors (batch, rows, heads, width), its queries the last ones of its keys.
-inline AttentionSequence aligned_sequence(Index b, Index rows, Index heads, Index queries,
-                                          Index key_length) {
+inline problem::AttentionSequence aligned_sequence(Index b, Index rows, Index heads, Index queries,
+                                                   Index key_length) {
   return {b * rows, queries, rows, b, 0, key_length, key_length - queries, b * heads * rows};
 }
 
@@ -129,7 +129,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   p.queries = q.data();
   p.batch = batch;
   p.lse_head_stride = rows;
-  auto* const sequences = frame.take<AttentionSequence>(batch);
+  auto* const sequences = frame.take<problem::AttentionSequence>(batch);
   for (Index b = 0; b < batch; ++b) {
     const Index queries = !options.query_lengths.empty() ? options.query_lengths[b]
                           : rows == keys                 ? lengths[b]
@@ -196,7 +196,7 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
   p.queries = q.data();
   p.batch = batch;
   p.lse_head_stride = q.dimension(0);
-  auto* const sequences = frame.take<AttentionSequence>(batch);
+  auto* const sequences = frame.take<problem::AttentionSequence>(batch);
   for (Index b = 0; b < batch; ++b) {
     const Index queries = q_offsets[b + 1] - q_offsets[b], keys = kv_offsets[b + 1] - kv_offsets[b];
     sequences[b] = {q_offsets[b],  queries, queries,        0,
@@ -243,7 +243,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   p.queries = q.data();
   p.batch = batch;
   p.lse_head_stride = rows;
-  auto* const sequences = frame.take<AttentionSequence>(batch);
+  auto* const sequences = frame.take<problem::AttentionSequence>(batch);
   for (Index b = 0; b < batch; ++b) {
     const Index queries = options.query_lengths.empty() ? rows : options.query_lengths[b];
     sequences[b] = aligned_sequence(b, rows, heads, queries, source.lengths[b]);

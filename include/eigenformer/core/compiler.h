@@ -1,14 +1,14 @@
 /// \file
 /// What differs by compiler (g++, clang, MSVC, nvcc), and the one place where compilers are told
 /// apart, but for the assembly of the tiles, which stands with the instructions it names. What the
-/// ISA decides is in cpu/isa.h.
+/// ISA decides is in core/isa.h.
 #pragma once
 
 #include <concepts>
 #include <cstdint>
 #include <limits>
 
-#include "../cpu/isa.h"
+#include "isa.h"
 #if defined(_MSC_VER)
 #include <intrin.h>
 #endif

@@ -20,7 +20,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../cpu/isa.h"
+#include "isa.h"
 
 namespace eigenformer {
 

@@ -20,10 +20,10 @@
 #include <utility>
 
 #include "../core/check.h"
-#include "../core/device.h"
 #include "../core/workspace.h"
 #include "attention_row.h"
 #include "attention_tile.h"
+#include "backend.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -48,7 +48,7 @@ class AttentionWorker {
   using C = compute_type<TQ>;
   using Tile = AttentionTile<C, Isa>;
   using V = typename Tile::V;
-  using Problem = AttentionProblem<TQ, TKV>;
+  using Problem = problem::Attention<TQ, TKV>;
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
   static constexpr C kLargest = (std::numeric_limits<C>::max)();
 
@@ -62,9 +62,9 @@ class AttentionWorker {
       return checked_product(a, b, "attention", "scratch");
     };
     const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
-    const bool folds =
-        std::any_of(p.sequences, p.sequences + p.batch,
-                    [](const AttentionSequence& s) { return s.key_length > kAttentionFold; });
+    const bool folds = std::any_of(
+        p.sequences, p.sequences + p.batch,
+        [](const problem::AttentionSequence& s) { return s.key_length > kAttentionFold; });
     const Index folded_rows = folds ? rows : 0;
     AttentionScratch<C> s{frame.take<C>(product(rows, p.head_dim)),
                           frame.take<C>(product(rows, width)),
@@ -97,7 +97,7 @@ class AttentionWorker {
 
   /// Query rows [first, first + count) of a sequence, padding included, for the heads of one KV
   /// head.
-  void run(const AttentionSequence& sequence, Index kv_head, Index first, Index count) {
+  void run(const problem::AttentionSequence& sequence, Index kv_head, Index first, Index count) {
     const Index queries = std::clamp<Index>(sequence.query_rows - first, 0, count);
     for (Index i = queries; i < count; ++i)
       for (Index g = 0; g < group_; ++g) write_empty_row(sequence, kv_head * group_ + g, first + i);
@@ -136,7 +136,8 @@ class AttentionWorker {
   }
 
  private:
-  void begin(const AttentionSequence& sequence, Index kv_head, Index first, Index queries) {
+  void begin(const problem::AttentionSequence& sequence, Index kv_head, Index first,
+             Index queries) {
     rows_ = queries * group_;
     first_position_ = sequence.first_position + first;
     for (Index r = 0; r < rows_; ++r) {
@@ -156,17 +157,18 @@ class AttentionWorker {
   }
 
   template <typename F>
-  void for_each_block(const AttentionSequence& sequence, Index queries, F&& f) const {
+  void for_each_block(const problem::AttentionSequence& sequence, Index queries, F&& f) const {
     for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
   }
 
-  KeyBlock<TKV> block_at(const AttentionSequence& sequence, Index kv_head, Index begin) const {
+  KeyBlock<TKV> block_at(const problem::AttentionSequence& sequence, Index kv_head,
+                         Index begin) const {
     return {p_.source, sequence.key_sequence, kv_head, sequence.key_begin + begin,
             static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin))};
   }
 
   /// Keys transposed and values, as C.
-  void load_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
+  void load_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
     const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
     const int count = block.count;
     // The next block is asked for while this one is worked on: a decode step has little work a
@@ -195,7 +197,7 @@ class AttentionWorker {
     }
   }
 
-  void add_block(const AttentionSequence& sequence, Index kv_head, Index block_begin) {
+  void add_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
     for (Index r = 0; r < rows_; ++r)
       s_.ranges[r] = r % group_ == 0 ? range_of(sequence, r, block_begin) : s_.ranges[r - 1];
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
@@ -208,7 +210,8 @@ class AttentionWorker {
     });
   }
 
-  BlockRange range_of(const AttentionSequence& sequence, Index r, Index block_begin) const {
+  BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
+                      Index block_begin) const {
     return block_range(p_.visibility, first_position_ + r / group_, sequence.key_length,
                        block_begin);
   }
@@ -317,7 +320,7 @@ class AttentionWorker {
 
   /// For each column the first and the last key with a value that is no finite number, among the
   /// keys that a row of the block sees.
-  void find_bad_values(const AttentionSequence& sequence, Index kv_head, Index queries) {
+  void find_bad_values(const problem::AttentionSequence& sequence, Index kv_head, Index queries) {
     std::fill_n(s_.bad_values, p_.value_dim, KeyEnds{-1, -1});
     for_each_block(sequence, queries, [&](Index begin) {
       const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
@@ -353,8 +356,8 @@ class AttentionWorker {
 
   /// Some rows once more over their keys, scores and sums in double. All of a row, or only what is
   /// not finite: a sum may overflow where the average does not, so weights are made smaller.
-  void average_rows(const AttentionSequence& sequence, Index kv_head, Index first, Index queries,
-                    std::span<const Index> rows, bool all) {
+  void average_rows(const problem::AttentionSequence& sequence, Index kv_head, Index first,
+                    Index queries, std::span<const Index> rows, bool all) {
     // Float sums the 64 keys of a block, double all of them.
     const C factor = all ? C(1) : static_cast<C>(sizeof(C) == 8 ? 0x1p-46 : 0x1p-6);
     RunningMaximum maxima[kRowsInDouble];
@@ -419,20 +422,20 @@ class AttentionWorker {
     }
   }
 
-  C* log_sum_exp(const AttentionSequence& sequence, Index head, Index row) const {
+  C* log_sum_exp(const problem::AttentionSequence& sequence, Index head, Index row) const {
     return p_.log_sum_exp + sequence.lse_begin + head * p_.lse_head_stride + row;
   }
 
-  TQ* output(const AttentionSequence& sequence, Index head, Index row) const {
+  TQ* output(const problem::AttentionSequence& sequence, Index head, Index row) const {
     return p_.output + ((sequence.query_begin + row) * p_.heads + head) * p_.value_dim;
   }
 
-  void write_empty_row(const AttentionSequence& sequence, Index head, Index row) const {
+  void write_empty_row(const problem::AttentionSequence& sequence, Index head, Index row) const {
     std::fill_n(output(sequence, head, row), p_.value_dim, TQ(0));
     if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = -kInfinity;
   }
 
-  void write_row(const AttentionSequence& sequence, Index head, Index row, Index r) const {
+  void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) const {
     const Index position = sequence.first_position + row;
     const KeyRange keys = p_.visibility.keys(position, sequence.key_length);
     const bool sees_prefix =
@@ -455,10 +458,10 @@ class AttentionWorker {
   Index rows_ = 0, first_position_ = 0;
 };
 
-template <typename Isa, CpuDevice D, typename TQ, typename TKV>
-void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspace& workspace) {
+template <typename D, typename Isa, typename TQ, typename TKV>
+void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
   using Worker = AttentionWorker<Isa, TQ, TKV>;
-  Workspace::Frame frame(workspace);
+  Workspace::Frame frame(on.workspace);
   const Index positions = Worker::positions_per_block(p);
   Index* const first_task = frame.take<Index>(p.batch + 1);
   first_task[0] = 0;
@@ -467,19 +470,19 @@ void attention(Isa, const D& device, const AttentionProblem<TQ, TKV>& p, Workspa
         first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
   const Index tasks = first_task[p.batch];
   if (tasks == 0) return;
-  const Index workers = attention_workers(device, p, tasks);
+  const Index workers = attention_workers(on, p, tasks);
   auto* const scratch = frame.take<AttentionScratch<compute_type<TQ>>>(workers);
   for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, frame);
 
   // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads
   // of sequences of any length.
-  parallel_for(device, workers, 1, [&](Index begin, Index end, int) {
+  parallel_for(on, workers, 1, [&](Index begin, Index end, int) {
     for (Index w = begin; w < end; ++w) {
       Worker worker(p, scratch[w]);
       for (Index task = w; task < tasks; task += workers) {
         const Index b =
             std::upper_bound(first_task, first_task + p.batch + 1, task) - first_task - 1;
-        const AttentionSequence& sequence = p.sequences[b];
+        const problem::AttentionSequence& sequence = p.sequences[b];
         const Index blocks = (sequence.tensor_rows + positions - 1) / positions,
                     local = task - first_task[b];
         const Index first = local % blocks * positions;

@@ -17,23 +17,10 @@
 #pragma once
 
 #include "attention.h"
+#include "backend.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// `forward` carries queries, keys, values and options; its output and log_sum_exp are not used.
-template <typename T>
-struct AttentionBackwardProblem {
-  using Compute = compute_type<T>;
-  AttentionProblem<T, T> forward;
-  const T* grad_output = nullptr;  // (rows, heads, value_dim)
-  T* grad_queries = nullptr;       // (rows, heads, head_dim)
-  T* grad_keys = nullptr;          // (key rows, kv_heads, head_dim), laid out like the keys
-  T* grad_values = nullptr;        // (key rows, kv_heads, value_dim), laid out like the values
-  Index key_rows = 0;              // rows of a dense sequence, padding included; 0 where packed
-  float* grad_sinks = nullptr;     // (heads) or nullptr
-};
-
 namespace cpu {
 
 /// Scratch of one worker. "A query block's" of all its key blocks: (key blocks, rows, 64).
@@ -55,7 +42,7 @@ class AttentionBackwardWorker {
   using C = compute_type<T>;
   using Tile = AttentionTile<C, Isa>;
   using V = typename Tile::V;
-  using Problem = AttentionBackwardProblem<T>;
+  using Problem = problem::AttentionBackward<T>;
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
   static constexpr Index kBlock = kAttentionKeyBlock;
 
@@ -117,7 +104,7 @@ class AttentionBackwardWorker {
 
   /// All gradients of one KV head in one sequence; grad_sinks (heads), the sums of this sequence,
   /// may be nullptr.
-  void run(const AttentionSequence& sequence, Index kv_head, double* grad_sinks) {
+  void run(const problem::AttentionSequence& sequence, Index kv_head, double* grad_sinks) {
     sequence_ = &sequence;
     kv_head_ = kv_head;
     grad_sinks_ = grad_sinks;
@@ -399,31 +386,30 @@ class AttentionBackwardWorker {
   }
 
   const Problem& p_;
-  const AttentionProblem<T, T>& f_;
+  const problem::Attention<T, T>& f_;
   const AttentionBackwardScratch<C>& s_;
   Index group_, width_, value_width_, positions_;
-  const AttentionSequence* sequence_ = nullptr;
+  const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0;
   double* grad_sinks_ = nullptr;
   Index rows_ = 0, first_ = 0, first_position_ = 0, blocks_ = 0;  // of the query block
 };
 
-template <typename Isa, CpuDevice D, typename T>
-void attention_backward(Isa, const D& device, const AttentionBackwardProblem<T>& p,
-                        Workspace& workspace) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::AttentionBackward<T>& p) {
   using Worker = AttentionBackwardWorker<Isa, T>;
   const auto& f = p.forward;
-  Workspace::Frame frame(workspace);
+  Workspace::Frame frame(on.workspace);
   const Index tasks = f.batch * f.kv_heads;
   const bool sinks = p.grad_sinks != nullptr && f.sinks != nullptr;
   double* const grad_sinks = sinks ? frame.take<double>(f.batch * f.heads) : nullptr;
   Index longest = 0;
   for (Index b = 0; b < f.batch; ++b) longest = (std::max)(longest, f.sequences[b].key_length);
   if (tasks > 0) {
-    const Index workers = attention_workers(device, f, tasks);
+    const Index workers = attention_workers(on, f, tasks);
     auto* const scratch = frame.take<AttentionBackwardScratch<compute_type<T>>>(workers);
     for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, longest, frame);
-    parallel_for(device, workers, 1, [&](Index begin, Index end, int) {
+    parallel_for(on, workers, 1, [&](Index begin, Index end, int) {
       for (Index w = begin; w < end; ++w) {
         Worker worker(p, scratch[w]);
         for (Index task = w; task < tasks; task += workers) {

@@ -13,46 +13,12 @@
 #include "../core/device.h"
 #include "../core/kv_source.h"
 #include "../core/visibility.h"
+#include "../problem/attention.h"
 #include "attention_tile.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// One sequence of a request. Query i < query_rows stands at position first_position + i; rows from
-/// query_rows on are padding.
-struct AttentionSequence {
-  Index query_begin;     // its first row in queries and output
-  Index query_rows;      // rows that are queries
-  Index tensor_rows;     // rows in the tensors, padding included
-  Index key_sequence;    // its index in the KvSource
-  Index key_begin;       // its first key there
-  Index key_length;      // its keys
-  Index first_position;  // may be negative: more queries than keys
-  Index lse_begin;       // offset of head 0, row 0 in log_sum_exp
-};
-
-/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the
-/// stored one of keys and values.
-template <typename TQ, typename TKV>
-struct AttentionProblem {
-  using Compute = compute_type<TQ>;
-  const TQ* queries = nullptr;  // (rows, heads, head_dim)
-  TQ* output = nullptr;         // (rows, heads, value_dim)
-  // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
-  Compute* log_sum_exp = nullptr;
-  Index lse_head_stride = 0;
-  Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
-  KvSource<TKV> source;
-  const AttentionSequence* sequences = nullptr;  // (batch)
-  Visibility visibility;
-  Compute scale = 1, softcap = 0;       // softcap 0: none
-  const float* alibi_slopes = nullptr;  // (heads) or nullptr
-  const float* sinks = nullptr;         // (heads) or nullptr
-
-  Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
-};
-
 namespace cpu {
 
 /// Rows of a query block: packing a key block costs about 3% of the work on it. Queries and sums of
@@ -76,7 +42,7 @@ template <typename D, typename Problem>
 Index attention_workers(const D& device, const Problem& p, Index tasks) {
   double work = 0;
   for (Index b = 0; b < p.batch; ++b) {
-    const AttentionSequence& s = p.sequences[b];
+    const problem::AttentionSequence& s = p.sequences[b];
     work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) *
             static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   }
@@ -141,7 +107,7 @@ double dot_in_double(const double* x, const S* y, Index count) {
 
 /// query[0, head_dim): the row at `row` of (rows * heads), times the scale.
 template <typename TQ, typename TKV>
-void query_in_double(const AttentionProblem<TQ, TKV>& p, Index row, double* query) {
+void query_in_double(const problem::Attention<TQ, TKV>& p, Index row, double* query) {
   for (Index d = 0; d < p.head_dim; ++d)
     query[d] = static_cast<double>(p.queries[row * p.head_dim + d]) * static_cast<double>(p.scale);
 }
@@ -162,7 +128,7 @@ struct RunningMaximum {
 /// block's first position less the query's. slopes[0, 64), of the softcap, where given. Returns how
 /// much the maximum rose.
 template <typename Isa, typename TQ, typename TKV>
-double scores_in_double(const AttentionProblem<TQ, TKV>& p, const double* query,
+double scores_in_double(const problem::Attention<TQ, TKV>& p, const double* query,
                         const KeyBlock<TKV>& block, const BlockRange& range, Index head,
                         Index distance, RunningMaximum& maximum, compute_type<TQ>* scores,
                         compute_type<TQ>* slopes = nullptr) {

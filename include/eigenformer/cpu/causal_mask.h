@@ -7,32 +7,13 @@
 #include <cstdint>
 #include <limits>
 
-#include "../core/device.h"
 #include "../core/visibility.h"
+#include "../problem/causal_mask.h"
+#include "backend.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: pointers and sizes only.
-template <typename T>
-struct CausalMaskProblem {
-  T* mask;  // (batch, query_length, key_length)
-  Index batch, query_length, key_length, query_offset;
-  Visibility visibility;
-  const std::int32_t*
-      segment_ids;       // (key_length) of sequence 0, nullptr where there is one document
-  Index segment_stride;  // from one sequence of the batch to the next, 0 where shared
-
-  EIGENFORMER_HOST_DEVICE constexpr bool visible(Index b, Index i, Index j) const {
-    const Index position = query_offset + i;
-    if (!visibility.visible(position, j)) return false;
-    if (segment_ids == nullptr) return true;
-    const std::int32_t* ids = segment_ids + b * segment_stride;
-    return position >= 0 && position < key_length && ids[position] == ids[j];
-  }
-};
-
 namespace cpu {
 
 // A mask larger than this goes around the caches: a last-level cache would not hold it for its
@@ -101,7 +82,7 @@ struct CausalMaskRow {
 };
 
 template <typename Isa, typename T>
-CausalMaskRow<Isa, T> causal_mask_row(const CausalMaskProblem<T>& p, Index i) {
+CausalMaskRow<Isa, T> causal_mask_row(const problem::CausalMask<T>& p, Index i) {
   const Index prefix = (std::min)(p.visibility.prefix, p.key_length);
   const KeyRange keys = p.visibility.keys(p.query_offset + i, p.key_length);
   const Index begin = std::clamp(keys.begin, prefix, p.key_length);
@@ -110,20 +91,20 @@ CausalMaskRow<Isa, T> causal_mask_row(const CausalMaskProblem<T>& p, Index i) {
 
 /// Rows [first, last) of all sequences, of one document each.
 template <typename Isa, typename T>
-void causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index last) {
+void causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index last) {
   for (Index r = first; r < last; ++r)
     causal_mask_row<Isa>(p, r % p.query_length).store(p.mask + r * p.key_length);
 }
 
 template <typename Isa, typename T>
-void causal_mask_rows_streaming(const CausalMaskProblem<T>& p, Index first, Index last) {
+void causal_mask_rows_streaming(const problem::CausalMask<T>& p, Index first, Index last) {
   for (Index r = first; r < last; ++r)
     causal_mask_row<Isa>(p, r % p.query_length).store_streaming(p.mask + r * p.key_length);
   simd::Vec<compute_type<T>, Isa>::fence_streaming();
 }
 
 template <typename T>
-void packed_causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index last) {
+void packed_causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index last) {
   for (Index r = first; r < last; ++r)
     for (Index j = 0; j < p.key_length; ++j)
       p.mask[r * p.key_length + j] = p.visible(r / p.query_length, r % p.query_length, j)
@@ -131,15 +112,15 @@ void packed_causal_mask_rows(const CausalMaskProblem<T>& p, Index first, Index l
                                          : -std::numeric_limits<T>::infinity();
 }
 
-template <typename Isa, CpuDevice D, typename T>
-void causal_mask(Isa, const D& device, const CausalMaskProblem<T>& p) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::CausalMask<T>& p) {
   if (p.key_length == 0) return;  // any number of rows may be empty
   const Index grain =
       1 +
       16384 / (p.key_length +
                1);  // a task writes at least 16k elements: less does not pay for waking a thread
   const Index bytes = p.batch * p.query_length * p.key_length * Index{sizeof(T)};
-  parallel_for(device, p.batch * p.query_length, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.batch * p.query_length, grain, [&](Index first, Index last, int) {
     if (p.segment_ids != nullptr)
       packed_causal_mask_rows(p, first, last);
     else if (bytes > kCausalMaskStreamingBytes)

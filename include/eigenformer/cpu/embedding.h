@@ -6,38 +6,19 @@
 
 #include <cstring>
 
-#include "../core/device.h"
 #include "../core/rows.h"
+#include "../problem/embedding.h"
+#include "backend.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: pointers and sizes only; ids are in [0, vocab).
-template <typename Y, typename T, typename Id>
-struct EmbeddingProblem {
-  using compute = common_compute_type<Y, T>;
-  Y* y;            // (tokens, features)
-  const Id* ids;   // (tokens)
-  const T* table;  // (vocab, features)
-  Index tokens, features;
-};
-
-template <typename G, typename GY, typename Id>
-struct EmbeddingBackwardProblem {
-  using compute = common_compute_type<G, GY>;
-  G* grad_table;     // (vocab, features), added to
-  const GY* grad_y;  // (tokens, features)
-  const Id* ids;     // (tokens)
-  Index tokens, features;
-};
-
 namespace cpu {
 
-template <typename Isa, CpuDevice D, typename Y, typename T, typename Id>
-void embedding(Isa, const D& device, const EmbeddingProblem<Y, T, Id>& p) {
-  using V = simd::Vec<typename EmbeddingProblem<Y, T, Id>::compute, Isa>;
-  parallel_for(device, p.tokens, rows_per_task(p.features), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename Y, typename T, typename Id>
+void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
+  using V = simd::Vec<typename problem::Embedding<Y, T, Id>::compute, Isa>;
+  parallel_for(on, p.tokens, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index token = first; token < last; ++token) {
       const T* row = p.table + static_cast<Index>(p.ids[token]) * p.features;
       Y* y = p.y + token * p.features;
@@ -53,12 +34,12 @@ void embedding(Isa, const D& device, const EmbeddingProblem<Y, T, Id>& p) {
   });
 }
 
-template <typename Isa, CpuDevice D, typename G, typename GY, typename Id>
-void embedding_backward(Isa, const D& device, const EmbeddingBackwardProblem<G, GY, Id>& p) {
-  using V = simd::Vec<typename EmbeddingBackwardProblem<G, GY, Id>::compute, Isa>;
+template <typename D, typename Isa, typename G, typename GY, typename Id>
+void execute(const Backend<D, Isa>& on, const problem::EmbeddingBackward<G, GY, Id>& p) {
+  using V = simd::Vec<typename problem::EmbeddingBackward<G, GY, Id>::compute, Isa>;
   const Index grain = std::max<Index>(
       64, rows_per_task(p.tokens));  // 64 floats are four cache lines: threads share few of them
-  parallel_for(device, p.features, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.features, grain, [&](Index first, Index last, int) {
     for (Index token = 0; token < p.tokens; ++token) {
       G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
       const GY* grad_y = p.grad_y + token * p.features;

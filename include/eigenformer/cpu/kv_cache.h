@@ -9,71 +9,14 @@
 #include <cstring>
 #include <limits>
 
-#include "../core/device.h"
 #include "../core/kv_source.h"
 #include "../core/rows.h"
+#include "../problem/kv_cache.h"
+#include "backend.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request to append: pointers and sizes only. `target` says where rows lie; its memory
-/// is the cache's, and writable.
-template <typename T, typename Storage>
-struct KvAppendProblem {
-  const T* new_keys;     // (tokens, kv_heads, head_dim), sequence after sequence
-  const T* new_values;   // the same
-  Index tokens;          // of all sequences
-  Index tokens_each;     // of one sequence, where offsets is nullptr
-  const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
-  const Index*
-      positions;  // (batch) where a sequence's first token goes; negative leaves the sequence out
-  // positions a sequence of the target has room for. The host has checked them for the CPU; on a
-  // GPU
-  Index capacity;
-  // `positions` is device memory, and what lies past the capacity is left out.
-  KvSource<Storage> target;
-
-  Index sequence_of(Index token) const {
-    if (offsets == nullptr) return token / tokens_each;
-    return std::upper_bound(offsets, offsets + target.batch + 1, token) - offsets - 1;
-  }
-  Index first_token(Index b) const { return offsets == nullptr ? b * tokens_each : offsets[b]; }
-
-  // KvSource is what readers get, so its pointers are const; whoever appends owns the memory behind
-  // them.
-  Storage* key_slot(Index b, Index h, Index j) const {
-    return const_cast<Storage*>(target.key_row(b, h, j));
-  }
-  Storage* value_slot(Index b, Index h, Index j) const {
-    return const_cast<Storage*>(target.value_row(b, h, j));
-  }
-  float* key_scale_slot(Index b, Index h, Index j) const {
-    return scale_slot(b, h, j, target.key_scale_offset);
-  }
-  float* value_scale_slot(Index b, Index h, Index j) const {
-    return scale_slot(b, h, j, target.value_scale_offset);
-  }
-
- private:
-  float* scale_slot(Index b, Index h, Index j, std::size_t offset) const {
-    const std::byte* page =
-        target.pages[target.tables[b][j / target.page_size]] + target.layer_offset + offset;
-    return const_cast<float*>(reinterpret_cast<const float*>(page)) + h * target.page_size +
-           j % target.page_size;
-  }
-};
-
-/// A checked request to read the first `length` positions of every sequence of `source` into
-/// (batch, length, kv_heads, head_dim).
-template <typename T, typename Storage>
-struct KvReadProblem {
-  KvSource<Storage> source;
-  Index length;
-  bool values;  // else keys
-  T* output;
-};
-
 namespace cpu {
 
 /// Rows of a task: at least 32k elements (128 KiB of float): less does not pay for waking a thread.
@@ -135,7 +78,7 @@ bool all_quantizable(const T* x, Index count) {
 }
 
 template <typename Isa, typename T, typename Storage>
-void append_kv_row(const KvAppendProblem<T, Storage>& p, Index token, Index b, Index h, Index j) {
+void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index h, Index j) {
   const Index d = p.target.head_dim, at = (token * p.target.kv_heads + h) * d;
   if constexpr (std::is_same_v<Storage, std::int8_t>) {
     *p.key_scale_slot(b, h, j) = quantize_row<Isa>(p.new_keys + at, p.key_slot(b, h, j), d);
@@ -146,9 +89,9 @@ void append_kv_row(const KvAppendProblem<T, Storage>& p, Index token, Index b, I
   }
 }
 
-template <typename Isa, CpuDevice D, typename T, typename Storage>
-void append_kv(Isa, const D& device, const KvAppendProblem<T, Storage>& p) {
-  parallel_for(device, p.tokens, kv_grain(p.target.kv_heads, p.target.head_dim),
+template <typename D, typename Isa, typename T, typename Storage>
+void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) {
+  parallel_for(on, p.tokens, kv_grain(p.target.kv_heads, p.target.head_dim),
                [&](Index first, Index last, int) {
                  for (Index token = first; token < last; ++token) {
                    const Index b = p.sequence_of(token);
@@ -170,25 +113,24 @@ void dequantize_row(const std::int8_t* q, float scale, T* x, Index count) {
   }
 }
 
-template <typename Isa, CpuDevice D, typename T, typename Storage>
-void read_kv(Isa, const D& device, const KvReadProblem<T, Storage>& p) {
+template <typename D, typename Isa, typename T, typename Storage>
+void execute(const Backend<D, Isa>& on, const problem::KvRead<T, Storage>& p) {
   const KvSource<Storage>& s = p.source;
-  parallel_for(device, s.batch * p.length, kv_grain(s.kv_heads, s.head_dim),
-               [&](Index first, Index last, int) {
-                 for (Index row = first; row < last; ++row) {
-                   const Index b = row / p.length, j = row % p.length;
-                   for (Index h = 0; h < s.kv_heads; ++h) {
-                     T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
-                     const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
-                     if constexpr (std::is_same_v<Storage, std::int8_t>)
-                       dequantize_row<Isa>(stored,
-                                           p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
-                                           output, s.head_dim);
-                     else
-                       copy_row<Isa>(stored, output, s.head_dim);
-                   }
-                 }
-               });
+  parallel_for(
+      on, s.batch * p.length, kv_grain(s.kv_heads, s.head_dim), [&](Index first, Index last, int) {
+        for (Index row = first; row < last; ++row) {
+          const Index b = row / p.length, j = row % p.length;
+          for (Index h = 0; h < s.kv_heads; ++h) {
+            T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
+            const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
+            if constexpr (std::is_same_v<Storage, std::int8_t>)
+              dequantize_row<Isa>(stored, p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
+                                  output, s.head_dim);
+            else
+              copy_row<Isa>(stored, output, s.head_dim);
+          }
+        }
+      });
 }
 
 }  // namespace cpu

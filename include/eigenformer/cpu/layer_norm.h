@@ -13,54 +13,14 @@
 
 #include <cmath>
 
-#include "../core/device.h"
 #include "../core/rows.h"
+#include "../problem/normalization.h"
+#include "backend.h"
 #include "row_unit.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: pointers and sizes only.
-template <typename Y, typename X, typename W>
-struct LayerNormProblem {
-  using compute = common_compute_type<Y, X, W>;
-  Y* y;             // (rows, features)
-  const X* x;       // (rows, features)
-  const W* weight;  // (features)
-  const W* bias;    // (features)
-  Index rows, features;
-  float epsilon;
-};
-
-/// A row, normalized, is (x * unit - center) * inverse + offset.
-template <typename C>
-struct LayerNormScale {
-  C unit, center, inverse, offset;
-};
-
-/// What a row's backward pass needs, with g' = g * gradient_unit.
-template <typename C>
-struct LayerNormRow {
-  LayerNormScale<C> scale;      // unit 0: the row takes no part
-  C mean_gradient, projection;  // mean(g' w), mean(g' w h)
-  C gradient_unit;
-};
-
-template <typename GX, typename GW, typename GY, typename X, typename W>
-struct LayerNormBackwardProblem {
-  using compute = common_compute_type<GX, GY, X, W>;
-  GX* grad_x;        // (rows, features)
-  GW* grad_weight;   // (features), added to
-  GW* grad_bias;     // (features), added to
-  const GY* grad_y;  // (rows, features)
-  const X* x;        // (rows, features)
-  const W* weight;   // (features)
-  Index rows, features;
-  float epsilon;
-  LayerNormRow<compute>* row_scratch;  // (rows)
-};
-
 namespace cpu {
 
 /// What is known of a row times its unit: a number near the mean, how far the mean is from it, the
@@ -100,7 +60,8 @@ RowMoments<typename V::scalar> row_moments(const X* x, Index features, typename 
 }
 
 template <typename V, typename X>
-LayerNormScale<typename V::scalar> layer_norm_scale(const X* x, Index features, float epsilon) {
+problem::LayerNormScale<typename V::scalar> layer_norm_scale(const X* x, Index features,
+                                                             float epsilon) {
   using C = typename V::scalar;
   const auto row = row_moments<V>(x, features, C(1), UnitOne{});
   const C spread = row.variance + static_cast<C>(epsilon);
@@ -121,7 +82,8 @@ LayerNormScale<typename V::scalar> layer_norm_scale(const X* x, Index features, 
 
 /// f(normalize), where normalize(x) is a vector of the row, normalized.
 template <typename V, typename F>
-EIGENFORMER_INLINE void with_normalized(const LayerNormScale<typename V::scalar>& scale, F&& f) {
+EIGENFORMER_INLINE void with_normalized(const problem::LayerNormScale<typename V::scalar>& scale,
+                                        F&& f) {
   const V center = V::set1(scale.center), inverse = V::set1(scale.inverse),
           offset = V::set1(scale.offset);
   with_unit<V>(scale.unit, [&](auto unit) {
@@ -129,10 +91,10 @@ EIGENFORMER_INLINE void with_normalized(const LayerNormScale<typename V::scalar>
   });
 }
 
-template <typename Isa, CpuDevice D, typename Y, typename X, typename W>
-void layer_norm(Isa, const D& device, const LayerNormProblem<Y, X, W>& p) {
-  using V = simd::Vec<typename LayerNormProblem<Y, X, W>::compute, Isa>;
-  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename Y, typename X, typename W>
+void execute(const Backend<D, Isa>& on, const problem::LayerNorm<Y, X, W>& p) {
+  using V = simd::Vec<typename problem::LayerNorm<Y, X, W>::compute, Isa>;
+  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) {
       const X* x = p.x + row * p.features;
       Y* y = p.y + row * p.features;
@@ -183,7 +145,8 @@ void layer_norm_parameter_gradients(const Problem& p, Index column, Index column
 }
 
 template <typename V, typename Problem>
-LayerNormRow<typename V::scalar> layer_norm_backward_statistics(const Problem& p, Index row) {
+problem::LayerNormRow<typename V::scalar> layer_norm_backward_statistics(const Problem& p,
+                                                                         Index row) {
   using C = typename V::scalar;
   const auto* x = p.x + row * p.features;
   const auto* grad_y = p.grad_y + row * p.features;
@@ -199,9 +162,9 @@ LayerNormRow<typename V::scalar> layer_norm_backward_statistics(const Problem& p
       return fma(load<V>(grad_y + at, part) * gradient_factor * load<V>(p.weight + at, part),
                  load<V>(x + at, part) * unit - center, sum);
     });
-    return LayerNormRow<C>{scale, gradient / n,
-                           (projection * scale.inverse + gradient * scale.offset) / n,
-                           gradient_unit};
+    return problem::LayerNormRow<C>{scale, gradient / n,
+                                    (projection * scale.inverse + gradient * scale.offset) / n,
+                                    gradient_unit};
   };
   if (scale.unit == 1) {
     const auto found = sums(C(1), UnitOne{}, UnitOne{});
@@ -232,16 +195,15 @@ void layer_norm_backward_row(const Problem& p, Index row) {
   with_gradient_units<V>(found.scale.unit, found.gradient_unit, p.grad_x + begin, p.features, run);
 }
 
-template <typename Isa, CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
-void layer_norm_backward(Isa, const D& device,
-                         const LayerNormBackwardProblem<GX, GW, GY, X, W>& p) {
-  using V = simd::Vec<typename LayerNormBackwardProblem<GX, GW, GY, X, W>::compute, Isa>;
-  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename GX, typename GW, typename GY, typename X, typename W>
+void execute(const Backend<D, Isa>& on, const problem::LayerNormBackward<GX, GW, GY, X, W>& p) {
+  using V = simd::Vec<typename problem::LayerNormBackward<GX, GW, GY, X, W>::compute, Isa>;
+  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row)
       p.row_scratch[row] = layer_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
-  parallel_for(device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
+  parallel_for(on, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
                [&](Index first, Index last, int) {
                  for (Index block = first; block < last; ++block) {
                    const Index begin = block * kColumns,
@@ -256,7 +218,7 @@ void layer_norm_backward(Isa, const D& device,
                    }
                  }
                });
-  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) layer_norm_backward_row<V>(p, row);
   });
 }

@@ -15,13 +15,14 @@
 /// Matrix Multiplication" (2008).
 #pragma once
 
-#include "../core/device.h"
 #include "../core/workspace.h"
+#include "backend.h"
 #include "linear_activations.h"
 #include "linear_epilogue.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace cpu {
 
 /// Weights in panels of packed_steps(depth) * Dot::columns * Dot::step elements.
 template <typename Stored>
@@ -45,8 +46,6 @@ struct ProductProblem {
   Index rows, columns, depth;
   Epilogue epilogue;
 };
-
-namespace cpu {
 
 /// Rows whose activations are packed together; a multiple of every tile height's maximum. With
 /// packed weights 192: a block of k of them (768 KiB) stays in an L2 of 1 MiB, and AMX, whose units
@@ -263,15 +262,15 @@ struct ProductBlock {
   }
 };
 
-template <typename Dot, typename Isa, CpuDevice D, typename Problem>
-void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
+template <typename Dot, typename D, typename Isa, typename Problem>
+void product(const Backend<D, Isa>& on, const Problem& p) {
   using Block = ProductBlock<Dot, Isa, Problem>;
   const Index rows_at_once = even_block_rows<Dot>(p.rows, block_rows<Dot, Block::packed>());
   const Index steps = tile::product_steps<Dot>(p.depth),
               panels = (p.columns + Block::outputs - 1) / Block::outputs;
   if (p.rows == 0 || panels == 0) return;
   const Index padded_rows = Tiles<Dot>::padded_rows((std::min)(rows_at_once, p.rows));
-  const Index group = (std::min)(kGroupPanels, panels), workers = worker_count(device);
+  const Index group = (std::min)(kGroupPanels, panels), workers = worker_count(on);
   const Index sums = group * padded_rows * Dot::columns;
   const Index chunk =
       Block::packed ? 0 : group * block_steps<Dot, Block::packed>() * Block::panel_step;
@@ -280,7 +279,7 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
     k_group = p.weights.group;
     groups = (p.depth + k_group - 1) / k_group;
   }
-  Workspace::Frame frame(workspace);
+  Workspace::Frame frame(on.workspace);
   auto* activations = frame.take<typename Dot::Unit>(padded_rows * steps * Dot::units);
   const ActivationScales scales{frame.take<float>(padded_rows),
                                 frame.take<std::int32_t>(padded_rows * groups), k_group, groups};
@@ -290,7 +289,7 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
     const Tiles<Dot> tiles((std::min)(rows_at_once, p.rows - row));
     const Block block{p, row, tiles, steps, activations, scales};
     const Index tile_count = tiles.count(), rows = (std::min)(rows_at_once, p.rows - row);
-    parallel_for(device, tile_count, 1 + 65536 / (Dot::rows * (p.depth + 1)),
+    parallel_for(on, tile_count, 1 + 65536 / (Dot::rows * (p.depth + 1)),
                  [&](Index first, Index last, int) { block.pack(first, last); });
     const auto scratch = [&](int worker) {
       return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk};
@@ -299,34 +298,15 @@ void product(Isa, const D& device, const Problem& p, Workspace& workspace) {
     // eight to fetch its weights.
     const Index panel_cycles = (steps + 1) * (2 * rows + 8);
     if (panels < workers && tile_count > panels)
-      parallel_for(device, tile_count, 1 + 40000 * tile_count / (panel_cycles * panels),
+      parallel_for(on, tile_count, 1 + 40000 * tile_count / (panel_cycles * panels),
                    [&](Index first, Index last, int worker) {
                      block.run(scratch(worker), 0, panels, first, last);
                    });
     else
-      parallel_for(device, panels, 1 + 40000 / panel_cycles,
-                   [&](Index first, Index last, int worker) {
-                     block.run(scratch(worker), first, last, 0, tile_count);
-                   });
+      parallel_for(on, panels, 1 + 40000 / panel_cycles, [&](Index first, Index last, int worker) {
+        block.run(scratch(worker), first, last, 0, tile_count);
+      });
   }
-}
-
-/// grad_bias[column] += sum over tokens, in their order.
-template <typename Isa, CpuDevice D, typename G, typename T>
-void add_column_sums(Isa, const D& device, G* sums, const T* matrix, Index rows, Index columns) {
-  using V = simd::Vec<G, Isa>;
-  const Index blocks = (columns + V::lanes - 1) / V::lanes;
-  parallel_for(device, blocks, 1 + 65536 / (rows * V::lanes + 1),
-               [&](Index first, Index last, int) {
-                 for (Index b = first; b < last; ++b) {
-                   const Index at = b * V::lanes;
-                   const int n = static_cast<int>(std::min<Index>(V::lanes, columns - at));
-                   V sum = V::load_partial(sums + at, n);
-                   for (Index r = 0; r < rows; ++r)
-                     sum = sum + V::load_partial(matrix + r * columns + at, n);
-                   sum.store_partial(sums + at, n);
-                 }
-               });
 }
 
 }  // namespace cpu

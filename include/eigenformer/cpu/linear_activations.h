@@ -11,6 +11,9 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
+using tile::MatrixOperand;
+using tile::WeightRows;
+
 /// How the rows of a block fall into tiles: whole ones, but a short last one shares its rows with
 /// the one before it. Of 16 rows two tiles of 8 rather than 12 and 4: the 8 sums of a tile of 4
 /// barely cover the latency of their own multiply-adds.

@@ -13,6 +13,7 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace cpu {
 
 /// A tile of finished (or starting) sums and where it stands in the output.
 template <typename Sum>
@@ -188,5 +189,6 @@ struct AddSums {
   }
 };
 
+}  // namespace cpu
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

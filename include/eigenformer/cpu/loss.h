@@ -13,28 +13,14 @@
 #include <limits>
 #include <type_traits>
 
-#include "../core/device.h"
 #include "../core/values.h"
+#include "../problem/loss.h"
+#include "backend.h"
 #include "row_unit.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: pointers and sizes only. L: scalar of the logits, G: of the gradient.
-template <typename L, typename G>
-struct CrossEntropyProblem {
-  const L* logits;            // (rows, classes)
-  const LengthSpan& targets;  // (rows)
-  // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
-  G* gradient;
-  double* row_loss;  // (rows), written
-  Index rows, classes;
-  double gradient_scale;
-  std::int32_t ignore_index;
-  double label_smoothing, z_loss;
-};
-
 namespace cpu {
 
 template <typename V, typename L>
@@ -94,7 +80,7 @@ typename V::scalar sum_of_others(const L* logits, Index classes, Index target,
 }
 
 template <typename Isa, typename L, typename G>
-void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
+void cross_entropy_row(const problem::CrossEntropy<L, G>& p, Index r) {
   using C = compute_type<L>;
   using V = simd::Vec<C, Isa>;
   constexpr bool keep = std::is_same_v<G, C>;
@@ -171,14 +157,14 @@ void cross_entropy_row(const CrossEntropyProblem<L, G>& p, Index r) {
 }
 
 /// Writes every row's loss and, where asked for, its gradient.
-template <typename Isa, CpuDevice D, typename L, typename G>
-void cross_entropy(Isa, const D& device, const CrossEntropyProblem<L, G>& p) {
+template <typename D, typename Isa, typename L, typename G>
+void execute(const Backend<D, Isa>& on, const problem::CrossEntropy<L, G>& p) {
   const Index grain =
       1 +
       8192 /
           (p.classes +
            1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
-  parallel_for(device, p.rows, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, grain, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) cross_entropy_row<Isa>(p, r);
   });
 }

@@ -13,55 +13,14 @@
 
 #include <cmath>
 
-#include "../core/device.h"
 #include "../core/rows.h"
+#include "../problem/normalization.h"
+#include "backend.h"
 #include "row_unit.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: pointers and sizes only.
-template <typename Y, typename X, typename W>
-struct RmsNormProblem {
-  using compute = common_compute_type<Y, X, W>;
-  Y* y;             // (rows, features)
-  const X* x;       // (rows, features)
-  const W* weight;  // (features)
-  Index rows, features;
-  float epsilon;
-};
-
-/// residual += addend, then the norm of residual (which `norm.x` points to).
-template <typename Y, typename X, typename R, typename W>
-struct AddRmsNormProblem {
-  RmsNormProblem<Y, R, W> norm;
-  R* residual;      // (rows, features)
-  const X* addend;  // (rows, features)
-};
-
-/// What a row's backward pass needs: with x' = x * unit and g' = g * gradient_unit,
-///   grad_x[j] = (g'[j] w[j] inverse + x'[j] along_x) * unit / gradient_unit
-template <typename C>
-struct RmsNormRow {
-  C unit, inverse;  // x * r is x' * inverse; unit 0: the row takes no part
-  C along_x;        // -inverse^3 / n * sum_k g'[k] w[k] x'[k]
-  C gradient_unit;
-};
-
-template <typename GX, typename GW, typename GY, typename X, typename W>
-struct RmsNormBackwardProblem {
-  using compute = common_compute_type<GX, GY, X, W>;
-  GX* grad_x;        // (rows, features)
-  GW* grad_weight;   // (features), added to
-  const GY* grad_y;  // (rows, features)
-  const X* x;        // (rows, features)
-  const W* weight;   // (features)
-  Index rows, features;
-  float epsilon;
-  RmsNormRow<compute>* row_scratch;  // (rows)
-};
-
 namespace cpu {
 
 /// x / rms is (x * unit) * inverse.
@@ -91,8 +50,8 @@ RmsScale<typename V::scalar> rms_scale(const X* x, Index features, float epsilon
 }
 
 template <typename Isa, typename Y, typename X, typename W>
-void rms_norm_row(const RmsNormProblem<Y, X, W>& p, Index row) {
-  using V = simd::Vec<typename RmsNormProblem<Y, X, W>::compute, Isa>;
+void rms_norm_row(const problem::RmsNorm<Y, X, W>& p, Index row) {
+  using V = simd::Vec<typename problem::RmsNorm<Y, X, W>::compute, Isa>;
   const X* x = p.x + row * p.features;
   Y* y = p.y + row * p.features;
   const auto found = rms_scale<V>(x, p.features, p.epsilon);
@@ -104,18 +63,18 @@ void rms_norm_row(const RmsNormProblem<Y, X, W>& p, Index row) {
   });
 }
 
-template <typename Isa, CpuDevice D, typename Y, typename X, typename W>
-void rms_norm(Isa, const D& device, const RmsNormProblem<Y, X, W>& p) {
-  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename Y, typename X, typename W>
+void execute(const Backend<D, Isa>& on, const problem::RmsNorm<Y, X, W>& p) {
+  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) rms_norm_row<Isa>(p, row);
   });
 }
 
-template <typename Isa, CpuDevice D, typename Y, typename X, typename R, typename W>
-void add_rms_norm(Isa, const D& device, const AddRmsNormProblem<Y, X, R, W>& p) {
+template <typename D, typename Isa, typename Y, typename X, typename R, typename W>
+void execute(const Backend<D, Isa>& on, const problem::AddRmsNorm<Y, X, R, W>& p) {
   using V = simd::Vec<common_compute_type<Y, X, R, W>, Isa>;
   const Index features = p.norm.features;
-  parallel_for(device, p.norm.rows, rows_per_task(features), [&](Index first, Index last, int) {
+  parallel_for(on, p.norm.rows, rows_per_task(features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) {
       R* residual = p.residual + row * features;
       const X* addend = p.addend + row * features;
@@ -157,7 +116,7 @@ void rms_norm_weight_gradient(const Problem& p, Index column, Index columns, Par
 }
 
 template <typename V, typename Problem>
-RmsNormRow<typename V::scalar> rms_norm_backward_statistics(const Problem& p, Index row) {
+problem::RmsNormRow<typename V::scalar> rms_norm_backward_statistics(const Problem& p, Index row) {
   using C = typename V::scalar;
   const auto* x = p.x + row * p.features;
   const auto* grad_y = p.grad_y + row * p.features;
@@ -198,16 +157,16 @@ void rms_norm_backward_row(const Problem& p, Index row) {
   with_gradient_units<V>(found.unit, found.gradient_unit, p.grad_x + begin, p.features, run);
 }
 
-template <typename Isa, CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
-void rms_norm_backward(Isa, const D& device, const RmsNormBackwardProblem<GX, GW, GY, X, W>& p) {
-  using V = simd::Vec<typename RmsNormBackwardProblem<GX, GW, GY, X, W>::compute, Isa>;
-  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename GX, typename GW, typename GY, typename X, typename W>
+void execute(const Backend<D, Isa>& on, const problem::RmsNormBackward<GX, GW, GY, X, W>& p) {
+  using V = simd::Vec<typename problem::RmsNormBackward<GX, GW, GY, X, W>::compute, Isa>;
+  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row)
       p.row_scratch[row] = rms_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
   parallel_for(
-      device, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
+      on, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
       [&](Index first, Index last, int) {
         for (Index block = first; block < last; ++block) {
           const Index begin = block * kColumns, end = (std::min)(begin + kColumns, p.features);
@@ -220,7 +179,7 @@ void rms_norm_backward(Isa, const D& device, const RmsNormBackwardProblem<GX, GW
           }
         }
       });
-  parallel_for(device, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) rms_norm_backward_row<V>(p, row);
   });
 }

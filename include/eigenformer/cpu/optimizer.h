@@ -1,64 +1,31 @@
 /// \file
 /// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at
-/// most kPieceElements, so that threads share large parameters and do not pay for small ones, and
+/// most problem::kPieceElements, so that threads share large parameters and do not pay for small ones, and
 /// so that sums have a fixed order: lanes in a piece, then piece after piece. An AdamW step moves
 /// 28 bytes and about 12 operations an element: memory sets its speed.
 #pragma once
 
 #include <cmath>
 
-#include "../core/device.h"
+#include "../problem/optimizer.h"
+#include "backend.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A run of one parameter: at most kPieceElements elements.
-struct ParameterPiece {
-  float* value;
-  float* gradient;
-  float* first_moment;   // (size), nullptr where the operation has none; SGD's momentum
-  float* second_moment;  // (size), nullptr where the operation has none
-  Index size;
-};
-
-/// 16384 elements: 64 KiB of each array, so that a piece's four arrays share a second-level cache,
-/// and 512 pieces in 8.4 million weights.
-inline constexpr Index kPieceElements = 16384;
-
-/// The factors of one AdamW step, the same for every element.
-struct AdamWFactors {
-  float decay;  // learning_rate * weight_decay
-  float beta1, one_minus_beta1, beta2, one_minus_beta2;
-  float step_size;          // learning_rate / (1 - beta1^t)
-  float inverse_root_bias;  // 1 / sqrt(1 - beta2^t)
-  float epsilon;
-};
-
-struct SgdFactors {
-  float learning_rate, momentum, weight_decay;
-  bool nesterov;
-};
-
-template <typename Factors>
-struct OptimizerProblem {
-  const ParameterPiece* pieces;
-  Index count;
-  Factors factors;
-};
-
 namespace cpu {
 
 /// Two pieces a task: less does not pay for waking a thread.
-template <CpuDevice D, typename Body>
-void for_each_piece(const D& device, const ParameterPiece* pieces, Index count, Body&& body) {
-  parallel_for(device, count, Index{2}, [&](Index first, Index last, int) {
+template <typename Backend, typename Body>
+void for_each_piece(const Backend& on, const problem::ParameterPiece* pieces, Index count,
+                    Body&& body) {
+  parallel_for(on, count, Index{2}, [&](Index first, Index last, int) {
     for (Index i = first; i < last; ++i) body(i, pieces[i]);
   });
 }
 
 template <typename Isa>
-void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
+void adamw_piece(const problem::ParameterPiece& piece, const problem::AdamWFactors& f) {
   using V = simd::Vec<float, Isa>;
   const V minus_decay = V::set1(-f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
           epsilon = V::set1(f.epsilon);
@@ -78,7 +45,7 @@ void adamw_piece(const ParameterPiece& piece, const AdamWFactors& f) {
 }
 
 template <typename Isa>
-void sgd_piece(const ParameterPiece& piece, const SgdFactors& f) {
+void sgd_piece(const problem::ParameterPiece& piece, const problem::SgdFactors& f) {
   using V = simd::Vec<float, Isa>;
   const V minus_rate = V::set1(-f.learning_rate), momentum = V::set1(f.momentum),
           decay = V::set1(f.weight_decay);
@@ -94,61 +61,70 @@ void sgd_piece(const ParameterPiece& piece, const SgdFactors& f) {
   });
 }
 
-template <typename Isa, CpuDevice D>
-void optimizer_step(Isa, const D& device, const OptimizerProblem<AdamWFactors>& p) {
-  for_each_piece(device, p.pieces, p.count,
-                 [&](Index, const ParameterPiece& piece) { adamw_piece<Isa>(piece, p.factors); });
+template <typename D, typename Isa>
+void execute(const Backend<D, Isa>& on, const problem::Optimizer<problem::AdamWFactors>& p) {
+  for_each_piece(on, p.pieces, p.count, [&](Index, const problem::ParameterPiece& piece) {
+    adamw_piece<Isa>(piece, p.factors);
+  });
 }
 
-template <typename Isa, CpuDevice D>
-void optimizer_step(Isa, const D& device, const OptimizerProblem<SgdFactors>& p) {
-  for_each_piece(device, p.pieces, p.count,
-                 [&](Index, const ParameterPiece& piece) { sgd_piece<Isa>(piece, p.factors); });
+template <typename D, typename Isa>
+void execute(const Backend<D, Isa>& on, const problem::Optimizer<problem::SgdFactors>& p) {
+  for_each_piece(on, p.pieces, p.count, [&](Index, const problem::ParameterPiece& piece) {
+    sgd_piece<Isa>(piece, p.factors);
+  });
 }
 
-template <typename Isa, CpuDevice D>
-void zero_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count) {
+template <typename D, typename Isa>
+void execute(const Backend<D, Isa>& on, const problem::ZeroGradients& p) {
   using V = simd::Vec<float, Isa>;
-  for_each_piece(device, pieces, count, [](Index, const ParameterPiece& piece) {
+  for_each_piece(on, p.pieces, p.count, [](Index, const problem::ParameterPiece& piece) {
     for_each_vector<V>(0, piece.size,
                        [&](Index i, auto part) { store(V::zero(), piece.gradient + i, part); });
   });
 }
 
-/// sums[i] = the sum of squares of piece i's gradient, in double.
-template <typename Isa, CpuDevice D>
-void gradient_squares(Isa, const D& device, const ParameterPiece* pieces, Index count,
-                      double* sums) {
+template <typename D, typename Isa>
+void execute(const Backend<D, Isa>& on, const problem::GradientSquares& p) {
   using V = simd::Vec<double, Isa>;
-  for_each_piece(device, pieces, count, [sums](Index index, const ParameterPiece& piece) {
-    V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
-      const V g = load<V>(piece.gradient + i, part);
-      squares[k] = fma(g, g, squares[k]);
-    });
-    sums[index] = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
-  });
+  for_each_piece(on, p.pieces, p.count,
+                 [sums = p.sums](Index index, const problem::ParameterPiece& piece) {
+                   V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+                   for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
+                     const V g = load<V>(piece.gradient + i, part);
+                     squares[k] = fma(g, g, squares[k]);
+                   });
+                   sums[index] = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
+                 });
 }
 
-/// Multiplies the gradients by factor where Scale; finite[i] is whether piece i holds no infinity
-/// and no NaN afterwards.
-template <bool Scale, typename Isa, CpuDevice D>
-void scale_gradients(Isa, const D& device, const ParameterPiece* pieces, Index count, float factor,
-                     bool* finite) {
+template <bool Scale, typename D, typename Isa>
+void scale_gradients(const Backend<D, Isa>& on, const problem::ScaleGradients& p) {
   using V = simd::Vec<float, Isa>;
-  for_each_piece(device, pieces, count, [factor, finite](Index index, const ParameterPiece& piece) {
-    const V factors = V::set1(factor), zero = V::zero();
-    V poison[4] = {zero, zero, zero, zero};  // 0 * x is NaN where x is not finite, and NaN stays
-    for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
-      V g = load<V>(piece.gradient + i, part);
-      if constexpr (Scale) {
-        g = g * factors;
-        store(g, piece.gradient + i, part);
-      }
-      poison[k] = fma(g, zero, poison[k]);
-    });
-    finite[index] = reduce_add((poison[0] + poison[1]) + (poison[2] + poison[3])) == 0.0f;
-  });
+  for_each_piece(
+      on, p.pieces, p.count,
+      [factor = p.factor, finite = p.finite](Index index, const problem::ParameterPiece& piece) {
+        const V factors = V::set1(factor), zero = V::zero();
+        V poison[4] = {zero, zero, zero,
+                       zero};  // 0 * x is NaN where x is not finite, and NaN stays
+        for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
+          V g = load<V>(piece.gradient + i, part);
+          if constexpr (Scale) {
+            g = g * factors;
+            store(g, piece.gradient + i, part);
+          }
+          poison[k] = fma(g, zero, poison[k]);
+        });
+        finite[index] = reduce_add((poison[0] + poison[1]) + (poison[2] + poison[3])) == 0.0f;
+      });
+}
+
+template <typename D, typename Isa>
+void execute(const Backend<D, Isa>& on, const problem::ScaleGradients& p) {
+  if (p.factor == 1)
+    scale_gradients<false>(on, p);
+  else
+    scale_gradients<true>(on, p);
 }
 
 }  // namespace cpu

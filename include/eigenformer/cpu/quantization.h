@@ -5,35 +5,13 @@
 /// memory once. What leaves the caches anyway is written around them, which saves reading it first.
 #pragma once
 
+#include "../problem/quantization.h"
+#include "backend.h"
 #include "quantize_line.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: a (rows, columns) matrix whose rows are cut into groups with a scale each;
-/// group = columns is one scale a row.
-template <typename T>
-struct QuantizeProblem {
-  const T* weights;
-  std::int8_t* values;  // (rows, columns)
-  float* scales;        // (rows, groups)
-  Index rows, columns, group;
-
-  EIGENFORMER_HOST_DEVICE constexpr Index groups() const {
-    return group == 0 ? 0 : (columns + group - 1) / group;
-  }
-};
-
-/// values * scales, the other way round.
-template <typename T>
-struct DequantizeProblem {
-  const std::int8_t* values;
-  const float* scales;
-  T* weights;
-  Index rows, columns, group;
-};
-
 namespace cpu {
 
 /// f(true_type or false_type): whether `size` values are written around the caches, in lines of
@@ -52,9 +30,9 @@ void with_streaming(const std::int8_t* values, Index size, Index row, Index line
 constexpr Index kQuantizeChunk = 16384;  // numbers of one task where a whole tensor shares a scale
 
 /// Values by the scales that p.scales holds; a NaN scale gives zeros.
-template <typename Isa, CpuDevice D, typename T>
-void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
-  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename T>
+void quantize_values(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
+  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
     with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
       for (Index r = first; r < last; ++r)
         for (Index g = 0; g < p.groups(); ++g) {
@@ -69,11 +47,10 @@ void quantize_values(Isa, const D& device, const QuantizeProblem<T>& p) {
 
 /// Scales and values in one read. False where a number is not quantizable: then some rows are
 /// written and some are not.
-template <typename Isa, CpuDevice D, typename T>
-bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
-  if (p.groups() == 0) return true;
+template <typename D, typename Isa, typename T>
+bool quantize_at_once(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
   std::atomic<bool> quantizable{true};
-  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
     with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
       constexpr bool kStreaming = decltype(streaming)::value;
       if (p.groups() > 1) {
@@ -102,13 +79,28 @@ bool quantize_at_once(Isa, const D& device, const QuantizeProblem<T>& p) {
   return quantizable.load(std::memory_order_relaxed);
 }
 
-/// Scale and values of each row while it is in cache; rows that hold NaN or infinity get the scale
-/// NaN and zeros.
-template <typename Isa, CpuDevice D, typename T>
-void quantize_activations(Isa, const D& device, const QuantizeProblem<T>& p) {
-  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename T>
+bool execute(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
+  if (p.columns == 0) {
+    if (p.group == 0) std::fill_n(p.scales, p.rows, 1.0f);
+    return true;
+  }
+  if (p.rows == 0) return true;
+  if (!p.check_first) return quantize_at_once(on, p);
+  Workspace::Frame frame(on.workspace);
+  float* found = frame.take<float>(p.rows * p.groups());
+  if (!group_scales(on, p.weights, p.rows, p.columns, p.group, found)) return false;
+  std::copy_n(found, p.rows * p.groups(), p.scales);
+  quantize_values(on, p);
+  return true;
+}
+
+/// Scale and values of each row while it is in cache.
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::QuantizeActivations<T>& p) {
+  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
-      const T* row = p.weights + r * p.columns;
+      const T* row = p.x + r * p.columns;
       p.scales[r] = activation_scale<Isa>(row, p.columns);
       quantize_activation_line<Isa>(row, p.columns, p.scales[r], p.values + r * p.columns);
     }
@@ -116,12 +108,12 @@ void quantize_activations(Isa, const D& device, const QuantizeProblem<T>& p) {
 }
 
 /// max|w| of a whole tensor; `parts` has room for one number a chunk.
-template <typename Isa, CpuDevice D, typename T>
-Magnitude<compute_type<T>> tensor_magnitude(Isa, const D& device, const T* numbers, Index count,
-                                            compute_type<T>* parts) {
+template <typename D, typename Isa, typename T>
+Magnitude<compute_type<T>> tensor_magnitude(const Backend<D, Isa>& on, const T* numbers,
+                                            Index count, compute_type<T>* parts) {
   const Index chunks = (count + kQuantizeChunk - 1) / kQuantizeChunk;
   std::atomic<bool> finite{true};
-  parallel_for(device, chunks, 4, [&](Index first, Index last, int) {
+  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
     for (Index c = first; c < last; ++c) {
       const auto found = magnitude<Isa>(numbers + c * kQuantizeChunk,
                                         (std::min)(kQuantizeChunk, count - c * kQuantizeChunk));
@@ -134,17 +126,23 @@ Magnitude<compute_type<T>> tensor_magnitude(Isa, const D& device, const T* numbe
   return {largest, finite.load(std::memory_order_relaxed)};
 }
 
-template <typename Isa, CpuDevice D, typename T>
-void quantize_tensor(Isa, const D& device, const T* numbers, Index count, float scale,
-                     std::int8_t* values) {
-  parallel_for(
-      device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
-        const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, count);
-        with_streaming<Isa, T>(values, count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
-          quantize_line<Isa, decltype(streaming)::value>(numbers + begin, end - begin, scale,
-                                                         values + begin);
-        });
-      });
+template <typename D, typename Isa, typename T>
+bool execute(const Backend<D, Isa>& on, const problem::QuantizeTensor<T>& p) {
+  Workspace::Frame frame(on.workspace);
+  const Index chunks = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
+  const auto found =
+      tensor_magnitude(on, p.weights, p.count, frame.take<compute_type<T>>(chunks + 1));
+  const float scale = int8_scale(found.largest);
+  if (!found.finite || !std::isfinite(scale)) return false;
+  *p.scale = scale;
+  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+    const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, p.count);
+    with_streaming<Isa, T>(p.values, p.count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
+      quantize_line<Isa, decltype(streaming)::value>(p.weights + begin, end - begin, scale,
+                                                     p.values + begin);
+    });
+  });
+  return true;
 }
 
 /// One multiplication in T's compute type, one rounding to T.
@@ -158,20 +156,19 @@ void dequantize_line(const std::int8_t* values, Index count, float scale, T* to)
   if (rest > 0) (V::load_partial(values + at, rest) * factor).store_partial(to + at, rest);
 }
 
-template <typename Isa, CpuDevice D, typename T>
-void dequantize_tensor(Isa, const D& device, const std::int8_t* values, Index count, float scale,
-                       T* to) {
-  parallel_for(
-      device, (count + kQuantizeChunk - 1) / kQuantizeChunk, 4, [&](Index first, Index last, int) {
-        const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, count);
-        dequantize_line<Isa>(values + begin, end - begin, scale, to + begin);
-      });
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::DequantizeTensor<T>& p) {
+  const Index chunks = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
+  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+    const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, p.count);
+    dequantize_line<Isa>(p.values + begin, end - begin, p.scale, p.weights + begin);
+  });
 }
 
-template <typename Isa, CpuDevice D, typename T>
-void dequantize(Isa, const D& device, const DequantizeProblem<T>& p) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::Dequantize<T>& p) {
   const Index groups = p.group == 0 ? 0 : (p.columns + p.group - 1) / p.group;
-  parallel_for(device, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       for (Index g = 0; g < groups; ++g) {
         const Index at = r * p.columns + g * p.group;

@@ -12,7 +12,7 @@
 #include <cmath>
 #include <limits>
 
-#include "../core/device.h"
+#include "backend.h"
 #include "simd/transpose.h"
 
 namespace eigenformer {
@@ -273,12 +273,12 @@ bool quantize_line_in_groups(const T* line, Index count, Index group, float* sca
 
 /// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a
 /// number is not quantizable.
-template <typename Isa, CpuDevice D, typename T>
-bool group_scales(Isa, const D& device, const T* matrix, Index rows, Index columns, Index group,
-                  float* scales) {
+template <typename D, typename Isa, typename T>
+bool group_scales(const Backend<D, Isa>& on, const T* matrix, Index rows, Index columns,
+                  Index group, float* scales) {
   const Index groups = (columns + group - 1) / group;
   std::atomic<bool> quantizable{true};
-  parallel_for(device, rows, 1 + 65536 / (columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, rows, 1 + 65536 / (columns + 1), [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       if (!group_scales<Isa>(matrix + r * columns, columns, group, scales + r * groups))
         return quantizable.store(false, std::memory_order_relaxed);

@@ -6,45 +6,20 @@
 /// maximum; a draw without top-k adds one exponential a token in double, about 1 ns each.
 #pragma once
 
-#include "../core/device.h"
 #include "../core/workspace.h"
+#include "../problem/sampling.h"
+#include "backend.h"
 #include "sampling_filters.h"
 #include "sampling_logits.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device
-/// memory, params and generators the host's; params[0].temperature == 0 asks for greedy, else
-/// params[0].top_k for top-k.
-template <typename T>
-struct SamplingProblem {
-  const T* logits;  // (batch, vocab)
-  Index batch, vocab;
-  const SamplingParams* params;
-  Index params_stride;  // 0: the same for all rows, 1: one a row
-  const Philox* generators;
-  Index generators_stride;  // 0: one for all rows, 1: one a row
-  std::int32_t* ids;        // (batch), -1 where the status is not ok
-  SampleStatus* statuses;   // (batch), or nullptr
-
-  const SamplingParams& params_of(Index row) const { return params[row * params_stride]; }
-  double uniform(Index row) const {
-    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row))
-                                  : generators[row].uniform(0);
-  }
-  void finish(Index row, std::int32_t id, SampleStatus status) const {
-    if (ids != nullptr) ids[row] = id;
-    if (statuses != nullptr) statuses[row] = status;
-  }
-};
-
 namespace cpu {
 
 template <typename T>
 struct SamplingNeeds {
   bool adjusted = false, penalties = false;
-  explicit SamplingNeeds(const SamplingProblem<T>& p) {
+  explicit SamplingNeeds(const problem::Sampling<T>& p) {
     const Index sets = p.params_stride == 0 ? std::min<Index>(1, p.batch) : p.batch;
     for (Index i = 0; i < sets; ++i) {
       adjusted = adjusted || adjusts_logits(p.params[i]);
@@ -76,16 +51,15 @@ inline Index sampling_grain(Index vocab) {
 
 /// Calls visit(r, row, status, scratch) for every row of the batch, `row` filtered where the status
 /// is ok.
-template <typename Isa, CpuDevice D, typename T, typename Visit>
-void for_each_distribution(const D& device, const SamplingProblem<T>& p, Workspace& workspace,
-                           Visit visit) {
+template <typename D, typename Isa, typename T, typename Visit>
+void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>& p, Visit visit) {
   if (p.batch == 0) return;  // no scratch for a vocabulary that has no row
   using C = compute_type<T>;
-  Workspace::Frame frame(workspace);
+  Workspace::Frame frame(on.workspace);
   const SamplingNeeds<T> needs(p);
-  const auto* scratches = take_sampling_scratch<C>(frame, worker_count(device), p.vocab,
-                                                   needs.adjusted, needs.penalties);
-  parallel_for(device, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
+  const auto* scratches =
+      take_sampling_scratch<C>(frame, worker_count(on), p.vocab, needs.adjusted, needs.penalties);
+  parallel_for(on, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
     for (Index r = first; r < last; ++r) {
       const SamplingParams& params = p.params_of(r);
@@ -134,26 +108,23 @@ std::int32_t draw_token(const SamplingRow<T>& row, double u,
   return static_cast<std::int32_t>(block * SamplingBlock::size + drawn);
 }
 
-template <typename Isa, CpuDevice D, typename T>
-void sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& workspace) {
-  for_each_distribution<Isa>(
-      device, p, workspace,
-      [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::Sampling<T>& p) {
+  for_each_distribution(
+      on, p, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
         p.finish(r, status == SampleStatus::ok ? draw_token<Isa>(row, p.uniform(r), scratch) : -1,
                  status);
       });
 }
 
-/// Lowest index of the largest logit of every row.
-template <typename Isa, CpuDevice D, typename T>
-void greedy_sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace& workspace) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::GreedySampling<T>& p) {
   if (p.batch == 0) return;
   using C = compute_type<T>;
-  Workspace::Frame frame(workspace);
+  Workspace::Frame frame(on.workspace);
   const Index blocks = (p.vocab + SamplingBlock::size - 1) / SamplingBlock::size;
-  C* maxima =
-      frame.take<C>(checked_product(worker_count(device), blocks, "greedy_sample", "scratch"));
-  parallel_for(device, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
+  C* maxima = frame.take<C>(checked_product(worker_count(on), blocks, "greedy_sample", "scratch"));
+  parallel_for(on, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, maxima + worker * blocks, {}, 1.0};
       const SampleStatus status = scan_row<Isa>(row);
@@ -166,14 +137,12 @@ void greedy_sample(Isa, const D& device, const SamplingProblem<T>& p, Workspace&
   });
 }
 
-/// Writes the distribution of every row, (batch, vocab); rows whose status is not ok are zero.
-template <typename Isa, CpuDevice D, typename T>
-void sampling_probabilities(Isa, const D& device, const SamplingProblem<T>& p, float* probabilities,
-                            Workspace& workspace) {
-  for_each_distribution<Isa>(
-      device, p, workspace,
-      [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
-        float* out = probabilities + r * p.vocab;
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::SamplingProbabilities<T>& request) {
+  const auto& p = request.sampling;
+  for_each_distribution(
+      on, p, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+        float* out = request.probabilities + r * p.vocab;
         std::fill(out, out + p.vocab, 0.0f);
         p.finish(r, -1, status);
         if (status != SampleStatus::ok) return;

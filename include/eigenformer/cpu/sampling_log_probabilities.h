@@ -8,18 +8,6 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// Where the log-probabilities go. Rows whose status is not ok get -1 and NaN.
-struct LogProbabilityOutputs {
-  float* raw;              // (batch)
-  float* processed;        // (batch)
-  std::int32_t* rank;      // (batch)
-  Index best;              // columns of the three below, at most vocab
-  std::int32_t* best_ids;  // (batch, best)
-  float* best_raw;         // (batch, best)
-  float* best_processed;   // (batch, best)
-};
-
 namespace cpu {
 
 /// Log of the sum of the weights in play, to a relative error of 1e-15 also where one token has
@@ -86,7 +74,7 @@ Index count_above(const SamplingRow<T>& row, compute_type<T> value) {
 /// filtered distribution.
 template <typename Isa, typename T, typename Processed>
 void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id,
-                             const LogProbabilityOutputs& out,
+                             const problem::LogProbabilityOutputs& out,
                              const SamplingScratch<compute_type<T>>& scratch, Processed processed) {
   scan_row<Isa>(raw);
   const SamplingRow<T> all = raw;
@@ -103,13 +91,13 @@ void write_log_probabilities(SamplingRow<T> raw, Index r, std::int32_t id,
   }
 }
 
-template <typename Isa, CpuDevice D, typename T>
-void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T>& p,
-                                   const LogProbabilityOutputs& out, Workspace& workspace) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::SampleWithLogProbabilities<T>& request) {
+  const auto& p = request.sampling;
+  const auto& out = request.outputs;
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-  for_each_distribution<Isa>(
-      device, p, workspace,
-      [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+  for_each_distribution(
+      on, p, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
         if (status != SampleStatus::ok) {
           p.finish(r, -1, status);
           out.raw[r] = out.processed[r] = nan;
@@ -130,23 +118,21 @@ void sample_with_log_probabilities(Isa, const D& device, const SamplingProblem<T
       });
 }
 
-/// out[r] = log-probability of tokens[r] in the distribution of row r: NaN where the row is bad, 0
-/// where the token is -1, whatever the row holds.
-template <typename Isa, CpuDevice D, typename T>
-void log_probabilities_of(Isa, const D& device, const SamplingProblem<T>& p,
-                          const std::int32_t* tokens, float* out, Workspace& workspace) {
-  for_each_distribution<Isa>(
-      device, p, workspace, [&](Index r, const auto& row, SampleStatus status, const auto&) {
-        if (tokens[r] < 0) {
-          out[r] = 0;
-          p.finish(r, -1, SampleStatus::ok);
-          return;
-        }
-        out[r] = status == SampleStatus::ok
-                     ? log_probability(row, tokens[r], log_sum_weights<Isa>(row))
-                     : std::numeric_limits<float>::quiet_NaN();
-        p.finish(r, -1, status);
-      });
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::LogProbabilitiesOf<T>& request) {
+  const auto& p = request.sampling;
+  const std::int32_t* const tokens = request.tokens;
+  float* const out = request.output;
+  for_each_distribution(on, p, [&](Index r, const auto& row, SampleStatus status, const auto&) {
+    if (tokens[r] < 0) {
+      out[r] = 0;
+      p.finish(r, -1, SampleStatus::ok);
+      return;
+    }
+    out[r] = status == SampleStatus::ok ? log_probability(row, tokens[r], log_sum_weights<Isa>(row))
+                                        : std::numeric_limits<float>::quiet_NaN();
+    p.finish(r, -1, status);
+  });
 }
 
 }  // namespace cpu

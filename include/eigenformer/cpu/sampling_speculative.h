@@ -8,34 +8,13 @@
 #include <cstdint>
 #include <limits>
 
-#include "../core/device.h"
+#include "../problem/sampling.h"
 #include "../sampling/params.h"
+#include "backend.h"
 #include "vector_loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-template <typename Draft, typename Target>
-struct SpeculativeProblem {
-  const std::int32_t* draft_tokens;  // (batch, drafts)
-  const Draft* draft;                // (batch, drafts, vocab)
-  const Target* target;              // (batch, drafts + 1, vocab)
-  Index batch, drafts, vocab;
-  const LengthSpan* draft_lengths;  // (batch), or nullptr: all of them
-  const Philox* generators;
-  Index generators_stride;
-  std::int32_t* accepted;  // (batch)
-  std::int32_t* tokens;    // (batch, drafts + 1), -1 past the last
-  SampleStatus* statuses;  // (batch); where not ok nothing is accepted and every token is -1
-
-  double uniform(Index row, Index index, Philox::Purpose purpose) const {
-    const auto counter = static_cast<std::uint32_t>(index);
-    return generators_stride == 0
-               ? generators[0].uniform(static_cast<std::uint32_t>(row), counter, purpose)
-               : generators[row].uniform(0, counter, purpose);
-  }
-};
-
 namespace cpu {
 
 inline SampleStatus status_of_probability(double p) {
@@ -87,7 +66,7 @@ std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
 /// Every number that is read is looked at: the two of each draft up to the first refusal, and the
 /// distributions that the last token is drawn from.
 template <typename Isa, typename Draft, typename Target>
-SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std::int32_t* tokens,
+SampleStatus verify_row(const problem::Speculative<Draft, Target>& p, Index r, std::int32_t* tokens,
                         std::int32_t& accepted) {
   const std::int32_t* drafted = p.draft_tokens + r * p.drafts;
   const Index given = p.draft_lengths == nullptr ? p.drafts : (*p.draft_lengths)[r];
@@ -126,9 +105,9 @@ SampleStatus verify_row(const SpeculativeProblem<Draft, Target>& p, Index r, std
   return SampleStatus::ok;
 }
 
-template <typename Isa, CpuDevice D, typename Draft, typename Target>
-void verify_speculative(Isa, const D& device, const SpeculativeProblem<Draft, Target>& p) {
-  parallel_for(device, p.batch, 1, [&](Index first, Index last, int) {
+template <typename D, typename Isa, typename Draft, typename Target>
+void execute(const Backend<D, Isa>& on, const problem::Speculative<Draft, Target>& p) {
+  parallel_for(on, p.batch, 1, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
       std::int32_t* tokens = p.tokens + r * (p.drafts + 1);
       std::fill(tokens, tokens + p.drafts + 1, -1);

@@ -12,46 +12,18 @@
 #include <limits>
 
 #include "../communicator/collective.h"
-#include "../core/device.h"
+#include "../problem/tensor_parallel.h"
+#include "backend.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// Gathered parts: part r is (tokens, size of shard r), parts follow each other in rank order.
-template <typename T>
-struct InterleaveProblem {
-  const T* parts;
-  T* rows;  // (tokens, features)
-  Index tokens, features;
-  int ranks;
-};
-
-/// A token that may be drawn. No padding: candidates travel between ranks as bytes.
-struct VocabularyCandidate {
-  static constexpr std::int64_t kNone = -1;      ///< the shard has no further token
-  static constexpr std::int64_t kNan = -2;       ///< the shard's row holds NaN
-  static constexpr std::int64_t kInfinity = -3;  ///< the shard's row holds +infinity and no NaN
-  double logit;
-  std::int64_t token;  // in the whole vocabulary
-};
-
-/// The best candidates of this rank's shard of the logits, best first, ties lowest token first.
-template <typename T>
-struct VocabularyProblem {
-  const T* logits;                  // (rows, shard.size())
-  VocabularyCandidate* candidates;  // (rows, kept)
-  std::int32_t* order;              // scratch, (workers, shard.size()); unused where kept is 1
-  Index rows, kept;                 // kept >= 1: missing ones are kNone
-  ShardRange shard;
-};
-
 namespace cpu {
 
-template <CpuDevice D, typename T>
-void interleave(const D& device, const InterleaveProblem<T>& p) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::Interleave<T>& p) {
   const Index grain =
       1 + 16384 / (p.features + 1);  // less than 16k elements do not pay for waking a thread
-  parallel_for(device, p.tokens, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.tokens, grain, [&](Index first, Index last, int) {
     for (int r = 0; r < p.ranks; ++r) {
       const ShardRange shard = shard_range(p.features, r, p.ranks);
       const T* part = p.parts + p.tokens * shard.begin;
@@ -69,24 +41,24 @@ std::int64_t fault_of(const T* row, Index size) {
   bool good = true, nan = false;
   for (Index i = 0; i < size; ++i)
     good &= static_cast<C>(row[i]) < std::numeric_limits<C>::infinity();  // false for NaN
-  if (good) return VocabularyCandidate::kNone;
+  if (good) return problem::VocabularyCandidate::kNone;
   for (Index i = 0; i < size; ++i)
     nan |= !(static_cast<C>(row[i]) <= std::numeric_limits<C>::infinity());
-  return nan ? VocabularyCandidate::kNan : VocabularyCandidate::kInfinity;
+  return nan ? problem::VocabularyCandidate::kNan : problem::VocabularyCandidate::kInfinity;
 }
 
 template <typename T>
-void best_candidates(const VocabularyProblem<T>& p, Index row, std::int32_t* order) {
+void best_candidates(const problem::Vocabulary<T>& p, Index row, std::int32_t* order) {
   const Index size = p.shard.size(), found = (std::min)(size, p.kept);
   const T* logits = p.logits + row * size;
-  VocabularyCandidate* candidates = p.candidates + row * p.kept;
-  std::fill_n(
-      candidates, p.kept,
-      VocabularyCandidate{-std::numeric_limits<double>::infinity(), VocabularyCandidate::kNone});
+  problem::VocabularyCandidate* candidates = p.candidates + row * p.kept;
+  std::fill_n(candidates, p.kept,
+              problem::VocabularyCandidate{-std::numeric_limits<double>::infinity(),
+                                           problem::VocabularyCandidate::kNone});
   candidates[0].token = fault_of(logits, size);
-  if (candidates[0].token != VocabularyCandidate::kNone) return;
+  if (candidates[0].token != problem::VocabularyCandidate::kNone) return;
   const auto candidate = [&](Index i) {
-    return VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i};
+    return problem::VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i};
   };
   if (found == 1) {
     candidates[0] =
@@ -102,10 +74,10 @@ void best_candidates(const VocabularyProblem<T>& p, Index row, std::int32_t* ord
   for (Index i = 0; i < found; ++i) candidates[i] = candidate(order[i]);
 }
 
-template <CpuDevice D, typename T>
-void vocabulary_candidates(const D& device, const VocabularyProblem<T>& p) {
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::Vocabulary<T>& p) {
   const Index grain = 1 + 16384 / (p.shard.size() + 1);
-  parallel_for(device, p.rows, grain, [&](Index first, Index last, int worker) {
+  parallel_for(on, p.rows, grain, [&](Index first, Index last, int worker) {
     for (Index row = first; row < last; ++row)
       best_candidates(p, row, p.kept > 1 ? p.order + worker * p.shard.size() : nullptr);
   });
@@ -114,12 +86,13 @@ void vocabulary_candidates(const D& device, const VocabularyProblem<T>& p) {
 /// Index into `candidates` (best first, finite best) of the token that the uniform number u draws
 /// from softmax(logit / temperature), by the inverse of the cumulative distribution in token order,
 /// which is the rule of sampling.h. Puts the candidates in that order.
-inline Index draw_candidate(VocabularyCandidate* candidates, Index count, double temperature,
-                            double u) {
+inline Index draw_candidate(problem::VocabularyCandidate* candidates, Index count,
+                            double temperature, double u) {
   const double best = candidates[0].logit;
-  std::sort(
-      candidates, candidates + count,
-      [](const VocabularyCandidate& a, const VocabularyCandidate& b) { return a.token < b.token; });
+  std::sort(candidates, candidates + count,
+            [](const problem::VocabularyCandidate& a, const problem::VocabularyCandidate& b) {
+              return a.token < b.token;
+            });
   const auto weight = [&](Index i) { return std::exp((candidates[i].logit - best) / temperature); };
   double total = 0;
   for (Index i = 0; i < count; ++i) total += weight(i);

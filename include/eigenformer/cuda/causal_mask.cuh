@@ -2,7 +2,7 @@
 /// CUDA kernel of the causal mask: one thread an element, one coalesced write of the mask.
 #pragma once
 
-#include "../cpu/causal_mask.h"  // CausalMaskProblem
+#include "../problem/causal_mask.h"
 #include "launch.cuh"
 
 namespace eigenformer {
@@ -11,7 +11,7 @@ namespace cuda {
 
 template <typename T>
 struct CausalMaskBody {
-  CausalMaskProblem<T> p;
+  problem::CausalMask<T> p;
   T open, blocked;
   __device__ void operator()(Index at) const {
     const Index row = at / p.key_length;
@@ -20,13 +20,12 @@ struct CausalMaskBody {
   }
 };
 
-}  // namespace cuda
-
 template <typename T>
-void launch_on_gpu(const Eigen::GpuDevice& device, const CausalMaskProblem<T>& p) {
-  cuda::launch_for_each(device, "causal_mask", p.batch * p.query_length * p.key_length,
-                        cuda::CausalMaskBody<T>{p, T(0), -std::numeric_limits<T>::infinity()});
+void execute(const Backend& on, const problem::CausalMask<T>& p) {
+  launch_for_each(on.device, "causal_mask", p.batch * p.query_length * p.key_length,
+                  CausalMaskBody<T>{p, T(0), -std::numeric_limits<T>::infinity()});
 }
 
+}  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -3,7 +3,7 @@
 /// every new key and value.
 #pragma once
 
-#include "../cpu/kv_cache.h"  // KvAppendProblem
+#include "../problem/kv_cache.h"
 #include "launch.cuh"
 
 namespace eigenformer {
@@ -30,18 +30,17 @@ struct KvAppendBody {
   }
 };
 
-}  // namespace cuda
-
 template <typename T, typename Storage>
-void launch_on_gpu(const Eigen::GpuDevice& device, const KvAppendProblem<T, Storage>& p) {
+void execute(const Backend& on, const problem::KvAppend<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
   const Index row = to.kv_heads * to.head_dim;
-  cuda::launch_for_each(device, "append_kv_into", p.tokens * row,
-                        cuda::KvAppendBody<T, Storage>{
-                            p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
-                            const_cast<Storage*>(to.values), p.positions, p.tokens_each, row,
-                            p.capacity, to.sequence_stride, to.value_sequence_stride});
+  launch_for_each(
+      on.device, "append_kv_into", p.tokens * row,
+      KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
+                               const_cast<Storage*>(to.values), p.positions, p.tokens_each, row,
+                               p.capacity, to.sequence_stride, to.value_sequence_stride});
 }
 
+}  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -1,9 +1,7 @@
 /// \file
 /// How CUDA kernels are started: on the device's stream, asynchronously, with every launch checked.
 ///
-/// An operator's public header calls `launch_on_gpu(device, problem)`, an overload set of namespace
-/// eigenformer with one member in each cuda/X.cuh. A C++ translation unit never sees one, and never
-/// needs to: the call is discarded for CPU devices.
+/// A kernel is `execute(const Backend&, const problem::X&)` in this namespace, found by core/dispatch.h.
 #pragma once
 
 #include <stdexcept>
@@ -21,6 +19,11 @@ class DeviceError : public std::runtime_error {
 };
 
 namespace cuda {
+
+/// Where a CUDA kernel runs: the stream of an Eigen device.
+struct Backend {
+  const Eigen::GpuDevice& device;
+};
 
 inline void check_cuda(cudaError_t status, const char* operation) {
   if (status != cudaSuccess)

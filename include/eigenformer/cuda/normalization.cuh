@@ -3,7 +3,8 @@
 /// fixed tree; rows past the range of their squares as in cpu/row_unit.h.
 #pragma once
 
-#include "../cpu/normalization.h"  // RmsNormProblem
+#include "../problem/normalization.h"
+#include "../problem/row_unit.h"
 #include "block.cuh"
 
 namespace eigenformer {
@@ -23,14 +24,14 @@ __device__ C row_unit(const X* x, Index count) {
   C largest = 0;
   for (Index j = threadIdx.x; j < count; j += kRowThreads)
     largest = Larger{}(static_cast<C>(fabs(static_cast<C>(x[j]))), largest);
-  return cpu::unit_of(reduce_block(largest, Larger{}));
+  return problem::unit_of(reduce_block(largest, Larger{}));
 }
 
 template <typename Y, typename X, typename W>
 struct RmsNormBody {
-  RmsNormProblem<Y, X, W> p;
+  problem::RmsNorm<Y, X, W> p;
   __device__ void operator()(Index row) const {
-    using C = typename RmsNormProblem<Y, X, W>::compute;
+    using C = typename problem::RmsNorm<Y, X, W>::compute;
     const X* x = p.x + row * p.features;
     Y* y = p.y + row * p.features;
     const C n = static_cast<C>(p.features);
@@ -44,7 +45,7 @@ struct RmsNormBody {
     };
     C unit = 1;
     double mean = sum_of_squares(unit) / n + static_cast<C>(p.epsilon);
-    if (!cpu::in_range(static_cast<C>(mean))) {  // all threads of the block, or none
+    if (!problem::in_range(static_cast<C>(mean))) {  // all threads of the block, or none
       unit = row_unit<C>(x, p.features);
       mean = static_cast<double>(sum_of_squares(unit) / n) +
              static_cast<double>(p.epsilon) * unit * unit;
@@ -55,12 +56,11 @@ struct RmsNormBody {
   }
 };
 
-}  // namespace cuda
-
 template <typename Y, typename X, typename W>
-void launch_on_gpu(const Eigen::GpuDevice& device, const RmsNormProblem<Y, X, W>& p) {
-  cuda::launch_rows(device, "rms_norm", p.features > 0 ? p.rows : 0, cuda::RmsNormBody<Y, X, W>{p});
+void execute(const Backend& on, const problem::RmsNorm<Y, X, W>& p) {
+  launch_rows(on.device, "rms_norm", p.features > 0 ? p.rows : 0, RmsNormBody<Y, X, W>{p});
 }
 
+}  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

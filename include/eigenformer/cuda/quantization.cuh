@@ -4,7 +4,7 @@
 /// second read out of L2 for rows that fit. The numbers are those of the CPU kernel, bit for bit.
 #pragma once
 
-#include "../cpu/quantization.h"  // QuantizeProblem
+#include "../problem/quantization.h"
 #include "block.cuh"
 
 namespace eigenformer {
@@ -21,7 +21,7 @@ struct LargestOrNan {
 
 template <typename T>
 struct QuantizeBody {
-  QuantizeProblem<T> p;
+  problem::Quantize<T> p;
 
   __device__ void operator()(Index row) const {
     using C = compute_type<T>;
@@ -45,13 +45,13 @@ struct QuantizeBody {
   }
 };
 
-}  // namespace cuda
-
 /// Rows with NaN or infinity get the scale NaN and zeros. Group must be the row.
 template <typename T>
-void launch_on_gpu(const Eigen::GpuDevice& device, const QuantizeProblem<T>& p) {
-  cuda::launch_rows(device, "quantize_weights_int8_per_channel", p.rows, cuda::QuantizeBody<T>{p});
+bool execute(const Backend& on, const problem::Quantize<T>& p) {
+  launch_rows(on.device, "quantize_weights_int8_per_channel", p.rows, QuantizeBody<T>{p});
+  return true;
 }
 
+}  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -12,7 +12,7 @@
 #include <limits>
 #include <stdexcept>
 
-#include "../cpu/sampling.h"  // SamplingProblem
+#include "../problem/sampling.h"
 #include "block.cuh"
 
 namespace eigenformer {
@@ -200,12 +200,10 @@ struct SampleBody {
   }
 };
 
-}  // namespace cuda
-
 /// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator a
 /// row, parameters by row.
 template <typename T>
-void launch_on_gpu(const Eigen::GpuDevice& device, const SamplingProblem<T>& p) {
+void execute(const Backend& on, const problem::Sampling<T>& p) {
   constexpr auto name = "sample on a GPU";
   require_that(p.params_stride == 0, name,
                "parameters come one a row, expected one set for the batch");
@@ -213,12 +211,12 @@ void launch_on_gpu(const Eigen::GpuDevice& device, const SamplingProblem<T>& p) 
   const bool greedy = params.temperature == 0;
   require_that(greedy || p.generators_stride == 0, name,
                "generators come one a row, expected one for the batch");
-  cuda::launch_rows(
-      device, "sample", p.batch,
-      cuda::SampleBody<T>{p.logits, p.vocab, kept_by_top_k(params), params.temperature, greedy,
-                          params.top_k_ties == TopKTies::keep_all,
-                          greedy ? Philox() : p.generators[0], p.ids, p.statuses});
+  launch_rows(on.device, "sample", p.batch,
+              SampleBody<T>{p.logits, p.vocab, kept_by_top_k(params), params.temperature, greedy,
+                            params.top_k_ties == TopKTies::keep_all,
+                            greedy ? Philox() : p.generators[0], p.ids, p.statuses});
 }
 
+}  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

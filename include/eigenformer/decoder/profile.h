@@ -6,7 +6,7 @@
 #include <chrono>
 #include <string_view>
 
-#include "../cpu/isa.h"
+#include "../core/isa.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -7,44 +7,6 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-namespace detail {
-
-/// grad_x = grad_y w, checked views.
-template <typename Isa, typename D, typename X, typename Y, typename W>
-void linear_backward_input_on(Isa isa, const D& device, TensorView<X, 2> grad_x,
-                              TensorView<const Y, 2> grad_y, TensorView<const W, 2> weight,
-                              Workspace& workspace) {
-  const Index tokens = grad_y.dimension(0), out = weight.dimension(0), in = weight.dimension(1);
-  const auto end = finish<false>(PlainSums<float>{nullptr}, grad_x, Epilogue{});
-  using Dot = tile::Dot<operand_scalar<Y, W>, Y, Isa>;
-  cpu::product<Dot>(
-      isa, device,
-      ProductProblem<Y, WeightRows<W, 1>, std::remove_const_t<decltype(end)>>{
-          {grad_y.data(), out, 1}, {{{weight.data(), 1, in}}, in}, tokens, in, out, end},
-      workspace);
-}
-
-/// grad_weight += grad_y^T x, checked views.
-template <typename Isa, typename D, typename G, typename Y, typename X>
-void linear_backward_weight_on(Isa isa, const D& device, TensorView<G, 2> grad_weight,
-                               TensorView<const Y, 2> grad_y, TensorView<const X, 2> x,
-                               Workspace& workspace) {
-  const Index tokens = grad_y.dimension(0), out = grad_y.dimension(1), in = x.dimension(1);
-  constexpr bool narrow =
-      std::is_same_v<X, bfloat16> && std::is_same_v<Y, bfloat16> && std::is_same_v<G, float>;
-  using Dot = tile::Dot<std::conditional_t<narrow, bfloat16, G>, Y, Isa>;
-  cpu::product<Dot>(isa, device,
-                    ProductProblem<Y, WeightRows<X, 1>, AddSums<G>>{{grad_y.data(), 1, out},
-                                                                    {{{x.data(), 1, in}}, in},
-                                                                    out,
-                                                                    in,
-                                                                    tokens,
-                                                                    {grad_weight.data(), in}},
-                    workspace);
-}
-
-}  // namespace detail
-
 /// grad_x (tokens, in) = grad_y (tokens, out) times weight (out, in), a tensor. grad_x must not
 /// overlap an input.
 template <CpuDevice D, typename GradX, typename GradY, typename Weight>
@@ -72,8 +34,10 @@ void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& gr
                " features, weight has ", out, " rows");
   require_that(to.dimension(0) == tokens && to.dimension(1) == in, name, "grad_x has shape ",
                detail::shape_text(to), ", expected (", tokens, ", ", in, ")");
-  cpu::with_granted_isa(
-      [&](auto isa) { detail::linear_backward_input_on(isa, device, to, from, w, workspace); });
+  detail::run(
+      device,
+      problem::LinearBackwardInput<X, Y, W>{to.data(), from.data(), w.data(), tokens, in, out},
+      workspace);
 }
 
 /// grad_weight (out, in) += grad_y (tokens, out) transposed times x (tokens, in). grad_weight is
@@ -101,8 +65,10 @@ void linear_backward_weight_into(const D& device, GradW&& grad_weight, const Gra
                " tokens, grad_y has ", tokens);
   require_that(to.dimension(0) == out && to.dimension(1) == in, name, "grad_weight has shape ",
                detail::shape_text(to), ", expected (", out, ", ", in, ")");
-  cpu::with_granted_isa(
-      [&](auto isa) { detail::linear_backward_weight_on(isa, device, to, dy, input, workspace); });
+  detail::run(
+      device,
+      problem::LinearBackwardWeight<G, Y, X>{to.data(), dy.data(), input.data(), tokens, in, out},
+      workspace);
 }
 
 /// grad_bias (out) += the sum of grad_y (tokens, out) over tokens, in their order. grad_bias is
@@ -120,7 +86,8 @@ void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& 
     return;
   require_that(to.dimension(0) == dy.dimension(1), "linear_backward_bias", "grad_bias has ",
                to.dimension(0), " elements, grad_y has ", dy.dimension(1), " features");
-  cpu::add_column_sums(isa::best{}, device, to.data(), dy.data(), dy.dimension(0), dy.dimension(1));
+  detail::run(device, problem::LinearBackwardBias<G, scalar_of<GradY>>{
+                          to.data(), dy.data(), dy.dimension(0), dy.dimension(1)});
 }
 
 }  // namespace EIGENFORMER_ABI

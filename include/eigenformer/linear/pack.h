@@ -4,7 +4,9 @@
 
 #include <cmath>
 
+#include "../core/dispatch.h"
 #include "../core/rows.h"
+#include "../cpu/linear_pack.h"
 #include "packed_weight.h"
 
 namespace eigenformer {
@@ -34,148 +36,48 @@ template <typename View>
   std::abort();  // not reached
 }
 
-/// One weight, or the two of a gated unit, as the packing takes them.
-template <typename W, int Matrices>
-WeightRows<W, Matrices> weight_rows_of(const TensorView<const W, 2> (&views)[Matrices]) {
-  WeightRows<W, Matrices> result;
-  for (int m = 0; m < Matrices; ++m)
-    result.matrices[m] = {views[m].data(), views[m].dimension(1), 1};
-  result.rows = views[0].dimension(0);
-  return result;
-}
-
-/// Calls pack(panel, memory of the panel) for all panels, in parallel.
-template <int Matrices, typename T, typename Isa, typename D, typename Pack>
-void for_each_panel(Isa isa, const D& device, PackedWeight<T>& packed, Pack&& pack) {
-  using Dot = tile::Dot<T, T, Isa>;
-  const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
-              panels = (rows + width - 1) / width;
-  const Index panel_size = tile::packed_steps<T>(isa, packed.columns()) * Dot::step * Dot::columns;
-  T* data = WeightAccess<T>::data(packed);
-  parallel_for(device, panels, 1 + 65536 / (panel_size + 1), [&](Index first, Index last, int) {
-    for (Index p = first; p < last; ++p) pack(p, data + p * panel_size);
-  });
-}
-
-/// Values as they are, converted where their scalar differs.
-template <int Matrices, typename Isa, typename D, typename T, typename W>
-void pack_values(Isa isa, const D& device, PackedWeight<T>& packed,
-                 const TensorView<const W, 2> (&views)[Matrices]) {
-  using Dot = tile::Dot<T, T, Isa>;
-  const auto weights = weight_rows_of(views);
-  const Index depth = packed.columns(), steps = tile::packed_steps<T>(isa, depth);
-  for_each_panel<Matrices>(isa, device, packed, [&](Index panel, T* to) {
-    tile::pack_panel<Dot>(isa, weights, panel, 0, depth, steps, to);
-  });
-}
-
-/// Scales (rows, groups) of each matrix, into the order of the panels; 1 where there is no row.
-template <int Matrices, typename Isa>
-void arrange_scales(Isa, PackedWeight<std::int8_t>& packed,
-                    const float* const (&scales)[Matrices]) {
-  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
-  const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
-              group = packed.group_size();
-  const Index groups = group == 0 ? 1 : (packed.columns() + group - 1) / group;
-  float* to = WeightAccess<std::int8_t>::scales(packed);
-  for (Index first = 0; first < rows; first += width)
-    for (Index g = 0; g < groups; ++g)
-      for (int m = 0; m < Matrices; ++m)
-        for (Index r = first; r < first + width; ++r)
-          *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
-}
-
 /// What exceptions call the operator.
 template <int Matrices>
 inline constexpr std::string_view packing_name =
     Matrices == 1 ? "pack_weight" : "pack_gated_weight";
 
-/// Quantizes and packs, with a scale for each `group` inputs (0: each row). `names` are those of
-/// the arguments.
-template <int Matrices, typename Isa, typename D, typename W>
-void pack_quantized(Isa isa, const D& device, PackedWeight<std::int8_t>& packed,
-                    const TensorView<const W, 2> (&views)[Matrices],
-                    const std::string_view (&names)[Matrices], Index group, Workspace& workspace) {
-  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
-  const auto weights = weight_rows_of(views);
-  const Index rows = weights.rows, depth = views[0].dimension(1),
-              each = group == 0 ? std::max<Index>(depth, 1) : group;
-  const Index groups = group == 0 ? 1 : (depth + group - 1) / group;
-  constexpr std::string_view name = packing_name<Matrices>;
-  const Index all_scales =
-      checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
-  Workspace::Frame frame(workspace);
-  float* found = frame.take<float>(all_scales);
-  std::fill_n(found, all_scales, 1.0f);
-  const float* scales[Matrices];
-  for (int m = 0; m < Matrices; ++m) {
-    float* own = found + m * rows * groups;
-    scales[m] = own;
-    if (depth > 0 && !cpu::group_scales(isa, device, views[m].data(), rows, depth, each, own))
-      throw_not_quantizable(name, names[m], views[m],
-                            cpu::first_not_quantizable(views[m].data(), rows * depth));
-  }
-  WeightAccess<std::int8_t>::reshape(packed, isa, rows, depth, Matrices, group);
-  arrange_scales(isa, packed, scales);
-  const Index steps = tile::packed_steps<std::int8_t>(isa, depth);
-  for_each_panel<Matrices>(isa, device, packed, [&](Index panel, std::int8_t* to) {
-    auto* units = reinterpret_cast<std::uint32_t*>(to);
-    tile::clear(units, steps * Dot::columns);
-    int m = 0;
-    weights.for_each_part(
-        panel, Dot::columns,
-        [&](const MatrixOperand<W>& matrix, Index row, Index valid, int column) {
-          const float* own = scales[m++] + row * groups;
-          tile::pack_lines<std::int8_t>(
-              isa, valid, Dot::columns, depth, units + column,
-              [&](Index r, Index k, int n, std::int8_t* stage) {
-                const W* line = matrix.data + (row + r) * depth +
-                                k;  // k is a multiple of 256, so of every group size
-                for (Index at = 0; at < n; at += each) {
-                  const Index count = std::min<Index>(each, n - at),
-                              g = group == 0 ? 0 : (k + at) / each;
-                  cpu::quantize_line<Isa>(line + at, count, own[r * groups + g], stage + at);
-                }
-              });
-        });
-    tile::finish_panel<Dot>(to, steps);
-  });
-}
-
-template <int Matrices, typename Isa, typename D, typename T, typename W>
-void pack_weight_on(Isa isa, const D& device, PackedWeight<T>& packed,
-                    const TensorView<const W, 2> (&views)[Matrices],
-                    const std::string_view (&names)[Matrices], const Int8Packing& options,
-                    Workspace& workspace) {
+template <int Matrices, typename D, typename T, typename W>
+void pack_weight(const D& device, PackedWeight<T>& packed,
+                 const TensorView<const W, 2> (&views)[Matrices],
+                 const std::string_view (&names)[Matrices], const Int8Packing& options,
+                 Workspace& workspace) {
   static_assert(FloatingScalar<W>,
                 "eigenformer: pack_weight takes float, double, Eigen::bfloat16 or Eigen::half; "
                 "int8 needs its scales");
   static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
                 "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
   constexpr std::string_view name = packing_name<Matrices>;
+  const Index rows = views[0].dimension(0), columns = views[0].dimension(1),
+              group = options.group_size;
   checked_size(name, names[0], views[0]);
   for (int m = 1; m < Matrices; ++m)
     require_same_shape(name, names[0], views[0], names[m], views[m]);
   if constexpr (std::is_same_v<T, std::int8_t>) {
-    if (options.group_size == 0)
-      require_int8_depth(views[0].dimension(1), name);
+    if (group == 0)
+      require_int8_depth(columns, name);
     else
-      require_group_size(options.group_size, name);
-    pack_quantized(isa, device, packed, views, names, options.group_size, workspace);
+      require_group_size(group, name);
+    const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
+    checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
   } else {
-    require_that(options.group_size == 0, name, "group_size is ", options.group_size,
-                 ", but only int8 weights have groups");
-    WeightAccess<T>::reshape(packed, isa, views[0].dimension(0), views[0].dimension(1), Matrices,
-                             0);
-    pack_values(isa, device, packed, views);
+    require_that(group == 0, name, "group_size is ", group, ", but only int8 weights have groups");
   }
+  problem::PackWeight<T, W, Matrices> problem{packed, {}, rows, columns, group};
+  for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
+  if (const int bad = run(device, problem, workspace); bad >= 0)
+    throw_not_quantizable(name, names[bad], views[bad],
+                          cpu::first_not_quantizable(views[bad].data(), rows * columns));
 }
 
-template <typename Isa, typename D, typename T, typename W>
-void pack_weight_on(Isa isa, const D& device, PackedWeight<T>& packed,
-                    TensorView<const W, 2> weight, Workspace& workspace,
-                    const Int8Packing& options = {}) {
-  pack_weight_on(isa, device, packed, {weight}, {"weights"}, options, workspace);
+template <typename D, typename T, typename W>
+void pack_weight(const D& device, PackedWeight<T>& packed, TensorView<const W, 2> weight,
+                 Workspace& workspace, const Int8Packing& options = {}) {
+  pack_weight(device, packed, {weight}, {"weights"}, options, workspace);
 }
 
 /// Scales of weights are finite and not negative; names the first that is not.
@@ -191,8 +93,8 @@ void require_scales(std::string_view name, const View& scales) {
 }
 
 /// From int8 values and scales (out) or (out, groups).
-template <typename Isa, typename D, typename Scales>
-void pack_int8_values(Isa isa, const D& device, PackedWeight<std::int8_t>& packed,
+template <typename D, typename Scales>
+void pack_int8_values(const D& device, PackedWeight<std::int8_t>& packed,
                       TensorView<const std::int8_t, 2> values, const Scales& scales,
                       const Int8Packing& options) {
   constexpr auto name = "pack_weight";
@@ -213,9 +115,7 @@ void pack_int8_values(Isa isa, const D& device, PackedWeight<std::int8_t>& packe
                  " columns, expected ", groups, ", one for each ", group, " of ", depth, " inputs");
   }
   require_scales(name, scales);
-  WeightAccess<std::int8_t>::reshape(packed, isa, rows, depth, 1, group);
-  arrange_scales(isa, packed, {scales.data()});
-  pack_values(isa, device, packed, {values});
+  run(device, problem::PackInt8Weight{packed, values.data(), scales.data(), rows, depth, group});
 }
 
 template <typename Scales>
@@ -231,12 +131,12 @@ auto scales_view(const Scales& scales) {
 template <CpuDevice D, typename T, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       Workspace& workspace = thread_workspace()) {
-  detail::pack_weight_on(isa::best{}, device, packed, input_view<2>(weight), workspace);
+  detail::pack_weight(device, packed, input_view<2>(weight), workspace);
 }
 template <CpuDevice D, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Weight& weight,
                       const Int8Packing& options, Workspace& workspace = thread_workspace()) {
-  detail::pack_weight_on(isa::best{}, device, packed, input_view<2>(weight), workspace, options);
+  detail::pack_weight(device, packed, input_view<2>(weight), workspace, options);
 }
 
 /// Packs int8 values (out, in) with one scale a row (out), or one a group (out, ceil(in /
@@ -245,16 +145,15 @@ template <CpuDevice D, typename Values, typename Scales>
   requires(!std::same_as<Scales, Int8Packing>)
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Values& values,
                       const Scales& scales, const Int8Packing& options = {}) {
-  detail::pack_int8_values(isa::best{}, device, packed, input_view<2>(values),
-                           detail::scales_view(scales), options);
+  detail::pack_int8_values(device, packed, input_view<2>(values), detail::scales_view(scales),
+                           options);
 }
 
 template <typename T, CpuDevice D, typename Weight>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
-  detail::pack_weight_on(isa::best{}, device, packed, input_view<2>(weight), thread_workspace(),
-                         options);
+  detail::pack_weight(device, packed, input_view<2>(weight), thread_workspace(), options);
   return packed;
 }
 template <typename T, typename Weight>
@@ -285,9 +184,8 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
                             Workspace& workspace = thread_workspace()) {
   static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
                 "eigenformer: gate and up have one scalar");
-  detail::pack_weight_on(isa::best{}, device, WeightAccess<T>::pair(packed),
-                         {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options,
-                         workspace);
+  detail::pack_weight(device, WeightAccess<T>::pair(packed),
+                      {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options, workspace);
 }
 template <typename T, CpuDevice D, typename Gate, typename Up>
 PackedGatedWeight<T> pack_gated_weight(const D& device, const Gate& gate, const Up& up,

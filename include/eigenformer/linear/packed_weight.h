@@ -30,7 +30,6 @@
 #include "../core/check.h"
 #include "../core/device.h"
 #include "../core/workspace.h"
-#include "../cpu/linear.h"
 #include "packed_array.h"
 
 namespace eigenformer {
@@ -49,13 +48,6 @@ struct Int8Packing {
 };
 
 namespace detail {
-
-template <typename T, typename Isa>
-PanelLayout panel_layout(Isa) {
-  using Dot = tile::Dot<T, T, Isa>;
-  return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512::name : Isa::name, Dot::columns,
-          Dot::step};
-}
 
 /// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
 inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
@@ -80,6 +72,8 @@ struct WeightAccess;
 template <typename T>
 class PackedWeight {
  public:
+  using scalar = T;
+
   PackedWeight() = default;
   PackedWeight(const PackedWeight&) = default;
   PackedWeight(PackedWeight&& other) noexcept { swap(other); }
@@ -106,7 +100,8 @@ class PackedWeight {
   /// panel]. nullptr otherwise.
   const float* scales() const { return scales_.data(); }
 
-  PackedPanels<T> panels() const { return {data_.data()}; }
+  /// The panels, in the order of layout().
+  const T* data() const { return data_.data(); }
 
  private:
   friend struct WeightAccess<T>;
@@ -146,27 +141,24 @@ class PackedGatedWeight {
 /// How packing reaches the inside of a PackedWeight.
 template <typename T>
 struct WeightAccess {
-  /// Memory for `rows` rows in panels of `matrices` matrices each.
-  template <typename Isa>
-  static void reshape(PackedWeight<T>& packed, Isa isa, Index rows, Index columns, int matrices,
-                      Index group) {
-    using Dot = tile::Dot<T, T, Isa>;
+  /// Memory for `rows` rows in panels of `matrices` matrices each and `steps` steps.
+  static void reshape(PackedWeight<T>& packed, const PanelLayout& layout, Index steps, Index rows,
+                      Index columns, int matrices, Index group) {
     constexpr auto name = "pack_weight";
-    const Index width = Dot::columns / matrices, panels = (rows + width - 1) / width;
-    const Index steps = tile::packed_steps<T>(isa, columns);
-    const Index panel = checked_product(steps, Index{Dot::columns} * Dot::step, name, "weight");
+    const Index width = layout.columns / matrices, panels = (rows + width - 1) / width;
+    const Index panel = checked_product(steps, Index{layout.columns} * layout.step, name, "weight");
     const Index elements = checked_product(panels, panel, name, "weight"),
                 all_rows = checked_product(rows, matrices, name, "weight");
     const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
     [[maybe_unused]] const Index scales = checked_product(
-        checked_product(panels, Dot::columns, name, "scales"), groups, name, "scales");
+        checked_product(panels, Index{layout.columns}, name, "scales"), groups, name, "scales");
     packed.rows_ = packed.columns_ = 0;  // empty, should memory run out
     packed.data_.resize(elements);
     if constexpr (std::is_same_v<T, std::int8_t>) packed.scales_.resize(scales);
     packed.rows_ = all_rows;
     packed.columns_ = columns;
     packed.group_ = group;
-    packed.layout_ = detail::panel_layout<T>(isa);
+    packed.layout_ = layout;
   }
   static T* data(PackedWeight<T>& packed) { return packed.data_.data(); }
   static float* scales(PackedWeight<T>& packed) { return packed.scales_.data(); }

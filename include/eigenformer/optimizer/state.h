@@ -15,6 +15,7 @@
 
 #include "../core/check.h"
 #include "../core/device.h"
+#include "../core/dispatch.h"
 #include "../cpu/optimizer.h"
 
 namespace eigenformer {
@@ -69,7 +70,7 @@ inline void check_distinct(std::string_view operation, std::span<const Parameter
 }
 
 inline Index piece_count(Index elements) {
-  return elements / kPieceElements + (elements % kPieceElements != 0 ? 1 : 0);
+  return elements / problem::kPieceElements + (elements % problem::kPieceElements != 0 ? 1 : 0);
 }
 inline Index piece_count(std::span<const Parameter> parameters) {
   Index count = 0;
@@ -78,16 +79,18 @@ inline Index piece_count(std::span<const Parameter> parameters) {
 }
 
 /// Cuts a parameter into pieces and returns the end of them; moments are of its size, or null.
-inline ParameterPiece* cut_into_pieces(const Parameter& parameter, float* first_moment,
-                                       float* second_moment, ParameterPiece* pieces) {
-  for (Index at = 0; at < parameter.value.size(); at += kPieceElements)
+inline problem::ParameterPiece* cut_into_pieces(const Parameter& parameter, float* first_moment,
+                                                float* second_moment,
+                                                problem::ParameterPiece* pieces) {
+  for (Index at = 0; at < parameter.value.size(); at += problem::kPieceElements)
     *pieces++ = {parameter.value.data() + at, parameter.gradient.data() + at,
                  first_moment == nullptr ? nullptr : first_moment + at,
                  second_moment == nullptr ? nullptr : second_moment + at,
-                 (std::min)(kPieceElements, parameter.value.size() - at)};
+                 (std::min)(problem::kPieceElements, parameter.value.size() - at)};
   return pieces;
 }
-inline void cut_into_pieces(std::span<const Parameter> parameters, ParameterPiece* pieces) {
+inline void cut_into_pieces(std::span<const Parameter> parameters,
+                            problem::ParameterPiece* pieces) {
   for (const Parameter& parameter : parameters)
     pieces = cut_into_pieces(parameter, nullptr, nullptr, pieces);
 }
@@ -157,14 +160,13 @@ class OptimizerState {
     ++steps;
     for (const Group& group : groups_) {
       const auto factors = Rules::factors(group.options, steps);
-      cpu::optimizer_step(isa::best{}, device,
-                          OptimizerProblem<std::remove_cv_t<decltype(factors)>>{
+      detail::run(device, problem::Optimizer<std::remove_cv_t<decltype(factors)>>{
                               pieces_.data() + group.first_piece, group.pieces, factors});
     }
   }
   template <CpuDevice D>
   void zero_gradients(const D& device) const {
-    cpu::zero_gradients(isa::best{}, device, pieces_.data(), static_cast<Index>(pieces_.size()));
+    detail::run(device, problem::ZeroGradients{pieces_.data(), static_cast<Index>(pieces_.size())});
   }
 
   TensorView<const float, 1> moment(std::string_view operation, Index which,
@@ -218,7 +220,7 @@ class OptimizerState {
     memory_ = Tensor<float, 2>(Rules::kMoments, elements);
     memory_.setZero();
     pieces_.resize(static_cast<std::size_t>(pieces));
-    ParameterPiece* piece = pieces_.data();
+    problem::ParameterPiece* piece = pieces_.data();
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       float* const first = offsets_[i] < 0 ? nullptr : memory_.data() + offsets_[i];
       float* const second = Rules::kMoments > 1 && first != nullptr ? first + elements : nullptr;
@@ -230,7 +232,7 @@ class OptimizerState {
   std::vector<Group> groups_;
   std::vector<Index> offsets_;  // of each parameter in a moment, -1 where it has none
   Tensor<float, 2> memory_;     // (moments, elements)
-  std::vector<ParameterPiece> pieces_;
+  std::vector<problem::ParameterPiece> pieces_;
 };
 
 }  // namespace detail

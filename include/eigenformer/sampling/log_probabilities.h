@@ -55,14 +55,14 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
   result.statuses.resize(static_cast<std::size_t>(batch));
   problem.ids = result.ids.data();
   problem.statuses = result.statuses.data();
-  const LogProbabilityOutputs outputs{result.log_probabilities.data(),
-                                      result.processed_log_probabilities.data(),
-                                      result.ranks.data(),
-                                      best,
-                                      result.best_ids.data(),
-                                      result.best_log_probabilities.data(),
-                                      result.best_processed_log_probabilities.data()};
-  cpu::sample_with_log_probabilities(isa::best{}, device, problem, outputs, workspace);
+  const problem::LogProbabilityOutputs outputs{result.log_probabilities.data(),
+                                               result.processed_log_probabilities.data(),
+                                               result.ranks.data(),
+                                               best,
+                                               result.best_ids.data(),
+                                               result.best_log_probabilities.data(),
+                                               result.best_processed_log_probabilities.data()};
+  run(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs}, workspace);
   rng.advance();
 }
 
@@ -174,7 +174,8 @@ void log_probabilities_of_into(const D& device, Out& out, const Logits& logits,
   const auto problem =
       sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
   const auto given = given_tokens(name, tokens, batch, view.dimension(1));
-  cpu::log_probabilities_of(isa::best{}, device, problem, given.data(), output.data(), workspace);
+  run(device, problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
+      workspace);
 }
 
 template <CpuDevice D, typename Logits, typename Tokens>

@@ -2,6 +2,7 @@
 /// Part of sampling.h, which includes it: speculative verification.
 #pragma once
 
+#include "../core/dispatch.h"
 #include "../sampling.h"
 
 namespace eigenformer {
@@ -72,12 +73,11 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
   result.accepted_counts.resize(batch);
   result.tokens.resize(batch, drafts + 1);
   result.statuses.resize(static_cast<std::size_t>(batch));
-  cpu::verify_speculative(
-      isa::best{}, device,
-      SpeculativeProblem<scalar_of<Draft>, scalar_of<Target>>{
-          tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-          lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
-          result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
+  detail::run(device,
+              problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
+                  tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
+                  lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
+                  result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
   rng.advance();
 }
 

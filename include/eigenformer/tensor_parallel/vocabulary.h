@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../core/dispatch.h"
 #include "../sampling/params.h"
 #include "../tensor_parallel.h"
 
@@ -16,8 +17,8 @@ namespace detail {
 
 /// All candidates of a row in rank order: row `row` of part r is (kept_of(r)) long.
 template <typename Visit>
-void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> kept, Index rows,
-                       Index row, Visit&& visit) {
+void for_each_gathered(const problem::VocabularyCandidate* parts, std::span<const Index> kept,
+                       Index rows, Index row, Visit&& visit) {
   for (Index count : kept) {
     for (Index i = 0; i < count; ++i) visit(parts[row * count + i]);
     parts += rows * count;
@@ -26,21 +27,22 @@ void for_each_gathered(const VocabularyCandidate* parts, std::span<const Index> 
 
 /// Merges the ranks' candidates of one row into `merged`, best first, and counts them. All ranks
 /// hold the same candidates, so all come to the same status.
-inline SampleStatus merge_candidates(const VocabularyCandidate* parts, std::span<const Index> kept,
-                                     Index rows, Index row, VocabularyCandidate* merged,
-                                     Index& count) {
+inline SampleStatus merge_candidates(const problem::VocabularyCandidate* parts,
+                                     std::span<const Index> kept, Index rows, Index row,
+                                     problem::VocabularyCandidate* merged, Index& count) {
   bool nan = false, infinite = false;
   count = 0;
-  for_each_gathered(parts, kept, rows, row, [&](const VocabularyCandidate& candidate) {
-    nan = nan || candidate.token == VocabularyCandidate::kNan;
-    infinite = infinite || candidate.token == VocabularyCandidate::kInfinity;
+  for_each_gathered(parts, kept, rows, row, [&](const problem::VocabularyCandidate& candidate) {
+    nan = nan || candidate.token == problem::VocabularyCandidate::kNan;
+    infinite = infinite || candidate.token == problem::VocabularyCandidate::kInfinity;
     if (candidate.token >= 0) merged[count++] = candidate;
   });
   if (nan) return SampleStatus::nan;
   if (infinite) return SampleStatus::positive_infinity;
-  std::sort(merged, merged + count, [](const VocabularyCandidate& a, const VocabularyCandidate& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-  });
+  std::sort(merged, merged + count,
+            [](const problem::VocabularyCandidate& a, const problem::VocabularyCandidate& b) {
+              return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+            });
   return merged[0].logit > -std::numeric_limits<double>::infinity() ? SampleStatus::ok
                                                                     : SampleStatus::no_token;
 }
@@ -80,20 +82,20 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
     all_kept += kept[at];
   }
   const Index own_kept = kept[static_cast<std::size_t>(communicator.rank())];
-  const auto own = std::span(frame.take<VocabularyCandidate>(rows * own_kept),
+  const auto own = std::span(frame.take<problem::VocabularyCandidate>(rows * own_kept),
                              static_cast<std::size_t>(rows * own_kept));
-  const auto all = std::span(frame.take<VocabularyCandidate>(rows * all_kept),
+  const auto all = std::span(frame.take<problem::VocabularyCandidate>(rows * all_kept),
                              static_cast<std::size_t>(rows * all_kept));
   {
     Workspace::Frame logits_frame(workspace);
     T* logits = logits_frame.take<T>(rows * size);
     auto* order = logits_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
     shard_product(device, logits, x, weight, shape, communicator, workspace);
-    cpu::vocabulary_candidates(
-        device, VocabularyProblem<T>{logits, own.data(), order, rows, own_kept, shape.columns});
+    detail::run(device,
+                problem::Vocabulary<T>{logits, own.data(), order, rows, own_kept, shape.columns});
   }
   communicator.all_gather(own, all, std::span<const Index>(counts));
-  VocabularyCandidate* merged = frame.take<VocabularyCandidate>(all_kept);
+  problem::VocabularyCandidate* merged = frame.take<problem::VocabularyCandidate>(all_kept);
   for (Index row = 0; row < rows; ++row) {
     Index count = 0;
     const SampleStatus status = merge_candidates(all.data(), kept, rows, row, merged, count);
@@ -109,8 +111,9 @@ void vocabulary_parallel_greedy_into(const D& device, Ids& ids, const Hidden& hi
                                      const Weight& weight, C& communicator,
                                      std::span<SampleStatus> statuses, Workspace& workspace,
                                      std::string_view name = "vocabulary_parallel_greedy") {
-  vocabulary_parallel_into(name, device, ids, hidden, weight, communicator, 1, statuses, workspace,
-                           [](const VocabularyCandidate*, Index, Index) { return Index{0}; });
+  vocabulary_parallel_into(
+      name, device, ids, hidden, weight, communicator, 1, statuses, workspace,
+      [](const problem::VocabularyCandidate*, Index, Index) { return Index{0}; });
 }
 
 /// Leaves the generator where it is.
@@ -130,7 +133,7 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
     return vocabulary_parallel_greedy_into(device, ids, hidden, weight, communicator, statuses,
                                            workspace, name);
   vocabulary_parallel_into(name, device, ids, hidden, weight, communicator, k, statuses, workspace,
-                           [&](VocabularyCandidate* candidates, Index count, Index row) {
+                           [&](problem::VocabularyCandidate* candidates, Index count, Index row) {
                              return cpu::draw_candidate(
                                  candidates, count, temperature,
                                  rng.uniform(static_cast<std::uint32_t>(row)));

@@ -12,6 +12,7 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace tile {
 
 /// An operand of a product in memory: element (row, k) at data[row * row_stride + k *
 /// depth_stride]; one of the strides is 1.
@@ -38,8 +39,6 @@ struct WeightRows {
   }
   bool fills(Index panel, int columns) const { return (panel + 1) * (columns / Matrices) <= rows; }
 };
-
-namespace tile {
 
 /// count elements of From, converted through vectors to E.
 template <typename Isa, typename From, typename E>

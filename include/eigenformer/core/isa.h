@@ -9,7 +9,7 @@
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
 
-#include "../core/version.h"
+#include "version.h"
 
 // NaN and infinity carry meaning here (masks, padding, overflow checks), sums have one fixed order,
 // and -0 is not 0: a compiler that may assume otherwise takes the checks out and spoils the

@@ -1,0 +1,53 @@
+/// \file
+/// The one dispatch. An operator's public form makes a problem (problem/X.h: pointers, sizes,
+/// rules) and runs it; the type of the device gives the backend, and the backend's namespace and
+/// the problem's type find the kernel, by argument-dependent lookup:
+///
+///   run(device, problem)  ->  execute(cpu::Backend<D, Isa>, problem)     cpu/X.h
+///                             execute(cuda::Backend, problem)            cuda/X.cuh
+///
+/// A CUDA kernel for one more operator is one file and one line in cuda/kernels.cuh.
+#pragma once
+
+#include "../cpu/backend.h"
+#if defined(__CUDACC__)
+#include "../cuda/kernels.cuh"
+#endif
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Whether a backend has a kernel for a problem.
+template <typename Backend, typename Problem>
+concept RunsOn =
+    requires(const Backend& backend, const Problem& problem) { execute(backend, problem); };
+
+namespace detail {
+
+template <typename D>
+inline constexpr bool is_cpu_backend = false;
+template <typename D, typename Isa>
+inline constexpr bool is_cpu_backend<cpu::Backend<D, Isa>> = true;
+
+/// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel
+/// returns.
+template <Device D, typename Problem>
+decltype(auto) run(const D& device, const Problem& problem,
+                   [[maybe_unused]] Workspace& workspace = thread_workspace()) {
+  if constexpr (is_cpu_backend<D>) {
+    return execute(D{device.device, workspace}, problem);
+  } else if constexpr (CpuDevice<D>) {
+    return cpu::with_granted_isa<Problem>([&](auto isa) -> decltype(auto) {
+      return execute(cpu::Backend<D, decltype(isa)>{device, workspace}, problem);
+    });
+  } else {
+#if defined(__CUDACC__)
+    static_assert(RunsOn<cuda::Backend, Problem>, "eigenformer: this operator has no CUDA kernel");
+    return execute(cuda::Backend{device}, problem);
+#endif
+  }
+}
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

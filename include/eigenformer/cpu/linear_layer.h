@@ -1,0 +1,126 @@
+/// \file
+/// CPU kernels of linear layers and their gradients: which dot product of the tiles a problem is
+/// multiplied with, and what becomes of its sums. The product itself is linear.h.
+#pragma once
+
+#include <string_view>
+#include <type_traits>
+
+#include "../problem/linear.h"
+#include "linear.h"
+#include "linear_pack.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// What plain weights of W are packed to for activations of X.
+template <typename X, typename W>
+using operand_scalar = std::conditional_t<
+    std::is_same_v<X, double> || std::is_same_v<W, double>, double,
+    std::conditional_t<std::is_same_v<X, bfloat16> &&
+                           (std::is_same_v<W, bfloat16> || std::is_same_v<W, float>),
+                       bfloat16, float>>;
+
+/// y = residual + function(sums).
+template <bool Gated, typename Sums, typename Problem>
+auto finish(const Sums& sums, const Problem& p) {
+  using E = std::remove_cvref_t<decltype(p.epilogue)>;
+  using Y = std::remove_pointer_t<decltype(p.y)>;
+  return Finish<Sums, typename E::function, Gated, Y, typename E::residual_scalar>(
+      sums, p.y, p.tokens, p.out, p.epilogue.residual_data());
+}
+
+template <typename Dot, typename Backend, typename Problem, typename Weights, typename End>
+void layer_product(const Backend& on, const Problem& p, const Weights& weights, const End& end) {
+  using X = std::remove_const_t<std::remove_pointer_t<decltype(p.x)>>;
+  product<Dot>(
+      on, ProductProblem<X, Weights, End>{{p.x, p.in, 1}, weights, p.tokens, p.out, p.in, end});
+}
+
+template <typename D, typename Isa, typename Y, typename X, typename W, int Matrices, typename E>
+void execute(const Backend<D, Isa>& on, const problem::Linear<Y, X, W, Matrices, E>& p) {
+  using B = typename E::bias_scalar;
+  layer_product<tile::Dot<operand_scalar<X, W>, X, Isa>>(
+      on, p, weight_rows<W, Matrices>(p.weights, p.out, p.in),
+      finish<(Matrices > 1)>(PlainSums<B>{p.epilogue.bias_data()}, p));
+}
+
+template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
+void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
+  const PackedWeight<S>& weight = p.weight;
+  const PanelLayout layout = panel_layout<S>(Isa{});
+  require_that(weight.rows() == 0 || weight.layout() == layout, Gated ? "gated_linear" : "linear",
+               "weight was packed for ", weight.layout().isa, " (panels of ",
+               weight.layout().columns, "), these kernels read ", layout.isa, " (panels of ",
+               layout.columns, "): pack it again");
+  using B = typename E::bias_scalar;
+  const B* const bias = p.epilogue.bias_data();
+  const PackedPanels<S> panels{weight.data()};
+  if constexpr (std::is_same_v<S, std::int8_t>) {
+    if (weight.group_size() > 0)
+      layer_product<tile::GroupedDot<Isa>>(
+          on, p, GroupedPanels{weight.data(), weight.scales(), weight.group_size()},
+          finish<Gated>(GroupedSums<B>{bias}, p));
+    else
+      layer_product<tile::Dot<S, X, Isa>>(on, p, panels,
+                                          finish<Gated>(ScaledSums<B>{bias, weight.scales()}, p));
+  } else {
+    layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(PlainSums<B>{bias}, p));
+  }
+}
+
+template <typename D, typename Isa, typename Y, typename X, typename E>
+void execute(const Backend<D, Isa>& on, const problem::Int8Linear<Y, X, E>& p) {
+  using B = typename E::bias_scalar;
+  layer_product<tile::Dot<std::int8_t, X, Isa>>(
+      on, p, weight_rows<std::int8_t, 1>({p.values}, p.out, p.in),
+      finish<false>(ScaledSums<B>{p.epilogue.bias_data(), p.scales}, p));
+}
+
+template <typename D, typename Isa, typename X, typename Y, typename W>
+void execute(const Backend<D, Isa>& on, const problem::LinearBackwardInput<X, Y, W>& p) {
+  using Dot = tile::Dot<operand_scalar<Y, W>, Y, Isa>;
+  using End = Finish<PlainSums<float>, Identity, false, X, float>;
+  product<Dot>(on, ProductProblem<Y, WeightRows<W, 1>, End>{
+                       {p.grad_y, p.out, 1},
+                       {{{p.weight, 1, p.in}}, p.in},
+                       p.tokens,
+                       p.in,
+                       p.out,
+                       End(PlainSums<float>{nullptr}, p.grad_x, p.tokens, p.in, nullptr)});
+}
+
+template <typename D, typename Isa, typename G, typename Y, typename X>
+void execute(const Backend<D, Isa>& on, const problem::LinearBackwardWeight<G, Y, X>& p) {
+  constexpr bool narrow =
+      std::is_same_v<X, bfloat16> && std::is_same_v<Y, bfloat16> && std::is_same_v<G, float>;
+  using Dot = tile::Dot<std::conditional_t<narrow, bfloat16, G>, Y, Isa>;
+  product<Dot>(on, ProductProblem<Y, WeightRows<X, 1>, AddSums<G>>{{p.grad_y, 1, p.out},
+                                                                   {{{p.x, 1, p.in}}, p.in},
+                                                                   p.out,
+                                                                   p.in,
+                                                                   p.tokens,
+                                                                   {p.grad_weight, p.in}});
+}
+
+template <typename D, typename Isa, typename G, typename Y>
+void execute(const Backend<D, Isa>& on, const problem::LinearBackwardBias<G, Y>& p) {
+  using V = simd::Vec<G, Isa>;
+  const Index blocks = (p.out + V::lanes - 1) / V::lanes;
+  parallel_for(on, blocks, 1 + 65536 / (p.tokens * V::lanes + 1),
+               [&](Index first, Index last, int) {
+                 for (Index b = first; b < last; ++b) {
+                   const Index at = b * V::lanes;
+                   const int n = static_cast<int>(std::min<Index>(V::lanes, p.out - at));
+                   V sum = V::load_partial(p.grad_bias + at, n);
+                   for (Index r = 0; r < p.tokens; ++r)
+                     sum = sum + V::load_partial(p.grad_y + r * p.out + at, n);
+                   sum.store_partial(p.grad_bias + at, n);
+                 }
+               });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

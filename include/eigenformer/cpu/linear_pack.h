@@ -1,0 +1,146 @@
+/// \file
+/// CPU kernels that pack weights into panels (tile/generic.h): one read of the weight and one write
+/// of the panels, int8 with one read more, for the scales. Panels are shared out to the threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../linear/packed_weight.h"
+#include "../problem/linear.h"
+#include "backend.h"
+#include "quantize_line.h"
+#include "tile/tile.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+template <typename T, typename Isa>
+PanelLayout panel_layout(Isa) {
+  using Dot = tile::Dot<T, T, Isa>;
+  return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512::name : Isa::name, Dot::columns,
+          Dot::step};
+}
+
+/// (rows, columns) matrices as the packing takes them.
+template <typename W, int Matrices>
+WeightRows<W, Matrices> weight_rows(const W* const (&weights)[Matrices], Index rows,
+                                    Index columns) {
+  WeightRows<W, Matrices> result;
+  for (int m = 0; m < Matrices; ++m) result.matrices[m] = {weights[m], columns, 1};
+  result.rows = rows;
+  return result;
+}
+
+template <typename T, typename Isa>
+void reshape(PackedWeight<T>& packed, Isa isa, Index rows, Index columns, int matrices,
+             Index group) {
+  WeightAccess<T>::reshape(packed, panel_layout<T>(isa), tile::packed_steps<T>(isa, columns), rows,
+                           columns, matrices, group);
+}
+
+/// Calls pack(panel, memory of the panel) for all panels, in parallel.
+template <int Matrices, typename T, typename D, typename Isa, typename Pack>
+void for_each_panel(const Backend<D, Isa>& on, PackedWeight<T>& packed, Pack&& pack) {
+  using Dot = tile::Dot<T, T, Isa>;
+  const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
+              panels = (rows + width - 1) / width;
+  const Index panel_size =
+      tile::packed_steps<T>(Isa{}, packed.columns()) * Dot::step * Dot::columns;
+  T* data = WeightAccess<T>::data(packed);
+  parallel_for(on, panels, 1 + 65536 / (panel_size + 1), [&](Index first, Index last, int) {
+    for (Index p = first; p < last; ++p) pack(p, data + p * panel_size);
+  });
+}
+
+/// Values as they are, converted where their scalar differs.
+template <int Matrices, typename D, typename Isa, typename T, typename W>
+void pack_values(const Backend<D, Isa>& on, PackedWeight<T>& packed,
+                 const WeightRows<W, Matrices>& weights) {
+  using Dot = tile::Dot<T, T, Isa>;
+  const Index depth = packed.columns(), steps = tile::packed_steps<T>(Isa{}, depth);
+  for_each_panel<Matrices>(on, packed, [&](Index panel, T* to) {
+    tile::pack_panel<Dot>(Isa{}, weights, panel, 0, depth, steps, to);
+  });
+}
+
+/// Scales (rows, groups) of each matrix, into the order of the panels; 1 where there is no row.
+template <int Matrices, typename Isa>
+void arrange_scales(Isa, PackedWeight<std::int8_t>& packed,
+                    const float* const (&scales)[Matrices]) {
+  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
+  const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
+              group = packed.group_size();
+  const Index groups = group == 0 ? 1 : (packed.columns() + group - 1) / group;
+  float* to = WeightAccess<std::int8_t>::scales(packed);
+  for (Index first = 0; first < rows; first += width)
+    for (Index g = 0; g < groups; ++g)
+      for (int m = 0; m < Matrices; ++m)
+        for (Index r = first; r < first + width; ++r)
+          *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
+}
+
+template <typename D, typename Isa, typename W, int Matrices>
+int pack_quantized(const Backend<D, Isa>& on,
+                   const problem::PackWeight<std::int8_t, W, Matrices>& p) {
+  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
+  const Index rows = p.rows, depth = p.columns,
+              each = p.group == 0 ? std::max<Index>(depth, 1) : p.group;
+  const Index groups = p.group == 0 ? 1 : (depth + p.group - 1) / p.group;
+  Workspace::Frame frame(on.workspace);
+  float* found = frame.take<float>(rows * groups * Matrices);
+  std::fill_n(found, rows * groups * Matrices, 1.0f);
+  const float* scales[Matrices];
+  for (int m = 0; m < Matrices; ++m) {
+    float* own = found + m * rows * groups;
+    scales[m] = own;
+    if (depth > 0 && !group_scales(on, p.weights[m], rows, depth, each, own)) return m;
+  }
+  reshape(p.packed, Isa{}, rows, depth, Matrices, p.group);
+  arrange_scales(Isa{}, p.packed, scales);
+  const auto weights = weight_rows(p.weights, rows, depth);
+  const Index steps = tile::packed_steps<std::int8_t>(Isa{}, depth);
+  for_each_panel<Matrices>(on, p.packed, [&](Index panel, std::int8_t* to) {
+    auto* units = reinterpret_cast<std::uint32_t*>(to);
+    tile::clear(units, steps * Dot::columns);
+    int m = 0;
+    weights.for_each_part(panel, Dot::columns,
+                          [&](const MatrixOperand<W>& matrix, Index row, Index valid, int column) {
+                            const float* own = scales[m++] + row * groups;
+                            tile::pack_lines<std::int8_t>(
+                                Isa{}, valid, Dot::columns, depth, units + column,
+                                [&](Index r, Index k, int n, std::int8_t* stage) {
+                                  // k is a multiple of 256, so of every group size.
+                                  const W* line = matrix.data + (row + r) * depth + k;
+                                  for (Index at = 0; at < n; at += each) {
+                                    const Index count = std::min<Index>(each, n - at),
+                                                g = p.group == 0 ? 0 : (k + at) / each;
+                                    quantize_line<Isa>(line + at, count, own[r * groups + g],
+                                                       stage + at);
+                                  }
+                                });
+                          });
+    tile::finish_panel<Dot>(to, steps);
+  });
+  return -1;
+}
+
+template <typename D, typename Isa, typename T, typename W, int Matrices>
+int execute(const Backend<D, Isa>& on, const problem::PackWeight<T, W, Matrices>& p) {
+  if constexpr (std::is_same_v<T, std::int8_t>) return pack_quantized(on, p);
+  reshape(p.packed, Isa{}, p.rows, p.columns, Matrices, 0);
+  pack_values(on, p.packed, weight_rows(p.weights, p.rows, p.columns));
+  return -1;
+}
+
+template <typename D, typename Isa>
+void execute(const Backend<D, Isa>& on, const problem::PackInt8Weight& p) {
+  reshape(p.packed, Isa{}, p.rows, p.columns, 1, p.group);
+  arrange_scales(Isa{}, p.packed, {p.scales});
+  pack_values(on, p.packed, weight_rows<std::int8_t, 1>({p.values}, p.rows, p.columns));
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,67 @@
+/// \file
+/// What activations, gated activations and the residual sum ask for.
+#pragma once
+
+#include "../core/rows.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace problem {
+
+/// y = function(x), elements one by one.
+template <typename Function, typename Y, typename X>
+struct Activation {
+  using compute = common_compute_type<Y, X>;
+  Y* y;
+  const X* x;
+  Index count;
+};
+
+/// grad_x = grad_y * function'(x).
+template <typename Function, typename GX, typename GY, typename X>
+struct ActivationBackward {
+  using compute = common_compute_type<GX, GY, X>;
+  GX* grad_x;
+  const GY* grad_y;
+  const X* x;
+  Index count;
+};
+
+/// y = function(gate) * up, (rows, features) each; a stride is the distance from one row to the
+/// next, 2 * features in a fused tensor.
+template <typename Function, typename Y, typename Gate, typename Up>
+struct Gated {
+  using compute = common_compute_type<Y, Gate, Up>;
+  Y* y;
+  const Gate* gate;
+  const Up* up;
+  Index rows, features, y_stride, gate_stride, up_stride;
+};
+
+/// grad_gate = grad_y * up * function'(gate), grad_up = grad_y * function(gate).
+template <typename Function, typename GG, typename GU, typename GY, typename Gate, typename Up>
+struct GatedBackward {
+  using compute = common_compute_type<GG, GU, GY, Gate, Up>;
+  GG* grad_gate;
+  GU* grad_up;
+  const GY* grad_y;
+  const Gate* gate;
+  const Up* up;
+  Index rows, features, grad_stride, grad_y_stride,
+      gate_stride;  // grad_stride of both gradients, gate_stride of gate and up
+};
+
+/// y = x + residual.
+template <typename Y, typename X, typename R>
+struct ResidualAdd {
+  using compute = common_compute_type<Y, X, R>;
+  Y* y;
+  const X* x;
+  const R* residual;
+  Index count;
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

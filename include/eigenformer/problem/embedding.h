@@ -1,0 +1,33 @@
+/// \file
+/// What an embedding asks for, and its gradient.
+#pragma once
+
+#include "../core/rows.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace problem {
+
+/// A checked request: pointers and sizes only; ids are in [0, vocab).
+template <typename Y, typename T, typename Id>
+struct Embedding {
+  using compute = common_compute_type<Y, T>;
+  Y* y;            // (tokens, features)
+  const Id* ids;   // (tokens)
+  const T* table;  // (vocab, features)
+  Index tokens, features;
+};
+
+template <typename G, typename GY, typename Id>
+struct EmbeddingBackward {
+  using compute = common_compute_type<G, GY>;
+  G* grad_table;     // (vocab, features), added to
+  const GY* grad_y;  // (tokens, features)
+  const Id* ids;     // (tokens)
+  Index tokens, features;
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

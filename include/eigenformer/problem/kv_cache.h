@@ -1,0 +1,75 @@
+/// \file
+/// What a KV cache asks for: rows to append, rows to read.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+
+#include "../core/kv_source.h"
+#include "../core/rows.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace problem {
+
+/// A checked request to append: pointers and sizes only. `target` says where rows lie; its memory
+/// is the cache's, and writable.
+template <typename T, typename Storage>
+struct KvAppend {
+  const T* new_keys;     // (tokens, kv_heads, head_dim), sequence after sequence
+  const T* new_values;   // the same
+  Index tokens;          // of all sequences
+  Index tokens_each;     // of one sequence, where offsets is nullptr
+  const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
+  const Index*
+      positions;  // (batch) where a sequence's first token goes; negative leaves the sequence out
+  // positions a sequence of the target has room for. The host has checked them for the CPU; on a
+  // GPU
+  Index capacity;
+  // `positions` is device memory, and what lies past the capacity is left out.
+  KvSource<Storage> target;
+
+  Index sequence_of(Index token) const {
+    if (offsets == nullptr) return token / tokens_each;
+    return std::upper_bound(offsets, offsets + target.batch + 1, token) - offsets - 1;
+  }
+  Index first_token(Index b) const { return offsets == nullptr ? b * tokens_each : offsets[b]; }
+
+  // KvSource is what readers get, so its pointers are const; whoever appends owns the memory behind
+  // them.
+  Storage* key_slot(Index b, Index h, Index j) const {
+    return const_cast<Storage*>(target.key_row(b, h, j));
+  }
+  Storage* value_slot(Index b, Index h, Index j) const {
+    return const_cast<Storage*>(target.value_row(b, h, j));
+  }
+  float* key_scale_slot(Index b, Index h, Index j) const {
+    return scale_slot(b, h, j, target.key_scale_offset);
+  }
+  float* value_scale_slot(Index b, Index h, Index j) const {
+    return scale_slot(b, h, j, target.value_scale_offset);
+  }
+
+ private:
+  float* scale_slot(Index b, Index h, Index j, std::size_t offset) const {
+    const std::byte* page =
+        target.pages[target.tables[b][j / target.page_size]] + target.layer_offset + offset;
+    return const_cast<float*>(reinterpret_cast<const float*>(page)) + h * target.page_size +
+           j % target.page_size;
+  }
+};
+
+/// A checked request to read the first `length` positions of every sequence of `source` into
+/// (batch, length, kv_heads, head_dim).
+template <typename T, typename Storage>
+struct KvRead {
+  KvSource<Storage> source;
+  Index length;
+  bool values;  // else keys
+  T* output;
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

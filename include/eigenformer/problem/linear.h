@@ -1,0 +1,101 @@
+/// \file
+/// What linear layers, their gradients and the packing of weights ask for. E is an ef::Epilogue.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+template <typename T>
+class PackedWeight;
+
+namespace problem {
+
+/// y = epilogue(x w^T) of one weight, or of the pair of a gated unit.
+template <typename Y, typename X, typename W, int Matrices, typename E>
+struct Linear {
+  static constexpr bool kUsesTiles = true;
+  Y* y;                        // (tokens, out)
+  const X* x;                  // (tokens, in)
+  const W* weights[Matrices];  // (out, in) each
+  Index tokens, in, out;
+  const E& epilogue;
+};
+
+/// The same of a packed weight.
+template <typename Y, typename X, typename S, bool Gated, typename E>
+struct PackedLinear {
+  static constexpr bool kUsesTiles = true;
+  Y* y;        // (tokens, out)
+  const X* x;  // (tokens, in)
+  const PackedWeight<S>& weight;
+  Index tokens, in, out;
+  const E& epilogue;
+};
+
+/// The same of int8 values and their scales.
+template <typename Y, typename X, typename E>
+struct Int8Linear {
+  static constexpr bool kUsesTiles = true;
+  Y* y;                       // (tokens, out)
+  const X* x;                 // (tokens, in)
+  const std::int8_t* values;  // (out, in)
+  const float* scales;        // (out)
+  Index tokens, in, out;
+  const E& epilogue;
+};
+
+/// grad_x = grad_y w.
+template <typename X, typename Y, typename W>
+struct LinearBackwardInput {
+  static constexpr bool kUsesTiles = true;
+  X* grad_x;        // (tokens, in)
+  const Y* grad_y;  // (tokens, out)
+  const W* weight;  // (out, in)
+  Index tokens, in, out;
+};
+
+/// grad_weight += grad_y^T x.
+template <typename G, typename Y, typename X>
+struct LinearBackwardWeight {
+  static constexpr bool kUsesTiles = true;
+  G* grad_weight;   // (out, in)
+  const Y* grad_y;  // (tokens, out)
+  const X* x;       // (tokens, in)
+  Index tokens, in, out;
+};
+
+/// grad_bias += the sum of grad_y over tokens, in their order.
+template <typename G, typename Y>
+struct LinearBackwardBias {
+  G* grad_bias;     // (out)
+  const Y* grad_y;  // (tokens, out)
+  Index tokens, out;
+};
+
+/// Packs one weight, or the pair of a gated unit; int8 weights are quantized with a scale for each
+/// `group` inputs (0: for each row). The kernel returns the first matrix that holds a number that is
+/// not quantizable, before `packed` is touched, or -1.
+template <typename T, typename W, int Matrices>
+struct PackWeight {
+  static constexpr bool kUsesTiles = true;
+  PackedWeight<T>& packed;
+  const W* weights[Matrices];  // (rows, columns) each
+  Index rows, columns, group;
+};
+
+/// Packs int8 values with their scales.
+struct PackInt8Weight {
+  static constexpr bool kUsesTiles = true;
+  PackedWeight<std::int8_t>& packed;
+  const std::int8_t* values;  // (rows, columns)
+  const float* scales;        // (rows, groups)
+  Index rows, columns, group;
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

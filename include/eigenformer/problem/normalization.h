@@ -1,0 +1,95 @@
+/// \file
+/// What RMSNorm and LayerNorm ask for, forward and backward.
+#pragma once
+
+#include "../core/rows.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace problem {
+
+/// A checked request: pointers and sizes only.
+template <typename Y, typename X, typename W>
+struct RmsNorm {
+  using compute = common_compute_type<Y, X, W>;
+  Y* y;             // (rows, features)
+  const X* x;       // (rows, features)
+  const W* weight;  // (features)
+  Index rows, features;
+  float epsilon;
+};
+
+/// residual += addend, then the norm of residual (which `norm.x` points to).
+template <typename Y, typename X, typename R, typename W>
+struct AddRmsNorm {
+  RmsNorm<Y, R, W> norm;
+  R* residual;      // (rows, features)
+  const X* addend;  // (rows, features)
+};
+
+/// What a row's backward pass needs: with x' = x * unit and g' = g * gradient_unit,
+///   grad_x[j] = (g'[j] w[j] inverse + x'[j] along_x) * unit / gradient_unit
+template <typename C>
+struct RmsNormRow {
+  C unit, inverse;  // x * r is x' * inverse; unit 0: the row takes no part
+  C along_x;        // -inverse^3 / n * sum_k g'[k] w[k] x'[k]
+  C gradient_unit;
+};
+
+template <typename GX, typename GW, typename GY, typename X, typename W>
+struct RmsNormBackward {
+  using compute = common_compute_type<GX, GY, X, W>;
+  GX* grad_x;        // (rows, features)
+  GW* grad_weight;   // (features), added to
+  const GY* grad_y;  // (rows, features)
+  const X* x;        // (rows, features)
+  const W* weight;   // (features)
+  Index rows, features;
+  float epsilon;
+  RmsNormRow<compute>* row_scratch;  // (rows)
+};
+
+/// A checked request: pointers and sizes only.
+template <typename Y, typename X, typename W>
+struct LayerNorm {
+  using compute = common_compute_type<Y, X, W>;
+  Y* y;             // (rows, features)
+  const X* x;       // (rows, features)
+  const W* weight;  // (features)
+  const W* bias;    // (features)
+  Index rows, features;
+  float epsilon;
+};
+
+/// A row, normalized, is (x * unit - center) * inverse + offset.
+template <typename C>
+struct LayerNormScale {
+  C unit, center, inverse, offset;
+};
+
+/// What a row's backward pass needs, with g' = g * gradient_unit.
+template <typename C>
+struct LayerNormRow {
+  LayerNormScale<C> scale;      // unit 0: the row takes no part
+  C mean_gradient, projection;  // mean(g' w), mean(g' w h)
+  C gradient_unit;
+};
+
+template <typename GX, typename GW, typename GY, typename X, typename W>
+struct LayerNormBackward {
+  using compute = common_compute_type<GX, GY, X, W>;
+  GX* grad_x;        // (rows, features)
+  GW* grad_weight;   // (features), added to
+  GW* grad_bias;     // (features), added to
+  const GY* grad_y;  // (rows, features)
+  const X* x;        // (rows, features)
+  const W* weight;   // (features)
+  Index rows, features;
+  float epsilon;
+  LayerNormRow<compute>* row_scratch;  // (rows)
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,67 @@
+/// \file
+/// What INT8 quantization asks for.
+#pragma once
+
+#include "../core/rows.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace problem {
+
+/// A (rows, columns) matrix whose rows are cut into groups with a scale each; group = columns is
+/// one scale per row. The kernel says whether all numbers were quantizable; where they are not,
+/// nothing is written if check_first, and some rows otherwise. A GPU does not wait to know: it says
+/// yes, and the scale of such a row is NaN.
+template <typename T>
+struct Quantize {
+  const T* weights;
+  std::int8_t* values;  // (rows, columns)
+  float* scales;        // (rows, groups)
+  Index rows, columns, group;
+  bool check_first = true;
+
+  EIGENFORMER_HOST_DEVICE constexpr Index groups() const {
+    return group == 0 ? 0 : (columns + group - 1) / group;
+  }
+};
+
+/// One scale for all numbers. The kernel says whether they were quantizable; where they are not,
+/// nothing is written.
+template <typename T>
+struct QuantizeTensor {
+  const T* weights;
+  std::int8_t* values;
+  float* scale;
+  Index count;
+};
+
+/// A scale per row of (rows, columns); rows that hold NaN or infinity get the scale NaN and zeros.
+template <typename T>
+struct QuantizeActivations {
+  const T* x;
+  std::int8_t* values;
+  float* scales;
+  Index rows, columns;
+};
+
+/// values * scales, the other way round.
+template <typename T>
+struct Dequantize {
+  const std::int8_t* values;
+  const float* scales;
+  T* weights;
+  Index rows, columns, group;
+};
+
+template <typename T>
+struct DequantizeTensor {
+  const std::int8_t* values;
+  float scale;
+  T* weights;
+  Index count;
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,100 @@
+/// \file
+/// What sampling asks for.
+#pragma once
+
+#include <cstdint>
+
+#include "../sampling/params.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace problem {
+
+/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device
+/// memory, params and generators the host's; params[0].temperature == 0 asks for greedy, else
+/// params[0].top_k for top-k.
+template <typename T>
+struct Sampling {
+  const T* logits;  // (batch, vocab)
+  Index batch, vocab;
+  const SamplingParams* params;
+  Index params_stride;  // 0: the same for all rows, 1: one a row
+  const Philox* generators;
+  Index generators_stride;  // 0: one for all rows, 1: one a row
+  std::int32_t* ids;        // (batch), -1 where the status is not ok
+  SampleStatus* statuses;   // (batch), or nullptr
+
+  const SamplingParams& params_of(Index row) const { return params[row * params_stride]; }
+  double uniform(Index row) const {
+    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row))
+                                  : generators[row].uniform(0);
+  }
+  void finish(Index row, std::int32_t id, SampleStatus status) const {
+    if (ids != nullptr) ids[row] = id;
+    if (statuses != nullptr) statuses[row] = status;
+  }
+};
+
+/// The lowest index of the largest logit of every row. On a GPU params say so too.
+template <typename T>
+struct GreedySampling : Sampling<T> {};
+
+/// The distribution of every row, (batch, vocab); rows whose status is not ok are zero.
+template <typename T>
+struct SamplingProbabilities {
+  Sampling<T> sampling;
+  float* probabilities;
+};
+
+/// Where the log-probabilities go. Rows whose status is not ok get -1 and NaN.
+struct LogProbabilityOutputs {
+  float* raw;              // (batch)
+  float* processed;        // (batch)
+  std::int32_t* rank;      // (batch)
+  Index best;              // columns of the three below, at most vocab
+  std::int32_t* best_ids;  // (batch, best)
+  float* best_raw;         // (batch, best)
+  float* best_processed;   // (batch, best)
+};
+
+template <typename T>
+struct SampleWithLogProbabilities {
+  Sampling<T> sampling;
+  LogProbabilityOutputs outputs;
+};
+
+/// output[r] = log-probability of tokens[r] in the distribution of row r: NaN where the row is bad,
+/// 0 where the token is -1, whatever the row holds.
+template <typename T>
+struct LogProbabilitiesOf {
+  Sampling<T> sampling;
+  const std::int32_t* tokens;
+  float* output;
+};
+
+/// Rejection sampling along drafted chains.
+template <typename Draft, typename Target>
+struct Speculative {
+  const std::int32_t* draft_tokens;  // (batch, drafts)
+  const Draft* draft;                // (batch, drafts, vocab)
+  const Target* target;              // (batch, drafts + 1, vocab)
+  Index batch, drafts, vocab;
+  const LengthSpan* draft_lengths;  // (batch), or nullptr: all of them
+  const Philox* generators;
+  Index generators_stride;
+  std::int32_t* accepted;  // (batch)
+  std::int32_t* tokens;    // (batch, drafts + 1), -1 past the last
+  SampleStatus* statuses;  // (batch); where not ok nothing is accepted and every token is -1
+
+  double uniform(Index row, Index index, Philox::Purpose purpose) const {
+    const auto counter = static_cast<std::uint32_t>(index);
+    return generators_stride == 0
+               ? generators[0].uniform(static_cast<std::uint32_t>(row), counter, purpose)
+               : generators[row].uniform(0, counter, purpose);
+  }
+};
+
+}  // namespace problem
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
