@@ -51,12 +51,11 @@ void record(Results& results, const std::string& name, const Ts&... values) {
   ASSERT_TRUE(results.emplace(name, bits.value()).second) << name;
 }
 
+/// float, and one narrow scalar: compiling them all for every ISA takes minutes.
 template <typename F>
 void for_each_scalar(F&& f) {
   f(float{}, "float");
-  f(double{}, "double");
   f(ef::bfloat16{}, "bfloat16");
-  f(ef::half{}, "half");
 }
 
 template <typename T, typename Backend>
@@ -260,11 +259,8 @@ Results results(const Backend& on) {
     attention<T>(on, r, name);
   });
   linear<float, float>(on, r, "float float");
-  linear<float, ef::bfloat16>(on, r, "float bfloat16");
   linear<ef::bfloat16, ef::bfloat16>(on, r, "bfloat16 bfloat16");
-  linear<float, ef::half>(on, r, "float half");
   linear<float, std::int8_t>(on, r, "float int8");
-  linear<ef::bfloat16, std::int8_t>(on, r, "bfloat16 int8");
   sampling(on, r);
   training(on, r);
   return r;

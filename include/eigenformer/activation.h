@@ -118,7 +118,8 @@ void gated_fused_into(std::string_view name, const D& device, Y y, Fused fused) 
   require_floating_scalars<Y, Fused>();
   const auto [rows, n] = fused_shape(name, fused, "y", y);
   using Problem = problem::Gated<Function, scalar_of<Y>, scalar_of<Fused>, scalar_of<Fused>>;
-  detail::run(device, Problem{y.data(), fused.data(), fused.data() + n, rows, n, n, 2 * n, 2 * n});
+  detail::run(device, Problem{y.data(), fused.data(), offset_by(fused.data(), n), rows, n, n, 2 * n,
+                              2 * n});
 }
 
 template <typename Function, typename D, typename GF, typename GY, typename Fused>
@@ -129,8 +130,8 @@ void gated_fused_backward_into(std::string_view name, const D& device, GF grad_f
   const auto [rows, n] = fused_shape(name, fused, "grad_y", grad_y);
   using Problem = problem::GatedBackward<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>,
                                          scalar_of<Fused>, scalar_of<Fused>>;
-  detail::run(device, Problem{grad_fused.data(), grad_fused.data() + n, grad_y.data(), fused.data(),
-                              fused.data() + n, rows, n, 2 * n, n, 2 * n});
+  detail::run(device, Problem{grad_fused.data(), offset_by(grad_fused.data(), n), grad_y.data(),
+                              fused.data(), offset_by(fused.data(), n), rows, n, 2 * n, n, 2 * n});
 }
 
 /// The result of a gated activation of a fused tensor.

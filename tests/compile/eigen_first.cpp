@@ -1,5 +1,4 @@
-// expect: eigenformer: Eigen's Tensor module was included before eigenformer without
-// EIGEN_USE_THREADS, so half of it is missing.
+// expect: eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_THREADS, so half of it is missing.
 #undef EIGEN_USE_THREADS
 #include <unsupported/Eigen/CXX11/Tensor>
 

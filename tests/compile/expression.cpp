@@ -1,5 +1,4 @@
-// expect: eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an
-// Eigen expression into an
+// expect: eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an Eigen expression into an
 #include <eigenformer/eigenformer.h>
 int main() {
   eigenformer::Tensor<float, 2> logits(1, 2);

@@ -49,6 +49,12 @@ constexpr bool add_fits(Integer a, Integer b, Integer& result) {
   return true;
 }
 
+/// p + count, where there is memory: an empty tensor has none, and adding to nullptr is undefined.
+template <typename T, std::integral Integer>
+constexpr T* offset_by(T* p, Integer count) {
+  return p == nullptr ? p : p + count;
+}
+
 /// result = a * b, where that fits an Integer; else false, and result stays what it was.
 template <std::integral Integer>
 constexpr bool multiply_fits(Integer a, Integer b, Integer& result) {

@@ -168,7 +168,9 @@ struct vec<T, isa::generic> {
     return make([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
   }
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
-    return make([&](int i) { return std::ldexp(a.v[i], static_cast<int>(n.v[i])); });
+    return make([&](int i) {  // of a NaN no int can be made
+      return std::ldexp(a.v[i], n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0);
+    });
   }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) {
     return make([&](int i) { return a.v[i ^ 1]; });

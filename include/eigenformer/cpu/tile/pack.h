@@ -175,7 +175,8 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
 template <typename E, typename Isa, typename From, typename Unit>
 void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index rows, int width,
                   Index k, Index count, Unit* to) {
-  const From* from = source.data + row * source.row_stride + k * source.depth_stride;
+  const From* from = eigenformer::detail::offset_by(
+      source.data, row * source.row_stride + k * source.depth_stride);
   if constexpr (sizeof(E) == sizeof(Unit)) {
     if (source.depth_stride != 1)
       return pack_columns(isa, from, source.depth_stride, rows, width, count,
