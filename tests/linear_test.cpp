@@ -150,8 +150,8 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
     ASSERT_TRUE(same_bits(y, other)) << count << " threads";
     ef::PackedWeight<T> repacked;
     ef::pack_weight_into(threads.device, repacked, weight);
-    ASSERT_EQ(0, std::memcmp(packed.data(), repacked.data(),
-                             static_cast<std::size_t>(packed.bytes())));
+    ASSERT_EQ(
+        0, std::memcmp(packed.data(), repacked.data(), static_cast<std::size_t>(packed.bytes())));
     if constexpr (std::is_same_v<X, T>) {
       other.setZero();
       ef::linear_into(threads.device, other, x, weight);

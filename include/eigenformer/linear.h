@@ -50,6 +50,7 @@
 #include "core/workspace.h"
 #include "cpu/linear_layer.h"
 #include "linear/epilogue.h"
+#include "linear/pack.h"
 #include "linear/packed_weight.h"
 
 namespace eigenformer {

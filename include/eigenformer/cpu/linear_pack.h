@@ -10,11 +10,14 @@
 #include "../problem/linear.h"
 #include "backend.h"
 #include "quantize_line.h"
-#include "tile/tile.h"
+#include "tile/pack.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
+
+using tile::MatrixOperand;
+using tile::WeightRows;
 
 template <typename T, typename Isa>
 PanelLayout panel_layout(Isa) {

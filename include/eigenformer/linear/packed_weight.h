@@ -167,5 +167,3 @@ struct WeightAccess {
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
-
-#include "pack.h"
