@@ -1,17 +1,22 @@
 # One word, one operator, the same word everywhere:
-#   include/eigenformer/X.h  reference/X.h  cpu/X.h  cuda/X.cuh  tests/X_test.cpp  bench/X_bench.cpp
-# A missing file stops the configuration. What an operator does not have is said here, in one visible list.
+#   include/eigenformer/X.h  problem/X.h  reference/X.h  cpu/X.h  cuda/X.cuh  tests/X_test.cpp  bench/X_bench.cpp
+# A missing file stops the configuration. What an operator does not have is said here, in one visible list. Whatever has a
+# kernel has a problem.
 
 set(EIGENFORMER_OPERATORS "")
 function(eigenformer_operator name)
   cmake_parse_arguments(arg "" "" "WITHOUT" ${ARGN})
   set(file_header include/eigenformer/${name}.h)
   set(file_reference include/eigenformer/reference/${name}.h)
+  set(file_problem include/eigenformer/problem/${name}.h)
   set(file_cpu include/eigenformer/cpu/${name}.h)
   set(file_cuda include/eigenformer/cuda/${name}.cuh)
   set(file_test tests/${name}_test.cpp)
   set(file_bench bench/${name}_bench.cpp)
-  foreach(side header reference cpu cuda test bench)
+  if("cpu" IN_LIST arg_WITHOUT)
+    list(APPEND arg_WITHOUT problem)
+  endif()
+  foreach(side header problem reference cpu cuda test bench)
     if(side IN_LIST arg_WITHOUT)
       if(EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${file_${side}})
         message(FATAL_ERROR "Operator ${name} is declared WITHOUT ${side} in cmake/operators.cmake, but ${file_${side}} exists.")

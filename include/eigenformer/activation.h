@@ -365,6 +365,76 @@ auto geglu(const Fused& gate_up, const GeluOptions& options = {}) {
   return geglu(Eigen::DefaultDevice{}, gate_up, options);
 }
 
+// ---- gradients, returned: in the scalar and shape of what they are gradients of -----------------
+
+template <CpuDevice D, typename GY, typename X>
+auto silu_backward(const D& device, const GY& grad_y, const X& x) {
+  auto grad_x = detail::tensor_like("silu_backward", "x", detail::any_input(x));
+  silu_backward_into(device, grad_x, grad_y, x);
+  return grad_x;
+}
+template <CpuDevice D, typename GY, detail::NotAnOption X>
+auto gelu_backward(const D& device, const GY& grad_y, const X& x, const GeluOptions& options = {}) {
+  auto grad_x = detail::tensor_like("gelu_backward", "x", detail::any_input(x));
+  gelu_backward_into(device, grad_x, grad_y, x, options);
+  return grad_x;
+}
+template <CpuDevice D, typename GY, typename X>
+auto relu_backward(const D& device, const GY& grad_y, const X& x) {
+  auto grad_x = detail::tensor_like("relu_backward", "x", detail::any_input(x));
+  relu_backward_into(device, grad_x, grad_y, x);
+  return grad_x;
+}
+template <typename GY, typename X>
+  requires(!Device<GY>)
+auto silu_backward(const GY& grad_y, const X& x) {
+  return silu_backward(Eigen::DefaultDevice{}, grad_y, x);
+}
+template <typename GY, typename X>
+  requires(!Device<GY>)
+auto gelu_backward(const GY& grad_y, const X& x, const GeluOptions& options = {}) {
+  return gelu_backward(Eigen::DefaultDevice{}, grad_y, x, options);
+}
+template <typename GY, typename X>
+  requires(!Device<GY>)
+auto relu_backward(const GY& grad_y, const X& x) {
+  return relu_backward(Eigen::DefaultDevice{}, grad_y, x);
+}
+
+/// auto [grad_gate, grad_up] = ef::swiglu_backward(grad_y, gate, up);
+template <typename T, int Rank>
+struct GatedGradients {
+  Tensor<T, Rank> grad_gate, grad_up;
+};
+template <CpuDevice D, typename GY, typename Gate, typename Up>
+auto swiglu_backward(const D& device, const GY& grad_y, const Gate& gate, const Up& up) {
+  GatedGradients<scalar_of<Gate>, rank_of<Gate>> g;
+  g.grad_gate = detail::tensor_like("swiglu_backward", "gate", detail::any_input(gate));
+  g.grad_up = g.grad_gate;
+  swiglu_backward_into(device, g.grad_gate, g.grad_up, grad_y, gate, up);
+  return g;
+}
+template <CpuDevice D, typename GY, typename Gate, typename Up>
+auto geglu_backward(const D& device, const GY& grad_y, const Gate& gate, const Up& up,
+                    const GeluOptions& options = {}) {
+  GatedGradients<scalar_of<Gate>, rank_of<Gate>> g;
+  g.grad_gate = detail::tensor_like("geglu_backward", "gate", detail::any_input(gate));
+  g.grad_up = g.grad_gate;
+  geglu_backward_into(device, g.grad_gate, g.grad_up, grad_y, gate, up, options);
+  return g;
+}
+template <typename GY, typename Gate, typename Up>
+  requires(!Device<GY>)
+auto swiglu_backward(const GY& grad_y, const Gate& gate, const Up& up) {
+  return swiglu_backward(Eigen::DefaultDevice{}, grad_y, gate, up);
+}
+template <typename GY, typename Gate, typename Up>
+  requires(!Device<GY>)
+auto geglu_backward(const GY& grad_y, const Gate& gate, const Up& up,
+                    const GeluOptions& options = {}) {
+  return geglu_backward(Eigen::DefaultDevice{}, grad_y, gate, up, options);
+}
+
 // ---- residual -----------------------------------------------------------------------------------
 
 /// y = x + residual. y may be x or residual. Its gradient is grad_y for both: no backward form is

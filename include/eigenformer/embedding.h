@@ -117,5 +117,23 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
                               rows.dimension(1)});
 }
 
+/// The same, returned: the gradient of a table of `rows` rows, from 0.
+template <CpuDevice D, typename GY, typename Ids>
+auto embedding_backward(const D& device, const GY& grad_y, const Ids& ids, Index rows) {
+  const auto gradient = input_view<rank_of<GY>>(grad_y);
+  require_that(rows >= 0, "embedding_backward", "rows is ", rows, ", expected 0 or more");
+  auto grad_table = detail::make_tensor<compute_type<scalar_of<GY>>, 2>(
+      "embedding_backward", "grad_table",
+      Eigen::DSizes<Index, 2>(rows, gradient.dimension(rank_of<GY> - 1)));
+  grad_table.setZero();
+  embedding_backward_into(device, grad_table, grad_y, ids);
+  return grad_table;
+}
+template <typename GY, typename Ids>
+  requires(!Device<GY>)
+auto embedding_backward(const GY& grad_y, const Ids& ids, Index rows) {
+  return embedding_backward(Eigen::DefaultDevice{}, grad_y, ids, rows);
+}
+
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -188,9 +188,9 @@ class KvLayer {
 /// Names the first element that INT8 cannot hold, if there is one.
 template <typename View>
 void require_quantizable(std::string_view operation, std::string_view name, const View& view) {
-  if (cpu::all_quantizable<isa::best>(view.data(), view.size())) return;
-  Index at = 0;
-  while (cpu::all_quantizable<isa::generic>(view.data() + at, 1)) ++at;
+  const Index at = run(Eigen::DefaultDevice{},
+                       problem::FirstNotStorable<scalar_of<View>>{view.data(), view.size()});
+  if (at < 0) return;
   require_that(false, operation, name, " of shape ", shape_text(view), " holds ",
                static_cast<double>(view.data()[at]), " at element ", at,
                ", expected finite values within the range of float (INT8 storage)");

@@ -256,6 +256,36 @@ void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& 
   detail::run(device, detail::gated_linear_problem(y, x, gate, up, epilogue), workspace);
 }
 
+/// Returns y: of x's scalar where the weights are tensors, of float (double for double x) where they
+/// are packed.
+///
+///   ef::Tensor<float, 2> y = ef::gated_linear(x, gate_up, ef::Epilogue{}.silu());
+///   ef::Tensor<float, 2> y2 = ef::gated_linear(x, gate, up, ef::Epilogue{}.silu());
+template <CpuDevice D, typename Input, typename S, typename E>
+  requires detail::is_epilogue<E>
+auto gated_linear(const D& device, const Input& x, const PackedGatedWeight<S>& weight,
+                  const E& epilogue) {
+  auto y = detail::make_tensor<compute_type<scalar_of<Input>>, 2>(
+      "gated_linear", "y", Eigen::DSizes<Index, 2>(input_view<2>(x).dimension(0), weight.rows()));
+  gated_linear_into(device, y, x, weight, epilogue);
+  return y;
+}
+template <CpuDevice D, typename Input, typename Gate, typename Up, typename E>
+  requires detail::is_epilogue<E>
+auto gated_linear(const D& device, const Input& x, const Gate& gate, const Up& up,
+                  const E& epilogue) {
+  auto y = detail::make_tensor<scalar_of<Input>, 2>(
+      "gated_linear", "y",
+      Eigen::DSizes<Index, 2>(input_view<2>(x).dimension(0), input_view<2>(gate).dimension(0)));
+  gated_linear_into(device, y, x, gate, up, epilogue);
+  return y;
+}
+template <typename Input, typename... Rest>
+  requires(!Device<Input>)
+auto gated_linear(const Input& x, const Rest&... rest) {
+  return gated_linear(Eigen::DefaultDevice{}, x, rest...);
+}
+
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
 

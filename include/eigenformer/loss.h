@@ -167,5 +167,29 @@ LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_log
                                         gradient_scale, options, workspace);
 }
 
+/// auto [loss, grad_logits] = ef::cross_entropy_with_gradient(logits, targets, 1.0 / count);
+template <typename T>
+struct LossAndGradient {
+  LossResult loss;
+  Tensor<T, 2> gradient;
+};
+template <CpuDevice D, typename Logits, typename Targets = LengthSpan>
+auto cross_entropy_with_gradient(const D& device, const Logits& logits, const Targets& targets,
+                                 double gradient_scale, const CrossEntropyOptions& options = {}) {
+  LossAndGradient<scalar_of<Logits>> result;
+  result.gradient =
+      detail::tensor_like("cross_entropy_with_gradient", "logits", input_view<2>(logits));
+  result.loss = cross_entropy_with_gradient_into(device, result.gradient, logits, targets,
+                                                 gradient_scale, options);
+  return result;
+}
+template <typename Logits, typename Targets = LengthSpan>
+  requires(!Device<Logits>)
+auto cross_entropy_with_gradient(const Logits& logits, const Targets& targets,
+                                 double gradient_scale, const CrossEntropyOptions& options = {}) {
+  return cross_entropy_with_gradient(Eigen::DefaultDevice{}, logits, targets, gradient_scale,
+                                     options);
+}
+
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

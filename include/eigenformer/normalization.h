@@ -27,6 +27,8 @@
 /// depend on threads or on the other rows.
 #pragma once
 
+#include <algorithm>
+
 #include <cmath>
 
 #include "core/check.h"
@@ -137,6 +139,28 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
   detail::run(device, Problem{norm, sum.data(), addend.data()});
 }
 
+/// auto [normalized, sum] = ef::add_rms_norm(residual, x, weight);   // sum = residual + x, rounded
+template <typename Residual, int Rank>
+struct AddRmsNormResult {
+  Tensor<Residual, Rank> normalized, residual;
+};
+template <CpuDevice D, typename R, typename X, typename W>
+auto add_rms_norm(const D& device, const R& residual, const X& x, const W& weight,
+                  const RmsNormOptions& options = {}) {
+  AddRmsNormResult<scalar_of<R>, rank_of<R>> result;
+  result.residual = detail::tensor_like("add_rms_norm", "residual", detail::norm_input(residual));
+  std::copy_n(detail::norm_input(residual).data(), result.residual.size(), result.residual.data());
+  result.normalized = result.residual;
+  add_rms_norm_into(device, result.normalized, result.residual, x, weight, options);
+  return result;
+}
+template <typename R, typename X, typename W>
+  requires(!Device<R>)
+auto add_rms_norm(const R& residual, const X& x, const W& weight,
+                  const RmsNormOptions& options = {}) {
+  return add_rms_norm(Eigen::DefaultDevice{}, residual, x, weight, options);
+}
+
 /// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the
 /// forward call. grad_x is written and may be grad_y or x itself. grad_weight, float or double, is
 /// added to: once over the rows, in a fixed order.
@@ -166,6 +190,30 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
   auto* row_scratch = frame.take<problem::RmsNormRow<typename Problem::compute>>(shape.rows);
   detail::run(device, Problem{gx.data(), gw.data(), gy.data(), xv.data(), w.data(), shape.rows,
                               shape.features, options.epsilon, row_scratch});
+}
+
+/// auto [grad_x, grad_weight] = ef::rms_norm_backward(grad_y, x, weight);   // grad_weight from 0
+template <typename T, int Rank, typename G>
+struct RmsNormGradients {
+  Tensor<T, Rank> grad_x;
+  Tensor<G, 1> grad_weight;
+};
+template <CpuDevice D, typename GY, typename X, typename W>
+auto rms_norm_backward(const D& device, const GY& grad_y, const X& x, const W& weight,
+                       const RmsNormOptions& options = {}) {
+  const auto w = input_view<1>(weight);
+  RmsNormGradients<scalar_of<X>, rank_of<X>, compute_type<scalar_of<X>>> g;
+  g.grad_x = detail::tensor_like("rms_norm_backward", "x", detail::norm_input(x));
+  g.grad_weight.resize(w.dimensions());
+  g.grad_weight.setZero();
+  rms_norm_backward_into(device, g.grad_x, g.grad_weight, grad_y, x, weight, options);
+  return g;
+}
+template <typename GY, typename X, typename W>
+  requires(!Device<GY>)
+auto rms_norm_backward(const GY& grad_y, const X& x, const W& weight,
+                       const RmsNormOptions& options = {}) {
+  return rms_norm_backward(Eigen::DefaultDevice{}, grad_y, x, weight, options);
 }
 
 /// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
@@ -234,6 +282,33 @@ void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB
   auto* row_scratch = frame.take<problem::LayerNormRow<typename Problem::compute>>(shape.rows);
   detail::run(device, Problem{gx.data(), gw.data(), gb.data(), gy.data(), xv.data(), w.data(),
                               shape.rows, shape.features, options.epsilon, row_scratch});
+}
+
+/// auto [grad_x, grad_weight, grad_bias] = ef::layer_norm_backward(grad_y, x, weight);
+template <typename T, int Rank, typename G>
+struct LayerNormGradients {
+  Tensor<T, Rank> grad_x;
+  Tensor<G, 1> grad_weight, grad_bias;
+};
+template <CpuDevice D, typename GY, typename X, typename W>
+auto layer_norm_backward(const D& device, const GY& grad_y, const X& x, const W& weight,
+                         const LayerNormOptions& options = {}) {
+  const auto w = input_view<1>(weight);
+  LayerNormGradients<scalar_of<X>, rank_of<X>, compute_type<scalar_of<X>>> g;
+  g.grad_x = detail::tensor_like("layer_norm_backward", "x", detail::norm_input(x));
+  for (auto* sums : {&g.grad_weight, &g.grad_bias}) {
+    sums->resize(w.dimensions());
+    sums->setZero();
+  }
+  layer_norm_backward_into(device, g.grad_x, g.grad_weight, g.grad_bias, grad_y, x, weight,
+                           options);
+  return g;
+}
+template <typename GY, typename X, typename W>
+  requires(!Device<GY>)
+auto layer_norm_backward(const GY& grad_y, const X& x, const W& weight,
+                         const LayerNormOptions& options = {}) {
+  return layer_norm_backward(Eigen::DefaultDevice{}, grad_y, x, weight, options);
 }
 
 }  // namespace EIGENFORMER_ABI

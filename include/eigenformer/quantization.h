@@ -236,6 +236,21 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
                                                       from.dimension(0), from.dimension(1)});
 }
 
+/// auto [values, scales] = ef::quantize_activations_int8(x);
+template <CpuDevice D, typename Input>
+QuantizedChannels quantize_activations_int8(const D& device, const Input& x) {
+  const auto from = input_view<2>(x);
+  detail::checked_size("quantize_activations_int8", "x", from);
+  QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
+                           Tensor<float, 1>(from.dimension(0))};
+  quantize_activations_int8_into(device, result.values, result.scales, x);
+  return result;
+}
+template <typename Input>
+QuantizedChannels quantize_activations_int8(const Input& x) {
+  return quantize_activations_int8(Eigen::DefaultDevice{}, x);
+}
+
 namespace detail {
 
 /// The output's memory, once shapes and scalars are right.

@@ -274,5 +274,18 @@ void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P&
       table);
 }
 
+/// The same, returned; `how` is RopeOptions or a table.
+template <CpuDevice D, typename GY, typename P = LengthSpan, typename How = RopeOptions>
+auto rope_backward(const D& device, const GY& grad_y, const P& positions, const How& how = {}) {
+  auto grad_x = detail::rope_result(detail::rope_input(grad_y), detail::position_span(positions));
+  rope_backward_into(device, grad_x, grad_y, positions, how);
+  return grad_x;
+}
+template <typename GY, typename P = LengthSpan, typename How = RopeOptions>
+  requires(!Device<GY>)
+auto rope_backward(const GY& grad_y, const P& positions, const How& how = {}) {
+  return rope_backward(Eigen::DefaultDevice{}, grad_y, positions, how);
+}
+
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

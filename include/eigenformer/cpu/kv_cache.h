@@ -77,6 +77,14 @@ bool all_quantizable(const T* x, Index count) {
   return good.bits() == (1u << V::lanes) - 1u;
 }
 
+template <typename D, typename Isa, typename T>
+Index execute(const Backend<D, Isa>&, const problem::FirstNotStorable<T>& p) {
+  if (all_quantizable<Isa>(p.numbers, p.count)) return -1;
+  Index at = 0;
+  while (all_quantizable<Isa>(p.numbers + at, 1)) ++at;
+  return at;
+}
+
 template <typename Isa, typename T, typename Storage>
 void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index h, Index j) {
   const Index d = p.target.head_dim, at = (token * p.target.kv_heads + h) * d;

@@ -90,5 +90,50 @@ void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& 
                           to.data(), dy.data(), dy.dimension(0), dy.dimension(1)});
 }
 
+/// The same, returned: of grad_y's scalar (grad_x), of float or double, from 0 (grad_weight,
+/// grad_bias).
+template <CpuDevice D, typename GradY, typename Weight>
+auto linear_backward_input(const D& device, const GradY& grad_y, const Weight& weight) {
+  auto grad_x = detail::make_tensor<scalar_of<GradY>, 2>(
+      "linear_backward_input", "grad_x",
+      Eigen::DSizes<Index, 2>(input_view<2>(grad_y).dimension(0),
+                              input_view<2>(weight).dimension(1)));
+  linear_backward_input_into(device, grad_x, grad_y, weight);
+  return grad_x;
+}
+template <typename GradY, typename Weight>
+  requires(!Device<GradY>)
+auto linear_backward_input(const GradY& grad_y, const Weight& weight) {
+  return linear_backward_input(Eigen::DefaultDevice{}, grad_y, weight);
+}
+template <CpuDevice D, typename GradY, typename Input>
+auto linear_backward_weight(const D& device, const GradY& grad_y, const Input& x) {
+  auto grad_weight =
+      detail::make_tensor<common_compute_type<scalar_of<GradY>, scalar_of<Input>>, 2>(
+          "linear_backward_weight", "grad_weight",
+          Eigen::DSizes<Index, 2>(input_view<2>(grad_y).dimension(1),
+                                  input_view<2>(x).dimension(1)));
+  grad_weight.setZero();
+  linear_backward_weight_into(device, grad_weight, grad_y, x);
+  return grad_weight;
+}
+template <typename GradY, typename Input>
+  requires(!Device<GradY>)
+auto linear_backward_weight(const GradY& grad_y, const Input& x) {
+  return linear_backward_weight(Eigen::DefaultDevice{}, grad_y, x);
+}
+template <CpuDevice D, typename GradY>
+auto linear_backward_bias(const D& device, const GradY& grad_y) {
+  Tensor<compute_type<scalar_of<GradY>>, 1> grad_bias(input_view<2>(grad_y).dimension(1));
+  grad_bias.setZero();
+  linear_backward_bias_into(device, grad_bias, grad_y);
+  return grad_bias;
+}
+template <typename GradY>
+  requires(!Device<GradY>)
+auto linear_backward_bias(const GradY& grad_y) {
+  return linear_backward_bias(Eigen::DefaultDevice{}, grad_y);
+}
+
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
