@@ -47,12 +47,15 @@ TEST(AttentionGradients, MeetTheToleranceWhereFloatDoesNotHoldTheScores) {
     for (Index x = 0; x < c.q.size(); ++x) c.q.data()[x] *= size;
     for (Index x = 0; x < c.k.size(); ++x) c.k.data()[x] *= size;
     const std::string name = "size " + std::to_string(size);
-    check_against_definition(c, {name, {.causal = true, .scale = 1.0f}});
-    check_against_definition(c, {name + " alibi", {.scale = 1.0f, .alibi_slopes = slopes}});
-    check_against_definition(c, {name + " softcap", {.softcap = 1e4f, .scale = 0.1f}});
-    check_against_definition(
-        c, {name + " window, sinks",
-            {.causal = true, .window = 9, .scale = 1.0f, .sinks = sinks, .prefix_length = 3}});
+    // Single elements take part in few sums, whose errors cancel less than those of the whole.
+    const auto check = [&](const std::string& what, const ef::AttentionOptions& options) {
+      check_against_definition(c, {name + what, options}, tolerance<float>(), 3);
+    };
+    check("", {.causal = true, .scale = 1.0f});
+    check(" alibi", {.scale = 1.0f, .alibi_slopes = slopes});
+    check(" softcap", {.softcap = 1e4f, .scale = 0.1f});
+    check(" window, sinks",
+          {.causal = true, .window = 9, .scale = 1.0f, .sinks = sinks, .prefix_length = 3});
   }
 }
 

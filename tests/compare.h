@@ -97,11 +97,12 @@ double relative_error(const A& actual, const B& expected) {
   return norm > 0 ? std::sqrt(difference / norm) : std::sqrt(difference);
 }
 
-/// relative_error, and beside it every element: |actual - expected| of no more than `bound` times
-/// |expected| and the root mean square of the whole together. The norm alone would pass one wrong
-/// element among 1 / bound^2.
+/// relative_error, and beside it every element: |actual - expected| of no more than `element_bound`
+/// times |expected| and the root mean square of the whole together. The norm alone would pass one
+/// wrong element among 1 / bound^2.
 template <typename A, typename B>
-::testing::AssertionResult within(const A& actual, const B& expected, double bound) {
+::testing::AssertionResult within(const A& actual, const B& expected, double bound,
+                                  double element_bound) {
   const double error = relative_error(actual, expected);
   if (!(error <= bound))
     return ::testing::AssertionFailure() << "relative error " << error << ", allowed " << bound;
@@ -114,11 +115,16 @@ template <typename A, typename B>
   for (Index i = 0; i < expected.size(); ++i) {
     const double a = static_cast<double>(actual.data()[i]),
                  e = static_cast<double>(expected.data()[i]);
-    if (!(std::abs(a - e) <= bound * (std::abs(e) + mean)))
-      return ::testing::AssertionFailure() << "element " << i << " is " << a << ", expected " << e
-                                           << " within " << bound << " of it and of " << mean;
+    if (!(std::abs(a - e) <= element_bound * (std::abs(e) + mean)))
+      return ::testing::AssertionFailure()
+             << "element " << i << " is " << a << ", expected " << e << " within " << element_bound
+             << " of it and of " << mean;
   }
   return ::testing::AssertionSuccess();
+}
+template <typename A, typename B>
+::testing::AssertionResult within(const A& actual, const B& expected, double bound) {
+  return within(actual, expected, bound, bound);
 }
 
 /// Every bit of the two tensors is equal.
