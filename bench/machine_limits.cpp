@@ -260,6 +260,20 @@ double arithmetic_seconds(const Limit& limit, const Limits& limits) {
   return limit.operations / peak;
 }
 
+Limits better_of(const Limits& a, const Limits& b) {
+  const auto bandwidth = [](const Bandwidth& x, const Bandwidth& y) {
+    return Bandwidth{(std::max)(x.l2, y.l2), (std::max)(x.l3, y.l3), (std::max)(x.dram, y.dram)};
+  };
+  Limits best = a;
+  best.read = bandwidth(a.read, b.read);
+  best.write = bandwidth(a.write, b.write);
+  best.copy = bandwidth(a.copy, b.copy);
+  best.float_fma = (std::max)(a.float_fma, b.float_fma);
+  best.bfloat16 = (std::max)(a.bfloat16, b.bfloat16);
+  best.int8 = (std::max)(a.int8, b.int8);
+  return best;
+}
+
 double floor_seconds(const Limit& limit, const Limits& limits) {
   return std::max(memory_seconds(limit, limits), arithmetic_seconds(limit, limits));
 }
