@@ -20,7 +20,7 @@ struct Limits {
   int threads = 1;
   double l2_bytes = 0;          ///< of one core
   double l3_bytes = 0;          ///< shared
-  Bandwidth read, write, copy;  ///< a copy counts the bytes read and the bytes written
+  Bandwidth read, write, copy;  ///< a copy, or an update, counts the bytes read and written
   double float_fma = 0;         ///< operations per second; a multiply-add counts two
   double bfloat16 = 0;          ///< dot-product instruction or tile; 0 where this build has none
   double int8 = 0;              ///< likewise
