@@ -29,8 +29,8 @@ struct Limits {
 
 Limits measure_limits(int threads);
 
-/// The better of two measurements with one number of threads, figure by figure: what another program
-/// took away for a while is no limit of the machine.
+/// The better of two measurements with one number of threads, figure by figure: what another
+/// program took away for a while is no limit of the machine.
 Limits better_of(const Limits& a, const Limits& b);
 
 /// Seconds that `limit` takes at least: the longest of its reads, its writes, both as a copy, and

@@ -302,6 +302,7 @@ TEST(GoldenBits, OfEveryOperator) {
   const std::string path = EIGENFORMER_GOLDEN_DIR "/bits.txt";
   Golden golden = read_golden(path);
   const Eigen::DefaultDevice device;
+  int compared = 0;
   for_each_isa([&](auto isa) {
     const Results now = results(ef::cpu::backend(device, isa));
     // What the flags allow besides may change where the compiler contracts.
@@ -314,6 +315,7 @@ TEST(GoldenBits, OfEveryOperator) {
       std::cerr << "no golden bits for " << name << " yet\n";
       return;
     }
+    ++compared;
     EXPECT_EQ(golden[name].size(), now.size());
     for (const auto& [line, hash] : now) {
       ASSERT_EQ(golden[name].count(line), 1u) << line;
@@ -324,6 +326,7 @@ TEST(GoldenBits, OfEveryOperator) {
     write_golden(path, golden);
     GTEST_SKIP() << "written";
   }
+  if (compared == 0) GTEST_SKIP() << "no golden bits for any ISA of this build";
 }
 }  // namespace
 #endif

@@ -186,21 +186,15 @@ class KvLayer {
 };
 
 /// Names the first element that INT8 cannot hold, if there is one.
-template <typename View>
-void require_quantizable(std::string_view operation, std::string_view name, const View& view) {
-  const Index at = run(Eigen::DefaultDevice{},
-                       problem::FirstNotStorable<scalar_of<View>>{view.data(), view.size()});
+template <typename D, typename View>
+void require_quantizable(const D& device, std::string_view operation, std::string_view name,
+                         const View& view) {
+  const Index at =
+      run(device, problem::FirstNotStorable<scalar_of<View>>{view.data(), view.size()});
   if (at < 0) return;
   require_that(false, operation, name, " of shape ", shape_text(view), " holds ",
                static_cast<double>(view.data()[at]), " at element ", at,
                ", expected finite values within the range of float (INT8 storage)");
-}
-
-/// Where the rows of an append go is the caller's business; that they get there is one call, on any
-/// device.
-template <typename D, typename T, typename Storage>
-void append_kv(const D& device, const problem::KvAppend<T, Storage>& problem) {
-  detail::run(device, problem);
 }
 
 }  // namespace detail
@@ -369,16 +363,16 @@ class KvCache {
     layer.require_countable(length + added);
     detail::checked_size("update_kv_cache", "new_keys", keys);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
-      detail::require_quantizable("update_kv_cache", "new_keys", keys);
-      detail::require_quantizable("update_kv_cache", "new_values", values);
+      detail::require_quantizable(device, "update_kv_cache", "new_keys", keys);
+      detail::require_quantizable(device, "update_kv_cache", "new_values", values);
     }
     // A reservation older than the layer, which memory or page numbers may not suffice for, is no
     // reason to refuse an update.
     detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
     layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
-    detail::append_kv(
-        device, problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
+    detail::run(device,
+                problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
                                               nullptr, target.lengths, layer.capacity(), target});
     layer.set_length(length + added);
     layer.close();
@@ -469,9 +463,9 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   target.sequence_stride = target.value_sequence_stride = capacity * target.row_stride;
   target.keys = key_rows.data();
   target.values = value_rows.data();
-  detail::append_kv(device,
-                    problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
-                                                  nullptr, positions.data(), capacity, target});
+  detail::run(device,
+              problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
+                                            nullptr, positions.data(), capacity, target});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -256,8 +256,8 @@ void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& 
   detail::run(device, detail::gated_linear_problem(y, x, gate, up, epilogue), workspace);
 }
 
-/// Returns y: of x's scalar where the weights are tensors, of float (double for double x) where they
-/// are packed.
+/// Returns y: of x's scalar where the weights are tensors, of float (double for double x) where
+/// they are packed.
 ///
 ///   ef::Tensor<float, 2> y = ef::gated_linear(x, gate_up, ef::Epilogue{}.silu());
 ///   ef::Tensor<float, 2> y2 = ef::gated_linear(x, gate, up, ef::Epilogue{}.silu());

@@ -382,14 +382,14 @@ class PagedKvCache {
     require_pages(layer, ids, added);
     detail::checked_size(kName, "keys", keys);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
-      detail::require_quantizable(kName, "keys", keys);
-      detail::require_quantizable(kName, "values", values);
+      detail::require_quantizable(device, kName, "keys", keys);
+      detail::require_quantizable(device, kName, "values", values);
     }
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
-    detail::append_kv(device, problem::KvAppend<T, Storage>{
-                                  keys.data(), values.data(), keys.dimension(0), each, offsets,
-                                  selection.lengths.data(), total_slots(), target});
+    detail::run(device, problem::KvAppend<T, Storage>{keys.data(), values.data(), keys.dimension(0),
+                                                      each, offsets, selection.lengths.data(),
+                                                      total_slots(), target});
     for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
   }
 

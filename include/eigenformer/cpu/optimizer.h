@@ -1,8 +1,8 @@
 /// \file
 /// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at
-/// most problem::kPieceElements, so that threads share large parameters and do not pay for small ones, and
-/// so that sums have a fixed order: lanes in a piece, then piece after piece. An AdamW step moves
-/// 28 bytes and about 12 operations an element: memory sets its speed.
+/// most problem::kPieceElements, so that threads share large parameters and do not pay for small
+/// ones, and so that sums have a fixed order: lanes in a piece, then piece after piece. An AdamW
+/// step moves 28 bytes and about 12 operations an element: memory sets its speed.
 #pragma once
 
 #include <cmath>

@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "../problem/sampling.h"
-#include "../sampling/params.h"
 #include "backend.h"
 #include "vector_loop.h"
 

@@ -1,7 +1,8 @@
 /// \file
 /// How CUDA kernels are started: on the device's stream, asynchronously, with every launch checked.
 ///
-/// A kernel is `execute(const Backend&, const problem::X&)` in this namespace, found by core/dispatch.h.
+/// A kernel is `execute(const Backend&, const problem::X&)` in this namespace, found by
+/// core/dispatch.h.
 #pragma once
 
 #include <stdexcept>

@@ -70,8 +70,8 @@ struct KvRead {
   T* output;
 };
 
-/// Whether INT8 can hold all numbers: no NaN, no infinity, and scales within the range of float. The
-/// kernel returns the place of the first that it cannot hold, or -1.
+/// Whether INT8 can hold all numbers: no NaN, no infinity, and scales within the range of float.
+/// The kernel returns the place of the first that it cannot hold, or -1.
 template <typename T>
 struct FirstNotStorable {
   const T* numbers;

@@ -77,8 +77,8 @@ struct LinearBackwardBias {
 };
 
 /// Packs one weight, or the pair of a gated unit; int8 weights are quantized with a scale for each
-/// `group` inputs (0: for each row). The kernel returns the first matrix that holds a number that is
-/// not quantizable, before `packed` is touched, or -1.
+/// `group` inputs (0: for each row). The kernel returns the first matrix that holds a number that
+/// is not quantizable, before `packed` is touched, or -1.
 template <typename T, typename W, int Matrices>
 struct PackWeight {
   static constexpr bool kUsesTiles = true;
