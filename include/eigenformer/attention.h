@@ -206,11 +206,36 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
   detail::run_attention(name, device, out, q, false, options, problem, workspace);
 }
 
+/// The same of packed queries (tokens, heads, head_dim), a chunk of each sequence as long as it
+/// likes: rows [q_offsets[b], q_offsets[b + 1]) are the last positions of sequence b.
+template <CpuDevice D, typename Output, typename Q, typename S>
+void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
+                                   const KvSource<S>& source, const LengthSpan& q_offsets,
+                                   const AttentionOptions& options = {},
+                                   Workspace& workspace = thread_workspace()) {
+  constexpr std::string_view name = "attention_with_kv_cache";
+  const auto q = input_view<3>(query);
+  auto out = output_view<3>(output);
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
+                "eigenformer: output has the scalar type of query");
+  Workspace::Frame frame(workspace);
+  auto problem = detail::ragged_attention_problem(name, q, source, q_offsets, options, frame);
+  detail::run_attention(name, device, out, q, true, options, problem, workspace);
+}
+
 template <CpuDevice D, typename Q, typename S>
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
                               const AttentionOptions& options = {}) {
   auto output = detail::tensor_like("attention_with_kv_cache", "query", input_view<4>(query));
   attention_with_kv_source_into(device, output, query, source, options);
+  return output;
+}
+
+template <CpuDevice D, typename Q, typename S>
+auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
+                              const LengthSpan& q_offsets, const AttentionOptions& options = {}) {
+  auto output = detail::tensor_like("attention_with_kv_cache", "query", input_view<3>(query));
+  attention_with_kv_source_into(device, output, query, source, q_offsets, options);
   return output;
 }
 

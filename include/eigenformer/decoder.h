@@ -6,9 +6,10 @@
 ///               x += W_down (silu(W_gate m) * (W_up m)),              m = rms_norm(x)
 ///   logits = W_head rms_norm(x)
 ///
-/// One class serves training (it meets ef::TrainableModel), prefill, and decode over the caches, in
-/// float, bfloat16 or half, with float or INT8 weights, alone or as one rank of a group that shares
-/// the linear layers.
+/// One class serves training (it meets ef::TrainableModel; decoder/training.h) and inference
+/// (decoder/inference.h) in float, bfloat16 or half, with float or INT8 weights, alone or as one rank
+/// of a group that shares the linear layers. Inference has one entry, a step over ragged rows:
+/// prompts, chunks of prompts and single tokens side by side; prefill and decode are such steps.
 ///
 ///   ef::Decoder<float> model({.vocabulary = 256, .features = 128}, /*seed=*/1);
 ///   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f});
@@ -17,6 +18,10 @@
 ///   ef::KvCache<float> cache;
 ///   auto logits = model.prefill(prompt, cache);                  // (batch, vocabulary)
 ///   logits = model.decode(ef::greedy_sample(logits), cache);
+///
+///   ef::PagedKvCache<float> pages({.layers = 4, .kv_heads = 4, .head_dim = 32, .page_size = 16, .page_count = 1000});
+///   while (scheduler.next_step(plan))                            // an ef::StepScheduler serves many requests
+///     logits = model.step(plan, pages, sequences);               // one row for each row of the plan that wants a token
 ///
 /// Every row of logits has the same bits whether its sequence is alone or in a batch, prefilled
 /// whole or in chunks or decoded token by token, on any number of threads and ranks (INT8 included:
@@ -27,18 +32,17 @@
 #include <optional>
 #include <span>
 #include <tuple>
-#include <variant>
 
 #include "communicator.h"
-#include "core/parallel_region.h"
 #include "decoder/config.h"
+#include "decoder/inference.h"
+#include "decoder/packed_weights.h"
 #include "decoder/profile.h"
 #include "decoder/training.h"
 #include "decoder/weights.h"
 #include "kv_cache.h"
 #include "paged_kv_cache.h"
-#include "quantization.h"
-#include "tensor_parallel.h"
+#include "scheduler/step_plan.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -59,34 +63,57 @@ class Decoder {
   /// A decoder on a device.
   Decoder(std::shared_ptr<DecoderWeights> weights, const D& device)
     requires std::same_as<C, SelfCommunicator>
-      : weights_(std::move(weights)),
+      : config_(weights->config()),
+        weights_(std::move(weights)),
         device_(&device),
         own_communicator_(std::in_place),
         communicator_(&*own_communicator_) {}
 
   /// One rank of a group.
   Decoder(std::shared_ptr<DecoderWeights> weights, const D& device, C& communicator)
-      : weights_(std::move(weights)), device_(&device), communicator_(&communicator) {}
+      : config_(weights->config()),
+        weights_(std::move(weights)),
+        device_(&device),
+        communicator_(&communicator) {}
+
+  /// One that serves and does not train, from weights packed elsewhere, for this rank. Throws
+  /// std::logic_error where some are missing.
+  Decoder(std::shared_ptr<const PackedDecoderWeights<T>> packed, const D& device)
+    requires std::same_as<C, SelfCommunicator>
+      : config_(packed->config()),
+        device_(&device),
+        own_communicator_(std::in_place),
+        communicator_(&*own_communicator_),
+        packed_(std::move(packed)) {
+    packed_->require_complete();
+  }
+  Decoder(std::shared_ptr<const PackedDecoderWeights<T>> packed, const D& device, C& communicator)
+      : config_(packed->config()),
+        device_(&device),
+        communicator_(&communicator),
+        packed_(std::move(packed)) {
+    packed_->require_complete();
+  }
 
   /// The device must outlive the decoder: a temporary one is refused.
-  template <typename... Rest>
-  Decoder(std::shared_ptr<DecoderWeights> weights, const D&& device, Rest&&... rest) = delete;
+  template <typename Weights, typename... Rest>
+  Decoder(std::shared_ptr<Weights> weights, const D&& device, Rest&&... rest) = delete;
 
   Decoder(const Decoder&) = delete;
   Decoder& operator=(const Decoder&) = delete;
 
-  const DecoderConfig& config() const { return weights_->config(); }
-  const DecoderWeights& weights() const { return *weights_; }
+  const DecoderConfig& config() const { return config_; }
   void set_profile(OperatorProfile* profile) { profile_ = profile; }
 
-  // ---- training
-  // -----------------------------------------------------------------------------------------------
+  // ---- training: throws std::logic_error without master weights ---------------------------------
+
+  const DecoderWeights& weights() const { return masters("Decoder::weights"); }
 
   /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary).
   /// Keeps what backward reads.
   template <typename Compute, typename Inputs>
   Tensor<Compute, 2> forward(const Inputs& ids) {
-    require_masters("Decoder::forward");
+    masters("Decoder::forward");
     stale_ = true;  // weights are about to change: inference packs them again
     return pass<Compute>().forward(input_view<2>(ids));
   }
@@ -94,29 +121,35 @@ class Decoder {
   /// Adds to the gradients of the weights; goes with the last forward<Compute>.
   template <typename Compute>
   void backward(const Tensor<Compute, 2>& logits_gradient) {
+    masters("Decoder::backward");
     pass<Compute>().backward(logits_gradient);
   }
 
   /// The master weights and their gradients, flattened; valid as long as the weights live.
-  std::vector<Parameter> parameters() {
-    require_masters("Decoder::parameters");
-    return weights_->parameters();
+  std::vector<Parameter> parameters() { return masters("Decoder::parameters").parameters(); }
+
+  // ---- weights of inference ---------------------------------------------------------------------
+
+  /// Packs this rank's part of the master weights. Inference packs by itself, the first time and
+  /// after training, in the format packed last; call this (or quantize) where the weights changed in
+  /// another way.
+  void pack(WeightFormat format = WeightFormat::activation) {
+    const auto& masters = this->masters("Decoder::pack");
+    auto packed = std::make_shared<PackedDecoderWeights<T>>(config_, format);
+    packed->set_embedding(masters.matrix(masters.embedding()), weights_);
+    for (Index l = 0; l < config_.layers; ++l)
+      packed->pack_layer(*device_, l, layer_views(masters, l), *communicator_);
+    packed->pack_head(*device_, masters.vector(masters.norm()), masters.matrix(masters.head()),
+                      *communicator_);
+    packed_ = std::move(packed);
+    stale_ = false;
   }
 
-  // ---- inference
-  // -----------------------------------------------------------------------------------------------
-
-  /// Packs this rank's part of the weights in type T. prefill and decode pack by themselves, the
-  /// first time and after training, in the type packed last; call this (or quantize) where the
-  /// weights changed in another way.
-  void pack() { pack_as<T>(); }
-
-  /// Quantizes this rank's part of the weights of all linear layers to INT8, one scale an output
-  /// channel. Not for double.
+  /// Packs the linear layers as INT8, one scale an output channel. Not for double.
   void quantize()
     requires(!std::same_as<T, double>)
   {
-    pack_as<std::int8_t>();
+    pack(WeightFormat::int8);
   }
 
   /// Lets go of the float master weights, for a decoder that serves and trains no more: what stays
@@ -125,20 +158,71 @@ class Decoder {
   /// then carry. Memory goes back once nobody shares the weights. Later calls of forward,
   /// parameters, pack and quantize throw std::logic_error.
   void release_master_weights() {
-    require_masters("Decoder::release_master_weights");
+    masters("Decoder::release_master_weights");
     pack_if_stale();
-    const bool int8 = is_quantized();
-    weights_ = weights_->for_inference(int8);
-    const Index embedding = config().features * config().vocabulary;
-    if (int8)
-      weight_bytes_ -= static_cast<std::size_t>(embedding) * (sizeof(float) - 1) -
-                       static_cast<std::size_t>(config().vocabulary) * sizeof(float);
+    auto own = std::make_shared<PackedDecoderWeights<T>>(*packed_);
+    own->own_embedding();
+    packed_ = std::move(own);
+    weights_.reset();
     tapes_ = {};
   }
 
   /// Bytes inference reads from: linear layers as packed on this rank (their numbers, scales
-  /// included, without padding), the rest as float.
-  std::size_t weight_bytes() const { return weight_bytes_; }
+  /// included, without padding), the norms, the embedding. 0 where nothing is packed yet.
+  std::size_t weight_bytes() const { return packed_ == nullptr ? 0 : packed_->bytes(); }
+
+  // ---- inference --------------------------------------------------------------------------------
+
+  /// One step over ragged rows: row i of `rows` is appended to sequences[i] of the cache, whatever
+  /// it holds already. logits (rows.logits_of.size(), vocabulary) are those after the tokens that
+  /// rows.logits_of names. Allocates nothing after the first step of a shape. Throws
+  /// std::invalid_argument for an id outside the vocabulary, for sizes that do not fit and for a
+  /// sequence that comes twice, std::out_of_range for an unknown sequence, std::length_error where
+  /// pages do not suffice for all; the cache is then as it was.
+  template <typename Storage>
+  void step_into(Tensor<float, 2>& logits, const StepRows& rows, PagedKvCache<T, Storage>& cache,
+                 std::span<const SequenceId> sequences) {
+    require_that(sequences.size() + 1 == rows.offsets.size(), "Decoder::step", "sequences has ",
+                 sequences.size(), " elements, offsets has ", rows.offsets.size(),
+                 ", expected one more");
+    run(logits, rows, detail::PagedRows<PagedKvCache<T, Storage>>{cache, sequences});
+  }
+  template <typename Storage>
+  Tensor<float, 2> step(const StepRows& rows, PagedKvCache<T, Storage>& cache,
+                        std::span<const SequenceId> sequences) {
+    Tensor<float, 2> logits;
+    step_into(logits, rows, cache, sequences);
+    return logits;
+  }
+
+  /// The step a scheduler has planned: sequences[i] is the cache's sequence of plan.requests[i] and
+  /// holds plan.positions[i] positions. One row of logits for each row of the plan that wants a
+  /// token, in their order.
+  template <typename Storage>
+  void step_into(Tensor<float, 2>& logits, const StepPlan& plan, PagedKvCache<T, Storage>& cache,
+                 std::span<const SequenceId> sequences) {
+    constexpr auto name = "Decoder::step";
+    const std::size_t rows = plan.requests.size();
+    require_that(sequences.size() == rows && plan.offsets.size() == rows + 1 &&
+                     plan.positions.size() == rows && plan.wants_token.size() == rows,
+                 name, "the plan has ", rows, " rows, ", plan.offsets.size(), " offsets, ",
+                 plan.positions.size(), " positions, there are ", sequences.size(), " sequences");
+    scratch_.logits_of.clear();
+    for (std::size_t i = 0; i < rows; ++i) {
+      const Index length = cache.length(sequences[i]);
+      require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
+                   plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
+      if (plan.wants_token[i] != 0) scratch_.logits_of.push_back(plan.offsets[i + 1] - 1);
+    }
+    step_into(logits, StepRows{plan.tokens, plan.offsets, scratch_.logits_of}, cache, sequences);
+  }
+  template <typename Storage>
+  Tensor<float, 2> step(const StepPlan& plan, PagedKvCache<T, Storage>& cache,
+                        std::span<const SequenceId> sequences) {
+    Tensor<float, 2> logits;
+    step_into(logits, plan, cache, sequences);
+    return logits;
+  }
 
   /// Appends ids (batch, n) to sequences of equal length; positions start at cache.length(0), so
   /// that a prompt may come in chunks. Returns the logits (batch, vocabulary) after the last of
@@ -146,17 +230,13 @@ class Decoder {
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
     const auto view = input_view<2>(ids);
-    const Index batch = view.dimension(0), n = view.dimension(1), start = cache.length(0);
+    const Index batch = view.dimension(0), n = view.dimension(1);
     require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
                  ", expected at least one token a sequence");
-    fill_positions(batch, n, [&](Index, Index i) { return start + i; });
-    rows_.resize(static_cast<std::size_t>(batch));
-    for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b * n + n - 1;
-    return run(view, [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
-      timed("kv_cache", [&] { update_kv_cache(*device_, cache, k, v, layer); });
-      timed("attention",
-            [&] { attention_with_kv_cache_into(*device_, out, q, cache, layer, causal()); });
-    });
+    Tensor<float, 2> logits;
+    run(logits, whole_rows({view.data(), static_cast<std::size_t>(view.size())}, batch, n),
+        detail::DenseRows<KvCache<T, Storage>>{cache});
+    return logits;
   }
 
   /// One token (batch) for each sequence of the cache -> logits (batch, vocabulary).
@@ -166,50 +246,30 @@ class Decoder {
     return prefill(TensorView<const std::int32_t, 2>(view.data(), view.dimension(0), 1), cache);
   }
 
-  /// Prompts of different lengths: ids (batch, longest), padded; row b is appended to sequences[b]
-  /// of the cache, which must be empty. Attention runs over the padded batch. Returns the logits
-  /// (batch, vocabulary) after the last token of each. Throws std::length_error, with nothing
-  /// changed, where the pages do not suffice for all.
+  /// Prompts, or chunks of them, of different lengths: ids (batch, longest), padded; the first
+  /// lengths[b] of row b are appended to sequences[b] of the cache. Returns the logits (batch,
+  /// vocabulary) after the last token of each. Throws what step throws.
   template <typename Ids, typename Storage>
   Tensor<float, 2> prefill(const Ids& ids, std::span<const Index> lengths,
                            PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences) {
     const auto view = input_view<2>(ids);
-    const Index batch = view.dimension(0), n = view.dimension(1);
+    const Index batch = view.dimension(0), longest = view.dimension(1);
     constexpr auto name = "Decoder::prefill";
-    require_that(static_cast<Index>(lengths.size()) == batch &&
-                     static_cast<Index>(sequences.size()) == batch,
-                 name, "ids has ", batch, " rows, but there are ", lengths.size(), " lengths and ",
-                 sequences.size(), " sequences");
+    require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
+                 " rows, but there are ", lengths.size(), " lengths");
+    scratch_.tokens.clear();
+    scratch_.offsets.assign(1, 0);
+    scratch_.logits_of.clear();
     for (Index b = 0; b < batch; ++b) {
       const Index length = lengths[static_cast<std::size_t>(b)];
-      require_that(length > 0 && length <= n, name, "lengths[", b, "] is ", length,
-                   ", expected 1 to ", n);
-      require_that(cache.length(sequences[static_cast<std::size_t>(b)]) == 0, name, "sequence ", b,
-                   " already holds tokens: decode appends to it");
+      require_that(length > 0 && length <= longest, name, "lengths[", b, "] is ", length,
+                   ", expected 1 to ", longest);
+      const std::int32_t* row = view.data() + b * longest;
+      scratch_.tokens.insert(scratch_.tokens.end(), row, row + length);
+      scratch_.offsets.push_back(scratch_.offsets.back() + length);
+      scratch_.logits_of.push_back(scratch_.offsets.back() - 1);
     }
-    fill_positions(batch, n, [&](Index, Index i) { return i; });
-    rows_.resize(static_cast<std::size_t>(batch));
-    for (Index b = 0; b < batch; ++b)
-      rows_[static_cast<std::size_t>(b)] = b * n + lengths[static_cast<std::size_t>(b)] - 1;
-    clear_padding(view, lengths);
-    const Index row = config().kv_heads * config().head_dim;
-    return run(TensorView<const std::int32_t, 2>(padded_ids_.data(), batch, n),
-               [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
-                 if (layer == 0) claim_pages(cache, sequences, lengths);
-                 timed("kv_cache", [&] {
-                   for (Index b = 0; b < batch; ++b) {
-                     const auto at = static_cast<std::size_t>(b);
-                     const auto own = [&](const Heads& x) {
-                       return TensorView<const T, 3>(x.data() + b * n * row, lengths[at],
-                                                     config().kv_heads, config().head_dim);
-                     };
-                     cache.append(*device_, sequences[at], layer, own(k), own(v));
-                   }
-                 });
-                 timed("attention", [&] {
-                   batched_attention_with_padding_into(*device_, out, q, k, v, lengths, causal());
-                 });
-               });
+    return step(StepRows{scratch_.tokens, scratch_.offsets, scratch_.logits_of}, cache, sequences);
   }
 
   /// One token (batch) for each of the sequences, whatever their lengths -> logits (batch,
@@ -218,50 +278,20 @@ class Decoder {
   Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache,
                           std::span<const SequenceId> sequences) {
     const auto view = input_view<1>(ids);
-    const Index batch = view.dimension(0);
-    require_that(static_cast<Index>(sequences.size()) == batch, "Decoder::decode", "ids has ",
-                 batch, " rows, but there are ", sequences.size(), " sequences");
-    fill_positions(batch, 1, [&](Index b, Index) {
-      return cache.length(sequences[static_cast<std::size_t>(b)]);
-    });
-    rows_.resize(static_cast<std::size_t>(batch));
-    for (Index b = 0; b < batch; ++b) rows_[static_cast<std::size_t>(b)] = b;
-    return run(TensorView<const std::int32_t, 2>(view.data(), batch, 1),
-               [&](Index layer, const Heads& q, const Heads& k, const Heads& v, Heads& out) {
-                 timed("kv_cache", [&] { cache.append(*device_, sequences, layer, k, v); });
-                 timed("attention", [&] {
-                   attention_with_kv_source_into(*device_, out, q, cache.source(layer, sequences),
-                                                 causal());
-                 });
-               });
+    return step(whole_rows({view.data(), static_cast<std::size_t>(view.size())}, view.size(), 1),
+                cache, sequences);
   }
 
  private:
-  using Heads = TensorView<T, 4>;
-  template <typename W>
-  struct PackedLayer {
-    PackedColumnShard<W> query, key, value, output, gate, up, down;
-  };
-  template <typename W>
-  struct Packed {
-    std::vector<PackedLayer<W>> layers;
-    PackedColumnShard<W> head;
-  };
-  // INT8 products accumulate into float, so that double, which serves as a reference, has none.
-  static constexpr bool kHasInt8 = !std::is_same_v<T, double>;
-  using PackedWeights =
-      std::conditional_t<kHasInt8, std::variant<std::monostate, Packed<T>, Packed<std::int8_t>>,
-                         std::variant<std::monostate, Packed<T>>>;
-
-  // Activations of inference, kept so that a step of the same shape allocates nothing but its
-  // logits.
-  struct Scratch {
-    Tensor<T, 2> stream, normalised, query, key, value, attended, gate, up, branch;
-  };
-
   static const Eigen::DefaultDevice& default_device() {
     static const Eigen::DefaultDevice device;
     return device;
+  }
+
+  DecoderWeights& masters(std::string_view name) const {
+    if (weights_ == nullptr)
+      detail::fail<std::logic_error>(std::string(name) + ": there are no master weights");
+    return *weights_;
   }
 
   template <typename Compute>
@@ -269,209 +299,52 @@ class Decoder {
     return {*device_, *weights_, std::get<DecoderTape<Compute>>(tapes_), profile_};
   }
 
-  static AttentionOptions causal() { return {.causal = true}; }
+  static DecoderLayerViews<float> layer_views(const DecoderWeights& masters, Index l) {
+    const DecoderWeights::Layer& w = masters.layer(l);
+    return {.attention_norm = masters.vector(w.attention_norm),
+            .query = masters.matrix(w.query),
+            .key = masters.matrix(w.key),
+            .value = masters.matrix(w.value),
+            .output = masters.matrix(w.output),
+            .feed_forward_norm = masters.vector(w.feed_forward_norm),
+            .gate = masters.matrix(w.gate),
+            .up = masters.matrix(w.up),
+            .down = masters.matrix(w.down)};
+  }
 
-  void require_masters(std::string_view name) const {
-    if (!weights_->complete())
-      detail::fail<std::logic_error>(std::string(name) + ": the master weights were released");
-  }
-  bool is_quantized() const {
-    if constexpr (kHasInt8)
-      return std::holds_alternative<Packed<std::int8_t>>(packed_weights_);
-    else
-      return false;
-  }
-  // In the type packed last.
   void pack_if_stale() {
-    if (!stale_) return;
-    if constexpr (kHasInt8)
-      if (is_quantized()) return quantize();
-    pack();
+    if (packed_ == nullptr || (stale_ && weights_ != nullptr))
+      pack(packed_ == nullptr ? WeightFormat::activation : packed_->format());
   }
 
-  template <typename W>
-  void pack_as() {
-    require_masters("Decoder::pack");
-    Packed<W> packed;
-    weight_bytes_ = 0;
-    const auto shard = [&](std::size_t tensor) {
-      const auto full = std::as_const(*weights_).matrix(tensor);
-      PackedColumnShard<W> result = pack_column_shard<W>(full, *communicator_);
-      weight_bytes_ +=
-          static_cast<std::size_t>(result.weight.rows() * result.weight.columns()) * sizeof(W);
-      if (std::is_same_v<W, std::int8_t>)
-        weight_bytes_ += static_cast<std::size_t>(result.weight.rows()) * sizeof(float);
-      return result;
-    };
-    for (Index l = 0; l < config().layers; ++l) {
-      const DecoderWeights::Layer& w = weights_->layer(l);
-      packed.layers.push_back({shard(w.query), shard(w.key), shard(w.value), shard(w.output),
-                               shard(w.gate), shard(w.up), shard(w.down)});
-    }
-    packed.head = shard(weights_->head());
-    weight_bytes_ += static_cast<std::size_t>(config().features *
-                                              (config().vocabulary + 2 * config().layers + 1)) *
-                     sizeof(float);
-    packed_weights_ = std::move(packed);
-    stale_ = false;
+  // `batch` rows of n tokens each, with the logits after the last of each.
+  StepRows whole_rows(std::span<const std::int32_t> tokens, Index batch, Index n) {
+    scratch_.offsets.clear();
+    scratch_.logits_of.clear();
+    for (Index b = 0; b <= batch; ++b) scratch_.offsets.push_back(b * n);
+    for (Index b = 1; b <= batch; ++b) scratch_.logits_of.push_back(b * n - 1);
+    return {tokens, scratch_.offsets, scratch_.logits_of};
   }
 
-  template <typename F>
-  void fill_positions(Index batch, Index n, F&& position) {
-    positions_.resize(static_cast<std::size_t>(batch * n));
-    for (Index b = 0; b < batch; ++b)
-      for (Index i = 0; i < n; ++i)
-        positions_[static_cast<std::size_t>(b * n + i)] = position(b, i);
-  }
-
-  // Ids beyond a length are nobody's: they become 0, which every vocabulary has.
-  void clear_padding(const TensorView<const std::int32_t, 2>& ids, std::span<const Index> lengths) {
-    const Index n = ids.dimension(1);
-    padded_ids_.assign(static_cast<std::size_t>(ids.size()), 0);
-    for (Index b = 0; b < ids.dimension(0); ++b)
-      std::copy_n(ids.data() + b * n, lengths[static_cast<std::size_t>(b)],
-                  padded_ids_.begin() + b * n);
-  }
-
-  // All pages or none, before anything is written.
-  template <typename Storage>
-  static void claim_pages(PagedKvCache<T, Storage>& cache, std::span<const SequenceId> sequences,
-                          std::span<const Index> lengths) {
-    detail::attempt_or_undo(
-        [&] {
-          for (std::size_t b = 0; b < sequences.size(); ++b)
-            cache.reserve(sequences[b], lengths[b]);
-        },
-        [&] {
-          for (SequenceId sequence : sequences) cache.truncate(sequence, 0);
-        });
-  }
-
-  template <typename Attend>
-  Tensor<float, 2> run(const TensorView<const std::int32_t, 2>& ids, Attend&& attend) {
+  template <typename Rows>
+  void run(Tensor<float, 2>& logits, const StepRows& step, const Rows& rows) {
     pack_if_stale();
-    return std::visit(
-        [&](const auto& packed) -> Tensor<float, 2> {
-          if constexpr (std::is_same_v<std::remove_cvref_t<decltype(packed)>, std::monostate>)
-            return {};
-          else
-            return run_packed(packed, ids, attend);
-        },
-        packed_weights_);
+    detail::InferenceStep<T, D, C, Rows>(*device_, *packed_, *communicator_, scratch_, rows,
+                                         profile_)
+        .run(logits, step);
   }
 
-  template <typename W, typename Attend>
-  Tensor<float, 2> run_packed(const Packed<W>& packed, const TensorView<const std::int32_t, 2>& ids,
-                              Attend&& attend) {
-    const DecoderConfig& c = config();
-    const Index batch = ids.dimension(0), n = ids.dimension(1), tokens = batch * n;
-    const ParallelRegion region(*device_);
-    Tensor<T, 2>&x = scratch_.stream, &normalised = scratch_.normalised, &branch = scratch_.branch;
-    Tensor<T, 2>&q = scratch_.query, &k = scratch_.key, &v = scratch_.value,
-              &attended = scratch_.attended;
-    Tensor<T, 2>&gate = scratch_.gate, &up = scratch_.up;
-    x.resize(tokens, c.features);
-    attended.resize(tokens, c.heads * c.head_dim);
-    timed("embedding", [&] { embed(x, {ids.data(), tokens}); });
-    for (Index l = 0; l < c.layers; ++l) {
-      const PackedLayer<W>& w = packed.layers[static_cast<std::size_t>(l)];
-      const DecoderWeights::Layer& names = weights_->layer(l);
-      norm(normalised, x, names.attention_norm);
-      project(q, normalised, w.query);
-      project(k, normalised, w.key);
-      project(v, normalised, w.value);
-      Heads q4(q.data(), batch, n, c.heads, c.head_dim),
-          k4(k.data(), batch, n, c.kv_heads, c.head_dim),
-          v4(v.data(), batch, n, c.kv_heads, c.head_dim);
-      rotate(q4);
-      rotate(k4);
-      Heads out(attended.data(), batch, n, c.heads, c.head_dim);
-      attend(l, q4, k4, v4, out);
-      project(branch, attended, w.output);
-      join(x, branch);
-      norm(normalised, x, names.feed_forward_norm);
-      project(gate, normalised, w.gate);
-      project(up, normalised, w.up);
-      timed("activation", [&] { swiglu_into(*device_, gate, gate, up); });
-      project(branch, gate, w.down);
-      join(x, branch);
-    }
-    return head(x, packed.head);
-  }
-
-  void embed(Tensor<T, 2>& x, const TensorView<const std::int32_t, 1>& ids) {
-    const QuantizedChannels& table = weights_->int8_embedding();
-    if (table.values.size() == 0)
-      return embedding_into(*device_, x, ids,
-                            std::as_const(*weights_).matrix(weights_->embedding()));
-    const Index features = config().features, vocabulary = config().vocabulary;
-    for (Index t = 0; t < ids.dimension(0); ++t)
-      require_that(ids(t) >= 0 && ids(t) < vocabulary, "embedding", "ids[", t, "] is ", ids(t),
-                   ", expected 0 to ", vocabulary - 1);
-    for (Index t = 0; t < ids.dimension(0); ++t)
-      dequantize_into(
-          *device_, TensorView<T, 1>(x.data() + t * features, features),
-          TensorView<const std::int8_t, 1>(table.values.data() + ids(t) * features, features),
-          table.scales(ids(t)));
-  }
-
-  // Only the rows that somebody samples from go through the head.
-  template <typename W>
-  Tensor<float, 2> head(const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
-    const Index count = static_cast<Index>(rows_.size());
-    Tensor<T, 2>&last = scratch_.branch, &normalised = scratch_.normalised;
-    last.resize(count, config().features);
-    for (Index r = 0; r < count; ++r)
-      std::copy_n(x.data() + rows_[static_cast<std::size_t>(r)] * config().features,
-                  config().features, last.data() + r * config().features);
-    norm(normalised, last, weights_->norm());
-    Tensor<T, 2> logits;
-    project(logits, normalised, weight);
-    if constexpr (std::is_same_v<T, float>)
-      return logits;
-    else
-      return logits.template cast<float>();
-  }
-
-  template <typename W>
-  void project(Tensor<T, 2>& y, const Tensor<T, 2>& x, const PackedColumnShard<W>& weight) {
-    y.resize(x.dimension(0), weight.out_features);
-    timed("linear", [&] { column_parallel_linear_into(*device_, y, x, weight, *communicator_); });
-  }
-  void norm(Tensor<T, 2>& y, const Tensor<T, 2>& x, std::size_t weight) {
-    y.resize(x.dimensions());
-    timed("normalization", [&] {
-      rms_norm_into(*device_, y, x, std::as_const(*weights_).vector(weight),
-                    {.epsilon = config().epsilon});
-    });
-  }
-  void rotate(Heads& x) {
-    timed("rope", [&] {
-      rope_into(*device_, x, x, positions_,
-                {.base = config().rope_base, .layout = config().rope_layout});
-    });
-  }
-  void join(Tensor<T, 2>& x, const Tensor<T, 2>& branch) {
-    timed("activation", [&] { residual_add_into(*device_, x, x, branch); });
-  }
-  template <typename Call>
-  decltype(auto) timed(std::string_view name, Call&& call) {
-    return OperatorProfile::timed(profile_, name, std::forward<Call>(call));
-  }
-
-  std::shared_ptr<DecoderWeights> weights_;
+  DecoderConfig config_;
+  std::shared_ptr<DecoderWeights> weights_;  // nullptr once released, or where there never were any
   const D* device_;
   std::optional<C> own_communicator_;
   C* communicator_;
   OperatorProfile* profile_ = nullptr;
   std::tuple<DecoderTape<float>, DecoderTape<double>, DecoderTape<bfloat16>, DecoderTape<half>>
       tapes_;
-  PackedWeights packed_weights_;
+  std::shared_ptr<const PackedDecoderWeights<T>> packed_;
   bool stale_ = true;
-  std::size_t weight_bytes_ = 0;
-  Scratch scratch_;
-  std::vector<Index> positions_, rows_;
-  std::vector<std::int32_t> padded_ids_;
+  detail::InferenceScratch<T> scratch_;
 };
 
 }  // namespace EIGENFORMER_ABI

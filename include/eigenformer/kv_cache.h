@@ -39,6 +39,7 @@
 #include "core/device.h"
 #include "core/dispatch.h"
 #include "core/error.h"
+#include "core/heads_view.h"
 #include "core/kv_page.h"
 #include "core/kv_source.h"
 #include "cpu/kv_cache.h"
@@ -189,12 +190,18 @@ class KvLayer {
 template <typename D, typename View>
 void require_quantizable(const D& device, std::string_view operation, std::string_view name,
                          const View& view) {
-  const Index at =
-      run(device, problem::FirstNotStorable<scalar_of<View>>{view.data(), view.size()});
-  if (at < 0) return;
-  require_that(false, operation, name, " of shape ", shape_text(view), " holds ",
-               static_cast<double>(view.data()[at]), " at element ", at,
-               ", expected finite values within the range of float (INT8 storage)");
+  const Index row = view.dimension(rank_of<View> - 2) * view.dimension(rank_of<View> - 1),
+              stride = token_stride(view);
+  const Index rows = stride == row ? 1 : view.size() / (std::max)(Index{1}, row),
+              count = view.size() / (std::max)(Index{1}, rows);
+  for (Index r = 0; r < rows; ++r) {
+    const auto* numbers = offset_by(view.data(), r * stride);
+    const Index at = run(device, problem::FirstNotStorable<scalar_of<View>>{numbers, count});
+    if (at < 0) continue;
+    require_that(false, operation, name, " of shape ", shape_text(view), " holds ",
+                 static_cast<double>(numbers[at]), " at element ", r * row + at,
+                 ", expected finite values within the range of float (INT8 storage)");
+  }
 }
 
 }  // namespace detail
@@ -301,8 +308,8 @@ class KvCache {
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, const Keys& new_keys, const Values& new_values, Index layer_idx) {
     constexpr auto name = "update_kv_cache";
-    const auto keys = input_view<4>(new_keys);
-    const auto values = input_view<4>(new_values);
+    const auto keys = detail::heads_input<4>(new_keys);
+    const auto values = detail::heads_input<4>(new_values);
     static_assert(
         std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
         "eigenformer: new_keys and new_values hold the scalar T of ef::KvCache<T, Storage>");
@@ -354,8 +361,8 @@ class KvCache {
                  "), new keys and values have (", batch, ", n, ", kv_heads, ", ", head_dim, ")");
   }
 
-  template <typename D, typename View>
-  void write(const D& device, Layer& layer, const View& keys, const View& values) {
+  template <typename D, typename Keys, typename Values>
+  void write(const D& device, Layer& layer, const Keys& keys, const Values& values) {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
     require_capacity(added <= (std::numeric_limits<Index>::max)() - length, "update_kv_cache",
                      "length ", length, " + ", added, " overflows");
@@ -371,9 +378,10 @@ class KvCache {
     detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
     layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
-    detail::run(device,
-                problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
-                                              nullptr, target.lengths, layer.capacity(), target});
+    detail::run(device, problem::KvAppend<T, Storage>{
+                            keys.data(), values.data(), detail::token_stride(keys),
+                            detail::token_stride(values), batch * added, added, nullptr,
+                            target.lengths, layer.capacity(), target});
     layer.set_length(length + added);
     layer.close();
   }
@@ -426,8 +434,8 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   using Storage = scalar_of<KeyBuffer>;
   auto key_rows = output_view<4>(key_buffer);
   auto value_rows = output_view<4>(value_buffer);
-  const auto keys = input_view<4>(new_keys);
-  const auto values = input_view<4>(new_values);
+  const auto keys = detail::heads_input<4>(new_keys);
+  const auto values = detail::heads_input<4>(new_values);
   static_assert(
       std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<ValueBuffer>, Storage>,
       "eigenformer: keys and values have one scalar, and so have their buffers");
@@ -464,7 +472,8 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   target.keys = key_rows.data();
   target.values = value_rows.data();
   detail::run(device,
-              problem::KvAppend<T, Storage>{keys.data(), values.data(), batch * added, added,
+              problem::KvAppend<T, Storage>{keys.data(), values.data(), detail::token_stride(keys),
+                                            detail::token_stride(values), batch * added, added,
                                             nullptr, positions.data(), capacity, target});
 }
 

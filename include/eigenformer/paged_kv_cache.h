@@ -165,12 +165,13 @@ class PagedKvCache {
 
   // ---- append -----------------------------------------------------------------------------------
 
-  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence.
+  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Here and below keys
+  /// and values may be heads in the rows of a wider matrix (ef::heads_of).
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys,
               const Values& values) {
-    const auto key_rows = input_view<3>(keys);
-    const auto value_rows = input_view<3>(values);
+    const auto key_rows = detail::heads_input<3>(keys);
+    const auto value_rows = detail::heads_input<3>(values);
     append_rows(device, std::span(&sequence, 1), layer_idx, key_rows, value_rows,
                 key_rows.dimension(0), nullptr);
   }
@@ -184,8 +185,8 @@ class PagedKvCache {
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets,
               Index layer_idx, const Keys& keys, const Values& values) {
-    const auto key_rows = input_view<3>(keys);
-    const auto value_rows = input_view<3>(values);
+    const auto key_rows = detail::heads_input<3>(keys);
+    const auto value_rows = detail::heads_input<3>(values);
     require_that(offsets.size() == ids.size() + 1 && offsets.front() == 0 &&
                      offsets.back() == key_rows.dimension(0) &&
                      std::is_sorted(offsets.begin(), offsets.end()),
@@ -361,10 +362,10 @@ class PagedKvCache {
             (std::min)(detail::pages_for(end, config_.page_size), held)};
   }
 
-  template <typename D, typename View>
+  template <typename D, typename Keys, typename Values>
   void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx,
-                   const View& keys, const View& values, Index each, const Index* offsets) {
-    static_assert(std::is_same_v<scalar_of<View>, T>,
+                   const Keys& keys, const Values& values, Index each, const Index* offsets) {
+    static_assert(std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
                   "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
     require_same_shape(kName, "keys", keys, "values", values);
     const std::size_t layer = checked_layer(layer_idx);
@@ -387,9 +388,10 @@ class PagedKvCache {
     }
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
-    detail::run(device, problem::KvAppend<T, Storage>{keys.data(), values.data(), keys.dimension(0),
-                                                      each, offsets, selection.lengths.data(),
-                                                      total_slots(), target});
+    detail::run(device, problem::KvAppend<T, Storage>{
+                            keys.data(), values.data(), detail::token_stride(keys),
+                            detail::token_stride(values), keys.dimension(0), each, offsets,
+                            selection.lengths.data(), total_slots(), target});
     for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
   }
 

@@ -8,8 +8,8 @@
 /// rotary_dim on are copied. `scale` below 1 is position interpolation (Chen et al., 2023): 0.25
 /// serves contexts four times the length trained.
 ///
-/// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), y has its shape. positions has
-/// one element a token, batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor
+/// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), or heads in the rows of a wider
+/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element a token, batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor
 /// of rank 1 or any other contiguous range of integers, or a braced list. Scalars are float,
 /// double, bfloat16 and half; y's may differ from x's. Angles, cosines and sines are computed in
 /// double (an angle is right to 1e-10 at position 10^6) and rounded once: to float, or to double
@@ -33,6 +33,7 @@
 #include "core/check.h"
 #include "core/device.h"
 #include "core/dispatch.h"
+#include "core/heads_view.h"
 #include "core/rows.h"
 #include "core/values.h"
 #include "core/workspace.h"
@@ -84,7 +85,7 @@ auto rope_input(const X& x) {
   static_assert(
       rank_of<X> == -1 || rank_of<X> == 3 || rank_of<X> == 4,
       "eigenformer: rope takes (tokens, heads, head_dim) or (batch, seq, heads, head_dim)");
-  return input_view<rank_of<X>>(x);
+  return heads_input<rank_of<X>>(x);
 }
 
 /// Tokens of x, one for each position.
@@ -117,14 +118,15 @@ problem::Rope<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name,
   constexpr int rank = rank_of<X>;
   const Index tokens = rope_tokens(name, x_name, x, positions);
   const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
-  return {y.data(), x.data(), positions, tokens, heads, head_dim, {}, nullptr, nullptr, inverse};
+  return {y.data(),        x.data(), positions, tokens,  heads,  head_dim,
+          token_stride(x), {},       nullptr,   nullptr, inverse};
 }
 
 }  // namespace detail
 
 /// Cosines and sines of positions 0 to max_positions - 1, for heads of head_dim: max_positions *
 /// rotary_dim elements (twice that for the interleaved layout). C is float, which serves float,
-/// bfloat16 and half, or double. Immutable: share it between layers and threads.
+/// bfloat16 and half, or double. Share it between layers and threads.
 template <typename C>
 class BasicRopeTable {
   static_assert(std::is_same_v<C, float> || std::is_same_v<C, double>);
@@ -132,21 +134,23 @@ class BasicRopeTable {
  public:
   BasicRopeTable() = default;  ///< no position
   /// Throws std::invalid_argument for bad sizes and options.
-  BasicRopeTable(Index max_positions, Index head_dim, const RopeOptions& options = {})
-      : options_(options),
-        head_dim_(head_dim),
-        rotary_dim_(detail::rope_rotary_dim("RopeTable", head_dim, options)) {
-    const Index row_size = angles().row_size();
+  BasicRopeTable(Index max_positions, Index head_dim, const RopeOptions& options = {}) {
+    const Index rotary_dim = detail::rope_rotary_dim("RopeTable", head_dim, options);
     require_that(max_positions >= 0, "RopeTable", "max_positions is ", max_positions,
                  ", expected 0 or more");
-    const Index size = checked_product(max_positions, row_size, "RopeTable", "table");
-    checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
-    max_positions_ = max_positions;
-    frequencies_.resize(static_cast<std::size_t>(rotary_dim_ / 2));
-    detail::write_inverse_frequencies(options.base, rotary_dim_, frequencies_.data());
-    rows_.resize(static_cast<std::size_t>(size));
-    for (Index p = 0; p < max_positions; ++p)
-      angles().write_row(static_cast<double>(p), rows_.data() + p * row_size);
+    resize(max_positions, head_dim, rotary_dim, options);
+    for (Index p = 0; p < max_positions; ++p) write(p, static_cast<double>(p));
+  }
+
+  /// Makes row i that of positions[i], whatever positions these are: rope_into then takes row numbers
+  /// in their place. For the layers of a step that turn the same tokens. Reuses memory. Throws
+  /// std::invalid_argument for bad sizes and options.
+  template <typename P>
+  void assign(const P& positions, Index head_dim, const RopeOptions& options = {}) {
+    const LengthSpan span = detail::position_span(positions);
+    const Index rotary_dim = detail::rope_rotary_dim("RopeTable", head_dim, options);
+    resize(span.size(), head_dim, rotary_dim, options);
+    for (Index i = 0; i < span.size(); ++i) write(i, static_cast<double>(span[i]));
   }
 
   Index max_positions() const { return max_positions_; }
@@ -160,6 +164,24 @@ class BasicRopeTable {
   const C* rows() const { return rows_.data(); }
 
  private:
+  void resize(Index rows, Index head_dim, Index rotary_dim, const RopeOptions& options) {
+    const Index row_size = problem::RopeAngles{nullptr, rotary_dim, options.layout, 1}.row_size();
+    const Index size = checked_product(rows, row_size, "RopeTable", "table");
+    checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
+    rows_.resize(static_cast<std::size_t>(size));
+    if (frequencies_.empty() || rotary_dim != rotary_dim_ || options.base != options_.base) {
+      frequencies_.resize(static_cast<std::size_t>(rotary_dim / 2));
+      detail::write_inverse_frequencies(options.base, rotary_dim, frequencies_.data());
+    }
+    options_ = options;
+    head_dim_ = head_dim;
+    rotary_dim_ = rotary_dim;
+    max_positions_ = rows;
+  }
+  void write(Index row, double position) {
+    angles().write_row(position, rows_.data() + row * angles().row_size());
+  }
+
   RopeOptions options_;
   Index head_dim_ = 0, rotary_dim_ = 0, max_positions_ = 0;
   std::vector<double> frequencies_;

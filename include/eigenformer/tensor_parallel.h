@@ -86,13 +86,18 @@ struct PackedColumnShard {
 ///
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
-template <typename T, typename Weight, typename C>
-  requires Communicator<C>
-PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator) {
+template <typename T, CpuDevice D, typename Weight, Communicator C>
+PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight,
+                                       const C& communicator) {
   const auto full = input_view<2>(weight);
   const int rank = communicator.rank(), ranks = communicator.size();
-  return {pack_weight<T>(column_shard(full, rank, ranks)), full.dimension(0), full.dimension(1),
-          rank, ranks};
+  return {pack_weight<T>(device, column_shard(full, rank, ranks)), full.dimension(0),
+          full.dimension(1), rank, ranks};
+}
+template <typename T, typename Weight, Communicator C>
+  requires(!Device<Weight>)
+PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator) {
+  return pack_column_shard<T>(Eigen::DefaultDevice{}, weight, communicator);
 }
 
 namespace detail {
@@ -391,4 +396,5 @@ void row_parallel_linear_into(const D& device, Output&& output, const Input& inp
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
 
+#include "tensor_parallel/fused.h"
 #include "tensor_parallel/vocabulary.h"

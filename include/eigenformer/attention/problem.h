@@ -215,29 +215,42 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
   return p;
 }
 
-/// Queries (batch, n, heads, head_dim) that are the last positions of the sequences of a KvSource.
-template <typename Q, typename S>
-auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
-                              const AttentionOptions& options, Workspace::Frame& frame) {
-  using T = scalar_of<Q>;
+template <typename T, typename S>
+constexpr void require_cache_scalars() {
   static_assert(FloatingScalar<T>,
                 "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(!std::is_same_v<S, double> || std::is_same_v<T, double>,
                 "eigenformer: a cache of double serves queries of double");
-  checked_size(name, "query", q);
-  const auto [batch, rows, heads, head_dim] = attention_shape(q);
-  require_that(source.batch == batch, name, "query has batch ", batch, ", the cache has ",
-               source.batch, " sequences");
+}
+
+/// Queries of `heads` heads of head_dim find their keys in `source`.
+template <typename S>
+void require_cache_fits(std::string_view name, const KvSource<S>& source, Index head_dim,
+                        Index heads, const AttentionOptions& options) {
+  const Index batch = source.batch;
   require_that(source.head_dim == head_dim || batch == 0, name, "query has head_dim ", head_dim,
                ", the cache has ", source.head_dim);
   check_attention_heads(name, heads, batch == 0 ? heads : source.kv_heads);
   check_attention_options(name, options, heads);
-  check_query_lengths(name, options, batch, rows);
   require_that(!std::is_same_v<S, std::int8_t> || source.tables != nullptr || batch == 0, name,
                "the cache holds int8 rows without scales");
   for (Index b = 0; b < batch; ++b)
     require_that(source.lengths[b] >= 0, name, "the cache has length ", source.lengths[b],
                  " for sequence ", b);
+}
+
+/// Queries (batch, n, heads, head_dim) that are the last positions of the sequences of a KvSource.
+template <typename Q, typename S>
+auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
+                              const AttentionOptions& options, Workspace::Frame& frame) {
+  using T = scalar_of<Q>;
+  require_cache_scalars<T, S>();
+  checked_size(name, "query", q);
+  const auto [batch, rows, heads, head_dim] = attention_shape(q);
+  require_that(source.batch == batch, name, "query has batch ", batch, ", the cache has ",
+               source.batch, " sequences");
+  require_cache_fits(name, source, head_dim, heads, options);
+  check_query_lengths(name, options, batch, rows);
 
   auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim, head_dim);
   p.queries = q.data();
@@ -247,6 +260,34 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   for (Index b = 0; b < batch; ++b) {
     const Index queries = options.query_lengths.empty() ? rows : options.query_lengths[b];
     sequences[b] = aligned_sequence(b, rows, heads, queries, source.lengths[b]);
+  }
+  p.sequences = sequences;
+  p.source = source;
+  return p;
+}
+
+/// Queries (tokens, heads, head_dim), ragged: rows [q_offsets[b], q_offsets[b + 1]) are the last
+/// positions of sequence b of a KvSource.
+template <typename Q, typename S>
+auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
+                              const LengthSpan& q_offsets, const AttentionOptions& options,
+                              Workspace::Frame& frame) {
+  require_cache_scalars<scalar_of<Q>, S>();
+  checked_size(name, "query", q);
+  const Index heads = q.dimension(1), head_dim = q.dimension(2), batch = source.batch;
+  require_cache_fits(name, source, head_dim, heads, options);
+  require_that(options.query_lengths.empty(), name,
+               "query_lengths is given, expected none: q_offsets say how long sequences are");
+  check_offsets(name, "q_offsets", q_offsets, batch, q.dimension(0));
+
+  auto p = attention_problem<scalar_of<Q>, S>(options, heads, source.kv_heads, head_dim, head_dim);
+  p.queries = q.data();
+  p.batch = batch;
+  p.lse_head_stride = q.dimension(0);
+  auto* const sequences = frame.take<problem::AttentionSequence>(batch);
+  for (Index b = 0; b < batch; ++b) {
+    const Index begin = q_offsets[b], queries = q_offsets[b + 1] - begin, keys = source.lengths[b];
+    sequences[b] = {begin, queries, queries, b, 0, keys, keys - queries, begin};
   }
   p.sequences = sequences;
   p.source = source;

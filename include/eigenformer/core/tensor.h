@@ -38,7 +38,7 @@ using compute_type = std::conditional_t<std::is_same_v<T, double>, double, float
 
 namespace detail {
 
-enum class TensorKind { other, row_major, column_major };
+enum class TensorKind { other, row_major, column_major, strided };
 
 // An argument that is no tensor gets a scalar that everything compiles with, so that the message of
 // require_tensor_argument is the first error and not the last of a hundred.
@@ -86,6 +86,9 @@ constexpr void require_tensor_argument() {
                 "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as "
                 "ef::Tensor<T, Rank> (row-major), "
                 "or assign tensor.swap_layout().shuffle(reversed dimensions) to one.");
+  static_assert(
+      traits::kind != TensorKind::strided,
+      "eigenformer: this argument cannot be an ef::HeadsView; copy it into an ef::Tensor.");
   static_assert(traits::kind == TensorKind::other || Rank < 0 || traits::rank == Rank,
                 "eigenformer: this tensor has the wrong rank for this argument; the operator's "
                 "header gives the shapes.");

@@ -87,13 +87,15 @@ Index execute(const Backend<D, Isa>&, const problem::FirstNotStorable<T>& p) {
 
 template <typename Isa, typename T, typename Storage>
 void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index h, Index j) {
-  const Index d = p.target.head_dim, at = (token * p.target.kv_heads + h) * d;
+  const Index d = p.target.head_dim;
+  const T* key = p.new_keys + token * p.key_stride + h * d;
+  const T* value = p.new_values + token * p.value_stride + h * d;
   if constexpr (std::is_same_v<Storage, std::int8_t>) {
-    *p.key_scale_slot(b, h, j) = quantize_row<Isa>(p.new_keys + at, p.key_slot(b, h, j), d);
-    *p.value_scale_slot(b, h, j) = quantize_row<Isa>(p.new_values + at, p.value_slot(b, h, j), d);
+    *p.key_scale_slot(b, h, j) = quantize_row<Isa>(key, p.key_slot(b, h, j), d);
+    *p.value_scale_slot(b, h, j) = quantize_row<Isa>(value, p.value_slot(b, h, j), d);
   } else {
-    copy_row<Isa>(p.new_keys + at, p.key_slot(b, h, j), d);
-    copy_row<Isa>(p.new_values + at, p.value_slot(b, h, j), d);
+    copy_row<Isa>(key, p.key_slot(b, h, j), d);
+    copy_row<Isa>(value, p.value_slot(b, h, j), d);
   }
 }
 

@@ -17,6 +17,7 @@ inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
 using tile::MatrixOperand;
+using tile::StackedRows;
 using tile::WeightRows;
 
 template <typename T, typename Isa>
@@ -58,9 +59,8 @@ void for_each_panel(const Backend<D, Isa>& on, PackedWeight<T>& packed, Pack&& p
 }
 
 /// Values as they are, converted where their scalar differs.
-template <int Matrices, typename D, typename Isa, typename T, typename W>
-void pack_values(const Backend<D, Isa>& on, PackedWeight<T>& packed,
-                 const WeightRows<W, Matrices>& weights) {
+template <int Matrices, typename D, typename Isa, typename T, typename Rows>
+void pack_values(const Backend<D, Isa>& on, PackedWeight<T>& packed, const Rows& weights) {
   using Dot = tile::Dot<T, T, Isa>;
   const Index depth = packed.columns(), steps = tile::packed_steps<T>(Isa{}, depth);
   for_each_panel<Matrices>(on, packed, [&](Index panel, T* to) {
@@ -84,48 +84,89 @@ void arrange_scales(Isa, PackedWeight<std::int8_t>& packed,
           *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
 }
 
+/// How many scales a row of int8 has, and over how many inputs each.
+struct ScaleGroups {
+  Index count, each;
+  ScaleGroups(Index depth, Index group)
+      : count(group == 0 ? 1 : (depth + group - 1) / group),
+        each(group == 0 ? std::max<Index>(depth, 1) : group) {}
+};
+
+/// Quantizes the rows of `weights` into panels; scales[m] (rows, groups) are those of matrix m.
+template <int Matrices, typename D, typename Isa, typename Rows>
+void pack_quantized_rows(const Backend<D, Isa>& on, PackedWeight<std::int8_t>& packed,
+                         const Rows& weights, const float* const* scales,
+                         const ScaleGroups& groups) {
+  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
+  const Index depth = packed.columns(), steps = tile::packed_steps<std::int8_t>(Isa{}, depth);
+  for_each_panel<Matrices>(on, packed, [&](Index panel, std::int8_t* to) {
+    auto* units = reinterpret_cast<std::uint32_t*>(to);
+    tile::clear(units, steps * Dot::columns);
+    weights.for_each_part(panel, Dot::columns, [&](int m, Index row, Index valid, int column) {
+      const float* own = scales[m] + row * groups.count;
+      const auto* from = weights.matrices[m].data + row * depth;
+      tile::pack_lines<std::int8_t>(
+          Isa{}, valid, Dot::columns, depth, units + column,
+          [&](Index r, Index k, int n, std::int8_t* stage) {
+            // k is a multiple of 256, so of every group size.
+            const auto* line = from + r * depth + k;
+            for (Index at = 0; at < n; at += groups.each) {
+              const Index count = std::min<Index>(groups.each, n - at),
+                          g = groups.count == 1 ? 0 : (k + at) / groups.each;
+              quantize_line<Isa>(line + at, count, own[r * groups.count + g], stage + at);
+            }
+          });
+    });
+    tile::finish_panel<Dot>(to, steps);
+  });
+}
+
 template <typename D, typename Isa, typename W, int Matrices>
 int pack_quantized(const Backend<D, Isa>& on,
                    const problem::PackWeight<std::int8_t, W, Matrices>& p) {
-  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
-  const Index rows = p.rows, depth = p.columns,
-              each = p.group == 0 ? std::max<Index>(depth, 1) : p.group;
-  const Index groups = p.group == 0 ? 1 : (depth + p.group - 1) / p.group;
+  const Index rows = p.rows, depth = p.columns;
+  const ScaleGroups groups(depth, p.group);
   Workspace::Frame frame(on.workspace);
-  float* found = frame.take<float>(rows * groups * Matrices);
-  std::fill_n(found, rows * groups * Matrices, 1.0f);
+  float* found = frame.take<float>(rows * groups.count * Matrices);
+  std::fill_n(found, rows * groups.count * Matrices, 1.0f);
   const float* scales[Matrices];
   for (int m = 0; m < Matrices; ++m) {
-    float* own = found + m * rows * groups;
+    float* own = found + m * rows * groups.count;
     scales[m] = own;
-    if (depth > 0 && !group_scales(on, p.weights[m], rows, depth, each, own)) return m;
+    if (depth > 0 && !group_scales(on, p.weights[m], rows, depth, groups.each, own)) return m;
   }
   reshape(p.packed, Isa{}, rows, depth, Matrices, p.group);
   arrange_scales(Isa{}, p.packed, scales);
-  const auto weights = weight_rows(p.weights, rows, depth);
-  const Index steps = tile::packed_steps<std::int8_t>(Isa{}, depth);
-  for_each_panel<Matrices>(on, p.packed, [&](Index panel, std::int8_t* to) {
-    auto* units = reinterpret_cast<std::uint32_t*>(to);
-    tile::clear(units, steps * Dot::columns);
-    int m = 0;
-    weights.for_each_part(panel, Dot::columns,
-                          [&](const MatrixOperand<W>& matrix, Index row, Index valid, int column) {
-                            const float* own = scales[m++] + row * groups;
-                            tile::pack_lines<std::int8_t>(
-                                Isa{}, valid, Dot::columns, depth, units + column,
-                                [&](Index r, Index k, int n, std::int8_t* stage) {
-                                  // k is a multiple of 256, so of every group size.
-                                  const W* line = matrix.data + (row + r) * depth + k;
-                                  for (Index at = 0; at < n; at += each) {
-                                    const Index count = std::min<Index>(each, n - at),
-                                                g = p.group == 0 ? 0 : (k + at) / each;
-                                    quantize_line<Isa>(line + at, count, own[r * groups + g],
-                                                       stage + at);
-                                  }
-                                });
-                          });
-    tile::finish_panel<Dot>(to, steps);
-  });
+  pack_quantized_rows<Matrices>(on, p.packed, weight_rows(p.weights, rows, depth), scales, groups);
+  return -1;
+}
+
+template <typename D, typename Isa, typename T, typename W>
+int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<T, W>& p) {
+  const Index rows = p.count == 0 ? 0 : p.ends[p.count - 1], depth = p.columns;
+  Workspace::Frame frame(on.workspace);
+  auto* const matrices = frame.take<MatrixOperand<W>>(p.count);
+  for (int m = 0; m < p.count; ++m) matrices[m] = {p.weights[m], depth, 1};
+  const StackedRows<W> stacked{matrices, p.ends, p.count, rows};
+  if constexpr (std::is_same_v<T, std::int8_t>) {
+    const ScaleGroups groups(depth, p.group);
+    float* found = frame.take<float>(rows * groups.count);
+    std::fill_n(found, rows * groups.count, 1.0f);
+    auto* const scales = frame.take<const float*>(p.count);
+    for (int m = 0; m < p.count; ++m) {
+      const Index begin = m == 0 ? 0 : p.ends[m - 1];
+      float* own = found + begin * groups.count;
+      scales[m] = own;
+      if (depth > 0 && !group_scales(on, p.weights[m], p.ends[m] - begin, depth, groups.each, own))
+        return m;
+    }
+    reshape(p.packed, Isa{}, rows, depth, 1, p.group);
+    arrange_scales(Isa{}, p.packed, {found});
+    pack_quantized_rows<1>(on, p.packed, stacked, scales, groups);
+  } else {
+    reshape(p.packed, Isa{}, rows, depth, 1, 0);
+    pack_values<1>(on, p.packed, stacked);
+  }
   return -1;
 }
 
@@ -133,7 +174,7 @@ template <typename D, typename Isa, typename T, typename W, int Matrices>
 int execute(const Backend<D, Isa>& on, const problem::PackWeight<T, W, Matrices>& p) {
   if constexpr (std::is_same_v<T, std::int8_t>) return pack_quantized(on, p);
   reshape(p.packed, Isa{}, p.rows, p.columns, Matrices, 0);
-  pack_values(on, p.packed, weight_rows(p.weights, p.rows, p.columns));
+  pack_values<Matrices>(on, p.packed, weight_rows(p.weights, p.rows, p.columns));
   return -1;
 }
 
@@ -141,7 +182,7 @@ template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::PackInt8Weight& p) {
   reshape(p.packed, Isa{}, p.rows, p.columns, 1, p.group);
   arrange_scales(Isa{}, p.packed, {p.scales});
-  pack_values(on, p.packed, weight_rows<std::int8_t, 1>({p.values}, p.rows, p.columns));
+  pack_values<1>(on, p.packed, weight_rows<std::int8_t, 1>({p.values}, p.rows, p.columns));
 }
 
 }  // namespace cpu

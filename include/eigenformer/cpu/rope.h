@@ -43,9 +43,9 @@ template <typename V, RopeLayout Layout, typename Y, typename X>
 void rope_token(const problem::Rope<Y, X>& p, Index token, const typename V::scalar* row) {
   const V sign = V::set1(p.inverse ? -1 : 1);
   const Index rotary_dim = p.angles.rotary_dim;
-  for (Index head = token * p.heads; head < (token + 1) * p.heads; ++head) {
-    const X* x = p.x + head * p.head_dim;
-    Y* y = p.y + head * p.head_dim;
+  for (Index head = 0; head < p.heads; ++head) {
+    const X* x = p.x + token * p.x_stride + head * p.head_dim;
+    Y* y = p.y + (token * p.heads + head) * p.head_dim;
     rope_head<V, Layout>(row, sign, rotary_dim, x, y);
     if (static_cast<const void*>(x) != static_cast<const void*>(y))
       for_each_vector<V>(rotary_dim, p.head_dim,

@@ -17,6 +17,7 @@ struct KvAppendBody {
   Storage* keys;
   Storage* values;
   const Index* positions;
+  Index new_key_stride, new_value_stride;  // from token to token
   Index tokens_each, row, capacity, key_stride,
       value_stride;  // row = kv_heads * head_dim, strides from sequence to sequence
 
@@ -24,9 +25,11 @@ struct KvAppendBody {
     const Index token = at / row, sequence = token / tokens_each;
     const Index first = positions[sequence], position = first + token % tokens_each;
     if (first < 0 || position >= capacity) return;
-    keys[sequence * key_stride + position * row + at % row] = static_cast<Storage>(new_keys[at]);
-    values[sequence * value_stride + position * row + at % row] =
-        static_cast<Storage>(new_values[at]);
+    const Index column = at % row;
+    keys[sequence * key_stride + position * row + column] =
+        static_cast<Storage>(new_keys[token * new_key_stride + column]);
+    values[sequence * value_stride + position * row + column] =
+        static_cast<Storage>(new_values[token * new_value_stride + column]);
   }
 };
 
@@ -37,8 +40,9 @@ void execute(const Backend& on, const problem::KvAppend<T, Storage>& p) {
   launch_for_each(
       on.device, "append_kv_into", p.tokens * row,
       KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
-                               const_cast<Storage*>(to.values), p.positions, p.tokens_each, row,
-                               p.capacity, to.sequence_stride, to.value_sequence_stride});
+                               const_cast<Storage*>(to.values), p.positions, p.key_stride,
+                               p.value_stride, p.tokens_each, row, p.capacity, to.sequence_stride,
+                               to.value_sequence_stride});
 }
 
 }  // namespace cuda

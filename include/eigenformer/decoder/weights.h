@@ -12,7 +12,6 @@
 
 #include "../core/philox.h"
 #include "../optimizer.h"
-#include "../quantization.h"
 #include "config.h"
 
 namespace eigenformer {
@@ -104,41 +103,7 @@ class DecoderWeights {
     return result;
   }
 
-  /// What inference reads besides packed linear layers: the norms, and the embedding as float or,
-  /// for INT8 weights, as INT8 with one scale per token. The other tensors keep their names and
-  /// shapes but hold no numbers: ask complete() before matrix() or parameters().
-  std::shared_ptr<DecoderWeights> for_inference(bool int8_embedding) const {
-    std::shared_ptr<DecoderWeights> kept(new DecoderWeights(*this, ForInference{}));
-    const auto keep = [&](std::size_t t) {
-      DecoderTensor& tensor = kept->tensors_[t];
-      const float* from = values_.data() + tensors_[t].offset;
-      tensor.offset = kept->values_.size();
-      kept->values_.insert(kept->values_.end(), from, from + tensor.size());
-    };
-    for (std::size_t t = 0; t < tensors_.size(); ++t)
-      if (tensors_[t].rows == 1 && t != embedding_ && t != head_) keep(t);
-    if (int8_embedding)
-      kept->int8_embedding_ = quantize_weights_int8_per_channel(matrix(embedding_));
-    else
-      keep(embedding_);
-    return kept;
-  }
-  bool complete() const { return complete_; }
-  /// (vocabulary, features) with one scale per token, empty unless for_inference made it.
-  const QuantizedChannels& int8_embedding() const { return int8_embedding_; }
-
  private:
-  struct ForInference {};
-  DecoderWeights(const DecoderWeights& other, ForInference)
-      : config_(other.config_),
-        tensors_(other.tensors_),
-        layers_(other.layers_),
-        embedding_(other.embedding_),
-        norm_(other.norm_),
-        head_(other.head_),
-        count_(other.count_),
-        complete_(false) {}
-
   std::size_t add(std::string name, Index rows, Index columns) {
     const Index size = checked_product(rows, columns, "Decoder", "weight");
     tensors_.push_back({std::move(name), rows, columns, static_cast<std::size_t>(count_)});
@@ -187,8 +152,6 @@ class DecoderWeights {
   std::size_t embedding_ = 0, norm_ = 0, head_ = 0;
   Index count_ = 0;
   std::vector<float> values_, gradients_;
-  QuantizedChannels int8_embedding_;
-  bool complete_ = true;
 };
 
 }  // namespace EIGENFORMER_ABI

@@ -2,7 +2,9 @@
 /// Packing: from tensors to PackedWeight. The manual is packed_weight.h.
 #pragma once
 
+#include <array>
 #include <cmath>
+#include <span>
 
 #include "../core/dispatch.h"
 #include "../core/rows.h"
@@ -36,6 +38,22 @@ template <typename View>
   std::abort();  // not reached
 }
 
+/// A group of inputs that share a scale: none of floating weights, that of `options` for int8.
+template <typename T>
+void require_packing(std::string_view name, Index columns, const Int8Packing& options) {
+  static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
+                "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
+  if constexpr (std::is_same_v<T, std::int8_t>) {
+    if (options.group_size == 0)
+      require_int8_depth(columns, name);
+    else
+      require_group_size(options.group_size, name);
+  } else {
+    require_that(options.group_size == 0, name, "group_size is ", options.group_size,
+                 ", but only int8 weights have groups");
+  }
+}
+
 /// What exceptions call the operator.
 template <int Matrices>
 inline constexpr std::string_view packing_name =
@@ -49,23 +67,16 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
   static_assert(FloatingScalar<W>,
                 "eigenformer: pack_weight takes float, double, Eigen::bfloat16 or Eigen::half; "
                 "int8 needs its scales");
-  static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
-                "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
   constexpr std::string_view name = packing_name<Matrices>;
   const Index rows = views[0].dimension(0), columns = views[0].dimension(1),
               group = options.group_size;
   checked_size(name, names[0], views[0]);
   for (int m = 1; m < Matrices; ++m)
     require_same_shape(name, names[0], views[0], names[m], views[m]);
+  require_packing<T>(name, columns, options);
   if constexpr (std::is_same_v<T, std::int8_t>) {
-    if (group == 0)
-      require_int8_depth(columns, name);
-    else
-      require_group_size(group, name);
     const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
     checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
-  } else {
-    require_that(group == 0, name, "group_size is ", group, ", but only int8 weights have groups");
   }
   problem::PackWeight<T, W, Matrices> problem{packed, {}, rows, columns, group};
   for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
@@ -78,6 +89,39 @@ template <typename D, typename T, typename W>
 void pack_weight(const D& device, PackedWeight<T>& packed, TensorView<const W, 2> weight,
                  Workspace& workspace, const Int8Packing& options = {}) {
   pack_weight(device, packed, {weight}, {"weights"}, options, workspace);
+}
+
+/// Packs `count` views as one weight, the rows of each below those of the one before.
+template <typename D, typename T, typename View>
+void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, int count,
+                  const Int8Packing& options, Workspace& workspace) {
+  using W = scalar_of<View>;
+  static_assert(FloatingScalar<W>,
+                "eigenformer: pack_stacked_weight takes float, double, Eigen::bfloat16 or "
+                "Eigen::half");
+  constexpr std::string_view name = "pack_stacked_weight";
+  require_that(count > 0, name, "weights is empty, expected one matrix at least");
+  const Index columns = views[0].dimension(1);
+  require_packing<T>(name, columns, options);
+  Workspace::Frame frame(workspace);
+  auto* const weights = frame.take<const W*>(count);
+  auto* const ends = frame.take<Index>(count);
+  Index rows = 0;
+  for (int m = 0; m < count; ++m) {
+    const std::string text = "weights[" + std::to_string(m) + "]";
+    checked_size(name, text, views[m]);
+    require_that(views[m].dimension(1) == columns, name, text, " has shape ", shape_text(views[m]),
+                 ", weights[0] has ", columns, " columns");
+    require_that(add_fits(rows, views[m].dimension(0), rows), name, "the rows overflow");
+    weights[m] = views[m].data();
+    ends[m] = rows;
+  }
+  checked_product(rows, (std::max)(Index{1}, columns), name, "weights");
+  const problem::PackStackedWeight<T, W> problem{packed, weights, ends,
+                                                 count,  columns, options.group_size};
+  if (const int bad = run(device, problem, workspace); bad >= 0)
+    throw_not_quantizable(name, "weights[" + std::to_string(bad) + "]", views[bad],
+                          cpu::first_not_quantizable(views[bad].data(), views[bad].size()));
 }
 
 /// Scales of weights are finite and not negative; names the first that is not.
@@ -175,6 +219,27 @@ template <typename T = std::int8_t, typename Values, typename Scales>
 PackedWeight<T> pack_weight(const Values& values, const Scales& scales,
                             const Int8Packing& options = {}) {
   return pack_weight<T>(Eigen::DefaultDevice{}, values, scales, options);
+}
+
+/// Packs several weights (rows, in) of one scalar as one, the rows of each below those of the one
+/// before: queries, keys and values out of one product. `weights` is an array, vector or span of
+/// ef::TensorView<const W, 2>. Row by row the bits are those of packing each alone.
+///
+///   auto qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});
+template <CpuDevice D, typename T, typename Weights>
+void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const Weights& weights,
+                              const Int8Packing& options = {},
+                              Workspace& workspace = thread_workspace()) {
+  const std::span views(weights);
+  detail::pack_stacked(device, packed, views.data(), static_cast<int>(views.size()), options,
+                       workspace);
+}
+template <typename T, CpuDevice D, typename Weights>
+PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
+                                    const Int8Packing& options = {}) {
+  PackedWeight<T> packed;
+  pack_stacked_weight_into(device, packed, weights, options);
+  return packed;
 }
 
 /// Packs gate and up, both (out, in) and of one scalar.

@@ -9,6 +9,7 @@
 ///   or
 ///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
 ///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
+///   ef::PackedWeight<float> qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});   // one below the other
 ///   ef::pack_weight_into(device, w, weight);                           // again, reusing w's memory: training, every step
 ///
 /// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row

@@ -19,6 +19,8 @@ template <typename T, typename Storage>
 struct KvAppend {
   const T* new_keys;     // (tokens, kv_heads, head_dim), sequence after sequence
   const T* new_values;   // the same
+  Index key_stride;      // elements from token to token, of the keys
+  Index value_stride;    // and of the values
   Index tokens;          // of all sequences
   Index tokens_each;     // of one sequence, where offsets is nullptr
   const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr

@@ -87,6 +87,17 @@ struct PackWeight {
   Index rows, columns, group;
 };
 
+/// Packs several weights one below the other as one, in the same way.
+template <typename T, typename W>
+struct PackStackedWeight {
+  static constexpr bool kUsesTiles = true;
+  PackedWeight<T>& packed;
+  const W* const* weights;  // (ends[m] - ends[m - 1], columns) each
+  const Index* ends;        // ends[m] rows are those of weights 0 to m
+  int count;
+  Index columns, group;
+};
+
 /// Packs int8 values with their scales.
 struct PackInt8Weight {
   static constexpr bool kUsesTiles = true;

@@ -52,6 +52,7 @@ struct Rope {
   const X* x;                   // (tokens, heads, head_dim)
   const LengthSpan& positions;  // (tokens)
   Index tokens, heads, head_dim;
+  Index x_stride;  // elements of x from token to token
   RopeAngles angles;
   const compute* table;  // (positions, angles.row_size()), nullptr where rows are computed
   compute* rows;         // (workers, angles.row_size()) scratch where they are

@@ -30,14 +30,35 @@ struct WeightRows {
   MatrixOperand<W> matrices[Matrices];
   Index rows;  // of each
 
-  /// f(matrix, first row, rows, first column of the panel) for the parts of a panel of `columns`.
+  /// f(matrix, first row, rows, first column of the panel) for the parts of a panel of `columns`;
+  /// matrix counts from 0.
   template <typename F>
   void for_each_part(Index panel, int columns, F&& f) const {
     const int width = columns / Matrices;
     const Index first = panel * width, valid = std::min<Index>(width, rows - first);
-    for (int m = 0; m < Matrices; ++m) f(matrices[m], first, valid, m * width);
+    for (int m = 0; m < Matrices; ++m) f(m, first, valid, m * width);
   }
   bool fills(Index panel, int columns) const { return (panel + 1) * (columns / Matrices) <= rows; }
+};
+
+/// The rows of several matrices, one below the other, as one weight.
+template <typename W>
+struct StackedRows {
+  const MatrixOperand<W>* matrices;
+  const Index* ends;  // ends[m] rows are those of matrices 0 to m
+  int count;
+  Index rows;  // of all
+
+  template <typename F>
+  void for_each_part(Index panel, int columns, F&& f) const {
+    const Index first = panel * columns, last = std::min<Index>(first + columns, rows);
+    for (int m = 0; m < count; ++m) {
+      const Index begin = m == 0 ? 0 : ends[m - 1], from = (std::max)(first, begin),
+                  to = (std::min)(last, ends[m]);
+      if (from < to) f(m, from - begin, to - from, static_cast<int>(from - first));
+    }
+  }
+  bool fills(Index panel, int columns) const { return (panel + 1) * columns <= rows; }
 };
 
 /// count elements of From, converted through vectors to E.
@@ -236,9 +257,9 @@ void finish_panel(typename Dot::Stored* panel, Index steps) {
 }
 
 /// Packs k of [k, k + count) of one panel, zeros up to `steps` steps; k is a multiple of the step.
-template <typename Dot, typename Isa, typename W, int Matrices>
-void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, Index k, Index count,
-                Index steps, typename Dot::Stored* to) {
+template <typename Dot, typename Isa, typename Rows>
+void pack_panel(Isa isa, const Rows& weights, Index panel, Index k, Index count, Index steps,
+                typename Dot::Stored* to) {
   using E = typename Dot::Stored;
   auto* units = reinterpret_cast<WeightUnit<E>*>(to);
   constexpr int per_unit = sizeof(WeightUnit<E>) / sizeof(E), units_per_step = Dot::step / per_unit;
@@ -247,10 +268,9 @@ void pack_panel(Isa isa, const WeightRows<W, Matrices>& weights, Index panel, In
     clear(units + filled * Dot::columns, (steps * units_per_step - filled) * Dot::columns);
   else
     clear(units, steps * units_per_step * Dot::columns);
-  weights.for_each_part(
-      panel, Dot::columns, [&](const MatrixOperand<W>& matrix, Index row, Index rows, int column) {
-        pack_operand<E>(isa, matrix, row, rows, Dot::columns, k, count, units + column);
-      });
+  weights.for_each_part(panel, Dot::columns, [&](int m, Index row, Index rows, int column) {
+    pack_operand<E>(isa, weights.matrices[m], row, rows, Dot::columns, k, count, units + column);
+  });
   finish_panel<Dot>(to, steps);
 }
 

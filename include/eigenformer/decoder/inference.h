@@ -1,0 +1,298 @@
+/// \file
+/// A decoder's step of inference, ragged: every row of a step is a chunk of one sequence, one token
+/// or thousands, and all rows go through each operator together. Ten operator calls a layer:
+///
+///   n = add_rms_norm(x, branch)      qkv = linear(n)         q, k = rope(qkv), rope(qkv)       append k, v
+///   attended = attention(q, cache)   branch = linear(attended)
+///   n = add_rms_norm(x, branch)      h = gated_linear(n)     branch = linear(h)
+///
+/// and four packings of activations. Only tokens whose logits somebody wants go through the head.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "../activation.h"
+#include "../attention.h"
+#include "../core/parallel_region.h"
+#include "../embedding.h"
+#include "../kv_cache.h"
+#include "../normalization.h"
+#include "../paged_kv_cache.h"
+#include "../rope.h"
+#include "packed_weights.h"
+#include "profile.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// What a step computes: row i appends tokens [offsets[i], offsets[i + 1]) to sequence i. A
+/// StepPlan says the same with the tokens of its own that want logits.
+struct StepRows {
+  std::span<const std::int32_t> tokens;
+  std::span<const Index> offsets;  ///< (rows + 1)
+  std::span<const Index>
+      logits_of;  ///< places in `tokens`, in any order, each as often as it comes
+};
+
+namespace detail {
+
+/// Activations of a step, kept so that a step of the same shape allocates nothing.
+template <typename T>
+struct InferenceScratch {
+  Tensor<T, 2> stream, normalised, qkv, query, key, attended, gated, branch;  // of all tokens
+  Tensor<T, 2> wanted, wanted_branch, last, logits;  // of those whose logits are wanted
+  std::vector<Index> positions, turned, starts, offsets, logits_of;
+  std::vector<std::int32_t> tokens;
+  BasicRopeTable<compute_type<T>> angles;
+};
+
+/// y's shape, its memory kept where it is the same.
+template <typename T>
+void reshape(Tensor<T, 2>& y, Index rows, Index columns) {
+  if (y.dimension(0) != rows || y.dimension(1) != columns) y.resize(rows, columns);
+}
+
+/// Sequences of a PagedKvCache as the rows of a step find them.
+template <typename Cache>
+struct PagedRows {
+  Cache& cache;
+  std::span<const SequenceId> sequences;
+
+  template <typename D, typename K, typename V>
+  void append(const D& device, std::span<const Index> offsets, Index layer, const K& k,
+              const V& v) {
+    cache.append(device, sequences, offsets, layer, k, v);
+  }
+  auto source(Index layer) { return cache.source(layer, sequences); }
+  Index length(std::size_t row) const { return cache.length(sequences[row]); }
+  void truncate(std::size_t row, Index length) { cache.truncate(sequences[row], length); }
+};
+
+/// The same of a KvCache, whose rows have one length.
+template <typename Cache>
+struct DenseRows {
+  Cache& cache;
+
+  template <typename D, typename K, typename V>
+  void append(const D& device, std::span<const Index> offsets, Index layer, const K& k,
+              const V& v) {
+    const Index batch = static_cast<Index>(offsets.size()) - 1;
+    update_kv_cache(device, cache, batched(k, batch), batched(v, batch), layer);
+  }
+  auto source(Index layer) { return cache.source(layer); }
+  Index length(std::size_t) const { return cache.length(0); }
+  void truncate(std::size_t, Index length) { cache.truncate(length); }
+
+ private:
+  template <typename T>
+  static HeadsView<T, 4> batched(const HeadsView<T>& x, Index batch) {
+    const Index n = batch == 0 ? 0 : x.dimension(0) / batch;
+    return {x.data(), {batch, n, x.dimension(1), x.dimension(2)}, x.token_stride()};
+  }
+};
+
+/// One step; holds references for the time of a call. Rows is PagedRows or DenseRows.
+template <typename T, CpuDevice D, typename C, typename Rows>
+class InferenceStep {
+ public:
+  InferenceStep(const D& device, const PackedDecoderWeights<T>& weights, C& communicator,
+                InferenceScratch<T>& scratch, Rows rows, OperatorProfile* profile)
+      : device_(device),
+        weights_(weights),
+        config_(weights.config()),
+        communicator_(communicator),
+        s_(scratch),
+        rows_(rows),
+        profile_(profile) {}
+
+  /// Checks, computes, appends. Where something throws the cache is as it was.
+  void run(Tensor<float, 2>& logits, const StepRows& step) {
+    require_rows(step);
+    if (step.tokens.empty()) {
+      logits.resize(0, config_.vocabulary);
+      return;
+    }
+    const ParallelRegion region(device_);
+    fill_positions(step);
+    embed(step.tokens);
+    const std::size_t rows = step.offsets.size() - 1;
+    bool appended = false;
+    attempt_or_undo(
+        [&] {
+          std::visit([&](const auto& all) { layers(all, step, appended, logits); },
+                     weights_.layers());
+        },
+        [&] {
+          if (!appended) return;
+          for (std::size_t i = 0; i < rows; ++i) rows_.truncate(i, starts_[i]);
+        });
+  }
+
+ private:
+  static constexpr auto kName = "Decoder::step";
+
+  void require_rows(const StepRows& step) const {
+    const Index tokens = static_cast<Index>(step.tokens.size());
+    require_that(!step.offsets.empty() && step.offsets.front() == 0 &&
+                     step.offsets.back() == tokens &&
+                     std::is_sorted(step.offsets.begin(), step.offsets.end()),
+                 kName, "offsets of ", step.offsets.size(), " elements must rise from 0 to ",
+                 tokens, " tokens");
+    for (const Index at : step.logits_of)
+      require_that(at >= 0 && at < tokens, kName, "logits_of holds ", at, ", expected 0 to ",
+                   tokens - 1);
+    for (Index t = 0; t < tokens; ++t) {
+      const std::int32_t id = step.tokens[static_cast<std::size_t>(t)];
+      require_that(id >= 0 && id < config_.vocabulary, kName, "id ", id, " at position ", t,
+                   " is outside the vocabulary, expected 0 <= id < ", config_.vocabulary);
+    }
+  }
+
+  // Where every token stands in its sequence, and the angles it turns by, once for all layers.
+  void fill_positions(const StepRows& step) {
+    const std::size_t rows = step.offsets.size() - 1;
+    starts_.resize(rows);
+    s_.positions.resize(step.tokens.size());
+    s_.turned.resize(step.tokens.size());
+    for (std::size_t i = 0; i < rows; ++i) {
+      starts_[i] = rows_.length(i);
+      for (Index t = step.offsets[i]; t < step.offsets[i + 1]; ++t)
+        s_.positions[static_cast<std::size_t>(t)] = starts_[i] + t - step.offsets[i];
+    }
+    for (std::size_t t = 0; t < s_.turned.size(); ++t) s_.turned[t] = static_cast<Index>(t);
+    timed("rope", [&] {
+      s_.angles.assign(s_.positions, config_.head_dim,
+                       {.base = config_.rope_base, .layout = config_.rope_layout});
+    });
+  }
+
+  void embed(std::span<const std::int32_t> tokens) {
+    reshape(s_.stream, static_cast<Index>(tokens.size()), config_.features);
+    timed("embedding", [&] {
+      std::visit(
+          [&]<typename Table>(const Table& table) {
+            if constexpr (rank_of<Table> == 2)
+              embedding_into(device_, s_.stream, tokens, table);
+            else if constexpr (std::is_same_v<Table, QuantizedChannels>)
+              embed_int8(tokens, table);
+          },
+          weights_.embedding());
+    });
+  }
+  void embed_int8(std::span<const std::int32_t> tokens, const QuantizedChannels& table) {
+    const Index features = config_.features;
+    for (std::size_t t = 0; t < tokens.size(); ++t)
+      dequantize_into(
+          device_, TensorView<T, 1>(s_.stream.data() + static_cast<Index>(t) * features, features),
+          TensorView<const std::int8_t, 1>(table.values.data() + tokens[t] * features, features),
+          table.scales(tokens[t]));
+  }
+
+  template <typename S>
+  void layers(const PackedDecoderLayers<S>& all, const StepRows& step, bool& appended,
+              Tensor<float, 2>& logits) {
+    const Index tokens = s_.stream.dimension(0);
+    reshape(s_.normalised, tokens, config_.features);
+    timed("normalization", [&] {
+      rms_norm_into(device_, s_.normalised, s_.stream, all.layers.front().attention_norm, norm());
+    });
+    for (std::size_t l = 0; l < all.layers.size(); ++l) {
+      const PackedDecoderLayer<S>& w = all.layers[l];
+      attend(w, static_cast<Index>(l), step);
+      appended = true;
+      project(s_.branch, s_.attended, w.output);
+      add_norm(s_.normalised, s_.stream, s_.branch, w.feed_forward_norm);
+      reshape(s_.gated, tokens, config_.hidden);
+      timed("linear", [&] {
+        column_parallel_gated_linear_into(device_, s_.gated, s_.normalised, w.gate_up,
+                                          communicator_, Epilogue{}.silu());
+      });
+      project(s_.branch, s_.gated, w.down);
+      if (l + 1 < all.layers.size())
+        add_norm(s_.normalised, s_.stream, s_.branch, all.layers[l + 1].attention_norm);
+    }
+    head(logits, all.head, step.logits_of);
+  }
+
+  // normalised -> attended, keys and values into the cache.
+  template <typename S>
+  void attend(const PackedDecoderLayer<S>& w, Index l, const StepRows& step) {
+    const DecoderConfig& c = config_;
+    const Index tokens = s_.stream.dimension(0), q_columns = c.heads * c.head_dim,
+                kv_columns = c.kv_heads * c.head_dim;
+    project(s_.qkv, s_.normalised, w.qkv);
+    reshape(s_.query, tokens, q_columns);
+    reshape(s_.key, tokens, kv_columns);
+    TensorView<T, 3> q(s_.query.data(), tokens, c.heads, c.head_dim),
+        k(s_.key.data(), tokens, c.kv_heads, c.head_dim);
+    rotate(q, heads_of(s_.qkv, 0, c.heads, c.head_dim));
+    rotate(k, heads_of(s_.qkv, q_columns, c.kv_heads, c.head_dim));
+    timed("kv_cache", [&] {
+      rows_.append(device_, step.offsets, l, heads_of(s_.key, 0, c.kv_heads, c.head_dim),
+                   heads_of(s_.qkv, q_columns + kv_columns, c.kv_heads, c.head_dim));
+    });
+    reshape(s_.attended, tokens, q_columns);
+    TensorView<T, 3> attended(s_.attended.data(), tokens, c.heads, c.head_dim);
+    timed("attention", [&] {
+      attention_with_kv_source_into(device_, attended, q, rows_.source(l), step.offsets,
+                                    {.causal = true});
+    });
+  }
+
+  template <typename S>
+  void head(Tensor<float, 2>& logits, const PackedColumnShard<S>& weight,
+            std::span<const Index> logits_of) {
+    const Index count = static_cast<Index>(logits_of.size()), features = config_.features;
+    reshape(logits, count, config_.vocabulary);
+    if (count == 0) return;
+    reshape(s_.wanted, count, features);
+    reshape(s_.wanted_branch, count, features);
+    for (Index r = 0; r < count; ++r) {
+      const Index at = logits_of[static_cast<std::size_t>(r)] * features;
+      std::copy_n(s_.stream.data() + at, features, s_.wanted.data() + r * features);
+      std::copy_n(s_.branch.data() + at, features, s_.wanted_branch.data() + r * features);
+    }
+    reshape(s_.last, count, features);
+    add_norm(s_.last, s_.wanted, s_.wanted_branch, weights_.norm());
+    if constexpr (std::is_same_v<T, float>) {
+      project(logits, s_.last, weight);
+    } else {
+      project(s_.logits, s_.last, weight);
+      logits = s_.logits.template cast<float>();
+    }
+  }
+
+  // ---- one call of a public operator each, charged to its name ----------------------------------
+  template <typename S>
+  void project(Tensor<T, 2>& y, const Tensor<T, 2>& x, const PackedColumnShard<S>& weight) {
+    reshape(y, x.dimension(0), weight.out_features);
+    timed("linear", [&] { column_parallel_linear_into(device_, y, x, weight, communicator_); });
+  }
+  void add_norm(Tensor<T, 2>& y, Tensor<T, 2>& x, const Tensor<T, 2>& branch,
+                const Tensor<float, 1>& weight) {
+    timed("normalization", [&] { add_rms_norm_into(device_, y, x, branch, weight, norm()); });
+  }
+  template <typename X>
+  void rotate(TensorView<T, 3>& y, const X& x) {
+    timed("rope", [&] { rope_into(device_, y, x, s_.turned, s_.angles); });
+  }
+  RmsNormOptions norm() const { return {.epsilon = config_.epsilon}; }
+  template <typename Call>
+  decltype(auto) timed(std::string_view name, Call&& call) {
+    return OperatorProfile::timed(profile_, name, std::forward<Call>(call));
+  }
+
+  const D& device_;
+  const PackedDecoderWeights<T>& weights_;
+  const DecoderConfig& config_;
+  C& communicator_;
+  InferenceScratch<T>& s_;
+  Rows rows_;
+  OperatorProfile* profile_;
+  std::vector<Index>& starts_ = s_.starts;
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

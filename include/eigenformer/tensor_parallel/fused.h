@@ -1,0 +1,109 @@
+/// \file
+/// Shards of weights that are packed together: several weights one below the other (queries, keys
+/// and values of one product), and the two of a gated unit. The manual of the parallel layers is
+/// tensor_parallel.h; these keep its promises.
+///
+///   auto qkv = ef::pack_stacked_column_shard<float>(device, std::array{query, key, value}, communicator);
+///   ef::column_parallel_linear_into(device, y, x, qkv, communicator);   // (tokens, rows of all three), as of any shard
+///   auto gate_up = ef::pack_gated_column_shard<float>(device, gate, up, communicator);
+///   ef::column_parallel_gated_linear_into(device, h, x, gate_up, communicator, ef::Epilogue{}.silu());   // (tokens, out)
+#pragma once
+
+#include <array>
+#include <span>
+#include <vector>
+
+#include "../tensor_parallel.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Packs this rank's rows of several weights (rows, in) of one scalar that lie one below the other,
+/// on a device. Nothing is copied before it is packed. Throws what pack_stacked_weight throws.
+template <typename T, CpuDevice D, typename Weights, Communicator C>
+PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& weights,
+                                               const C& communicator,
+                                               const Int8Packing& options = {}) {
+  constexpr auto name = "pack_stacked_column_shard";
+  const std::span views(weights);
+  using View = TensorView<const scalar_of<decltype(views[0])>, 2>;
+  require_that(!views.empty(), name, "weights is empty, expected one matrix at least");
+  Index rows = 0;
+  for (const auto& view : views)
+    require_that(detail::add_fits(rows, view.dimension(0), rows), name, "the rows overflow");
+  const Index columns = views[0].dimension(1);
+  const ShardRange own = shard_range(rows, communicator.rank(), communicator.size());
+  std::vector<View> parts;
+  Index begin = 0;  // of the view, in rows of the whole
+  for (const auto& view : views) {
+    const Index end = begin + view.dimension(0), first = (std::max)(begin, own.begin),
+                last = (std::min)(end, own.end);
+    if (first < last || parts.empty())
+      parts.emplace_back(
+          detail::offset_by(view.data(), first < last ? (first - begin) * view.dimension(1) : 0),
+          (std::max)(Index{0}, last - first), view.dimension(1));
+    begin = end;
+  }
+  return {pack_stacked_weight<T>(device, parts, options), rows, columns, communicator.rank(),
+          communicator.size()};
+}
+
+/// One rank's rows of both weights of a gated unit, packed together.
+template <typename T>
+struct PackedGatedColumnShard {
+  PackedGatedWeight<T> weight;  ///< rows shard_range(out_features, rank, world_size) of each
+  Index out_features = 0;       ///< of the full weights
+  Index in_features = 0;
+  int rank = 0, world_size = 1;
+};
+
+/// Packs this rank's rows of gate and up, both (out, in) and of one scalar, on a device.
+template <typename T, CpuDevice D, typename Gate, typename Up, Communicator C>
+PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& gate, const Up& up,
+                                                  const C& communicator,
+                                                  const Int8Packing& options = {}) {
+  const auto g = input_view<2>(gate);
+  const auto u = input_view<2>(up);
+  require_same_shape("pack_gated_column_shard", "gate", g, "up", u);
+  const int rank = communicator.rank(), ranks = communicator.size();
+  return {pack_gated_weight<T>(device, column_shard(g, rank, ranks), column_shard(u, rank, ranks),
+                               options),
+          g.dimension(0), g.dimension(1), rank, ranks};
+}
+
+namespace detail {
+template <typename T>
+inline constexpr bool is_packed_shard<PackedGatedColumnShard<T>> = true;
+}  // namespace detail
+
+/// gated_linear_into over ranks: `output` (tokens, out) on every rank, from the same input (tokens,
+/// in) on every rank, bit for bit that of the full weights. The epilogue has a function alone:
+/// biases and residuals would have to be divided. Allocates nothing after the first call at a size.
+template <CpuDevice D, typename Output, typename Input, typename T, Communicator C, typename E>
+  requires detail::is_epilogue<E>
+void column_parallel_gated_linear_into(const D& device, Output&& output, const Input& input,
+                                       const PackedGatedColumnShard<T>& weight, C& communicator,
+                                       const E& epilogue,
+                                       Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "column_parallel_gated_linear";
+  const auto x = detail::token_rows(name, input);
+  const detail::ParallelShape shape =
+      detail::parallel_shape(name, x.dimension(0), weight, communicator);
+  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
+               x.dimension(1), " features");
+  require_that(epilogue.bias_size() == E::kNone && epilogue.residual_rows() == E::kNone, name,
+               "the epilogue has a bias or a residual, expected a function alone");
+  auto y = output_view<rank_of<Input>>(output);
+  detail::require_output(name, y, input, shape.out);
+  using Y = scalar_of<Output>;
+  detail::gather_features(device, y.data(), shape.tokens, shape.out, communicator, workspace,
+                          [&](Y* place) {
+                            TensorView<Y, 2> own(place, shape.tokens, shape.columns.size());
+                            if (own.size() > 0)
+                              gated_linear_into(device, own, x, weight.weight, epilogue, workspace);
+                            return static_cast<const Y*>(place);
+                          });
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
