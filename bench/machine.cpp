@@ -29,20 +29,6 @@ int usable_cores() {
   return static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
 }
 
-std::string isa_name() {
-  std::string name = eigenformer::isa::best::name;
-#if defined(EIGENFORMER_ISA_AVX512_VNNI)
-  name += " vnni";
-#endif
-#if defined(EIGENFORMER_ISA_AVX512_BF16)
-  name += " bf16";
-#endif
-#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
-  name += " dotprod";
-#endif
-  return name;
-}
-
 std::string compiler_name() {
 #if defined(__clang__)
   return __VERSION__;
@@ -61,7 +47,13 @@ Machine describe_machine() {
                             std::to_string(EIGEN_MINOR_VERSION);
   double load = 0;
   if (getloadavg(&load, 1) != 1) load = 0;
-  return {cpu_model(), usable_cores(), isa_name(), compiler_name(), eigen, peer_versions(), load};
+  return {cpu_model(),
+          usable_cores(),
+          eigenformer::isa::best::name,
+          compiler_name(),
+          eigen,
+          peer_versions(),
+          load};
 }
 
 }  // namespace bench

@@ -1,4 +1,4 @@
-# cmake -DCMAKE_TOOLCHAIN_FILE=cmake/toolchain-aarch64.cmake -C cmake/isa/neon.cmake ... : our programs for 64-bit Arm, built and, by
+# cmake -DCMAKE_TOOLCHAIN_FILE=cmake/toolchain-aarch64.cmake -C cmake/isa/neon_dotprod.cmake ... : our programs for 64-bit Arm, built and, by
 # qemu, run on another machine (Debian: g++-aarch64-linux-gnu qemu-user googletest).
 set(CMAKE_SYSTEM_NAME Linux)
 set(CMAKE_SYSTEM_PROCESSOR aarch64)

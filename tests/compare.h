@@ -170,18 +170,25 @@ ef::cpu::Backend<Eigen::DefaultDevice, Isa> on(Isa isa) {
   return ef::cpu::backend(device, isa);
 }
 
-/// Calls f(tag) for every ISA this build can run; AMX, where the machine has none, on the emulator.
+/// Calls f(tag) for every tag of a list.
+template <typename... Tags, typename F>
+void for_each_tag(ef::isa::List<Tags...>, F&& f) {
+  (f(Tags{}), ...);
+}
+
+/// Calls f(tag) for every ISA this build may call; AMX, where the machine has none, on the emulator.
 template <typename F>
 void for_each_isa(F&& f) {
-  f(ef::isa::generic{});
-  if constexpr (std::is_base_of_v<ef::isa::avx2, ef::isa::best>) f(ef::isa::avx2{});
-  if constexpr (std::is_base_of_v<ef::isa::avx512, ef::isa::best>) f(ef::isa::avx512{});
 #if defined(EIGENFORMER_ISA_AMX)
   provide_amx();
-  f(ef::isa::amx{});
 #endif
-  if constexpr (std::is_base_of_v<ef::isa::neon, ef::isa::best>) f(ef::isa::neon{});
+  for_each_tag(ef::isa::Callable{}, f);
 }
+
+#if defined( \
+    EIGENFORMER_EXPECTED_ISA)  // .ci/run: the flags of cmake/isa/X.cmake make X the best tag
+static_assert(std::is_same_v<ef::isa::best, ef::isa::EIGENFORMER_EXPECTED_ISA>);
+#endif
 
 /// Rows [first, first + count) of a matrix, in place.
 template <typename T>

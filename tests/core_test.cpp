@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <bit>
+#include <filesystem>
 #include <limits>
 #include <random>
 #include <set>
@@ -131,6 +132,29 @@ void expect_exact_bounds() {
       ASSERT_EQ(product, product_fits ? static_cast<I>(i * j) : 77) << i << " * " << j;
     }
 }
+TEST(Isa, CallableTagsAreThoseTheBestInheritsFromAndAvxVnniWhereTheCompilerHasIt) {
+  std::vector<std::string> names;
+  for_each_tag(ef::isa::Callable{}, [&](auto isa) {
+    using Tag = decltype(isa);
+    EXPECT_TRUE((std::is_base_of_v<Tag, ef::isa::best>) ||
+                (std::is_same_v<Tag, ef::isa::avx_vnni>));
+    names.push_back(isa.name);
+  });
+  ASSERT_FALSE(names.empty());
+  EXPECT_EQ(names.front(), ef::isa::generic::name);
+  EXPECT_EQ(names.back(), ef::isa::best::name);
+}
+
+#if defined(EIGENFORMER_ISA_DIR)
+TEST(Isa, EveryTagHasAFileOfFlagsAndEveryFileATag) {
+  std::set<std::string> tags, files;
+  for_each_tag(ef::isa::Known{}, [&](auto isa) { tags.insert(isa.name); });
+  for (const auto& entry : std::filesystem::directory_iterator(EIGENFORMER_ISA_DIR))
+    if (entry.path().stem() != "native") files.insert(entry.path().stem().string());
+  EXPECT_EQ(tags, files);
+}
+#endif
+
 TEST(Compiler, SumsAndProductsFitOrNot) {
   expect_exact_bounds<std::int8_t>();
   expect_exact_bounds<std::uint8_t>();

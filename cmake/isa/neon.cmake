@@ -1,2 +1,2 @@
 # cmake -C cmake/isa/neon.cmake ... : our tests and benchmarks for this ISA
-set(EIGENFORMER_ISA_FLAGS "-march=armv8.2-a+dotprod+fp16" CACHE STRING "")
+set(EIGENFORMER_ISA_FLAGS "-march=armv8-a" CACHE STRING "")

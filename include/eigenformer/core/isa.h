@@ -1,13 +1,23 @@
 /// \file
-/// The one file that reads compiler feature macros. It yields the ISA tags, the best tag this
-/// translation unit may use, and the name of the inline namespace everything else lives in.
+/// The one file that reads compiler feature macros. It yields the ISA tags (`isa::Known`), those
+/// this translation unit may call (`isa::Callable`), the best of them, and the name of the inline
+/// namespace everything else lives in.
 ///
-/// Tags inherit what they fall back to: `generic <- avx2 <- avx512 <- amx`, `generic <- neon`. A
-/// kernel written for a tag serves every tag that inherits from it, and all tags up to `isa::best`
-/// can be called in one build, so that one AVX-512 build tests three of them.
+/// Tags inherit what they fall back to:
+///
+///   generic <- avx2 <- avx_vnni
+///              avx2 <- avx512 <- avx512_vnni <- avx512_bf16 <- amx
+///   generic <- neon <- neon_dotprod
+///
+/// A kernel written for a tag serves every tag that inherits from it, and a unit may call all that
+/// its best tag inherits from, so that one build with VNNI tests AVX-512 without it, AVX2 and plain
+/// C++ as well. EIGENFORMER_ISA_X is defined where tag x may be called: what names its instructions
+/// stands under it. One more ISA is one macro, one tag and a file of cmake/isa.
 ///
 /// A CUDA translation unit always gets `generic`: nvcc never parses CPU intrinsics.
 #pragma once
+
+#include <type_traits>
 
 #include "version.h"
 
@@ -41,31 +51,46 @@
 #define EIGENFORMER_ISA_GENERIC 1
 #endif
 
-#if defined(EIGENFORMER_ISA_AVX512) && defined(__AVX512VNNI__)
-#define EIGENFORMER_ISA_AVX512_VNNI 1
-#endif
-#if defined(EIGENFORMER_ISA_AVX512) && defined(__AVX512BF16__)
-#define EIGENFORMER_ISA_AVX512_BF16 1
-#endif
 #if defined(EIGENFORMER_ISA_AVX2) && defined(__AVXVNNI__)
 #define EIGENFORMER_ISA_AVX_VNNI 1
 #endif
-#if defined(__x86_64__) && defined(EIGENFORMER_ISA_AVX512_VNNI) &&                            \
-    defined(EIGENFORMER_ISA_AVX512_BF16) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && \
-    defined(__AMX_BF16__)
+#if defined(EIGENFORMER_ISA_AVX512) && defined(__AVX512VNNI__)
+#define EIGENFORMER_ISA_AVX512_VNNI 1
+#endif
+#if defined(EIGENFORMER_ISA_AVX512_VNNI) && defined(__AVX512BF16__)
+#define EIGENFORMER_ISA_AVX512_BF16 1
+#endif
+#if defined(EIGENFORMER_ISA_AVX512_BF16) && defined(__x86_64__) && defined(__AMX_TILE__) && \
+    defined(__AMX_INT8__) && defined(__AMX_BF16__)
 #define EIGENFORMER_ISA_AMX 1
 #endif
 #if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_DOTPROD)
 #define EIGENFORMER_ISA_NEON_DOTPROD 1
 #endif
-#if defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_FP16_SCALAR_ARITHMETIC)
-#define EIGENFORMER_ISA_NEON_FP16 \
-  1  // Eigen::half holds an __fp16 then, which calls pass in another register
+
+#if defined(EIGENFORMER_ISA_AMX)
+#define EIGENFORMER_ISA_BEST amx
+#elif defined(EIGENFORMER_ISA_AVX512_BF16)
+#define EIGENFORMER_ISA_BEST avx512_bf16
+#elif defined(EIGENFORMER_ISA_AVX512_VNNI)
+#define EIGENFORMER_ISA_BEST avx512_vnni
+#elif defined(EIGENFORMER_ISA_AVX512)
+#define EIGENFORMER_ISA_BEST avx512
+#elif defined(EIGENFORMER_ISA_AVX_VNNI)
+#define EIGENFORMER_ISA_BEST avx_vnni
+#elif defined(EIGENFORMER_ISA_AVX2)
+#define EIGENFORMER_ISA_BEST avx2
+#elif defined(EIGENFORMER_ISA_NEON_DOTPROD)
+#define EIGENFORMER_ISA_BEST neon_dotprod
+#elif defined(EIGENFORMER_ISA_NEON)
+#define EIGENFORMER_ISA_BEST neon
+#else
+#define EIGENFORMER_ISA_BEST generic
 #endif
 
 // Objects compiled for different ISAs, or from different versions of these headers, link into one
-// program: each version and each feature set below changes the code, so each has a name of its own,
-// for example v0_1_0_avx2.
+// program: each version and each feature set changes the code, so each has a name of its own, for
+// example v0_1_0_avx2: the best tag, and what the compiler may use besides.
 #define EIGENFORMER_ABI_JOIN_(a, b) a##b
 #define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
 #define EIGENFORMER_ABI_VERSION_(major, minor, patch) v##major##_##minor##_##patch
@@ -76,26 +101,8 @@
 #else
 #define EIGENFORMER_ABI_BASE _cuda
 #endif
-#elif defined(EIGENFORMER_ISA_AMX)
-#define EIGENFORMER_ABI_BASE _amx
-#elif defined(EIGENFORMER_ISA_AVX512_BF16) && defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI_BASE _avx512_bf16_vnni
-#elif defined(EIGENFORMER_ISA_AVX512_BF16)
-#define EIGENFORMER_ABI_BASE _avx512_bf16
-#elif defined(EIGENFORMER_ISA_AVX512_VNNI)
-#define EIGENFORMER_ABI_BASE _avx512_vnni
-#elif defined(EIGENFORMER_ISA_AVX512)
-#define EIGENFORMER_ABI_BASE _avx512
-#elif defined(EIGENFORMER_ISA_AVX2)
-#define EIGENFORMER_ABI_BASE _avx2
-#elif defined(EIGENFORMER_ISA_NEON_DOTPROD) && defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI_BASE _neon_dotprod_fp16
-#elif defined(EIGENFORMER_ISA_NEON_DOTPROD)
-#define EIGENFORMER_ABI_BASE _neon_dotprod
-#elif defined(EIGENFORMER_ISA_NEON_FP16)
-#define EIGENFORMER_ABI_BASE _neon_fp16
-#elif defined(EIGENFORMER_ISA_NEON)
-#define EIGENFORMER_ABI_BASE _neon
+#elif !defined(EIGENFORMER_ISA_GENERIC)
+#define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(_, EIGENFORMER_ISA_BEST)
 #else  // the compiler may use these in generic kernels
 #if defined(__AVX512F__)
 #define EIGENFORMER_ABI_VECTORS _generic_avx512f
@@ -120,8 +127,11 @@
 #define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_VECTORS
 #endif
 #endif
-#if defined(EIGENFORMER_ISA_AVX_VNNI)
+#if defined(EIGENFORMER_ISA_AVX512) && defined(EIGENFORMER_ISA_AVX_VNNI)
 #define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _avxvnni)
+#elif defined(EIGENFORMER_ISA_NEON) && defined(__ARM_FEATURE_FP16_SCALAR_ARITHMETIC)
+// Eigen::half holds an __fp16 then, which calls pass in another register.
+#define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_BASE, _fp16)
 #else
 #define EIGENFORMER_ABI_ISA EIGENFORMER_ABI_BASE
 #endif
@@ -158,27 +168,60 @@ struct generic {
 struct avx2 : generic {
   static constexpr const char* name = "avx2";
 };
+struct avx_vnni : avx2 {
+  static constexpr const char* name = "avx_vnni";
+};
 struct avx512 : avx2 {
   static constexpr const char* name = "avx512";
 };
-struct amx : avx512 {
+struct avx512_vnni : avx512 {
+  static constexpr const char* name = "avx512_vnni";
+};
+struct avx512_bf16 : avx512_vnni {
+  static constexpr const char* name = "avx512_bf16";
+};
+struct amx : avx512_bf16 {
   static constexpr const char* name = "amx";
 };
 struct neon : generic {
   static constexpr const char* name = "neon";
 };
+struct neon_dotprod : neon {
+  static constexpr const char* name = "neon_dotprod";
+};
 
-#if defined(EIGENFORMER_ISA_AMX)
-using best = amx;
-#elif defined(EIGENFORMER_ISA_AVX512)
-using best = avx512;
-#elif defined(EIGENFORMER_ISA_AVX2)
-using best = avx2;
-#elif defined(EIGENFORMER_ISA_NEON)
-using best = neon;
+/// The best tag this translation unit may call, and the one that operators use.
+using best = EIGENFORMER_ISA_BEST;
+
+template <typename... Tags>
+struct List {};
+
+/// Every tag there is; each has a file in cmake/isa of its name.
+using Known =
+    List<generic, avx2, avx_vnni, avx512, avx512_vnni, avx512_bf16, amx, neon, neon_dotprod>;
+
+/// Whether this translation unit may call a tag. best need not inherit from avx_vnni to have it.
+#if defined(EIGENFORMER_ISA_AVX_VNNI)
+template <typename Tag>
+inline constexpr bool callable = std::is_base_of_v<Tag, best> || std::is_same_v<Tag, avx_vnni>;
 #else
-using best = generic;
+template <typename Tag>
+inline constexpr bool callable = std::is_base_of_v<Tag, best>;
 #endif
+
+namespace detail {
+template <typename Kept, typename Rest>
+struct OnlyCallable {
+  using type = Kept;
+};
+template <typename... Kept, typename Tag, typename... Rest>
+struct OnlyCallable<List<Kept...>, List<Tag, Rest...>>
+    : OnlyCallable<std::conditional_t<callable<Tag>, List<Kept..., Tag>, List<Kept...>>,
+                   List<Rest...>> {};
+}  // namespace detail
+
+/// The tags this translation unit may call.
+using Callable = detail::OnlyCallable<List<>, Known>::type;
 
 /// True where a multiply-add is one instruction. Where it is not, kernels multiply and add in two
 /// rounding steps.

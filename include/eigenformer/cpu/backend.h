@@ -92,7 +92,7 @@ template <typename Problem, typename F>
 decltype(auto) with_granted_isa(F&& f) {
 #if defined(EIGENFORMER_ISA_AMX)
   if constexpr (uses_tiles<Problem>)
-    if (!tiles_granted()) return f(eigenformer::isa::avx512{});
+    if (!tiles_granted()) return f(eigenformer::isa::avx512_bf16{});
 #endif
   return f(eigenformer::isa::best{});
 }

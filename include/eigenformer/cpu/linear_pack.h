@@ -23,7 +23,7 @@ using tile::WeightRows;
 template <typename T, typename Isa>
 PanelLayout panel_layout(Isa) {
   using Dot = tile::Dot<T, T, Isa>;
-  return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512::name : Isa::name, Dot::columns,
+  return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512_bf16::name : Isa::name, Dot::columns,
           Dot::step};
 }
 

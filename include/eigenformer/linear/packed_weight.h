@@ -38,7 +38,7 @@ inline namespace EIGENFORMER_ABI {
 
 /// What a packed weight looks like in memory.
 struct PanelLayout {
-  std::string_view isa;  ///< of the kernels that read it; AMX reads that of avx512
+  std::string_view isa;  ///< of the kernels that read it; AMX reads that of avx512_bf16
   int columns = 0;       ///< rows of the weight in a panel
   int step = 0;          ///< consecutive k that lie together
   friend bool operator==(const PanelLayout&, const PanelLayout&) = default;

@@ -1,6 +1,6 @@
 /// \file
-/// Register tiles for AVX2: 6 x 2 vectors of 8 columns in 12 of the 16 registers. The meaning of
-/// every member is in generic.h.
+/// Register tiles for AVX2 and AVX-VNNI: 6 x 2 vectors of 8 columns in 12 of the 16 registers. The
+/// meaning of every member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -25,6 +25,7 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::avx2, const bfloat16* p) {
   return {V{_mm256_castsi256_ps(_mm256_slli_epi32(raw, 16))}, V{_mm256_castsi256_ps(odd)}};
 }
 
+/// What the dots of int8 have in common.
 struct Int8Avx2Base {
   static constexpr int lanes = 8;
   using Stored = std::int8_t;
@@ -51,32 +52,10 @@ struct Int8Avx2Base {
   }
 };
 
-#if defined(EIGENFORMER_ISA_AVX_VNNI)
-/// vpdpbusd: weights are the unsigned side, see generic.h.
-struct Int8Avx2 : Int8Avx2Base {
-  struct Fragment {
-    __m256i v;
-  };
-  using Factor = Fragment;
-  static constexpr int units = 1;
-  static constexpr bool unsigned_weights = true;
-
-  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
-    return {_mm256_sub_epi32(_mm256_setzero_si256(), _mm256_set1_epi32(offset))};
-  }
-  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p)}; }
-  template <int Rows>
-  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    return {_mm256_set1_epi32(static_cast<int>(*p))};
-  }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
-    return {_mm256_dpbusd_avx_epi32(sum.v, weight.v, x.v)};
-  }
-};
-#else
-/// |w| by x with the sign of w, vpmaddubsw and vpmaddwd. Pairs of products fit int16 because quantized activations are never -128:
-/// at most 2 * 128 * 127 = 32512, weights of -128 included. As fast as widening both to int16 for 6
-/// rows, 1.4 times for one (Zen 5), with half the activations to read.
+/// |w| by x with the sign of w, vpmaddubsw and vpmaddwd. Pairs of products fit int16 because
+/// quantized activations are never -128: at most 2 * 128 * 127 = 32512, weights of -128 included.
+/// As fast as widening both to int16 for 6 rows, 1.4 times for one (Zen 5), with half the
+/// activations to read.
 struct Int8Avx2 : Int8Avx2Base {
   struct Fragment {
     __m256i signs, magnitudes;
@@ -99,6 +78,29 @@ struct Int8Avx2 : Int8Avx2Base {
     const __m256i pairs =
         _mm256_maddubs_epi16(weight.magnitudes, _mm256_sign_epi8(x.v, weight.signs));
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
+  }
+};
+
+#if defined(EIGENFORMER_ISA_AVX_VNNI)
+/// vpdpbusd: weights are the unsigned side, see generic.h.
+struct Int8AvxVnni : Int8Avx2Base {
+  struct Fragment {
+    __m256i v;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 1;
+  static constexpr bool unsigned_weights = true;
+
+  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
+    return {_mm256_sub_epi32(_mm256_setzero_si256(), _mm256_set1_epi32(offset))};
+  }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p)}; }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm256_set1_epi32(static_cast<int>(*p))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
+    return {_mm256_dpbusd_avx_epi32(sum.v, weight.v, x.v)};
   }
 };
 #endif

@@ -1,6 +1,6 @@
 /// \file
 /// Register tiles for AVX-512: 12 x 2 vectors of 16 columns in 24 of the 32 registers; VNNI and
-/// BF16 dots where this build has them. The meaning of every member is in generic.h.
+/// BF16 dots for the tags that have them. The meaning of every member is in generic.h.
 #pragma once
 
 #include <immintrin.h>
@@ -69,6 +69,7 @@ struct Bfloat16Avx512 {
 };
 #endif
 
+/// What the dots of int8 have in common.
 struct Int8Avx512Base {
   static constexpr int lanes = 16;
   using Stored = std::int8_t;
@@ -92,32 +93,6 @@ struct Int8Avx512Base {
   }
 };
 
-#if defined(EIGENFORMER_ISA_AVX512_VNNI)
-/// vpdpbusd: weights are the unsigned side, see generic.h. Sums may wrap on the way; modulo 2^32
-/// the end is exact.
-struct Int8Avx512 : Int8Avx512Base {
-  struct Fragment {
-    __m512i v;
-  };
-  using Factor = Fragment;
-  static constexpr int units = 1;
-  static constexpr bool unsigned_weights = true;
-
-  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
-    return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(offset))};
-  }
-  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
-    return {_mm512_loadu_si512(p)};
-  }
-  template <int Rows>
-  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    return {_mm512_set1_epi32(static_cast<int>(*p))};
-  }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
-    return {_mm512_dpbusd_epi32(sum.v, weight.v, x.v)};
-  }
-};
-#else
 /// Widened to int16, vpmaddwd: AVX-512 has no vpsignb, which AVX2's way needs.
 struct Int8Avx512 : Int8Avx512Base {
   struct Fragment {
@@ -141,6 +116,32 @@ struct Int8Avx512 : Int8Avx512Base {
     const __m512i products = _mm512_add_epi32(_mm512_madd_epi16(weight.even, x.even),
                                               _mm512_madd_epi16(weight.odd, x.odd));
     return {_mm512_add_epi32(sum.v, products)};
+  }
+};
+
+#if defined(EIGENFORMER_ISA_AVX512_VNNI)
+/// vpdpbusd: weights are the unsigned side, see generic.h. Sums may wrap on the way; modulo 2^32
+/// the end is exact.
+struct Int8Avx512Vnni : Int8Avx512Base {
+  struct Fragment {
+    __m512i v;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 1;
+  static constexpr bool unsigned_weights = true;
+
+  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
+    return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(offset))};
+  }
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
+    return {_mm512_loadu_si512(p)};
+  }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm512_set1_epi32(static_cast<int>(*p))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
+    return {_mm512_dpbusd_epi32(sum.v, weight.v, x.v)};
   }
 };
 #endif

@@ -1,5 +1,5 @@
 /// \file
-/// Register tiles for NEON: 8 x 2 vectors of 4 columns for floats, 6 x 4 for int8, in 16 and 24 of
+/// Register tiles for NEON, with and without sdot: 8 x 2 vectors of 4 columns for floats, 6 x 4 for int8, in 16 and 24 of
 /// the 32 registers. The meaning of every member is in generic.h.
 #pragma once
 
@@ -32,7 +32,7 @@ EIGENFORMER_INLINE Pair<V> widen_pairs(isa::neon, const bfloat16* p) {
 
 /// A step is four k of four columns in 16 bytes, and its activations are one unit of four int8 as
 /// they are. Nothing is widened, so 6 x 4 sums fit: 2.4 sdot a load, where 8 x 2 has 1.6.
-struct Int8Neon {
+struct Int8NeonBase {
   static constexpr int lanes = 4;
   using Stored = std::int8_t;
   using Unit = std::uint32_t;
@@ -54,6 +54,18 @@ struct Int8Neon {
   static EIGENFORMER_INLINE simd::vec<float, isa::neon> to_float(Accumulator sums) {
     return {vcvtq_f32_s32(sums.v)};
   }
+};
+
+/// smull, smlal2, sadalp: 3 instructions for 16 products. An int16 holds two of them as long as
+/// not both factors of both are -128: 2 * 128 * 128 = 32768 wraps, which made sums wrong in MLAS
+/// (onnxruntime issue 31573). Quantized activations are within -127 to 127, so at most 2 * 128 *
+/// 127 = 32512 arrives, whatever the weights are.
+struct Int8Neon : Int8NeonBase {
+  /// Even k in the low half, odd k in the high one, so that the two products which meet in an int16
+  /// are of one column.
+  static EIGENFORMER_INLINE int8x16_t arrange(int8x16_t quads) {
+    return vuzp1q_s8(quads, vextq_s8(quads, quads, 1));
+  }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
     return {arrange(vld1q_s8(p))};
   }
@@ -61,29 +73,25 @@ struct Int8Neon {
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
     return {arrange(vreinterpretq_s8_u32(vdupq_n_u32(*p)))};
   }
-
-#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
-  /// sdot adds four products of int8 to an int32, exactly for all values.
-  static EIGENFORMER_INLINE int8x16_t arrange(int8x16_t quads) { return quads; }
-  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
-    return {vdotq_s32(sum.v, weight.v, x.v)};
-  }
-#else
-  /// Even k in the low half, odd k in the high one, so that the two products which meet in an int16
-  /// are of one column.
-  static EIGENFORMER_INLINE int8x16_t arrange(int8x16_t quads) {
-    return vuzp1q_s8(quads, vextq_s8(quads, quads, 1));
-  }
-  /// smull, smlal2, sadalp: 3 instructions for 16 products. An int16 holds two of them as long as
-  /// not both factors of both are -128: 2 * 128 * 128 = 32768 wraps, which made sums wrong in MLAS
-  /// (onnxruntime issue 31573). Quantized activations are within -127 to 127, so at most 2 * 128 *
-  /// 127 = 32512 arrives, whatever the weights are.
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     const int16x8_t even = vmull_s8(vget_low_s8(weight.v), vget_low_s8(x.v));
     return {vpadalq_s16(sum.v, vmlal_high_s8(even, weight.v, x.v))};
   }
-#endif
 };
+
+#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
+/// sdot adds four products of int8 to an int32, exactly for all values.
+struct Int8NeonDotprod : Int8NeonBase {
+  static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {vld1q_s8(p)}; }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {vreinterpretq_s8_u32(vdupq_n_u32(*p))};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
+    return {vdotq_s32(sum.v, weight.v, x.v)};
+  }
+};
+#endif
 
 template <typename Unit>
   requires(sizeof(Unit) == 4)

@@ -14,23 +14,35 @@ namespace tile {
 namespace detail {
 
 Int8Generic pick_int8(isa::generic);
-template <typename Isa>
-Widening<bfloat16, Isa> pick_bfloat16(isa::generic);
 #if defined(EIGENFORMER_ISA_AVX2)
 Int8Avx2 pick_int8(isa::avx2);
+#endif
+#if defined(EIGENFORMER_ISA_AVX_VNNI)
+Int8AvxVnni pick_int8(isa::avx_vnni);
 #endif
 #if defined(EIGENFORMER_ISA_AVX512)
 Int8Avx512 pick_int8(isa::avx512);
 #endif
-#if defined(EIGENFORMER_ISA_NEON)
-Int8Neon pick_int8(isa::neon);
-#endif
-#if defined(EIGENFORMER_ISA_AVX512_BF16)
-template <typename Isa>
-Bfloat16Avx512 pick_bfloat16(isa::avx512);
+#if defined(EIGENFORMER_ISA_AVX512_VNNI)
+Int8Avx512Vnni pick_int8(isa::avx512_vnni);
 #endif
 #if defined(EIGENFORMER_ISA_AMX)
 Int8Amx pick_int8(isa::amx);
+#endif
+#if defined(EIGENFORMER_ISA_NEON)
+Int8Neon pick_int8(isa::neon);
+#endif
+#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
+Int8NeonDotprod pick_int8(isa::neon_dotprod);
+#endif
+
+template <typename Isa>
+Widening<bfloat16, Isa> pick_bfloat16(isa::generic);
+#if defined(EIGENFORMER_ISA_AVX512_BF16)
+template <typename Isa>
+Bfloat16Avx512 pick_bfloat16(isa::avx512_bf16);
+#endif
+#if defined(EIGENFORMER_ISA_AMX)
 template <typename Isa>
 Bfloat16Amx pick_bfloat16(isa::amx);
 #endif
@@ -59,7 +71,7 @@ using Dot = decltype(detail::pick_dot<Stored, std::is_same_v<X, bfloat16>, Isa>(
 /// AMX.
 template <typename Isa>
 using GroupedDot = Dot<std::int8_t, std::int8_t,
-                       std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512, Isa>>;
+                       std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512_bf16, Isa>>;
 
 }  // namespace tile
 }  // namespace EIGENFORMER_ABI
