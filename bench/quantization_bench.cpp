@@ -1,5 +1,5 @@
 // INT8 quantization: streams of bytes. Peer: the Eigen expression an Eigen user writes.
-#include <eigenformer/linear/packed_array.h>
+#include <eigenformer/core/packed_array.h>
 #include <eigenformer/quantization.h>
 
 #include <random>

@@ -149,9 +149,9 @@ auto fused_result(std::string_view name, const Fused& fused) {
 template <typename F>
 void with_gelu(const GeluOptions& options, F&& f) {
   if (options.approximation == GeluApproximation::tanh)
-    f(cpu::GeluTanh{});
+    f(problem::GeluTanh{});
   else
-    f(cpu::GeluErf{});
+    f(problem::GeluErf{});
 }
 
 template <typename X>
@@ -164,15 +164,15 @@ concept NotAnOption = !Device<X> && !std::same_as<X, GeluOptions>;
 /// y = silu(x).
 template <CpuDevice D, typename Y, typename X>
 void silu_into(const D& device, Y&& y, const X& x) {
-  detail::activation_into<cpu::Silu>("silu", device, detail::output_like<X>(y),
-                                     detail::any_input(x));
+  detail::activation_into<problem::Silu>("silu", device, detail::output_like<X>(y),
+                                         detail::any_input(x));
 }
 /// grad_x = grad_y * silu'(x).
 template <CpuDevice D, typename GX, typename GY, typename X>
 void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<cpu::Silu>("silu_backward", device,
-                                              detail::output_like<X>(grad_x),
-                                              input_view<rank_of<X>>(grad_y), detail::any_input(x));
+  detail::activation_backward_into<problem::Silu>(
+      "silu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
+      detail::any_input(x));
 }
 /// Returns silu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
@@ -223,15 +223,15 @@ auto gelu(const X& x, const GeluOptions& options = {}) {
 /// y = relu(x).
 template <CpuDevice D, typename Y, typename X>
 void relu_into(const D& device, Y&& y, const X& x) {
-  detail::activation_into<cpu::Relu>("relu", device, detail::output_like<X>(y),
-                                     detail::any_input(x));
+  detail::activation_into<problem::Relu>("relu", device, detail::output_like<X>(y),
+                                         detail::any_input(x));
 }
 /// grad_x = grad_y where x > 0, else 0 (at x = 0 too).
 template <CpuDevice D, typename GX, typename GY, typename X>
 void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<cpu::Relu>("relu_backward", device,
-                                              detail::output_like<X>(grad_x),
-                                              input_view<rank_of<X>>(grad_y), detail::any_input(x));
+  detail::activation_backward_into<problem::Relu>(
+      "relu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
+      detail::any_input(x));
 }
 /// Returns relu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
@@ -250,20 +250,20 @@ auto relu(const X& x) {
 /// y = silu(gate) * up.
 template <CpuDevice D, typename Y, typename Gate, typename Up>
 void swiglu_into(const D& device, Y&& y, const Gate& gate, const Up& up) {
-  detail::gated_into<cpu::Silu>("swiglu", device, detail::output_like<Gate>(y),
-                                detail::any_input(gate), input_view<rank_of<Gate>>(up));
+  detail::gated_into<problem::Silu>("swiglu", device, detail::output_like<Gate>(y),
+                                    detail::any_input(gate), input_view<rank_of<Gate>>(up));
 }
 /// y = silu(gate) * up for the fused tensor [gate | up].
 template <CpuDevice D, typename Y, typename Fused>
 void swiglu_into(const D& device, Y&& y, const Fused& gate_up) {
-  detail::gated_fused_into<cpu::Silu>("swiglu", device, detail::output_like<Fused>(y),
-                                      detail::any_input(gate_up));
+  detail::gated_fused_into<problem::Silu>("swiglu", device, detail::output_like<Fused>(y),
+                                          detail::any_input(gate_up));
 }
 /// grad_gate = grad_y * up * silu'(gate), grad_up = grad_y * silu(gate).
 template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
 void swiglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
                           const Gate& gate, const Up& up) {
-  detail::gated_backward_into<cpu::Silu>(
+  detail::gated_backward_into<problem::Silu>(
       "swiglu_backward", device, detail::output_like<Gate>(grad_gate),
       detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y),
       detail::any_input(gate), input_view<rank_of<Gate>>(up));
@@ -272,7 +272,7 @@ void swiglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const G
 template <CpuDevice D, typename GF, typename GY, typename Fused>
 void swiglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y,
                           const Fused& gate_up) {
-  detail::gated_fused_backward_into<cpu::Silu>(
+  detail::gated_fused_backward_into<problem::Silu>(
       "swiglu_backward", device, detail::output_like<Fused>(grad_gate_up),
       input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
 }

@@ -25,8 +25,8 @@
 #include "core/device.h"
 #include "core/dispatch.h"
 #include "core/values.h"
-#include "core/visibility.h"
 #include "cpu/causal_mask.h"
+#include "problem/visibility.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

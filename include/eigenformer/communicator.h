@@ -33,7 +33,7 @@
 #include "communicator/collective.h"
 #include "communicator/self.h"
 #include "communicator/threads.h"
-#if defined(EIGENFORMER_MPI) && !defined(__CUDACC__)
+#if defined(EIGENFORMER_MPI) && !defined(EIGENFORMER_CUDA_UNIT)
 #include "communicator/mpi.h"
 #endif
 

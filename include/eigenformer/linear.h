@@ -4,7 +4,7 @@
 ///   y[t, o] = bias[o] + sum over i of x[t, i] * weight[o, i]         x (tokens, in), weight (out, in), bias (out), y (tokens, out)
 ///
 /// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight
-/// (linear/packed_weight.h), which is what to use where a weight serves more than one call. bias:
+/// (linear/pack.h), which is what to use where a weight serves more than one call. bias:
 /// x's scalar or float. y: any; double only with double x.
 ///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded first, as in mixed-precision
 ///   training),
@@ -51,7 +51,7 @@
 #include "cpu/linear_layer.h"
 #include "linear/epilogue.h"
 #include "linear/pack.h"
-#include "linear/packed_weight.h"
+#include "problem/packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

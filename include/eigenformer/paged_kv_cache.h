@@ -37,8 +37,9 @@
 #include <vector>
 
 #include "core/dispatch.h"
-#include "core/page_pool.h"
-#include "core/paged_kv_config.h"
+#include "kv/page_pool.h"
+#include "kv/paged_config.h"
+#include "kv/sequences.h"
 #include "kv_cache.h"
 
 namespace eigenformer {
@@ -61,7 +62,7 @@ class PagedKvCache {
               static_cast<std::size_t>(checked_product(
                   config.layers, static_cast<Index>(layout_.bytes), kName, "a page")),
               kName),
-        lengths_(static_cast<std::size_t>(config.layers)),
+        sequences_(config.layers),
         selections_(static_cast<std::size_t>(config.layers)) {}
 
   PagedKvCache(PagedKvCache&& other) noexcept { swap(other); }
@@ -76,8 +77,8 @@ class PagedKvCache {
 
   /// An empty sequence. Throws std::bad_alloc.
   SequenceId add_sequence() {
-    make_room_for_one();
-    return push({}, kNoParent, 0);
+    sequences_.make_room_for_one();
+    return sequences_.push({});
   }
 
   /// A sequence with the first `length` positions of another (all of them where length is -1),
@@ -85,28 +86,24 @@ class PagedKvCache {
   /// std::invalid_argument where length exceeds that of the sequence.
   SequenceId fork(SequenceId sequence, Index length = -1) {
     const std::size_t parent = find(sequence);
-    const Index longest = longest_layer(parent);
+    const Index longest = sequences_.longest(parent);
     require_that(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ",
                  sequence, " has ", longest, " positions");
     const Index kept = length == -1 ? longest : length;
-    make_room_for_one();
-    const auto& held = sequences_[parent].pages;
+    sequences_.make_room_for_one();
+    const auto& held = sequences_.pages[parent];
     std::vector<std::int32_t> pages(held.begin(),
                                     held.begin() + detail::pages_for(kept, config_.page_size));
     for (std::int32_t page : pages) pool_.retain(page);
-    return push(std::move(pages), parent, kept);
+    return sequences_.push_fork(std::move(pages), parent, kept);
   }
 
   /// Ends a sequence and gives back the pages nobody else holds. Throws std::out_of_range, also the
   /// second time.
   void free(SequenceId sequence) {
     const std::size_t at = find(sequence);
-    for (std::int32_t page : sequences_[at].pages) pool_.release(page);
-    const auto offset = static_cast<std::ptrdiff_t>(at);
-    ids_.erase(ids_.begin() + offset);
-    sequences_.erase(sequences_.begin() + offset);
-    tables_.erase(tables_.begin() + offset);
-    for (auto& lengths : lengths_) lengths.erase(lengths.begin() + offset);
+    for (std::int32_t page : sequences_.pages[at]) pool_.release(page);
+    sequences_.erase(at);
   }
 
   /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones
@@ -115,8 +112,8 @@ class PagedKvCache {
   void truncate(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
     require_that(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
-    for (auto& lengths : lengths_) lengths[at] = (std::min)(lengths[at], length);
-    auto& pages = sequences_[at].pages;
+    for (auto& lengths : sequences_.lengths) lengths[at] = (std::min)(lengths[at], length);
+    auto& pages = sequences_.pages[at];
     const auto kept = static_cast<std::size_t>(
         detail::pages_for((std::min)(length, total_slots()), config_.page_size));
     while (pages.size() > kept) {
@@ -131,7 +128,7 @@ class PagedKvCache {
   void reserve(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
     require_that(length >= 0, kName, "reserve a length of ", length, ", expected 0 or more");
-    auto& pages = sequences_[at].pages;
+    auto& pages = sequences_.pages[at];
     const Index wanted = detail::pages_for(length, config_.page_size),
                 held = static_cast<Index>(pages.size());
     if (wanted <= held) return;
@@ -142,25 +139,20 @@ class PagedKvCache {
 
   /// Frees every sequence.
   void clear() {
-    while (!ids_.empty()) free(ids_.back());
+    while (sequences_.count() > 0) free(sequences_.ids.back());
   }
 
   bool contains(SequenceId sequence) const {
-    return std::binary_search(ids_.begin(), ids_.end(), sequence);
+    return std::binary_search(sequences_.ids.begin(), sequences_.ids.end(), sequence);
   }
-  Index sequence_count() const { return static_cast<Index>(sequences_.size()); }
+  Index sequence_count() const { return sequences_.count(); }
   /// Ids of the live sequences in order of creation; valid until one is added or freed.
-  std::span<const SequenceId> sequences() const { return ids_; }
+  std::span<const SequenceId> sequences() const { return sequences_.ids; }
 
   /// Positions that every layer of a sequence holds. Throws std::out_of_range.
-  Index length(SequenceId sequence) const {
-    const std::size_t at = find(sequence);
-    Index shortest = lengths_.empty() ? 0 : (std::numeric_limits<Index>::max)();
-    for (const auto& lengths : lengths_) shortest = (std::min)(shortest, lengths[at]);
-    return shortest;
-  }
+  Index length(SequenceId sequence) const { return sequences_.shortest(find(sequence)); }
   Index length(SequenceId sequence, Index layer_idx) const {
-    return lengths_[checked_layer(layer_idx)][find(sequence)];
+    return sequences_.lengths[checked_layer(layer_idx)][find(sequence)];
   }
 
   // ---- append -----------------------------------------------------------------------------------
@@ -239,7 +231,8 @@ class PagedKvCache {
   /// changed.
   KvSource<Storage> source(Index layer_idx) const {
     const std::size_t layer = checked_layer(layer_idx);
-    return source_of(layer, sequence_count(), lengths_[layer].data(), tables_.data());
+    return source_of(layer, sequence_count(), sequences_.lengths[layer].data(),
+                     sequences_.tables.data());
   }
 
   /// Chosen sequences in the order given (one may come twice), through tables of the caller's.
@@ -251,8 +244,8 @@ class PagedKvCache {
     selection.lengths.clear();
     for (SequenceId id : ids) {
       const std::size_t at = find(id);
-      selection.tables.push_back(tables_[at]);
-      selection.lengths.push_back(lengths_[layer][at]);
+      selection.tables.push_back(sequences_.tables[at]);
+      selection.lengths.push_back(sequences_.lengths[layer][at]);
     }
     return source_of(layer, static_cast<Index>(ids.size()), selection.lengths.data(),
                      selection.tables.data());
@@ -278,10 +271,10 @@ class PagedKvCache {
     result.copies = pool_.copies();
     result.pages_shared = pool_.shared_count();
     std::vector<Index> filled(static_cast<std::size_t>(config_.page_count), 0);
-    for (std::size_t at = 0; at < sequences_.size(); ++at) {
-      const Index length = longest_layer(at);
+    for (std::size_t at = 0; at < sequences_.ids.size(); ++at) {
+      const Index length = sequences_.longest(at);
       result.tokens += length;
-      detail::fill_pages(filled, sequences_[at].pages, config_.page_size, length);
+      detail::fill_pages(filled, sequences_.pages[at], config_.page_size, length);
     }
     for (Index used : filled) result.slots_used += used;
     if (result.pages_used > 0)
@@ -294,19 +287,12 @@ class PagedKvCache {
   static constexpr const char* kName = "PagedKvCache";
   PagedKvCache() noexcept = default;  // what was moved from
   auto members() noexcept {
-    return std::tie(config_, layout_, pool_, ids_, sequences_, tables_, lengths_, selections_,
-                    next_id_, appends_);
+    return std::tie(config_, layout_, pool_, sequences_, selections_, appends_);
   }
   void swap(PagedKvCache& other) noexcept {
     auto mine = members(), theirs = other.members();
     mine.swap(theirs);
   }
-  static constexpr std::size_t kNoParent = ~std::size_t{0};
-  struct Sequence {
-    std::vector<std::int32_t> pages;
-    std::int64_t last_append;  // number of the append that met it last: finds ids that come twice
-  };
-
   Index total_slots() const { return config_.page_count * config_.page_size; }
 
   std::size_t checked_layer(Index layer_idx) const {
@@ -314,50 +300,22 @@ class PagedKvCache {
                  ", expected 0 to ", config_.layers - 1);
     return static_cast<std::size_t>(layer_idx);
   }
-  std::size_t find(SequenceId id) const {
-    const auto found = std::lower_bound(ids_.begin(), ids_.end(), id);
-    require_known(found != ids_.end() && *found == id, kName, "no sequence ", id);
-    return static_cast<std::size_t>(found - ids_.begin());
-  }
-  Index longest_layer(std::size_t at) const {
-    Index longest = 0;
-    for (const auto& lengths : lengths_) longest = (std::max)(longest, lengths[at]);
-    return longest;
-  }
-
-  /// After this, push() cannot throw.
-  void make_room_for_one() {
-    const auto grow = [](auto& v) {
-      if (v.size() == v.capacity()) v.reserve(v.size() * 2 + 8);
-    };
-    grow(ids_);
-    grow(sequences_);
-    grow(tables_);
-    for (auto& lengths : lengths_) grow(lengths);
-  }
-  SequenceId push(std::vector<std::int32_t> pages, std::size_t parent, Index kept) {
-    for (auto& lengths : lengths_)
-      lengths.push_back(parent == kNoParent ? 0 : (std::min)(lengths[parent], kept));
-    ids_.push_back(next_id_);
-    sequences_.push_back({std::move(pages), 0});
-    tables_.push_back(sequences_.back().pages.data());
-    return next_id_++;
-  }
+  std::size_t find(SequenceId id) const { return sequences_.find(id, kName); }
 
   void grow_table(std::size_t at, Index pages) {
-    auto& table = sequences_[at].pages;
+    auto& table = sequences_.pages[at];
     if (static_cast<std::size_t>(pages) > table.capacity())
       table.reserve((std::max)(static_cast<std::size_t>(pages), table.capacity() * 2));
-    tables_[at] = table.data();
+    sequences_.tables[at] = table.data();
   }
   void take_pages(std::size_t at, Index pages) {
-    auto& table = sequences_[at].pages;
+    auto& table = sequences_.pages[at];
     while (static_cast<Index>(table.size()) < pages) table.push_back(pool_.take());
   }
 
   /// Pages of a sequence that positions [begin, end) fall into and that it holds already.
   std::pair<Index, Index> held_pages(std::size_t at, Index begin, Index end) const {
-    const Index held = static_cast<Index>(sequences_[at].pages.size());
+    const Index held = static_cast<Index>(sequences_.pages[at].size());
     return {(std::min)(begin / config_.page_size, held),
             (std::min)(detail::pages_for(end, config_.page_size), held)};
   }
@@ -392,7 +350,8 @@ class PagedKvCache {
                             keys.data(), values.data(), detail::token_stride(keys),
                             detail::token_stride(values), keys.dimension(0), each, offsets,
                             selection.lengths.data(), total_slots(), target});
-    for (std::size_t i = 0; i < ids.size(); ++i) lengths_[layer][find(ids[i])] += added(i);
+    for (std::size_t i = 0; i < ids.size(); ++i)
+      sequences_.lengths[layer][find(ids[i])] += added(i);
   }
 
   /// Throws where the pool has not enough pages for the new positions of all sequences.
@@ -402,14 +361,14 @@ class PagedKvCache {
     ++appends_;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::size_t at = find(ids[i]);
-      require_that(std::exchange(sequences_[at].last_append, appends_) != appends_, kName,
+      require_that(std::exchange(sequences_.last_append[at], appends_) != appends_, kName,
                    "sequence ", ids[i], " comes twice in an append");
-      const Index begin = lengths_[layer][at];
+      const Index begin = sequences_.lengths[layer][at];
       require_capacity(added(i) <= total_slots() - begin, kName, added(i),
                        " more positions behind ", begin, " of sequence ", ids[i], ", the pool has ",
                        total_slots());
       const Index pages = detail::pages_for(begin + added(i), config_.page_size);
-      needed += std::max<Index>(0, pages - static_cast<Index>(sequences_[at].pages.size()));
+      needed += std::max<Index>(0, pages - static_cast<Index>(sequences_.pages[at].size()));
     }
     needed += copies_needed(layer, ids, added);
     pool_.require_free(needed, kName);
@@ -420,7 +379,7 @@ class PagedKvCache {
   template <typename Added>
   void claim(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
     const auto end_of = [&](std::size_t i, std::size_t at) {
-      return lengths_[layer][at] + added(i);
+      return sequences_.lengths[layer][at] + added(i);
     };
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::size_t at = find(ids[i]);
@@ -429,9 +388,9 @@ class PagedKvCache {
     for (std::size_t i = 0; i < ids.size(); ++i) {  // nothing throws from here on
       const std::size_t at = find(ids[i]);
       if (added(i) == 0) continue;
-      const auto [first, last] = held_pages(at, lengths_[layer][at], end_of(i, at));
+      const auto [first, last] = held_pages(at, sequences_.lengths[layer][at], end_of(i, at));
       for (Index p = first; p < last; ++p)
-        pool_.make_own(sequences_[at].pages[static_cast<std::size_t>(p)]);
+        pool_.make_own(sequences_.pages[at][static_cast<std::size_t>(p)]);
       take_pages(at, detail::pages_for(end_of(i, at), config_.page_size));
     }
   }
@@ -443,10 +402,10 @@ class PagedKvCache {
       for (std::size_t i = 0; i < ids.size(); ++i) {
         if (added(i) == 0) continue;
         const std::size_t at = find(ids[i]);
-        const Index length = lengths_[layer][at];
+        const Index length = sequences_.lengths[layer][at];
         const auto [first, last] = held_pages(at, length, length + added(i));
         for (Index p = first; p < last; ++p)
-          visit(sequences_[at].pages[static_cast<std::size_t>(p)]);
+          visit(sequences_.pages[at][static_cast<std::size_t>(p)]);
       }
     });
   }
@@ -459,9 +418,9 @@ class PagedKvCache {
 
   Tensor<T, 3> read(SequenceId sequence, Index layer_idx, bool values) const {
     const std::size_t layer = checked_layer(layer_idx), at = find(sequence);
-    const Index length = lengths_[layer][at];
+    const Index length = sequences_.lengths[layer][at];
     Tensor<T, 3> output(length, config_.kv_heads, config_.head_dim);
-    const auto one = source_of(layer, 1, &lengths_[layer][at], &tables_[at]);
+    const auto one = source_of(layer, 1, &sequences_.lengths[layer][at], &sequences_.tables[at]);
     detail::run(Eigen::DefaultDevice{},
                 problem::KvRead<T, Storage>{one, length, values, output.data()});
     return output;
@@ -470,14 +429,8 @@ class PagedKvCache {
   PagedKvConfig config_;
   detail::KvPageLayout layout_;
   detail::PagePool pool_;
-  // Live sequences in order of creation, so that ids rise: parallel arrays, because KvSource points
-  // to tables and lengths.
-  std::vector<SequenceId> ids_;
-  std::vector<Sequence> sequences_;
-  std::vector<const std::int32_t*> tables_;  // [sequence] -> its pages
-  std::vector<std::vector<Index>> lengths_;  // [layer][sequence]
-  std::vector<KvSelection> selections_;      // [layer]
-  SequenceId next_id_ = 0;
+  detail::KvSequences sequences_;
+  std::vector<KvSelection> selections_;  // [layer]
   std::int64_t appends_ = 0;
 };
 

@@ -83,9 +83,7 @@ void quantize_groups(const D& device, std::string_view name, std::int8_t* values
   const problem::Quantize<scalar_of<View>> problem{
       weights.data(),     values, scales, weights.dimension(0), weights.dimension(1), group,
       options.check_first};
-  if (!run(device, problem, workspace))
-    throw_not_quantizable(name, "weights", weights,
-                          cpu::first_not_quantizable(weights.data(), weights.size()));
+  if (!run(device, problem, workspace)) throw_not_quantizable(name, "weights", weights);
 }
 
 }  // namespace detail
@@ -106,8 +104,7 @@ void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
           device,
           problem::QuantizeTensor<scalar_of<Weights>>{from.data(), to.data(), &scale, count},
           workspace))
-    detail::throw_not_quantizable(name, "weights", from,
-                                  cpu::first_not_quantizable(from.data(), count));
+    detail::throw_not_quantizable(name, "weights", from);
 }
 
 template <CpuDevice D, typename Weights>

@@ -1,7 +1,7 @@
 /// \file
-/// What every communicator is made of: the error, the rule that divides work among ranks, the
-/// checks of a call's arguments, the comparison that finds ranks calling different collectives, and
-/// the one order of summation.
+/// What every communicator is made of: the error, the checks of a call's arguments, the comparison
+/// that finds ranks calling different collectives, and the one order of summation. The rule that
+/// divides work among ranks is problem/shards.h.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 
 #include "../core/check.h"
 #include "../core/tensor.h"
+#include "../problem/shards.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -26,26 +27,6 @@ class CommunicatorError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
-
-/// Half-open range of rows, features or elements that one rank owns.
-struct ShardRange {
-  Index begin, end;
-  constexpr Index size() const { return end - begin; }
-};
-
-/// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The
-/// first count % world_size ranks get one more than the others; where world_size > count the last
-/// ranks get nothing. Throws std::invalid_argument.
-inline ShardRange shard_range(Index count, int rank, int world_size) {
-  require_that(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
-  require_that(world_size >= 1, "shard_range", "world_size is ", world_size,
-               ", expected 1 or more");
-  require_that(rank >= 0 && rank < world_size, "shard_range", "rank is ", rank, ", expected 0 to ",
-               world_size - 1);
-  const Index share = count / world_size, more = count % world_size;
-  const Index begin = rank * share + std::min<Index>(rank, more);
-  return {begin, begin + share + (rank < more ? 1 : 0)};
-}
 
 /// What collectives move: a std::span, std::vector, std::array or any other contiguous range of
 /// trivially copyable elements.
@@ -166,13 +147,6 @@ CollectiveCall all_reduce_call(Index count) {
 }
 
 inline constexpr CollectiveCall kBarrierCall{Collective::barrier, 0, 0, 0, 0};
-
-/// std::memcpy that allows null pointers for nothing and a copy onto itself.
-template <typename T>
-void copy_elements(const T* source, T* target, Index count) {
-  if (count > 0 && source != target)
-    std::memcpy(static_cast<void*>(target), source, static_cast<std::size_t>(count) * sizeof(T));
-}
 
 /// What a sum is kept in: float for narrower scalars; integers wrap around.
 template <typename T>

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "isa.h"
@@ -30,7 +32,9 @@
 #define EIGENFORMER_UNROLL
 #endif
 
+/// EIGENFORMER_CUDA_UNIT is defined where nvcc compiles.
 #if defined(__CUDACC__)
+#define EIGENFORMER_CUDA_UNIT 1
 #define EIGENFORMER_HOST_DEVICE __host__ __device__
 #else
 #define EIGENFORMER_HOST_DEVICE
@@ -53,6 +57,13 @@ constexpr bool add_fits(Integer a, Integer b, Integer& result) {
 template <typename T, std::integral Integer>
 constexpr T* offset_by(T* p, Integer count) {
   return p == nullptr ? p : p + count;
+}
+
+/// std::memcpy that allows null pointers for nothing and a copy onto itself.
+template <typename T, std::integral Integer>
+void copy_elements(const T* source, T* target, Integer count) {
+  if (count > 0 && source != target)
+    std::memcpy(static_cast<void*>(target), source, static_cast<std::size_t>(count) * sizeof(T));
 }
 
 /// result = a * b, where that fits an Integer; else false, and result stays what it was.

@@ -21,7 +21,7 @@ void execute(const Backend<D, Isa>& on, const problem::Activation<Function, Y, X
   using V = simd::Vec<typename problem::Activation<Function, Y, X>::compute, Isa>;
   parallel_for(on, p.count, kElementsPerTask, [&](Index first, Index last, int) {
     for_each_vector<V>(first, last, [&](Index at, auto part) {
-      store(Function::value(load<V>(p.x + at, part)), p.y + at, part);
+      store(ActivationFunction<Function>::value(load<V>(p.x + at, part)), p.y + at, part);
     });
   });
 }
@@ -31,7 +31,8 @@ void execute(const Backend<D, Isa>& on, const problem::ActivationBackward<Functi
   using V = simd::Vec<typename problem::ActivationBackward<Function, GX, GY, X>::compute, Isa>;
   parallel_for(on, p.count, kElementsPerTask, [&](Index first, Index last, int) {
     for_each_vector<V>(first, last, [&](Index at, auto part) {
-      store(load<V>(p.grad_y + at, part) * Function::derivative(load<V>(p.x + at, part)),
+      store(load<V>(p.grad_y + at, part) *
+                ActivationFunction<Function>::derivative(load<V>(p.x + at, part)),
             p.grad_x + at, part);
     });
   });
@@ -58,7 +59,9 @@ void execute(const Backend<D, Isa>& on, const problem::Gated<Function, Y, Gate, 
       const Gate* gate = p.gate + row * p.gate_stride;
       const Up* up = p.up + row * p.up_stride;
       for_each_vector<V>(first, last, [&](Index at, auto part) {
-        store(Function::value(load<V>(gate + at, part)) * load<V>(up + at, part), y + at, part);
+        store(
+            ActivationFunction<Function>::value(load<V>(gate + at, part)) * load<V>(up + at, part),
+            y + at, part);
       });
     });
   });
@@ -89,8 +92,9 @@ void execute(const Backend<D, Isa>& on,
       for_each_vector<V>(first, last, [&](Index at, auto part) {
         const V g = load<V>(grad_y + at, part), a = load<V>(gate + at, part),
                 b = load<V>(up + at, part);
-        store(product_with_small(g, b, Function::derivative(a)), grad_gate + at, part);
-        store(g * Function::value(a), grad_up + at, part);
+        store(product_with_small(g, b, ActivationFunction<Function>::derivative(a)), grad_gate + at,
+              part);
+        store(g * ActivationFunction<Function>::value(a), grad_up + at, part);
       });
     });
   });

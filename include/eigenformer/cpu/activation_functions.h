@@ -2,13 +2,15 @@
 /// The activation functions as vector code: what the activation kernels and the epilogues of matrix
 /// products share.
 ///
-/// A function is a struct of two templates: value<V>(x) and derivative<V>(x). Arguments of products
+/// A function (problem/activation.h names them) has two templates here: value<V>(x) and
+/// derivative<V>(x). Arguments of products
 /// are clamped to [-800, 800], where every function here has reached its limit: infinities then
 /// give the limit and not 0 * infinity. A NaN passes through every clamp.
 #pragma once
 
 #include <cmath>
 
+#include "../problem/activation.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
@@ -59,14 +61,19 @@ EIGENFORMER_INLINE V normal_distribution(V x) {
   return select(less(x, V::zero()), tail, V::set1(1) - tail);
 }
 
-struct Identity {
+template <typename Tag>
+struct ActivationFunction;
+
+template <>
+struct ActivationFunction<problem::Identity> {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
     return x;
   }
 };
 
-struct Silu {
+template <>
+struct ActivationFunction<problem::Silu> {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
     return maximum(V::set1(-800), x) / (V::set1(1) + simd::exp(V::zero() - x));
@@ -79,7 +86,8 @@ struct Silu {
   }
 };
 
-struct GeluErf {
+template <>
+struct ActivationFunction<problem::GeluErf> {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
     return maximum(V::set1(-800), x) * normal_distribution(x);
@@ -93,7 +101,8 @@ struct GeluErf {
   }
 };
 
-struct GeluTanh {
+template <>
+struct ActivationFunction<problem::GeluTanh> {
   // (1 + tanh(u)) / 2 is sigmoid(2 u): no tanh is needed, and nothing cancels for negative x.
   template <typename V>
   static EIGENFORMER_INLINE V twice_u(V x) {
@@ -117,7 +126,8 @@ struct GeluTanh {
   static constexpr double kTwoRootTwoOverPi = 1.59576912160573071176;
 };
 
-struct Relu {
+template <>
+struct ActivationFunction<problem::Relu> {
   template <typename V>
   static EIGENFORMER_INLINE V value(V x) {
     return maximum(V::zero(), x);  // in this order a NaN passes through

@@ -11,9 +11,9 @@
 #include <utility>
 
 #include "../core/device.h"
-#include "../core/kv_source.h"
-#include "../core/visibility.h"
 #include "../problem/attention.h"
+#include "../problem/kv_source.h"
+#include "../problem/visibility.h"
 #include "attention_tile.h"
 #include "simd/simd.h"
 

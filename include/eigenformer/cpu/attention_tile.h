@@ -12,8 +12,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "../core/kv_source.h"
-#include "../core/visibility.h"
+#include "../problem/kv_source.h"
+#include "../problem/visibility.h"
 #include "simd/transpose.h"
 
 namespace eigenformer {

@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "../core/visibility.h"
 #include "../problem/causal_mask.h"
+#include "../problem/visibility.h"
 #include "backend.h"
 #include "simd/simd.h"
 

@@ -9,10 +9,11 @@
 #include <cstring>
 #include <limits>
 
-#include "../core/kv_source.h"
 #include "../core/rows.h"
 #include "../problem/kv_cache.h"
+#include "../problem/kv_source.h"
 #include "backend.h"
+#include "quantize_line.h"
 #include "simd/simd.h"
 
 namespace eigenformer {
@@ -60,29 +61,6 @@ float quantize_row(const T* x, std::int8_t* q, Index count) {
     maximum(low, minimum(high, quotient)).store_partial(q + i, n);
   });
   return scale;
-}
-
-/// Every magnitude is at most the largest float: no NaN, no infinity, and a scale that float can
-/// hold.
-template <typename Isa, typename T>
-bool all_quantizable(const T* x, Index count) {
-  using C = compute_type<T>;
-  using V = simd::Vec<C, Isa>;
-  const V limit = V::set1(static_cast<C>((std::numeric_limits<float>::max)()));
-  auto good = less_equal(V::zero(), limit);
-  Index i = 0;
-  for (; i + V::lanes <= count; i += V::lanes) good = good & less_equal(abs(V::load(x + i)), limit);
-  if (i < count)
-    good = good & less_equal(abs(V::load_partial(x + i, static_cast<int>(count - i))), limit);
-  return good.bits() == (1u << V::lanes) - 1u;
-}
-
-template <typename D, typename Isa, typename T>
-Index execute(const Backend<D, Isa>&, const problem::FirstNotStorable<T>& p) {
-  if (all_quantizable<Isa>(p.numbers, p.count)) return -1;
-  Index at = 0;
-  while (all_quantizable<Isa>(p.numbers + at, 1)) ++at;
-  return at;
 }
 
 template <typename Isa, typename T, typename Storage>

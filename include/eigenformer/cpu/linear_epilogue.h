@@ -148,7 +148,7 @@ struct Finish {
       const Sum* from = tile.sums + c;
       Index at = tile.row * columns + column;
       for (int r = 0; r < tile.rows; ++r, from += tile.stride, at += columns) {
-        V value = Function::value(first.read(tile, r, from));
+        V value = ActivationFunction<Function>::value(first.read(tile, r, from));
         if constexpr (Gated) value = value * second.read(tile, r, from + up);
         if (residual != nullptr) value = cpu::load<V>(residual + at, part) + value;
         write(value, y + at, part);

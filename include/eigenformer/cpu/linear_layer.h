@@ -81,7 +81,7 @@ void execute(const Backend<D, Isa>& on, const problem::Int8Linear<Y, X, E>& p) {
 template <typename D, typename Isa, typename X, typename Y, typename W>
 void execute(const Backend<D, Isa>& on, const problem::LinearBackwardInput<X, Y, W>& p) {
   using Dot = tile::Dot<operand_scalar<Y, W>, Y, Isa>;
-  using End = Finish<PlainSums<float>, Identity, false, X, float>;
+  using End = Finish<PlainSums<float>, problem::Identity, false, X, float>;
   product<Dot>(on, ProductProblem<Y, WeightRows<W, 1>, End>{
                        {p.grad_y, p.out, 1},
                        {{{p.weight, 1, p.in}}, p.in},

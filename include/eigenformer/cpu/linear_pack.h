@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../linear/packed_weight.h"
 #include "../problem/linear.h"
+#include "../problem/packed_weight.h"
 #include "backend.h"
 #include "quantize_line.h"
 #include "tile/pack.h"

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../problem/quantization.h"
 #include "backend.h"
 #include "simd/transpose.h"
 
@@ -174,16 +175,32 @@ Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, floa
   return chains.result();
 }
 
-/// The first number, in memory order, that has no int8 scale (NaN, infinity, a double past float's
-/// range), or count.
-template <typename T>
-Index first_not_quantizable(const T* numbers, Index count) {
-  using C = compute_type<T>;
-  for (Index i = 0; i < count; ++i) {
-    const C w = static_cast<C>(numbers[i]);
-    if (!std::isfinite(w) || !std::isfinite(int8_scale(std::abs(w)))) return i;
-  }
-  return count;
+/// Lanes that have an int8 scale: int8_scale is finite.
+template <typename V>
+EIGENFORMER_INLINE auto has_scale(V x) {
+  if constexpr (sizeof(typename V::scalar) == sizeof(float))
+    return less_equal(abs(x), V::set1((std::numeric_limits<float>::max)()));
+  else
+    return less(abs(x) / V::set1(127),
+                V::set1(0x1.ffffffp127));  // from there floats round to infinity
+}
+
+template <typename Isa, typename T>
+bool all_quantizable(const T* x, Index count) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  auto good = has_scale(V::zero());
+  Index i = 0;
+  for (; i + V::lanes <= count; i += V::lanes) good = good & has_scale(V::load(x + i));
+  if (i < count) good = good & has_scale(V::load_partial(x + i, static_cast<int>(count - i)));
+  return good.bits() == (1u << V::lanes) - 1u;
+}
+
+template <typename D, typename Isa, typename T>
+Index execute(const Backend<D, Isa>&, const problem::FirstNotQuantizable<T>& p) {
+  if (all_quantizable<Isa>(p.numbers, p.count)) return -1;
+  Index at = 0;
+  while (all_quantizable<Isa>(p.numbers + at, 1)) ++at;
+  return at;
 }
 
 /// Whether a line of this many numbers starts with a vector of whole groups, which scales_of_groups

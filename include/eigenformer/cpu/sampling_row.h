@@ -21,7 +21,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "../sampling/params.h"
+#include "../problem/sampling_params.h"
 #include "simd/simd.h"
 
 namespace eigenformer {

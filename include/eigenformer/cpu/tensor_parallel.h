@@ -11,7 +11,6 @@
 #include <cstring>
 #include <limits>
 
-#include "../communicator/collective.h"
 #include "../problem/tensor_parallel.h"
 #include "backend.h"
 
@@ -81,30 +80,6 @@ void execute(const Backend<D, Isa>& on, const problem::Vocabulary<T>& p) {
     for (Index row = first; row < last; ++row)
       best_candidates(p, row, p.kept > 1 ? p.order + worker * p.shard.size() : nullptr);
   });
-}
-
-/// Index into `candidates` (best first, finite best) of the token that the uniform number u draws
-/// from softmax(logit / temperature), by the inverse of the cumulative distribution in token order,
-/// which is the rule of sampling.h. Puts the candidates in that order.
-inline Index draw_candidate(problem::VocabularyCandidate* candidates, Index count,
-                            double temperature, double u) {
-  const double best = candidates[0].logit;
-  std::sort(candidates, candidates + count,
-            [](const problem::VocabularyCandidate& a, const problem::VocabularyCandidate& b) {
-              return a.token < b.token;
-            });
-  const auto weight = [&](Index i) { return std::exp((candidates[i].logit - best) / temperature); };
-  double total = 0;
-  for (Index i = 0; i < count; ++i) total += weight(i);
-  double cumulative = 0;
-  Index last = 0;  // rounding may leave u beyond the sum: then the last token of any weight
-  for (Index i = 0; i < count; ++i) {
-    const double w = weight(i);
-    if (w > 0) last = i;
-    cumulative += w;
-    if (u * total < cumulative) return i;
-  }
-  return last;
 }
 
 }  // namespace cpu

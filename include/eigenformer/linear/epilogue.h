@@ -11,13 +11,13 @@
 #pragma once
 
 #include "../core/tensor.h"
-#include "../cpu/activation_functions.h"
+#include "../problem/activation.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Function: of the sum, one of cpu/activation_functions.h. B, R: scalars of bias and residual.
-template <typename Function = cpu::Identity, typename B = float, typename R = float>
+/// Function: of the sum, one of problem/activation.h. B, R: scalars of bias and residual.
+template <typename Function = problem::Identity, typename B = float, typename R = float>
 class Epilogue {
  public:
   using function = Function;
@@ -49,10 +49,10 @@ class Epilogue {
     return Epilogue<Function, B, scalar_of<Residual>>(bias_, bias_size_, view.data(),
                                                       view.dimension(0), view.dimension(1));
   }
-  auto silu() const { return with<cpu::Silu>(); }
-  auto gelu() const { return with<cpu::GeluErf>(); }
-  auto gelu_tanh() const { return with<cpu::GeluTanh>(); }
-  auto relu() const { return with<cpu::Relu>(); }
+  auto silu() const { return with<problem::Silu>(); }
+  auto gelu() const { return with<problem::GeluErf>(); }
+  auto gelu_tanh() const { return with<problem::GeluTanh>(); }
+  auto relu() const { return with<problem::Relu>(); }
 
   const B* bias_data() const { return bias_; }            ///< nullptr where there is none
   Index bias_size() const { return bias_size_; }          ///< kNone where there is none

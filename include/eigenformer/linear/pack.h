@@ -1,19 +1,62 @@
 /// \file
-/// Packing: from tensors to PackedWeight. The manual is packed_weight.h.
+/// Weights of linear layers packed once into the order that the matrix kernels stream: panels of
+/// rows, k-major (problem/packed_weight.h).
+///
+///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
+///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale a row of weight
+///   ef::PackedWeight<std::int8_t> g = ef::pack_weight<std::int8_t>(weight, {.group_size = 64});   // a scale every 64 inputs
+///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and their scales: (out), or
+///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
+///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
+///   ef::PackedWeight<float> qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});   // one below the other
+///   ef::pack_weight_into(device, w, weight);                           // again, reusing w's memory: training, every step
+///
+/// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row
+/// (or group) of zeros. A packed weight carries the layout of the ISA it was packed for, and a
+/// product refuses another. Packing the rows [a, b) gives the bits of the same rows of the whole
+/// weight. Cost: one read and one write of the weights (int8: one more read, for the scales), on
+/// the device's threads.
+///
+/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index,
+/// before `packed` is touched); scales that do not match, or are NaN, infinite or negative (the
+/// first one's index is named); a group_size other than 32, 64 or 128; an input dimension above
+/// 133,144 for int8 without groups, where the sum of products could leave 32 bits.
 #pragma once
 
 #include <array>
 #include <cmath>
+#include <cstdlib>
+#include <limits>
 #include <span>
+#include <string>
+#include <string_view>
 
 #include "../core/dispatch.h"
 #include "../core/rows.h"
 #include "../cpu/linear_pack.h"
-#include "packed_weight.h"
+#include "../problem/packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+
+struct Int8Packing {
+  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale a row
+};
+
 namespace detail {
+
+/// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
+inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
+
+inline void require_int8_depth(Index depth, std::string_view operation) {
+  require_that(depth <= kLargestInt8Depth, operation, "weight has ", depth,
+               " columns, int8 sums are exact up to ", kLargestInt8Depth);
+}
+
+inline void require_group_size(Index group_size, std::string_view name) {
+  require_that(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ",
+               group_size, ", expected 32, 64 or 128");
+}
 
 /// "3, 17": where in a view the element at `flat` is.
 template <typename View>
@@ -28,10 +71,13 @@ std::string index_text(const View& view, Index flat) {
   return at;
 }
 
-/// "operation: weights[3, 17] is nan, expected finite numbers", for the element at `flat`.
+/// "operation: weights[3, 17] is nan, expected finite numbers", for the first that is not
+/// quantizable; there is one.
 template <typename View>
 [[noreturn]] void throw_not_quantizable(std::string_view operation, std::string_view argument,
-                                        const View& view, Index flat) {
+                                        const View& view) {
+  const Index flat = run(Eigen::DefaultDevice{},
+                         problem::FirstNotQuantizable<scalar_of<View>>{view.data(), view.size()});
   require_that(false, operation, argument, "[", index_text(view, flat), "] is ",
                static_cast<double>(view.data()[flat]),
                ", expected finite numbers whose scale fits a float");
@@ -81,8 +127,7 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
   problem::PackWeight<T, W, Matrices> problem{packed, {}, rows, columns, group};
   for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
   if (const int bad = run(device, problem, workspace); bad >= 0)
-    throw_not_quantizable(name, names[bad], views[bad],
-                          cpu::first_not_quantizable(views[bad].data(), rows * columns));
+    throw_not_quantizable(name, names[bad], views[bad]);
 }
 
 template <typename D, typename T, typename W>
@@ -120,8 +165,7 @@ void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, i
   const problem::PackStackedWeight<T, W> problem{packed, weights, ends,
                                                  count,  columns, options.group_size};
   if (const int bad = run(device, problem, workspace); bad >= 0)
-    throw_not_quantizable(name, "weights[" + std::to_string(bad) + "]", views[bad],
-                          cpu::first_not_quantizable(views[bad].data(), views[bad].size()));
+    throw_not_quantizable(name, "weights[" + std::to_string(bad) + "]", views[bad]);
 }
 
 /// Scales of weights are finite and not negative; names the first that is not.

@@ -9,6 +9,13 @@ inline namespace EIGENFORMER_ABI {
 
 namespace problem {
 
+/// The functions, as tags: a backend knows the value and the derivative of each.
+struct Identity {};
+struct Silu {};
+struct GeluErf {};  // x times the distribution function of the normal distribution
+struct GeluTanh {};
+struct Relu {};
+
 /// y = function(x), elements one by one.
 template <typename Function, typename Y, typename X>
 struct Activation {

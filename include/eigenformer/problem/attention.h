@@ -2,9 +2,9 @@
 /// What attention asks for, forward and backward.
 #pragma once
 
-#include "../core/kv_source.h"
 #include "../core/rows.h"
-#include "../core/visibility.h"
+#include "kv_source.h"
+#include "visibility.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -2,7 +2,7 @@
 /// What a causal mask asks for.
 #pragma once
 
-#include "../core/visibility.h"
+#include "visibility.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "../core/kv_source.h"
 #include "../core/rows.h"
+#include "kv_source.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -70,14 +70,6 @@ struct KvRead {
   Index length;
   bool values;  // else keys
   T* output;
-};
-
-/// Whether INT8 can hold all numbers: no NaN, no infinity, and scales within the range of float.
-/// The kernel returns the place of the first that it cannot hold, or -1.
-template <typename T>
-struct FirstNotStorable {
-  const T* numbers;
-  Index count;
 };
 
 }  // namespace problem

@@ -4,13 +4,10 @@
 
 #include <cstdint>
 
-#include "../core/tensor.h"
+#include "packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-template <typename T>
-class PackedWeight;
 
 namespace problem {
 

@@ -62,6 +62,14 @@ struct DequantizeTensor {
   Index count;
 };
 
+/// Whether INT8 can hold all numbers: no NaN, no infinity, no double whose scale is past float's
+/// range. The kernel returns the place of the first that it cannot hold, or -1.
+template <typename T>
+struct FirstNotQuantizable {
+  const T* numbers;
+  Index count;
+};
+
 }  // namespace problem
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../sampling/params.h"
+#include "sampling_params.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../communicator/collective.h"
+#include "shards.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -47,6 +47,30 @@ inline SampleStatus merge_candidates(const problem::VocabularyCandidate* parts,
                                                                     : SampleStatus::no_token;
 }
 
+/// Index into `candidates` (best first, finite best) of the token that the uniform number u draws
+/// from softmax(logit / temperature), by the inverse of the cumulative distribution in token order,
+/// which is the rule of sampling.h. Puts the candidates in that order.
+inline Index draw_candidate(problem::VocabularyCandidate* candidates, Index count,
+                            double temperature, double u) {
+  const double best = candidates[0].logit;
+  std::sort(candidates, candidates + count,
+            [](const problem::VocabularyCandidate& a, const problem::VocabularyCandidate& b) {
+              return a.token < b.token;
+            });
+  const auto weight = [&](Index i) { return std::exp((candidates[i].logit - best) / temperature); };
+  double total = 0;
+  for (Index i = 0; i < count; ++i) total += weight(i);
+  double cumulative = 0;
+  Index last = 0;  // rounding may leave u beyond the sum: then the last token of any weight
+  for (Index i = 0; i < count; ++i) {
+    const double w = weight(i);
+    if (w > 0) last = i;
+    cumulative += w;
+    if (u * total < cumulative) return i;
+  }
+  return last;
+}
+
 /// ids[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary, -1 where
 /// the row is bad.
 template <CpuDevice D, typename Ids, typename Hidden, typename Weight, typename C, typename Choose>
@@ -134,9 +158,8 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
                                            workspace, name);
   vocabulary_parallel_into(name, device, ids, hidden, weight, communicator, k, statuses, workspace,
                            [&](problem::VocabularyCandidate* candidates, Index count, Index row) {
-                             return cpu::draw_candidate(
-                                 candidates, count, temperature,
-                                 rng.uniform(static_cast<std::uint32_t>(row)));
+                             return draw_candidate(candidates, count, temperature,
+                                                   rng.uniform(static_cast<std::uint32_t>(row)));
                            });
 }
 

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "tensor.h"
+#include "../core/tensor.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

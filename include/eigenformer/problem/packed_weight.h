@@ -1,37 +1,13 @@
 /// \file
 /// Weights of linear layers packed once into the order that the matrix kernels stream: panels of
-/// rows, k-major (see packed_array.h for the memory).
-///
-///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
-///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale a row of weight
-///   ef::PackedWeight<std::int8_t> g = ef::pack_weight<std::int8_t>(weight, {.group_size = 64});   // a scale every 64 inputs
-///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and their scales: (out),
-///   or
-///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
-///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
-///   ef::PackedWeight<float> qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});   // one below the other
-///   ef::pack_weight_into(device, w, weight);                           // again, reusing w's memory: training, every step
-///
-/// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row
-/// (or group) of zeros. A packed weight carries the layout of the ISA it was packed for, and a
-/// product refuses another. Packing the rows [a, b) gives the bits of the same rows of the whole
-/// weight. Cost: one read and one write of the weights (int8: one more read, for the scales), on
-/// the device's threads.
-///
-/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index,
-/// before `packed` is touched); scales that do not match, or are NaN, infinite or negative (the
-/// first one's index is named); a group_size other than 32, 64 or 128; an input dimension above
-/// 133,144 for int8 without groups, where the sum of products could leave 32 bits.
+/// rows, k-major. linear/pack.h is the manual, core/packed_array.h the memory.
 #pragma once
 
-#include <cstdlib>
-#include <string>
+#include <limits>
 #include <string_view>
 
 #include "../core/check.h"
-#include "../core/device.h"
-#include "../core/workspace.h"
-#include "packed_array.h"
+#include "../core/packed_array.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -43,27 +19,6 @@ struct PanelLayout {
   int step = 0;          ///< consecutive k that lie together
   friend bool operator==(const PanelLayout&, const PanelLayout&) = default;
 };
-
-struct Int8Packing {
-  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale a row
-};
-
-namespace detail {
-
-/// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
-inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
-
-inline void require_int8_depth(Index depth, std::string_view operation) {
-  require_that(depth <= kLargestInt8Depth, operation, "weight has ", depth,
-               " columns, int8 sums are exact up to ", kLargestInt8Depth);
-}
-
-inline void require_group_size(Index group_size, std::string_view name) {
-  require_that(group_size == 32 || group_size == 64 || group_size == 128, name, "group_size is ",
-               group_size, ", expected 32, 64 or 128");
-}
-
-}  // namespace detail
 
 template <typename T>
 struct WeightAccess;

@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "check.h"
+#include "../core/check.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "tensor.h"
+#include "../core/tensor.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

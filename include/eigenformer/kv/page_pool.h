@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kv_page.h"
+#include "page.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

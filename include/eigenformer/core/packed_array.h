@@ -10,8 +10,8 @@
 #include <sys/mman.h>
 #endif
 
-#include "../core/error.h"
-#include "../core/tensor.h"
+#include "error.h"
+#include "tensor.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -15,8 +15,8 @@
 #include <new>
 #include <string_view>
 
-#include "check.h"
-#include "kv_source.h"
+#include "../core/check.h"
+#include "../problem/kv_source.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
