@@ -398,6 +398,15 @@ TEST(KvCacheInt8, OneScaleARowRoundingToEven) {
   wide.setConstant(1e300);
   expect_throws<std::invalid_argument>([&] { ef::update_kv_cache(doubles, wide, wide, 0); },
                                        {"element 0", "range of float"});
+  for (const double edge : {4e40, 127 * 0x1.fffffep127}) {  // past float, but not its scale
+    wide.setConstant(-edge);
+    ef::update_kv_cache(doubles, wide, wide, 0);
+    const ef::Tensor<double, 4> read = doubles.keys(0);
+    EXPECT_NEAR(read.data()[read.size() - 1] / -edge, 1, 1e-7);
+  }
+  wide(0, 0, 0, 1) = 127 * 0x1.ffffffp127;  // the scale rounds to infinity
+  expect_throws<std::invalid_argument>([&] { ef::update_kv_cache(doubles, wide, wide, 0); },
+                                       {"element 1", "range of float"});
 }
 
 TEST(KvCacheInt8, EveryIsaReadsAndWritesTheSameBits) {

@@ -20,9 +20,9 @@
 ///   scale = max|x| / 127 over the row's head_dim elements (1 where that is zero)
 ///   q     = round_half_to_even(x / scale), in [-127, 127]
 ///
-/// A row to be stored as INT8 that holds NaN, infinity or a magnitude above the largest float has
-/// no scale: the update throws and names the element. That check reads the new elements once more.
-/// Other storage takes NaN and infinity as they are.
+/// A row to be stored as INT8 that holds NaN, infinity or a double whose scale is above the largest
+/// float has no scale: the update throws and names the element. That check reads the new elements
+/// once more. Other storage takes NaN and infinity as they are.
 ///
 /// A refused update leaves the cache bit for bit as it was, and so does one that runs out of
 /// memory. Const members may be called from many threads at once. A copy is deep; what was moved
@@ -59,9 +59,10 @@ void require_quantizable(const D& device, std::string_view operation, std::strin
     const auto* numbers = offset_by(view.data(), r * stride);
     const Index at = run(device, problem::FirstNotQuantizable<scalar_of<View>>{numbers, count});
     if (at < 0) continue;
-    require_that(false, operation, name, " of shape ", shape_text(view), " holds ",
-                 static_cast<double>(numbers[at]), " at element ", r * row + at,
-                 ", expected finite values within the range of float (INT8 storage)");
+    require_that(
+        false, operation, name, " of shape ", shape_text(view), " holds ",
+        static_cast<double>(numbers[at]), " at element ", r * row + at,
+        ", expected finite values whose scale is within the range of float (INT8 storage)");
   }
 }
 
