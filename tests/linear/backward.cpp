@@ -1,14 +1,14 @@
 // Laws of the linear layer's gradients: those of the definition, for every scalar and ISA; they
 // accumulate, and micro-batches in turn give the bits of one batch; the derivative of the layer.
-#pragma once
-
 #include <eigenformer/linear.h>
 #include <eigenformer/linear/backward.h>
 #include <eigenformer/reference/linear.h>
 
 #include "compare.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
+
+namespace {
 
 TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
   const auto check = [](auto y_scalar, auto x_scalar, auto w_scalar, auto g_scalar) {
@@ -142,4 +142,4 @@ TEST(LinearBackward, IsTheDerivativeOfTheLayer) {
   }
 }
 
-}  // namespace eigenformer_test
+}  // namespace

@@ -1,13 +1,13 @@
 // Laws of attention against a KvSource: dense or in pages of any size, whole or in chunks or token
 // by token, the bits are the same; rows past a length are never read; INT8 storage is what its
 // scales say.
-#pragma once
-
 #include <memory>
 
 #include "attention_case.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
+
+namespace {
 
 /// Keys and values (batch, length, kv_heads, head_dim) as a cache would hold them: every byte that
 /// is not a row is NaN (or 0xff).
@@ -212,4 +212,4 @@ TEST(AttentionCacheCalls, CompileAsTheContractWritesThemAndRefuse) {
                                        {"3 heads"});
 }
 
-}  // namespace eigenformer_test
+}  // namespace

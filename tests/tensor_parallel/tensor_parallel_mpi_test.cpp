@@ -2,7 +2,7 @@
 //   mpirun -n 3 ./tensor_parallel_mpi_test
 // Rank 0 prints the report, other ranks only their failures; every rank exits with 1 where any rank
 // failed.
-#include "communicator_cases.h"
+#include "../communicator/communicator_cases.h"
 #include "tensor_parallel_cases.h"
 
 using namespace eigenformer_test;

@@ -1,41 +1,8 @@
 // Laws: the distribution is that of a sort in double for every filter, order and size; ties go by
 // index; draws follow the distribution and depend on (seed, position, row) only; bad rows are named
 // and harm no other; speculative tokens follow the target.
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
-#include "sampling_draw_tests.h"
+#include "allocations.h"
 #include "sampling_support.h"
-
-namespace {
-std::atomic<long> allocations{0};
-void* counted_allocation(std::size_t bytes, std::size_t alignment) {
-  ++allocations;
-  void* p = std::aligned_alloc(alignment, (bytes + alignment) / alignment * alignment);
-  if (p == nullptr) throw std::bad_alloc();
-  return p;
-}
-// Not inlined: g++ 12 would see free() meet an operator new that it has not inlined, and warn of a
-// mismatch.
-[[gnu::noinline]] void release(void* p) noexcept { std::free(p); }
-}  // namespace
-void* operator new(std::size_t bytes) { return counted_allocation(bytes, 16); }
-void* operator new(std::size_t bytes, std::align_val_t alignment) {
-  return counted_allocation(bytes, static_cast<std::size_t>(alignment));
-}
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
-  try {
-    return counted_allocation(bytes, 16);
-  } catch (const std::bad_alloc&) {
-    return nullptr;
-  }
-}
-void operator delete(void* p) noexcept { release(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { release(p); }
-void operator delete(void* p, std::size_t) noexcept { release(p); }
-void operator delete(void* p, std::align_val_t) noexcept { release(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { release(p); }
 
 using namespace eigenformer_test;
 
@@ -373,9 +340,7 @@ TEST(SamplingDraws, DestinationFormsAllocateNothing) {
     ef::sampling_probabilities_into(device, distribution, logits, params, statuses, workspace);
   };
   calls();
-  const long before = allocations;
-  calls();
-  EXPECT_EQ(allocations, before);
+  EXPECT_EQ(count_allocations(calls), 0);
 }
 
 }  // namespace

@@ -1,9 +1,6 @@
-/// \file
-/// Rows that are hard for their arithmetic: equal numbers, a mean large against the spread, squares
-/// and sums past the range of the type or among its denormals. What is representable comes out
-/// right, forwards and backwards, on every ISA. And rows that take no part in a gradient.
-#pragma once
-
+// Rows that are hard for their arithmetic: equal numbers, a mean large against the spread, squares
+// and sums past the range of the type or among its denormals. What is representable comes out
+// right, forwards and backwards, on every ISA. And rows that take no part in a gradient.
 #include <eigenformer/normalization.h>
 #include <eigenformer/reference/normalization.h>
 
@@ -11,7 +8,9 @@
 
 #include "compare.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
+
+namespace {
 
 constexpr float kLeastEpsilon = 1e-45f;  // the smallest float
 
@@ -23,7 +22,7 @@ struct HardRows {
   float epsilon;
 };
 
-inline const std::vector<HardRows>& hard_rows() {
+const std::vector<HardRows>& hard_rows() {
   static const std::vector<HardRows> cases = {
       {"mean 30000 times the spread", 30000, 1, 0, 1e-5f},
       {"mean a million times the spread", 1e6, 1, 0, 1e-5f},
@@ -245,4 +244,4 @@ TYPED_TEST(HardRowsOf, WithoutAGradientTakeNoPart) {
   }
 }
 
-}  // namespace eigenformer_test
+}  // namespace

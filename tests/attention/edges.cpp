@@ -1,22 +1,10 @@
 // Forward attention at the edges of its numbers: averages of values near the largest, scores up to
 // a million, long sequences.
-#pragma once
-
 #include "attention_case.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
 
-/// Integer scores times `scale`, exact in every scalar: k is (0 to 10 eighths, noise, noise), q (1,
-/// 0, 0), so that keys tie and differ.
-template <typename T, typename Case>
-void set_exact_scores(Case& c) {
-  for (Index r = 0; r < c.q.size() / 3; ++r) {
-    c.q.data()[3 * r] = static_cast<T>(1.0f);
-    c.q.data()[3 * r + 1] = c.q.data()[3 * r + 2] = static_cast<T>(0.0f);
-  }
-  for (Index j = 0; j < c.k.size() / 3; ++j)
-    c.k.data()[3 * j] = static_cast<T>(static_cast<float>(j * 7 % 11) / 8);
-}
+namespace {
 
 template <typename T>
 class AttentionEdges : public ::testing::Test {};
@@ -255,4 +243,4 @@ TEST(AttentionValues, LongRowsKeepTheirBitsInAnyCompany) {
   }
 }
 
-}  // namespace eigenformer_test
+}  // namespace

@@ -1,13 +1,12 @@
 // Gradients of attention at the edges: sharp and large logits, long rows, and NaN in everything
 // that takes no part.
-#pragma once
-
 #include <optional>
 
-#include "attention_edge_cases.h"
-#include "attention_gradient_cases.h"
+#include "gradient_case.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
+
+namespace {
 
 TYPED_TEST(AttentionGradientScalars, MeetTheToleranceWhereSoftmaxIsSharp) {
   for (const std::optional<float> scale : {std::optional<float>{}, {1.0f}}) {
@@ -86,7 +85,7 @@ struct Reach {
   std::vector<bool> row, key;
 };
 
-inline Reach reach_of_row(const AttentionCase<float>& c, const ef::AttentionOptions& o, Index i) {
+Reach reach_of_row(const AttentionCase<float>& c, const ef::AttentionOptions& o, Index i) {
   Reach reach{std::vector<bool>(static_cast<std::size_t>(c.shape.queries)),
               std::vector<bool>(static_cast<std::size_t>(c.shape.keys))};
   for (Index j = 0; j < c.shape.keys; ++j)
@@ -95,7 +94,7 @@ inline Reach reach_of_row(const AttentionCase<float>& c, const ef::AttentionOpti
   return reach;
 }
 
-inline Reach reach_of_key(const AttentionCase<float>& c, const ef::AttentionOptions& o, Index j) {
+Reach reach_of_key(const AttentionCase<float>& c, const ef::AttentionOptions& o, Index j) {
   Reach reach{std::vector<bool>(static_cast<std::size_t>(c.shape.queries)),
               std::vector<bool>(static_cast<std::size_t>(c.shape.keys))};
   for (Index i = 0; i < c.shape.queries; ++i) {
@@ -109,7 +108,7 @@ inline Reach reach_of_key(const AttentionCase<float>& c, const ef::AttentionOpti
 
 using Gradients4 = ef::AttentionGradients<float, 4>;
 
-inline void expect_untouched(const Gradients4& clean, const Gradients4& g, const Reach& reach) {
+void expect_untouched(const Gradients4& clean, const Gradients4& g, const Reach& reach) {
   const auto check_rows = [](const auto& a, const auto& b, const std::vector<bool>& touched) {
     const Index width = a.dimension(2) * a.dimension(3);
     for (Index i = 0; i < a.dimension(1); ++i)
@@ -125,8 +124,8 @@ inline void expect_untouched(const Gradients4& clean, const Gradients4& g, const
   check_rows(clean.grad_v, g.grad_v, reach.key);
 }
 
-inline void check_nan_of_rows(const GradientCase<float>& c, const ef::AttentionOptions& options,
-                              const Gradients4& clean, Index i) {
+void check_nan_of_rows(const GradientCase<float>& c, const ef::AttentionOptions& options,
+                       const Gradients4& clean, Index i) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const Reach reach = reach_of_row(c, options, i);
   for (const bool in_query : {true, false}) {
@@ -139,8 +138,8 @@ inline void check_nan_of_rows(const GradientCase<float>& c, const ef::AttentionO
   }
 }
 
-inline void check_nan_of_keys(const GradientCase<float>& c, const ef::AttentionOptions& options,
-                              const Gradients4& clean, Index j) {
+void check_nan_of_keys(const GradientCase<float>& c, const ef::AttentionOptions& options,
+                       const Gradients4& clean, Index j) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const Reach reach = reach_of_key(c, options, j);
   for (const bool in_key : {true, false}) {
@@ -241,4 +240,4 @@ TEST(AttentionGradients, ScaleIsWhateverIsGiven) {
   }
 }
 
-}  // namespace eigenformer_test
+}  // namespace

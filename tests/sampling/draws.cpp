@@ -1,10 +1,8 @@
-/// \file
-/// Part of sampling_test.cpp: draws.
-#pragma once
-
+// Draws follow the distribution and depend on seed, position and row only.
 #include "sampling_support.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
+
 namespace {
 
 TEST(SamplingDraws, EveryContractCall) {
@@ -102,4 +100,3 @@ TEST(SamplingDraws, FollowTheDistribution) {
 }
 
 }  // namespace
-}  // namespace eigenformer_test

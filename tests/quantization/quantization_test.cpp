@@ -6,7 +6,6 @@
 
 #include "allocations.h"
 #include "compare.h"
-#include "quantization_refusals.h"
 
 using namespace eigenformer_test;
 

@@ -18,7 +18,7 @@
 #include <eigenformer/core/tensor.h>
 
 #if defined(EIGENFORMER_ISA_AMX)
-#include "amx_emulator.h"
+#include "../emulators/amx/amx_emulator.h"
 #endif
 
 namespace eigenformer_test {

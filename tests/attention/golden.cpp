@@ -1,15 +1,15 @@
 // PyTorch's results, tests/golden/attention.txt, made by tests/golden/make_attention.py.
-#pragma once
-
 #include <fstream>
 #include <map>
 #include <sstream>
 
 #include "attention_case.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
 
-inline std::map<std::string, std::vector<double>> read_golden(const std::string& file) {
+namespace {
+
+std::map<std::string, std::vector<double>> read_golden(const std::string& file) {
   std::map<std::string, std::vector<double>> entries;
   std::ifstream in(std::string(EIGENFORMER_GOLDEN_DIR) + "/" + file);
   for (std::string line; std::getline(in, line);) {
@@ -22,7 +22,7 @@ inline std::map<std::string, std::vector<double>> read_golden(const std::string&
 }
 
 /// The inputs of make_attention.py.
-inline ef::Tensor<double, 4> golden_values(std::uint32_t seed, Index heads) {
+ef::Tensor<double, 4> golden_values(std::uint32_t seed, Index heads) {
   ef::Tensor<double, 4> x(2, 7, heads, 6);
   for (Index i = 0; i < x.size(); ++i)
     x.data()[i] =
@@ -32,8 +32,8 @@ inline ef::Tensor<double, 4> golden_values(std::uint32_t seed, Index heads) {
   return x;
 }
 
-inline void expect_golden(const ef::Tensor<double, 4>& actual, const std::vector<double>& expected,
-                          const std::string& name) {
+void expect_golden(const ef::Tensor<double, 4>& actual, const std::vector<double>& expected,
+                   const std::string& name) {
   ASSERT_EQ(static_cast<std::size_t>(actual.size()), expected.size()) << name;
   for (Index i = 0; i < actual.size(); ++i)
     ASSERT_NEAR(actual.data()[i], expected[static_cast<std::size_t>(i)], 1e-10) << name << " " << i;
@@ -67,4 +67,4 @@ TEST(AttentionGolden, AgreesWithPyTorch) {
     EXPECT_NEAR(sinks_gradient[h], golden.at("sinks.grad_sinks")[h], 1e-6);
 }
 
-}  // namespace eigenformer_test
+}  // namespace

@@ -1,13 +1,12 @@
-/// \file
-/// What quantization and int8 products refuse: numbers that have no scale, wherever they stand, and
-/// scales that are no scales.
-#pragma once
-
+// What quantization and int8 products refuse: numbers that have no scale, wherever they stand, and
+// scales that are no scales.
 #include <eigenformer/quantization.h>
 
 #include "compare.h"
 
-namespace eigenformer_test {
+using namespace eigenformer_test;
+
+namespace {
 
 // NaN and infinity in a line that is otherwise clean, so that nothing but the vector path can find
 // them, at every place of a step.
@@ -139,4 +138,4 @@ TEST(QuantizationErrors, NameTheFirstBadScale) {
   EXPECT_TRUE(std::isnan(ef::dequantize(q, zeros)(2, 5)));
 }
 
-}  // namespace eigenformer_test
+}  // namespace
