@@ -12,7 +12,7 @@ case $name in
   '' | [!a-z]* | *[!a-z0-9_]* | *__* | *_) refuse "'$name' is no name for an operator: lower-case words joined by _, such as group_norm" ;;
 esac
 new_type=$(printf '%s' "$name" | awk -F_ '{ for (i = 1; i <= NF; ++i) printf "%s%s", toupper(substr($i, 1, 1)), substr($i, 2) }')
-renamed() {  # helpers of its own with it, which two headers cannot both have
+renamed() {  # its helpers too, which no two headers may both define
   sed -e "s/$from/$name/g" -e "s/$type/$new_type/g" -e "s/ids_input/${name}_ids/g" -e "s/TokenId/${new_type}Id/g"
 }
 
@@ -28,7 +28,7 @@ if used=$(grep -rnEm1 "\b$name(_into)?\(|\b$new_type\b" include); then
   refuse "the library has a '$name' or a '$new_type' already: $(printf '%s' "$used" | head -n 1 | cut -d : -f 1,2)"
 fi
 lists='cmake/operators.cmake include/eigenformer/eigenformer.h README.md'
-line="^(eigenformer_operator\($from[ )]|#include \"$from\.h\"|\| \`$from\.h\`)"
+line="^(eigenformer_operator\(${from}[ )]|#include \"$from\.h\"|\| \`$from\.h\`)"
 for list in $lists; do
   [ "$(grep -cE "$line" "$list")" = 1 ] || refuse "$list has not one line of $from that could be copied"
 done
@@ -47,5 +47,5 @@ for list in $lists; do
   echo "$list"
 done
 if command -v clang-format-16 >/dev/null; then  # a longer name breaks lines elsewhere
-  clang-format-16 -i include/eigenformer/eigenformer.h $(printf '%s\n' "$files" | renamed)
+  printf '%s\n' include/eigenformer/eigenformer.h "$files" | renamed | xargs clang-format-16 -i
 fi
