@@ -4,8 +4,6 @@
 #include <eigenformer/linear.h>
 #include <eigenformer/reference/linear.h>
 
-#include <thread>
-
 #include "allocations.h"
 #include "compare.h"
 
@@ -93,17 +91,6 @@ TEST(LinearMemory, NothingAtAllWithAWorkspaceNorOnAnAwakePool) {
   const ef::ParallelRegion region(threads.device, {.linger = std::chrono::seconds(5)});
   all(threads.device);  // wakes the threads
   EXPECT_EQ(count_allocations([&] { all(threads.device); }), 0);
-}
-
-TEST(LinearMemory, ManyThreadsAtOnce) {
-  const auto x = random_tensor<float, 2>({9, 64}, 1), weight = random_tensor<float, 2>({50, 64}, 2);
-  const auto packed = ef::pack_weight<float>(weight);
-  const ef::Tensor<float, 2> expected = ef::linear(x, packed);
-  std::vector<ef::Tensor<float, 2>> results(4);
-  std::vector<std::thread> callers;
-  for (auto& result : results) callers.emplace_back([&] { result = ef::linear(x, packed); });
-  for (auto& caller : callers) caller.join();
-  for (const auto& result : results) EXPECT_TRUE(same_bits(result, expected));
 }
 
 TEST(LinearPacked, CopiesMovesAndRepacks) {

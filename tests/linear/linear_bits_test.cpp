@@ -1,6 +1,9 @@
 // Laws: a row's bits do not depend on its neighbours, blocks, threads, shards or packing; memory
-// around the operands is neither read nor written.
+// around the operands is neither read nor written. A program of its own, since it has the layer's
+// threads, which the thread sanitizer watches.
 #include <eigenformer/linear.h>
+
+#include <thread>
 
 #include "linear_support.h"
 
@@ -182,6 +185,17 @@ TEST(LinearBits, DoNotDependOnBlocksOrThreadsOnAnyIsa) {
   expect_blocks_and_threads_of_isa<ef::bfloat16, ef::bfloat16>(2100);
   expect_blocks_and_threads_of_isa<std::int8_t, float>(4200);
   expect_blocks_and_threads_of_isa<float, float>(1200);
+}
+
+TEST(LinearMemory, ManyThreadsAtOnce) {
+  const auto x = random_tensor<float, 2>({9, 64}, 1), weight = random_tensor<float, 2>({50, 64}, 2);
+  const auto packed = ef::pack_weight<float>(weight);
+  const ef::Tensor<float, 2> expected = ef::linear(x, packed);
+  std::vector<ef::Tensor<float, 2>> results(4);
+  std::vector<std::thread> callers;
+  for (auto& result : results) callers.emplace_back([&] { result = ef::linear(x, packed); });
+  for (auto& caller : callers) caller.join();
+  for (const auto& result : results) EXPECT_TRUE(same_bits(result, expected));
 }
 
 TEST(LinearAmx, IsWhatTheTagRuns) {
