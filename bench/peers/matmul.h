@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "../harness.h"
+#include "../report/harness.h"
 #include "product.h"
 
 namespace bench {

@@ -1,6 +1,6 @@
 // The checkpoint files of the main job: what is written comes back, and no byte string makes the
 // reader misbehave.
-#include "../../bench/safetensors.h"
+#include "../../bench/programs/demo/safetensors.h"
 
 #include <unistd.h>
 

@@ -5,7 +5,7 @@
 
 #include <random>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 using ef::Index;

@@ -3,7 +3,7 @@
 
 #include <eigenformer/embedding.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

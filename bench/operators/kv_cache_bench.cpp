@@ -3,7 +3,7 @@
 // read that attention does, for scale.
 #include <eigenformer/kv_cache.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -2,7 +2,7 @@
 // cosines and sines at hand.
 #include <eigenformer/rope.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -7,7 +7,7 @@
 #include <atomic>
 #include <thread>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 using Eigen::Index;

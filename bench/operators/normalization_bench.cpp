@@ -1,7 +1,7 @@
 // RMSNorm: one read and one write. Limit: copy bandwidth. Peer: what an Eigen user writes by hand.
 #include <eigenformer/normalization.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -8,7 +8,7 @@
 
 #include <random>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

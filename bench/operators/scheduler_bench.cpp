@@ -4,7 +4,7 @@
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

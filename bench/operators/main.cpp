@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace {
 

@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "harness.h"
 #include "peers/matmul.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 using Eigen::Index;

@@ -10,7 +10,7 @@
 #include <Eigen/Core>
 #include <random>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -13,7 +13,7 @@
 
 #include <eigenformer/decoder/weights.h>
 
-#include "../safetensors.h"
+#include "safetensors.h"
 
 namespace demo {
 

@@ -2,7 +2,7 @@
 // weights' bytes, the products' flops.
 #include <eigenformer/decoder.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <random>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 using Eigen::Index;

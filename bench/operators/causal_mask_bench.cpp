@@ -2,7 +2,7 @@
 // hand.
 #include <eigenformer/causal_mask.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

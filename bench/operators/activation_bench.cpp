@@ -2,7 +2,7 @@
 // Eigen user writes by hand.
 #include <eigenformer/activation.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -3,7 +3,7 @@
 // a std::vector of Eigen tensors, one a sequence, written by slices.
 #include <eigenformer/paged_kv_cache.h>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

@@ -4,7 +4,7 @@
 
 #include <random>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 

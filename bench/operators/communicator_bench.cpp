@@ -7,7 +7,7 @@
 #include <cstring>
 #include <thread>
 
-#include "harness.h"
+#include "report/harness.h"
 
 namespace ef = eigenformer;
 
