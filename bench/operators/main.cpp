@@ -26,7 +26,7 @@ int main(int argc, char** argv) {
   Eigen::ThreadPool pool(threads);
   Eigen::ThreadPoolDevice pool_device(&pool, threads);
   bench::Suite suite;
-  for (const auto& [name, function] : bench::registered_cases()) function(suite);
+  for (const auto& registered : bench::registered_cases()) registered.function(suite);
   for (const auto& row : suite.rows)
     for (const auto& call : row->calls) {
       benchmark::RegisterBenchmark((row->name + " / " + call.name + " / 1 thread").c_str(),

@@ -105,17 +105,24 @@ struct Suite {
 };
 
 using CaseFunction = void (*)(Suite&);
-inline std::vector<std::pair<std::string, CaseFunction>>& registered_cases() {
-  static std::vector<std::pair<std::string, CaseFunction>> cases;
+struct RegisteredCase {
+  std::string operator_name;  ///< X of operators/X_bench.cpp
+  std::string name;
+  CaseFunction function;
+};
+inline std::vector<RegisteredCase>& registered_cases() {
+  static std::vector<RegisteredCase> cases;
   return cases;
 }
 struct Registration {
-  Registration(std::string name, CaseFunction function) {
-    registered_cases().emplace_back(std::move(name), function);
+  Registration(const std::string& file, std::string name, CaseFunction function) {
+    const std::size_t start = file.rfind('/') + 1;  // 0 where the name has no folder
+    registered_cases().push_back(
+        {file.substr(start, file.rfind("_bench.") - start), std::move(name), function});
   }
 };
 
 }  // namespace bench
 
 #define EIGENFORMER_BENCHMARK(function) \
-  static const bench::Registration registration_##function(#function, function);
+  static const bench::Registration registration_##function(__FILE__, #function, function);

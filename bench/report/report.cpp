@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iostream>
 #include <regex>
+#include <sstream>
 #include <stdexcept>
 #include <thread>
 
@@ -20,33 +21,42 @@ namespace {
 constexpr const char* kHelp =
     R"(report: every benchmark row of eigenformer beside its peers and this machine's limits
 
-  report [--filter REGEX] [--quick] [--threads N] [--json FILE|-] [--svg FILE] [--list]
+  report [--filter REGEX] [--quick] [--threads N] [--list] [output]
+  report --from FILE [--filter REGEX] [output]
+  output: [--json FILE|-] [--svg FILE] [--peers-svg FILE]
 
-  --filter REGEX  only rows whose name matches (ECMAScript, anywhere in the name)
-  --quick         few repetitions, about a minute in all; judge by ratios, not by the last percent
-  --threads N     size of the second column; 1 leaves it out (default: the cores this process may use)
-  --json FILE     write the results to FILE; "-" writes them to standard output, and the table to standard error
-  --svg FILE      draw them as a bar chart
-  --list          print the names of the rows and stop
-  --help          print this
+  --filter REGEX    only rows whose name matches (ECMAScript, anywhere in the name)
+  --quick           few repetitions, about a minute in all; judge by ratios, not the last percent
+  --threads N       size of the second column; 1 leaves it out (default: the cores that this
+                    process may use)
+  --from FILE       measure nothing: take the results that --json wrote to FILE
+  --json FILE       write the results to FILE; "-" writes them to standard output, and the table to
+                    standard error
+  --svg FILE        draw ours against this machine's limits as a bar chart
+  --peers-svg FILE  draw ours against the peers as a bar chart
+  --list            print the names of the rows and stop
+  --help            print this
 
-How it measures. First the limits, and once more at the end (the better counts): bandwidth of L2, L3 and DRAM (read, write, copy),
-float multiply-adds, and the dot-product instructions of this build. A row's floor is the longest of its bytes and its operations
-at these limits, with bytes taken from
-the cache level that holds what repeated calls go through; "of limit" is floor / time. Rows at the edge of a cache may pass 100%,
-and so do writes of zeros past the caches on some CPUs (Zen 4: several times the bandwidth of other values, which the limits are
-measured with).
-Then ours and the peers alternate: 5 turns of 5 samples each after a warm-up (fewer where a call takes long), and the median
-counts. Peers are asked for their result before they are timed; a wrong one is left out, and said so (exit status 2). A peer with
-threads of its own (oneDNN, OpenBLAS) runs in a process of its own, because idle pools in one process stall each other; after its
-turn on several threads we wait until its idle threads have stopped spinning. A turn on several threads warms up for 30 ms, until
-Linux has put each on a core of its own, and ours runs inside a ParallelRegion. On a shared machine compare ratios within one run.
+How it measures. First the limits, and once more at the end (the better counts): bandwidth of L2,
+L3 and DRAM (read, write, copy), float multiply-adds, and the dot-product instructions of this
+build. A row's floor is the longest of its bytes and its operations at these limits, with bytes
+taken from the cache level that holds what repeated calls go through; "of limit" is floor / time.
+Rows at the edge of a cache may pass 100%, and so do writes of zeros past the caches on some CPUs
+(Zen 4: several times the bandwidth of other values, which the limits are measured with).
+Then ours and the peers alternate: 5 turns of 5 samples each after a warm-up (fewer where a call
+takes long), and the median counts. Peers are asked for their result before they are timed; a wrong
+one is left out, and said so (exit status 2). A peer with threads of its own (oneDNN, OpenBLAS) runs
+in a process of its own, because idle pools in one process stall each other; after its turn on
+several threads we wait until its idle threads have stopped spinning. A turn on several threads
+warms up for 30 ms, until Linux has put each on a core of its own, and ours runs inside a
+ParallelRegion. On a shared machine compare ratios within one run.
 
-Write bench/results/MACHINE.json with --json when a figure goes into a document, and quote the command.
+Write bench/results/MACHINE.json with --json when a figure goes into a document, and quote the
+command.
 )";
 
 struct Options {
-  std::string filter, json, svg;
+  std::string filter, json, svg, peers_svg, from;
   bool quick = false, list = false;
   int threads = 0;  // 0: all cores
 };
@@ -77,6 +87,10 @@ Options parse(int argc, char** argv) {
       options.json = value();
     else if (option == "--svg")
       options.svg = value();
+    else if (option == "--peers-svg")
+      options.peers_svg = value();
+    else if (option == "--from")
+      options.from = value();
     else if (option == "--threads")
       options.threads = positive_number(option, value());
     else if (option == "--quick")
@@ -86,7 +100,17 @@ Options parse(int argc, char** argv) {
     else
       refuse("unknown option \"" + option + "\"");
   }
+  if (!options.from.empty() && (options.quick || options.list || options.threads > 0))
+    refuse("--from measures nothing: --quick, --threads and --list do not go with it");
   return options;
+}
+
+std::regex filter_of(const Options& options) {
+  try {
+    return std::regex(options.filter);
+  } catch (const std::regex_error& error) {
+    refuse("--filter \"" + options.filter + "\" is not a regular expression: " + error.what());
+  }
 }
 
 /// One line on standard error: rewritten on a terminal, printed in full elsewhere.
@@ -112,12 +136,7 @@ class Progress {
 
 class Reporter {
  public:
-  explicit Reporter(const Options& options) : options_(options) {
-    try {
-      filter_ = std::regex(options.filter);
-    } catch (const std::regex_error& error) {
-      refuse("--filter \"" + options.filter + "\" is not a regular expression: " + error.what());
-    }
+  explicit Reporter(const Options& options) : options_(options), filter_(filter_of(options)) {
     results_.machine = bench::describe_machine();
     if (options_.threads == 0) options_.threads = results_.machine.cores;
   }
@@ -140,11 +159,6 @@ class Reporter {
     for (std::size_t index = 0; index < bench::registered_cases().size(); ++index)
       time_suite(index);
     if (!options_.quick) measure_limits_again();
-    if (results_.rows.empty())
-      refuse(options_.filter.empty() ? "there are no rows: no operator with a benchmark is enabled "
-                                       "in cmake/operators.cmake"
-                                     : "no row matches --filter \"" + options_.filter +
-                                           "\"; report --list prints the names");
     return std::move(results_);
   }
 
@@ -175,7 +189,7 @@ class Reporter {
   }
 
   void time_suite(std::size_t index) {
-    progress_.step("building the inputs of " + bench::registered_cases()[index].first, "");
+    progress_.step("building the inputs of " + bench::registered_cases()[index].name, "");
     local_.open(index);
     index_ = index;
     opened_.clear();
@@ -253,6 +267,7 @@ class Reporter {
   void add_result(const bench::Row& row, const bench::Limits& limits, const std::vector<bool>& good,
                   const std::vector<std::vector<double>>& samples) {
     bench::RowResult result;
+    result.operator_name = bench::registered_cases()[index_].operator_name;
     result.name = row.name;
     result.threads = limits.threads;
     result.limit = row.limit;
@@ -298,22 +313,46 @@ void require_writable(const std::string& path) {
                              "; create its folder first");
 }
 
+/// The rows of a results file that match the filter.
+bench::Results read_results(const Options& options) {
+  std::ifstream file(options.from, std::ios::binary);
+  if (!file) throw std::runtime_error("cannot read " + options.from + ": " + std::strerror(errno));
+  std::ostringstream text;
+  text << file.rdbuf();
+  bench::Results results;
+  try {
+    results = bench::from_json(text.str());
+  } catch (const std::invalid_argument& error) {
+    throw std::runtime_error(options.from + ": " + error.what());
+  }
+  const std::regex filter = filter_of(options);
+  std::erase_if(results.rows,
+                [&](const bench::RowResult& row) { return !std::regex_search(row.name, filter); });
+  return results;
+}
+
 int report(int argc, char** argv) {
   const Options options = parse(argc, argv);
-  Reporter reporter(options);
   if (options.list) {
-    reporter.list();
+    Reporter(options).list();
     return 0;
   }
-  require_writable(options.json);
-  require_writable(options.svg);
-  const bench::Results results = reporter.run();
+  for (const std::string& path : {options.json, options.svg, options.peers_svg})
+    require_writable(path);
+  const bench::Results results =
+      options.from.empty() ? Reporter(options).run() : read_results(options);
+  if (results.rows.empty())
+    refuse(options.filter.empty() ? "there are no rows: no operator with a benchmark is enabled in "
+                                    "cmake/operators.cmake, or --from names a file without any"
+                                  : "no row matches --filter \"" + options.filter +
+                                        "\"; report --list prints the names");
   (options.json == "-" ? std::cerr : std::cout) << bench::to_table(results) << std::flush;
   if (options.json == "-")
     std::cout << bench::to_json(results);
   else if (!options.json.empty())
     write_file(options.json, bench::to_json(results));
-  if (!options.svg.empty()) write_file(options.svg, bench::to_svg(results));
+  if (!options.svg.empty()) write_file(options.svg, bench::to_limits_svg(results));
+  if (!options.peers_svg.empty()) write_file(options.peers_svg, bench::to_peers_svg(results));
   return results.left_out.empty() ? 0 : 2;
 }
 

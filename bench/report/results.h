@@ -3,6 +3,7 @@
 /// kind of machine.
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -19,6 +20,7 @@ struct CallResult {
 
 /// One row on one number of threads.
 struct RowResult {
+  std::string operator_name;
   std::string name;
   int threads = 1;
   Limit limit;
@@ -42,13 +44,26 @@ const CallResult* peer(const RowResult& row, const std::string& name);
 /// Names that have a column of their own.
 const std::vector<std::string>& peer_columns();
 
-std::string to_table(const Results& results);
-std::string to_json(const Results& results);
-std::string to_svg(const Results& results);
+/// The place of the row's number of threads in results.limits.
+std::size_t lane_of(const Results& results, const RowResult& row);
 
+std::string to_table(const Results& results);
+/// One row a line, figures with four significant digits.
+std::string to_json(const Results& results);
+/// What to_json wrote. Throws std::invalid_argument for anything else.
+Results from_json(const std::string& text);
+/// For each row the percentage of this machine's limit.
+std::string to_limits_svg(const Results& results);
+/// For each row the time of each peer over ours.
+std::string to_peers_svg(const Results& results);
+
+/// What the figures were measured on, without the peers.
+std::string machine_line(const Machine& machine);
+/// "1 thread", "2 threads".
+std::string thread_count(int threads);
 /// 1.23 us, 45.6 ms, 7.89 s.
 std::string format_seconds(double seconds);
-/// Text as it may stand in XML.
-std::string escape_xml(const std::string& text);
+/// std::printf of one number.
+std::string format(const char* pattern, double value);
 
 }  // namespace bench

@@ -1,20 +1,12 @@
-// The table, and the JSON of the same.
+// The table.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-
-#include <nlohmann/json.hpp>
 
 #include "results.h"
 
 namespace bench {
 namespace {
-
-std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, pattern, value);
-  return text;
-}
 
 std::string pad_left(const std::string& text, std::size_t width) {
   return text.size() >= width ? text : std::string(width - text.size(), ' ') + text;
@@ -39,8 +31,7 @@ std::string format_limits(const Limits& l) {
     return format("%.0f / ", b.l2 * 1e-9) + format("%.0f / ", b.l3 * 1e-9) +
            format("%.0f", b.dram * 1e-9);
   };
-  std::string text =
-      "limits, " + std::to_string(l.threads) + (l.threads == 1 ? " thread:  " : " threads: ");
+  std::string text = "limits, " + pad_right(thread_count(l.threads) + ":", 11);
   text += "GB/s of L2 / L3 / DRAM: read " + rates(l.read) + ", write " + rates(l.write) +
           ", copy " + rates(l.copy);
   text += "; GFLOP/s: float " + format("%.0f", l.float_fma * 1e-9);
@@ -53,8 +44,7 @@ std::string format_limits(const Limits& l) {
 
 std::string header(const Results& results) {
   const Machine& m = results.machine;
-  std::string text = m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") +
-                     ", ISA " + m.isa + ", " + m.compiler + ", Eigen " + m.eigen + "\n";
+  std::string text = machine_line(m) + "\n";
   text += "peers: Eigen, as its users would write it";
   for (const std::string& name : m.peers) text += ", " + name;
   for (const char* optional : {"oneDNN", "OpenBLAS"})
@@ -89,51 +79,9 @@ std::string summary(const Results& results) {
                 std::to_string(count) + " rows)";
     }
     if (!line.empty())
-      text += "geometric mean, " + std::to_string(limits.threads) +
-              (limits.threads == 1 ? " thread: " : " threads:") + line + "\n";
+      text += "geometric mean, " + pad_right(thread_count(limits.threads) + ":", 10) + line + "\n";
   }
   return text;
-}
-
-nlohmann::ordered_json json_of(const Bandwidth& b) {
-  return {{"l2", b.l2}, {"l3", b.l3}, {"dram", b.dram}};
-}
-
-nlohmann::ordered_json json_of(const Limits& l) {
-  return {{"threads", l.threads},
-          {"l2_bytes", l.l2_bytes},
-          {"l3_bytes", l.l3_bytes},
-          {"read_bytes_per_second", json_of(l.read)},
-          {"write_bytes_per_second", json_of(l.write)},
-          {"copy_bytes_per_second", json_of(l.copy)},
-          {"float_operations_per_second", l.float_fma},
-          {"bfloat16_operations_per_second", l.bfloat16},
-          {"int8_operations_per_second", l.int8},
-          {"dot_instruction", l.dot_instruction}};
-}
-
-nlohmann::ordered_json json_of(const RowResult& row) {
-  nlohmann::ordered_json calls = nlohmann::ordered_json::array();
-  const CallResult* mine = ours(row);
-  for (const CallResult& call : row.calls) {
-    nlohmann::ordered_json entry = {{"name", call.name},
-                                    {"seconds", call.timing.median},
-                                    {"lower_quartile", call.timing.lower_quartile},
-                                    {"upper_quartile", call.timing.upper_quartile},
-                                    {"samples", call.timing.samples}};
-    if (row.floor > 0) entry["share_of_limit"] = row.floor / call.timing.median;
-    if (mine != nullptr && &call != mine)
-      entry["times_ours"] = call.timing.median / mine->timing.median;
-    calls.push_back(std::move(entry));
-  }
-  return {{"name", row.name},
-          {"threads", row.threads},
-          {"bytes_read", row.limit.bytes_read},
-          {"bytes_written", row.limit.bytes_written},
-          {"operations", row.limit.operations},
-          {"floor_seconds", row.floor},
-          {"bound_by", row.bound_by_memory ? "memory" : "arithmetic"},
-          {"calls", std::move(calls)}};
 }
 
 }  // namespace
@@ -162,6 +110,27 @@ const CallResult* peer(const RowResult& row, const std::string& name) {
     if (best == nullptr || call.timing.median < best->timing.median) best = &call;
   }
   return best;
+}
+
+std::size_t lane_of(const Results& results, const RowResult& row) {
+  const auto at = std::find_if(results.limits.begin(), results.limits.end(),
+                               [&](const Limits& limits) { return limits.threads == row.threads; });
+  return static_cast<std::size_t>(at - results.limits.begin());
+}
+
+std::string format(const char* pattern, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, pattern, value);
+  return text;
+}
+
+std::string thread_count(int threads) {
+  return std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+}
+
+std::string machine_line(const Machine& m) {
+  return m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") + ", ISA " +
+         m.isa + ", " + m.compiler + ", Eigen " + m.eigen;
 }
 
 std::string format_seconds(double seconds) {
@@ -203,24 +172,6 @@ std::string to_table(const Results& results) {
       "half of the samples.\n";
   for (const std::string& sentence : results.left_out) text += "left out: " + sentence + "\n";
   return text;
-}
-
-std::string to_json(const Results& results) {
-  const Machine& m = results.machine;
-  nlohmann::ordered_json json = {{"machine",
-                                  {{"cpu", m.cpu},
-                                   {"cores", m.cores},
-                                   {"isa", m.isa},
-                                   {"compiler", m.compiler},
-                                   {"eigen", m.eigen},
-                                   {"peers", m.peers},
-                                   {"load_at_start", m.load}}}};
-  json["limits"] = nlohmann::ordered_json::array();
-  for (const Limits& limits : results.limits) json["limits"].push_back(json_of(limits));
-  json["rows"] = nlohmann::ordered_json::array();
-  for (const RowResult& row : results.rows) json["rows"].push_back(json_of(row));
-  json["left_out"] = results.left_out;
-  return json.dump(1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
 }
 
 }  // namespace bench

@@ -87,7 +87,7 @@ std::string answer(Timer& timer, const std::string& question) {
 void Timer::open(std::size_t index) {
   suite_.reset();  // first, so that two suites are never in memory together
   suite_ = std::make_unique<Suite>();
-  registered_cases().at(index).second(*suite_);
+  registered_cases().at(index).function(*suite_);
 }
 
 std::string Timer::mismatch(std::size_t row, std::size_t call) {
