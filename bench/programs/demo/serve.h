@@ -1,10 +1,12 @@
 /// \file
-/// Step (d) of the main job: 16 requests through the continuous-batching scheduler. Every rank runs
-/// the same loop on its part of the linear layers; rank 0 prints.
+/// Step (d) of the main job: 16 requests through StepScheduler, which batches continuously. Every
+/// rank runs the same loop on its part of the linear layers; rank 0 prints.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -82,38 +84,49 @@ struct ServingResult {
   Index prefill_tokens = 0, decode_tokens = 0, steps = 0;
 };
 
-/// What one rank does until every request is finished. `Model` is a decoder of this rank.
+/// What one rank does until every request is finished. `Model` is a decoder of this rank. Every rank
+/// plans for itself: the same calls give the same plans.
 template <typename Model>
 class Server {
  public:
   Server(Model& model, const std::vector<Request>& requests, Index max_batch, bool prints,
          ef::OperatorProfile* profile)
       : model_(model),
-        requests_(requests),
-        scheduler_(max_batch, /*max_seq_length=*/4096),
+        scheduler_({.max_batch_size = max_batch,
+                    .max_seq_length = kLongest,
+                    .token_budget = max_batch * kLongest,
+                    .page_size = kPageSize,
+                    .page_count = max_batch * kPagesEach}),
         profile_(profile),
         stream_(prints),
         cache_({.layers = model.config().layers,
                 .kv_heads = model.config().kv_heads,
                 .head_dim = model.config().head_dim,
-                .page_size = 32,
-                .page_count = max_batch * 32}) {
+                .page_size = kPageSize,
+                .page_count = max_batch * kPagesEach}) {
     for (std::size_t r = 0; r < requests.size(); ++r) {
       const std::string& prompt = requests[r].prompt;
       std::vector<std::int32_t> tokens(prompt.size());
       for (std::size_t i = 0; i < prompt.size(); ++i)
         tokens[i] = static_cast<unsigned char>(prompt[i]);
-      timed("scheduler", [&] { scheduler_.add_request(requests[r].id, tokens); });
-      state_[requests[r].id] = {&requests[r], ef::Philox(1000 + r), 0, false, 0};
+      const ef::RequestTicket ticket = timed("scheduler", [&] {
+        return scheduler_.submit(tokens, {.max_new_tokens = requests[r].new_tokens});
+      });
+      state_.emplace(ticket, State{&requests[r], ef::Philox(1000 + r), ef::SequenceId{}});
     }
   }
 
   ServingResult run() {
-    for (;;) {
-      const ef::Batch batch = timed("scheduler", [&] { return scheduler_.get_batch(); });
-      if (batch.request_ids.empty()) break;
-      step(batch);
+    while (timed("scheduler", [&] { return scheduler_.next_step(plan_); })) {
+      step();
       ++result_.steps;
+    }
+    for (auto& [ticket, state] : state_) {
+      const ef::FinishedRequest done = scheduler_.take_finished(ticket);
+      std::string& text = result_.generated[state.request->id];
+      for (std::size_t i = static_cast<std::size_t>(done.prompt_length); i < done.tokens.size();
+           ++i)
+        text += static_cast<char>(done.tokens[i]);
     }
     return std::move(result_);
   }
@@ -123,38 +136,44 @@ class Server {
     const Request* request;
     ef::Philox random;
     ef::SequenceId sequence;
-    bool prefilled;
-    Index generated;
   };
+  using Rows = std::vector<std::size_t>;
 
-  // Newcomers are prefilled together, padded to the longest prompt; the others decode one token.
-  // Then every row is sampled in its own way.
-  void step(const ef::Batch& batch) {
-    std::vector<Index> fresh, running;
-    for (std::size_t r = 0; r < batch.request_ids.size(); ++r)
-      (state_.at(batch.request_ids[r]).prefilled ? running : fresh)
-          .push_back(static_cast<Index>(r));
-    if (!fresh.empty()) sample(batch, fresh, prefill(batch, fresh));
-    if (!running.empty()) sample(batch, running, decode(batch, running));
+  // The budget never cuts a row, so a row is either a whole text, which is prefilled, or one token
+  // behind what the cache holds. Texts are padded to the longest of the step. Every row is sampled
+  // in its own way.
+  void step() {
+    for (ef::RequestTicket ticket : plan_.released) cache_.free(state_.at(ticket).sequence);
+    Rows fresh, running;
+    for (std::size_t row = 0; row < plan_.requests.size(); ++row)
+      (plan_.positions[row] == 0 ? fresh : running).push_back(row);
+    sampled_.clear();
+    if (!fresh.empty()) sample(fresh, prefill(fresh));
+    if (!running.empty()) sample(running, decode(running));
+    timed("scheduler", [&] { scheduler_.complete(sampled_); });
+    for (const ef::StepToken& token : sampled_)
+      stream_.token(state_.at(token.request).request->id, static_cast<char>(token.token),
+                    scheduler_.is_finished(token.request));
   }
 
-  ef::Tensor<float, 2> prefill(const ef::Batch& batch, const std::vector<Index>& rows) {
+  State& state_of(std::size_t row) { return state_.at(plan_.requests[row]); }
+  std::span<const std::int32_t> tokens_of(std::size_t row) const {
+    const auto begin = static_cast<std::size_t>(plan_.offsets[row]),
+               end = static_cast<std::size_t>(plan_.offsets[row + 1]);
+    return std::span(plan_.tokens).subspan(begin, end - begin);
+  }
+
+  ef::Tensor<float, 2> prefill(const Rows& rows) {
     std::vector<Index> lengths;
-    Index longest = 0;
-    for (Index r : rows) {
-      lengths.push_back(batch.sequence_lengths[static_cast<std::size_t>(r)]);
-      longest = std::max(longest, lengths.back());
-    }
-    ef::Tensor<std::int32_t, 2> ids(static_cast<Index>(rows.size()), longest);
+    for (std::size_t row : rows) lengths.push_back(static_cast<Index>(tokens_of(row).size()));
+    ef::Tensor<std::int32_t, 2> ids(static_cast<Index>(rows.size()),
+                                    *std::max_element(lengths.begin(), lengths.end()));
     ids.setConstant(-1);  // padding is never read
     sequences_.clear();
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      for (Index t = 0; t < lengths[i]; ++t)
-        ids(static_cast<Index>(i), t) = batch.input_ids(rows[i], t);
-      State& state = state_.at(batch.request_ids[static_cast<std::size_t>(rows[i])]);
-      state.sequence = cache_.add_sequence();
-      state.prefilled = true;
-      sequences_.push_back(state.sequence);
+      const auto tokens = tokens_of(rows[i]);
+      std::copy(tokens.begin(), tokens.end(), &ids(static_cast<Index>(i), 0));
+      sequences_.push_back(state_of(rows[i]).sequence = cache_.add_sequence());
       result_.prefill_tokens += lengths[i];
     }
     const auto start = Clock::now();
@@ -163,14 +182,12 @@ class Server {
     return logits;
   }
 
-  ef::Tensor<float, 2> decode(const ef::Batch& batch, const std::vector<Index>& rows) {
+  ef::Tensor<float, 2> decode(const Rows& rows) {
     ef::Tensor<std::int32_t, 1> ids(static_cast<Index>(rows.size()));
     sequences_.clear();
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      ids(static_cast<Index>(i)) =
-          batch.input_ids(rows[i], batch.sequence_lengths[static_cast<std::size_t>(rows[i])] - 1);
-      sequences_.push_back(
-          state_.at(batch.request_ids[static_cast<std::size_t>(rows[i])]).sequence);
+      ids(static_cast<Index>(i)) = tokens_of(rows[i]).front();
+      sequences_.push_back(state_of(rows[i]).sequence);
     }
     result_.decode_tokens += static_cast<Index>(rows.size());
     const auto start = Clock::now();
@@ -179,29 +196,20 @@ class Server {
     return logits;
   }
 
-  void sample(const ef::Batch& batch, const std::vector<Index>& rows,
-              const ef::Tensor<float, 2>& logits) {
+  void sample(const Rows& rows, const ef::Tensor<float, 2>& logits) {
     std::vector<ef::SamplingParams> params;
     std::vector<ef::Philox> random;
-    for (Index r : rows) {
-      const State& state = state_.at(batch.request_ids[static_cast<std::size_t>(r)]);
-      params.push_back(state.request->sampling);
-      random.push_back(state.random);
+    for (std::size_t row : rows) {
+      params.push_back(state_of(row).request->sampling);
+      random.push_back(state_of(row).random);
     }
     const ef::Tensor<std::int32_t, 1> ids = timed("sampling", [&] {
       return ef::sample(logits, std::span<const ef::SamplingParams>(params),
                         std::span<ef::Philox>(random));
     });
     for (std::size_t i = 0; i < rows.size(); ++i) {
-      const std::string& id = batch.request_ids[static_cast<std::size_t>(rows[i])];
-      State& state = state_.at(id);
-      state.random = random[i];
-      const bool finished = ++state.generated == state.request->new_tokens;
-      const std::int32_t token = ids(static_cast<Index>(i));
-      result_.generated[id] += static_cast<char>(token);
-      timed("scheduler", [&] { scheduler_.update_batch(id, token, finished); });
-      if (finished) cache_.free(state.sequence);
-      stream_.token(id, static_cast<char>(token), finished);
+      state_of(rows[i]).random = random[i];
+      sampled_.push_back({plan_.requests[rows[i]], ids(static_cast<Index>(i))});
     }
   }
 
@@ -210,13 +218,17 @@ class Server {
     return ef::OperatorProfile::timed(profile_, name, std::forward<Call>(call));
   }
 
+  static constexpr Index kLongest = 4096;  // tokens of a text
+  static constexpr Index kPageSize = 32, kPagesEach = 32;
+
   Model& model_;
-  const std::vector<Request>& requests_;
-  ef::ContinuousBatchScheduler scheduler_;
+  ef::StepScheduler scheduler_;
   ef::OperatorProfile* profile_;
   Stream stream_;
   ef::PagedKvCache<float> cache_;
-  std::map<std::string, State> state_;
+  std::map<ef::RequestTicket, State> state_;
+  ef::StepPlan plan_;
+  std::vector<ef::StepToken> sampled_;
   std::vector<ef::SequenceId> sequences_;
   ServingResult result_;
 };
