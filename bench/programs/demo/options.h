@@ -18,9 +18,11 @@ struct Options {
 };
 
 inline constexpr const char* kUsage =
-    R"(end_to_end: trains a small decoder on a text, quantizes it to INT8 and serves 16 concurrent requests with it.
+    R"(end_to_end: trains a small decoder on a text, quantizes it to INT8 and serves 16 concurrent
+requests with it.
 
-  --text FILE   learn this text instead of the LICENSE (at least 1,000 bytes; what fits the model is a few tens of kilobytes)
+  --text FILE   learn this text instead of the LICENSE (at least 1,000 bytes; what fits the model
+                is a few tens of kilobytes)
   --quick       a third of the training tokens, so less is recalled
   --save DIR    keep the trained weights in DIR/model.safetensors
   --load DIR    serve with the weights kept there instead of training

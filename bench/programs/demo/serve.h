@@ -84,8 +84,8 @@ struct ServingResult {
   Index prefill_tokens = 0, decode_tokens = 0, steps = 0;
 };
 
-/// What one rank does until every request is finished. `Model` is a decoder of this rank. Every rank
-/// plans for itself: the same calls give the same plans.
+/// What one rank does until every request is finished. `Model` is a decoder of this rank. Every
+/// rank plans for itself: the same calls give the same plans.
 template <typename Model>
 class Server {
  public:
