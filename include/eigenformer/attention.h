@@ -55,7 +55,7 @@
 /// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *
 /// window with a window. K and V are read once for each 128 rows of a group's queries: a decode
-/// step reads the cache once. Memory beyond the output: about 270 KiB of scratch a thread at
+/// step reads the cache once. Memory beyond the output: about 270 KiB of scratch per thread at
 /// head_dim 128 (340 where a sequence has more than 4,096 keys). The _into forms allocate nothing
 /// after the first call at a size. The output may be the query tensor itself; other overlaps are
 /// not allowed.
@@ -132,8 +132,10 @@ auto batched_attention_with_padding(const D& device, const Q& query, const K& ke
 
 /// Dense attention with padding on the calling thread.
 ///
-///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);              // (batch, seq,
-///   d_model) ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
+///   // (batch, seq, d_model)
+///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);
+///   // (batch, seq, heads, head_dim)
+///   ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
 auto batched_attention_with_padding(const Q& query, const K& key, const V& value,

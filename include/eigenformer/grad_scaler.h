@@ -10,7 +10,7 @@
 ///   scaler.unscale(optimizer);                          // once; then clip, if you clip
 ///   const bool stepped = scaler.step(optimizer);        // unscales what you did not; skips where
 ///                                                       // a gradient is not finite
-///   scaler.update();                                    // once a step: grows or backs off
+///   scaler.update();                                    // once per step: grows or backs off
 ///
 /// The scaler remembers by their memory which gradients were unscaled and stepped since the last
 /// update, so parameters may be unscaled in groups (to clip each by itself) and stepped by one
@@ -89,8 +89,8 @@ class GradScaler {
 
   /// Divides the gradients by scale(), times multiplier, and returns whether all are finite. Throws
   /// std::logic_error where one of them was unscaled since the last update, and
-  /// std::invalid_argument where two share memory or the multiplier over the scale is no float or
-  /// 0.
+  /// std::invalid_argument where two of them share memory, or where multiplier / scale is 0 or NaN
+  /// in float, or past its range.
   template <CpuDevice D>
   bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
     constexpr auto name = "GradScaler::unscale";

@@ -6,15 +6,16 @@
 /// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight
 /// (linear/packed_weight.h), which is what to use where a weight serves more than one call. bias:
 /// x's scalar or float. y: any; double only with double x.
-///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded first, as in mixed-precision
-///   training),
-///     with the ISA's bfloat16 products where it has them (they take denormals as zero); everything accumulates in float.
-///   - int8 PackedWeight: x is quantized per token while it is packed (scale = max|x| / 127), sums are exact in int32, and
-///     y = fma(float(sum), x's scale * weight's scale, bias) in this order: the same bits on every ISA. A token that holds NaN or
-///     infinity gets NaN in all its outputs; the others are not touched.
-///     Weights quantized in groups have one such sum a group, and y = fma(chain of fma(float(sum), group's scale, .), x's scale,
-///     bias).
-///   - any other pair widens exactly to float (to double where one is double, with weights not packed or packed in double).
+///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded
+///     first, as in mixed-precision training), with the ISA's bfloat16 products where it has them
+///     (they take denormals as zero); everything accumulates in float.
+///   - int8 PackedWeight: x is quantized per token while it is packed (scale = max|x| / 127), sums
+///     are exact in int32, and y = fma(float(sum), x's scale * weight's scale, bias) in this order:
+///     the same bits on every ISA. A token that holds NaN or infinity gets NaN in all its outputs;
+///     the others are not touched. Weights quantized in groups have one such sum per group, and
+///     y = fma(chain of fma(float(sum), group's scale, .), x's scale, bias).
+///   - any other pair widens exactly to float (to double where one is double, with weights not
+///     packed or packed in double).
 ///
 /// What follows the sum (bias, activation, residual, gated pairs, another type of output) is fused:
 /// linear/epilogue.h.

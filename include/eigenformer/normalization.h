@@ -64,7 +64,7 @@ inline void require_epsilon(std::string_view name, float epsilon) {
                ", expected positive and finite");
 }
 
-/// A parameter or its gradient has one element a feature.
+/// A parameter or its gradient has one element per feature.
 template <typename W>
 void require_features(std::string_view name, std::string_view w_name, const W& w,
                       std::string_view x_name, Index features) {

@@ -1,15 +1,15 @@
 /// \file
 /// Symmetric INT8 quantization and the product with quantized weights:
 ///
-///   scale = max|w| / 127                                  1 where all are zero
-///   q     = clamp(round_half_to_even(w / scale), -127, 127)      so -128 never occurs, and |w - q * scale| <= scale / 2 up to one
-///   rounding
+///   scale = max|w| / 127                                       1 where all are zero
+///   q     = clamp(round_half_to_even(w / scale), -127, 127)    so -128 never occurs
 ///
-/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128
-/// inputs of a row, or for each token of activations. The quotient is a true division, in float
-/// (double for double); the scale is a float and never 0: where max|w| / 127 rounds to 0 the
-/// smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See
-/// Dettmers et al., "LLM.int8()" (2022), for per-token activations against per-row weights.
+/// (so that |w - q * scale| <= scale / 2, up to one rounding) with one scale for a tensor, for each
+/// row of a (out, in) weight, for each group of 32, 64 or 128 inputs of a row, or for each token of
+/// activations. The quotient is a true division, in float (double for double); the scale is a float
+/// and never 0: where max|w| / 127 rounds to 0 the smallest float serves, and among denormals,
+/// whose quotients can pass 127, the clamp does. See Dettmers et al., "LLM.int8()" (2022), for
+/// per-token activations against per-row weights.
 ///
 /// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's
 /// range) throws std::invalid_argument naming the first one's index, before anything is written. On

@@ -9,15 +9,15 @@
 /// serves contexts four times the length trained.
 ///
 /// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), or heads in the rows of a wider
-/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element a token, batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor
-/// of rank 1 or any other contiguous range of integers, or a braced list. Scalars are float,
-/// double, bfloat16 and half; y's may differ from x's. Angles, cosines and sines are computed in
-/// double (an angle is right to 1e-10 at position 10^6) and rounded once: to float, or to double
-/// where x or y is.
+/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element per token,
+/// batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other
+/// contiguous range of integers, or a braced list. Scalars are float, double, bfloat16 and half;
+/// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to
+/// 1e-10 at position 10^6) and rounded once: to float, or to double where x or y is.
 ///
-/// Two forms give the same bits. With options, cosines and sines are computed once a token, for all
-/// its heads (about 2 us for 64 pairs). With a RopeTable they are read: nothing is computed but the
-/// rotation, nothing allocated; the hot path.
+/// Two forms give the same bits. With options, cosines and sines are computed once per token, for
+/// all its heads (about 2 us for 64 pairs). With a RopeTable they are read: nothing is computed but
+/// the rotation, nothing allocated; the hot path.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined. Throws
 /// std::invalid_argument for a number of positions other than of tokens, an odd or too large
@@ -226,7 +226,7 @@ void rope_with_table(std::string_view name, const D& device, Problem problem,
 
 }  // namespace detail
 
-/// y = x, turned. The workspace takes one row of cosines and sines a thread.
+/// y = x, turned. The workspace takes one row of cosines and sines per thread.
 template <CpuDevice D, typename Y, typename X, typename P = LengthSpan>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions,
                const RopeOptions& options = {}, Workspace& workspace = thread_workspace()) {
@@ -255,8 +255,8 @@ auto rope(const D& device, const X& x, const P& positions, const RopeOptions& op
   rope_into(device, y, x, positions, options);
   return y;
 }
-///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});   // or
-/// ef::rope(query, positions, table)
+///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});
+///   ef::Tensor<float, 3> q2 = ef::rope(query, positions, table);
 template <typename X, typename P = LengthSpan>
   requires(!Device<X>)
 auto rope(const X& x, const P& positions, const RopeOptions& options = {}) {

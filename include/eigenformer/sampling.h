@@ -10,7 +10,7 @@
 ///   ids = ef::top_k_sample(logits, k, temperature, rng);
 ///   ids = ef::top_p_sample(logits, p, temperature, rng);
 ///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
-///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
+///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one per row
 ///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
 ///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
 ///   scores = ef::log_probabilities_of(logits, tokens);                  // of given tokens
@@ -52,9 +52,9 @@
 /// bytes overflows. batch 0 is legal. An output must not overlap the logits.
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a
-/// draw from all tokens add about one exponential a token each. No filter sorts the vocabulary: the
-/// worst case is O(vocab). Rows are spread over the threads of a pool. The _into forms allocate
-/// nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
+/// draw from all tokens add about one exponential per token each. No filter sorts the vocabulary:
+/// the worst case is O(vocab). Rows are spread over the threads of a pool. The _into forms allocate
+/// nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers per thread.
 #pragma once
 
 #include <algorithm>
@@ -130,7 +130,7 @@ inline void check_sampling_params(std::string_view name, const SamplingParams& p
                " tokens) or none");
 }
 
-/// Parameters of a call: one set for all rows, or one a row.
+/// Parameters of a call: one set for all rows, or one per row.
 struct SamplingParamsView {
   const SamplingParams* data;
   Index count;
@@ -294,8 +294,8 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 
 // ---- sampling -----------------------------------------------------------------------------------
 
-/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is
-/// (batch). Allocates nothing after the first call at a size. On CPU devices any parameters.
+/// Draws one token per row into ids (batch), -1 where a row is bad; `statuses`, where given, is
+/// (batch). Allocates nothing after the first call at a size. CPU devices take any parameters.
 template <CpuDevice D, typename Ids, typename Logits>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params,
                  Generators rng, std::span<SampleStatus> statuses = {},
@@ -320,7 +320,7 @@ void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k
                       statuses, workspace);
 }
 
-/// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
+/// Returns one token per row, (batch). Throws std::invalid_argument for a bad row too.
 template <CpuDevice D, typename Logits>
 Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const SamplingParams& params,
                                Generators rng) {

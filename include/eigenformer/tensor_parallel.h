@@ -18,13 +18,13 @@
 /// every rank. A row-parallel layer that adds partial products (the textbook's all-reduce) cannot
 /// keep that promise: its rounding depends on where the features were cut. This one gathers the
 /// parts of x and divides the output features instead: the same arithmetic and the same weight
-/// bytes a rank, tokens * (in + out) elements received where an all-reduce moves tokens * 2 * out,
-/// and no order of summation left to chance.
+/// bytes per rank, tokens * (in + out) elements received where an all-reduce moves
+/// tokens * 2 * out, and no order of summation left to chance.
 ///
 /// Every rank calls, with the same shapes. Bad arguments throw std::invalid_argument before
 /// anything is sent; a rank that fails is a CommunicatorError on the others. Outputs must not
-/// overlap inputs. The _into forms allocate nothing after the first call at a size. Cost a rank: 1
-/// / world_size of the product, and a gather of the output (for rows: of the input too).
+/// overlap inputs. The _into forms allocate nothing after the first call at a size. Cost per rank:
+/// 1 / world_size of the product, and a gather of the output (for rows: of the input too).
 #pragma once
 
 #include <span>

@@ -1,14 +1,14 @@
 /// \file
 /// Gradients of attention.h, for training, with every option of the forward pass. P are the
-/// probabilities, dP = grad_out V^T, D_i the sum over keys of P_ij dP_ij (which is grad_out_i .
-/// out_i), dS = P * (dP - D), times 1 - tanh^2 under a softcap:
+/// probabilities, dP = grad_out V^T, D_i the sum over keys of P_ij dP_ij (the dot product of
+/// grad_out_i and out_i), dS = P * (dP - D), times 1 - tanh^2 under a softcap:
 ///
 ///   grad_v = P^T grad_out     grad_q = scale * dS K     grad_k = scale * dS^T Q
 ///   grad_sink = -sum over rows of P_sink D
 ///
 /// P and D are computed again from q, k, v and grad_out (after Dao et al., "FlashAttention", 2022):
-/// the score matrix never exists. Scratch a thread is about 200 KiB, 512 bytes for each key that 64
-/// rows of queries see, and the float gradients of one KV head's keys and values in the longest
+/// the score matrix never exists. Scratch per thread is about 200 KiB, 512 bytes for each key that
+/// 64 rows of queries see, and the float gradients of one KV head's keys and values in the longest
 /// sequence.
 ///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);

@@ -27,7 +27,7 @@ inline namespace EIGENFORMER_ABI {
 struct MpiOptions {
   /// The MPI_Comm given is freed with the communicator; otherwise it stays the caller's.
   bool take_ownership = false;
-  /// Before each collective ranks compare what they are about to call (40 bytes a rank): a
+  /// Before each collective ranks compare what they are about to call (40 bytes per rank): a
   /// difference is an error on every rank instead of undefined behaviour.
   bool compare_calls = true;
   /// Bytes of the largest single message, below MPI's limit of INT_MAX; longer ones travel in

@@ -140,10 +140,10 @@ class ThreadMeeting {
 /// waiting for ever.
 class ThreadCommunicator {
  public:
-  /// Calls body(communicator) once a rank, rank 0 on the calling thread and each other on a thread
-  /// of its own, waits for all of them and rethrows the first exception (in time). A rank that
-  /// throws wakes the others. Throws std::invalid_argument for world_size < 1, std::system_error
-  /// where a thread cannot be started.
+  /// Calls body(communicator) once per rank, rank 0 on the calling thread and each other on a
+  /// thread of its own, waits for all of them and rethrows the first exception (in time). A rank
+  /// that throws wakes the others. Throws std::invalid_argument for world_size < 1,
+  /// std::system_error where a thread cannot be started.
   ///
   ///   ef::ThreadCommunicator::run(2, [&](auto& communicator) { y[communicator.rank()] = ef::column_parallel_linear(x, w,
   ///   communicator); });

@@ -183,7 +183,7 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
   detail::pack_weight(device, packed, input_view<2>(weight), workspace, options);
 }
 
-/// Packs int8 values (out, in) with one scale a row (out), or one a group (out, ceil(in /
+/// Packs int8 values (out, in) with one scale per row (out), or one per group (out, ceil(in /
 /// group_size)).
 template <CpuDevice D, typename Values, typename Scales>
   requires(!std::same_as<Scales, Int8Packing>)

@@ -3,10 +3,9 @@
 /// rows, k-major (see packed_array.h for the memory).
 ///
 ///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
-///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale a row of weight
+///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale per row
 ///   ef::PackedWeight<std::int8_t> g = ef::pack_weight<std::int8_t>(weight, {.group_size = 64});   // a scale every 64 inputs
-///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and their scales: (out),
-///   or
+///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and scales: (out), or
 ///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
 ///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
 ///   ef::PackedWeight<float> qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});   // one below the other
@@ -45,7 +44,7 @@ struct PanelLayout {
 };
 
 struct Int8Packing {
-  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale a row
+  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one per row
 };
 
 namespace detail {
@@ -93,7 +92,7 @@ class PackedWeight {
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
   const PanelLayout& layout() const { return layout_; }
-  /// Inputs that share a scale; 0 where there is one a row, or none.
+  /// Inputs that share a scale; 0 where there is one per row, or none.
   Index group_size() const { return group_; }
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }

@@ -96,9 +96,9 @@ constexpr Index kept_by_top_k(const SamplingParams& params) {
   return params.top_k == 0 ? kKeepAllTokens : params.top_k;
 }
 
-/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams: of
-/// one with a name a view, of a temporary a copy. (A span would itself accept `{}` where the
-/// parameters of all rows are meant.)
+/// Parameters, one set per row, made implicitly from a std::span, vector or array of
+/// SamplingParams: of one with a name a view, of a temporary a copy. (A span would itself accept
+/// `{}` where the parameters of all rows are meant.)
 class RowSamplingParams {
  public:
   template <detail::ContiguousRange Range>
@@ -128,9 +128,9 @@ enum class SampleStatus : std::uint8_t {
 };
 
 /// The random numbers of a call: one generator for all rows (row r draws at row r of its counter),
-/// or one generator a row (each row draws at row 0 of its own, so that a request's draws follow it
-/// from batch to batch). Made implicitly from a Philox, a span, vector or array of them; it refers
-/// to them (and owns a Philox that is a temporary), and the call advances each by one.
+/// or one generator per row (each row draws at row 0 of its own, so that a request's draws follow
+/// it from batch to batch). Made implicitly from a Philox, a span, vector or array of them; it
+/// refers to them (and owns a Philox that is a temporary), and the call advances each by one.
 class Generators {
  public:
   Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}
