@@ -311,7 +311,7 @@ TEST(SamplingLogits, StoredParametersOwnTemporaries) {
   const std::vector<std::int32_t> other(100, 7);  // memory that a dangling view might see
   const auto expected = ef::sampling_probabilities(logits, viewed);
   EXPECT_TRUE(same_bits(ef::sampling_probabilities(logits, stored), expected));
-  const ef::RowSamplingParams rows = std::vector<ef::SamplingParams>{make(4), make(4)};
+  const std::vector<ef::SamplingParams> rows{make(4), make(4)};
   EXPECT_TRUE(same_bits(ef::sampling_probabilities(logits, rows), expected));
   const ef::Generators generator = ef::Philox{9};
   EXPECT_TRUE(
