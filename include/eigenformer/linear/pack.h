@@ -85,12 +85,6 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
                           cpu::first_not_quantizable(views[bad].data(), rows * columns));
 }
 
-template <typename D, typename T, typename W>
-void pack_weight(const D& device, PackedWeight<T>& packed, TensorView<const W, 2> weight,
-                 Workspace& workspace, const Int8Packing& options = {}) {
-  pack_weight(device, packed, {weight}, {"weights"}, options, workspace);
-}
-
 /// Packs `count` views as one weight, the rows of each below those of the one before.
 template <typename D, typename T, typename View>
 void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, int count,
@@ -175,12 +169,12 @@ auto scales_view(const Scales& scales) {
 template <CpuDevice D, typename T, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       Workspace& workspace = thread_workspace()) {
-  detail::pack_weight(device, packed, input_view<2>(weight), workspace);
+  detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, {}, workspace);
 }
 template <CpuDevice D, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Weight& weight,
                       const Int8Packing& options, Workspace& workspace = thread_workspace()) {
-  detail::pack_weight(device, packed, input_view<2>(weight), workspace, options);
+  detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options, workspace);
 }
 
 /// Packs int8 values (out, in) with one scale per row (out), or one per group (out, ceil(in /
@@ -197,7 +191,8 @@ template <typename T, CpuDevice D, typename Weight>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
-  detail::pack_weight(device, packed, input_view<2>(weight), thread_workspace(), options);
+  detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options,
+                      thread_workspace());
   return packed;
 }
 template <typename T, typename Weight>
@@ -211,7 +206,8 @@ template <typename T = std::int8_t, CpuDevice D, typename Values, typename Scale
 PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
-  pack_weight_into(device, packed, values, scales, options);
+  detail::pack_int8_values(device, packed, input_view<2>(values), detail::scales_view(scales),
+                           options);
   return packed;
 }
 template <typename T = std::int8_t, typename Values, typename Scales>
@@ -249,7 +245,7 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
                             Workspace& workspace = thread_workspace()) {
   static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
                 "eigenformer: gate and up have one scalar");
-  detail::pack_weight(device, WeightAccess<T>::pair(packed),
+  detail::pack_weight(device, detail::WeightAccess<T>::pair(packed),
                       {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options, workspace);
 }
 template <typename T, CpuDevice D, typename Gate, typename Up>

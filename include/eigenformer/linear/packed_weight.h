@@ -35,6 +35,12 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
+struct Int8Packing {
+  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale a row
+};
+
+namespace detail {
+
 /// What a packed weight looks like in memory.
 struct PanelLayout {
   std::string_view isa;  ///< of the kernels that read it; AMX reads that of avx512
@@ -42,12 +48,6 @@ struct PanelLayout {
   int step = 0;          ///< consecutive k that lie together
   friend bool operator==(const PanelLayout&, const PanelLayout&) = default;
 };
-
-struct Int8Packing {
-  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one per row
-};
-
-namespace detail {
 
 /// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
 inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
@@ -62,10 +62,10 @@ inline void require_group_size(Index group_size, std::string_view name) {
                group_size, ", expected 32, 64 or 128");
 }
 
-}  // namespace detail
-
 template <typename T>
 struct WeightAccess;
+
+}  // namespace detail
 
 /// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
 /// or int8 with a scale for each row or for each group of inputs.
@@ -91,8 +91,8 @@ class PackedWeight {
 
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
-  const PanelLayout& layout() const { return layout_; }
-  /// Inputs that share a scale; 0 where there is one per row, or none.
+  const detail::PanelLayout& layout() const { return layout_; }
+  /// Inputs that share a scale; 0 where there is one a row, or none.
   Index group_size() const { return group_; }
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }
@@ -104,7 +104,7 @@ class PackedWeight {
   const T* data() const { return data_.data(); }
 
  private:
-  friend struct WeightAccess<T>;
+  friend struct detail::WeightAccess<T>;
   void swap(PackedWeight& other) noexcept {
     std::swap(rows_, other.rows_);
     std::swap(columns_, other.columns_);
@@ -114,7 +114,7 @@ class PackedWeight {
     std::swap(scales_, other.scales_);
   }
   Index rows_ = 0, columns_ = 0, group_ = 0;
-  PanelLayout layout_;
+  detail::PanelLayout layout_;
   detail::PackedArray<T> data_;
   detail::PackedArray<float> scales_;
 };
@@ -127,16 +127,18 @@ class PackedGatedWeight {
   /// Outputs: rows of gate, and of up.
   Index rows() const { return pair_.rows() / 2; }
   Index columns() const { return pair_.columns(); }
-  const PanelLayout& layout() const { return pair_.layout(); }
+  const detail::PanelLayout& layout() const { return pair_.layout(); }
   Index group_size() const { return pair_.group_size(); }
   Index bytes() const { return pair_.bytes(); }
   /// Both as one weight, in panels of half gate and half up.
   const PackedWeight<T>& pair() const { return pair_; }
 
  private:
-  friend struct WeightAccess<T>;
+  friend struct detail::WeightAccess<T>;
   PackedWeight<T> pair_;
 };
+
+namespace detail {
 
 /// How packing reaches the inside of a PackedWeight.
 template <typename T>
@@ -165,5 +167,6 @@ struct WeightAccess {
   static PackedWeight<T>& pair(PackedGatedWeight<T>& packed) { return packed.pair_; }
 };
 
+}  // namespace detail
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
