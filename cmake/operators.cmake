@@ -1,5 +1,5 @@
 # One word, one operator, the same word everywhere:
-#   include/eigenformer/X.h  problem/X.h  reference/X.h  cpu/X.h  cuda/X.cuh  tests/X_test.cpp  bench/X_bench.cpp
+#   include/eigenformer/X.h  problem/X.h  reference/X.h  cpu/X.h  cuda/X.cuh  tests/X/X_test.cpp  bench/operators/X_bench.cpp
 # A missing file stops the configuration. What an operator does not have is said here, in one visible list. Whatever has a
 # kernel has a problem.
 
@@ -11,8 +11,8 @@ function(eigenformer_operator name)
   set(file_problem include/eigenformer/problem/${name}.h)
   set(file_cpu include/eigenformer/cpu/${name}.h)
   set(file_cuda include/eigenformer/cuda/${name}.cuh)
-  set(file_test tests/${name}_test.cpp)
-  set(file_bench bench/${name}_bench.cpp)
+  set(file_test tests/${name}/${name}_test.cpp)
+  set(file_bench bench/operators/${name}_bench.cpp)
   if("cpu" IN_LIST arg_WITHOUT)
     list(APPEND arg_WITHOUT problem)
   endif()

@@ -2,9 +2,9 @@
 /// The peers of a matrix product, as rows of a benchmark. Peers that were not found when the build
 /// was configured are left out.
 ///
-///   bench::add_matmul_peers(row, tokens, in, out, x, w);                                // float, w (out, in): oneDNN and OpenBLAS
-///   bench::add_matmul_peers(row, tokens, in, out, x, w, bench::WeightType::bfloat16);   // weights and inputs in bfloat16: oneDNN
-///   bench::add_matmul_peers(row, tokens, in, out, x, w, bench::WeightType::int8);       // both in INT8: oneDNN
+///   add_matmul_peers(row, tokens, in, out, x, w);                        // oneDNN, OpenBLAS
+///   add_matmul_peers(row, tokens, in, out, x, w, WeightType::bfloat16);  // w, x: oneDNN
+///   add_matmul_peers(row, tokens, in, out, x, w, WeightType::int8);      // w, x: oneDNN
 ///
 /// x (tokens, in) and w (out, in) are std::shared_ptr of float tensors; peers convert and pack
 /// before they are timed, so their figures leave out quantizing the input. They write float.
@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "../harness.h"
+#include "../report/harness.h"
 #include "product.h"
 
 namespace bench {

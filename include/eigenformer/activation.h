@@ -40,59 +40,81 @@ struct GeluOptions {
 
 namespace detail {
 
+/// The view of an input, and one of the rank of X, so that a wrong rank is named at the call.
 template <typename X>
 auto any_input(const X& x) {
   return input_view<rank_of<X>>(x);
 }
-
-/// An output of the rank of X, so that a wrong rank is named at the call.
+template <typename X, typename Y>
+auto input_like(const Y& y) {
+  return input_view<rank_of<X>>(y);
+}
 template <typename X, typename Y>
 auto output_like(Y& y) {
   return output_view<rank_of<X>>(y);
 }
 
-template <typename Function, typename D, typename Y, typename X>
-void activation_into(std::string_view name, const D& device, Y y, X x) {
-  require_floating_scalars<Y, X>();
-  require_same_shape(name, "y", y, "x", x);
-  const Index count = checked_size(name, "x", x);
-  detail::run(device,
-              problem::Activation<Function, scalar_of<Y>, scalar_of<X>>{y.data(), x.data(), count});
+/// The number of elements of x, once all others (their name, their view, ...) have its shape.
+template <typename X>
+Index common_size(std::string_view name, std::string_view x_name, const X& x) {
+  require_floating_scalars<X>();
+  return checked_size(name, x_name, x);
+}
+template <typename X, typename Y, typename... Others>
+Index common_size(std::string_view name, std::string_view x_name, const X& x,
+                  std::string_view y_name, const Y& y, const Others&... others) {
+  require_floating_scalars<Y>();
+  require_same_shape(name, y_name, y, x_name, x);
+  return common_size(name, x_name, x, others...);
 }
 
-template <typename Function, typename D, typename GX, typename GY, typename X>
-void activation_backward_into(std::string_view name, const D& device, GX grad_x, GY grad_y, X x) {
-  require_floating_scalars<GX, GY, X>();
-  require_same_shape(name, "grad_x", grad_x, "x", x);
-  require_same_shape(name, "grad_y", grad_y, "x", x);
-  using Problem = problem::ActivationBackward<Function, scalar_of<GX>, scalar_of<GY>, scalar_of<X>>;
-  detail::run(device, Problem{grad_x.data(), grad_y.data(), x.data(), checked_size(name, "x", x)});
+template <typename Function, typename Y, typename X>
+auto activation_problem(std::string_view name, Y& to, const X& from) {
+  const auto y = output_like<X>(to);
+  const auto x = any_input(from);
+  return problem::Activation<Function, scalar_of<Y>, scalar_of<X>>{
+      y.data(), x.data(), common_size(name, "x", x, "y", y)};
 }
 
-template <typename Function, typename D, typename Y, typename Gate, typename Up>
-void gated_into(std::string_view name, const D& device, Y y, Gate gate, Up up) {
-  require_floating_scalars<Y, Gate, Up>();
-  require_same_shape(name, "up", up, "gate", gate);
-  require_same_shape(name, "y", y, "gate", gate);
-  const Index n = checked_size(name, "gate", gate);
-  using Problem = problem::Gated<Function, scalar_of<Y>, scalar_of<Gate>, scalar_of<Up>>;
-  detail::run(device, Problem{y.data(), gate.data(), up.data(), 1, n, n, n, n});
+template <typename Function, typename GX, typename GY, typename X>
+auto activation_backward_problem(std::string_view name, GX& to, const GY& from, const X& input) {
+  const auto grad_x = output_like<X>(to);
+  const auto grad_y = input_like<X>(from);
+  const auto x = any_input(input);
+  const Index n = common_size(name, "x", x, "grad_x", grad_x, "grad_y", grad_y);
+  return problem::ActivationBackward<Function, scalar_of<GX>, scalar_of<GY>, scalar_of<X>>{
+      grad_x.data(), grad_y.data(), x.data(), n};
 }
 
-template <typename Function, typename D, typename GG, typename GU, typename GY, typename Gate,
-          typename Up>
-void gated_backward_into(std::string_view name, const D& device, GG grad_gate, GU grad_up,
-                         GY grad_y, Gate gate, Up up) {
-  require_floating_scalars<GG, GU, GY, Gate, Up>();
-  require_same_shape(name, "up", up, "gate", gate);
-  require_same_shape(name, "grad_y", grad_y, "gate", gate);
-  require_same_shape(name, "grad_gate", grad_gate, "gate", gate);
-  require_same_shape(name, "grad_up", grad_up, "gate", gate);
-  const Index n = checked_size(name, "gate", gate);
-  using Problem = problem::GatedBackward<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>,
-                                         scalar_of<Gate>, scalar_of<Up>>;
-  detail::run(device, Problem{grad_gate.data(), grad_up.data(), grad_y.data(), gate.data(),
-                              up.data(), 1, n, n, n, n});
+template <typename Function, typename Y, typename Gate, typename Up>
+auto gated_problem(std::string_view name, Y& to, const Gate& gates, const Up& ups) {
+  const auto y = output_like<Gate>(to);
+  const auto gate = any_input(gates);
+  const auto up = input_like<Gate>(ups);
+  const Index n = common_size(name, "gate", gate, "up", up, "y", y);
+  return problem::Gated<Function, scalar_of<Y>, scalar_of<Gate>, scalar_of<Up>>{
+      y.data(), gate.data(), up.data(), 1, n, n, n, n};
+}
+
+template <typename Function, typename GG, typename GU, typename GY, typename Gate, typename Up>
+auto gated_backward_problem(std::string_view name, GG& to_gate, GU& to_up, const GY& from,
+                            const Gate& gates, const Up& ups) {
+  const auto grad_gate = output_like<Gate>(to_gate);
+  const auto grad_up = output_like<Gate>(to_up);
+  const auto grad_y = input_like<Gate>(from);
+  const auto gate = any_input(gates);
+  const auto up = input_like<Gate>(ups);
+  const Index n = common_size(name, "gate", gate, "up", up, "grad_y", grad_y, "grad_gate",
+                              grad_gate, "grad_up", grad_up);
+  return problem::GatedBackward<Function, scalar_of<GG>, scalar_of<GU>, scalar_of<GY>,
+                                scalar_of<Gate>, scalar_of<Up>>{
+      grad_gate.data(), grad_up.data(), grad_y.data(), gate.data(), up.data(), 1, n, n, n, n};
+}
+
+inline Index half_of(std::string_view name, Index columns) {
+  require_that(columns % 2 == 0, name, "gate_up has ", columns,
+               " columns, expected an even number (gate, then up)");
+  return columns / 2;
 }
 
 /// Rows of a fused tensor (..., 2 * features) and of its result (..., features).
@@ -100,49 +122,70 @@ template <typename Fused, typename Y>
 RowShape fused_shape(std::string_view name, const Fused& fused, std::string_view y_name,
                      const Y& y) {
   const RowShape shape = row_shape(fused, name, "gate_up");
-  require_that(shape.features % 2 == 0, name, "gate_up has ", shape.features,
-               " columns, expected an even number (gate, then up)");
-  bool same = true;
-  for (int d = 0; d < rank_of<Y>; ++d) {
-    const auto at = static_cast<std::size_t>(d);
-    same = same && y.dimension(at) == fused.dimension(at) / (d == rank_of<Y> - 1 ? 2 : 1);
-  }
-  if (!same)
+  auto sizes = sizes_of<rank_of<Fused>>(fused);
+  sizes[rank_of<Fused> - 1] = half_of(name, shape.features);
+  if (sizes_of<rank_of<Fused>>(y) != sizes)
     require_that(false, name, y_name, " has shape ", shape_text(y), ", gate_up has shape ",
                  shape_text(fused));
   return {shape.rows, shape.features / 2};
 }
 
-template <typename Function, typename D, typename Y, typename Fused>
-void gated_fused_into(std::string_view name, const D& device, Y y, Fused fused) {
-  require_floating_scalars<Y, Fused>();
+template <typename Function, typename Y, typename Fused>
+auto gated_problem(std::string_view name, Y& to, const Fused& from) {
+  const auto y = output_like<Fused>(to);
+  const auto fused = any_input(from);
+  require_floating_scalars<decltype(y), decltype(fused)>();
   const auto [rows, n] = fused_shape(name, fused, "y", y);
-  using Problem = problem::Gated<Function, scalar_of<Y>, scalar_of<Fused>, scalar_of<Fused>>;
-  detail::run(device, Problem{y.data(), fused.data(), offset_by(fused.data(), n), rows, n, n, 2 * n,
-                              2 * n});
+  return problem::Gated<Function, scalar_of<Y>, scalar_of<Fused>, scalar_of<Fused>>{
+      y.data(), fused.data(), offset_by(fused.data(), n), rows, n, n, 2 * n, 2 * n};
 }
 
-template <typename Function, typename D, typename GF, typename GY, typename Fused>
-void gated_fused_backward_into(std::string_view name, const D& device, GF grad_fused, GY grad_y,
-                               Fused fused) {
-  require_floating_scalars<GF, GY, Fused>();
+template <typename Function, typename GF, typename GY, typename Fused>
+auto gated_backward_problem(std::string_view name, GF& to, const GY& from, const Fused& input) {
+  const auto grad_fused = output_like<Fused>(to);
+  const auto grad_y = input_like<Fused>(from);
+  const auto fused = any_input(input);
+  require_floating_scalars<decltype(grad_fused), decltype(grad_y), decltype(fused)>();
   require_same_shape(name, "grad_gate_up", grad_fused, "gate_up", fused);
   const auto [rows, n] = fused_shape(name, fused, "grad_y", grad_y);
-  using Problem = problem::GatedBackward<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>,
-                                         scalar_of<Fused>, scalar_of<Fused>>;
-  detail::run(device, Problem{grad_fused.data(), offset_by(grad_fused.data(), n), grad_y.data(),
-                              fused.data(), offset_by(fused.data(), n), rows, n, 2 * n, n, 2 * n});
+  return problem::GatedBackward<Function, scalar_of<GF>, scalar_of<GF>, scalar_of<GY>,
+                                scalar_of<Fused>, scalar_of<Fused>>{grad_fused.data(),
+                                                                    offset_by(grad_fused.data(), n),
+                                                                    grad_y.data(),
+                                                                    fused.data(),
+                                                                    offset_by(fused.data(), n),
+                                                                    rows,
+                                                                    n,
+                                                                    2 * n,
+                                                                    n,
+                                                                    2 * n};
 }
 
-/// The result of a gated activation of a fused tensor.
+/// The result of a gated activation: of gate and up apart, or of both in one tensor.
+template <typename Gate, typename Up>
+auto gated_result(std::string_view name, const Gate& gate, const Up& up) {
+  require_same_shape(name, "up", input_like<Gate>(up), "gate", any_input(gate));
+  return tensor_like(name, "gate", any_input(gate));
+}
 template <typename Fused>
-auto fused_result(std::string_view name, const Fused& fused) {
-  auto sizes = sizes_of<rank_of<Fused>>(fused);
-  Index& columns = sizes[rank_of<Fused> - 1];
-  require_that(columns % 2 == 0, name, "gate_up has ", columns,
-               " columns, expected an even number (gate, then up)");
-  columns /= 2;
-  return make_tensor<scalar_of<Fused>, rank_of<Fused>>(name, "gate_up", sizes);
+auto gated_result(std::string_view name, const Fused& gate_up) {
+  const auto fused = any_input(gate_up);
+  constexpr int rank = rank_of<decltype(fused)>;
+  auto sizes = sizes_of<rank>(fused);
+  sizes[rank - 1] = half_of(name, sizes[rank - 1]);
+  return make_tensor<scalar_of<Fused>, rank>(name, "gate_up", sizes);
+}
+
+template <typename T, int Rank>
+struct GatedGradients {
+  Tensor<T, Rank> grad_gate, grad_up;
+};
+template <typename Gate>
+auto gated_gradients(std::string_view name, const Gate& gate) {
+  GatedGradients<scalar_of<Gate>, rank_or_one<rank_of<Gate>>> g;
+  g.grad_gate = tensor_like(name, "gate", any_input(gate));
+  g.grad_up = g.grad_gate;
+  return g;
 }
 
 /// Calls f with the function that the options choose.
@@ -159,22 +202,15 @@ concept NotAnOption = !Device<X> && !std::same_as<X, GeluOptions>;
 
 }  // namespace detail
 
+// Results and gradients that are returned have the scalar and shape of the input they belong to.
+
 // ---- silu ---------------------------------------------------------------------------------------
 
 /// y = silu(x).
 template <CpuDevice D, typename Y, typename X>
 void silu_into(const D& device, Y&& y, const X& x) {
-  detail::activation_into<problem::Silu>("silu", device, detail::output_like<X>(y),
-                                         detail::any_input(x));
+  detail::run(device, detail::activation_problem<problem::Silu>("silu", y, x));
 }
-/// grad_x = grad_y * silu'(x).
-template <CpuDevice D, typename GX, typename GY, typename X>
-void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<problem::Silu>(
-      "silu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
-      detail::any_input(x));
-}
-/// Returns silu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
 auto silu(const D& device, const X& x) {
   auto y = detail::tensor_like("silu", "x", detail::any_input(x));
@@ -186,27 +222,34 @@ auto silu(const X& x) {
   return silu(Eigen::DefaultDevice{}, x);
 }
 
+/// grad_x = grad_y * silu'(x).
+template <CpuDevice D, typename GX, typename GY, typename X>
+void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
+  detail::run(device, detail::activation_backward_problem<problem::Silu>("silu_backward", grad_x,
+                                                                         grad_y, x));
+}
+template <CpuDevice D, typename GY, typename X>
+auto silu_backward(const D& device, const GY& grad_y, const X& x) {
+  auto grad_x = detail::tensor_like("silu_backward", "x", detail::any_input(x));
+  silu_backward_into(device, grad_x, grad_y, x);
+  return grad_x;
+}
+template <detail::NotAnOption GY, typename X>
+auto silu_backward(const GY& grad_y, const X& x) {
+  return silu_backward(Eigen::DefaultDevice{}, grad_y, x);
+}
+
 // ---- gelu ---------------------------------------------------------------------------------------
 
 /// y = gelu(x).
+///
+///   auto y = ef::gelu(x, {.approximation = ef::GeluApproximation::tanh});
 template <CpuDevice D, typename Y, typename X>
 void gelu_into(const D& device, Y&& y, const X& x, const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::activation_into<F>("gelu", device, detail::output_like<X>(y), detail::any_input(x));
+    detail::run(device, detail::activation_problem<F>("gelu", y, x));
   });
 }
-/// grad_x = grad_y * gelu'(x).
-template <CpuDevice D, typename GX, typename GY, typename X>
-void gelu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x,
-                        const GeluOptions& options = {}) {
-  detail::with_gelu(options, [&]<typename F>(F) {
-    detail::activation_backward_into<F>("gelu_backward", device, detail::output_like<X>(grad_x),
-                                        input_view<rank_of<X>>(grad_y), detail::any_input(x));
-  });
-}
-/// Returns gelu(x), in the scalar and shape of x.
-///
-///   auto y = ef::gelu(x, {.approximation = ef::GeluApproximation::tanh});
 template <CpuDevice D, typename X>
 auto gelu(const D& device, const X& x, const GeluOptions& options = {}) {
   auto y = detail::tensor_like("gelu", "x", detail::any_input(x));
@@ -218,22 +261,32 @@ auto gelu(const X& x, const GeluOptions& options = {}) {
   return gelu(Eigen::DefaultDevice{}, x, options);
 }
 
+/// grad_x = grad_y * gelu'(x).
+template <CpuDevice D, typename GX, typename GY, typename X>
+void gelu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x,
+                        const GeluOptions& options = {}) {
+  detail::with_gelu(options, [&]<typename F>(F) {
+    detail::run(device, detail::activation_backward_problem<F>("gelu_backward", grad_x, grad_y, x));
+  });
+}
+template <CpuDevice D, typename GY, detail::NotAnOption X>
+auto gelu_backward(const D& device, const GY& grad_y, const X& x, const GeluOptions& options = {}) {
+  auto grad_x = detail::tensor_like("gelu_backward", "x", detail::any_input(x));
+  gelu_backward_into(device, grad_x, grad_y, x, options);
+  return grad_x;
+}
+template <detail::NotAnOption GY, typename X>
+auto gelu_backward(const GY& grad_y, const X& x, const GeluOptions& options = {}) {
+  return gelu_backward(Eigen::DefaultDevice{}, grad_y, x, options);
+}
+
 // ---- relu ---------------------------------------------------------------------------------------
 
 /// y = relu(x).
 template <CpuDevice D, typename Y, typename X>
 void relu_into(const D& device, Y&& y, const X& x) {
-  detail::activation_into<problem::Relu>("relu", device, detail::output_like<X>(y),
-                                         detail::any_input(x));
+  detail::run(device, detail::activation_problem<problem::Relu>("relu", y, x));
 }
-/// grad_x = grad_y where x > 0, else 0 (at x = 0 too).
-template <CpuDevice D, typename GX, typename GY, typename X>
-void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
-  detail::activation_backward_into<problem::Relu>(
-      "relu_backward", device, detail::output_like<X>(grad_x), input_view<rank_of<X>>(grad_y),
-      detail::any_input(x));
-}
-/// Returns relu(x), in the scalar and shape of x.
 template <CpuDevice D, typename X>
 auto relu(const D& device, const X& x) {
   auto y = detail::tensor_like("relu", "x", detail::any_input(x));
@@ -245,60 +298,61 @@ auto relu(const X& x) {
   return relu(Eigen::DefaultDevice{}, x);
 }
 
+/// grad_x = grad_y where x > 0, else 0 (at x = 0 too).
+template <CpuDevice D, typename GX, typename GY, typename X>
+void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
+  detail::run(device, detail::activation_backward_problem<problem::Relu>("relu_backward", grad_x,
+                                                                         grad_y, x));
+}
+template <CpuDevice D, typename GY, typename X>
+auto relu_backward(const D& device, const GY& grad_y, const X& x) {
+  auto grad_x = detail::tensor_like("relu_backward", "x", detail::any_input(x));
+  relu_backward_into(device, grad_x, grad_y, x);
+  return grad_x;
+}
+template <detail::NotAnOption GY, typename X>
+auto relu_backward(const GY& grad_y, const X& x) {
+  return relu_backward(Eigen::DefaultDevice{}, grad_y, x);
+}
+
 // ---- swiglu -------------------------------------------------------------------------------------
 
-/// y = silu(gate) * up.
-template <CpuDevice D, typename Y, typename Gate, typename Up>
-void swiglu_into(const D& device, Y&& y, const Gate& gate, const Up& up) {
-  detail::gated_into<problem::Silu>("swiglu", device, detail::output_like<Gate>(y),
-                                    detail::any_input(gate), input_view<rank_of<Gate>>(up));
+/// y = silu(gate) * up, from (gate, up) or from the fused tensor (gate_up).
+template <CpuDevice D, typename Y, typename... GateUp>
+  requires(sizeof...(GateUp) == 1 || sizeof...(GateUp) == 2)
+void swiglu_into(const D& device, Y&& y, const GateUp&... gate_up) {
+  detail::run(device, detail::gated_problem<problem::Silu>("swiglu", y, gate_up...));
 }
-/// y = silu(gate) * up for the fused tensor [gate | up].
-template <CpuDevice D, typename Y, typename Fused>
-void swiglu_into(const D& device, Y&& y, const Fused& gate_up) {
-  detail::gated_fused_into<problem::Silu>("swiglu", device, detail::output_like<Fused>(y),
-                                          detail::any_input(gate_up));
-}
-/// grad_gate = grad_y * up * silu'(gate), grad_up = grad_y * silu(gate).
-template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
-void swiglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
-                          const Gate& gate, const Up& up) {
-  detail::gated_backward_into<problem::Silu>(
-      "swiglu_backward", device, detail::output_like<Gate>(grad_gate),
-      detail::output_like<Gate>(grad_up), input_view<rank_of<Gate>>(grad_y),
-      detail::any_input(gate), input_view<rank_of<Gate>>(up));
-}
-/// The same for the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
-template <CpuDevice D, typename GF, typename GY, typename Fused>
-void swiglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y,
-                          const Fused& gate_up) {
-  detail::gated_fused_backward_into<problem::Silu>(
-      "swiglu_backward", device, detail::output_like<Fused>(grad_gate_up),
-      input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
-}
-/// Returns silu(gate) * up, in the scalar and shape of gate.
-template <CpuDevice D, typename Gate, typename Up>
-auto swiglu(const D& device, const Gate& gate, const Up& up) {
-  require_same_shape("swiglu", "up", input_view<rank_of<Gate>>(up), "gate",
-                     detail::any_input(gate));
-  auto y = detail::tensor_like("swiglu", "gate", detail::any_input(gate));
-  swiglu_into(device, y, gate, up);
+template <CpuDevice D, typename... GateUp>
+  requires(sizeof...(GateUp) == 1 || sizeof...(GateUp) == 2)
+auto swiglu(const D& device, const GateUp&... gate_up) {
+  auto y = detail::gated_result("swiglu", gate_up...);
+  swiglu_into(device, y, gate_up...);
   return y;
 }
-template <detail::NotAnOption Gate, typename Up>
-auto swiglu(const Gate& gate, const Up& up) {
-  return swiglu(Eigen::DefaultDevice{}, gate, up);
+template <detail::NotAnOption Gate, typename... Up>
+auto swiglu(const Gate& gate, const Up&... up) {
+  return swiglu(Eigen::DefaultDevice{}, gate, up...);
 }
-/// Returns silu(gate) * up for the fused tensor [gate | up].
-template <CpuDevice D, typename Fused>
-auto swiglu(const D& device, const Fused& gate_up) {
-  auto y = detail::fused_result("swiglu", detail::any_input(gate_up));
-  swiglu_into(device, y, gate_up);
-  return y;
+
+/// grad_gate = grad_y * up * silu'(gate), grad_up = grad_y * silu(gate): (device, grad_gate,
+/// grad_up, grad_y, gate, up), or (device, grad_gate_up, grad_y, gate_up) for the fused tensor,
+/// where grad_gate_up is [grad_gate | grad_up] and may be gate_up itself.
+template <CpuDevice D, typename First, typename... Rest>
+void swiglu_backward_into(const D& device, First&& first, Rest&&... rest) {
+  detail::run(device,
+              detail::gated_backward_problem<problem::Silu>("swiglu_backward", first, rest...));
 }
-template <detail::NotAnOption Fused>
-auto swiglu(const Fused& gate_up) {
-  return swiglu(Eigen::DefaultDevice{}, gate_up);
+/// auto [grad_gate, grad_up] = ef::swiglu_backward(grad_y, gate, up);
+template <CpuDevice D, typename GY, typename Gate, typename Up>
+auto swiglu_backward(const D& device, const GY& grad_y, const Gate& gate, const Up& up) {
+  auto g = detail::gated_gradients("swiglu_backward", gate);
+  swiglu_backward_into(device, g.grad_gate, g.grad_up, grad_y, gate, up);
+  return g;
+}
+template <detail::NotAnOption GY, typename Gate, typename Up>
+auto swiglu_backward(const GY& grad_y, const Gate& gate, const Up& up) {
+  return swiglu_backward(Eigen::DefaultDevice{}, grad_y, gate, up);
 }
 
 // ---- geglu --------------------------------------------------------------------------------------
@@ -308,44 +362,12 @@ template <CpuDevice D, typename Y, typename Gate, detail::NotAnOption Up>
 void geglu_into(const D& device, Y&& y, const Gate& gate, const Up& up,
                 const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_into<F>("geglu", device, detail::output_like<Gate>(y), detail::any_input(gate),
-                          input_view<rank_of<Gate>>(up));
+    detail::run(device, detail::gated_problem<F>("geglu", y, gate, up));
   });
 }
-/// y = gelu(gate) * up for the fused tensor [gate | up].
-template <CpuDevice D, typename Y, typename Fused>
-void geglu_into(const D& device, Y&& y, const Fused& gate_up, const GeluOptions& options = {}) {
-  detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_fused_into<F>("geglu", device, detail::output_like<Fused>(y),
-                                detail::any_input(gate_up));
-  });
-}
-/// grad_gate = grad_y * up * gelu'(gate), grad_up = grad_y * gelu(gate).
-template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
-void geglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
-                         const Gate& gate, const Up& up, const GeluOptions& options = {}) {
-  detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_backward_into<F>("geglu_backward", device, detail::output_like<Gate>(grad_gate),
-                                   detail::output_like<Gate>(grad_up),
-                                   input_view<rank_of<Gate>>(grad_y), detail::any_input(gate),
-                                   input_view<rank_of<Gate>>(up));
-  });
-}
-/// The same for the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
-template <CpuDevice D, typename GF, typename GY, typename Fused>
-void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up,
-                         const GeluOptions& options = {}) {
-  detail::with_gelu(options, [&]<typename F>(F) {
-    detail::gated_fused_backward_into<F>(
-        "geglu_backward", device, detail::output_like<Fused>(grad_gate_up),
-        input_view<rank_of<Fused>>(grad_y), detail::any_input(gate_up));
-  });
-}
-/// Returns gelu(gate) * up, in the scalar and shape of gate.
 template <CpuDevice D, typename Gate, detail::NotAnOption Up>
 auto geglu(const D& device, const Gate& gate, const Up& up, const GeluOptions& options = {}) {
-  require_same_shape("geglu", "up", input_view<rank_of<Gate>>(up), "gate", detail::any_input(gate));
-  auto y = detail::tensor_like("geglu", "gate", detail::any_input(gate));
+  auto y = detail::gated_result("geglu", gate, up);
   geglu_into(device, y, gate, up, options);
   return y;
 }
@@ -353,10 +375,17 @@ template <detail::NotAnOption Gate, detail::NotAnOption Up>
 auto geglu(const Gate& gate, const Up& up, const GeluOptions& options = {}) {
   return geglu(Eigen::DefaultDevice{}, gate, up, options);
 }
-/// Returns gelu(gate) * up for the fused tensor [gate | up].
+
+/// y = gelu(gate) * up for the fused tensor [gate | up].
+template <CpuDevice D, typename Y, typename Fused>
+void geglu_into(const D& device, Y&& y, const Fused& gate_up, const GeluOptions& options = {}) {
+  detail::with_gelu(options, [&]<typename F>(F) {
+    detail::run(device, detail::gated_problem<F>("geglu", y, gate_up));
+  });
+}
 template <CpuDevice D, typename Fused>
 auto geglu(const D& device, const Fused& gate_up, const GeluOptions& options = {}) {
-  auto y = detail::fused_result("geglu", detail::any_input(gate_up));
+  auto y = detail::gated_result("geglu", gate_up);
   geglu_into(device, y, gate_up, options);
   return y;
 }
@@ -365,74 +394,36 @@ auto geglu(const Fused& gate_up, const GeluOptions& options = {}) {
   return geglu(Eigen::DefaultDevice{}, gate_up, options);
 }
 
-// ---- gradients, returned: in the scalar and shape of what they are gradients of -----------------
-
-template <CpuDevice D, typename GY, typename X>
-auto silu_backward(const D& device, const GY& grad_y, const X& x) {
-  auto grad_x = detail::tensor_like("silu_backward", "x", detail::any_input(x));
-  silu_backward_into(device, grad_x, grad_y, x);
-  return grad_x;
+/// grad_gate = grad_y * up * gelu'(gate), grad_up = grad_y * gelu(gate).
+template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
+void geglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
+                         const Gate& gate, const Up& up, const GeluOptions& options = {}) {
+  detail::with_gelu(options, [&]<typename F>(F) {
+    detail::run(device, detail::gated_backward_problem<F>("geglu_backward", grad_gate, grad_up,
+                                                          grad_y, gate, up));
+  });
 }
-template <CpuDevice D, typename GY, detail::NotAnOption X>
-auto gelu_backward(const D& device, const GY& grad_y, const X& x, const GeluOptions& options = {}) {
-  auto grad_x = detail::tensor_like("gelu_backward", "x", detail::any_input(x));
-  gelu_backward_into(device, grad_x, grad_y, x, options);
-  return grad_x;
-}
-template <CpuDevice D, typename GY, typename X>
-auto relu_backward(const D& device, const GY& grad_y, const X& x) {
-  auto grad_x = detail::tensor_like("relu_backward", "x", detail::any_input(x));
-  relu_backward_into(device, grad_x, grad_y, x);
-  return grad_x;
-}
-template <typename GY, typename X>
-  requires(!Device<GY>)
-auto silu_backward(const GY& grad_y, const X& x) {
-  return silu_backward(Eigen::DefaultDevice{}, grad_y, x);
-}
-template <typename GY, typename X>
-  requires(!Device<GY>)
-auto gelu_backward(const GY& grad_y, const X& x, const GeluOptions& options = {}) {
-  return gelu_backward(Eigen::DefaultDevice{}, grad_y, x, options);
-}
-template <typename GY, typename X>
-  requires(!Device<GY>)
-auto relu_backward(const GY& grad_y, const X& x) {
-  return relu_backward(Eigen::DefaultDevice{}, grad_y, x);
-}
-
-/// auto [grad_gate, grad_up] = ef::swiglu_backward(grad_y, gate, up);
-template <typename T, int Rank>
-struct GatedGradients {
-  Tensor<T, Rank> grad_gate, grad_up;
-};
-template <CpuDevice D, typename GY, typename Gate, typename Up>
-auto swiglu_backward(const D& device, const GY& grad_y, const Gate& gate, const Up& up) {
-  GatedGradients<scalar_of<Gate>, rank_of<Gate>> g;
-  g.grad_gate = detail::tensor_like("swiglu_backward", "gate", detail::any_input(gate));
-  g.grad_up = g.grad_gate;
-  swiglu_backward_into(device, g.grad_gate, g.grad_up, grad_y, gate, up);
-  return g;
-}
+/// auto [grad_gate, grad_up] = ef::geglu_backward(grad_y, gate, up);
 template <CpuDevice D, typename GY, typename Gate, typename Up>
 auto geglu_backward(const D& device, const GY& grad_y, const Gate& gate, const Up& up,
                     const GeluOptions& options = {}) {
-  GatedGradients<scalar_of<Gate>, rank_of<Gate>> g;
-  g.grad_gate = detail::tensor_like("geglu_backward", "gate", detail::any_input(gate));
-  g.grad_up = g.grad_gate;
+  auto g = detail::gated_gradients("geglu_backward", gate);
   geglu_backward_into(device, g.grad_gate, g.grad_up, grad_y, gate, up, options);
   return g;
 }
-template <typename GY, typename Gate, typename Up>
-  requires(!Device<GY>)
-auto swiglu_backward(const GY& grad_y, const Gate& gate, const Up& up) {
-  return swiglu_backward(Eigen::DefaultDevice{}, grad_y, gate, up);
-}
-template <typename GY, typename Gate, typename Up>
-  requires(!Device<GY>)
+template <detail::NotAnOption GY, typename Gate, typename Up>
 auto geglu_backward(const GY& grad_y, const Gate& gate, const Up& up,
                     const GeluOptions& options = {}) {
   return geglu_backward(Eigen::DefaultDevice{}, grad_y, gate, up, options);
+}
+/// For the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
+template <CpuDevice D, typename GF, typename GY, typename Fused>
+void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up,
+                         const GeluOptions& options = {}) {
+  detail::with_gelu(options, [&]<typename F>(F) {
+    detail::run(device,
+                detail::gated_backward_problem<F>("geglu_backward", grad_gate_up, grad_y, gate_up));
+  });
 }
 
 // ---- residual -----------------------------------------------------------------------------------
@@ -441,17 +432,13 @@ auto geglu_backward(const GY& grad_y, const Gate& gate, const Up& up,
 /// needed.
 template <CpuDevice D, typename Y, typename X, typename R>
 void residual_add_into(const D& device, Y&& y, const X& x, const R& residual) {
-  auto yv = detail::output_like<X>(y);
-  const auto xv = detail::any_input(x);
-  const auto rv = input_view<rank_of<X>>(residual);
-  detail::require_floating_scalars<decltype(yv), decltype(xv), decltype(rv)>();
-  require_same_shape("residual_add", "residual", rv, "x", xv);
-  require_same_shape("residual_add", "y", yv, "x", xv);
-  using Problem = problem::ResidualAdd<scalar_of<Y>, scalar_of<X>, scalar_of<R>>;
-  detail::run(device, Problem{yv.data(), xv.data(), rv.data(),
-                              detail::checked_size("residual_add", "x", xv)});
+  const auto to = detail::output_like<X>(y);
+  const auto from = detail::any_input(x);
+  const auto addend = detail::input_like<X>(residual);
+  const Index n = detail::common_size("residual_add", "x", from, "residual", addend, "y", to);
+  detail::run(device, problem::ResidualAdd<scalar_of<Y>, scalar_of<X>, scalar_of<R>>{
+                          to.data(), from.data(), addend.data(), n});
 }
-/// Returns x + residual, in the scalar and shape of x.
 template <CpuDevice D, typename X, typename R>
 auto residual_add(const D& device, const X& x, const R& residual) {
   require_same_shape("residual_add", "residual", input_view<rank_of<X>>(residual), "x",

@@ -55,7 +55,7 @@
 /// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *
 /// window with a window. K and V are read once for each 128 rows of a group's queries: a decode
-/// step reads the cache once. Memory beyond the output: about 270 KiB of scratch a thread at
+/// step reads the cache once. Memory beyond the output: about 270 KiB of scratch per thread at
 /// head_dim 128 (340 where a sequence has more than 4,096 keys). The _into forms allocate nothing
 /// after the first call at a size. The output may be the query tensor itself; other overlaps are
 /// not allowed.
@@ -74,18 +74,19 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Output and log_sum_exp join a problem, then it runs.
-template <typename D, typename Output, typename Q, typename Problem>
-void run_attention(std::string_view name, const D& device, Output& output, const Q& q, bool packed,
-                   const AttentionOptions& options, Problem& problem, Workspace& workspace) {
+/// Output and log_sum_exp join a problem. False where there is nothing to do: a loop over 2^60 rows
+/// without elements would take for ever.
+template <typename Problem, typename Output, typename Q>
+bool attach_output(std::string_view name, Problem& problem, Output& output, const Q& q, bool packed,
+                   const AttentionOptions& options) {
+  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
+                "eigenformer: output has the scalar type of query");
   require_attention_output(name, "output", output, q, problem.value_dim);
   problem.output = output.data();
   const auto lse_shape = log_sum_exp_shape(q, packed);
   problem.log_sum_exp = options.log_sum_exp.checked<typename Problem::Compute>(name, lse_shape);
-  // A loop over 2^60 rows without elements would take for ever.
   const bool no_rows = std::find(lse_shape.begin(), lse_shape.end(), Index{0}) != lse_shape.end();
-  if (output.size() == 0 && (no_rows || problem.log_sum_exp == nullptr)) return;
-  detail::run(device, problem, workspace);
+  return output.size() > 0 || !(no_rows || problem.log_sum_exp == nullptr);
 }
 
 /// Rank of a dense argument; 4 where it is no tensor of rank 3 or 4, so that input_view explains.
@@ -109,14 +110,12 @@ void batched_attention_with_padding_into(const D& device, Output&& output, const
   const auto k = input_view<rank>(key);
   const auto v = input_view<rank>(value);
   auto out = output_view<rank>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
-                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
   auto problem = detail::dense_attention_problem(name, q, k, v, seq_lengths, options, frame);
-  detail::run_attention(name, device, out, q, false, options, problem, workspace);
+  if (detail::attach_output(name, problem, out, q, false, options))
+    detail::run(device, problem, workspace);
 }
 
-/// Dense attention with padding on a device.
 template <CpuDevice D, typename Q, typename K, typename V>
 auto batched_attention_with_padding(const D& device, const Q& query, const K& key, const V& value,
                                     const LengthSpan& seq_lengths,
@@ -130,10 +129,8 @@ auto batched_attention_with_padding(const D& device, const Q& query, const K& ke
   return output;
 }
 
-/// Dense attention with padding on the calling thread.
-///
-///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);              // (batch, seq,
-///   d_model) ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
+///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);   // (batch, seq, d_model)
+///   ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
 auto batched_attention_with_padding(const Q& query, const K& key, const V& value,
@@ -157,15 +154,13 @@ void variable_length_attention_into(const D& device, Output&& output, const Q& q
   const auto k = input_view<3>(key);
   const auto v = input_view<3>(value);
   auto out = output_view<3>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
-                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
   auto problem =
       detail::packed_attention_problem(name, q, k, v, q_offsets, kv_offsets, options, frame);
-  detail::run_attention(name, device, out, q, true, options, problem, workspace);
+  if (detail::attach_output(name, problem, out, q, true, options))
+    detail::run(device, problem, workspace);
 }
 
-/// Packed sequences on a device.
 template <CpuDevice D, typename Q, typename K, typename V>
 auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value,
                                const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
@@ -177,8 +172,6 @@ auto variable_length_attention(const D& device, const Q& query, const K& key, co
   return output;
 }
 
-/// Packed sequences on the calling thread.
-///
 ///   ef::Tensor<float, 3> packed = ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
 template <typename Q, typename K, typename V>
   requires(!Device<Q>)
@@ -199,11 +192,10 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
   constexpr std::string_view name = "attention_with_kv_cache";
   const auto q = input_view<4>(query);
   auto out = output_view<4>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
-                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
   auto problem = detail::cached_attention_problem(name, q, source, options, frame);
-  detail::run_attention(name, device, out, q, false, options, problem, workspace);
+  if (detail::attach_output(name, problem, out, q, false, options))
+    detail::run(device, problem, workspace);
 }
 
 /// The same of packed queries (tokens, heads, head_dim), a chunk of each sequence as long as it
@@ -216,11 +208,10 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
   constexpr std::string_view name = "attention_with_kv_cache";
   const auto q = input_view<3>(query);
   auto out = output_view<3>(output);
-  static_assert(std::is_same_v<scalar_of<Output>, scalar_of<Q>>,
-                "eigenformer: output has the scalar type of query");
   Workspace::Frame frame(workspace);
   auto problem = detail::ragged_attention_problem(name, q, source, q_offsets, options, frame);
-  detail::run_attention(name, device, out, q, true, options, problem, workspace);
+  if (detail::attach_output(name, problem, out, q, true, options))
+    detail::run(device, problem, workspace);
 }
 
 template <CpuDevice D, typename Q, typename S>
@@ -238,8 +229,6 @@ auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>
   attention_with_kv_source_into(device, output, query, source, q_offsets, options);
   return output;
 }
-
-/// On the calling thread.
 template <typename Q, typename S>
   requires(!Device<Q>)
 auto attention_with_kv_source(const Q& query, const KvSource<S>& source,
@@ -247,36 +236,36 @@ auto attention_with_kv_source(const Q& query, const KvSource<S>& source,
   return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, options);
 }
 
+namespace detail {
+
 /// Anything that says where the keys and values of a layer are: KvCache, PagedKvCache.
 template <typename Cache>
 concept KvCacheLike = requires(const Cache& cache, Index layer_idx) {
   cache.source(layer_idx).key_row(Index{}, Index{}, Index{});
 };
 
+}  // namespace detail
+
 /// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an
 /// unknown layer.
-template <CpuDevice D, typename Output, typename Q, KvCacheLike Cache>
+template <CpuDevice D, typename Output, typename Q, detail::KvCacheLike Cache>
 void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query,
                                   const Cache& cache, Index layer_idx,
                                   const AttentionOptions& options = {},
                                   Workspace& workspace = thread_workspace()) {
   attention_with_kv_source_into(device, output, query, cache.source(layer_idx), options, workspace);
 }
-
-template <CpuDevice D, typename Q, KvCacheLike Cache>
+template <CpuDevice D, typename Q, detail::KvCacheLike Cache>
 auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache, Index layer_idx,
                              const AttentionOptions& options = {}) {
   return attention_with_kv_source(device, query, cache.source(layer_idx), options);
 }
-
-/// On the calling thread.
-///
 ///   ef::Tensor<float, 4> dec = ef::attention_with_kv_cache(q4, cache, layer_idx, {.causal = true});
-template <typename Q, KvCacheLike Cache>
+template <typename Q, detail::KvCacheLike Cache>
   requires(!Device<Q>)
 auto attention_with_kv_cache(const Q& query, const Cache& cache, Index layer_idx,
                              const AttentionOptions& options = {}) {
-  return attention_with_kv_cache(Eigen::DefaultDevice{}, query, cache, layer_idx, options);
+  return attention_with_kv_source(Eigen::DefaultDevice{}, query, cache.source(layer_idx), options);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -152,9 +152,9 @@ auto causal_mask_expression(Index query_length, Index batch_size,
       .generate(generator);
 }
 
-/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads: 2^(-8 (h
-/// + 1) / n) for the largest power of two n not above heads, then the odd powers of the sequence
-/// for 2n.
+/// Slopes of ALiBi (Press et al., "Train Short, Test Long", 2022) for any number of heads:
+/// 2^(-8 (h + 1) / n) for the largest power of two n not above heads, then the odd powers of the
+/// sequence for 2n.
 inline std::vector<float> alibi_slopes(Index heads) {
   require_that(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
   checked_product(heads, Index{sizeof(float)}, "alibi_slopes", "result");

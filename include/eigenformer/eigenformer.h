@@ -1,5 +1,5 @@
 /// \file
-/// eigenformer: transformer kernels on Eigen tensors. The table of contents: one line an operator;
+/// eigenformer: transformer kernels on Eigen tensors. The table of contents: one line per operator;
 /// each header is its manual.
 #pragma once
 

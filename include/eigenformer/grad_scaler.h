@@ -10,7 +10,7 @@
 ///   scaler.unscale(optimizer);                          // once; then clip, if you clip
 ///   const bool stepped = scaler.step(optimizer);        // unscales what you did not; skips where
 ///                                                       // a gradient is not finite
-///   scaler.update();                                    // once a step: grows or backs off
+///   scaler.update();                                    // once per step: grows or backs off
 ///
 /// The scaler remembers by their memory which gradients were unscaled and stepped since the last
 /// update, so parameters may be unscaled in groups (to clip each by itself) and stepped by one
@@ -87,13 +87,16 @@ class GradScaler {
   /// Whether gradients were unscaled since the last update.
   bool pending() const { return pending_; }
 
-  /// Divides the gradients by scale(), times multiplier, and returns whether all are finite. Throws
+  /// Divides the gradients by scale(), times multiplier, and returns whether all are finite; source
+  /// is a range of parameters, or an optimizer. Throws
   /// std::logic_error where one of them was unscaled since the last update, and
   /// std::invalid_argument where two share memory or the multiplier over the scale is no float or
   /// 0.
-  template <CpuDevice D>
-  bool unscale(const D& device, std::span<const Parameter> parameters, double multiplier = 1) {
+  template <CpuDevice D, typename Source>
+  bool unscale(const D& device, Source&& source, double multiplier = 1) {
     constexpr auto name = "GradScaler::unscale";
+    const auto& list = list_of(source);
+    const std::span<const Parameter> parameters(list);
     detail::check_parameters(name, parameters);
     const double factor = multiplier / scale();
     detail::require_factor(name, "multiplier / scale", factor);
@@ -118,45 +121,55 @@ class GradScaler {
     found_inf_ = found_inf_ || !finite;
     return finite;
   }
-  bool unscale(std::span<const Parameter> parameters, double multiplier = 1) {
-    return unscale(Eigen::DefaultDevice{}, parameters, multiplier);
-  }
-  template <CpuDevice D, typename Optimizer>
-    requires requires(Optimizer& optimizer) { optimizer.parameters(); }
-  bool unscale(const D& device, Optimizer& optimizer, double multiplier = 1) {
-    return unscale(device, std::span<const Parameter>(optimizer.parameters()), multiplier);
-  }
-  template <typename Optimizer>
-    requires requires(Optimizer& optimizer) { optimizer.parameters(); }
-  bool unscale(Optimizer& optimizer, double multiplier = 1) {
-    return unscale(Eigen::DefaultDevice{}, optimizer, multiplier);
+  template <typename Source>
+    requires(!Device<Source>)
+  bool unscale(Source&& source, double multiplier = 1) {
+    return unscale(Eigen::DefaultDevice{}, source, multiplier);
   }
 
   /// Steps the optimizer where all its gradients are finite, unscaling first those that were not;
-  /// returns whether it stepped. A step that is skipped changes nothing but gradients. Throws
-  /// std::logic_error for a second step before update, and where the optimizer's gradients were
-  /// unscaled with different multipliers (1 for those that step unscales) or one only in part.
-  /// With a device, the optimizer's step(device) is called where it has one.
+  /// returns whether it stepped. With the verdict of all ranks in found_inf, which counts for
+  /// update() too, it skips where that is true. A step that is skipped changes nothing but
+  /// gradients. Throws std::logic_error for a second step before update, where the optimizer's
+  /// gradients were unscaled with different multipliers (1 for those that step unscales) or one
+  /// only in part, and where found_inf is false and a gradient here is not finite: the verdict
+  /// leaves this rank out. With a device, the optimizer's step(device) is called where it has one.
   template <CpuDevice D, typename Optimizer>
-  bool step(const D& device, Optimizer& optimizer) {
-    return step_by(device, optimizer, std::nullopt);
+  bool step(const D& device, Optimizer& optimizer, std::optional<bool> found_inf = {}) {
+    constexpr auto name = "GradScaler::step";
+    const auto& list = list_of(optimizer);
+    const std::span<const Parameter> parameters(list);
+    detail::check_parameters(name, parameters);
+    fresh_steps_.clear();
+    for (const Parameter& parameter : parameters)
+      if (parameter.gradient.size() > 0) fresh_steps_.push_back({range_of(parameter)});
+    if (fresh_steps_.empty()) {
+      const auto* const self = reinterpret_cast<const std::byte*>(std::addressof(optimizer));
+      fresh_steps_.push_back({{self, self + 1}});
+    }
+    for (const Stepped& entry : fresh_steps_)
+      require_order(!overlaps(stepped_, entry.range), name,
+                    "this optimizer stepped already since the last update");
+    stepped_.reserve(stepped_.size() + fresh_steps_.size());
+    const Found found = unscale_rest(device, parameters);
+    const bool skip = found_inf.value_or(!found.finite);
+    require_order(skip || found.finite, name,
+                  "found_inf is false, but a gradient of this optimizer is not finite");
+    if (!skip) {
+      if constexpr (requires { optimizer.step(device); })
+        optimizer.step(device);
+      else
+        optimizer.step();
+    }
+    stepped_.insert(stepped_.end(), fresh_steps_.begin(), fresh_steps_.end());
+    sort(stepped_);
+    found_inf_ = found_inf_ || skip;
+    return !skip;
   }
   template <typename Optimizer>
     requires(!Device<Optimizer>)
-  bool step(Optimizer& optimizer) {
-    return step_by(Eigen::DefaultDevice{}, optimizer, std::nullopt);
-  }
-  /// The same with the verdict of all ranks: skips where found_inf, which counts for update() too.
-  /// Throws std::logic_error where it is false and a gradient here is not finite: the verdict
-  /// leaves this rank out.
-  template <CpuDevice D, typename Optimizer>
-  bool step(const D& device, Optimizer& optimizer, bool found_inf) {
-    return step_by(device, optimizer, found_inf);
-  }
-  template <typename Optimizer>
-    requires(!Device<Optimizer>)
-  bool step(Optimizer& optimizer, bool found_inf) {
-    return step_by(Eigen::DefaultDevice{}, optimizer, found_inf);
+  bool step(Optimizer& optimizer, std::optional<bool> found_inf = {}) {
+    return step(Eigen::DefaultDevice{}, optimizer, found_inf);
   }
 
   /// Moves the scale by what the unscales and verdicts since the last update found. Throws
@@ -217,6 +230,14 @@ class GradScaler {
     Range range;
   };
 
+  /// The parameters of an optimizer, which a user's own may return by value, or the source itself.
+  template <typename Source>
+  static decltype(auto) list_of(Source& source) {
+    if constexpr (requires { source.parameters(); })
+      return source.parameters();
+    else
+      return (source);
+  }
   static bool before(const std::byte* a, const std::byte* b) {
     return std::less<const std::byte*>{}(a, b);
   }
@@ -259,11 +280,9 @@ class GradScaler {
   bool divide(const D& device, std::span<const Parameter> parameters, double factor,
               double multiplier) {
     Workspace::Frame frame(thread_workspace());
-    const Index count = detail::piece_count(parameters);
-    auto* const pieces = frame.take<problem::ParameterPiece>(count);
-    auto* const piece_finite = frame.take<bool>(count);
-    detail::cut_into_pieces(parameters, pieces);
-    detail::scale_pieces(device, pieces, count, factor, piece_finite);
+    const auto pieces = detail::pieces_of(parameters, frame);
+    auto* const piece_finite = frame.take<bool>(static_cast<Index>(pieces.size()));
+    detail::scale_pieces(device, pieces, factor, piece_finite);
     bool all = true;
     const bool* next = piece_finite;
     for (const Parameter& parameter : parameters) {
@@ -321,39 +340,6 @@ class GradScaler {
     else if (!rest.empty())
       unscale(device, std::span<const Parameter>(rest));
     return find(parameters);
-  }
-
-  template <CpuDevice D, typename Optimizer>
-  bool step_by(const D& device, Optimizer& optimizer, std::optional<bool> found_inf) {
-    constexpr auto name = "GradScaler::step";
-    const auto& list = optimizer.parameters();  // a user's optimizer may return them by value
-    const std::span<const Parameter> parameters(list);
-    detail::check_parameters(name, parameters);
-    fresh_steps_.clear();
-    for (const Parameter& parameter : parameters)
-      if (parameter.gradient.size() > 0) fresh_steps_.push_back({range_of(parameter)});
-    if (fresh_steps_.empty()) {
-      const auto* const self = reinterpret_cast<const std::byte*>(std::addressof(optimizer));
-      fresh_steps_.push_back({{self, self + 1}});
-    }
-    for (const Stepped& entry : fresh_steps_)
-      require_order(!overlaps(stepped_, entry.range), name,
-                    "this optimizer stepped already since the last update");
-    stepped_.reserve(stepped_.size() + fresh_steps_.size());
-    const Found found = unscale_rest(device, parameters);
-    const bool skip = found_inf.value_or(!found.finite);
-    require_order(skip || found.finite, name,
-                  "found_inf is false, but a gradient of this optimizer is not finite");
-    if (!skip) {
-      if constexpr (requires { optimizer.step(device); })
-        optimizer.step(device);
-      else
-        optimizer.step();
-    }
-    stepped_.insert(stepped_.end(), fresh_steps_.begin(), fresh_steps_.end());
-    sort(stepped_);
-    found_inf_ = found_inf_ || skip;
-    return !skip;
   }
 
   static const GradScalerOptions& checked(const GradScalerOptions& o) {

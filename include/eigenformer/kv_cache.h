@@ -82,8 +82,8 @@ class KvCache {
     return layer == nullptr ? 0 : layer->length();
   }
 
-  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized; (0,
-  /// 0, 0, 0) for a layer that was never written. Throws std::invalid_argument for a negative
+  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized;
+  /// (0, 0, 0, 0) for a layer that was never written. Throws std::invalid_argument for a negative
   /// layer. Cost: O(length); attention reads the cache itself, through source().
   template <CpuDevice D>
   Tensor<T, 4> keys(const D& device, Index layer_idx) const {

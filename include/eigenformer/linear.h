@@ -6,15 +6,16 @@
 /// Scalars. x: float, double, bfloat16 or half. weight: a tensor of any of these, or a PackedWeight
 /// (linear/pack.h), which is what to use where a weight serves more than one call. bias:
 /// x's scalar or float. y: any; double only with double x.
-///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded first, as in mixed-precision
-///   training),
-///     with the ISA's bfloat16 products where it has them (they take denormals as zero); everything accumulates in float.
-///   - int8 PackedWeight: x is quantized per token while it is packed (scale = max|x| / 127), sums are exact in int32, and
-///     y = fma(float(sum), x's scale * weight's scale, bias) in this order: the same bits on every ISA. A token that holds NaN or
-///     infinity gets NaN in all its outputs; the others are not touched.
-///     Weights quantized in groups have one such sum a group, and y = fma(chain of fma(float(sum), group's scale, .), x's scale,
-///     bias).
-///   - any other pair widens exactly to float (to double where one is double, with weights not packed or packed in double).
+///   - bfloat16 x: a bfloat16 or float weight is multiplied in bfloat16 (the float one rounded
+///     first, as in mixed-precision training), with the ISA's bfloat16 products where it has them
+///     (they take denormals as zero); everything accumulates in float.
+///   - int8 PackedWeight: x is quantized per token while it is packed (scale = max|x| / 127), sums
+///     are exact in int32, and y = fma(float(sum), x's scale * weight's scale, bias) in this order:
+///     the same bits on every ISA. A token that holds NaN or infinity gets NaN in all its outputs;
+///     the others are not touched. Weights quantized in groups have one such sum per group, and
+///     y = fma(chain of fma(float(sum), group's scale, .), x's scale, bias).
+///   - any other pair widens exactly to float (to double where one is double, with weights not
+///     packed or packed in double).
 ///
 /// What follows the sum (bias, activation, residual, gated pairs, another type of output) is fused:
 /// linear/epilogue.h.
@@ -177,6 +178,17 @@ std::array<Index, 2> weight_shape(const Weight& weight) {
   }
 }
 
+/// An epilogue as it is; a bias as one.
+template <typename End>
+auto as_epilogue(const End& end) {
+  if constexpr (is_epilogue<End>) {
+    return end;
+  } else {
+    require_tensor_argument<1, End>();
+    return Epilogue{}.bias(end);
+  }
+}
+
 /// What the returning forms return: x's scalar; of a packed weight float (double for double), since
 /// its scalar is a matter of storage.
 template <typename Input, typename Weight>
@@ -190,27 +202,16 @@ using linear_result =
 ///
 ///   ef::linear_into(device, y, x, w8);  ef::linear_into(device, y, x, w8, bias);
 ///   ef::linear_into(device, y, x, w8, ef::Epilogue{}.bias(bias).gelu().residual(y));
-template <CpuDevice D, typename Output, typename Input, typename Weight, typename E>
-  requires detail::is_epilogue<E>
+template <CpuDevice D, typename Output, typename Input, typename Weight,
+          typename BiasOrEpilogue = Epilogue<>>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
-                 const E& epilogue, Workspace& workspace = thread_workspace()) {
-  detail::run(device, detail::linear_problem(y, x, weight, epilogue), workspace);
+                 const BiasOrEpilogue& end = {}, Workspace& workspace = thread_workspace()) {
+  detail::run(device, detail::linear_problem(y, x, weight, detail::as_epilogue(end)), workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Weight>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
                  Workspace& workspace) {
   linear_into(device, y, x, weight, Epilogue{}, workspace);
-}
-template <CpuDevice D, typename Output, typename Input, typename Weight>
-void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight) {
-  linear_into(device, y, x, weight, Epilogue{}, thread_workspace());
-}
-template <CpuDevice D, typename Output, typename Input, typename Weight, typename Bias>
-  requires(!std::same_as<Bias, Workspace> && !detail::is_epilogue<Bias>)
-void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
-                 const Bias& bias, Workspace& workspace = thread_workspace()) {
-  detail::require_tensor_argument<1, Bias>();
-  linear_into(device, y, x, weight, Epilogue{}.bias(bias), workspace);
 }
 
 /// Returns y: of x's scalar where the weight is a tensor, of float (double for double x) where it
@@ -218,22 +219,21 @@ void linear_into(const D& device, Output&& y, const Input& x, const Weight& weig
 ///
 ///   ef::Tensor<float, 2> y = ef::linear(x, weight, bias);
 ///   ef::Tensor<float, 2> y3 = ef::linear(device, x, w8, bias);   // x float or bfloat16; an Epilogue in the bias' place
-template <CpuDevice D, typename Input, typename Weight, typename... BiasOrEpilogue>
-  requires(sizeof...(BiasOrEpilogue) <= 1)
-auto linear(const D& device, const Input& x, const Weight& weight, const BiasOrEpilogue&... end) {
+template <CpuDevice D, typename Input, typename Weight, typename BiasOrEpilogue = Epilogue<>>
+auto linear(const D& device, const Input& x, const Weight& weight, const BiasOrEpilogue& end = {}) {
   const Index tokens = input_view<2>(x).dimension(0), in = input_view<2>(x).dimension(1);
   const auto [out, weight_in] = detail::weight_shape(weight);
   require_that(weight_in == in, "linear", "weight has ", weight_in, " columns, x has ", in,
                " features");
   auto y = detail::make_tensor<detail::linear_result<Input, Weight>, 2>(
       "linear", "y", Eigen::DSizes<Index, 2>(tokens, out));
-  linear_into(device, y, x, weight, end...);
+  linear_into(device, y, x, weight, end);
   return y;
 }
-template <typename Input, typename Weight, typename... BiasOrEpilogue>
-  requires(!Device<Input> && sizeof...(BiasOrEpilogue) <= 1)
-auto linear(const Input& x, const Weight& weight, const BiasOrEpilogue&... end) {
-  return linear(Eigen::DefaultDevice{}, x, weight, end...);
+template <typename Input, typename Weight, typename BiasOrEpilogue = Epilogue<>>
+  requires(!Device<Input>)
+auto linear(const Input& x, const Weight& weight, const BiasOrEpilogue& end = {}) {
+  return linear(Eigen::DefaultDevice{}, x, weight, end);
 }
 
 /// y (tokens, out) = residual + function(x gate^T + bias[0, out)) * (x up^T + bias[out, 2 out)) in

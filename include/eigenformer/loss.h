@@ -82,11 +82,14 @@ LengthSpan target_span(const Targets& targets) {
   return LengthSpan(targets);
 }
 
-template <CpuDevice D, typename L, typename G, typename Logits>
-LossResult cross_entropy(const D& device, G* gradient, const Logits& logits,
-                         const LengthSpan& targets, double gradient_scale,
-                         const CrossEntropyOptions& options, Workspace& workspace) {
+/// A checked request with one loss a row in `frame`; result.count is set. `gradient` may be null.
+template <typename G, typename Logits>
+problem::CrossEntropy<scalar_of<Logits>, G> cross_entropy_problem(
+    LossResult& result, G* gradient, const Logits& logits, const LengthSpan& targets,
+    double gradient_scale, const CrossEntropyOptions& options, Workspace::Frame& frame) {
   constexpr auto name = "cross_entropy";
+  static_assert(FloatingScalar<scalar_of<Logits>>,
+                "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   checked_size(name, "logits", logits);
   const Index rows = logits.dimension(0), classes = logits.dimension(1);
   require_that(targets.size() == rows, name, "targets has ", targets.size(),
@@ -97,21 +100,23 @@ LossResult cross_entropy(const D& device, G* gradient, const Logits& logits,
                options.z_loss, ", expected 0 or more");
   require_that(std::isfinite(gradient_scale), name, "gradient_scale is ", gradient_scale,
                ", expected a finite number");
-  LossResult result;
   result.count = checked_target_count(targets, rows, classes, options.ignore_index);
-  Workspace::Frame frame(workspace);
-  const problem::CrossEntropy<L, G> problem{logits.data(),
-                                            targets,
-                                            gradient,
-                                            frame.take<double>(rows),
-                                            rows,
-                                            classes,
-                                            gradient_scale,
-                                            options.ignore_index,
-                                            options.label_smoothing,
-                                            options.z_loss};
-  detail::run(device, problem);
-  for (Index r = 0; r < rows; ++r) result.sum += problem.row_loss[r];
+  return {logits.data(),
+          targets,
+          gradient,
+          frame.take<double>(rows),
+          rows,
+          classes,
+          gradient_scale,
+          options.ignore_index,
+          options.label_smoothing,
+          options.z_loss};
+}
+
+/// Adds the rows' losses in their order.
+template <typename Problem>
+LossResult with_sum(LossResult result, const Problem& problem) {
+  for (Index r = 0; r < problem.rows; ++r) result.sum += problem.row_loss[r];
   return result;
 }
 
@@ -126,15 +131,15 @@ template <CpuDevice D, typename Logits, typename Targets = LengthSpan>
 LossResult cross_entropy(const D& device, const Logits& logits, const Targets& targets,
                          const CrossEntropyOptions& options = {},
                          Workspace& workspace = thread_workspace()) {
-  using L = scalar_of<Logits>;
-  const auto x = input_view<2>(logits);
-  static_assert(FloatingScalar<scalar_of<decltype(x)>>,
-                "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
-  return detail::cross_entropy<D, L, compute_type<L>>(
-      device, static_cast<compute_type<L>*>(nullptr), x, detail::target_span(targets), 1.0, options,
-      workspace);
+  const LengthSpan classes = detail::target_span(targets);
+  Workspace::Frame frame(workspace);
+  LossResult result;
+  compute_type<scalar_of<Logits>>* const no_gradient = nullptr;
+  const auto problem = detail::cross_entropy_problem(result, no_gradient, input_view<2>(logits),
+                                                     classes, 1.0, options, frame);
+  detail::run(device, problem);
+  return detail::with_sum(result, problem);
 }
-
 template <typename Logits, typename Targets = LengthSpan>
   requires(!Device<Logits>)
 LossResult cross_entropy(const Logits& logits, const Targets& targets,
@@ -155,16 +160,19 @@ LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_log
                                             Workspace& workspace = thread_workspace()) {
   using L = scalar_of<Logits>;
   using G = scalar_of<Gradient>;
-  const auto x = input_view<2>(logits);
-  auto gradient = output_view<2>(grad_logits);
-  static_assert(FloatingScalar<L>,
-                "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(
       std::is_same_v<G, L> || std::is_same_v<G, compute_type<L>>,
       "eigenformer: the gradient has the type of the logits, or is float where they are narrower");
+  const auto x = input_view<2>(logits);
+  auto gradient = output_view<2>(grad_logits);
   require_same_shape("cross_entropy_with_gradient_into", "grad_logits", gradient, "logits", x);
-  return detail::cross_entropy<D, L, G>(device, gradient.data(), x, detail::target_span(targets),
-                                        gradient_scale, options, workspace);
+  const LengthSpan classes = detail::target_span(targets);
+  Workspace::Frame frame(workspace);
+  LossResult result;
+  const auto problem = detail::cross_entropy_problem(result, gradient.data(), x, classes,
+                                                     gradient_scale, options, frame);
+  detail::run(device, problem);
+  return detail::with_sum(result, problem);
 }
 
 /// auto [loss, grad_logits] = ef::cross_entropy_with_gradient(logits, targets, 1.0 / count);

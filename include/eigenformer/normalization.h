@@ -28,7 +28,6 @@
 #pragma once
 
 #include <algorithm>
-
 #include <cmath>
 
 #include "core/check.h"
@@ -59,11 +58,6 @@ auto norm_input(const X& x) {
   return input_view<rank_of<X>>(x);
 }
 
-inline void require_epsilon(std::string_view name, float epsilon) {
-  require_that(epsilon > 0 && std::isfinite(epsilon), name, "epsilon is ", epsilon,
-               ", expected positive and finite");
-}
-
 /// A parameter or its gradient has one element a feature.
 template <typename W>
 void require_features(std::string_view name, std::string_view w_name, const W& w,
@@ -72,24 +66,56 @@ void require_features(std::string_view name, std::string_view w_name, const W& w
                x_name, " has ", features, " features");
 }
 
-/// The same of a view, before a result of its size is made.
-template <typename W, typename X>
-  requires RowMajorTensor<X>
-void require_features(std::string_view name, std::string_view w_name, const W& w,
-                      std::string_view x_name, const X& x) {
-  require_features(name, w_name, w, x_name, row_shape(x, name, x_name).features);
+/// The rows of x, once weight and epsilon fit.
+template <typename X, typename W>
+RowShape norm_shape(std::string_view name, std::string_view x_name, const X& x, const W& weight,
+                    float epsilon) {
+  require_floating_scalars<X, W>();
+  const RowShape shape = row_shape(x, name, x_name);
+  require_features(name, "weight", weight, x_name, shape.features);
+  require_that(epsilon > 0 && std::isfinite(epsilon), name, "epsilon is ", epsilon,
+               ", expected positive and finite");
+  return shape;
+}
+
+/// A result of the shape of x. Nothing is allocated before the weight is known to fit.
+template <typename X, typename W>
+auto norm_result(std::string_view name, const X& x, const W& weight, float epsilon) {
+  const auto from = norm_input(x);
+  norm_shape(name, "x", from, input_view<1>(weight), epsilon);
+  return tensor_like(name, "x", from);
 }
 
 template <typename Y, typename X, typename W>
 problem::RmsNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
     std::string_view name, Y y, std::string_view x_name, X x, W weight,
     const RmsNormOptions& options) {
-  require_floating_scalars<Y, X, W>();
+  require_floating_scalars<Y>();
   require_same_shape(name, "y", y, x_name, x);
-  const RowShape shape = row_shape(x, name, x_name);
-  require_features(name, "weight", weight, x_name, shape.features);
-  require_epsilon(name, options.epsilon);
+  const RowShape shape = norm_shape(name, x_name, x, weight, options.epsilon);
   return {y.data(), x.data(), weight.data(), shape.rows, shape.features, options.epsilon};
+}
+
+/// What the backward forms have in common: the gradients of the input and of one parameter.
+template <typename GX, typename GY, typename X, typename W, typename GW>
+RowShape norm_backward_shape(std::string_view name, const GX& grad_x, const GY& grad_y, const X& x,
+                             const W& weight, const GW& grad_weight, float epsilon) {
+  require_floating_scalars<GX, GY>();
+  static_assert(std::is_same_v<scalar_of<GW>, float> || std::is_same_v<scalar_of<GW>, double>,
+                "eigenformer: the gradient of a weight is accumulated in float or double");
+  require_same_shape(name, "grad_x", grad_x, "x", x);
+  require_same_shape(name, "grad_y", grad_y, "x", x);
+  const RowShape shape = norm_shape(name, "x", x, weight, epsilon);
+  require_features(name, "grad_weight", grad_weight, "x", shape.features);
+  return shape;
+}
+
+/// The gradient of a parameter, before anything is added to it.
+template <typename C, typename W>
+Tensor<C, 1> zeros_like(const W& weight) {
+  Tensor<C, 1> zeros(input_view<1>(weight).dimensions());
+  zeros.setZero();
+  return zeros;
 }
 
 }  // namespace detail
@@ -109,12 +135,10 @@ void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight,
 /// Returns RMSNorm(x) * weight, in the scalar and shape of x.
 template <CpuDevice D, typename X, typename W>
 auto rms_norm(const D& device, const X& x, const W& weight, const RmsNormOptions& options = {}) {
-  detail::require_features("rms_norm", "weight", input_view<1>(weight), "x", detail::norm_input(x));
-  auto y = detail::tensor_like("rms_norm", "x", detail::norm_input(x));
+  auto y = detail::norm_result("rms_norm", x, weight, options.epsilon);
   rms_norm_into(device, y, x, weight, options);
   return y;
 }
-
 ///   ef::Tensor<float, 2> y = ef::rms_norm(x, weight, {.epsilon = 1e-5f});
 template <typename X, typename W>
   requires(!Device<X>)
@@ -174,16 +198,7 @@ void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, cons
   const auto gy = input_view<rank_of<X>>(grad_y);
   const auto xv = detail::norm_input(x);
   const auto w = input_view<1>(weight);
-  detail::require_floating_scalars<decltype(gx), decltype(gy), decltype(xv), decltype(w)>();
-  static_assert(std::is_same_v<scalar_of<GW>, float> || std::is_same_v<scalar_of<GW>, double>,
-                "eigenformer: the gradient of a weight is accumulated in float or double");
-  require_same_shape(name, "grad_x", gx, "x", xv);
-  require_same_shape(name, "grad_y", gy, "x", xv);
-  const detail::RowShape shape = detail::row_shape(xv, name, "x");
-  detail::require_features(name, "weight", w, "x", shape.features);
-  detail::require_features(name, "grad_weight", gw, "x", shape.features);
-  detail::require_epsilon(name, options.epsilon);
-
+  const auto shape = detail::norm_backward_shape(name, gx, gy, xv, w, gw, options.epsilon);
   using Problem = problem::RmsNormBackward<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>,
                                            scalar_of<X>, scalar_of<W>>;
   Workspace::Frame frame(workspace);
@@ -201,11 +216,10 @@ struct RmsNormGradients {
 template <CpuDevice D, typename GY, typename X, typename W>
 auto rms_norm_backward(const D& device, const GY& grad_y, const X& x, const W& weight,
                        const RmsNormOptions& options = {}) {
-  const auto w = input_view<1>(weight);
-  RmsNormGradients<scalar_of<X>, rank_of<X>, compute_type<scalar_of<X>>> g;
-  g.grad_x = detail::tensor_like("rms_norm_backward", "x", detail::norm_input(x));
-  g.grad_weight.resize(w.dimensions());
-  g.grad_weight.setZero();
+  using C = compute_type<scalar_of<X>>;
+  RmsNormGradients<scalar_of<X>, rank_of<X>, C> g;
+  g.grad_x = detail::norm_result("rms_norm_backward", x, weight, options.epsilon);
+  g.grad_weight = detail::zeros_like<C>(weight);
   rms_norm_backward_into(device, g.grad_x, g.grad_weight, grad_y, x, weight, options);
   return g;
 }
@@ -224,12 +238,10 @@ void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const 
   auto yv = output_view<rank_of<X>>(y);
   const auto xv = detail::norm_input(x);
   const auto w = input_view<1>(weight), b = input_view<1>(bias);
-  detail::require_floating_scalars<decltype(yv), decltype(xv), decltype(w)>();
+  detail::require_floating_scalars<decltype(yv)>();
   require_same_shape(name, "y", yv, "x", xv);
-  const detail::RowShape shape = detail::row_shape(xv, name, "x");
-  detail::require_features(name, "weight", w, "x", shape.features);
+  const auto shape = detail::norm_shape(name, "x", xv, w, options.epsilon);
   detail::require_features(name, "bias", b, "x", shape.features);
-  detail::require_epsilon(name, options.epsilon);
   using Problem = problem::LayerNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;
   detail::run(device, Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features,
                               options.epsilon});
@@ -239,9 +251,7 @@ void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const 
 template <CpuDevice D, typename X, typename W, typename B>
 auto layer_norm(const D& device, const X& x, const W& weight, const B& bias,
                 const LayerNormOptions& options = {}) {
-  detail::require_features("layer_norm", "weight", input_view<1>(weight), "x",
-                           detail::norm_input(x));
-  auto y = detail::tensor_like("layer_norm", "x", detail::norm_input(x));
+  auto y = detail::norm_result("layer_norm", x, weight, options.epsilon);
   layer_norm_into(device, y, x, weight, bias, options);
   return y;
 }
@@ -265,17 +275,8 @@ void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB
   const auto gy = input_view<rank_of<X>>(grad_y);
   const auto xv = detail::norm_input(x);
   const auto w = input_view<1>(weight);
-  detail::require_floating_scalars<decltype(gx), decltype(gy), decltype(xv), decltype(w)>();
-  static_assert(std::is_same_v<scalar_of<GW>, float> || std::is_same_v<scalar_of<GW>, double>,
-                "eigenformer: the gradient of a weight is accumulated in float or double");
-  require_same_shape(name, "grad_x", gx, "x", xv);
-  require_same_shape(name, "grad_y", gy, "x", xv);
-  const detail::RowShape shape = detail::row_shape(xv, name, "x");
-  detail::require_features(name, "weight", w, "x", shape.features);
-  detail::require_features(name, "grad_weight", gw, "x", shape.features);
+  const auto shape = detail::norm_backward_shape(name, gx, gy, xv, w, gw, options.epsilon);
   detail::require_features(name, "grad_bias", gb, "x", shape.features);
-  detail::require_epsilon(name, options.epsilon);
-
   using Problem = problem::LayerNormBackward<scalar_of<GX>, scalar_of<GW>, scalar_of<GY>,
                                              scalar_of<X>, scalar_of<W>>;
   Workspace::Frame frame(workspace);
@@ -293,13 +294,11 @@ struct LayerNormGradients {
 template <CpuDevice D, typename GY, typename X, typename W>
 auto layer_norm_backward(const D& device, const GY& grad_y, const X& x, const W& weight,
                          const LayerNormOptions& options = {}) {
-  const auto w = input_view<1>(weight);
-  LayerNormGradients<scalar_of<X>, rank_of<X>, compute_type<scalar_of<X>>> g;
-  g.grad_x = detail::tensor_like("layer_norm_backward", "x", detail::norm_input(x));
-  for (auto* sums : {&g.grad_weight, &g.grad_bias}) {
-    sums->resize(w.dimensions());
-    sums->setZero();
-  }
+  using C = compute_type<scalar_of<X>>;
+  LayerNormGradients<scalar_of<X>, rank_of<X>, C> g;
+  g.grad_x = detail::norm_result("layer_norm_backward", x, weight, options.epsilon);
+  g.grad_weight = detail::zeros_like<C>(weight);
+  g.grad_bias = g.grad_weight;
   layer_norm_backward_into(device, g.grad_x, g.grad_weight, g.grad_bias, grad_y, x, weight,
                            options);
   return g;

@@ -69,18 +69,19 @@ struct SgdOptions {
 
 namespace detail {
 
-struct AdamWRules {
-  static constexpr auto name = "AdamW";
+struct AdamWRule {
+  using Options = AdamWOptions;
+  static constexpr auto name = "AdamW", load_state = "AdamW::load_state";
   static constexpr Index kMoments = 2;
-  static bool keeps_state(const AdamWOptions&) { return true; }
-  static void check_options(Index group, const AdamWOptions& o) {
+  static bool keeps_state(const Options&) { return true; }
+  static void check_options(Index group, const Options& o) {
     require_rate(name, "learning_rate", group, o.learning_rate);
     require_rate(name, "weight_decay", group, o.weight_decay);
     require_beta(name, "beta1", group, o.beta1);
     require_beta(name, "beta2", group, o.beta2);
     require_rate(name, "epsilon", group, o.epsilon);
   }
-  static problem::AdamWFactors factors(const AdamWOptions& o, Index step) {
+  static problem::AdamWFactors factors(const Options& o, Index step) {
     const double t = static_cast<double>(step);
     return {static_cast<float>(o.learning_rate * o.weight_decay),
             static_cast<float>(o.beta1),
@@ -93,50 +94,47 @@ struct AdamWRules {
   }
 };
 
-struct SgdRules {
-  static constexpr auto name = "Sgd";
+struct SgdRule {
+  using Options = SgdOptions;
+  static constexpr auto name = "Sgd", load_state = "Sgd::load_state";
   static constexpr Index kMoments = 1;
-  static bool keeps_state(const SgdOptions& o) { return o.momentum > 0; }
-  static void check_options(Index group, const SgdOptions& o) {
+  static bool keeps_state(const Options& o) { return o.momentum > 0; }
+  static void check_options(Index group, const Options& o) {
     require_rate(name, "learning_rate", group, o.learning_rate);
     require_rate(name, "weight_decay", group, o.weight_decay);
     require_beta(name, "momentum", group, o.momentum);
     require_that(!o.nesterov || o.momentum > 0, name, "nesterov of group ", group,
                  " is set, momentum is 0, expected a momentum");
   }
-  static problem::SgdFactors factors(const SgdOptions& o, Index) {
+  static problem::SgdFactors factors(const Options& o, Index) {
     return {static_cast<float>(o.learning_rate), static_cast<float>(o.momentum),
             static_cast<float>(o.weight_decay), o.nesterov};
   }
 };
 
-}  // namespace detail
-
-/// ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
-/// ef::AdamW optimizer({{matrices, {.weight_decay = 0.1}}, {norms, {.weight_decay = 0}}});   // groups
-class AdamW {
+/// ef::AdamW and ef::Sgd.
+template <typename Rule>
+class Optimizer {
  public:
-  using Group = ParameterGroup<AdamWOptions>;
+  using Options = typename Rule::Options;
+  using Group = ParameterGroup<Options>;
 
   /// Throws std::invalid_argument where a value and its gradient differ in size, where two
-  /// parameters share memory, and for an option that is NaN, negative, above 1e18 or (betas) 1 or
-  /// more.
-  explicit AdamW(std::vector<Parameter> parameters, const AdamWOptions& options = {})
-      : AdamW(std::vector<Group>{{std::move(parameters), options}}) {}
-  explicit AdamW(std::vector<Group> groups) : state_(std::move(groups)) {}
-  explicit AdamW(std::initializer_list<Group> groups) : AdamW(std::vector<Group>(groups)) {}
+  /// parameters share memory, and for an option that is NaN, negative, above 1e18 or (betas,
+  /// momentum) 1 or more, or nesterov without momentum.
+  explicit Optimizer(std::vector<Parameter> parameters, const Options& options = {})
+      : Optimizer(std::vector<Group>{{std::move(parameters), options}}) {}
+  explicit Optimizer(std::vector<Group> groups) : state_(std::move(groups)) {}
+  explicit Optimizer(std::initializer_list<Group> groups) : Optimizer(std::vector<Group>(groups)) {}
 
   /// One update from the gradients as they are. The gradients keep their values.
-  void step() { step(Eigen::DefaultDevice{}); }
-  template <CpuDevice D>
-  void step(const D& device) {
+  template <CpuDevice D = Eigen::DefaultDevice>
+  void step(const D& device = {}) {
     state_.step(device);
   }
-
   /// Sets all gradients to zero.
-  void zero_grad() { state_.zero_gradients(Eigen::DefaultDevice{}); }
-  template <CpuDevice D>
-  void zero_grad(const D& device) {
+  template <CpuDevice D = Eigen::DefaultDevice>
+  void zero_grad(const D& device = {}) {
     state_.zero_gradients(device);
   }
 
@@ -145,88 +143,55 @@ class AdamW {
   Index group_count() const { return state_.group_count(); }
   /// Of one group. Throws std::invalid_argument for a group out of range, as all functions below
   /// do.
-  const AdamWOptions& options(Index group = 0) const { return state_.options(group); }
+  const Options& options(Index group = 0) const { return state_.options(group); }
   double learning_rate(Index group = 0) const { return options(group).learning_rate; }
   /// From the next step on, for schedules: the rate of all groups, of one, or all options of one.
-  /// Throws std::invalid_argument as the constructor does, and changes nothing then.
+  /// Throws std::invalid_argument as the constructor does, and changes nothing then. The value of a
+  /// group's momentum may change, not whether it has one.
   void set_learning_rate(double rate) { state_.set_learning_rate(rate); }
   void set_learning_rate(Index group, double rate) { state_.set_learning_rate(group, rate); }
-  void set_options(Index group, const AdamWOptions& options) { state_.set_options(group, options); }
+  void set_options(Index group, const Options& options) { state_.set_options(group, options); }
 
   /// Steps taken.
   Index step_count() const { return state_.steps; }
-  /// m and v of one parameter, counted as in parameters(). Throws std::invalid_argument for an
-  /// index out of range.
-  TensorView<const float, 1> first_moment(Index parameter) const {
+  /// AdamW's m and v, Sgd's u, of one parameter, counted as in parameters(). Throws
+  /// std::invalid_argument for an index out of range and where its group has no momentum.
+  TensorView<const float, 1> first_moment(Index parameter) const
+    requires(Rule::kMoments == 2)
+  {
     return state_.moment("AdamW::first_moment", 0, parameter);
   }
-  TensorView<const float, 1> second_moment(Index parameter) const {
+  TensorView<const float, 1> second_moment(Index parameter) const
+    requires(Rule::kMoments == 2)
+  {
     return state_.moment("AdamW::second_moment", 1, parameter);
   }
-  /// All of m, parameter after parameter, then all of v: what a checkpoint saves beside
-  /// step_count(), the options and the weights.
+  TensorView<const float, 1> momentum(Index parameter) const
+    requires(Rule::kMoments == 1)
+  {
+    return state_.moment("Sgd::momentum", 0, parameter);
+  }
+  /// All of m, parameter after parameter, then all of v; or all of u, of the groups that have
+  /// momentum: what a checkpoint saves beside step_count(), the options and the weights.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
   void load_state(std::span<const float> state, Index step_count) {
-    state_.load("AdamW::load_state", state, step_count);
+    state_.load(Rule::load_state, state, step_count);
   }
 
  private:
-  detail::OptimizerState<detail::AdamWRules, AdamWOptions> state_;
+  OptimizerState<Rule> state_;
 };
+
+}  // namespace detail
+
+/// ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
+/// ef::AdamW optimizer({{matrices, {.weight_decay = 0.1}}, {norms, {.weight_decay = 0}}});   // groups
+using AdamW = detail::Optimizer<detail::AdamWRule>;
 
 /// ef::Sgd optimizer(model.parameters(), {.learning_rate = 0.1f, .momentum = 0.9f});
 /// ef::Sgd optimizer({{matrices, {.weight_decay = 1e-4}}, {norms, {}}});   // groups
-class Sgd {
- public:
-  using Group = ParameterGroup<SgdOptions>;
-
-  /// Throws std::invalid_argument like AdamW, and for nesterov without momentum.
-  explicit Sgd(std::vector<Parameter> parameters, const SgdOptions& options = {})
-      : Sgd(std::vector<Group>{{std::move(parameters), options}}) {}
-  explicit Sgd(std::vector<Group> groups) : state_(std::move(groups)) {}
-  explicit Sgd(std::initializer_list<Group> groups) : Sgd(std::vector<Group>(groups)) {}
-
-  /// One update from the gradients as they are. The gradients keep their values.
-  void step() { step(Eigen::DefaultDevice{}); }
-  template <CpuDevice D>
-  void step(const D& device) {
-    state_.step(device);
-  }
-
-  /// Sets all gradients to zero.
-  void zero_grad() { state_.zero_gradients(Eigen::DefaultDevice{}); }
-  template <CpuDevice D>
-  void zero_grad(const D& device) {
-    state_.zero_gradients(device);
-  }
-
-  /// As for AdamW. set_options changes the value of a group's momentum, not whether it has one.
-  const std::vector<Parameter>& parameters() const { return state_.parameters(); }
-  Index group_count() const { return state_.group_count(); }
-  const SgdOptions& options(Index group = 0) const { return state_.options(group); }
-  double learning_rate(Index group = 0) const { return options(group).learning_rate; }
-  void set_learning_rate(double rate) { state_.set_learning_rate(rate); }
-  void set_learning_rate(Index group, double rate) { state_.set_learning_rate(group, rate); }
-  void set_options(Index group, const SgdOptions& options) { state_.set_options(group, options); }
-
-  /// Steps taken.
-  Index step_count() const { return state_.steps; }
-  /// u of one parameter. Throws std::invalid_argument for an index out of range and where its group
-  /// has no momentum.
-  TensorView<const float, 1> momentum(Index parameter) const {
-    return state_.moment("Sgd::momentum", 0, parameter);
-  }
-  /// All of u, parameter after parameter, of the groups that have momentum.
-  std::span<const float> state() const { return state_.memory(); }
-  /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
-  void load_state(std::span<const float> state, Index step_count) {
-    state_.load("Sgd::load_state", state, step_count);
-  }
-
- private:
-  detail::OptimizerState<detail::SgdRules, SgdOptions> state_;
-};
+using Sgd = detail::Optimizer<detail::SgdRule>;
 
 // ---- gradients ----------------------------------------------------------------------------------
 
@@ -238,11 +203,10 @@ double gradient_norm(const D& device, std::span<const Parameter> parameters,
                      Workspace& workspace = thread_workspace()) {
   detail::check_parameters("gradient_norm", parameters);
   Workspace::Frame frame(workspace);
-  const Index count = detail::piece_count(parameters);
-  auto* pieces = frame.take<problem::ParameterPiece>(count);
+  const auto pieces = detail::pieces_of(parameters, frame);
+  const Index count = static_cast<Index>(pieces.size());
   auto* sums = frame.take<double>(count);
-  detail::cut_into_pieces(parameters, pieces);
-  detail::run(device, problem::GradientSquares{pieces, count, sums});
+  detail::run(device, problem::GradientSquares{pieces.data(), count, sums});
   double total = 0;
   for (Index i = 0; i < count; ++i) total += sums[i];
   return std::sqrt(total);
@@ -254,20 +218,19 @@ inline double gradient_norm(std::span<const Parameter> parameters) {
 namespace detail {
 
 /// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite
-/// numbers afterwards.
+/// numbers afterwards. A factor below float's smallest comes in two, or few of its bits are left; 1
+/// writes nothing.
 template <CpuDevice D>
-void scale_pieces(const D& device, const problem::ParameterPiece* pieces, Index count,
-                  double factor, bool* finite) {
+void scale_pieces(const D& device, std::span<const problem::ParameterPiece> pieces, double factor,
+                  bool* finite) {
   constexpr double kSmallest = (std::numeric_limits<float>::min)();
-  if (factor == 1.0) {  // nothing to write
-    run(device, problem::ScaleGradients{pieces, count, 1.0f, finite});
-  } else if (factor != 0 && std::abs(factor) < kSmallest) {  // in two, or few of its bits are left
-    run(device,
-        problem::ScaleGradients{pieces, count, static_cast<float>(factor / kSmallest), finite});
-    run(device, problem::ScaleGradients{pieces, count, static_cast<float>(kSmallest), finite});
-  } else {
-    run(device, problem::ScaleGradients{pieces, count, static_cast<float>(factor), finite});
-  }
+  const auto scale = [&](double by) {
+    detail::run(device, problem::ScaleGradients{pieces.data(), static_cast<Index>(pieces.size()),
+                                                static_cast<float>(by), finite});
+  };
+  const bool tiny = factor != 0 && std::abs(factor) < kSmallest;
+  scale(tiny ? factor / kSmallest : factor);
+  if (tiny) scale(kSmallest);
 }
 
 inline void require_factor(std::string_view operation, std::string_view name, double factor) {
@@ -286,12 +249,10 @@ bool scale_gradients(const D& device, std::span<const Parameter> parameters, dou
   detail::check_parameters("scale_gradients", parameters);
   detail::require_factor("scale_gradients", "factor", factor);
   Workspace::Frame frame(workspace);
-  const Index count = detail::piece_count(parameters);
-  auto* pieces = frame.take<problem::ParameterPiece>(count);
-  auto* finite = frame.take<bool>(count);
-  detail::cut_into_pieces(parameters, pieces);
-  detail::scale_pieces(device, pieces, count, factor, finite);
-  return std::all_of(finite, finite + count, [](bool ok) { return ok; });
+  const auto pieces = detail::pieces_of(parameters, frame);
+  auto* finite = frame.take<bool>(static_cast<Index>(pieces.size()));
+  detail::scale_pieces(device, pieces, factor, finite);
+  return std::all_of(finite, finite + pieces.size(), [](bool ok) { return ok; });
 }
 inline bool scale_gradients(std::span<const Parameter> parameters, double factor) {
   return scale_gradients(Eigen::DefaultDevice{}, parameters, factor);
@@ -304,7 +265,7 @@ bool all_finite(const D& device, std::span<const Parameter> parameters,
   return scale_gradients(device, parameters, 1.0, workspace);
 }
 inline bool all_finite(std::span<const Parameter> parameters) {
-  return all_finite(Eigen::DefaultDevice{}, parameters);
+  return scale_gradients(Eigen::DefaultDevice{}, parameters, 1.0);
 }
 
 /// Scales all gradients together so that their L2 norm is at most max_norm (Pascanu et al., "On the

@@ -1,15 +1,15 @@
 /// \file
 /// Symmetric INT8 quantization and the product with quantized weights:
 ///
-///   scale = max|w| / 127                                  1 where all are zero
-///   q     = clamp(round_half_to_even(w / scale), -127, 127)      so -128 never occurs, and |w - q * scale| <= scale / 2 up to one
-///   rounding
+///   scale = max|w| / 127                                       1 where all are zero
+///   q     = clamp(round_half_to_even(w / scale), -127, 127)    so -128 never occurs
 ///
-/// with one scale for a tensor, for each row of a (out, in) weight, for each group of 32, 64 or 128
-/// inputs of a row, or for each token of activations. The quotient is a true division, in float
-/// (double for double); the scale is a float and never 0: where max|w| / 127 rounds to 0 the
-/// smallest float serves, and among denormals, whose quotients can pass 127, the clamp does. See
-/// Dettmers et al., "LLM.int8()" (2022), for per-token activations against per-row weights.
+/// (so that |w - q * scale| <= scale / 2, up to one rounding) with one scale for a tensor, for each
+/// row of a (out, in) weight, for each group of 32, 64 or 128 inputs of a row, or for each token of
+/// activations. The quotient is a true division, in float (double for double); the scale is a float
+/// and never 0: where max|w| / 127 rounds to 0 the smallest float serves, and among denormals,
+/// whose quotients can pass 127, the clamp does. See Dettmers et al., "LLM.int8()" (2022), for
+/// per-token activations against per-row weights.
 ///
 /// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's
 /// range) throws std::invalid_argument naming the first one's index, before anything is written. On
@@ -76,14 +76,36 @@ constexpr void require_int8_values() {
                 "eigenformer: quantized values are std::int8_t");
 }
 
-template <typename D, typename View>
-void quantize_groups(const D& device, std::string_view name, std::int8_t* values, float* scales,
-                     const View& weights, Index group, const QuantizeOptions& options,
-                     Workspace& workspace) {
-  const problem::Quantize<scalar_of<View>> problem{
-      weights.data(),     values, scales, weights.dimension(0), weights.dimension(1), group,
-      options.check_first};
-  if (!run(device, problem, workspace)) throw_not_quantizable(name, "weights", weights);
+/// What `run` said of a quantization: false where the weights hold a number that has none.
+template <typename View>
+void require_quantized(std::string_view name, const View& weights, bool quantized) {
+  if (!quantized) throw_not_quantizable(name, "weights", weights);
+}
+
+/// One scale for each row of `view`, which are its `rows`.
+template <typename Scales, typename View>
+void require_row_scales(std::string_view name, const Scales& scales, std::string_view view_name,
+                        const View& view, std::string_view rows = "rows") {
+  require_that(scales.dimension(0) == view.dimension(0), name, "scales has ", scales.dimension(0),
+               " elements, ", view_name, " has ", view.dimension(0), " ", rows);
+}
+
+/// One scale for each group of a row.
+template <typename Scales, typename View>
+void require_group_scales(std::string_view name, const Scales& scales, const View& view,
+                          Index group_size) {
+  const Index groups = (view.dimension(1) + group_size - 1) / group_size;
+  require_that(scales.dimension(0) == view.dimension(0) && scales.dimension(1) == groups, name,
+               "scales has shape ", shape_text(scales), ", expected (", view.dimension(0), ", ",
+               groups, ")");
+}
+
+/// Room for a matrix with one scale a row.
+template <typename X>
+QuantizedChannels quantized_channels(std::string_view name, std::string_view argument, const X& x) {
+  const auto from = input_view<2>(x);
+  checked_size(name, argument, from);
+  return {Tensor<std::int8_t, 2>(from.dimensions()), Tensor<float, 1>(from.dimension(0))};
 }
 
 }  // namespace detail
@@ -100,11 +122,8 @@ void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
   constexpr auto name = "quantize_weights_int8";
   require_same_shape(name, "values", to, "weights", from);
   const Index count = detail::checked_size(name, "weights", from);
-  if (!detail::run(
-          device,
-          problem::QuantizeTensor<scalar_of<Weights>>{from.data(), to.data(), &scale, count},
-          workspace))
-    detail::throw_not_quantizable(name, "weights", from);
+  const problem::QuantizeTensor<scalar_of<Weights>> problem{from.data(), to.data(), &scale, count};
+  detail::require_quantized(name, from, detail::run(device, problem, workspace));
 }
 
 template <CpuDevice D, typename Weights>
@@ -125,7 +144,8 @@ auto quantize_weights_int8(const Weights& weights) {
 /// a GPU too, without the check of values.
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
-                                            const Weights& weights, const QuantizeOptions& options,
+                                            const Weights& weights,
+                                            const QuantizeOptions& options = {},
                                             Workspace& workspace = thread_workspace()) {
   constexpr auto name = "quantize_weights_int8_per_channel";
   using T = scalar_of<Weights>;
@@ -136,25 +156,16 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   auto factors = output_view<1>(scales);
   detail::checked_size(name, "weights", from);
   require_same_shape(name, "values", to, "weights", from);
-  require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
-               " elements, weights has ", from.dimension(0), " rows");
-  detail::quantize_groups(device, name, to.data(), factors.data(), from, from.dimension(1), options,
-                          workspace);
-}
-template <Device D, typename Values, typename Scales, typename Weights>
-void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
-                                            const Weights& weights,
-                                            Workspace& workspace = thread_workspace()) {
-  quantize_weights_int8_per_channel_into(device, values, scales, weights, QuantizeOptions{},
-                                         workspace);
+  detail::require_row_scales(name, factors, "weights", from);
+  const Index rows = from.dimension(0), columns = from.dimension(1);
+  const problem::Quantize<T> problem{from.data(), to.data(), factors.data(),     rows,
+                                     columns,     columns,   options.check_first};
+  detail::require_quantized(name, from, detail::run(device, problem, workspace));
 }
 
 template <CpuDevice D, typename Weights>
 QuantizedChannels quantize_weights_int8_per_channel(const D& device, const Weights& weights) {
-  const auto from = input_view<2>(weights);
-  detail::checked_size("quantize_weights_int8_per_channel", "weights", from);
-  QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
-                           Tensor<float, 1>(from.dimension(0))};
+  auto result = detail::quantized_channels("quantize_weights_int8_per_channel", "weights", weights);
   quantize_weights_int8_per_channel_into(device, result.values, result.scales, weights,
                                          {.check_first = false});
   return result;
@@ -169,7 +180,7 @@ QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
 template <CpuDevice D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
                                         const Weights& weights, Index group_size,
-                                        const QuantizeOptions& options,
+                                        const QuantizeOptions& options = {},
                                         Workspace& workspace = thread_workspace()) {
   constexpr auto name = "quantize_weights_int8_grouped";
   detail::require_quantizable_scalar<scalar_of<Weights>>();
@@ -180,19 +191,11 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   auto factors = output_view<2>(scales);
   require_same_shape(name, "values", to, "weights", from);
   detail::checked_size(name, "weights", from);
-  const Index groups = (from.dimension(1) + group_size - 1) / group_size;
-  require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups, name,
-               "scales has shape ", detail::shape_text(factors), ", expected (", from.dimension(0),
-               ", ", groups, ")");
-  detail::quantize_groups(device, name, to.data(), factors.data(), from, group_size, options,
-                          workspace);
-}
-template <CpuDevice D, typename Values, typename Scales, typename Weights>
-void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
-                                        const Weights& weights, Index group_size,
-                                        Workspace& workspace = thread_workspace()) {
-  quantize_weights_int8_grouped_into(device, values, scales, weights, group_size, QuantizeOptions{},
-                                     workspace);
+  detail::require_group_scales(name, factors, from, group_size);
+  const problem::Quantize<scalar_of<Weights>> problem{
+      from.data(),       to.data(),  factors.data(),     from.dimension(0),
+      from.dimension(1), group_size, options.check_first};
+  detail::require_quantized(name, from, detail::run(device, problem, workspace));
 }
 
 template <CpuDevice D, typename Weights>
@@ -227,8 +230,7 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
   auto factors = output_view<1>(scales);
   detail::checked_size(name, "x", from);
   require_same_shape(name, "values", to, "x", from);
-  require_that(factors.dimension(0) == from.dimension(0), name, "scales has ", factors.dimension(0),
-               " elements, x has ", from.dimension(0), " tokens");
+  detail::require_row_scales(name, factors, "x", from, "tokens");
   detail::run(device, problem::QuantizeActivations<T>{from.data(), to.data(), factors.data(),
                                                       from.dimension(0), from.dimension(1)});
 }
@@ -236,10 +238,7 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
 /// auto [values, scales] = ef::quantize_activations_int8(x);
 template <CpuDevice D, typename Input>
 QuantizedChannels quantize_activations_int8(const D& device, const Input& x) {
-  const auto from = input_view<2>(x);
-  detail::checked_size("quantize_activations_int8", "x", from);
-  QuantizedChannels result{Tensor<std::int8_t, 2>(from.dimension(0), from.dimension(1)),
-                           Tensor<float, 1>(from.dimension(0))};
+  auto result = detail::quantized_channels("quantize_activations_int8", "x", x);
   quantize_activations_int8_into(device, result.values, result.scales, x);
   return result;
 }
@@ -250,9 +249,9 @@ QuantizedChannels quantize_activations_int8(const Input& x) {
 
 namespace detail {
 
-/// The output's memory, once shapes and scalars are right.
+/// The view of the output, once shapes and scalars are right.
 template <typename Output, typename Values>
-auto* dequantized(std::string_view name, Output& weights, const Values& values) {
+auto dequantized_view(std::string_view name, Output& weights, const Values& values) {
   constexpr int rank = rank_of<Values>;
   require_int8_values<Values>();
   static_assert(
@@ -261,17 +260,16 @@ auto* dequantized(std::string_view name, Output& weights, const Values& values) 
   auto to = output_view<rank>(weights);
   checked_size(name, "weights", to);
   require_same_shape(name, "weights", to, "values", input_view<rank>(values));
-  return to.data();
+  return to;
 }
 
-template <typename D, typename Output, typename Values>
-void dequantize_groups(std::string_view name, const D& device, Output& weights,
-                       const Values& values, const float* scales, Index group) {
-  const auto from = input_view<2>(values);
-  auto* to = dequantized(name, weights, values);
-  if (values.size() == 0) return;  // any number of rows may be empty
-  detail::run(device, problem::Dequantize<scalar_of<Output>>{
-                          from.data(), scales, to, from.dimension(0), from.dimension(1), group});
+template <typename Output, typename Values>
+auto dequantize_problem(std::string_view name, Output& weights, const Values& values,
+                        const float* scales, Index group) {
+  auto to = dequantized_view(name, weights, values);
+  const Index rows = to.size() == 0 ? 0 : to.dimension(0);  // any number of rows may be empty
+  return problem::Dequantize<scalar_of<Output>>{values.data(), scales,          to.data(),
+                                                rows,          to.dimension(1), group};
 }
 
 }  // namespace detail
@@ -280,9 +278,9 @@ void dequantize_groups(std::string_view name, const D& device, Output& weights,
 template <CpuDevice D, typename Output, typename Values>
 void dequantize_into(const D& device, Output&& weights, const Values& values, float scale) {
   const auto from = input_view<rank_of<Values>>(values);
-  auto* to = detail::dequantized("dequantize", weights, values);
-  detail::run(device,
-              problem::DequantizeTensor<scalar_of<Output>>{from.data(), scale, to, from.size()});
+  auto to = detail::dequantized_view("dequantize", weights, values);
+  detail::run(device, problem::DequantizeTensor<scalar_of<Output>>{from.data(), scale, to.data(),
+                                                                   from.size()});
 }
 
 /// weights (out, in) = values * scales (out), row by row; whatever a scale is: NaN gives a row of
@@ -293,26 +291,22 @@ void dequantize_into(const D& device, Output&& weights, const Values& values,
                      const Scales& scales) {
   const auto from = input_view<2>(values);
   const auto factors = input_view<1>(scales);
-  require_that(factors.dimension(0) == from.dimension(0), "dequantize", "scales has ",
-               factors.dimension(0), " elements, values has ", from.dimension(0), " rows");
-  detail::dequantize_groups("dequantize", device, weights, values, factors.data(),
-                            from.dimension(1));
+  detail::require_row_scales("dequantize", factors, "values", from);
+  detail::run(device, detail::dequantize_problem("dequantize", weights, from, factors.data(),
+                                                 from.dimension(1)));
 }
 
 /// weights (out, in) = values * scales (out, ceil(in / group_size)).
 template <CpuDevice D, typename Output, typename Values, typename Scales>
 void dequantize_grouped_into(const D& device, Output&& weights, const Values& values,
                              const Scales& scales, Index group_size) {
-  detail::require_group_size(group_size, "dequantize_grouped");
+  constexpr auto name = "dequantize_grouped";
+  detail::require_group_size(group_size, name);
   const auto from = input_view<2>(values);
   const auto factors = input_view<2>(scales);
-  detail::checked_size("dequantize_grouped", "values", from);
-  const Index groups = (from.dimension(1) + group_size - 1) / group_size;
-  require_that(factors.dimension(0) == from.dimension(0) && factors.dimension(1) == groups,
-               "dequantize_grouped", "scales has shape ", detail::shape_text(factors),
-               ", expected (", from.dimension(0), ", ", groups, ")");
-  detail::dequantize_groups("dequantize_grouped", device, weights, values, factors.data(),
-                            group_size);
+  detail::checked_size(name, "values", from);
+  detail::require_group_scales(name, factors, from, group_size);
+  detail::run(device, detail::dequantize_problem(name, weights, from, factors.data(), group_size));
 }
 
 /// ef::Tensor<float, 2> w = ef::dequantize(qc, scales);   and   ef::dequantize(q, scale), of any rank
@@ -376,47 +370,34 @@ auto int8_linear_problem(Output& y, const Input& x, const Values& values, const 
 /// x's scale * weight's scale, bias). Values must lie in [-127, 127]. A scale that is NaN, infinite
 /// or negative throws std::invalid_argument naming the first one: O(out).
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
-          typename E>
-  requires detail::is_epilogue<E>
+          typename BiasOrEpilogue = Epilogue<>>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
-                      const Scales& scales, const E& epilogue,
+                      const Scales& scales, const BiasOrEpilogue& end = {},
                       Workspace& workspace = thread_workspace()) {
-  detail::run(device, detail::int8_linear_problem(y, x, values, scales, epilogue), workspace);
+  detail::run(device, detail::int8_linear_problem(y, x, values, scales, detail::as_epilogue(end)),
+              workspace);
 }
 template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
                       const Scales& scales, Workspace& workspace) {
   int8_linear_into(device, y, x, values, scales, Epilogue{}, workspace);
 }
-template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
-                      const Scales& scales) {
-  int8_linear_into(device, y, x, values, scales, Epilogue{}, thread_workspace());
-}
-template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
-          typename Bias>
-  requires(!std::same_as<Bias, Workspace> && !detail::is_epilogue<Bias>)
-void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
-                      const Scales& scales, const Bias& bias,
-                      Workspace& workspace = thread_workspace()) {
-  int8_linear_into(device, y, x, values, scales, Epilogue{}.bias(bias), workspace);
-}
 
 /// ef::Tensor<float, 2> y = ef::int8_linear(x, qc, scales);   // x of any scalar but double, y float
-template <CpuDevice D, typename Input, typename Values, typename Scales, typename... Bias>
-  requires(sizeof...(Bias) <= 1)
+template <CpuDevice D, typename Input, typename Values, typename Scales,
+          typename BiasOrEpilogue = Epilogue<>>
 Tensor<float, 2> int8_linear(const D& device, const Input& x, const Values& values,
-                             const Scales& scales, const Bias&... bias) {
+                             const Scales& scales, const BiasOrEpilogue& end = {}) {
   const Index tokens = input_view<2>(x).dimension(0), out = input_view<2>(values).dimension(0);
   auto y = detail::make_tensor<float, 2>("int8_linear", "y", Eigen::DSizes<Index, 2>(tokens, out));
-  int8_linear_into(device, y, x, values, scales, bias...);
+  int8_linear_into(device, y, x, values, scales, end);
   return y;
 }
-template <typename Input, typename Values, typename Scales, typename... Bias>
-  requires(!Device<Input> && sizeof...(Bias) <= 1)
+template <typename Input, typename Values, typename Scales, typename BiasOrEpilogue = Epilogue<>>
+  requires(!Device<Input>)
 Tensor<float, 2> int8_linear(const Input& x, const Values& values, const Scales& scales,
-                             const Bias&... bias) {
-  return int8_linear(Eigen::DefaultDevice{}, x, values, scales, bias...);
+                             const BiasOrEpilogue& end = {}) {
+  return int8_linear(Eigen::DefaultDevice{}, x, values, scales, end);
 }
 
 }  // namespace EIGENFORMER_ABI

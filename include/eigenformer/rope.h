@@ -9,15 +9,15 @@
 /// serves contexts four times the length trained.
 ///
 /// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), or heads in the rows of a wider
-/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element a token, batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor
-/// of rank 1 or any other contiguous range of integers, or a braced list. Scalars are float,
-/// double, bfloat16 and half; y's may differ from x's. Angles, cosines and sines are computed in
-/// double (an angle is right to 1e-10 at position 10^6) and rounded once: to float, or to double
-/// where x or y is.
+/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element a token,
+/// batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other
+/// contiguous range of integers, or a braced list. Scalars are float, double, bfloat16 and half;
+/// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to
+/// 1e-10 at position 10^6) and rounded once: to float, or to double where x or y is.
 ///
-/// Two forms give the same bits. With options, cosines and sines are computed once a token, for all
-/// its heads (about 2 us for 64 pairs). With a RopeTable they are read: nothing is computed but the
-/// rotation, nothing allocated; the hot path.
+/// Two forms give the same bits. With options, cosines and sines are computed once per token, for
+/// all its heads (about 2 us for 64 pairs). With a RopeTable they are read: nothing is computed but
+/// the rotation, nothing allocated; the hot path.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined. Throws
 /// std::invalid_argument for a number of positions other than of tokens, an odd or too large
@@ -101,27 +101,6 @@ Index rope_tokens(std::string_view name, std::string_view x_name, const X& x,
   return tokens;
 }
 
-template <typename X>
-auto rope_result(const X& x, const LengthSpan& positions) {
-  rope_tokens("rope", "x", x, positions);
-  return tensor_like("rope", "x", x);
-}
-
-/// Everything but the angles, checked.
-template <typename Y, typename X>
-problem::Rope<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name,
-                                                       std::string_view y_name, Y y,
-                                                       std::string_view x_name, X x,
-                                                       const LengthSpan& positions, bool inverse) {
-  require_floating_scalars<Y, X>();
-  require_same_shape(name, y_name, y, x_name, x);
-  constexpr int rank = rank_of<X>;
-  const Index tokens = rope_tokens(name, x_name, x, positions);
-  const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
-  return {y.data(),        x.data(), positions, tokens,  heads,  head_dim,
-          token_stride(x), {},       nullptr,   nullptr, inverse};
-}
-
 }  // namespace detail
 
 /// Cosines and sines of positions 0 to max_positions - 1, for heads of head_dim: max_positions *
@@ -193,113 +172,103 @@ using RopeTable = BasicRopeTable<float>;
 
 namespace detail {
 
-template <typename D, typename Problem>
-void rope_with_options(std::string_view name, const D& device, Problem problem,
-                       const RopeOptions& options, Workspace& workspace) {
-  const Index rotary_dim = rope_rotary_dim(name, problem.head_dim, options);
-  if (problem.tokens == 0 || problem.heads == 0) return;
-  Workspace::Frame frame(workspace);
-  double* frequencies = frame.take<double>(rotary_dim / 2);
-  write_inverse_frequencies(options.base, rotary_dim, frequencies);
-  problem.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale)};
-  problem.rows =
-      frame.take<typename Problem::compute>(worker_count(device) * problem.angles.row_size());
-  detail::run(device, problem);
+/// Everything but the angles, checked.
+template <typename Y, typename X>
+problem::Rope<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name,
+                                                       std::string_view y_name, const Y& y,
+                                                       std::string_view x_name, const X& x,
+                                                       const LengthSpan& positions, bool inverse) {
+  require_floating_scalars<Y, X>();
+  require_same_shape(name, y_name, y, x_name, x);
+  constexpr int rank = rank_of<X>;
+  const Index tokens = rope_tokens(name, x_name, x, positions);
+  const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
+  return {y.data(),        x.data(), positions, tokens,  heads,  head_dim,
+          token_stride(x), {},       nullptr,   nullptr, inverse};
 }
 
-template <typename D, typename Problem, typename C>
-void rope_with_table(std::string_view name, const D& device, Problem problem,
-                     const BasicRopeTable<C>& table) {
+/// The angles of a table.
+template <typename Problem, typename C>
+void set_angles(std::string_view name, Problem& p, const BasicRopeTable<C>& table, int,
+                Workspace::Frame&) {
   static_assert(std::is_same_v<C, typename Problem::compute>,
                 "eigenformer: RopeTable serves float, bfloat16 and half; double takes a "
                 "BasicRopeTable<double>");
-  require_that(problem.head_dim == table.head_dim(), name, "table is for head_dim ",
-               table.head_dim(), ", x has head_dim ", problem.head_dim);
-  for (Index t = 0; t < problem.tokens; ++t)
-    require_that(problem.positions[t] >= 0 && problem.positions[t] < table.max_positions(), name,
-                 "positions[", t, "] is ", problem.positions[t], ", table has positions 0 to ",
+  require_that(p.head_dim == table.head_dim(), name, "table is for head_dim ", table.head_dim(),
+               ", x has head_dim ", p.head_dim);
+  for (Index t = 0; t < p.tokens; ++t)
+    require_that(p.positions[t] >= 0 && p.positions[t] < table.max_positions(), name, "positions[",
+                 t, "] is ", p.positions[t], ", table has positions 0 to ",
                  table.max_positions() - 1);
-  problem.angles = table.angles();
-  problem.table = table.rows();
-  detail::run(device, problem);
+  p.angles = table.angles();
+  p.table = table.rows();
+}
+/// Those of options, with a row of cosines and sines for each worker.
+template <typename Problem>
+void set_angles(std::string_view name, Problem& p, const RopeOptions& options, int workers,
+                Workspace::Frame& frame) {
+  const Index rotary_dim = rope_rotary_dim(name, p.head_dim, options);
+  if (p.heads == 0) p.tokens = 0;
+  if (p.tokens == 0) return;
+  double* const frequencies = frame.take<double>(rotary_dim / 2);
+  write_inverse_frequencies(options.base, rotary_dim, frequencies);
+  p.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale)};
+  p.rows = frame.take<typename Problem::compute>(workers * p.angles.row_size());
 }
 
 }  // namespace detail
 
-/// y = x, turned. The workspace takes one row of cosines and sines a thread.
-template <CpuDevice D, typename Y, typename X, typename P = LengthSpan>
-void rope_into(const D& device, Y&& y, const X& x, const P& positions,
-               const RopeOptions& options = {}, Workspace& workspace = thread_workspace()) {
-  detail::rope_with_options(
-      "rope", device,
-      detail::rope_problem("rope", "y", output_view<rank_of<X>>(y), "x", detail::rope_input(x),
-                           detail::position_span(positions), false),
-      options, workspace);
-}
+// In all forms `how` is RopeOptions or a table.
 
-/// y = x, turned by the angles of the table: no sine, no allocation.
-template <CpuDevice D, typename Y, typename X, typename P = LengthSpan, typename C>
-void rope_into(const D& device, Y&& y, const X& x, const P& positions,
-               const BasicRopeTable<C>& table) {
-  detail::rope_with_table(
-      "rope", device,
-      detail::rope_problem("rope", "y", output_view<rank_of<X>>(y), "x", detail::rope_input(x),
-                           detail::position_span(positions), false),
-      table);
+/// y = x, turned. Options take one row of cosines and sines a thread from the workspace; a table
+/// takes nothing.
+template <CpuDevice D, typename Y, typename X, typename P = LengthSpan, typename How = RopeOptions>
+void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How& how = {},
+               Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "rope";
+  const LengthSpan at = detail::position_span(positions);
+  Workspace::Frame frame(workspace);
+  auto problem = detail::rope_problem(name, "y", output_view<rank_of<X>>(y), "x",
+                                      detail::rope_input(x), at, false);
+  detail::set_angles(name, problem, how, worker_count(device), frame);
+  detail::run(device, problem);
 }
 
 /// Returns x turned, in its scalar and shape.
-template <CpuDevice D, typename X, typename P = LengthSpan>
-auto rope(const D& device, const X& x, const P& positions, const RopeOptions& options = {}) {
-  auto y = detail::rope_result(detail::rope_input(x), detail::position_span(positions));
-  rope_into(device, y, x, positions, options);
+///
+///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});   // or ef::rope(query, positions, table)
+template <CpuDevice D, typename X, typename P = LengthSpan, typename How = RopeOptions>
+auto rope(const D& device, const X& x, const P& positions, const How& how = {}) {
+  const auto from = detail::rope_input(x);
+  detail::rope_tokens("rope", "x", from, detail::position_span(positions));
+  auto y = detail::tensor_like("rope", "x", from);
+  rope_into(device, y, x, positions, how);
   return y;
 }
-///   ef::Tensor<float, 3> q = ef::rope(query, positions, {.base = 500000.0f});   // or
-/// ef::rope(query, positions, table)
-template <typename X, typename P = LengthSpan>
+template <typename X, typename P = LengthSpan, typename How = RopeOptions>
   requires(!Device<X>)
-auto rope(const X& x, const P& positions, const RopeOptions& options = {}) {
-  return rope(Eigen::DefaultDevice{}, x, positions, options);
-}
-
-template <CpuDevice D, typename X, typename P = LengthSpan, typename C>
-auto rope(const D& device, const X& x, const P& positions, const BasicRopeTable<C>& table) {
-  auto y = detail::rope_result(detail::rope_input(x), detail::position_span(positions));
-  rope_into(device, y, x, positions, table);
-  return y;
-}
-template <typename X, typename P = LengthSpan, typename C>
-  requires(!Device<X>)
-auto rope(const X& x, const P& positions, const BasicRopeTable<C>& table) {
-  return rope(Eigen::DefaultDevice{}, x, positions, table);
+auto rope(const X& x, const P& positions, const How& how = {}) {
+  return rope(Eigen::DefaultDevice{}, x, positions, how);
 }
 
 /// Gradient of x from that of y: the rotation by the opposite angle. grad_x may be grad_y itself.
-template <CpuDevice D, typename GX, typename GY, typename P = LengthSpan>
+template <CpuDevice D, typename GX, typename GY, typename P = LengthSpan,
+          typename How = RopeOptions>
 void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
-                        const RopeOptions& options = {},
-                        Workspace& workspace = thread_workspace()) {
-  detail::rope_with_options(
-      "rope_backward", device,
-      detail::rope_problem("rope_backward", "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
-                           detail::rope_input(grad_y), detail::position_span(positions), true),
-      options, workspace);
+                        const How& how = {}, Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "rope_backward";
+  const LengthSpan at = detail::position_span(positions);
+  Workspace::Frame frame(workspace);
+  auto problem = detail::rope_problem(name, "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
+                                      detail::rope_input(grad_y), at, true);
+  detail::set_angles(name, problem, how, worker_count(device), frame);
+  detail::run(device, problem);
 }
-template <CpuDevice D, typename GX, typename GY, typename P = LengthSpan, typename C>
-void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
-                        const BasicRopeTable<C>& table) {
-  detail::rope_with_table(
-      "rope_backward", device,
-      detail::rope_problem("rope_backward", "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
-                           detail::rope_input(grad_y), detail::position_span(positions), true),
-      table);
-}
-
-/// The same, returned; `how` is RopeOptions or a table.
 template <CpuDevice D, typename GY, typename P = LengthSpan, typename How = RopeOptions>
 auto rope_backward(const D& device, const GY& grad_y, const P& positions, const How& how = {}) {
-  auto grad_x = detail::rope_result(detail::rope_input(grad_y), detail::position_span(positions));
+  const auto from = detail::rope_input(grad_y);
+  detail::rope_tokens("rope_backward", "grad_y", from, detail::position_span(positions));
+  auto grad_x = detail::tensor_like("rope_backward", "grad_y", from);
   rope_backward_into(device, grad_x, grad_y, positions, how);
   return grad_x;
 }

@@ -10,7 +10,7 @@
 ///   ids = ef::top_k_sample(logits, k, temperature, rng);
 ///   ids = ef::top_p_sample(logits, p, temperature, rng);
 ///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
-///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one a row
+///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one per row
 ///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
 ///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
 ///   scores = ef::log_probabilities_of(logits, tokens);                  // of given tokens
@@ -52,9 +52,9 @@
 /// bytes overflows. batch 0 is legal. An output must not overlap the logits.
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a
-/// draw from all tokens add about one exponential a token each. No filter sorts the vocabulary: the
-/// worst case is O(vocab). Rows are spread over the threads of a pool. The _into forms allocate
-/// nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers a thread.
+/// draw from all tokens add about one exponential per token each. No filter sorts the vocabulary:
+/// the worst case is O(vocab). Rows are spread over the threads of a pool. The _into forms allocate
+/// nothing after the first call at a size: scratch is about vocab * (1 to 3) numbers per thread.
 #pragma once
 
 #include <algorithm>
@@ -79,65 +79,20 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-inline void check_sampling_order(std::string_view name, const SamplingOrder& order) {
-  unsigned seen = 0;
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    const auto stage = static_cast<unsigned>(order[i]);
-    require_that(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage,
-                 " at place ", i, ", expected every stage once");
-    require_that((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name,
-                 "order has stage ", stage, " at place ", i,
-                 ", expected penalties, logit_bias and token_mask in the first three places");
-    seen |= 1u << stage;
-  }
-}
-
-inline void check_tokens(std::string_view name, std::string_view argument,
-                         std::span<const std::int32_t> tokens, Index vocab) {
-  for (std::size_t i = 0; i < tokens.size(); ++i)
-    require_that(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i],
-                 ", expected a token in [0, ", vocab, ")");
-}
-
-/// O(1) but for the lists that come with the parameters.
-inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
-  require_that(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ",
-               p.temperature, ", expected 0 (greedy) or more");
-  require_that(p.top_k >= 0, name, "top_k is ", p.top_k, ", expected 0 (all tokens) or more");
-  require_that(!std::isnan(p.top_p), name, "top_p is NaN");
-  require_that(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
-  require_that(!std::isnan(p.typical_p), name, "typical_p is NaN");
-  require_that(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, name,
-               "repetition_penalty is ", p.repetition_penalty,
-               ", expected a finite number above 0");
-  require_that(std::isfinite(p.frequency_penalty), name, "frequency_penalty is ",
-               p.frequency_penalty, ", expected a finite number");
-  require_that(std::isfinite(p.presence_penalty), name, "presence_penalty is ", p.presence_penalty,
-               ", expected a finite number");
-  check_sampling_order(name, p.order);
-  check_tokens(name, "prompt_tokens", p.prompt_tokens, vocab);
-  check_tokens(name, "output_tokens", p.output_tokens, vocab);
-  for (std::size_t i = 0; i < p.logit_bias.size(); ++i) {
-    const LogitBias& bias = p.logit_bias[i];
-    require_that(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ",
-                 bias.token, ", expected a token in [0, ", vocab, ")");
-    require_that(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i,
-                 "] is ", bias.bias, ", expected a finite number or -infinity");
-  }
-  const Index words = static_cast<Index>(p.token_mask.size());
-  require_that(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words,
-               " words, expected ", (vocab + 31) / 32, " (a bit for each of ", vocab,
-               " tokens) or none");
-}
-
-/// Parameters of a call: one set for all rows, or one a row.
+/// Parameters of a call: one set for all rows, or a span, vector or array of them, one a row.
+template <typename P>
+concept SamplingSets = std::same_as<P, SamplingParams> ||
+                       std::convertible_to<const P&, std::span<const SamplingParams>>;
 struct SamplingParamsView {
-  const SamplingParams* data;
-  Index count;
+  std::span<const SamplingParams> sets;
   bool per_row;
-  SamplingParamsView(const SamplingParams& shared) : data(&shared), count(1), per_row(false) {}
-  SamplingParamsView(const RowSamplingParams& rows)
-      : data(rows.data()), count(rows.size()), per_row(true) {}
+  template <SamplingSets P>
+  SamplingParamsView(const P& params) : per_row(!std::same_as<P, SamplingParams>) {
+    if constexpr (std::same_as<P, SamplingParams>)
+      sets = {&params, 1};
+    else
+      sets = params;
+  }
 };
 
 inline void check_sampling_shape(std::string_view name, std::string_view argument, Index vocab) {
@@ -158,11 +113,11 @@ auto logits_view(std::string_view name, const Logits& logits) {
 
 inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
                              Index vocab) {
-  if (!params.per_row) return check_sampling_params(name, *params.data, vocab);
-  require_that(params.count == batch, name, "params has ", params.count, " sets, logits has ",
-               batch, " rows");
-  for (Index r = 0; r < batch; ++r)
-    check_sampling_params(join(name, "params of row ", r), params.data[r], vocab);
+  if (!params.per_row) return check_sampling_params(name, params.sets[0], vocab);
+  require_that(static_cast<Index>(params.sets.size()) == batch, name, "params has ",
+               params.sets.size(), " sets, logits has ", batch, " rows");
+  for (std::size_t r = 0; r < params.sets.size(); ++r)
+    check_sampling_params(join(name, "params of row ", r), params.sets[r], vocab);
 }
 
 inline void check_generators(std::string_view name, std::string_view argument,
@@ -184,7 +139,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   return problem::Sampling<T>{logits.data(),
                               logits.dimension(0),
                               logits.dimension(1),
-                              params.data,
+                              params.sets.data(),
                               params.per_row ? 1 : 0,
                               nullptr,
                               0,
@@ -209,16 +164,21 @@ inline void require_good_rows(std::string_view name, std::span<const SampleStatu
   }
 }
 
+/// The memory of statuses that were asked for.
+inline SampleStatus* checked_statuses(std::string_view name, std::span<SampleStatus> statuses,
+                                      Index batch) {
+  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name,
+               "statuses has ", statuses.size(), " elements, logits has ", batch, " rows");
+  return statuses.empty() ? nullptr : statuses.data();
+}
+
 template <typename Ids>
-auto sampled_ids_view(std::string_view name, Ids& ids, std::span<SampleStatus> statuses,
-                      Index batch) {
+auto sampled_ids_view(std::string_view name, Ids& ids, Index batch) {
   auto view = output_view<1>(ids);
   static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>,
                 "eigenformer: token ids are std::int32_t");
   require_that(view.dimension(0) == batch, name, "ids has ", view.dimension(0),
                " elements, logits has ", batch, " rows");
-  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name,
-               "statuses has ", statuses.size(), " elements, logits has ", batch, " rows");
   return view;
 }
 
@@ -227,9 +187,9 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
                  const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace) {
   const auto view = logits_view(name, logits);
-  auto out = sampled_ids_view(name, ids, statuses, view.dimension(0));
+  auto out = sampled_ids_view(name, ids, view.dimension(0));
   auto problem = sampling_problem(name, view, params, out.data(),
-                                  statuses.empty() ? nullptr : statuses.data());
+                                  checked_statuses(name, statuses, view.dimension(0)));
   set_generators(name, problem, rng);
   detail::run(device, problem, workspace);
   rng.advance();
@@ -243,7 +203,7 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   Tensor<std::int32_t, 1> ids(view.dimension(0));
   auto problem = sampling_problem(name, view, params, ids.data(), statuses.data());
   set_generators(name, problem, rng);
-  detail::run(device, problem, thread_workspace());
+  detail::run(device, problem);
   require_good_rows(name, statuses);
   rng.advance();
   return ids;
@@ -268,10 +228,11 @@ void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
                         std::span<SampleStatus> statuses = {},
                         Workspace& workspace = thread_workspace()) {
   const auto view = detail::logits_view("greedy_sample", logits);
-  auto out = detail::sampled_ids_view("greedy_sample", ids, statuses, view.dimension(0));
+  auto out = detail::sampled_ids_view("greedy_sample", ids, view.dimension(0));
   const SamplingParams greedy{.temperature = 0};
-  const auto problem = detail::sampling_problem("greedy_sample", view, greedy, out.data(),
-                                                statuses.empty() ? nullptr : statuses.data());
+  const auto problem = detail::sampling_problem(
+      "greedy_sample", view, greedy, out.data(),
+      detail::checked_statuses("greedy_sample", statuses, view.dimension(0)));
   detail::run(device, problem::GreedySampling<scalar_of<Logits>>{problem}, workspace);
 }
 
@@ -294,16 +255,13 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 
 // ---- sampling -----------------------------------------------------------------------------------
 
+// In all forms `params` is one SamplingParams for all rows, or a span, vector or array of them, one
+// a row.
+
 /// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is
 /// (batch). Allocates nothing after the first call at a size. On CPU devices any parameters.
-template <CpuDevice D, typename Ids, typename Logits>
-void sample_into(const D& device, Ids&& ids, const Logits& logits, const SamplingParams& params,
-                 Generators rng, std::span<SampleStatus> statuses = {},
-                 Workspace& workspace = thread_workspace()) {
-  detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
-}
-template <CpuDevice D, typename Ids, typename Logits>
-void sample_into(const D& device, Ids&& ids, const Logits& logits, const RowSamplingParams& params,
+template <CpuDevice D, typename Ids, typename Logits, detail::SamplingSets Params = SamplingParams>
+void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params& params,
                  Generators rng, std::span<SampleStatus> statuses = {},
                  Workspace& workspace = thread_workspace()) {
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
@@ -321,26 +279,15 @@ void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k
 }
 
 /// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
-template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const SamplingParams& params,
+template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
+Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const Params& params,
                                Generators rng) {
   return detail::sample("sample", device, logits, params, rng);
 }
-template <CpuDevice D, typename Logits>
-Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits,
-                               const RowSamplingParams& params, Generators rng) {
-  return detail::sample("sample", device, logits, params, rng);
-}
-template <typename Logits>
+template <typename Logits, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
-Tensor<std::int32_t, 1> sample(const Logits& logits, const SamplingParams& params, Generators rng) {
-  return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
-}
-template <typename Logits>
-  requires(!Device<Logits>)
-Tensor<std::int32_t, 1> sample(const Logits& logits, const RowSamplingParams& params,
-                               Generators rng) {
-  return detail::sample("sample", Eigen::DefaultDevice{}, logits, params, rng);
+Tensor<std::int32_t, 1> sample(const Logits& logits, const Params& params, Generators rng) {
+  return sample(Eigen::DefaultDevice{}, logits, params, rng);
 }
 
 /// sample with {.temperature = temperature, .top_k = k}; k < 1 throws.
@@ -372,77 +319,40 @@ Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temp
 
 // ---- the distribution ---------------------------------------------------------------------------
 
-namespace detail {
-
-template <CpuDevice D, typename Out, typename Logits>
-void sampling_probabilities_into(const D& device, Out& probabilities, const Logits& logits,
-                                 const SamplingParamsView& params, std::span<SampleStatus> statuses,
-                                 Workspace& workspace) {
+/// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is
+/// all zero. Nothing is allocated.
+template <CpuDevice D, typename Out, typename Logits, detail::SamplingSets Params = SamplingParams>
+void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
+                                 const Params& params, std::span<SampleStatus> statuses = {},
+                                 Workspace& workspace = thread_workspace()) {
   constexpr auto name = "sampling_probabilities";
-  const auto view = logits_view(name, logits);
+  const auto view = detail::logits_view(name, logits);
   auto out = output_view<2>(probabilities);
   static_assert(std::is_same_v<scalar_of<Out>, float>,
                 "eigenformer: sampling probabilities are float");
   require_same_shape(name, "probabilities", out, "logits", view);
-  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == view.dimension(0), name,
-               "statuses has ", statuses.size(), " elements, logits has ", view.dimension(0),
-               " rows");
-  const auto problem =
-      sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
-  run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()}, workspace);
-}
-
-template <CpuDevice D, typename Logits>
-Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
-                                        const SamplingParamsView& params) {
-  const auto view = logits_view("sampling_probabilities", logits);
-  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
-  Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
-  sampling_probabilities_into(device, probabilities, view, params, statuses, thread_workspace());
-  require_good_rows("sampling_probabilities", statuses);
-  return probabilities;
-}
-
-}  // namespace detail
-
-/// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is
-/// all zero. Nothing is allocated.
-template <CpuDevice D, typename Out, typename Logits>
-void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
-                                 const SamplingParams& params,
-                                 std::span<SampleStatus> statuses = {},
-                                 Workspace& workspace = thread_workspace()) {
-  detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
-}
-template <CpuDevice D, typename Out, typename Logits>
-void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
-                                 const RowSamplingParams& params,
-                                 std::span<SampleStatus> statuses = {},
-                                 Workspace& workspace = thread_workspace()) {
-  detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
+  const auto problem = detail::sampling_problem(
+      name, view, params, nullptr, detail::checked_statuses(name, statuses, view.dimension(0)));
+  detail::run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},
+              workspace);
 }
 
 /// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature
 /// 0. Throws std::invalid_argument.
-template <CpuDevice D, typename Logits>
+template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
 Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
-                                        const SamplingParams& params) {
-  return detail::sampling_probabilities(device, logits, params);
+                                        const Params& params) {
+  const auto view = detail::logits_view("sampling_probabilities", logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
+  sampling_probabilities_into(device, probabilities, view, params, statuses);
+  detail::require_good_rows("sampling_probabilities", statuses);
+  return probabilities;
 }
-template <CpuDevice D, typename Logits>
-Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
-                                        const RowSamplingParams& params) {
-  return detail::sampling_probabilities(device, logits, params);
-}
-template <typename Logits>
+template <typename Logits, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
-Tensor<float, 2> sampling_probabilities(const Logits& logits, const SamplingParams& params) {
-  return detail::sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
-}
-template <typename Logits>
-  requires(!Device<Logits>)
-Tensor<float, 2> sampling_probabilities(const Logits& logits, const RowSamplingParams& params) {
-  return detail::sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
+Tensor<float, 2> sampling_probabilities(const Logits& logits, const Params& params) {
+  return sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
 }
 
 }  // namespace EIGENFORMER_ABI

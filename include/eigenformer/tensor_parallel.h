@@ -18,13 +18,13 @@
 /// every rank. A row-parallel layer that adds partial products (the textbook's all-reduce) cannot
 /// keep that promise: its rounding depends on where the features were cut. This one gathers the
 /// parts of x and divides the output features instead: the same arithmetic and the same weight
-/// bytes a rank, tokens * (in + out) elements received where an all-reduce moves tokens * 2 * out,
-/// and no order of summation left to chance.
+/// bytes per rank, tokens * (in + out) elements received where an all-reduce moves
+/// tokens * 2 * out, and no order of summation left to chance.
 ///
 /// Every rank calls, with the same shapes. Bad arguments throw std::invalid_argument before
 /// anything is sent; a rank that fails is a CommunicatorError on the others. Outputs must not
-/// overlap inputs. The _into forms allocate nothing after the first call at a size. Cost a rank: 1
-/// / world_size of the product, and a gather of the output (for rows: of the input too).
+/// overlap inputs. The _into forms allocate nothing after the first call at a size. Cost per rank:
+/// 1 / world_size of the product, and a gather of the output (for rows: of the input too).
 #pragma once
 
 #include <span>
@@ -119,15 +119,18 @@ auto token_rows(std::string_view name, const X& x) {
                                                         view.dimension(kRank - 1));
 }
 
+/// Stands for the bias where there is none.
+struct NoBias {};
+
 /// A checked layer: where this rank stands in it.
 struct ParallelShape {
   Index tokens, in, out;
   ShardRange columns;  // output features of this rank
 };
 
-template <typename Weight, typename C, typename... Bias>
+template <typename Weight, typename C, typename Bias = NoBias>
 ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& weight,
-                             const C& communicator, const Bias&... bias) {
+                             const C& communicator, const Bias& bias = {}) {
   ParallelShape shape{tokens, 0, 0, {}};
   if constexpr (is_packed_shard<Weight>) {
     shape.in = weight.in_features;
@@ -141,9 +144,9 @@ ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& 
     shape.out = full.dimension(0);
     shape.in = full.dimension(1);
   }
-  (require_that(input_view<1>(bias).dimension(0) == shape.out, name, "bias has ",
-                input_view<1>(bias).dimension(0), " elements, weight has ", shape.out, " rows"),
-   ...);
+  if constexpr (!std::same_as<Bias, NoBias>)
+    require_that(input_view<1>(bias).dimension(0) == shape.out, name, "bias has ",
+                 input_view<1>(bias).dimension(0), " elements, weight has ", shape.out, " rows");
   checked_product(checked_product(tokens, (std::max)(shape.out, shape.in), name, "output"),
                   Index{sizeof(double)}, name, "output");
   shape.columns = shard_range(shape.out, communicator.rank(), communicator.size());
@@ -160,18 +163,26 @@ template <typename X, typename T>
 struct layer_result<X, PackedColumnShard<T>> : layer_result<X, PackedWeight<T>> {};
 
 /// y (tokens, columns of this rank) = x times this rank's rows of the weight + bias.
-template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>
+template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename Bias = NoBias>
 void shard_product(const D& device, T* y, const X& x, const Weight& weight,
                    const ParallelShape& shape, const C& communicator, Workspace& workspace,
-                   const Bias&... bias) {
+                   const Bias& bias = {}) {
   TensorView<T, 2> output(y, shape.tokens, shape.columns.size());
   if (output.size() == 0) return;
   const int rank = communicator.rank(), ranks = communicator.size();
+  const auto multiply = [&](const auto& rows, const auto& end) {
+    linear_into(device, output, x, rows, end, workspace);
+  };
+  const auto multiply_by = [&](const auto& rows) {
+    if constexpr (std::same_as<Bias, NoBias>)
+      multiply(rows, Epilogue{});
+    else
+      multiply(rows, column_shard(bias, rank, ranks));
+  };
   if constexpr (is_packed_shard<Weight>)
-    linear_into(device, output, x, weight.weight, column_shard(bias, rank, ranks)..., workspace);
+    multiply_by(weight.weight);
   else
-    linear_into(device, output, x, column_shard(weight, rank, ranks),
-                column_shard(bias, rank, ranks)..., workspace);
+    multiply_by(column_shard(weight, rank, ranks));
 }
 
 /// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features)
@@ -195,12 +206,13 @@ void gather_features(const D& device, T* whole, Index tokens, Index features, C&
   if (!in_order) detail::run(device, problem::Interleave<T>{parts, whole, tokens, features, ranks});
 }
 
-template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename... Bias>
-void column_parallel(const D& device, T* y, const X& x, const Weight& weight,
-                     const ParallelShape& shape, C& communicator, Workspace& workspace,
-                     const Bias&... bias) {
+/// y (tokens, out) on every rank from x (tokens, in) on every rank.
+template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename Bias>
+void gathered_product(const D& device, T* y, const X& x, const Weight& weight,
+                      const ParallelShape& shape, C& communicator, Workspace& workspace,
+                      const Bias& bias) {
   gather_features(device, y, shape.tokens, shape.out, communicator, workspace, [&](T* place) {
-    shard_product(device, place, x, weight, shape, communicator, workspace, bias...);
+    shard_product(device, place, x, weight, shape, communicator, workspace, bias);
     return static_cast<const T*>(place);
   });
 }
@@ -217,7 +229,7 @@ void require_output(std::string_view name, const Y& output, const X& input, Inde
 }
 
 template <typename Weight, typename X>
-auto output_like(const X& input, Index features) {
+auto parallel_output(const X& input, Index features) {
   constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
   auto sizes = sizes_of<kRank>(input);
   sizes[kRank - 1] = features;
@@ -225,128 +237,76 @@ auto output_like(const X& input, Index features) {
                                                                                "output", sizes);
 }
 
-template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
-void column_parallel_into(const D& device, Y& output, const X& input, const Weight& weight,
-                          C& communicator, const ColumnParallelOptions& options,
-                          Workspace& workspace, const Bias&... bias) {
-  constexpr auto name = "column_parallel_linear";
-  const auto x = token_rows(name, input);
-  const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator, bias...);
-  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
-               x.dimension(1), " features");
-  auto y = output_view<rank_of<X>>(output);
-  require_output(name, y, input, options.gather_output ? shape.out : shape.columns.size());
-  if (options.gather_output)
-    column_parallel(device, y.data(), x, weight, shape, communicator, workspace, bias...);
+/// A column-parallel layer ends with a bias, or options, or first the one and then the other.
+template <typename End>
+inline constexpr bool is_bias = !std::same_as<End, ColumnParallelOptions>;
+template <typename End>
+decltype(auto) bias_of(const End& end) {
+  if constexpr (is_bias<End>)
+    return (end);
   else
-    shard_product(device, y.data(), x, weight, shape, communicator, workspace, bias...);
+    return NoBias{};
 }
-
-template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
-auto column_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
-                            const ColumnParallelOptions& options, const Bias&... bias) {
-  constexpr auto name = "column_parallel_linear";
-  const ParallelShape shape =
-      parallel_shape(name, token_rows(name, input).dimension(0), weight, communicator, bias...);
-  auto output =
-      output_like<Weight>(input, options.gather_output ? shape.out : shape.columns.size());
-  column_parallel_into(device, output, input, weight, communicator, options, thread_workspace(),
-                       bias...);
-  return output;
+template <typename End>
+bool gathers(const End& end, const ColumnParallelOptions& options) {
+  if constexpr (is_bias<End>)
+    return options.gather_output;
+  else
+    return end.gather_output;
 }
-
-template <CpuDevice D, typename Y, typename X, typename Weight, typename C, typename... Bias>
-void row_parallel_into(const D& device, Y& output, const X& input, const Weight& weight,
-                       C& communicator, Workspace& workspace, const Bias&... bias) {
-  constexpr auto name = "row_parallel_linear";
-  using T = scalar_of<X>;
-  const auto part = token_rows(name, input);
-  const ParallelShape shape =
-      parallel_shape(name, part.dimension(0), weight, communicator, bias...);
-  const ShardRange own = shard_range(shape.in, communicator.rank(), communicator.size());
-  require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
-               " features, rank ", communicator.rank(), " of ", communicator.size(), " has ",
-               own.size(), " of the weight's ", shape.in, " columns");
-  auto y = output_view<rank_of<X>>(output);
-  require_output(name, y, input, shape.out);
-  if (communicator.size() == 1) {
-    shard_product(device, y.data(), part, weight, shape, communicator, workspace, bias...);
-    return;
-  }
-  Workspace::Frame frame(workspace);
-  T* x = frame.take<T>(shape.tokens * shape.in);
-  gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
-                  [&](T*) { return part.data(); });
-  column_parallel(device, y.data(), TensorView<const T, 2>(x, shape.tokens, shape.in), weight,
-                  shape, communicator, workspace, bias...);
-}
-
-template <CpuDevice D, typename X, typename Weight, typename C, typename... Bias>
-auto row_parallel_result(const D& device, const X& input, const Weight& weight, C& communicator,
-                         const Bias&... bias) {
-  constexpr auto name = "row_parallel_linear";
-  const ParallelShape shape =
-      parallel_shape(name, token_rows(name, input).dimension(0), weight, communicator, bias...);
-  auto output = output_like<Weight>(input, shape.out);
-  row_parallel_into(device, output, input, weight, communicator, thread_workspace(), bias...);
-  return output;
-}
-
-template <typename X>
-concept NoOptions = !std::same_as<std::remove_cvref_t<X>, ColumnParallelOptions> &&
-                    !std::same_as<std::remove_cvref_t<X>, Workspace>;
 
 }  // namespace detail
 
 /// y (batch, seq, out), the same on every rank, from the same input on every rank. `weight` is the
-/// full (out, in) tensor or a PackedColumnShard, `bias` the full (out) one. With {.gather_output =
-/// false} the result is (batch, seq, shard) and nothing is sent.
+/// full (out, in) tensor or a PackedColumnShard; a bias, where there is one, the full (out) one.
+/// With {.gather_output = false} the result is (batch, seq, shard) and nothing is sent. The _into
+/// forms allocate nothing after the first call at a size.
 ///
 ///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator);
 ///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator, bias);
 ///   auto part = ef::column_parallel_linear(input, weight, communicator, bias, {.gather_output = false});
-template <CpuDevice D, typename Input, typename Weight, Communicator C>
-auto column_parallel_linear(const D& device, const Input& input, const Weight& weight,
-                            C& communicator, const ColumnParallelOptions& options = {}) {
-  return detail::column_parallel_result(device, input, weight, communicator, options);
-}
-template <CpuDevice D, typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
-auto column_parallel_linear(const D& device, const Input& input, const Weight& weight,
-                            C& communicator, const Bias& bias,
-                            const ColumnParallelOptions& options = {}) {
-  return detail::column_parallel_result(device, input, weight, communicator, options, bias);
-}
-template <typename Input, typename Weight, Communicator C>
-  requires(!Device<Input>)
-auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator,
-                            const ColumnParallelOptions& options = {}) {
-  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator,
-                                        options);
-}
-template <typename Input, typename Weight, Communicator C, detail::NoOptions Bias>
-  requires(!Device<Input>)
-auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator,
-                            const Bias& bias, const ColumnParallelOptions& options = {}) {
-  return detail::column_parallel_result(Eigen::DefaultDevice{}, input, weight, communicator,
-                                        options, bias);
-}
-
-/// Writes into `output`; allocates nothing after the first call at a size.
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C>
+///   auto part = ef::column_parallel_linear(input, weight, communicator, {.gather_output = false});
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
+          typename BiasOrOptions = ColumnParallelOptions>
 void column_parallel_linear_into(const D& device, Output&& output, const Input& input,
                                  const Weight& weight, C& communicator,
+                                 const BiasOrOptions& end = {},
                                  const ColumnParallelOptions& options = {},
                                  Workspace& workspace = thread_workspace()) {
-  detail::column_parallel_into(device, output, input, weight, communicator, options, workspace);
+  constexpr auto name = "column_parallel_linear";
+  const auto& bias = detail::bias_of(end);
+  const bool gather = detail::gathers(end, options);
+  const auto x = detail::token_rows(name, input);
+  const auto shape = detail::parallel_shape(name, x.dimension(0), weight, communicator, bias);
+  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
+               x.dimension(1), " features");
+  auto y = output_view<rank_of<Input>>(output);
+  detail::require_output(name, y, input, gather ? shape.out : shape.columns.size());
+  if (gather)
+    detail::gathered_product(device, y.data(), x, weight, shape, communicator, workspace, bias);
+  else
+    detail::shard_product(device, y.data(), x, weight, shape, communicator, workspace, bias);
 }
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
-          detail::NoOptions Bias>
-void column_parallel_linear_into(const D& device, Output&& output, const Input& input,
-                                 const Weight& weight, C& communicator, const Bias& bias,
-                                 const ColumnParallelOptions& options = {},
-                                 Workspace& workspace = thread_workspace()) {
-  detail::column_parallel_into(device, output, input, weight, communicator, options, workspace,
-                               bias);
+template <CpuDevice D, typename Input, typename Weight, Communicator C,
+          typename BiasOrOptions = ColumnParallelOptions>
+auto column_parallel_linear(const D& device, const Input& input, const Weight& weight,
+                            C& communicator, const BiasOrOptions& end = {},
+                            const ColumnParallelOptions& options = {}) {
+  constexpr auto name = "column_parallel_linear";
+  const auto shape = detail::parallel_shape(name, detail::token_rows(name, input).dimension(0),
+                                            weight, communicator, detail::bias_of(end));
+  auto output = detail::parallel_output<Weight>(
+      input, detail::gathers(end, options) ? shape.out : shape.columns.size());
+  column_parallel_linear_into(device, output, input, weight, communicator, end, options);
+  return output;
+}
+template <typename Input, typename Weight, Communicator C,
+          typename BiasOrOptions = ColumnParallelOptions>
+  requires(!Device<Input>)
+auto column_parallel_linear(const Input& input, const Weight& weight, C& communicator,
+                            const BiasOrOptions& end = {},
+                            const ColumnParallelOptions& options = {}) {
+  return column_parallel_linear(Eigen::DefaultDevice{}, input, weight, communicator, end, options);
 }
 
 /// y (batch, seq, out), the same on every rank, from this rank's features of the input, (batch,
@@ -355,42 +315,47 @@ void column_parallel_linear_into(const D& device, Output&& output, const Input& 
 ///
 ///   auto hidden = ef::column_parallel_linear(input, up, communicator, {.gather_output = false});
 ///   ef::Tensor<float, 3> y = ef::row_parallel_linear(hidden, down, communicator, bias);
-template <CpuDevice D, typename Input, typename Weight, Communicator C>
+template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
+          typename Bias = detail::NoBias>
+void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard,
+                              const Weight& weight, C& communicator, const Bias& bias = {},
+                              Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "row_parallel_linear";
+  using T = scalar_of<Input>;
+  const auto part = detail::token_rows(name, input_shard);
+  const auto shape = detail::parallel_shape(name, part.dimension(0), weight, communicator, bias);
+  const ShardRange own = shard_range(shape.in, communicator.rank(), communicator.size());
+  require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
+               " features, rank ", communicator.rank(), " of ", communicator.size(), " has ",
+               own.size(), " of the weight's ", shape.in, " columns");
+  auto y = output_view<rank_of<Input>>(output);
+  detail::require_output(name, y, input_shard, shape.out);
+  if (communicator.size() == 1)
+    return detail::shard_product(device, y.data(), part, weight, shape, communicator, workspace,
+                                 bias);
+  Workspace::Frame frame(workspace);
+  T* const x = frame.take<T>(shape.tokens * shape.in);
+  detail::gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
+                          [&](T*) { return part.data(); });
+  detail::gathered_product(device, y.data(), TensorView<const T, 2>(x, shape.tokens, shape.in),
+                           weight, shape, communicator, workspace, bias);
+}
+template <CpuDevice D, typename Input, typename Weight, Communicator C,
+          typename Bias = detail::NoBias>
 auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight,
-                         C& communicator) {
-  return detail::row_parallel_result(device, input_shard, weight, communicator);
+                         C& communicator, const Bias& bias = {}) {
+  constexpr auto name = "row_parallel_linear";
+  const auto shape = detail::parallel_shape(
+      name, detail::token_rows(name, input_shard).dimension(0), weight, communicator, bias);
+  auto output = detail::parallel_output<Weight>(input_shard, shape.out);
+  row_parallel_linear_into(device, output, input_shard, weight, communicator, bias);
+  return output;
 }
-template <CpuDevice D, typename Input, typename Weight, Communicator C, typename Bias>
-auto row_parallel_linear(const D& device, const Input& input_shard, const Weight& weight,
-                         C& communicator, const Bias& bias) {
-  return detail::row_parallel_result(device, input_shard, weight, communicator, bias);
-}
-template <typename Input, typename Weight, Communicator C>
-  requires(!Device<Input>)
-auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& communicator) {
-  return detail::row_parallel_result(Eigen::DefaultDevice{}, input_shard, weight, communicator);
-}
-template <typename Input, typename Weight, Communicator C, typename Bias>
+template <typename Input, typename Weight, Communicator C, typename Bias = detail::NoBias>
   requires(!Device<Input>)
 auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& communicator,
-                         const Bias& bias) {
-  return detail::row_parallel_result(Eigen::DefaultDevice{}, input_shard, weight, communicator,
-                                     bias);
-}
-
-/// Writes into `output`; allocates nothing after the first call at a size.
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C>
-void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard,
-                              const Weight& weight, C& communicator,
-                              Workspace& workspace = thread_workspace()) {
-  detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace);
-}
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
-          detail::NoOptions Bias>
-void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard,
-                              const Weight& weight, C& communicator, const Bias& bias,
-                              Workspace& workspace = thread_workspace()) {
-  detail::row_parallel_into(device, output, input_shard, weight, communicator, workspace, bias);
+                         const Bias& bias = {}) {
+  return row_parallel_linear(Eigen::DefaultDevice{}, input_shard, weight, communicator, bias);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -341,11 +341,36 @@ class Trainer {
   Index micro_batches_ = 0, groups_ = 0, skipped_ = 0;
 };
 
+/// One of the optional arguments of a training function, found by what it is: the first for which
+/// Is<Argument>::value holds, or `missing`.
+template <template <typename> class Is, typename Missing>
+Missing& find_argument(Missing& missing) {
+  return missing;
+}
+template <template <typename> class Is, typename Missing, typename First, typename... Rest>
+auto& find_argument(Missing& missing, First& first, Rest&... rest) {
+  if constexpr (Is<std::remove_const_t<First>>::value)
+    return first;
+  else
+    return find_argument<Is>(missing, rest...);
+}
+template <typename A>
+using IsOptions = std::is_same<A, TrainOptions>;
+template <typename A>
+using IsScaler = std::is_same<A, GradScaler>;
+template <typename A>
+using IsLoss = std::bool_constant<!IsOptions<A>::value && !IsScaler<A>::value>;
+template <typename... Arguments>
+inline constexpr bool each_kind_once =
+    (0 + ... + IsOptions<std::remove_cvref_t<Arguments>>::value) <= 1 &&
+    (0 + ... + IsScaler<std::remove_cvref_t<Arguments>>::value) <= 1 &&
+    (0 + ... + IsLoss<std::remove_cvref_t<Arguments>>::value) <= 1;
+
 template <typename Compute, CpuDevice D, typename Model, typename Optimizer, typename Loader,
-          typename Scaler, typename Loss>
-double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&& loader,
-                   Index accumulation_steps, const TrainOptions& options, Scaler& scaler,
-                   Loss& loss) {
+          typename Loss, typename Scaler>
+double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader& loader,
+                   Index accumulation_steps, Loss& loss, Scaler& scaler,
+                   const TrainOptions& options) {
   require_that(accumulation_steps >= 1, "train_step_with_grad_accumulation",
                "accumulation_steps is ", accumulation_steps, ", expected 1 or more");
   Trainer<Compute, D, Model, Optimizer, Loss, Scaler> trainer(device, model, optimizer, loss,
@@ -368,95 +393,39 @@ double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader&&
 /// accumulation_steps below 1 before anything happens, and for a target out of range before any
 /// weight of its group changes.
 ///
+/// Then follow, in any order and where wanted, TrainOptions (clipping, a callback after each step,
+/// ranks; first where they come in braces), a GradScaler (mixed precision over accumulated
+/// micro-batches; the scale is fixed within a group), and a loss of the form at CrossEntropyLoss.
+///
 ///   double average_loss = ef::train_step_with_grad_accumulation(model, optimizer, data_loader, accumulation_steps);
 ///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, data_loader, 4);   // on a pool, in bfloat16
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader>
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
-                                         Loader&& data_loader, Index accumulation_steps) {
-  detail::NoScaler none;
-  CrossEntropyLoss loss;
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
-                                      TrainOptions{}, none, loss);
-}
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader>
-  requires(!Device<Model>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
-                                                    data_loader, accumulation_steps);
-}
-
-/// The same with another loss function; its form is at CrossEntropyLoss.
-///
 ///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, ef::CrossEntropyLoss{{.label_smoothing = 0.1}});
+///   ef::train_step_with_grad_accumulation<Eigen::half>(model, optimizer, data_loader, 4, {.max_gradient_norm = 1}, scaler);
 template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader, typename Loss>
-  requires(!std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
+          std::ranges::input_range Loader, typename First = TrainOptions, typename... More>
 double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
                                          Loader&& data_loader, Index accumulation_steps,
-                                         Loss&& loss) {
-  detail::NoScaler none;
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
-                                      TrainOptions{}, none, loss);
+                                         First&& first = {}, More&&... more) {
+  static_assert(detail::each_kind_once<First, More...>,
+                "eigenformer: at most one TrainOptions, one GradScaler and one loss follow "
+                "accumulation_steps");
+  const TrainOptions no_options;
+  detail::NoScaler no_scaler;
+  CrossEntropyLoss cross_entropy;
+  return detail::train_epoch<Compute>(
+      device, model, optimizer, data_loader, accumulation_steps,
+      detail::find_argument<detail::IsLoss>(cross_entropy, first, more...),
+      detail::find_argument<detail::IsScaler>(no_scaler, first, more...),
+      detail::find_argument<detail::IsOptions>(no_options, first, more...));
 }
 template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader, typename Loss>
-  requires(!Device<Model> && !std::same_as<std::remove_cvref_t<Loss>, TrainOptions>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, Loss&& loss) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
-                                                    data_loader, accumulation_steps, loss);
-}
-
-/// The same with clipping and a callback after each step, and with a loss.
-///
-///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, {.max_gradient_norm = 1, .on_step = report});
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
-  requires(!std::same_as<Loss, GradScaler>)
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
-                                         Loader&& data_loader, Index accumulation_steps,
-                                         const TrainOptions& options, Loss loss = {}) {
-  detail::NoScaler none;
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
-                                      options, none, loss);
-}
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
-  requires(!Device<Model> && !std::same_as<Loss, GradScaler>)
-double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, const TrainOptions& options,
-                                         Loss loss = {}) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
-                                                    data_loader, accumulation_steps, options,
-                                                    std::move(loss));
-}
-
-/// The same with a loss scaler: mixed precision over accumulated micro-batches. The scale is fixed
-/// within a group.
-///
-///   ef::train_step_with_grad_accumulation<Eigen::half>(device, model, optimizer, data_loader, 4, {.max_gradient_norm = 1},
-///   scaler);
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
-double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
-                                         Loader&& data_loader, Index accumulation_steps,
-                                         const TrainOptions& options, GradScaler& scaler,
-                                         Loss loss = {}) {
-  return detail::train_epoch<Compute>(device, model, optimizer, data_loader, accumulation_steps,
-                                      options, scaler, loss);
-}
-template <FloatingScalar Compute = float, typename Model, TrainingOptimizer Optimizer,
-          std::ranges::input_range Loader, typename Loss = CrossEntropyLoss>
+          std::ranges::input_range Loader, typename First = TrainOptions, typename... More>
   requires(!Device<Model>)
 double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loader&& data_loader,
-                                         Index accumulation_steps, const TrainOptions& options,
-                                         GradScaler& scaler, Loss loss = {}) {
-  return train_step_with_grad_accumulation<Compute>(Eigen::DefaultDevice{}, model, optimizer,
-                                                    data_loader, accumulation_steps, options,
-                                                    scaler, std::move(loss));
+                                         Index accumulation_steps, First&& first = {},
+                                         More&&... more) {
+  return train_step_with_grad_accumulation<Compute>(
+      Eigen::DefaultDevice{}, model, optimizer, data_loader, accumulation_steps, first, more...);
 }
 
 /// One step of mixed precision on one batch; returns the unscaled mean loss over its targets. What

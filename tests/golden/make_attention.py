@@ -1,7 +1,7 @@
 """Writes attention.txt: what PyTorch (2.15 when the file was made, CPU, float64) says attention and its gradients are.
 
 Run: python make_attention.py > attention.txt    (needs torch)
-Inputs come from a formula that tests/attention_golden.h repeats, so only results are stored. Each line is a name and numbers.
+Inputs come from a formula that tests/attention/golden.cpp repeats, so only results are stored. Each line is a name and numbers.
 """
 import torch
 import torch.nn.functional as F

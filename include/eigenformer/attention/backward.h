@@ -1,14 +1,14 @@
 /// \file
 /// Gradients of attention.h, for training, with every option of the forward pass. P are the
-/// probabilities, dP = grad_out V^T, D_i the sum over keys of P_ij dP_ij (which is grad_out_i .
-/// out_i), dS = P * (dP - D), times 1 - tanh^2 under a softcap:
+/// probabilities, dP = grad_out V^T, D_i the sum over keys of P_ij dP_ij (the dot product of
+/// grad_out_i and out_i), dS = P * (dP - D), times 1 - tanh^2 under a softcap:
 ///
 ///   grad_v = P^T grad_out     grad_q = scale * dS K     grad_k = scale * dS^T Q
 ///   grad_sink = -sum over rows of P_sink D
 ///
 /// P and D are computed again from q, k, v and grad_out (after Dao et al., "FlashAttention", 2022):
-/// the score matrix never exists. Scratch a thread is about 200 KiB, 512 bytes for each key that 64
-/// rows of queries see, and the float gradients of one KV head's keys and values in the longest
+/// the score matrix never exists. Scratch per thread is about 200 KiB, 512 bytes for each key that
+/// 64 rows of queries see, and the float gradients of one KV head's keys and values in the longest
 /// sequence.
 ///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);
@@ -67,14 +67,13 @@ auto attention_gradients(std::string_view name, const Q& q, const K& k, const V&
                                      Tensor<T, rank>(sizes_of<rank>(v))};
 }
 
-/// Checks what the backward pass has besides the forward problem, and runs it.
-template <typename D, typename T, typename GQ, typename GK, typename GV, typename GO, typename Q,
-          typename K, typename V, typename O, typename L>
-void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, GK& grad_k,
-                            GV& grad_v, const GO& grad_out, const Q& q, const K& k, const V& v,
-                            const O& out, const L& lse, bool packed, Index key_rows,
-                            const AttentionOptions& options,
-                            const problem::Attention<T, T>& forward, Workspace& workspace) {
+/// Checks what the backward pass has besides its forward problem, and adds it. False where there is
+/// nothing to do.
+template <typename T, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
+          typename V, typename O, typename L>
+bool attach_gradients(std::string_view name, problem::AttentionBackward<T>& problem, GQ grad_q,
+                      GK grad_k, GV grad_v, const GO& grad_out, const Q& q, const K& k, const V& v,
+                      const O& out, const L& lse, bool packed, const AttentionOptions& options) {
   static_assert(std::is_same_v<scalar_of<GO>, T> && std::is_same_v<scalar_of<O>, T>,
                 "eigenformer: grad_out and out have the scalar type of q");
   static_assert(std::is_same_v<scalar_of<GQ>, T> && std::is_same_v<scalar_of<GK>, T> &&
@@ -82,7 +81,7 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
                 "eigenformer: gradients have the scalar type of q, k and v");
   static_assert(std::is_same_v<scalar_of<L>, compute_type<T>>,
                 "eigenformer: log_sum_exp is a tensor of the compute type");
-  require_attention_output(name, "out", out, q, forward.value_dim);
+  require_attention_output(name, "out", out, q, problem.forward.value_dim);
   require_same_shape(name, "grad_out", grad_out, "out", out);
   require_same_shape(name, "grad_q", grad_q, "q", q);
   require_same_shape(name, "grad_k", grad_k, "k", k);
@@ -94,18 +93,14 @@ void run_attention_backward(std::string_view name, const D& device, GQ& grad_q, 
                ", expected heads before rows of query ", shape_text(q));
   if (q.size() == 0 && k.size() == 0 && v.size() == 0) {  // however many rows, heads and keys
     std::fill(options.sinks_gradient.begin(), options.sinks_gradient.end(), 0.0f);
-    return;
+    return false;
   }
-
-  problem::AttentionBackward<T> problem;
-  problem.forward = forward;
   problem.grad_output = grad_out.data();
   problem.grad_queries = grad_q.data();
   problem.grad_keys = grad_k.data();
   problem.grad_values = grad_v.data();
-  problem.key_rows = key_rows;
   problem.grad_sinks = options.sinks_gradient.empty() ? nullptr : options.sinks_gradient.data();
-  detail::run(device, problem, workspace);
+  return true;
 }
 
 }  // namespace detail
@@ -123,19 +118,18 @@ void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& gra
   const auto q_view = input_view<rank>(q);
   const auto k_view = input_view<rank>(k);
   const auto v_view = input_view<rank>(v);
-  auto grad_q_view = output_view<rank>(grad_q);
-  auto grad_k_view = output_view<rank>(grad_k);
-  auto grad_v_view = output_view<rank>(grad_v);
   Workspace::Frame frame(workspace);
-  const auto forward =
+  problem::AttentionBackward<scalar_of<Q>> problem;
+  problem.forward =
       detail::dense_attention_problem(name, q_view, k_view, v_view, seq_lengths, options, frame);
-  detail::run_attention_backward(name, device, grad_q_view, grad_k_view, grad_v_view,
-                                 input_view<rank>(grad_out), q_view, k_view, v_view,
-                                 input_view<rank>(out), input_view<rank - 1>(log_sum_exp), false,
-                                 k_view.dimension(1), options, forward, workspace);
+  problem.key_rows = k_view.dimension(1);
+  if (detail::attach_gradients(name, problem, output_view<rank>(grad_q), output_view<rank>(grad_k),
+                               output_view<rank>(grad_v), input_view<rank>(grad_out), q_view,
+                               k_view, v_view, input_view<rank>(out),
+                               input_view<rank - 1>(log_sum_exp), false, options))
+    detail::run(device, problem, workspace);
 }
 
-/// Gradients of batched_attention_with_padding.
 template <CpuDevice D, typename GO, typename Q, typename K, typename V, typename O, typename L>
 auto attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k, const V& v,
                         const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths,
@@ -147,8 +141,6 @@ auto attention_backward(const D& device, const GO& grad_out, const Q& q, const K
                           seq_lengths, options);
   return g;
 }
-
-/// On the calling thread.
 template <typename GO, typename Q, typename K, typename V, typename O, typename L>
   requires(!Device<GO>)
 auto attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v, const O& out,
@@ -173,18 +165,18 @@ void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& 
   const auto q_view = input_view<3>(q);
   const auto k_view = input_view<3>(k);
   const auto v_view = input_view<3>(v);
-  auto grad_q_view = output_view<3>(grad_q);
-  auto grad_k_view = output_view<3>(grad_k);
-  auto grad_v_view = output_view<3>(grad_v);
   Workspace::Frame frame(workspace);
-  const auto forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets,
-                                                        kv_offsets, options, frame);
-  detail::run_attention_backward(
-      name, device, grad_q_view, grad_k_view, grad_v_view, input_view<3>(grad_out), q_view, k_view,
-      v_view, input_view<3>(out), input_view<2>(log_sum_exp), true, 0, options, forward, workspace);
+  problem::AttentionBackward<scalar_of<Q>> problem;
+  problem.forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets,
+                                                     kv_offsets, options, frame);
+  problem.key_rows = 0;
+  if (detail::attach_gradients(name, problem, output_view<3>(grad_q), output_view<3>(grad_k),
+                               output_view<3>(grad_v), input_view<3>(grad_out), q_view, k_view,
+                               v_view, input_view<3>(out), input_view<2>(log_sum_exp), true,
+                               options))
+    detail::run(device, problem, workspace);
 }
 
-/// Gradients of variable_length_attention.
 template <CpuDevice D, typename GO, typename Q, typename K, typename V, typename O, typename L>
 auto variable_length_attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k,
                                         const V& v, const O& out, const L& log_sum_exp,
@@ -196,8 +188,6 @@ auto variable_length_attention_backward(const D& device, const GO& grad_out, con
                                           out, log_sum_exp, q_offsets, kv_offsets, options);
   return g;
 }
-
-/// On the calling thread.
 template <typename GO, typename Q, typename K, typename V, typename O, typename L>
   requires(!Device<GO>)
 auto variable_length_attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v,

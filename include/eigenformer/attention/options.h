@@ -92,7 +92,7 @@ struct AttentionOptions {
   std::optional<float> scale =
       {};  ///< factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
   Values<float> alibi_slopes =
-      {};  ///< one a head: adds slope * (j - p) to the score; see ef::alibi_slopes
+      {};  ///< one per head: adds slope * (j - p) to the score; see ef::alibi_slopes
   Values<float> sinks =
       {};  ///< one logit a head that joins maximum and denominator and has no value
   Index prefix_length = 0;  ///< with causal: leading keys visible to every query (prefix-LM)
@@ -102,7 +102,7 @@ struct AttentionOptions {
   /// are padding and give zeros.
   LengthSpan query_lengths = {};
   std::span<float> sinks_gradient =
-      {};  ///< backward only: gets the gradient of the sinks, one a head
+      {};  ///< backward only: gets the gradient of the sinks, one per head
 };
 
 }  // namespace EIGENFORMER_ABI

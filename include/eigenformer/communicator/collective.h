@@ -28,6 +28,8 @@ class CommunicatorError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+namespace detail {
+
 /// What collectives move: a std::span, std::vector, std::array or any other contiguous range of
 /// trivially copyable elements.
 template <typename R>
@@ -38,8 +40,6 @@ concept ElementRange = std::ranges::contiguous_range<R> && std::ranges::sized_ra
 template <typename T>
 concept Summable =
     FloatingScalar<T> || std::same_as<T, std::int32_t> || std::same_as<T, std::int64_t>;
-
-namespace detail {
 
 enum class Collective : std::int64_t { all_gather, all_reduce_sum, broadcast, barrier };
 

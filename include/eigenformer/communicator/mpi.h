@@ -27,7 +27,7 @@ inline namespace EIGENFORMER_ABI {
 struct MpiOptions {
   /// The MPI_Comm given is freed with the communicator; otherwise it stays the caller's.
   bool take_ownership = false;
-  /// Before each collective ranks compare what they are about to call (40 bytes a rank): a
+  /// Before each collective ranks compare what they are about to call (40 bytes per rank): a
   /// difference is an error on every rank instead of undefined behaviour.
   bool compare_calls = true;
   /// Bytes of the largest single message, below MPI's limit of INT_MAX; longer ones travel in
@@ -88,7 +88,7 @@ class MpiCommunicator {
   int rank() const { return rank_; }
   int size() const { return size_; }
 
-  template <ElementRange Part, ElementRange Whole>
+  template <detail::ElementRange Part, detail::ElementRange Whole>
   void all_gather(const Part& part, Whole&& whole, std::span<const Index> counts = {}) {
     using T = std::ranges::range_value_t<Whole>;
     static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>,
@@ -104,10 +104,10 @@ class MpiCommunicator {
     gather_in_place(as_bytes(to.data()), [&](int r) { return parts[r] * Index{sizeof(T)}; });
   }
 
-  template <ElementRange Values>
+  template <detail::ElementRange Values>
   void all_reduce_sum(Values&& values) {
     using T = std::ranges::range_value_t<Values>;
-    static_assert(Summable<T>);
+    static_assert(detail::Summable<T>);
     const std::span<T> own(values);
     const Index count = static_cast<Index>(own.size());
     compare(detail::all_reduce_call<T>(count));
@@ -119,7 +119,7 @@ class MpiCommunicator {
       reduce_piece(own.data() + offset, (std::min)(piece, count - offset));
   }
 
-  template <ElementRange Values>
+  template <detail::ElementRange Values>
   void broadcast(Values&& values, int root) {
     using T = std::ranges::range_value_t<Values>;
     const std::span<T> own(values);

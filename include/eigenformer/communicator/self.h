@@ -13,7 +13,7 @@ class SelfCommunicator {
   int rank() const { return 0; }
   int size() const { return 1; }
 
-  template <ElementRange Part, ElementRange Whole>
+  template <detail::ElementRange Part, detail::ElementRange Whole>
   void all_gather(const Part& part, Whole&& whole, std::span<const Index> counts = {}) {
     using T = std::ranges::range_value_t<Whole>;
     static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>,
@@ -25,12 +25,12 @@ class SelfCommunicator {
     detail::copy_elements(from.data(), to.data(), count);
   }
 
-  template <ElementRange Values>
+  template <detail::ElementRange Values>
   void all_reduce_sum(Values&&) {
-    static_assert(Summable<std::ranges::range_value_t<Values>>);
+    static_assert(detail::Summable<std::ranges::range_value_t<Values>>);
   }
 
-  template <ElementRange Values>
+  template <detail::ElementRange Values>
   void broadcast(Values&& values, int root) {
     detail::broadcast_call<std::ranges::range_value_t<Values>>(
         static_cast<Index>(std::ranges::size(values)), root, 1);

@@ -140,10 +140,10 @@ class ThreadMeeting {
 /// waiting for ever.
 class ThreadCommunicator {
  public:
-  /// Calls body(communicator) once a rank, rank 0 on the calling thread and each other on a thread
-  /// of its own, waits for all of them and rethrows the first exception (in time). A rank that
-  /// throws wakes the others. Throws std::invalid_argument for world_size < 1, std::system_error
-  /// where a thread cannot be started.
+  /// Calls body(communicator) once per rank, rank 0 on the calling thread and each other on a
+  /// thread of its own, waits for all of them and rethrows the first exception (in time). A rank
+  /// that throws wakes the others. Throws std::invalid_argument for world_size < 1,
+  /// std::system_error where a thread cannot be started.
   ///
   ///   ef::ThreadCommunicator::run(2, [&](auto& communicator) { y[communicator.rank()] = ef::column_parallel_linear(x, w,
   ///   communicator); });
@@ -162,7 +162,7 @@ class ThreadCommunicator {
   /// Says why this rank ends; the others find the text in their CommunicatorError.
   void fail(const char* what) noexcept { meeting_->stop(rank_, what); }
 
-  template <ElementRange Part, ElementRange Whole>
+  template <detail::ElementRange Part, detail::ElementRange Whole>
   void all_gather(const Part& part, Whole&& whole, std::span<const Index> counts = {}) {
     using T = std::ranges::range_value_t<Whole>;
     static_assert(std::is_same_v<T, std::ranges::range_value_t<Part>>,
@@ -181,10 +181,10 @@ class ThreadCommunicator {
 
   /// Every rank sums a slice of all ranks' values and writes it to all: no scratch memory, 2 * size
   /// reads and writes in parallel.
-  template <ElementRange Values>
+  template <detail::ElementRange Values>
   void all_reduce_sum(Values&& values) {
     using T = std::ranges::range_value_t<Values>;
-    static_assert(Summable<T>);
+    static_assert(detail::Summable<T>);
     const std::span<T> own(values);
     const Index count = static_cast<Index>(own.size());
     collective<T>(detail::all_reduce_call<T>(count), own.data(), [&](auto&& memory) {
@@ -201,7 +201,7 @@ class ThreadCommunicator {
     });
   }
 
-  template <ElementRange Values>
+  template <detail::ElementRange Values>
   void broadcast(Values&& values, int root) {
     using T = std::ranges::range_value_t<Values>;
     const std::span<T> own(values);

@@ -8,9 +8,9 @@
 ///
 /// Outside of a region every part of every operator is a task that Eigen allocates, and often a
 /// sleeping thread that the kernel wakes: 20 us until it begins and 50 us for the call
-/// (bench/waking.cpp, AMD EPYC, 2 virtual cores), where half of a decode-sized INT8 product takes
-/// 70. ef::Decoder opens a region for each step; open one around a loop of steps to keep the
-/// threads awake from step to step.
+/// (bench/programs/waking.cpp, AMD EPYC, 2 virtual cores), where half of a decode-sized INT8
+/// product takes 70. ef::Decoder opens a region for each step; open one around a loop of steps to
+/// keep the threads awake from step to step.
 ///
 /// Results have the same bits inside and outside. Ranges are static as there, shared out finer, and
 /// the caller takes those that no thread has begun when it is done with its own. So a thread that

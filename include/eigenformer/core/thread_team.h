@@ -24,8 +24,8 @@ inline namespace EIGENFORMER_ABI {
 namespace detail {
 
 /// Waits until holds() does, or `limit` has passed; returns holds(). Spins for 50 us, which is what
-/// a call that wakes a sleeping thread costs (bench/waking.cpp), then yields the core between looks
-/// to whoever wants it.
+/// a call that wakes a sleeping thread costs (bench/programs/waking.cpp), then yields the core
+/// between looks to whoever wants it.
 template <typename Condition>
 bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
   using Clock = std::chrono::steady_clock;

@@ -49,7 +49,7 @@ void execute(const Backend<D, Isa>& on, const problem::Linear<Y, X, W, Matrices,
 template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
 void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
   const PackedWeight<S>& weight = p.weight;
-  const PanelLayout layout = panel_layout<S>(Isa{});
+  const detail::PanelLayout layout = panel_layout<S>(Isa{});
   require_that(weight.rows() == 0 || weight.layout() == layout, Gated ? "gated_linear" : "linear",
                "weight was packed for ", weight.layout().isa, " (panels of ",
                weight.layout().columns, "), these kernels read ", layout.isa, " (panels of ",

@@ -21,7 +21,7 @@ using tile::StackedRows;
 using tile::WeightRows;
 
 template <typename T, typename Isa>
-PanelLayout panel_layout(Isa) {
+detail::PanelLayout panel_layout(Isa) {
   using Dot = tile::Dot<T, T, Isa>;
   return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512_bf16::name : Isa::name, Dot::columns,
           Dot::step};
@@ -40,8 +40,9 @@ WeightRows<W, Matrices> weight_rows(const W* const (&weights)[Matrices], Index r
 template <typename T, typename Isa>
 void reshape(PackedWeight<T>& packed, Isa isa, Index rows, Index columns, int matrices,
              Index group) {
-  WeightAccess<T>::reshape(packed, panel_layout<T>(isa), tile::packed_steps<T>(isa, columns), rows,
-                           columns, matrices, group);
+  detail::WeightAccess<T>::reshape(packed, panel_layout<T>(isa),
+                                   tile::packed_steps<T>(isa, columns), rows, columns, matrices,
+                                   group);
 }
 
 /// Calls pack(panel, memory of the panel) for all panels, in parallel.
@@ -52,7 +53,7 @@ void for_each_panel(const Backend<D, Isa>& on, PackedWeight<T>& packed, Pack&& p
               panels = (rows + width - 1) / width;
   const Index panel_size =
       tile::packed_steps<T>(Isa{}, packed.columns()) * Dot::step * Dot::columns;
-  T* data = WeightAccess<T>::data(packed);
+  T* data = detail::WeightAccess<T>::data(packed);
   parallel_for(on, panels, 1 + 65536 / (panel_size + 1), [&](Index first, Index last, int) {
     for (Index p = first; p < last; ++p) pack(p, data + p * panel_size);
   });
@@ -76,7 +77,7 @@ void arrange_scales(Isa, PackedWeight<std::int8_t>& packed,
   const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
               group = packed.group_size();
   const Index groups = group == 0 ? 1 : (packed.columns() + group - 1) / group;
-  float* to = WeightAccess<std::int8_t>::scales(packed);
+  float* to = detail::WeightAccess<std::int8_t>::scales(packed);
   for (Index first = 0; first < rows; first += width)
     for (Index g = 0; g < groups; ++g)
       for (int m = 0; m < Matrices; ++m)

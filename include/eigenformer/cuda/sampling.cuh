@@ -212,8 +212,8 @@ void execute(const Backend& on, const problem::Sampling<T>& p) {
   require_that(greedy || p.generators_stride == 0, name,
                "generators come one a row, expected one for the batch");
   launch_rows(on.device, "sample", p.batch,
-              SampleBody<T>{p.logits, p.vocab, kept_by_top_k(params), params.temperature, greedy,
-                            params.top_k_ties == TopKTies::keep_all,
+              SampleBody<T>{p.logits, p.vocab, detail::kept_by_top_k(params), params.temperature,
+                            greedy, params.top_k_ties == TopKTies::keep_all,
                             greedy ? Philox() : p.generators[0], p.ids, p.statuses});
 }
 

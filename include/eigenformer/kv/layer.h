@@ -1,9 +1,11 @@
 /// \file
-/// The memory of one layer of a KvCache: a batch of sequences of one length, in pages that stay
-/// where they are while the cache grows.
+/// The memory of one layer of ef::KvCache: pages of 64 positions in slabs that grow by half, and the
+/// tables that name them.
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <utility>
 #include <vector>

@@ -3,7 +3,7 @@
 /// rows, k-major (problem/packed_weight.h).
 ///
 ///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
-///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale a row of weight
+///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale per row
 ///   ef::PackedWeight<std::int8_t> g = ef::pack_weight<std::int8_t>(weight, {.group_size = 64});   // a scale every 64 inputs
 ///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and their scales: (out), or
 ///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
@@ -40,7 +40,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct Int8Packing {
-  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale a row
+  Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale per row
 };
 
 namespace detail {
@@ -130,12 +130,6 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
     throw_not_quantizable(name, names[bad], views[bad]);
 }
 
-template <typename D, typename T, typename W>
-void pack_weight(const D& device, PackedWeight<T>& packed, TensorView<const W, 2> weight,
-                 Workspace& workspace, const Int8Packing& options = {}) {
-  pack_weight(device, packed, {weight}, {"weights"}, options, workspace);
-}
-
 /// Packs `count` views as one weight, the rows of each below those of the one before.
 template <typename D, typename T, typename View>
 void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, int count,
@@ -219,15 +213,15 @@ auto scales_view(const Scales& scales) {
 template <CpuDevice D, typename T, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       Workspace& workspace = thread_workspace()) {
-  detail::pack_weight(device, packed, input_view<2>(weight), workspace);
+  detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, {}, workspace);
 }
 template <CpuDevice D, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Weight& weight,
                       const Int8Packing& options, Workspace& workspace = thread_workspace()) {
-  detail::pack_weight(device, packed, input_view<2>(weight), workspace, options);
+  detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options, workspace);
 }
 
-/// Packs int8 values (out, in) with one scale a row (out), or one a group (out, ceil(in /
+/// Packs int8 values (out, in) with one scale per row (out), or one per group (out, ceil(in /
 /// group_size)).
 template <CpuDevice D, typename Values, typename Scales>
   requires(!std::same_as<Scales, Int8Packing>)
@@ -241,7 +235,8 @@ template <typename T, CpuDevice D, typename Weight>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
-  detail::pack_weight(device, packed, input_view<2>(weight), thread_workspace(), options);
+  detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options,
+                      thread_workspace());
   return packed;
 }
 template <typename T, typename Weight>
@@ -255,7 +250,8 @@ template <typename T = std::int8_t, CpuDevice D, typename Values, typename Scale
 PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
-  pack_weight_into(device, packed, values, scales, options);
+  detail::pack_int8_values(device, packed, input_view<2>(values), detail::scales_view(scales),
+                           options);
   return packed;
 }
 template <typename T = std::int8_t, typename Values, typename Scales>
@@ -293,7 +289,7 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
                             Workspace& workspace = thread_workspace()) {
   static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
                 "eigenformer: gate and up have one scalar");
-  detail::pack_weight(device, WeightAccess<T>::pair(packed),
+  detail::pack_weight(device, detail::WeightAccess<T>::pair(packed),
                       {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options, workspace);
 }
 template <typename T, CpuDevice D, typename Gate, typename Up>

@@ -16,6 +16,7 @@
 #include "../core/check.h"
 #include "../core/device.h"
 #include "../core/dispatch.h"
+#include "../core/workspace.h"
 #include "../cpu/optimizer.h"
 
 namespace eigenformer {
@@ -30,14 +31,14 @@ struct Parameter {
   TensorView<float, 1> value, gradient;
 };
 
+namespace detail {
+
 /// Parameters that share their options: AdamW::Group, Sgd::Group.
 template <typename Options>
 struct ParameterGroup {
   std::vector<Parameter> parameters = {};
   Options options = {};
 };
-
-namespace detail {
 
 inline void check_parameters(std::string_view operation, std::span<const Parameter> parameters) {
   for (std::size_t i = 0; i < parameters.size(); ++i)
@@ -89,10 +90,15 @@ inline problem::ParameterPiece* cut_into_pieces(const Parameter& parameter, floa
                  (std::min)(problem::kPieceElements, parameter.value.size() - at)};
   return pieces;
 }
-inline void cut_into_pieces(std::span<const Parameter> parameters,
-                            problem::ParameterPiece* pieces) {
+/// The pieces of parameters for the time of a call.
+inline std::span<const problem::ParameterPiece> pieces_of(std::span<const Parameter> parameters,
+                                                          Workspace::Frame& frame) {
+  const Index count = piece_count(parameters);
+  problem::ParameterPiece* const pieces = frame.take<problem::ParameterPiece>(count);
+  problem::ParameterPiece* next = pieces;
   for (const Parameter& parameter : parameters)
-    pieces = cut_into_pieces(parameter, nullptr, nullptr, pieces);
+    next = cut_into_pieces(parameter, nullptr, nullptr, next);
+  return {pieces, static_cast<std::size_t>(count)};
 }
 
 /// Rates end at 1e18, so that products and quotients of them are floats.
@@ -108,21 +114,23 @@ inline void require_beta(std::string_view operation, std::string_view name, Inde
                ", expected 0 or more and below 1");
 }
 
-/// Groups of parameters, their pieces and the moments: what AdamW and Sgd have in common. Rules
-/// says in static members what is their own: name, kMoments, check_options(group, options),
-/// keeps_state(options) and factors(options, step).
-template <typename Rules, typename Options>
+/// Groups of parameters, their pieces and the moments. The rule of an optimizer says in static
+/// members what is its own: Options, name, kMoments, check_options(group, options),
+/// keeps_state(options) and factors(options, step), which a problem::Optimizer is made of.
+template <typename Rule>
 class OptimizerState {
  public:
+  using Options = typename Rule::Options;
+
   explicit OptimizerState(std::vector<ParameterGroup<Options>> groups) {
     if (groups.empty()) groups.emplace_back();
     for (const ParameterGroup<Options>& group : groups) {
-      Rules::check_options(static_cast<Index>(groups_.size()), group.options);
+      Rule::check_options(static_cast<Index>(groups_.size()), group.options);
       groups_.push_back({group.options, 0, piece_count(group.parameters)});
       parameters_.insert(parameters_.end(), group.parameters.begin(), group.parameters.end());
     }
-    check_parameters(Rules::name, parameters_);
-    check_distinct(Rules::name, parameters_);
+    check_parameters(Rule::name, parameters_);
+    check_distinct(Rule::name, parameters_);
     lay_out(groups);
   }
   OptimizerState(OptimizerState&&) noexcept = default;
@@ -139,18 +147,18 @@ class OptimizerState {
   const Options& options(Index group) const { return groups_[checked(group)].options; }
   void set_options(Index group, const Options& options) {
     Group& changed = groups_[checked(group)];
-    Rules::check_options(group, options);
-    require_that(Rules::keeps_state(options) == Rules::keeps_state(changed.options), Rules::name,
+    Rule::check_options(group, options);
+    require_that(Rule::keeps_state(options) == Rule::keeps_state(changed.options), Rule::name,
                  "group ", group, " changes between momentum and none; make a new optimizer");
     changed.options = options;
   }
   void set_learning_rate(Index group, double rate) {
     Group& changed = groups_[checked(group)];
-    require_rate(Rules::name, "learning_rate", group, rate);
+    require_rate(Rule::name, "learning_rate", group, rate);
     changed.options.learning_rate = rate;
   }
   void set_learning_rate(double rate) {
-    require_rate(Rules::name, "learning_rate", 0, rate);
+    require_rate(Rule::name, "learning_rate", 0, rate);
     for (Group& group : groups_) group.options.learning_rate = rate;
   }
 
@@ -159,7 +167,7 @@ class OptimizerState {
   void step(const D& device) {
     ++steps;
     for (const Group& group : groups_) {
-      const auto factors = Rules::factors(group.options, steps);
+      const auto factors = Rule::factors(group.options, steps);
       detail::run(device, problem::Optimizer<std::remove_cv_t<decltype(factors)>>{
                               pieces_.data() + group.first_piece, group.pieces, factors});
     }
@@ -196,7 +204,7 @@ class OptimizerState {
   };
 
   std::size_t checked(Index group) const {
-    require_that(group >= 0 && group < group_count(), Rules::name, "group ", group, " of ",
+    require_that(group >= 0 && group < group_count(), Rule::name, "group ", group, " of ",
                  group_count());
     return static_cast<std::size_t>(group);
   }
@@ -207,23 +215,23 @@ class OptimizerState {
     for (std::size_t g = 0; g < groups.size(); ++g) {
       groups_[g].first_piece = pieces;
       pieces += groups_[g].pieces;
-      const bool keeps = Rules::keeps_state(groups[g].options);
+      const bool keeps = Rule::keeps_state(groups[g].options);
       for (const Parameter& parameter : groups[g].parameters) {
         offsets_.push_back(keeps ? elements : -1);
         if (!keeps) continue;
         require_that(parameter.value.size() <= (std::numeric_limits<Index>::max)() - elements,
-                     Rules::name, "the sizes of the parameters overflow");
+                     Rule::name, "the sizes of the parameters overflow");
         elements += parameter.value.size();
       }
     }
-    checked_product(elements, Rules::kMoments, Rules::name, "state");
-    memory_ = Tensor<float, 2>(Rules::kMoments, elements);
+    checked_product(elements, Rule::kMoments, Rule::name, "state");
+    memory_ = Tensor<float, 2>(Rule::kMoments, elements);
     memory_.setZero();
     pieces_.resize(static_cast<std::size_t>(pieces));
     problem::ParameterPiece* piece = pieces_.data();
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       float* const first = offsets_[i] < 0 ? nullptr : memory_.data() + offsets_[i];
-      float* const second = Rules::kMoments > 1 && first != nullptr ? first + elements : nullptr;
+      float* const second = Rule::kMoments > 1 && first != nullptr ? first + elements : nullptr;
       piece = cut_into_pieces(parameters_[i], first, second, piece);
     }
   }

@@ -12,6 +12,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
+namespace detail {
+
 /// What a packed weight looks like in memory.
 struct PanelLayout {
   std::string_view isa;  ///< of the kernels that read it; AMX reads that of avx512_bf16
@@ -22,6 +24,8 @@ struct PanelLayout {
 
 template <typename T>
 struct WeightAccess;
+
+}  // namespace detail
 
 /// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
 /// or int8 with a scale for each row or for each group of inputs.
@@ -47,7 +51,7 @@ class PackedWeight {
 
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
-  const PanelLayout& layout() const { return layout_; }
+  const detail::PanelLayout& layout() const { return layout_; }
   /// Inputs that share a scale; 0 where there is one a row, or none.
   Index group_size() const { return group_; }
   /// Bytes of the panels, which a product streams.
@@ -60,7 +64,7 @@ class PackedWeight {
   const T* data() const { return data_.data(); }
 
  private:
-  friend struct WeightAccess<T>;
+  friend struct detail::WeightAccess<T>;
   void swap(PackedWeight& other) noexcept {
     std::swap(rows_, other.rows_);
     std::swap(columns_, other.columns_);
@@ -70,7 +74,7 @@ class PackedWeight {
     std::swap(scales_, other.scales_);
   }
   Index rows_ = 0, columns_ = 0, group_ = 0;
-  PanelLayout layout_;
+  detail::PanelLayout layout_;
   detail::PackedArray<T> data_;
   detail::PackedArray<float> scales_;
 };
@@ -83,16 +87,18 @@ class PackedGatedWeight {
   /// Outputs: rows of gate, and of up.
   Index rows() const { return pair_.rows() / 2; }
   Index columns() const { return pair_.columns(); }
-  const PanelLayout& layout() const { return pair_.layout(); }
+  const detail::PanelLayout& layout() const { return pair_.layout(); }
   Index group_size() const { return pair_.group_size(); }
   Index bytes() const { return pair_.bytes(); }
   /// Both as one weight, in panels of half gate and half up.
   const PackedWeight<T>& pair() const { return pair_; }
 
  private:
-  friend struct WeightAccess<T>;
+  friend struct detail::WeightAccess<T>;
   PackedWeight<T> pair_;
 };
+
+namespace detail {
 
 /// How packing reaches the inside of a PackedWeight.
 template <typename T>
@@ -121,5 +127,6 @@ struct WeightAccess {
   static PackedWeight<T>& pair(PackedGatedWeight<T>& packed) { return packed.pair_; }
 };
 
+}  // namespace detail
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -88,10 +88,14 @@ struct SamplingParams {
   Values<std::uint32_t> token_mask = {};
 };
 
+namespace detail {
+
 /// top_k as a number of tokens: 0 says all.
 constexpr Index kept_by_top_k(const SamplingParams& params) {
   return params.top_k == 0 ? kKeepAllTokens : params.top_k;
 }
+
+}  // namespace detail
 
 /// How a row ended. A row that is not ok harms no other.
 enum class SampleStatus : std::uint8_t {

@@ -31,20 +31,26 @@ struct SamplesWithLogProbabilities {
   std::vector<SampleStatus> statuses;  ///< (batch); where not ok, ids and ranks are -1, numbers NaN
 };
 
-namespace detail {
-
-template <CpuDevice D, typename Logits>
+/// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row
+/// gets id -1, NaN and its status in result.statuses, and the others are served. Throws
+/// std::invalid_argument for bad arguments. Costs one more read of the logits and one exponential a
+/// token. The _into form writes into a result of an earlier call, which is resized where its sizes
+/// differ; it allocates nothing where they do not.
+///
+///   auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
+///   if (drawn.statuses[r] == ef::SampleStatus::ok) text += drawn.ids(r);
+template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
-                                        const Logits& logits, const SamplingParamsView& params,
-                                        Generators& rng, const LogProbabilityOptions& options,
-                                        Workspace& workspace) {
+                                        const Logits& logits, const Params& params, Generators rng,
+                                        const LogProbabilityOptions& options = {},
+                                        Workspace& workspace = thread_workspace()) {
   constexpr auto name = "sample_with_log_probabilities";
-  const auto view = logits_view(name, logits);
+  const auto view = detail::logits_view(name, logits);
   const Index batch = view.dimension(0);
   require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
   const Index best = (std::min)(options.best, static_cast<Index>(view.dimension(1)));
-  auto problem = sampling_problem(name, view, params, nullptr, nullptr);
-  set_generators(name, problem, rng);
+  auto problem = detail::sampling_problem(name, view, params, nullptr, nullptr);
+  detail::set_generators(name, problem, rng);
   result.ids.resize(batch);
   result.log_probabilities.resize(batch);
   result.processed_log_probabilities.resize(batch);
@@ -62,76 +68,24 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
                                                result.best_ids.data(),
                                                result.best_log_probabilities.data(),
                                                result.best_processed_log_probabilities.data()};
-  run(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs}, workspace);
+  detail::run(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs},
+              workspace);
   rng.advance();
 }
-
-template <CpuDevice D, typename Logits>
-SamplesWithLogProbabilities sample_with_log_probabilities(const D& device, const Logits& logits,
-                                                          const SamplingParamsView& params,
-                                                          Generators& rng,
-                                                          const LogProbabilityOptions& options) {
+template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
+SamplesWithLogProbabilities sample_with_log_probabilities(
+    const D& device, const Logits& logits, const Params& params, Generators rng,
+    const LogProbabilityOptions& options = {}) {
   SamplesWithLogProbabilities result;
-  sample_with_log_probabilities_into(device, result, logits, params, rng, options,
-                                     thread_workspace());
+  sample_with_log_probabilities_into(device, result, logits, params, rng, options);
   return result;
 }
-
-}  // namespace detail
-
-/// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row
-/// gets id -1, NaN and its status in result.statuses, and the others are served. Throws
-/// std::invalid_argument for bad arguments. Costs one more read of the logits and one exponential a
-/// token.
-///
-///   auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
-///   if (drawn.statuses[r] == ef::SampleStatus::ok) text += drawn.ids(r);
-template <CpuDevice D, typename Logits>
-SamplesWithLogProbabilities sample_with_log_probabilities(
-    const D& device, const Logits& logits, const SamplingParams& params, Generators rng,
-    const LogProbabilityOptions& options = {}) {
-  return detail::sample_with_log_probabilities(device, logits, params, rng, options);
-}
-template <CpuDevice D, typename Logits>
-SamplesWithLogProbabilities sample_with_log_probabilities(
-    const D& device, const Logits& logits, const RowSamplingParams& params, Generators rng,
-    const LogProbabilityOptions& options = {}) {
-  return detail::sample_with_log_probabilities(device, logits, params, rng, options);
-}
-template <typename Logits>
+template <typename Logits, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
 SamplesWithLogProbabilities sample_with_log_probabilities(
-    const Logits& logits, const SamplingParams& params, Generators rng,
+    const Logits& logits, const Params& params, Generators rng,
     const LogProbabilityOptions& options = {}) {
-  return detail::sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng,
-                                               options);
-}
-template <typename Logits>
-  requires(!Device<Logits>)
-SamplesWithLogProbabilities sample_with_log_probabilities(
-    const Logits& logits, const RowSamplingParams& params, Generators rng,
-    const LogProbabilityOptions& options = {}) {
-  return detail::sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng,
-                                               options);
-}
-
-/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates
-/// nothing where they do not.
-template <CpuDevice D, typename Logits>
-void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
-                                        const Logits& logits, const SamplingParams& params,
-                                        Generators rng, const LogProbabilityOptions& options = {},
-                                        Workspace& workspace = thread_workspace()) {
-  detail::sample_with_log_probabilities_into(device, result, logits, params, rng, options,
-                                             workspace);
-}
-template <CpuDevice D, typename Logits>
-void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
-                                        const Logits& logits, const RowSamplingParams& params,
-                                        Generators rng, const LogProbabilityOptions& options = {},
-                                        Workspace& workspace = thread_workspace()) {
-  detail::sample_with_log_probabilities_into(device, result, logits, params, rng, options,
-                                             workspace);
+  return sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng, options);
 }
 
 // ---- of given tokens ----------------------------------------------------------------------------
@@ -158,38 +112,30 @@ std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& 
   return given;
 }
 
-template <CpuDevice D, typename Out, typename Logits, typename Tokens>
-void log_probabilities_of_into(const D& device, Out& out, const Logits& logits,
-                               const Tokens& tokens, const SamplingParamsView& params,
-                               std::span<SampleStatus> statuses, Workspace& workspace) {
+}  // namespace detail
+
+/// The form below, into log_probabilities (batch) of float, NaN where a row is bad; `statuses`,
+/// where given, is (batch). Allocates nothing after the first call at a size.
+template <CpuDevice D, typename Out, typename Logits, typename Tokens,
+          detail::SamplingSets Params = SamplingParams>
+void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
+                               const Tokens& tokens, const Params& params = {},
+                               std::span<SampleStatus> statuses = {},
+                               Workspace& workspace = thread_workspace()) {
   constexpr auto name = "log_probabilities_of";
-  const auto view = logits_view(name, logits);
-  auto output = output_view<1>(out);
+  const auto view = detail::logits_view(name, logits);
+  auto output = output_view<1>(log_probabilities);
   static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
   const Index batch = view.dimension(0);
   require_that(output.dimension(0) == batch, name, "log_probabilities has ", output.dimension(0),
                " elements, logits has ", batch, " rows");
-  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == batch, name,
-               "statuses has ", statuses.size(), " elements, logits has ", batch, " rows");
-  const auto problem =
-      sampling_problem(name, view, params, nullptr, statuses.empty() ? nullptr : statuses.data());
-  const auto given = given_tokens(name, tokens, batch, view.dimension(1));
-  run(device, problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
-      workspace);
+  const auto problem = detail::sampling_problem(name, view, params, nullptr,
+                                                detail::checked_statuses(name, statuses, batch));
+  const auto given = detail::given_tokens(name, tokens, batch, view.dimension(1));
+  detail::run(device,
+              problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
+              workspace);
 }
-
-template <CpuDevice D, typename Logits, typename Tokens>
-Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
-                                      const SamplingParamsView& params) {
-  const auto view = logits_view("log_probabilities_of", logits);
-  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
-  Tensor<float, 1> result(view.dimension(0));
-  log_probabilities_of_into(device, result, view, tokens, params, statuses, thread_workspace());
-  require_good_rows("log_probabilities_of", statuses);
-  return result;
-}
-
-}  // namespace detail
 
 /// The log-probability of one given token for each row: of the next tokens of a prompt or an answer
 /// that is scored, of drafts that were verified.
@@ -212,46 +158,22 @@ Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, con
 /// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and
 /// a status and serves the others. std::invalid_argument too for sizes that differ and tokens out
 /// of range. Costs two reads of the logits and one exponential a token.
-template <CpuDevice D, typename Logits, typename Tokens>
+template <CpuDevice D, typename Logits, typename Tokens,
+          detail::SamplingSets Params = SamplingParams>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
-                                      const SamplingParams& params = {}) {
-  return detail::log_probabilities_of(device, logits, tokens, params);
+                                      const Params& params = {}) {
+  const auto view = detail::logits_view("log_probabilities_of", logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<float, 1> result(view.dimension(0));
+  log_probabilities_of_into(device, result, view, tokens, params, statuses);
+  detail::require_good_rows("log_probabilities_of", statuses);
+  return result;
 }
-template <CpuDevice D, typename Logits, typename Tokens>
-Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
-                                      const RowSamplingParams& params) {
-  return detail::log_probabilities_of(device, logits, tokens, params);
-}
-template <typename Logits, typename Tokens>
+template <typename Logits, typename Tokens, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
 Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens,
-                                      const SamplingParams& params = {}) {
-  return detail::log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
-}
-template <typename Logits, typename Tokens>
-  requires(!Device<Logits>)
-Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens,
-                                      const RowSamplingParams& params) {
-  return detail::log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
-}
-
-/// Writes into log_probabilities (batch) of float, NaN where a row is bad; `statuses`, where given,
-/// is (batch). Allocates nothing after the first call at a size.
-template <CpuDevice D, typename Out, typename Logits, typename Tokens>
-void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
-                               const Tokens& tokens, const SamplingParams& params = {},
-                               std::span<SampleStatus> statuses = {},
-                               Workspace& workspace = thread_workspace()) {
-  detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
-                                    workspace);
-}
-template <CpuDevice D, typename Out, typename Logits, typename Tokens>
-void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
-                               const Tokens& tokens, const RowSamplingParams& params,
-                               std::span<SampleStatus> statuses = {},
-                               Workspace& workspace = thread_workspace()) {
-  detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
-                                    workspace);
+                                      const Params& params = {}) {
+  return log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
 }
 
 }  // namespace EIGENFORMER_ABI

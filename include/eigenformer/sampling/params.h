@@ -3,41 +3,78 @@
 /// in problem/sampling_params.h; `sampling.h` is the manual.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
 #include <span>
+#include <string_view>
 #include <type_traits>
-#include <vector>
 
+#include "../core/check.h"
+#include "../core/philox.h"
 #include "../problem/sampling_params.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace detail {
 
-/// Parameters one a row, made implicitly from a std::span, vector or array of SamplingParams: of
-/// one with a name a view, of a temporary a copy. (A span would itself accept `{}` where the
-/// parameters of all rows are meant.)
-class RowSamplingParams {
- public:
-  template <detail::ContiguousRange Range>
-    requires std::is_convertible_v<Range&, std::span<const SamplingParams>>
-  RowSamplingParams(Range&& rows) {
-    const std::span<const SamplingParams> given(rows);
-    if constexpr (detail::has_life_of_its_own<Range>)
-      view_ = given;
-    else
-      owned_.assign(given.begin(), given.end());
+inline void check_sampling_order(std::string_view name, const SamplingOrder& order) {
+  unsigned seen = 0;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    const auto stage = static_cast<unsigned>(order[i]);
+    require_that(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage,
+                 " at place ", i, ", expected every stage once");
+    require_that((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name,
+                 "order has stage ", stage, " at place ", i,
+                 ", expected penalties, logit_bias and token_mask in the first three places");
+    seen |= 1u << stage;
   }
-  const SamplingParams* data() const { return owned_.empty() ? view_.data() : owned_.data(); }
-  Index size() const { return static_cast<Index>(owned_.empty() ? view_.size() : owned_.size()); }
+}
 
- private:
-  std::span<const SamplingParams> view_;
-  std::vector<SamplingParams> owned_;
-};
+inline void check_tokens(std::string_view name, std::string_view argument,
+                         std::span<const std::int32_t> tokens, Index vocab) {
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    require_that(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i],
+                 ", expected a token in [0, ", vocab, ")");
+}
+
+/// O(1) but for the lists that come with the parameters.
+inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
+  require_that(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ",
+               p.temperature, ", expected 0 (greedy) or more");
+  require_that(p.top_k >= 0, name, "top_k is ", p.top_k, ", expected 0 (all tokens) or more");
+  require_that(!std::isnan(p.top_p), name, "top_p is NaN");
+  require_that(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
+  require_that(!std::isnan(p.typical_p), name, "typical_p is NaN");
+  require_that(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, name,
+               "repetition_penalty is ", p.repetition_penalty,
+               ", expected a finite number above 0");
+  require_that(std::isfinite(p.frequency_penalty), name, "frequency_penalty is ",
+               p.frequency_penalty, ", expected a finite number");
+  require_that(std::isfinite(p.presence_penalty), name, "presence_penalty is ", p.presence_penalty,
+               ", expected a finite number");
+  check_sampling_order(name, p.order);
+  check_tokens(name, "prompt_tokens", p.prompt_tokens, vocab);
+  check_tokens(name, "output_tokens", p.output_tokens, vocab);
+  for (std::size_t i = 0; i < p.logit_bias.size(); ++i) {
+    const LogitBias& bias = p.logit_bias[i];
+    require_that(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ",
+                 bias.token, ", expected a token in [0, ", vocab, ")");
+    require_that(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i,
+                 "] is ", bias.bias, ", expected a finite number or -infinity");
+  }
+  const Index words = static_cast<Index>(p.token_mask.size());
+  require_that(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words,
+               " words, expected ", (vocab + 31) / 32, " (a bit for each of ", vocab,
+               " tokens) or none");
+}
+
+}  // namespace detail
 
 /// The random numbers of a call: one generator for all rows (row r draws at row r of its counter),
-/// or one generator a row (each row draws at row 0 of its own, so that a request's draws follow it
-/// from batch to batch). Made implicitly from a Philox, a span, vector or array of them; it refers
-/// to them (and owns a Philox that is a temporary), and the call advances each by one.
+/// or one generator per row (each row draws at row 0 of its own, so that a request's draws follow
+/// it from batch to batch). Made implicitly from a Philox, a span, vector or array of them; it
+/// refers to them (and owns a Philox that is a temporary), and the call advances each by one.
 class Generators {
  public:
   Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}

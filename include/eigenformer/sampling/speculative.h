@@ -38,49 +38,6 @@ void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan&
   }
 }
 
-template <CpuDevice D, typename Tokens, typename Draft, typename Target>
-void verify_speculative_into(const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
-                             const Draft& draft_probabilities, const Target& target_probabilities,
-                             Generators& rng, const SpeculativeOptions& options) {
-  constexpr auto name = "verify_speculative";
-  const auto tokens = input_view<2>(draft_tokens);
-  const auto draft = input_view<3>(draft_probabilities);
-  const auto target = input_view<3>(target_probabilities);
-  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
-                "eigenformer: token ids are std::int32_t");
-  static_assert(FloatingScalar<scalar_of<Draft>> && FloatingScalar<scalar_of<Target>>,
-                "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
-  const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
-              vocab = target.dimension(2);
-  checked_size(name, "draft_tokens", tokens);
-  checked_size(name, "draft_probabilities", draft);
-  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
-  checked_size(name, "target_probabilities", target,
-               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
-  check_sampling_shape(name, "target_probabilities", vocab);
-  require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
-               drafts, " columns, expected at most ", Philox::kIndices);
-  require_that(
-      draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab,
-      name, "draft_probabilities has shape ", shape_text(draft), ", expected (", batch, ", ",
-      drafts, ", ", vocab, ")");
-  require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
-               "target_probabilities has shape ", shape_text(target), ", expected (", batch, ", ",
-               drafts + 1, ", vocab)");
-  const LengthSpan& lengths = options.draft_lengths;
-  check_drafts(name, tokens, lengths, vocab);
-  check_generators(name, "draft_tokens", rng, batch);
-  result.accepted_counts.resize(batch);
-  result.tokens.resize(batch, drafts + 1);
-  result.statuses.resize(static_cast<std::size_t>(batch));
-  detail::run(device,
-              problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
-                  tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-                  lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
-                  result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
-  rng.advance();
-}
-
 }  // namespace detail
 
 /// Turns drafted tokens into tokens of the target distribution, each row for itself. With q = draft
@@ -105,14 +62,59 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
 /// Random numbers: streams of their own (core/philox.h), so that drafter and verifier may be
 /// generators of one seed; draft i of a row is accepted or refused by index i of (position, row).
 /// Advances each generator by one.
+///
+/// The _into form writes into a result of an earlier call, which is resized where its sizes differ;
+/// it allocates nothing where they do not.
+template <CpuDevice D, typename Tokens, typename Draft, typename Target>
+void verify_speculative_into(const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
+                             const Draft& draft_probabilities, const Target& target_probabilities,
+                             Generators rng, const SpeculativeOptions& options = {}) {
+  constexpr auto name = "verify_speculative";
+  const auto tokens = input_view<2>(draft_tokens);
+  const auto draft = input_view<3>(draft_probabilities);
+  const auto target = input_view<3>(target_probabilities);
+  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
+                "eigenformer: token ids are std::int32_t");
+  static_assert(FloatingScalar<scalar_of<Draft>> && FloatingScalar<scalar_of<Target>>,
+                "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
+  const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
+              vocab = target.dimension(2);
+  detail::checked_size(name, "draft_tokens", tokens);
+  detail::checked_size(name, "draft_probabilities", draft);
+  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
+  detail::checked_size(name, "target_probabilities", target,
+                       (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
+  detail::check_sampling_shape(name, "target_probabilities", vocab);
+  require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
+               drafts, " columns, expected at most ", Philox::kIndices);
+  require_that(
+      draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab,
+      name, "draft_probabilities has shape ", detail::shape_text(draft), ", expected (", batch,
+      ", ", drafts, ", ", vocab, ")");
+  require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
+               "target_probabilities has shape ", detail::shape_text(target), ", expected (", batch,
+               ", ", drafts + 1, ", vocab)");
+  const LengthSpan& lengths = options.draft_lengths;
+  detail::check_drafts(name, tokens, lengths, vocab);
+  detail::check_generators(name, "draft_tokens", rng, batch);
+  result.accepted_counts.resize(batch);
+  result.tokens.resize(batch, drafts + 1);
+  result.statuses.resize(static_cast<std::size_t>(batch));
+  detail::run(device,
+              problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
+                  tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
+                  lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
+                  result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
+  rng.advance();
+}
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 SpeculativeResult verify_speculative(const D& device, const Tokens& draft_tokens,
                                      const Draft& draft_probabilities,
                                      const Target& target_probabilities, Generators rng,
                                      const SpeculativeOptions& options = {}) {
   SpeculativeResult result;
-  detail::verify_speculative_into(device, result, draft_tokens, draft_probabilities,
-                                  target_probabilities, rng, options);
+  verify_speculative_into(device, result, draft_tokens, draft_probabilities, target_probabilities,
+                          rng, options);
   return result;
 }
 template <typename Tokens, typename Draft, typename Target>
@@ -122,16 +124,6 @@ SpeculativeResult verify_speculative(const Tokens& draft_tokens, const Draft& dr
                                      const SpeculativeOptions& options = {}) {
   return verify_speculative(Eigen::DefaultDevice{}, draft_tokens, draft_probabilities,
                             target_probabilities, rng, options);
-}
-
-/// Writes into a result of an earlier call, which is resized where its sizes differ; allocates
-/// nothing where they do not.
-template <CpuDevice D, typename Tokens, typename Draft, typename Target>
-void verify_speculative_into(const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
-                             const Draft& draft_probabilities, const Target& target_probabilities,
-                             Generators rng, const SpeculativeOptions& options = {}) {
-  detail::verify_speculative_into(device, result, draft_tokens, draft_probabilities,
-                                  target_probabilities, rng, options);
 }
 
 }  // namespace EIGENFORMER_ABI

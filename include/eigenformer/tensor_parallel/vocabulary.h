@@ -183,7 +183,7 @@ Tensor<std::int32_t, 1> good_vocabulary_tokens(std::string_view name, const Hidd
 }  // namespace detail
 
 /// The most likely token of each row of hidden states (tokens, in), lowest index among equals, the
-/// same on every rank: greedy_sample of linear(hidden, weight), with 16 bytes a row and rank sent
+/// same on every rank: greedy_sample of linear(hidden, weight), with 16 bytes per row and rank sent
 /// instead of the logits. `weight` is the full (vocab, in) head or a PackedColumnShard. A row whose
 /// logits hold NaN or +infinity, or are all -infinity, throws std::invalid_argument naming it, on
 /// every rank.

@@ -1,0 +1,80 @@
+// Sampling from a vocabulary of 128256. Limit: one read of the logits. Peer: Eigen by hand, that is
+// argmax, or softmax and a sort.
+#include <eigenformer/sampling.h>
+
+#include <numeric>
+#include <random>
+
+#include "report/harness.h"
+
+namespace ef = eigenformer;
+using Eigen::Index;
+
+namespace {
+
+constexpr Index kBatch = 8, kVocab = 128256;
+
+std::shared_ptr<ef::Tensor<float, 2>> random_logits(float scale) {
+  auto logits = std::make_shared<ef::Tensor<float, 2>>(kBatch, kVocab);
+  std::mt19937 generator(1);
+  std::normal_distribution<float> normal(0.0f, scale);
+  for (Index i = 0; i < logits->size(); ++i) logits->data()[i] = normal(generator);
+  return logits;
+}
+
+/// Softmax with Eigen, a sort of token indices, and a walk: the draw of one row.
+std::int32_t sample_by_hand(const float* logits, Index k, float p, float u) {
+  const Eigen::Map<const Eigen::ArrayXf> x(logits, kVocab);
+  const Eigen::ArrayXf probabilities = (x - x.maxCoeff()).exp();
+  std::vector<std::int32_t> order(kVocab);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(),
+            [&](auto a, auto b) { return probabilities[a] > probabilities[b]; });
+  const float total = probabilities.sum();
+  float kept = 0;
+  Index n = 0;
+  while (n < k && kept < p * total) kept += probabilities[order[static_cast<std::size_t>(n++)]];
+  float target = u * kept;
+  for (Index i = 0; i < n; ++i)
+    if ((target -= probabilities[order[static_cast<std::size_t>(i)]]) <= 0)
+      return order[static_cast<std::size_t>(i)];
+  return order[static_cast<std::size_t>(n - 1)];
+}
+
+void sampling_cases(bench::Suite& suite) {
+  const auto flat = random_logits(1.0f), peaked = random_logits(4.0f);
+  const auto limit = bench::Limit::read_bytes(static_cast<double>(kBatch * kVocab) * sizeof(float));
+  const auto ids = std::make_shared<ef::Tensor<std::int32_t, 1>>(kBatch);
+  const std::string shape = " (8, 128256) float";
+
+  auto& greedy = suite.row("greedy_sample" + shape, limit);
+  greedy.ours([=](const auto& device) { ef::greedy_sample_into(device, *ids, *flat); });
+  greedy.peer("Eigen by hand", [=](const auto& device) {
+    ef::Tensor<Index, 1> best(kBatch);
+    best.device(device) = flat->argmax(1);
+    *ids = best.cast<std::int32_t>();
+  });
+
+  const auto add = [&](const std::string& name, const std::shared_ptr<ef::Tensor<float, 2>>& logits,
+                       const ef::SamplingParams& params) {
+    const auto rng = std::make_shared<ef::Philox>(7u);
+    auto& row = suite.row(name + shape, limit);
+    row.ours([=](const auto& device) { ef::sample_into(device, *ids, *logits, params, *rng); });
+    row.peer_one_thread("Eigen by hand", [=] {
+      const Index k = std::min(params.top_k, kVocab);
+      for (Index r = 0; r < kBatch; ++r)
+        (*ids)(r) = sample_by_hand(logits->data() + r * kVocab, k, static_cast<float>(params.top_p),
+                                   static_cast<float>(rng->uniform(static_cast<std::uint32_t>(r))));
+      rng->advance();
+    });
+  };
+  add("sample top-k 50", flat, {.top_k = 50});
+  add("sample top-p 0.9 peaked", peaked, {.top_p = .9});
+  add("sample top-p 0.9 flat", flat, {.top_p = .9});
+  add("sample top-k 50, top-p 0.95, min-p 0.05", peaked, {.top_k = 50, .top_p = .95, .min_p = .05});
+  add("sample all tokens", flat, {});
+}
+
+}  // namespace
+
+EIGENFORMER_BENCHMARK(sampling_cases)
