@@ -48,7 +48,7 @@
 #include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
-#include "cpu/linear_layer.h"
+#include "cpu/linear/layer.h"
 #include "linear/epilogue.h"
 #include "linear/pack.h"
 #include "linear/packed_weight.h"

@@ -8,9 +8,9 @@
 
 #include "../core/rows.h"
 #include "../problem/activation.h"
-#include "activation_functions.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/functions.h"
+#include "vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -16,8 +16,8 @@
 #include "../core/values.h"
 #include "../problem/loss.h"
 #include "backend.h"
-#include "row_unit.h"
-#include "vector_loop.h"
+#include "vector/loop.h"
+#include "vector/row_unit.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -9,7 +9,7 @@
 
 #include "../problem/optimizer.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -7,8 +7,8 @@
 
 #include "../problem/quantization.h"
 #include "backend.h"
-#include "quantize_line.h"
-#include "vector_loop.h"
+#include "vector/loop.h"
+#include "vector/quantize_line.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

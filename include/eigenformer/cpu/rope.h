@@ -14,7 +14,7 @@
 #include "../core/values.h"
 #include "../problem/rope.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

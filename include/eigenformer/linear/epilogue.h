@@ -11,12 +11,12 @@
 #pragma once
 
 #include "../core/tensor.h"
-#include "../cpu/activation_functions.h"
+#include "../cpu/vector/functions.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Function: of the sum, one of cpu/activation_functions.h. B, R: scalars of bias and residual.
+/// Function: of the sum, one of cpu/vector/functions.h. B, R: scalars of bias and residual.
 template <typename Function = cpu::Identity, typename B = float, typename R = float>
 class Epilogue {
  public:

@@ -10,12 +10,12 @@
 #include <type_traits>
 #include <utility>
 
-#include "../core/device.h"
-#include "../core/kv_source.h"
-#include "../core/visibility.h"
-#include "../problem/attention.h"
-#include "attention_tile.h"
-#include "simd/simd.h"
+#include "../../core/device.h"
+#include "../../core/kv_source.h"
+#include "../../core/visibility.h"
+#include "../../problem/attention.h"
+#include "../simd/simd.h"
+#include "tile.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

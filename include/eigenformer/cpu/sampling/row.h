@@ -21,8 +21,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "../sampling/params.h"
-#include "simd/simd.h"
+#include "../../sampling/params.h"
+#include "../simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

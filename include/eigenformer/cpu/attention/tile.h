@@ -12,9 +12,9 @@
 #include <limits>
 #include <type_traits>
 
-#include "../core/kv_source.h"
-#include "../core/visibility.h"
-#include "simd/transpose.h"
+#include "../../core/kv_source.h"
+#include "../../core/visibility.h"
+#include "../simd/transpose.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -6,7 +6,7 @@
 ///   for_each_vector<V>(begin, end, [&](Index at, auto part) { store(load<V>(x + at, part) * scale, y + at, part); });
 #pragma once
 
-#include "simd/simd.h"
+#include "../simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -16,8 +16,8 @@
 /// 10 * head_dim for each visible pair, in the same two products as the forward pass.
 #pragma once
 
+#include "../backend.h"
 #include "attention.h"
-#include "backend.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -15,10 +15,10 @@
 /// Matrix Multiplication" (2008).
 #pragma once
 
-#include "../core/workspace.h"
-#include "backend.h"
-#include "linear_activations.h"
-#include "linear_epilogue.h"
+#include "../../core/workspace.h"
+#include "../backend.h"
+#include "activations.h"
+#include "epilogue.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -8,8 +8,8 @@
 
 #include <cmath>
 
-#include "activation_functions.h"
-#include "vector_loop.h"
+#include "../vector/functions.h"
+#include "../vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

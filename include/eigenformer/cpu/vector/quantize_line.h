@@ -12,8 +12,8 @@
 #include <cmath>
 #include <limits>
 
-#include "backend.h"
-#include "simd/transpose.h"
+#include "../backend.h"
+#include "../simd/transpose.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

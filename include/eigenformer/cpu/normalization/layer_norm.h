@@ -13,11 +13,11 @@
 
 #include <cmath>
 
-#include "../core/rows.h"
-#include "../problem/normalization.h"
-#include "backend.h"
-#include "row_unit.h"
-#include "vector_loop.h"
+#include "../../core/rows.h"
+#include "../../problem/normalization.h"
+#include "../backend.h"
+#include "../vector/loop.h"
+#include "../vector/row_unit.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -1,16 +1,16 @@
 /// \file
 /// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of
-/// every block of 128 tokens; one streaming read), filtered (sampling_filters.h), and drawn from by
+/// every block of 128 tokens; one streaming read), filtered (filters.h), and drawn from by
 /// the inverse of its cumulative distribution in token order. Greedy is the scan and one block.
 /// Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
 /// maximum; a draw without top-k adds one exponential a token in double, about 1 ns each.
 #pragma once
 
-#include "../core/workspace.h"
-#include "../problem/sampling.h"
-#include "backend.h"
-#include "sampling_filters.h"
-#include "sampling_logits.h"
+#include "../../core/workspace.h"
+#include "../../problem/sampling.h"
+#include "../backend.h"
+#include "filters.h"
+#include "logits.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -9,7 +9,7 @@
 
 #include <cmath>
 
-#include "simd/simd.h"
+#include "../simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

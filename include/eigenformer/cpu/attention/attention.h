@@ -19,11 +19,11 @@
 #include <span>
 #include <utility>
 
-#include "../core/check.h"
-#include "../core/workspace.h"
-#include "attention_row.h"
-#include "attention_tile.h"
-#include "backend.h"
+#include "../../core/check.h"
+#include "../../core/workspace.h"
+#include "../backend.h"
+#include "row.h"
+#include "tile.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "../problem/sampling.h"
-#include "backend.h"
-#include "vector_loop.h"
+#include "../../problem/sampling.h"
+#include "../backend.h"
+#include "../vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../linear/packed_weight.h"
-#include "../problem/linear.h"
-#include "backend.h"
-#include "quantize_line.h"
-#include "tile/pack.h"
+#include "../../linear/packed_weight.h"
+#include "../../problem/linear.h"
+#include "../backend.h"
+#include "../tile/pack.h"
+#include "../vector/quantize_line.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -6,9 +6,9 @@
 #include <string_view>
 #include <type_traits>
 
-#include "../problem/linear.h"
+#include "../../problem/linear.h"
 #include "linear.h"
-#include "linear_pack.h"
+#include "pack.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "sampling_row.h"
+#include "row.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <limits>
 
-#include "../problem/row_unit.h"
-#include "vector_loop.h"
+#include "../../problem/row_unit.h"
+#include "loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
