@@ -1,8 +1,8 @@
 // Laws: equal to the plain definition for every pair of scalars, tail and ISA; a row's bits do not
 // depend on its neighbours, threads, shards or packing; nothing is allocated twice; refuses what
 // does not fit. Gradients, epilogues, pairs and groups have headers of their own.
-#include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
+#include <eigenformer/parallel_region.h>
 #include <eigenformer/reference/linear.h>
 
 #include <thread>

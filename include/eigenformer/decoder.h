@@ -30,13 +30,13 @@
 #include <variant>
 
 #include "communicator.h"
-#include "core/parallel_region.h"
 #include "decoder/config.h"
 #include "decoder/profile.h"
 #include "decoder/training.h"
 #include "decoder/weights.h"
 #include "kv_cache.h"
 #include "paged_kv_cache.h"
+#include "parallel_region.h"
 #include "quantization.h"
 #include "tensor_parallel.h"
 

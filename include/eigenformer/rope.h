@@ -181,7 +181,7 @@ void rope_with_options(std::string_view name, const D& device, Problem problem,
   write_inverse_frequencies(options.base, rotary_dim, frequencies);
   problem.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale)};
   problem.rows =
-      frame.take<typename Problem::compute>(worker_count(device) * problem.angles.row_size());
+      frame.take<typename Problem::compute>(cpu::worker_count(device) * problem.angles.row_size());
   detail::run(device, problem);
 }
 

@@ -115,12 +115,8 @@ void packed_causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::CausalMask<T>& p) {
   if (p.key_length == 0) return;  // any number of rows may be empty
-  const Index grain =
-      1 +
-      16384 / (p.key_length +
-               1);  // a task writes at least 16k elements: less does not pay for waking a thread
   const Index bytes = p.batch * p.query_length * p.key_length * Index{sizeof(T)};
-  parallel_for(on, p.batch * p.query_length, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.batch * p.query_length, Cost{p.key_length}, [&](Index first, Index last, int) {
     if (p.segment_ids != nullptr)
       packed_causal_mask_rows(p, first, last);
     else if (bytes > kCausalMaskStreamingBytes)

@@ -18,7 +18,7 @@ namespace cpu {
 template <typename D, typename Isa, typename Y, typename T, typename Id>
 void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
   using V = simd::Vec<typename problem::Embedding<Y, T, Id>::compute, Isa>;
-  parallel_for(on, p.tokens, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.tokens, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index token = first; token < last; ++token) {
       const T* row = p.table + static_cast<Index>(p.ids[token]) * p.features;
       Y* y = p.y + token * p.features;
@@ -37,17 +37,20 @@ void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
 template <typename D, typename Isa, typename G, typename GY, typename Id>
 void execute(const Backend<D, Isa>& on, const problem::EmbeddingBackward<G, GY, Id>& p) {
   using V = simd::Vec<typename problem::EmbeddingBackward<G, GY, Id>::compute, Isa>;
-  const Index grain = std::max<Index>(
-      64, rows_per_task(p.tokens));  // 64 floats are four cache lines: threads share few of them
-  parallel_for(on, p.features, grain, [&](Index first, Index last, int) {
-    for (Index token = 0; token < p.tokens; ++token) {
-      G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
-      const GY* grad_y = p.grad_y + token * p.features;
-      for_each_vector<V>(first, last, [&](Index at, auto part) {
-        store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part);
-      });
-    }
-  });
+  constexpr Index kColumns = 64;  // of float four cache lines: threads share few of them
+  const Index blocks = (p.features + kColumns - 1) / kColumns;
+  parallel_for(on, blocks, Cost{p.tokens * kColumns},
+               [&](Index first_block, Index last_block, int) {
+                 const Index first = first_block * kColumns,
+                             last = (std::min)(last_block * kColumns, p.features);
+                 for (Index token = 0; token < p.tokens; ++token) {
+                   G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
+                   const GY* grad_y = p.grad_y + token * p.features;
+                   for_each_vector<V>(first, last, [&](Index at, auto part) {
+                     store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part);
+                   });
+                 }
+               });
 }
 
 }  // namespace cpu

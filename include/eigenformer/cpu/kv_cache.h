@@ -19,11 +19,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Rows of a task: at least 32k elements (128 KiB of float): less does not pay for waking a thread.
-inline Index kv_grain(Index kv_heads, Index head_dim) {
-  return 1 + 32768 / (kv_heads * head_dim + 1);
-}
-
 template <typename Isa, typename From, typename To>
 void copy_row(const From* from, To* to, Index count) {
   if constexpr (std::is_same_v<From, To>) {
@@ -99,7 +94,7 @@ void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b,
 
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) {
-  parallel_for(on, p.tokens, kv_grain(p.target.kv_heads, p.target.head_dim),
+  parallel_for(on, p.tokens, Cost{p.target.kv_heads * p.target.head_dim, kMoveCycles},
                [&](Index first, Index last, int) {
                  for (Index token = first; token < last; ++token) {
                    const Index b = p.sequence_of(token);
@@ -124,21 +119,22 @@ void dequantize_row(const std::int8_t* q, float scale, T* x, Index count) {
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvRead<T, Storage>& p) {
   const KvSource<Storage>& s = p.source;
-  parallel_for(
-      on, s.batch * p.length, kv_grain(s.kv_heads, s.head_dim), [&](Index first, Index last, int) {
-        for (Index row = first; row < last; ++row) {
-          const Index b = row / p.length, j = row % p.length;
-          for (Index h = 0; h < s.kv_heads; ++h) {
-            T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
-            const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
-            if constexpr (std::is_same_v<Storage, std::int8_t>)
-              dequantize_row<Isa>(stored, p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
-                                  output, s.head_dim);
-            else
-              copy_row<Isa>(stored, output, s.head_dim);
-          }
-        }
-      });
+  parallel_for(on, s.batch * p.length, Cost{s.kv_heads * s.head_dim, kMoveCycles},
+               [&](Index first, Index last, int) {
+                 for (Index row = first; row < last; ++row) {
+                   const Index b = row / p.length, j = row % p.length;
+                   for (Index h = 0; h < s.kv_heads; ++h) {
+                     T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
+                     const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
+                     if constexpr (std::is_same_v<Storage, std::int8_t>)
+                       dequantize_row<Isa>(stored,
+                                           p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
+                                           output, s.head_dim);
+                     else
+                       copy_row<Isa>(stored, output, s.head_dim);
+                   }
+                 }
+               });
 }
 
 }  // namespace cpu

@@ -159,12 +159,7 @@ void cross_entropy_row(const problem::CrossEntropy<L, G>& p, Index r) {
 /// Writes every row's loss and, where asked for, its gradient.
 template <typename D, typename Isa, typename L, typename G>
 void execute(const Backend<D, Isa>& on, const problem::CrossEntropy<L, G>& p) {
-  const Index grain =
-      1 +
-      8192 /
-          (p.classes +
-           1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
-  parallel_for(on, p.rows, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.classes, kExpCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) cross_entropy_row<Isa>(p, r);
   });
 }

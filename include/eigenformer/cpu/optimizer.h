@@ -15,13 +15,13 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Two pieces a task: less does not pay for waking a thread.
 template <typename Backend, typename Body>
 void for_each_piece(const Backend& on, const problem::ParameterPiece* pieces, Index count,
                     Body&& body) {
-  parallel_for(on, count, Index{2}, [&](Index first, Index last, int) {
-    for (Index i = first; i < last; ++i) body(i, pieces[i]);
-  });
+  parallel_for(on, count, Cost{problem::kPieceElements, kMoveCycles},
+               [&](Index first, Index last, int) {
+                 for (Index i = first; i < last; ++i) body(i, pieces[i]);
+               });
 }
 
 template <typename Isa>

@@ -32,7 +32,7 @@ constexpr Index kQuantizeChunk = 16384;  // numbers of one task where a whole te
 /// Values by the scales that p.scales holds; a NaN scale gives zeros.
 template <typename D, typename Isa, typename T>
 void quantize_values(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
       for (Index r = first; r < last; ++r)
         for (Index g = 0; g < p.groups(); ++g) {
@@ -50,7 +50,7 @@ void quantize_values(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
 template <typename D, typename Isa, typename T>
 bool quantize_at_once(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
   std::atomic<bool> quantizable{true};
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
       constexpr bool kStreaming = decltype(streaming)::value;
       if (p.groups() > 1) {
@@ -98,7 +98,7 @@ bool execute(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
 /// Scale and values of each row while it is in cache.
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::QuantizeActivations<T>& p) {
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
       const T* row = p.x + r * p.columns;
       p.scales[r] = activation_scale<Isa>(row, p.columns);
@@ -113,7 +113,7 @@ Magnitude<compute_type<T>> tensor_magnitude(const Backend<D, Isa>& on, const T* 
                                             Index count, compute_type<T>* parts) {
   const Index chunks = (count + kQuantizeChunk - 1) / kQuantizeChunk;
   std::atomic<bool> finite{true};
-  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+  parallel_for(on, chunks, Cost{kQuantizeChunk, kPackCycles}, [&](Index first, Index last, int) {
     for (Index c = first; c < last; ++c) {
       const auto found = magnitude<Isa>(numbers + c * kQuantizeChunk,
                                         (std::min)(kQuantizeChunk, count - c * kQuantizeChunk));
@@ -135,7 +135,7 @@ bool execute(const Backend<D, Isa>& on, const problem::QuantizeTensor<T>& p) {
   const float scale = int8_scale(found.largest);
   if (!found.finite || !std::isfinite(scale)) return false;
   *p.scale = scale;
-  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+  parallel_for(on, chunks, Cost{kQuantizeChunk, kPackCycles}, [&](Index first, Index last, int) {
     const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, p.count);
     with_streaming<Isa, T>(p.values, p.count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
       quantize_line<Isa, decltype(streaming)::value>(p.weights + begin, end - begin, scale,
@@ -159,7 +159,7 @@ void dequantize_line(const std::int8_t* values, Index count, float scale, T* to)
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::DequantizeTensor<T>& p) {
   const Index chunks = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
-  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+  parallel_for(on, chunks, Cost{kQuantizeChunk, kPackCycles}, [&](Index first, Index last, int) {
     const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, p.count);
     dequantize_line<Isa>(p.values + begin, end - begin, p.scale, p.weights + begin);
   });
@@ -168,7 +168,7 @@ void execute(const Backend<D, Isa>& on, const problem::DequantizeTensor<T>& p) {
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::Dequantize<T>& p) {
   const Index groups = p.group == 0 ? 0 : (p.columns + p.group - 1) / p.group;
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       for (Index g = 0; g < groups; ++g) {
         const Index at = r * p.columns + g * p.group;

@@ -58,21 +58,20 @@ void execute(const Backend<D, Isa>& on, const problem::Rope<Y, X>& p) {
   using C = typename problem::Rope<Y, X>::compute;
   using V = simd::Vec<C, Isa>;
   const Index row_size = p.angles.row_size();
-  parallel_for(
-      on, p.tokens, rows_per_task(p.heads * p.head_dim), [&](Index first, Index last, int worker) {
-        for (Index token = first; token < last; ++token) {
-          const C* row = p.table + (p.table == nullptr ? 0 : p.positions[token] * row_size);
-          if (p.table == nullptr) {
-            C* own = p.rows + worker * row_size;
-            p.angles.write_row(static_cast<double>(p.positions[token]), own);
-            row = own;
-          }
-          if (p.angles.layout == RopeLayout::half_split)
-            rope_token<V, RopeLayout::half_split>(p, token, row);
-          else
-            rope_token<V, RopeLayout::interleaved>(p, token, row);
-        }
-      });
+  parallel_for(on, p.tokens, Cost{p.heads * p.head_dim}, [&](Index first, Index last, int worker) {
+    for (Index token = first; token < last; ++token) {
+      const C* row = p.table + (p.table == nullptr ? 0 : p.positions[token] * row_size);
+      if (p.table == nullptr) {
+        C* own = p.rows + worker * row_size;
+        p.angles.write_row(static_cast<double>(p.positions[token]), own);
+        row = own;
+      }
+      if (p.angles.layout == RopeLayout::half_split)
+        rope_token<V, RopeLayout::half_split>(p, token, row);
+      else
+        rope_token<V, RopeLayout::interleaved>(p, token, row);
+    }
+  });
 }
 
 }  // namespace cpu

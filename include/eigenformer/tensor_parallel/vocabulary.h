@@ -89,7 +89,8 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
   {
     Workspace::Frame logits_frame(workspace);
     T* logits = logits_frame.take<T>(rows * size);
-    auto* order = logits_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
+    auto* order =
+        logits_frame.take<std::int32_t>(own_kept > 1 ? cpu::worker_count(device) * size : 0);
     shard_product(device, logits, x, weight, shape, communicator, workspace);
     detail::run(device,
                 problem::Vocabulary<T>{logits, own.data(), order, rows, own_kept, shape.columns});

@@ -476,7 +476,7 @@ void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
 
   // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads
   // of sequences of any length.
-  parallel_for(on, workers, 1, [&](Index begin, Index end, int) {
+  parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
     for (Index w = begin; w < end; ++w) {
       Worker worker(p, scratch[w]);
       for (Index task = w; task < tasks; task += workers) {

@@ -409,7 +409,7 @@ void execute(const Backend<D, Isa>& on, const problem::AttentionBackward<T>& p) 
     const Index workers = attention_workers(on, f, tasks);
     auto* const scratch = frame.take<AttentionBackwardScratch<compute_type<T>>>(workers);
     for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, longest, frame);
-    parallel_for(on, workers, 1, [&](Index begin, Index end, int) {
+    parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
       for (Index w = begin; w < end; ++w) {
         Worker worker(p, scratch[w]);
         for (Index task = w; task < tasks; task += workers) {

@@ -108,7 +108,7 @@ template <typename D, typename Isa, typename G, typename Y>
 void execute(const Backend<D, Isa>& on, const problem::LinearBackwardBias<G, Y>& p) {
   using V = simd::Vec<G, Isa>;
   const Index blocks = (p.out + V::lanes - 1) / V::lanes;
-  parallel_for(on, blocks, 1 + 65536 / (p.tokens * V::lanes + 1),
+  parallel_for(on, blocks, Cost{p.tokens * V::lanes, kPackCycles},
                [&](Index first, Index last, int) {
                  for (Index b = first; b < last; ++b) {
                    const Index at = b * V::lanes;

@@ -52,7 +52,7 @@ void for_each_panel(const Backend<D, Isa>& on, PackedWeight<T>& packed, Pack&& p
   const Index panel_size =
       tile::packed_steps<T>(Isa{}, packed.columns()) * Dot::step * Dot::columns;
   T* data = WeightAccess<T>::data(packed);
-  parallel_for(on, panels, 1 + 65536 / (panel_size + 1), [&](Index first, Index last, int) {
+  parallel_for(on, panels, Cost{panel_size, kPackCycles}, [&](Index first, Index last, int) {
     for (Index p = first; p < last; ++p) pack(p, data + p * panel_size);
   });
 }

@@ -94,12 +94,6 @@ EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
 /// not stay in an L2 of a few MiB, and plain stores read each line before they write it.
 inline constexpr Index kStreamingBytes = Index{4} << 20;
 
-/// Elements below which a share of the work does not pay for waking a thread.
-inline constexpr Index kElementsPerTask = 16384;
-
-/// Rows of `elements` each that make a task.
-inline Index rows_per_task(Index elements) { return 1 + kElementsPerTask / (elements + 1); }
-
 }  // namespace cpu
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

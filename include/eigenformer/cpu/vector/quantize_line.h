@@ -278,7 +278,7 @@ bool group_scales(const Backend<D, Isa>& on, const T* matrix, Index rows, Index 
                   Index group, float* scales) {
   const Index groups = (columns + group - 1) / group;
   std::atomic<bool> quantizable{true};
-  parallel_for(on, rows, 1 + 65536 / (columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, rows, Cost{columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       if (!group_scales<Isa>(matrix + r * columns, columns, group, scales + r * groups))
         return quantizable.store(false, std::memory_order_relaxed);
