@@ -81,7 +81,8 @@ TYPED_TEST(CausalMask, PackedDocumentsSeeOnlyThemselves) {
 
 TEST(CausalMaskShapes, LargerThanTheCaches) {
   const Index length = 2960;  // 35 MB of float
-  static_assert(2960 * 2960 * sizeof(float) > ef::cpu::kCausalMaskStreamingBytes);
+  static_assert(2960 * 2960 * sizeof(float) >
+                ef::cpu::streaming_threshold(ef::cpu::ReadsBeside::nothing));
   Threads threads(2);
   const auto mask = ef::create_causal_mask<float>(threads.device, length, 1,
                                                   {.window = 1000, .prefix_length = 3});

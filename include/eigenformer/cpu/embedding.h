@@ -4,12 +4,10 @@
 /// thread a range of columns, so that equal ids meet in one fixed order.
 #pragma once
 
-#include <cstring>
-
 #include "../core/rows.h"
 #include "../problem/embedding.h"
 #include "backend.h"
-#include "vector/loop.h"
+#include "vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -17,19 +15,11 @@ namespace cpu {
 
 template <typename D, typename Isa, typename Y, typename T, typename Id>
 void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
-  using V = simd::Vec<typename problem::Embedding<Y, T, Id>::compute, Isa>;
   parallel_for(on, p.tokens, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index token = first; token < last; ++token) {
       const T* row = p.table + static_cast<Index>(p.ids[token]) * p.features;
       Y* y = p.y + token * p.features;
-      if constexpr (std::is_same_v<Y, T>) {
-        if (p.features > 0)
-          std::memcpy(static_cast<void*>(y), row, static_cast<std::size_t>(p.features) * sizeof(T));
-      } else {
-        for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-          store(load<V>(row + at, part), y + at, part);
-        });
-      }
+      copy_line<Isa>(row, y, p.features);
     }
   });
 }

@@ -16,7 +16,7 @@
 #include "../core/values.h"
 #include "../problem/loss.h"
 #include "backend.h"
-#include "vector/loop.h"
+#include "vector/copy.h"
 #include "vector/row_unit.h"
 
 namespace eigenformer {
@@ -89,9 +89,7 @@ void cross_entropy_row(const problem::CrossEntropy<L, G>& p, Index r) {
   const Index target = p.targets[r];
   if (target == p.ignore_index) {
     p.row_loss[r] = 0;
-    if (gradient != nullptr)
-      for_each_vector<V>(0, p.classes,
-                         [&](Index i, auto part) { store(V::zero(), gradient + i, part); });
+    if (gradient != nullptr) fill_line(gradient, p.classes, V::zero());
     return;
   }
 

@@ -9,7 +9,7 @@
 
 #include "../problem/optimizer.h"
 #include "backend.h"
-#include "vector/loop.h"
+#include "vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -79,8 +79,7 @@ template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::ZeroGradients& p) {
   using V = simd::Vec<float, Isa>;
   for_each_piece(on, p.pieces, p.count, [](Index, const problem::ParameterPiece& piece) {
-    for_each_vector<V>(0, piece.size,
-                       [&](Index i, auto part) { store(V::zero(), piece.gradient + i, part); });
+    fill_line(piece.gradient, piece.size, V::zero());
   });
 }
 

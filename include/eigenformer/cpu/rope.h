@@ -14,7 +14,7 @@
 #include "../core/values.h"
 #include "../problem/rope.h"
 #include "backend.h"
-#include "vector/loop.h"
+#include "vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -48,8 +48,7 @@ void rope_token(const problem::Rope<Y, X>& p, Index token, const typename V::sca
     Y* y = p.y + head * p.head_dim;
     rope_head<V, Layout>(row, sign, rotary_dim, x, y);
     if (static_cast<const void*>(x) != static_cast<const void*>(y))
-      for_each_vector<V>(rotary_dim, p.head_dim,
-                         [&](Index at, auto part) { store(load<V>(x + at, part), y + at, part); });
+      convert_line<V>(x + rotary_dim, y + rotary_dim, p.head_dim - rotary_dim);
   }
 }
 

@@ -14,7 +14,7 @@
 #include "../../core/visibility.h"
 #include "../../problem/attention.h"
 #include "../backend.h"
-#include "../simd/simd.h"
+#include "../vector/functions.h"
 #include "tile.h"
 
 namespace eigenformer {
@@ -88,7 +88,8 @@ bool is_large_score(C maximum, float limit) {
     return std::abs(maximum) > limit && std::abs(maximum) <= (std::numeric_limits<float>::max)();
 }
 
-/// Four vectors of sums, then their total: one order on an ISA.
+/// Four vectors of sums, then their total: one order on an ISA. Not sum_over_vectors: a head has no
+/// blocks to sum, however long it is.
 template <typename Isa, typename S>
 double dot_in_double(const double* x, const S* y, Index count) {
   using W = simd::Vec<double, Isa>;

@@ -90,10 +90,6 @@ EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
   return reduce_add(accumulate_vectors<V>(count, V::zero(), add));
 }
 
-/// A result larger than this is written around the caches where its vectors are aligned: it would
-/// not stay in an L2 of a few MiB, and plain stores read each line before they write it.
-inline constexpr Index kStreamingBytes = Index{4} << 20;
-
 }  // namespace cpu
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
