@@ -193,6 +193,20 @@ TEST(ParallelFor, CoversEveryIndexOnceOnAnyNumberOfThreads) {
   }
 }
 
+TEST(ParallelFor, MakesAsManyPartsAsPayForAThread) {
+  Threads threads(4);
+  const auto parts = [&](Index count, ef::cpu::Cost cost) {
+    return ef::cpu::part_count(threads.device, count, cost);
+  };
+  EXPECT_EQ(parts(2, {15999}), 1);  // 16000 elements pay for one
+  EXPECT_EQ(parts(2, {16000}), 2);
+  EXPECT_EQ(parts(100, {16000}), 4);
+  EXPECT_EQ(parts(3, {Index{1} << 40}), 3);
+  EXPECT_EQ(parts(100, {0}), 1);
+  EXPECT_EQ(parts(0, {16000}), 1);
+  EXPECT_EQ(ef::cpu::part_count(Eigen::DefaultDevice{}, 100, {16000}), 1);
+}
+
 TEST(ParallelFor, MayBeCalledFromAThreadOfThePool) {
   Threads threads(2);
   std::atomic<int> total{0};

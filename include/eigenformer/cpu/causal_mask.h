@@ -81,6 +81,18 @@ CausalMaskRow<Isa, T> causal_mask_row(const problem::CausalMask<T>& p, Index i) 
   return {prefix, begin, std::clamp(keys.end, begin, p.key_length), p.key_length};
 }
 
+/// Rows [first, last) of all sequences, of one document each.
+template <typename Isa, bool Streaming, typename T>
+void causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index last) {
+  for (Index r = first; r < last; ++r) {
+    const auto row = causal_mask_row<Isa>(p, r % p.query_length);
+    if constexpr (Streaming)
+      row.store_streaming(p.mask + r * p.key_length);
+    else
+      row.store(p.mask + r * p.key_length);
+  }
+}
+
 template <typename T>
 void packed_causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index last) {
   for (Index r = first; r < last; ++r)
@@ -99,14 +111,7 @@ void execute(const Backend<D, Isa>& on, const problem::CausalMask<T>& p) {
   parallel_for(on, rows, Cost{p.key_length}, [&](Index first, Index last, int) {
     if (p.segment_ids != nullptr) return packed_causal_mask_rows(p, first, last);
     with_streaming<simd::Vec<compute_type<T>, Isa>>(around_caches, [&](auto streaming) {
-      for (Index r = first; r < last; ++r) {
-        const auto row = causal_mask_row<Isa>(p, r % p.query_length);
-        T* const to = p.mask + r * p.key_length;
-        if constexpr (decltype(streaming)::value)
-          row.store_streaming(to);
-        else
-          row.store(to);
-      }
+      causal_mask_rows<Isa, decltype(streaming)::value>(p, first, last);
     });
   });
 }
