@@ -1,7 +1,7 @@
 # One word, one operator, the same word everywhere:
 #   include/eigenformer/X.h  problem/X.h  reference/X.h  cpu/X.h  cuda/X.cuh  tests/X/X_test.cpp  bench/operators/X_bench.cpp
-# A missing file stops the configuration. What an operator does not have is said here, in one visible list. Whatever has a
-# kernel has a problem.
+# (cpu/X/X.h where there is a folder cpu/X.) A missing file stops the configuration. What an operator does not have is said
+# here, in one visible list. Whatever has a kernel has a problem.
 
 set(EIGENFORMER_OPERATORS "")
 function(eigenformer_operator name)
@@ -10,6 +10,9 @@ function(eigenformer_operator name)
   set(file_reference include/eigenformer/reference/${name}.h)
   set(file_problem include/eigenformer/problem/${name}.h)
   set(file_cpu include/eigenformer/cpu/${name}.h)
+  if(IS_DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}/include/eigenformer/cpu/${name})
+    set(file_cpu include/eigenformer/cpu/${name}/${name}.h)
+  endif()
   set(file_cuda include/eigenformer/cuda/${name}.cuh)
   set(file_test tests/${name}/${name}_test.cpp)
   set(file_bench bench/operators/${name}_bench.cpp)

@@ -63,9 +63,11 @@ struct ByHand {
   bool causal;
   template <typename D>
   void operator()(const D& device) const {
-    ef::parallel_for(device, x.q->dimension(0) * kHeads, 1, [&](Index begin, Index end, int) {
-      for (Index t = begin; t < end; ++t) by_hand(x, t / kHeads, t % kHeads, causal);
-    });
+    ef::cpu::parallel_for(device, x.q->dimension(0) * kHeads, ef::cpu::kWorthAThread,
+                          [&](Index begin, Index end, int) {
+                            for (Index t = begin; t < end; ++t)
+                              by_hand(x, t / kHeads, t % kHeads, causal);
+                          });
   }
 };
 

@@ -2,8 +2,8 @@
 // waits until the second has begun on another thread, and a decode-sized INT8 product on two
 // threads; outside and inside of a ParallelRegion, back to back and after 200 us of serial work.
 // Usage: waking [samples]
-#include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
+#include <eigenformer/parallel_region.h>
 
 #include <algorithm>
 #include <array>
@@ -82,11 +82,12 @@ void empty_calls(const Eigen::ThreadPoolDevice& device, int samples) {
       Region region;
       open(region, device, setting);
       const int count = gap.serial_work > 0 ? samples / 10 : samples;
-      const Quantiles empty =
-          time_calls(count, gap, [&] { ef::parallel_for(device, 2, 1, [](Index, Index, int) {}); });
+      const Quantiles empty = time_calls(count, gap, [&] {
+        ef::cpu::parallel_for(device, 2, ef::cpu::kWorthAThread, [](Index, Index, int) {});
+      });
       const Quantiles both = time_calls(count, gap, [&] {
         std::atomic<bool> begun{false};
-        ef::parallel_for(device, 2, 1, [&](Index, Index, int worker) {
+        ef::cpu::parallel_for(device, 2, ef::cpu::kWorthAThread, [&](Index, Index, int worker) {
           if (worker == 1) begun = true;
           while (!begun) continue;
         });
@@ -130,7 +131,7 @@ Halves time_halves(const Eigen::ThreadPoolDevice& device, Product& p, int count,
     wait_for(gap);
     std::array<double, 2> spent{};
     const auto start = Clock::now();
-    ef::parallel_for(device, 2, 1, [&](Index, Index, int worker) {
+    ef::cpu::parallel_for(device, 2, ef::cpu::kWorthAThread, [&](Index, Index, int worker) {
       const auto half = static_cast<std::size_t>(worker);
       const auto begun = Clock::now();
       ef::linear_into(Eigen::DefaultDevice{}, p.results[half], p.x, p.halves[half]);

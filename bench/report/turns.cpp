@@ -1,6 +1,6 @@
 #include "turns.h"
 
-#include <eigenformer/core/parallel_region.h>
+#include <eigenformer/parallel_region.h>
 
 #include <fcntl.h>
 #include <signal.h>

@@ -18,7 +18,7 @@
 #include "training.h"         // training steps with gradient accumulation and in mixed precision
 
 // What every operator shares
-#include "core/parallel_region.h"  // keeps a pool's threads awake over several operators
+#include "parallel_region.h"  // keeps a pool's threads awake over several operators
 
 // What a decoder needs besides
 #include "activation.h"     // SiLU, GELU, ReLU, gated pairs, residual sums

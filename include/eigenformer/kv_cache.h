@@ -17,7 +17,7 @@
 /// KvCache<T, Storage> stores T itself, a narrower floating-point scalar (rounded to nearest even),
 /// or std::int8_t with one scale per position and head:
 ///
-///   scale = max|x| / 127 over the row's head_dim elements (1 where that is zero)
+///   scale = max|x| / 127 over the row's head_dim elements; 1 where all are zero
 ///   q     = round_half_to_even(x / scale), in [-127, 127]
 ///
 /// A row to be stored as INT8 that holds NaN, infinity or a double whose scale is above the largest

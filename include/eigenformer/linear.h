@@ -49,7 +49,7 @@
 #include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
-#include "cpu/linear_layer.h"
+#include "cpu/linear/layer.h"
 #include "linear/epilogue.h"
 #include "linear/pack.h"
 #include "problem/packed_weight.h"

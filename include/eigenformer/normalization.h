@@ -35,8 +35,8 @@
 #include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
-#include "cpu/layer_norm.h"
-#include "cpu/normalization.h"
+#include "cpu/normalization/layer_norm.h"
+#include "cpu/normalization/normalization.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

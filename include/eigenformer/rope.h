@@ -230,7 +230,7 @@ void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How
   Workspace::Frame frame(workspace);
   auto problem = detail::rope_problem(name, "y", output_view<rank_of<X>>(y), "x",
                                       detail::rope_input(x), at, false);
-  detail::set_angles(name, problem, how, worker_count(device), frame);
+  detail::set_angles(name, problem, how, detail::worker_count(device), frame);
   detail::run(device, problem);
 }
 
@@ -261,7 +261,7 @@ void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P&
   Workspace::Frame frame(workspace);
   auto problem = detail::rope_problem(name, "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
                                       detail::rope_input(grad_y), at, true);
-  detail::set_angles(name, problem, how, worker_count(device), frame);
+  detail::set_angles(name, problem, how, detail::worker_count(device), frame);
   detail::run(device, problem);
 }
 template <CpuDevice D, typename GY, typename P = LengthSpan, typename How = RopeOptions>

@@ -70,9 +70,9 @@
 #include "core/dispatch.h"
 #include "core/rows.h"
 #include "core/workspace.h"
-#include "cpu/sampling.h"
-#include "cpu/sampling_log_probabilities.h"
-#include "cpu/sampling_speculative.h"
+#include "cpu/sampling/log_probabilities.h"
+#include "cpu/sampling/sampling.h"
+#include "cpu/sampling/speculative.h"
 #include "sampling/params.h"
 
 namespace eigenformer {

@@ -41,10 +41,10 @@
 #include <utility>
 #include <vector>
 
-#include "core/parallel_region.h"
 #include "grad_scaler.h"
 #include "loss.h"
 #include "optimizer.h"
+#include "parallel_region.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

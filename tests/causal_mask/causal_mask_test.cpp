@@ -44,7 +44,7 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
     const ef::TensorView<T, 3> shifted(memory.data() + 1, batch, queries, keys);
     const auto problem =
         ef::detail::causal_mask_problem(memory.data() + 1, batch, queries, keys, options);
-    ef::cpu::causal_mask_rows_streaming<decltype(isa)>(problem, 0, batch * queries);
+    ef::cpu::causal_mask_rows<decltype(isa), true>(problem, 0, batch * queries);
     ASSERT_TRUE(same_bits(mask, shifted)) << isa.name;
     ASSERT_NE(memory(0), memory(0)) << isa.name;
     ASSERT_NE(memory(mask.size() + 1), memory(mask.size() + 1)) << isa.name;
@@ -81,7 +81,8 @@ TYPED_TEST(CausalMask, PackedDocumentsSeeOnlyThemselves) {
 
 TEST(CausalMaskShapes, LargerThanTheCaches) {
   const Index length = 2960;  // 35 MB of float
-  static_assert(2960 * 2960 * sizeof(float) > ef::cpu::kCausalMaskStreamingBytes);
+  static_assert(2960 * 2960 * sizeof(float) >
+                ef::cpu::streaming_threshold(ef::cpu::ReadsBeside::nothing));
   Threads threads(2);
   const auto mask = ef::create_causal_mask<float>(threads.device, length, 1,
                                                   {.window = 1000, .prefix_length = 3});

@@ -204,10 +204,11 @@ TEST(ParallelFor, CoversEveryIndexOnceOnAnyNumberOfThreads) {
   for (int count : {1, 2, 3, 8}) {
     Threads threads(count);
     for (Index n : {0, 1, 2, 7, 100}) {
-      for (Index grain : {1, 3, 1000}) {
+      for (int indices : {1, 3, 1000}) {  // that pay for a thread
         std::vector<std::atomic<int>> seen(static_cast<std::size_t>(n));
-        ef::parallel_for(threads.device, n, grain, [&](Index begin, Index end, int worker) {
-          EXPECT_LT(worker, ef::worker_count(threads.device) + count);
+        const ef::cpu::Cost cost{1, ef::cpu::kWakingCycles / indices};
+        ef::cpu::parallel_for(threads.device, n, cost, [&](Index begin, Index end, int worker) {
+          EXPECT_LT(worker, ef::cpu::worker_count(threads.device) + count);
           for (Index i = begin; i < end; ++i) ++seen[static_cast<std::size_t>(i)];
         });
         for (auto& times : seen) EXPECT_EQ(times.load(), 1);
@@ -216,14 +217,29 @@ TEST(ParallelFor, CoversEveryIndexOnceOnAnyNumberOfThreads) {
   }
 }
 
+TEST(ParallelFor, MakesAsManyPartsAsPayForAThread) {
+  Threads threads(4);
+  const auto parts = [&](Index count, ef::cpu::Cost cost) {
+    return ef::cpu::part_count(threads.device, count, cost);
+  };
+  EXPECT_EQ(parts(2, {15999}), 1);  // 16000 elements pay for one
+  EXPECT_EQ(parts(2, {16000}), 2);
+  EXPECT_EQ(parts(100, {16000}), 4);
+  EXPECT_EQ(parts(3, {Index{1} << 40}), 3);
+  EXPECT_EQ(parts(100, {0}), 1);
+  EXPECT_EQ(parts(0, {16000}), 1);
+  EXPECT_EQ(ef::cpu::part_count(Eigen::DefaultDevice{}, 100, {16000}), 1);
+}
+
 TEST(ParallelFor, MayBeCalledFromAThreadOfThePool) {
   Threads threads(2);
   std::atomic<int> total{0};
-  ef::parallel_for(threads.device, 4, 1, [&](Index begin, Index end, int) {
-    for (Index i = begin; i < end; ++i)
-      ef::parallel_for(threads.device, 10, 1,
-                       [&](Index b, Index e, int) { total += static_cast<int>(e - b); });
-  });
+  ef::cpu::parallel_for(
+      threads.device, 4, ef::cpu::kWorthAThread, [&](Index begin, Index end, int) {
+        for (Index i = begin; i < end; ++i)
+          ef::cpu::parallel_for(threads.device, 10, ef::cpu::kWorthAThread,
+                                [&](Index b, Index e, int) { total += static_cast<int>(e - b); });
+      });
   EXPECT_EQ(total.load(), 40);
 }
 

@@ -1,7 +1,7 @@
 // ParallelRegion: the same parts and bits as without, no allocation once its threads are awake, and
 // no call that waits for a thread which others keep busy.
-#include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
+#include <eigenformer/parallel_region.h>
 
 #include <atomic>
 #include <chrono>
@@ -24,9 +24,9 @@ struct Part {
 };
 
 // Slot w is what the body was told as worker w.
-std::vector<Part> parts_of(const Eigen::ThreadPoolDevice& device, Index count, Index grain) {
-  std::vector<Part> parts(static_cast<std::size_t>(ef::worker_count(device)));
-  ef::parallel_for(device, count, grain, [&](Index begin, Index end, int worker) {
+std::vector<Part> parts_of(const Eigen::ThreadPoolDevice& device, Index count, ef::cpu::Cost cost) {
+  std::vector<Part> parts(static_cast<std::size_t>(ef::cpu::worker_count(device)));
+  ef::cpu::parallel_for(device, count, cost, [&](Index begin, Index end, int worker) {
     Part& part = parts[static_cast<std::size_t>(worker)];  // exclusive, or TSan says so
     part = {begin, end, part.calls + 1};
   });
@@ -36,7 +36,7 @@ std::vector<Part> parts_of(const Eigen::ThreadPoolDevice& device, Index count, I
 // Parts whose sums come to count * (count - 1) / 2: a lost or doubled part shows.
 Index sum_of_indices(const Eigen::ThreadPoolDevice& device, Index count) {
   std::atomic<Index> sum{0};
-  ef::parallel_for(device, count, 1, [&](Index begin, Index end, int) {
+  ef::cpu::parallel_for(device, count, ef::cpu::kWorthAThread, [&](Index begin, Index end, int) {
     Index part = 0;
     for (Index i = begin; i < end; ++i) part += i;
     sum.fetch_add(part, std::memory_order_relaxed);
@@ -50,22 +50,23 @@ bool helpers_come(const Eigen::ThreadPoolDevice& device) {
   const auto give_up = std::chrono::steady_clock::now() + 20s;
   std::atomic<bool> came{false};
   while (!came && std::chrono::steady_clock::now() < give_up)
-    ef::parallel_for(device, ef::worker_count(device), 1, [&](Index, Index, int) {
-      if (std::this_thread::get_id() != opener) came = true;
-      std::this_thread::sleep_for(100us);
-    });
+    ef::cpu::parallel_for(device, ef::cpu::worker_count(device), ef::cpu::kWorthAThread,
+                          [&](Index, Index, int) {
+                            if (std::this_thread::get_id() != opener) came = true;
+                            std::this_thread::sleep_for(100us);
+                          });
   return came;
 }
 
-TEST(ParallelRegion, PartsAsWithoutOfASixteenthOfTheGrain) {
+TEST(ParallelRegion, PartsAsWithoutForWorkOfSixteenTimesTheCost) {
   for (int count : {1, 2, 3, 8}) {
     Threads threads(count);
     for (Index n : {0, 1, 2, 7, 8, 9, 100})
-      for (Index grain : {0, 1, 3, 47, 64, 16000}) {
-        const auto expected = parts_of(threads.device, n, grain / 16);
+      for (Index elements : {0, 1, 47, 300, 999, 1000, 16000}) {
+        const auto expected = parts_of(threads.device, n, {16 * elements});
         const ef::ParallelRegion region(threads.device);
         for (int again = 0; again < 3; ++again)
-          EXPECT_EQ(parts_of(threads.device, n, grain), expected) << n << ' ' << grain;
+          EXPECT_EQ(parts_of(threads.device, n, {elements}), expected) << n << ' ' << elements;
       }
   }
 }
@@ -110,11 +111,13 @@ TEST(ParallelRegion, ManyShortJobs) {
     for (int i = 0; i < 100000; ++i) {
       const Index n = 2 + i % 7;  // now fewer parts than threads, now as many
       std::vector<Index> sums(static_cast<std::size_t>(count), 0);
-      ef::parallel_for(threads.device, n, 1, [&](Index begin, Index end, int worker) {
-        for (int pauses = (worker * 5 + i) % 11 * 4; pauses > 0; --pauses)
-          ef::detail::pause_instruction();
-        for (Index j = begin; j < end; ++j) sums[static_cast<std::size_t>(worker)] += j;
-      });
+      ef::cpu::parallel_for(threads.device, n, ef::cpu::kWorthAThread,
+                            [&](Index begin, Index end, int worker) {
+                              for (int pauses = (worker * 5 + i) % 11 * 4; pauses > 0; --pauses)
+                                ef::detail::pause_instruction();
+                              for (Index j = begin; j < end; ++j)
+                                sums[static_cast<std::size_t>(worker)] += j;
+                            });
       ASSERT_EQ(std::accumulate(sums.begin(), sums.end(), Index{0}), n * (n - 1) / 2);
     }
   }
@@ -154,7 +157,7 @@ TEST(ParallelRegion, NothingToDoOnOneThread) {
             }),
             0);
   std::atomic<int> total{0};
-  ef::parallel_for(two.device, 2, 1, [&](Index begin, Index end, int) {
+  ef::cpu::parallel_for(two.device, 2, ef::cpu::kWorthAThread, [&](Index begin, Index end, int) {
     const ef::ParallelRegion region(
         two.device);  // on the caller a region, on the pool's thread nothing
     for (Index i = begin; i < end; ++i) total += static_cast<int>(sum_of_indices(two.device, 10));
@@ -167,9 +170,11 @@ TEST(ParallelRegion, CallsFromWithinAPartRunAlone) {
   const ef::ParallelRegion region(threads.device);
   for (int i = 0; i < 1000; ++i) {
     std::atomic<Index> total{0};
-    ef::parallel_for(threads.device, 5, 1, [&](Index begin, Index end, int) {
-      for (Index j = begin; j < end; ++j) total += sum_of_indices(threads.device, 10);
-    });
+    ef::cpu::parallel_for(threads.device, 5, ef::cpu::kWorthAThread,
+                          [&](Index begin, Index end, int) {
+                            for (Index j = begin; j < end; ++j)
+                              total += sum_of_indices(threads.device, 10);
+                          });
     ASSERT_EQ(total.load(), 225);
   }
 }

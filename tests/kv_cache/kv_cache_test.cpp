@@ -386,10 +386,16 @@ TEST(KvCacheInt8, OneScaleARowRoundingToEven) {
   EXPECT_EQ(halves.first, 1.0f);
   EXPECT_EQ(std::vector<std::int8_t>(halves.second.begin(), halves.second.end() - 1),
             (std::vector<std::int8_t>{127, 0, 2, 2, 0, -64}));
-  const auto tiny = quantized(ef::isa::best{}, std::vector<float>{1e-44f, -1e-45f}, 2,
-                              0);  // max / 127 is zero in float
-  EXPECT_EQ(tiny.first, 1.0f);
-  EXPECT_EQ(tiny.second[0], 0);
+  // max / 127 is zero in float: the smallest float serves, as in quantization.h
+  constexpr float least = std::numeric_limits<float>::denorm_min();
+  for_each_isa([&](auto isa) {
+    const auto tiny = quantized(isa, std::vector<float>{7 * least, -least, 0.0f}, 3, 0);
+    EXPECT_EQ(tiny.first, least);
+    EXPECT_EQ(std::vector<std::int8_t>(tiny.second.begin(), tiny.second.begin() + 3),
+              (std::vector<std::int8_t>{7, -1, 0}));
+    const auto zeros = quantized(isa, std::vector<float>{0.0f, -0.0f}, 2, 0);
+    EXPECT_EQ(zeros.first, 1.0f);
+  });
   const auto large =
       quantized(ef::isa::best{}, std::vector<float>{std::numeric_limits<float>::max()}, 1, 0);
   EXPECT_EQ(large.second[0], 127);

@@ -84,12 +84,13 @@ TEST(LinearBits, DoNotDependOnBlocksOrThreads) {
   expect_blocks_and_threads<float, std::int8_t>(3, 4000, 600);
 }
 
-// Outputs of more than kStreamingBytes are written around the caches where every row starts at a
+// Outputs of more than 4 MiB are written around the caches where every row starts at a
 // line.
 TEST(LinearBits, DoNotDependOnTheSizeOfTheOutput) {
   const Index tokens = 1100, in = 40;
   for (Index out : {Index{1024}, Index{1023}}) {
-    ASSERT_GT(tokens * out * Index{sizeof(float)}, ef::cpu::kStreamingBytes);
+    ASSERT_GT(tokens * out * Index{sizeof(float)},
+              ef::cpu::streaming_threshold(ef::cpu::ReadsBeside::operands));
     const auto x = random_tensor<float, 2>({tokens, in}, 1);
     const auto weight = random_tensor<float, 2>({out, in}, 2),
                residual = random_tensor<float, 2>({tokens, out}, 3);

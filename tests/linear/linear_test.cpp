@@ -1,7 +1,7 @@
 // Laws: calls compile as the contract writes them; int8 sums are exact; nothing is allocated twice;
 // packed weights are values. The other laws are in the files beside this one.
-#include <eigenformer/core/parallel_region.h>
 #include <eigenformer/linear.h>
+#include <eigenformer/parallel_region.h>
 #include <eigenformer/reference/linear.h>
 
 #include "allocations.h"

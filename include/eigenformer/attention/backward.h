@@ -41,7 +41,7 @@
 #include <algorithm>
 
 #include "../core/dispatch.h"
-#include "../cpu/attention_backward.h"
+#include "../cpu/attention/backward.h"
 #include "problem.h"
 
 namespace eigenformer {

@@ -8,7 +8,7 @@
 #include "../core/device.h"
 #include "../core/rows.h"
 #include "../core/workspace.h"
-#include "../cpu/attention.h"
+#include "../cpu/attention/attention.h"
 #include "options.h"
 
 namespace eigenformer {

@@ -29,6 +29,12 @@ inline constexpr bool is_cpu_backend = false;
 template <typename D, typename Isa>
 inline constexpr bool is_cpu_backend<cpu::Backend<D, Isa>> = true;
 
+/// Workers that kernels on a device may have at once, for those that the caller gives scratch.
+template <CpuDevice D>
+int worker_count(const D& device) {
+  return cpu::worker_count(device);
+}
+
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel
 /// returns.
 template <Device D, typename Problem>

@@ -8,9 +8,9 @@
 
 #include "../core/rows.h"
 #include "../problem/activation.h"
-#include "activation_functions.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/functions.h"
+#include "vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -19,7 +19,7 @@ namespace cpu {
 template <typename D, typename Isa, typename Function, typename Y, typename X>
 void execute(const Backend<D, Isa>& on, const problem::Activation<Function, Y, X>& p) {
   using V = simd::Vec<typename problem::Activation<Function, Y, X>::compute, Isa>;
-  parallel_for(on, p.count, kElementsPerTask, [&](Index first, Index last, int) {
+  parallel_for(on, p.count, Cost{1}, [&](Index first, Index last, int) {
     for_each_vector<V>(first, last, [&](Index at, auto part) {
       store(ActivationFunction<Function>::value(load<V>(p.x + at, part)), p.y + at, part);
     });
@@ -29,7 +29,7 @@ void execute(const Backend<D, Isa>& on, const problem::Activation<Function, Y, X
 template <typename D, typename Isa, typename Function, typename GX, typename GY, typename X>
 void execute(const Backend<D, Isa>& on, const problem::ActivationBackward<Function, GX, GY, X>& p) {
   using V = simd::Vec<typename problem::ActivationBackward<Function, GX, GY, X>::compute, Isa>;
-  parallel_for(on, p.count, kElementsPerTask, [&](Index first, Index last, int) {
+  parallel_for(on, p.count, Cost{1}, [&](Index first, Index last, int) {
     for_each_vector<V>(first, last, [&](Index at, auto part) {
       store(load<V>(p.grad_y + at, part) *
                 ActivationFunction<Function>::derivative(load<V>(p.x + at, part)),
@@ -53,7 +53,7 @@ EIGENFORMER_INLINE void for_each_row_piece(Index begin, Index end, Index feature
 template <typename D, typename Isa, typename Function, typename Y, typename Gate, typename Up>
 void execute(const Backend<D, Isa>& on, const problem::Gated<Function, Y, Gate, Up>& p) {
   using V = simd::Vec<typename problem::Gated<Function, Y, Gate, Up>::compute, Isa>;
-  parallel_for(on, p.rows * p.features, kElementsPerTask, [&](Index begin, Index end, int) {
+  parallel_for(on, p.rows * p.features, Cost{1}, [&](Index begin, Index end, int) {
     for_each_row_piece(begin, end, p.features, [&](Index row, Index first, Index last) {
       Y* y = p.y + row * p.y_stride;
       const Gate* gate = p.gate + row * p.gate_stride;
@@ -82,7 +82,7 @@ void execute(const Backend<D, Isa>& on,
              const problem::GatedBackward<Function, GG, GU, GY, Gate, Up>& p) {
   using V =
       simd::Vec<typename problem::GatedBackward<Function, GG, GU, GY, Gate, Up>::compute, Isa>;
-  parallel_for(on, p.rows * p.features, kElementsPerTask, [&](Index begin, Index end, int) {
+  parallel_for(on, p.rows * p.features, Cost{1}, [&](Index begin, Index end, int) {
     for_each_row_piece(begin, end, p.features, [&](Index row, Index first, Index last) {
       GG* grad_gate = p.grad_gate + row * p.grad_stride;
       GU* grad_up = p.grad_up + row * p.grad_stride;
@@ -103,7 +103,7 @@ void execute(const Backend<D, Isa>& on,
 template <typename D, typename Isa, typename Y, typename X, typename R>
 void execute(const Backend<D, Isa>& on, const problem::ResidualAdd<Y, X, R>& p) {
   using V = simd::Vec<typename problem::ResidualAdd<Y, X, R>::compute, Isa>;
-  parallel_for(on, p.count, kElementsPerTask, [&](Index first, Index last, int) {
+  parallel_for(on, p.count, Cost{1}, [&](Index first, Index last, int) {
     for_each_vector<V>(first, last, [&](Index at, auto part) {
       store(load<V>(p.x + at, part) + load<V>(p.residual + at, part), p.y + at, part);
     });

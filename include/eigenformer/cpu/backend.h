@@ -15,6 +15,7 @@
 
 #include "../core/device.h"
 #include "../core/workspace.h"
+#include "parallel.h"
 #if defined(EIGENFORMER_ISA_AMX)
 #include <cpuid.h>
 #if defined(__linux__)
@@ -43,15 +44,17 @@ template <CpuDevice D, typename Isa>
   requires(!std::is_lvalue_reference_v<D>)
 Backend<D, Isa> backend(D&& device, Isa, Workspace& = thread_workspace()) = delete;
 
-using eigenformer::parallel_for;
-using eigenformer::worker_count;
 template <typename D, typename Isa>
 int worker_count(const Backend<D, Isa>& on) {
   return worker_count(on.device);
 }
+template <typename D, typename Isa>
+Index part_count(const Backend<D, Isa>& on, Index count, Cost cost) {
+  return part_count(on.device, count, cost);
+}
 template <typename D, typename Isa, typename Body>
-void parallel_for(const Backend<D, Isa>& on, Index count, Index grain, Body&& body) {
-  parallel_for(on.device, count, grain, std::forward<Body>(body));
+void parallel_for(const Backend<D, Isa>& on, Index count, Cost cost, Body&& body) {
+  parallel_for(on.device, count, cost, std::forward<Body>(body));
 }
 
 #if defined(EIGENFORMER_ISA_AMX)

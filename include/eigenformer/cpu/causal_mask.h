@@ -10,16 +10,12 @@
 #include "../problem/causal_mask.h"
 #include "../problem/visibility.h"
 #include "backend.h"
-#include "simd/simd.h"
+#include "vector/copy.h"
+#include "vector/streaming.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
-
-// A mask larger than this goes around the caches: a last-level cache would not hold it for its
-// reader, and plain stores first read each line that they overwrite (64 MiB on Zen 4: 1.7 ms
-// instead of 2.6 ms; at 16 MiB both take 0.4 ms).
-inline constexpr Index kCausalMaskStreamingBytes = Index{32} << 20;
 
 /// One row as runs: open before `prefix`, blocked before `begin`, open before `end`, blocked before
 /// `length`.
@@ -34,18 +30,14 @@ struct CausalMaskRow {
 
   /// Run by run, through the caches.
   void store(T* row) const {
-    const auto run = [row](const V& value, Index j, Index run_end) {
-      for (; j + V::lanes <= run_end; j += V::lanes) value.store(row + j);
-      if (j < run_end) value.store_partial(row + j, static_cast<int>(run_end - j));
-    };
-    run(open(), 0, prefix);
-    run(blocked(), prefix, begin);
-    run(open(), begin, end);
-    run(blocked(), end, length);
+    fill_line(row, prefix, open());
+    fill_line(row + prefix, begin - prefix, blocked());
+    fill_line(row + begin, end - begin, open());
+    fill_line(row + end, length - end, blocked());
   }
 
   /// Around the caches: every line inside the row is written in full and in order, also where runs
-  /// meet.
+  /// meet. A loop of its own, from aligned vector to aligned vector.
   void store_streaming(T* row) const {
     constexpr Index bytes = V::lanes * Index{sizeof(T)};
     const Index misaligned = static_cast<Index>(reinterpret_cast<std::uintptr_t>(row) %
@@ -90,17 +82,15 @@ CausalMaskRow<Isa, T> causal_mask_row(const problem::CausalMask<T>& p, Index i) 
 }
 
 /// Rows [first, last) of all sequences, of one document each.
-template <typename Isa, typename T>
+template <typename Isa, bool Streaming, typename T>
 void causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index last) {
-  for (Index r = first; r < last; ++r)
-    causal_mask_row<Isa>(p, r % p.query_length).store(p.mask + r * p.key_length);
-}
-
-template <typename Isa, typename T>
-void causal_mask_rows_streaming(const problem::CausalMask<T>& p, Index first, Index last) {
-  for (Index r = first; r < last; ++r)
-    causal_mask_row<Isa>(p, r % p.query_length).store_streaming(p.mask + r * p.key_length);
-  simd::Vec<compute_type<T>, Isa>::fence_streaming();
+  for (Index r = first; r < last; ++r) {
+    const auto row = causal_mask_row<Isa>(p, r % p.query_length);
+    if constexpr (Streaming)
+      row.store_streaming(p.mask + r * p.key_length);
+    else
+      row.store(p.mask + r * p.key_length);
+  }
 }
 
 template <typename T>
@@ -115,18 +105,14 @@ void packed_causal_mask_rows(const problem::CausalMask<T>& p, Index first, Index
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::CausalMask<T>& p) {
   if (p.key_length == 0) return;  // any number of rows may be empty
-  const Index grain =
-      1 +
-      16384 / (p.key_length +
-               1);  // a task writes at least 16k elements: less does not pay for waking a thread
-  const Index bytes = p.batch * p.query_length * p.key_length * Index{sizeof(T)};
-  parallel_for(on, p.batch * p.query_length, grain, [&](Index first, Index last, int) {
-    if (p.segment_ids != nullptr)
-      packed_causal_mask_rows(p, first, last);
-    else if (bytes > kCausalMaskStreamingBytes)
-      causal_mask_rows_streaming<Isa>(p, first, last);
-    else
-      causal_mask_rows<Isa>(p, first, last);
+  const Index rows = p.batch * p.query_length;
+  const bool around_caches =
+      written_around_caches(p.mask, rows * p.key_length * Index{sizeof(T)}, ReadsBeside::nothing);
+  parallel_for(on, rows, Cost{p.key_length}, [&](Index first, Index last, int) {
+    if (p.segment_ids != nullptr) return packed_causal_mask_rows(p, first, last);
+    with_streaming<simd::Vec<compute_type<T>, Isa>>(around_caches, [&](auto streaming) {
+      causal_mask_rows<Isa, decltype(streaming)::value>(p, first, last);
+    });
   });
 }
 

@@ -4,12 +4,10 @@
 /// thread a range of columns, so that equal ids meet in one fixed order.
 #pragma once
 
-#include <cstring>
-
 #include "../core/rows.h"
 #include "../problem/embedding.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -17,19 +15,11 @@ namespace cpu {
 
 template <typename D, typename Isa, typename Y, typename T, typename Id>
 void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
-  using V = simd::Vec<typename problem::Embedding<Y, T, Id>::compute, Isa>;
-  parallel_for(on, p.tokens, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.tokens, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index token = first; token < last; ++token) {
       const T* row = p.table + static_cast<Index>(p.ids[token]) * p.features;
       Y* y = p.y + token * p.features;
-      if constexpr (std::is_same_v<Y, T>) {
-        if (p.features > 0)
-          std::memcpy(static_cast<void*>(y), row, static_cast<std::size_t>(p.features) * sizeof(T));
-      } else {
-        for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-          store(load<V>(row + at, part), y + at, part);
-        });
-      }
+      copy_line<Isa>(row, y, p.features);
     }
   });
 }
@@ -37,17 +27,20 @@ void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
 template <typename D, typename Isa, typename G, typename GY, typename Id>
 void execute(const Backend<D, Isa>& on, const problem::EmbeddingBackward<G, GY, Id>& p) {
   using V = simd::Vec<typename problem::EmbeddingBackward<G, GY, Id>::compute, Isa>;
-  const Index grain = std::max<Index>(
-      64, rows_per_task(p.tokens));  // 64 floats are four cache lines: threads share few of them
-  parallel_for(on, p.features, grain, [&](Index first, Index last, int) {
-    for (Index token = 0; token < p.tokens; ++token) {
-      G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
-      const GY* grad_y = p.grad_y + token * p.features;
-      for_each_vector<V>(first, last, [&](Index at, auto part) {
-        store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part);
-      });
-    }
-  });
+  constexpr Index kColumns = 64;  // of float four cache lines: threads share few of them
+  const Index blocks = (p.features + kColumns - 1) / kColumns;
+  parallel_for(on, blocks, Cost{p.tokens * kColumns},
+               [&](Index first_block, Index last_block, int) {
+                 const Index first = first_block * kColumns,
+                             last = (std::min)(last_block * kColumns, p.features);
+                 for (Index token = 0; token < p.tokens; ++token) {
+                   G* row = p.grad_table + static_cast<Index>(p.ids[token]) * p.features;
+                   const GY* grad_y = p.grad_y + token * p.features;
+                   for_each_vector<V>(first, last, [&](Index at, auto part) {
+                     store(load<V>(row + at, part) + load<V>(grad_y + at, part), row + at, part);
+                   });
+                 }
+               });
 }
 
 }  // namespace cpu

@@ -6,60 +6,24 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "../core/rows.h"
 #include "../problem/kv_cache.h"
 #include "../problem/kv_source.h"
 #include "backend.h"
-#include "quantize_line.h"
-#include "simd/simd.h"
+#include "vector/copy.h"
+#include "vector/quantize_line.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Rows of a task: at least 32k elements (128 KiB of float): less does not pay for waking a thread.
-inline Index kv_grain(Index kv_heads, Index head_dim) {
-  return 1 + 32768 / (kv_heads * head_dim + 1);
-}
-
-template <typename Isa, typename From, typename To>
-void copy_row(const From* from, To* to, Index count) {
-  if constexpr (std::is_same_v<From, To>) {
-    if (count > 0)
-      std::memcpy(static_cast<void*>(to), from, static_cast<std::size_t>(count) * sizeof(To));
-  } else {
-    using V = simd::Vec<common_compute_type<From, To>, Isa>;
-    Index i = 0;
-    for (; i + V::lanes <= count; i += V::lanes) V::load(from + i).store(to + i);
-    if (i < count)
-      V::load_partial(from + i, static_cast<int>(count - i))
-          .store_partial(to + i, static_cast<int>(count - i));
-  }
-}
-
-/// q = round_half_to_even(x / scale) in [-127, 127]; returns scale = max|x| / 127, 1 where that is
-/// zero. x is finite.
+/// Returns the scale. x is finite.
 template <typename Isa, typename T>
 float quantize_row(const T* x, std::int8_t* q, Index count) {
-  using C = compute_type<T>;
-  using V = simd::Vec<C, Isa>;
-  const auto for_each_part = [count](auto&& body) {
-    for (Index i = 0; i < count; i += V::lanes)
-      body(i, static_cast<int>(std::min<Index>(V::lanes, count - i)));
-  };
-  V largest = V::zero();
-  for_each_part(
-      [&](Index i, int n) { largest = maximum(largest, abs(V::load_partial(x + i, n))); });
-  float scale = static_cast<float>(reduce_max(largest) / C(127));
-  if (scale == 0.0f) scale = 1.0f;
-  const V divisor = V::set1(static_cast<C>(scale)), high = V::set1(C(127)), low = V::set1(C(-127));
-  for_each_part([&](Index i, int n) {
-    const V quotient = round(V::load_partial(x + i, n) / divisor);
-    maximum(low, minimum(high, quotient)).store_partial(q + i, n);
-  });
+  const float scale = int8_scale(magnitude<Isa>(x, count).largest);
+  quantize_line<Isa>(x, count, scale, q);
   return scale;
 }
 
@@ -72,14 +36,14 @@ void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b,
     *p.key_scale_slot(b, h, j) = quantize_row<Isa>(key, p.key_slot(b, h, j), d);
     *p.value_scale_slot(b, h, j) = quantize_row<Isa>(value, p.value_slot(b, h, j), d);
   } else {
-    copy_row<Isa>(key, p.key_slot(b, h, j), d);
-    copy_row<Isa>(value, p.value_slot(b, h, j), d);
+    copy_line<Isa>(key, p.key_slot(b, h, j), d);
+    copy_line<Isa>(value, p.value_slot(b, h, j), d);
   }
 }
 
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) {
-  parallel_for(on, p.tokens, kv_grain(p.target.kv_heads, p.target.head_dim),
+  parallel_for(on, p.tokens, Cost{p.target.kv_heads * p.target.head_dim, kMoveCycles},
                [&](Index first, Index last, int) {
                  for (Index token = first; token < last; ++token) {
                    const Index b = p.sequence_of(token);
@@ -91,34 +55,25 @@ void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) 
                });
 }
 
-template <typename Isa, typename T>
-void dequantize_row(const std::int8_t* q, float scale, T* x, Index count) {
-  using V = simd::Vec<compute_type<T>, Isa>;
-  const V factor = V::set1(static_cast<compute_type<T>>(scale));
-  for (Index i = 0; i < count; i += V::lanes) {
-    const int n = static_cast<int>(std::min<Index>(V::lanes, count - i));
-    (V::load_partial(q + i, n) * factor).store_partial(x + i, n);
-  }
-}
-
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvRead<T, Storage>& p) {
   const KvSource<Storage>& s = p.source;
-  parallel_for(
-      on, s.batch * p.length, kv_grain(s.kv_heads, s.head_dim), [&](Index first, Index last, int) {
-        for (Index row = first; row < last; ++row) {
-          const Index b = row / p.length, j = row % p.length;
-          for (Index h = 0; h < s.kv_heads; ++h) {
-            T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
-            const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
-            if constexpr (std::is_same_v<Storage, std::int8_t>)
-              dequantize_row<Isa>(stored, p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
-                                  output, s.head_dim);
-            else
-              copy_row<Isa>(stored, output, s.head_dim);
-          }
-        }
-      });
+  parallel_for(on, s.batch * p.length, Cost{s.kv_heads * s.head_dim, kMoveCycles},
+               [&](Index first, Index last, int) {
+                 for (Index row = first; row < last; ++row) {
+                   const Index b = row / p.length, j = row % p.length;
+                   for (Index h = 0; h < s.kv_heads; ++h) {
+                     T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
+                     const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
+                     if constexpr (std::is_same_v<Storage, std::int8_t>)
+                       dequantize_line<Isa>(
+                           stored, s.head_dim,
+                           p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j), output);
+                     else
+                       copy_line<Isa>(stored, output, s.head_dim);
+                   }
+                 }
+               });
 }
 
 }  // namespace cpu

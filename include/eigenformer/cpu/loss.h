@@ -16,8 +16,8 @@
 #include "../core/values.h"
 #include "../problem/loss.h"
 #include "backend.h"
-#include "row_unit.h"
-#include "vector_loop.h"
+#include "vector/copy.h"
+#include "vector/row_unit.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -89,9 +89,7 @@ void cross_entropy_row(const problem::CrossEntropy<L, G>& p, Index r) {
   const Index target = p.targets[r];
   if (target == p.ignore_index) {
     p.row_loss[r] = 0;
-    if (gradient != nullptr)
-      for_each_vector<V>(0, p.classes,
-                         [&](Index i, auto part) { store(V::zero(), gradient + i, part); });
+    if (gradient != nullptr) fill_line(gradient, p.classes, V::zero());
     return;
   }
 
@@ -159,12 +157,7 @@ void cross_entropy_row(const problem::CrossEntropy<L, G>& p, Index r) {
 /// Writes every row's loss and, where asked for, its gradient.
 template <typename D, typename Isa, typename L, typename G>
 void execute(const Backend<D, Isa>& on, const problem::CrossEntropy<L, G>& p) {
-  const Index grain =
-      1 +
-      8192 /
-          (p.classes +
-           1);  // a task computes at least 8k exponentials: less does not pay for waking a thread
-  parallel_for(on, p.rows, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.classes, kExpCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) cross_entropy_row<Isa>(p, r);
   });
 }

@@ -9,19 +9,19 @@
 
 #include "../problem/optimizer.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Two pieces a task: less does not pay for waking a thread.
 template <typename Backend, typename Body>
 void for_each_piece(const Backend& on, const problem::ParameterPiece* pieces, Index count,
                     Body&& body) {
-  parallel_for(on, count, Index{2}, [&](Index first, Index last, int) {
-    for (Index i = first; i < last; ++i) body(i, pieces[i]);
-  });
+  parallel_for(on, count, Cost{problem::kPieceElements, kMoveCycles},
+               [&](Index first, Index last, int) {
+                 for (Index i = first; i < last; ++i) body(i, pieces[i]);
+               });
 }
 
 template <typename Isa>
@@ -79,8 +79,7 @@ template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::ZeroGradients& p) {
   using V = simd::Vec<float, Isa>;
   for_each_piece(on, p.pieces, p.count, [](Index, const problem::ParameterPiece& piece) {
-    for_each_vector<V>(0, piece.size,
-                       [&](Index i, auto part) { store(V::zero(), piece.gradient + i, part); });
+    fill_line(piece.gradient, piece.size, V::zero());
   });
 }
 

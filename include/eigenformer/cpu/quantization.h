@@ -7,24 +7,18 @@
 
 #include "../problem/quantization.h"
 #include "backend.h"
-#include "quantize_line.h"
-#include "vector_loop.h"
+#include "vector/quantize_line.h"
+#include "vector/streaming.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// f(true_type or false_type): whether `size` values are written around the caches, in lines of
-/// `line` (the last of a row may be shorter): where they are many, and every vector of them is
-/// aligned. Fences behind f.
-template <typename Isa, typename T, typename F>
-void with_streaming(const std::int8_t* values, Index size, Index row, Index line, F&& f) {
-  using V = simd::Vec<compute_type<T>, Isa>;
-  if (size <= kStreamingBytes || row % V::lanes != 0 || line % V::lanes != 0 ||
-      reinterpret_cast<std::uintptr_t>(values) % V::lanes != 0)
-    return f(std::false_type{});
-  f(std::true_type{});
-  V::fence_streaming();
+/// Whether `size` values, in rows of `row` and lines of `line` (the last of a row may be shorter),
+/// are written around the caches.
+template <typename V>
+bool values_around_caches(const std::int8_t* values, Index size, Index row, Index line) {
+  return written_around_caches(values, size, ReadsBeside::operands, V::lanes, {row, line});
 }
 
 constexpr Index kQuantizeChunk = 16384;  // numbers of one task where a whole tensor shares a scale
@@ -32,8 +26,11 @@ constexpr Index kQuantizeChunk = 16384;  // numbers of one task where a whole te
 /// Values by the scales that p.scales holds; a NaN scale gives zeros.
 template <typename D, typename Isa, typename T>
 void quantize_values(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
-    with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const bool around_caches =
+      values_around_caches<V>(p.values, p.rows * p.columns, p.columns, p.group);
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
+    with_streaming<V>(around_caches, [&](auto streaming) {
       for (Index r = first; r < last; ++r)
         for (Index g = 0; g < p.groups(); ++g) {
           const Index at = r * p.columns + g * p.group;
@@ -49,9 +46,12 @@ void quantize_values(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
 /// written and some are not.
 template <typename D, typename Isa, typename T>
 bool quantize_at_once(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const bool around_caches =
+      values_around_caches<V>(p.values, p.rows * p.columns, p.columns, p.group);
   std::atomic<bool> quantizable{true};
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
-    with_streaming<Isa, T>(p.values, p.rows * p.columns, p.columns, p.group, [&](auto streaming) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
+    with_streaming<V>(around_caches, [&](auto streaming) {
       constexpr bool kStreaming = decltype(streaming)::value;
       if (p.groups() > 1) {
         for (Index r = first; r < last; ++r)
@@ -98,7 +98,7 @@ bool execute(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
 /// Scale and values of each row while it is in cache.
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::QuantizeActivations<T>& p) {
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
       const T* row = p.x + r * p.columns;
       p.scales[r] = activation_scale<Isa>(row, p.columns);
@@ -113,7 +113,7 @@ Magnitude<compute_type<T>> tensor_magnitude(const Backend<D, Isa>& on, const T* 
                                             Index count, compute_type<T>* parts) {
   const Index chunks = (count + kQuantizeChunk - 1) / kQuantizeChunk;
   std::atomic<bool> finite{true};
-  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+  parallel_for(on, chunks, Cost{kQuantizeChunk, kPackCycles}, [&](Index first, Index last, int) {
     for (Index c = first; c < last; ++c) {
       const auto found = magnitude<Isa>(numbers + c * kQuantizeChunk,
                                         (std::min)(kQuantizeChunk, count - c * kQuantizeChunk));
@@ -128,6 +128,7 @@ Magnitude<compute_type<T>> tensor_magnitude(const Backend<D, Isa>& on, const T* 
 
 template <typename D, typename Isa, typename T>
 bool execute(const Backend<D, Isa>& on, const problem::QuantizeTensor<T>& p) {
+  using V = simd::Vec<compute_type<T>, Isa>;
   Workspace::Frame frame(on.workspace);
   const Index chunks = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
   const auto found =
@@ -135,9 +136,11 @@ bool execute(const Backend<D, Isa>& on, const problem::QuantizeTensor<T>& p) {
   const float scale = int8_scale(found.largest);
   if (!found.finite || !std::isfinite(scale)) return false;
   *p.scale = scale;
-  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+  const bool around_caches =
+      values_around_caches<V>(p.values, p.count, kQuantizeChunk, kQuantizeChunk);
+  parallel_for(on, chunks, Cost{kQuantizeChunk, kPackCycles}, [&](Index first, Index last, int) {
     const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, p.count);
-    with_streaming<Isa, T>(p.values, p.count, kQuantizeChunk, kQuantizeChunk, [&](auto streaming) {
+    with_streaming<V>(around_caches, [&](auto streaming) {
       quantize_line<Isa, decltype(streaming)::value>(p.weights + begin, end - begin, scale,
                                                      p.values + begin);
     });
@@ -145,21 +148,10 @@ bool execute(const Backend<D, Isa>& on, const problem::QuantizeTensor<T>& p) {
   return true;
 }
 
-/// One multiplication in T's compute type, one rounding to T.
-template <typename Isa, typename T>
-void dequantize_line(const std::int8_t* values, Index count, float scale, T* to) {
-  using V = simd::Vec<compute_type<T>, Isa>;
-  const V factor = V::set1(static_cast<compute_type<T>>(scale));
-  Index at = 0;
-  for (; at + V::lanes <= count; at += V::lanes) (V::load(values + at) * factor).store(to + at);
-  const int rest = static_cast<int>(count - at);
-  if (rest > 0) (V::load_partial(values + at, rest) * factor).store_partial(to + at, rest);
-}
-
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::DequantizeTensor<T>& p) {
   const Index chunks = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
-  parallel_for(on, chunks, 4, [&](Index first, Index last, int) {
+  parallel_for(on, chunks, Cost{kQuantizeChunk, kPackCycles}, [&](Index first, Index last, int) {
     const Index begin = first * kQuantizeChunk, end = (std::min)(last * kQuantizeChunk, p.count);
     dequantize_line<Isa>(p.values + begin, end - begin, p.scale, p.weights + begin);
   });
@@ -168,7 +160,7 @@ void execute(const Backend<D, Isa>& on, const problem::DequantizeTensor<T>& p) {
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::Dequantize<T>& p) {
   const Index groups = p.group == 0 ? 0 : (p.columns + p.group - 1) / p.group;
-  parallel_for(on, p.rows, 1 + 65536 / (p.columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       for (Index g = 0; g < groups; ++g) {
         const Index at = r * p.columns + g * p.group;

@@ -14,7 +14,7 @@
 #include "../core/values.h"
 #include "../problem/rope.h"
 #include "backend.h"
-#include "vector_loop.h"
+#include "vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -48,8 +48,7 @@ void rope_token(const problem::Rope<Y, X>& p, Index token, const typename V::sca
     Y* y = p.y + (token * p.heads + head) * p.head_dim;
     rope_head<V, Layout>(row, sign, rotary_dim, x, y);
     if (static_cast<const void*>(x) != static_cast<const void*>(y))
-      for_each_vector<V>(rotary_dim, p.head_dim,
-                         [&](Index at, auto part) { store(load<V>(x + at, part), y + at, part); });
+      convert_line<V>(x + rotary_dim, y + rotary_dim, p.head_dim - rotary_dim);
   }
 }
 
@@ -58,21 +57,20 @@ void execute(const Backend<D, Isa>& on, const problem::Rope<Y, X>& p) {
   using C = typename problem::Rope<Y, X>::compute;
   using V = simd::Vec<C, Isa>;
   const Index row_size = p.angles.row_size();
-  parallel_for(
-      on, p.tokens, rows_per_task(p.heads * p.head_dim), [&](Index first, Index last, int worker) {
-        for (Index token = first; token < last; ++token) {
-          const C* row = p.table + (p.table == nullptr ? 0 : p.positions[token] * row_size);
-          if (p.table == nullptr) {
-            C* own = p.rows + worker * row_size;
-            p.angles.write_row(static_cast<double>(p.positions[token]), own);
-            row = own;
-          }
-          if (p.angles.layout == RopeLayout::half_split)
-            rope_token<V, RopeLayout::half_split>(p, token, row);
-          else
-            rope_token<V, RopeLayout::interleaved>(p, token, row);
-        }
-      });
+  parallel_for(on, p.tokens, Cost{p.heads * p.head_dim}, [&](Index first, Index last, int worker) {
+    for (Index token = first; token < last; ++token) {
+      const C* row = p.table + (p.table == nullptr ? 0 : p.positions[token] * row_size);
+      if (p.table == nullptr) {
+        C* own = p.rows + worker * row_size;
+        p.angles.write_row(static_cast<double>(p.positions[token]), own);
+        row = own;
+      }
+      if (p.angles.layout == RopeLayout::half_split)
+        rope_token<V, RopeLayout::half_split>(p, token, row);
+      else
+        rope_token<V, RopeLayout::interleaved>(p, token, row);
+    }
+  });
 }
 
 }  // namespace cpu

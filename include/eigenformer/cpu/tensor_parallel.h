@@ -20,9 +20,7 @@ namespace cpu {
 
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::Interleave<T>& p) {
-  const Index grain =
-      1 + 16384 / (p.features + 1);  // less than 16k elements do not pay for waking a thread
-  parallel_for(on, p.tokens, grain, [&](Index first, Index last, int) {
+  parallel_for(on, p.tokens, Cost{p.features}, [&](Index first, Index last, int) {
     for (int r = 0; r < p.ranks; ++r) {
       const ShardRange shard = shard_range(p.features, r, p.ranks);
       const T* part = p.parts + p.tokens * shard.begin;
@@ -75,8 +73,7 @@ void best_candidates(const problem::Vocabulary<T>& p, Index row, std::int32_t* o
 
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::Vocabulary<T>& p) {
-  const Index grain = 1 + 16384 / (p.shard.size() + 1);
-  parallel_for(on, p.rows, grain, [&](Index first, Index last, int worker) {
+  parallel_for(on, p.rows, Cost{p.shard.size()}, [&](Index first, Index last, int worker) {
     for (Index row = first; row < last; ++row)
       best_candidates(p, row, p.kept > 1 ? p.order + worker * p.shard.size() : nullptr);
   });

@@ -14,11 +14,11 @@
 
 #include "../activation.h"
 #include "../attention.h"
-#include "../core/parallel_region.h"
 #include "../embedding.h"
 #include "../kv_cache.h"
 #include "../normalization.h"
 #include "../paged_kv_cache.h"
+#include "../parallel_region.h"
 #include "../rope.h"
 #include "packed_weights.h"
 #include "profile.h"

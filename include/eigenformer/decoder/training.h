@@ -8,10 +8,10 @@
 
 #include "../activation.h"
 #include "../attention.h"
-#include "../core/parallel_region.h"
 #include "../embedding.h"
 #include "../linear.h"
 #include "../normalization.h"
+#include "../parallel_region.h"
 #include "profile.h"
 #include "weights.h"
 

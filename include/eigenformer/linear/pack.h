@@ -33,7 +33,7 @@
 
 #include "../core/dispatch.h"
 #include "../core/rows.h"
-#include "../cpu/linear_pack.h"
+#include "../cpu/linear/pack.h"
 #include "../problem/packed_weight.h"
 
 namespace eigenformer {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <map>
 #include <utility>
 #include <vector>
@@ -63,7 +64,7 @@ Tensor<T, Rank> through_int8(const Tensor<T, Rank>& x) {
     for (Index i = 0; i < width; ++i)
       largest = (std::max)(largest, std::fabs(static_cast<C>(from[i])));
     float scale = static_cast<float>(largest / C(127));
-    if (scale == 0.0f) scale = 1.0f;
+    if (scale == 0.0f) scale = largest == C(0) ? 1.0f : std::numeric_limits<float>::denorm_min();
     for (Index i = 0; i < width; ++i) {
       const C quotient = std::clamp(std::nearbyint(static_cast<C>(from[i]) / static_cast<C>(scale)),
                                     C(-127), C(127));

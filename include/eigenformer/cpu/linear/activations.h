@@ -3,9 +3,9 @@
 /// packing, for int8 with the quantization of each token on the way.
 #pragma once
 
-#include "quantize_line.h"
-#include "tile/pack.h"
-#include "tile/product.h"
+#include "../tile/pack.h"
+#include "../tile/product.h"
+#include "../vector/quantize_line.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "sampling_row.h"
+#include "row.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -66,11 +66,7 @@ void apply_token_mask(C* logits, Index vocab, std::span<const std::uint32_t> mas
 template <typename Isa, typename T, typename C>
 void adjust_logits(const T* logits, Index vocab, const SamplingParams& params, C* adjusted,
                    std::int32_t* counts) {
-  using V = simd::Vec<C, Isa>;
-  for (Index i = 0; i < vocab; i += V::lanes) {
-    const int count = static_cast<int>(std::min<Index>(V::lanes, vocab - i));
-    V::load_partial(logits + i, count).store_partial(adjusted + i, count);
-  }
+  convert_line<simd::Vec<C, Isa>>(logits, adjusted, vocab);
   for (const SamplingStage stage : params.order) {
     if (stage == SamplingStage::penalties && has_penalties(params))
       apply_penalties(adjusted, vocab, params, counts);

@@ -9,8 +9,8 @@
 #include <cmath>
 #include <limits>
 
-#include "../problem/row_unit.h"
-#include "vector_loop.h"
+#include "../../problem/row_unit.h"
+#include "copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -59,9 +59,7 @@ void with_gradient_units(typename V::scalar unit, typename V::scalar gradient_un
   using C = typename V::scalar;
   if (unit == 1 && gradient_unit == 1) [[likely]]
     return run(UnitOne{}, UnitOne{}, UnitOne{});
-  if (unit == 0)
-    return for_each_vector<V>(0, count,
-                              [&](Index at, auto part) { store(V::zero(), gradient + at, part); });
+  if (unit == 0) return fill_line(gradient, count, V::zero());
   const C largest = std::ldexp(C(1), std::numeric_limits<C>::max_exponent - 1);
   run(V::set1(unit), V::set1(gradient_unit), V::set1((std::min)(unit / gradient_unit, largest)));
 }

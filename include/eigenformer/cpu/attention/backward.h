@@ -16,8 +16,8 @@
 /// 10 * head_dim for each visible pair, in the same two products as the forward pass.
 #pragma once
 
+#include "../backend.h"
 #include "attention.h"
-#include "backend.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -88,8 +88,8 @@ class AttentionBackwardWorker {
                                   frame.take<double>(p.forward.head_dim),
                                   frame.take<double>(blocks)};
     // Lanes nobody sees are computed with and thrown away.
-    Tile::fill(s.probabilities, pairs, C(0));
-    Tile::fill(s.grad_scores, pairs, C(0));
+    fill_line(s.probabilities, pairs, V::zero());
+    fill_line(s.grad_scores, pairs, V::zero());
     return s;
   }
 
@@ -108,8 +108,8 @@ class AttentionBackwardWorker {
     sequence_ = &sequence;
     kv_head_ = kv_head;
     grad_sinks_ = grad_sinks;
-    Tile::fill(s_.grad_keys, sequence.key_length * width_, C(0));
-    Tile::fill(s_.grad_values, sequence.key_length * value_width_, C(0));
+    fill_line(s_.grad_keys, sequence.key_length * width_, V::zero());
+    fill_line(s_.grad_values, sequence.key_length * value_width_, V::zero());
     if (grad_sinks != nullptr) std::fill_n(grad_sinks + head(0), group_, 0.0);
     for (Index first = 0; first < sequence.query_rows; first += positions_)
       query_block(first, (std::min)(positions_, sequence.query_rows - first));
@@ -157,7 +157,7 @@ class AttentionBackwardWorker {
       Tile::load_row(p_.grad_output + from * f_.value_dim, C(1), f_.value_dim, value_width_,
                      s_.grad_output + r * value_width_);
     }
-    Tile::fill(s_.grad_queries, rows_ * width_, C(0));
+    fill_line(s_.grad_queries, rows_ * width_, V::zero());
     blocks_ = 0;
     for_each_key_block(f_.visibility, first_position_, queries, sequence_->key_length,
                        [&](Index begin) { score_block(blocks_++, begin); });
@@ -213,7 +213,7 @@ class AttentionBackwardWorker {
         V x = V::load(s_.probabilities + at(n, r) + c),
           grad = V::load(s_.grad_scores + at(n, r) + c);
         if (f_.softcap > 0) {
-          const V t = Tile::tanh(x / V::set1(f_.softcap));
+          const V t = cpu::tanh(x / V::set1(f_.softcap));
           x = t * V::set1(f_.softcap);
           fma(V::zero() - t, t, V::set1(C(1))).store(s_.slopes + at(n, r) + c);
         }
@@ -321,11 +321,11 @@ class AttentionBackwardWorker {
   void silence(Index r) {
     for (Index n = 0; n < blocks_; ++n) {
       s_.row_ranges[n * rows_ + r] = {0, 0, 0};
-      Tile::fill(s_.probabilities + at(n, r), kBlock, C(0));
-      Tile::fill(s_.grad_scores + at(n, r), kBlock, C(0));
+      fill_line(s_.probabilities + at(n, r), kBlock, V::zero());
+      fill_line(s_.grad_scores + at(n, r), kBlock, V::zero());
     }
-    Tile::fill(s_.queries + r * width_, width_, C(0));
-    Tile::fill(s_.grad_output + r * value_width_, value_width_, C(0));
+    fill_line(s_.queries + r * width_, width_, V::zero());
+    fill_line(s_.grad_output + r * value_width_, value_width_, V::zero());
   }
 
   /// What the pairs of key block n add to the gradients: each pair that is visible, and no other,
@@ -337,9 +337,9 @@ class AttentionBackwardWorker {
       Tile::load_row(block.key(j), C(1), f_.head_dim, width_, s_.keys + j * width_);
       s_.key_ranges[j] = rows_that_see(begin + j);
     }
-    Tile::fill(s_.query_sums, rows_ * width_, C(0));
-    Tile::fill(s_.key_sums, kBlock * width_, C(0));
-    Tile::fill(s_.value_sums, kBlock * value_width_, C(0));
+    fill_line(s_.query_sums, rows_ * width_, V::zero());
+    fill_line(s_.key_sums, kBlock * width_, V::zero());
+    fill_line(s_.value_sums, kBlock * value_width_, V::zero());
     const C* const p = s_.probabilities + at(n, 0);
     const C* const ds = s_.grad_scores + at(n, 0);
     Tile::for_row_tiles(block.count, [&](auto tile, Index j) {
@@ -379,10 +379,7 @@ class AttentionBackwardWorker {
   }
 
   static void store_row(const C* source, C factor, Index width, T* row) {
-    const V f = V::set1(factor);
-    Index d = 0;
-    for (; d + Tile::lanes <= width; d += Tile::lanes) (V::load(source + d) * f).store(row + d);
-    if (d < width) (V::load(source + d) * f).store_partial(row + d, static_cast<int>(width - d));
+    scale_line(source, V::set1(factor), row, width);
   }
 
   const Problem& p_;
@@ -409,7 +406,7 @@ void execute(const Backend<D, Isa>& on, const problem::AttentionBackward<T>& p) 
     const Index workers = attention_workers(on, f, tasks);
     auto* const scratch = frame.take<AttentionBackwardScratch<compute_type<T>>>(workers);
     for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, longest, frame);
-    parallel_for(on, workers, 1, [&](Index begin, Index end, int) {
+    parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
       for (Index w = begin; w < end; ++w) {
         Worker worker(p, scratch[w]);
         for (Index task = w; task < tasks; task += workers) {

@@ -1,17 +1,19 @@
 /// \file
-/// The activation functions as vector code: what the activation kernels and the epilogues of matrix
-/// products share.
+/// Functions of a vector, apart from exp (simd/simd.h): sigmoid, erfc, tanh, and the activation
+/// functions, which the activation kernels and the epilogues of matrix products share.
 ///
-/// A function (problem/activation.h names them) has two templates here: value<V>(x) and
-/// derivative<V>(x). Arguments of products
-/// are clamped to [-800, 800], where every function here has reached its limit: infinities then
-/// give the limit and not 0 * infinity. A NaN passes through every clamp.
+/// An activation function (problem/activation.h names them) has two templates here: value<V>(x) and
+/// derivative<V>(x). Arguments of products are clamped to [-800, 800], where every function here has
+/// reached its limit: infinities then give the limit and not 0 * infinity. A NaN passes through
+/// every clamp.
 #pragma once
 
+#include <bit>
 #include <cmath>
+#include <cstdint>
 
-#include "../problem/activation.h"
-#include "simd/simd.h"
+#include "../../problem/activation.h"
+#include "../simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -59,6 +61,68 @@ EIGENFORMER_INLINE V normal_distribution(V x) {
       V::set1(0.5f) *
       erfc_of_positive(abs(x) * V::set1(static_cast<typename V::scalar>(0.70710678118654752440)));
   return select(less(x, V::zero()), tail, V::set1(1) - tail);
+}
+
+/// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel,
+/// that quotient elsewhere.
+template <typename V>
+EIGENFORMER_INLINE V tanh(V x) {
+  if constexpr (sizeof(typename V::scalar) == 8) {
+    return V::make([&](int i) { return std::tanh(x.v[i]); });
+  } else {
+    const V a = abs(x), square = x * x;
+    const V e = simd::exp(a * V::set1(-2.0f));
+    const V magnitude = (V::set1(1.0f) - e) / (V::set1(1.0f) + e);
+    const V large = select(less(x, V::zero()), V::zero() - magnitude, magnitude);
+    // x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - 1382x^11/155925 + 21844x^13/6081075: below
+    // 1e-7 relative for |x| < 0.5
+    V p = V::set1(static_cast<float>(21844.0 / 6081075));
+    p = fma(p, square, V::set1(static_cast<float>(-1382.0 / 155925)));
+    p = fma(p, square, V::set1(static_cast<float>(62.0 / 2835)));
+    p = fma(p, square, V::set1(static_cast<float>(-17.0 / 315)));
+    p = fma(p, square, V::set1(static_cast<float>(2.0 / 15)));
+    p = fma(p, square, V::set1(static_cast<float>(-1.0 / 3)));
+    const V near_zero = fma(p * square, x, x);
+    return select(less(a, V::set1(0.5f)), near_zero, large);
+  }
+}
+
+/// e^x for x <= 0, without a branch, so that a loop over an array is SIMD code on every ISA: 2^n
+/// times the Taylor polynomial of degree 13 on |r| <= ln2 / 2, whose remainder is below 5e-18.
+/// Exactly 1 at 0; 0 below -708, where doubles become denormal.
+EIGENFORMER_INLINE double exp_nonpositive(double x) {
+  const auto multiply_add = [](double a, double b, double c) {
+    if constexpr (isa::kHasFma)
+      return std::fma(a, b, c);
+    else
+      return a * b + c;
+  };
+  constexpr double shift =
+      0x1.8p52;  // adding it rounds to an integer and leaves that integer in the low bits
+  const double clamped = x < -708.0 ? -708.0 : x;
+  const double shifted = multiply_add(clamped, 0x1.71547652b82fep0, shift);
+  const double n = shifted - shift;
+  double r = multiply_add(
+      n, -0x1.62e42feep-1,
+      clamped);  // ln 2 in two parts; the first has 32 bits, so that n times it is exact
+  r = multiply_add(n, -0x1.a39ef35793c76p-33, r);
+  double p = 1.0 / 6227020800.0;
+  p = multiply_add(p, r, 1.0 / 479001600.0);
+  p = multiply_add(p, r, 1.0 / 39916800.0);
+  p = multiply_add(p, r, 1.0 / 3628800.0);
+  p = multiply_add(p, r, 1.0 / 362880.0);
+  p = multiply_add(p, r, 1.0 / 40320.0);
+  p = multiply_add(p, r, 1.0 / 5040.0);
+  p = multiply_add(p, r, 1.0 / 720.0);
+  p = multiply_add(p, r, 1.0 / 120.0);
+  p = multiply_add(p, r, 1.0 / 24.0);
+  p = multiply_add(p, r, 1.0 / 6.0);
+  p = multiply_add(p, r, 0.5);
+  p = multiply_add(p, r, 1.0);
+  p = multiply_add(p, r, 1.0);
+  const double scaled = std::bit_cast<double>(std::bit_cast<std::uint64_t>(p) +
+                                              (std::bit_cast<std::uint64_t>(shifted) << 52));
+  return x < -708.0 ? 0.0 : scaled;
 }
 
 template <typename Tag>

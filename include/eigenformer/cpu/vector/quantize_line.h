@@ -1,6 +1,6 @@
 /// \file
-/// The arithmetic of symmetric INT8 on one line of numbers, shared by quantization and by products
-/// with int8 weights:
+/// The arithmetic of symmetric INT8 on one line of numbers, shared by quantization, by products
+/// with int8 weights and by the KV caches:
 ///
 ///   scale = max|w| / 127 (1 where all are zero)      q = clamp(round_half_to_even(w / scale), -127, 127)
 ///
@@ -12,9 +12,10 @@
 #include <cmath>
 #include <limits>
 
-#include "../problem/quantization.h"
-#include "backend.h"
-#include "simd/transpose.h"
+#include "../../problem/quantization.h"
+#include "../backend.h"
+#include "../simd/transpose.h"
+#include "copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -49,8 +50,7 @@ class MagnitudeChains {
   }
   template <typename T>
   EIGENFORMER_INLINE void add_rest(const T* line, Index count) {
-    for (Index at = 0; at < count; at += V::lanes)
-      add(0, V::load_partial(line + at, static_cast<int>(std::min<Index>(V::lanes, count - at))));
+    for_each_vector<V>(0, count, [&](Index at, auto part) { add(0, load<V>(line + at, part)); });
   }
   EIGENFORMER_INLINE Magnitude<scalar> result() const {
     const V all = (residue_[0] + residue_[1]) + (residue_[2] + residue_[3]);
@@ -69,6 +69,7 @@ class MagnitudeChains {
                         V::zero()};  // w * 0 is 0, or NaN for good where w is not finite
 };
 
+/// A loop of its own, of whole steps, which fetches ahead.
 template <typename Isa, typename T>
 Magnitude<compute_type<T>> magnitude(const T* line, Index count) {
   using Chains = MagnitudeChains<simd::Vec<compute_type<T>, Isa>>;
@@ -135,17 +136,13 @@ EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
 template <bool Streaming, typename V, typename Quotient, typename T>
 EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count,
                                       std::int8_t* to) {
-  Index at = 0;
-  for (; at + V::lanes <= count; at += V::lanes) {
-    const V values = int8_values(quotient, V::load(line + at));
-    if constexpr (Streaming)
+  for_each_vector<V>(0, count, [&](Index at, auto part) {
+    const V values = int8_values(quotient, load<V>(line + at, part));
+    if constexpr (Streaming && std::is_same_v<decltype(part), WholeVector>)
       values.store_streaming(to + at);
     else
-      values.store(to + at);
-  }
-  const int rest = static_cast<int>(count - at);
-  if (rest > 0)
-    int8_values(quotient, V::load_partial(line + at, rest)).store_partial(to + at, rest);
+      store(values, to + at, part);
+  });
 }
 
 template <typename Isa, bool Streaming = false, typename T>
@@ -295,7 +292,7 @@ bool group_scales(const Backend<D, Isa>& on, const T* matrix, Index rows, Index 
                   Index group, float* scales) {
   const Index groups = (columns + group - 1) / group;
   std::atomic<bool> quantizable{true};
-  parallel_for(on, rows, 1 + 65536 / (columns + 1), [&](Index first, Index last, int) {
+  parallel_for(on, rows, Cost{columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       if (!group_scales<Isa>(matrix + r * columns, columns, group, scales + r * groups))
         return quantizable.store(false, std::memory_order_relaxed);
@@ -318,6 +315,13 @@ void quantize_activation_line(const T* line, Index count, float scale, std::int8
     std::fill_n(to, count, std::int8_t{0});
   else
     quantize_line<Isa, Streaming>(line, count, scale, to);
+}
+
+/// Values back to numbers: one multiplication in T's compute type, one rounding to T.
+template <typename Isa, typename T>
+void dequantize_line(const std::int8_t* values, Index count, float scale, T* to) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  scale_line(values, V::set1(static_cast<compute_type<T>>(scale)), to, count);
 }
 
 }  // namespace cpu

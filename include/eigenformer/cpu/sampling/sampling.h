@@ -1,16 +1,16 @@
 /// \file
 /// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of
-/// every block of 128 tokens; one streaming read), filtered (sampling_filters.h), and drawn from by
+/// every block of 128 tokens; one streaming read), filtered (filters.h), and drawn from by
 /// the inverse of its cumulative distribution in token order. Greedy is the scan and one block.
 /// Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
 /// maximum; a draw without top-k adds one exponential a token in double, about 1 ns each.
 #pragma once
 
-#include "../core/workspace.h"
-#include "../problem/sampling.h"
-#include "backend.h"
-#include "sampling_filters.h"
-#include "sampling_logits.h"
+#include "../../core/workspace.h"
+#include "../../problem/sampling.h"
+#include "../backend.h"
+#include "filters.h"
+#include "logits.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -45,10 +45,6 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
   return scratch;
 }
 
-inline Index sampling_grain(Index vocab) {
-  return 1 + 16384 / (vocab + 1);
-}  // a task reads at least 16k logits
-
 /// Calls visit(r, row, status, scratch) for every row of the batch, `row` filtered where the status
 /// is ok.
 template <typename D, typename Isa, typename T, typename Visit>
@@ -59,7 +55,7 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
   const SamplingNeeds<T> needs(p);
   const auto* scratches =
       take_sampling_scratch<C>(frame, worker_count(on), p.vocab, needs.adjusted, needs.penalties);
-  parallel_for(on, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
+  parallel_for(on, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
     for (Index r = first; r < last; ++r) {
       const SamplingParams& params = p.params_of(r);
@@ -124,7 +120,7 @@ void execute(const Backend<D, Isa>& on, const problem::GreedySampling<T>& p) {
   Workspace::Frame frame(on.workspace);
   const Index blocks = (p.vocab + SamplingBlock::size - 1) / SamplingBlock::size;
   C* maxima = frame.take<C>(checked_product(worker_count(on), blocks, "greedy_sample", "scratch"));
-  parallel_for(on, p.batch, sampling_grain(p.vocab), [&](Index first, Index last, int worker) {
+  parallel_for(on, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, maxima + worker * blocks, {}, 1.0};
       const SampleStatus status = scan_row<Isa>(row);

@@ -21,8 +21,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "../problem/sampling_params.h"
-#include "simd/simd.h"
+#include "../../problem/sampling_params.h"
+#include "../vector/copy.h"
+#include "../vector/functions.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -75,11 +76,7 @@ void load_block(const T* logits, Index vocab, Index block, C* x) {
   const Index count = (std::min)(SamplingBlock::size, vocab - block * SamplingBlock::size);
   if (count < SamplingBlock::size)
     std::fill(x, x + SamplingBlock::size, -std::numeric_limits<C>::infinity());
-  Index i = 0;
-  for (; i + V::lanes <= count; i += V::lanes) V::load(source + i).store(x + i);
-  if (i < count)
-    V::load_partial(source + i, static_cast<int>(count - i))
-        .store_partial(x + i, static_cast<int>(count - i));
+  convert_line<V>(source, x, count);
 }
 
 /// Writes the maximum of every block and opens the band to all tokens above -infinity; says what is
@@ -141,44 +138,6 @@ Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
       if (x[j] == value && --nth == 0) return block * SamplingBlock::size + j;
   }
   return row.vocab - 1;  // not reached: the caller has seen that many
-}
-
-/// e^x for x <= 0, without a branch, so that a loop over an array is SIMD code on every ISA: 2^n
-/// times the Taylor polynomial of degree 13 on |r| <= ln2 / 2, whose remainder is below 5e-18.
-/// Exactly 1 at 0; 0 below -708, where doubles become denormal.
-EIGENFORMER_INLINE double exp_nonpositive(double x) {
-  const auto multiply_add = [](double a, double b, double c) {
-    if constexpr (isa::kHasFma)
-      return std::fma(a, b, c);
-    else
-      return a * b + c;
-  };
-  constexpr double shift =
-      0x1.8p52;  // adding it rounds to an integer and leaves that integer in the low bits
-  const double clamped = x < -708.0 ? -708.0 : x;
-  const double shifted = multiply_add(clamped, 0x1.71547652b82fep0, shift);
-  const double n = shifted - shift;
-  double r = multiply_add(
-      n, -0x1.62e42feep-1,
-      clamped);  // ln 2 in two parts; the first has 32 bits, so that n times it is exact
-  r = multiply_add(n, -0x1.a39ef35793c76p-33, r);
-  double p = 1.0 / 6227020800.0;
-  p = multiply_add(p, r, 1.0 / 479001600.0);
-  p = multiply_add(p, r, 1.0 / 39916800.0);
-  p = multiply_add(p, r, 1.0 / 3628800.0);
-  p = multiply_add(p, r, 1.0 / 362880.0);
-  p = multiply_add(p, r, 1.0 / 40320.0);
-  p = multiply_add(p, r, 1.0 / 5040.0);
-  p = multiply_add(p, r, 1.0 / 720.0);
-  p = multiply_add(p, r, 1.0 / 120.0);
-  p = multiply_add(p, r, 1.0 / 24.0);
-  p = multiply_add(p, r, 1.0 / 6.0);
-  p = multiply_add(p, r, 0.5);
-  p = multiply_add(p, r, 1.0);
-  p = multiply_add(p, r, 1.0);
-  const double scaled = std::bit_cast<double>(std::bit_cast<std::uint64_t>(p) +
-                                              (std::bit_cast<std::uint64_t>(shifted) << 52));
-  return x < -708.0 ? 0.0 : scaled;
 }
 
 /// The weight of a logit relative to the best one in play: 1 for the best.

@@ -15,10 +15,10 @@
 /// Matrix Multiplication" (2008).
 #pragma once
 
-#include "../core/workspace.h"
-#include "backend.h"
-#include "linear_activations.h"
-#include "linear_epilogue.h"
+#include "../../core/workspace.h"
+#include "../backend.h"
+#include "activations.h"
+#include "epilogue.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -289,21 +289,20 @@ void product(const Backend<D, Isa>& on, const Problem& p) {
     const Tiles<Dot> tiles((std::min)(rows_at_once, p.rows - row));
     const Block block{p, row, tiles, steps, activations, scales};
     const Index tile_count = tiles.count(), rows = (std::min)(rows_at_once, p.rows - row);
-    parallel_for(on, tile_count, 1 + 65536 / (Dot::rows * (p.depth + 1)),
+    parallel_for(on, tile_count, Cost{Dot::rows * p.depth, kPackCycles},
                  [&](Index first, Index last, int) { block.pack(first, last); });
     const auto scratch = [&](int worker) {
       return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk};
     };
-    // About 40,000 cycles pay for waking a thread: a step of a panel costs two cycles a row, and
-    // eight to fetch its weights.
+    // A step of a panel costs two cycles a row, and eight to fetch its weights.
     const Index panel_cycles = (steps + 1) * (2 * rows + 8);
     if (panels < workers && tile_count > panels)
-      parallel_for(on, tile_count, 1 + 40000 * tile_count / (panel_cycles * panels),
+      parallel_for(on, tile_count, Cost{panel_cycles * panels / tile_count, 1},
                    [&](Index first, Index last, int worker) {
                      block.run(scratch(worker), 0, panels, first, last);
                    });
     else
-      parallel_for(on, panels, 1 + 40000 / panel_cycles, [&](Index first, Index last, int worker) {
+      parallel_for(on, panels, Cost{panel_cycles, 1}, [&](Index first, Index last, int worker) {
         block.run(scratch(worker), first, last, 0, tile_count);
       });
   }

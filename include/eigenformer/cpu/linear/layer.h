@@ -6,9 +6,9 @@
 #include <string_view>
 #include <type_traits>
 
-#include "../problem/linear.h"
+#include "../../problem/linear.h"
 #include "linear.h"
-#include "linear_pack.h"
+#include "pack.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -108,16 +108,15 @@ template <typename D, typename Isa, typename G, typename Y>
 void execute(const Backend<D, Isa>& on, const problem::LinearBackwardBias<G, Y>& p) {
   using V = simd::Vec<G, Isa>;
   const Index blocks = (p.out + V::lanes - 1) / V::lanes;
-  parallel_for(on, blocks, 1 + 65536 / (p.tokens * V::lanes + 1),
+  parallel_for(on, blocks, Cost{p.tokens * V::lanes, kPackCycles},
                [&](Index first, Index last, int) {
-                 for (Index b = first; b < last; ++b) {
-                   const Index at = b * V::lanes;
-                   const int n = static_cast<int>(std::min<Index>(V::lanes, p.out - at));
-                   V sum = V::load_partial(p.grad_bias + at, n);
+                 const Index end = (std::min)(last * V::lanes, p.out);
+                 for_each_vector<V>(first * V::lanes, end, [&](Index at, auto part) {
+                   V sum = load<V>(p.grad_bias + at, part);
                    for (Index r = 0; r < p.tokens; ++r)
-                     sum = sum + V::load_partial(p.grad_y + r * p.out + at, n);
-                   sum.store_partial(p.grad_bias + at, n);
-                 }
+                     sum = sum + load<V>(p.grad_y + r * p.out + at, part);
+                   store(sum, p.grad_bias + at, part);
+                 });
                });
 }
 

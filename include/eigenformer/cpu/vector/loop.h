@@ -6,7 +6,7 @@
 ///   for_each_vector<V>(begin, end, [&](Index at, auto part) { store(load<V>(x + at, part) * scale, y + at, part); });
 #pragma once
 
-#include "simd/simd.h"
+#include "../simd/simd.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -89,16 +89,6 @@ template <typename V, typename Add>
 EIGENFORMER_INLINE auto sum_over_vectors(Index count, Add&& add) {
   return reduce_add(accumulate_vectors<V>(count, V::zero(), add));
 }
-
-/// A result larger than this is written around the caches where its vectors are aligned: it would
-/// not stay in an L2 of a few MiB, and plain stores read each line before they write it.
-inline constexpr Index kStreamingBytes = Index{4} << 20;
-
-/// Elements below which a share of the work does not pay for waking a thread.
-inline constexpr Index kElementsPerTask = 16384;
-
-/// Rows of `elements` each that make a task.
-inline Index rows_per_task(Index elements) { return 1 + kElementsPerTask / (elements + 1); }
 
 }  // namespace cpu
 }  // namespace EIGENFORMER_ABI

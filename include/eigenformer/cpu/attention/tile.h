@@ -12,9 +12,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "../problem/kv_source.h"
-#include "../problem/visibility.h"
-#include "simd/transpose.h"
+#include "../../problem/kv_source.h"
+#include "../../problem/visibility.h"
+#include "../simd/transpose.h"
+#include "../vector/copy.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -106,7 +107,8 @@ struct AttentionTile {
     for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, r);
   }
 
-  /// row[0, width) = source * factor, zeros up to padded_width.
+  /// row[0, width) = source * factor, zeros up to padded_width. A loop of its own: the store of the
+  /// last vector pads as well.
   template <typename S>
   static void load_row(const S* source, C factor, Index width, Index padded_width, C* row) {
     const V f = V::set1(factor);
@@ -126,13 +128,6 @@ struct AttentionTile {
   static EIGENFORMER_INLINE void prefetch_row(const void* row, Index bytes) {
     for (Index offset = 0; offset < bytes; offset += 64)
       simd::prefetch_after(static_cast<const std::byte*>(row), offset);
-  }
-
-  static void fill(C* p, Index count, C value) {
-    const V v = V::set1(value);
-    Index i = 0;
-    for (; i + lanes <= count; i += lanes) v.store(p + i);
-    v.store_partial(p + i, static_cast<int>(count - i));
   }
 
   /// Packs up to 64 rows of `width` elements transposed: panel p holds rows [p * kPanel, (p + 1) *
@@ -277,7 +272,7 @@ struct AttentionTile {
       }
       return;
     }
-    fill(block, R * width, C(0));
+    fill_line(block, R * width, V::zero());
     accumulate_ranges<R>(w, matrix, matrix_stride, ranges, width, block, width);
     for (int r = 0; r < R; ++r)
       if (!ranges[r].empty())
@@ -307,29 +302,6 @@ struct AttentionTile {
     return below(position, static_cast<C>(range.prefix_end)) |
            (at_least(position, static_cast<C>(range.begin)) &
             below(position, static_cast<C>(range.end)));
-  }
-
-  /// Relative error about 2e-7 for float: the Taylor polynomial where 1 - e^-2|x| would cancel,
-  /// that quotient elsewhere.
-  static EIGENFORMER_INLINE V tanh(V x) {
-    if constexpr (sizeof(C) == 8) {
-      return V::make([&](int i) { return std::tanh(x.v[i]); });
-    } else {
-      const V a = abs(x), square = x * x;
-      const V e = exp(a * V::set1(-2.0f));
-      const V magnitude = (V::set1(1.0f) - e) / (V::set1(1.0f) + e);
-      const V large = select(less(x, V::zero()), V::zero() - magnitude, magnitude);
-      // x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - 1382x^11/155925 + 21844x^13/6081075: below
-      // 1e-7 relative for |x| < 0.5
-      V p = V::set1(static_cast<float>(21844.0 / 6081075));
-      p = fma(p, square, V::set1(static_cast<float>(-1382.0 / 155925)));
-      p = fma(p, square, V::set1(static_cast<float>(62.0 / 2835)));
-      p = fma(p, square, V::set1(static_cast<float>(-17.0 / 315)));
-      p = fma(p, square, V::set1(static_cast<float>(2.0 / 15)));
-      p = fma(p, square, V::set1(static_cast<float>(-1.0 / 3)));
-      const V near_zero = fma(p * square, x, x);
-      return select(less(a, V::set1(0.5f)), near_zero, large);
-    }
   }
 };
 

@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../problem/linear.h"
-#include "../problem/packed_weight.h"
-#include "backend.h"
-#include "quantize_line.h"
-#include "tile/pack.h"
+#include "../../problem/linear.h"
+#include "../../problem/packed_weight.h"
+#include "../backend.h"
+#include "../tile/pack.h"
+#include "../vector/quantize_line.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -54,7 +54,7 @@ void for_each_panel(const Backend<D, Isa>& on, PackedWeight<T>& packed, Pack&& p
   const Index panel_size =
       tile::packed_steps<T>(Isa{}, packed.columns()) * Dot::step * Dot::columns;
   T* data = detail::WeightAccess<T>::data(packed);
-  parallel_for(on, panels, 1 + 65536 / (panel_size + 1), [&](Index first, Index last, int) {
+  parallel_for(on, panels, Cost{panel_size, kPackCycles}, [&](Index first, Index last, int) {
     for (Index p = first; p < last; ++p) pack(p, data + p * panel_size);
   });
 }

@@ -19,11 +19,11 @@
 #include <span>
 #include <utility>
 
-#include "../core/check.h"
-#include "../core/workspace.h"
-#include "attention_row.h"
-#include "attention_tile.h"
-#include "backend.h"
+#include "../../core/check.h"
+#include "../../core/workspace.h"
+#include "../backend.h"
+#include "row.h"
+#include "tile.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -84,8 +84,8 @@ class AttentionWorker {
                           frame.take<bool>(rows),
                           frame.take<BlockRange>(rows),
                           frame.take<KeyEnds>(p.value_dim)};
-    Tile::fill(s.scores, rows * kAttentionKeyBlock,
-               C(0));  // lanes nobody sees are computed with and thrown away
+    fill_line(s.scores, rows * kAttentionKeyBlock,
+              V::zero());  // lanes nobody sees are computed with and thrown away
     return s;
   }
 
@@ -150,10 +150,10 @@ class AttentionWorker {
       s_.maxima[r] =
           sink ? static_cast<C>(p_.sinks[head])
                : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
-      Tile::fill(s_.lane_sums + r * Tile::lanes, Tile::lanes, C(0));
+      fill_line(s_.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
       if (sink) s_.lane_sums[r * Tile::lanes] = C(1);
     }
-    Tile::fill(s_.sums, rows_ * width_, C(0));
+    fill_line(s_.sums, rows_ * width_, V::zero());
   }
 
   template <typename F>
@@ -234,7 +234,7 @@ class AttentionWorker {
     V top = V::set1(-kInfinity);
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
       V x = V::load(scores + c);
-      if (p_.softcap > 0) x = Tile::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
+      if (p_.softcap > 0) x = cpu::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
       if (p_.alibi_slopes != nullptr)
         x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])),
                 Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
@@ -277,9 +277,9 @@ class AttentionWorker {
   /// a row that sees no earlier key keeps its bits.
   void fold(bool again) {
     if (!again) {
-      Tile::fill(s_.folded_sums, rows_ * width_, -C(0));
-      Tile::fill(s_.folded_lane_sums, rows_ * Tile::lanes, -C(0));
-      Tile::fill(s_.folded_maxima, rows_, -kInfinity);
+      fill_line(s_.folded_sums, rows_ * width_, V::set1(-C(0)));
+      fill_line(s_.folded_lane_sums, rows_ * Tile::lanes, V::set1(-C(0)));
+      fill_line(s_.folded_maxima, rows_, V::set1(-kInfinity));
     }
     for (Index r = 0; r < rows_; ++r) {
       const C reference = s_.maxima[r] == -kInfinity ? C(0) : s_.maxima[r];
@@ -289,8 +289,8 @@ class AttentionWorker {
                        s_.lane_sums + r * Tile::lanes, Tile::lanes);
       s_.folded_maxima[r] = s_.maxima[r];
     }
-    Tile::fill(s_.sums, rows_ * width_, C(0));
-    Tile::fill(s_.lane_sums, rows_ * Tile::lanes, C(0));
+    fill_line(s_.sums, rows_ * width_, V::zero());
+    fill_line(s_.lane_sums, rows_ * Tile::lanes, V::zero());
   }
 
   void unfold() {
@@ -389,7 +389,7 @@ class AttentionWorker {
       finish_row_in_double(r, s_.averages + static_cast<Index>(i) * width_, sums[i], all);
       if (!all) continue;
       s_.maxima[r] = static_cast<C>(maxima[i].value);
-      Tile::fill(s_.lane_sums + r * Tile::lanes, Tile::lanes, C(0));
+      fill_line(s_.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
       s_.lane_sums[r * Tile::lanes] = static_cast<C>(sums[i]);
     }
   }
@@ -405,7 +405,7 @@ class AttentionWorker {
       sum = sum + weight;
     }
     weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
-    Tile::fill(s_.block_sums, width_, C(0));
+    fill_line(s_.block_sums, width_, V::zero());
     Tile::template accumulate_ranges<1>(weights(r), s_.values, width_, s_.ranges + r, width_,
                                         s_.block_sums, width_);
     for (Index d = 0; d < width_; ++d)
@@ -443,10 +443,7 @@ class AttentionWorker {
     if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
     const C* const averages = s_.sums + r * width_;
     TQ* const out = output(sequence, head, row);
-    Index d = 0;
-    for (; d + Tile::lanes <= p_.value_dim; d += Tile::lanes) V::load(averages + d).store(out + d);
-    if (d < p_.value_dim)
-      V::load(averages + d).store_partial(out + d, static_cast<int>(p_.value_dim - d));
+    convert_line<V>(averages, out, p_.value_dim);
     if (p_.log_sum_exp == nullptr) return;
     const C sum = weight_sum(r);
     *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
@@ -476,7 +473,7 @@ void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
 
   // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads
   // of sequences of any length.
-  parallel_for(on, workers, 1, [&](Index begin, Index end, int) {
+  parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
     for (Index w = begin; w < end; ++w) {
       Worker worker(p, scratch[w]);
       for (Index task = w; task < tasks; task += workers) {

@@ -8,9 +8,9 @@
 #include <cstdint>
 #include <limits>
 
-#include "../problem/sampling.h"
-#include "backend.h"
-#include "vector_loop.h"
+#include "../../problem/sampling.h"
+#include "../backend.h"
+#include "../vector/loop.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -106,7 +106,8 @@ SampleStatus verify_row(const problem::Speculative<Draft, Target>& p, Index r, s
 
 template <typename D, typename Isa, typename Draft, typename Target>
 void execute(const Backend<D, Isa>& on, const problem::Speculative<Draft, Target>& p) {
-  parallel_for(on, p.batch, 1, [&](Index first, Index last, int) {
+  // Three passes in double (it was a thread each row, whatever the vocabulary).
+  parallel_for(on, p.batch, Cost{p.vocab, 3 * kComputeCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
       std::int32_t* tokens = p.tokens + r * (p.drafts + 1);
       std::fill(tokens, tokens + p.drafts + 1, -1);

@@ -35,7 +35,8 @@
 
 #include <chrono>
 
-#include "device.h"
+#include "core/device.h"
+#include "cpu/parallel.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -54,21 +55,21 @@ class ParallelRegion {
   [[nodiscard]] explicit ParallelRegion(
       const D& device, [[maybe_unused]] const ParallelRegionOptions& options = {}) {
     if constexpr (std::is_same_v<D, Eigen::ThreadPoolDevice>) {
-      if (worker_count(device) < 2 || detail::team_on(device.getPool()) != nullptr) return;
-      team_ = new detail::ThreadTeam(device.getPool(), options.linger, detail::innermost_team());
-      detail::innermost_team() = team_;
+      if (cpu::worker_count(device) < 2 || cpu::team_on(device.getPool()) != nullptr) return;
+      team_ = new cpu::ThreadTeam(device.getPool(), options.linger, cpu::innermost_team());
+      cpu::innermost_team() = team_;
     }
   }
   ParallelRegion(const ParallelRegion&) = delete;
   ParallelRegion& operator=(const ParallelRegion&) = delete;
   ~ParallelRegion() {
     if (team_ == nullptr) return;
-    detail::innermost_team() = team_->outer();
+    cpu::innermost_team() = team_->outer();
     team_->close();
   }
 
  private:
-  detail::ThreadTeam* team_ = nullptr;
+  cpu::ThreadTeam* team_ = nullptr;
 };
 
 }  // namespace EIGENFORMER_ABI

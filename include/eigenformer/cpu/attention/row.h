@@ -10,12 +10,12 @@
 #include <type_traits>
 #include <utility>
 
-#include "../core/device.h"
-#include "../problem/attention.h"
-#include "../problem/kv_source.h"
-#include "../problem/visibility.h"
-#include "attention_tile.h"
-#include "simd/simd.h"
+#include "../../problem/attention.h"
+#include "../../problem/kv_source.h"
+#include "../../problem/visibility.h"
+#include "../backend.h"
+#include "../vector/functions.h"
+#include "tile.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -36,18 +36,17 @@ struct KeyEnds {
   Index first, last;
 };
 
-/// How many workers a request is worth: waking a thread costs some microseconds, 64k multiply-adds
-/// about as much.
-template <typename D, typename Problem>
-Index attention_workers(const D& device, const Problem& p, Index tasks) {
+/// How many workers a request is worth, at kPackCycles a multiply-add (the second was worth it from
+/// 65536 on in all, in a ParallelRegion too).
+template <typename Backend, typename Problem>
+Index attention_workers(const Backend& on, const Problem& p, Index tasks) {
   double work = 0;
   for (Index b = 0; b < p.batch; ++b) {
     const problem::AttentionSequence& s = p.sequences[b];
     work += static_cast<double>(s.query_rows) * static_cast<double>(s.key_length) *
             static_cast<double>(p.heads * (p.head_dim + p.value_dim));
   }
-  const Index worth = 1 + static_cast<Index>((std::min)(work / 65536, 1e6));
-  return std::clamp<Index>((std::min)(tasks, worth), 1, worker_count(device));
+  return part_count(on, tasks, Cost{1, kPackCycles * work / static_cast<double>(tasks)});
 }
 
 /// The block of a KvSource that attention reads next: keys [begin, begin + count) of a sequence and
@@ -89,7 +88,8 @@ bool is_large_score(C maximum, float limit) {
     return std::abs(maximum) > limit && std::abs(maximum) <= (std::numeric_limits<float>::max)();
 }
 
-/// Four vectors of sums, then their total: one order on an ISA.
+/// Four vectors of sums, then their total: one order on an ISA. Not sum_over_vectors: a head has no
+/// blocks to sum, however long it is.
 template <typename Isa, typename S>
 double dot_in_double(const double* x, const S* y, Index count) {
   using W = simd::Vec<double, Isa>;

@@ -13,11 +13,11 @@
 
 #include <cmath>
 
-#include "../core/rows.h"
-#include "../problem/normalization.h"
-#include "backend.h"
-#include "row_unit.h"
-#include "vector_loop.h"
+#include "../../core/rows.h"
+#include "../../problem/normalization.h"
+#include "../backend.h"
+#include "../vector/loop.h"
+#include "../vector/row_unit.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -65,7 +65,7 @@ void rms_norm_row(const problem::RmsNorm<Y, X, W>& p, Index row) {
 
 template <typename D, typename Isa, typename Y, typename X, typename W>
 void execute(const Backend<D, Isa>& on, const problem::RmsNorm<Y, X, W>& p) {
-  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) rms_norm_row<Isa>(p, row);
   });
 }
@@ -74,7 +74,7 @@ template <typename D, typename Isa, typename Y, typename X, typename R, typename
 void execute(const Backend<D, Isa>& on, const problem::AddRmsNorm<Y, X, R, W>& p) {
   using V = simd::Vec<common_compute_type<Y, X, R, W>, Isa>;
   const Index features = p.norm.features;
-  parallel_for(on, p.norm.rows, rows_per_task(features), [&](Index first, Index last, int) {
+  parallel_for(on, p.norm.rows, Cost{features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) {
       R* residual = p.residual + row * features;
       const X* addend = p.addend + row * features;
@@ -160,13 +160,13 @@ void rms_norm_backward_row(const Problem& p, Index row) {
 template <typename D, typename Isa, typename GX, typename GW, typename GY, typename X, typename W>
 void execute(const Backend<D, Isa>& on, const problem::RmsNormBackward<GX, GW, GY, X, W>& p) {
   using V = simd::Vec<typename problem::RmsNormBackward<GX, GW, GY, X, W>::compute, Isa>;
-  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row)
       p.row_scratch[row] = rms_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
   parallel_for(
-      on, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
+      on, (p.features + kColumns - 1) / kColumns, Cost{p.rows * kColumns},
       [&](Index first, Index last, int) {
         for (Index block = first; block < last; ++block) {
           const Index begin = block * kColumns, end = (std::min)(begin + kColumns, p.features);
@@ -179,7 +179,7 @@ void execute(const Backend<D, Isa>& on, const problem::RmsNormBackward<GX, GW, G
           }
         }
       });
-  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) rms_norm_backward_row<V>(p, row);
   });
 }

@@ -8,8 +8,9 @@
 
 #include <cmath>
 
-#include "activation_functions.h"
-#include "vector_loop.h"
+#include "../vector/functions.h"
+#include "../vector/loop.h"
+#include "../vector/streaming.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -114,9 +115,9 @@ struct Finish {
 
   Finish(const Sums& read, Y* to, Index rows, Index row_columns, const R* added)
       : sums(read), y(to), columns(row_columns), residual(added) {
-    constexpr Index line = 64 / sizeof(Y);
-    streaming = residual == nullptr && rows * columns > cpu::kStreamingBytes / Index{sizeof(Y)} &&
-                columns % line == 0 && reinterpret_cast<std::uintptr_t>(y) % 64 == 0;
+    const Index row_bytes = columns * Index{sizeof(Y)};
+    streaming = residual == nullptr &&
+                written_around_caches(y, rows * row_bytes, ReadsBeside::operands, 64, {row_bytes});
   }
 
   template <typename Isa, typename Sum>

@@ -13,11 +13,11 @@
 
 #include <cmath>
 
-#include "../core/rows.h"
-#include "../problem/normalization.h"
-#include "backend.h"
-#include "row_unit.h"
-#include "vector_loop.h"
+#include "../../core/rows.h"
+#include "../../problem/normalization.h"
+#include "../backend.h"
+#include "../vector/loop.h"
+#include "../vector/row_unit.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -94,7 +94,7 @@ EIGENFORMER_INLINE void with_normalized(const problem::LayerNormScale<typename V
 template <typename D, typename Isa, typename Y, typename X, typename W>
 void execute(const Backend<D, Isa>& on, const problem::LayerNorm<Y, X, W>& p) {
   using V = simd::Vec<typename problem::LayerNorm<Y, X, W>::compute, Isa>;
-  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) {
       const X* x = p.x + row * p.features;
       Y* y = p.y + row * p.features;
@@ -198,12 +198,12 @@ void layer_norm_backward_row(const Problem& p, Index row) {
 template <typename D, typename Isa, typename GX, typename GW, typename GY, typename X, typename W>
 void execute(const Backend<D, Isa>& on, const problem::LayerNormBackward<GX, GW, GY, X, W>& p) {
   using V = simd::Vec<typename problem::LayerNormBackward<GX, GW, GY, X, W>::compute, Isa>;
-  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row)
       p.row_scratch[row] = layer_norm_backward_statistics<V>(p, row);
   });
   constexpr Index kColumns = 4 * V::lanes;
-  parallel_for(on, (p.features + kColumns - 1) / kColumns, rows_per_task(p.rows * kColumns),
+  parallel_for(on, (p.features + kColumns - 1) / kColumns, Cost{p.rows * kColumns},
                [&](Index first, Index last, int) {
                  for (Index block = first; block < last; ++block) {
                    const Index begin = block * kColumns,
@@ -218,7 +218,7 @@ void execute(const Backend<D, Isa>& on, const problem::LayerNormBackward<GX, GW,
                    }
                  }
                });
-  parallel_for(on, p.rows, rows_per_task(p.features), [&](Index first, Index last, int) {
+  parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) layer_norm_backward_row<V>(p, row);
   });
 }

@@ -1,5 +1,5 @@
 /// \file
-/// The filters: each narrows the band of tokens in play (sampling_row.h). They share one selection,
+/// The filters: each narrows the band of tokens in play (row.h). They share one selection,
 /// the shortest prefix of the candidates in a given order whose weights reach a target: weight 1
 /// and target k for top-k, the token weights and p of their sum for top-p, the same with the order
 /// of typicality for typical-p. It narrows by 11 bits of the sort key at a time with the weight of
@@ -10,7 +10,7 @@
 #include <cmath>
 #include <functional>
 
-#include "sampling_row.h"
+#include "row.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

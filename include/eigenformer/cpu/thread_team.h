@@ -16,12 +16,12 @@
 #include <new>
 #include <thread>
 
-#include "error.h"
-#include "tensor.h"
+#include "../core/error.h"
+#include "../core/tensor.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-namespace detail {
+namespace cpu {
 
 /// Waits until holds() does, or `limit` has passed; returns holds(). Spins for 50 us, which is what
 /// a call that wakes a sleeping thread costs (bench/programs/waking.cpp), then yields the core
@@ -35,7 +35,7 @@ bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
   const auto look = [&holds] {
     for (int i = 0; i < kLooks; ++i) {
       if (holds()) return true;
-      pause_instruction();
+      eigenformer::detail::pause_instruction();
     }
     return false;
   };
@@ -108,8 +108,8 @@ class ThreadTeam {
     for (Index helpers = users_.load(std::memory_order_relaxed) - 1; helpers < count; ++helpers) {
       users_.fetch_add(1, std::memory_order_relaxed);
       bool started = true;
-      attempt([this] { pool_->Schedule([this] { help(); }); },
-              [&started](const char*) { started = false; });
+      eigenformer::detail::attempt([this] { pool_->Schedule([this] { help(); }); },
+                                   [&started](const char*) { started = false; });
       if (!started) {
         users_.fetch_sub(1, std::memory_order_relaxed);  // not the last: the opener is one
         return;  // the opener takes the parts that find no helper
@@ -183,6 +183,6 @@ inline ThreadTeam* team_on(const Eigen::ThreadPoolInterface* pool) {
   return team;
 }
 
-}  // namespace detail
+}  // namespace cpu
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
