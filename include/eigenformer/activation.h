@@ -207,7 +207,7 @@ concept NotAnOption = !Device<X> && !std::same_as<X, GeluOptions>;
 // ---- silu ---------------------------------------------------------------------------------------
 
 /// y = silu(x).
-template <CpuDevice D, typename Y, typename X>
+template <Device D, typename Y, typename X>
 void silu_into(const D& device, Y&& y, const X& x) {
   detail::run(device, detail::activation_problem<problem::Silu>("silu", y, x));
 }
@@ -223,7 +223,7 @@ auto silu(const X& x) {
 }
 
 /// grad_x = grad_y * silu'(x).
-template <CpuDevice D, typename GX, typename GY, typename X>
+template <Device D, typename GX, typename GY, typename X>
 void silu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
   detail::run(device, detail::activation_backward_problem<problem::Silu>("silu_backward", grad_x,
                                                                          grad_y, x));
@@ -244,7 +244,7 @@ auto silu_backward(const GY& grad_y, const X& x) {
 /// y = gelu(x).
 ///
 ///   auto y = ef::gelu(x, {.approximation = ef::GeluApproximation::tanh});
-template <CpuDevice D, typename Y, typename X>
+template <Device D, typename Y, typename X>
 void gelu_into(const D& device, Y&& y, const X& x, const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
     detail::run(device, detail::activation_problem<F>("gelu", y, x));
@@ -262,7 +262,7 @@ auto gelu(const X& x, const GeluOptions& options = {}) {
 }
 
 /// grad_x = grad_y * gelu'(x).
-template <CpuDevice D, typename GX, typename GY, typename X>
+template <Device D, typename GX, typename GY, typename X>
 void gelu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x,
                         const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
@@ -283,7 +283,7 @@ auto gelu_backward(const GY& grad_y, const X& x, const GeluOptions& options = {}
 // ---- relu ---------------------------------------------------------------------------------------
 
 /// y = relu(x).
-template <CpuDevice D, typename Y, typename X>
+template <Device D, typename Y, typename X>
 void relu_into(const D& device, Y&& y, const X& x) {
   detail::run(device, detail::activation_problem<problem::Relu>("relu", y, x));
 }
@@ -299,7 +299,7 @@ auto relu(const X& x) {
 }
 
 /// grad_x = grad_y where x > 0, else 0 (at x = 0 too).
-template <CpuDevice D, typename GX, typename GY, typename X>
+template <Device D, typename GX, typename GY, typename X>
 void relu_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const X& x) {
   detail::run(device, detail::activation_backward_problem<problem::Relu>("relu_backward", grad_x,
                                                                          grad_y, x));
@@ -318,7 +318,7 @@ auto relu_backward(const GY& grad_y, const X& x) {
 // ---- swiglu -------------------------------------------------------------------------------------
 
 /// y = silu(gate) * up, from (gate, up) or from the fused tensor (gate_up).
-template <CpuDevice D, typename Y, typename... GateUp>
+template <Device D, typename Y, typename... GateUp>
   requires(sizeof...(GateUp) == 1 || sizeof...(GateUp) == 2)
 void swiglu_into(const D& device, Y&& y, const GateUp&... gate_up) {
   detail::run(device, detail::gated_problem<problem::Silu>("swiglu", y, gate_up...));
@@ -338,7 +338,7 @@ auto swiglu(const Gate& gate, const Up&... up) {
 /// grad_gate = grad_y * up * silu'(gate), grad_up = grad_y * silu(gate): (device, grad_gate,
 /// grad_up, grad_y, gate, up), or (device, grad_gate_up, grad_y, gate_up) for the fused tensor,
 /// where grad_gate_up is [grad_gate | grad_up] and may be gate_up itself.
-template <CpuDevice D, typename First, typename... Rest>
+template <Device D, typename First, typename... Rest>
 void swiglu_backward_into(const D& device, First&& first, Rest&&... rest) {
   detail::run(device,
               detail::gated_backward_problem<problem::Silu>("swiglu_backward", first, rest...));
@@ -358,7 +358,7 @@ auto swiglu_backward(const GY& grad_y, const Gate& gate, const Up& up) {
 // ---- geglu --------------------------------------------------------------------------------------
 
 /// y = gelu(gate) * up.
-template <CpuDevice D, typename Y, typename Gate, detail::NotAnOption Up>
+template <Device D, typename Y, typename Gate, detail::NotAnOption Up>
 void geglu_into(const D& device, Y&& y, const Gate& gate, const Up& up,
                 const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
@@ -377,7 +377,7 @@ auto geglu(const Gate& gate, const Up& up, const GeluOptions& options = {}) {
 }
 
 /// y = gelu(gate) * up for the fused tensor [gate | up].
-template <CpuDevice D, typename Y, typename Fused>
+template <Device D, typename Y, typename Fused>
 void geglu_into(const D& device, Y&& y, const Fused& gate_up, const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
     detail::run(device, detail::gated_problem<F>("geglu", y, gate_up));
@@ -395,7 +395,7 @@ auto geglu(const Fused& gate_up, const GeluOptions& options = {}) {
 }
 
 /// grad_gate = grad_y * up * gelu'(gate), grad_up = grad_y * gelu(gate).
-template <CpuDevice D, typename GG, typename GU, typename GY, typename Gate, typename Up>
+template <Device D, typename GG, typename GU, typename GY, typename Gate, typename Up>
 void geglu_backward_into(const D& device, GG&& grad_gate, GU&& grad_up, const GY& grad_y,
                          const Gate& gate, const Up& up, const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
@@ -417,7 +417,7 @@ auto geglu_backward(const GY& grad_y, const Gate& gate, const Up& up,
   return geglu_backward(Eigen::DefaultDevice{}, grad_y, gate, up, options);
 }
 /// For the fused tensor: grad_gate_up is [grad_gate | grad_up], and may be gate_up itself.
-template <CpuDevice D, typename GF, typename GY, typename Fused>
+template <Device D, typename GF, typename GY, typename Fused>
 void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, const Fused& gate_up,
                          const GeluOptions& options = {}) {
   detail::with_gelu(options, [&]<typename F>(F) {
@@ -430,7 +430,7 @@ void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, c
 
 /// y = x + residual. y may be x or residual. Its gradient is grad_y for both: no backward form is
 /// needed.
-template <CpuDevice D, typename Y, typename X, typename R>
+template <Device D, typename Y, typename X, typename R>
 void residual_add_into(const D& device, Y&& y, const X& x, const R& residual) {
   const auto to = detail::output_like<X>(y);
   const auto from = detail::any_input(x);

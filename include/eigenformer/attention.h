@@ -98,7 +98,7 @@ inline constexpr int dense_rank = rank_of<X> == 3 ? 3 : 4;
 /// Dense attention with padding, into `output` (the shape of q with v's width).
 ///
 ///   ef::batched_attention_with_padding_into(device, out, q4, k4, v4, seq_lengths, {.causal = true, .log_sum_exp = lse});
-template <CpuDevice D, typename Output, typename Q, typename K, typename V>
+template <Device D, typename Output, typename Q, typename K, typename V>
 void batched_attention_with_padding_into(const D& device, Output&& output, const Q& query,
                                          const K& key, const V& value,
                                          const LengthSpan& seq_lengths,
@@ -143,7 +143,7 @@ auto batched_attention_with_padding(const Q& query, const K& key, const V& value
 /// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows
 /// [kv_offsets[b], kv_offsets[b + 1]). Offsets start at 0, never fall and end at the number of
 /// rows. Into `output` (total_tokens, heads, value_dim).
-template <CpuDevice D, typename Output, typename Q, typename K, typename V>
+template <Device D, typename Output, typename Q, typename K, typename V>
 void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key,
                                     const V& value, const LengthSpan& q_offsets,
                                     const LengthSpan& kv_offsets,
@@ -185,7 +185,7 @@ auto variable_length_attention(const Q& query, const K& key, const V& value,
 /// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last
 /// positions of their sequences and their own keys are already there. options.query_lengths mixes
 /// prefill chunks and decode steps in one call. Into `output` (the shape of query).
-template <CpuDevice D, typename Output, typename Q, typename S>
+template <Device D, typename Output, typename Q, typename S>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const AttentionOptions& options = {},
                                    Workspace& workspace = thread_workspace()) {
@@ -200,7 +200,7 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
 
 /// The same of packed queries (tokens, heads, head_dim), a chunk of each sequence as long as it
 /// likes: rows [q_offsets[b], q_offsets[b + 1]) are the last positions of sequence b.
-template <CpuDevice D, typename Output, typename Q, typename S>
+template <Device D, typename Output, typename Q, typename S>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const LengthSpan& q_offsets,
                                    const AttentionOptions& options = {},
@@ -248,7 +248,7 @@ concept KvCacheLike = requires(const Cache& cache, Index layer_idx) {
 
 /// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an
 /// unknown layer.
-template <CpuDevice D, typename Output, typename Q, detail::KvCacheLike Cache>
+template <Device D, typename Output, typename Q, detail::KvCacheLike Cache>
 void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query,
                                   const Cache& cache, Index layer_idx,
                                   const AttentionOptions& options = {},

@@ -202,13 +202,13 @@ using linear_result =
 ///
 ///   ef::linear_into(device, y, x, w8);  ef::linear_into(device, y, x, w8, bias);
 ///   ef::linear_into(device, y, x, w8, ef::Epilogue{}.bias(bias).gelu().residual(y));
-template <CpuDevice D, typename Output, typename Input, typename Weight,
+template <Device D, typename Output, typename Input, typename Weight,
           typename BiasOrEpilogue = Epilogue<>>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
                  const BiasOrEpilogue& end = {}, Workspace& workspace = thread_workspace()) {
   detail::run(device, detail::linear_problem(y, x, weight, detail::as_epilogue(end)), workspace);
 }
-template <CpuDevice D, typename Output, typename Input, typename Weight>
+template <Device D, typename Output, typename Input, typename Weight>
 void linear_into(const D& device, Output&& y, const Input& x, const Weight& weight,
                  Workspace& workspace) {
   linear_into(device, y, x, weight, Epilogue{}, workspace);
@@ -240,14 +240,14 @@ auto linear(const Input& x, const Weight& weight, const BiasOrEpilogue& end = {}
 /// one product, neither half written: SwiGLU with Epilogue{}.silu(), GeGLU with .gelu() (Shazeer,
 /// 2020). Gate and up (out, in) are packed together (pack_gated_weight), or two tensors of one
 /// scalar.
-template <CpuDevice D, typename Output, typename Input, typename S, typename E>
+template <Device D, typename Output, typename Input, typename S, typename E>
   requires detail::is_epilogue<E>
 void gated_linear_into(const D& device, Output&& y, const Input& x,
                        const PackedGatedWeight<S>& weight, const E& epilogue,
                        Workspace& workspace = thread_workspace()) {
   detail::run(device, detail::gated_linear_problem(y, x, weight, epilogue), workspace);
 }
-template <CpuDevice D, typename Output, typename Input, typename Gate, typename Up, typename E>
+template <Device D, typename Output, typename Input, typename Gate, typename Up, typename E>
   requires detail::is_epilogue<E>
 void gated_linear_into(const D& device, Output&& y, const Input& x, const Gate& gate, const Up& up,
                        const E& epilogue, Workspace& workspace = thread_workspace()) {

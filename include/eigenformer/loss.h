@@ -152,7 +152,7 @@ LossResult cross_entropy(const Logits& logits, const Targets& targets,
 /// (same memory, same type) and must not overlap them otherwise. Throws like cross_entropy.
 ///
 ///   ef::cross_entropy_with_gradient_into(device, logits, logits, targets, 1.0 / count);   // in place
-template <CpuDevice D, typename Gradient, typename Logits, typename Targets = LengthSpan>
+template <Device D, typename Gradient, typename Logits, typename Targets = LengthSpan>
 LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_logits,
                                             const Logits& logits, const Targets& targets,
                                             double gradient_scale,

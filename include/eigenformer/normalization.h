@@ -148,7 +148,7 @@ auto rms_norm(const X& x, const W& weight, const RmsNormOptions& options = {}) {
 
 /// residual += x, rounded to residual's scalar, then y = RMSNorm(residual) * weight: the same bits
 /// as the two steps apart, with one pass through memory. y may be x itself, not residual.
-template <CpuDevice D, typename Y, typename R, typename X, typename W>
+template <Device D, typename Y, typename R, typename X, typename W>
 void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W& weight,
                        const RmsNormOptions& options = {}) {
   constexpr auto name = "add_rms_norm";
@@ -188,7 +188,7 @@ auto add_rms_norm(const R& residual, const X& x, const W& weight,
 /// Gradients of y = RMSNorm(x) * weight from that of y, with the x, weight and options of the
 /// forward call. grad_x is written and may be grad_y or x itself. grad_weight, float or double, is
 /// added to: once over the rows, in a fixed order.
-template <CpuDevice D, typename GX, typename GW, typename GY, typename X, typename W>
+template <Device D, typename GX, typename GW, typename GY, typename X, typename W>
 void rms_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, const GY& grad_y,
                             const X& x, const W& weight, const RmsNormOptions& options = {},
                             Workspace& workspace = thread_workspace()) {
@@ -231,7 +231,7 @@ auto rms_norm_backward(const GY& grad_y, const X& x, const W& weight,
 }
 
 /// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
-template <CpuDevice D, typename Y, typename X, typename W, typename B>
+template <Device D, typename Y, typename X, typename W, typename B>
 void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const B& bias,
                      const LayerNormOptions& options = {}) {
   constexpr auto name = "layer_norm";
@@ -264,7 +264,7 @@ auto layer_norm(const X& x, const W& weight, const B& bias, const LayerNormOptio
 /// Gradients of LayerNorm from that of y, with the x, weight and options of the forward call.
 /// grad_x is written and may be grad_y or x itself. grad_weight and grad_bias, both float or both
 /// double, are added to, in a fixed order.
-template <CpuDevice D, typename GX, typename GW, typename GB, typename GY, typename X, typename W>
+template <Device D, typename GX, typename GW, typename GB, typename GY, typename X, typename W>
 void layer_norm_backward_into(const D& device, GX&& grad_x, GW&& grad_weight, GB&& grad_bias,
                               const GY& grad_y, const X& x, const W& weight,
                               const LayerNormOptions& options = {},

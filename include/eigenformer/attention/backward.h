@@ -106,7 +106,7 @@ bool attach_gradients(std::string_view name, problem::AttentionBackward<T>& prob
 }  // namespace detail
 
 /// Gradients of batched_attention_with_padding, into tensors of the shapes of q, k and v.
-template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
+template <Device D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
           typename V, typename O, typename L>
 void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v,
                              const GO& grad_out, const Q& q, const K& k, const V& v, const O& out,
@@ -152,7 +152,7 @@ auto attention_backward(const GO& grad_out, const Q& q, const K& k, const V& v, 
 
 /// Gradients of variable_length_attention, into tensors of the shapes of q, k and v; log_sum_exp is
 /// (heads, total_tokens).
-template <CpuDevice D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
+template <Device D, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
           typename V, typename O, typename L>
 void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& grad_v,
                                              const GO& grad_out, const Q& q, const K& k, const V& v,

@@ -9,7 +9,7 @@ inline namespace EIGENFORMER_ABI {
 
 /// grad_x (tokens, in) = grad_y (tokens, out) times weight (out, in), a tensor. grad_x must not
 /// overlap an input.
-template <CpuDevice D, typename GradX, typename GradY, typename Weight>
+template <Device D, typename GradX, typename GradY, typename Weight>
 void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& grad_y,
                                 const Weight& weight, Workspace& workspace = thread_workspace()) {
   constexpr auto name = "linear_backward_input";
@@ -42,7 +42,7 @@ void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& gr
 
 /// grad_weight (out, in) += grad_y (tokens, out) transposed times x (tokens, in). grad_weight is
 /// float; double for double grad_y or x.
-template <CpuDevice D, typename GradW, typename GradY, typename Input>
+template <Device D, typename GradW, typename GradY, typename Input>
 void linear_backward_weight_into(const D& device, GradW&& grad_weight, const GradY& grad_y,
                                  const Input& x, Workspace& workspace = thread_workspace()) {
   constexpr auto name = "linear_backward_weight";
@@ -73,7 +73,7 @@ void linear_backward_weight_into(const D& device, GradW&& grad_weight, const Gra
 
 /// grad_bias (out) += the sum of grad_y (tokens, out) over tokens, in their order. grad_bias is
 /// float; double for double grad_y.
-template <CpuDevice D, typename GradB, typename GradY>
+template <Device D, typename GradB, typename GradY>
 void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& grad_y) {
   const auto to = output_view<1>(grad_bias);
   const auto dy = input_view<2>(grad_y);
