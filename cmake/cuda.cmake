@@ -1,4 +1,4 @@
-# CUDA specializations: nvcc, one list of architectures a program (kernels of two lists must not meet in one), named in the ABI tag.
+# CUDA specializations: nvcc, one list of architectures per program (kernels of two lists must not meet in one), named in the ABI tag.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES 80 90)
 endif()

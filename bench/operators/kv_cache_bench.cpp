@@ -18,7 +18,7 @@ ef::Tensor<T, 4> random_rows(Eigen::Index n) {
   return rows.cast<T>();
 }
 
-/// Appends one token a call; rolls back to kLength every 1024, so that memory is touched for the
+/// Appends one token per call; rolls back to kLength every 1024, so that memory is touched for the
 /// first time only here, untimed.
 template <typename T, typename Storage>
 void append_case(bench::Suite& suite, const std::string& name) {

@@ -1,4 +1,4 @@
-// AdamW over 8.4 million weights: 28 bytes an element, nothing else. Limit: memory. Peer: what an
+// AdamW over 8.4 million weights: 28 bytes per element, nothing else. Limit: memory. Peer: what an
 // Eigen user writes by hand.
 #include <eigenformer/optimizer.h>
 

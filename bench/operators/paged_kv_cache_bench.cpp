@@ -1,6 +1,6 @@
 // Paged KV cache: one decode step of 32 sequences of different lengths, and a fork with the copy
 // its first write makes. Limit: read the new rows, write them (fork: read and write a page). Peer:
-// a std::vector of Eigen tensors, one a sequence, written by slices.
+// a std::vector of Eigen tensors, one per sequence, written by slices.
 #include <eigenformer/paged_kv_cache.h>
 
 #include "report/harness.h"

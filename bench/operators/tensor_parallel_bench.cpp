@@ -47,7 +47,7 @@ class Layer {
   void run() { step(own_.front()); }
 
   ef::Tensor<float, 2> x, weight;
-  ef::Tensor<float, 2> y[2];  // one a rank
+  ef::Tensor<float, 2> y[2];  // one per rank
 
  private:
   void step(ef::ThreadCommunicator& communicator) {

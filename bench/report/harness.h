@@ -26,8 +26,8 @@ struct Limit {
   double bytes_written = 0;
   double operations = 0;
   Peak peak = Peak::none;
-  double footprint =
-      0;  ///< bytes that repeated calls go through; 0 means bytes_read + bytes_written
+  /// bytes that repeated calls go through; 0 means bytes_read + bytes_written
+  double footprint = 0;
 
   static Limit read_bytes(double bytes) { return {bytes, 0, 0, Peak::none}; }
   static Limit write_bytes(double bytes) { return {0, bytes, 0, Peak::none}; }

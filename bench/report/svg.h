@@ -29,8 +29,8 @@ inline std::string escape(const std::string& text) {
         escaped += "&quot;";
         break;
       default:
-        escaped +=
-            static_cast<unsigned char>(c) < 0x20 ? ' ' : c;  // control characters are not XML
+        // control characters are not XML
+        escaped += static_cast<unsigned char>(c) < 0x20 ? ' ' : c;
     }
   }
   return escaped;

@@ -22,8 +22,10 @@
 /// Positions. Sequence b has L_b keys, at positions 0 to L_b - 1, and n_b queries, aligned at the
 /// end: query i stands at position p_i = L_b - n_b + i. Here n_b is
 ///   - query_lengths[b] where that option is given;
-///   - otherwise, dense with as many query rows as key rows: L_b, so that p_i = i (self-attention over a padded batch);
-///   - otherwise all query rows: seq_lengths are lengths of keys (cross-attention, chunks against longer keys).
+///   - otherwise, dense with as many query rows as key rows: L_b, so that p_i = i (self-attention
+///     over a padded batch);
+///   - otherwise all query rows: seq_lengths are lengths of keys (cross-attention, chunks against
+///     longer keys).
 /// Rows i >= n_b are padding. p_i may be negative (more queries than keys); under causal such a row
 /// sees only the prefix, if any. Query i sees key j < L_b where not causal; or j <= p_i and (window
 /// 0 or j > p_i - window); or j < prefix_length.

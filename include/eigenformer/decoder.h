@@ -7,8 +7,8 @@
 ///   logits = W_head rms_norm(x)
 ///
 /// One class serves training (it meets ef::TrainableModel; decoder/training.h) and inference
-/// (decoder/inference.h) in float, bfloat16 or half, with float or INT8 weights, alone or as one rank
-/// of a group that shares the linear layers. Inference has one entry, a step over ragged rows:
+/// (decoder/inference.h) in float, bfloat16 or half, with float or INT8 weights, alone or as one
+/// rank of a group that shares the linear layers. Inference has one entry, a step over ragged rows:
 /// prompts, chunks of prompts and single tokens side by side; prefill and decode are such steps.
 ///
 ///   ef::Decoder<float> model({.vocabulary = 256, .features = 128}, /*seed=*/1);
@@ -131,8 +131,8 @@ class Decoder {
   // ---- weights of inference ---------------------------------------------------------------------
 
   /// Packs this rank's part of the master weights. Inference packs by itself, the first time and
-  /// after training, in the format packed last; call this (or quantize) where the weights changed in
-  /// another way.
+  /// after training, in the format packed last; call this (or quantize) where the weights changed
+  /// in another way.
   void pack(WeightFormat format = WeightFormat::activation) {
     const auto& masters = this->masters("Decoder::pack");
     auto packed = std::make_shared<PackedDecoderWeights<T>>(config_, format);

@@ -4,17 +4,17 @@
 #pragma once
 
 // The nine systems
-#include "attention.h"  // padded, packed and cached attention with online softmax, and its gradients
-#include "causal_mask.h"   // causal, sliding-window, prefix and packed-document masks; ALiBi
-#include "communicator.h"  // ranks: alone, as threads, over MPI
-#include "grad_scaler.h"   // loss scaling for mixed precision
-#include "kv_cache.h"  // keys and values of a batch of equal lengths: append, truncate, reserve, INT8 storage
-#include "linear.h"  // linear layers over plain and packed weights, and their gradients
-#include "paged_kv_cache.h"  // keys and values in pages of one pool: sequences of any length, copy-on-write forks
-#include "quantization.h"  // symmetric INT8 by tensor, channel, group and token; the exact INT8 linear layer
-#include "sampling.h"  // greedy, top-k, top-p, min-p, typical, penalties, exact probabilities, speculation
+#include "attention.h"        // padded, packed and cached attention, and its gradients
+#include "causal_mask.h"      // causal, sliding-window, prefix and packed-document masks; ALiBi
+#include "communicator.h"     // ranks: alone, as threads, over MPI
+#include "grad_scaler.h"      // loss scaling for mixed precision
+#include "kv_cache.h"         // keys and values of a batch: append, truncate, reserve, INT8 storage
+#include "linear.h"           // linear layers over plain and packed weights, and their gradients
+#include "paged_kv_cache.h"   // keys and values in pages: any lengths, copy-on-write forks
+#include "quantization.h"     // symmetric INT8; the exact INT8 linear layer
+#include "sampling.h"         // filters, penalties, exact probabilities, speculation
 #include "scheduler.h"        // continuous batching
-#include "tensor_parallel.h"  // column- and row-parallel linear layers, vocabulary-parallel sampling
+#include "tensor_parallel.h"  // column- and row-parallel layers, vocabulary-parallel sampling
 #include "training.h"         // training steps with gradient accumulation and in mixed precision
 
 // What every operator shares

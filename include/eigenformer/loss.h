@@ -82,7 +82,7 @@ LengthSpan target_span(const Targets& targets) {
   return LengthSpan(targets);
 }
 
-/// A checked request with one loss a row in `frame`; result.count is set. `gradient` may be null.
+/// A checked request with one loss per row in `frame`; result.count is set. `gradient` may be null.
 template <typename G, typename Logits>
 problem::CrossEntropy<scalar_of<Logits>, G> cross_entropy_problem(
     LossResult& result, G* gradient, const Logits& logits, const LengthSpan& targets,

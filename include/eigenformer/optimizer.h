@@ -7,7 +7,7 @@
 ///   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 ///   w = w - learning_rate ((m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon) + weight_decay w)
 ///
-/// The weight is rounded once a step, so that a decay far below its last digit (learning_rate 2e-6,
+/// The weight is rounded once per step, so that a decay far below its last digit (learning_rate 2e-6,
 /// weight_decay 0.01) arrives in the long run: the update, which is larger and varies, carries it.
 ///
 /// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep
@@ -32,7 +32,7 @@
 /// to: GradScaler and `all_finite` exist to skip such steps. Results are the same bits for any
 /// number of threads.
 ///
-/// Cost: one pass; AdamW reads 16 and writes 12 bytes an element, SGD reads 8 and writes 4 (12 and
+/// Cost: one pass; AdamW reads 16 and writes 12 bytes per element, SGD reads 8 and writes 4 (12 and
 /// 8 with momentum). Nothing is allocated after construction (by the free functions: after the
 /// first call at a size).
 #pragma once

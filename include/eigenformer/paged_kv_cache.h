@@ -332,8 +332,8 @@ class PagedKvCache {
                    detail::shape_text(keys), ", the cache has ", config_.kv_heads, " heads of ",
                    config_.head_dim);
     KvSelection& selection = selections_[layer];
-    source(layer_idx, ids,
-           selection);  // checks ids, and grows the tables while a failure still changes nothing
+    // checks ids, and grows the tables while a failure still changes nothing
+    source(layer_idx, ids, selection);
     const auto added = [&](std::size_t i) {
       return offsets == nullptr ? each : offsets[i + 1] - offsets[i];
     };

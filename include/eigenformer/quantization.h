@@ -100,7 +100,7 @@ void require_group_scales(std::string_view name, const Scales& scales, const Vie
                groups, ")");
 }
 
-/// Room for a matrix with one scale a row.
+/// Room for a matrix with one scale per row.
 template <typename X>
 QuantizedChannels quantized_channels(std::string_view name, std::string_view argument, const X& x) {
   const auto from = input_view<2>(x);

@@ -121,9 +121,9 @@ class BasicRopeTable {
     for (Index p = 0; p < max_positions; ++p) write(p, static_cast<double>(p));
   }
 
-  /// Makes row i that of positions[i], whatever positions these are: rope_into then takes row numbers
-  /// in their place. For the layers of a step that turn the same tokens. Reuses memory. Throws
-  /// std::invalid_argument for bad sizes and options.
+  /// Makes row i that of positions[i], whatever positions these are: rope_into then takes row
+  /// numbers in their place. For the layers of a step that turn the same tokens. Reuses memory.
+  /// Throws std::invalid_argument for bad sizes and options.
   template <typename P>
   void assign(const P& positions, Index head_dim, const RopeOptions& options = {}) {
     const LengthSpan span = detail::position_span(positions);
@@ -220,7 +220,7 @@ void set_angles(std::string_view name, Problem& p, const RopeOptions& options, i
 
 // In all forms `how` is RopeOptions or a table.
 
-/// y = x, turned. Options take one row of cosines and sines a thread from the workspace; a table
+/// y = x, turned. Options take one row of cosines and sines per thread from the workspace; a table
 /// takes nothing.
 template <CpuDevice D, typename Y, typename X, typename P = LengthSpan, typename How = RopeOptions>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How& how = {},

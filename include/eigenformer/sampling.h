@@ -79,7 +79,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Parameters of a call: one set for all rows, or a span, vector or array of them, one a row.
+/// Parameters of a call: one set for all rows, or a span, vector or array of them, one per row.
 template <typename P>
 concept SamplingSets = std::same_as<P, SamplingParams> ||
                        std::convertible_to<const P&, std::span<const SamplingParams>>;
@@ -255,10 +255,10 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 
 // ---- sampling -----------------------------------------------------------------------------------
 
-// In all forms `params` is one SamplingParams for all rows, or a span, vector or array of them, one
-// a row.
+// In all forms `params` is one SamplingParams for all rows, or a span, vector or array of them,
+// one per row.
 
-/// Draws one token a row into ids (batch), -1 where a row is bad; `statuses`, where given, is
+/// Draws one token per row into ids (batch), -1 where a row is bad; `statuses`, where given, is
 /// (batch). Allocates nothing after the first call at a size. On CPU devices any parameters.
 template <CpuDevice D, typename Ids, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params& params,
@@ -278,7 +278,7 @@ void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k
                       statuses, workspace);
 }
 
-/// Returns one token a row, (batch). Throws std::invalid_argument for a bad row too.
+/// Returns one token per row, (batch). Throws std::invalid_argument for a bad row too.
 template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
 Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const Params& params,
                                Generators rng) {

@@ -43,8 +43,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct ColumnParallelOptions {
-  bool gather_output =
-      true;  ///< false: this rank's output features only, (batch, seq, shard), and nothing is sent
+  /// false: this rank's output features only, (batch, seq, shard), and nothing is sent
+  bool gather_output = true;
 };
 
 /// A view, no copy, of the rows [begin, end) of a weight (out, in), or of the elements of a bias

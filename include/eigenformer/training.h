@@ -117,8 +117,8 @@ struct TrainOptions {
   /// Gradients are clipped to this L2 norm; 0: not clipped. A norm that is not finite skips the
   /// step, with or without a scaler.
   double max_gradient_norm = 0;
-  std::function<void(const StepReport&)> on_step =
-      {};  ///< called after each group, for progress and learning rate schedules
+  /// called after each group, for progress and learning rate schedules
+  std::function<void(const StepReport&)> on_step = {};
 
   // Training on several ranks. Each hook is called once for each group on every rank, in this
   // order, with what this rank has; it leaves there what all ranks together have. So each rank

@@ -116,8 +116,8 @@ TEST(CausalMaskShapes, AlibiSlopesAndBias) {
   const auto eight = ef::alibi_slopes(8);
   for (int h = 0; h < 8; ++h)
     EXPECT_FLOAT_EQ(eight[static_cast<std::size_t>(h)], std::exp2(-static_cast<float>(h + 1)));
-  const auto twelve =
-      ef::alibi_slopes(12);  // the paper's rule for other head counts, as published with BLOOM
+  // the paper's rule for other head counts, as published with BLOOM
+  const auto twelve = ef::alibi_slopes(12);
   EXPECT_FLOAT_EQ(twelve[7], std::exp2(-8.0f));
   EXPECT_FLOAT_EQ(twelve[8], std::exp2(-0.5f));
   EXPECT_FLOAT_EQ(twelve[11], std::exp2(-3.5f));

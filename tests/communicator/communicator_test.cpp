@@ -131,8 +131,8 @@ class OnOneCore {
 // its exception is the first kept only where it is kept before that.
 TEST(ThreadCommunicator, TheErrorsThatAnExceptionBringsOthersNeverTakeItsPlace) {
   const OnOneCore one_core;
-  const int ranks =
-      static_cast<int>(std::thread::hardware_concurrency()) + 2;  // none of them spins
+  // none of them spins
+  const int ranks = static_cast<int>(std::thread::hardware_concurrency()) + 2;
   for (int run = 0; run < 20; ++run)
     EXPECT_THROW(ef::ThreadCommunicator::run(ranks,
                                              [&](auto& communicator) {

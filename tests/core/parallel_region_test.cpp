@@ -158,8 +158,8 @@ TEST(ParallelRegion, NothingToDoOnOneThread) {
             0);
   std::atomic<int> total{0};
   ef::cpu::parallel_for(two.device, 2, ef::cpu::kWorthAThread, [&](Index begin, Index end, int) {
-    const ef::ParallelRegion region(
-        two.device);  // on the caller a region, on the pool's thread nothing
+    // on the caller a region, on the pool's thread nothing
+    const ef::ParallelRegion region(two.device);
     for (Index i = begin; i < end; ++i) total += static_cast<int>(sum_of_indices(two.device, 10));
   });
   EXPECT_EQ(total.load(), 90);

@@ -303,7 +303,7 @@ TEST(Decoder, ReleasesItsMasterWeights) {
     model.release_master_weights();
     EXPECT_TRUE(watched.expired());
     const auto after = model.prefill(ids, b);
-    if (int8) {  // of the embedding 1 byte a number and 4 a token stay
+    if (int8) {  // of the embedding 1 byte per number and 4 per token stay
       const auto table = static_cast<std::size_t>(kConfig.vocabulary * kConfig.features);
       EXPECT_EQ(model.weight_bytes(),
                 bytes - 3 * table + 4 * static_cast<std::size_t>(kConfig.vocabulary));

@@ -154,7 +154,7 @@ TEST(Contract, Sampling) {
   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
   const std::vector<ef::SamplingParams> rows(3);
   const std::span<const ef::SamplingParams> per_row_params(rows);
-  ids = ef::sample(logits, per_row_params, rng);                               // std::span<const SamplingParams>, one a row
+  ids = ef::sample(logits, per_row_params, rng);                               // std::span<const SamplingParams>, one per row
   const ef::SamplingParams params{.top_p = 0.5f};
   ef::Tensor<float, 2> probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution drawn from
   std::vector<ef::Philox> generators{ef::Philox(1), ef::Philox(2), ef::Philox(3)};

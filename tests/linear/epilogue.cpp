@@ -28,8 +28,8 @@ void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight,
     const auto joined = fused.residual(residual);
     ASSERT_TRUE(same_bits(linear_by<decltype(isa), float>(isa, x, packed, out, joined), expected))
         << isa.name;
-    const ef::Tensor<ef::half, 2> narrow =
-        expected.template cast<ef::half>();  // output in another type
+    // output in another type
+    const ef::Tensor<ef::half, 2> narrow = expected.template cast<ef::half>();
     ASSERT_TRUE(same_bits(linear_by<decltype(isa), ef::half>(isa, x, packed, out, joined), narrow))
         << isa.name;
     auto in_place = residual;  // the residual stream, updated where it stands

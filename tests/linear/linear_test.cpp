@@ -12,8 +12,8 @@ using namespace eigenformer_test;
 namespace {
 
 TEST(LinearInt8, SumsAreExactToTheLimit) {
-  const Index in =
-      ef::detail::kLargestInt8Depth;  // 128 times the sum of these activations leaves 32 bits
+  // 128 times the sum of these activations leaves 32 bits
+  const Index in = ef::detail::kLargestInt8Depth;
   ef::Tensor<float, 2> x(1, in);
   x.setConstant(1.0f);
   ef::Tensor<std::int8_t, 2> q(2, in);

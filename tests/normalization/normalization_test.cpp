@@ -259,8 +259,8 @@ TYPED_TEST(LayerNorm, EqualsItsDefinitionAtEveryWidth) {
   using T = TypeParam;
   for (Index features : edge_widths())
     for (Index rows : {0, 1, 3}) {
-      const float epsilon =
-          features == 2 ? 0.1f : kEpsilon;  // two nearly equal features are all cancellation
+      // two nearly equal features are all cancellation
+      const float epsilon = features == 2 ? 0.1f : kEpsilon;
       auto x = random_tensor<T, 2>({rows, features}, 31);
       for (Index i = 0; i < x.size(); ++i)
         x.data()[i] = static_cast<T>(static_cast<float>(x.data()[i]) + 2.0f);

@@ -302,8 +302,8 @@ TEST(PagedKvCache, PagesRunOutForTheWholeBatchOrNotAtAll) {
   for (SequenceId id : {a, b})
     cache.append(id, 0, prompt, prompt), model.append(id, 0, prompt, prompt);
   const std::vector<SequenceId> ids{a, b};
-  const auto too_many =
-      random_tensor<float, 4>({2, 3, kHeads, kDim}, 2);  // a page each, one is free
+  // a page each, one is free
+  const auto too_many = random_tensor<float, 4>({2, 3, kHeads, kDim}, 2);
   expect_throws<std::length_error>([&] { cache.append(ids, 0, too_many, too_many); },
                                    {"PagedKvCache", "2 pages needed", "1 of 5 are free"});
   expect_equal(cache, model);

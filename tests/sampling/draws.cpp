@@ -68,7 +68,7 @@ TEST(SamplingDraws, DependOnSeedPositionAndRowOnly) {
                          one)(0),
               own(r));
   }
-  // Parameters a row: each row as if all had its own.
+  // Parameters by row: each row as if all had its own.
   std::vector<ef::SamplingParams> rows(9, params);
   rows[3] = {.temperature = 0};
   rows[5] = {.top_k = 2};

@@ -156,8 +156,8 @@ TYPED_TEST(LogProbabilitiesOf, EveryTokenUnderEveryParameters) {
       const auto logits =
           random_tensor<TypeParam, 2>({1, vocab}, static_cast<unsigned>(vocab), 3.0);
       const auto expected = ef::reference::sampling_log_probabilities(logits, params);
-      const ef::Tensor<TypeParam, 2> rows =
-          logits.broadcast(Eigen::array<Index, 2>{vocab, 1});  // a row for each token
+      // a row for each token
+      const ef::Tensor<TypeParam, 2> rows = logits.broadcast(Eigen::array<Index, 2>{vocab, 1});
       std::vector<std::int32_t> tokens;
       for (Index v = 0; v < vocab; ++v) tokens.push_back(static_cast<std::int32_t>(v));
       const auto actual = ef::log_probabilities_of(rows, tokens, params);

@@ -138,8 +138,8 @@ TEST(ContinuousBatchScheduler, ContractCallsCompileAsWritten) {
   // request_ids, input_ids (batch, longest), attention_mask, sequence_lengths
   ef::Batch batch = scheduler.get_batch();
   scheduler.update_batch(request_id, new_token, is_finished);
-  bool room =
-      scheduler.can_add_more_requests();  // a request added now would join the batch at once
+  // a request added now would join the batch at once
+  bool room = scheduler.can_add_more_requests();
   EXPECT_TRUE(room);
   EXPECT_EQ(batch.input_ids(0, 1), 6);
   scheduler.add_request("span", std::span<const std::int32_t>(prompt_tokens));

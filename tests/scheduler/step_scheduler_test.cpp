@@ -331,8 +331,8 @@ TEST(StepScheduler, RefusalsChangeNothing) {
       [&] { scheduler.submit(prompt_of(3, 1), {.max_new_tokens = -1}); }, {"max_new_tokens is -1"});
   expect_throws<std::length_error>([&] { scheduler.submit(prompt_of(3, 1)); },
                                    {"40 tokens needs 10 pages", "there are 5"});
-  const auto a = scheduler.submit(
-      prompt_of(6, 1), {.max_new_tokens = 15});  // 21 tokens, of which 20 are ever stored
+  // 21 tokens, of which 20 are ever stored
+  const auto a = scheduler.submit(prompt_of(6, 1), {.max_new_tokens = 15});
   ef::StepPlan plan;
   EXPECT_THROW(scheduler.complete({}), std::invalid_argument);
   ASSERT_TRUE(scheduler.next_step(plan));

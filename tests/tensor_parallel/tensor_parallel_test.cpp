@@ -49,8 +49,8 @@ TEST(TensorParallel, ContractCalls) {
   ef::ThreadCommunicator::run(world_size, [&](auto& communicator) {
     const int rank = communicator.rank();
     {
-      ef::Tensor<float, 3> y = ef::column_parallel_linear(
-          input, weight, communicator);  // input (batch, seq, hidden), weight (out, hidden)
+      // input (batch, seq, hidden), weight (out, hidden)
+      ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator);
       EXPECT_EQ(y.dimension(2), 5);
     }
     ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator,

@@ -43,8 +43,8 @@ struct File {
 
 namespace detail {
 
-inline constexpr std::uint64_t kMaxHeader =
-    100'000'000;  // the limit of the reference implementation
+// the limit of the reference implementation
+inline constexpr std::uint64_t kMaxHeader = 100'000'000;
 
 [[noreturn]] inline void fail(const std::string& what) { throw Error("safetensors: " + what); }
 

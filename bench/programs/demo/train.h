@@ -21,7 +21,7 @@ namespace demo {
 
 struct TrainingPlan {
   Index batch = 1, length = 288;  // of a micro-batch
-  Index accumulation = 2;         // micro-batches a step
+  Index accumulation = 2;         // micro-batches per step
   Index tokens = 1'440'000;       // in all: what is recalled depends on them, not on the machine
   double learning_rate = 1.5e-3;
 
@@ -75,7 +75,7 @@ TrainingResult train(Model& model, const Eigen::ThreadPoolDevice& device, const 
   return result;
 }
 
-/// Mean cross-entropy in nats a byte over the text, through the cache and whatever weights
+/// Mean cross-entropy in nats per byte over the text, through the cache and whatever weights
 /// inference holds (float or INT8).
 template <typename Model>
 double evaluate(Model& model, const std::string& text, Index length, Index windows) {

@@ -16,7 +16,7 @@ inline namespace EIGENFORMER_ABI {
 /// Where attention writes log(sum of exp of the scores), made implicitly from an ef::Tensor or
 /// ef::TensorView of the compute type (float, or double for double inputs). The shape is that of
 /// the output without its last dimension, heads before rows:
-///   (batch, heads, seq) for (batch, seq, heads, head_dim);  (batch, seq) for (batch, seq, d_model);
+///   (batch, heads, seq) for (batch, seq, heads, head_dim); (batch, seq) for (batch, seq, d_model);
 ///   (heads, total_tokens) for packed sequences.
 class LogSumExpOutput {
  public:
@@ -89,20 +89,20 @@ struct AttentionOptions {
   Index window = 0;
   /// c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
   float softcap = 0;
-  std::optional<float> scale =
-      {};  ///< factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
-  Values<float> alibi_slopes =
-      {};  ///< one per head: adds slope * (j - p) to the score; see ef::alibi_slopes
-  Values<float> sinks =
-      {};  ///< one logit a head that joins maximum and denominator and has no value
+  /// factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
+  std::optional<float> scale = {};
+  /// one per head: adds slope * (j - p) to the score; see ef::alibi_slopes
+  Values<float> alibi_slopes = {};
+  /// one logit per head that joins maximum and denominator and has no value
+  Values<float> sinks = {};
   Index prefix_length = 0;  ///< with causal: leading keys visible to every query (prefix-LM)
-  LogSumExpOutput log_sum_exp =
-      {};  ///< a tensor that gets log(sum exp), for the backward pass or for merging
+  /// a tensor that gets log(sum exp), for the backward pass or for merging
+  LogSumExpOutput log_sum_exp = {};
   /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows
   /// are padding and give zeros.
   LengthSpan query_lengths = {};
-  std::span<float> sinks_gradient =
-      {};  ///< backward only: gets the gradient of the sinks, one per head
+  /// backward only: gets the gradient of the sinks, one per head
+  std::span<float> sinks_gradient = {};
 };
 
 }  // namespace EIGENFORMER_ABI

@@ -225,7 +225,7 @@ class MpiCommunicator {
   MPI_Comm given_ = MPI_COMM_NULL;  // to be freed, where owned
   int rank_ = 0, size_ = 1;
   std::vector<detail::CollectiveCall> calls_;
-  std::vector<int> bytes_, offsets_, other_bytes_, other_offsets_;  // one a rank
+  std::vector<int> bytes_, offsets_, other_bytes_, other_offsets_;  // one per rank
   std::vector<std::byte> scratch_;
 };
 

@@ -71,8 +71,8 @@ template <std::integral Integer>
 constexpr bool multiply_fits(Integer a, Integer b, Integer& result) {
   constexpr Integer least = (std::numeric_limits<Integer>::min)(),
                     greatest = (std::numeric_limits<Integer>::max)();
-  constexpr Integer minus_one =
-      static_cast<Integer>(Integer{0} - Integer{1});  // of an unsigned Integer the greatest
+  // of an unsigned Integer the greatest
+  constexpr Integer minus_one = static_cast<Integer>(Integer{0} - Integer{1});
   if (b > 0 && (a > greatest / b || a < least / b)) return false;
   if (b < 0 && (b == minus_one ? a < -greatest : a < greatest / b || a > least / b)) return false;
   result = static_cast<Integer>(a * b);

@@ -1,6 +1,6 @@
 /// \file
 /// CPU kernels of activations: one vectorised pass over the elements, written once over the
-/// function. An exponential costs about 20 instructions a vector, so memory bandwidth is the limit
+/// function. An exponential costs about 20 instructions per vector, so memory bandwidth is the limit
 /// for what is not in cache.
 #pragma once
 

@@ -2,7 +2,7 @@
 /// CPU kernels of the optimizers: one pass over memory each. Parameters come cut into pieces of at
 /// most problem::kPieceElements, so that threads share large parameters and do not pay for small
 /// ones, and so that sums have a fixed order: lanes in a piece, then piece after piece. An AdamW
-/// step moves 28 bytes and about 12 operations an element: memory sets its speed.
+/// step moves 28 bytes and about 12 operations per element: memory sets its speed.
 #pragma once
 
 #include <cmath>
@@ -104,8 +104,8 @@ void scale_gradients(const Backend<D, Isa>& on, const problem::ScaleGradients& p
       on, p.pieces, p.count,
       [factor = p.factor, finite = p.finite](Index index, const problem::ParameterPiece& piece) {
         const V factors = V::set1(factor), zero = V::zero();
-        V poison[4] = {zero, zero, zero,
-                       zero};  // 0 * x is NaN where x is not finite, and NaN stays
+        // 0 * x is NaN where x is not finite, and NaN stays.
+        V poison[4] = {zero, zero, zero, zero};
         for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
           V g = load<V>(piece.gradient + i, part);
           if constexpr (Scale) {

@@ -16,9 +16,9 @@ inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
 /// Work below which a part does not pay for waking a thread, in cycles of one core: 13 us at 3 GHz.
-/// The call that wakes one costs 50 us, the thread begins after 20 (bench/waking.cpp).
+/// The call that wakes one costs 50 us, the thread begins after 20 (bench/programs/waking.cpp).
 inline constexpr double kWakingCycles = 40000;
-/// The same for a thread that a ParallelRegion keeps awake: 0.2 us a part, measured, and room for
+/// The same for a thread that a ParallelRegion keeps awake: 0.2 us per part, measured, and room for
 /// parts of unequal length.
 inline constexpr double kAwakeCycles = kWakingCycles / 16;
 

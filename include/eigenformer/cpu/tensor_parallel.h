@@ -58,8 +58,8 @@ void best_candidates(const problem::Vocabulary<T>& p, Index row, std::int32_t* o
     return problem::VocabularyCandidate{static_cast<double>(logits[i]), p.shard.begin + i};
   };
   if (found == 1) {
-    candidates[0] =
-        candidate(std::max_element(logits, logits + size) - logits);  // the first of the largest
+    // the first of the largest
+    candidates[0] = candidate(std::max_element(logits, logits + size) - logits);
     return;
   }
   for (Index i = 0; i < size; ++i) order[i] = static_cast<std::int32_t>(i);

@@ -30,8 +30,8 @@ template <typename Condition>
 bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
   using Clock = std::chrono::steady_clock;
   constexpr std::chrono::microseconds kSpin{50};
-  constexpr int kLooks =
-      64;  // between two looks at the clock, which take 20 to 50 ns: 1 to 3 us of pauses
+  // between two looks at the clock, which take 20 to 50 ns: 1 to 3 us of pauses
+  constexpr int kLooks = 64;
   const auto look = [&holds] {
     for (int i = 0; i < kLooks; ++i) {
       if (holds()) return true;
@@ -97,8 +97,8 @@ class ThreadTeam {
  private:
   static constexpr int kPartBits = 16;  // Eigen's pools have fewer than 2^16 threads
   static constexpr std::uint64_t kParts = (std::uint64_t{1} << kPartBits) - 1;
-  static constexpr std::uint64_t kClosed =
-      ~kParts;  // no part to take, and a job number that 2^48 jobs would reach
+  // no part to take, and a job number that 2^48 jobs would reach
+  static constexpr std::uint64_t kClosed = ~kParts;
 
   ~ThreadTeam() = default;
 

@@ -1,5 +1,5 @@
 /// \file
-/// CUDA kernel of the causal mask: one thread an element, one coalesced write of the mask.
+/// CUDA kernel of the causal mask: one thread per element, one coalesced write of the mask.
 #pragma once
 
 #include "../problem/causal_mask.h"

@@ -1,5 +1,5 @@
 /// \file
-/// CUDA kernel of the dense KV append: one thread an element, one coalesced read and one write of
+/// CUDA kernel of the dense KV append: one thread per element, one coalesced read and one write of
 /// every new key and value.
 #pragma once
 
@@ -18,8 +18,8 @@ struct KvAppendBody {
   Storage* values;
   const Index* positions;
   Index new_key_stride, new_value_stride;  // from token to token
-  Index tokens_each, row, capacity, key_stride,
-      value_stride;  // row = kv_heads * head_dim, strides from sequence to sequence
+  // row = kv_heads * head_dim, strides from sequence to sequence
+  Index tokens_each, row, capacity, key_stride, value_stride;
 
   __device__ void operator()(Index at) const {
     const Index token = at / row, sequence = token / tokens_each;

@@ -38,7 +38,7 @@ __global__ void for_each_index(Index count, Body body) {
     body(i);
 }
 
-/// body(i) for every i in [0, count): one element a thread, grid-stride.
+/// body(i) for every i in [0, count): one element per thread, grid-stride.
 template <typename Body>
 void launch_for_each(const Eigen::GpuDevice& device, const char* operation, Index count,
                      const Body& body) {

@@ -1,5 +1,5 @@
 /// \file
-/// CUDA kernel of RMSNorm: one block a row, two coalesced passes (the second out of L2), sums in a
+/// CUDA kernel of RMSNorm: one block per row, two coalesced passes (the second out of L2), sums in a
 /// fixed tree; rows past the range of their squares as in cpu/vector/row_unit.h.
 #pragma once
 

@@ -1,5 +1,5 @@
 /// \file
-/// CUDA kernels of greedy and top-k sampling, one block a row.
+/// CUDA kernels of greedy and top-k sampling, one block per row.
 ///
 /// Greedy: one pass, the largest logit and its lowest index. Top-k: the k-th largest by radix
 /// selection (four passes over 8 bits of the ordered keys, from the highest), then two passes in
@@ -200,17 +200,17 @@ struct SampleBody {
   }
 };
 
-/// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator a
+/// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator per
 /// row, parameters by row.
 template <typename T>
 void execute(const Backend& on, const problem::Sampling<T>& p) {
   constexpr auto name = "sample on a GPU";
   require_that(p.params_stride == 0, name,
-               "parameters come one a row, expected one set for the batch");
+               "parameters come one per row, expected one set for the batch");
   const SamplingParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
   require_that(greedy || p.generators_stride == 0, name,
-               "generators come one a row, expected one for the batch");
+               "generators come one per row, expected one for the batch");
   launch_rows(on.device, "sample", p.batch,
               SampleBody<T>{p.logits, p.vocab, detail::kept_by_top_k(params), params.temperature,
                             greedy, params.top_k_ties == TopKTies::keep_all,

@@ -1,7 +1,7 @@
 /// \file
 /// Forward and backward of a decoder for training, put together from the public operators.
 /// Activations are of type Compute, weights and their gradients are float. The forward pass keeps
-/// what the backward pass reads: about (10 features + 3 hidden) elements a token and layer.
+/// what the backward pass reads: about (10 features + 3 hidden) elements per token and layer.
 #pragma once
 
 #include <vector>
@@ -22,8 +22,8 @@ inline namespace EIGENFORMER_ABI {
 template <typename Compute>
 struct DecoderTape {
   struct Layer {
-    Tensor<Compute, 2> input,
-        attention_input;  // (tokens, features): residual stream, and normalised
+    // (tokens, features): residual stream, and normalised
+    Tensor<Compute, 2> input, attention_input;
     Tensor<Compute, 4> query, key, value, attended;  // (batch, length, heads, head_dim), rotated
     Tensor<compute_type<Compute>, 3> log_sum_exp;    // (batch, heads, length)
     Tensor<Compute, 2> middle, feed_forward_input;   // (tokens, features)

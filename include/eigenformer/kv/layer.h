@@ -1,6 +1,6 @@
 /// \file
-/// The memory of one layer of ef::KvCache: pages of 64 positions in slabs that grow by half, and the
-/// tables that name them.
+/// The memory of one layer of ef::KvCache: pages of 64 positions in slabs that grow by half, and
+/// the tables that name them.
 #pragma once
 
 #include <algorithm>

@@ -187,7 +187,7 @@ void pack_int8_values(const D& device, PackedWeight<std::int8_t>& packed,
                " rows, weight has ", rows, " rows");
   if constexpr (rank_of<Scales> == 1) {
     require_that(group == 0, name, "group_size is ", group,
-                 ", but scales has one number a row: expected (", rows, ", ",
+                 ", but scales has one number per row: expected (", rows, ", ",
                  group > 0 ? (depth + group - 1) / group : 1, ")");
     require_int8_depth(depth, name);
   } else {

@@ -55,8 +55,8 @@ struct GatedBackward {
   const GY* grad_y;
   const Gate* gate;
   const Up* up;
-  Index rows, features, grad_stride, grad_y_stride,
-      gate_stride;  // grad_stride of both gradients, gate_stride of gate and up
+  // grad_stride is that of both gradients, gate_stride that of gate and up.
+  Index rows, features, grad_stride, grad_y_stride, gate_stride;
 };
 
 /// y = x + residual.

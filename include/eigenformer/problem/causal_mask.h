@@ -15,8 +15,8 @@ struct CausalMask {
   T* mask;  // (batch, query_length, key_length)
   Index batch, query_length, key_length, query_offset;
   Visibility visibility;
-  const std::int32_t*
-      segment_ids;       // (key_length) of sequence 0, nullptr where there is one document
+  // (key_length) of sequence 0, nullptr where there is one document
+  const std::int32_t* segment_ids;
   Index segment_stride;  // from one sequence of the batch to the next, 0 where shared
 
   EIGENFORMER_HOST_DEVICE constexpr bool visible(Index b, Index i, Index j) const {

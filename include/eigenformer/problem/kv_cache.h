@@ -24,12 +24,11 @@ struct KvAppend {
   Index tokens;          // of all sequences
   Index tokens_each;     // of one sequence, where offsets is nullptr
   const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
-  const Index*
-      positions;  // (batch) where a sequence's first token goes; negative leaves the sequence out
-  // positions a sequence of the target has room for. The host has checked them for the CPU; on a
-  // GPU
+  // (batch) where a sequence's first token goes; negative leaves the sequence out
+  const Index* positions;
+  // Positions that a sequence of the target has room for. For the CPU the host has checked them; on
+  // a GPU `positions` is device memory, and what lies past the capacity is left out.
   Index capacity;
-  // `positions` is device memory, and what lies past the capacity is left out.
   KvSource<Storage> target;
 
   Index sequence_of(Index token) const {

@@ -1,7 +1,7 @@
 /// \file
 /// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head,
 /// position). One struct covers dense tensors and every cache, so that attention is written once. A
-/// page table turns a position into a page; storage may be INT8 with one scale a row.
+/// page table turns a position into a page; storage may be INT8 with one scale per row.
 #pragma once
 
 #include <cstddef>
@@ -31,9 +31,9 @@ struct KvSource {
 
   const T* keys = nullptr;
   const T* values = nullptr;
-  Index sequence_stride = 0, row_stride = 0, head_stride = 0;  // in elements, of the keys
-  Index value_sequence_stride = 0, value_row_stride = 0,
-        value_head_stride = 0;  // in elements, of the values
+  // In elements: of the keys, of the values.
+  Index sequence_stride = 0, row_stride = 0, head_stride = 0;
+  Index value_sequence_stride = 0, value_row_stride = 0, value_head_stride = 0;
 
   const std::byte* const* pages = nullptr;      // [page id]
   const std::int32_t* const* tables = nullptr;  // [sequence][page of the sequence] -> page id

@@ -52,7 +52,7 @@ class PackedWeight {
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
   const detail::PanelLayout& layout() const { return layout_; }
-  /// Inputs that share a scale; 0 where there is one a row, or none.
+  /// Inputs that share a scale; 0 where there is one per row, or none.
   Index group_size() const { return group_; }
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }

@@ -19,9 +19,9 @@ struct Sampling {
   const T* logits;  // (batch, vocab)
   Index batch, vocab;
   const SamplingParams* params;
-  Index params_stride;  // 0: the same for all rows, 1: one a row
+  Index params_stride;  // 0: the same for all rows, 1: one per row
   const Philox* generators;
-  Index generators_stride;  // 0: one for all rows, 1: one a row
+  Index generators_stride;  // 0: one for all rows, 1: one per row
   std::int32_t* ids;        // (batch), -1 where the status is not ok
   SampleStatus* statuses;   // (batch), or nullptr
 

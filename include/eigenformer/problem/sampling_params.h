@@ -64,10 +64,10 @@ struct LogitBias {
 
 struct SamplingParams {
   double temperature = 1;  ///< logits are divided by it; 0 is greedy
-  Index top_k =
-      kKeepAllTokens;  ///< number of most likely tokens kept; 0, like vocab or more, keeps all
-  double top_p =
-      1;  ///< probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
+  /// number of most likely tokens kept; 0, like vocab or more, keeps all
+  Index top_k = kKeepAllTokens;
+  /// probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
+  double top_p = 1;
   double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
   /// probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
   double typical_p = 1;

@@ -20,8 +20,8 @@ struct KeyRange {
 /// besides, the first `prefix` keys.
 struct Visibility {
   bool causal = true;
-  Index window =
-      0;  ///< most recent keys seen, the query's own included; 0 means no limit. Needs causal.
+  /// most recent keys seen, the query's own included; 0 means no limit. Needs causal.
+  Index window = 0;
   Index prefix = 0;  ///< leading keys visible to every query (prefix-LM)
 
   /// Keys seen by position, of key_length, apart from the prefix. Empty where begin >= end.

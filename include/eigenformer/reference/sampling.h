@@ -47,8 +47,8 @@ inline void keep_typical(std::vector<Candidate>& tokens, double p) {
   std::stable_sort(tokens.begin(), tokens.end(), [&](const Candidate& a, const Candidate& b) {
     return distance(a) < distance(b);
   });
-  const double farthest = distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) +
-                          1e-12;  // equals may differ by rounding here
+  // equals may differ by rounding here
+  const double farthest = distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) + 1e-12;
   std::erase_if(tokens, [&](const Candidate& c) { return distance(c) > farthest; });
 }
 

@@ -79,13 +79,13 @@ class Generators {
  public:
   Generators(Philox& shared) : data_(&shared), size_(1), per_row_(false) {}
   Generators(Philox&& shared) : owned_(shared), data_(nullptr), size_(1), per_row_(false) {}
-  Generators(std::span<Philox> one_a_row)
-      : data_(one_a_row.data()), size_(static_cast<Index>(one_a_row.size())), per_row_(true) {}
+  Generators(std::span<Philox> one_per_row)
+      : data_(one_per_row.data()), size_(static_cast<Index>(one_per_row.size())), per_row_(true) {}
   template <typename Range>
     requires(std::is_convertible_v<Range&, std::span<Philox>> &&
              !std::is_same_v<std::remove_cvref_t<Range>, Generators> &&
              !std::is_same_v<std::remove_cvref_t<Range>, std::span<Philox>>)
-  Generators(Range& one_a_row) : Generators(std::span<Philox>(one_a_row)) {}
+  Generators(Range& one_per_row) : Generators(std::span<Philox>(one_per_row)) {}
 
   const Philox* data() const { return data_ != nullptr || per_row_ ? data_ : &owned_; }
   Index size() const { return size_; }

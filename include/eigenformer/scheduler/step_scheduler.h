@@ -445,8 +445,8 @@ class StepScheduler {
   mutable std::mutex mutex_;
   std::map<RequestTicket, Request> requests_;  // waiting and running
   std::map<RequestTicket, Request> finished_;
-  std::set<Rank> waiting_,
-      running_;  // nodes move from one to the other, which neither allocates nor throws
+  // nodes move from one to the other, which neither allocates nor throws
+  std::set<Rank> waiting_, running_;
   std::vector<RequestTicket> released_;
   std::vector<RequestTicket> excused_;  // wanted a token of the step under way and were cancelled
   bool under_way_ = false;

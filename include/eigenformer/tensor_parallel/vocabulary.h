@@ -100,8 +100,8 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
   Index all_kept = 0;
   for (int r = 0; r < ranks; ++r) {
     const auto at = static_cast<std::size_t>(r);
-    kept[at] = std::clamp<Index>(shard_range(shape.out, r, ranks).size(), 1,
-                                 k);  // at least 1, which can say that there is none
+    // at least 1, which can say that there is none
+    kept[at] = std::clamp<Index>(shard_range(shape.out, r, ranks).size(), 1, k);
     counts[at] = rows * kept[at];
     all_kept += kept[at];
   }
@@ -221,7 +221,7 @@ void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& h
 /// lowest index first): the tokens that top_k_sample draws from linear(hidden, weight), the same on
 /// every rank: every rank passes an rng in the same state, which moves on by one position. The draw
 /// of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps all.
-/// Sends 16 bytes for each of at most k candidates a row and rank. Throws std::invalid_argument for
+/// Sends 16 bytes for each of at most k candidates per row and rank. Throws std::invalid_argument for
 /// k < 1, a temperature that is negative or not finite, and rows as vocabulary_parallel_greedy
 /// does; rng then stays where it is.
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>

@@ -84,8 +84,8 @@ inline void on_illegal_instruction(int, siginfo_t* info, void* context) {
   constexpr int order[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP,
                              REG_RSI, REG_RDI, REG_R8,  REG_R9,  REG_R10, REG_R11,
                              REG_R12, REG_R13, REG_R14, REG_R15};
-  if (info->si_code <=
-      0) {  // sent by a process, not raised by an instruction: returning would lose it
+  // sent by a process, not raised by an instruction: returning would lose it
+  if (info->si_code <= 0) {
     sigaction(SIGILL, &action_before, nullptr);
     raise(SIGILL);
     return;

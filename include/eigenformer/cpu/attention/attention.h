@@ -84,8 +84,8 @@ class AttentionWorker {
                           frame.take<bool>(rows),
                           frame.take<BlockRange>(rows),
                           frame.take<KeyEnds>(p.value_dim)};
-    fill_line(s.scores, rows * kAttentionKeyBlock,
-              V::zero());  // lanes nobody sees are computed with and thrown away
+    // lanes nobody sees are computed with and thrown away
+    fill_line(s.scores, rows * kAttentionKeyBlock, V::zero());
     return s;
   }
 
@@ -171,7 +171,7 @@ class AttentionWorker {
   void load_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
     const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
     const int count = block.count;
-    // The next block is asked for while this one is worked on: a decode step has little work a
+    // The next block is asked for while this one is worked on: a decode step has little work per
     // byte.
     const int next = static_cast<int>(std::clamp<Index>(
         sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
@@ -241,8 +241,8 @@ class AttentionWorker {
       if (!range.full())
         x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
       x.store(scores + c);
-      top =
-          maximum(x, top);  // this order lets a NaN pass by: it reaches the row through its weight
+      // this order lets a NaN pass by: it reaches the row through its weight
+      top = maximum(x, top);
     }
     return top;
   }
@@ -254,8 +254,8 @@ class AttentionWorker {
     if (s_.ranges[r].empty()) return;
     C* const scores = s_.scores + r * kAttentionKeyBlock;
     const C maximum = (std::max)(s_.maxima[r], reduce_max(score_row(r, head, distance)));
-    const C reference =
-        maximum == -kInfinity ? C(0) : maximum;  // all scores -infinity: weights 0, not exp(NaN)
+    // all scores -infinity: weights 0, not exp(NaN)
+    const C reference = maximum == -kInfinity ? C(0) : maximum;
     V sum = V::zero();
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
       const V weight = exp(V::load(scores + c) - V::set1(reference));

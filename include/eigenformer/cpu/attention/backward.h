@@ -8,7 +8,7 @@
 ///
 /// A task is (sequence, KV head): query blocks outside, key blocks inside, both at absolute
 /// positions, so that every sum has one order and no two tasks write one element. For a query block
-/// of 64 rows scores and dP of all keys it sees are kept, 512 bytes a key in float: maximum, sum
+/// of 64 rows scores and dP of all keys it sees are kept, 512 bytes per key in float: maximum, sum
 /// and D come from the very scores and dP that P and dS are made of. Neither a rounded log_sum_exp
 /// nor a rounded output takes part, and what cancels cancels: dP counts from that of the row's
 /// greatest score, so that a row with nearly all weight on one key keeps the precision of the small

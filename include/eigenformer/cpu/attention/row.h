@@ -36,7 +36,7 @@ struct KeyEnds {
   Index first, last;
 };
 
-/// How many workers a request is worth, at kPackCycles a multiply-add (the second was worth it from
+/// How many workers a request is worth, at kPackCycles per multiply-add (the second was worth it from
 /// 65536 on in all, in a ParallelRegion too).
 template <typename Backend, typename Problem>
 Index attention_workers(const Backend& on, const Problem& p, Index tasks) {

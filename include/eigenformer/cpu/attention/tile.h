@@ -74,9 +74,9 @@ void for_each_key_block(const Visibility& visibility, Index first, Index count, 
   const Index window_begin = visibility.keys(first, key_length).begin;
   const Index end = (std::max)(visibility.keys(first + count - 1, key_length).end, prefix);
   for (Index block = 0; block < end; block += kAttentionKeyBlock) {
+    // whole blocks before the window
     if (block >= prefix && block + kAttentionKeyBlock <= window_begin)
-      block =
-          window_begin / kAttentionKeyBlock * kAttentionKeyBlock;  // whole blocks before the window
+      block = window_begin / kAttentionKeyBlock * kAttentionKeyBlock;
     if (block < end) f(block);
   }
 }

@@ -101,9 +101,9 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   std::int32_t* offsets = result.offsets + r * result.groups;
   for (Index k = 0; k < depth; k += chunk) {
     const Index n = (std::min)(chunk, depth - k), padded = (n + 3) / 4 * 4;
+    // the next row, whose maximum comes next
     for (Index at = 0; at < n; at += 64 / Index{sizeof(X)})
-      simd::prefetch_after(row + k + at,
-                           depth * Index{sizeof(X)});  // the next row, whose maximum comes next
+      simd::prefetch_after(row + k + at, depth * Index{sizeof(X)});
     quantize_activation_line<Isa>(row + k, n, scale, values);
     std::fill(values + n, values + padded, std::int8_t{0});
     place_quads<Dot>(values, k, padded, height, to);

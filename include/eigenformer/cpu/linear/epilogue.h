@@ -30,7 +30,8 @@ struct TileSums {
   const std::int32_t* row_offsets;  // (rows) to take off int8 sums
 };
 
-// ---- reading: columns(...) is what a vector of columns shares in all rows, its read(tile, row, sums) one row of them
+// ---- reading: columns(...) is what a vector of columns shares in all rows, its
+// read(tile, row, sums) is one row of them
 
 /// part of B as the sums' type, zeros where there is no bias.
 template <typename V, typename B, typename Part>
@@ -123,8 +124,8 @@ struct Finish {
   template <typename Isa, typename Sum>
   void store(Isa, const TileSums<Sum>& tile) const {
     using V = simd::Vec<std::conditional_t<std::is_same_v<Sum, double>, double, float>, Isa>;
-    if constexpr (V::lanes * sizeof(Y) ==
-                  64)  // parts of a line would wait for each other in too few buffers
+    // parts of a line would wait for each other in too few buffers
+    if constexpr (V::lanes * sizeof(Y) == 64)
       if (streaming)
         return store_rows<V>(tile, [](V value, Y* to, auto) { value.store_streaming(to); });
     store_rows<V>(tile, [](V value, Y* to, auto part) { cpu::store(value, to, part); });

@@ -94,8 +94,8 @@ struct ProductBlock {
   static constexpr bool gated = Problem::epilogue_type::gated,
                         resumes = Problem::epilogue_type::starts_from_output;
   using Sum = std::conditional_t<grouped, float, typename Dot::Sum>;
-  static constexpr Index panel_step =
-      Index{Dot::columns} * Dot::step;  // elements of a panel in one step
+  // elements of a panel in one step
+  static constexpr Index panel_step = Index{Dot::columns} * Dot::step;
   static constexpr int outputs = gated ? Dot::columns / 2 : Dot::columns;  // of a panel
 
   static_assert(!gated || Dot::vectors % 2 == 0,
@@ -174,8 +174,8 @@ struct ProductBlock {
       stride = block_steps<Dot, packed>() * panel_step;
       weights = scratch.chunk;
     }
-    const Index at_once =
-        t1 - t0 == 1 ? panels : 1;  // many tiles: a panel's chunk stays in cache for all of them
+    // many tiles: a panel's chunk stays in cache for all of them
+    const Index at_once = t1 - t0 == 1 ? panels : 1;
     for (Index j = 0; j < panels; j += at_once) {
       // What comes after this panel's chunk, in elements: the next panel's, the first panel's next,
       // or the next group's first.
@@ -213,8 +213,8 @@ struct ProductBlock {
     const auto bytes = [](Index elements) {
       return static_cast<std::uintptr_t>(elements) * sizeof(Stored);
     };
-    const auto base = reinterpret_cast<std::uintptr_t>(
-        weights);  // numbers, because a fetch past the end is harmless and a pointer is not
+    // numbers, because a fetch past the end is harmless and a pointer is not
+    const auto base = reinterpret_cast<std::uintptr_t>(weights);
     if (packed && turns == 1)
       return {base + bytes(here) + std::uintptr_t{tile::kStreamBytes}, bytes(panel_step)};
     std::uintptr_t part = static_cast<std::uintptr_t>(count) * tile::kLineBytes;
@@ -294,7 +294,7 @@ void product(const Backend<D, Isa>& on, const Problem& p) {
     const auto scratch = [&](int worker) {
       return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk};
     };
-    // A step of a panel costs two cycles a row, and eight to fetch its weights.
+    // A step of a panel costs two cycles per row, and eight to fetch its weights.
     const Index panel_cycles = (steps + 1) * (2 * rows + 8);
     if (panels < workers && tile_count > panels)
       parallel_for(on, tile_count, Cost{panel_cycles * panels / tile_count, 1},

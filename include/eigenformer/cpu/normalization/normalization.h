@@ -1,6 +1,6 @@
 /// \file
 /// CPU kernels of RMSNorm. A row is read twice, the second time out of L1: sum of squares, then the
-/// scaled row; 3 flops an element against 2 sizeof(T) bytes, so memory bandwidth is the limit for
+/// scaled row; 3 flops per element against 2 sizeof(T) bytes, so memory bandwidth is the limit for
 /// rows that are not in cache.
 ///
 /// Backward (with r = 1 / sqrt(mean(x^2) + epsilon), g the gradient of y, n features):

@@ -19,8 +19,8 @@ namespace cpu {
 /// Monotone integer image of a logit: larger logits have larger keys, and -0 has the key of +0.
 EIGENFORMER_INLINE std::uint32_t order_key(float x) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(x + 0.0f);
-  return bits ^
-         ((0u - (bits >> 31)) | 0x80000000u);  // no branch: the sign of a logit is a coin toss
+  // no branch: the sign of a logit is a coin toss
+  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
 }
 EIGENFORMER_INLINE std::uint64_t order_key(double x) {
   const std::uint64_t bits = std::bit_cast<std::uint64_t>(x + 0.0);
@@ -38,8 +38,8 @@ struct PrefixEnd {
 struct SelectionLimits {
   static constexpr int bin_bits = 11;
   static constexpr Index bins = Index{1} << bin_bits;
-  static constexpr Index ways =
-      4;  // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
+  // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
+  static constexpr Index ways = 4;
   static constexpr Index sort = 256;  // below this a sort costs less than the bins
 };
 
@@ -96,9 +96,8 @@ PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights w
     shift = (std::max)(0, shift - SelectionLimits::bin_bits);
     n = narrow_to_bin(values, n, shift, target, above, key, weights, scratch);
   }
-  if (shift > 0)
-    std::sort(values, values + n,
-              [&](C a, C b) { return key(a) > key(b); });  // at 0 all keys are equal
+  // at 0 all keys are equal
+  if (shift > 0) std::sort(values, values + n, [&](C a, C b) { return key(a) > key(b); });
   for (Index begin = 0;;) {
     Index end = begin + 1;
     while (end < n && values[end] == values[begin]) ++end;
@@ -267,8 +266,8 @@ void set_temperature(SamplingRow<T>& row, double temperature) {
     row.band.lo_end = nth_equal<Isa>(row, row.band.hi, 1) + 1;
     row.band.lo = row.band.hi;
   } else {
-    row.inverse_temperature =
-        (std::min)(1.0 / temperature, 1e300);  // finite, so that 0 times it is 0
+    // finite, so that 0 times it is 0
+    row.inverse_temperature = (std::min)(1.0 / temperature, 1e300);
   }
 }
 

@@ -46,8 +46,8 @@ float log_probability(const SamplingRow<T>& row, Index token, double log_total) 
 template <typename Isa, typename T>
 void best_tokens(SamplingRow<T>& row, Index count, std::int32_t* ids,
                  const SamplingScratch<compute_type<T>>& scratch) {
-  row.band.lo = -std::numeric_limits<
-      compute_type<T>>::infinity();  // here a banned token counts: it is among the best of few
+  // here a banned token counts: it is among the best of few
+  row.band.lo = -std::numeric_limits<compute_type<T>>::infinity();
   keep_top_k<Isa>(row, count, TopKTies::lowest_index, scratch);
   Index n = 0;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {

@@ -29,8 +29,8 @@ template <typename C>
 C penalized_logit(C logit, std::int32_t occurrences, const SamplingParams& params) {
   if (logit < std::numeric_limits<C>::lowest()) return logit;
   double x = static_cast<double>(logit);
-  x = x < 0 ? x * params.repetition_penalty
-            : x / params.repetition_penalty;  // towards less likely on both sides of 0
+  // towards less likely on both sides of 0
+  x = x < 0 ? x * params.repetition_penalty : x / params.repetition_penalty;
   if (occurrences > 0) x -= params.frequency_penalty * occurrences + params.presence_penalty;
   return static_cast<C>(x);
 }

@@ -52,9 +52,8 @@ struct vec<float, isa::avx2> {
   template <typename S>
   static EIGENFORMER_INLINE vec load_partial(const S* p, int n) {
     alignas(16) unsigned char buffer[lanes * sizeof(S)] = {};
-    if (n > 0)
-      std::memcpy(buffer, p,
-                  static_cast<std::size_t>(n) * sizeof(S));  // p may be null where there is nothing
+    // p may be null where there is nothing
+    if (n > 0) std::memcpy(buffer, p, static_cast<std::size_t>(n) * sizeof(S));
     return load(reinterpret_cast<const S*>(buffer));
   }
 

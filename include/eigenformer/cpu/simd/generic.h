@@ -21,7 +21,7 @@
 ///   less less_equal equal      masks; false where either is NaN
 ///   is_nan(a)
 ///   select(m, a, b)            m ? a : b
-///   m.bits()                   one bit a lane, lane 0 lowest
+///   m.bits()                   one bit per lane, lane 0 lowest
 ///   scale_exponent(a, n)       a * 2^n for integral n in [-160, 160]
 ///   swap_pairs(a)              lanes 1, 0, 3, 2, ...
 ///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree

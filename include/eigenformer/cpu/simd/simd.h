@@ -74,8 +74,8 @@ EIGENFORMER_INLINE V exp(V x) {
   if constexpr (sizeof(typename V::scalar) == 8) {
     return V::make([&](int i) { return std::exp(x.v[i]); });
   } else {
-    x = minimum(V::set1(89.0f),
-                maximum(V::set1(-104.0f), x));  // in this order a NaN passes through
+    // in this order a NaN passes through
+    x = minimum(V::set1(89.0f), maximum(V::set1(-104.0f), x));
     const V n = round(x * V::set1(1.44269504088896341f));
     V r = fma(n, V::set1(-0.693359375f), x);
     r = fma(n, V::set1(2.12194440e-4f), r);

@@ -4,7 +4,7 @@
 ///
 /// The weights' panels are those of AVX-512: 16 steps of one, 32 columns wide, are two tiles in a
 /// row, 2 KiB. Activations lie as [16 steps][row][step], so that a tile of them is contiguous. More
-/// than 16 rows take two tiles of rows by one panel (4 sums, one load a product); fewer take one by
+/// than 16 rows take two tiles of rows by one panel (4 sums, one load per product); fewer take one by
 /// two panels, which keeps four loads of weights in flight where one token streams them.
 ///
 /// bfloat16 (tdpbf16ps): in each 16 steps the even and the odd k of a pair are two chains of

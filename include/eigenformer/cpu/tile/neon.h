@@ -1,6 +1,6 @@
 /// \file
-/// Register tiles for NEON, with and without sdot: 8 x 2 vectors of 4 columns for floats, 6 x 4 for int8, in 16 and 24 of
-/// the 32 registers. The meaning of every member is in generic.h.
+/// Register tiles for NEON, with and without sdot: 8 x 2 vectors of 4 columns for floats, 6 x 4 for
+/// int8, in 16 and 24 of the 32 registers. The meaning of every member is in generic.h.
 #pragma once
 
 #include "../simd/transpose.h"
@@ -12,7 +12,7 @@ namespace tile {
 
 // 16 sums cover 4 units of 4 cycles latency and leave room for a step's 4 widened vectors of
 // bfloat16 or half and its factors, where 6 x 4 would take 34 registers. By llvm-mca and g++ 12:
-// 1.19 cycles a multiply-add with bfloat16 weights on a Cortex-A57, where 6 x 4 takes 1.24, and
+// 1.19 cycles per multiply-add with bfloat16 weights on a Cortex-A57, where 6 x 4 takes 1.24, and
 // 0.34 against 0.37 on an Exynos M5; with float weights both take 1.04 and 0.34. An even number of
 // vectors, so that the panel of a gated unit halves in whole ones.
 template <typename T>

@@ -3,8 +3,8 @@
 /// functions, which the activation kernels and the epilogues of matrix products share.
 ///
 /// An activation function (problem/activation.h names them) has two templates here: value<V>(x) and
-/// derivative<V>(x). Arguments of products are clamped to [-800, 800], where every function here has
-/// reached its limit: infinities then give the limit and not 0 * infinity. A NaN passes through
+/// derivative<V>(x). Arguments of products are clamped to [-800, 800], where every function here
+/// has reached its limit: infinities then give the limit and not 0 * infinity. A NaN passes through
 /// every clamp.
 #pragma once
 
@@ -97,8 +97,8 @@ EIGENFORMER_INLINE double exp_nonpositive(double x) {
     else
       return a * b + c;
   };
-  constexpr double shift =
-      0x1.8p52;  // adding it rounds to an integer and leaves that integer in the low bits
+  // adding it rounds to an integer and leaves that integer in the low bits
+  constexpr double shift = 0x1.8p52;
   const double clamped = x < -708.0 ? -708.0 : x;
   const double shifted = multiply_add(clamped, 0x1.71547652b82fep0, shift);
   const double n = shifted - shift;

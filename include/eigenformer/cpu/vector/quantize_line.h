@@ -65,8 +65,8 @@ class MagnitudeChains {
     residue_[i] = fma(w, V::zero(), residue_[i]);
   }
   V largest_[chains] = {V::zero(), V::zero(), V::zero(), V::zero()};
-  V residue_[chains] = {V::zero(), V::zero(), V::zero(),
-                        V::zero()};  // w * 0 is 0, or NaN for good where w is not finite
+  // w * 0 is 0, or NaN for good where w is not finite
+  V residue_[chains] = {V::zero(), V::zero(), V::zero(), V::zero()};
 };
 
 /// A loop of its own, of whole steps, which fetches ahead.
@@ -175,11 +175,11 @@ Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, floa
 /// Lanes that have an int8 scale: int8_scale is finite.
 template <typename V>
 EIGENFORMER_INLINE auto has_scale(V x) {
+  // From 0x1.ffffffp127 on, a double rounds to an infinite float.
   if constexpr (sizeof(typename V::scalar) == sizeof(float))
     return less_equal(abs(x), V::set1((std::numeric_limits<float>::max)()));
   else
-    return less(abs(x) / V::set1(127),
-                V::set1(0x1.ffffffp127));  // from there floats round to infinity
+    return less(abs(x) / V::set1(127), V::set1(0x1.ffffffp127));
 }
 
 template <typename Isa, typename T>
@@ -230,8 +230,8 @@ bool scales_of_groups(const T* line, Index group, V& scales) {
   V most = largest[0];
   for (int i = 1; i < V::lanes; ++i) most = maximum(most, largest[i]);
   const V least = V::set1(std::numeric_limits<typename V::scalar>::denorm_min());
-  scales = select(equal(most, V::zero()), V::set1(1),
-                  maximum(most / V::set1(127), least));  // as int8_scale
+  // as int8_scale
+  scales = select(equal(most, V::zero()), V::set1(1), maximum(most / V::set1(127), least));
   return true;
 }
 
