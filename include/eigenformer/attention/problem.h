@@ -93,6 +93,19 @@ inline problem::AttentionSequence aligned_sequence(Index b, Index rows, Index he
   return {b * rows, queries, rows, b, 0, key_length, key_length - queries, b * heads * rows};
 }
 
+/// One scalar for all three, and no size that overflows.
+template <typename Q, typename K, typename V>
+void check_attention_tensors(std::string_view name, const Q& q, const K& k, const V& v) {
+  static_assert(FloatingScalar<scalar_of<Q>>,
+                "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
+  static_assert(
+      std::is_same_v<scalar_of<Q>, scalar_of<K>> && std::is_same_v<scalar_of<Q>, scalar_of<V>>,
+      "eigenformer: query, key and value have one scalar type");
+  checked_size(name, "query", q);
+  checked_size(name, "key", k);
+  checked_size(name, "value", v);
+}
+
 /// Dense q, k, v of rank 3 or 4 with lengths; output and log_sum_exp are left to the caller. The
 /// sequences live in `frame`.
 template <typename Q, typename K, typename V>
@@ -100,13 +113,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
                              const LengthSpan& lengths, const AttentionOptions& options,
                              Workspace::Frame& frame) {
   using T = scalar_of<Q>;
-  static_assert(FloatingScalar<T>,
-                "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
-                "eigenformer: query, key and value have one scalar type");
-  checked_size(name, "query", q);
-  checked_size(name, "key", k);
-  checked_size(name, "value", v);
+  check_attention_tensors(name, q, k, v);
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
   const auto [k_batch, keys, kv_heads, k_dim] = attention_shape(k);
   const auto [v_batch, v_keys, v_heads, value_dim] = attention_shape(v);
@@ -170,13 +177,7 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
                               const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
                               const AttentionOptions& options, Workspace::Frame& frame) {
   using T = scalar_of<Q>;
-  static_assert(FloatingScalar<T>,
-                "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
-  static_assert(std::is_same_v<T, scalar_of<K>> && std::is_same_v<T, scalar_of<V>>,
-                "eigenformer: query, key and value have one scalar type");
-  checked_size(name, "query", q);
-  checked_size(name, "key", k);
-  checked_size(name, "value", v);
+  check_attention_tensors(name, q, k, v);
   const Index heads = q.dimension(1), head_dim = q.dimension(2), kv_heads = k.dimension(1),
               value_dim = v.dimension(2);
   require_that(k.dimension(2) == head_dim, name, "key has shape ", shape_text(k),
