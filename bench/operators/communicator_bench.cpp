@@ -2,7 +2,6 @@
 // bytes, which needs no meeting.
 #include <eigenformer/communicator.h>
 
-#include <array>
 #include <atomic>
 #include <cstring>
 #include <thread>

@@ -1,4 +1,4 @@
-// Cross-entropy with its gradient in place: one exponential an element over a read and a write.
+// Cross-entropy with its gradient in place: one exponential per element over a read and a write.
 // Limit: memory. Peer: what an Eigen user writes by hand.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored \

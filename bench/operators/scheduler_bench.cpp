@@ -1,6 +1,6 @@
-// Schedulers: 1000 events per call, so events per second are 1000 / time. Limit: none (bookkeeping);
-// the peer is the plain model of reference/scheduler.h, vectors and linear searches, at 1000
-// requests waiting.
+// Schedulers: 1000 events per call, so events per second are 1000 / time. Limit: none
+// (bookkeeping); the peer is the plain model of reference/scheduler.h, vectors and linear searches,
+// at 1000 requests waiting.
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
 

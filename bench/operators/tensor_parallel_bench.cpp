@@ -3,8 +3,6 @@
 // of the row, Eigen by hand on the whole weight.
 #include <eigenformer/tensor_parallel.h>
 
-#include <array>
-#include <atomic>
 #include <thread>
 
 #include "report/harness.h"

@@ -3,7 +3,6 @@
 #include <eigenformer/eigenformer.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <numeric>

@@ -48,7 +48,7 @@ const std::vector<std::string>& peer_columns();
 std::size_t lane_of(const Results& results, const RowResult& row);
 
 std::string to_table(const Results& results);
-/// One row a line, figures with four significant digits.
+/// One row per line, figures with four significant digits.
 std::string to_json(const Results& results);
 /// What to_json wrote. Throws std::invalid_argument for anything else.
 Results from_json(const std::string& text);

@@ -1,6 +1,5 @@
-// The JSON of results: one row a line, and four significant digits, which is more than a timing
+// The JSON of results: one row per line, and four significant digits, which is more than a timing
 // repeats.
-#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 

@@ -4,6 +4,7 @@
 ///
 ///   mask[b, i, j] = 0 where query i of sequence b may attend to key j, -infinity elsewhere
 ///
+/// of shape (batch, query_length, key_length), in float, double, bfloat16 or half.
 /// Query i stands at the absolute position p = query_offset + i and sees key j where j <= p and
 ///   - window w > 0:       j > p - w: the w most recent keys, its own included (Beltagy et al., "Longformer", 2020)
 ///   - prefix_length n:    or j < n: a prefix that all may see (prefix-LM, Raffel et al., "T5", 2020)
@@ -13,7 +14,9 @@
 /// Attention takes the same options and needs no mask in memory; these functions serve code that
 /// wants one. Half and bfloat16 hold a true -infinity.
 ///
-/// Cost: one write of the mask. Nothing is allocated by the _into form.
+/// Throws std::invalid_argument for sizes, windows and prefixes below zero, for a shape whose size
+/// in bytes overflows and for a wrong number of segment ids, before anything is written. Cost: one
+/// write of the mask. The _into form allocates nothing. Results do not depend on threads.
 #pragma once
 
 #include <cmath>

@@ -22,7 +22,7 @@
 /// that is all -infinity give a NaN loss and gradient row. A gradient past the range of its type
 /// becomes infinite: a loss scaler sees that.
 ///
-/// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential an
+/// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential per
 /// element (two where the gradient is narrower than float); reads the logits and writes the
 /// gradient once. Nothing is allocated after the first call at a size.
 #pragma once

@@ -7,7 +7,7 @@
 ///   const ef::SequenceId a = cache.add_sequence();
 ///   cache.append(a, layer, keys, values);                    // (n, kv_heads, head_dim)
 ///   const ef::SequenceId b = cache.fork(a);                  // shares every page of a until one of them writes
-///   ef::update_kv_cache(cache, ids, new_keys, new_values, layer);   // (batch, n, kv_heads, head_dim), one sequence a row
+///   ef::update_kv_cache(cache, ids, new_keys, new_values, layer);   // (batch, n, kv_heads, head_dim), one sequence per row
 ///   cache.free(a);
 ///
 /// Layers. A page holds page_size positions of every layer. Each layer of a sequence has its own
@@ -30,7 +30,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <span>
 #include <tuple>
 #include <utility>

@@ -9,7 +9,7 @@
 /// serves contexts four times the length trained.
 ///
 /// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), or heads in the rows of a wider
-/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element a token,
+/// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element per token,
 /// batch * seq of them for rank 4: a std::vector, a std::span, an ef::Tensor of rank 1 or any other
 /// contiguous range of integers, or a braced list. Scalars are float, double, bfloat16 and half;
 /// y's may differ from x's. Angles, cosines and sines are computed in double (an angle is right to

@@ -58,10 +58,8 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
 #include <span>
-#include <string>
 #include <string_view>
 #include <vector>
 

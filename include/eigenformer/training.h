@@ -33,7 +33,6 @@
 #include <algorithm>
 #include <cmath>
 #include <concepts>
-#include <cstdint>
 #include <functional>
 #include <ranges>
 #include <span>

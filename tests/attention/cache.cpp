@@ -1,7 +1,6 @@
 // Laws of attention against a KvSource: dense or in pages of any size, whole or in chunks or token
 // by token, the bits are the same; rows past a length are never read; INT8 storage is what its
 // scales say.
-#include <memory>
 
 #include "attention_case.h"
 

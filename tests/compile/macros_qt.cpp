@@ -1,5 +1,6 @@
 // expect-success
-// Qt's keywords, which any of its headers defines unless QT_NO_KEYWORDS is set. foreign_macros.h has more of the kind.
+// Qt's keywords, which any of its headers defines unless QT_NO_KEYWORDS is set.
+// foreign_macros.cmake has more of the kind.
 #define EIGEN_USE_THREADS
 #define EIGEN_MAX_ALIGN_BYTES 64
 #include <unsupported/Eigen/CXX11/Tensor>

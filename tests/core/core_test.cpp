@@ -5,7 +5,6 @@
 #include <eigenformer/core/workspace.h>
 
 #include <atomic>
-#include <bit>
 #include <filesystem>
 #include <limits>
 #include <random>

@@ -1,6 +1,6 @@
 // One product for queries, keys and values, and what takes its output where it lies. Laws: stacked
-// weights give the bits of each weight alone, also divided among ranks; heads in the rows of a wider
-// matrix give the bits of a dense copy; ragged queries give the bits of each sequence alone.
+// weights give the bits of each weight alone, also divided among ranks; heads in the rows of a
+// wider matrix give the bits of a dense copy; ragged queries give the bits of each sequence alone.
 #include <eigenformer/attention.h>
 #include <eigenformer/kv_cache.h>
 #include <eigenformer/paged_kv_cache.h>

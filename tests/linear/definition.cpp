@@ -1,4 +1,5 @@
-// Laws: equal to the plain definition for every pair of scalars, tail, block and ISA, packed or not.
+// Laws: equal to the plain definition for every pair of scalars, tail, block and ISA, packed or
+// not.
 #include <eigenformer/linear.h>
 #include <eigenformer/reference/linear.h>
 

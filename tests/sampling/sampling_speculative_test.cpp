@@ -78,7 +78,7 @@ TEST(SpeculativeVerification, OneSeedForDrafterAndVerifier) {
                           random_tensor<float, 2>({drafts + 1, 12}, 2), {.top_k = 7}),
                       "one seed", true);
   }
-  // One generator a request, and a copy of it for its verifier.
+  // One generator per request, and a copy of it for its verifier.
   constexpr Index batch = 2000, steps = 15;
   std::vector<ef::Philox> drafter, verifier;
   for (std::uint64_t r = 0; r < batch; ++r) drafter.emplace_back(r);

@@ -5,11 +5,6 @@
 #include <eigenformer/reference/scheduler.h>
 #include <eigenformer/scheduler.h>
 
-#include <atomic>
-#include <map>
-#include <set>
-#include <thread>
-
 #include "compare.h"
 #include "failing_allocations.h"
 

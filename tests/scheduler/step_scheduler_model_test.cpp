@@ -71,7 +71,6 @@ struct History {
   Model model;
   Reached& reached;
   ef::StepPlan plan, expected;
-  Index events = 0;
   bool discarded_last = false;
 
   Index pick(Index n) { return static_cast<Index>(random() % static_cast<unsigned>(n)); }

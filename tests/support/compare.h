@@ -176,7 +176,8 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
   (f(Tags{}), ...);
 }
 
-/// Calls f(tag) for every ISA this build may call; AMX, where the machine has none, on the emulator.
+/// Calls f(tag) for every ISA this build may call; AMX, where the machine has none, runs on the
+/// emulator.
 template <typename F>
 void for_each_isa(F&& f) {
 #if defined(EIGENFORMER_ISA_AMX)

@@ -9,7 +9,6 @@
 #include <iterator>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include <eigenformer/core/philox.h>
 #include <eigenformer/core/tensor.h>

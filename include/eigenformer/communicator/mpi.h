@@ -203,7 +203,7 @@ class MpiCommunicator {
     const auto slice_bytes = [&](int r) {
       return shard_range(count, r, size_).size() * Index{sizeof(T)};
     };
-    // What arrives is one slice a rank: as many bytes as a piece, up to one element a rank more.
+    // What arrives is one slice per rank: as many bytes as a piece, up to one element per rank more.
     const auto needed = static_cast<std::size_t>(slice.size() * size_) * sizeof(T);
     if (scratch_.size() < needed) scratch_.resize(needed);
     T* slices = reinterpret_cast<T*>(scratch_.data());  // operator new aligns for every scalar

@@ -5,9 +5,6 @@
 /// No row depends on another: results do not depend on threads or on the batch.
 #pragma once
 
-#include <algorithm>
-#include <limits>
-
 #include "../core/rows.h"
 #include "../problem/kv_cache.h"
 #include "../problem/kv_source.h"

@@ -5,8 +5,6 @@
 /// step moves 28 bytes and about 12 operations per element: memory sets its speed.
 #pragma once
 
-#include <cmath>
-
 #include "../problem/optimizer.h"
 #include "backend.h"
 #include "vector/copy.h"

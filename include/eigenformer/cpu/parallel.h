@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <utility>
 
 #include "../core/device.h"
 #include "../core/error.h"
@@ -23,11 +22,11 @@ inline constexpr double kWakingCycles = 40000;
 inline constexpr double kAwakeCycles = kWakingCycles / 16;
 
 // Cycles of an element, rough: they decide only from where on a second thread pays. Beside each,
-// how many elements pay for one, and the number that stood in its place before.
-inline constexpr double kPackCycles = 0.625;   // quantized or packed, in order: 64000 (65536)
-inline constexpr double kMoveCycles = 1.25;    // rows of one head moved: 32000 (32768)
-inline constexpr double kComputeCycles = 2.5;  // activated, normalised, added: 16000 (16384)
-inline constexpr double kExpCycles = 5;        // an exponential and a sum: 8000 (8192)
+// how many elements pay for one.
+inline constexpr double kPackCycles = 0.625;   // quantized or packed, in order: 64000
+inline constexpr double kMoveCycles = 1.25;    // rows of one head moved: 32000
+inline constexpr double kComputeCycles = 2.5;  // activated, normalised, added: 16000
+inline constexpr double kExpCycles = 5;        // an exponential and a sum: 8000
 
 /// What one index of a loop costs.
 struct Cost {

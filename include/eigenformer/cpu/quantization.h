@@ -107,7 +107,7 @@ void execute(const Backend<D, Isa>& on, const problem::QuantizeActivations<T>& p
   });
 }
 
-/// max|w| of a whole tensor; `parts` has room for one number a chunk.
+/// max|w| of a whole tensor; `parts` has room for one number per chunk.
 template <typename D, typename Isa, typename T>
 Magnitude<compute_type<T>> tensor_magnitude(const Backend<D, Isa>& on, const T* numbers,
                                             Index count, compute_type<T>* parts) {

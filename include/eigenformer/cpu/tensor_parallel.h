@@ -6,9 +6,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 
 #include "../problem/tensor_parallel.h"

@@ -13,7 +13,6 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <new>
 #include <thread>
 
 #include "../core/error.h"

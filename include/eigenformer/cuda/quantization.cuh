@@ -1,5 +1,5 @@
 /// \file
-/// CUDA kernel of per-channel INT8 quantization: one block a row, one pass for the largest
+/// CUDA kernel of per-channel INT8 quantization: one block per row, one pass for the largest
 /// magnitude and one that divides, rounds and writes: two reads and a quarter of a write, the
 /// second read out of L2 for rows that fit. The numbers are those of the CPU kernel, bit for bit.
 #pragma once

@@ -9,9 +9,6 @@
 /// CPU.
 #pragma once
 
-#include <limits>
-#include <stdexcept>
-
 #include "../problem/sampling.h"
 #include "block.cuh"
 

@@ -1,6 +1,6 @@
 /// \file
 /// A decoder's step of inference, ragged: every row of a step is a chunk of one sequence, one token
-/// or thousands, and all rows go through each operator together. Ten operator calls a layer:
+/// or thousands, and all rows go through each operator together. Ten operator calls per layer:
 ///
 ///   n = add_rms_norm(x, branch)      qkv = linear(n)         q, k = rope(qkv), rope(qkv)       append k, v
 ///   attended = attention(q, cache)   branch = linear(attended)

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cmath>
-#include <memory>
 #include <numbers>
 #include <string>
 #include <vector>

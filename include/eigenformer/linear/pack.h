@@ -23,7 +23,6 @@
 /// 133,144 for int8 without groups, where the sum of products could leave 32 bits.
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <cstdlib>
 #include <limits>

@@ -3,7 +3,6 @@
 /// rows, k-major. linear/pack.h is the manual, core/packed_array.h the memory.
 #pragma once
 
-#include <limits>
 #include <string_view>
 
 #include "../core/check.h"

@@ -3,9 +3,6 @@
 /// references share.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
-
 #include "../core/tensor.h"
 
 namespace eigenformer {

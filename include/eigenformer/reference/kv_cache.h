@@ -8,8 +8,6 @@
 #include <cstdint>
 #include <limits>
 #include <map>
-#include <utility>
-#include <vector>
 
 #include "../core/tensor.h"
 

@@ -157,7 +157,7 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
 ///
 /// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and
 /// a status and serves the others. std::invalid_argument too for sizes that differ and tokens out
-/// of range. Costs two reads of the logits and one exponential a token.
+/// of range. Costs two reads of the logits and one exponential per token.
 template <CpuDevice D, typename Logits, typename Tokens,
           detail::SamplingSets Params = SamplingParams>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,

@@ -16,9 +16,9 @@ using RequestTicket = std::int64_t;
 struct StepSchedulerOptions {
   Index max_batch_size = 8;     ///< requests running at once
   Index max_seq_length = 2048;  ///< longest text, prompt included
-  Index token_budget = 512;     ///< tokens a step computes at most, room for drafts included
-  Index prefill_chunk = 0;  ///< tokens of one request a step computes at most; 0 means token_budget
-  Index page_size = 0;      ///< positions in a page; 0 means that pages are not counted
+  Index token_budget = 512;     ///< most tokens of a step, room for drafts included
+  Index prefill_chunk = 0;      ///< most tokens of one request in a step; 0 means token_budget
+  Index page_size = 0;          ///< positions in a page; 0 means that pages are not counted
   Index page_count = 0;
 };
 

@@ -9,7 +9,6 @@
 ///   ef::column_parallel_gated_linear_into(device, h, x, gate_up, communicator, ef::Epilogue{}.silu());   // (tokens, out)
 #pragma once
 
-#include <array>
 #include <span>
 #include <vector>
 

@@ -1,5 +1,6 @@
 // Every tensor argument of every operator, given as an unevaluated expression: each line below must
-// be refused, and the first error of each must be the message of core/tensor.h (each_line.sh looks).
+// be refused, and the first error of each must be the message of core/tensor.h (each_line.sh
+// looks).
 #include <eigenformer/eigenformer.h>
 
 namespace ef = eigenformer;

@@ -15,12 +15,9 @@ TEST(Amx, NeedsLinuxOnX86) {
 
 #include <sys/mman.h>
 
-#include <array>
 #include <initializer_list>
-#include <memory>
 #include <random>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "amx_test_programs.h"

@@ -211,7 +211,7 @@ inline float widen_bfloat16(const std::uint8_t* bytes) {
   return value;
 }
 
-/// Two chains of fused multiply-adds a column, over the even and over the odd elements; their
+/// Two chains of fused multiply-adds per column, over the even and over the odd elements; their
 /// rounded sum is added to c. Which payload a NaN result carries is the one thing that is not the
 /// manual's but the compiler's.
 inline void tdpbf16ps(Tiles& tiles, int c, int a, int b) {

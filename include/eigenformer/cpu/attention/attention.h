@@ -8,7 +8,7 @@
 /// block, 64 blocks, all), so that their errors do not grow with the number of keys. A row whose
 /// sums overflow, or whose scores are too large for their rounding, goes over its keys once more,
 /// with scores and sums in double. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once
-/// for each 128 query rows; one exp a score. The scores of a block are all that is ever held of the
+/// for each 128 query rows; one exp per score. The scores of a block are all that is ever held of the
 /// score matrix.
 #pragma once
 

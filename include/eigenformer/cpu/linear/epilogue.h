@@ -6,8 +6,6 @@
 /// so that every combination is compiled for itself.
 #pragma once
 
-#include <cmath>
-
 #include "../vector/functions.h"
 #include "../vector/loop.h"
 #include "../vector/streaming.h"

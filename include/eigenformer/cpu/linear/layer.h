@@ -3,7 +3,6 @@
 /// multiplied with, and what becomes of its sums. The product itself is linear.h.
 #pragma once
 
-#include <string_view>
 #include <type_traits>
 
 #include "../../problem/linear.h"

@@ -65,7 +65,7 @@ constexpr Index even_block_rows(Index rows, Index most) {
   return std::max<Index>((each + Dot::rows - 1) / Dot::rows, 1) * Dot::rows;
 }
 
-/// Steps of one block of k. Packed panels are read out of L2 (128 KiB a block), which keeps up with
+/// Steps of one block of k. Packed panels are read out of L2 (128 KiB per block), which keeps up with
 /// the multiply-adds, so that sums are loaded and stored seldom; plain ones, packed here for many
 /// rows, stay in L1 (32 KiB). AMX's figures are reasoned, not timed.
 template <typename Dot, bool Packed>

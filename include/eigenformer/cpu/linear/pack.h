@@ -85,7 +85,7 @@ void arrange_scales(Isa, PackedWeight<std::int8_t>& packed,
           *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
 }
 
-/// How many scales a row of int8 has, and over how many inputs each.
+/// How many scales an int8 row has, and over how many inputs each.
 struct ScaleGroups {
   Index count, each;
   ScaleGroups(Index depth, Index group)

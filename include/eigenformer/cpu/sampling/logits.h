@@ -4,8 +4,6 @@
 /// double and rounded once.
 #pragma once
 
-#include <cmath>
-
 #include "row.h"
 
 namespace eigenformer {

@@ -3,7 +3,7 @@
 /// every block of 128 tokens; one streaming read), filtered (filters.h), and drawn from by
 /// the inverse of its cumulative distribution in token order. Greedy is the scan and one block.
 /// Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
-/// maximum; a draw without top-k adds one exponential a token in double, about 1 ns each.
+/// maximum; a draw without top-k adds one exponential per token in double, about 1 ns each.
 #pragma once
 
 #include "../../core/workspace.h"

@@ -27,7 +27,6 @@
 ///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 

@@ -30,7 +30,6 @@
 #pragma once
 
 #include <cstring>
-#include <utility>
 
 #include "../simd/simd.h"
 
