@@ -16,8 +16,8 @@ namespace bench {
 namespace {
 
 constexpr int kRounds = 9;
-[[maybe_unused]] constexpr int kChains =
-    16;  // covers 2 units of 6 cycles latency, within 32 registers
+// covers 2 units of 6 cycles latency, within 32 registers
+[[maybe_unused]] constexpr int kChains = 16;
 [[maybe_unused]] constexpr int kIterations = 200000;
 
 [[maybe_unused]] double operations_per_second(int threads, double operations,

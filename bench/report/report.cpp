@@ -279,8 +279,8 @@ class Reporter {
   }
 
   static constexpr double kSecondsPerCall = 2.5;  // for all turns of a call on a number of threads
-  static constexpr double kQuickSeconds =
-      45;  // leaves room for inputs, checks and packing within a minute
+  // leaves room for inputs, checks and packing within a minute
+  static constexpr double kQuickSeconds = 45;
   static constexpr std::chrono::milliseconds kSpinning{
       40};  // OpenBLAS threads spin for 2^26 cycles before they sleep
 

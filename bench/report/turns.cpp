@@ -151,8 +151,8 @@ RemoteTimer::RemoteTimer() {
   // Duplicated onto 3, the child's end stays open across exec; everything else of ours closes.
   posix_spawn_file_actions_t actions;
   posix_spawn_file_actions_init(&actions);
-  const int spare = ends[1] == 3 ? fcntl(ends[1], F_DUPFD_CLOEXEC, 10)
-                                 : ends[1];  // dup2 onto itself would keep close-on-exec
+  // dup2 onto itself would keep close-on-exec
+  const int spare = ends[1] == 3 ? fcntl(ends[1], F_DUPFD_CLOEXEC, 10) : ends[1];
   posix_spawn_file_actions_adddup2(&actions, spare, 3);
   char program[] = "report", option[] = "--serve", descriptor[] = "3";
   char* arguments[] = {program, option, descriptor, nullptr};

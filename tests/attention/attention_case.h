@@ -16,8 +16,8 @@ struct AttentionShape {
 template <typename T>
 struct AttentionCase {
   AttentionShape shape;
-  std::vector<Index> key_lengths,
-      query_lengths;  // query_lengths: what the operator must find out, or was told
+  // query_lengths: what the operator must find out, or was told
+  std::vector<Index> key_lengths, query_lengths;
   ef::Tensor<T, 4> q, k, v;
 
   AttentionCase(const AttentionShape& s, std::vector<Index> lengths, unsigned seed = 1,

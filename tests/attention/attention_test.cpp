@@ -71,8 +71,8 @@ TYPED_TEST_SUITE(Attention, Scalars);
 
 TYPED_TEST(Attention, EqualsItsDefinitionForEveryOption) {
   const AttentionCase<TypeParam> padded({3, 100, 100, 4, 2, 24, 40}, {100, 0, 71});
-  const AttentionCase<TypeParam> chunk({2, 13, 140, 4, 1, 16, 16}, {140, 7},
-                                       5);  // more queries than keys in the second
+  // more queries than keys in the second
+  const AttentionCase<TypeParam> chunk({2, 13, 140, 4, 1, 16, 16}, {140, 7}, 5);
   const AttentionCase<TypeParam> ragged({4, 9, 80, 2, 2, 8, 8}, {80, 33, 5, 64}, 9, {9, 1, 5, 0});
   for (const auto& options : option_sweep(4)) {
     check(padded, options);
@@ -88,8 +88,8 @@ TYPED_TEST(Attention, EqualsItsDefinitionAtEveryEdge) {
                                      static_cast<unsigned>(width));
     check(c, {"width " + std::to_string(width), {.causal = true}});
   }
-  for (Index length : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129,
-                       193})  // around panels and key blocks
+  // around panels and key blocks
+  for (Index length : {1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 193})
     for (Index heads : {1, 3}) {
       const AttentionCase<TypeParam> c({1, length, length, heads, 1, 8, 8}, {length},
                                        static_cast<unsigned>(length));

@@ -106,8 +106,8 @@ TYPED_TEST(AttentionCache, WholeChunksAndTokensGiveTheSameBits) {
       TestCache<T> cache(2, length + 5, 2, 16, page_size);
       ef::Tensor<T, 4> pieces(2, length, 4, 16);
       for (Index begin = 0, end = 0; begin < length; begin = end) {
-        end = std::min(std::max(begin + chunk, named.options.prefix_length),
-                       length);  // a prefix that all see comes first
+        // a prefix that all see comes first
+        end = std::min(std::max(begin + chunk, named.options.prefix_length), length);
         for (Index b = 0; b < 2; ++b) {
           for (Index j = begin; j < end; ++j)
             for (Index h = 0; h < 2; ++h) cache.set(b, h, j, &c.k(b, j, h, 0), &c.v(b, j, h, 0));
@@ -128,8 +128,8 @@ TEST(AttentionCacheInt8, IsWhatItsScalesSay) {
   std::mt19937 generator(3);
   std::uniform_int_distribution<int> integers(-127, 127);
   TestCache<std::int8_t> cache(2, length, 2, 24, 16);
-  AttentionCase<float> c({2, 5, length, 4, 2, 24, 24},
-                         {length, 37});  // its keys become the dequantized ones
+  // its keys become the dequantized ones
+  AttentionCase<float> c({2, 5, length, 4, 2, 24, 24}, {length, 37});
   for (Index b = 0; b < 2; ++b) {
     const Index keys = c.key_lengths[static_cast<std::size_t>(b)];
     for (Index j = 0; j < keys; ++j)

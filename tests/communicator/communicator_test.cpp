@@ -158,12 +158,12 @@ TEST(ThreadCommunicator, ARankThatEndsEarlyIsAnErrorForThoseWhoWait) {
           });
         },
         {"barrier", "rank " + std::to_string(run % 3) + " has ended"});
-  ef::ThreadCommunicator::run(
-      4, [](auto& communicator) {  // an end after the last collective disturbs nobody
-        communicator.barrier();
-        if (communicator.rank() != 0)
-          std::this_thread::sleep_for(std::chrono::milliseconds(communicator.rank()));
-      });
+  // an end after the last collective disturbs nobody
+  ef::ThreadCommunicator::run(4, [](auto& communicator) {
+    communicator.barrier();
+    if (communicator.rank() != 0)
+      std::this_thread::sleep_for(std::chrono::milliseconds(communicator.rank()));
+  });
 }
 
 TEST(ThreadCommunicator, RefusesEmptyWorlds) {

@@ -88,8 +88,8 @@ TYPED_TEST(KvCache, EqualsConcatenation) {
     ef::KvCache<T, Storage> cache;
     ef::reference::KvCache<T> model;
     unsigned seed = 1;
-    for (Index n :
-         {5, 1, 1, 57, 1, 1, 63, 64, 65, 1, 130}) {  // crosses and meets the ends of pages
+    // crosses and meets the ends of pages
+    for (Index n : {5, 1, 1, 57, 1, 1, 63, 64, 65, 1, 130}) {
       for (Index layer : {0, 7}) {
         const Index heads = layer == 0 ? 2 : 3;
         const auto keys = rows<T>(2, n, heads, dim, ++seed),

@@ -43,8 +43,8 @@ TEST(LinearGrouped, RowsThreadsAndPackingFromFloatChangeNothing) {
   const ef::Tensor<float, 2> from_values =
       ef::linear(x, ef::pack_weight(q, scales, {.group_size = group}));
   EXPECT_TRUE(same_bits(y, from_values));
-  EXPECT_LE(relative_error(y, ef::reference::linear(to_double(x), to_double(weight))),
-            3e-2);  // both sides rounded to 8 bits
+  // both sides rounded to 8 bits
+  EXPECT_LE(relative_error(y, ef::reference::linear(to_double(x), to_double(weight))), 3e-2);
   for (Index t : {0, 11, 12, 40}) {
     const ef::TensorView<const float, 2> row(x.data() + t * in, 1, in);
     const ef::Tensor<float, 2> alone = ef::linear(row, packed);

@@ -82,8 +82,8 @@ TEST(LinearBackward, EqualsItsDefinitionAndAccumulates) {
 }
 
 TEST(LinearBackward, HoldsForEveryIsaAndMicroBatchesOfWholeLinks) {
-  const Index tokens = 100, in = 66, out = 41,
-              cut = 64;  // a link of a sum's chain is 1, 2 or, with AMX, 32 tokens
+  // a link of a sum's chain is 1, 2 or, with AMX, 32 tokens
+  const Index tokens = 100, in = 66, out = 41, cut = 64;
   const auto check = [&](auto scalar) {
     using T = decltype(scalar);
     const auto grad_y = random_tensor<T, 2>({tokens, out}, 1),

@@ -73,13 +73,13 @@ void expect_blocks_and_threads(Index tokens, Index in, Index out) {
 }
 
 TEST(LinearBits, DoNotDependOnBlocksOrThreads) {
-  expect_blocks_and_threads<float, float>(400, 1201,
-                                          300);  // more than a block of rows, of k and of panels
+  // more than a block of rows, of k and of panels
+  expect_blocks_and_threads<float, float>(400, 1201, 300);
   expect_blocks_and_threads<ef::bfloat16, ef::bfloat16>(400, 2401, 300);
   expect_blocks_and_threads<ef::half, ef::half>(100, 1201, 300);
   expect_blocks_and_threads<float, std::int8_t>(400, 4802, 300);
-  expect_blocks_and_threads<float, float>(100, 301,
-                                          20);  // fewer panels than threads: rows are shared out
+  // fewer panels than threads: rows are shared out
+  expect_blocks_and_threads<float, float>(100, 301, 20);
   expect_blocks_and_threads<float, float>(1, 4000, 600);
   expect_blocks_and_threads<float, std::int8_t>(3, 4000, 600);
 }
@@ -161,8 +161,8 @@ TEST(LinearBits, NothingOutsideIsReadOrWritten) {
 
 template <typename Weight, typename X>
 void expect_blocks_and_threads_of_isa(Index in) {
-  const Index tokens = 140,
-              out = 40;  // more rows than a block of AMX has, more of k than a block of any ISA
+  // more rows than a block of AMX has, more of k than a block of any ISA
+  const Index tokens = 140, out = 40;
   const auto x = random_tensor<X, 2>({tokens, in}, 1);
   const auto weight = random_tensor<float, 2>({out, in}, 2);
   for_each_isa([&](auto isa) {

@@ -126,8 +126,8 @@ TEST(LinearPacked, MovesAndCopiesKeepShapeAndMemoryTogether) {
   packed = copy;
   EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
   ef::pack_weight_into(Eigen::DefaultDevice{}, packed, small, {.group_size = 32});
-  ef::pack_weight_into(Eigen::DefaultDevice{}, packed,
-                       weight);  // the same memory, from groups back to rows
+  // the same memory, from groups back to rows
+  ef::pack_weight_into(Eigen::DefaultDevice{}, packed, weight);
   EXPECT_EQ(packed.group_size(), 0);
   EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
 }

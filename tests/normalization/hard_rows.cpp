@@ -17,8 +17,8 @@ constexpr float kLeastEpsilon = 1e-45f;  // the smallest float
 /// Rows (each of `features`) that are hard for float, and an epsilon for which they are.
 struct HardRows {
   const char* name;
-  double mean, spread,
-      first;  // normal numbers about the mean; the first element is `first` where that is not 0
+  // normal numbers about the mean; the first element is `first` where that is not 0
+  double mean, spread, first;
   float epsilon;
 };
 

@@ -96,9 +96,8 @@ TYPED_TEST(RmsNorm, GradientsEqualTheReference) {
   using G = ef::compute_type<T>;
   for (Index features : {0, 1, 5, 16, 31, 64, 65, 200})
     for (Index rows : {0, 1, 7, 64, 65, 130}) {
-      const float epsilon =
-          features == 1 ? 1.0f
-                        : kEpsilon;  // one feature: the gradient is what epsilon leaves of it
+      // one feature: the gradient is what epsilon leaves of it
+      const float epsilon = features == 1 ? 1.0f : kEpsilon;
       const auto x = random_tensor<T, 2>({rows, features}, 8),
                  grad_y = random_tensor<T, 2>({rows, features}, 9);
       const auto weight = random_tensor<G, 1>({features}, 10);

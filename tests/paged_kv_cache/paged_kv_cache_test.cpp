@@ -174,8 +174,8 @@ struct RandomHistory {
     std::shuffle(ids.begin(), ids.end(), random);
     const auto keys = rows<T>(offsets.back(), static_cast<unsigned>(random())),
                values = rows<T>(offsets.back(), static_cast<unsigned>(random()));
-    const Index first_layer = pick(2),
-                layers = pick(4) == 0 ? 1 : 2;  // now and then one layer falls behind
+    // now and then one layer falls behind
+    const Index first_layer = pick(2), layers = pick(4) == 0 ? 1 : 2;
     for (Index l = 0; l < layers; ++l) {
       const Index layer = (first_layer + l) % 2;
       try {

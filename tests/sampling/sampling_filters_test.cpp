@@ -143,8 +143,8 @@ TEST(SamplingTies, UniformVocabulariesCutExactly) {
     }
     EXPECT_EQ(kept_by(uniform, {.top_k = vocab / 2 + 1}).size(),
               static_cast<std::size_t>(vocab / 2 + 1));
-    EXPECT_EQ(kept_by(uniform, {.typical_p = .5}).size(),
-              static_cast<std::size_t>(vocab));  // equally typical
+    // equally typical
+    EXPECT_EQ(kept_by(uniform, {.typical_p = .5}).size(), static_cast<std::size_t>(vocab));
   }
 }
 

@@ -186,8 +186,8 @@ void for_each_isa(F&& f) {
   for_each_tag(ef::isa::Callable{}, f);
 }
 
-#if defined( \
-    EIGENFORMER_EXPECTED_ISA)  // .ci/run: the flags of cmake/isa/X.cmake make X the best tag
+// .ci/run: the flags of cmake/isa/X.cmake make X the best tag.
+#if defined(EIGENFORMER_EXPECTED_ISA)
 static_assert(std::is_same_v<ef::isa::best, ef::isa::EIGENFORMER_EXPECTED_ISA>);
 #endif
 

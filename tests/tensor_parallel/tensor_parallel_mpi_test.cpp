@@ -41,9 +41,8 @@ TEST(MpiCommunicator, OwnsWhatItIsTold) {
     ef::MpiCommunicator moved(std::move(borrowed));
     check_all_gather<float>(moved);
   }
-  ef::MpiCommunicator owner(
-      reversed,
-      {.take_ownership = true});  // frees it: MPI_Finalize reports leaks under a debugging MPI
+  // frees it: MPI_Finalize reports leaks under a debugging MPI
+  ef::MpiCommunicator owner(reversed, {.take_ownership = true});
   EXPECT_EQ(owner.size(), size);
   owner.barrier();
   expect_throws<std::invalid_argument>(

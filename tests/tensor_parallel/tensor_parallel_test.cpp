@@ -53,8 +53,8 @@ TEST(TensorParallel, ContractCalls) {
       ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator);
       EXPECT_EQ(y.dimension(2), 5);
     }
-    ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator,
-                                                        bias);  // (batch, seq, out) on every rank
+    // (batch, seq, out) on every rank
+    ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator, bias);
     auto shard = ef::column_shard(weight, rank, world_size);  // a view: rows [begin, end) of weight
     EXPECT_EQ(shard.data(), weight.data() + ef::shard_range(5, rank, world_size).begin * 8);
     EXPECT_EQ(shard.dimension(0), rank < 2 ? 2 : 1);

@@ -68,9 +68,8 @@ TEST(MixedPrecision, AnOverflowIsSkippedAndTheScaleBacksOff) {
     if (first(0, c) < first(0, batch.targets(0)))
       batch.targets(0) = static_cast<std::int32_t>(c);  // an unlikely target: gradient near -1
   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3});
-  ef::GradScaler scaler(
-      {.init_scale =
-           524288});  // -0.8 * 2^19 overflows half, and so does 2^18; 2^16 * -0.8 does not
+  // -0.8 * 2^19 overflows half, and so does 2^18; 2^16 * -0.8 does not
+  ef::GradScaler scaler({.init_scale = 524288});
   const ef::Tensor<float, 1> weights = model.weights();
   std::vector<ef::StepReport> reports;
   const ef::TrainOptions options{

@@ -21,9 +21,8 @@ class TinyMlp {
         weights_(
             random_tensor<float, 1>({hidden * (features + 1) + classes * (hidden + 1)}, seed, 0.5)),
         gradient_(weights_.size()) {
-    gradient_.setConstant(
-        std::numeric_limits<
-            float>::quiet_NaN());  // a step must not look at what gradients held before
+    // a step must not look at what gradients held before
+    gradient_.setConstant(std::numeric_limits<float>::quiet_NaN());
   }
 
   template <typename Compute, typename Inputs>

@@ -46,8 +46,8 @@ struct CausalMaskRow {
     if (j > 0) blend(0).store_partial(row, static_cast<int>(j));
     const auto run = [&](const V& value, Index run_end) {
       for (; j + V::lanes <= run_end; j += V::lanes) value.store_streaming(row + j);
-      if (j < run_end &&
-          j + V::lanes <= length) {  // every run that ends inside this vector is in it
+      // every run that ends inside this vector is in it
+      if (j < run_end && j + V::lanes <= length) {
         blend(j).store_streaming(row + j);
         j += V::lanes;
       }

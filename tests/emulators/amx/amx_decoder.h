@@ -28,8 +28,8 @@ struct Instruction {
   Op op;
   int length;   // bytes
   int c, a, b;  // tiles: ModRM.reg, ModRM.rm, VEX.vvvv
-  std::uint64_t
-      address;           // of memory: base + displacement, for the configuration + scaled index too
+  // of memory: base + displacement, for the configuration + scaled index too
+  std::uint64_t address;
   std::uint64_t stride;  // scaled index of sibmem, 0 where there is none
 };
 

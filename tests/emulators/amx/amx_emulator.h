@@ -120,8 +120,8 @@ inline bool amx_in_hardware() {
     std::uint32_t low, high;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low & kTileState) != kTileState) return false;
-    constexpr long kRequestPermission = 0x1023,
-                   kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   }();
   return granted;

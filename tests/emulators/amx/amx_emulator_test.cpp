@@ -162,8 +162,8 @@ TEST_F(Amx, DenormalsAreZeroAndNanStays) {
   EXPECT_EQ(product(smallest, half, 0), 0u);
   EXPECT_EQ(product(smallest, one, 0), 0x00800000u);
   EXPECT_EQ(product(0, 0, 0x00400000u), 0u);  // a denormal accumulator
-  EXPECT_EQ(product(smallest, one, 0x80c00000u),
-            0x80000000u);  // 2^-126 - 1.5 * 2^-126 is denormal: minus zero
+  // 2^-126 - 1.5 * 2^-126 is denormal: minus zero
+  EXPECT_EQ(product(smallest, one, 0x80c00000u), 0x80000000u);
   EXPECT_EQ(product(nan, one, 0), 0x7fc00000u);
   EXPECT_EQ(product(one, one, 0x7f800001u), 0x7fc00000u);
   EXPECT_EQ(product(one, infinity, 0xff800000u), 0x7fc00000u);

@@ -147,9 +147,8 @@ class AttentionWorker {
                      p_.head_dim, s_.queries + r * p_.head_dim);
       const bool sink =
           p_.sinks != nullptr && p_.sinks[head] > -std::numeric_limits<float>::infinity();
-      s_.maxima[r] =
-          sink ? static_cast<C>(p_.sinks[head])
-               : -kInfinity;  // a sink is a key with weight exp(sink - maximum) and no value
+      // a sink is a key with weight exp(sink - maximum) and no value
+      s_.maxima[r] = sink ? static_cast<C>(p_.sinks[head]) : -kInfinity;
       fill_line(s_.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
       if (sink) s_.lane_sums[r * Tile::lanes] = C(1);
     }

@@ -124,8 +124,8 @@ void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows,
     const Index depth = end;
     const Index steps = tile::product_steps<Dot>(depth);
     if (rows < height) tile::clear(to, steps * Dot::units * height);
-    if (steps * Dot::step > depth &&
-        tile::steps_at_once<Dot> > 1)  // the last of the 16 steps may stay empty
+    // the last of the 16 steps may stay empty
+    if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)
       tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
                   Index{tile::steps_at_once<Dot>} * height);
     std::fill_n(scales.offsets + r * scales.groups, height * scales.groups, 0);

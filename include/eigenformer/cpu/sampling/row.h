@@ -178,9 +178,8 @@ EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>&
                             << (i % 64);
     ends.word[i / 64] |= std::uint64_t{equal(v, lo).bits()} << (i % 64);
   }
-  const Index ties =
-      band.lo_end -
-      block * SamplingBlock::size;  // of the tokens at lo, those before this place are in play
+  // of the tokens at lo, those before this place are in play
+  const Index ties = band.lo_end - block * SamplingBlock::size;
   for (Index w = 0; w < 2; ++w) {
     const Index before = std::clamp<Index>(ties - 64 * w, 0, 64);
     const std::uint64_t in_play =

@@ -24,7 +24,7 @@ EIGENFORMER_INLINE void transpose(vec<float, isa::avx2> (&rows)[8]) {
     pairs[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
   }
   for (int i = 0; i < 8; i += 4)
-    for (int k = 0; k < 2; ++k) {  // four rows: one column a half
+    for (int k = 0; k < 2; ++k) {  // four rows: one column per half
       quads[i + 2 * k] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0x44);
       quads[i + 2 * k + 1] = _mm256_shuffle_ps(pairs[i + k], pairs[i + k + 2], 0xee);
     }
@@ -45,8 +45,8 @@ EIGENFORMER_INLINE void transpose(vec<float, isa::avx512> (&rows)[16]) {
     pairs[i + 1] = _mm512_maskz_unpackhi_ps(all, rows[i].v, rows[i + 1].v);
   }
   for (int i = 0; i < 16; i += 4)
-    for (int k = 0; k < 2;
-         ++k) {  // quads[4g + c]: columns c, c + 4, c + 8, c + 12 of rows 4g to 4g + 3
+    for (int k = 0; k < 2; ++k) {
+      // quads[4g + c]: columns c, c + 4, c + 8, c + 12 of rows 4g to 4g + 3
       quads[i + 2 * k] = _mm512_maskz_shuffle_ps(all, pairs[i + k], pairs[i + k + 2], 0x44);
       quads[i + 2 * k + 1] = _mm512_maskz_shuffle_ps(all, pairs[i + k], pairs[i + k + 2], 0xee);
     }

@@ -102,9 +102,8 @@ EIGENFORMER_INLINE double exp_nonpositive(double x) {
   const double clamped = x < -708.0 ? -708.0 : x;
   const double shifted = multiply_add(clamped, 0x1.71547652b82fep0, shift);
   const double n = shifted - shift;
-  double r = multiply_add(
-      n, -0x1.62e42feep-1,
-      clamped);  // ln 2 in two parts; the first has 32 bits, so that n times it is exact
+  // ln 2 in two parts; the first has 32 bits, so that n times it is exact
+  double r = multiply_add(n, -0x1.62e42feep-1, clamped);
   r = multiply_add(n, -0x1.a39ef35793c76p-33, r);
   double p = 1.0 / 6227020800.0;
   p = multiply_add(p, r, 1.0 / 479001600.0);
