@@ -1,15 +1,12 @@
 // Peaks of the dot-product instructions. The only benchmark file with intrinsics and assembly: it
 // measures instructions, not kernels. What the build has is asked of core/isa.h alone.
 #include <eigenformer/core/isa.h>
+#include <eigenformer/cpu/backend.h>
 
 #include "machine_limits.h"
 
 #if defined(EIGENFORMER_ISA_AVX2)
 #include <immintrin.h>
-#endif
-#if defined(EIGENFORMER_ISA_AMX)
-#include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 namespace bench {
@@ -85,13 +82,6 @@ double int8_peak_avx2(int threads) {
 #endif
 
 #if defined(EIGENFORMER_ISA_AMX)
-/// Asks Linux for the tile registers (arch_prctl ARCH_REQ_XCOMP_PERM, XTILEDATA), for all threads
-/// of the process.
-bool tiles_granted() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 /// Palette 1: eight tiles of 16 rows of 64 bytes.
 struct alignas(64) TileConfig {
   unsigned char palette = 1, start_row = 0, reserved[14] = {};
@@ -140,7 +130,7 @@ void amx_peaks(int threads, detail::DotPeaks& peaks) {
 detail::DotPeaks detail::measure_dot_peaks([[maybe_unused]] int threads) {
   DotPeaks peaks;
 #if defined(EIGENFORMER_ISA_AMX)
-  if (tiles_granted()) {
+  if (eigenformer::cpu::tiles_granted()) {
     amx_peaks(threads, peaks);
     return peaks;
   }

@@ -82,8 +82,8 @@ TYPED_TEST(Attention, EqualsItsDefinitionForEveryOption) {
 }
 
 TYPED_TEST(Attention, EqualsItsDefinitionAtEveryEdge) {
-  for (Index width = 1; width <= 35;
-       ++width) {  // around every vector width, head_dim and value_dim in opposite directions
+  // around every vector width, head_dim and value_dim in opposite directions
+  for (Index width = 1; width <= 35; ++width) {
     const AttentionCase<TypeParam> c({2, 6, 6, 2, 1, width, 36 - width}, {6, 3},
                                      static_cast<unsigned>(width));
     check(c, {"width " + std::to_string(width), {.causal = true}});

@@ -58,8 +58,8 @@ TEST(Accumulation, EpochsEqualTrainingOnBigBatches) {
     auto expected = model.reference();
     const ef::AdamWOptions options{.learning_rate = 0.01, .epsilon = 1e-3};
     ef::AdamW optimizer(model.parameters(), options);
-    for (int epoch = 0; epoch < 3;
-         ++epoch) {  // gradients of the epoch before are in the way of the next
+    // gradients of the epoch before are in the way of the next
+    for (int epoch = 0; epoch < 3; ++epoch) {
       const double loss = ef::train_step_with_grad_accumulation(model, optimizer, batches,
                                                                 static_cast<Index>(steps));
       ef::LossResult total;
