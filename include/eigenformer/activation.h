@@ -441,8 +441,8 @@ void residual_add_into(const D& device, Y&& y, const X& x, const R& residual) {
 }
 template <CpuDevice D, typename X, typename R>
 auto residual_add(const D& device, const X& x, const R& residual) {
-  require_same_shape("residual_add", "residual", input_view<rank_of<X>>(residual), "x",
-                     detail::any_input(x));
+  detail::require_same_shape("residual_add", "residual", input_view<rank_of<X>>(residual), "x",
+                             detail::any_input(x));
   auto y = detail::tensor_like("residual_add", "x", detail::any_input(x));
   residual_add_into(device, y, x, residual);
   return y;

@@ -86,7 +86,7 @@ problem::CausalMask<T> causal_mask_problem(T* mask, Index batch, Index query_len
           query_length,
           key_length,
           options.query_offset,
-          Visibility{true, options.window, options.prefix_length},
+          problem::Visibility{true, options.window, options.prefix_length},
           segments == 0 ? nullptr : options.segment_ids.data(),
           segments == key_length ? 0 : key_length};
 }
@@ -101,9 +101,9 @@ void causal_mask_into(const D& device, Mask&& mask, const CausalMaskOptions& opt
   using T = scalar_of<Mask>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: a mask holds float, double, Eigen::bfloat16 or Eigen::half");
-  require_that(options.key_length == -1 || options.key_length == view.dimension(2),
-               "causal_mask_into", "mask has ", view.dimension(2), " keys, options.key_length is ",
-               options.key_length);
+  detail::require_that(options.key_length == -1 || options.key_length == view.dimension(2),
+                       "causal_mask_into", "mask has ", view.dimension(2),
+                       " keys, options.key_length is ", options.key_length);
   const auto problem = detail::causal_mask_problem(view.data(), view.dimension(0),
                                                    view.dimension(1), view.dimension(2), options);
   detail::run(device, problem);
@@ -159,8 +159,8 @@ auto causal_mask_expression(Index query_length, Index batch_size,
 /// 2^(-8 (h + 1) / n) for the largest power of two n not above heads, then the odd powers of the
 /// sequence for 2n.
 inline std::vector<float> alibi_slopes(Index heads) {
-  require_that(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
-  checked_product(heads, Index{sizeof(float)}, "alibi_slopes", "result");
+  detail::require_that(heads >= 0, "alibi_slopes", "heads is ", heads, ", expected 0 or more");
+  detail::checked_product(heads, Index{sizeof(float)}, "alibi_slopes", "result");
   Index power = 1;
   while (power <= heads / 2) power *= 2;
   std::vector<float> slopes(static_cast<std::size_t>(heads));

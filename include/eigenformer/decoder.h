@@ -188,9 +188,9 @@ class Decoder {
   template <typename Storage>
   void step_into(Tensor<float, 2>& logits, const StepRows& rows, PagedKvCache<T, Storage>& cache,
                  std::span<const SequenceId> sequences) {
-    require_that(sequences.size() + 1 == rows.offsets.size(), "Decoder::step", "sequences has ",
-                 sequences.size(), " elements, offsets has ", rows.offsets.size(),
-                 ", expected one more");
+    detail::require_that(sequences.size() + 1 == rows.offsets.size(), "Decoder::step",
+                         "sequences has ", sequences.size(), " elements, offsets has ",
+                         rows.offsets.size(), ", expected one more");
     run(logits, rows, detail::PagedRows<PagedKvCache<T, Storage>>{cache, sequences});
   }
   template <typename Storage>
@@ -209,15 +209,16 @@ class Decoder {
                  std::span<const SequenceId> sequences) {
     constexpr auto name = "Decoder::step";
     const std::size_t rows = plan.requests.size();
-    require_that(sequences.size() == rows && plan.offsets.size() == rows + 1 &&
-                     plan.positions.size() == rows && plan.wants_token.size() == rows,
-                 name, "the plan has ", rows, " rows, ", plan.offsets.size(), " offsets, ",
-                 plan.positions.size(), " positions, there are ", sequences.size(), " sequences");
+    detail::require_that(sequences.size() == rows && plan.offsets.size() == rows + 1 &&
+                             plan.positions.size() == rows && plan.wants_token.size() == rows,
+                         name, "the plan has ", rows, " rows, ", plan.offsets.size(), " offsets, ",
+                         plan.positions.size(), " positions, there are ", sequences.size(),
+                         " sequences");
     scratch_.logits_of.clear();
     for (std::size_t i = 0; i < rows; ++i) {
       const Index length = cache.length(sequences[i]);
-      require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
-                   plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
+      detail::require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
+                           plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
       if (plan.wants_token[i] != 0) scratch_.logits_of.push_back(plan.offsets[i + 1] - 1);
     }
     step_into(logits, StepRows{plan.tokens, plan.offsets, scratch_.logits_of}, cache, sequences);
@@ -237,8 +238,8 @@ class Decoder {
   Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), n = view.dimension(1);
-    require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
-                 ", expected at least one token per sequence");
+    detail::require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
+                         ", expected at least one token per sequence");
     Tensor<float, 2> logits;
     run(logits, whole_rows({view.data(), static_cast<std::size_t>(view.size())}, batch, n),
         detail::DenseRows<KvCache<T, Storage>>{cache});
@@ -261,15 +262,15 @@ class Decoder {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), longest = view.dimension(1);
     constexpr auto name = "Decoder::prefill";
-    require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
-                 " rows, but there are ", lengths.size(), " lengths");
+    detail::require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
+                         " rows, but there are ", lengths.size(), " lengths");
     scratch_.tokens.clear();
     scratch_.offsets.assign(1, 0);
     scratch_.logits_of.clear();
     for (Index b = 0; b < batch; ++b) {
       const Index length = lengths[static_cast<std::size_t>(b)];
-      require_that(length > 0 && length <= longest, name, "lengths[", b, "] is ", length,
-                   ", expected 1 to ", longest);
+      detail::require_that(length > 0 && length <= longest, name, "lengths[", b, "] is ", length,
+                           ", expected 1 to ", longest);
       const std::int32_t* row = view.data() + b * longest;
       scratch_.tokens.insert(scratch_.tokens.end(), row, row + length);
       scratch_.offsets.push_back(scratch_.offsets.back() + length);

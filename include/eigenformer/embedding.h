@@ -121,7 +121,7 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
 template <CpuDevice D, typename GY, typename Ids>
 auto embedding_backward(const D& device, const GY& grad_y, const Ids& ids, Index rows) {
   const auto gradient = input_view<rank_of<GY>>(grad_y);
-  require_that(rows >= 0, "embedding_backward", "rows is ", rows, ", expected 0 or more");
+  detail::require_that(rows >= 0, "embedding_backward", "rows is ", rows, ", expected 0 or more");
   auto grad_table = detail::make_tensor<compute_type<scalar_of<GY>>, 2>(
       "embedding_backward", "grad_table",
       Eigen::DSizes<Index, 2>(rows, gradient.dimension(rank_of<GY> - 1)));

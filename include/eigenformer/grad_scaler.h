@@ -100,8 +100,8 @@ class GradScaler {
     detail::check_parameters(name, parameters);
     const double factor = multiplier / scale();
     detail::require_factor(name, "multiplier / scale", factor);
-    require_that(static_cast<float>(factor) != 0, name, "multiplier / scale is ", factor,
-                 " and 0 in float: it would take every gradient away");
+    detail::require_that(static_cast<float>(factor) != 0, name, "multiplier / scale is ", factor,
+                         " and 0 in float: it would take every gradient away");
     // All that can fail comes before the first gradient is written, so that a retry divides once.
     fresh_.clear();
     fresh_.reserve(parameters.size());
@@ -109,8 +109,8 @@ class GradScaler {
       if (parameter.gradient.size() > 0) fresh_.push_back({range_of(parameter), multiplier, true});
     sort(fresh_);
     for (std::size_t i = 0; i < fresh_.size(); ++i) {
-      require_that(i == 0 || !before(fresh_[i].range.begin, fresh_[i - 1].range.end), name,
-                   "two of the parameters share a gradient, it would be divided twice");
+      detail::require_that(i == 0 || !before(fresh_[i].range.begin, fresh_[i - 1].range.end), name,
+                           "two of the parameters share a gradient, it would be divided twice");
       require_order(!overlaps(unscaled_, fresh_[i].range), name,
                     "these gradients were unscaled already since the last update");
     }
@@ -205,13 +205,13 @@ class GradScaler {
   /// count.
   void load_state(const GradScalerState& state) {
     constexpr auto name = "GradScaler::load_state";
-    require_that(state.scale >= options_.min_scale && state.scale <= options_.max_scale, name,
-                 "scale is ", state.scale, ", expected ", options_.min_scale, " to ",
-                 options_.max_scale);
-    require_that(state.good_steps >= 0, name, "good_steps is ", state.good_steps,
-                 ", expected 0 or more");
-    require_that(state.skipped_steps >= 0, name, "skipped_steps is ", state.skipped_steps,
-                 ", expected 0 or more");
+    detail::require_that(state.scale >= options_.min_scale && state.scale <= options_.max_scale,
+                         name, "scale is ", state.scale, ", expected ", options_.min_scale, " to ",
+                         options_.max_scale);
+    detail::require_that(state.good_steps >= 0, name, "good_steps is ", state.good_steps,
+                         ", expected 0 or more");
+    detail::require_that(state.skipped_steps >= 0, name, "skipped_steps is ", state.skipped_steps,
+                         ", expected 0 or more");
     state_ = state;
     forget();
   }
@@ -344,19 +344,19 @@ class GradScaler {
 
   static const GradScalerOptions& checked(const GradScalerOptions& o) {
     constexpr auto name = "GradScaler";
-    require_that(o.min_scale >= 0x1p-120 && o.min_scale <= 0x1p120, name, "min_scale is ",
-                 o.min_scale, ", expected 2^-120 to 2^120");
-    require_that(o.max_scale >= o.min_scale && o.max_scale <= 0x1p120, name, "max_scale is ",
-                 o.max_scale, ", expected min_scale to 2^120");
-    require_that(o.init_scale >= o.min_scale && o.init_scale <= o.max_scale, name, "init_scale is ",
-                 o.init_scale, ", expected ", o.min_scale, " (min_scale) to ", o.max_scale,
-                 " (max_scale)");
-    require_that(o.growth_factor > 1 && std::isfinite(o.growth_factor), name, "growth_factor is ",
-                 o.growth_factor, ", expected more than 1");
-    require_that(o.backoff_factor > 0 && o.backoff_factor < 1, name, "backoff_factor is ",
-                 o.backoff_factor, ", expected between 0 and 1");
-    require_that(o.growth_interval >= 1, name, "growth_interval is ", o.growth_interval,
-                 ", expected 1 or more");
+    detail::require_that(o.min_scale >= 0x1p-120 && o.min_scale <= 0x1p120, name, "min_scale is ",
+                         o.min_scale, ", expected 2^-120 to 2^120");
+    detail::require_that(o.max_scale >= o.min_scale && o.max_scale <= 0x1p120, name,
+                         "max_scale is ", o.max_scale, ", expected min_scale to 2^120");
+    detail::require_that(o.init_scale >= o.min_scale && o.init_scale <= o.max_scale, name,
+                         "init_scale is ", o.init_scale, ", expected ", o.min_scale,
+                         " (min_scale) to ", o.max_scale, " (max_scale)");
+    detail::require_that(o.growth_factor > 1 && std::isfinite(o.growth_factor), name,
+                         "growth_factor is ", o.growth_factor, ", expected more than 1");
+    detail::require_that(o.backoff_factor > 0 && o.backoff_factor < 1, name, "backoff_factor is ",
+                         o.backoff_factor, ", expected between 0 and 1");
+    detail::require_that(o.growth_interval >= 1, name, "growth_interval is ", o.growth_interval,
+                         ", expected 1 or more");
     return o;
   }
 

@@ -107,7 +107,8 @@ class KvCache {
   /// it is. Keeps memory and shapes. Throws std::invalid_argument for a negative length. Cost:
   /// O(layers x batch).
   void truncate(Index length) {
-    require_that(length >= 0, "KvCache::truncate", "length is ", length, ", expected 0 or more");
+    detail::require_that(length >= 0, "KvCache::truncate", "length is ", length,
+                         ", expected 0 or more");
     for (auto& [index, layer] : layers_)
       if (layer.length() > length) layer.set_length(length);
   }
@@ -127,8 +128,8 @@ class KvCache {
   /// element only. (Without exceptions, memory that does not suffice ends the program:
   /// core/error.h.)
   void reserve(Index max_length) {
-    require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
-                 ", expected 0 or more");
+    detail::require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
+                         ", expected 0 or more");
     if (layers_.empty() && max_length > reserved_) Layer(1, 1, 1).growth_for(max_length);
     grow_layers((std::numeric_limits<Index>::max)(), max_length);
     reserved_ = (std::max)(reserved_, max_length);
@@ -139,10 +140,11 @@ class KvCache {
   /// negative sizes, more than 65536 layers, or where a layer has another shape.
   void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim) {
     constexpr auto name = "KvCache::reserve";
-    require_that(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0,
-                 name, "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch,
-                 ", ", max_length, ", ", kv_heads, ", ", head_dim, ", expected 0 or more each");
-    require_that(layers <= 65536, name, "layers is ", layers, ", expected 65536 at most");
+    detail::require_that(
+        layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0, name,
+        "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch, ", ", max_length,
+        ", ", kv_heads, ", ", head_dim, ", expected 0 or more each");
+    detail::require_that(layers <= 65536, name, "layers is ", layers, ", expected 65536 at most");
     Layers fresh;
     for (Index i = 0; i < layers; ++i) {
       const Layer* layer = find(i);
@@ -175,10 +177,10 @@ class KvCache {
     static_assert(
         std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
         "eigenformer: new_keys and new_values hold the scalar T of ef::KvCache<T, Storage>");
-    require_same_shape(name, "new_keys", keys, "new_values", values);
+    detail::require_same_shape(name, "new_keys", keys, "new_values", values);
     if (keys.dimension(1) < 1)
-      require_that(false, name, "new_keys has shape ", detail::shape_text(keys),
-                   ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
+      detail::require_that(false, name, "new_keys has shape ", detail::shape_text(keys),
+                           ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
     const Index batch = keys.dimension(0), kv_heads = keys.dimension(2),
                 head_dim = keys.dimension(3);
     Layer* layer = const_cast<Layer*>(find(layer_idx));
@@ -210,24 +212,26 @@ class KvCache {
   }
 
   const Layer* find(Index layer_idx) const {
-    require_that(layer_idx >= 0, "KvCache", "layer_idx is ", layer_idx, ", expected 0 or more");
+    detail::require_that(layer_idx >= 0, "KvCache", "layer_idx is ", layer_idx,
+                         ", expected 0 or more");
     const auto found = layers_.find(layer_idx);
     return found == layers_.end() ? nullptr : &found->second;
   }
 
   static void require_shape(std::string_view name, Index index, const Layer& layer, Index batch,
                             Index kv_heads, Index head_dim) {
-    require_that(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index,
-                 " of the cache holds (batch, length, kv_heads, head_dim) = (", layer.batch(), ", ",
-                 layer.length(), ", ", layer.kv_heads(), ", ", layer.head_dim(),
-                 "), new keys and values have (", batch, ", n, ", kv_heads, ", ", head_dim, ")");
+    detail::require_that(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index,
+                         " of the cache holds (batch, length, kv_heads, head_dim) = (",
+                         layer.batch(), ", ", layer.length(), ", ", layer.kv_heads(), ", ",
+                         layer.head_dim(), "), new keys and values have (", batch, ", n, ",
+                         kv_heads, ", ", head_dim, ")");
   }
 
   template <typename D, typename Keys, typename Values>
   void write(const D& device, Layer& layer, const Keys& keys, const Values& values) {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
-    require_capacity(added <= (std::numeric_limits<Index>::max)() - length, "update_kv_cache",
-                     "length ", length, " + ", added, " overflows");
+    detail::require_capacity(added <= (std::numeric_limits<Index>::max)() - length,
+                             "update_kv_cache", "length ", length, " + ", added, " overflows");
     // Sizes before data: what a view too large for any memory points to must not be read.
     layer.require_countable(length + added);
     detail::checked_size("update_kv_cache", "new_keys", keys);
@@ -304,22 +308,23 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   static_assert(KvStorage<Storage, T> && FloatingScalar<Storage>,
                 "eigenformer: a buffer holds the scalar of the new rows or a narrower "
                 "floating-point one; INT8 needs the scales of a cache");
-  require_same_shape(name, "new_keys", keys, "new_values", values);
-  require_same_shape(name, "key_buffer", key_rows, "value_buffer", value_rows);
+  detail::require_same_shape(name, "new_keys", keys, "new_values", values);
+  detail::require_same_shape(name, "key_buffer", key_rows, "value_buffer", value_rows);
   const Index batch = keys.dimension(0), added = keys.dimension(1),
               capacity = key_rows.dimension(1);
   if (key_rows.dimension(0) != batch || key_rows.dimension(2) != keys.dimension(2) ||
       key_rows.dimension(3) != keys.dimension(3))
-    require_that(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ",
-                 detail::shape_text(key_rows), ", new_keys has shape ", detail::shape_text(keys));
-  require_that(static_cast<Index>(positions.size()) == batch, name, "positions has ",
-               positions.size(), " elements, new_keys has a batch of ", batch);
-  if constexpr (!is_gpu_device<D>)
+    detail::require_that(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ",
+                         detail::shape_text(key_rows), ", new_keys has shape ",
+                         detail::shape_text(keys));
+  detail::require_that(static_cast<Index>(positions.size()) == batch, name, "positions has ",
+                       positions.size(), " elements, new_keys has a batch of ", batch);
+  if constexpr (!detail::is_gpu_device<D>)
     for (Index b = 0; b < batch; ++b) {
       const Index position = positions[static_cast<std::size_t>(b)];
-      require_capacity(position < 0 || (added <= capacity && position <= capacity - added), name,
-                       "sequence ", b, " at position ", position, " + ", added,
-                       " new ones exceeds the capacity of ", capacity);
+      detail::require_capacity(position < 0 || (added <= capacity && position <= capacity - added),
+                               name, "sequence ", b, " at position ", position, " + ", added,
+                               " new ones exceeds the capacity of ", capacity);
     }
   for (std::size_t d = 0; d < 4; ++d)
     if (keys.dimension(d) == 0) return;  // and sizes of tensors that hold nothing may overflow

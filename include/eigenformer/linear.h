@@ -223,8 +223,8 @@ template <CpuDevice D, typename Input, typename Weight, typename BiasOrEpilogue 
 auto linear(const D& device, const Input& x, const Weight& weight, const BiasOrEpilogue& end = {}) {
   const Index tokens = input_view<2>(x).dimension(0), in = input_view<2>(x).dimension(1);
   const auto [out, weight_in] = detail::weight_shape(weight);
-  require_that(weight_in == in, "linear", "weight has ", weight_in, " columns, x has ", in,
-               " features");
+  detail::require_that(weight_in == in, "linear", "weight has ", weight_in, " columns, x has ", in,
+                       " features");
   auto y = detail::make_tensor<detail::linear_result<Input, Weight>, 2>(
       "linear", "y", Eigen::DSizes<Index, 2>(tokens, out));
   linear_into(device, y, x, weight, end);

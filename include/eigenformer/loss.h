@@ -165,7 +165,8 @@ LossResult cross_entropy_with_gradient_into(const D& device, Gradient&& grad_log
       "eigenformer: the gradient has the type of the logits, or is float where they are narrower");
   const auto x = input_view<2>(logits);
   auto gradient = output_view<2>(grad_logits);
-  require_same_shape("cross_entropy_with_gradient_into", "grad_logits", gradient, "logits", x);
+  detail::require_same_shape("cross_entropy_with_gradient_into", "grad_logits", gradient, "logits",
+                             x);
   const LengthSpan classes = detail::target_span(targets);
   Workspace::Frame frame(workspace);
   LossResult result;

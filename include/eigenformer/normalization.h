@@ -155,7 +155,7 @@ void add_rms_norm_into(const D& device, Y&& y, R&& residual, const X& x, const W
   const auto addend = detail::norm_input(x);
   auto sum = output_view<rank_of<X>>(residual);
   detail::require_floating_scalars<decltype(addend)>();
-  require_same_shape(name, "residual", sum, "x", addend);
+  detail::require_same_shape(name, "residual", sum, "x", addend);
   const auto norm =
       detail::rms_norm_problem(name, output_view<rank_of<X>>(y), "residual",
                                detail::norm_input(residual), input_view<1>(weight), options);
@@ -239,7 +239,7 @@ void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const 
   const auto xv = detail::norm_input(x);
   const auto w = input_view<1>(weight), b = input_view<1>(bias);
   detail::require_floating_scalars<decltype(yv)>();
-  require_same_shape(name, "y", yv, "x", xv);
+  detail::require_same_shape(name, "y", yv, "x", xv);
   const auto shape = detail::norm_shape(name, "x", xv, w, options.epsilon);
   detail::require_features(name, "bias", b, "x", shape.features);
   using Problem = problem::LayerNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;

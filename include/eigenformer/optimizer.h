@@ -275,8 +275,8 @@ inline bool all_finite(std::span<const Parameter> parameters) {
 template <CpuDevice D>
 double clip_gradient_norm(const D& device, std::span<const Parameter> parameters, double max_norm,
                           Workspace& workspace = thread_workspace()) {
-  require_that(max_norm > 0, "clip_gradient_norm", "max_norm is ", max_norm,
-               ", expected more than 0");
+  detail::require_that(max_norm > 0, "clip_gradient_norm", "max_norm is ", max_norm,
+                       ", expected more than 0");
   const double norm = gradient_norm(device, parameters, workspace);
   if (std::isfinite(norm) && norm > max_norm)
     scale_gradients(device, parameters, max_norm / norm, workspace);

@@ -58,7 +58,7 @@ class PagedKvCache {
         layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
                                                 kName)),
         pool_(config.page_count,
-              static_cast<std::size_t>(checked_product(
+              static_cast<std::size_t>(detail::checked_product(
                   config.layers, static_cast<Index>(layout_.bytes), kName, "a page")),
               kName),
         sequences_(config.layers),
@@ -86,8 +86,8 @@ class PagedKvCache {
   SequenceId fork(SequenceId sequence, Index length = -1) {
     const std::size_t parent = find(sequence);
     const Index longest = sequences_.longest(parent);
-    require_that(length >= -1 && length <= longest, kName, "fork at length ", length, ", sequence ",
-                 sequence, " has ", longest, " positions");
+    detail::require_that(length >= -1 && length <= longest, kName, "fork at length ", length,
+                         ", sequence ", sequence, " has ", longest, " positions");
     const Index kept = length == -1 ? longest : length;
     sequences_.make_room_for_one();
     const auto& held = sequences_.pages[parent];
@@ -110,7 +110,7 @@ class PagedKvCache {
   /// std::invalid_argument for a negative length.
   void truncate(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
-    require_that(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
+    detail::require_that(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
     for (auto& lengths : sequences_.lengths) lengths[at] = (std::min)(lengths[at], length);
     auto& pages = sequences_.pages[at];
     const auto kept = static_cast<std::size_t>(
@@ -126,7 +126,8 @@ class PagedKvCache {
   /// std::invalid_argument, std::length_error.
   void reserve(SequenceId sequence, Index length) {
     const std::size_t at = find(sequence);
-    require_that(length >= 0, kName, "reserve a length of ", length, ", expected 0 or more");
+    detail::require_that(length >= 0, kName, "reserve a length of ", length,
+                         ", expected 0 or more");
     auto& pages = sequences_.pages[at];
     const Index wanted = detail::pages_for(length, config_.page_size),
                 held = static_cast<Index>(pages.size());
@@ -178,11 +179,11 @@ class PagedKvCache {
               Index layer_idx, const Keys& keys, const Values& values) {
     const auto key_rows = detail::heads_input<3>(keys);
     const auto value_rows = detail::heads_input<3>(values);
-    require_that(offsets.size() == ids.size() + 1 && offsets.front() == 0 &&
-                     offsets.back() == key_rows.dimension(0) &&
-                     std::is_sorted(offsets.begin(), offsets.end()),
-                 kName, "offsets of ", offsets.size(), " elements must rise from 0 to ",
-                 key_rows.dimension(0), " tokens in ", ids.size(), " + 1 steps");
+    detail::require_that(offsets.size() == ids.size() + 1 && offsets.front() == 0 &&
+                             offsets.back() == key_rows.dimension(0) &&
+                             std::is_sorted(offsets.begin(), offsets.end()),
+                         kName, "offsets of ", offsets.size(), " elements must rise from 0 to ",
+                         key_rows.dimension(0), " tokens in ", ids.size(), " + 1 steps");
     append_rows(device, ids, layer_idx, key_rows, value_rows, 0, offsets.data());
   }
   template <typename Keys, typename Values>
@@ -198,11 +199,11 @@ class PagedKvCache {
               const Values& values) {
     const auto k = input_view<4>(keys);
     const auto v = input_view<4>(values);
-    require_same_shape(kName, "keys", k, "values", v);
+    detail::require_same_shape(kName, "keys", k, "values", v);
     const Index batch = k.dimension(0), n = k.dimension(1);
-    require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ", batch,
-                 ", there are ", ids.size(), " sequences");
-    const Index tokens = checked_product(batch, n, kName, "keys (batch, n)");
+    detail::require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ",
+                         batch, ", there are ", ids.size(), " sequences");
+    const Index tokens = detail::checked_product(batch, n, kName, "keys (batch, n)");
     const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), tokens, k.dimension(2),
                                                         k.dimension(3));
     const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), tokens, v.dimension(2),
@@ -295,8 +296,8 @@ class PagedKvCache {
   Index total_slots() const { return config_.page_count * config_.page_size; }
 
   std::size_t checked_layer(Index layer_idx) const {
-    require_that(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ", layer_idx,
-                 ", expected 0 to ", config_.layers - 1);
+    detail::require_that(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ",
+                         layer_idx, ", expected 0 to ", config_.layers - 1);
     return static_cast<std::size_t>(layer_idx);
   }
   std::size_t find(SequenceId id) const { return sequences_.find(id, kName); }
@@ -324,12 +325,12 @@ class PagedKvCache {
                    const Keys& keys, const Values& values, Index each, const Index* offsets) {
     static_assert(std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
                   "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
-    require_same_shape(kName, "keys", keys, "values", values);
+    detail::require_same_shape(kName, "keys", keys, "values", values);
     const std::size_t layer = checked_layer(layer_idx);
     if (keys.dimension(1) != config_.kv_heads || keys.dimension(2) != config_.head_dim)
-      require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
-                   detail::shape_text(keys), ", the cache has ", config_.kv_heads, " heads of ",
-                   config_.head_dim);
+      detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
+                           detail::shape_text(keys), ", the cache has ", config_.kv_heads,
+                           " heads of ", config_.head_dim);
     KvSelection& selection = selections_[layer];
     // checks ids, and grows the tables while a failure still changes nothing
     source(layer_idx, ids, selection);
@@ -360,12 +361,12 @@ class PagedKvCache {
     ++appends_;
     for (std::size_t i = 0; i < ids.size(); ++i) {
       const std::size_t at = find(ids[i]);
-      require_that(std::exchange(sequences_.last_append[at], appends_) != appends_, kName,
-                   "sequence ", ids[i], " comes twice in an append");
+      detail::require_that(std::exchange(sequences_.last_append[at], appends_) != appends_, kName,
+                           "sequence ", ids[i], " comes twice in an append");
       const Index begin = sequences_.lengths[layer][at];
-      require_capacity(added(i) <= total_slots() - begin, kName, added(i),
-                       " more positions behind ", begin, " of sequence ", ids[i], ", the pool has ",
-                       total_slots());
+      detail::require_capacity(added(i) <= total_slots() - begin, kName, added(i),
+                               " more positions behind ", begin, " of sequence ", ids[i],
+                               ", the pool has ", total_slots());
       const Index pages = detail::pages_for(begin + added(i), config_.page_size);
       needed += std::max<Index>(0, pages - static_cast<Index>(sequences_.pages[at].size()));
     }

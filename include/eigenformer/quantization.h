@@ -120,7 +120,7 @@ void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
   const auto from = input_view<rank>(weights);
   auto to = output_view<rank>(values);
   constexpr auto name = "quantize_weights_int8";
-  require_same_shape(name, "values", to, "weights", from);
+  detail::require_same_shape(name, "values", to, "weights", from);
   const Index count = detail::checked_size(name, "weights", from);
   const problem::QuantizeTensor<scalar_of<Weights>> problem{from.data(), to.data(), &scale, count};
   detail::require_quantized(name, from, detail::run(device, problem, workspace));
@@ -155,7 +155,7 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
   detail::checked_size(name, "weights", from);
-  require_same_shape(name, "values", to, "weights", from);
+  detail::require_same_shape(name, "values", to, "weights", from);
   detail::require_row_scales(name, factors, "weights", from);
   const Index rows = from.dimension(0), columns = from.dimension(1);
   const problem::Quantize<T> problem{from.data(), to.data(), factors.data(),     rows,
@@ -189,7 +189,7 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   const auto from = input_view<2>(weights);
   auto to = output_view<2>(values);
   auto factors = output_view<2>(scales);
-  require_same_shape(name, "values", to, "weights", from);
+  detail::require_same_shape(name, "values", to, "weights", from);
   detail::checked_size(name, "weights", from);
   detail::require_group_scales(name, factors, from, group_size);
   const problem::Quantize<scalar_of<Weights>> problem{
@@ -229,7 +229,7 @@ void quantize_activations_int8_into(const D& device, Values&& values, Scales&& s
   auto to = output_view<2>(values);
   auto factors = output_view<1>(scales);
   detail::checked_size(name, "x", from);
-  require_same_shape(name, "values", to, "x", from);
+  detail::require_same_shape(name, "values", to, "x", from);
   detail::require_row_scales(name, factors, "x", from, "tokens");
   detail::run(device, problem::QuantizeActivations<T>{from.data(), to.data(), factors.data(),
                                                       from.dimension(0), from.dimension(1)});

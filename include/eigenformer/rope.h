@@ -115,8 +115,8 @@ class BasicRopeTable {
   /// Throws std::invalid_argument for bad sizes and options.
   BasicRopeTable(Index max_positions, Index head_dim, const RopeOptions& options = {}) {
     const Index rotary_dim = detail::rope_rotary_dim("RopeTable", head_dim, options);
-    require_that(max_positions >= 0, "RopeTable", "max_positions is ", max_positions,
-                 ", expected 0 or more");
+    detail::require_that(max_positions >= 0, "RopeTable", "max_positions is ", max_positions,
+                         ", expected 0 or more");
     resize(max_positions, head_dim, rotary_dim, options);
     for (Index p = 0; p < max_positions; ++p) write(p, static_cast<double>(p));
   }
@@ -145,8 +145,8 @@ class BasicRopeTable {
  private:
   void resize(Index rows, Index head_dim, Index rotary_dim, const RopeOptions& options) {
     const Index row_size = problem::RopeAngles{nullptr, rotary_dim, options.layout, 1}.row_size();
-    const Index size = checked_product(rows, row_size, "RopeTable", "table");
-    checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
+    const Index size = detail::checked_product(rows, row_size, "RopeTable", "table");
+    detail::checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
     rows_.resize(static_cast<std::size_t>(size));
     if (frequencies_.empty() || rotary_dim != rotary_dim_ || options.base != options_.base) {
       frequencies_.resize(static_cast<std::size_t>(rotary_dim / 2));

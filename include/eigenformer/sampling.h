@@ -328,7 +328,7 @@ void sampling_probabilities_into(const D& device, Out&& probabilities, const Log
   auto out = output_view<2>(probabilities);
   static_assert(std::is_same_v<scalar_of<Out>, float>,
                 "eigenformer: sampling probabilities are float");
-  require_same_shape(name, "probabilities", out, "logits", view);
+  detail::require_same_shape(name, "probabilities", out, "logits", view);
   const auto problem = detail::sampling_problem(
       name, view, params, nullptr, detail::checked_statuses(name, statuses, view.dimension(0)));
   detail::run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},

@@ -62,10 +62,10 @@ class ContinuousBatchScheduler {
   /// Throws std::invalid_argument where a size is below 1.
   ContinuousBatchScheduler(Index max_batch_size, Index max_seq_length)
       : max_batch_size_(max_batch_size), max_seq_length_(max_seq_length) {
-    require_that(max_batch_size >= 1, kName, "max_batch_size is ", max_batch_size,
-                 ", expected 1 or more");
-    require_that(max_seq_length >= 1, kName, "max_seq_length is ", max_seq_length,
-                 ", expected 1 or more");
+    detail::require_that(max_batch_size >= 1, kName, "max_batch_size is ", max_batch_size,
+                         ", expected 1 or more");
+    detail::require_that(max_seq_length >= 1, kName, "max_seq_length is ", max_seq_length,
+                         ", expected 1 or more");
   }
   ContinuousBatchScheduler(ContinuousBatchScheduler&&) = default;
   ContinuousBatchScheduler& operator=(ContinuousBatchScheduler&& other) {
@@ -82,12 +82,13 @@ class ContinuousBatchScheduler {
 
   /// Adds a request to the batch, or to the queue where the batch is full. The tokens are copied.
   void add_request(std::string_view request_id, std::span<const std::int32_t> prompt_tokens) {
-    require_that(requests_.find(request_id) == requests_.end(), kName, "request ", request_id,
-                 " exists already");
-    require_that(!prompt_tokens.empty(), kName, "the prompt of request ", request_id, " is empty");
-    require_that(std::cmp_less(prompt_tokens.size(), max_seq_length_), kName,
-                 "the prompt of request ", request_id, " has ", prompt_tokens.size(),
-                 " tokens, max_seq_length is ", max_seq_length_);
+    detail::require_that(requests_.find(request_id) == requests_.end(), kName, "request ",
+                         request_id, " exists already");
+    detail::require_that(!prompt_tokens.empty(), kName, "the prompt of request ", request_id,
+                         " is empty");
+    detail::require_that(std::cmp_less(prompt_tokens.size(), max_seq_length_), kName,
+                         "the prompt of request ", request_id, " has ", prompt_tokens.size(),
+                         " tokens, max_seq_length is ", max_seq_length_);
     const bool joins = can_add_more_requests();
     if (joins && slots_.size() == slots_.capacity()) slots_.reserve(slots_.size() * 2 + 8);
     std::list<Request> fresh;
@@ -113,7 +114,7 @@ class ContinuousBatchScheduler {
     Index longest = 0;
     for (const auto& request : slots_)
       longest = (std::max)(longest, static_cast<Index>(request->tokens.size()));
-    checked_product(batch, longest, kName, "input_ids (batch, longest)");
+    detail::checked_product(batch, longest, kName, "input_ids (batch, longest)");
     Batch result;
     result.request_ids.reserve(slots_.size());
     result.sequence_lengths.reserve(slots_.size());
@@ -136,9 +137,9 @@ class ContinuousBatchScheduler {
   /// this call.
   void update_batch(std::string_view request_id, std::int32_t new_token, bool is_finished) {
     const auto request = find(request_id);
-    require_that(request->state == State::active, kName, "request ", request_id,
-                 request->state == State::waiting ? " is waiting, not in the batch"
-                                                  : " has finished already");
+    detail::require_that(request->state == State::active, kName, "request ", request_id,
+                         request->state == State::waiting ? " is waiting, not in the batch"
+                                                          : " has finished already");
     request->tokens.push_back(new_token);
     if (is_finished || static_cast<Index>(request->tokens.size()) >= max_seq_length_)
       finish(request);
@@ -151,8 +152,8 @@ class ContinuousBatchScheduler {
   /// std::out_of_range for an unknown id, std::invalid_argument where it has not finished.
   std::vector<std::int32_t> take_finished(std::string_view request_id) {
     const auto request = find(request_id);
-    require_that(request->state == State::finished, kName, "request ", request_id,
-                 " has not finished");
+    detail::require_that(request->state == State::finished, kName, "request ", request_id,
+                         " has not finished");
     std::vector<std::int32_t> tokens = std::move(request->tokens);
     requests_.erase(request_id);
     finished_.erase(request);
@@ -198,7 +199,7 @@ class ContinuousBatchScheduler {
 
   Handle find(std::string_view request_id) const {
     const auto found = requests_.find(request_id);
-    require_known(found != requests_.end(), kName, "no request ", request_id);
+    detail::require_known(found != requests_.end(), kName, "no request ", request_id);
     return found->second;
   }
 

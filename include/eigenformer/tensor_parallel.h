@@ -278,8 +278,8 @@ void column_parallel_linear_into(const D& device, Output&& output, const Input& 
   const bool gather = detail::gathers(end, options);
   const auto x = detail::token_rows(name, input);
   const auto shape = detail::parallel_shape(name, x.dimension(0), weight, communicator, bias);
-  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
-               x.dimension(1), " features");
+  detail::require_that(shape.in == x.dimension(1), name, "weight has ", shape.in,
+                       " columns, input has ", x.dimension(1), " features");
   auto y = output_view<rank_of<Input>>(output);
   detail::require_output(name, y, input, gather ? shape.out : shape.columns.size());
   if (gather)
@@ -325,9 +325,9 @@ void row_parallel_linear_into(const D& device, Output&& output, const Input& inp
   const auto part = detail::token_rows(name, input_shard);
   const auto shape = detail::parallel_shape(name, part.dimension(0), weight, communicator, bias);
   const ShardRange own = shard_range(shape.in, communicator.rank(), communicator.size());
-  require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
-               " features, rank ", communicator.rank(), " of ", communicator.size(), " has ",
-               own.size(), " of the weight's ", shape.in, " columns");
+  detail::require_that(part.dimension(1) == own.size(), name, "input has ", part.dimension(1),
+                       " features, rank ", communicator.rank(), " of ", communicator.size(),
+                       " has ", own.size(), " of the weight's ", shape.in, " columns");
   auto y = output_view<rank_of<Input>>(output);
   detail::require_output(name, y, input_shard, shape.out);
   if (communicator.size() == 1)

@@ -20,14 +20,14 @@ namespace {
 // Random123 kat_vectors, philox4x32-10.
 TEST(Philox, KnownAnswers) {
   using Words = std::array<std::uint32_t, 4>;
-  EXPECT_EQ(ef::philox4x32_10({0, 0, 0, 0}, {0, 0}),
+  EXPECT_EQ(ef::detail::philox4x32_10({0, 0, 0, 0}, {0, 0}),
             (Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}));
-  EXPECT_EQ(
-      ef::philox4x32_10({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}, {0xffffffff, 0xffffffff}),
-      (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
-  EXPECT_EQ(
-      ef::philox4x32_10({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}, {0xa4093822, 0x299f31d0}),
-      (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
+  EXPECT_EQ(ef::detail::philox4x32_10({0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff},
+                                      {0xffffffff, 0xffffffff}),
+            (Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}));
+  EXPECT_EQ(ef::detail::philox4x32_10({0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344},
+                                      {0xa4093822, 0x299f31d0}),
+            (Words{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}));
 }
 
 void expect_draw(std::uint64_t seed, std::uint64_t position, std::uint32_t row, std::uint32_t index,
@@ -245,17 +245,18 @@ TEST(ParallelFor, MayBeCalledFromAThreadOfThePool) {
 TEST(Checks, SayOperatorArgumentExpectedAndGot) {
   expect_throws<std::invalid_argument>(
       [] {
-        ef::require_that(false, "linear", "weight has ", Index{96}, " columns, input has ", 128,
-                         " features");
+        ef::detail::require_that(false, "linear", "weight has ", Index{96}, " columns, input has ",
+                                 128, " features");
       },
       {"linear: weight has 96 columns, input has 128 features"});
   constexpr Index largest = (std::numeric_limits<Index>::max)();
-  EXPECT_THROW(ef::checked_product(largest / 2 + 1, 2, "op", "tensor"), std::invalid_argument);
-  EXPECT_EQ(ef::checked_product(largest / 2, 2, "op", "tensor"), largest - 1);
-  EXPECT_THROW(ef::checked_product(-1, 4, "op", "tensor"), std::invalid_argument);
+  EXPECT_THROW(ef::detail::checked_product(largest / 2 + 1, 2, "op", "tensor"),
+               std::invalid_argument);
+  EXPECT_EQ(ef::detail::checked_product(largest / 2, 2, "op", "tensor"), largest - 1);
+  EXPECT_THROW(ef::detail::checked_product(-1, 4, "op", "tensor"), std::invalid_argument);
   ef::Tensor<float, 2> a(2, 3), b(3, 2);
-  expect_throws<std::invalid_argument>([&] { ef::require_same_shape("op", "a", a, "b", b); },
-                                       {"(2, 3)", "(3, 2)"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::detail::require_same_shape("op", "a", a, "b", b); }, {"(2, 3)", "(3, 2)"});
 }
 
 }  // namespace

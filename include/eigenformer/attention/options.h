@@ -51,9 +51,9 @@ class LogSumExpOutput {
   C* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
     if (!present_) return nullptr;
     constexpr bool wide = std::is_same_v<C, double>;
-    require_that(wide == (doubles_ != nullptr || floats_ == nullptr) || empty(), operation,
-                 "log_sum_exp is a tensor of ",
-                 wide ? "float, expected double" : "double, expected float");
+    detail::require_that(wide == (doubles_ != nullptr || floats_ == nullptr) || empty(), operation,
+                         "log_sum_exp is a tensor of ",
+                         wide ? "float, expected double" : "double, expected float");
     bool same = rank_ == static_cast<int>(Rank);
     std::string expected;
     for (std::size_t d = 0; d < Rank; ++d) {
@@ -61,9 +61,9 @@ class LogSumExpOutput {
       if (d > 0) expected += ", ";
       expected += std::to_string(sizes[d]);
     }
-    require_that(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1],
-                 rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (", expected,
-                 ")");
+    detail::require_that(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1],
+                         rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (",
+                         expected, ")");
     if constexpr (wide)
       return doubles_;
     else

@@ -51,10 +51,10 @@ class MpiCommunicator {
   /// std::invalid_argument for a largest_message outside [1, INT_MAX].
   explicit MpiCommunicator(MPI_Comm communicator = MPI_COMM_WORLD, const MpiOptions& options = {})
       : options_(options) {
-    require_that(options.largest_message >= 1 &&
-                     options.largest_message <= (std::numeric_limits<int>::max)(),
-                 "MpiCommunicator", "largest_message is ", options.largest_message,
-                 ", expected 1 to ", (std::numeric_limits<int>::max)());
+    detail::require_that(options.largest_message >= 1 &&
+                             options.largest_message <= (std::numeric_limits<int>::max)(),
+                         "MpiCommunicator", "largest_message is ", options.largest_message,
+                         ", expected 1 to ", (std::numeric_limits<int>::max)());
     if (!running())
       detail::fail<CommunicatorError>("MpiCommunicator: MPI is not initialised, or is finalised");
     succeed(MPI_Comm_dup(communicator, &own_), "MPI_Comm_dup");

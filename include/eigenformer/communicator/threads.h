@@ -244,8 +244,8 @@ class ThreadCommunicatorGroup {
 
   /// Throws std::invalid_argument for a world_size outside [1, kMostRanks].
   explicit ThreadCommunicatorGroup(int world_size) {
-    require_that(world_size >= 1 && world_size <= kMostRanks, "ThreadCommunicator",
-                 "world_size is ", world_size, ", expected 1 to ", kMostRanks);
+    detail::require_that(world_size >= 1 && world_size <= kMostRanks, "ThreadCommunicator",
+                         "world_size is ", world_size, ", expected 1 to ", kMostRanks);
     meeting_ = std::make_shared<detail::ThreadMeeting>(world_size);
   }
 
@@ -253,8 +253,8 @@ class ThreadCommunicatorGroup {
 
   /// Throws std::invalid_argument for a rank outside [0, size()) or taken before.
   ThreadCommunicator communicator(int rank) {
-    require_that(rank >= 0 && rank < size(), "ThreadCommunicatorGroup", "rank is ", rank,
-                 ", expected 0 to ", size() - 1);
+    detail::require_that(rank >= 0 && rank < size(), "ThreadCommunicatorGroup", "rank is ", rank,
+                         ", expected 0 to ", size() - 1);
     meeting_->take_rank(rank);
     return ThreadCommunicator(meeting_, rank);
   }

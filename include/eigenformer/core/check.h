@@ -42,28 +42,26 @@ std::string shape_text(const View& view) {
   return text + ")";
 }
 
-}  // namespace detail
-
 /// Throws std::invalid_argument "operation: parts..." unless `ok`.
 /// require_that(rows == n, "linear", "bias has ", rows, " elements, weight has ", n, " rows");
 template <typename... Parts>
 void require_that(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
-    detail::fail<std::invalid_argument>(detail::join(operation, parts...));
+    fail<std::invalid_argument>(join(operation, parts...));
 }
 
 /// Throws std::length_error unless `ok`: a capacity ran out.
 template <typename... Parts>
 void require_capacity(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
-    detail::fail<std::length_error>(detail::join(operation, parts...));
+    fail<std::length_error>(join(operation, parts...));
 }
 
 /// Throws std::out_of_range unless `ok`: a key is unknown.
 template <typename... Parts>
 void require_known(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
-    detail::fail<std::out_of_range>(detail::join(operation, parts...));
+    fail<std::out_of_range>(join(operation, parts...));
 }
 
 /// The shapes of two tensors must agree in every dimension.
@@ -76,8 +74,8 @@ void require_same_shape(std::string_view operation, std::string_view name_a, con
     same = same &&
            a.dimension(static_cast<std::size_t>(d)) == b.dimension(static_cast<std::size_t>(d));
   if (!same) [[unlikely]]
-    require_that(false, operation, name_a, " has shape ", detail::shape_text(a), ", ", name_b,
-                 " has shape ", detail::shape_text(b));
+    require_that(false, operation, name_a, " has shape ", shape_text(a), ", ", name_b,
+                 " has shape ", shape_text(b));
 }
 
 /// Product of two sizes; throws std::invalid_argument where it does not fit an Index or a size is
@@ -85,10 +83,11 @@ void require_same_shape(std::string_view operation, std::string_view name_a, con
 inline Index checked_product(Index a, Index b, std::string_view operation, std::string_view what) {
   require_that(a >= 0 && b >= 0, operation, what, " has a negative size (", a, " x ", b, ")");
   Index product = 0;
-  require_that(detail::multiply_fits(a, b, product), operation, what, " of ", a, " x ", b,
+  require_that(multiply_fits(a, b, product), operation, what, " of ", a, " x ", b,
                " elements overflows");
   return product;
 }
 
+}  // namespace detail
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

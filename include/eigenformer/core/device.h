@@ -9,6 +9,7 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace detail {
 
 template <typename D>
 inline constexpr bool is_cpu_device =
@@ -23,12 +24,14 @@ template <typename D>
 inline constexpr bool is_gpu_device = false;
 #endif
 
+}  // namespace detail
+
 /// An Eigen device that operators run on.
 template <typename D>
-concept Device = is_cpu_device<D> || is_gpu_device<D>;
+concept Device = detail::is_cpu_device<D> || detail::is_gpu_device<D>;
 
 template <typename D>
-concept CpuDevice = is_cpu_device<D>;
+concept CpuDevice = detail::is_cpu_device<D>;
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -80,10 +80,11 @@ auto heads_of(Matrix&& matrix, Index first, Index heads, Index width) {
                 "Give it a name first.");
   const auto view = input_view<2>(matrix);
   const Index columns = view.dimension(1);
-  require_that(first >= 0 && first <= columns &&
-                   checked_product(heads, width, "heads_of", "a row of heads") <= columns - first,
-               "heads_of", heads, " heads of ", width, " columns from column ", first,
-               " on, expected them within the matrix's ", columns);
+  detail::require_that(
+      first >= 0 && first <= columns &&
+          detail::checked_product(heads, width, "heads_of", "a row of heads") <= columns - first,
+      "heads_of", heads, " heads of ", width, " columns from column ", first,
+      " on, expected them within the matrix's ", columns);
   using T = std::remove_pointer_t<decltype(matrix.data())>;
   return HeadsView<T>(detail::offset_by(matrix.data(), first), {view.dimension(0), heads, width},
                       columns);

@@ -12,6 +12,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
+namespace detail {
+
 /// The bijection itself: 128 bits of counter and 64 bits of key give 128 random bits.
 EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(
     std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
@@ -29,6 +31,8 @@ EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(
   }
   return {c0, c1, c2, c3};
 }
+
+}  // namespace detail
 
 /// Random numbers that are a function of (seed, position, row, purpose, index): what one row draws
 /// does not depend on the rows beside it, on threads or on the device. An operator that draws
@@ -80,7 +84,7 @@ class Philox {
   /// < 2^28.
   EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(
       std::uint32_t row, std::uint32_t index = 0, Purpose purpose = Purpose::sampling) const {
-    return philox4x32_10(
+    return detail::philox4x32_10(
         {index ^ static_cast<std::uint32_t>(purpose) << 28, row,
          static_cast<std::uint32_t>(position_), static_cast<std::uint32_t>(position_ >> 32)},
         {static_cast<std::uint32_t>(seed_), static_cast<std::uint32_t>(seed_ >> 32)});

@@ -11,12 +11,12 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
+namespace detail {
+
 /// What an operator on several scalars computes in: double where one of them is double, float
 /// otherwise.
 template <typename... Ts>
 using common_compute_type = std::conditional_t<(std::is_same_v<Ts, double> || ...), double, float>;
-
-namespace detail {
 
 /// Number of elements of a view. Throws std::invalid_argument where a size is negative, or where
 /// the bytes that its sizes other than 0 make, `element` each, do not fit an Index with room to

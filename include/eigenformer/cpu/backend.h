@@ -103,7 +103,7 @@ decltype(auto) with_granted_isa(F&& f) {
 }  // namespace cpu
 
 template <typename D, typename Isa>
-inline constexpr bool is_cpu_device<cpu::Backend<D, Isa>> = true;
+inline constexpr bool detail::is_cpu_device<cpu::Backend<D, Isa>> = true;
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

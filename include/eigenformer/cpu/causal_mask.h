@@ -76,7 +76,7 @@ struct CausalMaskRow {
 template <typename Isa, typename T>
 CausalMaskRow<Isa, T> causal_mask_row(const problem::CausalMask<T>& p, Index i) {
   const Index prefix = (std::min)(p.visibility.prefix, p.key_length);
-  const KeyRange keys = p.visibility.keys(p.query_offset + i, p.key_length);
+  const problem::KeyRange keys = p.visibility.keys(p.query_offset + i, p.key_length);
   const Index begin = std::clamp(keys.begin, prefix, p.key_length);
   return {prefix, begin, std::clamp(keys.end, begin, p.key_length), p.key_length};
 }

@@ -202,12 +202,12 @@ struct SampleBody {
 template <typename T>
 void execute(const Backend& on, const problem::Sampling<T>& p) {
   constexpr auto name = "sample on a GPU";
-  require_that(p.params_stride == 0, name,
-               "parameters come one per row, expected one set for the batch");
+  detail::require_that(p.params_stride == 0, name,
+                       "parameters come one per row, expected one set for the batch");
   const SamplingParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
-  require_that(greedy || p.generators_stride == 0, name,
-               "generators come one per row, expected one for the batch");
+  detail::require_that(greedy || p.generators_stride == 0, name,
+                       "generators come one per row, expected one for the batch");
   launch_rows(on.device, "sample", p.batch,
               SampleBody<T>{p.logits, p.vocab, detail::kept_by_top_k(params), params.temperature,
                             greedy, params.top_k_ties == TopKTies::keep_all,

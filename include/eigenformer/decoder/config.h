@@ -25,8 +25,8 @@ struct DecoderConfig {
     constexpr auto name = "Decoder";
     constexpr Index limit = Index{1} << 31;
     const auto positive = [&](Index value, const char* what) {
-      require_that(value > 0 && value < limit, name, what, " is ", value,
-                   ", expected 1 to 2^31 - 1");
+      detail::require_that(value > 0 && value < limit, name, what, " is ", value,
+                           ", expected 1 to 2^31 - 1");
     };
     positive(vocabulary, "vocabulary");
     positive(features, "features");
@@ -35,12 +35,13 @@ struct DecoderConfig {
     positive(kv_heads, "kv_heads");
     positive(head_dim, "head_dim");
     positive(hidden, "hidden");
-    require_that(heads % kv_heads == 0, name, "heads is ", heads,
-                 ", expected a multiple of kv_heads, ", kv_heads);
-    require_that(head_dim % 2 == 0, name, "head_dim is ", head_dim,
-                 ", expected an even number for the rotary embedding");
-    require_that(rope_base > 1.0f, name, "rope_base is ", rope_base, ", expected more than 1");
-    require_that(epsilon > 0.0f, name, "epsilon is ", epsilon, ", expected more than 0");
+    detail::require_that(heads % kv_heads == 0, name, "heads is ", heads,
+                         ", expected a multiple of kv_heads, ", kv_heads);
+    detail::require_that(head_dim % 2 == 0, name, "head_dim is ", head_dim,
+                         ", expected an even number for the rotary embedding");
+    detail::require_that(rope_base > 1.0f, name, "rope_base is ", rope_base,
+                         ", expected more than 1");
+    detail::require_that(epsilon > 0.0f, name, "epsilon is ", epsilon, ", expected more than 0");
   }
 };
 

@@ -77,8 +77,8 @@ class PackedDecoderWeights {
                                 WeightFormat format = WeightFormat::activation)
       : config_(config), format_(format) {
     config.validate();
-    require_that(format == WeightFormat::activation || kHasInt8, kName,
-                 "int8 weights do not serve activations of double");
+    detail::require_that(format == WeightFormat::activation || kHasInt8, kName,
+                         "int8 weights do not serve activations of double");
     if constexpr (kHasInt8)
       if (format == WeightFormat::int8) layers_.template emplace<1>();
     std::visit([&](auto& all) { all.layers.resize(static_cast<std::size_t>(config.layers)); },
@@ -94,8 +94,8 @@ class PackedDecoderWeights {
   template <CpuDevice D, typename W, Communicator C>
   void pack_layer(const D& device, Index l, const DecoderLayerViews<W>& views,
                   const C& communicator) {
-    require_that(l >= 0 && l < config_.layers, kName, "layer is ", l, ", expected 0 to ",
-                 config_.layers - 1);
+    detail::require_that(l >= 0 && l < config_.layers, kName, "layer is ", l, ", expected 0 to ",
+                         config_.layers - 1);
     const Index q = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim,
                 d = config_.features, hidden = config_.hidden;
     require_shape(views.query, "query", q, d);
@@ -212,14 +212,14 @@ class PackedDecoderWeights {
 
   template <typename View>
   static void require_shape(const View& view, const char* name, Index rows, Index columns) {
-    require_that(view.dimension(0) == rows && view.dimension(1) == columns, kName, name,
-                 " has shape ", detail::shape_text(view), ", the configuration says (", rows, ", ",
-                 columns, ")");
+    detail::require_that(view.dimension(0) == rows && view.dimension(1) == columns, kName, name,
+                         " has shape ", detail::shape_text(view), ", the configuration says (",
+                         rows, ", ", columns, ")");
   }
   template <typename View>
   Tensor<float, 1> norm(const View& view, const char* name) const {
-    require_that(view.dimension(0) == config_.features, kName, name, " has ", view.dimension(0),
-                 " elements, the configuration says ", config_.features);
+    detail::require_that(view.dimension(0) == config_.features, kName, name, " has ",
+                         view.dimension(0), " elements, the configuration says ", config_.features);
     return view.template cast<float>();
   }
 

@@ -104,10 +104,10 @@ class DecoderWeights {
 
  private:
   std::size_t add(std::string name, Index rows, Index columns) {
-    const Index size = checked_product(rows, columns, "Decoder", "weight");
+    const Index size = detail::checked_product(rows, columns, "Decoder", "weight");
     tensors_.push_back({std::move(name), rows, columns, static_cast<std::size_t>(count_)});
-    require_that(detail::add_fits(count_, size, count_), "Decoder",
-                 "the weights together overflow");
+    detail::require_that(detail::add_fits(count_, size, count_), "Decoder",
+                         "the weights together overflow");
     return tensors_.size() - 1;
   }
 

@@ -30,10 +30,11 @@ void linear_backward_input_into(const D& device, GradX&& grad_x, const GradY& gr
   detail::checked_size(name, "grad_y", from);
   detail::checked_size(name, "weight", w);
   const Index tokens = from.dimension(0), out = w.dimension(0), in = w.dimension(1);
-  require_that(from.dimension(1) == out, name, "grad_y has ", from.dimension(1),
-               " features, weight has ", out, " rows");
-  require_that(to.dimension(0) == tokens && to.dimension(1) == in, name, "grad_x has shape ",
-               detail::shape_text(to), ", expected (", tokens, ", ", in, ")");
+  detail::require_that(from.dimension(1) == out, name, "grad_y has ", from.dimension(1),
+                       " features, weight has ", out, " rows");
+  detail::require_that(to.dimension(0) == tokens && to.dimension(1) == in, name,
+                       "grad_x has shape ", detail::shape_text(to), ", expected (", tokens, ", ",
+                       in, ")");
   detail::run(
       device,
       problem::LinearBackwardInput<X, Y, W>{to.data(), from.data(), w.data(), tokens, in, out},
@@ -61,10 +62,11 @@ void linear_backward_weight_into(const D& device, GradW&& grad_weight, const Gra
   detail::checked_size(name, "grad_y", dy);
   detail::checked_size(name, "x", input);
   const Index tokens = dy.dimension(0), out = dy.dimension(1), in = input.dimension(1);
-  require_that(input.dimension(0) == tokens, name, "x has ", input.dimension(0),
-               " tokens, grad_y has ", tokens);
-  require_that(to.dimension(0) == out && to.dimension(1) == in, name, "grad_weight has shape ",
-               detail::shape_text(to), ", expected (", out, ", ", in, ")");
+  detail::require_that(input.dimension(0) == tokens, name, "x has ", input.dimension(0),
+                       " tokens, grad_y has ", tokens);
+  detail::require_that(to.dimension(0) == out && to.dimension(1) == in, name,
+                       "grad_weight has shape ", detail::shape_text(to), ", expected (", out, ", ",
+                       in, ")");
   detail::run(
       device,
       problem::LinearBackwardWeight<G, Y, X>{to.data(), dy.data(), input.data(), tokens, in, out},
@@ -84,8 +86,8 @@ void linear_backward_bias_into(const D& device, GradB&& grad_bias, const GradY& 
                 "eigenformer: double activations need a double gradient");
   if (detail::checked_size("linear_backward_bias", "grad_y", dy) == 0 && to.dimension(0) == 0)
     return;
-  require_that(to.dimension(0) == dy.dimension(1), "linear_backward_bias", "grad_bias has ",
-               to.dimension(0), " elements, grad_y has ", dy.dimension(1), " features");
+  detail::require_that(to.dimension(0) == dy.dimension(1), "linear_backward_bias", "grad_bias has ",
+                       to.dimension(0), " elements, grad_y has ", dy.dimension(1), " features");
   detail::run(device, problem::LinearBackwardBias<G, scalar_of<GradY>>{
                           to.data(), dy.data(), dy.dimension(0), dy.dimension(1)});
 }
@@ -109,7 +111,7 @@ auto linear_backward_input(const GradY& grad_y, const Weight& weight) {
 template <CpuDevice D, typename GradY, typename Input>
 auto linear_backward_weight(const D& device, const GradY& grad_y, const Input& x) {
   auto grad_weight =
-      detail::make_tensor<common_compute_type<scalar_of<GradY>, scalar_of<Input>>, 2>(
+      detail::make_tensor<detail::common_compute_type<scalar_of<GradY>, scalar_of<Input>>, 2>(
           "linear_backward_weight", "grad_weight",
           Eigen::DSizes<Index, 2>(input_view<2>(grad_y).dimension(1),
                                   input_view<2>(x).dimension(1)));

@@ -19,7 +19,7 @@ struct Relu {};
 /// y = function(x), elements one by one.
 template <typename Function, typename Y, typename X>
 struct Activation {
-  using compute = common_compute_type<Y, X>;
+  using compute = detail::common_compute_type<Y, X>;
   Y* y;
   const X* x;
   Index count;
@@ -28,7 +28,7 @@ struct Activation {
 /// grad_x = grad_y * function'(x).
 template <typename Function, typename GX, typename GY, typename X>
 struct ActivationBackward {
-  using compute = common_compute_type<GX, GY, X>;
+  using compute = detail::common_compute_type<GX, GY, X>;
   GX* grad_x;
   const GY* grad_y;
   const X* x;
@@ -39,7 +39,7 @@ struct ActivationBackward {
 /// next, 2 * features in a fused tensor.
 template <typename Function, typename Y, typename Gate, typename Up>
 struct Gated {
-  using compute = common_compute_type<Y, Gate, Up>;
+  using compute = detail::common_compute_type<Y, Gate, Up>;
   Y* y;
   const Gate* gate;
   const Up* up;
@@ -49,7 +49,7 @@ struct Gated {
 /// grad_gate = grad_y * up * function'(gate), grad_up = grad_y * function(gate).
 template <typename Function, typename GG, typename GU, typename GY, typename Gate, typename Up>
 struct GatedBackward {
-  using compute = common_compute_type<GG, GU, GY, Gate, Up>;
+  using compute = detail::common_compute_type<GG, GU, GY, Gate, Up>;
   GG* grad_gate;
   GU* grad_up;
   const GY* grad_y;
@@ -62,7 +62,7 @@ struct GatedBackward {
 /// y = x + residual.
 template <typename Y, typename X, typename R>
 struct ResidualAdd {
-  using compute = common_compute_type<Y, X, R>;
+  using compute = detail::common_compute_type<Y, X, R>;
   Y* y;
   const X* x;
   const R* residual;

@@ -12,7 +12,7 @@ namespace problem {
 /// A checked request: pointers and sizes only; ids are in [0, vocab).
 template <typename Y, typename T, typename Id>
 struct Embedding {
-  using compute = common_compute_type<Y, T>;
+  using compute = detail::common_compute_type<Y, T>;
   Y* y;            // (tokens, features)
   const Id* ids;   // (tokens)
   const T* table;  // (vocab, features)
@@ -21,7 +21,7 @@ struct Embedding {
 
 template <typename G, typename GY, typename Id>
 struct EmbeddingBackward {
-  using compute = common_compute_type<G, GY>;
+  using compute = detail::common_compute_type<G, GY>;
   G* grad_table;     // (vocab, features), added to
   const GY* grad_y;  // (tokens, features)
   const Id* ids;     // (tokens)

@@ -12,7 +12,7 @@ namespace problem {
 /// A checked request: pointers and sizes only.
 template <typename Y, typename X, typename W>
 struct RmsNorm {
-  using compute = common_compute_type<Y, X, W>;
+  using compute = detail::common_compute_type<Y, X, W>;
   Y* y;             // (rows, features)
   const X* x;       // (rows, features)
   const W* weight;  // (features)
@@ -39,7 +39,7 @@ struct RmsNormRow {
 
 template <typename GX, typename GW, typename GY, typename X, typename W>
 struct RmsNormBackward {
-  using compute = common_compute_type<GX, GY, X, W>;
+  using compute = detail::common_compute_type<GX, GY, X, W>;
   GX* grad_x;        // (rows, features)
   GW* grad_weight;   // (features), added to
   const GY* grad_y;  // (rows, features)
@@ -53,7 +53,7 @@ struct RmsNormBackward {
 /// A checked request: pointers and sizes only.
 template <typename Y, typename X, typename W>
 struct LayerNorm {
-  using compute = common_compute_type<Y, X, W>;
+  using compute = detail::common_compute_type<Y, X, W>;
   Y* y;             // (rows, features)
   const X* x;       // (rows, features)
   const W* weight;  // (features)
@@ -78,7 +78,7 @@ struct LayerNormRow {
 
 template <typename GX, typename GW, typename GY, typename X, typename W>
 struct LayerNormBackward {
-  using compute = common_compute_type<GX, GY, X, W>;
+  using compute = detail::common_compute_type<GX, GY, X, W>;
   GX* grad_x;        // (rows, features)
   GW* grad_weight;   // (features), added to
   GW* grad_bias;     // (features), added to

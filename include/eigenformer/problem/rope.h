@@ -47,7 +47,7 @@ struct RopeAngles {
 /// A checked request: pointers and sizes only.
 template <typename Y, typename X>
 struct Rope {
-  using compute = common_compute_type<Y, X>;
+  using compute = detail::common_compute_type<Y, X>;
   Y* y;                         // (tokens, heads, head_dim)
   const X* x;                   // (tokens, heads, head_dim)
   const LengthSpan& positions;  // (tokens)

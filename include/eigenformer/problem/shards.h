@@ -19,11 +19,11 @@ struct ShardRange {
 /// first count % world_size ranks get one more than the others; where world_size > count the last
 /// ranks get nothing. Throws std::invalid_argument.
 inline ShardRange shard_range(Index count, int rank, int world_size) {
-  require_that(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
-  require_that(world_size >= 1, "shard_range", "world_size is ", world_size,
-               ", expected 1 or more");
-  require_that(rank >= 0 && rank < world_size, "shard_range", "rank is ", rank, ", expected 0 to ",
-               world_size - 1);
+  detail::require_that(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
+  detail::require_that(world_size >= 1, "shard_range", "world_size is ", world_size,
+                       ", expected 1 or more");
+  detail::require_that(rank >= 0 && rank < world_size, "shard_range", "rank is ", rank,
+                       ", expected 0 to ", world_size - 1);
   const Index share = count / world_size, more = count % world_size;
   const Index begin = rank * share + std::min<Index>(rank, more);
   return {begin, begin + share + (rank < more ? 1 : 0)};

@@ -7,6 +7,7 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace problem {
 
 /// Half-open range of keys.
 struct KeyRange {
@@ -35,5 +36,6 @@ struct Visibility {
   }
 };
 
+}  // namespace problem
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

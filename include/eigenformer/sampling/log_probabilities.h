@@ -47,7 +47,7 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
   constexpr auto name = "sample_with_log_probabilities";
   const auto view = detail::logits_view(name, logits);
   const Index batch = view.dimension(0);
-  require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
+  detail::require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
   const Index best = (std::min)(options.best, static_cast<Index>(view.dimension(1)));
   auto problem = detail::sampling_problem(name, view, params, nullptr, nullptr);
   detail::set_generators(name, problem, rng);
@@ -127,8 +127,8 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
   auto output = output_view<1>(log_probabilities);
   static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
   const Index batch = view.dimension(0);
-  require_that(output.dimension(0) == batch, name, "log_probabilities has ", output.dimension(0),
-               " elements, logits has ", batch, " rows");
+  detail::require_that(output.dimension(0) == batch, name, "log_probabilities has ",
+                       output.dimension(0), " elements, logits has ", batch, " rows");
   const auto problem = detail::sampling_problem(name, view, params, nullptr,
                                                 detail::checked_statuses(name, statuses, batch));
   const auto given = detail::given_tokens(name, tokens, batch, view.dimension(1));

@@ -85,15 +85,16 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
   detail::checked_size(name, "target_probabilities", target,
                        (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
   detail::check_sampling_shape(name, "target_probabilities", vocab);
-  require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
-               drafts, " columns, expected at most ", Philox::kIndices);
-  require_that(
+  detail::require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name,
+                       "draft_tokens has ", drafts, " columns, expected at most ",
+                       Philox::kIndices);
+  detail::require_that(
       draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab,
       name, "draft_probabilities has shape ", detail::shape_text(draft), ", expected (", batch,
       ", ", drafts, ", ", vocab, ")");
-  require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
-               "target_probabilities has shape ", detail::shape_text(target), ", expected (", batch,
-               ", ", drafts + 1, ", vocab)");
+  detail::require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
+                       "target_probabilities has shape ", detail::shape_text(target),
+                       ", expected (", batch, ", ", drafts + 1, ", vocab)");
   const LengthSpan& lengths = options.draft_lengths;
   detail::check_drafts(name, tokens, lengths, vocab);
   detail::check_generators(name, "draft_tokens", rng, batch);

@@ -72,12 +72,13 @@ class StepScheduler {
   /// 0).
   explicit StepScheduler(const StepSchedulerOptions& options) : options_(options) {
     const auto& o = options;
-    require_that(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1, kName,
-                 "max_batch_size, max_seq_length, token_budget are ", o.max_batch_size, ", ",
-                 o.max_seq_length, ", ", o.token_budget, ", expected 1 or more each");
-    require_that(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName,
-                 "prefill_chunk, page_size, page_count are ", o.prefill_chunk, ", ", o.page_size,
-                 ", ", o.page_count, ", expected 0 or more each");
+    detail::require_that(o.max_batch_size >= 1 && o.max_seq_length >= 1 && o.token_budget >= 1,
+                         kName, "max_batch_size, max_seq_length, token_budget are ",
+                         o.max_batch_size, ", ", o.max_seq_length, ", ", o.token_budget,
+                         ", expected 1 or more each");
+    detail::require_that(o.prefill_chunk >= 0 && o.page_size >= 0 && o.page_count >= 0, kName,
+                         "prefill_chunk, page_size, page_count are ", o.prefill_chunk, ", ",
+                         o.page_size, ", ", o.page_count, ", expected 0 or more each");
     chunk_ = o.prefill_chunk == 0 ? o.token_budget : (std::min)(o.prefill_chunk, o.token_budget);
   }
 
@@ -86,23 +87,25 @@ class StepScheduler {
   /// or leaves no token of the prompt; std::length_error where its longest text needs more pages
   /// than there are.
   RequestTicket submit(std::span<const std::int32_t> prompt, const SubmitOptions& options = {}) {
-    require_that(!prompt.empty(), kName, "the prompt is empty");
-    require_that(std::cmp_less(prompt.size(), options_.max_seq_length), kName, "the prompt has ",
-                 prompt.size(), " tokens, max_seq_length is ", options_.max_seq_length);
-    require_that(options.max_new_tokens >= 0, kName, "max_new_tokens is ", options.max_new_tokens,
-                 ", expected 0 (no limit) or more");
-    require_that(options.draft_tokens >= 0, kName, "draft_tokens is ", options.draft_tokens,
-                 ", expected 0 or more");
+    detail::require_that(!prompt.empty(), kName, "the prompt is empty");
+    detail::require_that(std::cmp_less(prompt.size(), options_.max_seq_length), kName,
+                         "the prompt has ", prompt.size(), " tokens, max_seq_length is ",
+                         options_.max_seq_length);
+    detail::require_that(options.max_new_tokens >= 0, kName, "max_new_tokens is ",
+                         options.max_new_tokens, ", expected 0 (no limit) or more");
+    detail::require_that(options.draft_tokens >= 0, kName, "draft_tokens is ", options.draft_tokens,
+                         ", expected 0 or more");
     const Index length = static_cast<Index>(prompt.size()), room = options_.max_seq_length - length,
                 prefix = options.shared_prefix;
-    require_that(prefix >= 0 && prefix < length, kName, "shared_prefix is ", prefix,
-                 ", expected 0 to ", length - 1, ": the prompt has ", length, " tokens");
+    detail::require_that(prefix >= 0 && prefix < length, kName, "shared_prefix is ", prefix,
+                         ", expected 0 to ", length - 1, ": the prompt has ", length, " tokens");
     const Index limit =
         length + (options.max_new_tokens == 0 ? room : (std::min)(room, options.max_new_tokens));
     // The last token of a text is never computed, so it takes no room.
     const Index pages = pages_for(limit - 1, prefix);
-    require_capacity(pages <= options_.page_count || options_.page_size == 0, kName, "a text of ",
-                     limit, " tokens needs ", pages, " pages, there are ", options_.page_count);
+    detail::require_capacity(pages <= options_.page_count || options_.page_size == 0, kName,
+                             "a text of ", limit, " tokens needs ", pages, " pages, there are ",
+                             options_.page_count);
     const std::lock_guard lock(mutex_);
     const Rank rank{-static_cast<std::int64_t>(options.priority), next_ticket_};
     std::set<Rank> queued{rank};
@@ -146,7 +149,8 @@ class StepScheduler {
   /// nothing is under way, no release is lost.
   bool next_step(StepPlan& plan) {
     const std::lock_guard lock(mutex_);
-    require_that(!under_way_, kName, "next_step before the last one was completed or discarded");
+    detail::require_that(!under_way_, kName,
+                         "next_step before the last one was completed or discarded");
     plan.released.clear();
     released_.reserve(released_.size() + running_.size());
     decide();
@@ -165,7 +169,7 @@ class StepScheduler {
   /// wanted one, one for another request, one behind a last token.
   void complete(std::span<const StepToken> sampled) {
     const std::lock_guard lock(mutex_);
-    require_that(under_way_, kName, "complete without a step under way");
+    detail::require_that(under_way_, kName, "complete without a step under way");
     check_sampled(sampled);
     for (const Rank& rank : running_) {
       Request& request = request_of(rank);
@@ -199,7 +203,7 @@ class StepScheduler {
   FinishedRequest take_finished(RequestTicket ticket) {
     const std::lock_guard lock(mutex_);
     const auto found = finished_.find(ticket);
-    require_known(found != finished_.end(), kName, "no finished request ", ticket);
+    detail::require_known(found != finished_.end(), kName, "no finished request ", ticket);
     Request& request = found->second;
     FinishedRequest result{std::move(request.tokens), request.prompt_length, request.reason};
     finished_.erase(found);
@@ -212,7 +216,7 @@ class StepScheduler {
   Index first_token_bound(RequestTicket ticket) const {
     const std::lock_guard lock(mutex_);
     const auto found = requests_.find(ticket);
-    require_known(found != requests_.end(), kName, "no request ", ticket);
+    detail::require_known(found != requests_.end(), kName, "no request ", ticket);
     constexpr Index largest = (std::numeric_limits<Index>::max)();
     Index steps = 0;
     const auto add = [&](Index more) { steps = more > largest - steps ? largest : steps + more; };
@@ -394,20 +398,21 @@ class StepScheduler {
     for (const StepToken& result : sampled) {
       const auto found = requests_.find(result.request);
       if (found == requests_.end()) {
-        require_that(std::find(excused_.begin(), excused_.end(), result.request) != excused_.end(),
-                     kName, "a token came for request ", result.request, ", which is not running");
+        detail::require_that(
+            std::find(excused_.begin(), excused_.end(), result.request) != excused_.end(), kName,
+            "a token came for request ", result.request, ", which is not running");
         continue;  // cancelled
       }
       Request& request = found->second;
-      require_that(request.wants_token(), kName, "a token came for request ", result.request,
-                   ", which wanted none");
+      detail::require_that(request.wants_token(), kName, "a token came for request ",
+                           result.request, ", which wanted none");
       if (std::exchange(request.answered, checks_) != checks_) {
         request.answers = 0;
         request.answered_finally = false;
         ++live;
       }
-      require_that(!request.answered_finally, kName, "a token came behind the last one of request ",
-                   result.request);
+      detail::require_that(!request.answered_finally, kName,
+                           "a token came behind the last one of request ", result.request);
       ++request.answers;
       request.answered_finally =
           result.is_finished || request.length() + request.answers == request.limit;
@@ -415,8 +420,8 @@ class StepScheduler {
       if (length > request.tokens.capacity())
         request.tokens.reserve((std::max)(length, request.tokens.size() * 2));
     }
-    require_that(live == wanted, kName, "tokens came for ", live, " requests, ", wanted,
-                 " wanted one");
+    detail::require_that(live == wanted, kName, "tokens came for ", live, " requests, ", wanted,
+                         " wanted one");
     released_.reserve(released_.size() + live);
   }
 

@@ -26,10 +26,11 @@ PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& w
   constexpr auto name = "pack_stacked_column_shard";
   const std::span views(weights);
   using View = TensorView<const scalar_of<decltype(views[0])>, 2>;
-  require_that(!views.empty(), name, "weights is empty, expected one matrix at least");
+  detail::require_that(!views.empty(), name, "weights is empty, expected one matrix at least");
   Index rows = 0;
   for (const auto& view : views)
-    require_that(detail::add_fits(rows, view.dimension(0), rows), name, "the rows overflow");
+    detail::require_that(detail::add_fits(rows, view.dimension(0), rows), name,
+                         "the rows overflow");
   const Index columns = views[0].dimension(1);
   const ShardRange own = shard_range(rows, communicator.rank(), communicator.size());
   std::vector<View> parts;
@@ -63,7 +64,7 @@ PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& g
                                                   const Int8Packing& options = {}) {
   const auto g = input_view<2>(gate);
   const auto u = input_view<2>(up);
-  require_same_shape("pack_gated_column_shard", "gate", g, "up", u);
+  detail::require_same_shape("pack_gated_column_shard", "gate", g, "up", u);
   const int rank = communicator.rank(), ranks = communicator.size();
   return {pack_gated_weight<T>(device, column_shard(g, rank, ranks), column_shard(u, rank, ranks),
                                options),
@@ -88,10 +89,10 @@ void column_parallel_gated_linear_into(const D& device, Output&& output, const I
   const auto x = detail::token_rows(name, input);
   const detail::ParallelShape shape =
       detail::parallel_shape(name, x.dimension(0), weight, communicator);
-  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, input has ",
-               x.dimension(1), " features");
-  require_that(epilogue.bias_size() == E::kNone && epilogue.residual_rows() == E::kNone, name,
-               "the epilogue has a bias or a residual, expected a function alone");
+  detail::require_that(shape.in == x.dimension(1), name, "weight has ", shape.in,
+                       " columns, input has ", x.dimension(1), " features");
+  detail::require_that(epilogue.bias_size() == E::kNone && epilogue.residual_rows() == E::kNone,
+                       name, "the epilogue has a bias or a residual, expected a function alone");
   auto y = output_view<rank_of<Input>>(output);
   detail::require_output(name, y, input, shape.out);
   using Y = scalar_of<Output>;

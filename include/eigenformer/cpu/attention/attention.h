@@ -59,7 +59,7 @@ class AttentionWorker {
 
   static AttentionScratch<C> take_scratch(const Problem& p, Workspace::Frame& frame) {
     const auto product = [](Index a, Index b) {
-      return checked_product(a, b, "attention", "scratch");
+      return detail::checked_product(a, b, "attention", "scratch");
     };
     const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
     const bool folds = std::any_of(
@@ -436,7 +436,7 @@ class AttentionWorker {
 
   void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) const {
     const Index position = sequence.first_position + row;
-    const KeyRange keys = p_.visibility.keys(position, sequence.key_length);
+    const problem::KeyRange keys = p_.visibility.keys(position, sequence.key_length);
     const bool sees_prefix =
         p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
     if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);

@@ -53,7 +53,7 @@ class AttentionBackwardWorker {
 
   /// Key blocks that a query block sees at most, of a sequence of `keys`.
   static Index most_blocks(const Problem& p, Index keys) {
-    const Visibility& v = p.forward.visibility;
+    const problem::Visibility& v = p.forward.visibility;
     const Index all = (keys + kBlock - 1) / kBlock;
     if (!v.causal || v.window == 0) return all;
     return (std::min)(all, v.prefix / kBlock + (v.window + positions_per_block(p)) / kBlock + 3);
@@ -62,7 +62,7 @@ class AttentionBackwardWorker {
   static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest,
                                                   Workspace::Frame& frame) {
     const auto product = [](Index a, Index b) {
-      return checked_product(a, b, "attention_backward", "scratch");
+      return detail::checked_product(a, b, "attention_backward", "scratch");
     };
     const Index width = Tile::padded(p.forward.head_dim),
                 value_width = Tile::padded(p.forward.value_dim);
@@ -368,7 +368,7 @@ class AttentionBackwardWorker {
   }
 
   BlockRange rows_that_see(Index key) const {
-    const Visibility& v = f_.visibility;
+    const problem::Visibility& v = f_.visibility;
     const Index queries = rows_ / group_;
     if (!v.causal || key < v.prefix) return {0, 0, static_cast<int>(rows_)};
     const Index begin = std::clamp<Index>(key - first_position_, 0, queries);

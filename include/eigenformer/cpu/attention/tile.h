@@ -36,12 +36,12 @@ struct BlockRange {
   friend bool operator==(const BlockRange&, const BlockRange&) = default;
 };
 
-inline BlockRange block_range(const Visibility& visibility, Index position, Index key_length,
-                              Index block_begin) {
+inline BlockRange block_range(const problem::Visibility& visibility, Index position,
+                              Index key_length, Index block_begin) {
   const auto inside = [&](Index key) {
     return static_cast<int>(std::clamp<Index>(key - block_begin, 0, kAttentionKeyBlock));
   };
-  const KeyRange keys = visibility.keys(position, key_length);
+  const problem::KeyRange keys = visibility.keys(position, key_length);
   const int prefix_end = visibility.causal ? inside((std::min)(visibility.prefix, key_length)) : 0;
   const int begin = inside(keys.begin), end = (std::max)(inside(keys.end), begin);
   if (begin == end) return {0, 0, prefix_end};
@@ -67,8 +67,8 @@ inline KeySpan seen_by_tile(const BlockRange* ranges, int rows) {
 /// f(begin) for every key block of a sequence that one of the queries at positions [first, first +
 /// count) sees, count > 0.
 template <typename F>
-void for_each_key_block(const Visibility& visibility, Index first, Index count, Index key_length,
-                        F&& f) {
+void for_each_key_block(const problem::Visibility& visibility, Index first, Index count,
+                        Index key_length, F&& f) {
   const Index prefix = visibility.causal ? (std::min)(visibility.prefix, key_length) : 0;
   const Index window_begin = visibility.keys(first, key_length).begin;
   const Index end = (std::max)(visibility.keys(first + count - 1, key_length).end, prefix);

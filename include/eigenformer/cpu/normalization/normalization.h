@@ -72,7 +72,7 @@ void execute(const Backend<D, Isa>& on, const problem::RmsNorm<Y, X, W>& p) {
 
 template <typename D, typename Isa, typename Y, typename X, typename R, typename W>
 void execute(const Backend<D, Isa>& on, const problem::AddRmsNorm<Y, X, R, W>& p) {
-  using V = simd::Vec<common_compute_type<Y, X, R, W>, Isa>;
+  using V = simd::Vec<detail::common_compute_type<Y, X, R, W>, Isa>;
   const Index features = p.norm.features;
   parallel_for(on, p.norm.rows, Cost{features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) {

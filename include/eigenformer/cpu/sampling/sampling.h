@@ -119,7 +119,8 @@ void execute(const Backend<D, Isa>& on, const problem::GreedySampling<T>& p) {
   using C = compute_type<T>;
   Workspace::Frame frame(on.workspace);
   const Index blocks = (p.vocab + SamplingBlock::size - 1) / SamplingBlock::size;
-  C* maxima = frame.take<C>(checked_product(worker_count(on), blocks, "greedy_sample", "scratch"));
+  C* maxima =
+      frame.take<C>(detail::checked_product(worker_count(on), blocks, "greedy_sample", "scratch"));
   parallel_for(on, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, maxima + worker * blocks, {}, 1.0};

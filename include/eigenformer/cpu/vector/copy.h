@@ -37,7 +37,7 @@ EIGENFORMER_INLINE void fill_line(To* to, Index count, V value) {
 template <typename Isa, typename From, typename To>
 void copy_line(const From* from, To* to, Index count) {
   if constexpr (!std::is_same_v<From, To>)
-    convert_line<simd::Vec<common_compute_type<From, To>, Isa>>(from, to, count);
+    convert_line<simd::Vec<detail::common_compute_type<From, To>, Isa>>(from, to, count);
   else if (count > 0)
     std::memcpy(static_cast<void*>(to), from, static_cast<std::size_t>(count) * sizeof(To));
 }
