@@ -36,7 +36,7 @@ TEST(StackedWeight, GivesTheBitsOfEachAlone) {
       parts.push_back(random_tensor<float, 2>({rows[p], in}, static_cast<unsigned>(p)));
     for (const auto& part : parts) views.push_back(ef::input_view<2>(part));
     const auto x = random_tensor<float, 2>({7, in}, 9);
-    for_each_isa([&](auto isa) {
+    for_each_product_isa([&](auto isa) {
       const auto device = on(isa);
       const auto check = [&](auto scalar, const ef::Int8Packing& options) {
         using S = decltype(scalar);

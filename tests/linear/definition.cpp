@@ -40,7 +40,7 @@ TYPED_TEST(Linear, EqualsItsDefinitionAtEveryTail) {
       const auto wide_bias = to_double(bias);
       const auto expected =
           ef::reference::linear(to_double(x), to_double(weight), wide_bias.data());
-      for_each_isa([&](auto isa) {
+      for_each_product_isa([&](auto isa) {
         const auto y = run(isa, x, weight, out, &bias);
         ASSERT_LE(relative_error(y, expected), allowed)
             << isa.name << " " << tokens << " x " << in << " x " << out;
@@ -69,7 +69,7 @@ TYPED_TEST(Linear, EqualsItsDefinitionAroundEveryBlock) {
         for (Index t = 0; t < tokens; ++t) x(t, in - 1) = X(8);
         for (Index o = 0; o < out; ++o) weight(o, in - 1) = W(static_cast<float>(8 + o));
         const auto expected = ef::reference::linear(to_double(x), to_double(weight));
-        for_each_isa([&](auto isa) {
+        for_each_product_isa([&](auto isa) {
           ASSERT_LE(relative_error(run(isa, x, weight, out), expected), allowed)
               << isa.name << " " << tokens << " x " << in;
           ASSERT_LE(

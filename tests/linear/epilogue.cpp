@@ -15,7 +15,7 @@ void expect_fused(const ef::Tensor<X, 2>& x, const ef::Tensor<float, 2>& weight,
   const Index tokens = x.dimension(0), out = weight.dimension(0);
   const auto bias = random_tensor<float, 1>({out}, 3);
   const auto residual = random_tensor<ef::bfloat16, 2>({tokens, out}, 4);
-  for_each_isa([&](auto isa) {
+  for_each_product_isa([&](auto isa) {
     const auto packed = pack_for(isa, weight, Weight{});
     const auto sums =
         linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));

@@ -18,7 +18,7 @@ void expect_gated(const ef::Tensor<X, 2>& x, Index out, unsigned seed,
   ef::Tensor<float, 1> gate_bias(out), up_bias(out);
   std::copy_n(bias.data(), out, gate_bias.data());
   std::copy_n(bias.data() + out, out, up_bias.data());
-  for_each_isa([&](auto isa) {
+  for_each_product_isa([&](auto isa) {
     using Isa = decltype(isa);
     const auto pair = pack_pair_for(isa, gate, up, Weight{}, options);
     const auto g =

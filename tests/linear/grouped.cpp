@@ -22,7 +22,7 @@ TEST(LinearGrouped, EqualsItsDefinitionOnEveryIsa) {
             ef::quantize_weights_int8_grouped(random_tensor<float, 2>({out, in}, ++seed), group);
         const auto bias = random_tensor<float, 1>({out}, ++seed);
         const auto expected = ef::reference::int8_linear_grouped(x, q, scales, group, bias.data());
-        for_each_isa([&, &values = q, &factors = scales](auto isa) {
+        for_each_product_isa([&, &values = q, &factors = scales](auto isa) {
           const auto packed = ef::pack_weight(on(isa), values, factors, {.group_size = group});
           const auto y =
               linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));

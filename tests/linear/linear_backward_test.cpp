@@ -92,7 +92,7 @@ TEST(LinearBackward, HoldsForEveryIsaAndMicroBatchesOfWholeLinks) {
                start = random_tensor<float, 2>({out, in}, 4);
     auto expected = to_double(start);
     ef::reference::linear_backward_weight(expected, to_double(grad_y), to_double(x));
-    for_each_isa([&](auto isa) {
+    for_each_product_isa([&](auto isa) {
       auto grad_x = poisoned_tensor<T, 2>({tokens, in});
       ef::linear_backward_input_into(on(isa), grad_x, grad_y, weight);
       ASSERT_LE(relative_error(grad_x, ef::reference::linear_backward_input(to_double(grad_y),

@@ -13,7 +13,7 @@ namespace {
 
 template <typename Weight, typename X>
 void expect_rows_alone(const ef::Tensor<X, 2>& x, Index out) {
-  for_each_isa([&](auto isa) {
+  for_each_product_isa([&](auto isa) {
     const Index in = x.dimension(1);
     auto packed = pack_for(isa, random_tensor<float, 2>({out, in}, 3), Weight{});
     ef::Tensor<X, 2> alone(x.dimension(0), out);
@@ -165,7 +165,7 @@ void expect_blocks_and_threads_of_isa(Index in) {
   const Index tokens = 140, out = 40;
   const auto x = random_tensor<X, 2>({tokens, in}, 1);
   const auto weight = random_tensor<float, 2>({out, in}, 2);
-  for_each_isa([&](auto isa) {
+  for_each_product_isa([&](auto isa) {
     using Isa = decltype(isa);
     const auto packed = pack_for(isa, weight, Weight{});
     const auto y = linear_by<Isa, float>(isa, x, packed, out, ef::Epilogue{});

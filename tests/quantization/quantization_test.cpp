@@ -50,7 +50,7 @@ void check_tensor(const ef::Tensor<T, Rank>& weights) {
   ASSERT_TRUE(same_bits(result.values, expected));
   Threads threads(3);
   ASSERT_TRUE(same_bits(ef::quantize_weights_int8(threads.device, weights).values, expected));
-  for_each_isa([&](auto isa) {
+  for_each_product_isa([&](auto isa) {
     ef::Tensor<std::int8_t, Rank> other(weights.dimensions());
     float found = -1;
     ef::quantize_weights_int8_into(on(isa), other, found, weights);
@@ -229,7 +229,7 @@ void check_line_in_groups() {
           ef::reference::quantize(from, n, expected_scales[static_cast<std::size_t>(g)],
                                   expected.data() + g * group);
         }
-        for_each_isa([&](auto isa) {
+        for_each_product_isa([&](auto isa) {
           std::fill(values.begin(), values.end(), std::int8_t{-128});
           ASSERT_TRUE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
               line.data(), count, group, scales.data(), values.data())));
@@ -257,7 +257,7 @@ void check_line_in_groups() {
           broken(at) = T(bad);
           std::vector<float> scales(static_cast<std::size_t>((count + group - 1) / group));
           std::vector<std::int8_t> values(static_cast<std::size_t>(count));
-          for_each_isa([&](auto isa) {
+          for_each_product_isa([&](auto isa) {
             ASSERT_FALSE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
                 broken.data(), count, group, scales.data(), values.data())))
                 << isa.name << " " << at;
@@ -316,7 +316,7 @@ TEST(QuantizationEdges, QuotientsNearTiesRoundAsADivisionDoes) {
       std::vector<std::int8_t> expected(static_cast<std::size_t>(line.size())),
           values(expected.size());
       ef::reference::quantize(line.data(), line.size(), scale, expected.data());
-      for_each_isa([&](auto isa) {
+      for_each_product_isa([&](auto isa) {
         ef::cpu::quantize_line<decltype(isa)>(line.data(), line.size(), scale, values.data());
         ASSERT_EQ(values, expected) << isa.name << " scale " << scale;
       });
@@ -381,7 +381,7 @@ void check_int8_linear(Index tokens, Index in, Index out) {
     const auto expected =
         ef::reference::int8_linear(x, qc, scales, with_bias ? bias.data() : nullptr);
     const ef::Epilogue<> b = with_bias ? ef::Epilogue{}.bias(bias) : ef::Epilogue{};
-    for_each_isa([&, &values = qc, &factors = scales](auto isa) {
+    for_each_product_isa([&, &values = qc, &factors = scales](auto isa) {
       auto y = poisoned_tensor<float, 2>({tokens, out});
       ef::int8_linear_into(on(isa), y, x, values, factors, b);
       ASSERT_TRUE(same_bits(y, expected))
@@ -422,7 +422,7 @@ TEST(Int8Linear, IsExactForTheLargestProducts) {
       for (Index i = 0; i < in; ++i) x(t, i) = t == 0 || (t + i) % 3 != 0 ? -1.0f : 1.0f;
     const auto expected =
         ef::reference::int8_linear(x, values, scales, static_cast<const float*>(nullptr));
-    for_each_isa([&](auto isa) {
+    for_each_product_isa([&](auto isa) {
       ef::Tensor<float, 2> y(7, 5);
       ef::int8_linear_into(on(isa), y, x, values, scales);
       ASSERT_TRUE(same_bits(y, expected)) << isa.name << " " << in;

@@ -44,7 +44,7 @@ void find_bad_numbers_in_clean_lines() {
           expect_throws<std::invalid_argument>(
               [&] { ef::pack_weight<std::int8_t>(weights, {.group_size = group}); }, {where});
         }
-        for_each_isa([&](auto isa) {
+        for_each_product_isa([&](auto isa) {
           EXPECT_FALSE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
               weights.data(), columns, group, scales.data(), values.data())))
               << isa.name << " " << at;

@@ -176,14 +176,22 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
   (f(Tags{}), ...);
 }
 
-/// Calls f(tag) for every ISA this build may call; AMX, where the machine has none, runs on the
-/// emulator.
+/// Calls f(tag) for every ISA this build may call: what has products of matrices, which differ in
+/// each. AMX, where the machine has none, on the emulator.
 template <typename F>
-void for_each_isa(F&& f) {
+void for_each_product_isa(F&& f) {
 #if defined(EIGENFORMER_ISA_AMX)
   provide_amx();
 #endif
   for_each_tag(ef::isa::Callable{}, f);
+}
+
+/// Calls f(tag) for those with vectors of their own: the others run the same code but in products.
+template <typename F>
+void for_each_isa(F&& f) {
+  for_each_tag(ef::isa::Callable{}, [&](auto isa) {
+    if constexpr (ef::simd::has_own_vectors<decltype(isa)>) f(isa);
+  });
 }
 
 // .ci/run: the flags of cmake/isa/X.cmake make X the best tag.

@@ -80,6 +80,7 @@ class Stream {
 
 struct ServingResult {
   std::map<std::string, std::string> generated;  // by request id
+  // Of steps with a chunk of a prompt in them, and of steps of single tokens.
   double prefill_seconds = 0, decode_seconds = 0;
   Index prefill_tokens = 0, decode_tokens = 0, steps = 0;
 };
@@ -94,7 +95,7 @@ class Server {
       : model_(model),
         scheduler_({.max_batch_size = max_batch,
                     .max_seq_length = kLongest,
-                    .token_budget = max_batch * kLongest,
+                    .token_budget = kBudget,
                     .page_size = kPageSize,
                     .page_count = max_batch * kPagesEach}),
         profile_(profile),
@@ -137,79 +138,46 @@ class Server {
     ef::Philox random;
     ef::SequenceId sequence;
   };
-  using Rows = std::vector<std::size_t>;
 
-  // The budget never cuts a row, so a row is either a whole text, which is prefilled, or one token
-  // behind what the cache holds. Texts are padded to the longest of the step. Every row is sampled
-  // in its own way.
+  // One step of the decoder computes all rows of the plan, chunks of prompts and single tokens side
+  // by side. Then every row that wants a token is sampled in its own way.
   void step() {
     for (ef::RequestTicket ticket : plan_.released) cache_.free(state_.at(ticket).sequence);
-    Rows fresh, running;
-    for (std::size_t row = 0; row < plan_.requests.size(); ++row)
-      (plan_.positions[row] == 0 ? fresh : running).push_back(row);
-    sampled_.clear();
-    if (!fresh.empty()) sample(fresh, prefill(fresh));
-    if (!running.empty()) sample(running, decode(running));
+    sequences_.clear();
+    bool prompts = false;
+    for (std::size_t row = 0; row < plan_.requests.size(); ++row) {
+      State& state = state_.at(plan_.requests[row]);
+      if (plan_.positions[row] == 0) state.sequence = cache_.add_sequence();
+      sequences_.push_back(state.sequence);
+      prompts = prompts || plan_.offsets[row + 1] - plan_.offsets[row] > 1;
+    }
+    const auto start = Clock::now();
+    model_.step_into(logits_, plan_, cache_, sequences_);
+    (prompts ? result_.prefill_seconds : result_.decode_seconds) += seconds_since(start);
+    (prompts ? result_.prefill_tokens : result_.decode_tokens) += plan_.offsets.back();
+    sample();
     timed("scheduler", [&] { scheduler_.complete(sampled_); });
     for (const ef::StepToken& token : sampled_)
       stream_.token(state_.at(token.request).request->id, static_cast<char>(token.token),
                     scheduler_.is_finished(token.request));
   }
 
-  State& state_of(std::size_t row) { return state_.at(plan_.requests[row]); }
-  std::span<const std::int32_t> tokens_of(std::size_t row) const {
-    const auto begin = static_cast<std::size_t>(plan_.offsets[row]),
-               end = static_cast<std::size_t>(plan_.offsets[row + 1]);
-    return std::span(plan_.tokens).subspan(begin, end - begin);
-  }
-
-  ef::Tensor<float, 2> prefill(const Rows& rows) {
-    std::vector<Index> lengths;
-    for (std::size_t row : rows) lengths.push_back(static_cast<Index>(tokens_of(row).size()));
-    ef::Tensor<std::int32_t, 2> ids(static_cast<Index>(rows.size()),
-                                    *std::max_element(lengths.begin(), lengths.end()));
-    ids.setConstant(-1);  // padding is never read
-    sequences_.clear();
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      const auto tokens = tokens_of(rows[i]);
-      std::copy(tokens.begin(), tokens.end(), &ids(static_cast<Index>(i), 0));
-      sequences_.push_back(state_of(rows[i]).sequence = cache_.add_sequence());
-      result_.prefill_tokens += lengths[i];
-    }
-    const auto start = Clock::now();
-    auto logits = model_.prefill(ids, lengths, cache_, sequences_);
-    result_.prefill_seconds += seconds_since(start);
-    return logits;
-  }
-
-  ef::Tensor<float, 2> decode(const Rows& rows) {
-    ef::Tensor<std::int32_t, 1> ids(static_cast<Index>(rows.size()));
-    sequences_.clear();
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      ids(static_cast<Index>(i)) = tokens_of(rows[i]).front();
-      sequences_.push_back(state_of(rows[i]).sequence);
-    }
-    result_.decode_tokens += static_cast<Index>(rows.size());
-    const auto start = Clock::now();
-    auto logits = model_.decode(ids, cache_, sequences_);
-    result_.decode_seconds += seconds_since(start);
-    return logits;
-  }
-
-  void sample(const Rows& rows, const ef::Tensor<float, 2>& logits) {
-    std::vector<ef::SamplingParams> params;
-    std::vector<ef::Philox> random;
-    for (std::size_t row : rows) {
-      params.push_back(state_of(row).request->sampling);
-      random.push_back(state_of(row).random);
-    }
-    const ef::Tensor<std::int32_t, 1> ids = timed("sampling", [&] {
-      return ef::sample(logits, std::span<const ef::SamplingParams>(params),
-                        std::span<ef::Philox>(random));
-    });
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      state_of(rows[i]).random = random[i];
-      sampled_.push_back({plan_.requests[rows[i]], ids(static_cast<Index>(i))});
+  void sample() {
+    sampled_.clear();
+    params_.clear();
+    random_.clear();
+    for (std::size_t row = 0; row < plan_.requests.size(); ++row)
+      if (plan_.wants_token[row] != 0) {
+        const State& state = state_.at(plan_.requests[row]);
+        params_.push_back(state.request->sampling);
+        random_.push_back(state.random);
+        sampled_.push_back({plan_.requests[row]});
+      }
+    const ef::Tensor<std::int32_t, 1> ids =
+        timed("sampling", [&] { return ef::sample(logits_, params_, random_); });
+    for (std::size_t i = 0; i < sampled_.size(); ++i) {
+      state_.at(sampled_[i].request).random = random_[i];
+      sampled_[i].token = ids(static_cast<Index>(i));
     }
   }
 
@@ -219,6 +187,7 @@ class Server {
   }
 
   static constexpr Index kLongest = 4096;  // tokens of a text
+  static constexpr Index kBudget = 256;    // tokens of a step: a longer prompt comes in chunks
   static constexpr Index kPageSize = 32, kPagesEach = 32;
 
   Model& model_;
@@ -230,6 +199,9 @@ class Server {
   ef::StepPlan plan_;
   std::vector<ef::StepToken> sampled_;
   std::vector<ef::SequenceId> sequences_;
+  std::vector<ef::SamplingParams> params_;
+  std::vector<ef::Philox> random_;
+  ef::Tensor<float, 2> logits_;
   ServingResult result_;
 };
 

@@ -52,6 +52,10 @@ vec<float, isa::neon> pick(isa::neon);
 template <typename T, typename Isa>
 using Vec = decltype(detail::pick<T, Isa>(Isa{}));
 
+/// False for a tag whose vectors are those of the tag it inherits from.
+template <typename Isa>
+inline constexpr bool has_own_vectors = std::is_same_v<Vec<float, Isa>, vec<float, Isa>>;
+
 /// a * b + c in one rounding on every ISA. Where the machine has no such instruction the library's
 /// fma is slow: for what is done once a sum.
 template <typename V>
