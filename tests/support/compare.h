@@ -16,6 +16,7 @@
 
 #include <eigenformer/core/dispatch.h>
 #include <eigenformer/core/tensor.h>
+#include <eigenformer/cpu/simd/simd.h>
 
 #if defined(EIGENFORMER_ISA_AMX)
 #include "../emulators/amx/amx_emulator.h"
