@@ -128,17 +128,23 @@ class Decoder {
   template <typename Compute>
   void backward(const Tensor<Compute, 2>& logits_gradient) {
     masters("Decoder::backward");
+    stale_ = true;  // also where inference came between
     pass<Compute>().backward(logits_gradient);
   }
 
   /// The master weights and their gradients, flattened; valid as long as the weights live.
-  std::vector<Parameter> parameters() { return masters("Decoder::parameters").parameters(); }
+  std::vector<Parameter> parameters() {
+    auto& weights = masters("Decoder::parameters");
+    stale_ = true;
+    return weights.parameters();
+  }
 
   // ---- weights of inference ---------------------------------------------------------------------
 
-  /// Packs this rank's part of the master weights. Inference packs by itself, the first time and
-  /// after training, in the format packed last; call this (or quantize) where the weights changed
-  /// in another way.
+  /// Packs this rank's part of the master weights. Inference packs by itself, in the format packed
+  /// last: the first time, and after forward, backward or parameters() of this decoder. Call this
+  /// (or quantize) where the weights changed otherwise: an optimizer's step behind an inference, or
+  /// another decoder that shares them.
   void pack(WeightFormat format = WeightFormat::activation) {
     const auto& masters = this->masters("Decoder::pack");
     auto packed = std::make_shared<PackedDecoderWeights<T>>(config_, format);
@@ -166,9 +172,8 @@ class Decoder {
   void release_master_weights() {
     masters("Decoder::release_master_weights");
     pack_if_stale();
-    auto own = std::make_shared<PackedDecoderWeights<T>>(*packed_);
-    own->own_embedding();
-    packed_ = std::move(own);
+    // pack made it for this decoder alone: no copy of all the weights is needed
+    std::const_pointer_cast<PackedDecoderWeights<T>>(packed_)->own_embedding();
     weights_.reset();
     tapes_ = {};
   }
@@ -181,10 +186,11 @@ class Decoder {
 
   /// One step over ragged rows: row i of `rows` is appended to sequences[i] of the cache, whatever
   /// it holds already. logits (rows.logits_of.size(), vocabulary) are those after the tokens that
-  /// rows.logits_of names. Allocates nothing after the first step of a shape. Throws
-  /// std::invalid_argument for an id outside the vocabulary, for sizes that do not fit and for a
-  /// sequence that comes twice, std::out_of_range for an unknown sequence, std::length_error where
-  /// pages do not suffice for all; the cache is then as it was.
+  /// rows.logits_of names. The cache has as many layers as the model. Allocates nothing after the
+  /// first step of a shape but the ParallelRegion of a pool. Throws std::invalid_argument for an id
+  /// outside the vocabulary, for a cache of another shape or whose layers differ in length, for
+  /// sizes that do not fit and for a sequence that comes twice, std::out_of_range for an unknown
+  /// sequence, std::length_error where pages do not suffice for all; the cache is then as it was.
   template <typename Storage>
   void step_into(Tensor<float, 2>& logits, const StepRows& rows, PagedKvCache<T, Storage>& cache,
                  std::span<const SequenceId> sequences) {
@@ -217,9 +223,12 @@ class Decoder {
     scratch_.logits_of.clear();
     for (std::size_t i = 0; i < rows; ++i) {
       const Index length = cache.length(sequences[i]);
-      detail::require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
-                           plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
-      if (plan.wants_token[i] != 0) scratch_.logits_of.push_back(plan.offsets[i + 1] - 1);
+      require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
+                   plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
+      if (plan.wants_token[i] == 0) continue;
+      require_that(plan.offsets[i] < plan.offsets[i + 1], name, "row ", i,
+                   " wants a token and has none of its own");
+      scratch_.logits_of.push_back(plan.offsets[i + 1] - 1);
     }
     step_into(logits, StepRows{plan.tokens, plan.offsets, scratch_.logits_of}, cache, sequences);
   }
@@ -238,8 +247,9 @@ class Decoder {
   Tensor<float, 2> prefill(const Ids& ids, KvCache<T, Storage>& cache) {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), n = view.dimension(1);
-    detail::require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
-                         ", expected at least one token per sequence");
+    detail::checked_size("Decoder::prefill", "ids", view);
+    require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
+                 ", expected at least one token a sequence");
     Tensor<float, 2> logits;
     run(logits, whole_rows({view.data(), static_cast<std::size_t>(view.size())}, batch, n),
         detail::DenseRows<KvCache<T, Storage>>{cache});
@@ -262,8 +272,9 @@ class Decoder {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), longest = view.dimension(1);
     constexpr auto name = "Decoder::prefill";
-    detail::require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
-                         " rows, but there are ", lengths.size(), " lengths");
+    detail::checked_size(name, "ids", view);
+    require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
+                 " rows, but there are ", lengths.size(), " lengths");
     scratch_.tokens.clear();
     scratch_.offsets.assign(1, 0);
     scratch_.logits_of.clear();
@@ -285,6 +296,7 @@ class Decoder {
   Tensor<float, 2> decode(const Ids& ids, PagedKvCache<T, Storage>& cache,
                           std::span<const SequenceId> sequences) {
     const auto view = input_view<1>(ids);
+    detail::checked_size("Decoder::decode", "ids", view);
     return step(whole_rows({view.data(), static_cast<std::size_t>(view.size())}, view.size(), 1),
                 cache, sequences);
   }

@@ -155,6 +155,11 @@ class PagedKvCache {
     return sequences_.lengths[checked_layer(layer_idx)][find(sequence)];
   }
 
+  /// Positions the sequence has pages for, reserved ones included. Throws std::out_of_range.
+  Index capacity(SequenceId sequence) const {
+    return static_cast<Index>(sequences_.pages[find(sequence)].size()) * config_.page_size;
+  }
+
   // ---- append -----------------------------------------------------------------------------------
 
   /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Here and below keys

@@ -42,15 +42,24 @@ template <typename T>
 struct InferenceScratch {
   Tensor<T, 2> stream, normalised, qkv, query, key, attended, gated, branch;  // of all tokens
   Tensor<T, 2> wanted, wanted_branch, last, logits;  // of those whose logits are wanted
-  std::vector<Index> positions, turned, starts, offsets, logits_of;
+  std::vector<Index> positions, turned, starts, capacities, offsets, logits_of;
   std::vector<std::int32_t> tokens;
   BasicRopeTable<compute_type<T>> angles;
 };
 
-/// y's shape, its memory kept where it is the same.
+/// y's shape, its memory kept where as much is needed. Where memory does not suffice y is empty:
+/// Eigen's resize alone would leave a tensor that frees its old elements twice.
 template <typename T>
 void reshape(Tensor<T, 2>& y, Index rows, Index columns) {
-  if (y.dimension(0) != rows || y.dimension(1) != columns) y.resize(rows, columns);
+  if (y.size() != rows * columns) y = Tensor<T, 2>();
+  y.resize(rows, columns);
+}
+
+/// Layers of different lengths would turn and mask tokens by the wrong positions.
+inline void require_even_layers(Index first, Index other) {
+  require_that(first == other, "Decoder::step", "a sequence has ", first,
+               " positions in layer 0 of the cache and ", other,
+               " in another, expected one length");
 }
 
 /// Sequences of a PagedKvCache as the rows of a step find them.
@@ -65,8 +74,31 @@ struct PagedRows {
     cache.append(device, sequences, offsets, layer, k, v);
   }
   auto source(Index layer) { return cache.source(layer, sequences); }
-  Index length(std::size_t row) const { return cache.length(sequences[row]); }
-  void truncate(std::size_t row, Index length) { cache.truncate(sequences[row], length); }
+
+  /// Where each row begins, into s.starts, and what undo needs.
+  template <typename T>
+  void begin(const DecoderConfig& model, std::size_t rows, InferenceScratch<T>& s) {
+    const PagedKvConfig& c = cache.config();
+    require_that(
+        c.layers == model.layers && c.kv_heads == model.kv_heads && c.head_dim == model.head_dim,
+        "Decoder::step", "the cache has ", c.layers, " layers of ", c.kv_heads, " heads of ",
+        c.head_dim, ", the model has ", model.layers, " of ", model.kv_heads, " of ",
+        model.head_dim);
+    s.capacities.resize(rows);
+    for (std::size_t i = 0; i < rows; ++i) {
+      s.starts[i] = cache.length(sequences[i]);
+      s.capacities[i] = cache.capacity(sequences[i]);
+      require_even_layers(cache.length(sequences[i], 0), s.starts[i]);
+    }
+  }
+  /// Takes back what was appended; pages that were reserved stay with their sequences.
+  template <typename T>
+  void undo(const InferenceScratch<T>& s) {
+    for (std::size_t i = 0; i < s.starts.size(); ++i) {
+      cache.truncate(sequences[i], s.starts[i]);
+      cache.reserve(sequences[i], s.capacities[i]);  // out of the pages just given back
+    }
+  }
 };
 
 /// The same of a KvCache, whose rows have one length.
@@ -81,8 +113,22 @@ struct DenseRows {
     update_kv_cache(device, cache, batched(k, batch), batched(v, batch), layer);
   }
   auto source(Index layer) { return cache.source(layer); }
-  Index length(std::size_t) const { return cache.length(0); }
-  void truncate(std::size_t, Index length) { cache.truncate(length); }
+  template <typename T>
+  void begin(const DecoderConfig& model, std::size_t, InferenceScratch<T>& s) {
+    const Index length = cache.length(0);
+    for (Index l = 1; l < model.layers; ++l) require_even_layers(length, cache.length(l));
+    std::fill(s.starts.begin(), s.starts.end(), length);
+    had_shape_ = cache.source(0).batch > 0;
+  }
+  template <typename T>
+  void undo(const InferenceScratch<T>& s) {
+    if (had_shape_)
+      cache.truncate(s.starts.front());
+    else
+      cache.clear();  // its first update may bring another batch still
+  }
+
+  bool had_shape_ = false;
 
  private:
   template <typename T>
@@ -116,16 +162,10 @@ class InferenceStep {
     const ParallelRegion region(device_);
     fill_positions(step);
     embed(step.tokens);
-    const std::size_t rows = step.offsets.size() - 1;
-    bool appended = false;
     attempt_or_undo(
+        [&] { std::visit([&](const auto& all) { layers(all, step, logits); }, weights_.layers()); },
         [&] {
-          std::visit([&](const auto& all) { layers(all, step, appended, logits); },
-                     weights_.layers());
-        },
-        [&] {
-          if (!appended) return;
-          for (std::size_t i = 0; i < rows; ++i) rows_.truncate(i, starts_[i]);
+          if (appended_) rows_.undo(s_);
         });
   }
 
@@ -155,8 +195,8 @@ class InferenceStep {
     starts_.resize(rows);
     s_.positions.resize(step.tokens.size());
     s_.turned.resize(step.tokens.size());
+    rows_.begin(config_, rows, s_);
     for (std::size_t i = 0; i < rows; ++i) {
-      starts_[i] = rows_.length(i);
       for (Index t = step.offsets[i]; t < step.offsets[i + 1]; ++t)
         s_.positions[static_cast<std::size_t>(t)] = starts_[i] + t - step.offsets[i];
     }
@@ -190,8 +230,7 @@ class InferenceStep {
   }
 
   template <typename S>
-  void layers(const PackedDecoderLayers<S>& all, const StepRows& step, bool& appended,
-              Tensor<float, 2>& logits) {
+  void layers(const PackedDecoderLayers<S>& all, const StepRows& step, Tensor<float, 2>& logits) {
     const Index tokens = s_.stream.dimension(0);
     reshape(s_.normalised, tokens, config_.features);
     timed("normalization", [&] {
@@ -200,7 +239,6 @@ class InferenceStep {
     for (std::size_t l = 0; l < all.layers.size(); ++l) {
       const PackedDecoderLayer<S>& w = all.layers[l];
       attend(w, static_cast<Index>(l), step);
-      appended = true;
       project(s_.branch, s_.attended, w.output);
       add_norm(s_.normalised, s_.stream, s_.branch, w.feed_forward_norm);
       reshape(s_.gated, tokens, config_.hidden);
@@ -232,6 +270,7 @@ class InferenceStep {
       rows_.append(device_, step.offsets, l, heads_of(s_.key, 0, c.kv_heads, c.head_dim),
                    heads_of(s_.qkv, q_columns + kv_columns, c.kv_heads, c.head_dim));
     });
+    appended_ = true;
     reshape(s_.attended, tokens, q_columns);
     TensorView<T, 3> attended(s_.attended.data(), tokens, c.heads, c.head_dim);
     timed("attention", [&] {
@@ -291,6 +330,7 @@ class InferenceStep {
   Rows rows_;
   OperatorProfile* profile_;
   std::vector<Index>& starts_ = s_.starts;
+  bool appended_ = false;  // to one layer at least
 };
 
 }  // namespace detail

@@ -5,7 +5,7 @@
 /// first) and written packed; no float copy is made of it.
 ///
 ///   auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(config, ef::WeightFormat::int8);
-///   packed->pack_embedding(table, owner);                    // (vocabulary, features), kept as a view
+///   packed->set_embedding(table, owner);                     // (vocabulary, features), kept as a view
 ///   for (Index l = 0; l < config.layers; ++l) packed->pack_layer(device, l, views_of(l), communicator);
 ///   packed->pack_head(device, norm, head, communicator);
 ///   ef::Decoder<float> model(packed, device);                // serves; it has nothing to train
@@ -69,8 +69,8 @@ class PackedDecoderWeights {
                          std::variant<PackedDecoderLayers<T>>>;
   /// (vocabulary, features), or INT8 with one scale per token.
   using Embedding =
-      std::variant<std::monostate, TensorView<const float, 2>, TensorView<const bfloat16, 2>,
-                   TensorView<const half, 2>, QuantizedChannels>;
+      std::variant<std::monostate, TensorView<const float, 2>, TensorView<const double, 2>,
+                   TensorView<const bfloat16, 2>, TensorView<const half, 2>, QuantizedChannels>;
 
   /// Throws std::invalid_argument for an impossible shape, and for int8 where T is double.
   explicit PackedDecoderWeights(const DecoderConfig& config,
@@ -170,7 +170,8 @@ class PackedDecoderWeights {
         [&](const auto& all) {
           for (const auto& layer : all.layers)
             if (layer.down.out_features == 0) return false;
-          return all.head.out_features > 0;
+          // none are left in weights that were moved from
+          return !all.layers.empty() && all.head.out_features > 0;
         },
         layers_);
     if (!complete || std::holds_alternative<std::monostate>(embedding_))

@@ -28,20 +28,21 @@ PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& w
   using View = TensorView<const scalar_of<decltype(views[0])>, 2>;
   detail::require_that(!views.empty(), name, "weights is empty, expected one matrix at least");
   Index rows = 0;
-  for (const auto& view : views)
-    detail::require_that(detail::add_fits(rows, view.dimension(0), rows), name,
-                         "the rows overflow");
   const Index columns = views[0].dimension(1);
+  for (const auto& view : views) {  // on every rank, whichever rows it owns
+    detail::checked_size(name, "weights", view);
+    require_that(view.dimension(1) == columns, name, "weights have ", columns, " and ",
+                 view.dimension(1), " columns, expected as many");
+    require_that(detail::add_fits(rows, view.dimension(0), rows), name, "the rows overflow");
+  }
   const ShardRange own = shard_range(rows, communicator.rank(), communicator.size());
   std::vector<View> parts;
   Index begin = 0;  // of the view, in rows of the whole
   for (const auto& view : views) {
     const Index end = begin + view.dimension(0), first = (std::max)(begin, own.begin),
                 last = (std::min)(end, own.end);
-    if (first < last || parts.empty())
-      parts.emplace_back(
-          detail::offset_by(view.data(), first < last ? (first - begin) * view.dimension(1) : 0),
-          (std::max)(Index{0}, last - first), view.dimension(1));
+    parts.emplace_back(detail::offset_by(view.data(), first < last ? (first - begin) * columns : 0),
+                       (std::max)(Index{0}, last - first), columns);
     begin = end;
   }
   return {pack_stacked_weight<T>(device, parts, options), rows, columns, communicator.rank(),
