@@ -75,6 +75,7 @@ TEST(DecoderStepFailures, MemoryThatRunsOutAnywhereChangesNoCache) {
                                    for (const Index layer : {0, 1})
                                      EXPECT_EQ(cache.length(id, layer), 3) << layer;
                                    EXPECT_EQ(cache.pages_free(), pages);
+          EXPECT_EQ(cache.capacity(id), 32);  // pages of 4 positions
                                  });
     EXPECT_GT(failures, 3);
   });

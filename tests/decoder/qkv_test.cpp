@@ -81,6 +81,18 @@ TEST(StackedWeight, RefusesWithTheMatrixNamed) {
   b(1, 5) = kNan;
   expect_throws<std::invalid_argument>([&] { pack(b, std::int8_t{}); }, {"weights[1][1, 5] is"});
   EXPECT_EQ(pack(b, float{}).rows(), 5);
+  // On every rank, also where a rank owns no row of what is wrong: else the others wait for it.
+  const float one = 1;
+  const ef::TensorView<const float, 2> endless(&one, Index{1} << 62, 4);
+  ef::ThreadCommunicator::run(2, [&](auto& communicator) {
+    EXPECT_THROW(
+        ef::pack_stacked_column_shard<float>(
+            kOneThread, std::array{ef::input_view<2>(a), ef::input_view<2>(narrow)}, communicator),
+        std::invalid_argument);
+    EXPECT_THROW(
+        ef::pack_stacked_column_shard<float>(kOneThread, std::array{endless}, communicator),
+        std::invalid_argument);
+  });
 }
 
 TEST(StackedWeight, DividedAmongRanksGivesTheWholeProduct) {
