@@ -223,11 +223,11 @@ class Decoder {
     scratch_.logits_of.clear();
     for (std::size_t i = 0; i < rows; ++i) {
       const Index length = cache.length(sequences[i]);
-      require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
-                   plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
+      detail::require_that(plan.positions[i] == length, name, "row ", i, " begins at position ",
+                           plan.positions[i], ", its sequence ", sequences[i], " holds ", length);
       if (plan.wants_token[i] == 0) continue;
-      require_that(plan.offsets[i] < plan.offsets[i + 1], name, "row ", i,
-                   " wants a token and has none of its own");
+      detail::require_that(plan.offsets[i] < plan.offsets[i + 1], name, "row ", i,
+                           " wants a token and has none of its own");
       scratch_.logits_of.push_back(plan.offsets[i + 1] - 1);
     }
     step_into(logits, StepRows{plan.tokens, plan.offsets, scratch_.logits_of}, cache, sequences);
@@ -248,8 +248,8 @@ class Decoder {
     const auto view = input_view<2>(ids);
     const Index batch = view.dimension(0), n = view.dimension(1);
     detail::checked_size("Decoder::prefill", "ids", view);
-    require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
-                 ", expected at least one token a sequence");
+    detail::require_that(n > 0, "Decoder::prefill", "ids has shape ", detail::shape_text(view),
+                         ", expected at least one token a sequence");
     Tensor<float, 2> logits;
     run(logits, whole_rows({view.data(), static_cast<std::size_t>(view.size())}, batch, n),
         detail::DenseRows<KvCache<T, Storage>>{cache});
@@ -273,8 +273,8 @@ class Decoder {
     const Index batch = view.dimension(0), longest = view.dimension(1);
     constexpr auto name = "Decoder::prefill";
     detail::checked_size(name, "ids", view);
-    require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
-                 " rows, but there are ", lengths.size(), " lengths");
+    detail::require_that(static_cast<Index>(lengths.size()) == batch, name, "ids has ", batch,
+                         " rows, but there are ", lengths.size(), " lengths");
     scratch_.tokens.clear();
     scratch_.offsets.assign(1, 0);
     scratch_.logits_of.clear();

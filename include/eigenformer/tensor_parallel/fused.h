@@ -31,9 +31,10 @@ PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& w
   const Index columns = views[0].dimension(1);
   for (const auto& view : views) {  // on every rank, whichever rows it owns
     detail::checked_size(name, "weights", view);
-    require_that(view.dimension(1) == columns, name, "weights have ", columns, " and ",
-                 view.dimension(1), " columns, expected as many");
-    require_that(detail::add_fits(rows, view.dimension(0), rows), name, "the rows overflow");
+    detail::require_that(view.dimension(1) == columns, name, "weights have ", columns, " and ",
+                         view.dimension(1), " columns, expected as many");
+    detail::require_that(detail::add_fits(rows, view.dimension(0), rows), name,
+                         "the rows overflow");
   }
   const ShardRange own = shard_range(rows, communicator.rank(), communicator.size());
   std::vector<View> parts;
