@@ -46,6 +46,8 @@ struct ParallelRegionOptions {
   /// twice what a wake-up costs never costs more than three times the best choice; where serial
   /// work of a known length lies between, for example sampling, say more.
   std::chrono::microseconds linger{100};
+  /// Operators run on the calling thread alone: for a step too small to be shared.
+  bool serial = false;
 };
 
 template <Device D>
@@ -56,7 +58,8 @@ class ParallelRegion {
       const D& device, [[maybe_unused]] const ParallelRegionOptions& options = {}) {
     if constexpr (std::is_same_v<D, Eigen::ThreadPoolDevice>) {
       if (cpu::worker_count(device) < 2 || cpu::team_on(device.getPool()) != nullptr) return;
-      team_ = new cpu::ThreadTeam(device.getPool(), options.linger, cpu::innermost_team());
+      team_ = new cpu::ThreadTeam(device.getPool(), options.linger, cpu::innermost_team(),
+                                  options.serial);
       cpu::innermost_team() = team_;
     }
   }

@@ -179,6 +179,20 @@ TEST(ParallelRegion, CallsFromWithinAPartRunAlone) {
   }
 }
 
+TEST(ParallelRegion, ASerialOneMakesOnePart) {
+  Threads threads(3);
+  const std::vector<Part> apart = parts_of(threads.device, 30, ef::cpu::kWorthAThread);
+  {
+    const ef::ParallelRegion region(threads.device, {.serial = true});
+    const std::vector<Part> one{{0, 30, 1}, {}, {}};
+    EXPECT_EQ(parts_of(threads.device, 30, ef::cpu::kWorthAThread), one);
+    const ef::ParallelRegion second(threads.device);  // a no-op: the outer one decides
+    EXPECT_EQ(parts_of(threads.device, 30, ef::cpu::kWorthAThread), one);
+  }
+  EXPECT_EQ(parts_of(threads.device, 30, ef::cpu::kWorthAThread), apart);
+  EXPECT_EQ(apart[2].calls, 1);
+}
+
 TEST(ParallelRegion, TwoThreadsTwoPools) {
   const auto serve = [] {
     Threads threads(2);

@@ -9,6 +9,7 @@
   } while (false)
 #include <eigenformer/decoder.h>
 
+#include <array>
 #include <thread>
 
 #include "compare.h"
@@ -75,7 +76,7 @@ TEST(DecoderStepFailures, MemoryThatRunsOutAnywhereChangesNoCache) {
                                    for (const Index layer : {0, 1})
                                      EXPECT_EQ(cache.length(id, layer), 3) << layer;
                                    EXPECT_EQ(cache.pages_free(), pages);
-          EXPECT_EQ(cache.capacity(id), 32);  // pages of 4 positions
+                                   EXPECT_EQ(cache.capacity(id), 32);  // pages of 4 positions
                                  });
     EXPECT_GT(failures, 3);
   });
@@ -100,22 +101,27 @@ TEST(DecoderStepFailures, ADenseCacheTakesAnotherBatchAfterAFailedFirstStep) {
   EXPECT_EQ(cache.length(1), 5);
 }
 
-TEST(DecoderStepFailures, TensorsThatGetNoMemoryAreNotFreedTwice) {
+// The logits are the only tensor of a step.
+TEST(DecoderStepFailures, LogitsThatGetNoMemoryAreNotFreedTwice) {
   ef::Decoder<float> model(std::make_shared<ef::DecoderWeights>(kConfig, 5), kOneThread);
   ef::PagedKvCache<float> cache(kPages);
   const ef::SequenceId id = cache.add_sequence();
   const std::span<const ef::SequenceId> ids(&id, 1);
-  const Prompt prompt(3), longer(7);
+  const Prompt prompt(3);
+  ef::StepRows more = prompt.rows();
+  const std::array<Index, 2> two{0, 2};
+  more.logits_of = two;
   ef::Tensor<float, 2> logits;
   model.step_into(logits, prompt.rows(), cache, ids);
   {
     const NoTensorMemory none;
-    EXPECT_THROW(model.step_into(logits, longer.rows(), cache, ids), std::bad_alloc);
+    EXPECT_THROW(model.step_into(logits, more, cache, ids), std::bad_alloc);
   }
   EXPECT_EQ(cache.length(id), 3);
-  model.step_into(logits, longer.rows(), cache, ids);
+  model.step_into(logits, more, cache, ids);
+  EXPECT_EQ(cache.length(id), 6);
   const NoTensorMemory none;
-  EXPECT_NO_THROW(model.step_into(logits, longer.rows(), cache, ids));
+  EXPECT_NO_THROW(model.step_into(logits, more, cache, ids));
 }
 
 template <typename T>

@@ -226,22 +226,28 @@ TEST(DecoderStep, AStepThatThrowsLeavesTheCacheAsItWas) {
   EXPECT_TRUE(same_bits(keys, cache.keys(b, 1)));
 }
 
-TEST(DecoderStep, AllocatesNothingAfterTheFirstOfAShape) {
+// Nor of a smaller one: a server's steps have another number of tokens each.
+TEST(DecoderStep, AllocatesNothingAfterTheLargest) {
   auto weights = make_weights();
   for (const bool int8 : {false, true}) {
     ef::Decoder<float> model(weights, kOneThread);
     if (int8) model.quantize();
     auto cache = make_cache(16, 20);
     const std::vector<ef::SequenceId> sequences{cache.add_sequence(), cache.add_sequence()};
-    const Ids tokens = random_ids(4, 7);
-    const std::vector<Index> offsets{0, 1, 4}, logits_of{0, 3};
+    const Ids tokens = random_ids(9, 7);
     ef::Tensor<float, 2> logits;
-    for (const ef::SequenceId sequence : sequences) cache.reserve(sequence, 40);
-    for (int i = 0; i < 3; ++i)
-      model.step_into(logits, ef::StepRows{tokens, offsets, logits_of}, cache, sequences);
+    for (const ef::SequenceId sequence : sequences) cache.reserve(sequence, 80);
+    const auto step = [&](Index first, Index second) {
+      const std::array<Index, 3> offsets{0, first, first + second};
+      const std::array<Index, 2> logits_of{first - 1, first + second - 1};
+      const auto own = std::span(tokens).first(static_cast<std::size_t>(first + second));
+      model.step_into(logits, ef::StepRows{own, offsets, logits_of}, cache, sequences);
+    };
+    step(4, 5);
+    step(1, 3);
     const long allocations = count_allocations([&] {
-      for (int i = 0; i < 3; ++i)
-        model.step_into(logits, ef::StepRows{tokens, offsets, logits_of}, cache, sequences);
+      for (const Index n : {1, 3, 5, 2, 4}) step(n, 1), step(1, n);
+      step(4, 5);
     });
     EXPECT_EQ(allocations, 0);
   }

@@ -48,7 +48,9 @@ inline Index part_count(const Eigen::DefaultDevice&, Index /*count*/, Cost) { re
 inline Index part_count(const Eigen::ThreadPoolDevice& device, Index count, Cost cost) {
   const double cycles =
       static_cast<double>(count) * static_cast<double>(cost.elements) * cost.cycles;
-  const double paid = team_on(device.getPool()) != nullptr ? kAwakeCycles : kWakingCycles;
+  const ThreadTeam* const team = team_on(device.getPool());
+  if (team != nullptr && team->serial()) return 1;
+  const double paid = team != nullptr ? kAwakeCycles : kWakingCycles;
   const Index most = std::clamp<Index>(count, 1, worker_count(device));
   return std::clamp(static_cast<Index>((std::min)(cycles / paid, 1e6)), Index{1}, most);
 }

@@ -52,13 +52,16 @@ bool spin_until(std::chrono::nanoseconds limit, Condition&& holds) {
 /// for them.
 class ThreadTeam {
  public:
-  ThreadTeam(Eigen::ThreadPoolInterface* pool, std::chrono::nanoseconds linger, ThreadTeam* outer)
-      : pool_(pool), linger_(linger), outer_(outer) {}
+  ThreadTeam(Eigen::ThreadPoolInterface* pool, std::chrono::nanoseconds linger, ThreadTeam* outer,
+             bool serial)
+      : pool_(pool), linger_(linger), outer_(outer), serial_(serial) {}
   ThreadTeam(const ThreadTeam&) = delete;
   ThreadTeam& operator=(const ThreadTeam&) = delete;
 
   const Eigen::ThreadPoolInterface* pool() const { return pool_; }
   ThreadTeam* outer() const { return outer_; }
+  /// Loops have one part and no helper is ever summoned.
+  bool serial() const { return serial_; }
 
   /// Calls part(p) once for each p in [0, parts), part 0 on this thread, the opener, and returns
   /// when all are done. A call from within a part finds the helpers busy and runs alone.
@@ -166,6 +169,7 @@ class ThreadTeam {
   Eigen::ThreadPoolInterface* const pool_;
   const std::chrono::nanoseconds linger_;
   ThreadTeam* const outer_;
+  const bool serial_;
   bool running_ = false;
 };
 

@@ -14,6 +14,7 @@
 
 #include "../activation.h"
 #include "../attention.h"
+#include "../core/packed_array.h"
 #include "../embedding.h"
 #include "../kv_cache.h"
 #include "../normalization.h"
@@ -37,11 +38,29 @@ struct StepRows {
 
 namespace detail {
 
-/// Activations of a step, kept so that a step of the same shape allocates nothing.
+/// A matrix whose memory grows and does not shrink.
+template <typename T>
+class GrowingMatrix {
+ public:
+  /// Its shape from now on, its elements whatever was there.
+  TensorView<T, 2> reshape(Index rows, Index columns) {
+    elements_.resize(checked_product(rows, columns, "Decoder::step", "activations"));
+    rows_ = rows;
+    columns_ = columns;
+    return view();
+  }
+  TensorView<T, 2> view() { return {elements_.data(), rows_, columns_}; }
+
+ private:
+  PackedArray<T> elements_;
+  Index rows_ = 0, columns_ = 0;
+};
+
+/// Activations of a step, kept so that steps of no more tokens than one before allocate nothing.
 template <typename T>
 struct InferenceScratch {
-  Tensor<T, 2> stream, normalised, qkv, query, key, attended, gated, branch;  // of all tokens
-  Tensor<T, 2> wanted, wanted_branch, last, logits;  // of those whose logits are wanted
+  GrowingMatrix<T> stream, normalised, qkv, query, key, attended, gated, branch;  // of all tokens
+  GrowingMatrix<T> wanted, wanted_branch, last, logits;  // of those whose logits are wanted
   std::vector<Index> positions, turned, starts, capacities, offsets, logits_of;
   std::vector<std::int32_t> tokens;
   BasicRopeTable<compute_type<T>> angles;
@@ -49,10 +68,25 @@ struct InferenceScratch {
 
 /// y's shape, its memory kept where as much is needed. Where memory does not suffice y is empty:
 /// Eigen's resize alone would leave a tensor that frees its old elements twice.
-template <typename T>
-void reshape(Tensor<T, 2>& y, Index rows, Index columns) {
-  if (y.size() != rows * columns) y = Tensor<T, 2>();
+inline void reshape(Tensor<float, 2>& y, Index rows, Index columns) {
+  if (y.size() != rows * columns) y = Tensor<float, 2>();
   y.resize(rows, columns);
+}
+
+/// Work below which the threads of a pool, woken for a step, cost more than they bring, in cycles
+/// of one core: 330 us at 3 GHz. Models of 0.3 to 7 million parameters, Zen 3, 2 threads: steps
+/// of 90 to 250 us on one thread took 0.9 to 1.5 of their time, those of 400 us 0.7 to 0.9.
+inline constexpr double kSharedStepCycles = 1e6;
+
+/// Cycles of a step, rough: a weight is read from a cache and multiplied, INT8 three times as fast.
+inline double step_cycles(const DecoderConfig& c, Index tokens, Index wanted, WeightFormat format) {
+  const double q = static_cast<double>(c.heads * c.head_dim),
+               kv = static_cast<double>(c.kv_heads * c.head_dim),
+               d = static_cast<double>(c.features), hidden = static_cast<double>(c.hidden);
+  const double layer = 2 * d * (q + kv) + 3 * d * hidden,
+               head = d * static_cast<double>(c.vocabulary);
+  return (format == WeightFormat::int8 ? 0.15 : 0.5) *
+         (static_cast<double>(tokens * c.layers) * layer + static_cast<double>(wanted) * head);
 }
 
 /// Layers of different lengths would turn and mask tokens by the wrong positions.
@@ -159,7 +193,9 @@ class InferenceStep {
       logits.resize(0, config_.vocabulary);
       return;
     }
-    const ParallelRegion region(device_);
+    const double cycles = step_cycles(config_, static_cast<Index>(step.tokens.size()),
+                                      static_cast<Index>(step.logits_of.size()), weights_.format());
+    const ParallelRegion region(device_, {.serial = cycles < kSharedStepCycles});
     fill_positions(step);
     embed(step.tokens);
     attempt_or_undo(
@@ -208,47 +244,50 @@ class InferenceStep {
   }
 
   void embed(std::span<const std::int32_t> tokens) {
-    reshape(s_.stream, static_cast<Index>(tokens.size()), config_.features);
+    auto x = s_.stream.reshape(static_cast<Index>(tokens.size()), config_.features);
     timed("embedding", [&] {
       std::visit(
           [&]<typename Table>(const Table& table) {
             if constexpr (rank_of<Table> == 2)
-              embedding_into(device_, s_.stream, tokens, table);
+              embedding_into(device_, x, tokens, table);
             else if constexpr (std::is_same_v<Table, QuantizedChannels>)
-              embed_int8(tokens, table);
+              embed_int8(x, tokens, table);
           },
           weights_.embedding());
     });
   }
-  void embed_int8(std::span<const std::int32_t> tokens, const QuantizedChannels& table) {
+  void embed_int8(TensorView<T, 2>& x, std::span<const std::int32_t> tokens,
+                  const QuantizedChannels& table) {
     const Index features = config_.features;
     for (std::size_t t = 0; t < tokens.size(); ++t)
       dequantize_into(
-          device_, TensorView<T, 1>(s_.stream.data() + static_cast<Index>(t) * features, features),
+          device_, TensorView<T, 1>(x.data() + static_cast<Index>(t) * features, features),
           TensorView<const std::int8_t, 1>(table.values.data() + tokens[t] * features, features),
           table.scales(tokens[t]));
   }
 
   template <typename S>
   void layers(const PackedDecoderLayers<S>& all, const StepRows& step, Tensor<float, 2>& logits) {
-    const Index tokens = s_.stream.dimension(0);
-    reshape(s_.normalised, tokens, config_.features);
+    auto x = s_.stream.view();
+    const Index tokens = x.dimension(0);
+    auto normalised = s_.normalised.reshape(tokens, config_.features);
     timed("normalization", [&] {
-      rms_norm_into(device_, s_.normalised, s_.stream, all.layers.front().attention_norm, norm());
+      rms_norm_into(device_, normalised, x, all.layers.front().attention_norm, norm());
     });
     for (std::size_t l = 0; l < all.layers.size(); ++l) {
       const PackedDecoderLayer<S>& w = all.layers[l];
       attend(w, static_cast<Index>(l), step);
-      project(s_.branch, s_.attended, w.output);
-      add_norm(s_.normalised, s_.stream, s_.branch, w.feed_forward_norm);
-      reshape(s_.gated, tokens, config_.hidden);
+      auto branch = s_.branch.reshape(tokens, config_.features);
+      project(branch, s_.attended.view(), w.output);
+      add_norm(normalised, x, branch, w.feed_forward_norm);
+      auto gated = s_.gated.reshape(tokens, config_.hidden);
       timed("linear", [&] {
-        column_parallel_gated_linear_into(device_, s_.gated, s_.normalised, w.gate_up,
-                                          communicator_, Epilogue{}.silu());
+        column_parallel_gated_linear_into(device_, gated, normalised, w.gate_up, communicator_,
+                                          Epilogue{}.silu());
       });
-      project(s_.branch, s_.gated, w.down);
+      project(branch, gated, w.down);
       if (l + 1 < all.layers.size())
-        add_norm(s_.normalised, s_.stream, s_.branch, all.layers[l + 1].attention_norm);
+        add_norm(normalised, x, branch, all.layers[l + 1].attention_norm);
     }
     head(logits, all.head, step.logits_of);
   }
@@ -257,22 +296,22 @@ class InferenceStep {
   template <typename S>
   void attend(const PackedDecoderLayer<S>& w, Index l, const StepRows& step) {
     const DecoderConfig& c = config_;
-    const Index tokens = s_.stream.dimension(0), q_columns = c.heads * c.head_dim,
+    const Index tokens = static_cast<Index>(step.tokens.size()), q_columns = c.heads * c.head_dim,
                 kv_columns = c.kv_heads * c.head_dim;
-    project(s_.qkv, s_.normalised, w.qkv);
-    reshape(s_.query, tokens, q_columns);
-    reshape(s_.key, tokens, kv_columns);
-    TensorView<T, 3> q(s_.query.data(), tokens, c.heads, c.head_dim),
-        k(s_.key.data(), tokens, c.kv_heads, c.head_dim);
-    rotate(q, heads_of(s_.qkv, 0, c.heads, c.head_dim));
-    rotate(k, heads_of(s_.qkv, q_columns, c.kv_heads, c.head_dim));
+    auto qkv = s_.qkv.reshape(tokens, q_columns + 2 * kv_columns);
+    project(qkv, s_.normalised.view(), w.qkv);
+    auto keys = s_.key.reshape(tokens, kv_columns);
+    TensorView<T, 3> q(s_.query.reshape(tokens, q_columns).data(), tokens, c.heads, c.head_dim),
+        k(keys.data(), tokens, c.kv_heads, c.head_dim);
+    rotate(q, heads_of(qkv, 0, c.heads, c.head_dim));
+    rotate(k, heads_of(qkv, q_columns, c.kv_heads, c.head_dim));
     timed("kv_cache", [&] {
-      rows_.append(device_, step.offsets, l, heads_of(s_.key, 0, c.kv_heads, c.head_dim),
-                   heads_of(s_.qkv, q_columns + kv_columns, c.kv_heads, c.head_dim));
+      rows_.append(device_, step.offsets, l, heads_of(keys, 0, c.kv_heads, c.head_dim),
+                   heads_of(qkv, q_columns + kv_columns, c.kv_heads, c.head_dim));
     });
     appended_ = true;
-    reshape(s_.attended, tokens, q_columns);
-    TensorView<T, 3> attended(s_.attended.data(), tokens, c.heads, c.head_dim);
+    TensorView<T, 3> attended(s_.attended.reshape(tokens, q_columns).data(), tokens, c.heads,
+                              c.head_dim);
     timed("attention", [&] {
       attention_with_kv_source_into(device_, attended, q, rows_.source(l), step.offsets,
                                     {.causal = true});
@@ -285,30 +324,30 @@ class InferenceStep {
     const Index count = static_cast<Index>(logits_of.size()), features = config_.features;
     reshape(logits, count, config_.vocabulary);
     if (count == 0) return;
-    reshape(s_.wanted, count, features);
-    reshape(s_.wanted_branch, count, features);
+    auto wanted = s_.wanted.reshape(count, features),
+         branch = s_.wanted_branch.reshape(count, features),
+         last = s_.last.reshape(count, features);
     for (Index r = 0; r < count; ++r) {
       const Index at = logits_of[static_cast<std::size_t>(r)] * features;
-      std::copy_n(s_.stream.data() + at, features, s_.wanted.data() + r * features);
-      std::copy_n(s_.branch.data() + at, features, s_.wanted_branch.data() + r * features);
+      std::copy_n(s_.stream.view().data() + at, features, wanted.data() + r * features);
+      std::copy_n(s_.branch.view().data() + at, features, branch.data() + r * features);
     }
-    reshape(s_.last, count, features);
-    add_norm(s_.last, s_.wanted, s_.wanted_branch, weights_.norm());
+    add_norm(last, wanted, branch, weights_.norm());
     if constexpr (std::is_same_v<T, float>) {
-      project(logits, s_.last, weight);
+      project(logits, last, weight);
     } else {
-      project(s_.logits, s_.last, weight);
-      logits = s_.logits.template cast<float>();
+      auto narrow = s_.logits.reshape(count, config_.vocabulary);
+      project(narrow, last, weight);
+      logits = narrow.template cast<float>();
     }
   }
 
   // ---- one call of a public operator each, charged to its name ----------------------------------
-  template <typename S>
-  void project(Tensor<T, 2>& y, const Tensor<T, 2>& x, const PackedColumnShard<S>& weight) {
-    reshape(y, x.dimension(0), weight.out_features);
+  template <typename Y, typename S>
+  void project(Y& y, const TensorView<T, 2>& x, const PackedColumnShard<S>& weight) {
     timed("linear", [&] { column_parallel_linear_into(device_, y, x, weight, communicator_); });
   }
-  void add_norm(Tensor<T, 2>& y, Tensor<T, 2>& x, const Tensor<T, 2>& branch,
+  void add_norm(TensorView<T, 2>& y, TensorView<T, 2>& x, const TensorView<T, 2>& branch,
                 const Tensor<float, 1>& weight) {
     timed("normalization", [&] { add_rms_norm_into(device_, y, x, branch, weight, norm()); });
   }
