@@ -224,7 +224,7 @@ TEST(ParallelFor, MakesAsManyPartsAsPayForAThread) {
   EXPECT_EQ(parts(2, {15999}), 1);  // 16000 elements pay for one
   EXPECT_EQ(parts(2, {16000}), 2);
   EXPECT_EQ(parts(100, {16000}), 4);
-  EXPECT_EQ(parts(3, {Index{1} << 40}), 3);
+  EXPECT_EQ(parts(3, {(std::numeric_limits<Index>::max)()}), 3);
   EXPECT_EQ(parts(100, {0}), 1);
   EXPECT_EQ(parts(0, {16000}), 1);
   EXPECT_EQ(ef::cpu::part_count(Eigen::DefaultDevice{}, 100, {16000}), 1);
