@@ -44,8 +44,9 @@ auto ids_input(const Ids& ids) {
   return input_view<rank_of<Ids>>(ids);
 }
 
-/// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`.
-template <typename Ids, typename Rows, typename Table>
+/// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`. A GPU's ids are
+/// memory of the GPU: its kernel checks them.
+template <Device D, typename Ids, typename Rows, typename Table>
 void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name,
                        const Rows& rows, std::string_view table_name, const Table& table) {
   constexpr int rank = rank_of<Ids>;
@@ -57,23 +58,24 @@ void require_embedding(std::string_view name, const Ids& ids, std::string_view r
   if (!same)
     require_that(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ",
                  shape_text(ids), ", ", table_name, " has shape ", shape_text(table));
-  const Index vocab = table.dimension(0);
-  for (Index t = 0; t < ids.size(); ++t)
-    require_that(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ",
-                 ids.data()[t], " at position ", t,
-                 " is outside the vocabulary, expected 0 <= id < ", vocab);
+  [[maybe_unused]] const Index vocab = table.dimension(0);
+  if constexpr (CpuDevice<D>)
+    for (Index t = 0; t < ids.size(); ++t)
+      require_that(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ",
+                   ids.data()[t], " at position ", t,
+                   " is outside the vocabulary, expected 0 <= id < ", vocab);
 }
 
 }  // namespace detail
 
 /// y[t] = table[ids[t]].
-template <CpuDevice D, typename Y, typename Ids, typename Table>
+template <Device D, typename Y, typename Ids, typename Table>
 void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) {
   const auto id_view = detail::ids_input(ids);
   const auto rows = input_view<2>(table);
   auto out = output_view<rank_of<decltype(id_view)> + 1>(y);
   detail::require_floating_scalars<decltype(out), decltype(rows)>();
-  detail::require_embedding("embedding", id_view, "y", out, "table", rows);
+  detail::require_embedding<D>("embedding", id_view, "y", out, "table", rows);
   using Problem = problem::Embedding<scalar_of<decltype(out)>, scalar_of<decltype(rows)>,
                                      scalar_of<decltype(id_view)>>;
   detail::run(device,
@@ -102,7 +104,7 @@ auto embedding(const Ids& ids, const Table& table) {
 
 /// grad_table[ids[t]] += grad_y[t] for t in order, whatever the threads; grad_table is float or
 /// double. Rows of ids that do not occur are not touched.
-template <CpuDevice D, typename G, typename GY, typename Ids>
+template <Device D, typename G, typename GY, typename Ids>
 void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, const Ids& ids) {
   static_assert(std::is_same_v<scalar_of<G>, float> || std::is_same_v<scalar_of<G>, double>,
                 "eigenformer: the gradient of a table is accumulated in float or double");
@@ -110,7 +112,8 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
   auto rows = output_view<2>(grad_table);
   const auto gradient = input_view<rank_of<decltype(id_view)> + 1>(grad_y);
   detail::require_floating_scalars<decltype(gradient)>();
-  detail::require_embedding("embedding_backward", id_view, "grad_y", gradient, "grad_table", rows);
+  detail::require_embedding<D>("embedding_backward", id_view, "grad_y", gradient, "grad_table",
+                               rows);
   using Problem = problem::EmbeddingBackward<scalar_of<G>, scalar_of<decltype(gradient)>,
                                              scalar_of<decltype(id_view)>>;
   detail::run(device, Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(),

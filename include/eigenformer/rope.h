@@ -222,7 +222,7 @@ void set_angles(std::string_view name, Problem& p, const RopeOptions& options, i
 
 /// y = x, turned. Options take one row of cosines and sines per thread from the workspace; a table
 /// takes nothing.
-template <CpuDevice D, typename Y, typename X, typename P = LengthSpan, typename How = RopeOptions>
+template <Device D, typename Y, typename X, typename P = LengthSpan, typename How = RopeOptions>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How& how = {},
                Workspace& workspace = thread_workspace()) {
   constexpr auto name = "rope";
@@ -252,8 +252,7 @@ auto rope(const X& x, const P& positions, const How& how = {}) {
 }
 
 /// Gradient of x from that of y: the rotation by the opposite angle. grad_x may be grad_y itself.
-template <CpuDevice D, typename GX, typename GY, typename P = LengthSpan,
-          typename How = RopeOptions>
+template <Device D, typename GX, typename GY, typename P = LengthSpan, typename How = RopeOptions>
 void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P& positions,
                         const How& how = {}, Workspace& workspace = thread_workspace()) {
   constexpr auto name = "rope_backward";

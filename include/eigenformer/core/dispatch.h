@@ -6,6 +6,10 @@
 ///   run(device, problem)  ->  execute(cpu::Backend<D, Isa>, problem)     cpu/X.h
 ///                             execute(cuda::Backend, problem)            cuda/X.cuh
 ///
+/// One rule of memory: tensors are memory of the backend; everything else in a problem (lengths,
+/// offsets, positions, tables of pointers, slopes, parameters, generators) is host memory, and a
+/// backend that cannot read it stages it. What may be either says so beside its member.
+///
 /// A CUDA kernel for one more operator is one file and one line in cuda/kernels.cuh.
 #pragma once
 
@@ -29,10 +33,14 @@ inline constexpr bool is_cpu_backend = false;
 template <typename D, typename Isa>
 inline constexpr bool is_cpu_backend<cpu::Backend<D, Isa>> = true;
 
-/// Workers that kernels on a device may have at once, for those that the caller gives scratch.
-template <CpuDevice D>
-int worker_count(const D& device) {
-  return cpu::worker_count(device);
+/// Workers that kernels on a device may have at once, for those that the caller gives scratch: a
+/// row of host memory each. Kernels of a GPU have scratch of their own.
+template <Device D>
+int worker_count([[maybe_unused]] const D& device) {
+  if constexpr (CpuDevice<D>)
+    return cpu::worker_count(device);
+  else
+    return 0;
 }
 
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel
