@@ -37,17 +37,6 @@ void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {
     auto other = poisoned_tensor<T, 3>({batch, queries, keys});
     ef::causal_mask_into(on(isa), other, options);
     ASSERT_TRUE(same_bits(mask, other)) << isa.name;
-    if (!options.segment_ids.empty()) return;
-    // The path of masks larger than the caches, at addresses that no vector is aligned to; the
-    // element before and after is not its own.
-    auto memory = poisoned_tensor<T, 1>({mask.size() + 2});
-    const ef::TensorView<T, 3> shifted(memory.data() + 1, batch, queries, keys);
-    const auto problem =
-        ef::detail::causal_mask_problem(memory.data() + 1, batch, queries, keys, options);
-    ef::cpu::causal_mask_rows<decltype(isa), true>(problem, 0, batch * queries);
-    ASSERT_TRUE(same_bits(mask, shifted)) << isa.name;
-    ASSERT_NE(memory(0), memory(0)) << isa.name;
-    ASSERT_NE(memory(mask.size() + 1), memory(mask.size() + 1)) << isa.name;
   });
 }
 
@@ -66,6 +55,43 @@ TYPED_TEST(CausalMask, EqualsItsDefinitionAtEveryEdge) {
     }
 }
 
+/// Masks of more than 16 MiB are written around the caches: one of as many sequences as that takes.
+/// The first row begins where no vector is aligned, those of odd length at every alignment; the
+/// elements before and after are not the mask's own.
+template <typename T>
+void check_around_caches(Index queries, Index keys, ef::CausalMaskOptions options) {
+  options.key_length = keys;
+  const Index area = queries * keys, batch = (Index{16} << 20) / (area * Index{sizeof(T)}) + 1;
+  const auto one = ef::create_causal_mask<T>(queries, 1, options);
+  ef::Tensor<T, 1> memory(batch * area + 2);
+  const auto bytes = [](Index count) { return static_cast<std::size_t>(count) * sizeof(T); };
+  for_each_isa([&](auto isa) {
+    std::memset(static_cast<void*>(memory.data()), 0xff, bytes(memory.size()));  // NaN
+    const ef::TensorView<T, 3> mask(memory.data() + 1, batch, queries, keys);
+    ef::causal_mask_into(on(isa), mask, options);
+    const T* const second = mask.data() + area;
+    ASSERT_EQ(std::memcmp(mask.data(), one.data(), bytes(area)), 0) << isa.name;
+    // Each sequence equals the one before it.
+    ASSERT_EQ(std::memcmp(mask.data(), second, bytes((batch - 1) * area)), 0) << isa.name;
+    ASSERT_TRUE(std::isnan(static_cast<double>(memory(0)))) << isa.name;
+    ASSERT_TRUE(std::isnan(static_cast<double>(memory(batch * area + 1)))) << isa.name;
+  });
+}
+
+TYPED_TEST(CausalMask, TheSameBitsAroundTheCaches) {
+  // Rows shorter than a vector are millions, so few of these: of one run, two and three.
+  check_around_caches<TypeParam>(2, 2, {.window = 1});
+  for (Index window : {0, 1}) check_around_caches<TypeParam>(3, 3, {.window = window});
+  for (Index length : {15, 16, 17, 33})
+    for (Index window : {0, 1, 2, 16})  // one that holds all keys makes the same runs as none
+      if (window < length) check_around_caches<TypeParam>(length, length, {.window = window});
+  // from queries before the first key to queries past the last one
+  check_around_caches<TypeParam>(79, 21, {.query_offset = -40, .window = 4});
+  for (Index prefix : {1, 7, 50})
+    check_around_caches<TypeParam>(33, 20,
+                                   {.query_offset = 3, .window = 2, .prefix_length = prefix});
+}
+
 TYPED_TEST(CausalMask, PackedDocumentsSeeOnlyThemselves) {
   const std::vector<std::int32_t> shared{0, 0, 0, 1, 1, 2, 2, 2, 2};
   check<TypeParam>(9, 2, {.segment_ids = shared});
@@ -80,9 +106,8 @@ TYPED_TEST(CausalMask, PackedDocumentsSeeOnlyThemselves) {
 }
 
 TEST(CausalMaskShapes, LargerThanTheCaches) {
-  const Index length = 2960;  // 35 MB of float
-  static_assert(2960 * 2960 * sizeof(float) >
-                ef::cpu::streaming_threshold(ef::cpu::ReadsBeside::nothing));
+  check_around_caches<double>(1, 1, {});
+  const Index length = 2960;  // 35 MB of float, above 16 MiB: written around the caches
   Threads threads(2);
   const auto mask = ef::create_causal_mask<float>(threads.device, length, 1,
                                                   {.window = 1000, .prefix_length = 3});

@@ -5,6 +5,7 @@
 
 #include "compare.h"
 #include "failing_allocations.h"
+#include "kv_slots.h"
 
 using namespace eigenformer_test;
 
@@ -35,25 +36,10 @@ Rows<T> through(const Rows<T>& x) {
 template <typename T, typename Storage>
 void poison_unused(ef::KvCache<T, Storage>& cache, Index layer) {
   const auto source = cache.source(layer);
-  const Index length = cache.length(layer), capacity = cache.capacity(layer);
-  const auto fill = [](const auto* row, Index count) {
-    using S = std::remove_const_t<std::remove_pointer_t<decltype(row)>>;
-    for (Index i = 0; i < count; ++i)
-      const_cast<S*>(row)[i] = std::is_same_v<S, std::int8_t> ? std::numeric_limits<S>::min()
-                                                              : std::numeric_limits<S>::quiet_NaN();
-  };
   for (Index b = 0; b < source.batch; ++b)
     for (Index h = 0; h < source.kv_heads; ++h)
-      for (Index j = length; j < capacity; ++j) {
-        fill(source.key_row(b, h, j), source.head_dim);
-        fill(source.value_row(b, h, j), source.head_dim);
-        if constexpr (std::is_same_v<Storage, std::int8_t>) {
-          ef::problem::KvAppend<T, Storage> slots{};
-          slots.target = source;
-          fill(slots.key_scale_slot(b, h, j), 1);
-          fill(slots.value_scale_slot(b, h, j), 1);
-        }
-      }
+      for (Index j = cache.length(layer); j < cache.capacity(layer); ++j)
+        poison_slot(source, b, h, j);
 }
 
 template <typename T, typename Storage>
@@ -352,53 +338,63 @@ TEST(KvCacheCalls, CopiesAreDeepAndMovesAreWhole) {
   EXPECT_TRUE(same_bits(copy.values(3), before));
 }
 
-template <typename Isa, typename T>
-std::pair<float, std::vector<std::int8_t>> quantized(Isa, const std::vector<T>& x, Index count,
-                                                     std::size_t shift) {
-  std::vector<std::int8_t> q(static_cast<std::size_t>(count) + shift + 1, std::int8_t{-128});
-  const float scale = ef::cpu::quantize_row<Isa>(x.data() + shift, q.data() + shift, count);
-  EXPECT_EQ(q.back(), -128);
-  return {scale, q};
+/// The scale and the values of x, stored at a position of an INT8 cache: at an address of any
+/// alignment where its length is odd. The slot behind it stays as it was.
+template <typename Isa>
+std::pair<float, std::vector<std::int8_t>> stored(Isa isa, const float* x, Index count,
+                                                  Index position = 0) {
+  ef::KvCache<float, std::int8_t> cache;
+  cache.reserve(1, 1, position + 2, 1, count);
+  poison_unused(cache, 0);
+  const ef::TensorView<const float, 4> row(x, 1, 1, 1, count);
+  for (Index j = 0; j <= position; ++j) ef::update_kv_cache(on(isa), cache, row, row, 0);
+  const auto source = cache.source(0);
+  const auto scales = [&](Index j) {
+    return std::pair(source.key_scale(0, 0, j), source.value_scale(0, 0, j));
+  };
+  const std::int8_t* values = source.key_row(0, 0, position);
+  EXPECT_TRUE(std::equal(values, values + count, source.value_row(0, 0, position)));
+  EXPECT_EQ(scales(position).first, scales(position).second);
+  for (Index i = 0; i < count; ++i) {
+    EXPECT_EQ(source.key_row(0, 0, position + 1)[i], -128);
+    EXPECT_EQ(source.value_row(0, 0, position + 1)[i], -128);
+  }
+  EXPECT_TRUE(std::isnan(scales(position + 1).first) && std::isnan(scales(position + 1).second));
+  return {scales(position).first, {values, values + count}};
+}
+template <typename Isa>
+std::pair<float, std::vector<std::int8_t>> stored(Isa isa, const std::vector<float>& x) {
+  return stored(isa, x.data(), static_cast<Index>(x.size()));
 }
 
 TEST(KvCacheInt8, OneScaleARowRoundingToEven) {
   const auto x = random_tensor<float, 1>({200}, 3, 10.0);
   for (Index count = 0; count < 70; ++count)
-    for (std::size_t shift : {0, 1, 3}) {
-      const std::vector<float> row(x.data(), x.data() + static_cast<std::size_t>(count) + shift);
-      const auto expected = quantized(ef::isa::generic{}, row, count, shift);
-      for_each_isa(
-          [&](auto isa) { EXPECT_EQ(quantized(isa, row, count, shift), expected) << isa.name; });
+    for (Index shift : {0, 1, 3}) {
+      const float* row = x.data() + shift;
+      const auto [scale, values] = stored(ef::isa::generic{}, row, count, shift);
+      for_each_isa([&, &scale = scale, &values = values](auto isa) {
+        EXPECT_EQ(stored(isa, row, count, shift), std::pair(scale, values)) << isa.name;
+      });
       float largest = 0;
-      for (Index i = 0; i < count; ++i)
-        largest = std::max(largest, std::fabs(row[static_cast<std::size_t>(i) + shift]));
-      EXPECT_EQ(expected.first, largest == 0 ? 1.0f : largest / 127.0f);
+      for (Index i = 0; i < count; ++i) largest = std::max(largest, std::fabs(row[i]));
+      EXPECT_EQ(scale, largest == 0 ? 1.0f : largest / 127.0f);
       for (Index i = 0; i < count; ++i) {
-        const std::size_t at = static_cast<std::size_t>(i) + shift;
-        const int q = expected.second[at];
+        const int q = values[static_cast<std::size_t>(i)];
         EXPECT_GE(q, -127);
-        EXPECT_LE(std::fabs(row[at] - static_cast<float>(q) * expected.first),
-                  expected.first * 0.5001f);
+        EXPECT_LE(std::fabs(row[i] - static_cast<float>(q) * scale), scale * 0.5001f);
       }
     }
-  const auto halves =
-      quantized(ef::isa::best{}, std::vector<float>{127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -63.5f}, 6, 0);
-  EXPECT_EQ(halves.first, 1.0f);
-  EXPECT_EQ(std::vector<std::int8_t>(halves.second.begin(), halves.second.end() - 1),
-            (std::vector<std::int8_t>{127, 0, 2, 2, 0, -64}));
   // max / 127 is zero in float: the smallest float serves, as in quantization.h
   constexpr float least = std::numeric_limits<float>::denorm_min();
+  using Values = std::vector<std::int8_t>;
   for_each_isa([&](auto isa) {
-    const auto tiny = quantized(isa, std::vector<float>{7 * least, -least, 0.0f}, 3, 0);
-    EXPECT_EQ(tiny.first, least);
-    EXPECT_EQ(std::vector<std::int8_t>(tiny.second.begin(), tiny.second.begin() + 3),
-              (std::vector<std::int8_t>{7, -1, 0}));
-    const auto zeros = quantized(isa, std::vector<float>{0.0f, -0.0f}, 2, 0);
-    EXPECT_EQ(zeros.first, 1.0f);
+    EXPECT_EQ(stored(isa, {127.0f, 0.5f, 1.5f, 2.5f, -0.5f, -63.5f}),
+              std::pair(1.0f, Values({127, 0, 2, 2, 0, -64})));
+    EXPECT_EQ(stored(isa, {7 * least, -least, 0.0f}), std::pair(least, Values({7, -1, 0})));
+    EXPECT_EQ(stored(isa, {0.0f, -0.0f}), std::pair(1.0f, Values({0, 0})));
+    EXPECT_EQ(stored(isa, {std::numeric_limits<float>::max()}).second, Values({127}));
   });
-  const auto large =
-      quantized(ef::isa::best{}, std::vector<float>{std::numeric_limits<float>::max()}, 1, 0);
-  EXPECT_EQ(large.second[0], 127);
   ef::KvCache<double, std::int8_t> doubles;  // finite in double, no scale in float
   ef::Tensor<double, 4> wide(1, 1, 1, 2);
   wide.setConstant(1e300);
@@ -425,9 +421,14 @@ TEST(KvCacheInt8, EveryIsaReadsAndWritesTheSameBits) {
       ef::KvCache<float, std::int8_t> other;
       ef::update_kv_cache(on(isa), other, keys, keys, 0);
       EXPECT_TRUE(same_bits(other.values(on(isa), 0), cache.values(0))) << isa.name;
-      EXPECT_FALSE((ef::cpu::all_quantizable<decltype(isa)>(
-          std::vector<float>(static_cast<std::size_t>(dim), NAN).data(), dim)));
-      EXPECT_TRUE(ef::cpu::all_quantizable<decltype(isa)>(keys.data(), keys.size()));
+      auto bad = rows<float>(1, 1, 1, dim, 2);
+      bad(0, 0, 0, dim - 1) = NAN;
+      expect_throws<std::invalid_argument>(
+          [&] { ef::update_kv_cache(on(isa), other, bad, bad, 1); },
+          {"element " + std::to_string(dim - 1), "INT8"});
+      bad.setConstant(NAN);
+      expect_throws<std::invalid_argument>(
+          [&] { ef::update_kv_cache(on(isa), other, bad, bad, 1); }, {"element 0", "INT8"});
     });
   }
 }

@@ -178,35 +178,20 @@ TEST(Optimizer, EveryIsaEqualsTheReference) {
       Model model({size});
       auto expected = ef::reference::OptimizedVector{doubles(model.values[0])};
       ef::reference::adamw_step(expected, doubles(model.gradients[0]), {.learning_rate = 0.1});
-      ef::Tensor<float, 1> m(size), v(size);
-      m.setZero();
-      v.setZero();
-      const ef::problem::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(),
-                                              m.data(), v.data(), size};
-      const ef::problem::AdamWFactors factors{0.1f * 0.01f,
-                                              0.9f,
-                                              0.1f,
-                                              0.999f,
-                                              0.001f,
-                                              1.0f,
-                                              static_cast<float>(1 / std::sqrt(1 - 0.999)),
-                                              1e-8f};
-      execute(on(isa), ef::problem::Optimizer<ef::problem::AdamWFactors>{&piece, 1, factors});
+      ef::AdamW optimizer(model.parameters(), {.learning_rate = 0.1});
+      optimizer.step(on(isa));
       EXPECT_LE(relative_error(model.values[0], tensor(expected.value)), 1e-5) << isa.name << size;
-      double sum = -1, direct = 0;
-      execute(on(isa), ef::problem::GradientSquares{&piece, 1, &sum});
-      for (double g : doubles(model.gradients[0])) direct += g * g;
-      EXPECT_NEAR(sum, direct, 1e-12 * direct) << isa.name;
+      double squares = 0;
+      for (double g : doubles(model.gradients[0])) squares += g * g;
+      const double norm = std::sqrt(squares);  // a root halves the relative error of its argument
+      EXPECT_NEAR(ef::gradient_norm(on(isa), model.parameters()), norm, 0.5e-12 * norm) << isa.name;
       for (float bad :
            {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()})
         for (Index at = 0; at < size; ++at) {
-          bool finite = false;
           const float kept = std::exchange(model.gradients[0](at), 1e30f);
-          execute(on(isa), ef::problem::ScaleGradients{&piece, 1, 1.0f, &finite});
-          ASSERT_TRUE(finite) << isa.name;
+          ASSERT_TRUE(ef::all_finite(on(isa), model.parameters())) << isa.name;
           model.gradients[0](at) = bad;
-          execute(on(isa), ef::problem::ScaleGradients{&piece, 1, 1.0f, &finite});
-          ASSERT_FALSE(finite) << isa.name << " " << at;
+          ASSERT_FALSE(ef::all_finite(on(isa), model.parameters())) << isa.name << " " << at;
           model.gradients[0](at) = kept;
         }
     }
@@ -224,34 +209,48 @@ testing::AssertionResult rounded_once(float before, double step, float after) {
 
 TEST(Optimizer, TheWeightIsRoundedOnceAStep) {
   constexpr Index size = 203;
+  const auto rounded = [](double factor) {
+    return static_cast<double>(static_cast<float>(factor));
+  };
   for_each_isa([&](auto isa) {
-    Model model({size}), state({size, size});
+    Model model({size}), moments({size, size});
     const auto g = doubles(model.gradients[0]);
-    ef::Tensor<float, 1>&m = state.values[0], &v = state.values[1];
+    ef::Tensor<float, 1>&m = moments.values[0], &v = moments.values[1];
     for (Index i = 0; i < size; ++i) v(i) = std::abs(v(i)) + 0.1f;
     const auto m0 = doubles(m), v0 = doubles(v);
-    const ef::problem::ParameterPiece piece{model.values[0].data(), model.gradients[0].data(),
-                                            m.data(), v.data(), size};
-    const ef::problem::AdamWFactors adamw{1e-5f, 0.875f, 0.125f, 0.5f, 0.5f, 1e-3f, 1.25f, 1e-8f};
+    std::vector<float> state(m.data(), m.data() + size);
+    state.insert(state.end(), v.data(), v.data() + size);
+    // The second step, whose bias corrections are 1 - beta^2; betas and 1 - beta are exact floats.
+    const double first_bias = 1 - 0.875 * 0.875, rate = 1e-3 * first_bias;
+    const ef::AdamWOptions options{
+        .learning_rate = rate, .weight_decay = 1e-5 / rate, .beta1 = 0.875, .beta2 = 0.5};
+    const double step_size = rounded(rate / first_bias),
+                 decay = rounded(rate * options.weight_decay),
+                 inverse_root_bias = rounded(1 / std::sqrt(1 - 0.5 * 0.5));
+    ef::AdamW adamw(model.parameters(), options);
+    adamw.load_state(state, 1);
     ef::Tensor<float, 1> before = model.values[0];
-    execute(on(isa), ef::problem::Optimizer<ef::problem::AdamWFactors>{&piece, 1, adamw});
+    adamw.step(on(isa));
     for (Index i = 0; i < size; ++i) {
       const auto k = static_cast<std::size_t>(i);
       const double first = 0.875 * m0[k] + 0.125 * g[k], second = 0.5 * v0[k] + 0.5 * g[k] * g[k];
-      const double step =
-          static_cast<double>(adamw.step_size) * first / (std::sqrt(second) * 1.25 + 1e-8) +
-          static_cast<double>(adamw.decay) * static_cast<double>(before(i));
+      const double step = step_size * first / (std::sqrt(second) * inverse_root_bias + 1e-8) +
+                          decay * static_cast<double>(before(i));
       ASSERT_TRUE(rounded_once(before(i), step, model.values[0](i))) << isa.name << ' ' << i;
     }
+    state.resize(size);  // m, which is then Sgd's u
     for (bool nesterov : {false, true}) {
       before = model.values[0];
-      const auto u0 = doubles(m);
-      const ef::problem::SgdFactors sgd{1e-3f, 0.875f, 0.125f, nesterov};
-      execute(on(isa), ef::problem::Optimizer<ef::problem::SgdFactors>{&piece, 1, sgd});
+      const std::vector<double> u0(state.begin(), state.end());
+      ef::Sgd sgd(model.parameters(),
+                  {.weight_decay = 0.125, .momentum = 0.875, .nesterov = nesterov});
+      sgd.load_state(state, 0);
+      sgd.step(on(isa));
+      state.assign(sgd.state().begin(), sgd.state().end());
       for (Index i = 0; i < size; ++i) {
         const auto k = static_cast<std::size_t>(i);
         const double d = g[k] + 0.125 * static_cast<double>(before(i)), u = 0.875 * u0[k] + d;
-        const double step = static_cast<double>(sgd.learning_rate) * (nesterov ? d + 0.875 * u : u);
+        const double step = rounded(1e-3) * (nesterov ? d + 0.875 * u : u);
         ASSERT_TRUE(rounded_once(before(i), step, model.values[0](i))) << isa.name << ' ' << i;
       }
     }

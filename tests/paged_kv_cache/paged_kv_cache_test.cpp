@@ -9,6 +9,7 @@
 
 #include "compare.h"
 #include "failing_allocations.h"
+#include "kv_slots.h"
 
 using namespace eigenformer_test;
 
@@ -79,31 +80,21 @@ void expect_equal(const ef::PagedKvCache<T, Storage>& cache,
 /// pages in use.
 template <typename T, typename Storage>
 void poison_unused(ef::PagedKvCache<T, Storage>& cache) {
-  using Scalar = Storage;
   const Index page_size = cache.config().page_size;
   for (Index layer = 0; layer < cache.config().layers; ++layer) {
-    ef::problem::KvAppend<T, Storage> slots{};
-    slots.target = cache.source(layer);
-    std::set<const Scalar*> held;  // first element of each row of head 0 that somebody holds
-    for (Index b = 0; b < slots.target.batch; ++b)
-      for (Index j = 0; j < slots.target.lengths[b]; ++j)
-        held.insert(slots.target.key_row(b, 0, j));
-    for (Index b = 0; b < slots.target.batch; ++b) {
+    const auto source = cache.source(layer);
+    std::set<const Storage*> held;  // first element of each row of head 0 that somebody holds
+    for (Index b = 0; b < source.batch; ++b)
+      for (Index j = 0; j < source.lengths[b]; ++j) held.insert(source.key_row(b, 0, j));
+    for (Index b = 0; b < source.batch; ++b) {
       const SequenceId id = cache.sequences()[static_cast<std::size_t>(b)];
       Index longest = 0;
       for (Index l = 0; l < cache.config().layers; ++l)
         longest = std::max(longest, cache.length(id, l));
       const Index end = (longest + page_size - 1) / page_size * page_size;
-      for (Index j = slots.target.lengths[b]; j < end; ++j) {
-        if (held.count(slots.target.key_row(b, 0, j)) > 0) continue;  // a sharer is longer
-        for (Index h = 0; h < kHeads; ++h) {
-          for (Index d = 0; d < kDim; ++d)
-            slots.key_slot(b, h, j)[d] = slots.value_slot(b, h, j)[d] =
-                std::is_same_v<Scalar, std::int8_t> ? std::numeric_limits<Scalar>::min()
-                                                    : std::numeric_limits<Scalar>::quiet_NaN();
-          if constexpr (std::is_same_v<Storage, std::int8_t>)
-            *slots.key_scale_slot(b, h, j) = *slots.value_scale_slot(b, h, j) = NAN;
-        }
+      for (Index j = source.lengths[b]; j < end; ++j) {
+        if (held.count(source.key_row(b, 0, j)) > 0) continue;  // a sharer is longer
+        for (Index h = 0; h < kHeads; ++h) poison_slot(source, b, h, j);
       }
     }
   }

@@ -206,38 +206,66 @@ TEST(QuantizationAtOnce, HasTheBitsOfCheckingFirst) {
   }
 }
 
-// Vectors of groups at a time, whole ones and what is left, and groups whose scales leave the range
-// of the corrected quotient.
+template <typename T>
+void expect_groups_by_definition(const ef::Tensor<T, 2>& line, Index group, const char* what) {
+  const Index count = line.dimension(1), groups = (count + group - 1) / group;
+  ef::Tensor<float, 2> expected_scales(1, groups);
+  ef::Tensor<std::int8_t, 2> expected(1, count);
+  for (Index g = 0; g < groups; ++g) {
+    const T* from = line.data() + g * group;
+    const Index n = std::min(group, count - g * group);
+    expected_scales(0, g) = ef::reference::int8_scale(from, n);
+    ef::reference::quantize(from, n, expected_scales(0, g), expected.data() + g * group);
+  }
+  for_each_product_isa([&](auto isa) {
+    for (const bool check_first : {true, false}) {
+      auto scales = poisoned_tensor<float, 2>({1, groups});
+      auto values = poisoned_tensor<std::int8_t, 2>({1, count});
+      ef::quantize_weights_int8_grouped_into(on(isa), values, scales, line, group,
+                                             {.check_first = check_first});
+      ASSERT_TRUE(same_bits(values, expected))
+          << isa.name << " " << count << " by " << group << " " << what;
+      ASSERT_TRUE(same_bits(scales, expected_scales))
+          << isa.name << " " << count << " by " << group << " " << what;
+    }
+  });
+}
+
+template <typename T>
+void expect_bad_weights_found(const ef::Tensor<T, 2>& line, Index group) {
+  const Index count = line.dimension(1);
+  ef::Tensor<float, 2> scales(1, (count + group - 1) / group);
+  ef::Tensor<std::int8_t, 2> values(1, count);
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()})
+    for (Index at = 0; at < count; at += 97) {
+      auto broken = line;
+      broken(0, at) = T(bad);
+      for_each_product_isa([&](auto isa) {
+        for (const bool check_first : {true, false})
+          expect_throws<std::invalid_argument>(
+              [&] {
+                ef::quantize_weights_int8_grouped_into(on(isa), values, scales, broken, group,
+                                                       {.check_first = check_first});
+              },
+              {"weights[0, " + std::to_string(at) + "]"});
+      });
+    }
+}
+
+// Vectors of groups at a time, whole ones and what is left (alone in a line of two groups), and
+// groups whose scales leave the range of the corrected quotient. A line of one group is another
+// path.
 template <typename T>
 void check_line_in_groups() {
   for (Index group : {32, 64, 128})
-    for (Index count : {Index{0}, Index{5}, 16 * group, 33 * group + 17}) {
-      auto line = random_tensor<T, 1>({count}, 1);
+    for (Index count : {Index{0}, Index{5}, group + 5, 16 * group, 33 * group + 17}) {
+      auto line = random_tensor<T, 2>({1, count}, 1);
       const auto set_group = [&](Index g, float factor) {
         for (Index i = g * group; i < std::min(count, (g + 1) * group); ++i)
-          line(i) = T(static_cast<float>(line(i)) * factor);
+          line(0, i) = T(static_cast<float>(line(0, i)) * factor);
       };
-      const auto check = [&](const char* what) {
-        const Index groups = (count + group - 1) / group;
-        std::vector<float> expected_scales(static_cast<std::size_t>(groups)),
-            scales(expected_scales.size());
-        std::vector<std::int8_t> expected(static_cast<std::size_t>(count)), values(expected.size());
-        for (Index g = 0; g < groups; ++g) {
-          const T* from = line.data() + g * group;
-          const Index n = std::min(group, count - g * group);
-          expected_scales[static_cast<std::size_t>(g)] = ef::reference::int8_scale(from, n);
-          ef::reference::quantize(from, n, expected_scales[static_cast<std::size_t>(g)],
-                                  expected.data() + g * group);
-        }
-        for_each_product_isa([&](auto isa) {
-          std::fill(values.begin(), values.end(), std::int8_t{-128});
-          ASSERT_TRUE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
-              line.data(), count, group, scales.data(), values.data())));
-          ASSERT_EQ(values, expected) << isa.name << " " << count << " by " << group << " " << what;
-          ASSERT_EQ(scales, expected_scales)
-              << isa.name << " " << count << " by " << group << " " << what;
-        });
-      };
+      const auto check = [&](const char* what) { expect_groups_by_definition(line, group, what); };
       check("random");
       set_group(3, 0.0f);
       set_group(18, 0.0f);
@@ -250,19 +278,7 @@ void check_line_in_groups() {
         set_group(17, 1e-45f);
         check("denormal");
       }
-      for (const float bad :
-           {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()})
-        for (Index at = 0; at < count; at += 97) {
-          auto broken = line;
-          broken(at) = T(bad);
-          std::vector<float> scales(static_cast<std::size_t>((count + group - 1) / group));
-          std::vector<std::int8_t> values(static_cast<std::size_t>(count));
-          for_each_product_isa([&](auto isa) {
-            ASSERT_FALSE((ef::cpu::quantize_line_in_groups<decltype(isa), false>(
-                broken.data(), count, group, scales.data(), values.data())))
-                << isa.name << " " << at;
-          });
-        }
+      expect_bad_weights_found(line, group);
     }
 }
 
@@ -302,8 +318,10 @@ TEST(QuantizationEdges, QuotientsNearTiesRoundAsADivisionDoes) {
   std::uniform_real_distribution<float> mantissa(1.0f, 2.0f);
   for (int exponent : {-120, -75, -61, -59, -20, 0, 3, 59, 61, 110})
     for (int repeat = 0; repeat < 12; ++repeat) {
-      const float scale = std::ldexp(mantissa(generator), exponent);
-      ef::Tensor<float, 1> line(254 * 9);
+      // The scale of a line whose largest number this is.
+      const float largest = 127 * std::ldexp(mantissa(generator), exponent);
+      const float scale = largest / 127;
+      ef::Tensor<float, 1> line(254 * 9 + 1);
       Index at = 0;
       for (int k = -127; k < 127;
            ++k)  // each tie between two values, and four floats on either side of it
@@ -313,12 +331,15 @@ TEST(QuantizationEdges, QuotientsNearTiesRoundAsADivisionDoes) {
             w = std::nextafter(w, step < 0 ? -INFINITY : INFINITY);
           line(at++) = w;
         }
-      std::vector<std::int8_t> expected(static_cast<std::size_t>(line.size())),
-          values(expected.size());
+      line(at) = largest;
+      ef::Tensor<std::int8_t, 1> expected(line.size());
       ef::reference::quantize(line.data(), line.size(), scale, expected.data());
       for_each_product_isa([&](auto isa) {
-        ef::cpu::quantize_line<decltype(isa)>(line.data(), line.size(), scale, values.data());
-        ASSERT_EQ(values, expected) << isa.name << " scale " << scale;
+        auto values = poisoned_tensor<std::int8_t, 1>({line.size()});
+        float found = 0;
+        ef::quantize_weights_int8_into(on(isa), values, found, line);
+        ASSERT_EQ(found, scale) << isa.name;
+        ASSERT_TRUE(same_bits(values, expected)) << isa.name << " scale " << scale;
       });
     }
 }

@@ -1,0 +1,30 @@
+/// \file
+/// Slots of KV caches that hold no row: tests fill them, for nothing may read them.
+#pragma once
+
+#include <algorithm>
+
+#include <eigenformer/kv_cache.h>
+
+#include "compare.h"
+
+namespace eigenformer_test {
+
+/// Fills one slot of a cache, of keys and of values, with NaN (with -128 for int8, and its scales
+/// with NaN). What a source points to is the cache's, and writable.
+template <typename Storage>
+void poison_slot(const ef::KvSource<Storage>& source, Index b, Index h, Index j) {
+  constexpr bool is_int8 = std::is_same_v<Storage, std::int8_t>;
+  for (const Storage* row : {source.key_row(b, h, j), source.value_row(b, h, j)})
+    std::fill_n(
+        const_cast<Storage*>(row), source.head_dim,
+        is_int8 ? std::numeric_limits<Storage>::min() : std::numeric_limits<Storage>::quiet_NaN());
+  if constexpr (is_int8)  // (kv_heads, page_size) of float in the layer's part of a page
+    for (const std::size_t offset : {source.key_scale_offset, source.value_scale_offset}) {
+      const std::byte* page = source.pages[source.tables[b][j / source.page_size]];
+      auto* scales = reinterpret_cast<const float*>(page + source.layer_offset + offset);
+      const_cast<float*>(scales)[h * source.page_size + j % source.page_size] = NAN;
+    }
+}
+
+}  // namespace eigenformer_test
