@@ -79,15 +79,20 @@ void check_around_caches(Index queries, Index keys, ef::CausalMaskOptions option
 }
 
 TYPED_TEST(CausalMask, TheSameBitsAroundTheCaches) {
-  // Rows shorter than a vector are millions, so few of these: of one run, two and three.
-  check_around_caches<TypeParam>(2, 2, {.window = 1});
-  for (Index window : {0, 1}) check_around_caches<TypeParam>(3, 3, {.window = window});
+#if defined(__SANITIZE_THREAD__)
+  GTEST_SKIP() << "one thread, and minutes under this sanitizer";
+#endif
+  // Rows shorter than a vector are millions, so these in one scalar: of one run, two and three.
+  if constexpr (sizeof(TypeParam) == 8) {
+    check_around_caches<TypeParam>(2, 2, {.window = 1});
+    for (Index window : {0, 1}) check_around_caches<TypeParam>(3, 3, {.window = window});
+  }
   for (Index length : {15, 16, 17, 33})
-    for (Index window : {0, 1, 2, 16})  // one that holds all keys makes the same runs as none
+    for (Index window : {0, 2, 16})  // one that holds all keys makes the same runs as none
       if (window < length) check_around_caches<TypeParam>(length, length, {.window = window});
   // from queries before the first key to queries past the last one
   check_around_caches<TypeParam>(79, 21, {.query_offset = -40, .window = 4});
-  for (Index prefix : {1, 7, 50})
+  for (Index prefix : {1, 50})
     check_around_caches<TypeParam>(33, 20,
                                    {.query_offset = 3, .window = 2, .prefix_length = prefix});
 }
