@@ -177,21 +177,31 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
   (f(Tags{}), ...);
 }
 
+/// Calls f(tag) for the tags with vectors of their own: the others run the same code but in products.
+template <typename F>
+void for_each_isa(F&& f) {
+  for_each_tag(ef::isa::Callable{}, [&](auto isa) {
+    if constexpr (ef::simd::has_own_vectors<decltype(isa)>) f(isa);
+  });
+}
+
 /// Calls f(tag) for every ISA this build may call: what has products of matrices, which differ in
-/// each. AMX, where the machine has none, on the emulator.
+/// each. AMX, where the machine has none, on the emulator. Sanitized builds, which take long, leave
+/// out those between the vectors and the best: their products read the same memory.
 template <typename F>
 void for_each_product_isa(F&& f) {
 #if defined(EIGENFORMER_ISA_AMX)
   provide_amx();
 #endif
-  for_each_tag(ef::isa::Callable{}, f);
-}
-
-/// Calls f(tag) for those with vectors of their own: the others run the same code but in products.
-template <typename F>
-void for_each_isa(F&& f) {
   for_each_tag(ef::isa::Callable{}, [&](auto isa) {
-    if constexpr (ef::simd::has_own_vectors<decltype(isa)>) f(isa);
+    using Isa = decltype(isa);
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+    constexpr bool all = false;
+#else
+    constexpr bool all = true;
+#endif
+    if constexpr (all || ef::simd::has_own_vectors<Isa> || std::is_same_v<Isa, ef::isa::best>)
+      f(isa);
   });
 }
 
