@@ -8,28 +8,11 @@
 #include <map>
 
 #include "allocations.h"
-#include "compare.h"
+#include "decoder_support.h"
 
 using namespace eigenformer_test;
 
 namespace {
-
-constexpr ef::DecoderConfig kConfig{.vocabulary = 37,
-                                    .features = 24,
-                                    .layers = 2,
-                                    .heads = 4,
-                                    .kv_heads = 2,
-                                    .head_dim = 6,
-                                    .hidden = 40};
-const Eigen::DefaultDevice kOneThread;
-
-std::shared_ptr<ef::DecoderWeights> make_weights() {
-  auto weights = std::make_shared<ef::DecoderWeights>(kConfig, 5);
-  for (ef::Parameter& parameter : weights->parameters())
-    for (Index i = 0; i < parameter.value.size(); ++i)
-      if (parameter.value(i) != 1.0f) parameter.value(i) *= 10.0f;
-  return weights;
-}
 
 template <typename Storage = float>
 ef::PagedKvCache<float, Storage> make_cache(Index page_size = 5, Index page_count = 60) {

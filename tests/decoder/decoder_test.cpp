@@ -8,34 +8,16 @@
 #include <eigenformer/training.h>
 #include <numbers>
 
-#include "compare.h"
+#include "decoder_support.h"
 
 using namespace eigenformer_test;
 
 namespace {
 
-constexpr ef::DecoderConfig kConfig{.vocabulary = 37,
-                                    .features = 24,
-                                    .layers = 2,
-                                    .heads = 4,
-                                    .kv_heads = 2,
-                                    .head_dim = 6,
-                                    .hidden = 40};
-
 ef::DecoderConfig config_of(ef::RopeLayout layout) {
   ef::DecoderConfig config = kConfig;
   config.rope_layout = layout;
   return config;
-}
-
-// Weights large enough for the branches to matter.
-std::shared_ptr<ef::DecoderWeights> make_weights(const ef::DecoderConfig& config = kConfig,
-                                                 unsigned seed = 5) {
-  auto weights = std::make_shared<ef::DecoderWeights>(config, seed);
-  for (ef::Parameter& parameter : weights->parameters())
-    for (Index i = 0; i < parameter.value.size(); ++i)
-      if (parameter.value(i) != 1.0f) parameter.value(i) *= 10.0f;
-  return weights;
 }
 
 ef::Tensor<std::int32_t, 2> random_ids(Index batch, Index length, unsigned seed) {
@@ -57,7 +39,6 @@ ef::Tensor<float, 2> row(const ef::Tensor<float, 2>& x, Index r) {
   return result;
 }
 
-const Eigen::DefaultDevice kOneThread;
 // Box-Muller of numbers 2 i and 2 i + 1 of a stream of their own, whatever a sampler of the same
 // seed draws.
 TEST(DecoderWeights, InitialValuesAreOfTheStreamOfInitialisation) {
