@@ -1,6 +1,9 @@
-// A small Llama-shaped decoder: decode of one token and prefill of 256, float and INT8. Limits: the
-// weights' bytes, the products' flops.
+// Llama-shaped decoders, float and INT8: decode of one token, prefill of 256, and a server's ragged
+// step; a small one too, where waking threads could cost more than they bring. Limits: the weights'
+// bytes, the products' flops.
 #include <eigenformer/decoder.h>
+
+#include <tuple>
 
 #include "report/harness.h"
 
@@ -10,56 +13,110 @@ namespace {
 
 using Eigen::Index;
 
-// Both devices of a row need a decoder and a cache of their own; the cache is cut back after each
-// call.
+constexpr ef::DecoderConfig kLarge{.vocabulary = 8192,
+                                   .features = 512,
+                                   .layers = 4,
+                                   .heads = 8,
+                                   .kv_heads = 4,
+                                   .head_dim = 64,
+                                   .hidden = 1408};
+constexpr ef::DecoderConfig kSmall{.vocabulary = 256,
+                                   .features = 128,
+                                   .layers = 4,
+                                   .heads = 4,
+                                   .kv_heads = 4,
+                                   .head_dim = 32,
+                                   .hidden = 384};
+
+/// A decoder with a cache, which is cut back after each call.
 template <typename D>
-struct Served {
-  Served(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8)
-      : model(std::move(weights), device) {
+struct Dense {
+  Dense(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8, Index tokens)
+      : model(std::move(weights), device), ids(1, tokens) {
     if (int8) model.quantize();
+    for (Index t = 0; t < tokens; ++t)
+      ids(0, t) = static_cast<std::int32_t>(t * 31 % model.config().vocabulary);
+  }
+  void operator()() {
+    cache.truncate(0);
+    model.prefill(ids, cache);
   }
   ef::Decoder<float, D> model;
   ef::KvCache<float> cache;
+  ef::Tensor<std::int32_t, 2> ids;
 };
 
-void decoder_cases(bench::Suite& suite) {
-  const ef::DecoderConfig config{.vocabulary = 8192,
-                                 .features = 512,
-                                 .layers = 4,
-                                 .heads = 8,
-                                 .kv_heads = 4,
-                                 .head_dim = 64,
-                                 .hidden = 1408};
-  auto weights = std::make_shared<ef::DecoderWeights>(config, 1);
-  const double parameters =
-      static_cast<double>(weights->parameter_count() - config.vocabulary * config.features);
-  for (const bool int8 : {false, true})
-    for (const Index tokens : {1, 256}) {
-      const double bytes = parameters * (int8 ? 1.0 : 4.0);
-      const double flops = 2.0 * parameters * static_cast<double>(tokens) -
-                           (tokens > 1 ? 2.0 * 8192 * 512 * static_cast<double>(tokens - 1) : 0.0);
-      auto& row = suite.row(
-          std::string("decoder ") + (tokens == 1 ? "decode 1" : "prefill 256") +
-              (int8 ? " int8" : " float"),
-          bench::Limit::product(flops, bytes, int8 ? bench::Peak::int8 : bench::Peak::float_fma));
-      ef::Tensor<std::int32_t, 2> ids(1, tokens);
-      for (Index t = 0; t < tokens; ++t)
-        ids(0, t) = static_cast<std::int32_t>(t * 31 % config.vocabulary);
-      auto one = std::make_shared<std::unique_ptr<Served<Eigen::DefaultDevice>>>();
-      auto pool = std::make_shared<std::unique_ptr<Served<Eigen::ThreadPoolDevice>>>();
-      row.ours([=](const auto& device) {
-        using D = std::remove_cvref_t<decltype(device)>;
-        auto& served = [&]() -> std::unique_ptr<Served<D>>& {
-          if constexpr (std::is_same_v<D, Eigen::DefaultDevice>)
-            return *one;
-          else
-            return *pool;
-        }();
-        if (!served) served = std::make_unique<Served<D>>(weights, device, int8);
-        served->cache.truncate(0);
-        served->model.prefill(ids, served->cache);
-      });
+/// The same over pages: a chunk of 64 tokens of one sequence beside 15 sequences of 64 positions
+/// that decode.
+template <typename D>
+struct Ragged {
+  static constexpr Index kTokens = 64 + 15;
+  Ragged(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8, Index)
+      : model(std::move(weights), device),
+        cache({.layers = model.config().layers,
+               .kv_heads = model.config().kv_heads,
+               .head_dim = model.config().head_dim,
+               .page_size = 16,
+               .page_count = 16 * 8}) {
+    if (int8) model.quantize();
+    for (Index t = 0; t < kTokens; ++t) tokens.push_back(static_cast<std::int32_t>(t * 31 % 256));
+    for (int i = 0; i < 16; ++i) {
+      sequences.push_back(cache.add_sequence());
+      offsets.push_back(i == 0 ? 0 : 63 + i);
+      logits_of.push_back(63 + i);
+      const std::vector<Index> prompt{0, 64};
+      model.step(ef::StepRows{std::span(tokens).first(64), prompt, {}}, cache,
+                 std::span(&sequences.back(), 1));
     }
+    offsets.push_back(kTokens);
+  }
+  void operator()() {
+    model.step_into(logits, ef::StepRows{tokens, offsets, logits_of}, cache, sequences);
+    for (const ef::SequenceId sequence : sequences) cache.truncate(sequence, 64);
+  }
+  ef::Decoder<float, D> model;
+  ef::PagedKvCache<float> cache;
+  std::vector<std::int32_t> tokens;
+  std::vector<Index> offsets, logits_of;
+  std::vector<ef::SequenceId> sequences;
+  ef::Tensor<float, 2> logits;
+};
+
+/// A row that computes `tokens` and the logits of `wanted` of them.
+template <template <typename> typename Served>
+void add_row(bench::Suite& suite, const std::string& name,
+             std::shared_ptr<ef::DecoderWeights> weights, Index tokens, Index wanted, bool int8) {
+  const ef::DecoderConfig& config = weights->config();
+  const double head = static_cast<double>(config.vocabulary * config.features),
+               layers = static_cast<double>(weights->parameter_count()) - 2 * head;
+  const double flops =
+      2 * (layers * static_cast<double>(tokens) + head * static_cast<double>(wanted));
+  auto& row = suite.row(name + (int8 ? " int8" : " float"),
+                        bench::Limit::product(flops, (layers + head) * (int8 ? 1.0 : 4.0),
+                                              int8 ? bench::Peak::int8 : bench::Peak::float_fma));
+  // Each device of a row needs one of its own.
+  using Both = std::tuple<std::unique_ptr<Served<Eigen::DefaultDevice>>,
+                          std::unique_ptr<Served<Eigen::ThreadPoolDevice>>>;
+  auto both = std::make_shared<Both>();
+  row.ours([=](const auto& device) {
+    using D = std::remove_cvref_t<decltype(device)>;
+    auto& served = std::get<std::unique_ptr<Served<D>>>(*both);
+    if (!served) served = std::make_unique<Served<D>>(weights, device, int8, tokens);
+    (*served)();
+  });
+}
+
+void decoder_cases(bench::Suite& suite) {
+  const auto large = std::make_shared<ef::DecoderWeights>(kLarge, 1);
+  const auto small_one = std::make_shared<ef::DecoderWeights>(kSmall, 1);
+  for (const bool int8 : {false, true}) {
+    add_row<Dense>(suite, "decoder decode 1", large, 1, 1, int8);
+    add_row<Dense>(suite, "decoder prefill 256", large, 256, 1, int8);
+    add_row<Ragged>(suite, "decoder step 64 + 15 x 1", large, 64 + 15, 16, int8);
+    for (const Index tokens : {1, 8, 64})
+      add_row<Dense>(suite, "small decoder prefill " + std::to_string(tokens), small_one, tokens, 1,
+                     int8);
+  }
 }
 
 }  // namespace

@@ -31,7 +31,7 @@
 /// that do not fit, std::length_error where pages run out, std::logic_error for training without
 /// master weights; a refused step leaves the cache as it was. Cost of a step: ten operator calls
 /// per layer; the packed weights are read once for up to four rows, attention reads the cache of
-/// each sequence once. Nothing is allocated after the first step of a shape.
+/// each sequence once. A step of no more tokens than one before allocates nothing but its logits.
 #pragma once
 
 #include <memory>
@@ -172,7 +172,7 @@ class Decoder {
   void release_master_weights() {
     masters("Decoder::release_master_weights");
     pack_if_stale();
-    // pack made it for this decoder alone: no copy of all the weights is needed
+    // A decoder with masters has packed for itself alone: no copy of all the weights is needed.
     std::const_pointer_cast<PackedDecoderWeights<T>>(packed_)->own_embedding();
     weights_.reset();
     tapes_ = {};
@@ -186,9 +186,9 @@ class Decoder {
 
   /// One step over ragged rows: row i of `rows` is appended to sequences[i] of the cache, whatever
   /// it holds already. logits (rows.logits_of.size(), vocabulary) are those after the tokens that
-  /// rows.logits_of names. The cache has as many layers as the model. Allocates nothing after the
-  /// first step of a shape but the ParallelRegion of a pool. Throws std::invalid_argument for an id
-  /// outside the vocabulary, for a cache of another shape or whose layers differ in length, for
+  /// rows.logits_of names. The cache has as many layers as the model. Once a step had as many
+  /// tokens nothing is allocated, but `logits` where its shape differs and the ParallelRegion of a
+  /// pool. Throws std::invalid_argument for an id outside the vocabulary, for a cache of another shape or whose layers differ in length, for
   /// sizes that do not fit and for a sequence that comes twice, std::out_of_range for an unknown
   /// sequence, std::length_error where pages do not suffice for all; the cache is then as it was.
   template <typename Storage>

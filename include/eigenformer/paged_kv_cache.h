@@ -162,8 +162,9 @@ class PagedKvCache {
 
   // ---- append -----------------------------------------------------------------------------------
 
-  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Here and below keys
-  /// and values may be heads in the rows of a wider matrix (ef::heads_of).
+  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Keys and
+  /// values of rank 3, here and in the ragged form, may be heads in the rows of a wider matrix
+  /// (ef::heads_of).
   template <CpuDevice D, typename Keys, typename Values>
   void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys,
               const Values& values) {

@@ -32,8 +32,8 @@ inline namespace EIGENFORMER_ABI {
 struct StepRows {
   std::span<const std::int32_t> tokens;
   std::span<const Index> offsets;  ///< (rows + 1)
-  std::span<const Index>
-      logits_of;  ///< places in `tokens`, in any order, each as often as it comes
+  /// Places in `tokens`, in any order; one row of logits for each.
+  std::span<const Index> logits_of;
 };
 
 namespace detail {
@@ -75,7 +75,8 @@ inline void reshape(Tensor<float, 2>& y, Index rows, Index columns) {
 
 /// Work below which the threads of a pool, woken for a step, cost more than they bring, in cycles
 /// of one core: 330 us at 3 GHz. Models of 0.3 to 7 million parameters, Zen 3, 2 threads: steps
-/// of 90 to 250 us on one thread took 0.9 to 1.5 of their time, those of 400 us 0.7 to 0.9.
+/// of 90 to 250 us on one thread took 0.9 to 1.5 of their time, those of 400 us 0.7 to 0.9
+/// (report --filter '^small decoder' times such steps).
 inline constexpr double kSharedStepCycles = 1e6;
 
 /// Cycles of a step, rough: a weight is read from a cache and multiplied, INT8 three times as fast.
