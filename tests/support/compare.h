@@ -195,7 +195,7 @@ void for_each_product_isa(F&& f) {
 #endif
   for_each_tag(ef::isa::Callable{}, [&](auto isa) {
     using Isa = decltype(isa);
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_SANITIZED)
     constexpr bool all = false;
 #else
     constexpr bool all = true;
