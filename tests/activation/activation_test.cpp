@@ -69,8 +69,7 @@ ef::Tensor<double, 1> map(const X& x, F&& f) {
 
 template <typename T>
 class Activation : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Activation, Scalars);
+TYPED_TEST_SUITE(Activation, EveryScalar);
 
 TYPED_TEST(Activation, EqualsItsDefinitionAtEveryLength) {
   using T = TypeParam;

@@ -8,8 +8,7 @@ namespace {
 
 template <typename T>
 class AttentionEdges : public ::testing::Test {};
-using EdgeScalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(AttentionEdges, EdgeScalars);
+TYPED_TEST_SUITE(AttentionEdges, EveryScalar);
 
 TYPED_TEST(AttentionEdges, ScoresOfAMillion) {
   AttentionCase<TypeParam> c({1, 150, 150, 2, 1, 3, 8}, {150});

@@ -66,8 +66,7 @@ void check(const AttentionCase<T>& c, const NamedOptions& named) {
 
 template <typename T>
 class Attention : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Attention, Scalars);
+TYPED_TEST_SUITE(Attention, EveryScalar);
 
 TYPED_TEST(Attention, EqualsItsDefinitionForEveryOption) {
   const AttentionCase<TypeParam> padded({3, 100, 100, 4, 2, 24, 40}, {100, 0, 71});

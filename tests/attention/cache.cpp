@@ -86,8 +86,7 @@ ef::Tensor<T, 4> rows_of(const ef::Tensor<T, 4>& x, Index begin, Index end) {
 
 template <typename T>
 class AttentionCache : public ::testing::Test {};
-using CacheScalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(AttentionCache, CacheScalars);
+TYPED_TEST_SUITE(AttentionCache, EveryScalar);
 
 TYPED_TEST(AttentionCache, WholeChunksAndTokensGiveTheSameBits) {
   using T = TypeParam;

@@ -13,8 +13,7 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 template <typename T>
 class CausalMask : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(CausalMask, Scalars);
+TYPED_TEST_SUITE(CausalMask, EveryScalar);
 
 template <typename T>
 void check(Index queries, Index batch, const ef::CausalMaskOptions& options) {

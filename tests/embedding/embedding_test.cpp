@@ -23,8 +23,7 @@ ef::Tensor<std::int32_t, 1> random_ids(Index tokens, Index vocab, unsigned seed)
 
 template <typename T>
 class Embedding : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Embedding, Scalars);
+TYPED_TEST_SUITE(Embedding, EveryScalar);
 
 TYPED_TEST(Embedding, CopiesRowsAtEveryWidth) {
   using T = TypeParam;

@@ -25,8 +25,7 @@ ef::Tensor<std::int32_t, 1> random_targets(Index rows, Index classes, unsigned s
 
 template <typename T>
 class Loss : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Loss, Scalars);
+TYPED_TEST_SUITE(Loss, EveryScalar);
 
 template <typename T, typename G>
 void compare_all_forms(Index rows, Index classes, const ef::CrossEntropyOptions& options) {

@@ -129,8 +129,7 @@ TEST(HardRows, HaveTheirGradients) {
 
 template <typename T>
 class HardRowsOf : public ::testing::Test {};
-using HardRowScalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(HardRowsOf, HardRowScalars);
+TYPED_TEST_SUITE(HardRowsOf, EveryScalar);
 
 TYPED_TEST(HardRowsOf, OneNumberGiveTheBias) {
   using T = TypeParam;

@@ -18,8 +18,7 @@ constexpr float kLeastEpsilon = 1e-45f;  // the smallest float
 
 template <typename T>
 class RmsNorm : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(RmsNorm, Scalars);
+TYPED_TEST_SUITE(RmsNorm, EveryScalar);
 
 std::vector<Index> edge_widths() {
   std::vector<Index> widths;
@@ -252,7 +251,7 @@ TEST(RmsNormErrors, NameTheArgument) {
 
 template <typename T>
 class LayerNorm : public ::testing::Test {};
-TYPED_TEST_SUITE(LayerNorm, Scalars);
+TYPED_TEST_SUITE(LayerNorm, EveryScalar);
 
 TYPED_TEST(LayerNorm, EqualsItsDefinitionAtEveryWidth) {
   using T = TypeParam;

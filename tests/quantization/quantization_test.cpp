@@ -13,8 +13,7 @@ namespace {
 
 template <typename T>
 class Quantization : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Quantization, Scalars);
+TYPED_TEST_SUITE(Quantization, EveryScalar);
 
 TEST(QuantizationExample, OfTheContract) {
   ef::Tensor<float, 2> weights(2, 2);

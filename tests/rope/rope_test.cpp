@@ -18,8 +18,7 @@ constexpr auto kHalfSplit = ef::RopeLayout::half_split;
 
 template <typename T>
 class Rope : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Rope, Scalars);
+TYPED_TEST_SUITE(Rope, EveryScalar);
 
 template <typename T>
 using TableOf = ef::BasicRopeTable<ef::compute_type<T>>;

@@ -8,8 +8,7 @@ namespace {
 
 template <typename T>
 class SamplingZeros : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(SamplingZeros, Scalars);
+TYPED_TEST_SUITE(SamplingZeros, EveryScalar);
 
 TEST(SamplingTies, LowestIndexFirst) {
   const auto uniform = row_of({0, 0, 0, 0});

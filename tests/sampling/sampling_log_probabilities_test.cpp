@@ -147,8 +147,7 @@ TEST(SamplingLogProbabilities, RefusalsChangeNothing) {
 
 template <typename T>
 class LogProbabilitiesOf : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(LogProbabilitiesOf, Scalars);
+TYPED_TEST_SUITE(LogProbabilitiesOf, EveryScalar);
 
 TYPED_TEST(LogProbabilitiesOf, EveryTokenUnderEveryParameters) {
   for (Index vocab : {1, 2, 7, 127, 128, 129, 300})

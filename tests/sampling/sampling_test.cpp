@@ -10,8 +10,7 @@ namespace {
 
 template <typename T>
 class Sampling : public ::testing::Test {};
-using Scalars = ::testing::Types<float, double, ef::bfloat16, ef::half>;
-TYPED_TEST_SUITE(Sampling, Scalars);
+TYPED_TEST_SUITE(Sampling, EveryScalar);
 
 TYPED_TEST(Sampling, DistributionOfEverySmallVocabulary) {
   for (Index vocab = 1; vocab <= 70; ++vocab)

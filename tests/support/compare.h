@@ -177,32 +177,35 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
   (f(Tags{}), ...);
 }
 
+// Sanitizers look at reads, writes and threads, which differ by instruction set and size of a scalar,
+// and take long to compile: their builds sweep the best ISA and two sizes (.ci/run builds the
+// generic kernels so besides).
+#if defined(EIGENFORMER_SANITIZED)
+using EveryIsa = ef::isa::List<ef::isa::best>;
+using EveryScalar = ::testing::Types<float, ef::bfloat16>;
+#else
+using EveryIsa = ef::isa::Callable;
+using EveryScalar = ::testing::Types<float, double, ef::bfloat16, ef::half>;
+#endif
+
 /// Calls f(tag) for the tags with vectors of their own: the others run the same code but in products.
 template <typename F>
 void for_each_isa(F&& f) {
-  for_each_tag(ef::isa::Callable{}, [&](auto isa) {
-    if constexpr (ef::simd::has_own_vectors<decltype(isa)>) f(isa);
+  for_each_tag(EveryIsa{}, [&](auto isa) {
+    using Isa = decltype(isa);
+    if constexpr (ef::simd::has_own_vectors<Isa> || std::is_same_v<EveryIsa, ef::isa::List<Isa>>)
+      f(isa);
   });
 }
 
 /// Calls f(tag) for every ISA this build may call: what has products of matrices, which differ in
-/// each. AMX, where the machine has none, on the emulator. Sanitized builds, which take long, leave
-/// out those between the vectors and the best: their products read the same memory.
+/// each. AMX, where the machine has none, on the emulator.
 template <typename F>
 void for_each_product_isa(F&& f) {
 #if defined(EIGENFORMER_ISA_AMX)
   provide_amx();
 #endif
-  for_each_tag(ef::isa::Callable{}, [&](auto isa) {
-    using Isa = decltype(isa);
-#if defined(EIGENFORMER_SANITIZED)
-    constexpr bool all = false;
-#else
-    constexpr bool all = true;
-#endif
-    if constexpr (all || ef::simd::has_own_vectors<Isa> || std::is_same_v<Isa, ef::isa::best>)
-      f(isa);
-  });
+  for_each_tag(EveryIsa{}, f);
 }
 
 // .ci/run: the flags of cmake/isa/X.cmake make X the best tag.
