@@ -52,7 +52,7 @@
 #include "cpu/linear/layer.h"
 #include "linear/epilogue.h"
 #include "linear/pack.h"
-#include "problem/packed_weight.h"
+#include "linear/packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -126,7 +126,7 @@ auto linear_problem(Output& y, const Input& x, const Weight& weight, const E& ep
     using S = typename Weight::scalar;
     require_packed_scalars<X, S>();
     require_linear({"linear", "weight"}, to, from, epilogue, weight.rows(), weight.columns(), 1);
-    return problem::PackedLinear<Y, X, S, false, E>{to.data(), from.data(), weight,  tokens,
+    return problem::PackedLinear<Y, X, S, false, E>{to.data(), from.data(), weight.panels(), tokens,
                                                     in,        out,         epilogue};
   } else {
     const auto w = input_view<2>(weight);
@@ -148,8 +148,8 @@ auto gated_linear_problem(Output& y, const Input& x, const PackedGatedWeight<S>&
   require_packed_scalars<X, S>();
   require_linear({"gated_linear", "gate"}, to, from, epilogue, weight.rows(), weight.columns(), 2);
   return problem::PackedLinear<scalar_of<Output>, X, S, true, E>{
-      to.data(),         from.data(),     weight.pair(), from.dimension(0),
-      from.dimension(1), to.dimension(1), epilogue};
+      to.data(),       from.data(), weight.pair().panels(), from.dimension(0), from.dimension(1),
+      to.dimension(1), epilogue};
 }
 
 template <typename Output, typename Input, typename Gate, typename Up, typename E>

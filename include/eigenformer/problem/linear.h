@@ -28,7 +28,7 @@ struct PackedLinear {
   static constexpr bool kUsesTiles = true;
   Y* y;        // (tokens, out)
   const X* x;  // (tokens, in)
-  const PackedWeight<S>& weight;
+  PackedPanels<const S> weight;
   Index tokens, in, out;
   const E& epilogue;
 };
@@ -73,35 +73,32 @@ struct LinearBackwardBias {
   Index tokens, out;
 };
 
-/// Packs one weight, or the pair of a gated unit; int8 weights are quantized with a scale for each
-/// `group` inputs (0: for each row). The kernel returns the first matrix that holds a number that
-/// is not quantizable, before `packed` is touched, or -1.
+/// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 weights
+/// are quantized with a scale for each `packed.group` inputs (0: for each row). The kernel returns
+/// the first matrix that holds a number that is not quantizable, before it writes, or -1.
 template <typename T, typename W, int Matrices>
 struct PackWeight {
   static constexpr bool kUsesTiles = true;
-  PackedWeight<T>& packed;
+  PackedPanels<T> packed;
   const W* weights[Matrices];  // (rows, columns) each
-  Index rows, columns, group;
 };
 
 /// Packs several weights one below the other as one, in the same way.
 template <typename T, typename W>
 struct PackStackedWeight {
   static constexpr bool kUsesTiles = true;
-  PackedWeight<T>& packed;
+  PackedPanels<T> packed;
   const W* const* weights;  // (ends[m] - ends[m - 1], columns) each
   const Index* ends;        // ends[m] rows are those of weights 0 to m
   int count;
-  Index columns, group;
 };
 
 /// Packs int8 values with their scales.
 struct PackInt8Weight {
   static constexpr bool kUsesTiles = true;
-  PackedWeight<std::int8_t>& packed;
+  PackedPanels<std::int8_t> packed;
   const std::int8_t* values;  // (rows, columns)
   const float* scales;        // (rows, groups)
-  Index rows, columns, group;
 };
 
 }  // namespace problem

@@ -47,25 +47,24 @@ void execute(const Backend<D, Isa>& on, const problem::Linear<Y, X, W, Matrices,
 
 template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
 void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
-  const PackedWeight<S>& weight = p.weight;
-  const detail::PanelLayout layout = panel_layout<S>(Isa{});
+  const problem::PackedPanels<const S>& weight = p.weight;
+  const problem::PanelLayout layout = panel_layout<S>(Isa{});
   detail::require_that(
-      weight.rows() == 0 || weight.layout() == layout, Gated ? "gated_linear" : "linear",
-      "weight was packed for ", weight.layout().isa, " (panels of ", weight.layout().columns,
+      weight.rows == 0 || weight.layout == layout, Gated ? "gated_linear" : "linear",
+      "weight was packed for ", weight.layout.isa, " (panels of ", weight.layout.columns,
       "), these kernels read ", layout.isa, " (panels of ", layout.columns, "): pack it again");
   using B = typename E::bias_scalar;
   const B* const bias = p.epilogue.bias_data();
-  const PackedPanels<S> panels{weight.data()};
   if constexpr (std::is_same_v<S, std::int8_t>) {
-    if (weight.group_size() > 0)
-      layer_product<tile::GroupedDot<Isa>>(
-          on, p, GroupedPanels{weight.data(), weight.scales(), weight.group_size()},
-          finish<Gated>(GroupedSums<B>{bias}, p));
+    if (weight.group > 0)
+      layer_product<tile::GroupedDot<Isa>>(on, p,
+                                           GroupedPanels{weight.data, weight.scales, weight.group},
+                                           finish<Gated>(GroupedSums<B>{bias}, p));
     else
-      layer_product<tile::Dot<S, X, Isa>>(on, p, panels,
-                                          finish<Gated>(ScaledSums<B>{bias, weight.scales()}, p));
+      layer_product<tile::Dot<S, X, Isa>>(on, p, weight,
+                                          finish<Gated>(ScaledSums<B>{bias, weight.scales}, p));
   } else {
-    layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(PlainSums<B>{bias}, p));
+    layer_product<tile::Dot<S, X, Isa>>(on, p, weight, finish<Gated>(PlainSums<B>{bias}, p));
   }
 }
 
