@@ -1,5 +1,6 @@
 /// \file
-/// What linear layers, their gradients and the packing of weights ask for. E is an ef::Epilogue.
+/// What linear layers, their gradients and the packing of weights ask for. E is an
+/// Epilogue.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +8,19 @@
 #include "packed_weight.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
+
+/// residual + function(sum + bias); B, R: scalars of bias and residual.
+template <typename Function, typename B, typename R>
+struct Epilogue {
+  using function = Function;
+  using bias_scalar = B;
+  using residual_scalar = R;
+  const B* bias;      // (out), of a gated layer (2 * out), or nullptr
+  const R* residual;  // (tokens, out) or nullptr
+};
 
 /// y = epilogue(x w^T) of one weight, or of the pair of a gated unit.
 template <typename Y, typename X, typename W, int Matrices, typename E>
@@ -19,7 +30,7 @@ struct Linear {
   const X* x;                  // (tokens, in)
   const W* weights[Matrices];  // (out, in) each
   Index tokens, in, out;
-  const E& epilogue;
+  E epilogue;
 };
 
 /// The same of a packed weight.
@@ -30,7 +41,7 @@ struct PackedLinear {
   const X* x;  // (tokens, in)
   PackedPanels<const S> weight;
   Index tokens, in, out;
-  const E& epilogue;
+  E epilogue;
 };
 
 /// The same of int8 values and their scales.
@@ -42,7 +53,7 @@ struct Int8Linear {
   const std::int8_t* values;  // (out, in)
   const float* scales;        // (out)
   Index tokens, in, out;
-  const E& epilogue;
+  E epilogue;
 };
 
 /// grad_x = grad_y w.
@@ -102,5 +113,5 @@ struct PackInt8Weight {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -9,7 +9,7 @@
 #include "../core/tensor.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
@@ -51,5 +51,5 @@ struct PanelSizes {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer
