@@ -223,7 +223,7 @@ void set_angles(std::string_view name, Problem& p, const RopeOptions& options, i
 
 // In all forms `how` is RopeOptions or a table.
 
-/// y = x, turned. Scratch, from the workspace: with options one row of cosines and sines per thread;
+/// y = x, turned. Scratch, from the workspace: with options a row of cosines and sines per thread;
 /// positions of another type than Index, as Index.
 template <Device D, typename Y, typename X, typename P = LengthSpan, typename How = RopeOptions>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How& how = {},
