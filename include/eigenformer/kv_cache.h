@@ -330,7 +330,7 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
     if (keys.dimension(d) == 0) return;  // and sizes of tensors that hold nothing may overflow
   detail::checked_size(name, "key_buffer", key_rows);
   detail::checked_size(name, "new_keys", keys);
-  KvSource<Storage> target;
+  KvSource<Storage> target{};
   target.batch = batch;
   target.kv_heads = keys.dimension(2);
   target.head_dim = target.head_stride = target.value_head_stride = keys.dimension(3);

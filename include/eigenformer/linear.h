@@ -52,7 +52,7 @@
 #include "cpu/linear/layer.h"
 #include "linear/epilogue.h"
 #include "linear/pack.h"
-#include "problem/packed_weight.h"
+#include "linear/packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -126,16 +126,16 @@ auto linear_problem(Output& y, const Input& x, const Weight& weight, const E& ep
     using S = typename Weight::scalar;
     require_packed_scalars<X, S>();
     require_linear({"linear", "weight"}, to, from, epilogue, weight.rows(), weight.columns(), 1);
-    return problem::PackedLinear<Y, X, S, false, E>{to.data(), from.data(), weight,  tokens,
-                                                    in,        out,         epilogue};
+    return problem::PackedLinear<Y, X, S, false, typename E::pointers>{
+        to.data(), from.data(), weight.panels(), tokens, in, out, epilogue};
   } else {
     const auto w = input_view<2>(weight);
     using W = scalar_of<Weight>;
     require_plain_scalar<W>();
     checked_size("linear", "weight", w);
     require_linear({"linear", "weight"}, to, from, epilogue, w.dimension(0), w.dimension(1), 1);
-    return problem::Linear<Y, X, W, 1, E>{to.data(), from.data(), {w.data()}, tokens,
-                                          in,        out,         epilogue};
+    return problem::Linear<Y, X, W, 1, typename E::pointers>{
+        to.data(), from.data(), {w.data()}, tokens, in, out, epilogue};
   }
 }
 
@@ -147,9 +147,9 @@ auto gated_linear_problem(Output& y, const Input& x, const PackedGatedWeight<S>&
   using X = scalar_of<Input>;
   require_packed_scalars<X, S>();
   require_linear({"gated_linear", "gate"}, to, from, epilogue, weight.rows(), weight.columns(), 2);
-  return problem::PackedLinear<scalar_of<Output>, X, S, true, E>{
-      to.data(),         from.data(),     weight.pair(), from.dimension(0),
-      from.dimension(1), to.dimension(1), epilogue};
+  return problem::PackedLinear<scalar_of<Output>, X, S, true, typename E::pointers>{
+      to.data(),       from.data(), weight.pair().panels(), from.dimension(0), from.dimension(1),
+      to.dimension(1), epilogue};
 }
 
 template <typename Output, typename Input, typename Gate, typename Up, typename E>
@@ -163,7 +163,7 @@ auto gated_linear_problem(Output& y, const Input& x, const Gate& gate, const Up&
   checked_size("gated_linear", "gate", g);
   require_same_shape("gated_linear", "gate", g, "up", u);
   require_linear({"gated_linear", "gate"}, to, from, epilogue, g.dimension(0), g.dimension(1), 2);
-  return problem::Linear<scalar_of<Output>, scalar_of<Input>, W, 2, E>{
+  return problem::Linear<scalar_of<Output>, scalar_of<Input>, W, 2, typename E::pointers>{
       to.data(),       from.data(), {g.data(), u.data()}, from.dimension(0), from.dimension(1),
       to.dimension(1), epilogue};
 }

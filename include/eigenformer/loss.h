@@ -102,7 +102,7 @@ problem::CrossEntropy<scalar_of<Logits>, G> cross_entropy_problem(
                ", expected a finite number");
   result.count = checked_target_count(targets, rows, classes, options.ignore_index);
   return {logits.data(),
-          targets,
+          indices(targets, frame),
           gradient,
           frame.take<double>(rows),
           rows,

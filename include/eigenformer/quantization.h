@@ -358,7 +358,7 @@ auto int8_linear_problem(Output& y, const Input& x, const Values& values, const 
                " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
   require_scales("int8_linear", factors);
-  return problem::Int8Linear<scalar_of<Output>, X, E>{
+  return problem::Int8Linear<scalar_of<Output>, X, typename E::pointers>{
       to.data(), from.data(), weight.data(), factors.data(), tokens, in, out, epilogue};
 }
 

@@ -177,14 +177,17 @@ template <typename Y, typename X>
 problem::Rope<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name,
                                                        std::string_view y_name, const Y& y,
                                                        std::string_view x_name, const X& x,
-                                                       const LengthSpan& positions, bool inverse) {
+                                                       const LengthSpan& positions, bool inverse,
+                                                       Workspace::Frame& frame) {
   require_floating_scalars<Y, X>();
   require_same_shape(name, y_name, y, x_name, x);
   constexpr int rank = rank_of<X>;
   const Index tokens = rope_tokens(name, x_name, x, positions);
   const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
-  return {y.data(),        x.data(), positions, tokens,  heads,  head_dim,
-          token_stride(x), {},       nullptr,   nullptr, inverse};
+  return {y.data(),        x.data(), indices(positions, frame),
+          tokens,          heads,    head_dim,
+          token_stride(x), {},       nullptr,
+          nullptr,         inverse};
 }
 
 /// The angles of a table.
@@ -220,8 +223,8 @@ void set_angles(std::string_view name, Problem& p, const RopeOptions& options, i
 
 // In all forms `how` is RopeOptions or a table.
 
-/// y = x, turned. Options take one row of cosines and sines per thread from the workspace; a table
-/// takes nothing.
+/// y = x, turned. Scratch, from the workspace: with options a row of cosines and sines per thread;
+/// positions of another type than Index, as Index.
 template <Device D, typename Y, typename X, typename P = LengthSpan, typename How = RopeOptions>
 void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How& how = {},
                Workspace& workspace = thread_workspace()) {
@@ -229,7 +232,7 @@ void rope_into(const D& device, Y&& y, const X& x, const P& positions, const How
   const LengthSpan at = detail::position_span(positions);
   Workspace::Frame frame(workspace);
   auto problem = detail::rope_problem(name, "y", output_view<rank_of<X>>(y), "x",
-                                      detail::rope_input(x), at, false);
+                                      detail::rope_input(x), at, false, frame);
   detail::set_angles(name, problem, how, detail::worker_count(device), frame);
   detail::run(device, problem);
 }
@@ -259,7 +262,7 @@ void rope_backward_into(const D& device, GX&& grad_x, const GY& grad_y, const P&
   const LengthSpan at = detail::position_span(positions);
   Workspace::Frame frame(workspace);
   auto problem = detail::rope_problem(name, "grad_x", output_view<rank_of<GY>>(grad_x), "grad_y",
-                                      detail::rope_input(grad_y), at, true);
+                                      detail::rope_input(grad_y), at, true, frame);
   detail::set_angles(name, problem, how, detail::worker_count(device), frame);
   detail::run(device, problem);
 }

@@ -77,22 +77,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Parameters of a call: one set for all rows, or a span, vector or array of them, one per row.
-template <typename P>
-concept SamplingSets = std::same_as<P, SamplingParams> ||
-                       std::convertible_to<const P&, std::span<const SamplingParams>>;
-struct SamplingParamsView {
-  std::span<const SamplingParams> sets;
-  bool per_row;
-  template <SamplingSets P>
-  SamplingParamsView(const P& params) : per_row(!std::same_as<P, SamplingParams>) {
-    if constexpr (std::same_as<P, SamplingParams>)
-      sets = {&params, 1};
-    else
-      sets = params;
-  }
-};
-
 inline void check_sampling_shape(std::string_view name, std::string_view argument, Index vocab) {
   require_that(vocab >= 1 && vocab <= (std::numeric_limits<std::int32_t>::max)(), name, argument,
                " has a vocabulary of ", vocab, ", expected 1 to 2147483647 tokens");
@@ -109,15 +93,6 @@ auto logits_view(std::string_view name, const Logits& logits) {
   return view;
 }
 
-inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
-                             Index vocab) {
-  if (!params.per_row) return check_sampling_params(name, params.sets[0], vocab);
-  require_that(static_cast<Index>(params.sets.size()) == batch, name, "params has ",
-               params.sets.size(), " sets, logits has ", batch, " rows");
-  for (std::size_t r = 0; r < params.sets.size(); ++r)
-    check_sampling_params(join(name, "params of row ", r), params.sets[r], vocab);
-}
-
 inline void check_generators(std::string_view name, std::string_view argument,
                              const Generators& rng, Index batch) {
   require_that(!rng.per_row() || rng.size() == batch, name, "rng has ", rng.size(), " generators, ",
@@ -129,7 +104,7 @@ inline void check_generators(std::string_view name, std::string_view argument,
 
 template <typename View>
 auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params,
-                      std::int32_t* ids, SampleStatus* statuses) {
+                      std::int32_t* ids, SampleStatus* statuses, Workspace::Frame& frame) {
   using T = scalar_of<View>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
@@ -137,7 +112,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   return problem::Sampling<T>{logits.data(),
                               logits.dimension(0),
                               logits.dimension(1),
-                              params.sets.data(),
+                              row_params(params, frame),
                               params.per_row ? 1 : 0,
                               nullptr,
                               0,
@@ -186,8 +161,9 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
                  std::span<SampleStatus> statuses, Workspace& workspace) {
   const auto view = logits_view(name, logits);
   auto out = sampled_ids_view(name, ids, view.dimension(0));
+  Workspace::Frame frame(workspace);
   auto problem = sampling_problem(name, view, params, out.data(),
-                                  checked_statuses(name, statuses, view.dimension(0)));
+                                  checked_statuses(name, statuses, view.dimension(0)), frame);
   set_generators(name, problem, rng);
   detail::run(device, problem, workspace);
   rng.advance();
@@ -199,7 +175,8 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   const auto view = logits_view(name, logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));
-  auto problem = sampling_problem(name, view, params, ids.data(), statuses.data());
+  Workspace::Frame frame(thread_workspace());
+  auto problem = sampling_problem(name, view, params, ids.data(), statuses.data(), frame);
   set_generators(name, problem, rng);
   detail::run(device, problem);
   require_good_rows(name, statuses);
@@ -228,9 +205,10 @@ void greedy_sample_into(const D& device, Ids&& ids, const Logits& logits,
   const auto view = detail::logits_view("greedy_sample", logits);
   auto out = detail::sampled_ids_view("greedy_sample", ids, view.dimension(0));
   const SamplingParams greedy{.temperature = 0};
+  Workspace::Frame frame(workspace);
   const auto problem = detail::sampling_problem(
       "greedy_sample", view, greedy, out.data(),
-      detail::checked_statuses("greedy_sample", statuses, view.dimension(0)));
+      detail::checked_statuses("greedy_sample", statuses, view.dimension(0)), frame);
   detail::run(device, problem::GreedySampling<scalar_of<Logits>>{problem}, workspace);
 }
 
@@ -329,8 +307,10 @@ void sampling_probabilities_into(const D& device, Out&& probabilities, const Log
   static_assert(std::is_same_v<scalar_of<Out>, float>,
                 "eigenformer: sampling probabilities are float");
   detail::require_same_shape(name, "probabilities", out, "logits", view);
-  const auto problem = detail::sampling_problem(
-      name, view, params, nullptr, detail::checked_statuses(name, statuses, view.dimension(0)));
+  Workspace::Frame frame(workspace);
+  const auto problem =
+      detail::sampling_problem(name, view, params, nullptr,
+                               detail::checked_statuses(name, statuses, view.dimension(0)), frame);
   detail::run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},
               workspace);
 }

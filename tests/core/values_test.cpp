@@ -68,6 +68,23 @@ TEST(LengthSpan, WhatDoesNotFitReadsAsTheNearest) {
   EXPECT_EQ(read(huge), Expected{(std::numeric_limits<Index>::max)()});
 }
 
+TEST(LengthSpan, ProblemsTakeIndicesWhereTheyLieAndOthersCopiedOnce) {
+  const std::vector<Index> indices{3, 1};
+  const std::vector<int> others{3, 1};
+  const std::vector<unsigned long long> huge{~0ull};
+  ef::Workspace workspace;
+  for (int call = 0; call < 2; ++call) {
+    ef::Workspace::Frame frame(workspace);
+    EXPECT_EQ(ef::detail::indices(indices, frame), indices.data());
+    const Index* const copy = ef::detail::indices(others, frame);
+    EXPECT_EQ(std::vector<Index>(copy, copy + 2), indices);
+    EXPECT_EQ(*ef::detail::indices(huge, frame), (std::numeric_limits<Index>::max)());
+    const ef::LengthSpan owned{5, 6};
+    EXPECT_EQ(ef::detail::indices(owned, frame)[1], 6);
+  }
+  EXPECT_EQ(workspace.capacity(), 128u);  // grown once: a line for each copy
+}
+
 struct Convertible {
   std::vector<Index> values;
   operator std::span<const Index>() const { return values; }

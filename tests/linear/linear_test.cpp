@@ -133,6 +133,21 @@ TEST(LinearPacked, MovesAndCopiesKeepShapeAndMemoryTogether) {
   EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
 }
 
+TEST(LinearPacked, AWeightThatCannotBeQuantizedChangesNothing) {
+  const auto x = random_tensor<float, 2>({2, 30}, 1);
+  auto packed = ef::pack_weight<std::int8_t>(random_tensor<float, 2>({40, 30}, 2));
+  const ef::Tensor<float, 2> expected = ef::linear(x, packed);
+  for (Index rows : {3, 400}) {  // within the memory of `packed`, and past it
+    auto bad = random_tensor<float, 2>({rows, 30}, 3);
+    bad(rows - 1, 7) = std::numeric_limits<float>::quiet_NaN();
+    EXPECT_THROW(ef::pack_weight_into(Eigen::DefaultDevice{}, packed, bad), std::invalid_argument);
+    EXPECT_THROW(ef::pack_stacked_weight_into(Eigen::DefaultDevice{}, packed,
+                                              std::array{ef::input_view<2>(bad)}),
+                 std::invalid_argument);
+    EXPECT_TRUE(same_bits(ef::linear(x, packed), expected));
+  }
+}
+
 TEST(LinearContract, CallsCompileAsWritten) {
   Threads threads(2);
   const auto& device = threads.device;

@@ -119,7 +119,7 @@ void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& gra
   const auto k_view = input_view<rank>(k);
   const auto v_view = input_view<rank>(v);
   Workspace::Frame frame(workspace);
-  problem::AttentionBackward<scalar_of<Q>> problem;
+  problem::AttentionBackward<scalar_of<Q>> problem{};
   problem.forward =
       detail::dense_attention_problem(name, q_view, k_view, v_view, seq_lengths, options, frame);
   problem.key_rows = k_view.dimension(1);
@@ -166,7 +166,7 @@ void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& 
   const auto k_view = input_view<3>(k);
   const auto v_view = input_view<3>(v);
   Workspace::Frame frame(workspace);
-  problem::AttentionBackward<scalar_of<Q>> problem;
+  problem::AttentionBackward<scalar_of<Q>> problem{};
   problem.forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets,
                                                      kv_offsets, options, frame);
   problem.key_rows = 0;

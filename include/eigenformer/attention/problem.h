@@ -62,7 +62,7 @@ template <typename TQ, typename TKV>
 problem::Attention<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads,
                                               Index kv_heads, Index head_dim, Index value_dim) {
   using C = compute_type<TQ>;
-  problem::Attention<TQ, TKV> p;
+  problem::Attention<TQ, TKV> p{};
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;

@@ -1,7 +1,7 @@
 /// \file
 /// What every communicator is made of: the error, the checks of a call's arguments, the comparison
 /// that finds ranks calling different collectives, and the one order of summation. The rule that
-/// divides work among ranks is problem/shards.h.
+/// divides work among ranks is communicator/shards.h.
 #pragma once
 
 #include <algorithm>
@@ -15,7 +15,7 @@
 
 #include "../core/check.h"
 #include "../core/tensor.h"
-#include "../problem/shards.h"
+#include "shards.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

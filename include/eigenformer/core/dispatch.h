@@ -1,7 +1,8 @@
 /// \file
 /// The one dispatch. An operator's public form makes a problem (problem/X.h: pointers, sizes,
-/// rules) and runs it; the type of the device gives the backend, and the backend's namespace and
-/// the problem's type find the kernel, by argument-dependent lookup:
+/// rules; plain data, one type in units of every ISA) and runs it; the type of the device gives the
+/// backend, and the backend's namespace and the problem's type find the kernel, by
+/// argument-dependent lookup:
 ///
 ///   run(device, problem)  ->  execute(cpu::Backend<D, Isa>, problem)     cpu/X.h
 ///                             execute(cuda::Backend, problem)            cuda/X.cuh

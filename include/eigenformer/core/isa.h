@@ -1,7 +1,8 @@
 /// \file
 /// The one file that reads compiler feature macros. It yields the ISA tags (`isa::Known`), those
-/// this translation unit may call (`isa::Callable`), the best of them, and the name of the inline
-/// namespace everything else lives in.
+/// this translation unit may call (`isa::Callable`), the best of them, and the names of two inline
+/// namespaces: that of the ISA, in which everything lives but problems, and that of the version, in
+/// which these do.
 ///
 /// Tags inherit what they fall back to:
 ///
@@ -95,6 +96,12 @@
 #define EIGENFORMER_ABI_JOIN(a, b) EIGENFORMER_ABI_JOIN_(a, b)
 #define EIGENFORMER_ABI_VERSION_(major, minor, patch) v##major##_##minor##_##patch
 #define EIGENFORMER_ABI_VERSION(major, minor, patch) EIGENFORMER_ABI_VERSION_(major, minor, patch)
+// Problems and what they name are data that every unit of a version agrees on: their types carry
+// the version alone (v0_1_0). A function beside them is EIGENFORMER_INLINE, for units of different
+// flags would emit it under one name.
+#define EIGENFORMER_VERSION_NAMESPACE                                           \
+  EIGENFORMER_ABI_VERSION(EIGENFORMER_VERSION_MAJOR, EIGENFORMER_VERSION_MINOR, \
+                          EIGENFORMER_VERSION_PATCH)
 #if defined(__CUDACC__)
 #if defined(EIGENFORMER_CUDA_ARCHITECTURES_TAG)  // set by the CMake target, for example sm80_90
 #define EIGENFORMER_ABI_BASE EIGENFORMER_ABI_JOIN(_cuda_, EIGENFORMER_CUDA_ARCHITECTURES_TAG)
@@ -149,11 +156,7 @@
 #else
 #define EIGENFORMER_ABI_UNIT EIGENFORMER_ABI_JOIN(EIGENFORMER_ABI_ERRORS, _nortti)
 #endif
-#define EIGENFORMER_ABI                                                             \
-  EIGENFORMER_ABI_JOIN(                                                             \
-      EIGENFORMER_ABI_VERSION(EIGENFORMER_VERSION_MAJOR, EIGENFORMER_VERSION_MINOR, \
-                              EIGENFORMER_VERSION_PATCH),                           \
-      EIGENFORMER_ABI_UNIT)
+#define EIGENFORMER_ABI EIGENFORMER_ABI_JOIN(EIGENFORMER_VERSION_NAMESPACE, EIGENFORMER_ABI_UNIT)
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

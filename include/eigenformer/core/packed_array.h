@@ -60,6 +60,7 @@ class PackedArray {
   T* data() { return data_; }
   const T* data() const { return data_; }
   Index size() const { return size_; }
+  Index capacity() const { return capacity_; }
 
  private:
   static constexpr std::size_t kHugePage = std::size_t{2} << 20, kHugeFrom = std::size_t{4} << 20;

@@ -33,6 +33,9 @@ EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> philox4x32_10(
 }
 
 }  // namespace detail
+}  // namespace EIGENFORMER_ABI
+
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 /// Random numbers that are a function of (seed, position, row, purpose, index): what one row draws
 /// does not depend on the rows beside it, on threads or on the device. An operator that draws
@@ -72,17 +75,21 @@ class Philox {
   static constexpr std::uint64_t kRows = std::uint64_t{1} << 32;     ///< a row is less
   static constexpr std::uint64_t kIndices = std::uint64_t{1} << 28;  ///< an index is less
 
-  EIGENFORMER_HOST_DEVICE explicit constexpr Philox(std::uint64_t seed = 0,
-                                                    std::uint64_t position = 0)
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE explicit constexpr Philox(std::uint64_t seed = 0,
+                                                                       std::uint64_t position = 0)
       : seed_(seed), position_(position) {}
 
-  EIGENFORMER_HOST_DEVICE constexpr std::uint64_t seed() const { return seed_; }
-  EIGENFORMER_HOST_DEVICE constexpr std::uint64_t position() const { return position_; }
-  EIGENFORMER_HOST_DEVICE constexpr void advance(std::uint64_t steps = 1) { position_ += steps; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr std::uint64_t seed() const { return seed_; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr std::uint64_t position() const {
+    return position_;
+  }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr void advance(std::uint64_t steps = 1) {
+    position_ += steps;
+  }
 
   /// 128 random bits for (row, index, purpose) at the current position; leaves the position. index
   /// < 2^28.
-  EIGENFORMER_HOST_DEVICE constexpr std::array<std::uint32_t, 4> bits(
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr std::array<std::uint32_t, 4> bits(
       std::uint32_t row, std::uint32_t index = 0, Purpose purpose = Purpose::sampling) const {
     return detail::philox4x32_10(
         {index ^ static_cast<std::uint32_t>(purpose) << 28, row,
@@ -93,17 +100,17 @@ class Philox {
   /// A double in (0, 1), both ends excluded, with 52 random bits for (row, index, purpose) at the
   /// current position; leaves the position. index < 2^28. uniform(row) is the number that `sample`
   /// draws the row with.
-  EIGENFORMER_HOST_DEVICE constexpr double uniform(std::uint32_t row, std::uint32_t index = 0,
-                                                   Purpose purpose = Purpose::sampling) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr double uniform(
+      std::uint32_t row, std::uint32_t index = 0, Purpose purpose = Purpose::sampling) const {
     const auto words = bits(row, index, purpose);
     const std::uint64_t mantissa = ((std::uint64_t{words[0]} << 32) | words[1]) >> 12;
     return (static_cast<double>(mantissa) + 0.5) * 0x1p-52;
   }
 
-  static constexpr result_type(min)() { return 0; }
-  static constexpr result_type(max)() { return 0xFFFFFFFFu; }
+  static EIGENFORMER_INLINE constexpr result_type(min)() { return 0; }
+  static EIGENFORMER_INLINE constexpr result_type(max)() { return 0xFFFFFFFFu; }
   /// 32 random bits; advances by one.
-  EIGENFORMER_HOST_DEVICE constexpr result_type operator()() {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr result_type operator()() {
     const auto words = bits(0, 0, Purpose::engine);
     advance();
     return words[0];
@@ -114,5 +121,5 @@ class Philox {
   std::uint64_t position_;
 };
 
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -24,6 +24,7 @@
 
 #include "eigen.h"
 #include "tensor.h"
+#include "workspace.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -120,6 +121,11 @@ class Values {
   Storage storage_ = Storage::view;
 };
 
+class LengthSpan;
+namespace detail {
+inline const Index* indices(const LengthSpan& span, Workspace::Frame& frame);
+}  // namespace detail
+
 /// Lengths or offsets of sequences: any contiguous range of integers (std::vector, std::array,
 /// std::span, arrays, an ef::Tensor of rank 1) or a braced list. Host memory. What does not fit an
 /// Index reads as the nearest one that does.
@@ -195,11 +201,22 @@ class LengthSpan {
     }
   }
 
+  friend const Index* detail::indices(const LengthSpan&, Workspace::Frame&);
+
   Values<Index> indices_;         // where the elements are Index, or owned
   const void* others_ = nullptr;  // else a view of integers of another type
   Index size_ = 0;                // of others_
   Index (*read_)(const void*, Index) = nullptr;
 };
+
+/// The elements as a problem takes them: where they lie if they are Index, else a copy in the
+/// frame. They end with the span or the frame, whichever ends first.
+inline const Index* detail::indices(const LengthSpan& span, Workspace::Frame& frame) {
+  if (span.read_ == nullptr) return span.indices_.data();
+  Index* const copy = frame.take<Index>(span.size_);
+  for (Index i = 0; i < span.size_; ++i) copy[i] = span[i];
+  return copy;
+}
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -10,7 +10,6 @@
 #include <cstring>
 
 #include "../core/rows.h"
-#include "../core/values.h"
 #include "../problem/rope.h"
 #include "backend.h"
 #include "vector/copy.h"

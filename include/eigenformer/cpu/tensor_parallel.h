@@ -20,7 +20,7 @@ template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::Interleave<T>& p) {
   parallel_for(on, p.tokens, Cost{p.features}, [&](Index first, Index last, int) {
     for (int r = 0; r < p.ranks; ++r) {
-      const ShardRange shard = shard_range(p.features, r, p.ranks);
+      const ShardRange shard = problem::shard_of(p.features, r, p.ranks);
       const T* part = p.parts + p.tokens * shard.begin;
       for (Index t = first; t < last; ++t)
         eigenformer::detail::copy_elements(part + t * shard.size(),

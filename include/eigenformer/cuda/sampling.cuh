@@ -204,13 +204,13 @@ void execute(const Backend& on, const problem::Sampling<T>& p) {
   constexpr auto name = "sample on a GPU";
   detail::require_that(p.params_stride == 0, name,
                        "parameters come one per row, expected one set for the batch");
-  const SamplingParams& params = p.params[0];
+  const problem::RowParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
   detail::require_that(greedy || p.generators_stride == 0, name,
                        "generators come one per row, expected one for the batch");
   launch_rows(on.device, "sample", p.batch,
-              SampleBody<T>{p.logits, p.vocab, detail::kept_by_top_k(params), params.temperature,
-                            greedy, params.top_k_ties == TopKTies::keep_all,
+              SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy,
+                            params.top_k_ties == TopKTies::keep_all,
                             greedy ? Philox() : p.generators[0], p.ids, p.statuses});
 }
 

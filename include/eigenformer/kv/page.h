@@ -85,7 +85,7 @@ template <typename Storage>
 KvSource<Storage> paged_source(const KvPageLayout& layout, Index batch, const Index* lengths,
                                const std::byte* const* pages, const std::int32_t* const* tables,
                                std::size_t layer_offset) {
-  KvSource<Storage> source;
+  KvSource<Storage> source{};
   source.batch = batch;
   source.kv_heads = layout.kv_heads;
   source.head_dim = layout.head_dim;

@@ -12,6 +12,7 @@
 
 #include "../core/tensor.h"
 #include "../problem/activation.h"
+#include "../problem/linear.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -23,6 +24,7 @@ class Epilogue {
   using function = Function;
   using bias_scalar = B;
   using residual_scalar = R;
+  using pointers = problem::Epilogue<Function, B, R>;
 
   Epilogue() = default;
   Epilogue(const B* bias, Index bias_size, const R* residual, Index residual_rows,
@@ -54,6 +56,7 @@ class Epilogue {
   auto gelu_tanh() const { return with<problem::GeluTanh>(); }
   auto relu() const { return with<problem::Relu>(); }
 
+  operator pointers() const { return {bias_, residual_}; }
   const B* bias_data() const { return bias_; }            ///< nullptr where there is none
   Index bias_size() const { return bias_size_; }          ///< kNone where there is none
   const R* residual_data() const { return residual_; }    ///< nullptr where there is none

@@ -1,6 +1,6 @@
 /// \file
 /// Weights of linear layers packed once into the order that the matrix kernels stream: panels of
-/// rows, k-major (problem/packed_weight.h).
+/// rows, k-major (linear/packed_weight.h).
 ///
 ///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
 ///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale per row
@@ -33,7 +33,7 @@
 #include "../core/dispatch.h"
 #include "../core/rows.h"
 #include "../cpu/linear/pack.h"
-#include "../problem/packed_weight.h"
+#include "packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -99,6 +99,17 @@ void require_packing(std::string_view name, Index columns, const Int8Packing& op
   }
 }
 
+/// Packs into `packed` by pack(panels), which returns the first matrix that is not quantizable
+/// (`packed` is then what it was) or -1; returns that.
+template <typename D, typename T, typename Pack>
+int pack_panels(const D& device, PackedWeight<T>& packed, const problem::PanelsOf<T>& shape,
+                Pack&& pack) {
+  Packing<T> packing(packed, shape, run(device, shape));
+  const int bad = pack(packing.panels());
+  if (bad < 0) packing.finish();
+  return bad;
+}
+
 /// What exceptions call the operator.
 template <int Matrices>
 inline constexpr std::string_view packing_name =
@@ -123,10 +134,13 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
     const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
     checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
   }
-  problem::PackWeight<T, W, Matrices> problem{packed, {}, rows, columns, group};
-  for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
-  if (const int bad = run(device, problem, workspace); bad >= 0)
-    throw_not_quantizable(name, names[bad], views[bad]);
+  const problem::PanelsOf<T> shape{rows, columns, group, Matrices};
+  const int bad = pack_panels(device, packed, shape, [&](const auto& panels) {
+    problem::PackWeight<T, W, Matrices> problem{panels, {}};
+    for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
+    return run(device, problem, workspace);
+  });
+  if (bad >= 0) throw_not_quantizable(name, names[bad], views[bad]);
 }
 
 /// Packs `count` views as one weight, the rows of each below those of the one before.
@@ -155,10 +169,11 @@ void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, i
     ends[m] = rows;
   }
   checked_product(rows, (std::max)(Index{1}, columns), name, "weights");
-  const problem::PackStackedWeight<T, W> problem{packed, weights, ends,
-                                                 count,  columns, options.group_size};
-  if (const int bad = run(device, problem, workspace); bad >= 0)
-    throw_not_quantizable(name, "weights[" + std::to_string(bad) + "]", views[bad]);
+  const problem::PanelsOf<T> shape{rows, columns, options.group_size, 1};
+  const int bad = pack_panels(device, packed, shape, [&](const auto& panels) {
+    return run(device, problem::PackStackedWeight<T, W>{panels, weights, ends, count}, workspace);
+  });
+  if (bad >= 0) throw_not_quantizable(name, "weights[" + std::to_string(bad) + "]", views[bad]);
 }
 
 /// Scales of weights are finite and not negative; names the first that is not.
@@ -196,7 +211,11 @@ void pack_int8_values(const D& device, PackedWeight<std::int8_t>& packed,
                  " columns, expected ", groups, ", one for each ", group, " of ", depth, " inputs");
   }
   require_scales(name, scales);
-  run(device, problem::PackInt8Weight{packed, values.data(), scales.data(), rows, depth, group});
+  const problem::PanelsOf<std::int8_t> shape{rows, depth, group, 1};
+  pack_panels(device, packed, shape, [&](const auto& panels) {
+    run(device, problem::PackInt8Weight{panels, values.data(), scales.data()});
+    return -1;
+  });
 }
 
 template <typename Scales>
@@ -288,7 +307,7 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
                             Workspace& workspace = thread_workspace()) {
   static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
                 "eigenformer: gate and up have one scalar");
-  detail::pack_weight(device, detail::WeightAccess<T>::pair(packed),
+  detail::pack_weight(device, detail::PairAccess<T>::pair(packed),
                       {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options, workspace);
 }
 template <typename T, CpuDevice D, typename Gate, typename Up>

@@ -7,7 +7,7 @@
 #include "visibility.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
@@ -29,20 +29,20 @@ struct AttentionSequence {
 template <typename TQ, typename TKV>
 struct Attention {
   using Compute = compute_type<TQ>;
-  const TQ* queries = nullptr;  // (rows, heads, head_dim)
-  TQ* output = nullptr;         // (rows, heads, value_dim)
+  const TQ* queries;  // (rows, heads, head_dim)
+  TQ* output;         // (rows, heads, value_dim)
   // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
-  Compute* log_sum_exp = nullptr;
-  Index lse_head_stride = 0;
-  Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  Compute* log_sum_exp;
+  Index lse_head_stride;
+  Index batch, heads, kv_heads, head_dim, value_dim;
   KvSource<TKV> source;
-  const AttentionSequence* sequences = nullptr;  // (batch)
+  const AttentionSequence* sequences;  // (batch)
   Visibility visibility;
-  Compute scale = 1, softcap = 0;       // softcap 0: none
-  const float* alibi_slopes = nullptr;  // (heads) or nullptr
-  const float* sinks = nullptr;         // (heads) or nullptr
+  Compute scale, softcap;     // softcap 0: none
+  const float* alibi_slopes;  // (heads) or nullptr
+  const float* sinks;         // (heads) or nullptr
 
-  Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
+  EIGENFORMER_INLINE Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
 };
 
 /// `forward` carries queries, keys, values and options; its output and log_sum_exp are not used.
@@ -50,14 +50,14 @@ template <typename T>
 struct AttentionBackward {
   using Compute = compute_type<T>;
   Attention<T, T> forward;
-  const T* grad_output = nullptr;  // (rows, heads, value_dim)
-  T* grad_queries = nullptr;       // (rows, heads, head_dim)
-  T* grad_keys = nullptr;          // (key rows, kv_heads, head_dim), laid out like the keys
-  T* grad_values = nullptr;        // (key rows, kv_heads, value_dim), laid out like the values
-  Index key_rows = 0;              // rows of a dense sequence, padding included; 0 where packed
-  float* grad_sinks = nullptr;     // (heads) or nullptr
+  const T* grad_output;  // (rows, heads, value_dim)
+  T* grad_queries;       // (rows, heads, head_dim)
+  T* grad_keys;          // (key rows, kv_heads, head_dim), laid out like the keys
+  T* grad_values;        // (key rows, kv_heads, value_dim), laid out like the values
+  Index key_rows;        // rows of a dense sequence, padding included; 0 where packed
+  float* grad_sinks;     // (heads) or nullptr
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

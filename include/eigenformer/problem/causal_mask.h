@@ -5,7 +5,7 @@
 #include "visibility.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
@@ -19,7 +19,8 @@ struct CausalMask {
   const std::int32_t* segment_ids;
   Index segment_stride;  // from one sequence of the batch to the next, 0 where shared
 
-  EIGENFORMER_HOST_DEVICE constexpr bool visible(Index b, Index i, Index j) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool visible(Index b, Index i,
+                                                                    Index j) const {
     const Index position = query_offset + i;
     if (!visibility.visible(position, j)) return false;
     if (segment_ids == nullptr) return true;
@@ -29,5 +30,5 @@ struct CausalMask {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

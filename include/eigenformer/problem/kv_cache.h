@@ -9,7 +9,7 @@
 #include "kv_source.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
@@ -31,29 +31,31 @@ struct KvAppend {
   Index capacity;
   KvSource<Storage> target;
 
-  Index sequence_of(Index token) const {
+  EIGENFORMER_INLINE Index sequence_of(Index token) const {
     if (offsets == nullptr) return token / tokens_each;
     return std::upper_bound(offsets, offsets + target.batch + 1, token) - offsets - 1;
   }
-  Index first_token(Index b) const { return offsets == nullptr ? b * tokens_each : offsets[b]; }
+  EIGENFORMER_INLINE Index first_token(Index b) const {
+    return offsets == nullptr ? b * tokens_each : offsets[b];
+  }
 
   // KvSource is what readers get, so its pointers are const; whoever appends owns the memory behind
   // them.
-  Storage* key_slot(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE Storage* key_slot(Index b, Index h, Index j) const {
     return const_cast<Storage*>(target.key_row(b, h, j));
   }
-  Storage* value_slot(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE Storage* value_slot(Index b, Index h, Index j) const {
     return const_cast<Storage*>(target.value_row(b, h, j));
   }
-  float* key_scale_slot(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE float* key_scale_slot(Index b, Index h, Index j) const {
     return scale_slot(b, h, j, target.key_scale_offset);
   }
-  float* value_scale_slot(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE float* value_scale_slot(Index b, Index h, Index j) const {
     return scale_slot(b, h, j, target.value_scale_offset);
   }
 
  private:
-  float* scale_slot(Index b, Index h, Index j, std::size_t offset) const {
+  EIGENFORMER_INLINE float* scale_slot(Index b, Index h, Index j, std::size_t offset) const {
     const std::byte* page =
         target.pages[target.tables[b][j / target.page_size]] + target.layer_offset + offset;
     return const_cast<float*>(reinterpret_cast<const float*>(page)) + h * target.page_size +
@@ -72,5 +74,5 @@ struct KvRead {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -10,7 +10,7 @@
 #include "../core/tensor.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 /// T is the stored type: float, double, bfloat16, half, or int8 with scales.
 ///
@@ -40,29 +40,30 @@ struct KvSource {
   Index page_size = 0;                          // positions in a page
   std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
 
-  const T* key_row(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE const T* key_row(Index b, Index h, Index j) const {
     if (tables == nullptr) return keys + b * sequence_stride + j * row_stride + h * head_stride;
     return paged_row<T>(b, h, j, 0, head_dim);
   }
-  const T* value_row(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE const T* value_row(Index b, Index h, Index j) const {
     if (tables == nullptr)
       return values + b * value_sequence_stride + j * value_row_stride + h * value_head_stride;
     return paged_row<T>(b, h, j, value_offset, head_dim);
   }
-  float key_scale(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE float key_scale(Index b, Index h, Index j) const {
     return *paged_row<float>(b, h, j, key_scale_offset, 1);
   }
-  float value_scale(Index b, Index h, Index j) const {
+  EIGENFORMER_INLINE float value_scale(Index b, Index h, Index j) const {
     return *paged_row<float>(b, h, j, value_scale_offset, 1);
   }
 
  private:
   template <typename U>
-  const U* paged_row(Index b, Index h, Index j, std::size_t offset, Index width) const {
+  EIGENFORMER_INLINE const U* paged_row(Index b, Index h, Index j, std::size_t offset,
+                                        Index width) const {
     const std::byte* page = pages[tables[b][j / page_size]] + layer_offset + offset;
     return reinterpret_cast<const U*>(page) + (h * page_size + j % page_size) * width;
   }
 };
 
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

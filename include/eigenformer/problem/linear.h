@@ -1,5 +1,6 @@
 /// \file
-/// What linear layers, their gradients and the packing of weights ask for. E is an ef::Epilogue.
+/// What linear layers, their gradients and the packing of weights ask for. E is an
+/// Epilogue.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +8,19 @@
 #include "packed_weight.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
+
+/// residual + function(sum + bias); B, R: scalars of bias and residual.
+template <typename Function, typename B, typename R>
+struct Epilogue {
+  using function = Function;
+  using bias_scalar = B;
+  using residual_scalar = R;
+  const B* bias;      // (out), of a gated layer (2 * out), or nullptr
+  const R* residual;  // (tokens, out) or nullptr
+};
 
 /// y = epilogue(x w^T) of one weight, or of the pair of a gated unit.
 template <typename Y, typename X, typename W, int Matrices, typename E>
@@ -19,7 +30,7 @@ struct Linear {
   const X* x;                  // (tokens, in)
   const W* weights[Matrices];  // (out, in) each
   Index tokens, in, out;
-  const E& epilogue;
+  E epilogue;
 };
 
 /// The same of a packed weight.
@@ -28,9 +39,9 @@ struct PackedLinear {
   static constexpr bool kUsesTiles = true;
   Y* y;        // (tokens, out)
   const X* x;  // (tokens, in)
-  const PackedWeight<S>& weight;
+  PackedPanels<const S> weight;
   Index tokens, in, out;
-  const E& epilogue;
+  E epilogue;
 };
 
 /// The same of int8 values and their scales.
@@ -42,7 +53,7 @@ struct Int8Linear {
   const std::int8_t* values;  // (out, in)
   const float* scales;        // (out)
   Index tokens, in, out;
-  const E& epilogue;
+  E epilogue;
 };
 
 /// grad_x = grad_y w.
@@ -73,37 +84,34 @@ struct LinearBackwardBias {
   Index tokens, out;
 };
 
-/// Packs one weight, or the pair of a gated unit; int8 weights are quantized with a scale for each
-/// `group` inputs (0: for each row). The kernel returns the first matrix that holds a number that
-/// is not quantizable, before `packed` is touched, or -1.
+/// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 weights
+/// are quantized with a scale for each `packed.group` inputs (0: for each row). The kernel returns
+/// the first matrix that holds a number that is not quantizable, before it writes, or -1.
 template <typename T, typename W, int Matrices>
 struct PackWeight {
   static constexpr bool kUsesTiles = true;
-  PackedWeight<T>& packed;
+  PackedPanels<T> packed;
   const W* weights[Matrices];  // (rows, columns) each
-  Index rows, columns, group;
 };
 
 /// Packs several weights one below the other as one, in the same way.
 template <typename T, typename W>
 struct PackStackedWeight {
   static constexpr bool kUsesTiles = true;
-  PackedWeight<T>& packed;
+  PackedPanels<T> packed;
   const W* const* weights;  // (ends[m] - ends[m - 1], columns) each
   const Index* ends;        // ends[m] rows are those of weights 0 to m
   int count;
-  Index columns, group;
 };
 
 /// Packs int8 values with their scales.
 struct PackInt8Weight {
   static constexpr bool kUsesTiles = true;
-  PackedWeight<std::int8_t>& packed;
+  PackedPanels<std::int8_t> packed;
   const std::int8_t* values;  // (rows, columns)
   const float* scales;        // (rows, groups)
-  Index rows, columns, group;
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

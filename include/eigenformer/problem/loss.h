@@ -7,15 +7,15 @@
 #include "../core/values.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
 /// A checked request: pointers and sizes only. L: scalar of the logits, G: of the gradient.
 template <typename L, typename G>
 struct CrossEntropy {
-  const L* logits;            // (rows, classes)
-  const LengthSpan& targets;  // (rows)
+  const L* logits;       // (rows, classes)
+  const Index* targets;  // (rows)
   // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
   G* gradient;
   double* row_loss;  // (rows), written
@@ -26,5 +26,5 @@ struct CrossEntropy {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -5,7 +5,7 @@
 #include "../core/rows.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
@@ -19,9 +19,9 @@ struct Quantize {
   std::int8_t* values;  // (rows, columns)
   float* scales;        // (rows, groups)
   Index rows, columns, group;
-  bool check_first = true;
+  bool check_first;
 
-  EIGENFORMER_HOST_DEVICE constexpr Index groups() const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr Index groups() const {
     return group == 0 ? 0 : (columns + group - 1) / group;
   }
 };
@@ -71,5 +71,5 @@ struct FirstNotQuantizable {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

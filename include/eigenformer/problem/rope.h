@@ -5,10 +5,9 @@
 #include <cmath>
 
 #include "../core/rows.h"
-#include "../core/values.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 enum class RopeLayout {
   half_split,   ///< pairs (i, i + rotary_dim / 2): GPT-NeoX, Llama in Hugging Face's layout
@@ -25,10 +24,12 @@ struct RopeAngles {
   RopeLayout layout;
   double scale;
 
-  Index row_size() const { return layout == RopeLayout::half_split ? rotary_dim : 2 * rotary_dim; }
+  EIGENFORMER_INLINE Index row_size() const {
+    return layout == RopeLayout::half_split ? rotary_dim : 2 * rotary_dim;
+  }
 
   template <typename C>
-  void write_row(double position, C* row) const {
+  EIGENFORMER_INLINE void write_row(double position, C* row) const {
     for (Index i = 0; i < rotary_dim / 2; ++i) {
       const double angle = position * scale * inverse_frequencies[i];
       const C c = static_cast<C>(std::cos(angle)), s = static_cast<C>(std::sin(angle));
@@ -48,9 +49,9 @@ struct RopeAngles {
 template <typename Y, typename X>
 struct Rope {
   using compute = detail::common_compute_type<Y, X>;
-  Y* y;                         // (tokens, heads, head_dim)
-  const X* x;                   // (tokens, heads, head_dim)
-  const LengthSpan& positions;  // (tokens)
+  Y* y;                    // (tokens, heads, head_dim)
+  const X* x;              // (tokens, heads, head_dim)
+  const Index* positions;  // (tokens)
   Index tokens, heads, head_dim;
   Index x_stride;  // elements of x from token to token
   RopeAngles angles;
@@ -60,5 +61,5 @@ struct Rope {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

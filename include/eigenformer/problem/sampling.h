@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+#include "../core/philox.h"
 #include "sampling_params.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
@@ -18,19 +19,21 @@ template <typename T>
 struct Sampling {
   const T* logits;  // (batch, vocab)
   Index batch, vocab;
-  const SamplingParams* params;
+  const RowParams* params;
   Index params_stride;  // 0: the same for all rows, 1: one per row
   const Philox* generators;
   Index generators_stride;  // 0: one for all rows, 1: one per row
   std::int32_t* ids;        // (batch), -1 where the status is not ok
   SampleStatus* statuses;   // (batch), or nullptr
 
-  const SamplingParams& params_of(Index row) const { return params[row * params_stride]; }
-  double uniform(Index row) const {
+  EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
+    return params[row * params_stride];
+  }
+  EIGENFORMER_INLINE double uniform(Index row) const {
     return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row))
                                   : generators[row].uniform(0);
   }
-  void finish(Index row, std::int32_t id, SampleStatus status) const {
+  EIGENFORMER_INLINE void finish(Index row, std::int32_t id, SampleStatus status) const {
     if (ids != nullptr) ids[row] = id;
     if (statuses != nullptr) statuses[row] = status;
   }
@@ -80,14 +83,14 @@ struct Speculative {
   const Draft* draft;                // (batch, drafts, vocab)
   const Target* target;              // (batch, drafts + 1, vocab)
   Index batch, drafts, vocab;
-  const LengthSpan* draft_lengths;  // (batch), or nullptr: all of them
+  const Index* draft_lengths;  // (batch), or nullptr: all of them
   const Philox* generators;
   Index generators_stride;
   std::int32_t* accepted;  // (batch)
   std::int32_t* tokens;    // (batch, drafts + 1), -1 past the last
   SampleStatus* statuses;  // (batch); where not ok nothing is accepted and every token is -1
 
-  double uniform(Index row, Index index, Philox::Purpose purpose) const {
+  EIGENFORMER_INLINE double uniform(Index row, Index index, Philox::Purpose purpose) const {
     const auto counter = static_cast<std::uint32_t>(index);
     return generators_stride == 0
                ? generators[0].uniform(static_cast<std::uint32_t>(row), counter, purpose)
@@ -96,5 +99,5 @@ struct Speculative {
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -2,32 +2,29 @@
 /// The rule that divides work among ranks.
 #pragma once
 
-#include <algorithm>
-
-#include "../core/check.h"
+#include "../core/tensor.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 /// Half-open range of rows, features or elements that one rank owns.
 struct ShardRange {
   Index begin, end;
-  constexpr Index size() const { return end - begin; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr Index size() const { return end - begin; }
 };
+
+namespace problem {
 
 /// The part of `count` that belongs to a rank: contiguous, in rank order, nothing dropped. The
 /// first count % world_size ranks get one more than the others; where world_size > count the last
-/// ranks get nothing. Throws std::invalid_argument.
-inline ShardRange shard_range(Index count, int rank, int world_size) {
-  detail::require_that(count >= 0, "shard_range", "count is ", count, ", expected 0 or more");
-  detail::require_that(world_size >= 1, "shard_range", "world_size is ", world_size,
-                       ", expected 1 or more");
-  detail::require_that(rank >= 0 && rank < world_size, "shard_range", "rank is ", rank,
-                       ", expected 0 to ", world_size - 1);
+/// ranks get nothing.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr ShardRange shard_of(Index count, Index rank,
+                                                                         Index world_size) {
   const Index share = count / world_size, more = count % world_size;
-  const Index begin = rank * share + std::min<Index>(rank, more);
+  const Index begin = rank * share + (rank < more ? rank : more);
   return {begin, begin + share + (rank < more ? 1 : 0)};
 }
 
-}  // namespace EIGENFORMER_ABI
+}  // namespace problem
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -6,7 +6,7 @@
 #include "../core/tensor.h"
 
 namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
 namespace problem {
 
 /// Half-open range of keys.
@@ -17,25 +17,27 @@ struct KeyRange {
 /// A query at absolute position p sees the keys [p - window + 1, p] (window 0: [0, p]) and,
 /// besides, the first `prefix` keys.
 struct Visibility {
-  bool causal = true;
+  bool causal;
   /// most recent keys seen, the query's own included; 0 means no limit. Needs causal.
-  Index window = 0;
-  Index prefix = 0;  ///< leading keys visible to every query (prefix-LM)
+  Index window;
+  Index prefix;  ///< leading keys visible to every query (prefix-LM)
 
   /// Keys seen by position, of key_length, apart from the prefix. Empty where begin >= end.
-  EIGENFORMER_HOST_DEVICE constexpr KeyRange keys(Index position, Index key_length) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr KeyRange keys(Index position,
+                                                                     Index key_length) const {
     if (!causal) return {0, key_length};
     const Index end = position + 1 < key_length ? position + 1 : key_length;
     const Index begin = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
     return {begin, end < 0 ? 0 : end};
   }
 
-  EIGENFORMER_HOST_DEVICE constexpr bool visible(Index position, Index key) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool visible(Index position,
+                                                                    Index key) const {
     if (!causal || key < prefix) return true;
     return key <= position && (window == 0 || key > position - window);
   }
 };
 
 }  // namespace problem
-}  // namespace EIGENFORMER_ABI
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

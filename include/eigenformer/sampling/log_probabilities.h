@@ -49,7 +49,8 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
   const Index batch = view.dimension(0);
   detail::require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
   const Index best = (std::min)(options.best, static_cast<Index>(view.dimension(1)));
-  auto problem = detail::sampling_problem(name, view, params, nullptr, nullptr);
+  Workspace::Frame frame(workspace);
+  auto problem = detail::sampling_problem(name, view, params, nullptr, nullptr, frame);
   detail::set_generators(name, problem, rng);
   result.ids.resize(batch);
   result.log_probabilities.resize(batch);
@@ -129,8 +130,9 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
   const Index batch = view.dimension(0);
   detail::require_that(output.dimension(0) == batch, name, "log_probabilities has ",
                        output.dimension(0), " elements, logits has ", batch, " rows");
-  const auto problem = detail::sampling_problem(name, view, params, nullptr,
-                                                detail::checked_statuses(name, statuses, batch));
+  Workspace::Frame frame(workspace);
+  const auto problem = detail::sampling_problem(
+      name, view, params, nullptr, detail::checked_statuses(name, statuses, batch), frame);
   const auto given = detail::given_tokens(name, tokens, batch, view.dimension(1));
   detail::run(device,
               problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},

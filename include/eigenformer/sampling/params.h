@@ -1,9 +1,11 @@
 /// \file
-/// How sampling takes parameters and random numbers of many rows. What one row's parameters are is
-/// in problem/sampling_params.h; `sampling.h` is the manual.
+/// What a caller says about sampling: the parameters of one row, and how a call takes those and the
+/// random numbers of many. `sampling.h` is the manual.
 #pragma once
 
+#include <array>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -12,10 +14,62 @@
 
 #include "../core/check.h"
 #include "../core/philox.h"
-#include "../problem/sampling_params.h"
+#include "../core/values.h"
+#include "../core/workspace.h"
+#include "../problem/sampling.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+
+/// The value of top_k that keeps every token.
+inline constexpr Index kKeepAllTokens = (std::numeric_limits<Index>::max)();
+
+/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first
+/// three places in any order. A stage whose parameter has its default value does nothing.
+using SamplingOrder = std::array<SamplingStage, 8>;
+
+/// Hugging Face transformers.
+inline constexpr SamplingOrder kHuggingFaceOrder{
+    SamplingStage::penalties,   SamplingStage::logit_bias, SamplingStage::token_mask,
+    SamplingStage::temperature, SamplingStage::top_k,      SamplingStage::top_p,
+    SamplingStage::min_p,       SamplingStage::typical_p};
+/// vLLM's engine version 1; typical_p, which vLLM lacks, comes last.
+inline constexpr SamplingOrder kVllmOrder{SamplingStage::token_mask, SamplingStage::logit_bias,
+                                          SamplingStage::penalties,  SamplingStage::temperature,
+                                          SamplingStage::min_p,      SamplingStage::top_k,
+                                          SamplingStage::top_p,      SamplingStage::typical_p};
+/// llama.cpp: the filters see the distribution at temperature 1.
+inline constexpr SamplingOrder kLlamaCppOrder{
+    SamplingStage::token_mask, SamplingStage::logit_bias, SamplingStage::penalties,
+    SamplingStage::top_k,      SamplingStage::typical_p,  SamplingStage::top_p,
+    SamplingStage::min_p,      SamplingStage::temperature};
+
+struct SamplingParams {
+  double temperature = 1;  ///< logits are divided by it; 0 is greedy
+  /// number of most likely tokens kept; 0, like vocab or more, keeps all
+  Index top_k = kKeepAllTokens;
+  /// probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
+  double top_p = 1;
+  double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
+  /// probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
+  double typical_p = 1;
+  /// positive logits divided by it, others multiplied, for tokens of prompt_tokens and
+  /// output_tokens
+  double repetition_penalty = 1;
+  double frequency_penalty = 0;  ///< subtracted once for each occurrence in output_tokens
+  double presence_penalty = 0;   ///< subtracted from tokens that occur in output_tokens
+  SamplingOrder order = kHuggingFaceOrder;
+  TopKTies top_k_ties = TopKTies::lowest_index;
+  // Lists may be containers with a name, which must live as long as the parameters are used, or
+  // braced lists and temporaries, which the parameters own (core/values.h).
+  Values<std::int32_t> prompt_tokens = {};  ///< without padding: every id counts
+  Values<std::int32_t> output_tokens = {};  ///< tokens generated so far
+  Values<LogitBias> logit_bias = {};        ///< biases of a token that occurs twice add up
+  /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it;
+  /// ceil(vocab / 32) words, or none: all allowed.
+  Values<std::uint32_t> token_mask = {};
+};
+
 namespace detail {
 
 inline void check_sampling_order(std::string_view name, const SamplingOrder& order) {
@@ -67,6 +121,54 @@ inline void check_sampling_params(std::string_view name, const SamplingParams& p
   require_that(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words,
                " words, expected ", (vocab + 31) / 32, " (a bit for each of ", vocab,
                " tokens) or none");
+}
+
+/// Parameters of a call: one set for all rows, or a span, vector or array of them, one per row.
+template <typename P>
+concept SamplingSets = std::same_as<P, SamplingParams> ||
+                       std::convertible_to<const P&, std::span<const SamplingParams>>;
+struct SamplingParamsView {
+  std::span<const SamplingParams> sets;
+  bool per_row;
+  template <SamplingSets P>
+  SamplingParamsView(const P& params) : per_row(!std::same_as<P, SamplingParams>) {
+    if constexpr (std::same_as<P, SamplingParams>)
+      sets = {&params, 1};
+    else
+      sets = params;
+  }
+};
+
+inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
+                             Index vocab) {
+  if (!params.per_row) return check_sampling_params(name, params.sets[0], vocab);
+  require_that(static_cast<Index>(params.sets.size()) == batch, name, "params has ",
+               params.sets.size(), " sets, logits has ", batch, " rows");
+  for (std::size_t r = 0; r < params.sets.size(); ++r)
+    check_sampling_params(join(name, "params of row ", r), params.sets[r], vocab);
+}
+
+/// The parameters as kernels take them, one row or all, in the frame.
+inline const problem::RowParams* row_params(const SamplingParamsView& params,
+                                            Workspace::Frame& frame) {
+  const auto rows = frame.take<problem::RowParams>(static_cast<Index>(params.sets.size()));
+  problem::RowParams* row = rows;
+  for (const SamplingParams& p : params.sets)
+    *row++ = {p.temperature,
+              p.top_k == 0 ? kKeepAllTokens : p.top_k,
+              p.top_p,
+              p.min_p,
+              p.typical_p,
+              p.repetition_penalty,
+              p.frequency_penalty,
+              p.presence_penalty,
+              p.order,
+              p.top_k_ties,
+              p.prompt_tokens,
+              p.output_tokens,
+              p.logit_bias,
+              p.token_mask};
+  return rows;
 }
 
 }  // namespace detail

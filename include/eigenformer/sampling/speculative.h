@@ -98,14 +98,15 @@ void verify_speculative_into(const D& device, SpeculativeResult& result, const T
   const LengthSpan& lengths = options.draft_lengths;
   detail::check_drafts(name, tokens, lengths, vocab);
   detail::check_generators(name, "draft_tokens", rng, batch);
+  Workspace::Frame frame(thread_workspace());
   result.accepted_counts.resize(batch);
   result.tokens.resize(batch, drafts + 1);
   result.statuses.resize(static_cast<std::size_t>(batch));
-  detail::run(device,
-              problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
-                  tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-                  lengths.empty() ? nullptr : &lengths, rng.data(), rng.per_row() ? 1 : 0,
-                  result.accepted_counts.data(), result.tokens.data(), result.statuses.data()});
+  detail::run(device, problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
+                          tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
+                          lengths.empty() ? nullptr : detail::indices(lengths, frame), rng.data(),
+                          rng.per_row() ? 1 : 0, result.accepted_counts.data(),
+                          result.tokens.data(), result.statuses.data()});
   rng.advance();
 }
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>

@@ -27,7 +27,7 @@ auto finish(const Sums& sums, const Problem& p) {
   using E = std::remove_cvref_t<decltype(p.epilogue)>;
   using Y = std::remove_pointer_t<decltype(p.y)>;
   return Finish<Sums, typename E::function, Gated, Y, typename E::residual_scalar>(
-      sums, p.y, p.tokens, p.out, p.epilogue.residual_data());
+      sums, p.y, p.tokens, p.out, p.epilogue.residual);
 }
 
 template <typename Dot, typename Backend, typename Problem, typename Weights, typename End>
@@ -42,30 +42,29 @@ void execute(const Backend<D, Isa>& on, const problem::Linear<Y, X, W, Matrices,
   using B = typename E::bias_scalar;
   layer_product<tile::Dot<operand_scalar<X, W>, X, Isa>>(
       on, p, weight_rows<W, Matrices>(p.weights, p.out, p.in),
-      finish<(Matrices > 1)>(PlainSums<B>{p.epilogue.bias_data()}, p));
+      finish<(Matrices > 1)>(PlainSums<B>{p.epilogue.bias}, p));
 }
 
 template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
 void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
-  const PackedWeight<S>& weight = p.weight;
-  const detail::PanelLayout layout = panel_layout<S>(Isa{});
+  const problem::PackedPanels<const S>& weight = p.weight;
+  const problem::PanelLayout layout = panel_layout<S>(Isa{});
   detail::require_that(
-      weight.rows() == 0 || weight.layout() == layout, Gated ? "gated_linear" : "linear",
-      "weight was packed for ", weight.layout().isa, " (panels of ", weight.layout().columns,
+      weight.rows == 0 || weight.layout == layout, Gated ? "gated_linear" : "linear",
+      "weight was packed for ", weight.layout.isa, " (panels of ", weight.layout.columns,
       "), these kernels read ", layout.isa, " (panels of ", layout.columns, "): pack it again");
   using B = typename E::bias_scalar;
-  const B* const bias = p.epilogue.bias_data();
-  const PackedPanels<S> panels{weight.data()};
+  const B* const bias = p.epilogue.bias;
   if constexpr (std::is_same_v<S, std::int8_t>) {
-    if (weight.group_size() > 0)
-      layer_product<tile::GroupedDot<Isa>>(
-          on, p, GroupedPanels{weight.data(), weight.scales(), weight.group_size()},
-          finish<Gated>(GroupedSums<B>{bias}, p));
+    if (weight.group > 0)
+      layer_product<tile::GroupedDot<Isa>>(on, p,
+                                           GroupedPanels{weight.data, weight.scales, weight.group},
+                                           finish<Gated>(GroupedSums<B>{bias}, p));
     else
-      layer_product<tile::Dot<S, X, Isa>>(on, p, panels,
-                                          finish<Gated>(ScaledSums<B>{bias, weight.scales()}, p));
+      layer_product<tile::Dot<S, X, Isa>>(on, p, weight,
+                                          finish<Gated>(ScaledSums<B>{bias, weight.scales}, p));
   } else {
-    layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(PlainSums<B>{bias}, p));
+    layer_product<tile::Dot<S, X, Isa>>(on, p, weight, finish<Gated>(PlainSums<B>{bias}, p));
   }
 }
 
@@ -74,7 +73,7 @@ void execute(const Backend<D, Isa>& on, const problem::Int8Linear<Y, X, E>& p) {
   using B = typename E::bias_scalar;
   layer_product<tile::Dot<std::int8_t, X, Isa>>(
       on, p, weight_rows<std::int8_t, 1>({p.values}, p.out, p.in),
-      finish<false>(ScaledSums<B>{p.epilogue.bias_data(), p.scales}, p));
+      finish<false>(ScaledSums<B>{p.epilogue.bias, p.scales}, p));
 }
 
 template <typename D, typename Isa, typename X, typename Y, typename W>

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "../../core/check.h"
 #include "../../problem/linear.h"
-#include "../../problem/packed_weight.h"
 #include "../backend.h"
 #include "../tile/pack.h"
 #include "../vector/quantize_line.h"
@@ -21,7 +21,7 @@ using tile::StackedRows;
 using tile::WeightRows;
 
 template <typename T, typename Isa>
-detail::PanelLayout panel_layout(Isa) {
+problem::PanelLayout panel_layout(Isa) {
   using Dot = tile::Dot<T, T, Isa>;
   return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512_bf16::name : Isa::name, Dot::columns,
           Dot::step};
@@ -37,54 +37,6 @@ WeightRows<W, Matrices> weight_rows(const W* const (&weights)[Matrices], Index r
   return result;
 }
 
-template <typename T, typename Isa>
-void reshape(PackedWeight<T>& packed, Isa isa, Index rows, Index columns, int matrices,
-             Index group) {
-  detail::WeightAccess<T>::reshape(packed, panel_layout<T>(isa),
-                                   tile::packed_steps<T>(isa, columns), rows, columns, matrices,
-                                   group);
-}
-
-/// Calls pack(panel, memory of the panel) for all panels, in parallel.
-template <int Matrices, typename T, typename D, typename Isa, typename Pack>
-void for_each_panel(const Backend<D, Isa>& on, PackedWeight<T>& packed, Pack&& pack) {
-  using Dot = tile::Dot<T, T, Isa>;
-  const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
-              panels = (rows + width - 1) / width;
-  const Index panel_size =
-      tile::packed_steps<T>(Isa{}, packed.columns()) * Dot::step * Dot::columns;
-  T* data = detail::WeightAccess<T>::data(packed);
-  parallel_for(on, panels, Cost{panel_size, kPackCycles}, [&](Index first, Index last, int) {
-    for (Index p = first; p < last; ++p) pack(p, data + p * panel_size);
-  });
-}
-
-/// Values as they are, converted where their scalar differs.
-template <int Matrices, typename D, typename Isa, typename T, typename Rows>
-void pack_values(const Backend<D, Isa>& on, PackedWeight<T>& packed, const Rows& weights) {
-  using Dot = tile::Dot<T, T, Isa>;
-  const Index depth = packed.columns(), steps = tile::packed_steps<T>(Isa{}, depth);
-  for_each_panel<Matrices>(on, packed, [&](Index panel, T* to) {
-    tile::pack_panel<Dot>(Isa{}, weights, panel, 0, depth, steps, to);
-  });
-}
-
-/// Scales (rows, groups) of each matrix, into the order of the panels; 1 where there is no row.
-template <int Matrices, typename Isa>
-void arrange_scales(Isa, PackedWeight<std::int8_t>& packed,
-                    const float* const (&scales)[Matrices]) {
-  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
-  const Index width = Dot::columns / Matrices, rows = packed.rows() / Matrices,
-              group = packed.group_size();
-  const Index groups = group == 0 ? 1 : (packed.columns() + group - 1) / group;
-  float* to = detail::WeightAccess<std::int8_t>::scales(packed);
-  for (Index first = 0; first < rows; first += width)
-    for (Index g = 0; g < groups; ++g)
-      for (int m = 0; m < Matrices; ++m)
-        for (Index r = first; r < first + width; ++r)
-          *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
-}
-
 /// How many scales an int8 row has, and over how many inputs each.
 struct ScaleGroups {
   Index count, each;
@@ -93,13 +45,68 @@ struct ScaleGroups {
         each(group == 0 ? std::max<Index>(depth, 1) : group) {}
 };
 
+template <typename D, typename Isa, typename T>
+problem::PanelSizes execute(const Backend<D, Isa>&, const problem::PanelsOf<T>& p) {
+  constexpr auto name = "pack_weight";
+  using detail::checked_product;
+  const problem::PanelLayout layout = panel_layout<T>(Isa{});
+  const Index width = layout.columns / p.matrices, panels = (p.rows + width - 1) / width;
+  const Index panel = checked_product(tile::packed_steps<T>(Isa{}, p.columns),
+                                      Index{layout.columns} * layout.step, name, "weight");
+  checked_product(p.rows, p.matrices, name, "weight");
+  const Index elements = checked_product(panels, panel, name, "weight"),
+              scales =
+                  checked_product(checked_product(panels, Index{layout.columns}, name, "scales"),
+                                  ScaleGroups(p.columns, p.group).count, name, "scales");
+  return {layout, elements, std::is_same_v<T, std::int8_t> ? scales : 0};
+}
+
+/// Calls pack(panel, memory of the panel) for all panels, in parallel.
+template <int Matrices, typename T, typename D, typename Isa, typename Pack>
+void for_each_panel(const Backend<D, Isa>& on, const problem::PackedPanels<T>& packed,
+                    Pack&& pack) {
+  using Dot = tile::Dot<T, T, Isa>;
+  const Index width = Dot::columns / Matrices, rows = packed.rows / Matrices,
+              panels = (rows + width - 1) / width;
+  const Index panel_size = tile::packed_steps<T>(Isa{}, packed.columns) * Dot::step * Dot::columns;
+  parallel_for(on, panels, Cost{panel_size, kPackCycles}, [&](Index first, Index last, int) {
+    for (Index p = first; p < last; ++p) pack(p, packed.data + p * panel_size);
+  });
+}
+
+/// Values as they are, converted where their scalar differs.
+template <int Matrices, typename D, typename Isa, typename T, typename Rows>
+void pack_values(const Backend<D, Isa>& on, const problem::PackedPanels<T>& packed,
+                 const Rows& weights) {
+  using Dot = tile::Dot<T, T, Isa>;
+  const Index depth = packed.columns, steps = tile::packed_steps<T>(Isa{}, depth);
+  for_each_panel<Matrices>(on, packed, [&](Index panel, T* to) {
+    tile::pack_panel<Dot>(Isa{}, weights, panel, 0, depth, steps, to);
+  });
+}
+
+/// Scales (rows, groups) of each matrix, into the order of the panels; 1 where there is no row.
+template <int Matrices, typename Isa>
+void arrange_scales(Isa, const problem::PackedPanels<std::int8_t>& packed,
+                    const float* const (&scales)[Matrices]) {
+  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
+  const Index width = Dot::columns / Matrices, rows = packed.rows / Matrices, group = packed.group;
+  const Index groups = ScaleGroups(packed.columns, group).count;
+  float* to = packed.scales;
+  for (Index first = 0; first < rows; first += width)
+    for (Index g = 0; g < groups; ++g)
+      for (int m = 0; m < Matrices; ++m)
+        for (Index r = first; r < first + width; ++r)
+          *to++ = r < rows ? scales[m][r * groups + g] : 1.0f;
+}
+
 /// Quantizes the rows of `weights` into panels; scales[m] (rows, groups) are those of matrix m.
 template <int Matrices, typename D, typename Isa, typename Rows>
-void pack_quantized_rows(const Backend<D, Isa>& on, PackedWeight<std::int8_t>& packed,
-                         const Rows& weights, const float* const* scales,
-                         const ScaleGroups& groups) {
+void pack_quantized_rows(const Backend<D, Isa>& on,
+                         const problem::PackedPanels<std::int8_t>& packed, const Rows& weights,
+                         const float* const* scales, const ScaleGroups& groups) {
   using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
-  const Index depth = packed.columns(), steps = tile::packed_steps<std::int8_t>(Isa{}, depth);
+  const Index depth = packed.columns, steps = tile::packed_steps<std::int8_t>(Isa{}, depth);
   for_each_panel<Matrices>(on, packed, [&](Index panel, std::int8_t* to) {
     auto* units = reinterpret_cast<std::uint32_t*>(to);
     tile::clear(units, steps * Dot::columns);
@@ -125,8 +132,8 @@ void pack_quantized_rows(const Backend<D, Isa>& on, PackedWeight<std::int8_t>& p
 template <typename D, typename Isa, typename W, int Matrices>
 int pack_quantized(const Backend<D, Isa>& on,
                    const problem::PackWeight<std::int8_t, W, Matrices>& p) {
-  const Index rows = p.rows, depth = p.columns;
-  const ScaleGroups groups(depth, p.group);
+  const Index rows = p.packed.rows / Matrices, depth = p.packed.columns;
+  const ScaleGroups groups(depth, p.packed.group);
   Workspace::Frame frame(on.workspace);
   float* found = frame.take<float>(rows * groups.count * Matrices);
   std::fill_n(found, rows * groups.count * Matrices, 1.0f);
@@ -136,7 +143,6 @@ int pack_quantized(const Backend<D, Isa>& on,
     scales[m] = own;
     if (depth > 0 && !group_scales(on, p.weights[m], rows, depth, groups.each, own)) return m;
   }
-  reshape(p.packed, Isa{}, rows, depth, Matrices, p.group);
   arrange_scales(Isa{}, p.packed, scales);
   pack_quantized_rows<Matrices>(on, p.packed, weight_rows(p.weights, rows, depth), scales, groups);
   return -1;
@@ -144,13 +150,13 @@ int pack_quantized(const Backend<D, Isa>& on,
 
 template <typename D, typename Isa, typename T, typename W>
 int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<T, W>& p) {
-  const Index rows = p.count == 0 ? 0 : p.ends[p.count - 1], depth = p.columns;
+  const Index rows = p.packed.rows, depth = p.packed.columns;
   Workspace::Frame frame(on.workspace);
   auto* const matrices = frame.take<MatrixOperand<W>>(p.count);
   for (int m = 0; m < p.count; ++m) matrices[m] = {p.weights[m], depth, 1};
   const StackedRows<W> stacked{matrices, p.ends, p.count, rows};
   if constexpr (std::is_same_v<T, std::int8_t>) {
-    const ScaleGroups groups(depth, p.group);
+    const ScaleGroups groups(depth, p.packed.group);
     float* found = frame.take<float>(rows * groups.count);
     std::fill_n(found, rows * groups.count, 1.0f);
     auto* const scales = frame.take<const float*>(p.count);
@@ -161,11 +167,9 @@ int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<T, W>& p
       if (depth > 0 && !group_scales(on, p.weights[m], p.ends[m] - begin, depth, groups.each, own))
         return m;
     }
-    reshape(p.packed, Isa{}, rows, depth, 1, p.group);
     arrange_scales(Isa{}, p.packed, {found});
     pack_quantized_rows<1>(on, p.packed, stacked, scales, groups);
   } else {
-    reshape(p.packed, Isa{}, rows, depth, 1, 0);
     pack_values<1>(on, p.packed, stacked);
   }
   return -1;
@@ -174,16 +178,16 @@ int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<T, W>& p
 template <typename D, typename Isa, typename T, typename W, int Matrices>
 int execute(const Backend<D, Isa>& on, const problem::PackWeight<T, W, Matrices>& p) {
   if constexpr (std::is_same_v<T, std::int8_t>) return pack_quantized(on, p);
-  reshape(p.packed, Isa{}, p.rows, p.columns, Matrices, 0);
-  pack_values<Matrices>(on, p.packed, weight_rows(p.weights, p.rows, p.columns));
+  pack_values<Matrices>(on, p.packed,
+                        weight_rows(p.weights, p.packed.rows / Matrices, p.packed.columns));
   return -1;
 }
 
 template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::PackInt8Weight& p) {
-  reshape(p.packed, Isa{}, p.rows, p.columns, 1, p.group);
   arrange_scales(Isa{}, p.packed, {p.scales});
-  pack_values<1>(on, p.packed, weight_rows<std::int8_t, 1>({p.values}, p.rows, p.columns));
+  pack_values<1>(on, p.packed,
+                 weight_rows<std::int8_t, 1>({p.values}, p.packed.rows, p.packed.columns));
 }
 
 }  // namespace cpu

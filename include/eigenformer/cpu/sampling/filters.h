@@ -273,12 +273,12 @@ void set_temperature(SamplingRow<T>& row, double temperature) {
 
 /// Runs the stages after penalties, bias and mask on a scanned row.
 template <typename Isa, typename T>
-void apply_filters(SamplingRow<T>& row, const SamplingParams& params,
+void apply_filters(SamplingRow<T>& row, const problem::RowParams& params,
                    const SamplingScratch<compute_type<T>>& scratch) {
   for (const SamplingStage stage : params.order) {
     if (stage == SamplingStage::temperature) set_temperature<Isa>(row, params.temperature);
     if (stage == SamplingStage::top_k)
-      keep_top_k<Isa>(row, detail::kept_by_top_k(params), params.top_k_ties, scratch);
+      keep_top_k<Isa>(row, params.top_k, params.top_k_ties, scratch);
     if (stage == SamplingStage::top_p) keep_top_p<Isa>(row, params.top_p, scratch);
     if (stage == SamplingStage::min_p) keep_min_p<Isa>(row, params.min_p);
     if (stage == SamplingStage::typical_p) keep_typical_p<Isa>(row, params.typical_p, scratch);

@@ -10,21 +10,21 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-inline bool has_penalties(const SamplingParams& params) {
+inline bool has_penalties(const problem::RowParams& params) {
   const bool repetition = params.repetition_penalty != 1.0 &&
                           !(params.prompt_tokens.empty() && params.output_tokens.empty());
   return repetition || ((params.frequency_penalty != 0.0 || params.presence_penalty != 0.0) &&
                         !params.output_tokens.empty());
 }
 
-inline bool adjusts_logits(const SamplingParams& params) {
+inline bool adjusts_logits(const problem::RowParams& params) {
   return has_penalties(params) || !params.logit_bias.empty() || !params.token_mask.empty();
 }
 
 /// The logit of a token that occurs in the history, `occurrences` times of them in the output.
 /// -infinity stays what it is.
 template <typename C>
-C penalized_logit(C logit, std::int32_t occurrences, const SamplingParams& params) {
+C penalized_logit(C logit, std::int32_t occurrences, const problem::RowParams& params) {
   if (logit < std::numeric_limits<C>::lowest()) return logit;
   double x = static_cast<double>(logit);
   // towards less likely on both sides of 0
@@ -35,7 +35,8 @@ C penalized_logit(C logit, std::int32_t occurrences, const SamplingParams& param
 
 /// Changes every distinct token of the history once. `counts` is (vocab) scratch.
 template <typename C>
-void apply_penalties(C* logits, Index vocab, const SamplingParams& params, std::int32_t* counts) {
+void apply_penalties(C* logits, Index vocab, const problem::RowParams& params,
+                     std::int32_t* counts) {
   std::fill(counts, counts + vocab, 0);
   for (const std::int32_t token : params.output_tokens) ++counts[token];
   constexpr std::int32_t done = -1;
@@ -62,7 +63,7 @@ void apply_token_mask(C* logits, Index vocab, std::span<const std::uint32_t> mas
 
 /// Copies a row to `adjusted` and applies penalties, bias and mask in the order of the parameters.
 template <typename Isa, typename T, typename C>
-void adjust_logits(const T* logits, Index vocab, const SamplingParams& params, C* adjusted,
+void adjust_logits(const T* logits, Index vocab, const problem::RowParams& params, C* adjusted,
                    std::int32_t* counts) {
   convert_line<simd::Vec<C, Isa>>(logits, adjusted, vocab);
   for (const SamplingStage stage : params.order) {

@@ -58,7 +58,7 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
   parallel_for(on, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
     for (Index r = first; r < last; ++r) {
-      const SamplingParams& params = p.params_of(r);
+      const problem::RowParams& params = p.params_of(r);
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
       SampleStatus status = scan_row<Isa>(row);
       if (status != SampleStatus::ok || !adjusts_logits(params)) {

@@ -68,7 +68,7 @@ template <typename Isa, typename Draft, typename Target>
 SampleStatus verify_row(const problem::Speculative<Draft, Target>& p, Index r, std::int32_t* tokens,
                         std::int32_t& accepted) {
   const std::int32_t* drafted = p.draft_tokens + r * p.drafts;
-  const Index given = p.draft_lengths == nullptr ? p.drafts : (*p.draft_lengths)[r];
+  const Index given = p.draft_lengths == nullptr ? p.drafts : p.draft_lengths[r];
   const Index length = std::find(drafted, drafted + given, -1) - drafted;
   const auto target_at = [&](Index i) { return p.target + (r * (p.drafts + 1) + i) * p.vocab; };
   const auto draft_at = [&](Index i) { return p.draft + (r * p.drafts + i) * p.vocab; };

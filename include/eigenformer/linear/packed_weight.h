@@ -1,0 +1,155 @@
+/// \file
+/// The memory of packed weights: one that a product takes (PackedWeight) and the pair of a gated
+/// unit. linear/pack.h is the manual, core/packed_array.h the memory.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "../core/packed_array.h"
+#include "../problem/packed_weight.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+namespace detail {
+
+template <typename T>
+class Packing;
+template <typename T>
+struct PairAccess;
+
+}  // namespace detail
+
+/// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
+/// or int8 with a scale for each row or for each group of inputs.
+template <typename T>
+class PackedWeight {
+ public:
+  using scalar = T;
+
+  PackedWeight() = default;
+  PackedWeight(const PackedWeight&) = default;
+  PackedWeight(PackedWeight&& other) noexcept { swap(other); }
+  PackedWeight& operator=(const PackedWeight& other) {
+    if (this != &other) {
+      PackedWeight copy(other);  // may throw std::bad_alloc, before anything has changed
+      swap(copy);
+    }
+    return *this;
+  }
+  PackedWeight& operator=(PackedWeight&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  Index rows() const { return rows_; }
+  Index columns() const { return columns_; }
+  const problem::PanelLayout& layout() const { return layout_; }
+  /// Inputs that share a scale; 0 where there is one per row, or none.
+  Index group_size() const { return group_; }
+  /// Bytes of the panels, which a product streams.
+  Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }
+  /// Of int8, in the order of the panels: (rows) and padding, or [panel][group][column of the
+  /// panel]. nullptr otherwise.
+  const float* scales() const { return scales_.data(); }
+
+  /// The panels, in the order of layout().
+  const T* data() const { return data_.data(); }
+  /// All of it, for kernels.
+  problem::PackedPanels<const T> panels() const {
+    return {data(), scales(), rows_, columns_, group_, layout_};
+  }
+
+ private:
+  friend class detail::Packing<T>;
+  void swap(PackedWeight& other) noexcept {
+    std::swap(rows_, other.rows_);
+    std::swap(columns_, other.columns_);
+    std::swap(group_, other.group_);
+    std::swap(layout_, other.layout_);
+    std::swap(data_, other.data_);
+    std::swap(scales_, other.scales_);
+  }
+  Index rows_ = 0, columns_ = 0, group_ = 0;
+  problem::PanelLayout layout_{};
+  detail::PackedArray<T> data_;
+  detail::PackedArray<float> scales_;
+};
+
+/// Two weights of one shape, gate and up, whose outputs lie side by side in each panel: one product
+/// gives function(gate) * up without writing either (gated_linear_into in linear.h).
+template <typename T>
+class PackedGatedWeight {
+ public:
+  /// Outputs: rows of gate, and of up.
+  Index rows() const { return pair_.rows() / 2; }
+  Index columns() const { return pair_.columns(); }
+  const problem::PanelLayout& layout() const { return pair_.layout(); }
+  Index group_size() const { return pair_.group_size(); }
+  Index bytes() const { return pair_.bytes(); }
+  /// Both as one weight, in panels of half gate and half up.
+  const PackedWeight<T>& pair() const { return pair_; }
+
+ private:
+  friend struct detail::PairAccess<T>;
+  PackedWeight<T> pair_;
+};
+
+namespace detail {
+
+/// A weight while it is packed: panels in memory of its own, or in that of `packed` where it
+/// suffices. `packed` has them from finish() on. Throws std::bad_alloc, and `packed` is then what
+/// it was.
+template <typename T>
+class Packing {
+ public:
+  Packing(PackedWeight<T>& packed, const problem::PanelsOf<T>& shape,
+          const problem::PanelSizes& sizes)
+      : packed_(packed),
+        sizes_(sizes),
+        reuses_(sizes.elements <= packed.data_.capacity() &&
+                sizes.scales <= packed.scales_.capacity()) {
+    if (!reuses_) resize(fresh_);
+    PackedWeight<T>& memory = reuses_ ? packed_ : fresh_;
+    panels_ = {memory.data_.data(), memory.scales_.data(), shape.rows * shape.matrices,
+               shape.columns,       shape.group,           sizes.layout};
+  }
+  Packing(const Packing&) = delete;
+  Packing& operator=(const Packing&) = delete;
+
+  const problem::PackedPanels<T>& panels() const { return panels_; }
+
+  void finish() {
+    if (reuses_)
+      resize(packed_);  // within its capacity
+    else
+      packed_.swap(fresh_);
+    packed_.rows_ = panels_.rows;
+    packed_.columns_ = panels_.columns;
+    packed_.group_ = panels_.group;
+    packed_.layout_ = panels_.layout;
+  }
+
+ private:
+  void resize(PackedWeight<T>& weight) {
+    weight.data_.resize(sizes_.elements);
+    weight.scales_.resize(sizes_.scales);
+  }
+
+  PackedWeight<T>& packed_;
+  PackedWeight<T> fresh_;
+  problem::PackedPanels<T> panels_{};
+  problem::PanelSizes sizes_;
+  bool reuses_;
+};
+
+/// How packing reaches the inside of a PackedGatedWeight.
+template <typename T>
+struct PairAccess {
+  static PackedWeight<T>& pair(PackedGatedWeight<T>& packed) { return packed.pair_; }
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
