@@ -59,7 +59,7 @@ void require_embedding(std::string_view name, const Ids& ids, std::string_view r
     require_that(false, name, rows_name, " has shape ", shape_text(rows), ", ids has shape ",
                  shape_text(ids), ", ", table_name, " has shape ", shape_text(table));
   [[maybe_unused]] const Index vocab = table.dimension(0);
-  if constexpr (CpuDevice<D>)
+  if constexpr (host_readable<D>)
     for (Index t = 0; t < ids.size(); ++t)
       require_that(ids.data()[t] >= 0 && static_cast<Index>(ids.data()[t]) < vocab, name, "id ",
                    ids.data()[t], " at position ", t,

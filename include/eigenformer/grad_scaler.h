@@ -92,7 +92,7 @@ class GradScaler {
   /// std::logic_error where one of them was unscaled since the last update, and
   /// std::invalid_argument where two share memory or the multiplier over the scale is no float or
   /// 0.
-  template <CpuDevice D, typename Source>
+  template <Device D, typename Source>
   bool unscale(const D& device, Source&& source, double multiplier = 1) {
     constexpr auto name = "GradScaler::unscale";
     const auto& list = list_of(source);
@@ -134,7 +134,7 @@ class GradScaler {
   /// gradients were unscaled with different multipliers (1 for those that step unscales) or one
   /// only in part, and where found_inf is false and a gradient here is not finite: the verdict
   /// leaves this rank out. With a device, the optimizer's step(device) is called where it has one.
-  template <CpuDevice D, typename Optimizer>
+  template <Device D, typename Optimizer>
   bool step(const D& device, Optimizer& optimizer, std::optional<bool> found_inf = {}) {
     constexpr auto name = "GradScaler::step";
     const auto& list = list_of(optimizer);
@@ -276,7 +276,7 @@ class GradScaler {
 
   /// Divides the gradients and notes each with what was found in it. Throws before either or never:
   /// unscaled_ has the room.
-  template <CpuDevice D>
+  template <Device D>
   bool divide(const D& device, std::span<const Parameter> parameters, double factor,
               double multiplier) {
     Workspace::Frame frame(thread_workspace());
@@ -323,7 +323,7 @@ class GradScaler {
   }
 
   /// Unscales those of the parameters that were not; what was found in all of them.
-  template <CpuDevice D>
+  template <Device D>
   Found unscale_rest(const D& device, std::span<const Parameter> parameters) {
     const Found found = find(parameters);
     std::vector<Parameter> rest;  // empty unless some were unscaled and some were not

@@ -22,7 +22,8 @@
 ///
 /// A row to be stored as INT8 that holds NaN, infinity or a double whose scale is above the largest
 /// float has no scale: the update throws and names the element. That check reads the new elements
-/// once more. Other storage takes NaN and infinity as they are.
+/// once more; on a GPU it is left out, and such a row gets the scale NaN. Other storage takes NaN
+/// and infinity as they are.
 ///
 /// A refused update leaves the cache bit for bit as it was, and so does one that runs out of
 /// memory. Const members may be called from many threads at once. A copy is deep; what was moved
@@ -169,7 +170,7 @@ class KvCache {
   }
 
   /// update_kv_cache as a member.
-  template <CpuDevice D, typename Keys, typename Values>
+  template <Device D, typename Keys, typename Values>
   void append(const D& device, const Keys& new_keys, const Values& new_values, Index layer_idx) {
     constexpr auto name = "update_kv_cache";
     const auto keys = detail::heads_input<4>(new_keys);
@@ -235,7 +236,7 @@ class KvCache {
     // Sizes before data: what a view too large for any memory points to must not be read.
     layer.require_countable(length + added);
     detail::checked_size("update_kv_cache", "new_keys", keys);
-    if constexpr (std::is_same_v<Storage, std::int8_t>) {
+    if constexpr (std::is_same_v<Storage, std::int8_t> && detail::host_readable<D>) {
       detail::require_quantizable(device, "update_kv_cache", "new_keys", keys);
       detail::require_quantizable(device, "update_kv_cache", "new_values", values);
     }
@@ -271,7 +272,7 @@ class KvCache {
 /// the layer's, n < 1, sizes that overflow, a negative layer, or what INT8 cannot hold;
 /// std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then
 /// as it was.
-template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
+template <Device D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
   cache.append(device, new_keys, new_values, layer_idx);
@@ -319,7 +320,7 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
                          detail::shape_text(keys));
   detail::require_that(static_cast<Index>(positions.size()) == batch, name, "positions has ",
                        positions.size(), " elements, new_keys has a batch of ", batch);
-  if constexpr (!detail::is_gpu_device<D>)
+  if constexpr (detail::host_readable<D>)
     for (Index b = 0; b < batch; ++b) {
       const Index position = positions[static_cast<std::size_t>(b)];
       detail::require_capacity(position < 0 || (added <= capacity && position <= capacity - added),
@@ -338,10 +339,10 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   target.sequence_stride = target.value_sequence_stride = capacity * target.row_stride;
   target.keys = key_rows.data();
   target.values = value_rows.data();
-  detail::run(device,
-              problem::KvAppend<T, Storage>{keys.data(), values.data(), detail::token_stride(keys),
-                                            detail::token_stride(values), batch * added, added,
-                                            nullptr, positions.data(), capacity, target});
+  detail::run(device, problem::KvBufferAppend<T, Storage>{
+                          {keys.data(), values.data(), detail::token_stride(keys),
+                           detail::token_stride(values), batch * added, added, nullptr,
+                           positions.data(), capacity, target}});
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -127,7 +127,7 @@ LossResult with_sum(LossResult result, const Problem& problem) {
 /// differ and for options out of range.
 ///
 ///   const ef::LossResult loss = ef::cross_entropy(logits, targets);   // loss.mean()
-template <CpuDevice D, typename Logits, typename Targets = LengthSpan>
+template <Device D, typename Logits, typename Targets = LengthSpan>
 LossResult cross_entropy(const D& device, const Logits& logits, const Targets& targets,
                          const CrossEntropyOptions& options = {},
                          Workspace& workspace = thread_workspace()) {

@@ -128,12 +128,12 @@ class Optimizer {
   explicit Optimizer(std::initializer_list<Group> groups) : Optimizer(std::vector<Group>(groups)) {}
 
   /// One update from the gradients as they are. The gradients keep their values.
-  template <CpuDevice D = Eigen::DefaultDevice>
+  template <Device D = Eigen::DefaultDevice>
   void step(const D& device = {}) {
     state_.step(device);
   }
   /// Sets all gradients to zero.
-  template <CpuDevice D = Eigen::DefaultDevice>
+  template <Device D = Eigen::DefaultDevice>
   void zero_grad(const D& device = {}) {
     state_.zero_gradients(device);
   }
@@ -198,7 +198,7 @@ using Sgd = detail::Optimizer<detail::SgdRule>;
 /// The L2 norm of all gradients together, in double: finite for any finite floats, NaN or infinite
 /// where a gradient is. Throws std::invalid_argument where a value and its gradient differ in size,
 /// as all functions below do.
-template <CpuDevice D>
+template <Device D>
 double gradient_norm(const D& device, std::span<const Parameter> parameters,
                      Workspace& workspace = thread_workspace()) {
   detail::check_parameters("gradient_norm", parameters);
@@ -220,7 +220,7 @@ namespace detail {
 /// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite
 /// numbers afterwards. A factor below float's smallest comes in two, or few of its bits are left; 1
 /// writes nothing.
-template <CpuDevice D>
+template <Device D>
 void scale_pieces(const D& device, std::span<const problem::ParameterPiece> pieces, double factor,
                   bool* finite) {
   constexpr double kSmallest = (std::numeric_limits<float>::min)();
@@ -243,7 +243,7 @@ inline void require_factor(std::string_view operation, std::string_view name, do
 /// Multiplies every gradient by the factor and returns whether all are finite afterwards: the
 /// unscaling of mixed precision, in one pass. Throws std::invalid_argument for a factor that is NaN
 /// or past the range of float.
-template <CpuDevice D>
+template <Device D>
 bool scale_gradients(const D& device, std::span<const Parameter> parameters, double factor,
                      Workspace& workspace = thread_workspace()) {
   detail::check_parameters("scale_gradients", parameters);
@@ -259,7 +259,7 @@ inline bool scale_gradients(std::span<const Parameter> parameters, double factor
 }
 
 /// Whether no gradient is infinite or NaN. Reads only.
-template <CpuDevice D>
+template <Device D>
 bool all_finite(const D& device, std::span<const Parameter> parameters,
                 Workspace& workspace = thread_workspace()) {
   return scale_gradients(device, parameters, 1.0, workspace);
@@ -272,7 +272,7 @@ inline bool all_finite(std::span<const Parameter> parameters) {
 /// difficulty of training recurrent neural networks", 2013), and returns the norm before. A norm
 /// that is infinite or NaN is returned and leaves the gradients as they are: skip the step. Throws
 /// std::invalid_argument unless max_norm is above 0.
-template <CpuDevice D>
+template <Device D>
 double clip_gradient_norm(const D& device, std::span<const Parameter> parameters, double max_norm,
                           Workspace& workspace = thread_workspace()) {
   detail::require_that(max_norm > 0, "clip_gradient_norm", "max_norm is ", max_norm,

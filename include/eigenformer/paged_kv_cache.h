@@ -165,7 +165,7 @@ class PagedKvCache {
   /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Keys and
   /// values of rank 3, here and in the ragged form, may be heads in the rows of a wider matrix
   /// (ef::heads_of).
-  template <CpuDevice D, typename Keys, typename Values>
+  template <Device D, typename Keys, typename Values>
   void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys,
               const Values& values) {
     const auto key_rows = detail::heads_input<3>(keys);
@@ -180,7 +180,7 @@ class PagedKvCache {
 
   /// Appends to several sequences at once, all or none: rows [offsets[i], offsets[i + 1]) of
   /// (tokens, kv_heads, head_dim) to sequence i.
-  template <CpuDevice D, typename Keys, typename Values>
+  template <Device D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, std::span<const Index> offsets,
               Index layer_idx, const Keys& keys, const Values& values) {
     const auto key_rows = detail::heads_input<3>(keys);
@@ -200,7 +200,7 @@ class PagedKvCache {
 
   /// The same number of positions to each: (batch, n, kv_heads, head_dim), row i to sequence
   /// ids[i].
-  template <CpuDevice D, typename Keys, typename Values>
+  template <Device D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, Index layer_idx, const Keys& keys,
               const Values& values) {
     const auto k = input_view<4>(keys);
@@ -346,7 +346,7 @@ class PagedKvCache {
     // Sizes before data: what a view too large for the pool points to must not be read.
     require_pages(layer, ids, added);
     detail::checked_size(kName, "keys", keys);
-    if constexpr (std::is_same_v<Storage, std::int8_t>) {
+    if constexpr (std::is_same_v<Storage, std::int8_t> && detail::host_readable<D>) {
       detail::require_quantizable(device, kName, "keys", keys);
       detail::require_quantizable(device, kName, "values", values);
     }
@@ -441,7 +441,7 @@ class PagedKvCache {
 };
 
 /// Appends to the given sequences, row i to ids[i]; see PagedKvCache::append.
-template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
+template <Device D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache,
                      std::span<const SequenceId> ids, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
@@ -455,7 +455,7 @@ void update_kv_cache(PagedKvCache<T, Storage>& cache, std::span<const SequenceId
 
 /// Appends to all live sequences in order of creation: (batch, n, kv_heads, head_dim) with as many
 /// rows as there are sequences.
-template <CpuDevice D, typename T, typename Storage, typename Keys, typename Values>
+template <Device D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, PagedKvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {
   cache.append(device, cache.sequences(), layer_idx, new_keys, new_values);

@@ -13,8 +13,8 @@
 ///
 /// Weights: float, double, bfloat16 or half, and finite: NaN or infinity (or a double past float's
 /// range) throws std::invalid_argument naming the first one's index, before anything is written. On
-/// a GPU (per channel only) nothing can throw after the launch: there a row that holds NaN or
-/// infinity gets the scale NaN and values 0. Activations never throw for their values: a token that
+/// a GPU nothing can throw after the launch: there a row (or group) that holds NaN or infinity gets
+/// the scale NaN and values 0. Activations never throw for their values: a token that
 /// holds NaN or infinity gets the scale NaN and values 0, so that its outputs are NaN and no other
 /// token is touched.
 ///
@@ -77,9 +77,9 @@ constexpr void require_int8_values() {
 }
 
 /// What `run` said of a quantization: false where the weights hold a number that has none.
-template <typename View>
+template <Device D, typename View>
 void require_quantized(std::string_view name, const View& weights, bool quantized) {
-  if (!quantized) throw_not_quantizable(name, "weights", weights);
+  if (!quantized) throw_not_quantizable<D>(name, "weights", weights);
 }
 
 /// One scale for each row of `view`, which are its `rows`.
@@ -111,7 +111,7 @@ QuantizedChannels quantized_channels(std::string_view name, std::string_view arg
 }  // namespace detail
 
 /// Writes the values and the scale of a tensor of any rank. Throws std::invalid_argument.
-template <CpuDevice D, typename Values, typename Weights>
+template <Device D, typename Values, typename Weights>
 void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
                                 const Weights& weights, Workspace& workspace = thread_workspace()) {
   constexpr int rank = rank_of<Weights>;
@@ -123,7 +123,7 @@ void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
   detail::require_same_shape(name, "values", to, "weights", from);
   const Index count = detail::checked_size(name, "weights", from);
   const problem::QuantizeTensor<scalar_of<Weights>> problem{from.data(), to.data(), &scale, count};
-  detail::require_quantized(name, from, detail::run(device, problem, workspace));
+  detail::require_quantized<D>(name, from, detail::run(device, problem, workspace));
 }
 
 template <CpuDevice D, typename Weights>
@@ -140,8 +140,7 @@ auto quantize_weights_int8(const Weights& weights) {
   return quantize_weights_int8(Eigen::DefaultDevice{}, weights);
 }
 
-/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument. Runs on
-/// a GPU too, without the check of values.
+/// Writes values (out, in) and one scale for each row (out). Throws std::invalid_argument.
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Scales&& scales,
                                             const Weights& weights,
@@ -160,7 +159,7 @@ void quantize_weights_int8_per_channel_into(const D& device, Values&& values, Sc
   const Index rows = from.dimension(0), columns = from.dimension(1);
   const problem::Quantize<T> problem{from.data(), to.data(), factors.data(),     rows,
                                      columns,     columns,   options.check_first};
-  detail::require_quantized(name, from, detail::run(device, problem, workspace));
+  detail::require_quantized<D>(name, from, detail::run(device, problem, workspace));
 }
 
 template <CpuDevice D, typename Weights>
@@ -177,7 +176,7 @@ QuantizedChannels quantize_weights_int8_per_channel(const Weights& weights) {
 
 /// Writes values (out, in) and scales (out, ceil(in / group_size)); the last group of a row may be
 /// short. Throws std::invalid_argument, also for a group_size that is not 32, 64 or 128.
-template <CpuDevice D, typename Values, typename Scales, typename Weights>
+template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales&& scales,
                                         const Weights& weights, Index group_size,
                                         const QuantizeOptions& options = {},
@@ -195,7 +194,7 @@ void quantize_weights_int8_grouped_into(const D& device, Values&& values, Scales
   const problem::Quantize<scalar_of<Weights>> problem{
       from.data(),       to.data(),  factors.data(),     from.dimension(0),
       from.dimension(1), group_size, options.check_first};
-  detail::require_quantized(name, from, detail::run(device, problem, workspace));
+  detail::require_quantized<D>(name, from, detail::run(device, problem, workspace));
 }
 
 template <CpuDevice D, typename Weights>
@@ -218,7 +217,7 @@ QuantizedGroups quantize_weights_int8_grouped(const Weights& weights, Index grou
 
 /// Dynamic quantization of activations x (tokens, in): values and one scale for each token. Tokens
 /// with NaN or infinity: see the top.
-template <CpuDevice D, typename Values, typename Scales, typename Input>
+template <Device D, typename Values, typename Scales, typename Input>
 void quantize_activations_int8_into(const D& device, Values&& values, Scales&& scales,
                                     const Input& x) {
   constexpr auto name = "quantize_activations_int8";
@@ -275,7 +274,7 @@ auto dequantize_problem(std::string_view name, Output& weights, const Values& va
 }  // namespace detail
 
 /// weights = values * scale, of any rank, with one scale.
-template <CpuDevice D, typename Output, typename Values>
+template <Device D, typename Output, typename Values>
 void dequantize_into(const D& device, Output&& weights, const Values& values, float scale) {
   const auto from = input_view<rank_of<Values>>(values);
   auto to = detail::dequantized_view("dequantize", weights, values);
@@ -285,7 +284,7 @@ void dequantize_into(const D& device, Output&& weights, const Values& values, fl
 
 /// weights (out, in) = values * scales (out), row by row; whatever a scale is: NaN gives a row of
 /// NaN, as an activation's does.
-template <CpuDevice D, typename Output, typename Values, typename Scales>
+template <Device D, typename Output, typename Values, typename Scales>
   requires(!std::is_arithmetic_v<Scales>)
 void dequantize_into(const D& device, Output&& weights, const Values& values,
                      const Scales& scales) {
@@ -297,7 +296,7 @@ void dequantize_into(const D& device, Output&& weights, const Values& values,
 }
 
 /// weights (out, in) = values * scales (out, ceil(in / group_size)).
-template <CpuDevice D, typename Output, typename Values, typename Scales>
+template <Device D, typename Output, typename Values, typename Scales>
 void dequantize_grouped_into(const D& device, Output&& weights, const Values& values,
                              const Scales& scales, Index group_size) {
   constexpr auto name = "dequantize_grouped";
@@ -339,7 +338,7 @@ Tensor<float, 2> dequantize_grouped(const Values& values, const Scales& scales, 
 
 namespace detail {
 
-template <typename Output, typename Input, typename Values, typename Scales, typename E>
+template <Device D, typename Output, typename Input, typename Values, typename Scales, typename E>
 auto int8_linear_problem(Output& y, const Input& x, const Values& values, const Scales& scales,
                          const E& epilogue) {
   using X = scalar_of<Input>;
@@ -357,7 +356,7 @@ auto int8_linear_problem(Output& y, const Input& x, const Values& values, const 
   require_that(factors.dimension(0) == out, "int8_linear", "scales has ", factors.dimension(0),
                " elements, weight has ", out, " rows");
   require_int8_depth(in, "int8_linear");
-  require_scales("int8_linear", factors);
+  require_scales<D>("int8_linear", factors);
   return problem::Int8Linear<scalar_of<Output>, X, typename E::pointers>{
       to.data(), from.data(), weight.data(), factors.data(), tokens, in, out, epilogue};
 }
@@ -368,16 +367,17 @@ auto int8_linear_problem(Output& y, const Input& x, const Values& values, const 
 /// (out) where given. The values of linear with pack_weight(values, scales), bit for bit, without
 /// packing first: quantized activations, exact int32 sums, in <= 133,144, and y = fma(float(sum),
 /// x's scale * weight's scale, bias). Values must lie in [-127, 127]. A scale that is NaN, infinite
-/// or negative throws std::invalid_argument naming the first one: O(out).
-template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales,
+/// or negative throws std::invalid_argument naming the first one: O(out), on the CPU only.
+template <Device D, typename Output, typename Input, typename Values, typename Scales,
           typename BiasOrEpilogue = Epilogue<>>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
                       const Scales& scales, const BiasOrEpilogue& end = {},
                       Workspace& workspace = thread_workspace()) {
-  detail::run(device, detail::int8_linear_problem(y, x, values, scales, detail::as_epilogue(end)),
+  detail::run(device,
+              detail::int8_linear_problem<D>(y, x, values, scales, detail::as_epilogue(end)),
               workspace);
 }
-template <CpuDevice D, typename Output, typename Input, typename Values, typename Scales>
+template <Device D, typename Output, typename Input, typename Values, typename Scales>
 void int8_linear_into(const D& device, Output&& y, const Input& x, const Values& values,
                       const Scales& scales, Workspace& workspace) {
   int8_linear_into(device, y, x, values, scales, Epilogue{}, workspace);

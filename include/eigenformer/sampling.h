@@ -155,7 +155,7 @@ auto sampled_ids_view(std::string_view name, Ids& ids, Index batch) {
   return view;
 }
 
-template <typename D, typename Ids, typename Logits>
+template <template <typename> class Problem, typename D, typename Ids, typename Logits>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
                  const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace) {
@@ -165,7 +165,7 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
   auto problem = sampling_problem(name, view, params, out.data(),
                                   checked_statuses(name, statuses, view.dimension(0)), frame);
   set_generators(name, problem, rng);
-  detail::run(device, problem, workspace);
+  detail::run(device, Problem<scalar_of<Logits>>{problem}, workspace);
   rng.advance();
 }
 
@@ -235,23 +235,25 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 // one per row.
 
 /// Draws one token per row into ids (batch), -1 where a row is bad; `statuses`, where given, is
-/// (batch). Allocates nothing after the first call at a size. On CPU devices any parameters.
-template <CpuDevice D, typename Ids, typename Logits, detail::SamplingSets Params = SamplingParams>
+/// (batch). Allocates nothing after the first call at a size.
+template <Device D, typename Ids, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params& params,
                  Generators rng, std::span<SampleStatus> statuses = {},
                  Workspace& workspace = thread_workspace()) {
-  detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
+  detail::sample_into<problem::Sampling>("sample", device, ids, logits, params, rng, statuses,
+                                         workspace);
 }
 
-/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses
-/// are device memory.
+/// Draws from the k >= 1 largest of every row at a temperature. On a GPU one generator serves all
+/// rows, and statuses are device memory.
 template <Device D, typename Ids, typename Logits>
 void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
                        double temperature, Generators rng, std::span<SampleStatus> statuses = {},
                        Workspace& workspace = thread_workspace()) {
   constexpr auto name = "top_k_sample";
-  detail::sample_into(name, device, ids, logits, detail::top_k_params(name, k, temperature), rng,
-                      statuses, workspace);
+  detail::sample_into<problem::TopKSampling>(name, device, ids, logits,
+                                             detail::top_k_params(name, k, temperature), rng,
+                                             statuses, workspace);
 }
 
 /// Returns one token per row, (batch). Throws std::invalid_argument for a bad row too.
@@ -297,7 +299,7 @@ Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temp
 
 /// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is
 /// all zero. Nothing is allocated.
-template <CpuDevice D, typename Out, typename Logits, detail::SamplingSets Params = SamplingParams>
+template <Device D, typename Out, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
                                  const Params& params, std::span<SampleStatus> statuses = {},
                                  Workspace& workspace = thread_workspace()) {

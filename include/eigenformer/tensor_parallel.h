@@ -86,7 +86,7 @@ struct PackedColumnShard {
 ///
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
-template <typename T, CpuDevice D, typename Weight, Communicator C>
+template <typename T, Device D, typename Weight, Communicator C>
 PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight,
                                        const C& communicator) {
   const auto full = input_view<2>(weight);
@@ -163,7 +163,7 @@ template <typename X, typename T>
 struct layer_result<X, PackedColumnShard<T>> : layer_result<X, PackedWeight<T>> {};
 
 /// y (tokens, columns of this rank) = x times this rank's rows of the weight + bias.
-template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename Bias = NoBias>
+template <Device D, typename T, typename X, typename Weight, typename C, typename Bias = NoBias>
 void shard_product(const D& device, T* y, const X& x, const Weight& weight,
                    const ParallelShape& shape, const C& communicator, Workspace& workspace,
                    const Bias& bias = {}) {
@@ -188,7 +188,7 @@ void shard_product(const D& device, T* y, const X& x, const Weight& weight,
 /// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features)
 /// as produce(place), which may write to `place` or have the part elsewhere, and returns where it
 /// is.
-template <typename T, CpuDevice D, typename C, typename Produce>
+template <typename T, Device D, typename C, typename Produce>
 void gather_features(const D& device, T* whole, Index tokens, Index features, C& communicator,
                      Workspace& workspace, Produce&& produce) {
   const int ranks = communicator.size();
@@ -207,7 +207,7 @@ void gather_features(const D& device, T* whole, Index tokens, Index features, C&
 }
 
 /// y (tokens, out) on every rank from x (tokens, in) on every rank.
-template <CpuDevice D, typename T, typename X, typename Weight, typename C, typename Bias>
+template <Device D, typename T, typename X, typename Weight, typename C, typename Bias>
 void gathered_product(const D& device, T* y, const X& x, const Weight& weight,
                       const ParallelShape& shape, C& communicator, Workspace& workspace,
                       const Bias& bias) {
@@ -266,7 +266,7 @@ bool gathers(const End& end, const ColumnParallelOptions& options) {
 ///   ef::Tensor<float, 3> y = ef::column_parallel_linear(input, weight, communicator, bias);
 ///   auto part = ef::column_parallel_linear(input, weight, communicator, bias, {.gather_output = false});
 ///   auto part = ef::column_parallel_linear(input, weight, communicator, {.gather_output = false});
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
+template <Device D, typename Output, typename Input, typename Weight, Communicator C,
           typename BiasOrOptions = ColumnParallelOptions>
 void column_parallel_linear_into(const D& device, Output&& output, const Input& input,
                                  const Weight& weight, C& communicator,
@@ -315,7 +315,7 @@ auto column_parallel_linear(const Input& input, const Weight& weight, C& communi
 ///
 ///   auto hidden = ef::column_parallel_linear(input, up, communicator, {.gather_output = false});
 ///   ef::Tensor<float, 3> y = ef::row_parallel_linear(hidden, down, communicator, bias);
-template <CpuDevice D, typename Output, typename Input, typename Weight, Communicator C,
+template <Device D, typename Output, typename Input, typename Weight, Communicator C,
           typename Bias = detail::NoBias>
 void row_parallel_linear_into(const D& device, Output&& output, const Input& input_shard,
                               const Weight& weight, C& communicator, const Bias& bias = {},

@@ -26,12 +26,22 @@ inline constexpr bool is_gpu_device = false;
 
 }  // namespace detail
 
-/// An Eigen device that operators run on.
+/// An Eigen device that operators run on, or a backend in its place (cpu/backend.h).
 template <typename D>
 concept Device = detail::is_cpu_device<D> || detail::is_gpu_device<D>;
 
 template <typename D>
 concept CpuDevice = detail::is_cpu_device<D>;
+
+namespace detail {
+
+/// Whether the host may read the elements of a device's tensors. Checks of elements (ids, scales,
+/// positions) are made where it may. Where not, a kernel has to bear whatever they are: each manual
+/// says what comes of it.
+template <Device D>
+inline constexpr bool host_readable = is_cpu_device<D>;
+
+}  // namespace detail
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -1,5 +1,5 @@
 /// \file
-/// CUDA kernel of the dense KV append: one thread per element, one coalesced read and one write of
+/// CUDA kernel of the append to dense buffers: one thread per element, one coalesced read and one write of
 /// every new key and value.
 #pragma once
 
@@ -34,7 +34,7 @@ struct KvAppendBody {
 };
 
 template <typename T, typename Storage>
-void execute(const Backend& on, const problem::KvAppend<T, Storage>& p) {
+void execute(const Backend& on, const problem::KvBufferAppend<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
   const Index row = to.kv_heads * to.head_dim;
   launch_for_each(

@@ -197,18 +197,21 @@ struct SampleBody {
   }
 };
 
-/// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator per
-/// row, parameters by row.
 template <typename T>
-void execute(const Backend& on, const problem::Sampling<T>& p) {
-  constexpr auto name = "sample on a GPU";
-  detail::require_that(p.params_stride == 0, name,
-                       "parameters come one per row, expected one set for the batch");
+void execute(const Backend& on, const problem::GreedySampling<T>& p) {
+  launch_rows(
+      on.device, "greedy_sample", p.batch,
+      SampleBody<T>{p.logits, p.vocab, p.vocab, 0, true, false, Philox(), p.ids, p.statuses});
+}
+
+/// Throws std::invalid_argument for what only CPU devices do: one generator per row.
+template <typename T>
+void execute(const Backend& on, const problem::TopKSampling<T>& p) {
   const problem::RowParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
-  detail::require_that(greedy || p.generators_stride == 0, name,
+  detail::require_that(greedy || p.generators_stride == 0, "top_k_sample on a GPU",
                        "generators come one per row, expected one for the batch");
-  launch_rows(on.device, "sample", p.batch,
+  launch_rows(on.device, "top_k_sample", p.batch,
               SampleBody<T>{p.logits, p.vocab, params.top_k, params.temperature, greedy,
                             params.top_k_ties == TopKTies::keep_all,
                             greedy ? Philox() : p.generators[0], p.ids, p.statuses});

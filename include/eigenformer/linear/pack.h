@@ -20,7 +20,9 @@
 /// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index,
 /// before `packed` is touched); scales that do not match, or are NaN, infinite or negative (the
 /// first one's index is named); a group_size other than 32, 64 or 128; an input dimension above
-/// 133,144 for int8 without groups, where the sum of products could leave 32 bits.
+/// 133,144 for int8 without groups, where the sum of products could leave 32 bits. On a GPU no
+/// number is looked at before the launch: a row (or group) that holds NaN or infinity gets the
+/// scale NaN and values 0, and scales that are given are taken as they are.
 #pragma once
 
 #include <cmath>
@@ -71,15 +73,19 @@ std::string index_text(const View& view, Index flat) {
 }
 
 /// "operation: weights[3, 17] is nan, expected finite numbers", for the first that is not
-/// quantizable; there is one.
-template <typename View>
+/// quantizable; there is one. Which, the host cannot see in a GPU's memory.
+template <Device D, typename View>
 [[noreturn]] void throw_not_quantizable(std::string_view operation, std::string_view argument,
                                         const View& view) {
-  const Index flat = run(Eigen::DefaultDevice{},
-                         problem::FirstNotQuantizable<scalar_of<View>>{view.data(), view.size()});
-  require_that(false, operation, argument, "[", index_text(view, flat), "] is ",
-               static_cast<double>(view.data()[flat]),
-               ", expected finite numbers whose scale fits a float");
+  constexpr auto expected = "expected finite numbers whose scale fits a float";
+  if constexpr (host_readable<D>) {
+    const Index flat = run(Eigen::DefaultDevice{},
+                           problem::FirstNotQuantizable<scalar_of<View>>{view.data(), view.size()});
+    require_that(false, operation, argument, "[", index_text(view, flat), "] is ",
+                 static_cast<double>(view.data()[flat]), ", ", expected);
+  }
+  require_that(false, operation, argument, " of shape ", shape_text(view),
+               " holds a number that has no scale, ", expected);
   std::abort();  // not reached
 }
 
@@ -140,7 +146,7 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
     for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
     return run(device, problem, workspace);
   });
-  if (bad >= 0) throw_not_quantizable(name, names[bad], views[bad]);
+  if (bad >= 0) throw_not_quantizable<D>(name, names[bad], views[bad]);
 }
 
 /// Packs `count` views as one weight, the rows of each below those of the one before.
@@ -173,19 +179,20 @@ void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, i
   const int bad = pack_panels(device, packed, shape, [&](const auto& panels) {
     return run(device, problem::PackStackedWeight<T, W>{panels, weights, ends, count}, workspace);
   });
-  if (bad >= 0) throw_not_quantizable(name, "weights[" + std::to_string(bad) + "]", views[bad]);
+  if (bad >= 0) throw_not_quantizable<D>(name, "weights[" + std::to_string(bad) + "]", views[bad]);
 }
 
 /// Scales of weights are finite and not negative; names the first that is not.
-template <typename View>
+template <Device D, typename View>
 void require_scales(std::string_view name, const View& scales) {
-  for (Index i = 0; i < scales.size(); ++i) {
-    const float scale = scales.data()[i];
-    if (std::isfinite(scale) && scale >= 0) [[likely]]
-      continue;
-    require_that(false, name, "scales[", index_text(scales, i), "] is ", scale,
-                 ", expected finite and not negative");
-  }
+  if constexpr (host_readable<D>)
+    for (Index i = 0; i < scales.size(); ++i) {
+      const float scale = scales.data()[i];
+      if (std::isfinite(scale) && scale >= 0) [[likely]]
+        continue;
+      require_that(false, name, "scales[", index_text(scales, i), "] is ", scale,
+                   ", expected finite and not negative");
+    }
 }
 
 /// From int8 values and scales (out) or (out, groups).
@@ -210,7 +217,7 @@ void pack_int8_values(const D& device, PackedWeight<std::int8_t>& packed,
     require_that(scales.dimension(1) == groups, name, "scales has ", scales.dimension(1),
                  " columns, expected ", groups, ", one for each ", group, " of ", depth, " inputs");
   }
-  require_scales(name, scales);
+  require_scales<D>(name, scales);
   const problem::PanelsOf<std::int8_t> shape{rows, depth, group, 1};
   pack_panels(device, packed, shape, [&](const auto& panels) {
     run(device, problem::PackInt8Weight{panels, values.data(), scales.data()});
@@ -228,12 +235,12 @@ auto scales_view(const Scales& scales) {
 
 /// Packs `weight` (out, in) into `packed`, whose memory is reused; nothing is allocated where it
 /// suffices.
-template <CpuDevice D, typename T, typename Weight>
+template <Device D, typename T, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       Workspace& workspace = thread_workspace()) {
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, {}, workspace);
 }
-template <CpuDevice D, typename Weight>
+template <Device D, typename Weight>
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Weight& weight,
                       const Int8Packing& options, Workspace& workspace = thread_workspace()) {
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options, workspace);
@@ -241,7 +248,7 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
 
 /// Packs int8 values (out, in) with one scale per row (out), or one per group (out, ceil(in /
 /// group_size)).
-template <CpuDevice D, typename Values, typename Scales>
+template <Device D, typename Values, typename Scales>
   requires(!std::same_as<Scales, Int8Packing>)
 void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Values& values,
                       const Scales& scales, const Int8Packing& options = {}) {
@@ -249,7 +256,7 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
                            options);
 }
 
-template <typename T, CpuDevice D, typename Weight>
+template <typename T, Device D, typename Weight>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
                             const Int8Packing& options = {}) {
   PackedWeight<T> packed;
@@ -263,7 +270,7 @@ PackedWeight<T> pack_weight(const Weight& weight, const Int8Packing& options = {
   return pack_weight<T>(Eigen::DefaultDevice{}, weight, options);
 }
 
-template <typename T = std::int8_t, CpuDevice D, typename Values, typename Scales>
+template <typename T = std::int8_t, Device D, typename Values, typename Scales>
   requires(std::same_as<T, std::int8_t> && !std::same_as<Scales, Int8Packing>)
 PackedWeight<T> pack_weight(const D& device, const Values& values, const Scales& scales,
                             const Int8Packing& options = {}) {
@@ -284,7 +291,7 @@ PackedWeight<T> pack_weight(const Values& values, const Scales& scales,
 /// ef::TensorView<const W, 2>. Row by row the bits are those of packing each alone.
 ///
 ///   auto qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});
-template <CpuDevice D, typename T, typename Weights>
+template <Device D, typename T, typename Weights>
 void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const Weights& weights,
                               const Int8Packing& options = {},
                               Workspace& workspace = thread_workspace()) {
@@ -292,7 +299,7 @@ void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const We
   detail::pack_stacked(device, packed, views.data(), static_cast<int>(views.size()), options,
                        workspace);
 }
-template <typename T, CpuDevice D, typename Weights>
+template <typename T, Device D, typename Weights>
 PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
                                     const Int8Packing& options = {}) {
   PackedWeight<T> packed;
@@ -301,7 +308,7 @@ PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
 }
 
 /// Packs gate and up, both (out, in) and of one scalar.
-template <CpuDevice D, typename T, typename Gate, typename Up>
+template <Device D, typename T, typename Gate, typename Up>
 void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const Gate& gate,
                             const Up& up, const Int8Packing& options = {},
                             Workspace& workspace = thread_workspace()) {
@@ -310,7 +317,7 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
   detail::pack_weight(device, detail::PairAccess<T>::pair(packed),
                       {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options, workspace);
 }
-template <typename T, CpuDevice D, typename Gate, typename Up>
+template <typename T, Device D, typename Gate, typename Up>
 PackedGatedWeight<T> pack_gated_weight(const D& device, const Gate& gate, const Up& up,
                                        const Int8Packing& options = {}) {
   PackedGatedWeight<T> packed;

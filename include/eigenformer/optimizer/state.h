@@ -161,7 +161,7 @@ class OptimizerState {
   }
 
   /// The next step of every group, one pass over memory each.
-  template <CpuDevice D>
+  template <Device D>
   void step(const D& device) {
     ++steps;
     for (const Group& group : groups_) {
@@ -170,7 +170,7 @@ class OptimizerState {
                               pieces_.data() + group.first_piece, group.pieces, factors});
     }
   }
-  template <CpuDevice D>
+  template <Device D>
   void zero_gradients(const D& device) const {
     detail::run(device, problem::ZeroGradients{pieces_.data(), static_cast<Index>(pieces_.size())});
   }

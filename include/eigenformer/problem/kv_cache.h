@@ -26,9 +26,7 @@ struct KvAppend {
   const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
   // (batch) where a sequence's first token goes; negative leaves the sequence out
   const Index* positions;
-  // Positions that a sequence of the target has room for. For the CPU the host has checked them; on
-  // a GPU `positions` is device memory, and what lies past the capacity is left out.
-  Index capacity;
+  Index capacity;  // positions that a sequence of the target has room for
   KvSource<Storage> target;
 
   EIGENFORMER_INLINE Index sequence_of(Index token) const {
@@ -62,6 +60,11 @@ struct KvAppend {
            j % target.page_size;
   }
 };
+
+/// Into the caller's own dense buffers. `positions` is memory of the backend: for the CPU the host
+/// has checked them, on a GPU what lies past the capacity is left out.
+template <typename T, typename Storage>
+struct KvBufferAppend : KvAppend<T, Storage> {};
 
 /// A checked request to read the first `length` positions of every sequence of `source` into
 /// (batch, length, kv_heads, head_dim).

@@ -12,9 +12,8 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
-/// A checked request: pointers and sizes only. On a GPU, logits, ids and statuses are device
-/// memory, params and generators the host's; params[0].temperature == 0 asks for greedy, else
-/// params[0].top_k for top-k.
+/// A checked request: pointers and sizes only. Logits, ids and statuses are memory of the backend,
+/// params and generators the host's.
 template <typename T>
 struct Sampling {
   const T* logits;  // (batch, vocab)
@@ -39,9 +38,13 @@ struct Sampling {
   }
 };
 
-/// The lowest index of the largest logit of every row. On a GPU params say so too.
+/// The lowest index of the largest logit of every row; params have temperature 0.
 template <typename T>
 struct GreedySampling : Sampling<T> {};
+
+/// One set of params for all rows, of which temperature and top_k alone have a say.
+template <typename T>
+struct TopKSampling : Sampling<T> {};
 
 /// The distribution of every row, (batch, vocab); rows whose status is not ok are zero.
 template <typename T>

@@ -93,9 +93,9 @@ SamplesWithLogProbabilities sample_with_log_probabilities(
 
 namespace detail {
 
-template <typename Tokens>
+template <Device D, typename Tokens>
 std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& tokens, Index batch,
-                                           Index vocab) {
+                                           [[maybe_unused]] Index vocab) {
   std::span<const std::int32_t> given;
   if constexpr (std::is_convertible_v<const Tokens&, std::span<const std::int32_t>>) {
     given = tokens;
@@ -107,17 +107,19 @@ std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& 
   }
   require_that(static_cast<Index>(given.size()) == batch, name, "tokens has ", given.size(),
                " elements, logits has ", batch, " rows");
-  for (std::size_t r = 0; r < given.size(); ++r)
-    require_that(given[r] >= -1 && given[r] < vocab, name, "tokens[", r, "] is ", given[r],
-                 ", expected a token in [0, ", vocab, "), or -1 for none");
+  if constexpr (host_readable<D>)
+    for (std::size_t r = 0; r < given.size(); ++r)
+      require_that(given[r] >= -1 && given[r] < vocab, name, "tokens[", r, "] is ", given[r],
+                   ", expected a token in [0, ", vocab, "), or -1 for none");
   return given;
 }
 
 }  // namespace detail
 
 /// The form below, into log_probabilities (batch) of float, NaN where a row is bad; `statuses`,
-/// where given, is (batch). Allocates nothing after the first call at a size.
-template <CpuDevice D, typename Out, typename Logits, typename Tokens,
+/// where given, is (batch). Allocates nothing after the first call at a size. On a GPU tokens and
+/// statuses are device memory, and a token out of range gives NaN.
+template <Device D, typename Out, typename Logits, typename Tokens,
           detail::SamplingSets Params = SamplingParams>
 void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
                                const Tokens& tokens, const Params& params = {},
@@ -133,7 +135,7 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
   Workspace::Frame frame(workspace);
   const auto problem = detail::sampling_problem(
       name, view, params, nullptr, detail::checked_statuses(name, statuses, batch), frame);
-  const auto given = detail::given_tokens(name, tokens, batch, view.dimension(1));
+  const auto given = detail::given_tokens<D>(name, tokens, batch, view.dimension(1));
   detail::run(device,
               problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
               workspace);

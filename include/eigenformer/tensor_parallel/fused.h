@@ -19,7 +19,7 @@ inline namespace EIGENFORMER_ABI {
 
 /// Packs this rank's rows of several weights (rows, in) of one scalar that lie one below the other,
 /// on a device. Nothing is copied before it is packed. Throws what pack_stacked_weight throws.
-template <typename T, CpuDevice D, typename Weights, Communicator C>
+template <typename T, Device D, typename Weights, Communicator C>
 PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& weights,
                                                const C& communicator,
                                                const Int8Packing& options = {}) {
@@ -60,7 +60,7 @@ struct PackedGatedColumnShard {
 };
 
 /// Packs this rank's rows of gate and up, both (out, in) and of one scalar, on a device.
-template <typename T, CpuDevice D, typename Gate, typename Up, Communicator C>
+template <typename T, Device D, typename Gate, typename Up, Communicator C>
 PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& gate, const Up& up,
                                                   const C& communicator,
                                                   const Int8Packing& options = {}) {
@@ -81,7 +81,7 @@ inline constexpr bool is_packed_shard<PackedGatedColumnShard<T>> = true;
 /// gated_linear_into over ranks: `output` (tokens, out) on every rank, from the same input (tokens,
 /// in) on every rank, bit for bit that of the full weights. The epilogue has a function alone:
 /// biases and residuals would have to be divided. Allocates nothing after the first call at a size.
-template <CpuDevice D, typename Output, typename Input, typename T, Communicator C, typename E>
+template <Device D, typename Output, typename Input, typename T, Communicator C, typename E>
   requires detail::is_epilogue<E>
 void column_parallel_gated_linear_into(const D& device, Output&& output, const Input& input,
                                        const PackedGatedColumnShard<T>& weight, C& communicator,

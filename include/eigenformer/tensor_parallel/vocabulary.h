@@ -73,7 +73,7 @@ inline Index draw_candidate(problem::VocabularyCandidate* candidates, Index coun
 
 /// ids[row] = choose(candidates, count, row) of the k best tokens of the whole vocabulary, -1 where
 /// the row is bad.
-template <CpuDevice D, typename Ids, typename Hidden, typename Weight, typename C, typename Choose>
+template <Device D, typename Ids, typename Hidden, typename Weight, typename C, typename Choose>
 void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
                               const Hidden& hidden, const Weight& weight, C& communicator, Index k,
                               std::span<SampleStatus> statuses, Workspace& workspace,
@@ -130,7 +130,7 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
   }
 }
 
-template <CpuDevice D, typename Ids, typename Hidden, typename Weight, typename C>
+template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
 void vocabulary_parallel_greedy_into(const D& device, Ids& ids, const Hidden& hidden,
                                      const Weight& weight, C& communicator,
                                      std::span<SampleStatus> statuses, Workspace& workspace,
@@ -141,7 +141,7 @@ void vocabulary_parallel_greedy_into(const D& device, Ids& ids, const Hidden& hi
 }
 
 /// Leaves the generator where it is.
-template <CpuDevice D, typename Ids, typename Hidden, typename Weight, typename C>
+template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
 void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidden& hidden,
                                            const Weight& weight, C& communicator, Index k,
                                            float temperature, const Philox& rng,
@@ -208,7 +208,7 @@ Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const W
 /// Writes ids (tokens), -1 where a row is bad, and its status where `statuses`, (tokens), is given:
 /// the same on every rank, and the other rows are served. Allocates nothing after the first call at
 /// a size.
-template <CpuDevice D, typename Ids, typename Hidden, typename Weight, Communicator C>
+template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C>
 void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& hidden,
                                      const Weight& weight, C& communicator,
                                      std::span<SampleStatus> statuses = {},
@@ -248,7 +248,7 @@ Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, c
 
 /// Writes ids and statuses as vocabulary_parallel_greedy_into does; rng moves on by one whatever
 /// the rows are.
-template <CpuDevice D, typename Ids, typename Hidden, typename Weight, Communicator C>
+template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C>
 void vocabulary_parallel_top_k_sample_into(const D& device, Ids&& ids, const Hidden& hidden,
                                            const Weight& weight, C& communicator, Index k,
                                            float temperature, Philox& rng,
