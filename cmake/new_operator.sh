@@ -46,6 +46,18 @@ for list in $lists; do
   rm "$list.new"
   echo "$list"
 done
+table=tests/compile/runs_on.cu  # one line for each problem
+{
+  while IFS= read -r row; do
+    printf '%s\n' "$row"
+    case $row in
+      *"(\"$from\","* | "#include <eigenformer/problem/$from.h>") printf '%s\n' "$row" | renamed ;;
+    esac
+  done <$table
+} >$table.new
+cat $table.new >$table
+rm $table.new
+echo $table
 if command -v clang-format-16 >/dev/null; then  # a longer name breaks lines elsewhere
   printf '%s\n' include/eigenformer/eigenformer.h "$files" | renamed | xargs clang-format-16 -i
 fi

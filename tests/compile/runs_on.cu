@@ -1,0 +1,121 @@
+// Which operators have CUDA kernels, asked of the compiler. `runs_on causal_mask=yes kv_cache= ...` takes what
+// cmake/operators.cmake declares and fails where the compiler knows otherwise: CMake calls it as soon as it is built. No GPU is
+// needed. Every problem that has a CPU kernel stands here (tests/compile/runs_on.sh looks), with the word that
+// cmake/operators.cmake and the README have for it. An operator all of whose problems run is "yes".
+#include <eigenformer/core/dispatch.h>
+#include <eigenformer/problem/activation.h>
+#include <eigenformer/problem/attention.h>
+#include <eigenformer/problem/causal_mask.h>
+#include <eigenformer/problem/embedding.h>
+#include <eigenformer/problem/kv_cache.h>
+#include <eigenformer/problem/linear.h>
+#include <eigenformer/problem/loss.h>
+#include <eigenformer/problem/normalization.h>
+#include <eigenformer/problem/optimizer.h>
+#include <eigenformer/problem/quantization.h>
+#include <eigenformer/problem/rope.h>
+#include <eigenformer/problem/sampling.h>
+#include <eigenformer/problem/tensor_parallel.h>
+
+#include <cstdio>
+#include <string>
+
+using namespace eigenformer::problem;
+
+namespace {
+
+using F = float;
+using Id = std::int32_t;
+
+struct Part {
+  std::string name, word;
+  bool runs;
+};
+
+template <typename Problem>
+Part part(const char* name, const char* word) {
+  return {name, word, eigenformer::RunsOn<eigenformer::cuda::Backend, Problem>};
+}
+
+const Part kParts[] = {
+    part<CausalMask<F>>("causal_mask", "mask"),
+    part<KvAppend<F, F>>("kv_cache", "append"),
+    part<KvBufferAppend<F, F>>("kv_cache", "append to buffers"),
+    part<KvRead<F, F>>("kv_cache", "read"),
+    part<Quantize<F>>("quantization", "by channel and group"),
+    part<QuantizeTensor<F>>("quantization", "by tensor"),
+    part<QuantizeActivations<F>>("quantization", "activations"),
+    part<Dequantize<F>>("quantization", "dequantize"),
+    part<DequantizeTensor<F>>("quantization", "dequantize by tensor"),
+    part<FirstNotQuantizable<F>>("quantization", "checks"),
+    part<Int8Linear<F, F, int>>("quantization", "linear"),
+    part<Linear<F, F, F, 1, int>>("linear", "plain"),
+    part<PackedLinear<F, F, F, false, int>>("linear", "packed"),
+    part<LinearBackwardInput<F, F, F>>("linear", "gradient of inputs"),
+    part<LinearBackwardWeight<F, F, F>>("linear", "gradient of weights"),
+    part<LinearBackwardBias<F, F>>("linear", "gradient of biases"),
+    part<PanelsOf<F>>("linear", "sizes of panels"),
+    part<PackWeight<F, F, 1>>("linear", "packing"),
+    part<PackStackedWeight<F, F>>("linear", "stacked packing"),
+    part<PackInt8Weight>("linear", "packing of int8"),
+    part<Attention<F, F>>("attention", "forward"),
+    part<AttentionBackward<F>>("attention", "gradients"),
+    part<Interleave<F>>("tensor_parallel", "layers"),
+    part<Vocabulary<F>>("tensor_parallel", "vocabulary"),
+    part<GreedySampling<F>>("sampling", "greedy"),
+    part<TopKSampling<F>>("sampling", "top-k"),
+    part<Sampling<F>>("sampling", "all parameters"),
+    part<SamplingProbabilities<F>>("sampling", "probabilities"),
+    part<SampleWithLogProbabilities<F>>("sampling", "with log-probabilities"),
+    part<LogProbabilitiesOf<F>>("sampling", "log-probabilities"),
+    part<Speculative<F, F>>("sampling", "speculative"),
+    part<RmsNorm<F, F, F>>("normalization", "RMSNorm"),
+    part<AddRmsNorm<F, F, F, F>>("normalization", "RMSNorm with residual"),
+    part<RmsNormBackward<F, F, F, F, F>>("normalization", "RMSNorm gradients"),
+    part<LayerNorm<F, F, F>>("normalization", "LayerNorm"),
+    part<LayerNormBackward<F, F, F, F, F>>("normalization", "LayerNorm gradients"),
+    part<Rope<F, F>>("rope", "rotation"),
+    part<Activation<Silu, F, F>>("activation", "functions"),
+    part<ActivationBackward<Silu, F, F, F>>("activation", "gradients"),
+    part<Gated<Silu, F, F, F>>("activation", "gated"),
+    part<GatedBackward<Silu, F, F, F, F, F>>("activation", "gated gradients"),
+    part<ResidualAdd<F, F, F>>("activation", "residual"),
+    part<Embedding<F, F, Id>>("embedding", "rows"),
+    part<EmbeddingBackward<F, F, Id>>("embedding", "gradients"),
+    part<CrossEntropy<F, F>>("loss", "cross-entropy"),
+    part<Optimizer<AdamWFactors>>("optimizer", "AdamW"),
+    part<Optimizer<SgdFactors>>("optimizer", "SGD"),
+    part<ZeroGradients>("optimizer", "zeros"),
+    part<GradientSquares>("optimizer", "norm"),
+    part<ScaleGradients>("optimizer", "scaling"),
+};
+
+// "", "yes", or what runs: "greedy, top-k".
+std::string kernels_of(const std::string& name) {
+  std::string words;
+  int parts = 0, running = 0;
+  for (const Part& part : kParts) {
+    if (part.name != name) continue;
+    ++parts;
+    if (!part.runs) continue;
+    if (running++ > 0) words += ", ";
+    words += part.word;
+  }
+  return parts > 0 && running == parts ? "yes" : words;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  int wrong = 0;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    const auto sign = argument.find('=');
+    const std::string name = argument.substr(0, sign), declared = argument.substr(sign + 1), found = kernels_of(name);
+    std::printf("%-16s %s\n", name.c_str(), found.c_str());
+    if (declared == found) continue;
+    std::printf("cmake/operators.cmake declares '%s' of %s, the compiler finds '%s'\n", declared.c_str(), name.c_str(), found.c_str());
+    ++wrong;
+  }
+  return wrong;
+}
