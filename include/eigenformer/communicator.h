@@ -40,7 +40,9 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// What parallel operators need of the ranks they run on; the collectives are described above.
+/// What parallel operators need of the ranks they run on; the collectives are described above. One
+/// that moves the memory of a GPU too says so by a member `template <Device D> static constexpr
+/// bool kReaches`.
 template <typename C>
 concept Communicator =
     requires(C& communicator, std::span<const float> part, std::span<float> whole,

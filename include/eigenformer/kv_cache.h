@@ -76,6 +76,10 @@ class KvCache {
   using scalar = T;
   using storage = Storage;
 
+  KvCache() = default;
+  /// Its pages lie in a memory, such as ef::memory_of(device), and not in the host's.
+  explicit KvCache(const Memory& memory) : memory_(&memory) {}
+
   /// Positions held by a layer; 0 for one that was never written. Throws std::invalid_argument for
   /// a negative layer.
   Index length(Index layer_idx) const {
@@ -131,7 +135,7 @@ class KvCache {
   void reserve(Index max_length) {
     detail::require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
                          ", expected 0 or more");
-    if (layers_.empty() && max_length > reserved_) Layer(1, 1, 1).growth_for(max_length);
+    if (layers_.empty() && max_length > reserved_) Layer(1, 1, 1, *memory_).growth_for(max_length);
     grow_layers((std::numeric_limits<Index>::max)(), max_length);
     reserved_ = (std::max)(reserved_, max_length);
   }
@@ -152,7 +156,7 @@ class KvCache {
       if (layer != nullptr && layer->closed())
         require_shape(name, i, *layer, batch, kv_heads, head_dim);
       if (layer == nullptr || !layer->has_shape(batch, kv_heads, head_dim)) {
-        Layer& made = fresh.try_emplace(i, batch, kv_heads, head_dim).first->second;
+        Layer& made = fresh.try_emplace(i, batch, kv_heads, head_dim, *memory_).first->second;
         made.commit(made.growth_for(max_length));
       }
     }
@@ -191,8 +195,8 @@ class KvCache {
       write(device, *layer, keys, values);
     } else {  // the new layer joins the cache when nothing can fail any more
       Layers fresh;
-      write(device, fresh.try_emplace(layer_idx, batch, kv_heads, head_dim).first->second, keys,
-            values);
+      auto& made = fresh.try_emplace(layer_idx, batch, kv_heads, head_dim, *memory_).first->second;
+      write(device, made, keys, values);
       layers_.erase(layer_idx);
       layers_.merge(fresh);
     }
@@ -231,6 +235,7 @@ class KvCache {
   template <typename D, typename Keys, typename Values>
   void write(const D& device, Layer& layer, const Keys& keys, const Values& values) {
     const Index batch = keys.dimension(0), added = keys.dimension(1), length = layer.length();
+    detail::require_memory("update_kv_cache", "the cache", *memory_, memory_of(device));
     detail::require_capacity(added <= (std::numeric_limits<Index>::max)() - length,
                              "update_kv_cache", "length ", length, " + ", added, " overflows");
     // Sizes before data: what a view too large for any memory points to must not be read.
@@ -257,12 +262,14 @@ class KvCache {
   Tensor<T, 4> read(const D& device, Index layer_idx, bool values) const {
     const Layer* layer = find(layer_idx);
     if (layer == nullptr || !layer->closed()) return Tensor<T, 4>(0, 0, 0, 0);
+    detail::require_memory("KvCache", "the cache", *memory_, memory_of(device));
     Tensor<T, 4> output(layer->batch(), layer->length(), layer->kv_heads(), layer->head_dim());
     detail::run(device, problem::KvRead<T, Storage>{layer->source(), layer->length(), values,
                                                     output.data()});
     return output;
   }
 
+  const Memory* memory_ = &host_memory;
   Layers layers_;
   Index reserved_ = 0;
 };

@@ -122,12 +122,15 @@ class Optimizer {
   /// Throws std::invalid_argument where a value and its gradient differ in size, where two
   /// parameters share memory, and for an option that is NaN, negative, above 1e18 or (betas,
   /// momentum) 1 or more, or nesterov without momentum.
-  explicit Optimizer(std::vector<Parameter> parameters, const Options& options = {})
-      : Optimizer(std::vector<Group>{{std::move(parameters), options}}) {}
-  explicit Optimizer(std::vector<Group> groups) : state_(std::move(groups)) {}
+  explicit Optimizer(std::vector<Parameter> parameters, const Options& options = {},
+                     const Memory& memory = host_memory)
+      : Optimizer(std::vector<Group>{{std::move(parameters), options}}, memory) {}
+  explicit Optimizer(std::vector<Group> groups, const Memory& memory = host_memory)
+      : state_(std::move(groups), memory) {}
   explicit Optimizer(std::initializer_list<Group> groups) : Optimizer(std::vector<Group>(groups)) {}
 
-  /// One update from the gradients as they are. The gradients keep their values.
+  /// One update from the gradients as they are, which keep their values. The device must work on
+  /// the state's memory (memory_of(device)), or std::invalid_argument is thrown.
   template <Device D = Eigen::DefaultDevice>
   void step(const D& device = {}) {
     state_.step(device);
@@ -172,7 +175,8 @@ class Optimizer {
     return state_.moment("Sgd::momentum", 0, parameter);
   }
   /// All of m, parameter after parameter, then all of v; or all of u, of the groups that have
-  /// momentum: what a checkpoint saves beside step_count(), the options and the weights.
+  /// momentum: what a checkpoint saves beside step_count(), the options and the weights. It lies in
+  /// the memory of the state, load_state's in the host's.
   std::span<const float> state() const { return state_.memory(); }
   /// Goes on from a checkpoint with the same bits. Throws std::invalid_argument for another size.
   void load_state(std::span<const float> state, Index step_count) {

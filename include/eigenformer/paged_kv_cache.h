@@ -53,14 +53,14 @@ class PagedKvCache {
 
   /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows,
   /// std::bad_alloc.
-  explicit PagedKvCache(const PagedKvConfig& config)
+  explicit PagedKvCache(const PagedKvConfig& config, const Memory& memory = host_memory)
       : config_(detail::checked_config(config, kName)),
         layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
                                                 kName)),
         pool_(config.page_count,
               static_cast<std::size_t>(detail::checked_product(
                   config.layers, static_cast<Index>(layout_.bytes), kName, "a page")),
-              kName),
+              memory, kName),
         sequences_(config.layers),
         selections_(static_cast<std::size_t>(config.layers)) {}
 
@@ -332,6 +332,7 @@ class PagedKvCache {
     static_assert(std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
                   "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
     detail::require_same_shape(kName, "keys", keys, "values", values);
+    detail::require_memory(kName, "the pool", pool_.memory(), memory_of(device));
     const std::size_t layer = checked_layer(layer_idx);
     if (keys.dimension(1) != config_.kv_heads || keys.dimension(2) != config_.head_dim)
       detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
@@ -425,6 +426,7 @@ class PagedKvCache {
   Tensor<T, 3> read(SequenceId sequence, Index layer_idx, bool values) const {
     const std::size_t layer = checked_layer(layer_idx), at = find(sequence);
     const Index length = sequences_.lengths[layer][at];
+    detail::require_memory(kName, "the pool", pool_.memory(), host_memory);
     Tensor<T, 3> output(length, config_.kv_heads, config_.head_dim);
     const auto one = source_of(layer, 1, &sequences_.lengths[layer][at], &sequences_.tables[at]);
     detail::run(Eigen::DefaultDevice{},

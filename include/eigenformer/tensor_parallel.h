@@ -27,17 +27,8 @@
 /// 1 / world_size of the product, and a gather of the output (for rows: of the input too).
 #pragma once
 
-#include <span>
-#include <string_view>
-
-#include "communicator.h"
-#include "core/check.h"
-#include "core/device.h"
-#include "core/dispatch.h"
-#include "core/rows.h"
-#include "core/workspace.h"
-#include "cpu/tensor_parallel.h"
-#include "linear.h"
+#include "tensor_parallel/pack.h"
+#include "tensor_parallel/product.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -47,195 +38,7 @@ struct ColumnParallelOptions {
   bool gather_output = true;
 };
 
-/// A view, no copy, of the rows [begin, end) of a weight (out, in), or of the elements of a bias
-/// (out), that belong to a rank; as const as its argument. Throws std::invalid_argument for a rank
-/// outside [0, world_size) or world_size < 1.
-///
-///   auto shard = ef::column_shard(weight, rank, world_size);
-template <typename Weight>
-auto column_shard(Weight&& weight, int rank, int world_size) {
-  constexpr int kRank = rank_of<Weight> == 1 ? 1 : 2;
-  static_assert(std::is_lvalue_reference_v<Weight> || !detail::owns_its_elements<Weight>,
-                "eigenformer: column_shard returns a view, and this tensor ends with the "
-                "expression. Give it a name first.");
-  const auto full = input_view<kRank>(weight);
-  detail::checked_size("column_shard", "weight", full);
-  auto sizes = detail::sizes_of<kRank>(full);
-  const ShardRange rows = shard_range(sizes[0], rank, world_size);
-  const Index begin = rows.begin * (kRank == 1 ? 1 : sizes[kRank - 1]);
-  sizes[0] = rows.size();
-  if constexpr (RowMajorTensor<Weight>)
-    return TensorView<std::remove_pointer_t<decltype(weight.data())>, kRank>(weight.data() + begin,
-                                                                             sizes);
-  else
-    return full;
-}
-
-/// One rank's rows of a weight, packed.
-template <typename T>
-struct PackedColumnShard {
-  PackedWeight<T> weight;  ///< rows shard_range(out_features, rank, world_size)
-  Index out_features = 0;  ///< of the full weight
-  Index in_features = 0;
-  int rank = 0, world_size = 1;
-};
-
-/// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16 or std::int8_t;
-/// INT8 scales belong to rows, so dividing the weight changes no bit. Sends nothing. Throws what
-/// pack_weight throws.
-///
-///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
-///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
-template <typename T, Device D, typename Weight, Communicator C>
-PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight,
-                                       const C& communicator) {
-  const auto full = input_view<2>(weight);
-  const int rank = communicator.rank(), ranks = communicator.size();
-  return {pack_weight<T>(device, column_shard(full, rank, ranks)), full.dimension(0),
-          full.dimension(1), rank, ranks};
-}
-template <typename T, typename Weight, Communicator C>
-  requires(!Device<Weight>)
-PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator) {
-  return pack_column_shard<T>(Eigen::DefaultDevice{}, weight, communicator);
-}
-
 namespace detail {
-
-template <typename W>
-inline constexpr bool is_packed_shard = false;
-template <typename T>
-inline constexpr bool is_packed_shard<PackedColumnShard<T>> = true;
-
-/// (tokens, features) of a tensor of rank 2 or 3.
-template <typename X>
-auto token_rows(std::string_view name, const X& x) {
-  constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
-  const auto view = input_view<kRank>(x);
-  checked_size(name, "input", view);
-  Index tokens = 1;
-  for (int d = 0; d + 1 < kRank; ++d) tokens *= view.dimension(static_cast<std::size_t>(d));
-  return TensorView<const scalar_of<decltype(view)>, 2>(view.data(), tokens,
-                                                        view.dimension(kRank - 1));
-}
-
-/// Stands for the bias where there is none.
-struct NoBias {};
-
-/// A checked layer: where this rank stands in it.
-struct ParallelShape {
-  Index tokens, in, out;
-  ShardRange columns;  // output features of this rank
-};
-
-template <typename Weight, typename C, typename Bias = NoBias>
-ParallelShape parallel_shape(std::string_view name, Index tokens, const Weight& weight,
-                             const C& communicator, const Bias& bias = {}) {
-  ParallelShape shape{tokens, 0, 0, {}};
-  if constexpr (is_packed_shard<Weight>) {
-    shape.in = weight.in_features;
-    shape.out = weight.out_features;
-    require_that(weight.rank == communicator.rank() && weight.world_size == communicator.size(),
-                 name, "weight was packed for rank ", weight.rank, " of ", weight.world_size,
-                 ", the communicator is rank ", communicator.rank(), " of ", communicator.size());
-  } else {
-    const auto full = input_view<2>(weight);
-    checked_size(name, "weight", full);
-    shape.out = full.dimension(0);
-    shape.in = full.dimension(1);
-  }
-  if constexpr (!std::same_as<Bias, NoBias>)
-    require_that(input_view<1>(bias).dimension(0) == shape.out, name, "bias has ",
-                 input_view<1>(bias).dimension(0), " elements, weight has ", shape.out, " rows");
-  checked_product(checked_product(tokens, (std::max)(shape.out, shape.in), name, "output"),
-                  Index{sizeof(double)}, name, "output");
-  shape.columns = shard_range(shape.out, communicator.rank(), communicator.size());
-  return shape;
-}
-
-/// Element type of the layer's output: what linear returns for the same arguments.
-template <typename X, typename Weight>
-struct layer_result {
-  using type = scalar_of<decltype(linear(std::declval<const TensorView<const X, 2>&>(),
-                                         std::declval<const Weight&>()))>;
-};
-template <typename X, typename T>
-struct layer_result<X, PackedColumnShard<T>> : layer_result<X, PackedWeight<T>> {};
-
-/// y (tokens, columns of this rank) = x times this rank's rows of the weight + bias.
-template <Device D, typename T, typename X, typename Weight, typename C, typename Bias = NoBias>
-void shard_product(const D& device, T* y, const X& x, const Weight& weight,
-                   const ParallelShape& shape, const C& communicator, Workspace& workspace,
-                   const Bias& bias = {}) {
-  TensorView<T, 2> output(y, shape.tokens, shape.columns.size());
-  if (output.size() == 0) return;
-  const int rank = communicator.rank(), ranks = communicator.size();
-  const auto multiply = [&](const auto& rows, const auto& end) {
-    linear_into(device, output, x, rows, end, workspace);
-  };
-  const auto multiply_by = [&](const auto& rows) {
-    if constexpr (std::same_as<Bias, NoBias>)
-      multiply(rows, Epilogue{});
-    else
-      multiply(rows, column_shard(bias, rank, ranks));
-  };
-  if constexpr (is_packed_shard<Weight>)
-    multiply_by(weight.weight);
-  else
-    multiply_by(column_shard(weight, rank, ranks));
-}
-
-/// whole (tokens, features) on every rank. Each rank gives its part (tokens, shard of the features)
-/// as produce(place), which may write to `place` or have the part elsewhere, and returns where it
-/// is.
-template <typename T, Device D, typename C, typename Produce>
-void gather_features(const D& device, T* whole, Index tokens, Index features, C& communicator,
-                     Workspace& workspace, Produce&& produce) {
-  const int ranks = communicator.size();
-  Workspace::Frame frame(workspace);
-  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  for (int r = 0; r < ranks; ++r)
-    counts[static_cast<std::size_t>(r)] = tokens * shard_range(features, r, ranks).size();
-  const ShardRange own = shard_range(features, communicator.rank(), ranks);
-  const bool in_order = tokens == 1 || ranks == 1;  // then the gathered parts are the rows
-  T* const parts = in_order ? whole : frame.take<T>(tokens * features);
-  const T* part = produce(parts + tokens * own.begin);
-  communicator.all_gather(std::span<const T>(part, static_cast<std::size_t>(tokens * own.size())),
-                          std::span<T>(parts, static_cast<std::size_t>(tokens * features)),
-                          std::span<const Index>(counts));
-  if (!in_order) detail::run(device, problem::Interleave<T>{parts, whole, tokens, features, ranks});
-}
-
-/// y (tokens, out) on every rank from x (tokens, in) on every rank.
-template <Device D, typename T, typename X, typename Weight, typename C, typename Bias>
-void gathered_product(const D& device, T* y, const X& x, const Weight& weight,
-                      const ParallelShape& shape, C& communicator, Workspace& workspace,
-                      const Bias& bias) {
-  gather_features(device, y, shape.tokens, shape.out, communicator, workspace, [&](T* place) {
-    shard_product(device, place, x, weight, shape, communicator, workspace, bias);
-    return static_cast<const T*>(place);
-  });
-}
-
-template <typename Y, typename X>
-void require_output(std::string_view name, const Y& output, const X& input, Index features) {
-  static_assert(rank_of<Y> == rank_of<X>,
-                "eigenformer: output and input must have the same rank, 2 or 3");
-  bool same = output.dimension(rank_of<Y> - 1) == features;
-  for (std::size_t d = 0; d + 1 < rank_of<Y>; ++d)
-    same = same && output.dimension(d) == input.dimension(d);
-  require_that(same, name, "output has shape ", shape_text(output), ", input has shape ",
-               shape_text(input), " and ", features, " output features are expected");
-}
-
-template <typename Weight, typename X>
-auto parallel_output(const X& input, Index features) {
-  constexpr int kRank = rank_of<X> == 2 ? 2 : 3;
-  auto sizes = sizes_of<kRank>(input);
-  sizes[kRank - 1] = features;
-  return make_tensor<typename layer_result<scalar_of<X>, Weight>::type, kRank>("parallel_linear",
-                                                                               "output", sizes);
-}
 
 /// A column-parallel layer ends with a bias, or options, or first the one and then the other.
 template <typename End>
@@ -333,7 +136,7 @@ void row_parallel_linear_into(const D& device, Output&& output, const Input& inp
   if (communicator.size() == 1)
     return detail::shard_product(device, y.data(), part, weight, shape, communicator, workspace,
                                  bias);
-  Workspace::Frame frame(workspace);
+  Workspace::Frame frame(detail::tensor_workspace(device, workspace));
   T* const x = frame.take<T>(shape.tokens * shape.in);
   detail::gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
                           [&](T*) { return part.data(); });

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "error.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace eigenformer {
@@ -62,6 +63,13 @@ template <typename... Parts>
 void require_known(bool ok, std::string_view operation, const Parts&... parts) {
   if (!ok) [[unlikely]]
     fail<std::out_of_range>(join(operation, parts...));
+}
+
+/// Throws std::invalid_argument unless kernels of a device work on the memory that `what` lies in.
+inline void require_memory(std::string_view operation, std::string_view what, const Memory& memory,
+                           const Memory& of_device) {
+  require_that(memory.backend == of_device.backend, operation, what, " lies in memory of ",
+               memory.backend, ", the device works on that of ", of_device.backend);
 }
 
 /// The shapes of two tensors must agree in every dimension.

@@ -30,6 +30,18 @@ template <typename Backend, typename Problem>
 concept RunsOn =
     requires(const Backend& backend, const Problem& problem) { execute(backend, problem); };
 
+/// The memory that the kernels of a device work on.
+template <Device D>
+const Memory& memory_of([[maybe_unused]] const D& device) {
+  if constexpr (CpuDevice<D>) {
+    return host_memory;
+  } else {
+#if defined(__CUDACC__)
+    return cuda::memory;
+#endif
+  }
+}
+
 namespace detail {
 
 template <typename D>
@@ -45,6 +57,18 @@ int worker_count([[maybe_unused]] const D& device) {
     return cpu::worker_count(device);
   else
     return 0;
+}
+
+/// Scratch for elements of tensors that pass from one problem to the next: `workspace`, where the
+/// device works on its memory; else an arena of the calling thread in the memory of the device.
+template <Device D>
+Workspace& tensor_workspace([[maybe_unused]] const D& device, Workspace& workspace) {
+  if constexpr (CpuDevice<D>) {
+    return workspace;
+  } else {
+    thread_local Workspace in_device_memory(memory_of(device));
+    return in_device_memory;
+  }
 }
 
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "error.h"
+#include "memory.h"
 #include "tensor.h"
 
 namespace eigenformer {
@@ -26,6 +27,8 @@ class Workspace {
  public:
   Workspace() = default;
   explicit Workspace(std::size_t bytes) { reserve(bytes); }
+  /// Of another memory than the host's.
+  explicit Workspace(const Memory& memory) : memory_(&memory) {}
   Workspace(Workspace&&) noexcept = default;
   Workspace& operator=(Workspace&&) noexcept = default;
 
@@ -40,7 +43,7 @@ class Workspace {
   /// Bytes held.
   std::size_t capacity() const {
     std::size_t total = 0;
-    for (const Block& block : blocks_) total += block.size;
+    for (const detail::MemoryBlock& block : blocks_) total += block.size();
     return total;
   }
 
@@ -86,46 +89,28 @@ class Workspace {
   }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
-  struct Block {
-    explicit Block(std::size_t bytes)
-        : data(::operator new(bytes, std::align_val_t{kAlignment})), size(bytes) {}
-    Block(Block&& other) noexcept
-        : data(std::exchange(other.data, nullptr)), size(std::exchange(other.size, 0)) {}
-    Block& operator=(Block&& other) noexcept {
-      std::swap(data, other.data);
-      std::swap(size, other.size);
-      return *this;
-    }
-    ~Block() {
-      if (data != nullptr) ::operator delete(data, std::align_val_t{kAlignment});
-    }
-    void* data;
-    std::size_t size;
-  };
-
   static std::size_t round_up(std::size_t bytes) {
-    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    return (bytes + detail::kAlignment - 1) / detail::kAlignment * detail::kAlignment;
   }
 
   void add_block(std::size_t bytes) {
-    blocks_.emplace_back((std::max)(round_up(bytes), kAlignment));
+    blocks_.emplace_back((std::max)(round_up(bytes), detail::kAlignment), *memory_);
   }
 
   void* take(std::size_t bytes) {
     bytes = round_up(bytes);
-    while (current_ < blocks_.size() && blocks_[current_].size - used_ < bytes) {
+    while (current_ < blocks_.size() && blocks_[current_].size() - used_ < bytes) {
       ++current_;
       used_ = 0;
     }
     if (current_ == blocks_.size()) add_block(bytes);
-    void* result = static_cast<std::byte*>(blocks_[current_].data) + used_;
+    void* result = blocks_[current_].data() + used_;
     used_ += bytes;
     return result;
   }
 
   void release() noexcept {
-    std::vector<Block>().swap(blocks_);
+    std::vector<detail::MemoryBlock>().swap(blocks_);
     current_ = 0;
     used_ = 0;
   }
@@ -142,7 +127,8 @@ class Workspace {
     detail::attempt([&] { add_block(total); }, [](const char*) {});
   }
 
-  std::vector<Block> blocks_;
+  std::vector<detail::MemoryBlock> blocks_;
+  const Memory* memory_ = &host_memory;
   std::size_t current_ = 0;
   std::size_t used_ = 0;
   int depth_ = 0;

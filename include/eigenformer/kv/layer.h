@@ -22,21 +22,23 @@ class KvLayer {
  public:
   static constexpr Index kPageSize = 64;
 
-  KvLayer(Index batch, Index kv_heads, Index head_dim)
-      : layout_(kv_page_layout<Storage>(kPageSize, kv_heads, head_dim, "update_kv_cache")),
+  KvLayer(Index batch, Index kv_heads, Index head_dim, const Memory& memory)
+      : memory_(&memory),
+        layout_(kv_page_layout<Storage>(kPageSize, kv_heads, head_dim, "update_kv_cache")),
         lengths_(checked_batch(batch), 0) {}
   KvLayer(KvLayer&&) noexcept = default;
   KvLayer& operator=(KvLayer&&) noexcept = default;
   KvLayer(const KvLayer& other)
-      : layout_(other.layout_),
+      : memory_(other.memory_),
+        layout_(other.layout_),
         length_(other.length_),
         closed_(other.closed_),
         lengths_(other.lengths_) {
-    commit(growth_to(other.groups_, AlignedBytes(slab_bytes(other.groups_))));
+    commit(growth_to(other.groups_, slab_for(other.groups_)));
     const std::size_t used =
         static_cast<std::size_t>(pages_for(length_, kPageSize)) * lengths_.size();
     for (std::size_t id = 0; id < used; ++id)
-      std::copy_n(other.pages_[id], layout_.bytes, pages_[id]);
+      memory_->copy(pages_[id], other.pages_[id], layout_.bytes);
   }
   KvLayer& operator=(const KvLayer& other) { return *this = KvLayer(other); }
   ~KvLayer() = default;
@@ -66,7 +68,7 @@ class KvLayer {
   /// New pages and the tables that name them, made before anything changes.
   struct Growth {
     Index groups = 0;  // 0: there is room already
-    AlignedBytes slab;
+    MemoryBlock slab;
     std::vector<std::byte*> pages;
     std::vector<std::int32_t> entries;
     std::vector<const std::int32_t*> tables;
@@ -75,7 +77,7 @@ class KvLayer {
   /// What it takes to have room for exactly `length` positions. Changes nothing that can be seen.
   Growth growth_for(Index length) {
     const Index groups = checked_groups(length);
-    return groups <= groups_ ? Growth{} : growth_to(groups, AlignedBytes(slab_bytes(groups)));
+    return groups <= groups_ ? Growth{} : growth_to(groups, slab_for(groups));
   }
   void commit(Growth&& growth) noexcept {
     if (growth.groups <= groups_) return;
@@ -95,7 +97,7 @@ class KvLayer {
     const Index groups = checked_groups(length);
     if (groups <= groups_) return;
     const Index wanted = (std::max)(groups, (std::min)(groups_ + groups_ / 2, most_groups()));
-    commit(growth_to(wanted, AlignedBytes(slab_bytes(wanted))));
+    commit(growth_to(wanted, slab_for(wanted)));
   }
 
   KvSource<Storage> source() const {
@@ -122,12 +124,13 @@ class KvLayer {
                      " that a page table counts to");
     return groups;
   }
-  std::size_t slab_bytes(Index groups) const {
-    return static_cast<std::size_t>(checked_product(
-        (groups - groups_) * batch(), static_cast<Index>(layout_.bytes), kName, "a slab of pages"));
+  MemoryBlock slab_for(Index groups) const {
+    const Index bytes = checked_product(
+        (groups - groups_) * batch(), static_cast<Index>(layout_.bytes), kName, "a slab of pages");
+    return MemoryBlock(static_cast<std::size_t>(bytes), *memory_);
   }
 
-  Growth growth_to(Index groups, AlignedBytes slab) {
+  Growth growth_to(Index groups, MemoryBlock slab) {
     const Index count = groups * batch(), added = count - static_cast<Index>(pages_.size());
     Growth growth{groups, std::move(slab), pages_, {}, {}};
     growth.pages.reserve(static_cast<std::size_t>(count));
@@ -144,11 +147,12 @@ class KvLayer {
     return growth;
   }
 
+  const Memory* memory_;  // of the slabs
   KvPageLayout layout_;
   Index length_ = 0, groups_ = 0;
   bool closed_ = false;
   std::vector<Index> lengths_;  // (batch), all equal: what KvSource points to
-  std::vector<AlignedBytes> slabs_;
+  std::vector<MemoryBlock> slabs_;
   std::vector<std::byte*> pages_;            // [page id]
   std::vector<std::int32_t> entries_;        // (batch, groups) page ids
   std::vector<const std::int32_t*> tables_;  // [sequence] -> its row of entries_

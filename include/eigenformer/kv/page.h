@@ -11,11 +11,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <memory>
-#include <new>
 #include <string_view>
 
 #include "../core/check.h"
+#include "../core/memory.h"
 #include "../problem/kv_source.h"
 
 namespace eigenformer {
@@ -29,27 +28,6 @@ concept KvStorage =
                           (FloatingScalar<Storage> && sizeof(Storage) < sizeof(T)));
 
 namespace detail {
-
-/// Uninitialised memory aligned to 64 bytes. Throws std::bad_alloc.
-class AlignedBytes {
- public:
-  AlignedBytes() = default;
-  explicit AlignedBytes(std::size_t bytes)
-      : data_(bytes == 0 ? nullptr : allocate(bytes)), size_(bytes) {}
-  std::byte* data() const { return data_.get(); }
-  std::size_t size() const { return size_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  static std::byte* allocate(std::size_t bytes) {
-    return static_cast<std::byte*>(::operator new(bytes, kAlignment));
-  }
-  struct Delete {
-    void operator()(std::byte* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<std::byte, Delete> data_;
-  std::size_t size_ = 0;
-};
 
 /// Pages of `page_size` positions that hold `length` positions.
 inline Index pages_for(Index length, Index page_size) {

@@ -18,20 +18,22 @@ namespace detail {
 class PagePool {
  public:
   PagePool() noexcept = default;  // no pages
-  PagePool(Index count, std::size_t page_bytes, std::string_view operation)
-      : memory_(static_cast<std::size_t>(
-            checked_product(count, static_cast<Index>(page_bytes), operation, "the pool"))),
+  PagePool(Index count, std::size_t page_bytes, const Memory& memory, std::string_view operation)
+      : block_(static_cast<std::size_t>(
+                   checked_product(count, static_cast<Index>(page_bytes), operation, "the pool")),
+               memory),
         page_bytes_(page_bytes),
         pages_(static_cast<std::size_t>(count)),
         holders_(pages_.size(), 0),
         marks_(pages_.size(), 0),
         free_(pages_.size()) {
     for (std::size_t i = 0; i < pages_.size(); ++i) {
-      pages_[i] = memory_.data() + i * page_bytes;
+      pages_[i] = block_.data() + i * page_bytes;
       free_[i] = static_cast<std::int32_t>(pages_.size() - 1 - i);  // page 0 is taken first
     }
   }
 
+  const Memory& memory() const { return block_.memory(); }
   Index free_count() const { return static_cast<Index>(free_.size()); }
   Index peak() const { return peak_; }
   std::int64_t copies() const { return copies_; }
@@ -78,7 +80,7 @@ class PagePool {
   void make_own(std::int32_t& id) {
     if (holders(id) == 1) return;
     const std::int32_t copy = take();
-    std::copy_n(page(id), page_bytes_, page(copy));
+    block_.memory().copy(page(copy), page(id), page_bytes_);
     release(id);
     id = copy;
     ++copies_;
@@ -87,7 +89,7 @@ class PagePool {
  private:
   std::byte* page(std::int32_t id) { return pages_[static_cast<std::size_t>(id)]; }
 
-  AlignedBytes memory_;
+  MemoryBlock block_;
   std::size_t page_bytes_ = 0;
   std::vector<std::byte*> pages_;      // [page id]
   std::vector<std::int32_t> holders_;  // [page id]

@@ -13,7 +13,7 @@
 ///
 /// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row
 /// (or group) of zeros. A packed weight carries the layout of the ISA it was packed for, and a
-/// product refuses another. Packing the rows [a, b) gives the bits of the same rows of the whole
+/// product refuses another; where a GPU packs, the weight lies in the GPU's memory. Packing the rows [a, b) gives the bits of the same rows of the whole
 /// weight. Cost: one read and one write of the weights (int8: one more read, for the scales), on
 /// the device's threads.
 ///
@@ -110,7 +110,7 @@ void require_packing(std::string_view name, Index columns, const Int8Packing& op
 template <typename D, typename T, typename Pack>
 int pack_panels(const D& device, PackedWeight<T>& packed, const problem::PanelsOf<T>& shape,
                 Pack&& pack) {
-  Packing<T> packing(packed, shape, run(device, shape));
+  Packing<T> packing(packed, shape, run(device, shape), memory_of(device));
   const int bad = pack(packing.panels());
   if (bad < 0) packing.finish();
   return bad;

@@ -6,6 +6,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../core/check.h"
+#include "../core/memory.h"
 #include "../core/packed_array.h"
 #include "../problem/packed_weight.h"
 
@@ -22,7 +24,8 @@ struct PairAccess;
 }  // namespace detail
 
 /// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
-/// or int8 with a scale for each row or for each group of inputs.
+/// or int8 with a scale for each row or for each group of inputs. It lies in the memory of the
+/// backend that packed it, which layout() names, and so do its copies.
 template <typename T>
 class PackedWeight {
  public:
@@ -99,20 +102,24 @@ class PackedGatedWeight {
 namespace detail {
 
 /// A weight while it is packed: panels in memory of its own, or in that of `packed` where it
-/// suffices. `packed` has them from finish() on. Throws std::bad_alloc, and `packed` is then what
-/// it was.
+/// suffices and is of the backend's. `packed` has them from finish() on. Throws std::bad_alloc, and
+/// `packed` is then what it was; std::invalid_argument for panels of one backend in the memory of
+/// another.
 template <typename T>
 class Packing {
  public:
   Packing(PackedWeight<T>& packed, const problem::PanelsOf<T>& shape,
-          const problem::PanelSizes& sizes)
+          const problem::PanelSizes& sizes, const Memory& memory)
       : packed_(packed),
+        memory_(memory),
         sizes_(sizes),
-        reuses_(sizes.elements <= packed.data_.capacity() &&
-                sizes.scales <= packed.scales_.capacity()) {
+        reuses_(packed.data_.has_room(sizes.elements, memory) &&
+                packed.scales_.has_room(sizes.scales, memory)) {
+    require_that(sizes.layout.backend == memory.backend, "pack_weight", "panels for ",
+                 sizes.layout.backend, " were to lie in memory of ", memory.backend);
     if (!reuses_) resize(fresh_);
-    PackedWeight<T>& memory = reuses_ ? packed_ : fresh_;
-    panels_ = {memory.data_.data(), memory.scales_.data(), shape.rows * shape.matrices,
+    PackedWeight<T>& weight = reuses_ ? packed_ : fresh_;
+    panels_ = {weight.data_.data(), weight.scales_.data(), shape.rows * shape.matrices,
                shape.columns,       shape.group,           sizes.layout};
   }
   Packing(const Packing&) = delete;
@@ -133,11 +140,12 @@ class Packing {
 
  private:
   void resize(PackedWeight<T>& weight) {
-    weight.data_.resize(sizes_.elements);
-    weight.scales_.resize(sizes_.scales);
+    weight.data_.resize(sizes_.elements, memory_);
+    weight.scales_.resize(sizes_.scales, memory_);
   }
 
   PackedWeight<T>& packed_;
+  const Memory& memory_;
   PackedWeight<T> fresh_;
   problem::PackedPanels<T> panels_{};
   problem::PanelSizes sizes_;

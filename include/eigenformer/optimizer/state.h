@@ -120,7 +120,7 @@ class OptimizerState {
  public:
   using Options = typename Rule::Options;
 
-  explicit OptimizerState(std::vector<ParameterGroup<Options>> groups) {
+  OptimizerState(std::vector<ParameterGroup<Options>> groups, const Memory& memory) {
     if (groups.empty()) groups.emplace_back();
     for (const ParameterGroup<Options>& group : groups) {
       Rule::check_options(static_cast<Index>(groups_.size()), group.options);
@@ -129,7 +129,7 @@ class OptimizerState {
     }
     check_parameters(Rule::name, parameters_);
     check_distinct(Rule::name, parameters_);
-    lay_out(groups);
+    lay_out(groups, memory);
   }
   OptimizerState(OptimizerState&&) noexcept = default;
   OptimizerState(const OptimizerState&) = delete;  // two optimizers would step the same weights
@@ -137,7 +137,7 @@ class OptimizerState {
 
   const std::vector<Parameter>& parameters() const { return parameters_; }
   std::span<const float> memory() const {
-    return {memory_.data(), static_cast<std::size_t>(memory_.size())};
+    return {moments(), static_cast<std::size_t>(Rule::kMoments * elements_)};
   }
   Index steps = 0;
 
@@ -163,6 +163,7 @@ class OptimizerState {
   /// The next step of every group, one pass over memory each.
   template <Device D>
   void step(const D& device) {
+    require_memory(Rule::name, "the state", block_.memory(), memory_of(device));
     ++steps;
     for (const Group& group : groups_) {
       const auto factors = Rule::factors(group.options, steps);
@@ -182,16 +183,16 @@ class OptimizerState {
     const auto index = static_cast<std::size_t>(parameter);
     require_that(offsets_[index] >= 0, operation, "parameter ", parameter,
                  " is of a group without momentum");
-    return TensorView<const float, 1>(
-        memory_.data() + which * memory_.dimension(1) + offsets_[index],
-        parameters_[index].value.size());
+    return TensorView<const float, 1>(moments() + which * elements_ + offsets_[index],
+                                      parameters_[index].value.size());
   }
   void load(std::string_view operation, std::span<const float> state, Index step_count) {
     require_that(state.size() == memory().size(), operation, "state has ", state.size(),
                  " elements, expected ", memory().size());
     require_that(step_count >= 0 && step_count < (std::numeric_limits<Index>::max)(), operation,
                  "step_count is ", step_count, ", expected 0 or more");
-    if (state.data() != memory_.data()) std::copy(state.begin(), state.end(), memory_.data());
+    if (state.data() != moments() && !state.empty())
+      block_.memory().copy_in(moments(), state.data(), state.size_bytes());
     steps = step_count;
   }
 
@@ -207,8 +208,10 @@ class OptimizerState {
     return static_cast<std::size_t>(group);
   }
 
+  float* moments() const { return reinterpret_cast<float*>(block_.data()); }
+
   // Moment after moment, in each parameter after parameter, those of groups that keep state.
-  void lay_out(const std::vector<ParameterGroup<Options>>& groups) {
+  void lay_out(const std::vector<ParameterGroup<Options>>& groups, const Memory& memory) {
     Index elements = 0, pieces = 0;
     for (std::size_t g = 0; g < groups.size(); ++g) {
       groups_[g].first_piece = pieces;
@@ -222,13 +225,16 @@ class OptimizerState {
         elements += parameter.value.size();
       }
     }
-    checked_product(elements, Rule::kMoments, Rule::name, "state");
-    memory_ = Tensor<float, 2>(Rule::kMoments, elements);
-    memory_.setZero();
+    elements_ = elements;
+    const Index all = checked_product(elements, Rule::kMoments, Rule::name, "state");
+    block_ = MemoryBlock(
+        static_cast<std::size_t>(checked_product(all, Index{sizeof(float)}, Rule::name, "state")),
+        memory);
+    if (all > 0) memory.clear(moments(), block_.size());
     pieces_.resize(static_cast<std::size_t>(pieces));
     problem::ParameterPiece* piece = pieces_.data();
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      float* const first = offsets_[i] < 0 ? nullptr : memory_.data() + offsets_[i];
+      float* const first = offsets_[i] < 0 ? nullptr : offset_by(moments(), offsets_[i]);
       float* const second = Rule::kMoments > 1 && first != nullptr ? first + elements : nullptr;
       piece = cut_into_pieces(parameters_[i], first, second, piece);
     }
@@ -237,7 +243,8 @@ class OptimizerState {
   std::vector<Parameter> parameters_;  // of all groups, in their order
   std::vector<Group> groups_;
   std::vector<Index> offsets_;  // of each parameter in a moment, -1 where it has none
-  Tensor<float, 2> memory_;     // (moments, elements)
+  MemoryBlock block_;           // (moments, elements)
+  Index elements_ = 0;
   std::vector<problem::ParameterPiece> pieces_;
 };
 

@@ -15,12 +15,13 @@ namespace problem {
 
 /// What a packed weight looks like in memory.
 struct PanelLayout {
-  std::string_view isa;  ///< of the kernels that read it; AMX reads that of avx512_bf16
-  int columns;           ///< rows of the weight in a panel
-  int step;              ///< consecutive k that lie together
+  std::string_view isa;      ///< of the kernels that read it; AMX reads that of avx512_bf16
+  int columns;               ///< rows of the weight in a panel
+  int step;                  ///< consecutive k that lie together
+  std::string_view backend;  ///< of these kernels, and of the memory that the panels lie in
 
   friend EIGENFORMER_INLINE bool operator==(const PanelLayout& a, const PanelLayout& b) {
-    return a.columns == b.columns && a.step == b.step && a.isa == b.isa;
+    return a.columns == b.columns && a.step == b.step && a.isa == b.isa && a.backend == b.backend;
   }
 };
 

@@ -111,23 +111,27 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
   const auto all = std::span(frame.take<problem::VocabularyCandidate>(rows * all_kept),
                              static_cast<std::size_t>(rows * all_kept));
   {
-    Workspace::Frame logits_frame(workspace);
+    Workspace::Frame order_frame(workspace), logits_frame(tensor_workspace(device, workspace));
     T* logits = logits_frame.take<T>(rows * size);
-    auto* order = logits_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
+    auto* order = order_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
     shard_product(device, logits, x, weight, shape, communicator, workspace);
     detail::run(device,
                 problem::Vocabulary<T>{logits, own.data(), order, rows, own_kept, shape.columns});
   }
   communicator.all_gather(own, all, std::span<const Index>(counts));
   problem::VocabularyCandidate* merged = frame.take<problem::VocabularyCandidate>(all_kept);
+  auto* const tokens = frame.take<std::int32_t>(rows);
   for (Index row = 0; row < rows; ++row) {
     Index count = 0;
     const SampleStatus status = merge_candidates(all.data(), kept, rows, row, merged, count);
-    out(row) = -1;
+    tokens[row] = -1;
     if (status == SampleStatus::ok)
-      out(row) = static_cast<std::int32_t>(merged[choose(merged, (std::min)(count, k), row)].token);
+      tokens[row] =
+          static_cast<std::int32_t>(merged[choose(merged, (std::min)(count, k), row)].token);
     if (!statuses.empty()) statuses[static_cast<std::size_t>(row)] = status;
   }
+  if (rows > 0)
+    memory_of(device).copy_in(out.data(), tokens, static_cast<std::size_t>(rows) * sizeof(*tokens));
 }
 
 template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
@@ -205,8 +209,8 @@ Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const W
   return vocabulary_parallel_greedy(Eigen::DefaultDevice{}, hidden, weight, communicator);
 }
 
-/// Writes ids (tokens), -1 where a row is bad, and its status where `statuses`, (tokens), is given:
-/// the same on every rank, and the other rows are served. Allocates nothing after the first call at
+/// Writes ids (tokens), -1 where a row is bad, and its status where `statuses`, (tokens), is given
+/// (host memory, as this waits for the candidates of all ranks): the same on every rank, and the other rows are served. Allocates nothing after the first call at
 /// a size.
 template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C>
 void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& hidden,

@@ -49,10 +49,11 @@ template <typename D, typename Isa, typename Y, typename X, typename S, bool Gat
 void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
   const problem::PackedPanels<const S>& weight = p.weight;
   const problem::PanelLayout layout = panel_layout<S>(Isa{});
-  detail::require_that(
-      weight.rows == 0 || weight.layout == layout, Gated ? "gated_linear" : "linear",
-      "weight was packed for ", weight.layout.isa, " (panels of ", weight.layout.columns,
-      "), these kernels read ", layout.isa, " (panels of ", layout.columns, "): pack it again");
+  detail::require_that(weight.rows == 0 || weight.layout == layout,
+                       Gated ? "gated_linear" : "linear", "weight was packed for ",
+                       weight.layout.backend, " ", weight.layout.isa, " (panels of ",
+                       weight.layout.columns, "), these kernels read ", layout.backend, " ",
+                       layout.isa, " (panels of ", layout.columns, "): pack it again");
   using B = typename E::bias_scalar;
   const B* const bias = p.epilogue.bias;
   if constexpr (std::is_same_v<S, std::int8_t>) {

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../../core/check.h"
+#include "../../core/memory.h"
 #include "../../problem/linear.h"
 #include "../backend.h"
 #include "../tile/pack.h"
@@ -24,7 +25,7 @@ template <typename T, typename Isa>
 problem::PanelLayout panel_layout(Isa) {
   using Dot = tile::Dot<T, T, Isa>;
   return {std::is_base_of_v<isa::amx, Isa> ? isa::avx512_bf16::name : Isa::name, Dot::columns,
-          Dot::step};
+          Dot::step, host_memory.backend};
 }
 
 /// (rows, columns) matrices as the packing takes them.

@@ -1,0 +1,47 @@
+/// \file
+/// The memory of the current CUDA device.
+#pragma once
+
+#include "../core/memory.h"
+#include "launch.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// Aligned to 256 bytes, whatever is asked for. Throws DeviceError.
+inline void* allocate(std::size_t bytes, std::size_t) {
+  void* data = nullptr;
+  check_cuda(cudaMalloc(&data, bytes), "device memory");
+  return data;
+}
+/// Waits for the kernels that may still use it. An error here is one of theirs, or of a driver that
+/// has shut down already at the end of the program.
+inline void release(void* data, std::size_t, std::size_t) noexcept {
+  static_cast<void>(cudaFree(data));
+}
+
+/// Copies once all streams have done their work: one of them may be writing what is read here.
+template <cudaMemcpyKind Kind>
+void copy(void* to, const void* from, std::size_t bytes) {
+  check_cuda(cudaDeviceSynchronize(), "device memory");
+  check_cuda(cudaMemcpy(to, from, bytes, Kind), "device memory");
+  if constexpr (Kind == cudaMemcpyDeviceToDevice)  // the one kind that returns before it is done
+    check_cuda(cudaDeviceSynchronize(), "device memory");
+}
+inline void clear(void* data, std::size_t bytes) {
+  check_cuda(cudaMemset(data, 0, bytes), "device memory");
+  check_cuda(cudaDeviceSynchronize(), "device memory");
+}
+
+inline constexpr Memory memory{"cuda",
+                               allocate,
+                               release,
+                               copy<cudaMemcpyDeviceToDevice>,
+                               copy<cudaMemcpyHostToDevice>,
+                               copy<cudaMemcpyDeviceToHost>,
+                               clear};
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
