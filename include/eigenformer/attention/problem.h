@@ -144,17 +144,17 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
     sequences[b] = aligned_sequence(b, rows, heads, queries, lengths[b]);
   }
   p.sequences = sequences;
-  p.source = {.batch = batch,
-              .kv_heads = kv_heads,
-              .head_dim = head_dim,
-              .keys = k.data(),
-              .values = v.data(),
-              .sequence_stride = keys * kv_heads * head_dim,
-              .row_stride = kv_heads * head_dim,
-              .head_stride = head_dim,
-              .value_sequence_stride = keys * kv_heads * value_dim,
-              .value_row_stride = kv_heads * value_dim,
-              .value_head_stride = value_dim};
+  p.source = KvSource<T>{.batch = batch,
+                         .kv_heads = kv_heads,
+                         .head_dim = head_dim,
+                         .keys = k.data(),
+                         .values = v.data(),
+                         .sequence_stride = keys * kv_heads * head_dim,
+                         .row_stride = kv_heads * head_dim,
+                         .head_stride = head_dim,
+                         .value_sequence_stride = keys * kv_heads * value_dim,
+                         .value_row_stride = kv_heads * value_dim,
+                         .value_head_stride = value_dim};
   return p;
 }
 
@@ -204,15 +204,15 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
                     kv_offsets[b], keys,    keys - queries, q_offsets[b]};
   }
   p.sequences = sequences;
-  p.source = {.batch = 1,
-              .kv_heads = kv_heads,
-              .head_dim = head_dim,
-              .keys = k.data(),
-              .values = v.data(),
-              .row_stride = kv_heads * head_dim,
-              .head_stride = head_dim,
-              .value_row_stride = kv_heads * value_dim,
-              .value_head_stride = value_dim};
+  p.source = KvSource<T>{.batch = 1,
+                         .kv_heads = kv_heads,
+                         .head_dim = head_dim,
+                         .keys = k.data(),
+                         .values = v.data(),
+                         .row_stride = kv_heads * head_dim,
+                         .head_stride = head_dim,
+                         .value_row_stride = kv_heads * value_dim,
+                         .value_head_stride = value_dim};
   return p;
 }
 

@@ -30,7 +30,7 @@ struct Memory {
   /// With the bytes and the alignment that it was allocated with.
   void (*release)(void* data, std::size_t bytes, std::size_t alignment) noexcept;
   /// Within this memory, into it from the host's, and out of it into the host's. Whoever calls may
-  /// use either side as soon as they return.
+  /// use either side as soon as they return. 0 bytes are nothing, wherever they lie.
   void (*copy)(void* to, const void* from, std::size_t bytes);
   void (*copy_in)(void* to, const void* from, std::size_t bytes);
   void (*copy_out)(void* to, const void* from, std::size_t bytes);
@@ -54,9 +54,11 @@ inline void release_on_host(void* data, std::size_t, std::size_t alignment) noex
   ::operator delete(data, std::align_val_t{alignment});
 }
 inline void copy_on_host(void* to, const void* from, std::size_t bytes) {
-  std::memcpy(to, from, bytes);
+  if (bytes > 0) std::memcpy(to, from, bytes);
 }
-inline void clear_on_host(void* data, std::size_t bytes) { std::memset(data, 0, bytes); }
+inline void clear_on_host(void* data, std::size_t bytes) {
+  if (bytes > 0) std::memset(data, 0, bytes);
+}
 
 }  // namespace detail
 

@@ -21,7 +21,7 @@ class PackedArray {
   PackedArray& operator=(const PackedArray& other) {
     if (this == &other) return *this;
     resize(other.size_, other.memory());
-    if (size_ > 0) memory().copy(data(), other.data(), static_cast<std::size_t>(size_) * sizeof(T));
+    memory().copy(data(), other.data(), static_cast<std::size_t>(size_) * sizeof(T));
     return *this;
   }
   PackedArray& operator=(PackedArray&& other) noexcept {

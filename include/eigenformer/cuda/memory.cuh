@@ -24,12 +24,14 @@ inline void release(void* data, std::size_t, std::size_t) noexcept {
 /// Copies once all streams have done their work: one of them may be writing what is read here.
 template <cudaMemcpyKind Kind>
 void copy(void* to, const void* from, std::size_t bytes) {
+  if (bytes == 0) return;
   check_cuda(cudaDeviceSynchronize(), "device memory");
   check_cuda(cudaMemcpy(to, from, bytes, Kind), "device memory");
   if constexpr (Kind == cudaMemcpyDeviceToDevice)  // the one kind that returns before it is done
     check_cuda(cudaDeviceSynchronize(), "device memory");
 }
 inline void clear(void* data, std::size_t bytes) {
+  if (bytes == 0) return;
   check_cuda(cudaMemset(data, 0, bytes), "device memory");
   check_cuda(cudaDeviceSynchronize(), "device memory");
 }

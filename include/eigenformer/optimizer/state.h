@@ -191,7 +191,7 @@ class OptimizerState {
                  " elements, expected ", memory().size());
     require_that(step_count >= 0 && step_count < (std::numeric_limits<Index>::max)(), operation,
                  "step_count is ", step_count, ", expected 0 or more");
-    if (state.data() != moments() && !state.empty())
+    if (state.data() != moments())
       block_.memory().copy_in(moments(), state.data(), state.size_bytes());
     steps = step_count;
   }
@@ -230,7 +230,7 @@ class OptimizerState {
     block_ = MemoryBlock(
         static_cast<std::size_t>(checked_product(all, Index{sizeof(float)}, Rule::name, "state")),
         memory);
-    if (all > 0) memory.clear(moments(), block_.size());
+    memory.clear(moments(), block_.size());
     pieces_.resize(static_cast<std::size_t>(pieces));
     problem::ParameterPiece* piece = pieces_.data();
     for (std::size_t i = 0; i < parameters_.size(); ++i) {

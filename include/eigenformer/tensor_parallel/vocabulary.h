@@ -130,8 +130,7 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
           static_cast<std::int32_t>(merged[choose(merged, (std::min)(count, k), row)].token);
     if (!statuses.empty()) statuses[static_cast<std::size_t>(row)] = status;
   }
-  if (rows > 0)
-    memory_of(device).copy_in(out.data(), tokens, static_cast<std::size_t>(rows) * sizeof(*tokens));
+  memory_of(device).copy_in(out.data(), tokens, static_cast<std::size_t>(rows) * sizeof(*tokens));
 }
 
 template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
