@@ -246,28 +246,37 @@ concept KvCacheLike = requires(const Cache& cache, Index layer_idx) {
   cache.source(layer_idx).key_row(Index{}, Index{}, Index{});
 };
 
+template <Device D, KvCacheLike Cache>
+auto source_for(const D& device, const Cache& cache, Index layer_idx) {
+  if constexpr (requires { cache.memory(); })
+    require_memory("attention_with_kv_cache", "the cache", cache.memory(), memory_of(device));
+  return cache.source(layer_idx);
+}
+
 }  // namespace detail
 
 /// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an
-/// unknown layer.
+/// unknown layer, and std::invalid_argument where its pages lie in memory of another backend.
 template <Device D, typename Output, typename Q, detail::KvCacheLike Cache>
 void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query,
                                   const Cache& cache, Index layer_idx,
                                   const AttentionOptions& options = {},
                                   Workspace& workspace = thread_workspace()) {
-  attention_with_kv_source_into(device, output, query, cache.source(layer_idx), options, workspace);
+  attention_with_kv_source_into(device, output, query, detail::source_for(device, cache, layer_idx),
+                                options, workspace);
 }
 template <CpuDevice D, typename Q, detail::KvCacheLike Cache>
 auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache, Index layer_idx,
                              const AttentionOptions& options = {}) {
-  return attention_with_kv_source(device, query, cache.source(layer_idx), options);
+  return attention_with_kv_source(device, query, detail::source_for(device, cache, layer_idx),
+                                  options);
 }
 ///   ef::Tensor<float, 4> dec = ef::attention_with_kv_cache(q4, cache, layer_idx, {.causal = true});
 template <typename Q, detail::KvCacheLike Cache>
   requires(!Device<Q>)
 auto attention_with_kv_cache(const Q& query, const Cache& cache, Index layer_idx,
                              const AttentionOptions& options = {}) {
-  return attention_with_kv_source(Eigen::DefaultDevice{}, query, cache.source(layer_idx), options);
+  return attention_with_kv_cache(Eigen::DefaultDevice{}, query, cache, layer_idx, options);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -10,8 +10,9 @@
 ///
 /// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming
 /// the position, the id and vocab, before anything is written: one O(tokens) pass over the ids. y
-/// must not overlap the table. Cost: one read of the rows, one write of y. The forms with a
-/// destination allocate nothing.
+/// must not overlap the table. On a GPU ids are device memory, which the host does not check: an id
+/// outside [0, vocab) gives a row of NaN and no gradient. Cost: one read of the
+/// rows, one write of y. The forms with a destination allocate nothing.
 #pragma once
 
 #include "core/check.h"
@@ -44,8 +45,7 @@ auto ids_input(const Ids& ids) {
   return input_view<rank_of<Ids>>(ids);
 }
 
-/// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`. A GPU's ids are
-/// memory of the GPU: its kernel checks them.
+/// `rows` (ids..., features) belongs to `ids`, and every id is a row of `table`.
 template <Device D, typename Ids, typename Rows, typename Table>
 void require_embedding(std::string_view name, const Ids& ids, std::string_view rows_name,
                        const Rows& rows, std::string_view table_name, const Table& table) {

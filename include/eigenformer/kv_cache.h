@@ -77,8 +77,10 @@ class KvCache {
   using storage = Storage;
 
   KvCache() = default;
-  /// Its pages lie in a memory, such as ef::memory_of(device), and not in the host's.
+  /// Its pages lie in a memory, such as ef::memory_of(device), instead of the host's. Whoever
+  /// appends or reads on a device that does not work on it gets std::invalid_argument.
   explicit KvCache(const Memory& memory) : memory_(&memory) {}
+  const Memory& memory() const { return *memory_; }
 
   /// Positions held by a layer; 0 for one that was never written. Throws std::invalid_argument for
   /// a negative layer.

@@ -51,7 +51,8 @@ class PagedKvCache {
   using scalar = T;
   using storage = Storage;
 
-  /// Throws std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows,
+  /// The pool lies in `memory`, such as ef::memory_of(device), as KvCache's pages may. Throws
+  /// std::invalid_argument for sizes below 1 (page_count: below 0) or a pool that overflows,
   /// std::bad_alloc.
   explicit PagedKvCache(const PagedKvConfig& config, const Memory& memory = host_memory)
       : config_(detail::checked_config(config, kName)),
@@ -71,6 +72,7 @@ class PagedKvCache {
   }
 
   const PagedKvConfig& config() const { return config_; }
+  const Memory& memory() const { return pool_.memory(); }
 
   // ---- sequences --------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
-// Which operators have CUDA kernels, asked of the compiler. `runs_on causal_mask=yes kv_cache= ...` takes what
-// cmake/operators.cmake declares and fails where the compiler knows otherwise: CMake calls it as soon as it is built. No GPU is
-// needed. Every problem that has a CPU kernel stands here (tests/compile/runs_on.sh looks), with the word that
-// cmake/operators.cmake and the README have for it. An operator all of whose problems run is "yes".
+// Which operators have CUDA kernels, asked of the compiler. `runs_on causal_mask=yes kv_cache= ...`
+// takes what cmake/operators.cmake declares and fails where the compiler knows otherwise: CMake calls
+// it as soon as it is built. No GPU is needed. Every problem that has a CPU kernel stands here
+// (tests/compile/runs_on.sh looks), with the word that cmake/operators.cmake and the README have for
+// it. An operator all of whose problems run is "yes".
 #include <eigenformer/core/dispatch.h>
 #include <eigenformer/problem/activation.h>
 #include <eigenformer/problem/attention.h>
@@ -111,10 +112,12 @@ int main(int count, char** arguments) {
   for (int i = 1; i < count; ++i) {
     const std::string argument = arguments[i];
     const auto sign = argument.find('=');
-    const std::string name = argument.substr(0, sign), declared = argument.substr(sign + 1), found = kernels_of(name);
+    const std::string name = argument.substr(0, sign), declared = argument.substr(sign + 1);
+    const std::string found = kernels_of(name);
     std::printf("%-16s %s\n", name.c_str(), found.c_str());
     if (declared == found) continue;
-    std::printf("cmake/operators.cmake declares '%s' of %s, the compiler finds '%s'\n", declared.c_str(), name.c_str(), found.c_str());
+    std::printf("cmake/operators.cmake declares '%s' of %s, the compiler finds '%s'\n",
+                declared.c_str(), name.c_str(), found.c_str());
     ++wrong;
   }
   return wrong;

@@ -1,4 +1,5 @@
-// The memory of every device: bytes go in, across and out again, and what owns memory takes it from there.
+// The memory of every device: bytes go in, across and out again, and what owns memory takes it from
+// there.
 #include <eigenformer/kv_cache.h>
 
 #include "device.h"

@@ -1,5 +1,7 @@
-// The memory of backends: what lies where, who may work on it, and that all of it goes back. A table of the test's own counts
-// what is taken from it and puts a guard before each block; under the name of another backend it stands for a GPU's.
+// The memory of backends: what lies where, who may work on it, and that all of it goes back. A
+// table of the test's own counts what is taken from it and puts a guard before each block; under
+// the name of another backend it stands for a GPU's.
+#include <eigenformer/attention.h>
 #include <eigenformer/kv_cache.h>
 #include <eigenformer/linear.h>
 #include <eigenformer/optimizer.h>
@@ -181,6 +183,8 @@ TEST_F(MemoryTable, ACacheRefusesDevicesThatWorkElsewhere) {
   cache.reserve(1, 1, 64, 2, 4);
   EXPECT_EQ(counts.live, 1);
   expect_throws<std::invalid_argument>([&] { cache.keys(0); }, {"elsewhere", "cpu"});
+  expect_throws<std::invalid_argument>([&] { ef::attention_with_kv_cache(rows, cache, 0); },
+                                       {"attention_with_kv_cache", "elsewhere", "cpu"});
 
   ef::PagedKvCache<float> pages({.layers = 1, .kv_heads = 2, .head_dim = 4, .page_count = 2},
                                 elsewhere);

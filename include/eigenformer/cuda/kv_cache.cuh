@@ -1,6 +1,6 @@
 /// \file
-/// CUDA kernel of the append to dense buffers: one thread per element, one coalesced read and one write of
-/// every new key and value.
+/// CUDA kernel of the append to dense buffers: one thread per element, one coalesced read and one
+/// write of every new key and value.
 #pragma once
 
 #include "../problem/kv_cache.h"

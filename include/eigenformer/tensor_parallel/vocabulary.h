@@ -209,8 +209,8 @@ Tensor<std::int32_t, 1> vocabulary_parallel_greedy(const Hidden& hidden, const W
 }
 
 /// Writes ids (tokens), -1 where a row is bad, and its status where `statuses`, (tokens), is given
-/// (host memory, as this waits for the candidates of all ranks): the same on every rank, and the other rows are served. Allocates nothing after the first call at
-/// a size.
+/// (host memory on every device: this waits for the candidates of all ranks). They are the same on
+/// every rank, and the other rows are served. Allocates nothing after the first call at a size.
 template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C>
 void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& hidden,
                                      const Weight& weight, C& communicator,
