@@ -35,8 +35,8 @@ void release(void* data, std::size_t bytes, std::size_t alignment) noexcept {
   ef::host_memory.release(guard, alignment + bytes, alignment);
 }
 void copy(void* to, const void* from, std::size_t bytes) {
-  ++counts.copies;
-  std::memcpy(to, from, bytes);
+  counts.copies += bytes > 0 ? 1 : 0;
+  ef::host_memory.copy(to, from, bytes);
 }
 void copy_in(void* to, const void* from, std::size_t bytes) {
   ++counts.copies_in;
