@@ -1,8 +1,8 @@
 /// \file
 /// Tests that run on every device from one source: a file named X_device_test.cpp is built as C++
-/// (DefaultDevice, ThreadPoolDevice) and, where CUDA is on, as CUDA (GpuDevice). It moves data
-/// through a `Bench` and compares with the reference on the host. Without a GPU the CUDA build
-/// skips aloud.
+/// (DefaultDevice, ThreadPoolDevice, and the CUDA kernels on emulated blocks) and, where CUDA is
+/// on, as CUDA (GpuDevice). It moves data through a `Bench` and compares with the reference on the
+/// host. Without a GPU the CUDA build skips aloud.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -12,15 +12,17 @@
 #include <vector>
 
 #include "compare.h"
+#if !defined(__CUDACC__)
+#include "../emulators/block/device.h"
+#endif
 
 namespace eigenformer_test {
 
-#if defined(__CUDACC__)
-
-/// The GPU and its stream.
+/// A GPU, emulated or not, and its stream.
+template <typename S, typename D>
 struct GpuBench {
-  Eigen::GpuStreamDevice stream;
-  Eigen::GpuDevice device{&stream};
+  S stream;
+  D device{&stream};
 
   template <typename T>
   T* allocate(Index count) const {
@@ -39,6 +41,8 @@ struct GpuBench {
   }
 };
 
+#if defined(__CUDACC__)
+
 /// Calls f(bench) on the GPU; skips aloud where there is none.
 template <typename F>
 void for_each_device(F&& f) {
@@ -47,7 +51,7 @@ void for_each_device(F&& f) {
     std::printf("[ SKIPPED  ] no CUDA device on this machine\n");
     GTEST_SKIP() << "no CUDA device on this machine";
   }
-  const GpuBench bench;
+  const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{};
   f(bench);
 }
 
@@ -72,13 +76,17 @@ struct HostBench {
   }
 };
 
-/// Calls f(bench) on the calling thread and on a pool.
+/// Calls f(bench) on the calling thread, on a pool, and on emulated blocks: in order at once, and
+/// shuffled when the host waits.
 template <typename F>
 void for_each_device(F&& f) {
   const Eigen::DefaultDevice one;
   f(HostBench<Eigen::DefaultDevice>{one});
   Threads threads(2);
   f(HostBench<Eigen::ThreadPoolDevice>{threads.device});
+  for (const emulated::StreamOptions options :
+       {emulated::StreamOptions{}, emulated::StreamOptions{.seed = 7, .deferred = true}})
+    f(GpuBench<emulated::Stream, emulated::Device>{emulated::Stream(options)});
 }
 
 #endif

@@ -4,39 +4,47 @@
 /// second read out of L2 for rows that fit. The numbers are those of the CPU kernel, bit for bit.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
 #include "../problem/quantization.h"
-#include "block.cuh"
+#include "collectives.cuh"
+#include "launch.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// The larger one; NaN where one is NaN, so that a row with a bad weight is seen.
-struct LargestOrNan {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a != a || b != b ? a + b : (a > b ? a : b);
-  }
-};
-
 template <typename T>
-struct QuantizeBody {
+struct QuantizeKernel {
+  using C = compute_type<T>;
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
   problem::Quantize<T> p;
 
-  __device__ void operator()(Index row) const {
-    using C = compute_type<T>;
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto scratch = block.template shared<C>(kWarps);
+    for (Index row = block.index(); row < p.rows; row += block.count())
+      quantize(block, scratch, row);
+  }
+
+ private:
+  template <typename Block, typename Scratch>
+  EIGENFORMER_DEVICE void quantize(Block& block, const Scratch& scratch, Index row) const {
     const T* weights = p.weights + row * p.columns;
     C largest = 0;
-    for (Index j = threadIdx.x; j < p.columns; j += kRowThreads)
-      largest = LargestOrNan{}(largest, static_cast<C>(fabs(static_cast<C>(weights[j]))));
-    largest = reduce_block(largest, LargestOrNan{});
+    for (Index j = block.thread(); j < p.columns; j += block.size())
+      largest = LargerOrNan{}(largest, std::fabs(static_cast<C>(weights[j])));
+    largest = reduce_block(block, scratch, largest, LargerOrNan{});
+    using Limits = std::numeric_limits<float>;
     float scale = largest == C(0) ? 1.0f : static_cast<float>(largest / C(127));
-    if (scale == 0.0f) scale = 1.40129846e-45f;  // the smallest float, as on the CPU
+    if (scale == 0.0f) scale = Limits::denorm_min();  // as on the CPU
     // infinite or NaN: the host could not throw in time, so the scale says it
-    const bool bad = !(scale < 3.402823466e+38f);
-    if (threadIdx.x == 0) p.scales[row] = bad ? __int_as_float(0x7fc00000) : scale;
-    for (Index j = threadIdx.x; j < p.columns; j += kRowThreads) {
-      const C quotient = rint(static_cast<C>(weights[j]) / static_cast<C>(scale));
+    const bool bad = !(scale <= (Limits::max)());
+    if (block.thread() == 0) p.scales[row] = bad ? Limits::quiet_NaN() : scale;
+    for (Index j = block.thread(); j < p.columns; j += block.size()) {
+      const C quotient = std::rint(static_cast<C>(weights[j]) / static_cast<C>(scale));
       p.values[row * p.columns + j] =
           bad ? std::int8_t{0}
               : static_cast<std::int8_t>(
@@ -46,9 +54,11 @@ struct QuantizeBody {
 };
 
 /// Rows with NaN or infinity get the scale NaN and zeros. Group must be the row.
-template <typename T>
-bool execute(const Backend& on, const problem::Quantize<T>& p) {
-  launch_rows(on.device, "quantize_weights_int8_per_channel", p.rows, QuantizeBody<T>{p});
+template <typename D, typename T>
+bool execute(const Backend<D>& on, const problem::Quantize<T>& p) {
+  using Kernel = QuantizeKernel<T>;
+  launch_rows(on, "quantize_weights_int8_per_channel", p.rows,
+              shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
   return true;
 }
 
