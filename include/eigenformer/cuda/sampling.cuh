@@ -15,6 +15,7 @@
 #include "../problem/sampling.h"
 #include "collectives.cuh"
 #include "launch.cuh"
+#include "stage.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -79,6 +80,7 @@ struct SampleKernel {
   double temperature;
   bool greedy, keep_ties;
   Philox random;
+  const Philox* row_random;  // one per row, drawing at row 0; nullptr: `random`, at its row
   std::int32_t* ids;
   SampleStatus* statuses;
 
@@ -205,7 +207,10 @@ struct SampleKernel {
     block.barrier();
     const double total = arrays.sums.load(kThreads), before = arrays.sums.load(block.thread()),
                  after = arrays.sums.load(block.thread() + 1);
-    const double target = random.uniform(static_cast<std::uint32_t>(row)) * total;
+    const double target =
+        (row_random != nullptr ? row_random[row].uniform(0)
+                               : random.uniform(static_cast<std::uint32_t>(row))) *
+        total;
     // Exactly one run holds the target: the last one that has weight takes what rounding leaves
     // over.
     if (sum > 0 && target >= before && (target < after || after == total)) {
@@ -227,22 +232,22 @@ struct SampleKernel {
   }
 };
 
-/// Greedy and top-k. Throws std::invalid_argument for what only CPU devices do: one generator per
-/// row, parameters by row.
+/// Greedy and top-k. Throws std::invalid_argument for parameters by row, which only CPU devices do.
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::Sampling<T>& p) {
-  constexpr auto name = "sample on a GPU";
-  detail::require_that(p.params_stride == 0, name,
+  detail::require_that(p.params_stride == 0, "sample on a GPU",
                        "parameters come one per row, expected one set for the batch");
   const problem::RowParams& params = p.params[0];
   const bool greedy = params.temperature == 0;
-  detail::require_that(greedy || p.generators_stride == 0, name,
-                       "generators come one per row, expected one for the batch");
+  const bool by_row = !greedy && p.generators_stride != 0;
+  const auto [row_random] =
+      stage(on, "sample",
+            std::span(p.generators, by_row ? static_cast<std::size_t>(p.batch) : std::size_t{0}));
   using Kernel = SampleKernel<T>;
   launch_rows(on, "sample", p.batch, Kernel::shared(),
               Kernel{p.logits, p.batch, p.vocab, params.top_k, params.temperature, greedy,
-                     params.top_k_ties == TopKTies::keep_all, greedy ? Philox() : p.generators[0],
-                     p.ids, p.statuses});
+                     params.top_k_ties == TopKTies::keep_all,
+                     greedy || by_row ? Philox() : p.generators[0], row_random, p.ids, p.statuses});
 }
 
 }  // namespace cuda

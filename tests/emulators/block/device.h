@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <numeric>
@@ -26,6 +27,7 @@
 #include <vector>
 
 #include <eigenformer/cuda/kernels.cuh>
+#include <eigenformer/cuda/stage.cuh>
 
 #include "device_memory.h"
 #include "emulated_block.h"
@@ -39,6 +41,31 @@ struct StreamOptions {
   std::size_t most_shared_bytes = 227 * 1024;  ///< of a block; H100: 227 KiB
 };
 
+class Stream;
+
+/// What a staging ring needs of a device.
+class Staging {
+ public:
+  using Event = std::uint64_t;
+
+  explicit Staging(Stream* stream) : stream_(stream) {}
+  bool capturing() const;
+  std::byte* allocate_host(const char*, std::size_t bytes) const { return new std::byte[bytes]; }
+  std::byte* allocate_device(const char*, std::size_t bytes) const {
+    return static_cast<std::byte*>(emulated::malloc(bytes));
+  }
+  void free(std::byte* host, std::byte* device) const {
+    delete[] host;
+    emulated::free(device);
+  }
+  void copy(const char*, std::byte* device, const std::byte* host, std::size_t bytes) const;
+  void record(const char*, Event& event) const;
+  void wait(const char*, Event& event) const;
+
+ private:
+  Stream* stream_;
+};
+
 /// Work in the order it was given. Counts it, for tests of what a call costs.
 class Stream {
  public:
@@ -47,22 +74,47 @@ class Stream {
   using Graph = std::vector<Operation>;
 
   explicit Stream(const StreamOptions& options = {}) : options_(options) {}
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
 
   const StreamOptions& options() const { return options_; }
   int launches = 0, copies = 0;
 
   void submit(Operation operation) {
-    if (capturing_)
+    if (capturing_) {
       captured_.push_back(std::move(operation));
-    else if (options_.deferred)
-      waiting_.push_back(std::move(operation));
-    else
-      operation();
+      return;
+    }
+    ++submitted_;
+    waiting_.push_back(std::move(operation));
+    if (!options_.deferred) synchronize();
   }
   void synchronize() {
     if (capturing_)
       throw ef::DeviceError("synchronize: the stream is being captured, and nothing of it has run");
-    for (const Operation& operation : std::exchange(waiting_, {})) operation();
+    wait(submitted_);
+  }
+  /// Runs what was submitted up to then. After a fault nothing of what waited runs.
+  void wait(std::uint64_t submitted) {
+    while (submitted_ - waiting_.size() < submitted) {
+      const Operation operation = std::move(waiting_.front());
+      waiting_.pop_front();
+      try {
+        operation();
+      } catch (...) {
+        waiting_.clear();
+        throw;
+      }
+    }
+  }
+  std::uint64_t submitted() const { return submitted_; }
+
+  void copy(void* to, const void* from, std::size_t bytes) {
+    ++copies;
+    submit([=] {
+      const DeviceMemory::Opened opened;
+      if (bytes > 0) std::memcpy(to, from, bytes);
+    });
   }
 
   void begin_capture() { capturing_ = true; }
@@ -71,6 +123,7 @@ class Stream {
     return std::exchange(captured_, {});
   }
   bool capturing() const { return capturing_; }
+  ef::cuda::StageRing<Staging>& staging() { return staging_; }
   void replay(const Graph& graph) {
     for (const Operation& operation : graph) submit(operation);
   }
@@ -78,9 +131,19 @@ class Stream {
  private:
   StreamOptions options_;
   bool capturing_ = false;
-  std::vector<Operation> waiting_;
+  std::uint64_t submitted_ = 0;
+  std::deque<Operation> waiting_;
   Graph captured_;
+  ef::cuda::StageRing<Staging> staging_{Staging(this)};
 };
+
+inline bool Staging::capturing() const { return stream_->capturing(); }
+inline void Staging::copy(const char*, std::byte* device, const std::byte* host,
+                          std::size_t bytes) const {
+  stream_->copy(device, host, bytes);
+}
+inline void Staging::record(const char*, Event& event) const { event = stream_->submitted(); }
+inline void Staging::wait(const char*, Event& event) const { stream_->wait(event); }
 
 /// The members of Eigen::GpuDevice that the library and its tests use.
 class Device {
@@ -104,11 +167,7 @@ class Device {
             const void* device_side) const {
     if (!DeviceMemory::instance().holds(device_side, bytes))
       throw ef::DeviceError(std::string(name) + ": the device's side is no memory of the device");
-    ++stream_->copies;
-    stream_->submit([=] {
-      const DeviceMemory::Opened opened;
-      if (bytes > 0) std::memcpy(to, from, bytes);
-    });
+    stream_->copy(to, from, bytes);
   }
 
   Stream* stream_;
@@ -145,13 +204,38 @@ void launch(const ef::cuda::Backend<Device>& on, const char* name, Index blocks,
     refuse("a block of this device has at most " +
            std::to_string(stream.options().most_shared_bytes) + " bytes");
   ++stream.launches;
-  stream.submit([=, name = std::string(name), seed = stream.options().seed] {
-    run_blocks(name, blocks,
+  stream.submit([=, title = std::string(name), seed = stream.options().seed] {
+    run_blocks(title, blocks,
                {threads, shared, seed, [&](BlockRunner& runner, int thread, Index index) {
                   Block block(runner, thread, index, blocks);
                   kernel(block);
                 }});
   });
+}
+
+/// cuda::stage for it.
+inline ef::cuda::StageRing<Staging>& stage_ring(const ef::cuda::Backend<Device>& on) {
+  return on.device.stream().staging();
+}
+
+/// run(device) gives an array, the same bits under this many schedules and as many orders of the
+/// blocks; else a Fault names the first element that differs.
+template <typename Run>
+void same_bits_for_schedules(std::uint64_t schedules, Run&& run) {
+  const auto under = [&](std::uint64_t seed) {
+    Stream stream({.seed = seed});
+    const Device device(&stream);
+    return run(device);
+  };
+  const auto first = under(0);
+  for (std::uint64_t seed = 1; seed < schedules; ++seed) {
+    const auto other = under(seed);
+    if (other.size() != first.size()) throw Fault("schedule " + std::to_string(seed) + ": size");
+    for (std::size_t i = 0; i < static_cast<std::size_t>(first.size()); ++i)
+      if (std::memcmp(first.data() + i, other.data() + i, sizeof(*first.data())) != 0)
+        throw Fault("element " + std::to_string(i) + " has other bits under schedule " +
+                    std::to_string(seed) + " than under schedule 0");
+  }
 }
 
 }  // namespace eigenformer_test::emulated
