@@ -136,8 +136,10 @@ class CudaStaging {
     return allocated(name, [&](void** memory) { return cudaMalloc(memory, bytes); });
   }
   void free(std::byte* host, std::byte* device) const {
+    if (device == nullptr) return;
+    cudaStreamSynchronize(stream_);  // kernels may be reading it; a piece grows a few times at most
     cudaFreeHost(host);
-    cudaFree(device);  // once the kernels that read it are done
+    cudaFree(device);
   }
   void copy(const char* name, std::byte* device, const std::byte* host, std::size_t bytes) const {
     check_cuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),

@@ -54,10 +54,7 @@ class Staging {
   std::byte* allocate_device(const char*, std::size_t bytes) const {
     return static_cast<std::byte*>(emulated::malloc(bytes));
   }
-  void free(std::byte* host, std::byte* device) const {
-    delete[] host;
-    emulated::free(device);
-  }
+  void free(std::byte* host, std::byte* device) const;
   void copy(const char*, std::byte* device, const std::byte* host, std::size_t bytes) const;
   void record(const char*, Event& event) const;
   void wait(const char*, Event& event) const;
@@ -74,6 +71,7 @@ class Stream {
   using Graph = std::vector<Operation>;
 
   explicit Stream(const StreamOptions& options = {}) : options_(options) {}
+  ~Stream() { waiting_.clear(); }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
@@ -138,6 +136,11 @@ class Stream {
 };
 
 inline bool Staging::capturing() const { return stream_->capturing(); }
+inline void Staging::free(std::byte* host, std::byte* device) const {
+  if (device != nullptr) stream_->wait(stream_->submitted());
+  delete[] host;
+  emulated::free(device);
+}
 inline void Staging::copy(const char*, std::byte* device, const std::byte* host,
                           std::size_t bytes) const {
   stream_->copy(device, host, bytes);
