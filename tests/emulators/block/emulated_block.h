@@ -5,7 +5,8 @@
 /// before. What it cannot show is speed, the order of memory between blocks, and races in device
 /// memory (but a launch whose bits depend on the schedule has one: see device.h).
 ///
-/// Needs a POSIX system. A block of 256 threads with a few barriers takes some 20 us.
+/// Needs a POSIX system. A block of 256 threads with four barriers takes 0.08 ms, a
+/// reduction 0.3 ms (one core of an EPYC).
 #pragma once
 
 #include <algorithm>
