@@ -1,9 +1,8 @@
 /// \file
 /// Where a CUDA kernel runs. A kernel is `execute(const Backend<D>&, const problem::X&)` in this
 /// namespace, found by core/dispatch.h; cuda/kernels.cuh says how to add one. D is
-/// Eigen::GpuDevice, or the emulated device of tests/emulators/block: every file of this folder
-/// but those that begin with a test of EIGENFORMER_CUDA_UNIT is plain C++ where nvcc does not
-/// compile.
+/// Eigen::GpuDevice, or the emulated device of tests/emulators/block: what this folder has outside
+/// of EIGENFORMER_CUDA_UNIT is plain C++.
 #pragma once
 
 #include <cstddef>

@@ -4,7 +4,7 @@
 /// block, or of the warp, make the calls marked with * and **.
 ///
 ///   thread()  size()                 this thread of the block, and how many it has
-///   index()   count()                this block of the grid, and how many it has
+///   index()   count()                this block of the grid, and how many it has: one dimension
 ///   lane()    warp()                 this thread of its warp, and the warp of the block
 ///   barrier()                      * all threads have come, and see what the others wrote
 ///   shared<T>(count)               * the next array of the launch's shared memory, uninitialised

@@ -1,6 +1,6 @@
 /// \file
-/// CUDA kernels of RMSNorm and LayerNorm: one block per row, two coalesced passes and three (all but
-/// the first out of L2), sums in a fixed tree; rows past the range of their squares as in
+/// CUDA kernels of RMSNorm and LayerNorm: one block per row, two coalesced passes and three (all
+/// but the first out of L2), sums in a fixed tree; rows past the range of their squares as in
 /// cpu/vector/row_unit.h, mean and variance of LayerNorm as in cpu/normalization/layer_norm.h.
 #pragma once
 

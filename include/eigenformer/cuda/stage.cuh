@@ -2,7 +2,7 @@
 /// Host memory that a kernel reads (lengths, offsets, tables, generators) on its way to the device:
 /// all arrays of a call in one asynchronous copy, and no allocation once the sizes have been seen.
 ///
-///   const auto [lengths, slopes] = stage(on, "attention", std::span(p.lengths, n), std::span(...));
+///   const auto [lengths, slopes] = stage(on, "attention", std::span(p.lengths, n), slopes_span);
 ///
 /// The pointers are the device's, for kernels of this call: what is staged is overwritten by the
 /// kPieces-th call on the stream after it. The host's arrays may change as soon as stage returns.

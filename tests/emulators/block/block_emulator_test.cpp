@@ -102,7 +102,7 @@ TEST(EmulatedBlock, WhatAKernelThrowsLeavesTheLaunchAndStacksAreUnwound) {
   run(64, [](auto& block) { block.barrier(); });  // and the next launch is whole
 }
 
-// ---- races in shared memory -----------------------------------------------------------------------
+// ---- races in shared memory ---------------------------------------------------------------------
 
 TEST(EmulatedBlock, AMissingBarrierIsARace) {
   const int line = __LINE__;  // of the faults, counted from here
@@ -204,7 +204,7 @@ TEST(EmulatedBlock, BadAccessesOfSharedMemory) {
                {"misaligned: thread", "16 bytes at shared element 2"});
 }
 
-// ---- who does not come ----------------------------------------------------------------------------
+// ---- who does not come --------------------------------------------------------------------------
 
 TEST(EmulatedBlock, ADivergentBarrierNamesWhoDidNotCome) {
   const int line = __LINE__;  // of the faults, counted from here
@@ -278,7 +278,7 @@ TEST(EmulatedBlock, ShufflesAndVotes) {
   }
 }
 
-// ---- asynchronous copies --------------------------------------------------------------------------
+// ---- asynchronous copies ------------------------------------------------------------------------
 
 /// Each thread brings 4 floats from `source`; then they are read as `order` says.
 struct Copies {
@@ -325,7 +325,7 @@ TEST(EmulatedBlock, AsynchronousCopiesLandWhenTheyAreWaitedFor) {
   });
 }
 
-// ---- bits that depend on the schedule -------------------------------------------------------------
+// ---- bits that depend on the schedule -----------------------------------------------------------
 
 TEST(EmulatedBlock, OtherBitsUnderAnotherScheduleAreFound) {
   const auto sum_of = [](auto&& kernel) {
@@ -374,7 +374,7 @@ TEST(EmulatedBlock, ReductionsAndScans) {
           seed);
 }
 
-// ---- tensor cores ---------------------------------------------------------------------------------
+// ---- tensor cores -------------------------------------------------------------------------------
 
 // Places in the tiles as the PTX ISA's tables have them, by hand.
 TEST(EmulatedBlock, FragmentsLieWhereThePtxIsaSays) {

@@ -22,18 +22,21 @@
 #include <ucontext.h>
 #endif
 
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer) && !defined(__SANITIZE_ADDRESS__)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#if __has_feature(thread_sanitizer) && !defined(__SANITIZE_THREAD__)
-#define __SANITIZE_THREAD__ 1
-#endif
-#endif
 #if defined(__SANITIZE_ADDRESS__)
+#define EIGENFORMER_TEST_ASAN 1
+#elif defined(__SANITIZE_THREAD__)
+#define EIGENFORMER_TEST_TSAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define EIGENFORMER_TEST_ASAN 1
+#elif __has_feature(thread_sanitizer)
+#define EIGENFORMER_TEST_TSAN 1
+#endif
+#endif
+#if defined(EIGENFORMER_TEST_ASAN)
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_TSAN)
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -120,13 +123,13 @@ class Fiber {
     memory_ = static_cast<std::byte*>(memory);
     mprotect(memory_, page, PROT_NONE);  // an overflow stops the program instead of spoiling it
     stack_ = memory_ + page;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_TSAN)
     tsan_ = __tsan_create_fiber(0);
 #endif
     prepare();
   }
   virtual ~Fiber() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_TSAN)
     __tsan_destroy_fiber(tsan_);
 #endif
     munmap(memory_, static_cast<std::size_t>(stack_ - memory_) + size_);
@@ -136,16 +139,16 @@ class Fiber {
 
   void resume() {
     starting = this;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_TSAN)
     tsan_resumer_ = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(tsan_, 0);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EIGENFORMER_TEST_ASAN)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, stack_, size_);
 #endif
     switch_to_fiber();
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EIGENFORMER_TEST_ASAN)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
   }
@@ -155,21 +158,21 @@ class Fiber {
 
   /// Called on the fiber: back to whoever resumed it.
   void suspend() {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_TSAN)
     __tsan_switch_to_fiber(tsan_resumer_, 0);
 #endif
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EIGENFORMER_TEST_ASAN)
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, resumer_stack_, resumer_size_);
 #endif
     switch_to_resumer();
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EIGENFORMER_TEST_ASAN)
     __sanitizer_finish_switch_fiber(fake, &resumer_stack_, &resumer_size_);
 #endif
   }
 
  private:
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_ASAN) || defined(EIGENFORMER_TEST_TSAN)
   static constexpr std::size_t kStack = 256 << 10;
 #else
   static constexpr std::size_t kStack = 64 << 10;
@@ -177,7 +180,7 @@ class Fiber {
 
   static void enter() {
     Fiber* const self = starting;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EIGENFORMER_TEST_ASAN)
     __sanitizer_finish_switch_fiber(nullptr, &self->resumer_stack_, &self->resumer_size_);
 #endif
     for (;;) {
@@ -221,11 +224,11 @@ class Fiber {
   std::byte* memory_ = nullptr;  // a page that nobody may touch, and the stack
   std::byte* stack_ = nullptr;
   std::size_t size_ = 0;
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(EIGENFORMER_TEST_ASAN)
   const void* resumer_stack_ = nullptr;
   std::size_t resumer_size_ = 0;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EIGENFORMER_TEST_TSAN)
   void* tsan_ = nullptr;
   void* tsan_resumer_ = nullptr;
 #endif

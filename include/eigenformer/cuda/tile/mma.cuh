@@ -1,6 +1,6 @@
 /// \file
-/// One tile product by the tensor cores (sm_80 and later): 2,048 multiply-adds of 16-bit numbers, or
-/// 4,096 of int8, in one instruction of a warp.
+/// One tile product by the tensor cores (sm_80 and later): 2,048 multiply-adds of 16-bit numbers,
+/// or 4,096 of int8, in one instruction of a warp.
 #pragma once
 
 #include "fragment.cuh"
