@@ -2,9 +2,11 @@
 /// Runs the threads of a block as fibers, one at a time: each until it ends, or waits at a barrier
 /// or for lanes of its warp. Then a seed says who is next: seed 0 takes them in order, others
 /// shuffle. Where nobody can go on, the block is divergent: the fault names who waits where and who
-/// does not come. The first fault ends the launch; the stacks of all threads are unwound.
+/// does not come. The first fault ends the launch; the stacks of all threads are unwound, but that
+/// of a thread that touched memory of nobody: it is left where it stood.
 #pragma once
 
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -18,6 +20,7 @@
 
 #include <eigenformer/cuda/backend.cuh>
 
+#include "device_memory.h"
 #include "fault.h"
 #include "fiber.h"
 #include "shared_memory.h"
@@ -64,7 +67,7 @@ class BlockRunner {
           error_ = std::current_exception();
         }
       } else {
-        threads_[static_cast<std::size_t>(next())]->resume();
+        go_on(next());
       }
     }
     if (!error_) return;
@@ -137,6 +140,11 @@ class BlockRunner {
       suspend();
       if (owner_.unwinding_) throw Unwind();
     }
+    void leave(const void* touched) {
+      owner_.strayed_ = true;
+      owner_.touched_ = touched;
+      suspend();
+    }
     State state = State::ended;
     Where where;
     std::size_t arrays = 0;
@@ -160,6 +168,38 @@ class BlockRunner {
     std::uint64_t epoch = 0;
     std::vector<Exchange*> open;
   };
+
+  /// One turn of a thread. Where it touches memory of nobody the signal's handler ends the turn.
+  void go_on(int t) {
+    static const bool watching = watch_memory();
+    static_cast<void>(watching);
+    strayed_ = false;
+    turn = &thread(t);
+    thread(t).resume();
+    turn = nullptr;
+    if (!strayed_) return;
+    error_ =
+        std::make_exception_ptr(Fault("out of bounds: thread " + std::to_string(t) + " touches " +
+                                      DeviceMemory::instance().describe(touched_)));
+    threads_[static_cast<std::size_t>(t)] = std::make_unique<Thread>(*this, t);
+    ++ended_;
+  }
+  static bool watch_memory() {
+#if defined(EIGENFORMER_TEST_TSAN)  // which keeps signals for itself
+    return false;
+#else
+    struct sigaction action {};
+    action.sa_sigaction = [](int, siginfo_t* info, void*) {
+      if (turn == nullptr) {  // of somebody else: it happens again and meets what it would have met
+        sigaction(SIGSEGV, &action_before, nullptr);
+        return;
+      }
+      turn->leave(info->si_addr);
+    };
+    action.sa_flags = SA_SIGINFO | SA_NODEFER;  // the handler never returns to a kernel
+    return sigaction(SIGSEGV, &action, &action_before) == 0;
+#endif
+  }
 
   Thread& thread(int t) { return *threads_[static_cast<std::size_t>(t)]; }
 
@@ -315,7 +355,10 @@ class BlockRunner {
   std::vector<std::unique_ptr<SharedArray>> arrays_;
   std::size_t made_ = 0, shared_used_ = 0;
   std::exception_ptr error_;
-  bool unwinding_ = false;
+  bool unwinding_ = false, strayed_ = false;
+  const void* touched_ = nullptr;
+  static inline thread_local Thread* turn = nullptr;  // whose it is
+  static inline struct sigaction action_before {};
 };
 
 }  // namespace eigenformer_test::emulated

@@ -76,6 +76,25 @@ TEST(EmulatedDevice, ItsMemoryBeginsAsNaNAndEndsAtAGuardedPage) {
   EXPECT_TRUE(segfaults([&] { static_cast<void>(static_cast<volatile float*>(buffer.data)[8]); }));
 }
 
+#if !defined(EIGENFORMER_TEST_TSAN)
+TEST(EmulatedDevice, AKernelThatLeavesItsMemoryIsAFault) {
+  Stream stream({.seed = 4});
+  const Device device(&stream);
+  const Buffer<float> buffer(device, 64);
+  for (int attempt = 0; attempt < 3; ++attempt) {  // the emulator lives on
+    expect_throws<emulated::Fault>(
+        [&] {
+          launch(Backend{device}, "rope", 1, 96, 0, [at = buffer.data](auto& block) {
+            if (block.thread() < 64 || block.thread() == 69) at[block.thread()] = 1;
+            block.barrier();
+          });
+        },
+        {"rope, block 0: out of bounds: thread 69 touches 20 bytes past the end of 256 bytes"});
+  }
+  EXPECT_TRUE(segfaults([&] { *static_cast<volatile float*>(buffer.data) = 1; }));
+}
+#endif
+
 TEST(EmulatedDevice, CopiesNeedMemoryOfTheDevice) {
   Stream stream;
   const Device device(&stream);

@@ -1,8 +1,8 @@
 /// \file
 /// Memory of the emulated device: pages that host code can neither read nor write. They open while
 /// a kernel runs or a copy is made, and close after it; who touches them otherwise stops at that
-/// line with SIGSEGV. Each block ends where a page ends that nobody may touch, up to 15 bytes of
-/// alignment, and begins as NaN.
+/// line with SIGSEGV. After each block, up to 15 bytes of alignment, comes a page that nobody may
+/// touch: a kernel that does is a fault of its launch. New memory is NaN.
 #pragma once
 
 #include <sys/mman.h>
@@ -14,6 +14,7 @@
 #include <map>
 #include <mutex>
 #include <new>
+#include <string>
 
 namespace eigenformer_test::emulated {
 
@@ -55,6 +56,17 @@ class DeviceMemory {
     if (found == blocks_.begin()) return bytes == 0;
     --found;
     return at + bytes <= found->first + found->second.bytes;
+  }
+
+  /// "12 bytes past the end of 400 bytes of device memory", of an address that nobody may touch.
+  std::string describe(const void* address) {
+    const std::lock_guard lock(mutex_);
+    const auto* at = static_cast<const std::byte*>(address);
+    for (const auto& [block, pages] : blocks_)
+      if (at >= pages.begin && at < pages.begin + pages.used + page_)
+        return std::to_string(at - block - static_cast<std::ptrdiff_t>(pages.bytes)) +
+               " bytes past the end of " + std::to_string(pages.bytes) + " bytes of device memory";
+    return "an address that is nobody's memory";
   }
 
   /// Opens all blocks while it lives; on whatever threads, together.

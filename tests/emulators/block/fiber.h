@@ -34,6 +34,7 @@
 #endif
 #endif
 #if defined(EIGENFORMER_TEST_ASAN)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(EIGENFORMER_TEST_TSAN)
@@ -129,6 +130,9 @@ class Fiber {
     prepare();
   }
   virtual ~Fiber() {
+#if defined(EIGENFORMER_TEST_ASAN)
+    __asan_unpoison_memory_region(stack_, size_);  // where frames were left, not returned from
+#endif
 #if defined(EIGENFORMER_TEST_TSAN)
     __tsan_destroy_fiber(tsan_);
 #endif
