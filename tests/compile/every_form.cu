@@ -15,8 +15,8 @@ struct Anything {
   }
 };
 
-template <typename Problem>
-Anything execute(const Backend&, const Problem&) {
+template <typename D, typename Problem>
+Anything execute(const Backend<D>&, const Problem&) {
   return {};
 }
 

@@ -35,7 +35,7 @@ struct Part {
 
 template <typename Problem>
 Part part(const char* name, const char* word) {
-  return {name, word, eigenformer::RunsOn<eigenformer::cuda::Backend, Problem>};
+  return {name, word, eigenformer::RunsOn<eigenformer::cuda::Backend<Eigen::GpuDevice>, Problem>};
 }
 
 const Part kParts[] = {

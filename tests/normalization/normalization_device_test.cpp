@@ -1,4 +1,4 @@
-// RMSNorm on every device, against the double reference.
+// RMSNorm and LayerNorm on every device, against the double reference.
 #include <eigenformer/normalization.h>
 #include <eigenformer/reference/normalization.h>
 
@@ -13,16 +13,53 @@ void check(Index rows, Index features) {
   const auto x = random_tensor<T, 2>({rows, features}, 1);
   const auto weight = random_tensor<float, 1>({features}, 2);
   const auto expected = ef::reference::rms_norm(to_double(x), to_double(weight), 1e-5);
+  const auto bias = random_tensor<float, 1>({features}, 3);
+  const auto layer =
+      ef::reference::layer_norm(to_double(x), to_double(weight), to_double(bias), 1e-5);
   for_each_device([&](const auto& bench) {
     auto device_x = on_device(bench, x);
     auto device_weight = on_device(bench, weight);
+    auto device_bias = on_device(bench, bias);
     auto y = on_device(bench, poisoned_tensor<T, 2>({rows, features}));
     ef::rms_norm_into(bench.device, y.view(), device_x.cview(), device_weight.cview());
     EXPECT_LT(relative_error(y.host(), expected), tolerance<T>()) << rows << " x " << features;
+    auto z = on_device(bench, poisoned_tensor<T, 2>({rows, features}));
+    ef::layer_norm_into(bench.device, z.view(), device_x.cview(), device_weight.cview(),
+                        device_bias.cview());
+    EXPECT_LT(relative_error(z.host(), layer), tolerance<T>()) << rows << " x " << features;
   });
 }
 
-TEST(RmsNormOnDevice, EqualsTheReference) {
+// Rows whose squares leave the range of their type, and rows far from zero.
+TEST(NormsOnDevice, HardRows) {
+  const Index features = 300;
+  auto x = random_tensor<float, 2>({5, features}, 4);
+  for (Index j = 0; j < features; ++j) {
+    x(0, j) *= 1e25f;
+    x(1, j) *= 1e-25f;
+    x(2, j) += 1e5f;
+    x(3, j) = 0.0f;
+  }
+  const auto weight = random_tensor<float, 1>({features}, 5);
+  const auto bias = random_tensor<float, 1>({features}, 6);
+  const auto expected = ef::reference::rms_norm(to_double(x), to_double(weight), 1e-30);
+  const auto layer =
+      ef::reference::layer_norm(to_double(x), to_double(weight), to_double(bias), 1e-30);
+  for_each_device([&](const auto& bench) {
+    auto device_x = on_device(bench, x);
+    auto device_weight = on_device(bench, weight);
+    auto device_bias = on_device(bench, bias);
+    auto y = on_device(bench, poisoned_tensor<float, 2>({5, features}));
+    ef::rms_norm_into(bench.device, y.view(), device_x.cview(), device_weight.cview(),
+                      {.epsilon = 1e-30f});
+    EXPECT_LT(relative_error(y.host(), expected), tolerance<float>());
+    ef::layer_norm_into(bench.device, y.view(), device_x.cview(), device_weight.cview(),
+                        device_bias.cview(), {.epsilon = 1e-30f});
+    EXPECT_LT(relative_error(y.host(), layer), tolerance<float>());
+  });
+}
+
+TEST(NormsOnDevice, EqualTheReference) {
   for (Index features : {1, 31, 256, 1000, 4096})
     for (Index rows : {0, 1, 7}) {
       check<float>(rows, features);

@@ -30,21 +30,27 @@ constexpr ef::SampleStatus kStatuses[] = {
 ef::Tensor<std::int8_t, 1> poisoned_statuses() { return poisoned_tensor<std::int8_t, 1>({6}); }
 
 template <typename T>
-void check(Index vocab, Index k, double temperature) {
+void check(Index vocab, Index k, double temperature, bool by_row = false) {
   const auto logits = rows_with_ties_and_faults<T>(vocab);
-  const ef::Philox random(11, 5);
+  const auto generator = [&](Index row) {
+    return ef::Philox(by_row ? static_cast<std::uint64_t>(20 + row) : 11, 5);
+  };
   for_each_device([&](const auto& bench) {
     auto device_logits = on_device(bench, logits);
     auto ids = on_device(bench, poisoned_tensor<std::int32_t, 1>({6}));
     auto raw = on_device(bench, poisoned_statuses());
     const std::span<ef::SampleStatus> statuses(
         reinterpret_cast<ef::SampleStatus*>(raw.view().data()), 6);
-    ef::Philox advancing = random;
+    std::vector<ef::Philox> generators;
+    for (Index r = 0; r < 6; ++r) generators.push_back(generator(r));
     if (temperature == 0)
       ef::greedy_sample_into(bench.device, ids.view(), device_logits.cview(), statuses);
+    else if (by_row)
+      ef::top_k_sample_into(bench.device, ids.view(), device_logits.cview(), k, temperature,
+                            generators, statuses);
     else
       ef::top_k_sample_into(bench.device, ids.view(), device_logits.cview(), k, temperature,
-                            advancing, statuses);
+                            generators[0], statuses);
     const auto got = ids.host();
     const auto got_statuses = raw.host();
     for (Index r = 0; r < 6; ++r) {
@@ -70,7 +76,8 @@ void check(Index vocab, Index k, double temperature) {
         total += kept.back().second;
       }
       std::sort(kept.begin(), kept.end());
-      const double target = random.uniform(static_cast<std::uint32_t>(r)) * total;
+      const auto row = static_cast<std::uint32_t>(by_row ? 0 : r);
+      const double target = generator(r).uniform(row) * total;
       double passed = 0;
       Index expected = -1;
       bool near_boundary = false;
@@ -91,6 +98,7 @@ TEST(SamplingOnDevice, GreedyAndTopKFollowTheirDefinition) {
     for (Index k : {1, 2, 40, 100000}) {
       check<float>(vocab, k, 0.0);
       check<float>(vocab, k, 0.7);
+      check<float>(vocab, k, 0.7, true);
       check<ef::bfloat16>(vocab, k, 1.3);
       check<double>(vocab, k, 1.0);
     }

@@ -1,8 +1,8 @@
 /// \file
 /// Tests that run on every device from one source: a file named X_device_test.cpp is built as C++
-/// (DefaultDevice, ThreadPoolDevice) and, where CUDA is on, as CUDA (GpuDevice). It moves data
-/// through a `Bench` and compares with the reference on the host. Without a GPU the CUDA build
-/// skips aloud.
+/// (DefaultDevice, ThreadPoolDevice, and the CUDA kernels on emulated blocks) and, where CUDA is
+/// on, as CUDA (GpuDevice). It moves data through a `Bench` and compares with the reference on the
+/// host. Without a GPU the CUDA build skips aloud.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -12,15 +12,18 @@
 #include <vector>
 
 #include "compare.h"
+#if !defined(__CUDACC__) && __has_include(<sys/mman.h>)
+#define EIGENFORMER_TEST_BLOCKS 1
+#include "../emulators/block/device.h"
+#endif
 
 namespace eigenformer_test {
 
-#if defined(__CUDACC__)
-
-/// The GPU and its stream.
+/// A GPU, emulated or not, and its stream.
+template <typename S, typename D>
 struct GpuBench {
-  Eigen::GpuStreamDevice stream;
-  Eigen::GpuDevice device{&stream};
+  S stream;
+  D device{&stream};
 
   template <typename T>
   T* allocate(Index count) const {
@@ -39,6 +42,8 @@ struct GpuBench {
   }
 };
 
+#if defined(__CUDACC__)
+
 /// Calls f(bench) on the GPU; skips aloud where there is none.
 template <typename F>
 void for_each_device(F&& f) {
@@ -47,7 +52,7 @@ void for_each_device(F&& f) {
     std::printf("[ SKIPPED  ] no CUDA device on this machine\n");
     GTEST_SKIP() << "no CUDA device on this machine";
   }
-  const GpuBench bench;
+  const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{};
   f(bench);
 }
 
@@ -72,13 +77,36 @@ struct HostBench {
   }
 };
 
-/// Calls f(bench) on the calling thread and on a pool.
+#if defined(EIGENFORMER_TEST_BLOCKS)
+/// Keeps what was read, so that the bits of two schedules can be compared.
+struct EmulatedBench : GpuBench<emulated::Stream, emulated::Device> {
+  mutable std::vector<std::vector<char>> seen;
+
+  template <typename T>
+  void to_host(T* target, const T* source, Index count) const {
+    GpuBench::to_host(target, source, count);
+    const char* const bytes = reinterpret_cast<const char*>(target);
+    seen.emplace_back(bytes, bytes + static_cast<std::size_t>(count) * sizeof(T));
+  }
+};
+#endif
+
+/// Calls f(bench) on the calling thread, on a pool, and on emulated blocks: in order at once, and
+/// shuffled when the host waits, with the same bits.
 template <typename F>
 void for_each_device(F&& f) {
   const Eigen::DefaultDevice one;
   f(HostBench<Eigen::DefaultDevice>{one});
   Threads threads(2);
   f(HostBench<Eigen::ThreadPoolDevice>{threads.device});
+#if defined(EIGENFORMER_TEST_BLOCKS)
+  const EmulatedBench in_order{{emulated::Stream()}, {}},
+      shuffled{{emulated::Stream({.seed = 7, .deferred = true})}, {}};
+  f(in_order);
+  f(shuffled);
+  EXPECT_TRUE(in_order.seen == shuffled.seen) << "the bits depend on the schedule";
+  EXPECT_GT(in_order.stream.launches + in_order.stream.copies, 0);
+#endif
 }
 
 #endif

@@ -37,8 +37,10 @@
 #if defined(__CUDACC__)
 #define EIGENFORMER_CUDA_UNIT 1
 #define EIGENFORMER_HOST_DEVICE __host__ __device__
+#define EIGENFORMER_DEVICE __device__
 #else
 #define EIGENFORMER_HOST_DEVICE
+#define EIGENFORMER_DEVICE
 #endif
 
 namespace eigenformer {

@@ -16,12 +16,12 @@ inline constexpr bool is_cpu_device =
     std::is_same_v<std::remove_cvref_t<D>, Eigen::DefaultDevice> ||
     std::is_same_v<std::remove_cvref_t<D>, Eigen::ThreadPoolDevice>;
 
-#if defined(__CUDACC__)
-template <typename D>
-inline constexpr bool is_gpu_device = std::is_same_v<std::remove_cvref_t<D>, Eigen::GpuDevice>;
-#else
+/// Specialised for a type that is one, or stands where one does: tests have an emulated GPU.
 template <typename D>
 inline constexpr bool is_gpu_device = false;
+#if defined(EIGENFORMER_CUDA_UNIT)
+template <>
+inline constexpr bool is_gpu_device<Eigen::GpuDevice> = true;
 #endif
 
 }  // namespace detail

@@ -5,7 +5,7 @@
 /// argument-dependent lookup:
 ///
 ///   run(device, problem)  ->  execute(cpu::Backend<D, Isa>, problem)     cpu/X.h
-///                             execute(cuda::Backend, problem)            cuda/X.cuh
+///                             execute(cuda::Backend<D>, problem)         cuda/X.cuh
 ///
 /// One rule of memory: tensors are memory of the backend; everything else in a problem (lengths,
 /// offsets, positions, tables of pointers, slopes, parameters, generators) is host memory, and a
@@ -18,7 +18,8 @@
 #pragma once
 
 #include "../cpu/backend.h"
-#if defined(__CUDACC__)
+#include "../cuda/backend.cuh"
+#if defined(EIGENFORMER_CUDA_UNIT)
 #include "../cuda/kernels.cuh"
 #endif
 
@@ -33,13 +34,10 @@ concept RunsOn =
 /// The memory that the kernels of a device work on.
 template <Device D>
 const Memory& memory_of([[maybe_unused]] const D& device) {
-  if constexpr (CpuDevice<D>) {
+  if constexpr (CpuDevice<D>)
     return host_memory;
-  } else {
-#if defined(__CUDACC__)
-    return cuda::memory;
-#endif
-  }
+  else
+    return device_memory(cuda::Backend<D>{device});
 }
 
 namespace detail {
@@ -83,10 +81,9 @@ decltype(auto) run(const D& device, const Problem& problem,
       return execute(cpu::Backend<D, decltype(isa)>{device, workspace}, problem);
     });
   } else {
-#if defined(__CUDACC__)
-    static_assert(RunsOn<cuda::Backend, Problem>, "eigenformer: this operator has no CUDA kernel");
-    return execute(cuda::Backend{device}, problem);
-#endif
+    static_assert(RunsOn<cuda::Backend<D>, Problem>,
+                  "eigenformer: this operator has no CUDA kernel");
+    return execute(cuda::Backend<D>{device}, problem);
   }
 }
 

@@ -1,56 +1,145 @@
 /// \file
-/// Reductions over the threads of one block, in a fixed tree: the same bits for a row whatever the
-/// grid.
+/// What a kernel sees of the hardware: its thread block. Kernels are templates over Block; this one
+/// is the hardware, tests/emulators/block/emulated_block.h the same on a CPU. All threads of a
+/// block, or of the warp, make the calls marked with * and **.
+///
+///   thread()  size()                 this thread of the block, and how many it has
+///   index()   count()                this block of the grid, and how many it has: one dimension
+///   lane()    warp()                 this thread of its warp, and the warp of the block
+///   barrier()                      * all threads have come, and see what the others wrote
+///   shared<T>(count)               * the next array of the launch's shared memory, uninitialised
+///   warp_barrier()                ** the same for the warp
+///   shuffle(v, lane)              ** v of another lane; shuffle_xor(v, bits), shuffle_up(v, by)
+///   ballot(b)  any(b)  all(b)     ** bit i: what lane i says; or and and of them
+///   atomic_add(p, v)                 integers in device memory; returns what was there
+///   mma(d, a, b)                  ** d += a * b, fragments of tile/fragment.cuh
+///   copy_async(array, i, p)          16 bytes from device memory to array[i ...], once waited for
+///   commit_async()                   closes this thread's group of copies
+///   wait_async<n>()                  all but this thread's last n groups have landed; the others'
+///                                    threads see them after a barrier
+///
+/// An array has load(i), store(i, v), add(i, v) (atomic, integers; returns what was there) and
+/// pack<V>(i), store_pack(i, V): several elements at once, aligned to sizeof(V). It is made before
+/// the first loop, by all threads in one order. Shuffles and votes take a mask of lanes, all by
+/// default; every lane of the mask must come.
 #pragma once
 
-#include "launch.cuh"
+#include "backend.cuh"
+#include "tile/mma.cuh"
+
+#if defined(EIGENFORMER_CUDA_UNIT)
+#include <cuda_pipeline_primitives.h>
+
+#include <cstring>
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// Threads of a block that works on one row; a power of two.
-inline constexpr int kRowThreads = 256;
-
-/// combine(a, b) over the values of all threads, returned to every thread. Called by all threads of
-/// the block.
-template <typename T, typename Combine>
-__device__ T reduce_block(T value, Combine combine) {
-  __shared__ T values[kRowThreads];
-  values[threadIdx.x] = value;
-  __syncthreads();
-  for (int half = kRowThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half)
-      values[threadIdx.x] = combine(values[threadIdx.x], values[threadIdx.x + half]);
-    __syncthreads();
+/// An array in shared memory.
+template <typename T>
+class Shared {
+ public:
+  __device__ explicit Shared(T* data) : data_(data) {}
+  __device__ T load(Index i) const { return data_[i]; }
+  __device__ void store(Index i, const T& value) const { data_[i] = value; }
+  __device__ T add(Index i, T value) const { return atomicAdd(data_ + i, value); }
+  template <typename V>
+  __device__ V pack(Index i) const {
+    return *reinterpret_cast<const V*>(data_ + i);
   }
-  const T result = values[0];
-  __syncthreads();  // the array may be used again at once
-  return result;
-}
-
-struct Add {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a + b;
+  template <typename V>
+  __device__ void store_pack(Index i, const V& value) const {
+    *reinterpret_cast<V*>(data_ + i) = value;
   }
+  __device__ T* data() const { return data_; }
+
+ private:
+  T* data_;
 };
 
-template <typename Body>
-__global__ void for_each_row(Index rows, Body body) {
-  for (Index row = blockIdx.x; row < rows; row += gridDim.x) body(row);
-}
+class Block {
+ public:
+  __device__ explicit Block(std::byte* arena) : arena_(arena) {}
 
-/// body(row) for every row, one block of kRowThreads threads each.
-template <typename Body>
-void launch_rows(const Eigen::GpuDevice& device, const char* operation, Index rows,
-                 const Body& body) {
-  if (rows <= 0) return;
-  for_each_row<<<static_cast<unsigned>(rows < 1048576 ? rows : 1048576), kRowThreads, 0,
-                 device.stream()>>>(rows, body);
-  check_cuda(cudaGetLastError(), operation);
-}
+  __device__ int thread() const { return static_cast<int>(threadIdx.x); }
+  __device__ int size() const { return static_cast<int>(blockDim.x); }
+  __device__ Index index() const { return blockIdx.x; }
+  __device__ Index count() const { return gridDim.x; }
+  __device__ int lane() const { return thread() % kWarp; }
+  __device__ int warp() const { return thread() / kWarp; }
+
+  __device__ void barrier() const { __syncthreads(); }
+  __device__ void warp_barrier() const { __syncwarp(); }
+
+  template <typename T>
+  __device__ Shared<T> shared(Index count) {
+    T* const data = reinterpret_cast<T*>(arena_);
+    arena_ += shared_bytes<T>(count);
+    return Shared<T>(data);
+  }
+
+  template <typename T>
+  __device__ T shuffle(const T& value, int lane, unsigned mask = kAllLanes) const {
+    return by_words(value, [=](unsigned word) { return __shfl_sync(mask, word, lane); });
+  }
+  template <typename T>
+  __device__ T shuffle_xor(const T& value, int bits, unsigned mask = kAllLanes) const {
+    return by_words(value, [=](unsigned word) { return __shfl_xor_sync(mask, word, bits); });
+  }
+  template <typename T>
+  __device__ T shuffle_up(const T& value, int by, unsigned mask = kAllLanes) const {
+    return by_words(value, [=](unsigned word) { return __shfl_up_sync(mask, word, by); });
+  }
+  __device__ unsigned ballot(bool value, unsigned mask = kAllLanes) const {
+    return __ballot_sync(mask, value);
+  }
+  __device__ bool any(bool value, unsigned mask = kAllLanes) const {
+    return __any_sync(mask, value) != 0;
+  }
+  __device__ bool all(bool value, unsigned mask = kAllLanes) const {
+    return __all_sync(mask, value) != 0;
+  }
+
+  template <typename T>
+  __device__ T atomic_add(T* at, T value) const {
+    static_assert(std::is_integral_v<T>, "eigenformer: sums of floats have a fixed order");
+    return atomicAdd(at, value);
+  }
+
+  template <typename T>
+  __device__ void mma(FragmentD<T>& d, const FragmentA<T>& a, const FragmentB<T>& b) const {
+    multiply_add(d, a, b);
+  }
+
+  template <typename T>
+  __device__ void copy_async(const Shared<T>& to, Index i, const T* from) const {
+    __pipeline_memcpy_async(to.data() + i, from, 16);
+  }
+  __device__ void commit_async() const { __pipeline_commit(); }
+  template <int Groups>
+  __device__ void wait_async() const {
+    __pipeline_wait_prior(Groups);
+  }
+
+ private:
+  /// A value of any size, a register at a time.
+  template <typename T, typename F>
+  __device__ static T by_words(const T& value, F shuffle_word) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    constexpr int count = (sizeof(T) + 3) / 4;
+    unsigned words[count] = {};
+    std::memcpy(words, &value, sizeof(T));
+    for (int i = 0; i < count; ++i) words[i] = shuffle_word(words[i]);
+    T result;
+    std::memcpy(&result, words, sizeof(T));
+    return result;
+  }
+
+  std::byte* arena_;
+};
 
 }  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+#endif

@@ -13,16 +13,16 @@ template <typename T>
 struct CausalMaskBody {
   problem::CausalMask<T> p;
   T open, blocked;
-  __device__ void operator()(Index at) const {
+  EIGENFORMER_DEVICE void operator()(Index at) const {
     const Index row = at / p.key_length;
     p.mask[at] =
         p.visible(row / p.query_length, row % p.query_length, at % p.key_length) ? open : blocked;
   }
 };
 
-template <typename T>
-void execute(const Backend& on, const problem::CausalMask<T>& p) {
-  launch_for_each(on.device, "causal_mask", p.batch * p.query_length * p.key_length,
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::CausalMask<T>& p) {
+  launch_for_each(on, "causal_mask", p.batch * p.query_length * p.key_length,
                   CausalMaskBody<T>{p, T(0), -std::numeric_limits<T>::infinity()});
 }
 

@@ -1,5 +1,22 @@
 /// \file
-/// The CUDA kernels, one line each, and the memory they work on.
+/// The CUDA kernels, one line each, and the memory they work on. To add one for an operator X that has a problem:
+///
+/// 1. cuda/X.cuh: a struct of pointers and sizes (the problem, mostly) with
+///
+///      static constexpr int kThreads = 256;          // which bounds the registers
+///      template <typename Block>
+///      EIGENFORMER_DEVICE void operator()(Block& block) const;
+///
+///    written over Block alone (block.cuh says what one can do, collectives.cuh what is built of
+///    it) with std:: functions for arithmetic, so that the C++ compiler takes it as well as nvcc;
+///    and execute(const Backend<D>& on, const problem::X& p), which calls launch, launch_rows or
+///    launch_for_each (launch.cuh) with the bytes of shared memory that the kernel takes.
+/// 2. Host memory of the problem that the kernel reads goes there by stage.cuh, all in one copy.
+/// 3. The line below.
+/// 4. tests/X/X_device_test.cpp over for_each_device: it runs on the host, on emulated blocks
+///    under several schedules (races, divergent barriers and memory that is not the device's are
+///    faults), and on a GPU where there is one.
+/// 5. Its words in cmake/operators.cmake, which tests/compile/runs_on.cu compares.
 #pragma once
 
 #include "causal_mask.cuh"

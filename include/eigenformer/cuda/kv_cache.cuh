@@ -21,7 +21,7 @@ struct KvAppendBody {
   // row = kv_heads * head_dim, strides from sequence to sequence
   Index tokens_each, row, capacity, key_stride, value_stride;
 
-  __device__ void operator()(Index at) const {
+  EIGENFORMER_DEVICE void operator()(Index at) const {
     const Index token = at / row, sequence = token / tokens_each;
     const Index first = positions[sequence], position = first + token % tokens_each;
     if (first < 0 || position >= capacity) return;
@@ -33,12 +33,12 @@ struct KvAppendBody {
   }
 };
 
-template <typename T, typename Storage>
-void execute(const Backend& on, const problem::KvBufferAppend<T, Storage>& p) {
+template <typename D, typename T, typename Storage>
+void execute(const Backend<D>& on, const problem::KvBufferAppend<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
   const Index row = to.kv_heads * to.head_dim;
   launch_for_each(
-      on.device, "append_kv_into", p.tokens * row,
+      on, "append_kv_into", p.tokens * row,
       KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
                                const_cast<Storage*>(to.values), p.positions, p.key_stride,
                                p.value_stride, p.tokens_each, row, p.capacity, to.sequence_stride,

@@ -1,53 +1,88 @@
 /// \file
-/// How CUDA kernels are started: on the device's stream, asynchronously, with every launch checked.
+/// How CUDA kernels are started: on the device's stream, asynchronously, every launch checked.
 ///
-/// A kernel is `execute(const Backend&, const problem::X&)` in this namespace, found by
-/// core/dispatch.h.
+///   launch(on, "rms_norm", blocks, threads, shared_bytes, kernel);
+///
+/// `kernel(block)` is called by every thread of every block; `kernel` is copied to the device, so
+/// it holds pointers and sizes only. The launch below is that of Eigen::GpuDevice; another device
+/// brings its own, found by the type of the backend.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-
-#include "../core/device.h"
+#include "backend.cuh"
+#if defined(EIGENFORMER_CUDA_UNIT)
+#include "block.cuh"
+#endif
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// A failure of the CUDA runtime.
-class DeviceError : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
 namespace cuda {
 
-/// Where a CUDA kernel runs: the stream of an Eigen device.
-struct Backend {
-  const Eigen::GpuDevice& device;
-};
+/// Threads that a kernel is compiled for, which bounds its registers: its kThreads, where it says.
+template <typename Kernel>
+constexpr int threads_of() {
+  if constexpr (requires { Kernel::kThreads; })
+    return Kernel::kThreads;
+  else
+    return kMostThreads;
+}
 
-inline void check_cuda(cudaError_t status, const char* operation) {
+#if defined(EIGENFORMER_CUDA_UNIT)
+
+inline void check_cuda(cudaError_t status, const std::string& what) {
   if (status != cudaSuccess)
-    detail::fail<DeviceError>(std::string(operation) + ": CUDA says " + cudaGetErrorString(status));
+    detail::fail<DeviceError>(what + ": CUDA says " + cudaGetErrorString(status));
 }
 
-template <typename Body>
-__global__ void for_each_index(Index count, Body body) {
-  const Index stride = static_cast<Index>(gridDim.x) * blockDim.x;
-  for (Index i = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride)
-    body(i);
+template <typename Kernel>
+__global__ void __launch_bounds__(threads_of<Kernel>()) run_kernel(const Kernel kernel) {
+  extern __shared__ __align__(16) std::byte shared_arena[];
+  Block block(shared_arena);
+  kernel(block);
 }
+
+template <typename Kernel>
+void launch(const Backend<Eigen::GpuDevice>& on, const char* name, Index blocks, int threads,
+            std::size_t shared, const Kernel& kernel) {
+  if (shared > kSharedBytes)
+    check_cuda(cudaFuncSetAttribute(run_kernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared)),
+               launch_text(name, blocks, threads, shared));
+  run_kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared,
+               on.device.stream()>>>(kernel);
+  if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess)
+    check_cuda(status, launch_text(name, blocks, threads, shared));
+}
+
+#endif
 
 /// body(i) for every i in [0, count): one element per thread, grid-stride.
 template <typename Body>
-void launch_for_each(const Eigen::GpuDevice& device, const char* operation, Index count,
-                     const Body& body) {
+struct ForEachIndex {
+  static constexpr int kThreads = 256;
+  Index count;
+  Body body;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const Index stride = block.count() * block.size();
+    for (Index i = block.index() * block.size() + block.thread(); i < count; i += stride) body(i);
+  }
+};
+
+template <typename D, typename Body>
+void launch_for_each(const Backend<D>& on, const char* name, Index count, const Body& body) {
   if (count <= 0) return;
-  constexpr int threads = 256;
+  constexpr int threads = ForEachIndex<Body>::kThreads;
   const Index blocks = (count + threads - 1) / threads;
-  for_each_index<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), threads, 0,
-                   device.stream()>>>(count, body);
-  check_cuda(cudaGetLastError(), operation);
+  launch(on, name, blocks < 65536 ? blocks : 65536, threads, 0, ForEachIndex<Body>{count, body});
+}
+
+/// A kernel whose block works on one row after the other, with Kernel::kThreads threads.
+template <typename D, typename Kernel>
+void launch_rows(const Backend<D>& on, const char* name, Index rows, std::size_t shared,
+                 const Kernel& kernel) {
+  if (rows <= 0) return;
+  launch(on, name, rows < 1048576 ? rows : 1048576, Kernel::kThreads, shared, kernel);
 }
 
 }  // namespace cuda

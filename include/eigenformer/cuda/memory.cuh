@@ -5,6 +5,7 @@
 #include "../core/memory.h"
 #include "launch.cuh"
 
+#if defined(EIGENFORMER_CUDA_UNIT)
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
@@ -44,6 +45,10 @@ inline constexpr Memory memory{"cuda",
                                copy<cudaMemcpyDeviceToHost>,
                                clear};
 
+/// What memory_of(device) is for a GPU; another device brings its own, as it does its launch.
+inline const Memory& device_memory(const Backend<Eigen::GpuDevice>&) { return memory; }
+
 }  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+#endif

@@ -1,64 +1,160 @@
 /// \file
-/// CUDA kernel of RMSNorm: one block per row, two coalesced passes (the second out of L2), sums in a
-/// fixed tree; rows past the range of their squares as in cpu/vector/row_unit.h.
+/// CUDA kernels of RMSNorm and LayerNorm: one block per row, two coalesced passes and three (all
+/// but the first out of L2), sums in a fixed tree; rows past the range of their squares as in
+/// cpu/vector/row_unit.h, mean and variance of LayerNorm as in cpu/normalization/layer_norm.h.
 #pragma once
+
+#include <cmath>
 
 #include "../problem/normalization.h"
 #include "../problem/row_unit.h"
-#include "block.cuh"
+#include "collectives.cuh"
+#include "launch.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-struct Larger {
-  template <typename T>
-  __device__ T operator()(T a, T b) const {
-    return a > b ? a : b;
-  }
-};
-
 /// cpu::row_unit, by all threads of the block.
-template <typename C, typename X>
-__device__ C row_unit(const X* x, Index count) {
+template <typename C, typename Block, typename Scratch, typename X>
+EIGENFORMER_DEVICE C row_unit(Block& block, const Scratch& scratch, const X* x, Index count) {
   C largest = 0;
-  for (Index j = threadIdx.x; j < count; j += kRowThreads)
-    largest = Larger{}(static_cast<C>(fabs(static_cast<C>(x[j]))), largest);
-  return problem::unit_of(reduce_block(largest, Larger{}));
+  for (Index j = block.thread(); j < count; j += block.size())
+    largest = Larger{}(std::fabs(static_cast<C>(x[j])), largest);
+  return problem::unit_of(reduce_block(block, scratch, largest, Larger{}));
 }
 
 template <typename Y, typename X, typename W>
-struct RmsNormBody {
+struct RmsNormKernel {
+  using C = typename problem::RmsNorm<Y, X, W>::compute;
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
   problem::RmsNorm<Y, X, W> p;
-  __device__ void operator()(Index row) const {
-    using C = typename problem::RmsNorm<Y, X, W>::compute;
-    const X* x = p.x + row * p.features;
-    Y* y = p.y + row * p.features;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto scratch = block.template shared<C>(kWarps);
+    for (Index row = block.index(); row < p.rows; row += block.count())
+      normalize(block, scratch, p.x + row * p.features, p.y + row * p.features);
+  }
+
+ private:
+  template <typename Block, typename Scratch>
+  EIGENFORMER_DEVICE void normalize(Block& block, const Scratch& scratch, const X* x, Y* y) const {
     const C n = static_cast<C>(p.features);
     const auto sum_of_squares = [&](C unit) {
       C squares = 0;
-      for (Index j = threadIdx.x; j < p.features; j += kRowThreads) {
+      for (Index j = block.thread(); j < p.features; j += block.size()) {
         const C value = static_cast<C>(x[j]) * unit;
-        squares = fma(value, value, squares);
+        squares = std::fma(value, value, squares);
       }
-      return reduce_block(squares, Add{});
+      return reduce_block(block, scratch, squares, Add{});
     };
     C unit = 1;
     double mean = sum_of_squares(unit) / n + static_cast<C>(p.epsilon);
     if (!problem::in_range(static_cast<C>(mean))) {  // all threads of the block, or none
-      unit = row_unit<C>(x, p.features);
+      unit = row_unit<C>(block, scratch, x, p.features);
       mean = static_cast<double>(sum_of_squares(unit) / n) +
              static_cast<double>(p.epsilon) * unit * unit;
     }
-    const C scale = unit == 1 ? C(1) / sqrt(static_cast<C>(mean)) : static_cast<C>(1 / sqrt(mean));
-    for (Index j = threadIdx.x; j < p.features; j += kRowThreads)
+    const C scale =
+        unit == 1 ? C(1) / std::sqrt(static_cast<C>(mean)) : static_cast<C>(1 / std::sqrt(mean));
+    for (Index j = block.thread(); j < p.features; j += block.size())
       y[j] = static_cast<Y>(static_cast<C>(x[j]) * unit * scale * static_cast<C>(p.weight[j]));
   }
 };
 
+template <typename D, typename Y, typename X, typename W>
+void execute(const Backend<D>& on, const problem::RmsNorm<Y, X, W>& p) {
+  using Kernel = RmsNormKernel<Y, X, W>;
+  launch_rows(on, "rms_norm", p.features > 0 ? p.rows : 0,
+              shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
+}
+
+/// Sums over a row of the distances from a number, and of their squares.
+template <typename C>
+struct DistanceSums {
+  C distances, squares;
+  EIGENFORMER_DEVICE friend DistanceSums operator+(const DistanceSums& a, const DistanceSums& b) {
+    return {a.distances + b.distances, a.squares + b.squares};
+  }
+};
+
 template <typename Y, typename X, typename W>
-void execute(const Backend& on, const problem::RmsNorm<Y, X, W>& p) {
-  launch_rows(on.device, "rms_norm", p.features > 0 ? p.rows : 0, RmsNormBody<Y, X, W>{p});
+struct LayerNormKernel {
+  using C = typename problem::LayerNorm<Y, X, W>::compute;
+  using Scale = problem::LayerNormScale<C>;
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+  problem::LayerNorm<Y, X, W> p;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto scratch = block.template shared<DistanceSums<C>>(kWarps);
+    const auto magnitudes = block.template shared<C>(kWarps);
+    for (Index row = block.index(); row < p.rows; row += block.count()) {
+      const X* x = p.x + row * p.features;
+      Y* y = p.y + row * p.features;
+      const Scale scale = scale_of(block, scratch, magnitudes, x);
+      for (Index j = block.thread(); j < p.features; j += block.size()) {
+        const C normal =
+            std::fma(static_cast<C>(x[j]) * scale.unit - scale.center, scale.inverse, scale.offset);
+        y[j] = static_cast<Y>(
+            std::fma(normal, static_cast<C>(p.weight[j]), static_cast<C>(p.bias[j])));
+      }
+    }
+  }
+
+ private:
+  struct Moments {
+    C center, correction, variance;  // a number near the mean, how far the mean is from it
+  };
+
+  template <typename Block, typename Scratch>
+  EIGENFORMER_DEVICE Moments moments(Block& block, const Scratch& scratch, const X* x,
+                                     C unit) const {
+    const C n = static_cast<C>(p.features), first = static_cast<C>(x[0]) * unit;
+    const auto sums_about = [&](C center) {
+      DistanceSums<C> sums{0, 0};
+      for (Index j = block.thread(); j < p.features; j += block.size()) {
+        const C distance = static_cast<C>(x[j]) * unit - center;
+        sums = {sums.distances + distance, std::fma(distance, distance, sums.squares)};
+      }
+      return reduce_block(block, scratch, sums, Add{});
+    };
+    const C center = first + sums_about(first).distances / n;
+    const DistanceSums<C> sums = sums_about(center);
+    const C correction = sums.distances / n, variance = sums.squares / n - correction * correction;
+    return {center, correction, variance < 0 ? C(0) : variance};  // NaN stays
+  }
+
+  template <typename Block, typename Scratch, typename Magnitudes>
+  EIGENFORMER_DEVICE Scale scale_of(Block& block, const Scratch& scratch,
+                                    const Magnitudes& magnitudes, const X* x) const {
+    const Moments row = moments(block, scratch, x, C(1));
+    const C spread = row.variance + static_cast<C>(p.epsilon);
+    if (problem::in_range(spread)) {  // all threads of the block, or none
+      const C inverse = C(1) / std::sqrt(spread);
+      return {C(1), row.center, inverse, -row.correction * inverse};
+    }
+    const C unit = row_unit<C>(block, magnitudes, x, p.features);
+    const Moments scaled = moments(block, scratch, x, unit);
+    const double epsilon = p.epsilon;
+    if (scaled.variance == 0) {  // epsilon in that unit may be no number of C
+      const C inverse = static_cast<C>(1 / std::sqrt(epsilon));
+      return {C(1), row.center, inverse, -row.correction * inverse};
+    }
+    const C inverse =
+        static_cast<C>(1 / std::sqrt(static_cast<double>(scaled.variance) + epsilon * unit * unit));
+    return {unit, scaled.center, inverse, -scaled.correction * inverse};
+  }
+};
+
+template <typename D, typename Y, typename X, typename W>
+void execute(const Backend<D>& on, const problem::LayerNorm<Y, X, W>& p) {
+  using Kernel = LayerNormKernel<Y, X, W>;
+  using C = typename Kernel::C;
+  launch_rows(on, "layer_norm", p.features > 0 ? p.rows : 0,
+              shared_bytes<DistanceSums<C>>(Kernel::kWarps) + shared_bytes<C>(Kernel::kWarps),
+              Kernel{p});
 }
 
 }  // namespace cuda

@@ -1,0 +1,187 @@
+/// \file
+/// Host memory that a kernel reads (lengths, offsets, tables, generators) on its way to the device:
+/// all arrays of a call in one asynchronous copy, and no allocation once the sizes have been seen.
+///
+///   const auto [lengths, slopes] = stage(on, "attention", std::span(p.lengths, n), slopes_span);
+///
+/// The pointers are the device's, for kernels of this call: what is staged is overwritten by the
+/// kPieces-th call on the stream after it. The host's arrays may change as soon as stage returns.
+/// An array of no elements gives a null pointer, and nothing at all is copied where all are empty.
+///
+/// In a call that is captured into a graph the copy is part of the graph: each replay brings what
+/// the arrays held at capture, so that its memory is kept until the stream's is given back.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <span>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "launch.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// The staging memory of one stream: pieces of pinned host memory, each with its place on the
+/// device, used in turn. A piece is overwritten once its own copy is over; its place on the device
+/// by the next copy, which the stream runs after the kernels that read it. Memory brings the
+/// functions of the device; see CudaStaging.
+template <typename Memory>
+class StageRing {
+ public:
+  static constexpr std::size_t kPieces = 8, kLeast = 4096;
+
+  explicit StageRing(const Memory& memory) : memory_(memory) {}
+  ~StageRing() {
+    for (Piece& piece : pieces_) release(piece);
+    for (Piece& piece : kept_) release(piece);
+  }
+  StageRing(const StageRing&) = delete;
+  StageRing& operator=(const StageRing&) = delete;
+
+  /// fill(host memory of `bytes`), and the copy under way: where it goes to on the device.
+  template <typename Fill>
+  const std::byte* send(const char* name, std::size_t bytes, Fill&& fill) {
+    const std::lock_guard lock(mutex_);
+    const bool captured = memory_.capturing();
+    Piece& piece = captured ? kept_.emplace_back() : pieces_[next_++ % kPieces];
+    if (piece.under_way) memory_.wait(name, piece.copied);
+    piece.under_way = false;
+    if (piece.size < bytes) {
+      release(piece);
+      std::size_t size = kLeast;
+      while (size < bytes) size *= 2;
+      piece.host = memory_.allocate_host(name, size);
+      piece.device = memory_.allocate_device(name, size);
+      piece.size = size;
+    }
+    fill(piece.host);
+    memory_.copy(name, piece.device, piece.host, bytes);
+    if (!captured) memory_.record(name, piece.copied);
+    piece.under_way = !captured;
+    return piece.device;
+  }
+
+ private:
+  struct Piece {
+    std::byte* host = nullptr;
+    std::byte* device = nullptr;
+    std::size_t size = 0;
+    typename Memory::Event copied{};
+    bool under_way = false;
+  };
+
+  void release(Piece& piece) {
+    memory_.free(piece.host, piece.device);
+    piece.host = piece.device = nullptr;
+    piece.size = 0;
+  }
+
+  Memory memory_;
+  std::mutex mutex_;
+  std::array<Piece, kPieces> pieces_{};
+  std::vector<Piece> kept_;  // what graphs read
+  std::size_t next_ = 0;
+};
+
+/// The arrays on the device, in order. Each begins at a multiple of 16 bytes.
+template <typename D, typename... T>
+std::tuple<const T*...> stage(const Backend<D>& on, const char* name,
+                              std::span<const T>... arrays) {
+  static_assert((std::is_trivially_copyable_v<T> && ...));
+  const std::size_t total = (shared_bytes<T>(static_cast<Index>(arrays.size())) + ... + 0);
+  if (total == 0) return {};
+  std::size_t at = 0;
+  const auto place = [&](std::size_t bytes) {
+    const std::size_t begin = at;
+    at += (bytes + 15) / 16 * 16;
+    return begin;
+  };
+  const std::byte* const device = stage_ring(on).send(name, total, [&](std::byte* host) {
+    const auto put = [&](auto array) {
+      if (!array.empty())
+        std::memcpy(host + place(array.size_bytes()), array.data(), array.size_bytes());
+    };
+    (put(arrays), ...);
+  });
+  at = 0;
+  return {(arrays.empty() ? nullptr
+                          : reinterpret_cast<const T*>(device + place(arrays.size_bytes())))...};
+}
+
+#if defined(EIGENFORMER_CUDA_UNIT)
+
+/// Pinned memory and copies of the CUDA runtime, on one stream.
+class CudaStaging {
+ public:
+  using Event = cudaEvent_t;
+
+  explicit CudaStaging(cudaStream_t stream) : stream_(stream) {}
+
+  bool capturing() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    check_cuda(cudaStreamIsCapturing(stream_, &status), "stage");
+    return status != cudaStreamCaptureStatusNone;
+  }
+  std::byte* allocate_host(const char* name, std::size_t bytes) const {
+    return allocated(name, [&](void** memory) { return cudaMallocHost(memory, bytes); });
+  }
+  std::byte* allocate_device(const char* name, std::size_t bytes) const {
+    return allocated(name, [&](void** memory) { return cudaMalloc(memory, bytes); });
+  }
+  void free(std::byte* host, std::byte* device) const {
+    if (device == nullptr) return;
+    cudaStreamSynchronize(stream_);  // kernels may be reading it; a piece grows a few times at most
+    cudaFreeHost(host);
+    cudaFree(device);
+  }
+  void copy(const char* name, std::byte* device, const std::byte* host, std::size_t bytes) const {
+    check_cuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),
+               std::string(name) + ": copy of arguments");
+  }
+  void record(const char* name, Event& event) const {
+    if (event == nullptr)
+      check_cuda(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), name);
+    check_cuda(cudaEventRecord(event, stream_), name);
+  }
+  void wait(const char* name, Event& event) const {
+    check_cuda(cudaEventSynchronize(event), std::string(name) + ": copy of arguments");
+  }
+
+ private:
+  /// Allocating is allowed while a stream is captured where the thread says that it means it.
+  template <typename Allocate>
+  std::byte* allocated(const char* name, Allocate&& allocate) const {
+    void* memory = nullptr;
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), name);
+    const cudaError_t status = allocate(&memory);
+    check_cuda(cudaThreadExchangeStreamCaptureMode(&mode), name);
+    check_cuda(status, std::string(name) + ": memory for arguments");
+    return static_cast<std::byte*>(memory);
+  }
+
+  cudaStream_t stream_;
+};
+
+/// That of a stream, made at its first call and never destroyed: a program's end is no time to call
+/// the CUDA runtime.
+inline StageRing<CudaStaging>& stage_ring(const Backend<Eigen::GpuDevice>& on) {
+  static auto& mutex = *new std::mutex;
+  static auto& rings = *new std::map<cudaStream_t, StageRing<CudaStaging>>;
+  const std::lock_guard lock(mutex);
+  const cudaStream_t stream = on.device.stream();
+  return rings.try_emplace(stream, CudaStaging(stream)).first->second;
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
