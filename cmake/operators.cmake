@@ -65,7 +65,7 @@ eigenformer_operator(scheduler WITHOUT cpu)
 # What a decoder needs besides
 eigenformer_operator(normalization CUDA "RMSNorm, LayerNorm")
 eigenformer_operator(rope)
-eigenformer_operator(activation)
+eigenformer_operator(activation CUDA yes)
 eigenformer_operator(embedding)
 eigenformer_operator(loss)
 eigenformer_operator(optimizer)
