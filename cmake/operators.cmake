@@ -64,7 +64,7 @@ eigenformer_operator(grad_scaler WITHOUT reference cpu)
 eigenformer_operator(scheduler WITHOUT cpu)
 # What a decoder needs besides
 eigenformer_operator(normalization CUDA "RMSNorm, LayerNorm")
-eigenformer_operator(rope)
+eigenformer_operator(rope CUDA yes)
 eigenformer_operator(activation CUDA yes)
 eigenformer_operator(embedding)
 eigenformer_operator(loss)

@@ -17,7 +17,8 @@
 ///
 /// Two forms give the same bits. With options, cosines and sines are computed once per token, for
 /// all its heads (about 2 us for 64 pairs). With a RopeTable they are read: nothing is computed but
-/// the rotation, nothing allocated; the hot path.
+/// the rotation, nothing allocated; the hot path. On a GPU they agree to the last bits: options use
+/// its own sine and cosine, while the rows of a table, host memory, travel with every call.
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined. Throws
 /// std::invalid_argument for a number of positions other than of tokens, an odd or too large

@@ -1,9 +1,9 @@
 /// \file
-/// CUDA kernels of activations, gated activations and the residual sum: one coalesced pass, 16 bytes
-/// per thread and tensor where alignment allows; every element is read before its place is written,
-/// so outputs may be inputs. Bytes: each tensor once. An exponential costs about 20 instructions per
-/// element of 4 to 12 bytes moved, below what the machine does in that time: more than four fifths
-/// of the memory's bandwidth are expected, not measured yet.
+/// CUDA kernels of activations, gated activations and the residual sum: one coalesced pass, 16
+/// bytes per thread and tensor where alignment allows; every element is read before its place is
+/// written, so outputs may be inputs. Bytes: each tensor once. An exponential costs about 20
+/// instructions per element of 4 to 12 bytes moved, below what the machine does in that time: more
+/// than four fifths of the memory's bandwidth are expected, not measured yet.
 #pragma once
 
 #include <limits>

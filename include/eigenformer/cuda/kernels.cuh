@@ -25,4 +25,5 @@
 #include "memory.cuh"
 #include "normalization.cuh"
 #include "quantization.cuh"
+#include "rope.cuh"
 #include "sampling.cuh"

@@ -1,7 +1,7 @@
 /// \file
 /// Loops over the elements of tensors, several neighbours per thread: as many as 16 bytes hold of
-/// the narrowest scalar, in loads and stores of 16 bytes, where every row begins at such a multiple;
-/// one per thread elsewhere.
+/// the narrowest scalar, in loads and stores of 16 bytes, where every row begins at such a
+/// multiple; one per thread elsewhere.
 #pragma once
 
 #include <algorithm>
