@@ -78,8 +78,8 @@ void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) 
   detail::require_embedding<D>("embedding", id_view, "y", out, "table", rows);
   using Problem = problem::Embedding<scalar_of<decltype(out)>, scalar_of<decltype(rows)>,
                                      scalar_of<decltype(id_view)>>;
-  detail::run(device,
-              Problem{out.data(), id_view.data(), rows.data(), id_view.size(), rows.dimension(1)});
+  detail::run(device, Problem{out.data(), id_view.data(), rows.data(), id_view.size(),
+                              rows.dimension(1), rows.dimension(0)});
 }
 
 /// Returns the rows, (tokens, features) or (batch, seq, features), in the table's scalar.
@@ -117,7 +117,7 @@ void embedding_backward_into(const D& device, G&& grad_table, const GY& grad_y, 
   using Problem = problem::EmbeddingBackward<scalar_of<G>, scalar_of<decltype(gradient)>,
                                              scalar_of<decltype(id_view)>>;
   detail::run(device, Problem{rows.data(), gradient.data(), id_view.data(), id_view.size(),
-                              rows.dimension(1)});
+                              rows.dimension(1), rows.dimension(0)});
 }
 
 /// The same, returned: the gradient of a table of `rows` rows, from 0.

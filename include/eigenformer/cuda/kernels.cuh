@@ -21,6 +21,7 @@
 
 #include "activation.cuh"
 #include "causal_mask.cuh"
+#include "embedding.cuh"
 #include "kv_cache.cuh"
 #include "memory.cuh"
 #include "normalization.cuh"

@@ -9,14 +9,15 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
-/// A checked request: pointers and sizes only; ids are in [0, vocab).
+/// A checked request: pointers and sizes only; ids are in [0, vocab), where the host could look:
+/// they are memory of the backend.
 template <typename Y, typename T, typename Id>
 struct Embedding {
   using compute = detail::common_compute_type<Y, T>;
   Y* y;            // (tokens, features)
   const Id* ids;   // (tokens)
   const T* table;  // (vocab, features)
-  Index tokens, features;
+  Index tokens, features, vocab;
 };
 
 template <typename G, typename GY, typename Id>
@@ -25,7 +26,7 @@ struct EmbeddingBackward {
   G* grad_table;     // (vocab, features), added to
   const GY* grad_y;  // (tokens, features)
   const Id* ids;     // (tokens)
-  Index tokens, features;
+  Index tokens, features, vocab;
 };
 
 }  // namespace problem

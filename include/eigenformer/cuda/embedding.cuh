@@ -1,0 +1,137 @@
+/// \file
+/// CUDA kernels of embedding. Forward: one coalesced pass over the rows of y, 16 bytes per thread
+/// where alignment allows; bytes read and written, no arithmetic, so more than four fifths of the
+/// memory's bandwidth are expected, not measured yet.
+///
+/// Backward: one block per token, of which those go on whose token is the first with its id. Such a
+/// block holds its row of the table in registers, walks the tokens that follow and adds those of
+/// its id in their order: the additions of the CPU kernel, one by one, without atomics. Bytes: ids
+/// and grad_y once, every row that occurs once in and once out; the searches read ids tokens^2 / 2
+/// times out of the cache, which up to some 8192 tokens takes less time than the rows do: about
+/// half of the bandwidth is expected there. An id that most tokens share is one block's work.
+#pragma once
+
+#include <bit>
+#include <limits>
+
+#include "../problem/embedding.h"
+#include "packs.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+template <typename Y, typename T, typename Id>
+struct EmbeddingBody {
+  using Problem = problem::Embedding<Y, T, Id>;
+  Problem p;
+
+  template <int W>
+  EIGENFORMER_DEVICE void operator()(WidthOf<W>, Index token, Index column) const {
+    // what are the same scalars keeps its bits, NaN's too
+    using C = std::conditional_t<std::is_same_v<Y, T>, Y, typename Problem::compute>;
+    const Index id = static_cast<Index>(p.ids[token]);
+    Y* const y = p.y + token * p.features + column;
+    if (id >= 0 && id < p.vocab) {
+      store_pack(load_pack<C, W>(p.table + id * p.features + column), y);
+    } else {  // the host could not throw in time
+      Pack<Y, W> none;
+      for (int i = 0; i < W; ++i) none[i] = static_cast<Y>(std::numeric_limits<float>::quiet_NaN());
+      store_pack(none, y);
+    }
+  }
+};
+
+template <typename D, typename Y, typename T, typename Id>
+void execute(const Backend<D>& on, const problem::Embedding<Y, T, Id>& p) {
+  constexpr int width = pack_width<Y, T>;
+  launch_for_each_pack<width>(
+      on, "embedding", p.tokens, p.features,
+      packs_fit<width>(p.y, p.features) && packs_fit<width>(p.table, p.features),
+      EmbeddingBody<Y, T, Id>{p});
+}
+
+template <int Width, typename G, typename GY, typename Id>
+struct EmbeddingBackwardKernel {
+  using Problem = problem::EmbeddingBackward<G, GY, Id>;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+  Problem p;
+
+  static constexpr std::size_t shared() { return shared_bytes<unsigned>(kWarps); }
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto votes = block.template shared<unsigned>(kWarps);
+    for (Index token = block.index(); token < p.tokens; token += block.count()) {
+      const Index id = static_cast<Index>(p.ids[token]);
+      if (id < 0 || id >= p.vocab) continue;  // all threads of the block, or none
+      bool before = false;
+      for (Index t = block.thread(); t < token; t += block.size())
+        before = before || static_cast<Index>(p.ids[t]) == id;
+      if (any_of_block(block, votes, before)) continue;
+      for (Index first = 0; first < p.features; first += kThreads * Width)
+        add_rows(block, votes, token, id, first + block.thread() * Width);
+    }
+  }
+
+ private:
+  template <typename Block, typename Votes>
+  EIGENFORMER_DEVICE static bool any_of_block(Block& block, const Votes& votes, bool value) {
+    vote(block, votes, value);
+    unsigned all = 0;
+    for (int warp = 0; warp < kWarps; ++warp) all |= votes.load(warp);
+    block.barrier();
+    return all != 0;
+  }
+  /// What every thread says, for all of them: a barrier, and one is due before the next vote.
+  template <typename Block, typename Votes>
+  EIGENFORMER_DEVICE static void vote(Block& block, const Votes& votes, bool value) {
+    const unsigned lanes = block.ballot(value);
+    if (block.lane() == 0) votes.store(block.warp(), lanes);
+    block.barrier();
+  }
+
+  /// Adds all gradients of `id`, whose first token is `token`, to the columns of this thread.
+  template <typename Block, typename Votes>
+  EIGENFORMER_DEVICE void add_rows(Block& block, const Votes& votes, Index token, Index id,
+                                   Index column) const {
+    const bool mine = column < p.features;
+    G* const row = p.grad_table + id * p.features + column;
+    Pack<G, Width> sum{};
+    if (mine) sum = load_pack<G, Width>(row);
+    for (Index first = token; first < p.tokens; first += kThreads) {
+      const Index own = first + block.thread();
+      vote(block, votes, own < p.tokens && static_cast<Index>(p.ids[own]) == id);
+      for (int warp = 0; warp < kWarps; ++warp)
+        for (unsigned lanes = mine ? votes.load(warp) : 0; lanes != 0; lanes &= lanes - 1)
+          add(sum, first + warp * kWarp + std::countr_zero(lanes), column);
+      block.barrier();
+    }
+    if (mine) store_pack(sum, row);
+  }
+
+  EIGENFORMER_DEVICE void add(Pack<G, Width>& sum, Index token, Index column) const {
+    using C = typename Problem::compute;
+    const auto grad = load_pack<C, Width>(p.grad_y + token * p.features + column);
+    for (int i = 0; i < Width; ++i)
+      sum[i] = static_cast<G>(static_cast<C>(sum[i]) + grad[i]);  // rounded as if it were stored
+  }
+};
+
+template <typename D, typename G, typename GY, typename Id>
+void execute(const Backend<D>& on, const problem::EmbeddingBackward<G, GY, Id>& p) {
+  constexpr int width = static_cast<int>(16 / sizeof(G));
+  const auto start = [&](auto chosen) {
+    using Kernel = EmbeddingBackwardKernel<decltype(chosen)::value, G, GY, Id>;
+    launch_rows(on, "embedding_backward", p.features > 0 ? p.tokens : 0, Kernel::shared(),
+                Kernel{p});
+  };
+  if (packs_fit<width>(p.grad_table, p.features) && packs_fit<width>(p.grad_y, p.features))
+    start(WidthOf<width>{});
+  else
+    start(WidthOf<1>{});
+}
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
