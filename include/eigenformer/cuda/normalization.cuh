@@ -1,7 +1,9 @@
 /// \file
 /// CUDA kernels of RMSNorm and LayerNorm: one block per row, two coalesced passes and three (all
 /// but the first out of L2), sums in a fixed tree; rows past the range of their squares as in
-/// cpu/vector/row_unit.h, mean and variance of LayerNorm as in cpu/normalization/layer_norm.h.
+/// cpu/vector/row_unit.h, mean and variance of LayerNorm as in cpu/normalization/layer_norm.h. Some
+/// 4 and 8 flops per element against a read and a write (two of each with the residual sum): memory
+/// is the limit, of which 80% and more is expected for 1024 rows on.
 #pragma once
 
 #include <cmath>
@@ -24,6 +26,44 @@ EIGENFORMER_DEVICE C row_unit(Block& block, const Scratch& scratch, const X* x, 
   return problem::unit_of(reduce_block(block, scratch, largest, Larger{}));
 }
 
+/// x / rms is (x * unit) * inverse, as in cpu/normalization/normalization.h.
+template <typename C>
+struct RmsScale {
+  C unit, inverse;
+};
+
+template <typename C, typename Block, typename Scratch, typename X>
+EIGENFORMER_DEVICE RmsScale<C> rms_scale(Block& block, const Scratch& scratch, const X* x,
+                                         Index features, float epsilon) {
+  const C n = static_cast<C>(features);
+  const auto sum_of_squares = [&](C unit) {
+    C squares = 0;
+    for (Index j = block.thread(); j < features; j += block.size()) {
+      const C value = static_cast<C>(x[j]) * unit;
+      squares = std::fma(value, value, squares);
+    }
+    return reduce_block(block, scratch, squares, Add{});
+  };
+  const C mean = sum_of_squares(C(1)) / n + static_cast<C>(epsilon);
+  if (problem::in_range(mean)) return {C(1), C(1) / std::sqrt(mean)};  // all threads, or none
+  const C unit = row_unit<C>(block, scratch, x, features);
+  const double scaled =
+      static_cast<double>(sum_of_squares(unit) / n) + static_cast<double>(epsilon) * unit * unit;
+  return {unit, static_cast<C>(1 / std::sqrt(scaled))};
+}
+
+template <typename Block, typename Scratch, typename Y, typename X, typename W>
+EIGENFORMER_DEVICE void rms_normalize(Block& block, const Scratch& scratch,
+                                      const problem::RmsNorm<Y, X, W>& p, Index row) {
+  using C = typename problem::RmsNorm<Y, X, W>::compute;
+  const X* x = p.x + row * p.features;
+  Y* y = p.y + row * p.features;
+  const RmsScale<C> scale = rms_scale<C>(block, scratch, x, p.features, p.epsilon);
+  for (Index j = block.thread(); j < p.features; j += block.size())
+    y[j] = static_cast<Y>(static_cast<C>(x[j]) * scale.unit * scale.inverse *
+                          static_cast<C>(p.weight[j]));
+}
+
 template <typename Y, typename X, typename W>
 struct RmsNormKernel {
   using C = typename problem::RmsNorm<Y, X, W>::compute;
@@ -34,32 +74,7 @@ struct RmsNormKernel {
   EIGENFORMER_DEVICE void operator()(Block& block) const {
     const auto scratch = block.template shared<C>(kWarps);
     for (Index row = block.index(); row < p.rows; row += block.count())
-      normalize(block, scratch, p.x + row * p.features, p.y + row * p.features);
-  }
-
- private:
-  template <typename Block, typename Scratch>
-  EIGENFORMER_DEVICE void normalize(Block& block, const Scratch& scratch, const X* x, Y* y) const {
-    const C n = static_cast<C>(p.features);
-    const auto sum_of_squares = [&](C unit) {
-      C squares = 0;
-      for (Index j = block.thread(); j < p.features; j += block.size()) {
-        const C value = static_cast<C>(x[j]) * unit;
-        squares = std::fma(value, value, squares);
-      }
-      return reduce_block(block, scratch, squares, Add{});
-    };
-    C unit = 1;
-    double mean = sum_of_squares(unit) / n + static_cast<C>(p.epsilon);
-    if (!problem::in_range(static_cast<C>(mean))) {  // all threads of the block, or none
-      unit = row_unit<C>(block, scratch, x, p.features);
-      mean = static_cast<double>(sum_of_squares(unit) / n) +
-             static_cast<double>(p.epsilon) * unit * unit;
-    }
-    const C scale =
-        unit == 1 ? C(1) / std::sqrt(static_cast<C>(mean)) : static_cast<C>(1 / std::sqrt(mean));
-    for (Index j = block.thread(); j < p.features; j += block.size())
-      y[j] = static_cast<Y>(static_cast<C>(x[j]) * unit * scale * static_cast<C>(p.weight[j]));
+      rms_normalize(block, scratch, p, row);
   }
 };
 
@@ -67,6 +82,37 @@ template <typename D, typename Y, typename X, typename W>
 void execute(const Backend<D>& on, const problem::RmsNorm<Y, X, W>& p) {
   using Kernel = RmsNormKernel<Y, X, W>;
   launch_rows(on, "rms_norm", p.features > 0 ? p.rows : 0,
+              shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
+}
+
+/// The sum first. Every thread reads and writes the same elements in each pass, so that none waits
+/// for another's; what the norm reads is rounded, as if the two operators ran one after the other.
+/// Residual and addend are read once from memory, residual and y written once.
+template <typename Y, typename X, typename R, typename W>
+struct AddRmsNormKernel {
+  using C = typename problem::RmsNorm<Y, R, W>::compute;
+  using SumC = detail::common_compute_type<Y, X, R, W>;
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+  problem::AddRmsNorm<Y, X, R, W> p;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto scratch = block.template shared<C>(kWarps);
+    const Index features = p.norm.features;
+    for (Index row = block.index(); row < p.norm.rows; row += block.count()) {
+      R* residual = p.residual + row * features;
+      const X* addend = p.addend + row * features;
+      for (Index j = block.thread(); j < features; j += block.size())
+        residual[j] = static_cast<R>(static_cast<SumC>(residual[j]) + static_cast<SumC>(addend[j]));
+      rms_normalize(block, scratch, p.norm, row);
+    }
+  }
+};
+
+template <typename D, typename Y, typename X, typename R, typename W>
+void execute(const Backend<D>& on, const problem::AddRmsNorm<Y, X, R, W>& p) {
+  using Kernel = AddRmsNormKernel<Y, X, R, W>;
+  launch_rows(on, "add_rms_norm", p.norm.features > 0 ? p.norm.rows : 0,
               shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
 }
 
