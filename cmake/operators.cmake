@@ -67,6 +67,6 @@ eigenformer_operator(normalization CUDA "RMSNorm, RMSNorm with residual, LayerNo
 eigenformer_operator(rope)
 eigenformer_operator(activation)
 eigenformer_operator(embedding)
-eigenformer_operator(loss)
+eigenformer_operator(loss CUDA yes)
 eigenformer_operator(optimizer)
 eigenformer_operator(decoder WITHOUT cpu)

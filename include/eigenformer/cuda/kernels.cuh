@@ -21,6 +21,7 @@
 
 #include "causal_mask.cuh"
 #include "kv_cache.cuh"
+#include "loss.cuh"
 #include "memory.cuh"
 #include "normalization.cuh"
 #include "quantization.cuh"
