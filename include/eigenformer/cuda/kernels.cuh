@@ -24,5 +24,6 @@
 #include "loss.cuh"
 #include "memory.cuh"
 #include "normalization.cuh"
+#include "optimizer.cuh"
 #include "quantization.cuh"
 #include "sampling.cuh"
