@@ -63,7 +63,7 @@ eigenformer_operator(training WITHOUT cpu)
 eigenformer_operator(grad_scaler WITHOUT reference cpu)
 eigenformer_operator(scheduler WITHOUT cpu)
 # What a decoder needs besides
-eigenformer_operator(normalization CUDA "RMSNorm, RMSNorm with residual, LayerNorm")
+eigenformer_operator(normalization CUDA yes)
 eigenformer_operator(rope)
 eigenformer_operator(activation)
 eigenformer_operator(embedding)

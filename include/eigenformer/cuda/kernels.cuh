@@ -24,6 +24,7 @@
 #include "loss.cuh"
 #include "memory.cuh"
 #include "normalization.cuh"
+#include "normalization_backward.cuh"
 #include "optimizer.cuh"
 #include "quantization.cuh"
 #include "sampling.cuh"

@@ -116,30 +116,94 @@ void execute(const Backend<D>& on, const problem::AddRmsNorm<Y, X, R, W>& p) {
               shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
 }
 
-/// Sums over a row of the distances from a number, and of their squares.
+/// Two sums over a row at once.
 template <typename C>
-struct DistanceSums {
-  C distances, squares;
-  EIGENFORMER_DEVICE friend DistanceSums operator+(const DistanceSums& a, const DistanceSums& b) {
-    return {a.distances + b.distances, a.squares + b.squares};
+struct TwoSums {
+  C first, second;
+  EIGENFORMER_DEVICE friend TwoSums operator+(const TwoSums& a, const TwoSums& b) {
+    return {a.first + b.first, a.second + b.second};
   }
 };
+
+/// What is known of a row times its unit: a number near the mean, how far the mean is from it, the
+/// variance.
+template <typename C>
+struct RowMoments {
+  C center, correction, variance;
+};
+
+template <typename C, typename Block, typename Scratch, typename X>
+EIGENFORMER_DEVICE RowMoments<C> row_moments(Block& block, const Scratch& scratch, const X* x,
+                                             Index features, C unit) {
+  const C n = static_cast<C>(features), first = static_cast<C>(x[0]) * unit;
+  const auto sums_about = [&](C center) {  // of the distances and of their squares
+    TwoSums<C> sums{0, 0};
+    for (Index j = block.thread(); j < features; j += block.size()) {
+      const C distance = static_cast<C>(x[j]) * unit - center;
+      sums = {sums.first + distance, std::fma(distance, distance, sums.second)};
+    }
+    return reduce_block(block, scratch, sums, Add{});
+  };
+  const C center = first + sums_about(first).first / n;
+  const TwoSums<C> sums = sums_about(center);
+  const C correction = sums.first / n, variance = sums.second / n - correction * correction;
+  return {center, correction, variance < 0 ? C(0) : variance};  // NaN stays
+}
+
+/// Shared memory of layer_norm_scale: an element for each warp.
+template <typename Sums, typename Magnitudes>
+struct LayerNormScratch {
+  Sums sums;              // of TwoSums<C>
+  Magnitudes magnitudes;  // of C
+};
+
+template <typename C, typename Block>
+EIGENFORMER_DEVICE auto layer_norm_scratch(Block& block, int warps) {
+  const auto sums = block.template shared<TwoSums<C>>(warps);
+  const auto magnitudes = block.template shared<C>(warps);
+  return LayerNormScratch<decltype(block.template shared<TwoSums<C>>(warps)),
+                          decltype(block.template shared<C>(warps))>{sums, magnitudes};
+}
+template <typename C>
+constexpr std::size_t layer_norm_scratch_bytes(int warps) {
+  return shared_bytes<TwoSums<C>>(warps) + shared_bytes<C>(warps);
+}
+
+template <typename C, typename Block, typename Scratch, typename X>
+EIGENFORMER_DEVICE problem::LayerNormScale<C> layer_norm_scale(Block& block, const Scratch& scratch,
+                                                               const X* x, Index features,
+                                                               float epsilon) {
+  const RowMoments<C> row = row_moments(block, scratch.sums, x, features, C(1));
+  const C spread = row.variance + static_cast<C>(epsilon);
+  if (problem::in_range(spread)) {  // all threads of the block, or none
+    const C inverse = C(1) / std::sqrt(spread);
+    return {C(1), row.center, inverse, -row.correction * inverse};
+  }
+  const C unit = row_unit<C>(block, scratch.magnitudes, x, features);
+  const RowMoments<C> scaled = row_moments(block, scratch.sums, x, features, unit);
+  const double wide = epsilon;
+  if (scaled.variance == 0) {  // epsilon in that unit may be no number of C
+    const C inverse = static_cast<C>(1 / std::sqrt(wide));
+    return {C(1), row.center, inverse, -row.correction * inverse};
+  }
+  const C inverse =
+      static_cast<C>(1 / std::sqrt(static_cast<double>(scaled.variance) + wide * unit * unit));
+  return {unit, scaled.center, inverse, -scaled.correction * inverse};
+}
 
 template <typename Y, typename X, typename W>
 struct LayerNormKernel {
   using C = typename problem::LayerNorm<Y, X, W>::compute;
-  using Scale = problem::LayerNormScale<C>;
   static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
   problem::LayerNorm<Y, X, W> p;
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto scratch = block.template shared<DistanceSums<C>>(kWarps);
-    const auto magnitudes = block.template shared<C>(kWarps);
+    const auto scratch = layer_norm_scratch<C>(block, kWarps);
     for (Index row = block.index(); row < p.rows; row += block.count()) {
       const X* x = p.x + row * p.features;
       Y* y = p.y + row * p.features;
-      const Scale scale = scale_of(block, scratch, magnitudes, x);
+      const auto scale = layer_norm_scale<C>(block, scratch, x, p.features, p.epsilon);
       for (Index j = block.thread(); j < p.features; j += block.size()) {
         const C normal =
             std::fma(static_cast<C>(x[j]) * scale.unit - scale.center, scale.inverse, scale.offset);
@@ -148,59 +212,13 @@ struct LayerNormKernel {
       }
     }
   }
-
- private:
-  struct Moments {
-    C center, correction, variance;  // a number near the mean, how far the mean is from it
-  };
-
-  template <typename Block, typename Scratch>
-  EIGENFORMER_DEVICE Moments moments(Block& block, const Scratch& scratch, const X* x,
-                                     C unit) const {
-    const C n = static_cast<C>(p.features), first = static_cast<C>(x[0]) * unit;
-    const auto sums_about = [&](C center) {
-      DistanceSums<C> sums{0, 0};
-      for (Index j = block.thread(); j < p.features; j += block.size()) {
-        const C distance = static_cast<C>(x[j]) * unit - center;
-        sums = {sums.distances + distance, std::fma(distance, distance, sums.squares)};
-      }
-      return reduce_block(block, scratch, sums, Add{});
-    };
-    const C center = first + sums_about(first).distances / n;
-    const DistanceSums<C> sums = sums_about(center);
-    const C correction = sums.distances / n, variance = sums.squares / n - correction * correction;
-    return {center, correction, variance < 0 ? C(0) : variance};  // NaN stays
-  }
-
-  template <typename Block, typename Scratch, typename Magnitudes>
-  EIGENFORMER_DEVICE Scale scale_of(Block& block, const Scratch& scratch,
-                                    const Magnitudes& magnitudes, const X* x) const {
-    const Moments row = moments(block, scratch, x, C(1));
-    const C spread = row.variance + static_cast<C>(p.epsilon);
-    if (problem::in_range(spread)) {  // all threads of the block, or none
-      const C inverse = C(1) / std::sqrt(spread);
-      return {C(1), row.center, inverse, -row.correction * inverse};
-    }
-    const C unit = row_unit<C>(block, magnitudes, x, p.features);
-    const Moments scaled = moments(block, scratch, x, unit);
-    const double epsilon = p.epsilon;
-    if (scaled.variance == 0) {  // epsilon in that unit may be no number of C
-      const C inverse = static_cast<C>(1 / std::sqrt(epsilon));
-      return {C(1), row.center, inverse, -row.correction * inverse};
-    }
-    const C inverse =
-        static_cast<C>(1 / std::sqrt(static_cast<double>(scaled.variance) + epsilon * unit * unit));
-    return {unit, scaled.center, inverse, -scaled.correction * inverse};
-  }
 };
 
 template <typename D, typename Y, typename X, typename W>
 void execute(const Backend<D>& on, const problem::LayerNorm<Y, X, W>& p) {
   using Kernel = LayerNormKernel<Y, X, W>;
-  using C = typename Kernel::C;
   launch_rows(on, "layer_norm", p.features > 0 ? p.rows : 0,
-              shared_bytes<DistanceSums<C>>(Kernel::kWarps) + shared_bytes<C>(Kernel::kWarps),
-              Kernel{p});
+              layer_norm_scratch_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
 }
 
 }  // namespace cuda
