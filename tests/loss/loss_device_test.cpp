@@ -1,5 +1,5 @@
-// Cross-entropy on every device, against the double reference: widths around warps and blocks, every
-// option, rows that are hard, memory that is the logits'.
+// Cross-entropy on every device, against the double reference: widths around warps and blocks,
+// every option, rows that are hard, memory that is the logits'.
 #include <eigenformer/loss.h>
 #include <eigenformer/reference/loss.h>
 

@@ -1,5 +1,6 @@
-// Optimizers and what is done to gradients on every device: the CPU's numbers, for parameters around
-// the sizes of warps, blocks and pieces. Weights, gradients and moments are memory of the device.
+// Optimizers and what is done to gradients on every device: the CPU's numbers, for parameters
+// around the sizes of warps, blocks and pieces. Weights, gradients and moments are memory of the
+// device.
 #include <memory>
 
 #include "device.h"
@@ -14,10 +15,10 @@ const std::vector<Index> kSizes = {1, 0, 31, 32, 33, 255, 257, 16384, 16385, 400
 /// A Model in the memory of a bench's device.
 template <typename B>
 struct DeviceModel {
-  DeviceModel(const B& bench, const Model& model) : bench(bench) {
+  DeviceModel(const B& on, const Model& model) : bench(on) {
     for (std::size_t i = 0; i < model.values.size(); ++i) {
-      values.push_back(std::make_unique<Tensor>(bench, model.values[i]));
-      gradients.push_back(std::make_unique<Tensor>(bench, model.gradients[i]));
+      values.push_back(std::make_unique<Tensor>(on, model.values[i]));
+      gradients.push_back(std::make_unique<Tensor>(on, model.gradients[i]));
     }
   }
   std::vector<ef::Parameter> parameters() const {

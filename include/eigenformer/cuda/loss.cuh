@@ -1,12 +1,12 @@
 /// \file
-/// CUDA kernel of softmax cross-entropy: one block per row, two coalesced passes. The first takes the
-/// maximum and the sum of exponentials of all classes but the target's together, each thread
-/// rescaling its sum where its maximum grows (Milakov and Gimelshein, "Online normalizer calculation
-/// for softmax", 2018), then in a fixed tree; the second writes the gradient. Label smoothing adds a
-/// pass for the mean. Two exponentials and some 10 flops per element against two reads and a write,
-/// of which a row that fits L2 beside its neighbours' saves one read: memory is the limit, of which
-/// 70% and more is expected for a few rows per multiprocessor. The targets are staged; the rows'
-/// losses come back, and the call waits for them.
+/// CUDA kernel of softmax cross-entropy: one block per row, two coalesced passes. The first takes
+/// the maximum and the sum of exponentials of all classes but the target's together, each thread
+/// rescaling its sum where its maximum grows (Milakov and Gimelshein, "Online normalizer
+/// calculation for softmax", 2018), then in a fixed tree; the second writes the gradient. Label
+/// smoothing adds a pass for the mean. Two exponentials and some 10 flops per element against two
+/// reads and a write, of which a row that fits L2 beside its neighbours' saves one read: memory is
+/// the limit, of which 70% and more is expected for a few rows per multiprocessor. The targets are
+/// staged; the rows' losses come back, and the call waits for them.
 #pragma once
 
 #include <cmath>

@@ -1,11 +1,11 @@
 /// \file
 /// CUDA kernels of the gradients of RMSNorm and LayerNorm, in four launches: what a row needs, one
 /// block per row; the gradients of weight and bias over every 64 rows, one thread per column; their
-/// sums over these blocks of rows, in order; grad_x, one block per row, last, so that it may take the
-/// place of grad_y or x. Formulas and rows that take no part are those of cpu/normalization. x and
-/// grad_y are read three times, twice out of L2 where they fit it, grad_x is written once; some 20
-/// flops per element: memory is the limit, of which 70% of two reads and a write is expected where L2
-/// holds the call's rows, 40% where it does not. A partial sum per 64 rows adds 2% to 5%.
+/// sums over these blocks of rows, in order; grad_x, one block per row, last, so that it may take
+/// the place of grad_y or x. Formulas and rows that take no part are those of cpu/normalization. x
+/// and grad_y are read three times, twice out of L2 where they fit it, grad_x is written once; some
+/// 20 flops per element: memory is the limit, of which 70% of two reads and a write is expected
+/// where L2 holds the call's rows, 40% where it does not. A partial sum per 64 rows adds 2% to 5%.
 #pragma once
 
 #include <cmath>

@@ -1,11 +1,11 @@
 /// \file
-/// CUDA kernels of the optimizers: one pass over memory each, one block per piece of a parameter (at
-/// most problem::kPieceElements), coalesced. AdamW moves 28 bytes and some 12 operations per element,
-/// SGD 12 or 20 bytes, a norm 4, scaling 8: memory is the limit, of which 85% and more is expected
-/// from a few hundred pieces on; few pieces leave multiprocessors idle. The operations are those of
-/// the CPU, one by one; sums over a piece are in double, in a fixed tree. The table of pieces, 40
-/// bytes for 16384 elements, is staged with every call; what is asked of the pieces comes back, and
-/// the call waits for it.
+/// CUDA kernels of the optimizers: one pass over memory each, one block per piece of a parameter
+/// (at most problem::kPieceElements), coalesced. AdamW moves 28 bytes and some 12 operations per
+/// element, SGD 12 or 20 bytes, a norm 4, scaling 8: memory is the limit, of which 85% and more is
+/// expected from a few hundred pieces on; few pieces leave multiprocessors idle. The operations are
+/// those of the CPU, one by one; sums over a piece are in double, in a fixed tree. The table of
+/// pieces, 40 bytes for 16384 elements, is staged with every call; what is asked of the pieces
+/// comes back, and the call waits for it.
 #pragma once
 
 #include <cmath>

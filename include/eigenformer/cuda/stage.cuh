@@ -84,8 +84,8 @@ class StageRing {
   }
 
   /// use(`bytes` of the device), uninitialised. Kernels of one stream run one after the other, so
-  /// that all calls have the same memory; other threads that give work to the stream wait here until
-  /// use returns, and so come before or after all kernels of this call.
+  /// that all calls have the same memory; other threads that give work to the stream wait here
+  /// until use returns, and so come before or after all kernels of this call.
   template <typename Use>
   void lend(const char* name, std::size_t bytes, Use&& use) {
     const std::lock_guard scratch_lock(scratch_mutex_);
