@@ -41,8 +41,8 @@ struct ExponentialSum {
   }
   EIGENFORMER_DEVICE friend ExponentialSum operator+(const ExponentialSum& a,
                                                      const ExponentialSum& b) {
-    const C largest = a.largest > b.largest ? a.largest : b.largest;
-    return {largest, a.from(largest) + b.from(largest)};
+    const C maximum = Larger{}(a.largest, b.largest);
+    return {maximum, a.from(maximum) + b.from(maximum)};
   }
 };
 
