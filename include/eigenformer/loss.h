@@ -24,7 +24,8 @@
 ///
 /// Targets are checked one by one, O(rows), before anything is written. Cost: one exponential per
 /// element (two where the gradient is narrower than float); reads the logits and writes the
-/// gradient once. Nothing is allocated after the first call at a size.
+/// gradient once. On a GPU the call waits for its result. Nothing is allocated after the first call
+/// at a size.
 #pragma once
 
 #include <cmath>

@@ -30,7 +30,7 @@
 /// An optimizer refers to the memory of its parameters, which must outlive it and stay where it is;
 /// it owns its state. A step with a gradient that is infinite or NaN spoils the weight it belongs
 /// to: GradScaler and `all_finite` exist to skip such steps. Results are the same bits for any
-/// number of threads.
+/// number of threads. Norms, and whether numbers are finite, are waited for on a GPU.
 ///
 /// Cost: one pass; AdamW reads 16 and writes 12 bytes per element, SGD reads 8 and writes 4 (12 and
 /// 8 with momentum). Nothing is allocated after construction (by the free functions: after the

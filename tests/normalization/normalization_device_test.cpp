@@ -30,6 +30,45 @@ void check(Index rows, Index features) {
   });
 }
 
+// Sums have the same bits everywhere; the norm is that of the sum, rounded. T: of addend and y.
+template <typename T, typename R>
+void check_residual(Index rows, Index features) {
+  const auto x = random_tensor<T, 2>({rows, features}, 11);
+  const auto residual = random_tensor<R, 2>({rows, features}, 12);
+  const auto weight = random_tensor<float, 1>({features}, 13);
+  ef::Tensor<R, 2> sum(rows, features);
+  for (Index i = 0; i < sum.size(); ++i) {
+    using C = std::conditional_t<std::is_same_v<R, double>, double, float>;
+    sum.data()[i] =
+        static_cast<R>(static_cast<C>(residual.data()[i]) + static_cast<C>(x.data()[i]));
+  }
+  const auto expected = ef::reference::rms_norm(to_double(sum), to_double(weight), double{1e-5f});
+  for_each_device([&](const auto& bench) {
+    auto device_x = on_device(bench, x);
+    auto device_weight = on_device(bench, weight);
+    auto device_residual = on_device(bench, residual);
+    auto y = on_device(bench, poisoned_tensor<T, 2>({rows, features}));
+    ef::add_rms_norm_into(bench.device, y.view(), device_residual.view(), device_x.cview(),
+                          device_weight.cview());
+    EXPECT_TRUE(same_bits(device_residual.host(), sum)) << rows << " x " << features;
+    EXPECT_LT(relative_error(y.host(), expected), tolerance<T>()) << rows << " x " << features;
+    auto again = on_device(bench, residual);
+    ef::add_rms_norm_into(bench.device, device_x.view(), again.view(), device_x.cview(),
+                          device_weight.cview());
+    EXPECT_TRUE(same_bits(device_x.host(), y.host())) << "in the place of the addend";
+  });
+}
+
+TEST(NormsOnDevice, OfAResidualSum) {
+  for (Index features : {1, 33, 255, 256, 515})
+    for (Index rows : {0, 1, 3}) {
+      check_residual<float, float>(rows, features);
+      check_residual<double, double>(rows, features);
+      check_residual<ef::bfloat16, ef::bfloat16>(rows, features);
+      check_residual<ef::half, float>(rows, features);
+    }
+}
+
 // Rows whose squares leave the range of their type, and rows far from zero.
 TEST(NormsOnDevice, HardRows) {
   const Index features = 300;

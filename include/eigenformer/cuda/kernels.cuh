@@ -11,7 +11,8 @@
 ///    it) with std:: functions for arithmetic, so that the C++ compiler takes it as well as nvcc;
 ///    and execute(const Backend<D>& on, const problem::X& p), which calls launch, launch_rows or
 ///    launch_for_each (launch.cuh) with the bytes of shared memory that the kernel takes.
-/// 2. Host memory of the problem that the kernel reads goes there by stage.cuh, all in one copy.
+/// 2. Host memory of the problem that the kernel reads goes there by stage.cuh, all in one copy;
+///    what a kernel leaves for the host comes back by fetch, for later kernels by with_scratch.
 /// 3. The line below.
 /// 4. tests/X/X_device_test.cpp over for_each_device: it runs on the host, on emulated blocks
 ///    under several schedules (races, divergent barriers and memory that is not the device's are
@@ -23,8 +24,11 @@
 #include "causal_mask.cuh"
 #include "embedding.cuh"
 #include "kv_cache.cuh"
+#include "loss.cuh"
 #include "memory.cuh"
 #include "normalization.cuh"
+#include "normalization_backward.cuh"
+#include "optimizer.cuh"
 #include "quantization.cuh"
 #include "rope.cuh"
 #include "sampling.cuh"

@@ -1,6 +1,9 @@
 /// \file
-/// Host memory that a kernel reads (lengths, offsets, tables, generators) on its way to the device:
-/// all arrays of a call in one asynchronous copy, and no allocation once the sizes have been seen.
+/// The memory that a stream brings with it: what calls send to the device, keep there between their
+/// kernels, and fetch from it. Nothing is allocated once the sizes have been seen.
+///
+/// Host memory that a kernel reads (lengths, offsets, tables, generators) goes to the device, all
+/// arrays of a call in one asynchronous copy:
 ///
 ///   const auto [lengths, slopes] = stage(on, "attention", std::span(p.lengths, n), slopes_span);
 ///
@@ -10,6 +13,17 @@
 ///
 /// In a call that is captured into a graph the copy is part of the graph: each replay brings what
 /// the arrays held at capture, so that its memory is kept until the stream's is given back.
+///
+/// Scratch of the device, for what a call's kernels leave to its later ones:
+///
+///   with_scratch<Row, float>(on, "rms_norm_backward", {rows, n}, [&](Row* row, float* sums) {
+///     launch(...);   // kernels of this stream only
+///   });
+///
+/// Numbers that a kernel leaves for the host, into host memory. The call waits for them, so that it
+/// cannot be captured:
+///
+///   fetch(on, "gradient_norm", p.sums, p.count, [&](double* sums) { launch(...); });
 #pragma once
 
 #include <array>
@@ -41,6 +55,7 @@ class StageRing {
   ~StageRing() {
     for (Piece& piece : pieces_) release(piece);
     for (Piece& piece : kept_) release(piece);
+    release(scratch_);
   }
   StageRing(const StageRing&) = delete;
   StageRing& operator=(const StageRing&) = delete;
@@ -68,6 +83,38 @@ class StageRing {
     return piece.device;
   }
 
+  /// use(`bytes` of the device), uninitialised. Kernels of one stream run one after the other, so
+  /// that all calls have the same memory; other threads that give work to the stream wait here
+  /// until use returns, and so come before or after all kernels of this call.
+  template <typename Use>
+  void lend(const char* name, std::size_t bytes, Use&& use) {
+    const std::lock_guard scratch_lock(scratch_mutex_);
+    const auto provide = [&](Piece& piece) {
+      if (piece.size >= bytes) return piece.device;
+      release(piece);
+      std::size_t size = kLeast;
+      while (size < bytes) size *= 2;
+      piece.device = memory_.allocate_device(name, size);
+      piece.size = size;
+      return piece.device;
+    };
+    if (!memory_.capturing()) return use(provide(scratch_));
+    std::byte* kept = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      kept = provide(kept_.emplace_back());
+    }
+    use(kept);
+  }
+
+  /// Bytes of the device into host memory, once all work of the stream is done.
+  void fetch(const char* name, void* host, const std::byte* device, std::size_t bytes) const {
+    if (memory_.capturing())
+      detail::fail<DeviceError>(std::string(name) +
+                                ": cannot be captured into a graph, it waits for the device");
+    memory_.fetch(name, host, device, bytes);
+  }
+
  private:
   struct Piece {
     std::byte* host = nullptr;
@@ -84,7 +131,8 @@ class StageRing {
   }
 
   Memory memory_;
-  std::mutex mutex_;
+  std::mutex mutex_, scratch_mutex_;  // the second one first
+  Piece scratch_;                     // no host memory
   std::array<Piece, kPieces> pieces_{};
   std::vector<Piece> kept_;  // what graphs read
   std::size_t next_ = 0;
@@ -113,6 +161,35 @@ std::tuple<const T*...> stage(const Backend<D>& on, const char* name,
   at = 0;
   return {(arrays.empty() ? nullptr
                           : reinterpret_cast<const T*>(device + place(arrays.size_bytes())))...};
+}
+
+/// use(arrays...): one of each type, of that many elements, each from a multiple of 16 bytes on.
+template <typename... T, typename D, typename Use>
+void with_scratch(const Backend<D>& on, const char* name, const Index (&counts)[sizeof...(T)],
+                  Use&& use) {
+  static_assert((std::is_trivially_copyable_v<T> && ...));
+  std::size_t total = 0, i = 0;
+  ((total += shared_bytes<T>(counts[i++])), ...);
+  stage_ring(on).lend(name, total, [&](std::byte* device) {
+    std::size_t k = 0;
+    const auto next = [&]<typename A>(A*) {
+      A* const array = reinterpret_cast<A*>(device);
+      device += shared_bytes<A>(counts[k++]);
+      return array;
+    };
+    std::apply(use, std::tuple<T*...>{next(static_cast<T*>(nullptr))...});
+  });
+}
+
+/// host[0, count) is what the kernels that run(array) launches leave in an array of the device.
+template <typename T, typename D, typename Run>
+void fetch(const Backend<D>& on, const char* name, T* host, Index count, Run&& run) {
+  if (count <= 0) return;
+  with_scratch<T>(on, name, {count}, [&](T* array) {
+    run(array);
+    stage_ring(on).fetch(name, host, reinterpret_cast<const std::byte*>(array),
+                         static_cast<std::size_t>(count) * sizeof(T));
+  });
 }
 
 #if defined(EIGENFORMER_CUDA_UNIT)
@@ -144,6 +221,11 @@ class CudaStaging {
   void copy(const char* name, std::byte* device, const std::byte* host, std::size_t bytes) const {
     check_cuda(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, stream_),
                std::string(name) + ": copy of arguments");
+  }
+  void fetch(const char* name, void* host, const std::byte* device, std::size_t bytes) const {
+    const std::string what = std::string(name) + ": copy of results";
+    check_cuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_), what);
+    check_cuda(cudaStreamSynchronize(stream_), what);
   }
   void record(const char* name, Event& event) const {
     if (event == nullptr)

@@ -18,7 +18,7 @@ struct CrossEntropy {
   const Index* targets;  // (rows)
   // (rows, classes), may be the memory of the logits where G is L; nullptr: the loss alone
   G* gradient;
-  double* row_loss;  // (rows), written
+  double* row_loss;  // (rows), written; host memory, as the targets
   Index rows, classes;
   double gradient_scale;
   std::int32_t ignore_index;

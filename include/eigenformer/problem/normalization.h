@@ -47,7 +47,7 @@ struct RmsNormBackward {
   const W* weight;   // (features)
   Index rows, features;
   float epsilon;
-  RmsNormRow<compute>* row_scratch;  // (rows)
+  RmsNormRow<compute>* row_scratch;  // (rows), host memory: a GPU has its own
 };
 
 /// A checked request: pointers and sizes only.
@@ -87,7 +87,7 @@ struct LayerNormBackward {
   const W* weight;   // (features)
   Index rows, features;
   float epsilon;
-  LayerNormRow<compute>* row_scratch;  // (rows)
+  LayerNormRow<compute>* row_scratch;  // (rows), host memory: a GPU has its own
 };
 
 }  // namespace problem

@@ -48,7 +48,7 @@ struct ZeroGradients {
   Index count;
 };
 
-/// sums[i] = the sum of squares of piece i's gradient.
+/// sums[i] = the sum of squares of piece i's gradient; host memory, as the pieces.
 struct GradientSquares {
   const ParameterPiece* pieces;
   Index count;

@@ -56,6 +56,7 @@ class Staging {
   }
   void free(std::byte* host, std::byte* device) const;
   void copy(const char*, std::byte* device, const std::byte* host, std::size_t bytes) const;
+  void fetch(const char*, void* host, const std::byte* device, std::size_t bytes) const;
   void record(const char*, Event& event) const;
   void wait(const char*, Event& event) const;
 
@@ -144,6 +145,11 @@ inline void Staging::free(std::byte* host, std::byte* device) const {
 inline void Staging::copy(const char*, std::byte* device, const std::byte* host,
                           std::size_t bytes) const {
   stream_->copy(device, host, bytes);
+}
+inline void Staging::fetch(const char*, void* host, const std::byte* device,
+                           std::size_t bytes) const {
+  stream_->copy(host, device, bytes);
+  stream_->synchronize();
 }
 inline void Staging::record(const char*, Event& event) const { event = stream_->submitted(); }
 inline void Staging::wait(const char*, Event& event) const { stream_->wait(event); }

@@ -268,4 +268,63 @@ TEST(EmulatedDevice, AGraphKeepsWhatItsArgumentsHeld) {
   EXPECT_EQ(sums.host(), (std::vector<double>{7, 200}));
 }
 
+// ---- scratch, and numbers for the host ----------------------------------------------------------
+
+/// squares[i] = the sum of i + 1 squares of `value`, by way of scratch.
+void fetch_squares(const Device& device, std::vector<double>& squares, double value) {
+  const auto count = static_cast<Index>(squares.size());
+  ef::cuda::fetch(Backend{device}, "squares", squares.data(), count, [&](double* sums) {
+    launch(Backend{device}, "squares", 1, 1, 0, [=](auto&) {
+      for (Index i = 0; i < count; ++i) sums[i] = static_cast<double>(i + 1) * value * value;
+    });
+  });
+}
+
+TEST(EmulatedDevice, NumbersForTheHostAreThereWhenTheCallReturns) {
+  for (const bool deferred : {false, true}) {
+    Stream stream({.deferred = deferred});
+    const Device device(&stream);
+    for (std::size_t count : {1u, 3u, 2000u, 5u}) {
+      std::vector<double> squares(count, -1.0);
+      fetch_squares(device, squares, 3);
+      for (std::size_t i = 0; i < count; ++i)
+        ASSERT_EQ(squares[i], 9.0 * static_cast<double>(i + 1));
+    }
+    std::vector<double> none;
+    const int launches = stream.launches;
+    fetch_squares(device, none, 3);
+    EXPECT_EQ(stream.launches, launches);
+  }
+}
+
+TEST(EmulatedDevice, ScratchHoldsFromKernelToKernelAndGrowsUnderWork) {
+  Stream stream({.deferred = true});
+  const Device device(&stream);
+  const Buffer<float> results(device, 20);
+  for (Index call = 0; call < 20; ++call)
+    ef::cuda::with_scratch<float, double>(
+        Backend{device}, "two", {call * call * 10 + 1, 1}, [&](float* many, double* one) {
+          launch(Backend{device}, "first", 1, 1, 0, [=](auto&) {
+            many[call * call * 10] = static_cast<float>(call);
+            *one = 0.5;
+          });
+          launch(Backend{device}, "second", 1, 1, 0, [=, to = results.data](auto&) {
+            to[call] = many[call * call * 10] + static_cast<float>(*one);
+          });
+        });
+  const auto got = results.host();
+  for (std::size_t call = 0; call < 20; ++call)
+    EXPECT_EQ(got[call], static_cast<float>(call) + 0.5f);
+}
+
+TEST(EmulatedDevice, WaitingForNumbersCannotBeCaptured) {
+  Stream stream;
+  const Device device(&stream);
+  std::vector<double> squares(3);
+  stream.begin_capture();
+  expect_throws<ef::DeviceError>([&] { fetch_squares(device, squares, 3); },
+                                 {"squares", "captured"});
+  stream.end_capture();
+}
+
 }  // namespace
