@@ -51,7 +51,7 @@ endfunction()
 
 # The nine systems
 eigenformer_operator(causal_mask CUDA yes)
-eigenformer_operator(kv_cache CUDA "append to buffers")
+eigenformer_operator(kv_cache CUDA yes)
 eigenformer_operator(paged_kv_cache WITHOUT cpu)
 eigenformer_operator(quantization CUDA "by channel and group, by tensor, activations, dequantize, dequantize by tensor, checks")
 eigenformer_operator(linear)
