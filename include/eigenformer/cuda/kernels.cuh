@@ -19,6 +19,7 @@
 /// 5. Its words in cmake/operators.cmake, which tests/compile/runs_on.cu compares.
 #pragma once
 
+#include "attention.cuh"
 #include "causal_mask.cuh"
 #include "kv_cache.cuh"
 #include "memory.cuh"
