@@ -173,8 +173,8 @@ TEST(AttentionOnDevice, PackedRowsHaveTheBitsOfRowsAlone) {
 
 /// A step of decoding through both caches: the CPU's result on host caches is the measure.
 template <typename T, typename Storage>
-void check_caches(const ef::AttentionOptions& options, double bound) {
-  const Index heads = 4, kv_heads = 2, dim = 6;
+void check_caches(const ef::AttentionOptions& options, double bound, Index dim = 6) {
+  const Index heads = 4, kv_heads = 2;
   const std::vector<Index> offsets{0, 7, 7, 72};  // sequence 1 has no keys
   const auto keys = random_tensor<T, 3>({72, kv_heads, dim}, 1),
              values = random_tensor<T, 3>({72, kv_heads, dim}, 2);
@@ -222,6 +222,10 @@ TEST(AttentionOnDevice, ThroughPagesOfEveryStorage) {
   check_caches<ef::half, ef::half>(window, 2e-3);
   check_caches<ef::bfloat16, std::int8_t>(prefix, 1e-2);
   check_caches<double, double>(causal, 1e-12);
+  // rows that begin where 16 bytes can be read at once, and others
+  check_caches<float, std::int8_t>(causal, 1e-5, 48);
+  check_caches<float, std::int8_t>(causal, 1e-5, 37);
+  check_caches<ef::half, ef::half>(causal, 2e-3, 28);
 }
 
 // A prompt has the same bits whole and token by token through a cache.

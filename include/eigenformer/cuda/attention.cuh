@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <type_traits>
 
@@ -28,14 +29,14 @@ namespace cuda {
 inline constexpr int kAttentionKeys = 64;  // of a block: one per thread
 
 /// Shared memory of a block.
-template <typename Query, typename Weights, typename Values>
+template <typename Sums, typename Weights, typename Values>
 struct AttentionArrays {
-  Query query;      // (head_dim), scaled
-  Query sums;       // (value_dim), each of one thread
+  Weights query;    // (head_dim), scaled
+  Sums sums;        // (value_dim), each of one thread
   Weights weights;  // (64) of a key block; negative: not seen
   Weights scales;   // (64) of its values
   Values values;    // (64) their rows
-  Query scratch;    // (warps)
+  Sums scratch;     // (warps)
 };
 
 template <typename TQ, typename TKV>
@@ -51,20 +52,20 @@ struct AttentionKernel {
   Index row_count, group;
 
   static std::size_t shared_size(Index head_dim, Index value_dim) {
-    return shared_bytes<double>(head_dim) + shared_bytes<double>(value_dim) +
-           shared_bytes<C>(kThreads) + shared_bytes<C>(kThreads) +
-           shared_bytes<const TKV*>(kThreads) + shared_bytes<double>(kWarps);
+    return shared_bytes<C>(head_dim) + shared_bytes<double>(value_dim) + shared_bytes<C>(kThreads) +
+           shared_bytes<C>(kThreads) + shared_bytes<const TKV*>(kThreads) +
+           shared_bytes<double>(kWarps);
   }
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto query = block.template shared<double>(p.head_dim);
+    const auto query = block.template shared<C>(p.head_dim);
     const auto sums = block.template shared<double>(p.value_dim);
     const auto weights = block.template shared<C>(kThreads);
     const auto scales = block.template shared<C>(kThreads);
     const auto values = block.template shared<const TKV*>(kThreads);
     const auto scratch = block.template shared<double>(kWarps);
-    const AttentionArrays<decltype(query), decltype(weights), decltype(values)> arrays{
+    const AttentionArrays<decltype(sums), decltype(weights), decltype(values)> arrays{
         query, sums, weights, scales, values, scratch};
     for (Index at = block.index(); at < row_count * p.heads; at += block.count()) {
       const problem::AttentionSequence& s = sequences[sequence_of(at / p.heads)];
@@ -174,8 +175,7 @@ struct AttentionKernel {
                                           const Row& row) const {
     const TQ* const query = p.queries + output_row(s, row) * p.head_dim;
     for (Index d = block.thread(); d < p.head_dim; d += block.size())
-      arrays.query.store(d,
-                         static_cast<double>(static_cast<S>(query[d]) * static_cast<S>(p.scale)));
+      arrays.query.store(d, static_cast<C>(query[d]) * p.scale);
     for (Index d = block.thread(); d < p.value_dim; d += block.size()) arrays.sums.store(d, 0.0);
     block.barrier();
     double maximum = sinks == nullptr ? -kInfinity : static_cast<double>(sinks[row.head]);
@@ -209,16 +209,13 @@ struct AttentionKernel {
                 at = s.key_begin + j;
     arrays.values.store(block.thread(), rows.row(true, b, h, at));
     const TKV* const key = rows.row(false, b, h, at);
-    S dots[4] = {0, 0, 0, 0};
-    Index d = 0;
-    for (; d + 4 <= p.head_dim; d += 4)
-      for (int i = 0; i < 4; ++i)
-        dots[i] = std::fma(static_cast<S>(arrays.query.load(d + i)),
-                           static_cast<S>(static_cast<C>(key[d + i])), dots[i]);
-    for (; d < p.head_dim; ++d)
-      dots[0] = std::fma(static_cast<S>(arrays.query.load(d)),
-                         static_cast<S>(static_cast<C>(key[d])), dots[0]);
-    S score = (dots[0] + dots[1]) + (dots[2] + dots[3]);
+    const TQ* const query = p.queries + output_row(s, row) * p.head_dim;
+    S score = dot<S>(key, [&](Index d) {
+      if constexpr (std::is_same_v<S, C>)
+        return arrays.query.load(d);
+      else
+        return static_cast<S>(query[d]) * static_cast<S>(p.scale);
+    });
     if constexpr (kInt8) {
       score *= static_cast<S>(*rows.scale(false, b, h, at));
       arrays.scales.store(block.thread(), static_cast<C>(*rows.scale(true, b, h, at)));
@@ -228,6 +225,32 @@ struct AttentionKernel {
     if (slopes != nullptr)
       score += static_cast<S>(slopes[row.head]) * static_cast<S>(j - row.position);
     return score;
+  }
+
+  /// Elements of a key in one or two loads of 16 bytes.
+  struct alignas(16) Pack {
+    static constexpr int kSize = sizeof(TKV) <= 4 ? 16 / sizeof(TKV) : 4;
+    TKV elements[kSize];
+  };
+
+  /// The product of a key and query(d), in four chains of one order, whether the key is aligned or
+  /// not.
+  template <typename S, typename Query>
+  EIGENFORMER_DEVICE S dot(const TKV* key, const Query& query) const {
+    S dots[4] = {0, 0, 0, 0};
+    const auto add = [&](int chain, Index d, TKV element) {
+      dots[chain] = std::fma(query(d), static_cast<S>(static_cast<C>(element)), dots[chain]);
+    };
+    Index d = 0;
+    if (reinterpret_cast<std::uintptr_t>(key) % alignof(Pack) == 0)
+      for (; d + Pack::kSize <= p.head_dim; d += Pack::kSize) {
+        const Pack pack = *reinterpret_cast<const Pack*>(key + d);
+        for (int i = 0; i < Pack::kSize; ++i) add(i % 4, d + i, pack.elements[i]);
+      }
+    for (; d + 4 <= p.head_dim; d += 4)
+      for (int i = 0; i < 4; ++i) add(i, d + i, key[d + i]);
+    for (; d < p.head_dim; ++d) add(0, d, key[d]);
+    return (dots[0] + dots[1]) + (dots[2] + dots[3]);
   }
 
   /// sums * fall + what the values of a key block add.

@@ -3,9 +3,9 @@
 /// way where storage differs. Into dense buffers one thread takes an element; into pages and out of
 /// them a warp takes a row of head_dim elements of one head, which are consecutive on both sides,
 /// and finds its page once. INT8 reads a new row twice (largest magnitude, then quotients), the
-/// second time out of L1. No flops to speak of: the limit is bandwidth, of which rows of 64 and more
-/// elements, a thousand of them at least, should see more than half; a step of one sequence is a
-/// launch and its arguments.
+/// second time out of L1. No flops to speak of: the limit is bandwidth, of which rows of 64 and
+/// more elements, a thousand of them at least, should see more than half; a step of one sequence is
+/// a launch and the copy of its arguments.
 #pragma once
 
 #include "../problem/kv_cache.h"

@@ -1,11 +1,11 @@
 /// \file
-/// CUDA kernels of INT8 quantization. By row or group: one block per scale, one pass for the largest
-/// magnitude and one that divides, rounds and writes: two reads and a quarter of a write, the
-/// second read out of L2 for rows that fit. A group of 32 leaves most threads of its block idle. By
-/// tensor: a launch for the magnitude of each chunk, one for the values, and between them the host,
-/// which waits for the chunks because it returns the scale. Back to numbers: one thread per element,
-/// a byte read and 2 to 8 written. All are bound by bandwidth, of which long rows and tensors should
-/// see more than half. The numbers are those of the CPU kernels, bit for bit.
+/// CUDA kernels of INT8 quantization. By row or group: one block per scale, one pass for the
+/// largest magnitude and one that divides, rounds and writes: two reads and a quarter of a write,
+/// the second read out of L2 for rows that fit. A group of 32 leaves most threads of its block
+/// idle. By tensor: a launch for the magnitude of each chunk, one for the values, and between them
+/// the host, which waits for the chunks because it returns the scale. Back to numbers: one thread
+/// per element, a byte read and 2 to 8 written. All are bound by bandwidth, of which long rows and
+/// tensors should see more than half. The numbers are those of the CPU kernels, bit for bit.
 #pragma once
 
 #include <cstdint>
