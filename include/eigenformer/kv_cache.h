@@ -103,6 +103,16 @@ class KvCache {
   Tensor<T, 4> keys(Index layer_idx) const { return keys(Eigen::DefaultDevice{}, layer_idx); }
   Tensor<T, 4> values(Index layer_idx) const { return values(Eigen::DefaultDevice{}, layer_idx); }
 
+  /// The same into `output` of that shape, on any device that works on the cache's memory.
+  template <Device D, typename Output>
+  void keys_into(const D& device, Output&& output, Index layer_idx) const {
+    read_into(device, output, find(layer_idx), false);
+  }
+  template <Device D, typename Output>
+  void values_into(const D& device, Output&& output, Index layer_idx) const {
+    read_into(device, output, find(layer_idx), true);
+  }
+
   /// What attention reads. Pointers only: valid until the cache is next changed, moved or
   /// destroyed. Empty for a layer never written, or not since clear().
   KvSource<Storage> source(Index layer_idx) const {
@@ -264,11 +274,26 @@ class KvCache {
   Tensor<T, 4> read(const D& device, Index layer_idx, bool values) const {
     const Layer* layer = find(layer_idx);
     if (layer == nullptr || !layer->closed()) return Tensor<T, 4>(0, 0, 0, 0);
-    detail::require_memory("KvCache", "the cache", *memory_, memory_of(device));
     Tensor<T, 4> output(layer->batch(), layer->length(), layer->kv_heads(), layer->head_dim());
-    detail::run(device, problem::KvRead<T, Storage>{layer->source(), layer->length(), values,
-                                                    output.data()});
+    read_into(device, output, layer, values);
     return output;
+  }
+
+  template <typename D, typename Output>
+  void read_into(const D& device, Output&& output, const Layer* layer, bool values) const {
+    static_assert(std::is_same_v<scalar_of<Output>, T>,
+                  "eigenformer: output holds the scalar T of ef::KvCache<T, Storage>");
+    const auto to = output_view<4>(output);
+    const bool none = layer == nullptr || !layer->closed();
+    const auto sizes = none ? Eigen::DSizes<Index, 4>(0, 0, 0, 0)
+                            : Eigen::DSizes<Index, 4>(layer->batch(), layer->length(),
+                                                      layer->kv_heads(), layer->head_dim());
+    detail::require_same_shape("KvCache", "output", to, "the layer",
+                               TensorView<const T, 4>(nullptr, sizes));
+    if (none) return;
+    detail::require_memory("KvCache", "the cache", *memory_, memory_of(device));
+    detail::run(device,
+                problem::KvRead<T, Storage>{layer->source(), layer->length(), values, to.data()});
   }
 
   const Memory* memory_ = &host_memory;

@@ -234,6 +234,15 @@ class PagedKvCache {
   Tensor<T, 3> values(SequenceId sequence, Index layer_idx) const {
     return read(sequence, layer_idx, true);
   }
+  /// The same into `output` of that shape, on any device that works on the pool's memory.
+  template <Device D, typename Output>
+  void keys_into(const D& device, Output&& output, SequenceId sequence, Index layer_idx) const {
+    read_into(device, output, sequence, layer_idx, false);
+  }
+  template <Device D, typename Output>
+  void values_into(const D& device, Output&& output, SequenceId sequence, Index layer_idx) const {
+    read_into(device, output, sequence, layer_idx, true);
+  }
 
   /// What attention reads: all live sequences in order of creation. Valid until the cache is next
   /// changed.
@@ -426,14 +435,25 @@ class PagedKvCache {
   }
 
   Tensor<T, 3> read(SequenceId sequence, Index layer_idx, bool values) const {
+    Tensor<T, 3> output(length(sequence, layer_idx), config_.kv_heads, config_.head_dim);
+    read_into(Eigen::DefaultDevice{}, output, sequence, layer_idx, values);
+    return output;
+  }
+
+  template <typename D, typename Output>
+  void read_into(const D& device, Output&& output, SequenceId sequence, Index layer_idx,
+                 bool values) const {
+    static_assert(std::is_same_v<scalar_of<Output>, T>,
+                  "eigenformer: output holds the scalar T of ef::PagedKvCache<T, Storage>");
     const std::size_t layer = checked_layer(layer_idx), at = find(sequence);
     const Index length = sequences_.lengths[layer][at];
-    detail::require_memory(kName, "the pool", pool_.memory(), host_memory);
-    Tensor<T, 3> output(length, config_.kv_heads, config_.head_dim);
+    const auto to = output_view<3>(output);
+    detail::require_same_shape(
+        kName, "output", to, "the sequence",
+        TensorView<const T, 3>(nullptr, length, config_.kv_heads, config_.head_dim));
+    detail::require_memory(kName, "the pool", pool_.memory(), memory_of(device));
     const auto one = source_of(layer, 1, &sequences_.lengths[layer][at], &sequences_.tables[at]);
-    detail::run(Eigen::DefaultDevice{},
-                problem::KvRead<T, Storage>{one, length, values, output.data()});
-    return output;
+    detail::run(device, problem::KvRead<T, Storage>{one, length, values, to.data()});
   }
 
   PagedKvConfig config_;

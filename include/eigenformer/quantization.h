@@ -110,7 +110,8 @@ QuantizedChannels quantized_channels(std::string_view name, std::string_view arg
 
 }  // namespace detail
 
-/// Writes the values and the scale of a tensor of any rank. Throws std::invalid_argument.
+/// Writes the values of a tensor of any rank and its scale, a number of the host's: a GPU is waited
+/// for. Throws std::invalid_argument, on a GPU too.
 template <Device D, typename Values, typename Weights>
 void quantize_weights_int8_into(const D& device, Values&& values, float& scale,
                                 const Weights& weights, Workspace& workspace = thread_workspace()) {

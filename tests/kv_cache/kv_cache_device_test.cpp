@@ -1,4 +1,5 @@
-// The dense KV append on every device: new rows stand where they belong, nothing else is touched.
+// KV caches on every device: new rows stand where they belong, nothing else is touched, and what is
+// read back is what the cache of the host holds, bit for bit.
 #include <eigenformer/kv_cache.h>
 
 #include "device.h"
@@ -49,6 +50,90 @@ TEST(KvAppendOnDevice, WritesNewRowsAndNothingElse) {
   check<float, ef::bfloat16>(2, {7, 0});
   check<ef::half, ef::half>(3, {1});
   check<ef::bfloat16, ef::bfloat16>(9, {0, 0});
+}
+
+/// Cache on the host and cache in a device's memory, updated alike.
+template <typename T, typename Storage>
+void check_cache(Index batch, Index heads, Index dim, const std::vector<Index>& steps) {
+  ef::KvCache<T, Storage> host_cache;
+  std::vector<std::pair<ef::Tensor<T, 4>, ef::Tensor<T, 4>>> updates;
+  for (std::size_t i = 0; i < steps.size(); ++i) {
+    const auto seed = static_cast<unsigned>(2 * i);
+    updates.emplace_back(random_tensor<T, 4>({batch, steps[i], heads, dim}, seed + 1),
+                         random_tensor<T, 4>({batch, steps[i], heads, dim}, seed + 2));
+    if (i == 0 && updates[0].first.size() > 0)
+      std::fill_n(updates[0].first.data(), dim, T(0));  // scale 1
+    ef::update_kv_cache(host_cache, updates.back().first, updates.back().second, 3);
+  }
+  const auto keys = host_cache.keys(3), values = host_cache.values(3);
+  for_each_device([&](const auto& bench) {
+    ef::KvCache<T, Storage> cache(ef::memory_of(bench.device));
+    for (const auto& [new_keys, new_values] : updates) {
+      auto k = on_device(bench, new_keys);
+      auto v = on_device(bench, new_values);
+      ef::update_kv_cache(bench.device, cache, k.cview(), v.cview(), 3);
+      k.host();  // a deferred stream has read them before they go
+    }
+    auto got = on_device(bench, poisoned_tensor<T, 4>({batch, cache.length(3), heads, dim}));
+    cache.keys_into(bench.device, got.view(), 3);
+    EXPECT_TRUE(same_bits(got.host(), keys)) << dim;
+    cache.values_into(bench.device, got.view(), 3);
+    EXPECT_TRUE(same_bits(got.host(), values)) << dim;
+  });
+}
+
+TEST(KvCacheOnDevice, HoldsWhatTheHostsHolds) {
+  check_cache<float, float>(2, 2, 8, {63, 1, 1, 2});
+  check_cache<float, float>(1, 3, 33, {5});
+  check_cache<float, float>(2, 1, 1, {64, 65});
+  check_cache<float, ef::bfloat16>(2, 2, 31, {3, 1});
+  check_cache<float, ef::half>(1, 2, 32, {3, 1});
+  check_cache<double, float>(1, 1, 5, {7});
+  check_cache<double, double>(1, 1, 5, {7});
+  check_cache<ef::bfloat16, ef::bfloat16>(3, 1, 64, {2});
+  check_cache<ef::half, ef::half>(3, 1, 2, {2});
+  check_cache<float, float>(0, 2, 8, {3});
+}
+
+TEST(KvCacheOnDevice, Int8HasTheScalesOfTheHost) {
+  for (Index dim : {1, 31, 32, 33, 64, 257}) {
+    check_cache<float, std::int8_t>(1, 2, dim, {3, 1});
+    check_cache<ef::bfloat16, std::int8_t>(2, 1, dim, {2});
+    check_cache<ef::half, std::int8_t>(2, 1, dim, {2});
+    check_cache<double, std::int8_t>(1, 1, dim, {2});
+  }
+}
+
+#if defined(EIGENFORMER_TEST_BLOCKS)
+// The host cannot refuse rows that it cannot see: they read as NaN, and no other row does.
+TEST(KvCacheOnDevice, Int8RowsWithoutScaleReadAsNaN) {
+  for (const bool deferred : {false, true}) {
+    const EmulatedBench bench{{emulated::Stream({.seed = 3, .deferred = deferred})}, {}};
+    auto keys = random_tensor<float, 4>({1, 3, 2, 5}, 1);
+    keys(0, 1, 0, 4) = NAN;
+    keys(0, 1, 1, 2) = -INFINITY;
+    ef::KvCache<float, std::int8_t> cache(ef::memory_of(bench.device));
+    auto k = on_device(bench, keys);
+    ef::update_kv_cache(bench.device, cache, k.cview(), k.cview(), 0);
+    auto got = on_device(bench, poisoned_tensor<float, 4>({1, 3, 2, 5}));
+    cache.values_into(bench.device, got.view(), 0);
+    const auto values = got.host();
+    for (Index j = 0; j < 3; ++j)
+      for (Index h = 0; h < 2; ++h)
+        for (Index d = 0; d < 5; ++d) EXPECT_EQ(std::isnan(values(0, j, h, d)), j == 1);
+  }
+}
+#endif
+
+TEST(KvCacheOnDevice, RefusesWhatDoesNotFit) {
+  ef::KvCache<float> cache;
+  const auto keys = random_tensor<float, 4>({1, 2, 1, 3}, 1);
+  ef::update_kv_cache(cache, keys, keys, 0);
+  ef::Tensor<float, 4> wrong(1, 3, 1, 3);
+  const Eigen::DefaultDevice host;
+  EXPECT_THROW(cache.keys_into(host, wrong, 0), std::invalid_argument);
+  EXPECT_THROW(cache.keys_into(host, wrong, 1), std::invalid_argument);
+  EXPECT_THROW(cache.values_into(host, wrong, -1), std::invalid_argument);
 }
 
 }  // namespace

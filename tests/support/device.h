@@ -42,22 +42,7 @@ struct GpuBench {
   }
 };
 
-#if defined(__CUDACC__)
-
-/// Calls f(bench) on the GPU; skips aloud where there is none.
-template <typename F>
-void for_each_device(F&& f) {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    std::printf("[ SKIPPED  ] no CUDA device on this machine\n");
-    GTEST_SKIP() << "no CUDA device on this machine";
-  }
-  const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{};
-  f(bench);
-}
-
-#else
-
+/// A device of the host.
 template <typename D>
 struct HostBench {
   const D& device;
@@ -76,6 +61,22 @@ struct HostBench {
     std::copy_n(source, count, target);
   }
 };
+
+#if defined(__CUDACC__)
+
+/// Calls f(bench) on the GPU; skips aloud where there is none.
+template <typename F>
+void for_each_device(F&& f) {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
+    std::printf("[ SKIPPED  ] no CUDA device on this machine\n");
+    GTEST_SKIP() << "no CUDA device on this machine";
+  }
+  const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{};
+  f(bench);
+}
+
+#else
 
 #if defined(EIGENFORMER_TEST_BLOCKS)
 /// Keeps what was read, so that the bits of two schedules can be compared.

@@ -26,10 +26,17 @@ struct Larger {
   }
 };
 
+struct Smaller {
+  template <typename T>
+  EIGENFORMER_DEVICE T operator()(const T& a, const T& b) const {
+    return a < b ? a : b;
+  }
+};
+
 /// The larger one; NaN where one is NaN.
 struct LargerOrNan {
   template <typename T>
-  EIGENFORMER_DEVICE T operator()(const T& a, const T& b) const {
+  EIGENFORMER_HOST_DEVICE T operator()(const T& a, const T& b) const {
     return a != a || b != b ? a + b : (a > b ? a : b);
   }
 };

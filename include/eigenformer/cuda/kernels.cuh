@@ -21,6 +21,7 @@
 #pragma once
 
 #include "activation.cuh"
+#include "attention.cuh"
 #include "causal_mask.cuh"
 #include "embedding.cuh"
 #include "kv_cache.cuh"

@@ -1,14 +1,23 @@
 /// \file
-/// CUDA kernel of the append to dense buffers: one thread per element, one coalesced read and one
-/// write of every new key and value.
+/// CUDA kernels of the KV caches: copies, one read and one write of every element, converted on the
+/// way where storage differs. Into dense buffers one thread takes an element; into pages and out of
+/// them a warp takes a row of head_dim elements of one head, which are consecutive on both sides,
+/// and finds its page once. INT8 reads a new row twice (largest magnitude, then quotients), the
+/// second time out of L1. No flops to speak of: the limit is bandwidth, of which rows of 64 and
+/// more elements, a thousand of them at least, should see more than half; a step of one sequence is
+/// a launch and the copy of its arguments.
 #pragma once
 
 #include "../problem/kv_cache.h"
+#include "int8.cuh"
+#include "kv_rows.cuh"
 #include "launch.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
+
+inline constexpr int kKvThreads = 128;  // of a block whose warps take a row each
 
 template <typename T, typename Storage>
 struct KvAppendBody {
@@ -43,6 +52,112 @@ void execute(const Backend<D>& on, const problem::KvBufferAppend<T, Storage>& p)
                                const_cast<Storage*>(to.values), p.positions, p.key_stride,
                                p.value_stride, p.tokens_each, row, p.capacity, to.sequence_stride,
                                to.value_sequence_stride});
+}
+
+/// Rows (token, head, keys or values), each by a warp.
+template <typename T, typename Storage>
+struct KvAppendKernel {
+  using C = compute_type<T>;
+  static constexpr int kThreads = kKvThreads;
+  const T* new_keys;
+  const T* new_values;
+  Index key_stride, value_stride, tokens, tokens_each;
+  const Index* offsets;    // (batch + 1) or nullptr
+  const Index* positions;  // (batch)
+  KvRows<Storage> to;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const Index heads = to.source.kv_heads;
+    for_each_warp(block, 2 * tokens * heads,
+                  [&](Index at) { append(block, at / (2 * heads), at / 2 % heads, at % 2 == 1); });
+  }
+
+ private:
+  EIGENFORMER_DEVICE Index sequence_of(Index token) const {
+    if (offsets == nullptr) return token / tokens_each;
+    Index first = 0, last = to.source.batch;  // the last that begins at the token or before
+    while (last - first > 1) {
+      const Index middle = (first + last) / 2;
+      (offsets[middle] <= token ? first : last) = middle;
+    }
+    return first;
+  }
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void append(Block& block, Index token, Index h, bool values) const {
+    const Index b = sequence_of(token), width = to.source.head_dim;
+    if (positions[b] < 0) return;  // all lanes of the warp, or none
+    const Index first = offsets == nullptr ? b * tokens_each : offsets[b],
+                j = positions[b] + token - first;
+    const T* const from =
+        (values ? new_values + token * value_stride : new_keys + token * key_stride) + h * width;
+    Storage* const row = to.row(values, b, h, j);
+    if constexpr (std::is_same_v<Storage, std::int8_t>) {
+      const float scale = int8_scale(
+          reduce_warp(block, magnitude<C>(from, width, block.lane(), kWarp), LargerOrNan{}));
+      if (block.lane() == 0) *to.scale(values, b, h, j) = scale;
+      for (Index d = block.lane(); d < width; d += kWarp)
+        row[d] = int8_value(static_cast<C>(from[d]), scale);
+    } else {
+      for (Index d = block.lane(); d < width; d += kWarp) row[d] = static_cast<Storage>(from[d]);
+    }
+  }
+};
+
+template <typename D, typename T, typename Storage>
+void execute(const Backend<D>& on, const problem::KvAppend<T, Storage>& p) {
+  constexpr auto name = "update_kv_cache";
+  const auto batch = static_cast<std::size_t>(p.target.batch);
+  if (p.tokens == 0 || p.target.kv_heads == 0 || batch == 0) return;
+  const auto touched = [&](Index b) {
+    const Index added = p.offsets == nullptr ? p.tokens_each : p.offsets[b + 1] - p.offsets[b];
+    return p.positions[b] < 0 ? Positions{0, 0} : Positions{p.positions[b], p.positions[b] + added};
+  };
+  const auto [to, positions, offsets] =
+      stage_rows(on, name, p.target, touched, std::span<const Index>(p.positions, batch),
+                 std::span<const Index>(p.offsets, p.offsets == nullptr ? 0 : batch + 1));
+  launch_warps(on, name, 2 * p.tokens * p.target.kv_heads,
+               KvAppendKernel<T, Storage>{p.new_keys, p.new_values, p.key_stride, p.value_stride,
+                                          p.tokens, p.tokens_each, offsets, positions, to});
+}
+
+/// Rows (sequence, position, head), each by a warp.
+template <typename T, typename Storage>
+struct KvReadKernel {
+  using C = compute_type<T>;
+  static constexpr int kThreads = kKvThreads;
+  KvRows<Storage> from;
+  Index length;
+  bool values;
+  T* output;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const KvSource<Storage>& s = from.source;
+    for_each_warp(block, s.batch * length * s.kv_heads, [&](Index at) {
+      const Index h = at % s.kv_heads, j = at / s.kv_heads % length, b = at / s.kv_heads / length;
+      const Storage* const row = from.row(values, b, h, j);
+      T* const to = output + at * s.head_dim;
+      C scale = 1;
+      if constexpr (std::is_same_v<Storage, std::int8_t>)
+        scale = static_cast<C>(*from.scale(values, b, h, j));
+      for (Index d = block.lane(); d < s.head_dim; d += kWarp)
+        if constexpr (std::is_same_v<Storage, std::int8_t>)
+          to[d] = static_cast<T>(static_cast<C>(row[d]) * scale);
+        else
+          to[d] = static_cast<T>(row[d]);
+    });
+  }
+};
+
+template <typename D, typename T, typename Storage>
+void execute(const Backend<D>& on, const problem::KvRead<T, Storage>& p) {
+  const KvSource<Storage>& s = p.source;
+  const Index rows = s.batch * p.length * s.kv_heads;
+  if (rows == 0) return;
+  const auto [from] = stage_rows(on, "KvCache", s, [&](Index) { return Positions{0, p.length}; });
+  launch_warps(on, "KvCache", rows, KvReadKernel<T, Storage>{from, p.length, p.values, p.output});
 }
 
 }  // namespace cuda

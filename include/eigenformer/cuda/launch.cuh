@@ -85,6 +85,23 @@ void launch_rows(const Backend<D>& on, const char* name, Index rows, std::size_t
   launch(on, name, rows < 1048576 ? rows : 1048576, Kernel::kThreads, shared, kernel);
 }
 
+/// body(i), by all lanes of one warp, for every i in [0, count): the kernel of launch_warps.
+template <typename Block, typename Body>
+EIGENFORMER_DEVICE void for_each_warp(Block& block, Index count, const Body& body) {
+  const Index warps = block.size() / kWarp;
+  for (Index i = block.index() * warps + block.warp(); i < count; i += block.count() * warps)
+    body(i);
+}
+
+/// A kernel whose warps work on one piece after the other, Kernel::kThreads threads in a block.
+template <typename D, typename Kernel>
+void launch_warps(const Backend<D>& on, const char* name, Index pieces, const Kernel& kernel) {
+  if (pieces <= 0) return;
+  constexpr Index warps = Kernel::kThreads / kWarp;
+  const Index blocks = (pieces - 1) / warps + 1;
+  launch(on, name, blocks < 1048576 ? blocks : 1048576, Kernel::kThreads, 0, kernel);
+}
+
 }  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

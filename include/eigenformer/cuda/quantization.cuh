@@ -1,17 +1,19 @@
 /// \file
-/// CUDA kernel of INT8 quantization by row or group: one block per scale, one pass for the largest
-/// magnitude and one that divides, rounds and writes: two reads and a quarter of a write, the
-/// second read out of L2 for rows that fit. The numbers are those of the CPU kernel, bit for bit.
-/// A group of 32 leaves most threads of its block idle.
+/// CUDA kernels of INT8 quantization. By row or group: one block per scale, one pass for the
+/// largest magnitude and one that divides, rounds and writes: two reads and a quarter of a write,
+/// the second read out of L2 for rows that fit. A group of 32 leaves most threads of its block
+/// idle. By tensor: a launch for the magnitude of each chunk, one for the values, and between them
+/// the host, which waits for the chunks because it returns the scale. Back to numbers: one thread
+/// per element, a byte read and 2 to 8 written. All are bound by bandwidth, of which long rows and
+/// tensors should see more than half. The numbers are those of the CPU kernels, bit for bit.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
-#include <limits>
 
 #include "../problem/quantization.h"
-#include "collectives.cuh"
+#include "int8.cuh"
 #include "launch.cuh"
+#include "memory.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -37,23 +39,11 @@ struct QuantizeKernel {
     const Index column = at % groups * p.group, begin = at / groups * p.columns + column;
     const Index count = p.group < p.columns - column ? p.group : p.columns - column;
     const T* weights = p.weights + begin;
-    C largest = 0;
+    const float scale = int8_scale(reduce_block(
+        block, scratch, magnitude<C>(weights, count, block.thread(), block.size()), LargerOrNan{}));
+    if (block.thread() == 0) p.scales[at] = scale;
     for (Index j = block.thread(); j < count; j += block.size())
-      largest = LargerOrNan{}(largest, std::fabs(static_cast<C>(weights[j])));
-    largest = reduce_block(block, scratch, largest, LargerOrNan{});
-    using Limits = std::numeric_limits<float>;
-    float scale = largest == C(0) ? 1.0f : static_cast<float>(largest / C(127));
-    if (scale == 0.0f) scale = Limits::denorm_min();  // as on the CPU
-    // infinite or NaN: the host could not throw in time, so the scale says it
-    const bool bad = !(scale <= (Limits::max)());
-    if (block.thread() == 0) p.scales[at] = bad ? Limits::quiet_NaN() : scale;
-    for (Index j = block.thread(); j < count; j += block.size()) {
-      const C quotient = std::rint(static_cast<C>(weights[j]) / static_cast<C>(scale));
-      p.values[begin + j] =
-          bad ? std::int8_t{0}
-              : static_cast<std::int8_t>(
-                    quotient < C(-127) ? C(-127) : (quotient > C(127) ? C(127) : quotient));
-    }
+      p.values[begin + j] = int8_value(static_cast<C>(weights[j]), scale);
   }
 };
 
@@ -65,6 +55,158 @@ bool execute(const Backend<D>& on, const problem::Quantize<T>& p) {
   launch_rows(on, "quantize_weights_int8", p.rows * groups,
               shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p, groups});
   return true;
+}
+
+/// Tokens with NaN or infinity get the scale NaN and zeros, as everywhere.
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::QuantizeActivations<T>& p) {
+  using Kernel = QuantizeKernel<T>;
+  const problem::Quantize<T> rows{p.x, p.values, p.scales, p.rows, p.columns, p.columns, false};
+  launch_rows(on, "quantize_activations_int8", p.rows,
+              shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{rows, 1});
+}
+
+/// Numbers of one block where all of them have one result.
+inline constexpr Index kQuantizeChunk = 16384;
+
+/// chunks[c]: the largest magnitude of a chunk, NaN where one is NaN.
+template <typename T>
+struct MagnitudeKernel {
+  using C = compute_type<T>;
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+  const T* numbers;
+  Index count, chunk_count;
+  C* chunks;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto scratch = block.template shared<C>(kWarps);
+    for (Index at = block.index(); at < chunk_count; at += block.count()) {
+      const Index begin = at * kQuantizeChunk,
+                  size = kQuantizeChunk < count - begin ? kQuantizeChunk : count - begin;
+      const C largest = reduce_block(
+          block, scratch, magnitude<C>(numbers + begin, size, block.thread(), block.size()),
+          LargerOrNan{});
+      if (block.thread() == 0) chunks[at] = largest;
+    }
+  }
+};
+
+template <typename T>
+struct QuantizeBody {
+  const T* weights;
+  std::int8_t* values;
+  float scale;
+
+  EIGENFORMER_DEVICE void operator()(Index at) const {
+    values[at] = int8_value(static_cast<compute_type<T>>(weights[at]), scale);
+  }
+};
+
+/// What kernel(results) leaves in `count` places on the device, on the host: waits for the device.
+template <typename R, typename D, typename Kernel>
+void read_results(const Backend<D>& on, Index count, R* results, Kernel&& kernel) {
+  Workspace::Frame frame(device_workspace(on));
+  R* const on_device = frame.take<R>(count);
+  kernel(on_device);
+  device_memory(on).copy_out(results, on_device, static_cast<std::size_t>(count) * sizeof(R));
+}
+
+template <typename D, typename T>
+bool execute(const Backend<D>& on, const problem::QuantizeTensor<T>& p) {
+  using Kernel = MagnitudeKernel<T>;
+  using C = typename Kernel::C;
+  constexpr auto name = "quantize_weights_int8";
+  const Index count = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
+  Workspace::Frame frame(thread_workspace());
+  C* const chunks = frame.take<C>(count);
+  if (count > 0)
+    read_results(on, count, chunks, [&](C* results) {
+      launch_rows(on, name, count, shared_bytes<C>(Kernel::kWarps),
+                  Kernel{p.weights, p.count, count, results});
+    });
+  C largest = 0;
+  for (Index c = 0; c < count; ++c) largest = LargerOrNan{}(largest, chunks[c]);
+  const float scale = int8_scale(largest);
+  if (scale != scale) return false;
+  *p.scale = scale;
+  launch_for_each(on, name, p.count, QuantizeBody<T>{p.weights, p.values, scale});
+  return true;
+}
+
+template <typename T>
+struct DequantizeBody {
+  problem::Dequantize<T> p;
+  Index groups;  // of a row
+
+  EIGENFORMER_DEVICE void operator()(Index at) const {
+    const float scale = p.scales[at / p.columns * groups + at % p.columns / p.group];
+    p.weights[at] = static_cast<T>(static_cast<compute_type<T>>(p.values[at]) *
+                                   static_cast<compute_type<T>>(scale));
+  }
+};
+
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::Dequantize<T>& p) {
+  if (p.columns == 0) return;
+  launch_for_each(on, "dequantize", p.rows * p.columns,
+                  DequantizeBody<T>{p, (p.columns + p.group - 1) / p.group});
+}
+
+template <typename T>
+struct DequantizeTensorBody {
+  problem::DequantizeTensor<T> p;
+
+  EIGENFORMER_DEVICE void operator()(Index at) const {
+    using C = compute_type<T>;
+    p.weights[at] = static_cast<T>(static_cast<C>(p.values[at]) * static_cast<C>(p.scale));
+  }
+};
+
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::DequantizeTensor<T>& p) {
+  launch_for_each(on, "dequantize", p.count, DequantizeTensorBody<T>{p});
+}
+
+/// chunks[c]: the first number of a chunk that has no scale, or `count`.
+template <typename T>
+struct NotQuantizableKernel {
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+  const T* numbers;
+  Index count, chunk_count;
+  Index* chunks;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto scratch = block.template shared<Index>(kWarps);
+    for (Index at = block.index(); at < chunk_count; at += block.count()) {
+      const Index begin = at * kQuantizeChunk,
+                  end = kQuantizeChunk < count - begin ? begin + kQuantizeChunk : count;
+      Index first = count;
+      for (Index j = begin + block.thread(); j < end && first == count; j += block.size()) {
+        const float scale = int8_scale(magnitude<compute_type<T>>(numbers + j, 1, 0, 1));
+        if (scale != scale) first = j;
+      }
+      first = reduce_block(block, scratch, first, Smaller{});
+      if (block.thread() == 0) chunks[at] = first;
+    }
+  }
+};
+
+template <typename D, typename T>
+Index execute(const Backend<D>& on, const problem::FirstNotQuantizable<T>& p) {
+  using Kernel = NotQuantizableKernel<T>;
+  const Index count = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
+  if (count == 0) return -1;
+  Workspace::Frame frame(thread_workspace());
+  Index* const chunks = frame.take<Index>(count);
+  read_results(on, count, chunks, [&](Index* results) {
+    launch_rows(on, "first_not_quantizable", count, shared_bytes<Index>(Kernel::kWarps),
+                Kernel{p.numbers, p.count, count, results});
+  });
+  for (Index c = 0; c < count; ++c)
+    if (chunks[c] < p.count) return chunks[c];
+  return -1;
 }
 
 }  // namespace cuda

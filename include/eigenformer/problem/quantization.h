@@ -26,8 +26,8 @@ struct Quantize {
   }
 };
 
-/// One scale for all numbers. The kernel says whether they were quantizable; where they are not,
-/// nothing is written.
+/// One scale for all numbers, a number of the host's, for which the host waits. The kernel says
+/// whether they were quantizable; where they are not, nothing is written.
 template <typename T>
 struct QuantizeTensor {
   const T* weights;

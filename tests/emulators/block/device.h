@@ -22,6 +22,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -71,8 +72,11 @@ class Stream {
   /// What was recorded between begin_capture() and end_capture().
   using Graph = std::vector<Operation>;
 
-  explicit Stream(const StreamOptions& options = {}) : options_(options) {}
-  ~Stream() { waiting_.clear(); }
+  explicit Stream(const StreamOptions& options = {}) : options_(options) { all().insert(this); }
+  ~Stream() {
+    all().erase(this);
+    waiting_.clear();
+  }
   Stream(const Stream&) = delete;
   Stream& operator=(const Stream&) = delete;
 
@@ -116,6 +120,11 @@ class Stream {
     });
   }
 
+  /// The work of all streams of the calling thread, as cudaDeviceSynchronize waits for it.
+  static void synchronize_all() {
+    for (Stream* const stream : all()) stream->synchronize();
+  }
+
   void begin_capture() { capturing_ = true; }
   Graph end_capture() {
     capturing_ = false;
@@ -128,6 +137,11 @@ class Stream {
   }
 
  private:
+  static std::set<Stream*>& all() {
+    static thread_local std::set<Stream*> streams;
+    return streams;
+  }
+
   StreamOptions options_;
   bool capturing_ = false;
   std::uint64_t submitted_ = 0;
@@ -228,9 +242,10 @@ inline ef::cuda::StageRing<Staging>& stage_ring(const ef::cuda::Backend<Device>&
 }
 
 /// The memory of such devices, for what the library owns there: packed weights, caches, scratch.
-/// Copies wait for no stream.
+/// Copies wait for all streams, as those of cuda/memory.cuh do.
 inline const ef::Memory& device_memory(const ef::cuda::Backend<Device>&) {
   constexpr auto copy = [](void* to, const void* from, std::size_t bytes) {
+    if (bytes > 0) Stream::synchronize_all();
     const DeviceMemory::Opened opened;
     if (bytes > 0) std::memcpy(to, from, bytes);
   };
@@ -242,6 +257,7 @@ inline const ef::Memory& device_memory(const ef::cuda::Backend<Device>&) {
       copy,
       copy,
       [](void* data, std::size_t bytes) {
+        if (bytes > 0) Stream::synchronize_all();
         const DeviceMemory::Opened opened;
         if (bytes > 0) std::memset(data, 0, bytes);
       }};

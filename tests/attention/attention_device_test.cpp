@@ -1,0 +1,265 @@
+// Attention forward on every device: dense, packed and cached, against the double reference.
+#include <eigenformer/paged_kv_cache.h>
+
+#include "attention_case.h"
+#include "device.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+template <typename A, typename B>
+void expect_log_sums(const A& actual, const B& expected, double bound, const std::string& name) {
+  for (Index i = 0; i < expected.size(); ++i) {
+    const double a = static_cast<double>(actual.data()[i]), e = expected.data()[i];
+    if (std::isinf(e))
+      EXPECT_EQ(a, e) << name << ", log_sum_exp " << i;
+    else
+      EXPECT_LT(std::abs(a - e), bound * (1 + std::abs(e))) << name << ", log_sum_exp " << i;
+  }
+}
+
+template <typename T>
+void check(const AttentionCase<T>& c, const NamedOptions& named, bool tell_lengths = false) {
+  using C = ef::compute_type<T>;
+  const AttentionShape& s = c.shape;
+  const auto expected = c.reference(named.options);
+  for_each_device([&](const auto& bench) {
+    auto q = on_device(bench, c.q);
+    auto k = on_device(bench, c.k);
+    auto v = on_device(bench, c.v);
+    auto out = on_device(bench, poisoned_tensor<T, 4>({s.batch, s.queries, s.heads, s.value_dim}));
+    auto lse = on_device(bench, poisoned_tensor<C, 3>({s.batch, s.heads, s.queries}));
+    auto options = named.options;
+    auto lse_view = lse.view();
+    options.log_sum_exp = lse_view;
+    if (tell_lengths) options.query_lengths = c.query_lengths;
+    ef::batched_attention_with_padding_into(bench.device, out.view(), q.cview(), k.cview(),
+                                            v.cview(), c.key_lengths, options);
+    EXPECT_LT(relative_error(out.host(), expected.output), tolerance<T>()) << named.name;
+    expect_log_sums(lse.host(), expected.log_sum_exp, std::max(1e-5, tolerance<T>() / 100),
+                    named.name);
+  });
+}
+
+TEST(AttentionOnDevice, EqualsTheReferenceForEveryOption) {
+  const AttentionCase<float> c({2, 3, 75, 4, 2, 5, 7}, {75, 66});
+  for (const NamedOptions& named : option_sweep(4)) check(c, named);
+}
+
+TEST(AttentionOnDevice, EveryScalar) {
+  const NamedOptions plain{"plain", {}}, causal{"causal", {.causal = true}};
+  check(AttentionCase<double>({2, 3, 67, 2, 1, 9, 4}, {67, 3}), causal);
+  check(AttentionCase<ef::half>({2, 2, 67, 2, 1, 33, 4}, {67, 64}), causal);
+  check(AttentionCase<ef::bfloat16>({2, 2, 67, 2, 2, 33, 4}, {65, 1}), plain);
+}
+
+TEST(AttentionOnDevice, Lengths) {
+  const NamedOptions plain{"plain", {}}, causal{"causal", {.causal = true}},
+      prefix{"prefix", {.causal = true, .prefix_length = 2}};
+  for (const NamedOptions& named : {plain, causal, prefix}) {
+    check(AttentionCase<float>({3, 4, 4, 1, 1, 3, 2}, {4, 0, 3}), named);  // padded
+    check(AttentionCase<float>({2, 5, 3, 1, 1, 3, 2}, {3, 0}), named);     // more queries
+    check(AttentionCase<float>({3, 4, 9, 1, 1, 3, 2}, {9, 5, 7}, 1, {4, 0, 1}), named, true);
+    check(AttentionCase<float>({0, 4, 4, 2, 1, 3, 2}, {}), named);
+    check(AttentionCase<float>({1, 0, 4, 2, 1, 3, 2}, {4}), named);
+    check(AttentionCase<float>({1, 2, 0, 2, 1, 3, 2}, {0}), named);
+  }
+  for (Index keys : {1, 31, 63, 64, 65, 128, 129})
+    check(AttentionCase<float>({1, 1, keys, 1, 1, 8, 8}, {keys}), causal);
+  for (Index width : {1, 32, 64, 65, 128, 257})
+    check(AttentionCase<float>({1, 1, 5, 1, 1, width, width}, {5}), plain);
+}
+
+TEST(AttentionOnDevice, LargeScoresAndLargeValues) {
+  check(AttentionCase<float>({1, 2, 70, 1, 1, 16, 3}, {70}), {"large", {.scale = 40.0f}});
+  AttentionCase<float> c({1, 2, 70, 1, 1, 16, 3}, {70});
+  for (Index i = 0; i < c.v.size(); ++i) c.v.data()[i] = i % 3 == 0 ? 3.4e38f : c.v.data()[i];
+  check(c, {"large values", {}});
+  AttentionCase<double> d({1, 2, 70, 1, 1, 16, 3}, {70});
+  for (Index i = 0; i < d.v.size(); ++i) d.v.data()[i] = i % 3 == 0 ? 1.7e308 : 1.0;
+  for_each_device([&](const auto& bench) {  // the reference itself leaves the range
+    auto q = on_device(bench, d.q);
+    auto k = on_device(bench, d.k);
+    auto v = on_device(bench, d.v);
+    auto out = on_device(bench, poisoned_tensor<double, 4>({1, 2, 1, 3}));
+    ef::batched_attention_with_padding_into(bench.device, out.view(), q.cview(), k.cview(),
+                                            v.cview(), {70});
+    const auto got = out.host();
+    for (Index i = 0; i < 2; ++i) {
+      EXPECT_NEAR(got(0, i, 0, 0) / 1.7e308, 1.0, 1e-12);
+      EXPECT_NEAR(got(0, i, 0, 1), 1.0, 1e-12);
+    }
+  });
+}
+
+// Row 0 sees no bad key; row 1 scores of -infinity only; row 2 +infinity; row 3 NaN.
+TEST(AttentionOnDevice, InfinitiesStayInTheirRows) {
+  const Index rows = 4;
+  ef::Tensor<float, 4> q(1, rows, 1, 1), k(1, rows, 1, 1);
+  auto v = random_tensor<float, 4>({1, rows, 1, 70}, 1);
+  q.setConstant(1);
+  k.setConstant(1);
+  k(0, 1, 0, 0) = -INFINITY;
+  k(0, 2, 0, 0) = INFINITY;
+  k(0, 3, 0, 0) = NAN;
+  for_each_device([&](const auto& bench) {
+    auto device_q = on_device(bench, q);
+    auto device_k = on_device(bench, k);
+    auto device_v = on_device(bench, v);
+    auto out = on_device(bench, poisoned_tensor<float, 4>({1, rows, 1, 70}));
+    auto lse = on_device(bench, poisoned_tensor<float, 3>({1, 1, rows}));
+    auto lse_view = lse.view();
+    ef::batched_attention_with_padding_into(bench.device, out.view(), device_q.cview(),
+                                            device_k.cview(), device_v.cview(), {rows},
+                                            {.causal = true, .window = 1, .log_sum_exp = lse_view});
+    const auto got = out.host();
+    const auto log_sums = lse.host();
+    for (Index d : {0, 69}) {
+      EXPECT_EQ(got(0, 0, 0, d), v(0, 0, 0, d));
+      EXPECT_EQ(got(0, 1, 0, d), 0);
+      EXPECT_TRUE(std::isnan(got(0, 2, 0, d)));
+      EXPECT_TRUE(std::isnan(got(0, 3, 0, d)));
+    }
+    EXPECT_EQ(log_sums(0, 0, 0), 1);
+    EXPECT_EQ(log_sums(0, 0, 1), -INFINITY);
+  });
+}
+
+// The output may be the query tensor.
+TEST(AttentionOnDevice, InPlace) {
+  const AttentionCase<float> c({1, 3, 3, 2, 1, 70, 70}, {3});
+  const auto expected = c.reference({.causal = true});
+  for_each_device([&](const auto& bench) {
+    auto q = on_device(bench, c.q);
+    auto k = on_device(bench, c.k);
+    auto v = on_device(bench, c.v);
+    ef::batched_attention_with_padding_into(bench.device, q.view(), q.cview(), k.cview(), v.cview(),
+                                            {3}, {.causal = true});
+    EXPECT_LT(relative_error(q.host(), expected.output), tolerance<float>());
+  });
+}
+
+// Packed sequences, some without queries or keys, give the bits that each gives alone.
+TEST(AttentionOnDevice, PackedRowsHaveTheBitsOfRowsAlone) {
+  const std::vector<Index> q_offsets{0, 0, 2, 5, 5, 6}, kv_offsets{0, 3, 3, 70, 71, 75};
+  const auto q = random_tensor<float, 3>({6, 2, 5}, 1), k = random_tensor<float, 3>({75, 1, 5}, 2),
+             v = random_tensor<float, 3>({75, 1, 3}, 3);
+  for_each_device([&](const auto& bench) {
+    auto device_q = on_device(bench, q);
+    auto device_k = on_device(bench, k);
+    auto device_v = on_device(bench, v);
+    auto out = on_device(bench, poisoned_tensor<float, 3>({6, 2, 3}));
+    ef::variable_length_attention_into(bench.device, out.view(), device_q.cview(), device_k.cview(),
+                                       device_v.cview(), q_offsets, kv_offsets, {.causal = true});
+    const auto together = out.host();
+    for (std::size_t b = 0; b + 1 < q_offsets.size(); ++b) {
+      const Index first = q_offsets[b], rows = q_offsets[b + 1] - first, key = kv_offsets[b],
+                  keys = kv_offsets[b + 1] - key;
+      if (rows == 0) continue;
+      using View = ef::TensorView<const float, 4>;
+      auto alone = on_device(bench, poisoned_tensor<float, 4>({1, rows, 2, 3}));
+      ef::batched_attention_with_padding_into(
+          bench.device, alone.view(), View(device_q.cview().data() + first * 10, 1, rows, 2, 5),
+          View(device_k.cview().data() + key * 5, 1, keys, 1, 5),
+          View(device_v.cview().data() + key * 3, 1, keys, 1, 3), {keys},
+          {.causal = true, .query_lengths = {rows}});
+      const auto one = alone.host();
+      for (Index i = 0; i < rows * 6; ++i)
+        EXPECT_EQ(one.data()[i], together.data()[first * 6 + i]) << b << ' ' << i;
+    }
+  });
+}
+
+/// A step of decoding through both caches: the CPU's result on host caches is the measure.
+template <typename T, typename Storage>
+void check_caches(const ef::AttentionOptions& options, double bound, Index dim = 6) {
+  const Index heads = 4, kv_heads = 2;
+  const std::vector<Index> offsets{0, 7, 7, 72};  // sequence 1 has no keys
+  const auto keys = random_tensor<T, 3>({72, kv_heads, dim}, 1),
+             values = random_tensor<T, 3>({72, kv_heads, dim}, 2);
+  const auto q = random_tensor<T, 4>({3, 2, heads, dim}, 3);
+  const auto ragged = random_tensor<T, 3>({4, heads, dim}, 4);
+  const std::vector<Index> q_offsets{0, 1, 1, 4};
+  const ef::PagedKvConfig config{
+      .layers = 2, .kv_heads = kv_heads, .head_dim = dim, .page_size = 8, .page_count = 16};
+  const auto run = [&](const auto& bench, auto& cache) {
+    std::vector<ef::SequenceId> ids;
+    for (int i = 0; i < 3; ++i) ids.push_back(cache.add_sequence());
+    auto k = on_device(bench, keys);
+    auto v = on_device(bench, values);
+    cache.append(bench.device, ids, offsets, 1, k.cview(), v.cview());
+    auto device_q = on_device(bench, q);
+    auto out = on_device(bench, poisoned_tensor<T, 4>({3, 2, heads, dim}));
+    ef::attention_with_kv_cache_into(bench.device, out.view(), device_q.cview(), cache, 1, options);
+    auto device_ragged = on_device(bench, ragged);
+    auto ragged_out = on_device(bench, poisoned_tensor<T, 3>({4, heads, dim}));
+    ef::attention_with_kv_source_into(bench.device, ragged_out.view(), device_ragged.cview(),
+                                      cache.source(1), q_offsets, options);
+    return std::pair(out.host(), ragged_out.host());
+  };
+  const Eigen::DefaultDevice host;
+  ef::PagedKvCache<T, Storage> host_cache(config);
+  const auto [expected, ragged_expected] = run(HostBench<Eigen::DefaultDevice>{host}, host_cache);
+  for_each_device([&](const auto& bench) {
+    ef::PagedKvCache<T, Storage> cache(config, ef::memory_of(bench.device));
+    const auto [got, ragged_got] = run(bench, cache);
+    EXPECT_LT(relative_error(got, to_double(expected)), bound);
+    EXPECT_LT(relative_error(ragged_got, to_double(ragged_expected)), bound);
+  });
+}
+
+TEST(AttentionOnDevice, ThroughPagesOfEveryStorage) {
+  const std::vector<float> slopes{0.5f, 0.25f, 0.1f, 0.0f};
+  const ef::AttentionOptions causal{.causal = true},
+      window{.causal = true, .window = 11, .alibi_slopes = slopes},
+      prefix{.causal = true, .window = 3, .prefix_length = 2};
+  check_caches<float, float>(causal, 1e-5);
+  check_caches<float, float>(window, 1e-5);
+  check_caches<float, float>(prefix, 1e-5);
+  check_caches<float, std::int8_t>(causal, 1e-5);
+  check_caches<float, ef::bfloat16>(window, 1e-5);
+  check_caches<ef::half, ef::half>(window, 2e-3);
+  check_caches<ef::bfloat16, std::int8_t>(prefix, 1e-2);
+  check_caches<double, double>(causal, 1e-12);
+  // rows that begin where 16 bytes can be read at once, and others
+  check_caches<float, std::int8_t>(causal, 1e-5, 48);
+  check_caches<float, std::int8_t>(causal, 1e-5, 37);
+  check_caches<ef::half, ef::half>(causal, 2e-3, 28);
+}
+
+// A prompt has the same bits whole and token by token through a cache.
+TEST(AttentionOnDevice, WholeAndTokenByTokenGiveTheSameBits) {
+  const Index tokens = 67, heads = 2, dim = 4;
+  const auto q = random_tensor<float, 4>({1, tokens, heads, dim}, 1),
+             k = random_tensor<float, 4>({1, tokens, 1, dim}, 2),
+             v = random_tensor<float, 4>({1, tokens, 1, dim}, 3);
+  for_each_device([&](const auto& bench) {
+    auto device_q = on_device(bench, q);
+    auto device_k = on_device(bench, k);
+    auto device_v = on_device(bench, v);
+    auto out = on_device(bench, poisoned_tensor<float, 4>({1, tokens, heads, dim}));
+    ef::batched_attention_with_padding_into(bench.device, out.view(), device_q.cview(),
+                                            device_k.cview(), device_v.cview(), {tokens},
+                                            {.causal = true});
+    const auto whole = out.host();
+    ef::KvCache<float> cache(ef::memory_of(bench.device));
+    auto step = on_device(bench, poisoned_tensor<float, 4>({1, 1, heads, dim}));
+    using View = ef::TensorView<const float, 4>;
+    for (Index i = 0; i < tokens; ++i) {
+      ef::update_kv_cache(bench.device, cache,
+                          View(device_k.cview().data() + i * dim, 1, 1, 1, dim),
+                          View(device_v.cview().data() + i * dim, 1, 1, 1, dim), 0);
+      if (i % 13 != 0 && i + 4 < tokens) continue;
+      ef::attention_with_kv_cache_into(
+          bench.device, step.view(),
+          View(device_q.cview().data() + i * heads * dim, 1, 1, heads, dim), cache, 0,
+          {.causal = true});
+      const auto row = step.host();
+      for (Index x = 0; x < heads * dim; ++x)
+        EXPECT_EQ(row.data()[x], whole.data()[i * heads * dim + x]) << i;
+    }
+  });
+}
+
+}  // namespace

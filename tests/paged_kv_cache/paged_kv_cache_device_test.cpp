@@ -1,0 +1,99 @@
+// A paged cache whose pool is a device's memory: ragged appends, forks and truncation give what the
+// same calls give on the host, bit for bit.
+#include <eigenformer/paged_kv_cache.h>
+
+#include "device.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+template <typename T>
+struct Rows {
+  ef::Tensor<T, 3> keys, values;
+};
+
+template <typename T>
+Rows<T> random_rows(Index tokens, Index heads, Index dim, unsigned seed) {
+  return {random_tensor<T, 3>({tokens, heads, dim}, seed),
+          random_tensor<T, 3>({tokens, heads, dim}, seed + 1)};
+}
+
+/// The same life of some sequences, on any cache; append(ids, offsets, layer, rows) is the bench's.
+template <typename Cache, typename T, typename Append>
+void live(Cache& cache, const std::vector<Rows<T>>& rows, Append&& append) {
+  std::vector<ef::SequenceId> ids;
+  for (int i = 0; i < 4; ++i) ids.push_back(cache.add_sequence());
+  for (Index layer : {0, 1}) append(ids, std::vector<Index>{0, 3, 3, 12, 13}, layer, rows[0]);
+  cache.truncate(ids[2], 6);
+  const auto fork = cache.fork(ids[2]);  // half of its second page is shared
+  const std::vector<ef::SequenceId> some{fork, ids[0]};
+  for (Index layer : {0, 1}) append(some, std::vector<Index>{0, 2, 3}, layer, rows[1]);
+  cache.free(ids[1]);
+}
+
+template <typename T, typename Storage>
+void check(Index heads, Index dim) {
+  const ef::PagedKvConfig config{
+      .layers = 2, .kv_heads = heads, .head_dim = dim, .page_size = 4, .page_count = 12};
+  const std::vector<Rows<T>> rows{random_rows<T>(13, heads, dim, 1),
+                                  random_rows<T>(3, heads, dim, 3)};
+  ef::PagedKvCache<T, Storage> expected(config);
+  live(expected, rows, [&](const auto& ids, const auto& offsets, Index layer, const Rows<T>& r) {
+    expected.append(ids, offsets, layer, r.keys, r.values);
+  });
+  for_each_device([&](const auto& bench) {
+    ef::PagedKvCache<T, Storage> cache(config, ef::memory_of(bench.device));
+    live(cache, rows, [&](const auto& ids, const auto& offsets, Index layer, const Rows<T>& r) {
+      auto keys = on_device(bench, r.keys);
+      auto values = on_device(bench, r.values);
+      cache.append(bench.device, ids, offsets, layer, keys.cview(), values.cview());
+      keys.host();  // a deferred stream has read them before they go
+    });
+    for (const ef::SequenceId id : expected.sequences())
+      for (Index layer : {0, 1}) {
+        auto got = on_device(bench, poisoned_tensor<T, 3>({cache.length(id, layer), heads, dim}));
+        cache.keys_into(bench.device, got.view(), id, layer);
+        EXPECT_TRUE(same_bits(got.host(), expected.keys(id, layer))) << id << ' ' << layer;
+        cache.values_into(bench.device, got.view(), id, layer);
+        EXPECT_TRUE(same_bits(got.host(), expected.values(id, layer))) << id << ' ' << layer;
+      }
+    ef::Tensor<T, 3> wrong(1, heads, dim + 1);
+    EXPECT_THROW(cache.keys_into(bench.device, wrong, expected.sequences()[0], 0),
+                 std::invalid_argument);
+  });
+}
+
+TEST(PagedKvCacheOnDevice, HoldsWhatTheHostsHolds) {
+  check<float, float>(2, 8);
+  check<float, ef::bfloat16>(1, 33);
+  check<ef::half, ef::half>(2, 31);
+  check<double, double>(1, 5);
+  check<float, std::int8_t>(2, 33);
+  check<ef::bfloat16, std::int8_t>(1, 64);
+}
+
+// One token for each sequence, as a step of decoding appends it.
+TEST(PagedKvCacheOnDevice, StepsOfEqualLength) {
+  const ef::PagedKvConfig config{
+      .layers = 1, .kv_heads = 2, .head_dim = 6, .page_size = 2, .page_count = 20};
+  const auto tokens = random_tensor<float, 4>({3, 1, 2, 6}, 5);
+  for_each_device([&](const auto& bench) {
+    ef::PagedKvCache<float> cache(config, ef::memory_of(bench.device));
+    for (int i = 0; i < 3; ++i) cache.add_sequence();
+    auto k = on_device(bench, tokens);
+    for (int step = 0; step < 3; ++step)
+      ef::update_kv_cache(bench.device, cache, k.cview(), k.cview(), 0);
+    for (Index b = 0; b < 3; ++b) {
+      auto got = on_device(bench, poisoned_tensor<float, 3>({3, 2, 6}));
+      cache.values_into(bench.device, got.view(), cache.sequences()[static_cast<std::size_t>(b)],
+                        0);
+      const auto values = got.host();
+      for (Index j = 0; j < 3; ++j)
+        for (Index h = 0; h < 2; ++h)
+          for (Index d = 0; d < 6; ++d) EXPECT_EQ(values(j, h, d), tokens(b, 0, h, d));
+    }
+  });
+}
+
+}  // namespace
