@@ -37,7 +37,13 @@ class DeviceMemory {
     mprotect(begin + used, page_, PROT_NONE);
     if (open_ == 0) mprotect(begin, used, PROT_NONE);
     blocks_.emplace(result, Pages{begin, used, bytes});
+    ++allocations_;
     return result;
+  }
+  /// How often there was one: a test that took none has tested another device.
+  std::uint64_t allocations() {
+    const std::lock_guard lock(mutex_);
+    return allocations_;
   }
   void deallocate(void* block) noexcept {
     if (block == nullptr) return;
@@ -95,6 +101,7 @@ class DeviceMemory {
 
   std::mutex mutex_;
   std::map<std::byte*, Pages> blocks_;
+  std::uint64_t allocations_ = 0;
   int open_ = 0;
   const std::size_t page_ = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
 };
