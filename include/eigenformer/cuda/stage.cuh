@@ -143,24 +143,28 @@ template <typename D, typename... T>
 std::tuple<const T*...> stage(const Backend<D>& on, const char* name,
                               std::span<const T>... arrays) {
   static_assert((std::is_trivially_copyable_v<T> && ...));
-  const std::size_t total = (shared_bytes<T>(static_cast<Index>(arrays.size())) + ... + 0);
-  if (total == 0) return {};
-  std::size_t at = 0;
-  const auto place = [&](std::size_t bytes) {
-    const std::size_t begin = at;
-    at += (bytes + 15) / 16 * 16;
-    return begin;
-  };
-  const std::byte* const device = stage_ring(on).send(name, total, [&](std::byte* host) {
-    const auto put = [&](auto array) {
-      if (!array.empty())
-        std::memcpy(host + place(array.size_bytes()), array.data(), array.size_bytes());
+  if constexpr (sizeof...(T) == 0) {
+    return {};
+  } else {
+    const std::size_t total = (shared_bytes<T>(static_cast<Index>(arrays.size())) + ... + 0);
+    if (total == 0) return {};
+    std::size_t at = 0;
+    const auto place = [&](std::size_t bytes) {
+      const std::size_t begin = at;
+      at += (bytes + 15) / 16 * 16;
+      return begin;
     };
-    (put(arrays), ...);
-  });
-  at = 0;
-  return {(arrays.empty() ? nullptr
-                          : reinterpret_cast<const T*>(device + place(arrays.size_bytes())))...};
+    const std::byte* const device = stage_ring(on).send(name, total, [&](std::byte* host) {
+      const auto put = [&](auto array) {
+        if (!array.empty())
+          std::memcpy(host + place(array.size_bytes()), array.data(), array.size_bytes());
+      };
+      (put(arrays), ...);
+    });
+    at = 0;
+    return {(arrays.empty() ? nullptr
+                            : reinterpret_cast<const T*>(device + place(arrays.size_bytes())))...};
+  }
 }
 
 /// use(arrays...): one of each type, of that many elements, each from a multiple of 16 bytes on.
