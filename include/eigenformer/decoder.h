@@ -315,7 +315,7 @@ class Decoder {
 
   template <typename Compute>
   detail::DecoderPass<Compute, D> pass() {
-    return {*device_, *weights_, std::get<DecoderTape<Compute>>(tapes_), profile_};
+    return {*device_, *weights_, std::get<detail::DecoderTape<Compute>>(tapes_), profile_};
   }
 
   static DecoderLayerViews<float> layer_views(const DecoderWeights& masters, Index l) {
@@ -359,7 +359,8 @@ class Decoder {
   std::optional<C> own_communicator_;
   C* communicator_;
   OperatorProfile* profile_ = nullptr;
-  std::tuple<DecoderTape<float>, DecoderTape<double>, DecoderTape<bfloat16>, DecoderTape<half>>
+  std::tuple<detail::DecoderTape<float>, detail::DecoderTape<double>, detail::DecoderTape<bfloat16>,
+             detail::DecoderTape<half>>
       tapes_;
   std::shared_ptr<const PackedDecoderWeights<T>> packed_;
   bool stale_ = true;

@@ -17,6 +17,7 @@
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
+namespace detail {
 
 /// What one forward pass leaves for the backward pass.
 template <typename Compute>
@@ -39,8 +40,6 @@ struct DecoderTape {
   Tensor<Compute, 2> gated_gradient, gate_gradient, up_gradient;  // (tokens, hidden)
   Tensor<Compute, 4> attended_gradient, query_gradient, key_gradient, value_gradient;
 };
-
-namespace detail {
 
 template <typename T, int Rank>
 TensorView<T, 2> as_rows(Tensor<T, Rank>& x, Index columns) {
