@@ -56,16 +56,17 @@ void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gat
                        layout.isa, " (panels of ", layout.columns, "): pack it again");
   using B = typename E::bias_scalar;
   const B* const bias = p.epilogue.bias;
+  const PackedPanels<S> panels{weight.data};
   if constexpr (std::is_same_v<S, std::int8_t>) {
     if (weight.group > 0)
       layer_product<tile::GroupedDot<Isa>>(on, p,
                                            GroupedPanels{weight.data, weight.scales, weight.group},
                                            finish<Gated>(GroupedSums<B>{bias}, p));
     else
-      layer_product<tile::Dot<S, X, Isa>>(on, p, weight,
+      layer_product<tile::Dot<S, X, Isa>>(on, p, panels,
                                           finish<Gated>(ScaledSums<B>{bias, weight.scales}, p));
   } else {
-    layer_product<tile::Dot<S, X, Isa>>(on, p, weight, finish<Gated>(PlainSums<B>{bias}, p));
+    layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(PlainSums<B>{bias}, p));
   }
 }
 

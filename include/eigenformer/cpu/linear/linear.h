@@ -24,6 +24,13 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
+/// Weights in panels of packed_steps(depth) * Dot::columns * Dot::step elements. Kernels take it by
+/// value: a pointer, where problem::PackedPanels holds all there is to know of a weight.
+template <typename Stored>
+struct PackedPanels {
+  const Stored* data;
+};
+
 /// int8 weights in panels, a scale for each `group` of k.
 struct GroupedPanels {
   const std::int8_t* data;
@@ -31,8 +38,7 @@ struct GroupedPanels {
   Index group;
 };
 
-/// A checked request: y = epilogue(x w^T). Weights is WeightRows, problem::PackedPanels (each of
-/// packed_steps(depth) * Dot::columns * Dot::step elements) or GroupedPanels.
+/// A checked request: y = epilogue(x w^T). Weights is WeightRows, PackedPanels or GroupedPanels.
 template <typename X, typename Weights, typename Epilogue>
 struct ProductProblem {
   using epilogue_type = Epilogue;
