@@ -19,7 +19,7 @@ renamed() {  # its helpers too, which no two headers may both define
 # ---- what would go wrong is told before anything is written -------------------------------------------------------------------
 printf 'namespace eigenformer { void %s(); struct %s; }\n' "$name" "$new_type" | ${CXX:-c++} -x c++ -fsyntax-only - 2>/dev/null ||
   refuse "'$name' means something else in C++"
-files=$(find include tests bench -type f \( -name $from.h -o -name ${from}_bench.cpp -o -path "*/$from/*" \))
+files=$(find include tests bench -type f \( -name $from.h -o -name $from.cuh -o -name ${from}_bench.cpp -o -path "*/$from/*" \))
 for file in $files; do
   copy=$(printf '%s' "$file" | renamed)
   [ ! -e "$copy" ] || refuse "$copy exists already"
@@ -27,8 +27,8 @@ done
 if used=$(grep -rnEm1 "\b$name(_into)?\(|\b$new_type\b" include); then
   refuse "the library has a '$name' or a '$new_type' already: $(printf '%s' "$used" | head -n 1 | cut -d : -f 1,2)"
 fi
-lists='cmake/operators.cmake include/eigenformer/eigenformer.h README.md'
-line="^(eigenformer_operator\(${from}[ )]|#include \"$from\.h\"|\| \`$from\.h\`)"
+lists='cmake/operators.cmake include/eigenformer/eigenformer.h include/eigenformer/cuda/kernels.cuh README.md'
+line="^(eigenformer_operator\(${from}[ )]|#include \"$from\.(h|cuh)\"|\| \`$from\.h\`)"
 for list in $lists; do
   [ "$(grep -cE "$line" "$list")" = 1 ] || refuse "$list has not one line of $from that could be copied"
 done
