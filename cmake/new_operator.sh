@@ -59,5 +59,5 @@ cat $table.new >$table
 rm $table.new
 echo $table
 if command -v clang-format-16 >/dev/null; then  # a longer name breaks lines elsewhere
-  printf '%s\n' include/eigenformer/eigenformer.h include/eigenformer/cuda/kernels.cuh "$files" | renamed | xargs clang-format-16 -i
+  printf '%s\n' include/eigenformer/eigenformer.h include/eigenformer/cuda/kernels.cuh tests/compile/runs_on.cu "$files" | renamed | xargs clang-format-16 -i
 fi
