@@ -8,7 +8,8 @@ target_compile_options(eigenformer_program INTERFACE
   $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-maybe-uninitialized>
   $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${EIGENFORMER_WERROR}>>:-Werror>)
 if(EIGENFORMER_SANITIZE)
-  # Null pointers are found by the address sanitizer, at no cost; checking each access for them besides doubles the time to compile.
+  # Null pointers are found by the address sanitizer, at no cost. Checking each access for them besides, clang took 124 s of CPU to compile
+  # kv_cache_test.cpp instead of 87.
   target_compile_options(eigenformer_program INTERFACE -fsanitize=${EIGENFORMER_SANITIZE} -fno-sanitize=null,object-size,vptr
     -fno-omit-frame-pointer -g1 -fno-sanitize-recover=all)
   target_link_options(eigenformer_program INTERFACE -fsanitize=${EIGENFORMER_SANITIZE})

@@ -11,8 +11,8 @@
 /// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming
 /// the position, the id and vocab, before anything is written: one O(tokens) pass over the ids. y
 /// must not overlap the table. On a GPU ids are device memory, which the host does not check: an id
-/// outside [0, vocab) gives a row of NaN and no gradient. Cost: one read of the
-/// rows, one write of y. The forms with a destination allocate nothing.
+/// outside [0, vocab) gives a row of NaN and no gradient. Cost: one read of the rows, one write of
+/// y. The forms with a destination allocate nothing.
 #pragma once
 
 #include "core/check.h"

@@ -244,8 +244,8 @@ void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params&
                                          workspace);
 }
 
-/// Draws from the k >= 1 largest of every row at a temperature. On a GPU one generator serves all
-/// rows, and statuses are device memory.
+/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses
+/// are device memory.
 template <Device D, typename Ids, typename Logits>
 void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
                        double temperature, Generators rng, std::span<SampleStatus> statuses = {},

@@ -27,4 +27,14 @@ void poison_slot(const ef::KvSource<Storage>& source, Index b, Index h, Index j)
     }
 }
 
+/// Fills every slot past the length with NaN, scales included: nothing may read them.
+template <typename T, typename Storage>
+void poison_unused(ef::KvCache<T, Storage>& cache, Index layer) {
+  const auto source = cache.source(layer);
+  for (Index b = 0; b < source.batch; ++b)
+    for (Index h = 0; h < source.kv_heads; ++h)
+      for (Index j = cache.length(layer); j < cache.capacity(layer); ++j)
+        poison_slot(source, b, h, j);
+}
+
 }  // namespace eigenformer_test

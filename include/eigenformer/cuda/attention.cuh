@@ -21,6 +21,7 @@
 #include "collectives.cuh"
 #include "kv_rows.cuh"
 #include "launch.cuh"
+#include "packs.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -228,10 +229,7 @@ struct AttentionKernel {
   }
 
   /// Elements of a key in one or two loads of 16 bytes.
-  struct alignas(16) Pack {
-    static constexpr int kSize = sizeof(TKV) <= 4 ? 16 / sizeof(TKV) : 4;
-    TKV elements[kSize];
-  };
+  static constexpr int kPack = sizeof(TKV) <= 4 ? pack_width<TKV> : 4;
 
   /// The product of a key and query(d), in four chains of one order, whether the key is aligned or
   /// not.
@@ -242,10 +240,10 @@ struct AttentionKernel {
       dots[chain] = std::fma(query(d), static_cast<S>(static_cast<C>(element)), dots[chain]);
     };
     Index d = 0;
-    if (reinterpret_cast<std::uintptr_t>(key) % alignof(Pack) == 0)
-      for (; d + Pack::kSize <= p.head_dim; d += Pack::kSize) {
-        const Pack pack = *reinterpret_cast<const Pack*>(key + d);
-        for (int i = 0; i < Pack::kSize; ++i) add(i % 4, d + i, pack.elements[i]);
+    if (packs_fit<kPack>(key, 0))
+      for (; d + kPack <= p.head_dim; d += kPack) {
+        const auto pack = load_pack<TKV, kPack>(key + d);
+        for (int i = 0; i < kPack; ++i) add(i % 4, d + i, pack[i]);
       }
     for (; d + 4 <= p.head_dim; d += 4)
       for (int i = 0; i < 4; ++i) add(i, d + i, key[d + i]);

@@ -28,7 +28,7 @@ struct Larger {
 
 struct Smaller {
   template <typename T>
-  EIGENFORMER_DEVICE T operator()(const T& a, const T& b) const {
+  EIGENFORMER_HOST_DEVICE T operator()(const T& a, const T& b) const {
     return a < b ? a : b;
   }
 };

@@ -1,5 +1,6 @@
 /// \file
-/// The CUDA kernels, one line each, and the memory they work on. To add one for an operator X that has a problem:
+/// The CUDA kernels, one line each, and the memory they work on. To add one for an operator X that
+/// has a problem:
 ///
 /// 1. cuda/X.cuh: a struct of pointers and sizes (the problem, mostly) with
 ///

@@ -1,26 +1,9 @@
 /// \file
-/// The memory of the current CUDA device, and scratch in it.
+/// The memory of the current CUDA device.
 #pragma once
 
 #include "../core/memory.h"
-#include "../core/workspace.h"
 #include "launch.cuh"
-
-namespace eigenformer {
-inline namespace EIGENFORMER_ABI {
-namespace cuda {
-
-/// Scratch of the calling thread in the memory of a device, for kernels that the call waits for:
-/// the thread's next call, on whatever stream, gets it again.
-template <typename D>
-Workspace& device_workspace(const Backend<D>& on) {
-  thread_local Workspace scratch(device_memory(on));
-  return scratch;
-}
-
-}  // namespace cuda
-}  // namespace EIGENFORMER_ABI
-}  // namespace eigenformer
 
 #if defined(EIGENFORMER_CUDA_UNIT)
 namespace eigenformer {

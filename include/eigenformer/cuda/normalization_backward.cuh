@@ -77,28 +77,40 @@ EIGENFORMER_DEVICE bool any_nonzero(Block& block, const Scratch& scratch, const 
   return reduce_block(block, scratch, any, Larger{}) != 0;
 }
 
-/// What the rows of RMSNorm need.
-template <typename Problem>
-struct RmsNormRows {
-  using C = typename Problem::compute;
-  using Row = problem::RmsNormRow<C>;
-  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
-  static constexpr auto name = "rms_norm_backward";
-  Problem p;
-  Row* rows;
-
-  static constexpr std::size_t shared() { return shared_bytes<C>(kWarps); }
+/// What the rows of a norm need, as Statistics of its problem find it.
+template <typename Statistics>
+struct RowStatistics {
+  static constexpr int kThreads = kRowThreads;
+  Statistics statistics;
+  typename Statistics::Row* rows;
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto scratch = block.template shared<C>(kWarps);
+    const auto& p = statistics.p;
+    const auto scratch = Statistics::scratch(block);
     for (Index row = block.index(); row < p.rows; row += block.count()) {
-      const Row found = find(block, scratch, p.x + row * p.features, p.grad_y + row * p.features);
+      const auto found =
+          statistics.find(block, scratch, p.x + row * p.features, p.grad_y + row * p.features);
       if (block.thread() == 0) rows[row] = found;
     }
   }
+};
 
- private:
+inline constexpr int kRowWarps = kRowThreads / kWarp;
+
+template <typename Problem>
+struct RmsNormStatistics {
+  using C = typename Problem::compute;
+  using Row = problem::RmsNormRow<C>;
+  static constexpr auto name = "rms_norm_backward";
+  Problem p;
+
+  static constexpr std::size_t shared() { return shared_bytes<C>(kRowWarps); }
+  template <typename Block>
+  EIGENFORMER_DEVICE static auto scratch(Block& block) {
+    return block.template shared<C>(kRowWarps);
+  }
+
   template <typename Block, typename Scratch, typename X, typename GY>
   EIGENFORMER_DEVICE Row find(Block& block, const Scratch& scratch, const X* x,
                               const GY* grad_y) const {
@@ -122,28 +134,19 @@ struct RmsNormRows {
   }
 };
 
-/// What the rows of LayerNorm need.
 template <typename Problem>
-struct LayerNormRows {
+struct LayerNormStatistics {
   using C = typename Problem::compute;
   using Row = problem::LayerNormRow<C>;
-  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
   static constexpr auto name = "layer_norm_backward";
   Problem p;
-  Row* rows;
 
-  static constexpr std::size_t shared() { return layer_norm_scratch_bytes<C>(kWarps); }
-
+  static constexpr std::size_t shared() { return layer_norm_scratch_bytes<C>(kRowWarps); }
   template <typename Block>
-  EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto scratch = layer_norm_scratch<C>(block, kWarps);
-    for (Index row = block.index(); row < p.rows; row += block.count()) {
-      const Row found = find(block, scratch, p.x + row * p.features, p.grad_y + row * p.features);
-      if (block.thread() == 0) rows[row] = found;
-    }
+  EIGENFORMER_DEVICE static auto scratch(Block& block) {
+    return layer_norm_scratch<C>(block, kRowWarps);
   }
 
- private:
   template <typename Block, typename Scratch, typename X, typename GY>
   EIGENFORMER_DEVICE Row find(Block& block, const Scratch& scratch, const X* x,
                               const GY* grad_y) const {
@@ -238,39 +241,40 @@ struct InputGradient {
   }
 };
 
-/// Both norms; grad_bias may be nullptr. Rows is the kernel of what the rows need.
-template <typename Rows, typename D, typename Problem, typename GW>
+/// Both norms; grad_bias may be nullptr.
+template <typename Statistics, typename D, typename Problem, typename GW>
 void norm_backward(const Backend<D>& on, const Problem& p, GW* grad_bias) {
-  using C = typename Rows::C;
-  using Row = typename Rows::Row;
+  using C = typename Statistics::C;
+  using Row = typename Statistics::Row;
+  constexpr auto name = Statistics::name;
   if (p.rows <= 0 || p.features <= 0) return;
   const Index blocks = (p.rows + kGradientRows - 1) / kGradientRows, sums = blocks * p.features;
   with_scratch<Row, C, C>(
-      on, Rows::name, {p.rows, sums, grad_bias != nullptr ? sums : 0},
+      on, name, {p.rows, sums, grad_bias != nullptr ? sums : 0},
       [&](Row* rows, C* weights, C* biases) {
         if (grad_bias == nullptr) biases = nullptr;
-        launch_rows(on, Rows::name, p.rows, Rows::shared(), Rows{p, rows});
-        launch_for_each(on, Rows::name, sums,
-                        ParameterPartials<Problem, Row>{p, rows, weights, biases});
-        launch_for_each(on, Rows::name, p.features,
+        launch_rows(on, name, p.rows, Statistics::shared(), RowStatistics<Statistics>{{p}, rows});
+        launch_for_each(on, name, sums, ParameterPartials<Problem, Row>{p, rows, weights, biases});
+        launch_for_each(on, name, p.features,
                         AddPartials<GW, C>{weights, blocks, p.features, p.grad_weight});
         if (biases != nullptr)
-          launch_for_each(on, Rows::name, p.features,
+          launch_for_each(on, name, p.features,
                           AddPartials<GW, C>{biases, blocks, p.features, grad_bias});
-        launch_rows(on, Rows::name, p.rows, 0, InputGradient<Problem, Row>{p, rows});
+        launch_rows(on, name, p.rows, 0, InputGradient<Problem, Row>{p, rows});
       });
 }
 
 /// Kernels keep what they know of rows in scratch of the stream; row_scratch is the CPU's.
 template <typename D, typename GX, typename GW, typename GY, typename X, typename W>
 void execute(const Backend<D>& on, const problem::RmsNormBackward<GX, GW, GY, X, W>& p) {
-  norm_backward<RmsNormRows<problem::RmsNormBackward<GX, GW, GY, X, W>>>(on, p,
-                                                                         static_cast<GW*>(nullptr));
+  norm_backward<RmsNormStatistics<problem::RmsNormBackward<GX, GW, GY, X, W>>>(
+      on, p, static_cast<GW*>(nullptr));
 }
 
 template <typename D, typename GX, typename GW, typename GY, typename X, typename W>
 void execute(const Backend<D>& on, const problem::LayerNormBackward<GX, GW, GY, X, W>& p) {
-  norm_backward<LayerNormRows<problem::LayerNormBackward<GX, GW, GY, X, W>>>(on, p, p.grad_bias);
+  norm_backward<LayerNormStatistics<problem::LayerNormBackward<GX, GW, GY, X, W>>>(on, p,
+                                                                                   p.grad_bias);
 }
 
 }  // namespace cuda

@@ -28,7 +28,7 @@ struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
 
 /// Whether packs may begin at `first`, and at multiples of `stride` elements after it.
 template <int Width, typename T>
-bool packs_fit(const T* first, Index stride) {
+EIGENFORMER_HOST_DEVICE bool packs_fit(const T* first, Index stride) {
   return reinterpret_cast<std::uintptr_t>(first) % alignof(Pack<T, Width>) == 0 &&
          stride % Width == 0;
 }

@@ -10,10 +10,11 @@
 
 #include <cstdint>
 
+#include "../core/workspace.h"
 #include "../problem/quantization.h"
 #include "int8.cuh"
 #include "launch.cuh"
-#include "memory.cuh"
+#include "stage.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -69,26 +70,53 @@ void execute(const Backend<D>& on, const problem::QuantizeActivations<T>& p) {
 /// Numbers of one block where all of them have one result.
 inline constexpr Index kQuantizeChunk = 16384;
 
-/// chunks[c]: the largest magnitude of a chunk, NaN where one is NaN.
-template <typename T>
-struct MagnitudeKernel {
-  using C = compute_type<T>;
+/// results[c]: what look(begin, end, thread, threads) finds in a chunk, combined over its threads.
+template <typename Look>
+struct ChunkKernel {
+  using Result = typename Look::Result;
   static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
-  const T* numbers;
-  Index count, chunk_count;
-  C* chunks;
+  Look look;
+  Index count, chunks;
+  Result* results;
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto scratch = block.template shared<C>(kWarps);
-    for (Index at = block.index(); at < chunk_count; at += block.count()) {
+    const auto scratch = block.template shared<Result>(kWarps);
+    for (Index at = block.index(); at < chunks; at += block.count()) {
       const Index begin = at * kQuantizeChunk,
-                  size = kQuantizeChunk < count - begin ? kQuantizeChunk : count - begin;
-      const C largest = reduce_block(
-          block, scratch, magnitude<C>(numbers + begin, size, block.thread(), block.size()),
-          LargerOrNan{});
-      if (block.thread() == 0) chunks[at] = largest;
+                  end = kQuantizeChunk < count - begin ? begin + kQuantizeChunk : count;
+      const Result found = reduce_block(
+          block, scratch, look(begin, end, block.thread(), block.size()), typename Look::Combine{});
+      if (block.thread() == 0) results[at] = found;
     }
+  }
+};
+
+/// use(results of all chunks, on the host, how many); waits for them.
+template <typename D, typename Look, typename Use>
+void look_at_chunks(const Backend<D>& on, const char* name, Index count, const Look& look,
+                    Use&& use) {
+  using Kernel = ChunkKernel<Look>;
+  using Result = typename Look::Result;
+  const Index chunks = (count + kQuantizeChunk - 1) / kQuantizeChunk;
+  Workspace::Frame frame(thread_workspace());
+  Result* const found = frame.take<Result>(chunks);
+  fetch(on, name, found, chunks, [&](Result* results) {
+    launch_rows(on, name, chunks, shared_bytes<Result>(Kernel::kWarps),
+                Kernel{look, count, chunks, results});
+  });
+  use(found, chunks);
+}
+
+/// The largest magnitude, NaN where a number is NaN.
+template <typename T>
+struct LargestMagnitude {
+  using Result = compute_type<T>;
+  using Combine = LargerOrNan;
+  const T* numbers;
+
+  EIGENFORMER_DEVICE Result operator()(Index begin, Index end, Index thread, Index threads) const {
+    return magnitude<Result>(numbers + begin, end - begin, thread, threads);
   }
 };
 
@@ -103,30 +131,14 @@ struct QuantizeBody {
   }
 };
 
-/// What kernel(results) leaves in `count` places on the device, on the host: waits for the device.
-template <typename R, typename D, typename Kernel>
-void read_results(const Backend<D>& on, Index count, R* results, Kernel&& kernel) {
-  Workspace::Frame frame(device_workspace(on));
-  R* const on_device = frame.take<R>(count);
-  kernel(on_device);
-  device_memory(on).copy_out(results, on_device, static_cast<std::size_t>(count) * sizeof(R));
-}
-
 template <typename D, typename T>
 bool execute(const Backend<D>& on, const problem::QuantizeTensor<T>& p) {
-  using Kernel = MagnitudeKernel<T>;
-  using C = typename Kernel::C;
+  using C = compute_type<T>;
   constexpr auto name = "quantize_weights_int8";
-  const Index count = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
-  Workspace::Frame frame(thread_workspace());
-  C* const chunks = frame.take<C>(count);
-  if (count > 0)
-    read_results(on, count, chunks, [&](C* results) {
-      launch_rows(on, name, count, shared_bytes<C>(Kernel::kWarps),
-                  Kernel{p.weights, p.count, count, results});
-    });
   C largest = 0;
-  for (Index c = 0; c < count; ++c) largest = LargerOrNan{}(largest, chunks[c]);
+  look_at_chunks(on, name, p.count, LargestMagnitude<T>{p.weights}, [&](const C* found, Index n) {
+    for (Index c = 0; c < n; ++c) largest = LargerOrNan{}(largest, found[c]);
+  });
   const float scale = int8_scale(largest);
   if (scale != scale) return false;
   *p.scale = scale;
@@ -168,45 +180,31 @@ void execute(const Backend<D>& on, const problem::DequantizeTensor<T>& p) {
   launch_for_each(on, "dequantize", p.count, DequantizeTensorBody<T>{p});
 }
 
-/// chunks[c]: the first number of a chunk that has no scale, or `count`.
+/// The first number that has no scale, or `count`.
 template <typename T>
-struct NotQuantizableKernel {
-  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+struct FirstWithoutScale {
+  using Result = Index;
+  using Combine = Smaller;
   const T* numbers;
-  Index count, chunk_count;
-  Index* chunks;
+  Index count;
 
-  template <typename Block>
-  EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto scratch = block.template shared<Index>(kWarps);
-    for (Index at = block.index(); at < chunk_count; at += block.count()) {
-      const Index begin = at * kQuantizeChunk,
-                  end = kQuantizeChunk < count - begin ? begin + kQuantizeChunk : count;
-      Index first = count;
-      for (Index j = begin + block.thread(); j < end && first == count; j += block.size()) {
-        const float scale = int8_scale(magnitude<compute_type<T>>(numbers + j, 1, 0, 1));
-        if (scale != scale) first = j;
-      }
-      first = reduce_block(block, scratch, first, Smaller{});
-      if (block.thread() == 0) chunks[at] = first;
+  EIGENFORMER_DEVICE Index operator()(Index begin, Index end, Index thread, Index threads) const {
+    for (Index j = begin + thread; j < end; j += threads) {
+      const float scale = int8_scale(magnitude<compute_type<T>>(numbers + j, 1, 0, 1));
+      if (scale != scale) return j;
     }
+    return count;
   }
 };
 
 template <typename D, typename T>
 Index execute(const Backend<D>& on, const problem::FirstNotQuantizable<T>& p) {
-  using Kernel = NotQuantizableKernel<T>;
-  const Index count = (p.count + kQuantizeChunk - 1) / kQuantizeChunk;
-  if (count == 0) return -1;
-  Workspace::Frame frame(thread_workspace());
-  Index* const chunks = frame.take<Index>(count);
-  read_results(on, count, chunks, [&](Index* results) {
-    launch_rows(on, "first_not_quantizable", count, shared_bytes<Index>(Kernel::kWarps),
-                Kernel{p.numbers, p.count, count, results});
-  });
-  for (Index c = 0; c < count; ++c)
-    if (chunks[c] < p.count) return chunks[c];
-  return -1;
+  Index first = p.count;
+  look_at_chunks(on, "first_not_quantizable", p.count, FirstWithoutScale<T>{p.numbers, p.count},
+                 [&](const Index* found, Index n) {
+                   for (Index c = 0; c < n; ++c) first = Smaller{}(first, found[c]);
+                 });
+  return first < p.count ? first : -1;
 }
 
 }  // namespace cuda

@@ -68,14 +68,7 @@ class StageRing {
     Piece& piece = captured ? kept_.emplace_back() : pieces_[next_++ % kPieces];
     if (piece.under_way) memory_.wait(name, piece.copied);
     piece.under_way = false;
-    if (piece.size < bytes) {
-      release(piece);
-      std::size_t size = kLeast;
-      while (size < bytes) size *= 2;
-      piece.host = memory_.allocate_host(name, size);
-      piece.device = memory_.allocate_device(name, size);
-      piece.size = size;
-    }
+    grow(name, piece, bytes, true);
     fill(piece.host);
     memory_.copy(name, piece.device, piece.host, bytes);
     if (!captured) memory_.record(name, piece.copied);
@@ -89,20 +82,11 @@ class StageRing {
   template <typename Use>
   void lend(const char* name, std::size_t bytes, Use&& use) {
     const std::lock_guard scratch_lock(scratch_mutex_);
-    const auto provide = [&](Piece& piece) {
-      if (piece.size >= bytes) return piece.device;
-      release(piece);
-      std::size_t size = kLeast;
-      while (size < bytes) size *= 2;
-      piece.device = memory_.allocate_device(name, size);
-      piece.size = size;
-      return piece.device;
-    };
-    if (!memory_.capturing()) return use(provide(scratch_));
+    if (!memory_.capturing()) return use(grow(name, scratch_, bytes, false));
     std::byte* kept = nullptr;
     {
       const std::lock_guard lock(mutex_);
-      kept = provide(kept_.emplace_back());
+      kept = grow(name, kept_.emplace_back(), bytes, false);
     }
     use(kept);
   }
@@ -124,6 +108,17 @@ class StageRing {
     bool under_way = false;
   };
 
+  /// At least so many bytes on the device, and on the host where it is asked for.
+  std::byte* grow(const char* name, Piece& piece, std::size_t bytes, bool on_host) {
+    if (piece.size >= bytes) return piece.device;
+    release(piece);
+    std::size_t size = kLeast;
+    while (size < bytes) size *= 2;
+    if (on_host) piece.host = memory_.allocate_host(name, size);
+    piece.device = memory_.allocate_device(name, size);
+    piece.size = size;
+    return piece.device;
+  }
   void release(Piece& piece) {
     memory_.free(piece.host, piece.device);
     piece.host = piece.device = nullptr;
@@ -217,7 +212,7 @@ class CudaStaging {
     return allocated(name, [&](void** memory) { return cudaMalloc(memory, bytes); });
   }
   void free(std::byte* host, std::byte* device) const {
-    if (device == nullptr) return;
+    if (host == nullptr && device == nullptr) return;
     cudaStreamSynchronize(stream_);  // kernels may be reading it; a piece grows a few times at most
     cudaFreeHost(host);
     cudaFree(device);
