@@ -50,10 +50,17 @@ struct KvSource {
     return paged_row<T>(b, h, j, value_offset, head_dim);
   }
   EIGENFORMER_INLINE float key_scale(Index b, Index h, Index j) const {
-    return *paged_row<float>(b, h, j, key_scale_offset, 1);
+    return *key_scale_row(b, h, j);
   }
   EIGENFORMER_INLINE float value_scale(Index b, Index h, Index j) const {
-    return *paged_row<float>(b, h, j, value_scale_offset, 1);
+    return *value_scale_row(b, h, j);
+  }
+  /// The scales from position j to the end of its page.
+  EIGENFORMER_INLINE const float* key_scale_row(Index b, Index h, Index j) const {
+    return paged_row<float>(b, h, j, key_scale_offset, 1);
+  }
+  EIGENFORMER_INLINE const float* value_scale_row(Index b, Index h, Index j) const {
+    return paged_row<float>(b, h, j, value_scale_offset, 1);
   }
 
  private:

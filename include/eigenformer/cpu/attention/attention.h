@@ -22,26 +22,15 @@
 #include "../../core/check.h"
 #include "../../core/workspace.h"
 #include "../backend.h"
+#include "few_rows.h"
 #include "row.h"
+#include "scratch.h"
 #include "tile.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 namespace cpu {
-
-/// Scratch of one worker.
-template <typename C>
-struct AttentionScratch {
-  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors;
-  C *folded_sums, *folded_maxima, *folded_lane_sums;  // of the keys before the present fold
-  C* block_sums;                                      // a tile's
-  double *query, *averages;                           // of rows in double
-  Index* large_rows;
-  bool* finite;
-  BlockRange* ranges;
-  KeyEnds* bad_values;
-};
 
 template <typename Isa, typename TQ, typename TKV>
 class AttentionWorker {
@@ -53,42 +42,6 @@ class AttentionWorker {
   static constexpr C kLargest = (std::numeric_limits<C>::max)();
 
  public:
-  static Index positions_per_block(const Problem& p) {
-    return std::max<Index>(1, kAttentionQueryRows / std::max<Index>(1, p.group()));
-  }
-
-  static AttentionScratch<C> take_scratch(const Problem& p, Workspace::Frame& frame) {
-    const auto product = [](Index a, Index b) {
-      return detail::checked_product(a, b, "attention", "scratch");
-    };
-    const Index rows = positions_per_block(p) * p.group(), width = Tile::padded(p.value_dim);
-    const bool folds = std::any_of(
-        p.sequences, p.sequences + p.batch,
-        [](const problem::AttentionSequence& s) { return s.key_length > kAttentionFold; });
-    const Index folded_rows = folds ? rows : 0;
-    AttentionScratch<C> s{frame.take<C>(product(rows, p.head_dim)),
-                          frame.take<C>(product(rows, width)),
-                          frame.take<C>(product(rows, kAttentionKeyBlock)),
-                          frame.take<C>(product(p.head_dim, kAttentionKeyBlock)),
-                          frame.take<C>(product(kAttentionKeyBlock, width)),
-                          frame.take<C>(rows),
-                          frame.take<C>(product(rows, Tile::lanes)),
-                          frame.take<C>(rows),
-                          frame.take<C>(product(folded_rows, width)),
-                          frame.take<C>(folded_rows),
-                          frame.take<C>(product(folded_rows, Tile::lanes)),
-                          frame.take<C>(product(Tile::kRows, width)),
-                          frame.take<double>(p.head_dim),
-                          frame.take<double>(product(kRowsInDouble, width)),
-                          frame.take<Index>(rows),
-                          frame.take<bool>(rows),
-                          frame.take<BlockRange>(rows),
-                          frame.take<KeyEnds>(p.value_dim)};
-    // lanes nobody sees are computed with and thrown away
-    fill_line(s.scores, rows * kAttentionKeyBlock, V::zero());
-    return s;
-  }
-
   AttentionWorker(const Problem& problem, const AttentionScratch<C>& scratch)
       : p_(problem),
         s_(scratch),
@@ -110,8 +63,11 @@ class AttentionWorker {
         if (fold_end >= 0) fold(std::exchange(folded, true));
         fold_end = (block / kAttentionFold + 1) * kAttentionFold;
       }
-      load_block(sequence, kv_head, block);
-      add_block(sequence, kv_head, block);
+      find_ranges(sequence, block);
+      if (rows_ <= kAttentionFewRows)
+        add_block_in_place(sequence, kv_head, block);
+      else
+        add_block(sequence, kv_head, block);
     });
     if (folded) unfold();
     Index large = 0;
@@ -139,6 +95,7 @@ class AttentionWorker {
   void begin(const problem::AttentionSequence& sequence, Index kv_head, Index first,
              Index queries) {
     rows_ = queries * group_;
+    here_.begin = next_.begin = -1;
     first_position_ = sequence.first_position + first;
     for (Index r = 0; r < rows_; ++r) {
       const Index head = kv_head * group_ + r % group_,
@@ -196,12 +153,54 @@ class AttentionWorker {
     }
   }
 
-  void add_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
+  void find_ranges(const problem::AttentionSequence& sequence, Index block_begin) {
     for (Index r = 0; r < rows_; ++r)
       s_.ranges[r] = r % group_ == 0 ? range_of(sequence, r, block_begin) : s_.ranges[r - 1];
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+  }
+
+  void softmax_rows(Index kv_head, Index block_begin) {
     for (Index r = 0; r < rows_; ++r)
       softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
+  }
+
+  /// The same without packing, where rows are few.
+  void add_block_in_place(const problem::AttentionSequence& sequence, Index kv_head,
+                          Index block_begin) {
+    using Few = FewRows<C, Isa>;
+    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
+    if (here_.begin != block.begin) {
+      if (next_.begin == block.begin)
+        std::swap(here_, next_);
+      else
+        find_rows(block, here_);
+    }
+    next_.begin = -1;
+    if (block_begin + kAttentionKeyBlock < sequence.key_length)
+      find_rows(block_at(sequence, kv_head, block_begin + kAttentionKeyBlock), next_);
+    const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
+    Few::with_rows(rows_, [&](auto tile) {
+      Few::template score<decltype(tile)::value>(s_.queries, p_.head_dim, here_, seen, s_.scores);
+    });
+    softmax_rows(kv_head, block_begin);
+    if (!Tile::one_piece(s_.ranges, rows_)) {
+      load_values(block, 0);
+      return add_values();
+    }
+    Few::with_rows(rows_, [&](auto tile) {
+      Few::template add_values<decltype(tile)::value>(s_.scores, here_, seen, s_.factors,
+                                                      p_.value_dim, width_, s_.sums, s_.block_sums,
+                                                      next_.begin >= 0 ? &next_ : nullptr);
+    });
+  }
+
+  void add_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
+    load_block(sequence, kv_head, block_begin);
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+    softmax_rows(kv_head, block_begin);
+    add_values();
+  }
+
+  void add_values() {
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
       Tile::template add_block<decltype(tile)::value>(weights(r), s_.values, width_, s_.ranges + r,
                                                       s_.factors + r, width_, s_.sums + r * width_,
@@ -452,13 +451,14 @@ class AttentionWorker {
   const AttentionScratch<C>& s_;
   Index group_, width_;
   Index rows_ = 0, first_position_ = 0;
+  BlockRows<TKV> here_, next_;  // of few rows
 };
 
 template <typename D, typename Isa, typename TQ, typename TKV>
 void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
   using Worker = AttentionWorker<Isa, TQ, TKV>;
   Workspace::Frame frame(on.workspace);
-  const Index positions = Worker::positions_per_block(p);
+  const Index positions = positions_per_block(p);
   Index* const first_task = frame.take<Index>(p.batch + 1);
   first_task[0] = 0;
   for (Index b = 0; b < p.batch; ++b)
@@ -468,7 +468,7 @@ void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
   if (tasks == 0) return;
   const Index workers = attention_workers(on, p, tasks);
   auto* const scratch = frame.take<AttentionScratch<compute_type<TQ>>>(workers);
-  for (Index w = 0; w < workers; ++w) scratch[w] = Worker::take_scratch(p, frame);
+  for (Index w = 0; w < workers; ++w) scratch[w] = take_attention_scratch<Isa>(p, frame);
 
   // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads
   // of sequences of any length.

@@ -249,6 +249,14 @@ struct AttentionTile {
     for (int r = 0; r < R && begin < end; ++r) add_rows(one, r, end, ranges[r].end);
   }
 
+  /// Whether all rows see the same keys, all of them between two.
+  static bool one_piece(const BlockRange* ranges, Index rows) {
+    const BlockRange& range = ranges[0];
+    bool one = !range.empty() && (range.prefix_end == 0 || range.begin == range.end);
+    for (Index r = 1; r < rows; ++r) one = one && ranges[r] == range;
+    return one;
+  }
+
   /// out[r][0, width) = factor[r] * out[r] + (sum of accumulate_ranges from 0): a block is summed
   /// by itself, since one chain over many blocks would lose digits. Rows that see nothing keep what
   /// they have. `block` is scratch of (R, width).
@@ -256,9 +264,7 @@ struct AttentionTile {
   static void add_block(Weights w, const C* matrix, Index matrix_stride, const BlockRange* ranges,
                         const C* factor, Index width, C* out, Index out_stride, C* block) {
     const BlockRange& range = ranges[0];
-    bool one_piece = !range.empty() && (range.prefix_end == 0 || range.begin == range.end);
-    for (int r = 1; r < R; ++r) one_piece = one_piece && ranges[r] == range;
-    if (one_piece) {
+    if (one_piece(ranges, R)) {
       for (Index c = 0; c < width; c += kPanel) {
         V sum[R][2];
         for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
