@@ -26,6 +26,7 @@ struct QuantizeKernel {
   static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
   problem::Quantize<T> p;
   Index groups;  // of a row
+  Index stride;  // from one row of values to the next, with zeros from `columns` on
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
@@ -37,34 +38,40 @@ struct QuantizeKernel {
  private:
   template <typename Block, typename Scratch>
   EIGENFORMER_DEVICE void quantize(Block& block, const Scratch& scratch, Index at) const {
-    const Index column = at % groups * p.group, begin = at / groups * p.columns + column;
+    const Index row = at / groups, column = at % groups * p.group;
     const Index count = p.group < p.columns - column ? p.group : p.columns - column;
-    const T* weights = p.weights + begin;
+    const Index end = column + count < p.columns ? count : stride - column;
+    const T* weights = p.weights + row * p.columns + column;
+    std::int8_t* values = p.values + row * stride + column;
     const float scale = int8_scale(reduce_block(
         block, scratch, magnitude<C>(weights, count, block.thread(), block.size()), LargerOrNan{}));
     if (block.thread() == 0) p.scales[at] = scale;
-    for (Index j = block.thread(); j < count; j += block.size())
-      p.values[begin + j] = int8_value(static_cast<C>(weights[j]), scale);
+    for (Index j = block.thread(); j < end; j += block.size())
+      values[j] = j < count ? int8_value(static_cast<C>(weights[j]), scale) : std::int8_t{0};
   }
 };
+
+template <typename D, typename T>
+void quantize_rows(const Backend<D>& on, const char* name, const problem::Quantize<T>& p,
+                   Index groups, Index stride) {
+  using Kernel = QuantizeKernel<T>;
+  launch_rows(on, name, p.rows * groups, shared_bytes<typename Kernel::C>(Kernel::kWarps),
+              Kernel{p, groups, stride});
+}
 
 /// Rows, or groups, with NaN or infinity get the scale NaN and zeros.
 template <typename D, typename T>
 bool execute(const Backend<D>& on, const problem::Quantize<T>& p) {
-  using Kernel = QuantizeKernel<T>;
   const Index groups = p.group == 0 ? 1 : p.groups();  // a row without columns has a scale, 1
-  launch_rows(on, "quantize_weights_int8", p.rows * groups,
-              shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p, groups});
+  quantize_rows(on, "quantize_weights_int8", p, groups, p.columns);
   return true;
 }
 
 /// Tokens with NaN or infinity get the scale NaN and zeros, as everywhere.
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::QuantizeActivations<T>& p) {
-  using Kernel = QuantizeKernel<T>;
   const problem::Quantize<T> rows{p.x, p.values, p.scales, p.rows, p.columns, p.columns, false};
-  launch_rows(on, "quantize_activations_int8", p.rows,
-              shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{rows, 1});
+  quantize_rows(on, "quantize_activations_int8", rows, 1, p.columns);
 }
 
 /// Numbers of one block where all of them have one result.

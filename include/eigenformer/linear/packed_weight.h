@@ -54,7 +54,7 @@ class PackedWeight {
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }
   /// Of int8, in the order of the panels: (rows) and padding, or [panel][group][column of the
-  /// panel]. nullptr otherwise.
+  /// panel]; on a GPU (rows) or (rows, groups). nullptr otherwise.
   const float* scales() const { return scales_.data(); }
 
   /// The panels, in the order of layout().

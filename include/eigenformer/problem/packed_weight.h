@@ -26,11 +26,12 @@ struct PanelLayout {
 };
 
 /// The panels of a weight (rows, columns), or of a pair with the rows of both: const T to read, T
-/// to write.
+/// to write. Those of a GPU are rows, one per panel (cuda/linear_pack.cuh).
 template <typename T>
 struct PackedPanels {
   T* data;  // in the order of the layout
-  // Of int8: (rows) and padding, or [panel][group][column of the panel]; nullptr otherwise.
+  // Of int8: (rows) and padding, or [panel][group][column of the panel], a GPU's (rows, groups);
+  // nullptr otherwise.
   std::conditional_t<std::is_const_v<T>, const float, float>* scales;
   Index rows, columns;
   Index group;  // inputs that share a scale; 0 where there is one per row, or none

@@ -1,0 +1,127 @@
+/// \file
+/// CUDA kernels that pack weights. On a GPU a packed weight is its rows one below the other,
+/// row-major, each from a multiple of 16 bytes on and filled up with zeros: tensor cores take
+/// their operands from any such rows, and a warp that streams a row has its 16 bytes per lane in
+/// one line. Several weights, those of a gated pair too, lie one below the other. int8 scales are
+/// (rows, groups).
+///
+/// One coalesced pass per matrix: a read and a write, int8 with one read more, for the scales
+/// (quantization.cuh). Bound by bandwidth; more than half of it is expected, not measured yet.
+#pragma once
+
+#include "../core/check.h"
+#include "../problem/linear.h"
+#include "packs.cuh"
+#include "quantization.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// Elements of 16 bytes, to multiples of which rows are filled up.
+template <typename T>
+inline constexpr int row_step = static_cast<int>(16 / sizeof(T));
+
+template <typename T>
+constexpr problem::PanelLayout panel_layout() {
+  return {"sm_80", 1, row_step<T>, "cuda"};
+}
+
+/// From one row of a packed weight to the next.
+template <typename T>
+EIGENFORMER_HOST_DEVICE constexpr Index packed_stride(Index columns) {
+  return (columns + row_step<T> - 1) / row_step<T> * row_step<T>;
+}
+
+/// Scales of an int8 row.
+constexpr Index scale_groups(Index columns, Index group) {
+  return group == 0 ? 1 : (columns + group - 1) / group;
+}
+
+template <typename D, typename T>
+problem::PanelSizes execute(const Backend<D>&, const problem::PanelsOf<T>& p) {
+  constexpr auto name = "pack_weight";
+  using detail::checked_product;
+  using detail::require_that;
+  require_that(p.columns <= (std::numeric_limits<Index>::max)() - row_step<T>, name, "weight has ",
+               p.columns, " columns, too many");
+  const Index rows = checked_product(p.rows, p.matrices, name, "weight"),
+              elements = checked_product(rows, packed_stride<T>(p.columns), name, "weight"),
+              scales = checked_product(rows, scale_groups(p.columns, p.group), name, "scales");
+  return {panel_layout<T>(), elements, std::is_same_v<T, std::int8_t> ? scales : 0};
+}
+
+/// Rows (rows, columns) to rows of `stride`, each number rounded once.
+template <typename T, typename W>
+struct PackBody {
+  // what are the same scalars keeps its bits, NaN's too
+  using C = std::conditional_t<std::is_same_v<T, W>, T, compute_type<T>>;
+  T* to;
+  const W* from;
+  Index columns, stride;
+
+  template <int Width>
+  EIGENFORMER_DEVICE void operator()(WidthOf<Width>, Index row, Index column) const {
+    Pack<C, Width> values{};
+    if (column < columns) values = load_pack<C, Width>(from + row * columns + column);
+    store_pack(values, to + row * stride + column);
+  }
+};
+
+template <typename D, typename T, typename W>
+void pack_values(const Backend<D>& on, T* to, const W* from, Index rows, Index columns) {
+  const Index stride = packed_stride<T>(columns);
+  constexpr int width = row_step<T>;
+  launch_for_each_pack<width>(on, "pack_weight", rows, stride,
+                              packs_fit<width>(from, columns) && packs_fit<width>(to, stride),
+                              PackBody<T, W>{to, from, columns, stride});
+}
+
+/// Packs one matrix (rows, columns) as the rows from `first` on.
+template <typename D, typename T, typename W>
+void pack_matrix(const Backend<D>& on, const problem::PackedPanels<T>& packed, Index first,
+                 const W* weight, Index rows) {
+  const Index columns = packed.columns, stride = packed_stride<T>(columns);
+  T* const to = packed.data + first * stride;
+  if constexpr (std::is_same_v<T, std::int8_t>) {
+    const Index group = packed.group == 0 ? columns : packed.group,
+                groups = scale_groups(columns, packed.group);
+    const problem::Quantize<W> quantize{weight, to,   packed.scales + first * groups, rows, columns,
+                                        group,  false};
+    quantize_rows(on, "pack_weight", quantize, groups, stride);
+  } else {
+    pack_values(on, to, weight, rows, columns);
+  }
+}
+
+/// A row, or group, that is not quantizable has the scale NaN and zeros: -1, whatever it holds.
+template <typename D, typename T, typename W, int Matrices>
+int execute(const Backend<D>& on, const problem::PackWeight<T, W, Matrices>& p) {
+  const Index rows = p.packed.rows / Matrices;
+  for (int m = 0; m < Matrices; ++m) pack_matrix(on, p.packed, m * rows, p.weights[m], rows);
+  return -1;
+}
+
+template <typename D, typename T, typename W>
+int execute(const Backend<D>& on, const problem::PackStackedWeight<T, W>& p) {
+  for (int m = 0; m < p.count; ++m) {
+    const Index first = m == 0 ? 0 : p.ends[m - 1];
+    pack_matrix(on, p.packed, first, p.weights[m], p.ends[m] - first);
+  }
+  return -1;
+}
+
+template <typename D>
+void execute(const Backend<D>& on, const problem::PackInt8Weight& p) {
+  const problem::PackedPanels<std::int8_t>& packed = p.packed;
+  pack_values(on, packed.data, p.values, packed.rows, packed.columns);
+  const Index scales = packed.rows * scale_groups(packed.columns, packed.group);
+  launch_for_each_pack<row_step<float>>(
+      on, "pack_weight", 1, scales,
+      packs_fit<row_step<float>>(p.scales, 0) && packs_fit<row_step<float>>(packed.scales, 0),
+      PackBody<float, float>{packed.scales, p.scales, scales, scales});
+}
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
