@@ -26,6 +26,7 @@
 #include "causal_mask.cuh"
 #include "embedding.cuh"
 #include "kv_cache.cuh"
+#include "linear.cuh"
 #include "linear_pack.cuh"
 #include "loss.cuh"
 #include "memory.cuh"

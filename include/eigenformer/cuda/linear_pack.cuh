@@ -33,6 +33,14 @@ EIGENFORMER_HOST_DEVICE constexpr Index packed_stride(Index columns) {
   return (columns + row_step<T> - 1) / row_step<T> * row_step<T>;
 }
 
+/// A weight that was packed somewhere else is refused.
+template <typename S>
+void require_rows(const problem::PackedPanels<const S>& weight, std::string_view operation) {
+  detail::require_that(weight.rows == 0 || weight.layout == panel_layout<S>(), operation,
+                       "weight was packed for ", weight.layout.backend, " ", weight.layout.isa,
+                       ", these kernels read what is packed on a GPU: pack it there");
+}
+
 /// Scales of an int8 row.
 constexpr Index scale_groups(Index columns, Index group) {
   return group == 0 ? 1 : (columns + group - 1) / group;
@@ -62,7 +70,8 @@ struct PackBody {
 
   template <int Width>
   EIGENFORMER_DEVICE void operator()(WidthOf<Width>, Index row, Index column) const {
-    Pack<C, Width> values{};
+    Pack<C, Width> values;
+    for (int i = 0; i < Width; ++i) values[i] = static_cast<C>(0);
     if (column < columns) values = load_pack<C, Width>(from + row * columns + column);
     store_pack(values, to + row * stride + column);
   }

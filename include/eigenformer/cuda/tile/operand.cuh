@@ -1,0 +1,105 @@
+/// \file
+/// Rows of matrices on their way to a product: chunks of 16 bytes of the scalar T that is
+/// multiplied, whatever scalar S they are stored in, with zeros where there is no number. And how
+/// four lanes multiply a step of four chunks with the tensor cores:
+///
+///   lane l has chunk l % 4 of rows l / 4 and l / 4 + 8 of A, and of row l / 4 of B (tokens)
+///
+/// The instruction wants each lane to have neighbours in k that lie apart; since a product of
+/// matrices does not mind in which order k comes, as long as A and B agree, each lane's 16 bytes
+/// are its parts of two instructions in turn. So a fragment is one load of 16 bytes, from device
+/// memory or from shared memory, without a conflict of banks where rows of a step (64 bytes) lie
+/// one below the other.
+#pragma once
+
+#include <bit>
+
+#include "../packs.cuh"
+#include "fragment.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// `Matrices` matrices (rows, depth) of one shape; 2 are those of a gated unit.
+template <typename T, typename S, int Matrices = 1>
+struct Operand {
+  static constexpr int kEach = static_cast<int>(16 / sizeof(T));
+  using Chunk = Pack<T, kEach>;
+  const S* data[Matrices];
+  Index rows, depth, stride;
+  bool whole;  // chunks that begin within depth may be loaded whole: they fit, or zeros follow
+
+  EIGENFORMER_DEVICE static Chunk zeros() {
+    Chunk chunk;
+    for (int i = 0; i < kEach; ++i) chunk[i] = static_cast<T>(0.0f);
+    return chunk;
+  }
+  EIGENFORMER_DEVICE bool has(Index row, Index k) const { return row < rows && k < depth; }
+  EIGENFORMER_DEVICE const S* at(int matrix, Index row, Index k) const {
+    return data[matrix] + row * stride + k;
+  }
+  /// k is a multiple of kEach. Whole: as the member says, known when compiled.
+  template <bool Whole>
+  EIGENFORMER_DEVICE Chunk load(int matrix, Index row, Index k) const {
+    if (!has(row, k)) return zeros();
+    const S* const from = at(matrix, row, k);
+    if constexpr (Whole) return load_pack<T, kEach>(from);
+    Chunk chunk = zeros();
+    for (int i = 0; i < kEach; ++i)
+      if (k + i < depth) chunk[i] = static_cast<T>(from[i]);
+    return chunk;
+  }
+};
+
+template <typename T, int Matrices, typename S>
+Operand<T, S, Matrices> operand(const S* const (&data)[Matrices], Index rows, Index depth,
+                                Index stride) {
+  Operand<T, S, Matrices> result{{}, rows, depth, stride, true};
+  for (int m = 0; m < Matrices; ++m) {
+    result.data[m] = data[m];
+    result.whole = result.whole && packs_fit<Operand<T, S>::kEach>(data[m], stride);
+  }
+  return result;
+}
+
+/// k that four lanes have together.
+template <typename T>
+inline constexpr int kStep = static_cast<int>(64 / sizeof(T));
+
+/// d += a step of A times one of B: `low` and `high` are the chunks of rows l / 4 and l / 4 + 8.
+template <typename T, typename Block, typename Chunk>
+EIGENFORMER_DEVICE void multiply_step(Block& block, FragmentD<T>& d, const Chunk& low,
+                                      const Chunk& high, const Chunk& b) {
+  struct alignas(16) Four {
+    unsigned word[4];
+  };
+  struct alignas(8) Two {
+    unsigned word[2];
+  };
+  const auto l = std::bit_cast<Four>(low), h = std::bit_cast<Four>(high),
+             y = std::bit_cast<Four>(b);
+  for (int i = 0; i < 4; i += 2)
+    block.mma(
+        d, std::bit_cast<FragmentA<T>>(Four{{l.word[i], h.word[i], l.word[i + 1], h.word[i + 1]}}),
+        std::bit_cast<FragmentB<T>>(Two{{y.word[i], y.word[i + 1]}}));
+}
+
+/// Rows of a tile of A, of one matrix or of a pair: then 8 rows of the first stand above the 8 of
+/// the second that meet them in the layer's output, which one lane so has both of.
+struct TileRow {
+  int matrix, row;
+};
+template <int Matrices>
+EIGENFORMER_DEVICE constexpr TileRow tile_row(int place) {
+  if constexpr (Matrices == 1) return {0, place};
+  return {place / 8 % 2, place / 16 * 8 + place % 8};
+}
+template <int Matrices>
+EIGENFORMER_DEVICE constexpr int tile_place(int matrix, int row) {
+  return Matrices == 1 ? row : row / 8 * 16 + matrix * 8 + row % 8;
+}
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,311 @@
+/// \file
+/// Products of weights and tokens by the tensor cores, y^T = w x^T, of bfloat16, half and int8:
+/// weights are A, 16 rows of them or 8 of each matrix of a pair, tokens are B, 8 at once.
+///
+/// Each output is one order of sums, whichever kernel runs: k is cut into segments of 512; within
+/// one, steps of 64 bytes in a chain of tensor core instructions that starts from 0; the segments'
+/// sums are added to 0 in ascending order. What is not there (rows, tokens, k) multiplies as zeros
+/// and is never read. So the bits depend on the row and the token alone.
+///
+/// - Few tokens, up to 32: a block per 16 rows, whose 8 warps take a segment each, all with loads
+///   of 16 bytes straight into fragments, 4 steps ahead of the products. Streams the weight once:
+///   2 * rows * depth bytes (16-bit), 2 * tokens * rows * depth operations; bound by bandwidth, of
+///   which about two thirds is expected on H100 and H200, not measured yet.
+/// - Many tokens: tiles of (64 rows, 64 tokens), or (128, 128) where there are enough of them to
+///   fill the device, brought to shared memory three stages deep by asynchronous copies. Bound by
+///   the tensor cores, which mma.sync drives at some 60% on H100: about 40% of the dense peak is
+///   expected, not measured yet. Operands that are not aligned, or are converted on the way, pass
+///   through registers instead, at about half of that.
+///
+/// end.store(token, row, sums) takes the sum of each matrix.
+#pragma once
+
+#include <algorithm>
+
+#include "../launch.cuh"
+#include "operand.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// k whose products are one chain.
+inline constexpr Index kSegment = 512;
+
+template <typename T, int TokenTiles, int Matrices, typename W, typename X, typename End>
+struct FewTokensKernel {
+  using Sum = typename Tile<T>::sum;
+  using Chunk = typename Operand<T, W>::Chunk;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kAhead = 4;
+  static constexpr int kRows = 16 / Matrices, kTokens = 8 * TokenTiles;  // of a block's outputs
+  static constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;
+  Operand<T, W, Matrices> weight;
+  Operand<T, X> x;
+  End end;
+
+  static constexpr std::size_t shared() { return shared_bytes<Sum>(kWarps * kTokens * 16); }
+  EIGENFORMER_HOST_DEVICE Index token_tiles() const { return (x.rows - 1) / kTokens + 1; }
+  EIGENFORMER_HOST_DEVICE Index tiles() const {
+    return ((weight.rows - 1) / kRows + 1) * token_tiles();
+  }
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto partials = block.template shared<Sum>(kWarps * kTokens * 16);
+    for (Index tile = block.index(); tile < tiles(); tile += block.count())
+      multiply(block, partials, tile / token_tiles() * kRows, tile % token_tiles() * kTokens);
+  }
+
+ private:
+  /// The outputs from (row, token) on: rounds of a segment for each warp.
+  template <typename Block, typename Partials>
+  EIGENFORMER_DEVICE void multiply(Block& block, const Partials& partials, Index row,
+                                   Index token) const {
+    Sum totals[kOwn][Matrices] = {};
+    for (Index first = 0; first < weight.depth; first += kWarps * kSegment) {
+      const Index begin = first + block.warp() * kSegment;
+      if (begin < weight.depth) {  // the whole warp
+        FragmentD<T> sums[TokenTiles] = {};
+        if (weight.whole && x.whole)
+          accumulate<true>(block, sums, row, token, begin);
+        else
+          accumulate<false>(block, sums, row, token, begin);
+        for (int t = 0; t < TokenTiles; ++t)
+          for (int i = 0; i < FragmentD<T>::kSize; ++i)
+            partials.store(place(block.warp(), t, i, block.lane()), sums[t].values[i]);
+      }
+      block.barrier();
+      for (int warp = 0; warp < kWarps && first + warp * kSegment < weight.depth; ++warp)
+        add(partials, warp, block.thread(), totals);
+      block.barrier();
+    }
+    for (int n = 0; n < kOwn; ++n) {
+      const int own = block.thread() + n * kThreads;
+      const Index to = token + own / kRows, out = row + own % kRows;
+      if (own < kRows * kTokens && to < x.rows && out < weight.rows) end.store(to, out, totals[n]);
+    }
+  }
+
+  /// The chain of one segment.
+  template <bool Whole, typename Block>
+  EIGENFORMER_DEVICE void accumulate(Block& block, FragmentD<T> (&sums)[TokenTiles], Index row,
+                                     Index token, Index begin) const {
+    const int group = block.lane() / 4;
+    const TileRow low = tile_row<Matrices>(group), high = tile_row<Matrices>(group + 8);
+    const Index end_k = weight.depth - begin < kSegment ? weight.depth : begin + kSegment;
+    for (Index k = begin; k < end_k; k += kAhead * kStep<T>) {
+      Chunk a[kAhead][2], b[kAhead][TokenTiles];
+      for (int s = 0; s < kAhead; ++s) {
+        const Index own = k + s * kStep<T> + block.lane() % 4 * Operand<T, W>::kEach;
+        a[s][0] = weight.template load<Whole>(low.matrix, row + low.row, own);
+        a[s][1] = weight.template load<Whole>(high.matrix, row + high.row, own);
+        for (int t = 0; t < TokenTiles; ++t)
+          b[s][t] = x.template load<Whole>(0, token + t * 8 + group, own);
+      }
+      for (int s = 0; s < kAhead; ++s)
+        for (int t = 0; t < TokenTiles; ++t)
+          if (k + s * kStep<T> < end_k && token + t * 8 < x.rows)
+            multiply_step(block, sums[t], a[s][0], a[s][1], b[s][t]);
+    }
+  }
+
+  EIGENFORMER_DEVICE static int place(int warp, int tile, int i, int lane) {
+    return ((warp * TokenTiles + tile) * FragmentD<T>::kSize + i) * kWarp + lane;
+  }
+
+  /// A warp's sums of this thread's outputs.
+  template <typename Partials>
+  EIGENFORMER_DEVICE static void add(const Partials& partials, int warp, int thread,
+                                     Sum (&totals)[kOwn][Matrices]) {
+    for (int n = 0; n < kOwn; ++n) {
+      const int own = thread + n * kThreads, token = own / kRows;
+      if (own >= kRows * kTokens) return;
+      for (int m = 0; m < Matrices; ++m) {
+        const int row = tile_place<Matrices>(m, own % kRows);
+        totals[n][m] += partials.load(
+            place(warp, token / 8, row / 8 * 2 + token % 2, row % 8 * 4 + token % 8 / 2));
+      }
+    }
+  }
+};
+
+/// Shape: tiles of 16 rows and of 8 tokens of a warp, and warps along both.
+template <int Rows, int Tokens, int RowWarps, int TokenWarps>
+struct TileShape {
+  static constexpr int kRowTiles = Rows, kTokenTiles = Tokens, kRowWarps = RowWarps,
+                       kTokenWarps = TokenWarps;
+};
+
+template <typename T, typename Shape, int Matrices, typename W, typename X, typename End>
+struct ManyTokensKernel {
+  using Sum = typename Tile<T>::sum;
+  using Chunk = typename Operand<T, W>::Chunk;
+  static constexpr int kThreads = Shape::kRowWarps * Shape::kTokenWarps * kWarp, kStages = 3;
+  static constexpr int kPlaces = 16 * Shape::kRowTiles * Shape::kRowWarps;  // rows of the tile
+  static constexpr int kRows = kPlaces / Matrices,
+                       kTokens = 8 * Shape::kTokenTiles * Shape::kTokenWarps;
+  static constexpr int kSteps = 2, kDepth = kSteps * kStep<T>;  // of a stage
+  static constexpr int kLine = kPlaces + 4;  // of sums in shared memory: no conflict of banks
+  static_assert(kSegment % kDepth == 0);
+  Operand<T, W, Matrices> weight;
+  Operand<T, X> x;
+  End end;
+
+  static constexpr std::size_t shared() {
+    return shared_bytes<T>(kStages * kPlaces * kDepth) +
+           shared_bytes<T>(kStages * kTokens * kDepth) + shared_bytes<Sum>(kTokens * kLine);
+  }
+  EIGENFORMER_HOST_DEVICE Index row_tiles() const { return (weight.rows - 1) / kRows + 1; }
+  EIGENFORMER_HOST_DEVICE Index token_tiles() const { return (x.rows - 1) / kTokens + 1; }
+  EIGENFORMER_HOST_DEVICE Index tiles() const { return row_tiles() * token_tiles(); }
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto a = block.template shared<T>(kStages * kPlaces * kDepth);
+    const auto b = block.template shared<T>(kStages * kTokens * kDepth);
+    const auto sums = block.template shared<Sum>(kTokens * kLine);
+    for (Index tile = block.index(); tile < tiles(); tile += block.count()) {
+      // 8 tiles of tokens by all rows: what runs at once shares its rows and tokens in L2
+      const Index band = tile / (8 * row_tiles()), rest = tile % (8 * row_tiles());
+      const Index high = token_tiles() - band * 8 < 8 ? token_tiles() - band * 8 : 8;
+      const Index row = rest / high * kRows, token = (band * 8 + rest % high) * kTokens;
+      multiply(block, a, b, sums, row, token);
+      block.barrier();
+      finish(block, sums, row, token);
+      block.barrier();
+    }
+  }
+
+ private:
+  using Fragments = FragmentD<T>[Shape::kRowTiles][Shape::kTokenTiles];
+
+  /// Sums of the tile into shared memory.
+  template <typename Block, typename Stage, typename Sums>
+  EIGENFORMER_DEVICE void multiply(Block& block, const Stage& a, const Stage& b, const Sums& sums,
+                                   Index row, Index token) const {
+    const Index slices = (weight.depth + kDepth - 1) / kDepth;
+    const auto load = [&](Index slice) {
+      if (slice < slices) {
+        const int stage = static_cast<int>(slice % kStages);
+        load_stage<Matrices, kPlaces>(block, a, stage, weight, row, slice * kDepth);
+        load_stage<1, kTokens>(block, b, stage, x, token, slice * kDepth);
+      }
+      block.commit_async();
+    };
+    Fragments chain = {}, totals = {};
+    for (int s = 0; s < kStages - 1; ++s) load(s);
+    for (Index slice = 0; slice < slices; ++slice) {
+      block.template wait_async<kStages - 2>();
+      block.barrier();  // this slice is there, and nobody reads the one before it any more
+      load(slice + kStages - 1);
+      for (int step = 0; step < kSteps; ++step)
+        if (slice * kDepth + step * kStep<T> < weight.depth)
+          multiply_stage(block, a, b, static_cast<int>(slice % kStages) * kSteps + step, chain);
+      if ((slice + 1) * kDepth % kSegment == 0 || slice + 1 == slices) add_chain(chain, totals);
+    }
+    store_sums(block, sums, totals);
+  }
+
+  /// One stage of an operand: [step][place][64 bytes].
+  template <int M, int Places, typename Block, typename Stage, typename S>
+  EIGENFORMER_DEVICE static void load_stage(Block& block, const Stage& to, int stage,
+                                            const Operand<T, S, M>& from, Index first, Index k) {
+    constexpr int each = Operand<T, S>::kEach;
+    for (int i = block.thread(); i < Places * kSteps * 4; i += kThreads) {
+      const TileRow place = tile_row<M>(i / 4 % Places);
+      const Index row = first + place.row, column = k + i / 4 / Places * kStep<T> + i % 4 * each;
+      const Index at = (stage * kSteps * Places * 4 + i) * each;
+      if constexpr (std::is_same_v<S, T>)
+        if (from.whole && from.has(row, column)) {
+          block.copy_async(to, at, from.at(place.matrix, row, column));
+          continue;
+        }
+      to.store_pack(at, from.whole ? from.template load<true>(place.matrix, row, column)
+                                   : from.template load<false>(place.matrix, row, column));
+    }
+  }
+
+  template <typename Block, typename Stage>
+  EIGENFORMER_DEVICE static void multiply_stage(Block& block, const Stage& a, const Stage& b,
+                                                int step, Fragments& chain) {
+    const auto chunk = [&](const Stage& from, int places, int place) {
+      return from.template pack<Chunk>(
+          ((Index{step} * places + place + block.lane() / 4) * 4 + block.lane() % 4) *
+          Operand<T, W>::kEach);
+    };
+    const int row = block.warp() / Shape::kTokenWarps * Shape::kRowTiles * 16,
+              token = block.warp() % Shape::kTokenWarps * Shape::kTokenTiles * 8;
+    Chunk tokens[Shape::kTokenTiles];
+    for (int t = 0; t < Shape::kTokenTiles; ++t) tokens[t] = chunk(b, kTokens, token + t * 8);
+    for (int r = 0; r < Shape::kRowTiles; ++r) {
+      const Chunk low = chunk(a, kPlaces, row + r * 16), high = chunk(a, kPlaces, row + r * 16 + 8);
+      for (int t = 0; t < Shape::kTokenTiles; ++t)
+        multiply_step(block, chain[r][t], low, high, tokens[t]);
+    }
+  }
+
+  EIGENFORMER_DEVICE static void add_chain(Fragments& chain, Fragments& totals) {
+    for (int r = 0; r < Shape::kRowTiles; ++r)
+      for (int t = 0; t < Shape::kTokenTiles; ++t)
+        for (int i = 0; i < FragmentD<T>::kSize; ++i) {
+          totals[r][t].values[i] += chain[r][t].values[i];
+          chain[r][t].values[i] = 0;
+        }
+  }
+
+  /// [token][place]: the last step of finish() reads along places, the first of a row's neighbours.
+  template <typename Block, typename Sums>
+  EIGENFORMER_DEVICE static void store_sums(Block& block, const Sums& sums,
+                                            const Fragments& totals) {
+    const int row = block.warp() / Shape::kTokenWarps * Shape::kRowTiles * 16,
+              token = block.warp() % Shape::kTokenWarps * Shape::kTokenTiles * 8;
+    for (int r = 0; r < Shape::kRowTiles; ++r)
+      for (int t = 0; t < Shape::kTokenTiles; ++t)
+        for (int i = 0; i < FragmentD<T>::kSize; ++i)
+          sums.store((token + t * 8 + FragmentD<T>::column(block.lane(), i)) * kLine + row +
+                         r * 16 + FragmentD<T>::row(block.lane(), i),
+                     totals[r][t].values[i]);
+  }
+
+  /// From shared memory to the output, neighbours by neighbours.
+  template <typename Block, typename Sums>
+  EIGENFORMER_DEVICE void finish(Block& block, const Sums& sums, Index row, Index token) const {
+    for (int i = block.thread(); i < kTokens * kRows; i += kThreads) {
+      const Index to = token + i / kRows, out = row + i % kRows;
+      if (to >= x.rows || out >= weight.rows) continue;
+      Sum values[Matrices];
+      for (int m = 0; m < Matrices; ++m)
+        values[m] = sums.load(i / kRows * kLine + tile_place<Matrices>(m, i % kRows));
+      end.store(to, out, values);
+    }
+  }
+};
+
+/// Tiles that fill a device: as many as an H100 has multiprocessors.
+inline constexpr Index kEnoughTiles = 132;
+
+/// end.store(token, row, sums) for all of (x.rows, weight.rows).
+template <typename T, typename D, int Matrices, typename W, typename X, typename End>
+void multiply_by_tiles(const Backend<D>& on, const char* name,
+                       const Operand<T, W, Matrices>& weight, const Operand<T, X>& x,
+                       const End& end) {
+  if (weight.rows <= 0 || x.rows <= 0) return;
+  const auto start = [&](const auto& kernel) {
+    launch(on, name, (std::min)(kernel.tiles(), Index{1048576}), kernel.kThreads, kernel.shared(),
+           kernel);
+  };
+  using Large = ManyTokensKernel<T, TileShape<4, 4, 2, 4>, Matrices, W, X, End>;
+  using Medium = ManyTokensKernel<T, TileShape<2, 4, 2, 2>, Matrices, W, X, End>;
+  if (x.rows <= 8)
+    start(FewTokensKernel<T, 1, Matrices, W, X, End>{weight, x, end});
+  else if (x.rows <= 32)
+    start(FewTokensKernel<T, 4, Matrices, W, X, End>{weight, x, end});
+  else if (const Large large{weight, x, end}; large.tiles() >= kEnoughTiles)
+    start(large);
+  else
+    start(Medium{weight, x, end});
+}
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
