@@ -43,28 +43,37 @@ struct LaneProductKernel {
     for_each_warp(block, tiles(), [&](Index tile) {
       const Index row = tile / token_tiles() * kRows, token = tile % token_tiles() * Tokens;
       C sums[kPlaces][Tokens] = {};
-      if (weight.whole && x.whole)
-        accumulate<true>(sums, row, token, block.lane());
-      else
-        accumulate<false>(sums, row, token, block.lane());
+      accumulate(sums, row, token, block.lane());
       finish(block, sums, row, token);
     });
   }
 
  private:
   /// The chains of this lane.
-  template <bool Whole>
   EIGENFORMER_DEVICE void accumulate(C (&sums)[kPlaces][Tokens], Index row, Index token,
                                      int lane) const {
-    for (Index k = Index{lane} * kEach; k < weight.depth; k += kWarp * kEach) {
-      Chunk w[kPlaces], v[Tokens];
-      for (int p = 0; p < kPlaces; ++p)
-        w[p] = weight.template load<Whole>(p / kRows, row + p % kRows, k);
-      for (int t = 0; t < Tokens; ++t) v[t] = x.template load<Whole>(0, token + t, k);
-      for (int p = 0; p < kPlaces; ++p)
-        for (int t = 0; t < Tokens; ++t)
-          for (int i = 0; i < kEach; ++i) sums[p][t] = std::fma(w[p][i], v[t][i], sums[p][t]);
-    }
+    const W* lines[kPlaces];
+    const X* tokens[Tokens];
+    for (int p = 0; p < kPlaces; ++p) lines[p] = weight.line(p / kRows, row + p % kRows);
+    for (int t = 0; t < Tokens; ++t) tokens[t] = x.line(0, token + t);
+    const Index first = Index{lane} * kEach;
+    if (weight.whole && x.whole)
+      for (Index k = first; k < weight.depth; k += kWarp * kEach)
+        multiply<true>(sums, lines, tokens, k);
+    else
+      for (Index k = first; k < weight.depth; k += kWarp * kEach)
+        multiply<false>(sums, lines, tokens, k);
+  }
+
+  template <bool Inside>
+  EIGENFORMER_DEVICE void multiply(C (&sums)[kPlaces][Tokens], const W* const (&lines)[kPlaces],
+                                   const X* const (&tokens)[Tokens], Index k) const {
+    Chunk w[kPlaces], v[Tokens];
+    for (int p = 0; p < kPlaces; ++p) w[p] = weight.template load<Inside>(lines[p], k);
+    for (int t = 0; t < Tokens; ++t) v[t] = x.template load<Inside>(tokens[t], k);
+    for (int p = 0; p < kPlaces; ++p)
+      for (int t = 0; t < Tokens; ++t)
+        for (int i = 0; i < kEach; ++i) sums[p][t] = std::fma(w[p][i], v[t][i], sums[p][t]);
   }
 
   /// Output (token t, row r) of the warp is lane t * kRows + r's.

@@ -30,24 +30,17 @@ struct Operand {
   Index rows, depth, stride;
   bool whole;  // chunks that begin within depth may be loaded whole: they fit, or zeros follow
 
-  EIGENFORMER_DEVICE static Chunk zeros() {
+  /// A row; past the end the last one, whose products nobody takes: cheaper than a branch.
+  EIGENFORMER_DEVICE const S* line(int matrix, Index row) const {
+    return (matrix == 0 ? data[0] : data[Matrices - 1]) + (row < rows ? row : rows - 1) * stride;
+  }
+  /// k is a multiple of kEach; Inside: `whole`, and k within depth, known without a look.
+  template <bool Inside>
+  EIGENFORMER_DEVICE Chunk load(const S* line, Index k) const {
+    if (Inside || (whole && k < depth)) return load_pack<T, kEach>(line + k);
     Chunk chunk;
-    for (int i = 0; i < kEach; ++i) chunk[i] = static_cast<T>(0.0f);
-    return chunk;
-  }
-  EIGENFORMER_DEVICE bool has(Index row, Index k) const { return row < rows && k < depth; }
-  EIGENFORMER_DEVICE const S* at(int matrix, Index row, Index k) const {
-    return data[matrix] + row * stride + k;
-  }
-  /// k is a multiple of kEach. Whole: as the member says, known when compiled.
-  template <bool Whole>
-  EIGENFORMER_DEVICE Chunk load(int matrix, Index row, Index k) const {
-    if (!has(row, k)) return zeros();
-    const S* const from = at(matrix, row, k);
-    if constexpr (Whole) return load_pack<T, kEach>(from);
-    Chunk chunk = zeros();
     for (int i = 0; i < kEach; ++i)
-      if (k + i < depth) chunk[i] = static_cast<T>(from[i]);
+      chunk[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
     return chunk;
   }
 };

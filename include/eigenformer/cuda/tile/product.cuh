@@ -4,11 +4,12 @@
 ///
 /// Each output is one order of sums, whichever kernel runs: k is cut into segments of 512; within
 /// one, steps of 64 bytes in a chain of tensor core instructions that starts from 0; the segments'
-/// sums are added to 0 in ascending order. What is not there (rows, tokens, k) multiplies as zeros
-/// and is never read. So the bits depend on the row and the token alone.
+/// sums are added to 0 in ascending order. k that is not there multiplies as zero and is not read;
+/// in the place of rows and tokens that are not there stands the last one, again. So the bits
+/// depend on the row and the token alone.
 ///
 /// - Few tokens, up to 32: a block per 16 rows, whose 8 warps take a segment each, all with loads
-///   of 16 bytes straight into fragments, 4 steps ahead of the products. Streams the weight once:
+///   of 16 bytes straight into fragments, some steps ahead of the products. Streams the weight once:
 ///   2 * rows * depth bytes (16-bit), 2 * tokens * rows * depth operations; bound by bandwidth, of
 ///   which about two thirds is expected on H100 and H200, not measured yet.
 /// - Many tokens: tiles of (64 rows, 64 tokens), or (128, 128) where there are enough of them to
@@ -36,7 +37,8 @@ template <typename T, int TokenTiles, int Matrices, typename W, typename X, type
 struct FewTokensKernel {
   using Sum = typename Tile<T>::sum;
   using Chunk = typename Operand<T, W>::Chunk;
-  static constexpr int kThreads = 256, kWarps = kThreads / kWarp, kAhead = 4;
+  static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+  static constexpr int kAhead = TokenTiles == 1 ? 4 : 2;  // steps whose loads are under way
   static constexpr int kRows = 16 / Matrices, kTokens = 8 * TokenTiles;  // of a block's outputs
   static constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;
   Operand<T, W, Matrices> weight;
@@ -66,10 +68,7 @@ struct FewTokensKernel {
       const Index begin = first + block.warp() * kSegment;
       if (begin < weight.depth) {  // the whole warp
         FragmentD<T> sums[TokenTiles] = {};
-        if (weight.whole && x.whole)
-          accumulate<true>(block, sums, row, token, begin);
-        else
-          accumulate<false>(block, sums, row, token, begin);
+        accumulate(block, sums, row, token, begin);
         for (int t = 0; t < TokenTiles; ++t)
           for (int i = 0; i < FragmentD<T>::kSize; ++i)
             partials.store(place(block.warp(), t, i, block.lane()), sums[t].values[i]);
@@ -87,25 +86,39 @@ struct FewTokensKernel {
   }
 
   /// The chain of one segment.
-  template <bool Whole, typename Block>
+  template <typename Block>
   EIGENFORMER_DEVICE void accumulate(Block& block, FragmentD<T> (&sums)[TokenTiles], Index row,
                                      Index token, Index begin) const {
     const int group = block.lane() / 4;
     const TileRow low = tile_row<Matrices>(group), high = tile_row<Matrices>(group + 8);
+    const W* const lines[2] = {weight.line(low.matrix, row + low.row),
+                               weight.line(high.matrix, row + high.row)};
+    const X* tokens[TokenTiles];
+    for (int t = 0; t < TokenTiles; ++t) tokens[t] = x.line(0, token + t * 8 + group);
     const Index end_k = weight.depth - begin < kSegment ? weight.depth : begin + kSegment;
+    const bool whole = weight.whole && x.whole;
     for (Index k = begin; k < end_k; k += kAhead * kStep<T>) {
       Chunk a[kAhead][2], b[kAhead][TokenTiles];
-      for (int s = 0; s < kAhead; ++s) {
-        const Index own = k + s * kStep<T> + block.lane() % 4 * Operand<T, W>::kEach;
-        a[s][0] = weight.template load<Whole>(low.matrix, row + low.row, own);
-        a[s][1] = weight.template load<Whole>(high.matrix, row + high.row, own);
-        for (int t = 0; t < TokenTiles; ++t)
-          b[s][t] = x.template load<Whole>(0, token + t * 8 + group, own);
-      }
+      const Index own = k + block.lane() % 4 * Operand<T, W>::kEach;
+      if (whole && k + kAhead * kStep<T> <= end_k)
+        load<true>(lines, tokens, own, a, b);
+      else
+        load<false>(lines, tokens, own, a, b);
       for (int s = 0; s < kAhead; ++s)
         for (int t = 0; t < TokenTiles; ++t)
           if (k + s * kStep<T> < end_k && token + t * 8 < x.rows)
             multiply_step(block, sums[t], a[s][0], a[s][1], b[s][t]);
+    }
+  }
+
+  /// The steps that follow, from this lane's k on.
+  template <bool Inside>
+  EIGENFORMER_DEVICE void load(const W* const (&lines)[2], const X* const (&tokens)[TokenTiles],
+                               Index k, Chunk (&a)[kAhead][2],
+                               Chunk (&b)[kAhead][TokenTiles]) const {
+    for (int s = 0; s < kAhead; ++s, k += kStep<T>) {
+      for (int r = 0; r < 2; ++r) a[s][r] = weight.template load<Inside>(lines[r], k);
+      for (int t = 0; t < TokenTiles; ++t) b[s][t] = x.template load<Inside>(tokens[t], k);
     }
   }
 
@@ -213,15 +226,15 @@ struct ManyTokensKernel {
     constexpr int each = Operand<T, S>::kEach;
     for (int i = block.thread(); i < Places * kSteps * 4; i += kThreads) {
       const TileRow place = tile_row<M>(i / 4 % Places);
-      const Index row = first + place.row, column = k + i / 4 / Places * kStep<T> + i % 4 * each;
-      const Index at = (stage * kSteps * Places * 4 + i) * each;
+      const S* const line = from.line(place.matrix, first + place.row);
+      const Index column = k + i / 4 / Places * kStep<T> + i % 4 * each,
+                  at = (stage * kSteps * Places * 4 + i) * each;
       if constexpr (std::is_same_v<S, T>)
-        if (from.whole && from.has(row, column)) {
-          block.copy_async(to, at, from.at(place.matrix, row, column));
+        if (from.whole && column < from.depth) {
+          block.copy_async(to, at, line + column);
           continue;
         }
-      to.store_pack(at, from.whole ? from.template load<true>(place.matrix, row, column)
-                                   : from.template load<false>(place.matrix, row, column));
+      to.store_pack(at, from.template load<false>(line, column));
     }
   }
 
@@ -281,6 +294,14 @@ struct ManyTokensKernel {
   }
 };
 
+using LargeTiles = TileShape<4, 4, 2, 4>;
+using SmallTiles = TileShape<2, 4, 2, 2>;
+
+template <typename Shape, typename T, int Matrices, typename W, typename X, typename End>
+auto tiles_kernel(const Operand<T, W, Matrices>& weight, const Operand<T, X>& x, const End& end) {
+  return ManyTokensKernel<T, Shape, Matrices, W, X, End>{weight, x, end};
+}
+
 /// Tiles that fill a device: as many as an H100 has multiprocessors.
 inline constexpr Index kEnoughTiles = 132;
 
@@ -294,16 +315,15 @@ void multiply_by_tiles(const Backend<D>& on, const char* name,
     launch(on, name, (std::min)(kernel.tiles(), Index{1048576}), kernel.kThreads, kernel.shared(),
            kernel);
   };
-  using Large = ManyTokensKernel<T, TileShape<4, 4, 2, 4>, Matrices, W, X, End>;
-  using Medium = ManyTokensKernel<T, TileShape<2, 4, 2, 2>, Matrices, W, X, End>;
   if (x.rows <= 8)
     start(FewTokensKernel<T, 1, Matrices, W, X, End>{weight, x, end});
   else if (x.rows <= 32)
     start(FewTokensKernel<T, 4, Matrices, W, X, End>{weight, x, end});
-  else if (const Large large{weight, x, end}; large.tiles() >= kEnoughTiles)
+  else if (const auto large = tiles_kernel<LargeTiles>(weight, x, end);
+           large.tiles() >= kEnoughTiles)
     start(large);
   else
-    start(Medium{weight, x, end});
+    start(tiles_kernel<SmallTiles>(weight, x, end));
 }
 
 }  // namespace cuda
