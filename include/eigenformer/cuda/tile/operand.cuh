@@ -13,6 +13,7 @@
 #pragma once
 
 #include <bit>
+#include <utility>
 
 #include "../packs.cuh"
 #include "fragment.cuh"
@@ -37,11 +38,15 @@ struct Operand {
   /// k is a multiple of kEach; Inside: `whole`, and k within depth, known without a look.
   template <bool Inside>
   EIGENFORMER_DEVICE Chunk load(const S* line, Index k) const {
-    if (Inside || (whole && k < depth)) return load_pack<T, kEach>(line + k);
-    Chunk chunk;
-    for (int i = 0; i < kEach; ++i)
-      chunk[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
-    return chunk;
+    if constexpr (Inside) {
+      return load_pack<T, kEach>(line + k);
+    } else {
+      if (whole && k < depth) return load_pack<T, kEach>(line + k);
+      Chunk chunk;
+      for (int i = 0; i < kEach; ++i)
+        chunk[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
+      return chunk;
+    }
   }
 };
 
@@ -54,6 +59,14 @@ Operand<T, S, Matrices> operand(const S* const (&data)[Matrices], Index rows, In
     result.whole = result.whole && packs_fit<Operand<T, S>::kEach>(data[m], stride);
   }
   return result;
+}
+
+/// f(0), f(1), ...: with indices that are constants, so that arrays stay in registers.
+template <int N, typename F>
+EIGENFORMER_DEVICE void unroll(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 /// k that four lanes have together.

@@ -97,29 +97,34 @@ struct FewTokensKernel {
     for (int t = 0; t < TokenTiles; ++t) tokens[t] = x.line(0, token + t * 8 + group);
     const Index end_k = weight.depth - begin < kSegment ? weight.depth : begin + kSegment;
     const bool whole = weight.whole && x.whole;
-    for (Index k = begin; k < end_k; k += kAhead * kStep<T>) {
-      Chunk a[kAhead][2], b[kAhead][TokenTiles];
-      const Index own = k + block.lane() % 4 * Operand<T, W>::kEach;
-      if (whole && k + kAhead * kStep<T> <= end_k)
-        load<true>(lines, tokens, own, a, b);
-      else
-        load<false>(lines, tokens, own, a, b);
-      for (int s = 0; s < kAhead; ++s)
-        for (int t = 0; t < TokenTiles; ++t)
-          if (k + s * kStep<T> < end_k && token + t * 8 < x.rows)
-            multiply_step(block, sums[t], a[s][0], a[s][1], b[s][t]);
-    }
+    for (Index k = begin; k < end_k;)
+      if (whole && k + kAhead * kStep<T> <= end_k) {
+        multiply_steps<kAhead, true>(block, sums, lines, tokens, token, k);
+        k += kAhead * kStep<T>;
+      } else {
+        multiply_steps<1, false>(block, sums, lines, tokens, token, k);
+        k += kStep<T>;
+      }
   }
 
-  /// The steps that follow, from this lane's k on.
-  template <bool Inside>
-  EIGENFORMER_DEVICE void load(const W* const (&lines)[2], const X* const (&tokens)[TokenTiles],
-                               Index k, Chunk (&a)[kAhead][2],
-                               Chunk (&b)[kAhead][TokenTiles]) const {
-    for (int s = 0; s < kAhead; ++s, k += kStep<T>) {
-      for (int r = 0; r < 2; ++r) a[s][r] = weight.template load<Inside>(lines[r], k);
-      for (int t = 0; t < TokenTiles; ++t) b[s][t] = x.template load<Inside>(tokens[t], k);
-    }
+  /// So many steps from k on, all of their loads before the first product.
+  template <int Steps, bool Inside, typename Block>
+  EIGENFORMER_DEVICE void multiply_steps(Block& block, FragmentD<T> (&sums)[TokenTiles],
+                                         const W* const (&lines)[2],
+                                         const X* const (&tokens)[TokenTiles], Index token,
+                                         Index k) const {
+    Chunk a[Steps][2], b[Steps][TokenTiles];
+    const Index own = k + block.lane() % 4 * Operand<T, W>::kEach;
+    unroll<Steps>([&](auto s) {
+      const Index at = own + s * kStep<T>;
+      unroll<2>([&](auto r) { a[s][r] = weight.template load<Inside>(lines[r], at); });
+      unroll<TokenTiles>([&](auto t) { b[s][t] = x.template load<Inside>(tokens[t], at); });
+    });
+    unroll<Steps>([&](auto s) {
+      unroll<TokenTiles>([&](auto t) {
+        if (token + t * 8 < x.rows) multiply_step(block, sums[t], a[s][0], a[s][1], b[s][t]);
+      });
+    });
   }
 
   EIGENFORMER_DEVICE static int place(int warp, int tile, int i, int lane) {
