@@ -29,6 +29,14 @@
 /// writing. A build for AMX asks the operating system for the tile registers once, and uses AVX-512
 /// for everything where they are refused.
 ///
+/// On a GPU the order is another, and as independent. Pairs of bfloat16 (a plain float weight
+/// rounded first, as above) and of half go to the tensor cores, 16 of i in a link; every 512 of i
+/// are a chain of their own, and these sums are added in ascending order. All other pairs are 32
+/// chains of multiply-adds, 16 bytes of i in turn, whose sums meet in a fixed tree. Plain weights
+/// are read where they lie, without scratch: at full speed where rows begin at multiples of 16
+/// bytes. Up to 32 tokens (8 of those other pairs) read the weight once. Calls with a destination
+/// can be captured into a graph.
+///
 /// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; up to four tokens
 /// read the packed weights once, at memory speed. A plain weight is packed on the way into scratch,
 /// once for every 768 tokens. Scratch, from the workspace: at most 192 rows of x (768 with a plain
