@@ -66,7 +66,7 @@ struct HostBench {
 
 /// Calls f(bench) on the GPU; skips aloud where there is none.
 template <typename F>
-void for_each_device(F&& f) {
+void for_each_gpu(F&& f) {
   int count = 0;
   if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
     std::printf("[ SKIPPED  ] no CUDA device on this machine\n");
@@ -74,6 +74,10 @@ void for_each_device(F&& f) {
   }
   const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{};
   f(bench);
+}
+template <typename F>
+void for_each_device(F&& f) {
+  for_each_gpu(f);
 }
 
 #else
@@ -92,14 +96,10 @@ struct EmulatedBench : GpuBench<emulated::Stream, emulated::Device> {
 };
 #endif
 
-/// Calls f(bench) on the calling thread, on a pool, and on emulated blocks: in order at once, and
-/// shuffled when the host waits, with the same bits.
+/// Calls f(bench) on emulated blocks: in order at once, and shuffled when the host waits, with the
+/// same bits. For what has tests of its own on the CPU and takes a compiler long.
 template <typename F>
-void for_each_device(F&& f) {
-  const Eigen::DefaultDevice one;
-  f(HostBench<Eigen::DefaultDevice>{one});
-  Threads threads(2);
-  f(HostBench<Eigen::ThreadPoolDevice>{threads.device});
+void for_each_gpu([[maybe_unused]] F&& f) {
 #if defined(EIGENFORMER_TEST_BLOCKS)
   const EmulatedBench in_order{{emulated::Stream()}, {}},
       shuffled{{emulated::Stream({.seed = 7, .deferred = true})}, {}};
@@ -109,6 +109,16 @@ void for_each_device(F&& f) {
   EXPECT_TRUE(in_order.seen == shuffled.seen) << "the bits depend on the schedule";
   EXPECT_GT(emulated::DeviceMemory::instance().allocations(), before) << "no device was used";
 #endif
+}
+
+/// Calls f(bench) on the calling thread, on a pool, and on emulated blocks.
+template <typename F>
+void for_each_device(F&& f) {
+  const Eigen::DefaultDevice one;
+  f(HostBench<Eigen::DefaultDevice>{one});
+  Threads threads(2);
+  f(HostBench<Eigen::ThreadPoolDevice>{threads.device});
+  for_each_gpu(f);
 }
 
 #endif
