@@ -1,5 +1,5 @@
-// Weights packed on every device. Those of a GPU, emulated or not, are looked at: rows one below
-// the other, filled up with zeros, with the values and scales that the CPU's quantization gives.
+// Weights packed on a GPU, emulated or not: rows one below the other, filled up with zeros, with the
+// values and scales that the CPU's quantization gives.
 #include <eigenformer/linear.h>
 #include <eigenformer/quantization.h>
 
@@ -23,12 +23,12 @@ ef::Tensor<T, 1> numbers_of(const B& bench, const T* data, Index count) {
   return numbers;
 }
 
-/// A packed weight holds `rows`, one below the other; only a GPU's is looked at.
+/// A packed weight holds `rows`, one below the other.
 template <typename B, typename T>
 void expect_rows(const B& bench, const ef::PackedWeight<T>& packed, const ef::Tensor<T, 2>& rows) {
   ASSERT_EQ(packed.rows(), rows.dimension(0));
   ASSERT_EQ(packed.columns(), rows.dimension(1));
-  if (packed.layout().backend != "cuda") return;
+  EXPECT_EQ(packed.layout().backend, "cuda");
   const Index stride = stride_of<T>(packed.columns());
   ASSERT_EQ(packed.bytes(), packed.rows() * stride * Index{sizeof(T)});
   const auto numbers = numbers_of(bench, packed.data(), packed.rows() * stride);
@@ -42,7 +42,6 @@ void expect_rows(const B& bench, const ef::PackedWeight<T>& packed, const ef::Te
 template <typename B>
 void expect_scales(const B& bench, const ef::PackedWeight<std::int8_t>& packed,
                    const ef::Tensor<float, 2>& scales) {
-  if (packed.layout().backend != "cuda") return;
   const auto numbers = numbers_of(bench, packed.scales(), scales.size());
   EXPECT_TRUE(same_bits(numbers, ef::Tensor<float, 1>(scales.reshape(numbers.dimensions()))));
 }
@@ -68,7 +67,7 @@ void check(Index rows, Index columns) {
   const auto second = random_tensor<W, 2>({rows, columns}, 2);
   const auto third = random_tensor<W, 2>({rows + 2, columns}, 3);
   const std::array one{converted<T>(first), converted<T>(second), converted<T>(third)};
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto a = on_device(bench, first), b = on_device(bench, second), c = on_device(bench, third);
     const auto packed = ef::pack_weight<T>(bench.device, a.cview());
     expect_rows(bench, packed, one[0]);
@@ -116,7 +115,7 @@ void check_int8(Index rows, Index columns, Index group) {
   const ef::Int8Packing options{.group_size = group};
   const auto both = stacked<std::int8_t, 2>(values);
   const auto both_scales = stacked<float, 2>(scales);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto a = on_device(bench, first), b = on_device(bench, second);
     const auto packed = ef::pack_weight<std::int8_t>(bench.device, a.cview(), options);
     EXPECT_EQ(packed.group_size(), group);

@@ -15,8 +15,8 @@
 /// (or group) of zeros. A packed weight carries the layout of the ISA it was packed for, and a
 /// product refuses another; where a GPU packs, the weight lies in the GPU's memory, as rows that
 /// begin at multiples of 16 bytes. Packing the rows [a, b) gives the bits of the same rows of the
-/// whole weight. Cost: one read and one write of
-/// the weights (int8: one more read, for the scales), on the device's threads.
+/// whole weight. Cost: one read and one write of the weights (int8: one more read, for the scales),
+/// on the device's threads.
 ///
 /// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index,
 /// before `packed` is touched); scales that do not match, or are NaN, infinite or negative (the

@@ -12,7 +12,7 @@
 /// one below the other.
 #pragma once
 
-#include <bit>
+#include <cstring>
 #include <utility>
 
 #include "../packs.cuh"
@@ -77,18 +77,19 @@ inline constexpr int kStep = static_cast<int>(64 / sizeof(T));
 template <typename T, typename Block, typename Chunk>
 EIGENFORMER_DEVICE void multiply_step(Block& block, FragmentD<T>& d, const Chunk& low,
                                       const Chunk& high, const Chunk& b) {
-  struct alignas(16) Four {
-    unsigned word[4];
-  };
-  struct alignas(8) Two {
-    unsigned word[2];
-  };
-  const auto l = std::bit_cast<Four>(low), h = std::bit_cast<Four>(high),
-             y = std::bit_cast<Four>(b);
-  for (int i = 0; i < 4; i += 2)
-    block.mma(
-        d, std::bit_cast<FragmentA<T>>(Four{{l.word[i], h.word[i], l.word[i + 1], h.word[i + 1]}}),
-        std::bit_cast<FragmentB<T>>(Two{{y.word[i], y.word[i + 1]}}));
+  unsigned l[4], h[4], y[4];
+  std::memcpy(l, &low, sizeof l);
+  std::memcpy(h, &high, sizeof h);
+  std::memcpy(y, &b, sizeof y);
+  unroll<2>([&](auto half_of_step) {
+    constexpr int i = 2 * decltype(half_of_step)::value;
+    const unsigned rows[4] = {l[i], h[i], l[i + 1], h[i + 1]}, column[2] = {y[i], y[i + 1]};
+    FragmentA<T> left;
+    FragmentB<T> right;
+    std::memcpy(left.values, rows, sizeof rows);
+    std::memcpy(right.values, column, sizeof column);
+    block.mma(d, left, right);
+  });
 }
 
 /// Rows of a tile of A, of one matrix or of a pair: then 8 rows of the first stand above the 8 of
