@@ -17,7 +17,7 @@
 /// 3. The line below.
 /// 4. tests/X/X_device_test.cpp over for_each_device: it runs on the host, on emulated blocks
 ///    under several schedules (races, divergent barriers and memory that is not the device's are
-///    faults), and on a GPU where there is one.
+///    faults), and on a GPU where there is one; over for_each_gpu without the host.
 /// 5. Its words in cmake/operators.cmake, which tests/compile/runs_on.cu compares.
 #pragma once
 

@@ -9,7 +9,7 @@
 /// depend on the row and the token alone.
 ///
 /// - Few tokens, up to 32: a block per 16 rows, whose 8 warps take a segment each, all with loads
-///   of 16 bytes straight into fragments, some steps ahead of the products. Streams the weight once:
+///   of 16 bytes straight into fragments, some steps ahead of the products. Reads the weight once:
 ///   2 * rows * depth bytes (16-bit), 2 * tokens * rows * depth operations; bound by bandwidth, of
 ///   which about two thirds is expected on H100 and H200, not measured yet.
 /// - Many tokens: tiles of (64 rows, 64 tokens), or (128, 128) where there are enough of them to
@@ -164,32 +164,31 @@ struct ManyTokensKernel {
                        kTokens = 8 * Shape::kTokenTiles * Shape::kTokenWarps;
   static constexpr int kSteps = 2, kDepth = kSteps * kStep<T>;  // of a stage
   static constexpr int kLine = kPlaces + 4;  // of sums in shared memory: no conflict of banks
+  // In sums of 4 bytes, which take the stages' place in the end: 96 KiB of the 99 of an sm_86.
+  static constexpr int kChunk = 4, kChunks = 4 * kChunk;  // of a lane, of a step
+  static constexpr int kStage = (kPlaces + kTokens) * kSteps * kChunks,
+                       kShared = (std::max)(kStages * kStage, kTokens* kLine);
   static_assert(kSegment % kDepth == 0);
   Operand<T, W, Matrices> weight;
   Operand<T, X> x;
   End end;
 
-  static constexpr std::size_t shared() {
-    return shared_bytes<T>(kStages * kPlaces * kDepth) +
-           shared_bytes<T>(kStages * kTokens * kDepth) + shared_bytes<Sum>(kTokens * kLine);
-  }
+  static constexpr std::size_t shared() { return shared_bytes<Sum>(kShared); }
   EIGENFORMER_HOST_DEVICE Index row_tiles() const { return (weight.rows - 1) / kRows + 1; }
   EIGENFORMER_HOST_DEVICE Index token_tiles() const { return (x.rows - 1) / kTokens + 1; }
   EIGENFORMER_HOST_DEVICE Index tiles() const { return row_tiles() * token_tiles(); }
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto a = block.template shared<T>(kStages * kPlaces * kDepth);
-    const auto b = block.template shared<T>(kStages * kTokens * kDepth);
-    const auto sums = block.template shared<Sum>(kTokens * kLine);
+    const auto shared = block.template shared<Sum>(kShared);
     for (Index tile = block.index(); tile < tiles(); tile += block.count()) {
       // 8 tiles of tokens by all rows: what runs at once shares its rows and tokens in L2
       const Index band = tile / (8 * row_tiles()), rest = tile % (8 * row_tiles());
       const Index high = token_tiles() - band * 8 < 8 ? token_tiles() - band * 8 : 8;
       const Index row = rest / high * kRows, token = (band * 8 + rest % high) * kTokens;
-      multiply(block, a, b, sums, row, token);
+      multiply(block, shared, row, token);
       block.barrier();
-      finish(block, sums, row, token);
+      finish(block, shared, row, token);
       block.barrier();
     }
   }
@@ -198,15 +197,16 @@ struct ManyTokensKernel {
   using Fragments = FragmentD<T>[Shape::kRowTiles][Shape::kTokenTiles];
 
   /// Sums of the tile into shared memory.
-  template <typename Block, typename Stage, typename Sums>
-  EIGENFORMER_DEVICE void multiply(Block& block, const Stage& a, const Stage& b, const Sums& sums,
-                                   Index row, Index token) const {
+  template <typename Block, typename Shared>
+  EIGENFORMER_DEVICE void multiply(Block& block, const Shared& shared, Index row,
+                                   Index token) const {
     const Index slices = (weight.depth + kDepth - 1) / kDepth;
     const auto load = [&](Index slice) {
       if (slice < slices) {
         const int stage = static_cast<int>(slice % kStages);
-        load_stage<Matrices, kPlaces>(block, a, stage, weight, row, slice * kDepth);
-        load_stage<1, kTokens>(block, b, stage, x, token, slice * kDepth);
+        load_stage<Matrices, kPlaces>(block, shared, stage * kStage, weight, row, slice * kDepth);
+        load_stage<1, kTokens>(block, shared, stage * kStage + kSteps * kPlaces * kChunks, x, token,
+                               slice * kDepth);
       }
       block.commit_async();
     };
@@ -218,45 +218,47 @@ struct ManyTokensKernel {
       load(slice + kStages - 1);
       for (int step = 0; step < kSteps; ++step)
         if (slice * kDepth + step * kStep<T> < weight.depth)
-          multiply_stage(block, a, b, static_cast<int>(slice % kStages) * kSteps + step, chain);
+          multiply_stage(block, shared, static_cast<int>(slice % kStages) * kStage, step, chain);
       if ((slice + 1) * kDepth % kSegment == 0 || slice + 1 == slices) add_chain(chain, totals);
     }
-    store_sums(block, sums, totals);
+    block.barrier();  // nobody reads a stage any more
+    store_sums(block, shared, totals);
   }
 
-  /// One stage of an operand: [step][place][64 bytes].
-  template <int M, int Places, typename Block, typename Stage, typename S>
-  EIGENFORMER_DEVICE static void load_stage(Block& block, const Stage& to, int stage,
+  /// An operand of a stage, from `base` on: [step][place][chunk].
+  template <int M, int Places, typename Block, typename Shared, typename S>
+  EIGENFORMER_DEVICE static void load_stage(Block& block, const Shared& shared, int base,
                                             const Operand<T, S, M>& from, Index first, Index k) {
     constexpr int each = Operand<T, S>::kEach;
     for (int i = block.thread(); i < Places * kSteps * 4; i += kThreads) {
       const TileRow place = tile_row<M>(i / 4 % Places);
       const S* const line = from.line(place.matrix, first + place.row);
-      const Index column = k + i / 4 / Places * kStep<T> + i % 4 * each,
-                  at = (stage * kSteps * Places * 4 + i) * each;
+      const Index column = k + i / 4 / Places * kStep<T> + i % 4 * each;
+      const int at = base + i * kChunk;
       if constexpr (std::is_same_v<S, T>)
         if (from.whole && column < from.depth) {
-          block.copy_async(to, at, line + column);
+          block.copy_async(shared, at, reinterpret_cast<const Sum*>(line + column));
           continue;
         }
-      to.store_pack(at, from.template load<false>(line, column));
+      shared.store_pack(at, from.template load<false>(line, column));
     }
   }
 
-  template <typename Block, typename Stage>
-  EIGENFORMER_DEVICE static void multiply_stage(Block& block, const Stage& a, const Stage& b,
+  template <typename Block, typename Shared>
+  EIGENFORMER_DEVICE static void multiply_stage(Block& block, const Shared& shared, int base,
                                                 int step, Fragments& chain) {
-    const auto chunk = [&](const Stage& from, int places, int place) {
-      return from.template pack<Chunk>(
-          ((Index{step} * places + place + block.lane() / 4) * 4 + block.lane() % 4) *
-          Operand<T, W>::kEach);
+    const auto chunk = [&](int first, int place) {
+      return shared.template pack<Chunk>(first + (place + block.lane() / 4) * kChunks +
+                                         block.lane() % 4 * kChunk);
     };
+    const int a = base + step * kPlaces * kChunks,
+              b = base + (kSteps * kPlaces + step * kTokens) * kChunks;
     const int row = block.warp() / Shape::kTokenWarps * Shape::kRowTiles * 16,
               token = block.warp() % Shape::kTokenWarps * Shape::kTokenTiles * 8;
     Chunk tokens[Shape::kTokenTiles];
-    for (int t = 0; t < Shape::kTokenTiles; ++t) tokens[t] = chunk(b, kTokens, token + t * 8);
+    for (int t = 0; t < Shape::kTokenTiles; ++t) tokens[t] = chunk(b, token + t * 8);
     for (int r = 0; r < Shape::kRowTiles; ++r) {
-      const Chunk low = chunk(a, kPlaces, row + r * 16), high = chunk(a, kPlaces, row + r * 16 + 8);
+      const Chunk low = chunk(a, row + r * 16), high = chunk(a, row + r * 16 + 8);
       for (int t = 0; t < Shape::kTokenTiles; ++t)
         multiply_step(block, chain[r][t], low, high, tokens[t]);
     }
