@@ -25,6 +25,7 @@
 #include "attention.cuh"
 #include "causal_mask.cuh"
 #include "embedding.cuh"
+#include "int8_linear.cuh"
 #include "kv_cache.cuh"
 #include "linear.cuh"
 #include "linear_pack.cuh"
