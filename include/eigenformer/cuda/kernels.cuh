@@ -28,6 +28,7 @@
 #include "int8_linear.cuh"
 #include "kv_cache.cuh"
 #include "linear.cuh"
+#include "linear_backward.cuh"
 #include "linear_pack.cuh"
 #include "loss.cuh"
 #include "memory.cuh"
