@@ -2,7 +2,7 @@
 /// CUDA kernels of linear layers over int8 weights, plain or packed, with a scale for each row or
 /// for each group of inputs. A first kernel quantizes x per token, one block per token (two reads
 /// of x, the second out of L2, and a byte written per number); the products are exact sums in
-/// int32, of rows by tile/product.cuh, of groups by tile/grouped_product.cuh, which say what they
+/// int32, of rows by tile/product.cuh (or gemm.cuh), of groups by tile/grouped_product.cuh, which say what they
 /// cost. The values are those of the CPU kernels, bit for bit, up to the activation function. Rows
 /// of a plain weight that do not begin at multiples of 16 bytes are read byte by byte: pack such
 /// weights.
@@ -13,6 +13,7 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
+#include "gemm.cuh"
 #include "linear_pack.cuh"
 #include "quantization.cuh"
 #include "stage.cuh"
@@ -56,30 +57,42 @@ struct GroupedSums {
   }
 };
 
-/// multiply(x as an operand, its scales): the x of a problem, quantized into scratch.
+/// multiply(x as an operand, its scales, more scratch of `bytes`): the x of a problem, quantized.
 template <typename D, typename Problem, typename Multiply>
-void with_int8_tokens(const Backend<D>& on, const char* name, const Problem& p,
+void with_int8_tokens(const Backend<D>& on, const char* name, const Problem& p, Index bytes,
                       Multiply&& multiply) {
   using X = std::remove_const_t<std::remove_pointer_t<decltype(p.x)>>;
   if (p.tokens == 0 || p.out == 0) return;
   const Index stride = packed_stride<std::int8_t>(p.in);
-  with_scratch<std::int8_t, float>(
-      on, name, {p.tokens * stride, p.tokens}, [&](std::int8_t* values, float* scales) {
+  with_scratch<std::int8_t, float, std::byte>(
+      on, name, {p.tokens * stride, p.tokens, bytes},
+      [&](std::int8_t* values, float* scales, std::byte* scratch) {
         quantize_rows(on, name,
                       problem::Quantize<X>{p.x, values, scales, p.tokens, p.in, p.in, false}, 1,
                       stride);
-        multiply(operand<std::int8_t, 1>({values}, p.tokens, p.in, stride), scales);
+        multiply(operand<std::int8_t, 1>({values}, p.tokens, p.in, stride), scales, scratch);
       });
+}
+
+/// Sums of whole rows.
+template <typename D, int Matrices, typename End>
+void multiply_rows(const Backend<D>& on, const char* name,
+                   const Operand<std::int8_t, std::int8_t, Matrices>& weight,
+                   const Operand<std::int8_t, std::int8_t>& x, const End& end, std::byte* scratch) {
+  if (!layer_by_gemm(on, name, weight, x, end, scratch))
+    multiply_by_tiles<std::int8_t>(on, name, weight, x, end);
 }
 
 template <typename D, typename Y, typename X, typename E>
 void execute(const Backend<D>& on, const problem::Int8Linear<Y, X, E>& p) {
   constexpr auto name = "int8_linear";
   using Sums = ScaledSums<decltype(finish_of<false>(p))>;
-  with_int8_tokens(on, name, p, [&](const auto& x, const float* x_scales) {
-    multiply_by_tiles<std::int8_t>(on, name, operand<std::int8_t, 1>({p.values}, p.out, p.in, p.in),
-                                   x, Sums{finish_of<false>(p), x_scales, {p.scales}});
-  });
+  const auto weight = operand<std::int8_t, 1>({p.values}, p.out, p.in, p.in);
+  with_int8_tokens(on, name, p, gemm_scratch<std::int8_t>(p.tokens, p.out, 1),
+                   [&](const auto& x, const float* x_scales, std::byte* scratch) {
+                     const Sums end{finish_of<false>(p), x_scales, {p.scales}};
+                     multiply_rows(on, name, weight, x, end, scratch);
+                   });
 }
 
 template <typename D, typename Y, typename X, bool Gated, typename E>
@@ -98,15 +111,17 @@ void execute(const Backend<D>& on, const problem::PackedLinear<Y, X, std::int8_t
     scales.data[m] = p.weight.scales + m * p.out * groups;
   }
   const auto weight = operand<std::int8_t, matrices>(values, p.out, p.in, stride);
-  with_int8_tokens(on, name, p, [&](const auto& x, const float* x_scales) {
-    if (p.weight.group > 0) {
-      multiply_groups(on, name, weight, x, scales, GroupedSums<Finish>{finish, x_scales});
-    } else {
-      ScaledSums<Finish> end{finish, x_scales, {}};
-      for (int m = 0; m < matrices; ++m) end.scales[m] = scales.data[m];
-      multiply_by_tiles<std::int8_t>(on, name, weight, x, end);
-    }
-  });
+  const Index bytes = p.weight.group > 0 ? 0 : gemm_scratch<std::int8_t>(p.tokens, p.out, matrices);
+  with_int8_tokens(
+      on, name, p, bytes, [&](const auto& x, const float* x_scales, std::byte* scratch) {
+        if (p.weight.group > 0) {
+          multiply_groups(on, name, weight, x, scales, GroupedSums<Finish>{finish, x_scales});
+        } else {
+          ScaledSums<Finish> end{finish, x_scales, {}};
+          for (int m = 0; m < matrices; ++m) end.scales[m] = scales.data[m];
+          multiply_rows(on, name, weight, x, end, scratch);
+        }
+      });
 }
 
 }  // namespace cuda

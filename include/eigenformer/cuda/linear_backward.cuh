@@ -249,7 +249,12 @@ void product(const Backend<D>& on, const char* name, R* result, const A& a, cons
 
 template <typename D, typename X, typename Y, typename W>
 void execute(const Backend<D>& on, const problem::LinearBackwardInput<X, Y, W>& p) {
-  product<plain_factor_type<Y, W>, false>(on, "linear_backward_input", p.grad_x,
+  constexpr auto name = "linear_backward_input";
+  if constexpr (takes_gemm<Y, W> && (std::is_same_v<X, Y> || std::is_same_v<X, float>))
+    if (const GemmShape shape{p.tokens, p.in, p.out, p.out, p.in, false, true, false};
+        p.tokens >= kGemmTokens && multiply_by_gemm(on, name, shape, p.grad_x, p.grad_y, p.weight))
+      return;
+  product<plain_factor_type<Y, W>, false>(on, name, p.grad_x,
                                           Factor<Y, false>{p.grad_y, p.tokens, p.out, p.out},
                                           Factor<W, true>{p.weight, p.in, p.out, p.in});
 }
@@ -257,9 +262,14 @@ void execute(const Backend<D>& on, const problem::LinearBackwardInput<X, Y, W>& 
 /// Pairs of one 16-bit scalar through the tensor cores, all others in the gradient's.
 template <typename D, typename G, typename Y, typename X>
 void execute(const Backend<D>& on, const problem::LinearBackwardWeight<G, Y, X>& p) {
+  constexpr auto name = "linear_backward_weight";
   if (p.tokens == 0) return;
+  if constexpr (takes_gemm<Y, X> && std::is_same_v<G, float>)
+    if (const GemmShape shape{p.out, p.in, p.tokens, p.out, p.in, true, true, true};
+        p.tokens >= kGemmTokens && multiply_by_gemm(on, name, shape, p.grad_weight, p.grad_y, p.x))
+      return;
   constexpr bool narrow = is_16_bit<Y> && std::is_same_v<Y, X> && std::is_same_v<G, float>;
-  product<std::conditional_t<narrow, Y, G>, true>(on, "linear_backward_weight", p.grad_weight,
+  product<std::conditional_t<narrow, Y, G>, true>(on, name, p.grad_weight,
                                                   Factor<Y, true>{p.grad_y, p.out, p.tokens, p.out},
                                                   Factor<X, true>{p.x, p.in, p.tokens, p.in});
 }
