@@ -253,11 +253,11 @@ struct GroupedManyTokensKernel {
       high[t] = chunk(first_token(block) + t * 16 + 8);
     }
     for (int part = 0; part < parts; ++part) {
-      for (int r = 0; r < kRowTiles; ++r) {
+      unroll<kRowTiles>([&](auto r) {
         const Chunk b = of_group(chunk(kTokens + first_place(block) + r * 8), lane, parts, part);
-        for (int t = 0; t < kTokenTiles; ++t)
-          multiply_step(block, results.sums[t][r], low[t], high[t], b);
-      }
+        unroll<kTokenTiles>(
+            [&](auto t) { multiply_step(block, results.sums[t][r], low[t], high[t], b); });
+      });
       const Index end_k = step * kDepth + (part + 1) * kDepth / parts;
       if (end_k % scales.group == 0 || end_k >= weight.depth)
         join(block, row, (end_k - 1) / scales.group, results);
@@ -268,36 +268,40 @@ struct GroupedManyTokensKernel {
   template <typename Block>
   EIGENFORMER_DEVICE void join(Block& block, Index row, Index group, Results& results) const {
     if (group >= scales.groups) return;  // the second half of the last step
-    for (int r = 0; r < kRowTiles; ++r)
-      for (int i = 0; i < D::kSize; ++i) {
+    unroll<kRowTiles>([&](auto r) {
+      unroll<D::kSize>([&](auto i) {
         const TileRow place =
             tile_row<Matrices>(first_place(block) + r * 8 + D::column(block.lane(), i));
-        if (row + place.row >= weight.rows) continue;
-        const float scale = scales.at(place.matrix, row + place.row, group);
-        for (int t = 0; t < kTokenTiles; ++t) {
+        const Index out = row + place.row < weight.rows ? row + place.row : weight.rows - 1;
+        const float scale = scales.at(place.matrix, out, group);
+        unroll<kTokenTiles>([&](auto t) {
           std::int32_t& sum = results.sums[t][r].values[i];
           float& chain = results.chains[t][r][i];
           chain = std::fma(static_cast<float>(sum), scale, chain);
           sum = 0;
-        }
-      }
+        });
+      });
+    });
   }
 
   /// Of a pair, fragments of rows are the first matrix's and the second's in turn.
   template <typename Block>
   EIGENFORMER_DEVICE void store(Block& block, Index row, Index token,
                                 const Results& results) const {
-    for (int t = 0; t < kTokenTiles; ++t)
-      for (int r = 0; r < kRowTiles; r += Matrices)
-        for (int i = 0; i < D::kSize; ++i) {
+    unroll<kTokenTiles>([&](auto t) {
+      unroll<kRowTiles / Matrices>([&](auto pair) {
+        unroll<D::kSize>([&](auto i) {
+          constexpr int r = pair * Matrices;
           const int place = first_place(block) + r * 8 + D::column(block.lane(), i);
           const Index out = row + tile_row<Matrices>(place).row;
           const Index to = token + first_token(block) + t * 16 + D::row(block.lane(), i);
-          if (out >= weight.rows || to >= x.rows) continue;
+          if (out >= weight.rows || to >= x.rows) return;
           float chains[Matrices];
           for (int m = 0; m < Matrices; ++m) chains[m] = results.chains[t][r + m][i];
           end.store(to, out, chains);
-        }
+        });
+      });
+    });
   }
 };
 
