@@ -34,8 +34,11 @@
 /// are a chain of their own, and these sums are added in ascending order. All other pairs are 32
 /// chains of multiply-adds, 16 bytes of i in turn, whose sums meet in a fixed tree. Plain weights
 /// are read where they lie, without scratch: at full speed where rows begin at multiples of 16
-/// bytes. Up to 32 tokens (8 of those other pairs) read the weight once. Calls with a destination
-/// can be captured into a graph.
+/// bytes. Up to 32 tokens (8 of those other pairs, 16 with int8 in groups) read the weight once.
+/// int8 weights take x quantized in scratch of the stream, and have the bits of the CPU. Calls with
+/// a destination can be captured into a graph. A build with EIGENFORMER_CUBLASLT gives products of
+/// 64 tokens and more, gradients too, to cuBLASLt, which orders floating sums as it likes: their
+/// bits then differ from those of fewer tokens, and depend on the shape (cuda/gemm.cuh).
 ///
 /// Cost: 2 * tokens * in * out operations at the rate of the widest multiply-add; up to four tokens
 /// read the packed weights once, at memory speed. A plain weight is packed on the way into scratch,
@@ -44,10 +47,10 @@
 ///
 /// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are
 /// added to, each element one chain over tokens that starts from what the gradient holds, so that
-/// micro-batches in turn give the bits of one big batch (of bfloat16 pairs: where all micro-batches
-/// but the last are whole links, 2 tokens or 32). Products are IEEE arithmetic, 0 * NaN is NaN: a
-/// row of x that holds NaN or infinity makes grad_weight NaN also where its row of grad_y is all
-/// zero. Set such rows of x (padding) to zero first.
+/// micro-batches in turn give the bits of one big batch (of bfloat16 pairs, on a GPU of half too:
+/// where all micro-batches but the last are whole links, 2 tokens, 32, or 16 on a GPU). Products are
+/// IEEE arithmetic, 0 * NaN is NaN: a row of x that holds NaN or infinity makes grad_weight NaN also
+/// where its row of grad_y is all zero. Set such rows of x (padding) to zero first.
 #pragma once
 
 #include <array>

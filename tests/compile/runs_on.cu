@@ -52,6 +52,7 @@ const Part kParts[] = {
     part<Int8Linear<F, F, int>>("quantization", "linear"),
     part<Linear<F, F, F, 1, int>>("linear", "plain"),
     part<PackedLinear<F, F, F, false, int>>("linear", "packed"),
+    part<PackedLinear<F, F, std::int8_t, false, int>>("linear", "packed int8"),
     part<LinearBackwardInput<F, F, F>>("linear", "gradient of inputs"),
     part<LinearBackwardWeight<F, F, F>>("linear", "gradient of weights"),
     part<LinearBackwardBias<F, F>>("linear", "gradient of biases"),

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "epilogue.cuh"
+#include "gemm.cuh"
 #include "linear_pack.cuh"
 #include "tile/lane_product.cuh"
 #include "tile/product.cuh"
@@ -55,6 +56,7 @@ void layer(const Backend<D>& on, const Problem& p, const W* const (&matrices)[Ma
   const auto weight = operand<T, Matrices>(matrices, p.out, p.in, stride);
   const auto x = operand<T, 1>({p.x}, p.tokens, p.in, p.in);
   const BiasedSums<Finish> end{finish_of<(Matrices > 1)>(p)};
+  if (layer_by_gemm(on, name, weight, x, end)) return;
   if constexpr (is_16_bit<T>)
     multiply_by_tiles<T>(on, name, weight, x, end);
   else

@@ -81,7 +81,7 @@ class Stream {
   Stream& operator=(const Stream&) = delete;
 
   const StreamOptions& options() const { return options_; }
-  int launches = 0, copies = 0;
+  int launches = 0, copies = 0, products = 0;
 
   void submit(Operation operation) {
     if (capturing_) {

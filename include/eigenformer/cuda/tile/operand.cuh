@@ -26,7 +26,8 @@ namespace cuda {
 template <typename T, typename S, int Matrices = 1>
 struct Operand {
   static constexpr int kEach = static_cast<int>(16 / sizeof(T));
-  using Chunk = Pack<T, kEach>;
+  // words of int8, which would else take a register for each byte
+  using Chunk = std::conditional_t<sizeof(T) == 1, Pack<std::uint32_t, 4>, Pack<T, kEach>>;
   const S* data[Matrices];
   Index rows, depth, stride;
   bool whole;  // chunks that begin within depth may be loaded whole: they fit, or zeros follow
@@ -39,14 +40,22 @@ struct Operand {
   template <bool Inside>
   EIGENFORMER_DEVICE Chunk load(const S* line, Index k) const {
     if constexpr (Inside) {
-      return load_pack<T, kEach>(line + k);
+      return whole_chunk(line + k);
     } else {
-      if (whole && k < depth) return load_pack<T, kEach>(line + k);
-      Chunk chunk;
+      if (whole && k < depth) return whole_chunk(line + k);
+      Pack<T, kEach> numbers;
       for (int i = 0; i < kEach; ++i)
-        chunk[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
-      return chunk;
+        numbers[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
+      return std::bit_cast<Chunk>(numbers);
     }
+  }
+
+ private:
+  EIGENFORMER_DEVICE static Chunk whole_chunk(const S* from) {
+    if constexpr (std::is_same_v<S, T>)
+      return *reinterpret_cast<const Chunk*>(from);
+    else
+      return load_pack<T, kEach>(from);
   }
 };
 
