@@ -17,11 +17,10 @@
 #include <limits>
 #include <type_traits>
 
-#include "../problem/attention.h"
+#include "attention_scores.cuh"
 #include "collectives.cuh"
 #include "kv_rows.cuh"
 #include "launch.cuh"
-#include "packs.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -107,9 +106,6 @@ struct AttentionKernel {
   /// all in double.
   static constexpr double kFactor = sizeof(C) == 8 ? 0x1p-46 : 0x1p-6;
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  /// As on the CPU (cpu/attention/row.h): what float serves.
-  static constexpr double kLargeScore =
-      std::is_same_v<TQ, float> && std::is_same_v<TKV, float> ? 32 : 1024;
 
   EIGENFORMER_DEVICE Index sequence_of(Index row) const {
     Index first = 0, last = p.batch;  // the last that begins there or before: it has rows
@@ -151,12 +147,9 @@ struct AttentionKernel {
   EIGENFORMER_DEVICE void attend(Block& block, const A& arrays, const problem::AttentionSequence& s,
                                  const Row& row) const {
     Total total = pass_over_keys<C>(block, arrays, s, row);
-    if constexpr (sizeof(C) == 4) {  // all threads of the block, or none
-      const double most = std::fabs(total.maximum);
-      if (most > kLargeScore && most <= static_cast<double>((std::numeric_limits<C>::max)()) &&
-          total.weights > 0 && total.weights < kInfinity)
-        total = pass_over_keys<double>(block, arrays, s, row);
-    }
+    // all threads of the block, or none
+    if (is_large_score<TQ, TKV>(total.maximum) && total.weights > 0 && total.weights < kInfinity)
+      total = pass_over_keys<double>(block, arrays, s, row);
     TQ* const to = p.output + output_row(s, row) * p.value_dim;
     constexpr double most = static_cast<double>((std::numeric_limits<C>::max)()) / 2;
     for (Index d = block.thread(); d < p.value_dim; d += block.size()) {
@@ -211,44 +204,20 @@ struct AttentionKernel {
     arrays.values.store(block.thread(), rows.row(true, b, h, at));
     const TKV* const key = rows.row(false, b, h, at);
     const TQ* const query = p.queries + output_row(s, row) * p.head_dim;
-    S score = dot<S>(key, [&](Index d) {
+    S product = key_product<S, C>(key, p.head_dim, [&](Index d) {
       if constexpr (std::is_same_v<S, C>)
         return arrays.query.load(d);
       else
         return static_cast<S>(query[d]) * static_cast<S>(p.scale);
     });
     if constexpr (kInt8) {
-      score *= static_cast<S>(*rows.scale(false, b, h, at));
+      product *= static_cast<S>(*rows.scale(false, b, h, at));
       arrays.scales.store(block.thread(), static_cast<C>(*rows.scale(true, b, h, at)));
     }
-    const S cap = static_cast<S>(p.softcap);
-    if (cap > 0) score = cap * std::tanh(score / cap);
-    if (slopes != nullptr)
-      score += static_cast<S>(slopes[row.head]) * static_cast<S>(j - row.position);
-    return score;
-  }
-
-  /// Elements of a key in one or two loads of 16 bytes.
-  static constexpr int kPack = sizeof(TKV) <= 4 ? pack_width<TKV> : 4;
-
-  /// The product of a key and query(d), in four chains of one order, whether the key is aligned or
-  /// not.
-  template <typename S, typename Query>
-  EIGENFORMER_DEVICE S dot(const TKV* key, const Query& query) const {
-    S dots[4] = {0, 0, 0, 0};
-    const auto add = [&](int chain, Index d, TKV element) {
-      dots[chain] = std::fma(query(d), static_cast<S>(static_cast<C>(element)), dots[chain]);
-    };
-    Index d = 0;
-    if (packs_fit<kPack>(key, 0))
-      for (; d + kPack <= p.head_dim; d += kPack) {
-        const auto pack = load_pack<TKV, kPack>(key + d);
-        for (int i = 0; i < kPack; ++i) add(i % 4, d + i, pack[i]);
-      }
-    for (; d + 4 <= p.head_dim; d += 4)
-      for (int i = 0; i < 4; ++i) add(i, d + i, key[d + i]);
-    for (; d < p.head_dim; ++d) add(0, d, key[d]);
-    return (dots[0] + dots[1]) + (dots[2] + dots[3]);
+    return score_of_product<S>(product, static_cast<S>(p.softcap),
+                               static_cast<S>(slopes == nullptr ? 0.0f : slopes[row.head]),
+                               j - row.position)
+        .value;
   }
 
   /// sums * fall + what the values of a key block add.

@@ -1,0 +1,85 @@
+/// \file
+/// What the CUDA kernels of attention share: the score of a query and a key, and which tiles of
+/// pairs anybody sees.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "../problem/attention.h"
+#include "packs.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// Greatest scores beyond this are taken once more in double, as on the CPU (cpu/attention/row.h).
+template <typename TQ, typename TKV>
+inline constexpr double kLargeScore =
+    std::is_same_v<TQ, float> && std::is_same_v<TKV, float> ? 32 : 1024;
+
+/// Whether a row whose greatest score is this has to be taken in double.
+template <typename TQ, typename TKV>
+EIGENFORMER_DEVICE bool is_large_score(double greatest) {
+  using C = compute_type<TQ>;
+  const double size = std::fabs(greatest);
+  return sizeof(C) == 4 && size > kLargeScore<TQ, TKV> &&
+         size <= static_cast<double>((std::numeric_limits<C>::max)());
+}
+
+/// Elements of a key in one or two loads of 16 bytes.
+template <typename T>
+inline constexpr int kKeyPack = sizeof(T) <= 4 ? pack_width<T> : 4;
+
+/// The product of a key and query(d), in four chains of one order, whether the key is aligned or
+/// not. Elements are numbers of C before they are numbers of S.
+template <typename S, typename C, typename T, typename Query>
+EIGENFORMER_DEVICE S key_product(const T* key, Index head_dim, const Query& query) {
+  S dots[4] = {0, 0, 0, 0};
+  const auto add = [&](int chain, Index d, T element) {
+    dots[chain] = std::fma(query(d), static_cast<S>(static_cast<C>(element)), dots[chain]);
+  };
+  Index d = 0;
+  if (packs_fit<kKeyPack<T>>(key, 0))
+    for (; d + kKeyPack<T> <= head_dim; d += kKeyPack<T>) {
+      const auto pack = load_pack<T, kKeyPack<T>>(key + d);
+      for (int i = 0; i < kKeyPack<T>; ++i) add(i % 4, d + i, pack[i]);
+    }
+  for (; d + 4 <= head_dim; d += 4)
+    for (int i = 0; i < 4; ++i) add(i, d + i, key[d + i]);
+  for (; d < head_dim; ++d) add(0, d, key[d]);
+  return (dots[0] + dots[1]) + (dots[2] + dots[3]);
+}
+
+/// A score, and its derivative by the scaled product it is made of.
+template <typename S>
+struct Score {
+  S value, slope;
+};
+
+/// From the scaled product: softcap (0: none), then what ALiBi adds at this distance.
+template <typename S>
+EIGENFORMER_DEVICE Score<S> score_of_product(S product, S softcap, S alibi_slope, Index distance) {
+  Score<S> score{product, S(1)};
+  if (softcap > 0) {
+    const S t = std::tanh(product / softcap);
+    score = {softcap * t, std::fma(-t, t, S(1))};
+  }
+  if (alibi_slope != 0) score.value += alibi_slope * static_cast<S>(distance);
+  return score;
+}
+
+/// Whether one of `rows` queries from a position on sees one of the keys [begin, end).
+EIGENFORMER_HOST_DEVICE inline bool any_visible(const problem::Visibility& visibility,
+                                                Index position, Index rows, Index begin,
+                                                Index end) {
+  if (rows <= 0 || begin >= end) return false;
+  if (!visibility.causal || begin < visibility.prefix) return true;
+  return begin < position + rows &&
+         (visibility.window == 0 || end > position - visibility.window + 1);
+}
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
