@@ -161,7 +161,7 @@ void check_reach() {
           EXPECT_TRUE(reached || (same(a.grad_q, b.grad_q) && same(a.grad_k, b.grad_k) &&
                                   same(a.grad_v, b.grad_v)))
               << i << ' ' << d;
-          if (reached) EXPECT_TRUE(std::isnan(static_cast<float>(b.grad_q(0, i, 0, d))));
+          EXPECT_EQ(reached, std::isnan(static_cast<float>(b.grad_q(0, i, 0, d))));
         }
       }
     });

@@ -171,6 +171,48 @@ TEST(AttentionOnDevice, PackedRowsHaveTheBitsOfRowsAlone) {
   });
 }
 
+// Few rows are split over blocks by their keys, many are not: packed before 1,023 rows of another
+// sequence two rows have the bits that they have alone. Splits meet at 512 keys.
+template <typename T>
+void check_splits(const ef::AttentionOptions& options, Index keys, Index dim) {
+  const AttentionCase<T> c({1, 2, keys, 1, 1, dim, dim}, {keys});
+  const auto expected = c.reference(options);
+  const auto copied = [&](const ef::Tensor<T, 4>& from, Index rows) {
+    ef::Tensor<T, 3> all(rows, 1, dim);
+    all.setConstant(static_cast<T>(0.5f));
+    std::copy_n(from.data(), from.size(), all.data());
+    return all;
+  };
+  for_each_device([&](const auto& bench) {
+    const auto run = [&](Index others) {
+      auto q = on_device(bench, copied(c.q, 2 + others));
+      auto k = on_device(bench, copied(c.k, keys + 1));
+      auto v = on_device(bench, copied(c.v, keys + 1));
+      auto out = on_device(bench, poisoned_tensor<T, 3>({2 + others, 1, dim}));
+      auto lse = on_device(bench, poisoned_tensor<ef::compute_type<T>, 2>({1, 2 + others}));
+      auto lse_view = lse.view();
+      auto with_lse = options;
+      with_lse.log_sum_exp = lse_view;
+      ef::variable_length_attention_into(bench.device, out.view(), q.cview(), k.cview(), v.cview(),
+                                         {0, 2, 2 + others}, {0, keys, keys + 1}, with_lse);
+      ef::Tensor<T, 4> rows(1, 2, 1, dim);
+      std::copy_n(out.host().data(), rows.size(), rows.data());
+      return std::pair(rows, std::pair(lse.host()(0, 0), lse.host()(0, 1)));
+    };
+    const auto alone = run(0), many = run(1023);
+    EXPECT_LT(relative_error(alone.first, expected.output), tolerance<T>()) << keys;
+    EXPECT_TRUE(same_bits(alone.first, many.first)) << keys;
+    EXPECT_EQ(alone.second, many.second) << keys;
+  });
+}
+
+TEST(AttentionOnDevice, SplitsDoNotChangeBits) {
+  const std::vector<float> sinks{1.0f};
+  for (const Index keys : {511, 513, 1030}) check_splits<float>({.sinks = sinks}, keys, 5);
+  check_splits<float>({.causal = true, .window = 20, .prefix_length = 3}, 1100, 4);
+  check_splits<double>({.scale = 3.0f}, 600, 3);
+}
+
 /// A step of decoding through both caches: the CPU's result on host caches is the measure.
 template <typename T, typename Storage>
 void check_caches(const ef::AttentionOptions& options, double bound, Index dim = 6) {

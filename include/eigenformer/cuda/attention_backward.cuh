@@ -84,42 +84,49 @@ struct AttentionQueryGradients {
     return score > other || (score == other && grad > other_grad);
   }
 
+  /// Scores of a tile, and dP.
   template <typename Block>
   EIGENFORMER_DEVICE void add_tile(Block& block, const AttentionTileAt& at, Pairs& scores,
-                                   Pairs& grads, const bool (&wide)[Pairs::kRows],
-                                   State (&states)[Pairs::kRows]) const {
+                                   Pairs& grads, State (&states)[Pairs::kRows]) const {
+    EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
-      const int r = Pairs::row(block.thread(), k);
-      const State old = states[k];
-      double maximum = old.maximum, top = old.top;
-      double found[Pairs::kColumns] = {};
-      for (int c = 0; c < Pairs::kColumns; ++c) {
-        const int j = Pairs::column(block.thread(), c);
-        if (!on.visible(at, r, j)) continue;
-        found[c] = on.score(at, r, j, scores.at(k, c), wide[k]).value;
-        const double grad = static_cast<double>(grads.at(k, c));
-        if (before(found[c], grad, maximum, top)) maximum = found[c], top = grad;
-      }
+      const TileRange seen = on.range(at, Pairs::row(block.thread(), k));
+      C maximum = static_cast<C>(states[k].maximum), top = static_cast<C>(states[k].top);
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c)
+        if (seen.sees(Pairs::column(block.thread(), c)) &&
+            before(scores.at(k, c), grads.at(k, c), maximum, top)) {
+          maximum = scores.at(k, c);
+          top = grads.at(k, c);
+        }
+      EIGENFORMER_UNROLL_ALL
       for (int apart = 1; apart < Pairs::kLanes; apart *= 2) {
-        const double other = block.shuffle_xor(maximum, apart),
-                     other_top = block.shuffle_xor(top, apart);
-        if (before(other, other_top, maximum, top)) maximum = other, top = other_top;
+        const C other = block.shuffle_xor(maximum, apart),
+                other_top = block.shuffle_xor(top, apart);
+        if (before(other, other_top, maximum, top)) {
+          maximum = other;
+          top = other_top;
+        }
       }
-      const double reference = maximum == -on.kInfinity ? 0.0 : maximum;
+      const C reference = maximum == -std::numeric_limits<C>::infinity() ? C(0) : maximum;
       C weights = 0, weighted = 0;
+      EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c) {
-        if (!on.visible(at, r, Pairs::column(block.thread(), c))) continue;
-        const C weight = std::exp(static_cast<C>(found[c] - reference));
+        if (!seen.sees(Pairs::column(block.thread(), c))) continue;
+        const C weight = std::exp(scores.at(k, c) - reference);
         weights += weight;
-        weighted = std::fma(weight, grads.at(k, c) - static_cast<C>(top), weighted);
+        weighted = std::fma(weight, grads.at(k, c) - top, weighted);
       }
       double sum = static_cast<double>(weights), grad = static_cast<double>(weighted);
+      EIGENFORMER_UNROLL_ALL
       for (int apart = 1; apart < Pairs::kLanes; apart *= 2) {
         sum += block.shuffle_xor(sum, apart);
         grad += block.shuffle_xor(grad, apart);
       }
-      const State fallen = relative_to(old, reference, top);
-      states[k] = {maximum, top, fallen.weights + sum, fallen.grads + grad};
+      const State fallen =
+          relative_to(states[k], static_cast<double>(reference), static_cast<double>(top));
+      states[k] = {static_cast<double>(maximum), static_cast<double>(top), fallen.weights + sum,
+                   fallen.grads + grad};
     }
   }
   EIGENFORMER_DEVICE static State relative_to(const State& s, double maximum, double top) {
@@ -128,26 +135,33 @@ struct AttentionQueryGradients {
   }
 
   /// Leaves what is known of the 64 rows. Returns whether one of them has to be taken in double
-  /// and was not.
+  /// and was not: then scores are relative to the maximum that is known.
   template <typename Block, typename Arrays, typename Known>
   EIGENFORMER_DEVICE bool find_rows(Block& block, const Arrays& arrays, const Known& known,
                                     AttentionTileAt at, bool again) const {
     State states[Pairs::kRows];
     bool wide[Pairs::kRows];
+    double references[Pairs::kRows];
+    EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
       states[k] = {-on.kInfinity, 0, 0, 0};
-      wide[k] = again && known.load(Pairs::row(block.thread(), k)).kind == Row::kWide;
+      const Row row = again ? known.load(Pairs::row(block.thread(), k)) : Row{};
+      wide[k] = row.kind == Row::kWide;
+      references[k] = wide[k] ? row.maximum : 0.0;
     }
     for (at.key = 0; at.key < at.s->key_length; at.key += kTile) {
       if (!on.any_visible(at)) continue;
       Pairs scores, grads;
       on.multiply(block, arrays, at, scores, grads);
-      add_tile(block, at, scores, grads, wide, states);
+      on.score(block, at, scores, wide, references, nullptr);
+      add_tile(block, at, scores, grads, states);
     }
     bool large = false;
     block.barrier();
+    EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
       const int r = Pairs::row(block.thread(), k);
+      states[k].maximum += references[k];
       double sink_gradient = 0;
       const Row row = finish(at, states[k], wide[k], sink_gradient);
       large = large || (row.kind == Row::kWide && !wide[k]);
@@ -201,16 +215,17 @@ struct AttentionQueryGradients {
       on.multiply(block, arrays, at, scores, grads);
       on.differentiate(block, at, scores, grads, row_of);
       const C unit = on.unit_of(block, arrays, grads);
-      for (int k = 0; k < Pairs::kRows; ++k)
-        for (int c = 0; c < Pairs::kColumns; ++c)
-          pairs.store(
-              Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
-              static_cast<T>(grads.at(k, c) * unit));
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < Pairs::kRows; ++k) EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c)
+        pairs.store(
+            Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
+            static_cast<T>(grads.at(k, c) * unit));
       on.add_rows(
           block, arrays, pairs, unit, f.head_dim, none,
           [&](Index j) { return on.key(false, at, j); },
           [&](Index r, Index j) {
-            return on.visible(at, r, j) && known.load(r).kind != Row::kSilent;
+            return on.range(at, r).sees(static_cast<int>(j)) && known.load(r).kind != Row::kSilent;
           },
           at_row(sums));
       none = false;
@@ -278,15 +293,17 @@ struct AttentionKeyGradients {
     on.multiply(block, arrays, at, scores, grads);
     on.differentiate(block, at, scores, grads, [&](int r) { return rows[on.row_index(at, r)]; });
     const C unit = on.unit_of(block, arrays, grads);
-    for (int k = 0; k < Pairs::kRows; ++k)
-      for (int c = 0; c < Pairs::kColumns; ++c) {
-        const int to = Pairs::column(block.thread(), c) * kPairStride<T> +
-                       Pairs::row(block.thread(), k);  // transposed
-        probability_array.store(to, static_cast<T>(scores.at(k, c) * kProbabilityUnit));
-        grad_array.store(to, static_cast<T>(grads.at(k, c) * unit));
-      }
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < Pairs::kRows; ++k) EIGENFORMER_UNROLL_ALL
+    for (int c = 0; c < Pairs::kColumns; ++c) {
+      const int to = Pairs::column(block.thread(), c) * kPairStride<T> +
+                     Pairs::row(block.thread(), k);  // transposed
+      probability_array.store(to, static_cast<T>(scores.at(k, c) * kProbabilityUnit));
+      grad_array.store(to, static_cast<T>(grads.at(k, c) * unit));
+    }
     const auto takes = [&](Index j, Index r) {
-      return on.visible(at, r, j) && rows[on.row_index(at, r)].kind != Row::kSilent;
+      return on.range(at, r).sees(static_cast<int>(j)) &&
+             rows[on.row_index(at, r)].kind != Row::kSilent;
     };
     on.add_rows(
         block, arrays, probability_array, kProbabilityUnit, f.value_dim, first,

@@ -56,14 +56,14 @@ struct AttentionPairs {
   Index group;
 
   static constexpr std::size_t shared_size(int pair_arrays) {
-    return 2 * shared_bytes<T>(kTile * kOperandStride<T>) + shared_bytes<int>(kWarps) +
-           shared_bytes<C>(kWarps) +
+    return shared_bytes<T>(kTile * kPairOperand<T>) + shared_bytes<T>(kTile * kRowOperand<T>) +
+           shared_bytes<int>(kWarps) + shared_bytes<C>(kWarps) +
            static_cast<std::size_t>(pair_arrays) * shared_bytes<T>(kTile * kPairStride<T>);
   }
   template <typename Block>
   EIGENFORMER_DEVICE static auto arrays(Block& block) {
-    const auto rows = block.template shared<T>(kTile * kOperandStride<T>);
-    const auto columns = block.template shared<T>(kTile * kOperandStride<T>);
+    const auto rows = block.template shared<T>(kTile * kPairOperand<T>);
+    const auto columns = block.template shared<T>(kTile * kRowOperand<T>);  // of both kinds
     const auto flags = block.template shared<int>(kWarps);
     const auto scratch = block.template shared<C>(kWarps);
     return TileArrays<decltype(rows), decltype(flags), decltype(scratch)>{rows, columns, flags,
@@ -91,9 +91,11 @@ struct AttentionPairs {
     const KvRows<T> rows{p.forward.source, nullptr, nullptr};
     return rows.row(value, at.s->key_sequence, at.head / group, at.s->key_begin + at.key + j);
   }
-  EIGENFORMER_DEVICE bool visible(const AttentionTileAt& at, Index r, Index j) const {
-    return at.row + r < at.s->query_rows && at.key + j < at.s->key_length &&
-           p.forward.visibility.visible(at.s->first_position + at.row + r, at.key + j);
+  /// The keys of the tile that row r sees.
+  EIGENFORMER_DEVICE TileRange range(const AttentionTileAt& at, Index r) const {
+    if (at.row + r >= at.s->query_rows) return {0, 0, 0};
+    return tile_range(p.forward.visibility, at.s->first_position + at.row + r, at.s->key_length,
+                      at.key, kTile);
   }
   EIGENFORMER_DEVICE bool any_visible(const AttentionTileAt& at) const {
     const Index rows = at.s->query_rows - at.row, end = at.key + kTile;
@@ -110,11 +112,13 @@ struct AttentionPairs {
       sums.clear();
       for (Index d = 0; d < width; d += kTileDepth) {
         block.barrier();
-        load_operand<T, false>(block, a.rows, d, width, row_at, factor);
-        load_operand<T, false>(block, a.columns, d, width, column_at);
+        load_operand<T, kPairOperand<T>>(block, a.rows, 0, d, width, row_at, [&](auto& values) {
+          if (factor != 1)
+            for (T& value : values.values) value = static_cast<T>(static_cast<C>(value) * factor);
+        });
+        load_operand<T, kPairOperand<T>>(block, a.columns, 0, d, width, column_at, [](auto&) {});
         block.barrier();
-        sums.add(block, a.rows, a.columns,
-                 static_cast<int>(width - d < kTileDepth ? width - d : kTileDepth));
+        sums.add(block, a.rows, 0, a.columns, 0, width - d);
       }
     };
     product(
@@ -125,43 +129,86 @@ struct AttentionPairs {
         [&](Index j) { return key(true, at, j); });
   }
 
-  /// The score of pair (r, j) from its product, or in double from its elements.
-  EIGENFORMER_DEVICE Score<double> score(const AttentionTileAt& at, Index r, Index j, C product,
-                                         bool wide) const {
+  /// Products of a tile to scores: those of row k of this thread's relative to references[k] where
+  /// the row is wide, which are made of its elements in double. Where grads are given they are
+  /// multiplied by the scores' slopes.
+  template <typename Block>
+  EIGENFORMER_DEVICE void score(Block& block, const AttentionTileAt& at, Pairs& scores,
+                                const bool (&wide)[Pairs::kRows],
+                                const double (&references)[Pairs::kRows], Pairs* grads) const {
     const auto& f = p.forward;
-    const float slope = slopes == nullptr ? 0.0f : slopes[at.head];
-    const Index distance = at.key + j - (at.s->first_position + at.row + r);
-    if (wide) {
-      const T* const q = query(at, r);
-      const double scale = static_cast<double>(f.scale);
-      const double exact = key_product<double, C>(key(false, at, j), f.head_dim, [&](Index d) {
-        return static_cast<double>(static_cast<C>(q[d])) * scale;
-      });
-      return score_of_product<double>(exact, static_cast<double>(f.softcap),
-                                      static_cast<double>(slope), distance);
+    const C alibi = slopes == nullptr ? C(0) : static_cast<C>(slopes[at.head]);
+    const Index apart = at.key - (at.s->first_position + at.row);
+    bool any = false;
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < Pairs::kRows; ++k) {
+      any = any || wide[k];
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c) {
+        const C product = Pairs::kMma ? scores.at(k, c) * f.scale : scores.at(k, c);
+        const auto found = score_of_product<C>(
+            product, f.softcap, alibi,
+            apart + Pairs::column(block.thread(), c) - Pairs::row(block.thread(), k));
+        scores.at(k, c) = found.value;
+        if (grads != nullptr && !wide[k]) grads->at(k, c) *= found.slope;
+      }
     }
-    if (Pairs::kMma) product *= f.scale;
-    const auto found = score_of_product<C>(product, f.softcap, static_cast<C>(slope), distance);
-    return {static_cast<double>(found.value), static_cast<double>(found.slope)};
+    for (int i = 0; any && i < Pairs::kSize; ++i) {
+      const int k = i / Pairs::kColumns, c = i % Pairs::kColumns, r = Pairs::row(block.thread(), k),
+                j = Pairs::column(block.thread(), c);
+      if (!wide[k] || !range(at, r).sees(j)) continue;
+      const auto exact = wide_score(at, r, j);
+      const C value = static_cast<C>(exact.value - references[k]);
+      EIGENFORMER_UNROLL_ALL
+      for (int n = 0; n < Pairs::kSize; ++n)
+        if (n == Pairs::index(k, c)) {
+          scores.values[n] = value;
+          if (grads != nullptr) grads->values[n] *= static_cast<C>(exact.slope);
+        }
+    }
+  }
+
+  EIGENFORMER_DEVICE Score<double> wide_score(const AttentionTileAt& at, Index r, Index j) const {
+    const auto& f = p.forward;
+    const T* const q = query(at, r);
+    const double scale = static_cast<double>(f.scale);
+    const double product = key_product<double, C>(key(false, at, j), f.head_dim, [&](Index d) {
+      return static_cast<double>(static_cast<C>(q[d])) * scale;
+    });
+    return score_of_product<double>(product, static_cast<double>(f.softcap),
+                                    slopes == nullptr ? 0.0 : static_cast<double>(slopes[at.head]),
+                                    at.key + j - (at.s->first_position + at.row + r));
   }
 
   /// Products of a tile to P and dS, 0 where nobody sees or takes part; row_of(r) knows row r.
   template <typename Block, typename RowOf>
   EIGENFORMER_DEVICE void differentiate(Block& block, const AttentionTileAt& at, Pairs& scores,
                                         Pairs& grads, const RowOf& row_of) const {
+    Row rows[Pairs::kRows];
+    bool wide[Pairs::kRows];
+    double references[Pairs::kRows];
+    EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
       const int r = Pairs::row(block.thread(), k);
-      const Row row = at.row + r < at.s->query_rows ? row_of(r) : Row{};
+      rows[k] = at.row + r < at.s->query_rows ? row_of(r) : Row{};
+      wide[k] = rows[k].kind == Row::kWide;
+      references[k] = rows[k].maximum;
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c)
+        grads.at(k, c) = (grads.at(k, c) - rows[k].top) - rows[k].delta;
+    }
+    score(block, at, scores, wide, references, &grads);
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < Pairs::kRows; ++k) {
+      const bool silent = rows[k].kind == Row::kSilent;
+      const TileRange seen = range(at, Pairs::row(block.thread(), k));
+      const C maximum = wide[k] ? C(0) : static_cast<C>(rows[k].maximum);
+      EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c) {
-        const int j = Pairs::column(block.thread(), c);
-        C probability = 0, grad = 0;
-        if (row.kind != Row::kSilent && visible(at, r, j)) {
-          const auto s = score(at, r, j, scores.at(k, c), row.kind == Row::kWide);
-          probability = std::exp(static_cast<C>(s.value - row.maximum)) * row.inverse;
-          grad = probability * ((grads.at(k, c) - row.top) - row.delta) * static_cast<C>(s.slope);
-        }
-        scores.at(k, c) = probability;
-        grads.at(k, c) = grad;
+        const bool part = !silent && seen.sees(Pairs::column(block.thread(), c));
+        const C probability = std::exp(scores.at(k, c) - maximum) * rows[k].inverse;
+        scores.at(k, c) = part ? probability : C(0);
+        grads.at(k, c) = part ? probability * grads.at(k, c) : C(0);
       }
     }
   }
@@ -172,6 +219,7 @@ struct AttentionPairs {
   EIGENFORMER_DEVICE C unit_of(Block& block, const Arrays& a, Pairs& pairs) const {
     if constexpr (std::is_same_v<T, half>) {
       C greatest = 0;
+      EIGENFORMER_UNROLL_ALL
       for (const C value : pairs.values) greatest = LargerOrNan{}(greatest, std::fabs(value));
       greatest = reduce_block(block, a.scratch, greatest, LargerOrNan{});
       if (!(greatest > 0 && is_finite(greatest))) return C(1);
@@ -182,7 +230,7 @@ struct AttentionPairs {
     }
   }
 
-  /// sums(r, d) += the sum over k of pairs(r, k) / unit * operand row k, in whole. `takes(r, k)`
+  /// sums(r, d) += the sum over k of pairs(r, k) / unit * operand row k, in whole. takes(r, k)
   /// says which pairs take part; sums_at(r) is where row r begins, nullptr outside.
   template <typename Block, typename Arrays, typename PairArray, typename RowAt, typename Takes,
             typename SumsAt>
@@ -191,26 +239,41 @@ struct AttentionPairs {
                                    const SumsAt& sums_at) const {
     for (Index d = 0; d < width; d += kTileDepth) {
       block.barrier();
-      const bool found = block.any(load_operand<T, true>(block, a.columns, d, width, row_at));
+      bool found = false;
+      load_operand<T, kRowOperand<T>>(block, a.columns, 0, d, width, row_at,
+                                      [&](auto& values) { found |= make_finite(values); });
+      found = block.any(found);
       if (block.lane() == 0) a.flags.store(block.warp(), found);
       block.barrier();
       RowTile<T> sums;
-      sums.multiply(block, pairs, a.columns);
+      sums.clear();
+      sums.add_all(block, pairs, a.columns);
       bool any = false;
       for (int w = 0; w < kWarps; ++w) any = any || a.flags.load(w) != 0;
+      EIGENFORMER_UNROLL_ALL
       for (int i = 0; i < sums.kSize; ++i) {
         const int r = sums.row(block.thread(), i);
         const Index column = d + sums.column(block.thread(), i);
         C* const to = sums_at(r);
         if (to == nullptr || column >= width) continue;
-        C sum = sums.values[i] * (1 / unit);
-        for (int k = 0; any && k < kTile; ++k)
-          if (takes(r, k) && !is_finite(row_at(k)[column]))
-            sum += static_cast<C>(pairs.load(r * kPairStride<T> + k)) *
-                   static_cast<C>(row_at(k)[column]);
+        const C sum = sums.values[i] * (1 / unit);
         to[column] = first ? sum : to[column] + sum;
       }
+      for (int i = 0; any && i < sums.kSize; ++i)
+        add_not_finite(pairs, sums.row(block.thread(), i), d + sums.column(block.thread(), i),
+                       width, row_at, takes, sums_at);
     }
+  }
+  template <typename PairArray, typename RowAt, typename Takes, typename SumsAt>
+  EIGENFORMER_DEVICE void add_not_finite(const PairArray& pairs, int r, Index column, Index width,
+                                         const RowAt& row_at, const Takes& takes,
+                                         const SumsAt& sums_at) const {
+    C* const to = sums_at(r);
+    if (to == nullptr || column >= width) return;
+    for (int k = 0; k < kTile; ++k)
+      if (takes(r, k) && !is_finite(row_at(k)[column]))
+        to[column] +=
+            static_cast<C>(pairs.load(r * kPairStride<T> + k)) * static_cast<C>(row_at(k)[column]);
   }
 
   /// gradient = sums * factor for the elements of RowTile that this thread has summed; 0 where

@@ -70,6 +70,26 @@ EIGENFORMER_DEVICE Score<S> score_of_product(S product, S softcap, S alibi_slope
   return score;
 }
 
+/// Which keys of a tile a query sees, by their places in it.
+struct TileRange {
+  int prefix, begin, end;
+
+  EIGENFORMER_DEVICE bool sees(int j) const { return j < prefix || (j >= begin && j < end); }
+};
+
+/// Of the keys [begin, begin + count), for a query at a position.
+EIGENFORMER_DEVICE inline TileRange tile_range(const problem::Visibility& visibility,
+                                               Index position, Index key_length, Index begin,
+                                               int count) {
+  const auto place = [&](Index key) {
+    const Index at = key - begin;
+    return at < 0 ? 0 : (at > count ? count : static_cast<int>(at));
+  };
+  const problem::KeyRange seen = visibility.keys(position, key_length);
+  const Index prefix = visibility.causal ? visibility.prefix : 0;
+  return {place(prefix < key_length ? prefix : key_length), place(seen.begin), place(seen.end)};
+}
+
 /// Whether one of `rows` queries from a position on sees one of the keys [begin, end).
 EIGENFORMER_HOST_DEVICE inline bool any_visible(const problem::Visibility& visibility,
                                                 Index position, Index rows, Index begin,
