@@ -21,8 +21,8 @@
 #include <cstdint>
 
 #include "attention_call.cuh"
+#include "attention_tiles.cuh"
 #include "stage.cuh"
-#include "tile/pairs.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -246,6 +246,40 @@ void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& c
       });
 }
 
+/// Blocks that fill a device of 132 multiprocessors: fewer are split, where there is something to
+/// split.
+inline constexpr Index kEnoughTileBlocks = 264;
+
+template <typename D, typename T>
+void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T>& call,
+                            const Index* first_tile, Index tiles, Index longest) {
+  constexpr auto name = "attention";
+  const auto& p = call.p;
+  const auto start = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
+    const Index rows = call.row_count * p.heads, blocks = tiles * p.kv_heads,
+                all = (longest + kSplitKeys - 1) / kSplitKeys;
+    if (all <= 1)
+      return launch_rows(on, name, blocks, shared,
+                         Kernel{call, first_tile, tiles, 0, nullptr, nullptr});
+    const Index splits = blocks < kEnoughTileBlocks ? all : 0, each = splits > 0 ? splits : 1;
+    with_scratch<AttentionPart, float>(
+        on, name, {rows * splits, rows * each * p.value_dim},
+        [&](AttentionPart* parts, float* sums) {
+          launch_rows(on, name, blocks * each, shared,
+                      Kernel{call, first_tile, tiles, splits, parts, sums});
+          if (splits > 0)
+            launch_rows(on, name, rows, 0,
+                        MergeSplits<T, T, float>{call, splits, parts, sums, Kernel::kFactor});
+        });
+  };
+  if (p.value_dim <= 128)
+    start(AttentionTiles<T, 4>{});
+  else
+    start(AttentionTiles<T, 8>{});
+}
+
 template <typename D, typename TQ, typename TKV>
 void execute(const Backend<D>& on, const problem::Attention<TQ, TKV>& p) {
   if (p.batch == 0 || p.heads == 0) return;
@@ -262,14 +296,25 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV>& p) {
   const auto count = [](const auto* array, Index size) {
     return static_cast<std::size_t>(array == nullptr ? 0 : size);
   };
-  const auto [rows, sequences, slopes, sinks] = stage_rows(
+  const bool in_tiles = fits_tiles(p);
+  Workspace::Frame frame(thread_workspace());
+  auto* const first_tile = frame.take<Index>(in_tiles ? p.batch + 1 : 0);
+  Index longest = 0, tiles = 0;
+  for (Index b = 0; b < p.batch; ++b) {
+    longest = (std::max)(longest, p.sequences[b].key_length);
+    if (in_tiles) first_tile[b] = tiles;
+    tiles += (p.sequences[b].tensor_rows * p.group() + kTile - 1) / kTile;
+    if (in_tiles) first_tile[b + 1] = tiles;
+  }
+  const auto [rows, staged_first_tile, sequences, slopes, sinks] = stage_rows(
       on, "attention", p.source, touched,
+      std::span<const Index>(first_tile, static_cast<std::size_t>(in_tiles ? p.batch + 1 : 0)),
       std::span<const problem::AttentionSequence>(p.sequences, count(p.sequences, p.batch)),
       std::span<const float>(p.alibi_slopes, count(p.alibi_slopes, p.heads)),
       std::span<const float>(p.sinks, count(p.sinks, p.heads)));
   const AttentionCall<TQ, TKV> call{p, rows, sequences, slopes, sinks, row_count, p.group()};
-  Index longest = 0;
-  for (Index b = 0; b < p.batch; ++b) longest = (std::max)(longest, p.sequences[b].key_length);
+  if constexpr (kHasAttentionTiles<TQ, TKV>)
+    if (in_tiles) return launch_attention_tiles(on, call, staged_first_tile, tiles, longest);
   launch_attention_rows(on, call, longest);
 }
 

@@ -28,16 +28,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// The last sequence that begins at `tile` or before, of (batch + 1) beginnings.
-EIGENFORMER_DEVICE inline Index sequence_of_tile(const Index* first_tile, Index batch, Index tile) {
-  Index first = 0, last = batch;
-  while (last - first > 1) {
-    const Index middle = (first + last) / 2;
-    (first_tile[middle] <= tile ? first : last) = middle;
-  }
-  return first;
-}
-
 /// Rows, and dQ. A unit is (tile, head).
 template <typename T>
 struct AttentionQueryGradients {
@@ -63,7 +53,8 @@ struct AttentionQueryGradients {
     const auto known = block.template shared<Row>(kTile);
     const auto& f = on.p.forward;
     for (Index unit = block.index(); unit < tiles * f.heads; unit += block.count()) {
-      const Index tile = unit / f.heads, b = sequence_of_tile(first_tile, f.batch, tile);
+      const Index tile = unit / f.heads,
+                  b = sequence_at(f.batch, tile, [&](Index i) { return first_tile[i]; });
       const AttentionTileAt at{on.sequences + b, unit % f.heads, (tile - first_tile[b]) * kTile, 0};
       if (find_rows(block, arrays, known, at, false)) find_rows(block, arrays, known, at, true);
       write_gradient(block, arrays, pairs, known, at);
@@ -256,7 +247,8 @@ struct AttentionKeyGradients {
     const auto grads = AttentionPairs<T>::pair_array(block);
     const auto& f = on.p.forward;
     for (Index unit = block.index(); unit < tiles * f.kv_heads; unit += block.count()) {
-      const Index tile = unit / f.kv_heads, b = sequence_of_tile(first_tile, f.batch, tile),
+      const Index tile = unit / f.kv_heads,
+                  b = sequence_at(f.batch, tile, [&](Index i) { return first_tile[i]; }),
                   kv_head = unit % f.kv_heads;
       AttentionTileAt at{on.sequences + b, 0, 0, (tile - first_tile[b]) * kTile};
       bool none = true;

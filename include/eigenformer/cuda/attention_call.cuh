@@ -81,14 +81,6 @@ struct AttentionCall {
   const float* sinks;
   Index row_count, group;
 
-  EIGENFORMER_DEVICE Index sequence_of(Index row) const {
-    Index first = 0, last = p.batch;  // the last that begins there or before: it has rows
-    while (last - first > 1) {
-      const Index middle = (first + last) / 2;
-      (sequences[middle].query_begin <= row ? first : last) = middle;
-    }
-    return first;
-  }
   EIGENFORMER_DEVICE AttentionQuery query_at(const problem::AttentionSequence& s, Index in_sequence,
                                              Index head) const {
     const Index position = s.first_position + in_sequence;
@@ -104,7 +96,8 @@ struct AttentionCall {
   /// Row `index` of (rows, heads).
   EIGENFORMER_DEVICE AttentionQuery query_at(Index index) const {
     const Index row = index / p.heads;
-    const problem::AttentionSequence& s = sequences[sequence_of(row)];
+    const problem::AttentionSequence& s = sequences[sequence_at(
+        p.batch, row, [&](Index b) { return sequences[b].query_begin; })];  // it has rows
     return query_at(s, row - s.query_begin, index % p.heads);
   }
   EIGENFORMER_DEVICE Index index_of(const AttentionQuery& q) const {

@@ -139,10 +139,8 @@ struct AttentionPairs {
     const auto& f = p.forward;
     const C alibi = slopes == nullptr ? C(0) : static_cast<C>(slopes[at.head]);
     const Index apart = at.key - (at.s->first_position + at.row);
-    bool any = false;
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
-      any = any || wide[k];
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c) {
         const C product = Pairs::kMma ? scores.at(k, c) * f.scale : scores.at(k, c);
@@ -153,31 +151,11 @@ struct AttentionPairs {
         if (grads != nullptr && !wide[k]) grads->at(k, c) *= found.slope;
       }
     }
-    for (int i = 0; any && i < Pairs::kSize; ++i) {
-      const int k = i / Pairs::kColumns, c = i % Pairs::kColumns, r = Pairs::row(block.thread(), k),
-                j = Pairs::column(block.thread(), c);
-      if (!wide[k] || !range(at, r).sees(j)) continue;
-      const auto exact = wide_score(at, r, j);
-      const C value = static_cast<C>(exact.value - references[k]);
-      EIGENFORMER_UNROLL_ALL
-      for (int n = 0; n < Pairs::kSize; ++n)
-        if (n == Pairs::index(k, c)) {
-          scores.values[n] = value;
-          if (grads != nullptr) grads->values[n] *= static_cast<C>(exact.slope);
-        }
-    }
-  }
-
-  EIGENFORMER_DEVICE Score<double> wide_score(const AttentionTileAt& at, Index r, Index j) const {
-    const auto& f = p.forward;
-    const T* const q = query(at, r);
-    const double scale = static_cast<double>(f.scale);
-    const double product = key_product<double, C>(key(false, at, j), f.head_dim, [&](Index d) {
-      return static_cast<double>(static_cast<C>(q[d])) * scale;
+    rescore(block, scores, grads, wide, references, [&](int r, int j) -> Score<double> {
+      if (!range(at, r).sees(j)) return {0, 0};
+      return score_in_double(f, query(at, r), key(false, at, j),
+                             slopes == nullptr ? 0.0f : slopes[at.head], apart + j - r);
     });
-    return score_of_product<double>(product, static_cast<double>(f.softcap),
-                                    slopes == nullptr ? 0.0 : static_cast<double>(slopes[at.head]),
-                                    at.key + j - (at.s->first_position + at.row + r));
   }
 
   /// Products of a tile to P and dS, 0 where nobody sees or takes part; row_of(r) knows row r.

@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "../problem/attention.h"
-#include "packs.cuh"
+#include "tile/pairs.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -68,6 +68,55 @@ EIGENFORMER_DEVICE Score<S> score_of_product(S product, S softcap, S alibi_slope
   }
   if (alibi_slope != 0) score.value += alibi_slope * static_cast<S>(distance);
   return score;
+}
+
+/// The score of a row of queries and one of keys in double.
+template <typename T>
+EIGENFORMER_DEVICE Score<double> score_in_double(const problem::Attention<T, T>& p, const T* query,
+                                                 const T* key, float alibi_slope, Index distance) {
+  using C = compute_type<T>;
+  const double scale = static_cast<double>(p.scale);
+  const double product = key_product<double, C>(key, p.head_dim, [&](Index d) {
+    return static_cast<double>(static_cast<C>(query[d])) * scale;
+  });
+  return score_of_product<double>(product, static_cast<double>(p.softcap),
+                                  static_cast<double>(alibi_slope), distance);
+}
+
+/// Scores of this thread's wide rows, by double_score(row, column), relative to references; grads,
+/// where given, times their slopes.
+template <typename T, typename Block, typename DoubleScore>
+EIGENFORMER_DEVICE void rescore(Block& block, PairTile<T>& scores, PairTile<T>* grads,
+                                const bool (&wide)[PairTile<T>::kRows],
+                                const double (&references)[PairTile<T>::kRows],
+                                const DoubleScore& double_score) {
+  using Pairs = PairTile<T>;
+  using C = typename Pairs::C;
+  EIGENFORMER_UNROLL_ALL
+  for (int k = 0; k < Pairs::kRows; ++k) {
+    if (!wide[k]) continue;
+    for (int c = 0; c < Pairs::kColumns; ++c) {
+      const Score<double> score =
+          double_score(Pairs::row(block.thread(), k), Pairs::column(block.thread(), c));
+      EIGENFORMER_UNROLL_ALL
+      for (int n = 0; n < Pairs::kColumns; ++n) {  // c is not known when this is compiled
+        if (n != c) continue;
+        scores.at(k, n) = static_cast<C>(score.value - references[k]);
+        if (grads != nullptr) grads->at(k, n) *= static_cast<C>(score.slope);
+      }
+    }
+  }
+}
+
+/// The last sequence that begins at `at` or before.
+template <typename BeginOf>
+EIGENFORMER_DEVICE Index sequence_at(Index batch, Index at, const BeginOf& begin_of) {
+  Index first = 0, last = batch;
+  while (last - first > 1) {
+    const Index middle = (first + last) / 2;
+    (begin_of(middle) <= at ? first : last) = middle;
+  }
+  return first;
 }
 
 /// Which keys of a tile a query sees, by their places in it.

@@ -11,9 +11,10 @@
 /// at once those of four.
 #pragma once
 
-#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "../packs.cuh"
 #include "fragment.cuh"
@@ -38,6 +39,16 @@ template <typename T>
 inline constexpr int kRowOperand = kTileDepth + 16 / static_cast<int>(sizeof(T));
 template <typename T>
 inline constexpr int kPairStride = kTile + 16 / static_cast<int>(sizeof(T));
+
+/// The same bytes. std::bit_cast is none of the device's where To is no literal type, as half.
+template <typename To, typename From>
+EIGENFORMER_DEVICE To bytes_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<To> &&
+                std::is_trivially_copyable_v<From>);
+  To to;
+  std::memcpy(static_cast<void*>(&to), &from, sizeof(To));
+  return to;
+}
 
 /// A tile of pairs: (row, column) is a sum over the columns of the operands' rows `row` and
 /// `column`. A thread has kRows x kColumns of them; kLanes neighbouring lanes share a row.
@@ -73,8 +84,7 @@ struct PairTile {
     if constexpr (kMma) {
       const int lane = block.lane(), place = lane / 4 * stride + lane % 4 * 8;
       const auto load = [&](const Array& array, Index base, int row) {
-        return std::bit_cast<Words<4>>(
-            array.template pack<Pack<T, 8>>(base + row * stride + place));
+        return bytes_as<Words<4>>(array.template pack<Pack<T, 8>>(base + row * stride + place));
       };
       const auto low = load(rows, row_base, block.warp() * 16),
                  high = load(rows, row_base, block.warp() * 16 + 8);
@@ -85,9 +95,9 @@ struct PairTile {
         EIGENFORMER_UNROLL_ALL
         for (int i = 0; i < 4; i += 2)
           block.mma(sums,
-                    std::bit_cast<FragmentA<T>>(
+                    bytes_as<FragmentA<T>>(
                         Words<4>{{low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]}}),
-                    std::bit_cast<FragmentB<T>>(Words<2>{{b.word[i], b.word[i + 1]}}));
+                    bytes_as<FragmentB<T>>(Words<2>{{b.word[i], b.word[i + 1]}}));
         EIGENFORMER_UNROLL_ALL
         for (int i = 0; i < 4; ++i) values[4 * n + i] = sums.values[i];
       }
