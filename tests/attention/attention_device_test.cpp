@@ -221,11 +221,9 @@ void check_splits(const ef::AttentionOptions& options, Index keys, Index dim) {
 
 TEST(AttentionOnDevice, SplitsDoNotChangeBits) {
   const std::vector<float> sinks{1.0f};
-  for (const Index keys : {511, 513, 1030}) check_splits<float>({.sinks = sinks}, keys, 5);
+  check_splits<float>({.sinks = sinks}, 1030, 5);
   check_splits<float>({.causal = true, .window = 20, .prefix_length = 3}, 1100, 4);
-  check_splits<double>({.scale = 3.0f}, 600, 3);
   check_splits<ef::half>({.sinks = sinks}, 1030, 16);
-  check_splits<ef::bfloat16>({.causal = true, .window = 20, .prefix_length = 3}, 1100, 8);
 }
 
 /// A step of decoding through both caches: the CPU's result on host caches is the measure.

@@ -117,12 +117,15 @@ struct AttentionCall {
     if (all.part.weights == 0) return {0.0, -kInfinity};
     return {all.first / all.part.weights, all.part.maximum + std::log(all.part.weights)};
   }
-  /// `half` of an average: rounding must not take that of the greatest numbers out of their range.
-  EIGENFORMER_DEVICE static TQ output_of(double half) {
-    using Value = std::conditional_t<std::is_same_v<TKV, std::int8_t>, C, TKV>;
-    const double most = static_cast<double>((std::numeric_limits<Value>::max)()) / 2;
-    if (std::fabs(half) < kInfinity) half = half > most ? most : (half < -most ? -most : half);
-    return static_cast<TQ>(static_cast<C>(half * 2));
+  /// From half of an average: rounding must not take the greatest numbers out of their range.
+  EIGENFORMER_DEVICE static TQ output_of(double halved) {
+    constexpr double most = (std::is_same_v<TKV, half>       ? 65504.0
+                             : std::is_same_v<TKV, bfloat16> ? 0x1.fep127
+                                                             : (std::numeric_limits<C>::max)()) /
+                            2;
+    if (std::fabs(halved) < kInfinity)
+      halved = halved > most ? most : (halved < -most ? -most : halved);
+    return static_cast<TQ>(static_cast<C>(halved * 2));
   }
   EIGENFORMER_DEVICE void write_log_sum_exp(const AttentionQuery& q, double value) const {
     if (p.log_sum_exp != nullptr)

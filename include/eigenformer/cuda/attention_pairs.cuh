@@ -153,8 +153,8 @@ struct AttentionPairs {
     }
     rescore(block, scores, grads, wide, references, [&](int r, int j) -> Score<double> {
       if (!range(at, r).sees(j)) return {0, 0};
-      return score_in_double(f, query(at, r), key(false, at, j),
-                             slopes == nullptr ? 0.0f : slopes[at.head], apart + j - r);
+      return score_of_rows<double>(f, query(at, r), key(false, at, j),
+                                   slopes == nullptr ? 0.0f : slopes[at.head], apart + j - r);
     });
   }
 

@@ -70,17 +70,16 @@ EIGENFORMER_DEVICE Score<S> score_of_product(S product, S softcap, S alibi_slope
   return score;
 }
 
-/// The score of a row of queries and one of keys in double.
-template <typename T>
-EIGENFORMER_DEVICE Score<double> score_in_double(const problem::Attention<T, T>& p, const T* query,
-                                                 const T* key, float alibi_slope, Index distance) {
+/// The score of a row of queries and one of keys in S, from their elements.
+template <typename S, typename T>
+EIGENFORMER_DEVICE Score<S> score_of_rows(const problem::Attention<T, T>& p, const T* query,
+                                          const T* key, float alibi_slope, Index distance) {
   using C = compute_type<T>;
-  const double scale = static_cast<double>(p.scale);
-  const double product = key_product<double, C>(key, p.head_dim, [&](Index d) {
-    return static_cast<double>(static_cast<C>(query[d])) * scale;
-  });
-  return score_of_product<double>(product, static_cast<double>(p.softcap),
-                                  static_cast<double>(alibi_slope), distance);
+  const S scale = static_cast<S>(p.scale);
+  const S product = key_product<S, C>(
+      key, p.head_dim, [=](Index d) { return static_cast<S>(static_cast<C>(query[d])) * scale; });
+  return score_of_product<S>(product, static_cast<S>(p.softcap), static_cast<S>(alibi_slope),
+                             distance);
 }
 
 /// Scores of this thread's wide rows, by double_score(row, column), relative to references; grads,
