@@ -159,7 +159,7 @@ struct AttentionRows {
       const double fall = nothing ? 1.0 : std::exp(before - maximum);
       const C weight =
           std::exp(static_cast<C>(static_cast<S>(score) - static_cast<S>(nothing ? 0.0 : maximum)));
-      weights = weights * fall + (seen ? static_cast<double>(weight) : 0.0);
+      weights = std::fma(weights, fall, seen ? static_cast<double>(weight) : 0.0);
       arrays.weights.store(block.thread(), seen ? weight * static_cast<C>(kFactor) : C(-1));
       block.barrier();
       add_values(block, arrays, fall);

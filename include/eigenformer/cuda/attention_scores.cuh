@@ -66,7 +66,8 @@ EIGENFORMER_DEVICE Score<S> score_of_product(S product, S softcap, S alibi_slope
     const S t = std::tanh(product / softcap);
     score = {softcap * t, std::fma(-t, t, S(1))};
   }
-  if (alibi_slope != 0) score.value += alibi_slope * static_cast<S>(distance);
+  if (alibi_slope != 0)  // one rounding, wherever this is compiled
+    score.value = std::fma(alibi_slope, static_cast<S>(distance), score.value);
   return score;
 }
 
