@@ -53,6 +53,9 @@
 /// on the batch, the padding, the number of threads, or on whether the sequence came whole, in
 /// chunks or token by token through a cache (for one stored type of K and V). bfloat16, half and
 /// INT8 are converted to float; sums are float, or double for double.
+/// On CUDA splits of 512 keys are merged in order, whether one block of threads walks over them or
+/// blocks share them; where queries, keys and values are bfloat16, or half, of widths up to 256,
+/// tensor cores multiply, for which weights are rounded to these 16 bits.
 ///
 /// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *

@@ -93,21 +93,25 @@ TEST(AttentionOnDevice, LargeScoresAndLargeValues) {
   });
 }
 
-// Row 0 sees no bad key; row 1 scores of -infinity only; row 2 +infinity; row 3 NaN.
-TEST(AttentionOnDevice, InfinitiesStayInTheirRows) {
-  const Index rows = 4;
-  ef::Tensor<float, 4> q(1, rows, 1, 1), k(1, rows, 1, 1);
-  auto v = random_tensor<float, 4>({1, rows, 1, 70}, 1);
-  q.setConstant(1);
-  k.setConstant(1);
-  k(0, 1, 0, 0) = -INFINITY;
-  k(0, 2, 0, 0) = INFINITY;
-  k(0, 3, 0, 0) = NAN;
+// Row 0 sees no bad key; row 1 scores of -infinity only; row 2 +infinity; row 3 NaN; the values
+// that rows 4 and 5 see are not finite in one column.
+template <typename T>
+void check_infinities() {
+  const Index rows = 6;
+  ef::Tensor<T, 4> q(1, rows, 1, 1), k(1, rows, 1, 1);
+  auto v = random_tensor<T, 4>({1, rows, 1, 70}, 1);
+  q.setConstant(static_cast<T>(1.0f));
+  k.setConstant(static_cast<T>(1.0f));
+  k(0, 1, 0, 0) = static_cast<T>(-INFINITY);
+  k(0, 2, 0, 0) = static_cast<T>(INFINITY);
+  k(0, 3, 0, 0) = static_cast<T>(NAN);
+  v(0, 4, 0, 69) = static_cast<T>(NAN);
+  v(0, 5, 0, 0) = static_cast<T>(INFINITY);
   for_each_device([&](const auto& bench) {
     auto device_q = on_device(bench, q);
     auto device_k = on_device(bench, k);
     auto device_v = on_device(bench, v);
-    auto out = on_device(bench, poisoned_tensor<float, 4>({1, rows, 1, 70}));
+    auto out = on_device(bench, poisoned_tensor<T, 4>({1, rows, 1, 70}));
     auto lse = on_device(bench, poisoned_tensor<float, 3>({1, 1, rows}));
     auto lse_view = lse.view();
     ef::batched_attention_with_padding_into(bench.device, out.view(), device_q.cview(),
@@ -117,13 +121,21 @@ TEST(AttentionOnDevice, InfinitiesStayInTheirRows) {
     const auto log_sums = lse.host();
     for (Index d : {0, 69}) {
       EXPECT_EQ(got(0, 0, 0, d), v(0, 0, 0, d));
-      EXPECT_EQ(got(0, 1, 0, d), 0);
-      EXPECT_TRUE(std::isnan(got(0, 2, 0, d)));
-      EXPECT_TRUE(std::isnan(got(0, 3, 0, d)));
+      EXPECT_EQ(static_cast<float>(got(0, 1, 0, d)), 0);
+      EXPECT_TRUE(std::isnan(static_cast<float>(got(0, 2, 0, d))));
+      EXPECT_TRUE(std::isnan(static_cast<float>(got(0, 3, 0, d))));
     }
+    EXPECT_EQ(got(0, 4, 0, 0), v(0, 4, 0, 0));
+    EXPECT_TRUE(std::isnan(static_cast<float>(got(0, 4, 0, 69))));
+    EXPECT_EQ(static_cast<float>(got(0, 5, 0, 0)), INFINITY);
+    EXPECT_EQ(got(0, 5, 0, 69), v(0, 5, 0, 69));
     EXPECT_EQ(log_sums(0, 0, 0), 1);
     EXPECT_EQ(log_sums(0, 0, 1), -INFINITY);
   });
+}
+TEST(AttentionOnDevice, InfinitiesStayInTheirRows) {
+  check_infinities<float>();
+  check_infinities<ef::half>();
 }
 
 // The output may be the query tensor.
@@ -169,6 +181,49 @@ TEST(AttentionOnDevice, PackedRowsHaveTheBitsOfRowsAlone) {
         EXPECT_EQ(one.data()[i], together.data()[first * 6 + i]) << b << ' ' << i;
     }
   });
+}
+
+// Few rows are split over blocks by their keys, many are not: packed before the rows of another
+// sequence two rows have the bits that they have alone. Splits meet at 512 keys.
+template <typename T>
+void check_splits(const ef::AttentionOptions& options, Index keys, Index dim) {
+  const Index many_rows = sizeof(T) == 2 ? 264 * 64 : 1023;
+  const AttentionCase<T> c({1, 2, keys, 1, 1, dim, dim}, {keys});
+  const auto expected = c.reference(options);
+  const auto copied = [&](const ef::Tensor<T, 4>& from, Index rows) {
+    ef::Tensor<T, 3> all(rows, 1, dim);
+    all.setConstant(static_cast<T>(0.5f));
+    std::copy_n(from.data(), from.size(), all.data());
+    return all;
+  };
+  for_each_device([&](const auto& bench) {
+    const auto run = [&](Index others) {
+      auto q = on_device(bench, copied(c.q, 2 + others));
+      auto k = on_device(bench, copied(c.k, keys + 1));
+      auto v = on_device(bench, copied(c.v, keys + 1));
+      auto out = on_device(bench, poisoned_tensor<T, 3>({2 + others, 1, dim}));
+      auto lse = on_device(bench, poisoned_tensor<ef::compute_type<T>, 2>({1, 2 + others}));
+      auto lse_view = lse.view();
+      auto with_lse = options;
+      with_lse.log_sum_exp = lse_view;
+      ef::variable_length_attention_into(bench.device, out.view(), q.cview(), k.cview(), v.cview(),
+                                         {0, 2, 2 + others}, {0, keys, keys + 1}, with_lse);
+      ef::Tensor<T, 4> rows(1, 2, 1, dim);
+      std::copy_n(out.host().data(), rows.size(), rows.data());
+      return std::pair(rows, std::pair(lse.host()(0, 0), lse.host()(0, 1)));
+    };
+    const auto alone = run(0), many = run(many_rows);
+    EXPECT_LT(relative_error(alone.first, expected.output), tolerance<T>()) << keys;
+    EXPECT_TRUE(same_bits(alone.first, many.first)) << keys;
+    EXPECT_EQ(alone.second, many.second) << keys;
+  });
+}
+
+TEST(AttentionOnDevice, SplitsDoNotChangeBits) {
+  const std::vector<float> sinks{1.0f};
+  check_splits<float>({.sinks = sinks}, 1030, 5);
+  check_splits<float>({.causal = true, .window = 20, .prefix_length = 3}, 1100, 4);
+  check_splits<ef::half>({.sinks = sinks}, 1030, 16);
 }
 
 /// A step of decoding through both caches: the CPU's result on host caches is the measure.
@@ -225,27 +280,28 @@ TEST(AttentionOnDevice, ThroughPagesOfEveryStorage) {
   // rows that begin where 16 bytes can be read at once, and others
   check_caches<float, std::int8_t>(causal, 1e-5, 48);
   check_caches<float, std::int8_t>(causal, 1e-5, 37);
-  check_caches<ef::half, ef::half>(causal, 2e-3, 28);
+  check_caches<ef::half, ef::half>(causal, 2e-3, 32);
 }
 
 // A prompt has the same bits whole and token by token through a cache.
-TEST(AttentionOnDevice, WholeAndTokenByTokenGiveTheSameBits) {
-  const Index tokens = 67, heads = 2, dim = 4;
-  const auto q = random_tensor<float, 4>({1, tokens, heads, dim}, 1),
-             k = random_tensor<float, 4>({1, tokens, 1, dim}, 2),
-             v = random_tensor<float, 4>({1, tokens, 1, dim}, 3);
+template <typename T>
+void check_tokens(Index dim) {
+  const Index tokens = 67, heads = 2;
+  const auto q = random_tensor<T, 4>({1, tokens, heads, dim}, 1),
+             k = random_tensor<T, 4>({1, tokens, 1, dim}, 2),
+             v = random_tensor<T, 4>({1, tokens, 1, dim}, 3);
   for_each_device([&](const auto& bench) {
     auto device_q = on_device(bench, q);
     auto device_k = on_device(bench, k);
     auto device_v = on_device(bench, v);
-    auto out = on_device(bench, poisoned_tensor<float, 4>({1, tokens, heads, dim}));
+    auto out = on_device(bench, poisoned_tensor<T, 4>({1, tokens, heads, dim}));
     ef::batched_attention_with_padding_into(bench.device, out.view(), device_q.cview(),
                                             device_k.cview(), device_v.cview(), {tokens},
                                             {.causal = true});
     const auto whole = out.host();
-    ef::KvCache<float> cache(ef::memory_of(bench.device));
-    auto step = on_device(bench, poisoned_tensor<float, 4>({1, 1, heads, dim}));
-    using View = ef::TensorView<const float, 4>;
+    ef::KvCache<T> cache(ef::memory_of(bench.device));
+    auto step = on_device(bench, poisoned_tensor<T, 4>({1, 1, heads, dim}));
+    using View = ef::TensorView<const T, 4>;
     for (Index i = 0; i < tokens; ++i) {
       ef::update_kv_cache(bench.device, cache,
                           View(device_k.cview().data() + i * dim, 1, 1, 1, dim),
@@ -260,6 +316,25 @@ TEST(AttentionOnDevice, WholeAndTokenByTokenGiveTheSameBits) {
         EXPECT_EQ(row.data()[x], whole.data()[i * heads * dim + x]) << i;
     }
   });
+}
+
+TEST(AttentionOnDevice, WholeAndTokenByTokenGiveTheSameBits) {
+  check_tokens<float>(4);
+  check_tokens<ef::bfloat16>(24);
+}
+
+// On tensor cores: every option, groups that do not divide a tile, widths of any size.
+TEST(AttentionOnDevice, SixteenBits) {
+  const AttentionCase<ef::half> c({2, 3, 75, 6, 2, 20, 40}, {75, 66});
+  for (const NamedOptions& named : option_sweep(6)) check(c, named);
+  const NamedOptions causal{"causal", {.causal = true}}, plain{"plain", {}};
+  check(AttentionCase<ef::bfloat16>({2, 70, 70, 3, 1, 64, 160}, {70, 3}), causal);
+  check(AttentionCase<ef::bfloat16>({1, 2, 130, 1, 1, 256, 256}, {130}), plain);
+  check(AttentionCase<ef::half>({1, 2, 9, 1, 1, 257, 8}, {9}), plain);  // too wide for tiles
+  check(AttentionCase<ef::half>({1, 2, 70, 1, 1, 16, 3}, {70}), {"large", {.scale = 4000.0f}});
+  AttentionCase<ef::bfloat16> large({1, 2, 70, 1, 1, 16, 3}, {70});
+  large.v.setConstant(static_cast<ef::bfloat16>(3.38e38f));
+  check(large, {"large values", {}});
 }
 
 }  // namespace

@@ -36,6 +36,9 @@
 /// Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences
 /// in the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair.
 /// Throws std::invalid_argument as the forward call does.
+///
+/// On CUDA sinks_gradient is host memory: a call that fills it waits for the device, and cannot be
+/// captured into a graph; others do neither.
 #pragma once
 
 #include <algorithm>

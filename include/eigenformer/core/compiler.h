@@ -33,12 +33,15 @@
 #define EIGENFORMER_UNROLL
 #endif
 
-/// EIGENFORMER_CUDA_UNIT is defined where nvcc compiles.
+/// EIGENFORMER_CUDA_UNIT is defined where nvcc compiles. EIGENFORMER_UNROLL_ALL stands before a loop
+/// of a kernel over an array of one thread: only where every index is known is it in registers.
 #if defined(__CUDACC__)
 #define EIGENFORMER_CUDA_UNIT 1
+#define EIGENFORMER_UNROLL_ALL _Pragma("unroll")
 #define EIGENFORMER_HOST_DEVICE __host__ __device__
 #define EIGENFORMER_DEVICE __device__
 #else
+#define EIGENFORMER_UNROLL_ALL
 #define EIGENFORMER_HOST_DEVICE
 #define EIGENFORMER_DEVICE
 #endif

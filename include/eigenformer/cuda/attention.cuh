@@ -1,27 +1,28 @@
 /// \file
-/// CUDA kernel of attention forward: one block of 64 threads per query row and head, online softmax
-/// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over key blocks of
-/// 64 at absolute positions, so that the bits of a row depend on nothing but what it sees. Of a key
-/// block a thread takes the score of one key, then the weighted sums of its columns of the values:
-/// sums of 64 keys in the compute type, of all blocks in double. A row whose greatest score is so
-/// large that its rounding would show goes over its keys once more with scores in double.
+/// CUDA kernels of attention forward. For one 16-bit scalar of queries, keys and values: tiles on
+/// the tensor cores (attention_tiles.cuh). For all others the kernel here: a block of 64 threads per
+/// query row and head, online softmax (Milakov and Gimelshein, "Online normalizer calculation for
+/// softmax", 2018) over key blocks of 64 at absolute positions, in splits of 512 keys that are
+/// merged in order (attention_call.cuh), so that the bits of a row depend on nothing but what it
+/// sees. Where rows and heads do not fill the device, a block has one split only.
+///
+/// Of a key block a thread takes the score of one key, then some columns of a quarter of the
+/// values, 16 bytes at a time where they are aligned: sums of 64 keys in the compute type, of all
+/// blocks in double. A split whose greatest score is so large that its rounding would show goes over
+/// its keys once more with scores in double.
 ///
 /// 4 * head_dim flops a visible pair. Every row reads its keys and values itself, once: queries of
 /// one group and neighbouring rows find them in L2, so that decoding (one row a sequence) reads
-/// them from memory about once and should see a third of the bandwidth where heads x sequences fill
-/// the device; prefill is bound by L2 and far from the limit of tensor cores, which are not used.
+/// them from memory about once and should see half of the bandwidth with splits to fill the device,
+/// a third with INT8 and large groups; prefill is bound by L2.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
-#include <limits>
-#include <type_traits>
 
-#include "../problem/attention.h"
-#include "collectives.cuh"
-#include "kv_rows.cuh"
-#include "launch.cuh"
-#include "packs.cuh"
+#include "attention_call.cuh"
+#include "attention_tiles.cuh"
+#include "stage.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -32,245 +33,255 @@ inline constexpr int kAttentionKeys = 64;  // of a block: one per thread
 /// Shared memory of a block.
 template <typename Sums, typename Weights, typename Values>
 struct AttentionArrays {
-  Weights query;    // (head_dim), scaled
-  Sums sums;        // (value_dim), each of one thread
-  Weights weights;  // (64) of a key block; negative: not seen
-  Weights scales;   // (64) of its values
-  Values values;    // (64) their rows
-  Sums scratch;     // (warps)
+  Weights query;     // (head_dim), scaled
+  Weights quarters;  // (4, value_dim) of a key block
+  Sums sums;         // (value_dim) of a split, each of one thread
+  Sums totals;       // (value_dim) of the splits before it
+  Weights weights;   // (64) of a key block; negative: not seen
+  Weights scales;    // (64) of its values
+  Values values;     // (64) their rows
+  Sums scratch;      // (warps)
 };
 
 template <typename TQ, typename TKV>
-struct AttentionKernel {
-  using C = compute_type<TQ>;
+struct AttentionRows {
+  using Call = AttentionCall<TQ, TKV>;
+  using C = typename Call::C;
   static constexpr int kThreads = kAttentionKeys, kWarps = kThreads / kWarp;
   static constexpr bool kInt8 = std::is_same_v<TKV, std::int8_t>;
-  problem::Attention<TQ, TKV> p;  // its arrays are those below
-  KvRows<TKV> rows;
-  const problem::AttentionSequence* sequences;
-  const float* slopes;
-  const float* sinks;
-  Index row_count, group;
+  /// Weights are made smaller, so that sums of finite values are finite: of 64 keys in float, of
+  /// all in double.
+  static constexpr double kFactor = sizeof(C) == 8 ? 0x1p-46 : 0x1p-6;
+  Call call;
+  Index splits;          // 0: a block has all of its row
+  AttentionPart* parts;  // (rows, heads, splits)
+  double* part_sums;     // (rows, heads, splits, value_dim)
 
   static std::size_t shared_size(Index head_dim, Index value_dim) {
-    return shared_bytes<C>(head_dim) + shared_bytes<double>(value_dim) + shared_bytes<C>(kThreads) +
-           shared_bytes<C>(kThreads) + shared_bytes<const TKV*>(kThreads) +
-           shared_bytes<double>(kWarps);
+    return shared_bytes<C>(head_dim) + shared_bytes<C>(4 * value_dim) +
+           2 * shared_bytes<double>(value_dim) + 2 * shared_bytes<C>(kThreads) +
+           shared_bytes<const TKV*>(kThreads) + shared_bytes<double>(kWarps);
   }
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto& p = call.p;
     const auto query = block.template shared<C>(p.head_dim);
+    const auto quarters = block.template shared<C>(4 * p.value_dim);
     const auto sums = block.template shared<double>(p.value_dim);
+    const auto totals = block.template shared<double>(p.value_dim);
     const auto weights = block.template shared<C>(kThreads);
     const auto scales = block.template shared<C>(kThreads);
     const auto values = block.template shared<const TKV*>(kThreads);
     const auto scratch = block.template shared<double>(kWarps);
     const AttentionArrays<decltype(sums), decltype(weights), decltype(values)> arrays{
-        query, sums, weights, scales, values, scratch};
-    for (Index at = block.index(); at < row_count * p.heads; at += block.count()) {
-      const problem::AttentionSequence& s = sequences[sequence_of(at / p.heads)];
-      const Row row = row_at(s, at / p.heads - s.query_begin, at % p.heads);
-      if (row.seen.begin < row.seen.end || row.prefix_end > 0)
-        attend(block, arrays, s, row);
+        query, quarters, sums, totals, weights, scales, values, scratch};
+    const Index each = splits > 0 ? splits : 1;
+    for (Index at = block.index(); at < call.row_count * p.heads * each; at += block.count()) {
+      const AttentionQuery q = call.query_at(at / each);
+      if (splits > 0)
+        attend_split(block, arrays, q, at);
       else
-        write_empty(block, s, row);
+        attend(block, arrays, q);
     }
   }
 
  private:
-  struct Row {
-    Index in_sequence, head, position;
-    problem::KeyRange seen;  // by position
-    Index prefix_end;        // keys before it are seen as well
-
-    EIGENFORMER_DEVICE Index begin() const {
-      return prefix_end > 0 ? 0 : seen.begin / kAttentionKeys * kAttentionKeys;
-    }
-    EIGENFORMER_DEVICE Index end() const {
-      return seen.begin < seen.end && seen.end > prefix_end ? seen.end : prefix_end;
-    }
-    EIGENFORMER_DEVICE bool sees(Index j) const {
-      return j < prefix_end || (j >= seen.begin && j < seen.end);
-    }
-    EIGENFORMER_DEVICE bool sees_block(Index j) const {
-      return j < prefix_end || (j + kAttentionKeys > seen.begin && j < seen.end);
-    }
-  };
-
-  /// The greatest score, and the sum of the weights relative to it, times kFactor.
-  struct Total {
-    double maximum, weights;
-  };
-
-  /// Weights are made smaller, so that sums of finite values are finite: of 64 keys in float, of
-  /// all in double.
-  static constexpr double kFactor = sizeof(C) == 8 ? 0x1p-46 : 0x1p-6;
-  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  /// As on the CPU (cpu/attention/row.h): what float serves.
-  static constexpr double kLargeScore =
-      std::is_same_v<TQ, float> && std::is_same_v<TKV, float> ? 32 : 1024;
-
-  EIGENFORMER_DEVICE Index sequence_of(Index row) const {
-    Index first = 0, last = p.batch;  // the last that begins there or before: it has rows
-    while (last - first > 1) {
-      const Index middle = (first + last) / 2;
-      (sequences[middle].query_begin <= row ? first : last) = middle;
-    }
-    return first;
-  }
-
-  EIGENFORMER_DEVICE Row row_at(const problem::AttentionSequence& s, Index in_sequence,
-                                Index head) const {
-    const Index position = s.first_position + in_sequence;
-    if (in_sequence >= s.query_rows) return {in_sequence, head, position, {0, 0}, 0};  // padding
-    const Index prefix = p.visibility.causal ? p.visibility.prefix : 0;
-    return {in_sequence, head, position, p.visibility.keys(position, s.key_length),
-            prefix < s.key_length ? prefix : s.key_length};
-  }
-
-  EIGENFORMER_DEVICE Index output_row(const problem::AttentionSequence& s, const Row& row) const {
-    return (s.query_begin + row.in_sequence) * p.heads + row.head;
-  }
-  template <typename Block>
-  EIGENFORMER_DEVICE void write_lse(Block& block, const problem::AttentionSequence& s,
-                                    const Row& row, double value) const {
-    if (p.log_sum_exp != nullptr && block.thread() == 0)
-      p.log_sum_exp[s.lse_begin + row.head * p.lse_head_stride + row.in_sequence] =
-          static_cast<C>(value);
-  }
-  template <typename Block>
-  EIGENFORMER_DEVICE void write_empty(Block& block, const problem::AttentionSequence& s,
-                                      const Row& row) const {
-    TQ* const to = p.output + output_row(s, row) * p.value_dim;
-    for (Index d = block.thread(); d < p.value_dim; d += block.size()) to[d] = TQ(0);
-    write_lse(block, s, row, -kInfinity);
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void attend_split(Block& block, const A& arrays, const AttentionQuery& q,
+                                       Index at) const {
+    const Index first = at % splits * kSplitKeys;
+    if (!q.sees_any(first, first + kSplitKeys)) return;
+    load_query(block, arrays, q);
+    const AttentionPart part = part_of(block, arrays, q, first);
+    if (block.thread() == 0) parts[at] = part;
+    for (Index d = block.thread(); d < call.p.value_dim; d += block.size())
+      part_sums[at * call.p.value_dim + d] = arrays.sums.load(d);
   }
 
   template <typename Block, typename A>
-  EIGENFORMER_DEVICE void attend(Block& block, const A& arrays, const problem::AttentionSequence& s,
-                                 const Row& row) const {
-    Total total = pass_over_keys<C>(block, arrays, s, row);
-    if constexpr (sizeof(C) == 4) {  // all threads of the block, or none
-      const double most = std::fabs(total.maximum);
-      if (most > kLargeScore && most <= static_cast<double>((std::numeric_limits<C>::max)()) &&
-          total.weights > 0 && total.weights < kInfinity)
-        total = pass_over_keys<double>(block, arrays, s, row);
+  EIGENFORMER_DEVICE void attend(Block& block, const A& arrays, const AttentionQuery& q) const {
+    const Index value_dim = call.p.value_dim;
+    AttentionPart all{-call.kInfinity, 0};
+    if (q.sees_any()) load_query(block, arrays, q);
+    for (Index d = block.thread(); d < value_dim; d += block.size()) arrays.totals.store(d, 0.0);
+    for (Index first = q.begin() / kSplitKeys * kSplitKeys; first < q.end(); first += kSplitKeys) {
+      if (!q.sees_any(first, first + kSplitKeys)) continue;
+      const auto merged = merge_parts<double>(all, part_of(block, arrays, q, first));
+      for (Index d = block.thread(); d < value_dim; d += block.size())
+        arrays.totals.store(d, merge_sums(merged, arrays.totals.load(d), arrays.sums.load(d)));
+      all = merged.part;
     }
-    TQ* const to = p.output + output_row(s, row) * p.value_dim;
-    constexpr double most = static_cast<double>((std::numeric_limits<C>::max)()) / 2;
-    for (Index d = block.thread(); d < p.value_dim; d += block.size()) {
-      // rounding must not take the average of the greatest numbers out of their range
-      double half = total.weights == 0 ? 0.0 : arrays.sums.load(d) / total.weights / 2;
-      if (std::fabs(half) < kInfinity) half = half > most ? most : (half < -most ? -most : half);
-      to[d] = static_cast<TQ>(static_cast<C>(half * 2));
-    }
-    write_lse(block, s, row,
-              total.weights == 0 ? -kInfinity : total.maximum + std::log(total.weights / kFactor));
+    typename Call::End end{0.0, -call.kInfinity};
+    if (q.sees_any()) end = call.end_of(q, all);
+    if (block.thread() == 0) call.write_log_sum_exp(q, end.log_sum_exp);
+    TQ* const to = call.p.output + call.index_of(q) * value_dim;
+    for (Index d = block.thread(); d < value_dim; d += block.size())
+      to[d] = end.factor == 0 ? TQ(0)
+                              : call.output_of(arrays.totals.load(d) * (end.factor / kFactor / 2));
   }
 
-  /// Leaves the weighted sums of the values; scores are of S.
-  template <typename S, typename Block, typename A>
-  EIGENFORMER_DEVICE Total pass_over_keys(Block& block, const A& arrays,
-                                          const problem::AttentionSequence& s,
-                                          const Row& row) const {
-    const TQ* const query = p.queries + output_row(s, row) * p.head_dim;
-    for (Index d = block.thread(); d < p.head_dim; d += block.size())
-      arrays.query.store(d, static_cast<C>(query[d]) * p.scale);
-    for (Index d = block.thread(); d < p.value_dim; d += block.size()) arrays.sums.store(d, 0.0);
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void load_query(Block& block, const A& arrays, const AttentionQuery& q) const {
+    const TQ* const query = call.query(q);
+    for (Index d = block.thread(); d < call.p.head_dim; d += block.size())
+      arrays.query.store(d, static_cast<C>(query[d]) * call.p.scale);
     block.barrier();
-    double maximum = sinks == nullptr ? -kInfinity : static_cast<double>(sinks[row.head]);
-    double weights = maximum > -kInfinity && block.thread() == 0 ? kFactor : 0.0;  // this thread's
-    for (Index begin = row.begin(); begin < row.end(); begin += kAttentionKeys) {
-      if (!row.sees_block(begin)) continue;
-      const bool seen = row.sees(begin + block.thread());
+  }
+
+  /// The split from key `first` on; leaves its weighted sums of the values.
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE AttentionPart part_of(Block& block, const A& arrays, const AttentionQuery& q,
+                                           Index first) const {
+    const AttentionPart part = pass_over_keys<C>(block, arrays, q, first);
+    // all threads of the block, or none
+    if (is_large_score<TQ, TKV>(part.maximum) && part.weights > 0 && part.weights < call.kInfinity)
+      return pass_over_keys<double>(block, arrays, q, first);
+    return part;
+  }
+
+  /// Scores are of S.
+  template <typename S, typename Block, typename A>
+  EIGENFORMER_DEVICE AttentionPart pass_over_keys(Block& block, const A& arrays,
+                                                  const AttentionQuery& q, Index first) const {
+    for (Index d = block.thread(); d < call.p.value_dim; d += block.size())
+      arrays.sums.store(d, 0.0);
+    double maximum = -call.kInfinity, weights = 0;  // the weights of this thread
+    const Index last = first + kSplitKeys < q.end() ? first + kSplitKeys : q.end();
+    for (Index begin = first; begin < last; begin += kAttentionKeys) {
+      if (!q.sees_any(begin, begin + kAttentionKeys)) continue;
+      const bool seen = q.sees(begin + block.thread());
       const double score =
-          seen ? static_cast<double>(score_of<S>(block, arrays, s, row, begin)) : -kInfinity;
+          seen ? static_cast<double>(score_of<S>(block, arrays, q, begin)) : -call.kInfinity;
       const double before = maximum;
       maximum = LargerOrNan{}(before, reduce_block(block, arrays.scratch, score, LargerOrNan{}));
-      const bool nothing = maximum == -kInfinity;  // all scores so far are -infinity
+      const bool nothing = maximum == -call.kInfinity;  // all scores so far are -infinity
       const double fall = nothing ? 1.0 : std::exp(before - maximum);
-      const C weight = std::exp(static_cast<C>(static_cast<S>(score) -
-                                               static_cast<S>(nothing ? 0.0 : maximum))) *
-                       static_cast<C>(kFactor);
-      weights = weights * fall + (seen ? static_cast<double>(weight) : 0.0);
-      arrays.weights.store(block.thread(), seen ? weight : C(-1));
+      const C weight =
+          std::exp(static_cast<C>(static_cast<S>(score) - static_cast<S>(nothing ? 0.0 : maximum)));
+      weights = std::fma(weights, fall, seen ? static_cast<double>(weight) : 0.0);
+      arrays.weights.store(block.thread(), seen ? weight * static_cast<C>(kFactor) : C(-1));
       block.barrier();
       add_values(block, arrays, fall);
-      block.barrier();
     }
     return {maximum, reduce_block(block, arrays.scratch, weights, Add{})};
   }
 
   /// The score of this thread's key, and where its value is.
   template <typename S, typename Block, typename A>
-  EIGENFORMER_DEVICE S score_of(Block& block, const A& arrays, const problem::AttentionSequence& s,
-                                const Row& row, Index begin) const {
-    const Index b = s.key_sequence, h = row.head / group, j = begin + block.thread(),
-                at = s.key_begin + j;
-    arrays.values.store(block.thread(), rows.row(true, b, h, at));
-    const TKV* const key = rows.row(false, b, h, at);
-    const TQ* const query = p.queries + output_row(s, row) * p.head_dim;
-    S score = dot<S>(key, [&](Index d) {
+  EIGENFORMER_DEVICE S score_of(Block& block, const A& arrays, const AttentionQuery& q,
+                                Index begin) const {
+    const auto& p = call.p;
+    const Index b = q.s->key_sequence, h = q.head / call.group, j = begin + block.thread(),
+                at = q.s->key_begin + j;
+    arrays.values.store(block.thread(), call.rows.row(true, b, h, at));
+    const TQ* const query = call.query(q);
+    S product = key_product<S, C>(call.rows.row(false, b, h, at), p.head_dim, [&](Index d) {
       if constexpr (std::is_same_v<S, C>)
         return arrays.query.load(d);
       else
         return static_cast<S>(query[d]) * static_cast<S>(p.scale);
     });
     if constexpr (kInt8) {
-      score *= static_cast<S>(*rows.scale(false, b, h, at));
-      arrays.scales.store(block.thread(), static_cast<C>(*rows.scale(true, b, h, at)));
+      product *= static_cast<S>(*call.rows.scale(false, b, h, at));
+      arrays.scales.store(block.thread(), static_cast<C>(*call.rows.scale(true, b, h, at)));
     }
-    const S cap = static_cast<S>(p.softcap);
-    if (cap > 0) score = cap * std::tanh(score / cap);
-    if (slopes != nullptr)
-      score += static_cast<S>(slopes[row.head]) * static_cast<S>(j - row.position);
-    return score;
+    return score_of_product<S>(product, static_cast<S>(p.softcap),
+                               static_cast<S>(call.slopes == nullptr ? 0.0f : call.slopes[q.head]),
+                               j - q.position)
+        .value;
   }
 
-  /// Elements of a key in one or two loads of 16 bytes.
-  static constexpr int kPack = sizeof(TKV) <= 4 ? pack_width<TKV> : 4;
-
-  /// The product of a key and query(d), in four chains of one order, whether the key is aligned or
-  /// not.
-  template <typename S, typename Query>
-  EIGENFORMER_DEVICE S dot(const TKV* key, const Query& query) const {
-    S dots[4] = {0, 0, 0, 0};
-    const auto add = [&](int chain, Index d, TKV element) {
-      dots[chain] = std::fma(query(d), static_cast<S>(static_cast<C>(element)), dots[chain]);
-    };
-    Index d = 0;
-    if (packs_fit<kPack>(key, 0))
-      for (; d + kPack <= p.head_dim; d += kPack) {
-        const auto pack = load_pack<TKV, kPack>(key + d);
-        for (int i = 0; i < kPack; ++i) add(i % 4, d + i, pack[i]);
-      }
-    for (; d + 4 <= p.head_dim; d += 4)
-      for (int i = 0; i < 4; ++i) add(i, d + i, key[d + i]);
-    for (; d < p.head_dim; ++d) add(0, d, key[d]);
-    return (dots[0] + dots[1]) + (dots[2] + dots[3]);
-  }
-
-  /// sums * fall + what the values of a key block add.
+  /// sums * fall + what the values of a key block add: 16 threads for each quarter of its keys, in
+  /// order, then the quarters.
   template <typename Block, typename A>
   EIGENFORMER_DEVICE void add_values(Block& block, const A& arrays, double fall) const {
-    for (Index d = block.thread(); d < p.value_dim; d += block.size()) {
-      C sum = 0;
-      for (int i = 0; i < kAttentionKeys; ++i) {
+    constexpr int width = kKeyPack<TKV>, keys = kAttentionKeys / 4;
+    const Index value_dim = call.p.value_dim;
+    const int quarter = block.thread() / 16;
+    for (Index d = block.thread() % 16 * width; d < value_dim; d += 16 * width) {
+      C sums[width] = {};
+      for (int i = quarter * keys; i < (quarter + 1) * keys; ++i) {
         const C weight = arrays.weights.load(i);
         if (weight < 0) continue;
-        C value = static_cast<C>(arrays.values.load(i)[d]);
-        if constexpr (kInt8) value *= arrays.scales.load(i);
-        sum = std::fma(weight, value, sum);
+        C scale = 1;
+        if constexpr (kInt8) scale = arrays.scales.load(i);
+        const auto pack = row_pack<width>(arrays.values.load(i), d, value_dim);
+        EIGENFORMER_UNROLL_ALL
+        for (int k = 0; k < width; ++k)
+          sums[k] = std::fma(weight, static_cast<C>(pack[k]) * scale, sums[k]);
       }
-      arrays.sums.store(d, arrays.sums.load(d) * fall + static_cast<double>(sum));
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < width; ++k)
+        if (d + k < value_dim) arrays.quarters.store(quarter * value_dim + d + k, sums[k]);
+    }
+    block.barrier();
+    for (Index d = block.thread(); d < value_dim; d += block.size()) {
+      const auto of = [&](int i) { return arrays.quarters.load(i * value_dim + d); };
+      const C sum = (of(0) + of(1)) + (of(2) + of(3));
+      arrays.sums.store(d, std::fma(arrays.sums.load(d), fall, static_cast<double>(sum)));
     }
   }
 };
 
+/// Blocks that fill a device: fewer are split, where there is something to split.
+inline constexpr Index kEnoughRowBlocks = 1024;
+
+template <typename D, typename TQ, typename TKV>
+void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& call,
+                           Index longest) {
+  constexpr auto name = "attention";
+  using Kernel = AttentionRows<TQ, TKV>;
+  const auto& p = call.p;
+  const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
+  const Index rows = call.row_count * p.heads, splits = (longest + kSplitKeys - 1) / kSplitKeys;
+  if (splits <= 1 || rows >= kEnoughRowBlocks)
+    return launch_rows(on, name, rows, shared, Kernel{call, 0, nullptr, nullptr});
+  with_scratch<AttentionPart, double>(
+      on, name, {rows * splits, rows * splits * p.value_dim},
+      [&](AttentionPart* parts, double* sums) {
+        launch_rows(on, name, rows * splits, shared, Kernel{call, splits, parts, sums});
+        launch_rows(on, name, rows, 0,
+                    MergeSplits<TQ, TKV, double>{call, splits, parts, sums, Kernel::kFactor});
+      });
+}
+
+/// Blocks that fill a device of 132 multiprocessors: fewer are split, where there is something to
+/// split.
+inline constexpr Index kEnoughTileBlocks = 264;
+
+template <typename D, typename T>
+void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T>& call,
+                            const Index* first_tile, Index tiles, Index longest) {
+  constexpr auto name = "attention";
+  const auto& p = call.p;
+  const auto start = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
+    const Index rows = call.row_count * p.heads, blocks = tiles * p.kv_heads,
+                all = (longest + kSplitKeys - 1) / kSplitKeys;
+    if (all <= 1)
+      return launch_rows(on, name, blocks, shared,
+                         Kernel{call, first_tile, tiles, 0, nullptr, nullptr});
+    const Index splits = blocks < kEnoughTileBlocks ? all : 0, each = splits > 0 ? splits : 1;
+    with_scratch<AttentionPart, float>(
+        on, name, {rows * splits, rows * each * p.value_dim},
+        [&](AttentionPart* parts, float* sums) {
+          launch_rows(on, name, blocks * each, shared,
+                      Kernel{call, first_tile, tiles, splits, parts, sums});
+          if (splits > 0)
+            launch_rows(on, name, rows, 0,
+                        MergeSplits<T, T, float>{call, splits, parts, sums, Kernel::kFactor});
+        });
+  };
+  if (p.value_dim <= 128)
+    start(AttentionTiles<T, 4>{});
+  else
+    start(AttentionTiles<T, 8>{});
+}
+
 template <typename D, typename TQ, typename TKV>
 void execute(const Backend<D>& on, const problem::Attention<TQ, TKV>& p) {
-  using Kernel = AttentionKernel<TQ, TKV>;
   if (p.batch == 0 || p.heads == 0) return;
   const problem::AttentionSequence& last = p.sequences[p.batch - 1];
   const Index row_count = last.query_begin + last.tensor_rows;
@@ -285,13 +296,26 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV>& p) {
   const auto count = [](const auto* array, Index size) {
     return static_cast<std::size_t>(array == nullptr ? 0 : size);
   };
-  const auto [rows, sequences, slopes, sinks] = stage_rows(
+  const bool in_tiles = fits_tiles(p);
+  Workspace::Frame frame(thread_workspace());
+  auto* const first_tile = frame.take<Index>(in_tiles ? p.batch + 1 : 0);
+  Index longest = 0, tiles = 0;
+  for (Index b = 0; b < p.batch; ++b) {
+    longest = (std::max)(longest, p.sequences[b].key_length);
+    if (in_tiles) first_tile[b] = tiles;
+    tiles += (p.sequences[b].tensor_rows * p.group() + kTile - 1) / kTile;
+    if (in_tiles) first_tile[b + 1] = tiles;
+  }
+  const auto [rows, staged_first_tile, sequences, slopes, sinks] = stage_rows(
       on, "attention", p.source, touched,
+      std::span<const Index>(first_tile, static_cast<std::size_t>(in_tiles ? p.batch + 1 : 0)),
       std::span<const problem::AttentionSequence>(p.sequences, count(p.sequences, p.batch)),
       std::span<const float>(p.alibi_slopes, count(p.alibi_slopes, p.heads)),
       std::span<const float>(p.sinks, count(p.sinks, p.heads)));
-  launch_rows(on, "attention", row_count * p.heads, Kernel::shared_size(p.head_dim, p.value_dim),
-              Kernel{p, rows, sequences, slopes, sinks, row_count, p.group()});
+  const AttentionCall<TQ, TKV> call{p, rows, sequences, slopes, sinks, row_count, p.group()};
+  if constexpr (kHasAttentionTiles<TQ, TKV>)
+    if (in_tiles) return launch_attention_tiles(on, call, staged_first_tile, tiles, longest);
+  launch_attention_rows(on, call, longest);
 }
 
 }  // namespace cuda

@@ -23,6 +23,7 @@
 
 #include "activation.cuh"
 #include "attention.cuh"
+#include "attention_backward.cuh"
 #include "causal_mask.cuh"
 #include "embedding.cuh"
 #include "int8_linear.cuh"

@@ -1,0 +1,185 @@
+/// \file
+/// What both forward kernels of attention share: the request on the device, and sums by splits of
+/// 512 keys at absolute positions. A split gives a row its greatest score, the sum of its weights
+/// relative to it and the weighted sums of the values; splits are merged in ascending order. Who
+/// walks over them does not matter: one block that merges as it goes, or a block for each split and
+/// then MergeSplits, so that the bits of a row do not depend on how full the device is.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "attention_scores.cuh"
+#include "collectives.cuh"
+#include "kv_rows.cuh"
+#include "launch.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+inline constexpr Index kSplitKeys = 512;
+
+/// A query row and head.
+struct AttentionQuery {
+  const problem::AttentionSequence* s;
+  Index in_sequence, head, position;
+  problem::KeyRange seen;  // by position
+  Index prefix_end;        // keys before it are seen as well
+
+  EIGENFORMER_DEVICE bool sees_any() const { return seen.begin < seen.end || prefix_end > 0; }
+  EIGENFORMER_DEVICE Index begin() const { return prefix_end > 0 ? 0 : seen.begin; }
+  EIGENFORMER_DEVICE Index end() const {
+    return seen.begin < seen.end && seen.end > prefix_end ? seen.end : prefix_end;
+  }
+  EIGENFORMER_DEVICE bool sees(Index j) const {
+    return j < prefix_end || (j >= seen.begin && j < seen.end);
+  }
+  /// One of the keys [first, last).
+  EIGENFORMER_DEVICE bool sees_any(Index first, Index last) const {
+    return first < prefix_end || (last > seen.begin && first < seen.end && seen.begin < seen.end);
+  }
+};
+
+/// The greatest score, and the sum of the weights relative to it.
+struct AttentionPart {
+  double maximum, weights;
+};
+
+/// Two parts in one, and the factors of their sums of values.
+template <typename S>
+struct MergedParts {
+  AttentionPart part;
+  S first, second;
+};
+template <typename S>
+EIGENFORMER_DEVICE MergedParts<S> merge_parts(const AttentionPart& a, const AttentionPart& b) {
+  const double maximum = LargerOrNan{}(a.maximum, b.maximum);
+  const double reference = maximum == -std::numeric_limits<double>::infinity() ? 0.0 : maximum;
+  const S first = std::exp(static_cast<S>(a.maximum - reference)),
+          second = std::exp(static_cast<S>(b.maximum - reference));
+  return {{maximum, std::fma(b.weights, static_cast<double>(second),
+                             a.weights * static_cast<double>(first))},
+          first,
+          second};
+}
+template <typename S>
+EIGENFORMER_DEVICE S merge_sums(const MergedParts<S>& m, S first, S second) {
+  return std::fma(second, m.second, first * m.first);
+}
+
+/// The request; its arrays are those below.
+template <typename TQ, typename TKV>
+struct AttentionCall {
+  using C = compute_type<TQ>;
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  problem::Attention<TQ, TKV> p;
+  KvRows<TKV> rows;
+  const problem::AttentionSequence* sequences;
+  const float* slopes;
+  const float* sinks;
+  Index row_count, group;
+
+  EIGENFORMER_DEVICE AttentionQuery query_at(const problem::AttentionSequence& s, Index in_sequence,
+                                             Index head) const {
+    const Index position = s.first_position + in_sequence;
+    if (in_sequence >= s.query_rows) return {&s, in_sequence, head, position, {0, 0}, 0};
+    const Index prefix = p.visibility.causal ? p.visibility.prefix : 0;
+    return {&s,
+            in_sequence,
+            head,
+            position,
+            p.visibility.keys(position, s.key_length),
+            prefix < s.key_length ? prefix : s.key_length};
+  }
+  /// Row `index` of (rows, heads).
+  EIGENFORMER_DEVICE AttentionQuery query_at(Index index) const {
+    const Index row = index / p.heads;
+    const problem::AttentionSequence& s = sequences[sequence_at(
+        p.batch, row, [&](Index b) { return sequences[b].query_begin; })];  // it has rows
+    return query_at(s, row - s.query_begin, index % p.heads);
+  }
+  EIGENFORMER_DEVICE Index index_of(const AttentionQuery& q) const {
+    return (q.s->query_begin + q.in_sequence) * p.heads + q.head;
+  }
+  EIGENFORMER_DEVICE const TQ* query(const AttentionQuery& q) const {
+    return p.queries + index_of(q) * p.head_dim;
+  }
+
+  /// The sink joins the weights: the factor of the sums of values, and log_sum_exp.
+  struct End {
+    double factor, log_sum_exp;
+  };
+  EIGENFORMER_DEVICE End end_of(const AttentionQuery& q, const AttentionPart& part) const {
+    const double sink = sinks == nullptr ? -kInfinity : static_cast<double>(sinks[q.head]);
+    const auto all = merge_parts<double>(part, {sink, sink > -kInfinity ? 1.0 : 0.0});
+    if (all.part.weights == 0) return {0.0, -kInfinity};
+    return {all.first / all.part.weights, all.part.maximum + std::log(all.part.weights)};
+  }
+  /// From half of an average: rounding must not take the greatest numbers out of their range.
+  EIGENFORMER_DEVICE static TQ output_of(double halved) {
+    constexpr double most = (std::is_same_v<TKV, half>       ? 65504.0
+                             : std::is_same_v<TKV, bfloat16> ? 0x1.fep127
+                                                             : (std::numeric_limits<C>::max)()) /
+                            2;
+    if (std::fabs(halved) < kInfinity)
+      halved = halved > most ? most : (halved < -most ? -most : halved);
+    return static_cast<TQ>(static_cast<C>(halved * 2));
+  }
+  EIGENFORMER_DEVICE void write_log_sum_exp(const AttentionQuery& q, double value) const {
+    if (p.log_sum_exp != nullptr)
+      p.log_sum_exp[q.s->lse_begin + q.head * p.lse_head_stride + q.in_sequence] =
+          static_cast<C>(value);
+  }
+};
+
+/// The output from what the splits of each row have left: a block for each row and head. sums are
+/// those of values, times `unit`.
+template <typename TQ, typename TKV, typename S>
+struct MergeSplits {
+  static constexpr int kThreads = 128;
+  AttentionCall<TQ, TKV> call;
+  Index splits;
+  const AttentionPart* parts;  // (rows, heads, splits), written where the row sees a key of it
+  const S* sums;               // (rows, heads, splits, value_dim)
+  double unit;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto& p = call.p;
+    for (Index at = block.index(); at < call.row_count * p.heads; at += block.count()) {
+      const AttentionQuery q = call.query_at(at);
+      if (block.thread() == 0) {
+        const AttentionPart all = merge(q, at, [](const auto&, Index) {});
+        call.write_log_sum_exp(q, q.sees_any() ? call.end_of(q, all).log_sum_exp : -call.kInfinity);
+      }
+      for (Index d = block.thread(); d < p.value_dim; d += kThreads) {
+        S sum = 0;
+        const AttentionPart all = merge(q, at, [&](const MergedParts<S>& m, Index split) {
+          sum = merge_sums(m, sum, sums[(at * splits + split) * p.value_dim + d]);
+        });
+        const double factor = q.sees_any() ? call.end_of(q, all).factor : 0.0;
+        p.output[at * p.value_dim + d] =
+            factor == 0 ? TQ(0) : call.output_of(static_cast<double>(sum) * (factor / unit / 2));
+      }
+    }
+  }
+
+ private:
+  template <typename Add>
+  EIGENFORMER_DEVICE AttentionPart merge(const AttentionQuery& q, Index at, const Add& add) const {
+    AttentionPart all{-call.kInfinity, 0};
+    for (Index split = 0; split < splits; ++split) {
+      if (!q.sees_any(split * kSplitKeys, (split + 1) * kSplitKeys)) continue;
+      const auto merged = merge_parts<S>(all, parts[at * splits + split]);
+      add(merged, split);
+      all = merged.part;
+    }
+    return all;
+  }
+};
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,500 @@
+/// \file
+/// CUDA kernel of attention forward for bfloat16 and half, on the tensor cores (Dao, "FlashAttention-
+/// 2", 2023): a block of 128 threads for 64 rows of a KV head's queries, position by position and
+/// of each position the heads of the group, so that a step of decoding fills rows with a group, and
+/// all read the keys once. Over tiles of 64 keys at absolute positions, the next one on its way to
+/// shared memory while one is worked on; tiles that nobody sees are left out. Scores stay in
+/// registers: exponentials of float, rounded to 16 bits for their product with the values, which is
+/// summed in float. Splits of 512 keys are merged in order (attention_call.cuh); where tiles do not
+/// fill the device, a block has one split only. A split whose scores are too large for their
+/// rounding takes those rows' in double.
+///
+/// A key that a row does not see has weight 0 there. Values that are not finite are taken out of
+/// tiles that some rows do not see in whole, and added to the rows that see them.
+///
+/// Few rows: each key and value is read once for each 64 rows of a group, 2 (head_dim + value_dim)
+/// bytes a key, and 80% of the bandwidth is expected with 16 KiB and more on their way to each
+/// block. Many: 4 * head_dim flops a visible pair, of which tensor cores see 1.1 (causal: the tiles
+/// on the diagonal); shared memory feeds them through mma.sync, and 35% to 45% of an H100's peak is
+/// expected at head_dim 128, 30% at 256.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "attention_call.cuh"
+#include "tile/pairs.cuh"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cuda {
+
+/// Whether the tiles serve a request: by its scalars and widths only, so that a row's bits depend
+/// on nothing else.
+template <typename TQ, typename TKV>
+inline constexpr bool kHasAttentionTiles = sizeof(TQ) == 2 && std::is_same_v<TQ, TKV>;
+template <typename TQ, typename TKV>
+bool fits_tiles(const problem::Attention<TQ, TKV>& p) {
+  const auto fits = [](Index width) { return width > 0 && width <= 256; };
+  return kHasAttentionTiles<TQ, TKV> && fits(p.head_dim) && fits(p.value_dim);
+}
+
+/// value_dim is at most 32 * Chunks.
+template <typename T, int Chunks>
+struct AttentionTiles {
+  using Call = AttentionCall<T, T>;
+  using Pairs = PairTile<T>;
+  static constexpr int kThreads = kTileThreads, kWarps = kTileThreads / kWarp;
+  /// Tiles in shared memory: the next one as well, where heads leave room for it (113 of the 163 KiB
+  /// of sm_80 at 256).
+  static constexpr int kBuffers = Chunks > 4 ? 1 : 2;
+  static constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  /// Weights are at most this: sums of a million finite bfloat16 are finite, and half has small
+  /// weights as well.
+  static constexpr double kFactor = std::is_same_v<T, half> ? 0x1p10 : 0x1p-20;
+  Call call;
+  const Index* first_tile;  // (batch + 1)
+  Index tiles, splits;      // splits 0: a block has all of its rows
+  AttentionPart* parts;     // (rows, heads, splits)
+  float* sums;              // (rows, heads, splits or 1, value_dim), times kFactor
+
+  EIGENFORMER_HOST_DEVICE static Index chunks_of(Index width) {
+    return (width + kTileDepth - 1) / kTileDepth;
+  }
+  static std::size_t shared_size(Index head_dim, Index value_dim) {
+    return shared_bytes<T>(chunks_of(head_dim) * kKeys) * (1 + kBuffers) +
+           shared_bytes<T>(chunks_of(value_dim) * kValues) * kBuffers +
+           shared_bytes<T>(kTile * kPairStride<T>) + shared_bytes<int>(2 * kWarps);
+  }
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const Index keys = chunks_of(call.p.head_dim) * kKeys,
+                values = chunks_of(call.p.value_dim) * kValues;
+    const auto query_array = block.template shared<T>(keys);
+    const auto key_array = block.template shared<T>(kBuffers * keys);
+    const auto value_array = block.template shared<T>(kBuffers * values);
+    const auto pairs = block.template shared<T>(kTile * kPairStride<T>);
+    const auto flags = block.template shared<int>(2 * kWarps);
+    const Arrays<decltype(pairs), decltype(flags)> arrays{
+        query_array, key_array, value_array, pairs, flags, keys, values};
+    const Index each = splits > 0 ? splits : 1, units = tiles * call.p.kv_heads * each;
+    for (Index u = block.index(); u < units; u += block.count()) {
+      const Index unit = units - 1 - u;  // of a causal sequence the longest rows first
+      const Index part = unit / call.p.kv_heads, tile = part / each,
+                  b = sequence_at(call.p.batch, tile, [&](Index i) { return first_tile[i]; });
+      attend(block, arrays,
+             Rows(call, call.sequences[b], unit % call.p.kv_heads, (tile - first_tile[b]) * kTile),
+             part % each);
+      block.barrier();
+    }
+  }
+
+ private:
+  /// Elements of a chunk of 32 columns.
+  static constexpr Index kKeys = kTile * kPairOperand<T>, kValues = kTile * kRowOperand<T>;
+
+  template <typename Operand, typename Flags>
+  struct Arrays {
+    Operand queries;       // (chunks, 64, 32)
+    Operand keys, values;  // (kBuffers, chunks, 64, 32), a tile and the next one
+    Operand pairs;         // (64, 64), where values are not finite
+    Flags flags;           // (2, warps)
+    Index key_size, value_size;
+  };
+
+  /// The 64 rows of a block, and the keys that one of them sees.
+  struct Rows {
+    const problem::AttentionSequence& s;
+    Index kv_head, first, count;  // rows (position, head of the group), those that are queries
+    Index position, positions;    // of the queries
+    Index begin;                  // keys before it nobody sees
+
+    EIGENFORMER_DEVICE Rows(const Call& call, const problem::AttentionSequence& sequence,
+                            Index kv_head_, Index first_)
+        : s(sequence), kv_head(kv_head_), first(first_) {
+      const Index all = s.query_rows * call.group - first;
+      count = all < 0 ? 0 : (all < kTile ? all : kTile);
+      position = s.first_position + first / call.group;
+      positions = count == 0 ? 0 : (first + count - 1) / call.group - first / call.group + 1;
+      const auto& v = call.p.visibility;
+      begin = v.causal && v.prefix > 0 ? 0 : v.keys(position, s.key_length).begin;
+    }
+    EIGENFORMER_DEVICE bool sees_whole(const problem::Visibility& v, Index key) const {
+      if (key + kTile > s.key_length) return false;
+      if (!v.causal || key + kTile <= v.prefix) return true;
+      return key + kTile <= position + 1 &&
+             (v.window == 0 || key > position + positions - 1 - v.window);
+    }
+  };
+
+  /// A thread's two rows.
+  struct State {
+    float maximum[2], weights[2];  // the weights of this lane
+    bool wide[2];                  // scores are in double, relative to
+    double references[2];
+    RowTile<T> sums[Chunks];
+  };
+
+  EIGENFORMER_DEVICE AttentionQuery query_of(const Rows& rows, Index r) const {
+    const Index flat = rows.first + r;
+    return call.query_at(rows.s, flat / call.group, rows.kv_head * call.group + flat % call.group);
+  }
+  EIGENFORMER_DEVICE const T* key(bool value, const Rows& rows, Index j) const {
+    if (j < rows.begin || j >= rows.s.key_length) return nullptr;
+    return call.rows.row(value, rows.s.key_sequence, rows.kv_head, rows.s.key_begin + j);
+  }
+  /// The first tile from `key` on that somebody sees; `end` or later where there is none.
+  EIGENFORMER_DEVICE Index next_tile(const Rows& rows, Index key, Index end) const {
+    while (key < end &&
+           !any_visible(call.p.visibility, rows.position, rows.positions, key,
+                        key + kTile < rows.s.key_length ? key + kTile : rows.s.key_length))
+      key += kTile;
+    return key;
+  }
+
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void attend(Block& block, const A& a, const Rows& rows, Index split) const {
+    const Index low = splits > 0 ? split * kSplitKeys : 0,
+                high = splits > 0 ? low + kSplitKeys : rows.s.key_length,
+                end = high < rows.s.key_length ? high : rows.s.key_length,
+                from = rows.begin / kTile * kTile;
+    Index at = next_tile(rows, low < from ? from : low, end);
+    if (splits > 0 && at >= end) return;
+    for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
+      load_operand<T, kPairOperand<T>>(
+          block, a.queries, c * kKeys, c * kTileDepth, call.p.head_dim,
+          [&](Index r) { return r < rows.count ? call.query(query_of(rows, r)) : nullptr; },
+          [](auto&) {});
+    AttentionPart totals[2] = {{-call.kInfinity, 0}, {-call.kInfinity, 0}};
+    bool first = true;
+    do {
+      State state;
+      AttentionPart found[2] = {{-call.kInfinity, 0}, {-call.kInfinity, 0}};
+      const Index split_end = (at / kSplitKeys + 1) * kSplitKeys;
+      clear(state);
+      if (at < end) find_part(block, a, rows, at, split_end < end ? split_end : end, state, found);
+      at = next_tile(rows, split_end, end);
+      if (splits > 0)
+        write_split(block, rows, split, state, found);
+      else
+        merge(block, rows, state, found, totals, first, at >= end);
+      first = false;
+    } while (at < end);
+  }
+
+  EIGENFORMER_DEVICE static void clear(State& state) {
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      state.maximum[k] = -kInfinity;
+      state.weights[k] = 0;
+    }
+    EIGENFORMER_UNROLL_ALL
+    for (auto& sums : state.sums) sums.clear();
+  }
+
+  /// The keys [begin, end) of one split, of which somebody sees the first.
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void find_part(Block& block, const A& a, const Rows& rows, Index begin,
+                                    Index end, State& state, AttentionPart (&found)[2]) const {
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      state.wide[k] = false;
+      state.references[k] = 0;
+    }
+    for (;;) {
+      clear(state);
+      pass_over_keys(block, a, rows, begin, end, state);
+      bool large[2];
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < 2; ++k) {
+        state.weights[k] += block.shuffle_xor(state.weights[k], 1);
+        state.weights[k] += block.shuffle_xor(state.weights[k], 2);
+        large[k] = !state.wide[k] && is_large_score<T, T>(state.maximum[k]) &&
+                   state.weights[k] > 0 && state.weights[k] < kInfinity;
+      }
+      if (!any_in_block(block, a.flags, kWarps, large[0] || large[1])) break;
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < 2; ++k)
+        if (large[k]) {
+          state.wide[k] = true;
+          state.references[k] = state.maximum[k];
+        }
+    }
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k)
+      found[k] = {state.references[k] + static_cast<double>(state.maximum[k]),
+                  static_cast<double>(state.weights[k])};
+  }
+
+  /// A barrier. flags[at ...] may be used again after the next one.
+  template <typename Block, typename Flags>
+  EIGENFORMER_DEVICE static bool any_in_block(Block& block, const Flags& flags, int at, bool here) {
+    here = block.any(here);
+    if (block.lane() == 0) flags.store(at + block.warp(), here);
+    block.barrier();
+    bool any = false;
+    for (int w = 0; w < kWarps; ++w) any = any || flags.load(at + w) != 0;
+    return any;
+  }
+
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void pass_over_keys(Block& block, const A& a, const Rows& rows, Index begin,
+                                         Index end, State& state) const {
+    int buffer = 0;
+    if (kBuffers > 1) load_tile(block, a, rows, begin, buffer);
+    block.commit_async();
+    for (Index at = begin, next; at < end; at = next) {
+      next = next_tile(rows, at + kTile, end);
+      const Index coming = kBuffers > 1 ? next : at;
+      if (coming < end) load_tile(block, a, rows, coming, kBuffers - 1 - buffer);
+      block.commit_async();
+      block.template wait_async<kBuffers - 1>();
+      const bool whole = rows.sees_whole(call.p.visibility, at);
+      bool not_finite = false;
+      if (whole)
+        block.barrier();
+      else
+        not_finite = any_in_block(block, a.flags, 0, make_values_finite(block, a, buffer));
+      if (block.warp() * 16 < rows.count) add_tile(block, a, rows, at, whole, buffer, state);
+      if (not_finite) add_not_finite(block, a, rows, at, state);
+      block.barrier();
+      buffer = kBuffers - 1 - buffer;
+    }
+  }
+
+  /// body(where in the array, row, column) for the packs of a tile that this thread brings.
+  template <typename Block, typename Body>
+  EIGENFORMER_DEVICE static void for_each_pack(Block& block, Index base, Index width, Index stride,
+                                               const Body& body) {
+    for (Index r = block.thread() / 4; r < kTile; r += kThreads / 4)
+      for (Index c = 0; c < chunks_of(width); ++c)
+        body(base + (c * kTile + r) * stride + block.thread() % 4 * 8, r,
+             c * kTileDepth + block.thread() % 4 * 8);
+  }
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void load_tile(Block& block, const A& a, const Rows& rows, Index at,
+                                    int buffer) const {
+    const auto load = [&](const auto& array, Index base, Index width, Index stride, bool value) {
+      for_each_pack(block, base, width, stride, [&](Index to, Index r, Index column) {
+        const T* const from = key(value, rows, at + r);
+        if (from != nullptr && column + 8 <= width && packs_fit<8>(from + column, 0))
+          block.copy_async(array, to, from + column);
+        else
+          array.store_pack(to, row_pack<8>(from, column, width));
+      });
+    };
+    load(a.keys, buffer * a.key_size, call.p.head_dim, kPairOperand<T>, false);
+    load(a.values, buffer * a.value_size, call.p.value_dim, kRowOperand<T>, true);
+  }
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE bool make_values_finite(Block& block, const A& a, int buffer) const {
+    bool found = false;
+    for_each_pack(block, buffer * a.value_size, call.p.value_dim, kRowOperand<T>,
+                  [&](Index at, Index, Index) {
+                    auto values = a.values.template pack<Pack<T, 8>>(at);
+                    if (!make_finite(values)) return;
+                    a.values.store_pack(at, values);
+                    found = true;
+                  });
+    return found;
+  }
+
+  EIGENFORMER_DEVICE TileRange range(const Rows& rows, int r, Index at) const {
+    if (r >= rows.count) return {0, 0, 0};
+    return tile_range(call.p.visibility, rows.s.first_position + (rows.first + r) / call.group,
+                      rows.s.key_length, at, kTile);
+  }
+
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void add_tile(Block& block, const A& a, const Rows& rows, Index at, bool whole,
+                                   int buffer, State& state) const {
+    Pairs pairs;
+    pairs.clear();
+    for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
+      pairs.add(block, a.queries, c * kKeys, a.keys, buffer * a.key_size + c * kKeys, kTileDepth);
+    score(block, rows, at, pairs, state);
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      const TileRange seen =
+          whole ? TileRange{0, 0, kTile} : range(rows, Pairs::row(block.thread(), k), at);
+      add_weights(block, seen, k, pairs, state);
+    }
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < kTile / 16; ++k) {
+      const auto fragment = pairs.fragment(k);
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Chunks; ++c)
+        if (c * kTileDepth < call.p.value_dim)
+          state.sums[c].add(block, fragment, k, a.values, buffer * a.value_size + c * kValues);
+    }
+    if (!whole) {  // for add_not_finite
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < 2; ++k) EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c)
+        a.pairs.store(
+            Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
+            static_cast<T>(pairs.at(k, c)));
+    }
+  }
+
+  /// Products to scores.
+  template <typename Block>
+  EIGENFORMER_DEVICE void score(Block& block, const Rows& rows, Index at, Pairs& pairs,
+                                const State& state) const {
+    const auto& p = call.p;
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      const Index flat = rows.first + Pairs::row(block.thread(), k),
+                  apart = at - (rows.s.first_position + flat / call.group);
+      const float alibi = call.slopes == nullptr
+                              ? 0.0f
+                              : call.slopes[rows.kv_head * call.group + flat % call.group];
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c)
+        pairs.at(k, c) = score_of_product<float>(pairs.at(k, c) * p.scale, p.softcap, alibi,
+                                                 apart + Pairs::column(block.thread(), c))
+                             .value;
+    }
+    rescore(block, pairs, static_cast<Pairs*>(nullptr), state.wide, state.references,
+            [&](int r, int j) -> Score<double> {
+              if (!range(rows, r, at).sees(j)) return {0, 0};
+              const AttentionQuery q = query_of(rows, r);
+              return score_of_rows<double>(p, call.query(q), key(false, rows, at + j),
+                                           call.slopes == nullptr ? 0.0f : call.slopes[q.head],
+                                           at + j - q.position);
+            });
+  }
+
+  /// Scores of row k to weights times kFactor; the online softmax.
+  template <typename Block>
+  EIGENFORMER_DEVICE void add_weights(Block& block, const TileRange& seen, int k, Pairs& pairs,
+                                      State& state) const {
+    constexpr float log2_of_e = 1.44269504f;
+    float maximum = state.maximum[k];
+    EIGENFORMER_UNROLL_ALL
+    for (int c = 0; c < Pairs::kColumns; ++c) {
+      const float score = pairs.at(k, c);
+      if (seen.sees(Pairs::column(block.thread(), c)) && score > maximum) maximum = score;
+    }
+    maximum = Larger{}(maximum, block.shuffle_xor(maximum, 1));
+    maximum = Larger{}(maximum, block.shuffle_xor(maximum, 2));
+    const float reference = maximum == -kInfinity ? 0.0f : maximum;
+    const float fall = std::exp2((state.maximum[k] - reference) * log2_of_e);
+    float sum = 0;
+    EIGENFORMER_UNROLL_ALL
+    for (int c = 0; c < Pairs::kColumns; ++c) {
+      const bool sees = seen.sees(Pairs::column(block.thread(), c));
+      const float weight = sees ? std::exp2((pairs.at(k, c) - reference) * log2_of_e) : 0.0f;
+      sum += weight;
+      pairs.at(k, c) = weight * static_cast<float>(kFactor);
+    }
+    state.maximum[k] = maximum;
+    state.weights[k] = std::fma(state.weights[k], fall, sum);
+    EIGENFORMER_UNROLL_ALL
+    for (auto& sums : state.sums) EIGENFORMER_UNROLL_ALL
+    for (int i = 0; i < sums.kSize; ++i)
+      if (i / 2 % 2 == k) sums.values[i] *= fall;
+  }
+
+  /// What values that are not finite give to the rows that see them.
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void add_not_finite(Block& block, const A& a, const Rows& rows, Index at,
+                                         State& state) const {
+    block.warp_barrier();  // the warp's own pairs
+    for (int n = 0; n < Chunks * RowTile<T>::kSize; ++n) {
+      const int i = n % RowTile<T>::kSize, r = RowTile<T>::row(block.thread(), i);
+      const Index column =
+          n / RowTile<T>::kSize * kTileDepth + RowTile<T>::column(block.thread(), i);
+      const TileRange seen = range(rows, r, at);
+      if (column >= call.p.value_dim) continue;
+      float more = 0;
+      for (int j = 0; j < kTile; ++j) {
+        if (!seen.sees(j)) continue;
+        const T value = key(true, rows, at + j)[column];
+        if (!is_finite(value))
+          more +=
+              static_cast<float>(a.pairs.load(r * kPairStride<T> + j)) * static_cast<float>(value);
+      }
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Chunks; ++c) EIGENFORMER_UNROLL_ALL
+      for (int e = 0; e < RowTile<T>::kSize; ++e)
+        if (c * RowTile<T>::kSize + e == n) state.sums[c].values[e] += more;
+    }
+  }
+
+  /// body(column, four neighbours of it) for the sums of row k, those within value_dim.
+  template <typename Block, typename Body>
+  EIGENFORMER_DEVICE void for_each_sum(Block& block, int k, const State& state,
+                                       const Body& body) const {
+    EIGENFORMER_UNROLL_ALL
+    for (int c = 0; c < Chunks; ++c) EIGENFORMER_UNROLL_ALL
+    for (int e = 0; e < 2; ++e) {
+      const auto& sums = state.sums[c].values;
+      const int i = 2 * k + e;
+      const Index column = c * kTileDepth + RowTile<T>::column(block.thread(), i);
+      if (column < call.p.value_dim)
+        body(column, Pack<float, 4>{{sums[i], sums[i + 4], sums[i + 8], sums[i + 12]}});
+    }
+  }
+  /// Four neighbours from `column` on, in rows of value_dim.
+  template <typename U>
+  EIGENFORMER_DEVICE void write(U* row, Index column, const Pack<U, 4>& four) const {
+    if (column + 4 <= call.p.value_dim && packs_fit<4>(row + column, 0))
+      store_pack(four, row + column);
+    else
+      for (int i = 0; i < 4 && column + i < call.p.value_dim; ++i) row[column + i] = four[i];
+  }
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void write_split(Block& block, const Rows& rows, Index split,
+                                      const State& state, const AttentionPart (&found)[2]) const {
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      const int r = Pairs::row(block.thread(), k);
+      if (r >= rows.count) continue;
+      const Index at = call.index_of(query_of(rows, r)) * splits + split;
+      if (block.thread() % 4 == 0) parts[at] = found[k];
+      for_each_sum(block, k, state, [&](Index column, const Pack<float, 4>& four) {
+        write(sums + at * call.p.value_dim, column, four);
+      });
+    }
+  }
+
+  /// A split joins those before it; after the last one the output.
+  template <typename Block>
+  EIGENFORMER_DEVICE void merge(Block& block, const Rows& rows, const State& state,
+                                const AttentionPart (&found)[2], AttentionPart (&totals)[2],
+                                bool first, bool last) const {
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) {
+      const AttentionQuery q = query_of(rows, Pairs::row(block.thread(), k));
+      if (q.in_sequence >= q.s->tensor_rows) continue;
+      const Index at = call.index_of(q) * call.p.value_dim;
+      const auto merged = merge_parts<float>(totals[k], found[k]);
+      totals[k] = merged.part;
+      typename Call::End end{0.0, -call.kInfinity};
+      if (last && q.sees_any()) end = call.end_of(q, totals[k]);
+      if (last && block.thread() % 4 == 0) call.write_log_sum_exp(q, end.log_sum_exp);
+      for_each_sum(block, k, state, [&](Index column, Pack<float, 4> four) {
+        Pack<T, 4> output;
+        for (int i = 0; i < 4; ++i) {
+          const bool here = !first && column + i < call.p.value_dim;
+          four[i] = merge_sums(merged, here ? sums[at + column + i] : 0.0f, four[i]);
+          output[i] =
+              end.factor == 0
+                  ? T(0)
+                  : call.output_of(static_cast<double>(four[i]) * (end.factor / kFactor / 2));
+        }
+        if (last)
+          write(call.p.output + at, column, output);
+        else
+          write(sums + at, column, four);
+      });
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
