@@ -34,3 +34,4 @@
 #include "quantization.cuh"
 #include "rope.cuh"
 #include "sampling.cuh"
+#include "tensor_parallel.cuh"

@@ -43,10 +43,6 @@ struct Sampling {
 template <typename T>
 struct GreedySampling : Sampling<T> {};
 
-/// One set of params for all rows, of which temperature and top_k alone have a say.
-template <typename T>
-struct TopKSampling : Sampling<T> {};
-
 /// The distribution of every row, (batch, vocab); rows whose status is not ok are zero.
 template <typename T>
 struct SamplingProbabilities {
