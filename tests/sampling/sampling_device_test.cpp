@@ -94,7 +94,7 @@ void check_all_parameters(Index vocab) {
 }
 
 TEST(SamplingOnDevice, EveryFilterInEveryOrder) {
-  for (Index vocab : {1, 2, 31, 33, 256, 1001}) check_all_parameters<float>(vocab);
+  for (Index vocab : {1, 33, 256, 1001}) check_all_parameters<float>(vocab);
   check_all_parameters<ef::bfloat16>(264);
   check_all_parameters<ef::half>(255);
   check_all_parameters<double>(130);
@@ -237,6 +237,19 @@ TEST(SamplingOnDevice, ACallIsCaptured) {
     EXPECT_EQ(got(0), expected(0));
     EXPECT_EQ(got(1), expected(1));
   }
+}
+
+TEST(SamplingOnDevice, NothingIsAllocatedOnceTheSizesHaveBeenSeen) {
+  const EmulatedBench bench{{emulated::Stream()}, {}};
+  const auto x = on_device(bench, random_tensor<float, 2>({3, 50}, 8));
+  const auto ids = on_device(bench, poisoned_tensor<std::int32_t, 1>({3}));
+  std::vector<ef::SamplingParams> params(3, {.top_k = 9, .logit_bias = {{5, 1.f}}});
+  ef::Philox random;
+  const auto call = [&] { ef::sample_into(bench.device, ids.view(), x.cview(), params, random); };
+  for (int i = 0; i < 8; ++i) call();  // every piece of the stream's staging has had its turn
+  const auto before = emulated::DeviceMemory::instance().allocations();
+  call();
+  EXPECT_EQ(emulated::DeviceMemory::instance().allocations(), before);
 }
 #endif
 

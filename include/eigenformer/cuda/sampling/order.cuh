@@ -22,25 +22,28 @@ struct OrderedSums {
   template <typename V>
   using Shared = decltype(std::declval<Block&>().template shared<V>(1));
   Shared<double> numbers;  // (kTileRuns); a selection has it for its masses
-  Shared<double> total;
+  Shared<Index> firsts;    // (warps)
   Shared<Index> token;
 };
 
-inline constexpr std::size_t kOrderedSumsBytes =
-    shared_bytes<double>(kTileRuns) + shared_bytes<double>(1) + shared_bytes<Index>(1);
+inline constexpr std::size_t kOrderedSumsBytes = shared_bytes<double>(kTileRuns) +
+                                                 shared_bytes<Index>(kRowThreads / kWarp) +
+                                                 shared_bytes<Index>(1);
 
 template <typename Block>
 EIGENFORMER_DEVICE OrderedSums<Block> ordered_sums(Block& block) {
   const auto numbers = block.template shared<double>(kTileRuns);
-  const auto total = block.template shared<double>(1);
+  const auto firsts = block.template shared<Index>(kRowThreads / kWarp);
   const auto token = block.template shared<Index>(1);
-  return {numbers, total, token};
+  return {numbers, firsts, token};
 }
 
-/// The sums of the runs [first, first + count) of weight(token); a barrier follows.
+EIGENFORMER_DEVICE inline Index runs_of(Index vocab) { return (vocab + kRun - 1) / kRun; }
+
+/// numbers[i] = start and the sums of weight(token) over the runs [first, first + i].
 template <typename Block, typename Weight>
 EIGENFORMER_DEVICE void sum_runs(Block& block, const OrderedSums<Block>& sums, Index vocab,
-                                 Index first, Index count, const Weight& weight) {
+                                 Index first, Index count, double start, const Weight& weight) {
   constexpr int ways = 8;
   const int member = block.thread() % ways;
   const Index group = block.thread() / ways, groups = block.size() / ways;
@@ -53,40 +56,68 @@ EIGENFORMER_DEVICE void sum_runs(Block& block, const OrderedSums<Block>& sums, I
     if (member == 0 && i + group < count) sums.numbers.store(i + group, sum);
   }
   block.barrier();
+  if (block.thread() == 0)
+    for (Index i = 0; i < count; ++i) {
+      start += sums.numbers.load(i);
+      sums.numbers.store(i, start);
+    }
+  block.barrier();
 }
 
-/// visit(first run, runs), by one thread, for tiles of runs whose sums are in shared memory.
-/// `ready`: a sum of the same weights came just before, and what fits the tile is still there.
-template <typename Block, typename Weight, typename Visit>
-EIGENFORMER_DEVICE void for_each_tile(Block& block, const OrderedSums<Block>& sums, Index vocab,
-                                      bool ready, const Weight& weight, Visit visit) {
-  const Index runs = (vocab + kRun - 1) / kRun;
-  for (Index first = 0; first < runs; first += kTileRuns) {
-    const Index count = runs - first < kTileRuns ? runs - first : kTileRuns;
-    if (!ready || runs > kTileRuns) sum_runs(block, sums, vocab, first, count, weight);
-    if (block.thread() == 0) visit(first, count);
-    block.barrier();
-  }
+EIGENFORMER_DEVICE inline Index tile_size(Index runs, Index first) {
+  return runs - first < kTileRuns ? runs - first : kTileRuns;
 }
 
-/// The sum of weight(token) over the vocabulary, for every thread. A barrier lies between it and
-/// what came before in the numbers.
+/// The sum of weight(token) over the vocabulary, for every thread. What the numbers hold then are
+/// the sums up to each run of the last tile.
 template <typename Block, typename Weight>
 EIGENFORMER_DEVICE double sum_in_order(Block& block, const OrderedSums<Block>& sums, Index vocab,
                                        const Weight& weight) {
+  const Index runs = runs_of(vocab);
   double total = 0;
-  for_each_tile(block, sums, vocab, false, weight, [&](Index, Index count) {
-    for (Index i = 0; i < count; ++i) total += sums.numbers.load(i);
-    sums.total.store(0, total);
-  });
-  total = sums.total.load(0);
-  block.barrier();
+  for (Index first = 0; first < runs; first += kTileRuns) {
+    const Index count = tile_size(runs, first);
+    sum_runs(block, sums, vocab, first, count, total, weight);
+    total = sums.numbers.load(count - 1);
+    block.barrier();
+  }
   return total;
 }
 
+/// A run of tokens, and the sum of the weights before it.
+struct RunFound {
+  Index run;
+  double before;
+};
+
+/// The first run within which the running sum passes `target`, or reaches the total. A
+/// sum_in_order of the same weights came just before.
+template <typename Block, typename Weight>
+EIGENFORMER_DEVICE RunFound find_run(Block& block, const OrderedSums<Block>& sums, Index vocab,
+                                     double target, double total, const Weight& weight) {
+  const Index runs = runs_of(vocab);
+  RunFound found{runs - 1, 0};
+  for (Index first = 0; first < runs; first += kTileRuns) {
+    const Index count = tile_size(runs, first);
+    if (runs > kTileRuns) sum_runs(block, sums, vocab, first, count, found.before, weight);
+    Index own = count;
+    for (Index i = block.thread(); i < own; i += block.size()) {
+      const double sum = sums.numbers.load(i);
+      if (sum > target || sum == total) own = i;
+    }
+    own = reduce_block(block, sums.firsts, own, Smaller{});
+    if (own > 0) found.before = sums.numbers.load(own - 1);
+    block.barrier();
+    if (own == count) continue;
+    found.run = first + own;
+    break;
+  }
+  return found;
+}
+
 /// The token at which the running sum of weight(token) >= 0 passes u of their total, for every
-/// thread; the last one that has weight where rounding leaves it just below. -1 where the weights
-/// sum to 0, -2 where their sum overflows.
+/// thread; one of the last that have weight where rounding leaves it just below. -1 where the
+/// weights sum to 0, -2 where their sum overflows.
 template <typename Block, typename Weight>
 EIGENFORMER_DEVICE std::int32_t draw_in_order(Block& block, const OrderedSums<Block>& sums,
                                               Index vocab, double u, const Weight& weight) {
@@ -94,25 +125,13 @@ EIGENFORMER_DEVICE std::int32_t draw_in_order(Block& block, const OrderedSums<Bl
   if (total == 0) return -1;
   if (!(total < std::numeric_limits<double>::infinity())) return -2;
   const double target = u * total;
-  double before = 0, last = 0;  // thread 0's: what lies before the run chosen, and its sum
-  Index chosen = 0;
-  bool passed = false;
-  for_each_tile(block, sums, vocab, true, weight, [&](Index first, Index count) {
-    for (Index i = 0; i < count && !passed; ++i) {
-      const double sum = sums.numbers.load(i);
-      if (sum == 0) continue;
-      before += last;
-      last = sum;
-      chosen = first + i;
-      passed = before + sum > target;
-    }
-    sums.token.store(0, chosen);
-  });
-  const Index begin = sums.token.load(0) * kRun;
+  const RunFound found = find_run(block, sums, vocab, target, total, weight);
+  const Index begin = found.run * kRun;
   for (Index j = block.thread(); j < kRun; j += block.size())
     sums.numbers.store(j, begin + j < vocab ? weight(begin + j) : 0.0);
   block.barrier();
   if (block.thread() == 0) {
+    double before = found.before;
     Index drawn = begin;
     for (Index j = 0; j < kRun; ++j) {
       const double own = sums.numbers.load(j);

@@ -29,20 +29,19 @@ EIGENFORMER_DEVICE inline SampleStatus status_of_probability(double p) {
 
 template <typename Draft, typename Target>
 struct SpeculativeKernel {
-  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+  static constexpr int kThreads = kRowThreads;
   problem::Speculative<Draft, Target> p;  // generators and lengths on the device
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
     const auto sums = ordered_sums(block);
-    const auto scratch = block.template shared<Index>(kWarps);
     for (Index r = block.index(); r < p.batch; r += block.count()) {
       std::int32_t* const tokens = p.tokens + r * (p.drafts + 1);
       const Chain chain{p.draft_tokens + r * p.drafts, p.draft + r * p.drafts * p.vocab,
                         p.target + r * (p.drafts + 1) * p.vocab};
       Index place = 0;
       std::int32_t last = -1;
-      const SampleStatus status = verify(block, sums, scratch, chain, r, place, last);
+      const SampleStatus status = verify(block, sums, chain, r, place, last);
       const Index accepted = status == SampleStatus::ok ? place : -1;
       for (Index i = block.thread(); i <= p.drafts; i += block.size())
         tokens[i] = i < accepted ? chain.tokens[i] : i == accepted ? last : -1;
@@ -52,8 +51,6 @@ struct SpeculativeKernel {
       }
     }
   }
-
-  static constexpr std::size_t shared() { return kOrderedSumsBytes + shared_bytes<Index>(kWarps); }
 
  private:
   struct Chain {
@@ -79,18 +76,19 @@ struct SpeculativeKernel {
   }
 
   /// The first i below `end` of which is(i); else `end`. For every thread.
-  template <typename Block, typename Scratch, typename Is>
-  EIGENFORMER_DEVICE static Index first_of(Block& block, const Scratch& scratch, Index end, Is is) {
+  template <typename Block, typename Is>
+  EIGENFORMER_DEVICE static Index first_of(Block& block, const OrderedSums<Block>& sums, Index end,
+                                           Is is) {
     Index first = end;
     for (Index i = block.thread(); i < first; i += block.size())
       if (is(i)) first = i;
-    return reduce_block(block, scratch, first, Smaller{});
+    return reduce_block(block, sums.firsts, first, Smaller{});
   }
 
-  template <typename Block, typename Scratch, typename P>
-  EIGENFORMER_DEVICE SampleStatus status_of_all(Block& block, const Scratch& scratch,
+  template <typename Block, typename P>
+  EIGENFORMER_DEVICE SampleStatus status_of_all(Block& block, const OrderedSums<Block>& sums,
                                                 const P* numbers) const {
-    const Index bad = first_of(block, scratch, p.vocab, [&](Index t) {
+    const Index bad = first_of(block, sums, p.vocab, [&](Index t) {
       return status_of_probability(static_cast<double>(numbers[t])) != SampleStatus::ok;
     });
     return bad == p.vocab ? SampleStatus::ok
@@ -98,24 +96,22 @@ struct SpeculativeKernel {
   }
 
   /// `place`: the drafts accepted, and where `last` comes. A draft that is no token ends the chain.
-  template <typename Block, typename Scratch>
+  template <typename Block>
   EIGENFORMER_DEVICE SampleStatus verify(Block& block, const OrderedSums<Block>& sums,
-                                         const Scratch& scratch, const Chain& chain, Index r,
-                                         Index& place, std::int32_t& last) const {
+                                         const Chain& chain, Index r, Index& place,
+                                         std::int32_t& last) const {
     const Index given = p.draft_lengths == nullptr ? p.drafts : p.draft_lengths[r];
-    const Index length = first_of(block, scratch, given, [&](Index i) {
+    const Index length = first_of(block, sums, given, [&](Index i) {
       return chain.tokens[i] < 0 || chain.tokens[i] >= p.vocab;
     });
-    place =
-        first_of(block, scratch, length, [&](Index i) { return !verdict(chain, r, i).accepted; });
+    place = first_of(block, sums, length, [&](Index i) { return !verdict(chain, r, i).accepted; });
     if (place < length)
       if (const SampleStatus status = verdict(chain, r, place).status; status != SampleStatus::ok)
         return status;
     const Target* const target = chain.target + place * p.vocab;
     const Draft* const draft = place < length ? chain.draft + place * p.vocab : nullptr;
-    SampleStatus status = status_of_all(block, scratch, target);
-    if (status == SampleStatus::ok && draft != nullptr)
-      status = status_of_all(block, scratch, draft);
+    SampleStatus status = status_of_all(block, sums, target);
+    if (status == SampleStatus::ok && draft != nullptr) status = status_of_all(block, sums, draft);
     if (status != SampleStatus::ok) return status;
     const double u = p.uniform(r, 0, Philox::Purpose::last_token);
     // Without a residual the two distributions are one up to rounding: then from the target.
@@ -144,7 +140,7 @@ void execute(const Backend<D>& on, const problem::Speculative<Draft, Target>& p)
             std::span(p.draft_lengths, p.draft_lengths == nullptr ? 0 : rows));
   kernel.p.generators = generators;
   kernel.p.draft_lengths = lengths;
-  launch_rows(on, name, p.batch, Kernel::shared(), kernel);
+  launch_rows(on, name, p.batch, kOrderedSumsBytes, kernel);
 }
 
 }  // namespace cuda
