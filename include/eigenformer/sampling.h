@@ -41,7 +41,9 @@
 /// own. Each call advances each generator by one, whatever the batch and the outcome of its rows; a
 /// call that throws advances nothing. Drafting and verifying draw from streams of their own, so
 /// that both may have generators of one seed (core/philox.h states the law). Results do not depend
-/// on the other rows or on threads.
+/// on the other rows or on threads, and a GPU draws the tokens of a CPU, but where the probability
+/// of a set comes to within rounding (1e-13) of top_p or typical_p: there it may keep a token more
+/// or less.
 ///
 /// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or
 /// +infinity, or that is all -infinity (as given, or after penalties, bias and mask). Forms that
@@ -155,7 +157,7 @@ auto sampled_ids_view(std::string_view name, Ids& ids, Index batch) {
   return view;
 }
 
-template <template <typename> class Problem, typename D, typename Ids, typename Logits>
+template <typename D, typename Ids, typename Logits>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
                  const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace) {
@@ -165,7 +167,7 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
   auto problem = sampling_problem(name, view, params, out.data(),
                                   checked_statuses(name, statuses, view.dimension(0)), frame);
   set_generators(name, problem, rng);
-  detail::run(device, Problem<scalar_of<Logits>>{problem}, workspace);
+  detail::run(device, problem, workspace);
   rng.advance();
 }
 
@@ -235,25 +237,23 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 // one per row.
 
 /// Draws one token per row into ids (batch), -1 where a row is bad; `statuses`, where given, is
-/// (batch). Allocates nothing after the first call at a size.
+/// (batch). Allocates nothing after the first call at a size. On a GPU ids, logits and statuses are
+/// device memory; the parameters, with their lists, and the generators the host's.
 template <Device D, typename Ids, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params& params,
                  Generators rng, std::span<SampleStatus> statuses = {},
                  Workspace& workspace = thread_workspace()) {
-  detail::sample_into<problem::Sampling>("sample", device, ids, logits, params, rng, statuses,
-                                         workspace);
+  detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
 
-/// Draws from the k >= 1 largest of every row at a temperature. On a GPU ids, logits and statuses
-/// are device memory.
+/// Draws from the k >= 1 largest of every row at a temperature.
 template <Device D, typename Ids, typename Logits>
 void top_k_sample_into(const D& device, Ids&& ids, const Logits& logits, Index k,
                        double temperature, Generators rng, std::span<SampleStatus> statuses = {},
                        Workspace& workspace = thread_workspace()) {
   constexpr auto name = "top_k_sample";
-  detail::sample_into<problem::TopKSampling>(name, device, ids, logits,
-                                             detail::top_k_params(name, k, temperature), rng,
-                                             statuses, workspace);
+  detail::sample_into(name, device, ids, logits, detail::top_k_params(name, k, temperature), rng,
+                      statuses, workspace);
 }
 
 /// Returns one token per row, (batch). Throws std::invalid_argument for a bad row too.

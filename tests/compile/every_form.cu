@@ -57,6 +57,7 @@ struct Views {
   View<float, 3> v3{nullptr, 0, 0, 0};
   View<float, 4> v4{nullptr, 0, 0, 0, 0};
   View<std::int32_t, 1> ids{nullptr, 0};
+  View<std::int32_t, 2> tokens{nullptr, 0, 0};
   View<std::int8_t, 2> q{nullptr, 0, 0};
   std::vector<Index> lengths;
 };
@@ -137,6 +138,11 @@ void sampling(const D& device, Views v) {
   ef::sample_into(device, v.ids, v.v2, ef::SamplingParams{}, random);
   ef::sampling_probabilities_into(device, v.v2, v.v2, ef::SamplingParams{});
   ef::log_probabilities_of_into(device, v.v1, v.v2, v.ids);
+  ef::sample_with_log_probabilities_into(
+      device, ef::SampleViews{v.ids, v.v1, v.v1, v.ids, v.tokens, v.v2, v.v2, {}}, v.v2,
+      ef::SamplingParams{}, random);
+  ef::verify_speculative_into(device, ef::SpeculativeViews{v.ids, v.tokens, {}}, v.tokens, v.v3,
+                              v.v3, random);
 }
 
 template <typename D>

@@ -65,7 +65,6 @@ const Part kParts[] = {
     part<Interleave<F>>("tensor_parallel", "layers"),
     part<Vocabulary<F>>("tensor_parallel", "vocabulary"),
     part<GreedySampling<F>>("sampling", "greedy"),
-    part<TopKSampling<F>>("sampling", "top-k"),
     part<Sampling<F>>("sampling", "all parameters"),
     part<SamplingProbabilities<F>>("sampling", "probabilities"),
     part<SampleWithLogProbabilities<F>>("sampling", "with log-probabilities"),

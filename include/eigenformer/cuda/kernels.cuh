@@ -39,3 +39,4 @@
 #include "quantization.cuh"
 #include "rope.cuh"
 #include "sampling.cuh"
+#include "tensor_parallel.cuh"

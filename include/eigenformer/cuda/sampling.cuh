@@ -1,258 +1,241 @@
 /// \file
-/// CUDA kernels of greedy and top-k sampling, one block per row.
+/// CUDA kernels of sampling, one block per row: every filter in every order, the draw, the
+/// distribution and the log-probabilities (cuda/sampling/). Statuses, order, ties and boundaries
+/// are those of the CPU, and the draw adds what the CPU adds in its order, so that a seed draws the
+/// same tokens. filters.cuh names the one difference.
 ///
-/// Greedy: one pass, the largest logit and its lowest index. Top-k: the k-th largest by radix
-/// selection (four passes over 8 bits of the ordered keys, from the highest), then two passes in
-/// which every thread owns a run of consecutive tokens: one sums the weights of the tokens kept,
-/// one finds the token where the cumulative weight passes u. Weights are exp in double; the sum
-/// runs in token order by threads. The random number is Philox of (seed, position, row), as on the
-/// CPU.
+/// Nothing is sorted: each step is a pass over the row, of which the first reads it from memory and
+/// the others from L2. Greedy is one pass: 80% of the bandwidth is expected from a few hundred rows
+/// on. A draw adds one pass (an exponential in double per token in play, some 25 flops), top-k 6
+/// (bfloat16) to 10 (float), top-p one more than that, min-p one, typical-p 19, penalties, bias and
+/// mask a copy and one. For top-k, top-p and a draw from 128256 bfloat16 that is some 16 passes of
+/// 256 kB by one multiprocessor: 50 to 100 microseconds are expected for up to 132 rows, which read
+/// 34 MB from memory, so that L2 and latency are the limit and not the bandwidth (10 to 20% of it).
+///
+/// Parameters, with their lists, and generators are staged. Rows with penalties, bias or mask take
+/// scratch, at most kScratchRows rows of it.
 #pragma once
 
-#include <bit>
-#include <cmath>
+#include <limits>
 
-#include "../problem/sampling.h"
-#include "collectives.cuh"
+#include "../core/workspace.h"
 #include "launch.cuh"
+#include "sampling/log_probabilities.cuh"
+#include "sampling/logits.cuh"
+#include "sampling/speculative.cuh"
 #include "stage.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// What one pass finds out about a row.
-template <typename C>
-struct RowBest {
-  C value;
-  Index index;
-  int flags;  // 1: NaN seen, 2: +infinity seen
-};
-
-struct BetterRow {
-  template <typename C>
-  EIGENFORMER_DEVICE RowBest<C> operator()(const RowBest<C>& a, const RowBest<C>& b) const {
-    const bool first = a.value > b.value || (a.value == b.value && a.index <= b.index);
-    return {first ? a.value : b.value, first ? a.index : b.index, a.flags | b.flags};
-  }
-};
-
-template <typename Block, typename Scratch, typename T>
-EIGENFORMER_DEVICE auto best_of_row(Block& block, const Scratch& scratch, const T* logits,
-                                    Index vocab) {
-  using C = compute_type<T>;
-  constexpr C infinity = std::numeric_limits<C>::infinity();
-  RowBest<C> best{-infinity, vocab, 0};
-  for (Index t = block.thread(); t < vocab; t += block.size()) {
-    const C x = static_cast<C>(logits[t]);
-    best.flags |= (x != x ? 1 : 0) | (x == infinity ? 2 : 0);
-    if (x > best.value) {
-      best.value = x;
-      best.index = t;
-    }
-  }
-  return reduce_block(block, scratch, best, BetterRow{});
-}
-
-template <typename C>
-EIGENFORMER_DEVICE SampleStatus status_of(const RowBest<C>& best, Index vocab) {
-  if ((best.flags & 1) != 0) return SampleStatus::nan;
-  if ((best.flags & 2) != 0) return SampleStatus::positive_infinity;
-  return best.index == vocab ? SampleStatus::no_token : SampleStatus::ok;
-}
-
-/// Larger numbers have larger keys; -0 and 0 are equal.
-EIGENFORMER_DEVICE inline std::uint64_t ordered_key(float x) {
-  const auto bits = std::bit_cast<std::uint32_t>(x == 0.0f ? 0.0f : x);
-  return bits >> 31 != 0 ? ~bits : bits | 0x80000000u;
-}
-EIGENFORMER_DEVICE inline std::uint64_t ordered_key(double x) {
-  const auto bits = std::bit_cast<std::uint64_t>(x == 0.0 ? 0.0 : x);
-  return bits >> 63 != 0 ? ~bits : bits | 0x8000000000000000u;
-}
-
 template <typename T>
-struct SampleKernel {
+struct GreedyKernel {
   using C = compute_type<T>;
-  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp, kDigits = 256;
-  const T* logits;
-  Index rows, vocab, top_k;
-  double temperature;
-  bool greedy, keep_ties;
-  Philox random;
-  const Philox* row_random;  // one per row, drawing at row 0; nullptr: `random`, at its row
-  std::int32_t* ids;
-  SampleStatus* statuses;
-
-  static constexpr std::size_t shared() {
-    return shared_bytes<RowBest<C>>(kWarps) + shared_bytes<Index>(kWarps) +
-           shared_bytes<unsigned>(kDigits) + shared_bytes<double>(kThreads + 1) +
-           shared_bytes<Selection>(1) + shared_bytes<std::int32_t>(1);
-  }
+  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
+  problem::Sampling<T> p;
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto best_scratch = block.template shared<RowBest<C>>(kWarps);
-    const Arrays<Block> arrays{
-        block.template shared<Index>(kWarps), block.template shared<unsigned>(kDigits),
-        block.template shared<double>(kThreads + 1), block.template shared<Selection>(1),
-        block.template shared<std::int32_t>(1)};
-    for (Index row = block.index(); row < rows; row += block.count()) {
-      const T* own = logits + row * vocab;
-      const RowBest<C> best = best_of_row(block, best_scratch, own, vocab);
-      const SampleStatus status = status_of(best, vocab);
-      std::int32_t id = -1;
-      if (status == SampleStatus::ok)
-        id = greedy ? static_cast<std::int32_t>(best.index)
-                    : draw(block, arrays, own, best.value, row);
-      if (block.thread() == 0) {
-        ids[row] = id;
-        if (statuses != nullptr) statuses[row] = status;
-      }
+    const auto scratch = block.template shared<RowBest<C>>(kWarps);
+    for (Index r = block.index(); r < p.batch; r += block.count()) {
+      const SamplingRow<T> row{p.logits + r * p.vocab, nullptr, p.vocab, {}, 1.0};
+      const RowBest<C> best = best_of_row(block, scratch, row);
+      const SampleStatus status = status_of(best, p.vocab);
+      if (block.thread() == 0)
+        p.finish(r, status == SampleStatus::ok ? static_cast<std::int32_t>(best.index) : -1,
+                 status);
     }
-  }
-
- private:
-  struct Selection {
-    std::uint64_t prefix;  // leading digits of the k-th largest, the others zero
-    Index wanted;          // its place among the keys that have them
-  };
-  struct Threshold {
-    std::uint64_t key;  // of the k-th largest
-    Index ties;         // how many tokens of that very key are kept, from the lowest index
-  };
-  template <typename Block>
-  struct Arrays {
-    template <typename V>
-    using Shared = decltype(std::declval<Block&>().template shared<V>(1));
-    Shared<Index> scratch;
-    Shared<unsigned> histogram;
-    Shared<double> sums;  // up to thread i
-    Shared<Selection> selection;
-    Shared<std::int32_t> chosen;
-  };
-
-  // Radix selection: after each pass the leading digits of the k-th largest are known.
-  template <typename Block>
-  EIGENFORMER_DEVICE Threshold select(Block& block, const Arrays<Block>& arrays,
-                                      const T* own) const {
-    constexpr int bits = 8 * static_cast<int>(sizeof(C));
-    if (block.thread() == 0) arrays.selection.store(0, {0, top_k < vocab ? top_k : vocab});
-    for (int shift = bits - 8; shift >= 0; shift -= 8) {
-      arrays.histogram.store(block.thread(), 0);
-      block.barrier();
-      const std::uint64_t prefix = arrays.selection.load(0).prefix;
-      for (Index t = block.thread(); t < vocab; t += block.size()) {
-        const std::uint64_t key = ordered_key(static_cast<C>(own[t]));
-        if (shift + 8 == bits || key >> (shift + 8) == prefix >> (shift + 8))
-          arrays.histogram.add(static_cast<Index>(key >> shift & 255), 1u);
-      }
-      block.barrier();
-      if (block.thread() == 0) {
-        Index wanted = arrays.selection.load(0).wanted;
-        int digit = kDigits - 1;
-        for (; digit > 0; --digit) {
-          const Index count = arrays.histogram.load(digit);
-          if (count >= wanted) break;
-          wanted -= count;
-        }
-        arrays.selection.store(0, {prefix | static_cast<std::uint64_t>(digit) << shift, wanted});
-      }
-      block.barrier();
-    }
-    const Selection found = arrays.selection.load(0);
-    block.barrier();
-    return {found.prefix, keep_ties ? vocab : found.wanted};
-  }
-
-  // Calls visit(token, weight) for the kept tokens of [begin, end) in order; `ties_before` tokens
-  // of the threshold's key lie before.
-  template <typename Visit>
-  EIGENFORMER_DEVICE void for_each_kept(const T* own, Index begin, Index end, C largest,
-                                        Threshold threshold, Index ties_before, Visit visit) const {
-    for (Index t = begin; t < end; ++t) {
-      const C x = static_cast<C>(own[t]);
-      const std::uint64_t key = ordered_key(x);
-      if (key < threshold.key || (key == threshold.key && ties_before++ >= threshold.ties))
-        continue;
-      visit(t, std::exp((static_cast<double>(x) - static_cast<double>(largest)) / temperature));
-    }
-  }
-
-  template <typename Block>
-  EIGENFORMER_DEVICE std::int32_t draw(Block& block, const Arrays<Block>& arrays, const T* own,
-                                       C largest, Index row) const {
-    const Threshold threshold = select(block, arrays, own);
-    const Index run = (vocab + kThreads - 1) / kThreads;
-    const Index begin = block.thread() * run < vocab ? block.thread() * run : vocab,
-                end = begin + run < vocab ? begin + run : vocab;
-    Index own_ties = 0;
-    for (Index t = begin; t < end; ++t)
-      own_ties += ordered_key(static_cast<C>(own[t])) == threshold.key ? 1 : 0;
-    const Index ties_before = scan_block(block, arrays.scratch, own_ties).before;
-    double sum = 0;
-    for_each_kept(own, begin, end, largest, threshold, ties_before,
-                  [&](Index, double weight) { sum += weight; });
-    arrays.sums.store(block.thread() + 1, sum);
-    block.barrier();
-    if (block.thread() == 0) {
-      double total = 0;
-      arrays.sums.store(0, total);
-      for (int i = 1; i <= kThreads; ++i) {
-        total += arrays.sums.load(i);
-        arrays.sums.store(i, total);
-      }
-      arrays.chosen.store(0, -1);
-    }
-    block.barrier();
-    const double total = arrays.sums.load(kThreads), before = arrays.sums.load(block.thread()),
-                 after = arrays.sums.load(block.thread() + 1);
-    const double target =
-        (row_random != nullptr ? row_random[row].uniform(0)
-                               : random.uniform(static_cast<std::uint32_t>(row))) *
-        total;
-    // Exactly one run holds the target: the last one that has weight takes what rounding leaves
-    // over.
-    if (sum > 0 && target >= before && (target < after || after == total)) {
-      double passed = before;
-      std::int32_t id = -1;
-      bool found = false;
-      for_each_kept(own, begin, end, largest, threshold, ties_before, [&](Index t, double weight) {
-        if (found || weight == 0) return;
-        passed += weight;
-        id = static_cast<std::int32_t>(t);
-        found = target < passed;
-      });
-      arrays.chosen.store(0, id);
-    }
-    block.barrier();
-    const std::int32_t result = arrays.chosen.load(0);
-    block.barrier();
-    return result;
   }
 };
 
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::GreedySampling<T>& p) {
-  using Kernel = SampleKernel<T>;
-  launch_rows(on, "greedy_sample", p.batch, Kernel::shared(),
-              Kernel{p.logits, p.batch, p.vocab, p.vocab, 0, true, false, Philox(), nullptr, p.ids,
-                     p.statuses});
+  using Kernel = GreedyKernel<T>;
+  launch_rows(on, "greedy_sample", p.batch,
+              shared_bytes<RowBest<typename Kernel::C>>(Kernel::kWarps), Kernel{p});
+}
+
+/// What a call asks of the filtered distributions.
+enum class SamplingResult : std::uint8_t { token, probabilities, log_probabilities, of_tokens };
+
+/// One kernel for all of them: they share the filters, which are most of it.
+template <typename T>
+struct SamplingKernel {
+  using C = compute_type<T>;
+  static constexpr int kThreads = kRowThreads;
+  problem::Sampling<T> p;  // params, their lists and generators on the device
+  SamplingResult result;
+  C* adjusted = nullptr;           // a row for each block; nullptr where none is adjusted
+  std::int32_t* counts = nullptr;  // likewise
+  Index scratch_stride = 0;
+  float* probabilities = nullptr;           // SamplingProbabilities
+  problem::LogProbabilityOutputs log = {};  // SampleWithLogProbabilities
+  const std::int32_t* tokens = nullptr;     // LogProbabilitiesOf
+  float* of_tokens = nullptr;
+
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto arrays = sampling_arrays<C>(block);
+    for (Index r = block.index(); r < p.batch; r += block.count()) {
+      const problem::RowParams& params = p.params_of(r);
+      SamplingRow<T> row{p.logits + r * p.vocab, nullptr, p.vocab, {}, 1.0};
+      SampleStatus status = scan_row(block, arrays, row);
+      const SamplingRow<T> raw = row;
+      if (status == SampleStatus::ok && problem::adjusts_logits(params)) {
+        C* const own = adjusted + block.index() * scratch_stride;
+        adjust_logits(block, row.logits, p.vocab, params, own,
+                      counts + block.index() * scratch_stride);
+        row.adjusted = own;
+        status = scan_row(block, arrays, row);
+      }
+      if (status == SampleStatus::ok) apply_filters(block, arrays, row, params);
+      write(block, arrays, raw, row, r, status);
+    }
+  }
+
+ private:
+  template <typename Block, typename Arrays>
+  EIGENFORMER_DEVICE void write(Block& block, const Arrays& arrays, const SamplingRow<T>& raw,
+                                const SamplingRow<T>& row, Index r, SampleStatus status) const {
+    const auto weight = [&](Index t) { return row.weight_of(t); };
+    if (result == SamplingResult::of_tokens) status = write_of_token(block, arrays, row, r, status);
+    if (result == SamplingResult::probabilities) {
+      float* const out = probabilities + r * p.vocab;
+      const double total =
+          status == SampleStatus::ok ? sum_in_order(block, arrays.sums, p.vocab, weight) : 0.0;
+      for (Index t = block.thread(); t < p.vocab; t += block.size())
+        out[t] = total > 0 ? static_cast<float>(weight(t) / total) : 0.0f;
+    }
+    std::int32_t id = -1;
+    const bool draws =
+        result == SamplingResult::token || result == SamplingResult::log_probabilities;
+    if (draws && status == SampleStatus::ok)
+      id = draw_in_order(block, arrays.sums, p.vocab, p.uniform(r), weight);
+    if (result == SamplingResult::log_probabilities) {
+      if (status == SampleStatus::ok)
+        write_log_probabilities(block, arrays, raw, row, r, id, log);
+      else
+        write_no_log_probabilities(block, r, log);
+    }
+    if (block.thread() == 0) p.finish(r, id, status);
+    block.barrier();  // the next row's scratch
+  }
+
+  template <typename Block, typename Arrays>
+  EIGENFORMER_DEVICE SampleStatus write_of_token(Block& block, const Arrays& arrays,
+                                                 const SamplingRow<T>& row, Index r,
+                                                 SampleStatus status) const {
+    const Index token = tokens[r];
+    float found = std::numeric_limits<float>::quiet_NaN();
+    if (token == -1) {
+      found = 0;
+      status = SampleStatus::ok;
+    } else if (status == SampleStatus::ok && token >= 0 && token < p.vocab) {
+      found = log_probability(row, token, log_sum_weights(block, arrays, row));
+    }
+    if (block.thread() == 0) of_tokens[r] = found;
+    return status;
+  }
+};
+
+/// Lists of several parameter sets, one after the other, in the frame: list(params) of each.
+template <typename V, typename Lists>
+std::span<const V> joined_lists(std::span<const problem::RowParams> sets, Workspace::Frame& frame,
+                                Lists list) {
+  std::size_t count = 0;
+  for (const problem::RowParams& params : sets) count += list(params).size();
+  V* const all = frame.take<V>(static_cast<Index>(count));
+  V* next = all;
+  for (const problem::RowParams& params : sets)
+    next = std::copy(list(params).begin(), list(params).end(), next);
+  return {all, count};
+}
+
+/// The sets on the device, their lists too: those are a copy of their own where there are any.
+template <typename D>
+std::tuple<const problem::RowParams*, const Philox*> stage_params(
+    const Backend<D>& on, const char* name, std::span<const problem::RowParams> sets,
+    std::span<const Philox> generators, bool lists) {
+  using problem::RowParams;
+  if (!lists) return stage(on, name, sets, generators);
+  Workspace::Frame frame(thread_workspace());
+  auto [prompts, outputs, biases, masks] = stage(
+      on, name,
+      joined_lists<std::int32_t>(sets, frame, [](const RowParams& p) { return p.prompt_tokens; }),
+      joined_lists<std::int32_t>(sets, frame, [](const RowParams& p) { return p.output_tokens; }),
+      joined_lists<LogitBias>(sets, frame, [](const RowParams& p) { return p.logit_bias; }),
+      joined_lists<std::uint32_t>(sets, frame, [](const RowParams& p) { return p.token_mask; }));
+  RowParams* const on_device = frame.take<RowParams>(static_cast<Index>(sets.size()));
+  const auto move_to = [](auto& list, auto& next) {
+    list = {next, list.size()};
+    next = detail::offset_by(next, list.size());
+  };
+  for (std::size_t i = 0; i < sets.size(); ++i) {
+    on_device[i] = sets[i];
+    move_to(on_device[i].prompt_tokens, prompts);
+    move_to(on_device[i].output_tokens, outputs);
+    move_to(on_device[i].logit_bias, biases);
+    move_to(on_device[i].token_mask, masks);
+  }
+  return stage(on, name, std::span<const RowParams>(on_device, sets.size()), generators);
+}
+
+/// Rows of scratch, and so rows at a time, where logits are adjusted: as many as an H100 has
+/// multiprocessors.
+inline constexpr Index kScratchRows = 132;
+
+template <typename D, typename T>
+void run_sampling(const Backend<D>& on, const char* name, SamplingKernel<T> kernel) {
+  using Kernel = SamplingKernel<T>;
+  problem::Sampling<T>& p = kernel.p;
+  if (p.batch == 0) return;
+  const std::size_t rows = static_cast<std::size_t>(p.batch);
+  const std::span sets(p.params, p.params_stride == 0 ? 1 : rows);
+  const bool adjusts = std::any_of(sets.begin(), sets.end(), problem::adjusts_logits);
+  const std::span generators(p.generators, p.generators == nullptr    ? 0
+                                           : p.generators_stride == 0 ? 1
+                                                                      : rows);
+  std::tie(p.params, p.generators) = stage_params(on, name, sets, generators, adjusts);
+  if (!adjusts)
+    return launch_rows(on, name, p.batch, sampling_arrays_bytes<typename Kernel::C>(), kernel);
+  const Index blocks = p.batch < kScratchRows ? p.batch : kScratchRows;
+  kernel.scratch_stride = (p.vocab + 3) / 4 * 4;  // 16 bytes of whatever type
+  const Index numbers = blocks * kernel.scratch_stride;
+  with_scratch<typename Kernel::C, std::int32_t>(
+      on, name, {numbers, numbers}, [&](typename Kernel::C* adjusted, std::int32_t* counts) {
+        kernel.adjusted = adjusted;
+        kernel.counts = counts;
+        launch(on, name, blocks, Kernel::kThreads, sampling_arrays_bytes<typename Kernel::C>(),
+               kernel);
+      });
 }
 
 template <typename D, typename T>
-void execute(const Backend<D>& on, const problem::TopKSampling<T>& p) {
-  const problem::RowParams& params = p.params[0];
-  const bool greedy = params.temperature == 0;
-  const bool by_row = !greedy && p.generators_stride != 0;
-  const auto [row_random] =
-      stage(on, "top_k_sample",
-            std::span(p.generators, by_row ? static_cast<std::size_t>(p.batch) : std::size_t{0}));
-  using Kernel = SampleKernel<T>;
-  launch_rows(on, "top_k_sample", p.batch, Kernel::shared(),
-              Kernel{p.logits, p.batch, p.vocab, params.top_k, params.temperature, greedy,
-                     params.top_k_ties == TopKTies::keep_all,
-                     greedy || by_row ? Philox() : p.generators[0], row_random, p.ids, p.statuses});
+void execute(const Backend<D>& on, const problem::Sampling<T>& p) {
+  run_sampling(on, "sample", SamplingKernel<T>{p, SamplingResult::token});
+}
+
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::SamplingProbabilities<T>& p) {
+  SamplingKernel<T> kernel{p.sampling, SamplingResult::probabilities};
+  kernel.probabilities = p.probabilities;
+  run_sampling(on, "sampling_probabilities", kernel);
+}
+
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::SampleWithLogProbabilities<T>& p) {
+  SamplingKernel<T> kernel{p.sampling, SamplingResult::log_probabilities};
+  kernel.log = p.outputs;
+  run_sampling(on, "sample_with_log_probabilities", kernel);
+}
+
+template <typename D, typename T>
+void execute(const Backend<D>& on, const problem::LogProbabilitiesOf<T>& p) {
+  SamplingKernel<T> kernel{p.sampling, SamplingResult::of_tokens};
+  kernel.tokens = p.tokens;
+  kernel.of_tokens = p.output;
+  run_sampling(on, "log_probabilities_of", kernel);
 }
 
 }  // namespace cuda

@@ -25,14 +25,15 @@ struct Sampling {
   std::int32_t* ids;        // (batch), -1 where the status is not ok
   SampleStatus* statuses;   // (batch), or nullptr
 
-  EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
     return params[row * params_stride];
   }
-  EIGENFORMER_INLINE double uniform(Index row) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double uniform(Index row) const {
     return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row))
                                   : generators[row].uniform(0);
   }
-  EIGENFORMER_INLINE void finish(Index row, std::int32_t id, SampleStatus status) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE void finish(Index row, std::int32_t id,
+                                                         SampleStatus status) const {
     if (ids != nullptr) ids[row] = id;
     if (statuses != nullptr) statuses[row] = status;
   }
@@ -41,10 +42,6 @@ struct Sampling {
 /// The lowest index of the largest logit of every row; params have temperature 0.
 template <typename T>
 struct GreedySampling : Sampling<T> {};
-
-/// One set of params for all rows, of which temperature and top_k alone have a say.
-template <typename T>
-struct TopKSampling : Sampling<T> {};
 
 /// The distribution of every row, (batch, vocab); rows whose status is not ok are zero.
 template <typename T>
@@ -93,7 +90,8 @@ struct Speculative {
   std::int32_t* tokens;    // (batch, drafts + 1), -1 past the last
   SampleStatus* statuses;  // (batch); where not ok nothing is accepted and every token is -1
 
-  EIGENFORMER_INLINE double uniform(Index row, Index index, Philox::Purpose purpose) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double uniform(Index row, Index index,
+                                                            Philox::Purpose purpose) const {
     const auto counter = static_cast<std::uint32_t>(index);
     return generators_stride == 0
                ? generators[0].uniform(static_cast<std::uint32_t>(row), counter, purpose)

@@ -29,7 +29,8 @@ struct VocabularyCandidate {
   std::int64_t token;  // in the whole vocabulary
 };
 
-/// The best candidates of this rank's shard of the logits, best first, ties lowest token first.
+/// The best candidates of this rank's shard of the logits, best first, ties lowest token first:
+/// into host memory, from where they travel to the other ranks.
 template <typename T>
 struct Vocabulary {
   const T* logits;                  // (rows, shard.size())

@@ -31,11 +31,92 @@ struct SamplesWithLogProbabilities {
   std::vector<SampleStatus> statuses;  ///< (batch); where not ok, ids and ranks are -1, numbers NaN
 };
 
+/// The same in memory of the caller's, which on a GPU is device memory. best_ids' columns say how
+/// many of the best are reported, at most vocab.
+struct SampleViews {
+  TensorView<std::int32_t, 1> ids;
+  TensorView<float, 1> log_probabilities, processed_log_probabilities;
+  TensorView<std::int32_t, 1> ranks;
+  TensorView<std::int32_t, 2> best_ids;
+  TensorView<float, 2> best_log_probabilities, best_processed_log_probabilities;
+  std::span<SampleStatus> statuses;
+};
+
+namespace detail {
+
+inline SampleViews views_of(SamplesWithLogProbabilities& result, Index batch, Index best) {
+  result.ids.resize(batch);
+  result.log_probabilities.resize(batch);
+  result.processed_log_probabilities.resize(batch);
+  result.ranks.resize(batch);
+  result.best_ids.resize(batch, best);
+  result.best_log_probabilities.resize(batch, best);
+  result.best_processed_log_probabilities.resize(batch, best);
+  result.statuses.resize(static_cast<std::size_t>(batch));
+  return {output_view<1>(result.ids),
+          output_view<1>(result.log_probabilities),
+          output_view<1>(result.processed_log_probabilities),
+          output_view<1>(result.ranks),
+          output_view<2>(result.best_ids),
+          output_view<2>(result.best_log_probabilities),
+          output_view<2>(result.best_processed_log_probabilities),
+          result.statuses};
+}
+
+inline void check_views(std::string_view name, const SampleViews& result, Index batch,
+                        Index vocab) {
+  const Index best = result.best_ids.dimension(1);
+  require_that(best <= vocab, name, "best_ids has ", best, " columns, logits has ", vocab);
+  const auto rows = [&](std::string_view argument, Index size) {
+    require_that(size == batch, name, argument, " has ", size, " elements, logits has ", batch,
+                 " rows");
+  };
+  const auto table = [&](std::string_view argument, const auto& view) {
+    require_that(view.dimension(0) == batch && view.dimension(1) == best, name, argument,
+                 " has shape ", shape_text(view), ", expected (", batch, ", ", best, ")");
+  };
+  rows("ids", result.ids.size());
+  rows("log_probabilities", result.log_probabilities.size());
+  rows("processed_log_probabilities", result.processed_log_probabilities.size());
+  rows("ranks", result.ranks.size());
+  rows("statuses", static_cast<Index>(result.statuses.size()));
+  table("best_ids", result.best_ids);
+  table("best_log_probabilities", result.best_log_probabilities);
+  table("best_processed_log_probabilities", result.best_processed_log_probabilities);
+}
+
+/// views(batch, vocab), after all other checks, is where the results go.
+template <Device D, typename Logits, typename Views>
+void sample_with_log_probabilities_into(std::string_view name, const D& device,
+                                        const Logits& logits, const SamplingParamsView& params,
+                                        Generators& rng, Workspace& workspace, Views&& views) {
+  const auto view = logits_view(name, logits);
+  Workspace::Frame frame(workspace);
+  auto problem = sampling_problem(name, view, params, nullptr, nullptr, frame);
+  set_generators(name, problem, rng);
+  SampleViews out = views(view.dimension(0), view.dimension(1));
+  problem.ids = out.ids.data();
+  problem.statuses = out.statuses.data();
+  const problem::LogProbabilityOutputs outputs{out.log_probabilities.data(),
+                                               out.processed_log_probabilities.data(),
+                                               out.ranks.data(),
+                                               out.best_ids.dimension(1),
+                                               out.best_ids.data(),
+                                               out.best_log_probabilities.data(),
+                                               out.best_processed_log_probabilities.data()};
+  detail::run(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs},
+              workspace);
+  rng.advance();
+}
+
+}  // namespace detail
+
 /// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row
 /// gets id -1, NaN and its status in result.statuses, and the others are served. Throws
 /// std::invalid_argument for bad arguments. Costs one more read of the logits and one exponential a
-/// token. The _into form writes into a result of an earlier call, which is resized where its sizes
-/// differ; it allocates nothing where they do not.
+/// token. The first _into form writes into a result of an earlier call, which is resized where its
+/// sizes differ; it allocates nothing where they do not. The other writes into views, on any
+/// device.
 ///
 ///   auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
 ///   if (drawn.statuses[r] == ef::SampleStatus::ok) text += drawn.ids(r);
@@ -45,33 +126,22 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
                                         const LogProbabilityOptions& options = {},
                                         Workspace& workspace = thread_workspace()) {
   constexpr auto name = "sample_with_log_probabilities";
-  const auto view = detail::logits_view(name, logits);
-  const Index batch = view.dimension(0);
   detail::require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
-  const Index best = (std::min)(options.best, static_cast<Index>(view.dimension(1)));
-  Workspace::Frame frame(workspace);
-  auto problem = detail::sampling_problem(name, view, params, nullptr, nullptr, frame);
-  detail::set_generators(name, problem, rng);
-  result.ids.resize(batch);
-  result.log_probabilities.resize(batch);
-  result.processed_log_probabilities.resize(batch);
-  result.ranks.resize(batch);
-  result.best_ids.resize(batch, best);
-  result.best_log_probabilities.resize(batch, best);
-  result.best_processed_log_probabilities.resize(batch, best);
-  result.statuses.resize(static_cast<std::size_t>(batch));
-  problem.ids = result.ids.data();
-  problem.statuses = result.statuses.data();
-  const problem::LogProbabilityOutputs outputs{result.log_probabilities.data(),
-                                               result.processed_log_probabilities.data(),
-                                               result.ranks.data(),
-                                               best,
-                                               result.best_ids.data(),
-                                               result.best_log_probabilities.data(),
-                                               result.best_processed_log_probabilities.data()};
-  detail::run(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs},
-              workspace);
-  rng.advance();
+  detail::sample_with_log_probabilities_into(
+      name, device, logits, params, rng, workspace, [&](Index batch, Index vocab) {
+        return detail::views_of(result, batch, (std::min)(options.best, vocab));
+      });
+}
+template <Device D, typename Logits, detail::SamplingSets Params = SamplingParams>
+void sample_with_log_probabilities_into(const D& device, const SampleViews& result,
+                                        const Logits& logits, const Params& params, Generators rng,
+                                        Workspace& workspace = thread_workspace()) {
+  constexpr auto name = "sample_with_log_probabilities";
+  detail::sample_with_log_probabilities_into(name, device, logits, params, rng, workspace,
+                                             [&](Index batch, Index vocab) {
+                                               detail::check_views(name, result, batch, vocab);
+                                               return result;
+                                             });
 }
 template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
 SamplesWithLogProbabilities sample_with_log_probabilities(

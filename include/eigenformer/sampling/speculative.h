@@ -20,9 +20,16 @@ struct SpeculativeResult {
       statuses;  ///< (batch); where not ok, nothing is accepted and every token is -1
 };
 
+/// The same in memory of the caller's, which on a GPU is device memory.
+struct SpeculativeViews {
+  TensorView<std::int32_t, 1> accepted_counts;
+  TensorView<std::int32_t, 2> tokens;
+  std::span<SampleStatus> statuses;
+};
+
 namespace detail {
 
-template <typename Tokens>
+template <Device D, typename Tokens>
 void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan& lengths,
                   Index vocab) {
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1);
@@ -32,10 +39,54 @@ void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan&
     const Index length = lengths.empty() ? drafts : lengths[r];
     require_that(length >= 0 && length <= drafts, name, "draft_lengths[", r, "] is ", length,
                  ", expected 0 to ", drafts);
-    for (Index i = 0; i < length; ++i)
-      require_that(tokens(r, i) >= -1 && tokens(r, i) < vocab, name, "draft_tokens(", r, ", ", i,
-                   ") is ", tokens(r, i), ", expected a token in [0, ", vocab, "), or -1 for none");
+    if constexpr (host_readable<D>)
+      for (Index i = 0; i < length; ++i)
+        require_that(tokens(r, i) >= -1 && tokens(r, i) < vocab, name, "draft_tokens(", r, ", ", i,
+                     ") is ", tokens(r, i), ", expected a token in [0, ", vocab,
+                     "), or -1 for none");
   }
+}
+
+/// views(batch, drafts), after all other checks, is where the results go.
+template <Device D, typename Tokens, typename Draft, typename Target, typename Views>
+void verify_speculative_into(std::string_view name, const D& device, const Tokens& draft_tokens,
+                             const Draft& draft_probabilities, const Target& target_probabilities,
+                             Generators& rng, const SpeculativeOptions& options, Views&& views) {
+  const auto tokens = input_view<2>(draft_tokens);
+  const auto draft = input_view<3>(draft_probabilities);
+  const auto target = input_view<3>(target_probabilities);
+  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
+                "eigenformer: token ids are std::int32_t");
+  static_assert(FloatingScalar<scalar_of<Draft>> && FloatingScalar<scalar_of<Target>>,
+                "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
+  const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
+              vocab = target.dimension(2);
+  checked_size(name, "draft_tokens", tokens);
+  checked_size(name, "draft_probabilities", draft);
+  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
+  checked_size(name, "target_probabilities", target,
+               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
+  check_sampling_shape(name, "target_probabilities", vocab);
+  require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
+               drafts, " columns, expected at most ", Philox::kIndices);
+  require_that(
+      draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab,
+      name, "draft_probabilities has shape ", shape_text(draft), ", expected (", batch, ", ",
+      drafts, ", ", vocab, ")");
+  require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
+               "target_probabilities has shape ", shape_text(target), ", expected (", batch, ", ",
+               drafts + 1, ", vocab)");
+  const LengthSpan& lengths = options.draft_lengths;
+  check_drafts<D>(name, tokens, lengths, vocab);
+  check_generators(name, "draft_tokens", rng, batch);
+  Workspace::Frame frame(thread_workspace());
+  SpeculativeViews out = views(batch, drafts);
+  detail::run(device, problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
+                          tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
+                          lengths.empty() ? nullptr : indices(lengths, frame), rng.data(),
+                          rng.per_row() ? 1 : 0, out.accepted_counts.data(), out.tokens.data(),
+                          out.statuses.data()});
+  rng.advance();
 }
 
 }  // namespace detail
@@ -63,51 +114,42 @@ void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan&
 /// generators of one seed; draft i of a row is accepted or refused by index i of (position, row).
 /// Advances each generator by one.
 ///
-/// The _into form writes into a result of an earlier call, which is resized where its sizes differ;
-/// it allocates nothing where they do not.
+/// The first _into form writes into a result of an earlier call, which is resized where its sizes
+/// differ; it allocates nothing where they do not. The other writes into views, on any device: on a
+/// GPU tokens, probabilities and results are device memory, and a draft out of range ends the
+/// drafts of its row, as -1 does.
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 void verify_speculative_into(const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
                              const Draft& draft_probabilities, const Target& target_probabilities,
                              Generators rng, const SpeculativeOptions& options = {}) {
+  detail::verify_speculative_into(
+      "verify_speculative", device, draft_tokens, draft_probabilities, target_probabilities, rng,
+      options, [&](Index batch, Index drafts) {
+        result.accepted_counts.resize(batch);
+        result.tokens.resize(batch, drafts + 1);
+        result.statuses.resize(static_cast<std::size_t>(batch));
+        return SpeculativeViews{output_view<1>(result.accepted_counts),
+                                output_view<2>(result.tokens), result.statuses};
+      });
+}
+template <Device D, typename Tokens, typename Draft, typename Target>
+void verify_speculative_into(const D& device, const SpeculativeViews& result,
+                             const Tokens& draft_tokens, const Draft& draft_probabilities,
+                             const Target& target_probabilities, Generators rng,
+                             const SpeculativeOptions& options = {}) {
   constexpr auto name = "verify_speculative";
-  const auto tokens = input_view<2>(draft_tokens);
-  const auto draft = input_view<3>(draft_probabilities);
-  const auto target = input_view<3>(target_probabilities);
-  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
-                "eigenformer: token ids are std::int32_t");
-  static_assert(FloatingScalar<scalar_of<Draft>> && FloatingScalar<scalar_of<Target>>,
-                "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
-  const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
-              vocab = target.dimension(2);
-  detail::checked_size(name, "draft_tokens", tokens);
-  detail::checked_size(name, "draft_probabilities", draft);
-  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
-  detail::checked_size(name, "target_probabilities", target,
-                       (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
-  detail::check_sampling_shape(name, "target_probabilities", vocab);
-  detail::require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name,
-                       "draft_tokens has ", drafts, " columns, expected at most ",
-                       Philox::kIndices);
-  detail::require_that(
-      draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab,
-      name, "draft_probabilities has shape ", detail::shape_text(draft), ", expected (", batch,
-      ", ", drafts, ", ", vocab, ")");
-  detail::require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
-                       "target_probabilities has shape ", detail::shape_text(target),
-                       ", expected (", batch, ", ", drafts + 1, ", vocab)");
-  const LengthSpan& lengths = options.draft_lengths;
-  detail::check_drafts(name, tokens, lengths, vocab);
-  detail::check_generators(name, "draft_tokens", rng, batch);
-  Workspace::Frame frame(thread_workspace());
-  result.accepted_counts.resize(batch);
-  result.tokens.resize(batch, drafts + 1);
-  result.statuses.resize(static_cast<std::size_t>(batch));
-  detail::run(device, problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{
-                          tokens.data(), draft.data(), target.data(), batch, drafts, vocab,
-                          lengths.empty() ? nullptr : detail::indices(lengths, frame), rng.data(),
-                          rng.per_row() ? 1 : 0, result.accepted_counts.data(),
-                          result.tokens.data(), result.statuses.data()});
-  rng.advance();
+  detail::verify_speculative_into(
+      name, device, draft_tokens, draft_probabilities, target_probabilities, rng, options,
+      [&](Index batch, Index drafts) {
+        detail::require_that(
+            result.accepted_counts.size() == batch && result.tokens.dimension(0) == batch &&
+                result.tokens.dimension(1) == drafts + 1 &&
+                static_cast<Index>(result.statuses.size()) == batch,
+            name, "the results have ", result.accepted_counts.size(), " counts, tokens of shape ",
+            detail::shape_text(result.tokens), " and ", result.statuses.size(),
+            " statuses, expected ", batch, ", (", batch, ", ", drafts + 1, ") and ", batch);
+        return result;
+      });
 }
 template <CpuDevice D, typename Tokens, typename Draft, typename Target>
 SpeculativeResult verify_speculative(const D& device, const Tokens& draft_tokens,

@@ -16,16 +16,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Monotone integer image of a logit: larger logits have larger keys, and -0 has the key of +0.
-EIGENFORMER_INLINE std::uint32_t order_key(float x) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x + 0.0f);
-  // no branch: the sign of a logit is a coin toss
-  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
-}
-EIGENFORMER_INLINE std::uint64_t order_key(double x) {
-  const std::uint64_t bits = std::bit_cast<std::uint64_t>(x + 0.0);
-  return bits ^ ((std::uint64_t{0} - (bits >> 63)) | std::uint64_t{1} << 63);
-}
+using problem::order_key;
 
 /// Where a prefix of the candidates ends.
 template <typename C>

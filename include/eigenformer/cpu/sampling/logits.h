@@ -10,28 +10,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-inline bool has_penalties(const problem::RowParams& params) {
-  const bool repetition = params.repetition_penalty != 1.0 &&
-                          !(params.prompt_tokens.empty() && params.output_tokens.empty());
-  return repetition || ((params.frequency_penalty != 0.0 || params.presence_penalty != 0.0) &&
-                        !params.output_tokens.empty());
-}
-
-inline bool adjusts_logits(const problem::RowParams& params) {
-  return has_penalties(params) || !params.logit_bias.empty() || !params.token_mask.empty();
-}
-
-/// The logit of a token that occurs in the history, `occurrences` times of them in the output.
-/// -infinity stays what it is.
-template <typename C>
-C penalized_logit(C logit, std::int32_t occurrences, const problem::RowParams& params) {
-  if (logit < std::numeric_limits<C>::lowest()) return logit;
-  double x = static_cast<double>(logit);
-  // towards less likely on both sides of 0
-  x = x < 0 ? x * params.repetition_penalty : x / params.repetition_penalty;
-  if (occurrences > 0) x -= params.frequency_penalty * occurrences + params.presence_penalty;
-  return static_cast<C>(x);
-}
+using problem::adjusts_logits, problem::has_penalties, problem::penalized_logit;
 
 /// Changes every distinct token of the history once. `counts` is (vocab) scratch.
 template <typename C>

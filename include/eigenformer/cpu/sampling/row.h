@@ -20,7 +20,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "../../problem/sampling_params.h"
+#include "../../core/token_weight.h"
+#include "../../problem/sampling_rules.h"
 #include "../vector/copy.h"
 #include "../vector/functions.h"
 
@@ -43,17 +44,8 @@ struct SamplingScratch {
   std::int32_t* counts;  // (vocab) occurrences of each token; nullptr where no row has penalties
 };
 
-/// The tokens still in play.
-template <typename C>
-struct Band {
-  C hi;          // the largest logit in play
-  C lo;          // the smallest; never -infinity
-  Index lo_end;  // tokens equal to lo are in play below this index
-
-  bool contains(C logit, Index token) const {
-    return logit <= hi && (logit > lo || (logit == lo && token < lo_end));
-  }
-};
+using eigenformer::detail::token_weight;
+using problem::Band;
 
 template <typename T>
 struct SamplingRow {
@@ -137,12 +129,6 @@ Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
       if (x[j] == value && --nth == 0) return block * SamplingBlock::size + j;
   }
   return row.vocab - 1;  // not reached: the caller has seen that many
-}
-
-/// The weight of a logit relative to the best one in play: 1 for the best.
-EIGENFORMER_INLINE double token_weight(double logit, double best, double inverse_temperature) {
-  const double scaled = (logit - best) * inverse_temperature;
-  return exp_nonpositive(scaled < 0.0 ? scaled : 0.0);
 }
 
 /// weights[j] of any 128 logits.

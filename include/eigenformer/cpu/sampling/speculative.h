@@ -11,6 +11,7 @@
 #include "../../problem/sampling.h"
 #include "../backend.h"
 #include "../vector/loop.h"
+#include "row.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -42,21 +43,39 @@ SampleStatus status_of_probabilities(const P* numbers, Index count) {
   return status;
 }
 
-/// Draws from weight(token) >= 0 in token order with doubles; -1 where the weights sum to 0, -2
-/// where their sum overflows.
+/// Draws from weight(token) >= 0 in token order, with the sums of sampling.h: in blocks of 128
+/// tokens, then block after block. -1 where the weights sum to 0, -2 where their sum overflows.
 template <typename Weight>
 std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
+  alignas(64) double weights[SamplingBlock::size];
+  const auto sum_of_block = [&](Index begin) {
+    const Index count = (std::min)(SamplingBlock::size, vocab - begin);
+    for (Index j = 0; j < count; ++j) weights[j] = weight(begin + j);
+    std::fill(weights + count, weights + SamplingBlock::size, 0.0);
+    return block_sum(weights);
+  };
   double total = 0;
-  for (Index v = 0; v < vocab; ++v) total += weight(v);
+  for (Index begin = 0; begin < vocab; begin += SamplingBlock::size) total += sum_of_block(begin);
+  if (total == 0) return -1;
   if (!(total < std::numeric_limits<double>::infinity())) return -2;
+  const double target = u * total;
+  double before = 0, last = 0;
+  Index chosen = 0;
+  for (Index begin = 0; begin < vocab; begin += SamplingBlock::size) {
+    const double sum = sum_of_block(begin);
+    if (sum == 0) continue;
+    before += last;
+    last = sum;
+    chosen = begin;
+    if (before + sum > target) break;
+  }
+  sum_of_block(chosen);
   std::int32_t drawn = -1;
-  double running = 0;
-  for (Index v = 0; v < vocab; ++v) {
-    const double w = weight(v);
-    if (w == 0) continue;
-    drawn = static_cast<std::int32_t>(v);
-    running += w;
-    if (running > u * total) break;
+  for (Index j = 0; j < SamplingBlock::size; ++j) {
+    if (weights[j] == 0) continue;
+    drawn = static_cast<std::int32_t>(chosen + j);
+    before += weights[j];
+    if (before > target) break;
   }
   return drawn;
 }

@@ -1,0 +1,66 @@
+/// \file
+/// The rules of sampling that every backend shares: the tokens in play, their order, and what
+/// penalties do to a logit.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "../core/compiler.h"
+#include "sampling_params.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
+namespace problem {
+
+/// The tokens still in play.
+template <typename C>
+struct Band {
+  C hi;          // the largest logit in play
+  C lo;          // the smallest; never -infinity
+  Index lo_end;  // tokens equal to lo are in play below this index
+
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool contains(C logit, Index token) const {
+    return logit <= hi && (logit > lo || (logit == lo && token < lo_end));
+  }
+};
+
+/// Monotone integer image of a logit: larger logits have larger keys, and -0 has the key of +0.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE std::uint32_t order_key(float x) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(x + 0.0f);
+  // no branch: the sign of a logit is a coin toss
+  return bits ^ ((0u - (bits >> 31)) | 0x80000000u);
+}
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE std::uint64_t order_key(double x) {
+  const std::uint64_t bits = std::bit_cast<std::uint64_t>(x + 0.0);
+  return bits ^ ((std::uint64_t{0} - (bits >> 63)) | std::uint64_t{1} << 63);
+}
+
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool has_penalties(const RowParams& params) {
+  const bool repetition = params.repetition_penalty != 1.0 &&
+                          !(params.prompt_tokens.empty() && params.output_tokens.empty());
+  return repetition || ((params.frequency_penalty != 0.0 || params.presence_penalty != 0.0) &&
+                        !params.output_tokens.empty());
+}
+
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool adjusts_logits(const RowParams& params) {
+  return has_penalties(params) || !params.logit_bias.empty() || !params.token_mask.empty();
+}
+
+/// The logit of a token that occurs in the history, `occurrences` times of them in the output.
+/// -infinity stays what it is.
+template <typename C>
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE C penalized_logit(C logit, std::int32_t occurrences,
+                                                             const RowParams& params) {
+  if (logit < std::numeric_limits<C>::lowest()) return logit;
+  double x = static_cast<double>(logit);
+  // towards less likely on both sides of 0
+  x = x < 0 ? x * params.repetition_penalty : x / params.repetition_penalty;
+  if (occurrences > 0) x -= params.frequency_penalty * occurrences + params.presence_penalty;
+  return static_cast<C>(x);
+}
+
+}  // namespace problem
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
+}  // namespace eigenformer
