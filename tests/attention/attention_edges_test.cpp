@@ -221,23 +221,31 @@ TEST(AttentionValues, AverageOfManyEqualValues) {
   }
 }
 
-// Bits do not depend on the company: rows of one call that begin before, in and after the first
-// 4,096 keys, against the same rows alone.
+// Bits do not depend on the company, nor on the threads that share the keys of a row: rows of one
+// call that begin before, in and after the first 8,192 keys, against the same rows alone.
 TEST(AttentionValues, LongRowsKeepTheirBitsInAnyCompany) {
   AttentionCase<float> c({1, 300, 8500, 1, 1, 8, 8}, {8500});
+  Threads threads(3);
+  const float sink[] = {1.5f};
   for (const ef::AttentionOptions& options :
        {ef::AttentionOptions{.causal = true}, ef::AttentionOptions{.causal = true, .window = 4200},
-        ef::AttentionOptions{.causal = true, .window = 150},
+        ef::AttentionOptions{.causal = true, .window = 150, .sinks = sink},
+        ef::AttentionOptions{.causal = true, .sinks = sink},
         ef::AttentionOptions{.causal = true, .window = 40, .prefix_length = 4100}}) {
     const auto whole = ef::batched_attention_with_padding(c.q, c.k, c.v, {8500}, options);
     EXPECT_TRUE(within(whole, c.reference(options).output, tolerance<float>()));
+    EXPECT_TRUE(same_bits(
+        whole, ef::batched_attention_with_padding(threads.device, c.q, c.k, c.v, {8500}, options)));
     for (Index i = 0; i < 300; i += 23) {
       ef::Tensor<float, 4> q(1, 1, 1, 8), k(1, 8201 + i, 1, 8), v(1, 8201 + i, 1, 8);
       std::copy_n(&c.q(0, i, 0, 0), q.size(), q.data());
       std::copy_n(c.k.data(), k.size(), k.data());
       std::copy_n(c.v.data(), v.size(), v.data());
-      const auto row = ef::batched_attention_with_padding(q, k, v, {8201 + i}, options);
-      ASSERT_EQ(std::memcmp(row.data(), &whole(0, i, 0, 0), 8 * sizeof(float)), 0) << i;
+      const auto alone = ef::batched_attention_with_padding(q, k, v, {8201 + i}, options),
+                 shared = ef::batched_attention_with_padding(threads.device, q, k, v, {8201 + i},
+                                                             options);
+      ASSERT_EQ(std::memcmp(alone.data(), &whole(0, i, 0, 0), 8 * sizeof(float)), 0) << i;
+      ASSERT_EQ(std::memcmp(shared.data(), &whole(0, i, 0, 0), 8 * sizeof(float)), 0) << i;
     }
   }
 }

@@ -5,7 +5,7 @@
 /// (position, head), so K and V are read and converted once for the group: a decode step reads each
 /// byte of them once. For each key block of 64: pack K transposed, V as rows, both as floats;
 /// scores = Q K^T; online softmax by row; sums = factor * sums + P V. Sums have three levels (a
-/// block, 64 blocks, all), so that their errors do not grow with the number of keys. A row whose
+/// block, 16 blocks, all), so that their errors do not grow with the number of keys. A row whose
 /// sums overflow, or whose scores are too large for their rounding, goes over its keys once more,
 /// with scores and sums in double. Flops: 4 * rows * visible keys * head_dim; bytes: K and V once
 /// for each 128 query rows; one exp per score. The scores of a block are all that is ever held of the
@@ -13,479 +13,97 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
-#include <limits>
-#include <span>
-#include <utility>
 
-#include "../../core/check.h"
 #include "../../core/workspace.h"
 #include "../backend.h"
-#include "few_rows.h"
 #include "row.h"
 #include "scratch.h"
-#include "tile.h"
+#include "worker.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 namespace cpu {
 
-template <typename Isa, typename TQ, typename TKV>
-class AttentionWorker {
-  using C = compute_type<TQ>;
-  using Tile = AttentionTile<C, Isa>;
-  using V = typename Tile::V;
-  using Problem = problem::Attention<TQ, TKV>;
-  static constexpr C kInfinity = std::numeric_limits<C>::infinity();
-  static constexpr C kLargest = (std::numeric_limits<C>::max)();
-
+/// The tasks of a request, in order.
+template <typename Problem>
+class AttentionTasks {
  public:
-  AttentionWorker(const Problem& problem, const AttentionScratch<C>& scratch)
-      : p_(problem),
-        s_(scratch),
-        group_(problem.group()),
-        width_(Tile::padded(problem.value_dim)) {}
+  AttentionTasks(const Problem& p, Workspace::Frame& frame)
+      : p_(p), positions_(positions_per_block(p)), first_(frame.take<Index>(p.batch + 1)) {
+    first_[0] = 0;
+    for (Index b = 0; b < p.batch; ++b)
+      first_[b + 1] = first_[b] + blocks(p.sequences[b]) * p.kv_heads;
+  }
 
-  /// Query rows [first, first + count) of a sequence, padding included, for the heads of one KV
-  /// head.
-  void run(const problem::AttentionSequence& sequence, Index kv_head, Index first, Index count) {
-    const Index queries = std::clamp<Index>(sequence.query_rows - first, 0, count);
-    for (Index i = queries; i < count; ++i)
-      for (Index g = 0; g < group_; ++g) write_empty_row(sequence, kv_head * group_ + g, first + i);
-    if (queries == 0) return;
-    begin(sequence, kv_head, first, queries);
-    Index fold_end = -1;
-    bool folded = false;
-    for_each_block(sequence, queries, [&](Index block) {
-      if (block >= fold_end) {
-        if (fold_end >= 0) fold(std::exchange(folded, true));
-        fold_end = (block / kAttentionFold + 1) * kAttentionFold;
-      }
-      find_ranges(sequence, block);
-      if (rows_ <= kAttentionFewRows)
-        add_block_in_place(sequence, kv_head, block);
-      else
-        add_block(sequence, kv_head, block);
-    });
-    if (folded) unfold();
-    Index large = 0;
-    for (Index r = 0; r < rows_; ++r) {
-      s_.finite[r] = finish_row(r);
-      if (has_large_scores(r)) s_.large_rows[large++] = r;
-    }
-    for (Index i = 0; i < large; i += kRowsInDouble)
-      average_rows(
-          sequence, kv_head, first, queries,
-          {s_.large_rows + i, static_cast<std::size_t>((std::min)(kRowsInDouble, large - i))},
-          true);
-    for (Index i = 0; i < large; ++i) s_.finite[s_.large_rows[i]] = is_finite(s_.large_rows[i]);
-    bool looked = false;
-    for (Index r = 0; r < rows_; ++r) {
-      if (s_.finite[r]) continue;
-      if (!std::exchange(looked, true)) find_bad_values(sequence, kv_head, queries);
-      if (overflowed(r)) average_rows(sequence, kv_head, first, queries, {&r, 1}, false);
-    }
-    for (Index r = 0; r < rows_; ++r)
-      write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
+  Index count() const { return first_[p_.batch]; }
+  AttentionTask operator[](Index task) const {
+    const Index b = std::upper_bound(first_, first_ + p_.batch + 1, task) - first_ - 1;
+    const problem::AttentionSequence& sequence = p_.sequences[b];
+    const Index local = task - first_[b], first = local % blocks(sequence) * positions_;
+    return {&sequence, local / blocks(sequence), first,
+            (std::min)(positions_, sequence.tensor_rows - first)};
   }
 
  private:
-  void begin(const problem::AttentionSequence& sequence, Index kv_head, Index first,
-             Index queries) {
-    rows_ = queries * group_;
-    here_.begin = next_.begin = -1;
-    first_position_ = sequence.first_position + first;
-    for (Index r = 0; r < rows_; ++r) {
-      const Index head = kv_head * group_ + r % group_,
-                  row = sequence.query_begin + first + r / group_;
-      Tile::load_row(p_.queries + (row * p_.heads + head) * p_.head_dim, p_.scale, p_.head_dim,
-                     p_.head_dim, s_.queries + r * p_.head_dim);
-      const bool sink =
-          p_.sinks != nullptr && p_.sinks[head] > -std::numeric_limits<float>::infinity();
-      // a sink is a key with weight exp(sink - maximum) and no value
-      s_.maxima[r] = sink ? static_cast<C>(p_.sinks[head]) : -kInfinity;
-      fill_line(s_.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
-      if (sink) s_.lane_sums[r * Tile::lanes] = C(1);
-    }
-    fill_line(s_.sums, rows_ * width_, V::zero());
-  }
-
-  template <typename F>
-  void for_each_block(const problem::AttentionSequence& sequence, Index queries, F&& f) const {
-    for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
-  }
-
-  KeyBlock<TKV> block_at(const problem::AttentionSequence& sequence, Index kv_head,
-                         Index begin) const {
-    return {p_.source, sequence.key_sequence, kv_head, sequence.key_begin + begin,
-            static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin))};
-  }
-
-  /// Keys transposed and values, as C.
-  void load_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
-    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
-    const int count = block.count;
-    // The next block is asked for while this one is worked on: a decode step has little work per
-    // byte.
-    const int next = static_cast<int>(std::clamp<Index>(
-        sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
-    Tile::pack_transposed(
-        count, p_.head_dim, s_.keys,
-        [&](int j) {
-          if (j < next)
-            Tile::prefetch_row(block.key(j + kAttentionKeyBlock),
-                               p_.head_dim * static_cast<Index>(sizeof(TKV)));
-          return block.key(j);
-        },
-        [&](int j) { return static_cast<C>(block.key_scale(j)); });
-    load_values(block, next);
-  }
-
-  void load_values(const KeyBlock<TKV>& block, int next) {
-    for (int j = 0; j < block.count; ++j) {
-      if (j < next)
-        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
-                           p_.value_dim * static_cast<Index>(sizeof(TKV)));
-      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_,
-                     s_.values + j * width_);
-    }
-  }
-
-  void find_ranges(const problem::AttentionSequence& sequence, Index block_begin) {
-    for (Index r = 0; r < rows_; ++r)
-      s_.ranges[r] = r % group_ == 0 ? range_of(sequence, r, block_begin) : s_.ranges[r - 1];
-  }
-
-  void softmax_rows(Index kv_head, Index block_begin) {
-    for (Index r = 0; r < rows_; ++r)
-      softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
-  }
-
-  /// The same without packing, where rows are few.
-  void add_block_in_place(const problem::AttentionSequence& sequence, Index kv_head,
-                          Index block_begin) {
-    using Few = FewRows<C, Isa>;
-    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
-    if (here_.begin != block.begin) {
-      if (next_.begin == block.begin)
-        std::swap(here_, next_);
-      else
-        find_rows(block, here_);
-    }
-    next_.begin = -1;
-    if (block_begin + kAttentionKeyBlock < sequence.key_length)
-      find_rows(block_at(sequence, kv_head, block_begin + kAttentionKeyBlock), next_);
-    const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
-    Few::with_rows(rows_, [&](auto tile) {
-      Few::template score<decltype(tile)::value>(s_.queries, p_.head_dim, here_, seen, s_.scores);
-    });
-    softmax_rows(kv_head, block_begin);
-    if (!Tile::one_piece(s_.ranges, rows_)) {
-      load_values(block, 0);
-      return add_values();
-    }
-    Few::with_rows(rows_, [&](auto tile) {
-      Few::template add_values<decltype(tile)::value>(s_.scores, here_, seen, s_.factors,
-                                                      p_.value_dim, width_, s_.sums, s_.block_sums,
-                                                      next_.begin >= 0 ? &next_ : nullptr);
-    });
-  }
-
-  void add_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
-    load_block(sequence, kv_head, block_begin);
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
-    softmax_rows(kv_head, block_begin);
-    add_values();
-  }
-
-  void add_values() {
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
-      Tile::template add_block<decltype(tile)::value>(weights(r), s_.values, width_, s_.ranges + r,
-                                                      s_.factors + r, width_, s_.sums + r * width_,
-                                                      width_, s_.block_sums);
-    });
-  }
-
-  BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
-                      Index block_begin) const {
-    return block_range(p_.visibility, first_position_ + r / group_, sequence.key_length,
-                       block_begin);
-  }
-
-  /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
-  template <int R>
-  void score_tile(Index r) {
-    const auto [first, last] = seen_by_tile(s_.ranges + r, R);
-    for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
-      Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim,
-                                  s_.keys + key * p_.head_dim, p_.head_dim,
-                                  s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
-  }
-
-  /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
-  /// lanes.
-  V score_row(Index r, Index head, Index distance) {
-    const BlockRange range = s_.ranges[r];
-    C* const scores = s_.scores + r * kAttentionKeyBlock;
-    V top = V::set1(-kInfinity);
-    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      V x = V::load(scores + c);
-      if (p_.softcap > 0) x = cpu::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
-      if (p_.alibi_slopes != nullptr)
-        x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])),
-                Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
-      if (!range.full())
-        x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
-      x.store(scores + c);
-      // this order lets a NaN pass by: it reaches the row through its weight
-      top = maximum(x, top);
-    }
-    return top;
-  }
-
-  /// Dot products to weights relative to the new maximum, in place; the factor that brings earlier
-  /// sums to that maximum.
-  void softmax_row(Index r, Index head, Index distance) {
-    s_.factors[r] = C(1);
-    if (s_.ranges[r].empty()) return;
-    C* const scores = s_.scores + r * kAttentionKeyBlock;
-    const C maximum = (std::max)(s_.maxima[r], reduce_max(score_row(r, head, distance)));
-    // all scores -infinity: weights 0, not exp(NaN)
-    const C reference = maximum == -kInfinity ? C(0) : maximum;
-    V sum = V::zero();
-    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      const V weight = exp(V::load(scores + c) - V::set1(reference));
-      weight.store(scores + c);
-      sum = sum + weight;
-    }
-    const V factor = exp(V::set1(s_.maxima[r] - reference));
-    C* const lane_sums = s_.lane_sums + r * Tile::lanes;
-    fma(V::load(lane_sums), factor, sum).store(lane_sums);
-    factor.store_partial(s_.factors + r, 1);
-    s_.maxima[r] = maximum;
-  }
-
-  typename Tile::Weights weights(Index r) const {
-    return {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1};
-  }
-
-  /// Adds the sums to those of earlier folds, and starts new ones. Adding to -0 changes nothing, so
-  /// a row that sees no earlier key keeps its bits.
-  void fold(bool again) {
-    if (!again) {
-      fill_line(s_.folded_sums, rows_ * width_, V::set1(-C(0)));
-      fill_line(s_.folded_lane_sums, rows_ * Tile::lanes, V::set1(-C(0)));
-      fill_line(s_.folded_maxima, rows_, V::set1(-kInfinity));
-    }
-    for (Index r = 0; r < rows_; ++r) {
-      const C reference = s_.maxima[r] == -kInfinity ? C(0) : s_.maxima[r];
-      const V factor = exp(V::set1(s_.folded_maxima[r] - reference));
-      Tile::add_scaled(s_.folded_sums + r * width_, factor, s_.sums + r * width_, width_);
-      Tile::add_scaled(s_.folded_lane_sums + r * Tile::lanes, factor,
-                       s_.lane_sums + r * Tile::lanes, Tile::lanes);
-      s_.folded_maxima[r] = s_.maxima[r];
-    }
-    fill_line(s_.sums, rows_ * width_, V::zero());
-    fill_line(s_.lane_sums, rows_ * Tile::lanes, V::zero());
-  }
-
-  void unfold() {
-    fold(true);
-    std::copy_n(s_.folded_sums, rows_ * width_, s_.sums);
-    std::copy_n(s_.folded_lane_sums, rows_ * Tile::lanes, s_.lane_sums);
-  }
-
-  C weight_sum(Index r) const { return reduce_add(V::load(s_.lane_sums + r * Tile::lanes)); }
-
-  /// Sums of weighted values to averages. False where one is not finite though the weights are.
-  bool finish_row(Index r) {
-    const C sum = weight_sum(r);
-    const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
-    for (Index d = 0; d < width_; d += Tile::lanes)
-      (V::load(s_.sums + r * width_ + d) * factor).store(s_.sums + r * width_ + d);
-    return is_finite(r) || !(sum > 0 && sum < kInfinity);
-  }
-
-  bool is_finite(Index r) const {
-    std::uint32_t finite = ~std::uint32_t{0};
-    for (Index d = 0; d < width_; d += Tile::lanes)
-      finite &= less_equal(abs(V::load(s_.sums + r * width_ + d)), V::set1(kLargest)).bits();
-    constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - Tile::lanes);
-    return (finite & every_lane) == every_lane;
-  }
-
-  /// For each column the first and the last key with a value that is no finite number, among the
-  /// keys that a row of the block sees.
-  void find_bad_values(const problem::AttentionSequence& sequence, Index kv_head, Index queries) {
-    std::fill_n(s_.bad_values, p_.value_dim, KeyEnds{-1, -1});
-    for_each_block(sequence, queries, [&](Index begin) {
-      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
-      for (int j = 0; j < block.count; ++j)
-        for (Index d = 0; d < p_.value_dim; ++d) {
-          const C value = static_cast<C>(block.value(j)[d]) * static_cast<C>(block.value_scale(j));
-          if (std::abs(value) <= kLargest) continue;
-          KeyEnds& bad = s_.bad_values[d];
-          bad = {bad.first < 0 ? begin + j : bad.first, begin + j};
-        }
-    });
-  }
-
-  /// Whether a sum of row r may have left the range by itself, rather than by a value that is no
-  /// number. So one such value costs the rows that see it nothing more.
-  bool overflowed(Index r) const {
-    const Index position = first_position_ + r / group_;
-    for (Index d = 0; d < p_.value_dim; ++d) {
-      if (std::abs(s_.sums[r * width_ + d]) <= kLargest) continue;
-      const KeyEnds bad = s_.bad_values[d];
-      if (bad.first < 0 || !(p_.visibility.visible(position, bad.first) ||
-                             p_.visibility.visible(position, bad.last)))
-        return true;
-    }
-    return false;
-  }
-
-  bool has_large_scores(Index r) const {
-    const C sum = weight_sum(r);
-    return is_large_score(s_.maxima[r], kAttentionLargeScore<TQ, TKV>) && sum > 0 &&
-           sum < kInfinity;
-  }
-
-  /// Some rows once more over their keys, scores and sums in double. All of a row, or only what is
-  /// not finite: a sum may overflow where the average does not, so weights are made smaller.
-  void average_rows(const problem::AttentionSequence& sequence, Index kv_head, Index first,
-                    Index queries, std::span<const Index> rows, bool all) {
-    // Float sums the 64 keys of a block, double all of them.
-    const C factor = all ? C(1) : static_cast<C>(sizeof(C) == 8 ? 0x1p-46 : 0x1p-6);
-    RunningMaximum maxima[kRowsInDouble];
-    double sums[kRowsInDouble];
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      const Index head = kv_head * group_ + rows[i] % group_;
-      if (p_.sinks != nullptr) maxima[i].value = static_cast<double>(p_.sinks[head]);
-      sums[i] = maxima[i].value > -std::numeric_limits<double>::infinity() ? double{factor} : 0.0;
-    }
-    std::fill_n(s_.averages, static_cast<Index>(rows.size()) * width_, 0.0);
-    for_each_block(sequence, queries, [&](Index begin) {
-      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
-      load_values(block, 0);
-      for (std::size_t i = 0; i < rows.size(); ++i) {
-        const Index r = rows[i], head = kv_head * group_ + r % group_;
-        s_.ranges[r] = range_of(sequence, r, begin);
-        if (s_.ranges[r].empty()) continue;
-        query_in_double(p_, (sequence.query_begin + first + r / group_) * p_.heads + head,
-                        s_.query);
-        const double rise = scores_in_double<Isa>(p_, s_.query, block, s_.ranges[r], head,
-                                                  begin - first_position_ - r / group_, maxima[i],
-                                                  s_.scores + r * kAttentionKeyBlock);
-        add_block_in_double(r, factor, std::exp(-rise), sums[i],
-                            s_.averages + static_cast<Index>(i) * width_);
-      }
-    });
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      const Index r = rows[i];
-      finish_row_in_double(r, s_.averages + static_cast<Index>(i) * width_, sums[i], all);
-      if (!all) continue;
-      s_.maxima[r] = static_cast<C>(maxima[i].value);
-      fill_line(s_.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
-      s_.lane_sums[r * Tile::lanes] = static_cast<C>(sums[i]);
-    }
-  }
-
-  /// The weights of row r in a block, from its scores less the maximum, and what they add to sums
-  /// that are relative to an earlier one.
-  void add_block_in_double(Index r, C factor, double fall, double& weight_sum, double* sums) {
-    C* const scores = s_.scores + r * kAttentionKeyBlock;
-    V sum = V::zero();
-    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      const V weight = exp(V::load(scores + c)) * V::set1(factor);
-      weight.store(scores + c);
-      sum = sum + weight;
-    }
-    weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
-    fill_line(s_.block_sums, width_, V::zero());
-    Tile::template accumulate_ranges<1>(weights(r), s_.values, width_, s_.ranges + r, width_,
-                                        s_.block_sums, width_);
-    for (Index d = 0; d < width_; ++d)
-      sums[d] = sums[d] * fall + static_cast<double>(s_.block_sums[d]);
-  }
-
-  void finish_row_in_double(Index r, const double* sums, double weight_sum, bool all) {
-    constexpr double most = static_cast<double>(kLargest) / 2;
-    for (Index d = 0; d < p_.value_dim; ++d) {
-      C& average = s_.sums[r * width_ + d];
-      if (!all && std::abs(average) <= kLargest) continue;
-      const double half = sums[d] / weight_sum / 2;  // infinite or NaN where a value is
-      average = static_cast<C>(std::isfinite(half) ? std::clamp(half, -most, most) * 2 : half);
-    }
-  }
-
-  C* log_sum_exp(const problem::AttentionSequence& sequence, Index head, Index row) const {
-    return p_.log_sum_exp + sequence.lse_begin + head * p_.lse_head_stride + row;
-  }
-
-  TQ* output(const problem::AttentionSequence& sequence, Index head, Index row) const {
-    return p_.output + ((sequence.query_begin + row) * p_.heads + head) * p_.value_dim;
-  }
-
-  void write_empty_row(const problem::AttentionSequence& sequence, Index head, Index row) const {
-    std::fill_n(output(sequence, head, row), p_.value_dim, TQ(0));
-    if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = -kInfinity;
-  }
-
-  void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) const {
-    const Index position = sequence.first_position + row;
-    const problem::KeyRange keys = p_.visibility.keys(position, sequence.key_length);
-    const bool sees_prefix =
-        p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
-    if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
-    const C* const averages = s_.sums + r * width_;
-    TQ* const out = output(sequence, head, row);
-    convert_line<V>(averages, out, p_.value_dim);
-    if (p_.log_sum_exp == nullptr) return;
-    const C sum = weight_sum(r);
-    *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.maxima[r] + std::log(sum);
+  Index blocks(const problem::AttentionSequence& s) const {
+    return (s.tensor_rows + positions_ - 1) / positions_;
   }
 
   const Problem& p_;
-  const AttentionScratch<C>& s_;
-  Index group_, width_;
-  Index rows_ = 0, first_position_ = 0;
-  BlockRows<TKV> here_, next_;  // of few rows
+  Index positions_;
+  Index* first_;
 };
+
+/// body(index, worker's scratch) for every index, round robin: neighbours cost nearly the same,
+/// whether they are blocks under a diagonal, heads of sequences of any length, or folds of one.
+template <typename Backend, typename Scratch, typename Body>
+void for_each_round_robin(const Backend& on, Index count, Index workers, const Scratch* scratch,
+                          Body&& body) {
+  parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
+    for (Index w = begin; w < end; ++w)
+      for (Index i = w; i < count; i += workers) body(i, scratch[w]);
+  });
+}
+
+/// Few tasks on many threads: each fold of a task by itself, then the folds of each put together.
+template <typename D, typename Isa, typename TQ, typename TKV, typename Tasks, typename Scratch>
+void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p, const Tasks& tasks,
+               Index folds, Index workers, const Scratch* scratch, Workspace::Frame& frame) {
+  using C = compute_type<TQ>;
+  using Worker = AttentionWorker<Isa, TQ, TKV>;
+  using Tile = AttentionTile<C, Isa>;
+  const Index items = tasks.count() * folds;
+  auto* const states = frame.take<AttentionState<C>>(items);
+  for (Index i = 0; i < items; ++i)
+    states[i] = take_attention_state<Tile, C>(tasks[i / folds].count * p.group(),
+                                              Tile::padded(p.value_dim), frame);
+  for_each_round_robin(on, items, workers, scratch, [&](Index i, const Scratch& s) {
+    Worker(p, s).run_fold(tasks[i / folds], i % folds, states[i]);
+  });
+  for_each_round_robin(on, tasks.count(), workers, scratch, [&](Index t, const Scratch& s) {
+    Worker(p, s).finish_folds(tasks[t], {states + t * folds, static_cast<std::size_t>(folds)});
+  });
+}
 
 template <typename D, typename Isa, typename TQ, typename TKV>
 void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
-  using Worker = AttentionWorker<Isa, TQ, TKV>;
+  using Scratch = AttentionScratch<compute_type<TQ>>;
   Workspace::Frame frame(on.workspace);
-  const Index positions = positions_per_block(p);
-  Index* const first_task = frame.take<Index>(p.batch + 1);
-  first_task[0] = 0;
-  for (Index b = 0; b < p.batch; ++b)
-    first_task[b + 1] =
-        first_task[b] + (p.sequences[b].tensor_rows + positions - 1) / positions * p.kv_heads;
-  const Index tasks = first_task[p.batch];
-  if (tasks == 0) return;
-  const Index workers = attention_workers(on, p, tasks);
-  auto* const scratch = frame.take<AttentionScratch<compute_type<TQ>>>(workers);
+  const AttentionTasks tasks(p, frame);
+  if (tasks.count() == 0) return;
+  Index longest = 0;
+  for (Index b = 0; b < p.batch; ++b) longest = (std::max)(longest, p.sequences[b].key_length);
+  const Index folds = (longest + kAttentionFold - 1) / kAttentionFold;
+  // Round robin over four tasks a worker leaves none idle for long.
+  const bool split = folds > 1 && tasks.count() < 4 * worker_count(on) && worker_count(on) > 1;
+  const Index workers = attention_workers(on, p, split ? tasks.count() * folds : tasks.count());
+  auto* const scratch = frame.take<Scratch>(workers);
   for (Index w = 0; w < workers; ++w) scratch[w] = take_attention_scratch<Isa>(p, frame);
-
-  // Round robin: neighbours cost nearly the same, whether they are blocks under a diagonal or heads
-  // of sequences of any length.
-  parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
-    for (Index w = begin; w < end; ++w) {
-      Worker worker(p, scratch[w]);
-      for (Index task = w; task < tasks; task += workers) {
-        const Index b =
-            std::upper_bound(first_task, first_task + p.batch + 1, task) - first_task - 1;
-        const problem::AttentionSequence& sequence = p.sequences[b];
-        const Index blocks = (sequence.tensor_rows + positions - 1) / positions,
-                    local = task - first_task[b];
-        const Index first = local % blocks * positions;
-        worker.run(sequence, local / blocks, first,
-                   (std::min)(positions, sequence.tensor_rows - first));
-      }
-    }
+  if (split && workers > 1) return run_folds(on, p, tasks, folds, workers, scratch, frame);
+  for_each_round_robin(on, tasks.count(), workers, scratch, [&](Index t, const Scratch& s) {
+    AttentionWorker<Isa, TQ, TKV>(p, s).run(tasks[t]);
   });
 }
 

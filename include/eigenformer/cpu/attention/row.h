@@ -26,7 +26,8 @@ namespace cpu {
 inline constexpr Index kAttentionQueryRows = 128;
 
 /// Keys whose blocks are summed together, before they are added to the rest: at absolute positions.
-inline constexpr Index kAttentionFold = 64 * kAttentionKeyBlock;
+/// Where tasks are few, threads take the folds of one.
+inline constexpr Index kAttentionFold = 16 * kAttentionKeyBlock;
 
 /// How many rows go over their keys in double together.
 inline constexpr Index kRowsInDouble = 32;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 
 #include "../../core/check.h"
 #include "../../core/workspace.h"
@@ -15,18 +16,75 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
+/// What some keys make of some rows: weights relative to the maximum, their sums by lanes, and the
+/// sums of weighted values.
+template <typename C>
+struct AttentionState {
+  C *maxima, *lane_sums, *sums;
+  bool* sees;  // whether the row sees one of the keys
+};
+
+template <typename C>
+void copy_states(const AttentionState<C>& from, const AttentionState<C>& to, Index rows,
+                 Index width, Index lanes) {
+  std::copy_n(from.maxima, rows, to.maxima);
+  std::copy_n(from.lane_sums, rows * lanes, to.lane_sums);
+  std::copy_n(from.sums, rows * width, to.sums);
+  std::copy_n(from.sees, rows, to.sees);
+}
+
+/// Adds what later keys make of the rows, both brought to the greater maximum. A row that sees none
+/// of the one or of the other keeps its bits.
+template <typename Tile, typename C>
+void merge_states(const AttentionState<C>& sums, const AttentionState<C>& later, Index rows,
+                  Index width) {
+  using V = typename Tile::V;
+  constexpr C kNone = -std::numeric_limits<C>::infinity();
+  const auto row = [&](const AttentionState<C>& s, Index r) {
+    return AttentionState<C>{s.maxima + r, s.lane_sums + r * Tile::lanes, s.sums + r * width,
+                             s.sees + r};
+  };
+  for (Index r = 0; r < rows; ++r) {
+    if (!later.sees[r]) continue;
+    if (!sums.sees[r]) {
+      copy_states(row(later, r), row(sums, r), 1, width, Tile::lanes);
+      continue;
+    }
+    const C maximum = (std::max)(sums.maxima[r], later.maxima[r]),
+            reference = maximum == kNone ? C(0) : maximum;
+    const V factor = exp(V::set1(sums.maxima[r] - reference)),
+            of_later = exp(V::set1(later.maxima[r] - reference));
+    const auto add = [&](C* to, const C* from, Index count) {
+      for (Index i = 0; i < count; i += Tile::lanes)
+        fma(V::load(to + i), factor, V::load(from + i) * of_later).store(to + i);
+    };
+    add(sums.sums + r * width, later.sums + r * width, width);
+    add(sums.lane_sums + r * Tile::lanes, later.lane_sums + r * Tile::lanes, Tile::lanes);
+    sums.maxima[r] = maximum;
+  }
+}
+
 /// Scratch of one worker.
 template <typename C>
 struct AttentionScratch {
-  C *queries, *sums, *scores, *keys, *values, *maxima, *lane_sums, *factors;
-  C *folded_sums, *folded_maxima, *folded_lane_sums;  // of the keys before the present fold
-  C* block_sums;                                      // a tile's, or a few rows'
-  double *query, *averages;                           // of rows in double
+  C *queries, *scores, *keys, *values, *factors;
+  AttentionState<C> now, folded;  // of the present fold, and of those before it
+  C* block_sums;                  // a tile's, or a few rows'
+  double *query, *averages;       // of rows in double
   Index* large_rows;
   bool* finite;
   BlockRange* ranges;
   KeyEnds* bad_values;
 };
+
+template <typename Tile, typename C>
+AttentionState<C> take_attention_state(Index rows, Index width, Workspace::Frame& frame) {
+  const auto product = [](Index a, Index b) {
+    return detail::checked_product(a, b, "attention", "scratch");
+  };
+  return {frame.take<C>(rows), frame.take<C>(product(rows, Tile::lanes)),
+          frame.take<C>(product(rows, width)), frame.take<bool>(rows)};
+}
 
 /// Query positions of a task.
 template <typename Problem>
@@ -46,19 +104,14 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV>& p, Workspace::Fra
   const bool folds = std::any_of(
       p.sequences, p.sequences + p.batch,
       [](const problem::AttentionSequence& s) { return s.key_length > kAttentionFold; });
-  const Index folded_rows = folds ? rows : 0;
   AttentionScratch<C> s{
       frame.take<C>(product(rows, p.head_dim)),
-      frame.take<C>(product(rows, width)),
       frame.take<C>(product(rows, kAttentionKeyBlock)),
       frame.take<C>(product(p.head_dim, kAttentionKeyBlock)),
       frame.take<C>(product(kAttentionKeyBlock, width)),
       frame.take<C>(rows),
-      frame.take<C>(product(rows, Tile::lanes)),
-      frame.take<C>(rows),
-      frame.take<C>(product(folded_rows, width)),
-      frame.take<C>(folded_rows),
-      frame.take<C>(product(folded_rows, Tile::lanes)),
+      take_attention_state<Tile, C>(rows, width, frame),
+      take_attention_state<Tile, C>(folds ? rows : 0, width, frame),
       frame.take<C>(product((std::max)(Index{Tile::kRows}, kAttentionFewRows), width)),
       frame.take<double>(p.head_dim),
       frame.take<double>(product(kRowsInDouble, width)),
@@ -72,7 +125,7 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV>& p, Workspace::Fra
   };
   clear(s.scores, rows * kAttentionKeyBlock);
   clear(s.queries, kAttentionFewRows * p.head_dim);
-  clear(s.sums, kAttentionFewRows * width);
+  clear(s.now.sums, kAttentionFewRows * width);
   clear(s.factors, kAttentionFewRows);
   return s;
 }

@@ -1,0 +1,487 @@
+/// \file
+/// What one worker of attention's forward kernel does: a block of query positions, or a fold of its
+/// keys. attention.h says how.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <limits>
+#include <span>
+#include <utility>
+
+#include "../backend.h"
+#include "few_rows.h"
+#include "row.h"
+#include "scratch.h"
+#include "tile.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// Query rows [first, first + count) of a sequence, padding included, for the heads of a KV head.
+struct AttentionTask {
+  const problem::AttentionSequence* sequence;
+  Index kv_head, first, count;
+};
+
+template <typename Isa, typename TQ, typename TKV>
+class AttentionWorker {
+  using C = compute_type<TQ>;
+  using Tile = AttentionTile<C, Isa>;
+  using V = typename Tile::V;
+  using Problem = problem::Attention<TQ, TKV>;
+  static constexpr C kInfinity = std::numeric_limits<C>::infinity();
+  static constexpr C kLargest = (std::numeric_limits<C>::max)();
+
+ public:
+  AttentionWorker(const Problem& problem, const AttentionScratch<C>& scratch)
+      : p_(problem),
+        s_(scratch),
+        group_(problem.group()),
+        width_(Tile::padded(problem.value_dim)) {}
+
+  /// All keys.
+  void run(const AttentionTask& task) {
+    if (!begin(task)) return;
+    Index fold = -1;
+    bool folded = false;
+    for_each_block(*sequence_, queries_, [&](Index block) {
+      if (block / kAttentionFold != fold) {
+        if (fold >= 0) merge(s_.now, std::exchange(folded, true));
+        fold = block / kAttentionFold;
+        start_fold(fold);
+      }
+      add(block);
+    });
+    if (fold < 0) start_fold(0);
+    if (folded) {
+      merge(s_.now, true);
+      copy_states(s_.folded, s_.now, rows_, width_, Tile::lanes);
+    }
+    finish();
+  }
+
+  /// The keys of one fold: what they make of the rows goes to `state`.
+  void run_fold(const AttentionTask& task, Index fold, const AttentionState<C>& state) {
+    if (!begin(task)) return;
+    start_fold(fold);
+    for_each_block(*sequence_, queries_, [&](Index block) {
+      if (block / kAttentionFold == fold) add(block);
+    });
+    copy_states(s_.now, state, rows_, width_, Tile::lanes);
+  }
+
+  /// The states of all folds of a task, in order, to its output: the bits of run.
+  void finish_folds(const AttentionTask& task, std::span<const AttentionState<C>> folds) {
+    if (!begin(task)) return;
+    for (std::size_t i = 0; i < folds.size(); ++i) merge(folds[i], i > 0);
+    copy_states(s_.folded, s_.now, rows_, width_, Tile::lanes);
+    finish();
+  }
+
+ private:
+  /// Sums to averages, and these to the output.
+  void finish() {
+    const problem::AttentionSequence& sequence = *sequence_;
+    const Index kv_head = kv_head_, first = first_, queries = queries_;
+    Index large = 0;
+    for (Index r = 0; r < rows_; ++r) {
+      s_.finite[r] = finish_row(r);
+      if (has_large_scores(r)) s_.large_rows[large++] = r;
+    }
+    for (Index i = 0; i < large; i += kRowsInDouble)
+      average_rows(
+          sequence, kv_head, first, queries,
+          {s_.large_rows + i, static_cast<std::size_t>((std::min)(kRowsInDouble, large - i))},
+          true);
+    for (Index i = 0; i < large; ++i) s_.finite[s_.large_rows[i]] = is_finite(s_.large_rows[i]);
+    bool looked = false;
+    for (Index r = 0; r < rows_; ++r) {
+      if (s_.finite[r]) continue;
+      if (!std::exchange(looked, true)) find_bad_values(sequence, kv_head, queries);
+      if (overflowed(r)) average_rows(sequence, kv_head, first, queries, {&r, 1}, false);
+    }
+    for (Index r = 0; r < rows_; ++r)
+      write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
+  }
+
+  /// False where none of the rows is a query: they are written.
+  bool begin(const AttentionTask& task) {
+    sequence_ = task.sequence;
+    kv_head_ = task.kv_head;
+    first_ = task.first;
+    queries_ = std::clamp<Index>(sequence_->query_rows - first_, 0, task.count);
+    for (Index i = queries_; i < task.count; ++i)
+      for (Index g = 0; g < group_; ++g)
+        write_empty_row(*sequence_, kv_head_ * group_ + g, first_ + i);
+    rows_ = queries_ * group_;
+    here_.begin = next_.begin = -1;
+    first_position_ = sequence_->first_position + first_;
+    for (Index r = 0; r < rows_; ++r) {
+      const Index row = sequence_->query_begin + first_ + r / group_;
+      Tile::load_row(p_.queries + (row * p_.heads + head(r)) * p_.head_dim, p_.scale, p_.head_dim,
+                     p_.head_dim, s_.queries + r * p_.head_dim);
+    }
+    return rows_ > 0;
+  }
+
+  Index head(Index r) const { return kv_head_ * group_ + r % group_; }
+
+  /// A sink is a key with weight exp(sink - maximum) and no value, in the fold of the first key that
+  /// the row sees: so a row's order of sums is its own.
+  void start_fold(Index fold) {
+    const AttentionState<C>& now = s_.now;
+    for (Index r = 0; r < rows_; ++r) {
+      bool sink =
+          p_.sinks != nullptr && p_.sinks[head(r)] > -std::numeric_limits<float>::infinity();
+      if (sink) {
+        const problem::KeyRange keys =
+            p_.visibility.keys(first_position_ + r / group_, sequence_->key_length);
+        const bool sees_prefix = p_.visibility.causal && p_.visibility.prefix > 0;
+        sink = (sees_prefix ? 0 : keys.begin / kAttentionFold) == fold;
+      }
+      now.sees[r] = false;
+      now.maxima[r] = sink ? static_cast<C>(p_.sinks[head(r)]) : -kInfinity;
+      fill_line(now.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
+      if (sink) now.lane_sums[r * Tile::lanes] = C(1);
+    }
+    fill_line(now.sums, rows_ * width_, V::zero());
+  }
+
+  void add(Index block) {
+    find_ranges(*sequence_, block);
+    if (rows_ <= kAttentionFewRows)
+      add_block_in_place(*sequence_, kv_head_, block);
+    else
+      add_block(*sequence_, kv_head_, block);
+  }
+
+  void merge(const AttentionState<C>& later, bool again) {
+    if (!again) return copy_states(later, s_.folded, rows_, width_, Tile::lanes);
+    merge_states<Tile>(s_.folded, later, rows_, width_);
+  }
+
+  template <typename F>
+  void for_each_block(const problem::AttentionSequence& sequence, Index queries, F&& f) const {
+    for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
+  }
+
+  KeyBlock<TKV> block_at(const problem::AttentionSequence& sequence, Index kv_head,
+                         Index begin) const {
+    return {p_.source, sequence.key_sequence, kv_head, sequence.key_begin + begin,
+            static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin))};
+  }
+
+  /// Keys transposed and values, as C.
+  void load_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
+    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
+    const int count = block.count;
+    // The next block is asked for while this one is worked on: a decode step has little work per
+    // byte.
+    const int next = static_cast<int>(std::clamp<Index>(
+        sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
+    Tile::pack_transposed(
+        count, p_.head_dim, s_.keys,
+        [&](int j) {
+          if (j < next)
+            Tile::prefetch_row(block.key(j + kAttentionKeyBlock),
+                               p_.head_dim * static_cast<Index>(sizeof(TKV)));
+          return block.key(j);
+        },
+        [&](int j) { return static_cast<C>(block.key_scale(j)); });
+    load_values(block, next);
+  }
+
+  void load_values(const KeyBlock<TKV>& block, int next) {
+    for (int j = 0; j < block.count; ++j) {
+      if (j < next)
+        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
+                           p_.value_dim * static_cast<Index>(sizeof(TKV)));
+      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_,
+                     s_.values + j * width_);
+    }
+  }
+
+  void find_ranges(const problem::AttentionSequence& sequence, Index block_begin) {
+    for (Index r = 0; r < rows_; ++r)
+      s_.ranges[r] = r % group_ == 0 ? range_of(sequence, r, block_begin) : s_.ranges[r - 1];
+    for (Index r = 0; r < rows_; ++r) s_.now.sees[r] = s_.now.sees[r] || !s_.ranges[r].empty();
+  }
+
+  void softmax_rows(Index kv_head, Index block_begin) {
+    for (Index r = 0; r < rows_; ++r)
+      softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
+  }
+
+  /// The same without packing, where rows are few.
+  void add_block_in_place(const problem::AttentionSequence& sequence, Index kv_head,
+                          Index block_begin) {
+    using Few = FewRows<C, Isa>;
+    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
+    if (here_.begin != block.begin) {
+      if (next_.begin == block.begin)
+        std::swap(here_, next_);
+      else
+        find_rows(block, here_);
+    }
+    next_.begin = -1;
+    if (block_begin + kAttentionKeyBlock < sequence.key_length)
+      find_rows(block_at(sequence, kv_head, block_begin + kAttentionKeyBlock), next_);
+    const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
+    Few::with_rows(rows_, [&](auto tile) {
+      Few::template score<decltype(tile)::value>(s_.queries, p_.head_dim, here_, seen, s_.scores);
+    });
+    softmax_rows(kv_head, block_begin);
+    if (!Tile::one_piece(s_.ranges, rows_)) {
+      load_values(block, 0);
+      return add_values();
+    }
+    Few::with_rows(rows_, [&](auto tile) {
+      Few::template add_values<decltype(tile)::value>(
+          s_.scores, here_, seen, s_.factors, p_.value_dim, width_, s_.now.sums, s_.block_sums,
+          next_.begin >= 0 ? &next_ : nullptr);
+    });
+  }
+
+  void add_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
+    load_block(sequence, kv_head, block_begin);
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+    softmax_rows(kv_head, block_begin);
+    add_values();
+  }
+
+  void add_values() {
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+      Tile::template add_block<decltype(tile)::value>(
+          weights(r), s_.values, width_, s_.ranges + r, s_.factors + r, width_,
+          s_.now.sums + r * width_, width_, s_.block_sums);
+    });
+  }
+
+  BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
+                      Index block_begin) const {
+    return block_range(p_.visibility, first_position_ + r / group_, sequence.key_length,
+                       block_begin);
+  }
+
+  /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
+  template <int R>
+  void score_tile(Index r) {
+    const auto [first, last] = seen_by_tile(s_.ranges + r, R);
+    for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
+      Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim,
+                                  s_.keys + key * p_.head_dim, p_.head_dim,
+                                  s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
+  }
+
+  /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
+  /// lanes.
+  V score_row(Index r, Index head, Index distance) {
+    const BlockRange range = s_.ranges[r];
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    V top = V::set1(-kInfinity);
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
+      V x = V::load(scores + c);
+      if (p_.softcap > 0) x = cpu::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
+      if (p_.alibi_slopes != nullptr)
+        x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])),
+                Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
+      if (!range.full())
+        x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
+      x.store(scores + c);
+      // this order lets a NaN pass by: it reaches the row through its weight
+      top = maximum(x, top);
+    }
+    return top;
+  }
+
+  /// Dot products to weights relative to the new maximum, in place; the factor that brings earlier
+  /// sums to that maximum.
+  void softmax_row(Index r, Index head, Index distance) {
+    s_.factors[r] = C(1);
+    if (s_.ranges[r].empty()) return;
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    const C maximum = (std::max)(s_.now.maxima[r], reduce_max(score_row(r, head, distance)));
+    // all scores -infinity: weights 0, not exp(NaN)
+    const C reference = maximum == -kInfinity ? C(0) : maximum;
+    V sum = V::zero();
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
+      const V weight = exp(V::load(scores + c) - V::set1(reference));
+      weight.store(scores + c);
+      sum = sum + weight;
+    }
+    const V factor = exp(V::set1(s_.now.maxima[r] - reference));
+    C* const lane_sums = s_.now.lane_sums + r * Tile::lanes;
+    fma(V::load(lane_sums), factor, sum).store(lane_sums);
+    factor.store_partial(s_.factors + r, 1);
+    s_.now.maxima[r] = maximum;
+  }
+
+  typename Tile::Weights weights(Index r) const {
+    return {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1};
+  }
+
+  C weight_sum(Index r) const { return reduce_add(V::load(s_.now.lane_sums + r * Tile::lanes)); }
+
+  /// Sums of weighted values to averages. False where one is not finite though the weights are.
+  bool finish_row(Index r) {
+    const C sum = weight_sum(r);
+    const V factor = V::set1(sum == C(0) ? C(0) : C(1) / sum);
+    for (Index d = 0; d < width_; d += Tile::lanes)
+      (V::load(s_.now.sums + r * width_ + d) * factor).store(s_.now.sums + r * width_ + d);
+    return is_finite(r) || !(sum > 0 && sum < kInfinity);
+  }
+
+  bool is_finite(Index r) const {
+    std::uint32_t finite = ~std::uint32_t{0};
+    for (Index d = 0; d < width_; d += Tile::lanes)
+      finite &= less_equal(abs(V::load(s_.now.sums + r * width_ + d)), V::set1(kLargest)).bits();
+    constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - Tile::lanes);
+    return (finite & every_lane) == every_lane;
+  }
+
+  /// For each column the first and the last key with a value that is no finite number, among the
+  /// keys that a row of the block sees.
+  void find_bad_values(const problem::AttentionSequence& sequence, Index kv_head, Index queries) {
+    std::fill_n(s_.bad_values, p_.value_dim, KeyEnds{-1, -1});
+    for_each_block(sequence, queries, [&](Index begin) {
+      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
+      for (int j = 0; j < block.count; ++j)
+        for (Index d = 0; d < p_.value_dim; ++d) {
+          const C value = static_cast<C>(block.value(j)[d]) * static_cast<C>(block.value_scale(j));
+          if (std::abs(value) <= kLargest) continue;
+          KeyEnds& bad = s_.bad_values[d];
+          bad = {bad.first < 0 ? begin + j : bad.first, begin + j};
+        }
+    });
+  }
+
+  /// Whether a sum of row r may have left the range by itself, rather than by a value that is no
+  /// number. So one such value costs the rows that see it nothing more.
+  bool overflowed(Index r) const {
+    const Index position = first_position_ + r / group_;
+    for (Index d = 0; d < p_.value_dim; ++d) {
+      if (std::abs(s_.now.sums[r * width_ + d]) <= kLargest) continue;
+      const KeyEnds bad = s_.bad_values[d];
+      if (bad.first < 0 || !(p_.visibility.visible(position, bad.first) ||
+                             p_.visibility.visible(position, bad.last)))
+        return true;
+    }
+    return false;
+  }
+
+  bool has_large_scores(Index r) const {
+    const C sum = weight_sum(r);
+    return is_large_score(s_.now.maxima[r], kAttentionLargeScore<TQ, TKV>) && sum > 0 &&
+           sum < kInfinity;
+  }
+
+  /// Some rows once more over their keys, scores and sums in double. All of a row, or only what is
+  /// not finite: a sum may overflow where the average does not, so weights are made smaller.
+  void average_rows(const problem::AttentionSequence& sequence, Index kv_head, Index first,
+                    Index queries, std::span<const Index> rows, bool all) {
+    // Float sums the 64 keys of a block, double all of them.
+    const C factor = all ? C(1) : static_cast<C>(sizeof(C) == 8 ? 0x1p-46 : 0x1p-6);
+    RunningMaximum maxima[kRowsInDouble];
+    double sums[kRowsInDouble];
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const Index head = kv_head * group_ + rows[i] % group_;
+      if (p_.sinks != nullptr) maxima[i].value = static_cast<double>(p_.sinks[head]);
+      sums[i] = maxima[i].value > -std::numeric_limits<double>::infinity() ? double{factor} : 0.0;
+    }
+    std::fill_n(s_.averages, static_cast<Index>(rows.size()) * width_, 0.0);
+    for_each_block(sequence, queries, [&](Index begin) {
+      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
+      load_values(block, 0);
+      for (std::size_t i = 0; i < rows.size(); ++i) {
+        const Index r = rows[i], head = kv_head * group_ + r % group_;
+        s_.ranges[r] = range_of(sequence, r, begin);
+        if (s_.ranges[r].empty()) continue;
+        query_in_double(p_, (sequence.query_begin + first + r / group_) * p_.heads + head,
+                        s_.query);
+        const double rise = scores_in_double<Isa>(p_, s_.query, block, s_.ranges[r], head,
+                                                  begin - first_position_ - r / group_, maxima[i],
+                                                  s_.scores + r * kAttentionKeyBlock);
+        add_block_in_double(r, factor, std::exp(-rise), sums[i],
+                            s_.averages + static_cast<Index>(i) * width_);
+      }
+    });
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+      const Index r = rows[i];
+      finish_row_in_double(r, s_.averages + static_cast<Index>(i) * width_, sums[i], all);
+      if (!all) continue;
+      s_.now.maxima[r] = static_cast<C>(maxima[i].value);
+      fill_line(s_.now.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
+      s_.now.lane_sums[r * Tile::lanes] = static_cast<C>(sums[i]);
+    }
+  }
+
+  /// The weights of row r in a block, from its scores less the maximum, and what they add to sums
+  /// that are relative to an earlier one.
+  void add_block_in_double(Index r, C factor, double fall, double& weight_sum, double* sums) {
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    V sum = V::zero();
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
+      const V weight = exp(V::load(scores + c)) * V::set1(factor);
+      weight.store(scores + c);
+      sum = sum + weight;
+    }
+    weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
+    fill_line(s_.block_sums, width_, V::zero());
+    Tile::template accumulate_ranges<1>(weights(r), s_.values, width_, s_.ranges + r, width_,
+                                        s_.block_sums, width_);
+    for (Index d = 0; d < width_; ++d)
+      sums[d] = sums[d] * fall + static_cast<double>(s_.block_sums[d]);
+  }
+
+  void finish_row_in_double(Index r, const double* sums, double weight_sum, bool all) {
+    constexpr double most = static_cast<double>(kLargest) / 2;
+    for (Index d = 0; d < p_.value_dim; ++d) {
+      C& average = s_.now.sums[r * width_ + d];
+      if (!all && std::abs(average) <= kLargest) continue;
+      const double half = sums[d] / weight_sum / 2;  // infinite or NaN where a value is
+      average = static_cast<C>(std::isfinite(half) ? std::clamp(half, -most, most) * 2 : half);
+    }
+  }
+
+  C* log_sum_exp(const problem::AttentionSequence& sequence, Index head, Index row) const {
+    return p_.log_sum_exp + sequence.lse_begin + head * p_.lse_head_stride + row;
+  }
+
+  TQ* output(const problem::AttentionSequence& sequence, Index head, Index row) const {
+    return p_.output + ((sequence.query_begin + row) * p_.heads + head) * p_.value_dim;
+  }
+
+  void write_empty_row(const problem::AttentionSequence& sequence, Index head, Index row) const {
+    std::fill_n(output(sequence, head, row), p_.value_dim, TQ(0));
+    if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = -kInfinity;
+  }
+
+  void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) const {
+    const Index position = sequence.first_position + row;
+    const problem::KeyRange keys = p_.visibility.keys(position, sequence.key_length);
+    const bool sees_prefix =
+        p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
+    if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
+    const C* const averages = s_.now.sums + r * width_;
+    TQ* const out = output(sequence, head, row);
+    convert_line<V>(averages, out, p_.value_dim);
+    if (p_.log_sum_exp == nullptr) return;
+    const C sum = weight_sum(r);
+    *log_sum_exp(sequence, head, row) = sum == C(0) ? -kInfinity : s_.now.maxima[r] + std::log(sum);
+  }
+
+  const Problem& p_;
+  const AttentionScratch<C>& s_;
+  Index group_, width_;
+  const problem::AttentionSequence* sequence_ = nullptr;
+  Index kv_head_ = 0, first_ = 0, queries_ = 0;  // of the task
+  Index rows_ = 0, first_position_ = 0;
+  BlockRows<TKV> here_, next_;  // of few rows
+};
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
