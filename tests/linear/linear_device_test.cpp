@@ -219,6 +219,7 @@ TEST(LinearOnDevice, LargeTilesHaveTheBitsOfSmallOnes) {
         ef::cuda::Operand<T, T>{{device_weight.cview().data()}, out, in, in, true},
         ef::cuda::Operand<T, T>{{device_x.cview().data()}, tokens, in, in, true},
         Store{y.view().data(), out});
+    EXPECT_LE(kernel.shared(), std::size_t{99} * 1024);  // of the smallest device
     launch(ef::cuda::Backend<std::remove_cvref_t<decltype(bench.device)>>{bench.device}, "linear",
            3, kernel.kThreads, kernel.shared(), kernel);
     EXPECT_TRUE(same_bits(y.host(), expected.host()));
