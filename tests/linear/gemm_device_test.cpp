@@ -25,10 +25,10 @@ void expect_taken(const EmulatedBench& bench, int count) {
 }
 #endif
 
-/// run(bench) on every device, where it takes so many products of the library.
+/// run(bench) on every GPU, where it takes so many products of the library.
 template <typename Run>
 void expect_products(int count, Run&& run) {
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     run(bench);
     expect_taken(bench, count);
   });

@@ -1,4 +1,4 @@
-// Linear layers over int8 weights on every device: the bits of the CPU, for any number of tokens,
+// Linear layers over int8 weights on a GPU: the bits of the CPU, for any number of tokens,
 // scale for each row or group, epilogue and alignment.
 #include <eigenformer/quantization.h>
 
@@ -39,7 +39,7 @@ void check_plain(Index tokens, Index in, Index out) {
   auto expected = poisoned_tensor<float, 2>({tokens, out});
   ef::int8_linear_into(Eigen::DefaultDevice{}, expected, x, values, scales,
                        ef::Epilogue{}.bias(bias).residual(added));
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_x = on_device(bench, x);
     auto device_values = on_device(bench, values);
     auto device_scales = on_device(bench, scales);
@@ -76,7 +76,7 @@ void check_packed(Index tokens, Index in, Index out, Index group) {
   ef::linear_into(Eigen::DefaultDevice{}, expected, x,
                   ef::pack_weight<std::int8_t>(weight, {.group_size = group}),
                   ef::Epilogue{}.bias(bias).relu().residual(added));
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_x = on_device(bench, x);
     auto device_weight = on_device(bench, weight);
     auto device_bias = on_device(bench, bias);
@@ -114,7 +114,7 @@ void check_gated(Index tokens, Index in, Index out, Index group) {
   ef::gated_linear_into(Eigen::DefaultDevice{}, expected, x,
                         ef::pack_gated_weight<std::int8_t>(gate, up, {.group_size = group}),
                         ef::Epilogue{}.bias(bias).relu());
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_x = on_device(bench, x);
     auto device_gate = on_device(bench, gate);
     auto device_up = on_device(bench, up);

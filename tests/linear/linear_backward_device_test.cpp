@@ -1,5 +1,5 @@
-// Gradients of the linear layer on every device: those of the definition, for every pair of scalars
-// and around the edges of tiles; micro-batches and single rows give the bits of the whole.
+// Gradients of the linear layer on a GPU: those of the definition, for pairs of scalars and around
+// the edges of tiles; micro-batches and single rows give the bits of the whole.
 #include <eigenformer/linear/backward.h>
 #include <eigenformer/reference/linear.h>
 
@@ -9,8 +9,8 @@ using namespace eigenformer_test;
 
 namespace {
 
-/// Whole links of the chains of any device: 16 tokens of a GPU, 32 of AMX, where pairs are 16 bits.
-constexpr Index kLinks = 32;
+/// What a GPU adds to a gradient as one: tokens of 16-bit pairs.
+constexpr Index kLink = 16;
 
 template <typename Y, typename X, typename W, typename G>
 void check(Index tokens, Index in, Index out) {
@@ -28,7 +28,7 @@ void check(Index tokens, Index in, Index out) {
       ef::reference::linear_backward_input(to_double(grad_y), to_double(weight));
   const std::string shape =
       std::to_string(tokens) + " x " + std::to_string(in) + " x " + std::to_string(out);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_grad_y = on_device(bench, grad_y);
     auto device_x = on_device(bench, x);
     auto device_weight = on_device(bench, weight);
@@ -49,7 +49,7 @@ void check(Index tokens, Index in, Index out) {
     const auto whole_bias = grad_bias.host();
     EXPECT_LE(relative_error(whole_bias, expected_bias), allowed) << shape;
 
-    if (tokens <= kLinks) return;
+    if (tokens <= kLink) return;
     const auto rows = [&](const auto& view, Index first, Index count) {
       using T = ef::scalar_of<decltype(view)>;
       return ef::TensorView<const T, 2>(view.data() + first * view.dimension(1), count,
@@ -62,7 +62,7 @@ void check(Index tokens, Index in, Index out) {
         << shape;
     auto in_turn = on_device(bench, held);
     auto bias_in_turn = on_device(bench, held_bias);
-    for (const auto& [first, count] : {std::pair{Index{0}, kLinks}, {kLinks, tokens - kLinks}}) {
+    for (const auto& [first, count] : {std::pair{Index{0}, kLink}, {kLink, tokens - kLink}}) {
       ef::linear_backward_weight_into(bench.device, in_turn.view(), rows(gy, first, count),
                                       rows(device_x.cview(), first, count));
       ef::linear_backward_bias_into(bench.device, bias_in_turn.view(), rows(gy, first, count));

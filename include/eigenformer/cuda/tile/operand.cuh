@@ -46,7 +46,9 @@ struct Operand {
       Pack<T, kEach> numbers;
       for (int i = 0; i < kEach; ++i)
         numbers[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
-      return std::bit_cast<Chunk>(numbers);
+      Chunk chunk;
+      std::memcpy(static_cast<void*>(&chunk), &numbers, sizeof chunk);
+      return chunk;
     }
   }
 
