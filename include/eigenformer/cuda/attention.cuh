@@ -246,6 +246,16 @@ void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& c
       });
 }
 
+/// Whether the tiles serve a request: by its scalars and widths only, so that a row's bits depend
+/// on nothing else.
+template <typename TQ, typename TKV>
+inline constexpr bool kHasAttentionTiles = sizeof(TQ) == 2 && std::is_same_v<TQ, TKV>;
+template <typename TQ, typename TKV>
+bool fits_tiles(const problem::Attention<TQ, TKV>& p) {
+  const auto fits = [](Index width) { return width > 0 && width <= 256; };
+  return kHasAttentionTiles<TQ, TKV> && fits(p.head_dim) && fits(p.value_dim);
+}
+
 /// Blocks that fill a device of 132 multiprocessors: fewer are split, where there is something to
 /// split.
 inline constexpr Index kEnoughTileBlocks = 264;

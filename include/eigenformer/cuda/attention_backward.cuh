@@ -207,11 +207,13 @@ struct AttentionQueryGradients {
       on.differentiate(block, at, scores, grads, row_of);
       const C unit = on.unit_of(block, arrays, grads);
       EIGENFORMER_UNROLL_ALL
-      for (int k = 0; k < Pairs::kRows; ++k) EIGENFORMER_UNROLL_ALL
-      for (int c = 0; c < Pairs::kColumns; ++c)
-        pairs.store(
-            Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
-            static_cast<T>(grads.at(k, c) * unit));
+      for (int k = 0; k < Pairs::kRows; ++k) {
+        EIGENFORMER_UNROLL_ALL
+        for (int c = 0; c < Pairs::kColumns; ++c)
+          pairs.store(
+              Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
+              static_cast<T>(grads.at(k, c) * unit));
+      }
       on.add_rows(
           block, arrays, pairs, unit, f.head_dim, none,
           [&](Index j) { return on.key(false, at, j); },
@@ -286,12 +288,14 @@ struct AttentionKeyGradients {
     on.differentiate(block, at, scores, grads, [&](int r) { return rows[on.row_index(at, r)]; });
     const C unit = on.unit_of(block, arrays, grads);
     EIGENFORMER_UNROLL_ALL
-    for (int k = 0; k < Pairs::kRows; ++k) EIGENFORMER_UNROLL_ALL
-    for (int c = 0; c < Pairs::kColumns; ++c) {
-      const int to = Pairs::column(block.thread(), c) * kPairStride<T> +
-                     Pairs::row(block.thread(), k);  // transposed
-      probability_array.store(to, static_cast<T>(scores.at(k, c) * kProbabilityUnit));
-      grad_array.store(to, static_cast<T>(grads.at(k, c) * unit));
+    for (int k = 0; k < Pairs::kRows; ++k) {
+      EIGENFORMER_UNROLL_ALL
+      for (int c = 0; c < Pairs::kColumns; ++c) {
+        const int to = Pairs::column(block.thread(), c) * kPairStride<T> +
+                       Pairs::row(block.thread(), k);  // transposed
+        probability_array.store(to, static_cast<T>(scores.at(k, c) * kProbabilityUnit));
+        grad_array.store(to, static_cast<T>(grads.at(k, c) * unit));
+      }
     }
     const auto takes = [&](Index j, Index r) {
       return on.range(at, r).sees(static_cast<int>(j)) &&

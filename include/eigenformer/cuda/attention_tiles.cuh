@@ -29,16 +29,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// Whether the tiles serve a request: by its scalars and widths only, so that a row's bits depend
-/// on nothing else.
-template <typename TQ, typename TKV>
-inline constexpr bool kHasAttentionTiles = sizeof(TQ) == 2 && std::is_same_v<TQ, TKV>;
-template <typename TQ, typename TKV>
-bool fits_tiles(const problem::Attention<TQ, TKV>& p) {
-  const auto fits = [](Index width) { return width > 0 && width <= 256; };
-  return kHasAttentionTiles<TQ, TKV> && fits(p.head_dim) && fits(p.value_dim);
-}
-
 /// value_dim is at most 32 * Chunks.
 template <typename T, int Chunks>
 struct AttentionTiles {
@@ -56,7 +46,7 @@ struct AttentionTiles {
   const Index* first_tile;  // (batch + 1)
   Index tiles, splits;      // splits 0: a block has all of its rows
   AttentionPart* parts;     // (rows, heads, splits)
-  float* sums;              // (rows, heads, splits or 1, value_dim), times kFactor
+  float* part_sums;         // (rows, heads, splits or 1, value_dim), times kFactor
 
   EIGENFORMER_HOST_DEVICE static Index chunks_of(Index width) {
     return (width + kTileDepth - 1) / kTileDepth;
@@ -330,11 +320,13 @@ struct AttentionTiles {
     }
     if (!whole) {  // for add_not_finite
       EIGENFORMER_UNROLL_ALL
-      for (int k = 0; k < 2; ++k) EIGENFORMER_UNROLL_ALL
-      for (int c = 0; c < Pairs::kColumns; ++c)
-        a.pairs.store(
-            Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
-            static_cast<T>(pairs.at(k, c)));
+      for (int k = 0; k < 2; ++k) {
+        EIGENFORMER_UNROLL_ALL
+        for (int c = 0; c < Pairs::kColumns; ++c)
+          a.pairs.store(
+              Pairs::row(block.thread(), k) * kPairStride<T> + Pairs::column(block.thread(), c),
+              static_cast<T>(pairs.at(k, c)));
+      }
     }
   }
 
@@ -392,9 +384,11 @@ struct AttentionTiles {
     state.maximum[k] = maximum;
     state.weights[k] = std::fma(state.weights[k], fall, sum);
     EIGENFORMER_UNROLL_ALL
-    for (auto& sums : state.sums) EIGENFORMER_UNROLL_ALL
-    for (int i = 0; i < sums.kSize; ++i)
-      if (i / 2 % 2 == k) sums.values[i] *= fall;
+    for (auto& sums : state.sums) {
+      EIGENFORMER_UNROLL_ALL
+      for (int i = 0; i < sums.kSize; ++i)
+        if (i / 2 % 2 == k) sums.values[i] *= fall;
+    }
   }
 
   /// What values that are not finite give to the rows that see them.
@@ -417,9 +411,11 @@ struct AttentionTiles {
               static_cast<float>(a.pairs.load(r * kPairStride<T> + j)) * static_cast<float>(value);
       }
       EIGENFORMER_UNROLL_ALL
-      for (int c = 0; c < Chunks; ++c) EIGENFORMER_UNROLL_ALL
-      for (int e = 0; e < RowTile<T>::kSize; ++e)
-        if (c * RowTile<T>::kSize + e == n) state.sums[c].values[e] += more;
+      for (int c = 0; c < Chunks; ++c) {
+        EIGENFORMER_UNROLL_ALL
+        for (int e = 0; e < RowTile<T>::kSize; ++e)
+          if (c * RowTile<T>::kSize + e == n) state.sums[c].values[e] += more;
+      }
     }
   }
 
@@ -428,13 +424,15 @@ struct AttentionTiles {
   EIGENFORMER_DEVICE void for_each_sum(Block& block, int k, const State& state,
                                        const Body& body) const {
     EIGENFORMER_UNROLL_ALL
-    for (int c = 0; c < Chunks; ++c) EIGENFORMER_UNROLL_ALL
-    for (int e = 0; e < 2; ++e) {
-      const auto& sums = state.sums[c].values;
-      const int i = 2 * k + e;
-      const Index column = c * kTileDepth + RowTile<T>::column(block.thread(), i);
-      if (column < call.p.value_dim)
-        body(column, Pack<float, 4>{{sums[i], sums[i + 4], sums[i + 8], sums[i + 12]}});
+    for (int c = 0; c < Chunks; ++c) {
+      EIGENFORMER_UNROLL_ALL
+      for (int e = 0; e < 2; ++e) {
+        const auto& sums = state.sums[c].values;
+        const int i = 2 * k + e;
+        const Index column = c * kTileDepth + RowTile<T>::column(block.thread(), i);
+        if (column < call.p.value_dim)
+          body(column, Pack<float, 4>{{sums[i], sums[i + 4], sums[i + 8], sums[i + 12]}});
+      }
     }
   }
   /// Four neighbours from `column` on, in rows of value_dim.
@@ -456,7 +454,7 @@ struct AttentionTiles {
       const Index at = call.index_of(query_of(rows, r)) * splits + split;
       if (block.thread() % 4 == 0) parts[at] = found[k];
       for_each_sum(block, k, state, [&](Index column, const Pack<float, 4>& four) {
-        write(sums + at * call.p.value_dim, column, four);
+        write(part_sums + at * call.p.value_dim, column, four);
       });
     }
   }
@@ -480,7 +478,7 @@ struct AttentionTiles {
         Pack<T, 4> output;
         for (int i = 0; i < 4; ++i) {
           const bool here = !first && column + i < call.p.value_dim;
-          four[i] = merge_sums(merged, here ? sums[at + column + i] : 0.0f, four[i]);
+          four[i] = merge_sums(merged, here ? part_sums[at + column + i] : 0.0f, four[i]);
           output[i] =
               end.factor == 0
                   ? T(0)
@@ -489,7 +487,7 @@ struct AttentionTiles {
         if (last)
           write(call.p.output + at, column, output);
         else
-          write(sums + at, column, four);
+          write(part_sums + at, column, four);
       });
     }
   }

@@ -113,8 +113,10 @@ struct PairTile {
         for (int r = 0; r < kRows; ++r) {
           const auto a = rows.template pack<Pack<T, width>>(row_base + row(thread, r) * stride + d);
           EIGENFORMER_UNROLL_ALL
-          for (int c = 0; c < kColumns; ++c) EIGENFORMER_UNROLL_ALL
-          for (int i = 0; i < width; ++i) at(r, c) = std::fma(a[i], b[c][i], at(r, c));
+          for (int c = 0; c < kColumns; ++c) {
+            EIGENFORMER_UNROLL_ALL
+            for (int i = 0; i < width; ++i) at(r, c) = std::fma(a[i], b[c][i], at(r, c));
+          }
         }
       }
     }
@@ -204,14 +206,18 @@ struct RowTile {
         for (int r = 0; r < 4; ++r)
           a[r] = pairs.template pack<Pack<T, width>>(row(thread, 4 * r) * stride + k);
         EIGENFORMER_UNROLL_ALL
-        for (int i = 0; i < width; ++i) EIGENFORMER_UNROLL_ALL
-        for (int c = 0; c < 4; c += width) {
-          const auto b =
-              operand.template pack<Pack<T, width>>((k + i) * kRowOperand<T> + thread % 8 * 4 + c);
+        for (int i = 0; i < width; ++i) {
           EIGENFORMER_UNROLL_ALL
-          for (int r = 0; r < 4; ++r) EIGENFORMER_UNROLL_ALL
-          for (int j = 0; j < width; ++j)
-            values[4 * r + c + j] = std::fma(a[r][i], b[j], values[4 * r + c + j]);
+          for (int c = 0; c < 4; c += width) {
+            const auto b = operand.template pack<Pack<T, width>>((k + i) * kRowOperand<T> +
+                                                                 thread % 8 * 4 + c);
+            EIGENFORMER_UNROLL_ALL
+            for (int r = 0; r < 4; ++r) {
+              EIGENFORMER_UNROLL_ALL
+              for (int j = 0; j < width; ++j)
+                values[4 * r + c + j] = std::fma(a[r][i], b[j], values[4 * r + c + j]);
+            }
+          }
         }
       }
     }
