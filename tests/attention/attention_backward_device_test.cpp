@@ -1,4 +1,4 @@
-// Gradients of attention on every device, against the formulas in double.
+// Gradients of attention on GPUs, against the formulas in double.
 #include "device.h"
 #include "gradient_case.h"
 
@@ -46,7 +46,7 @@ void check(const GradientCase<T>& c, const NamedOptions& named, double bound = t
   SCOPED_TRACE(named.name);
   ef::AttentionOptions options = named.options;
   const auto expected = c.reference_gradients(options);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     const auto found = gradients_on(bench, c, options);
     EXPECT_LE(relative_error(found.grad_q, expected.grad_q), bound);
     EXPECT_LE(relative_error(found.grad_k, expected.grad_k), bound);
@@ -116,7 +116,7 @@ TEST(AttentionBackwardOnDevice, LargeScores) {
 TEST(AttentionBackwardOnDevice, BitsDoNotDependOnBatchOrPacking) {
   const GradientCase<float> c({2, 70, 70, 2, 1, 12, 5}, {70, 66});
   const auto options = option_sweep(2).back().options;
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     const auto together = gradients_on(bench, c, options);
     const auto rows_of = [&](const ef::Tensor<float, 4>& tensor) {
       ef::Tensor<float, 3> rows(66, tensor.dimension(2), tensor.dimension(3));
@@ -150,7 +150,7 @@ void check_reach() {
     (in_query ? dirty.q : dirty.k)(0, 66, 0, 3) = nan;
     (in_query ? dirty.weights : dirty.v)(0, 5, 0, 3) = nan;
     const ef::AttentionOptions options{.causal = true, .window = 1};
-    for_each_device([&](const auto& bench) {
+    for_each_gpu([&](const auto& bench) {
       const auto a = gradients_on(bench, clean, options), b = gradients_on(bench, dirty, options);
       for (Index i = 0; i < 68; ++i) {
         const bool reached = i == 66 || i == 5;
@@ -183,7 +183,7 @@ TEST(AttentionBackwardOnDevice, SilentRows) {
     for (Index d = 0; d < 8; ++d) dirty.q(0, i, 0, d) = dirty.weights(0, i, 0, d) = nan;
   GradientCase<float> infinite({1, 2, 2, 1, 1, 1, 1}, {2});
   infinite.q.setConstant(1e20f), infinite.k.setConstant(-1e20f), infinite.weights.setConstant(nan);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     const auto a = gradients_on(bench, c, options), b = gradients_on(bench, dirty, options),
                none = gradients_on(bench, infinite, options);
     EXPECT_TRUE(same_bits(a.grad_q, b.grad_q) && same_bits(a.grad_k, b.grad_k) &&

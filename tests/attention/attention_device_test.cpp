@@ -1,4 +1,4 @@
-// Attention forward on every device: dense, packed and cached, against the double reference.
+// Attention forward on GPUs: dense, packed and cached, against the double reference.
 #include <eigenformer/paged_kv_cache.h>
 
 #include "attention_case.h"
@@ -24,7 +24,7 @@ void check(const AttentionCase<T>& c, const NamedOptions& named, bool tell_lengt
   using C = ef::compute_type<T>;
   const AttentionShape& s = c.shape;
   const auto expected = c.reference(named.options);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto q = on_device(bench, c.q);
     auto k = on_device(bench, c.k);
     auto v = on_device(bench, c.v);
@@ -78,7 +78,7 @@ TEST(AttentionOnDevice, LargeScoresAndLargeValues) {
   check(c, {"large values", {}});
   AttentionCase<double> d({1, 2, 70, 1, 1, 16, 3}, {70});
   for (Index i = 0; i < d.v.size(); ++i) d.v.data()[i] = i % 3 == 0 ? 1.7e308 : 1.0;
-  for_each_device([&](const auto& bench) {  // the reference itself leaves the range
+  for_each_gpu([&](const auto& bench) {  // the reference itself leaves the range
     auto q = on_device(bench, d.q);
     auto k = on_device(bench, d.k);
     auto v = on_device(bench, d.v);
@@ -107,7 +107,7 @@ void check_infinities() {
   k(0, 3, 0, 0) = static_cast<T>(NAN);
   v(0, 4, 0, 69) = static_cast<T>(NAN);
   v(0, 5, 0, 0) = static_cast<T>(INFINITY);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_q = on_device(bench, q);
     auto device_k = on_device(bench, k);
     auto device_v = on_device(bench, v);
@@ -142,7 +142,7 @@ TEST(AttentionOnDevice, InfinitiesStayInTheirRows) {
 TEST(AttentionOnDevice, InPlace) {
   const AttentionCase<float> c({1, 3, 3, 2, 1, 70, 70}, {3});
   const auto expected = c.reference({.causal = true});
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto q = on_device(bench, c.q);
     auto k = on_device(bench, c.k);
     auto v = on_device(bench, c.v);
@@ -157,7 +157,7 @@ TEST(AttentionOnDevice, PackedRowsHaveTheBitsOfRowsAlone) {
   const std::vector<Index> q_offsets{0, 0, 2, 5, 5, 6}, kv_offsets{0, 3, 3, 70, 71, 75};
   const auto q = random_tensor<float, 3>({6, 2, 5}, 1), k = random_tensor<float, 3>({75, 1, 5}, 2),
              v = random_tensor<float, 3>({75, 1, 3}, 3);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_q = on_device(bench, q);
     auto device_k = on_device(bench, k);
     auto device_v = on_device(bench, v);
@@ -196,7 +196,7 @@ void check_splits(const ef::AttentionOptions& options, Index keys, Index dim) {
     std::copy_n(from.data(), from.size(), all.data());
     return all;
   };
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     const auto run = [&](Index others) {
       auto q = on_device(bench, copied(c.q, 2 + others));
       auto k = on_device(bench, copied(c.k, keys + 1));
@@ -256,7 +256,7 @@ void check_caches(const ef::AttentionOptions& options, double bound, Index dim =
   const Eigen::DefaultDevice host;
   ef::PagedKvCache<T, Storage> host_cache(config);
   const auto [expected, ragged_expected] = run(HostBench<Eigen::DefaultDevice>{host}, host_cache);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     ef::PagedKvCache<T, Storage> cache(config, ef::memory_of(bench.device));
     const auto [got, ragged_got] = run(bench, cache);
     EXPECT_LT(relative_error(got, to_double(expected)), bound);
@@ -290,7 +290,7 @@ void check_tokens(Index dim) {
   const auto q = random_tensor<T, 4>({1, tokens, heads, dim}, 1),
              k = random_tensor<T, 4>({1, tokens, 1, dim}, 2),
              v = random_tensor<T, 4>({1, tokens, 1, dim}, 3);
-  for_each_device([&](const auto& bench) {
+  for_each_gpu([&](const auto& bench) {
     auto device_q = on_device(bench, q);
     auto device_k = on_device(bench, k);
     auto device_v = on_device(bench, v);

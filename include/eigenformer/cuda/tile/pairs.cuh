@@ -5,19 +5,15 @@
 /// through the tensor cores and are summed in float; float and double through FMA, in ascending
 /// order. A row of the results belongs to lanes of one warp, and depends on no other row.
 ///
-/// The tensor cores want neighbours in k that lie apart, and columns one to a lane. A product does
-/// not mind in which order k comes, nor in which its columns: a lane's 16 bytes of an operand of
-/// PairTile are its parts of two instructions, and the 4 columns of RowTile's operand that it loads
-/// at once those of four.
+/// Operands of PairTile are read as operand.cuh says: a lane's 16 bytes are its parts of two
+/// instructions. A product does not mind in which order its columns come either: the 4 columns of
+/// RowTile's operand that a lane loads at once are its parts of four.
 #pragma once
 
 #include <cmath>
-#include <cstring>
 #include <limits>
-#include <type_traits>
 
-#include "../packs.cuh"
-#include "fragment.cuh"
+#include "operand.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -39,16 +35,6 @@ template <typename T>
 inline constexpr int kRowOperand = kTileDepth + 16 / static_cast<int>(sizeof(T));
 template <typename T>
 inline constexpr int kPairStride = kTile + 16 / static_cast<int>(sizeof(T));
-
-/// The same bytes. std::bit_cast is none of the device's where To is no literal type, as half.
-template <typename To, typename From>
-EIGENFORMER_DEVICE To bytes_as(const From& from) {
-  static_assert(sizeof(To) == sizeof(From) && std::is_trivially_copyable_v<To> &&
-                std::is_trivially_copyable_v<From>);
-  To to;
-  std::memcpy(static_cast<void*>(&to), &from, sizeof(To));
-  return to;
-}
 
 /// A tile of pairs: (row, column) is a sum over the columns of the operands' rows `row` and
 /// `column`. A thread has kRows x kColumns of them; kLanes neighbouring lanes share a row.
@@ -84,20 +70,14 @@ struct PairTile {
     if constexpr (kMma) {
       const int lane = block.lane(), place = lane / 4 * stride + lane % 4 * 8;
       const auto load = [&](const Array& array, Index base, int row) {
-        return bytes_as<Words<4>>(array.template pack<Pack<T, 8>>(base + row * stride + place));
+        return array.template pack<Pack<T, 8>>(base + row * stride + place);
       };
       const auto low = load(rows, row_base, block.warp() * 16),
                  high = load(rows, row_base, block.warp() * 16 + 8);
       EIGENFORMER_UNROLL_ALL
       for (int n = 0; n < 8; ++n) {
-        const auto b = load(columns, column_base, 8 * n);
         FragmentD<T> sums{{values[4 * n], values[4 * n + 1], values[4 * n + 2], values[4 * n + 3]}};
-        EIGENFORMER_UNROLL_ALL
-        for (int i = 0; i < 4; i += 2)
-          block.mma(sums,
-                    bytes_as<FragmentA<T>>(
-                        Words<4>{{low.word[i], high.word[i], low.word[i + 1], high.word[i + 1]}}),
-                    bytes_as<FragmentB<T>>(Words<2>{{b.word[i], b.word[i + 1]}}));
+        multiply_step<T>(block, sums, low, high, load(columns, column_base, 8 * n));
         EIGENFORMER_UNROLL_ALL
         for (int i = 0; i < 4; ++i) values[4 * n + i] = sums.values[i];
       }
@@ -130,12 +110,6 @@ struct PairTile {
       a.values[i] = static_cast<T>(values[4 * (2 * k + i / 4) + i % 4]);
     return a;
   }
-
- private:
-  template <int Count>
-  struct alignas(4 * Count) Words {
-    unsigned word[Count];
-  };
 };
 
 /// 64 rows of 32 columns: to row `row` is added the sum over k of pairs(row, k) times row k of an
