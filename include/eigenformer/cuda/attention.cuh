@@ -1,15 +1,15 @@
 /// \file
 /// CUDA kernels of attention forward. For one 16-bit scalar of queries, keys and values: tiles on
-/// the tensor cores (attention_tiles.cuh). For all others the kernel here: a block of 64 threads per
-/// query row and head, online softmax (Milakov and Gimelshein, "Online normalizer calculation for
-/// softmax", 2018) over key blocks of 64 at absolute positions, in splits of 512 keys that are
+/// the tensor cores (attention_tiles.cuh). For all others the kernel here: a block of 64 threads
+/// per query row and head, online softmax (Milakov and Gimelshein, "Online normalizer calculation
+/// for softmax", 2018) over key blocks of 64 at absolute positions, in splits of 512 keys that are
 /// merged in order (attention_call.cuh), so that the bits of a row depend on nothing but what it
 /// sees. Where rows and heads do not fill the device, a block has one split only.
 ///
 /// Of a key block a thread takes the score of one key, then some columns of a quarter of the
 /// values, 16 bytes at a time where they are aligned: sums of 64 keys in the compute type, of all
-/// blocks in double. A split whose greatest score is so large that its rounding would show goes over
-/// its keys once more with scores in double.
+/// blocks in double. A split whose greatest score is so large that its rounding would show goes
+/// over its keys once more with scores in double.
 ///
 /// 4 * head_dim flops a visible pair. Every row reads its keys and values itself, once: queries of
 /// one group and neighbouring rows find them in L2, so that decoding (one row a sequence) reads

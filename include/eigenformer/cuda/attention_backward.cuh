@@ -1,17 +1,18 @@
 /// \file
-/// CUDA kernels of the gradients of attention (formulas: cpu/attention/backward.h), over tiles of 64
-/// queries of a head by 64 keys at absolute positions of their sequence, so that every sum has one
-/// order; no two blocks write one element. The first launch has a block for each (64 queries, head):
-/// it goes over the keys for maximum, sum and D of each row, from the very scores and dP that P and
-/// dS are made of, and once more for dQ. The second has a block for each (64 keys, KV head), which
-/// goes over the queries of the group's heads in order for dK and dV. What a row needs passes from
-/// one to the other in some 24 bytes of scratch per row; 16-bit gradients are summed in float, in
-/// scratch of their size. Rows whose scores are too large for their rounding take them in double.
+/// CUDA kernels of the gradients of attention (formulas: cpu/attention/backward.h), over tiles of
+/// 64 queries of a head by 64 keys at absolute positions of their sequence, so that every sum has
+/// one order; no two blocks write one element. The first launch has a block for each (64 queries,
+/// head): it goes over the keys for maximum, sum and D of each row, from the very scores and dP
+/// that P and dS are made of, and once more for dQ. The second has a block for each (64 keys, KV
+/// head), which goes over the queries of the group's heads in order for dK and dV. What a row needs
+/// passes from one to the other in some 24 bytes of scratch per row; 16-bit gradients are summed in
+/// float, in scratch of their size. Rows whose scores are too large for their rounding take them in
+/// double.
 ///
 /// 18 * head_dim flops for each visible pair, 10 of them unavoidable: scores and dP are made three
-/// times and never stored. Keys and values are read twice for each 64 queries of a head, queries and
-/// grad_output once for each 64 keys: 64 bytes or more for 18 * 64 flops, mostly out of L2, so that
-/// arithmetic is the limit. In 16 bits all products are those of tensor cores, their operands
+/// times and never stored. Keys and values are read twice for each 64 queries of a head, queries
+/// and grad_output once for each 64 keys: 64 bytes or more for 18 * 64 flops, mostly out of L2, so
+/// that arithmetic is the limit. In 16 bits all products are those of tensor cores, their operands
 /// staged through shared memory without overlap: 10% to 15% of an H100's peak is expected, 20% to
 /// 30% of that of FMA in float.
 #pragma once

@@ -1,13 +1,13 @@
 /// \file
-/// CUDA kernel of attention forward for bfloat16 and half, on the tensor cores (Dao, "FlashAttention-
-/// 2", 2023): a block of 128 threads for 64 rows of a KV head's queries, position by position and
-/// of each position the heads of the group, so that a step of decoding fills rows with a group, and
-/// all read the keys once. Over tiles of 64 keys at absolute positions, the next one on its way to
-/// shared memory while one is worked on; tiles that nobody sees are left out. Scores stay in
-/// registers: exponentials of float, rounded to 16 bits for their product with the values, which is
-/// summed in float. Splits of 512 keys are merged in order (attention_call.cuh); where tiles do not
-/// fill the device, a block has one split only. A split whose scores are too large for their
-/// rounding takes those rows' in double.
+/// CUDA kernel of attention forward for bfloat16 and half, on the tensor cores (Dao,
+/// "FlashAttention-2", 2023): a block of 128 threads for 64 rows of a KV head's queries, position
+/// by position and of each position the heads of the group, so that a step of decoding fills rows
+/// with a group, and all read the keys once. Over tiles of 64 keys at absolute positions, the next
+/// one on its way to shared memory while one is worked on; tiles that nobody sees are left out.
+/// Scores stay in registers: exponentials of float, rounded to 16 bits for their product with the
+/// values, which is summed in float. Splits of 512 keys are merged in order (attention_call.cuh);
+/// where tiles do not fill the device, a block has one split only. A split whose scores are too
+/// large for their rounding takes those rows' in double.
 ///
 /// A key that a row does not see has weight 0 there. Values that are not finite are taken out of
 /// tiles that some rows do not see in whole, and added to the rows that see them.
@@ -35,8 +35,8 @@ struct AttentionTiles {
   using Call = AttentionCall<T, T>;
   using Pairs = PairTile<T>;
   static constexpr int kThreads = kTileThreads, kWarps = kTileThreads / kWarp;
-  /// Tiles in shared memory: the next one as well, where heads leave room for it (113 of the 163 KiB
-  /// of sm_80 at 256).
+  /// Tiles in shared memory: the next one as well, where heads leave room for it (one takes 113 of
+  /// the 163 KiB of sm_80 at 256).
   static constexpr int kBuffers = Chunks > 4 ? 1 : 2;
   static constexpr float kInfinity = std::numeric_limits<float>::infinity();
   /// Weights are at most this: sums of a million finite bfloat16 are finite, and half has small

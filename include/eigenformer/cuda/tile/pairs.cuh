@@ -61,7 +61,8 @@ struct PairTile {
     for (C& value : values) value = C(0);
   }
 
-  /// 32 columns of the operands, which begin at these elements of the arrays; zeros from `depth` on.
+  /// 32 columns of the operands, which begin at these elements of the arrays; from `depth` on they
+  /// are zeros.
   template <typename Block, typename Array>
   EIGENFORMER_DEVICE void add(Block& block, const Array& rows, Index row_base, const Array& columns,
                               Index column_base, [[maybe_unused]] Index depth) {
