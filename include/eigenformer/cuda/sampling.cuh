@@ -9,8 +9,10 @@
 /// on. A draw adds one pass (an exponential in double per token in play, some 25 flops), top-k 6
 /// (bfloat16) to 10 (float), top-p one more than that, min-p one, typical-p 19, penalties, bias and
 /// mask a copy and one. For top-k, top-p and a draw from 128256 bfloat16 that is some 16 passes of
-/// 256 kB by one multiprocessor: 50 to 100 microseconds are expected for up to 132 rows, which read
-/// 34 MB from memory, so that L2 and latency are the limit and not the bandwidth (10 to 20% of it).
+/// 256 kB by one multiprocessor: some 100 microseconds are expected for up to 132 rows, which read
+/// 34 MB from memory: L2 and latency are the limit and not the bandwidth (10% of it). Without top-k
+/// the exponentials are: 128256 take 30 microseconds of a multiprocessor at its peak, and top-p
+/// wants them three or four times.
 ///
 /// Parameters, with their lists, and generators are staged. Rows with penalties, bias or mask take
 /// scratch, at most kScratchRows rows of it.
@@ -81,7 +83,7 @@ struct SamplingKernel {
       const problem::RowParams& params = p.params_of(r);
       SamplingRow<T> row{p.logits + r * p.vocab, nullptr, p.vocab, {}, 1.0};
       SampleStatus status = scan_row(block, arrays, row);
-      const SamplingRow<T> raw = row;
+      const C best = row.band.hi;
       if (status == SampleStatus::ok && problem::adjusts_logits(params)) {
         C* const own = adjusted + block.index() * scratch_stride;
         adjust_logits(block, row.logits, p.vocab, params, own,
@@ -90,31 +92,39 @@ struct SamplingKernel {
         status = scan_row(block, arrays, row);
       }
       if (status == SampleStatus::ok) apply_filters(block, arrays, row, params);
-      write(block, arrays, raw, row, r, status);
+      write(block, arrays, best, row, r, status);
     }
   }
 
  private:
   template <typename Block, typename Arrays>
-  EIGENFORMER_DEVICE void write(Block& block, const Arrays& arrays, const SamplingRow<T>& raw,
+  EIGENFORMER_DEVICE void write(Block& block, const Arrays& arrays, C best,
                                 const SamplingRow<T>& row, Index r, SampleStatus status) const {
-    const auto weight = [&](Index t) { return row.weight_of(t); };
+    const auto weights = weights_of(row);
     if (result == SamplingResult::of_tokens) status = write_of_token(block, arrays, row, r, status);
     if (result == SamplingResult::probabilities) {
       float* const out = probabilities + r * p.vocab;
       const double total =
-          status == SampleStatus::ok ? sum_in_order(block, arrays.sums, p.vocab, weight) : 0.0;
-      for (Index t = block.thread(); t < p.vocab; t += block.size())
-        out[t] = total > 0 ? static_cast<float>(weight(t) / total) : 0.0f;
+          status == SampleStatus::ok ? sum_in_order(block, arrays.sums, p.vocab, weights) : 0.0;
+      const Index apart = block.size();
+      for (Index t = block.thread(); t < p.vocab; t += apart * FourWeights::kCount) {
+        FourWeights four{};
+        if (total > 0) four = weights(t, apart);
+        for (int k = 0; k < FourWeights::kCount; ++k)
+          if (t + k * apart < p.vocab)
+            out[t + k * apart] = total > 0 ? static_cast<float>(four.values[k] / total) : 0.0f;
+      }
     }
     std::int32_t id = -1;
     const bool draws =
         result == SamplingResult::token || result == SamplingResult::log_probabilities;
     if (draws && status == SampleStatus::ok)
-      id = draw_in_order(block, arrays.sums, p.vocab, p.uniform(r), weight);
+      id = draw_in_order(block, arrays.sums, p.vocab, p.uniform(r), weights);
     if (result == SamplingResult::log_probabilities) {
+      const problem::Band<C> all{best, std::numeric_limits<C>::lowest(), p.vocab};
       if (status == SampleStatus::ok)
-        write_log_probabilities(block, arrays, raw, row, r, id, log);
+        write_log_probabilities(block, arrays, {row.logits, nullptr, p.vocab, all, 1.0}, row, r, id,
+                                log);
       else
         write_no_log_probabilities(block, r, log);
     }

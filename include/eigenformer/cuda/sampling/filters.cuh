@@ -39,12 +39,30 @@ EIGENFORMER_DEVICE PrefixEnd select_prefix(Block& block, const Arrays& arrays,
   for (int shift = bits - digit_bits; shift >= constant_bits; shift -= digit_bits) {
     for (int digit = 0; digit < digits; ++digit)
       masses.store(digit * threads + block.thread(), 0.0);
-    for_each_logit(block, row, [&](Index t, auto x) {
-      if (!row.band.contains(x, t)) return;
-      const std::uint64_t from_here = std::uint64_t{key(x)} >> shift, wanted = end.key >> shift;
-      if (from_here >> digit_bits != wanted >> digit_bits) return;
-      const Index at = static_cast<Index>(from_here & (digits - 1)) * threads + block.thread();
-      masses.store(at, masses.load(at) + weight(x));
+    const std::uint64_t wanted = end.key >> shift >> digit_bits;
+    for_each_pack_of_row(block, row, [&](Index t, const auto& x, int count) {
+      constexpr int width = pack_width<T>;
+      int digit_of[width];  // -1: not among those looked at
+      bool any = false;
+      for (int i = 0; i < width; ++i) {
+        const std::uint64_t from_here = std::uint64_t{key(x[i])} >> shift;
+        const bool looked_at =
+            i < count && row.band.contains(x[i], t + i) && from_here >> digit_bits == wanted;
+        digit_of[i] = looked_at ? static_cast<int>(from_here & (digits - 1)) : -1;
+        any = any || looked_at;
+      }
+      if (!any) return;
+      constexpr int together = width < FourWeights::kCount ? width : FourWeights::kCount;
+      for (int first = 0; first < width; first += together) {
+        double weights[together];
+        for (int i = 0; i < together; ++i)
+          weights[i] = weight(digit_of[first + i] < 0 ? row.band.hi : x[first + i]);
+        for (int i = 0; i < together; ++i) {
+          if (digit_of[first + i] < 0) continue;
+          const Index at = digit_of[first + i] * threads + block.thread();
+          masses.store(at, masses.load(at) + weights[i]);
+        }
+      }
     });
     block.barrier();
     // 16 neighbours add a digit
@@ -129,8 +147,7 @@ template <typename Block, typename Arrays, typename T>
 EIGENFORMER_DEVICE void keep_top_p(Block& block, const Arrays& arrays, SamplingRow<T>& row,
                                    double p) {
   if (p >= 1.0) return;
-  const double total =
-      sum_in_order(block, arrays.sums, row.vocab, [&](Index t) { return row.weight_of(t); });
+  const double total = sum_in_order(block, arrays.sums, row.vocab, weights_of(row));
   keep_prefix(block, arrays, row, (p > 0 ? p : 0.0) * total, false,
               [&](auto x) { return row.weight(x); });
 }
@@ -169,11 +186,12 @@ EIGENFORMER_DEVICE void keep_typical_p(Block& block, const Arrays& arrays, Sampl
         (static_cast<double>(x) - static_cast<double>(row.band.hi)) * row.inverse_temperature;
     return d < 0.0 ? d : 0.0;
   };
-  const double total =
-      sum_in_order(block, arrays.sums, row.vocab, [&](Index t) { return row.weight_of(t); });
-  const double moment = sum_in_order(block, arrays.sums, row.vocab, [&](Index t) {
-    const double weight = row.weight_of(t);
-    return weight > 0 ? weight * scaled(row.at(t)) : 0.0;
+  const double total = sum_in_order(block, arrays.sums, row.vocab, weights_of(row));
+  const double moment = sum_in_order(block, arrays.sums, row.vocab, [&](Index t, Index apart) {
+    FourWeights four = row.weights(t, apart);
+    for (int k = 0; k < FourWeights::kCount; ++k)
+      if (four.values[k] > 0) four.values[k] *= scaled(row.at(t + k * apart));
+    return four;
   });
   const double mean = moment / total;
   const auto distance = [&](C x) { return std::abs(scaled(x) - mean); };

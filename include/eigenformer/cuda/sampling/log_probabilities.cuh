@@ -17,8 +17,12 @@ template <typename Block, typename Arrays, typename T>
 EIGENFORMER_DEVICE double log_sum_weights(Block& block, const Arrays& arrays,
                                           const SamplingRow<T>& row) {
   const Index best = nth_equal(block, arrays, row, row.band.hi, 1);
-  return std::log1p(sum_in_order(block, arrays.sums, row.vocab,
-                                 [&](Index t) { return t == best ? 0.0 : row.weight_of(t); }));
+  return std::log1p(sum_in_order(block, arrays.sums, row.vocab, [&](Index t, Index apart) {
+    FourWeights four = row.weights(t, apart);
+    for (int k = 0; k < FourWeights::kCount; ++k)
+      if (t + k * apart == best) four.values[k] = 0;
+    return four;
+  }));
 }
 
 /// Log of the probability of one token in a filtered distribution, from the log of the sum of its

@@ -34,12 +34,32 @@ struct SamplingRow {
     return detail::token_weight(static_cast<double>(logit), static_cast<double>(band.hi),
                                 inverse_temperature);
   }
-  /// 0 where the token is out of play.
-  EIGENFORMER_DEVICE double weight_of(Index token) const {
-    const C logit = at(token);
-    return band.contains(logit, token) ? weight(logit) : 0.0;
+  /// 0 where a token is out of play. Threads whose four are have nothing to do.
+  EIGENFORMER_DEVICE FourWeights weights(Index token, Index apart) const {
+    constexpr int count = FourWeights::kCount;
+    C logits_of[count];
+    bool in_play[count], any = false;
+    for (int k = 0; k < count; ++k) {
+      const Index t = token + k * apart;
+      logits_of[k] = t < vocab ? at(t) : band.hi;
+      in_play[k] = t < vocab && band.contains(logits_of[k], t);
+      any = any || in_play[k];
+    }
+    FourWeights four{};
+    if (!any) return four;
+    for (int k = 0; k < count; ++k) {
+      const double own = weight(in_play[k] ? logits_of[k] : band.hi);
+      four.values[k] = in_play[k] ? own : 0.0;
+    }
+    return four;
   }
 };
+
+/// Its weights, as sums in token order ask for them.
+template <typename T>
+EIGENFORMER_DEVICE auto weights_of(const SamplingRow<T>& row) {
+  return [&row](Index token, Index apart) { return row.weights(token, apart); };
+}
 
 /// What one pass finds out about a row.
 template <typename C>
@@ -99,25 +119,39 @@ EIGENFORMER_DEVICE SamplingArrays<Block, C> sampling_arrays(Block& block) {
   return {sums, best, ranges, counts, digits, place};
 }
 
-/// body(token, logit) for the tokens of this thread, in order: a pack of neighbours, then the one a
-/// block's packs further. Which they are does not depend on alignment; where the row begins at a
-/// multiple of 16 bytes a pack is one load.
+/// body(token, logits, count) for the packs of `count` neighbours of this thread, each a block's
+/// packs after the one before. Which they are does not depend on alignment; where the row begins at
+/// a multiple of 16 bytes a pack is one load, on its way while the body works on the one before.
 template <typename Block, typename T, typename Body>
-EIGENFORMER_DEVICE void for_each_logit(Block& block, const SamplingRow<T>& row, Body body) {
+EIGENFORMER_DEVICE void for_each_pack_of_row(Block& block, const SamplingRow<T>& row, Body body) {
   using C = compute_type<T>;
   constexpr int width = pack_width<T>;
   const bool whole = row.adjusted != nullptr || packs_fit<width>(row.logits, width);
-  for (Index t = block.thread() * width; t < row.vocab; t += block.size() * width) {
+  const auto load = [&](Index t) {
+    if (whole && t + width <= row.vocab)
+      return row.adjusted != nullptr ? load_pack<C, width>(row.adjusted + t)
+                                     : load_pack<C, width>(row.logits + t);
     Pack<C, width> x;
-    if (whole && t + width <= row.vocab) {
-      x = row.adjusted != nullptr ? load_pack<C, width>(row.adjusted + t)
-                                  : load_pack<C, width>(row.logits + t);
-    } else {
-      for (int i = 0; i < width; ++i) x[i] = t + i < row.vocab ? row.at(t + i) : C(0);
-    }
-    for (int i = 0; i < width; ++i)
-      if (t + i < row.vocab) body(t + i, x[i]);
+    for (int i = 0; i < width; ++i) x[i] = t + i < row.vocab ? row.at(t + i) : C(0);
+    return x;
+  };
+  const Index first = static_cast<Index>(block.thread()) * width,
+              step = static_cast<Index>(block.size()) * width;
+  Pack<C, width> next = load(first);
+  for (Index t = first; t < row.vocab; t += step) {
+    const Pack<C, width> x = next;
+    next = load(t + step);
+    body(t, x, row.vocab - t < width ? static_cast<int>(row.vocab - t) : width);
   }
+}
+
+/// body(token, logit) for the tokens of this thread, in order.
+template <typename Block, typename T, typename Body>
+EIGENFORMER_DEVICE void for_each_logit(Block& block, const SamplingRow<T>& row, Body body) {
+  for_each_pack_of_row(block, row, [&](Index t, const auto& x, int count) {
+    for (int i = 0; i < pack_width<T>; ++i)
+      if (i < count) body(t + i, x[i]);
+  });
 }
 
 template <typename Block, typename Scratch, typename T>

@@ -116,11 +116,13 @@ struct SpeculativeKernel {
     const double u = p.uniform(r, 0, Philox::Purpose::last_token);
     // Without a residual the two distributions are one up to rounding: then from the target.
     for (bool residual = draft != nullptr;; residual = false) {
-      last = draw_in_order(block, sums, p.vocab, u, [&](Index t) {
+      const auto weight = [&](Index t) {
         const double own = static_cast<double>(target[t]),
                      other = residual ? static_cast<double>(draft[t]) : 0.0;
         return own > other ? own - other : 0.0;
-      });
+      };
+      last = draw_in_order(block, sums, p.vocab, u,
+                           WeightsOneByOne<decltype(weight)>{p.vocab, weight});
       if (last != -1 || !residual) break;
     }
     if (last >= 0) return SampleStatus::ok;
