@@ -1,10 +1,10 @@
 /// \file
 /// Products of many tokens by cuBLASLt, for who asks for it: EIGENFORMER_CUBLASLT, the CMake option
 /// and the macro, which links CUDA::cublasLt. Its kernels use what our tiles do not (wgmma and TMA
-/// on Hopper), and twice their speed and more is expected there, not measured yet. It takes what has
-/// kGemmTokens tokens and more, factors of one scalar (float, bfloat16, half; int8 with a scale for
-/// each row) whose lines begin at multiples of 16 bytes. int8 sums are exact, and keep their bits.
-/// Floating sums come in an order of cuBLASLt's own, chosen for the shape: results of so many
+/// on Hopper), and twice their speed and more is expected there, not measured yet. It takes what
+/// has kGemmTokens tokens and more, factors of one scalar (float, bfloat16, half; int8 with a scale
+/// for each row) whose lines begin at multiples of 16 bytes. int8 sums are exact, and keep their
+/// bits. Floating sums come in an order of cuBLASLt's own, chosen for the shape: results of so many
 /// tokens then differ in their last bits from those of fewer, and gradients of micro-batches from
 /// those of one batch.
 ///
@@ -13,8 +13,8 @@
 ///
 /// The one below is that of Eigen::GpuDevice; another device brings its own, found by the type of
 /// the backend. An algorithm is chosen when a stream sees a shape first, and kept; nothing is
-/// allocated but scratch, of which a call that is captured into a graph keeps its own: 8 MiB and the
-/// sums.
+/// allocated but scratch, of which a call that is captured into a graph keeps its own: 8 MiB and
+/// the sums.
 #pragma once
 
 #include <array>

@@ -2,10 +2,10 @@
 /// CUDA kernels of linear layers over int8 weights, plain or packed, with a scale for each row or
 /// for each group of inputs. A first kernel quantizes x per token, one block per token (two reads
 /// of x, the second out of L2, and a byte written per number); the products are exact sums in
-/// int32, of rows by tile/product.cuh (or gemm.cuh), of groups by tile/grouped_product.cuh, which say what they
-/// cost. The values are those of the CPU kernels, bit for bit, up to the activation function. Rows
-/// of a plain weight that do not begin at multiples of 16 bytes are read byte by byte: pack such
-/// weights.
+/// int32, of rows by tile/product.cuh (or gemm.cuh), of groups by tile/grouped_product.cuh, which
+/// say what they cost. The values are those of the CPU kernels, bit for bit, up to the activation
+/// function. Rows of a plain weight that do not begin at multiples of 16 bytes are read byte by
+/// byte: pack such weights.
 #pragma once
 
 #include <cmath>

@@ -5,15 +5,16 @@
 /// kernels, whichever kernel runs. Steps of 64 inputs as in operand.cuh; two groups of 32 share a
 /// step, which is then multiplied twice, each time without the tokens of the other half.
 ///
-/// - Few tokens, up to 64: a block per 16 rows and 16 tokens, whose 8 warps take one group after the
-///   other (two of 32), loads of 16 bytes straight into fragments, and leave the sums in shared
+/// - Few tokens, up to 64: a block per 16 rows and 16 tokens, whose 8 warps take one group after
+///   the other (two of 32), loads of 16 bytes straight into fragments, and leave the sums in shared
 ///   memory, where each output's thread joins them. Streams the weight once, further groups of 16
-///   tokens out of L2: rows * depth bytes and 4 / group of them in scales, 2 * tokens * rows * depth
-///   operations; bound by bandwidth, of which half is expected on H100 and H200, not measured yet.
+///   tokens out of L2: rows * depth bytes and 4 / group of them in scales, 2 * tokens * rows *
+///   depth operations; bound by bandwidth, of which half is expected on H100 and H200, not measured
+///   yet.
 /// - Many tokens: tiles of (128 tokens, 128 rows), 64 inputs at a time through three buffers of
 ///   shared memory. Bound by the chains, which leave the registers of a tensor core's sums for a
-///   conversion and a multiply-add each: about a third of the dense int8 peak is expected for groups
-///   of 128, a sixth for 32, not measured yet.
+///   conversion and a multiply-add each: about a third of the dense int8 peak is expected for
+///   groups of 128, a sixth for 32, not measured yet.
 ///
 /// In the place of rows and tokens that are not there stands the last one, again. end.store(token,
 /// row, chains) takes the chain of each matrix.
