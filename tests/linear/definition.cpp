@@ -84,4 +84,22 @@ TYPED_TEST(Linear, EqualsItsDefinitionAroundEveryBlock) {
       }
 }
 
+// A double weight is packed as any other is: as its numbers rounded once to the packed scalar.
+TEST(LinearPacking, TakesEveryFloatingScalar) {
+  const auto weight = random_tensor<double, 2>({37, 19}, 73);
+  const auto x = random_tensor<float, 2>({3, 19}, 74);
+  const auto check = [&]<typename T>(T) {
+    const ef::Tensor<T, 2> rounded = weight.cast<T>();
+    EXPECT_TRUE(same_bits(ef::linear(x, ef::pack_weight<T>(weight)),
+                          ef::linear(x, ef::pack_weight<T>(rounded))));
+    const auto gated = [&](const auto& w) {
+      return ef::gated_linear(x, ef::pack_gated_weight<T>(w, w), ef::Epilogue{}.silu());
+    };
+    EXPECT_TRUE(same_bits(gated(weight), gated(rounded)));
+  };
+  check(float{});
+  check(ef::bfloat16{});
+  check(ef::half{});
+}
+
 }  // namespace

@@ -202,8 +202,8 @@ void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index r
     if (source.depth_stride != 1)
       return pack_columns(isa, from, source.depth_stride, rows, width, count,
                           reinterpret_cast<E*>(to));
-  } else if constexpr (std::is_same_v<E,
-                                      bfloat16>) {  // int8 and half have no gradients of their own
+  } else if constexpr (std::is_same_v<E, bfloat16> && !std::is_same_v<From, double>) {
+    // the others are weights alone, whose rows lie whole: they have no gradients of their own
     if (source.depth_stride != 1)
       return pack_column_pairs(isa, from, source.depth_stride, rows, width, count, to);
   }
