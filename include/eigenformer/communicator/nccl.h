@@ -5,8 +5,8 @@
 ///
 /// Values may lie in memory of the device or of the host, each on its own. Those of the device are
 /// moved by the stream, after the work that it has already: the call returns once NCCL has taken it
-/// in, and what the stream gets next sees the result. Those of the host (ids, statistics) are copied
-/// to the device and back, and the call waits for them.
+/// in, and what the stream gets next sees the result. Those of the host (ids, statistics) are
+/// copied to the device and back, and the call waits for them.
 ///
 /// Sums have the order of the ranks, which ncclAllReduce does not promise: every rank receives its
 /// slice of all ranks' values, a kernel adds it in rank order, and the slices are gathered. That is
