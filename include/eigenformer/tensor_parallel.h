@@ -136,8 +136,8 @@ void row_parallel_linear_into(const D& device, Output&& output, const Input& inp
   if (communicator.size() == 1)
     return detail::shard_product(device, y.data(), part, weight, shape, communicator, workspace,
                                  bias);
-  Workspace::Frame frame(detail::tensor_workspace(device, workspace));
-  T* const x = frame.take<T>(shape.tokens * shape.in);
+  auto frame = detail::tensor_frame(device, workspace);
+  T* const x = frame.template take<T>(shape.tokens * shape.in);
   detail::gather_features(device, x, shape.tokens, shape.in, communicator, workspace,
                           [&](T*) { return part.data(); });
   detail::gathered_product(device, y.data(), TensorView<const T, 2>(x, shape.tokens, shape.in),

@@ -37,9 +37,8 @@ TEST(MemoryOnDevice, HoldsThePagesOfACache) {
 
 TEST(MemoryOnDevice, HoldsScratch) {
   for_each_device([&](const auto& bench) {
-    ef::Workspace& scratch = ef::detail::tensor_workspace(bench.device, ef::thread_workspace());
-    ef::Workspace::Frame frame(scratch);
-    float* const numbers = frame.take<float>(64);
+    auto frame = ef::detail::tensor_frame(bench.device, ef::thread_workspace());
+    float* const numbers = frame.template take<float>(64);
     ef::memory_of(bench.device).clear(numbers, 64 * sizeof(float));
     float first = 1;
     ef::memory_of(bench.device).copy_out(&first, numbers, sizeof first);

@@ -57,16 +57,17 @@ int worker_count([[maybe_unused]] const D& device) {
     return 0;
 }
 
-/// Scratch for elements of tensors that pass from one problem to the next: `workspace`, where the
-/// device works on its memory; else an arena of the calling thread in the memory of the device.
+/// A frame of scratch for elements of tensors that pass from one problem to the next: of
+/// `workspace`, where the device works on its memory; else of the device's stream.
+///
+///   auto frame = tensor_frame(device, workspace);
+///   T* const rows = frame.template take<T>(tokens * features);
 template <Device D>
-Workspace& tensor_workspace([[maybe_unused]] const D& device, Workspace& workspace) {
-  if constexpr (CpuDevice<D>) {
-    return workspace;
-  } else {
-    thread_local Workspace in_device_memory(memory_of(device));
-    return in_device_memory;
-  }
+auto tensor_frame([[maybe_unused]] const D& device, [[maybe_unused]] Workspace& workspace) {
+  if constexpr (CpuDevice<D>)
+    return Workspace::Frame(workspace);
+  else
+    return scratch_frame(cuda::Backend<D>{device});
 }
 
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel

@@ -24,6 +24,13 @@
 /// cannot be captured:
 ///
 ///   fetch(on, "gradient_norm", p.sums, p.count, [&](double* sums) { launch(...); });
+///
+/// Scratch that passes from one problem to the next, for calls that are made of several: frames
+/// nest, and problems in between may take scratch of their own. It is the stream's, so that work of
+/// two streams never meets in it:
+///
+///   auto frame = scratch_frame(on);
+///   T* const logits = frame.template take<T>(rows * size);   // until the frame ends
 #pragma once
 
 #include <array>
@@ -31,11 +38,13 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../core/workspace.h"
 #include "launch.cuh"
 
 namespace eigenformer {
@@ -82,21 +91,40 @@ class StageRing {
   template <typename Use>
   void lend(const char* name, std::size_t bytes, Use&& use) {
     const std::lock_guard scratch_lock(scratch_mutex_);
-    if (!memory_.capturing()) return use(grow(name, scratch_, bytes, false));
-    std::byte* kept = nullptr;
-    {
-      const std::lock_guard lock(mutex_);
-      kept = grow(name, kept_.emplace_back(), bytes, false);
-    }
-    use(kept);
+    use(memory_.capturing() ? keep(name, bytes) : grow(name, scratch_, bytes, false));
   }
+
+  /// Scratch of the calls that are made of several problems. While it lives other threads that give
+  /// such calls to the stream wait.
+  class Frame {
+   public:
+    Frame(StageRing& ring, const eigenformer::Memory& memory)
+        : ring_(ring), lock_(ring.arena_mutex_), frame_(ring.arena(memory)) {}
+
+    /// Uninitialised memory of the device, aligned to 64 bytes; until the frame ends, or in a call
+    /// that is captured, as long as the graph may run.
+    template <typename T>
+    T* take(Index count) {
+      if (!ring_.memory_.capturing()) return frame_.template take<T>(count);
+      return reinterpret_cast<T*>(ring_.keep("scratch", shared_bytes<T>(count)));
+    }
+
+   private:
+    StageRing& ring_;
+    std::unique_lock<std::recursive_mutex> lock_;
+    Workspace::Frame frame_;
+  };
 
   /// Bytes of the device into host memory, once all work of the stream is done.
   void fetch(const char* name, void* host, const std::byte* device, std::size_t bytes) const {
-    if (memory_.capturing())
-      detail::fail<DeviceError>(std::string(name) +
-                                ": cannot be captured into a graph, it waits for the device");
+    refuse_capture(name);
     memory_.fetch(name, host, device, bytes);
+  }
+
+  /// Whether all work of the stream is done.
+  bool finished(const char* name) const {
+    refuse_capture(name);
+    return memory_.finished(name);
   }
 
  private:
@@ -107,6 +135,22 @@ class StageRing {
     typename Memory::Event copied{};
     bool under_way = false;
   };
+
+  void refuse_capture(const char* name) const {
+    if (memory_.capturing())
+      detail::fail<DeviceError>(std::string(name) +
+                                ": cannot be captured into a graph, it waits for the device");
+  }
+
+  /// Bytes of the device for a graph.
+  std::byte* keep(const char* name, std::size_t bytes) {
+    const std::lock_guard lock(mutex_);
+    return grow(name, kept_.emplace_back(), bytes, false);
+  }
+
+  Workspace& arena(const eigenformer::Memory& memory) {
+    return arena_ ? *arena_ : arena_.emplace(memory);
+  }
 
   /// At least so many bytes on the device, and on the host where it is asked for.
   std::byte* grow(const char* name, Piece& piece, std::size_t bytes, bool on_host) {
@@ -126,8 +170,10 @@ class StageRing {
   }
 
   Memory memory_;
-  std::mutex mutex_, scratch_mutex_;  // the second one first
-  Piece scratch_;                     // no host memory
+  std::recursive_mutex arena_mutex_;  // where two are taken: this one, scratch_mutex_, mutex_
+  std::mutex mutex_, scratch_mutex_;
+  std::optional<Workspace> arena_;  // what frames take
+  Piece scratch_;                   // no host memory
   std::array<Piece, kPieces> pieces_{};
   std::vector<Piece> kept_;  // what graphs read
   std::size_t next_ = 0;
@@ -191,6 +237,12 @@ void fetch(const Backend<D>& on, const char* name, T* host, Index count, Run&& r
   });
 }
 
+template <typename D>
+auto scratch_frame(const Backend<D>& on) {
+  auto& ring = stage_ring(on);
+  return typename std::remove_reference_t<decltype(ring)>::Frame(ring, device_memory(on));
+}
+
 #if defined(EIGENFORMER_CUDA_UNIT)
 
 /// Pinned memory and copies of the CUDA runtime, on one stream.
@@ -225,6 +277,12 @@ class CudaStaging {
     const std::string what = std::string(name) + ": copy of results";
     check_cuda(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, stream_), what);
     check_cuda(cudaStreamSynchronize(stream_), what);
+  }
+  bool finished(const char* name) const {
+    const cudaError_t status = cudaStreamQuery(stream_);
+    if (status == cudaErrorNotReady) return false;
+    check_cuda(status, name);
+    return true;
   }
   void record(const char* name, Event& event) const {
     if (event == nullptr)

@@ -116,13 +116,14 @@ void gather_features(const D& device, T* whole, Index tokens, Index features, C&
                 "eigenformer: this communicator moves memory of the host, and the parts of a layer "
                 "on a GPU are none");
   const int ranks = communicator.size();
-  Workspace::Frame frame(workspace), tensors(tensor_workspace(device, workspace));
+  Workspace::Frame frame(workspace);
+  auto tensors = tensor_frame(device, workspace);
   const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
   for (int r = 0; r < ranks; ++r)
     counts[static_cast<std::size_t>(r)] = tokens * shard_range(features, r, ranks).size();
   const ShardRange own = shard_range(features, communicator.rank(), ranks);
   const bool in_order = tokens == 1 || ranks == 1;  // then the gathered parts are the rows
-  T* const parts = in_order ? whole : tensors.take<T>(tokens * features);
+  T* const parts = in_order ? whole : tensors.template take<T>(tokens * features);
   const T* part = produce(parts + tokens * own.begin);
   communicator.all_gather(std::span<const T>(part, static_cast<std::size_t>(tokens * own.size())),
                           std::span<T>(parts, static_cast<std::size_t>(tokens * features)),

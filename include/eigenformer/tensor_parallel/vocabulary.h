@@ -111,8 +111,9 @@ void vocabulary_parallel_into(std::string_view name, const D& device, Ids& ids,
   const auto all = std::span(frame.take<problem::VocabularyCandidate>(rows * all_kept),
                              static_cast<std::size_t>(rows * all_kept));
   {
-    Workspace::Frame order_frame(workspace), logits_frame(tensor_workspace(device, workspace));
-    T* logits = logits_frame.take<T>(rows * size);
+    Workspace::Frame order_frame(workspace);
+    auto logits_frame = tensor_frame(device, workspace);
+    T* logits = logits_frame.template take<T>(rows * size);
     auto* order = order_frame.take<std::int32_t>(own_kept > 1 ? worker_count(device) * size : 0);
     shard_product(device, logits, x, weight, shape, communicator, workspace);
     detail::run(device,

@@ -18,12 +18,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -58,6 +60,7 @@ class Staging {
   void free(std::byte* host, std::byte* device) const;
   void copy(const char*, std::byte* device, const std::byte* host, std::size_t bytes) const;
   void fetch(const char*, void* host, const std::byte* device, std::size_t bytes) const;
+  bool finished(const char*) const;
   void record(const char*, Event& event) const;
   void wait(const char*, Event& event) const;
 
@@ -68,7 +71,11 @@ class Staging {
 /// Work in the order it was given. Counts it, for tests of what a call costs.
 class Stream {
  public:
-  using Operation = std::function<void()>;
+  /// Begins where `ready` is empty or says so: what it waits for is other streams.
+  struct Operation {
+    std::function<void()> run;
+    std::function<bool()> ready = {};
+  };
   /// What was recorded between begin_capture() and end_capture().
   using Graph = std::vector<Operation>;
 
@@ -90,39 +97,48 @@ class Stream {
     }
     ++submitted_;
     waiting_.push_back(std::move(operation));
-    if (!options_.deferred) synchronize();
+    if (!options_.deferred) advance();
   }
   void synchronize() {
     if (capturing_)
       throw ef::DeviceError("synchronize: the stream is being captured, and nothing of it has run");
     wait(submitted_);
+    if (fault_) std::rethrow_exception(std::exchange(fault_, nullptr));
   }
   /// Runs what was submitted up to then. After a fault nothing of what waited runs.
   void wait(std::uint64_t submitted) {
-    while (submitted_ - waiting_.size() < submitted) {
-      const Operation operation = std::move(waiting_.front());
-      waiting_.pop_front();
-      try {
-        operation();
-      } catch (...) {
-        waiting_.clear();
-        throw;
-      }
-    }
+    while (submitted_ - waiting_.size() < submitted)
+      if (!step()) std::this_thread::yield();
+  }
+  /// Runs what can be run now; whether that was all.
+  bool finished() {
+    advance();
+    return waiting_.empty();
   }
   std::uint64_t submitted() const { return submitted_; }
 
   void copy(void* to, const void* from, std::size_t bytes) {
     ++copies;
-    submit([=] {
+    submit({[=] {
       const DeviceMemory::Opened opened;
       if (bytes > 0) std::memcpy(to, from, bytes);
-    });
+    }});
   }
 
   /// The work of all streams of the calling thread, as cudaDeviceSynchronize waits for it.
   static void synchronize_all() {
     for (Stream* const stream : all()) stream->synchronize();
+  }
+  /// The same before memory is given back, as cudaFree does. Where it faults, the next that waits
+  /// for the stream says so.
+  static void settle_all() noexcept {
+    for (Stream* const stream : all()) {
+      try {
+        stream->wait(stream->submitted());
+      } catch (...) {
+        stream->fault_ = std::current_exception();
+      }
+    }
   }
 
   void begin_capture() { capturing_ = true; }
@@ -137,6 +153,24 @@ class Stream {
   }
 
  private:
+  void advance() {
+    while (!waiting_.empty() && step()) {
+    }
+  }
+  /// The first of what waits, where it can begin.
+  bool step() {
+    if (waiting_.front().ready && !waiting_.front().ready()) return false;
+    const Operation operation = std::move(waiting_.front());
+    waiting_.pop_front();
+    try {
+      operation.run();
+    } catch (...) {
+      waiting_.clear();
+      throw;
+    }
+    return true;
+  }
+
   static std::set<Stream*>& all() {
     static thread_local std::set<Stream*> streams;
     return streams;
@@ -146,6 +180,7 @@ class Stream {
   bool capturing_ = false;
   std::uint64_t submitted_ = 0;
   std::deque<Operation> waiting_;
+  std::exception_ptr fault_;
   Graph captured_;
   ef::cuda::StageRing<Staging> staging_{Staging(this)};
 };
@@ -165,6 +200,7 @@ inline void Staging::fetch(const char*, void* host, const std::byte* device,
   stream_->copy(host, device, bytes);
   stream_->synchronize();
 }
+inline bool Staging::finished(const char*) const { return stream_->finished(); }
 inline void Staging::record(const char*, Event& event) const { event = stream_->submitted(); }
 inline void Staging::wait(const char*, Event& event) const { stream_->wait(event); }
 
@@ -227,13 +263,13 @@ void launch(const ef::cuda::Backend<Device>& on, const char* name, Index blocks,
     refuse("a block of this device has at most " +
            std::to_string(stream.options().most_shared_bytes) + " bytes");
   ++stream.launches;
-  stream.submit([=, title = std::string(name), seed = stream.options().seed] {
+  stream.submit({[=, title = std::string(name), seed = stream.options().seed] {
     run_blocks(title, blocks,
                {threads, shared, seed, [&](BlockRunner& runner, int thread, Index index) {
                   Block block(runner, thread, index, blocks);
                   kernel(block);
                 }});
-  });
+  }});
 }
 
 /// cuda::stage for it.
@@ -242,7 +278,7 @@ inline ef::cuda::StageRing<Staging>& stage_ring(const ef::cuda::Backend<Device>&
 }
 
 /// The memory of such devices, for what the library owns there: packed weights, caches, scratch.
-/// Copies wait for all streams, as those of cuda/memory.cuh do.
+/// Copies wait for all streams, as those of cuda/memory.cuh do, and so does giving memory back.
 inline const ef::Memory& device_memory(const ef::cuda::Backend<Device>&) {
   constexpr auto copy = [](void* to, const void* from, std::size_t bytes) {
     if (bytes > 0) Stream::synchronize_all();
@@ -252,7 +288,10 @@ inline const ef::Memory& device_memory(const ef::cuda::Backend<Device>&) {
   static constexpr ef::Memory memory{
       "cuda",
       [](std::size_t bytes, std::size_t) { return emulated::malloc(bytes); },
-      [](void* data, std::size_t, std::size_t) noexcept { emulated::free(data); },
+      [](void* data, std::size_t, std::size_t) noexcept {
+        Stream::settle_all();
+        emulated::free(data);
+      },
       copy,
       copy,
       copy,

@@ -317,6 +317,49 @@ TEST(EmulatedDevice, ScratchHoldsFromKernelToKernelAndGrowsUnderWork) {
     EXPECT_EQ(got[call], static_cast<float>(call) + 0.5f);
 }
 
+/// to[0] = value, by way of scratch that both problems of a call see, and one of them has scratch
+/// of its own.
+void by_way_of_frames(const Device& device, float* to, float value, Index count) {
+  auto frame = ef::cuda::scratch_frame(Backend{device});
+  float* const outer = frame.take<float>(count);
+  launch(Backend{device}, "first", 1, 1, 0, [=](auto&) { outer[count - 1] = value; });
+  ef::cuda::with_scratch<float>(Backend{device}, "between", {1}, [&](float* own) {
+    launch(Backend{device}, "between", 1, 1, 0, [=](auto&) { *own = outer[count - 1] - 1; });
+    auto nested = ef::cuda::scratch_frame(Backend{device});
+    float* const inner = nested.take<float>(1);
+    launch(Backend{device}, "second", 1, 1, 0, [=](auto&) { *inner = *own + 1; });
+    launch(Backend{device}, "third", 1, 1, 0, [=](auto&) { *to = *inner; });
+  });
+}
+
+TEST(EmulatedDevice, FramesOfTwoStreamsNeverMeet) {
+  Stream first({.deferred = true}), second({.deferred = true});
+  const Device one(&first), other(&second);
+  const Buffer<float> results(one, 12);
+  for (int call = 0; call < 6; ++call) {  // the arenas grow under work
+    by_way_of_frames(one, results.data + 2 * call, static_cast<float>(call), 1 + call * 1000);
+    by_way_of_frames(other, results.data + 2 * call + 1, 10.0f + static_cast<float>(call), 3);
+  }
+  other.synchronize();
+  const auto got = results.host();
+  for (std::size_t call = 0; call < 6; ++call) {
+    EXPECT_EQ(got[2 * call], static_cast<float>(call));
+    EXPECT_EQ(got[2 * call + 1], 10.0f + static_cast<float>(call));
+  }
+}
+
+TEST(EmulatedDevice, AGraphKeepsItsFrames) {
+  Stream stream;
+  const Device device(&stream);
+  const Buffer<float> results(device, 2);
+  stream.begin_capture();
+  by_way_of_frames(device, results.data, 4, 10);
+  const Stream::Graph graph = stream.end_capture();
+  by_way_of_frames(device, results.data + 1, 7, 20000);
+  stream.replay(graph);
+  EXPECT_EQ(results.host(), (std::vector<float>{4, 7}));
+}
+
 TEST(EmulatedDevice, WaitingForNumbersCannotBeCaptured) {
   Stream stream;
   const Device device(&stream);
