@@ -4,10 +4,12 @@
 ///   ef::SelfCommunicator                                   one rank, no cost
 ///   ef::ThreadCommunicator, ef::ThreadCommunicatorGroup    ranks are threads of one process (communicator/threads.h)
 ///   ef::MpiCommunicator                                    ranks are MPI processes (communicator/mpi.h, with EIGENFORMER_MPI)
+///   ef::NcclCommunicator                                   ranks have a GPU each (communicator/nccl.h, CUDA files, with EIGENFORMER_NCCL)
 ///
 /// A collective is called by every rank, with the same sizes and in the same order; it returns when
-/// this rank's memory may be used again. Elements are any trivially copyable type; ranges are
-/// std::span, std::vector, std::array or any other contiguous range.
+/// this rank's memory may be used again (a GPU's: by later work of its stream). Elements are any
+/// trivially copyable type; ranges are std::span, std::vector, std::array or any other contiguous
+/// range.
 ///
 ///   all_gather(part, whole)           whole = part of rank 0, part of rank 1, ...; all parts equally long
 ///   all_gather(part, whole, counts)   parts of counts[0], counts[1], ... elements (Index); 0 is legal
@@ -63,3 +65,7 @@ static_assert(Communicator<SelfCommunicator> && Communicator<ThreadCommunicator>
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#if defined(EIGENFORMER_NCCL) && defined(EIGENFORMER_CUDA_UNIT)
+#include "communicator/nccl.h"
+#endif

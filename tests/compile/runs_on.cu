@@ -7,6 +7,7 @@
 #include <eigenformer/problem/activation.h>
 #include <eigenformer/problem/attention.h>
 #include <eigenformer/problem/causal_mask.h>
+#include <eigenformer/problem/communicator.h>
 #include <eigenformer/problem/embedding.h>
 #include <eigenformer/problem/kv_cache.h>
 #include <eigenformer/problem/linear.h>
@@ -62,6 +63,7 @@ const Part kParts[] = {
     part<PackInt8Weight>("linear", "packing of int8"),
     part<Attention<F, F>>("attention", "forward"),
     part<AttentionBackward<F>>("attention", "gradients"),
+    part<RankSum<F>>("communicator", "sums"),
     part<Interleave<F>>("tensor_parallel", "layers"),
     part<Vocabulary<F>>("tensor_parallel", "vocabulary"),
     part<GreedySampling<F>>("sampling", "greedy"),

@@ -15,6 +15,7 @@
 
 #include "../core/check.h"
 #include "../core/tensor.h"
+#include "../problem/communicator.h"
 #include "shards.h"
 
 namespace eigenformer {
@@ -147,23 +148,12 @@ CollectiveCall all_reduce_call(Index count) {
 
 inline constexpr CollectiveCall kBarrierCall{Collective::barrier, 0, 0, 0, 0};
 
-/// What a sum is kept in: float for narrower scalars; integers wrap around.
-template <typename T>
-struct sum_type {
-  using type = compute_type<T>;
-};
-template <typename T>
-  requires std::is_integral_v<T>
-struct sum_type<T> {
-  using type = std::make_unsigned_t<T>;
-};
-
 /// sum[i] = ((source(0)[i] + source(1)[i]) + source(2)[i]) + ..., rounded to T once; calls
-/// sink(offset, sums, n) block by block. The only summation of all communicators, hence the same
-/// bits on every rank, in every run, over every transport.
+/// sink(offset, sums, n) block by block. The summation of all communicators (on a GPU it is that of
+/// cuda/communicator.cuh), hence the same bits on every rank, in every run, over every transport.
 template <typename T, typename Source, typename Sink>
 void ordered_sum(int ranks, Index count, Source&& source, Sink&& sink) {
-  using Sum = typename sum_type<T>::type;
+  using Sum = typename problem::rank_sum_type<T>::type;
   constexpr Index kBlock = 512;  // sums of a block stay in L1
   Sum sums[kBlock];
   T rounded[kBlock];

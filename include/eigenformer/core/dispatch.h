@@ -57,6 +57,13 @@ int worker_count([[maybe_unused]] const D& device) {
     return 0;
 }
 
+/// The backend of a device that is no CPU.
+template <Device D>
+  requires(!CpuDevice<D>)
+cuda::Backend<D> gpu_backend(const D& device) {
+  return {device};
+}
+
 /// A frame of scratch for elements of tensors that pass from one problem to the next: of
 /// `workspace`, where the device works on its memory; else of the device's stream.
 ///
@@ -67,7 +74,7 @@ auto tensor_frame([[maybe_unused]] const D& device, [[maybe_unused]] Workspace& 
   if constexpr (CpuDevice<D>)
     return Workspace::Frame(workspace);
   else
-    return scratch_frame(cuda::Backend<D>{device});
+    return scratch_frame(gpu_backend(device));
 }
 
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel
@@ -84,7 +91,7 @@ decltype(auto) run(const D& device, const Problem& problem,
   } else {
     static_assert(RunsOn<cuda::Backend<D>, Problem>,
                   "eigenformer: this operator has no CUDA kernel");
-    return execute(cuda::Backend<D>{device}, problem);
+    return execute(gpu_backend(device), problem);
   }
 }
 

@@ -25,6 +25,7 @@
 #include "attention.cuh"
 #include "attention_backward.cuh"
 #include "causal_mask.cuh"
+#include "communicator.cuh"
 #include "embedding.cuh"
 #include "int8_linear.cuh"
 #include "kv_cache.cuh"

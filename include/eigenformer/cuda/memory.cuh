@@ -37,6 +37,13 @@ inline void clear(void* data, std::size_t bytes) {
   check_cuda(cudaDeviceSynchronize(), "device memory");
 }
 
+/// Whether kernels find an address in memory of a device: the host's, pinned or not, is none of it.
+inline bool lies_on_device(const Backend<Eigen::GpuDevice>&, const void* data) {
+  cudaPointerAttributes attributes{};
+  check_cuda(cudaPointerGetAttributes(&attributes, data), "device memory");
+  return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+}
+
 inline constexpr Memory memory{"cuda",
                                allocate,
                                release,

@@ -237,6 +237,12 @@ void fetch(const Backend<D>& on, const char* name, T* host, Index count, Run&& r
   });
 }
 
+/// Whether all work of the stream is done. Cannot be captured.
+template <typename D>
+bool finished(const Backend<D>& on, const char* name) {
+  return stage_ring(on).finished(name);
+}
+
 template <typename D>
 auto scratch_frame(const Backend<D>& on) {
   auto& ring = stage_ring(on);

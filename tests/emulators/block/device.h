@@ -277,6 +277,10 @@ inline ef::cuda::StageRing<Staging>& stage_ring(const ef::cuda::Backend<Device>&
   return on.device.stream().staging();
 }
 
+inline bool lies_on_device(const ef::cuda::Backend<Device>&, const void* data) {
+  return DeviceMemory::instance().holds(data, 1);
+}
+
 /// The memory of such devices, for what the library owns there: packed weights, caches, scratch.
 /// Copies wait for all streams, as those of cuda/memory.cuh do, and so does giving memory back.
 inline const ef::Memory& device_memory(const ef::cuda::Backend<Device>&) {
