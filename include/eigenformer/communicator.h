@@ -35,7 +35,7 @@
 #include "communicator/collective.h"
 #include "communicator/self.h"
 #include "communicator/threads.h"
-#if defined(EIGENFORMER_MPI) && !defined(EIGENFORMER_CUDA_UNIT)
+#if defined(EIGENFORMER_MPI)
 #include "communicator/mpi.h"
 #endif
 

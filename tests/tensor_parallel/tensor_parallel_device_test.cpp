@@ -1,0 +1,167 @@
+// Tensor-parallel layers on ranks that have a GPU each: every result equals, bit for bit, that of
+// ef::linear on one such GPU with the full weight, for every world size.
+#include <eigenformer/reference/linear.h>
+#include <eigenformer/tensor_parallel.h>
+
+#include "ranks.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+/// The part of x (rows, features) that belongs to a rank.
+template <typename T>
+ef::Tensor<T, 2> features_of(const ef::Tensor<T, 2>& x, int rank, int ranks) {
+  const ef::ShardRange own = ef::shard_range(x.dimension(1), rank, ranks);
+  return x.slice(Eigen::array<Index, 2>{0, own.begin},
+                 Eigen::array<Index, 2>{x.dimension(0), own.size()});
+}
+
+template <typename T, typename B>
+auto output_on(const B& bench, Index rows, Index columns) {
+  return on_device(bench, poisoned_tensor<T, 2>({rows, columns}));
+}
+
+template <typename T, typename B, typename C>
+void check_layers(const B& bench, C& communicator, Index tokens, Index in, Index out) {
+  const int rank = communicator.rank(), ranks = communicator.size();
+  const std::string text = std::to_string(tokens) + " tokens, " + std::to_string(in) + " -> " +
+                           std::to_string(out) + " on " + std::to_string(ranks) + " ranks";
+  const auto host_x = random_tensor<T, 2>({tokens, in}, 1);
+  const auto host_weight = random_tensor<T, 2>({out, in}, 2);
+  const auto host_bias = random_tensor<T, 1>({out}, 3);
+  const auto x = on_device(bench, host_x);
+  const auto part = on_device(bench, features_of(host_x, rank, ranks));
+  const auto weight = on_device(bench, host_weight);
+  const auto bias = on_device(bench, host_bias);
+  const auto full = output_on<T>(bench, tokens, out);
+  ef::linear_into(bench.device, full.view(), x.cview(), weight.cview(), bias.cview());
+  const auto expected = full.host();
+  ASSERT_TRUE(within(
+      expected,
+      ef::reference::linear(to_double(host_x), to_double(host_weight), to_double(host_bias).data()),
+      tolerance<T>(), 4 * tolerance<T>()))
+      << text;
+  const auto shard = ef::pack_column_shard<T>(bench.device, weight.cview(), communicator);
+  const auto equals = [&](auto&& call) {
+    const auto y = output_on<T>(bench, tokens, out);
+    call(y.view());
+    ASSERT_TRUE(same_bits(y.host(), expected)) << text;
+  };
+  equals([&](auto y) {
+    ef::column_parallel_linear_into(bench.device, y, x.cview(), weight.cview(), communicator,
+                                    bias.cview());
+  });
+  equals([&](auto y) {
+    ef::column_parallel_linear_into(bench.device, y, x.cview(), shard, communicator, bias.cview());
+  });
+  equals([&](auto y) {
+    ef::row_parallel_linear_into(bench.device, y, part.cview(), weight.cview(), communicator,
+                                 bias.cview());
+  });
+  equals([&](auto y) {
+    ef::row_parallel_linear_into(bench.device, y, part.cview(), shard, communicator, bias.cview());
+  });
+  const auto own = features_of(expected, rank, ranks);
+  const auto kept = output_on<T>(bench, tokens, own.dimension(1));
+  ef::column_parallel_linear_into(bench.device, kept.view(), x.cview(), weight.cview(),
+                                  communicator, bias.cview(), {.gather_output = false});
+  ASSERT_TRUE(same_bits(kept.host(), own)) << text;
+}
+
+// Parts that divide into packs of 16 bytes and that do not, ranks without a feature, rows of one
+// token, which need no interleaving, and none.
+TEST(TensorParallelOnDevice, LayersEqualLinearForEveryWorldSize) {
+  for_each_world(3, {}, [](const auto& bench, auto& communicator, auto&) {
+    for (Index out : {2, 31, 96}) check_layers<float>(bench, communicator, 3, 40, out);
+    check_layers<float>(bench, communicator, 1, 33, 13);
+    check_layers<float>(bench, communicator, 0, 8, 5);
+    check_layers<float>(bench, communicator, 2, 1, 1);
+    check_layers<ef::bfloat16>(bench, communicator, 5, 48, 48);
+    check_layers<ef::half>(bench, communicator, 2, 17, 7);
+    communicator.wait();
+  });
+}
+
+// The two halves of a transformer block's MLP: nothing between them leaves the device or waits.
+TEST(TensorParallelOnDevice, APairOfLayersWithAGatedUnit) {
+  const auto host_x = random_tensor<float, 2>({3, 24}, 1);
+  const auto host_gate = random_tensor<float, 2>({37, 24}, 2),
+             host_up = random_tensor<float, 2>({37, 24}, 3),
+             host_down = random_tensor<float, 2>({11, 37}, 4);
+  for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+    const auto& device = bench.device;
+    const auto x = on_device(bench, host_x);
+    const auto gate = on_device(bench, host_gate), up = on_device(bench, host_up),
+               down = on_device(bench, host_down);
+    const auto hidden = output_on<float>(bench, 3, 37), y = output_on<float>(bench, 3, 11);
+    const auto pair = ef::pack_gated_weight<float>(device, gate.cview(), up.cview());
+    ef::gated_linear_into(device, hidden.view(), x.cview(), pair, ef::Epilogue{}.silu());
+    ef::linear_into(device, y.view(), hidden.cview(), down.cview());
+    const auto expected_hidden = hidden.host(), expected = y.host();
+
+    const auto shard =
+        ef::pack_gated_column_shard<float>(device, gate.cview(), up.cview(), communicator);
+    const auto wide = output_on<float>(bench, 3, 37), z = output_on<float>(bench, 3, 11);
+    ef::column_parallel_gated_linear_into(device, wide.view(), x.cview(), shard, communicator,
+                                          ef::Epilogue{}.silu());
+    ASSERT_TRUE(same_bits(wide.host(), expected_hidden));
+    const auto part =
+        on_device(bench, features_of(expected_hidden, communicator.rank(), communicator.size()));
+    ef::row_parallel_linear_into(device, z.view(), part.cview(), down.cview(), communicator);
+    ASSERT_TRUE(same_bits(z.host(), expected));
+
+    const auto stack = ef::pack_stacked_weight<float>(device, std::array{gate.cview(), up.cview()});
+    const auto both = output_on<float>(bench, 3, 74), stacked = output_on<float>(bench, 3, 74);
+    ef::linear_into(device, both.view(), x.cview(), stack);
+    ef::column_parallel_linear_into(device, stacked.view(), x.cview(),
+                                    ef::pack_stacked_column_shard<float>(
+                                        device, std::array{gate.cview(), up.cview()}, communicator),
+                                    communicator);
+    ASSERT_TRUE(same_bits(stacked.host(), both.host()));
+  });
+}
+
+#if defined(EIGENFORMER_TEST_BLOCKS)
+
+TEST(TensorParallelOnDevice, LayersAreCaptured) {
+  const auto host_x = random_tensor<float, 2>({3, 24}, 1),
+             other_x = random_tensor<float, 2>({3, 24}, 9);
+  const auto host_up = random_tensor<float, 2>({37, 24}, 2),
+             host_down = random_tensor<float, 2>({11, 37}, 4);
+  on_ranks(2, {}, {.deferred = true}, [&](const auto& bench, auto& communicator, auto&) {
+    const auto& device = bench.device;
+    emulated::Stream& stream = device.stream();
+    const auto x = on_device(bench, host_x);
+    const auto up = on_device(bench, host_up), down = on_device(bench, host_down);
+    const Index own = ef::shard_range(37, communicator.rank(), 2).size();
+    const auto part = output_on<float>(bench, 3, own), y = output_on<float>(bench, 3, 11),
+               hidden = output_on<float>(bench, 3, 37), expected = output_on<float>(bench, 3, 11);
+    const auto layers = [&] {
+      ef::column_parallel_linear_into(device, part.view(), x.cview(), up.cview(), communicator,
+                                      {.gather_output = false});
+      ef::row_parallel_linear_into(device, y.view(), part.cview(), down.cview(), communicator);
+    };
+    stream.begin_capture();
+    layers();
+    const emulated::Stream::Graph graph = stream.end_capture();
+    for (const auto* input : {&other_x, &host_x}) {
+      bench.to_device(x.view().data(), input->data(), input->size());
+      stream.replay(graph);
+      communicator.wait();
+      ef::linear_into(device, hidden.view(), x.cview(), up.cview());
+      ef::linear_into(device, expected.view(), hidden.cview(), down.cview());
+      ASSERT_TRUE(same_bits(y.host(), expected.host()));
+    }
+  });
+}
+
+// Fails when it is compiled, by name: parts on a GPU over a communicator of the host's memory.
+static_assert(!ef::detail::reaches<ef::ThreadCommunicator, emulated::Device>);
+static_assert(ef::detail::reaches<ef::BasicNcclCommunicator<emulated::Device>, emulated::Device>);
+static_assert(
+    ef::detail::reaches<ef::BasicNcclCommunicator<emulated::Device>, Eigen::DefaultDevice>);
+
+#endif
+
+}  // namespace
