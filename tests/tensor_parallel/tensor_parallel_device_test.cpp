@@ -1,6 +1,8 @@
 // Tensor-parallel layers on ranks that have a GPU each: every result equals, bit for bit, that of
-// ef::linear on one such GPU with the full weight, for every world size.
+// ef::linear on one such GPU with the full weight, for every world size, and tokens are those of
+// its logits.
 #include <eigenformer/reference/linear.h>
+#include <eigenformer/reference/tensor_parallel.h>
 #include <eigenformer/tensor_parallel.h>
 
 #include "ranks.h"
@@ -120,6 +122,52 @@ TEST(TensorParallelOnDevice, APairOfLayersWithAGatedUnit) {
                                     communicator);
     ASSERT_TRUE(same_bits(stacked.host(), both.host()));
   });
+}
+
+// The tokens of gathered logits, from candidates of every rank's shard: ties across ranks, shards
+// that are shorter than k, a row that cannot be drawn from.
+TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
+  using Status = ef::SampleStatus;
+  constexpr Index kRows = 4;
+  auto host_hidden = random_tensor<float, 2>({kRows, 16}, 10);
+  host_hidden(2, 3) = std::numeric_limits<float>::quiet_NaN();
+  const std::vector<Status> expected{Status::ok, Status::ok, Status::nan, Status::ok};
+  for (Index vocabulary : {1, 5, 97}) {
+    auto host_head = random_tensor<float, 2>({vocabulary, 16}, 11);
+    if (vocabulary == 97)
+      for (Index copy : {20, 50, 96}) host_head.chip(copy, 0) = host_head.chip(3, 0);
+    for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+      const auto& device = bench.device;
+      const auto hidden = on_device(bench, host_hidden);
+      const auto head = on_device(bench, host_head);
+      const auto logits_there = output_on<float>(bench, kRows, vocabulary);
+      ef::linear_into(device, logits_there.view(), hidden.cview(), head.cview());
+      const auto logits = logits_there.host();
+      const auto ids = on_device(bench, ef::Tensor<std::int32_t, 1>(kRows));
+      const auto check = [&](const std::vector<Status>& statuses, auto&& token_of) {
+        ASSERT_EQ(statuses, expected);
+        const auto tokens = ids.host();
+        for (Index row = 0; row < kRows; ++row)
+          ASSERT_EQ(tokens(row), row == 2 ? -1 : token_of(row)) << vocabulary << " " << row;
+      };
+      std::vector<Status> statuses(kRows, Status::negative);
+      ef::vocabulary_parallel_greedy_into(device, ids.view(), hidden.cview(), head.cview(),
+                                          communicator, statuses);
+      check(statuses, [&](Index row) { return ef::reference::by_likelihood(logits, row)[0]; });
+      const auto shard = ef::pack_column_shard<float>(device, head.cview(), communicator);
+      for (Index k : {1, 7, 200}) {
+        ef::Philox rng{99, 4};
+        statuses.assign(kRows, Status::negative);
+        ef::vocabulary_parallel_top_k_sample_into(device, ids.view(), hidden.cview(), shard,
+                                                  communicator, k, 1.5f, rng, statuses);
+        const ef::Philox used{99, 4};
+        check(statuses, [&](Index row) {
+          return ef::reference::top_k_token(logits, row, k, 1.5,
+                                            used.uniform(static_cast<std::uint32_t>(row)));
+        });
+      }
+    });
+  }
 }
 
 #if defined(EIGENFORMER_TEST_BLOCKS)
