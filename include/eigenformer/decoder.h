@@ -27,11 +27,27 @@
 /// whole or in chunks or decoded token by token, on any number of threads and ranks (INT8 included:
 /// activations are quantized by token).
 ///
-/// Throws std::invalid_argument for an impossible shape, an id outside the vocabulary and sizes
-/// that do not fit, std::length_error where pages run out, std::logic_error for training without
-/// master weights; a refused step leaves the cache as it was. Cost of a step: ten operator calls
-/// per layer; the packed weights are read once for up to four rows, attention reads the cache of
-/// each sequence once. A step of no more tokens than one before allocates nothing but its logits.
+/// Throws std::invalid_argument for an impossible shape, an id outside the vocabulary, sizes that do
+/// not fit and memory that is another device's, std::length_error where pages run out,
+/// std::logic_error for training without master weights; a refused step leaves the cache as it was.
+///
+/// On a GPU ids and plans are host memory, as on a CPU. Packed weights and activations lie in the
+/// memory of the device; so do the pages of its caches and, for training, the master weights:
+///
+///   ef::Decoder model(std::make_shared<ef::DecoderWeights>(config, 1, ef::memory_of(device)), device);
+///   ef::KvCache<float> cache(ef::memory_of(device));
+///   auto logits = model.prefill(prompt, cache);                  // the host's: waits for the device
+///   model.step_into(view, rows, pages, sequences);               // a view of the device's memory: waits for nothing
+///   ef::AdamW optimizer(model.parameters(), {}, ef::memory_of(device));
+///   ef::train_step_mixed_precision<Eigen::bfloat16>(device, model, optimizer, ids, labels, scaler);
+///
+/// Master weights of the host serve a decoder on a GPU for inference: packing copies them there.
+/// What a captured step reads of the host is that of the capture: the same ids and positions each
+/// time, and its first run comes before the capture, since memory must have grown.
+///
+/// Cost of a step: ten operator calls per layer; the packed weights are read once for up to four
+/// rows, attention reads the cache of each sequence once. A step of no more tokens than one before
+/// allocates nothing but its logits.
 #pragma once
 
 #include <memory>
@@ -56,8 +72,7 @@ inline namespace EIGENFORMER_ABI {
 /// T is the scalar of activations and caches in inference. A decoder belongs to one thread at a
 /// time; ranks share DecoderWeights, which inference only reads. Device, communicator and profile
 /// must outlive it. On a pool a step of inference is one ParallelRegion: it wakes the threads once.
-template <FloatingScalar T = float, CpuDevice D = Eigen::DefaultDevice,
-          typename C = SelfCommunicator>
+template <FloatingScalar T = float, Device D = Eigen::DefaultDevice, typename C = SelfCommunicator>
 class Decoder {
  public:
   /// A decoder of its own with random weights, on the calling thread. Throws std::invalid_argument
@@ -92,6 +107,7 @@ class Decoder {
         communicator_(&*own_communicator_),
         packed_(std::move(packed)) {
     packed_->require_complete();
+    packed_->require_reachable(device);
   }
   Decoder(std::shared_ptr<const PackedDecoderWeights<T>> packed, const D& device, C& communicator)
       : config_(packed->config()),
@@ -99,6 +115,7 @@ class Decoder {
         communicator_(&communicator),
         packed_(std::move(packed)) {
     packed_->require_complete();
+    packed_->require_reachable(device);
   }
 
   /// The device must outlive the decoder: a temporary one is refused.
@@ -116,9 +133,10 @@ class Decoder {
   const DecoderWeights& weights() const { return masters("Decoder::weights"); }
 
   /// ids (batch, length), std::int32_t, in [0, vocabulary) -> logits (batch * length, vocabulary).
-  /// Keeps what backward reads.
+  /// Keeps what backward reads; on a GPU also the logits, a view of which is returned, until the
+  /// next forward<Compute>.
   template <typename Compute, typename Inputs>
-  Tensor<Compute, 2> forward(const Inputs& ids) {
+  detail::ModelTensor<D, Compute, 2> forward(const Inputs& ids) {
     masters("Decoder::forward");
     stale_ = true;  // weights are about to change: inference packs them again
     return pass<Compute>().forward(input_view<2>(ids));
@@ -126,10 +144,10 @@ class Decoder {
 
   /// Adds to the gradients of the weights; goes with the last forward<Compute>.
   template <typename Compute>
-  void backward(const Tensor<Compute, 2>& logits_gradient) {
+  void backward(const detail::ModelTensor<D, Compute, 2>& logits_gradient) {
     masters("Decoder::backward");
     stale_ = true;  // also where inference came between
-    pass<Compute>().backward(logits_gradient);
+    pass<Compute>().backward(input_view<2>(logits_gradient));
   }
 
   /// The master weights and their gradients, flattened; valid as long as the weights live.
@@ -146,13 +164,9 @@ class Decoder {
   /// (or quantize) where the weights changed otherwise: an optimizer's step behind an inference, or
   /// another decoder that shares them.
   void pack(WeightFormat format = WeightFormat::activation) {
-    const auto& masters = this->masters("Decoder::pack");
+    masters("Decoder::pack");
     auto packed = std::make_shared<PackedDecoderWeights<T>>(config_, format);
-    packed->set_embedding(masters.matrix(masters.embedding()), weights_);
-    for (Index l = 0; l < config_.layers; ++l)
-      packed->pack_layer(*device_, l, layer_views(masters, l), *communicator_);
-    packed->pack_head(*device_, masters.vector(masters.norm()), masters.matrix(masters.head()),
-                      *communicator_);
+    packed->pack(*device_, std::shared_ptr<const DecoderWeights>(weights_), *communicator_);
     packed_ = std::move(packed);
     stale_ = false;
   }
@@ -173,7 +187,7 @@ class Decoder {
     masters("Decoder::release_master_weights");
     pack_if_stale();
     // A decoder with masters has packed for itself alone: no copy of all the weights is needed.
-    std::const_pointer_cast<PackedDecoderWeights<T>>(packed_)->own_embedding();
+    std::const_pointer_cast<PackedDecoderWeights<T>>(packed_)->own_embedding(*device_);
     weights_.reset();
     tapes_ = {};
   }
@@ -186,13 +200,15 @@ class Decoder {
 
   /// One step over ragged rows: row i of `rows` is appended to sequences[i] of the cache, whatever
   /// it holds already. logits (rows.logits_of.size(), vocabulary) are those after the tokens that
-  /// rows.logits_of names. The cache has as many layers as the model. Once a step had as many
-  /// tokens nothing is allocated, but `logits` where its shape differs and the ParallelRegion of a
-  /// pool. Throws std::invalid_argument for an id outside the vocabulary, for a cache of another shape or whose layers differ in length, for
+  /// rows.logits_of names: an ef::Tensor, which takes this shape, or an ef::TensorView of it in
+  /// memory of the device, which a GPU has written once its stream is there. The cache has as many
+  /// layers as the model. Once a step had as many tokens nothing is allocated, but `logits` where
+  /// its shape differs and the ParallelRegion of a pool. Throws std::invalid_argument for an id
+  /// outside the vocabulary, for a cache of another shape or whose layers differ in length, for
   /// sizes that do not fit and for a sequence that comes twice, std::out_of_range for an unknown
   /// sequence, std::length_error where pages do not suffice for all; the cache is then as it was.
-  template <typename Storage>
-  void step_into(Tensor<float, 2>& logits, const StepRows& rows, PagedKvCache<T, Storage>& cache,
+  template <typename Logits, typename Storage>
+  void step_into(Logits&& logits, const StepRows& rows, PagedKvCache<T, Storage>& cache,
                  std::span<const SequenceId> sequences) {
     detail::require_that(sequences.size() + 1 == rows.offsets.size(), "Decoder::step",
                          "sequences has ", sequences.size(), " elements, offsets has ",
@@ -210,8 +226,8 @@ class Decoder {
   /// The step a scheduler has planned: sequences[i] is the cache's sequence of plan.requests[i] and
   /// holds plan.positions[i] positions. One row of logits for each row of the plan that wants a
   /// token, in their order.
-  template <typename Storage>
-  void step_into(Tensor<float, 2>& logits, const StepPlan& plan, PagedKvCache<T, Storage>& cache,
+  template <typename Logits, typename Storage>
+  void step_into(Logits&& logits, const StepPlan& plan, PagedKvCache<T, Storage>& cache,
                  std::span<const SequenceId> sequences) {
     constexpr auto name = "Decoder::step";
     const std::size_t rows = plan.requests.size();
@@ -318,19 +334,6 @@ class Decoder {
     return {*device_, *weights_, std::get<detail::DecoderTape<Compute>>(tapes_), profile_};
   }
 
-  static DecoderLayerViews<float> layer_views(const DecoderWeights& masters, Index l) {
-    const DecoderWeights::Layer& w = masters.layer(l);
-    return {.attention_norm = masters.vector(w.attention_norm),
-            .query = masters.matrix(w.query),
-            .key = masters.matrix(w.key),
-            .value = masters.matrix(w.value),
-            .output = masters.matrix(w.output),
-            .feed_forward_norm = masters.vector(w.feed_forward_norm),
-            .gate = masters.matrix(w.gate),
-            .up = masters.matrix(w.up),
-            .down = masters.matrix(w.down)};
-  }
-
   void pack_if_stale() {
     if (packed_ == nullptr || (stale_ && weights_ != nullptr))
       pack(packed_ == nullptr ? WeightFormat::activation : packed_->format());
@@ -345,8 +348,8 @@ class Decoder {
     return {tokens, scratch_.offsets, scratch_.logits_of};
   }
 
-  template <typename Rows>
-  void run(Tensor<float, 2>& logits, const StepRows& step, const Rows& rows) {
+  template <typename Logits, typename Rows>
+  void run(Logits& logits, const StepRows& step, const Rows& rows) {
     pack_if_stale();
     detail::InferenceStep<T, D, C, Rows>(*device_, *packed_, *communicator_, scratch_, rows,
                                          profile_)

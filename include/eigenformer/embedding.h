@@ -6,7 +6,8 @@
 ///
 /// ids is int32 or int64, (tokens) or (batch, seq), or a std::vector or std::span of (tokens);
 /// table is (vocab, features); y is (tokens, features) or (batch, seq, features). The table is
-/// float, double, bfloat16 or half, and y may be of another of them: each element is rounded once.
+/// float, double, bfloat16 or half, or INT8 with its scales, and y may be of another of them: each
+/// element is rounded once.
 ///
 /// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming
 /// the position, the id and vocab, before anything is written: one O(tokens) pass over the ids. y
@@ -80,6 +81,27 @@ void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table) 
                                      scalar_of<decltype(id_view)>>;
   detail::run(device, Problem{out.data(), id_view.data(), rows.data(), id_view.size(),
                               rows.dimension(1), rows.dimension(0)});
+}
+
+/// y[t] = table[ids[t]] * scales[ids[t]] of an INT8 table (vocab, features) with one scale per row
+/// (vocab): what quantize_weights_int8_per_channel makes.
+template <Device D, typename Y, typename Ids, typename Table, typename Scales>
+void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table,
+                    const Scales& scales) {
+  static_assert(
+      std::is_same_v<scalar_of<Table>, std::int8_t> && std::is_same_v<scalar_of<Scales>, float>,
+      "eigenformer: a table with scales is int8, and the scales are float");
+  const auto id_view = detail::ids_input(ids);
+  const auto rows = input_view<2>(table);
+  const auto factors = input_view<1>(scales);
+  auto out = output_view<rank_of<decltype(id_view)> + 1>(y);
+  detail::require_floating_scalars<decltype(out)>();
+  detail::require_embedding<D>("embedding", id_view, "y", out, "table", rows);
+  detail::require_that(factors.size() == rows.dimension(0), "embedding", "scales has ",
+                       factors.size(), " elements, table has ", rows.dimension(0), " rows");
+  using Problem = problem::Int8Embedding<scalar_of<decltype(out)>, scalar_of<decltype(id_view)>>;
+  detail::run(device, Problem{out.data(), id_view.data(), rows.data(), factors.data(),
+                              id_view.size(), rows.dimension(1), rows.dimension(0)});
 }
 
 /// Returns the rows, (tokens, features) or (batch, seq, features), in the table's scalar.

@@ -30,7 +30,8 @@
 ///
 /// `train_step_mixed_precision` in training.h does all of this, with hooks for several ranks.
 ///
-/// Cost: unscale reads and writes the gradients once. Nothing else touches data.
+/// Cost: unscale reads and writes the gradients once, and on a GPU waits for what it finds. Nothing
+/// else touches data.
 #pragma once
 
 #include <algorithm>

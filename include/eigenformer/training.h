@@ -26,6 +26,8 @@
 /// or one of the model's own) passes through; weights, optimizer and scaler are then as the last
 /// finished group left them.
 ///
+/// On a GPU the host waits for the device at each loss, and at each verdict and norm.
+///
 /// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero
 /// them, at most one to scale, one to clip, and the optimizer's.
 #pragma once
@@ -57,13 +59,20 @@ inline namespace EIGENFORMER_ABI {
 ///     void backward(const ef::Tensor<Compute, 2>& logits_gradient);       // of the last forward; adds to the gradients
 ///     std::vector<ef::Parameter> parameters();                            // values and gradients, flattened, float
 ///   };
-template <typename Model, typename Compute = float, typename Inputs = Tensor<Compute, 2>>
-concept TrainableModel =
-    requires(Model& model, const Inputs& inputs, const Tensor<Compute, 2>& logits_gradient) {
-      { model.template forward<Compute>(inputs) } -> std::convertible_to<Tensor<Compute, 2>>;
-      model.template backward<Compute>(logits_gradient);
-      { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
-    };
+///
+/// One that trains on a GPU (D its device) has ef::TensorView<Compute, 2> in both places: views of
+/// memory of the device, which the model keeps until its next forward; so has its loss. Parameters
+/// are of that memory, and so is the optimizer's state.
+template <typename Model, typename Compute = float, typename Inputs = Tensor<Compute, 2>,
+          typename D = Eigen::DefaultDevice>
+concept TrainableModel = requires(Model& model, const Inputs& inputs,
+                                  const detail::ModelTensor<D, Compute, 2>& logits_gradient) {
+  {
+    model.template forward<Compute>(inputs)
+  } -> std::convertible_to<detail::ModelTensor<D, Compute, 2>>;
+  model.template backward<Compute>(logits_gradient);
+  { model.parameters() } -> std::convertible_to<std::vector<Parameter>>;
+};
 
 /// What a training step needs of an optimizer: AdamW, Sgd, or the user's own. step(device) and
 /// zero_grad(device) are used where they exist.
@@ -85,8 +94,8 @@ concept TrainingOptimizer = requires(O& optimizer) {
 struct CrossEntropyLoss {
   CrossEntropyOptions options = {};
 
-  template <CpuDevice D, FloatingScalar Compute, typename Targets>
-  LossResult operator()(const D& device, Tensor<Compute, 2>& logits, const Targets& targets,
+  template <Device D, typename Logits, typename Targets>
+  LossResult operator()(const D& device, Logits& logits, const Targets& targets,
                         double gradient_scale) const {
     return cross_entropy_with_gradient_into(device, logits, logits, targets, gradient_scale,
                                             options);
@@ -173,13 +182,13 @@ TrainOptions model_parallel(C& communicator, TrainOptions options = {}) {
 
 namespace detail {
 
-template <typename L, typename D, typename Compute, typename Targets>
+template <typename L, typename D, typename Logits, typename Targets>
 concept LossWithDevice =
-    requires(L& loss, const D& device, Tensor<Compute, 2>& logits, const Targets& targets) {
+    requires(L& loss, const D& device, Logits& logits, const Targets& targets) {
       { loss(device, logits, targets, 1.0) } -> std::convertible_to<LossResult>;
     };
-template <typename L, typename Compute, typename Targets>
-concept LossWithoutDevice = requires(L& loss, Tensor<Compute, 2>& logits, const Targets& targets) {
+template <typename L, typename Logits, typename Targets>
+concept LossWithoutDevice = requires(L& loss, Logits& logits, const Targets& targets) {
   { loss(logits, targets, 1.0) } -> std::convertible_to<LossResult>;
 };
 
@@ -187,9 +196,11 @@ concept LossWithoutDevice = requires(L& loss, Tensor<Compute, 2>& logits, const 
 struct NoScaler {};
 
 /// One epoch, or one step: what is alike in all training functions.
-template <typename Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer, typename Loss,
+template <typename Compute, Device D, typename Model, TrainingOptimizer Optimizer, typename Loss,
           typename Scaler>
 class Trainer {
+  using Logits = ModelTensor<D, Compute, 2>;
+
  public:
   Trainer(const D& device, Model& model, Optimizer& optimizer, Loss& loss, Scaler& scaler,
           const TrainOptions& options)
@@ -208,13 +219,13 @@ class Trainer {
   /// Forward and backward of one micro-batch; the first of a group zeroes the gradients.
   template <typename Inputs, typename Targets>
   void accumulate(const Inputs& inputs, const Targets& targets) {
-    static_assert(TrainableModel<Model, Compute, Inputs>,
+    static_assert(TrainableModel<Model, Compute, Inputs, D>,
                   "eigenformer: the model needs forward<Compute>(inputs), "
                   "backward<Compute>(logits_gradient) and parameters(), as "
                   "ef::TrainableModel in training.h describes them");
     const ParallelRegion region(device_);
     if (micro_batches_ == 0) begin_group();
-    Tensor<Compute, 2> logits = model_.template forward<Compute>(inputs);
+    Logits logits = model_.template forward<Compute>(inputs);
     if (micro_batches_ == 0)
       normaliser_ = static_cast<double>((std::max)(logits.dimension(0), Index{1}));
     ++micro_batches_;
@@ -269,12 +280,12 @@ class Trainer {
   }
 
   template <typename Targets>
-  LossResult apply_loss(Tensor<Compute, 2>& logits, const Targets& targets) {
+  LossResult apply_loss(Logits& logits, const Targets& targets) {
     const double gradient_scale = scale() / normaliser_;
-    if constexpr (LossWithDevice<Loss, D, Compute, Targets>) {
+    if constexpr (LossWithDevice<Loss, D, Logits, Targets>) {
       return loss_(device_, logits, targets, gradient_scale);
     } else {
-      static_assert(LossWithoutDevice<Loss, Compute, Targets>,
+      static_assert(LossWithoutDevice<Loss, Logits, Targets>,
                     "eigenformer: a loss is called as loss(logits, targets, gradient_scale), "
                     "overwrites logits with the gradient and "
                     "returns ef::LossResult; see ef::CrossEntropyLoss in training.h");
@@ -365,7 +376,7 @@ inline constexpr bool each_kind_once =
     (0 + ... + IsScaler<std::remove_cvref_t<Arguments>>::value) <= 1 &&
     (0 + ... + IsLoss<std::remove_cvref_t<Arguments>>::value) <= 1;
 
-template <typename Compute, CpuDevice D, typename Model, typename Optimizer, typename Loader,
+template <typename Compute, Device D, typename Model, typename Optimizer, typename Loader,
           typename Loss, typename Scaler>
 double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader& loader,
                    Index accumulation_steps, Loss& loss, Scaler& scaler,
@@ -400,7 +411,7 @@ double train_epoch(const D& device, Model& model, Optimizer& optimizer, Loader& 
 ///   ef::train_step_with_grad_accumulation<Eigen::bfloat16>(device, model, optimizer, data_loader, 4);   // on a pool, in bfloat16
 ///   ef::train_step_with_grad_accumulation(model, optimizer, data_loader, 4, ef::CrossEntropyLoss{{.label_smoothing = 0.1}});
 ///   ef::train_step_with_grad_accumulation<Eigen::half>(model, optimizer, data_loader, 4, {.max_gradient_norm = 1}, scaler);
-template <FloatingScalar Compute = float, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+template <FloatingScalar Compute = float, Device D, typename Model, TrainingOptimizer Optimizer,
           std::ranges::input_range Loader, typename First = TrainOptions, typename... More>
 double train_step_with_grad_accumulation(const D& device, Model& model, Optimizer& optimizer,
                                          Loader&& data_loader, Index accumulation_steps,
@@ -431,7 +442,7 @@ double train_step_with_grad_accumulation(Model& model, Optimizer& optimizer, Loa
 /// happened is in the scaler (skipped_steps, scale) or in options.on_step.
 ///
 ///   double loss = ef::train_step_mixed_precision<Eigen::half>(model, optimizer, inputs, labels, scaler);
-template <FloatingScalar Compute, CpuDevice D, typename Model, TrainingOptimizer Optimizer,
+template <FloatingScalar Compute, Device D, typename Model, TrainingOptimizer Optimizer,
           typename Inputs, typename Labels, typename Loss = CrossEntropyLoss>
 double train_step_mixed_precision(const D& device, Model& model, Optimizer& optimizer,
                                   const Inputs& inputs, const Labels& labels, GradScaler& scaler,

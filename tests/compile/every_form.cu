@@ -76,6 +76,7 @@ void elementwise(const D& device, Views v) {
   ef::layer_norm_backward_into(device, v.v2, v.v1, v.v1, v.v2, v.v2, v.v1);
   ef::rope_into(device, v.v3, v.v3, v.lengths);
   ef::embedding_into(device, v.v2, v.ids, v.v2);
+  ef::embedding_into(device, v.v2, v.ids, v.q, v.v1);
   ef::embedding_backward_into(device, v.v2, v.v2, v.ids);
   ef::cross_entropy(device, v.v2, v.lengths);
   ef::cross_entropy_with_gradient_into(device, v.v2, v.v2, v.lengths, 1.0);

@@ -84,6 +84,7 @@ const Part kParts[] = {
     part<GatedBackward<Silu, F, F, F, F, F>>("activation", "gated gradients"),
     part<ResidualAdd<F, F, F>>("activation", "residual"),
     part<Embedding<F, F, Id>>("embedding", "rows"),
+    part<Int8Embedding<F, Id>>("embedding", "INT8 rows"),
     part<EmbeddingBackward<F, F, Id>>("embedding", "gradients"),
     part<CrossEntropy<F, F>>("loss", "cross-entropy"),
     part<Optimizer<AdamWFactors>>("optimizer", "AdamW"),

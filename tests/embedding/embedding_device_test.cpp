@@ -48,6 +48,51 @@ TEST(EmbeddingOnDevice, CopiesRows) {
   check_rows<float, double>(5, 32);
 }
 
+template <typename Y>
+void check_int8_rows(Index tokens, Index features) {
+  ef::Tensor<std::int8_t, 2> table(9, features);
+  for (Index i = 0; i < table.size(); ++i)
+    table.data()[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
+  const auto scales = random_tensor<float, 1>({9}, 8);
+  const auto ids = random_ids<std::int32_t>(tokens, 9, 9);
+  ef::Tensor<Y, 2> expected(tokens, features);
+  for (Index t = 0; t < tokens; ++t)
+    for (Index j = 0; j < features; ++j)
+      expected(t, j) = static_cast<Y>(static_cast<ef::compute_type<Y>>(table(ids(t), j)) *
+                                      static_cast<ef::compute_type<Y>>(scales(ids(t))));
+  for_each_device([&](const auto& bench) {
+    auto device_table = on_device(bench, table);
+    auto device_scales = on_device(bench, scales);
+    auto device_ids = on_device(bench, ids);
+    auto y = on_device(bench, poisoned_tensor<Y, 2>({tokens, features}));
+    ef::embedding_into(bench.device, y.view(), device_ids.cview(), device_table.cview(),
+                       device_scales.cview());
+    ASSERT_TRUE(same_bits(y.host(), expected)) << tokens << " x " << features;
+  });
+}
+
+TEST(EmbeddingOnDevice, RowsOfInt8TimesTheirScales) {
+  for (Index features : {0, 1, 16, 31, 33, 257})
+    for (Index tokens : {0, 1, 40}) {
+      check_int8_rows<float>(tokens, features);
+      check_int8_rows<ef::bfloat16>(tokens, features);
+    }
+  check_int8_rows<ef::half>(5, 32);
+  check_int8_rows<double>(5, 32);
+  ef::Tensor<std::int8_t, 2> table(4, 3);
+  table.setZero();
+  ef::Tensor<float, 2> y(1, 3);
+  const ef::Tensor<float, 1> few(3);
+  const std::vector<std::int32_t> id{3}, foreign{4};
+  expect_throws<std::invalid_argument>(
+      [&] { ef::embedding_into(Eigen::DefaultDevice{}, y, id, table, few); },
+      {"embedding: scales has 3 elements, table has 4 rows"});
+  const ef::Tensor<float, 1> scales(4);
+  expect_throws<std::invalid_argument>(
+      [&] { ef::embedding_into(Eigen::DefaultDevice{}, y, foreign, table, scales); },
+      {"id 4 at position 0"});
+}
+
 /// A row of the table that no token has keeps what it holds; `vocab` ids for `tokens` tokens.
 template <typename G, typename GY, typename Id = std::int32_t>
 void check_gradient(Index tokens, Index features, Index vocab) {
@@ -101,6 +146,20 @@ TEST(EmbeddingOnDevice, AnIdThatIsNoRow) {
       ef::embedding_into(bench.device, y.view(), device_ids.cview(), device_table.cview());
       ef::embedding_backward_into(bench.device, device_table.view(), device_grad.cview(),
                                   device_ids.cview());
+      ef::Tensor<std::int8_t, 2> int8(4, 9);
+      int8.setConstant(5);
+      ef::Tensor<float, 1> scales(4);
+      scales.setConstant(0.5f);
+      auto device_int8 = on_device(bench, int8);
+      auto device_scales = on_device(bench, scales);
+      auto scaled = on_device(bench, poisoned_tensor<float, 2>({5, 9}));
+      ef::embedding_into(bench.device, scaled.view(), device_ids.cview(), device_int8.cview(),
+                         device_scales.cview());
+      const auto of_int8 = scaled.host();
+      for (Index j = 0; j < 9; ++j) {
+        EXPECT_EQ(of_int8(0, j), 2.5f);
+        for (Index t : {1, 2, 3}) EXPECT_TRUE(std::isnan(of_int8(t, j)));
+      }
       const auto rows = y.host();
       const auto sums = device_table.host();
       for (Index j = 0; j < 9; ++j) {

@@ -1,9 +1,8 @@
 // Optimizers and what is done to gradients on every device: the CPU's numbers, for parameters
 // around the sizes of warps, blocks and pieces. Weights, gradients and moments are memory of the
 // device.
-#include <memory>
-
 #include "device.h"
+#include "device_parameters.h"
 #include "optimizer_support.h"
 
 using namespace eigenformer_test;
@@ -11,32 +10,6 @@ using namespace eigenformer_test;
 namespace {
 
 const std::vector<Index> kSizes = {1, 0, 31, 32, 33, 255, 257, 16384, 16385, 40000};
-
-/// A Model in the memory of a bench's device.
-template <typename B>
-struct DeviceModel {
-  DeviceModel(const B& on, const Model& model) : bench(on) {
-    for (std::size_t i = 0; i < model.values.size(); ++i) {
-      values.push_back(std::make_unique<Tensor>(on, model.values[i]));
-      gradients.push_back(std::make_unique<Tensor>(on, model.gradients[i]));
-    }
-  }
-  std::vector<ef::Parameter> parameters() const {
-    std::vector<ef::Parameter> result;
-    for (std::size_t i = 0; i < values.size(); ++i)
-      result.push_back({values[i]->view(), gradients[i]->view()});
-    return result;
-  }
-  ef::Tensor<float, 1> state(std::span<const float> memory) const {
-    ef::Tensor<float, 1> result(static_cast<Index>(memory.size()));
-    bench.to_host(result.data(), memory.data(), result.size());
-    return result;
-  }
-
-  using Tensor = DeviceTensor<B, float, 1>;
-  const B& bench;
-  std::vector<std::unique_ptr<Tensor>> values, gradients;
-};
 
 /// Three steps; the groups differ in their options. Each operation rounds as the CPU's does.
 template <typename Optimizer, typename Options>
@@ -53,7 +26,7 @@ void check_steps(const Options& first, const Options& second) {
   const ef::Tensor<float, 1> expected_state = ef::TensorView<const float, 1>(
       by_cpu.state().data(), static_cast<Index>(by_cpu.state().size()));
   for_each_device([&](const auto& bench) {
-    const DeviceModel model(bench, start);
+    const DeviceParameters model(bench, start);
     Optimizer optimizer(groups(model.parameters()), ef::memory_of(bench.device));
     for (int step = 0; step < 3; ++step) optimizer.step(bench.device);
     for (std::size_t i = 0; i < kSizes.size(); ++i) {
@@ -87,7 +60,7 @@ TEST(GradientsOnDevice, AreMeasuredScaledAndClipped) {
     for (double g : doubles(gradient)) squares += g * g;
   const double norm = std::sqrt(squares);
   for_each_device([&](const auto& bench) {
-    const DeviceModel model(bench, start);
+    const DeviceParameters model(bench, start);
     const auto parameters = model.parameters();
     EXPECT_NEAR(ef::gradient_norm(bench.device, parameters), norm, 1e-12 * norm);
     EXPECT_TRUE(ef::all_finite(bench.device, parameters));
@@ -110,7 +83,7 @@ TEST(GradientsOnDevice, AreNotFiniteWhereOneIsNot) {
       Model start({33, 40000});
       start.gradients[1](at) = bad;
       for_each_device([&](const auto& bench) {
-        const DeviceModel model(bench, start);
+        const DeviceParameters model(bench, start);
         EXPECT_FALSE(ef::all_finite(bench.device, model.parameters())) << at;
         EXPECT_FALSE(std::isfinite(ef::gradient_norm(bench.device, model.parameters()))) << at;
       });
@@ -118,7 +91,7 @@ TEST(GradientsOnDevice, AreNotFiniteWhereOneIsNot) {
   Model start({5});
   start.gradients[0](3) = 1e38f;
   for_each_device([&](const auto& bench) {
-    const DeviceModel model(bench, start);
+    const DeviceParameters model(bench, start);
     EXPECT_TRUE(ef::all_finite(bench.device, model.parameters()));
     EXPECT_FALSE(ef::scale_gradients(bench.device, model.parameters(), 10.0)) << "overflows";
   });

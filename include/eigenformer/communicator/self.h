@@ -3,6 +3,7 @@
 /// concept's manual is communicator.h.
 #pragma once
 
+#include "../core/device.h"
 #include "collective.h"
 
 namespace eigenformer {
@@ -10,6 +11,10 @@ inline namespace EIGENFORMER_ABI {
 
 class SelfCommunicator {
  public:
+  /// Layers of one rank move nothing, in whatever memory.
+  template <Device D>
+  static constexpr bool kReaches = true;
+
   int rank() const { return 0; }
   int size() const { return 1; }
 

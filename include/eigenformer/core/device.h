@@ -41,6 +41,11 @@ namespace detail {
 template <Device D>
 inline constexpr bool host_readable = is_cpu_device<D>;
 
+/// What a model hands out: on a CPU a tensor of its own, on a GPU a view of memory of the device
+/// that the model keeps.
+template <Device D, typename T, int Rank>
+using ModelTensor = std::conditional_t<CpuDevice<D>, Tensor<T, Rank>, TensorView<T, Rank>>;
+
 }  // namespace detail
 
 }  // namespace EIGENFORMER_ABI

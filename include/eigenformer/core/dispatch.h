@@ -10,12 +10,16 @@
 /// One rule of memory: tensors are memory of the backend; everything else in a problem (lengths,
 /// offsets, positions, tables of pointers, slopes, parameters, generators) is host memory, and a
 /// backend that cannot read it stages it. What may be either says so beside its member. An owning
-/// ef::Tensor is host memory: forms that make or resize one (those that return a tensor, the
-/// training steps, the decoder) take a CpuDevice. All others take any Device, and whether the
-/// backend has a kernel decides.
+/// ef::Tensor is host memory: forms that make or resize one take a CpuDevice, or say what they do on
+/// a GPU (training steps, the decoder). All others take any Device, and whether the backend has a
+/// kernel decides.
 ///
 /// A CUDA kernel for one more operator is one file and one line in cuda/kernels.cuh.
 #pragma once
+
+#include <cstddef>
+#include <span>
+#include <tuple>
 
 #include "../cpu/backend.h"
 #include "../cuda/backend.cuh"
@@ -75,6 +79,26 @@ auto tensor_frame([[maybe_unused]] const D& device, [[maybe_unused]] Workspace& 
     return Workspace::Frame(workspace);
   else
     return scratch_frame(gpu_backend(device));
+}
+
+/// Host memory as the next kernels of a device read it: itself, or its copy on the device
+/// (cuda/stage.cuh says for how long).
+template <Device D, typename T>
+std::span<const T> staged([[maybe_unused]] const D& device, [[maybe_unused]] const char* name,
+                          std::span<const T> array) {
+  if constexpr (CpuDevice<D>)
+    return array;
+  else
+    return {std::get<0>(stage(gpu_backend(device), name, array)), array.size()};
+}
+
+/// Elements of a GPU's tensor into host memory, once its stream has done its work so far.
+template <Device D, typename T>
+void to_host(const D& device, const char* name, T* host, const T* elements, Index count) {
+  static_assert(!CpuDevice<D>);
+  stage_ring(gpu_backend(device))
+      .fetch(name, host, reinterpret_cast<const std::byte*>(elements),
+             static_cast<std::size_t>(count) * sizeof(T));
 }
 
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel

@@ -72,6 +72,17 @@ inline constexpr Memory host_memory{"cpu",
 
 namespace detail {
 
+/// From one memory to another, one of which is the host's, or within one.
+inline void copy_bytes(const Memory& to_memory, void* to, const Memory& from_memory,
+                       const void* from, std::size_t bytes) {
+  if (from_memory.backend == host_memory.backend)
+    to_memory.copy_in(to, from, bytes);
+  else if (to_memory.backend == host_memory.backend)
+    from_memory.copy_out(to, from, bytes);
+  else
+    to_memory.copy(to, from, bytes);
+}
+
 /// Where large data lies that kernels stream: in pages of 4 KiB, or from 4 MiB on in huge ones.
 enum class Pages { usual, huge };
 

@@ -8,6 +8,7 @@
 #include "../problem/embedding.h"
 #include "backend.h"
 #include "vector/copy.h"
+#include "vector/quantize_line.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -20,6 +21,17 @@ void execute(const Backend<D, Isa>& on, const problem::Embedding<Y, T, Id>& p) {
       const T* row = p.table + static_cast<Index>(p.ids[token]) * p.features;
       Y* y = p.y + token * p.features;
       copy_line<Isa>(row, y, p.features);
+    }
+  });
+}
+
+template <typename D, typename Isa, typename Y, typename Id>
+void execute(const Backend<D, Isa>& on, const problem::Int8Embedding<Y, Id>& p) {
+  parallel_for(on, p.tokens, Cost{p.features}, [&](Index first, Index last, int) {
+    for (Index token = first; token < last; ++token) {
+      const Index id = static_cast<Index>(p.ids[token]);
+      dequantize_line<Isa>(p.table + id * p.features, p.features, p.scales[id],
+                           p.y + token * p.features);
     }
   });
 }

@@ -1,7 +1,8 @@
 /// \file
 /// CUDA kernels of embedding. Forward: one coalesced pass over the rows of y, 16 bytes per thread
 /// where alignment allows; bytes read and written, no arithmetic, so more than four fifths of the
-/// memory's bandwidth are expected, not measured yet.
+/// memory's bandwidth are expected, not measured yet. Of an INT8 table the same pass, with one
+/// multiplication per element.
 ///
 /// Backward: one block per token, of which those go on whose token is the first with its id. Such a
 /// block holds its row of the table in registers, walks the tokens that follow and adds those of
@@ -49,6 +50,32 @@ void execute(const Backend<D>& on, const problem::Embedding<Y, T, Id>& p) {
       on, "embedding", p.tokens, p.features,
       packs_fit<width>(p.y, p.features) && packs_fit<width>(p.table, p.features),
       EmbeddingBody<Y, T, Id>{p});
+}
+
+template <typename Y, typename Id>
+struct Int8EmbeddingBody {
+  using Problem = problem::Int8Embedding<Y, Id>;
+  Problem p;
+
+  template <int W>
+  EIGENFORMER_DEVICE void operator()(WidthOf<W>, Index token, Index column) const {
+    using C = typename Problem::compute;
+    const Index id = static_cast<Index>(p.ids[token]);
+    const bool known = id >= 0 && id < p.vocab;
+    const C scale = known ? static_cast<C>(p.scales[id]) : std::numeric_limits<C>::quiet_NaN();
+    auto values = known ? load_pack<C, W>(p.table + id * p.features + column) : Pack<C, W>{};
+    for (int i = 0; i < W; ++i) values[i] *= scale;
+    store_pack(values, p.y + token * p.features + column);
+  }
+};
+
+template <typename D, typename Y, typename Id>
+void execute(const Backend<D>& on, const problem::Int8Embedding<Y, Id>& p) {
+  constexpr int width = pack_width<Y>;
+  launch_for_each_pack<width>(
+      on, "embedding of INT8", p.tokens, p.features,
+      packs_fit<width>(p.y, p.features) && packs_fit<width>(p.table, p.features),
+      Int8EmbeddingBody<Y, Id>{p});
 }
 
 template <int Width, typename G, typename GY, typename Id>

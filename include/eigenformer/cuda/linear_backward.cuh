@@ -126,13 +126,13 @@ struct TensorCoreTile {
       for (int n = 0; n < 4; ++n) {
         const Pack<Unit, 2> units{
             {b.load(line(0) + column0 + n * 8), b.load(line(1) + column0 + n * 8)}};
-        std::memcpy(columns[n].values, &units, sizeof(units));
+        std::memcpy(static_cast<void*>(columns[n].values), &units, sizeof(units));
       }
       for (int m = 0; m < 4; ++m) {
         Pack<Unit, 4> units;
         for (int i = 0; i < 4; ++i) units[i] = a.load(line(i / 2) + row0 + m * 16 + i % 2 * 8);
         FragmentA<M> rows;
-        std::memcpy(rows.values, &units, sizeof(units));
+        std::memcpy(static_cast<void*>(rows.values), &units, sizeof(units));
         for (int n = 0; n < 4; ++n) block.mma(sums[m][n], rows, columns[n]);
       }
     }

@@ -7,20 +7,24 @@
 ///   n = add_rms_norm(x, branch)      h = gated_linear(n)     branch = linear(h)
 ///
 /// and four packings of activations. Only tokens whose logits somebody wants go through the head.
+/// On a GPU everything is a launch on its stream: nothing waits, until logits are fetched for the
+/// host. Token ids, positions and page tables are host memory, which travels with the calls.
 #pragma once
 
+#include <cstdint>
+#include <numeric>
 #include <span>
 #include <vector>
 
 #include "../activation.h"
 #include "../attention.h"
-#include "../core/packed_array.h"
 #include "../embedding.h"
 #include "../kv_cache.h"
 #include "../normalization.h"
 #include "../paged_kv_cache.h"
 #include "../parallel_region.h"
 #include "../rope.h"
+#include "growing_tensor.h"
 #include "packed_weights.h"
 #include "profile.h"
 
@@ -38,30 +42,15 @@ struct StepRows {
 
 namespace detail {
 
-/// A matrix whose memory grows and does not shrink.
-template <typename T>
-class GrowingMatrix {
- public:
-  /// Its shape from now on, its elements whatever was there.
-  TensorView<T, 2> reshape(Index rows, Index columns) {
-    elements_.resize(checked_product(rows, columns, "Decoder::step", "activations"));
-    rows_ = rows;
-    columns_ = columns;
-    return view();
-  }
-  TensorView<T, 2> view() { return {elements_.data(), rows_, columns_}; }
-
- private:
-  PackedArray<T> elements_;
-  Index rows_ = 0, columns_ = 0;
-};
-
 /// Activations of a step, kept so that steps of no more tokens than one before allocate nothing.
 template <typename T>
 struct InferenceScratch {
-  GrowingMatrix<T> stream, normalised, qkv, query, key, attended, gated, branch;  // of all tokens
-  GrowingMatrix<T> wanted, wanted_branch, last, logits;  // of those whose logits are wanted
+  // of all tokens
+  GrowingTensor<T, 2> stream, normalised, qkv, query, key, attended, gated, branch;
+  GrowingTensor<T, 2> wanted, wanted_branch, last;  // of those whose logits are wanted
+  GrowingTensor<float, 2> logits;                   // of a GPU, on their way to the host
   std::vector<Index> positions, turned, starts, capacities, offsets, logits_of;
+  std::vector<std::int64_t> wanted_tokens;
   std::vector<std::int32_t> tokens;
   BasicRopeTable<compute_type<T>> angles;
 };
@@ -174,7 +163,7 @@ struct DenseRows {
 };
 
 /// One step; holds references for the time of a call. Rows is PagedRows or DenseRows.
-template <typename T, CpuDevice D, typename C, typename Rows>
+template <typename T, Device D, typename C, typename Rows>
 class InferenceStep {
  public:
   InferenceStep(const D& device, const PackedDecoderWeights<T>& weights, C& communicator,
@@ -187,23 +176,31 @@ class InferenceStep {
         rows_(rows),
         profile_(profile) {}
 
-  /// Checks, computes, appends. Where something throws the cache is as it was.
-  void run(Tensor<float, 2>& logits, const StepRows& step) {
-    require_rows(step);
-    if (step.tokens.empty()) {
-      logits.resize(0, config_.vocabulary);
-      return;
+  /// Checks, computes, appends; logits are a tensor of the host or a view of the device's memory.
+  /// Where something throws the cache is as it was.
+  template <typename Logits>
+  void run(Logits& logits, const StepRows& step) {
+    static_assert(std::is_same_v<scalar_of<Logits>, float>, "eigenformer: logits are float");
+    const auto count = static_cast<Index>(step.logits_of.size()), classes = config_.vocabulary;
+    if constexpr (!owns_its_elements<Logits>) {
+      const auto view = output_view<2>(logits);
+      require_that(view.dimension(0) == count && view.dimension(1) == classes, kName,
+                   "logits has shape ", shape_text(view), ", expected (", count, ", ", classes,
+                   ")");
+      compute(step, [&] { return view; });
+    } else if constexpr (CpuDevice<D>) {
+      compute(step, [&] {
+        detail::reshape(logits, count, classes);
+        return output_view<2>(logits);
+      });
+    } else {
+      compute(step, [&] {
+        detail::reshape(logits, count, classes);
+        return reshape(s_.logits, count, classes);
+      });
+      if (logits.size() > 0)
+        to_host(device_, kName, logits.data(), s_.logits.view().data(), logits.size());
     }
-    const double cycles = step_cycles(config_, static_cast<Index>(step.tokens.size()),
-                                      static_cast<Index>(step.logits_of.size()), weights_.format());
-    const ParallelRegion region(device_, {.serial = cycles < kSharedStepCycles});
-    fill_positions(step);
-    embed(step.tokens);
-    attempt_or_undo(
-        [&] { std::visit([&](const auto& all) { layers(all, step, logits); }, weights_.layers()); },
-        [&] {
-          if (appended_) rows_.undo(s_);
-        });
   }
 
  private:
@@ -219,11 +216,27 @@ class InferenceStep {
     for (const Index at : step.logits_of)
       require_that(at >= 0 && at < tokens, kName, "logits_of holds ", at, ", expected 0 to ",
                    tokens - 1);
-    for (Index t = 0; t < tokens; ++t) {
-      const std::int32_t id = step.tokens[static_cast<std::size_t>(t)];
-      require_that(id >= 0 && id < config_.vocabulary, kName, "id ", id, " at position ", t,
-                   " is outside the vocabulary, expected 0 <= id < ", config_.vocabulary);
+    require_ids(kName, step.tokens, config_.vocabulary);
+  }
+
+  // place() gives the memory of the device for the logits, (wanted, vocabulary).
+  template <typename Place>
+  void compute(const StepRows& step, Place&& place) {
+    require_rows(step);
+    if (step.tokens.empty()) {
+      place();
+      return;
     }
+    const double cycles = step_cycles(config_, static_cast<Index>(step.tokens.size()),
+                                      static_cast<Index>(step.logits_of.size()), weights_.format());
+    const ParallelRegion region(device_, {.serial = cycles < kSharedStepCycles});
+    fill_positions(step);
+    embed(step.tokens);
+    attempt_or_undo(
+        [&] { std::visit([&](const auto& all) { layers(all, step, place); }, weights_.layers()); },
+        [&] {
+          if (appended_) rows_.undo(s_);
+        });
   }
 
   // Where every token stands in its sequence, and the angles it turns by, once for all layers.
@@ -237,51 +250,42 @@ class InferenceStep {
       for (Index t = step.offsets[i]; t < step.offsets[i + 1]; ++t)
         s_.positions[static_cast<std::size_t>(t)] = starts_[i] + t - step.offsets[i];
     }
-    for (std::size_t t = 0; t < s_.turned.size(); ++t) s_.turned[t] = static_cast<Index>(t);
-    timed("rope", [&] {
-      s_.angles.assign(s_.positions, config_.head_dim,
-                       {.base = config_.rope_base, .layout = config_.rope_layout});
-    });
+    if constexpr (CpuDevice<D>) {
+      std::iota(s_.turned.begin(), s_.turned.end(), Index{0});
+      timed("rope", [&] { s_.angles.assign(s_.positions, config_.head_dim, rope_options()); });
+    }
   }
 
   void embed(std::span<const std::int32_t> tokens) {
-    auto x = s_.stream.reshape(static_cast<Index>(tokens.size()), config_.features);
+    auto x = reshape(s_.stream, static_cast<Index>(tokens.size()), config_.features);
     timed("embedding", [&] {
       std::visit(
           [&]<typename Table>(const Table& table) {
+            const auto ids = [&] { return staged(device_, "embedding", tokens); };
             if constexpr (rank_of<Table> == 2)
-              embedding_into(device_, x, tokens, table);
-            else if constexpr (std::is_same_v<Table, QuantizedChannels>)
-              embed_int8(x, tokens, table);
+              embedding_into(device_, x, ids(), table);
+            else if constexpr (std::is_same_v<Table, QuantizedEmbedding>)
+              embedding_into(device_, x, ids(), table.values, table.scales);
           },
           weights_.embedding());
     });
   }
-  void embed_int8(TensorView<T, 2>& x, std::span<const std::int32_t> tokens,
-                  const QuantizedChannels& table) {
-    const Index features = config_.features;
-    for (std::size_t t = 0; t < tokens.size(); ++t)
-      dequantize_into(
-          device_, TensorView<T, 1>(x.data() + static_cast<Index>(t) * features, features),
-          TensorView<const std::int8_t, 1>(table.values.data() + tokens[t] * features, features),
-          table.scales(tokens[t]));
-  }
 
-  template <typename S>
-  void layers(const PackedDecoderLayers<S>& all, const StepRows& step, Tensor<float, 2>& logits) {
+  template <typename S, typename Place>
+  void layers(const PackedDecoderLayers<S>& all, const StepRows& step, Place& place) {
     auto x = s_.stream.view();
     const Index tokens = x.dimension(0);
-    auto normalised = s_.normalised.reshape(tokens, config_.features);
+    auto normalised = reshape(s_.normalised, tokens, config_.features);
     timed("normalization", [&] {
-      rms_norm_into(device_, normalised, x, all.layers.front().attention_norm, norm());
+      rms_norm_into(device_, normalised, x, vector_of(all.layers.front().attention_norm), norm());
     });
     for (std::size_t l = 0; l < all.layers.size(); ++l) {
       const PackedDecoderLayer<S>& w = all.layers[l];
       attend(w, static_cast<Index>(l), step);
-      auto branch = s_.branch.reshape(tokens, config_.features);
+      auto branch = reshape(s_.branch, tokens, config_.features);
       project(branch, s_.attended.view(), w.output);
       add_norm(normalised, x, branch, w.feed_forward_norm);
-      auto gated = s_.gated.reshape(tokens, config_.hidden);
+      auto gated = reshape(s_.gated, tokens, config_.hidden);
       timed("linear", [&] {
         column_parallel_gated_linear_into(device_, gated, normalised, w.gate_up, communicator_,
                                           Epilogue{}.silu());
@@ -290,7 +294,7 @@ class InferenceStep {
       if (l + 1 < all.layers.size())
         add_norm(normalised, x, branch, all.layers[l + 1].attention_norm);
     }
-    head(logits, all.head, step.logits_of);
+    head(place, all.head, step.logits_of);
   }
 
   // normalised -> attended, keys and values into the cache.
@@ -299,10 +303,10 @@ class InferenceStep {
     const DecoderConfig& c = config_;
     const Index tokens = static_cast<Index>(step.tokens.size()), q_columns = c.heads * c.head_dim,
                 kv_columns = c.kv_heads * c.head_dim;
-    auto qkv = s_.qkv.reshape(tokens, q_columns + 2 * kv_columns);
+    auto qkv = reshape(s_.qkv, tokens, q_columns + 2 * kv_columns);
     project(qkv, s_.normalised.view(), w.qkv);
-    auto keys = s_.key.reshape(tokens, kv_columns);
-    TensorView<T, 3> q(s_.query.reshape(tokens, q_columns).data(), tokens, c.heads, c.head_dim),
+    auto keys = reshape(s_.key, tokens, kv_columns);
+    TensorView<T, 3> q(reshape(s_.query, tokens, q_columns).data(), tokens, c.heads, c.head_dim),
         k(keys.data(), tokens, c.kv_heads, c.head_dim);
     rotate(q, heads_of(qkv, 0, c.heads, c.head_dim));
     rotate(k, heads_of(qkv, q_columns, c.kv_heads, c.head_dim));
@@ -311,7 +315,7 @@ class InferenceStep {
                    heads_of(qkv, q_columns + kv_columns, c.kv_heads, c.head_dim));
     });
     appended_ = true;
-    TensorView<T, 3> attended(s_.attended.reshape(tokens, q_columns).data(), tokens, c.heads,
+    TensorView<T, 3> attended(reshape(s_.attended, tokens, q_columns).data(), tokens, c.heads,
                               c.head_dim);
     timed("attention", [&] {
       attention_with_kv_source_into(device_, attended, q, rows_.source(l), step.offsets,
@@ -319,28 +323,21 @@ class InferenceStep {
     });
   }
 
-  template <typename S>
-  void head(Tensor<float, 2>& logits, const PackedColumnShard<S>& weight,
-            std::span<const Index> logits_of) {
+  template <typename S, typename Place>
+  void head(Place& place, const PackedColumnShard<S>& weight, std::span<const Index> logits_of) {
     const Index count = static_cast<Index>(logits_of.size()), features = config_.features;
-    reshape(logits, count, config_.vocabulary);
+    TensorView<float, 2> logits = place();
     if (count == 0) return;
-    auto wanted = s_.wanted.reshape(count, features),
-         branch = s_.wanted_branch.reshape(count, features),
-         last = s_.last.reshape(count, features);
-    for (Index r = 0; r < count; ++r) {
-      const Index at = logits_of[static_cast<std::size_t>(r)] * features;
-      std::copy_n(s_.stream.view().data() + at, features, wanted.data() + r * features);
-      std::copy_n(s_.branch.view().data() + at, features, branch.data() + r * features);
-    }
+    auto wanted = reshape(s_.wanted, count, features),
+         branch = reshape(s_.wanted_branch, count, features),
+         last = reshape(s_.last, count, features);
+    s_.wanted_tokens.assign(logits_of.begin(), logits_of.end());
+    const auto at =
+        staged(device_, "Decoder::step", std::span<const std::int64_t>(s_.wanted_tokens));
+    embedding_into(device_, wanted, at, s_.stream.view());  // a row each, as of a table
+    embedding_into(device_, branch, at, s_.branch.view());
     add_norm(last, wanted, branch, weights_.norm());
-    if constexpr (std::is_same_v<T, float>) {
-      project(logits, last, weight);
-    } else {
-      auto narrow = s_.logits.reshape(count, config_.vocabulary);
-      project(narrow, last, weight);
-      logits = narrow.template cast<float>();
-    }
+    project(logits, last, weight);
   }
 
   // ---- one call of a public operator each, charged to its name ----------------------------------
@@ -349,12 +346,26 @@ class InferenceStep {
     timed("linear", [&] { column_parallel_linear_into(device_, y, x, weight, communicator_); });
   }
   void add_norm(TensorView<T, 2>& y, TensorView<T, 2>& x, const TensorView<T, 2>& branch,
-                const Tensor<float, 1>& weight) {
-    timed("normalization", [&] { add_rms_norm_into(device_, y, x, branch, weight, norm()); });
+                const PackedArray<float>& weight) {
+    timed("normalization",
+          [&] { add_rms_norm_into(device_, y, x, branch, vector_of(weight), norm()); });
   }
+  // On a GPU positions travel and angles are computed: fewer bytes than a table has.
   template <typename X>
   void rotate(TensorView<T, 3>& y, const X& x) {
-    timed("rope", [&] { rope_into(device_, y, x, s_.turned, s_.angles); });
+    timed("rope", [&] {
+      if constexpr (CpuDevice<D>)
+        rope_into(device_, y, x, s_.turned, s_.angles);
+      else
+        rope_into(device_, y, x, s_.positions, rope_options());
+    });
+  }
+  RopeOptions rope_options() const {
+    return {.base = config_.rope_base, .layout = config_.rope_layout};
+  }
+  template <typename U>
+  TensorView<U, 2> reshape(GrowingTensor<U, 2>& x, Index rows, Index columns) const {
+    return x.reshape(memory_of(device_), Eigen::DSizes<Index, 2>(rows, columns));
   }
   RmsNormOptions norm() const { return {.epsilon = config_.epsilon}; }
   template <typename Call>

@@ -4,6 +4,9 @@
 /// what the backward pass reads: about (10 features + 3 hidden) elements per token and layer.
 #pragma once
 
+#include <cstdint>
+#include <span>
+#include <string_view>
 #include <vector>
 
 #include "../activation.h"
@@ -12,6 +15,7 @@
 #include "../linear.h"
 #include "../normalization.h"
 #include "../parallel_region.h"
+#include "growing_tensor.h"
 #include "profile.h"
 #include "weights.h"
 
@@ -24,176 +28,192 @@ template <typename Compute>
 struct DecoderTape {
   struct Layer {
     // (tokens, features): residual stream, and normalised
-    Tensor<Compute, 2> input, attention_input;
-    Tensor<Compute, 4> query, key, value, attended;  // (batch, length, heads, head_dim), rotated
-    Tensor<compute_type<Compute>, 3> log_sum_exp;    // (batch, heads, length)
-    Tensor<Compute, 2> middle, feed_forward_input;   // (tokens, features)
-    Tensor<Compute, 2> gate, up, gated;              // (tokens, hidden)
+    GrowingTensor<Compute, 2> input, attention_input;
+    // (batch, length, heads, head_dim), rotated
+    GrowingTensor<Compute, 4> query, key, value, attended;
+    GrowingTensor<compute_type<Compute>, 3> log_sum_exp;   // (batch, heads, length)
+    GrowingTensor<Compute, 2> middle, feed_forward_input;  // (tokens, features)
+    GrowingTensor<Compute, 2> gate, up, gated;             // (tokens, hidden)
   };
-  Tensor<std::int32_t, 2> ids;  // (batch, length)
+  std::vector<std::int32_t> ids;  // (batch, length)
   std::vector<Index> lengths, positions;
   std::vector<Layer> layers;
-  Tensor<Compute, 2> last, normalised;  // (tokens, features)
+  GrowingTensor<Compute, 2> last, normalised;  // (tokens, features)
+  GrowingTensor<Compute, 2> logits;            // of a GPU
 
   // Scratch of both passes, kept so that a step of the same shape allocates nothing but its logits.
-  Tensor<Compute, 2> stream, branch, part;                        // (tokens, features)
-  Tensor<Compute, 2> gated_gradient, gate_gradient, up_gradient;  // (tokens, hidden)
-  Tensor<Compute, 4> attended_gradient, query_gradient, key_gradient, value_gradient;
+  GrowingTensor<Compute, 2> x_gradient, branch, part;                    // (tokens, features)
+  GrowingTensor<Compute, 2> gated_gradient, gate_gradient, up_gradient;  // (tokens, hidden)
+  GrowingTensor<Compute, 4> attended_gradient, query_gradient, key_gradient, value_gradient;
 };
 
-template <typename T, int Rank>
-TensorView<T, 2> as_rows(Tensor<T, Rank>& x, Index columns) {
-  return {x.data(), columns == 0 ? 0 : x.size() / columns, columns};
-}
-
 /// The two passes over one batch; holds references for the time of a call.
-template <typename Compute, CpuDevice D>
+template <typename Compute, Device D>
 class DecoderPass {
  public:
+  using Matrix = GrowingTensor<Compute, 2>;
+  using Heads = GrowingTensor<Compute, 4>;
+
   DecoderPass(const D& device, DecoderWeights& weights, DecoderTape<Compute>& tape,
               OperatorProfile* profile)
       : device_(device),
         weights_(weights),
         config_(weights.config()),
         tape_(tape),
-        profile_(profile) {}
+        profile_(profile) {
+    static_assert(CpuDevice<D> || !std::is_same_v<Compute, double>,
+                  "eigenformer: double, which serves to check gradients, trains on a CPU");
+    require_memory("Decoder", "the table of master weights", weights.memory(), memory_of(device));
+  }
 
   /// ids (batch, length) -> logits (batch * length, vocabulary)
-  Tensor<Compute, 2> forward(const TensorView<const std::int32_t, 2>& ids) {
+  ModelTensor<D, Compute, 2> forward(const TensorView<const std::int32_t, 2>& ids) {
     const ParallelRegion region(device_);
     const Index batch = ids.dimension(0), length = ids.dimension(1), tokens = batch * length;
-    tape_.ids = ids;
+    const std::span flat(ids.data(), static_cast<std::size_t>(tokens));
+    require_ids("Decoder::forward", flat, config_.vocabulary);
+    tape_.ids.assign(flat.begin(), flat.end());
     tape_.lengths.assign(static_cast<std::size_t>(batch), length);
     tape_.positions.resize(static_cast<std::size_t>(tokens));
     for (Index t = 0; t < tokens; ++t) tape_.positions[static_cast<std::size_t>(t)] = t % length;
     tape_.layers.resize(static_cast<std::size_t>(config_.layers));
 
-    Tensor<Compute, 2>& x = tape_.stream;
-    x.resize(tokens, config_.features);
-    const TensorView<const std::int32_t, 1> flat(ids.data(), tokens);
+    const auto x = reshape(tape_.layers.front().input, tokens, config_.features);
     timed("embedding",
-          [&] { embedding_into(device_, x, flat, weights_matrix(weights_.embedding())); });
-    for (Index l = 0; l < config_.layers; ++l)
-      forward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x, batch, length);
-    tape_.last = x;
-    norm(tape_.normalised, tape_.last, weights_.norm());
-    Tensor<Compute, 2> logits;
-    project(logits, tape_.normalised, weights_.head());
-    return logits;
+          [&] { embedding_into(device_, x, token_ids(), weights_matrix(weights_.embedding())); });
+    for (std::size_t l = 0; l < tape_.layers.size(); ++l)
+      forward_layer(weights_.layer(static_cast<Index>(l)), tape_.layers[l],
+                    l + 1 < tape_.layers.size() ? tape_.layers[l + 1].input : tape_.last, batch,
+                    length);
+    const auto last = norm(tape_.normalised, tape_.last.view(), weights_.norm());
+    if constexpr (CpuDevice<D>) {
+      Tensor<Compute, 2> logits(tokens, config_.vocabulary);
+      project_into(logits, last, weights_.head());
+      return logits;
+    } else {
+      return project(tape_.logits, last, weights_.head());
+    }
   }
 
   /// gradient of the logits -> adds to the gradients of the weights
-  void backward(const Tensor<Compute, 2>& logits_gradient) {
-    require_that(logits_gradient.dimension(0) == tape_.normalised.dimension(0) &&
+  void backward(const TensorView<const Compute, 2>& logits_gradient) {
+    const auto normalised = tape_.normalised.view();
+    require_that(logits_gradient.dimension(0) == normalised.dimension(0) &&
                      logits_gradient.dimension(1) == config_.vocabulary,
                  "Decoder::backward", "logits_gradient has shape ", shape_text(logits_gradient),
-                 ", expected (", tape_.normalised.dimension(0), ", ", config_.vocabulary,
+                 ", expected (", normalised.dimension(0), ", ", config_.vocabulary,
                  "), that of the last forward");
     const ParallelRegion region(device_);
-    Tensor<Compute, 2>& x_gradient = tape_.stream;
-    project_backward(tape_.branch, logits_gradient, tape_.normalised, weights_.head());
-    x_gradient.resize(tape_.last.dimensions());
-    norm_backward(x_gradient, tape_.branch, tape_.last, weights_.norm());
+    const auto gradient_of_normalised =
+        project_backward(tape_.branch, logits_gradient, normalised, weights_.head());
+    norm_backward(tape_.x_gradient, gradient_of_normalised, tape_.last.view(), weights_.norm());
     for (Index l = config_.layers - 1; l >= 0; --l)
-      backward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)], x_gradient);
-    const TensorView<const std::int32_t, 1> flat(tape_.ids.data(), tape_.ids.size());
+      backward_layer(weights_.layer(l), tape_.layers[static_cast<std::size_t>(l)]);
     timed("embedding", [&] {
-      embedding_backward_into(device_, gradient(weights_.embedding()), x_gradient, flat);
+      embedding_backward_into(device_, gradient(weights_.embedding()), tape_.x_gradient.view(),
+                              token_ids());
     });
   }
 
  private:
   using Layer = typename DecoderTape<Compute>::Layer;
+  using View = TensorView<Compute, 2>;
 
-  void forward_layer(const DecoderWeights::Layer& w, Layer& t, Tensor<Compute, 2>& x, Index batch,
+  // t.input -> next
+  void forward_layer(const DecoderWeights::Layer& w, Layer& t, Matrix& next, Index batch,
                      Index length) {
-    t.input = x;
-    norm(t.attention_input, t.input, w.attention_norm);
-    project_heads(t.query, t.attention_input, w.query, batch, length, config_.heads);
-    project_heads(t.key, t.attention_input, w.key, batch, length, config_.kv_heads);
-    project_heads(t.value, t.attention_input, w.value, batch, length, config_.kv_heads);
-    rotate(t.query);
-    rotate(t.key);
-    t.attended.resize(t.query.dimensions());
-    t.log_sum_exp.resize(batch, config_.heads, length);
+    const DecoderConfig& c = config_;
+    const auto input = t.input.view();
+    const auto normal = norm(t.attention_input, input, w.attention_norm);
+    const auto query = project_heads(t.query, normal, w.query, batch, length, c.heads);
+    const auto key = project_heads(t.key, normal, w.key, batch, length, c.kv_heads);
+    const auto value = project_heads(t.value, normal, w.value, batch, length, c.kv_heads);
+    rotate(query);
+    rotate(key);
+    const auto attended = reshape(t.attended, sizes_of<4>(query));
+    auto log_sum_exp =
+        t.log_sum_exp.reshape(memory_of(device_), Eigen::DSizes<Index, 3>(batch, c.heads, length));
     timed("attention", [&] {
-      batched_attention_with_padding_into(device_, t.attended, t.query, t.key, t.value,
-                                          tape_.lengths,
-                                          {.causal = true, .log_sum_exp = t.log_sum_exp});
+      batched_attention_with_padding_into(device_, attended, query, key, value, tape_.lengths,
+                                          {.causal = true, .log_sum_exp = log_sum_exp});
     });
-    project(tape_.branch, as_rows(t.attended, config_.heads * config_.head_dim), w.output);
-    join(x, tape_.branch);
-    t.middle = x;
-    norm(t.feed_forward_input, t.middle, w.feed_forward_norm);
-    project(t.gate, t.feed_forward_input, w.gate);
-    project(t.up, t.feed_forward_input, w.up);
-    t.gated.resize(t.gate.dimensions());
-    timed("activation", [&] { swiglu_into(device_, t.gated, t.gate, t.up); });
-    project(tape_.branch, t.gated, w.down);
-    join(x, tape_.branch);
+    const auto middle = join(t.middle, input, project(tape_.branch, as_rows(attended), w.output));
+    const auto normal_middle = norm(t.feed_forward_input, middle, w.feed_forward_norm);
+    const auto gate = project(t.gate, normal_middle, w.gate),
+               up = project(t.up, normal_middle, w.up), gated = reshape(t.gated, sizes_of<2>(gate));
+    timed("activation", [&] { swiglu_into(device_, gated, gate, up); });
+    join(next, middle, project(tape_.branch, gated, w.down));
   }
 
-  // x_gradient is that of the layer's output on entry and that of its input on return.
-  void backward_layer(const DecoderWeights::Layer& w, Layer& t, Tensor<Compute, 2>& x_gradient) {
-    Tensor<Compute, 2>&branch = tape_.branch, &part = tape_.part;
-    project_backward(tape_.gated_gradient, x_gradient, t.gated, w.down);
-    tape_.gate_gradient.resize(t.gate.dimensions());
-    tape_.up_gradient.resize(t.up.dimensions());
-    timed("activation", [&] {
-      swiglu_backward_into(device_, tape_.gate_gradient, tape_.up_gradient, tape_.gated_gradient,
-                           t.gate, t.up);
-    });
-    project_backward(branch, tape_.gate_gradient, t.feed_forward_input, w.gate);
-    project_backward(part, tape_.up_gradient, t.feed_forward_input, w.up);
-    join(branch, part);
-    norm_backward(part, branch, t.middle, w.feed_forward_norm);
-    join(x_gradient, part);
-    attention_backward_layer(w, t, x_gradient);
-    project_backward(branch, as_rows(tape_.query_gradient, config_.heads * config_.head_dim),
-                     t.attention_input, w.query);
-    project_backward(part, as_rows(tape_.key_gradient, config_.kv_heads * config_.head_dim),
-                     t.attention_input, w.key);
-    join(branch, part);
-    project_backward(part, as_rows(tape_.value_gradient, config_.kv_heads * config_.head_dim),
-                     t.attention_input, w.value);
-    join(branch, part);
-    norm_backward(part, branch, t.input, w.attention_norm);
-    join(x_gradient, part);
+  // tape_.x_gradient is that of the layer's output on entry and that of its input on return.
+  void backward_layer(const DecoderWeights::Layer& w, Layer& t) {
+    Matrix &branch = tape_.branch, &part = tape_.part, &x_gradient = tape_.x_gradient;
+    const auto feed_forward_input = t.feed_forward_input.view();
+    const auto gate = t.gate.view(), up = t.up.view();
+    const auto gated =
+        project_backward(tape_.gated_gradient, x_gradient.view(), t.gated.view(), w.down);
+    const auto gate_gradient = reshape(tape_.gate_gradient, sizes_of<2>(gate)),
+               up_gradient = reshape(tape_.up_gradient, sizes_of<2>(up));
+    timed("activation",
+          [&] { swiglu_backward_into(device_, gate_gradient, up_gradient, gated, gate, up); });
+    project_backward(branch, gate_gradient, feed_forward_input, w.gate);
+    add(branch, project_backward(part, up_gradient, feed_forward_input, w.up));
+    add(x_gradient, norm_backward(part, branch.view(), t.middle.view(), w.feed_forward_norm));
+    attention_backward_layer(w, t);
+    const auto attention_input = t.attention_input.view();
+    project_backward(branch, as_rows(tape_.query_gradient.view()), attention_input, w.query);
+    add(branch, project_backward(part, as_rows(tape_.key_gradient.view()), attention_input, w.key));
+    add(branch,
+        project_backward(part, as_rows(tape_.value_gradient.view()), attention_input, w.value));
+    add(x_gradient, norm_backward(part, branch.view(), t.input.view(), w.attention_norm));
   }
 
   // From the gradient of the residual stream to those of the unrotated queries, keys and values.
-  void attention_backward_layer(const DecoderWeights::Layer& w, Layer& t,
-                                const Tensor<Compute, 2>& x_gradient) {
-    tape_.attended_gradient.resize(t.attended.dimensions());
-    tape_.query_gradient.resize(t.query.dimensions());
-    tape_.key_gradient.resize(t.key.dimensions());
-    tape_.value_gradient.resize(t.value.dimensions());
-    auto attended_rows = as_rows(tape_.attended_gradient, config_.heads * config_.head_dim);
-    project_backward_into(attended_rows, x_gradient,
-                          as_rows(t.attended, config_.heads * config_.head_dim), w.output);
+  void attention_backward_layer(const DecoderWeights::Layer& w, Layer& t) {
+    const auto query = t.query.view(), key = t.key.view(), value = t.value.view(),
+               attended = t.attended.view();
+    const auto sizes = sizes_of<4>(query), kv_sizes = sizes_of<4>(key);
+    const auto attended_gradient = reshape(tape_.attended_gradient, sizes),
+               query_gradient = reshape(tape_.query_gradient, sizes),
+               key_gradient = reshape(tape_.key_gradient, kv_sizes),
+               value_gradient = reshape(tape_.value_gradient, kv_sizes);
+    project_backward_into(as_rows(attended_gradient), tape_.x_gradient.view(), as_rows(attended),
+                          w.output);
     timed("attention", [&] {
-      attention_backward_into(device_, tape_.query_gradient, tape_.key_gradient,
-                              tape_.value_gradient, tape_.attended_gradient, t.query, t.key,
-                              t.value, t.attended, t.log_sum_exp, tape_.lengths, {.causal = true});
+      attention_backward_into(device_, query_gradient, key_gradient, value_gradient,
+                              attended_gradient, query, key, value, attended, t.log_sum_exp.view(),
+                              tape_.lengths, {.causal = true});
     });
-    rotate_backward(tape_.query_gradient);
-    rotate_backward(tape_.key_gradient);
+    rotate_backward(query_gradient);
+    rotate_backward(key_gradient);
   }
 
-  // ---- one call of a public operator each, charged to its name ----------------------------------
-  template <typename X>
-  void project(Tensor<Compute, 2>& y, const X& x, std::size_t weight) {
-    y.resize(x.dimension(0), weights_.tensors()[weight].rows);
+  // ---- one call of a public operator each, charged to its name; what is written is returned ----
+  View project(Matrix& y, const View& x, std::size_t weight) {
+    const auto view = reshape(y, x.dimension(0), weights_.tensors()[weight].rows);
+    project_into(view, x, weight);
+    return view;
+  }
+  template <typename Y>
+  void project_into(Y&& y, const View& x, std::size_t weight) {
     timed("linear", [&] { linear_into(device_, y, x, weights_matrix(weight)); });
   }
-  template <typename G, typename X>
-  void project_backward(Tensor<Compute, 2>& x_gradient, const G& y_gradient, const X& x,
-                        std::size_t weight) {
-    x_gradient.resize(x.dimension(0), x.dimension(1));
-    project_backward_into(x_gradient, y_gradient, x, weight);
+  TensorView<Compute, 4> project_heads(Heads& y, const View& x, std::size_t weight, Index batch,
+                                       Index length, Index count) {
+    const auto view = reshape(y, Eigen::DSizes<Index, 4>(batch, length, count, config_.head_dim));
+    project_into(as_rows(view), x, weight);
+    return view;
   }
-  template <typename GX, typename G, typename X>
-  void project_backward_into(GX& x_gradient, const G& y_gradient, const X& x, std::size_t weight) {
+  template <typename G>
+  View project_backward(Matrix& x_gradient, const G& y_gradient, const View& x,
+                        std::size_t weight) {
+    const auto view = reshape(x_gradient, sizes_of<2>(x));
+    project_backward_into(view, y_gradient, x, weight);
+    return view;
+  }
+  template <typename G>
+  void project_backward_into(const View& x_gradient, const G& y_gradient, const View& x,
+                             std::size_t weight) {
     timed("linear", [&] {
       add_weight_gradient(gradient(weight), y_gradient, x);
       linear_backward_input_into(device_, x_gradient, y_gradient, weights_matrix(weight));
@@ -201,8 +221,8 @@ class DecoderPass {
   }
   // Gradients of parameters are float; in double, which serves to check gradients, one is rounded
   // once.
-  template <typename G, typename X>
-  void add_weight_gradient(TensorView<float, 2> total, const G& y_gradient, const X& x) {
+  template <typename G>
+  void add_weight_gradient(TensorView<float, 2> total, const G& y_gradient, const View& x) {
     if constexpr (std::is_same_v<Compute, double>) {
       Tensor<double, 2> wide = total.template cast<double>();
       linear_backward_weight_into(device_, wide, y_gradient, x);
@@ -211,36 +231,52 @@ class DecoderPass {
       linear_backward_weight_into(device_, total, y_gradient, x);
     }
   }
-  void project_heads(Tensor<Compute, 4>& y, const Tensor<Compute, 2>& x, std::size_t weight,
-                     Index batch, Index length, Index count) {
-    y.resize(batch, length, count, config_.head_dim);
-    auto rows = as_rows(y, count * config_.head_dim);
-    timed("linear", [&] { linear_into(device_, rows, x, weights_matrix(weight)); });
-  }
-  void norm(Tensor<Compute, 2>& y, const Tensor<Compute, 2>& x, std::size_t weight) {
-    y.resize(x.dimensions());
+  View norm(Matrix& y, const View& x, std::size_t weight) {
+    const auto view = reshape(y, sizes_of<2>(x));
     timed("normalization", [&] {
-      rms_norm_into(device_, y, x, weights_vector(weight), {.epsilon = config_.epsilon});
+      rms_norm_into(device_, view, x, weights_vector(weight), {.epsilon = config_.epsilon});
     });
+    return view;
   }
-  void norm_backward(Tensor<Compute, 2>& x_gradient, const Tensor<Compute, 2>& y_gradient,
-                     const Tensor<Compute, 2>& x, std::size_t weight) {
-    x_gradient.resize(x.dimensions());
+  View norm_backward(Matrix& x_gradient, const View& y_gradient, const View& x,
+                     std::size_t weight) {
+    const auto view = reshape(x_gradient, sizes_of<2>(x));
     timed("normalization", [&] {
-      rms_norm_backward_into(device_, x_gradient, weights_.gradient_vector(weight), y_gradient, x,
+      rms_norm_backward_into(device_, view, weights_.gradient_vector(weight), y_gradient, x,
                              weights_vector(weight), {.epsilon = config_.epsilon});
     });
+    return view;
   }
-  void rotate(Tensor<Compute, 4>& x) {
+  void rotate(const TensorView<Compute, 4>& x) {
     timed("rope", [&] { rope_into(device_, x, x, tape_.positions, rope_options()); });
   }
-  void rotate_backward(Tensor<Compute, 4>& x) {
+  void rotate_backward(const TensorView<Compute, 4>& x) {
     timed("rope", [&] { rope_backward_into(device_, x, x, tape_.positions, rope_options()); });
   }
-  void join(Tensor<Compute, 2>& x, const Tensor<Compute, 2>& branch) {
-    timed("activation", [&] { residual_add_into(device_, x, x, branch); });
+  View join(Matrix& y, const View& x, const View& branch) {
+    const auto view = reshape(y, sizes_of<2>(x));
+    timed("activation", [&] { residual_add_into(device_, view, x, branch); });
+    return view;
   }
+  void add(Matrix& x, const View& branch) { join(x, x.view(), branch); }
 
+  // ---- views ------------------------------------------------------------------------------------
+  View reshape(Matrix& x, Index rows, Index columns) const {
+    return x.reshape(memory_of(device_), Eigen::DSizes<Index, 2>(rows, columns));
+  }
+  View reshape(Matrix& x, const Eigen::DSizes<Index, 2>& sizes) const {
+    return x.reshape(memory_of(device_), sizes);
+  }
+  TensorView<Compute, 4> reshape(Heads& x, const Eigen::DSizes<Index, 4>& sizes) const {
+    return x.reshape(memory_of(device_), sizes);
+  }
+  // (batch, length, heads, head_dim) -> (tokens, heads * head_dim)
+  static View as_rows(const TensorView<Compute, 4>& x) {
+    return {x.data(), x.dimension(0) * x.dimension(1), x.dimension(2) * x.dimension(3)};
+  }
+  std::span<const std::int32_t> token_ids() const {
+    return staged(device_, "Decoder", std::span<const std::int32_t>(tape_.ids));
+  }
   RopeOptions rope_options() const {
     return {.base = config_.rope_base, .layout = config_.rope_layout};
   }

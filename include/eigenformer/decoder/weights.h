@@ -1,7 +1,7 @@
 /// \file
 /// The float master weights of a decoder, and their gradients once training asks for them: two flat
-/// arrays with a named view for every tensor. Names and shapes are those of Llama checkpoints, so
-/// that files can be exchanged.
+/// arrays with a named view for every tensor, in the memory of the device that trains. Names and
+/// shapes are those of Llama checkpoints, so that files can be exchanged.
 #pragma once
 
 #include <cmath>
@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "../core/packed_array.h"
 #include "../core/philox.h"
 #include "../optimizer.h"
 #include "config.h"
@@ -34,7 +35,9 @@ class DecoderWeights {
   /// Weights from normal(0, 0.02), scaled down by sqrt(2 layers) where a branch joins the residual
   /// stream (Radford et al., "GPT-2", 2019); norms are one. The same seed gives the same weights on
   /// every machine up to the last bits of log and cos.
-  explicit DecoderWeights(const DecoderConfig& config, std::uint64_t seed = 0) : config_(config) {
+  explicit DecoderWeights(const DecoderConfig& config, std::uint64_t seed = 0,
+                          const Memory& memory = host_memory)
+      : config_(config), memory_(&memory) {
     config.validate();
     const Index q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim,
                 d = config.features;
@@ -55,11 +58,27 @@ class DecoderWeights {
     }
     norm_ = add("model.norm.weight", 1, d);
     head_ = add("lm_head.weight", config.vocabulary, d);
-    values_.resize(static_cast<std::size_t>(count_));
+    values_.resize(count_, memory);
     for (std::size_t t = 0; t < tensors_.size(); ++t) initialise(t, seed);
   }
 
+  /// The same weights in another memory, such as ef::memory_of(device), or back in the host's.
+  DecoderWeights(const DecoderWeights& weights, const Memory& memory)
+      : config_(weights.config_),
+        tensors_(weights.tensors_),
+        layers_(weights.layers_),
+        embedding_(weights.embedding_),
+        norm_(weights.norm_),
+        head_(weights.head_),
+        count_(weights.count_),
+        memory_(&memory) {
+    values_.resize(count_, memory);
+    detail::copy_bytes(memory, values_.data(), weights.memory(), weights.values_.data(),
+                       static_cast<std::size_t>(count_) * sizeof(float));
+  }
+
   const DecoderConfig& config() const { return config_; }
+  const Memory& memory() const { return *memory_; }
   const std::vector<DecoderTensor>& tensors() const { return tensors_; }
   const Layer& layer(Index l) const { return layers_[static_cast<std::size_t>(l)]; }
   std::size_t embedding() const { return embedding_; }
@@ -119,11 +138,11 @@ class DecoderWeights {
 
   void initialise(std::size_t t, std::uint64_t seed) {
     const DecoderTensor& tensor = tensors_[t];
-    float* out = values_.data() + tensor.offset;
-    if (tensor.rows == 1) {
-      std::fill(out, out + tensor.size(), 1.0f);
-      return;
-    }
+    std::vector<float> out(static_cast<std::size_t>(tensor.size()), 1.0f);
+    if (tensor.rows > 1) fill_normal(t, seed, out);
+    memory_->copy_in(values_.data() + tensor.offset, out.data(), out.size() * sizeof(float));
+  }
+  void fill_normal(std::size_t t, std::uint64_t seed, std::vector<float>& out) const {
     const double deviation =
         0.02 / (joins_residual(t) ? std::sqrt(2.0 * static_cast<double>(config_.layers)) : 1.0);
     const Philox random(seed, t);
@@ -132,7 +151,7 @@ class DecoderWeights {
                             static_cast<std::uint32_t>(number % Philox::kIndices),
                             Philox::Purpose::initialisation);
     };
-    for (Index i = 0; i < tensor.size(); ++i) {  // Box-Muller: two numbers for each element
+    for (std::size_t i = 0; i < out.size(); ++i) {  // Box-Muller: two numbers for each element
       const auto number = 2 * static_cast<std::uint64_t>(i);
       const double radius = std::sqrt(-2.0 * std::log(uniform(number)));
       out[i] = static_cast<float>(deviation * radius *
@@ -141,7 +160,10 @@ class DecoderWeights {
   }
 
   float* gradients() {
-    if (gradients_.empty()) gradients_.resize(values_.size(), 0.0f);
+    if (gradients_.size() == 0) {
+      gradients_.resize(count_, *memory_);
+      memory_->clear(gradients_.data(), static_cast<std::size_t>(count_) * sizeof(float));
+    }
     return gradients_.data();
   }
 
@@ -150,7 +172,8 @@ class DecoderWeights {
   std::vector<Layer> layers_;
   std::size_t embedding_ = 0, norm_ = 0, head_ = 0;
   Index count_ = 0;
-  std::vector<float> values_, gradients_;
+  const Memory* memory_;
+  detail::PackedArray<float> values_, gradients_;
 };
 
 }  // namespace EIGENFORMER_ABI

@@ -2,6 +2,8 @@
 /// What an embedding asks for, and its gradient.
 #pragma once
 
+#include <cstdint>
+
 #include "../core/rows.h"
 
 namespace eigenformer {
@@ -17,6 +19,17 @@ struct Embedding {
   Y* y;            // (tokens, features)
   const Id* ids;   // (tokens)
   const T* table;  // (vocab, features)
+  Index tokens, features, vocab;
+};
+
+/// Rows of an INT8 table, each times its scale.
+template <typename Y, typename Id>
+struct Int8Embedding {
+  using compute = compute_type<Y>;
+  Y* y;                      // (tokens, features)
+  const Id* ids;             // (tokens)
+  const std::int8_t* table;  // (vocab, features)
+  const float* scales;       // (vocab)
   Index tokens, features, vocab;
 };
 

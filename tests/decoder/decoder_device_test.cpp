@@ -1,0 +1,285 @@
+// The decoder on a GPU: the plain decoder's logits and greedy tokens; a row has the same bits
+// prefilled whole, in chunks, token by token, in a batch and through either cache; a scheduler's
+// plans are such steps; logits may stay on the device, and such a step can be captured; memory of
+// another device is refused with nothing changed; a step of a known shape allocates nothing. (CPUs:
+// decoder_test.cpp.)
+#include <eigenformer/decoder.h>
+#include <eigenformer/reference/decoder.h>
+#include <eigenformer/sampling.h>
+#include <eigenformer/scheduler.h>
+
+#include <map>
+
+#include "decoder_support.h"
+#include "device.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+using Ids = std::vector<std::int32_t>;
+
+/// One layer, where two would show no more and take the emulator twice the time.
+ef::DecoderConfig one_layer() {
+  ef::DecoderConfig config = kConfig;
+  config.layers = 1;
+  return config;
+}
+
+template <typename T = float, typename B>
+auto model_on(const B& bench, const std::shared_ptr<ef::DecoderWeights>& weights) {
+  return std::make_unique<ef::Decoder<T, std::remove_cvref_t<decltype(bench.device)>>>(
+      weights, bench.device);
+}
+
+Ids random_ids(Index count, unsigned seed) {
+  std::mt19937 generator(seed);
+  Ids ids(static_cast<std::size_t>(count));
+  for (auto& id : ids) id = static_cast<std::int32_t>(generator() % kConfig.vocabulary);
+  return ids;
+}
+
+ef::Tensor<std::int32_t, 2> as_batch(std::span<const std::int32_t> ids) {
+  ef::Tensor<std::int32_t, 2> batch(1, static_cast<Index>(ids.size()));
+  std::copy(ids.begin(), ids.end(), batch.data());
+  return batch;
+}
+
+template <typename B>
+ef::PagedKvCache<float> make_pages(const B& bench, Index layers = kConfig.layers,
+                                   Index page_size = 5, Index page_count = 40) {
+  return ef::PagedKvCache<float>({.layers = layers,
+                                  .kv_heads = kConfig.kv_heads,
+                                  .head_dim = kConfig.head_dim,
+                                  .page_size = page_size,
+                                  .page_count = page_count},
+                                 ef::memory_of(bench.device));
+}
+
+ef::Tensor<float, 2> row(const ef::Tensor<float, 2>& x, Index r) {
+  ef::Tensor<float, 2> result(1, x.dimension(1));
+  std::copy_n(x.data() + r * x.dimension(1), x.dimension(1), result.data());
+  return result;
+}
+ef::Tensor<double, 2> expected_row(const ef::DecoderWeights& weights, const Ids& text) {
+  const auto all = ef::reference::decoder(weights, text);
+  const Index classes = all.dimension(1), last = all.dimension(0) - 1;
+  return ef::TensorView<const double, 2>(all.data() + last * classes, 1, classes);
+}
+std::int32_t best_of(const ef::Tensor<double, 2>& logits) {
+  return static_cast<std::int32_t>(std::max_element(logits.data(), logits.data() + logits.size()) -
+                                   logits.data());
+}
+
+// 19 tokens, and chunks of 4 and of 14 of them, cross tiles of 8 and of 16.
+template <typename T>
+void check_prefill_and_decode(const ef::DecoderConfig& config, double allowed) {
+  const auto weights = make_weights(config);
+  const Ids text = random_ids(19, 1);
+  const auto expected = expected_row(*weights, text);
+  for_each_gpu([&](const auto& bench) {
+    auto model = model_on<T>(bench, weights);  // masters of the host: packing copies them
+    ef::KvCache<T> whole(ef::memory_of(bench.device)), chunks(ef::memory_of(bench.device));
+    const auto logits = model->prefill(as_batch(text), whole);
+    EXPECT_LT(relative_error(logits, expected), allowed);
+    const auto all = std::span(text);
+    model->prefill(as_batch(all.first(4)), chunks);
+    model->prefill(as_batch(all.subspan(4, 14)), chunks);
+    ef::Tensor<std::int32_t, 1> last(1);
+    last(0) = text.back();
+    EXPECT_TRUE(same_bits(model->decode(last, chunks), logits));
+    Ids longer = text;
+    auto next = logits;
+    for (int step = 0; step < 2; ++step) {
+      const auto token = ef::greedy_sample(next);
+      if (std::is_same_v<T, float>) {
+        EXPECT_EQ(token(0), best_of(expected_row(*weights, longer)));
+      }
+      longer.push_back(token(0));
+      next = model->decode(token, whole);
+      EXPECT_LT(relative_error(next, expected_row(*weights, longer)), allowed) << step;
+    }
+    EXPECT_EQ(whole.length(config.layers - 1), 21);
+  });
+}
+
+TEST(DecoderOnDevice, PrefillsAndDecodesAsThePlainDecoder) {
+  check_prefill_and_decode<float>(kConfig, 2e-5);
+#if !defined(__CUDACC__)  // nvcc takes minutes for another scalar
+  check_prefill_and_decode<ef::bfloat16>(one_layer(), 5e-2);
+#endif
+}
+
+// Two texts in ragged steps, with a row that has no token, and each alone.
+TEST(DecoderOnDevice, RaggedRowsHaveTheBitsTheyHaveAlone) {
+  const auto weights = make_weights();
+  const std::vector<Ids> texts{random_ids(10, 2), random_ids(6, 3)};
+  for_each_gpu([&](const auto& bench) {
+    for (const bool int8 : {false, true}) {
+      auto model = model_on(bench, weights);
+      if (int8) {
+        model->quantize();
+        model->release_master_weights();  // the embedding is INT8 then
+      }
+      auto pages = make_pages(bench);
+      const std::vector<ef::SequenceId> both{pages.add_sequence(), pages.add_sequence()};
+      const std::vector<std::vector<Index>> steps{{4, 0}, {5, 5}, {1, 1}};
+      std::vector<Index> done{0, 0};
+      ef::Tensor<float, 2> logits;
+      for (const auto& counts : steps) {
+        Ids tokens;
+        std::vector<Index> offsets{0}, wanted;
+        for (std::size_t i = 0; i < 2; ++i) {
+          for (Index t = 0; t < counts[i]; ++t)
+            tokens.push_back(texts[i][static_cast<std::size_t>(done[i]++)]);
+          offsets.push_back(static_cast<Index>(tokens.size()));
+          if (counts[i] > 0) wanted.push_back(offsets.back() - 1);
+        }
+        logits = model->step(ef::StepRows{tokens, offsets, wanted}, pages, both);
+      }
+      for (std::size_t i = 0; i < 2; ++i) {
+        ef::KvCache<float> alone(ef::memory_of(bench.device));
+        const auto expected = model->prefill(as_batch(texts[i]), alone);
+        EXPECT_TRUE(same_bits(row(logits, static_cast<Index>(i)), expected)) << i << int8;
+        EXPECT_LT(relative_error(expected, expected_row(*weights, texts[i])), int8 ? 0.1 : 2e-5);
+      }
+    }
+  });
+}
+
+TEST(DecoderOnDevice, SchedulersPlansGiveTheTextsOfEachRequestAlone) {
+  const auto weights = make_weights(one_layer());
+  for_each_gpu([&](const auto& bench) {
+    auto model = model_on(bench, weights);
+    const ef::StepSchedulerOptions options{.max_batch_size = 2,
+                                           .max_seq_length = 24,
+                                           .token_budget = 6,
+                                           .prefill_chunk = 5,
+                                           .page_size = 4,
+                                           .page_count = 3};
+    ef::StepScheduler scheduler(options);
+    auto pages = make_pages(bench, 1, options.page_size, options.page_count);
+    std::map<ef::RequestTicket, Ids> prompts;
+    for (unsigned r = 0; r < 3; ++r) {
+      const Ids prompt = random_ids(7 - 2 * static_cast<Index>(r), 20 + r);
+      prompts[scheduler.submit(prompt, {.max_new_tokens = 2})] = prompt;
+    }
+    std::map<ef::RequestTicket, ef::SequenceId> held;
+    ef::StepPlan plan;
+    while (scheduler.next_step(plan)) {
+      for (const auto ticket : plan.released)
+        if (const auto found = held.find(ticket); found != held.end()) {
+          pages.free(found->second);
+          held.erase(found);
+        }
+      std::vector<ef::SequenceId> sequences;
+      for (const auto ticket : plan.requests) {
+        if (held.count(ticket) == 0) held[ticket] = pages.add_sequence();
+        sequences.push_back(held[ticket]);
+      }
+      const auto drawn = ef::greedy_sample(model->step(plan, pages, sequences));
+      std::vector<ef::StepToken> sampled;
+      for (std::size_t i = 0; i < plan.requests.size(); ++i)
+        if (plan.wants_token[i] != 0)
+          sampled.push_back({plan.requests[i], drawn(static_cast<Index>(sampled.size())), false});
+      scheduler.complete(sampled);
+    }
+    for (const auto& [ticket, prompt] : prompts) {
+      Ids text = prompt;
+      ef::KvCache<float> own(ef::memory_of(bench.device));
+      auto next = ef::greedy_sample(model->prefill(as_batch(prompt), own));
+      for (int i = 0; i < 2; ++i) {
+        text.push_back(next(0));
+        if (i == 0) next = ef::greedy_sample(model->decode(next, own));
+      }
+      EXPECT_EQ(scheduler.take_finished(ticket).tokens, text);
+    }
+  });
+}
+
+/// One token of each of two sequences whose prompts the cache holds.
+struct Decoding {
+  const Ids tokens{3, 30};
+  const std::vector<Index> offsets{0, 1, 2}, wanted{1, 0};
+  ef::StepRows rows() const { return {tokens, offsets, wanted}; }
+
+  template <typename Model, typename Pages>
+  static std::vector<ef::SequenceId> prompt(Model& model, Pages& pages) {
+    const std::vector<ef::SequenceId> both{pages.add_sequence(), pages.add_sequence()};
+    const Ids tokens = random_ids(11, 5);
+    const std::vector<Index> offsets{0, 4, 11};
+    model.step(ef::StepRows{tokens, offsets, {}}, pages, both);
+    return both;
+  }
+};
+
+// In a graph a step is its launches and the copies of what it reads of the host.
+TEST(DecoderOnDevice, StepsAllocateNothingLeaveLogitsThereAndAreCaptured) {
+  const auto weights = make_weights();
+  const Decoding step;
+  for_each_gpu([&](const auto& bench) {
+    auto model = model_on(bench, weights);
+    auto pages = make_pages(bench), other = make_pages(bench);
+    const auto both = Decoding::prompt(*model, pages), same = Decoding::prompt(*model, other);
+    const auto expected = model->step(step.rows(), pages, both);
+#if defined(EIGENFORMER_TEST_BLOCKS)
+    const auto before = emulated::DeviceMemory::instance().allocations();
+    model->step(step.rows(), pages, both);
+    EXPECT_EQ(emulated::DeviceMemory::instance().allocations(), before);
+#endif
+    auto logits = on_device(bench, poisoned_tensor<float, 2>({2, kConfig.vocabulary}));
+    const ef::Tensor<float, 2> wrong(1, kConfig.vocabulary);
+    auto one_row = on_device(bench, wrong);
+    expect_throws<std::invalid_argument>(
+        [&] { model->step_into(one_row.view(), step.rows(), other, same); },
+        {"Decoder::step", "logits has shape (1, 37)", "(2, 37)"});
+    if constexpr (requires { bench.device.stream().begin_capture(); }) {
+      auto& stream = bench.device.stream();
+      stream.begin_capture();
+      model->step_into(logits.view(), step.rows(), other, same);
+      const auto graph = stream.end_capture();
+      EXPECT_GT(graph.size(), 10u);
+      stream.replay(graph);
+      EXPECT_TRUE(same_bits(logits.host(), expected));
+      stream.replay(graph);  // appends the same keys at the same positions
+      EXPECT_TRUE(same_bits(logits.host(), expected));
+    } else {
+      model->step_into(logits.view(), step.rows(), other, same);
+      EXPECT_TRUE(same_bits(logits.host(), expected));
+    }
+  });
+}
+
+TEST(DecoderOnDevice, RefusesMemoryOfAnotherDevice) {
+  const auto weights = make_weights();
+  for_each_gpu([&](const auto& bench) {
+    using D = std::remove_cvref_t<decltype(bench.device)>;
+    auto model = model_on(bench, weights);
+    ef::KvCache<float> on_host;
+    const Ids text = random_ids(3, 6);
+    expect_throws<std::invalid_argument>([&] { model->prefill(as_batch(text), on_host); },
+                                         {"the cache lies in memory of cpu"});
+    EXPECT_EQ(on_host.length(0), 0);
+    Ids foreign = text;
+    foreign[1] = 37;
+    ef::KvCache<float> cache(ef::memory_of(bench.device));
+    expect_throws<std::invalid_argument>([&] { model->prefill(as_batch(foreign), cache); },
+                                         {"Decoder::step", "id 37", "position 1"});
+    EXPECT_EQ(cache.length(0), 0);
+    const auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(kConfig);
+    packed->pack(bench.device, std::shared_ptr<const ef::DecoderWeights>(weights),
+                 ef::SelfCommunicator());
+    const ef::DecoderWeights& masters = *weights;
+    packed->set_embedding(masters.matrix(masters.embedding()), weights);
+    expect_throws<std::invalid_argument>([&] { ef::Decoder<float, D>(packed, bench.device); },
+                                         {"the embedding lies in memory of cpu"});
+    packed->own_embedding(bench.device);
+    ef::Decoder<float, D> served(packed, bench.device);
+    ef::KvCache<float> other(ef::memory_of(bench.device));
+    EXPECT_TRUE(
+        same_bits(served.prefill(as_batch(text), other), model->prefill(as_batch(text), cache)));
+    EXPECT_EQ(served.weight_bytes(), model->weight_bytes());
+  });
+}
+
+}  // namespace
