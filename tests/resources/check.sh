@@ -33,7 +33,8 @@ resources() {  # architecture
     }' "$work/$1.log"
 }
 
-# "KERNEL LOADS STORES MMA LOCAL": loads and stores of 16 bytes (copies that pass the registers by are loads), products of tiles, and
+# "KERNEL LOADS STORES MMA LOCAL": loads and stores of 16 bytes, of addresses that the compiler knows to be global or not (copies to shared
+# memory that pass the registers by are loads), products of tiles, and
 # accesses to local memory. An instruction is 16 bytes; the last three digits of its first half are the opcode, the width of an access
 # is in the third digit from the end of its second half.
 instructions() {  # architecture
@@ -41,8 +42,8 @@ instructions() {  # architecture
     while read -r kernel offset size; do
       od -An -v -tx8 -w16 -j "$((0x$offset))" -N "$((0x$size))" "$work/$1.cubin" | awk -v kernel="$kernel" '
         { opcode = substr($1, length($1) - 2); wide = substr($2, length($2) - 2, 1) ~ /[cd]/ }
-        opcode == "981" && wide || opcode == "fae" && wide { ++loads }
-        opcode == "986" && wide { ++stores }
+        wide && opcode ~ /981|980|fae/ { ++loads }
+        wide && opcode ~ /986|985/ { ++stores }
         opcode == "23c" || opcode == "237" { ++mma }
         opcode == "983" || opcode == "387" { ++local }
         END { print kernel, loads + 0, stores + 0, mma + 0, local + 0 }'
@@ -52,8 +53,8 @@ instructions_of_cuobjdump() {  # architecture
   cuobjdump -sass "$work/$1.cubin" | awk '
     function finish() { if (kernel) print kernel, loads + 0, stores + 0, mma + 0, local + 0; loads = stores = mma = local = 0 }
     /Function :/ { finish(); kernel = $3 }
-    / LDG\.E\.([A-Z]+\.)*128| LDGSTS\.E\.([A-Z]+\.)*128/ { ++loads }
-    / STG\.E\.([A-Z]+\.)*128/ { ++stores }
+    / (LDG|LD|LDGSTS)\.E\.([A-Z]+\.)*128/ { ++loads }
+    / STG?\.E\.([A-Z]+\.)*128/ { ++stores }
     / HMMA\.| IMMA\./ { ++mma }
     / LDL[. ]| STL[. ]/ { ++local }
     END { finish() }'
