@@ -6,6 +6,7 @@
 #include <eigenformer/causal_mask.h>
 #include <eigenformer/embedding.h>
 #include <eigenformer/kv_cache.h>
+#include <eigenformer/linear.h>
 #include <eigenformer/loss.h>
 #include <eigenformer/normalization.h>
 #include <eigenformer/optimizer.h>
@@ -78,4 +79,14 @@ void sampling(const Eigen::GpuDevice& device, Views v) {
   ef::Philox random;
   ef::greedy_sample_into(device, v.ids, v.a);
   ef::top_k_sample_into(device, v.ids, v.a, 50, 1.0, random);
+  ef::sample_into(device, v.ids, v.a, ef::SamplingParams{.top_p = 0.9f}, random);
+}
+
+void linear(const Eigen::GpuDevice& device, Views v) {
+  const auto packed = ef::pack_weight<T>(device, v.a);
+  const auto int8 = ef::pack_weight<std::int8_t>(device, v.a);
+  ef::linear_into(device, v.a, v.b, packed);
+  ef::linear_into(device, v.a, v.b, int8);
+  ef::linear_backward_input_into(device, v.a, v.b, v.c);
+  ef::linear_backward_weight_into(device, v.sums, v.b, v.c);
 }

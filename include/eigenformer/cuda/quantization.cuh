@@ -2,10 +2,11 @@
 /// CUDA kernels of INT8 quantization. By row or group: one block per scale, one pass for the
 /// largest magnitude and one that divides, rounds and writes, 16 bytes per thread: two reads and a
 /// quarter of a write, the second read out of L1 or L2 for rows that fit. A group of 32 leaves most
-/// threads of its block idle. By tensor: a launch for the magnitude of each chunk, one for the values, and between them
-/// the host, which waits for the chunks because it returns the scale. Back to numbers: 16
-/// bytes written per thread, a byte read for 2 to 8. All are bound by bandwidth, of which long rows and
-/// tensors should see more than half. The numbers are those of the CPU kernels, bit for bit.
+/// threads of its block idle. By tensor: a launch for the magnitude of each chunk, one for the
+/// values, and between them the host, which waits for the chunks because it returns the scale. Back
+/// to numbers: 16 bytes written per thread, a byte read for 2 to 8. All are bound by bandwidth, of
+/// which long rows and tensors should see more than half. The numbers are those of the CPU kernels,
+/// bit for bit.
 #pragma once
 
 #include <cstdint>
