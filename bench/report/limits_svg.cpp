@@ -36,9 +36,10 @@ class Chart {
   }
 
   std::string draw() const {
-    std::string out = svg::begin(left_ + kPlotWidth + kRight, kTop + plot_height_ + kBottom,
-                                 "eigenformer: percent of this machine's limit", results_.machine) +
-                      legend() + axis();
+    std::string out =
+        svg::begin(left_ + kPlotWidth + kRight, kTop + plot_height_ + kBottom,
+                   "eigenformer: percent of this machine's limit", machine_line(results_.machine)) +
+        legend() + axis();
     for (std::size_t i = 0; i < names_.size(); ++i) out += row(i);
     return out + svg::end();
   }

@@ -89,7 +89,7 @@ class Chart {
         std::max(832.0, left_ + static_cast<double>(panels_.size()) * (kPanel + kPanelGap));
     std::string out =
         svg::begin(width, y + kBottom, "eigenformer against its peers: time of the peer / our time",
-                   results_.machine) +
+                   machine_line(results_.machine)) +
         legend();
     for (std::size_t panel = 0; panel < panels_.size(); ++panel) out += axis(panel, y);
     return out + lines + svg::end();

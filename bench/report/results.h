@@ -61,9 +61,5 @@ std::string to_peers_svg(const Results& results);
 std::string machine_line(const Machine& machine);
 /// "1 thread", "2 threads".
 std::string thread_count(int threads);
-/// 1.23 us, 45.6 ms, 7.89 s.
-std::string format_seconds(double seconds);
-/// std::printf of one number.
-std::string format(const char* pattern, double value);
 
 }  // namespace bench

@@ -118,12 +118,6 @@ std::size_t lane_of(const Results& results, const RowResult& row) {
   return static_cast<std::size_t>(at - results.limits.begin());
 }
 
-std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof text, pattern, value);
-  return text;
-}
-
 std::string thread_count(int threads) {
   return std::to_string(threads) + (threads == 1 ? " thread" : " threads");
 }
@@ -131,12 +125,6 @@ std::string thread_count(int threads) {
 std::string machine_line(const Machine& m) {
   return m.cpu + ", " + std::to_string(m.cores) + (m.cores == 1 ? " core" : " cores") + ", ISA " +
          m.isa + ", " + m.compiler + ", Eigen " + m.eigen;
-}
-
-std::string format_seconds(double seconds) {
-  if (seconds < 1e-3) return format("%.2f us", seconds * 1e6);
-  if (seconds < 1) return format("%.2f ms", seconds * 1e3);
-  return format("%.2f s", seconds);
 }
 
 std::string to_table(const Results& results) {

@@ -1,9 +1,11 @@
 /// \file
-/// Median and quartiles of timings.
+/// Median and quartiles of timings, and how numbers are written.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdio>
+#include <string>
 #include <vector>
 
 namespace bench {
@@ -29,5 +31,19 @@ inline Timing timing_of(std::vector<double> samples) {
 }
 
 inline double median(std::vector<double> samples) { return timing_of(std::move(samples)).median; }
+
+/// std::printf of one number.
+inline std::string format(const char* pattern, double value) {
+  char text[64];
+  std::snprintf(text, sizeof text, pattern, value);
+  return text;
+}
+
+/// 1.23 us, 45.6 ms, 7.89 s.
+inline std::string format_seconds(double seconds) {
+  if (seconds < 1e-3) return format("%.2f us", seconds * 1e6);
+  if (seconds < 1) return format("%.2f ms", seconds * 1e3);
+  return format("%.2f s", seconds);
+}
 
 }  // namespace bench

@@ -7,8 +7,6 @@
 #include <sstream>
 #include <string>
 
-#include "results.h"
-
 namespace bench::svg {
 
 /// Text as it may stand in XML.
@@ -70,7 +68,7 @@ inline std::string bar_style(bool good, std::size_t lane) {
 
 /// The head of a chart of this size in pixels, its style sheet, a background and two lines of text.
 inline std::string begin(double width, double height, const std::string& title,
-                         const Machine& machine) {
+                         const std::string& machine) {
   std::ostringstream out;
   out << "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 " << px(width) << ' '
       << px(height) << "\" width=\"" << px(width) << "\" height=\"" << px(height) << "\">\n"
@@ -86,7 +84,7 @@ text{fill:#f0f6fc}.grey{fill:#9198a1}.back{fill:#0d1117}.grid{stroke:#3d444d}.st
 </style>
 )"
       << "<rect class=\"back\" width=\"100%\" height=\"100%\"/>\n"
-      << text(16, 28, title, "bold large") << text(16, 48, machine_line(machine), "grey");
+      << text(16, 28, title, "bold large") << text(16, 48, machine, "grey");
   return out.str();
 }
 

@@ -108,4 +108,36 @@ TEST(NormsOnDevice, EqualTheReference) {
     }
 }
 
+// A row that begins at no multiple of 16 bytes, and the same row where it does.
+template <typename T>
+void check_places(Index features) {
+  const auto line = random_tensor<T, 1>({features}, 31);
+  ef::Tensor<T, 1> apart(features + 1);
+  apart(0) = static_cast<T>(0);
+  for (Index j = 0; j < features; ++j) apart(j + 1) = line(j);
+  const auto weight = random_tensor<float, 1>({features}, 32);
+  for_each_device([&](const auto& bench) {
+    auto device_weight = on_device(bench, weight);
+    auto aligned = on_device(bench, line);
+    auto shifted = on_device(bench, apart);
+    auto y = on_device(bench, poisoned_tensor<T, 2>({2, features}));
+    const auto norm_of = [&](Index row, const T* x) {
+      const ef::TensorView<T, 2> to(y.view().data() + row * features, 1, features);
+      ef::rms_norm_into(bench.device, to, ef::TensorView<const T, 2>(x, 1, features),
+                        device_weight.cview());
+    };
+    norm_of(0, aligned.cview().data());
+    norm_of(1, shifted.cview().data() + 1);
+    const auto norms = y.host();
+    for (Index j = 0; j < features; ++j) EXPECT_EQ(norms(0, j), norms(1, j)) << j;
+  });
+}
+
+TEST(NormsOnDevice, BitsDoNotDependOnWhereARowLies) {
+  for (Index features : {33, 520, 2055}) {
+    check_places<float>(features);
+    check_places<ef::bfloat16>(features);
+  }
+}
+
 }  // namespace

@@ -11,7 +11,7 @@
 #endif
 #if defined(__CUDACC__) && !defined(EIGEN_USE_GPU)
 #error \
-    "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_GPU. Link the CMake target eigenformer::eigenformer, define EIGEN_USE_GPU for CUDA files, or include <eigenformer/eigenformer.h> first."
+    "eigenformer: Eigen's Tensor module was included before eigenformer without EIGEN_USE_GPU. Link the CMake target eigenformer::cuda, define EIGEN_USE_GPU for CUDA files, or include <eigenformer/eigenformer.h> first."
 #endif
 #endif
 

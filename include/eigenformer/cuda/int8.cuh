@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "collectives.cuh"
+#include "packs.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -36,9 +37,29 @@ EIGENFORMER_DEVICE std::int8_t int8_value(C x, float scale) {
 template <typename C, typename T>
 EIGENFORMER_DEVICE C magnitude(const T* line, Index count, Index thread, Index threads) {
   C largest = 0;
-  for (Index j = thread; j < count; j += threads)
-    largest = LargerOrNan{}(largest, std::fabs(static_cast<C>(line[j])));
+  for_each_pack_of_line(
+      thread, threads, count,
+      [&]<int N>(WidthOf<N>, Index j) {
+        const auto numbers = load_pack<C, N>(line + j);
+        for (int i = 0; i < N; ++i) largest = LargerOrNan{}(largest, std::fabs(numbers[i]));
+      },
+      line);
   return largest;
+}
+
+/// Values of a line by such a scale, those of this one of `threads`.
+template <typename C, typename T>
+EIGENFORMER_DEVICE void quantize_line(const T* line, std::int8_t* values, Index count, float scale,
+                                      Index thread, Index threads) {
+  for_each_pack_of_line(
+      thread, threads, count,
+      [&]<int N>(WidthOf<N>, Index j) {
+        const auto numbers = load_pack<C, N>(line + j);
+        Pack<std::int8_t, N> results;
+        for (int i = 0; i < N; ++i) results[i] = int8_value(numbers[i], scale);
+        store_pack<N>(results, values + j);
+      },
+      line, static_cast<const std::int8_t*>(values));
 }
 
 }  // namespace cuda

@@ -1,6 +1,6 @@
 /// \file
 /// CUDA kernels of the KV caches: copies, one read and one write of every element, converted on the
-/// way where storage differs. Into dense buffers one thread takes an element; into pages and out of
+/// way where storage differs. Into dense buffers one thread takes 16 bytes; into pages and out of
 /// them a warp takes a row of head_dim elements of one head, which are consecutive on both sides,
 /// and finds its page once. INT8 reads a new row twice (largest magnitude, then quotients), the
 /// second time out of L1. No flops to speak of: the limit is bandwidth, of which rows of 64 and
@@ -11,13 +11,20 @@
 #include "../problem/kv_cache.h"
 #include "int8.cuh"
 #include "kv_rows.cuh"
-#include "launch.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
 inline constexpr int kKvThreads = 128;  // of a block whose warps take a row each
+
+/// A line of `from` as elements of `to`, this lane's.
+template <typename From, typename To>
+EIGENFORMER_DEVICE void copy_line(const From* from, To* to, Index count, Index lane) {
+  for_each_pack_of_line(
+      lane, kWarp, count, [&]<int N>(WidthOf<N>, Index d) { copy_pack<N>(from + d, to + d); }, from,
+      static_cast<const To*>(to));
+}
 
 template <typename T, typename Storage>
 struct KvAppendBody {
@@ -30,15 +37,15 @@ struct KvAppendBody {
   // row = kv_heads * head_dim, strides from sequence to sequence
   Index tokens_each, row, capacity, key_stride, value_stride;
 
-  EIGENFORMER_DEVICE void operator()(Index at) const {
-    const Index token = at / row, sequence = token / tokens_each;
+  template <int N>
+  EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index token, Index column) const {
+    const Index sequence = token / tokens_each;
     const Index first = positions[sequence], position = first + token % tokens_each;
     if (first < 0 || position >= capacity) return;
-    const Index column = at % row;
-    keys[sequence * key_stride + position * row + column] =
-        static_cast<Storage>(new_keys[token * new_key_stride + column]);
-    values[sequence * value_stride + position * row + column] =
-        static_cast<Storage>(new_values[token * new_value_stride + column]);
+    copy_pack<N>(new_keys + token * new_key_stride + column,
+                 keys + sequence * key_stride + position * row + column);
+    copy_pack<N>(new_values + token * new_value_stride + column,
+                 values + sequence * value_stride + position * row + column);
   }
 };
 
@@ -46,8 +53,13 @@ template <typename D, typename T, typename Storage>
 void execute(const Backend<D>& on, const problem::KvBufferAppend<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
   const Index row = to.kv_heads * to.head_dim;
-  launch_for_each(
-      on, "append_kv_into", p.tokens * row,
+  constexpr int width = pack_width<T, Storage>;
+  const bool fit = packs_fit<width>(p.new_keys, p.key_stride) && row % width == 0 &&
+                   packs_fit<width>(p.new_values, p.value_stride) &&
+                   packs_fit<width>(to.keys, to.sequence_stride) &&
+                   packs_fit<width>(to.values, to.value_sequence_stride);
+  launch_for_each_pack<width>(
+      on, "append_kv_into", p.tokens, row, fit,
       KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
                                const_cast<Storage*>(to.values), p.positions, p.key_stride,
                                p.value_stride, p.tokens_each, row, p.capacity, to.sequence_stride,
@@ -97,10 +109,9 @@ struct KvAppendKernel {
       const float scale = int8_scale(
           reduce_warp(block, magnitude<C>(from, width, block.lane(), kWarp), LargerOrNan{}));
       if (block.lane() == 0) *to.scale(values, b, h, j) = scale;
-      for (Index d = block.lane(); d < width; d += kWarp)
-        row[d] = int8_value(static_cast<C>(from[d]), scale);
+      quantize_line<C>(from, row, width, scale, block.lane(), kWarp);
     } else {
-      for (Index d = block.lane(); d < width; d += kWarp) row[d] = static_cast<Storage>(from[d]);
+      copy_line(from, row, width, block.lane());
     }
   }
 };
@@ -142,11 +153,17 @@ struct KvReadKernel {
       C scale = 1;
       if constexpr (std::is_same_v<Storage, std::int8_t>)
         scale = static_cast<C>(*from.scale(values, b, h, j));
-      for (Index d = block.lane(); d < s.head_dim; d += kWarp)
-        if constexpr (std::is_same_v<Storage, std::int8_t>)
-          to[d] = static_cast<T>(static_cast<C>(row[d]) * scale);
-        else
-          to[d] = static_cast<T>(row[d]);
+      if constexpr (std::is_same_v<Storage, std::int8_t>)
+        for_each_pack_of_line(
+            block.lane(), kWarp, s.head_dim,
+            [&]<int N>(WidthOf<N>, Index d) {
+              auto numbers = load_pack<C, N>(row + d);
+              for (int i = 0; i < N; ++i) numbers[i] *= scale;
+              store_pack<N>(numbers, to + d);
+            },
+            row, static_cast<const T*>(to));
+      else
+        copy_line(row, to, s.head_dim, block.lane());
     });
   }
 };

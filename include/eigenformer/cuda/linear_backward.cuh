@@ -141,11 +141,17 @@ struct TensorCoreTile {
   /// body(row of the tile, column, sum).
   template <typename Block, typename Body>
   static EIGENFORMER_DEVICE void for_each(Block& block, Sums& sums, const Body& body) {
-    for (int m = 0; m < 4; ++m)
-      for (int n = 0; n < 4; ++n)
+    // Unrolled, or the sums are in local memory.
+    EIGENFORMER_UNROLL_ALL
+    for (int m = 0; m < 4; ++m) {
+      EIGENFORMER_UNROLL_ALL
+      for (int n = 0; n < 4; ++n) {
+        EIGENFORMER_UNROLL_ALL
         for (int i = 0; i < D::kSize; ++i)
           body(block.warp() / 4 * 64 + m * 16 + D::row(block.lane(), i),
                block.warp() % 4 * 32 + n * 8 + D::column(block.lane(), i), sums[m][n].values[i]);
+      }
+    }
   }
 };
 

@@ -1,5 +1,6 @@
 /// \file
-/// CUDA kernel of softmax cross-entropy: one block per row, two coalesced passes. The first takes
+/// CUDA kernel of softmax cross-entropy: one block per row, two coalesced passes, 16
+/// bytes per thread. The first takes
 /// the maximum and the sum of exponentials of all classes but the target's together, each thread
 /// rescaling its sum where its maximum grows (Milakov and Gimelshein, "Online normalizer
 /// calculation for softmax", 2018), then in a fixed tree; the second writes the gradient. Label
@@ -14,7 +15,7 @@
 
 #include "../problem/loss.h"
 #include "collectives.cuh"
-#include "launch.cuh"
+#include "packs.cuh"
 #include "stage.cuh"
 
 namespace eigenformer {
@@ -92,8 +93,14 @@ struct CrossEntropyKernel {
     const L* logits = p.logits + row * p.classes;
     const C target_logit = static_cast<C>(logits[target]);
     ExponentialSum<C> part{-std::numeric_limits<C>::infinity(), C(0)};
-    for (Index k = block.thread(); k < p.classes; k += block.size())
-      if (k != target) part.add(static_cast<C>(logits[k]));
+    for_each_pack_of_line(
+        block, p.classes,
+        [&]<int N>(WidthOf<N>, Index k) {
+          const auto x = load_pack<C, N>(logits + k);
+          for (int i = 0; i < N; ++i)
+            if (k + i != target) part.add(x[i]);
+        },
+        logits);
     const ExponentialSum<C> rest = reduce_block(block, scratch, part, Add{});
 
     Row found;
@@ -153,18 +160,22 @@ struct CrossEntropyKernel {
       const double e = std::exp(static_cast<double>(x) - static_cast<double>(row.maximum));
       return z_factor * e / sum - per_class;
     };
-    for (Index k = block.thread(); k < p.classes; k += block.size()) {
-      if (k == target) continue;
-      const C x = static_cast<C>(logits[k]);
-      gradient[k] = static_cast<G>(finite ? std::fma(std::exp(x - row.maximum), factor, offset)
-                                          : static_cast<C>(in_double(x) * p.gradient_scale));
-    }
-    if (block.thread() != 0) return;
-    const double kept = p.label_smoothing - per_class;
-    const double at_target =
-        row.sure ? z_factor - 1.0 + kept - z_factor * row.others / (1.0 + row.others)
-                 : in_double(target_logit) + p.label_smoothing - 1.0;
-    gradient[target] = static_cast<G>(static_cast<C>(at_target * p.gradient_scale));
+    const auto at_target = [&] {
+      const double kept = p.label_smoothing - per_class;
+      return row.sure ? z_factor - 1.0 + kept - z_factor * row.others / (1.0 + row.others)
+                      : in_double(target_logit) + p.label_smoothing - 1.0;
+    };
+    for_each_pack_of_line(
+        block, p.classes,
+        [&]<int N>(WidthOf<N>, Index k) {
+          auto x = load_pack<C, N>(logits + k);
+          for (int i = 0; i < N; ++i)
+            x[i] = k + i == target ? static_cast<C>(at_target() * p.gradient_scale)
+                   : finite        ? std::fma(std::exp(x[i] - row.maximum), factor, offset)
+                                   : static_cast<C>(in_double(x[i]) * p.gradient_scale);
+          store_pack<N>(x, gradient + k);
+        },
+        logits, static_cast<const G*>(gradient));
   }
 };
 

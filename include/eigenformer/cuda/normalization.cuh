@@ -1,9 +1,10 @@
 /// \file
 /// CUDA kernels of RMSNorm and LayerNorm: one block per row, two coalesced passes and three (all
-/// but the first out of L2), sums in a fixed tree; rows past the range of their squares as in
-/// cpu/vector/row_unit.h, mean and variance of LayerNorm as in cpu/normalization/layer_norm.h. Some
-/// 4 and 8 flops per element against a read and a write (two of each with the residual sum): memory
-/// is the limit, of which 80% and more is expected for 1024 rows on.
+/// but the first out of L1 or L2) with 16 bytes per thread, sums in a fixed tree; rows past the
+/// range of their squares as in cpu/vector/row_unit.h, mean and variance of LayerNorm as in
+/// cpu/normalization/layer_norm.h. Some 4 and 8 flops per element against a read and a write (two of
+/// each with the residual sum): memory is the limit, of which 80% and more is expected for 1024 rows
+/// on.
 #pragma once
 
 #include <cmath>
@@ -11,7 +12,7 @@
 #include "../problem/normalization.h"
 #include "../problem/row_unit.h"
 #include "collectives.cuh"
-#include "launch.cuh"
+#include "packs.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -21,8 +22,13 @@ namespace cuda {
 template <typename C, typename Block, typename Scratch, typename X>
 EIGENFORMER_DEVICE C row_unit(Block& block, const Scratch& scratch, const X* x, Index count) {
   C largest = 0;
-  for (Index j = block.thread(); j < count; j += block.size())
-    largest = Larger{}(std::fabs(static_cast<C>(x[j])), largest);
+  for_each_pack_of_line(
+      block, count,
+      [&]<int N>(WidthOf<N>, Index j) {
+        const auto values = load_pack<C, N>(x + j);
+        for (int i = 0; i < N; ++i) largest = Larger{}(std::fabs(values[i]), largest);
+      },
+      x);
   return problem::unit_of(reduce_block(block, scratch, largest, Larger{}));
 }
 
@@ -38,10 +44,16 @@ EIGENFORMER_DEVICE RmsScale<C> rms_scale(Block& block, const Scratch& scratch, c
   const C n = static_cast<C>(features);
   const auto sum_of_squares = [&](C unit) {
     C squares = 0;
-    for (Index j = block.thread(); j < features; j += block.size()) {
-      const C value = static_cast<C>(x[j]) * unit;
-      squares = std::fma(value, value, squares);
-    }
+    for_each_pack_of_line(
+        block, features,
+        [&]<int N>(WidthOf<N>, Index j) {
+          const auto values = load_pack<C, N>(x + j);
+          for (int i = 0; i < N; ++i) {
+            const C value = values[i] * unit;
+            squares = std::fma(value, value, squares);
+          }
+        },
+        x);
     return reduce_block(block, scratch, squares, Add{});
   };
   const C mean = sum_of_squares(C(1)) / n + static_cast<C>(epsilon);
@@ -59,9 +71,15 @@ EIGENFORMER_DEVICE void rms_normalize(Block& block, const Scratch& scratch,
   const X* x = p.x + row * p.features;
   Y* y = p.y + row * p.features;
   const RmsScale<C> scale = rms_scale<C>(block, scratch, x, p.features, p.epsilon);
-  for (Index j = block.thread(); j < p.features; j += block.size())
-    y[j] = static_cast<Y>(static_cast<C>(x[j]) * scale.unit * scale.inverse *
-                          static_cast<C>(p.weight[j]));
+  for_each_pack_of_line(
+      block, p.features,
+      [&]<int N>(WidthOf<N>, Index j) {
+        auto values = load_pack<C, N>(x + j);
+        const auto weights = load_pack<C, N>(p.weight + j);
+        for (int i = 0; i < N; ++i) values[i] = values[i] * scale.unit * scale.inverse * weights[i];
+        store_pack<N>(values, y + j);
+      },
+      x, p.weight, static_cast<const Y*>(y));
 }
 
 template <typename Y, typename X, typename W>
@@ -85,8 +103,7 @@ void execute(const Backend<D>& on, const problem::RmsNorm<Y, X, W>& p) {
               shared_bytes<typename Kernel::C>(Kernel::kWarps), Kernel{p});
 }
 
-/// The sum first. Every thread reads and writes the same elements in each pass, so that none waits
-/// for another's; what the norm reads is rounded, as if the two operators ran one after the other.
+/// The sum first; what the norm reads is rounded, as if the two operators ran one after the other.
 /// Residual and addend are read once from memory, residual and y written once.
 template <typename Y, typename X, typename R, typename W>
 struct AddRmsNormKernel {
@@ -102,8 +119,16 @@ struct AddRmsNormKernel {
     for (Index row = block.index(); row < p.norm.rows; row += block.count()) {
       R* residual = p.residual + row * features;
       const X* addend = p.addend + row * features;
-      for (Index j = block.thread(); j < features; j += block.size())
-        residual[j] = static_cast<R>(static_cast<SumC>(residual[j]) + static_cast<SumC>(addend[j]));
+      for_each_pack_of_line(
+          block, features,
+          [&]<int N>(WidthOf<N>, Index j) {
+            auto sums = load_pack<SumC, N>(residual + j);
+            const auto addends = load_pack<SumC, N>(addend + j);
+            for (int i = 0; i < N; ++i) sums[i] += addends[i];
+            store_pack<N>(sums, residual + j);
+          },
+          static_cast<const R*>(residual), addend);
+      block.barrier();
       rms_normalize(block, scratch, p.norm, row);
     }
   }
@@ -138,10 +163,16 @@ EIGENFORMER_DEVICE RowMoments<C> row_moments(Block& block, const Scratch& scratc
   const C n = static_cast<C>(features), first = static_cast<C>(x[0]) * unit;
   const auto sums_about = [&](C center) {  // of the distances and of their squares
     TwoSums<C> sums{0, 0};
-    for (Index j = block.thread(); j < features; j += block.size()) {
-      const C distance = static_cast<C>(x[j]) * unit - center;
-      sums = {sums.first + distance, std::fma(distance, distance, sums.second)};
-    }
+    for_each_pack_of_line(
+        block, features,
+        [&]<int N>(WidthOf<N>, Index j) {
+          const auto values = load_pack<C, N>(x + j);
+          for (int i = 0; i < N; ++i) {
+            const C distance = values[i] * unit - center;
+            sums = {sums.first + distance, std::fma(distance, distance, sums.second)};
+          }
+        },
+        x);
     return reduce_block(block, scratch, sums, Add{});
   };
   const C center = first + sums_about(first).first / n;
@@ -204,12 +235,20 @@ struct LayerNormKernel {
       const X* x = p.x + row * p.features;
       Y* y = p.y + row * p.features;
       const auto scale = layer_norm_scale<C>(block, scratch, x, p.features, p.epsilon);
-      for (Index j = block.thread(); j < p.features; j += block.size()) {
-        const C normal =
-            std::fma(static_cast<C>(x[j]) * scale.unit - scale.center, scale.inverse, scale.offset);
-        y[j] = static_cast<Y>(
-            std::fma(normal, static_cast<C>(p.weight[j]), static_cast<C>(p.bias[j])));
-      }
+      for_each_pack_of_line(
+          block, p.features,
+          [&]<int N>(WidthOf<N>, Index j) {
+            auto values = load_pack<C, N>(x + j);
+            const auto weights = load_pack<C, N>(p.weight + j);
+            const auto biases = load_pack<C, N>(p.bias + j);
+            for (int i = 0; i < N; ++i) {
+              const C normal =
+                  std::fma(values[i] * scale.unit - scale.center, scale.inverse, scale.offset);
+              values[i] = std::fma(normal, weights[i], biases[i]);
+            }
+            store_pack<N>(values, y + j);
+          },
+          x, p.weight, p.bias, static_cast<const Y*>(y));
     }
   }
 };

@@ -72,8 +72,14 @@ EIGENFORMER_DEVICE C result_unit(const problem::LayerNormRow<C>& row) {
 template <typename C, typename Block, typename Scratch, typename X>
 EIGENFORMER_DEVICE bool any_nonzero(Block& block, const Scratch& scratch, const X* x, Index count) {
   C any = 0;
-  for (Index j = block.thread(); j < count; j += block.size())
-    if (static_cast<C>(x[j]) != 0) any = C(1);  // NaN is
+  for_each_pack_of_line(
+      block, count,
+      [&]<int N>(WidthOf<N>, Index j) {
+        const auto values = load_pack<C, N>(x + j);
+        for (int i = 0; i < N; ++i)
+          if (values[i] != 0) any = C(1);  // NaN is
+      },
+      x);
   return reduce_block(block, scratch, any, Larger{}) != 0;
 }
 
@@ -117,9 +123,15 @@ struct RmsNormStatistics {
     const RmsScale<C> scale = rms_scale<C>(block, scratch, x, p.features, p.epsilon);
     const auto along_x = [&](C unit, C gradient_unit) {
       C sum = 0;
-      for (Index j = block.thread(); j < p.features; j += block.size())
-        sum = std::fma(static_cast<C>(grad_y[j]) * gradient_unit * static_cast<C>(p.weight[j]),
-                       static_cast<C>(x[j]) * unit, sum);
+      for_each_pack_of_line(
+          block, p.features,
+          [&]<int N>(WidthOf<N>, Index j) {
+            const auto values = load_pack<C, N>(x + j), gradients = load_pack<C, N>(grad_y + j),
+                       weights = load_pack<C, N>(p.weight + j);
+            for (int i = 0; i < N; ++i)
+              sum = std::fma(gradients[i] * gradient_unit * weights[i], values[i] * unit, sum);
+          },
+          x, grad_y, p.weight);
       // One factor of the three is here, one with x, one with both: the cube may leave the range.
       return -(reduce_block(block, scratch, sum, Add{}) * scale.inverse /
                static_cast<C>(p.features));
@@ -154,13 +166,19 @@ struct LayerNormStatistics {
     const auto scale = layer_norm_scale<C>(block, scratch, x, p.features, p.epsilon);
     const auto with = [&](C gradient_unit) {
       TwoSums<C> sums{0, 0};  // of g w, and of it times the distance from the center
-      for (Index j = block.thread(); j < p.features; j += block.size()) {
-        const C gradient = static_cast<C>(grad_y[j]) * gradient_unit,
-                weight = static_cast<C>(p.weight[j]);
-        sums = {std::fma(gradient, weight, sums.first),
-                std::fma(gradient * weight, static_cast<C>(x[j]) * scale.unit - scale.center,
-                         sums.second)};
-      }
+      for_each_pack_of_line(
+          block, p.features,
+          [&]<int N>(WidthOf<N>, Index j) {
+            const auto values = load_pack<C, N>(x + j), gradients = load_pack<C, N>(grad_y + j),
+                       weights = load_pack<C, N>(p.weight + j);
+            for (int i = 0; i < N; ++i) {
+              const C gradient = gradients[i] * gradient_unit;
+              sums = {std::fma(gradient, weights[i], sums.first),
+                      std::fma(gradient * weights[i], values[i] * scale.unit - scale.center,
+                               sums.second)};
+            }
+          },
+          x, grad_y, p.weight);
       sums = reduce_block(block, scratch.sums, sums, Add{});
       return Row{scale, sums.first / n,
                  (sums.second * scale.inverse + sums.first * scale.offset) / n, gradient_unit};
@@ -229,14 +247,22 @@ struct InputGradient {
       const Row found = rows[row];
       const bool part = takes_part(found);
       const C unit = part ? result_unit(found) : C(0);
-      for (Index j = block.thread(); j < p.features; j += block.size()) {
-        const Index i = row * p.features + j;
-        p.grad_x[i] = static_cast<GX>(part ? gradient_of(found, static_cast<C>(p.x[i]),
-                                                         static_cast<C>(p.grad_y[i]),
-                                                         static_cast<C>(p.weight[j])) *
-                                                 unit
-                                           : C(0));
-      }
+      const auto* x = p.x + row * p.features;
+      const auto* grad_y = p.grad_y + row * p.features;
+      const auto* weight = p.weight;
+      GX* grad_x = p.grad_x + row * p.features;
+      for_each_pack_of_line(
+          block, p.features,
+          [&]<int N>(WidthOf<N>, Index j) {
+            const auto values = load_pack<C, N>(x + j), gradients = load_pack<C, N>(grad_y + j),
+                       weights = load_pack<C, N>(weight + j);
+            Pack<C, N> results;
+            for (int i = 0; i < N; ++i)
+              results[i] =
+                  part ? gradient_of(found, values[i], gradients[i], weights[i]) * unit : C(0);
+            store_pack<N>(results, grad_x + j);
+          },
+          x, grad_y, weight, static_cast<const GX*>(grad_x));
     }
   }
 };

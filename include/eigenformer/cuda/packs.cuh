@@ -50,9 +50,43 @@ EIGENFORMER_DEVICE void store_pack(const Pack<C, Width>& values, T* to) {
   *reinterpret_cast<Pack<T, Width>*>(to) = pack;
 }
 
+/// Elements from `from` on as those from `to` on, each rounded once.
+template <int Width, typename From, typename To>
+EIGENFORMER_DEVICE void copy_pack(const From* from, To* to) {
+  const auto pack = *reinterpret_cast<const Pack<From, Width>*>(from);
+  if constexpr (std::is_same_v<From, To>)
+    *reinterpret_cast<Pack<To, Width>*>(to) = pack;
+  else
+    store_pack<Width>(pack, to);
+}
+
 /// The width of a pack, as an argument.
 template <int Width>
 using WidthOf = std::integral_constant<int, Width>;
+
+/// body(WidthOf<N>, j) for the elements of a line that are this thread's: packs in turn, one per
+/// thread, as wide as the narrowest scalar of the arrays allows. N is that width where the line
+/// begins at multiples of 16 bytes in all of them, and 1 else: the same elements in the same order,
+/// so that a sum over them has the same bits wherever the line lies.
+template <typename Body, typename... T>
+EIGENFORMER_DEVICE void for_each_pack_of_line(Index thread, Index threads, Index count,
+                                              const Body& body, const T*... arrays) {
+  constexpr int width = pack_width<T...>;
+  const bool fit = (packs_fit<width>(arrays, 0) && ...);
+  for (Index j = thread * width; j < count; j += threads * width) {
+    if (fit && j + width <= count)
+      body(WidthOf<width>{}, j);
+    else
+      for (Index i = j; i < j + width && i < count; ++i) body(WidthOf<1>{}, i);
+  }
+}
+
+/// The same by all threads of a block.
+template <typename Block, typename Body, typename... T>
+EIGENFORMER_DEVICE void for_each_pack_of_line(const Block& block, Index count, const Body& body,
+                                              const T*... arrays) {
+  for_each_pack_of_line(block.thread(), block.size(), count, body, arrays...);
+}
 
 /// body(WidthOf<W>, row, column) for all of (rows, features); W is Width, and 1 at the end of a row
 /// that is no multiple of it.

@@ -1,11 +1,12 @@
 /// \file
 /// CUDA kernels of INT8 quantization. By row or group: one block per scale, one pass for the
-/// largest magnitude and one that divides, rounds and writes: two reads and a quarter of a write,
-/// the second read out of L2 for rows that fit. A group of 32 leaves most threads of its block
-/// idle. By tensor: a launch for the magnitude of each chunk, one for the values, and between them
-/// the host, which waits for the chunks because it returns the scale. Back to numbers: one thread
-/// per element, a byte read and 2 to 8 written. All are bound by bandwidth, of which long rows and
-/// tensors should see more than half. The numbers are those of the CPU kernels, bit for bit.
+/// largest magnitude and one that divides, rounds and writes, 16 bytes per thread: two reads and a
+/// quarter of a write, the second read out of L1 or L2 for rows that fit. A group of 32 leaves most
+/// threads of its block idle. By tensor: a launch for the magnitude of each chunk, one for the
+/// values, and between them the host, which waits for the chunks because it returns the scale. Back
+/// to numbers: 16 bytes written per thread, a byte read for 2 to 8. All are bound by bandwidth, of
+/// which long rows and tensors should see more than half. The numbers are those of the CPU kernels,
+/// bit for bit.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,6 @@
 #include "../core/workspace.h"
 #include "../problem/quantization.h"
 #include "int8.cuh"
-#include "launch.cuh"
 #include "stage.cuh"
 
 namespace eigenformer {
@@ -46,8 +46,8 @@ struct QuantizeKernel {
     const float scale = int8_scale(reduce_block(
         block, scratch, magnitude<C>(weights, count, block.thread(), block.size()), LargerOrNan{}));
     if (block.thread() == 0) p.scales[at] = scale;
-    for (Index j = block.thread(); j < end; j += block.size())
-      values[j] = j < count ? int8_value(static_cast<C>(weights[j]), scale) : std::int8_t{0};
+    quantize_line<C>(weights, values, count, scale, block.thread(), block.size());
+    for (Index j = count + block.thread(); j < end; j += block.size()) values[j] = 0;
   }
 };
 
@@ -133,8 +133,12 @@ struct QuantizeBody {
   std::int8_t* values;
   float scale;
 
-  EIGENFORMER_DEVICE void operator()(Index at) const {
-    values[at] = int8_value(static_cast<compute_type<T>>(weights[at]), scale);
+  template <int N>
+  EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index, Index at) const {
+    const auto numbers = load_pack<compute_type<T>, N>(weights + at);
+    Pack<std::int8_t, N> results;
+    for (int i = 0; i < N; ++i) results[i] = int8_value(numbers[i], scale);
+    store_pack<N>(results, values + at);
   }
 };
 
@@ -149,7 +153,10 @@ bool execute(const Backend<D>& on, const problem::QuantizeTensor<T>& p) {
   const float scale = int8_scale(largest);
   if (scale != scale) return false;
   *p.scale = scale;
-  launch_for_each(on, name, p.count, QuantizeBody<T>{p.weights, p.values, scale});
+  constexpr int width = pack_width<T, std::int8_t>;
+  launch_for_each_pack<width>(on, name, 1, p.count,
+                              packs_fit<width>(p.weights, 0) && packs_fit<width>(p.values, 0),
+                              QuantizeBody<T>{p.weights, p.values, scale});
   return true;
 }
 
@@ -158,33 +165,48 @@ struct DequantizeBody {
   problem::Dequantize<T> p;
   Index groups;  // of a row
 
-  EIGENFORMER_DEVICE void operator()(Index at) const {
-    const float scale = p.scales[at / p.columns * groups + at % p.columns / p.group];
-    p.weights[at] = static_cast<T>(static_cast<compute_type<T>>(p.values[at]) *
-                                   static_cast<compute_type<T>>(scale));
+  template <int N>
+  EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index row, Index column) const {
+    using C = compute_type<T>;
+    const Index at = row * p.columns + column, first = column / p.group;
+    const float* scales = p.scales + row * groups;
+    auto numbers = load_pack<C, N>(p.values + at);
+    const bool one = (column + N - 1) / p.group == first;  // group, as where it is a multiple of N
+    for (int i = 0; i < N; ++i)
+      numbers[i] *= static_cast<C>(scales[one ? first : (column + i) / p.group]);
+    store_pack<N>(numbers, p.weights + at);
   }
 };
 
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::Dequantize<T>& p) {
   if (p.columns == 0) return;
-  launch_for_each(on, "dequantize", p.rows * p.columns,
-                  DequantizeBody<T>{p, (p.columns + p.group - 1) / p.group});
+  constexpr int width = pack_width<T>;  // a load of half as many bytes as the store, or fewer
+  launch_for_each_pack<width>(
+      on, "dequantize", p.rows, p.columns,
+      packs_fit<width>(p.values, p.columns) && packs_fit<width>(p.weights, p.columns),
+      DequantizeBody<T>{p, (p.columns + p.group - 1) / p.group});
 }
 
 template <typename T>
 struct DequantizeTensorBody {
   problem::DequantizeTensor<T> p;
 
-  EIGENFORMER_DEVICE void operator()(Index at) const {
+  template <int N>
+  EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index, Index at) const {
     using C = compute_type<T>;
-    p.weights[at] = static_cast<T>(static_cast<C>(p.values[at]) * static_cast<C>(p.scale));
+    auto numbers = load_pack<C, N>(p.values + at);
+    for (int i = 0; i < N; ++i) numbers[i] *= static_cast<C>(p.scale);
+    store_pack<N>(numbers, p.weights + at);
   }
 };
 
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::DequantizeTensor<T>& p) {
-  launch_for_each(on, "dequantize", p.count, DequantizeTensorBody<T>{p});
+  constexpr int width = pack_width<T>;
+  launch_for_each_pack<width>(on, "dequantize", 1, p.count,
+                              packs_fit<width>(p.values, 0) && packs_fit<width>(p.weights, 0),
+                              DequantizeTensorBody<T>{p});
 }
 
 /// The first number that has no scale, or `count`.
