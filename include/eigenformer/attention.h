@@ -46,7 +46,7 @@
 /// Precision. Weights and averages are within 1e-5 in float, for any number of keys and scores up
 /// to a million: a row whose greatest score is beyond 32 (1024 where queries or keys have 16 bits
 /// or 8) takes its scores once more, in double (512 tokens, heads of 64, AVX2: 46 ms instead of
-/// 5.5). Sums are made by blocks of 64 keys, 64 blocks, and all. An average of finite values is
+/// 5.5). Sums are made by blocks of 64 keys, 16 blocks, and all. An average of finite values is
 /// finite however large they are.
 ///
 /// Bits. A row is one fixed sum over key blocks of 64 at absolute positions: its bits do not depend
@@ -61,9 +61,10 @@
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *
 /// window with a window. K and V are read once for each 128 rows of a group's queries: a decode
 /// step reads the cache once. Memory beyond the output: about 270 KiB of scratch per thread at
-/// head_dim 128 (340 where a sequence has more than 4,096 keys). The _into forms allocate nothing
-/// after the first call at a size. The output may be the query tensor itself; other overlaps are
-/// not allowed.
+/// head_dim 128 (340 where a sequence has more than 1,024 keys); where threads share the keys of a
+/// row, some 70 KiB more for 4 pieces a thread and for each 1,024 keys. The _into forms allocate
+/// nothing after the first call at a size. The output may be the query tensor itself; other
+/// overlaps are not allowed.
 ///
 /// Everything throws std::invalid_argument for shapes that do not fit, shapes whose size in bytes
 /// overflows (sizes of 0 left out), lengths outside [0, key rows], options out of range.

@@ -97,6 +97,29 @@ TEST(AttentionCalls, IntoFormAllocatesNothingTheSecondTime) {
   EXPECT_EQ(count_allocations(call), 0);
 }
 
+// Threads that share the keys of a row have the padding beside it in common, which one of them
+// writes, and hold the sums of a few tasks at a time, however many there are.
+TEST(AttentionCalls, ThreadsShareTheKeysOfFewRows) {
+  constexpr Index rows = 32, keys = 9000;
+  Threads threads(3);
+  std::size_t memory = 0;
+  for (const Index heads : {2, 11}) {
+    const auto q = random_tensor<float, 4>({1, rows, heads, 8}, 1),
+               k = random_tensor<float, 4>({1, keys, heads, 8}, 2),
+               v = random_tensor<float, 4>({1, keys, heads, 8}, 3);
+    const ef::AttentionOptions options{.causal = true, .query_lengths = {5}};
+    const auto expected = ef::batched_attention_with_padding(q, k, v, {keys}, options);
+    EXPECT_EQ(expected(0, 5, 0, 0), 0.0f);
+    auto out = poisoned_tensor<float, 4>({1, rows, heads, 8});
+    ef::Workspace workspace;
+    ef::batched_attention_with_padding_into(threads.device, out, q, k, v, {keys}, options,
+                                            workspace);
+    EXPECT_TRUE(same_bits(out, expected));
+    if (memory == 0) memory = workspace.capacity();
+    EXPECT_LT(workspace.capacity(), memory + memory / 10);
+  }
+}
+
 TEST(AttentionCalls, BackwardAllocatesNothingTheSecondTime) {
   GradientCase<float> c({2, 40, 40, 2, 1, 8, 8}, {40, 13});
   const auto expected = c.gradients(Eigen::DefaultDevice{}, {.causal = true});

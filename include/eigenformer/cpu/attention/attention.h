@@ -56,6 +56,9 @@ class AttentionTasks {
   Index* first_;
 };
 
+/// Round robin over so many tasks a worker leaves none idle for long.
+inline constexpr Index kTasksOfAWorker = 4;
+
 /// body(index, worker's scratch) for every index, round robin: neighbours cost nearly the same,
 /// whether they are blocks under a diagonal, heads of sequences of any length, or folds of one.
 template <typename Backend, typename Scratch, typename Body>
@@ -67,24 +70,31 @@ void for_each_round_robin(const Backend& on, Index count, Index workers, const S
   });
 }
 
-/// Few tasks on many threads: each fold of a task by itself, then the folds of each put together.
+/// Few tasks on many threads: each fold of a task by itself, then the folds of each put together. As
+/// many tasks at a time as keep all workers busy: their states are all that is held.
 template <typename D, typename Isa, typename TQ, typename TKV, typename Tasks, typename Scratch>
 void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p, const Tasks& tasks,
                Index folds, Index workers, const Scratch* scratch, Workspace::Frame& frame) {
   using C = compute_type<TQ>;
   using Worker = AttentionWorker<Isa, TQ, TKV>;
   using Tile = AttentionTile<C, Isa>;
-  const Index items = tasks.count() * folds;
-  auto* const states = frame.take<AttentionState<C>>(items);
-  for (Index i = 0; i < items; ++i)
-    states[i] = take_attention_state<Tile, C>(tasks[i / folds].count * p.group(),
-                                              Tile::padded(p.value_dim), frame);
-  for_each_round_robin(on, items, workers, scratch, [&](Index i, const Scratch& s) {
-    Worker(p, s).run_fold(tasks[i / folds], i % folds, states[i]);
-  });
-  for_each_round_robin(on, tasks.count(), workers, scratch, [&](Index t, const Scratch& s) {
-    Worker(p, s).finish_folds(tasks[t], {states + t * folds, static_cast<std::size_t>(folds)});
-  });
+  const Index most = (std::min)(tasks.count(), (kTasksOfAWorker * workers + folds - 1) / folds);
+  Index positions = 0;
+  for (Index t = 0; t < tasks.count(); ++t) positions = (std::max)(positions, tasks[t].count);
+  auto* const states = frame.take<AttentionState<C>>(most * folds);
+  for (Index i = 0; i < most * folds; ++i)
+    states[i] =
+        take_attention_state<Tile, C>(positions * p.group(), Tile::padded(p.value_dim), frame);
+  for (Index first = 0; first < tasks.count(); first += most) {
+    const Index count = (std::min)(most, tasks.count() - first);
+    for_each_round_robin(on, count * folds, workers, scratch, [&](Index i, const Scratch& s) {
+      Worker(p, s).run_fold(tasks[first + i / folds], i % folds, states[i]);
+    });
+    for_each_round_robin(on, count, workers, scratch, [&](Index t, const Scratch& s) {
+      Worker(p, s).finish_folds(tasks[first + t],
+                                {states + t * folds, static_cast<std::size_t>(folds)});
+    });
+  }
 }
 
 template <typename D, typename Isa, typename TQ, typename TKV>
@@ -96,8 +106,8 @@ void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
   Index longest = 0;
   for (Index b = 0; b < p.batch; ++b) longest = (std::max)(longest, p.sequences[b].key_length);
   const Index folds = (longest + kAttentionFold - 1) / kAttentionFold;
-  // Round robin over four tasks a worker leaves none idle for long.
-  const bool split = folds > 1 && tasks.count() < 4 * worker_count(on) && worker_count(on) > 1;
+  const bool split =
+      folds > 1 && tasks.count() < kTasksOfAWorker * worker_count(on) && worker_count(on) > 1;
   const Index workers = attention_workers(on, p, split ? tasks.count() * folds : tasks.count());
   auto* const scratch = frame.take<Scratch>(workers);
   for (Index w = 0; w < workers; ++w) scratch[w] = take_attention_scratch<Isa>(p, frame);

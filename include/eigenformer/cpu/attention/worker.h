@@ -44,6 +44,7 @@ class AttentionWorker {
 
   /// All keys.
   void run(const AttentionTask& task) {
+    write_padding(task);
     if (!begin(task)) return;
     Index fold = -1;
     bool folded = false;
@@ -63,7 +64,8 @@ class AttentionWorker {
     finish();
   }
 
-  /// The keys of one fold: what they make of the rows goes to `state`.
+  /// The keys of one fold: what they make of the rows goes to `state`, and nothing to the output,
+  /// which the folds of a task have in common.
   void run_fold(const AttentionTask& task, Index fold, const AttentionState<C>& state) {
     if (!begin(task)) return;
     start_fold(fold);
@@ -75,6 +77,7 @@ class AttentionWorker {
 
   /// The states of all folds of a task, in order, to its output: the bits of run.
   void finish_folds(const AttentionTask& task, std::span<const AttentionState<C>> folds) {
+    write_padding(task);
     if (!begin(task)) return;
     for (std::size_t i = 0; i < folds.size(); ++i) merge(folds[i], i > 0);
     copy_states(s_.folded, s_.now, rows_, width_, Tile::lanes);
@@ -107,15 +110,23 @@ class AttentionWorker {
       write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
   }
 
-  /// False where none of the rows is a query: they are written.
+  /// Query positions of a task that are no padding.
+  static Index queries_of(const AttentionTask& task) {
+    return std::clamp<Index>(task.sequence->query_rows - task.first, 0, task.count);
+  }
+
+  void write_padding(const AttentionTask& task) const {
+    for (Index i = queries_of(task); i < task.count; ++i)
+      for (Index g = 0; g < group_; ++g)
+        write_empty_row(*task.sequence, task.kv_head * group_ + g, task.first + i);
+  }
+
+  /// False where none of the rows is a query.
   bool begin(const AttentionTask& task) {
     sequence_ = task.sequence;
     kv_head_ = task.kv_head;
     first_ = task.first;
-    queries_ = std::clamp<Index>(sequence_->query_rows - first_, 0, task.count);
-    for (Index i = queries_; i < task.count; ++i)
-      for (Index g = 0; g < group_; ++g)
-        write_empty_row(*sequence_, kv_head_ * group_ + g, first_ + i);
+    queries_ = queries_of(task);
     rows_ = queries_ * group_;
     here_.begin = next_.begin = -1;
     first_position_ = sequence_->first_position + first_;
