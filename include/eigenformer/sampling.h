@@ -43,7 +43,8 @@
 /// that both may have generators of one seed (core/philox.h states the law). Results do not depend
 /// on the other rows or on threads, and a GPU draws the tokens of a CPU, but where the probability
 /// of a set comes to within rounding (1e-13) of top_p or typical_p: there it may keep a token more
-/// or less.
+/// or less. A call that is captured into a CUDA graph draws the same numbers at every replay: its
+/// parameters, lists and generators are those of the capture, the logits those of the replay.
 ///
 /// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or
 /// +infinity, or that is all -infinity (as given, or after penalties, bias and mask). Forms that

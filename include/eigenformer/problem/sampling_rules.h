@@ -1,9 +1,10 @@
 /// \file
-/// The rules of sampling that every backend shares: the tokens in play, their order, and what
-/// penalties do to a logit.
+/// The rules of sampling that every backend shares: the tokens in play, their order, where a set of
+/// them ends, what penalties do to a logit, and what is no probability.
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -35,6 +36,33 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE std::uint32_t order_key(float x) {
 EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE std::uint64_t order_key(double x) {
   const std::uint64_t bits = std::bit_cast<std::uint64_t>(x + 0.0);
   return bits ^ ((std::uint64_t{0} - (bits >> 63)) | std::uint64_t{1} << 63);
+}
+
+/// How many of `equals` tokens that weigh `each` it takes, after others of weight `above`, to reach
+/// `target`, which all of them do: at least one.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index equals_taken(double above, double each,
+                                                              Index equals, double target) {
+  const double needed = each > 0 ? std::ceil((target - above) / each) : 1.0;
+  Index taken = needed < 1                             ? 1
+                : needed > static_cast<double>(equals) ? equals
+                                                       : static_cast<Index>(needed);
+  // the quotient is rounded
+  while (taken > 1 && above + static_cast<double>(taken - 1) * each >= target) --taken;
+  while (taken < equals && above + static_cast<double>(taken) * each < target) ++taken;
+  return taken;
+}
+
+/// Of a temperature above 0. Finite, so that 0 times it is 0.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double inverse_temperature(double temperature) {
+  const double inverse = 1.0 / temperature;
+  return inverse < 1e300 ? inverse : 1e300;
+}
+
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE SampleStatus status_of_probability(double p) {
+  if (p >= 0)
+    return p < std::numeric_limits<double>::infinity() ? SampleStatus::ok
+                                                       : SampleStatus::positive_infinity;
+  return p < 0 ? SampleStatus::negative : SampleStatus::nan;
 }
 
 EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool has_penalties(const RowParams& params) {

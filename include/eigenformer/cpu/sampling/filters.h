@@ -96,13 +96,8 @@ PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights w
     weights(values + begin, 1, &weight);
     const Index equals = end - begin;
     const double reached = above + static_cast<double>(equals) * weight;
-    if (reached >= target) {
-      const double needed = weight > 0 ? std::ceil((target - above) / weight) : 1.0;
-      Index taken = static_cast<Index>(std::clamp(needed, 1.0, static_cast<double>(equals)));
-      while (taken > 1 && above + static_cast<double>(taken - 1) * weight >= target) --taken;
-      while (taken < equals && above + static_cast<double>(taken) * weight < target) ++taken;
-      return {values[begin], taken, equals};
-    }
+    if (reached >= target)
+      return {values[begin], problem::equals_taken(above, weight, equals, target), equals};
     if (end == n) return {values[begin], equals, equals};
     above = reached;
     begin = end;
@@ -257,8 +252,7 @@ void set_temperature(SamplingRow<T>& row, double temperature) {
     row.band.lo_end = nth_equal<Isa>(row, row.band.hi, 1) + 1;
     row.band.lo = row.band.hi;
   } else {
-    // finite, so that 0 times it is 0
-    row.inverse_temperature = (std::min)(1.0 / temperature, 1e300);
+    row.inverse_temperature = problem::inverse_temperature(temperature);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "../../problem/sampling.h"
+#include "../../problem/sampling_rules.h"
 #include "../backend.h"
 #include "../vector/loop.h"
 #include "row.h"
@@ -17,12 +18,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-inline SampleStatus status_of_probability(double p) {
-  if (p >= 0)
-    return p < std::numeric_limits<double>::infinity() ? SampleStatus::ok
-                                                       : SampleStatus::positive_infinity;
-  return p < 0 ? SampleStatus::negative : SampleStatus::nan;
-}
+using problem::status_of_probability;
 
 /// The status of the first number that is no probability; ok where all are, which one pass without
 /// branches finds out.

@@ -120,14 +120,8 @@ EIGENFORMER_DEVICE void keep_prefix(Block& block, const Arrays& arrays, Sampling
       block, arrays, row, [&](Index t, C x) { return x == value && row.band.contains(x, t); });
   const double each = weight(value);
   Index taken = equals;
-  if (!all_equals && end.above + static_cast<double>(equals) * each >= target) {
-    const double needed = each > 0 ? std::ceil((target - end.above) / each) : 1.0;
-    taken = needed < 1                             ? 1
-            : needed > static_cast<double>(equals) ? equals
-                                                   : static_cast<Index>(needed);
-    while (taken > 1 && end.above + static_cast<double>(taken - 1) * each >= target) --taken;
-    while (taken < equals && end.above + static_cast<double>(taken) * each < target) ++taken;
-  }
+  if (!all_equals && end.above + static_cast<double>(equals) * each >= target)
+    taken = problem::equals_taken(end.above, each, equals, target);
   if (taken < equals)
     row.band.lo_end = nth_equal(block, arrays, row, value, taken) + 1;
   else if (value > row.band.lo)
@@ -211,8 +205,7 @@ EIGENFORMER_DEVICE void set_temperature(Block& block, const Arrays& arrays, Samp
     row.band.lo_end = nth_equal(block, arrays, row, row.band.hi, 1) + 1;
     row.band.lo = row.band.hi;
   } else {
-    const double inverse = 1.0 / temperature;
-    row.inverse_temperature = inverse < 1e300 ? inverse : 1e300;  // finite, so that 0 times it is 0
+    row.inverse_temperature = problem::inverse_temperature(temperature);
   }
 }
 

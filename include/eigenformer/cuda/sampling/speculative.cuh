@@ -12,6 +12,7 @@
 #include <limits>
 
 #include "../../problem/sampling.h"
+#include "../../problem/sampling_rules.h"
 #include "../launch.cuh"
 #include "../stage.cuh"
 #include "order.cuh"
@@ -20,12 +21,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-EIGENFORMER_DEVICE inline SampleStatus status_of_probability(double p) {
-  if (p >= 0)
-    return p < std::numeric_limits<double>::infinity() ? SampleStatus::ok
-                                                       : SampleStatus::positive_infinity;
-  return p < 0 ? SampleStatus::negative : SampleStatus::nan;
-}
+using problem::status_of_probability;
 
 template <typename Draft, typename Target>
 struct SpeculativeKernel {
