@@ -85,7 +85,10 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE C penalized_logit(C logit, std::int32
   double x = static_cast<double>(logit);
   // towards less likely on both sides of 0
   x = x < 0 ? x * params.repetition_penalty : x / params.repetition_penalty;
-  if (occurrences > 0) x -= params.frequency_penalty * occurrences + params.presence_penalty;
+  // fused by name: a compiler would fuse it on one device and not on the other
+  if (occurrences > 0)
+    x -= std::fma(params.frequency_penalty, static_cast<double>(occurrences),
+                  params.presence_penalty);
   return static_cast<C>(x);
 }
 
