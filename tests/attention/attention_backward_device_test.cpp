@@ -172,6 +172,29 @@ TEST(AttentionBackwardOnDevice, NaNReachesOnlyWhatItTakesPartIn) {
   check_reach<ef::half>();
 }
 
+// A row of NaN among them leaves the small gradients of half rows what they are.
+TEST(AttentionBackwardOnDevice, NaNKeepsTheRangeOfHalf) {
+  GradientCase<ef::half> c({1, 66, 66, 1, 1, 16, 16}, {66});
+  for (Index i = 0; i < c.q.size(); ++i) {
+    c.q.data()[i] = static_cast<ef::half>(static_cast<float>(c.q.data()[i]) * 0x1p-7f);
+    c.weights.data()[i] = static_cast<ef::half>(static_cast<float>(c.weights.data()[i]) * 0x1p-16f);
+  }
+  const ef::AttentionOptions options{.scale = 32.0f};
+  auto expected = c.reference_gradients(options).grad_q;
+  for (Index d = 0; d < 16; ++d) {
+    c.q(0, 5, 0, d) = std::numeric_limits<ef::half>::quiet_NaN();
+    expected(0, 5, 0, d) = 0;
+  }
+  for_each_gpu([&](const auto& bench) {
+    auto found = gradients_on(bench, c, options).grad_q;
+    for (Index d = 0; d < 16; ++d) {
+      EXPECT_TRUE(std::isnan(static_cast<float>(found(0, 5, 0, d))));
+      found(0, 5, 0, d) = static_cast<ef::half>(0.0f);
+    }
+    EXPECT_LE(relative_error(found, expected), tolerance<ef::half>());
+  });
+}
+
 // Rows that see no key, or whose scores are all -infinity, give nothing whatever they hold.
 TEST(AttentionBackwardOnDevice, SilentRows) {
   const float nan = std::numeric_limits<float>::quiet_NaN();

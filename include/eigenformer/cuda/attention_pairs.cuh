@@ -191,16 +191,17 @@ struct AttentionPairs {
     }
   }
 
-  /// A power of two that brings the greatest of the pairs near 1 where T has few exponents: half
-  /// would lose what is below 6e-8.
+  /// A power of two that brings the greatest of the finite pairs near 1 where T has few exponents:
+  /// half would lose what is below 6e-8.
   template <typename Block, typename Arrays>
   EIGENFORMER_DEVICE C unit_of(Block& block, const Arrays& a, Pairs& pairs) const {
     if constexpr (std::is_same_v<T, half>) {
       C greatest = 0;
       EIGENFORMER_UNROLL_ALL
-      for (const C value : pairs.values) greatest = LargerOrNan{}(greatest, std::fabs(value));
-      greatest = reduce_block(block, a.scratch, greatest, LargerOrNan{});
-      if (!(greatest > 0 && is_finite(greatest))) return C(1);
+      for (const C value : pairs.values)
+        if (is_finite(value)) greatest = Larger{}(greatest, std::fabs(value));
+      greatest = reduce_block(block, a.scratch, greatest, Larger{});
+      if (greatest == 0) return C(1);
       const int exponent = std::ilogb(greatest);
       return std::ldexp(C(1), exponent < -120 ? 120 : -exponent);
     } else {
