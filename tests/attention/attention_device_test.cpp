@@ -226,6 +226,33 @@ TEST(AttentionOnDevice, SplitsDoNotChangeBits) {
   check_splits<ef::half>({.sinks = sinks}, 1030, 16);
 }
 
+// Many rows of many keys would leave more splits than memory should be asked for: 400 MB here, for
+// rows that see one key.
+TEST(AttentionOnDevice, ManySplitsAreNotLeftInMemory) {
+  const Index rows = 32, heads = 64, keys = Index{1} << 22;
+  ef::Tensor<ef::half, 4> q(1, rows, heads, 1), k(1, keys, 1, 1);
+  q.setConstant(static_cast<ef::half>(1.0f));
+  for (Index j = 0; j < keys; ++j) k.data()[j] = static_cast<ef::half>(static_cast<float>(j % 61));
+  for_each_gpu([&](const auto& bench) {
+    auto device_q = on_device(bench, q);
+    auto device_k = on_device(bench, k);
+    auto out = on_device(bench, poisoned_tensor<ef::half, 4>({1, rows, heads, 1}));
+#if defined(EIGENFORMER_TEST_BLOCKS)
+    const int before = bench.device.stream().launches;
+#endif
+    ef::batched_attention_with_padding_into(bench.device, out.view(), device_q.cview(),
+                                            device_k.cview(), device_k.cview(), {keys},
+                                            {.causal = true, .window = 1});
+#if defined(EIGENFORMER_TEST_BLOCKS)
+    EXPECT_EQ(bench.device.stream().launches, before + 1);  // no second one that merges
+#endif
+    const auto got = out.host();
+    for (Index i = 0; i < rows; ++i)
+      for (Index h = 0; h < heads; ++h)
+        ASSERT_EQ(got(0, i, h, 0), k(0, keys - rows + i, 0, 0)) << i << ' ' << h;
+  });
+}
+
 /// A step of decoding through both caches: the CPU's result on host caches is the measure.
 template <typename T, typename Storage>
 void check_caches(const ef::AttentionOptions& options, double bound, Index dim = 6) {

@@ -224,6 +224,19 @@ struct AttentionRows {
   }
 };
 
+/// Bytes that splits may leave for MergeSplits.
+inline constexpr Index kMostSplitBytes = Index{256} << 20;
+
+/// Into how many splits each of `rows` goes: 0 where its block takes them all, since there is one
+/// at most, `blocks` fill the device, or what they leave takes too much memory.
+template <typename S>
+Index splits_of(Index rows, Index value_dim, Index longest, Index blocks, Index enough) {
+  const Index all = (longest + kSplitKeys - 1) / kSplitKeys,
+              bytes = static_cast<Index>(sizeof(AttentionPart)) +
+                      static_cast<Index>(sizeof(S)) * value_dim;  // of a split of a row
+  return all > 1 && blocks < enough && all <= kMostSplitBytes / bytes / rows ? all : 0;
+}
+
 /// Blocks that fill a device: fewer are split, where there is something to split.
 inline constexpr Index kEnoughRowBlocks = 1024;
 
@@ -234,9 +247,9 @@ void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& c
   using Kernel = AttentionRows<TQ, TKV>;
   const auto& p = call.p;
   const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
-  const Index rows = call.row_count * p.heads, splits = (longest + kSplitKeys - 1) / kSplitKeys;
-  if (splits <= 1 || rows >= kEnoughRowBlocks)
-    return launch_rows(on, name, rows, shared, Kernel{call, 0, nullptr, nullptr});
+  const Index rows = call.row_count * p.heads,
+              splits = splits_of<double>(rows, p.value_dim, longest, rows, kEnoughRowBlocks);
+  if (splits == 0) return launch_rows(on, name, rows, shared, Kernel{call, 0, nullptr, nullptr});
   with_scratch<AttentionPart, double>(
       on, name, {rows * splits, rows * splits * p.value_dim},
       [&](AttentionPart* parts, double* sums) {
@@ -268,12 +281,12 @@ void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T>& cal
   const auto start = [&](auto kernel) {
     using Kernel = decltype(kernel);
     const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
-    const Index rows = call.row_count * p.heads, blocks = tiles * p.kv_heads,
-                all = (longest + kSplitKeys - 1) / kSplitKeys;
-    if (all <= 1)
+    const Index rows = call.row_count * p.heads, blocks = tiles * p.kv_heads;
+    if (longest <= kSplitKeys)
       return launch_rows(on, name, blocks, shared,
                          Kernel{call, first_tile, tiles, 0, nullptr, nullptr});
-    const Index splits = blocks < kEnoughTileBlocks ? all : 0, each = splits > 0 ? splits : 1;
+    const Index splits = splits_of<float>(rows, p.value_dim, longest, blocks, kEnoughTileBlocks),
+                each = splits > 0 ? splits : 1;
     with_scratch<AttentionPart, float>(
         on, name, {rows * splits, rows * each * p.value_dim},
         [&](AttentionPart* parts, float* sums) {
