@@ -98,7 +98,7 @@ struct AttentionTiles {
     const problem::AttentionSequence& s;
     Index kv_head, first, count;  // rows (position, head of the group), those that are queries
     Index position, positions;    // of the queries
-    Index begin;                  // keys before it nobody sees
+    Index begin, end;             // keys before and from there on nobody sees
 
     EIGENFORMER_DEVICE Rows(const Call& call, const problem::AttentionSequence& sequence,
                             Index kv_head_, Index first_)
@@ -109,6 +109,8 @@ struct AttentionTiles {
       positions = count == 0 ? 0 : (first + count - 1) / call.group - first / call.group + 1;
       const auto& v = call.p.visibility;
       begin = v.causal && v.prefix > 0 ? 0 : v.keys(position, s.key_length).begin;
+      const Index last = v.prefix > position + positions ? v.prefix : position + positions;
+      end = v.causal && last < s.key_length ? last : s.key_length;
     }
     EIGENFORMER_DEVICE bool sees_whole(const problem::Visibility& v, Index key) const {
       if (key + kTile > s.key_length) return false;
@@ -146,9 +148,8 @@ struct AttentionTiles {
   template <typename Block, typename A>
   EIGENFORMER_DEVICE void attend(Block& block, const A& a, const Rows& rows, Index split) const {
     const Index low = splits > 0 ? split * kSplitKeys : 0,
-                high = splits > 0 ? low + kSplitKeys : rows.s.key_length,
-                end = high < rows.s.key_length ? high : rows.s.key_length,
-                from = rows.begin / kTile * kTile;
+                high = splits > 0 ? low + kSplitKeys : rows.end,
+                end = high < rows.end ? high : rows.end, from = rows.begin / kTile * kTile;
     Index at = next_tile(rows, low < from ? from : low, end);
     if (splits > 0 && at >= end) return;
     for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
