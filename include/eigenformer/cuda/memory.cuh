@@ -28,7 +28,7 @@ void copy(void* to, const void* from, std::size_t bytes) {
   if (bytes == 0) return;
   check_cuda(cudaDeviceSynchronize(), "device memory");
   check_cuda(cudaMemcpy(to, from, bytes, Kind), "device memory");
-  if constexpr (Kind == cudaMemcpyDeviceToDevice)  // the one kind that returns before it is done
+  if constexpr (Kind != cudaMemcpyDeviceToHost)  // others may return before they are done
     check_cuda(cudaDeviceSynchronize(), "device memory");
 }
 inline void clear(void* data, std::size_t bytes) {
