@@ -42,8 +42,9 @@
 ///   ef::train_step_mixed_precision<Eigen::bfloat16>(device, model, optimizer, ids, labels, scaler);
 ///
 /// Master weights of the host serve a decoder on a GPU for inference: packing copies them there.
-/// What a captured step reads of the host is that of the capture: the same ids and positions each
-/// time, and its first run comes before the capture, since memory must have grown.
+/// An ef::StepGraph (step_graph.h) launches a step_into as a CUDA graph, each time with that step's
+/// ids, positions and pages. In a graph captured otherwise they stay those of the capture, and a
+/// step of that size comes before it, since memory must have grown.
 ///
 /// Cost of a step: ten operator calls per layer; the packed weights are read once for up to four
 /// rows, attention reads the cache of each sequence once. A step of no more tokens than one before

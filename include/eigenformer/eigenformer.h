@@ -19,6 +19,7 @@
 
 // What every operator shares
 #include "parallel_region.h"  // keeps a pool's threads awake over several operators
+#include "step_graph.h"       // CUDA graphs around a step
 
 // What a decoder needs besides
 #include "activation.h"     // SiLU, GELU, ReLU, gated pairs, residual sums

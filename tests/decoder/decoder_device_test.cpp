@@ -1,12 +1,13 @@
 // The decoder on a GPU: the plain decoder's logits and greedy tokens; a row has the same bits
 // prefilled whole, in chunks, token by token, in a batch and through either cache; a scheduler's
-// plans are such steps; logits may stay on the device, and such a step can be captured; memory of
-// another device is refused with nothing changed; a step of a known shape allocates nothing. (CPUs:
-// decoder_test.cpp.)
+// plans are such steps; logits may stay on the device, and such a step can be captured, or go
+// through a step graph; memory of another device is refused with nothing changed; a step of a known
+// shape allocates nothing. (CPUs: decoder_test.cpp.)
 #include <eigenformer/decoder.h>
 #include <eigenformer/reference/decoder.h>
 #include <eigenformer/sampling.h>
 #include <eigenformer/scheduler.h>
+#include <eigenformer/step_graph.h>
 
 #include <map>
 
@@ -247,6 +248,84 @@ TEST(DecoderOnDevice, StepsAllocateNothingLeaveLogitsThereAndAreCaptured) {
       model->step_into(logits.view(), step.rows(), other, same);
       EXPECT_TRUE(same_bits(logits.host(), expected));
     }
+  });
+}
+
+/// The sequences that step s has, and how many tokens each brings: two decode, a third comes with
+/// its prompt, the first leaves.
+std::vector<std::pair<std::size_t, Index>> rows_of_step(int s) {
+  if (s < 3) return {{0, 1}, {1, 1}};
+  if (s == 3) return {{2, 3}, {1, 1}, {0, 1}};
+  if (s < 6) return {{0, 1}, {1, 1}, {2, 1}};
+  return {{2, 1}, {1, 1}};
+}
+
+// Pages of 2 positions: there is a new one every other step. Plain steps run once, in order: their
+// bits do not depend on the schedule.
+TEST(DecoderOnDevice, StepsThroughAGraphHaveTheBitsOfPlainSteps) {
+  const auto weights = make_weights(one_layer());
+  std::vector<ef::Tensor<float, 2>> expected;
+  for_each_gpu([&](const auto& bench) {
+    auto model = model_on(bench, weights);
+    model->pack();
+    auto pages = make_pages(bench, 1, 2), other = make_pages(bench, 1, 2);
+    std::vector<ef::SequenceId> plain, same;
+    for (int i = 0; i < 3; ++i) {
+      plain.push_back(pages.add_sequence());
+      same.push_back(other.add_sequence());
+    }
+    auto logits = on_device(bench, poisoned_tensor<float, 2>({3, kConfig.vocabulary}));
+    ef::StepGraph graph(bench.device);
+    Ids last{3, 30, 17};
+    for (int s = 0; s < 10; ++s) {
+      Ids tokens;
+      std::vector<Index> offsets{0}, wanted;
+      std::vector<ef::SequenceId> sequences, graphs;
+      const auto rows = rows_of_step(s);
+      for (const auto& [i, count] : rows) {
+        for (Index t = 0; t < count; ++t) tokens.push_back((last[i] + 7 * t) % kConfig.vocabulary);
+        offsets.push_back(static_cast<Index>(tokens.size()));
+        wanted.push_back(offsets.back() - 1);
+        sequences.push_back(plain[i]);
+        graphs.push_back(same[i]);
+      }
+      const ef::StepRows step{tokens, offsets, wanted};
+      const auto at = static_cast<std::size_t>(s);
+      if (expected.size() == at) expected.push_back(model->step(step, pages, sequences));
+      const auto count = static_cast<Index>(rows.size());
+#if defined(EIGENFORMER_TEST_BLOCKS)
+      const auto before = emulated::DeviceMemory::instance().allocations();
+#endif
+      graph.run([&] {
+        model->step_into(ef::TensorView<float, 2>(logits.view().data(), count, kConfig.vocabulary),
+                         step, other, graphs);
+      });
+#if defined(EIGENFORMER_TEST_BLOCKS)
+      if (s > 1 && rows_of_step(s - 2) == rows) {
+        EXPECT_EQ(emulated::DeviceMemory::instance().allocations(), before) << s;
+      }
+#endif
+      std::fill(tokens.begin(), tokens.end(), -1);  // the host's arrays are free at once
+      const auto got = logits.host();
+      for (Index r = 0; r < count; ++r)
+        ASSERT_TRUE(same_bits(row(got, r), row(expected[at], r))) << s << r;
+      const auto drawn = ef::greedy_sample(expected[at]);
+      for (Index r = 0; r < count; ++r) last[rows[static_cast<std::size_t>(r)].first] = drawn(r);
+    }
+    // A page that a fork shares must be copied first, which the host waits for.
+    other.fork(same[2]);
+    const Index length = other.length(same[2]);
+    expect_throws<ef::DeviceError>(
+        [&] {
+          graph.run([&] {
+            const std::vector<Index> offsets{0, 1}, wanted;
+            const Ids token{1};
+            model->step_into(ef::TensorView<float, 2>(logits.view().data(), 0, kConfig.vocabulary),
+                             ef::StepRows{token, offsets, wanted}, other, std::span(&same[2], 1));
+          });
+        },
+        {"captur"});
+    EXPECT_EQ(other.length(same[2]), length);
   });
 }
 

@@ -72,7 +72,12 @@ void for_each_gpu(F&& f) {
     std::printf("[ SKIPPED  ] no CUDA device on this machine\n");
     GTEST_SKIP() << "no CUDA device on this machine";
   }
-  const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{};
+  static const cudaStream_t stream = [] {  // not the default one, which no graph captures
+    cudaStream_t created = nullptr;
+    EXPECT_EQ(cudaStreamCreate(&created), cudaSuccess);
+    return created;
+  }();
+  const GpuBench<Eigen::GpuStreamDevice, Eigen::GpuDevice> bench{Eigen::GpuStreamDevice(&stream)};
   f(bench);
 }
 template <typename F>

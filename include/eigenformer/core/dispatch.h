@@ -81,6 +81,23 @@ auto tensor_frame([[maybe_unused]] const D& device, [[maybe_unused]] Workspace& 
     return scratch_frame(gpu_backend(device));
 }
 
+/// What run(f) of an ef::StepGraph is on a CPU: a call.
+struct CalledStep {
+  template <typename F>
+  void run(F&& f) const {
+    f();
+  }
+};
+
+/// Captures what a device launches, and launches it at once (step_graph.h, cuda/graph.cuh).
+template <Device D>
+auto step_graph_on([[maybe_unused]] const D& device) {
+  if constexpr (CpuDevice<D>)
+    return CalledStep{};
+  else
+    return step_graph(gpu_backend(device));
+}
+
 /// Host memory as the next kernels of a device read it: itself, or its copy on the device
 /// (cuda/stage.cuh says for how long).
 template <Device D, typename T>

@@ -14,7 +14,7 @@
 /// The one below is that of Eigen::GpuDevice; another device brings its own, found by the type of
 /// the backend. An algorithm is chosen when a stream sees a shape first, and kept; nothing is
 /// allocated but scratch, of which a call that is captured into a graph keeps its own: 8 MiB and
-/// the sums.
+/// the sums (the calls of an ef::StepGraph share theirs).
 #pragma once
 
 #include <array>

@@ -1,6 +1,6 @@
 /// \file
-/// The CUDA kernels, one line each, and the memory they work on. To add one for an operator X that
-/// has a problem:
+/// The CUDA kernels, one line each, the memory they work on and the graphs they go into. To add one
+/// for an operator X that has a problem:
 ///
 /// 1. cuda/X.cuh: a struct of pointers and sizes (the problem, mostly) with
 ///
@@ -27,6 +27,7 @@
 #include "causal_mask.cuh"
 #include "communicator.cuh"
 #include "embedding.cuh"
+#include "graph.cuh"
 #include "int8_linear.cuh"
 #include "kv_cache.cuh"
 #include "linear.cuh"

@@ -12,7 +12,8 @@
 /// An array of no elements gives a null pointer, and nothing at all is copied where all are empty.
 ///
 /// In a call that is captured into a graph the copy is part of the graph: each replay brings what
-/// the arrays held at capture, so that its memory is kept until the stream's is given back.
+/// the arrays held at capture, so that its memory is kept until the stream's is given back. Graphs
+/// that are captured anew for each launch bring memory of their own (step_memory.cuh).
 ///
 /// Scratch of the device, for what a call's kernels leave to its later ones:
 ///
@@ -46,6 +47,7 @@
 
 #include "../core/workspace.h"
 #include "launch.cuh"
+#include "step_memory.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -73,6 +75,7 @@ class StageRing {
   template <typename Fill>
   const std::byte* send(const char* name, std::size_t bytes, Fill&& fill) {
     const std::lock_guard lock(mutex_);
+    if (step_ != nullptr) return step_->stage(name, bytes, fill);
     const bool captured = memory_.capturing();
     Piece& piece = captured ? kept_.emplace_back() : pieces_[next_++ % kPieces];
     if (piece.under_way) memory_.wait(name, piece.copied);
@@ -91,7 +94,18 @@ class StageRing {
   template <typename Use>
   void lend(const char* name, std::size_t bytes, Use&& use) {
     const std::lock_guard scratch_lock(scratch_mutex_);
-    use(memory_.capturing() ? keep(name, bytes) : grow(name, scratch_, bytes, false));
+    if (step_ != nullptr)
+      step_->lend(bytes, use);
+    else
+      use(memory_.capturing() ? keep(name, bytes) : grow(name, scratch_, bytes, false));
+  }
+
+  /// f() while the stream is captured for a step graph, whose memory its calls take.
+  template <typename F>
+  void capture_into(StepMemory<Memory>& step, F&& f) {
+    step_ = &step;
+    detail::attempt_or_undo(f, [&] { step_ = nullptr; });
+    step_ = nullptr;
   }
 
   /// Scratch of the calls that are made of several problems. While it lives other threads that give
@@ -105,8 +119,9 @@ class StageRing {
     /// that is captured, as long as the graph may run.
     template <typename T>
     T* take(Index count) {
-      if (!ring_.memory_.capturing()) return frame_.template take<T>(count);
-      return reinterpret_cast<T*>(ring_.keep("scratch", shared_bytes<T>(count)));
+      if (ring_.step_ == nullptr && ring_.memory_.capturing())
+        return reinterpret_cast<T*>(ring_.keep("scratch", shared_bytes<T>(count)));
+      return frame_.template take<T>(count);
     }
 
    private:
@@ -127,6 +142,15 @@ class StageRing {
     return memory_.finished(name);
   }
 
+  void refuse_capture(const char* name) const {
+    if (memory_.capturing())
+      detail::fail<DeviceError>(std::string(name) +
+                                ": cannot be captured into a graph, it waits for the device");
+  }
+
+  /// The functions of the device.
+  const Memory& memory() const { return memory_; }
+
  private:
   struct Piece {
     std::byte* host = nullptr;
@@ -136,12 +160,6 @@ class StageRing {
     bool under_way = false;
   };
 
-  void refuse_capture(const char* name) const {
-    if (memory_.capturing())
-      detail::fail<DeviceError>(std::string(name) +
-                                ": cannot be captured into a graph, it waits for the device");
-  }
-
   /// Bytes of the device for a graph.
   std::byte* keep(const char* name, std::size_t bytes) {
     const std::lock_guard lock(mutex_);
@@ -149,6 +167,7 @@ class StageRing {
   }
 
   Workspace& arena(const eigenformer::Memory& memory) {
+    if (step_ != nullptr) return step_->arena();
     return arena_ ? *arena_ : arena_.emplace(memory);
   }
 
@@ -175,7 +194,8 @@ class StageRing {
   std::optional<Workspace> arena_;  // what frames take
   Piece scratch_;                   // no host memory
   std::array<Piece, kPieces> pieces_{};
-  std::vector<Piece> kept_;  // what graphs read
+  std::vector<Piece> kept_;             // what graphs read
+  StepMemory<Memory>* step_ = nullptr;  // of the step graph that is being captured
   std::size_t next_ = 0;
 };
 
@@ -297,6 +317,9 @@ class CudaStaging {
   }
   void wait(const char* name, Event& event) const {
     check_cuda(cudaEventSynchronize(event), std::string(name) + ": copy of arguments");
+  }
+  void forget(Event& event) const {
+    if (event != nullptr) cudaEventDestroy(event);
   }
 
  private:

@@ -29,6 +29,7 @@
 #include <utility>
 #include <vector>
 
+#include <eigenformer/cuda/graph.cuh>
 #include <eigenformer/cuda/kernels.cuh>
 #include <eigenformer/cuda/stage.cuh>
 
@@ -63,6 +64,7 @@ class Staging {
   bool finished(const char*) const;
   void record(const char*, Event& event) const;
   void wait(const char*, Event& event) const;
+  void forget(Event&) const {}
 
  private:
   Stream* stream_;
@@ -204,6 +206,20 @@ inline bool Staging::finished(const char*) const { return stream_->finished(); }
 inline void Staging::record(const char*, Event& event) const { event = stream_->submitted(); }
 inline void Staging::wait(const char*, Event& event) const { stream_->wait(event); }
 
+/// What a step graph needs of a device.
+class ExecutableGraph {
+ public:
+  explicit ExecutableGraph(Stream* stream) : stream_(stream) {}
+  void begin_capture(const char*) const { stream_->begin_capture(); }
+  void abandon_capture() const { stream_->end_capture(); }
+  void end_capture(const char*) { graph_ = stream_->end_capture(); }
+  void launch(const char*) const { stream_->replay(graph_); }
+
+ private:
+  Stream* stream_;
+  Stream::Graph graph_;
+};
+
 /// The members of Eigen::GpuDevice that the library and its tests use.
 class Device {
  public:
@@ -275,6 +291,10 @@ void launch(const ef::cuda::Backend<Device>& on, const char* name, Index blocks,
 /// cuda::stage for it.
 inline ef::cuda::StageRing<Staging>& stage_ring(const ef::cuda::Backend<Device>& on) {
   return on.device.stream().staging();
+}
+
+inline ExecutableGraph executable_graph(const ef::cuda::Backend<Device>& on) {
+  return ExecutableGraph(&on.device.stream());
 }
 
 inline bool lies_on_device(const ef::cuda::Backend<Device>&, const void* data) {
