@@ -282,13 +282,13 @@ class GradScaler {
               double multiplier) {
     Workspace::Frame frame(thread_workspace());
     const auto pieces = detail::pieces_of(parameters, frame);
-    auto* const piece_finite = frame.take<bool>(static_cast<Index>(pieces.size()));
-    detail::scale_pieces(device, pieces, factor, piece_finite);
+    auto* const sums = frame.take<double>(static_cast<Index>(pieces.size()));
+    detail::scale_pieces(device, pieces, factor, true, sums);
     bool all = true;
-    const bool* next = piece_finite;
+    const double* next = sums;
     for (const Parameter& parameter : parameters) {
-      const bool* const end = next + detail::piece_count(parameter.gradient.size());
-      const bool finite = std::all_of(next, end, [](bool ok) { return ok; });
+      const double* const end = next + detail::piece_count(parameter.gradient.size());
+      const bool finite = std::all_of(next, end, [](double sum) { return std::isfinite(sum); });
       if (next != end) unscaled_.push_back({range_of(parameter), multiplier, finite});
       all = all && finite;
       next = end;

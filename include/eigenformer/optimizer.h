@@ -33,14 +33,15 @@
 /// number of threads. Norms, and whether numbers are finite, are waited for on a GPU.
 ///
 /// Cost: one pass; AdamW reads 16 and writes 12 bytes per element, SGD reads 8 and writes 4 (12 and
-/// 8 with momentum). Nothing is allocated after construction (by the free functions: after the
-/// first call at a size).
+/// 8 with momentum), either writes 4 more where it scales gradients. Nothing is allocated after
+/// construction (by the free functions: after the first call at a size).
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -135,6 +136,12 @@ class Optimizer {
   void step(const D& device = {}) {
     state_.step(device);
   }
+  /// The same from gradients times both factors, {scale, clip}, multiplied in this pass and kept:
+  /// the bits of scale_gradients by one, then by the other, and a step.
+  template <Device D>
+  void step(const D& device, const problem::GradientFactors& factors) {
+    state_.step(device, factors);
+  }
   /// Sets all gradients to zero.
   template <Device D = Eigen::DefaultDevice>
   void zero_grad(const D& device = {}) {
@@ -199,42 +206,11 @@ using Sgd = detail::Optimizer<detail::SgdRule>;
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-/// The L2 norm of all gradients together, in double: finite for any finite floats, NaN or infinite
-/// where a gradient is. Throws std::invalid_argument where a value and its gradient differ in size,
-/// as all functions below do.
-template <Device D>
-double gradient_norm(const D& device, std::span<const Parameter> parameters,
-                     Workspace& workspace = thread_workspace()) {
-  detail::check_parameters("gradient_norm", parameters);
-  Workspace::Frame frame(workspace);
-  const auto pieces = detail::pieces_of(parameters, frame);
-  const Index count = static_cast<Index>(pieces.size());
-  auto* sums = frame.take<double>(count);
-  detail::run(device, problem::GradientSquares{pieces.data(), count, sums});
-  double total = 0;
-  for (Index i = 0; i < count; ++i) total += sums[i];
-  return std::sqrt(total);
-}
-inline double gradient_norm(std::span<const Parameter> parameters) {
-  return gradient_norm(Eigen::DefaultDevice{}, parameters);
-}
-
 namespace detail {
 
-/// Multiplies the gradients of the pieces by the factor; finite[i] is whether piece i holds finite
-/// numbers afterwards. A factor below float's smallest comes in two, or few of its bits are left; 1
-/// writes nothing.
-template <Device D>
-void scale_pieces(const D& device, std::span<const problem::ParameterPiece> pieces, double factor,
-                  bool* finite) {
-  constexpr double kSmallest = (std::numeric_limits<float>::min)();
-  const auto scale = [&](double by) {
-    detail::run(device, problem::ScaleGradients{pieces.data(), static_cast<Index>(pieces.size()),
-                                                static_cast<float>(by), finite});
-  };
-  const bool tiny = factor != 0 && std::abs(factor) < kSmallest;
-  scale(tiny ? factor / kSmallest : factor);
-  if (tiny) scale(kSmallest);
+/// Such a factor is multiplied by in two, or few of its bits are left.
+inline bool below_float(double factor) {
+  return factor != 0 && std::abs(factor) < static_cast<double>((std::numeric_limits<float>::min)());
 }
 
 inline void require_factor(std::string_view operation, std::string_view name, double factor) {
@@ -242,7 +218,46 @@ inline void require_factor(std::string_view operation, std::string_view name, do
                operation, name, " is ", factor, ", expected a finite number of float's range");
 }
 
+/// problem::ScaleGradients of the pieces, in place where `write` says so, which a factor
+/// below_float needs; 1 writes nothing.
+template <Device D>
+void scale_pieces(const D& device, std::span<const problem::ParameterPiece> pieces, double factor,
+                  bool write, double* sums) {
+  const auto scale = [&](double by) {
+    detail::run(device, problem::ScaleGradients{pieces.data(), static_cast<Index>(pieces.size()),
+                                                static_cast<float>(by), write && by != 1, sums});
+  };
+  constexpr double kSmallest = (std::numeric_limits<float>::min)();
+  const bool in_two = below_float(factor);
+  scale(in_two ? factor / kSmallest : factor);
+  if (in_two) scale(kSmallest);
+}
+
+/// The norm of all gradients times the factor; NaN or infinite where one of these is.
+template <Device D>
+double scaled_norm(const D& device, std::span<const Parameter> parameters, double factor,
+                   bool write, Workspace& workspace = thread_workspace()) {
+  Workspace::Frame frame(workspace);
+  const auto pieces = pieces_of(parameters, frame);
+  auto* const sums = frame.take<double>(static_cast<Index>(pieces.size()));
+  scale_pieces(device, pieces, factor, write, sums);
+  return std::sqrt(std::accumulate(sums, sums + pieces.size(), 0.0));
+}
+
 }  // namespace detail
+
+/// The L2 norm of all gradients together, in double: finite for any finite floats, NaN or infinite
+/// where a gradient is. Throws std::invalid_argument where a value and its gradient differ in size,
+/// as all functions below do.
+template <Device D>
+double gradient_norm(const D& device, std::span<const Parameter> parameters,
+                     Workspace& workspace = thread_workspace()) {
+  detail::check_parameters("gradient_norm", parameters);
+  return detail::scaled_norm(device, parameters, 1, false, workspace);
+}
+inline double gradient_norm(std::span<const Parameter> parameters) {
+  return gradient_norm(Eigen::DefaultDevice{}, parameters);
+}
 
 /// Multiplies every gradient by the factor and returns whether all are finite afterwards: the
 /// unscaling of mixed precision, in one pass. Throws std::invalid_argument for a factor that is NaN
@@ -252,11 +267,7 @@ bool scale_gradients(const D& device, std::span<const Parameter> parameters, dou
                      Workspace& workspace = thread_workspace()) {
   detail::check_parameters("scale_gradients", parameters);
   detail::require_factor("scale_gradients", "factor", factor);
-  Workspace::Frame frame(workspace);
-  const auto pieces = detail::pieces_of(parameters, frame);
-  auto* finite = frame.take<bool>(static_cast<Index>(pieces.size()));
-  detail::scale_pieces(device, pieces, factor, finite);
-  return std::all_of(finite, finite + pieces.size(), [](bool ok) { return ok; });
+  return std::isfinite(detail::scaled_norm(device, parameters, factor, true, workspace));
 }
 inline bool scale_gradients(std::span<const Parameter> parameters, double factor) {
   return scale_gradients(Eigen::DefaultDevice{}, parameters, factor);

@@ -9,7 +9,7 @@
 /// may differ in size. The number of targets is known only at the group's last micro-batch (the
 /// range may be single-pass), so the loss gradients are divided by n, the rows of logits of the
 /// group's first micro-batch, which keeps them in the range of half, and all gradients are
-/// multiplied by n / count once before the step: nothing where they are equal, else one pass.
+/// multiplied by n / count once before the step: nothing where they are equal.
 ///
 /// Mixed precision (Micikevicius et al., 2018): the model computes forward and backward in Compute
 /// (float, Eigen::bfloat16 or Eigen::half), the loss and all sums are in float or double, master
@@ -18,18 +18,23 @@
 /// not all finite is skipped, leaving weights and optimizer bit for bit, and the scale backs off.
 /// An overflow of the scaled loss gradient itself is such a case.
 ///
+/// One pass reads the gradients and finds the norm of the unscaled ones, and so whether all are
+/// finite. AdamW and Sgd unscale and clip each gradient as they read it, and keep the result; for
+/// another optimizer the first pass unscales and one more clips. The bits are the same.
+///
 /// A step, in order: zero gradients, forward and backward of each micro-batch, unscale, clip,
 /// optimizer step, scaler update, on_step. On several ranks hooks between them (TrainOptions) put
 /// the ranks' sums together; `data_parallel` sets them. On a pool each micro-batch and each step is
 /// a ParallelRegion. A group in which no target counts makes no step and does not move the scale.
-/// After the epoch the gradients are those the last step used. An exception (a target out of range,
-/// or one of the model's own) passes through; weights, optimizer and scaler are then as the last
-/// finished group left them.
+/// After the epoch the gradients are those the last step used; where it was skipped, they may still
+/// be scaled. An exception (a target out of range, or one of the model's own) passes through;
+/// weights, optimizer and scaler are then as the last finished group left them.
 ///
 /// On a GPU the host waits for the device at each loss, and at each verdict and norm.
 ///
 /// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero
-/// them, at most one to scale, one to clip, and the optimizer's.
+/// them, one that reads them with a scaler or clipping, and the optimizer's, which writes them where
+/// it changes them.
 #pragma once
 
 #include <algorithm>
@@ -111,7 +116,7 @@ struct StepReport {
   Index skipped_total = 0;
   double loss = 0;           ///< mean over the group's targets
   Index targets = 0;         ///< how many counted
-  double gradient_norm = 0;  ///< before clipping; 0 where clipping is off
+  double gradient_norm = 0;  ///< before clipping, finite or not; 0 where clipping is off
   Index group = 0;           ///< groups finished before this one in the epoch
 };
 
@@ -256,6 +261,8 @@ class Trainer {
 
  private:
   static constexpr bool kScaled = std::is_same_v<Scaler, GradScaler>;
+  static constexpr bool kTakesFactors =
+      requires(Optimizer& o, const D& device) { o.step(device, problem::GradientFactors{}); };
 
   double scale() const {
     if constexpr (kScaled) return scaler_.scale();
@@ -304,40 +311,53 @@ class Trainer {
       factor = 1;
       options_.reduce_gradients(parameters);
     }
+    factor /= scale();
+    check_parameters("train_step", parameters);
+    require_factor("train_step", "the factor of the gradients", factor);
+    const double limit = options_.max_gradient_norm;
+    const bool written = !kTakesFactors || below_float(factor);  // by the first pass
     GradientVerdict verdict;
-    if constexpr (kScaled)
-      verdict.found_inf = !scale_gradients(device_, parameters, factor / scale());
-    else if (factor != 1.0)
+    if (kScaled || limit > 0) {
+      report.gradient_norm = scaled_norm(device_, parameters, factor, written);
+      verdict.found_inf = !std::isfinite(report.gradient_norm);
+    } else if (written && factor != 1) {
       scale_gradients(device_, parameters, factor);
-    clip(parameters, verdict, report);
+    }
+    agree(verdict, report);
     report.stepped = !verdict.found_inf;
     report.found_inf = verdict.found_inf;
-    if (report.stepped) {
-      if constexpr (requires { optimizer_.step(device_); })
-        optimizer_.step(device_);
-      else
-        optimizer_.step();
-    }
+    const double norm = report.gradient_norm;
+    if (report.stepped)
+      step_optimizer(parameters, written ? 1 : factor,
+                     limit > 0 && norm > limit ? limit / norm : 1);
     skipped_ += report.stepped ? 0 : 1;
     if constexpr (kScaled) scaler_.update(verdict.found_inf);
   }
 
-  /// Completes the verdict and, where it is good, clips.
-  void clip(std::span<const Parameter> parameters, GradientVerdict& verdict, StepReport& report) {
-    const double limit = options_.max_gradient_norm;
-    double norm = 0;
-    if (limit > 0 && !verdict.found_inf) {
-      norm = gradient_norm(device_, parameters);
-      verdict.found_inf = !std::isfinite(norm);
+  /// Completes the verdict, and the norm where one is wanted.
+  void agree(GradientVerdict& verdict, StepReport& report) {
+    const bool clips = options_.max_gradient_norm > 0;
+    if (!clips) report.gradient_norm = 0;
+    if (!options_.reduce_verdict) return;
+    verdict.squared_norm = report.gradient_norm * report.gradient_norm;
+    options_.reduce_verdict(verdict);
+    if (clips) report.gradient_norm = std::sqrt(verdict.squared_norm);
+  }
+
+  /// A step of the gradients times both factors.
+  void step_optimizer(std::span<const Parameter> parameters, double factor, double clip) {
+    if constexpr (kTakesFactors) {
+      if (!below_float(clip)) {
+        optimizer_.step(device_, {static_cast<float>(factor), static_cast<float>(clip)});
+        return;
+      }
     }
-    report.gradient_norm = norm;
-    if (options_.reduce_verdict) {
-      verdict.squared_norm = norm * norm;
-      options_.reduce_verdict(verdict);
-      if (limit > 0) norm = report.gradient_norm = std::sqrt(verdict.squared_norm);
-    }
-    if (!verdict.found_inf && limit > 0 && norm > limit)
-      scale_gradients(device_, parameters, limit / norm);
+    for (double by : {factor, clip})
+      if (by != 1) scale_gradients(device_, parameters, by);
+    if constexpr (requires { optimizer_.step(device_); })
+      optimizer_.step(device_);
+    else
+      optimizer_.step();
   }
 
   const D& device_;

@@ -90,8 +90,7 @@ const Part kParts[] = {
     part<Optimizer<AdamWFactors>>("optimizer", "AdamW"),
     part<Optimizer<SgdFactors>>("optimizer", "SGD"),
     part<ZeroGradients>("optimizer", "zeros"),
-    part<GradientSquares>("optimizer", "norm"),
-    part<ScaleGradients>("optimizer", "scaling"),
+    part<ScaleGradients>("optimizer", "gradients"),
 };
 
 // "", "yes", or what runs: "greedy, top-k".

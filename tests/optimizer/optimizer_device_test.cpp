@@ -11,7 +11,8 @@ namespace {
 
 const std::vector<Index> kSizes = {1, 0, 31, 32, 33, 255, 257, 16384, 16385, 40000};
 
-/// Three steps; the groups differ in their options. Each operation rounds as the CPU's does.
+/// Three steps, one of which scales the gradients; the groups differ in their options. Each
+/// operation rounds as the CPU's does.
 template <typename Optimizer, typename Options>
 void check_steps(const Options& first, const Options& second) {
   using Group = typename Optimizer::Group;
@@ -22,16 +23,21 @@ void check_steps(const Options& first, const Options& second) {
                               {{all.begin() + 5, all.end()}, second}};
   };
   Optimizer by_cpu(groups(expected.parameters()));
-  for (int step = 0; step < 3; ++step) by_cpu.step();
+  const auto take_steps = [](auto& optimizer, const auto& device) {
+    optimizer.step(device);
+    optimizer.step(device, {0.3f, 0.7f});
+    optimizer.step(device);
+  };
+  take_steps(by_cpu, Eigen::DefaultDevice{});
   const ef::Tensor<float, 1> expected_state = ef::TensorView<const float, 1>(
       by_cpu.state().data(), static_cast<Index>(by_cpu.state().size()));
   for_each_device([&](const auto& bench) {
     const DeviceParameters model(bench, start);
     Optimizer optimizer(groups(model.parameters()), ef::memory_of(bench.device));
-    for (int step = 0; step < 3; ++step) optimizer.step(bench.device);
+    take_steps(optimizer, bench.device);
     for (std::size_t i = 0; i < kSizes.size(); ++i) {
       EXPECT_TRUE(within(model.values[i]->host(), expected.values[i], 1e-6)) << kSizes[i];
-      EXPECT_TRUE(same_bits(model.gradients[i]->host(), start.gradients[i])) << kSizes[i];
+      EXPECT_TRUE(same_bits(model.gradients[i]->host(), expected.gradients[i])) << kSizes[i];
     }
     EXPECT_TRUE(within(model.state(optimizer.state()), expected_state, 1e-6));
     optimizer.zero_grad(bench.device);

@@ -1,6 +1,9 @@
 // Laws: a group of parameters takes the steps, to the bit, of an optimizer of its own with the
-// group's options; all groups are saved and loaded together; nonsense is refused by its group.
+// group's options; all groups are saved and loaded together; nonsense is refused by its group. A
+// step that scales gradients has the bits of scaling them before.
 #include <eigenformer/optimizer.h>
+
+#include <cstring>
 
 #include "compare.h"
 #include "optimizer_support.h"
@@ -120,6 +123,39 @@ TEST(Optimizer, GroupsAreWrittenInBraces) {
         ef::AdamW({{group(matrices), {}}, {group(matrices), {}}});
       },
       {"share memory"});
+}
+
+/// A step of an optimizer that unscales and clips by itself, and one after both by hand.
+template <typename Optimizer>
+void check_factors(const typename Optimizer::Options& options) {
+  for_each_isa([&](auto isa) {
+    for (Index size : {1, 9, 100})
+      for (const ef::problem::GradientFactors by : {ef::problem::GradientFactors{0.3f, 0.7f},
+                                                    {0x1p-16f, 1.0f},
+                                                    {1.0f, 0.1f},
+                                                    {-0x1p100f, 1e38f},
+                                                    {1.0f, 1.0f}}) {
+        Model fused({size, size + 7}), by_hand({size, size + 7});
+        Optimizer a(fused.parameters(), options), b(by_hand.parameters(), options);
+        for (int step = 0; step < 2; ++step) {
+          a.step(on(isa), by);
+          ef::scale_gradients(on(isa), by_hand.parameters(), by.scale);
+          ef::scale_gradients(on(isa), by_hand.parameters(), by.clip);
+          b.step(on(isa));
+        }
+        for (std::size_t i = 0; i < 2; ++i) {
+          ASSERT_TRUE(same_bits(fused.values[i], by_hand.values[i])) << isa.name << size;
+          ASSERT_TRUE(same_bits(fused.gradients[i], by_hand.gradients[i])) << isa.name << size;
+        }
+        ASSERT_EQ(std::memcmp(a.state().data(), b.state().data(), a.state().size_bytes()), 0);
+      }
+  });
+}
+
+TEST(Gradients, AStepThatScalesThemHasTheBitsOfScalingByHand) {
+  check_factors<ef::AdamW>({.learning_rate = 0.1});
+  check_factors<ef::Sgd>({.learning_rate = 0.1, .weight_decay = 0.01});
+  check_factors<ef::Sgd>({.learning_rate = 0.1, .momentum = 0.9, .nesterov = true});
 }
 
 }  // namespace

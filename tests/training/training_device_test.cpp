@@ -193,6 +193,7 @@ TEST(TrainingOnDevice, ClipsAndReports) {
       for (Index j = 0; j < before[i].size(); ++j)
         moved += std::pow(static_cast<double>(after[i](j)) - static_cast<double>(before[i](j)), 2);
     EXPECT_NEAR(std::sqrt(moved), 0.25, 1e-4);
+    EXPECT_NEAR(ef::gradient_norm(bench.device, model.parameters()), 0.25, 1e-6);
   });
 }
 

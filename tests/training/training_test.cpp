@@ -392,6 +392,58 @@ TEST(Accumulation, ClipsAndReports) {
   EXPECT_NEAR(ef::gradient_norm(model.parameters()), 1e-2, 1e-7);  // those the last step used
 }
 
+/// An optimizer of another type, for which gradients are unscaled and clipped in memory.
+struct OtherAdamW {
+  ef::AdamW inner;
+  const std::vector<ef::Parameter>& parameters() const { return inner.parameters(); }
+  void zero_grad() { inner.zero_grad(); }
+  void step() { inner.step(); }
+};
+
+TEST(Accumulation, TheOptimizersPassHasTheBitsOfUnscalingAndClippingInMemory) {
+  struct Case {
+    Index count;  // of targets
+    double scale, limit, loss_gradient;
+  };
+  const Case cases[] = {{3, 1024, 0, 1},
+                        {7, 3, 0, 1},
+                        {7, 3, 0.01, 1},
+                        {7, 3, 1e6, 1},               // not clipped
+                        {1000000, 0x1p120, 1e-8, 1},  // the first factor is below float's range
+                        {7, 8, 1e-10, 1e30}};         // the second is
+  const std::vector<TinyBatch> batches(2, tiny_batch(3, kFeatures, kClasses, 1));
+  for (const Case& c : cases)
+    for (bool scaled : {false, true}) {
+      const auto loss = [&](ef::Tensor<float, 2>& logits, const auto&, double scale) {
+        for (Index i = 0; i < logits.size(); ++i)
+          logits.data()[i] = static_cast<float>(c.loss_gradient * scale * (i % 7 - 2.5));
+        return ef::LossResult{1, c.count};
+      };
+      const auto train = [&](auto& model, auto& optimizer) {
+        ef::GradScaler scaler({.init_scale = c.scale, .max_scale = 0x1p120});
+        double norm = 0;
+        const ef::TrainOptions options{.max_gradient_norm = c.limit,
+                                       .on_step = [&](const ef::StepReport& report) {
+                                         EXPECT_TRUE(report.stepped);
+                                         norm = report.gradient_norm;
+                                       }};
+        if (scaled)
+          ef::train_step_with_grad_accumulation(model, optimizer, batches, 1, options, loss,
+                                                scaler);
+        else
+          ef::train_step_with_grad_accumulation(model, optimizer, batches, 1, options, loss);
+        return norm;
+      };
+      auto model = new_model(), expected = new_model();
+      ef::AdamW optimizer(model.parameters());
+      OtherAdamW other{ef::AdamW(expected.parameters())};
+      EXPECT_EQ(train(model, optimizer), train(expected, other));
+      EXPECT_TRUE(same_bits(model.weights(), expected.weights())) << c.count << scaled;
+      EXPECT_TRUE(same_bits(model.gradient(), expected.gradient())) << c.count << scaled;
+      EXPECT_TRUE(std::ranges::equal(optimizer.state(), other.inner.state()));
+    }
+}
+
 TEST(Accumulation, ClippingSkipsWhatIsNotFinite) {
   std::vector<TinyBatch> batches{tiny_batch(2, kFeatures, kClasses, 1)};
   batches[0].inputs(0, 0) = std::numeric_limits<float>::quiet_NaN();

@@ -5,6 +5,8 @@
 /// step moves 28 bytes and about 12 operations per element: memory sets its speed.
 #pragma once
 
+#include <algorithm>
+
 #include "../problem/optimizer.h"
 #include "backend.h"
 #include "vector/copy.h"
@@ -22,8 +24,19 @@ void for_each_piece(const Backend& on, const problem::ParameterPiece* pieces, In
                });
 }
 
+/// The gradient that a step uses.
+template <typename V, typename Part>
+EIGENFORMER_INLINE V scaled_gradient(float* gradient, problem::GradientFactors by, Part part) {
+  V g = load<V>(gradient, part);
+  if (by.none()) return g;
+  g = g * V::set1(by.scale) * V::set1(by.clip);
+  store(g, gradient, part);
+  return g;
+}
+
 template <typename Isa>
-void adamw_piece(const problem::ParameterPiece& piece, const problem::AdamWFactors& f) {
+void adamw_piece(const problem::ParameterPiece& piece, const problem::AdamWFactors& f,
+                 const problem::GradientFactors& by) {
   using V = simd::Vec<float, Isa>;
   const V minus_decay = V::set1(-f.decay), beta1 = V::set1(f.beta1), beta2 = V::set1(f.beta2),
           epsilon = V::set1(f.epsilon);
@@ -31,7 +44,7 @@ void adamw_piece(const problem::ParameterPiece& piece, const problem::AdamWFacto
           one_minus_beta2 = V::set1(f.one_minus_beta2);
   const V minus_step = V::set1(-f.step_size), inverse_root_bias = V::set1(f.inverse_root_bias);
   for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
-    const V g = load<V>(piece.gradient + i, part);
+    const V g = scaled_gradient<V>(piece.gradient + i, by, part);
     const V m = fma(beta1, load<V>(piece.first_moment + i, part), one_minus_beta1 * g);
     const V v = fma(beta2, load<V>(piece.second_moment + i, part), one_minus_beta2 * g * g);
     const V direction = m / fma(sqrt(v), inverse_root_bias, epsilon);
@@ -43,13 +56,14 @@ void adamw_piece(const problem::ParameterPiece& piece, const problem::AdamWFacto
 }
 
 template <typename Isa>
-void sgd_piece(const problem::ParameterPiece& piece, const problem::SgdFactors& f) {
+void sgd_piece(const problem::ParameterPiece& piece, const problem::SgdFactors& f,
+               const problem::GradientFactors& by) {
   using V = simd::Vec<float, Isa>;
   const V minus_rate = V::set1(-f.learning_rate), momentum = V::set1(f.momentum),
           decay = V::set1(f.weight_decay);
   for_each_vector<V>(0, piece.size, [&](Index i, auto part) {
     const V value = load<V>(piece.value + i, part);
-    V direction = fma(decay, value, load<V>(piece.gradient + i, part));
+    V direction = fma(decay, value, scaled_gradient<V>(piece.gradient + i, by, part));
     if (piece.first_moment != nullptr) {
       const V velocity = fma(momentum, load<V>(piece.first_moment + i, part), direction);
       store(velocity, piece.first_moment + i, part);
@@ -62,14 +76,14 @@ void sgd_piece(const problem::ParameterPiece& piece, const problem::SgdFactors& 
 template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::Optimizer<problem::AdamWFactors>& p) {
   for_each_piece(on, p.pieces, p.count, [&](Index, const problem::ParameterPiece& piece) {
-    adamw_piece<Isa>(piece, p.factors);
+    adamw_piece<Isa>(piece, p.factors, p.gradient);
   });
 }
 
 template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::Optimizer<problem::SgdFactors>& p) {
   for_each_piece(on, p.pieces, p.count, [&](Index, const problem::ParameterPiece& piece) {
-    sgd_piece<Isa>(piece, p.factors);
+    sgd_piece<Isa>(piece, p.factors, p.gradient);
   });
 }
 
@@ -81,47 +95,40 @@ void execute(const Backend<D, Isa>& on, const problem::ZeroGradients& p) {
   });
 }
 
-template <typename D, typename Isa>
-void execute(const Backend<D, Isa>& on, const problem::GradientSquares& p) {
+/// Products are made block by block, short enough for the loads of the next to begin meanwhile, and
+/// whole rounds of four vectors, so that sums have the order of the piece. They are rounded as
+/// floats in memory: GCC 12 takes a vector of doubles to float and back without the rounding.
+template <typename Isa>
+double scale_and_square(const problem::ParameterPiece& piece, const problem::ScaleGradients& p) {
+  using F = simd::Vec<float, Isa>;
   using V = simd::Vec<double, Isa>;
-  for_each_piece(on, p.pieces, p.count,
-                 [sums = p.sums](Index index, const problem::ParameterPiece& piece) {
-                   V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
-                   for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
-                     const V g = load<V>(piece.gradient + i, part);
-                     squares[k] = fma(g, g, squares[k]);
-                   });
-                   sums[index] = reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
-                 });
-}
-
-template <bool Scale, typename D, typename Isa>
-void scale_gradients(const Backend<D, Isa>& on, const problem::ScaleGradients& p) {
-  using V = simd::Vec<float, Isa>;
-  for_each_piece(
-      on, p.pieces, p.count,
-      [factor = p.factor, finite = p.finite](Index index, const problem::ParameterPiece& piece) {
-        const V factors = V::set1(factor), zero = V::zero();
-        // 0 * x is NaN where x is not finite, and NaN stays.
-        V poison[4] = {zero, zero, zero, zero};
-        for_each_vector_interleaved<V, 4>(piece.size, [&](Index i, auto part, int k) {
-          V g = load<V>(piece.gradient + i, part);
-          if constexpr (Scale) {
-            g = g * factors;
-            store(g, piece.gradient + i, part);
-          }
-          poison[k] = fma(g, zero, poison[k]);
-        });
-        finite[index] = reduce_add((poison[0] + poison[1]) + (poison[2] + poison[3])) == 0.0f;
+  constexpr Index kBlock = 128;
+  float products[kBlock];
+  const F factor = F::set1(p.factor);
+  const bool scales = p.factor != 1, write = p.write;
+  const Index block = scales ? kBlock : piece.size;
+  V squares[4] = {V::zero(), V::zero(), V::zero(), V::zero()};
+  for (Index at = 0; at < piece.size; at += block) {
+    const Index size = (std::min)(block, piece.size - at);
+    float* const gradient = piece.gradient + at;
+    float* const scaled = scales && !write ? products : gradient;
+    if (scales)
+      for_each_vector<F>(0, size, [&](Index i, auto part) {
+        store(load<F>(gradient + i, part) * factor, scaled + i, part);
       });
+    for_each_vector_interleaved<V, 4>(size, [&](Index i, auto part, int k) {
+      const V g = load<V>(scaled + i, part);
+      squares[k] = fma(g, g, squares[k]);
+    });
+  }
+  return reduce_add((squares[0] + squares[1]) + (squares[2] + squares[3]));
 }
 
 template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::ScaleGradients& p) {
-  if (p.factor == 1)
-    scale_gradients<false>(on, p);
-  else
-    scale_gradients<true>(on, p);
+  for_each_piece(on, p.pieces, p.count, [&p](Index index, const problem::ParameterPiece& piece) {
+    p.sums[index] = scale_and_square<Isa>(piece, p);
+  });
 }
 
 }  // namespace cpu

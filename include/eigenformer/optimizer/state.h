@@ -162,13 +162,13 @@ class OptimizerState {
 
   /// The next step of every group, one pass over memory each.
   template <Device D>
-  void step(const D& device) {
+  void step(const D& device, const problem::GradientFactors& gradient = {}) {
     require_memory(Rule::name, "the state", block_.memory(), memory_of(device));
     ++steps;
     for (const Group& group : groups_) {
       const auto factors = Rule::factors(group.options, steps);
       detail::run(device, problem::Optimizer<std::remove_cv_t<decltype(factors)>>{
-                              pieces_.data() + group.first_piece, group.pieces, factors});
+                              pieces_.data() + group.first_piece, group.pieces, factors, gradient});
     }
   }
   template <Device D>

@@ -36,11 +36,19 @@ struct SgdFactors {
   bool nesterov;
 };
 
+/// What a step multiplies each gradient by before it uses it: first the one, then the other, with
+/// a rounding each. Unless both are 1 the products replace the gradients.
+struct GradientFactors {
+  float scale = 1, clip = 1;
+  EIGENFORMER_HOST_DEVICE bool none() const { return scale == 1 && clip == 1; }
+};
+
 template <typename Factors>
 struct Optimizer {
   const ParameterPiece* pieces;
   Index count;
   Factors factors;
+  GradientFactors gradient;
 };
 
 struct ZeroGradients {
@@ -48,20 +56,15 @@ struct ZeroGradients {
   Index count;
 };
 
-/// sums[i] = the sum of squares of piece i's gradient; host memory, as the pieces.
-struct GradientSquares {
-  const ParameterPiece* pieces;
-  Index count;
-  double* sums;
-};
-
-/// Multiplies the gradients by factor, or only looks at them where it is 1. finite[i]: whether
-/// piece i holds no infinity and no NaN afterwards.
+/// sums[i] = the sum of squares of piece i's gradients times factor, each product rounded to float:
+/// infinite or NaN exactly where one of them is, for squares of floats are far within double.
+/// `write` replaces the gradients by the products. The sums are host memory, as the pieces.
 struct ScaleGradients {
   const ParameterPiece* pieces;
   Index count;
   float factor;
-  bool* finite;
+  bool write;
+  double* sums;
 };
 
 }  // namespace problem
