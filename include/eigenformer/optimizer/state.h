@@ -1,11 +1,13 @@
 /// \file
 /// What optimizers have in common: parameters and their groups, the pieces that kernels work on,
-/// the moments. How they are used is in optimizer.h.
+/// norm and scaling of their gradients, the moments. How they are used is in optimizer.h.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string_view>
 #include <type_traits>
@@ -97,6 +99,42 @@ inline std::span<const problem::ParameterPiece> pieces_of(std::span<const Parame
   for (const Parameter& parameter : parameters)
     next = cut_into_pieces(parameter, nullptr, nullptr, next);
   return {pieces, static_cast<std::size_t>(count)};
+}
+
+/// Such a factor is multiplied by in two, or few of its bits are left.
+inline bool below_float(double factor) {
+  return factor != 0 && std::abs(factor) < static_cast<double>((std::numeric_limits<float>::min)());
+}
+
+inline void require_factor(std::string_view operation, std::string_view name, double factor) {
+  require_that(std::abs(factor) <= static_cast<double>((std::numeric_limits<float>::max)()),
+               operation, name, " is ", factor, ", expected a finite number of float's range");
+}
+
+/// problem::ScaleGradients of the pieces, in place where `write` says so, which a factor
+/// below_float needs; 1 writes nothing.
+template <Device D>
+void scale_pieces(const D& device, std::span<const problem::ParameterPiece> pieces, double factor,
+                  bool write, double* sums) {
+  const auto scale = [&](double by) {
+    detail::run(device, problem::ScaleGradients{pieces.data(), static_cast<Index>(pieces.size()),
+                                                static_cast<float>(by), write && by != 1, sums});
+  };
+  constexpr double kSmallest = (std::numeric_limits<float>::min)();
+  const bool in_two = below_float(factor);
+  scale(in_two ? factor / kSmallest : factor);
+  if (in_two) scale(kSmallest);
+}
+
+/// The norm of all gradients times the factor; NaN or infinite where one of these is.
+template <Device D>
+double scaled_norm(const D& device, std::span<const Parameter> parameters, double factor,
+                   bool write, Workspace& workspace = thread_workspace()) {
+  Workspace::Frame frame(workspace);
+  const auto pieces = pieces_of(parameters, frame);
+  auto* const sums = frame.take<double>(static_cast<Index>(pieces.size()));
+  scale_pieces(device, pieces, factor, write, sums);
+  return std::sqrt(std::accumulate(sums, sums + pieces.size(), 0.0));
 }
 
 /// Rates end at 1e18, so that products and quotients of them are floats.
