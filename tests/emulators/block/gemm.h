@@ -15,7 +15,7 @@ bool gemm(const ef::cuda::Backend<Device>& on, const char*, const ef::cuda::Gemm
           const T* a, const T* b, std::byte* workspace) {
   using Wide = std::conditional_t<sizeof(T) == 1, std::int64_t, double>;
   ++on.device.stream().products;
-  on.device.stream().submit([=] {
+  on.device.stream().submit({[=] {
     const DeviceMemory::Opened opened;
     std::memset(workspace, 0xff, static_cast<std::size_t>(ef::cuda::kGemmWorkspace));
     for (Index row = 0; row < s.rows; ++row)
@@ -28,7 +28,7 @@ bool gemm(const ef::cuda::Backend<Device>& on, const char*, const ef::cuda::Gemm
                      b[s.b_by_depth ? k * s.b_stride + column : column * s.b_stride + k]);
         result = static_cast<R>(sum);
       }
-  });
+  }});
   return true;
 }
 
