@@ -40,7 +40,7 @@ struct SgdFactors {
 /// a rounding each. Unless both are 1 the products replace the gradients.
 struct GradientFactors {
   float scale = 1, clip = 1;
-  EIGENFORMER_HOST_DEVICE bool none() const { return scale == 1 && clip == 1; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool none() const { return scale == 1 && clip == 1; }
 };
 
 template <typename Factors>
