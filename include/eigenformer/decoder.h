@@ -27,8 +27,8 @@
 /// whole or in chunks or decoded token by token, on any number of threads and ranks (INT8 included:
 /// activations are quantized by token).
 ///
-/// Throws std::invalid_argument for an impossible shape, an id outside the vocabulary, sizes that do
-/// not fit and memory that is another device's, std::length_error where pages run out,
+/// Throws std::invalid_argument for an impossible shape, an id outside the vocabulary, sizes that
+/// do not fit and memory that is another device's, std::length_error where pages run out,
 /// std::logic_error for training without master weights; a refused step leaves the cache as it was.
 ///
 /// On a GPU ids and plans are host memory, as on a CPU. Packed weights and activations lie in the

@@ -48,9 +48,9 @@
 /// Gradients, from grad_y (tokens, out): the input's is overwritten; those of the parameters are
 /// added to, each element one chain over tokens that starts from what the gradient holds, so that
 /// micro-batches in turn give the bits of one big batch (of bfloat16 pairs, on a GPU of half too:
-/// where all micro-batches but the last are whole links, 2 tokens, 32, or 16 on a GPU). Products are
-/// IEEE arithmetic, 0 * NaN is NaN: a row of x that holds NaN or infinity makes grad_weight NaN also
-/// where its row of grad_y is all zero. Set such rows of x (padding) to zero first.
+/// where all micro-batches but the last are whole links, 2 tokens, 32, or 16 on a GPU). Products
+/// are IEEE arithmetic, 0 * NaN is NaN: a row of x that holds NaN or infinity makes grad_weight NaN
+/// also where its row of grad_y is all zero. Set such rows of x (padding) to zero first.
 #pragma once
 
 #include <array>

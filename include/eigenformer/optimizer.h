@@ -7,8 +7,9 @@
 ///   m = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
 ///   w = w - learning_rate ((m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon) + weight_decay w)
 ///
-/// The weight is rounded once per step, so that a decay far below its last digit (learning_rate 2e-6,
-/// weight_decay 0.01) arrives in the long run: the update, which is larger and varies, carries it.
+/// The weight is rounded once per step, so that a decay far below its last digit (learning_rate
+/// 2e-6, weight_decay 0.01) arrives in the long run: the update, which is larger and varies,
+/// carries it.
 ///
 /// SGD with momentum (Sutskever et al., "On the importance of initialization and momentum in deep
 /// learning", 2013), with the update of torch.optim.SGD, decay coupled to the gradient:
@@ -193,7 +194,8 @@ class Optimizer {
 }  // namespace detail
 
 /// ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f, .weight_decay = 0.01f});
-/// ef::AdamW optimizer({{matrices, {.weight_decay = 0.1}}, {norms, {.weight_decay = 0}}});   // groups
+/// ef::AdamW optimizer({{matrices, {.weight_decay = 0.1}}, {norms, {.weight_decay = 0}}});   //
+/// groups
 using AdamW = detail::Optimizer<detail::AdamWRule>;
 
 /// ef::Sgd optimizer(model.parameters(), {.learning_rate = 0.1f, .momentum = 0.9f});

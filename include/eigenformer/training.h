@@ -33,8 +33,8 @@
 /// On a GPU the host waits for the device at each loss, and at each verdict and norm.
 ///
 /// Cost beyond the model: the loss (in place over the logits), one pass over the gradients to zero
-/// them, one that reads them with a scaler or clipping, and the optimizer's, which writes them where
-/// it changes them.
+/// them, one that reads them with a scaler or clipping, and the optimizer's, which writes them
+/// where it changes them.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 // Every form with a destination, and all that owns memory, takes a GpuDevice: nothing but the
-// kernels decides what runs on a GPU. A kernel for whatever problem stands in for those that are not
-// written; this compiles and is never run.
+// kernels decides what runs on a GPU. A kernel for whatever problem stands in for those that are
+// not written; this compiles and is never run.
 #include <eigenformer/core/dispatch.h>
 
 namespace eigenformer {

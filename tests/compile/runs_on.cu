@@ -1,8 +1,8 @@
 // Which operators have CUDA kernels, asked of the compiler. `runs_on causal_mask=yes kv_cache= ...`
-// takes what cmake/operators.cmake declares and fails where the compiler knows otherwise: CMake calls
-// it as soon as it is built. No GPU is needed. Every problem that has a CPU kernel stands here
-// (tests/compile/runs_on.sh looks), with the word that cmake/operators.cmake and the README have for
-// it. An operator all of whose problems run is "yes".
+// takes what cmake/operators.cmake declares and fails where the compiler knows otherwise: CMake
+// calls it as soon as it is built. No GPU is needed. Every problem that has a CPU kernel stands
+// here (tests/compile/runs_on.sh looks), with the word that cmake/operators.cmake and the README
+// have for it. An operator all of whose problems run is "yes".
 #include <eigenformer/core/dispatch.h>
 #include <eigenformer/problem/activation.h>
 #include <eigenformer/problem/attention.h>

@@ -1,5 +1,5 @@
-// Weights packed on a GPU, emulated or not: rows one below the other, filled up with zeros, with the
-// values and scales that the CPU's quantization gives.
+// Weights packed on a GPU, emulated or not: rows one below the other, filled up with zeros, with
+// the values and scales that the CPU's quantization gives.
 #include <eigenformer/linear.h>
 #include <eigenformer/quantization.h>
 

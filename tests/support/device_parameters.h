@@ -12,8 +12,8 @@
 
 namespace eigenformer_test {
 
-/// Parameters in the memory of a bench's device, from the vectors `values` and `gradients` of a model
-/// on the host.
+/// Parameters in the memory of a bench's device, from the vectors `values` and `gradients` of a
+/// model on the host.
 template <typename B>
 struct DeviceParameters {
   template <typename Model>

@@ -25,16 +25,17 @@
 #endif
 
 /// Before a loop over the lanes of a vector: without it g++ 12 keeps vectors in memory at -O2,
-/// where a dot product of 128 doubles then took 831 ns, and 35 with it (Zen 3). nvcc, which warns of
-/// it, compiles no work for the CPU.
+/// where a dot product of 128 doubles then took 831 ns, and 35 with it (Zen 3). nvcc, which warns
+/// of it, compiles no work for the CPU.
 #if (defined(__GNUC__) || defined(__clang__)) && !defined(__CUDACC__)
 #define EIGENFORMER_UNROLL _Pragma("GCC unroll 16")
 #else
 #define EIGENFORMER_UNROLL
 #endif
 
-/// EIGENFORMER_CUDA_UNIT is defined where nvcc compiles. EIGENFORMER_UNROLL_ALL stands before a loop
-/// of a kernel over an array of one thread: only where every index is known is it in registers.
+/// EIGENFORMER_CUDA_UNIT is defined where nvcc compiles. EIGENFORMER_UNROLL_ALL stands before a
+/// loop of a kernel over an array of one thread: only where every index is known is it in
+/// registers.
 #if defined(__CUDACC__)
 #define EIGENFORMER_CUDA_UNIT 1
 #define EIGENFORMER_UNROLL_ALL _Pragma("unroll")

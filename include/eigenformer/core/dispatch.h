@@ -10,9 +10,9 @@
 /// One rule of memory: tensors are memory of the backend; everything else in a problem (lengths,
 /// offsets, positions, tables of pointers, slopes, parameters, generators) is host memory, and a
 /// backend that cannot read it stages it. What may be either says so beside its member. An owning
-/// ef::Tensor is host memory: forms that make or resize one take a CpuDevice, or say what they do on
-/// a GPU (training steps, the decoder). All others take any Device, and whether the backend has a
-/// kernel decides.
+/// ef::Tensor is host memory: forms that make or resize one take a CpuDevice, or say what they do
+/// on a GPU (training steps, the decoder). All others take any Device, and whether the backend has
+/// a kernel decides.
 ///
 /// A CUDA kernel for one more operator is one file and one line in cuda/kernels.cuh.
 #pragma once

@@ -1,7 +1,8 @@
 /// \file
-/// The weight of a token in sampling, the same bits on a GPU and on a CPU with a fused multiply-add:
-/// so both draw the same token from the same random number. On a CPU without one the last bits may
-/// differ, a token only where its sum of weights comes that near to the random number.
+/// The weight of a token in sampling, the same bits on a GPU and on a CPU with a fused
+/// multiply-add: so both draw the same token from the same random number. On a CPU without one the
+/// last bits may differ, a token only where its sum of weights comes that near to the random
+/// number.
 #pragma once
 
 #include <bit>

@@ -2,9 +2,9 @@
 /// CUDA kernels of RMSNorm and LayerNorm: one block per row, two coalesced passes and three (all
 /// but the first out of L1 or L2) with 16 bytes per thread, sums in a fixed tree; rows past the
 /// range of their squares as in cpu/vector/row_unit.h, mean and variance of LayerNorm as in
-/// cpu/normalization/layer_norm.h. Some 4 and 8 flops per element against a read and a write (two of
-/// each with the residual sum): memory is the limit, of which 80% and more is expected for 1024 rows
-/// on.
+/// cpu/normalization/layer_norm.h. Some 4 and 8 flops per element against a read and a write (two
+/// of each with the residual sum): memory is the limit, of which 80% and more is expected for 1024
+/// rows on.
 #pragma once
 
 #include <cmath>

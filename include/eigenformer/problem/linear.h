@@ -86,8 +86,8 @@ struct LinearBackwardBias {
 
 /// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 weights
 /// are quantized with a scale for each `packed.group` inputs (0: for each row). The kernel returns
-/// the first matrix that holds a number that is not quantizable, before it writes, or -1; a GPU does
-/// not wait to know, see linear/pack.h.
+/// the first matrix that holds a number that is not quantizable, before it writes, or -1; a GPU
+/// does not wait to know, see linear/pack.h.
 template <typename T, typename W, int Matrices>
 struct PackWeight {
   static constexpr bool kUsesTiles = true;

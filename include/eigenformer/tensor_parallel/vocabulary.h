@@ -225,8 +225,8 @@ void vocabulary_parallel_greedy_into(const D& device, Ids&& ids, const Hidden& h
 /// lowest index first): the tokens that top_k_sample draws from linear(hidden, weight), the same on
 /// every rank: every rank passes an rng in the same state, which moves on by one position. The draw
 /// of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps all.
-/// Sends 16 bytes for each of at most k candidates per row and rank. Throws std::invalid_argument for
-/// k < 1, a temperature that is negative or not finite, and rows as vocabulary_parallel_greedy
+/// Sends 16 bytes for each of at most k candidates per row and rank. Throws std::invalid_argument
+/// for k < 1, a temperature that is negative or not finite, and rows as vocabulary_parallel_greedy
 /// does; rng then stays where it is.
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
 Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden,

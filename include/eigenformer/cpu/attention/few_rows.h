@@ -1,9 +1,9 @@
 /// \file
-/// Attention of a few rows (a decode step, a group of heads, drafts): keys and values are read where
-/// they lie, each once, converted and transposed in registers. Packing pays where many rows share
-/// it; here it would take longer than memory takes to bring the bytes. Each score is the chain of
-/// AttentionTile::dot_panel over the elements of a key, each sum that of add_products over the keys:
-/// a row has the same bits in few rows and in many.
+/// Attention of a few rows (a decode step, a group of heads, drafts): keys and values are read
+/// where they lie, each once, converted and transposed in registers. Packing pays where many rows
+/// share it; here it would take longer than memory takes to bring the bytes. Each score is the
+/// chain of AttentionTile::dot_panel over the elements of a key, each sum that of add_products over
+/// the keys: a row has the same bits in few rows and in many.
 #pragma once
 
 #include <algorithm>
@@ -180,8 +180,9 @@ struct FewRows {
   }
 
  private:
-  /// sum[v][r] += queries[r] . keys over n elements from d on; n is N where N is not 0. The keys pass
-  /// through a corner of L1: two vectors of them and R sums each are more than there are registers.
+  /// sum[v][r] += queries[r] . keys over n elements from d on; n is N where N is not 0. The keys
+  /// pass through a corner of L1: two vectors of them and R sums each are more than there are
+  /// registers.
   template <int R, int Vectors, int N, typename TKV>
   static EIGENFORMER_INLINE void add_dots(const C* queries, Index stride, const TKV* const* keys,
                                           Index d, const float* scales, int n,

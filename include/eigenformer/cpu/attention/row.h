@@ -37,8 +37,8 @@ struct KeyEnds {
   Index first, last;
 };
 
-/// How many workers a request is worth, at kPackCycles per multiply-add (the second was worth it from
-/// 65536 on in all, in a ParallelRegion too).
+/// How many workers a request is worth, at kPackCycles per multiply-add (the second was worth it
+/// from 65536 on in all, in a ParallelRegion too).
 template <typename Backend, typename Problem>
 Index attention_workers(const Backend& on, const Problem& p, Index tasks) {
   double work = 0;

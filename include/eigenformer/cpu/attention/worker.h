@@ -140,8 +140,8 @@ class AttentionWorker {
 
   Index head(Index r) const { return kv_head_ * group_ + r % group_; }
 
-  /// A sink is a key with weight exp(sink - maximum) and no value, in the fold of the first key that
-  /// the row sees: so a row's order of sums is its own.
+  /// A sink is a key with weight exp(sink - maximum) and no value, in the fold of the first key
+  /// that the row sees: so a row's order of sums is its own.
   void start_fold(Index fold) {
     const AttentionState<C>& now = s_.now;
     for (Index r = 0; r < rows_; ++r) {
