@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "../backend.h"
-#include "few_rows.h"
+#include "products.h"
 #include "row.h"
 #include "scratch.h"
 #include "tile.h"
@@ -40,7 +40,8 @@ class AttentionWorker {
       : p_(problem),
         s_(scratch),
         group_(problem.group()),
-        width_(Tile::padded(problem.value_dim)) {}
+        width_(Tile::padded(problem.value_dim)),
+        products_(problem, scratch) {}
 
   /// All keys.
   void run(const AttentionTask& task) {
@@ -128,12 +129,11 @@ class AttentionWorker {
     first_ = task.first;
     queries_ = queries_of(task);
     rows_ = queries_ * group_;
-    here_.begin = next_.begin = -1;
     first_position_ = sequence_->first_position + first_;
+    products_.begin(*sequence_, kv_head_, rows_);
     for (Index r = 0; r < rows_; ++r) {
       const Index row = sequence_->query_begin + first_ + r / group_;
-      Tile::load_row(p_.queries + (row * p_.heads + head(r)) * p_.head_dim, p_.scale, p_.head_dim,
-                     p_.head_dim, s_.queries + r * p_.head_dim);
+      products_.load_query(r, p_.queries + (row * p_.heads + head(r)) * p_.head_dim);
     }
     return rows_ > 0;
   }
@@ -163,10 +163,9 @@ class AttentionWorker {
 
   void add(Index block) {
     find_ranges(*sequence_, block);
-    if (rows_ <= kAttentionFewRows)
-      add_block_in_place(*sequence_, kv_head_, block);
-    else
-      add_block(*sequence_, kv_head_, block);
+    products_.score(block);
+    softmax_rows(kv_head_, block);
+    products_.add_values(block);
   }
 
   void merge(const AttentionState<C>& later, bool again) {
@@ -177,42 +176,6 @@ class AttentionWorker {
   template <typename F>
   void for_each_block(const problem::AttentionSequence& sequence, Index queries, F&& f) const {
     for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
-  }
-
-  KeyBlock<TKV> block_at(const problem::AttentionSequence& sequence, Index kv_head,
-                         Index begin) const {
-    return {p_.source, sequence.key_sequence, kv_head, sequence.key_begin + begin,
-            static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin))};
-  }
-
-  /// Keys transposed and values, as C.
-  void load_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
-    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
-    const int count = block.count;
-    // The next block is asked for while this one is worked on: a decode step has little work per
-    // byte.
-    const int next = static_cast<int>(std::clamp<Index>(
-        sequence.key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
-    Tile::pack_transposed(
-        count, p_.head_dim, s_.keys,
-        [&](int j) {
-          if (j < next)
-            Tile::prefetch_row(block.key(j + kAttentionKeyBlock),
-                               p_.head_dim * static_cast<Index>(sizeof(TKV)));
-          return block.key(j);
-        },
-        [&](int j) { return static_cast<C>(block.key_scale(j)); });
-    load_values(block, next);
-  }
-
-  void load_values(const KeyBlock<TKV>& block, int next) {
-    for (int j = 0; j < block.count; ++j) {
-      if (j < next)
-        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
-                           p_.value_dim * static_cast<Index>(sizeof(TKV)));
-      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), p_.value_dim, width_,
-                     s_.values + j * width_);
-    }
   }
 
   void find_ranges(const problem::AttentionSequence& sequence, Index block_begin) {
@@ -226,65 +189,10 @@ class AttentionWorker {
       softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
   }
 
-  /// The same without packing, where rows are few.
-  void add_block_in_place(const problem::AttentionSequence& sequence, Index kv_head,
-                          Index block_begin) {
-    using Few = FewRows<C, Isa>;
-    const KeyBlock<TKV> block = block_at(sequence, kv_head, block_begin);
-    if (here_.begin != block.begin) {
-      if (next_.begin == block.begin)
-        std::swap(here_, next_);
-      else
-        find_rows(block, here_);
-    }
-    next_.begin = -1;
-    if (block_begin + kAttentionKeyBlock < sequence.key_length)
-      find_rows(block_at(sequence, kv_head, block_begin + kAttentionKeyBlock), next_);
-    const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
-    Few::with_rows(rows_, [&](auto tile) {
-      Few::template score<decltype(tile)::value>(s_.queries, p_.head_dim, here_, seen, s_.scores);
-    });
-    softmax_rows(kv_head, block_begin);
-    if (!Tile::one_piece(s_.ranges, rows_)) {
-      load_values(block, 0);
-      return add_values();
-    }
-    Few::with_rows(rows_, [&](auto tile) {
-      Few::template add_values<decltype(tile)::value>(
-          s_.scores, here_, seen, s_.factors, p_.value_dim, width_, s_.now.sums, s_.block_sums,
-          next_.begin >= 0 ? &next_ : nullptr);
-    });
-  }
-
-  void add_block(const problem::AttentionSequence& sequence, Index kv_head, Index block_begin) {
-    load_block(sequence, kv_head, block_begin);
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
-    softmax_rows(kv_head, block_begin);
-    add_values();
-  }
-
-  void add_values() {
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
-      Tile::template add_block<decltype(tile)::value>(
-          weights(r), s_.values, width_, s_.ranges + r, s_.factors + r, width_,
-          s_.now.sums + r * width_, width_, s_.block_sums);
-    });
-  }
-
   BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
                       Index block_begin) const {
     return block_range(p_.visibility, first_position_ + r / group_, sequence.key_length,
                        block_begin);
-  }
-
-  /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
-  template <int R>
-  void score_tile(Index r) {
-    const auto [first, last] = seen_by_tile(s_.ranges + r, R);
-    for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
-      Tile::template dot_panel<R>(s_.queries + r * p_.head_dim, p_.head_dim,
-                                  s_.keys + key * p_.head_dim, p_.head_dim,
-                                  s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
   }
 
   /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
@@ -358,7 +266,7 @@ class AttentionWorker {
   void find_bad_values(const problem::AttentionSequence& sequence, Index kv_head, Index queries) {
     std::fill_n(s_.bad_values, p_.value_dim, KeyEnds{-1, -1});
     for_each_block(sequence, queries, [&](Index begin) {
-      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
+      const KeyBlock<TKV> block = key_block(p_.source, sequence, kv_head, begin);
       for (int j = 0; j < block.count; ++j)
         for (Index d = 0; d < p_.value_dim; ++d) {
           const C value = static_cast<C>(block.value(j)[d]) * static_cast<C>(block.value_scale(j));
@@ -404,8 +312,8 @@ class AttentionWorker {
     }
     std::fill_n(s_.averages, static_cast<Index>(rows.size()) * width_, 0.0);
     for_each_block(sequence, queries, [&](Index begin) {
-      const KeyBlock<TKV> block = block_at(sequence, kv_head, begin);
-      load_values(block, 0);
+      const KeyBlock<TKV> block = key_block(p_.source, sequence, kv_head, begin);
+      products_.load_values(block);
       for (std::size_t i = 0; i < rows.size(); ++i) {
         const Index r = rows[i], head = kv_head * group_ + r % group_;
         s_.ranges[r] = range_of(sequence, r, begin);
@@ -490,7 +398,7 @@ class AttentionWorker {
   const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0, first_ = 0, queries_ = 0;  // of the task
   Index rows_ = 0, first_position_ = 0;
-  BlockRows<TKV> here_, next_;  // of few rows
+  AttentionProducts<Isa, TQ, TKV> products_;
 };
 
 }  // namespace cpu

@@ -1,0 +1,166 @@
+/// \file
+/// The two products of attention's forward kernel, Q K^T and P V, of the rows of a task with one
+/// block of keys after the other. Few rows read keys and values where they lie (few_rows.h), many
+/// pack them (tile.h); a row has the same bits in both.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <utility>
+
+#include "few_rows.h"
+#include "row.h"
+#include "scratch.h"
+#include "tile.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// The block of a sequence's keys that begins at key `begin`.
+template <typename TKV>
+KeyBlock<TKV> key_block(const KvSource<TKV>& source, const problem::AttentionSequence& sequence,
+                        Index kv_head, Index begin) {
+  return {source, sequence.key_sequence, kv_head, sequence.key_begin + begin,
+          static_cast<int>(std::min<Index>(kAttentionKeyBlock, sequence.key_length - begin))};
+}
+
+/// Rows, scores, weights and sums are those of the scratch.
+template <typename Isa, typename TQ, typename TKV>
+class AttentionProducts {
+  using C = compute_type<TQ>;
+  using Tile = AttentionTile<C, Isa>;
+  using Few = FewRows<C, Isa>;
+
+ public:
+  template <typename Problem>
+  AttentionProducts(const Problem& p, const AttentionScratch<C>& scratch)
+      : source_(p.source),
+        s_(scratch),
+        scale_(p.scale),
+        head_dim_(p.head_dim),
+        value_dim_(p.value_dim),
+        width_(Tile::padded(p.value_dim)) {}
+
+  /// From here on: `rows` rows, each given by load_query, and the keys of a sequence.
+  void begin(const problem::AttentionSequence& sequence, Index kv_head, Index rows) {
+    sequence_ = &sequence;
+    kv_head_ = kv_head;
+    rows_ = rows;
+    here_.begin = next_.begin = -1;
+  }
+
+  void load_query(Index r, const TQ* query) {
+    Tile::load_row(query, scale_, head_dim_, head_dim_, s_.queries + r * head_dim_);
+  }
+
+  /// scores[r] = scale * queries[r] . keys of a block, at least of the keys in ranges[r].
+  void score(Index block_begin) {
+    if (rows_ <= kAttentionFewRows) return score_in_place(block_begin);
+    load_block(block_begin);
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+  }
+
+  /// sums[r] = factors[r] * sums[r] + weights of the same block, in scores[r], by its values, over
+  /// the keys in ranges[r].
+  void add_values(Index block_begin) {
+    if (rows_ > kAttentionFewRows) return add_loaded_values();
+    if (!Tile::one_piece(s_.ranges, rows_)) {
+      load_values(block_at(block_begin));
+      return add_loaded_values();
+    }
+    Few::with_rows(rows_, [&](auto tile) {
+      Few::template add_values<decltype(tile)::value>(
+          s_.scores, here_, seen_by_tile(s_.ranges, static_cast<int>(rows_)), s_.factors,
+          value_dim_, width_, s_.now.sums, s_.block_sums, next_.begin >= 0 ? &next_ : nullptr);
+    });
+  }
+
+  /// The values of a block as C, to the scratch. Those of the next block, `next` of them, are asked
+  /// for meanwhile.
+  void load_values(const KeyBlock<TKV>& block, int next = 0) {
+    for (int j = 0; j < block.count; ++j) {
+      if (j < next)
+        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
+                           value_dim_ * static_cast<Index>(sizeof(TKV)));
+      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), value_dim_, width_,
+                     s_.values + j * width_);
+    }
+  }
+
+ private:
+  KeyBlock<TKV> block_at(Index begin) const {
+    return key_block(source_, *sequence_, kv_head_, begin);
+  }
+
+  /// Keys transposed and values, as C.
+  void load_block(Index block_begin) {
+    const KeyBlock<TKV> block = block_at(block_begin);
+    // The next block is asked for while this one is worked on: a decode step has little work per
+    // byte.
+    const int next = static_cast<int>(std::clamp<Index>(
+        sequence_->key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
+    Tile::pack_transposed(
+        block.count, head_dim_, s_.keys,
+        [&](int j) {
+          if (j < next)
+            Tile::prefetch_row(block.key(j + kAttentionKeyBlock),
+                               head_dim_ * static_cast<Index>(sizeof(TKV)));
+          return block.key(j);
+        },
+        [&](int j) { return static_cast<C>(block.key_scale(j)); });
+    load_values(block, next);
+  }
+
+  /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
+  template <int R>
+  void score_tile(Index r) {
+    const auto [first, last] = seen_by_tile(s_.ranges + r, R);
+    for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
+      Tile::template dot_panel<R>(s_.queries + r * head_dim_, head_dim_, s_.keys + key * head_dim_,
+                                  head_dim_, s_.scores + r * kAttentionKeyBlock + key,
+                                  kAttentionKeyBlock);
+  }
+
+  void add_loaded_values() {
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+      Tile::template add_block<decltype(tile)::value>(
+          {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_,
+          s_.ranges + r, s_.factors + r, width_, s_.now.sums + r * width_, width_, s_.block_sums);
+    });
+  }
+
+  /// Finds the rows of this block, and of the next, which memory is asked for.
+  void find_block(Index block_begin) {
+    const KeyBlock<TKV> block = block_at(block_begin);
+    if (here_.begin != block.begin) {
+      if (next_.begin == block.begin)
+        std::swap(here_, next_);
+      else
+        find_rows(block, here_);
+    }
+    next_.begin = -1;
+    if (block_begin + kAttentionKeyBlock < sequence_->key_length)
+      find_rows(block_at(block_begin + kAttentionKeyBlock), next_);
+  }
+
+  void score_in_place(Index block_begin) {
+    find_block(block_begin);
+    const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
+    Few::with_rows(rows_, [&](auto tile) {
+      Few::template score<decltype(tile)::value>(s_.queries, head_dim_, here_, seen, s_.scores);
+    });
+  }
+
+  const KvSource<TKV>& source_;
+  const AttentionScratch<C>& s_;
+  C scale_;
+  Index head_dim_, value_dim_, width_;
+  const problem::AttentionSequence* sequence_ = nullptr;
+  Index kv_head_ = 0, rows_ = 0;
+  BlockRows<TKV> here_, next_;  // of few rows
+};
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
