@@ -190,7 +190,8 @@ auto variable_length_attention(const Q& query, const K& key, const V& value,
 
 /// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last
 /// positions of their sequences and their own keys are already there. options.query_lengths mixes
-/// prefill chunks and decode steps in one call. Into `output` (the shape of query).
+/// prefill chunks and decode steps in one call. Into `output` (the shape of query with the width of
+/// the values).
 template <Device D, typename Output, typename Q, typename S>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const AttentionOptions& options = {},
@@ -220,10 +221,21 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
     detail::run(device, problem, workspace);
 }
 
+namespace detail {
+
+template <int Rank, typename Q, typename S>
+auto cached_output(const Q& query, const KvSource<S>& source) {
+  auto sizes = sizes_of<Rank>(input_view<Rank>(query));
+  sizes[Rank - 1] = cached_value_dim(source, sizes[Rank - 1]);
+  return make_tensor<scalar_of<Q>, Rank>("attention_with_kv_cache", "output", sizes);
+}
+
+}  // namespace detail
+
 template <CpuDevice D, typename Q, typename S>
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
                               const AttentionOptions& options = {}) {
-  auto output = detail::tensor_like("attention_with_kv_cache", "query", input_view<4>(query));
+  auto output = detail::cached_output<4>(query, source);
   attention_with_kv_source_into(device, output, query, source, options);
   return output;
 }
@@ -231,7 +243,7 @@ auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>
 template <CpuDevice D, typename Q, typename S>
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
                               const LengthSpan& q_offsets, const AttentionOptions& options = {}) {
-  auto output = detail::tensor_like("attention_with_kv_cache", "query", input_view<3>(query));
+  auto output = detail::cached_output<3>(query, source);
   attention_with_kv_source_into(device, output, query, source, q_offsets, options);
   return output;
 }

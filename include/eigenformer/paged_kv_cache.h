@@ -57,7 +57,7 @@ class PagedKvCache {
   explicit PagedKvCache(const PagedKvConfig& config, const Memory& memory = host_memory)
       : config_(detail::checked_config(config, kName)),
         layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
-                                                kName)),
+                                                config.head_dim, kName)),
         pool_(config.page_count,
               static_cast<std::size_t>(detail::checked_product(
                   config.layers, static_cast<Index>(layout_.bytes), kName, "a page")),

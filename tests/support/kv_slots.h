@@ -15,10 +15,10 @@ namespace eigenformer_test {
 template <typename Storage>
 void poison_slot(const ef::KvSource<Storage>& source, Index b, Index h, Index j) {
   constexpr bool is_int8 = std::is_same_v<Storage, std::int8_t>;
-  for (const Storage* row : {source.key_row(b, h, j), source.value_row(b, h, j)})
-    std::fill_n(
-        const_cast<Storage*>(row), source.head_dim,
-        is_int8 ? std::numeric_limits<Storage>::min() : std::numeric_limits<Storage>::quiet_NaN());
+  const Storage poison =
+      is_int8 ? std::numeric_limits<Storage>::min() : std::numeric_limits<Storage>::quiet_NaN();
+  std::fill_n(const_cast<Storage*>(source.key_row(b, h, j)), source.head_dim, poison);
+  std::fill_n(const_cast<Storage*>(source.value_row(b, h, j)), source.value_width(), poison);
   if constexpr (is_int8)  // (kv_heads, page_size) of float in the layer's part of a page
     for (const std::size_t offset : {source.key_scale_offset, source.value_scale_offset}) {
       const std::byte* page = source.pages[source.tables[b][j / source.page_size]];

@@ -147,6 +147,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   p.source = KvSource<T>{.batch = batch,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
+                         .value_dim = value_dim,
                          .keys = k.data(),
                          .values = v.data(),
                          .sequence_stride = keys * kv_heads * head_dim,
@@ -207,6 +208,7 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
   p.source = KvSource<T>{.batch = 1,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
+                         .value_dim = value_dim,
                          .keys = k.data(),
                          .values = v.data(),
                          .row_stride = kv_heads * head_dim,
@@ -222,6 +224,12 @@ constexpr void require_cache_scalars() {
                 "eigenformer: attention takes float, double, Eigen::bfloat16 or Eigen::half");
   static_assert(!std::is_same_v<S, double> || std::is_same_v<T, double>,
                 "eigenformer: a cache of double serves queries of double");
+}
+
+/// The width of the output of queries of head_dim: that of the values, which a source need not say.
+template <typename S>
+Index cached_value_dim(const KvSource<S>& source, Index head_dim) {
+  return source.value_dim < 0 ? head_dim : source.value_dim;
 }
 
 /// Queries of `heads` heads of head_dim find their keys in `source`.
@@ -253,7 +261,8 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   require_cache_fits(name, source, head_dim, heads, options);
   check_query_lengths(name, options, batch, rows);
 
-  auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim, head_dim);
+  auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim,
+                                   cached_value_dim(source, head_dim));
   p.queries = q.data();
   p.batch = batch;
   p.lse_head_stride = rows;
@@ -281,7 +290,8 @@ auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<
                "query_lengths is given, expected none: q_offsets say how long sequences are");
   check_offsets(name, "q_offsets", q_offsets, batch, q.dimension(0));
 
-  auto p = attention_problem<scalar_of<Q>, S>(options, heads, source.kv_heads, head_dim, head_dim);
+  auto p = attention_problem<scalar_of<Q>, S>(options, heads, source.kv_heads, head_dim,
+                                              cached_value_dim(source, head_dim));
   p.queries = q.data();
   p.batch = batch;
   p.lse_head_stride = q.dimension(0);

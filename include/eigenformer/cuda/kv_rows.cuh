@@ -25,7 +25,8 @@ struct KvRows {
 
   EIGENFORMER_DEVICE T* row(bool values, Index b, Index h, Index j) const {
     const KvSource<T>& s = source;
-    if (pages != nullptr) return cell<T>(b, h, j, values ? s.value_offset : 0, s.head_dim);
+    if (pages != nullptr)
+      return cell<T>(b, h, j, values ? s.value_offset : 0, values ? s.value_width() : s.head_dim);
     const T* const found =
         values ? s.values + b * s.value_sequence_stride + j * s.value_row_stride +
                      h * s.value_head_stride

@@ -24,7 +24,8 @@ class KvLayer {
 
   KvLayer(Index batch, Index kv_heads, Index head_dim, const Memory& memory)
       : memory_(&memory),
-        layout_(kv_page_layout<Storage>(kPageSize, kv_heads, head_dim, "update_kv_cache")),
+        layout_(
+            kv_page_layout<Storage>(kPageSize, kv_heads, head_dim, head_dim, "update_kv_cache")),
         lengths_(checked_batch(batch), 0) {}
   KvLayer(KvLayer&&) noexcept = default;
   KvLayer& operator=(KvLayer&&) noexcept = default;

@@ -2,7 +2,7 @@
 /// How a page of keys and values lies in memory: what the caches write and KvSource reads. One page
 /// holds `page_size` positions of one sequence; a layer's part of it is
 ///
-///   keys (kv_heads, page_size, head_dim) | values, the same | INT8 only: key scales (kv_heads, page_size) of float | value scales
+///   keys (kv_heads, page_size, head_dim) | values (kv_heads, page_size, value_dim) | INT8 only: key scales (kv_heads, page_size) of float | value scales
 ///
 /// each part aligned to 64 bytes, so that no two parts share a cache line and vector loads of a
 /// head's rows do not split lines.
@@ -36,26 +36,30 @@ inline Index pages_for(Index length, Index page_size) {
 
 /// Offsets in bytes within one layer's part of a page, and the size of that part.
 struct KvPageLayout {
-  Index page_size = 0, kv_heads = 0, head_dim = 0;
+  Index page_size = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
   std::size_t value_offset = 0, key_scale_offset = 0, value_scale_offset = 0, bytes = 0;
 };
 
 /// Throws std::invalid_argument where a size is negative or the page overflows.
 template <typename Storage>
-KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim,
+KvPageLayout kv_page_layout(Index page_size, Index kv_heads, Index head_dim, Index value_dim,
                             std::string_view operation) {
   const auto aligned = [](Index bytes) { return (static_cast<std::size_t>(bytes) + 63) / 64 * 64; };
   const Index cells = checked_product(kv_heads, page_size, operation, "a page");
-  const Index row_bytes = checked_product(head_dim, Index{sizeof(Storage)}, operation, "a row");
-  const std::size_t rows = aligned(checked_product(cells, row_bytes, operation, "a page"));
+  const auto rows = [&](Index width) {
+    const Index row_bytes = checked_product(width, Index{sizeof(Storage)}, operation, "a row");
+    return aligned(checked_product(cells, row_bytes, operation, "a page"));
+  };
+  const std::size_t keys = rows(head_dim), values = rows(value_dim);
   const std::size_t scales =
       std::is_same_v<Storage, std::int8_t>
           ? aligned(checked_product(cells, sizeof(float), operation, "a page"))
           : 0;
   constexpr std::size_t most = static_cast<std::size_t>((std::numeric_limits<Index>::max)()) / 8;
-  require_that(rows < most && scales < most, operation, "a page of ", page_size, " positions x ",
-               kv_heads, " heads x ", head_dim, " overflows");
-  return {page_size, kv_heads, head_dim, rows, 2 * rows, 2 * rows + scales, 2 * (rows + scales)};
+  require_that(keys < most && values < most && scales < most, operation, "a page of ", page_size,
+               " positions x ", kv_heads, " heads x (", head_dim, " + ", value_dim, ") overflows");
+  const std::size_t both = keys + values;
+  return {page_size, kv_heads, head_dim, value_dim, keys, both, both + scales, both + 2 * scales};
 }
 
 /// The source that reads one layer of `batch` sequences out of such pages.
@@ -67,6 +71,7 @@ KvSource<Storage> paged_source(const KvPageLayout& layout, Index batch, const In
   source.batch = batch;
   source.kv_heads = layout.kv_heads;
   source.head_dim = layout.head_dim;
+  source.value_dim = layout.value_dim;
   source.lengths = lengths;
   source.pages = pages;
   source.tables = tables;

@@ -1,7 +1,8 @@
 /// \file
-/// Where attention finds keys and values: rows of head_dim elements, reached by (sequence, KV head,
-/// position). One struct covers dense tensors and every cache, so that attention is written once. A
-/// page table turns a position into a page; storage may be INT8 with one scale per row.
+/// Where attention finds keys and values: rows of head_dim and of value_dim elements, reached by
+/// (sequence, KV head, position). One struct covers dense tensors and every cache, so that attention
+/// is written once. A page table turns a position into a page; storage may be INT8 with one scale
+/// per row.
 #pragma once
 
 #include <cstddef>
@@ -20,13 +21,14 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 /// Paged: position j of sequence b lies in page id tables[b][j / page_size]; that page starts at
 /// pages[id], and within it
 ///   keys         layer_offset + 0                     (kv_heads, page_size, head_dim) of T
-///   values       layer_offset + value_offset          (kv_heads, page_size, head_dim) of T
+///   values       layer_offset + value_offset          (kv_heads, page_size, value_dim) of T
 ///   key scales   layer_offset + key_scale_offset      (kv_heads, page_size) of float, INT8 only
 ///   value scales layer_offset + value_scale_offset    (kv_heads, page_size) of float, INT8 only
 /// Offsets are in bytes. Rows at or past lengths[b] may hold anything and must not be read.
 template <typename T>
 struct KvSource {
   Index batch = 0, kv_heads = 0, head_dim = 0;
+  Index value_dim = -1;            // -1: head_dim
   const Index* lengths = nullptr;  // (batch) valid positions of each sequence
 
   const T* keys = nullptr;
@@ -40,6 +42,7 @@ struct KvSource {
   Index page_size = 0;                          // positions in a page
   std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
 
+  EIGENFORMER_INLINE Index value_width() const { return value_dim < 0 ? head_dim : value_dim; }
   EIGENFORMER_INLINE const T* key_row(Index b, Index h, Index j) const {
     if (tables == nullptr) return keys + b * sequence_stride + j * row_stride + h * head_stride;
     return paged_row<T>(b, h, j, 0, head_dim);
@@ -47,7 +50,7 @@ struct KvSource {
   EIGENFORMER_INLINE const T* value_row(Index b, Index h, Index j) const {
     if (tables == nullptr)
       return values + b * value_sequence_stride + j * value_row_stride + h * value_head_stride;
-    return paged_row<T>(b, h, j, value_offset, head_dim);
+    return paged_row<T>(b, h, j, value_offset, value_width());
   }
   EIGENFORMER_INLINE float key_scale(Index b, Index h, Index j) const {
     return *key_scale_row(b, h, j);

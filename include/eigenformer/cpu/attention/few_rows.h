@@ -38,7 +38,7 @@ void find_rows(const KeyBlock<TKV>& block, BlockRows<TKV>& rows) {
   rows.count = block.count;
   const bool paged = s.tables != nullptr;
   const Index key_step = paged ? s.head_dim : s.row_stride,
-              value_step = paged ? s.head_dim : s.value_row_stride;
+              value_step = paged ? s.value_width() : s.value_row_stride;
   for (int j = 0; j < block.count;) {
     const Index position = block.begin + j;
     const int run = static_cast<int>(
