@@ -73,6 +73,7 @@
 #include <algorithm>
 
 #include "attention/backward.h"
+#include "attention/merge.h"
 #include "attention/problem.h"
 #include "core/dispatch.h"
 

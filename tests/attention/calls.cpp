@@ -97,6 +97,20 @@ TEST(AttentionCalls, IntoFormAllocatesNothingTheSecondTime) {
   EXPECT_EQ(count_allocations(call), 0);
 }
 
+TEST(AttentionCalls, MergingAllocatesNothingTheSecondTime) {
+  const auto out = random_tensor<float, 3>({9, 2, 8}, 1),
+             other = random_tensor<float, 3>({9, 2, 8}, 2);
+  const auto lse = random_tensor<float, 2>({2, 9}, 3);
+  ef::Tensor<float, 3> merged(9, 2, 8);
+  ef::Workspace workspace;
+  const auto call = [&] {
+    ef::merge_attention_states_into(Eigen::DefaultDevice{}, merged, {}, out, lse, other, lse,
+                                    workspace);
+  };
+  call();
+  EXPECT_EQ(count_allocations(call), 0);
+}
+
 // Threads that share the keys of a row have the padding beside it in common, which one of them
 // writes, and hold the sums of a few tasks at a time, however many there are.
 TEST(AttentionCalls, ThreadsShareTheKeysOfFewRows) {

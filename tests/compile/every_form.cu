@@ -129,6 +129,7 @@ void attention(const D& device, Views v) {
   ef::batched_attention_with_padding_into(device, v.v4, v.v4, v.v4, v.v4, v.lengths);
   ef::variable_length_attention_into(device, v.v3, v.v3, v.v3, v.v3, v.lengths, v.lengths);
   ef::attention_with_kv_cache_into(device, v.v4, v.v4, cache, 0);
+  ef::merge_attention_states_into(device, v.v4, v.v3, v.v4, v.v3, v.v4, v.v3);
 }
 
 template <typename D>

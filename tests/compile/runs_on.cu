@@ -6,6 +6,7 @@
 #include <eigenformer/core/dispatch.h>
 #include <eigenformer/problem/activation.h>
 #include <eigenformer/problem/attention.h>
+#include <eigenformer/problem/attention_merge.h>
 #include <eigenformer/problem/causal_mask.h>
 #include <eigenformer/problem/communicator.h>
 #include <eigenformer/problem/embedding.h>
@@ -63,6 +64,7 @@ const Part kParts[] = {
     part<PackInt8Weight>("linear", "packing of int8"),
     part<Attention<F, F>>("attention", "forward"),
     part<AttentionBackward<F>>("attention", "gradients"),
+    part<AttentionMerge<F>>("attention", "merge"),
     part<RankSum<F>>("communicator", "sums"),
     part<Interleave<F>>("tensor_parallel", "layers"),
     part<Vocabulary<F>>("tensor_parallel", "vocabulary"),

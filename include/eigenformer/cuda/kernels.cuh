@@ -24,6 +24,7 @@
 #include "activation.cuh"
 #include "attention.cuh"
 #include "attention_backward.cuh"
+#include "attention_merge.cuh"
 #include "causal_mask.cuh"
 #include "communicator.cuh"
 #include "embedding.cuh"
