@@ -86,7 +86,7 @@ problem::CausalMask<T> causal_mask_problem(T* mask, Index batch, Index query_len
           query_length,
           key_length,
           options.query_offset,
-          problem::Visibility{true, options.window, options.prefix_length},
+          problem::Visibility::of(true, options.window, options.prefix_length),
           segments == 0 ? nullptr : options.segment_ids.data(),
           segments == key_length ? 0 : key_length};
 }

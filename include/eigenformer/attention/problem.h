@@ -67,7 +67,7 @@ problem::Attention<TQ, TKV> attention_problem(const AttentionOptions& options, I
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;
   p.value_dim = value_dim;
-  p.visibility = {options.causal, options.window, options.prefix_length};
+  p.visibility = problem::Visibility::of(options.causal, options.window, options.prefix_length);
   p.scale = options.scale ? static_cast<C>(*options.scale)
                           : C(1) / std::sqrt(static_cast<C>(std::max<Index>(1, head_dim)));
   p.softcap = static_cast<C>(options.softcap);

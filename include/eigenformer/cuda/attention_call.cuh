@@ -85,7 +85,7 @@ struct AttentionCall {
                                              Index head) const {
     const Index position = s.first_position + in_sequence;
     if (in_sequence >= s.query_rows) return {&s, in_sequence, head, position, {0, 0}, 0};
-    const Index prefix = p.visibility.causal ? p.visibility.prefix : 0;
+    const Index prefix = p.visibility.prefix;
     return {&s,
             in_sequence,
             head,

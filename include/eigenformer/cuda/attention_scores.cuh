@@ -135,8 +135,8 @@ EIGENFORMER_DEVICE inline TileRange tile_range(const problem::Visibility& visibi
     return at < 0 ? 0 : (at > count ? count : static_cast<int>(at));
   };
   const problem::KeyRange seen = visibility.keys(position, key_length);
-  const Index prefix = visibility.causal ? visibility.prefix : 0;
-  return {place(prefix < key_length ? prefix : key_length), place(seen.begin), place(seen.end)};
+  const Index prefix = visibility.prefix < key_length ? visibility.prefix : key_length;
+  return {place(prefix), place(seen.begin), place(seen.end)};
 }
 
 /// Whether one of `rows` queries from a position on sees one of the keys [begin, end).
@@ -144,9 +144,8 @@ EIGENFORMER_HOST_DEVICE inline bool any_visible(const problem::Visibility& visib
                                                 Index position, Index rows, Index begin,
                                                 Index end) {
   if (rows <= 0 || begin >= end) return false;
-  if (!visibility.causal || begin < visibility.prefix) return true;
-  return begin < position + rows &&
-         (visibility.window == 0 || end > position - visibility.window + 1);
+  return begin < visibility.prefix ||
+         (begin < position + rows + visibility.right && end > position - visibility.left);
 }
 
 }  // namespace cuda

@@ -108,15 +108,15 @@ struct AttentionTiles {
       position = s.first_position + first / call.group;
       positions = count == 0 ? 0 : (first + count - 1) / call.group - first / call.group + 1;
       const auto& v = call.p.visibility;
-      begin = v.causal && v.prefix > 0 ? 0 : v.keys(position, s.key_length).begin;
-      const Index last = v.prefix > position + positions ? v.prefix : position + positions;
-      end = v.causal && last < s.key_length ? last : s.key_length;
+      begin = v.prefix > 0 ? 0 : v.keys(position, s.key_length).begin;
+      const Index prefix = v.prefix < s.key_length ? v.prefix : s.key_length,
+                  last = v.keys(position + positions - 1, s.key_length).end;
+      end = last > prefix ? last : prefix;
     }
     EIGENFORMER_DEVICE bool sees_whole(const problem::Visibility& v, Index key) const {
       if (key + kTile > s.key_length) return false;
-      if (!v.causal || key + kTile <= v.prefix) return true;
-      return key + kTile <= position + 1 &&
-             (v.window == 0 || key > position + positions - 1 - v.window);
+      return key + kTile <= v.prefix ||
+             (key + kTile <= position + 1 + v.right && key >= position + positions - 1 - v.left);
     }
   };
 

@@ -4,7 +4,7 @@
 
 #include "../core/rows.h"
 #include "kv_source.h"
-#include "visibility.h"
+#include "score_rule.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
@@ -24,10 +24,11 @@ struct AttentionSequence {
   Index lse_begin;       // offset of head 0, row 0 in log_sum_exp
 };
 
-/// A checked request: pointers and sizes only. TQ is the scalar of queries and output, TKV the
-/// stored one of keys and values.
-template <typename TQ, typename TKV>
-struct Attention {
+/// A checked request, pointers and sizes only: a rule of scores, and the queries and keys it is
+/// for. TQ is the scalar of queries and output, TKV the stored one of keys and values, Function
+/// that of scores (attention.h).
+template <typename TQ, typename TKV, typename Function = NoScoreFunction>
+struct Attention : ScoreRule<compute_type<TQ>> {
   using Compute = compute_type<TQ>;
   const TQ* queries;  // (rows, heads, head_dim)
   TQ* output;         // (rows, heads, value_dim)
@@ -37,10 +38,8 @@ struct Attention {
   Index batch, heads, kv_heads, head_dim, value_dim;
   KvSource<TKV> source;
   const AttentionSequence* sequences;  // (batch)
-  Visibility visibility;
-  Compute scale, softcap;     // softcap 0: none
-  const float* alibi_slopes;  // (heads) or nullptr
-  const float* sinks;         // (heads) or nullptr
+  const float* sinks;                  // (heads) or nullptr
+  Function function;
 
   EIGENFORMER_INLINE Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
 };

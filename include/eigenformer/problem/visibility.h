@@ -1,7 +1,9 @@
 /// \file
-/// Which keys a query sees: the one definition that masks, attention on every device and their
-/// references share.
+/// Which keys a query sees by its position: the one definition that masks, attention on every
+/// device and their references share.
 #pragma once
+
+#include <limits>
 
 #include "../core/tensor.h"
 
@@ -14,27 +16,36 @@ struct KeyRange {
   Index begin, end;
 };
 
-/// A query at absolute position p sees the keys [p - window + 1, p] (window 0: [0, p]) and,
-/// besides, the first `prefix` keys.
+/// A query at absolute position p sees the keys [p - left, p + right] and, besides, the first
+/// `prefix` keys.
 struct Visibility {
-  bool causal;
-  /// most recent keys seen, the query's own included; 0 means no limit. Needs causal.
-  Index window;
-  Index prefix;  ///< leading keys visible to every query (prefix-LM)
+  /// As left or right: no limit. Positions are far smaller, so that sums do not overflow.
+  static constexpr Index kUnlimited = (std::numeric_limits<Index>::max)() / 4;
+
+  Index left = kUnlimited;
+  Index right = kUnlimited;
+  Index prefix = 0;  ///< leading keys visible to every query (prefix-LM); 0 where all are
+
+  /// window w: the w most recent keys, the query's own included, where causal; those at a distance
+  /// of w at most where not; 0: no window.
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE static constexpr Visibility of(bool causal,
+                                                                            Index window,
+                                                                            Index prefix) {
+    if (causal) return {window == 0 ? kUnlimited : window - 1, 0, prefix};
+    if (window == 0) return {};
+    return {window, window, prefix};
+  }
 
   /// Keys seen by position, of key_length, apart from the prefix. Empty where begin >= end.
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr KeyRange keys(Index position,
                                                                      Index key_length) const {
-    if (!causal) return {0, key_length};
-    const Index end = position + 1 < key_length ? position + 1 : key_length;
-    const Index begin = window > 0 && position - window + 1 > 0 ? position - window + 1 : 0;
-    return {begin, end < 0 ? 0 : end};
+    const Index begin = position - left, end = position + right + 1;
+    return {begin > 0 ? begin : 0, end < 0 ? 0 : (end < key_length ? end : key_length)};
   }
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool visible(Index position,
                                                                     Index key) const {
-    if (!causal || key < prefix) return true;
-    return key <= position && (window == 0 || key > position - window);
+    return key < prefix || (key >= position - left && key <= position + right);
   }
 };
 

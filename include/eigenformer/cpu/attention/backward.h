@@ -55,8 +55,8 @@ class AttentionBackwardWorker {
   static Index most_blocks(const Problem& p, Index keys) {
     const problem::Visibility& v = p.forward.visibility;
     const Index all = (keys + kBlock - 1) / kBlock;
-    if (!v.causal || v.window == 0) return all;
-    return (std::min)(all, v.prefix / kBlock + (v.window + positions_per_block(p)) / kBlock + 3);
+    const Index seen = v.left + v.right + 1 + positions_per_block(p);
+    return (std::min)(all, v.prefix / kBlock + seen / kBlock + 3);
   }
 
   static AttentionBackwardScratch<C> take_scratch(const Problem& p, Index longest,
@@ -208,22 +208,14 @@ class AttentionBackwardWorker {
     for (Index n = 0; n < blocks_; ++n) {
       const BlockRange range = s_.row_ranges[n * rows_ + r];
       if (range.empty()) continue;
-      const Index position = first_position_ + r / group_;
+      const BlockScores<C, Isa> scores(f_, head(r % group_), first_position_ + r / group_,
+                                       s_.blocks[n], range);
       for (int c = 0; c < kBlock; c += Tile::lanes) {
         V x = V::load(s_.probabilities + at(n, r) + c),
           grad = V::load(s_.grad_scores + at(n, r) + c);
-        if (f_.softcap > 0) {
-          const V t = cpu::tanh(x / V::set1(f_.softcap));
-          x = t * V::set1(f_.softcap);
-          fma(V::zero() - t, t, V::set1(C(1))).store(s_.slopes + at(n, r) + c);
-        }
-        if (f_.alibi_slopes != nullptr)
-          x = fma(V::set1(static_cast<C>(f_.alibi_slopes[head(r % group_)])),
-                  Tile::positions(c) + V::set1(static_cast<C>(s_.blocks[n] - position)), x);
-        if (!range.full()) {
-          const auto seen = Tile::visible(range, Tile::positions(c));
-          x = select(seen, x, V::set1(-kInfinity));
-          grad = select(seen, grad, V::zero());
+        x = scores(x, c, f_.softcap > 0 ? s_.slopes + at(n, r) + c : nullptr);
+        if (scores.hides_some()) {
+          grad = select(scores.seen(c), grad, V::zero());
           grad.store(s_.grad_scores + at(n, r) + c);
         }
         x.store(s_.probabilities + at(n, r) + c);
@@ -370,11 +362,9 @@ class AttentionBackwardWorker {
   BlockRange rows_that_see(Index key) const {
     const problem::Visibility& v = f_.visibility;
     const Index queries = rows_ / group_;
-    if (!v.causal || key < v.prefix) return {0, 0, static_cast<int>(rows_)};
-    const Index begin = std::clamp<Index>(key - first_position_, 0, queries);
-    const Index end = v.window > 0
-                          ? std::clamp<Index>(key + v.window - first_position_, begin, queries)
-                          : queries;
+    if (key < v.prefix) return {0, 0, static_cast<int>(rows_)};
+    const Index begin = std::clamp<Index>(key - v.right - first_position_, 0, queries);
+    const Index end = std::clamp<Index>(key + v.left + 1 - first_position_, begin, queries);
     return {0, static_cast<int>(begin * group_), static_cast<int>(end * group_)};
   }
 

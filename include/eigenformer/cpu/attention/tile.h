@@ -42,7 +42,7 @@ inline BlockRange block_range(const problem::Visibility& visibility, Index posit
     return static_cast<int>(std::clamp<Index>(key - block_begin, 0, kAttentionKeyBlock));
   };
   const problem::KeyRange keys = visibility.keys(position, key_length);
-  const int prefix_end = visibility.causal ? inside((std::min)(visibility.prefix, key_length)) : 0;
+  const int prefix_end = inside((std::min)(visibility.prefix, key_length));
   const int begin = inside(keys.begin), end = (std::max)(inside(keys.end), begin);
   if (begin == end) return {0, 0, prefix_end};
   if (begin <= prefix_end) return {0, prefix_end > 0 ? 0 : begin, (std::max)(end, prefix_end)};
@@ -69,7 +69,7 @@ inline KeySpan seen_by_tile(const BlockRange* ranges, int rows) {
 template <typename F>
 void for_each_key_block(const problem::Visibility& visibility, Index first, Index count,
                         Index key_length, F&& f) {
-  const Index prefix = visibility.causal ? (std::min)(visibility.prefix, key_length) : 0;
+  const Index prefix = (std::min)(visibility.prefix, key_length);
   const Index window_begin = visibility.keys(first, key_length).begin;
   const Index end = (std::max)(visibility.keys(first + count - 1, key_length).end, prefix);
   for (Index block = 0; block < end; block += kAttentionKeyBlock) {

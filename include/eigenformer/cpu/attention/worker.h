@@ -13,6 +13,7 @@
 #include "../backend.h"
 #include "products.h"
 #include "row.h"
+#include "score.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -150,8 +151,7 @@ class AttentionWorker {
       if (sink) {
         const problem::KeyRange keys =
             p_.visibility.keys(first_position_ + r / group_, sequence_->key_length);
-        const bool sees_prefix = p_.visibility.causal && p_.visibility.prefix > 0;
-        sink = (sees_prefix ? 0 : keys.begin / kAttentionFold) == fold;
+        sink = (p_.visibility.prefix > 0 ? 0 : keys.begin / kAttentionFold) == fold;
       }
       now.sees[r] = false;
       now.maxima[r] = sink ? static_cast<C>(p_.sinks[head(r)]) : -kInfinity;
@@ -185,8 +185,7 @@ class AttentionWorker {
   }
 
   void softmax_rows(Index kv_head, Index block_begin) {
-    for (Index r = 0; r < rows_; ++r)
-      softmax_row(r, kv_head * group_ + r % group_, block_begin - first_position_ - r / group_);
+    for (Index r = 0; r < rows_; ++r) softmax_row(r, kv_head * group_ + r % group_, block_begin);
   }
 
   BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
@@ -197,18 +196,13 @@ class AttentionWorker {
 
   /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
   /// lanes.
-  V score_row(Index r, Index head, Index distance) {
-    const BlockRange range = s_.ranges[r];
+  V score_row(Index r, Index head, Index block_begin) {
+    const BlockScores<C, Isa> rule(p_, head, first_position_ + r / group_, block_begin,
+                                   s_.ranges[r]);
     C* const scores = s_.scores + r * kAttentionKeyBlock;
     V top = V::set1(-kInfinity);
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      V x = V::load(scores + c);
-      if (p_.softcap > 0) x = cpu::tanh(x / V::set1(p_.softcap)) * V::set1(p_.softcap);
-      if (p_.alibi_slopes != nullptr)
-        x = fma(V::set1(static_cast<C>(p_.alibi_slopes[head])),
-                Tile::positions(c) + V::set1(static_cast<C>(distance)), x);
-      if (!range.full())
-        x = select(Tile::visible(range, Tile::positions(c)), x, V::set1(-kInfinity));
+      const V x = rule(V::load(scores + c), c);
       x.store(scores + c);
       // this order lets a NaN pass by: it reaches the row through its weight
       top = maximum(x, top);
@@ -218,11 +212,11 @@ class AttentionWorker {
 
   /// Dot products to weights relative to the new maximum, in place; the factor that brings earlier
   /// sums to that maximum.
-  void softmax_row(Index r, Index head, Index distance) {
+  void softmax_row(Index r, Index head, Index block_begin) {
     s_.factors[r] = C(1);
     if (s_.ranges[r].empty()) return;
     C* const scores = s_.scores + r * kAttentionKeyBlock;
-    const C maximum = (std::max)(s_.now.maxima[r], reduce_max(score_row(r, head, distance)));
+    const C maximum = (std::max)(s_.now.maxima[r], reduce_max(score_row(r, head, block_begin)));
     // all scores -infinity: weights 0, not exp(NaN)
     const C reference = maximum == -kInfinity ? C(0) : maximum;
     V sum = V::zero();
@@ -381,8 +375,7 @@ class AttentionWorker {
   void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) const {
     const Index position = sequence.first_position + row;
     const problem::KeyRange keys = p_.visibility.keys(position, sequence.key_length);
-    const bool sees_prefix =
-        p_.visibility.causal && p_.visibility.prefix > 0 && sequence.key_length > 0;
+    const bool sees_prefix = p_.visibility.prefix > 0 && sequence.key_length > 0;
     if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
     const C* const averages = s_.now.sums + r * width_;
     TQ* const out = output(sequence, head, row);
