@@ -9,6 +9,7 @@
 #include "../core/check.h"
 #include "../core/tensor.h"
 #include "../core/values.h"
+#include "masks.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -85,17 +86,33 @@ class LogSumExpOutput {
 struct AttentionOptions {
   /// query at position p sees keys j <= p; positions are aligned at the end, see attention.h
   bool causal = false;
-  /// with causal: the w most recent keys, the query's own included (j > p - w); 0 means no window
+  /// with causal: the w most recent keys, the query's own included (j > p - w); without: keys at a
+  /// distance of w at most (|j - p| <= w); 0 means no window
   Index window = 0;
+  /// instead of window: keys p - window_left <= j <= p + window_right; -1 means no limit. With causal
+  /// no key after p is seen whatever window_right is
+  Index window_left = -1;
+  Index window_right = -1;
   /// c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
   float softcap = 0;
   /// factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
   std::optional<float> scale = {};
   /// one per head: adds slope * (j - p) to the score; see ef::alibi_slopes
   Values<float> alibi_slopes = {};
+  /// of float, added to the score after softcap and ALiBi; -infinity: the key is not seen
+  ScoreView<float> bias = {};
+  /// of bool or std::uint8_t; false or 0: the key is not seen. It hides keys, it shows none that
+  /// causal or a window hide
+  ScoreView<std::uint8_t> mask = {};
+  /// a mask of bits for token trees, the same for all heads: bit j of a row says whether it sees key
+  /// bit_mask_first_keys[b] + j. Keys before that are seen as the other options say
+  BitMaskView bit_mask = {};
+  /// one per sequence; none: the position of its first query
+  LengthSpan bit_mask_first_keys = {};
   /// one logit per head that joins maximum and denominator and has no value
   Values<float> sinks = {};
-  Index prefix_length = 0;  ///< with causal: leading keys visible to every query (prefix-LM)
+  /// leading keys visible to every query, whatever causal and windows say (prefix-LM)
+  Index prefix_length = 0;
   /// a tensor that gets log(sum exp), for the backward pass or for merging
   LogSumExpOutput log_sum_exp = {};
   /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows

@@ -34,8 +34,13 @@ inline void check_attention_options(std::string_view name, const AttentionOption
   constexpr Index limit = (std::numeric_limits<Index>::max)() / 4;
   require_that(o.window >= 0 && o.window < limit, name, "window is ", o.window,
                ", expected 0 (none) or more, below 2^61");
-  require_that(o.window == 0 || o.causal, name, "window is ", o.window,
-               " without causal; a window counts back from the query, expected causal = true");
+  require_that(o.window_left >= -1 && o.window_left < limit && o.window_right >= -1 &&
+                   o.window_right < limit,
+               name, "window_left is ", o.window_left, " and window_right ", o.window_right,
+               ", expected -1 (no limit) or more, below 2^61");
+  require_that(o.window == 0 || (o.window_left == -1 && o.window_right == -1), name, "window is ",
+               o.window, ", window_left ", o.window_left, " and window_right ", o.window_right,
+               ", expected window or the other two");
   require_that(o.prefix_length >= 0 && o.prefix_length < limit, name, "prefix_length is ",
                o.prefix_length, ", expected 0 or more, below 2^61");
   require_that(o.softcap >= 0 && std::isfinite(o.softcap), name, "softcap is ", o.softcap,
@@ -57,6 +62,14 @@ inline void check_attention_options(std::string_view name, const AttentionOption
                  ", expected finite values or -infinity");
 }
 
+inline problem::Visibility attention_visibility(const AttentionOptions& o) {
+  auto v = problem::Visibility::of(o.causal, o.window, o.prefix_length);
+  if (o.window_left >= 0) v.left = o.window_left;
+  if (o.window_right >= 0 && !o.causal) v.right = o.window_right;
+  if (o.window_left >= 0 || o.window_right >= 0) v.prefix = o.prefix_length;
+  return v;
+}
+
 /// What options and widths say, everything but pointers and sequences.
 template <typename TQ, typename TKV>
 problem::Attention<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads,
@@ -67,13 +80,72 @@ problem::Attention<TQ, TKV> attention_problem(const AttentionOptions& options, I
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;
   p.value_dim = value_dim;
-  p.visibility = problem::Visibility::of(options.causal, options.window, options.prefix_length);
+  p.visibility = attention_visibility(options);
   p.scale = options.scale ? static_cast<C>(*options.scale)
                           : C(1) / std::sqrt(static_cast<C>(std::max<Index>(1, head_dim)));
   p.softcap = static_cast<C>(options.softcap);
   p.alibi_slopes = options.alibi_slopes.empty() ? nullptr : options.alibi_slopes.data();
   p.sinks = options.sinks.empty() ? nullptr : options.sinks.data();
   return p;
+}
+
+/// A bias or mask of a request whose query tensor has `rows` rows for each sequence or, packed, for
+/// all.
+template <typename T>
+problem::ScoreTensor<T> score_tensor(std::string_view name, std::string_view what,
+                                     const ScoreView<T>& view, Index batch, Index heads, Index rows,
+                                     Index keys, bool packed) {
+  if (!view.present()) return {};
+  const auto& sizes = view.sizes();
+  const auto fits = [&](std::size_t d, Index size) { return sizes[d] == 1 || sizes[d] == size; };
+  require_that(
+      fits(0, batch) && fits(1, heads) && fits(2, rows) && (sizes[3] == 1 || sizes[3] >= keys),
+      name, what, " has shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
+      "), expected (", batch, ", ", heads, ", ", rows, ", ", keys,
+      " or more), each of them or 1 (batch, heads, query rows, keys)");
+  // rows of problems count on over the sequences
+  return {view.data(), view.stride(0) - (packed ? 0 : rows * view.stride(2)), view.stride(1),
+          view.stride(2), view.stride(3)};
+}
+
+inline problem::BitMask bit_mask(std::string_view name, const AttentionOptions& options,
+                                 std::span<const problem::AttentionSequence> sequences, Index rows,
+                                 Workspace::Frame& frame) {
+  const BitMaskView& view = options.bit_mask;
+  const Index batch = static_cast<Index>(sequences.size());
+  require_that(options.bit_mask_first_keys.empty() ||
+                   (view.present() && options.bit_mask_first_keys.size() == batch),
+               name, "bit_mask_first_keys has ", options.bit_mask_first_keys.size(),
+               " elements, expected ", view.present() ? batch : 0, " (batch), and a bit_mask");
+  if (!view.present()) return {};
+  require_that(view.rows() == rows, name, "bit_mask has ", view.rows(), " rows, expected ", rows,
+               " (all query rows)");
+  Index* const first_keys = frame.take<Index>(batch);
+  for (Index b = 0; b < batch; ++b) {
+    const problem::AttentionSequence& s = sequences[static_cast<std::size_t>(b)];
+    const bool given = !options.bit_mask_first_keys.empty();
+    first_keys[b] = given ? options.bit_mask_first_keys[b] : s.first_position;
+    require_that(!given || first_keys[b] >= 0, name, "bit_mask_first_keys[", b, "] is ",
+                 first_keys[b], ", expected 0 or more");
+    require_that(
+        s.query_rows == 0 || (s.key_length - first_keys[b] + 63) / 64 <= view.words_per_row(), name,
+        "bit_mask has ", view.words_per_row(), " words per row, expected enough for ",
+        s.key_length - first_keys[b], " keys from key ", first_keys[b], " of sequence ", b, " on");
+  }
+  return {view.words(), view.words_per_row(), first_keys};
+}
+
+/// Bias and masks join a problem that has its sequences. `rows`: of the query tensor, for each
+/// sequence or, packed, for all.
+template <typename Problem>
+void attach_masks(std::string_view name, Problem& p, const AttentionOptions& options, Index rows,
+                  bool packed, Workspace::Frame& frame) {
+  Index keys = 0;
+  for (Index b = 0; b < p.batch; ++b) keys = (std::max)(keys, p.sequences[b].key_length);
+  p.bias = score_tensor(name, "bias", options.bias, p.batch, p.heads, rows, keys, packed);
+  p.mask = score_tensor(name, "mask", options.mask, p.batch, p.heads, rows, keys, packed);
+  p.bit_mask = bit_mask(name, options, {p.sequences, static_cast<std::size_t>(p.batch)},
+                        packed ? rows : p.batch * rows, frame);
 }
 
 inline void check_query_lengths(std::string_view name, const AttentionOptions& options, Index batch,
@@ -144,6 +216,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
     sequences[b] = aligned_sequence(b, rows, heads, queries, lengths[b]);
   }
   p.sequences = sequences;
+  attach_masks(name, p, options, rows, false, frame);
   p.source = KvSource<T>{.batch = batch,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
@@ -205,6 +278,7 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
                     kv_offsets[b], keys,    keys - queries, q_offsets[b]};
   }
   p.sequences = sequences;
+  attach_masks(name, p, options, q.dimension(0), true, frame);
   p.source = KvSource<T>{.batch = 1,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
@@ -272,6 +346,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
     sequences[b] = aligned_sequence(b, rows, heads, queries, source.lengths[b]);
   }
   p.sequences = sequences;
+  attach_masks(name, p, options, rows, false, frame);
   p.source = source;
   return p;
 }
@@ -301,6 +376,7 @@ auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<
     sequences[b] = {begin, queries, queries, b, 0, keys, keys - queries, begin};
   }
   p.sequences = sequences;
+  attach_masks(name, p, options, q.dimension(0), true, frame);
   p.source = source;
   return p;
 }

@@ -17,13 +17,45 @@ struct AttentionResult {
   Tensor<double, 3> log_sum_exp;  // (batch, heads, rows)
 };
 
-/// Query i of sequence b, at position key_lengths[b] - query_lengths[b] + i, sees key j.
+/// Query i of sequence b, at position key_lengths[b] - query_lengths[b] + i, sees key j as far as
+/// positions say.
 inline bool attention_visible(const AttentionOptions& options, Index key_length, Index query_length,
                               Index i, Index j) {
   if (i >= query_length || j >= key_length) return false;
-  if (!options.causal || j < options.prefix_length) return true;
-  const Index position = key_length - query_length + i;
-  return j <= position && (options.window == 0 || j > position - options.window);
+  if (j < options.prefix_length) return true;
+  const Index distance = j - (key_length - query_length + i), window = options.window;
+  if (options.causal && (distance > 0 || (window > 0 && distance <= -window))) return false;
+  if (!options.causal && window > 0 && std::abs(distance) > window) return false;
+  return (options.window_left < 0 || distance >= -options.window_left) &&
+         (options.window_right < 0 || distance <= options.window_right);
+}
+
+/// Row i of sequence b and head h, where the query tensor has `rows` rows for each sequence.
+struct AttentionRow {
+  Index batch, head, i, rows, key_length, query_length;
+  Index position() const { return key_length - query_length + i; }
+};
+
+/// The element of a bias or mask.
+template <typename T>
+T attention_element(const ScoreView<T>& view, const AttentionRow& at, Index j) {
+  return view.data()[at.batch * view.stride(0) + at.head * view.stride(1) + at.i * view.stride(2) +
+                     j * view.stride(3)];
+}
+
+/// The row sees key j as positions, masks and bias say.
+inline bool attention_sees(const AttentionOptions& options, const AttentionRow& at, Index j) {
+  if (!attention_visible(options, at.key_length, at.query_length, at.i, j)) return false;
+  if (options.mask.present() && attention_element(options.mask, at, j) == 0) return false;
+  if (options.bit_mask.present()) {
+    const Index first = options.bit_mask_first_keys.empty() ? at.key_length - at.query_length
+                                                            : options.bit_mask_first_keys[at.batch];
+    const std::uint64_t* const words =
+        options.bit_mask.words() + (at.batch * at.rows + at.i) * options.bit_mask.words_per_row();
+    if (j >= first && (words[(j - first) / 64] >> (j - first) % 64 & 1) == 0) return false;
+  }
+  return !options.bias.present() ||
+         attention_element(options.bias, at, j) != -std::numeric_limits<float>::infinity();
 }
 
 inline double attention_scale(const AttentionOptions& options, Index head_dim) {
@@ -32,13 +64,15 @@ inline double attention_scale(const AttentionOptions& options, Index head_dim) {
 }
 
 inline double attention_score(const AttentionOptions& options, const double* q, const double* k,
-                              Index head_dim, Index head, Index distance) {
+                              Index head_dim, const AttentionRow& at, Index j) {
   double score = 0;
   for (Index d = 0; d < head_dim; ++d) score += q[d] * k[d];
   score *= attention_scale(options, head_dim);
   if (options.softcap > 0) score = options.softcap * std::tanh(score / options.softcap);
   if (!options.alibi_slopes.empty())
-    score += options.alibi_slopes[static_cast<std::size_t>(head)] * static_cast<double>(distance);
+    score += options.alibi_slopes[static_cast<std::size_t>(at.head)] *
+             static_cast<double>(j - at.position());
+  if (options.bias.present()) score += attention_element(options.bias, at, j);
   return score;
 }
 
@@ -62,22 +96,22 @@ inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double
       for (Index i = 0; i < rows; ++i) {
         const Index key_length = key_lengths[static_cast<std::size_t>(b)],
                     query_length = query_lengths[static_cast<std::size_t>(b)];
+        const AttentionRow at{b, h, i, rows, key_length, query_length};
         const double sink = options.sinks.empty() ? -std::numeric_limits<double>::infinity()
                                                   : options.sinks[static_cast<std::size_t>(h)];
         double maximum = sink;
         bool any = false;
         for (Index j = 0; j < keys; ++j) {
-          if (!attention_visible(options, key_length, query_length, i, j)) continue;
+          if (!attention_sees(options, at, j)) continue;
           any = true;
           scores[static_cast<std::size_t>(j)] =
-              attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, h,
-                              j - (key_length - query_length + i));
+              attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, at, j);
           maximum = (std::max)(maximum, scores[static_cast<std::size_t>(j)]);
         }
         if (!any) continue;
         double sum = std::exp(sink - maximum);
         for (Index j = 0; j < keys; ++j) {
-          if (!attention_visible(options, key_length, query_length, i, j)) continue;
+          if (!attention_sees(options, at, j)) continue;
           const double weight = std::exp(scores[static_cast<std::size_t>(j)] - maximum);
           sum += weight;
           for (Index d = 0; d < value_dim; ++d)
@@ -118,15 +152,15 @@ inline AttentionGradients attention_backward(const Tensor<double, 4>& grad_out,
       for (Index i = 0; i < rows; ++i) {
         const Index length = key_lengths[static_cast<std::size_t>(b)],
                     queries = query_lengths[static_cast<std::size_t>(b)];
+        const AttentionRow at{b, h, i, rows, length, queries};
         std::vector<Pair> pairs;
         for (Index j = 0; j < length; ++j) {
-          if (!attention_visible(options, length, queries, i, j)) continue;
+          if (!attention_sees(options, at, j)) continue;
           double dp = 0;
           for (Index d = 0; d < value_dim; ++d) dp += grad_out(b, i, h, d) * v(b, j, h / group, d);
-          pairs.push_back({j,
-                           attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0),
-                                           head_dim, h, j - (length - queries + i)),
-                           dp});
+          pairs.push_back(
+              {j, attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, at, j),
+               dp});
         }
         if (pairs.empty()) continue;
         const double sink =
