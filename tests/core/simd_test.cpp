@@ -190,6 +190,39 @@ TEST(Simd, ExpIsWithinTwoUlpEverywhere) {
   });
 }
 
+// Beyond -87.7 a weight is exactly 0; numbers that are no normal floats are left to that.
+TEST(Simd, ExpOfNonpositiveIsAsCloseAsItsArgument) {
+  for_each_isa([](auto isa) {
+    SCOPED_TRACE(isa.name);
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    const auto value_at = [](float x) { return lanes_of(exp_of_nonpositive(V::set1(x)))[0]; };
+    for (float x = -87.6f; x < 0; x += 0.00137f) {
+      const double expected = std::exp(static_cast<double>(x));
+      EXPECT_LE(std::fabs(value_at(x) - expected), (2.5e-7 - 7.5e-8 * double{x}) * expected) << x;
+    }
+    for (float x = -1; x < -1e-30f; x *= 0.99f) {
+      const double expected = std::exp(static_cast<double>(x));
+      EXPECT_LE(std::fabs(value_at(x) - expected), 2.5e-7 * expected) << x;
+    }
+    for (const float x : {-87.7f, -88.0f, -100.0f, -104.0f, -1e30f, -kInfinity})
+      EXPECT_EQ(value_at(x), 0.0f) << x;
+    for (const float x : {0.0f, -0.0f}) EXPECT_EQ(value_at(x), 1.0f);
+    // of any payload: a sum of products hands on that of its operand
+    for (const std::uint32_t bits : {0x7fc00000u, 0xffc00000u, 0x7fc001ffu, 0x7f800001u})
+      EXPECT_TRUE(std::isnan(value_at(std::bit_cast<float>(bits)))) << bits;
+  });
+}
+
+TEST(Simd, PowerOfTwoIsExact) {
+  for_each_isa([](auto isa) {
+    SCOPED_TRACE(isa.name);
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    for (int n = -126; n <= 127; ++n)
+      EXPECT_EQ(lanes_of(power_of_two(V::set1(static_cast<float>(n))))[0], std::ldexp(1.0f, n));
+    EXPECT_EQ(lanes_of(power_of_two(V::set1(-127.0f)))[0], 0.0f);
+  });
+}
+
 TEST(Simd, DoubleServesAsTheReferencePrecision) {
   using V = ef::simd::Vec<double, ef::isa::best>;
   double x[V::lanes], y[V::lanes];

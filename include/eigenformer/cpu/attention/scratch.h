@@ -52,8 +52,8 @@ void merge_states(const AttentionState<C>& sums, const AttentionState<C>& later,
     }
     const C maximum = (std::max)(sums.maxima[r], later.maxima[r]),
             reference = maximum == kNone ? C(0) : maximum;
-    const V factor = exp(V::set1(sums.maxima[r] - reference)),
-            of_later = exp(V::set1(later.maxima[r] - reference));
+    const V factor = exp_of_nonpositive(V::set1(sums.maxima[r] - reference)),
+            of_later = exp_of_nonpositive(V::set1(later.maxima[r] - reference));
     const auto add = [&](C* to, const C* from, Index count) {
       for (Index i = 0; i < count; i += Tile::lanes)
         fma(V::load(to + i), factor, V::load(from + i) * of_later).store(to + i);

@@ -184,8 +184,16 @@ class AttentionWorker {
     for (Index r = 0; r < rows_; ++r) s_.now.sees[r] = s_.now.sees[r] || !s_.ranges[r].empty();
   }
 
+  /// Dot products to weights relative to the new maxima, in place; the factors that bring earlier
+  /// sums to those maxima. Row after row, so that the chains of one row hide those of the next.
   void softmax_rows(Index kv_head, Index block_begin) {
-    for (Index r = 0; r < rows_; ++r) softmax_row(r, kv_head * group_ + r % group_, block_begin);
+    for (Index r = 0; r < rows_; ++r) raise_maximum(r, kv_head * group_ + r % group_, block_begin);
+    for (Index r = 0; r < rows_; r += Tile::lanes) {
+      const int n = static_cast<int>((std::min)(Index{Tile::lanes}, rows_ - r));
+      exp_of_nonpositive(V::load_partial(s_.factors + r, n)).store_partial(s_.factors + r, n);
+    }
+    for (Index r = 0; r < rows_; ++r)
+      if (!s_.ranges[r].empty()) weigh_row(r);
   }
 
   BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
@@ -210,26 +218,30 @@ class AttentionWorker {
     return top;
   }
 
-  /// Dot products to weights relative to the new maximum, in place; the factor that brings earlier
-  /// sums to that maximum.
-  void softmax_row(Index r, Index head, Index block_begin) {
-    s_.factors[r] = C(1);
+  /// Dot products of row r to scores and its maximum to theirs; factors[r] = the logarithm of what
+  /// earlier sums are to be multiplied by.
+  void raise_maximum(Index r, Index head, Index block_begin) {
+    s_.factors[r] = C(0);
     if (s_.ranges[r].empty()) return;
+    const C before = s_.now.maxima[r];
+    s_.now.maxima[r] = (std::max)(before, reduce_max(score_row(r, head, block_begin)));
+    s_.factors[r] = before - reference(r);
+  }
+
+  /// What scores of row r are taken relative to. All of them -infinity: weights 0, not exp(NaN).
+  C reference(Index r) const { return s_.now.maxima[r] == -kInfinity ? C(0) : s_.now.maxima[r]; }
+
+  void weigh_row(Index r) {
     C* const scores = s_.scores + r * kAttentionKeyBlock;
-    const C maximum = (std::max)(s_.now.maxima[r], reduce_max(score_row(r, head, block_begin)));
-    // all scores -infinity: weights 0, not exp(NaN)
-    const C reference = maximum == -kInfinity ? C(0) : maximum;
+    const V maximum = V::set1(reference(r));
     V sum = V::zero();
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      const V weight = exp(V::load(scores + c) - V::set1(reference));
+      const V weight = exp_of_nonpositive(V::load(scores + c) - maximum);
       weight.store(scores + c);
       sum = sum + weight;
     }
-    const V factor = exp(V::set1(s_.now.maxima[r] - reference));
     C* const lane_sums = s_.now.lane_sums + r * Tile::lanes;
-    fma(V::load(lane_sums), factor, sum).store(lane_sums);
-    factor.store_partial(s_.factors + r, 1);
-    s_.now.maxima[r] = maximum;
+    fma(V::load(lane_sums), V::set1(s_.factors[r]), sum).store(lane_sums);
   }
 
   typename Tile::Weights weights(Index r) const {
@@ -337,7 +349,7 @@ class AttentionWorker {
     C* const scores = s_.scores + r * kAttentionKeyBlock;
     V sum = V::zero();
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      const V weight = exp(V::load(scores + c)) * V::set1(factor);
+      const V weight = exp_of_nonpositive(V::load(scores + c)) * V::set1(factor);
       weight.store(scores + c);
       sum = sum + weight;
     }

@@ -141,7 +141,10 @@ struct vec<float, isa::avx2> {
     // Two factors, because 2^n alone leaves the range of float before a * 2^n does.
     const __m256i exponent = _mm256_cvtps_epi32(n.v);
     const __m256i first = _mm256_srai_epi32(exponent, 1);
-    return a * power_of_two(first) * power_of_two(_mm256_sub_epi32(exponent, first));
+    return a * from_exponents(first) * from_exponents(_mm256_sub_epi32(exponent, first));
+  }
+  friend EIGENFORMER_INLINE vec power_of_two(vec n) {
+    return from_exponents(_mm256_cvtps_epi32(n.v));
   }
 
   friend EIGENFORMER_INLINE float reduce_add(vec a) {
@@ -164,7 +167,7 @@ struct vec<float, isa::avx2> {
   static EIGENFORMER_INLINE __m256i lane_mask(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  static EIGENFORMER_INLINE vec power_of_two(__m256i n) {
+  static EIGENFORMER_INLINE vec from_exponents(__m256i n) {
     return {
         _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))};
   }

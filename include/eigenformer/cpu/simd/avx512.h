@@ -141,6 +141,11 @@ struct vec<float, isa::avx512> {
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
     return {_mm512_maskz_scalef_ps(kAll, a.v, n.v)};
   }
+  friend EIGENFORMER_INLINE vec power_of_two(vec n) {
+    const __m512i biased =
+        _mm512_add_epi32(_mm512_maskz_cvtps_epi32(kAll, n.v), _mm512_set1_epi32(127));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, biased, 23))};
+  }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) {
     return {_mm512_maskz_permute_ps(kAll, a.v, 0xb1)};
   }

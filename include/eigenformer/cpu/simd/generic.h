@@ -23,10 +23,13 @@
 ///   select(m, a, b)            m ? a : b
 ///   m.bits()                   one bit per lane, lane 0 lowest
 ///   scale_exponent(a, n)       a * 2^n for integral n in [-160, 160]
+///   power_of_two(n)            of float: 2^n for integral n in [-126, 127], 0 for -127, and some
+///                              number for NaN
 ///   swap_pairs(a)              lanes 1, 0, 3, 2, ...
 ///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 
@@ -169,6 +172,12 @@ struct vec<T, isa::generic> {
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
     return make([&](int i) {  // of a NaN no int can be made
       return std::ldexp(a.v[i], n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0);
+    });
+  }
+  friend EIGENFORMER_INLINE vec power_of_two(vec n) {
+    return make([&](int i) {
+      const int exponent = n.v[i] == n.v[i] ? static_cast<int>(n.v[i]) : 0;
+      return static_cast<T>(std::bit_cast<float>((exponent + 127) << 23));
     });
   }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) {

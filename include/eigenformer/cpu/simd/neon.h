@@ -113,8 +113,9 @@ struct vec<float, isa::neon> {
     // Two factors, because 2^n alone leaves the range of float before a * 2^n does.
     const int32x4_t exponent = vcvtnq_s32_f32(n.v);
     const int32x4_t first = vshrq_n_s32(exponent, 1);
-    return a * power_of_two(first) * power_of_two(vsubq_s32(exponent, first));
+    return a * from_exponents(first) * from_exponents(vsubq_s32(exponent, first));
   }
+  friend EIGENFORMER_INLINE vec power_of_two(vec n) { return from_exponents(vcvtnq_s32_f32(n.v)); }
 
   // Lanes 0 and 2, 1 and 3, then the two results: the tree of generic.h.
   friend EIGENFORMER_INLINE float reduce_add(vec a) {
@@ -139,7 +140,7 @@ struct vec<float, isa::neon> {
     if ((n & 2) != 0) std::memcpy(static_cast<void*>(to), from, 2 * sizeof(S));
     if ((n & 1) != 0) std::memcpy(static_cast<void*>(to + (n & 2)), from + (n & 2), sizeof(S));
   }
-  static EIGENFORMER_INLINE vec power_of_two(int32x4_t n) {
+  static EIGENFORMER_INLINE vec from_exponents(int32x4_t n) {
     return {vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(n, vdupq_n_s32(127)), 23))};
   }
   // Round to nearest even by integer arithmetic: the same bits on every ISA, denormals included. A

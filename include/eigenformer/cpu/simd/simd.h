@@ -94,6 +94,28 @@ EIGENFORMER_INLINE V exp(V x) {
   }
 }
 
+/// e^x for x <= 0, in half the instructions of exp: weights relative to the greatest score. For
+/// float the relative error is below 2.5e-7 + 7.5e-8 |x| (e^0 is 1), the result exactly 0 below
+/// -87.7 and at -infinity, NaN for NaN. 2^(x log2 e) as 2^n times a polynomial of degree 5 of the
+/// rest in [-1/2, 1/2], our own minimax fit with p(0) = 1 (error 9.2e-8); double calls std::exp
+/// lane by lane.
+template <typename V>
+EIGENFORMER_INLINE V exp_of_nonpositive(V x) {
+  if constexpr (sizeof(typename V::scalar) == 8) {
+    return exp(x);
+  } else {
+    // in this order a NaN passes through
+    const V y = maximum(V::set1(-127.0f), x * V::set1(1.44269504088896341f));
+    const V n = round(y), f = y - n;
+    V p = V::set1(1.3264727308355453e-3f);
+    p = fma(p, f, V::set1(9.671514830942588e-3f));
+    p = fma(p, f, V::set1(5.5507337634946634e-2f));
+    p = fma(p, f, V::set1(2.4022242050990386e-1f));
+    p = fma(p, f, V::set1(6.931469775756578e-1f));
+    return fma(p, f, V::set1(1.0f)) * power_of_two(n);
+  }
+}
+
 }  // namespace simd
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

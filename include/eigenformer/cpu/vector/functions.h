@@ -71,7 +71,7 @@ EIGENFORMER_INLINE V tanh(V x) {
     return V::make([&](int i) { return std::tanh(x.v[i]); });
   } else {
     const V a = abs(x), square = x * x;
-    const V e = simd::exp(a * V::set1(-2.0f));
+    const V e = simd::exp_of_nonpositive(a * V::set1(-2.0f));
     const V magnitude = (V::set1(1.0f) - e) / (V::set1(1.0f) + e);
     const V large = select(less(x, V::zero()), V::zero() - magnitude, magnitude);
     // x - x^3/3 + 2x^5/15 - 17x^7/315 + 62x^9/2835 - 1382x^11/155925 + 21844x^13/6081075: below
