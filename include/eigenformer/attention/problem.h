@@ -322,6 +322,20 @@ void require_cache_fits(std::string_view name, const KvSource<S>& source, Index 
                  " for sequence ", b);
 }
 
+/// The queries of sequence b see nothing that the cache has given up.
+template <typename T, typename S>
+void require_keys_held(std::string_view name, const problem::Attention<T, S>& p, Index b) {
+  if (p.source.gone == nullptr || p.sequences[b].query_rows == 0) return;
+  const problem::KeyRange gone = p.source.gone[b];
+  const Index first = p.sequences[b].first_position;
+  require_that(
+      gone.begin >= gone.end || (p.visibility.keys(first, p.source.lengths[b]).begin >= gone.end &&
+                                 !p.visibility.visible(first, gone.begin)),
+      name, "the cache has given up the positions ", gone.begin, " to ", gone.end - 1,
+      " of sequence ", b, ", which the query at position ", first,
+      " would see: give causal, window and prefix_length that leave them out");
+}
+
 /// Queries (batch, n, heads, head_dim) that are the last positions of the sequences of a KvSource.
 template <typename Q, typename S>
 auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
@@ -348,6 +362,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   p.sequences = sequences;
   attach_masks(name, p, options, rows, false, frame);
   p.source = source;
+  for (Index b = 0; b < batch; ++b) require_keys_held(name, p, b);
   return p;
 }
 
@@ -378,6 +393,7 @@ auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<
   p.sequences = sequences;
   attach_masks(name, p, options, q.dimension(0), true, frame);
   p.source = source;
+  for (Index b = 0; b < batch; ++b) require_keys_held(name, p, b);
   return p;
 }
 

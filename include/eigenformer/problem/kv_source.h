@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../core/tensor.h"
+#include "visibility.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
@@ -30,6 +31,8 @@ struct KvSource {
   Index batch = 0, kv_heads = 0, head_dim = 0;
   Index value_dim = -1;            // -1: head_dim
   const Index* lengths = nullptr;  // (batch) valid positions of each sequence
+  // (batch) those of them that the cache has given up, which attention must not see; nullptr: none
+  const problem::KeyRange* gone = nullptr;
 
   const T* keys = nullptr;
   const T* values = nullptr;
