@@ -43,9 +43,9 @@ struct AttentionArrays {
   Sums scratch;      // (warps)
 };
 
-template <typename TQ, typename TKV>
+template <typename TQ, typename TKV, typename Function>
 struct AttentionRows {
-  using Call = AttentionCall<TQ, TKV>;
+  using Call = AttentionCall<TQ, TKV, Function>;
   using C = typename Call::C;
   static constexpr int kThreads = kAttentionKeys, kWarps = kThreads / kWarp;
   static constexpr bool kInt8 = std::is_same_v<TKV, std::int8_t>;
@@ -102,7 +102,7 @@ struct AttentionRows {
   template <typename Block, typename A>
   EIGENFORMER_DEVICE void attend(Block& block, const A& arrays, const AttentionQuery& q) const {
     const Index value_dim = call.p.value_dim;
-    AttentionPart all{-call.kInfinity, 0};
+    AttentionPart all;
     if (q.sees_any()) load_query(block, arrays, q);
     for (Index d = block.thread(); d < value_dim; d += block.size()) arrays.totals.store(d, 0.0);
     for (Index first = q.begin() / kSplitKeys * kSplitKeys; first < q.end(); first += kSplitKeys) {
@@ -112,8 +112,7 @@ struct AttentionRows {
         arrays.totals.store(d, merge_sums(merged, arrays.totals.load(d), arrays.sums.load(d)));
       all = merged.part;
     }
-    typename Call::End end{0.0, -call.kInfinity};
-    if (q.sees_any()) end = call.end_of(q, all);
+    const auto end = call.end_of(q, all);
     if (block.thread() == 0) call.write_log_sum_exp(q, end.log_sum_exp);
     TQ* const to = call.p.output + call.index_of(q) * value_dim;
     for (Index d = block.thread(); d < value_dim; d += block.size())
@@ -147,10 +146,12 @@ struct AttentionRows {
     for (Index d = block.thread(); d < call.p.value_dim; d += block.size())
       arrays.sums.store(d, 0.0);
     double maximum = -call.kInfinity, weights = 0;  // the weights of this thread
+    bool any_seen = false;
     const Index last = first + kSplitKeys < q.end() ? first + kSplitKeys : q.end();
     for (Index begin = first; begin < last; begin += kAttentionKeys) {
       if (!q.sees_any(begin, begin + kAttentionKeys)) continue;
-      const bool seen = q.sees(begin + block.thread());
+      const bool seen = call.sees(q, begin + block.thread());
+      any_seen = any_seen || seen;
       const double score =
           seen ? static_cast<double>(score_of<S>(block, arrays, q, begin)) : -call.kInfinity;
       const double before = maximum;
@@ -164,7 +165,10 @@ struct AttentionRows {
       block.barrier();
       add_values(block, arrays, fall);
     }
-    return {maximum, reduce_block(block, arrays.scratch, weights, Add{})};
+    weights = reduce_block(block, arrays.scratch, weights, Add{});
+    if (weights == 0)  // all scores are -infinity, or there are none
+      any_seen = reduce_block(block, arrays.scratch, any_seen ? 1.0 : 0.0, Larger{}) > 0;
+    return {maximum, weights, weights != 0 || any_seen};
   }
 
   /// The score of this thread's key, and where its value is.
@@ -186,10 +190,7 @@ struct AttentionRows {
       product *= static_cast<S>(*call.rows.scale(false, b, h, at));
       arrays.scales.store(block.thread(), static_cast<C>(*call.rows.scale(true, b, h, at)));
     }
-    return score_of_product<S>(product, static_cast<S>(p.softcap),
-                               static_cast<S>(call.slopes == nullptr ? 0.0f : call.slopes[q.head]),
-                               j - q.position)
-        .value;
+    return problem::score_of_product<S>(p, p.function, call.score_row(q), j, product).value;
   }
 
   /// sums * fall + what the values of a key block add: 16 threads for each quarter of its keys, in
@@ -240,11 +241,11 @@ Index splits_of(Index rows, Index value_dim, Index longest, Index blocks, Index 
 /// Blocks that fill a device: fewer are split, where there is something to split.
 inline constexpr Index kEnoughRowBlocks = 1024;
 
-template <typename D, typename TQ, typename TKV>
-void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& call,
+template <typename D, typename TQ, typename TKV, typename Function>
+void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV, Function>& call,
                            Index longest) {
   constexpr auto name = "attention";
-  using Kernel = AttentionRows<TQ, TKV>;
+  using Kernel = AttentionRows<TQ, TKV, Function>;
   const auto& p = call.p;
   const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
   const Index rows = call.row_count * p.heads,
@@ -254,8 +255,9 @@ void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& c
       on, name, {rows * splits, rows * splits * p.value_dim},
       [&](AttentionPart* parts, double* sums) {
         launch_rows(on, name, rows * splits, shared, Kernel{call, splits, parts, sums});
-        launch_rows(on, name, rows, 0,
-                    MergeSplits<TQ, TKV, double>{call, splits, parts, sums, Kernel::kFactor});
+        launch_rows(
+            on, name, rows, 0,
+            MergeSplits<typename Kernel::Call, double>{call, splits, parts, sums, Kernel::kFactor});
       });
 }
 
@@ -263,8 +265,8 @@ void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV>& c
 /// on nothing else.
 template <typename TQ, typename TKV>
 inline constexpr bool kHasAttentionTiles = sizeof(TQ) == 2 && std::is_same_v<TQ, TKV>;
-template <typename TQ, typename TKV>
-bool fits_tiles(const problem::Attention<TQ, TKV>& p) {
+template <typename TQ, typename TKV, typename Function>
+bool fits_tiles(const problem::Attention<TQ, TKV, Function>& p) {
   const auto fits = [](Index width) { return width > 0 && width <= 256; };
   return kHasAttentionTiles<TQ, TKV> && fits(p.head_dim) && fits(p.value_dim);
 }
@@ -273,8 +275,8 @@ bool fits_tiles(const problem::Attention<TQ, TKV>& p) {
 /// split.
 inline constexpr Index kEnoughTileBlocks = 264;
 
-template <typename D, typename T>
-void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T>& call,
+template <typename D, typename T, typename Function>
+void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T, Function>& call,
                             const Index* first_tile, Index tiles, Index longest) {
   constexpr auto name = "attention";
   const auto& p = call.p;
@@ -294,48 +296,34 @@ void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T>& cal
                       Kernel{call, first_tile, tiles, splits, parts, sums});
           if (splits > 0)
             launch_rows(on, name, rows, 0,
-                        MergeSplits<T, T, float>{call, splits, parts, sums, Kernel::kFactor});
+                        MergeSplits<typename Kernel::Call, float>{call, splits, parts, sums,
+                                                                  Kernel::kFactor});
         });
   };
   if (p.value_dim <= 128)
-    start(AttentionTiles<T, 4>{});
+    start(AttentionTiles<T, 4, Function>{});
   else
-    start(AttentionTiles<T, 8>{});
+    start(AttentionTiles<T, 8, Function>{});
 }
 
-template <typename D, typename TQ, typename TKV>
-void execute(const Backend<D>& on, const problem::Attention<TQ, TKV>& p) {
+template <typename D, typename TQ, typename TKV, typename Function>
+void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& p) {
   if (p.batch == 0 || p.heads == 0) return;
   const problem::AttentionSequence& last = p.sequences[p.batch - 1];
   const Index row_count = last.query_begin + last.tensor_rows;
   if (row_count == 0) return;
-  // a paged source has the sequences of the request
-  const auto touched = [&](Index b) {
-    const problem::AttentionSequence& s = p.sequences[b];
-    if (s.query_rows == 0) return Positions{0, 0};
-    const Index first = p.visibility.keys(s.first_position, s.key_length).begin;
-    return Positions{p.visibility.prefix > 0 ? 0 : first, s.key_length};
-  };
-  const auto count = [](const auto* array, Index size) {
-    return static_cast<std::size_t>(array == nullptr ? 0 : size);
-  };
   const bool in_tiles = fits_tiles(p);
   Workspace::Frame frame(thread_workspace());
-  auto* const first_tile = frame.take<Index>(in_tiles ? p.batch + 1 : 0);
+  const std::span<Index> first_tile(frame.take<Index>(in_tiles ? p.batch + 1 : 0),
+                                    static_cast<std::size_t>(in_tiles ? p.batch + 1 : 0));
   Index longest = 0, tiles = 0;
   for (Index b = 0; b < p.batch; ++b) {
     longest = (std::max)(longest, p.sequences[b].key_length);
-    if (in_tiles) first_tile[b] = tiles;
+    if (in_tiles) first_tile[static_cast<std::size_t>(b)] = tiles;
     tiles += (p.sequences[b].tensor_rows * p.group() + kTile - 1) / kTile;
-    if (in_tiles) first_tile[b + 1] = tiles;
+    if (in_tiles) first_tile[static_cast<std::size_t>(b) + 1] = tiles;
   }
-  const auto [rows, staged_first_tile, sequences, slopes, sinks] = stage_rows(
-      on, "attention", p.source, touched,
-      std::span<const Index>(first_tile, static_cast<std::size_t>(in_tiles ? p.batch + 1 : 0)),
-      std::span<const problem::AttentionSequence>(p.sequences, count(p.sequences, p.batch)),
-      std::span<const float>(p.alibi_slopes, count(p.alibi_slopes, p.heads)),
-      std::span<const float>(p.sinks, count(p.sinks, p.heads)));
-  const AttentionCall<TQ, TKV> call{p, rows, sequences, slopes, sinks, row_count, p.group()};
+  const auto [call, staged_first_tile] = stage_attention(on, "attention", p, first_tile);
   if constexpr (kHasAttentionTiles<TQ, TKV>)
     if (in_tiles) return launch_attention_tiles(on, call, staged_first_tile, tiles, longest);
   launch_attention_rows(on, call, longest);

@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
+#include <tuple>
 
 #include "../core/workspace.h"
 #include "attention_pairs.cuh"
@@ -56,7 +57,7 @@ struct AttentionQueryGradients {
     for (Index unit = block.index(); unit < tiles * f.heads; unit += block.count()) {
       const Index tile = unit / f.heads,
                   b = sequence_at(f.batch, tile, [&](Index i) { return first_tile[i]; });
-      const AttentionTileAt at{on.sequences + b, unit % f.heads, (tile - first_tile[b]) * kTile, 0};
+      const AttentionTileAt at{f.sequences + b, unit % f.heads, (tile - first_tile[b]) * kTile, 0};
       if (find_rows(block, arrays, known, at, false)) find_rows(block, arrays, known, at, true);
       write_gradient(block, arrays, pairs, known, at);
       block.barrier();
@@ -78,16 +79,15 @@ struct AttentionQueryGradients {
 
   /// Scores of a tile, and dP.
   template <typename Block>
-  EIGENFORMER_DEVICE void add_tile(Block& block, const AttentionTileAt& at, Pairs& scores,
-                                   Pairs& grads, State (&states)[Pairs::kRows]) const {
+  EIGENFORMER_DEVICE void add_tile(Block& block, const unsigned (&seen)[Pairs::kRows],
+                                   Pairs& scores, Pairs& grads,
+                                   State (&states)[Pairs::kRows]) const {
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
-      const TileRange seen = on.range(at, Pairs::row(block.thread(), k));
       C maximum = static_cast<C>(states[k].maximum), top = static_cast<C>(states[k].top);
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c)
-        if (seen.sees(Pairs::column(block.thread(), c)) &&
-            before(scores.at(k, c), grads.at(k, c), maximum, top)) {
+        if ((seen[k] >> c & 1) != 0 && before(scores.at(k, c), grads.at(k, c), maximum, top)) {
           maximum = scores.at(k, c);
           top = grads.at(k, c);
         }
@@ -104,7 +104,7 @@ struct AttentionQueryGradients {
       C weights = 0, weighted = 0;
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c) {
-        if (!seen.sees(Pairs::column(block.thread(), c))) continue;
+        if ((seen[k] >> c & 1) == 0) continue;
         const C weight = std::exp(scores.at(k, c) - reference);
         weights += weight;
         weighted = std::fma(weight, grads.at(k, c) - top, weighted);
@@ -145,8 +145,11 @@ struct AttentionQueryGradients {
       if (!on.any_visible(at)) continue;
       Pairs scores, grads;
       on.multiply(block, arrays, at, scores, grads);
-      on.score(block, at, scores, wide, references, nullptr);
-      add_tile(block, at, scores, grads, states);
+      unsigned seen[Pairs::kRows];
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < Pairs::kRows; ++k) seen[k] = on.seen_columns(block.thread(), at, k);
+      on.score(block, at, scores, seen, wide, references, nullptr);
+      add_tile(block, seen, scores, grads, states);
     }
     bool large = false;
     block.barrier();
@@ -174,8 +177,8 @@ struct AttentionQueryGradients {
   EIGENFORMER_DEVICE Row finish(const AttentionTileAt& at, State s, bool wide,
                                 double& sink_gradient) const {
     if (s.weights == 0) return {};
-    const double sink =
-        on.sinks == nullptr ? -on.kInfinity : static_cast<double>(on.sinks[at.head]);
+    const auto& f = on.p.forward;
+    const double sink = f.sinks == nullptr ? -on.kInfinity : static_cast<double>(f.sinks[at.head]);
     double sink_weight = 0;
     if (sink > -on.kInfinity) {
       if (sink > s.maximum) s = relative_to(s, sink, 0.0);
@@ -219,7 +222,7 @@ struct AttentionQueryGradients {
           block, arrays, pairs, unit, f.head_dim, none,
           [&](Index j) { return on.key(false, at, j); },
           [&](Index r, Index j) {
-            return on.range(at, r).sees(static_cast<int>(j)) && known.load(r).kind != Row::kSilent;
+            return on.sees(at, r, on.range(at, r), j) && known.load(r).kind != Row::kSilent;
           },
           at_row(sums));
       none = false;
@@ -253,7 +256,7 @@ struct AttentionKeyGradients {
       const Index tile = unit / f.kv_heads,
                   b = sequence_at(f.batch, tile, [&](Index i) { return first_tile[i]; }),
                   kv_head = unit % f.kv_heads;
-      AttentionTileAt at{on.sequences + b, 0, 0, (tile - first_tile[b]) * kTile};
+      AttentionTileAt at{f.sequences + b, 0, 0, (tile - first_tile[b]) * kTile};
       bool none = true;
       for (at.head = kv_head * on.group; at.head < (kv_head + 1) * on.group; ++at.head)
         for (at.row = 0; at.row < at.s->query_rows; at.row += kTile) {
@@ -299,8 +302,7 @@ struct AttentionKeyGradients {
       }
     }
     const auto takes = [&](Index j, Index r) {
-      return on.range(at, r).sees(static_cast<int>(j)) &&
-             rows[on.row_index(at, r)].kind != Row::kSilent;
+      return on.sees(at, r, on.range(at, r), j) && rows[on.row_index(at, r)].kind != Row::kSilent;
     };
     on.add_rows(
         block, arrays, probability_array, kProbabilityUnit, f.value_dim, first,
@@ -406,14 +408,19 @@ void execute(const Backend<D>& on, const problem::AttentionBackward<T>& p) {
   };
   const Index* const first_query_tile = query_tiles;
   const Index* const first_key_tile = key_tiles;
-  const auto [sequences, staged_query_tiles, staged_key_tiles, slopes, sink_logits] =
-      stage(on, "attention_backward", span_of(f.sequences, f.batch),
-            span_of(first_query_tile, f.batch + 1), span_of(first_key_tile, f.batch + 1),
-            span_of(f.alibi_slopes, f.heads), span_of(f.sinks, f.heads));
   const problem::AttentionSequence& last = f.sequences[f.batch - 1];
   const Index rows = last.query_begin + last.tensor_rows;
-  launch_backward(on, AttentionPairs<T>{p, sequences, slopes, sink_logits, f.group()},
-                  staged_query_tiles, staged_key_tiles, {query_tiles[f.batch], key_tiles[f.batch]},
+  AttentionPairs<T> pairs{p, f.group()};
+  auto& staged = pairs.p.forward;
+  const Index *staged_query_tiles = nullptr, *staged_key_tiles = nullptr;
+  std::tie(staged.sequences, staged_query_tiles, staged_key_tiles, staged.alibi_slopes,
+           staged.sinks, staged.bit_mask.first_keys) =
+      stage(on, "attention_backward", span_of(f.sequences, f.batch),
+            span_of(first_query_tile, f.batch + 1), span_of(first_key_tile, f.batch + 1),
+            span_of(f.alibi_slopes, f.heads), span_of(f.sinks, f.heads),
+            span_of(f.bit_mask.first_keys, f.batch));
+  launch_backward(on, pairs, staged_query_tiles, staged_key_tiles,
+                  {query_tiles[f.batch], key_tiles[f.batch]},
                   {rows, rows * f.heads * f.head_dim, key_rows * f.kv_heads * f.head_dim,
                    key_rows * f.kv_heads * f.value_dim},
                   sinks);

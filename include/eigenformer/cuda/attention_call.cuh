@@ -8,6 +8,8 @@
 
 #include <cmath>
 #include <limits>
+#include <span>
+#include <tuple>
 #include <type_traits>
 
 #include "attention_scores.cuh"
@@ -42,9 +44,10 @@ struct AttentionQuery {
   }
 };
 
-/// The greatest score, and the sum of the weights relative to it.
+/// The greatest score, the sum of the weights relative to it, and whether the row sees a key.
 struct AttentionPart {
-  double maximum, weights;
+  double maximum = -std::numeric_limits<double>::infinity(), weights = 0;
+  bool seen = false;
 };
 
 /// Two parts in one, and the factors of their sums of values.
@@ -59,8 +62,9 @@ EIGENFORMER_DEVICE MergedParts<S> merge_parts(const AttentionPart& a, const Atte
   const double reference = maximum == -std::numeric_limits<double>::infinity() ? 0.0 : maximum;
   const S first = std::exp(static_cast<S>(a.maximum - reference)),
           second = std::exp(static_cast<S>(b.maximum - reference));
-  return {{maximum, std::fma(b.weights, static_cast<double>(second),
-                             a.weights * static_cast<double>(first))},
+  return {{maximum,
+           std::fma(b.weights, static_cast<double>(second), a.weights * static_cast<double>(first)),
+           a.seen || b.seen},
           first,
           second};
 }
@@ -69,16 +73,13 @@ EIGENFORMER_DEVICE S merge_sums(const MergedParts<S>& m, S first, S second) {
   return std::fma(second, m.second, first * m.first);
 }
 
-/// The request; its arrays are those below.
-template <typename TQ, typename TKV>
+/// The request, with all arrays on the device.
+template <typename TQ, typename TKV, typename Function>
 struct AttentionCall {
   using C = compute_type<TQ>;
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  problem::Attention<TQ, TKV> p;
+  problem::Attention<TQ, TKV, Function> p;
   KvRows<TKV> rows;
-  const problem::AttentionSequence* sequences;
-  const float* slopes;
-  const float* sinks;
   Index row_count, group;
 
   EIGENFORMER_DEVICE AttentionQuery query_at(const problem::AttentionSequence& s, Index in_sequence,
@@ -96,8 +97,8 @@ struct AttentionCall {
   /// Row `index` of (rows, heads).
   EIGENFORMER_DEVICE AttentionQuery query_at(Index index) const {
     const Index row = index / p.heads;
-    const problem::AttentionSequence& s = sequences[sequence_at(
-        p.batch, row, [&](Index b) { return sequences[b].query_begin; })];  // it has rows
+    const problem::AttentionSequence& s = p.sequences[sequence_at(
+        p.batch, row, [&](Index b) { return p.sequences[b].query_begin; })];  // it has rows
     return query_at(s, row - s.query_begin, index % p.heads);
   }
   EIGENFORMER_DEVICE Index index_of(const AttentionQuery& q) const {
@@ -107,14 +108,24 @@ struct AttentionCall {
     return p.queries + index_of(q) * p.head_dim;
   }
 
-  /// The sink joins the weights: the factor of the sums of values, and log_sum_exp.
+  EIGENFORMER_DEVICE problem::ScoreRow score_row(const AttentionQuery& q) const {
+    return {q.s - p.sequences, q.head, q.s->query_begin + q.in_sequence, q.position};
+  }
+  /// By its position, masks and bias.
+  EIGENFORMER_DEVICE bool sees(const AttentionQuery& q, Index j) const {
+    return q.sees(j) && (!p.masked() || p.unmasked(score_row(q), j));
+  }
+
+  /// The sink joins the weights of a row that sees a key: the factor of the sums of values, and
+  /// log_sum_exp.
   struct End {
-    double factor, log_sum_exp;
+    double factor = 0, log_sum_exp = -kInfinity;
   };
   EIGENFORMER_DEVICE End end_of(const AttentionQuery& q, const AttentionPart& part) const {
-    const double sink = sinks == nullptr ? -kInfinity : static_cast<double>(sinks[q.head]);
+    if (!part.seen) return {};
+    const double sink = p.sinks == nullptr ? -kInfinity : static_cast<double>(p.sinks[q.head]);
     const auto all = merge_parts<double>(part, {sink, sink > -kInfinity ? 1.0 : 0.0});
-    if (all.part.weights == 0) return {0.0, -kInfinity};
+    if (all.part.weights == 0) return {};
     return {all.first / all.part.weights, all.part.maximum + std::log(all.part.weights)};
   }
   /// From half of an average: rounding must not take the greatest numbers out of their range.
@@ -134,12 +145,39 @@ struct AttentionCall {
   }
 };
 
+/// The request with its arrays on the device, and one more array.
+template <typename D, typename TQ, typename TKV, typename Function>
+std::tuple<AttentionCall<TQ, TKV, Function>, const Index*> stage_attention(
+    const Backend<D>& on, const char* name, const problem::Attention<TQ, TKV, Function>& p,
+    std::span<const Index> more) {
+  // a paged source has the sequences of the request
+  const auto touched = [&](Index b) {
+    const problem::AttentionSequence& s = p.sequences[b];
+    if (s.query_rows == 0) return Positions{0, 0};
+    const Index first = p.visibility.keys(s.first_position, s.key_length).begin;
+    return Positions{p.visibility.prefix > 0 ? 0 : first, s.key_length};
+  };
+  const auto span_of = [](const auto* array, Index count) {
+    return std::span(array, static_cast<std::size_t>(array == nullptr ? 0 : count));
+  };
+  const problem::AttentionSequence& last = p.sequences[p.batch - 1];
+  AttentionCall<TQ, TKV, Function> call{p, {}, last.query_begin + last.tensor_rows, p.group()};
+  const Index* staged = nullptr;
+  std::tie(call.rows, call.p.sequences, call.p.alibi_slopes, call.p.sinks,
+           call.p.bit_mask.first_keys, staged) =
+      stage_rows(on, name, p.source, touched, span_of(p.sequences, p.batch),
+                 span_of(p.alibi_slopes, p.heads), span_of(p.sinks, p.heads),
+                 span_of(p.bit_mask.first_keys, p.batch), more);
+  return {call, staged};
+}
+
 /// The output from what the splits of each row have left: a block for each row and head. sums are
 /// those of values, times `unit`.
-template <typename TQ, typename TKV, typename S>
+template <typename Call, typename S>
 struct MergeSplits {
+  using Output = std::remove_pointer_t<decltype(Call::p.output)>;
   static constexpr int kThreads = 128;
-  AttentionCall<TQ, TKV> call;
+  Call call;
   Index splits;
   const AttentionPart* parts;  // (rows, heads, splits), written where the row sees a key of it
   const S* sums;               // (rows, heads, splits, value_dim)
@@ -152,16 +190,17 @@ struct MergeSplits {
       const AttentionQuery q = call.query_at(at);
       if (block.thread() == 0) {
         const AttentionPart all = merge(q, at, [](const auto&, Index) {});
-        call.write_log_sum_exp(q, q.sees_any() ? call.end_of(q, all).log_sum_exp : -call.kInfinity);
+        call.write_log_sum_exp(q, call.end_of(q, all).log_sum_exp);
       }
       for (Index d = block.thread(); d < p.value_dim; d += kThreads) {
         S sum = 0;
         const AttentionPart all = merge(q, at, [&](const MergedParts<S>& m, Index split) {
           sum = merge_sums(m, sum, sums[(at * splits + split) * p.value_dim + d]);
         });
-        const double factor = q.sees_any() ? call.end_of(q, all).factor : 0.0;
+        const double factor = call.end_of(q, all).factor;
         p.output[at * p.value_dim + d] =
-            factor == 0 ? TQ(0) : call.output_of(static_cast<double>(sum) * (factor / unit / 2));
+            factor == 0 ? Output(0)
+                        : call.output_of(static_cast<double>(sum) * (factor / unit / 2));
       }
     }
   }
@@ -169,7 +208,7 @@ struct MergeSplits {
  private:
   template <typename Add>
   EIGENFORMER_DEVICE AttentionPart merge(const AttentionQuery& q, Index at, const Add& add) const {
-    AttentionPart all{-call.kInfinity, 0};
+    AttentionPart all;
     for (Index split = 0; split < splits; ++split) {
       if (!q.sees_any(split * kSplitKeys, (split + 1) * kSplitKeys)) continue;
       const auto merged = merge_parts<S>(all, parts[at * splits + split]);

@@ -49,10 +49,7 @@ struct AttentionPairs {
   using Pairs = PairTile<T>;
   static constexpr int kWarps = kTileThreads / kWarp;
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  problem::AttentionBackward<T> p;
-  const problem::AttentionSequence* sequences;
-  const float* slopes;
-  const float* sinks;
+  problem::AttentionBackward<T> p;  // its arrays on the device
   Index group;
 
   static constexpr std::size_t shared_size(int pair_arrays) {
@@ -97,6 +94,22 @@ struct AttentionPairs {
     return tile_range(p.forward.visibility, at.s->first_position + at.row + r, at.s->key_length,
                       at.key, kTile);
   }
+  EIGENFORMER_DEVICE problem::ScoreRow score_row(const AttentionTileAt& at, Index r) const {
+    return {at.s - p.forward.sequences, at.head, at.s->query_begin + at.row + r,
+            at.s->first_position + at.row + r};
+  }
+  /// Whether row r sees key j of the tile; `here` is its range.
+  EIGENFORMER_DEVICE bool sees(const AttentionTileAt& at, Index r, const TileRange& here,
+                               Index j) const {
+    return here.sees(static_cast<int>(j)) &&
+           (!p.forward.masked() || p.forward.unmasked(score_row(at, r), at.key + j));
+  }
+  /// Those of a thread's columns that its row k sees, as bits.
+  EIGENFORMER_DEVICE unsigned seen_columns(int thread, const AttentionTileAt& at, int k) const {
+    const int r = Pairs::row(thread, k);
+    const TileRange here = range(at, r);
+    return cuda::seen_columns<Pairs>(thread, [&](int j) { return sees(at, r, here, j); });
+  }
   EIGENFORMER_DEVICE bool any_visible(const AttentionTileAt& at) const {
     const Index rows = at.s->query_rows - at.row, end = at.key + kTile;
     return cuda::any_visible(p.forward.visibility, at.s->first_position + at.row,
@@ -130,31 +143,31 @@ struct AttentionPairs {
   }
 
   /// Products of a tile to scores: those of row k of this thread's relative to references[k] where
-  /// the row is wide, which are made of its elements in double. Where grads are given they are
-  /// multiplied by the scores' slopes.
+  /// the row is wide, which are made of its elements in double; those that are seen. Where grads
+  /// are given they are multiplied by the scores' slopes.
   template <typename Block>
   EIGENFORMER_DEVICE void score(Block& block, const AttentionTileAt& at, Pairs& scores,
+                                const unsigned (&seen)[Pairs::kRows],
                                 const bool (&wide)[Pairs::kRows],
                                 const double (&references)[Pairs::kRows], Pairs* grads) const {
     const auto& f = p.forward;
-    const C alibi = slopes == nullptr ? C(0) : static_cast<C>(slopes[at.head]);
-    const Index apart = at.key - (at.s->first_position + at.row);
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
+      const auto row = score_row(at, Pairs::row(block.thread(), k));
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c) {
+        if ((seen[k] >> c & 1) == 0) continue;
         const C product = Pairs::kMma ? scores.at(k, c) * f.scale : scores.at(k, c);
-        const auto found = score_of_product<C>(
-            product, f.softcap, alibi,
-            apart + Pairs::column(block.thread(), c) - Pairs::row(block.thread(), k));
+        const auto found = problem::score_of_product<C>(
+            f, f.function, row, at.key + Pairs::column(block.thread(), c), product);
         scores.at(k, c) = found.value;
         if (grads != nullptr && !wide[k]) grads->at(k, c) *= found.slope;
       }
     }
-    rescore(block, scores, grads, wide, references, [&](int r, int j) -> Score<double> {
-      if (!range(at, r).sees(j)) return {0, 0};
-      return score_of_rows<double>(f, query(at, r), key(false, at, j),
-                                   slopes == nullptr ? 0.0f : slopes[at.head], apart + j - r);
+    rescore(block, scores, grads, wide, references, [&](int r, int j) -> problem::Score<double> {
+      if (!sees(at, r, range(at, r), j)) return {0, 0};
+      return score_of_rows<double>(f, query(at, r), key(false, at, j), score_row(at, r),
+                                   at.key + j);
     });
   }
 
@@ -163,27 +176,27 @@ struct AttentionPairs {
   EIGENFORMER_DEVICE void differentiate(Block& block, const AttentionTileAt& at, Pairs& scores,
                                         Pairs& grads, const RowOf& row_of) const {
     Row rows[Pairs::kRows];
+    unsigned seen[Pairs::kRows];
     bool wide[Pairs::kRows];
     double references[Pairs::kRows];
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
       const int r = Pairs::row(block.thread(), k);
       rows[k] = at.row + r < at.s->query_rows ? row_of(r) : Row{};
+      seen[k] = rows[k].kind == Row::kSilent ? 0 : seen_columns(block.thread(), at, k);
       wide[k] = rows[k].kind == Row::kWide;
       references[k] = rows[k].maximum;
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c)
         grads.at(k, c) = (grads.at(k, c) - rows[k].top) - rows[k].delta;
     }
-    score(block, at, scores, wide, references, &grads);
+    score(block, at, scores, seen, wide, references, &grads);
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < Pairs::kRows; ++k) {
-      const bool silent = rows[k].kind == Row::kSilent;
-      const TileRange seen = range(at, Pairs::row(block.thread(), k));
       const C maximum = wide[k] ? C(0) : static_cast<C>(rows[k].maximum);
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c) {
-        const bool part = !silent && seen.sees(Pairs::column(block.thread(), c));
+        const bool part = (seen[k] >> c & 1) != 0;
         const C probability = std::exp(scores.at(k, c) - maximum) * rows[k].inverse;
         scores.at(k, c) = part ? probability : C(0);
         grads.at(k, c) = part ? probability * grads.at(k, c) : C(0);

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "../problem/attention.h"
+#include "../problem/score.h"
 #include "tile/pairs.cuh"
 
 namespace eigenformer {
@@ -52,35 +53,26 @@ EIGENFORMER_DEVICE S key_product(const T* key, Index head_dim, const Query& quer
   return (dots[0] + dots[1]) + (dots[2] + dots[3]);
 }
 
-/// A score, and its derivative by the scaled product it is made of.
-template <typename S>
-struct Score {
-  S value, slope;
-};
-
-/// From the scaled product: softcap (0: none), then what ALiBi adds at this distance.
-template <typename S>
-EIGENFORMER_DEVICE Score<S> score_of_product(S product, S softcap, S alibi_slope, Index distance) {
-  Score<S> score{product, S(1)};
-  if (softcap > 0) {
-    const S t = std::tanh(product / softcap);
-    score = {softcap * t, std::fma(-t, t, S(1))};
-  }
-  if (alibi_slope != 0)  // one rounding, wherever this is compiled
-    score.value = std::fma(alibi_slope, static_cast<S>(distance), score.value);
-  return score;
-}
-
-/// The score of a row of queries and one of keys in S, from their elements.
-template <typename S, typename T>
-EIGENFORMER_DEVICE Score<S> score_of_rows(const problem::Attention<T, T>& p, const T* query,
-                                          const T* key, float alibi_slope, Index distance) {
+/// The score in S of key `at` of a sequence, from the elements of query and key.
+template <typename S, typename T, typename Function>
+EIGENFORMER_DEVICE problem::Score<S> score_of_rows(const problem::Attention<T, T, Function>& p,
+                                                   const T* query, const T* key,
+                                                   const problem::ScoreRow& row, Index at) {
   using C = compute_type<T>;
   const S scale = static_cast<S>(p.scale);
   const S product = key_product<S, C>(
       key, p.head_dim, [=](Index d) { return static_cast<S>(static_cast<C>(query[d])) * scale; });
-  return score_of_product<S>(product, static_cast<S>(p.softcap), static_cast<S>(alibi_slope),
-                             distance);
+  return problem::score_of_product<S>(p, p.function, row, at, product);
+}
+
+/// Those of a thread's columns in row k of a tile that sees(column), as bits.
+template <typename Pairs, typename Sees>
+EIGENFORMER_DEVICE unsigned seen_columns(int thread, const Sees& sees) {
+  unsigned bits = 0;
+  EIGENFORMER_UNROLL_ALL
+  for (int c = 0; c < Pairs::kColumns; ++c)
+    if (sees(Pairs::column(thread, c))) bits |= 1u << c;
+  return bits;
 }
 
 /// Scores of this thread's wide rows, by double_score(row, column), relative to references; grads,
@@ -96,7 +88,7 @@ EIGENFORMER_DEVICE void rescore(Block& block, PairTile<T>& scores, PairTile<T>* 
   for (int k = 0; k < Pairs::kRows; ++k) {
     if (!wide[k]) continue;
     for (int c = 0; c < Pairs::kColumns; ++c) {
-      const Score<double> score =
+      const problem::Score<double> score =
           double_score(Pairs::row(block.thread(), k), Pairs::column(block.thread(), c));
       EIGENFORMER_UNROLL_ALL
       for (int n = 0; n < Pairs::kColumns; ++n) {  // c is not known when this is compiled

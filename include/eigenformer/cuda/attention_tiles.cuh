@@ -23,6 +23,7 @@
 #include <limits>
 
 #include "attention_call.cuh"
+#include "attention_tile_rows.cuh"
 #include "tile/pairs.cuh"
 
 namespace eigenformer {
@@ -30,9 +31,10 @@ inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
 /// value_dim is at most 32 * Chunks.
-template <typename T, int Chunks>
+template <typename T, int Chunks, typename Function>
 struct AttentionTiles {
-  using Call = AttentionCall<T, T>;
+  using Call = AttentionCall<T, T, Function>;
+  using Rows = AttentionTileRows<Call>;
   using Pairs = PairTile<T>;
   static constexpr int kThreads = kTileThreads, kWarps = kTileThreads / kWarp;
   /// Tiles in shared memory: the next one as well, where heads leave room for it (one takes 113 of
@@ -73,9 +75,10 @@ struct AttentionTiles {
       const Index unit = units - 1 - u;  // of a causal sequence the longest rows first
       const Index part = unit / call.p.kv_heads, tile = part / each,
                   b = sequence_at(call.p.batch, tile, [&](Index i) { return first_tile[i]; });
-      attend(block, arrays,
-             Rows(call, call.sequences[b], unit % call.p.kv_heads, (tile - first_tile[b]) * kTile),
-             part % each);
+      attend(
+          block, arrays,
+          Rows(call, call.p.sequences[b], unit % call.p.kv_heads, (tile - first_tile[b]) * kTile),
+          part % each);
       block.barrier();
     }
   }
@@ -93,79 +96,36 @@ struct AttentionTiles {
     Index key_size, value_size;
   };
 
-  /// The 64 rows of a block, and the keys that one of them sees.
-  struct Rows {
-    const problem::AttentionSequence& s;
-    Index kv_head, first, count;  // rows (position, head of the group), those that are queries
-    Index position, positions;    // of the queries
-    Index begin, end;             // keys before and from there on nobody sees
-
-    EIGENFORMER_DEVICE Rows(const Call& call, const problem::AttentionSequence& sequence,
-                            Index kv_head_, Index first_)
-        : s(sequence), kv_head(kv_head_), first(first_) {
-      const Index all = s.query_rows * call.group - first;
-      count = all < 0 ? 0 : (all < kTile ? all : kTile);
-      position = s.first_position + first / call.group;
-      positions = count == 0 ? 0 : (first + count - 1) / call.group - first / call.group + 1;
-      const auto& v = call.p.visibility;
-      begin = v.prefix > 0 ? 0 : v.keys(position, s.key_length).begin;
-      const Index prefix = v.prefix < s.key_length ? v.prefix : s.key_length,
-                  last = v.keys(position + positions - 1, s.key_length).end;
-      end = last > prefix ? last : prefix;
-    }
-    EIGENFORMER_DEVICE bool sees_whole(const problem::Visibility& v, Index key) const {
-      if (key + kTile > s.key_length) return false;
-      return key + kTile <= v.prefix ||
-             (key + kTile <= position + 1 + v.right && key >= position + positions - 1 - v.left);
-    }
-  };
-
   /// A thread's two rows.
   struct State {
     float maximum[2], weights[2];  // the weights of this lane
+    bool seen[2];                  // whether this lane has seen a key
     bool wide[2];                  // scores are in double, relative to
     double references[2];
     RowTile<T> sums[Chunks];
   };
-
-  EIGENFORMER_DEVICE AttentionQuery query_of(const Rows& rows, Index r) const {
-    const Index flat = rows.first + r;
-    return call.query_at(rows.s, flat / call.group, rows.kv_head * call.group + flat % call.group);
-  }
-  EIGENFORMER_DEVICE const T* key(bool value, const Rows& rows, Index j) const {
-    if (j < rows.begin || j >= rows.s.key_length) return nullptr;
-    return call.rows.row(value, rows.s.key_sequence, rows.kv_head, rows.s.key_begin + j);
-  }
-  /// The first tile from `key` on that somebody sees; `end` or later where there is none.
-  EIGENFORMER_DEVICE Index next_tile(const Rows& rows, Index key, Index end) const {
-    while (key < end &&
-           !any_visible(call.p.visibility, rows.position, rows.positions, key,
-                        key + kTile < rows.s.key_length ? key + kTile : rows.s.key_length))
-      key += kTile;
-    return key;
-  }
 
   template <typename Block, typename A>
   EIGENFORMER_DEVICE void attend(Block& block, const A& a, const Rows& rows, Index split) const {
     const Index low = splits > 0 ? split * kSplitKeys : 0,
                 high = splits > 0 ? low + kSplitKeys : rows.end,
                 end = high < rows.end ? high : rows.end, from = rows.begin / kTile * kTile;
-    Index at = next_tile(rows, low < from ? from : low, end);
+    Index at = rows.next_tile(low < from ? from : low, end);
     if (splits > 0 && at >= end) return;
     for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
       load_operand<T, kPairOperand<T>>(
           block, a.queries, c * kKeys, c * kTileDepth, call.p.head_dim,
-          [&](Index r) { return r < rows.count ? call.query(query_of(rows, r)) : nullptr; },
+          [&](Index r) { return r < rows.count ? call.query(rows.query_of(r)) : nullptr; },
           [](auto&) {});
-    AttentionPart totals[2] = {{-call.kInfinity, 0}, {-call.kInfinity, 0}};
+    AttentionPart totals[2];
     bool first = true;
     do {
       State state;
-      AttentionPart found[2] = {{-call.kInfinity, 0}, {-call.kInfinity, 0}};
+      AttentionPart found[2];
       const Index split_end = (at / kSplitKeys + 1) * kSplitKeys;
       clear(state);
       if (at < end) find_part(block, a, rows, at, split_end < end ? split_end : end, state, found);
-      at = next_tile(rows, split_end, end);
+      at = rows.next_tile(split_end, end);
       if (splits > 0)
         write_split(block, rows, split, state, found);
       else
@@ -179,6 +139,7 @@ struct AttentionTiles {
     for (int k = 0; k < 2; ++k) {
       state.maximum[k] = -kInfinity;
       state.weights[k] = 0;
+      state.seen[k] = false;
     }
     EIGENFORMER_UNROLL_ALL
     for (auto& sums : state.sums) sums.clear();
@@ -213,9 +174,12 @@ struct AttentionTiles {
         }
     }
     EIGENFORMER_UNROLL_ALL
-    for (int k = 0; k < 2; ++k)
+    for (int k = 0; k < 2; ++k) {
+      // a vote of the row's four lanes
+      const bool seen = (block.ballot(state.seen[k]) >> block.lane() / 4 * 4 & 15u) != 0;
       found[k] = {state.references[k] + static_cast<double>(state.maximum[k]),
-                  static_cast<double>(state.weights[k])};
+                  static_cast<double>(state.weights[k]), seen};
+    }
   }
 
   /// A barrier. flags[at ...] may be used again after the next one.
@@ -236,12 +200,12 @@ struct AttentionTiles {
     if (kBuffers > 1) load_tile(block, a, rows, begin, buffer);
     block.commit_async();
     for (Index at = begin, next; at < end; at = next) {
-      next = next_tile(rows, at + kTile, end);
+      next = rows.next_tile(at + kTile, end);
       const Index coming = kBuffers > 1 ? next : at;
       if (coming < end) load_tile(block, a, rows, coming, kBuffers - 1 - buffer);
       block.commit_async();
       block.template wait_async<kBuffers - 1>();
-      const bool whole = rows.sees_whole(call.p.visibility, at);
+      const bool whole = rows.see_whole(at);
       bool not_finite = false;
       if (whole)
         block.barrier();
@@ -268,7 +232,7 @@ struct AttentionTiles {
                                     int buffer) const {
     const auto load = [&](const auto& array, Index base, Index width, Index stride, bool value) {
       for_each_pack(block, base, width, stride, [&](Index to, Index r, Index column) {
-        const T* const from = key(value, rows, at + r);
+        const T* const from = rows.key(value, at + r);
         if (from != nullptr && column + 8 <= width && packs_fit<8>(from + column, 0))
           block.copy_async(array, to, from + column);
         else
@@ -291,12 +255,6 @@ struct AttentionTiles {
     return found;
   }
 
-  EIGENFORMER_DEVICE TileRange range(const Rows& rows, int r, Index at) const {
-    if (r >= rows.count) return {0, 0, 0};
-    return tile_range(call.p.visibility, rows.s.first_position + (rows.first + r) / call.group,
-                      rows.s.key_length, at, kTile);
-  }
-
   template <typename Block, typename A>
   EIGENFORMER_DEVICE void add_tile(Block& block, const A& a, const Rows& rows, Index at, bool whole,
                                    int buffer, State& state) const {
@@ -304,13 +262,21 @@ struct AttentionTiles {
     pairs.clear();
     for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
       pairs.add(block, a.queries, c * kKeys, a.keys, buffer * a.key_size + c * kKeys, kTileDepth);
-    score(block, rows, at, pairs, state);
+    unsigned seen[2];  // bit c: whether row k sees the thread's column c
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < 2; ++k) {
-      const TileRange seen =
-          whole ? TileRange{0, 0, kTile} : range(rows, Pairs::row(block.thread(), k), at);
-      add_weights(block, seen, k, pairs, state);
+      const int r = Pairs::row(block.thread(), k);
+      const TileRange here = rows.range(r, at);
+      if (whole)
+        seen[k] = r < rows.count ? kAllLanes : 0;
+      else
+        seen[k] =
+            seen_columns<Pairs>(block.thread(), [&](int j) { return rows.sees(r, at, here, j); });
+      state.seen[k] = state.seen[k] || seen[k] != 0;
     }
+    score(block, rows, at, seen, pairs, state);
+    EIGENFORMER_UNROLL_ALL
+    for (int k = 0; k < 2; ++k) add_weights(block, seen[k], k, pairs, state);
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < kTile / 16; ++k) {
       const auto fragment = pairs.fragment(k);
@@ -331,44 +297,41 @@ struct AttentionTiles {
     }
   }
 
-  /// Products to scores.
+  /// Products to scores, of the columns that are seen.
   template <typename Block>
-  EIGENFORMER_DEVICE void score(Block& block, const Rows& rows, Index at, Pairs& pairs,
-                                const State& state) const {
+  EIGENFORMER_DEVICE void score(Block& block, const Rows& rows, Index at, const unsigned (&seen)[2],
+                                Pairs& pairs, const State& state) const {
     const auto& p = call.p;
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < 2; ++k) {
-      const Index flat = rows.first + Pairs::row(block.thread(), k),
-                  apart = at - (rows.s.first_position + flat / call.group);
-      const float alibi = call.slopes == nullptr
-                              ? 0.0f
-                              : call.slopes[rows.kv_head * call.group + flat % call.group];
+      const auto row = call.score_row(rows.query_of(Pairs::row(block.thread(), k)));
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c)
-        pairs.at(k, c) = score_of_product<float>(pairs.at(k, c) * p.scale, p.softcap, alibi,
-                                                 apart + Pairs::column(block.thread(), c))
-                             .value;
+        if ((seen[k] >> c & 1) != 0)
+          pairs.at(k, c) = problem::score_of_product<float>(p, p.function, row,
+                                                            at + Pairs::column(block.thread(), c),
+                                                            pairs.at(k, c) * p.scale)
+                               .value;
     }
     rescore(block, pairs, static_cast<Pairs*>(nullptr), state.wide, state.references,
-            [&](int r, int j) -> Score<double> {
-              if (!range(rows, r, at).sees(j)) return {0, 0};
-              const AttentionQuery q = query_of(rows, r);
-              return score_of_rows<double>(p, call.query(q), key(false, rows, at + j),
-                                           call.slopes == nullptr ? 0.0f : call.slopes[q.head],
-                                           at + j - q.position);
+            [&](int r, int j) -> problem::Score<double> {
+              if (!rows.sees(r, at, rows.range(r, at), j)) return {0, 0};
+              const AttentionQuery q = rows.query_of(r);
+              return score_of_rows<double>(p, call.query(q), rows.key(false, at + j),
+                                           call.score_row(q), at + j);
             });
   }
 
   /// Scores of row k to weights times kFactor; the online softmax.
   template <typename Block>
-  EIGENFORMER_DEVICE void add_weights(Block& block, const TileRange& seen, int k, Pairs& pairs,
+  EIGENFORMER_DEVICE void add_weights(Block& block, unsigned seen, int k, Pairs& pairs,
                                       State& state) const {
     constexpr float log2_of_e = 1.44269504f;
     float maximum = state.maximum[k];
     EIGENFORMER_UNROLL_ALL
     for (int c = 0; c < Pairs::kColumns; ++c) {
       const float score = pairs.at(k, c);
-      if (seen.sees(Pairs::column(block.thread(), c)) && score > maximum) maximum = score;
+      if ((seen >> c & 1) != 0 && score > maximum) maximum = score;
     }
     maximum = Larger{}(maximum, block.shuffle_xor(maximum, 1));
     maximum = Larger{}(maximum, block.shuffle_xor(maximum, 2));
@@ -377,8 +340,8 @@ struct AttentionTiles {
     float sum = 0;
     EIGENFORMER_UNROLL_ALL
     for (int c = 0; c < Pairs::kColumns; ++c) {
-      const bool sees = seen.sees(Pairs::column(block.thread(), c));
-      const float weight = sees ? std::exp2((pairs.at(k, c) - reference) * log2_of_e) : 0.0f;
+      const float weight =
+          (seen >> c & 1) != 0 ? std::exp2((pairs.at(k, c) - reference) * log2_of_e) : 0.0f;
       sum += weight;
       pairs.at(k, c) = weight * static_cast<float>(kFactor);
     }
@@ -401,12 +364,12 @@ struct AttentionTiles {
       const int i = n % RowTile<T>::kSize, r = RowTile<T>::row(block.thread(), i);
       const Index column =
           n / RowTile<T>::kSize * kTileDepth + RowTile<T>::column(block.thread(), i);
-      const TileRange seen = range(rows, r, at);
+      const TileRange here = rows.range(r, at);
       if (column >= call.p.value_dim) continue;
       float more = 0;
       for (int j = 0; j < kTile; ++j) {
-        if (!seen.sees(j)) continue;
-        const T value = key(true, rows, at + j)[column];
+        if (!rows.sees(r, at, here, j)) continue;
+        const T value = rows.key(true, at + j)[column];
         if (!is_finite(value))
           more +=
               static_cast<float>(a.pairs.load(r * kPairStride<T> + j)) * static_cast<float>(value);
@@ -452,7 +415,7 @@ struct AttentionTiles {
     for (int k = 0; k < 2; ++k) {
       const int r = Pairs::row(block.thread(), k);
       if (r >= rows.count) continue;
-      const Index at = call.index_of(query_of(rows, r)) * splits + split;
+      const Index at = call.index_of(rows.query_of(r)) * splits + split;
       if (block.thread() % 4 == 0) parts[at] = found[k];
       for_each_sum(block, k, state, [&](Index column, const Pack<float, 4>& four) {
         write(part_sums + at * call.p.value_dim, column, four);
@@ -467,13 +430,13 @@ struct AttentionTiles {
                                 bool first, bool last) const {
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < 2; ++k) {
-      const AttentionQuery q = query_of(rows, Pairs::row(block.thread(), k));
+      const AttentionQuery q = rows.query_of(Pairs::row(block.thread(), k));
       if (q.in_sequence >= q.s->tensor_rows) continue;
       const Index at = call.index_of(q) * call.p.value_dim;
       const auto merged = merge_parts<float>(totals[k], found[k]);
       totals[k] = merged.part;
-      typename Call::End end{0.0, -call.kInfinity};
-      if (last && q.sees_any()) end = call.end_of(q, totals[k]);
+      typename Call::End end;
+      if (last) end = call.end_of(q, totals[k]);
       if (last && block.thread() % 4 == 0) call.write_log_sum_exp(q, end.log_sum_exp);
       for_each_sum(block, k, state, [&](Index column, Pack<float, 4> four) {
         Pack<T, 4> output;

@@ -1,0 +1,43 @@
+/// \file
+/// The score of one query and one key by the rule of problem/score_rule.h, from their scaled
+/// product: what CUDA kernels compute everywhere and the CPU where it takes scores one by one.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "score_rule.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_VERSION_NAMESPACE {
+namespace problem {
+
+/// A score, and its derivative by the scaled product it is made of, before a function of scores.
+template <typename S>
+struct Score {
+  S value, slope;
+};
+
+/// In S, for a key that the row sees.
+template <typename S, typename C, typename Function>
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Score<S> score_of_product(const ScoreRule<C>& rule,
+                                                                     const Function& function,
+                                                                     const ScoreRow& row, Index key,
+                                                                     S product) {
+  Score<S> score{product, S(1)};
+  if (rule.softcap > 0) {
+    const S cap = static_cast<S>(rule.softcap), t = std::tanh(product / cap);
+    score = {cap * t, std::fma(-t, t, S(1))};
+  }
+  if (rule.alibi_slopes != nullptr)  // one rounding, wherever this is compiled
+    score.value = std::fma(static_cast<S>(rule.alibi_slopes[row.head]),
+                           static_cast<S>(key - row.position), score.value);
+  if (rule.bias.present()) score.value += static_cast<S>(rule.bias.at(row, key));
+  if constexpr (!std::is_same_v<Function, NoScoreFunction>)
+    score.value = function(score.value, ScorePosition{row.sequence, row.head, row.position, key});
+  return score;
+}
+
+}  // namespace problem
+}  // namespace EIGENFORMER_VERSION_NAMESPACE
+}  // namespace eigenformer
