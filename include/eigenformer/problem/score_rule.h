@@ -87,6 +87,13 @@ struct ScoreRule {
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool masked() const {
     return bias.present() || mask.present() || bit_mask.present();
   }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool masks_differ_by_head() const {
+    return bias.head_stride != 0 || mask.head_stride != 0;
+  }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool sees(const ScoreRow& r,
+                                                                 Index key) const {
+    return visibility.visible(r.position, key) && unmasked(r, key);
+  }
   /// Whether masks and bias let row r see a key that its position sees.
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool unmasked(const ScoreRow& r,
                                                                      Index key) const {

@@ -129,6 +129,11 @@ class AttentionBackwardWorker {
  private:
   Index head(Index g) const { return kv_head_ * group_ + g; }
   Index row(Index i, Index g) const { return (sequence_->query_begin + i) * f_.heads + head(g); }
+  problem::ScoreRow row_of(Index r) const {
+    const Index i = first_ + r / group_;
+    return {sequence_ - f_.sequences, head(r % group_), sequence_->query_begin + i,
+            sequence_->first_position + i};
+  }
   T* key_gradient(Index j) const {
     return p_.grad_keys +
            (f_.source.key_row(sequence_->key_sequence, kv_head_, sequence_->key_begin + j) -
@@ -208,8 +213,7 @@ class AttentionBackwardWorker {
     for (Index n = 0; n < blocks_; ++n) {
       const BlockRange range = s_.row_ranges[n * rows_ + r];
       if (range.empty()) continue;
-      const BlockScores<C, Isa> scores(f_, head(r % group_), first_position_ + r / group_,
-                                       s_.blocks[n], range);
+      const BlockScores<C, Isa> scores(f_, row_of(r), s_.blocks[n], range, 0);
       for (int c = 0; c < kBlock; c += Tile::lanes) {
         V x = V::load(s_.probabilities + at(n, r) + c),
           grad = V::load(s_.grad_scores + at(n, r) + c);
@@ -278,9 +282,8 @@ class AttentionBackwardWorker {
     for (Index n = 0; n < blocks_; ++n) {
       const BlockRange& range = s_.row_ranges[n * rows_ + r];
       if (!range.empty())
-        scores_in_double<Isa>(f_, s_.query, key_block(s_.blocks[n]), range, head(r % group_),
-                              s_.blocks[n] - first_position_ - r / group_, maximum,
-                              s_.probabilities + at(n, r),
+        scores_in_double<Isa>(f_, s_.query, key_block(s_.blocks[n]), row_of(r), s_.blocks[n], range,
+                              0, maximum, s_.probabilities + at(n, r),
                               f_.softcap > 0 ? s_.slopes + at(n, r) : nullptr);
       s_.maxima[n] = maximum.value;
     }

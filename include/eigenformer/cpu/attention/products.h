@@ -30,6 +30,7 @@ template <typename Isa, typename TQ, typename TKV>
 class AttentionProducts {
   using C = compute_type<TQ>;
   using Tile = AttentionTile<C, Isa>;
+  using V = typename Tile::V;
   using Few = FewRows<C, Isa>;
 
  public:
@@ -64,6 +65,8 @@ class AttentionProducts {
   /// sums[r] = factors[r] * sums[r] + weights of the same block, in scores[r], by its values, over
   /// the keys in ranges[r].
   void add_values(Index block_begin) {
+    if (hides_bad_values(block_at(block_begin)))
+      return add_values_row_by_row(block_at(block_begin));
     if (rows_ > kAttentionFewRows) return add_loaded_values();
     if (!Tile::one_piece(s_.ranges, rows_)) {
       load_values(block_at(block_begin));
@@ -128,6 +131,33 @@ class AttentionProducts {
           {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_,
           s_.ranges + r, s_.factors + r, width_, s_.now.sums + r * width_, width_, s_.block_sums);
     });
+  }
+
+  /// Whether a value that a row does not see is no number: its weight of 0 would not keep it out.
+  bool hides_bad_values(const KeyBlock<TKV>& block) const {
+    if (s_.hidden == nullptr) return false;
+    KeyBits hidden = 0;
+    for (Index r = 0; r < rows_; ++r) hidden |= s_.hidden[r];
+    bool bad = false;
+    for_each_run(hidden, [&](int begin, int end) {
+      for (int j = begin; j < end; ++j)
+        bad = bad ||
+              !Tile::all_finite(block.value(j), static_cast<C>(block.value_scale(j)), value_dim_);
+    });
+    return bad;
+  }
+
+  /// add_values with zeros for what a row does not see.
+  void add_values_row_by_row(const KeyBlock<TKV>& block) {
+    for (Index r = 0; r < rows_; ++r) {
+      load_values(block);
+      for_each_run(s_.hidden[r], [&](int begin, int end) {
+        fill_line(s_.values + begin * width_, (end - begin) * width_, V::zero());
+      });
+      Tile::template add_block<1>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
+                                  s_.values, width_, s_.ranges + r, s_.factors + r, width_,
+                                  s_.now.sums + r * width_, width_, s_.block_sums);
+    }
   }
 
   /// Finds the rows of this block, and of the next, which memory is asked for.

@@ -15,6 +15,7 @@
 #include "../../problem/visibility.h"
 #include "../backend.h"
 #include "../vector/functions.h"
+#include "score.h"
 #include "tile.h"
 
 namespace eigenformer {
@@ -124,22 +125,22 @@ struct RunningMaximum {
   }
 };
 
-/// Scores of a query with the keys of a block, less the greatest so far, rounded when they are
-/// small numbers: scores[0, 64), -infinity where the query does not see the key. `distance`: the
-/// block's first position less the query's. slopes[0, 64), of the softcap, where given. Returns how
-/// much the maximum rose.
+/// Scores of a query with the keys of a block that begins at block_begin, less the greatest so far,
+/// rounded when they are small numbers: scores[0, 64), -infinity where the query does not see the
+/// key. slopes[0, 64), of the softcap, where given. Returns how much the maximum rose.
 template <typename Isa, typename TQ, typename TKV>
 double scores_in_double(const problem::Attention<TQ, TKV>& p, const double* query,
-                        const KeyBlock<TKV>& block, const BlockRange& range, Index head,
-                        Index distance, RunningMaximum& maximum, compute_type<TQ>* scores,
-                        compute_type<TQ>* slopes = nullptr) {
+                        const KeyBlock<TKV>& block, const problem::ScoreRow& row, Index block_begin,
+                        const BlockRange& range, KeyBits hidden, RunningMaximum& maximum,
+                        compute_type<TQ>* scores, compute_type<TQ>* slopes = nullptr) {
   using C = compute_type<TQ>;
   double x[kAttentionKeyBlock];
   double top = -std::numeric_limits<double>::infinity();
   const double cap = static_cast<double>(p.softcap);
+  const KeyBits seen = keys_of(range) & ~hidden;
   for (int j = 0; j < kAttentionKeyBlock; ++j) {
     x[j] = -std::numeric_limits<double>::infinity();
-    if (j >= range.prefix_end && (j < range.begin || j >= range.end)) continue;
+    if ((seen >> j & 1) == 0) continue;
     x[j] = dot_in_double<Isa>(query, block.key(j), p.head_dim) *
            static_cast<double>(block.key_scale(j));
     if (p.softcap > 0) {
@@ -148,7 +149,9 @@ double scores_in_double(const problem::Attention<TQ, TKV>& p, const double* quer
       if (slopes != nullptr) slopes[j] = static_cast<C>(1 - t * t);
     }
     if (p.alibi_slopes != nullptr)
-      x[j] += static_cast<double>(p.alibi_slopes[head]) * static_cast<double>(distance + j);
+      x[j] += static_cast<double>(p.alibi_slopes[row.head]) *
+              static_cast<double>(block_begin - row.position + j);
+    if (p.bias.present()) x[j] += static_cast<double>(p.bias.at(row, block_begin + j));
     top = (std::max)(top, x[j]);
   }
   const double rise = maximum.rise_to(top);

@@ -1,7 +1,10 @@
 /// \file
-/// From the dot products of a row with the keys of a block to its scores (problem/score_rule.h).
+/// From the dot products of a row with the keys of a block to its scores, and the keys of a block
+/// that masks let it see (problem/score_rule.h).
 #pragma once
 
+#include <bit>
+#include <cstdint>
 #include <limits>
 
 #include "../../problem/score_rule.h"
@@ -12,19 +15,97 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// One row of a block, that of a head and a position. `range`: the keys of the block that it sees.
+/// A key of a block for each bit, from the lowest on.
+using KeyBits = std::uint64_t;
+static_assert(kAttentionKeyBlock == 64);
+
+inline KeyBits keys_between(int begin, int end) {
+  const auto below = [](int key) { return key == 64 ? ~KeyBits{0} : (KeyBits{1} << key) - 1; };
+  return below(end) & ~below(begin);
+}
+
+inline KeyBits keys_of(const BlockRange& range) {
+  return keys_between(0, range.prefix_end) | keys_between(range.begin, range.end);
+}
+
+/// f(begin, end) for every run of keys.
+template <typename F>
+void for_each_run(KeyBits keys, F&& f) {
+  while (keys != 0) {
+    const int begin = std::countr_zero(keys), end = begin + std::countr_one(keys >> begin);
+    f(begin, end);
+    keys &= ~keys_between(begin, end);
+  }
+}
+
+/// line[j] = the bias of key block_begin + j, for j in [begin, end).
+template <typename C>
+void load_bias(const problem::ScoreTensor<float>& bias, const problem::ScoreRow& row,
+               Index block_begin, int begin, int end, C* line) {
+  const float* const from = &bias.at(row, block_begin + begin);
+  if (bias.key_stride == 1) {
+    for (int j = begin; j < end; ++j) line[j] = static_cast<C>(from[j - begin]);
+  } else {
+    for (int j = begin; j < end; ++j) line[j] = static_cast<C>(from[(j - begin) * bias.key_stride]);
+  }
+}
+
+/// Leaves of the keys of a block that a row sees by its position, `range`, those that masks and bias
+/// let it see: from the first of them to the last. Returns what is hidden between these.
+template <typename C>
+KeyBits hide_masked(const problem::ScoreRule<C>& rule, const problem::ScoreRow& row,
+                    Index block_begin, BlockRange& range) {
+  if (range.empty()) return 0;
+  KeyBits seen = keys_of(range);
+  const int first = range.first(), last = range.last();
+  if (rule.bit_mask.present()) seen &= rule.bit_mask.at(row, block_begin);
+  if (rule.mask.present()) {
+    const std::uint8_t* const mask = &rule.mask.at(row, block_begin + first);
+    KeyBits bits = 0;
+    for (int j = first; j < last; ++j)
+      bits |= KeyBits{mask[(j - first) * rule.mask.key_stride] != 0} << j;
+    seen &= bits;
+  }
+  if (rule.bias.present()) {
+    float bias[kAttentionKeyBlock];
+    load_bias(rule.bias, row, block_begin, first, last, bias);
+    KeyBits bits = 0;
+    for (int j = first; j < last; ++j)
+      bits |= KeyBits{bias[j] != -std::numeric_limits<float>::infinity()} << j;
+    seen &= bits;
+  }
+  if (seen == keys_of(range)) return 0;
+  range = {0, 0, 0};
+  if (seen == 0) return 0;
+  range = {0, std::countr_zero(seen), 64 - std::countl_zero(seen)};
+  return keys_of(range) & ~seen;
+}
+
+/// One row of a block. `range` and `hidden`: the keys that it sees and, in between, does not.
 template <typename C, typename Isa>
 class BlockScores {
   using Tile = AttentionTile<C, Isa>;
   using V = typename Tile::V;
 
  public:
-  BlockScores(const problem::ScoreRule<C>& rule, Index head, Index position, Index block_begin,
-              const BlockRange& range)
-      : rule_(rule), range_(range) {
-    if (rule.alibi_slopes == nullptr) return;
-    slope_ = static_cast<C>(rule.alibi_slopes[head]);
-    distance_ = static_cast<C>(block_begin - position);
+  BlockScores(const problem::ScoreRule<C>& rule, const problem::ScoreRow& row, Index block_begin,
+              const BlockRange& range, KeyBits hidden)
+      : rule_(rule), range_(range), hidden_(hidden) {
+    if (rule.alibi_slopes != nullptr) {
+      slope_ = static_cast<C>(rule.alibi_slopes[row.head]);
+      distance_ = static_cast<C>(block_begin - row.position);
+    }
+    if (rule.bias.present()) {
+      fill_line(bias_, kAttentionKeyBlock, V::zero());
+      load_bias(rule.bias, row, block_begin, range.first(), range.last(), bias_);
+    }
+    if (hidden == 0) return;
+    const KeyBits seen = keys_of(range) & ~hidden;
+    for (int half = 0; half < 2; ++half) {  // 32 bits each: 64 would need lanes of 64
+      const auto bits = static_cast<std::uint32_t>(seen >> 32 * half);
+      for (int j = 0; j < 32; ++j)
+        seen_[32 * half + j] = static_cast<C>(static_cast<std::int32_t>(bits >> j & 1));
+    }
   }
 
   /// Scores of the lanes from key c of the block on, -infinity where the row does not see it.
@@ -37,17 +118,23 @@ class BlockScores {
     }
     if (rule_.alibi_slopes != nullptr)
       x = fma(V::set1(slope_), Tile::positions(c) + V::set1(distance_), x);
+    if (rule_.bias.present()) x = x + V::load(bias_ + c);
     if (hides_some()) x = select(seen(c), x, V::set1(-std::numeric_limits<C>::infinity()));
     return x;
   }
 
-  bool hides_some() const { return !range_.full(); }
-  typename V::mask seen(int c) const { return Tile::visible(range_, Tile::positions(c)); }
+  bool hides_some() const { return !range_.full() || hidden_ != 0; }
+  typename V::mask seen(int c) const {
+    return hidden_ == 0 ? Tile::visible(range_, Tile::positions(c))
+                        : less(V::zero(), V::load(seen_ + c));
+  }
 
  private:
   const problem::ScoreRule<C>& rule_;
   BlockRange range_;
+  KeyBits hidden_;
   C slope_ = 0, distance_ = 0;
+  C bias_[kAttentionKeyBlock], seen_[kAttentionKeyBlock];  // where there is one, or some are hidden
 };
 
 }  // namespace cpu

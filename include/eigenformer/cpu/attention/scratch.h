@@ -10,6 +10,7 @@
 #include "../../core/workspace.h"
 #include "few_rows.h"
 #include "row.h"
+#include "score.h"
 #include "tile.h"
 
 namespace eigenformer {
@@ -73,7 +74,8 @@ struct AttentionScratch {
   double *query, *averages;       // of rows in double
   Index* large_rows;
   bool* finite;
-  BlockRange* ranges;
+  BlockRange* ranges;  // the keys of a block that rows see,
+  KeyBits* hidden;     // and within them do not; nullptr where nothing is masked
   KeyEnds* bad_values;
 };
 
@@ -118,6 +120,7 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV>& p, Workspace::Fra
       frame.take<Index>(rows),
       frame.take<bool>(rows),
       frame.take<BlockRange>(rows),
+      p.masked() ? frame.take<KeyBits>(rows) : nullptr,
       frame.take<KeyEnds>(p.value_dim)};
   // Lanes and rows that nobody sees are computed with and thrown away.
   const auto clear = [](C* values, Index count) {

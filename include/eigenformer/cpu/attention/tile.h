@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <limits>
 #include <type_traits>
 
@@ -120,6 +121,20 @@ struct AttentionTile {
     }
     for (; d < padded_width; d += lanes)
       V::zero().store_partial(row + d, static_cast<int>(std::min<Index>(lanes, padded_width - d)));
+  }
+
+  /// Whether row[0, width) are finite numbers, times a factor too.
+  template <typename S>
+  static bool all_finite(const S* row, C factor, Index width) {
+    const V f = V::set1(factor), largest = V::set1((std::numeric_limits<C>::max)());
+    std::uint32_t finite = ~std::uint32_t{0};
+    for (Index d = 0; d < width; d += lanes) {
+      const int n = static_cast<int>(std::min<Index>(lanes, width - d));
+      const V x = n == lanes ? V::load(row + d) : V::load_partial(row + d, n);
+      finite &= less_equal(abs(x * f), largest).bits();
+    }
+    constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - lanes);
+    return (finite & every_lane) == every_lane;
   }
 
   /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no

@@ -153,7 +153,7 @@ class AttentionWorker {
             p_.visibility.keys(first_position_ + r / group_, sequence_->key_length);
         sink = (p_.visibility.prefix > 0 ? 0 : keys.begin / kAttentionFold) == fold;
       }
-      now.sees[r] = false;
+      now.sees[r] = sink;
       now.maxima[r] = sink ? static_cast<C>(p_.sinks[head(r)]) : -kInfinity;
       fill_line(now.lane_sums + r * Tile::lanes, Tile::lanes, V::zero());
       if (sink) now.lane_sums[r * Tile::lanes] = C(1);
@@ -162,9 +162,9 @@ class AttentionWorker {
   }
 
   void add(Index block) {
-    find_ranges(*sequence_, block);
+    if (!find_ranges(block)) return;
     products_.score(block);
-    softmax_rows(kv_head_, block);
+    softmax_rows(block);
     products_.add_values(block);
   }
 
@@ -178,16 +178,39 @@ class AttentionWorker {
     for_each_key_block(p_.visibility, first_position_, queries, sequence.key_length, f);
   }
 
-  void find_ranges(const problem::AttentionSequence& sequence, Index block_begin) {
-    for (Index r = 0; r < rows_; ++r)
-      s_.ranges[r] = r % group_ == 0 ? range_of(sequence, r, block_begin) : s_.ranges[r - 1];
-    for (Index r = 0; r < rows_; ++r) s_.now.sees[r] = s_.now.sees[r] || !s_.ranges[r].empty();
+  /// The keys of a block that each row sees. False where there are none.
+  bool find_ranges(Index block_begin) {
+    bool any = false;
+    for (Index r = 0; r < rows_; ++r) {
+      find_range(r, block_begin, r % group_ != 0 && !p_.masks_differ_by_head());
+      any = any || !s_.ranges[r].empty();
+      s_.now.sees[r] = s_.now.sees[r] || !s_.ranges[r].empty();
+    }
+    return any;
   }
+
+  void find_range(Index r, Index block_begin, bool as_the_row_before = false) {
+    if (as_the_row_before) {
+      s_.ranges[r] = s_.ranges[r - 1];
+      if (s_.hidden != nullptr) s_.hidden[r] = s_.hidden[r - 1];
+      return;
+    }
+    s_.ranges[r] = block_range(p_.visibility, first_position_ + r / group_, sequence_->key_length,
+                               block_begin);
+    if (s_.hidden != nullptr) s_.hidden[r] = hide_masked(p_, row_of(r), block_begin, s_.ranges[r]);
+  }
+
+  problem::ScoreRow row_of(Index r) const {
+    const Index row = first_ + r / group_;
+    return {sequence_ - p_.sequences, head(r), sequence_->query_begin + row,
+            sequence_->first_position + row};
+  }
+  KeyBits hidden(Index r) const { return s_.hidden == nullptr ? 0 : s_.hidden[r]; }
 
   /// Dot products to weights relative to the new maxima, in place; the factors that bring earlier
   /// sums to those maxima. Row after row, so that the chains of one row hide those of the next.
-  void softmax_rows(Index kv_head, Index block_begin) {
-    for (Index r = 0; r < rows_; ++r) raise_maximum(r, kv_head * group_ + r % group_, block_begin);
+  void softmax_rows(Index block_begin) {
+    for (Index r = 0; r < rows_; ++r) raise_maximum(r, block_begin);
     for (Index r = 0; r < rows_; r += Tile::lanes) {
       const int n = static_cast<int>((std::min)(Index{Tile::lanes}, rows_ - r));
       exp_of_nonpositive(V::load_partial(s_.factors + r, n)).store_partial(s_.factors + r, n);
@@ -196,17 +219,10 @@ class AttentionWorker {
       if (!s_.ranges[r].empty()) weigh_row(r);
   }
 
-  BlockRange range_of(const problem::AttentionSequence& sequence, Index r,
-                      Index block_begin) const {
-    return block_range(p_.visibility, first_position_ + r / group_, sequence.key_length,
-                       block_begin);
-  }
-
   /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
   /// lanes.
-  V score_row(Index r, Index head, Index block_begin) {
-    const BlockScores<C, Isa> rule(p_, head, first_position_ + r / group_, block_begin,
-                                   s_.ranges[r]);
+  V score_row(Index r, Index block_begin) {
+    const BlockScores<C, Isa> rule(p_, row_of(r), block_begin, s_.ranges[r], hidden(r));
     C* const scores = s_.scores + r * kAttentionKeyBlock;
     V top = V::set1(-kInfinity);
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
@@ -220,11 +236,11 @@ class AttentionWorker {
 
   /// Dot products of row r to scores and its maximum to theirs; factors[r] = the logarithm of what
   /// earlier sums are to be multiplied by.
-  void raise_maximum(Index r, Index head, Index block_begin) {
+  void raise_maximum(Index r, Index block_begin) {
     s_.factors[r] = C(0);
     if (s_.ranges[r].empty()) return;
     const C before = s_.now.maxima[r];
-    s_.now.maxima[r] = (std::max)(before, reduce_max(score_row(r, head, block_begin)));
+    s_.now.maxima[r] = (std::max)(before, reduce_max(score_row(r, block_begin)));
     s_.factors[r] = before - reference(r);
   }
 
@@ -259,13 +275,7 @@ class AttentionWorker {
     return is_finite(r) || !(sum > 0 && sum < kInfinity);
   }
 
-  bool is_finite(Index r) const {
-    std::uint32_t finite = ~std::uint32_t{0};
-    for (Index d = 0; d < width_; d += Tile::lanes)
-      finite &= less_equal(abs(V::load(s_.now.sums + r * width_ + d)), V::set1(kLargest)).bits();
-    constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - Tile::lanes);
-    return (finite & every_lane) == every_lane;
-  }
+  bool is_finite(Index r) const { return Tile::all_finite(s_.now.sums + r * width_, C(1), width_); }
 
   /// For each column the first and the last key with a value that is no finite number, among the
   /// keys that a row of the block sees.
@@ -286,13 +296,11 @@ class AttentionWorker {
   /// Whether a sum of row r may have left the range by itself, rather than by a value that is no
   /// number. So one such value costs the rows that see it nothing more.
   bool overflowed(Index r) const {
-    const Index position = first_position_ + r / group_;
+    const problem::ScoreRow row = row_of(r);
     for (Index d = 0; d < p_.value_dim; ++d) {
       if (std::abs(s_.now.sums[r * width_ + d]) <= kLargest) continue;
       const KeyEnds bad = s_.bad_values[d];
-      if (bad.first < 0 || !(p_.visibility.visible(position, bad.first) ||
-                             p_.visibility.visible(position, bad.last)))
-        return true;
+      if (bad.first < 0 || !(p_.sees(row, bad.first) || p_.sees(row, bad.last))) return true;
     }
     return false;
   }
@@ -322,13 +330,13 @@ class AttentionWorker {
       products_.load_values(block);
       for (std::size_t i = 0; i < rows.size(); ++i) {
         const Index r = rows[i], head = kv_head * group_ + r % group_;
-        s_.ranges[r] = range_of(sequence, r, begin);
+        find_range(r, begin);
         if (s_.ranges[r].empty()) continue;
         query_in_double(p_, (sequence.query_begin + first + r / group_) * p_.heads + head,
                         s_.query);
-        const double rise = scores_in_double<Isa>(p_, s_.query, block, s_.ranges[r], head,
-                                                  begin - first_position_ - r / group_, maxima[i],
-                                                  s_.scores + r * kAttentionKeyBlock);
+        const double rise =
+            scores_in_double<Isa>(p_, s_.query, block, row_of(r), begin, s_.ranges[r], hidden(r),
+                                  maxima[i], s_.scores + r * kAttentionKeyBlock);
         add_block_in_double(r, factor, std::exp(-rise), sums[i],
                             s_.averages + static_cast<Index>(i) * width_);
       }
@@ -355,8 +363,10 @@ class AttentionWorker {
     }
     weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
     fill_line(s_.block_sums, width_, V::zero());
-    Tile::template accumulate_ranges<1>(weights(r), s_.values, width_, s_.ranges + r, width_,
-                                        s_.block_sums, width_);
+    for_each_run(keys_of(s_.ranges[r]) & ~hidden(r), [&](int begin, int end) {
+      Tile::template accumulate<1>(weights(r), s_.values, width_, begin, end, width_, s_.block_sums,
+                                   width_);
+    });
     for (Index d = 0; d < width_; ++d)
       sums[d] = sums[d] * fall + static_cast<double>(s_.block_sums[d]);
   }
@@ -384,11 +394,25 @@ class AttentionWorker {
     if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = -kInfinity;
   }
 
-  void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) const {
+  /// Whether masks leave row r a key.
+  bool sees_a_key(Index r) {
+    const Index position = first_position_ + r / group_;
+    Index begin =
+        p_.visibility.prefix > 0 ? 0 : p_.visibility.keys(position, sequence_->key_length).begin;
+    for (begin -= begin % kAttentionKeyBlock; begin < sequence_->key_length;
+         begin += kAttentionKeyBlock) {
+      find_range(r, begin);
+      if (!s_.ranges[r].empty()) return true;
+    }
+    return false;
+  }
+
+  void write_row(const problem::AttentionSequence& sequence, Index head, Index row, Index r) {
     const Index position = sequence.first_position + row;
     const problem::KeyRange keys = p_.visibility.keys(position, sequence.key_length);
     const bool sees_prefix = p_.visibility.prefix > 0 && sequence.key_length > 0;
-    if (keys.begin >= keys.end && !sees_prefix) return write_empty_row(sequence, head, row);
+    if ((keys.begin >= keys.end && !sees_prefix) || (s_.hidden != nullptr && !sees_a_key(r)))
+      return write_empty_row(sequence, head, row);
     const C* const averages = s_.now.sums + r * width_;
     TQ* const out = output(sequence, head, row);
     convert_line<V>(averages, out, p_.value_dim);
