@@ -1,14 +1,19 @@
 #!/bin/sh
 # each_line.sh FILE COMPILER [FLAGS...]: every line of FILE that begins with "  ef::" and a small
-# letter must not compile, and the first error of each must be one of eigenformer's messages. An
-# error in a header belongs to the line that its "required from here" names.
+# letter must not compile, and the first error of each must be one of eigenformer's messages; a line
+# that ends with "// expect: " and a text must not either, and its first error must have that text.
+# An error in a header belongs to the line that its "required from here" names.
 file=$1
 shift
 "$@" -fsyntax-only "$file" 2>&1 | awk -v file="$file" '
   BEGIN {
     while ((getline line < file) > 0) {
       ++number
-      if (line ~ /^  ef::[a-z]/) { wanted[number] = line; ++lines }
+      at = index(line, "// expect: ")
+      if (at == 0 && line !~ /^  ef::[a-z]/) continue
+      wanted[number] = line
+      text[number] = at ? substr(line, at + 11) : "eigenformer: "
+      ++lines
     }
   }
   {
@@ -22,7 +27,7 @@ shift
   END {
     for (n in wanted) {
       if (!(n in first)) { print "compiles, but must not: " wanted[n]; bad = 1 }
-      else if (first[n] !~ /eigenformer: /) {
+      else if (index(first[n], text[n]) == 0) {
         print wanted[n]; print "  begins with: " first[n]; bad = 1
       }
     }

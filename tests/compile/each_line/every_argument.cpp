@@ -1,6 +1,6 @@
-// Every tensor argument of every operator, given as an unevaluated expression: each line below must
-// be refused, and the first error of each must be the message of core/tensor.h (each_line.sh
-// looks).
+// Every tensor argument of every operator, given as an unevaluated expression, and what else is
+// refused at compile time: each line below must be, and the first error of each must be one of our
+// messages, or hold what the line expects (each_line.sh looks).
 #include <eigenformer/eigenformer.h>
 
 namespace ef = eigenformer;
@@ -40,7 +40,7 @@ void refused() {
   ef::Tensor<std::int32_t, 2> draft;
   ef::SamplesWithLogProbabilities logged;
   ef::SpeculativeResult verified;
-  ef::greedy_sample(E(lg));
+  ef::greedy_sample(E(lg));  // expect: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an Eigen expression into an
   ef::greedy_sample(dev, E(lg));
   ef::top_k_sample(E(lg), 2, 1.0, rng);
   ef::top_p_sample(E(lg), .9, 1.0, rng);
@@ -275,5 +275,21 @@ void refused() {
   ef::vocabulary_parallel_greedy_into(dev, ids1, E(m), w, comm);
   ef::vocabulary_parallel_greedy_into(dev, ids1, m, E(w), comm);
   ef::causal_mask_into(dev, E(t3));
+}
+void refused_besides() {
+  Eigen::Tensor<float, 2> columns;  // column-major, which is Eigen's default
+  Eigen::Tensor<float, 4> columns4;
+  ef::Tensor<float, 3> t3;
+  const ef::Tensor<float, 3> read_only;
+  const std::vector<int> lengths{2};
+  auto weights = std::make_shared<ef::DecoderWeights>(ef::DecoderConfig{});
+  ef::greedy_sample(columns);  // expect: this tensor is column-major, which is Eigen's default. Declare it as ef::Tensor<T, Rank> (row-major)
+  ef::batched_attention_with_padding(columns4, columns4, columns4, lengths);  // expect: this tensor is column-major
+  ef::greedy_sample(t3);  // expect: this tensor has the wrong rank for this argument
+  ef::batched_attention_with_padding(t3, t3, t3, std::vector<float>{2});  // expect: this argument holds lengths or offsets, which are integers
+  ef::causal_mask_into(Eigen::DefaultDevice{}, read_only);  // expect: the output is read-only; pass a mutable ef::Tensor or an ef::TensorView of non-const T.
+  ef::AttentionOptions{.log_sum_exp = ef::Tensor<float, 2>(1, 2)};  // expect: log_sum_exp would be written into a temporary tensor
+  ef::Epilogue{}.bias(ef::Tensor<float, 1>(4));  // expect: an epilogue holds a view, and this tensor ends with the expression. Give it a name first.
+  ef::Decoder<float>(weights, Eigen::DefaultDevice{});  // expect: deleted
 }
 // clang-format on
