@@ -1,4 +1,4 @@
-// flags: -ffinite-math-only
+// flags: -Wfatal-errors -ffinite-math-only
 // expect: eigenformer: -ffast-math (or a part of it
 #include <eigenformer/sampling.h>
 int main() {}

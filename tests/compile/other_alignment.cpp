@@ -1,4 +1,4 @@
-// flags: -UEIGEN_MAX_ALIGN_BYTES
+// flags: -Wfatal-errors -UEIGEN_MAX_ALIGN_BYTES
 // expect: eigenformer: EIGEN_MAX_ALIGN_BYTES is not 64.
 #include <Eigen/Dense>
 
