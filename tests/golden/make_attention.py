@@ -95,3 +95,11 @@ logits = logits.masked_fill(~visible(), float("-inf"))
 logits = torch.cat([logits, sinks[None, :, None, None].expand(BATCH, HEADS, SEQ, 1)], dim=-1)
 out = torch.einsum("bhij,bjhd->bihd", torch.softmax(logits, dim=-1)[..., :-1], v.repeat_interleave(repeat, 2))
 report("sinks", out, (q, k, v), grad_out, [("grad_sinks", lambda: sinks.grad)])
+
+# scaled_dot_product_attention with a bias for each head and pair of positions, some of them -infinity
+q, k, v, grad_out = inputs()
+bias = values(5, 1, HEADS, SEQ, SEQ)
+bias = bias.masked_fill(bias > 1.5, float("-inf"))
+seen = visible(causal=False)
+out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias.masked_fill(~seen, float("-inf")), enable_gqa=True)
+report("bias", out.transpose(1, 2), (q, k, v), grad_out)
