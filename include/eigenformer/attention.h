@@ -75,6 +75,7 @@
 #include "attention/backward.h"
 #include "attention/merge.h"
 #include "attention/problem.h"
+#include "attention/scores.h"
 #include "core/dispatch.h"
 
 namespace eigenformer {

@@ -130,6 +130,7 @@ void attention(const D& device, Views v) {
   ef::variable_length_attention_into(device, v.v3, v.v3, v.v3, v.v3, v.lengths, v.lengths);
   ef::attention_with_kv_cache_into(device, v.v4, v.v4, cache, 0);
   ef::merge_attention_states_into(device, v.v4, v.v3, v.v4, v.v3, v.v4, v.v3);
+  ef::attention_scores_into(device, v.v4, v.v4, v.v4, v.lengths, ef::AttentionScoreStage::masked);
 }
 
 template <typename D>

@@ -7,6 +7,7 @@
 #include <eigenformer/problem/activation.h>
 #include <eigenformer/problem/attention.h>
 #include <eigenformer/problem/attention_merge.h>
+#include <eigenformer/problem/attention_scores.h>
 #include <eigenformer/problem/causal_mask.h>
 #include <eigenformer/problem/communicator.h>
 #include <eigenformer/problem/embedding.h>
@@ -65,6 +66,7 @@ const Part kParts[] = {
     part<Attention<F, F>>("attention", "forward"),
     part<AttentionBackward<F>>("attention", "gradients"),
     part<AttentionMerge<F>>("attention", "merge"),
+    part<AttentionScores<F>>("attention", "scores"),
     part<RankSum<F>>("communicator", "sums"),
     part<Interleave<F>>("tensor_parallel", "layers"),
     part<Vocabulary<F>>("tensor_parallel", "vocabulary"),

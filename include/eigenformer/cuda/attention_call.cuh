@@ -12,7 +12,7 @@
 #include <tuple>
 #include <type_traits>
 
-#include "attention_scores.cuh"
+#include "attention_score.cuh"
 #include "collectives.cuh"
 #include "kv_rows.cuh"
 #include "launch.cuh"

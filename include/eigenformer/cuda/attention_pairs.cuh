@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "attention_scores.cuh"
+#include "attention_score.cuh"
 #include "collectives.cuh"
 #include "kv_rows.cuh"
 #include "tile/pairs.cuh"

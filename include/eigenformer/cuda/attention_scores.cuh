@@ -1,143 +1,102 @@
 /// \file
-/// What the CUDA kernels of attention share: the score of a query and a key, and which tiles of
-/// pairs anybody sees.
+/// CUDA kernel of the scores of attention: a block of 128 threads per row and head, a key per
+/// thread in turn, products and rule in double. For probabilities it goes over the keys twice, for
+/// the greatest score and for the exponentials, and over these once more for their sum. 2 *
+/// head_dim flops in double a score, every row reads its keys itself: for looking at, not for speed.
 #pragma once
 
 #include <cmath>
 #include <limits>
-#include <type_traits>
 
-#include "../problem/attention.h"
-#include "../problem/score.h"
-#include "tile/pairs.cuh"
+#include "../problem/attention_scores.h"
+#include "attention_call.cuh"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// Greatest scores beyond this are taken once more in double, as on the CPU (cpu/attention/row.h).
-template <typename TQ, typename TKV>
-inline constexpr double kLargeScore =
-    std::is_same_v<TQ, float> && std::is_same_v<TKV, float> ? 32 : 1024;
-
-/// Whether a row whose greatest score is this has to be taken in double.
-template <typename TQ, typename TKV>
-EIGENFORMER_DEVICE bool is_large_score(double greatest) {
-  using C = compute_type<TQ>;
-  const double size = std::fabs(greatest);
-  return sizeof(C) == 4 && size > kLargeScore<TQ, TKV> &&
-         size <= static_cast<double>((std::numeric_limits<C>::max)());
-}
-
-/// Elements of a key in one or two loads of 16 bytes.
-template <typename T>
-inline constexpr int kKeyPack = sizeof(T) <= 4 ? pack_width<T> : 4;
-
-/// The product of a key and query(d), in four chains of one order, whether the key is aligned or
-/// not. Elements are numbers of C before they are numbers of S.
-template <typename S, typename C, typename T, typename Query>
-EIGENFORMER_DEVICE S key_product(const T* key, Index head_dim, const Query& query) {
-  S dots[4] = {0, 0, 0, 0};
-  const auto add = [&](int chain, Index d, T element) {
-    dots[chain] = std::fma(query(d), static_cast<S>(static_cast<C>(element)), dots[chain]);
-  };
-  Index d = 0;
-  if (packs_fit<kKeyPack<T>>(key, 0))
-    for (; d + kKeyPack<T> <= head_dim; d += kKeyPack<T>) {
-      const auto pack = load_pack<T, kKeyPack<T>>(key + d);
-      for (int i = 0; i < kKeyPack<T>; ++i) add(i % 4, d + i, pack[i]);
-    }
-  for (; d + 4 <= head_dim; d += 4)
-    for (int i = 0; i < 4; ++i) add(i, d + i, key[d + i]);
-  for (; d < head_dim; ++d) add(0, d, key[d]);
-  return (dots[0] + dots[1]) + (dots[2] + dots[3]);
-}
-
-/// The score in S of key `at` of a sequence, from the elements of query and key.
-template <typename S, typename T, typename Function>
-EIGENFORMER_DEVICE problem::Score<S> score_of_rows(const problem::Attention<T, T, Function>& p,
-                                                   const T* query, const T* key,
-                                                   const problem::ScoreRow& row, Index at) {
+template <typename T, typename Function>
+struct AttentionScoreLines {
   using C = compute_type<T>;
-  const S scale = static_cast<S>(p.scale);
-  const S product = key_product<S, C>(
-      key, p.head_dim, [=](Index d) { return static_cast<S>(static_cast<C>(query[d])) * scale; });
-  return problem::score_of_product<S>(p, p.function, row, at, product);
-}
+  static constexpr int kThreads = 128;
+  static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  AttentionCall<T, T, Function> call;
+  C* scores;
+  Index lines, rows, keys;
+  bool probabilities;
 
-/// Those of a thread's columns in row k of a tile that sees(column), as bits.
-template <typename Pairs, typename Sees>
-EIGENFORMER_DEVICE unsigned seen_columns(int thread, const Sees& sees) {
-  unsigned bits = 0;
-  EIGENFORMER_UNROLL_ALL
-  for (int c = 0; c < Pairs::kColumns; ++c)
-    if (sees(Pairs::column(thread, c))) bits |= 1u << c;
-  return bits;
-}
+  static std::size_t shared_size(Index head_dim) {
+    return shared_bytes<double>(head_dim) + shared_bytes<double>(kThreads / kWarp);
+  }
 
-/// Scores of this thread's wide rows, by double_score(row, column), relative to references; grads,
-/// where given, times their slopes.
-template <typename T, typename Block, typename DoubleScore>
-EIGENFORMER_DEVICE void rescore(Block& block, PairTile<T>& scores, PairTile<T>* grads,
-                                const bool (&wide)[PairTile<T>::kRows],
-                                const double (&references)[PairTile<T>::kRows],
-                                const DoubleScore& double_score) {
-  using Pairs = PairTile<T>;
-  using C = typename Pairs::C;
-  EIGENFORMER_UNROLL_ALL
-  for (int k = 0; k < Pairs::kRows; ++k) {
-    if (!wide[k]) continue;
-    for (int c = 0; c < Pairs::kColumns; ++c) {
-      const problem::Score<double> score =
-          double_score(Pairs::row(block.thread(), k), Pairs::column(block.thread(), c));
-      EIGENFORMER_UNROLL_ALL
-      for (int n = 0; n < Pairs::kColumns; ++n) {  // c is not known when this is compiled
-        if (n != c) continue;
-        scores.at(k, n) = static_cast<C>(score.value - references[k]);
-        if (grads != nullptr) grads->at(k, n) *= static_cast<C>(score.slope);
+  template <typename Block>
+  EIGENFORMER_DEVICE void operator()(Block& block) const {
+    const auto& p = call.p;
+    const auto query = block.template shared<double>(p.head_dim);
+    const auto scratch = block.template shared<double>(kThreads / kWarp);
+    for (Index line = block.index(); line < lines; line += block.count()) {
+      const AttentionQuery q =
+          call.query_at(p.sequences[line / rows / p.heads], line % rows, line / rows % p.heads);
+      C* const to = scores + line * keys;
+      if (q.in_sequence < q.s->query_rows) {
+        const T* const from = call.query(q);
+        for (Index d = block.thread(); d < p.head_dim; d += block.size())
+          query.store(d,
+                      static_cast<double>(static_cast<C>(from[d])) * static_cast<double>(p.scale));
       }
+      block.barrier();
+      if (probabilities)
+        write_probabilities(block, scratch, query, q, to);
+      else
+        for (Index j = block.thread(); j < keys; j += block.size())
+          to[j] = static_cast<C>(score(query, q, j));
+      block.barrier();
     }
   }
-}
 
-/// The last sequence that begins at `at` or before.
-template <typename BeginOf>
-EIGENFORMER_DEVICE Index sequence_at(Index batch, Index at, const BeginOf& begin_of) {
-  Index first = 0, last = batch;
-  while (last - first > 1) {
-    const Index middle = (first + last) / 2;
-    (begin_of(middle) <= at ? first : last) = middle;
+ private:
+  /// -infinity where the row does not see the key.
+  template <typename Query>
+  EIGENFORMER_DEVICE double score(const Query& query, const AttentionQuery& q, Index j) const {
+    if (!call.sees(q, j)) return -kInfinity;
+    const T* const key =
+        call.rows.row(false, q.s->key_sequence, q.head / call.group, q.s->key_begin + j);
+    const double product =
+        key_product<double, C>(key, call.p.head_dim, [&](Index d) { return query.load(d); });
+    return problem::score_of_product<double>(call.p, call.p.function, call.score_row(q), j, product)
+        .value;
   }
-  return first;
-}
 
-/// Which keys of a tile a query sees, by their places in it.
-struct TileRange {
-  int prefix, begin, end;
-
-  EIGENFORMER_DEVICE bool sees(int j) const { return j < prefix || (j >= begin && j < end); }
+  template <typename Block, typename Scratch, typename Query>
+  EIGENFORMER_DEVICE void write_probabilities(Block& block, const Scratch& scratch,
+                                              const Query& query, const AttentionQuery& q,
+                                              C* to) const {
+    double maximum = -kInfinity, sum = 0;
+    for (Index j = block.thread(); j < keys; j += block.size())
+      maximum = LargerOrNan{}(maximum, score(query, q, j));
+    maximum = reduce_block(block, scratch, maximum, LargerOrNan{});
+    const double sink =
+        call.p.sinks == nullptr ? -kInfinity : static_cast<double>(call.p.sinks[q.head]);
+    maximum = LargerOrNan{}(maximum, sink);
+    if (maximum == -kInfinity) maximum = 0;
+    for (Index j = block.thread(); j < keys; j += block.size()) {
+      const double x = score(query, q, j), weight = x == -kInfinity ? 0.0 : std::exp(x - maximum);
+      to[j] = static_cast<C>(weight);
+      sum += weight;
+    }
+    sum = reduce_block(block, scratch, sum, Add{}) + std::exp(sink - maximum);
+    for (Index j = block.thread(); j < keys; j += block.size())
+      to[j] = to[j] == 0 ? C(0) : static_cast<C>(static_cast<double>(to[j]) / sum);
+  }
 };
 
-/// Of the keys [begin, begin + count), for a query at a position.
-EIGENFORMER_DEVICE inline TileRange tile_range(const problem::Visibility& visibility,
-                                               Index position, Index key_length, Index begin,
-                                               int count) {
-  const auto place = [&](Index key) {
-    const Index at = key - begin;
-    return at < 0 ? 0 : (at > count ? count : static_cast<int>(at));
-  };
-  const problem::KeyRange seen = visibility.keys(position, key_length);
-  const Index prefix = visibility.prefix < key_length ? visibility.prefix : key_length;
-  return {place(prefix), place(seen.begin), place(seen.end)};
-}
-
-/// Whether one of `rows` queries from a position on sees one of the keys [begin, end).
-EIGENFORMER_HOST_DEVICE inline bool any_visible(const problem::Visibility& visibility,
-                                                Index position, Index rows, Index begin,
-                                                Index end) {
-  if (rows <= 0 || begin >= end) return false;
-  return begin < visibility.prefix ||
-         (begin < position + rows + visibility.right && end > position - visibility.left);
+template <typename D, typename T, typename Function>
+void execute(const Backend<D>& on, const problem::AttentionScores<T, Function>& p) {
+  constexpr auto name = "attention_scores";
+  using Kernel = AttentionScoreLines<T, Function>;
+  const auto call = std::get<0>(stage_attention(on, name, p.forward, {}));
+  launch_rows(on, name, p.lines(), Kernel::shared_size(p.forward.head_dim),
+              Kernel{call, p.scores, p.lines(), p.rows, p.keys, p.probabilities});
 }
 
 }  // namespace cuda

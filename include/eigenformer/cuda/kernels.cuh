@@ -25,6 +25,7 @@
 #include "attention.cuh"
 #include "attention_backward.cuh"
 #include "attention_merge.cuh"
+#include "attention_scores.cuh"
 #include "causal_mask.cuh"
 #include "communicator.cuh"
 #include "embedding.cuh"
