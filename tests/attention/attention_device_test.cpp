@@ -1,46 +1,11 @@
 // Attention forward on GPUs: dense, packed and cached, against the double reference.
 #include <eigenformer/paged_kv_cache.h>
 
-#include "attention_case.h"
-#include "device.h"
+#include "attention_on_device.h"
 
 using namespace eigenformer_test;
 
 namespace {
-
-template <typename A, typename B>
-void expect_log_sums(const A& actual, const B& expected, double bound, const std::string& name) {
-  for (Index i = 0; i < expected.size(); ++i) {
-    const double a = static_cast<double>(actual.data()[i]), e = expected.data()[i];
-    if (std::isinf(e))
-      EXPECT_EQ(a, e) << name << ", log_sum_exp " << i;
-    else
-      EXPECT_LT(std::abs(a - e), bound * (1 + std::abs(e))) << name << ", log_sum_exp " << i;
-  }
-}
-
-template <typename T>
-void check(const AttentionCase<T>& c, const NamedOptions& named, bool tell_lengths = false) {
-  using C = ef::compute_type<T>;
-  const AttentionShape& s = c.shape;
-  const auto expected = c.reference(named.options);
-  for_each_gpu([&](const auto& bench) {
-    auto q = on_device(bench, c.q);
-    auto k = on_device(bench, c.k);
-    auto v = on_device(bench, c.v);
-    auto out = on_device(bench, poisoned_tensor<T, 4>({s.batch, s.queries, s.heads, s.value_dim}));
-    auto lse = on_device(bench, poisoned_tensor<C, 3>({s.batch, s.heads, s.queries}));
-    auto options = named.options;
-    auto lse_view = lse.view();
-    options.log_sum_exp = lse_view;
-    if (tell_lengths) options.query_lengths = c.query_lengths;
-    ef::batched_attention_with_padding_into(bench.device, out.view(), q.cview(), k.cview(),
-                                            v.cview(), c.key_lengths, options);
-    EXPECT_LT(relative_error(out.host(), expected.output), tolerance<T>()) << named.name;
-    expect_log_sums(lse.host(), expected.log_sum_exp, std::max(1e-5, tolerance<T>() / 100),
-                    named.name);
-  });
-}
 
 TEST(AttentionOnDevice, EqualsTheReferenceForEveryOption) {
   const AttentionCase<float> c({2, 3, 75, 4, 2, 5, 7}, {75, 66});

@@ -1,0 +1,238 @@
+// Biases, masks and windows of attention on GPUs, forward and as scores, against the double
+// reference.
+#include <eigenformer/reference/attention_scores.h>
+
+#include "attention_on_device.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+bool hidden(Index b, Index h, Index i, Index j) {
+  return j % 11 == 5 || i == 1 || (b * 3 + h * 5 + i * 7 + j * 2) % 6 == 0;
+}
+
+/// What is hidden in a bias, a mask and in bits (for all heads, as of head 0, from these keys on),
+/// in host memory: (batch, heads, rows, keys). Row 1 sees no key; nobody sees the keys 5, 16, ...
+struct Masks {
+  ef::Tensor<float, 4> bias;
+  ef::Tensor<std::uint8_t, 4> mask;
+  ef::Tensor<std::uint64_t, 3> bits;
+  std::vector<Index> first_keys;
+
+  Masks(const AttentionShape& s, Index heads, std::vector<Index> first)
+      : bias(random_tensor<float, 4>({s.batch, heads, s.queries, s.keys}, 9)),
+        mask(s.batch, heads, s.queries, s.keys),
+        bits(s.batch, s.queries, s.keys / 64 + 1),
+        first_keys(std::move(first)) {
+    bits.setZero();
+    for (Index b = 0; b < s.batch; ++b)
+      for (Index h = 0; h < heads; ++h)
+        for (Index i = 0; i < s.queries; ++i)
+          for (Index j = 0; j < s.keys; ++j) {
+            const bool hides = hidden(b, h, i, j);
+            mask(b, h, i, j) = hides ? 0 : static_cast<std::uint8_t>(1 + j);
+            if (hides) bias(b, h, i, j) = -kInfinity;
+            const Index bit = j - first_keys[static_cast<std::size_t>(b)];
+            if (h == 0 && bit >= 0 && !hides) bits(b, i, bit / 64) |= std::uint64_t{1} << bit % 64;
+          }
+  }
+};
+
+/// The same in the device's memory: what the host's options view.
+template <typename B>
+struct DeviceMasks {
+  DeviceTensor<B, float, 4> bias;
+  DeviceTensor<B, std::uint8_t, 4> mask;
+  DeviceTensor<B, std::uint64_t, 3> bits;
+
+  DeviceMasks(const B& bench, const Masks& m, ef::AttentionOptions& options)
+      : bias(bench, m.bias), mask(bench, m.mask), bits(bench, m.bits) {
+    const auto moved = [](auto& view, const auto& from, const auto& to) {
+      if (view.present())
+        view = {to.view().data() + (view.data() - from.data()),
+                view.sizes(),
+                {view.stride(0), view.stride(1), view.stride(2), view.stride(3)}};
+    };
+    moved(options.bias, m.bias, bias);
+    moved(options.mask, m.mask, mask);
+    if (options.bit_mask.present()) options.bit_mask = bits.cview();
+  }
+};
+
+/// Keys that nobody sees hold NaN.
+template <typename T>
+AttentionCase<T> poisoned_case(const AttentionShape& shape, std::vector<Index> lengths,
+                               std::vector<Index> queries = {}) {
+  AttentionCase<T> c(shape, std::move(lengths), 1, std::move(queries));
+  for (Index b = 0; b < shape.batch; ++b)
+    for (Index j = 5; j < shape.keys; j += 11)
+      for (Index h = 0; h < shape.kv_heads; ++h) {
+        c.k(b, j, h, 0) = std::numeric_limits<T>::quiet_NaN();
+        c.v(b, j, h, shape.value_dim - 1) = std::numeric_limits<T>::infinity();
+      }
+  return c;
+}
+
+template <typename T>
+void check_masks(const AttentionCase<T>& c, const Masks& m, const NamedOptions& named) {
+  check(c, named, true, [&]<typename B>(const B& bench, ef::AttentionOptions& options) {
+    return std::make_unique<DeviceMasks<B>>(bench, m, options);
+  });
+}
+
+template <typename T>
+void check_every_mask() {
+  const AttentionShape s{2, 5, 75, 4, 2, 9, 7};
+  const auto c = poisoned_case<T>(s, {75, 66}, {5, 3});
+  const Masks all(s, 4, {0, 3}), one_head(s, 1, {0, 3});
+  const std::span<const float> slopes(test_slopes().data(), 4), sinks(test_sinks().data(), 4);
+  const Index row = s.keys, sequence = 4 * s.queries * row;
+  check_masks(c, all, {"mask", {.mask = all.mask}});
+  check_masks(c, one_head, {"mask of all heads", {.causal = true, .mask = one_head.mask}});
+  check_masks(
+      c, all,
+      {"keys",
+       {.mask = ef::ScoreView<std::uint8_t>(all.mask.data(), {1, 1, 1, row}, {0, 0, 0, 1})}});
+  check_masks(c, all, {"bias", {.bias = all.bias}});
+  check_masks(c, all,
+              {"rows backwards",
+               {.bias = ef::ScoreView<float>(all.bias.data() + 4 * row, {2, 4, 5, row},
+                                             {sequence, 5 * row, -row, 1})}});
+  const ef::AttentionOptions bits{.bit_mask = all.bits, .bit_mask_first_keys = all.first_keys};
+  check_masks(c, all, {"bits", bits});
+  check_masks(c, all,
+              {"all",
+               {.causal = true,
+                .window = 40,
+                .softcap = 3.0f,
+                .alibi_slopes = slopes,
+                .bias = all.bias,
+                .mask = all.mask,
+                .bit_mask = all.bits,
+                .bit_mask_first_keys = all.first_keys,
+                .sinks = sinks,
+                .prefix_length = 7}});
+}
+
+TEST(AttentionMasksOnDevice, EqualTheReference) {
+  check_every_mask<float>();
+  check_every_mask<ef::half>();
+}
+
+// A tree of drafts: bits from the first query on, all earlier keys seen.
+TEST(AttentionMasksOnDevice, Trees) {
+  const AttentionShape s{2, 5, 75, 2, 1, 8, 8};
+  const Masks m(s, 1, {70, 61});
+  for (const auto& options : {ef::AttentionOptions{.bit_mask = m.bits},
+                              ef::AttentionOptions{.causal = true, .bit_mask = m.bits}}) {
+    check_masks(AttentionCase<float>(s, {75, 66}), m, {"tree", options});
+    check_masks(AttentionCase<ef::half>(s, {75, 66}), m, {"tree", options});
+  }
+}
+
+TEST(AttentionMasksOnDevice, WindowsToBothSides) {
+  for (const NamedOptions& named :
+       std::vector<NamedOptions>{{"window", {.window = 6}},
+                                 {"left and right", {.window_left = 3, .window_right = 70}},
+                                 {"right", {.window_right = 2, .prefix_length = 5}},
+                                 {"left", {.causal = true, .window_left = 4}},
+                                 {"own", {.window_left = 0, .window_right = 0}}}) {
+    check(AttentionCase<float>({2, 70, 70, 2, 1, 4, 4}, {70, 9}), named);
+    check(AttentionCase<ef::half>({2, 70, 70, 2, 1, 8, 8}, {70, 9}), named);
+  }
+}
+
+// A row of which some splits of 512 keys see nothing, and one that sees nothing at all.
+template <typename T>
+void check_split_rows() {
+  const AttentionShape s{1, 3, 1100, 1, 1, 8, 8};
+  const auto c = AttentionCase<T>(s, {1100});
+  Masks m(s, 1, {0});
+  for (Index j = 0; j < s.keys; ++j) {
+    m.mask(0, 0, 0, j) = j < 512 || j >= 1024 ? 0 : 1;
+    m.mask(0, 0, 2, j) = j == 1099 ? 1 : 0;
+  }
+  const std::vector<float> sinks{1.0f};
+  check_masks(c, m, {"splits", {.mask = m.mask, .sinks = sinks}});
+}
+TEST(AttentionMasksOnDevice, SplitsThatNobodySees) {
+  check_split_rows<float>();
+  check_split_rows<ef::half>();
+}
+
+// A mask hides what a bias of -infinity hides, with the same bits; packed rows have those that they
+// have alone.
+TEST(AttentionMasksOnDevice, OneMaskGivesTheBitsOfAnother) {
+  const AttentionShape s{2, 5, 75, 4, 2, 9, 7};
+  const auto c = poisoned_case<float>(s, {75, 75}, {5, 5});
+  Masks m(s, 4, {0, 0});
+  for (Index i = 0; i < m.bias.size(); ++i)
+    m.bias.data()[i] = m.mask.data()[i] == 0 ? -kInfinity : 0;
+  for_each_gpu([&](const auto& bench) {
+    using B = std::remove_cvref_t<decltype(bench)>;
+    auto q = on_device(bench, c.q), k = on_device(bench, c.k), v = on_device(bench, c.v);
+    auto out = on_device(bench, poisoned_tensor<float, 4>({2, 5, 4, 7}));
+    const auto run = [&](ef::AttentionOptions options) {
+      const DeviceMasks<B> kept(bench, m, options);
+      ef::batched_attention_with_padding_into(bench.device, out.view(), q.cview(), k.cview(),
+                                              v.cview(), {75, 75}, options);
+      return out.host();
+    };
+    const auto masked = run({.mask = m.mask});
+    EXPECT_TRUE(same_bits(masked, run({.bias = m.bias})));
+    // row i of the rows of both sequences, in a mask whose rows are packed: every head that of 0
+    const ef::AttentionOptions one_head{
+        .mask = ef::ScoreView<std::uint8_t>(m.mask.data(), {2, 1, 5, 75}, {4 * 5 * 75, 0, 75, 1})};
+    const auto dense = run(one_head);
+    ef::Tensor<std::uint8_t, 2> rows(10, 75);
+    for (Index r = 0; r < 10; ++r)
+      for (Index j = 0; j < 75; ++j) rows(r, j) = m.mask(r / 5, 0, r % 5, j);
+    const auto packed_rows = on_device(bench, rows);
+    const auto packed_mask = packed_rows.cview();
+    const ef::AttentionOptions packed{.mask = packed_mask};
+    using View = ef::TensorView<const float, 3>;
+    ef::variable_length_attention_into(
+        bench.device, ef::TensorView<float, 3>(out.view().data(), 10, 4, 7),
+        View(q.cview().data(), 10, 4, 9), View(k.cview().data(), 150, 2, 9),
+        View(v.cview().data(), 150, 2, 7), {0, 5, 10}, {0, 75, 150}, packed);
+    EXPECT_TRUE(same_bits(dense, out.host()));
+  });
+}
+
+TEST(AttentionMasksOnDevice, Scores) {
+  const AttentionShape s{2, 5, 75, 4, 2, 9, 7};
+  const auto c = poisoned_case<float>(s, {75, 66}, {5, 3});
+  const Masks m(s, 4, {0, 3});
+  for (const auto stage :
+       {ef::AttentionScoreStage::masked, ef::AttentionScoreStage::probabilities}) {
+    const ef::AttentionOptions options{.bias = m.bias,
+                                       .mask = m.mask,
+                                       .bit_mask = m.bits,
+                                       .bit_mask_first_keys = m.first_keys,
+                                       .query_lengths = c.query_lengths};
+    const auto expected = ef::reference::attention_scores(
+        to_double(c.q), to_double(c.k), c.key_lengths, c.query_lengths, stage, options);
+    for_each_device([&](const auto& bench) {
+      using B = std::remove_cvref_t<decltype(bench)>;
+      auto q = on_device(bench, c.q), k = on_device(bench, c.k);
+      auto out = on_device(bench, poisoned_tensor<float, 4>({2, 4, 5, 75}));
+      auto here = options;
+      const DeviceMasks<B> kept(bench, m, here);
+      ef::attention_scores_into(bench.device, out.view(), q.cview(), k.cview(), c.key_lengths,
+                                stage, here);
+      const auto got = out.host();
+      for (Index i = 0; i < got.size(); ++i) {
+        const double e = expected.data()[i];
+        if (std::isinf(e))
+          ASSERT_EQ(static_cast<double>(got.data()[i]), e) << i;
+        else
+          ASSERT_NEAR(static_cast<double>(got.data()[i]), e, 1e-5) << i;
+      }
+    });
+  }
+}
+
+}  // namespace
