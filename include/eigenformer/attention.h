@@ -16,6 +16,9 @@
 ///   packed    q (total_tokens, heads, head_dim), k and v (total_keys, kv_heads, width), sequences one after the other
 ///   cached    q (batch, n, heads, head_dim) against a KvCache, a PagedKvCache or any KvSource
 ///
+/// Queries, keys and values of ranks 4 and 3 with heads may lie in one QKV projection
+/// (ef::heads_of): they are read there, with the bits of a copy.
+///
 /// heads is a multiple of kv_heads (grouped-query attention, Ainslie et al., 2023); with group =
 /// heads / kv_heads, query head h uses KV head h / group.
 ///
@@ -101,6 +104,15 @@ bool attach_output(std::string_view name, Problem& problem, Output& output, cons
 template <typename X>
 inline constexpr int dense_rank = rank_of<X> == 3 ? 3 : 4;
 
+/// Views with strides have heads, so rank 4.
+template <int Rank, typename X>
+auto dense_input(const X& x) {
+  if constexpr (Rank == 4)
+    return heads_input<4>(x);
+  else
+    return input_view<Rank>(x);
+}
+
 }  // namespace detail
 
 /// Dense attention with padding, into `output` (the shape of q with v's width).
@@ -114,9 +126,9 @@ void batched_attention_with_padding_into(const D& device, Output&& output, const
                                          Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "batched_attention_with_padding";
   constexpr int rank = detail::dense_rank<Q>;
-  const auto q = input_view<rank>(query);
-  const auto k = input_view<rank>(key);
-  const auto v = input_view<rank>(value);
+  const auto q = detail::dense_input<rank>(query);
+  const auto k = detail::dense_input<rank>(key);
+  const auto v = detail::dense_input<rank>(value);
   auto out = output_view<rank>(output);
   Workspace::Frame frame(workspace);
   auto problem = detail::dense_attention_problem(name, q, k, v, seq_lengths, options, frame);
@@ -129,8 +141,8 @@ auto batched_attention_with_padding(const D& device, const Q& query, const K& ke
                                     const LengthSpan& seq_lengths,
                                     const AttentionOptions& options = {}) {
   constexpr int rank = detail::dense_rank<Q>;
-  auto sizes = detail::sizes_of<rank>(input_view<rank>(query));
-  sizes[rank - 1] = input_view<rank>(value).dimension(rank - 1);
+  auto sizes = detail::sizes_of<rank>(detail::dense_input<rank>(query));
+  sizes[rank - 1] = detail::dense_input<rank>(value).dimension(rank - 1);
   auto output =
       detail::make_tensor<scalar_of<Q>, rank>("batched_attention_with_padding", "output", sizes);
   batched_attention_with_padding_into(device, output, query, key, value, seq_lengths, options);
@@ -158,9 +170,9 @@ void variable_length_attention_into(const D& device, Output&& output, const Q& q
                                     const AttentionOptions& options = {},
                                     Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "variable_length_attention";
-  const auto q = input_view<3>(query);
-  const auto k = input_view<3>(key);
-  const auto v = input_view<3>(value);
+  const auto q = detail::heads_input<3>(query);
+  const auto k = detail::heads_input<3>(key);
+  const auto v = detail::heads_input<3>(value);
   auto out = output_view<3>(output);
   Workspace::Frame frame(workspace);
   auto problem =
@@ -173,8 +185,8 @@ template <CpuDevice D, typename Q, typename K, typename V>
 auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value,
                                const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
                                const AttentionOptions& options = {}) {
-  auto sizes = detail::sizes_of<3>(input_view<3>(query));
-  sizes[2] = input_view<3>(value).dimension(2);
+  auto sizes = detail::sizes_of<3>(detail::heads_input<3>(query));
+  sizes[2] = detail::heads_input<3>(value).dimension(2);
   auto output = detail::make_tensor<scalar_of<Q>, 3>("variable_length_attention", "output", sizes);
   variable_length_attention_into(device, output, query, key, value, q_offsets, kv_offsets, options);
   return output;
@@ -199,7 +211,7 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
                                    const KvSource<S>& source, const AttentionOptions& options = {},
                                    Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "attention_with_kv_cache";
-  const auto q = input_view<4>(query);
+  const auto q = detail::heads_input<4>(query);
   auto out = output_view<4>(output);
   Workspace::Frame frame(workspace);
   auto problem = detail::cached_attention_problem(name, q, source, options, frame);
@@ -215,7 +227,7 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
                                    const AttentionOptions& options = {},
                                    Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "attention_with_kv_cache";
-  const auto q = input_view<3>(query);
+  const auto q = detail::heads_input<3>(query);
   auto out = output_view<3>(output);
   Workspace::Frame frame(workspace);
   auto problem = detail::ragged_attention_problem(name, q, source, q_offsets, options, frame);
@@ -227,7 +239,7 @@ namespace detail {
 
 template <int Rank, typename Q, typename S>
 auto cached_output(const Q& query, const KvSource<S>& source) {
-  auto sizes = sizes_of<Rank>(input_view<Rank>(query));
+  auto sizes = sizes_of<Rank>(heads_input<Rank>(query));
   sizes[Rank - 1] = cached_value_dim(source, sizes[Rank - 1]);
   return make_tensor<scalar_of<Q>, Rank>("attention_with_kv_cache", "output", sizes);
 }

@@ -52,17 +52,19 @@ namespace detail {
 template <typename D, typename View>
 void require_quantizable(const D& device, std::string_view operation, std::string_view name,
                          const View& view) {
-  const Index row = view.dimension(rank_of<View> - 2) * view.dimension(rank_of<View> - 1),
-              stride = token_stride(view);
-  const Index rows = stride == row ? 1 : view.size() / (std::max)(Index{1}, row),
-              count = view.size() / (std::max)(Index{1}, rows);
-  for (Index r = 0; r < rows; ++r) {
-    const auto* numbers = offset_by(view.data(), r * stride);
-    const Index at = run(device, problem::FirstNotQuantizable<scalar_of<View>>{numbers, count});
+  const auto [token_stride, head_stride] = strides_of(view);
+  const Index width = view.dimension(rank_of<View> - 1),
+              row = view.dimension(rank_of<View> - 2) * width, size = view.size();
+  // What stands side by side is looked at in one go.
+  const Index piece = head_stride != width ? width : token_stride != row ? row : size;
+  for (Index first = 0; first < size; first += piece) {
+    const auto* numbers =
+        offset_by(view.data(), first / row * token_stride + first % row / width * head_stride);
+    const Index at = run(device, problem::FirstNotQuantizable<scalar_of<View>>{numbers, piece});
     if (at < 0) continue;
     require_that(
         false, operation, name, " of shape ", shape_text(view), " holds ",
-        static_cast<double>(numbers[at]), " at element ", r * row + at,
+        static_cast<double>(numbers[at]), " at element ", first + at,
         ", expected finite values whose scale is within the range of float (INT8 storage)");
   }
 }
@@ -262,10 +264,10 @@ class KvCache {
     detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
     layer.grow(length + added);
     const KvSource<Storage> target = layer.source();
-    detail::run(device, problem::KvAppend<T, Storage>{
-                            keys.data(), values.data(), detail::token_stride(keys),
-                            detail::token_stride(values), batch * added, added, nullptr,
-                            target.lengths, layer.capacity(), target});
+    detail::run(device,
+                problem::KvAppend<T, Storage>{keys.data(), values.data(), detail::strides_of(keys),
+                                              detail::strides_of(values), batch * added, added,
+                                              nullptr, target.lengths, layer.capacity(), target});
     layer.set_length(length + added);
     layer.close();
   }
@@ -373,10 +375,10 @@ void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value
   target.sequence_stride = target.value_sequence_stride = capacity * target.row_stride;
   target.keys = key_rows.data();
   target.values = value_rows.data();
-  detail::run(device, problem::KvBufferAppend<T, Storage>{
-                          {keys.data(), values.data(), detail::token_stride(keys),
-                           detail::token_stride(values), batch * added, added, nullptr,
-                           positions.data(), capacity, target}});
+  detail::run(device,
+              problem::KvBufferAppend<T, Storage>{
+                  {keys.data(), values.data(), detail::strides_of(keys), detail::strides_of(values),
+                   batch * added, added, nullptr, positions.data(), capacity, target}});
 }
 
 }  // namespace EIGENFORMER_ABI

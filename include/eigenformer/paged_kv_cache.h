@@ -365,8 +365,8 @@ class PagedKvCache {
     claim(layer, ids, added);
     const KvSource<Storage> target = source(layer_idx, ids, selection);
     detail::run(device, problem::KvAppend<T, Storage>{
-                            keys.data(), values.data(), detail::token_stride(keys),
-                            detail::token_stride(values), keys.dimension(0), each, offsets,
+                            keys.data(), values.data(), detail::strides_of(keys),
+                            detail::strides_of(values), keys.dimension(0), each, offsets,
                             selection.lengths.data(), total_slots(), target});
     for (std::size_t i = 0; i < ids.size(); ++i)
       sequences_.lengths[layer][find(ids[i])] += added(i);

@@ -185,10 +185,10 @@ problem::Rope<scalar_of<Y>, scalar_of<X>> rope_problem(std::string_view name,
   constexpr int rank = rank_of<X>;
   const Index tokens = rope_tokens(name, x_name, x, positions);
   const Index heads = x.dimension(rank - 2), head_dim = x.dimension(rank - 1);
-  return {y.data(),        x.data(), indices(positions, frame),
-          tokens,          heads,    head_dim,
-          token_stride(x), {},       nullptr,
-          nullptr,         inverse};
+  return {y.data(),      x.data(), indices(positions, frame),
+          tokens,        heads,    head_dim,
+          strides_of(x), {},       nullptr,
+          nullptr,       inverse};
 }
 
 /// The angles of a table.

@@ -206,6 +206,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
 
   auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim);
   p.queries = q.data();
+  p.query_strides = strides_of(q);
   p.batch = batch;
   p.lse_head_stride = rows;
   auto* const sequences = frame.take<problem::AttentionSequence>(batch);
@@ -217,18 +218,19 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   }
   p.sequences = sequences;
   attach_masks(name, p, options, rows, false, frame);
+  const auto key_strides = strides_of(k), value_strides = strides_of(v);
   p.source = KvSource<T>{.batch = batch,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
                          .value_dim = value_dim,
                          .keys = k.data(),
                          .values = v.data(),
-                         .sequence_stride = keys * kv_heads * head_dim,
-                         .row_stride = kv_heads * head_dim,
-                         .head_stride = head_dim,
-                         .value_sequence_stride = keys * kv_heads * value_dim,
-                         .value_row_stride = kv_heads * value_dim,
-                         .value_head_stride = value_dim};
+                         .sequence_stride = keys * key_strides.token,
+                         .row_stride = key_strides.token,
+                         .head_stride = key_strides.head,
+                         .value_sequence_stride = keys * value_strides.token,
+                         .value_row_stride = value_strides.token,
+                         .value_head_stride = value_strides.head};
   return p;
 }
 
@@ -269,6 +271,7 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
 
   auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim);
   p.queries = q.data();
+  p.query_strides = strides_of(q);
   p.batch = batch;
   p.lse_head_stride = q.dimension(0);
   auto* const sequences = frame.take<problem::AttentionSequence>(batch);
@@ -279,16 +282,17 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
   }
   p.sequences = sequences;
   attach_masks(name, p, options, q.dimension(0), true, frame);
+  const auto key_strides = strides_of(k), value_strides = strides_of(v);
   p.source = KvSource<T>{.batch = 1,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
                          .value_dim = value_dim,
                          .keys = k.data(),
                          .values = v.data(),
-                         .row_stride = kv_heads * head_dim,
-                         .head_stride = head_dim,
-                         .value_row_stride = kv_heads * value_dim,
-                         .value_head_stride = value_dim};
+                         .row_stride = key_strides.token,
+                         .head_stride = key_strides.head,
+                         .value_row_stride = value_strides.token,
+                         .value_head_stride = value_strides.head};
   return p;
 }
 
@@ -352,6 +356,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim,
                                    cached_value_dim(source, head_dim));
   p.queries = q.data();
+  p.query_strides = strides_of(q);
   p.batch = batch;
   p.lse_head_stride = rows;
   auto* const sequences = frame.take<problem::AttentionSequence>(batch);
@@ -383,6 +388,7 @@ auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<
   auto p = attention_problem<scalar_of<Q>, S>(options, heads, source.kv_heads, head_dim,
                                               cached_value_dim(source, head_dim));
   p.queries = q.data();
+  p.query_strides = strides_of(q);
   p.batch = batch;
   p.lse_head_stride = q.dimension(0);
   auto* const sequences = frame.take<problem::AttentionSequence>(batch);

@@ -80,7 +80,10 @@ constexpr void require_tensor_argument() {
       traits::kind != TensorKind::other,
       "eigenformer: this argument is neither an ef::Tensor nor an ef::TensorView. Evaluate an "
       "Eigen expression into an "
-      "ef::Tensor<T, Rank> first, or wrap memory of your own in an ef::TensorView<T, Rank>.");
+      "ef::Tensor<T, Rank> first, or wrap memory of your own in an ef::TensorView<T, Rank>. Heads "
+      "within a wider tensor (a chip of one) are ef::heads_of(tensor, offset, dimension), where "
+      "the "
+      "argument takes an ef::HeadsView.");
   static_assert(traits::kind != TensorKind::column_major,
                 "eigenformer: this tensor is column-major, which is Eigen's default. Declare it as "
                 "ef::Tensor<T, Rank> (row-major), "

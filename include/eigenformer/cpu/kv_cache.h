@@ -26,48 +26,49 @@ float quantize_row(const T* x, std::int8_t* q, Index count) {
 
 template <typename Isa, typename T, typename Storage>
 void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index h, Index j) {
-  const Index d = p.target.head_dim;
-  const T* key = p.new_keys + token * p.key_stride + h * d;
-  const T* value = p.new_values + token * p.value_stride + h * d;
+  const Index width = p.target.head_dim, value_width = p.target.value_width();
+  const T* key = p.new_keys + token * p.key_strides.token + h * p.key_strides.head;
+  const T* value = p.new_values + token * p.value_strides.token + h * p.value_strides.head;
   if constexpr (std::is_same_v<Storage, std::int8_t>) {
-    *p.key_scale_slot(b, h, j) = quantize_row<Isa>(key, p.key_slot(b, h, j), d);
-    *p.value_scale_slot(b, h, j) = quantize_row<Isa>(value, p.value_slot(b, h, j), d);
+    *p.key_scale_slot(b, h, j) = quantize_row<Isa>(key, p.key_slot(b, h, j), width);
+    *p.value_scale_slot(b, h, j) = quantize_row<Isa>(value, p.value_slot(b, h, j), value_width);
   } else {
-    copy_line<Isa>(key, p.key_slot(b, h, j), d);
-    copy_line<Isa>(value, p.value_slot(b, h, j), d);
+    copy_line<Isa>(key, p.key_slot(b, h, j), width);
+    copy_line<Isa>(value, p.value_slot(b, h, j), value_width);
   }
 }
 
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) {
-  parallel_for(on, p.tokens, Cost{p.target.kv_heads * p.target.head_dim, kMoveCycles},
-               [&](Index first, Index last, int) {
-                 for (Index token = first; token < last; ++token) {
-                   const Index b = p.sequence_of(token);
-                   if (p.positions[b] < 0) continue;
-                   const Index j = p.positions[b] + token - p.first_token(b);
-                   for (Index h = 0; h < p.target.kv_heads; ++h)
-                     append_kv_row<Isa>(p, token, b, h, j);
-                 }
-               });
+  const Index row = p.target.kv_heads * (p.target.head_dim + p.target.value_width()) / 2;
+  parallel_for(on, p.tokens, Cost{row, kMoveCycles}, [&](Index first, Index last, int) {
+    for (Index token = first; token < last; ++token) {
+      const Index b = p.sequence_of(token);
+      if (p.positions[b] < 0) continue;
+      const Index j = p.positions[b] + token - p.first_token(b);
+      if (j >= p.left_out.begin && j < p.left_out.end) continue;
+      for (Index h = 0; h < p.target.kv_heads; ++h) append_kv_row<Isa>(p, token, b, h, j);
+    }
+  });
 }
 
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvRead<T, Storage>& p) {
   const KvSource<Storage>& s = p.source;
-  parallel_for(on, s.batch * p.length, Cost{s.kv_heads * s.head_dim, kMoveCycles},
+  const Index width = p.values ? s.value_width() : s.head_dim;
+  parallel_for(on, s.batch * p.length, Cost{s.kv_heads * width, kMoveCycles},
                [&](Index first, Index last, int) {
                  for (Index row = first; row < last; ++row) {
                    const Index b = row / p.length, j = row % p.length;
                    for (Index h = 0; h < s.kv_heads; ++h) {
-                     T* output = p.output + (row * s.kv_heads + h) * s.head_dim;
+                     T* output = p.output + (row * s.kv_heads + h) * width;
                      const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
                      if constexpr (std::is_same_v<Storage, std::int8_t>)
                        dequantize_line<Isa>(
-                           stored, s.head_dim,
-                           p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j), output);
+                           stored, width, p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
+                           output);
                      else
-                       copy_line<Isa>(stored, output, s.head_dim);
+                       copy_line<Isa>(stored, output, width);
                    }
                  }
                });

@@ -42,7 +42,7 @@ void rope_token(const problem::Rope<Y, X>& p, Index token, const typename V::sca
   const V sign = V::set1(p.inverse ? -1 : 1);
   const Index rotary_dim = p.angles.rotary_dim;
   for (Index head = 0; head < p.heads; ++head) {
-    const X* x = p.x + token * p.x_stride + head * p.head_dim;
+    const X* x = p.x + token * p.x_strides.token + head * p.x_strides.head;
     Y* y = p.y + (token * p.heads + head) * p.head_dim;
     rope_head<V, Layout>(row, sign, rotary_dim, x, y);
     if (static_cast<const void*>(x) != static_cast<const void*>(y))

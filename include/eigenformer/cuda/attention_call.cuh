@@ -105,7 +105,7 @@ struct AttentionCall {
     return (q.s->query_begin + q.in_sequence) * p.heads + q.head;
   }
   EIGENFORMER_DEVICE const TQ* query(const AttentionQuery& q) const {
-    return p.queries + index_of(q) * p.head_dim;
+    return p.query(q.s->query_begin + q.in_sequence, q.head);
   }
 
   EIGENFORMER_DEVICE problem::ScoreRow score_row(const AttentionQuery& q) const {

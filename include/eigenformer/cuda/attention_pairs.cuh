@@ -77,7 +77,7 @@ struct AttentionPairs {
   /// Row r of the tile; nullptr where it is padding.
   EIGENFORMER_DEVICE const T* query(const AttentionTileAt& at, Index r) const {
     if (at.row + r >= at.s->query_rows) return nullptr;
-    return p.forward.queries + row_index(at, r) * p.forward.head_dim;
+    return p.forward.query(at.s->query_begin + at.row + r, at.head);
   }
   EIGENFORMER_DEVICE const T* grad_output(const AttentionTileAt& at, Index r) const {
     if (at.row + r >= at.s->query_rows) return nullptr;

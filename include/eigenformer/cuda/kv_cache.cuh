@@ -1,7 +1,7 @@
 /// \file
 /// CUDA kernels of the KV caches: copies, one read and one write of every element, converted on the
 /// way where storage differs. Into dense buffers one thread takes 16 bytes; into pages and out of
-/// them a warp takes a row of head_dim elements of one head, which are consecutive on both sides,
+/// them a warp takes a row of one head, which are consecutive on both sides,
 /// and finds its page once. INT8 reads a new row twice (largest magnitude, then quotients), the
 /// second time out of L1. No flops to speak of: the limit is bandwidth, of which rows of 64 and
 /// more elements, a thousand of them at least, should see more than half; a step of one sequence is
@@ -26,44 +26,67 @@ EIGENFORMER_DEVICE void copy_line(const From* from, To* to, Index count, Index l
       static_cast<const To*>(to));
 }
 
+/// Keys or values on their way into a dense buffer; `width` elements stand side by side.
+template <typename T, typename Storage>
+struct KvBufferRows {
+  const T* from;
+  Storage* to;
+  problem::HeadStrides strides;  // of new rows
+  Index width, row;              // row = kv_heads * the width of a head
+  Index sequence_stride;         // of the buffer
+
+  template <int N>
+  EIGENFORMER_DEVICE void copy(WidthOf<N>, Index token, Index sequence, Index position,
+                               Index column) const {
+    if (column >= row) return;
+    copy_pack<N>(from + token * strides.token + column / width * strides.head + column % width,
+                 to + sequence * sequence_stride + position * row + column);
+  }
+  template <int N>
+  bool packs_fit() const {
+    return cuda::packs_fit<N>(from, strides.token) && cuda::packs_fit<N>(from, strides.head) &&
+           cuda::packs_fit<N>(to, sequence_stride) && width % N == 0;
+  }
+};
+
+template <typename T, typename Storage>
+KvBufferRows<T, Storage> buffer_rows(const T* from, const Storage* to,
+                                     const problem::HeadStrides& strides, Index heads, Index width,
+                                     Index sequence_stride) {
+  const Index row = heads * width;
+  if (strides.head == width)  // a row is one piece
+    return {from, const_cast<Storage*>(to), {strides.token, row}, row, row, sequence_stride};
+  return {from, const_cast<Storage*>(to), strides, width, row, sequence_stride};
+}
+
 template <typename T, typename Storage>
 struct KvAppendBody {
-  const T* new_keys;
-  const T* new_values;
-  Storage* keys;
-  Storage* values;
+  KvBufferRows<T, Storage> keys, values;
   const Index* positions;
-  Index new_key_stride, new_value_stride;  // from token to token
-  // row = kv_heads * head_dim, strides from sequence to sequence
-  Index tokens_each, row, capacity, key_stride, value_stride;
+  Index tokens_each, capacity;
 
   template <int N>
   EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index token, Index column) const {
     const Index sequence = token / tokens_each;
     const Index first = positions[sequence], position = first + token % tokens_each;
     if (first < 0 || position >= capacity) return;
-    copy_pack<N>(new_keys + token * new_key_stride + column,
-                 keys + sequence * key_stride + position * row + column);
-    copy_pack<N>(new_values + token * new_value_stride + column,
-                 values + sequence * value_stride + position * row + column);
+    keys.copy(WidthOf<N>{}, token, sequence, position, column);
+    values.copy(WidthOf<N>{}, token, sequence, position, column);
   }
 };
 
 template <typename D, typename T, typename Storage>
 void execute(const Backend<D>& on, const problem::KvBufferAppend<T, Storage>& p) {
   const KvSource<Storage>& to = p.target;
-  const Index row = to.kv_heads * to.head_dim;
+  const auto keys =
+      buffer_rows(p.new_keys, to.keys, p.key_strides, to.kv_heads, to.head_dim, to.sequence_stride);
+  const auto values = buffer_rows(p.new_values, to.values, p.value_strides, to.kv_heads,
+                                  to.value_width(), to.value_sequence_stride);
   constexpr int width = pack_width<T, Storage>;
-  const bool fit = packs_fit<width>(p.new_keys, p.key_stride) && row % width == 0 &&
-                   packs_fit<width>(p.new_values, p.value_stride) &&
-                   packs_fit<width>(to.keys, to.sequence_stride) &&
-                   packs_fit<width>(to.values, to.value_sequence_stride);
+  const bool fit = keys.template packs_fit<width>() && values.template packs_fit<width>();
   launch_for_each_pack<width>(
-      on, "append_kv_into", p.tokens, row, fit,
-      KvAppendBody<T, Storage>{p.new_keys, p.new_values, const_cast<Storage*>(to.keys),
-                               const_cast<Storage*>(to.values), p.positions, p.key_stride,
-                               p.value_stride, p.tokens_each, row, p.capacity, to.sequence_stride,
-                               to.value_sequence_stride});
+      on, "append_kv_into", p.tokens, (std::max)(keys.row, values.row), fit,
+      KvAppendBody<T, Storage>{keys, values, p.positions, p.tokens_each, p.capacity});
 }
 
 /// Rows (token, head, keys or values), each by a warp.
@@ -73,10 +96,12 @@ struct KvAppendKernel {
   static constexpr int kThreads = kKvThreads;
   const T* new_keys;
   const T* new_values;
-  Index key_stride, value_stride, tokens, tokens_each;
+  problem::HeadStrides key_strides, value_strides;
+  Index tokens, tokens_each;
   const Index* offsets;    // (batch + 1) or nullptr
   const Index* positions;  // (batch)
   KvRows<Storage> to;
+  problem::KeyRange left_out;
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
@@ -98,12 +123,15 @@ struct KvAppendKernel {
 
   template <typename Block>
   EIGENFORMER_DEVICE void append(Block& block, Index token, Index h, bool values) const {
-    const Index b = sequence_of(token), width = to.source.head_dim;
+    const Index b = sequence_of(token),
+                width = values ? to.source.value_width() : to.source.head_dim;
     if (positions[b] < 0) return;  // all lanes of the warp, or none
     const Index first = offsets == nullptr ? b * tokens_each : offsets[b],
                 j = positions[b] + token - first;
+    if (j >= left_out.begin && j < left_out.end) return;  // the whole warp again
+    const problem::HeadStrides& strides = values ? value_strides : key_strides;
     const T* const from =
-        (values ? new_values + token * value_stride : new_keys + token * key_stride) + h * width;
+        (values ? new_values : new_keys) + token * strides.token + h * strides.head;
     Storage* const row = to.row(values, b, h, j);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
       const float scale = int8_scale(
@@ -128,9 +156,10 @@ void execute(const Backend<D>& on, const problem::KvAppend<T, Storage>& p) {
   const auto [to, positions, offsets] =
       stage_rows(on, name, p.target, touched, std::span<const Index>(p.positions, batch),
                  std::span<const Index>(p.offsets, p.offsets == nullptr ? 0 : batch + 1));
-  launch_warps(on, name, 2 * p.tokens * p.target.kv_heads,
-               KvAppendKernel<T, Storage>{p.new_keys, p.new_values, p.key_stride, p.value_stride,
-                                          p.tokens, p.tokens_each, offsets, positions, to});
+  launch_warps(
+      on, name, 2 * p.tokens * p.target.kv_heads,
+      KvAppendKernel<T, Storage>{p.new_keys, p.new_values, p.key_strides, p.value_strides, p.tokens,
+                                 p.tokens_each, offsets, positions, to, p.left_out});
 }
 
 /// Rows (sequence, position, head), each by a warp.
@@ -146,16 +175,17 @@ struct KvReadKernel {
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
     const KvSource<Storage>& s = from.source;
+    const Index width = values ? s.value_width() : s.head_dim;
     for_each_warp(block, s.batch * length * s.kv_heads, [&](Index at) {
       const Index h = at % s.kv_heads, j = at / s.kv_heads % length, b = at / s.kv_heads / length;
       const Storage* const row = from.row(values, b, h, j);
-      T* const to = output + at * s.head_dim;
+      T* const to = output + at * width;
       C scale = 1;
       if constexpr (std::is_same_v<Storage, std::int8_t>)
         scale = static_cast<C>(*from.scale(values, b, h, j));
       if constexpr (std::is_same_v<Storage, std::int8_t>)
         for_each_pack_of_line(
-            block.lane(), kWarp, s.head_dim,
+            block.lane(), kWarp, width,
             [&]<int N>(WidthOf<N>, Index d) {
               auto numbers = load_pack<C, N>(row + d);
               for (int i = 0; i < N; ++i) numbers[i] *= scale;
@@ -163,7 +193,7 @@ struct KvReadKernel {
             },
             row, static_cast<const T*>(to));
       else
-        copy_line(row, to, s.head_dim, block.lane());
+        copy_line(row, to, width, block.lane());
     });
   }
 };

@@ -67,7 +67,7 @@ struct RopeKernel {
   };
 
   EIGENFORMER_DEVICE const X* x_of(Index token, Index head) const {
-    return p.x + token * p.x_stride + head * p.head_dim;
+    return p.x + token * p.x_strides.token + head * p.x_strides.head;
   }
   EIGENFORMER_DEVICE Y* y_of(Index token, Index head) const {
     return p.y + (token * p.heads + head) * p.head_dim;
@@ -153,7 +153,8 @@ void launch_rope(const Backend<D>& on, const problem::Rope<Y, X>& p, Index first
 template <typename D, typename Y, typename X>
 void launch_rope(const Backend<D>& on, const problem::Rope<Y, X>& p, Index first_row) {
   constexpr int width = pack_width<Y, X>;
-  if (packs_fit<width>(p.x, p.tokens == 1 ? 0 : p.x_stride) && packs_fit<width>(p.y, p.head_dim) &&
+  if (packs_fit<width>(p.x, p.tokens == 1 ? 0 : p.x_strides.token) &&
+      packs_fit<width>(p.x, p.x_strides.head) && packs_fit<width>(p.y, p.head_dim) &&
       p.angles.rotary_dim % (2 * width) == 0)
     launch_rope<width>(on, p, first_row);
   else

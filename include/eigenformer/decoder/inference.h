@@ -158,7 +158,8 @@ struct DenseRows {
   template <typename T>
   static HeadsView<T, 4> batched(const HeadsView<T>& x, Index batch) {
     const Index n = batch == 0 ? 0 : x.dimension(0) / batch;
-    return {x.data(), {batch, n, x.dimension(1), x.dimension(2)}, x.token_stride()};
+    return {
+        x.data(), {batch, n, x.dimension(1), x.dimension(2)}, x.token_stride(), x.head_stride()};
   }
 };
 

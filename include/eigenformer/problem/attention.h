@@ -2,6 +2,7 @@
 /// What attention asks for, forward and backward.
 #pragma once
 
+#include "../core/heads_view.h"
 #include "../core/rows.h"
 #include "kv_source.h"
 #include "score_rule.h"
@@ -31,7 +32,8 @@ template <typename TQ, typename TKV, typename Function = NoScoreFunction>
 struct Attention : ScoreRule<compute_type<TQ>> {
   using Compute = compute_type<TQ>;
   const TQ* queries;  // (rows, heads, head_dim)
-  TQ* output;         // (rows, heads, value_dim)
+  HeadStrides query_strides;
+  TQ* output;  // (rows, heads, value_dim)
   // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
   Compute* log_sum_exp;
   Index lse_head_stride;
@@ -41,6 +43,9 @@ struct Attention : ScoreRule<compute_type<TQ>> {
   const float* sinks;                  // (heads) or nullptr
   Function function;
 
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const TQ* query(Index row, Index head) const {
+    return queries + row * query_strides.token + head * query_strides.head;
+  }
   EIGENFORMER_INLINE Index group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
 };
 

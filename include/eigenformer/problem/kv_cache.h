@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "../core/heads_view.h"
 #include "../core/rows.h"
 #include "kv_source.h"
 
@@ -17,10 +18,9 @@ namespace problem {
 /// is the cache's, and writable.
 template <typename T, typename Storage>
 struct KvAppend {
-  const T* new_keys;     // (tokens, kv_heads, head_dim), sequence after sequence
-  const T* new_values;   // the same
-  Index key_stride;      // elements from token to token, of the keys
-  Index value_stride;    // and of the values
+  const T* new_keys;    // (tokens, kv_heads, head_dim), sequence after sequence
+  const T* new_values;  // (tokens, kv_heads, value_dim)
+  HeadStrides key_strides, value_strides;
   Index tokens;          // of all sequences
   Index tokens_each;     // of one sequence, where offsets is nullptr
   const Index* offsets;  // (batch + 1) first token of each sequence, or nullptr
@@ -28,6 +28,7 @@ struct KvAppend {
   const Index* positions;
   Index capacity;  // positions that a sequence of the target has room for
   KvSource<Storage> target;
+  KeyRange left_out = {0, 0};  // positions that are not written
 
   EIGENFORMER_INLINE Index sequence_of(Index token) const {
     if (offsets == nullptr) return token / tokens_each;
@@ -46,18 +47,10 @@ struct KvAppend {
     return const_cast<Storage*>(target.value_row(b, h, j));
   }
   EIGENFORMER_INLINE float* key_scale_slot(Index b, Index h, Index j) const {
-    return scale_slot(b, h, j, target.key_scale_offset);
+    return const_cast<float*>(target.key_scale_row(b, h, j));
   }
   EIGENFORMER_INLINE float* value_scale_slot(Index b, Index h, Index j) const {
-    return scale_slot(b, h, j, target.value_scale_offset);
-  }
-
- private:
-  EIGENFORMER_INLINE float* scale_slot(Index b, Index h, Index j, std::size_t offset) const {
-    const std::byte* page =
-        target.pages[target.tables[b][j / target.page_size]] + target.layer_offset + offset;
-    return const_cast<float*>(reinterpret_cast<const float*>(page)) + h * target.page_size +
-           j % target.page_size;
+    return const_cast<float*>(target.value_scale_row(b, h, j));
   }
 };
 
@@ -67,7 +60,7 @@ template <typename T, typename Storage>
 struct KvBufferAppend : KvAppend<T, Storage> {};
 
 /// A checked request to read the first `length` positions of every sequence of `source` into
-/// (batch, length, kv_heads, head_dim).
+/// (batch, length, kv_heads, head_dim), of values value_dim.
 template <typename T, typename Storage>
 struct KvRead {
   KvSource<Storage> source;

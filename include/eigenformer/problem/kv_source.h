@@ -26,6 +26,9 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 ///   key scales   layer_offset + key_scale_offset      (kv_heads, page_size) of float, INT8 only
 ///   value scales layer_offset + value_scale_offset    (kv_heads, page_size) of float, INT8 only
 /// Offsets are in bytes. Rows at or past lengths[b] may hold anything and must not be read.
+///
+/// A table may end in a ring: page i of a sequence at or past ring_begin then stands at ring_begin +
+/// (i - ring_begin) % ring_pages of its table, in the place of an older one.
 template <typename T>
 struct KvSource {
   Index batch = 0, kv_heads = 0, head_dim = 0;
@@ -44,8 +47,15 @@ struct KvSource {
   const std::int32_t* const* tables = nullptr;  // [sequence][page of the sequence] -> page id
   Index page_size = 0;                          // positions in a page
   std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
+  Index ring_begin = 0, ring_pages = 0;  // ring_pages 0: no ring
 
-  EIGENFORMER_INLINE Index value_width() const { return value_dim < 0 ? head_dim : value_dim; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index value_width() const {
+    return value_dim < 0 ? head_dim : value_dim;
+  }
+  /// Where page i of a sequence stands in its table.
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index table_at(Index i) const {
+    return ring_pages == 0 || i < ring_begin ? i : ring_begin + (i - ring_begin) % ring_pages;
+  }
   EIGENFORMER_INLINE const T* key_row(Index b, Index h, Index j) const {
     if (tables == nullptr) return keys + b * sequence_stride + j * row_stride + h * head_stride;
     return paged_row<T>(b, h, j, 0, head_dim);
@@ -73,7 +83,7 @@ struct KvSource {
   template <typename U>
   EIGENFORMER_INLINE const U* paged_row(Index b, Index h, Index j, std::size_t offset,
                                         Index width) const {
-    const std::byte* page = pages[tables[b][j / page_size]] + layer_offset + offset;
+    const std::byte* page = pages[tables[b][table_at(j / page_size)]] + layer_offset + offset;
     return reinterpret_cast<const U*>(page) + (h * page_size + j % page_size) * width;
   }
 };

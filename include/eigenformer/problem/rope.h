@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "../core/heads_view.h"
 #include "../core/rows.h"
 
 namespace eigenformer {
@@ -53,7 +54,7 @@ struct Rope {
   const X* x;              // (tokens, heads, head_dim)
   const Index* positions;  // (tokens)
   Index tokens, heads, head_dim;
-  Index x_stride;  // elements of x from token to token
+  HeadStrides x_strides;
   RopeAngles angles;
   const compute* table;  // (positions, angles.row_size()), nullptr where rows are computed
   compute* rows;         // (workers, angles.row_size()) scratch where they are

@@ -110,8 +110,9 @@ double dot_in_double(const double* x, const S* y, Index count) {
 /// query[0, head_dim): the row at `row` of (rows * heads), times the scale.
 template <typename TQ, typename TKV>
 void query_in_double(const problem::Attention<TQ, TKV>& p, Index row, double* query) {
+  const TQ* const from = p.query(row / p.heads, row % p.heads);
   for (Index d = 0; d < p.head_dim; ++d)
-    query[d] = static_cast<double>(p.queries[row * p.head_dim + d]) * static_cast<double>(p.scale);
+    query[d] = static_cast<double>(from[d]) * static_cast<double>(p.scale);
 }
 
 /// The greatest score of a row so far; what is relative to an earlier one is multiplied by e^-rise.

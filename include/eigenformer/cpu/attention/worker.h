@@ -134,7 +134,7 @@ class AttentionWorker {
     products_.begin(*sequence_, kv_head_, rows_);
     for (Index r = 0; r < rows_; ++r) {
       const Index row = sequence_->query_begin + first_ + r / group_;
-      products_.load_query(r, p_.queries + (row * p_.heads + head(r)) * p_.head_dim);
+      products_.load_query(r, p_.query(row, head(r)));
     }
     return rows_ > 0;
   }
