@@ -54,11 +54,19 @@
 ///
 /// Bits. A row is one fixed sum over key blocks of 64 at absolute positions: its bits do not depend
 /// on the batch, the padding, the number of threads, or on whether the sequence came whole, in
-/// chunks or token by token through a cache (for one stored type of K and V). bfloat16, half and
-/// INT8 are converted to float; sums are float, or double for double.
+/// chunks or token by token through a cache (for one stored type of K and V). bfloat16 and half are
+/// converted to float; sums are float, or double for double.
 /// On CUDA splits of 512 keys are merged in order, whether one block of threads walks over them or
 /// blocks share them; where queries, keys and values are bfloat16, or half, of widths up to 256,
 /// tensor cores multiply, for which weights are rounded to these 16 bits.
+///
+/// INT8 storage. On a CPU queries of float, bfloat16 and half are quantized as the keys are, by row
+/// and head (kv_cache.h), so that a score is an exact integer times scales, with the same bits on
+/// every instruction set; values are multiplied by weights in float. Each number of a query is off
+/// by at most 1/254 of its row's greatest, a score by that times scale * the sum of |k_j|: what
+/// storing the keys costs too. A row whose greatest score is beyond 1024 takes its scores from the
+/// query as it is, as queries of double do. A query row that holds NaN or infinity is NaN. head_dim
+/// is at most 132,104: sums fit 32 bits. On CUDA queries stay as they are.
 ///
 /// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *

@@ -321,6 +321,9 @@ void require_cache_fits(std::string_view name, const KvSource<S>& source, Index 
   check_attention_options(name, options, heads);
   require_that(!std::is_same_v<S, std::int8_t> || source.tables != nullptr || batch == 0, name,
                "the cache holds int8 rows without scales");
+  constexpr Index most = (std::numeric_limits<std::int32_t>::max)() / (127 * 128);
+  require_that(!std::is_same_v<S, std::int8_t> || head_dim <= most, name, "head_dim is ", head_dim,
+               ", sums of INT8 products fit 32 bits up to ", most);
   for (Index b = 0; b < batch; ++b)
     require_that(source.lengths[b] >= 0, name, "the cache has length ", source.lengths[b],
                  " for sequence ", b);

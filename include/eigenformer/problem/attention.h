@@ -30,6 +30,7 @@ struct AttentionSequence {
 /// that of scores (attention.h).
 template <typename TQ, typename TKV, typename Function = NoScoreFunction>
 struct Attention : ScoreRule<compute_type<TQ>> {
+  static constexpr bool kUsesTiles = std::is_same_v<TKV, std::int8_t>;
   using Compute = compute_type<TQ>;
   const TQ* queries;  // (rows, heads, head_dim)
   HeadStrides query_strides;

@@ -25,8 +25,9 @@ inline constexpr Index kAttentionFewRows = 8;
 template <typename TKV>
 struct BlockRows {
   const TKV *keys[kAttentionKeyBlock], *values[kAttentionKeyBlock];
-  float key_scales[kAttentionKeyBlock], value_scales[kAttentionKeyBlock];
-  Index begin = -1;  // of the block: its position, in the source
+  float key_scales[kAttentionKeyBlock] = {}, value_scales[kAttentionKeyBlock] = {};
+  Index key_step = 0;  // elements from one row of a page to the next
+  Index begin = -1;    // of the block: its position, in the source
   int count = 0;
 };
 
@@ -36,9 +37,9 @@ void find_rows(const KeyBlock<TKV>& block, BlockRows<TKV>& rows) {
   const KvSource<TKV>& s = block.source;
   rows.begin = block.begin;
   rows.count = block.count;
+  rows.key_step = s.tables != nullptr ? s.head_dim : s.row_stride;
   const bool paged = s.tables != nullptr;
-  const Index key_step = paged ? s.head_dim : s.row_stride,
-              value_step = paged ? s.value_width() : s.value_row_stride;
+  const Index value_step = paged ? s.value_width() : s.value_row_stride;
   for (int j = 0; j < block.count;) {
     const Index position = block.begin + j;
     const int run = static_cast<int>(
@@ -46,7 +47,7 @@ void find_rows(const KeyBlock<TKV>& block, BlockRows<TKV>& rows) {
               : block.count - j);
     const TKV *const key = block.key(j), *const value = block.value(j);
     for (int i = 0; i < run; ++i) {
-      rows.keys[j + i] = key + i * key_step;
+      rows.keys[j + i] = key + i * rows.key_step;
       rows.values[j + i] = value + i * value_step;
     }
     if constexpr (std::is_same_v<TKV, std::int8_t>) {
@@ -77,22 +78,6 @@ struct FewRows {
     f(std::integral_constant<int, 8>{});
   }
 
-  /// An element of a row as C.
-  template <typename TKV>
-  static EIGENFORMER_INLINE V load(const TKV* row, float scale) {
-    if constexpr (std::is_same_v<TKV, std::int8_t>)
-      return V::load(row) * V::set1(static_cast<C>(scale));
-    else
-      return V::load(row);
-  }
-  template <typename TKV>
-  static EIGENFORMER_INLINE V load_partial(const TKV* row, int n, float scale) {
-    if constexpr (std::is_same_v<TKV, std::int8_t>)
-      return V::load_partial(row, n) * V::set1(static_cast<C>(scale));
-    else
-      return V::load_partial(row, n);
-  }
-
   /// The row that is read kAhead rows after row j of `now`, which `then` follow; row j itself where
   /// there is none.
   template <typename TKV>
@@ -110,7 +95,7 @@ struct FewRows {
     if (bytes % 64 == 0) simd::prefetch_after(reinterpret_cast<const std::byte*>(row), bytes);
   }
 
-  /// scores[r][j] = queries[r] . key j, for the keys [begin, end) of a block and some beside them.
+  /// scores[r][j] = queries[r] . key j as it is stored, for the keys [begin, end) of a block and some beside them.
   template <int R, typename TKV>
   static void score(const C* queries, Index depth, const BlockRows<TKV>& rows, KeySpan keys,
                     C* scores) {
@@ -118,11 +103,9 @@ struct FewRows {
     constexpr int kVectors = R <= 4 ? 2 : 1, kKeys = kVectors * lanes;
     for (int j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
       const TKV *key[kKeys], *later[kKeys];
-      float scale[kKeys] = {};
       for (int i = 0; i < kKeys; ++i) {  // those past the last are looked at by nobody
         const int k = (std::min)(j + i, rows.count - 1);
         key[i] = rows.keys[k];
-        if constexpr (std::is_same_v<TKV, std::int8_t>) scale[i] = rows.key_scales[k];
         later[i] = ahead(rows.keys, rows.values, rows.count, rows.count, j + i);
       }
       V sum[kVectors][R];
@@ -131,18 +114,17 @@ struct FewRows {
       Index d = 0;
       for (; d + lanes <= depth; d += lanes) {
         for (const TKV* row : later) prefetch(row, d);
-        add_dots<R, kVectors, lanes>(queries + d, depth, key, d, scale, lanes, sum);
+        add_dots<R, kVectors, lanes>(queries + d, depth, key, d, lanes, sum);
       }
       if (d < depth)
-        add_dots<R, kVectors, 0>(queries + d, depth, key, d, scale, static_cast<int>(depth - d),
-                                 sum);
+        add_dots<R, kVectors, 0>(queries + d, depth, key, d, static_cast<int>(depth - d), sum);
       for (int v = 0; v < kVectors; ++v)
         for (int r = 0; r < R; ++r)
           sum[v][r].store(scores + r * kAttentionKeyBlock + j + v * lanes);
     }
   }
 
-  /// sums[r] = factors[r] * sums[r] + sum over keys [begin, end) of weights[r][j] * value j, whose
+  /// sums[r] = factors[r] * sums[r] + sum over keys [begin, end) of weights[r][j] * value j as it is stored, whose
   /// terms are summed first. `next` are the rows of the block after this one; `terms` is scratch of
   /// (R, padded width).
   template <int R, typename TKV>
@@ -185,14 +167,13 @@ struct FewRows {
   /// registers.
   template <int R, int Vectors, int N, typename TKV>
   static EIGENFORMER_INLINE void add_dots(const C* queries, Index stride, const TKV* const* keys,
-                                          Index d, const float* scales, int n,
-                                          V (&sum)[Vectors][R]) {
+                                          Index d, int n, V (&sum)[Vectors][R]) {
     alignas(64) C panel[lanes * Vectors * lanes];
     for (int v = 0; v < Vectors; ++v) {
       V block[lanes];
       for (int i = 0; i < lanes; ++i) {
         const int k = v * lanes + i;
-        block[i] = N > 0 ? load(keys[k] + d, scales[k]) : load_partial(keys[k] + d, n, scales[k]);
+        block[i] = N > 0 ? V::load(keys[k] + d) : V::load_partial(keys[k] + d, n);
       }
       transpose(block);
       for (int i = 0; i < lanes; ++i) block[i].store(panel + (i * Vectors + v) * lanes);
@@ -216,11 +197,10 @@ struct FewRows {
       for (int v = 0; v < Vectors; ++v)
         sum[r][v] = begins ? V::zero() : V::load(terms + r * stride + c + v * lanes);
     for (int i = 0; i < (Count > 0 ? Count : count); ++i) {
-      const float scale = std::is_same_v<TKV, std::int8_t> ? rows.value_scales[first + i] : 1.0f;
       const TKV* const at = rows.values[first + i] + c;
       V value[Vectors];
       for (int v = 0; v < Vectors; ++v)
-        value[v] = n == lanes ? load(at + v * lanes, scale) : load_partial(at, n, scale);
+        value[v] = n == lanes ? V::load(at + v * lanes) : V::load_partial(at, n);
       for (int r = 0; r < R; ++r) {
         const V weight = V::set1(weights[r * kAttentionKeyBlock + i]);
         for (int v = 0; v < Vectors; ++v) sum[r][v] = fma(weight, value[v], sum[r][v]);

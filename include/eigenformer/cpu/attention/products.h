@@ -41,68 +41,101 @@ class AttentionProducts {
         scale_(p.scale),
         head_dim_(p.head_dim),
         value_dim_(p.value_dim),
-        width_(Tile::padded(p.value_dim)) {}
+        width_(Tile::padded(p.value_dim)),
+        int8_scores_(scratch.int8, p.head_dim, static_cast<float>(p.scale)) {}
+  AttentionProducts(const AttentionProducts&) = delete;
+  AttentionProducts& operator=(const AttentionProducts&) = delete;
 
-  /// From here on: `rows` rows, each given by load_query, and the keys of a sequence.
-  void begin(const problem::AttentionSequence& sequence, Index kv_head, Index rows) {
+  /// From here on: `rows` rows, row r of the queries at query(r), and the keys of a sequence.
+  template <typename Query>
+  void begin(const problem::AttentionSequence& sequence, Index kv_head, Index rows, Query&& query) {
     sequence_ = &sequence;
     kv_head_ = kv_head;
     rows_ = rows;
-    here_.begin = next_.begin = -1;
-  }
-
-  void load_query(Index r, const TQ* query) {
-    Tile::load_row(query, scale_, head_dim_, head_dim_, s_.queries + r * head_dim_);
+    here_->begin = next_->begin = -1;
+    if constexpr (kInt8Scores<TQ, TKV>) return int8_scores_.load_queries(rows, query);
+    for (Index r = 0; r < rows; ++r)
+      Tile::load_row(query(r), scale_, head_dim_, head_dim_, s_.queries + r * head_dim_);
   }
 
   /// scores[r] = scale * queries[r] . keys of a block, at least of the keys in ranges[r].
   void score(Index block_begin) {
-    if (rows_ <= kAttentionFewRows) return score_in_place(block_begin);
-    load_block(block_begin);
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+    if (kInt8 || rows_ <= kAttentionFewRows) find_block(block_begin);
+    if constexpr (kInt8Scores<TQ, TKV>) {
+      int8_scores_.score(rows_, *here_, s_.ranges, s_.scores);
+    } else {
+      if (rows_ <= kAttentionFewRows)
+        score_in_place();
+      else
+        score_packed(block_begin);
+      if constexpr (kInt8) scale_rows(here_->key_scales);
+    }
   }
 
   /// sums[r] = factors[r] * sums[r] + weights of the same block, in scores[r], by its values, over
   /// the keys in ranges[r].
   void add_values(Index block_begin) {
-    if (hides_bad_values(block_at(block_begin)))
-      return add_values_row_by_row(block_at(block_begin));
-    if (rows_ > kAttentionFewRows) return add_loaded_values();
-    if (!Tile::one_piece(s_.ranges, rows_)) {
-      load_values(block_at(block_begin));
+    const KeyBlock<TKV> block = block_at(block_begin);
+    if constexpr (kInt8) scale_rows(here_->value_scales);
+    if (hides_bad_values(block)) return add_values_row_by_row(block);
+    if (rows_ > kAttentionFewRows || !Tile::one_piece(s_.ranges, rows_)) {
+      load_stored_values(block, next_keys(block_begin));
       return add_loaded_values();
     }
     Few::with_rows(rows_, [&](auto tile) {
       Few::template add_values<decltype(tile)::value>(
-          s_.scores, here_, seen_by_tile(s_.ranges, static_cast<int>(rows_)), s_.factors,
-          value_dim_, width_, s_.now.sums, s_.block_sums, next_.begin >= 0 ? &next_ : nullptr);
+          s_.scores, *here_, seen_by_tile(s_.ranges, static_cast<int>(rows_)), s_.factors,
+          value_dim_, width_, s_.now.sums, s_.block_sums, next_->begin >= 0 ? next_ : nullptr);
     });
   }
 
-  /// The values of a block as C, to the scratch. Those of the next block, `next` of them, are asked
-  /// for meanwhile.
-  void load_values(const KeyBlock<TKV>& block, int next = 0) {
-    for (int j = 0; j < block.count; ++j) {
-      if (j < next)
-        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
-                           value_dim_ * static_cast<Index>(sizeof(TKV)));
-      Tile::load_row(block.value(j), static_cast<C>(block.value_scale(j)), value_dim_, width_,
-                     s_.values + j * width_);
-    }
+  /// The values of a block as C, to the scratch.
+  void load_values(const KeyBlock<TKV>& block) {
+    for (int j = 0; j < block.count; ++j)
+      load_value(block, j, static_cast<C>(block.value_scale(j)));
   }
 
  private:
+  static constexpr bool kInt8 = std::is_same_v<TKV, std::int8_t>;
+
   KeyBlock<TKV> block_at(Index begin) const {
     return key_block(source_, *sequence_, kv_head_, begin);
   }
 
-  /// Keys transposed and values, as C.
-  void load_block(Index block_begin) {
-    const KeyBlock<TKV> block = block_at(block_begin);
-    // The next block is asked for while this one is worked on: a decode step has little work per
-    // byte.
-    const int next = static_cast<int>(std::clamp<Index>(
+  /// Keys of the next block, which is asked for while this one is worked on: a decode step has
+  /// little work per byte.
+  int next_keys(Index block_begin) const {
+    return static_cast<int>(std::clamp<Index>(
         sequence_->key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
+  }
+
+  void load_value(const KeyBlock<TKV>& block, int j, C scale) {
+    Tile::load_row(block.value(j), scale, value_dim_, width_, s_.values + j * width_);
+  }
+
+  /// The same without their scales; `next` values of the next block are asked for meanwhile.
+  void load_stored_values(const KeyBlock<TKV>& block, int next) {
+    for (int j = 0; j < block.count; ++j) {
+      if (j < next)
+        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
+                           value_dim_ * static_cast<Index>(sizeof(TKV)));
+      load_value(block, j, C(1));
+    }
+  }
+
+  /// scores[r][j] *= scales[j], of keys or, where they are weights, of values: once for a key
+  /// rather than for each of its elements.
+  void scale_rows(const float* scales) {
+    for (Index r = 0; r < rows_; ++r)
+      for (int j = 0; j < kAttentionKeyBlock; j += Tile::lanes) {
+        C* const at = s_.scores + r * kAttentionKeyBlock + j;
+        (V::load(at) * V::load(scales + j)).store(at);
+      }
+  }
+
+  void score_packed(Index block_begin) {
+    const KeyBlock<TKV> block = block_at(block_begin);
+    const int next = next_keys(block_begin);
     Tile::pack_transposed(
         block.count, head_dim_, s_.keys,
         [&](int j) {
@@ -111,8 +144,8 @@ class AttentionProducts {
                                head_dim_ * static_cast<Index>(sizeof(TKV)));
           return block.key(j);
         },
-        [&](int j) { return static_cast<C>(block.key_scale(j)); });
-    load_values(block, next);
+        [](int) { return C(1); });
+    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
   }
 
   /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
@@ -150,35 +183,36 @@ class AttentionProducts {
   /// add_values with zeros for what a row does not see.
   void add_values_row_by_row(const KeyBlock<TKV>& block) {
     for (Index r = 0; r < rows_; ++r) {
-      load_values(block);
+      C* const weights = s_.scores + r * kAttentionKeyBlock;
+      load_stored_values(block, 0);
       for_each_run(s_.hidden[r], [&](int begin, int end) {
         fill_line(s_.values + begin * width_, (end - begin) * width_, V::zero());
+        std::fill(weights + begin, weights + end, C(0));  // a scale may be NaN
       });
-      Tile::template add_block<1>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
-                                  s_.values, width_, s_.ranges + r, s_.factors + r, width_,
-                                  s_.now.sums + r * width_, width_, s_.block_sums);
+      Tile::template add_block<1>({weights, kAttentionKeyBlock, 1}, s_.values, width_,
+                                  s_.ranges + r, s_.factors + r, width_, s_.now.sums + r * width_,
+                                  width_, s_.block_sums);
     }
   }
 
   /// Finds the rows of this block, and of the next, which memory is asked for.
   void find_block(Index block_begin) {
     const KeyBlock<TKV> block = block_at(block_begin);
-    if (here_.begin != block.begin) {
-      if (next_.begin == block.begin)
+    if (here_->begin != block.begin) {
+      if (next_->begin == block.begin)
         std::swap(here_, next_);
       else
-        find_rows(block, here_);
+        find_rows(block, *here_);
     }
-    next_.begin = -1;
+    next_->begin = -1;
     if (block_begin + kAttentionKeyBlock < sequence_->key_length)
-      find_rows(block_at(block_begin + kAttentionKeyBlock), next_);
+      find_rows(block_at(block_begin + kAttentionKeyBlock), *next_);
   }
 
-  void score_in_place(Index block_begin) {
-    find_block(block_begin);
+  void score_in_place() {
     const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
     Few::with_rows(rows_, [&](auto tile) {
-      Few::template score<decltype(tile)::value>(s_.queries, head_dim_, here_, seen, s_.scores);
+      Few::template score<decltype(tile)::value>(s_.queries, head_dim_, *here_, seen, s_.scores);
     });
   }
 
@@ -188,7 +222,9 @@ class AttentionProducts {
   Index head_dim_, value_dim_, width_;
   const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0, rows_ = 0;
-  BlockRows<TKV> here_, next_;  // of few rows
+  Int8Scores<Isa> int8_scores_;
+  BlockRows<TKV> blocks_[2];  // where they are read in place or have scales
+  BlockRows<TKV>*here_ = blocks_, *next_ = blocks_ + 1;
 };
 
 }  // namespace cpu

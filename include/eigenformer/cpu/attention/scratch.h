@@ -8,7 +8,7 @@
 
 #include "../../core/check.h"
 #include "../../core/workspace.h"
-#include "few_rows.h"
+#include "int8_scores.h"
 #include "row.h"
 #include "score.h"
 #include "tile.h"
@@ -65,6 +65,11 @@ void merge_states(const AttentionState<C>& sums, const AttentionState<C>& later,
   }
 }
 
+/// Whether queries are quantized for the scores; for double they are not.
+template <typename TQ, typename TKV>
+inline constexpr bool kInt8Scores =
+    std::is_same_v<TKV, std::int8_t> && std::is_same_v<compute_type<TQ>, float>;
+
 /// Scratch of one worker.
 template <typename C>
 struct AttentionScratch {
@@ -77,6 +82,7 @@ struct AttentionScratch {
   BlockRange* ranges;  // the keys of a block that rows see,
   KeyBits* hidden;     // and within them do not; nullptr where nothing is masked
   KeyEnds* bad_values;
+  Int8ScoreScratch int8;
 };
 
 template <typename Tile, typename C>
@@ -121,7 +127,10 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV>& p, Workspace::Fra
       frame.take<bool>(rows),
       frame.take<BlockRange>(rows),
       p.masked() ? frame.take<KeyBits>(rows) : nullptr,
-      frame.take<KeyEnds>(p.value_dim)};
+      frame.take<KeyEnds>(p.value_dim),
+      {}};
+  if constexpr (kInt8Scores<TQ, TKV>)
+    s.int8 = Int8Scores<Isa>::take_scratch(rows, p.head_dim, frame);
   // Lanes and rows that nobody sees are computed with and thrown away.
   const auto clear = [](C* values, Index count) {
     fill_line(values, count, simd::Vec<C, Isa>::zero());

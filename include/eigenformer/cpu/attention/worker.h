@@ -131,11 +131,10 @@ class AttentionWorker {
     queries_ = queries_of(task);
     rows_ = queries_ * group_;
     first_position_ = sequence_->first_position + first_;
-    products_.begin(*sequence_, kv_head_, rows_);
-    for (Index r = 0; r < rows_; ++r) {
+    products_.begin(*sequence_, kv_head_, rows_, [&](Index r) {
       const Index row = sequence_->query_begin + first_ + r / group_;
-      products_.load_query(r, p_.query(row, head(r)));
-    }
+      return p_.query(row, head(r));
+    });
     return rows_ > 0;
   }
 

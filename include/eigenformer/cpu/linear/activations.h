@@ -114,6 +114,24 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
   }
 }
 
+/// The same of `rows` rows of a tile, row i of which starts at row(i), and zeros beyond them; r is
+/// the tile's first row in the results.
+template <typename Dot, typename Isa, typename Row>
+void pack_quantized_rows(Isa isa, Index rows, Index depth, int height, typename Dot::Unit* to,
+                         const ActivationScales& results, Index r, Row&& row) {
+  const Index steps = tile::product_steps<Dot>(depth);
+  if (rows < height) tile::clear(to, steps * Dot::units * height);
+  // the last of the 16 steps may stay empty
+  if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)
+    tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
+                Index{tile::steps_at_once<Dot>} * height);
+  std::fill_n(results.offsets + r * results.groups, height * results.groups, 0);
+  for (Index i = 0; i < rows; ++i) {
+    constexpr Index to_next = tile::steps_at_once<Dot>;  // from one row of a tile to the next
+    pack_quantized_row<Dot>(isa, row(i), depth, height, to + i * to_next, results, r + i);
+  }
+}
+
 /// Packs k of [first, end) of a tile of `rows` valid rows of `height`, where they are quantized all
 /// of k; `r` is the tile's first row in the block.
 template <typename Dot, typename Isa, typename X>
@@ -121,19 +139,8 @@ void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows,
                       Index first, Index end, typename Dot::Unit* to,
                       const ActivationScales& scales, Index r) {
   if constexpr (std::is_same_v<typename Dot::Stored, std::int8_t>) {
-    const Index depth = end;
-    const Index steps = tile::product_steps<Dot>(depth);
-    if (rows < height) tile::clear(to, steps * Dot::units * height);
-    // the last of the 16 steps may stay empty
-    if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)
-      tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
-                  Index{tile::steps_at_once<Dot>} * height);
-    std::fill_n(scales.offsets + r * scales.groups, height * scales.groups, 0);
-    for (Index i = 0; i < rows; ++i) {
-      constexpr Index to_next = tile::steps_at_once<Dot>;  // from one row of a tile to the next
-      pack_quantized_row<Dot>(isa, x.data + (row + i) * x.row_stride, depth, height,
-                              to + i * to_next, scales, r + i);
-    }
+    pack_quantized_rows<Dot>(isa, rows, end, height, to, scales, r,
+                             [&](Index i) { return x.data + (row + i) * x.row_stride; });
   } else {
     tile::pack_tile<Dot>(isa, x, row, rows, height, first, end, to);
   }

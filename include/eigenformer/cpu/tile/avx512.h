@@ -146,6 +146,65 @@ struct Int8Avx512Vnni : Int8Avx512Base {
 };
 #endif
 
+/// What the line dots have in common: halves are added, and summed up as AVX2's.
+struct LineDotAvx512Base {
+  static constexpr int lanes = 16, width = 64;
+  struct Accumulator {
+    __m512i v;
+  };
+
+  static EIGENFORMER_INLINE Accumulator zero() { return {_mm512_setzero_si512()}; }
+  static EIGENFORMER_INLINE void totals(const Accumulator (&from)[lanes], std::int32_t* sums) {
+    unroll<2>([&](auto part) {
+      __m256i v[8];
+      unroll<8>([&](auto i) {
+        const __m512i sum = from[8 * part + i].v;
+        v[i] = _mm256_add_epi32(_mm512_castsi512_si256(sum),
+                                _mm512_maskz_extracti64x4_epi64(0xf, sum, 1));
+      });
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8 * part), LineDotAvx2Base::totals(v));
+    });
+  }
+};
+
+struct LineDotAvx512 : LineDotAvx512Base {
+  static constexpr bool unsigned_weights = false;
+  using Activation = std::int16_t;
+  struct Weights {
+    __m512i low, high;
+  };
+
+  static EIGENFORMER_INLINE Weights weights(const std::int8_t* p) {
+    const auto half = [](const std::int8_t* from) {
+      return _mm512_maskz_cvtepi8_epi16(0xffffffffu,
+                                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    };
+    return {half(p), half(p + 32)};
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, const Weights& w,
+                                                     const Activation* x) {
+    return {
+        _mm512_add_epi32(_mm512_add_epi32(sum.v, _mm512_madd_epi16(w.low, _mm512_loadu_si512(x))),
+                         _mm512_madd_epi16(w.high, _mm512_loadu_si512(x + 32)))};
+  }
+};
+
+#if defined(EIGENFORMER_ISA_AVX512_VNNI)
+struct LineDotAvx512Vnni : LineDotAvx512Base {
+  static constexpr bool unsigned_weights = true;
+  using Activation = std::int8_t;
+  using Weights = __m512i;
+
+  static EIGENFORMER_INLINE Weights weights(const std::int8_t* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+  }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Weights w,
+                                                     const Activation* x) {
+    return {_mm512_dpbusd_epi32(sum.v, w, _mm512_loadu_si512(x))};
+  }
+};
+#endif
+
 EIGENFORMER_INLINE void store_pairs(isa::avx512, simd::vec<float, isa::avx512> even,
                                     simd::vec<float, isa::avx512> odd, int n, std::uint32_t* to) {
   std::uint16_t rounded[2][16];

@@ -27,6 +27,17 @@
 /// k into blocks (and storing the sums between them) changes no bit, and neither do the rows and
 /// columns beside it. AMX dots have tile_products of their own (amx.h) instead of registers, and
 /// take steps 16 at a time (`steps_at_once`).
+///
+/// Where a few activations meet int8 weights once, packing would cost more than the product. A line
+/// dot multiplies rows of weights where they lie, a vector of k at a time, exactly: in the end the
+/// sums of the dots above, whatever the order.
+///
+///   lanes, width                sums of an accumulator, k that one load of weights takes
+///   Activation                  what an int8 activation is prepared to, one after the other
+///   Weights, Accumulator        registers
+///   zero() weights(p) multiply_add(accumulator, weights, activations)
+///   totals(accumulators, sums)  `lanes` accumulators, each to its total
+///   unsigned_weights            as above: w + 128, which weights(p) makes of w
 #pragma once
 
 #include <cstring>
@@ -124,6 +135,31 @@ struct Int8Generic {
     for (int i = 0; i < lanes; ++i)
       for (int j = 0; j < 4; ++j) sum.v[i] += weight.p[4 * i + j] * x.k[j];
     return sum;
+  }
+};
+
+/// A line dot in plain C++.
+struct LineDotGeneric {
+  static constexpr int lanes = 8, width = 32;
+  static constexpr bool unsigned_weights = false;
+  using Activation = std::int8_t;
+  using Weights = const std::int8_t*;
+  struct Accumulator {
+    std::int32_t v[lanes];
+  };
+
+  static EIGENFORMER_INLINE Accumulator zero() { return {}; }
+  static EIGENFORMER_INLINE Weights weights(const std::int8_t* p) { return p; }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Weights w,
+                                                     const Activation* x) {
+    for (int i = 0; i < width; ++i) sum.v[i % lanes] += w[i] * x[i];
+    return sum;
+  }
+  static EIGENFORMER_INLINE void totals(const Accumulator (&from)[lanes], std::int32_t* sums) {
+    for (int i = 0; i < lanes; ++i) {
+      sums[i] = 0;
+      for (const std::int32_t v : from[i].v) sums[i] += v;
+    }
   }
 };
 

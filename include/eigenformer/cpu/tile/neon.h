@@ -93,6 +93,37 @@ struct Int8NeonDotprod : Int8NeonBase {
 };
 #endif
 
+/// A line dot needs no order within its 16 k.
+struct LineDotNeon {
+  static constexpr int lanes = 4, width = 16;
+  static constexpr bool unsigned_weights = false;
+  using Activation = std::int8_t;
+  using Weights = int8x16_t;
+  struct Accumulator {
+    int32x4_t v;
+  };
+
+  static EIGENFORMER_INLINE Accumulator zero() { return {vdupq_n_s32(0)}; }
+  static EIGENFORMER_INLINE Weights weights(const std::int8_t* p) { return vld1q_s8(p); }
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Weights w,
+                                                     const Activation* p) {
+    const int8x16_t x = vld1q_s8(p);
+    return {vpadalq_s16(sum.v, vmlal_high_s8(vmull_s8(vget_low_s8(w), vget_low_s8(x)), w, x))};
+  }
+  static EIGENFORMER_INLINE void totals(const Accumulator (&from)[lanes], std::int32_t* sums) {
+    vst1q_s32(sums, vpaddq_s32(vpaddq_s32(from[0].v, from[1].v), vpaddq_s32(from[2].v, from[3].v)));
+  }
+};
+
+#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
+struct LineDotNeonDotprod : LineDotNeon {
+  static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Weights w,
+                                                     const Activation* x) {
+    return {vdotq_s32(sum.v, w, vld1q_s8(x))};
+  }
+};
+#endif
+
 template <typename Unit>
   requires(sizeof(Unit) == 4)
 void transpose(isa::neon, const void* from, Index from_bytes, int rows, int count, Unit* to,

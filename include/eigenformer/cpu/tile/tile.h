@@ -36,6 +36,26 @@ Int8Neon pick_int8(isa::neon);
 Int8NeonDotprod pick_int8(isa::neon_dotprod);
 #endif
 
+LineDotGeneric pick_line(isa::generic);
+#if defined(EIGENFORMER_ISA_AVX2)
+LineDotAvx2 pick_line(isa::avx2);
+#endif
+#if defined(EIGENFORMER_ISA_AVX_VNNI)
+LineDotAvxVnni pick_line(isa::avx_vnni);
+#endif
+#if defined(EIGENFORMER_ISA_AVX512)
+LineDotAvx512 pick_line(isa::avx512);
+#endif
+#if defined(EIGENFORMER_ISA_AVX512_VNNI)
+LineDotAvx512Vnni pick_line(isa::avx512_vnni);
+#endif
+#if defined(EIGENFORMER_ISA_NEON)
+LineDotNeon pick_line(isa::neon);
+#endif
+#if defined(EIGENFORMER_ISA_NEON_DOTPROD)
+LineDotNeonDotprod pick_line(isa::neon_dotprod);
+#endif
+
 template <typename Isa>
 Widening<bfloat16, Isa> pick_bfloat16(isa::generic);
 #if defined(EIGENFORMER_ISA_AVX512_BF16)
@@ -72,6 +92,10 @@ using Dot = decltype(detail::pick_dot<Stored, std::is_same_v<X, bfloat16>, Isa>(
 template <typename Isa>
 using GroupedDot = Dot<std::int8_t, std::int8_t,
                        std::conditional_t<std::is_base_of_v<isa::amx, Isa>, isa::avx512_bf16, Isa>>;
+
+/// The arithmetic for rows of int8 weights where they lie.
+template <typename Isa>
+using LineDot = decltype(detail::pick_line(Isa{}));
 
 }  // namespace tile
 }  // namespace EIGENFORMER_ABI
