@@ -126,12 +126,14 @@ auto dense_input(const X& x) {
 /// Dense attention with padding, into `output` (the shape of q with v's width).
 ///
 ///   ef::batched_attention_with_padding_into(device, out, q4, k4, v4, seq_lengths, {.causal = true, .log_sum_exp = lse});
-template <Device D, typename Output, typename Q, typename K, typename V>
+template <Device D, typename Output, typename Q, typename K, typename V,
+          typename Function = problem::NoScoreFunction>
 void batched_attention_with_padding_into(const D& device, Output&& output, const Q& query,
                                          const K& key, const V& value,
                                          const LengthSpan& seq_lengths,
                                          const AttentionOptions& options = {},
-                                         Workspace& workspace = thread_workspace()) {
+                                         Workspace& workspace = thread_workspace(),
+                                         const Function& score = {}) {
   constexpr std::string_view name = "batched_attention_with_padding";
   constexpr int rank = detail::dense_rank<Q>;
   const auto q = detail::dense_input<rank>(query);
@@ -139,44 +141,50 @@ void batched_attention_with_padding_into(const D& device, Output&& output, const
   const auto v = detail::dense_input<rank>(value);
   auto out = output_view<rank>(output);
   Workspace::Frame frame(workspace);
-  auto problem = detail::dense_attention_problem(name, q, k, v, seq_lengths, options, frame);
+  auto problem = detail::dense_attention_problem(name, q, k, v, seq_lengths, options, frame, score);
   if (detail::attach_output(name, problem, out, q, false, options))
     detail::run(device, problem, workspace);
 }
 
-template <CpuDevice D, typename Q, typename K, typename V>
+template <CpuDevice D, typename Q, typename K, typename V,
+          typename Function = problem::NoScoreFunction>
 auto batched_attention_with_padding(const D& device, const Q& query, const K& key, const V& value,
                                     const LengthSpan& seq_lengths,
-                                    const AttentionOptions& options = {}) {
+                                    const AttentionOptions& options = {},
+                                    const Function& score = {}) {
   constexpr int rank = detail::dense_rank<Q>;
   auto sizes = detail::sizes_of<rank>(detail::dense_input<rank>(query));
   sizes[rank - 1] = detail::dense_input<rank>(value).dimension(rank - 1);
   auto output =
       detail::make_tensor<scalar_of<Q>, rank>("batched_attention_with_padding", "output", sizes);
-  batched_attention_with_padding_into(device, output, query, key, value, seq_lengths, options);
+  batched_attention_with_padding_into(device, output, query, key, value, seq_lengths, options,
+                                      thread_workspace(), score);
   return output;
 }
 
 ///   ef::Tensor<float, 3> out = ef::batched_attention_with_padding(query, key, value, seq_lengths);   // (batch, seq, d_model)
 ///   ef::Tensor<float, 4> o4 = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true});
-template <typename Q, typename K, typename V>
+template <typename Q, typename K, typename V, typename Function = problem::NoScoreFunction>
   requires(!Device<Q>)
 auto batched_attention_with_padding(const Q& query, const K& key, const V& value,
                                     const LengthSpan& seq_lengths,
-                                    const AttentionOptions& options = {}) {
+                                    const AttentionOptions& options = {},
+                                    const Function& score = {}) {
   return batched_attention_with_padding(Eigen::DefaultDevice{}, query, key, value, seq_lengths,
-                                        options);
+                                        options, score);
 }
 
 /// Packed sequences: sequence b has query rows [q_offsets[b], q_offsets[b + 1]) and key rows
 /// [kv_offsets[b], kv_offsets[b + 1]). Offsets start at 0, never fall and end at the number of
 /// rows. Into `output` (total_tokens, heads, value_dim).
-template <Device D, typename Output, typename Q, typename K, typename V>
+template <Device D, typename Output, typename Q, typename K, typename V,
+          typename Function = problem::NoScoreFunction>
 void variable_length_attention_into(const D& device, Output&& output, const Q& query, const K& key,
                                     const V& value, const LengthSpan& q_offsets,
                                     const LengthSpan& kv_offsets,
                                     const AttentionOptions& options = {},
-                                    Workspace& workspace = thread_workspace()) {
+                                    Workspace& workspace = thread_workspace(),
+                                    const Function& score = {}) {
   constexpr std::string_view name = "variable_length_attention";
   const auto q = detail::heads_input<3>(query);
   const auto k = detail::heads_input<3>(key);
@@ -184,61 +192,68 @@ void variable_length_attention_into(const D& device, Output&& output, const Q& q
   auto out = output_view<3>(output);
   Workspace::Frame frame(workspace);
   auto problem =
-      detail::packed_attention_problem(name, q, k, v, q_offsets, kv_offsets, options, frame);
+      detail::packed_attention_problem(name, q, k, v, q_offsets, kv_offsets, options, frame, score);
   if (detail::attach_output(name, problem, out, q, true, options))
     detail::run(device, problem, workspace);
 }
 
-template <CpuDevice D, typename Q, typename K, typename V>
+template <CpuDevice D, typename Q, typename K, typename V,
+          typename Function = problem::NoScoreFunction>
 auto variable_length_attention(const D& device, const Q& query, const K& key, const V& value,
                                const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
-                               const AttentionOptions& options = {}) {
+                               const AttentionOptions& options = {}, const Function& score = {}) {
   auto sizes = detail::sizes_of<3>(detail::heads_input<3>(query));
   sizes[2] = detail::heads_input<3>(value).dimension(2);
   auto output = detail::make_tensor<scalar_of<Q>, 3>("variable_length_attention", "output", sizes);
-  variable_length_attention_into(device, output, query, key, value, q_offsets, kv_offsets, options);
+  variable_length_attention_into(device, output, query, key, value, q_offsets, kv_offsets, options,
+                                 thread_workspace(), score);
   return output;
 }
 
 ///   ef::Tensor<float, 3> packed = ef::variable_length_attention(q, k, v, q_offsets, kv_offsets, {.causal = true});
-template <typename Q, typename K, typename V>
+template <typename Q, typename K, typename V, typename Function = problem::NoScoreFunction>
   requires(!Device<Q>)
 auto variable_length_attention(const Q& query, const K& key, const V& value,
                                const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
-                               const AttentionOptions& options = {}) {
+                               const AttentionOptions& options = {}, const Function& score = {}) {
   return variable_length_attention(Eigen::DefaultDevice{}, query, key, value, q_offsets, kv_offsets,
-                                   options);
+                                   options, score);
 }
 
 /// Queries (batch, n, heads, head_dim) against keys and values in any layout; they are the last
 /// positions of their sequences and their own keys are already there. options.query_lengths mixes
 /// prefill chunks and decode steps in one call. Into `output` (the shape of query with the width of
 /// the values).
-template <Device D, typename Output, typename Q, typename S>
+template <Device D, typename Output, typename Q, typename S,
+          typename Function = problem::NoScoreFunction>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const AttentionOptions& options = {},
-                                   Workspace& workspace = thread_workspace()) {
+                                   Workspace& workspace = thread_workspace(),
+                                   const Function& score = {}) {
   constexpr std::string_view name = "attention_with_kv_cache";
   const auto q = detail::heads_input<4>(query);
   auto out = output_view<4>(output);
   Workspace::Frame frame(workspace);
-  auto problem = detail::cached_attention_problem(name, q, source, options, frame);
+  auto problem = detail::cached_attention_problem(name, q, source, options, frame, score);
   if (detail::attach_output(name, problem, out, q, false, options))
     detail::run(device, problem, workspace);
 }
 
 /// The same of packed queries (tokens, heads, head_dim), a chunk of each sequence as long as it
 /// likes: rows [q_offsets[b], q_offsets[b + 1]) are the last positions of sequence b.
-template <Device D, typename Output, typename Q, typename S>
+template <Device D, typename Output, typename Q, typename S,
+          typename Function = problem::NoScoreFunction>
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const LengthSpan& q_offsets,
                                    const AttentionOptions& options = {},
-                                   Workspace& workspace = thread_workspace()) {
+                                   Workspace& workspace = thread_workspace(),
+                                   const Function& score = {}) {
   constexpr std::string_view name = "attention_with_kv_cache";
   const auto q = detail::heads_input<3>(query);
   auto out = output_view<3>(output);
   Workspace::Frame frame(workspace);
-  auto problem = detail::ragged_attention_problem(name, q, source, q_offsets, options, frame);
+  auto problem =
+      detail::ragged_attention_problem(name, q, source, q_offsets, options, frame, score);
   if (detail::attach_output(name, problem, out, q, true, options))
     detail::run(device, problem, workspace);
 }
@@ -254,26 +269,28 @@ auto cached_output(const Q& query, const KvSource<S>& source) {
 
 }  // namespace detail
 
-template <CpuDevice D, typename Q, typename S>
+template <CpuDevice D, typename Q, typename S, typename Function = problem::NoScoreFunction>
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
-                              const AttentionOptions& options = {}) {
+                              const AttentionOptions& options = {}, const Function& score = {}) {
   auto output = detail::cached_output<4>(query, source);
-  attention_with_kv_source_into(device, output, query, source, options);
+  attention_with_kv_source_into(device, output, query, source, options, thread_workspace(), score);
   return output;
 }
 
-template <CpuDevice D, typename Q, typename S>
+template <CpuDevice D, typename Q, typename S, typename Function = problem::NoScoreFunction>
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
-                              const LengthSpan& q_offsets, const AttentionOptions& options = {}) {
+                              const LengthSpan& q_offsets, const AttentionOptions& options = {},
+                              const Function& score = {}) {
   auto output = detail::cached_output<3>(query, source);
-  attention_with_kv_source_into(device, output, query, source, q_offsets, options);
+  attention_with_kv_source_into(device, output, query, source, q_offsets, options,
+                                thread_workspace(), score);
   return output;
 }
-template <typename Q, typename S>
+template <typename Q, typename S, typename Function = problem::NoScoreFunction>
   requires(!Device<Q>)
 auto attention_with_kv_source(const Q& query, const KvSource<S>& source,
-                              const AttentionOptions& options = {}) {
-  return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, options);
+                              const AttentionOptions& options = {}, const Function& score = {}) {
+  return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, options, score);
 }
 
 namespace detail {
@@ -295,26 +312,29 @@ auto source_for(const D& device, const Cache& cache, Index layer_idx) {
 
 /// Queries against layer `layer_idx` of a cache, into `output`. Throws what the cache throws for an
 /// unknown layer, and std::invalid_argument where its pages lie in memory of another backend.
-template <Device D, typename Output, typename Q, detail::KvCacheLike Cache>
+template <Device D, typename Output, typename Q, detail::KvCacheLike Cache,
+          typename Function = problem::NoScoreFunction>
 void attention_with_kv_cache_into(const D& device, Output&& output, const Q& query,
                                   const Cache& cache, Index layer_idx,
                                   const AttentionOptions& options = {},
-                                  Workspace& workspace = thread_workspace()) {
+                                  Workspace& workspace = thread_workspace(),
+                                  const Function& score = {}) {
   attention_with_kv_source_into(device, output, query, detail::source_for(device, cache, layer_idx),
-                                options, workspace);
+                                options, workspace, score);
 }
-template <CpuDevice D, typename Q, detail::KvCacheLike Cache>
+template <CpuDevice D, typename Q, detail::KvCacheLike Cache,
+          typename Function = problem::NoScoreFunction>
 auto attention_with_kv_cache(const D& device, const Q& query, const Cache& cache, Index layer_idx,
-                             const AttentionOptions& options = {}) {
+                             const AttentionOptions& options = {}, const Function& score = {}) {
   return attention_with_kv_source(device, query, detail::source_for(device, cache, layer_idx),
-                                  options);
+                                  options, score);
 }
 ///   ef::Tensor<float, 4> dec = ef::attention_with_kv_cache(q4, cache, layer_idx, {.causal = true});
-template <typename Q, detail::KvCacheLike Cache>
+template <typename Q, detail::KvCacheLike Cache, typename Function = problem::NoScoreFunction>
   requires(!Device<Q>)
 auto attention_with_kv_cache(const Q& query, const Cache& cache, Index layer_idx,
-                             const AttentionOptions& options = {}) {
-  return attention_with_kv_cache(Eigen::DefaultDevice{}, query, cache, layer_idx, options);
+                             const AttentionOptions& options = {}, const Function& score = {}) {
+  return attention_with_kv_cache(Eigen::DefaultDevice{}, query, cache, layer_idx, options, score);
 }
 
 }  // namespace EIGENFORMER_ABI

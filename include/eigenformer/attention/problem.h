@@ -70,12 +70,16 @@ inline problem::Visibility attention_visibility(const AttentionOptions& o) {
   return v;
 }
 
-/// What options and widths say, everything but pointers and sequences.
-template <typename TQ, typename TKV>
-problem::Attention<TQ, TKV> attention_problem(const AttentionOptions& options, Index heads,
-                                              Index kv_heads, Index head_dim, Index value_dim) {
+/// What options, a function of scores and widths say, everything but pointers and sequences.
+template <typename TQ, typename TKV, typename Function = problem::NoScoreFunction>
+auto attention_problem(const AttentionOptions& options, Index heads, Index kv_heads, Index head_dim,
+                       Index value_dim, const Function& function = {}) {
   using C = compute_type<TQ>;
-  problem::Attention<TQ, TKV> p{};
+  if constexpr (problem::is_score_function<Function>)
+    static_assert(std::is_invocable_r_v<C, const Function&, C, const ScorePosition&>,
+                  "eigenformer: a function of scores takes a score (float, or double where it is "
+                  "large or of double) and an ef::ScorePosition, and returns the new score");
+  problem::Attention<TQ, TKV, Function> p{.function = function};
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;
@@ -142,6 +146,9 @@ void attach_masks(std::string_view name, Problem& p, const AttentionOptions& opt
                   bool packed, Workspace::Frame& frame) {
   Index keys = 0;
   for (Index b = 0; b < p.batch; ++b) keys = (std::max)(keys, p.sequences[b].key_length);
+  if constexpr (problem::is_score_function<decltype(p.function)>)
+    require_that(keys < (std::numeric_limits<std::int32_t>::max)(), name, "a sequence has ", keys,
+                 " keys, expected fewer than 2^31 - 1 with a function of scores");
   p.bias = score_tensor(name, "bias", options.bias, p.batch, p.heads, rows, keys, packed);
   p.mask = score_tensor(name, "mask", options.mask, p.batch, p.heads, rows, keys, packed);
   p.bit_mask = bit_mask(name, options, {p.sequences, static_cast<std::size_t>(p.batch)},
@@ -180,10 +187,10 @@ void check_attention_tensors(std::string_view name, const Q& q, const K& k, cons
 
 /// Dense q, k, v of rank 3 or 4 with lengths; output and log_sum_exp are left to the caller. The
 /// sequences live in `frame`.
-template <typename Q, typename K, typename V>
+template <typename Q, typename K, typename V, typename Function = problem::NoScoreFunction>
 auto dense_attention_problem(std::string_view name, const Q& q, const K& k, const V& v,
                              const LengthSpan& lengths, const AttentionOptions& options,
-                             Workspace::Frame& frame) {
+                             Workspace::Frame& frame, const Function& function = {}) {
   using T = scalar_of<Q>;
   check_attention_tensors(name, q, k, v);
   const auto [batch, rows, heads, head_dim] = attention_shape(q);
@@ -204,7 +211,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
     require_that(lengths[b] >= 0 && lengths[b] <= keys, name, "seq_lengths[", b, "] is ",
                  lengths[b], ", expected 0 to ", keys, " (key rows)");
 
-  auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim);
+  auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim, function);
   p.queries = q.data();
   p.query_strides = strides_of(q);
   p.batch = batch;
@@ -248,10 +255,11 @@ inline void check_offsets(std::string_view name, std::string_view what, const Le
 
 /// Packed q, k, v (tokens, heads, width) with offsets; output and log_sum_exp are left to the
 /// caller.
-template <typename Q, typename K, typename V>
+template <typename Q, typename K, typename V, typename Function = problem::NoScoreFunction>
 auto packed_attention_problem(std::string_view name, const Q& q, const K& k, const V& v,
                               const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
-                              const AttentionOptions& options, Workspace::Frame& frame) {
+                              const AttentionOptions& options, Workspace::Frame& frame,
+                              const Function& function = {}) {
   using T = scalar_of<Q>;
   check_attention_tensors(name, q, k, v);
   const Index heads = q.dimension(1), head_dim = q.dimension(2), kv_heads = k.dimension(1),
@@ -269,7 +277,7 @@ auto packed_attention_problem(std::string_view name, const Q& q, const K& k, con
   check_offsets(name, "q_offsets", q_offsets, batch, q.dimension(0));
   check_offsets(name, "kv_offsets", kv_offsets, batch, k.dimension(0));
 
-  auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim);
+  auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim, function);
   p.queries = q.data();
   p.query_strides = strides_of(q);
   p.batch = batch;
@@ -330,8 +338,8 @@ void require_cache_fits(std::string_view name, const KvSource<S>& source, Index 
 }
 
 /// The queries of sequence b see nothing that the cache has given up.
-template <typename T, typename S>
-void require_keys_held(std::string_view name, const problem::Attention<T, S>& p, Index b) {
+template <typename Problem>
+void require_keys_held(std::string_view name, const Problem& p, Index b) {
   if (p.source.gone == nullptr || p.sequences[b].query_rows == 0) return;
   const problem::KeyRange gone = p.source.gone[b];
   const Index first = p.sequences[b].first_position;
@@ -344,9 +352,10 @@ void require_keys_held(std::string_view name, const problem::Attention<T, S>& p,
 }
 
 /// Queries (batch, n, heads, head_dim) that are the last positions of the sequences of a KvSource.
-template <typename Q, typename S>
+template <typename Q, typename S, typename Function = problem::NoScoreFunction>
 auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
-                              const AttentionOptions& options, Workspace::Frame& frame) {
+                              const AttentionOptions& options, Workspace::Frame& frame,
+                              const Function& function = {}) {
   using T = scalar_of<Q>;
   require_cache_scalars<T, S>();
   checked_size(name, "query", q);
@@ -357,7 +366,7 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
   check_query_lengths(name, options, batch, rows);
 
   auto p = attention_problem<T, S>(options, heads, source.kv_heads, head_dim,
-                                   cached_value_dim(source, head_dim));
+                                   cached_value_dim(source, head_dim), function);
   p.queries = q.data();
   p.query_strides = strides_of(q);
   p.batch = batch;
@@ -376,10 +385,10 @@ auto cached_attention_problem(std::string_view name, const Q& q, const KvSource<
 
 /// Queries (tokens, heads, head_dim), ragged: rows [q_offsets[b], q_offsets[b + 1]) are the last
 /// positions of sequence b of a KvSource.
-template <typename Q, typename S>
+template <typename Q, typename S, typename Function = problem::NoScoreFunction>
 auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<S>& source,
                               const LengthSpan& q_offsets, const AttentionOptions& options,
-                              Workspace::Frame& frame) {
+                              Workspace::Frame& frame, const Function& function = {}) {
   require_cache_scalars<scalar_of<Q>, S>();
   checked_size(name, "query", q);
   const Index heads = q.dimension(1), head_dim = q.dimension(2), batch = source.batch;
@@ -389,7 +398,7 @@ auto ragged_attention_problem(std::string_view name, const Q& q, const KvSource<
   check_offsets(name, "q_offsets", q_offsets, batch, q.dimension(0));
 
   auto p = attention_problem<scalar_of<Q>, S>(options, heads, source.kv_heads, head_dim,
-                                              cached_value_dim(source, head_dim));
+                                              cached_value_dim(source, head_dim), function);
   p.queries = q.data();
   p.query_strides = strides_of(q);
   p.batch = batch;

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 
 #include "score_rule.h"
 
@@ -33,8 +32,8 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Score<S> score_of_product(const Score
     score.value = std::fma(static_cast<S>(rule.alibi_slopes[row.head]),
                            static_cast<S>(key - row.position), score.value);
   if (rule.bias.present()) score.value += static_cast<S>(rule.bias.at(row, key));
-  if constexpr (!std::is_same_v<Function, NoScoreFunction>)
-    score.value = function(score.value, ScorePosition{row.sequence, row.head, row.position, key});
+  if constexpr (is_score_function<Function>)
+    score.value = static_cast<S>(function(score.value, row.at(key)));
   return score;
 }
 

@@ -12,16 +12,17 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "visibility.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
-/// What a function of scores is told (attention.h).
+/// What a function of scores is told (attention.h), in 32 bits: they fill lanes like floats.
 struct ScorePosition {
-  Index batch, head;
-  Index query, key;  ///< absolute positions in the sequence
+  std::int32_t batch, head;
+  std::int32_t query, key;  ///< absolute positions in the sequence
 };
 
 namespace problem {
@@ -30,6 +31,11 @@ namespace problem {
 /// other, padding included.
 struct ScoreRow {
   Index sequence, head, row, position;
+
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr ScorePosition at(Index key) const {
+    return {static_cast<std::int32_t>(sequence), static_cast<std::int32_t>(head),
+            static_cast<std::int32_t>(position), static_cast<std::int32_t>(key)};
+  }
 };
 
 /// One element for each score: at data[sequence * sequence_stride + head * head_stride + row *
@@ -105,6 +111,9 @@ struct ScoreRule {
 
 /// A problem without a function of scores.
 struct NoScoreFunction {};
+
+template <typename Function>
+inline constexpr bool is_score_function = !std::is_same_v<Function, NoScoreFunction>;
 
 }  // namespace problem
 }  // namespace EIGENFORMER_VERSION_NAMESPACE

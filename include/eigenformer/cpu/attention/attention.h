@@ -73,11 +73,13 @@ void for_each_round_robin(const Backend& on, Index count, Index workers, const S
 
 /// Few tasks on many threads: each fold of a task by itself, then the folds of each put together.
 /// As many tasks at a time as keep all workers busy: their states are all that is held.
-template <typename D, typename Isa, typename TQ, typename TKV, typename Tasks, typename Scratch>
-void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p, const Tasks& tasks,
-               Index folds, Index workers, const Scratch* scratch, Workspace::Frame& frame) {
+template <typename D, typename Isa, typename TQ, typename TKV, typename Function, typename Tasks,
+          typename Scratch>
+void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Function>& p,
+               const Tasks& tasks, Index folds, Index workers, const Scratch* scratch,
+               Workspace::Frame& frame) {
   using C = compute_type<TQ>;
-  using Worker = AttentionWorker<Isa, TQ, TKV>;
+  using Worker = AttentionWorker<Isa, TQ, TKV, Function>;
   using Tile = AttentionTile<C, Isa>;
   const Index most = (std::min)(tasks.count(), (kTasksOfAWorker * workers + folds - 1) / folds);
   Index positions = 0;
@@ -98,8 +100,8 @@ void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p, 
   }
 }
 
-template <typename D, typename Isa, typename TQ, typename TKV>
-void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
+template <typename D, typename Isa, typename TQ, typename TKV, typename Function>
+void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Function>& p) {
   using Scratch = AttentionScratch<compute_type<TQ>>;
   Workspace::Frame frame(on.workspace);
   const AttentionTasks tasks(p, frame);
@@ -114,7 +116,7 @@ void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV>& p) {
   for (Index w = 0; w < workers; ++w) scratch[w] = take_attention_scratch<Isa>(p, frame);
   if (split && workers > 1) return run_folds(on, p, tasks, folds, workers, scratch, frame);
   for_each_round_robin(on, tasks.count(), workers, scratch, [&](Index t, const Scratch& s) {
-    AttentionWorker<Isa, TQ, TKV>(p, s).run(tasks[t]);
+    AttentionWorker<Isa, TQ, TKV, Function>(p, s).run(tasks[t]);
   });
 }
 

@@ -12,6 +12,7 @@
 
 #include "../../problem/attention.h"
 #include "../../problem/kv_source.h"
+#include "../../problem/score.h"
 #include "../../problem/visibility.h"
 #include "../backend.h"
 #include "../vector/functions.h"
@@ -108,9 +109,9 @@ double dot_in_double(const double* x, const S* y, Index count) {
 }
 
 /// query[0, head_dim): the row at `row` of (rows * heads), times the scale.
-template <typename TQ, typename TKV>
-void query_in_double(const problem::Attention<TQ, TKV>& p, Index row, double* query) {
-  const TQ* const from = p.query(row / p.heads, row % p.heads);
+template <typename Problem>
+void query_in_double(const Problem& p, Index row, double* query) {
+  const auto* const from = p.query(row / p.heads, row % p.heads);
   for (Index d = 0; d < p.head_dim; ++d)
     query[d] = static_cast<double>(from[d]) * static_cast<double>(p.scale);
 }
@@ -129,30 +130,24 @@ struct RunningMaximum {
 /// Scores of a query with the keys of a block that begins at block_begin, less the greatest so far,
 /// rounded when they are small numbers: scores[0, 64), -infinity where the query does not see the
 /// key. slopes[0, 64), of the softcap, where given. Returns how much the maximum rose.
-template <typename Isa, typename TQ, typename TKV>
-double scores_in_double(const problem::Attention<TQ, TKV>& p, const double* query,
+template <typename Isa, typename TQ, typename TKV, typename Function>
+double scores_in_double(const problem::Attention<TQ, TKV, Function>& p, const double* query,
                         const KeyBlock<TKV>& block, const problem::ScoreRow& row, Index block_begin,
                         const BlockRange& range, KeyBits hidden, RunningMaximum& maximum,
                         compute_type<TQ>* scores, compute_type<TQ>* slopes = nullptr) {
   using C = compute_type<TQ>;
   double x[kAttentionKeyBlock];
   double top = -std::numeric_limits<double>::infinity();
-  const double cap = static_cast<double>(p.softcap);
   const KeyBits seen = keys_of(range) & ~hidden;
   for (int j = 0; j < kAttentionKeyBlock; ++j) {
     x[j] = -std::numeric_limits<double>::infinity();
     if ((seen >> j & 1) == 0) continue;
-    x[j] = dot_in_double<Isa>(query, block.key(j), p.head_dim) *
-           static_cast<double>(block.key_scale(j));
-    if (p.softcap > 0) {
-      const double t = std::tanh(x[j] / cap);
-      x[j] = t * cap;
-      if (slopes != nullptr) slopes[j] = static_cast<C>(1 - t * t);
-    }
-    if (p.alibi_slopes != nullptr)
-      x[j] += static_cast<double>(p.alibi_slopes[row.head]) *
-              static_cast<double>(block_begin - row.position + j);
-    if (p.bias.present()) x[j] += static_cast<double>(p.bias.at(row, block_begin + j));
+    const auto score =
+        problem::score_of_product(p, p.function, row, block_begin + j,
+                                  dot_in_double<Isa>(query, block.key(j), p.head_dim) *
+                                      static_cast<double>(block.key_scale(j)));
+    x[j] = score.value;
+    if (slopes != nullptr) slopes[j] = static_cast<C>(score.slope);
     top = (std::max)(top, x[j]);
   }
   const double rise = maximum.rise_to(top);

@@ -82,15 +82,20 @@ KeyBits hide_masked(const problem::ScoreRule<C>& rule, const problem::ScoreRow& 
 }
 
 /// One row of a block. `range` and `hidden`: the keys that it sees and, in between, does not.
-template <typename C, typename Isa>
+template <typename C, typename Isa, typename Function = problem::NoScoreFunction>
 class BlockScores {
   using Tile = AttentionTile<C, Isa>;
   using V = typename Tile::V;
 
  public:
   BlockScores(const problem::ScoreRule<C>& rule, const problem::ScoreRow& row, Index block_begin,
-              const BlockRange& range, KeyBits hidden)
-      : rule_(rule), range_(range), hidden_(hidden) {
+              const BlockRange& range, KeyBits hidden, const Function* function = nullptr)
+      : rule_(rule),
+        row_(row),
+        block_begin_(block_begin),
+        range_(range),
+        hidden_(hidden),
+        function_(function) {
     if (rule.alibi_slopes != nullptr) {
       slope_ = static_cast<C>(rule.alibi_slopes[row.head]);
       distance_ = static_cast<C>(block_begin - row.position);
@@ -109,18 +114,20 @@ class BlockScores {
   }
 
   /// Scores of the lanes from key c of the block on, -infinity where the row does not see it.
-  /// `slopes` of the softcap, where wanted.
-  V operator()(V x, int c, C* slopes = nullptr) const {
-    if (rule_.softcap > 0) {
-      const V t = cpu::tanh(x / V::set1(rule_.softcap));
-      x = t * V::set1(rule_.softcap);
-      if (slopes != nullptr) fma(V::zero() - t, t, V::set1(C(1))).store(slopes);
-    }
-    if (rule_.alibi_slopes != nullptr)
-      x = fma(V::set1(slope_), Tile::positions(c) + V::set1(distance_), x);
-    if (rule_.bias.present()) x = x + V::load(bias_ + c);
-    if (hides_some()) x = select(seen(c), x, V::set1(-std::numeric_limits<C>::infinity()));
-    return x;
+  /// `slopes` of the softcap, where wanted. Without a function of scores.
+  V operator()(V x, int c, C* slopes = nullptr) const { return hide(rule_score(x, c, slopes), c); }
+
+  /// The same of all lanes, in place, with one.
+  void call_function(C* scores) const {
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
+      rule_score(V::load(scores + c), c).store(scores + c);
+    const ScorePosition at = row_.at(block_begin_);
+    const Function& function = *function_;
+    for (int j = range_.first(); j < range_.last(); ++j)  // keys after them need not be there
+      scores[j] = static_cast<C>(
+          function(scores[j], ScorePosition{at.batch, at.head, at.query, at.key + j}));
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
+      hide(V::load(scores + c), c).store(scores + c);
   }
 
   bool hides_some() const { return !range_.full() || hidden_ != 0; }
@@ -130,9 +137,27 @@ class BlockScores {
   }
 
  private:
+  V rule_score(V x, int c, C* slopes = nullptr) const {
+    if (rule_.softcap > 0) {
+      const V t = cpu::tanh(x / V::set1(rule_.softcap));
+      x = t * V::set1(rule_.softcap);
+      if (slopes != nullptr) fma(V::zero() - t, t, V::set1(C(1))).store(slopes);
+    }
+    if (rule_.alibi_slopes != nullptr)
+      x = fma(V::set1(slope_), Tile::positions(c) + V::set1(distance_), x);
+    if (rule_.bias.present()) x = x + V::load(bias_ + c);
+    return x;
+  }
+  V hide(V x, int c) const {
+    return hides_some() ? select(seen(c), x, V::set1(-std::numeric_limits<C>::infinity())) : x;
+  }
+
   const problem::ScoreRule<C>& rule_;
+  problem::ScoreRow row_;
+  Index block_begin_;
   BlockRange range_;
   KeyBits hidden_;
+  const Function* function_;
   C slope_ = 0, distance_ = 0;
   C bias_[kAttentionKeyBlock], seen_[kAttentionKeyBlock];  // where there is one, or some are hidden
 };

@@ -100,8 +100,9 @@ Index positions_per_block(const Problem& p) {
   return std::max<Index>(1, kAttentionQueryRows / std::max<Index>(1, p.group()));
 }
 
-template <typename Isa, typename TQ, typename TKV>
-auto take_attention_scratch(const problem::Attention<TQ, TKV>& p, Workspace::Frame& frame) {
+template <typename Isa, typename TQ, typename TKV, typename Function>
+auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p,
+                            Workspace::Frame& frame) {
   using C = compute_type<TQ>;
   using Tile = AttentionTile<C, Isa>;
   const auto product = [](Index a, Index b) {

@@ -27,12 +27,12 @@ struct AttentionTask {
   Index kv_head, first, count;
 };
 
-template <typename Isa, typename TQ, typename TKV>
+template <typename Isa, typename TQ, typename TKV, typename Function>
 class AttentionWorker {
   using C = compute_type<TQ>;
   using Tile = AttentionTile<C, Isa>;
   using V = typename Tile::V;
-  using Problem = problem::Attention<TQ, TKV>;
+  using Problem = problem::Attention<TQ, TKV, Function>;
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
   static constexpr C kLargest = (std::numeric_limits<C>::max)();
 
@@ -221,11 +221,14 @@ class AttentionWorker {
   /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
   /// lanes.
   V score_row(Index r, Index block_begin) {
-    const BlockScores<C, Isa> rule(p_, row_of(r), block_begin, s_.ranges[r], hidden(r));
+    constexpr bool called = problem::is_score_function<Function>;
+    const BlockScores<C, Isa, Function> rule(p_, row_of(r), block_begin, s_.ranges[r], hidden(r),
+                                             &p_.function);
     C* const scores = s_.scores + r * kAttentionKeyBlock;
+    if constexpr (called) rule.call_function(scores);
     V top = V::set1(-kInfinity);
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      const V x = rule(V::load(scores + c), c);
+      const V x = called ? V::load(scores + c) : rule(V::load(scores + c), c);
       x.store(scores + c);
       // this order lets a NaN pass by: it reaches the row through its weight
       top = maximum(x, top);
