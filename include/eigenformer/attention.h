@@ -5,6 +5,8 @@
 ///   score[i, j] = scale * q_i . k_j                          scale 1 / sqrt(head_dim) unless given
 ///   score = softcap * tanh(score / softcap)                  where softcap > 0 (Gemma 2)
 ///   score += slope[head] * (j - p_i)                         where ALiBi slopes are given (Press et al., 2022)
+///   score += bias[b, head, i, j]                             where a bias is given
+///   score = function(score, position)                        where a function of scores is given
 ///   out_i = sum over visible j of exp(score[i, j]) v_j / (exp(sink[head]) + sum over visible j of exp(score[i, j]))
 ///   log_sum_exp_i = log of that denominator                  exp(sink) is there only where sinks are given (gpt-oss, 2025)
 ///
@@ -30,14 +32,41 @@
 ///   - otherwise all query rows: seq_lengths are lengths of keys (cross-attention, chunks against
 ///     longer keys).
 /// Rows i >= n_b are padding. p_i may be negative (more queries than keys); under causal such a row
-/// sees only the prefix, if any. Query i sees key j < L_b where not causal; or j <= p_i and (window
-/// 0 or j > p_i - window); or j < prefix_length.
+/// sees only the prefix, if any. Query i sees key j < L_b where what is given holds, or j <
+/// prefix_length:
+///   causal                        j <= p_i
+///   window w > 0                  with causal the w most recent keys, j > p_i - w; else |j - p_i| <= w
+///   window_left, window_right     p_i - window_left <= j <= p_i + window_right, -1: no limit
+///
+/// Masks hide some of these keys from a row and show no other. A mask that is false, a bias of
+/// -infinity and a clear bit all hide a key, with the same bits as a window that says so (but that
+/// sinks of a row that sees none of the first 1,024 keys may be rounded otherwise); any other bias,
+/// -1e30 too, is added. Elements are found by the query's row and the key's position in its
+/// sequence, in caches too (attention/masks.h); those of keys out of sight and of padding rows are
+/// not used. A step that verifies a tree of n drafted tokens:
+///
+///   ef::attention_with_kv_cache_into(device, out, q, cache, layer, {.causal = true, .bit_mask = ancestors});   // (n, 1) words: bit j of row i: j is i or an ancestor
+///
+/// Keys before those of the queries are all seen there. Cost: a mask is read once for each query
+/// position, or row where heads differ; key blocks that it hides from 128 rows cost nothing else.
+///
+/// A function of scores (score_mod of FlexAttention, Dong et al., 2024) is called for each key in
+/// sight, and its result is the score. It is the last argument of a call, after the workspace of the
+/// _into forms, and is compiled into the kernel:
+///
+///   auto score = [](auto s, const ef::ScorePosition& at) { return s * 0.5f + decay[at.query - at.key]; };
+///   auto out = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true}, score);
+///
+/// It is given float, or double for double and for rows with large scores (Precision), in any order
+/// and from many threads. It may be called for keys that a mask hides, whose result is dropped. Its
+/// -infinity is a score like any other: hide keys by options. Such calls have no gradients. On CUDA
+/// it is an object whose operator() is __host__ __device__.
 ///
 /// Exact zeros. Padding rows and rows that see no key are exactly zero and have log_sum_exp
-/// -infinity, sinks or not: the mask decides, not the values. Length 0 is legal, and so are empty
-/// tensors. Keys and values at or past L_b, and query rows that are padding, are never read into
-/// arithmetic: they may hold NaN. A key that a row does not see does not reach that row whatever it
-/// holds.
+/// -infinity, sinks or not: positions and masks decide, not the values. Length 0 is legal, and so
+/// are empty tensors. Keys and values at or past L_b, and query rows that are padding, are never
+/// read into arithmetic: they may hold NaN. A key that a row does not see does not reach that row
+/// whatever it holds.
 ///
 /// Infinities. A row all of whose visible scores are -infinity is zero, its log_sum_exp is
 /// -infinity (or the sink). A visible score of +infinity or NaN makes its row NaN and no other.

@@ -264,6 +264,48 @@ TEST(AttentionMasks, MeanTheSameInPackedAndCachedCalls) {
       ef::attention_with_kv_cache(rows(c.q, 89), bytes, 0, {.causal = true, .window = 20})));
 }
 
+/// Differs by every number it is told, and reads memory for the keys that are there.
+struct TestFunction {
+  const float* keys;
+  template <typename S>
+  S operator()(S score, const ef::ScorePosition& at) const {
+    return score * static_cast<S>(0.5) + static_cast<S>(at.batch + at.head) * static_cast<S>(0.1) -
+           static_cast<S>(at.query - at.key) * static_cast<S>(0.02) + static_cast<S>(keys[at.key]);
+  }
+};
+
+TEST(AttentionFunctions, AreAppliedBeforeTheMask) {
+  const auto of_keys = random_tensor<float, 1>({90}, 1);
+  const TestFunction function{of_keys.data()};
+  AttentionCase<float> c({2, 90, 90, 4, 2, 16, 16}, {90, 70});
+  const auto bias = random_bias({1, 4, 90, 90}, 3);
+  for (const float size : {1.0f, 60.0f}) {  // scores in double as well
+    for (Index i = 0; i < c.q.size(); ++i) c.q.data()[i] *= size;
+    for (const ef::AttentionOptions& options :
+         {ef::AttentionOptions{}, {.causal = true, .window = 30, .softcap = 20.0f, .bias = bias}}) {
+      const auto out =
+          ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, options, function);
+      const auto expected =
+          ef::reference::attention(to_double(c.q), to_double(c.k), to_double(c.v), c.key_lengths,
+                                   c.query_lengths, options, function);
+      EXPECT_TRUE(within(out, expected.output, 1e-5));
+      Threads threads(3);
+      EXPECT_TRUE(
+          same_bits(out, ef::batched_attention_with_padding(threads.device, c.q, c.k, c.v,
+                                                            c.key_lengths, options, function)));
+    }
+  }
+  // few rows, by tokens through a cache
+  ef::KvCache<float> cache;
+  ef::Tensor<float, 4> q(2, 1, 4, 16);
+  ef::update_kv_cache(cache, c.k, c.v, 0);
+  for (Index b = 0; b < 2; ++b) std::copy_n(&c.q(b, 89, 0, 0), 64, &q(b, 0, 0, 0));
+  const auto last = ef::attention_with_kv_cache(q, cache, 0, {.causal = true}, function);
+  const auto all =
+      ef::batched_attention_with_padding(c.q, c.k, c.v, {90, 90}, {.causal = true}, function);
+  EXPECT_EQ(std::memcmp(&last(0, 0, 0, 0), &all(0, 89, 0, 0), 64 * sizeof(float)), 0);
+}
+
 TEST(AttentionMasks, AllocateNothingTheSecondTime) {
   const AttentionCase<float> c({2, 70, 70, 4, 2, 16, 16}, {70, 30});
   const auto bias = random_bias({2, 1, 70, 70}, 3);

@@ -34,6 +34,7 @@ inline bool attention_visible(const AttentionOptions& options, Index key_length,
 struct AttentionRow {
   Index batch, head, i, rows, key_length, query_length;
   Index position() const { return key_length - query_length + i; }
+  problem::ScoreRow score_row() const { return {batch, head, batch * rows + i, position()}; }
 };
 
 /// The element of a bias or mask.
@@ -78,10 +79,11 @@ inline double attention_score(const AttentionOptions& options, const double* q, 
 
 /// q (batch, rows, heads, head_dim), k (batch, keys, kv_heads, head_dim), v (batch, keys, kv_heads,
 /// value_dim).
-inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double, 4>& k,
-                                 const Tensor<double, 4>& v, const std::vector<Index>& key_lengths,
-                                 const std::vector<Index>& query_lengths,
-                                 const AttentionOptions& options) {
+template <typename Function = problem::NoScoreFunction>
+AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double, 4>& k,
+                          const Tensor<double, 4>& v, const std::vector<Index>& key_lengths,
+                          const std::vector<Index>& query_lengths, const AttentionOptions& options,
+                          const Function& function = {}) {
   const Index batch = q.dimension(0), rows = q.dimension(1), heads = q.dimension(2),
               head_dim = q.dimension(3);
   const Index keys = k.dimension(1), value_dim = v.dimension(3),
@@ -106,6 +108,9 @@ inline AttentionResult attention(const Tensor<double, 4>& q, const Tensor<double
           any = true;
           scores[static_cast<std::size_t>(j)] =
               attention_score(options, &q(b, i, h, 0), &k(b, j, h / group, 0), head_dim, at, j);
+          if constexpr (problem::is_score_function<Function>)
+            scores[static_cast<std::size_t>(j)] =
+                function(scores[static_cast<std::size_t>(j)], at.score_row().at(j));
           maximum = (std::max)(maximum, scores[static_cast<std::size_t>(j)]);
         }
         if (!any) continue;
