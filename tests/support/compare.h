@@ -179,12 +179,15 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
 
 // Sanitizers look at reads, writes and threads, which differ by instruction set and size of a scalar,
 // and take long to compile: their builds sweep the best ISA and two sizes (.ci/run builds the
-// generic kernels so besides).
-#if defined(EIGENFORMER_SANITIZED)
+// generic kernels so besides). A build for one ISA (.ci/run neon) sweeps that alone.
+#if defined(EIGENFORMER_SANITIZED) || defined(EIGENFORMER_EXPECTED_ISA)
 using EveryIsa = ef::isa::List<ef::isa::best>;
-using EveryScalar = ::testing::Types<float, ef::bfloat16>;
 #else
 using EveryIsa = ef::isa::Callable;
+#endif
+#if defined(EIGENFORMER_SANITIZED)
+using EveryScalar = ::testing::Types<float, ef::bfloat16>;
+#else
 using EveryScalar = ::testing::Types<float, double, ef::bfloat16, ef::half>;
 #endif
 
