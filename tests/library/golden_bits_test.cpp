@@ -51,11 +51,16 @@ void record(Results& results, const std::string& name, const Ts&... values) {
   ASSERT_TRUE(results.emplace(name, bits.value()).second) << name;
 }
 
-/// float, and one narrow scalar: compiling them all for every ISA takes minutes.
+/// float, and one narrow scalar: compiling them all for every ISA takes minutes. .ci/run clang, which
+/// parses, has them all.
 template <typename F>
 void for_each_scalar(F&& f) {
   f(float{}, "float");
   f(ef::bfloat16{}, "bfloat16");
+#if defined(EIGENFORMER_ALL_SCALARS)
+  f(double{}, "double");
+  f(ef::half{}, "half");
+#endif
 }
 
 template <typename T, typename Backend>
@@ -254,15 +259,22 @@ Results results(const Backend& on) {
   Results r;
   for_each_scalar([&](auto scalar, const std::string& name) {
     using T = decltype(scalar);
+    attention<T>(on, r, name);
+#if !defined(EIGENFORMER_PRODUCTS_ONLY)  // .ci/run isa, where ISAs differ in nothing else
     norms<T>(on, r, name);
     elementwise<T>(on, r, name);
-    attention<T>(on, r, name);
+#endif
   });
   linear<float, float>(on, r, "float float");
   linear<ef::bfloat16, ef::bfloat16>(on, r, "bfloat16 bfloat16");
   linear<float, std::int8_t>(on, r, "float int8");
+#if defined(EIGENFORMER_ALL_SCALARS)
+  linear<ef::half, ef::half>(on, r, "half half");
+#endif
+#if !defined(EIGENFORMER_PRODUCTS_ONLY)
   sampling(on, r);
   training(on, r);
+#endif
   return r;
 }
 
