@@ -6,9 +6,12 @@
 ///   ef::KvCache<float> cache;
 ///   ef::update_kv_cache(cache, new_keys, new_values, layer_idx);   // both (batch, n, kv_heads, head_dim), n >= 1
 ///   ef::Tensor<float, 4> k = cache.keys(layer_idx);                // (batch, length, kv_heads, head_dim)
+///   cache.select(parents);                                         // beam search: rows kept, dropped and duplicated
 ///
-/// The first update of a layer fixes its batch, heads and head_dim; layers may differ in heads and,
-/// while a step is under way, in length. Prefill is n > 1, decode n = 1.
+/// The first update of a layer fixes its batch, heads, head_dim and the width of values, value_dim,
+/// which may be another (MLA: 576 and 512, or 192 and 128); layers may differ in heads and widths
+/// and, while a step is under way, in length. Prefill is n > 1, decode n = 1. New keys and values
+/// may lie in a QKV projection (ef::heads_of).
 ///
 /// Memory: pages of 64 positions, taken from slabs that grow by half. An append writes the new
 /// rows, moves no earlier one and costs O(new elements) amortised; after reserve(max_length) it
@@ -25,6 +28,20 @@
 /// once more; on a GPU it is left out, and such a row gets the scale NaN. Other storage takes NaN
 /// and infinity as they are.
 ///
+/// A window (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024): a cache
+/// that keeps the first positions and the newest ones, in memory that does not grow:
+///
+///   ef::KvCache<float> cache({.window = 4096, .sinks = 4});
+///   ef::attention_with_kv_cache(q, cache, layer, {.causal = true, .window = 4096, .prefix_length = 4});
+///
+/// Positions stay what they were: keys are kept as they came, after RoPE at their own positions, and
+/// nothing is turned again; length() counts every position that was ever appended. Attention gives
+/// the bits of a cache that keeps everything, under the same options: query p sees the sinks and p -
+/// window < j <= p. What is kept is whole pages of 64 (held() says which): at least what all queries
+/// of an append of up to `chunk` positions see. A longer append is taken, but the keys that its
+/// first queries see may be gone by its end. Attention refuses options, or a lack of them, under
+/// which a query would see what is gone. Memory: sinks + window + chunk positions and two pages.
+///
 /// A refused update leaves the cache bit for bit as it was, and so does one that runs out of
 /// memory. Const members may be called from many threads at once. A copy is deep; what was moved
 /// from is empty.
@@ -32,6 +49,7 @@
 
 #include <limits>
 #include <map>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -43,6 +61,7 @@
 #include "core/heads_view.h"
 #include "cpu/kv_cache.h"
 #include "kv/layer.h"
+#include "kv_cache/buffers.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -82,18 +101,28 @@ class KvCache {
   /// Its pages lie in a memory, such as ef::memory_of(device), instead of the host's. Whoever
   /// appends or reads on a device that does not work on it gets std::invalid_argument.
   explicit KvCache(const Memory& memory) : memory_(&memory) {}
+  /// Keeps a window only (above). Throws std::invalid_argument for negative sizes, a chunk below 1,
+  /// or sinks without a window.
+  explicit KvCache(const KvWindow& window, const Memory& memory = host_memory)
+      : memory_(&memory), ring_(detail::checked_ring(window)) {}
   const Memory& memory() const { return *memory_; }
 
-  /// Positions held by a layer; 0 for one that was never written. Throws std::invalid_argument for
-  /// a negative layer.
+  /// Positions of a layer, those that are gone included; 0 for one that was never written. Throws
+  /// std::invalid_argument for a negative layer.
   Index length(Index layer_idx) const {
     const auto* layer = find(layer_idx);
     return layer == nullptr ? 0 : layer->length();
   }
+  /// Which of them are held: without a window all, {0, 0, length}.
+  HeldPositions held(Index layer_idx) const {
+    const auto* layer = find(layer_idx);
+    return layer == nullptr ? HeldPositions{0, 0, 0} : layer->held();
+  }
 
-  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim), INT8 dequantized;
-  /// (0, 0, 0, 0) for a layer that was never written. Throws std::invalid_argument for a negative
-  /// layer. Cost: O(length); attention reads the cache itself, through source().
+  /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim or value_dim), INT8
+  /// dequantized; (0, 0, 0, 0) for a layer that was never written. Throws std::invalid_argument for
+  /// a negative layer, and where positions are gone. Cost: O(length); attention reads the cache
+  /// itself, through source().
   template <CpuDevice D>
   Tensor<T, 4> keys(const D& device, Index layer_idx) const {
     return read(device, layer_idx, false);
@@ -123,13 +152,40 @@ class KvCache {
   }
 
   /// Forgets positions [length, ...) of every layer; a layer that is no longer than that stays as
-  /// it is. Keeps memory and shapes. Throws std::invalid_argument for a negative length. Cost:
-  /// O(layers x batch).
+  /// it is. Keeps memory and shapes. Throws std::invalid_argument for a negative length, or one
+  /// among positions that are gone. Cost: O(layers x batch).
   void truncate(Index length) {
-    detail::require_that(length >= 0, "KvCache::truncate", "length is ", length,
-                         ", expected 0 or more");
+    constexpr auto name = "KvCache::truncate";
+    detail::require_that(length >= 0, name, "length is ", length, ", expected 0 or more");
+    for (const auto& [index, layer] : layers_)
+      detail::require_that(layer.may_truncate(length), name, "length is ", length, ", layer ",
+                           index, " holds positions [0, ", layer.held().prefix, ") and [",
+                           layer.held().begin, ", ", layer.length(), ")");
     for (auto& [index, layer] : layers_)
       if (layer.length() > length) layer.set_length(length);
+  }
+
+  /// Beam search: row i of the batch, in every layer, becomes what row rows[i] was. Rows may come in
+  /// any order, several times or not at all; the batch is then as large as `rows`. Nothing is
+  /// copied: rows that were one share their pages, and an append copies the page that it writes to,
+  /// one for each row but one, where it holds earlier positions. Costs O(batch x length / 64) per
+  /// layer, and allocates nothing while the batch does not outgrow what it was. Throws, with nothing
+  /// changed, std::invalid_argument for a row that a layer does not have, what reserve throws where
+  /// the batch grows.
+  void select(std::span<const Index> rows) {
+    bool any = rows.empty();
+    for (const auto& [index, layer] : layers_) {
+      if (!layer.closed()) continue;
+      any = true;
+      for (std::size_t i = 0; i < rows.size(); ++i)
+        detail::require_that(rows[i] >= 0 && rows[i] < layer.batch(), "KvCache::select", "rows[", i,
+                             "] is ", rows[i], ", layer ", index, " has a batch of ",
+                             layer.batch());
+    }
+    detail::require_that(any, "KvCache::select", rows.size(), " rows of a cache that holds none");
+    change_layers([&](Index, Layer& layer) {
+      if (layer.closed()) layer.prepare_select(rows);
+    });
   }
 
   /// Forgets everything, shapes included, as if newly made; memory and reservations are kept, and
@@ -149,39 +205,47 @@ class KvCache {
   void reserve(Index max_length) {
     detail::require_that(max_length >= 0, "KvCache::reserve", "max_length is ", max_length,
                          ", expected 0 or more");
-    if (layers_.empty() && max_length > reserved_) Layer(1, 1, 1, *memory_).growth_for(max_length);
-    grow_layers((std::numeric_limits<Index>::max)(), max_length);
+    if (layers_.empty() && max_length > reserved_)
+      Layer({1, 1, 1, 1}, ring_, *memory_).prepare_room(max_length);
+    change_layers([&](Index, Layer& layer) { layer.prepare_room(max_length); });
     reserved_ = (std::max)(reserved_, max_length);
   }
 
   /// The same, before the first update: fixes the shape of layers [0, layers), so that not even
-  /// their first update allocates. Throws as the other does, and std::invalid_argument for other
-  /// negative sizes, more than 65536 layers, or where a layer has another shape.
-  void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim) {
+  /// their first update allocates. Values are as wide as keys unless value_dim is given. Throws as
+  /// the other does, and std::invalid_argument for other negative sizes, more than 65536 layers, or
+  /// where a layer has another shape.
+  void reserve(Index layers, Index batch, Index max_length, Index kv_heads, Index head_dim,
+               std::optional<Index> value_dim = std::nullopt) {
     constexpr auto name = "KvCache::reserve";
-    detail::require_that(
-        layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 && head_dim >= 0, name,
-        "layers, batch, max_length, kv_heads, head_dim are ", layers, ", ", batch, ", ", max_length,
-        ", ", kv_heads, ", ", head_dim, ", expected 0 or more each");
+    const detail::KvShape shape{batch, kv_heads, head_dim, value_dim.value_or(head_dim)};
+    detail::require_that(layers >= 0 && batch >= 0 && max_length >= 0 && kv_heads >= 0 &&
+                             head_dim >= 0 && shape.value_dim >= 0,
+                         name, "layers, batch, max_length, kv_heads, head_dim, value_dim are ",
+                         layers, ", ", batch, ", ", max_length, ", ", kv_heads, ", ", head_dim,
+                         ", ", shape.value_dim, ", expected 0 or more each");
     detail::require_that(layers <= 65536, name, "layers is ", layers, ", expected 65536 at most");
     Layers fresh;
     for (Index i = 0; i < layers; ++i) {
       const Layer* layer = find(i);
-      if (layer != nullptr && layer->closed())
-        require_shape(name, i, *layer, batch, kv_heads, head_dim);
-      if (layer == nullptr || !layer->has_shape(batch, kv_heads, head_dim)) {
-        Layer& made = fresh.try_emplace(i, batch, kv_heads, head_dim, *memory_).first->second;
-        made.commit(made.growth_for(max_length));
+      if (layer != nullptr && layer->closed()) require_shape(name, i, *layer, shape);
+      if (layer == nullptr || layer->shape() != shape) {
+        Layer& made = fresh.try_emplace(i, shape, ring_, *memory_).first->second;
+        made.prepare_room(max_length);
+        made.commit();
       }
     }
-    grow_layers(layers, max_length, &fresh);
+    change_layers([&](Index index, Layer& layer) {
+      if (index < layers && fresh.count(index) == 0) layer.prepare_room(max_length);
+    });
     for (auto& [index, layer] : fresh) layers_.erase(index);
     layers_.merge(fresh);
     for (auto& [index, layer] : layers_)
       if (index < layers) layer.close();
   }
 
-  /// Positions the layer can hold before it allocates again; 0 for one never written.
+  /// Positions the layer can hold before it allocates again; 0 for one never written, the largest
+  /// Index for a window whose pages are all there.
   Index capacity(Index layer_idx) const {
     const auto* layer = find(layer_idx);
     return layer == nullptr ? 0 : layer->capacity();
@@ -196,20 +260,19 @@ class KvCache {
     static_assert(
         std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
         "eigenformer: new_keys and new_values hold the scalar T of ef::KvCache<T, Storage>");
-    detail::require_same_shape(name, "new_keys", keys, "new_values", values);
+    detail::require_same_rows(name, "new_keys", keys, "new_values", values);
     if (keys.dimension(1) < 1)
       detail::require_that(false, name, "new_keys has shape ", detail::shape_text(keys),
                            ", expected n >= 1 new positions (batch, n, kv_heads, head_dim)");
-    const Index batch = keys.dimension(0), kv_heads = keys.dimension(2),
-                head_dim = keys.dimension(3);
+    const detail::KvShape shape{keys.dimension(0), keys.dimension(2), keys.dimension(3),
+                                values.dimension(3)};
     Layer* layer = const_cast<Layer*>(find(layer_idx));
-    if (layer != nullptr && layer->closed())
-      require_shape(name, layer_idx, *layer, batch, kv_heads, head_dim);
-    if (layer != nullptr && layer->has_shape(batch, kv_heads, head_dim)) {
+    if (layer != nullptr && layer->closed()) require_shape(name, layer_idx, *layer, shape);
+    if (layer != nullptr && layer->shape() == shape) {
       write(device, *layer, keys, values);
     } else {  // the new layer joins the cache when nothing can fail any more
       Layers fresh;
-      auto& made = fresh.try_emplace(layer_idx, batch, kv_heads, head_dim, *memory_).first->second;
+      auto& made = fresh.try_emplace(layer_idx, shape, ring_, *memory_).first->second;
       write(device, made, keys, values);
       layers_.erase(layer_idx);
       layers_.merge(fresh);
@@ -220,14 +283,17 @@ class KvCache {
   using Layer = detail::KvLayer<Storage>;
   using Layers = std::map<Index, Layer>;
 
-  /// Room in layers [0, layers) that are not in `replaced`: in all of them or, where one throws, in
-  /// none.
-  void grow_layers(Index layers, Index length, const Layers* replaced = nullptr) {
-    std::vector<std::pair<Layer*, typename Layer::Growth>> growths;
-    for (auto& [index, layer] : layers_)
-      if (index < layers && (replaced == nullptr || replaced->count(index) == 0))
-        growths.emplace_back(&layer, layer.growth_for(length));
-    for (auto& [layer, growth] : growths) layer->commit(std::move(growth));
+  /// What prepare(index, layer) prepares, in all layers or, where one throws, in none.
+  template <typename Prepare>
+  void change_layers(const Prepare& prepare) {
+    struct Dropped {
+      Layers& layers;
+      ~Dropped() {
+        for (auto& [index, layer] : layers) layer.drop();
+      }
+    } dropped{layers_};
+    for (auto& [index, layer] : layers_) prepare(index, layer);
+    for (auto& [index, layer] : layers_) layer.commit();
   }
 
   const Layer* find(Index layer_idx) const {
@@ -237,13 +303,15 @@ class KvCache {
     return found == layers_.end() ? nullptr : &found->second;
   }
 
-  static void require_shape(std::string_view name, Index index, const Layer& layer, Index batch,
-                            Index kv_heads, Index head_dim) {
-    detail::require_that(layer.has_shape(batch, kv_heads, head_dim), name, "layer ", index,
-                         " of the cache holds (batch, length, kv_heads, head_dim) = (",
-                         layer.batch(), ", ", layer.length(), ", ", layer.kv_heads(), ", ",
-                         layer.head_dim(), "), new keys and values have (", batch, ", n, ",
-                         kv_heads, ", ", head_dim, ")");
+  static void require_shape(std::string_view name, Index index, const Layer& layer,
+                            const detail::KvShape& asked) {
+    const detail::KvShape held = layer.shape();
+    detail::require_that(held == asked, name, "layer ", index,
+                         " of the cache holds (batch, length, kv_heads, head_dim) = (", held.batch,
+                         ", ", layer.length(), ", ", held.kv_heads, ", ", held.head_dim,
+                         ") and values of width ", held.value_dim, ", new keys and values have (",
+                         asked.batch, ", n, ", asked.kv_heads, ", ", asked.head_dim, ") and width ",
+                         asked.value_dim);
   }
 
   template <typename D, typename Keys, typename Values>
@@ -255,19 +323,27 @@ class KvCache {
     // Sizes before data: what a view too large for any memory points to must not be read.
     layer.require_countable(length + added);
     detail::checked_size("update_kv_cache", "new_keys", keys);
+    detail::checked_size("update_kv_cache", "new_values", values);
     if constexpr (std::is_same_v<Storage, std::int8_t> && detail::host_readable<D>) {
       detail::require_quantizable(device, "update_kv_cache", "new_keys", keys);
       detail::require_quantizable(device, "update_kv_cache", "new_values", values);
     }
     // A reservation older than the layer, which memory or page numbers may not suffice for, is no
     // reason to refuse an update.
-    detail::attempt([&] { layer.commit(layer.growth_for(reserved_)); }, [](const char*) {});
+    detail::attempt(
+        [&] {
+          layer.prepare_room(reserved_);
+          layer.commit();
+        },
+        [&](const char*) { layer.drop(); });
     layer.grow(length + added);
+    layer.own_pages(length + added);
     const KvSource<Storage> target = layer.source();
     detail::run(device,
                 problem::KvAppend<T, Storage>{keys.data(), values.data(), detail::strides_of(keys),
                                               detail::strides_of(values), batch * added, added,
-                                              nullptr, target.lengths, layer.capacity(), target});
+                                              nullptr, target.lengths, layer.capacity(), target,
+                                              layer.gone_at(length + added)});
     layer.set_length(length + added);
     layer.close();
   }
@@ -276,9 +352,19 @@ class KvCache {
   Tensor<T, 4> read(const D& device, Index layer_idx, bool values) const {
     const Layer* layer = find(layer_idx);
     if (layer == nullptr || !layer->closed()) return Tensor<T, 4>(0, 0, 0, 0);
-    Tensor<T, 4> output(layer->batch(), layer->length(), layer->kv_heads(), layer->head_dim());
+    Tensor<T, 4> output(sizes_of(*layer, values));
     read_into(device, output, layer, values);
     return output;
+  }
+
+  /// Of what keys() and values() return.
+  static Eigen::DSizes<Index, 4> sizes_of(const Layer& layer, bool values) {
+    const HeldPositions held = layer.held();
+    detail::require_that(held.prefix == held.begin, "KvCache", "positions [", held.prefix, ", ",
+                         held.begin, ") of ", held.end, " are gone and cannot be read");
+    const detail::KvShape shape = layer.shape();
+    return Eigen::DSizes<Index, 4>(shape.batch, layer.length(), shape.kv_heads,
+                                   values ? shape.value_dim : shape.head_dim);
   }
 
   template <typename D, typename Output>
@@ -287,9 +373,7 @@ class KvCache {
                   "eigenformer: output holds the scalar T of ef::KvCache<T, Storage>");
     const auto to = output_view<4>(output);
     const bool none = layer == nullptr || !layer->closed();
-    const auto sizes = none ? Eigen::DSizes<Index, 4>(0, 0, 0, 0)
-                            : Eigen::DSizes<Index, 4>(layer->batch(), layer->length(),
-                                                      layer->kv_heads(), layer->head_dim());
+    const auto sizes = none ? Eigen::DSizes<Index, 4>(0, 0, 0, 0) : sizes_of(*layer, values);
     detail::require_same_shape("KvCache", "output", to, "the layer",
                                TensorView<const T, 4>(nullptr, sizes));
     if (none) return;
@@ -299,12 +383,13 @@ class KvCache {
   }
 
   const Memory* memory_ = &host_memory;
+  detail::KvRing ring_;
   Layers layers_;
   Index reserved_ = 0;
 };
 
-/// Appends new_keys and new_values, both (batch, n, kv_heads, head_dim) of T with n >= 1, to a
-/// layer of the cache. Throws std::invalid_argument for shapes that differ from each other or from
+/// Appends new_keys (batch, n, kv_heads, head_dim) and new_values (batch, n, kv_heads, value_dim) of
+/// T with n >= 1 to a layer of the cache. Throws std::invalid_argument for shapes that differ from each other or from
 /// the layer's, n < 1, sizes that overflow, a negative layer, or what INT8 cannot hold;
 /// std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then
 /// as it was.
@@ -318,67 +403,6 @@ template <typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(KvCache<T, Storage>& cache, const Keys& new_keys, const Values& new_values,
                      Index layer_idx) {
   cache.append(Eigen::DefaultDevice{}, new_keys, new_values, layer_idx);
-}
-
-/// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values
-/// (batch, n, kv_heads, head_dim) of T into key_buffer and value_buffer (batch, capacity, kv_heads,
-/// head_dim) of T or a narrower floating-point scalar, sequence b at positions [positions[b],
-/// positions[b] + n). A negative position leaves its sequence out. Other rows are not touched;
-/// buffers and new rows must not overlap. `positions` (batch) is memory of the device. Throws
-/// std::invalid_argument for shapes and sizes that overflow, std::length_error where a position + n
-/// exceeds the capacity, before anything is written; on a GPU positions cannot be read by the host,
-/// and a row past the capacity is left out instead. Allocates nothing.
-template <Device D, typename KeyBuffer, typename ValueBuffer, typename Keys, typename Values>
-void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer,
-                    const Keys& new_keys, const Values& new_values,
-                    std::span<const Index> positions) {
-  constexpr auto name = "append_kv_into";
-  using T = scalar_of<Keys>;
-  using Storage = scalar_of<KeyBuffer>;
-  auto key_rows = output_view<4>(key_buffer);
-  auto value_rows = output_view<4>(value_buffer);
-  const auto keys = detail::heads_input<4>(new_keys);
-  const auto values = detail::heads_input<4>(new_values);
-  static_assert(
-      std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<ValueBuffer>, Storage>,
-      "eigenformer: keys and values have one scalar, and so have their buffers");
-  static_assert(KvStorage<Storage, T> && FloatingScalar<Storage>,
-                "eigenformer: a buffer holds the scalar of the new rows or a narrower "
-                "floating-point one; INT8 needs the scales of a cache");
-  detail::require_same_shape(name, "new_keys", keys, "new_values", values);
-  detail::require_same_shape(name, "key_buffer", key_rows, "value_buffer", value_rows);
-  const Index batch = keys.dimension(0), added = keys.dimension(1),
-              capacity = key_rows.dimension(1);
-  if (key_rows.dimension(0) != batch || key_rows.dimension(2) != keys.dimension(2) ||
-      key_rows.dimension(3) != keys.dimension(3))
-    detail::require_that(false, name, "key_buffer (batch, capacity, kv_heads, head_dim) has shape ",
-                         detail::shape_text(key_rows), ", new_keys has shape ",
-                         detail::shape_text(keys));
-  detail::require_that(static_cast<Index>(positions.size()) == batch, name, "positions has ",
-                       positions.size(), " elements, new_keys has a batch of ", batch);
-  if constexpr (detail::host_readable<D>)
-    for (Index b = 0; b < batch; ++b) {
-      const Index position = positions[static_cast<std::size_t>(b)];
-      detail::require_capacity(position < 0 || (added <= capacity && position <= capacity - added),
-                               name, "sequence ", b, " at position ", position, " + ", added,
-                               " new ones exceeds the capacity of ", capacity);
-    }
-  for (std::size_t d = 0; d < 4; ++d)
-    if (keys.dimension(d) == 0) return;  // and sizes of tensors that hold nothing may overflow
-  detail::checked_size(name, "key_buffer", key_rows);
-  detail::checked_size(name, "new_keys", keys);
-  KvSource<Storage> target{};
-  target.batch = batch;
-  target.kv_heads = keys.dimension(2);
-  target.head_dim = target.head_stride = target.value_head_stride = keys.dimension(3);
-  target.row_stride = target.value_row_stride = target.kv_heads * target.head_dim;
-  target.sequence_stride = target.value_sequence_stride = capacity * target.row_stride;
-  target.keys = key_rows.data();
-  target.values = value_rows.data();
-  detail::run(device,
-              problem::KvBufferAppend<T, Storage>{
-                  {keys.data(), values.data(), detail::strides_of(keys), detail::strides_of(values),
-                   batch * added, added, nullptr, positions.data(), capacity, target}});
 }
 
 }  // namespace EIGENFORMER_ABI

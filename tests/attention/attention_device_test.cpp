@@ -329,4 +329,57 @@ TEST(AttentionOnDevice, SixteenBits) {
   check(large, {"large values", {}});
 }
 
+// One projection (batch, seq, heads, 3, width) read in place has the bits of copies.
+template <typename T>
+void check_heads_in_place(Index rows, Index width) {
+  const auto qkv = random_tensor<T, 5>({1, rows, 2, 3, width}, 1);
+  for_each_gpu([&](const auto& bench) {
+    auto all = on_device(bench, qkv);
+    auto q = on_device(bench, ef::Tensor<T, 4>(qkv.chip(0, 3)));
+    auto k = on_device(bench, ef::Tensor<T, 4>(qkv.chip(1, 3)));
+    auto v = on_device(bench, ef::Tensor<T, 4>(qkv.chip(2, 3)));
+    auto out = on_device(bench, poisoned_tensor<T, 4>({1, rows, 2, width}));
+    auto expected = on_device(bench, poisoned_tensor<T, 4>({1, rows, 2, width}));
+    ef::batched_attention_with_padding_into(
+        bench.device, out.view(), ef::heads_of(all.cview(), 0, 3), ef::heads_of(all.cview(), 1, 3),
+        ef::heads_of(all.cview(), 2, 3), {rows}, {.causal = true});
+    ef::batched_attention_with_padding_into(bench.device, expected.view(), q.cview(), k.cview(),
+                                            v.cview(), {rows}, {.causal = true});
+    EXPECT_TRUE(same_bits(out.host(), expected.host())) << rows << " x " << width;
+  });
+}
+TEST(AttentionOnDevice, HeadsInPlaceHaveTheBitsOfCopies) {
+  for (Index width : {5, 8}) check_heads_in_place<float>(3, width);
+  for (Index width : {7, 16}) check_heads_in_place<ef::half>(3, width);
+  check_heads_in_place<ef::half>(70, 8);
+}
+
+// A cache with a window, its values narrower than keys: the bits of one that keeps everything.
+template <typename T>
+void check_window() {
+  const ef::AttentionOptions options{.causal = true, .window = 64, .prefix_length = 2};
+  for_each_gpu([&](const auto& bench) {
+    const ef::Memory& memory = ef::memory_of(bench.device);
+    ef::KvCache<T> full(memory), ring({.window = 64, .sinks = 2, .chunk = 4}, memory);
+    unsigned seed = 0;
+    for (Index n : {300, 3, 1}) {
+      auto k = on_device(bench, random_tensor<T, 4>({2, n, 1, 8}, ++seed));
+      auto v = on_device(bench, random_tensor<T, 4>({2, n, 1, 5}, ++seed));
+      for (auto* cache : {&full, &ring})
+        ef::update_kv_cache(bench.device, *cache, k.cview(), v.cview(), 0);
+      auto q = on_device(bench, random_tensor<T, 4>({2, 1, 2, 8}, ++seed));
+      auto out = on_device(bench, poisoned_tensor<T, 4>({2, 1, 2, 5}));
+      auto expected = on_device(bench, poisoned_tensor<T, 4>({2, 1, 2, 5}));
+      ef::attention_with_kv_cache_into(bench.device, out.view(), q.cview(), ring, 0, options);
+      ef::attention_with_kv_cache_into(bench.device, expected.view(), q.cview(), full, 0, options);
+      EXPECT_TRUE(same_bits(out.host(), expected.host())) << n;
+    }
+    EXPECT_GT(ring.held(0).begin, 64);
+  });
+}
+TEST(AttentionOnDevice, AWindowHasTheBitsOfACacheThatKeepsEverything) {
+  check_window<float>();
+  check_window<ef::half>();
+}
+
 }  // namespace

@@ -11,36 +11,36 @@ namespace {
 template <typename T, typename Storage>
 void check(Index added, std::vector<Index> starts) {
   const Index batch = static_cast<Index>(starts.size()), capacity = 9, heads = 3, dim = 5;
+  const Index value_dim = added % 2 == 0 ? 8 : dim;
   const auto keys = random_tensor<T, 4>({batch, added, heads, dim}, 1),
-             values = random_tensor<T, 4>({batch, added, heads, dim}, 2);
+             values = random_tensor<T, 4>({batch, added, heads, value_dim}, 2);
   ef::Tensor<Index, 1> positions(batch);
   std::copy(starts.begin(), starts.end(), positions.data());
   for_each_device([&](const auto& bench) {
     auto key_buffer = on_device(bench, poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}));
     auto value_buffer =
-        on_device(bench, poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}));
+        on_device(bench, poisoned_tensor<Storage, 4>({batch, capacity, heads, value_dim}));
     auto new_keys = on_device(bench, keys);
     auto new_values = on_device(bench, values);
     auto where = on_device(bench, positions);
     ef::append_kv_into(bench.device, key_buffer.view(), value_buffer.view(), new_keys.cview(),
                        new_values.cview(),
                        std::span<const Index>(where.view().data(), starts.size()));
-    const auto got_keys = key_buffer.host(), got_values = value_buffer.host();
-    for (Index b = 0; b < batch; ++b)
-      for (Index j = 0; j < capacity; ++j)
-        for (Index h = 0; h < heads; ++h)
-          for (Index d = 0; d < dim; ++d) {
-            const Index start = starts[static_cast<std::size_t>(b)], i = j - start;
-            if (start >= 0 && i >= 0 && i < added) {
-              ASSERT_EQ(static_cast<float>(got_keys(b, j, h, d)),
-                        static_cast<float>(static_cast<Storage>(keys(b, i, h, d))));
-              ASSERT_EQ(static_cast<float>(got_values(b, j, h, d)),
-                        static_cast<float>(static_cast<Storage>(values(b, i, h, d))));
-            } else {
-              ASSERT_TRUE(std::isnan(static_cast<float>(got_keys(b, j, h, d))));
-              ASSERT_TRUE(std::isnan(static_cast<float>(got_values(b, j, h, d))));
+    const auto is_right = [&](const auto& got, const auto& rows) {
+      for (Index b = 0; b < batch; ++b)
+        for (Index j = 0; j < capacity; ++j)
+          for (Index h = 0; h < heads; ++h)
+            for (Index d = 0; d < rows.dimension(3); ++d) {
+              const Index start = starts[static_cast<std::size_t>(b)], i = j - start;
+              if (start >= 0 && i >= 0 && i < added)
+                ASSERT_EQ(static_cast<float>(got(b, j, h, d)),
+                          static_cast<float>(static_cast<Storage>(rows(b, i, h, d))));
+              else
+                ASSERT_TRUE(std::isnan(static_cast<float>(got(b, j, h, d))));
             }
-          }
+    };
+    is_right(key_buffer.host(), keys);
+    is_right(value_buffer.host(), values);
   });
 }
 
@@ -52,15 +52,17 @@ TEST(KvAppendOnDevice, WritesNewRowsAndNothingElse) {
   check<ef::bfloat16, ef::bfloat16>(9, {0, 0});
 }
 
-/// Cache on the host and cache in a device's memory, updated alike.
+/// Cache on the host and cache in a device's memory, updated alike. value_dim 0: dim.
 template <typename T, typename Storage>
-void check_cache(Index batch, Index heads, Index dim, const std::vector<Index>& steps) {
+void check_cache(Index batch, Index heads, Index dim, const std::vector<Index>& steps,
+                 Index value_dim = 0) {
+  if (value_dim == 0) value_dim = dim;
   ef::KvCache<T, Storage> host_cache;
   std::vector<std::pair<ef::Tensor<T, 4>, ef::Tensor<T, 4>>> updates;
   for (std::size_t i = 0; i < steps.size(); ++i) {
     const auto seed = static_cast<unsigned>(2 * i);
     updates.emplace_back(random_tensor<T, 4>({batch, steps[i], heads, dim}, seed + 1),
-                         random_tensor<T, 4>({batch, steps[i], heads, dim}, seed + 2));
+                         random_tensor<T, 4>({batch, steps[i], heads, value_dim}, seed + 2));
     if (i == 0 && updates[0].first.size() > 0)
       std::fill_n(updates[0].first.data(), dim, T(0));  // scale 1
     ef::update_kv_cache(host_cache, updates.back().first, updates.back().second, 3);
@@ -77,8 +79,10 @@ void check_cache(Index batch, Index heads, Index dim, const std::vector<Index>& 
     auto got = on_device(bench, poisoned_tensor<T, 4>({batch, cache.length(3), heads, dim}));
     cache.keys_into(bench.device, got.view(), 3);
     EXPECT_TRUE(same_bits(got.host(), keys)) << dim;
-    cache.values_into(bench.device, got.view(), 3);
-    EXPECT_TRUE(same_bits(got.host(), values)) << dim;
+    auto got_values =
+        on_device(bench, poisoned_tensor<T, 4>({batch, cache.length(3), heads, value_dim}));
+    cache.values_into(bench.device, got_values.view(), 3);
+    EXPECT_TRUE(same_bits(got_values.host(), values)) << dim;
   });
 }
 
@@ -93,6 +97,59 @@ TEST(KvCacheOnDevice, HoldsWhatTheHostsHolds) {
   check_cache<ef::bfloat16, ef::bfloat16>(3, 1, 64, {2});
   check_cache<ef::half, ef::half>(3, 1, 2, {2});
   check_cache<float, float>(0, 2, 8, {3});
+  check_cache<float, float>(2, 1, 8, {3, 1}, 5);
+  check_cache<ef::half, std::int8_t>(1, 2, 3, {3, 1}, 33);
+}
+
+/// Keys and values of one projection (batch, n, heads, 3, dim), read in place: the bits of copies,
+/// in a cache and in buffers.
+void check_heads_in_place(Index dim) {
+  const auto qkv = random_tensor<float, 5>({2, 3, 2, 3, dim}, 1);
+  const ef::Tensor<float, 4> keys = qkv.chip(1, 3), values = qkv.chip(2, 3);
+  ef::Tensor<Index, 1> positions(2);
+  positions.setZero();
+  for_each_device([&](const auto& bench) {
+    auto all = on_device(bench, qkv);
+    auto where = on_device(bench, positions);
+    const auto k = ef::heads_of(all.cview(), 1, 3), v = ef::heads_of(all.cview(), 2, 3);
+    ef::KvCache<float> cache(ef::memory_of(bench.device));
+    ef::update_kv_cache(bench.device, cache, k, v, 0);
+    auto got = on_device(bench, poisoned_tensor<float, 4>({2, 3, 2, dim}));
+    auto got_values = on_device(bench, poisoned_tensor<float, 4>({2, 3, 2, dim}));
+    cache.keys_into(bench.device, got.view(), 0);
+    EXPECT_TRUE(same_bits(got.host(), keys)) << dim;
+    cache.values_into(bench.device, got.view(), 0);
+    EXPECT_TRUE(same_bits(got.host(), values)) << dim;
+    ef::append_kv_into(bench.device, got.view(), got_values.view(), k, v,
+                       std::span<const Index>(where.view().data(), 2));
+    EXPECT_TRUE(same_bits(got.host(), keys)) << dim;
+    EXPECT_TRUE(same_bits(got_values.host(), values)) << dim;
+  });
+}
+TEST(KvCacheOnDevice, TakesHeadsInPlace) {
+  for (Index dim : {1, 7, 8}) check_heads_in_place(dim);
+}
+
+TEST(KvCacheOnDevice, SelectedRowsAreThoseOfTheHost) {
+  const auto first = random_tensor<float, 4>({2, 70, 1, 3}, 1),
+             later = random_tensor<float, 4>({3, 2, 1, 3}, 2);
+  const std::vector<Index> parents{1, 0, 1};
+  const auto update = [&](const auto& device, auto& cache, const auto& a, const auto& b) {
+    ef::update_kv_cache(device, cache, a, a, 0);
+    cache.select(parents);
+    ef::update_kv_cache(device, cache, b, b, 0);
+  };
+  ef::KvCache<float> host_cache;
+  update(Eigen::DefaultDevice{}, host_cache, first, later);
+  for_each_device([&](const auto& bench) {
+    auto a = on_device(bench, first);
+    auto b = on_device(bench, later);
+    ef::KvCache<float> cache(ef::memory_of(bench.device));
+    update(bench.device, cache, a.cview(), b.cview());
+    auto got = on_device(bench, poisoned_tensor<float, 4>({3, 72, 1, 3}));
+    cache.keys_into(bench.device, got.view(), 0);
+    EXPECT_TRUE(same_bits(got.host(), host_cache.keys(0)));
+  });
 }
 
 TEST(KvCacheOnDevice, Int8HasTheScalesOfTheHost) {

@@ -19,12 +19,9 @@ void poison_slot(const ef::KvSource<Storage>& source, Index b, Index h, Index j)
       is_int8 ? std::numeric_limits<Storage>::min() : std::numeric_limits<Storage>::quiet_NaN();
   std::fill_n(const_cast<Storage*>(source.key_row(b, h, j)), source.head_dim, poison);
   std::fill_n(const_cast<Storage*>(source.value_row(b, h, j)), source.value_width(), poison);
-  if constexpr (is_int8)  // (kv_heads, page_size) of float in the layer's part of a page
-    for (const std::size_t offset : {source.key_scale_offset, source.value_scale_offset}) {
-      const std::byte* page = source.pages[source.tables[b][j / source.page_size]];
-      auto* scales = reinterpret_cast<const float*>(page + source.layer_offset + offset);
-      const_cast<float*>(scales)[h * source.page_size + j % source.page_size] = NAN;
-    }
+  if constexpr (is_int8)
+    for (const float* scale : {source.key_scale_row(b, h, j), source.value_scale_row(b, h, j)})
+      *const_cast<float*>(scale) = NAN;
 }
 
 /// Fills every slot past the length with NaN, scales included: nothing may read them.

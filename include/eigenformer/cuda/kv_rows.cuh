@@ -43,7 +43,7 @@ struct KvRows {
   EIGENFORMER_DEVICE U* cell(Index b, Index h, Index j, std::size_t offset, Index width) const {
     const Index size = source.page_size;
     const std::byte* const page =
-        pages[first_page[b] + source.table_at(j / size)] + source.layer_offset + offset;
+        pages[first_page[b] + source.ring.place(j / size)] + source.layer_offset + offset;
     return reinterpret_cast<U*>(const_cast<std::byte*>(page)) + (h * size + j % size) * width;
   }
 };
@@ -66,9 +66,9 @@ std::tuple<KvRows<T>, const U*...> stage_rows(const Backend<D>& on, const char* 
   const Index batch = source.batch, size = source.page_size;
   const auto pages_of = [&](Index b) {
     const Positions p = touched(b);
-    if (source.ring_pages > 0 && p.begin < p.end)  // all of its table: two ranges of it, mostly
+    if (source.ring.pages > 0 && p.begin < p.end)  // all of its table: two ranges of it, mostly
       return Positions{0,
-                       (std::min)((p.end - 1) / size + 1, source.ring_begin + source.ring_pages)};
+                       (std::min)((p.end - 1) / size + 1, source.ring.begin + source.ring.pages)};
     return p.begin < p.end ? Positions{p.begin / size, (p.end - 1) / size + 1} : Positions{0, 0};
   };
   auto* const first = frame.take<Index>(batch);

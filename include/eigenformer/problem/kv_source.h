@@ -14,21 +14,32 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
+namespace problem {
+
+/// Page i of a sequence stands at place(i) of its table: the first `begin` for good, later ones in
+/// a ring of `pages`, each in the place of an older one. pages 0: all for good.
+struct PageRing {
+  Index begin = 0, pages = 0;
+
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index place(Index i) const {
+    return pages == 0 || i < begin ? i : begin + (i - begin) % pages;
+  }
+};
+
+}  // namespace problem
+
 /// T is the stored type: float, double, bfloat16, half, or int8 with scales.
 ///
 /// Dense (tables == nullptr): row (b, h, j) starts at keys + b * sequence_stride + j * row_stride +
 /// h * head_stride.
 ///
-/// Paged: position j of sequence b lies in page id tables[b][j / page_size]; that page starts at
-/// pages[id], and within it
+/// Paged: position j of sequence b lies in page id tables[b][ring.place(j / page_size)]; that page
+/// starts at pages[id], and within it
 ///   keys         layer_offset + 0                     (kv_heads, page_size, head_dim) of T
 ///   values       layer_offset + value_offset          (kv_heads, page_size, value_dim) of T
 ///   key scales   layer_offset + key_scale_offset      (kv_heads, page_size) of float, INT8 only
 ///   value scales layer_offset + value_scale_offset    (kv_heads, page_size) of float, INT8 only
 /// Offsets are in bytes. Rows at or past lengths[b] may hold anything and must not be read.
-///
-/// A table may end in a ring: page i of a sequence at or past ring_begin then stands at ring_begin +
-/// (i - ring_begin) % ring_pages of its table, in the place of an older one.
 template <typename T>
 struct KvSource {
   Index batch = 0, kv_heads = 0, head_dim = 0;
@@ -47,14 +58,10 @@ struct KvSource {
   const std::int32_t* const* tables = nullptr;  // [sequence][page of the sequence] -> page id
   Index page_size = 0;                          // positions in a page
   std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
-  Index ring_begin = 0, ring_pages = 0;  // ring_pages 0: no ring
+  problem::PageRing ring;
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index value_width() const {
     return value_dim < 0 ? head_dim : value_dim;
-  }
-  /// Where page i of a sequence stands in its table.
-  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index table_at(Index i) const {
-    return ring_pages == 0 || i < ring_begin ? i : ring_begin + (i - ring_begin) % ring_pages;
   }
   EIGENFORMER_INLINE const T* key_row(Index b, Index h, Index j) const {
     if (tables == nullptr) return keys + b * sequence_stride + j * row_stride + h * head_stride;
@@ -83,7 +90,7 @@ struct KvSource {
   template <typename U>
   EIGENFORMER_INLINE const U* paged_row(Index b, Index h, Index j, std::size_t offset,
                                         Index width) const {
-    const std::byte* page = pages[tables[b][table_at(j / page_size)]] + layer_offset + offset;
+    const std::byte* page = pages[tables[b][ring.place(j / page_size)]] + layer_offset + offset;
     return reinterpret_cast<const U*>(page) + (h * page_size + j % page_size) * width;
   }
 };
