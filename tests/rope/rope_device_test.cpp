@@ -93,6 +93,13 @@ void check_heads_of_a_matrix(Index width) {
     ef::rope_into(bench.device, y.view(),
                   ef::heads_of(device_matrix.cview(), width % 3, heads, head_dim), positions);
     EXPECT_TRUE(within(y.host(), expected, tolerance<T>()));
+
+    auto parts = random_tensor<T, 4>({3, heads, 3, head_dim}, 4);
+    parts.chip(1, 2) = x.template cast<T>();
+    auto device_parts = on_device(bench, parts);
+    auto again = on_device(bench, poisoned_tensor<T, 3>({3, heads, head_dim}));
+    ef::rope_into(bench.device, again.view(), ef::heads_of(device_parts.cview(), 1, 2), positions);
+    EXPECT_TRUE(same_bits(again.host(), y.host()));
   });
 }
 

@@ -35,6 +35,7 @@ void refused() {
   ef::Tensor<float, 1> b, s;
   ef::Tensor<float, 3> t3, q3, p3, lse3;
   ef::Tensor<float, 4> t4;
+  ef::Tensor<float, 5> qkv;
   ef::Tensor<std::int8_t, 2> q;
   ef::Tensor<std::int32_t, 1> ids1, idsn;
   ef::Tensor<std::int32_t, 2> draft;
@@ -130,6 +131,7 @@ void refused() {
   ef::pack_weight<float>(E(w));
   ef::pack_weight<std::int8_t>(E(q), s);
   ef::pack_weight<std::int8_t>(q, E(s));
+  ef::batched_attention_with_padding(qkv.chip(0, 2), t4, t4, pos);  // expect: Heads within a wider tensor (a chip of one) are ef::heads_of(
   ef::batched_attention_with_padding(E(t4), t4, t4, {3});
   ef::batched_attention_with_padding(t4, E(t4), t4, {3});
   ef::batched_attention_with_padding(t4, t4, E(t4), {3});
