@@ -32,13 +32,12 @@
 #include <cstdint>
 #include <span>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "core/dispatch.h"
-#include "kv/page_pool.h"
 #include "kv/paged_config.h"
-#include "kv/sequences.h"
+#include "kv/paged_layers.h"
+#include "kv/paged_sequences.h"
 #include "kv_cache.h"
 
 namespace eigenformer {
@@ -56,14 +55,9 @@ class PagedKvCache {
   /// std::bad_alloc.
   explicit PagedKvCache(const PagedKvConfig& config, const Memory& memory = host_memory)
       : config_(detail::checked_config(config, kName)),
-        layout_(detail::kv_page_layout<Storage>(config.page_size, config.kv_heads, config.head_dim,
-                                                config.head_dim, kName)),
-        pool_(config.page_count,
-              static_cast<std::size_t>(detail::checked_product(
-                  config.layers, static_cast<Index>(layout_.bytes), kName, "a page")),
-              memory, kName),
-        sequences_(config.layers),
-        selections_(static_cast<std::size_t>(config.layers)) {}
+        layers_(detail::paged_layers<Storage>(config_, kName)),
+        sequences_(config_, layers_.back().offset + layers_.back().bytes, memory),
+        selections_(layers_.size()) {}
 
   PagedKvCache(PagedKvCache&& other) noexcept { swap(other); }
   PagedKvCache& operator=(PagedKvCache&& other) noexcept {
@@ -72,95 +66,102 @@ class PagedKvCache {
   }
 
   const PagedKvConfig& config() const { return config_; }
-  const Memory& memory() const { return pool_.memory(); }
+  const Memory& memory() const { return pool().memory(); }
+  /// Throws std::invalid_argument for a layer that there is not, as all members do.
+  KvLayerShape shape(Index layer_idx) const {
+    const auto& layout = layers_[checked_layer(layer_idx)].layout;
+    return {layout.kv_heads, layout.head_dim, layout.value_dim};
+  }
 
   // ---- sequences --------------------------------------------------------------------------------
 
   /// An empty sequence. Throws std::bad_alloc.
-  SequenceId add_sequence() {
-    sequences_.make_room_for_one();
-    return sequences_.push({});
-  }
+  SequenceId add_sequence() { return sequences_.add(); }
 
   /// A sequence with the first `length` positions of another (all of them where length is -1),
   /// sharing its pages. Costs O(pages), copies nothing. Throws std::out_of_range,
   /// std::invalid_argument where length exceeds that of the sequence.
   SequenceId fork(SequenceId sequence, Index length = -1) {
-    const std::size_t parent = find(sequence);
-    const Index longest = sequences_.longest(parent);
-    detail::require_that(length >= -1 && length <= longest, kName, "fork at length ", length,
-                         ", sequence ", sequence, " has ", longest, " positions");
-    const Index kept = length == -1 ? longest : length;
-    sequences_.make_room_for_one();
-    const auto& held = sequences_.pages[parent];
-    std::vector<std::int32_t> pages(held.begin(),
-                                    held.begin() + detail::pages_for(kept, config_.page_size));
-    for (std::int32_t page : pages) pool_.retain(page);
-    return sequences_.push_fork(std::move(pages), parent, kept);
+    return sequences_.fork(sequence, length);
   }
 
   /// Ends a sequence and gives back the pages nobody else holds. Throws std::out_of_range, also the
   /// second time.
-  void free(SequenceId sequence) {
-    const std::size_t at = find(sequence);
-    for (std::int32_t page : sequences_.pages[at]) pool_.release(page);
-    sequences_.erase(at);
-  }
+  void free(SequenceId sequence) { sequences_.free(sequence); }
 
   /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones
   /// included; layers that are no longer than that stay. Throws std::out_of_range,
   /// std::invalid_argument for a negative length.
-  void truncate(SequenceId sequence, Index length) {
-    const std::size_t at = find(sequence);
-    detail::require_that(length >= 0, kName, "truncate to length ", length, ", expected 0 or more");
-    for (auto& lengths : sequences_.lengths) lengths[at] = (std::min)(lengths[at], length);
-    auto& pages = sequences_.pages[at];
-    const auto kept = static_cast<std::size_t>(
-        detail::pages_for((std::min)(length, total_slots()), config_.page_size));
-    while (pages.size() > kept) {
-      pool_.release(pages.back());
-      pages.pop_back();
-    }
-  }
+  void truncate(SequenceId sequence, Index length) { sequences_.truncate(sequence, length); }
 
   /// Claims pages for `length` positions of a sequence, so that appends up to there find them. What
   /// is shared is copied when it is written, not now. Throws std::out_of_range,
   /// std::invalid_argument, std::length_error.
-  void reserve(SequenceId sequence, Index length) {
-    const std::size_t at = find(sequence);
-    detail::require_that(length >= 0, kName, "reserve a length of ", length,
-                         ", expected 0 or more");
-    auto& pages = sequences_.pages[at];
-    const Index wanted = detail::pages_for(length, config_.page_size),
-                held = static_cast<Index>(pages.size());
-    if (wanted <= held) return;
-    pool_.require_free(wanted - held, kName);
-    grow_table(at, wanted);
-    take_pages(at, wanted);
+  void reserve(SequenceId sequence, Index length) { sequences_.reserve(sequence, length); }
+
+  /// Gives up positions [keep_first, position) of every layer, but for pages that hold others too
+  /// or positions that a layer is still to come to, and gives back their pages: behind the window of
+  /// attention, the sinks kept. Positions keep their numbers. Attention that would see what is gone
+  /// (window, prefix_length), keys and values refuse. All layers share a page: where full layers
+  /// stand beside layers with a window, give each kind a cache of its own. Throws
+  /// std::out_of_range, std::invalid_argument for negative positions, or another page of keep_first
+  /// than in the calls before.
+  void free_before(SequenceId sequence, Index position, Index keep_first = 0) {
+    sequences_.free_before(sequence, position, keep_first);
   }
 
   /// Frees every sequence.
-  void clear() {
-    while (sequences_.count() > 0) free(sequences_.ids.back());
-  }
+  void clear() { sequences_.clear(); }
 
   bool contains(SequenceId sequence) const {
-    return std::binary_search(sequences_.ids.begin(), sequences_.ids.end(), sequence);
+    return std::binary_search(list().ids.begin(), list().ids.end(), sequence);
   }
-  Index sequence_count() const { return sequences_.count(); }
+  Index sequence_count() const { return list().count(); }
   /// Ids of the live sequences in order of creation; valid until one is added or freed.
-  std::span<const SequenceId> sequences() const { return sequences_.ids; }
+  std::span<const SequenceId> sequences() const { return list().ids; }
 
   /// Positions that every layer of a sequence holds. Throws std::out_of_range.
-  Index length(SequenceId sequence) const { return sequences_.shortest(find(sequence)); }
+  Index length(SequenceId sequence) const { return list().shortest(find(sequence)); }
   Index length(SequenceId sequence, Index layer_idx) const {
-    return sequences_.lengths[checked_layer(layer_idx)][find(sequence)];
+    return list().lengths[checked_layer(layer_idx)][find(sequence)];
   }
 
   /// Positions the sequence has pages for, reserved ones included. Throws std::out_of_range.
   Index capacity(SequenceId sequence) const {
-    return static_cast<Index>(sequences_.pages[find(sequence)].size()) * config_.page_size;
+    return static_cast<Index>(list().pages[find(sequence)].size()) * config_.page_size;
   }
+
+  // ---- prefixes ---------------------------------------------------------------------------------
+
+  /// Makes the full pages of a sequence known by their tokens: tokens[i] is the id at position i. A
+  /// page that is known already, with the same tokens behind the same pages, is taken over in place
+  /// of the sequence's own, which goes back; so requests that computed one prompt side by side end
+  /// up with one copy. Positions that not every layer holds, and a last page that is not full, are
+  /// left for a later call. Returns how many positions of the sequence are known now. Costs
+  /// O(tokens) and, the first time, an allocation of 48 + 4 page_size bytes per page of the pool.
+  /// Throws std::out_of_range, std::bad_alloc.
+  Index keep_prefix(SequenceId sequence, std::span<const std::int32_t> tokens,
+                    const PrefixKey& key = {}) {
+    return sequences_.keep_prefix(sequence, tokens, key);
+  }
+
+  /// Gives an empty sequence the pages known by the first of these tokens, as fork would, and
+  /// returns how many positions they hold: a multiple of page_size, less than tokens.size(), for
+  /// the last token is to be computed. Takes the place of pages reserved before. Costs O(tokens).
+  /// Throws std::out_of_range, std::invalid_argument for a sequence that has positions,
+  /// std::bad_alloc.
+  Index share_prefix(SequenceId sequence, std::span<const std::int32_t> tokens,
+                     const PrefixKey& key = {}) {
+    return sequences_.share_prefix(sequence, tokens, key);
+  }
+
+  /// What share_prefix would return.
+  Index find_prefix(std::span<const std::int32_t> tokens, const PrefixKey& key = {}) const {
+    return sequences_.find_prefix(tokens, key);
+  }
+
+  /// Forgets all tokens of all pages, as new weights demand; sequences keep what they hold.
+  void forget_prefixes() { sequences_.forget_prefixes(); }
 
   // ---- append -----------------------------------------------------------------------------------
 
@@ -207,7 +208,7 @@ class PagedKvCache {
               const Values& values) {
     const auto k = input_view<4>(keys);
     const auto v = input_view<4>(values);
-    detail::require_same_shape(kName, "keys", k, "values", v);
+    detail::require_same_rows(kName, "keys", k, "values", v);
     const Index batch = k.dimension(0), n = k.dimension(1);
     detail::require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ",
                          batch, ", there are ", ids.size(), " sequences");
@@ -248,8 +249,8 @@ class PagedKvCache {
   /// changed.
   KvSource<Storage> source(Index layer_idx) const {
     const std::size_t layer = checked_layer(layer_idx);
-    return source_of(layer, sequence_count(), sequences_.lengths[layer].data(),
-                     sequences_.tables.data());
+    return source_of(layer, sequence_count(), list().lengths[layer].data(), list().tables.data(),
+                     list().gone.data());
   }
 
   /// Chosen sequences in the order given (one may come twice), through tables of the caller's.
@@ -259,13 +260,15 @@ class PagedKvCache {
     const std::size_t layer = checked_layer(layer_idx);
     selection.tables.clear();
     selection.lengths.clear();
+    selection.gone.clear();
     for (SequenceId id : ids) {
       const std::size_t at = find(id);
-      selection.tables.push_back(sequences_.tables[at]);
-      selection.lengths.push_back(sequences_.lengths[layer][at]);
+      selection.tables.push_back(list().tables[at]);
+      selection.lengths.push_back(list().lengths[layer][at]);
+      selection.gone.push_back(list().gone[at]);
     }
     return source_of(layer, static_cast<Index>(ids.size()), selection.lengths.data(),
-                     selection.tables.data());
+                     selection.tables.data(), selection.gone.data());
   }
 
   /// The same through tables of the cache's own, one set a layer: valid until the cache changes or
@@ -277,78 +280,38 @@ class PagedKvCache {
 
   // ---- figures ----------------------------------------------------------------------------------
 
-  Index pages_free() const { return pool_.free_count(); }
+  Index pages_free() const { return pool().free_count(); }
   /// Counts by walking every page table: O(pages held).
-  PagedKvStatistics statistics() const {
-    PagedKvStatistics result;
-    result.sequences = sequence_count();
-    result.pages_total = config_.page_count;
-    result.pages_used = config_.page_count - pool_.free_count();
-    result.pages_peak = pool_.peak();
-    result.copies = pool_.copies();
-    result.pages_shared = pool_.shared_count();
-    std::vector<Index> filled(static_cast<std::size_t>(config_.page_count), 0);
-    for (std::size_t at = 0; at < sequences_.ids.size(); ++at) {
-      const Index length = sequences_.longest(at);
-      result.tokens += length;
-      detail::fill_pages(filled, sequences_.pages[at], config_.page_size, length);
-    }
-    for (Index used : filled) result.slots_used += used;
-    if (result.pages_used > 0)
-      result.utilisation = static_cast<double>(result.slots_used) /
-                           static_cast<double>(result.pages_used * config_.page_size);
-    return result;
-  }
+  PagedKvStatistics statistics() const { return sequences_.statistics(); }
 
  private:
   static constexpr const char* kName = "PagedKvCache";
   PagedKvCache() noexcept = default;  // what was moved from
-  auto members() noexcept {
-    return std::tie(config_, layout_, pool_, sequences_, selections_, appends_);
-  }
+  auto members() noexcept { return std::tie(config_, layers_, sequences_, selections_); }
   void swap(PagedKvCache& other) noexcept {
     auto mine = members(), theirs = other.members();
     mine.swap(theirs);
   }
-  Index total_slots() const { return config_.page_count * config_.page_size; }
+  const detail::PagePool& pool() const { return sequences_.pool(); }
+  const detail::KvSequences& list() const { return sequences_.list(); }
 
   std::size_t checked_layer(Index layer_idx) const {
     detail::require_that(layer_idx >= 0 && layer_idx < config_.layers, kName, "layer_idx is ",
                          layer_idx, ", expected 0 to ", config_.layers - 1);
     return static_cast<std::size_t>(layer_idx);
   }
-  std::size_t find(SequenceId id) const { return sequences_.find(id, kName); }
-
-  void grow_table(std::size_t at, Index pages) {
-    auto& table = sequences_.pages[at];
-    if (static_cast<std::size_t>(pages) > table.capacity())
-      table.reserve((std::max)(static_cast<std::size_t>(pages), table.capacity() * 2));
-    sequences_.tables[at] = table.data();
-  }
-  void take_pages(std::size_t at, Index pages) {
-    auto& table = sequences_.pages[at];
-    while (static_cast<Index>(table.size()) < pages) table.push_back(pool_.take());
-  }
-
-  /// Pages of a sequence that positions [begin, end) fall into and that it holds already.
-  std::pair<Index, Index> held_pages(std::size_t at, Index begin, Index end) const {
-    const Index held = static_cast<Index>(sequences_.pages[at].size());
-    return {(std::min)(begin / config_.page_size, held),
-            (std::min)(detail::pages_for(end, config_.page_size), held)};
-  }
+  std::size_t find(SequenceId id) const { return sequences_.find(id); }
 
   template <typename D, typename Keys, typename Values>
   void append_rows(const D& device, std::span<const SequenceId> ids, Index layer_idx,
                    const Keys& keys, const Values& values, Index each, const Index* offsets) {
     static_assert(std::is_same_v<scalar_of<Keys>, T> && std::is_same_v<scalar_of<Values>, T>,
                   "eigenformer: keys and values hold the scalar T of ef::PagedKvCache<T, Storage>");
-    detail::require_same_shape(kName, "keys", keys, "values", values);
-    detail::require_memory(kName, "the pool", pool_.memory(), memory_of(device));
+    detail::require_same_rows(kName, "keys", keys, "values", values);
+    detail::require_memory(kName, "the pool", pool().memory(), memory_of(device));
     const std::size_t layer = checked_layer(layer_idx);
-    if (keys.dimension(1) != config_.kv_heads || keys.dimension(2) != config_.head_dim)
-      detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
-                           detail::shape_text(keys), ", the cache has ", config_.kv_heads,
-                           " heads of ", config_.head_dim);
+    const detail::PagedLayer fitted =
+        layer_for(layer, {keys.dimension(1), keys.dimension(2), values.dimension(2)}, keys);
     KvSelection& selection = selections_[layer];
     // checks ids, and grows the tables while a failure still changes nothing
     source(layer_idx, ids, selection);
@@ -356,86 +319,58 @@ class PagedKvCache {
       return offsets == nullptr ? each : offsets[i + 1] - offsets[i];
     };
     // Sizes before data: what a view too large for the pool points to must not be read.
-    require_pages(layer, ids, added);
+    sequences_.require_pages(layer, ids, added);
     detail::checked_size(kName, "keys", keys);
+    detail::checked_size(kName, "values", values);
     if constexpr (std::is_same_v<Storage, std::int8_t> && detail::host_readable<D>) {
       detail::require_quantizable(device, kName, "keys", keys);
       detail::require_quantizable(device, kName, "values", values);
     }
-    claim(layer, ids, added);
+    sequences_.claim(layer, ids, added);
+    if (keys.dimension(0) > 0) layers_[layer] = fitted;
     const KvSource<Storage> target = source(layer_idx, ids, selection);
     detail::run(device, problem::KvAppend<T, Storage>{
                             keys.data(), values.data(), detail::strides_of(keys),
                             detail::strides_of(values), keys.dimension(0), each, offsets,
-                            selection.lengths.data(), total_slots(), target});
-    for (std::size_t i = 0; i < ids.size(); ++i)
-      sequences_.lengths[layer][find(ids[i])] += added(i);
+                            selection.lengths.data(), sequences_.total_slots(), target});
+    sequences_.advance(layer, ids, added);
   }
 
-  /// Throws where the pool has not enough pages for the new positions of all sequences.
-  template <typename Added>
-  void require_pages(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
-    Index needed = 0;
-    ++appends_;
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      const std::size_t at = find(ids[i]);
-      detail::require_that(std::exchange(sequences_.last_append[at], appends_) != appends_, kName,
-                           "sequence ", ids[i], " comes twice in an append");
-      const Index begin = sequences_.lengths[layer][at];
-      detail::require_capacity(added(i) <= total_slots() - begin, kName, added(i),
-                               " more positions behind ", begin, " of sequence ", ids[i],
-                               ", the pool has ", total_slots());
-      const Index pages = detail::pages_for(begin + added(i), config_.page_size);
-      needed += std::max<Index>(0, pages - static_cast<Index>(sequences_.pages[at].size()));
-    }
-    needed += copies_needed(layer, ids, added);
-    pool_.require_free(needed, kName);
-  }
-
-  /// Gives every sequence pages of its own, which require_pages has found, for its new positions,
-  /// or throws with nothing changed.
-  template <typename Added>
-  void claim(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
-    const auto end_of = [&](std::size_t i, std::size_t at) {
-      return sequences_.lengths[layer][at] + added(i);
-    };
-    for (std::size_t i = 0; i < ids.size(); ++i) {
-      const std::size_t at = find(ids[i]);
-      grow_table(at, detail::pages_for(end_of(i, at), config_.page_size));
-    }
-    for (std::size_t i = 0; i < ids.size(); ++i) {  // nothing throws from here on
-      const std::size_t at = find(ids[i]);
-      if (added(i) == 0) continue;
-      const auto [first, last] = held_pages(at, sequences_.lengths[layer][at], end_of(i, at));
-      for (Index p = first; p < last; ++p)
-        pool_.make_own(sequences_.pages[at][static_cast<std::size_t>(p)]);
-      take_pages(at, detail::pages_for(end_of(i, at), config_.page_size));
-    }
-  }
-
-  /// How many pages the batch must copy.
-  template <typename Added>
-  Index copies_needed(std::size_t layer, std::span<const SequenceId> ids, const Added& added) {
-    return pool_.copies_needed([&](auto&& visit) {
-      for (std::size_t i = 0; i < ids.size(); ++i) {
-        if (added(i) == 0) continue;
-        const std::size_t at = find(ids[i]);
-        const Index length = sequences_.lengths[layer][at];
-        const auto [first, last] = held_pages(at, length, length + added(i));
-        for (Index p = first; p < last; ++p)
-          visit(sequences_.pages[at][static_cast<std::size_t>(p)]);
+  /// A layer as it is once it holds rows of this shape.
+  template <typename Keys>
+  detail::PagedLayer layer_for(std::size_t layer, const KvLayerShape& shape,
+                               const Keys& keys) const {
+    detail::PagedLayer result = layers_[layer];
+    if (!result.has_shape(shape)) {
+      const bool may =
+          !result.fixed && shape.kv_heads >= 1 && shape.head_dim >= 1 && shape.value_dim >= 1;
+      if (may) result.layout = detail::paged_layout<Storage>(config_, shape, kName);
+      if (!may || !layers_[layer].has_room_for(result.layout)) {
+        const KvLayerShape own = this->shape(static_cast<Index>(layer));
+        detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
+                             detail::shape_text(keys), " and values a width of ", shape.value_dim,
+                             ", the cache has ", own.kv_heads, " heads of ", own.head_dim,
+                             " and values of ", own.value_dim, " in layer ",
+                             static_cast<Index>(layer));
       }
-    });
+    }
+    result.fixed = true;
+    return result;
   }
 
+  /// Of sequences whose tables, lengths and losses these are.
   KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths,
-                              const std::int32_t* const* tables) const {
-    return detail::paged_source<Storage>(layout_, batch, lengths, pool_.pages(), tables,
-                                         layer * layout_.bytes);
+                              const std::int32_t* const* tables,
+                              const problem::KeyRange* gone) const {
+    auto source = detail::paged_source<Storage>(layers_[layer].layout, batch, lengths,
+                                                pool().pages(), tables, layers_[layer].offset);
+    source.gone = gone;
+    return source;
   }
 
   Tensor<T, 3> read(SequenceId sequence, Index layer_idx, bool values) const {
-    Tensor<T, 3> output(length(sequence, layer_idx), config_.kv_heads, config_.head_dim);
+    const KvLayerShape s = shape(layer_idx);
+    Tensor<T, 3> output(length(sequence, layer_idx), s.kv_heads, values ? s.value_dim : s.head_dim);
     read_into(Eigen::DefaultDevice{}, output, sequence, layer_idx, values);
     return output;
   }
@@ -446,22 +381,25 @@ class PagedKvCache {
     static_assert(std::is_same_v<scalar_of<Output>, T>,
                   "eigenformer: output holds the scalar T of ef::PagedKvCache<T, Storage>");
     const std::size_t layer = checked_layer(layer_idx), at = find(sequence);
-    const Index length = sequences_.lengths[layer][at];
+    const Index length = list().lengths[layer][at];
     const auto to = output_view<3>(output);
+    const KvLayerShape s = shape(layer_idx);
     detail::require_same_shape(
         kName, "output", to, "the sequence",
-        TensorView<const T, 3>(nullptr, length, config_.kv_heads, config_.head_dim));
-    detail::require_memory(kName, "the pool", pool_.memory(), memory_of(device));
-    const auto one = source_of(layer, 1, &sequences_.lengths[layer][at], &sequences_.tables[at]);
+        TensorView<const T, 3>(nullptr, length, s.kv_heads, values ? s.value_dim : s.head_dim));
+    const problem::KeyRange gone = list().gone[at];
+    detail::require_that(gone.begin == gone.end, kName, "sequence ", sequence,
+                         " has given up the positions ", gone.begin, " to ", gone.end - 1);
+    detail::require_memory(kName, "the pool", pool().memory(), memory_of(device));
+    const auto one =
+        source_of(layer, 1, &list().lengths[layer][at], &list().tables[at], &list().gone[at]);
     detail::run(device, problem::KvRead<T, Storage>{one, length, values, to.data()});
   }
 
   PagedKvConfig config_;
-  detail::KvPageLayout layout_;
-  detail::PagePool pool_;
-  detail::KvSequences sequences_;
+  std::vector<detail::PagedLayer> layers_;  // [layer]
+  detail::PagedSequences sequences_;
   std::vector<KvSelection> selections_;  // [layer]
-  std::int64_t appends_ = 0;
 };
 
 /// Appends to the given sequences, row i to ids[i]; see PagedKvCache::append.

@@ -102,12 +102,15 @@ struct PagedRows {
   /// Where each row begins, into s.starts, and what undo needs.
   template <typename T>
   void begin(const DecoderConfig& model, std::size_t rows, InferenceScratch<T>& s) {
-    const PagedKvConfig& c = cache.config();
-    require_that(
-        c.layers == model.layers && c.kv_heads == model.kv_heads && c.head_dim == model.head_dim,
-        "Decoder::step", "the cache has ", c.layers, " layers of ", c.kv_heads, " heads of ",
-        c.head_dim, ", the model has ", model.layers, " of ", model.kv_heads, " of ",
-        model.head_dim);
+    require_that(cache.config().layers == model.layers, "Decoder::step", "the cache has ",
+                 cache.config().layers, " layers, the model has ", model.layers);
+    for (Index l = 0; l < model.layers; ++l) {
+      const KvLayerShape c = cache.shape(l);
+      require_that(c.kv_heads == model.kv_heads && c.head_dim == model.head_dim &&
+                       c.value_dim == model.head_dim,
+                   "Decoder::step", "the cache has ", c.kv_heads, " heads of ", c.head_dim,
+                   ", the model has ", model.kv_heads, " of ", model.head_dim);
+    }
     s.capacities.resize(rows);
     for (std::size_t i = 0; i < rows; ++i) {
       s.starts[i] = cache.length(sequences[i]);

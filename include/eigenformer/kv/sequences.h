@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/check.h"
+#include "../problem/visibility.h"
 #include "paged_config.h"
 
 namespace eigenformer {
@@ -23,6 +24,7 @@ struct KvSequences {
   std::vector<std::vector<std::int32_t>> pages;  // [sequence][page of the sequence] -> page id
   std::vector<const std::int32_t*> tables;       // [sequence] -> its pages
   std::vector<std::vector<Index>> lengths;       // [layer][sequence]
+  std::vector<problem::KeyRange> gone;           // [sequence] positions that it has given up
   // [sequence] number of the append that met it last: finds ids that come twice
   std::vector<std::int64_t> last_append;
   SequenceId next_id = 0;
@@ -58,17 +60,18 @@ struct KvSequences {
     grow(ids);
     grow(pages);
     grow(tables);
+    grow(gone);
     grow(last_append);
     for (auto& layer : lengths) grow(layer);
   }
   SequenceId push(std::vector<std::int32_t> own_pages) {
     for (auto& layer : lengths) layer.push_back(0);
-    return push_entry(std::move(own_pages));
+    return push_entry(std::move(own_pages), {0, 0});
   }
   /// One with the first `kept` positions of each layer of its parent.
   SequenceId push_fork(std::vector<std::int32_t> shared_pages, std::size_t parent, Index kept) {
     for (auto& layer : lengths) layer.push_back((std::min)(layer[parent], kept));
-    return push_entry(std::move(shared_pages));
+    return push_entry(std::move(shared_pages), gone[parent]);
   }
   void erase(std::size_t at) {
     const auto without = [offset = static_cast<std::ptrdiff_t>(at)](auto& v) {
@@ -77,15 +80,17 @@ struct KvSequences {
     without(ids);
     without(pages);
     without(tables);
+    without(gone);
     without(last_append);
     for (auto& layer : lengths) without(layer);
   }
 
  private:
-  SequenceId push_entry(std::vector<std::int32_t> own_pages) {
+  SequenceId push_entry(std::vector<std::int32_t> own_pages, problem::KeyRange own_gone) {
     ids.push_back(next_id);
     pages.push_back(std::move(own_pages));
     tables.push_back(pages.back().data());
+    gone.push_back(own_gone);
     last_append.push_back(0);
     return next_id++;
   }
