@@ -30,12 +30,17 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <istream>
+#include <ostream>
 #include <span>
+#include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "core/dispatch.h"
 #include "kv/paged_config.h"
+#include "kv/paged_file.h"
 #include "kv/paged_layers.h"
 #include "kv/paged_sequences.h"
 #include "kv_cache.h"
@@ -278,6 +283,53 @@ class PagedKvCache {
     return source(layer_idx, ids, selections_[checked_layer(layer_idx)]);
   }
 
+  // ---- to and from streams ----------------------------------------------------------------------
+
+  /// Writes a sequence, as it is stored, with a checksum (format: kv/paged_file.h). Waits for the
+  /// work of a GPU, page by page. Throws std::out_of_range, std::runtime_error where the stream
+  /// fails, std::bad_alloc.
+  void save(SequenceId sequence, std::ostream& stream) const {
+    const std::size_t at = find(sequence);
+    detail::PagedFile file{list().gone[at], {}, {}};
+    for (Index l = 0; l < config_.layers; ++l) {
+      file.shapes.push_back(shape(l));
+      file.lengths.push_back(length(sequence, l));
+    }
+    detail::PagedWriter to(stream);
+    detail::write_head<Storage>(to, file);
+    for (std::size_t l = 0; l < layers_.size(); ++l)
+      detail::SavedRows<Storage>(layers_[l], pool(), list().tables[at])
+          .save(to, file.lengths[l], file.gone);
+    to.finish_part();
+    if (!stream) detail::fail<std::runtime_error>("PagedKvCache: save: the stream failed");
+  }
+
+  /// A new sequence out of such a stream, from a cache of the same Storage, layers and shapes; its
+  /// page_size and memory may be others. A layer without a shape yet takes the stream's. The stream
+  /// may come from anybody: all of it is checked, and where it is refused there is no new sequence
+  /// (known prefixes may have made room for it). Throws std::invalid_argument,
+  /// std::length_error where pages do not suffice, std::bad_alloc.
+  SequenceId load(std::istream& stream) {
+    checked_layer(0);
+    detail::PagedReader from(stream, kName);
+    const auto file =
+        detail::read_head<Storage>(from, config_.layers, sequences_.total_slots(), kName);
+    auto fitted = layers_;
+    for (std::size_t l = 0; l < fitted.size(); ++l)
+      if (file.lengths[l] > 0) fitted[l] = layer_for(l, file.shapes[l], file.lengths[l]);
+    const SequenceId id = sequences_.add(file.lengths, file.gone);
+    detail::attempt_or_undo(
+        [&] {
+          for (std::size_t l = 0; l < fitted.size(); ++l)
+            detail::SavedRows<Storage>(fitted[l], pool(), list().tables.back())
+                .load(from, file.lengths[l], file.gone);
+          from.finish_part("rows");
+        },
+        [&] { sequences_.free(id); });
+    layers_ = std::move(fitted);
+    return id;
+  }
+
   // ---- figures ----------------------------------------------------------------------------------
 
   Index pages_free() const { return pool().free_count(); }
@@ -310,8 +362,8 @@ class PagedKvCache {
     detail::require_same_rows(kName, "keys", keys, "values", values);
     detail::require_memory(kName, "the pool", pool().memory(), memory_of(device));
     const std::size_t layer = checked_layer(layer_idx);
-    const detail::PagedLayer fitted =
-        layer_for(layer, {keys.dimension(1), keys.dimension(2), values.dimension(2)}, keys);
+    const detail::PagedLayer fitted = layer_for(
+        layer, {keys.dimension(1), keys.dimension(2), values.dimension(2)}, keys.dimension(0));
     KvSelection& selection = selections_[layer];
     // checks ids, and grows the tables while a failure still changes nothing
     source(layer_idx, ids, selection);
@@ -337,9 +389,7 @@ class PagedKvCache {
   }
 
   /// A layer as it is once it holds rows of this shape.
-  template <typename Keys>
-  detail::PagedLayer layer_for(std::size_t layer, const KvLayerShape& shape,
-                               const Keys& keys) const {
+  detail::PagedLayer layer_for(std::size_t layer, const KvLayerShape& shape, Index tokens) const {
     detail::PagedLayer result = layers_[layer];
     if (!result.has_shape(shape)) {
       const bool may =
@@ -347,10 +397,10 @@ class PagedKvCache {
       if (may) result.layout = detail::paged_layout<Storage>(config_, shape, kName);
       if (!may || !layers_[layer].has_room_for(result.layout)) {
         const KvLayerShape own = this->shape(static_cast<Index>(layer));
-        detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape ",
-                             detail::shape_text(keys), " and values a width of ", shape.value_dim,
-                             ", the cache has ", own.kv_heads, " heads of ", own.head_dim,
-                             " and values of ", own.value_dim, " in layer ",
+        detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape (", tokens,
+                             ", ", shape.kv_heads, ", ", shape.head_dim, ") and values a width of ",
+                             shape.value_dim, ", the cache has ", own.kv_heads, " heads of ",
+                             own.head_dim, " and values of ", own.value_dim, " in layer ",
                              static_cast<Index>(layer));
       }
     }

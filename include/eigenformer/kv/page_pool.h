@@ -49,6 +49,7 @@ class PagePool {
   Index peak() const { return peak_; }
   std::int64_t copies() const { return copies_; }
   const std::byte* const* pages() const { return pages_.data(); }
+  std::byte* page(std::int32_t id) const { return pages_[static_cast<std::size_t>(id)]; }
   std::int32_t holders(std::int32_t id) const { return holders_[static_cast<std::size_t>(id)]; }
   /// Pages with more than one holder.
   Index shared_count() const {
@@ -115,8 +116,6 @@ class PagePool {
   void forget_prefixes() { index_.forget_all(free_); }
 
  private:
-  std::byte* page(std::int32_t id) { return pages_[static_cast<std::size_t>(id)]; }
-
   MemoryBlock block_;
   std::size_t page_bytes_ = 0;
   std::vector<std::byte*> pages_;      // [page id], and the page that is gone

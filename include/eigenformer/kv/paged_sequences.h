@@ -41,6 +41,27 @@ class PagedSequences {
     return list_.push({});
   }
 
+  /// One of these lengths, with pages that hold anything, where it has not given up positions.
+  SequenceId add(const std::vector<Index>& lengths, problem::KeyRange gone) {
+    const Index count = pages_for(*std::max_element(lengths.begin(), lengths.end()), page_size_),
+                first_gone = pages_for(gone.begin, page_size_),
+                end_gone = (std::max)(first_gone, gone.end / page_size_);
+    pool_.require_free(count - (end_gone - first_gone), kName);
+    list_.make_room_for_one();
+    std::vector<std::int32_t> pages(static_cast<std::size_t>(count), pool_.gone_page());
+    for (Index p = 0; p < count; ++p) {
+      auto& page = pages[static_cast<std::size_t>(p)];
+      if (p >= first_gone && p < end_gone)
+        pool_.retain(page);
+      else
+        page = pool_.take();
+    }
+    const SequenceId id = list_.push(std::move(pages));
+    for (std::size_t l = 0; l < lengths.size(); ++l) list_.lengths[l].back() = lengths[l];
+    if (gone.begin < gone.end) list_.gone.back() = gone;
+    return id;
+  }
+
   SequenceId fork(SequenceId sequence, Index length) {
     const std::size_t parent = find(sequence);
     const Index longest = list_.longest(parent);
@@ -94,16 +115,16 @@ class PagedSequences {
     const Index end = (std::min)(position, list_.shortest(at)) / page_size_,
                 begin = (std::min)(pages_for(keep_first, page_size_), end);
     if (begin == end || end * page_size_ <= gone.end) return;
-    require_that(gone.end == 0 || gone.begin == begin * page_size_, kName, "sequence ", sequence,
-                 " has given up positions from ", gone.begin, " on, keeping the first ", keep_first,
-                 " would be from ", begin * page_size_);
+    require_that(gone.end == 0 || pages_for(gone.begin, page_size_) == begin, kName, "sequence ",
+                 sequence, " has given up positions from ", gone.begin, " on, keeping the first ",
+                 keep_first, " would be from ", begin * page_size_);
     auto& pages = list_.pages[at];
     for (Index p = end; p-- > (std::max)(begin, gone.end / page_size_);) {
       auto& page = pages[static_cast<std::size_t>(p)];
       pool_.release(std::exchange(page, pool_.gone_page()));
       pool_.retain(page);
     }
-    gone = {begin * page_size_, end * page_size_};
+    gone = {gone.end == 0 ? begin * page_size_ : gone.begin, end * page_size_};
   }
 
   // ---- prefixes -----------------------------------------------------------------------------------
@@ -150,12 +171,14 @@ class PagedSequences {
     for (Index p = 0; p < count; ++p) {
       std::int32_t& own = list_.pages[at][static_cast<std::size_t>(p)];
       const auto part = page_of(tokens, p);
+      const bool whole =
+          (p + 1) * page_size_ <= list_.gone[at].begin || p * page_size_ >= list_.gone[at].end;
       auto next = index.find(place, part);
       if (next.page == PrefixIndex::kNone) {
-        if (own == pool_.gone_page() || index.has(own)) return p * page_size_;
+        if (!whole || index.has(own)) return p * page_size_;
         index.add(place, next.hash, own, part);
         next.page = own;
-      } else if (own != pool_.gone_page() && own != next.page) {
+      } else if (whole && own != next.page) {
         pool_.retain(next.page);
         pool_.release(std::exchange(own, next.page));
       }

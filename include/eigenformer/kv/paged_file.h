@@ -1,0 +1,215 @@
+/// \file
+/// One sequence of a PagedKvCache as a stream of bytes:
+///
+///   "EFKVSEQ1" | order version storage layers gone_begin gone_end | for each layer: kv_heads head_dim value_dim length | checksum of all that
+///   for each layer, for each position that is not gone: key rows (kv_heads, head_dim) | value rows | INT8 only: key scales (kv_heads) | value scales
+///   checksum of the rows
+///
+/// Numbers are 64 bits, in the byte order of the machine that wrote them, which `order` shows. Rows
+/// are as the cache stores them; pages leave no trace.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <istream>
+#include <ostream>
+#include <utility>
+#include <vector>
+
+#include "page_pool.h"
+#include "paged_layers.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+/// A checksum that notices every changed bit; not one that somebody who wants to could not fool.
+class PagedChecksum {
+ public:
+  void add(const void* data, std::size_t bytes) {
+    const auto* from = static_cast<const unsigned char*>(data);
+    for (; bytes > 0; from += 8, bytes -= (std::min)(bytes, std::size_t{8})) {
+      std::uint64_t word = 0;
+      std::memcpy(&word, from, (std::min)(bytes, std::size_t{8}));
+      sum_ = (sum_ ^ word) * 0x9e3779b97f4a7c15u;
+      sum_ ^= sum_ >> 32;
+    }
+  }
+  std::int64_t value() const { return static_cast<std::int64_t>(sum_); }
+
+ private:
+  std::uint64_t sum_ = 1;
+};
+
+class PagedWriter {
+ public:
+  explicit PagedWriter(std::ostream& to) : to_(to) {}
+  void write(const void* data, std::size_t bytes) {
+    sum_.add(data, bytes);
+    to_.write(static_cast<const char*>(data), static_cast<std::streamsize>(bytes));
+  }
+  void write(const std::vector<std::int64_t>& numbers) {
+    write(numbers.data(), numbers.size() * sizeof(std::int64_t));
+  }
+  void finish_part() {
+    const std::int64_t sum = sum_.value();
+    write(&sum, sizeof(sum));
+    sum_ = {};
+  }
+
+ private:
+  std::ostream& to_;
+  PagedChecksum sum_;
+};
+
+class PagedReader {
+ public:
+  PagedReader(std::istream& from, const char* operation) : from_(from), operation_(operation) {}
+  void read(void* data, std::size_t bytes) {
+    from_.read(static_cast<char*>(data), static_cast<std::streamsize>(bytes));
+    require_that(std::cmp_equal(from_.gcount(), bytes), operation_, "load: the stream ends early");
+    sum_.add(data, bytes);
+  }
+  std::vector<std::int64_t> numbers(std::size_t count) {
+    std::vector<std::int64_t> result(count);
+    read(result.data(), count * sizeof(std::int64_t));
+    return result;
+  }
+  void finish_part(const char* what) {
+    const std::int64_t sum = sum_.value();
+    std::int64_t stored = 0;
+    read(&stored, sizeof(stored));
+    require_that(stored == sum, operation_, "load: the checksum of the ", what, " is wrong");
+    sum_ = {};
+  }
+
+ private:
+  std::istream& from_;
+  const char* operation_;
+  PagedChecksum sum_;
+};
+
+/// What stands before the rows.
+struct PagedFile {
+  static constexpr std::array<char, 8> kMagic{'E', 'F', 'K', 'V', 'S', 'E', 'Q', '1'};
+  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 1;
+
+  problem::KeyRange gone;
+  std::vector<KvLayerShape> shapes;
+  std::vector<Index> lengths;
+};
+
+template <typename Storage>
+constexpr std::int64_t kStorageCode = std::is_same_v<Storage, float>             ? 1
+                                      : std::is_same_v<Storage, double>          ? 2
+                                      : std::is_same_v<Storage, Eigen::bfloat16> ? 3
+                                      : std::is_same_v<Storage, Eigen::half>     ? 4
+                                                                                 : 5;
+
+template <typename Storage>
+void write_head(PagedWriter& to, const PagedFile& file) {
+  to.write(PagedFile::kMagic.data(), PagedFile::kMagic.size());
+  to.write({PagedFile::kOrder, PagedFile::kVersion, kStorageCode<Storage>,
+            static_cast<std::int64_t>(file.shapes.size()), file.gone.begin, file.gone.end});
+  for (std::size_t l = 0; l < file.shapes.size(); ++l)
+    to.write({file.shapes[l].kv_heads, file.shapes[l].head_dim, file.shapes[l].value_dim,
+              file.lengths[l]});
+  to.finish_part();
+}
+
+/// Throws std::invalid_argument for what is no file of a cache of `layers` layers and `most`
+/// positions. Allocates by `layers`, not by what the file says.
+template <typename Storage>
+PagedFile read_head(PagedReader& from, Index layers, Index most, const char* operation) {
+  std::array<char, 8> magic{};
+  from.read(magic.data(), magic.size());
+  require_that(magic == PagedFile::kMagic, operation, "load: the stream holds no sequence");
+  const auto head = from.numbers(6);
+  require_that(head[0] == PagedFile::kOrder, operation, "load: another byte order");
+  require_that(head[1] == PagedFile::kVersion, operation, "load: version ", head[1],
+               ", this library reads ", PagedFile::kVersion);
+  require_that(head[2] == kStorageCode<Storage>, operation, "load: rows of storage ", head[2],
+               ", the cache has ", kStorageCode<Storage>,
+               " (float, double, bfloat16, half, INT8: 1 to 5)");
+  require_that(head[3] == layers, operation, "load: ", head[3], " layers, the cache has ", layers);
+  PagedFile file{{head[4], head[5]}, {}, {}};
+  for (Index l = 0; l < layers; ++l) {
+    const auto layer = from.numbers(4);
+    file.shapes.push_back({layer[0], layer[1], layer[2]});
+    file.lengths.push_back(layer[3]);
+  }
+  from.finish_part("head");
+  const auto [shortest, longest] = std::minmax_element(file.lengths.begin(), file.lengths.end());
+  require_that(*shortest >= 0 && file.gone.begin >= 0 && file.gone.begin <= file.gone.end &&
+                   file.gone.end <= *shortest,
+               operation, "load: lengths contradict each other");
+  require_capacity(*longest <= most, operation, "load: ", *longest, " positions, the pool has ",
+                   most);
+  return file;
+}
+
+/// Rows of a layer, page by page, through memory of the host, for the pool may lie elsewhere.
+template <typename Storage>
+class SavedRows {
+ public:
+  SavedRows(const PagedLayer& layer, const PagePool& pool, const std::int32_t* table)
+      : layer_(layer), pool_(pool), table_(table), image_(layer.layout.bytes) {}
+
+  void save(PagedWriter& to, Index length, problem::KeyRange gone) {
+    for_each_page(length, gone, [&](std::byte* page, Index begin, Index end, Index first) {
+      pool_.memory().copy_out(image_.data(), page, image_.size());
+      for_each_part(begin, end, first, gone,
+                    [&](std::byte* part, std::size_t bytes) { to.write(part, bytes); });
+    });
+  }
+  void load(PagedReader& from, Index length, problem::KeyRange gone) {
+    for_each_page(length, gone, [&](std::byte* page, Index begin, Index end, Index first) {
+      for_each_part(begin, end, first, gone,
+                    [&](std::byte* part, std::size_t bytes) { from.read(part, bytes); });
+      pool_.memory().copy_in(page, image_.data(), image_.size());
+    });
+  }
+
+ private:
+  /// visit(memory of the layer's part, positions [begin, end), position of slot 0)
+  template <typename Visit>
+  void for_each_page(Index length, problem::KeyRange gone, Visit&& visit) {
+    const Index size = layer_.layout.page_size;
+    for (Index first = 0; first < length; first += size) {
+      const Index end = (std::min)(first + size, length);
+      if (first >= gone.begin && end <= gone.end) continue;
+      visit(pool_.page(table_[first / size]) + layer_.offset, first, end, first);
+    }
+  }
+  template <typename Visit>
+  void for_each_part(Index begin, Index end, Index first, problem::KeyRange gone, Visit&& visit) {
+    const KvPageLayout& l = layer_.layout;
+    for (Index j = begin; j < end; ++j) {
+      if (j >= gone.begin && j < gone.end) continue;
+      const auto rows = [&](std::size_t offset, Index bytes) {
+        for (Index h = 0; h < l.kv_heads; ++h)
+          visit(image_.data() + offset +
+                    static_cast<std::size_t>((h * l.page_size + j - first) * bytes),
+                static_cast<std::size_t>(bytes));
+      };
+      rows(0, l.head_dim * Index{sizeof(Storage)});
+      rows(l.value_offset, l.value_dim * Index{sizeof(Storage)});
+      if constexpr (std::is_same_v<Storage, std::int8_t>) {
+        rows(l.key_scale_offset, sizeof(float));
+        rows(l.value_scale_offset, sizeof(float));
+      }
+    }
+  }
+
+  const PagedLayer& layer_;
+  const PagePool& pool_;
+  const std::int32_t* table_;
+  std::vector<std::byte> image_;  // of the layer's part of a page
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
