@@ -10,7 +10,7 @@
 #include "grad_scaler.h"      // loss scaling for mixed precision
 #include "kv_cache.h"         // keys and values of a batch: append, truncate, reserve, INT8 storage
 #include "linear.h"           // linear layers over plain and packed weights, and their gradients
-#include "paged_kv_cache.h"   // keys and values in pages: any lengths, copy-on-write forks
+#include "paged_kv_cache.h"   // keys and values in pages: any lengths, forks, shared prefixes, save and load
 #include "quantization.h"     // symmetric INT8; the exact INT8 linear layer
 #include "sampling.h"         // filters, penalties, exact probabilities, speculation
 #include "scheduler.h"        // continuous batching

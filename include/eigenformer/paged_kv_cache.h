@@ -15,17 +15,36 @@
 /// into them without claiming more. A step therefore appends the same tokens layer after layer, and
 /// pages can run out in its first layer only; reserve(sequence, length) claims them before that.
 ///
+/// Shapes. All layers hold keys (n, kv_heads, head_dim) and values (n, kv_heads, value_dim), with a
+/// value_dim of 0 as wide as keys; or layer_shapes states those of each layer. Where it does not,
+/// the first positions that a layer gets may have any other shape with no more elements per
+/// position (and, its scales and alignment included, no more bytes per page); the layer keeps it
+/// from then on, also when every sequence is freed.
+///
 /// Sharing. A page belongs to all sequences that were forked over it (a reference count). Whoever
 /// appends into a page that others hold too gets a copy of it first; full pages are never written
 /// again, so prefixes stay shared. A page is free when its last holder is gone.
+///
+/// Prefixes. Where nobody knows whose prefix a prompt begins with, the tokens say it:
+///
+///   const ef::Index known = cache.share_prefix(b, prompt);   // pages of whoever computed these tokens before
+///   ...                                                      // compute and append prompt[known], ...
+///   cache.keep_prefix(b, text);                              // and let others find them
+///
+/// A hash finds pages and tokens are compared, so that nothing is ever shared by mistake; a key
+/// keeps adapters and tenants apart. Pages that are known stay in the pool when their last holder
+/// is gone, and count as free: what is needed is taken from pages nobody knows, then from those
+/// that were unused longest, never from one before those that continue it. Writing into a known
+/// page (after truncate) makes it unknown, with all that continue it. The same calls give the same
+/// pages on every run.
 ///
 /// Pages that run out: std::length_error, with nothing changed, for the whole batch of an append.
 /// Unknown or freed ids: std::out_of_range (ids are never used twice). Wrong shapes:
 /// std::invalid_argument. INT8 storage is that of kv_cache.h.
 ///
-/// The pool is one allocation, made by the constructor; later ones are page tables only, amortised.
-/// Unused slots hold anything. Const members may be called from many threads at once. A cache can
-/// be moved, not copied; what was moved from is empty.
+/// The pool is one allocation, made by the constructor; later ones are page tables only, amortised,
+/// and the tokens of keep_prefix. Unused slots hold anything. Const members may be called from many
+/// threads at once. A cache can be moved, not copied; what was moved from is empty.
 #pragma once
 
 #include <algorithm>

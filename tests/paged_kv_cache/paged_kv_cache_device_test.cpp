@@ -1,6 +1,10 @@
 // A paged cache whose pool is a device's memory: ragged appends, forks and truncation give what the
-// same calls give on the host, bit for bit.
+// same calls give on the host, bit for bit; so do layers of different shapes, streams, and attention
+// over a cache that has given up pages behind a window.
+#include <eigenformer/attention.h>
 #include <eigenformer/paged_kv_cache.h>
+
+#include <sstream>
 
 #include "device.h"
 
@@ -93,6 +97,75 @@ TEST(PagedKvCacheOnDevice, StepsOfEqualLength) {
         for (Index h = 0; h < 2; ++h)
           for (Index d = 0; d < 6; ++d) EXPECT_EQ(values(j, h, d), tokens(b, 0, h, d));
     }
+  });
+}
+
+// Layers of two shapes, saved on the host and loaded on the device, and the other way round.
+TEST(PagedKvCacheOnDevice, ShapesAndStreams) {
+  const ef::PagedKvConfig config{
+      .layers = 2, .page_size = 3, .page_count = 8, .layer_shapes = {{2, 9, 4}, {1, 33}}};
+  ef::PagedKvCache<float, std::int8_t> expected(config);
+  const auto id = expected.add_sequence();
+  std::vector<ef::Tensor<float, 3>> keys, values;
+  for (Index layer : {0, 1}) {
+    const ef::KvLayerShape s = expected.shape(layer);
+    keys.push_back(random_tensor<float, 3>({7, s.kv_heads, s.head_dim}, 1));
+    values.push_back(random_tensor<float, 3>({7, s.kv_heads, s.value_dim}, 2));
+    expected.append(id, layer, keys.back(), values.back());
+  }
+  std::stringstream stream;
+  expected.save(id, stream);
+  const std::string text = stream.str();
+  for_each_device([&](const auto& bench) {
+    ef::PagedKvCache<float, std::int8_t> cache(config, ef::memory_of(bench.device));
+    const auto appended = cache.add_sequence();
+    for (std::size_t layer : {0u, 1u}) {
+      auto k = on_device(bench, keys[layer]);
+      auto v = on_device(bench, values[layer]);
+      cache.append(bench.device, appended, static_cast<Index>(layer), k.cview(), v.cview());
+      k.host();  // a deferred stream has read them before they go
+    }
+    std::istringstream from(text);
+    const auto loaded = cache.load(from);
+    for (const auto own : {appended, loaded})
+      for (Index layer : {0, 1}) {
+        const ef::KvLayerShape s = cache.shape(layer);
+        auto got = on_device(bench, poisoned_tensor<float, 3>({7, s.kv_heads, s.value_dim}));
+        cache.values_into(bench.device, got.view(), own, layer);
+        EXPECT_TRUE(same_bits(got.host(), expected.values(id, layer))) << layer;
+      }
+    std::ostringstream to;
+    cache.save(appended, to);
+    EXPECT_EQ(to.str(), text);
+  });
+}
+
+TEST(PagedKvCacheOnDevice, AttentionBehindAWindow) {
+  const ef::PagedKvConfig config{
+      .layers = 1, .kv_heads = 1, .head_dim = 8, .page_size = 4, .page_count = 20};
+  const ef::AttentionOptions options{.causal = true, .window = 9, .prefix_length = 3};
+  const auto rows = random_tensor<float, 3>({70, 1, 8}, 1);
+  auto nan = random_tensor<float, 3>({4, 1, 8}, 1);
+  nan.setConstant(NAN);
+  const auto q = random_tensor<float, 4>({1, 2, 2, 8}, 2);
+  for_each_device([&](const auto& bench) {
+    auto k = on_device(bench, rows);
+    auto hole = on_device(bench, nan);
+    auto query = on_device(bench, q);
+    const auto attend = [&](bool give_up) {
+      ef::PagedKvCache<float> cache(config, ef::memory_of(bench.device));
+      // The first page, which stands for those that are gone.
+      cache.append(bench.device, cache.add_sequence(), 0, hole.cview(), hole.cview());
+      const std::vector<ef::SequenceId> ids{cache.add_sequence()};
+      cache.append(bench.device, ids[0], 0, k.cview(), k.cview());
+      if (give_up) cache.free_before(ids[0], 60, 3);
+      EXPECT_EQ(cache.pages_free(), give_up ? 15 : 1);
+      auto output = on_device(bench, poisoned_tensor<float, 4>({1, 2, 2, 8}));
+      ef::attention_with_kv_source_into(bench.device, output.view(), query.cview(),
+                                        cache.source(0, ids), options);
+      return output.host();
+    };
+    EXPECT_TRUE(same_bits(attend(true), attend(false)));
   });
 }
 
