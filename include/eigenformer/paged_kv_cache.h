@@ -92,9 +92,28 @@ class PagedKvCache {
   const PagedKvConfig& config() const { return config_; }
   const Memory& memory() const { return pool().memory(); }
   /// Throws std::invalid_argument for a layer that there is not, as all members do.
-  KvLayerShape shape(Index layer_idx) const {
-    const auto& layout = layers_[checked_layer(layer_idx)].layout;
-    return {layout.kv_heads, layout.head_dim, layout.value_dim};
+  KvLayerShape shape(Index layer_idx) const { return layers_[checked_layer(layer_idx)].shape(); }
+
+  /// INT8 only: stores the keys of a layer by channel instead of by position, with scales that
+  /// calibration found, (kv_heads, head_dim) in host memory:
+  ///
+  ///   q = clamp(round_half_to_even(x / scale of its channel), -127, 127)
+  ///
+  /// Attention multiplies its queries by the scales (on a CPU rounded to their scalar, a copy of
+  /// the queries) and reads the keys as they are. Fixes the layer's shape. Throws
+  /// std::invalid_argument for another shape, scales that are not positive and finite, or a layer
+  /// that has positions or had some.
+  template <typename Scales>
+    requires std::is_same_v<Storage, std::int8_t>
+  void set_key_scales(Index layer_idx, const Scales& scales) {
+    const std::size_t layer = checked_layer(layer_idx);
+    static_assert(std::is_same_v<scalar_of<Scales>, float>, "eigenformer: key scales are float");
+    const auto from = input_view<2>(scales);
+    const KvLayerShape s = shape(layer_idx);
+    detail::require_same_shape(kName, "key scales", from, "the layer",
+                               TensorView<const float, 2>(nullptr, s.kv_heads, s.head_dim));
+    key_scales_.set(layers_, layer, {from.data(), static_cast<std::size_t>(from.size())}, memory(),
+                    kName);
   }
 
   // ---- sequences --------------------------------------------------------------------------------
@@ -308,45 +327,18 @@ class PagedKvCache {
   /// work of a GPU, page by page. Throws std::out_of_range, std::runtime_error where the stream
   /// fails, std::bad_alloc.
   void save(SequenceId sequence, std::ostream& stream) const {
-    const std::size_t at = find(sequence);
-    detail::PagedFile file{list().gone[at], {}, {}};
-    for (Index l = 0; l < config_.layers; ++l) {
-      file.shapes.push_back(shape(l));
-      file.lengths.push_back(length(sequence, l));
-    }
-    detail::PagedWriter to(stream);
-    detail::write_head<Storage>(to, file);
-    for (std::size_t l = 0; l < layers_.size(); ++l)
-      detail::SavedRows<Storage>(layers_[l], pool(), list().tables[at])
-          .save(to, file.lengths[l], file.gone);
-    to.finish_part();
+    detail::save_sequence<Storage>(stream, layers_, key_scales_, sequences_, find(sequence));
     if (!stream) detail::fail<std::runtime_error>("PagedKvCache: save: the stream failed");
   }
 
-  /// A new sequence out of such a stream, from a cache of the same Storage, layers and shapes; its
-  /// page_size and memory may be others. A layer without a shape yet takes the stream's. The stream
-  /// may come from anybody: all of it is checked, and where it is refused there is no new sequence
-  /// (known prefixes may have made room for it). Throws std::invalid_argument,
-  /// std::length_error where pages do not suffice, std::bad_alloc.
+  /// A new sequence out of such a stream, from a cache of the same Storage, layers, shapes and key
+  /// scales by channel; its page_size and memory may be others. A layer without a shape yet takes
+  /// the stream's. The stream may come from anybody: all of it is checked, and where it is refused
+  /// there is no new sequence (known prefixes may have made room for it). Throws
+  /// std::invalid_argument, std::length_error where pages do not suffice, std::bad_alloc.
   SequenceId load(std::istream& stream) {
     checked_layer(0);
-    detail::PagedReader from(stream, kName);
-    const auto file =
-        detail::read_head<Storage>(from, config_.layers, sequences_.total_slots(), kName);
-    auto fitted = layers_;
-    for (std::size_t l = 0; l < fitted.size(); ++l)
-      if (file.lengths[l] > 0) fitted[l] = layer_for(l, file.shapes[l], file.lengths[l]);
-    const SequenceId id = sequences_.add(file.lengths, file.gone);
-    detail::attempt_or_undo(
-        [&] {
-          for (std::size_t l = 0; l < fitted.size(); ++l)
-            detail::SavedRows<Storage>(fitted[l], pool(), list().tables.back())
-                .load(from, file.lengths[l], file.gone);
-          from.finish_part("rows");
-        },
-        [&] { sequences_.free(id); });
-    layers_ = std::move(fitted);
-    return id;
+    return detail::load_sequence<Storage>(stream, config_, layers_, key_scales_, sequences_);
   }
 
   // ---- figures ----------------------------------------------------------------------------------
@@ -358,7 +350,9 @@ class PagedKvCache {
  private:
   static constexpr const char* kName = "PagedKvCache";
   PagedKvCache() noexcept = default;  // what was moved from
-  auto members() noexcept { return std::tie(config_, layers_, sequences_, selections_); }
+  auto members() noexcept {
+    return std::tie(config_, layers_, sequences_, selections_, key_scales_);
+  }
   void swap(PagedKvCache& other) noexcept {
     auto mine = members(), theirs = other.members();
     mine.swap(theirs);
@@ -381,8 +375,9 @@ class PagedKvCache {
     detail::require_same_rows(kName, "keys", keys, "values", values);
     detail::require_memory(kName, "the pool", pool().memory(), memory_of(device));
     const std::size_t layer = checked_layer(layer_idx);
-    const detail::PagedLayer fitted = layer_for(
-        layer, {keys.dimension(1), keys.dimension(2), values.dimension(2)}, keys.dimension(0));
+    const detail::PagedLayer fitted = detail::fitted_layer<Storage>(
+        config_, layers_, layer, {keys.dimension(1), keys.dimension(2), values.dimension(2)},
+        keys.dimension(0), kName);
     KvSelection& selection = selections_[layer];
     // checks ids, and grows the tables while a failure still changes nothing
     source(layer_idx, ids, selection);
@@ -407,26 +402,6 @@ class PagedKvCache {
     sequences_.advance(layer, ids, added);
   }
 
-  /// A layer as it is once it holds rows of this shape.
-  detail::PagedLayer layer_for(std::size_t layer, const KvLayerShape& shape, Index tokens) const {
-    detail::PagedLayer result = layers_[layer];
-    if (!result.has_shape(shape)) {
-      const bool may =
-          !result.fixed && shape.kv_heads >= 1 && shape.head_dim >= 1 && shape.value_dim >= 1;
-      if (may) result.layout = detail::paged_layout<Storage>(config_, shape, kName);
-      if (!may || !layers_[layer].has_room_for(result.layout)) {
-        const KvLayerShape own = this->shape(static_cast<Index>(layer));
-        detail::require_that(false, kName, "keys (tokens, kv_heads, head_dim) has shape (", tokens,
-                             ", ", shape.kv_heads, ", ", shape.head_dim, ") and values a width of ",
-                             shape.value_dim, ", the cache has ", own.kv_heads, " heads of ",
-                             own.head_dim, " and values of ", own.value_dim, " in layer ",
-                             static_cast<Index>(layer));
-      }
-    }
-    result.fixed = true;
-    return result;
-  }
-
   /// Of sequences whose tables, lengths and losses these are.
   KvSource<Storage> source_of(std::size_t layer, Index batch, const Index* lengths,
                               const std::int32_t* const* tables,
@@ -434,6 +409,7 @@ class PagedKvCache {
     auto source = detail::paged_source<Storage>(layers_[layer].layout, batch, lengths,
                                                 pool().pages(), tables, layers_[layer].offset);
     source.gone = gone;
+    source.key_channel_scales = key_scales_.of(layer);
     return source;
   }
 
@@ -469,6 +445,7 @@ class PagedKvCache {
   std::vector<detail::PagedLayer> layers_;  // [layer]
   detail::PagedSequences sequences_;
   std::vector<KvSelection> selections_;  // [layer]
+  detail::KeyChannelScales key_scales_;
 };
 
 /// Appends to the given sequences, row i to ids[i]; see PagedKvCache::append.

@@ -168,14 +168,14 @@ TEST(PagedKvCacheSave, DamagedStreamsAreRefused) {
   for (int i = 0; i < 2000; ++i) {
     std::string damaged = text;
     // Half of them in the head, whose numbers say how much is to be done.
-    const std::size_t reach = i % 2 == 0 ? 128 : text.size();
+    const std::size_t reach = i % 2 == 0 ? 144 : text.size();
     const std::size_t at = random() % reach, length = 1 + random() % 8;
     for (std::size_t j = at; j < std::min(at + length, text.size()); ++j)
       damaged[j] = static_cast<char>(i % 3 == 0 ? 0xff : random());
     if (damaged != text) refuse(damaged);
   }
   // Numbers that contradict each other under a checksum that is right.
-  for (int field = 0; field < 14; ++field)
+  for (int field = 0; field < 16; ++field)
     for (const std::int64_t number :
          {std::int64_t{-1}, std::int64_t{0}, std::int64_t{6}, std::int64_t{1} << 40,
           (std::numeric_limits<std::int64_t>::max)()}) {
@@ -185,10 +185,10 @@ TEST(PagedKvCacheSave, DamagedStreamsAreRefused) {
       ef::detail::PagedChecksum sum;
       sum.add(damaged.data(), 8);
       sum.add(damaged.data() + 8, 48);
-      sum.add(damaged.data() + 56, 32);
-      sum.add(damaged.data() + 88, 32);
+      sum.add(damaged.data() + 56, 40);
+      sum.add(damaged.data() + 96, 40);
       const std::int64_t value = sum.value();
-      std::memcpy(damaged.data() + 120, &value, 8);
+      std::memcpy(damaged.data() + 136, &value, 8);
       refuse(damaged);
     }
   EXPECT_EQ(other.length(loaded(other, text), 0), 7);

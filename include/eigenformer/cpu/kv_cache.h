@@ -24,13 +24,28 @@ float quantize_row(const T* x, std::int8_t* q, Index count) {
   return scale;
 }
 
+/// The same by the scale of each channel, with a scale of 1 for the row.
+template <typename Isa, typename T>
+float quantize_by_channel(const T* x, const float* scales, std::int8_t* q, Index count) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  for_each_vector<V>(0, count, [&](Index at, auto part) {
+    const V scale = load<V>(scales + at, part);
+    store(int8_values([&](V w) { return w / scale; }, load<V>(x + at, part)), q + at, part);
+  });
+  return 1;
+}
+
 template <typename Isa, typename T, typename Storage>
 void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index h, Index j) {
   const Index width = p.target.head_dim, value_width = p.target.value_width();
   const T* key = p.new_keys + token * p.key_strides.token + h * p.key_strides.head;
   const T* value = p.new_values + token * p.value_strides.token + h * p.value_strides.head;
   if constexpr (std::is_same_v<Storage, std::int8_t>) {
-    *p.key_scale_slot(b, h, j) = quantize_row<Isa>(key, p.key_slot(b, h, j), width);
+    const float* const channels = p.target.key_channel_scales;
+    *p.key_scale_slot(b, h, j) =
+        channels == nullptr
+            ? quantize_row<Isa>(key, p.key_slot(b, h, j), width)
+            : quantize_by_channel<Isa>(key, channels + h * width, p.key_slot(b, h, j), width);
     *p.value_scale_slot(b, h, j) = quantize_row<Isa>(value, p.value_slot(b, h, j), value_width);
   } else {
     copy_line<Isa>(key, p.key_slot(b, h, j), width);
@@ -52,6 +67,21 @@ void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) 
   });
 }
 
+template <typename Isa, typename T>
+void read_int8_row(const problem::KvRead<T, std::int8_t>& p, Index b, Index h, Index j,
+                   const std::int8_t* stored, T* output) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const KvSource<std::int8_t>& s = p.source;
+  if (p.values)
+    return dequantize_line<Isa>(stored, s.value_width(), s.value_scale(b, h, j), output);
+  if (s.key_channel_scales == nullptr)
+    return dequantize_line<Isa>(stored, s.head_dim, s.key_scale(b, h, j), output);
+  const float* const channels = s.key_channel_scales + h * s.head_dim;
+  for_each_vector<V>(0, s.head_dim, [&](Index at, auto part) {
+    store(load<V>(stored + at, part) * load<V>(channels + at, part), output + at, part);
+  });
+}
+
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvRead<T, Storage>& p) {
   const KvSource<Storage>& s = p.source;
@@ -64,9 +94,7 @@ void execute(const Backend<D, Isa>& on, const problem::KvRead<T, Storage>& p) {
                      T* output = p.output + (row * s.kv_heads + h) * width;
                      const Storage* stored = p.values ? s.value_row(b, h, j) : s.key_row(b, h, j);
                      if constexpr (std::is_same_v<Storage, std::int8_t>)
-                       dequantize_line<Isa>(
-                           stored, width, p.values ? s.value_scale(b, h, j) : s.key_scale(b, h, j),
-                           output);
+                       read_int8_row<Isa>(p, b, h, j, stored, output);
                      else
                        copy_line<Isa>(stored, output, width);
                    }

@@ -124,8 +124,18 @@ struct AttentionRows {
   EIGENFORMER_DEVICE void load_query(Block& block, const A& arrays, const AttentionQuery& q) const {
     const TQ* const query = call.query(q);
     for (Index d = block.thread(); d < call.p.head_dim; d += block.size())
-      arrays.query.store(d, static_cast<C>(query[d]) * call.p.scale);
+      arrays.query.store(d, scaled_query<C>(q, query, d));
     block.barrier();
+  }
+
+  /// Element d of a query, times all that keys and scores have in common.
+  template <typename S>
+  EIGENFORMER_DEVICE S scaled_query(const AttentionQuery& q, const TQ* query, Index d) const {
+    const S result = static_cast<S>(query[d]) * static_cast<S>(call.p.scale);
+    if constexpr (kInt8)
+      if (const float* const channels = call.p.source.key_channel_scales; channels != nullptr)
+        return result * static_cast<S>(channels[q.head / call.group * call.p.head_dim + d]);
+    return result;
   }
 
   /// The split from key `first` on; leaves its weighted sums of the values.
@@ -184,7 +194,7 @@ struct AttentionRows {
       if constexpr (std::is_same_v<S, C>)
         return arrays.query.load(d);
       else
-        return static_cast<S>(query[d]) * static_cast<S>(p.scale);
+        return scaled_query<S>(q, query, d);
     });
     if constexpr (kInt8) {
       product *= static_cast<S>(*call.rows.scale(false, b, h, at));

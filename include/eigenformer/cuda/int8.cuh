@@ -62,6 +62,22 @@ EIGENFORMER_DEVICE void quantize_line(const T* line, std::int8_t* values, Index 
       line, static_cast<const std::int8_t*>(values));
 }
 
+/// The same by a scale for each of them; zeros where the line is bad.
+template <typename C, typename T>
+EIGENFORMER_DEVICE void quantize_line(const T* line, std::int8_t* values, Index count,
+                                      const float* scales, bool bad, Index thread, Index threads) {
+  for_each_pack_of_line(
+      thread, threads, count,
+      [&]<int N>(WidthOf<N>, Index j) {
+        const auto numbers = load_pack<C, N>(line + j);
+        Pack<std::int8_t, N> results;
+        for (int i = 0; i < N; ++i)
+          results[i] = bad ? std::int8_t{0} : int8_value(numbers[i], scales[j + i]);
+        store_pack<N>(results, values + j);
+      },
+      line, static_cast<const std::int8_t*>(values));
+}
+
 }  // namespace cuda
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

@@ -134,10 +134,15 @@ struct KvAppendKernel {
         (values ? new_values : new_keys) + token * strides.token + h * strides.head;
     Storage* const row = to.row(values, b, h, j);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
-      const float scale = int8_scale(
+      const float own = int8_scale(
           reduce_warp(block, magnitude<C>(from, width, block.lane(), kWarp), LargerOrNan{}));
-      if (block.lane() == 0) *to.scale(values, b, h, j) = scale;
-      quantize_line<C>(from, row, width, scale, block.lane(), kWarp);
+      const float* const channels = values ? nullptr : to.source.key_channel_scales;
+      const bool bad = own != own;
+      if (block.lane() == 0) *to.scale(values, b, h, j) = channels == nullptr || bad ? own : 1.0f;
+      if (channels == nullptr)
+        quantize_line<C>(from, row, width, own, block.lane(), kWarp);
+      else
+        quantize_line<C>(from, row, width, channels + h * width, bad, block.lane(), kWarp);
     } else {
       copy_line(from, row, width, block.lane());
     }
@@ -180,20 +185,22 @@ struct KvReadKernel {
       const Index h = at % s.kv_heads, j = at / s.kv_heads % length, b = at / s.kv_heads / length;
       const Storage* const row = from.row(values, b, h, j);
       T* const to = output + at * width;
-      C scale = 1;
-      if constexpr (std::is_same_v<Storage, std::int8_t>)
-        scale = static_cast<C>(*from.scale(values, b, h, j));
-      if constexpr (std::is_same_v<Storage, std::int8_t>)
+      if constexpr (std::is_same_v<Storage, std::int8_t>) {
+        const C scale = static_cast<C>(*from.scale(values, b, h, j));
+        const float* const channels =
+            values || s.key_channel_scales == nullptr ? nullptr : s.key_channel_scales + h * width;
         for_each_pack_of_line(
             block.lane(), kWarp, width,
             [&]<int N>(WidthOf<N>, Index d) {
               auto numbers = load_pack<C, N>(row + d);
-              for (int i = 0; i < N; ++i) numbers[i] *= scale;
+              for (int i = 0; i < N; ++i)
+                numbers[i] *= channels == nullptr ? scale : scale * static_cast<C>(channels[d + i]);
               store_pack<N>(numbers, to + d);
             },
             row, static_cast<const T*>(to));
-      else
+      } else {
         copy_line(row, to, width, block.lane());
+      }
     });
   }
 };

@@ -34,6 +34,7 @@ struct PrefixKey {
 struct KvLayerShape {
   Index kv_heads = 0, head_dim = 0;
   Index value_dim = 0;  ///< 0: head_dim
+  bool operator==(const KvLayerShape&) const = default;
 };
 
 struct PagedKvConfig {

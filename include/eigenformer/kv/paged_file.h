@@ -1,7 +1,8 @@
 /// \file
 /// One sequence of a PagedKvCache as a stream of bytes:
 ///
-///   "EFKVSEQ1" | order version storage layers gone_begin gone_end | for each layer: kv_heads head_dim value_dim length | checksum of all that
+///   "EFKVSEQ1" | order version storage layers gone_begin gone_end |
+///   for each layer: kv_heads head_dim value_dim length checksum_of_key_scales_by_channel (0: none) | checksum of all that
 ///   for each layer, for each position that is not gone: key rows (kv_heads, head_dim) | value rows | INT8 only: key scales (kv_heads) | value scales
 ///   checksum of the rows
 ///
@@ -13,36 +14,17 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <istream>
 #include <ostream>
 #include <utility>
 #include <vector>
 
-#include "page_pool.h"
 #include "paged_layers.h"
+#include "paged_sequences.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
-
-/// A checksum that notices every changed bit; not one that somebody who wants to could not fool.
-class PagedChecksum {
- public:
-  void add(const void* data, std::size_t bytes) {
-    const auto* from = static_cast<const unsigned char*>(data);
-    for (; bytes > 0; from += 8, bytes -= (std::min)(bytes, std::size_t{8})) {
-      std::uint64_t word = 0;
-      std::memcpy(&word, from, (std::min)(bytes, std::size_t{8}));
-      sum_ = (sum_ ^ word) * 0x9e3779b97f4a7c15u;
-      sum_ ^= sum_ >> 32;
-    }
-  }
-  std::int64_t value() const { return static_cast<std::int64_t>(sum_); }
-
- private:
-  std::uint64_t sum_ = 1;
-};
 
 class PagedWriter {
  public:
@@ -100,6 +82,7 @@ struct PagedFile {
   problem::KeyRange gone;
   std::vector<KvLayerShape> shapes;
   std::vector<Index> lengths;
+  std::vector<std::int64_t> key_scales;
 };
 
 template <typename Storage>
@@ -116,7 +99,7 @@ void write_head(PagedWriter& to, const PagedFile& file) {
             static_cast<std::int64_t>(file.shapes.size()), file.gone.begin, file.gone.end});
   for (std::size_t l = 0; l < file.shapes.size(); ++l)
     to.write({file.shapes[l].kv_heads, file.shapes[l].head_dim, file.shapes[l].value_dim,
-              file.lengths[l]});
+              file.lengths[l], file.key_scales[l]});
   to.finish_part();
 }
 
@@ -135,11 +118,12 @@ PagedFile read_head(PagedReader& from, Index layers, Index most, const char* ope
                ", the cache has ", kStorageCode<Storage>,
                " (float, double, bfloat16, half, INT8: 1 to 5)");
   require_that(head[3] == layers, operation, "load: ", head[3], " layers, the cache has ", layers);
-  PagedFile file{{head[4], head[5]}, {}, {}};
+  PagedFile file{{head[4], head[5]}, {}, {}, {}};
   for (Index l = 0; l < layers; ++l) {
-    const auto layer = from.numbers(4);
+    const auto layer = from.numbers(5);
     file.shapes.push_back({layer[0], layer[1], layer[2]});
     file.lengths.push_back(layer[3]);
+    file.key_scales.push_back(layer[4]);
   }
   from.finish_part("head");
   const auto [shortest, longest] = std::minmax_element(file.lengths.begin(), file.lengths.end());
@@ -209,6 +193,54 @@ class SavedRows {
   const std::int32_t* table_;
   std::vector<std::byte> image_;  // of the layer's part of a page
 };
+
+/// Writes sequence number `at`; the stream says whether it failed.
+template <typename Storage>
+void save_sequence(std::ostream& stream, const std::vector<PagedLayer>& layers,
+                   const KeyChannelScales& key_scales, const PagedSequences& sequences,
+                   std::size_t at) {
+  const KvSequences& list = sequences.list();
+  PagedFile file{list.gone[at], {}, {}, {}};
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    file.shapes.push_back(layers[l].shape());
+    file.lengths.push_back(list.lengths[l][at]);
+    file.key_scales.push_back(key_scales.checksum(l));
+  }
+  PagedWriter to(stream);
+  write_head<Storage>(to, file);
+  for (std::size_t l = 0; l < layers.size(); ++l)
+    SavedRows<Storage>(layers[l], sequences.pool(), list.tables[at])
+        .save(to, file.lengths[l], file.gone);
+  to.finish_part();
+}
+
+/// Makes one; where it throws, there is none, and layers are as they were.
+template <typename Storage>
+SequenceId load_sequence(std::istream& stream, const PagedKvConfig& config,
+                         std::vector<PagedLayer>& layers, const KeyChannelScales& key_scales,
+                         PagedSequences& sequences) {
+  constexpr auto name = PagedSequences::kName;
+  PagedReader from(stream, name);
+  const auto file = read_head<Storage>(from, config.layers, sequences.total_slots(), name);
+  std::vector<PagedLayer> fitted = layers;
+  for (std::size_t l = 0; l < fitted.size(); ++l) {
+    if (file.lengths[l] == 0) continue;
+    fitted[l] = fitted_layer<Storage>(config, layers, l, file.shapes[l], file.lengths[l], name);
+    require_that(file.key_scales[l] == key_scales.checksum(l), name, "load: layer ", l,
+                 " has other key scales by channel");
+  }
+  const SequenceId id = sequences.add(file.lengths, file.gone);
+  attempt_or_undo(
+      [&] {
+        for (std::size_t l = 0; l < fitted.size(); ++l)
+          SavedRows<Storage>(fitted[l], sequences.pool(), sequences.list().tables.back())
+              .load(from, file.lengths[l], file.gone);
+        from.finish_part("rows");
+      },
+      [&] { sequences.free(id); });
+  layers = std::move(fitted);
+  return id;
+}
 
 }  // namespace detail
 }  // namespace EIGENFORMER_ABI

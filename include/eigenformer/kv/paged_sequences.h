@@ -34,7 +34,7 @@ class PagedSequences {
   std::size_t find(SequenceId id) const { return list_.find(id, kName); }
   Index total_slots() const { return pool_.count() * page_size_; }
 
-  // ---- whole sequences ----------------------------------------------------------------------------
+  // ---- whole sequences ------------------------------------------------------------------------
 
   SequenceId add() {
     list_.make_room_for_one();
@@ -127,7 +127,7 @@ class PagedSequences {
     gone = {gone.end == 0 ? begin * page_size_ : gone.begin, end * page_size_};
   }
 
-  // ---- prefixes -----------------------------------------------------------------------------------
+  // ---- prefixes -------------------------------------------------------------------------------
 
   Index find_prefix(std::span<const std::int32_t> tokens, const PrefixKey& key) const {
     Index found = 0;
@@ -189,7 +189,7 @@ class PagedSequences {
 
   void forget_prefixes() { pool_.forget_prefixes(); }
 
-  // ---- append: require_pages, then claim, then advance; added(i) positions to ids[i] --------------
+  // ---- append: require_pages, then claim, then advance; added(i) positions to ids[i] ----------
 
   /// Throws where the pool has not enough pages for the new positions of all sequences.
   template <typename Added>
@@ -237,7 +237,7 @@ class PagedSequences {
     for (std::size_t i = 0; i < ids.size(); ++i) list_.lengths[layer][find(ids[i])] += added(i);
   }
 
-  // ---- figures ------------------------------------------------------------------------------------
+  // ---- figures --------------------------------------------------------------------------------
 
   PagedKvStatistics statistics() const {
     PagedKvStatistics result;

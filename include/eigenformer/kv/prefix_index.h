@@ -62,7 +62,7 @@ class PrefixIndex {
   Index resting() const { return resting_; }
   std::int64_t evictions() const { return evictions_; }
 
-  // ---- the tree ---------------------------------------------------------------------------------
+  // ---- the tree -------------------------------------------------------------------------------
 
   /// Where a walk along the tokens of a sequence is: at the root of a key, or at a page.
   struct Place {
@@ -114,7 +114,7 @@ class PrefixIndex {
     while (node(pages_).child != kNone) forget(node(pages_).child, free);
   }
 
-  // ---- pages that nobody holds --------------------------------------------------------------------
+  // ---- pages that nobody holds ----------------------------------------------------------------
 
   /// The last holder of an indexed page is gone.
   void rest(std::int32_t page) {

@@ -48,6 +48,10 @@ struct KvSource {
   // (batch) those of them that the cache has given up, which attention must not see; nullptr: none
   const problem::KeyRange* gone = nullptr;
 
+  // INT8 only, (kv_heads, head_dim) of the backend's memory, or nullptr: keys are what is stored
+  // times the scale of their channel (and of their row, which is then 1, or NaN)
+  const float* key_channel_scales = nullptr;
+
   const T* keys = nullptr;
   const T* values = nullptr;
   // In elements: of the keys, of the values.
