@@ -6,10 +6,14 @@
 ///   grad_v = P^T grad_out     grad_q = scale * dS K     grad_k = scale * dS^T Q
 ///   grad_sink = -sum over rows of P_sink D
 ///
+/// Where the loss depends on log_sum_exp itself, dS gets P times its gradient besides, given as
+/// log_sum_exp_gradient: with merge_attention_states, or a z-loss.
+///
 /// P and D are computed again from q, k, v and grad_out (after Dao et al., "FlashAttention", 2022):
-/// the score matrix never exists. Scratch per thread is about 200 KiB, 512 bytes for each key that
-/// 64 rows of queries see, and the float gradients of one KV head's keys and values in the longest
-/// sequence.
+/// the score matrix never exists. On CPUs scratch is O(sequence): for a sequence and a KV head some
+/// 1.5 KiB for each key that 192 rows of queries see, and five times its keys in float; a call works
+/// on several of these at a time where threads are many, within 64 MiB or one. 32,768 tokens with
+/// heads of 128 take 140 MiB in all.
 ///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);
 ///   auto out = ef::batched_attention_with_padding(q, k, v, seq_lengths, {.causal = true, .log_sum_exp = lse});
@@ -29,12 +33,14 @@
 ///
 /// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
 /// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible
-/// takes no part in any gradient: what only one of the two sees may be NaN. A sink of -infinity
+/// (causal, windows, masks, a bias of -infinity) takes no part in any gradient: what only one of the
+/// two sees may be NaN. A sink of -infinity
 /// takes no part either: its gradient is 0. A NaN or infinity in a visible pair makes the gradients
 /// of its row NaN, and those of the keys and values that row sees.
 ///
 /// Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences
-/// in the batch. Outputs must not overlap inputs. Cost: 10 * head_dim flops for each visible pair.
+/// in the batch; on CPUs even one KV head of one sequence feeds all threads. Outputs must not overlap
+/// inputs. Cost: 10 * head_dim flops for each visible pair.
 /// Throws std::invalid_argument as the forward call does.
 ///
 /// On CUDA sinks_gradient is host memory: a call that fills it waits for the device, and cannot be
@@ -94,6 +100,8 @@ bool attach_gradients(std::string_view name, problem::AttentionBackward<T>& prob
   for (std::size_t d = 0; d < expected.size(); ++d) same = same && lse.dimension(d) == expected[d];
   require_that(same, name, "log_sum_exp has shape ", shape_text(lse),
                ", expected heads before rows of query ", shape_text(q));
+  problem.grad_log_sum_exp =
+      options.log_sum_exp_gradient.template checked<compute_type<T>>(name, expected);
   if (q.size() == 0 && k.size() == 0 && v.size() == 0) {  // however many rows, heads and keys
     std::fill(options.sinks_gradient.begin(), options.sinks_gradient.end(), 0.0f);
     return false;
@@ -102,6 +110,9 @@ bool attach_gradients(std::string_view name, problem::AttentionBackward<T>& prob
   problem.grad_queries = grad_q.data();
   problem.grad_keys = grad_k.data();
   problem.grad_values = grad_v.data();
+  problem.grad_query_strides = strides_of(grad_q);
+  problem.grad_key_strides = strides_of(grad_k);
+  problem.grad_value_strides = strides_of(grad_v);
   problem.grad_sinks = options.sinks_gradient.empty() ? nullptr : options.sinks_gradient.data();
   return true;
 }

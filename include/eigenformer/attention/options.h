@@ -14,26 +14,36 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Where attention writes log(sum of exp of the scores), made implicitly from an ef::Tensor or
-/// ef::TensorView of the compute type (float, or double for double inputs). The shape is that of
-/// the output without its last dimension, heads before rows:
+/// Where attention writes log(sum of exp of the scores), or reads its gradient, made implicitly
+/// from an ef::Tensor or ef::TensorView of the compute type (float, or double for double inputs).
+/// The shape is that of the output without its last dimension, heads before rows:
 ///   (batch, heads, seq) for (batch, seq, heads, head_dim); (batch, seq) for (batch, seq, d_model);
 ///   (heads, total_tokens) for packed sequences.
-class LogSumExpOutput {
+template <bool Written>
+class LogSumExpView {
+  template <typename T>
+  using Element = std::conditional_t<Written, T, const T>;
+
  public:
-  constexpr LogSumExpOutput() = default;
+  constexpr LogSumExpView() = default;
   template <typename X>
-    requires(RowMajorTensor<X> && !std::is_same_v<std::remove_cvref_t<X>, LogSumExpOutput>)
-  LogSumExpOutput(X&& tensor) {
+    requires(RowMajorTensor<X> && !std::is_same_v<std::remove_cvref_t<X>, LogSumExpView>)
+  LogSumExpView(X&& tensor) {
     using T = scalar_of<X>;
     static_assert(std::is_lvalue_reference_v<X> || !detail::owns_its_elements<X>,
-                  "eigenformer: log_sum_exp would be written into a temporary tensor");
+                  "eigenformer: log_sum_exp, or its gradient, is a tensor that ends with the "
+                  "expression. Give it a name first.");
     static_assert(std::is_same_v<T, float> || std::is_same_v<T, double>,
                   "eigenformer: log_sum_exp is a tensor of float or double");
     static_assert(
         rank_of<X> == 2 || rank_of<X> == 3,
         "eigenformer: log_sum_exp is (batch, heads, seq), (batch, seq) or (heads, tokens)");
-    auto view = output_view<rank_of<X>>(tensor);
+    auto view = [&] {
+      if constexpr (Written)
+        return output_view<rank_of<X>>(tensor);
+      else
+        return input_view<rank_of<X>>(tensor);
+    }();
     if constexpr (std::is_same_v<T, float>)
       floats_ = view.data();
     else
@@ -46,14 +56,14 @@ class LogSumExpOutput {
 
   bool present() const { return present_; }
 
-  /// The memory, nullptr where no output was asked for. Throws where scalar or shape are not those
-  /// given.
+  /// The memory, nullptr where none was given. Throws where scalar or shape are not those given.
   template <typename C, std::size_t Rank>
-  C* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
+  Element<C>* checked(std::string_view operation, const std::array<Index, Rank>& sizes) const {
+    constexpr std::string_view what = Written ? "log_sum_exp" : "log_sum_exp_gradient";
     if (!present_) return nullptr;
     constexpr bool wide = std::is_same_v<C, double>;
     detail::require_that(wide == (doubles_ != nullptr || floats_ == nullptr) || empty(), operation,
-                         "log_sum_exp is a tensor of ",
+                         what, " is a tensor of ",
                          wide ? "float, expected double" : "double, expected float");
     bool same = rank_ == static_cast<int>(Rank);
     std::string expected;
@@ -62,7 +72,7 @@ class LogSumExpOutput {
       if (d > 0) expected += ", ";
       expected += std::to_string(sizes[d]);
     }
-    detail::require_that(same, operation, "log_sum_exp has shape (", sizes_[0], ", ", sizes_[1],
+    detail::require_that(same, operation, what, " has shape (", sizes_[0], ", ", sizes_[1],
                          rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (",
                          expected, ")");
     if constexpr (wide)
@@ -74,12 +84,15 @@ class LogSumExpOutput {
  private:
   bool empty() const { return sizes_[0] == 0 || sizes_[1] == 0 || (rank_ == 3 && sizes_[2] == 0); }
 
-  float* floats_ = nullptr;
-  double* doubles_ = nullptr;
+  Element<float>* floats_ = nullptr;
+  Element<double>* doubles_ = nullptr;
   std::array<Index, 3> sizes_{};
   int rank_ = 0;
   bool present_ = false;
 };
+
+using LogSumExpOutput = LogSumExpView<true>;
+using LogSumExpGradient = LogSumExpView<false>;
 
 /// Values are host memory: a container with a name is viewed, a temporary or a braced list is owned
 /// (core/values.h).
@@ -120,6 +133,9 @@ struct AttentionOptions {
   LengthSpan query_lengths = {};
   /// backward only: gets the gradient of the sinks, one per head
   std::span<float> sinks_gradient = {};
+  /// backward only: the gradient of the loss by log_sum_exp, where it takes part in it (results that
+  /// are merged, a z-loss)
+  LogSumExpGradient log_sum_exp_gradient = {};
 };
 
 }  // namespace EIGENFORMER_ABI

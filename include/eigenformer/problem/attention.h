@@ -56,11 +56,30 @@ struct AttentionBackward {
   using Compute = compute_type<T>;
   Attention<T, T> forward;
   const T* grad_output;  // (rows, heads, value_dim)
-  T* grad_queries;       // (rows, heads, head_dim)
-  T* grad_keys;          // (key rows, kv_heads, head_dim), laid out like the keys
-  T* grad_values;        // (key rows, kv_heads, value_dim), laid out like the values
+  T *grad_queries, *grad_keys, *grad_values;  // of the shapes of queries, keys and values
+  HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
   Index key_rows;        // rows of a dense sequence, padding included; 0 where packed
   float* grad_sinks;     // (heads) or nullptr
+  // laid out like forward.log_sum_exp; nullptr where there is none
+  const Compute* grad_log_sum_exp;
+
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE T* query_gradient(Index row, Index head) const {
+    return grad_queries + row * grad_query_strides.token + head * grad_query_strides.head;
+  }
+  /// Of key j of a sequence.
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE T* key_gradient(const AttentionSequence& s,
+                                                             Index kv_head, Index j) const {
+    return grad_keys + key_row(s, j) * grad_key_strides.token + kv_head * grad_key_strides.head;
+  }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE T* value_gradient(const AttentionSequence& s,
+                                                               Index kv_head, Index j) const {
+    return grad_values + key_row(s, j) * grad_value_strides.token +
+           kv_head * grad_value_strides.head;
+  }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index key_row(const AttentionSequence& s,
+                                                           Index j) const {
+    return s.key_sequence * key_rows + s.key_begin + j;
+  }
 };
 
 }  // namespace problem

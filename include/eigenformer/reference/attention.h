@@ -133,15 +133,16 @@ struct AttentionGradients {
   std::vector<double> grad_sinks;  // (heads), zeros where there are none
 };
 
-/// The gradients of sum(grad_out * output), by the formulas of attention/backward.h; dP counts from
-/// the key with the greatest score, which changes nothing but what is lost where a row has nearly
+/// The gradients of sum(grad_out * output), plus sum(grad_log_sum_exp * log_sum_exp) where given, by
+/// the formulas of attention/backward.h; dP counts from the key with the greatest score, which changes nothing but what is lost where a row has nearly
 /// all its weight on one key.
 inline AttentionGradients attention_backward(const Tensor<double, 4>& grad_out,
                                              const Tensor<double, 4>& q, const Tensor<double, 4>& k,
                                              const Tensor<double, 4>& v,
                                              const std::vector<Index>& key_lengths,
                                              const std::vector<Index>& query_lengths,
-                                             const AttentionOptions& options) {
+                                             const AttentionOptions& options,
+                                             const Tensor<double, 3>* grad_log_sum_exp = nullptr) {
   const Index rows = q.dimension(1), heads = q.dimension(2), head_dim = q.dimension(3),
               value_dim = v.dimension(3), group = heads == 0 ? 1 : heads / k.dimension(2);
   AttentionGradients g{q, k, v, std::vector<double>(static_cast<std::size_t>(heads), 0.0)};
@@ -182,6 +183,7 @@ inline AttentionGradients attention_backward(const Tensor<double, 4>& grad_out,
           delta += pair.p * (pair.dp - top_dp);
         }
         delta /= sum;
+        if (grad_log_sum_exp != nullptr) delta -= (*grad_log_sum_exp)(b, h, i);
         if (sink > -infinity)
           g.grad_sinks[static_cast<std::size_t>(h)] -= sink_weight / sum * (top_dp + delta);
         for (const auto& [j, weight, dp] : pairs) {
