@@ -25,6 +25,15 @@ std::array<Index, 4> attention_shape(const View& view) {
     return {view.dimension(0), view.dimension(1), view.dimension(2), view.dimension(3)};
 }
 
+/// How the rows of such a tensor follow each other.
+template <typename View>
+problem::HeadStrides attention_strides(const View& view) {
+  if constexpr (rank_of<View> == 3)
+    return {view.dimension(2), view.dimension(2)};
+  else
+    return strides_of(view);
+}
+
 inline void check_attention_heads(std::string_view name, Index heads, Index kv_heads) {
   require_that(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, name, "query has ", heads,
                " heads, expected a multiple of the ", kv_heads, " heads of key and value");
@@ -213,7 +222,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
 
   auto p = attention_problem<T, T>(options, heads, kv_heads, head_dim, value_dim, function);
   p.queries = q.data();
-  p.query_strides = strides_of(q);
+  p.query_strides = attention_strides(q);
   p.batch = batch;
   p.lse_head_stride = rows;
   auto* const sequences = frame.take<problem::AttentionSequence>(batch);
@@ -225,7 +234,7 @@ auto dense_attention_problem(std::string_view name, const Q& q, const K& k, cons
   }
   p.sequences = sequences;
   attach_masks(name, p, options, rows, false, frame);
-  const auto key_strides = strides_of(k), value_strides = strides_of(v);
+  const auto key_strides = attention_strides(k), value_strides = attention_strides(v);
   p.source = KvSource<T>{.batch = batch,
                          .kv_heads = kv_heads,
                          .head_dim = head_dim,
