@@ -137,19 +137,6 @@ bool attach_output(std::string_view name, Problem& problem, Output& output, cons
   return output.size() > 0 || !(no_rows || problem.log_sum_exp == nullptr);
 }
 
-/// Rank of a dense argument; 4 where it is no tensor of rank 3 or 4, so that input_view explains.
-template <typename X>
-inline constexpr int dense_rank = rank_of<X> == 3 ? 3 : 4;
-
-/// Views with strides have heads, so rank 4.
-template <int Rank, typename X>
-auto dense_input(const X& x) {
-  if constexpr (Rank == 4)
-    return heads_input<4>(x);
-  else
-    return input_view<Rank>(x);
-}
-
 }  // namespace detail
 
 /// Dense attention with padding, into `output` (the shape of q with v's width).

@@ -6,6 +6,8 @@ using namespace eigenformer_test;
 
 namespace {
 
+using Gradients = ef::AttentionGradients<float, 4>;
+
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 /// Biases, masks and bits that hide one key in four, and all keys of row 1.
@@ -87,6 +89,37 @@ TEST(AttentionGradients, HaveTheSameBitsOnAnyThreadsWhereOneHeadIsAll) {
                 same_bits(g.grad_v, alone.grad_v))
         << threads;
   }
+}
+
+// One projection holds q, k and v, another tensor their gradients: the bits are those of copies.
+TEST(AttentionGradients, ReadAndWritePartsOfOneProjection) {
+  constexpr Index kHeads = 4, kKvHeads = 2, kDim = 8, kColumns = (kHeads + 2 * kKvHeads) * kDim;
+  const auto qkv = random_tensor<float, 3>({2, 70, kColumns}, 1);
+  auto grad_qkv = poisoned_tensor<float, 3>({2, 70, kColumns});
+  GradientCase<float> c({2, 70, 70, kHeads, kKvHeads, kDim, kDim}, {70, 40});
+  const auto parts = [](auto& x, auto&& f) {
+    f(ef::heads_of(x, 0, kHeads, kDim), ef::heads_of(x, kHeads * kDim, kKvHeads, kDim),
+      ef::heads_of(x, (kHeads + kKvHeads) * kDim, kKvHeads, kDim));
+  };
+  const auto copy = [](const auto& view, ef::Tensor<float, 4>& to) {
+    for (Index t = 0; t < 140; ++t)
+      for (Index h = 0; h < view.dimension(2); ++h)
+        std::copy_n(view.data() + t * view.token_stride() + h * view.head_stride(), kDim,
+                    to.data() + (t * view.dimension(2) + h) * kDim);
+  };
+  const ef::AttentionOptions options{.causal = true};
+  Gradients expected{c.q, c.k, c.v}, found = expected;
+  parts(qkv, [&](auto q, auto k, auto v) {
+    copy(q, c.q), copy(k, c.k), copy(v, c.v);
+    expected = c.gradients(Eigen::DefaultDevice{}, options);
+    parts(grad_qkv, [&](auto grad_q, auto grad_k, auto grad_v) {
+      ef::attention_backward_into(Eigen::DefaultDevice{}, grad_q, grad_k, grad_v, c.weights, q, k,
+                                  v, c.out, c.lse, c.key_lengths, options);
+      copy(grad_q, found.grad_q), copy(grad_k, found.grad_k), copy(grad_v, found.grad_v);
+    });
+  });
+  EXPECT_TRUE(same_bits(found.grad_q, expected.grad_q) &&
+              same_bits(found.grad_k, expected.grad_k) && same_bits(found.grad_v, expected.grad_v));
 }
 
 /// loss(out) + the sum of lse_weights * log_sum_exp.

@@ -22,7 +22,8 @@
 /// The options are those of the forward call; log_sum_exp in them is ignored, and sinks_gradient,
 /// where given, gets the gradient of the sinks. Gradients of grouped heads are summed. They are
 /// written, not added, have the shapes of q, k and v, and are zero for padding rows and keys past
-/// the length, which are not read.
+/// the length, which are not read. q, k, v and the three gradients may be parts of a tensor that
+/// holds them all (ef::heads_of).
 ///
 /// out and log_sum_exp are those of the forward call. Only their shapes are looked at: they are
 /// rounded, and a D of a rounded out loses gradients where softmax is sharp, a P of a rounded
@@ -76,6 +77,14 @@ auto attention_gradients(std::string_view name, const Q& q, const K& k, const V&
                                      Tensor<T, rank>(sizes_of<rank>(v))};
 }
 
+template <int Rank, typename X>
+auto dense_output(X& x) {
+  if constexpr (Rank == 4)
+    return heads_output<4>(x);
+  else
+    return output_view<Rank>(x);
+}
+
 /// Checks what the backward pass has besides its forward problem, and adds it. False where there is
 /// nothing to do.
 template <typename T, typename GQ, typename GK, typename GV, typename GO, typename Q, typename K,
@@ -110,9 +119,9 @@ bool attach_gradients(std::string_view name, problem::AttentionBackward<T>& prob
   problem.grad_queries = grad_q.data();
   problem.grad_keys = grad_k.data();
   problem.grad_values = grad_v.data();
-  problem.grad_query_strides = strides_of(grad_q);
-  problem.grad_key_strides = strides_of(grad_k);
-  problem.grad_value_strides = strides_of(grad_v);
+  problem.grad_query_strides = packed ? strides_of(grad_q) : attention_strides(grad_q);
+  problem.grad_key_strides = packed ? strides_of(grad_k) : attention_strides(grad_k);
+  problem.grad_value_strides = packed ? strides_of(grad_v) : attention_strides(grad_v);
   problem.grad_sinks = options.sinks_gradient.empty() ? nullptr : options.sinks_gradient.data();
   return true;
 }
@@ -128,19 +137,19 @@ void attention_backward_into(const D& device, GQ&& grad_q, GK&& grad_k, GV&& gra
                              const AttentionOptions& options = {},
                              Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "attention_backward";
-  constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
-  const auto q_view = input_view<rank>(q);
-  const auto k_view = input_view<rank>(k);
-  const auto v_view = input_view<rank>(v);
+  constexpr int rank = detail::dense_rank<Q>;
+  const auto q_view = detail::dense_input<rank>(q);
+  const auto k_view = detail::dense_input<rank>(k);
+  const auto v_view = detail::dense_input<rank>(v);
   Workspace::Frame frame(workspace);
   problem::AttentionBackward<scalar_of<Q>> problem{};
   problem.forward =
       detail::dense_attention_problem(name, q_view, k_view, v_view, seq_lengths, options, frame);
   problem.key_rows = k_view.dimension(1);
-  if (detail::attach_gradients(name, problem, output_view<rank>(grad_q), output_view<rank>(grad_k),
-                               output_view<rank>(grad_v), input_view<rank>(grad_out), q_view,
-                               k_view, v_view, input_view<rank>(out),
-                               input_view<rank - 1>(log_sum_exp), false, options))
+  if (detail::attach_gradients(
+          name, problem, detail::dense_output<rank>(grad_q), detail::dense_output<rank>(grad_k),
+          detail::dense_output<rank>(grad_v), input_view<rank>(grad_out), q_view, k_view, v_view,
+          input_view<rank>(out), input_view<rank - 1>(log_sum_exp), false, options))
     detail::run(device, problem, workspace);
 }
 
@@ -148,9 +157,9 @@ template <CpuDevice D, typename GO, typename Q, typename K, typename V, typename
 auto attention_backward(const D& device, const GO& grad_out, const Q& q, const K& k, const V& v,
                         const O& out, const L& log_sum_exp, const LengthSpan& seq_lengths,
                         const AttentionOptions& options = {}) {
-  constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
-  auto g = detail::attention_gradients("attention_backward", input_view<rank>(q),
-                                       input_view<rank>(k), input_view<rank>(v));
+  constexpr int rank = detail::dense_rank<Q>;
+  auto g = detail::attention_gradients("attention_backward", detail::dense_input<rank>(q),
+                                       detail::dense_input<rank>(k), detail::dense_input<rank>(v));
   attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v, out, log_sum_exp,
                           seq_lengths, options);
   return g;
@@ -176,18 +185,18 @@ void variable_length_attention_backward_into(const D& device, GQ&& grad_q, GK&& 
                                              const AttentionOptions& options = {},
                                              Workspace& workspace = thread_workspace()) {
   constexpr std::string_view name = "variable_length_attention_backward";
-  const auto q_view = input_view<3>(q);
-  const auto k_view = input_view<3>(k);
-  const auto v_view = input_view<3>(v);
+  const auto q_view = detail::heads_input<3>(q);
+  const auto k_view = detail::heads_input<3>(k);
+  const auto v_view = detail::heads_input<3>(v);
   Workspace::Frame frame(workspace);
   problem::AttentionBackward<scalar_of<Q>> problem{};
   problem.forward = detail::packed_attention_problem(name, q_view, k_view, v_view, q_offsets,
                                                      kv_offsets, options, frame);
   problem.key_rows = 0;
-  if (detail::attach_gradients(name, problem, output_view<3>(grad_q), output_view<3>(grad_k),
-                               output_view<3>(grad_v), input_view<3>(grad_out), q_view, k_view,
-                               v_view, input_view<3>(out), input_view<2>(log_sum_exp), true,
-                               options))
+  if (detail::attach_gradients(name, problem, detail::heads_output<3>(grad_q),
+                               detail::heads_output<3>(grad_k), detail::heads_output<3>(grad_v),
+                               input_view<3>(grad_out), q_view, k_view, v_view, input_view<3>(out),
+                               input_view<2>(log_sum_exp), true, options))
     detail::run(device, problem, workspace);
 }
 
@@ -196,8 +205,9 @@ auto variable_length_attention_backward(const D& device, const GO& grad_out, con
                                         const V& v, const O& out, const L& log_sum_exp,
                                         const LengthSpan& q_offsets, const LengthSpan& kv_offsets,
                                         const AttentionOptions& options = {}) {
-  auto g = detail::attention_gradients("variable_length_attention_backward", input_view<3>(q),
-                                       input_view<3>(k), input_view<3>(v));
+  auto g =
+      detail::attention_gradients("variable_length_attention_backward", detail::heads_input<3>(q),
+                                  detail::heads_input<3>(k), detail::heads_input<3>(v));
   variable_length_attention_backward_into(device, g.grad_q, g.grad_k, g.grad_v, grad_out, q, k, v,
                                           out, log_sum_exp, q_offsets, kv_offsets, options);
   return g;

@@ -15,6 +15,19 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
+/// Rank of a dense argument; 4 where it is no tensor of rank 3 or 4, so that input_view explains.
+template <typename X>
+inline constexpr int dense_rank = rank_of<X> == 3 ? 3 : 4;
+
+/// Views with strides have heads, so rank 4.
+template <int Rank, typename X>
+auto dense_input(const X& x) {
+  if constexpr (Rank == 4)
+    return heads_input<4>(x);
+  else
+    return input_view<Rank>(x);
+}
+
 /// (batch, rows, heads, width) of a rank-4 tensor; a rank-3 tensor (batch, rows, width) has one
 /// head.
 template <typename View>

@@ -86,6 +86,19 @@ auto heads_input(const X& x) {
     return input_view<Rank>(x);
 }
 
+/// An output of rank 3 or 4 that may be a HeadsView.
+template <int Rank, typename X>
+auto heads_output(X& x) {
+  if constexpr (tensor_traits<std::remove_const_t<X>>::kind == TensorKind::strided &&
+                rank_of<X> == Rank) {
+    static_assert(!std::is_const_v<std::remove_pointer_t<decltype(x.data())>>,
+                  "eigenformer: the output is read-only; view a tensor that is not const");
+    return x;
+  } else {
+    return output_view<Rank>(x);
+  }
+}
+
 /// How the heads of such a view follow each other.
 template <typename View>
 problem::HeadStrides strides_of(const View& view) {

@@ -55,11 +55,11 @@ template <typename T>
 struct AttentionBackward {
   using Compute = compute_type<T>;
   Attention<T, T> forward;
-  const T* grad_output;  // (rows, heads, value_dim)
+  const T* grad_output;                       // (rows, heads, value_dim)
   T *grad_queries, *grad_keys, *grad_values;  // of the shapes of queries, keys and values
   HeadStrides grad_query_strides, grad_key_strides, grad_value_strides;
-  Index key_rows;        // rows of a dense sequence, padding included; 0 where packed
-  float* grad_sinks;     // (heads) or nullptr
+  Index key_rows;     // rows of a dense sequence, padding included; 0 where packed
+  float* grad_sinks;  // (heads) or nullptr
   // laid out like forward.log_sum_exp; nullptr where there is none
   const Compute* grad_log_sum_exp;
 

@@ -80,9 +80,12 @@ void run_item(const BackwardCall<Isa, T>& call, const BackwardPlan& plan,
       if (i < groups + key_blocks) return load.load_keys(band, task, i - groups);
       return load.write_padding(band);
     }
-    case BackwardPhase::scores: return BackwardScores(call).score(band, m, task, i);
-    case BackwardPhase::rows: return BackwardRows(call).finish_rows(band, m, task, i * group);
-    case BackwardPhase::keys: break;
+    case BackwardPhase::scores:
+      return BackwardScores(call).score(band, m, task, i);
+    case BackwardPhase::rows:
+      return BackwardRows(call).finish_rows(band, m, task, i * group);
+    case BackwardPhase::keys:
+      break;
   }
   const BackwardKeys keys(call);
   for (Index b = item.first_band; b <= item.band; ++b) {
@@ -124,8 +127,7 @@ void execute(const Backend<D, Isa>& on, const problem::AttentionBackward<T>& p) 
     }
     auto* const scratch = frame.take<BackwardScratch<C>>(workers);
     for (Index w = 0; w < workers; ++w)
-      scratch[w] =
-          take_backward_scratch<C>(shape, Call::kGroup, f.softcap > 0, f.head_dim, frame);
+      scratch[w] = take_backward_scratch<C>(shape, Call::kGroup, f.softcap > 0, f.head_dim, frame);
     std::atomic<Index> next{0}, done{0};
     parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
       for (Index w = begin; w < end; ++w) {

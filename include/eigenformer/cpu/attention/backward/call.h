@@ -43,9 +43,7 @@ struct BackwardCall {
   Index token(const Band& band, Index r) const {
     return band.sequence->query_begin + band.first + r / group;
   }
-  const T* query(const Band& band, Index r) const {
-    return f.query(token(band, r), head(band, r));
-  }
+  const T* query(const Band& band, Index r) const { return f.query(token(band, r), head(band, r)); }
   T* query_gradient(const Band& band, Index r) const {
     return p.query_gradient(token(band, r), head(band, r));
   }

@@ -44,8 +44,8 @@ class BackwardKeys {
       add_products(on_.pairs(m.weights, local, top, p), m.grad_output + top * kPanel, count,
                    on_.shape.value_width,
                    task.grad_values + begin * on_.shape.value_width + p * kPanel * kPanel);
-      add_products(on_.pairs(m.grads, local, top, p), m.queries + top * kPanel, count, on_.shape.width,
-                   task.grad_keys + begin * on_.shape.width + p * kPanel * kPanel);
+      add_products(on_.pairs(m.grads, local, top, p), m.queries + top * kPanel, count,
+                   on_.shape.width, task.grad_keys + begin * on_.shape.width + p * kPanel * kPanel);
     }
   }
 

@@ -56,8 +56,9 @@ class BackwardLoad {
       }
       const bool key = Panels::load_row(block.key(of), C(1), present ? on_.f.head_dim : 0,
                                         on_.shape.width, j, Panels::kBlockStride, keys);
-      const bool value = Panels::load_row(block.value(of), C(1), present ? on_.f.value_dim : 0,
-                                          on_.shape.value_width, j, Panels::kBlockStride, on_.scratch.values);
+      const bool value =
+          Panels::load_row(block.value(of), C(1), present ? on_.f.value_dim : 0,
+                           on_.shape.value_width, j, Panels::kBlockStride, on_.scratch.values);
       if (!key || !value) bad |= KeyBits{1} << j;
     }
     task.bad_keys[n] = bad;

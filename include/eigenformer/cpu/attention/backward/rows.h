@@ -28,6 +28,7 @@ class BackwardRows {
   static constexpr int kPanel = Panels::kPanel, kRows = Panels::kRows;
 
  public:
+  static_assert(kGroup % Tile::lanes == 0);
   explicit BackwardRows(const Call& call) : on_(call) {}
 
   /// P, dS and the gradients of queries of rows [first, first + kGroup).
@@ -160,8 +161,7 @@ class BackwardRows {
   /// The weights of row r from scores in double; returns their maximum.
   double rescore_row(const Band& band, const Memory& m, Index r, C top_grad, double& sum,
                      double& weighted) const {
-    query_in_double(on_.f, on_.token(band, r) * on_.f.heads + on_.head(band, r),
-                    on_.scratch.query);
+    query_in_double(on_.f, on_.token(band, r) * on_.f.heads + on_.head(band, r), on_.scratch.query);
     RunningMaximum maximum{sink(band, r)};
     C scores[kBlock], slopes[kBlock];
     KeyBits hidden;
@@ -169,9 +169,9 @@ class BackwardRows {
       const BlockRange range = on_.range_of(band, r, m.blocks[n], hidden);
       if (!range.empty()) {
         std::fill_n(slopes, kBlock, C(0));
-        scores_in_double<Isa>(on_.f, on_.scratch.query, on_.key_block(band, m.blocks[n]), on_.score_row_of(band, r),
-                              m.blocks[n], range, hidden, maximum, scores,
-                              on_.f.softcap > 0 ? slopes : nullptr);
+        scores_in_double<Isa>(on_.f, on_.scratch.query, on_.key_block(band, m.blocks[n]),
+                              on_.score_row_of(band, r), m.blocks[n], range, hidden, maximum,
+                              scores, on_.f.softcap > 0 ? slopes : nullptr);
         for (int c = 0; c < kBlock; c += kPanel) {
           std::copy_n(scores + c, kPanel, on_.pair(m.weights, n, r, c));
           if (on_.f.softcap > 0) std::copy_n(slopes + c, kPanel, on_.pair(m.slopes, n, r, c));

@@ -51,7 +51,8 @@ class BackwardScores {
       multiply_tiles(panels, m.queries + first * kPanel, task.key_columns + begin * on_.shape.width,
                      on_.shape.width, on_.scratch.scores);
       multiply_tiles(panels, m.grad_output + first * kPanel,
-                     task.value_columns + begin * on_.shape.value_width, on_.shape.value_width, on_.scratch.grads);
+                     task.value_columns + begin * on_.shape.value_width, on_.shape.value_width,
+                     on_.scratch.grads);
       for (Index r = 0; r < kGroup; ++r)
         score_row(band, m, n, first + r, ranges[r], hidden[r],
                   m.bad_rows[first + r] ? ~KeyBits{0} : bad_keys, r * kBlock);
@@ -96,7 +97,8 @@ class BackwardScores {
       }
       return;
     }
-    const BlockScores<C, Isa> rule(on_.f, on_.score_row_of(band, r), m.blocks[n], range, hidden_keys);
+    const BlockScores<C, Isa> rule(on_.f, on_.score_row_of(band, r), m.blocks[n], range,
+                                   hidden_keys);
     C* const scores = on_.scratch.scores + from;
     V top = V::set1(-kInfinity), top_grad = V::zero();
     for (int c = 0; c < kBlock; c += Tile::lanes) {
