@@ -88,17 +88,6 @@ void require_quantizable(const D& device, std::string_view operation, std::strin
   }
 }
 
-/// Two tensors differ in their last dimension at most.
-template <typename A, typename B>
-void require_same_rows(std::string_view operation, std::string_view a_name, const A& a,
-                       std::string_view b_name, const B& b) {
-  bool same = true;
-  for (std::size_t d = 0; d + 1 < rank_of<A>; ++d) same = same && a.dimension(d) == b.dimension(d);
-  if (!same)
-    require_that(false, operation, a_name, " has shape ", shape_text(a), ", ", b_name,
-                 " has shape ", shape_text(b), ", expected them to differ in width only");
-}
-
 }  // namespace detail
 
 template <FloatingScalar T, typename Storage = T>

@@ -32,17 +32,20 @@ template <typename TQ, typename TKV, typename Function = NoScoreFunction>
 struct Attention : ScoreRule<compute_type<TQ>> {
   static constexpr bool kUsesTiles = std::is_same_v<TKV, std::int8_t>;
   using Compute = compute_type<TQ>;
-  const TQ* queries;  // (rows, heads, head_dim)
-  HeadStrides query_strides;
-  TQ* output;  // (rows, heads, value_dim)
+  const TQ* queries = nullptr;  // (rows, heads, head_dim)
+  HeadStrides query_strides = {};
+  TQ* output = nullptr;  // (rows, heads, value_dim)
   // row (sequence, head) starts at lse_begin + head * lse_head_stride; nullptr where not wanted
-  Compute* log_sum_exp;
-  Index lse_head_stride;
-  Index batch, heads, kv_heads, head_dim, value_dim;
-  KvSource<TKV> source;
-  const AttentionSequence* sequences;  // (batch)
-  const float* sinks;                  // (heads) or nullptr
+  Compute* log_sum_exp = nullptr;
+  Index lse_head_stride = 0;
+  Index batch = 0, heads = 0, kv_heads = 0, head_dim = 0, value_dim = 0;
+  KvSource<TKV> source = {};
+  const AttentionSequence* sequences = nullptr;  // (batch)
+  const float* sinks = nullptr;                  // (heads) or nullptr
   Function function;
+
+  Attention() = default;
+  explicit Attention(const Function& f) : function(f) {}
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const TQ* query(Index row, Index head) const {
     return queries + row * query_strides.token + head * query_strides.head;

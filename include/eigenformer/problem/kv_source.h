@@ -62,7 +62,7 @@ struct KvSource {
   const std::int32_t* const* tables = nullptr;  // [sequence][page of the sequence] -> page id
   Index page_size = 0;                          // positions in a page
   std::size_t layer_offset = 0, value_offset = 0, key_scale_offset = 0, value_scale_offset = 0;
-  problem::PageRing ring;
+  problem::PageRing ring = {};
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index value_width() const {
     return value_dim < 0 ? head_dim : value_dim;

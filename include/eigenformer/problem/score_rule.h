@@ -82,11 +82,11 @@ struct BitMask {
 /// C is the compute type. Tensors and words are memory of the backend, the rest is host memory.
 template <typename C>
 struct ScoreRule {
-  Visibility visibility;
-  C scale, softcap;                // softcap 0: none
-  const float* alibi_slopes;       // (heads) or nullptr
-  ScoreTensor<float> bias;         // -infinity: not seen
-  ScoreTensor<std::uint8_t> mask;  // 0: not seen
+  Visibility visibility = {};
+  C scale = 1, softcap = 0;             // softcap 0: none
+  const float* alibi_slopes = nullptr;  // (heads) or nullptr
+  ScoreTensor<float> bias;              // -infinity: not seen
+  ScoreTensor<std::uint8_t> mask;       // 0: not seen
   BitMask bit_mask;
 
   /// Whether something beside the position says what a row sees.
