@@ -1,5 +1,5 @@
 // Gradients of attention on GPUs, against the formulas in double.
-#include "device.h"
+#include "attention_on_device.h"
 #include "gradient_case.h"
 
 using namespace eigenformer_test;
@@ -13,8 +13,9 @@ struct Found {
 };
 
 /// The gradients of a case on a device; what is padding holds NaN, what is written held NaN.
-template <typename T, typename B>
-Found<T> gradients_on(const B& bench, const GradientCase<T>& c, ef::AttentionOptions options) {
+template <typename T, typename B, typename Keep = decltype(kAsTheyAre)>
+Found<T> gradients_on(const B& bench, const GradientCase<T>& c, ef::AttentionOptions options,
+                      const Keep& keep = kAsTheyAre) {
   const AttentionShape& s = c.shape;
   auto grad_out = c.weights;
   for (Index b = 0; b < s.batch; ++b)
@@ -25,6 +26,7 @@ Found<T> gradients_on(const B& bench, const GradientCase<T>& c, ef::AttentionOpt
   options.sinks_gradient = grad_sinks;
   if (s.queries != s.keys || c.query_lengths != c.key_lengths)
     options.query_lengths = c.query_lengths;
+  [[maybe_unused]] const auto kept = keep(bench, options);
   auto q = on_device(bench, c.q);
   auto k = on_device(bench, c.k);
   auto v = on_device(bench, c.v);
@@ -41,13 +43,14 @@ Found<T> gradients_on(const B& bench, const GradientCase<T>& c, ef::AttentionOpt
   return {gq.host(), gk.host(), gv.host(), grad_sinks};
 }
 
-template <typename T>
-void check(const GradientCase<T>& c, const NamedOptions& named, double bound = tolerance<T>()) {
+template <typename T, typename Keep = decltype(kAsTheyAre)>
+void check(const GradientCase<T>& c, const NamedOptions& named, double bound = tolerance<T>(),
+           const Keep& keep = kAsTheyAre) {
   SCOPED_TRACE(named.name);
   ef::AttentionOptions options = named.options;
   const auto expected = c.reference_gradients(options);
   for_each_gpu([&](const auto& bench) {
-    const auto found = gradients_on(bench, c, options);
+    const auto found = gradients_on(bench, c, options, keep);
     EXPECT_LE(relative_error(found.grad_q, expected.grad_q), bound);
     EXPECT_LE(relative_error(found.grad_k, expected.grad_k), bound);
     EXPECT_LE(relative_error(found.grad_v, expected.grad_v), bound);
@@ -86,6 +89,34 @@ TEST(AttentionBackwardOnDevice, Lengths) {
     check(GradientCase<float>({1, length, length, 1, 1, 4, 4}, {length}), window);
   for (Index width : {1, 31, 32, 65})
     check(GradientCase<float>({1, 3, 3, 1, 1, width, width}, {3}), plain);
+}
+
+// Pairs that masks hide take no part, whatever they hold.
+template <typename T>
+void check_masks() {
+  const AttentionShape s{2, 5, 75, 4, 2, 9, 7};
+  const Masks m(s, 4, {0, 3});
+  GradientCase<T> c(s, {75, 66});
+  poison_hidden(c);
+  const std::span<const float> sinks(test_sinks().data(), 4);
+  const auto keep = [&]<typename B>(const B& bench, ef::AttentionOptions& options) {
+    return std::make_unique<DeviceMasks<B>>(bench, m, options);
+  };
+  check(c, {"bias", {.softcap = 2.0f, .bias = m.bias}}, tolerance<T>(), keep);
+  check(c,
+        {"all",
+         {.causal = true,
+          .window_left = 60,
+          .mask = m.mask,
+          .bit_mask = m.bits,
+          .bit_mask_first_keys = m.first_keys,
+          .sinks = sinks}},
+        tolerance<T>(), keep);
+}
+TEST(AttentionBackwardOnDevice, Masks) {
+  check_masks<float>();
+  check_masks<ef::half>();
+  check(GradientCase<float>({1, 70, 70, 1, 1, 4, 4}, {70}), {"window", {.window = 6}});
 }
 
 // Small gradients of half lose nothing, and large ones nothing either.

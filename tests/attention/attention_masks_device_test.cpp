@@ -8,74 +8,6 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-bool hidden(Index b, Index h, Index i, Index j) {
-  return j % 11 == 5 || i == 1 || (b * 3 + h * 5 + i * 7 + j * 2) % 6 == 0;
-}
-
-/// What is hidden in a bias, a mask and in bits (for all heads, as of head 0, from these keys on),
-/// in host memory: (batch, heads, rows, keys). Row 1 sees no key; nobody sees the keys 5, 16, ...
-struct Masks {
-  ef::Tensor<float, 4> bias;
-  ef::Tensor<std::uint8_t, 4> mask;
-  ef::Tensor<std::uint64_t, 3> bits;
-  std::vector<Index> first_keys;
-
-  Masks(const AttentionShape& s, Index heads, std::vector<Index> first)
-      : bias(random_tensor<float, 4>({s.batch, heads, s.queries, s.keys}, 9)),
-        mask(s.batch, heads, s.queries, s.keys),
-        bits(s.batch, s.queries, s.keys / 64 + 1),
-        first_keys(std::move(first)) {
-    bits.setZero();
-    for (Index b = 0; b < s.batch; ++b)
-      for (Index h = 0; h < heads; ++h)
-        for (Index i = 0; i < s.queries; ++i)
-          for (Index j = 0; j < s.keys; ++j) {
-            const bool hides = hidden(b, h, i, j);
-            mask(b, h, i, j) = hides ? 0 : static_cast<std::uint8_t>(1 + j);
-            if (hides) bias(b, h, i, j) = -kInfinity;
-            const Index bit = j - first_keys[static_cast<std::size_t>(b)];
-            if (h == 0 && bit >= 0 && !hides) bits(b, i, bit / 64) |= std::uint64_t{1} << bit % 64;
-          }
-  }
-};
-
-/// The same in the device's memory: what the host's options view.
-template <typename B>
-struct DeviceMasks {
-  DeviceTensor<B, float, 4> bias;
-  DeviceTensor<B, std::uint8_t, 4> mask;
-  DeviceTensor<B, std::uint64_t, 3> bits;
-
-  DeviceMasks(const B& bench, const Masks& m, ef::AttentionOptions& options)
-      : bias(bench, m.bias), mask(bench, m.mask), bits(bench, m.bits) {
-    const auto moved = [](auto& view, const auto& from, const auto& to) {
-      if (view.present())
-        view = {to.view().data() + (view.data() - from.data()),
-                view.sizes(),
-                {view.stride(0), view.stride(1), view.stride(2), view.stride(3)}};
-    };
-    moved(options.bias, m.bias, bias);
-    moved(options.mask, m.mask, mask);
-    if (options.bit_mask.present()) options.bit_mask = bits.cview();
-  }
-};
-
-/// Keys that nobody sees hold NaN.
-template <typename T>
-AttentionCase<T> poisoned_case(const AttentionShape& shape, std::vector<Index> lengths,
-                               std::vector<Index> queries = {}) {
-  AttentionCase<T> c(shape, std::move(lengths), 1, std::move(queries));
-  for (Index b = 0; b < shape.batch; ++b)
-    for (Index j = 5; j < shape.keys; j += 11)
-      for (Index h = 0; h < shape.kv_heads; ++h) {
-        c.k(b, j, h, 0) = std::numeric_limits<T>::quiet_NaN();
-        c.v(b, j, h, shape.value_dim - 1) = std::numeric_limits<T>::infinity();
-      }
-  return c;
-}
-
 template <typename T>
 void check_masks(const AttentionCase<T>& c, const Masks& m, const NamedOptions& named) {
   check(c, named, true, [&]<typename B>(const B& bench, ef::AttentionOptions& options) {
@@ -200,6 +132,40 @@ TEST(AttentionMasksOnDevice, OneMaskGivesTheBitsOfAnother) {
         View(v.cview().data(), 150, 2, 7), {0, 5, 10}, {0, 75, 150}, packed);
     EXPECT_TRUE(same_bits(dense, out.host()));
   });
+}
+
+/// ALiBi of slopes 1/8, 1/4, ... by heads.
+struct Tilt {
+  template <typename S>
+  EIGENFORMER_HOST_DEVICE S operator()(S score, const ef::ScorePosition& at) const {
+    return score + static_cast<S>(at.key - at.query) * static_cast<S>(1 + at.head) / 8;
+  }
+};
+template <typename T>
+void check_function() {
+  const std::vector<float> slopes{0.125f, 0.25f, 0.375f};
+  const AttentionCase<T> c({2, 9, 75, 3, 1, 16, 8}, {75, 66});
+  const auto expected = c.reference({.causal = true, .alibi_slopes = slopes});
+  const auto weights = ef::reference::attention_scores(
+      to_double(c.q), to_double(c.k), c.key_lengths, c.query_lengths,
+      ef::AttentionScoreStage::probabilities, {.causal = true, .alibi_slopes = slopes});
+  for_each_gpu([&](const auto& bench) {
+    auto q = on_device(bench, c.q), k = on_device(bench, c.k), v = on_device(bench, c.v);
+    auto out = on_device(bench, poisoned_tensor<T, 4>({2, 9, 3, 8}));
+    auto p = on_device(bench, poisoned_tensor<float, 4>({2, 3, 9, 75}));
+    ef::batched_attention_with_padding_into(bench.device, out.view(), q.cview(), k.cview(),
+                                            v.cview(), {75, 66}, {.causal = true},
+                                            ef::thread_workspace(), Tilt{});
+    ef::attention_scores_into(bench.device, p.view(), q.cview(), k.cview(), {75, 66},
+                              ef::AttentionScoreStage::probabilities, {.causal = true},
+                              ef::thread_workspace(), Tilt{});
+    EXPECT_LT(relative_error(out.host(), expected.output), tolerance<T>());
+    EXPECT_LT(relative_error(p.host(), weights), 1e-6);
+  });
+}
+TEST(AttentionMasksOnDevice, FunctionsOfScores) {
+  check_function<float>();
+  check_function<ef::half>();
 }
 
 TEST(AttentionMasksOnDevice, Scores) {

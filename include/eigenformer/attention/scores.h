@@ -20,8 +20,9 @@
 /// with a visible score of +infinity or NaN has NaN at every score but -infinity.
 ///
 /// Scores are computed in double and rounded once: probabilities times V are attention's output
-/// within its tolerance. Bits depend on nothing but the row and its keys. Scores must not overlap
-/// query or key. Cost: 2 * head_dim flops a score (twice for probabilities on CUDA), all of them in
+/// within its tolerance. A function of scores, the last argument as in attention's calls, takes part
+/// from stage 2 on. Bits depend on nothing but the row and its keys. Scores must not overlap query
+/// or key. Cost: 2 * head_dim flops a score (twice for probabilities on CUDA), all of them in
 /// double, and the memory of the whole score matrix: this is for inspection. The _into form
 /// allocates nothing after the first call at a size.
 #pragma once
@@ -37,24 +38,33 @@ enum class AttentionScoreStage { scaled, capped, masked, probabilities };
 
 namespace detail {
 
-/// Leaves of a rule what takes part up to a stage.
-template <typename C>
-void keep_until(problem::ScoreRule<C>& rule, AttentionScoreStage stage) {
-  if (stage == AttentionScoreStage::masked || stage == AttentionScoreStage::probabilities) return;
-  problem::ScoreRule<C> kept{};
-  kept.scale = rule.scale;
-  kept.softcap = stage == AttentionScoreStage::capped ? rule.softcap : C(0);
-  rule = kept;
+/// A request without what comes after the first stage, or the second.
+template <typename T, typename Function>
+problem::Attention<T, T> products_of(const problem::Attention<T, T, Function>& p,
+                                     AttentionScoreStage stage) {
+  problem::Attention<T, T> products{};
+  products.scale = p.scale;
+  if (stage == AttentionScoreStage::capped) products.softcap = p.softcap;
+  products.queries = p.queries;
+  products.query_strides = p.query_strides;
+  products.batch = p.batch;
+  products.heads = p.heads;
+  products.kv_heads = p.kv_heads;
+  products.head_dim = p.head_dim;
+  products.source = p.source;
+  products.sequences = p.sequences;
+  return products;
 }
 
 }  // namespace detail
 
 /// Into `scores`.
-template <Device D, typename Scores, typename Q, typename K>
+template <Device D, typename Scores, typename Q, typename K,
+          typename Function = problem::NoScoreFunction>
 void attention_scores_into(const D& device, Scores&& scores, const Q& query, const K& key,
                            const LengthSpan& seq_lengths, AttentionScoreStage stage,
                            const AttentionOptions& options = {},
-                           Workspace& workspace = thread_workspace()) {
+                           Workspace& workspace = thread_workspace(), const Function& score = {}) {
   constexpr std::string_view name = "attention_scores";
   constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
   using T = scalar_of<Q>;
@@ -64,8 +74,8 @@ void attention_scores_into(const D& device, Scores&& scores, const Q& query, con
   const auto k = input_view<rank>(key);
   auto out = output_view<rank>(scores);
   Workspace::Frame frame(workspace);
-  problem::AttentionScores<T> problem{};
-  problem.forward = detail::dense_attention_problem(name, q, k, k, seq_lengths, options, frame);
+  const auto forward =
+      detail::dense_attention_problem(name, q, k, k, seq_lengths, options, frame, score);
   const auto [batch, rows, heads, width] = detail::attention_shape(q);
   const Index keys = k.dimension(1);
   detail::checked_size(name, "scores", out);
@@ -77,17 +87,22 @@ void attention_scores_into(const D& device, Scores&& scores, const Q& query, con
       out_batch == batch && out_heads == heads && out_rows == rows && out_keys == keys, name,
       "scores has shape ", detail::shape_text(out), ", expected (", batch, ", ",
       rank == 3 ? "" : std::to_string(heads) + ", ", rows, ", ", keys, ")");
-  detail::keep_until(problem.forward, stage);
-  problem.scores = out.data();
-  problem.rows = rows;
-  problem.keys = keys;
-  problem.probabilities = stage == AttentionScoreStage::probabilities;
-  if (out.size() > 0) detail::run(device, problem, workspace);
+  if (out.size() == 0) return;
+  const bool all = stage == AttentionScoreStage::probabilities;
+  if (all || stage == AttentionScoreStage::masked)
+    return detail::run(device,
+                       problem::AttentionScores<T, Function>{forward, out.data(), rows, keys, all},
+                       workspace);
+  detail::run(device,
+              problem::AttentionScores<T>{detail::products_of(forward, stage), out.data(), rows,
+                                          keys, false},
+              workspace);
 }
 
-template <CpuDevice D, typename Q, typename K>
+template <CpuDevice D, typename Q, typename K, typename Function = problem::NoScoreFunction>
 auto attention_scores(const D& device, const Q& query, const K& key, const LengthSpan& seq_lengths,
-                      AttentionScoreStage stage, const AttentionOptions& options = {}) {
+                      AttentionScoreStage stage, const AttentionOptions& options = {},
+                      const Function& score = {}) {
   constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
   const auto q = input_view<rank>(query);
   Eigen::DSizes<Index, rank> sizes;
@@ -97,14 +112,16 @@ auto attention_scores(const D& device, const Q& query, const K& key, const Lengt
   sizes[rank - 1] = input_view<rank>(key).dimension(1);
   auto scores =
       detail::make_tensor<compute_type<scalar_of<Q>>, rank>("attention_scores", "scores", sizes);
-  attention_scores_into(device, scores, query, key, seq_lengths, stage, options);
+  attention_scores_into(device, scores, query, key, seq_lengths, stage, options, thread_workspace(),
+                        score);
   return scores;
 }
-template <typename Q, typename K>
+template <typename Q, typename K, typename Function = problem::NoScoreFunction>
   requires(!Device<Q>)
 auto attention_scores(const Q& query, const K& key, const LengthSpan& seq_lengths,
-                      AttentionScoreStage stage, const AttentionOptions& options = {}) {
-  return attention_scores(Eigen::DefaultDevice{}, query, key, seq_lengths, stage, options);
+                      AttentionScoreStage stage, const AttentionOptions& options = {},
+                      const Function& score = {}) {
+  return attention_scores(Eigen::DefaultDevice{}, query, key, seq_lengths, stage, options, score);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -43,7 +43,7 @@ struct AttentionArrays {
   Sums scratch;      // (warps)
 };
 
-template <typename TQ, typename TKV, typename Function>
+template <typename TQ, typename TKV, typename Function, bool Masked>
 struct AttentionRows {
   using Call = AttentionCall<TQ, TKV, Function>;
   using C = typename Call::C;
@@ -160,8 +160,8 @@ struct AttentionRows {
     const Index last = first + kSplitKeys < q.end() ? first + kSplitKeys : q.end();
     for (Index begin = first; begin < last; begin += kAttentionKeys) {
       if (!q.sees_any(begin, begin + kAttentionKeys)) continue;
-      const bool seen = call.sees(q, begin + block.thread());
-      any_seen = any_seen || seen;
+      const bool seen = call.template sees<Masked>(q, begin + block.thread());
+      any_seen = any_seen || (Masked && seen);
       const double score =
           seen ? static_cast<double>(score_of<S>(block, arrays, q, begin)) : -call.kInfinity;
       const double before = maximum;
@@ -176,9 +176,10 @@ struct AttentionRows {
       add_values(block, arrays, fall);
     }
     weights = reduce_block(block, arrays.scratch, weights, Add{});
-    if (weights == 0)  // all scores are -infinity, or there are none
-      any_seen = reduce_block(block, arrays.scratch, any_seen ? 1.0 : 0.0, Larger{}) > 0;
-    return {maximum, weights, weights != 0 || any_seen};
+    if (!Masked || weights != 0) return {maximum, weights, true};
+    // all scores are -infinity, or there are none
+    any_seen = reduce_block(block, arrays.scratch, any_seen ? 1.0 : 0.0, Larger{}) > 0;
+    return {maximum, weights, any_seen};
   }
 
   /// The score of this thread's key, and where its value is.
@@ -200,7 +201,7 @@ struct AttentionRows {
       product *= static_cast<S>(*call.rows.scale(false, b, h, at));
       arrays.scales.store(block.thread(), static_cast<C>(*call.rows.scale(true, b, h, at)));
     }
-    return problem::score_of_product<S>(p, p.function, call.score_row(q), j, product).value;
+    return problem::score_of_product<S, Masked>(p, p.function, call.score_row(q), j, product).value;
   }
 
   /// sums * fall + what the values of a key block add: 16 threads for each quarter of its keys, in
@@ -251,11 +252,11 @@ Index splits_of(Index rows, Index value_dim, Index longest, Index blocks, Index 
 /// Blocks that fill a device: fewer are split, where there is something to split.
 inline constexpr Index kEnoughRowBlocks = 1024;
 
-template <typename D, typename TQ, typename TKV, typename Function>
+template <bool Masked, typename D, typename TQ, typename TKV, typename Function>
 void launch_attention_rows(const Backend<D>& on, const AttentionCall<TQ, TKV, Function>& call,
                            Index longest) {
   constexpr auto name = "attention";
-  using Kernel = AttentionRows<TQ, TKV, Function>;
+  using Kernel = AttentionRows<TQ, TKV, Function, Masked>;
   const auto& p = call.p;
   const std::size_t shared = Kernel::shared_size(p.head_dim, p.value_dim);
   const Index rows = call.row_count * p.heads,
@@ -285,7 +286,7 @@ bool fits_tiles(const problem::Attention<TQ, TKV, Function>& p) {
 /// split.
 inline constexpr Index kEnoughTileBlocks = 264;
 
-template <typename D, typename T, typename Function>
+template <bool Masked, typename D, typename T, typename Function>
 void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T, Function>& call,
                             const Index* first_tile, Index tiles, Index longest) {
   constexpr auto name = "attention";
@@ -311,9 +312,9 @@ void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T, Func
         });
   };
   if (p.value_dim <= 128)
-    start(AttentionTiles<T, 4, Function>{});
+    start(AttentionTiles<T, 4, Function, Masked>{});
   else
-    start(AttentionTiles<T, 8, Function>{});
+    start(AttentionTiles<T, 8, Function, Masked>{});
 }
 
 template <typename D, typename TQ, typename TKV, typename Function>
@@ -334,9 +335,12 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& 
     if (in_tiles) first_tile[static_cast<std::size_t>(b) + 1] = tiles;
   }
   const auto [call, staged_first_tile] = stage_attention(on, "attention", p, first_tile);
-  if constexpr (kHasAttentionTiles<TQ, TKV>)
-    if (in_tiles) return launch_attention_tiles(on, call, staged_first_tile, tiles, longest);
-  launch_attention_rows(on, call, longest);
+  with_masked(p, [&, &call = call, &staged_tiles = staged_first_tile](auto masked) {
+    constexpr bool kMasked = decltype(masked)::value;
+    if constexpr (kHasAttentionTiles<TQ, TKV>)
+      if (in_tiles) return launch_attention_tiles<kMasked>(on, call, staged_tiles, tiles, longest);
+    launch_attention_rows<kMasked>(on, call, longest);
+  });
 }
 
 }  // namespace cuda

@@ -44,7 +44,8 @@ struct AttentionQuery {
   }
 };
 
-/// The greatest score, the sum of the weights relative to it, and whether the row sees a key.
+/// The greatest score, the sum of the weights relative to it, and whether masks let the row see a
+/// key.
 struct AttentionPart {
   double maximum = -std::numeric_limits<double>::infinity(), weights = 0;
   bool seen = false;
@@ -111,9 +112,10 @@ struct AttentionCall {
   EIGENFORMER_DEVICE problem::ScoreRow score_row(const AttentionQuery& q) const {
     return {q.s - p.sequences, q.head, q.s->query_begin + q.in_sequence, q.position};
   }
-  /// By its position, masks and bias.
+  /// By its position, masks and bias; Masked false: there are none.
+  template <bool Masked = true>
   EIGENFORMER_DEVICE bool sees(const AttentionQuery& q, Index j) const {
-    return q.sees(j) && (!p.masked() || p.unmasked(score_row(q), j));
+    return q.sees(j) && (!Masked || !p.masked() || p.unmasked(score_row(q), j));
   }
 
   /// The sink joins the weights of a row that sees a key: the factor of the sums of values, and
@@ -122,7 +124,7 @@ struct AttentionCall {
     double factor = 0, log_sum_exp = -kInfinity;
   };
   EIGENFORMER_DEVICE End end_of(const AttentionQuery& q, const AttentionPart& part) const {
-    if (!part.seen) return {};
+    if (!part.seen || !q.sees_any()) return {};
     const double sink = p.sinks == nullptr ? -kInfinity : static_cast<double>(p.sinks[q.head]);
     const auto all = merge_parts<double>(part, {sink, sink > -kInfinity ? 1.0 : 0.0});
     if (all.part.weights == 0) return {};
@@ -144,6 +146,15 @@ struct AttentionCall {
           static_cast<C>(value);
   }
 };
+
+/// run(std::bool_constant<masked>): kernels without masks and bias have registers to spare. Those of
+/// functions of scores are of one kind.
+template <typename Problem, typename Run>
+void with_masked(const Problem& p, const Run& run) {
+  if constexpr (!problem::is_score_function<decltype(Problem::function)>)
+    if (!p.masked()) return run(std::false_type{});
+  run(std::true_type{});
+}
 
 /// The request with its arrays on the device, and one more array.
 template <typename D, typename TQ, typename TKV, typename Function>

@@ -54,7 +54,7 @@ EIGENFORMER_DEVICE S key_product(const T* key, Index head_dim, const Query& quer
 }
 
 /// The score in S of key `at` of a sequence, from the elements of query and key.
-template <typename S, typename T, typename Function>
+template <typename S, bool Biased = true, typename T, typename Function>
 EIGENFORMER_DEVICE problem::Score<S> score_of_rows(const problem::Attention<T, T, Function>& p,
                                                    const T* query, const T* key,
                                                    const problem::ScoreRow& row, Index at) {
@@ -62,7 +62,7 @@ EIGENFORMER_DEVICE problem::Score<S> score_of_rows(const problem::Attention<T, T
   const S scale = static_cast<S>(p.scale);
   const S product = key_product<S, C>(
       key, p.head_dim, [=](Index d) { return static_cast<S>(static_cast<C>(query[d])) * scale; });
-  return problem::score_of_product<S>(p, p.function, row, at, product);
+  return problem::score_of_product<S, Biased>(p, p.function, row, at, product);
 }
 
 /// Those of a thread's columns in row k of a tile that sees(column), as bits.

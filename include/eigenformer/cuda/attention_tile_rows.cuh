@@ -10,7 +10,7 @@ inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
 /// Rows (position, head of the group) of a sequence and KV head, from `first` on.
-template <typename Call>
+template <typename Call, bool Masked>
 struct AttentionTileRows {
   const Call& call;
   const problem::AttentionSequence& s;
@@ -54,7 +54,7 @@ struct AttentionTileRows {
   /// Whether all rows see all of the tile at `at`.
   EIGENFORMER_DEVICE bool see_whole(Index at) const {
     const auto& v = call.p.visibility;
-    if (at + kTile > s.key_length || call.p.masked()) return false;
+    if (at + kTile > s.key_length || (Masked && call.p.masked())) return false;
     return at + kTile <= v.prefix ||
            (at + kTile <= position + 1 + v.right && at >= position + positions - 1 - v.left);
   }
@@ -67,7 +67,7 @@ struct AttentionTileRows {
   /// Whether row r sees key j of the tile; `here` is its range.
   EIGENFORMER_DEVICE bool sees(Index r, Index at, const TileRange& here, int j) const {
     return here.sees(j) &&
-           (!call.p.masked() || call.p.unmasked(call.score_row(query_of(r)), at + j));
+           (!Masked || !call.p.masked() || call.p.unmasked(call.score_row(query_of(r)), at + j));
   }
 };
 

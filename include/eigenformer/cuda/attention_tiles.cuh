@@ -31,10 +31,10 @@ inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
 /// value_dim is at most 32 * Chunks.
-template <typename T, int Chunks, typename Function>
+template <typename T, int Chunks, typename Function, bool Masked>
 struct AttentionTiles {
   using Call = AttentionCall<T, T, Function>;
-  using Rows = AttentionTileRows<Call>;
+  using Rows = AttentionTileRows<Call, Masked>;
   using Pairs = PairTile<T>;
   static constexpr int kThreads = kTileThreads, kWarps = kTileThreads / kWarp;
   /// Tiles in shared memory: the next one as well, where heads leave room for it (one takes 113 of
@@ -175,8 +175,8 @@ struct AttentionTiles {
     }
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < 2; ++k) {
-      // a vote of the row's four lanes
-      const bool seen = (block.ballot(state.seen[k]) >> block.lane() / 4 * 4 & 15u) != 0;
+      // masks: a vote of the row's four lanes
+      const bool seen = !Masked || (block.ballot(state.seen[k]) >> block.lane() / 4 * 4 & 15u) != 0;
       found[k] = {state.references[k] + static_cast<double>(state.maximum[k]),
                   static_cast<double>(state.weights[k]), seen};
     }
@@ -272,7 +272,7 @@ struct AttentionTiles {
       else
         seen[k] =
             seen_columns<Pairs>(block.thread(), [&](int j) { return rows.sees(r, at, here, j); });
-      state.seen[k] = state.seen[k] || seen[k] != 0;
+      state.seen[k] = state.seen[k] || (Masked && seen[k] != 0);
     }
     score(block, rows, at, seen, pairs, state);
     EIGENFORMER_UNROLL_ALL
@@ -308,17 +308,17 @@ struct AttentionTiles {
       EIGENFORMER_UNROLL_ALL
       for (int c = 0; c < Pairs::kColumns; ++c)
         if ((seen[k] >> c & 1) != 0)
-          pairs.at(k, c) = problem::score_of_product<float>(p, p.function, row,
-                                                            at + Pairs::column(block.thread(), c),
-                                                            pairs.at(k, c) * p.scale)
+          pairs.at(k, c) = problem::score_of_product<float, Masked>(
+                               p, p.function, row, at + Pairs::column(block.thread(), c),
+                               pairs.at(k, c) * p.scale)
                                .value;
     }
     rescore(block, pairs, static_cast<Pairs*>(nullptr), state.wide, state.references,
             [&](int r, int j) -> problem::Score<double> {
               if (!rows.sees(r, at, rows.range(r, at), j)) return {0, 0};
               const AttentionQuery q = rows.query_of(r);
-              return score_of_rows<double>(p, call.query(q), rows.key(false, at + j),
-                                           call.score_row(q), at + j);
+              return score_of_rows<double, Masked>(p, call.query(q), rows.key(false, at + j),
+                                                   call.score_row(q), at + j);
             });
   }
 

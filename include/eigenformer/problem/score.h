@@ -17,8 +17,8 @@ struct Score {
   S value, slope;
 };
 
-/// In S, for a key that the row sees.
-template <typename S, typename C, typename Function>
+/// In S, for a key that the row sees. Biased false: there is no bias, and no register for one.
+template <typename S, bool Biased = true, typename C, typename Function>
 EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Score<S> score_of_product(const ScoreRule<C>& rule,
                                                                      const Function& function,
                                                                      const ScoreRow& row, Index key,
@@ -31,7 +31,7 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Score<S> score_of_product(const Score
   if (rule.alibi_slopes != nullptr)  // one rounding, wherever this is compiled
     score.value = std::fma(static_cast<S>(rule.alibi_slopes[row.head]),
                            static_cast<S>(key - row.position), score.value);
-  if (rule.bias.present()) score.value += static_cast<S>(rule.bias.at(row, key));
+  if (Biased && rule.bias.present()) score.value += static_cast<S>(rule.bias.at(row, key));
   if constexpr (is_score_function<Function>)
     score.value = static_cast<S>(function(score.value, row.at(key)));
   return score;
