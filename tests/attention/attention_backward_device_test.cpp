@@ -94,11 +94,11 @@ TEST(AttentionBackwardOnDevice, Lengths) {
 // Pairs that masks hide take no part, whatever they hold.
 template <typename T>
 void check_masks() {
-  const AttentionShape s{2, 5, 75, 4, 2, 9, 7};
-  const Masks m(s, 4, {0, 3});
+  const AttentionShape s{2, 5, 75, 2, 1, 9, 7};
+  const Masks m(s, 2, {0, 3});
   GradientCase<T> c(s, {75, 66});
   poison_hidden(c);
-  const std::span<const float> sinks(test_sinks().data(), 4);
+  const std::span<const float> sinks(test_sinks().data(), 2);
   const auto keep = [&]<typename B>(const B& bench, ef::AttentionOptions& options) {
     return std::make_unique<DeviceMasks<B>>(bench, m, options);
   };
@@ -117,6 +117,83 @@ TEST(AttentionBackwardOnDevice, Masks) {
   check_masks<float>();
   check_masks<ef::half>();
   check(GradientCase<float>({1, 70, 70, 1, 1, 4, 4}, {70}), {"window", {.window = 6}});
+}
+
+// A loss that takes log_sum_exp as well.
+template <typename T>
+void check_log_sum_exp_gradient() {
+  const GradientCase<T> c({2, 7, 75, 2, 1, 9, 5}, {75, 4});
+  const auto lse_gradient = random_tensor<float, 3>({2, 2, 7}, 9);
+  const auto wide = to_double(lse_gradient);
+  const std::span<const float> sinks(test_sinks().data(), 2);
+  const ef::AttentionOptions options{.causal = true, .softcap = 2.0f, .sinks = sinks};
+  const auto expected = ef::reference::attention_backward(
+      to_double(c.weights), to_double(c.q), to_double(c.k), to_double(c.v), c.key_lengths,
+      c.query_lengths, options, &wide);
+  for_each_gpu([&](const auto& bench) {
+    const auto found =
+        gradients_on(bench, c, options, [&](const auto& here, ef::AttentionOptions& changed) {
+          using B = std::remove_cvref_t<decltype(here)>;
+          auto kept = std::make_unique<DeviceTensor<B, float, 3>>(here, lse_gradient);
+          const auto view = kept->cview();
+          changed.log_sum_exp_gradient = view;
+          return kept;
+        });
+    EXPECT_LE(relative_error(found.grad_q, expected.grad_q), tolerance<T>());
+    EXPECT_LE(relative_error(found.grad_k, expected.grad_k), tolerance<T>());
+    EXPECT_LE(relative_error(found.grad_v, expected.grad_v), tolerance<T>());
+    for (std::size_t h = 0; h < 2; ++h)
+      EXPECT_NEAR(found.grad_sinks[h], expected.grad_sinks[h], tolerance<T>() * 10) << h;
+  });
+}
+TEST(AttentionBackwardOnDevice, GradientOfLogSumExp) {
+  check_log_sum_exp_gradient<float>();
+  check_log_sum_exp_gradient<ef::half>();
+}
+
+// q, k and v, and their gradients, as parts of a tensor (batch, seq, heads, 3, width): the bits of
+// tensors of their own.
+template <typename T>
+void check_one_projection() {
+  constexpr Index rows = 5, heads = 2, width = 8;
+  const GradientCase<T> c({2, rows, rows, heads, heads, width, width}, {rows, 3});
+  ef::Tensor<T, 5> stacked(2, rows, heads, 3, width);
+  const auto line = [&](auto& tensor, Index part, Index i) {
+    return tensor.data() + (i * 3 + part) * width;
+  };
+  for (Index i = 0; i < 2 * rows * heads; ++i) {
+    std::copy_n(c.q.data() + i * width, width, line(stacked, 0, i));
+    std::copy_n(c.k.data() + i * width, width, line(stacked, 1, i));
+    std::copy_n(c.v.data() + i * width, width, line(stacked, 2, i));
+  }
+  const ef::AttentionOptions options{.causal = true};
+  for_each_gpu([&](const auto& bench) {
+    const auto expected = gradients_on(bench, c, options);
+    auto grad_out = c.weights;
+    std::fill_n(&grad_out(1, 3, 0, 0), 2 * heads * width, std::numeric_limits<T>::quiet_NaN());
+    auto g = on_device(bench, grad_out);
+    auto qkv = on_device(bench, stacked);
+    auto gradients = on_device(bench, poisoned_tensor<T, 5>({2, rows, heads, 3, width}));
+    auto lse = on_device(bench, poisoned_tensor<ef::compute_type<T>, 3>({2, heads, rows}));
+    const auto parts = qkv.cview();
+    const auto to = gradients.view();
+    auto gq = ef::heads_of(to, 0, 3), gk = ef::heads_of(to, 1, 3), gv = ef::heads_of(to, 2, 3);
+    ef::attention_backward_into(bench.device, gq, gk, gv, g.cview(), ef::heads_of(parts, 0, 3),
+                                ef::heads_of(parts, 1, 3), ef::heads_of(parts, 2, 3), g.cview(),
+                                lse.cview(), {rows, 3}, options);
+    const auto found = gradients.host();
+    const ef::Tensor<T, 4>* const wanted[]{&expected.grad_q, &expected.grad_k, &expected.grad_v};
+    for (Index part = 0; part < 3; ++part)
+      for (Index i = 0; i < 2 * rows * heads; ++i)
+        EXPECT_EQ(
+            std::memcmp(line(found, part, i), wanted[part]->data() + i * width, width * sizeof(T)),
+            0)
+            << part << ' ' << i;
+  });
+}
+TEST(AttentionBackwardOnDevice, PartsOfOneProjection) {
+  check_one_projection<float>();
+  check_one_projection<ef::half>();
 }
 
 // Small gradients of half lose nothing, and large ones nothing either.

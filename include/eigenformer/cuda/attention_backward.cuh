@@ -40,7 +40,7 @@ struct AttentionQueryGradients {
   AttentionPairs<T> on;
   const Index* first_tile;  // (batch + 1)
   Index tiles;
-  C* sums;  // (rows, heads, head_dim)
+  GradientSums<C> sums;  // (rows, heads, head_dim)
   Row* rows;
   double* sink_gradients;  // (rows, heads) or nullptr
 
@@ -158,7 +158,7 @@ struct AttentionQueryGradients {
       const int r = Pairs::row(block.thread(), k);
       states[k].maximum += references[k];
       double sink_gradient = 0;
-      const Row row = finish(at, states[k], wide[k], sink_gradient);
+      const Row row = finish(at, r, states[k], wide[k], sink_gradient);
       large = large || (row.kind == Row::kWide && !wide[k]);
       if (block.thread() % Pairs::kLanes != 0) continue;
       known.store(r, row);
@@ -174,7 +174,7 @@ struct AttentionQueryGradients {
   }
 
   /// The sink is a key whose value is 0. A row without weight on a key gives no gradient.
-  EIGENFORMER_DEVICE Row finish(const AttentionTileAt& at, State s, bool wide,
+  EIGENFORMER_DEVICE Row finish(const AttentionTileAt& at, Index r, State s, bool wide,
                                 double& sink_gradient) const {
     if (s.weights == 0) return {};
     const auto& f = on.p.forward;
@@ -186,7 +186,10 @@ struct AttentionQueryGradients {
       s.weights += sink_weight;
       s.grads -= sink_weight * s.top;
     }
-    const double delta = s.grads / s.weights;
+    double delta = s.grads / s.weights;
+    if (on.p.grad_log_sum_exp != nullptr)  // dS = P (dP - D + its gradient)
+      delta -= static_cast<double>(
+          on.p.grad_log_sum_exp[at.s->lse_begin + at.head * f.lse_head_stride + at.row + r]);
     if (sink > -on.kInfinity) sink_gradient = -(sink_weight / s.weights * (s.top + delta));
     const bool large = wide || is_large_score<T, T>(s.maximum);
     return {s.maximum, static_cast<C>(1 / s.weights), static_cast<C>(s.top), static_cast<C>(delta),
@@ -198,10 +201,9 @@ struct AttentionQueryGradients {
                                          const Known& known, AttentionTileAt at) const {
     const auto& f = on.p.forward;
     const auto row_of = [&](int r) { return known.load(r); };
-    const auto at_row = [&](auto* tensor) {
-      return [&, tensor](Index r) {
-        return at.row + r < at.s->tensor_rows ? tensor + on.row_index(at, r) * f.head_dim : nullptr;
-      };
+    const auto sums_at = [&](Index r) {
+      return at.row + r < at.s->tensor_rows ? sums.row(at.s->query_begin + at.row + r, at.head)
+                                            : nullptr;
     };
     bool none = true;
     for (at.key = 0; at.key < at.s->key_length; at.key += kTile) {
@@ -224,10 +226,14 @@ struct AttentionQueryGradients {
           [&](Index r, Index j) {
             return on.sees(at, r, on.range(at, r), j) && known.load(r).kind != Row::kSilent;
           },
-          at_row(sums));
+          sums_at);
       none = false;
     }
-    on.write_rows(block, f.head_dim, none, f.scale, at_row(sums), at_row(on.p.grad_queries));
+    on.write_rows(block, f.head_dim, none, f.scale, sums_at, [&](Index r) {
+      return at.row + r < at.s->tensor_rows
+                 ? on.p.query_gradient(at.s->query_begin + at.row + r, at.head)
+                 : nullptr;
+    });
   }
 };
 
@@ -241,7 +247,7 @@ struct AttentionKeyGradients {
   AttentionPairs<T> on;
   const Index* first_tile;  // (batch + 1)
   Index tiles;
-  C *key_sums, *value_sums;  // laid out like the keys, like the values
+  GradientSums<C> key_sums, value_sums;  // (key rows, KV heads, width)
   const Row* rows;
 
   static constexpr std::size_t shared_size() { return AttentionPairs<T>::shared_size(2); }
@@ -270,16 +276,13 @@ struct AttentionKeyGradients {
   }
 
  private:
-  /// Where row j of the tile begins in a tensor like the keys or the values; nullptr outside.
-  template <typename U>
-  EIGENFORMER_DEVICE U* row_in(U* tensor, bool value, const AttentionTileAt& at, Index kv_head,
-                               Index j) const {
-    const auto& source = on.p.forward.source;
-    const Index most = on.p.key_rows > at.s->key_length ? on.p.key_rows : at.s->key_length;
-    if (at.key + j >= most) return nullptr;
-    const KvRows<T> all{source, nullptr, nullptr};
-    const T* const row = all.row(value, at.s->key_sequence, kv_head, at.s->key_begin + at.key + j);
-    return tensor + (row - (value ? source.values : source.keys));
+  /// Whether row j of the tile is one of the keys, padding included.
+  EIGENFORMER_DEVICE bool has_key(const AttentionTileAt& at, Index j) const {
+    return at.key + j < (on.p.key_rows > at.s->key_length ? on.p.key_rows : at.s->key_length);
+  }
+  EIGENFORMER_DEVICE C* sums_at(const GradientSums<C>& sums, const AttentionTileAt& at,
+                                Index kv_head, Index j) const {
+    return has_key(at, j) ? sums.row(on.p.key_row(*at.s, at.key + j), kv_head) : nullptr;
   }
 
   template <typename Block, typename Arrays, typename PairArray>
@@ -307,11 +310,11 @@ struct AttentionKeyGradients {
     on.add_rows(
         block, arrays, probability_array, kProbabilityUnit, f.value_dim, first,
         [&](Index r) { return on.grad_output(at, r); }, takes,
-        [&](Index j) { return row_in(value_sums, true, at, kv_head, j); });
+        [&](Index j) { return sums_at(value_sums, at, kv_head, j); });
     on.add_rows(
         block, arrays, grad_array, unit, f.head_dim, first,
         [&](Index r) { return on.query(at, r); }, takes,
-        [&](Index j) { return row_in(key_sums, false, at, kv_head, j); });
+        [&](Index j) { return sums_at(key_sums, at, kv_head, j); });
   }
   /// Keeps small probabilities of long rows in half's range.
   static constexpr C kProbabilityUnit = std::is_same_v<T, half> ? C(1024) : C(1);
@@ -320,13 +323,18 @@ struct AttentionKeyGradients {
   EIGENFORMER_DEVICE void write(Block& block, const AttentionTileAt& at, Index kv_head,
                                 bool none) const {
     const auto& f = on.p.forward;
-    const auto rows_in = [&](auto* tensor, bool value) {
-      return [=, this, &at](Index j) { return row_in(tensor, value, at, kv_head, j); };
-    };
-    on.write_rows(block, f.head_dim, none, f.scale, rows_in(key_sums, false),
-                  rows_in(on.p.grad_keys, false));
-    on.write_rows(block, f.value_dim, none, C(1), rows_in(value_sums, true),
-                  rows_in(on.p.grad_values, true));
+    on.write_rows(
+        block, f.head_dim, none, f.scale,
+        [&](Index j) { return sums_at(key_sums, at, kv_head, j); },
+        [&](Index j) {
+          return has_key(at, j) ? on.p.key_gradient(*at.s, kv_head, at.key + j) : nullptr;
+        });
+    on.write_rows(
+        block, f.value_dim, none, C(1),
+        [&](Index j) { return sums_at(value_sums, at, kv_head, j); },
+        [&](Index j) {
+          return has_key(at, j) ? on.p.value_gradient(*at.s, kv_head, at.key + j) : nullptr;
+        });
   }
 };
 
@@ -366,17 +374,25 @@ void launch_backward(const Backend<D>& on, const AttentionPairs<T>& pairs, const
       {rows * heads, sinks ? rows * heads : 0, sinks ? heads : 0, own ? 0 : counts[1],
        own ? 0 : counts[2], own ? 0 : counts[3]},
       [&](Row* known, double* terms, float* sink_sums, C* queries, C* keys, C* values) {
-        if constexpr (own) {
-          queries = p.grad_queries;
-          keys = p.grad_keys;
-          values = p.grad_values;
-        }
+        const auto sums = [&](auto* gradient, const problem::HeadStrides& strides, C* scratch,
+                              Index all_heads, Index width) -> GradientSums<C> {
+          if constexpr (own)
+            return {gradient, strides};
+          else
+            return {scratch, {all_heads * width, width}};
+        };
+        const auto& f = p.forward;
         using Queries = AttentionQueryGradients<T>;
         using Keys = AttentionKeyGradients<T>;
         launch_rows(on, name, tiles[0] * heads, Queries::shared_size(),
-                    Queries{pairs, query_tiles, tiles[0], queries, known, sinks ? terms : nullptr});
+                    Queries{pairs, query_tiles, tiles[0],
+                            sums(p.grad_queries, p.grad_query_strides, queries, heads, f.head_dim),
+                            known, sinks ? terms : nullptr});
         launch_rows(on, name, tiles[1] * p.forward.kv_heads, Keys::shared_size(),
-                    Keys{pairs, key_tiles, tiles[1], keys, values, known});
+                    Keys{pairs, key_tiles, tiles[1],
+                         sums(p.grad_keys, p.grad_key_strides, keys, f.kv_heads, f.head_dim),
+                         sums(p.grad_values, p.grad_value_strides, values, f.kv_heads, f.value_dim),
+                         known});
         if (!sinks) return;
         launch_rows(on, name, heads, shared_bytes<double>(kRowThreads / kWarp),
                     SinkGradients{terms, rows, heads, sink_sums});

@@ -33,6 +33,17 @@ struct AttentionTileAt {
   Index head, row, key;
 };
 
+/// Rows of heads that gradients are summed in: the gradients themselves where they are of C.
+template <typename C>
+struct GradientSums {
+  C* data;
+  problem::HeadStrides strides;
+
+  EIGENFORMER_DEVICE C* row(Index row, Index head) const {
+    return data + row * strides.token + head * strides.head;
+  }
+};
+
 /// Shared memory of a block.
 template <typename Operand, typename Flags, typename Scratch>
 struct TileArrays {
