@@ -3,6 +3,8 @@
 #include <eigenformer/causal_mask.h>
 #include <eigenformer/kv_cache.h>
 
+#include <cstddef>
+
 #include "allocations.h"
 #include "attention_case.h"
 
@@ -179,6 +181,35 @@ TEST(AttentionMasks, KeepOutWhateverAHiddenKeyHolds) {
         EXPECT_EQ(lse(0, h, i), again(0, h, i));
       }
   }
+}
+
+TEST(AttentionMasks, KeepOutAScaleThatIsNoNumber) {
+  struct Page {  // of 8 positions, one head of 8
+    std::int8_t keys[64], values[64];
+    float key_scales[8], value_scales[8];
+  } page;
+  for (int i = 0; i < 64; ++i) page.keys[i] = page.values[i] = static_cast<std::int8_t>(i * 37);
+  for (int j = 0; j < 8; ++j) page.key_scales[j] = page.value_scales[j] = 0.01f;
+  const std::byte* const pages[] = {reinterpret_cast<const std::byte*>(&page)};
+  const std::int32_t table[] = {0};
+  const std::int32_t* const tables[] = {table};
+  const Index length = 8;
+  const ef::KvSource<std::int8_t> source{.batch = 1,
+                                         .kv_heads = 1,
+                                         .head_dim = 8,
+                                         .lengths = &length,
+                                         .pages = pages,
+                                         .tables = tables,
+                                         .page_size = 8,
+                                         .value_offset = offsetof(Page, values),
+                                         .key_scale_offset = offsetof(Page, key_scales),
+                                         .value_scale_offset = offsetof(Page, value_scales)};
+  const auto q = random_tensor<float, 4>({1, 1, 2, 8}, 1);
+  ef::Tensor<bool, 2> mask(1, 8);
+  for (Index j = 0; j < 8; ++j) mask(0, j) = j % 3 != 1;
+  const auto clean = ef::attention_with_kv_source(q, source, {.mask = mask});
+  page.key_scales[4] = page.value_scales[4] = std::nanf("");
+  EXPECT_TRUE(same_bits(ef::attention_with_kv_source(q, source, {.mask = mask}), clean));
 }
 
 TEST(AttentionMasks, ARowWithoutKeysIsZeroSinksOrNot) {

@@ -5,6 +5,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include "../../problem/score_rule.h"
@@ -38,16 +39,33 @@ void for_each_run(KeyBits keys, F&& f) {
   }
 }
 
-/// line[j] = the bias of key block_begin + j, for j in [begin, end).
-template <typename C>
-void load_bias(const problem::ScoreTensor<float>& bias, const problem::ScoreRow& row,
-               Index block_begin, int begin, int end, C* line) {
-  const float* const from = &bias.at(row, block_begin + begin);
-  if (bias.key_stride == 1) {
+/// line[j] = the element of key block_begin + j, for j in [begin, end).
+template <typename T, typename C>
+void load_elements(const problem::ScoreTensor<T>& tensor, const problem::ScoreRow& row,
+                   Index block_begin, int begin, int end, C* line) {
+  const T* const from = &tensor.at(row, block_begin + begin);
+  if (tensor.key_stride == 1) {
     for (int j = begin; j < end; ++j) line[j] = static_cast<C>(from[j - begin]);
   } else {
-    for (int j = begin; j < end; ++j) line[j] = static_cast<C>(from[(j - begin) * bias.key_stride]);
+    for (int j = begin; j < end; ++j)
+      line[j] = static_cast<C>(from[(j - begin) * tensor.key_stride]);
   }
+}
+
+/// The bytes that are not 0, eight at a time: one by one they would take a third of the time of a
+/// row's products (heads of 64).
+inline KeyBits bits_of(const std::uint8_t* bytes) {
+  static_assert(std::endian::native == std::endian::little);
+  KeyBits bits = 0;
+  for (int j = 0; j < kAttentionKeyBlock; j += 8) {
+    std::uint64_t eight;
+    std::memcpy(&eight, bytes + j, 8);
+    eight |= eight >> 4;
+    eight |= eight >> 2;
+    eight |= eight >> 1;  // the lowest bit of each says it
+    bits |= ((eight & 0x0101010101010101) * 0x0102040810204080 >> 56) << j;
+  }
+  return bits;
 }
 
 /// Leaves of the keys of a block that a row sees by its position, `range`, those that masks and bias
@@ -58,21 +76,18 @@ KeyBits hide_masked(const problem::ScoreRule<C>& rule, const problem::ScoreRow& 
   if (range.empty()) return 0;
   KeyBits seen = keys_of(range);
   const int first = range.first(), last = range.last();
+  std::uint8_t bytes[kAttentionKeyBlock] = {};
   if (rule.bit_mask.present()) seen &= rule.bit_mask.at(row, block_begin);
   if (rule.mask.present()) {
-    const std::uint8_t* const mask = &rule.mask.at(row, block_begin + first);
-    KeyBits bits = 0;
-    for (int j = first; j < last; ++j)
-      bits |= KeyBits{mask[(j - first) * rule.mask.key_stride] != 0} << j;
-    seen &= bits;
+    load_elements(rule.mask, row, block_begin, first, last, bytes);
+    seen &= bits_of(bytes);
   }
   if (rule.bias.present()) {
     float bias[kAttentionKeyBlock];
-    load_bias(rule.bias, row, block_begin, first, last, bias);
-    KeyBits bits = 0;
+    load_elements(rule.bias, row, block_begin, first, last, bias);
     for (int j = first; j < last; ++j)
-      bits |= KeyBits{bias[j] != -std::numeric_limits<float>::infinity()} << j;
-    seen &= bits;
+      bytes[j] = bias[j] != -std::numeric_limits<float>::infinity();
+    seen &= bits_of(bytes);
   }
   if (seen == keys_of(range)) return 0;
   range = {0, 0, 0};
@@ -102,7 +117,7 @@ class BlockScores {
     }
     if (rule.bias.present()) {
       fill_line(bias_, kAttentionKeyBlock, V::zero());
-      load_bias(rule.bias, row, block_begin, range.first(), range.last(), bias_);
+      load_elements(rule.bias, row, block_begin, range.first(), range.last(), bias_);
     }
     if (hidden == 0) return;
     const KeyBits seen = keys_of(range) & ~hidden;
