@@ -38,7 +38,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Bands at work at a time: four for each worker, as far as they fit these bytes.
+/// Bands at work at a time: two for each worker, as far as they fit these bytes.
 inline constexpr double kBackwardBytes = 64 << 20;
 
 template <typename C>
@@ -48,7 +48,7 @@ Index bands_at_once(const BackwardShape& s, Index workers) {
                       static_cast<double>(3 * s.width + 2 * s.value_width);
   if (workers == 1) return 1;
   return static_cast<Index>(
-      std::clamp(kBackwardBytes / (band + task + 1), 1.0, 4.0 * static_cast<double>(workers)));
+      std::clamp(kBackwardBytes / (band + task + 1), 1.0, 2.0 * static_cast<double>(workers)));
 }
 
 /// All that is held during a call.

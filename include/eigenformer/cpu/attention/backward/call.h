@@ -79,12 +79,13 @@ struct BackwardCall {
   }
   /// The keys that row r sees of the block at `begin`; `hidden` are those in between that it does
   /// not see.
-  BlockRange range_of(const Band& band, Index r, Index begin, KeyBits& hidden) const {
+  BlockRange range_of(const Band& band, const BandMemory<C>& m, Index r, Index begin,
+                      KeyBits& hidden) const {
     hidden = 0;
     if (r >= rows(band)) return {0, 0, 0};
     BlockRange range =
-        block_range(f.visibility, position(band, r), band.sequence->key_length, begin);
-    if (f.masked()) hidden = hide_masked(f, score_row_of(band, r), begin, range);
+        block_range(f.visibility, m.rows[r].position, band.sequence->key_length, begin);
+    if (f.masked()) hidden = hide_masked(f, m.rows[r], begin, range);
     return range;
   }
 };

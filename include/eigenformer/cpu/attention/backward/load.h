@@ -39,6 +39,7 @@ class BackwardLoad {
           Panels::load_row(on_.grad_output(band, of), C(1), present ? on_.f.value_dim : 0,
                            on_.shape.value_width, r, on_.shape.stride, m.grad_output);
       m.bad_rows[r] = !query || !grad;
+      m.rows[r] = on_.score_row_of(band, r);
     }
   }
 

@@ -94,12 +94,17 @@ struct AttentionPanels {
     }
   }
 
-  /// f(std::integral_constant<int, R>, first) over tiles that cover the columns of a panel.
+  /// f(std::integral_constant<int, R>, first) over tiles that cover the columns of a panel, nearly
+  /// equal ones: 6, 5 and 5 of 16 columns keep more chains of additions at work than 6, 6 and 4.
   template <typename F>
   static EIGENFORMER_INLINE void for_column_tiles(F&& f) {
-    constexpr int rest = kPanel % kRows;
-    for (int c = 0; c + kRows <= kPanel; c += kRows) f(std::integral_constant<int, kRows>{}, c);
-    if constexpr (rest > 0) f(std::integral_constant<int, rest>{}, kPanel - rest);
+    constexpr int tiles = (kPanel + kRows - 1) / kRows, least = kPanel / tiles,
+                  larger = kPanel % tiles;
+    int c = 0;
+    if constexpr (larger > 0)
+      for (; c < larger * (least + 1); c += least + 1)
+        f(std::integral_constant<int, least + 1>{}, c);
+    for (; c < kPanel; c += least) f(std::integral_constant<int, least>{}, c);
   }
 
   /// Row `row` of a matrix times `factor`, to its `width` elements.

@@ -150,6 +150,7 @@ struct BandMemory {
   C *queries, *grad_output;               // (rows, width), in panels
   C *weights, *grads, *slopes;            // by block (rows, 64), in panels; P and dS in the end
   C *maxima, *top_grads, *sums, *deltas;  // by block (rows); sums become factors of weights
+  problem::ScoreRow* rows;                // (rows)
   double* sink_terms;                     // (rows)
   Index* blocks;                          // where the blocks begin
   PanelRange* panels;                     // by block (row tiles)
@@ -215,6 +216,7 @@ BandMemory<C> take_band(const BackwardShape& s, bool softcap, Workspace::Frame& 
           frame.take<C>(rows),
           frame.take<C>(rows),
           frame.take<C>(rows),
+          frame.take<problem::ScoreRow>(s.rows),
           frame.take<double>(s.rows),
           frame.take<Index>(s.blocks),
           frame.take<PanelRange>(rows),

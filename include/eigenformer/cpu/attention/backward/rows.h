@@ -41,9 +41,7 @@ class BackwardRows {
     fill_line(on_.scratch.grad_queries, kGroup * on_.shape.width, V::zero());
     for (Index n = 0; n < band.blocks; ++n) {
       const PanelRange* const panels = m.panels + (n * on_.shape.rows + first) / kRows;
-      for (Index t = 0; t < kGroup / kRows; ++t)
-        for (int p = panels[t].begin; p < panels[t].end; ++p)
-          scale_tile(m, n, first, t * kRows, p, rows);
+      for (Index r = 0; r < kGroup; ++r) scale_row(m, n, first, r, panels[r / kRows], rows);
       for (Index r = 0; r < kGroup; ++r)
         if (rows.bad[r]) spoil(band, m, n, first + r);
       const C* const keys = task.keys + m.blocks[n] * on_.shape.width;
@@ -166,12 +164,12 @@ class BackwardRows {
     C scores[kBlock], slopes[kBlock];
     KeyBits hidden;
     for (Index n = 0; n < band.blocks; ++n) {
-      const BlockRange range = on_.range_of(band, r, m.blocks[n], hidden);
+      const BlockRange range = on_.range_of(band, m, r, m.blocks[n], hidden);
       if (!range.empty()) {
         std::fill_n(slopes, kBlock, C(0));
-        scores_in_double<Isa>(on_.f, on_.scratch.query, on_.key_block(band, m.blocks[n]),
-                              on_.score_row_of(band, r), m.blocks[n], range, hidden, maximum,
-                              scores, on_.f.softcap > 0 ? slopes : nullptr);
+        scores_in_double<Isa>(on_.f, on_.scratch.query, on_.key_block(band, m.blocks[n]), m.rows[r],
+                              m.blocks[n], range, hidden, maximum, scores,
+                              on_.f.softcap > 0 ? slopes : nullptr);
         for (int c = 0; c < kBlock; c += kPanel) {
           std::copy_n(scores + c, kPanel, on_.pair(m.weights, n, r, c));
           if (on_.f.softcap > 0) std::copy_n(slopes + c, kPanel, on_.pair(m.slopes, n, r, c));
@@ -181,7 +179,7 @@ class BackwardRows {
     }
     sum = weighted = 0;
     for (Index n = 0; n < band.blocks; ++n) {
-      if (on_.range_of(band, r, m.blocks[n], hidden).empty()) continue;
+      if (on_.range_of(band, m, r, m.blocks[n], hidden).empty()) continue;
       const V rise = V::set1(static_cast<C>(maximum.value - on_.scratch.maxima[n]));
       V weights = V::zero(), grads = V::zero();
       for (int c = 0; c < kBlock; c += Tile::lanes) {
@@ -198,30 +196,29 @@ class BackwardRows {
     return maximum.value;
   }
 
-  /// Weights and dP of rows [first + r, first + r + kRows) in panel p to P and dS.
-  void scale_tile(const Memory& m, Index n, Index first, Index r, int p,
-                  const RowGroup& rows) const {
-    for (Index i = r; i < r + kRows; ++i) {
-      const V factor = V::set1(m.sums[n * on_.shape.rows + first + i]),
-              top_grad = V::set1(rows.top_grads[i]), delta = V::set1(rows.deltas[i]);
+  /// Weights and dP of row first + r to P and dS.
+  void scale_row(const Memory& m, Index n, Index first, Index r, PanelRange panels,
+                 const RowGroup& rows) const {
+    const V factor = V::set1(m.sums[n * on_.shape.rows + first + r]),
+            top_grad = V::set1(rows.top_grads[r]), delta = V::set1(rows.deltas[r]);
+    for (int p = panels.begin; p < panels.end; ++p)
       for (int c = 0; c < kPanel; c += Tile::lanes) {
-        C* const weights = on_.pairs(m.weights, n, first + i, p) + c;
-        C* const grads = on_.pairs(m.grads, n, first + i, p) + c;
+        C* const weights = on_.pairs(m.weights, n, first + r, p) + c;
+        C* const grads = on_.pairs(m.grads, n, first + r, p) + c;
         const V probability = V::load(weights) * factor;
         V ds = probability * (V::load(grads) - top_grad - delta);
-        if (on_.f.softcap > 0) ds = ds * V::load(on_.pairs(m.slopes, n, first + i, p) + c);
+        if (on_.f.softcap > 0) ds = ds * V::load(on_.pairs(m.slopes, n, first + r, p) + c);
         probability.store(weights);
         ds.store(grads);
       }
-    }
   }
 
   /// NaN for every pair of row r with the keys that it sees in block n.
   void spoil(const Band& band, const Memory& m, Index n, Index r) const {
     KeyBits hidden;
-    const BlockRange range = on_.range_of(band, r, m.blocks[n], hidden);
+    const BlockRange range = on_.range_of(band, m, r, m.blocks[n], hidden);
     if (range.empty()) return;
-    const BlockScores<C, Isa> rule(on_.f, on_.score_row_of(band, r), m.blocks[n], range, hidden);
+    const BlockScores<C, Isa> rule(on_.f, m.rows[r], m.blocks[n], range, hidden);
     for (int c = 0; c < kBlock; c += Tile::lanes) {
       const V pair_value =
           select(equal(rule(V::zero(), c), V::set1(-kInfinity)), V::zero(), V::set1(kNaN));

@@ -2,6 +2,7 @@
 /// The second phase of attention's backward pass: the pairs of a band with a key block.
 #pragma once
 
+#include <bit>
 #include <limits>
 
 #include "call.h"
@@ -41,10 +42,11 @@ class BackwardScores {
       BlockRange ranges[kGroup];
       KeyBits hidden[kGroup];
       for (Index r = 0; r < kGroup; ++r) {
-        if (r > 0 && (first + r) % on_.group != 0 && first + r < on_.rows(band) && !on_.f.masked())
+        if (r > 0 && first + r < on_.rows(band) && !on_.f.masked() &&
+            m.rows[first + r].position == m.rows[first + r - 1].position)
           ranges[r] = ranges[r - 1], hidden[r] = 0;
         else
-          ranges[r] = on_.range_of(band, first + r, begin, hidden[r]);
+          ranges[r] = on_.range_of(band, m, first + r, begin, hidden[r]);
       }
       PanelRange* const panels = m.panels + (n * on_.shape.rows + first) / kRows;
       for (Index t = 0; t < kGroup / kRows; ++t) panels[t] = panels_of(ranges + t * kRows);
@@ -97,8 +99,7 @@ class BackwardScores {
       }
       return;
     }
-    const BlockScores<C, Isa> rule(on_.f, on_.score_row_of(band, r), m.blocks[n], range,
-                                   hidden_keys);
+    const BlockScores<C, Isa> rule(on_.f, m.rows[r], m.blocks[n], range, hidden_keys);
     C* const scores = on_.scratch.scores + from;
     V top = V::set1(-kInfinity), top_grad = V::zero();
     for (int c = 0; c < kBlock; c += Tile::lanes) {
@@ -147,10 +148,8 @@ class BackwardScores {
   static C grad_of(V scores, C maximum, V grads) {
     C values[Tile::lanes];
     grads.store(values);
-    std::uint32_t lanes = equal(scores, V::set1(maximum)).bits();
-    int lane = 0;
-    for (; lane < Tile::lanes - 1 && (lanes & 1) == 0; lanes >>= 1) ++lane;
-    return values[lane];
+    const int lane = std::countr_zero(equal(scores, V::set1(maximum)).bits());
+    return lane < Tile::lanes ? values[lane] : C(0);
   }
 
   const Call& on_;
