@@ -169,4 +169,41 @@ TEST(PagedKvCacheOnDevice, AttentionBehindAWindow) {
   });
 }
 
+// Keys by channel: stored as on the host, and attention is that over the keys read back.
+TEST(PagedKvCacheOnDevice, KeyScalesByChannel) {
+  const ef::PagedKvConfig config{
+      .layers = 1, .kv_heads = 2, .head_dim = 33, .page_size = 4, .page_count = 9};
+  const auto rows = random_tensor<float, 3>({35, 2, 33}, 1);
+  ef::Tensor<float, 2> scales(2, 33);
+  for (Index i = 0; i < scales.size(); ++i)
+    scales.data()[i] = 0.005f * static_cast<float>(1 + i % 7);
+  ef::PagedKvCache<float, std::int8_t> expected(config);
+  expected.set_key_scales(0, scales);
+  const auto id = expected.add_sequence();
+  expected.append(id, 0, rows, rows);
+  const auto keys = expected.keys(id, 0), values = expected.values(id, 0);
+  const auto q = random_tensor<float, 4>({1, 2, 4, 33}, 2);
+  for_each_device([&](const auto& bench) {
+    ef::PagedKvCache<float, std::int8_t> cache(config, ef::memory_of(bench.device));
+    cache.set_key_scales(0, scales);
+    const auto own = cache.add_sequence();
+    auto new_rows = on_device(bench, rows);
+    cache.append(bench.device, own, 0, new_rows.cview(), new_rows.cview());
+    auto got = on_device(bench, poisoned_tensor<float, 3>({35, 2, 33}));
+    cache.keys_into(bench.device, got.view(), own, 0);
+    EXPECT_TRUE(same_bits(got.host(), keys));
+    auto query = on_device(bench, q);
+    auto output = on_device(bench, poisoned_tensor<float, 4>({1, 2, 4, 33}));
+    ef::attention_with_kv_source_into(bench.device, output.view(), query.cview(), cache.source(0),
+                                      {.causal = true});
+    const ef::TensorView<const float, 4> k(keys.data(), 1, 35, 2, 33),
+        v(values.data(), 1, 35, 2, 33);
+    const auto dense = ef::batched_attention_with_padding(q, k, v, std::vector<Index>{35},
+                                                          ef::AttentionOptions{.causal = true});
+    const auto result = output.host();
+    for (Index i = 0; i < result.size(); ++i)
+      ASSERT_NEAR(result.data()[i], dense.data()[i], 2e-2) << i;
+  });
+}
+
 }  // namespace

@@ -35,10 +35,9 @@
 /// the cache holds already. Submit them with `shared_prefix` tokens: their rows begin at that
 /// position, and pages that the prefix fills are not counted for them. Where a row's position is
 /// shared_prefix and the cache holds nothing for it, fork the prefix's sequence at that length. The
-/// prefix's own pages are the caller's: leave them out of page_count. Prompts that merely happen to
-/// begin alike share pages through PagedKvCache::share_prefix instead, of which the scheduler need
-/// not know: submit with find_prefix's result as shared_prefix where a sequence of yours holds those
-/// pages for as long as the request lives.
+/// prefix's own pages are the caller's: leave them out of page_count. Prompts that merely
+/// happen to begin alike: PagedKvCache::share_prefix finds their pages; let a sequence of yours hold
+/// them while the request lives, and submit with what it found as shared_prefix.
 ///
 /// Speculative decoding. Where a row wants a token, plan.drafts says how many positions behind its
 /// tokens have a page and a share of the token budget: so many draft tokens of it may be verified
