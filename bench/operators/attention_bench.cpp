@@ -1,8 +1,12 @@
 // Attention: prefill is bound by multiply-adds, decode by the bytes of keys and values. 32 heads, 8
-// KV heads, head 128. Peer: what an Eigen user writes by hand, a matrix product, a softmax and a
-// product for each head.
+// KV heads, head 128 unless the name says otherwise. Peers: what an Eigen user writes by hand, a
+// matrix product, a softmax and a product for each head; and where a call should cost no more than
+// its parts, the parts.
 #include <eigenformer/attention.h>
+#include <eigenformer/kv_cache.h>
+#include <eigenformer/paged_kv_cache.h>
 
+#include <optional>
 #include <random>
 
 #include "report/harness.h"
@@ -13,40 +17,53 @@ using ef::Index;
 namespace {
 
 constexpr Index kHeads = 32, kKvHeads = 8, kDim = 128;
+constexpr std::size_t kPeriod = 65521;  // of random numbers: gigabytes of them take too long
 
-template <typename T>
-std::shared_ptr<ef::Tensor<T, 4>> random_rows(Index batch, Index rows, Index heads, unsigned seed) {
-  auto x = std::make_shared<ef::Tensor<T, 4>>(batch, rows, heads, kDim);
+template <typename T, int Rank>
+ef::Tensor<T, Rank> random_tensor(const Eigen::array<Index, Rank>& sizes, unsigned seed) {
+  ef::Tensor<T, Rank> x(sizes);
   std::mt19937 generator(seed);
   std::normal_distribution<float> normal;
-  for (Index i = 0; i < x->size(); ++i) x->data()[i] = static_cast<T>(normal(generator));
+  std::vector<T> numbers(kPeriod);
+  for (T& number : numbers) number = static_cast<T>(normal(generator));
+  for (Index i = 0; i < x.size(); ++i) x.data()[i] = numbers[static_cast<std::size_t>(i) % kPeriod];
   return x;
+}
+
+/// What `make` makes, once somebody asks for it: rows that a filter leaves out cost no memory.
+template <typename F>
+auto lazily(F make) {
+  const auto made = std::make_shared<std::optional<decltype(make())>>();
+  return [=]() -> auto& {
+    if (!*made) made->emplace(make());
+    return **made;
+  };
 }
 
 template <typename T>
 struct Inputs {
-  std::shared_ptr<ef::Tensor<T, 4>> q, k, v, out;
-  std::shared_ptr<std::vector<Index>> lengths;
-  Inputs(Index batch, Index queries, Index keys, std::vector<Index> key_lengths)
-      : q(random_rows<T>(batch, queries, kHeads, 1)),
-        k(random_rows<T>(batch, keys, kKvHeads, 2)),
-        v(random_rows<T>(batch, keys, kKvHeads, 3)),
-        out(std::make_shared<ef::Tensor<T, 4>>(batch, queries, kHeads, kDim)),
-        lengths(std::make_shared<std::vector<Index>>(std::move(key_lengths))) {}
+  ef::Tensor<T, 4> q, k, v, out;
+  std::vector<Index> lengths;
+  Inputs(Index batch, Index queries, Index keys, Index dim, std::vector<Index> key_lengths)
+      : q(random_tensor<T, 4>({batch, queries, kHeads, dim}, 1)),
+        k(random_tensor<T, 4>({batch, keys, kKvHeads, dim}, 2)),
+        v(random_tensor<T, 4>({batch, keys, kKvHeads, dim}, 3)),
+        out(batch, queries, kHeads, dim),
+        lengths(std::move(key_lengths)) {}
 };
 
 /// softmax(Q K^T / sqrt(d)) V for one head of one sequence, causal at the end, with Eigen's
 /// matrices.
-void by_hand(const Inputs<float>& x, Index b, Index h, bool causal) {
+void by_hand(Inputs<float>& x, Index b, Index h, bool causal) {
   using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
   using Rows = Eigen::Map<Matrix, 0, Eigen::OuterStride<>>;
-  const Index length = (*x.lengths)[static_cast<std::size_t>(b)],
-              queries = std::min(x.q->dimension(1), length), kv = h / (kHeads / kKvHeads);
-  Rows q(&(*x.q)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim)),
-      out(&(*x.out)(b, 0, h, 0), queries, kDim, Eigen::OuterStride<>(kHeads * kDim));
-  Rows k(&(*x.k)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim)),
-      v(&(*x.v)(b, 0, kv, 0), length, kDim, Eigen::OuterStride<>(kKvHeads * kDim));
-  Matrix scores = q * k.transpose() * (1.0f / std::sqrt(static_cast<float>(kDim)));
+  const Index length = x.lengths[static_cast<std::size_t>(b)], dim = x.q.dimension(3),
+              queries = std::min(x.q.dimension(1), length), kv = h / (kHeads / kKvHeads);
+  Rows q(&x.q(b, 0, h, 0), queries, dim, Eigen::OuterStride<>(kHeads * dim)),
+      out(&x.out(b, 0, h, 0), queries, dim, Eigen::OuterStride<>(kHeads * dim));
+  Rows k(&x.k(b, 0, kv, 0), length, dim, Eigen::OuterStride<>(kKvHeads * dim)),
+      v(&x.v(b, 0, kv, 0), length, dim, Eigen::OuterStride<>(kKvHeads * dim));
+  Matrix scores = q * k.transpose() * (1.0f / std::sqrt(static_cast<float>(dim)));
   for (Index i = 0; i < queries; ++i) {
     const Index seen = causal ? length - queries + i + 1 : length;
     auto row = scores.row(i);
@@ -58,74 +75,238 @@ void by_hand(const Inputs<float>& x, Index b, Index h, bool causal) {
   out.noalias() = scores * v;
 }
 
-struct ByHand {
-  Inputs<float> x;
-  bool causal;
-  template <typename D>
-  void operator()(const D& device) const {
-    ef::cpu::parallel_for(device, x.q->dimension(0) * kHeads, ef::cpu::kWorthAThread,
-                          [&](Index begin, Index end, int) {
-                            for (Index t = begin; t < end; ++t)
-                              by_hand(x, t / kHeads, t % kHeads, causal);
-                          });
-  }
-};
+double flops(double pairs, Index dim = kDim) {
+  return 4.0 * kHeads * static_cast<double>(dim) * pairs;
+}
+double causal_pairs(Index n) { return static_cast<double>(n) * static_cast<double>(n + 1) / 2; }
 
-double flops(double pairs) { return 4.0 * kHeads * kDim * pairs; }
+template <typename T, typename Lazy>
+bench::Row& forward_row(bench::Suite& suite, const std::string& name, const Lazy& inputs,
+                        bench::Limit limit, bool causal, bool with_hand = true) {
+  auto& row = suite.row("attention " + name, limit);
+  row.ours([=](const auto& device) {
+    Inputs<T>& x = inputs();
+    ef::batched_attention_with_padding_into(device, x.out, x.q, x.k, x.v, x.lengths,
+                                            {.causal = causal});
+  });
+  if constexpr (std::is_same_v<T, float>) {
+    if (with_hand)
+      row.peer("Eigen by hand", [=](const auto& device) {
+        Inputs<T>& x = inputs();
+        ef::cpu::parallel_for(device, x.q.dimension(0) * kHeads, ef::cpu::kWorthAThread,
+                              [&](Index begin, Index end, int) {
+                                for (Index t = begin; t < end; ++t)
+                                  by_hand(x, t / kHeads, t % kHeads, causal);
+                              });
+      });
+  }
+  return row;
+}
 
 template <typename T>
-void forward_row(bench::Suite& suite, const std::string& name, const Inputs<T>& x, double pairs,
-                 double key_bytes, const ef::AttentionOptions& options) {
-  auto& row = suite.row("attention " + name, bench::Limit::product(flops(pairs), key_bytes));
-  row.ours([=](const auto& device) {
-    ef::batched_attention_with_padding_into(device, *x.out, *x.q, *x.k, *x.v, *x.lengths, options);
-  });
-  if constexpr (std::is_same_v<T, float>) row.peer("Eigen by hand", ByHand{x, options.causal});
+void prefill_row(bench::Suite& suite, Index n, Index dim, const std::string& type) {
+  forward_row<T>(
+      suite, "causal prefill " + std::to_string(n) + (dim == kDim ? " " : ", heads of 64, ") + type,
+      lazily([=] { return Inputs<T>(1, n, n, dim, {n}); }),
+      bench::Limit::product(flops(causal_pairs(n), dim), 0), true, n <= 2048);
 }
 
 void prefill_cases(bench::Suite& suite) {
-  for (const Index n : {512, 2048}) {
-    const double pairs = static_cast<double>(n) * static_cast<double>(n + 1) / 2;
-    forward_row(suite, "causal prefill " + std::to_string(n) + " float",
-                Inputs<float>(1, n, n, {n}), pairs, 0, {.causal = true});
-  }
-  forward_row(suite, "causal prefill 512 bfloat16", Inputs<ef::bfloat16>(1, 512, 512, {512}),
-              512.0 * 513 / 2, 0, {.causal = true});
+  for (const Index dim : {kDim, Index(64)})
+    for (const Index n : {512, 2048, 8192}) prefill_row<float>(suite, n, dim, "float");
+  for (const Index n : {512, 2048}) prefill_row<ef::bfloat16>(suite, n, kDim, "bfloat16");
 }
 
-void decode_cases(bench::Suite& suite) {
-  const double elements = 2.0 * 4096 * kKvHeads * kDim;
-  forward_row(suite, "decode 4096 keys float", Inputs<float>(1, 1, 4096, {4096}), 4096,
-              4 * elements, {.causal = true});
-  forward_row(suite, "decode 4096 keys bfloat16", Inputs<ef::bfloat16>(1, 1, 4096, {4096}), 4096,
-              2 * elements, {.causal = true});
+// ---- decode: one query row for each sequence ----------------------------------------------------
+
+std::string decode_name(Index batch, Index keys) {
+  return "decode " + std::to_string(keys) + " keys" +
+         (batch == 1 ? "" : ", " + std::to_string(batch) + " sequences") + ", ";
 }
+
+/// Reads elements and, of INT8, a scale for each row of a head.
+bench::Limit decode_limit(Index batch, Index keys, std::size_t element, std::size_t scale = 0) {
+  const double rows = 2.0 * static_cast<double>(batch * keys * kKvHeads);
+  return bench::Limit::product(
+      flops(static_cast<double>(batch * keys)),
+      rows * (kDim * static_cast<double>(element) + static_cast<double>(scale)));
+}
+
+template <typename T>
+void dense_decode(bench::Suite& suite, Index batch, Index keys, const std::string& type) {
+  forward_row<T>(suite, decode_name(batch, keys) + type, lazily([=] {
+                   return Inputs<T>(batch, 1, keys, kDim,
+                                    std::vector<Index>(static_cast<std::size_t>(batch), keys));
+                 }),
+                 decode_limit(batch, keys, sizeof(T)), true);
+}
+
+template <typename Cache>
+struct Decode {
+  Cache cache;
+  ef::Tensor<float, 4> q, out;
+};
+
+template <typename Make>
+void cached_decode(bench::Suite& suite, Index batch, Index keys, const std::string& name,
+                   std::size_t element, std::size_t scale, const Make& cache) {
+  const auto inputs = lazily([=] {
+    return Decode<decltype(cache())>{cache(), random_tensor<float, 4>({batch, 1, kHeads, kDim}, 1),
+                                     ef::Tensor<float, 4>(batch, 1, kHeads, kDim)};
+  });
+  suite
+      .row("attention " + decode_name(batch, keys) + name,
+           decode_limit(batch, keys, element, scale))
+      .ours([=](const auto& device) {
+        auto& x = inputs();
+        ef::attention_with_kv_cache_into(device, x.out, x.q, x.cache, 0, {.causal = true});
+      });
+}
+
+template <typename Storage>
+ef::PagedKvCache<float, Storage> paged(const std::vector<Index>& lengths) {
+  Index pages = 0;
+  for (const Index length : lengths) pages += (length + 15) / 16;
+  ef::PagedKvCache<float, Storage> cache(
+      {.layers = 1, .kv_heads = kKvHeads, .head_dim = kDim, .page_size = 16, .page_count = pages});
+  std::vector<ef::SequenceId> ids;
+  for (std::size_t i = 0; i < lengths.size(); ++i) ids.push_back(cache.add_sequence());
+  constexpr Index kStep = 16;  // page by page in turns, so that a sequence's pages lie apart
+  const auto rows = random_tensor<float, 3>({kStep, kKvHeads, kDim}, 2);
+  for (bool more = true; more;) {
+    more = false;
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+      const Index n = std::min(kStep, lengths[i] - cache.length(ids[i]));
+      if (n <= 0) continue;
+      const ef::TensorView<const float, 3> some(rows.data(), n, kKvHeads, kDim);
+      cache.append(ids[i], 0, some, some);
+      more = true;
+    }
+  }
+  return cache;
+}
+
+// The cases of 16 sequences end where keys and values are 512 MiB of floats.
+void decode_cases(bench::Suite& suite) {
+  for (const auto& [batch, keys] :
+       {std::pair<Index, Index>{1, 512}, {1, 4096}, {1, 65536}, {16, 512}, {16, 4096}}) {
+    dense_decode<float>(suite, batch, keys, "float");
+    dense_decode<ef::bfloat16>(suite, batch, keys, "bfloat16");
+    cached_decode(suite, batch, keys, "INT8", 1, sizeof(float), [b = batch, n = keys] {
+      ef::KvCache<float, std::int8_t> cache;
+      cache.reserve(n);
+      const auto rows = random_tensor<float, 4>({b, 512, kKvHeads, kDim}, 2);
+      while (cache.length(0) < n) ef::update_kv_cache(cache, rows, rows, 0);
+      return cache;
+    });
+    const std::vector<Index> lengths(static_cast<std::size_t>(batch), keys);
+    cached_decode(suite, batch, keys, "float, pages of 16", sizeof(float), 0,
+                  [=] { return paged<float>(lengths); });
+    cached_decode(suite, batch, keys, "INT8, pages of 16", 1, sizeof(float),
+                  [=] { return paged<std::int8_t>(lengths); });
+  }
+}
+
+// ---- batches of different lengths ---------------------------------------------------------------
 
 void padded_cases(bench::Suite& suite) {
-  std::vector<Index> lengths;  // 31% of 16 x 512
+  std::vector<Index> lengths;  // 1 to 512: half of 16 x 512 is padding
   double pairs = 0;
   for (Index b = 0; b < 16; ++b) {
-    lengths.push_back(b % 4 == 0 ? 384 : 16 + 16 * b);
+    lengths.push_back(1 + 511 * b / 15);
     pairs += static_cast<double>(lengths.back()) * static_cast<double>(lengths.back());
   }
-  forward_row(suite, "padded 16 x 512 float", Inputs<float>(16, 512, 512, lengths), pairs, 0, {});
+  const auto inputs = lazily([=] { return Inputs<float>(16, 512, 512, kDim, lengths); });
+  forward_row<float>(suite, "padded 16 x 512 float", inputs, bench::Limit::product(flops(pairs), 0),
+                     false)
+      .peer("its sequences alone", [=](const auto& device) {
+        Inputs<float>& x = inputs();
+        for (Index b = 0; b < 16; ++b) {
+          const Index n = lengths[static_cast<std::size_t>(b)];
+          const auto rows = [&](const ef::Tensor<float, 4>& of) {
+            return ef::TensorView<const float, 4>(&of(b, 0, 0, 0), 1, n, of.dimension(2), kDim);
+          };
+          ef::TensorView<float, 4> out(&x.out(b, 0, 0, 0), 1, n, kHeads, kDim);
+          ef::batched_attention_with_padding_into(device, out, rows(x.q), rows(x.k), rows(x.v),
+                                                  std::array{n});
+        }
+      });
 }
 
+/// A step of a server: the last 512 tokens of a prompt, and one token each of 63 others.
+struct RaggedStep {
+  static constexpr Index kChunk = 512, kOthers = 63;
+  ef::PagedKvCache<float> cache = paged<float>(lengths());
+  ef::Tensor<float, 3> q = random_tensor<float, 3>({kChunk + kOthers, kHeads, kDim}, 1), out = q;
+
+  static std::vector<Index> lengths() {
+    std::vector<Index> result{1024};
+    for (Index i = 0; i < kOthers; ++i) result.push_back(64 + 31 * i);
+    return result;
+  }
+  /// Sequences [first, first + count), whose rows begin at `row`.
+  template <typename D>
+  void run(const D& device, Index first, Index count, Index row) {
+    const std::span<const ef::SequenceId> ids = cache.sequences();
+    std::vector<Index> offsets{0};
+    for (Index i = first; i < first + count; ++i)
+      offsets.push_back(offsets.back() + (i == 0 ? kChunk : 1));
+    const ef::TensorView<const float, 3> queries(&q(row, 0, 0), offsets.back(), kHeads, kDim);
+    ef::TensorView<float, 3> result(&out(row, 0, 0), offsets.back(), kHeads, kDim);
+    ef::attention_with_kv_source_into(device, result, queries,
+                                      cache.source(0, ids.subspan(static_cast<std::size_t>(first),
+                                                                  static_cast<std::size_t>(count))),
+                                      offsets, {.causal = true});
+  }
+};
+
+void ragged_cases(bench::Suite& suite) {
+  double pairs = 0, bytes = 0;
+  for (const Index length : RaggedStep::lengths()) {
+    const Index n = bytes == 0 ? RaggedStep::kChunk : 1;
+    pairs += static_cast<double>(n) * static_cast<double>(length - n) + causal_pairs(n);
+    bytes += 2.0 * kKvHeads * kDim * sizeof(float) * static_cast<double>(length);
+  }
+  const auto step = lazily([] { return RaggedStep(); });
+  suite
+      .row("attention paged step, a chunk of 512 and 63 tokens, float",
+           bench::Limit::product(flops(pairs), bytes))
+      .ours([=](const auto& device) { step().run(device, 0, 1 + RaggedStep::kOthers, 0); })
+      .peer("its parts, the chunk and the tokens", [=](const auto& device) {
+        step().run(device, 0, 1, 0);
+        step().run(device, 1, RaggedStep::kOthers, RaggedStep::kChunk);
+      });
+}
+
+struct Backward {
+  Inputs<float> x;
+  ef::Tensor<float, 3> lse;
+  ef::Tensor<float, 4> grad_out, gq, gk, gv;
+  explicit Backward(Index n)
+      : x(1, n, n, kDim, {n}),
+        lse(1, kHeads, n),
+        grad_out(random_tensor<float, 4>({1, n, kHeads, kDim}, 4)),
+        gq(1, n, kHeads, kDim),
+        gk(1, n, kKvHeads, kDim),
+        gv(1, n, kKvHeads, kDim) {
+    ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, x.out, x.q, x.k, x.v, x.lengths,
+                                            {.causal = true, .log_sum_exp = lse});
+  }
+};
+
 void backward_cases(bench::Suite& suite) {
-  const Index n = 512;
-  Inputs<float> x(1, n, n, {n});
-  auto lse = std::make_shared<ef::Tensor<float, 3>>(1, kHeads, n);
-  auto grad_out = random_rows<float>(1, n, kHeads, 4);
-  ef::batched_attention_with_padding_into(Eigen::DefaultDevice{}, *x.out, *x.q, *x.k, *x.v,
-                                          *x.lengths, {.causal = true, .log_sum_exp = *lse});
-  auto gq = random_rows<float>(1, n, kHeads, 5), gk = random_rows<float>(1, n, kKvHeads, 6),
-       gv = random_rows<float>(1, n, kKvHeads, 7);
-  auto& row = suite.row("attention backward, causal 512 float",
-                        bench::Limit::product(2.5 * flops(n * (n + 1) / 2.0), 0));
-  row.ours([=](const auto& device) {
-    ef::attention_backward_into(device, *gq, *gk, *gv, *grad_out, *x.q, *x.k, *x.v, *x.out, *lse,
-                                *x.lengths, {.causal = true});
-  });
+  for (const Index n : {512, 2048}) {
+    const auto inputs = lazily([=] { return Backward(n); });
+    suite
+        .row("attention backward, causal " + std::to_string(n) + " float",
+             bench::Limit::product(2.5 * flops(causal_pairs(n)), 0))
+        .ours([=](const auto& device) {
+          Backward& b = inputs();
+          Inputs<float>& x = b.x;
+          ef::attention_backward_into(device, b.gq, b.gk, b.gv, b.grad_out, x.q, x.k, x.v, x.out,
+                                      b.lse, x.lengths, {.causal = true});
+        });
+  }
 }
 
 }  // namespace
@@ -133,4 +314,5 @@ void backward_cases(bench::Suite& suite) {
 EIGENFORMER_BENCHMARK(prefill_cases)
 EIGENFORMER_BENCHMARK(decode_cases)
 EIGENFORMER_BENCHMARK(padded_cases)
+EIGENFORMER_BENCHMARK(ragged_cases)
 EIGENFORMER_BENCHMARK(backward_cases)

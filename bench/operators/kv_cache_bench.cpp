@@ -3,6 +3,8 @@
 // read that attention does, for scale.
 #include <eigenformer/kv_cache.h>
 
+#include <cstring>
+
 #include "report/harness.h"
 
 namespace ef = eigenformer;
@@ -60,6 +62,40 @@ void append_cases(bench::Suite& suite) {
   append_case<float, std::int8_t>(suite, "float as INT8");
 }
 
+/// One token of one sequence to every layer of a model. Peer: copies of the same bytes to where they
+/// would go.
+void layers_case(bench::Suite& suite) {
+  constexpr Eigen::Index kLayers = 32, kTokens = 1024;
+  constexpr std::size_t kRow = static_cast<std::size_t>(kHeads * kHeadDim);
+  struct Layers {
+    ef::KvCache<float> cache;
+    ef::Tensor<float, 4> token{1, 1, kHeads, kHeadDim};
+    std::vector<float> memory = std::vector<float>(2 * kLayers * kTokens * kRow, 1.0f);
+    std::size_t step = 0;
+  };
+  const auto x = std::make_shared<Layers>();
+  x->token.setRandom();
+  x->cache.reserve(kLayers, 1, kTokens, kHeads, kHeadDim);
+  const auto append = [=](const auto& device) {
+    if (x->cache.length(0) == kTokens) x->cache.truncate(0);
+    for (Eigen::Index layer = 0; layer < kLayers; ++layer)
+      ef::update_kv_cache(device, x->cache, x->token, x->token, layer);
+  };
+  for (Eigen::Index i = 0; i < kTokens; ++i) append(Eigen::DefaultDevice{});
+  const double bytes = 2.0 * kLayers * static_cast<double>(kRow * sizeof(float));
+  suite
+      .row("update_kv_cache (1, 1, 8, 128) to each of 32 layers, float",
+           bench::Limit::copy_bytes(bytes, bytes)
+               .rotating_through(bytes * static_cast<double>(kTokens)))
+      .ours(append)
+      .peer_one_thread("memcpy", [=] {
+        x->step = (x->step + 1) % kTokens;
+        for (std::size_t part = 0; part < 2 * kLayers; ++part)
+          std::memcpy(x->memory.data() + (part * kTokens + x->step) * kRow, x->token.data(),
+                      kRow * sizeof(float));
+      });
+}
+
 void prefill_case(bench::Suite& suite) {
   const auto prompt = std::make_shared<ef::Tensor<float, 4>>(random_rows<float>(512));
   const auto cache = std::make_shared<ef::KvCache<float>>();
@@ -82,4 +118,5 @@ void prefill_case(bench::Suite& suite) {
 }  // namespace
 
 EIGENFORMER_BENCHMARK(append_cases)
+EIGENFORMER_BENCHMARK(layers_case)
 EIGENFORMER_BENCHMARK(prefill_case)
