@@ -84,7 +84,10 @@
 /// Bits. A row is one fixed sum over key blocks of 64 at absolute positions: its bits do not depend
 /// on the batch, the padding, the number of threads, or on whether the sequence came whole, in
 /// chunks or token by token through a cache (for one stored type of K and V). bfloat16 and half are
-/// converted to float; sums are float, or double for double.
+/// converted to float; sums are float, or double for double. Where queries, keys and values are
+/// bfloat16 and the CPU multiplies pairs of it (AVX512_BF16, AMX), it does: scores are scaled after
+/// the products, whose sums must be in float's range, and weights are rounded to bfloat16, each by
+/// at most 1/512 of itself. Numbers below 2^-126 count as 0 there.
 /// On CUDA splits of 512 keys are merged in order, whether one block of threads walks over them or
 /// blocks share them; where queries, keys and values are bfloat16, or half, of widths up to 256,
 /// tensor cores multiply, for which weights are rounded to these 16 bits.

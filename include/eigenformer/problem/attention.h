@@ -30,7 +30,9 @@ struct AttentionSequence {
 /// that of scores (attention.h).
 template <typename TQ, typename TKV, typename Function = NoScoreFunction>
 struct Attention : ScoreRule<compute_type<TQ>> {
-  static constexpr bool kUsesTiles = std::is_same_v<TKV, std::int8_t>;
+  static constexpr bool kUsesTiles =
+      std::is_same_v<TKV, std::int8_t> ||
+      (std::is_same_v<TQ, bfloat16> && std::is_same_v<TKV, bfloat16>);
   using Compute = compute_type<TQ>;
   const TQ* queries = nullptr;  // (rows, heads, head_dim)
   HeadStrides query_strides = {};

@@ -12,11 +12,10 @@
 #include <cstdint>
 #include <limits>
 
-#include "../../core/check.h"
 #include "../../core/workspace.h"
-#include "../linear/activations.h"
 #include "../vector/quantize_line.h"
 #include "few_rows.h"
+#include "packed_scores.h"
 #include "tile.h"
 
 namespace eigenformer {
@@ -39,30 +38,29 @@ class Int8Scores {
   using Line = tile::LineDot<Isa>;
   using Activation = typename Line::Activation;
   using V = simd::Vec<float, Isa>;
-  static constexpr int kPanels = kAttentionKeyBlock / Dot::columns;
-  static_assert(kAttentionKeyBlock % Dot::columns == 0 && V::lanes == Line::lanes);
+  using Packed = PackedScores<Dot, Isa>;
+  static_assert(V::lanes == Line::lanes && V::lanes == Dot::columns / Dot::vectors);
 
  public:
+  /// Sizes do not overflow: depth is limited (attention.h).
   static Int8ScoreScratch take_scratch(Index rows, Index depth, Workspace::Frame& frame) {
-    const auto product = [](Index a, Index b) {
-      return detail::checked_product(a, b, "attention", "scratch");
-    };
-    const Index padded_rows = Tiles<Dot>::padded_rows(rows),
-                steps = tile::product_steps<Dot>(depth);
-    const Index lines = product(kAttentionFewRows, parts(depth) * Line::width);
-    Int8ScoreScratch s{frame.take<float>(padded_rows),
-                       frame.take<std::int32_t>(padded_rows),
-                       frame.take<std::uint32_t>(product(padded_rows, steps * Dot::units)),
+    const Index lines = kAttentionFewRows * parts(depth) * Line::width;
+    Int8ScoreScratch s{frame.take<float>(Tiles<Dot>::padded_rows(rows)),
+                       frame.take<std::int32_t>(Tiles<Dot>::padded_rows(rows)),
+                       frame.take<std::uint32_t>(Packed::query_units(rows, depth)),
                        frame.take<Activation>(lines),
-                       frame.take<std::int8_t>(product(steps * Dot::step, kAttentionKeyBlock)),
-                       frame.take<std::int32_t>(Index{Dot::rows} * kAttentionKeyBlock)};
+                       frame.take<std::int8_t>(Packed::key_elements(depth)),
+                       frame.take<std::int32_t>(Packed::kSums)};
     // rows beyond the few are computed with and thrown away
     std::fill_n(static_cast<Activation*>(s.lines), lines, Activation{0});
     return s;
   }
 
   Int8Scores(const Int8ScoreScratch& scratch, Index depth, float scale)
-      : s_(scratch), depth_(depth), scale_(scale) {}
+      : s_(scratch),
+        packed_{depth, scratch.tiles, scratch.panels, scratch.sums},
+        depth_(depth),
+        scale_(scale) {}
 
   /// Row r of the queries starts at row(r).
   template <typename Row>
@@ -77,8 +75,8 @@ class Int8Scores {
   /// scores[r][j], at least of the keys between the first and the last in ranges[r].
   void score(Index rows, const BlockRows<std::int8_t>& block, const BlockRange* ranges,
              float* scores) {
+    if (rows > kAttentionFewRows) return score_tiles(rows, block, ranges, scores);
     const KeySpan seen = seen_by_tile(ranges, static_cast<int>(rows));
-    if (rows > kAttentionFewRows) return score_tiles(rows, block, seen, ranges, scores);
     FewRows<float, Isa>::with_rows(
         rows, [&](auto tile) { score_lines<decltype(tile)::value>(rows, block, seen, scores); });
   }
@@ -92,8 +90,8 @@ class Int8Scores {
   struct Part {
     Index begin, own;
   };
-  Part part(Index part) const {
-    const Index begin = part * Line::width, own = (std::min)(Index{Line::width}, depth_ - begin);
+  Part part(Index p) const {
+    const Index begin = p * Line::width, own = (std::min)(Index{Line::width}, depth_ - begin);
     return {depth_ < Line::width ? 0 : begin + own - Line::width, own};
   }
 
@@ -120,14 +118,10 @@ class Int8Scores {
     const Tiles<Dot> tiles(rows);
     for (Index t = 0; t < tiles.count(); ++t) {
       const Index first = tiles.first(t);
-      pack_quantized_rows<Dot>(Isa{}, tiles.valid(t), depth_, tiles.height(t), tile_queries(first),
-                               {s_.scales, s_.offsets, depth_, 1}, first,
-                               [&](Index i) { return row(first + i); });
+      pack_quantized_rows<Dot>(Isa{}, tiles.valid(t), depth_, tiles.height(t),
+                               packed_.tile_queries(first), {s_.scales, s_.offsets, depth_, 1},
+                               first, [&](Index i) { return row(first + i); });
     }
-  }
-
-  std::uint32_t* tile_queries(Index first) const {
-    return s_.tiles + first * tile::product_steps<Dot>(depth_) * Dot::units;
   }
 
   /// scores[0, lanes) of keys whose scales are at `key_scales`.
@@ -180,53 +174,16 @@ class Int8Scores {
     tile::unroll<R>([&](auto r) { f(r, sum[r]); });
   }
 
-  void score_tiles(Index rows, const BlockRows<std::int8_t>& block, KeySpan seen,
-                   const BlockRange* ranges, float* scores) {
-    const Index steps = tile::product_steps<Dot>(depth_),
-                panel_bytes = steps * Dot::step * Dot::columns;
-    pack_keys(block, seen, steps, panel_bytes);
-    const Tiles<Dot> tiles(rows);
-    for (Index t = 0; t < tiles.count(); ++t) {
-      const Index first = tiles.first(t);
-      const int height = tiles.height(t), valid = static_cast<int>(tiles.valid(t));
-      const KeySpan keys = seen_by_tile(ranges + first, valid);
-      const int begin = keys.begin / Dot::columns,
-                panels = (keys.end + Dot::columns - 1) / Dot::columns - begin;
-      if (panels <= 0) continue;
-      const std::int8_t* const from = s_.panels + begin * panel_bytes;
-      const Index sums_stride = Index{height} * Dot::columns;
-      tile::tile_products<Dot>(
-          height,
-          {tile_queries(first), from, panel_bytes, reinterpret_cast<std::uintptr_t>(from), 0},
-          steps, s_.sums, sums_stride, panels, true);
-      for (int r = 0; r < valid; ++r)
-        for (int p = 0; p < panels; ++p)
-          for (int c = 0; c < Dot::columns; c += V::lanes) {
-            const int key = (begin + p) * Dot::columns + c;
-            store(s_.sums + p * sums_stride + r * Dot::columns + c, s_.offsets[first + r],
-                  s_.scales[first + r], block.key_scales + key,
-                  scores + (first + r) * kAttentionKeyBlock + key);
-          }
-    }
-  }
-
-  /// The panels of a block that hold seen keys. Keys of a page lie one after the other.
-  void pack_keys(const BlockRows<std::int8_t>& block, KeySpan seen, Index steps,
-                 Index panel_bytes) {
-    tile::MatrixOperand<std::int8_t> runs[kAttentionKeyBlock];
-    Index ends[kAttentionKeyBlock];
-    int count = 0;
-    for (int j = 0; j < block.count; ++j) {
-      if (j == 0 || block.keys[j] != block.keys[j - 1] + block.key_step)
-        runs[count++] = {block.keys[j], block.key_step, 1};
-      ends[count - 1] = j + 1;
-    }
-    const tile::StackedRows<std::int8_t> keys{runs, ends, count, block.count};
-    for (int p = seen.begin / Dot::columns; p * Dot::columns < seen.end; ++p)
-      tile::pack_panel<Dot>(Isa{}, keys, p, 0, depth_, steps, s_.panels + p * panel_bytes);
+  void score_tiles(Index rows, const BlockRows<std::int8_t>& block, const BlockRange* ranges,
+                   float* scores) {
+    packed_.score(rows, block, ranges, [&](Index r, int key, const std::int32_t* sums) {
+      store(sums, s_.offsets[r], s_.scales[r], block.key_scales + key,
+            scores + r * kAttentionKeyBlock + key);
+    });
   }
 
   const Int8ScoreScratch& s_;
+  Packed packed_;
   Index depth_;
   float scale_;
 };

@@ -9,6 +9,8 @@
 #include <utility>
 
 #include "few_rows.h"
+#include "int8_scores.h"
+#include "pair_products.h"
 #include "row.h"
 #include "scratch.h"
 #include "tile.h"
@@ -54,15 +56,19 @@ class AttentionProducts {
     rows_ = rows;
     here_->begin = next_->begin = -1;
     if constexpr (kInt8Scores<TQ, TKV>) return int8_scores_.load_queries(rows, query);
+    if constexpr (kPairs) return pairs().load_queries(rows, query);
     for (Index r = 0; r < rows; ++r)
       Tile::load_row(query(r), scale_, head_dim_, head_dim_, s_.queries + r * head_dim_);
   }
 
   /// scores[r] = scale * queries[r] . keys of a block, at least of the keys in ranges[r].
   void score(Index block_begin) {
-    if (kInt8 || rows_ <= kAttentionFewRows) find_block(block_begin);
+    if (kInt8 || kPairs || rows_ <= kAttentionFewRows) find_block(block_begin);
     if constexpr (kInt8Scores<TQ, TKV>) {
       int8_scores_.score(rows_, *here_, s_.ranges, s_.scores);
+    } else if constexpr (kPairs) {
+      prefetch(here_->values, here_->count, value_dim_);
+      pairs().score(rows_, *here_, s_.ranges, s_.scores);
     } else {
       if (rows_ <= kAttentionFewRows)
         score_in_place();
@@ -78,15 +84,21 @@ class AttentionProducts {
     const KeyBlock<TKV> block = block_at(block_begin);
     if constexpr (kInt8) scale_rows(here_->value_scales);
     if (hides_bad_values(block)) return add_values_row_by_row(block);
-    if (rows_ > kAttentionFewRows || !Tile::one_piece(s_.ranges, rows_)) {
-      load_stored_values(block, next_keys(block_begin));
-      return add_loaded_values();
+    if constexpr (kPairs) {
+      if (next_->begin >= 0) prefetch(next_->keys, next_->count, head_dim_);
+      pairs().load_values(*here_, 0);
+      pairs().add_values(rows_, s_.scores, s_.ranges, s_.factors, s_.now.sums);
+    } else {
+      if (rows_ > kAttentionFewRows || !Tile::one_piece(s_.ranges, rows_)) {
+        load_stored_values(block, next_keys(block_begin));
+        return add_loaded_values();
+      }
+      Few::with_rows(rows_, [&](auto tile) {
+        Few::template add_values<decltype(tile)::value>(
+            s_.scores, *here_, seen_by_tile(s_.ranges, static_cast<int>(rows_)), s_.factors,
+            value_dim_, width_, s_.now.sums, s_.block_sums, next_->begin >= 0 ? next_ : nullptr);
+      });
     }
-    Few::with_rows(rows_, [&](auto tile) {
-      Few::template add_values<decltype(tile)::value>(
-          s_.scores, *here_, seen_by_tile(s_.ranges, static_cast<int>(rows_)), s_.factors,
-          value_dim_, width_, s_.now.sums, s_.block_sums, next_->begin >= 0 ? next_ : nullptr);
-    });
   }
 
   /// The values of a block as C, to the scratch.
@@ -97,9 +109,20 @@ class AttentionProducts {
 
  private:
   static constexpr bool kInt8 = std::is_same_v<TKV, std::int8_t>;
+  static constexpr bool kPairs = kPairProducts<Isa, TQ, TKV>;
+
+  PairProducts<Isa> pairs() const {
+    return {s_.pairs, head_dim_, value_dim_, width_, static_cast<float>(scale_)};
+  }
 
   KeyBlock<TKV> block_at(Index begin) const {
     return key_block(source_, *sequence_, kv_head_, begin);
+  }
+
+  /// Asks for rows of memory that are read next.
+  static void prefetch(const TKV* const* rows, int count, Index width) {
+    for (int j = 0; j < count; ++j)
+      Tile::prefetch_row(rows[j], width * static_cast<Index>(sizeof(TKV)));
   }
 
   /// Keys of the next block, which is asked for while this one is worked on: a decode step has
@@ -168,9 +191,9 @@ class AttentionProducts {
 
   /// Whether a value that a row does not see is no number: its weight of 0 would not keep it out.
   bool hides_bad_values(const KeyBlock<TKV>& block) const {
-    if (s_.hidden == nullptr) return false;
+    if (!kPairs && s_.hidden == nullptr) return false;
     KeyBits hidden = 0;
-    for (Index r = 0; r < rows_; ++r) hidden |= s_.hidden[r];
+    for (Index r = 0; r < rows_; ++r) hidden |= hidden_from(r, block.count);
     bool bad = false;
     for_each_run(hidden, [&](int begin, int end) {
       for (int j = begin; j < end; ++j)
@@ -180,10 +203,24 @@ class AttentionProducts {
     return bad;
   }
 
+  /// Keys that row r multiplies by weights of 0, because it does not see them: of pairs all of the
+  /// block. A row that sees none takes nothing.
+  KeyBits hidden_from(Index r, int count) const {
+    const BlockRange& range = s_.ranges[r];
+    if (range.empty()) return 0;
+    return (kPairs ? keys_between(0, count) & ~keys_of(range) : 0) |
+           (s_.hidden != nullptr ? s_.hidden[r] : 0);
+  }
+
   /// add_values with zeros for what a row does not see.
   void add_values_row_by_row(const KeyBlock<TKV>& block) {
     for (Index r = 0; r < rows_; ++r) {
       C* const weights = s_.scores + r * kAttentionKeyBlock;
+      if constexpr (kPairs) {
+        pairs().load_values(*here_, hidden_from(r, block.count));
+        pairs().add_values(1, weights, s_.ranges + r, s_.factors + r, s_.now.sums + r * width_);
+        continue;
+      }
       load_stored_values(block, 0);
       for_each_run(s_.hidden[r], [&](int begin, int end) {
         fill_line(s_.values + begin * width_, (end - begin) * width_, V::zero());

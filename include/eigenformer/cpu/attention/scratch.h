@@ -9,6 +9,7 @@
 #include "../../core/check.h"
 #include "../../core/workspace.h"
 #include "int8_scores.h"
+#include "pair_products.h"
 #include "row.h"
 #include "score.h"
 #include "tile.h"
@@ -83,6 +84,7 @@ struct AttentionScratch {
   KeyBits* hidden;     // and within them do not; nullptr where nothing is masked
   KeyEnds* bad_values;
   Int8ScoreScratch int8;
+  PairScratch pairs;
 };
 
 template <typename Tile, typename C>
@@ -129,9 +131,12 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p,
       frame.take<BlockRange>(rows),
       p.masked() ? frame.take<KeyBits>(rows) : nullptr,
       frame.take<KeyEnds>(p.value_dim),
+      {},
       {}};
   if constexpr (kInt8Scores<TQ, TKV>)
     s.int8 = Int8Scores<Isa>::take_scratch(rows, p.head_dim, frame);
+  if constexpr (kPairProducts<Isa, TQ, TKV>)
+    s.pairs = PairProducts<Isa>::take_scratch(rows, p.head_dim, width, frame);
   // Lanes and rows that nobody sees are computed with and thrown away.
   const auto clear = [](C* values, Index count) {
     fill_line(values, count, simd::Vec<C, Isa>::zero());
