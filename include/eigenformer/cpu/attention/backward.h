@@ -21,7 +21,7 @@
 /// the small rest. Rows whose scores are too large for their rounding take them once more in
 /// double. A pair that is not seen has P = dS = 0, and no operand holds NaN or infinity: rows that
 /// see such an element get NaN for all that they see, and others are not touched by it. Flops: 10 *
-/// head_dim for each visible pair, two fifths more than 2 forward passes; one exp per pair.
+/// head_dim for each visible pair, those of two and a half forward passes; one exp per pair.
 #pragma once
 
 #include <algorithm>

@@ -56,7 +56,7 @@ class BackwardScores {
                      task.value_columns + begin * on_.shape.value_width, on_.shape.value_width,
                      on_.scratch.grads);
       for (Index r = 0; r < kGroup; ++r)
-        score_row(band, m, n, first + r, ranges[r], hidden[r],
+        score_row(m, n, first + r, ranges[r], hidden[r],
                   m.bad_rows[first + r] ? ~KeyBits{0} : bad_keys, r * kBlock);
       for (Index r = 0; r < kGroup; ++r)
         if (!ranges[r].empty()) weigh_row(m, n, first + r, r * kBlock);
@@ -86,8 +86,8 @@ class BackwardScores {
 
   /// Dot products of row r, at `from` in the scratch, to scores in place; the greatest and its dP. dP
   /// of pairs that it does not see is 0. Pairs with a `bad` key are NaN where the row sees it.
-  void score_row(const Band& band, const Memory& m, Index n, Index r, const BlockRange& range,
-                 KeyBits hidden_keys, KeyBits bad, Index from) const {
+  void score_row(const Memory& m, Index n, Index r, const BlockRange& range, KeyBits hidden_keys,
+                 KeyBits bad, Index from) const {
     const Index at = n * on_.shape.rows + r;
     if (range.empty()) {
       m.maxima[at] = -kInfinity;
