@@ -142,19 +142,21 @@ TEST(AttentionMasks, ThatSayTheSameGiveTheSameBits) {
             same_bits(attend(c, {.window_left = window - 1, .window_right = 0, .prefix_length = 4}),
                       expected));
     }
-    // holes as well, and bits that begin late
+    // holes as well, and bits that begin late, or with the queries as those of a tree of tokens
     const auto holes = random_choice<bool, 2>({queries, 150}, 3, true, false);
     ef::Tensor<float, 2> bias(queries, 150);
     for (Index i = 0; i < bias.size(); ++i) bias.data()[i] = holes.data()[i] ? 0.0f : -kInfinity;
     const auto expected = attend(c, {.causal = true, .mask = holes});
     EXPECT_TRUE(same_bits(attend(c, {.causal = true, .bias = bias}), expected));
-    auto late = holes;
-    for (Index i = 0; i < queries; ++i)
-      for (Index j = 0; j < 70; ++j) late(i, j) = true;
-    const auto bits = pack_bits(late, 70);
-    EXPECT_TRUE(
-        same_bits(attend(c, {.causal = true, .bit_mask = bits, .bit_mask_first_keys = {70}}),
-                  attend(c, {.causal = true, .mask = late})));
+    for (const Index first : {Index{70}, 150 - queries}) {
+      auto late = holes;
+      for (Index i = 0; i < queries; ++i)
+        for (Index j = 0; j < first; ++j) late(i, j) = true;
+      const auto bits = pack_bits(late, first);
+      ef::AttentionOptions options{.causal = true, .bit_mask = bits};
+      if (first == 70) options.bit_mask_first_keys = {70};
+      EXPECT_TRUE(same_bits(attend(c, options), attend(c, {.causal = true, .mask = late})));
+    }
   }
 }
 
@@ -231,6 +233,17 @@ TEST(AttentionMasks, ARowWithoutKeysIsZeroSinksOrNot) {
         EXPECT_NEAR(lse(0, h, 1), expected.log_sum_exp(0, h, 1), 1e-5);
       }
     }
+}
+
+// What some frameworks mask with: where it is everywhere, all keys count alike.
+TEST(AttentionMasks, ABiasOfTheLeastFloatHidesNothing) {
+  const AttentionCase<float> c({1, 2, 70, 2, 1, 8, 8}, {70});
+  ef::Tensor<float, 2> bias(2, 70);
+  bias.setConstant(std::numeric_limits<float>::lowest());
+  bias(1, 3) = 0;
+  const auto out = attend(c, {.bias = bias});
+  EXPECT_TRUE(within(out, c.reference({.bias = bias}).output, 1e-5));
+  EXPECT_EQ(out(0, 1, 0, 5), c.v(0, 3, 0, 5));
 }
 
 TEST(AttentionMasks, AreReadByTheirStrides) {

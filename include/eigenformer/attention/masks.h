@@ -27,15 +27,15 @@ inline constexpr bool may_be_viewed = std::is_lvalue_reference_v<X> || !owns_its
 ///   keys   positions in the sequence, in a cache as well: at least as many as the longest sequence
 ///          has keys (a buffer may be longer); not read where causal, window or length hide the key
 ///
-/// Made implicitly from a tensor (rows, keys), (batch, rows, keys) as create_causal_mask makes it,
-/// or (batch, heads, rows, keys); or from a pointer, four sizes and four strides in elements, which
-/// may be 0 or negative.
+/// Made implicitly from a tensor (rows, keys), (batch, rows, keys) as create_causal_mask makes it
+/// (for PyTorch and ONNX the first of three is heads: give all four), or (batch, heads, rows, keys);
+/// or from a pointer, four sizes and four strides in elements, which may be 0 or negative.
 template <typename T>
 class ScoreView {
  public:
   constexpr ScoreView() = default;
   template <typename X>
-    requires(RowMajorTensor<X> && sizeof(scalar_of<X>) == sizeof(T))
+    requires(RowMajorTensor<X>)
   ScoreView(X&& tensor) {
     constexpr int rank = rank_of<X>;
     static_assert(rank >= 2 && rank <= 4,
@@ -59,7 +59,6 @@ class ScoreView {
     present_ = true;
   }
   template <typename U>
-    requires(sizeof(U) == sizeof(T))
   ScoreView(const U* data, const std::array<Index, 4>& sizes, const std::array<Index, 4>& strides)
       : data_(element(data)), sizes_(sizes), strides_(strides), present_(true) {}
 
@@ -73,9 +72,9 @@ class ScoreView {
  private:
   template <typename U>
   static const T* element(const U* data) {
-    static_assert(std::is_same_v<T, U> || (std::is_same_v<T, std::uint8_t> &&
-                                           (std::is_same_v<U, bool> || std::is_same_v<U, T>)),
-                  "eigenformer: a bias is of float, a mask of bool or std::uint8_t");
+    static_assert(
+        std::is_same_v<T, U> || (std::is_same_v<T, std::uint8_t> && std::is_same_v<U, bool>),
+        "eigenformer: a bias is of float, a mask of bool or std::uint8_t");
     return reinterpret_cast<const T*>(data);
   }
 

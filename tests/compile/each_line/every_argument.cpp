@@ -290,7 +290,10 @@ void refused_besides() {
   ef::greedy_sample(t3);  // expect: this tensor has the wrong rank for this argument
   ef::batched_attention_with_padding(t3, t3, t3, std::vector<float>{2});  // expect: this argument holds lengths or offsets, which are integers
   ef::causal_mask_into(Eigen::DefaultDevice{}, read_only);  // expect: the output is read-only; pass a mutable ef::Tensor or an ef::TensorView of non-const T.
-  ef::AttentionOptions{.log_sum_exp = ef::Tensor<float, 2>(1, 2)};  // expect: log_sum_exp would be written into a temporary tensor
+  ef::AttentionOptions{.log_sum_exp = ef::Tensor<float, 2>(1, 2)};  // expect: log_sum_exp, or its gradient, is a tensor that ends with the expression
+  ef::AttentionOptions{.bias = ef::Tensor<float, 2>(1, 2)};  // expect: bias and mask are viewed, and this tensor ends with the expression
+  ef::AttentionOptions{.mask = t3};  // expect: a bias is of float, a mask of bool or std::uint8_t
+  ef::batched_attention_with_padding(t3, t3, t3, lengths, {}, 3);  // expect: a function of scores takes a score
   ef::Epilogue{}.bias(ef::Tensor<float, 1>(4));  // expect: an epilogue holds a view, and this tensor ends with the expression. Give it a name first.
   ef::Decoder<float>(weights, Eigen::DefaultDevice{});  // expect: deleted
 }
