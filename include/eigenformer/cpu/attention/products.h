@@ -224,9 +224,7 @@ class AttentionProducts {
       load_stored_values(block, 0);
       for_each_run(s_.hidden[r], [&](int begin, int end) {
         fill_line(s_.values + begin * width_, (end - begin) * width_, V::zero());
-        std::fill(s_.scores + r * kAttentionKeyBlock + begin,
-                  s_.scores + r * kAttentionKeyBlock + end, C(0));  // a scale may be NaN
-        std::fill(weights + begin, weights + end, C(0));            // a scale may be NaN
+        std::fill(weights + begin, weights + end, C(0));  // a scale may be NaN
       });
       Tile::template add_block<1>({weights, kAttentionKeyBlock, 1}, s_.values, width_,
                                   s_.ranges + r, s_.factors + r, width_, s_.now.sums + r * width_,
