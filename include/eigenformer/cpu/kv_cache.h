@@ -35,34 +35,66 @@ float quantize_by_channel(const T* x, const float* scales, std::int8_t* q, Index
   return 1;
 }
 
+/// The keys or the values of one token, head after head: its page is looked up once.
+template <typename T, typename Storage>
+struct KvToken {
+  const T* from;
+  Index from_step;  // to the next head
+  Storage* to;
+  Index to_step;
+  float* scale;  // INT8 only
+  Index scale_step, width;
+  const float* channels;  // (heads, width) scales of INT8 keys by channel, or nullptr
+};
+
 template <typename Isa, typename T, typename Storage>
-void append_kv_row(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index h, Index j) {
-  const Index width = p.target.head_dim, value_width = p.target.value_width();
-  const T* key = p.new_keys + token * p.key_strides.token + h * p.key_strides.head;
-  const T* value = p.new_values + token * p.value_strides.token + h * p.value_strides.head;
-  if constexpr (std::is_same_v<Storage, std::int8_t>) {
-    const float* const channels = p.target.key_channel_scales;
-    *p.key_scale_slot(b, h, j) =
-        channels == nullptr
-            ? quantize_row<Isa>(key, p.key_slot(b, h, j), width)
-            : quantize_by_channel<Isa>(key, channels + h * width, p.key_slot(b, h, j), width);
-    *p.value_scale_slot(b, h, j) = quantize_row<Isa>(value, p.value_slot(b, h, j), value_width);
-  } else {
-    copy_line<Isa>(key, p.key_slot(b, h, j), width);
-    copy_line<Isa>(value, p.value_slot(b, h, j), value_width);
+void append_kv_token(const KvToken<T, Storage>& t, Index heads) {
+  for (Index h = 0; h < heads; ++h) {
+    const T* const from = t.from + h * t.from_step;
+    Storage* const to = t.to + h * t.to_step;
+    if constexpr (std::is_same_v<Storage, std::int8_t>)
+      t.scale[h * t.scale_step] =
+          t.channels == nullptr
+              ? quantize_row<Isa>(from, to, t.width)
+              : quantize_by_channel<Isa>(from, t.channels + h * t.width, to, t.width);
+    else
+      copy_line<Isa>(from, to, t.width);
   }
+}
+
+template <typename Isa, typename T, typename Storage>
+void append_kv_token(const problem::KvAppend<T, Storage>& p, Index token, Index b, Index j) {
+  const KvSource<Storage>& to = p.target;
+  const bool paged = to.tables != nullptr;
+  const Index width = to.head_dim, value_width = to.value_width();
+  float *key_scale = nullptr, *value_scale = nullptr;
+  if constexpr (std::is_same_v<Storage, std::int8_t>) {
+    key_scale = p.key_scale_slot(b, 0, j);
+    value_scale = p.value_scale_slot(b, 0, j);
+  }
+  append_kv_token<Isa>(
+      KvToken<T, Storage>{p.new_keys + token * p.key_strides.token, p.key_strides.head,
+                          p.key_slot(b, 0, j), paged ? to.page_size * width : to.head_stride,
+                          key_scale, to.page_size, width, to.key_channel_scales},
+      to.kv_heads);
+  append_kv_token<Isa>(
+      KvToken<T, Storage>{p.new_values + token * p.value_strides.token, p.value_strides.head,
+                          p.value_slot(b, 0, j),
+                          paged ? to.page_size * value_width : to.value_head_stride, value_scale,
+                          to.page_size, value_width, nullptr},
+      to.kv_heads);
 }
 
 template <typename D, typename Isa, typename T, typename Storage>
 void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) {
+  if (p.target.kv_heads == 0) return;
   const Index row = p.target.kv_heads * (p.target.head_dim + p.target.value_width()) / 2;
   parallel_for(on, p.tokens, Cost{row, kMoveCycles}, [&](Index first, Index last, int) {
     for (Index token = first; token < last; ++token) {
       const Index b = p.sequence_of(token);
       if (p.positions[b] < 0) continue;
       const Index j = p.positions[b] + token - p.first_token(b);
-      if (j >= p.left_out.begin && j < p.left_out.end) continue;
-      for (Index h = 0; h < p.target.kv_heads; ++h) append_kv_row<Isa>(p, token, b, h, j);
+      if (j < p.left_out.begin || j >= p.left_out.end) append_kv_token<Isa>(p, token, b, j);
     }
   });
 }

@@ -237,7 +237,7 @@ class KvLayer {
   void add_pages(std::size_t count) {
     const Index bytes = checked_product(
         static_cast<Index>(count), static_cast<Index>(layout_.bytes), kName, "a slab of pages");
-    pending_.slab = MemoryBlock(static_cast<std::size_t>(bytes), *memory_);
+    pending_.slab = MemoryBlock(static_cast<std::size_t>(bytes), *memory_, Pages::huge);
     pending_.pages.reserve(pages_.size() + count);
     pending_.pages = pages_;
     for (std::size_t i = 0; i < count; ++i)
