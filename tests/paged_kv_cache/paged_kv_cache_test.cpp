@@ -6,6 +6,7 @@
 #include <eigenformer/reference/paged_kv_cache.h>
 
 #include <set>
+#include <sstream>
 
 #include "compare.h"
 #include "failing_allocations.h"
@@ -426,6 +427,27 @@ TEST(PagedKvCache, OutOfMemoryChangesNothing) {
   model.fork(3, 5);
   check();
   EXPECT_GT(failures, 20);
+}
+
+TEST(PagedKvCache, PrefixesAndStreamsOutOfMemory) {
+  ef::PagedKvCache<float> cache(config(1, 4, 10));
+  const std::vector<std::int32_t> text{1, 2, 3, 4, 5, 6, 7, 8, 9};
+  const ef::PrefixKey key{.salt = "too long for a string to hold by itself"};
+  const SequenceId a = cache.add_sequence(), b = cache.add_sequence();
+  cache.append(a, 0, rows(9, 1), rows(9, 1));
+  int failures = with_failing_allocations([&] { cache.keep_prefix(a, text, key); },
+                                          [&] { EXPECT_EQ(cache.find_prefix(text), 0); });
+  failures += with_failing_allocations([&] { cache.share_prefix(b, text, key); },
+                                       [&] { EXPECT_EQ(cache.statistics().pages_shared, 0); });
+  EXPECT_EQ(cache.length(b), 8);
+  cache.forget_prefixes();
+  EXPECT_EQ(count_allocations([&] { EXPECT_EQ(cache.keep_prefix(a, text), 8); }), 0);
+  std::stringstream stream;
+  cache.save(a, stream);
+  const auto load = [&] { stream.clear(), stream.seekg(0), cache.load(stream); };
+  failures += with_failing_allocations(load, [&] { EXPECT_EQ(cache.sequence_count(), 2); });
+  EXPECT_GT(failures, 10);
+  EXPECT_TRUE(same_bits(cache.keys(cache.sequences().back(), 0), rows(9, 1)));
 }
 
 TEST(PagedKvCache, AllocatesNothingInSteadyState) {
