@@ -109,6 +109,9 @@
 /// nothing after the first call at a size. The output may be the query tensor itself; other
 /// overlaps are not allowed.
 ///
+/// Results over parts of the keys are merged by attention/merge.h; attention/scores.h gives the
+/// scores, to look at.
+///
 /// Everything throws std::invalid_argument for shapes that do not fit, shapes whose size in bytes
 /// overflows (sizes of 0 left out), lengths outside [0, key rows], options out of range.
 #pragma once

@@ -9,38 +9,39 @@ namespace {
 
 TEST(AttentionOnDevice, EqualsTheReferenceForEveryOption) {
   const AttentionCase<float> c({2, 3, 75, 4, 2, 5, 7}, {75, 66});
-  for (const NamedOptions& named : option_sweep(4)) check(c, named);
+  for (const NamedOptions& named : option_sweep(4)) check_forward(c, named);
 }
 
 TEST(AttentionOnDevice, EveryScalar) {
   const NamedOptions plain{"plain", {}}, causal{"causal", {.causal = true}};
-  check(AttentionCase<double>({2, 3, 67, 2, 1, 9, 4}, {67, 3}), causal);
-  check(AttentionCase<ef::half>({2, 2, 67, 2, 1, 33, 4}, {67, 64}), causal);
-  check(AttentionCase<ef::bfloat16>({2, 2, 67, 2, 2, 33, 4}, {65, 1}), plain);
+  check_forward(AttentionCase<double>({2, 3, 67, 2, 1, 9, 4}, {67, 3}), causal);
+  check_forward(AttentionCase<ef::half>({2, 2, 67, 2, 1, 33, 4}, {67, 64}), causal);
+  check_forward(AttentionCase<ef::bfloat16>({2, 2, 67, 2, 2, 33, 4}, {65, 1}), plain);
 }
 
 TEST(AttentionOnDevice, Lengths) {
   const NamedOptions plain{"plain", {}}, causal{"causal", {.causal = true}},
       prefix{"prefix", {.causal = true, .prefix_length = 2}};
   for (const NamedOptions& named : {plain, causal, prefix}) {
-    check(AttentionCase<float>({3, 4, 4, 1, 1, 3, 2}, {4, 0, 3}), named);  // padded
-    check(AttentionCase<float>({2, 5, 3, 1, 1, 3, 2}, {3, 0}), named);     // more queries
-    check(AttentionCase<float>({3, 4, 9, 1, 1, 3, 2}, {9, 5, 7}, 1, {4, 0, 1}), named, true);
-    check(AttentionCase<float>({0, 4, 4, 2, 1, 3, 2}, {}), named);
-    check(AttentionCase<float>({1, 0, 4, 2, 1, 3, 2}, {4}), named);
-    check(AttentionCase<float>({1, 2, 0, 2, 1, 3, 2}, {0}), named);
+    check_forward(AttentionCase<float>({3, 4, 4, 1, 1, 3, 2}, {4, 0, 3}), named);  // padded
+    check_forward(AttentionCase<float>({2, 5, 3, 1, 1, 3, 2}, {3, 0}), named);     // more queries
+    check_forward(AttentionCase<float>({3, 4, 9, 1, 1, 3, 2}, {9, 5, 7}, 1, {4, 0, 1}), named,
+                  true);
+    check_forward(AttentionCase<float>({0, 4, 4, 2, 1, 3, 2}, {}), named);
+    check_forward(AttentionCase<float>({1, 0, 4, 2, 1, 3, 2}, {4}), named);
+    check_forward(AttentionCase<float>({1, 2, 0, 2, 1, 3, 2}, {0}), named);
   }
   for (Index keys : {1, 31, 63, 64, 65, 128, 129})
-    check(AttentionCase<float>({1, 1, keys, 1, 1, 8, 8}, {keys}), causal);
+    check_forward(AttentionCase<float>({1, 1, keys, 1, 1, 8, 8}, {keys}), causal);
   for (Index width : {1, 32, 64, 65, 128, 257})
-    check(AttentionCase<float>({1, 1, 5, 1, 1, width, width}, {5}), plain);
+    check_forward(AttentionCase<float>({1, 1, 5, 1, 1, width, width}, {5}), plain);
 }
 
 TEST(AttentionOnDevice, LargeScoresAndLargeValues) {
-  check(AttentionCase<float>({1, 2, 70, 1, 1, 16, 3}, {70}), {"large", {.scale = 40.0f}});
+  check_forward(AttentionCase<float>({1, 2, 70, 1, 1, 16, 3}, {70}), {"large", {.scale = 40.0f}});
   AttentionCase<float> c({1, 2, 70, 1, 1, 16, 3}, {70});
   for (Index i = 0; i < c.v.size(); ++i) c.v.data()[i] = i % 3 == 0 ? 3.4e38f : c.v.data()[i];
-  check(c, {"large values", {}});
+  check_forward(c, {"large values", {}});
   AttentionCase<double> d({1, 2, 70, 1, 1, 16, 3}, {70});
   for (Index i = 0; i < d.v.size(); ++i) d.v.data()[i] = i % 3 == 0 ? 1.7e308 : 1.0;
   for_each_gpu([&](const auto& bench) {  // the reference itself leaves the range
@@ -218,35 +219,48 @@ TEST(AttentionOnDevice, ManySplitsAreNotLeftInMemory) {
   });
 }
 
-/// A step of decoding through both caches: the CPU's result on host caches is the measure.
+/// A step of decoding through both caches: the CPU's result on host caches is the measure, that of
+/// queries in double where INT8 is stored, which are not quantized.
 template <typename T, typename Storage>
-void check_caches(const ef::AttentionOptions& options, double bound, Index dim = 6) {
+void check_caches(const ef::AttentionOptions& options, double bound, Index dim = 6,
+                  Index value_dim = 6) {
   const Index heads = 4, kv_heads = 2;
   const std::vector<Index> offsets{0, 7, 7, 72};  // sequence 1 has no keys
   const auto keys = random_tensor<T, 3>({72, kv_heads, dim}, 1),
-             values = random_tensor<T, 3>({72, kv_heads, dim}, 2);
+             values = random_tensor<T, 3>({72, kv_heads, value_dim}, 2);
   const auto q = random_tensor<T, 4>({3, 2, heads, dim}, 3);
   const auto ragged = random_tensor<T, 3>({4, heads, dim}, 4);
   const std::vector<Index> q_offsets{0, 1, 1, 4};
-  const ef::PagedKvConfig config{
-      .layers = 2, .kv_heads = kv_heads, .head_dim = dim, .page_size = 8, .page_count = 16};
-  const auto run = [&](const auto& bench, auto& cache) {
+  const ef::PagedKvConfig config{.layers = 2,
+                                 .kv_heads = kv_heads,
+                                 .head_dim = dim,
+                                 .page_size = 8,
+                                 .page_count = 16,
+                                 .value_dim = value_dim};
+  const auto run = [&]<typename S>(const auto& bench, ef::PagedKvCache<S, Storage>& cache) {
+    const auto as = [](const auto& tensor) {
+      if constexpr (std::is_same_v<S, T>)
+        return tensor;
+      else
+        return to_double(tensor);
+    };
     std::vector<ef::SequenceId> ids;
     for (int i = 0; i < 3; ++i) ids.push_back(cache.add_sequence());
-    auto k = on_device(bench, keys);
-    auto v = on_device(bench, values);
+    auto k = on_device(bench, as(keys));
+    auto v = on_device(bench, as(values));
     cache.append(bench.device, ids, offsets, 1, k.cview(), v.cview());
-    auto device_q = on_device(bench, q);
-    auto out = on_device(bench, poisoned_tensor<T, 4>({3, 2, heads, dim}));
+    auto device_q = on_device(bench, as(q));
+    auto out = on_device(bench, poisoned_tensor<S, 4>({3, 2, heads, value_dim}));
     ef::attention_with_kv_cache_into(bench.device, out.view(), device_q.cview(), cache, 1, options);
-    auto device_ragged = on_device(bench, ragged);
-    auto ragged_out = on_device(bench, poisoned_tensor<T, 3>({4, heads, dim}));
+    auto device_ragged = on_device(bench, as(ragged));
+    auto ragged_out = on_device(bench, poisoned_tensor<S, 3>({4, heads, value_dim}));
     ef::attention_with_kv_source_into(bench.device, ragged_out.view(), device_ragged.cview(),
                                       cache.source(1), q_offsets, options);
     return std::pair(out.host(), ragged_out.host());
   };
   const Eigen::DefaultDevice host;
-  ef::PagedKvCache<T, Storage> host_cache(config);
+  ef::PagedKvCache<std::conditional_t<std::is_same_v<Storage, std::int8_t>, double, T>, Storage>
+      host_cache(config);
   const auto [expected, ragged_expected] = run(HostBench<Eigen::DefaultDevice>{host}, host_cache);
   for_each_gpu([&](const auto& bench) {
     ef::PagedKvCache<T, Storage> cache(config, ef::memory_of(bench.device));
@@ -270,9 +284,9 @@ TEST(AttentionOnDevice, ThroughPagesOfEveryStorage) {
   check_caches<ef::bfloat16, std::int8_t>(prefix, 1e-2);
   check_caches<double, double>(causal, 1e-12);
   // rows that begin where 16 bytes can be read at once, and others
-  check_caches<float, std::int8_t>(causal, 1e-5, 48);
-  check_caches<float, std::int8_t>(causal, 1e-5, 37);
-  check_caches<ef::half, ef::half>(causal, 2e-3, 32);
+  check_caches<float, std::int8_t>(causal, 1e-5, 48, 48);
+  check_caches<float, std::int8_t>(causal, 1e-5, 37, 16);
+  check_caches<ef::half, ef::half>(causal, 2e-3, 32, 40);
 }
 
 // A prompt has the same bits whole and token by token through a cache.
@@ -318,15 +332,17 @@ TEST(AttentionOnDevice, WholeAndTokenByTokenGiveTheSameBits) {
 // On tensor cores: every option, groups that do not divide a tile, widths of any size.
 TEST(AttentionOnDevice, SixteenBits) {
   const AttentionCase<ef::half> c({2, 3, 75, 6, 2, 20, 40}, {75, 66});
-  for (const NamedOptions& named : option_sweep(6)) check(c, named);
+  for (const NamedOptions& named : option_sweep(6)) check_forward(c, named);
   const NamedOptions causal{"causal", {.causal = true}}, plain{"plain", {}};
-  check(AttentionCase<ef::bfloat16>({2, 70, 70, 3, 1, 64, 160}, {70, 3}), causal);
-  check(AttentionCase<ef::bfloat16>({1, 2, 130, 1, 1, 256, 256}, {130}), plain);
-  check(AttentionCase<ef::half>({1, 2, 9, 1, 1, 257, 8}, {9}), plain);  // too wide for tiles
-  check(AttentionCase<ef::half>({1, 2, 70, 1, 1, 16, 3}, {70}), {"large", {.scale = 4000.0f}});
+  check_forward(AttentionCase<ef::bfloat16>({2, 70, 70, 3, 1, 64, 160}, {70, 3}), causal);
+  check_forward(AttentionCase<ef::bfloat16>({1, 2, 130, 1, 1, 256, 256}, {130}), plain);
+  check_forward(AttentionCase<ef::half>({1, 2, 9, 1, 1, 257, 8}, {9}),
+                plain);  // too wide for tiles
+  check_forward(AttentionCase<ef::half>({1, 2, 70, 1, 1, 16, 3}, {70}),
+                {"large", {.scale = 4000.0f}});
   AttentionCase<ef::bfloat16> large({1, 2, 70, 1, 1, 16, 3}, {70});
   large.v.setConstant(static_cast<ef::bfloat16>(3.38e38f));
-  check(large, {"large values", {}});
+  check_forward(large, {"large values", {}});
 }
 
 // One projection (batch, seq, heads, 3, width) read in place has the bits of copies.

@@ -10,7 +10,7 @@ namespace {
 
 template <typename T>
 void check_masks(const AttentionCase<T>& c, const Masks& m, const NamedOptions& named) {
-  check(c, named, true, [&]<typename B>(const B& bench, ef::AttentionOptions& options) {
+  check_forward(c, named, true, [&]<typename B>(const B& bench, ef::AttentionOptions& options) {
     return std::make_unique<DeviceMasks<B>>(bench, m, options);
   });
 }
@@ -72,8 +72,8 @@ TEST(AttentionMasksOnDevice, WindowsToBothSides) {
                                  {"right", {.window_right = 2, .prefix_length = 5}},
                                  {"left", {.causal = true, .window_left = 4}},
                                  {"own", {.window_left = 0, .window_right = 0}}}) {
-    check(AttentionCase<float>({2, 70, 70, 2, 1, 4, 4}, {70, 9}), named);
-    check(AttentionCase<ef::half>({2, 70, 70, 2, 1, 8, 8}, {70, 9}), named);
+    check_forward(AttentionCase<float>({2, 70, 70, 2, 1, 4, 4}, {70, 9}), named);
+    check_forward(AttentionCase<ef::half>({2, 70, 70, 2, 1, 8, 8}, {70, 9}), named);
   }
 }
 

@@ -23,8 +23,8 @@ inline constexpr auto kAsTheyAre = [](const auto&, ef::AttentionOptions&) { retu
 /// keep(bench, options) puts what the options view into memory of the device, and returns what
 /// holds it.
 template <typename T, typename Keep = decltype(kAsTheyAre)>
-void check(const AttentionCase<T>& c, const NamedOptions& named, bool tell_lengths = false,
-           const Keep& keep = kAsTheyAre) {
+void check_forward(const AttentionCase<T>& c, const NamedOptions& named, bool tell_lengths = false,
+                   const Keep& keep = kAsTheyAre) {
   using C = ef::compute_type<T>;
   const AttentionShape& s = c.shape;
   const auto expected = c.reference(named.options);

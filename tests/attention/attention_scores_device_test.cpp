@@ -96,6 +96,18 @@ TEST(AttentionScores, TimesValuesAreAttention) {
   EXPECT_LT(relative_error(out, expected), 1e-5);
 }
 
+TEST(AttentionScores, OfPartsOfOneProjection) {
+  const auto stacked = random_tensor<float, 5>({1, 4, 3, 2, 8}, 1);
+  ef::Tensor<float, 4> q(1, 4, 2, 8), k(1, 4, 2, 8);
+  for (Index i = 0; i < 4; ++i) {
+    std::copy_n(&stacked(0, i, 0, 0, 0), 16, &q(0, i, 0, 0));
+    std::copy_n(&stacked(0, i, 1, 0, 0), 16, &k(0, i, 0, 0));
+  }
+  EXPECT_TRUE(same_bits(ef::attention_scores(q, k, {3}, Stage::masked),
+                        ef::attention_scores(ef::heads_of(stacked, 0, 2),
+                                             ef::heads_of(stacked, 1, 2), {3}, Stage::masked)));
+}
+
 TEST(AttentionScores, OfOneHeadHaveRank3AndRefusalsNameTheArgument) {
   const auto q = random_tensor<float, 3>({2, 4, 8}, 1), k = random_tensor<float, 3>({2, 5, 8}, 2);
   const ef::Tensor<float, 3> scores = ef::attention_scores(q, k, {5, 3}, Stage::masked);

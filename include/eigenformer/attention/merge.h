@@ -12,7 +12,8 @@
 /// float, double, bfloat16 or half, log_sum_exp in its compute type.
 ///
 ///   ef::merge_attention_states_into(device, out, lse, shared_out, shared_lse, own_out, own_lse);
-///   const std::array states{ef::AttentionStateView(out0, lse0), ef::AttentionStateView(out1, lse1),
+///   const std::array states{ef::AttentionStateView(out0, lse0),
+///                           ef::AttentionStateView(out1, lse1),
 ///                           ef::AttentionStateView(out2, lse2)};
 ///   ef::merge_attention_states_into(device, out, lse, states);
 ///

@@ -126,7 +126,7 @@ struct AttentionOptions {
   Values<float> sinks = {};
   /// leading keys visible to every query, whatever causal and windows say (prefix-LM)
   Index prefix_length = 0;
-  /// a tensor that gets log(sum exp), for the backward pass or for merging
+  /// a tensor that gets log(sum exp), for the backward pass or for merging (attention/merge.h)
   LogSumExpOutput log_sum_exp = {};
   /// Ragged queries: row b has query_lengths[b] queries, the last ones of its sequence; later rows
   /// are padding and give zeros.

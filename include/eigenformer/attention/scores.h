@@ -20,9 +20,9 @@
 /// with a visible score of +infinity or NaN has NaN at every score but -infinity.
 ///
 /// Scores are computed in double and rounded once: probabilities times V are attention's output
-/// within its tolerance. A function of scores, the last argument as in attention's calls, takes part
-/// from stage 2 on. Bits depend on nothing but the row and its keys. Scores must not overlap query
-/// or key. Cost: 2 * head_dim flops a score (twice for probabilities on CUDA), all of them in
+/// within its tolerance. A function of scores, the last argument as in attention's calls, takes
+/// part from stage 2 on. Bits depend on nothing but the row and its keys. Scores must not overlap
+/// query or key. Cost: 2 * head_dim flops a score (twice for probabilities on CUDA), all of them in
 /// double, and the memory of the whole score matrix: this is for inspection. The _into form
 /// allocates nothing after the first call at a size.
 #pragma once
@@ -66,12 +66,12 @@ void attention_scores_into(const D& device, Scores&& scores, const Q& query, con
                            const AttentionOptions& options = {},
                            Workspace& workspace = thread_workspace(), const Function& score = {}) {
   constexpr std::string_view name = "attention_scores";
-  constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
+  constexpr int rank = detail::dense_rank<Q>;
   using T = scalar_of<Q>;
   static_assert(std::is_same_v<scalar_of<Scores>, compute_type<T>>,
                 "eigenformer: scores are of the compute type, float or for double double");
-  const auto q = input_view<rank>(query);
-  const auto k = input_view<rank>(key);
+  const auto q = detail::dense_input<rank>(query);
+  const auto k = detail::dense_input<rank>(key);
   auto out = output_view<rank>(scores);
   Workspace::Frame frame(workspace);
   const auto forward =
@@ -103,13 +103,13 @@ template <CpuDevice D, typename Q, typename K, typename Function = problem::NoSc
 auto attention_scores(const D& device, const Q& query, const K& key, const LengthSpan& seq_lengths,
                       AttentionScoreStage stage, const AttentionOptions& options = {},
                       const Function& score = {}) {
-  constexpr int rank = rank_of<Q> == 3 ? 3 : 4;
-  const auto q = input_view<rank>(query);
+  constexpr int rank = detail::dense_rank<Q>;
+  const auto q = detail::dense_input<rank>(query);
   Eigen::DSizes<Index, rank> sizes;
   sizes[0] = q.dimension(0);
   if constexpr (rank == 4) sizes[1] = q.dimension(2);
   sizes[rank - 2] = q.dimension(1);
-  sizes[rank - 1] = input_view<rank>(key).dimension(1);
+  sizes[rank - 1] = detail::dense_input<rank>(key).dimension(1);
   auto scores =
       detail::make_tensor<compute_type<scalar_of<Q>>, rank>("attention_scores", "scores", sizes);
   attention_scores_into(device, scores, query, key, seq_lengths, stage, options, thread_workspace(),

@@ -11,6 +11,9 @@
 /// blocks in double. A split whose greatest score is so large that its rounding would show goes
 /// over its keys once more with scores in double.
 ///
+/// Masks and biases are read by the thread of the key, neighbours side by side; the kernel that
+/// knows them has a third more registers than the one without.
+///
 /// 4 * head_dim flops a visible pair. Every row reads its keys and values itself, once: queries of
 /// one group and neighbouring rows find them in L2, so that decoding (one row a sequence) reads
 /// them from memory about once and should see half of the bandwidth with splits to fill the device,

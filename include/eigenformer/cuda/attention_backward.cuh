@@ -3,11 +3,11 @@
 /// 64 queries of a head by 64 keys at absolute positions of their sequence, so that every sum has
 /// one order; no two blocks write one element. The first launch has a block for each (64 queries,
 /// head): it goes over the keys for maximum, sum and D of each row, from the very scores and dP
-/// that P and dS are made of, and once more for dQ. The second has a block for each (64 keys, KV
-/// head), which goes over the queries of the group's heads in order for dK and dV. What a row needs
-/// passes from one to the other in some 24 bytes of scratch per row; 16-bit gradients are summed in
-/// float, in scratch of their size. Rows whose scores are too large for their rounding take them in
-/// double.
+/// that P and dS are made of (a gradient of log_sum_exp is taken off D), and once more for dQ. The
+/// second has a block for each (64 keys, KV head), which goes over the queries of the group's heads
+/// in order for dK and dV. What a row needs passes from one to the other in some 24 bytes of
+/// scratch per row; 16-bit gradients are summed in float, in scratch of their size. Rows whose
+/// scores are too large for their rounding take them in double.
 ///
 /// 18 * head_dim flops for each visible pair, 10 of them unavoidable: scores and dP are made three
 /// times and never stored. Keys and values are read twice for each 64 queries of a head, queries

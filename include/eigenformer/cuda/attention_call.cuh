@@ -147,7 +147,7 @@ struct AttentionCall {
   }
 };
 
-/// run(std::bool_constant<masked>): kernels without masks and bias have registers to spare. Those of
+/// run(std::bool_constant<masked>): a kernel without masks and bias needs fewer registers. Those of
 /// functions of scores are of one kind.
 template <typename Problem, typename Run>
 void with_masked(const Problem& p, const Run& run) {

@@ -2,7 +2,7 @@
 /// CUDA kernel of the scores of attention: a block of 128 threads per row and head, a key per
 /// thread in turn, products and rule in double. For probabilities it goes over the keys twice, for
 /// the greatest score and for the exponentials, and over these once more for their sum. 2 *
-/// head_dim flops in double a score, every row reads its keys itself: for looking at, not for speed.
+/// head_dim flops in double a score, every row reads its keys itself: to look at, not for speed.
 #pragma once
 
 #include <cmath>

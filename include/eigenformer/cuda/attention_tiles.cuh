@@ -10,7 +10,12 @@
 /// large for their rounding takes those rows' in double.
 ///
 /// A key that a row does not see has weight 0 there. Values that are not finite are taken out of
-/// tiles that some rows do not see in whole, and added to the rows that see them.
+/// tiles that some rows do not see in whole, and added to the rows that see them. Masks and biases
+/// are read where they lie, for the keys that position lets a row see: 8 bytes of bias at a time by
+/// neighbouring lanes, 4 bytes a pair beside 4 * head_dim flops, once for each use (twice where
+/// scores are large). With them no tile counts as seen in whole, and a warp whose rows see nothing
+/// of a tile leaves its products out. Their kernel is one of its own: it has no registers to spare
+/// either, and half of the speed of the other one is expected.
 ///
 /// Few rows: each key and value is read once for each 64 rows of a group, 2 (head_dim + value_dim)
 /// bytes a key, and 80% of the bandwidth is expected with 16 KiB and more on their way to each
@@ -255,14 +260,9 @@ struct AttentionTiles {
     return found;
   }
 
-  template <typename Block, typename A>
-  EIGENFORMER_DEVICE void add_tile(Block& block, const A& a, const Rows& rows, Index at, bool whole,
-                                   int buffer, State& state) const {
-    Pairs pairs;
-    pairs.clear();
-    for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
-      pairs.add(block, a.queries, c * kKeys, a.keys, buffer * a.key_size + c * kKeys, kTileDepth);
-    unsigned seen[2];  // bit c: whether row k sees the thread's column c
+  template <typename Block>
+  EIGENFORMER_DEVICE void find_seen(Block& block, const Rows& rows, Index at, bool whole,
+                                    unsigned (&seen)[2]) const {
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < 2; ++k) {
       const int r = Pairs::row(block.thread(), k);
@@ -272,8 +272,24 @@ struct AttentionTiles {
       else
         seen[k] =
             seen_columns<Pairs>(block.thread(), [&](int j) { return rows.sees(r, at, here, j); });
-      state.seen[k] = state.seen[k] || (Masked && seen[k] != 0);
     }
+  }
+
+  template <typename Block, typename A>
+  EIGENFORMER_DEVICE void add_tile(Block& block, const A& a, const Rows& rows, Index at, bool whole,
+                                   int buffer, State& state) const {
+    unsigned seen[2];  // bit c: whether row k sees the thread's column c
+    if constexpr (Masked) {
+      find_seen(block, rows, at, whole, seen);
+      if (!block.any((seen[0] | seen[1]) != 0)) return;  // nobody of the warp
+      EIGENFORMER_UNROLL_ALL
+      for (int k = 0; k < 2; ++k) state.seen[k] = state.seen[k] || seen[k] != 0;
+    }
+    Pairs pairs;
+    pairs.clear();
+    for (Index c = 0; c < chunks_of(call.p.head_dim); ++c)
+      pairs.add(block, a.queries, c * kKeys, a.keys, buffer * a.key_size + c * kKeys, kTileDepth);
+    if constexpr (!Masked) find_seen(block, rows, at, whole, seen);
     score(block, rows, at, seen, pairs, state);
     EIGENFORMER_UNROLL_ALL
     for (int k = 0; k < 2; ++k) add_weights(block, seen[k], k, pairs, state);
