@@ -133,12 +133,14 @@ bench::Limit decode_limit(Index batch, Index keys, std::size_t element, std::siz
 }
 
 template <typename T>
-void dense_decode(bench::Suite& suite, Index batch, Index keys, const std::string& type) {
-  forward_row<T>(suite, decode_name(batch, keys) + type, lazily([=] {
-                   return Inputs<T>(batch, 1, keys, kDim,
-                                    std::vector<Index>(static_cast<std::size_t>(batch), keys));
-                 }),
-                 decode_limit(batch, keys, sizeof(T)), true);
+auto dense_decode(bench::Suite& suite, Index batch, Index keys, const std::string& type) {
+  const auto inputs = lazily([=] {
+    const std::vector<Index> lengths(static_cast<std::size_t>(batch), keys);
+    return Inputs<T>(batch, 1, keys, kDim, lengths);
+  });
+  return forward_row<T>(suite, decode_name(batch, keys) + type, inputs,
+                        decode_limit(batch, keys, sizeof(T)), true)
+      .calls.front();
 }
 
 template <typename Cache>
@@ -148,19 +150,18 @@ struct Decode {
 };
 
 template <typename Make>
-void cached_decode(bench::Suite& suite, Index batch, Index keys, const std::string& name,
-                   std::size_t element, std::size_t scale, const Make& cache) {
+bench::Row& cached_decode(bench::Suite& suite, Index batch, Index keys, const std::string& name,
+                          std::size_t element, std::size_t scale, const Make& cache) {
   const auto inputs = lazily([=] {
     return Decode<decltype(cache())>{cache(), random_tensor<float, 4>({batch, 1, kHeads, kDim}, 1),
                                      ef::Tensor<float, 4>(batch, 1, kHeads, kDim)};
   });
-  suite
-      .row("attention " + decode_name(batch, keys) + name,
-           decode_limit(batch, keys, element, scale))
-      .ours([=](const auto& device) {
-        auto& x = inputs();
-        ef::attention_with_kv_cache_into(device, x.out, x.q, x.cache, 0, {.causal = true});
-      });
+  auto& row = suite.row("attention " + decode_name(batch, keys) + name,
+                        decode_limit(batch, keys, element, scale));
+  return row.ours([=](const auto& device) {
+    auto& x = inputs();
+    ef::attention_with_kv_cache_into(device, x.out, x.q, x.cache, 0, {.causal = true});
+  });
 }
 
 template <typename Storage>
@@ -190,7 +191,7 @@ ef::PagedKvCache<float, Storage> paged(const std::vector<Index>& lengths) {
 void decode_cases(bench::Suite& suite) {
   for (const auto& [batch, keys] :
        {std::pair<Index, Index>{1, 512}, {1, 4096}, {1, 65536}, {16, 512}, {16, 4096}}) {
-    dense_decode<float>(suite, batch, keys, "float");
+    auto dense = dense_decode<float>(suite, batch, keys, "float");
     dense_decode<ef::bfloat16>(suite, batch, keys, "bfloat16");
     cached_decode(suite, batch, keys, "INT8", 1, sizeof(float), [b = batch, n = keys] {
       ef::KvCache<float, std::int8_t> cache;
@@ -199,9 +200,11 @@ void decode_cases(bench::Suite& suite) {
       while (cache.length(0) < n) ef::update_kv_cache(cache, rows, rows, 0);
       return cache;
     });
+    dense.name = "the same without pages";
     const std::vector<Index> lengths(static_cast<std::size_t>(batch), keys);
-    cached_decode(suite, batch, keys, "float, pages of 16", sizeof(float), 0,
-                  [=] { return paged<float>(lengths); });
+    cached_decode(suite, batch, keys, "float, pages of 16", sizeof(float), 0, [=] {
+      return paged<float>(lengths);
+    }).calls.push_back(dense);
     cached_decode(suite, batch, keys, "INT8, pages of 16", 1, sizeof(float),
                   [=] { return paged<std::int8_t>(lengths); });
   }

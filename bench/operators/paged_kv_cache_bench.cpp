@@ -1,9 +1,7 @@
 // Paged KV cache: one decode step of 32 sequences of different lengths, and a fork with the copy
-// its first write makes; a prompt whose prefix is known; attention of a decode step over pages of
-// 16. Limits: read the new rows, write them (fork: read and write a page); compare the tokens; read
-// the keys and values. Peers: a std::vector of Eigen tensors, one per sequence, written by slices;
-// for attention, rows without pages.
-#include <eigenformer/attention.h>
+// its first write makes; a prompt whose prefix is known (attention over pages is among attention's
+// rows). Limits: read the new rows, write them (fork: read and write a page); compare the tokens.
+// Peer: a std::vector of Eigen tensors, one per sequence, written by slices.
 #include <eigenformer/paged_kv_cache.h>
 
 #include "report/harness.h"
@@ -129,39 +127,8 @@ void prefix_case(bench::Suite& suite) {
   });
 }
 
-void attention_case(bench::Suite& suite) {
-  constexpr Eigen::Index length = 4096, heads = 32;
-  struct Both {
-    ef::PagedKvCache<float> pages{{.layers = 1,
-                                   .kv_heads = kHeads,
-                                   .head_dim = kHeadDim,
-                                   .page_size = 16,
-                                   .page_count = length / 16}};
-    ef::Tensor<float, 4> rows{1, length, kHeads, kHeadDim}, query{1, 1, heads, kHeadDim},
-        output{1, 1, heads, kHeadDim};
-    std::vector<Eigen::Index> lengths{length};
-  };
-  const auto both = std::make_shared<Both>();
-  both->rows.setRandom();
-  both->query.setRandom();
-  both->pages.append(both->pages.add_sequence(), 0,
-                     ef::TensorView<const float, 3>(both->rows.data(), length, kHeads, kHeadDim),
-                     ef::TensorView<const float, 3>(both->rows.data(), length, kHeads, kHeadDim));
-  auto& row = suite.row("decode over 4096 positions in pages of 16, (8, 128)",
-                        bench::Limit::read_bytes(2.0 * 4 * length * kHeads * kHeadDim));
-  row.ours([=](const auto& device) {
-    ef::attention_with_kv_source_into(device, both->output, both->query, both->pages.source(0),
-                                      {.causal = true});
-  });
-  row.peer("ours without pages", [=](const auto& device) {
-    ef::batched_attention_with_padding_into(device, both->output, both->query, both->rows,
-                                            both->rows, both->lengths, {.causal = true});
-  });
-}
-
 }  // namespace
 
 EIGENFORMER_BENCHMARK(append_cases)
 EIGENFORMER_BENCHMARK(fork_case)
 EIGENFORMER_BENCHMARK(prefix_case)
-EIGENFORMER_BENCHMARK(attention_case)
