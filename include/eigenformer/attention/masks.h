@@ -53,7 +53,7 @@ class ScoreView {
       if (dimension[d] < 0) continue;
       sizes_[d] = view.dimension(static_cast<std::size_t>(dimension[d]));
       strides_[d] = stride;
-      stride *= sizes_[d];
+      stride = detail::checked_product(stride, sizes_[d], "attention", "bias or mask");
     }
     data_ = element(view.data());
     present_ = true;
@@ -99,7 +99,8 @@ class BitMaskView {
                   "Give it a name first.");
     const auto view = input_view<rank_of<X>>(tensor);
     rows_ = view.dimension(0);
-    if constexpr (rank_of<X> == 3) rows_ *= view.dimension(1);
+    if constexpr (rank_of<X> == 3)
+      rows_ = detail::checked_product(rows_, view.dimension(1), "attention", "bit_mask");
     words_ = view.data();
     words_per_row_ = view.dimension(rank_of<X> - 1);
     present_ = true;
