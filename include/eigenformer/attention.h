@@ -104,10 +104,10 @@
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *
 /// window with a window. K and V are read once for each 128 rows of a group's queries: a decode
 /// step reads the cache once. Memory beyond the output: about 270 KiB of scratch per thread at
-/// head_dim 128 (340 where a sequence has more than 1,024 keys); where threads share the keys of a
-/// row, some 70 KiB more for 4 pieces a thread and for each 1,024 keys. The _into forms allocate
-/// nothing after the first call at a size. The output may be the query tensor itself; other
-/// overlaps are not allowed.
+/// head_dim 128 (340 where a sequence has more than 1,024 keys; 30 more for INT8 storage, 75 for
+/// products of bfloat16); where threads share the keys of a row, some 70 KiB more for 4 pieces a
+/// thread and for each 1,024 keys. The _into forms allocate nothing after the first call at a size.
+/// The output may be the query tensor itself; other overlaps are not allowed.
 ///
 /// Results over parts of the keys are merged by attention/merge.h; attention/scores.h gives the
 /// scores, to look at.
