@@ -99,10 +99,10 @@ class PagedKvCache {
   ///
   ///   q = clamp(round_half_to_even(x / scale of its channel), -127, 127)
   ///
-  /// Attention multiplies its queries by the scales (on a CPU rounded to their scalar, a copy of
-  /// the queries) and reads the keys as they are. Fixes the layer's shape. Throws
-  /// std::invalid_argument for another shape, scales that are not positive and finite, or a layer
-  /// that has positions or had some.
+  /// Attention multiplies its queries by the scales and reads the keys as they are. (Where queries
+  /// are then quantized, see attention.h, a channel far above the others costs queries what it cost
+  /// keys.) Fixes the layer's shape. Throws std::invalid_argument for another shape, scales that
+  /// are not positive and finite, or a layer that has positions or had some.
   template <typename Scales>
     requires std::is_same_v<Storage, std::int8_t>
   void set_key_scales(Index layer_idx, const Scales& scales) {

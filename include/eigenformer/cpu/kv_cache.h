@@ -102,16 +102,13 @@ void execute(const Backend<D, Isa>& on, const problem::KvAppend<T, Storage>& p) 
 template <typename Isa, typename T>
 void read_int8_row(const problem::KvRead<T, std::int8_t>& p, Index b, Index h, Index j,
                    const std::int8_t* stored, T* output) {
-  using V = simd::Vec<compute_type<T>, Isa>;
   const KvSource<std::int8_t>& s = p.source;
   if (p.values)
     return dequantize_line<Isa>(stored, s.value_width(), s.value_scale(b, h, j), output);
   if (s.key_channel_scales == nullptr)
     return dequantize_line<Isa>(stored, s.head_dim, s.key_scale(b, h, j), output);
-  const float* const channels = s.key_channel_scales + h * s.head_dim;
-  for_each_vector<V>(0, s.head_dim, [&](Index at, auto part) {
-    store(load<V>(stored + at, part) * load<V>(channels + at, part), output + at, part);
-  });
+  multiply_line<simd::Vec<compute_type<T>, Isa>>(stored, s.key_channel_scales + h * s.head_dim,
+                                                 output, s.head_dim);
 }
 
 template <typename D, typename Isa, typename T, typename Storage>

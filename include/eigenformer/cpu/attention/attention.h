@@ -19,7 +19,6 @@
 
 #include "../../core/workspace.h"
 #include "../backend.h"
-#include "channel_scales.h"
 #include "row.h"
 #include "scratch.h"
 #include "worker.h"
@@ -104,11 +103,6 @@ void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Func
 
 template <typename D, typename Isa, typename TQ, typename TKV, typename Function>
 void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Function>& p) {
-  if constexpr (std::is_same_v<TKV, std::int8_t>)
-    if (p.source.key_channel_scales != nullptr && p.batch > 0) {
-      Workspace::Frame frame(on.workspace);
-      return execute(on, take_channel_scales(on, p, frame));
-    }
   using Scratch = AttentionScratch<compute_type<TQ>>;
   Workspace::Frame frame(on.workspace);
   const AttentionTasks tasks(p, frame);

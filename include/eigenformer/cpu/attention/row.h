@@ -108,12 +108,23 @@ double dot_in_double(const double* x, const S* y, Index count) {
   return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
+/// The scales of channels of INT8 keys, (head_dim) of a KV head, or nullptr: queries take them, for
+/// q . (stored * scales) = (q * scales) . stored.
+template <typename Problem>
+const float* channel_scales(const Problem& p, Index kv_head) {
+  const float* const scales = p.source.key_channel_scales;
+  return scales == nullptr ? nullptr : scales + kv_head * p.head_dim;
+}
+
 /// query[0, head_dim): the row at `row` of (rows * heads), times the scale.
 template <typename Problem>
 void query_in_double(const Problem& p, Index row, double* query) {
   const auto* const from = p.query(row / p.heads, row % p.heads);
-  for (Index d = 0; d < p.head_dim; ++d)
+  const float* const scales = channel_scales(p, row % p.heads / p.group());
+  for (Index d = 0; d < p.head_dim; ++d) {
     query[d] = static_cast<double>(from[d]) * static_cast<double>(p.scale);
+    if (scales != nullptr) query[d] *= static_cast<double>(scales[d]);
+  }
 }
 
 /// The greatest score of a row so far; what is relative to an earlier one is multiplied by e^-rise.

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "../backend.h"
+#include "../vector/copy.h"
 #include "products.h"
 #include "row.h"
 #include "score.h"
@@ -131,10 +132,18 @@ class AttentionWorker {
     queries_ = queries_of(task);
     rows_ = queries_ * group_;
     first_position_ = sequence_->first_position + first_;
-    products_.begin(*sequence_, kv_head_, rows_, [&](Index r) {
-      const Index row = sequence_->query_begin + first_ + r / group_;
-      return p_.query(row, head(r));
-    });
+    const auto query = [&](Index r) {
+      return p_.query(sequence_->query_begin + first_ + r / group_, head(r));
+    };
+    if constexpr (std::is_same_v<TKV, std::int8_t>)
+      if (const float* const scales = channel_scales(p_, kv_head_); scales != nullptr) {
+        const auto scaled = [&](Index r) { return s_.queries + r * p_.head_dim; };
+        for (Index r = 0; r < rows_; ++r)
+          multiply_line<simd::Vec<C, Isa>>(query(r), scales, scaled(r), p_.head_dim);
+        products_.begin(*sequence_, kv_head_, rows_, scaled);
+        return rows_ > 0;
+      }
+    products_.begin(*sequence_, kv_head_, rows_, query);
     return rows_ > 0;
   }
 

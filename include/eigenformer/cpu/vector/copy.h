@@ -27,6 +27,14 @@ EIGENFORMER_INLINE void scale_line(const From* from, V factor, To* to, Index cou
   });
 }
 
+/// to = a * b.
+template <typename V, typename A, typename B, typename To>
+EIGENFORMER_INLINE void multiply_line(const A* a, const B* b, To* to, Index count) {
+  for_each_vector<V>(0, count, [&](Index at, auto part) {
+    store(load<V>(a + at, part) * load<V>(b + at, part), to + at, part);
+  });
+}
+
 /// to = value.
 template <typename V, typename To>
 EIGENFORMER_INLINE void fill_line(To* to, Index count, V value) {
