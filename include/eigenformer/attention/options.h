@@ -102,14 +102,14 @@ struct AttentionOptions {
   /// with causal: the w most recent keys, the query's own included (j > p - w); without: keys at a
   /// distance of w at most (|j - p| <= w); 0 means no window
   Index window = 0;
-  /// instead of window: keys p - window_left <= j <= p + window_right; -1 means no limit. With causal
-  /// no key after p is seen whatever window_right is
-  Index window_left = -1;
-  Index window_right = -1;
   /// c > 0: scores become c * tanh(score / c) (Gemma 2) before ALiBi and the mask; 0 means none
   float softcap = 0;
   /// factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
   std::optional<float> scale = {};
+  /// instead of window: keys p - window_left <= j <= p + window_right; -1 means no limit. With causal
+  /// no key after p is seen whatever window_right is
+  Index window_left = -1;
+  Index window_right = -1;
   /// one per head: adds slope * (j - p) to the score; see ef::alibi_slopes
   Values<float> alibi_slopes = {};
   /// of float, added to the score after softcap and ALiBi; -infinity: the key is not seen
