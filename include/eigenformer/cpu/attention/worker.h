@@ -216,13 +216,9 @@ class AttentionWorker {
   KeyBits hidden(Index r) const { return s_.hidden == nullptr ? 0 : s_.hidden[r]; }
 
   /// Dot products to weights relative to the new maxima, in place; the factors that bring earlier
-  /// sums to those maxima. Row after row, so that the chains of one row hide those of the next.
+  /// sums to those maxima.
   void softmax_rows(Index block_begin) {
-    for (Index r = 0; r < rows_; ++r) raise_maximum(r, block_begin);
-    for (Index r = 0; r < rows_; r += Tile::lanes) {
-      const int n = static_cast<int>((std::min)(Index{Tile::lanes}, rows_ - r));
-      exp_of_nonpositive(V::load_partial(s_.factors + r, n)).store_partial(s_.factors + r, n);
-    }
+    for (Index r = 0; r < rows_; r += Tile::lanes) raise_maxima(r, block_begin);
     for (Index r = 0; r < rows_; ++r)
       if (!s_.ranges[r].empty()) weigh_row(r);
   }
@@ -245,22 +241,31 @@ class AttentionWorker {
     return top;
   }
 
-  /// Dot products of row r to scores and its maximum to theirs; factors[r] = the logarithm of what
-  /// earlier sums are to be multiplied by.
-  void raise_maximum(Index r, Index block_begin) {
-    s_.factors[r] = C(0);
-    if (s_.ranges[r].empty()) return;
-    const C before = s_.now.maxima[r];
-    s_.now.maxima[r] = (std::max)(before, reduce_max(score_row(r, block_begin)));
-    s_.factors[r] = before - reference(r);
+  /// Of as many rows as a vector has lanes: transposed, the maxima of all of them are a vector.
+  void raise_maxima(Index first, Index block_begin) {
+    V tops[Tile::lanes];
+    for (int i = 0; i < Tile::lanes; ++i) {
+      const Index r = first + i;
+      tops[i] =
+          r < rows_ && !s_.ranges[r].empty() ? score_row(r, block_begin) : V::set1(-kInfinity);
+    }
+    transpose(tops);
+    const int n = static_cast<int>((std::min)(Index{Tile::lanes}, rows_ - first));
+    const V before = V::load_partial(s_.now.maxima + first, n);
+    V after = before;
+    for (const V& top : tops) after = maximum(top, after);
+    after.store_partial(s_.now.maxima + first, n);
+    exp_of_nonpositive(before - reference(after)).store_partial(s_.factors + first, n);
   }
 
-  /// What scores of row r are taken relative to. All of them -infinity: weights 0, not exp(NaN).
-  C reference(Index r) const { return s_.now.maxima[r] == -kInfinity ? C(0) : s_.now.maxima[r]; }
+  /// What scores are taken relative to. All of a row -infinity: weights 0, not exp(NaN).
+  static V reference(V maxima) {
+    return select(equal(maxima, V::set1(-kInfinity)), V::zero(), maxima);
+  }
 
   void weigh_row(Index r) {
     C* const scores = s_.scores + r * kAttentionKeyBlock;
-    const V maximum = V::set1(reference(r));
+    const V maximum = reference(V::set1(s_.now.maxima[r]));
     V sum = V::zero();
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
       const V weight = exp_of_nonpositive(V::load(scores + c) - maximum);
