@@ -44,6 +44,7 @@ class AttentionProducts {
         head_dim_(p.head_dim),
         value_dim_(p.value_dim),
         width_(Tile::padded(p.value_dim)),
+        value_stride_(Tile::value_stride(p.value_dim)),
         int8_scores_(scratch.int8, p.head_dim, static_cast<float>(p.scale)) {}
   AttentionProducts(const AttentionProducts&) = delete;
   AttentionProducts& operator=(const AttentionProducts&) = delete;
@@ -133,7 +134,7 @@ class AttentionProducts {
   }
 
   void load_value(const KeyBlock<TKV>& block, int j, C scale) {
-    Tile::load_row(block.value(j), scale, value_dim_, width_, s_.values + j * width_);
+    Tile::load_row(block.value(j), scale, value_dim_, width_, s_.values + j * value_stride_);
   }
 
   /// The same without their scales; `next` values of the next block are asked for meanwhile.
@@ -168,25 +169,38 @@ class AttentionProducts {
           return block.key(j);
         },
         [](int) { return C(1); });
-    Tile::for_row_tiles(rows_, [&](auto tile, Index r) { score_tile<decltype(tile)::value>(r); });
+    find_tiles();
+    for (int key = 0; key < block.count; key += Tile::kPanel)
+      Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+        const KeySpan seen = s_.tiles[r].seen;
+        if (seen.begin < key + Tile::kPanel && key < seen.end)
+          Tile::template dot_panel<decltype(tile)::value>(
+              s_.queries + r * head_dim_, head_dim_, s_.keys + key * head_dim_, head_dim_,
+              s_.scores + r * kAttentionKeyBlock + key, kAttentionKeyBlock);
+      });
   }
 
-  /// scores[r ... r + R) = queries K^T, only the panels that one of the rows sees.
-  template <int R>
-  void score_tile(Index r) {
-    const auto [first, last] = seen_by_tile(s_.ranges + r, R);
-    for (int key = first / Tile::kPanel * Tile::kPanel; key < last; key += Tile::kPanel)
-      Tile::template dot_panel<R>(s_.queries + r * head_dim_, head_dim_, s_.keys + key * head_dim_,
-                                  head_dim_, s_.scores + r * kAttentionKeyBlock + key,
-                                  kAttentionKeyBlock);
-  }
-
-  void add_loaded_values() {
+  void find_tiles() {
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
-      Tile::template add_block<decltype(tile)::value>(
-          {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1}, s_.values, width_,
-          s_.ranges + r, s_.factors + r, width_, s_.now.sums + r * width_, width_, s_.block_sums);
+      const BlockRange* const ranges = s_.ranges + r;
+      s_.tiles[r] = {seen_by_tile(ranges, tile), Tile::one_piece(ranges, tile)};
     });
+  }
+
+  /// A panel of values after the other: it stays in L1 while all rows pass by.
+  void add_loaded_values() {
+    find_tiles();
+    for (Index c = 0; c < width_; c += Tile::kPanel)
+      Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+        add_panel<decltype(tile)::value>(r, c, s_.tiles[r].one_piece);
+      });
+  }
+
+  template <int R>
+  void add_panel(Index r, Index c, bool one_piece) {
+    Tile::template add_panel<R>({s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1},
+                                s_.values + c, value_stride_, s_.ranges + r, one_piece,
+                                s_.factors + r, s_.now.sums + r * width_ + c, width_);
   }
 
   /// Whether a value that a row does not see is no number: its weight of 0 would not keep it out.
@@ -223,12 +237,11 @@ class AttentionProducts {
       }
       load_stored_values(block, 0);
       for_each_run(s_.hidden[r], [&](int begin, int end) {
-        fill_line(s_.values + begin * width_, (end - begin) * width_, V::zero());
+        fill_line(s_.values + begin * value_stride_, (end - begin) * value_stride_, V::zero());
         std::fill(weights + begin, weights + end, C(0));  // a scale may be NaN
       });
-      Tile::template add_block<1>({weights, kAttentionKeyBlock, 1}, s_.values, width_,
-                                  s_.ranges + r, s_.factors + r, width_, s_.now.sums + r * width_,
-                                  width_, s_.block_sums);
+      for (Index c = 0; c < width_; c += Tile::kPanel)
+        add_panel<1>(r, c, Tile::one_piece(s_.ranges + r, 1));
     }
   }
 
@@ -256,7 +269,7 @@ class AttentionProducts {
   const KvSource<TKV>& source_;
   const AttentionScratch<C>& s_;
   C scale_;
-  Index head_dim_, value_dim_, width_;
+  Index head_dim_, value_dim_, width_, value_stride_;
   const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0, rows_ = 0;
   Int8Scores<Isa> int8_scores_;

@@ -71,17 +71,24 @@ template <typename TQ, typename TKV>
 inline constexpr bool kInt8Scores =
     std::is_same_v<TKV, std::int8_t> && std::is_same_v<compute_type<TQ>, float>;
 
+/// What the rows of a tile see of a block of keys.
+struct TileKeys {
+  KeySpan seen;
+  bool one_piece;
+};
+
 /// Scratch of one worker.
 template <typename C>
 struct AttentionScratch {
   C *queries, *scores, *keys, *values, *factors;
   AttentionState<C> now, folded;  // of the present fold, and of those before it
-  C* block_sums;                  // a tile's, or a few rows'
+  C* block_sums;                  // a few rows'
   double *query, *averages;       // of rows in double
   Index* large_rows;
   bool* finite;
   BlockRange* ranges;  // the keys of a block that rows see,
   KeyBits* hidden;     // and within them do not; nullptr where nothing is masked
+  TileKeys* tiles;     // of the tile that begins with a row
   KeyEnds* bad_values;
   Int8ScoreScratch int8;
   PairScratch pairs;
@@ -115,24 +122,24 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p,
   const bool folds = std::any_of(
       p.sequences, p.sequences + p.batch,
       [](const problem::AttentionSequence& s) { return s.key_length > kAttentionFold; });
-  AttentionScratch<C> s{
-      frame.take<C>(product(rows, p.head_dim)),
-      frame.take<C>(product(rows, kAttentionKeyBlock)),
-      frame.take<C>(product(p.head_dim, kAttentionKeyBlock)),
-      frame.take<C>(product(kAttentionKeyBlock, width)),
-      frame.take<C>(rows),
-      take_attention_state<Tile, C>(rows, width, frame),
-      take_attention_state<Tile, C>(folds ? rows : 0, width, frame),
-      frame.take<C>(product((std::max)(Index{Tile::kRows}, kAttentionFewRows), width)),
-      frame.take<double>(p.head_dim),
-      frame.take<double>(product(kRowsInDouble, width)),
-      frame.take<Index>(rows),
-      frame.take<bool>(rows),
-      frame.take<BlockRange>(rows),
-      p.masked() ? frame.take<KeyBits>(rows) : nullptr,
-      frame.take<KeyEnds>(p.value_dim),
-      {},
-      {}};
+  AttentionScratch<C> s{frame.take<C>(product(rows, p.head_dim)),
+                        frame.take<C>(product(rows, kAttentionKeyBlock)),
+                        frame.take<C>(product(p.head_dim, kAttentionKeyBlock)),
+                        frame.take<C>(product(kAttentionKeyBlock, Tile::value_stride(width))),
+                        frame.take<C>(rows),
+                        take_attention_state<Tile, C>(rows, width, frame),
+                        take_attention_state<Tile, C>(folds ? rows : 0, width, frame),
+                        frame.take<C>(product(kAttentionFewRows, width)),
+                        frame.take<double>(p.head_dim),
+                        frame.take<double>(product(kRowsInDouble, width)),
+                        frame.take<Index>(rows),
+                        frame.take<bool>(rows),
+                        frame.take<BlockRange>(rows),
+                        p.masked() ? frame.take<KeyBits>(rows) : nullptr,
+                        frame.take<TileKeys>(rows),
+                        frame.take<KeyEnds>(p.value_dim),
+                        {},
+                        {}};
   if constexpr (kInt8Scores<TQ, TKV>)
     s.int8 = Int8Scores<Isa>::take_scratch(rows, p.head_dim, frame);
   if constexpr (kPairProducts<Isa, TQ, TKV>)

@@ -96,12 +96,17 @@ struct AttentionTile {
   static_assert(kAttentionKeyBlock % kPanel == 0);
 
   static Index padded(Index width) { return (width + kPanel - 1) / kPanel * kPanel; }
+  /// From one row of values to the next: an odd number of panels, so that those of 64 keys lie in
+  /// L1 beside each other and not one over the other.
+  static Index value_stride(Index width) { return (padded(width) / kPanel | 1) * kPanel; }
 
   /// f(std::integral_constant<int, R>, first row) over tiles that cover the rows.
   template <typename F>
   static EIGENFORMER_INLINE void for_row_tiles(Index rows, F&& f) {
+    // A row by itself takes nearly as long as four: 8 or 9 rows are two tiles of 4, not one of 6.
+    const Index fours = kRows == 6 && rows >= 8 && rows % 6 / 2 == 1 ? 8 : 0;
     Index r = 0;
-    for (; r + kRows <= rows; r += kRows) f(std::integral_constant<int, kRows>{}, r);
+    for (; r + kRows <= rows - fours; r += kRows) f(std::integral_constant<int, kRows>{}, r);
     if constexpr (kRows > 4)
       for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>{}, r);
     for (; r < rows; ++r) f(std::integral_constant<int, 1>{}, r);
@@ -272,31 +277,29 @@ struct AttentionTile {
     return one;
   }
 
-  /// out[r][0, width) = factor[r] * out[r] + (sum of accumulate_ranges from 0): a block is summed
+  /// out[r][0, kPanel) = factor[r] * out[r] + (sum of accumulate_ranges from 0): a block is summed
   /// by itself, since one chain over many blocks would lose digits. Rows that see nothing keep what
-  /// they have. `block` is scratch of (R, width).
+  /// they have. `one`: whether the ranges are one piece.
   template <int R>
-  static void add_block(Weights w, const C* matrix, Index matrix_stride, const BlockRange* ranges,
-                        const C* factor, Index width, C* out, Index out_stride, C* block) {
-    const BlockRange& range = ranges[0];
-    if (one_piece(ranges, R)) {
-      for (Index c = 0; c < width; c += kPanel) {
-        V sum[R][2];
-        for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
-        add_products<R>(w, matrix, matrix_stride, range.first(), range.last(), c, sum);
-        for (int r = 0; r < R; ++r) {
-          C* const to = out + r * out_stride + c;
-          fma(V::load(to), V::set1(factor[r]), sum[r][0]).store(to);
-          fma(V::load(to + lanes), V::set1(factor[r]), sum[r][1]).store(to + lanes);
-        }
+  static void add_panel(Weights w, const C* matrix, Index matrix_stride, const BlockRange* ranges,
+                        bool one, const C* factor, C* out, Index out_stride) {
+    if (one) {
+      V sum[R][2];
+      for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = V::zero();
+      add_products<R>(w, matrix, matrix_stride, ranges[0].first(), ranges[0].last(), 0, sum);
+      for (int r = 0; r < R; ++r) {
+        C* const to = out + r * out_stride;
+        fma(V::load(to), V::set1(factor[r]), sum[r][0]).store(to);
+        fma(V::load(to + lanes), V::set1(factor[r]), sum[r][1]).store(to + lanes);
       }
       return;
     }
-    fill_line(block, R * width, V::zero());
-    accumulate_ranges<R>(w, matrix, matrix_stride, ranges, width, block, width);
+    alignas(64) C block[R * kPanel];
+    fill_line(block, R * kPanel, V::zero());
+    accumulate_ranges<R>(w, matrix, matrix_stride, ranges, kPanel, block, kPanel);
     for (int r = 0; r < R; ++r)
       if (!ranges[r].empty())
-        add_scaled(out + r * out_stride, V::set1(factor[r]), block + r * width, width);
+        add_scaled(out + r * out_stride, V::set1(factor[r]), block + r * kPanel, kPanel);
   }
 
   /// sums = factor * sums + terms. count is a multiple of the lanes.

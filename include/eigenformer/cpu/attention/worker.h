@@ -223,15 +223,27 @@ class AttentionWorker {
       if (!s_.ranges[r].empty()) weigh_row(r);
   }
 
+  /// Whether the scores of row r are its dot products.
+  bool is_plain(Index r) const {
+    return !problem::is_score_function<Function> && !(p_.softcap > 0) &&
+           p_.alibi_slopes == nullptr && !p_.bias.present() && s_.ranges[r].full() &&
+           hidden(r) == 0;
+  }
+
   /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
   /// lanes.
   V score_row(Index r, Index block_begin) {
+    C* const scores = s_.scores + r * kAttentionKeyBlock;
+    V top = V::set1(-kInfinity);
+    if (is_plain(r)) {
+      for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
+        top = maximum(V::load(scores + c), top);
+      return top;
+    }
     constexpr bool called = problem::is_score_function<Function>;
     const BlockScores<C, Isa, Function> rule(p_, row_of(r), block_begin, s_.ranges[r], hidden(r),
                                              &p_.function);
-    C* const scores = s_.scores + r * kAttentionKeyBlock;
     if constexpr (called) rule.call_function(scores);
-    V top = V::set1(-kInfinity);
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
       const V x = called ? V::load(scores + c) : rule(V::load(scores + c), c);
       x.store(scores + c);
@@ -380,8 +392,8 @@ class AttentionWorker {
     weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
     fill_line(s_.block_sums, width_, V::zero());
     for_each_run(keys_of(s_.ranges[r]) & ~hidden(r), [&](int begin, int end) {
-      Tile::template accumulate<1>(weights(r), s_.values, width_, begin, end, width_, s_.block_sums,
-                                   width_);
+      Tile::template accumulate<1>(weights(r), s_.values, Tile::value_stride(width_), begin, end,
+                                   width_, s_.block_sums, width_);
     });
     for (Index d = 0; d < width_; ++d)
       sums[d] = sums[d] * fall + static_cast<double>(s_.block_sums[d]);
