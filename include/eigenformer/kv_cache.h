@@ -330,12 +330,13 @@ class KvCache {
     }
     // A reservation older than the layer, which memory or page numbers may not suffice for, is no
     // reason to refuse an update.
-    detail::attempt(
-        [&] {
-          layer.prepare_room(reserved_);
-          layer.commit();
-        },
-        [&](const char*) { layer.drop(); });
+    if (layer.capacity() < reserved_)
+      detail::attempt(
+          [&] {
+            layer.prepare_room(reserved_);
+            layer.commit();
+          },
+          [&](const char*) { layer.drop(); });
     layer.grow(length + added);
     layer.own_pages(length + added);
     const KvSource<Storage> target = layer.source();
