@@ -137,10 +137,9 @@ TEST(AttentionMasks, ThatSayTheSameGiveTheSameBits) {
       EXPECT_TRUE(same_bits(attend(c, {.bit_mask = bits, .bit_mask_first_keys = {0}}), expected));
       EXPECT_TRUE(
           same_bits(attend(c, {.causal = true, .mask = mask, .prefix_length = 150}), expected));
-      if (window > 0)
-        EXPECT_TRUE(
-            same_bits(attend(c, {.window_left = window - 1, .window_right = 0, .prefix_length = 4}),
-                      expected));
+      const ef::AttentionOptions sides{
+          .window_left = window - 1, .window_right = 0, .prefix_length = 4};
+      EXPECT_TRUE(same_bits(attend(c, sides), expected));
     }
     // holes as well, and bits that begin late, or with the queries as those of a tree of tokens
     const auto holes = random_choice<bool, 2>({queries, 150}, 3, true, false);
