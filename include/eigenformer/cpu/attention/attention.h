@@ -15,6 +15,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 
 #include "../../core/workspace.h"
@@ -58,17 +59,19 @@ class AttentionTasks {
   Index* first_;
 };
 
-/// Round robin over so many tasks a worker leaves none idle for long.
+/// So many tasks for a worker leave none idle for long.
 inline constexpr Index kTasksOfAWorker = 4;
 
-/// body(index, worker's scratch) for every index, round robin: neighbours cost nearly the same,
-/// whether they are blocks under a diagonal, heads of sequences of any length, or folds of one.
+/// body(index, worker's scratch) for every index, by whoever is free, from the last on: the last
+/// block of a sequence sees the most keys, so what is left for the end is short.
 template <typename Backend, typename Scratch, typename Body>
-void for_each_round_robin(const Backend& on, Index count, Index workers, const Scratch* scratch,
-                          Body&& body) {
+void for_each_task(const Backend& on, Index count, Index workers, const Scratch* scratch,
+                   Body&& body) {
+  std::atomic<Index> left{count};
   parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
     for (Index w = begin; w < end; ++w)
-      for (Index i = w; i < count; i += workers) body(i, scratch[w]);
+      for (Index i; (i = left.fetch_sub(1, std::memory_order_relaxed) - 1) >= 0;)
+        body(i, scratch[w]);
   });
 }
 
@@ -91,10 +94,10 @@ void run_folds(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Func
         take_attention_state<Tile, C>(positions * p.group(), Tile::padded(p.value_dim), frame);
   for (Index first = 0; first < tasks.count(); first += most) {
     const Index count = (std::min)(most, tasks.count() - first);
-    for_each_round_robin(on, count * folds, workers, scratch, [&](Index i, const Scratch& s) {
+    for_each_task(on, count * folds, workers, scratch, [&](Index i, const Scratch& s) {
       Worker(p, s).run_fold(tasks[first + i / folds], i % folds, states[i]);
     });
-    for_each_round_robin(on, count, workers, scratch, [&](Index t, const Scratch& s) {
+    for_each_task(on, count, workers, scratch, [&](Index t, const Scratch& s) {
       Worker(p, s).finish_folds(tasks[first + t],
                                 {states + t * folds, static_cast<std::size_t>(folds)});
     });
@@ -116,7 +119,7 @@ void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Functi
   auto* const scratch = frame.take<Scratch>(workers);
   for (Index w = 0; w < workers; ++w) scratch[w] = take_attention_scratch<Isa>(p, frame);
   if (split && workers > 1) return run_folds(on, p, tasks, folds, workers, scratch, frame);
-  for_each_round_robin(on, tasks.count(), workers, scratch, [&](Index t, const Scratch& s) {
+  for_each_task(on, tasks.count(), workers, scratch, [&](Index t, const Scratch& s) {
     AttentionWorker<Isa, TQ, TKV, Function>(p, s).run(tasks[t]);
   });
 }
