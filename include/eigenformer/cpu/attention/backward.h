@@ -38,17 +38,19 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Bands at work at a time: two for each worker, as far as they fit these bytes.
-inline constexpr double kBackwardBytes = 64 << 20;
+/// Bands at work at a time, where there are several workers: two for each, or as many as stay in
+/// cache, since a phase begins when the one before is done; within the memory that a call may hold.
+inline constexpr double kBackwardCache = 8 << 20, kBackwardBytes = 64 << 20;
 
 template <typename C>
 Index bands_at_once(const BackwardShape& s, Index workers) {
+  if (workers == 1) return 1;
   const double band = 2.0 * sizeof(C) * static_cast<double>(s.rows) * static_cast<double>(s.keys),
                task = sizeof(C) * static_cast<double>(s.keys) *
-                      static_cast<double>(3 * s.width + 2 * s.value_width);
-  if (workers == 1) return 1;
-  return static_cast<Index>(
-      std::clamp(kBackwardBytes / (band + task + 1), 1.0, 2.0 * static_cast<double>(workers)));
+                      static_cast<double>(3 * s.width + 2 * s.value_width),
+               bytes = band + task + 1;
+  const double wanted = (std::max)(2.0 * static_cast<double>(workers), kBackwardCache / bytes);
+  return static_cast<Index>(std::clamp(kBackwardBytes / bytes, 1.0, wanted));
 }
 
 /// All that is held during a call.

@@ -30,8 +30,8 @@ class BackwardKeys {
     const Index* const end = m.blocks + band.blocks;
     const Index* const at = std::lower_bound<const Index*>(m.blocks, end, begin);
     if (at == end || *at != begin) return;
-    const Index local = at - m.blocks, tiles = on_.shape.rows / kRows;
-    const PanelRange* const panels = m.panels + local * tiles;
+    const Index local = at - m.blocks, tiles = (on_.rows(band) + kRows - 1) / kRows;
+    const PanelRange* const panels = m.panels + local * (on_.shape.rows / kRows);
     for (int p = 0; p < Panels::kPanels; ++p) {
       Index first = tiles, last = -1;
       for (Index t = 0; t < tiles; ++t)

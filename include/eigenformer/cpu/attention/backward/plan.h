@@ -182,10 +182,13 @@ struct BackwardShape {
 
   template <typename Problem, typename Panels>
   static BackwardShape of(const Problem& f, Panels) {
-    Index keys = 0;
-    for (Index b = 0; b < f.batch; ++b) keys = (std::max)(keys, f.sequences[b].key_length);
+    Index keys = 0, queries = 0;
+    for (Index b = 0; b < f.batch; ++b) {
+      keys = (std::max)(keys, f.sequences[b].key_length);
+      queries = (std::max)(queries, f.sequences[b].query_rows);
+    }
     constexpr Index group = kAttentionBandGroup<Panels>;
-    const Index rows = positions_per_band(f) * f.group();
+    const Index rows = (std::min)(positions_per_band(f), queries) * f.group();
     keys = (keys + kAttentionKeyBlock - 1) / kAttentionKeyBlock * kAttentionKeyBlock;
     const Index padded = (rows + group - 1) / group * group;
     // Panels that lie whole pages apart would share their lines of L1: 8 rows lie between them.

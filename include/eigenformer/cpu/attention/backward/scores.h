@@ -38,7 +38,7 @@ class BackwardScores {
                        });
     m.blocks[n] = begin;
     const KeyBits bad_keys = task.bad_keys[begin / kBlock];
-    for (Index first = 0; first < on_.shape.rows; first += kGroup) {
+    for (Index first = 0; first < on_.rows(band); first += kGroup) {
       BlockRange ranges[kGroup];
       KeyBits hidden[kGroup];
       for (Index r = 0; r < kGroup; ++r) {
