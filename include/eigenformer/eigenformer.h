@@ -4,13 +4,13 @@
 #pragma once
 
 // The nine systems
-#include "attention.h"        // padded, packed and cached attention, and its gradients
-#include "causal_mask.h"      // causal, sliding-window, prefix and packed-document masks; ALiBi
-#include "communicator.h"     // ranks: alone, as threads, over MPI
-#include "grad_scaler.h"      // loss scaling for mixed precision
-#include "kv_cache.h"         // keys and values of a batch: append, truncate, reserve, INT8 storage
-#include "linear.h"           // linear layers over plain and packed weights, and their gradients
-#include "paged_kv_cache.h"   // keys and values in pages: any lengths, forks, shared prefixes, save and load
+#include "attention.h"     // padded, packed and cached attention, and its gradients
+#include "causal_mask.h"   // causal, sliding-window, prefix and packed-document masks; ALiBi
+#include "communicator.h"  // ranks: alone, as threads, over MPI
+#include "grad_scaler.h"   // loss scaling for mixed precision
+#include "kv_cache.h"      // keys and values of a batch: append, truncate, reserve, INT8 storage
+#include "linear.h"        // linear layers over plain and packed weights, and their gradients
+#include "paged_kv_cache.h"  // keys and values in pages: any lengths, forks, shared prefixes, save and load
 #include "quantization.h"     // symmetric INT8; the exact INT8 linear layer
 #include "sampling.h"         // filters, penalties, exact probabilities, speculation
 #include "scheduler.h"        // continuous batching
