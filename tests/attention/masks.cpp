@@ -5,7 +5,7 @@
 
 #include <cstddef>
 
-#include "allocations.h"
+#include "allocation_count.h"
 #include "attention_case.h"
 
 using namespace eigenformer_test;

@@ -1,26 +1,13 @@
 /// \file
 /// Counts calls of operator new, to prove that a call allocates nothing. Replaces the global
-/// operators: include it in one file of a program.
+/// operators: include it in one file of a program, and allocation_count.h in the others.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <new>
 
-namespace eigenformer_test {
-
-inline std::atomic<long> allocation_count{0};
-
-/// Calls of operator new while f runs, on all threads.
-template <typename F>
-long count_allocations(F&& f) {
-  const long before = allocation_count.load();
-  f();
-  return allocation_count.load() - before;
-}
-
-}  // namespace eigenformer_test
+#include "allocation_count.h"
 
 // Not inlined: g++ 12 would see malloc meet a delete, or a new meet free, and warn
 // (-Wmismatched-new-delete).
