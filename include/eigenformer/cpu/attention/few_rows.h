@@ -87,12 +87,17 @@ struct FewRows {
     if (j + kAhead - count < then_count) return then[j + kAhead - count];
     return now[(std::min)(j, count - 1)];
   }
-  /// Asks for memory as slowly as it is read: a burst would fill the buffers of misses, and reads
-  /// would wait for them.
+  /// Step `step` of `steps` asks for its share of `count` rows: as slowly as they are read, for a
+  /// burst would fill the buffers of misses, and row after row, as hardware prefetchers follow. (On
+  /// Zen 3 4,096 keys of 8 heads of 128 floats take 2.0 to 2.8 ms so, and 3.0 to 3.9 where all rows
+  /// are asked for a line each.)
   template <typename TKV>
-  static EIGENFORMER_INLINE void prefetch(const TKV* row, Index d) {
-    const Index bytes = d * static_cast<Index>(sizeof(TKV));
-    if (bytes % 64 == 0) simd::prefetch_after(reinterpret_cast<const std::byte*>(row), bytes);
+  static EIGENFORMER_INLINE void prefetch(const TKV* const* rows, int count, Index bytes,
+                                          Index step, Index steps) {
+    const Index end = (step + 1) * count / steps;
+    for (Index i = step * count / steps; i < end; ++i)
+      for (Index offset = 0; offset < bytes; offset += 64)
+        simd::prefetch_after<3>(reinterpret_cast<const std::byte*>(rows[i]), offset);
   }
 
   /// scores[r][j] = queries[r] . key j as it is stored, for the keys [begin, end) of a block and some beside them.
@@ -113,7 +118,7 @@ struct FewRows {
         for (V& s : vector) s = V::zero();
       Index d = 0;
       for (; d + lanes <= depth; d += lanes) {
-        for (const TKV* row : later) prefetch(row, d);
+        prefetch(later, kKeys, depth * static_cast<Index>(sizeof(TKV)), d / lanes, depth / lanes);
         add_dots<R, kVectors, lanes>(queries + d, depth, key, d, lanes, sum);
       }
       if (d < depth)
@@ -142,7 +147,8 @@ struct FewRows {
       Index c = 0;
       const bool begins = k == keys.begin;
       for (; c + kVectors * lanes <= width; c += kVectors * lanes) {
-        for (const TKV* row : later) prefetch(row, c);
+        prefetch(later, kGroup, width * static_cast<Index>(sizeof(TKV)), c / (kVectors * lanes),
+                 width / (kVectors * lanes));
         if (count == kGroup)
           add_columns<R, kVectors, kGroup>(weights + k, rows, k, kGroup, c, lanes, begins, terms,
                                            padded_width);
