@@ -194,4 +194,24 @@ TEST(PagedKvCacheSave, DamagedStreamsAreRefused) {
   EXPECT_EQ(other.length(loaded(other, text), 0), 7);
 }
 
+// Rows that quantization never makes, under checksums that are right.
+TEST(PagedKvCacheSave, RowsThatAreNotQuantizedAreRefused) {
+  ef::PagedKvCache<float, std::int8_t> cache(config(4)), other(config(3));
+  const SequenceId a = filled(cache, 7, 5);
+  const auto source = cache.source(0);
+  const auto refuse = [&](const auto* place, auto bad, const char* message) {
+    auto& element = const_cast<std::remove_cvref_t<decltype(*place)>&>(*place);
+    const auto kept = std::exchange(element, bad);
+    expect_throws<std::invalid_argument>([&] { loaded(other, saved(cache, a)); }, {message});
+    EXPECT_EQ(other.pages_free(), 20);
+    element = kept;
+  };
+  refuse(source.key_row(0, 1, 6) + 7, std::int8_t{-128}, "load: a row of INT8 holds -128");
+  refuse(source.value_row(0, 0, 0), std::int8_t{-128}, "load: a row of INT8 holds -128");
+  refuse(source.value_scale_row(0, 1, 6), -1.0f, "load: a row has the scale -1");
+  refuse(source.key_scale_row(0, 0, 2), INFINITY, "load: a row has the scale inf");
+  const_cast<float&>(*source.key_scale_row(0, 0, 2)) = NAN;  // as a GPU writes it
+  EXPECT_EQ(other.length(loaded(other, saved(cache, a)), 0), 7);
+}
+
 }  // namespace

@@ -12,10 +12,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <istream>
 #include <ostream>
+#include <span>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -146,13 +149,15 @@ class SavedRows {
     for_each_page(length, gone, [&](std::byte* page, Index begin, Index end, Index first) {
       pool_.memory().copy_out(image_.data(), page, image_.size());
       for_each_part(begin, end, first, gone,
-                    [&](std::byte* part, std::size_t bytes) { to.write(part, bytes); });
+                    [&](auto* part, std::size_t count) { to.write(part, count * sizeof(*part)); });
     });
   }
   void load(PagedReader& from, Index length, problem::KeyRange gone) {
     for_each_page(length, gone, [&](std::byte* page, Index begin, Index end, Index first) {
-      for_each_part(begin, end, first, gone,
-                    [&](std::byte* part, std::size_t bytes) { from.read(part, bytes); });
+      for_each_part(begin, end, first, gone, [&](auto* part, std::size_t count) {
+        from.read(part, count * sizeof(*part));
+        if constexpr (std::is_same_v<Storage, std::int8_t>) require_quantized({part, count});
+      });
       pool_.memory().copy_in(page, image_.data(), image_.size());
     });
   }
@@ -173,19 +178,31 @@ class SavedRows {
     const KvPageLayout& l = layer_.layout;
     for (Index j = begin; j < end; ++j) {
       if (j >= gone.begin && j < gone.end) continue;
-      const auto rows = [&](std::size_t offset, Index bytes) {
+      const auto rows = [&]<typename T>(T*, std::size_t offset, Index width) {
         for (Index h = 0; h < l.kv_heads; ++h)
-          visit(image_.data() + offset +
-                    static_cast<std::size_t>((h * l.page_size + j - first) * bytes),
-                static_cast<std::size_t>(bytes));
+          visit(
+              reinterpret_cast<T*>(image_.data() + offset) + (h * l.page_size + j - first) * width,
+              static_cast<std::size_t>(width));
       };
-      rows(0, l.head_dim * Index{sizeof(Storage)});
-      rows(l.value_offset, l.value_dim * Index{sizeof(Storage)});
+      constexpr Storage* stored = nullptr;
+      rows(stored, 0, l.head_dim);
+      rows(stored, l.value_offset, l.value_dim);
       if constexpr (std::is_same_v<Storage, std::int8_t>) {
-        rows(l.key_scale_offset, sizeof(float));
-        rows(l.value_scale_offset, sizeof(float));
+        constexpr float* scale = nullptr;
+        rows(scale, l.key_scale_offset, 1);
+        rows(scale, l.value_scale_offset, 1);
       }
     }
+  }
+  /// What quantization never makes: products of -128 would not be the same on every machine.
+  static void require_quantized(std::span<const std::int8_t> row) {
+    require_that(std::find(row.begin(), row.end(), std::int8_t{-128}) == row.end(),
+                 PagedSequences::kName, "load: a row of INT8 holds -128");
+  }
+  static void require_quantized(std::span<const float> scales) {
+    for (const float scale : scales)  // NaN: a row that a GPU could not quantize
+      require_that(!(scale < 0) && !std::isinf(scale), PagedSequences::kName,
+                   "load: a row has the scale ", scale);
   }
 
   const PagedLayer& layer_;
