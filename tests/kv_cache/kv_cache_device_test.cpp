@@ -9,14 +9,14 @@ using namespace eigenformer_test;
 namespace {
 
 template <typename T, typename Storage>
-void check(Index added, std::vector<Index> starts) {
+void check(Index added, std::vector<Index> starts, bool only_gpus = false) {
   const Index batch = static_cast<Index>(starts.size()), capacity = 9, heads = 3, dim = 5;
   const Index value_dim = added % 2 == 0 ? 8 : dim;
   const auto keys = random_tensor<T, 4>({batch, added, heads, dim}, 1),
              values = random_tensor<T, 4>({batch, added, heads, value_dim}, 2);
   ef::Tensor<Index, 1> positions(batch);
   std::copy(starts.begin(), starts.end(), positions.data());
-  for_each_device([&](const auto& bench) {
+  const auto on = [&](const auto& bench) {
     auto key_buffer = on_device(bench, poisoned_tensor<Storage, 4>({batch, capacity, heads, dim}));
     auto value_buffer =
         on_device(bench, poisoned_tensor<Storage, 4>({batch, capacity, heads, value_dim}));
@@ -41,7 +41,11 @@ void check(Index added, std::vector<Index> starts) {
     };
     is_right(key_buffer.host(), keys);
     is_right(value_buffer.host(), values);
-  });
+  };
+  if (only_gpus)
+    for_each_gpu(on);
+  else
+    for_each_device(on);
 }
 
 TEST(KvAppendOnDevice, WritesNewRowsAndNothingElse) {
@@ -50,6 +54,10 @@ TEST(KvAppendOnDevice, WritesNewRowsAndNothingElse) {
   check<float, ef::bfloat16>(2, {7, 0});
   check<ef::half, ef::half>(3, {1});
   check<ef::bfloat16, ef::bfloat16>(9, {0, 0});
+}
+
+TEST(KvAppendOnDevice, LeavesOutRowsPastTheCapacity) {  // which hosts refuse
+  check<float, float>(2, {8, std::numeric_limits<Index>::max(), 9, 0}, true);
 }
 
 /// Cache on the host and cache in a device's memory, updated alike. value_dim 0: dim.

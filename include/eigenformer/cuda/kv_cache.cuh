@@ -67,11 +67,11 @@ struct KvAppendBody {
 
   template <int N>
   EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index token, Index column) const {
-    const Index sequence = token / tokens_each;
-    const Index first = positions[sequence], position = first + token % tokens_each;
-    if (first < 0 || position >= capacity) return;
-    keys.copy(WidthOf<N>{}, token, sequence, position, column);
-    values.copy(WidthOf<N>{}, token, sequence, position, column);
+    const Index sequence = token / tokens_each, first = positions[sequence],
+                place = token % tokens_each;
+    if (first < 0 || first >= capacity - place) return;  // whose sum may overflow
+    keys.copy(WidthOf<N>{}, token, sequence, first + place, column);
+    values.copy(WidthOf<N>{}, token, sequence, first + place, column);
   }
 };
 
