@@ -208,9 +208,8 @@ class PagedKvCache {
 
   // ---- append -----------------------------------------------------------------------------------
 
-  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Keys and
-  /// values of rank 3, here and in the ragged form, may be heads in the rows of a wider matrix
-  /// (ef::heads_of).
+  /// Appends n positions (n, kv_heads, head_dim) to one layer of one sequence. Keys and values may
+  /// be heads in the rows of a wider matrix (ef::heads_of), in all three forms.
   template <Device D, typename Keys, typename Values>
   void append(const D& device, SequenceId sequence, Index layer_idx, const Keys& keys,
               const Values& values) {
@@ -249,18 +248,19 @@ class PagedKvCache {
   template <Device D, typename Keys, typename Values>
   void append(const D& device, std::span<const SequenceId> ids, Index layer_idx, const Keys& keys,
               const Values& values) {
-    const auto k = input_view<4>(keys);
-    const auto v = input_view<4>(values);
+    const auto k = detail::heads_input<4>(keys);
+    const auto v = detail::heads_input<4>(values);
     detail::require_same_rows(kName, "keys", k, "values", v);
     const Index batch = k.dimension(0), n = k.dimension(1);
     detail::require_that(batch == static_cast<Index>(ids.size()), kName, "keys has a batch of ",
                          batch, ", there are ", ids.size(), " sequences");
     const Index tokens = detail::checked_product(batch, n, kName, "keys (batch, n)");
-    const TensorView<const scalar_of<Keys>, 3> key_rows(k.data(), tokens, k.dimension(2),
-                                                        k.dimension(3));
-    const TensorView<const scalar_of<Values>, 3> value_rows(v.data(), tokens, v.dimension(2),
-                                                            v.dimension(3));
-    append_rows(device, ids, layer_idx, key_rows, value_rows, n, nullptr);
+    const auto rows_of = [&](const auto& x) {
+      const auto [token_stride, head_stride] = detail::strides_of(x);
+      return HeadsView(x.data(), {tokens, x.dimension(2), x.dimension(3)}, token_stride,
+                       head_stride);
+    };
+    append_rows(device, ids, layer_idx, rows_of(k), rows_of(v), n, nullptr);
   }
   template <typename Keys, typename Values>
   void append(std::span<const SequenceId> ids, Index layer_idx, const Keys& keys,

@@ -50,6 +50,23 @@ TEST(PagedKvCacheShapes, EachLayerHasItsOwn) {
   EXPECT_EQ(cache.length(a), 9);
 }
 
+// One projection holds a batch's q, k and v: what is stored is what copies of k and v store.
+TEST(PagedKvCacheShapes, ABatchReadsPartsOfOneProjection) {
+  const ef::PagedKvConfig config{
+      .layers = 1, .kv_heads = 2, .head_dim = 5, .page_size = 2, .page_count = 8};
+  const auto stacked = random_tensor<float, 5>({2, 3, 3, 2, 5}, 1);
+  ef::PagedKvCache<float> cache(config), copies(config);
+  const std::vector<SequenceId> ids{cache.add_sequence(), cache.add_sequence()};
+  copies.add_sequence(), copies.add_sequence();
+  ef::update_kv_cache(cache, ids, ef::heads_of(stacked, 1, 2), ef::heads_of(stacked, 2, 2), 0);
+  const ef::Tensor<float, 4> keys = stacked.chip(1, 2), values = stacked.chip(2, 2);
+  ef::update_kv_cache(copies, ids, keys, values, 0);
+  for (const SequenceId id : ids) {
+    EXPECT_TRUE(same_bits(cache.keys(id, 0), copies.keys(id, 0)));
+    EXPECT_TRUE(same_bits(cache.values(id, 0), copies.values(id, 0)));
+  }
+}
+
 TEST(PagedKvCacheShapes, TheFirstAppendFixesOneThatFits) {
   ef::PagedKvCache<float> cache(
       {.layers = 3, .kv_heads = 4, .head_dim = 6, .page_size = 4, .page_count = 5});
