@@ -169,9 +169,9 @@ class KvCache {
   /// any order, several times or not at all; the batch is then as large as `rows`. Nothing is
   /// copied: rows that were one share their pages, and an append copies the page that it writes to,
   /// one for each row but one, where it holds earlier positions. Costs O(batch x length / 64) per
-  /// layer, and allocates nothing while the batch does not outgrow what it was. Throws, with nothing
-  /// changed, std::invalid_argument for a row that a layer does not have, what reserve throws where
-  /// the batch grows.
+  /// layer, and allocates nothing while neither batch nor capacity outgrows what it was at the last
+  /// call. Throws, with nothing changed, std::invalid_argument for a row that a layer does not have,
+  /// what reserve throws where the batch grows.
   void select(std::span<const Index> rows) {
     bool any = rows.empty();
     for (const auto& [index, layer] : layers_) {

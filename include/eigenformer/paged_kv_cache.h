@@ -123,7 +123,8 @@ class PagedKvCache {
 
   /// A sequence with the first `length` positions of another (all of them where length is -1),
   /// sharing its pages. Costs O(pages), copies nothing. Throws std::out_of_range,
-  /// std::invalid_argument where length exceeds that of the sequence.
+  /// std::invalid_argument where length exceeds that of the sequence or lies among positions that
+  /// it has given up.
   SequenceId fork(SequenceId sequence, Index length = -1) {
     return sequences_.fork(sequence, length);
   }
@@ -134,7 +135,7 @@ class PagedKvCache {
 
   /// Forgets positions [length, ...) of every layer and gives back pages past them, reserved ones
   /// included; layers that are no longer than that stay. Throws std::out_of_range,
-  /// std::invalid_argument for a negative length.
+  /// std::invalid_argument for a negative length, or one among positions that are given up.
   void truncate(SequenceId sequence, Index length) { sequences_.truncate(sequence, length); }
 
   /// Claims pages for `length` positions of a sequence, so that appends up to there find them. What
