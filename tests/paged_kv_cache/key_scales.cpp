@@ -135,4 +135,19 @@ TEST(PagedKvCacheKeyScales, RefusalsAndStreams) {
   expect_throws<std::invalid_argument>([&] { plain.load(again); }, {"other key scales"});
 }
 
+// Saved on a GPU, loaded on a host: the row is no number on either.
+TEST(PagedKvCacheKeyScales, ARowThatAGpuCouldNotQuantizeIsNaN) {
+  ef::PagedKvCache<float, std::int8_t> cache(config());
+  const auto keys = keys_with_outliers<float>();
+  cache.set_key_scales(0, calibrated(keys));
+  const SequenceId a = cache.add_sequence();
+  cache.append(a, 0, keys, keys);
+  const auto before = cache.keys(a, 0);
+  const_cast<float&>(*cache.source(0).key_scale_row(0, 1, 2)) = NAN;
+  const auto after = cache.keys(a, 0);
+  EXPECT_TRUE(std::isnan(after(2, 1, 0)) && std::isnan(after(2, 1, kDim - 1)));
+  EXPECT_EQ(after(2, 0, 0), before(2, 0, 0));
+  EXPECT_EQ(after(3, 1, 0), before(3, 1, 0));
+}
+
 }  // namespace

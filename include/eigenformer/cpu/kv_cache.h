@@ -5,6 +5,8 @@
 /// No row depends on another: results do not depend on threads or on the batch.
 #pragma once
 
+#include <cmath>
+
 #include "../core/rows.h"
 #include "../problem/kv_cache.h"
 #include "../problem/kv_source.h"
@@ -112,8 +114,9 @@ void read_int8_row(const problem::KvRead<T, std::int8_t>& p, Index b, Index h, I
   const KvSource<std::int8_t>& s = p.source;
   if (p.values)
     return dequantize_line<Isa>(stored, s.value_width(), s.value_scale(b, h, j), output);
-  if (s.key_channel_scales == nullptr)
-    return dequantize_line<Isa>(stored, s.head_dim, s.key_scale(b, h, j), output);
+  const float scale = s.key_scale(b, h, j);  // NaN: a row that a GPU could not quantize
+  if (s.key_channel_scales == nullptr || std::isnan(scale))
+    return dequantize_line<Isa>(stored, s.head_dim, scale, output);
   multiply_line<simd::Vec<compute_type<T>, Isa>>(stored, s.key_channel_scales + h * s.head_dim,
                                                  output, s.head_dim);
 }
