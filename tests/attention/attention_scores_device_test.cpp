@@ -56,24 +56,27 @@ TEST(AttentionScoresOnDevice, EqualTheReferenceAtEveryStage) {
   check(AttentionCase<float>({2, 5, 0, 1, 1, 3, 1}, {0, 0}), {"plain", {}});
 }
 
-// A row that sees NaN, one that sees +infinity, one whose scores are -infinity, and others.
+// Rows that see +infinity, NaN or nothing but -infinity, alone and beside other scores.
 TEST(AttentionScoresOnDevice, InfinitiesStayInTheirRows) {
   ef::Tensor<float, 4> q(1, 4, 1, 1), k(1, 4, 1, 1);
   q.setConstant(1.0f);
-  k.setValues({{{{2.0f}}, {{NAN}}, {{INFINITY}}, {{-INFINITY}}}});
+  k.setValues({{{{2.0f}}, {{INFINITY}}, {{-INFINITY}}, {{NAN}}}});
   for_each_device([&](const auto& bench) {
     auto device_q = on_device(bench, q), device_k = on_device(bench, k);
-    auto out = on_device(bench, poisoned_tensor<float, 4>({1, 1, 4, 4}));
-    ef::attention_scores_into(bench.device, out.view(), device_q.cview(), device_k.cview(), {4},
-                              Stage::probabilities, {.causal = true, .window = 1});
-    const auto got = out.host();
-    for (Index i = 0; i < 4; ++i)
-      for (Index j = 0; j < 4; ++j) {
-        if (i == j && (i == 1 || i == 2))
-          EXPECT_TRUE(std::isnan(got(0, 0, i, j)));
-        else
-          EXPECT_EQ(got(0, 0, i, j), i == 0 && j == 0 ? 1.0f : 0.0f) << i << ' ' << j;
-      }
+    for (const Index window : {1, 3}) {
+      auto out = on_device(bench, poisoned_tensor<float, 4>({1, 1, 4, 4}));
+      ef::attention_scores_into(bench.device, out.view(), device_q.cview(), device_k.cview(), {4},
+                                Stage::probabilities, {.causal = true, .window = window});
+      const auto got = out.host();
+      for (Index i = 0; i < 4; ++i)
+        for (Index j = 0; j < 4; ++j) {
+          const bool seen = j <= i && j > i - window;
+          if (seen && i > 0 && j != 2)
+            EXPECT_TRUE(std::isnan(got(0, 0, i, j))) << window << ' ' << i << ' ' << j;
+          else
+            EXPECT_EQ(got(0, 0, i, j), i == 0 && j == 0 ? 1.0f : 0.0f) << i << ' ' << j;
+        }
+    }
   });
 }
 

@@ -79,6 +79,7 @@ struct AttentionScoreLines {
         call.p.sinks == nullptr ? -kInfinity : static_cast<double>(call.p.sinks[q.head]);
     maximum = LargerOrNan{}(maximum, sink);
     if (maximum == -kInfinity) maximum = 0;
+    maximum += maximum * 0;  // infinity to NaN, which finite scores beside it become as well
     for (Index j = block.thread(); j < keys; j += block.size()) {
       const double x = score(query, q, j), weight = x == -kInfinity ? 0.0 : std::exp(x - maximum);
       to[j] = static_cast<C>(weight);

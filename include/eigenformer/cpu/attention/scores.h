@@ -44,6 +44,7 @@ inline void find_probabilities(double* line, Index count, double sink) {
   for (Index j = 0; j < count; ++j)
     if (line[j] > maximum || line[j] != line[j]) maximum = line[j];  // NaN stays
   if (maximum == -std::numeric_limits<double>::infinity()) maximum = 0;
+  maximum += maximum * 0;  // infinity to NaN, which finite scores beside it become as well
   double sum = std::exp(sink - maximum);
   for (Index j = 0; j < count; ++j) {
     line[j] = line[j] == -std::numeric_limits<double>::infinity() ? 0 : std::exp(line[j] - maximum);
