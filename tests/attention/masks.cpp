@@ -3,6 +3,7 @@
 #include <eigenformer/causal_mask.h>
 #include <eigenformer/kv_cache.h>
 
+#include <atomic>
 #include <cstddef>
 
 #include "allocation_count.h"
@@ -347,6 +348,26 @@ TEST(AttentionFunctions, AreAppliedBeforeTheMask) {
   const auto all =
       ef::batched_attention_with_padding(c.q, c.k, c.v, {90, 90}, {.causal = true}, function);
   EXPECT_EQ(std::memcmp(&last(0, 0, 0, 0), &all(0, 89, 0, 0), 64 * sizeof(float)), 0);
+}
+
+/// Counts the keys that a window of 3 and a prefix of 2 hide.
+struct CountHidden {
+  std::atomic<int>* hidden;
+  template <typename S>
+  S operator()(S score, const ef::ScorePosition& at) const {
+    if (at.key >= 2 && (at.key > at.query || at.key <= at.query - 3)) ++*hidden;
+    return score;
+  }
+};
+
+TEST(AttentionFunctions, AreCalledForKeysInSight) {
+  const AttentionCase<float> c({1, 60, 60, 1, 1, 4, 4}, {60});
+  const ef::AttentionOptions options{.causal = true, .window = 3, .prefix_length = 2};
+  std::atomic<int> hidden{0};
+  const auto out = ef::batched_attention_with_padding(c.q, c.k, c.v, c.key_lengths, options,
+                                                      CountHidden{&hidden});
+  EXPECT_EQ(hidden, 0);
+  EXPECT_TRUE(within(out, c.reference(options).output, 1e-5));
 }
 
 TEST(AttentionMasks, AllocateNothingTheSecondTime) {

@@ -138,9 +138,11 @@ class BlockScores {
       rule_score(V::load(scores + c), c).store(scores + c);
     const ScorePosition at = row_.at(block_begin_);
     const Function& function = *function_;
-    for (int j = range_.first(); j < range_.last(); ++j)  // keys after them need not be there
-      scores[j] = static_cast<C>(
-          function(scores[j], ScorePosition{at.batch, at.head, at.query, at.key + j}));
+    for_each_run(keys_of(range_) & ~hidden_, [&](int begin, int end) {
+      for (int j = begin; j < end; ++j)
+        scores[j] = static_cast<C>(
+            function(scores[j], ScorePosition{at.batch, at.head, at.query, at.key + j}));
+    });
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
       hide(V::load(scores + c), c).store(scores + c);
   }
