@@ -59,10 +59,13 @@ class AttentionStateView {
 
  public:
   template <typename Output, typename LogSumExp>
-  AttentionStateView(const Output& output, const LogSumExp& log_sum_exp)
+  AttentionStateView(Output&& output, LogSumExp&& log_sum_exp)
       : state_{input_view<Rank>(output).data(), input_view<Rank - 1>(log_sum_exp).data()},
         sizes_(detail::sizes_of<Rank>(input_view<Rank>(output))),
         log_sum_exp_sizes_(detail::sizes_of<Rank - 1>(input_view<Rank - 1>(log_sum_exp))) {
+    static_assert(detail::may_be_viewed<Output> && detail::may_be_viewed<LogSumExp>,
+                  "eigenformer: a state of attention is viewed, and its output or log_sum_exp is a "
+                  "tensor that ends with the expression. Give it a name first.");
     static_assert(std::is_same_v<scalar_of<LogSumExp>, compute_type<T>>,
                   "eigenformer: log_sum_exp is a tensor of the compute type");
   }
@@ -79,8 +82,7 @@ class AttentionStateView {
   Eigen::DSizes<Index, Rank - 1> log_sum_exp_sizes_;
 };
 template <typename Output, typename LogSumExp>
-AttentionStateView(const Output&, const LogSumExp&)
-    -> AttentionStateView<scalar_of<Output>, rank_of<Output>>;
+AttentionStateView(Output&&, LogSumExp&&) -> AttentionStateView<scalar_of<Output>, rank_of<Output>>;
 
 template <typename T, int Rank>
 struct MergedAttention {

@@ -292,6 +292,7 @@ void refused_besides() {
   ef::causal_mask_into(Eigen::DefaultDevice{}, read_only);  // expect: the output is read-only; pass a mutable ef::Tensor or an ef::TensorView of non-const T.
   ef::AttentionOptions{.log_sum_exp = ef::Tensor<float, 2>(1, 2)};  // expect: log_sum_exp, or its gradient, is a tensor that ends with the expression
   ef::AttentionOptions{.bias = ef::Tensor<float, 2>(1, 2)};  // expect: bias and mask are viewed, and this tensor ends with the expression
+  ef::AttentionStateView(t3, ef::Tensor<float, 2>(1, 2));  // expect: a state of attention is viewed, and its output or log_sum_exp is a tensor that ends with the expression
   ef::AttentionOptions{.mask = t3};  // expect: a bias is of float, a mask of bool or std::uint8_t
   ef::batched_attention_with_padding(t3, t3, t3, lengths, {}, 3);  // expect: a function of scores takes a score
   ef::Epilogue{}.bias(ef::Tensor<float, 1>(4));  // expect: an epilogue holds a view, and this tensor ends with the expression. Give it a name first.
