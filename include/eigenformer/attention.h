@@ -265,6 +265,7 @@ void attention_with_kv_source_into(const D& device, Output&& output, const Q& qu
 /// likes: rows [q_offsets[b], q_offsets[b + 1]) are the last positions of sequence b.
 template <Device D, typename Output, typename Q, typename S,
           typename Function = problem::NoScoreFunction>
+  requires(rank_of<Q> != 4)
 void attention_with_kv_source_into(const D& device, Output&& output, const Q& query,
                                    const KvSource<S>& source, const LengthSpan& q_offsets,
                                    const AttentionOptions& options = {},
@@ -300,6 +301,7 @@ auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>
 }
 
 template <CpuDevice D, typename Q, typename S, typename Function = problem::NoScoreFunction>
+  requires(rank_of<Q> != 4)
 auto attention_with_kv_source(const D& device, const Q& query, const KvSource<S>& source,
                               const LengthSpan& q_offsets, const AttentionOptions& options = {},
                               const Function& score = {}) {
@@ -313,6 +315,13 @@ template <typename Q, typename S, typename Function = problem::NoScoreFunction>
 auto attention_with_kv_source(const Q& query, const KvSource<S>& source,
                               const AttentionOptions& options = {}, const Function& score = {}) {
   return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, options, score);
+}
+template <typename Q, typename S, typename Function = problem::NoScoreFunction>
+  requires(!Device<Q> && rank_of<Q> != 4)
+auto attention_with_kv_source(const Q& query, const KvSource<S>& source,
+                              const LengthSpan& q_offsets, const AttentionOptions& options = {},
+                              const Function& score = {}) {
+  return attention_with_kv_source(Eigen::DefaultDevice{}, query, source, q_offsets, options, score);
 }
 
 namespace detail {

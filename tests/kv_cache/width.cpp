@@ -44,8 +44,8 @@ void check(Index batch, Index heads, Index key_width, Index value_width) {
       const ef::TensorView<const T, 3> packed(q.data(), batch * rows, 2 * heads, key_width);
       std::vector<Index> offsets;
       for (Index b = 0; b <= batch; ++b) offsets.push_back(b * rows);
-      const auto ragged = ef::attention_with_kv_source(Eigen::DefaultDevice{}, packed,
-                                                       cache.source(2), offsets, {.causal = true});
+      const auto ragged =
+          ef::attention_with_kv_source(packed, cache.source(2), offsets, {.causal = true});
       EXPECT_EQ(ragged.dimension(2), value_width);
       EXPECT_TRUE(same_bits(ef::Tensor<T, 4>(ragged.reshape(dense.dimensions())), dense));
     }
