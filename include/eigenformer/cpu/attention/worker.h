@@ -422,8 +422,9 @@ class AttentionWorker {
     if (p_.log_sum_exp != nullptr) *log_sum_exp(sequence, head, row) = -kInfinity;
   }
 
-  /// Whether masks leave row r a key.
+  /// Whether masks leave row r a key. A sink counts as one in `sees`: keys are looked at again.
   bool sees_a_key(Index r) {
+    if (p_.sinks == nullptr || !s_.now.sees[r]) return s_.now.sees[r];
     const Index position = first_position_ + r / group_;
     Index begin =
         p_.visibility.prefix > 0 ? 0 : p_.visibility.keys(position, sequence_->key_length).begin;
