@@ -172,7 +172,6 @@ TEST(AttentionCalls, RefusesWithTheArgumentNamed) {
   refuses({}, {4, -1}, {"seq_lengths[1] is -1"});
   refuses({}, {4}, {"seq_lengths has 1", "2 (batch)"});
   refuses({.causal = true, .window = -2}, {4, 4}, {"window is -2"});
-  refuses({.window = 2}, {4, 4}, {"window is 2 without causal"});
   refuses({.softcap = -1.0f}, {4, 4}, {"softcap"});
   refuses({.scale = std::nanf("")}, {4, 4}, {"scale is nan"});
   refuses({.scale = -std::numeric_limits<float>::infinity()}, {4, 4},
