@@ -337,9 +337,10 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& 
     tiles += (p.sequences[b].tensor_rows * p.group() + kTile - 1) / kTile;
     if (in_tiles) first_tile[static_cast<std::size_t>(b) + 1] = tiles;
   }
-  const auto [call, staged_first_tile] = stage_attention(on, "attention", p, first_tile);
-  with_masked(p, [&, &call = call, &staged_tiles = staged_first_tile](auto masked) {
+  const auto staged = stage_attention(on, "attention", p, first_tile);
+  with_masked(p, [&](auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
+    const auto& [call, staged_tiles] = staged;
     if constexpr (kHasAttentionTiles<TQ, TKV>)
       if (in_tiles) return launch_attention_tiles<kMasked>(on, call, staged_tiles, tiles, longest);
     launch_attention_rows<kMasked>(on, call, longest);
