@@ -101,8 +101,7 @@ TEST(AttentionMasksOnDevice, OneMaskGivesTheBitsOfAnother) {
   const AttentionShape s{2, 5, 75, 4, 2, 9, 7};
   const auto c = poisoned_case<float>(s, {75, 75}, {5, 5});
   Masks m(s, 4, {0, 0});
-  for (Index i = 0; i < m.bias.size(); ++i)
-    m.bias.data()[i] = m.mask.data()[i] == 0 ? -kInfinity : 0;
+  for (Index i = 0; i < m.bias.size(); ++i) m.bias.data()[i] = m.mask.data()[i] == 0 ? kHidden : 0;
   for_each_gpu([&](const auto& bench) {
     using B = std::remove_cvref_t<decltype(bench)>;
     auto q = on_device(bench, c.q), k = on_device(bench, c.k), v = on_device(bench, c.v);

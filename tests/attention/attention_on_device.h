@@ -47,7 +47,7 @@ void check_forward(const AttentionCase<T>& c, const NamedOptions& named, bool te
   });
 }
 
-inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kHidden = -std::numeric_limits<float>::infinity();  // in a bias
 
 inline bool hidden(Index b, Index h, Index i, Index j) {
   return j % 11 == 5 || i == 1 || (b * 3 + h * 5 + i * 7 + j * 2) % 6 == 0;
@@ -73,7 +73,7 @@ struct Masks {
           for (Index j = 0; j < s.keys; ++j) {
             const bool hides = hidden(b, h, i, j);
             mask(b, h, i, j) = hides ? 0 : static_cast<std::uint8_t>(1 + j);
-            if (hides) bias(b, h, i, j) = -kInfinity;
+            if (hides) bias(b, h, i, j) = kHidden;
             const Index bit = j - first_keys[static_cast<std::size_t>(b)];
             if (h == 0 && bit >= 0 && !hides) bits(b, i, bit / 64) |= std::uint64_t{1} << bit % 64;
           }

@@ -24,7 +24,7 @@ class PagePool {
            std::string_view operation)
       : block_(static_cast<std::size_t>(
                    checked_product(count, static_cast<Index>(page_bytes), operation, "the pool")),
-               memory),
+               memory, Pages::huge),
         page_bytes_(page_bytes),
         pages_(static_cast<std::size_t>(count) + 1, block_.data()),
         holders_(pages_.size(), 0),
