@@ -384,7 +384,7 @@ class KvCache {
   }
 
   const Memory* memory_ = &host_memory;
-  detail::KvRing ring_;
+  detail::KvRing ring_ = {};
   Layers layers_;
   Index reserved_ = 0;
 };

@@ -101,7 +101,7 @@ auto attention_problem(const AttentionOptions& options, Index heads, Index kv_he
     static_assert(std::is_invocable_r_v<C, const Function&, C, const ScorePosition&>,
                   "eigenformer: a function of scores takes a score (float, or double where it is "
                   "large or of double) and an ef::ScorePosition, and returns the new score");
-  problem::Attention<TQ, TKV, Function> p(function);
+  problem::Attention<TQ, TKV, Function> p{{}, function};
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = head_dim;

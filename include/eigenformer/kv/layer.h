@@ -264,7 +264,7 @@ class KvLayer {
   }
 
   const Memory* memory_;  // of the slabs
-  KvRing ring_;
+  KvRing ring_ = {};
   KvPageLayout layout_;
   Index length_ = 0, written_ = 0;  // written_: the most there were since the ring began to turn
   Index groups_ = 0;                // pages of a sequence

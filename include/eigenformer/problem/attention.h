@@ -34,6 +34,7 @@ struct Attention : ScoreRule<compute_type<TQ>> {
       std::is_same_v<TKV, std::int8_t> ||
       (std::is_same_v<TQ, bfloat16> && std::is_same_v<TKV, bfloat16>);
   using Compute = compute_type<TQ>;
+  Function function;            // first, so that {{}, function} has all other values by default
   const TQ* queries = nullptr;  // (rows, heads, head_dim)
   HeadStrides query_strides = {};
   TQ* output = nullptr;  // (rows, heads, value_dim)
@@ -44,10 +45,6 @@ struct Attention : ScoreRule<compute_type<TQ>> {
   KvSource<TKV> source = {};
   const AttentionSequence* sequences = nullptr;  // (batch)
   const float* sinks = nullptr;                  // (heads) or nullptr
-  Function function;
-
-  Attention() = default;
-  explicit Attention(const Function& f) : function(f) {}
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const TQ* query(Index row, Index head) const {
     return queries + row * query_strides.token + head * query_strides.head;

@@ -19,7 +19,7 @@ namespace problem {
 /// Page i of a sequence stands at place(i) of its table: the first `begin` for good, later ones in
 /// a ring of `pages`, each in the place of an older one. pages 0: all for good.
 struct PageRing {
-  Index begin = 0, pages = 0;
+  Index begin, pages;
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index place(Index i) const {
     return pages == 0 || i < begin ? i : begin + (i - begin) % pages;

@@ -71,11 +71,13 @@ struct BitMask {
                                                                         Index key) const {
     const Index bit = key - first_keys[r.sequence];
     if (bit <= -64) return ~std::uint64_t{0};
-    const std::uint64_t* const row = words + r.row * words_per_row;
-    const auto word = [&](Index i) { return i < words_per_row ? row[i] : std::uint64_t{0}; };
-    if (bit < 0) return word(0) << -bit | ~(~std::uint64_t{0} << -bit);
-    const std::uint64_t low = word(bit / 64) >> bit % 64;
-    return bit % 64 == 0 ? low : low | word(bit / 64 + 1) << (64 - bit % 64);
+    if (bit < 0) return word(r, 0) << -bit | ~(~std::uint64_t{0} << -bit);
+    const std::uint64_t low = word(r, bit / 64) >> bit % 64;
+    return bit % 64 == 0 ? low : low | word(r, bit / 64 + 1) << (64 - bit % 64);
+  }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr std::uint64_t word(const ScoreRow& r,
+                                                                          Index i) const {
+    return i < words_per_row ? words[r.row * words_per_row + i] : 0;
   }
 };
 
@@ -85,9 +87,9 @@ struct ScoreRule {
   Visibility visibility = {};
   C scale = 1, softcap = 0;             // softcap 0: none
   const float* alibi_slopes = nullptr;  // (heads) or nullptr
-  ScoreTensor<float> bias;              // -infinity: not seen
-  ScoreTensor<std::uint8_t> mask;       // 0: not seen
-  BitMask bit_mask;
+  ScoreTensor<float> bias = {};         // -infinity: not seen
+  ScoreTensor<std::uint8_t> mask = {};  // 0: not seen
+  BitMask bit_mask = {};
 
   /// Whether something beside the position says what a row sees.
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE constexpr bool masked() const {
