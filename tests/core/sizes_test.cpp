@@ -160,16 +160,21 @@ TEST(Sizes, OfAttentionThatOverflow) {
 }
 
 TEST(Sizes, OfAttentionScratchThatOverflow) {
-  const Index wide = kMost / 64;
   const std::vector<Index> zero{0};
-  const auto q = nowhere<float, 4>({1, 1, 1, wide}), k = nowhere<float, 4>({1, 0, 1, wide});
   const auto v = nowhere<float, 4>({1, 0, 1, 1}), out = nowhere<float, 4>({1, 1, 1, 1});
+  const auto query = [](Index width) { return nowhere<float, 4>({1, 1, 1, width}); };
+  const auto key = [](Index width) { return nowhere<float, 4>({1, 0, 1, width}); };
+  const auto q = query(kMost / 64), k = key(kMost / 64);  // 128 rows of them overflow
   expect_throws<Refusal>(
       [&] { ef::batched_attention_with_padding_into(kHere, out, q, k, v, zero); },
       {"attention", "overflow"});
   const auto lse = nowhere<float, 3>({1, 1, 1});
+  const auto wide_q = query(kMost / 8), wide_k = key(kMost / 8);  // a band of few rows
   expect_throws<Refusal>(
-      [&] { ef::attention_backward_into(kHere, q, k, v, out, q, k, v, out, lse, zero); },
+      [&] {
+        ef::attention_backward_into(kHere, wide_q, wide_k, v, out, wide_q, wide_k, v, out, lse,
+                                    zero);
+      },
       {"attention_backward", "overflow"});
 }
 
