@@ -50,7 +50,7 @@ class BackwardKeys {
   }
 
   void store_keys(const Band& band, const TaskMemory<C>& task, Index n) const {
-    const Index begin = n * kBlock, count = std::min(kBlock, band.sequence->key_length - begin);
+    const Index begin = n * kBlock, count = (std::min)(kBlock, band.sequence->key_length - begin);
     for (Index j = 0; j < count; ++j) {
       Panels::store_row(task.grad_keys + begin * on_.shape.width, j, Panels::kBlockStride, C(1),
                         on_.f.head_dim, on_.key_gradient(band, begin + j));
