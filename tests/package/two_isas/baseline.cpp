@@ -2,5 +2,5 @@
 #include "part.inc"
 
 void make_mask(Mask& problem, float* mask) {
-  problem = {mask, 1, 3, 5, 2, {.causal = true, .window = 2, .prefix = 1}, nullptr, 0};
+  problem = {mask, 1, 3, 5, 2, eigenformer::problem::Visibility::of(true, 2, 1), nullptr, 0};
 }
