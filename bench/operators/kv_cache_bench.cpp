@@ -62,8 +62,8 @@ void append_cases(bench::Suite& suite) {
   append_case<float, std::int8_t>(suite, "float as INT8");
 }
 
-/// One token of one sequence to every layer of a model. Peer: copies of the same bytes to where they
-/// would go.
+/// One token of one sequence to every layer of a model. Peer: copies of the same bytes to where
+/// they would go.
 void layers_case(bench::Suite& suite) {
   constexpr Eigen::Index kLayers = 32, kTokens = 1024;
   constexpr std::size_t kRow = static_cast<std::size_t>(kHeads * kHeadDim);

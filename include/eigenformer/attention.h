@@ -51,8 +51,8 @@
 /// position, or row where heads differ; key blocks that it hides from 128 rows cost nothing else.
 ///
 /// A function of scores (score_mod of FlexAttention, Dong et al., 2024) is called for each key in
-/// sight, and its result is the score. It is the last argument of a call, after the workspace of the
-/// _into forms, and is compiled into the kernel:
+/// sight, and its result is the score. It is the last argument of a call, after the workspace of
+/// the _into forms, and is compiled into the kernel:
 ///
 ///   auto score = [](auto s, const ef::ScorePosition& at) { return s * 0.5f + decay[at.query - at.key]; };
 ///   auto out = ef::batched_attention_with_padding(q4, k4, v4, seq_lengths, {.causal = true}, score);

@@ -28,19 +28,20 @@
 /// once more; on a GPU it is left out, and such a row gets the scale NaN. Other storage takes NaN
 /// and infinity as they are.
 ///
-/// A window (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024): a cache
-/// that keeps the first positions and the newest ones, in memory that does not grow:
+/// A window (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", 2024): a
+/// cache that keeps the first positions and the newest ones, in memory that does not grow:
 ///
 ///   ef::KvCache<float> cache({.window = 4096, .sinks = 4});
 ///   ef::attention_with_kv_cache(q, cache, layer, {.causal = true, .window = 4096, .prefix_length = 4});
 ///
-/// Positions stay what they were: keys are kept as they came, after RoPE at their own positions, and
-/// nothing is turned again; length() counts every position that was ever appended. Attention gives
-/// the bits of a cache that keeps everything, under the same options: query p sees the sinks and p -
-/// window < j <= p. What is kept is whole pages of 64 (held() says which): at least what all queries
-/// of an append of up to `chunk` positions see. A longer append is taken, but the keys that its
-/// first queries see may be gone by its end. Attention refuses options, or a lack of them, under
-/// which a query would see what is gone. Memory: sinks + window + chunk positions and two pages.
+/// Positions stay what they were: keys are kept as they came, after RoPE at their own positions,
+/// and nothing is turned again; length() counts every position that was ever appended. Attention
+/// gives the bits of a cache that keeps everything, under the same options: query p sees the sinks
+/// and p - window < j <= p. What is kept is whole pages of 64 (held() says which): at least what
+/// all queries of an append of up to `chunk` positions see. A longer append is taken, but the keys
+/// that its first queries see may be gone by its end. Attention refuses options, or a lack of them,
+/// under which a query would see what is gone. Memory: sinks + window + chunk positions and two
+/// pages.
 ///
 /// A refused update leaves the cache bit for bit as it was, and so does one that runs out of
 /// memory. Const members may be called from many threads at once. A copy is deep; what was moved
@@ -165,13 +166,13 @@ class KvCache {
       if (layer.length() > length) layer.set_length(length);
   }
 
-  /// Beam search: row i of the batch, in every layer, becomes what row rows[i] was. Rows may come in
-  /// any order, several times or not at all; the batch is then as large as `rows`. Nothing is
+  /// Beam search: row i of the batch, in every layer, becomes what row rows[i] was. Rows may come
+  /// in any order, several times or not at all; the batch is then as large as `rows`. Nothing is
   /// copied: rows that were one share their pages, and an append copies the page that it writes to,
   /// one for each row but one, where it holds earlier positions. Costs O(batch x length / 64) per
   /// layer, and allocates nothing while neither batch nor capacity outgrows what it was at the last
-  /// call. Throws, with nothing changed, std::invalid_argument for a row that a layer does not have,
-  /// what reserve throws where the batch grows.
+  /// call. Throws, with nothing changed, std::invalid_argument for a row that a layer does not
+  /// have, what reserve throws where the batch grows.
   void select(std::span<const Index> rows) {
     bool any = rows.empty();
     for (const auto& [index, layer] : layers_) {
@@ -389,11 +390,11 @@ class KvCache {
   Index reserved_ = 0;
 };
 
-/// Appends new_keys (batch, n, kv_heads, head_dim) and new_values (batch, n, kv_heads, value_dim) of
-/// T with n >= 1 to a layer of the cache. Throws std::invalid_argument for shapes that differ from each other or from
-/// the layer's, n < 1, sizes that overflow, a negative layer, or what INT8 cannot hold;
-/// std::length_error for more pages than a page table counts to; std::bad_alloc. The cache is then
-/// as it was.
+/// Appends new_keys (batch, n, kv_heads, head_dim) and new_values (batch, n, kv_heads, value_dim)
+/// of T with n >= 1 to a layer of the cache. Throws std::invalid_argument for shapes that differ
+/// from each other or from the layer's, n < 1, sizes that overflow, a negative layer, or what INT8
+/// cannot hold; std::length_error for more pages than a page table counts to; std::bad_alloc. The
+/// cache is then as it was.
 template <Device D, typename T, typename Storage, typename Keys, typename Values>
 void update_kv_cache(const D& device, KvCache<T, Storage>& cache, const Keys& new_keys,
                      const Values& new_values, Index layer_idx) {

@@ -144,10 +144,10 @@ class PagedKvCache {
   void reserve(SequenceId sequence, Index length) { sequences_.reserve(sequence, length); }
 
   /// Gives up positions [keep_first, position) of every layer, but for pages that hold others too
-  /// or positions that a layer is still to come to, and gives back their pages: behind the window of
-  /// attention, the sinks kept. Positions keep their numbers. Attention that would see what is gone
-  /// (window, prefix_length), keys and values refuse. All layers share a page: where full layers
-  /// stand beside layers with a window, give each kind a cache of its own. Throws
+  /// or positions that a layer is still to come to, and gives back their pages: behind the window
+  /// of attention, the sinks kept. Positions keep their numbers. Attention that would see what is
+  /// gone (window, prefix_length), keys and values refuse. All layers share a page: where full
+  /// layers stand beside layers with a window, give each kind a cache of its own. Throws
   /// std::out_of_range, std::invalid_argument for negative positions, or another page of keep_first
   /// than in the calls before.
   void free_before(SequenceId sequence, Index position, Index keep_first = 0) {

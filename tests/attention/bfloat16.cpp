@@ -1,5 +1,5 @@
-// Laws of attention where all is bfloat16, on every instruction set: some multiply pairs of it, with
-// weights rounded to bfloat16, and multiply what a row does not see by weights of 0.
+// Laws of attention where all is bfloat16, on every instruction set: some multiply pairs of it,
+// with weights rounded to bfloat16, and multiply what a row does not see by weights of 0.
 
 #include "cache_case.h"
 

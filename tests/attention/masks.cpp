@@ -1,5 +1,5 @@
-// Laws of what hides keys and moves scores beside positions: windows to both sides, bias, mask, mask
-// of bits. All that say the same give the same bits, and none lets through what it hides.
+// Laws of what hides keys and moves scores beside positions: windows to both sides, bias, mask,
+// mask of bits. All that say the same give the same bits, and none lets through what it hides.
 #include <eigenformer/causal_mask.h>
 #include <eigenformer/kv_cache.h>
 

@@ -1,6 +1,6 @@
 // A paged cache whose pool is a device's memory: ragged appends, forks and truncation give what the
-// same calls give on the host, bit for bit; so do layers of different shapes, streams, and attention
-// over a cache that has given up pages behind a window.
+// same calls give on the host, bit for bit; so do layers of different shapes, streams, and
+// attention over a cache that has given up pages behind a window.
 #include <eigenformer/attention.h>
 #include <eigenformer/paged_kv_cache.h>
 

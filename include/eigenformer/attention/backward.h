@@ -11,9 +11,9 @@
 ///
 /// P and D are computed again from q, k, v and grad_out (after Dao et al., "FlashAttention", 2022):
 /// the score matrix never exists. On CPUs scratch is O(sequence): for a sequence and a KV head some
-/// 1.5 KiB for each key that 192 rows of queries see, and five times its keys in float; a call works
-/// on several of these at a time where threads are many, within 64 MiB or one. 32,768 tokens with
-/// heads of 128 take 140 MiB in all.
+/// 1.5 KiB for each key that 192 rows of queries see, and five times its keys in float; a call
+/// works on several of these at a time where threads are many, within 64 MiB or one. 32,768 tokens
+/// with heads of 128 take 140 MiB in all.
 ///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);
 ///   auto out = ef::batched_attention_with_padding(q, k, v, seq_lengths, {.causal = true, .log_sum_exp = lse});
@@ -34,15 +34,15 @@
 ///
 /// Exact zeros. A row that sees no key, or whose visible scores are all -infinity, gets no gradient
 /// and gives none, to sinks neither, whatever it holds. A pair of query and key that is not visible
-/// (causal, windows, masks, a bias of -infinity) takes no part in any gradient: what only one of the
-/// two sees may be NaN. A sink of -infinity
-/// takes no part either: its gradient is 0. A NaN or infinity in a visible pair makes the gradients
-/// of its row NaN, and those of the keys and values that row sees.
+/// (causal, windows, masks, a bias of -infinity) takes no part in any gradient: what only one of
+/// the two sees may be NaN. A sink of -infinity takes no part either: its gradient is 0. A NaN or
+/// infinity in a visible pair makes the gradients of its row NaN, and those of the keys and values
+/// that row sees.
 ///
 /// Each gradient is summed in one fixed order: bits do not depend on threads or on other sequences
-/// in the batch; on CPUs even one KV head of one sequence feeds all threads. Outputs must not overlap
-/// inputs. Cost: 10 * head_dim flops for each visible pair.
-/// Throws std::invalid_argument as the forward call does.
+/// in the batch; on CPUs even one KV head of one sequence feeds all threads. Outputs must not
+/// overlap inputs. Cost: 10 * head_dim flops for each visible pair. Throws std::invalid_argument as
+/// the forward call does.
 ///
 /// On CUDA sinks_gradient is host memory: a call that fills it waits for the device, and cannot be
 /// captured into a graph; others do neither.

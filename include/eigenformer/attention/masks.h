@@ -28,8 +28,8 @@ inline constexpr bool may_be_viewed = std::is_lvalue_reference_v<X> || !owns_its
 ///          has keys (a buffer may be longer); not read where causal, window or length hide the key
 ///
 /// Made implicitly from a tensor (rows, keys), (batch, rows, keys) as create_causal_mask makes it
-/// (for PyTorch and ONNX the first of three is heads: give all four), or (batch, heads, rows, keys);
-/// or from a pointer, four sizes and four strides in elements, which may be 0 or negative.
+/// (for PyTorch and ONNX the first of three is heads: give all four), or (batch, heads, rows,
+/// keys); or from a pointer, four sizes and four strides in elements, which may be 0 or negative.
 template <typename T>
 class ScoreView {
  public:

@@ -106,8 +106,8 @@ struct AttentionOptions {
   float softcap = 0;
   /// factor on Q K^T, any finite number; none: 1 / sqrt(head_dim)
   std::optional<float> scale = {};
-  /// instead of window: keys p - window_left <= j <= p + window_right; -1 means no limit. With causal
-  /// no key after p is seen whatever window_right is
+  /// instead of window: keys p - window_left <= j <= p + window_right; -1 means no limit. With
+  /// causal no key after p is seen whatever window_right is
   Index window_left = -1;
   Index window_right = -1;
   /// one per head: adds slope * (j - p) to the score; see ef::alibi_slopes
@@ -117,8 +117,8 @@ struct AttentionOptions {
   /// of bool or std::uint8_t; false or 0: the key is not seen. It hides keys, it shows none that
   /// causal or a window hide
   ScoreView<std::uint8_t> mask = {};
-  /// a mask of bits for token trees, the same for all heads: bit j of a row says whether it sees key
-  /// bit_mask_first_keys[b] + j. Keys before that are seen as the other options say
+  /// a mask of bits for token trees, the same for all heads: bit j of a row says whether it sees
+  /// key bit_mask_first_keys[b] + j. Keys before that are seen as the other options say
   BitMaskView bit_mask = {};
   /// one per sequence; none: the position of its first query
   LengthSpan bit_mask_first_keys = {};
@@ -133,8 +133,8 @@ struct AttentionOptions {
   LengthSpan query_lengths = {};
   /// backward only: gets the gradient of the sinks, one per head
   std::span<float> sinks_gradient = {};
-  /// backward only: the gradient of the loss by log_sum_exp, where it takes part in it (results that
-  /// are merged, a z-loss)
+  /// backward only: the gradient of the loss by log_sum_exp, where it takes part in it (results
+  /// that are merged, a z-loss)
   LogSumExpGradient log_sum_exp_gradient = {};
 };
 

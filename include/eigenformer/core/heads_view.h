@@ -121,8 +121,8 @@ auto* elements_to_view(X&& x) {
 }  // namespace detail
 
 /// `heads` heads of `width` columns each, from column `first` on, of a matrix (tokens, columns) or
-/// (batch, seq, columns); as const as its argument. Throws std::invalid_argument where they pass its
-/// last column.
+/// (batch, seq, columns); as const as its argument. Throws std::invalid_argument where they pass
+/// its last column.
 template <typename Matrix>
 auto heads_of(Matrix&& matrix, Index first, Index heads, Index width) {
   constexpr int rank = rank_of<Matrix> == 3 ? 3 : 2;

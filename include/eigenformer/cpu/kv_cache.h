@@ -49,9 +49,9 @@ struct KvToken {
   const float* channels;  // (heads, width) scales of INT8 keys by channel, or nullptr
 };
 
-/// Rows of neighbouring heads lie a page's rows apart, too far for the hardware to foresee: they are
-/// asked for two heads ahead. A token of 8 sequences to 32 layers then takes 156 us instead of 170
-/// (float) and 86 instead of 98 (bfloat16) on Zen 3.
+/// Rows of neighbouring heads lie a page's rows apart, too far for the hardware to foresee: they
+/// are asked for two heads ahead. A token of 8 sequences to 32 layers then takes 156 us instead of
+/// 170 (float) and 86 instead of 98 (bfloat16) on Zen 3.
 template <typename Isa, typename T, typename Storage>
 void append_kv_token(const KvToken<T, Storage>& t, Index heads) {
   constexpr Index size = sizeof(Storage);

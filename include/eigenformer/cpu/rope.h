@@ -1,7 +1,7 @@
 /// \file
-/// CPU kernel of rotary embedding: one pass over x, two fused multiply-adds per element. Cosines and
-/// sines come from rows of a table, one row per token, shared by its heads; without a caller's table
-/// each thread keeps the row of the token it is at. A table row is [cosines | sines]:
+/// CPU kernel of rotary embedding: one pass over x, two fused multiply-adds per element. Cosines
+/// and sines come from rows of a table, one row per token, shared by its heads; without a caller's
+/// table each thread keeps the row of the token it is at. A table row is [cosines | sines]:
 ///   half_split   rotary_dim / 2 each: y[i] = x[i] c[i] - x[i + half] s[i],  y[i + half] = x[i + half] c[i] + x[i] s[i]
 ///   interleaved  rotary_dim each, every cosine twice and every sine as (-s, s): y = x * c + swap_pairs(x) * s
 /// Both are the same products and sums in the same order.

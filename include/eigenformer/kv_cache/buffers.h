@@ -32,13 +32,14 @@ void require_same_rows(std::string_view operation, std::string_view a_name, cons
 }  // namespace detail
 
 /// The cache as a plain buffer of the caller's, on any device: writes new_keys and new_values
-/// (batch, n, kv_heads, head_dim; of values value_dim) of T into key_buffer and value_buffer (batch,
-/// capacity, kv_heads, the same width) of T or a narrower floating-point scalar, sequence b at
-/// positions [positions[b], positions[b] + n). A negative position leaves its sequence out. Other
-/// rows are not touched; buffers and new rows must not overlap. `positions` (batch) is memory of the
-/// device. Throws std::invalid_argument for shapes and sizes that overflow, std::length_error where
-/// a position + n exceeds the capacity, before anything is written; on a GPU positions cannot be
-/// read by the host, and a row past the capacity is left out instead. Allocates nothing.
+/// (batch, n, kv_heads, head_dim; of values value_dim) of T into key_buffer and value_buffer
+/// (batch, capacity, kv_heads, the same width) of T or a narrower floating-point scalar, sequence b
+/// at positions [positions[b], positions[b] + n). A negative position leaves its sequence out.
+/// Other rows are not touched; buffers and new rows must not overlap. `positions` (batch) is memory
+/// of the device. Throws std::invalid_argument for shapes and sizes that overflow,
+/// std::length_error where a position + n exceeds the capacity, before anything is written; on a
+/// GPU positions cannot be read by the host, and a row past the capacity is left out instead.
+/// Allocates nothing.
 template <Device D, typename KeyBuffer, typename ValueBuffer, typename Keys, typename Values>
 void append_kv_into(const D& device, KeyBuffer&& key_buffer, ValueBuffer&& value_buffer,
                     const Keys& new_keys, const Values& new_values,

@@ -1,8 +1,8 @@
 /// \file
 /// Where attention finds keys and values: rows of head_dim and of value_dim elements, reached by
-/// (sequence, KV head, position). One struct covers dense tensors and every cache, so that attention
-/// is written once. A page table turns a position into a page; storage may be INT8 with one scale
-/// per row.
+/// (sequence, KV head, position). One struct covers dense tensors and every cache, so that
+/// attention is written once. A page table turns a position into a page; storage may be INT8 with
+/// one scale per row.
 #pragma once
 
 #include <cstddef>

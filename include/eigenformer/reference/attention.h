@@ -133,9 +133,9 @@ struct AttentionGradients {
   std::vector<double> grad_sinks;  // (heads), zeros where there are none
 };
 
-/// The gradients of sum(grad_out * output), plus sum(grad_log_sum_exp * log_sum_exp) where given, by
-/// the formulas of attention/backward.h; dP counts from the key with the greatest score, which changes nothing but what is lost where a row has nearly
-/// all its weight on one key.
+/// The gradients of sum(grad_out * output), plus sum(grad_log_sum_exp * log_sum_exp) where given,
+/// by the formulas of attention/backward.h; dP counts from the key with the greatest score, which
+/// changes nothing but what is lost where a row has nearly all its weight on one key.
 inline AttentionGradients attention_backward(const Tensor<double, 4>& grad_out,
                                              const Tensor<double, 4>& q, const Tensor<double, 4>& k,
                                              const Tensor<double, 4>& v,

@@ -36,8 +36,8 @@
 /// position, and pages that the prefix fills are not counted for them. Where a row's position is
 /// shared_prefix and the cache holds nothing for it, fork the prefix's sequence at that length. The
 /// prefix's own pages are the caller's: leave them out of page_count. Prompts that merely
-/// happen to begin alike: PagedKvCache::share_prefix finds their pages; let a sequence of yours hold
-/// them while the request lives, and submit with what it found as shared_prefix.
+/// happen to begin alike: PagedKvCache::share_prefix finds their pages; let a sequence of yours
+/// hold them while the request lives, and submit with what it found as shared_prefix.
 ///
 /// Speculative decoding. Where a row wants a token, plan.drafts says how many positions behind its
 /// tokens have a page and a share of the token budget: so many draft tokens of it may be verified

@@ -100,7 +100,8 @@ struct FewRows {
         simd::prefetch_after<3>(reinterpret_cast<const std::byte*>(rows[i]), offset);
   }
 
-  /// scores[r][j] = queries[r] . key j as it is stored, for the keys [begin, end) of a block and some beside them.
+  /// scores[r][j] = queries[r] . key j as it is stored, for the keys [begin, end) of a block and
+  /// some beside them.
   template <int R, typename TKV>
   static void score(const C* queries, Index depth, const BlockRows<TKV>& rows, KeySpan keys,
                     C* scores) {
@@ -129,9 +130,9 @@ struct FewRows {
     }
   }
 
-  /// sums[r] = factors[r] * sums[r] + sum over keys [begin, end) of weights[r][j] * value j as it is stored, whose
-  /// terms are summed first. `next` are the rows of the block after this one; `terms` is scratch of
-  /// (R, padded width).
+  /// sums[r] = factors[r] * sums[r] + sum over keys [begin, end) of weights[r][j] * value j as it
+  /// is stored, whose terms are summed first. `next` are the rows of the block after this one;
+  /// `terms` is scratch of (R, padded width).
   template <int R, typename TKV>
   static void add_values(const C* weights, const BlockRows<TKV>& rows, KeySpan keys,
                          const C* factors, Index width, Index padded_width, C* sums, C* terms,

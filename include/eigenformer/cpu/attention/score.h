@@ -68,8 +68,8 @@ inline KeyBits bits_of(const std::uint8_t* bytes) {
   return bits;
 }
 
-/// Leaves of the keys of a block that a row sees by its position, `range`, those that masks and bias
-/// let it see: from the first of them to the last. Returns what is hidden between these.
+/// Leaves of the keys of a block that a row sees by its position, `range`, those that masks and
+/// bias let it see: from the first of them to the last. Returns what is hidden between these.
 template <typename C>
 KeyBits hide_masked(const problem::ScoreRule<C>& rule, const problem::ScoreRow& row,
                     Index block_begin, BlockRange& range) {

@@ -84,8 +84,8 @@ class BackwardScores {
       }
   }
 
-  /// Dot products of row r, at `from` in the scratch, to scores in place; the greatest and its dP. dP
-  /// of pairs that it does not see is 0. Pairs with a `bad` key are NaN where the row sees it.
+  /// Dot products of row r, at `from` in the scratch, to scores in place; the greatest and its dP.
+  /// dP of pairs that it does not see is 0. Pairs with a `bad` key are NaN where the row sees it.
   void score_row(const Memory& m, Index n, Index r, const BlockRange& range, KeyBits hidden_keys,
                  KeyBits bad, Index from) const {
     const Index at = n * on_.shape.rows + r;
