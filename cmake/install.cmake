@@ -10,4 +10,4 @@ configure_package_config_file(cmake/eigenformer-config.cmake.in ${CMAKE_CURRENT_
 write_basic_package_version_file(${CMAKE_CURRENT_BINARY_DIR}/eigenformer-config-version.cmake
   COMPATIBILITY SameMinorVersion ARCH_INDEPENDENT)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/eigenformer-config.cmake ${CMAKE_CURRENT_BINARY_DIR}/eigenformer-config-version.cmake
-  cmake/eigen.cmake cmake/cuda.cmake cmake/nccl.cmake DESTINATION ${_package_dir})
+  cmake/eigen.cmake cmake/cuda.cmake cmake/model.cmake cmake/nccl.cmake DESTINATION ${_package_dir})
