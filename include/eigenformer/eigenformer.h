@@ -25,7 +25,9 @@
 #include "activation.h"     // SiLU, GELU, ReLU, gated pairs, residual sums
 #include "decoder.h"        // a Llama-shaped decoder out of all of these
 #include "embedding.h"      // tokens to vectors
+#include "log_softmax.h"    // logarithms of probabilities
 #include "loss.h"           // softmax cross-entropy
 #include "normalization.h"  // RMSNorm, LayerNorm
 #include "optimizer.h"      // AdamW, SGD, gradient clipping
 #include "rope.h"           // rotary embedding
+#include "top_k.h"          // the largest or smallest of every row

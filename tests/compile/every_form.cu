@@ -28,6 +28,7 @@ Anything execute(const Backend<D>&, const Problem&) {
 #include <eigenformer/attention.h>
 #include <eigenformer/embedding.h>
 #include <eigenformer/grad_scaler.h>
+#include <eigenformer/log_softmax.h>
 #include <eigenformer/loss.h>
 #include <eigenformer/normalization.h>
 #include <eigenformer/optimizer.h>
@@ -36,6 +37,7 @@ Anything execute(const Backend<D>&, const Problem&) {
 #include <eigenformer/rope.h>
 #include <eigenformer/sampling.h>
 #include <eigenformer/tensor_parallel.h>
+#include <eigenformer/top_k.h>
 
 namespace ef = eigenformer;
 using ef::Index;
@@ -144,6 +146,8 @@ void sampling(const D& device, Views v) {
   ef::sample_with_log_probabilities_into(
       device, ef::SampleViews{v.ids, v.v1, v.v1, v.ids, v.tokens, v.v2, v.v2, {}}, v.v2,
       ef::SamplingParams{}, random);
+  ef::log_softmax_into(device, v.v2, v.v2);
+  ef::top_k_into(device, v.v2, v.tokens, v.v2);
   ef::verify_speculative_into(device, ef::SpeculativeViews{v.ids, v.tokens, {}}, v.tokens, v.v3,
                               v.v3, random);
 }

@@ -13,6 +13,7 @@
 #include <eigenformer/problem/embedding.h>
 #include <eigenformer/problem/kv_cache.h>
 #include <eigenformer/problem/linear.h>
+#include <eigenformer/problem/log_softmax.h>
 #include <eigenformer/problem/loss.h>
 #include <eigenformer/problem/normalization.h>
 #include <eigenformer/problem/optimizer.h>
@@ -20,6 +21,7 @@
 #include <eigenformer/problem/rope.h>
 #include <eigenformer/problem/sampling.h>
 #include <eigenformer/problem/tensor_parallel.h>
+#include <eigenformer/problem/top_k.h>
 
 #include <cstdio>
 #include <string>
@@ -90,6 +92,8 @@ const Part kParts[] = {
     part<Embedding<F, F, Id>>("embedding", "rows"),
     part<Int8Embedding<F, Id>>("embedding", "INT8 rows"),
     part<EmbeddingBackward<F, F, Id>>("embedding", "gradients"),
+    part<LogSoftmax<F, F>>("log_softmax", "rows"),
+    part<TopK<F>>("top_k", "rows"),
     part<CrossEntropy<F, F>>("loss", "cross-entropy"),
     part<Optimizer<AdamWFactors>>("optimizer", "AdamW"),
     part<Optimizer<SgdFactors>>("optimizer", "SGD"),

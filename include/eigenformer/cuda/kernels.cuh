@@ -35,6 +35,7 @@
 #include "linear.cuh"
 #include "linear_backward.cuh"
 #include "linear_pack.cuh"
+#include "log_softmax.cuh"
 #include "loss.cuh"
 #include "memory.cuh"
 #include "normalization.cuh"
@@ -44,3 +45,4 @@
 #include "rope.cuh"
 #include "sampling.cuh"
 #include "tensor_parallel.cuh"
+#include "top_k.cuh"
