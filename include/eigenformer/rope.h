@@ -6,7 +6,9 @@
 ///
 /// for pair i of rotary_dim / 2; RopeLayout says which features a and b are. Features from
 /// rotary_dim on are copied. `scale` below 1 is position interpolation (Chen et al., 2023): 0.25
-/// serves contexts four times the length trained.
+/// serves contexts four times the length trained. `frequencies` of the caller's stand in place of
+/// base^(-2 i / rotary_dim), and `attention_factor` multiplies y: rope/frequencies.h makes both for
+/// Llama 3, YaRN, NTK and LongRoPE.
 ///
 /// x is (tokens, heads, head_dim) or (batch, seq, heads, head_dim), or heads in the rows of a wider
 /// matrix (ef::heads_of, core/heads_view.h); y has its shape. positions has one element per token,
@@ -22,11 +24,13 @@
 ///
 /// Aliasing: y may be x itself (the same memory and scalar); any other overlap is undefined. Throws
 /// std::invalid_argument for a number of positions other than of tokens, an odd or too large
-/// rotary_dim, a base or scale that is not positive and finite, and, with a table, a position
-/// outside it (O(tokens)), before anything is written. Cost: one read of x and one write of y.
-/// Results do not depend on threads or on other tokens.
+/// rotary_dim, a base or scale that is not positive and finite, frequencies that are not finite or
+/// of another number than pairs, and, with a table, a position outside it (O(tokens)), before
+/// anything is written. Cost: one read of x and one write of y. Results do not depend on threads or
+/// on other tokens.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <span>
 #include <vector>
@@ -48,13 +52,20 @@ struct RopeOptions {
   RopeLayout layout = RopeLayout::half_split;  ///< which features are a pair
   Index rotary_dim = 0;  ///< leading features of a head that turn, even; 0 means head_dim
   float scale = 1.0f;    ///< multiplies positions
+  /// Multiplies cosines and sines, so that scores of queries and keys grow by its square.
+  float attention_factor = 1.0f;
+  /// Radians per position of each pair; none: base^(-2 i / rotary_dim). With them rotary_dim 0
+  /// means twice their number.
+  Values<double> frequencies = {};
 };
 
 namespace detail {
 
 inline Index rope_rotary_dim(std::string_view name, Index head_dim, const RopeOptions& options) {
   require_that(head_dim >= 0, name, "head_dim is ", head_dim, ", expected 0 or more");
-  const Index rotary_dim = options.rotary_dim == 0 ? head_dim : options.rotary_dim;
+  const Index pairs = static_cast<Index>(options.frequencies.size());
+  const Index all = pairs > 0 ? checked_product(pairs, 2, name, "frequencies") : head_dim;
+  const Index rotary_dim = options.rotary_dim == 0 ? all : options.rotary_dim;
   require_that(rotary_dim >= 0 && rotary_dim % 2 == 0 && rotary_dim <= head_dim, name,
                "rotary_dim is ", rotary_dim, ", expected an even number of at most head_dim, ",
                head_dim);
@@ -63,12 +74,25 @@ inline Index rope_rotary_dim(std::string_view name, Index head_dim, const RopeOp
   checked_product(rotary_dim, 2 * Index{sizeof(double)}, name, "rotary_dim");  // of a row of angles
   require_that(options.scale > 0 && std::isfinite(options.scale), name, "scale is ", options.scale,
                ", expected positive and finite");
+  require_that(std::isfinite(options.attention_factor), name, "attention_factor is ",
+               options.attention_factor, ", expected a finite number");
+  require_that(pairs == 0 || 2 * pairs == rotary_dim, name, "frequencies has ", pairs,
+               " elements, expected ", rotary_dim / 2, ", one for each pair of rotary_dim");
+  for (Index i = 0; i < pairs; ++i) {
+    const double frequency = options.frequencies[static_cast<std::size_t>(i)];
+    require_that(std::isfinite(frequency), name, "frequencies[", i, "] is ", frequency,
+                 ", expected a finite number");
+  }
   return rotary_dim;
 }
 
-inline void write_inverse_frequencies(float base, Index rotary_dim, double* out) {
+inline void write_inverse_frequencies(const RopeOptions& options, Index rotary_dim, double* out) {
+  if (!options.frequencies.empty()) {
+    std::copy(options.frequencies.begin(), options.frequencies.end(), out);
+    return;
+  }
   for (Index i = 0; i < rotary_dim / 2; ++i)
-    out[i] = std::pow(static_cast<double>(base),
+    out[i] = std::pow(static_cast<double>(options.base),
                       -2.0 * static_cast<double>(i) / static_cast<double>(rotary_dim));
 }
 
@@ -135,25 +159,30 @@ class BasicRopeTable {
 
   Index max_positions() const { return max_positions_; }
   Index head_dim() const { return head_dim_; }
-  const RopeOptions& options() const { return options_; }
 
   /// For kernels: how rows are laid out, and the first of them.
   problem::RopeAngles angles() const {
-    return {frequencies_.data(), rotary_dim_, options_.layout, static_cast<double>(options_.scale)};
+    return {frequencies_.data(), rotary_dim_, layout_, scale_, attention_factor_};
   }
   const C* rows() const { return rows_.data(); }
 
  private:
   void resize(Index rows, Index head_dim, Index rotary_dim, const RopeOptions& options) {
-    const Index row_size = problem::RopeAngles{nullptr, rotary_dim, options.layout, 1}.row_size();
+    const Index row_size =
+        problem::RopeAngles{nullptr, rotary_dim, options.layout, 1, 1}.row_size();
     const Index size = detail::checked_product(rows, row_size, "RopeTable", "table");
     detail::checked_product(size, Index{sizeof(C)}, "RopeTable", "table");
     rows_.resize(static_cast<std::size_t>(size));
-    if (frequencies_.empty() || rotary_dim != rotary_dim_ || options.base != options_.base) {
+    // Computed anew only where they differ: the table of a step is assigned at each step.
+    const float base = options.frequencies.empty() ? options.base : 0.0f;
+    if (frequencies_.empty() || rotary_dim != rotary_dim_ || base != base_ || base == 0.0f) {
       frequencies_.resize(static_cast<std::size_t>(rotary_dim / 2));
-      detail::write_inverse_frequencies(options.base, rotary_dim, frequencies_.data());
+      detail::write_inverse_frequencies(options, rotary_dim, frequencies_.data());
     }
-    options_ = options;
+    base_ = base;
+    layout_ = options.layout;
+    scale_ = static_cast<double>(options.scale);
+    attention_factor_ = static_cast<double>(options.attention_factor);
     head_dim_ = head_dim;
     rotary_dim_ = rotary_dim;
     max_positions_ = rows;
@@ -162,7 +191,9 @@ class BasicRopeTable {
     angles().write_row(position, rows_.data() + row * angles().row_size());
   }
 
-  RopeOptions options_;
+  float base_ = 0;  // of the frequencies; 0: the caller's
+  RopeLayout layout_ = RopeLayout::half_split;
+  double scale_ = 1, attention_factor_ = 1;
   Index head_dim_ = 0, rotary_dim_ = 0, max_positions_ = 0;
   std::vector<double> frequencies_;
   std::vector<C> rows_;
@@ -215,8 +246,9 @@ void set_angles(std::string_view name, Problem& p, const RopeOptions& options, i
   if (p.heads == 0) p.tokens = 0;
   if (p.tokens == 0) return;
   double* const frequencies = frame.take<double>(rotary_dim / 2);
-  write_inverse_frequencies(options.base, rotary_dim, frequencies);
-  p.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale)};
+  write_inverse_frequencies(options, rotary_dim, frequencies);
+  p.angles = {frequencies, rotary_dim, options.layout, static_cast<double>(options.scale),
+              static_cast<double>(options.attention_factor)};
   p.rows = frame.take<typename Problem::compute>(workers * p.angles.row_size());
 }
 

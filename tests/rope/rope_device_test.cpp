@@ -55,6 +55,10 @@ TEST(RopeOnDevice, EqualsTheReference) {
       check<double>(positions, 2, 20, {.layout = layout, .rotary_dim = 12});
       check<ef::bfloat16, float>(positions, 2, 48, {.layout = layout});
       check<float>(positions, 0, 8, {.layout = layout});
+      check<float>(positions, 2, 24,
+                   {.layout = layout,
+                    .attention_factor = 1.5f,
+                    .frequencies = {1.0, 0.3, 0.2, 0.05, -0.01, 0.0}});
     }
 }
 

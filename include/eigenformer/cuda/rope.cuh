@@ -78,7 +78,8 @@ struct RopeKernel {
     if (p.table == nullptr) {
       const double angle = static_cast<double>(p.positions[token]) * p.angles.scale *
                            p.angles.inverse_frequencies[pair];
-      return {static_cast<C>(std::cos(angle)), static_cast<C>(std::sin(angle))};
+      return {static_cast<C>(std::cos(angle) * p.angles.factor),
+              static_cast<C>(std::sin(angle) * p.angles.factor)};
     }
     const bool split = p.angles.layout == RopeLayout::half_split;
     const Index number = p.positions == nullptr ? token : p.positions[token] - first_row;

@@ -24,6 +24,7 @@ struct RopeAngles {
   Index rotary_dim;
   RopeLayout layout;
   double scale;
+  double factor;  // multiplies cosines and sines
 
   EIGENFORMER_INLINE Index row_size() const {
     return layout == RopeLayout::half_split ? rotary_dim : 2 * rotary_dim;
@@ -33,7 +34,8 @@ struct RopeAngles {
   EIGENFORMER_INLINE void write_row(double position, C* row) const {
     for (Index i = 0; i < rotary_dim / 2; ++i) {
       const double angle = position * scale * inverse_frequencies[i];
-      const C c = static_cast<C>(std::cos(angle)), s = static_cast<C>(std::sin(angle));
+      const C c = static_cast<C>(std::cos(angle) * factor),
+              s = static_cast<C>(std::sin(angle) * factor);
       if (layout == RopeLayout::half_split) {
         row[i] = c;
         row[i + rotary_dim / 2] = s;
