@@ -10,8 +10,8 @@
 ///
 /// x is float, double, bfloat16 or half of any rank, y of the same shape, float, or double where x
 /// is. It may be x itself. -infinity stays -infinity. A row that holds NaN or +infinity, or that is
-/// all -infinity, has no softmax and gives a row of NaN, as in PyTorch. Throws std::invalid_argument
-/// for shapes that differ. Nothing is allocated after the first call at a size.
+/// all -infinity, has no softmax and gives a row of NaN, as in PyTorch. Shapes that differ throw
+/// std::invalid_argument. Nothing is allocated after the first call at a size.
 ///
 /// Cost: one read for the maximum, one with an exponential for each element, one to write.
 #pragma once

@@ -6,8 +6,8 @@
 /// Order and ties are those of sampling.h: -0 equals 0, infinities are numbers like others. With
 /// {.sorted = false} the same elements come by index.
 ///
-/// x is (rows, columns) of float, double, bfloat16 or half, values (rows, k) of the same scalar, ids
-/// (rows, k) of int32. A row that holds NaN has no order: the form that returns throws
+/// x is (rows, columns) of float, double, bfloat16 or half, values (rows, k) of the same scalar,
+/// ids (rows, k) of int32. A row that holds NaN has no order: the form that returns throws
 /// std::invalid_argument naming it, the _into form writes ids of -1, NaN and SampleStatus::nan into
 /// `statuses`, (rows), where given, and serves the others. std::invalid_argument too for k outside
 /// [0, columns] and shapes that disagree. An output must not overlap x. On a GPU all are device

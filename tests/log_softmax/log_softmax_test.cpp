@@ -1,5 +1,5 @@
 // Laws: right to a float's rounding, however certain a row is; the log-probabilities of sampling;
-// the same bits alone, in a batch, on any ISA and number of threads; rows without a softmax are NaN.
+// the same bits alone, in a batch, on any ISA and threads; rows without a softmax are NaN.
 #include <eigenformer/log_softmax.h>
 #include <eigenformer/reference/log_softmax.h>
 #include <eigenformer/sampling.h>

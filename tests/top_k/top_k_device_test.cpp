@@ -1,4 +1,4 @@
-// Top-k on every device: the ids of the reference, whatever k, order and ties; a row of NaN is told.
+// Top-k on every device: the ids of the reference, whatever k, order and ties; NaN is told.
 #include <eigenformer/reference/top_k.h>
 #include <eigenformer/top_k.h>
 

@@ -1,7 +1,7 @@
 /// \file
 /// CUDA kernel of log-softmax, one block per row: the maximum, the sum of the weights in double and
-/// in the order of the CPU (sampling/order.cuh), the differences. A row is read three times, all but
-/// the first out of L2, and has one exponential of doubles per element: 128256 of them take 30
+/// in token order (sampling/order.cuh), the differences. A row is read three times, all but the
+/// first out of L2, and has one exponential of doubles per element: 128256 of them take 30
 /// microseconds of a multiprocessor at its peak, so that arithmetic is the limit and not memory.
 #pragma once
 
