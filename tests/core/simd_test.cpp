@@ -60,6 +60,21 @@ TEST(Simd, SwapPairsExchangesNeighbours) {
   });
 }
 
+TEST(Simd, SelectedLanesStandNextToEachOther) {
+  for_each_isa([](auto isa) {
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    for (std::uint32_t set = 0; set < 1u << V::lanes; set += V::lanes < 16 ? 1 : 7) {
+      float values[V::lanes], stored[V::lanes];
+      for (int i = 0; i < V::lanes; ++i) values[i] = (set >> i & 1u) != 0 ? float(i) : -1.0f;
+      const V v = V::load(values);
+      const int count = store_selected(v, less_equal(V::zero(), v), stored);
+      ASSERT_EQ(count, std::popcount(set)) << isa.name;
+      for (int i = 0, at = 0; i < V::lanes; ++i)
+        if ((set >> i & 1u) != 0) ASSERT_EQ(stored[at++], float(i)) << isa.name << " " << set;
+    }
+  });
+}
+
 TEST(Simd, TransposeExchangesRowsAndColumns) {
   for_each_isa([](auto isa) {
     using V = ef::simd::Vec<float, decltype(isa)>;
@@ -133,7 +148,7 @@ TEST(Simd, ArithmeticMasksAndReductions) {
                  quotient = lanes_of(a / b), chosen = lanes_of(select(less(a, b), a, b)),
                  root = lanes_of(sqrt(abs(b)));
       const auto lt = less(a, b).bits(), le = less_equal(a, b).bits(), eq = equal(a, b).bits(),
-                 nan = is_nan(a).bits();
+                 nan = is_nan(a).bits(), unordered_bits = unordered(b, a).bits();
       for (int i = 0; i < V::lanes; ++i) {
         const auto u = static_cast<std::size_t>(i);
         if (!std::isnan(x[u])) {
@@ -152,6 +167,7 @@ TEST(Simd, ArithmeticMasksAndReductions) {
         EXPECT_EQ((le >> i) & 1u, x[u] <= y[u] ? 1u : 0u);
         EXPECT_EQ((eq >> i) & 1u, x[u] == y[u] ? 1u : 0u);
         EXPECT_EQ((nan >> i) & 1u, std::isnan(x[u]) ? 1u : 0u);
+        EXPECT_EQ((unordered_bits >> i) & 1u, std::isnan(x[u]) ? 1u : 0u);
       }
       double total = 0;
       for (float value : y) total += static_cast<double>(value);

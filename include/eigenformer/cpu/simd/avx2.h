@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include <array>
 #include <cstring>
 
 #include "generic.h"
@@ -12,6 +13,15 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace simd {
+
+/// For every set of 8 lanes the lanes in it, in order, a byte each.
+inline constexpr std::array<std::uint64_t, 256> kSelectedLanes = [] {
+  std::array<std::uint64_t, 256> lanes{};
+  for (unsigned set = 0; set < 256; ++set)
+    for (unsigned lane = 8; lane-- > 0;)
+      if ((set >> lane & 1u) != 0) lanes[set] = lanes[set] << 8 | lane;
+  return lanes;
+}();
 
 template <>
 struct vec<float, isa::avx2> {
@@ -133,6 +143,9 @@ struct vec<float, isa::avx2> {
     return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)};
   }
   friend EIGENFORMER_INLINE mask is_nan(vec a) { return {_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q)}; }
+  friend EIGENFORMER_INLINE mask unordered(vec a, vec b) {
+    return {_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)};
+  }
   friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) {
     return {_mm256_blendv_ps(b.v, a.v, m.m)};
   }
@@ -145,6 +158,13 @@ struct vec<float, isa::avx2> {
   }
   friend EIGENFORMER_INLINE vec power_of_two(vec n) {
     return from_exponents(_mm256_cvtps_epi32(n.v));
+  }
+  friend EIGENFORMER_INLINE int store_selected(vec a, mask m, float* p) {
+    const std::uint32_t bits = m.bits();
+    const __m256i order = _mm256_cvtepu8_epi32(
+        _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&kSelectedLanes[bits])));
+    _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(a.v, order));
+    return std::popcount(bits);
   }
 
   friend EIGENFORMER_INLINE float reduce_add(vec a) {

@@ -19,13 +19,15 @@
 ///                              NaN
 ///   abs sqrt round             round to nearest, ties to even
 ///   less less_equal equal      masks; false where either is NaN
-///   is_nan(a)
+///   is_nan(a) unordered(a,b)  unordered: a or b is NaN
 ///   select(m, a, b)            m ? a : b
 ///   m.bits()                   one bit per lane, lane 0 lowest
 ///   scale_exponent(a, n)       a * 2^n for integral n in [-160, 160]
 ///   power_of_two(n)            of float: 2^n for integral n in [-126, 127], 0 for -127, and some
 ///                              number for NaN
 ///   swap_pairs(a)              lanes 1, 0, 3, 2, ...
+///   store_selected(a, m, p)    the lanes of m next to each other from p on; returns how many. May
+///                              write all of p[0] to p[lanes - 1]
 ///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree
 #pragma once
 
@@ -166,6 +168,7 @@ struct vec<T, isa::generic> {
   friend EIGENFORMER_INLINE mask is_nan(vec a) {
     return make_mask([&](int i) { return a.v[i] != a.v[i]; });
   }
+  friend EIGENFORMER_INLINE mask unordered(vec a, vec b) { return is_nan(a) | is_nan(b); }
   friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) {
     return make([&](int i) { return m.m[i] ? a.v[i] : b.v[i]; });
   }
@@ -182,6 +185,15 @@ struct vec<T, isa::generic> {
   }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) {
     return make([&](int i) { return a.v[i ^ 1]; });
+  }
+
+  friend EIGENFORMER_INLINE int store_selected(vec a, mask m, T* p) {
+    int count = 0;
+    for (int i = 0; i < lanes; ++i) {
+      p[count] = a.v[i];
+      count += m.m[i];
+    }
+    return count;
   }
 
   friend EIGENFORMER_INLINE T reduce_add(vec a) {

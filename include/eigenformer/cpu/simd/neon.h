@@ -107,8 +107,20 @@ struct vec<float, isa::neon> {
   friend EIGENFORMER_INLINE mask less_equal(vec a, vec b) { return {vcleq_f32(a.v, b.v)}; }
   friend EIGENFORMER_INLINE mask equal(vec a, vec b) { return {vceqq_f32(a.v, b.v)}; }
   friend EIGENFORMER_INLINE mask is_nan(vec a) { return {vmvnq_u32(vceqq_f32(a.v, a.v))}; }
+  friend EIGENFORMER_INLINE mask unordered(vec a, vec b) { return is_nan(a) | is_nan(b); }
   friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) { return {vbslq_f32(m.m, a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) { return {vrev64q_f32(a.v)}; }
+  friend EIGENFORMER_INLINE int store_selected(vec a, mask m, float* p) {
+    const std::uint32_t bits = m.bits();
+    float values[lanes];
+    vst1q_f32(values, a.v);
+    int count = 0;
+    for (int i = 0; i < lanes; ++i) {
+      p[count] = values[i];
+      count += static_cast<int>(bits >> i & 1u);
+    }
+    return count;
+  }
   friend EIGENFORMER_INLINE vec scale_exponent(vec a, vec n) {
     // Two factors, because 2^n alone leaves the range of float before a * 2^n does.
     const int32x4_t exponent = vcvtnq_s32_f32(n.v);
