@@ -30,7 +30,7 @@ struct Masks {
 };
 
 template <typename T>
-void check_every_mask(GradientCase<T> c, double element_factor = 1) {
+void check_every_mask(GradientCase<T> c, double element_factor = kElementFactor<T>) {
   const Masks masks(c.shape);
   const std::vector<int> first_keys(static_cast<std::size_t>(c.shape.batch), 3);
   const std::span<const float> sinks(test_sinks().data(), static_cast<std::size_t>(c.shape.heads));
@@ -55,6 +55,7 @@ void check_every_mask(GradientCase<T> c, double element_factor = 1) {
 TEST(AttentionGradients, AreTheDefinitionUnderMasks) {
   check_every_mask(GradientCase<double>({2, 75, 75, 4, 2, 5, 7}, {75, 66}));
   check_every_mask(GradientCase<float>({1, 5, 140, 2, 1, 8, 8}, {139}));
+  check_every_mask(GradientCase<ef::bfloat16>({2, 75, 75, 4, 2, 40, 33}, {75, 66}));
   GradientCase<float> large({1, 9, 75, 2, 1, 8, 8}, {75});  // scores that are taken in double
   for (Index i = 0; i < large.q.size(); ++i) large.q.data()[i] *= 50.0f;
   check_every_mask(large, 3);

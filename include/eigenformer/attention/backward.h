@@ -15,6 +15,9 @@
 /// works on several of these at a time where threads are many, within 64 MiB or one. 32,768 tokens
 /// with heads of 128 take 140 MiB in all.
 ///
+/// bfloat16 is multiplied as it is where the instruction set does so (AVX512_BF16, AMX), with P and
+/// dS rounded to it and sums in float; half, and bfloat16 elsewhere, are widened to float.
+///
 ///   ef::Tensor<float, 3> lse(batch, heads, seq);
 ///   auto out = ef::batched_attention_with_padding(q, k, v, seq_lengths, {.causal = true, .log_sum_exp = lse});
 ///   auto [grad_q, grad_k, grad_v] = ef::attention_backward(device, grad_out, q, k, v, out, lse, seq_lengths, {.causal = true});

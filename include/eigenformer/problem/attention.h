@@ -55,6 +55,7 @@ struct Attention : ScoreRule<compute_type<TQ>> {
 /// `forward` carries queries, keys, values and options; its output and log_sum_exp are not used.
 template <typename T>
 struct AttentionBackward {
+  static constexpr bool kUsesTiles = std::is_same_v<T, bfloat16>;
   using Compute = compute_type<T>;
   Attention<T, T> forward;
   const T* grad_output;                       // (rows, heads, value_dim)

@@ -22,6 +22,10 @@
 /// double. A pair that is not seen has P = dS = 0, and no operand holds NaN or infinity: rows that
 /// see such an element get NaN for all that they see, and others are not touched by it. Flops: 10 *
 /// head_dim for each visible pair, those of two and a half forward passes; one exp per pair.
+///
+/// bfloat16 is multiplied in pairs where the instruction set does so (backward/pairs.h): P and dS
+/// are rounded for the last three products, after maximum, sum and D are known. It holds half as
+/// much again for each pair of a band, and less for its keys.
 #pragma once
 
 #include <algorithm>
@@ -117,19 +121,20 @@ void execute(const Backend<D, Isa>& on, const problem::AttentionBackward<T>& p) 
   }
   if (f.batch * f.kv_heads > 0) {
     const Index workers = attention_workers(on, f, worker_count(on));
-    auto shape = BackwardShape::of(f, Panels{});
+    auto shape = BackwardShape::of(f, Panels{}, Call::kGroup);
     const BackwardPlan plan(f, Call::kGroup, bands_at_once<C>(shape, workers), frame);
     shape.blocks = plan.most_blocks();
     memory.at_once = plan.at_once();
     memory.bands = frame.take<BandMemory<C>>(memory.at_once);
     memory.tasks = frame.take<TaskMemory<C>>(memory.at_once);
     for (Index i = 0; i < memory.at_once; ++i) {
-      memory.bands[i] = take_band<C>(shape, f.softcap > 0, frame);
-      if (i < f.batch * f.kv_heads) memory.tasks[i] = take_task<C>(shape, frame);
+      memory.bands[i] = take_band<C>(shape, f.softcap > 0, Call::kPairs, frame);
+      if (i < f.batch * f.kv_heads) memory.tasks[i] = take_task<C>(shape, Call::kPairs, frame);
     }
     auto* const scratch = frame.take<BackwardScratch<C>>(workers);
     for (Index w = 0; w < workers; ++w)
-      scratch[w] = take_backward_scratch<C>(shape, Call::kGroup, f.softcap > 0, f.head_dim, frame);
+      scratch[w] = take_backward_scratch<C>(shape, Call::kGroup, f.softcap > 0, f.head_dim,
+                                            Call::kPairs, frame);
     std::atomic<Index> next{0}, done{0};
     parallel_for(on, workers, kWorthAThread, [&](Index begin, Index end, int) {
       for (Index w = begin; w < end; ++w) {

@@ -7,6 +7,7 @@
 
 #include "../row.h"
 #include "../score.h"
+#include "pairs.h"
 #include "plan.h"
 
 namespace eigenformer {
@@ -18,7 +19,21 @@ struct BackwardCall {
   using C = compute_type<T>;
   using Panels = AttentionPanels<C, Isa>;
   using Band = AttentionBand;
-  static constexpr Index kGroup = kAttentionBandGroup<Panels>;
+  using Pairs = BackwardPairs<Isa>;
+  static constexpr bool kPairs = kPairProducts<Isa, T, T>;
+  // Rows of a tile, and those that one item of a phase takes.
+  static constexpr int kRows = [] {
+    if constexpr (kPairs)
+      return Pairs::kRows;
+    else
+      return Panels::kRows;
+  }();
+  static constexpr int kGroup = [] {
+    if constexpr (kPairs)
+      return Pairs::kGroup;
+    else
+      return 4 * Panels::kRows;
+  }();
 
   const problem::AttentionBackward<T>& p;
   const problem::Attention<T, T>& f;
@@ -64,6 +79,11 @@ struct BackwardCall {
     const problem::AttentionSequence& s = *band.sequence;
     return {f.source, s.key_sequence, band.kv_head, s.key_begin + begin,
             static_cast<int>(std::min<Index>(kAttentionKeyBlock, s.key_length - begin))};
+  }
+
+  /// Pairs of rows r and r + 1 with panel `panel` of a band's key block n, r even.
+  std::uint32_t* row_pairs(std::uint32_t* matrix, Index n, Index r, Index panel) const {
+    return matrix + ((n * Panels::kPanels + panel) * shape.rows + r) / 2 * Panels::kPanel;
   }
 
   /// Row r of panel `panel` of a band's key block n.

@@ -19,7 +19,7 @@ class BackwardKeys {
   using Band = AttentionBand;
   using Memory = BandMemory<C>;
   static constexpr Index kBlock = kAttentionKeyBlock;
-  static constexpr int kPanel = Panels::kPanel, kRows = Panels::kRows;
+  static constexpr int kPanel = Panels::kPanel, kRows = Call::kRows;
 
  public:
   explicit BackwardKeys(const Call& call) : on_(call) {}
@@ -41,16 +41,36 @@ class BackwardKeys {
         }
       if (last < 0) continue;
       const Index top = first * kRows, count = (last + 1 - first) * kRows;
-      add_products(on_.pairs(m.weights, local, top, p), m.grad_output + top * kPanel, count,
-                   on_.shape.value_width,
-                   task.grad_values + begin * on_.shape.value_width + p * kPanel * kPanel);
-      add_products(on_.pairs(m.grads, local, top, p), m.queries + top * kPanel, count,
-                   on_.shape.width, task.grad_keys + begin * on_.shape.width + p * kPanel * kPanel);
+      const Index width = on_.shape.width, value_width = on_.shape.value_width;
+      C *const values = task.grad_values + begin * value_width, *const keys =
+                                                                    task.grad_keys + begin * width;
+      if constexpr (Call::kPairs) {
+        add_pairs(on_.row_pairs(m.weight_pairs, local, top, p), m.grad_output_across, top, count,
+                  value_width, values + p * kPanel * value_width);
+        add_pairs(on_.row_pairs(m.grad_pairs, local, top, p), m.queries_across, top, count, width,
+                  keys + p * kPanel * width);
+      } else {
+        add_products(on_.pairs(m.weights, local, top, p), m.grad_output + top * kPanel, count,
+                     value_width, values + p * kPanel * kPanel);
+        add_products(on_.pairs(m.grads, local, top, p), m.queries + top * kPanel, count, width,
+                     keys + p * kPanel * kPanel);
+      }
     }
   }
 
   void store_keys(const Band& band, const TaskMemory<C>& task, Index n) const {
     const Index begin = n * kBlock, count = (std::min)(kBlock, band.sequence->key_length - begin);
+    if constexpr (Call::kPairs) {
+      for (Index j = 0; j < count; j += Panels::lanes) {
+        Call::Pairs::store_keys(task.grad_keys + begin * on_.shape.width, on_.shape.width, j, count,
+                                on_.f.scale, on_.f.head_dim,
+                                [&](Index i) { return on_.key_gradient(band, begin + i); });
+        Call::Pairs::store_keys(task.grad_values + begin * on_.shape.value_width,
+                                on_.shape.value_width, j, count, C(1), on_.f.value_dim,
+                                [&](Index i) { return on_.value_gradient(band, begin + i); });
+      }
+      return;
+    }
     for (Index j = 0; j < count; ++j) {
       Panels::store_row(task.grad_keys + begin * on_.shape.width, j, Panels::kBlockStride, C(1),
                         on_.f.head_dim, on_.key_gradient(band, begin + j));
@@ -65,6 +85,13 @@ class BackwardKeys {
   }
 
  private:
+  /// to (width, panel), transposed, += `count` rows from `top` on of a matrix by pairs of these.
+  void add_pairs(const std::uint32_t* pairs, const std::uint32_t* matrix, Index top, Index count,
+                 Index width, C* to) const {
+    Call::Pairs::add_transposed(matrix, width, on_.shape.rows, top, count,
+                                reinterpret_cast<const bfloat16*>(pairs), to);
+  }
+
   /// to (width panels of 64 rows) += a^T * matrix, `count` rows of both.
   void add_products(const C* a, const C* matrix, Index count, Index width, C* to) const {
     for (Index c = 0; c < width; c += kPanel)

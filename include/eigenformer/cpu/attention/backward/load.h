@@ -33,20 +33,27 @@ class BackwardLoad {
         prefetch(on_.grad_output(band, r + kAhead), on_.f.value_dim);
       }
       const bool query =
-          Panels::load_row(on_.query(band, of), on_.f.scale, present ? on_.f.head_dim : 0,
-                           on_.shape.width, r, on_.shape.stride, m.queries);
-      const bool grad =
-          Panels::load_row(on_.grad_output(band, of), C(1), present ? on_.f.value_dim : 0,
-                           on_.shape.value_width, r, on_.shape.stride, m.grad_output);
+          load_row(on_.query(band, of), on_.f.scale, present ? on_.f.head_dim : 0, on_.shape.width,
+                   r, on_.shape.stride, m.queries, on_.scratch.lines, r - first);
+      const bool grad = load_row(on_.grad_output(band, of), C(1), present ? on_.f.value_dim : 0,
+                                 on_.shape.value_width, r, on_.shape.stride, m.grad_output,
+                                 on_.scratch.value_lines, r - first);
       m.bad_rows[r] = !query || !grad;
       m.rows[r] = on_.score_row_of(band, r);
+    }
+    if constexpr (Call::kPairs) {
+      Call::Pairs::pack_rows(on_.scratch.lines, on_.shape.width, first, on_.shape.rows,
+                             m.queries_along, m.queries_across);
+      Call::Pairs::pack_rows(on_.scratch.value_lines, on_.shape.value_width, first, on_.shape.rows,
+                             m.grad_output_along, m.grad_output_across);
     }
   }
 
   /// Key block n of a task, all 64 rows of it; no gradients yet.
   void load_keys(const Band& band, const TaskMemory<C>& task, Index n) const {
     const KeyBlock<T> block = on_.key_block(band, n * kBlock);
-    C* const keys = task.keys + n * kBlock * on_.shape.width;
+    const Index at = n * kBlock * on_.shape.width, value_at = n * kBlock * on_.shape.value_width;
+    C* const keys = Call::kPairs ? nullptr : task.keys + at;
     KeyBits bad = 0;
     for (Index j = 0; j < kBlock; ++j) {
       const bool present = j < block.count;
@@ -55,20 +62,26 @@ class BackwardLoad {
         prefetch(block.key(of + kAhead), on_.f.head_dim);
         prefetch(block.value(of + kAhead), on_.f.value_dim);
       }
-      const bool key = Panels::load_row(block.key(of), C(1), present ? on_.f.head_dim : 0,
-                                        on_.shape.width, j, Panels::kBlockStride, keys);
+      const bool key = load_row(block.key(of), C(1), present ? on_.f.head_dim : 0, on_.shape.width,
+                                j, Panels::kBlockStride, keys, on_.scratch.lines, j);
       const bool value =
-          Panels::load_row(block.value(of), C(1), present ? on_.f.value_dim : 0,
-                           on_.shape.value_width, j, Panels::kBlockStride, on_.scratch.values);
+          load_row(block.value(of), C(1), present ? on_.f.value_dim : 0, on_.shape.value_width, j,
+                   Panels::kBlockStride, on_.scratch.values, on_.scratch.value_lines, j);
       if (!key || !value) bad |= KeyBits{1} << j;
     }
     task.bad_keys[n] = bad;
-    Panels::transpose_block(keys, on_.shape.width, task.key_columns + n * kBlock * on_.shape.width);
-    Panels::transpose_block(on_.scratch.values, on_.shape.value_width,
-                            task.value_columns + n * kBlock * on_.shape.value_width);
-    fill_line(task.grad_keys + n * kBlock * on_.shape.width, kBlock * on_.shape.width, V::zero());
-    fill_line(task.grad_values + n * kBlock * on_.shape.value_width, kBlock * on_.shape.value_width,
-              V::zero());
+    if constexpr (Call::kPairs) {
+      Call::Pairs::pack_along(on_.scratch.lines, on_.shape.width, task.keys_along + at);
+      Call::Pairs::pack_across(on_.scratch.lines, on_.shape.width, task.keys_across + at);
+      Call::Pairs::pack_along(on_.scratch.value_lines, on_.shape.value_width,
+                              task.values_along + value_at);
+    } else {
+      Panels::transpose_block(keys, on_.shape.width, task.key_columns + at);
+      Panels::transpose_block(on_.scratch.values, on_.shape.value_width,
+                              task.value_columns + value_at);
+    }
+    fill_line(task.grad_keys + at, kBlock * on_.shape.width, V::zero());
+    fill_line(task.grad_values + value_at, kBlock * on_.shape.value_width, V::zero());
   }
 
   /// Zeros for the rows of a task that are padding.
@@ -85,6 +98,15 @@ class BackwardLoad {
   }
 
  private:
+  /// Row `row` of a matrix in panels, or row `line` of lines.
+  static bool load_row(const T* source, C factor, Index width, Index padded_width, Index row,
+                       Index stride, C* matrix, bfloat16* lines, Index line) {
+    if constexpr (Call::kPairs)
+      return Call::Pairs::load_row(source, width, padded_width, lines + line * padded_width);
+    else
+      return Panels::load_row(source, factor, width, padded_width, row, stride, matrix);
+  }
+
   static constexpr int kAhead = 8;  // rows asked for before they are loaded
 
   static void prefetch(const T* source, Index width) {

@@ -22,10 +22,6 @@ namespace cpu {
 /// rows make of it; the pairs with 512 keys fit L3 and half of L2.
 inline constexpr Index kAttentionBandRows = 192;
 
-/// Rows that one item of a phase takes, of a band whose rows are a multiple of it.
-template <typename Panels>
-inline constexpr Index kAttentionBandGroup = 4 * Panels::kRows;
-
 template <typename Problem>
 Index positions_per_band(const Problem& p) {
   return std::max<Index>(1, kAttentionBandRows / std::max<Index>(1, p.group()));
@@ -147,8 +143,12 @@ struct PanelRange {
 /// Memory of a band. "By block": of each key block that it sees.
 template <typename C>
 struct BandMemory {
-  C *queries, *grad_output;               // (rows, width), in panels
-  C *weights, *grads, *slopes;            // by block (rows, 64), in panels; P and dS in the end
+  C *queries, *grad_output;     // (rows, width), in panels
+  C *weights, *grads, *slopes;  // by block (rows, 64), in panels; P and dS in the end
+  // Where products are those of pairs (pairs.h), instead of queries and grad_output: both as left
+  // operands, and P and dS as right ones.
+  std::uint32_t *queries_along, *queries_across, *grad_output_along, *grad_output_across;
+  std::uint32_t *weight_pairs, *grad_pairs;
   C *maxima, *top_grads, *sums, *deltas;  // by block (rows); sums become factors of weights
   problem::ScoreRow* rows;                // (rows)
   double* sink_terms;                     // (rows)
@@ -162,15 +162,18 @@ template <typename C>
 struct TaskMemory {
   C *keys, *key_columns, *value_columns, *grad_keys, *grad_values;
   std::uint64_t* bad_keys;  // by block, keys with an element that is no finite number
+  bfloat16 *keys_across, *keys_along, *values_along;  // instead of the first three, for pairs
 };
 
 /// Scratch of one worker: of a group of rows.
 template <typename C>
 struct BackwardScratch {
-  C *scores, *grads, *slopes;  // (rows, 64)
-  C* grad_queries;             // (rows, width), in panels
-  C* values;                   // a key block, in panels
-  double *query, *maxima;      // a row whose scores are taken in double, by blocks
+  C *scores, *grads, *slopes;     // (rows, 64)
+  C* grad_queries;                // (rows, width), in panels
+  C* values;                      // a key block, in panels
+  double *query, *maxima;         // a row whose scores are taken in double, by blocks
+  bfloat16 *lines, *value_lines;  // a group of rows or a key block
+  std::uint32_t* tile;            // of dS
 };
 
 /// Sizes of all this, in elements.
@@ -180,14 +183,14 @@ struct BackwardShape {
   Index width, value_width, blocks;
   Index keys;  // of the longest sequence, whole blocks
 
+  /// group: rows that one item of a phase takes, of a band whose rows are a multiple of it.
   template <typename Problem, typename Panels>
-  static BackwardShape of(const Problem& f, Panels) {
+  static BackwardShape of(const Problem& f, Panels, Index group) {
     Index keys = 0, queries = 0;
     for (Index b = 0; b < f.batch; ++b) {
       keys = (std::max)(keys, f.sequences[b].key_length);
       queries = (std::max)(queries, f.sequences[b].query_rows);
     }
-    constexpr Index group = kAttentionBandGroup<Panels>;
     const Index rows = (std::min)(positions_per_band(f), queries) * f.group();
     keys = (keys + kAttentionKeyBlock - 1) / kAttentionKeyBlock * kAttentionKeyBlock;
     const Index padded = (rows + group - 1) / group * group;
@@ -206,15 +209,27 @@ inline Index backward_product(Index a, Index b) {
   return detail::checked_product(a, b, "attention_backward", "scratch");
 }
 
+/// `pairs`: whether products are those of pairs.
 template <typename C>
-BandMemory<C> take_band(const BackwardShape& s, bool softcap, Workspace::Frame& frame) {
+BandMemory<C> take_band(const BackwardShape& s, bool softcap, bool pairs, Workspace::Frame& frame) {
   const Index rows = backward_product(s.blocks, s.rows),
-              pairs = backward_product(s.blocks * (kAttentionKeyBlock / s.panel), s.stride);
-  return {frame.take<C>(backward_product(s.width / s.panel, s.stride)),
-          frame.take<C>(backward_product(s.value_width / s.panel, s.stride)),
-          frame.take<C>(pairs),
-          frame.take<C>(pairs),
-          softcap ? frame.take<C>(pairs) : nullptr,
+              all = backward_product(s.blocks * (kAttentionKeyBlock / s.panel), s.stride),
+              units = rows / 2 * kAttentionKeyBlock, width = backward_product(s.rows / 2, s.width),
+              value_width = backward_product(s.rows / 2, s.value_width);
+  const auto take_units = [&](Index count) {
+    return pairs ? frame.take<std::uint32_t>(count) : nullptr;
+  };
+  return {pairs ? nullptr : frame.take<C>(backward_product(s.width / s.panel, s.stride)),
+          pairs ? nullptr : frame.take<C>(backward_product(s.value_width / s.panel, s.stride)),
+          frame.take<C>(all),
+          frame.take<C>(all),
+          softcap ? frame.take<C>(all) : nullptr,
+          take_units(width),
+          take_units(width),
+          take_units(value_width),
+          take_units(value_width),
+          take_units(units),
+          take_units(units),
           frame.take<C>(rows),
           frame.take<C>(rows),
           frame.take<C>(rows),
@@ -227,25 +242,39 @@ BandMemory<C> take_band(const BackwardShape& s, bool softcap, Workspace::Frame& 
 }
 
 template <typename C>
-TaskMemory<C> take_task(const BackwardShape& s, Workspace::Frame& frame) {
+TaskMemory<C> take_task(const BackwardShape& s, bool pairs, Workspace::Frame& frame) {
   const Index keys = backward_product(s.keys, s.width),
               values = backward_product(s.keys, s.value_width);
-  return {frame.take<C>(keys),   frame.take<C>(keys),
-          frame.take<C>(values), frame.take<C>(keys),
-          frame.take<C>(values), frame.take<std::uint64_t>(s.keys / kAttentionKeyBlock)};
+  const auto take = [&](Index count) { return pairs ? nullptr : frame.take<C>(count); };
+  const auto take_pairs = [&](Index count) {
+    return pairs ? frame.take<bfloat16>(count) : nullptr;
+  };
+  return {take(keys),
+          take(keys),
+          take(values),
+          frame.take<C>(keys),
+          frame.take<C>(values),
+          frame.take<std::uint64_t>(s.keys / kAttentionKeyBlock),
+          take_pairs(keys),
+          take_pairs(keys),
+          take_pairs(values)};
 }
 
 template <typename C>
 BackwardScratch<C> take_backward_scratch(const BackwardShape& s, Index group, bool softcap,
-                                         Index head_dim, Workspace::Frame& frame) {
-  const Index pairs = group * kAttentionKeyBlock;
-  return {frame.take<C>(pairs),
-          frame.take<C>(pairs),
-          softcap ? frame.take<C>(pairs) : nullptr,
+                                         Index head_dim, bool pairs, Workspace::Frame& frame) {
+  const Index all = group * kAttentionKeyBlock,
+              lines = (std::max)(group, Index{kAttentionKeyBlock});
+  return {frame.take<C>(all),
+          frame.take<C>(all),
+          softcap ? frame.take<C>(all) : nullptr,
           frame.take<C>(backward_product(group, s.width)),
-          frame.take<C>(backward_product(kAttentionKeyBlock, s.value_width)),
+          pairs ? nullptr : frame.take<C>(backward_product(kAttentionKeyBlock, s.value_width)),
           frame.take<double>(head_dim),
-          frame.take<double>(s.blocks)};
+          frame.take<double>(s.blocks),
+          pairs ? frame.take<bfloat16>(backward_product(lines, s.width)) : nullptr,
+          pairs ? frame.take<bfloat16>(backward_product(lines, s.value_width)) : nullptr,
+          pairs ? frame.take<std::uint32_t>(all / 2) : nullptr};
 }
 
 }  // namespace cpu

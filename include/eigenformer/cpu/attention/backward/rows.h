@@ -25,7 +25,7 @@ class BackwardRows {
   static constexpr C kLargest = (std::numeric_limits<C>::max)();
   static constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
   static constexpr Index kBlock = kAttentionKeyBlock, kGroup = Call::kGroup;
-  static constexpr int kPanel = Panels::kPanel, kRows = Panels::kRows;
+  static constexpr int kPanel = Panels::kPanel, kRows = Call::kRows;
 
  public:
   static_assert(kGroup % Tile::lanes == 0);
@@ -44,18 +44,10 @@ class BackwardRows {
       for (Index r = 0; r < kGroup; ++r) scale_row(m, n, first, r, panels[r / kRows], rows);
       for (Index r = 0; r < kGroup; ++r)
         if (rows.bad[r]) spoil(band, m, n, first + r);
-      const C* const keys = task.keys + m.blocks[n] * on_.shape.width;
-      for (Index c = 0; c < on_.shape.width; c += kPanel)
-        for (Index t = 0; t < kGroup / kRows; ++t) {
-          const PanelRange seen = panels[t];
-          if (seen.begin >= seen.end) continue;
-          V sum[kRows][2];
-          Panels::clear(sum);
-          Panels::multiply(on_.pairs(m.grads, n, first + t * kRows, seen.begin), on_.shape.stride,
-                           keys + c * kBlock + seen.begin * kPanel * kPanel,
-                           (seen.end - seen.begin) * kPanel, sum);
-          Panels::add(sum, on_.scratch.grad_queries + c * kGroup + t * kRows * kPanel);
-        }
+      if constexpr (Call::kPairs)
+        add_pairs(m, task, n, first, panels);
+      else
+        add_products(m, task, n, first, panels);
     }
     for (Index r = 0; r < kGroup && first + r < on_.rows(band); ++r)
       Panels::store_row(on_.scratch.grad_queries, r, kGroup * kPanel, on_.f.scale, on_.f.head_dim,
@@ -211,6 +203,46 @@ class BackwardRows {
         probability.store(weights);
         ds.store(grads);
       }
+  }
+
+  /// dS of rows [first, first + kGroup) with key block n by its keys, to the gradients of queries.
+  void add_products(const Memory& m, const TaskMemory<C>& task, Index n, Index first,
+                    const PanelRange* panels) const {
+    const C* const keys = task.keys + m.blocks[n] * on_.shape.width;
+    for (Index c = 0; c < on_.shape.width; c += kPanel)
+      for (Index t = 0; t < kGroup / kRows; ++t) {
+        const PanelRange seen = panels[t];
+        if (seen.begin >= seen.end) continue;
+        V sum[kRows][2];
+        Panels::clear(sum);
+        Panels::multiply(on_.pairs(m.grads, n, first + t * kRows, seen.begin), on_.shape.stride,
+                         keys + c * kBlock + seen.begin * kPanel * kPanel,
+                         (seen.end - seen.begin) * kPanel, sum);
+        Panels::add(sum, on_.scratch.grad_queries + c * kGroup + t * kRows * kPanel);
+      }
+  }
+
+  /// The same by products of pairs; P and dS to the panels of the last phase.
+  void add_pairs(const Memory& m, const TaskMemory<C>& task, Index n, Index first,
+                 const PanelRange* panels) const {
+    using Pairs = typename Call::Pairs;
+    const Index to_stride = on_.shape.rows / 2 * kPanel;
+    Pairs::pack_group(on_.pairs(m.weights, n, first, 0), on_.shape.stride, to_stride,
+                      on_.row_pairs(m.weight_pairs, n, first, 0));
+    Pairs::pack_group(on_.pairs(m.grads, n, first, 0), on_.shape.stride, to_stride,
+                      on_.row_pairs(m.grad_pairs, n, first, 0));
+    const bfloat16* const keys = task.keys_across + m.blocks[n] * on_.shape.width;
+    for (Index t = 0; t < kGroup / kRows; ++t) {
+      const PanelRange seen = panels[t];
+      if (seen.begin >= seen.end) continue;
+      Pairs::pack_tile(on_.pairs(m.grads, n, first + t * kRows, 0), on_.shape.stride,
+                       on_.scratch.tile);
+      constexpr Index steps = kPanel / 2;  // of a panel of pairs
+      Pairs::multiply(on_.scratch.tile + seen.begin * steps * kRows,
+                      keys + seen.begin * kPanel * kPanel, kBlock * kPanel,
+                      (seen.end - seen.begin) * steps, on_.shape.width / kPanel, false,
+                      on_.scratch.grad_queries + t * kRows * kPanel);
+    }
   }
 
   /// NaN for every pair of row r with the keys that it sees in block n.

@@ -23,7 +23,7 @@ class BackwardScores {
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
   static constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
   static constexpr Index kBlock = kAttentionKeyBlock, kGroup = Call::kGroup;
-  static constexpr int kPanel = Panels::kPanel, kRows = Panels::kRows;
+  static constexpr int kPanel = Panels::kPanel, kRows = Call::kRows;
 
  public:
   explicit BackwardScores(const Call& call) : on_(call) {}
@@ -50,16 +50,12 @@ class BackwardScores {
       }
       PanelRange* const panels = m.panels + (n * on_.shape.rows + first) / kRows;
       for (Index t = 0; t < kGroup / kRows; ++t) panels[t] = panels_of(ranges + t * kRows);
-      multiply_tiles(panels, m.queries + first * kPanel, task.key_columns + begin * on_.shape.width,
-                     on_.shape.width, on_.scratch.scores);
-      multiply_tiles(panels, m.grad_output + first * kPanel,
-                     task.value_columns + begin * on_.shape.value_width, on_.shape.value_width,
-                     on_.scratch.grads);
+      multiply(m, task, panels, first, begin);
       for (Index r = 0; r < kGroup; ++r)
         score_row(m, n, first + r, ranges[r], hidden[r],
-                  m.bad_rows[first + r] ? ~KeyBits{0} : bad_keys, r * kBlock);
+                  m.bad_rows[first + r] ? ~KeyBits{0} : bad_keys, r);
       for (Index r = 0; r < kGroup; ++r)
-        if (!ranges[r].empty()) weigh_row(m, n, first + r, r * kBlock);
+        if (!ranges[r].empty()) weigh_row(m, n, first + r, r);
     }
   }
 
@@ -70,7 +66,33 @@ class BackwardScores {
     return {seen.begin / kPanel, (seen.end + kPanel - 1) / kPanel};
   }
 
-  /// out (kGroup, 64) = rows * columns, the panels that a tile sees.
+  /// Dot products of rows [first, first + kGroup) with the keys and the values at `begin`.
+  void multiply(const Memory& m, const TaskMemory<C>& task, const PanelRange* panels, Index first,
+                Index begin) const {
+    const Index width = on_.shape.width, value_width = on_.shape.value_width;
+    if constexpr (Call::kPairs) {
+      for (Index t = 0; t < kGroup / kRows; ++t) {
+        const PanelRange seen = panels[t];
+        if (seen.begin >= seen.end) continue;
+        const auto of_panels = [&](const std::uint32_t* rows, const bfloat16* columns, Index depth,
+                                   C* out) {
+          Call::Pairs::multiply(rows + (first + t * kRows) * (depth / 2),
+                                columns + begin * depth + seen.begin * kPanel * depth,
+                                kPanel * depth, depth / 2, seen.end - seen.begin, true,
+                                out + (seen.begin * kGroup + t * kRows) * kPanel);
+        };
+        of_panels(m.queries_along, task.keys_along, width, on_.scratch.scores);
+        of_panels(m.grad_output_along, task.values_along, value_width, on_.scratch.grads);
+      }
+    } else {
+      multiply_tiles(panels, m.queries + first * kPanel, task.key_columns + begin * width, width,
+                     on_.scratch.scores);
+      multiply_tiles(panels, m.grad_output + first * kPanel,
+                     task.value_columns + begin * value_width, value_width, on_.scratch.grads);
+    }
+  }
+
+  /// out (kGroup, 64), in panels, = rows * columns, the panels that a tile sees.
   void multiply_tiles(const PanelRange* panels, const C* rows, const C* columns, Index depth,
                       C* out) const {
     for (int p = 0; p < Panels::kPanels; ++p)
@@ -80,14 +102,19 @@ class BackwardScores {
         Panels::clear(sum);
         Panels::multiply(rows + t * kRows * kPanel, on_.shape.stride, columns + p * kPanel * depth,
                          depth, sum);
-        Panels::store(sum, out + t * kRows * kBlock + p * kPanel, kBlock);
+        Panels::store(sum, out + (p * kGroup + t * kRows) * kPanel, kPanel);
       }
   }
 
-  /// Dot products of row r, at `from` in the scratch, to scores in place; the greatest and its dP.
+  /// Where the scratch has key c of row r of a group.
+  static Index place(Index r, int c) {
+    return (c / kPanel * Index{kGroup} + r) * kPanel + c % kPanel;
+  }
+
+  /// Dot products of row r, row `of` of the scratch, to scores in place; the greatest and its dP.
   /// dP of pairs that it does not see is 0. Pairs with a `bad` key are NaN where the row sees it.
   void score_row(const Memory& m, Index n, Index r, const BlockRange& range, KeyBits hidden_keys,
-                 KeyBits bad, Index from) const {
+                 KeyBits bad, Index of) const {
     const Index at = n * on_.shape.rows + r;
     if (range.empty()) {
       m.maxima[at] = -kInfinity;
@@ -100,16 +127,18 @@ class BackwardScores {
       return;
     }
     const BlockScores<C, Isa> rule(on_.f, m.rows[r], m.blocks[n], range, hidden_keys);
-    C* const scores = on_.scratch.scores + from;
     V top = V::set1(-kInfinity), top_grad = V::zero();
     for (int c = 0; c < kBlock; c += Tile::lanes) {
       C* const slopes = on_.f.softcap > 0 ? on_.pair(m.slopes, n, r, c) : nullptr;
-      V x = rule(V::load(scores + c), c, slopes);
+      C* const score = on_.scratch.scores + place(of, c);
+      V x = V::load(score);
+      if constexpr (Call::kPairs) x = x * V::set1(on_.f.scale);
+      x = rule(x, c, slopes);
       const auto hidden = equal(x, V::set1(-kInfinity));
       if (bad != 0) x = spoiled(x, hidden.bits(), bad >> c);
-      const V grad = select(hidden, V::zero(), V::load(on_.scratch.grads + from + c));
+      const V grad = select(hidden, V::zero(), V::load(on_.scratch.grads + place(of, c)));
       if (slopes != nullptr) select(hidden, V::zero(), V::load(slopes)).store(slopes);
-      x.store(scores + c);
+      x.store(score);
       grad.store(on_.pair(m.grads, n, r, c));
       const auto higher = less(top, x);
       top = select(higher, x, top);
@@ -120,13 +149,13 @@ class BackwardScores {
   }
 
   /// Scores of row r to weights, and the sums of these and of weighted dP.
-  void weigh_row(const Memory& m, Index n, Index r, Index from) const {
+  void weigh_row(const Memory& m, Index n, Index r, Index of) const {
     const Index at = n * on_.shape.rows + r;
     const V reference = V::set1(m.maxima[at] == -kInfinity ? C(0) : m.maxima[at]),
             reference_grad = V::set1(m.top_grads[at]);
     V sum = V::zero(), delta = V::zero();
     for (int c = 0; c < kBlock; c += Tile::lanes) {
-      const V weight = exp_of_nonpositive(V::load(on_.scratch.scores + from + c) - reference);
+      const V weight = exp_of_nonpositive(V::load(on_.scratch.scores + place(of, c)) - reference);
       weight.store(on_.pair(m.weights, n, r, c));
       sum = sum + weight;
       delta = fma(weight, V::load(on_.pair(m.grads, n, r, c)) - reference_grad, delta);
