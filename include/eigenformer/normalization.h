@@ -8,12 +8,13 @@
 /// where m = mean over k of x[i, k].
 ///
 /// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are
-/// (features). Scalars are float, double, bfloat16 and half; y, x and weight may differ (bfloat16
-/// activations with float weights). Arithmetic is in float, or in double where an argument is
-/// double; nothing is rounded in between. Every finite row has its right result: one whose squares
-/// or sums leave the range of the type is summed again in a unit of its own (twice the cost, for
-/// that row), and LayerNorm loses nothing where the mean is large against the spread: a row of
-/// equal numbers gives the bias.
+/// (features). x of rms_norm_into may be heads in the rows of a wider matrix (ef::heads_of), y then
+/// (tokens, heads, head_dim): queries and keys are normalized out of the QKV product. Scalars are
+/// float, double, bfloat16 and half; y, x and weight may differ (bfloat16 activations with float
+/// weights). Arithmetic is in float, or in double where an argument is double; nothing is rounded
+/// in between. Every finite row has its right result: one whose squares or sums leave the range of
+/// the type is summed again in a unit of its own (twice the cost, for that row), and LayerNorm
+/// loses nothing where the mean is large against the spread: a row of equal numbers gives the bias.
 ///
 /// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives
 /// zeros, not NaN. NaN in a row stays in that row; going back, a row that holds NaN or infinity and
@@ -33,6 +34,7 @@
 #include "core/check.h"
 #include "core/device.h"
 #include "core/dispatch.h"
+#include "core/heads_view.h"
 #include "core/rows.h"
 #include "core/workspace.h"
 #include "cpu/normalization/layer_norm.h"
@@ -56,6 +58,14 @@ auto norm_input(const X& x) {
   static_assert(rank_of<X> == -1 || rank_of<X> == 2 || rank_of<X> == 3,
                 "eigenformer: normalization takes (rows, features) or (batch, seq, features)");
   return input_view<rank_of<X>>(x);
+}
+/// rms_norm takes heads in the rows of a wider matrix too.
+template <typename X>
+auto rms_norm_input(const X& x) {
+  if constexpr (tensor_traits<X>::kind == TensorKind::strided)
+    return heads_input<3>(x);
+  else
+    return norm_input(x);
 }
 
 /// A parameter or its gradient has one element a feature.
@@ -93,7 +103,14 @@ problem::RmsNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
   require_floating_scalars<Y>();
   require_same_shape(name, "y", y, x_name, x);
   const RowShape shape = norm_shape(name, x_name, x, weight, options.epsilon);
-  return {y.data(), x.data(), weight.data(), shape.rows, shape.features, options.epsilon};
+  Index heads = 1;
+  problem::HeadStrides strides{shape.features, shape.features};
+  if constexpr (tensor_traits<X>::kind == TensorKind::strided) {
+    heads = x.dimension(1);
+    strides = strides_of(x);
+  }
+  return {y.data(),       x.data(),        weight.data(), shape.rows,
+          shape.features, options.epsilon, heads,         strides};
 }
 
 /// What the backward forms have in common: the gradients of the input and of one parameter.
@@ -127,8 +144,8 @@ template <Device D, typename Y, typename X, typename W>
 void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight,
                    const RmsNormOptions& options = {}) {
   const auto problem =
-      detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x", detail::norm_input(x),
-                               input_view<1>(weight), options);
+      detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x",
+                               detail::rms_norm_input(x), input_view<1>(weight), options);
   detail::run(device, problem);
 }
 

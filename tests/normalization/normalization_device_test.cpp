@@ -108,6 +108,26 @@ TEST(NormsOnDevice, EqualTheReference) {
     }
 }
 
+TEST(NormsOnDevice, OfHeadsInAWiderMatrix) {
+  const Index tokens = 3, heads = 2, width = 24, first = 10;
+  const auto matrix = random_tensor<float, 2>({tokens, 70}, 33);
+  const auto weight = random_tensor<float, 1>({width}, 34);
+  ef::Tensor<double, 2> copies(tokens * heads, width);
+  for (Index t = 0; t < tokens; ++t)
+    for (Index j = 0; j < heads * width; ++j)
+      copies.data()[t * heads * width + j] = static_cast<double>(matrix(t, first + j));
+  const auto expected = ef::reference::rms_norm(copies, to_double(weight), 1e-5);
+  for_each_device([&](const auto& bench) {
+    auto device_matrix = on_device(bench, matrix);
+    auto device_weight = on_device(bench, weight);
+    auto y = on_device(bench, poisoned_tensor<float, 2>({tokens * heads, width}));
+    const ef::TensorView<float, 3> to(y.view().data(), tokens, heads, width);
+    ef::rms_norm_into(bench.device, to, ef::heads_of(device_matrix.cview(), first, heads, width),
+                      device_weight.cview());
+    EXPECT_LT(relative_error(y.host(), expected), tolerance<float>());
+  });
+}
+
 // A row that begins at no multiple of 16 bytes, and the same row where it does.
 template <typename T>
 void check_places(Index features) {

@@ -66,6 +66,33 @@ TYPED_TEST(RmsNorm, NeverDependsOnThreadsBatchOrPlace) {
   }
 }
 
+TYPED_TEST(RmsNorm, OfHeadsInAWiderMatrixIsThatOfTheirCopies) {
+  using T = TypeParam;
+  const Index tokens = 5, heads = 3, width = 20;
+  const auto matrix = random_tensor<T, 2>({tokens, 100}, 7);
+  const auto weight = random_tensor<T, 1>({width}, 8);
+  ef::Tensor<T, 2> copies(tokens * heads, width);
+  for (Index t = 0; t < tokens; ++t)
+    for (Index j = 0; j < heads * width; ++j)
+      copies.data()[t * heads * width + j] = matrix(t, 17 + j);
+  const ef::Tensor<T, 2> expected = ef::rms_norm(copies, weight);
+  for_each_isa([&](auto isa) {
+    auto y = poisoned_tensor<T, 3>({tokens, heads, width});
+    ef::rms_norm_into(on(isa), y, ef::heads_of(matrix, 17, heads, width), weight);
+    ef::Tensor<T, 2> plain(tokens * heads, width);
+    ef::rms_norm_into(on(isa), plain, copies, weight);
+    ASSERT_TRUE(same_bits(ef::TensorView<const T, 2>(y.data(), tokens * heads, width), plain));
+  });
+  // every second head, as a model with [query | key] pairs leaves them
+  ef::Tensor<T, 4> pairs(tokens, heads, 2, width);
+  for (Index i = 0; i < pairs.size(); ++i) pairs.data()[i] = matrix.data()[i % matrix.size()];
+  for (Index r = 0; r < tokens * heads; ++r)
+    std::copy_n(copies.data() + r * width, width, pairs.data() + (2 * r + 1) * width);
+  auto y = poisoned_tensor<T, 3>({tokens, heads, width});
+  ef::rms_norm_into(kHere, y, ef::heads_of(pairs, 1, 2), weight);
+  EXPECT_TRUE(same_bits(ef::TensorView<const T, 2>(y.data(), tokens * heads, width), expected));
+}
+
 TYPED_TEST(RmsNorm, FusedResidualIsTheTwoSteps) {
   using T = TypeParam;
   for (Index features : {1, 15, 64, 257, 2000}) {

@@ -68,7 +68,7 @@ template <typename Block, typename Scratch, typename Y, typename X, typename W>
 EIGENFORMER_DEVICE void rms_normalize(Block& block, const Scratch& scratch,
                                       const problem::RmsNorm<Y, X, W>& p, Index row) {
   using C = typename problem::RmsNorm<Y, X, W>::compute;
-  const X* x = p.x + row * p.features;
+  const X* x = p.x_row(row);
   Y* y = p.y + row * p.features;
   const RmsScale<C> scale = rms_scale<C>(block, scratch, x, p.features, p.epsilon);
   for_each_pack_of_line(

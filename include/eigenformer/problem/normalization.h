@@ -2,6 +2,7 @@
 /// What RMSNorm and LayerNorm ask for, forward and backward.
 #pragma once
 
+#include "../core/heads_view.h"
 #include "../core/rows.h"
 
 namespace eigenformer {
@@ -18,6 +19,13 @@ struct RmsNorm {
   const W* weight;  // (features)
   Index rows, features;
   float epsilon;
+  Index heads;            // rows of x that a token has
+  HeadStrides x_strides;  // row r of x is head r % heads of token r / heads
+
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const X* x_row(Index row) const {
+    if (heads == 1) return x + row * x_strides.token;
+    return x + row / heads * x_strides.token + row % heads * x_strides.head;
+  }
 };
 
 /// residual += addend, then the norm of residual (which `norm.x` points to).

@@ -52,7 +52,7 @@ RmsScale<typename V::scalar> rms_scale(const X* x, Index features, float epsilon
 template <typename Isa, typename Y, typename X, typename W>
 void rms_norm_row(const problem::RmsNorm<Y, X, W>& p, Index row) {
   using V = simd::Vec<typename problem::RmsNorm<Y, X, W>::compute, Isa>;
-  const X* x = p.x + row * p.features;
+  const X* x = p.x_row(row);
   Y* y = p.y + row * p.features;
   const auto found = rms_scale<V>(x, p.features, p.epsilon);
   const V scale = V::set1(found.inverse);
