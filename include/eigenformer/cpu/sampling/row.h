@@ -70,39 +70,121 @@ void load_block(const T* logits, Index vocab, Index block, C* x) {
   convert_line<V>(source, x, count);
 }
 
+/// Maxima of vectors, and whether a NaN was among them.
+template <typename V>
+struct LineMaximum {
+  V most[4];
+  decltype(unordered(V::zero(), V::zero())) nan = unordered(V::zero(), V::zero());
+
+  EIGENFORMER_INLINE LineMaximum() { restart(); }
+  EIGENFORMER_INLINE void restart() {
+    for (V& m : most) m = V::set1(-std::numeric_limits<typename V::scalar>::infinity());
+  }
+  /// Of whole blocks.
+  template <typename T>
+  EIGENFORMER_INLINE void add(const T* p, Index count) {
+    for (Index i = 0; i < count; i += 4 * V::lanes) {
+      V x[4];
+      for (int k = 0; k < 4; ++k) x[k] = V::load(p + i + k * V::lanes);
+      nan = nan | unordered(x[0], x[1]) | unordered(x[2], x[3]);
+      for (int k = 0; k < 4; ++k) most[k] = maximum(x[k], most[k]);
+    }
+  }
+  EIGENFORMER_INLINE V all() const {
+    return maximum(maximum(most[0], most[1]), maximum(most[2], most[3]));
+  }
+};
+
+/// The status of a row of which these are the maximum and whether it holds NaN.
+template <typename C>
+SampleStatus status_of_maximum(C hi, bool nan) {
+  constexpr C infinity = std::numeric_limits<C>::infinity();
+  if (nan) return SampleStatus::nan;
+  if (hi == infinity) return SampleStatus::positive_infinity;
+  return hi == -infinity ? SampleStatus::no_token : SampleStatus::ok;
+}
+
+/// Writes the maximum of every `Tokens` tokens to `maxima` and returns the greatest in `hi`. Reads
+/// the row once, at the speed of its memory.
+template <typename Isa, Index Tokens, typename T>
+SampleStatus scan_maxima(const T* logits, Index vocab, compute_type<T>* maxima,
+                         compute_type<T>& hi) {
+  using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
+  LineMaximum<V> line;
+  V best = line.all();
+  const auto close = [&](Index at) {
+    const V largest = line.all();
+    best = maximum(largest, best);
+    maxima[at] = reduce_max(largest);
+    line.restart();
+  };
+  const Index whole = vocab / Tokens;
+  for (Index at = 0; at < whole; ++at) {
+    line.add(logits + at * Tokens, Tokens);
+    close(at);
+  }
+  if (whole * Tokens < vocab) {
+    alignas(64) C x[SamplingBlock::size];
+    for (Index block = whole * (Tokens / SamplingBlock::size); block * SamplingBlock::size < vocab;
+         ++block) {
+      load_block<Isa>(logits, vocab, block, x);
+      line.add(x, SamplingBlock::size);
+    }
+    close(whole);
+  }
+  hi = reduce_max(best);
+  return status_of_maximum(hi, line.nan.bits() != 0);
+}
+
+/// The lowest index of a token whose logit equals `value` in [begin, vocab), where there is one.
+template <typename Isa, typename T>
+Index find_equal(const T* logits, Index begin, Index vocab, compute_type<T> value) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  Index i = begin;
+  for (const V wanted = V::set1(value); i + V::lanes <= vocab; i += V::lanes)
+    if (const std::uint32_t bits = equal(V::load(logits + i), wanted).bits(); bits != 0)
+      return i + std::countr_zero(bits);
+  while (i < vocab - 1 && static_cast<compute_type<T>>(logits[i]) != value) ++i;
+  return i;
+}
+
 /// Writes the maximum of every block and opens the band to all tokens above -infinity; says what is
 /// wrong with the row.
 template <typename Isa, typename T>
 SampleStatus scan_row(SamplingRow<T>& row) {
   using C = compute_type<T>;
-  using V = simd::Vec<C, Isa>;
-  constexpr C infinity = std::numeric_limits<C>::infinity();
-  V best = V::set1(-infinity);
-  auto nan = is_nan(V::zero());
-  const auto scan_block = [&](const auto* p, Index block) {
-    V largest = V::set1(-infinity);
-    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
-      const V x = V::load(p + i);
-      nan = nan | is_nan(x);
-      largest = maximum(x, largest);
-    }
-    best = maximum(largest, best);
-    row.block_max[block] = reduce_max(largest);
-  };
-  const Index full = row.vocab / SamplingBlock::size;
-  for (Index block = 0; block < full; ++block)
-    scan_block(row.logits + block * SamplingBlock::size, block);
-  if (full < row.blocks()) {
-    alignas(64) C x[SamplingBlock::size];
-    load_block<Isa>(row.logits, row.vocab, full, x);
-    scan_block(x, full);
-  }
-  const C hi = reduce_max(best);
+  C hi;
+  const SampleStatus status =
+      scan_maxima<Isa, SamplingBlock::size>(row.logits, row.vocab, row.block_max, hi);
   row.band = {hi, std::numeric_limits<C>::lowest(), row.vocab};
   row.inverse_temperature = 1;
-  if (nan.bits() != 0) return SampleStatus::nan;
-  if (hi == infinity) return SampleStatus::positive_infinity;
-  return hi == -infinity ? SampleStatus::no_token : SampleStatus::ok;
+  return status;
+}
+
+/// Calls f(block) for every block whose maximum is `least` or more.
+template <typename Isa, typename T, typename F>
+EIGENFORMER_INLINE void for_each_block_index(const SamplingRow<T>& row, compute_type<T> least,
+                                             F&& f) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const Index blocks = row.blocks();
+  const V bound = V::set1(least);
+  for_each_vector<V>(0, blocks, [&](Index at, auto part) {
+    std::uint32_t bits = less_equal(bound, load<V>(row.block_max + at, part)).bits();
+    if (blocks - at < V::lanes) bits &= (std::uint32_t{1} << (blocks - at)) - 1;
+    for (; bits != 0; bits &= bits - 1) f(at + std::countr_zero(bits));
+  });
+}
+
+/// The 128 logits of a block in the compute type, in place where they lie so, else in `x`.
+template <typename Isa, typename T>
+EIGENFORMER_INLINE const compute_type<T>* block_logits(const SamplingRow<T>& row, Index block,
+                                                       compute_type<T>* x) {
+  if constexpr (std::is_same_v<T, compute_type<T>>)
+    if ((block + 1) * SamplingBlock::size <= row.vocab)
+      return row.logits + block * SamplingBlock::size;
+  load_block<Isa>(row.logits, row.vocab, block, x);
+  return x;
 }
 
 /// Calls f(block, x) for every block that may hold a token of the band, x its 128 logits in the
@@ -110,25 +192,8 @@ SampleStatus scan_row(SamplingRow<T>& row) {
 template <typename Isa, typename T, typename F>
 EIGENFORMER_INLINE void for_each_block(const SamplingRow<T>& row, compute_type<T> least, F&& f) {
   alignas(64) compute_type<T> x[SamplingBlock::size];
-  const Index blocks = row.blocks();
-  for (Index block = 0; block < blocks; ++block) {
-    if (row.block_max[block] < least) continue;
-    load_block<Isa>(row.logits, row.vocab, block, x);
-    f(block, x);
-  }
-}
-
-/// Index of the `nth` token (1: the first) whose logit equals `value`.
-template <typename Isa, typename T>
-Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
-  alignas(64) compute_type<T> x[SamplingBlock::size];
-  for (Index block = 0; block < row.blocks(); ++block) {
-    if (row.block_max[block] < value) continue;
-    load_block<Isa>(row.logits, row.vocab, block, x);
-    for (Index j = 0; j < SamplingBlock::size; ++j)
-      if (x[j] == value && --nth == 0) return block * SamplingBlock::size + j;
-  }
-  return row.vocab - 1;  // not reached: the caller has seen that many
+  for_each_block_index<Isa>(row, least,
+                            [&](Index block) { f(block, block_logits<Isa>(row, block, x)); });
 }
 
 /// weights[j] of any 128 logits.
@@ -143,6 +208,15 @@ struct BlockBits {
   std::uint64_t word[2] = {0, 0};
   int count() const { return std::popcount(word[0]) + std::popcount(word[1]); }
 
+  /// The `n`th set bit, 1 for the first.
+  Index nth(int n) const {
+    const int low = std::popcount(word[0]);
+    std::uint64_t bits = n <= low ? word[0] : word[1];
+    const Index base = n <= low ? 0 : 64;
+    for (n -= n <= low ? 1 : low + 1; n > 0; --n) bits &= bits - 1;
+    return base + std::countr_zero(bits);
+  }
+
   /// Calls f(j) for every set bit, in order.
   template <typename F>
   EIGENFORMER_INLINE void for_each(F&& f) const {
@@ -151,6 +225,33 @@ struct BlockBits {
         f(Index{64} * w + std::countr_zero(bits));
   }
 };
+
+/// The tokens of a block whose logit equals `value`.
+template <typename Isa, typename C>
+EIGENFORMER_INLINE BlockBits equal_bits(const C* x, C value) {
+  using V = simd::Vec<C, Isa>;
+  const V wanted = V::set1(value);
+  BlockBits found;
+  for (Index i = 0; i < SamplingBlock::size; i += V::lanes)
+    found.word[i / 64] |= std::uint64_t{equal(V::load(x + i), wanted).bits()} << (i % 64);
+  return found;
+}
+
+/// Index of the `nth` token (1: the first) whose logit equals `value`.
+template <typename Isa, typename T>
+Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
+  alignas(64) compute_type<T> x[SamplingBlock::size];
+  for (Index block = 0; block < row.blocks(); ++block) {
+    if (row.block_max[block] < value) continue;
+    const BlockBits found = equal_bits<Isa>(block_logits<Isa>(row, block, x), value);
+    if (nth > found.count()) {
+      nth -= found.count();
+      continue;
+    }
+    return block * SamplingBlock::size + found.nth(static_cast<int>(nth));
+  }
+  return row.vocab - 1;  // not reached: the caller has seen that many
+}
 
 /// The tokens of a block that are in play and whose logit is `least` or more.
 template <typename Isa, typename C>
