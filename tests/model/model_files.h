@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -50,6 +51,15 @@ inline std::string_view text_of(std::span<const std::byte> bytes) {
 }
 inline std::span<const std::byte> bytes_of(std::string_view text) {
   return std::as_bytes(std::span(text.data(), text.size()));
+}
+
+/// A trained model that lies outside the repository: a folder of that name in the environment's
+/// EIGENFORMER_MODELS, else in shared/models beside the repository. It may not be there.
+inline std::filesystem::path shared_model(const std::string& name) {
+  const char* const folder = std::getenv("EIGENFORMER_MODELS");
+  return std::filesystem::path(
+             folder != nullptr ? folder : EIGENFORMER_GOLDEN_DIR "/../../../shared/models") /
+         name;
 }
 
 /// Calls read(text) for `trials` damaged copies of a file and counts those that it accepts: all

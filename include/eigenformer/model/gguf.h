@@ -389,14 +389,15 @@ inline GgufContents parse_gguf(std::span<const std::byte> bytes, std::string_vie
   for (std::uint64_t i = 0; i < tensor_count; ++i) entries.push_back(read_gguf_entry(cursor));
 
   const GgufMetadata& metadata = contents.metadata;
-  constexpr auto kAlignment = "general.alignment", kSplit = "split.count";
-  const std::int64_t alignment = metadata.contains(kAlignment) ? metadata.integer(kAlignment) : 32;
+  constexpr auto kAlignmentKey = "general.alignment", kSplitKey = "split.count";
+  const std::int64_t alignment =
+      metadata.contains(kAlignmentKey) ? metadata.integer(kAlignmentKey) : 32;
   if (alignment < 1 || alignment > 1 << 30 ||
       !std::has_single_bit(static_cast<std::uint64_t>(alignment)))
-    fail_model(file, kAlignment,
+    fail_model(file, kAlignmentKey,
                "is " + std::to_string(alignment) + ", expected a power of two of at most 2^30");
-  if (metadata.contains(kSplit) && metadata.integer(kSplit) > 1)
-    fail_model(file, kSplit, "this is one of several files of a model: join them first");
+  if (metadata.contains(kSplitKey) && metadata.integer(kSplitKey) > 1)
+    fail_model(file, kSplitKey, "this is one of several files of a model: join them first");
   const auto unit = static_cast<std::size_t>(alignment);
   const std::size_t padding = (unit - (bytes.size() - cursor.rest().size()) % unit) % unit;
   const auto data = cursor.rest().subspan((std::min)(padding, cursor.rest().size()));
