@@ -6,6 +6,7 @@
 ///   gelu(x) = x Phi(x), Phi the normal distribution function                 (Hendrycks & Gimpel, 2016), or its tanh form
 ///             0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))              with {.approximation = GeluApproximation::tanh}
 ///   relu(x) = max(x, 0)
+///   softcap(x) = cap tanh(scale x / cap), or scale x where cap is 0          (Gemma Team, "Gemma 2", 2024), of logits
 ///   swiglu(gate, up) = silu(gate) * up,   geglu(gate, up) = gelu(gate) * up  (Shazeer, "GLU Variants Improve Transformer", 2020)
 ///
 /// The gated forms take gate and up of one shape, or one fused tensor (..., 2 * features) whose
@@ -23,6 +24,8 @@
 /// destination allocate nothing. Results do not depend on threads or position.
 #pragma once
 
+#include <cmath>
+
 #include "core/check.h"
 #include "core/device.h"
 #include "core/dispatch.h"
@@ -33,6 +36,11 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 enum class GeluApproximation { none, tanh };
+
+struct SoftcapOptions {
+  float cap = 0;    ///< results stay within (-cap, cap); 0 means no cap
+  float scale = 1;  ///< multiplies x
+};
 
 struct GeluOptions {
   GeluApproximation approximation = GeluApproximation::none;  ///< none is the exact function
@@ -313,6 +321,35 @@ auto relu_backward(const D& device, const GY& grad_y, const X& x) {
 template <detail::NotAnOption GY, typename X>
 auto relu_backward(const GY& grad_y, const X& x) {
   return relu_backward(Eigen::DefaultDevice{}, grad_y, x);
+}
+
+// ---- softcap ------------------------------------------------------------------------------------
+
+/// y = cap * tanh(scale * x / cap), or scale * x where cap is 0. Throws std::invalid_argument for a
+/// negative cap and numbers that are not finite. It has no backward form.
+template <Device D, typename Y, typename X>
+void softcap_into(const D& device, Y&& y, const X& x, const SoftcapOptions& options) {
+  const auto to = detail::output_like<X>(y);
+  const auto from = detail::any_input(x);
+  const Index n = detail::common_size("softcap", "x", from, "y", to);
+  detail::require_that(std::isfinite(options.cap) && options.cap >= 0, "softcap", "cap is ",
+                       options.cap, ", expected 0 (none) or a positive number");
+  detail::require_that(std::isfinite(options.scale), "softcap", "scale is ", options.scale,
+                       ", expected a finite number");
+  using Problem = problem::Softcap<scalar_of<Y>, scalar_of<X>>;
+  using C = typename Problem::compute;
+  detail::run(device, Problem{to.data(), from.data(), n, static_cast<C>(options.scale),
+                              static_cast<C>(options.cap)});
+}
+template <CpuDevice D, typename X>
+auto softcap(const D& device, const X& x, const SoftcapOptions& options) {
+  auto y = detail::tensor_like("softcap", "x", detail::any_input(x));
+  softcap_into(device, y, x, options);
+  return y;
+}
+template <detail::NotAnOption X>
+auto softcap(const X& x, const SoftcapOptions& options) {
+  return softcap(Eigen::DefaultDevice{}, x, options);
 }
 
 // ---- swiglu -------------------------------------------------------------------------------------

@@ -26,6 +26,22 @@ void execute(const Backend<D, Isa>& on, const problem::Activation<Function, Y, X
   });
 }
 
+template <typename D, typename Isa, typename Y, typename X>
+void execute(const Backend<D, Isa>& on, const problem::Softcap<Y, X>& p) {
+  using V = simd::Vec<typename problem::Softcap<Y, X>::compute, Isa>;
+  const V scale = V::set1(p.scale), cap = V::set1(p.cap), unit = V::set1(p.scale / p.cap);
+  parallel_for(on, p.count, Cost{1}, [&](Index first, Index last, int) {
+    if (p.cap == 0)
+      for_each_vector<V>(first, last, [&](Index at, auto part) {
+        store(load<V>(p.x + at, part) * scale, p.y + at, part);
+      });
+    else
+      for_each_vector<V>(first, last, [&](Index at, auto part) {
+        store(tanh(load<V>(p.x + at, part) * unit) * cap, p.y + at, part);
+      });
+  });
+}
+
 template <typename D, typename Isa, typename Function, typename GX, typename GY, typename X>
 void execute(const Backend<D, Isa>& on, const problem::ActivationBackward<Function, GX, GY, X>& p) {
   using V = simd::Vec<typename problem::ActivationBackward<Function, GX, GY, X>::compute, Isa>;

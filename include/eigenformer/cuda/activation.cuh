@@ -36,6 +36,29 @@ void execute(const Backend<D>& on, const problem::Activation<Function, Y, X>& p)
                               ActivationBody<Function, Y, X>{p});
 }
 
+template <typename Y, typename X>
+struct SoftcapBody {
+  using Problem = problem::Softcap<Y, X>;
+  Problem p;
+
+  template <int W>
+  EIGENFORMER_DEVICE void operator()(WidthOf<W>, Index, Index at) const {
+    using C = typename Problem::compute;
+    auto x = load_pack<C, W>(p.x + at);
+    const C unit = p.scale / p.cap;
+    for (int i = 0; i < W; ++i) x[i] = p.cap == 0 ? x[i] * p.scale : std::tanh(x[i] * unit) * p.cap;
+    store_pack(x, p.y + at);
+  }
+};
+
+template <typename D, typename Y, typename X>
+void execute(const Backend<D>& on, const problem::Softcap<Y, X>& p) {
+  constexpr int width = pack_width<Y, X>;
+  launch_for_each_pack<width>(on, "softcap", 1, p.count,
+                              packs_fit<width>(p.y, 0) && packs_fit<width>(p.x, 0),
+                              SoftcapBody<Y, X>{p});
+}
+
 template <typename Function, typename GX, typename GY, typename X>
 struct ActivationBackwardBody {
   using Problem = problem::ActivationBackward<Function, GX, GY, X>;

@@ -25,6 +25,16 @@ struct Activation {
   Index count;
 };
 
+/// y = cap * tanh(scale * x / cap), or scale * x where cap is 0.
+template <typename Y, typename X>
+struct Softcap {
+  using compute = detail::common_compute_type<Y, X>;
+  Y* y;
+  const X* x;
+  Index count;
+  compute scale, cap;
+};
+
 /// grad_x = grad_y * function'(x).
 template <typename Function, typename GX, typename GY, typename X>
 struct ActivationBackward {

@@ -35,6 +35,12 @@ inline double gelu_derivative(double x, const GeluOptions& options = {}) {
 inline double relu(double x) { return x > 0 ? x : 0; }
 inline double relu_derivative(double x) { return x > 0 ? 1 : 0; }
 
+inline double softcap(double x, const SoftcapOptions& options) {
+  const double cap = static_cast<double>(options.cap),
+               scaled = x * static_cast<double>(options.scale);
+  return cap == 0 ? scaled : cap * std::tanh(scaled / cap);
+}
+
 inline double swiglu(double gate, double up) { return silu(gate) * up; }
 inline double geglu(double gate, double up, const GeluOptions& options = {}) {
   return gelu(gate, options) * up;
