@@ -23,6 +23,7 @@
 
 // What a decoder needs besides
 #include "activation.h"     // SiLU, GELU, ReLU, gated pairs, residual sums
+#include "beam_search.h"    // beam search, step by step
 #include "decoder.h"        // a Llama-shaped decoder out of all of these
 #include "embedding.h"      // tokens to vectors
 #include "log_softmax.h"    // logarithms of probabilities

@@ -26,6 +26,7 @@ Anything execute(const Backend<D>&, const Problem&) {
 
 #include <eigenformer/activation.h>
 #include <eigenformer/attention.h>
+#include <eigenformer/beam_search.h>
 #include <eigenformer/embedding.h>
 #include <eigenformer/grad_scaler.h>
 #include <eigenformer/log_softmax.h>
@@ -148,6 +149,7 @@ void sampling(const D& device, Views v) {
       ef::SamplingParams{}, random);
   ef::log_softmax_into(device, v.v2, v.v2);
   ef::top_k_into(device, v.v2, v.tokens, v.v2);
+  ef::BeamSearch(1).step(device, v.v2);
   ef::verify_speculative_into(device, ef::SpeculativeViews{v.ids, v.tokens, {}}, v.tokens, v.v3,
                               v.v3, random);
 }
