@@ -10,7 +10,7 @@
 /// not grow with the number of keys. A row whose sums overflow, or whose scores are too large for
 /// their rounding, goes over its keys once more, with scores and sums in double. The 16 blocks are
 /// a fold: threads share those of a task where tasks are few. Flops: 4 * rows * visible keys *
-/// head_dim; bytes: K and V once for each 128 query rows; one exp per score. The scores of a block
+/// head_dim; bytes: K and V once for each block of query rows; one exp per score. The scores of a block
 /// are all that is ever held of the score matrix.
 #pragma once
 
@@ -30,11 +30,11 @@ inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
 /// The tasks of a request, in order.
-template <typename Problem>
+template <typename Isa, typename Problem>
 class AttentionTasks {
  public:
   AttentionTasks(const Problem& p, Workspace::Frame& frame)
-      : p_(p), positions_(positions_per_block(p)), first_(frame.take<Index>(p.batch + 1)) {
+      : p_(p), positions_(positions_per_block<Isa>(p)), first_(frame.take<Index>(p.batch + 1)) {
     first_[0] = 0;
     for (Index b = 0; b < p.batch; ++b)
       first_[b + 1] = first_[b] + blocks(p.sequences[b]) * p.kv_heads;
@@ -108,7 +108,7 @@ template <typename D, typename Isa, typename TQ, typename TKV, typename Function
 void execute(const Backend<D, Isa>& on, const problem::Attention<TQ, TKV, Function>& p) {
   using Scratch = AttentionScratch<compute_type<TQ>>;
   Workspace::Frame frame(on.workspace);
-  const AttentionTasks tasks(p, frame);
+  const AttentionTasks<Isa, problem::Attention<TQ, TKV, Function>> tasks(p, frame);
   if (tasks.count() == 0) return;
   Index longest = 0;
   for (Index b = 0; b < p.batch; ++b) longest = (std::max)(longest, p.sequences[b].key_length);

@@ -56,11 +56,15 @@ class AttentionProducts {
     kv_head_ = kv_head;
     rows_ = rows;
     here_->begin = next_->begin = -1;
+    forget_ranges();
     if constexpr (kInt8Scores<TQ, TKV>) return int8_scores_.load_queries(rows, query);
     if constexpr (kPairs) return pairs().load_queries(rows, query);
     for (Index r = 0; r < rows; ++r)
       Tile::load_row(query(r), scale_, head_dim_, head_dim_, s_.queries + r * head_dim_);
   }
+
+  /// To be called where ranges change.
+  void forget_ranges() { tiles_found_ = false; }
 
   /// scores[r] = scale * queries[r] . keys of a block, at least of the keys in ranges[r].
   void score(Index block_begin) {
@@ -91,8 +95,8 @@ class AttentionProducts {
       pairs().add_values(rows_, s_.scores, s_.ranges, s_.factors, s_.now.sums);
     } else {
       if (rows_ > kAttentionFewRows || !Tile::one_piece(s_.ranges, rows_)) {
-        load_stored_values(block, next_keys(block_begin));
-        return add_loaded_values();
+        load_stored_values(block);
+        return add_loaded_values(block_begin);
       }
       Few::with_rows(rows_, [&](auto tile) {
         Few::template add_values<decltype(tile)::value>(
@@ -126,25 +130,29 @@ class AttentionProducts {
       Tile::prefetch_row(rows[j], width * static_cast<Index>(sizeof(TKV)));
   }
 
-  /// Keys of the next block, which is asked for while this one is worked on: a decode step has
-  /// little work per byte.
-  int next_keys(Index block_begin) const {
-    return static_cast<int>(std::clamp<Index>(
-        sequence_->key_length - block_begin - kAttentionKeyBlock, 0, kAttentionKeyBlock));
-  }
+  /// Asks for `count` rows one by one, as `steps` steps of a product go by: memory has time then,
+  /// where a block is packed it would be waited for.
+  struct Ahead {
+    Index width;
+    int count;
+    Index steps, done = 0;
+    int asked = 0;
+
+    template <typename Row>
+    EIGENFORMER_INLINE void step(Index size, Row&& row) {
+      done += size;
+      for (; asked * steps < done * count; ++asked)
+        Tile::prefetch_row(row(asked), width * static_cast<Index>(sizeof(TKV)));
+    }
+  };
 
   void load_value(const KeyBlock<TKV>& block, int j, C scale) {
     Tile::load_row(block.value(j), scale, value_dim_, width_, s_.values + j * value_stride_);
   }
 
-  /// The same without their scales; `next` values of the next block are asked for meanwhile.
-  void load_stored_values(const KeyBlock<TKV>& block, int next) {
-    for (int j = 0; j < block.count; ++j) {
-      if (j < next)
-        Tile::prefetch_row(block.value(j + kAttentionKeyBlock),
-                           value_dim_ * static_cast<Index>(sizeof(TKV)));
-      load_value(block, j, C(1));
-    }
+  /// The same without their scales.
+  void load_stored_values(const KeyBlock<TKV>& block) {
+    for (int j = 0; j < block.count; ++j) load_value(block, j, C(1));
   }
 
   /// scores[r][j] *= scales[j], of keys or, where they are weights, of values: once for a key
@@ -159,19 +167,15 @@ class AttentionProducts {
 
   void score_packed(Index block_begin) {
     const KeyBlock<TKV> block = block_at(block_begin);
-    const int next = next_keys(block_begin);
     Tile::pack_transposed(
-        block.count, head_dim_, s_.keys,
-        [&](int j) {
-          if (j < next)
-            Tile::prefetch_row(block.key(j + kAttentionKeyBlock),
-                               head_dim_ * static_cast<Index>(sizeof(TKV)));
-          return block.key(j);
-        },
+        block.count, head_dim_, s_.keys, [&](int j) { return block.key(j); },
         [](int) { return C(1); });
     find_tiles();
+    const Index panels = (block.count + Tile::kPanel - 1) / Tile::kPanel;
+    Ahead ahead{value_dim_, block.count, panels * rows_};
     for (int key = 0; key < block.count; key += Tile::kPanel)
       Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+        ahead.step(tile, [&](int j) { return block.value(j); });
         const KeySpan seen = s_.tiles[r].seen;
         if (seen.begin < key + Tile::kPanel && key < seen.end)
           Tile::template dot_panel<decltype(tile)::value>(
@@ -181,6 +185,7 @@ class AttentionProducts {
   }
 
   void find_tiles() {
+    if (std::exchange(tiles_found_, true)) return;
     Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
       const BlockRange* const ranges = s_.ranges + r;
       s_.tiles[r] = {seen_by_tile(ranges, tile), Tile::one_piece(ranges, tile)};
@@ -188,10 +193,13 @@ class AttentionProducts {
   }
 
   /// A panel of values after the other: it stays in L1 while all rows pass by.
-  void add_loaded_values() {
+  void add_loaded_values(Index block_begin) {
     find_tiles();
+    const KeyBlock<TKV> next = block_at(block_begin + kAttentionKeyBlock);
+    Ahead ahead{head_dim_, (std::max)(next.count, 0), width_ / Tile::kPanel * rows_};
     for (Index c = 0; c < width_; c += Tile::kPanel)
       Tile::for_row_tiles(rows_, [&](auto tile, Index r) {
+        ahead.step(tile, [&](int j) { return next.key(j); });
         add_panel<decltype(tile)::value>(r, c, s_.tiles[r].one_piece);
       });
   }
@@ -235,7 +243,7 @@ class AttentionProducts {
         pairs().add_values(1, weights, s_.ranges + r, s_.factors + r, s_.now.sums + r * width_);
         continue;
       }
-      load_stored_values(block, 0);
+      load_stored_values(block);
       for_each_run(s_.hidden[r], [&](int begin, int end) {
         fill_line(s_.values + begin * value_stride_, (end - begin) * value_stride_, V::zero());
         std::fill(weights + begin, weights + end, C(0));  // a scale may be NaN
@@ -272,6 +280,7 @@ class AttentionProducts {
   Index head_dim_, value_dim_, width_, value_stride_;
   const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0, rows_ = 0;
+  bool tiles_found_ = false;  // for the ranges as they are
   Int8Scores<Isa> int8_scores_;
   BlockRows<TKV> blocks_[2];  // where they are read in place or have scales
   BlockRows<TKV>*here_ = blocks_, *next_ = blocks_ + 1;

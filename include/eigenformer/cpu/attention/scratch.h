@@ -104,9 +104,9 @@ AttentionState<C> take_attention_state(Index rows, Index width, Workspace::Frame
 }
 
 /// Query positions of a task.
-template <typename Problem>
+template <typename Isa, typename Problem>
 Index positions_per_block(const Problem& p) {
-  return std::max<Index>(1, kAttentionQueryRows / std::max<Index>(1, p.group()));
+  return std::max<Index>(1, kAttentionQueryRows<Isa> / std::max<Index>(1, p.group()));
 }
 
 template <typename Isa, typename TQ, typename TKV, typename Function>
@@ -117,7 +117,7 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p,
   const auto product = [](Index a, Index b) {
     return detail::checked_product(a, b, "attention", "scratch");
   };
-  const Index rows = (std::max)(positions_per_block(p) * p.group(), kAttentionFewRows),
+  const Index rows = (std::max)(positions_per_block<Isa>(p) * p.group(), kAttentionFewRows),
               width = Tile::padded(p.value_dim);
   const bool folds = std::any_of(
       p.sequences, p.sequences + p.batch,

@@ -131,15 +131,18 @@ struct AttentionTile {
   /// Whether row[0, width) are finite numbers, times a factor too.
   template <typename S>
   static bool all_finite(const S* row, C factor, Index width) {
-    const V f = V::set1(factor), largest = V::set1((std::numeric_limits<C>::max)());
-    std::uint32_t finite = ~std::uint32_t{0};
+    // a chain of sums of so little that they overflow by what is no number only: bits of masks
+    // would go to and fro between registers for every vector
+    const V f = V::set1(factor), tiny = V::set1(C(0x1p-40));
+    V sum = V::zero();
     for (Index d = 0; d < width; d += lanes) {
       const int n = static_cast<int>(std::min<Index>(lanes, width - d));
       const V x = n == lanes ? V::load(row + d) : V::load_partial(row + d, n);
-      finite &= less_equal(abs(x * f), largest).bits();
+      sum = fma(abs(x * f), tiny, sum);
     }
     constexpr std::uint32_t every_lane = ~std::uint32_t{0} >> (32 - lanes);
-    return (finite & every_lane) == every_lane;
+    const V largest = V::set1((std::numeric_limits<C>::max)());
+    return (less_equal(sum, largest).bits() & every_lane) == every_lane;
   }
 
   /// Asks for a row of `bytes` that is read soon: rows of one head lie a page apart, where no

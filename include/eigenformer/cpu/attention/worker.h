@@ -153,6 +153,7 @@ class AttentionWorker {
   /// that the row sees: so a row's order of sums is its own.
   void start_fold(Index fold) {
     const AttentionState<C>& now = s_.now;
+    full_ = false;
     for (Index r = 0; r < rows_; ++r) {
       bool sink =
           p_.sinks != nullptr && p_.sinks[head(r)] > -std::numeric_limits<float>::infinity();
@@ -188,13 +189,28 @@ class AttentionWorker {
 
   /// The keys of a block that each row sees. False where there are none.
   bool find_ranges(Index block_begin) {
+    const bool full_before = std::exchange(full_, all_see(block_begin));
+    if (full_ && full_before) return true;
+    products_.forget_ranges();
     bool any = false;
-    for (Index r = 0; r < rows_; ++r) {
-      find_range(r, block_begin, r % group_ != 0 && !p_.masks_differ_by_head());
-      any = any || !s_.ranges[r].empty();
-      s_.now.sees[r] = s_.now.sees[r] || !s_.ranges[r].empty();
-    }
+    for (Index r = 0; r < rows_; r += group_)
+      for (Index g = 0; g < group_; ++g) {
+        find_range(r + g, block_begin, g != 0 && !p_.masks_differ_by_head());
+        const bool sees = !s_.ranges[r + g].empty();
+        any = any || sees;
+        s_.now.sees[r + g] = s_.now.sees[r + g] || sees;
+      }
     return any;
+  }
+
+  /// Whether every row sees all keys of a block: so it is where the first and the last do, since
+  /// neither end of what a position sees falls behind that of an earlier one.
+  bool all_see(Index block_begin) const {
+    const auto full = [&](Index query) {
+      return block_range(p_.visibility, first_position_ + query, sequence_->key_length, block_begin)
+          .full();
+    };
+    return s_.hidden == nullptr && full(0) && full(queries_ - 1);
   }
 
   void find_range(Index r, Index block_begin, bool as_the_row_before = false) {
@@ -218,51 +234,64 @@ class AttentionWorker {
   /// Dot products to weights relative to the new maxima, in place; the factors that bring earlier
   /// sums to those maxima.
   void softmax_rows(Index block_begin) {
-    for (Index r = 0; r < rows_; r += Tile::lanes) raise_maxima(r, block_begin);
-    for (Index r = 0; r < rows_; ++r)
-      if (!s_.ranges[r].empty()) weigh_row(r);
+    if (full_ && is_plain())
+      softmax_tiles<true>(block_begin);
+    else
+      softmax_tiles<false>(block_begin);
   }
 
-  /// Whether the scores of row r are its dot products.
-  bool is_plain(Index r) const {
+  /// As many rows at a time as a vector has lanes: their scores stay in L1. Plain: whether all rows
+  /// see all keys and scores are dot products.
+  template <bool Plain>
+  void softmax_tiles(Index block_begin) {
+    for (Index first = 0; first < rows_; first += Tile::lanes) {
+      const int count = static_cast<int>((std::min)(Index{Tile::lanes}, rows_ - first));
+      raise_maxima<Plain>(first, count, block_begin);
+      for (Index r = first; r < first + count; ++r)
+        if (Plain || !s_.ranges[r].empty()) weigh_row(r);
+    }
+  }
+
+  /// Whether scores are the dot products of keys that are seen.
+  bool is_plain() const {
     return !problem::is_score_function<Function> && !(p_.softcap > 0) &&
-           p_.alibi_slopes == nullptr && !p_.bias.present() && s_.ranges[r].full() &&
-           hidden(r) == 0;
+           p_.alibi_slopes == nullptr && !p_.bias.present();
+  }
+
+  /// The maximum of a row's scores, by lanes.
+  EIGENFORMER_INLINE V top_of(const C* scores) const {
+    V top = V::set1(-kInfinity);
+    // this order lets a NaN pass by: it reaches the row through its weight
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
+      top = maximum(V::load(scores + c), top);
+    return top;
   }
 
   /// Dot products to scores, in place, -infinity where the row sees nothing. Their maximum by
   /// lanes.
   V score_row(Index r, Index block_begin) {
     C* const scores = s_.scores + r * kAttentionKeyBlock;
-    V top = V::set1(-kInfinity);
-    if (is_plain(r)) {
-      for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
-        top = maximum(V::load(scores + c), top);
-      return top;
-    }
     constexpr bool called = problem::is_score_function<Function>;
     const BlockScores<C, Isa, Function> rule(p_, row_of(r), block_begin, s_.ranges[r], hidden(r),
                                              &p_.function);
     if constexpr (called) rule.call_function(scores);
-    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
-      const V x = called ? V::load(scores + c) : rule(V::load(scores + c), c);
-      x.store(scores + c);
-      // this order lets a NaN pass by: it reaches the row through its weight
-      top = maximum(x, top);
-    }
-    return top;
+    for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes)
+      if constexpr (!called) rule(V::load(scores + c), c).store(scores + c);
+    return top_of(scores);
   }
 
-  /// Of as many rows as a vector has lanes: transposed, the maxima of all of them are a vector.
-  void raise_maxima(Index first, Index block_begin) {
+  /// Transposed, the maxima of all rows are a vector.
+  template <bool Plain>
+  EIGENFORMER_INLINE void raise_maxima(Index first, int n, Index block_begin) {
     V tops[Tile::lanes];
     for (int i = 0; i < Tile::lanes; ++i) {
       const Index r = first + i;
-      tops[i] =
-          r < rows_ && !s_.ranges[r].empty() ? score_row(r, block_begin) : V::set1(-kInfinity);
+      if (i >= n || (!Plain && s_.ranges[r].empty()))
+        tops[i] = V::set1(-kInfinity);
+      else
+        tops[i] = Plain ? top_of(s_.scores + r * kAttentionKeyBlock) : score_row(r, block_begin);
     }
     transpose(tops);
-    const int n = static_cast<int>((std::min)(Index{Tile::lanes}, rows_ - first));
     const V before = V::load_partial(s_.now.maxima + first, n);
     V after = before;
     for (const V& top : tops) after = maximum(top, after);
@@ -456,6 +485,7 @@ class AttentionWorker {
   const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0, first_ = 0, queries_ = 0;  // of the task
   Index rows_ = 0, first_position_ = 0;
+  bool full_ = false;  // whether all rows see all keys of the present block
   AttentionProducts<Isa, TQ, TKV> products_;
 };
 
