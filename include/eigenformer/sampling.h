@@ -74,7 +74,7 @@
 #include "cpu/sampling/log_probabilities.h"
 #include "cpu/sampling/sampling.h"
 #include "cpu/sampling/speculative.h"
-#include "sampling/params.h"
+#include "sampling/row_params.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -115,7 +115,7 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
   return problem::Sampling<T>{logits.data(),
                               logits.dimension(0),
                               logits.dimension(1),
-                              row_params(params, frame),
+                              row_params(params, false, logits.dimension(1), frame),
                               params.per_row ? 1 : 0,
                               nullptr,
                               0,
@@ -310,6 +310,7 @@ void sampling_probabilities_into(const D& device, Out&& probabilities, const Log
   static_assert(std::is_same_v<scalar_of<Out>, float>,
                 "eigenformer: sampling probabilities are float");
   detail::require_same_shape(name, "probabilities", out, "logits", view);
+  detail::require_no_coin(name, params);
   Workspace::Frame frame(workspace);
   const auto problem =
       detail::sampling_problem(name, view, params, nullptr,

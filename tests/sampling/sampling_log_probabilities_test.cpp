@@ -257,7 +257,7 @@ TEST(LogProbabilitiesOf, RefusesWithTheArgumentNamed) {
   refuse({0, 4}, {}, {"tokens[1] is 4", "[0, 4)"});
   refuse({0, largest}, {}, {"tokens[1] is 2147483647"});
   refuse({-2, 0}, {}, {"tokens[0] is -2"});
-  refuse({0, 0}, {.min_p = 2}, {"min_p is 2"});
+  refuse({0, 0}, {.min_p = -2}, {"min_p is -2"});
   ef::Tensor<float, 1> small_result(1);
   const std::vector<std::int32_t> tokens{0, 1};
   expect_throws<std::invalid_argument>(

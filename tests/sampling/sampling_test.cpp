@@ -179,7 +179,6 @@ TEST(SamplingRows, RefusesWithTheArgumentNamed) {
   refused({.top_p = nan}, {"top_p is NaN"});
   refused({.min_p = nan}, {"min_p"});
   refused({.min_p = -.1}, {"min_p"});
-  refused({.min_p = 1.1}, {"min_p"});
   refused({.typical_p = nan}, {"typical_p"});
   refused({.repetition_penalty = 0}, {"repetition_penalty"});
   refused({.repetition_penalty = nan}, {"repetition_penalty"});
@@ -200,11 +199,16 @@ TEST(SamplingRows, RefusesWithTheArgumentNamed) {
   const std::vector<std::uint32_t> words(2, 7u);
   refused({.token_mask = words}, {"token_mask has 2 words", "1"});
   auto order = ef::kHuggingFaceOrder;
-  std::swap(order[0], order[5]);
-  refused({.order = order}, {"order", "place 0"});
-  order = ef::kHuggingFaceOrder;
-  order[4] = order[5];
-  refused({.order = order}, {"order", "once"});
+  order[13] = order[14];
+  refused({.order = order}, {"order has stage top_p at place 14 again", "once"});
+  order[13] = static_cast<ef::SamplingStage>(23);
+  refused({.order = order}, {"order has stage 23 at place 13"});
+  using enum ef::SamplingStage;
+  refused({.order = {temperature, penalties}},
+          {"stage penalties at place 1", "before all filters"});
+  refused({.order = {temperature, none, top_k}}, {"stage top_k at place 2 after none"});
+  refused({.top_k = 2, .order = {penalties, top_p}}, {"order has no stage top_k"});
+  refused({.temperature = .5, .order = {}}, {"order has no stage temperature"});
   expect_throws<std::invalid_argument>([&] { ef::top_k_sample(logits, 0, 1.f, rng); },
                                        {"top_k_sample", "top_k is 0"});
   expect_throws<std::invalid_argument>(

@@ -55,6 +55,7 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 ///   last_token        row of the batch 0                verify_speculative: the token after drafts
 ///   initialisation    n / 2^28         n % 2^28         number n of a weight; position: which one
 ///   engine            0                0                operator()
+///   exclusion         row of the batch 0                sample: does XTC exclude?
 ///   user              any              any              what you like: the library never does
 ///
 /// A row that has a generator of its own draws at row 0 of it, wherever it stands in the batch.
@@ -70,6 +71,7 @@ class Philox {
     last_token = 2,
     initialisation = 3,
     engine = 4,
+    exclusion = 5,
     user = 15
   };
   static constexpr std::uint64_t kRows = std::uint64_t{1} << 32;     ///< a row is less

@@ -28,9 +28,18 @@ struct Sampling {
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
     return params[row * params_stride];
   }
-  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double uniform(Index row) const {
-    return generators_stride == 0 ? generators[0].uniform(static_cast<std::uint32_t>(row))
-                                  : generators[row].uniform(0);
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double uniform(
+      Index row, Philox::Purpose purpose = Philox::Purpose::sampling) const {
+    return generators_stride == 0
+               ? generators[0].uniform(static_cast<std::uint32_t>(row), 0, purpose)
+               : generators[row].uniform(0, 0, purpose);
+  }
+  /// Whether XTC excludes tokens of this row, by a number of its own; without generators, where the
+  /// probability is 0 or 1, none is needed.
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool excludes(Index row) const {
+    const double probability = params_of(row).xtc_probability;
+    return probability > 0 &&
+           (generators == nullptr || uniform(row, Philox::Purpose::exclusion) <= probability);
   }
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE void finish(Index row, std::int32_t id,
                                                          SampleStatus status) const {

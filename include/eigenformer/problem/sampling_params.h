@@ -13,17 +13,37 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
-/// One step of the chain from logits to the distribution drawn from.
+/// One step of the chain from logits to the distribution drawn from. Those up to `function` change
+/// logits, the others filter tokens.
 enum class SamplingStage : std::uint8_t {
+  none,  ///< no step: fills the end of an order
+  guidance,
+  sequence_bias,
   penalties,
+  dry,
+  no_repeat_ngram,
+  bad_words,
   logit_bias,
+  min_tokens,
   token_mask,
+  forced_tokens,
+  function,
   temperature,
   top_k,
   top_p,
   min_p,
-  typical_p
+  typical_p,
+  top_n_sigma,
+  xtc,
+  epsilon_cutoff,
+  eta_cutoff,
+  top_h,
+  mirostat
 };
+
+/// Any stages, each at most once, those that change logits first: `{SamplingStage::penalties,
+/// SamplingStage::temperature, SamplingStage::top_k}`.
+using SamplingOrder = std::array<SamplingStage, 24>;
 
 /// What top-k does with tokens equal to the k-th largest.
 enum class TopKTies : std::uint8_t {
@@ -39,16 +59,31 @@ struct LogitBias {
 
 namespace problem {
 
-/// SamplingParams, with lists that are the caller's.
+/// SamplingParams, with lists that are the caller's or the call's.
 struct RowParams {
   double temperature;
   Index top_k;  // vocab or more keeps all
   double top_p, min_p, typical_p, repetition_penalty, frequency_penalty, presence_penalty;
-  std::array<SamplingStage, 8> order;
+  // What is to be done, and no more: a stage that changes nothing is left out. All stages that add
+  // to logits (sequence_bias, dry, no_repeat_ngram, bad_words, logit_bias, min_tokens) are
+  // logit_bias here, neighbours one of them.
+  SamplingOrder order;
   TopKTies top_k_ties;
-  std::span<const std::int32_t> prompt_tokens, output_tokens;
+  std::span<const std::int32_t> prompt_tokens, output_tokens;  // those that penalties see
   std::span<const LogitBias> logit_bias;
   std::span<const std::uint32_t> token_mask;
+  // Number i of the logit_bias stages in the order adds [bias_ends[i - 1], bias_ends[i]) of the
+  // list.
+  std::array<std::int32_t, 6> bias_ends;
+  bool log_probability_penalties;  // of the log-softmax of the logits
+  std::int32_t forced_token;       // -1: none
+  Index guidance_row;              // of the same logits
+  double guidance_scale;
+  Index min_tokens_to_keep;
+  double top_n_sigma, xtc_probability, xtc_threshold, epsilon_cutoff, eta_cutoff, top_h;
+  double dynatemp_range, dynatemp_exponent;
+  std::int32_t mirostat;  // version 1 or 2
+  double mirostat_mu;
 };
 
 }  // namespace problem

@@ -18,12 +18,14 @@ namespace problem {
 /// The tokens still in play.
 template <typename C>
 struct Band {
-  C hi;          // the largest logit in play
-  C lo;          // the smallest; never -infinity
-  Index lo_end;  // tokens equal to lo are in play below this index
+  C hi;                // no logit in play is larger, and one is equal
+  C lo;                // none is smaller; never -infinity
+  Index lo_end;        // tokens equal to lo are in play below this index
+  Index hi_begin = 0;  // tokens equal to hi from this index on
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool contains(C logit, Index token) const {
-    return logit <= hi && (logit > lo || (logit == lo && token < lo_end));
+    return (logit < hi || (logit == hi && token >= hi_begin)) &&
+           (logit > lo || (logit == lo && token < lo_end));
   }
 };
 
@@ -52,6 +54,30 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index equals_taken(double above, doub
   return taken;
 }
 
+/// How many tokens mirostat 1 keeps of `vocab` (Basu et al., "Mirostat", 2021, algorithm 1), from
+/// the Zipf exponent that sums over the best tokens estimate, and `mu` in bits.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index mirostat_count(double sum_products,
+                                                                double sum_squares, double mu,
+                                                                Index vocab) {
+  if (!(sum_squares > 0)) return 1;  // of one token
+  const double exponent = sum_products / sum_squares, excess = exponent - 1,
+               n = static_cast<double>(vocab);
+  const double factor = excess == 0 ? 1 / std::log(n) : excess / (1 - std::pow(n, -excess));
+  const double count = std::pow(factor * std::exp2(mu), 1 / exponent);
+  return count < 1 ? 1 : count < n ? static_cast<Index>(count) : vocab;
+}
+
+/// The temperature that llama.cpp makes of the entropy of `count` > 1 tokens.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double dynamic_temperature(const RowParams& params,
+                                                                      double entropy, Index count) {
+  const double least = params.temperature > params.dynatemp_range
+                           ? params.temperature - params.dynatemp_range
+                           : 0.0,
+               share = entropy > 0 ? entropy / std::log(static_cast<double>(count)) : 0.0;
+  return std::fma(params.temperature + params.dynatemp_range - least,
+                  std::pow(share, params.dynatemp_exponent), least);
+}
+
 /// Of a temperature above 0. Finite, so that 0 times it is 0.
 EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double inverse_temperature(double temperature) {
   const double inverse = 1.0 / temperature;
@@ -72,8 +98,37 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool has_penalties(const RowParams& p
                         !params.output_tokens.empty());
 }
 
+/// Whether a stage of the order changes logits: those stand first.
 EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool adjusts_logits(const RowParams& params) {
-  return has_penalties(params) || !params.logit_bias.empty() || !params.token_mask.empty();
+  return params.order[0] != SamplingStage::none && params.order[0] <= SamplingStage::function;
+}
+
+/// Whether a stage changes the logits of all tokens, and not of those in a list or mask alone.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool adjusts_all_logits(const RowParams& params) {
+  for (const SamplingStage stage : params.order)
+    if (stage == SamplingStage::guidance || stage == SamplingStage::forced_tokens ||
+        stage == SamplingStage::function ||
+        (stage == SamplingStage::penalties && params.log_probability_penalties))
+      return true;
+  return false;
+}
+
+/// The list of the logit_bias stage that comes after `earlier` others.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE std::span<const LogitBias> biases_of_stage(
+    const RowParams& params, int earlier) {
+  const auto index = static_cast<std::size_t>(earlier);
+  const auto begin = static_cast<std::size_t>(earlier == 0 ? 0 : params.bias_ends[index - 1]);
+  const auto end = static_cast<std::size_t>(params.bias_ends[index]);
+  return {params.logit_bias.data() + begin, end - begin};
+}
+
+/// The logit that classifier-free guidance makes of a token's log-probabilities with and without
+/// the prompt.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double guided_logit(double with, double without,
+                                                               double scale) {
+  constexpr double least = std::numeric_limits<double>::lowest();
+  if (with < least || without < least) return -std::numeric_limits<double>::infinity();
+  return std::fma(scale, with - without, without);
 }
 
 /// The logit of a token that occurs in the history, `occurrences` times of them in the output.

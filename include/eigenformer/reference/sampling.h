@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "../sampling.h"
+#include "sampling_logits.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -37,75 +38,169 @@ inline std::size_t nucleus_size(const std::vector<Candidate>& tokens, double p) 
   return tokens.size();
 }
 
-inline void keep_typical(std::vector<Candidate>& tokens, double p) {
-  double entropy = 0;
-  for (const Candidate& c : tokens)
-    if (c.probability > 0) entropy -= c.probability * std::log(c.probability);
+/// Leading tokens of at least `least` probability, and at least `n` of them.
+inline std::size_t probable_size(const std::vector<Candidate>& tokens, double least,
+                                 std::size_t n) {
+  std::size_t size = 0;
+  while (size < tokens.size() && (size < n || tokens[size].probability >= least)) ++size;
+  return size;
+}
+
+/// The same, with the equals of the n-th.
+inline std::size_t probable_size_with_ties(const std::vector<Candidate>& tokens, double least,
+                                           std::size_t n) {
+  std::size_t size = probable_size(tokens, least, n);
+  while (size < tokens.size() && tokens[size].logit == tokens[size - 1].logit) ++size;
+  return size;
+}
+
+inline double entropy_term(const Candidate& c) {
+  return c.probability > 0 ? -c.probability * std::log(c.probability) : 0.0;
+}
+inline double entropy(const std::vector<Candidate>& tokens) {
+  double sum = 0;
+  for (const Candidate& c : tokens) sum += entropy_term(c);
+  return sum;
+}
+
+inline void keep_typical(std::vector<Candidate>& tokens, double p, std::size_t n) {
+  const double all = entropy(tokens);
   const auto distance = [&](const Candidate& c) {
-    return std::abs(-std::log(c.probability) - entropy);
+    return std::abs(-std::log(c.probability) - all);
   };
   std::stable_sort(tokens.begin(), tokens.end(), [&](const Candidate& a, const Candidate& b) {
     return distance(a) < distance(b);
   });
+  const std::size_t kept = (std::min)((std::max)(nucleus_size(tokens, p), n), tokens.size());
   // equals may differ by rounding here
-  const double farthest = distance(tokens[nucleus_size(tokens, p) - 1]) * (1 + 1e-12) + 1e-12;
+  const double farthest = distance(tokens[kept - 1]) * (1 + 1e-12) + 1e-12;
   std::erase_if(tokens, [&](const Candidate& c) { return distance(c) > farthest; });
 }
 
+/// Tokens of a logit of at least the best less so many standard deviations.
+inline std::size_t top_n_sigma_size(const std::vector<Candidate>& tokens, double deviations) {
+  double mean = 0, variance = 0;
+  const auto count = static_cast<double>(tokens.size());
+  for (const Candidate& c : tokens) mean += c.logit / count;
+  for (const Candidate& c : tokens) variance += (c.logit - mean) * (c.logit - mean) / count;
+  std::size_t size = 1;
+  while (size < tokens.size() &&
+         tokens[size].logit >= tokens[0].logit - deviations * std::sqrt(variance))
+    ++size;
+  return size;
+}
+
+/// The longest prefix whose terms of the entropy sum to at most `share` of it.
+inline std::size_t top_h_size(const std::vector<Candidate>& tokens, double share) {
+  const double most = share * entropy(tokens) * (1 + 1e-12);
+  double sum = 0;
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    if ((sum += entropy_term(tokens[i])) > most) return (std::max)(i, std::size_t{1});
+  return tokens.size();
+}
+
+inline std::size_t mirostat_1_size(const std::vector<Candidate>& tokens, double mu, Index vocab) {
+  double products = 0, squares = 0;
+  for (std::size_t i = 0; i + 1 < tokens.size() && i < 99; ++i) {
+    const double t = std::log((static_cast<double>(i) + 2) / (static_cast<double>(i) + 1));
+    products += t * (tokens[i].logit - tokens[i + 1].logit);
+    squares += t * t;
+  }
+  const auto size = static_cast<std::size_t>(problem::mirostat_count(products, squares, mu, vocab));
+  return (std::min)(size, tokens.size());
+}
+
+inline double temperature_of(const std::vector<Candidate>& tokens, const SamplingParams& p) {
+  if (p.dynatemp_range == 0) return p.temperature;
+  if (tokens.size() == 1) return 1;
+  const double least = (std::max)(0.0, p.temperature - p.dynatemp_range),
+               most = p.temperature + p.dynatemp_range,
+               share = entropy(tokens) / std::log(static_cast<double>(tokens.size()));
+  return least + (most - least) * std::pow((std::max)(share, 0.0), p.dynatemp_exponent);
+}
+
+/// One filter. `excludes`: XTC is to exclude tokens.
 inline void apply_stage(std::vector<Candidate>& tokens, SamplingStage stage,
-                        const SamplingParams& p) {
+                        const SamplingParams& p, Index vocab, bool excludes) {
   std::stable_sort(tokens.begin(), tokens.end(), [](const Candidate& a, const Candidate& b) {
     return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
   });
   std::size_t keep = tokens.size();
-  if (stage == SamplingStage::temperature && p.temperature == 0) keep = 1;
-  if (stage == SamplingStage::top_k && p.top_k > 0 && p.top_k < static_cast<Index>(keep)) {
-    keep = static_cast<std::size_t>(p.top_k);
+  const auto n = static_cast<std::size_t>(p.min_tokens_to_keep);
+  double temperature = 1;
+  if (stage == SamplingStage::temperature) {
+    temperature = temperature_of(tokens, p);
+    if (temperature == 0) keep = 1, temperature = 1;
+  }
+  const Index k = (std::max)(p.top_k, p.min_tokens_to_keep);
+  if (stage == SamplingStage::top_k && p.top_k > 0 && k < static_cast<Index>(keep)) {
+    keep = static_cast<std::size_t>(k);
     while (p.top_k_ties == TopKTies::keep_all && keep < tokens.size() &&
            tokens[keep].logit == tokens[keep - 1].logit)
       ++keep;
   }
-  if (stage == SamplingStage::top_p && p.top_p < 1) keep = nucleus_size(tokens, p.top_p);
+  if (stage == SamplingStage::top_p && p.top_p < 1)
+    keep = (std::max)(nucleus_size(tokens, p.top_p), n);
   if (stage == SamplingStage::min_p)
-    while (keep > 1 && tokens[keep - 1].probability < p.min_p * tokens[0].probability) --keep;
-  tokens.resize(keep);
-  if (stage == SamplingStage::typical_p && p.typical_p < 1) keep_typical(tokens, p.typical_p);
-  renormalize(tokens, stage == SamplingStage::temperature && p.temperature > 0 ? p.temperature : 1);
-}
-
-/// Penalties, bias and mask on one row, in their order.
-inline void adjust_logits(std::vector<double>& x, SamplingStage stage, const SamplingParams& p) {
-  for (std::size_t t = 0; t < x.size(); ++t) {
-    if (stage == SamplingStage::penalties) {
-      const auto id = static_cast<std::int32_t>(t);
-      const auto count = std::count(p.output_tokens.begin(), p.output_tokens.end(), id);
-      const auto seen = count + std::count(p.prompt_tokens.begin(), p.prompt_tokens.end(), id);
-      if (seen > 0) x[t] = x[t] < 0 ? x[t] * p.repetition_penalty : x[t] / p.repetition_penalty;
-      if (count > 0) x[t] -= p.frequency_penalty * static_cast<double>(count) + p.presence_penalty;
-    }
-    if (stage == SamplingStage::token_mask && !p.token_mask.empty() &&
-        (p.token_mask[t / 32] >> (t % 32) & 1u) == 0)
-      x[t] = -std::numeric_limits<double>::infinity();
+    keep = probable_size(tokens, (std::min)(p.min_p, 1.0) * tokens[0].probability, n);
+  if (stage == SamplingStage::epsilon_cutoff)
+    keep = probable_size_with_ties(tokens, p.epsilon_cutoff, n);
+  if (stage == SamplingStage::eta_cutoff)
+    keep = probable_size_with_ties(
+        tokens, (std::min)(p.eta_cutoff, std::sqrt(p.eta_cutoff) * std::exp(-entropy(tokens))), n);
+  if (stage == SamplingStage::top_n_sigma && p.top_n_sigma > 0)
+    keep = top_n_sigma_size(tokens, p.top_n_sigma);
+  if (stage == SamplingStage::top_h && p.top_h < 1) keep = top_h_size(tokens, p.top_h);
+  if (stage == SamplingStage::mirostat && p.mirostat == 1)
+    keep = mirostat_1_size(tokens, p.mirostat_mu, vocab);
+  if (stage == SamplingStage::mirostat && p.mirostat == 2)
+    keep = probable_size(tokens, std::exp2(-p.mirostat_mu), 1);
+  tokens.resize((std::min)(keep, tokens.size()));
+  if (stage == SamplingStage::typical_p && p.typical_p < 1) keep_typical(tokens, p.typical_p, n);
+  if (stage == SamplingStage::xtc && excludes) {
+    const std::size_t choices = probable_size(tokens, p.xtc_threshold, 0);
+    if (choices > 1 && tokens.size() - (choices - 1) >= n)
+      tokens.erase(tokens.begin(), tokens.begin() + static_cast<std::ptrdiff_t>(choices - 1));
   }
-  if (stage == SamplingStage::logit_bias)
-    for (const LogitBias& bias : p.logit_bias)
-      x[static_cast<std::size_t>(bias.token)] += static_cast<double>(bias.bias);
+  renormalize(tokens, temperature);
 }
 
 /// The tokens that may be drawn in a row, of logits that have a token to draw.
 template <typename Logits>
-std::vector<Candidate> candidates(const Logits& logits, Index r, const SamplingParams& params) {
-  std::vector<double> x;
-  for (Index v = 0; v < logits.dimension(1); ++v) x.push_back(static_cast<double>(logits(r, v)));
-  for (std::size_t i = 0; i < 3; ++i) adjust_logits(x, params.order[i], params);
+std::vector<Candidate> candidates(const Logits& logits, Index r, const SamplingParams& params,
+                                  bool excludes) {
+  std::vector<double> x = row_in_double(logits, r);
+  for (const SamplingStage stage : params.order)
+    if (stage <= SamplingStage::function) adjust_logits(x, stage, params, logits);
   std::vector<Candidate> tokens;
-  for (Index v = 0; v < logits.dimension(1); ++v)
-    if (x[static_cast<std::size_t>(v)] > -std::numeric_limits<double>::infinity())
-      tokens.push_back({x[static_cast<std::size_t>(v)], 0, v});
+  for (std::size_t v = 0; v < x.size(); ++v)
+    if (x[v] > -std::numeric_limits<double>::infinity())
+      tokens.push_back({x[v], 0, static_cast<Index>(v)});
   renormalize(tokens);
-  for (std::size_t i = 3; i < params.order.size(); ++i)
-    apply_stage(tokens, params.order[i], params);
+  for (const SamplingStage stage : params.order)
+    if (stage > SamplingStage::function)
+      apply_stage(tokens, stage, params, logits.dimension(1), excludes);
   return tokens;
+}
+template <typename Logits>
+std::vector<Candidate> candidates(const Logits& logits, Index r, const SamplingParams& params) {
+  return candidates(logits, r, params, params.xtc_probability == 1);
+}
+
+/// The token that `sample` draws in a row, from the numbers of its generator.
+template <typename Logits>
+std::int32_t sampled_token(const Logits& logits, Index r, const SamplingParams& params,
+                           const Philox& rng, std::uint32_t row) {
+  const bool excludes = params.xtc_probability > 0 &&
+                        rng.uniform(row, 0, Philox::Purpose::exclusion) <= params.xtc_probability;
+  std::vector<Candidate> tokens = candidates(logits, r, params, excludes);
+  std::sort(tokens.begin(), tokens.end(),
+            [](const Candidate& a, const Candidate& b) { return a.token < b.token; });
+  const double u = rng.uniform(row);
+  double sum = 0;
+  for (const Candidate& c : tokens)
+    if ((sum += c.probability) > u) return static_cast<std::int32_t>(c.token);
+  return static_cast<std::int32_t>(tokens.back().token);
 }
 
 /// The distribution of every row, (batch, vocab).

@@ -203,6 +203,7 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
   detail::require_that(output.dimension(0) == batch, name, "log_probabilities has ",
                        output.dimension(0), " elements, logits has ", batch, " rows");
   Workspace::Frame frame(workspace);
+  detail::require_no_coin(name, params);
   const auto problem = detail::sampling_problem(
       name, view, params, nullptr, detail::checked_statuses(name, statuses, batch), frame);
   const auto given = detail::given_tokens<D>(name, tokens, batch, view.dimension(1));
@@ -231,7 +232,8 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
 ///
 /// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and
 /// a status and serves the others. std::invalid_argument too for sizes that differ and tokens out
-/// of range. Costs two reads of the logits and one exponential per token.
+/// of range, and for an xtc_probability between 0 and 1. Costs two reads of the logits and one
+/// exponential per token.
 template <CpuDevice D, typename Logits, typename Tokens,
           detail::SamplingSets Params = SamplingParams>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,

@@ -3,19 +3,16 @@
 /// random numbers of many. `sampling.h` is the manual.
 #pragma once
 
-#include <array>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <limits>
 #include <span>
-#include <string_view>
 #include <type_traits>
+#include <vector>
 
-#include "../core/check.h"
 #include "../core/philox.h"
 #include "../core/values.h"
-#include "../core/workspace.h"
 #include "../problem/sampling.h"
 
 namespace eigenformer {
@@ -24,25 +21,68 @@ inline namespace EIGENFORMER_ABI {
 /// The value of top_k that keeps every token.
 inline constexpr Index kKeepAllTokens = (std::numeric_limits<Index>::max)();
 
-/// Every stage once; penalties, logit bias and token mask, which change logits, hold the first
-/// three places in any order. A stage whose parameter has its default value does nothing.
-using SamplingOrder = std::array<SamplingStage, 8>;
-
-/// Hugging Face transformers.
+/// Hugging Face transformers 5 (generation/utils.py, _get_logits_processor); what it lacks comes
+/// last of its kind.
 inline constexpr SamplingOrder kHuggingFaceOrder{
-    SamplingStage::penalties,   SamplingStage::logit_bias, SamplingStage::token_mask,
-    SamplingStage::temperature, SamplingStage::top_k,      SamplingStage::top_p,
-    SamplingStage::min_p,       SamplingStage::typical_p};
-/// vLLM's engine version 1; typical_p, which vLLM lacks, comes last.
-inline constexpr SamplingOrder kVllmOrder{SamplingStage::token_mask, SamplingStage::logit_bias,
-                                          SamplingStage::penalties,  SamplingStage::temperature,
-                                          SamplingStage::min_p,      SamplingStage::top_k,
-                                          SamplingStage::top_p,      SamplingStage::typical_p};
-/// llama.cpp: the filters see the distribution at temperature 1.
+    SamplingStage::guidance,   SamplingStage::sequence_bias,
+    SamplingStage::penalties,  SamplingStage::no_repeat_ngram,
+    SamplingStage::bad_words,  SamplingStage::logit_bias,
+    SamplingStage::dry,        SamplingStage::min_tokens,
+    SamplingStage::token_mask, SamplingStage::forced_tokens,
+    SamplingStage::function,   SamplingStage::temperature,
+    SamplingStage::top_h,      SamplingStage::top_k,
+    SamplingStage::top_p,      SamplingStage::min_p,
+    SamplingStage::typical_p,  SamplingStage::epsilon_cutoff,
+    SamplingStage::eta_cutoff, SamplingStage::top_n_sigma,
+    SamplingStage::xtc,        SamplingStage::mirostat};
+/// vLLM's engine version 1 (v1/sample/sampler.py).
+inline constexpr SamplingOrder kVllmOrder{
+    SamplingStage::guidance,        SamplingStage::token_mask,  SamplingStage::bad_words,
+    SamplingStage::min_tokens,      SamplingStage::logit_bias,  SamplingStage::sequence_bias,
+    SamplingStage::no_repeat_ngram, SamplingStage::penalties,   SamplingStage::dry,
+    SamplingStage::forced_tokens,   SamplingStage::function,    SamplingStage::temperature,
+    SamplingStage::min_p,           SamplingStage::top_k,       SamplingStage::top_p,
+    SamplingStage::typical_p,       SamplingStage::top_n_sigma, SamplingStage::top_h,
+    SamplingStage::epsilon_cutoff,  SamplingStage::eta_cutoff,  SamplingStage::xtc,
+    SamplingStage::mirostat};
+/// llama.cpp (common/sampling.cpp and the default chain of common/common.h): the filters see the
+/// distribution at temperature 1, mirostat that at the temperature.
 inline constexpr SamplingOrder kLlamaCppOrder{
-    SamplingStage::token_mask, SamplingStage::logit_bias, SamplingStage::penalties,
-    SamplingStage::top_k,      SamplingStage::typical_p,  SamplingStage::top_p,
-    SamplingStage::min_p,      SamplingStage::temperature};
+    SamplingStage::guidance,        SamplingStage::token_mask,
+    SamplingStage::logit_bias,      SamplingStage::min_tokens,
+    SamplingStage::sequence_bias,   SamplingStage::bad_words,
+    SamplingStage::penalties,       SamplingStage::dry,
+    SamplingStage::no_repeat_ngram, SamplingStage::forced_tokens,
+    SamplingStage::function,        SamplingStage::top_n_sigma,
+    SamplingStage::top_k,           SamplingStage::typical_p,
+    SamplingStage::top_p,           SamplingStage::min_p,
+    SamplingStage::epsilon_cutoff,  SamplingStage::eta_cutoff,
+    SamplingStage::top_h,           SamplingStage::xtc,
+    SamplingStage::temperature,     SamplingStage::mirostat};
+
+/// A sequence of tokens whose last one gets a bias where the tokens before it end the history.
+struct SequenceBias {
+  std::vector<std::int32_t> tokens;
+  float bias;
+};
+
+/// Number `position` of the output tokens, the first being 0, is `token`.
+struct ForcedToken {
+  Index position;
+  std::int32_t token;
+};
+
+/// What a request keeps between its tokens for SamplingParams::mirostat.
+struct MirostatState {
+  double target = 5;       ///< surprise wanted, in bits (tau)
+  double rate = .1;        ///< of learning (eta)
+  double mu = 2 * target;  ///< what SamplingParams::mirostat_mu is to be for the next token
+
+  /// Of a drawn token's `processed_log_probabilities` (sample_with_log_probabilities).
+  void update(double log_probability) {
+    if (std::isfinite(log_probability)) mu -= rate * (-log_probability / std::log(2.0) - target);
+  }
+};
 
 struct SamplingParams {
   double temperature = 1;  ///< logits are divided by it; 0 is greedy
@@ -50,7 +90,7 @@ struct SamplingParams {
   Index top_k = kKeepAllTokens;
   /// probability of the smallest set of most likely tokens kept; <= 0 keeps one, >= 1 all
   double top_p = 1;
-  double min_p = 0;  ///< least probability kept, in units of the best token's, from 0 to 1
+  double min_p = 0;  ///< least probability kept, in units of the best token's; above 1 as 1
   /// probability of the smallest set of most typical tokens kept; <= 0 the most typical, >= 1 all
   double typical_p = 1;
   /// positive logits divided by it, others multiplied, for tokens of prompt_tokens and
@@ -68,60 +108,39 @@ struct SamplingParams {
   /// Bit t % 32 of word t / 32 says that token t is allowed, as grammar engines write it;
   /// ceil(vocab / 32) words, or none: all allowed.
   Values<std::uint32_t> token_mask = {};
+
+  /// top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff and xtc leave so many, if there are
+  Index min_tokens_to_keep = 1;
+  double top_n_sigma = 0;        ///< deviations below the largest logit; 0 keeps all
+  double xtc_probability = 0;    ///< of excluding the top choices of a token, from 0 to 1
+  double xtc_threshold = .1;     ///< least probability of a top choice
+  double epsilon_cutoff = 0;     ///< least probability kept
+  double eta_cutoff = 0;         ///< the same, less where the entropy is large
+  double top_h = 1;              ///< share of the entropy kept; 1 keeps all
+  double dynatemp_range = 0;     ///< temperature is from temperature - range to temperature + range
+  double dynatemp_exponent = 1;  ///< of the entropy's share of its maximum
+  int mirostat = 0;              ///< version 1 or 2; 0 is none
+  double mirostat_mu = 10;       ///< bits, see MirostatState
+
+  // Of the history: prompt_tokens and, after them, output_tokens.
+  Index penalty_window = 0;  ///< penalties see so many tokens, the last ones; 0: all
+  /// penalties are those of log-probabilities, the log-softmax of the logits
+  bool penalize_log_probabilities = false;
+  double dry_multiplier = 0, dry_base = 1.75;
+  Index dry_allowed_length = 2;
+  Index dry_window = 0;                                      ///< the last tokens; 0: all
+  std::vector<std::vector<std::int32_t>> dry_breakers = {};  ///< repetition ends at these sequences
+  Index no_repeat_ngram = 0;                                 ///< n: no n tokens twice; 0: none
+  std::vector<std::vector<std::int32_t>> bad_words = {};     ///< sequences that never come
+  std::vector<SequenceBias> sequence_bias = {};
+  Index min_tokens = 0;  ///< stop_tokens are banned from fewer output tokens on
+  Values<std::int32_t> stop_tokens = {};
+  Values<ForcedToken> forced_tokens = {};
+  double guidance_scale = 1;
+  Index guidance_row = -1;  ///< row of the logits that knows nothing of the prompt; -1: none
 };
 
 namespace detail {
-
-inline void check_sampling_order(std::string_view name, const SamplingOrder& order) {
-  unsigned seen = 0;
-  for (std::size_t i = 0; i < order.size(); ++i) {
-    const auto stage = static_cast<unsigned>(order[i]);
-    require_that(stage < order.size() && (seen >> stage & 1u) == 0, name, "order has stage ", stage,
-                 " at place ", i, ", expected every stage once");
-    require_that((stage <= static_cast<unsigned>(SamplingStage::token_mask)) == (i < 3), name,
-                 "order has stage ", stage, " at place ", i,
-                 ", expected penalties, logit_bias and token_mask in the first three places");
-    seen |= 1u << stage;
-  }
-}
-
-inline void check_tokens(std::string_view name, std::string_view argument,
-                         std::span<const std::int32_t> tokens, Index vocab) {
-  for (std::size_t i = 0; i < tokens.size(); ++i)
-    require_that(tokens[i] >= 0 && tokens[i] < vocab, name, argument, "[", i, "] is ", tokens[i],
-                 ", expected a token in [0, ", vocab, ")");
-}
-
-/// O(1) but for the lists that come with the parameters.
-inline void check_sampling_params(std::string_view name, const SamplingParams& p, Index vocab) {
-  require_that(std::isfinite(p.temperature) && p.temperature >= 0, name, "temperature is ",
-               p.temperature, ", expected 0 (greedy) or more");
-  require_that(p.top_k >= 0, name, "top_k is ", p.top_k, ", expected 0 (all tokens) or more");
-  require_that(!std::isnan(p.top_p), name, "top_p is NaN");
-  require_that(p.min_p >= 0 && p.min_p <= 1, name, "min_p is ", p.min_p, ", expected 0 to 1");
-  require_that(!std::isnan(p.typical_p), name, "typical_p is NaN");
-  require_that(std::isfinite(p.repetition_penalty) && p.repetition_penalty > 0, name,
-               "repetition_penalty is ", p.repetition_penalty,
-               ", expected a finite number above 0");
-  require_that(std::isfinite(p.frequency_penalty), name, "frequency_penalty is ",
-               p.frequency_penalty, ", expected a finite number");
-  require_that(std::isfinite(p.presence_penalty), name, "presence_penalty is ", p.presence_penalty,
-               ", expected a finite number");
-  check_sampling_order(name, p.order);
-  check_tokens(name, "prompt_tokens", p.prompt_tokens, vocab);
-  check_tokens(name, "output_tokens", p.output_tokens, vocab);
-  for (std::size_t i = 0; i < p.logit_bias.size(); ++i) {
-    const LogitBias& bias = p.logit_bias[i];
-    require_that(bias.token >= 0 && bias.token < vocab, name, "logit_bias[", i, "] has token ",
-                 bias.token, ", expected a token in [0, ", vocab, ")");
-    require_that(bias.bias < std::numeric_limits<float>::infinity(), name, "logit_bias[", i,
-                 "] is ", bias.bias, ", expected a finite number or -infinity");
-  }
-  const Index words = static_cast<Index>(p.token_mask.size());
-  require_that(words == 0 || words == (vocab + 31) / 32, name, "token_mask has ", words,
-               " words, expected ", (vocab + 31) / 32, " (a bit for each of ", vocab,
-               " tokens) or none");
-}
 
 /// Parameters of a call: one set for all rows, or a span, vector or array of them, one per row.
 template <typename P>
@@ -138,38 +157,6 @@ struct SamplingParamsView {
       sets = params;
   }
 };
-
-inline void check_all_params(std::string_view name, const SamplingParamsView& params, Index batch,
-                             Index vocab) {
-  if (!params.per_row) return check_sampling_params(name, params.sets[0], vocab);
-  require_that(static_cast<Index>(params.sets.size()) == batch, name, "params has ",
-               params.sets.size(), " sets, logits has ", batch, " rows");
-  for (std::size_t r = 0; r < params.sets.size(); ++r)
-    check_sampling_params(join(name, "params of row ", r), params.sets[r], vocab);
-}
-
-/// The parameters as kernels take them, one row or all, in the frame.
-inline const problem::RowParams* row_params(const SamplingParamsView& params,
-                                            Workspace::Frame& frame) {
-  const auto rows = frame.take<problem::RowParams>(static_cast<Index>(params.sets.size()));
-  problem::RowParams* row = rows;
-  for (const SamplingParams& p : params.sets)
-    *row++ = {p.temperature,
-              p.top_k == 0 ? kKeepAllTokens : p.top_k,
-              p.top_p,
-              p.min_p,
-              p.typical_p,
-              p.repetition_penalty,
-              p.frequency_penalty,
-              p.presence_penalty,
-              p.order,
-              p.top_k_ties,
-              p.prompt_tokens,
-              p.output_tokens,
-              p.logit_bias,
-              p.token_mask};
-  return rows;
-}
 
 }  // namespace detail
 

@@ -120,9 +120,10 @@ template <typename T>
 compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k, compute_type<T>* maxima) {
   const Index blocks = row.blocks();
   if (k > blocks) return row.band.lo;
-  // After typical-p the largest token of a block may be out of play.
-  const auto last = std::copy_if(row.block_max, row.block_max + blocks, maxima,
-                                 [&](auto m) { return m <= row.band.hi; });
+  // After typical-p and XTC the largest token of a block may be out of play.
+  const auto last = std::copy_if(row.block_max, row.block_max + blocks, maxima, [&](auto m) {
+    return m < row.band.hi || (m == row.band.hi && row.band.hi_begin == 0);
+  });
   if (last - maxima < k) return row.band.lo;
   std::nth_element(maxima, maxima + (k - 1), last, std::greater<>{});
   return (std::max)(maxima[k - 1], row.band.lo);
@@ -243,7 +244,8 @@ void keep_typical_p(SamplingRow<T>& row, double p,
         hi = (std::max)(hi, x[j]);
       }
   });
-  row.band = {hi, lo, lo > row.band.lo ? row.vocab : row.band.lo_end};
+  row.band = {hi, lo, lo > row.band.lo ? row.vocab : row.band.lo_end,
+              hi < row.band.hi ? 0 : row.band.hi_begin};
 }
 
 template <typename Isa, typename T>
@@ -256,17 +258,30 @@ void set_temperature(SamplingRow<T>& row, double temperature) {
   }
 }
 
-/// Runs the stages after penalties, bias and mask on a scanned row.
+/// The stages of stages.h.
 template <typename Isa, typename T>
-void apply_filters(SamplingRow<T>& row, const problem::RowParams& params,
+void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowParams& params,
+                       bool excludes, const SamplingScratch<compute_type<T>>& scratch);
+
+/// Runs the stages that filter on a scanned row. `excludes`: XTC is to exclude tokens.
+template <typename Isa, typename T>
+void apply_filters(SamplingRow<T>& row, const problem::RowParams& params, bool excludes,
                    const SamplingScratch<compute_type<T>>& scratch) {
+  const bool keeps_one = params.min_tokens_to_keep == 1;
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::temperature) set_temperature<Isa>(row, params.temperature);
-    if (stage == SamplingStage::top_k)
+    if (stage == SamplingStage::none) break;
+    if (stage == SamplingStage::temperature && params.dynatemp_range == 0)
+      set_temperature<Isa>(row, params.temperature);
+    else if (stage == SamplingStage::top_k)
       keep_top_k<Isa>(row, params.top_k, params.top_k_ties, scratch);
-    if (stage == SamplingStage::top_p) keep_top_p<Isa>(row, params.top_p, scratch);
-    if (stage == SamplingStage::min_p) keep_min_p<Isa>(row, params.min_p);
-    if (stage == SamplingStage::typical_p) keep_typical_p<Isa>(row, params.typical_p, scratch);
+    else if (stage == SamplingStage::top_p && keeps_one)
+      keep_top_p<Isa>(row, params.top_p, scratch);
+    else if (stage == SamplingStage::min_p && keeps_one)
+      keep_min_p<Isa>(row, params.min_p);
+    else if (stage == SamplingStage::typical_p && keeps_one)
+      keep_typical_p<Isa>(row, params.typical_p, scratch);
+    else if (stage > SamplingStage::function)
+      apply_rare_filter<Isa>(row, stage, params, excludes, scratch);
   }
 }
 

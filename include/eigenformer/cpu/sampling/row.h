@@ -2,13 +2,13 @@
 /// One row of logits as sampling sees it: blocks of 128 tokens, each with its maximum, and the
 /// tokens still in play.
 ///
-/// Top-k, top-p and min-p keep a prefix of the tokens sorted by (logit descending, index
-/// ascending), and typical-p keeps an interval of logits, so that the survivors of any chain of
-/// filters are the tokens of one band: lo < logit <= hi, and of those equal to lo the ones of index
-/// below lo_end. A filter narrows the band; nothing is sorted but the few candidates for its new
-/// end. Blocks whose maximum lies below the band are skipped, so that after the first scan of the
-/// row (the maximum of each block, one read of vocab * sizeof(T) bytes) a filter reads only where
-/// survivors are.
+/// Most filters keep a prefix of the tokens sorted by (logit descending, index ascending), XTC
+/// takes one away, and typical-p keeps an interval of logits, so that the survivors of any chain of
+/// filters are the tokens of one band: lo < logit < hi, of those equal to lo the ones of index
+/// below lo_end, of those equal to hi the ones from hi_begin on. A filter narrows the band; nothing
+/// is sorted but the few candidates for its new end. Blocks whose maximum lies below the band are
+/// skipped, so that after the first scan of the row (the maximum of each block, one read of vocab *
+/// sizeof(T) bytes) a filter reads only where survivors are.
 ///
 /// Weights exp((logit - hi) / temperature) are computed in double, to a relative error of 1e-15,
 /// and summed in double in a fixed order: 8 interleaved sums in a block, then the blocks from first
@@ -237,13 +237,26 @@ EIGENFORMER_INLINE BlockBits equal_bits(const C* x, C value) {
   return found;
 }
 
-/// Index of the `nth` token (1: the first) whose logit equals `value`.
+/// The tokens of a block whose index is below `end`.
+inline BlockBits bits_before(Index block, Index end) {
+  BlockBits bits;
+  for (Index w = 0; w < 2; ++w) {
+    const Index count = std::clamp<Index>(end - block * SamplingBlock::size - 64 * w, 0, 64);
+    bits.word[w] = count == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
+  }
+  return bits;
+}
+
+/// Index of the `nth` token (1: the first) whose logit equals `value`, of those that hi_begin
+/// leaves.
 template <typename Isa, typename T>
 Index nth_equal(const SamplingRow<T>& row, compute_type<T> value, Index nth) {
   alignas(64) compute_type<T> x[SamplingBlock::size];
   for (Index block = 0; block < row.blocks(); ++block) {
     if (row.block_max[block] < value) continue;
-    const BlockBits found = equal_bits<Isa>(block_logits<Isa>(row, block, x), value);
+    BlockBits found = equal_bits<Isa>(block_logits<Isa>(row, block, x), value);
+    const BlockBits excluded = bits_before(block, value == row.band.hi ? row.band.hi_begin : 0);
+    for (int w = 0; w < 2; ++w) found.word[w] &= ~excluded.word[w];
     if (nth > found.count()) {
       nth -= found.count();
       continue;
@@ -258,21 +271,18 @@ template <typename Isa, typename C>
 EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>& band, C least) {
   using V = simd::Vec<C, Isa>;
   const V lo = V::set1(band.lo), hi = V::set1(band.hi), bound = V::set1((std::max)(least, band.lo));
-  BlockBits members, ends;
+  BlockBits members, ends, tops;
   for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
     const V v = V::load(x + i);
     members.word[i / 64] |= std::uint64_t{(less_equal(bound, v) & less_equal(v, hi)).bits()}
                             << (i % 64);
     ends.word[i / 64] |= std::uint64_t{equal(v, lo).bits()} << (i % 64);
+    tops.word[i / 64] |= std::uint64_t{equal(v, hi).bits()} << (i % 64);
   }
-  // of the tokens at lo, those before this place are in play
-  const Index ties = band.lo_end - block * SamplingBlock::size;
-  for (Index w = 0; w < 2; ++w) {
-    const Index before = std::clamp<Index>(ties - 64 * w, 0, 64);
-    const std::uint64_t in_play =
-        before == 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << before) - 1;
-    members.word[w] &= ~ends.word[w] | in_play;
-  }
+  // of the tokens at lo those before this place are in play, of those at hi the others
+  const BlockBits low = bits_before(block, band.lo_end), high = bits_before(block, band.hi_begin);
+  for (int w = 0; w < 2; ++w)
+    members.word[w] &= (~ends.word[w] | low.word[w]) & ~(tops.word[w] & high.word[w]);
   return members;
 }
 

@@ -11,6 +11,7 @@
 #include "../backend.h"
 #include "filters.h"
 #include "logits.h"
+#include "stages.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -62,14 +63,14 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
       SampleStatus status = scan_row<Isa>(row);
       if (status != SampleStatus::ok || !adjusts_logits(params)) {
-        if (status == SampleStatus::ok) apply_filters<Isa>(row, params, scratch);
+        if (status == SampleStatus::ok) apply_filters<Isa>(row, params, p.excludes(r), scratch);
         visit(r, row, status, scratch);
         continue;
       }
-      adjust_logits<Isa>(row.logits, p.vocab, params, scratch.adjusted, scratch.counts);
+      adjust_logits<Isa>(p, r, scratch);
       SamplingRow<C> adjusted{scratch.adjusted, p.vocab, scratch.block_max, {}, 1.0};
       status = scan_row<Isa>(adjusted);
-      if (status == SampleStatus::ok) apply_filters<Isa>(adjusted, params, scratch);
+      if (status == SampleStatus::ok) apply_filters<Isa>(adjusted, params, p.excludes(r), scratch);
       visit(r, adjusted, status, scratch);
     }
   });

@@ -92,12 +92,13 @@ EIGENFORMER_DEVICE void adjust_logits(Block& block, const T* logits, Index vocab
   for (Index t = block.thread(); t < vocab; t += block.size())
     adjusted[t] = static_cast<C>(logits[t]);
   block.barrier();
+  int bias_stages = 0;
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::penalties && problem::has_penalties(params))
-      apply_penalties(block, adjusted, params, counts);
-    if (stage == SamplingStage::token_mask && !params.token_mask.empty())
+    if (stage == SamplingStage::penalties) apply_penalties(block, adjusted, params, counts);
+    if (stage == SamplingStage::token_mask)
       apply_token_mask(block, adjusted, vocab, params.token_mask);
-    if (stage == SamplingStage::logit_bias) apply_bias(block, adjusted, params.logit_bias);
+    if (stage == SamplingStage::logit_bias)
+      apply_bias(block, adjusted, problem::biases_of_stage(params, bias_stages++));
   }
 }
 
