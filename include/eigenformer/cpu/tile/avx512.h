@@ -219,6 +219,31 @@ EIGENFORMER_INLINE void store_pairs(isa::avx512, simd::vec<float, isa::avx512> e
   _mm512_mask_storeu_epi32(to, static_cast<__mmask16>((1u << n) - 1u), pairs);
 }
 
+#if defined(EIGENFORMER_ISA_AVX512_BF16)
+/// low[i], high[i] = bfloat16 of 16 floats each. For operands of products, which take denormals as
+/// zero: the instruction rounds to nearest even, and denormals to zero.
+EIGENFORMER_INLINE __m512i round_to_bfloat16(simd::vec<float, isa::avx512> low,
+                                             simd::vec<float, isa::avx512> high) {
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+}
+
+/// 32 floats as bfloat16, one after the other.
+EIGENFORMER_INLINE void store_rounded(isa::avx512_bf16, simd::vec<float, isa::avx512> low,
+                                      simd::vec<float, isa::avx512> high, bfloat16* to) {
+  _mm512_storeu_si512(to, round_to_bfloat16(low, high));
+}
+
+/// 16 pairs (even[i], odd[i]) of the same.
+EIGENFORMER_INLINE void store_rounded_pairs(isa::avx512_bf16, simd::vec<float, isa::avx512> even,
+                                            simd::vec<float, isa::avx512> odd, std::uint32_t* to) {
+  alignas(64) static constexpr std::uint16_t order[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi16(0xffffffffu, _mm512_load_si512(order),
+                                                         round_to_bfloat16(even, odd)));
+}
+#endif
+
 constexpr int transpose_size(isa::avx512) { return 16; }
 
 template <typename Unit>

@@ -94,26 +94,10 @@ struct BackwardPairs {
     }
   }
 
-  /// Rows of P or dS of a group (panel `stride` apart) to panels with pairs of rows.
-  static void pack_group(const float* group, Index stride, Index to_stride, Unit* to) {
-    for (Index p = 0; p < kBlock / kColumns; ++p)
-      for (Index r = 0; r < kGroup; r += 2) {
-        const float* const even = group + p * stride + r * kColumns;
-        for (Index c = 0; c < kColumns; c += V::lanes)
-          tile::store_pairs(Isa{}, V::load(even + c), V::load(even + kColumns + c), V::lanes,
-                            to + p * to_stride + r / 2 * kColumns + c);
-      }
-  }
-
-  /// A tile of the same as left operand with pairs of keys.
-  static void pack_tile(const float* rows, Index stride, Unit* to) {
-    alignas(64) bfloat16 rounded[kRows * kBlock];
-    for (Index r = 0; r < kRows; ++r)
-      for (Index c = 0; c < kBlock; c += V::lanes)
-        V::load(rows + c / kColumns * stride + r * kColumns + c % kColumns)
-            .store(rounded + r * kBlock + c);
-    tile::pack_tile<Dot>(Isa{}, tile::MatrixOperand<bfloat16>{rounded, kBlock, 1}, 0, kRows, kRows,
-                         0, kBlock, to);
+  /// A tile of rows (64) of dS as left operand with pairs of keys.
+  static void pack_tile(const bfloat16* lines, Unit* to) {
+    tile::pack_tile<Dot>(Isa{}, tile::MatrixOperand<bfloat16>{lines, kBlock, 1}, 0, kRows, kRows, 0,
+                         kBlock, to);
   }
 
   /// Key j of the transposed sums of a block, and those after it: 16 rows (width) times `factor`.

@@ -41,13 +41,14 @@ class BackwardRows {
     fill_line(on_.scratch.grad_queries, kGroup * on_.shape.width, V::zero());
     for (Index n = 0; n < band.blocks; ++n) {
       const PanelRange* const panels = m.panels + (n * on_.shape.rows + first) / kRows;
-      for (Index r = 0; r < kGroup; ++r) scale_row(m, n, first, r, panels[r / kRows], rows);
       for (Index r = 0; r < kGroup; ++r)
         if (rows.bad[r]) spoil(band, m, n, first + r);
-      if constexpr (Call::kPairs)
-        add_pairs(m, task, n, first, panels);
-      else
+      if constexpr (Call::kPairs) {
+        add_pairs(m, task, n, first, panels, rows);
+      } else {
+        for (Index r = 0; r < kGroup; ++r) scale_row(m, n, first, r, panels[r / kRows], rows);
         add_products(m, task, n, first, panels);
+      }
     }
     for (Index r = 0; r < kGroup && first + r < on_.rows(band); ++r)
       Panels::store_row(on_.scratch.grad_queries, r, kGroup * kPanel, on_.f.scale, on_.f.head_dim,
@@ -188,20 +189,25 @@ class BackwardRows {
     return maximum.value;
   }
 
-  /// Weights and dP of row first + r to P and dS.
+  /// P and dS of row first + r in column c of panel p, from its weights and dP.
+  EIGENFORMER_INLINE void scaled_pair(const Memory& m, Index n, Index first, Index r, int p, int c,
+                                      const RowGroup& rows, V& probability, V& ds) const {
+    const V factor = V::set1(rows.bad[r] ? C(1) : m.sums[n * on_.shape.rows + first + r]);
+    probability = V::load(on_.pairs(m.weights, n, first + r, p) + c) * factor;
+    ds = probability * (V::load(on_.pairs(m.grads, n, first + r, p) + c) -
+                        V::set1(rows.top_grads[r]) - V::set1(rows.deltas[r]));
+    if (on_.f.softcap > 0) ds = ds * V::load(on_.pairs(m.slopes, n, first + r, p) + c);
+  }
+
+  /// Weights and dP of row first + r to P and dS, in place.
   void scale_row(const Memory& m, Index n, Index first, Index r, PanelRange panels,
                  const RowGroup& rows) const {
-    const V factor = V::set1(m.sums[n * on_.shape.rows + first + r]),
-            top_grad = V::set1(rows.top_grads[r]), delta = V::set1(rows.deltas[r]);
     for (int p = panels.begin; p < panels.end; ++p)
       for (int c = 0; c < kPanel; c += Tile::lanes) {
-        C* const weights = on_.pairs(m.weights, n, first + r, p) + c;
-        C* const grads = on_.pairs(m.grads, n, first + r, p) + c;
-        const V probability = V::load(weights) * factor;
-        V ds = probability * (V::load(grads) - top_grad - delta);
-        if (on_.f.softcap > 0) ds = ds * V::load(on_.pairs(m.slopes, n, first + r, p) + c);
-        probability.store(weights);
-        ds.store(grads);
+        V probability, ds;
+        scaled_pair(m, n, first, r, p, c, rows, probability, ds);
+        probability.store(on_.pairs(m.weights, n, first + r, p) + c);
+        ds.store(on_.pairs(m.grads, n, first + r, p) + c);
       }
   }
 
@@ -222,21 +228,19 @@ class BackwardRows {
       }
   }
 
-  /// The same by products of pairs; P and dS to the panels of the last phase.
+  /// The same by products of pairs, from weights and dP of these rows; P and dS to the panels of
+  /// the last phase.
   void add_pairs(const Memory& m, const TaskMemory<C>& task, Index n, Index first,
-                 const PanelRange* panels) const {
+                 const PanelRange* panels, const RowGroup& rows) const {
     using Pairs = typename Call::Pairs;
-    const Index to_stride = on_.shape.rows / 2 * kPanel;
-    Pairs::pack_group(on_.pairs(m.weights, n, first, 0), on_.shape.stride, to_stride,
-                      on_.row_pairs(m.weight_pairs, n, first, 0));
-    Pairs::pack_group(on_.pairs(m.grads, n, first, 0), on_.shape.stride, to_stride,
-                      on_.row_pairs(m.grad_pairs, n, first, 0));
     const bfloat16* const keys = task.keys_across + m.blocks[n] * on_.shape.width;
     for (Index t = 0; t < kGroup / kRows; ++t) {
+      alignas(64) bfloat16 lines[kRows * kBlock];
+      for (Index r = 0; r < kRows; r += 2)
+        pack_rows(m, n, first, t * kRows + r, rows, lines + r * kBlock);
       const PanelRange seen = panels[t];
       if (seen.begin >= seen.end) continue;
-      Pairs::pack_tile(on_.pairs(m.grads, n, first + t * kRows, 0), on_.shape.stride,
-                       on_.scratch.tile);
+      Pairs::pack_tile(lines, on_.scratch.tile);
       constexpr Index steps = kPanel / 2;  // of a panel of pairs
       Pairs::multiply(on_.scratch.tile + seen.begin * steps * kRows,
                       keys + seen.begin * kPanel * kPanel, kBlock * kPanel,
@@ -245,7 +249,29 @@ class BackwardRows {
     }
   }
 
-  /// NaN for every pair of row r with the keys that it sees in block n.
+  /// P and dS of rows r and r + 1 of a group, in pairs of the two; dS to lines (2, 64) besides.
+  void pack_rows(const Memory& m, Index n, Index first, Index r, const RowGroup& rows,
+                 bfloat16* lines) const {
+    for (int p = 0; p < Panels::kPanels; ++p) {
+      std::uint32_t* const weights = on_.row_pairs(m.weight_pairs, n, first + r, p);
+      std::uint32_t* const grads = on_.row_pairs(m.grad_pairs, n, first + r, p);
+      V probabilities[2][2], ds[2][2];  // of two rows and the two halves of a panel
+      for (int row = 0; row < 2; ++row) {
+        for (int half = 0; half < 2; ++half)
+          scaled_pair(m, n, first, r + row, p, half * Tile::lanes, rows, probabilities[row][half],
+                      ds[row][half]);
+        tile::store_rounded(Isa{}, ds[row][0], ds[row][1], lines + row * kBlock + p * kPanel);
+      }
+      for (int half = 0; half < 2; ++half) {
+        const int c = half * Tile::lanes;
+        tile::store_rounded_pairs(Isa{}, probabilities[0][half], probabilities[1][half],
+                                  weights + c);
+        tile::store_rounded_pairs(Isa{}, ds[0][half], ds[1][half], grads + c);
+      }
+    }
+  }
+
+  /// NaN for weight and dP of every pair of row r with the keys that it sees in block n.
   void spoil(const Band& band, const Memory& m, Index n, Index r) const {
     KeyBits hidden;
     const BlockRange range = on_.range_of(band, m, r, m.blocks[n], hidden);
