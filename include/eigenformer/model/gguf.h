@@ -264,10 +264,16 @@ inline std::optional<StoredFormat> gguf_format(std::uint32_t number) {
       return StoredFormat::q4_0;
     case 3:
       return StoredFormat::q4_1;
+    case 6:
+      return StoredFormat::q5_0;
+    case 7:
+      return StoredFormat::q5_1;
     case 8:
       return StoredFormat::q8_0;
     case 12:
       return StoredFormat::q4_k;
+    case 13:
+      return StoredFormat::q5_k;
     case 14:
       return StoredFormat::q6_k;
     case 24:
@@ -290,8 +296,8 @@ inline std::optional<StoredFormat> gguf_format(std::uint32_t number) {
 /// For messages: what people know a format by.
 inline std::string gguf_format_text(std::uint32_t number) {
   constexpr std::string_view names[] = {
-      "",        "",       "",        "",      "Q4_2",   "Q4_3",  "Q5_0",  "Q5_1",
-      "",        "Q8_1",   "Q2_K",    "Q3_K",  "",       "Q5_K",  "",      "Q8_K",
+      "",        "",       "",        "",      "Q4_2",   "Q4_3",  "",      "",
+      "",        "Q8_1",   "Q2_K",    "Q3_K",  "",       "",      "",      "Q8_K",
       "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS",
       "",        "",       "",        "",      "",       "IQ1_M", "",      "",
       "",        "",       "TQ1_0",   "TQ2_0", "",       "",      "",      "MXFP4"};
