@@ -6,9 +6,10 @@
 ///   attended = attention(q, cache)   branch = linear(attended)
 ///   n = add_rms_norm(x, branch)      h = gated_linear(n)     branch = linear(h)
 ///
-/// and four packings of activations. Only tokens whose logits somebody wants go through the head.
-/// On a GPU everything is a launch on its stream: nothing waits, until logits are fetched for the
-/// host. Token ids, positions and page tables are host memory, which travels with the calls.
+/// and four packings of activations; a DecoderForm says where other families differ. Only tokens
+/// whose logits somebody wants go through the head. On a GPU everything is a launch on its stream:
+/// nothing waits, until logits are fetched for the host. Token ids, positions and page tables are
+/// host memory, which travels with the calls.
 #pragma once
 
 #include <cstdint>
@@ -19,152 +20,16 @@
 #include "../activation.h"
 #include "../attention.h"
 #include "../embedding.h"
-#include "../kv_cache.h"
 #include "../normalization.h"
-#include "../paged_kv_cache.h"
 #include "../parallel_region.h"
-#include "../rope.h"
-#include "growing_tensor.h"
 #include "packed_weights.h"
 #include "profile.h"
+#include "step_rows.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// What a step computes: row i appends tokens [offsets[i], offsets[i + 1]) to sequence i. A
-/// StepPlan says the same with the tokens of its own that want logits.
-struct StepRows {
-  std::span<const std::int32_t> tokens;
-  std::span<const Index> offsets;  ///< (rows + 1)
-  /// Places in `tokens`, in any order; one row of logits for each.
-  std::span<const Index> logits_of;
-};
-
 namespace detail {
-
-/// Activations of a step, kept so that steps of no more tokens than one before allocate nothing.
-template <typename T>
-struct InferenceScratch {
-  // of all tokens
-  GrowingTensor<T, 2> stream, normalised, qkv, query, key, attended, gated, branch;
-  GrowingTensor<T, 2> wanted, wanted_branch, last;  // of those whose logits are wanted
-  GrowingTensor<float, 2> logits;                   // of a GPU, on their way to the host
-  std::vector<Index> positions, turned, starts, capacities, offsets, logits_of;
-  std::vector<std::int64_t> wanted_tokens;
-  std::vector<std::int32_t> tokens;
-  BasicRopeTable<compute_type<T>> angles;
-};
-
-/// y's shape, its memory kept where as much is needed. Where memory does not suffice y is empty:
-/// Eigen's resize alone would leave a tensor that frees its old elements twice.
-inline void reshape(Tensor<float, 2>& y, Index rows, Index columns) {
-  if (y.size() != rows * columns) y = Tensor<float, 2>();
-  y.resize(rows, columns);
-}
-
-/// Work below which the threads of a pool, woken for a step, cost more than they bring, in cycles
-/// of one core: 330 us at 3 GHz. Models of 0.3 to 7 million parameters, Zen 3, 2 threads: steps
-/// of 90 to 250 us on one thread took 0.9 to 1.5 of their time, those of 400 us 0.7 to 0.9
-/// (report --filter '^small decoder' times such steps).
-inline constexpr double kSharedStepCycles = 1e6;
-
-/// Cycles of a step, rough: a weight is read from a cache and multiplied, INT8 three times as fast.
-inline double step_cycles(const DecoderConfig& c, Index tokens, Index wanted, WeightFormat format) {
-  const double q = static_cast<double>(c.heads * c.head_dim),
-               kv = static_cast<double>(c.kv_heads * c.head_dim),
-               d = static_cast<double>(c.features), hidden = static_cast<double>(c.hidden);
-  const double layer = 2 * d * (q + kv) + 3 * d * hidden,
-               head = d * static_cast<double>(c.vocabulary);
-  return (format == WeightFormat::int8 ? 0.15 : 0.5) *
-         (static_cast<double>(tokens * c.layers) * layer + static_cast<double>(wanted) * head);
-}
-
-/// Layers of different lengths would turn and mask tokens by the wrong positions.
-inline void require_even_layers(Index first, Index other) {
-  require_that(first == other, "Decoder::step", "a sequence has ", first,
-               " positions in layer 0 of the cache and ", other,
-               " in another, expected one length");
-}
-
-/// Sequences of a PagedKvCache as the rows of a step find them.
-template <typename Cache>
-struct PagedRows {
-  Cache& cache;
-  std::span<const SequenceId> sequences;
-
-  template <typename D, typename K, typename V>
-  void append(const D& device, std::span<const Index> offsets, Index layer, const K& k,
-              const V& v) {
-    cache.append(device, sequences, offsets, layer, k, v);
-  }
-  auto source(Index layer) { return cache.source(layer, sequences); }
-
-  /// Where each row begins, into s.starts, and what undo needs.
-  template <typename T>
-  void begin(const DecoderConfig& model, std::size_t rows, InferenceScratch<T>& s) {
-    require_that(cache.config().layers == model.layers, "Decoder::step", "the cache has ",
-                 cache.config().layers, " layers, the model has ", model.layers);
-    for (Index l = 0; l < model.layers; ++l) {
-      const KvLayerShape c = cache.shape(l);
-      require_that(c.kv_heads == model.kv_heads && c.head_dim == model.head_dim &&
-                       c.value_dim == model.head_dim,
-                   "Decoder::step", "the cache has ", c.kv_heads, " heads of ", c.head_dim,
-                   ", the model has ", model.kv_heads, " of ", model.head_dim);
-    }
-    s.capacities.resize(rows);
-    for (std::size_t i = 0; i < rows; ++i) {
-      s.starts[i] = cache.length(sequences[i]);
-      s.capacities[i] = cache.capacity(sequences[i]);
-      require_even_layers(cache.length(sequences[i], 0), s.starts[i]);
-    }
-  }
-  /// Takes back what was appended; pages that were reserved stay with their sequences.
-  template <typename T>
-  void undo(const InferenceScratch<T>& s) {
-    for (std::size_t i = 0; i < s.starts.size(); ++i) {
-      cache.truncate(sequences[i], s.starts[i]);
-      cache.reserve(sequences[i], s.capacities[i]);  // out of the pages just given back
-    }
-  }
-};
-
-/// The same of a KvCache, whose rows have one length.
-template <typename Cache>
-struct DenseRows {
-  Cache& cache;
-
-  template <typename D, typename K, typename V>
-  void append(const D& device, std::span<const Index> offsets, Index layer, const K& k,
-              const V& v) {
-    const Index batch = static_cast<Index>(offsets.size()) - 1;
-    update_kv_cache(device, cache, batched(k, batch), batched(v, batch), layer);
-  }
-  auto source(Index layer) { return cache.source(layer); }
-  template <typename T>
-  void begin(const DecoderConfig& model, std::size_t, InferenceScratch<T>& s) {
-    const Index length = cache.length(0);
-    for (Index l = 1; l < model.layers; ++l) require_even_layers(length, cache.length(l));
-    std::fill(s.starts.begin(), s.starts.end(), length);
-    had_shape_ = cache.source(0).batch > 0;
-  }
-  template <typename T>
-  void undo(const InferenceScratch<T>& s) {
-    if (had_shape_)
-      cache.truncate(s.starts.front());
-    else
-      cache.clear();  // its first update may bring another batch still
-  }
-
-  bool had_shape_ = false;
-
- private:
-  template <typename T>
-  static HeadsView<T, 4> batched(const HeadsView<T>& x, Index batch) {
-    const Index n = batch == 0 ? 0 : x.dimension(0) / batch;
-    return {
-        x.data(), {batch, n, x.dimension(1), x.dimension(2)}, x.token_stride(), x.head_stride()};
-  }
-};
 
 /// One step; holds references for the time of a call. Rows is PagedRows or DenseRows.
 template <typename T, Device D, typename C, typename Rows>
@@ -175,10 +40,14 @@ class InferenceStep {
       : device_(device),
         weights_(weights),
         config_(weights.config()),
+        form_(weights.form()),
         communicator_(communicator),
         s_(scratch),
         rows_(rows),
-        profile_(profile) {}
+        profile_(profile) {
+    plain_rope_.base = config_.rope_base;
+    plain_rope_.layout = config_.rope_layout;
+  }
 
   /// Checks, computes, appends; logits are a tensor of the host or a view of the device's memory.
   /// Where something throws the cache is as it was.
@@ -209,6 +78,7 @@ class InferenceStep {
 
  private:
   static constexpr auto kName = "Decoder::step";
+  static constexpr GeluOptions kTanh{.approximation = GeluApproximation::tanh};
 
   void require_rows(const StepRows& step) const {
     const Index tokens = static_cast<Index>(step.tokens.size());
@@ -254,9 +124,17 @@ class InferenceStep {
       for (Index t = step.offsets[i]; t < step.offsets[i + 1]; ++t)
         s_.positions[static_cast<std::size_t>(t)] = starts_[i] + t - step.offsets[i];
     }
+    for (const Index position : s_.positions)
+      require_that(form_.positions == 0 || position < form_.positions, kName, "a sequence reaches ",
+                   "position ", position, ", the model has ", form_.positions);
     if constexpr (CpuDevice<D>) {
       std::iota(s_.turned.begin(), s_.turned.end(), Index{0});
-      timed("rope", [&] { s_.angles.assign(s_.positions, config_.head_dim, rope_options()); });
+      const std::size_t rotations = std::max<std::size_t>(1, form_.ropes.size());
+      if (s_.angles.size() < rotations) s_.angles.resize(rotations);
+      timed("rope", [&] {
+        for (std::size_t r = 0; r < rotations; ++r)
+          s_.angles[r].assign(s_.positions, config_.head_dim, rope_options(static_cast<int>(r)));
+      });
     }
   }
 
@@ -273,58 +151,144 @@ class InferenceStep {
           },
           weights_.embedding());
     });
+    scale(x, form_.embedding_scale);
+    if (form_.positions == 0) return;
+    s_.wanted_tokens.assign(s_.positions.begin(), s_.positions.end());
+    auto rows = reshape(s_.branch, x.dimension(0), config_.features);
+    timed("embedding", [&] {
+      embedding_into(device_, rows,
+                     staged(device_, "embedding", std::span<const std::int64_t>(s_.wanted_tokens)),
+                     weights_.positions());
+      residual_add_into(device_, x, x, rows);
+    });
   }
 
   template <typename S, typename Place>
   void layers(const PackedDecoderLayers<S>& all, const StepRows& step, Place& place) {
     auto x = s_.stream.view();
-    const Index tokens = x.dimension(0);
-    auto normalised = reshape(s_.normalised, tokens, config_.features);
-    timed("normalization", [&] {
-      rms_norm_into(device_, normalised, x, vector_of(all.layers.front().attention_norm), norm());
-    });
+    auto normalised = reshape(s_.normalised, x.dimension(0), config_.features);
+    if (form_.norm_before()) norm_into(normalised, x, all.layers.front().attention_norm);
     for (std::size_t l = 0; l < all.layers.size(); ++l) {
       const PackedDecoderLayer<S>& w = all.layers[l];
-      attend(w, static_cast<Index>(l), step);
-      auto branch = reshape(s_.branch, tokens, config_.features);
-      project(branch, s_.attended.view(), w.output);
-      add_norm(normalised, x, branch, w.feed_forward_norm);
-      auto gated = reshape(s_.gated, tokens, config_.hidden);
-      timed("linear", [&] {
-        column_parallel_gated_linear_into(device_, gated, normalised, w.gate_up, communicator_,
-                                          Epilogue{}.silu());
-      });
-      project(branch, gated, w.down);
-      if (l + 1 < all.layers.size())
-        add_norm(normalised, x, branch, all.layers[l + 1].attention_norm);
+      auto branch = reshape(s_.branch, x.dimension(0), config_.features);
+      attend(w, static_cast<Index>(l), input(), step);
+      project(branch, s_.attended.view(), w.output, w.output_bias);
+      if (form_.parallel()) {
+        auto side = reshape(s_.side, x.dimension(0), config_.features);
+        if (!form_.shares_norm()) norm_into(normalised, x, w.feed_forward_norm);
+        feed_forward(w, side, normalised);
+        timed("activation", [&] { residual_add_into(device_, branch, branch, side); });
+      } else {
+        if (form_.norm_after()) norm_into(branch, branch, w.after_attention_norm);
+        join(normalised, x, branch, w.feed_forward_norm);
+        feed_forward(w, branch, input());
+        if (form_.norm_after()) norm_into(branch, branch, w.after_feed_forward_norm);
+      }
+      // The last layer's branch is joined by the head, for the tokens somebody wants.
+      if (l + 1 < all.layers.size()) join(normalised, x, branch, all.layers[l + 1].attention_norm);
     }
     head(place, all.head, step.logits_of);
   }
 
-  // normalised -> attended, keys and values into the cache.
+  /// What attention and feed-forward read: the stream, normalised where the form does so.
+  TensorView<T, 2> input() { return form_.norm_before() ? s_.normalised.view() : s_.stream.view(); }
+
+  // x -> attended, keys and values into the cache.
   template <typename S>
-  void attend(const PackedDecoderLayer<S>& w, Index l, const StepRows& step) {
+  void attend(const PackedDecoderLayer<S>& w, Index l, const TensorView<T, 2>& x,
+              const StepRows& step) {
     const DecoderConfig& c = config_;
+    const DecoderLayerForm layer = form_.layer(l);
     const Index tokens = static_cast<Index>(step.tokens.size()), q_columns = c.heads * c.head_dim,
                 kv_columns = c.kv_heads * c.head_dim;
     auto qkv = reshape(s_.qkv, tokens, q_columns + 2 * kv_columns);
-    project(qkv, s_.normalised.view(), w.qkv);
-    auto keys = reshape(s_.key, tokens, kv_columns);
-    TensorView<T, 3> q(reshape(s_.query, tokens, q_columns).data(), tokens, c.heads, c.head_dim),
-        k(keys.data(), tokens, c.kv_heads, c.head_dim);
-    rotate(q, heads_of(qkv, 0, c.heads, c.head_dim));
-    rotate(k, heads_of(qkv, q_columns, c.kv_heads, c.head_dim));
+    project(qkv, x, w.qkv, w.qkv_bias);
+    const auto part = [&](Index first, Index heads) {
+      return HeadsView<const T>(qkv.data() + first, {tokens, heads, c.head_dim}, qkv.dimension(1));
+    };
+    const auto q = turned(s_.query, part(0, c.heads), w.query_norm, layer.rope),
+               k = turned(s_.key, part(q_columns, c.kv_heads), w.key_norm, layer.rope);
     timed("kv_cache", [&] {
-      rows_.append(device_, step.offsets, l, heads_of(keys, 0, c.kv_heads, c.head_dim),
-                   heads_of(qkv, q_columns + kv_columns, c.kv_heads, c.head_dim));
+      rows_.append(device_, step.offsets, l, k, part(q_columns + kv_columns, c.kv_heads));
     });
     appended_ = true;
     TensorView<T, 3> attended(reshape(s_.attended, tokens, q_columns).data(), tokens, c.heads,
                               c.head_dim);
+    AttentionOptions options{
+        .causal = true, .window = layer.window, .softcap = form_.attention_softcap};
+    if (form_.attention_scale != 0) options.scale = form_.attention_scale;
+    if (form_.sinks) options.sinks = w.sinks;
     timed("attention", [&] {
-      attention_with_kv_source_into(device_, attended, q, rows_.source(l), step.offsets,
-                                    {.causal = true});
+      attention_with_kv_source_into(device_, attended, q, rows_.source(l), step.offsets, options);
     });
+  }
+
+  /// Queries or keys as attention takes them: normalised and turned where the form says so, in
+  /// `memory` then.
+  HeadsView<const T> turned(GrowingTensor<T, 2>& memory, const HeadsView<const T>& heads,
+                            const PackedArray<float>& weight, int rope) {
+    const Index tokens = heads.dimension(0), count = heads.dimension(1), width = config_.head_dim;
+    HeadsView<const T> x = heads;
+    if (form_.query_key_norm == QueryKeyNorm::none && rope < 0) return x;
+    TensorView<T, 3> y(reshape(memory, tokens, count * width).data(), tokens, count, width);
+    const HeadsView<const T> result(y.data(), {tokens, count, width}, count * width);
+    if (form_.query_key_norm != QueryKeyNorm::none) {
+      const bool row = form_.query_key_norm == QueryKeyNorm::row;
+      const Index groups = row ? 1 : count, features = row ? count * width : width;
+      TensorView<T, 3> to(y.data(), tokens, groups, features);
+      timed("normalization", [&] {
+        rms_norm_into(device_, to,
+                      HeadsView<const T>(x.data(), {tokens, groups, features}, x.token_stride()),
+                      vector_of(weight), RmsNormOptions{.epsilon = config_.epsilon});
+      });
+      x = result;
+    }
+    if (rope >= 0) rotate(y, x, rope);
+    return result;
+  }
+
+  template <typename S>
+  void feed_forward(const PackedDecoderLayer<S>& w, TensorView<T, 2> y, const TensorView<T, 2>& x) {
+    const Index tokens = x.dimension(0), hidden = config_.hidden;
+    auto gated = reshape(s_.gated, tokens, hidden);
+    if (w.gate_up.out_features > 0) {
+      timed("linear", [&] {
+        column_parallel_gated_linear_into(device_, gated, x, w.gate_up, communicator_,
+                                          Epilogue{}.silu());
+      });
+    } else if (form_.gated) {
+      auto both = reshape(s_.gate_up, tokens, 2 * hidden);
+      project(both, x, w.up, w.up_bias);
+      timed("activation", [&] { activate_gated(gated, both); });
+    } else {
+      project(gated, x, w.up, w.up_bias);
+      timed("activation", [&] { activate(gated); });
+    }
+    project(y, gated, w.down, w.down_bias);
+  }
+  void activate_gated(TensorView<T, 2>& y, const TensorView<T, 2>& gate_up) {
+    switch (form_.activation) {
+      case DecoderActivation::silu:
+        return swiglu_into(device_, y, gate_up);
+      case DecoderActivation::gelu:
+        return geglu_into(device_, y, gate_up);
+      case DecoderActivation::gelu_tanh:
+        return geglu_into(device_, y, gate_up, kTanh);
+      case DecoderActivation::relu:
+        break;  // refused by DecoderForm::validate
+    }
+  }
+  void activate(TensorView<T, 2>& x) {
+    switch (form_.activation) {
+      case DecoderActivation::silu:
+        return silu_into(device_, x, x);
+      case DecoderActivation::gelu:
+        return gelu_into(device_, x, x);
+      case DecoderActivation::gelu_tanh:
+        return gelu_into(device_, x, x, kTanh);
+      case DecoderActivation::relu:
+        return relu_into(device_, x, x);
+    }
   }
 
   template <typename S, typename Place>
@@ -340,38 +304,78 @@ class InferenceStep {
         staged(device_, "Decoder::step", std::span<const std::int64_t>(s_.wanted_tokens));
     embedding_into(device_, wanted, at, s_.stream.view());  // a row each, as of a table
     embedding_into(device_, branch, at, s_.branch.view());
-    add_norm(last, wanted, branch, weights_.norm());
-    project(logits, last, weight);
+    scale(branch, form_.residual_scale);
+    if (form_.norm == DecoderNorm::rms) {
+      add_norm(last, wanted, branch, weights_.norm());
+    } else {
+      timed("activation", [&] { residual_add_into(device_, wanted, wanted, branch); });
+      norm_into(last, wanted, weights_.norm());
+    }
+    project(logits, last, weight, weights_.head_bias());
+    if (form_.logit_scale != 1 || form_.logit_softcap != 0)
+      timed("activation", [&] {
+        softcap_into(device_, logits, logits,
+                     {.cap = form_.logit_softcap, .scale = form_.logit_scale});
+      });
   }
 
   // ---- one call of a public operator each, charged to its name ----------------------------------
   template <typename Y, typename S>
-  void project(Y& y, const TensorView<T, 2>& x, const PackedColumnShard<S>& weight) {
-    timed("linear", [&] { column_parallel_linear_into(device_, y, x, weight, communicator_); });
+  void project(Y& y, const TensorView<T, 2>& x, const PackedColumnShard<S>& weight,
+               const PackedArray<float>& bias) {
+    timed("linear", [&] {
+      if (bias.size() == 0)
+        column_parallel_linear_into(device_, y, x, weight, communicator_);
+      else
+        column_parallel_linear_into(device_, y, x, weight, communicator_, vector_of(bias));
+    });
+  }
+  /// x += branch; y the norm of x where a norm stands before what follows.
+  void join(TensorView<T, 2>& y, TensorView<T, 2>& x, TensorView<T, 2>& branch,
+            const PackedNorm& weight) {
+    scale(branch, form_.residual_scale);
+    if (form_.norm_before() && form_.norm == DecoderNorm::rms)
+      return add_norm(y, x, branch, weight);
+    timed("activation", [&] { residual_add_into(device_, x, x, branch); });
+    if (form_.norm_before()) norm_into(y, x, weight);
   }
   void add_norm(TensorView<T, 2>& y, TensorView<T, 2>& x, const TensorView<T, 2>& branch,
-                const PackedArray<float>& weight) {
-    timed("normalization",
-          [&] { add_rms_norm_into(device_, y, x, branch, vector_of(weight), norm()); });
+                const PackedNorm& weight) {
+    timed("normalization", [&] {
+      add_rms_norm_into(device_, y, x, branch, vector_of(weight.weight),
+                        {.epsilon = config_.epsilon});
+    });
+  }
+  void norm_into(TensorView<T, 2>& y, const TensorView<T, 2>& x, const PackedNorm& weight) {
+    timed("normalization", [&] {
+      if (form_.norm == DecoderNorm::rms)
+        rms_norm_into(device_, y, x, vector_of(weight.weight),
+                      RmsNormOptions{.epsilon = config_.epsilon});
+      else
+        layer_norm_into(device_, y, x, vector_of(weight.weight), vector_of(weight.bias),
+                        {.epsilon = config_.epsilon});
+    });
+  }
+  void scale(TensorView<T, 2>& x, float factor) {
+    if (factor != 1) timed("activation", [&] { softcap_into(device_, x, x, {.scale = factor}); });
   }
   // On a GPU positions travel and angles are computed: fewer bytes than a table has.
   template <typename X>
-  void rotate(TensorView<T, 3>& y, const X& x) {
+  void rotate(TensorView<T, 3>& y, const X& x, int rope) {
     timed("rope", [&] {
       if constexpr (CpuDevice<D>)
-        rope_into(device_, y, x, s_.turned, s_.angles);
+        rope_into(device_, y, x, s_.turned, s_.angles[static_cast<std::size_t>(rope)]);
       else
-        rope_into(device_, y, x, s_.positions, rope_options());
+        rope_into(device_, y, x, s_.positions, rope_options(rope));
     });
   }
-  RopeOptions rope_options() const {
-    return {.base = config_.rope_base, .layout = config_.rope_layout};
+  const RopeOptions& rope_options(int rope) const {
+    return form_.ropes.empty() ? plain_rope_ : form_.ropes[static_cast<std::size_t>(rope)];
   }
   template <typename U>
   TensorView<U, 2> reshape(GrowingTensor<U, 2>& x, Index rows, Index columns) const {
     return x.reshape(memory_of(device_), Eigen::DSizes<Index, 2>(rows, columns));
   }
-  RmsNormOptions norm() const { return {.epsilon = config_.epsilon}; }
   template <typename Call>
   decltype(auto) timed(std::string_view name, Call&& call) {
     return OperatorProfile::timed(profile_, name, std::forward<Call>(call));
@@ -380,10 +384,12 @@ class InferenceStep {
   const D& device_;
   const PackedDecoderWeights<T>& weights_;
   const DecoderConfig& config_;
+  const DecoderForm& form_;
   C& communicator_;
   InferenceScratch<T>& s_;
   Rows rows_;
   OperatorProfile* profile_;
+  RopeOptions plain_rope_;
   std::vector<Index>& starts_ = s_.starts;
   bool appended_ = false;  // to one layer at least
 };

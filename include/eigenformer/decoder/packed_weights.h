@@ -15,6 +15,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <variant>
 #include <vector>
 
@@ -22,6 +23,7 @@
 #include "../quantization.h"
 #include "../tensor_parallel.h"
 #include "config.h"
+#include "packed_layer.h"
 #include "weights.h"
 
 namespace eigenformer {
@@ -33,60 +35,10 @@ enum class WeightFormat {
   int8,        ///< one scale an output channel; not with double
 };
 
-/// The tensors of one layer where they lie, W their scalar: (out, in) of each linear layer.
-template <FloatingScalar W>
-struct DecoderLayerViews {
-  TensorView<const W, 1> attention_norm;  ///< (features)
-  TensorView<const W, 2> query;           ///< (heads * head_dim, features)
-  TensorView<const W, 2> key, value;      ///< (kv_heads * head_dim, features)
-  TensorView<const W, 2> output;          ///< (features, heads * head_dim)
-  TensorView<const W, 1> feed_forward_norm;
-  TensorView<const W, 2> gate, up;  ///< (hidden, features)
-  TensorView<const W, 2> down;      ///< (features, hidden)
-};
-
-namespace detail {
-
-/// A norm's weights as a tensor.
-inline TensorView<const float, 1> vector_of(const PackedArray<float>& x) {
-  return {x.data(), x.size()};
-}
-
-/// A tensor where the kernels of a device read it: itself, or a copy that lives as long as this.
-template <typename W, int Rank>
-class ReadableTensor {
- public:
-  ReadableTensor(const Memory& target, const TensorView<const W, Rank>& x, const Memory& memory)
-      : data_(x.data()), sizes_(x.dimensions()) {
-    if (memory.backend == target.backend) return;
-    copy_.resize(x.size(), target);
-    copy_bytes(target, copy_.data(), memory, x.data(),
-               static_cast<std::size_t>(x.size()) * sizeof(W));
-    data_ = copy_.data();
-  }
-  TensorView<const W, Rank> view() const { return {data_, sizes_}; }
-
- private:
-  PackedArray<W> copy_;
-  const W* data_;
-  Eigen::DSizes<Index, Rank> sizes_;
-};
-
-}  // namespace detail
-
 /// An embedding in INT8 with one scale per token.
 struct QuantizedEmbedding {
   TensorView<const std::int8_t, 2> values;  ///< (vocabulary, features)
   TensorView<const float, 1> scales;        ///< (vocabulary)
-};
-
-/// One layer as inference reads it, S the scalar of its packed weights.
-template <typename S>
-struct PackedDecoderLayer {
-  detail::PackedArray<float> attention_norm, feed_forward_norm;  ///< (features)
-  PackedColumnShard<S> qkv;  ///< queries, keys, values, one below the other
-  PackedColumnShard<S> output, down;
-  PackedGatedColumnShard<S> gate_up;
 };
 
 /// All linear layers in one format.
@@ -114,9 +66,11 @@ class PackedDecoderWeights {
 
   /// Throws std::invalid_argument for an impossible shape, and for int8 where T is double.
   explicit PackedDecoderWeights(const DecoderConfig& config,
-                                WeightFormat format = WeightFormat::activation)
-      : config_(config), format_(format) {
+                                WeightFormat format = WeightFormat::activation,
+                                DecoderForm form = {})
+      : config_(config), form_(std::move(form)), format_(format) {
     config.validate();
+    form_.validate(config);
     detail::require_that(format == WeightFormat::activation || kHasInt8, kName,
                          "int8 weights do not serve activations of double");
     if constexpr (kHasInt8)
@@ -126,6 +80,7 @@ class PackedDecoderWeights {
   }
 
   const DecoderConfig& config() const { return config_; }
+  const DecoderForm& form() const { return form_; }
   WeightFormat format() const { return format_; }
 
   /// Packs this rank's part of master weights on a device. The embedding is a view of theirs where
@@ -134,81 +89,69 @@ class PackedDecoderWeights {
   void pack(const D& device, std::shared_ptr<const DecoderWeights> masters, const C& communicator) {
     const DecoderWeights& from = *masters;
     const Memory& memory = from.memory();
-    for (Index l = 0; l < config_.layers; ++l) {
-      const DecoderWeights::Layer& w = from.layer(l);
-      const DecoderLayerViews<float> views{.attention_norm = from.vector(w.attention_norm),
-                                           .query = from.matrix(w.query),
-                                           .key = from.matrix(w.key),
-                                           .value = from.matrix(w.value),
-                                           .output = from.matrix(w.output),
-                                           .feed_forward_norm = from.vector(w.feed_forward_norm),
-                                           .gate = from.matrix(w.gate),
-                                           .up = from.matrix(w.up),
-                                           .down = from.matrix(w.down)};
-      pack_layer(device, l, views, communicator, memory);
-    }
+    for (Index l = 0; l < config_.layers; ++l)
+      pack_layer(device, l, from.views(l), communicator, memory);
     pack_head(device, from.vector(from.norm()), from.matrix(from.head()), communicator, memory);
     set_embedding(from.matrix(from.embedding()), std::move(masters), memory);
     if (memory.backend != memory_of(device).backend)
       own_embedding(device, WeightFormat::activation);
   }
 
-  /// Packs this rank's part of layer l on a device, from views of `memory`. Throws
-  /// std::invalid_argument for a layer that is not there, for shapes other than the
-  /// configuration's, and for what pack_weight refuses.
-  template <Device D, typename W, Communicator C>
-  void pack_layer(const D& device, Index l, const DecoderLayerViews<W>& views,
+  /// Packs this rank's part of those tensors of layer l that `views` has, on a device, from views
+  /// of `memory`. Throws std::invalid_argument for a layer that is not there, for shapes other than
+  /// the configuration's, for a part of tensors that go together, and for what pack_weight refuses.
+  template <Device D, typename W, typename N, Communicator C>
+  void pack_layer(const D& device, Index l, const DecoderLayerViews<W, N>& views,
                   const C& communicator, const Memory& memory = host_memory) {
     detail::require_that(l >= 0 && l < config_.layers, kName, "layer is ", l, ", expected 0 to ",
                          config_.layers - 1);
-    const Index q = config_.heads * config_.head_dim, kv = config_.kv_heads * config_.head_dim,
-                d = config_.features, hidden = config_.hidden;
-    require_shape(views.query, "query", q, d);
-    require_shape(views.key, "key", kv, d);
-    require_shape(views.value, "value", kv, d);
-    require_shape(views.output, "output", d, q);
-    require_shape(views.gate, "gate", hidden, d);
-    require_shape(views.up, "up", hidden, d);
-    require_shape(views.down, "down", d, hidden);
+    packing().require_shapes(views);
     std::visit(
         [&]<typename S>(PackedDecoderLayers<S>& all) {
-          const auto readable = [&](const TensorView<const W, 2>& view) {
-            return detail::ReadableTensor<W, 2>(memory_of(device), view, memory);
-          };
-          PackedDecoderLayer<S> packed;
-          packed.attention_norm = norm(device, views.attention_norm, "attention_norm", memory);
-          packed.feed_forward_norm =
-              norm(device, views.feed_forward_norm, "feed_forward_norm", memory);
-          {
-            const auto query = readable(views.query), key = readable(views.key),
-                       value = readable(views.value);
-            packed.qkv = pack_stacked_column_shard<S>(
-                device, std::array{query.view(), key.view(), value.view()}, communicator);
-          }
-          packed.output = pack_column_shard<S>(device, readable(views.output).view(), communicator);
-          packed.gate_up = pack_gated_column_shard<S>(device, readable(views.gate).view(),
-                                                      readable(views.up).view(), communicator);
-          packed.down = pack_column_shard<S>(device, readable(views.down).view(), communicator);
-          all.layers[static_cast<std::size_t>(l)] = std::move(packed);
+          auto& packed = all.layers[static_cast<std::size_t>(l)];
+          packing().pack_matrices(device, packed, views, communicator, memory);
+          packing().pack_vectors(device, packed, views, memory);
         },
         layers_);
   }
 
   /// The norm behind the last layer (features), and this rank's part of the head (vocabulary,
   /// features).
-  template <Device D, typename W, Communicator C>
-  void pack_head(const D& device, const TensorView<const W, 1>& last_norm,
+  template <Device D, typename N, typename W, Communicator C>
+  void pack_head(const D& device, const TensorView<const N, 1>& last_norm,
                  const TensorView<const W, 2>& head, const C& communicator,
                  const Memory& memory = host_memory) {
-    require_shape(head, "head", config_.vocabulary, config_.features);
-    auto packed_norm = norm(device, last_norm, "norm", memory);
+    Packing::require_shape(head, "head", config_.vocabulary, config_.features);
+    auto packed_norm = Packing::vector(device, last_norm, "norm", config_.features, memory);
     const detail::ReadableTensor<W, 2> readable(memory_of(device), head, memory);
     std::visit(
         [&]<typename S>(PackedDecoderLayers<S>& all) {
           all.head = pack_column_shard<S>(device, readable.view(), communicator);
         },
         layers_);
-    norm_ = std::move(packed_norm);
+    norm_.weight = std::move(packed_norm);
+    if (form_.norm == DecoderNorm::layer && norm_.bias.size() == 0)
+      norm_.bias = Packing::zeros(device, config_.features);
+  }
+  /// Bias of the norm behind the last layer (features), of forms with LayerNorm.
+  template <Device D, typename N>
+  void set_norm_bias(const D& device, const TensorView<const N, 1>& bias,
+                     const Memory& memory = host_memory) {
+    norm_.bias = Packing::vector(device, bias, "norm_bias", config_.features, memory);
+  }
+  /// Bias of the head (vocabulary).
+  template <Device D, typename N>
+  void set_head_bias(const D& device, const TensorView<const N, 1>& bias,
+                     const Memory& memory = host_memory) {
+    head_bias_ = Packing::vector(device, bias, "head_bias", config_.vocabulary, memory);
+  }
+  /// Table of learned positions (positions, features), of forms that have one; copied.
+  template <Device D, typename W>
+  void set_positions(const D& device, const TensorView<const W, 2>& table,
+                     const Memory& memory = host_memory) {
+    Packing::require_shape(table, "positions", form_.positions, config_.features);
+    const TensorView<const W, 1> flat(table.data(), table.size());
+    positions_ = Packing::vector(device, flat, "positions", table.size(), memory);
   }
 
   /// Keeps the embedding (vocabulary, features) as a view of `memory`, which is that of the device
@@ -216,7 +159,7 @@ class PackedDecoderWeights {
   template <typename W>
   void set_embedding(const TensorView<const W, 2>& table, std::shared_ptr<const void> owner,
                      const Memory& memory = host_memory) {
-    require_shape(table, "embedding", config_.vocabulary, config_.features);
+    Packing::require_shape(table, "embedding", config_.vocabulary, config_.features);
     embedding_.template emplace<TensorView<const W, 2>>(table);
     owner_ = std::move(owner);
     embedding_memory_ = &memory;
@@ -243,26 +186,33 @@ class PackedDecoderWeights {
 
   const Layers& layers() const { return layers_; }
   const Embedding& embedding() const { return embedding_; }
-  const detail::PackedArray<float>& norm() const { return norm_; }
+  const detail::PackedNorm& norm() const { return norm_; }
+  const detail::PackedArray<float>& head_bias() const { return head_bias_; }
+  /// (form().positions, features)
+  TensorView<const float, 2> positions() const {
+    return {positions_.data(), form_.positions, config_.features};
+  }
 
   /// Throws std::invalid_argument where a device does not work on the memory of the weights.
   template <Device D>
   void require_reachable(const D& device) const {
     detail::require_memory(kName, "the embedding", *embedding_memory_, memory_of(device));
-    detail::require_memory(kName, "the set of packed weights", norm_.memory(), memory_of(device));
+    detail::require_memory(kName, "the set of packed weights", norm_.weight.memory(),
+                           memory_of(device));
   }
 
-  /// Throws std::logic_error where a layer, the head or the embedding is missing.
+  /// Throws std::logic_error where a tensor of a layer, the head or the embedding is missing.
   void require_complete() const {
     const bool complete = std::visit(
         [&](const auto& all) {
           for (const auto& layer : all.layers)
-            if (layer.down.out_features == 0) return false;
+            if (!packing().is_complete(layer)) return false;
           // none are left in weights that were moved from
           return !all.layers.empty() && all.head.out_features > 0;
         },
         layers_);
-    if (!complete || std::holds_alternative<std::monostate>(embedding_))
+    if (!complete || std::holds_alternative<std::monostate>(embedding_) ||
+        (form_.positions > 0 && positions_.size() == 0))
       detail::fail<std::logic_error>(
           "PackedDecoderWeights: a layer, the head or the embedding was not packed");
   }
@@ -270,7 +220,8 @@ class PackedDecoderWeights {
   /// Bytes inference reads from: this rank's linear layers as packed (scales included, padding
   /// not), norms, embedding.
   std::size_t bytes() const {
-    Index total = (2 * config_.layers + 1) * config_.features * Index{sizeof(float)};
+    Index numbers = norm_.weight.size() + norm_.bias.size() + head_bias_.size() + positions_.size();
+    Index total = 0;
     std::visit(
         [&]<typename S>(const PackedDecoderLayers<S>& all) {
           const auto add = [&](const auto& shard) {
@@ -280,11 +231,18 @@ class PackedDecoderWeights {
           };
           for (const auto& layer : all.layers) {
             add(layer.qkv.weight), add(layer.output.weight), add(layer.gate_up.weight);
-            add(layer.down.weight);
+            add(layer.up.weight), add(layer.down.weight);
+            for (const auto* norm : {&layer.attention_norm, &layer.feed_forward_norm,
+                                     &layer.after_attention_norm, &layer.after_feed_forward_norm})
+              numbers += norm->weight.size() + norm->bias.size();
+            for (const auto* vector : {&layer.query_norm, &layer.key_norm, &layer.qkv_bias,
+                                       &layer.output_bias, &layer.up_bias, &layer.down_bias})
+              numbers += vector->size();
           }
           add(all.head.weight);
         },
         layers_);
+    total += numbers * Index{sizeof(float)};
     std::visit(
         [&]<typename Table>(const Table& table) {
           if constexpr (rank_of<Table> == 2)
@@ -297,28 +255,9 @@ class PackedDecoderWeights {
   }
 
  private:
-  static constexpr auto kName = "PackedDecoderWeights";
-
-  template <typename View>
-  static void require_shape(const View& view, const char* name, Index rows, Index columns) {
-    detail::require_that(view.dimension(0) == rows && view.dimension(1) == columns, kName, name,
-                         " has shape ", detail::shape_text(view), ", the configuration says (",
-                         rows, ", ", columns, ")");
-  }
-  /// Converted on the host: a few numbers, wherever they lie.
-  template <typename D, typename W>
-  detail::PackedArray<float> norm(const D& device, const TensorView<const W, 1>& view,
-                                  const char* name, const Memory& memory) const {
-    detail::require_that(view.dimension(0) == config_.features, kName, name, " has ",
-                         view.dimension(0), " elements, the configuration says ", config_.features);
-    const detail::ReadableTensor<W, 1> readable(host_memory, view, memory);
-    const Tensor<float, 1> converted = readable.view().template cast<float>();
-    detail::PackedArray<float> result;
-    result.resize(view.size(), memory_of(device));
-    result.memory().copy_in(result.data(), converted.data(),
-                            static_cast<std::size_t>(view.size()) * sizeof(float));
-    return result;
-  }
+  using Packing = detail::LayerPacking;
+  Packing packing() const { return {config_, form_}; }
+  static constexpr auto kName = detail::LayerPacking::kName;
 
   template <typename D, typename W>
   void own_copy(const D& device, const TensorView<const W, 2>& table) {
@@ -350,12 +289,14 @@ class PackedDecoderWeights {
   }
 
   DecoderConfig config_;
+  DecoderForm form_;
   WeightFormat format_;
   Layers layers_;
   Embedding embedding_;
   std::shared_ptr<const void> owner_;
   const Memory* embedding_memory_ = &host_memory;
-  detail::PackedArray<float> norm_;  // (features)
+  detail::PackedNorm norm_;
+  detail::PackedArray<float> head_bias_, positions_;
 };
 
 }  // namespace EIGENFORMER_ABI

@@ -13,6 +13,7 @@
 #include "../core/philox.h"
 #include "../optimizer.h"
 #include "config.h"
+#include "layer_views.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -109,6 +110,21 @@ class DecoderWeights {
   TensorView<float, 1> gradient_vector(std::size_t tensor) {
     const DecoderTensor& t = tensors_[tensor];
     return {gradients() + t.offset, t.size()};
+  }
+
+  DecoderLayerViews<float> views(Index l) const {
+    const Layer& w = layer(l);
+    DecoderLayerViews<float> views;
+    views.attention_norm.emplace(vector(w.attention_norm));
+    views.query.emplace(matrix(w.query));
+    views.key.emplace(matrix(w.key));
+    views.value.emplace(matrix(w.value));
+    views.output.emplace(matrix(w.output));
+    views.feed_forward_norm.emplace(vector(w.feed_forward_norm));
+    views.gate.emplace(matrix(w.gate));
+    views.up.emplace(matrix(w.up));
+    views.down.emplace(matrix(w.down));
+    return views;
   }
 
   std::vector<Parameter> parameters() {

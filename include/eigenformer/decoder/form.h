@@ -1,0 +1,126 @@
+/// \file
+/// What decoders of other families do differently from Llama, for inference: norms, biases, blocks
+/// side by side, rotations and windows by layer, caps and scales. DecoderConfig says how large a
+/// decoder is, DecoderForm what it computes; a form of defaults is Llama's.
+///
+///   ef::DecoderForm gemma2;
+///   gemma2.placement = ef::NormPlacement::both;
+///   gemma2.activation = ef::DecoderActivation::gelu_tanh;
+///   gemma2.logit_softcap = 30;
+///   auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(config, ef::WeightFormat::int8, gemma2);
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "../rope.h"
+#include "config.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+enum class DecoderNorm {
+  rms,    ///< RMSNorm
+  layer,  ///< LayerNorm
+};
+
+/// Of the norms of attention and feed-forward.
+enum class NormPlacement {
+  before,  ///< x + f(norm(x)): Llama
+  after,   ///< x + norm(f(x)): OLMo 2
+  both,    ///< x + norm(f(norm(x))): Gemma 2
+};
+
+enum class DecoderBlocks {
+  sequential,            ///< x += attention, then x += feed-forward of that: Llama
+  parallel,              ///< x += attention + feed-forward, each with a norm of its own: GPT-NeoX
+  parallel_shared_norm,  ///< the same with one norm: Falcon 7B, Phi-2, Cohere
+};
+
+/// RMSNorm of queries and keys before they turn.
+enum class QueryKeyNorm {
+  none,
+  head,  ///< of every head, with weights (head_dim): Qwen 3, Gemma 3
+  row,   ///< of all heads of a token together: OLMo 2
+};
+
+enum class DecoderActivation {
+  silu,
+  gelu,
+  gelu_tanh,
+  relu,
+};
+
+/// One layer's part of a form.
+struct DecoderLayerForm {
+  Index window = 0;  ///< most recent positions that a token sees, its own included; 0: all
+  int rope = 0;      ///< which of DecoderForm::ropes turns queries and keys; -1: none does
+};
+
+struct DecoderForm {
+  DecoderNorm norm = DecoderNorm::rms;
+  NormPlacement placement = NormPlacement::before;
+  DecoderBlocks blocks = DecoderBlocks::sequential;
+  QueryKeyNorm query_key_norm = QueryKeyNorm::none;
+  DecoderActivation activation = DecoderActivation::silu;
+  bool gated = true;            ///< down(f(gate x) * up x); else down(f(up x))
+  bool sinks = false;           ///< attention has a sink of each head
+  Index positions = 0;          ///< rows of a table of learned positions (GPT-2); 0: there is none
+  float attention_scale = 0;    ///< 0: 1 / sqrt(head_dim)
+  float attention_softcap = 0;  ///< 0: none
+  float embedding_scale = 1;
+  float residual_scale = 1;  ///< of what attention and feed-forward add
+  float logit_scale = 1;
+  float logit_softcap = 0;               ///< 0: none
+  std::vector<RopeOptions> ropes;        ///< none: one of DecoderConfig's base and layout
+  std::vector<DecoderLayerForm> layers;  ///< one per layer, or none: all of the defaults
+
+  DecoderLayerForm layer(Index l) const {
+    return layers.empty() ? DecoderLayerForm{} : layers[static_cast<std::size_t>(l)];
+  }
+  bool norm_before() const { return placement != NormPlacement::after; }
+  bool norm_after() const { return placement != NormPlacement::before; }
+  bool parallel() const { return blocks != DecoderBlocks::sequential; }
+  bool shares_norm() const { return blocks == DecoderBlocks::parallel_shared_norm; }
+
+  /// Throws std::invalid_argument where no decoder of this form and shape can be.
+  void validate(const DecoderConfig& config) const {
+    constexpr auto name = "Decoder";
+    const auto finite = [&](float value, const char* what) {
+      detail::require_that(std::isfinite(value), name, what, " is ", value,
+                           ", expected a finite number");
+    };
+    finite(attention_scale, "attention_scale");
+    finite(embedding_scale, "embedding_scale");
+    finite(residual_scale, "residual_scale");
+    finite(logit_scale, "logit_scale");
+    const auto cap = [&](float value, const char* what) {
+      detail::require_that(std::isfinite(value) && value >= 0, name, what, " is ", value,
+                           ", expected 0 (none) or a positive number");
+    };
+    cap(attention_softcap, "attention_softcap");
+    cap(logit_softcap, "logit_softcap");
+    detail::require_that(!parallel() || placement == NormPlacement::before, name,
+                         "blocks side by side have their norms before them, expected "
+                         "NormPlacement::before");
+    detail::require_that(!gated || activation != DecoderActivation::relu, name,
+                         "a gated ReLU is not among the activations");
+    detail::require_that(positions >= 0, name, "positions is ", positions,
+                         ", expected 0 (no table) or more");
+    detail::require_that(layers.empty() || static_cast<Index>(layers.size()) == config.layers, name,
+                         "the form has ", layers.size(), " layers, the configuration says ",
+                         config.layers);
+    const int choices = ropes.empty() ? 1 : static_cast<int>(ropes.size());
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      detail::require_that(layers[l].window >= 0, name, "window of layer ", l, " is ",
+                           layers[l].window, ", expected 0 (none) or more");
+      detail::require_that(layers[l].rope >= -1 && layers[l].rope < choices, name, "rope of layer ",
+                           l, " is ", layers[l].rope, ", expected -1 (none) to ", choices - 1);
+    }
+    for (const RopeOptions& options : ropes)
+      detail::rope_rotary_dim(name, config.head_dim, options);
+  }
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

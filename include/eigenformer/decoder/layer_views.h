@@ -1,0 +1,37 @@
+/// \file
+/// The tensors of one layer of a decoder, wherever they come from.
+#pragma once
+
+#include <optional>
+
+#include "../core/tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Tensors of one layer where they lie: W the scalar of matrices, (out, in) of each linear layer, N
+/// that of vectors. A layer may be packed in several calls, each with some of its tensors.
+template <FloatingScalar W, FloatingScalar N = W>
+struct DecoderLayerViews {
+  using Matrix = std::optional<TensorView<const W, 2>>;
+  using Vector = std::optional<TensorView<const N, 1>>;
+
+  Vector attention_norm = {};   ///< (features)
+  Matrix query = {};            ///< (heads * head_dim, features); with key and value in one call
+  Matrix key = {}, value = {};  ///< (kv_heads * head_dim, features)
+  Matrix output = {};           ///< (features, heads * head_dim)
+  Vector feed_forward_norm = {};
+  Matrix gate = {}, up = {};  ///< (hidden, features), both in one call; a form without gates has up
+  Matrix down = {};           ///< (features, hidden)
+  // Of forms that have them (form.h).
+  Vector attention_norm_bias = {}, feed_forward_norm_bias = {};
+  Vector after_attention_norm = {}, after_feed_forward_norm = {};
+  Vector query_norm = {}, key_norm = {};
+  Vector query_bias = {}, key_bias = {}, value_bias = {};  ///< in one call, or none
+  Vector output_bias = {};
+  Vector gate_bias = {}, up_bias = {}, down_bias = {};
+  Vector sinks = {};  ///< (heads)
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
