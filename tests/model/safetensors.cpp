@@ -63,6 +63,10 @@ TEST(Safetensors, RoundTrip) {
   expect_throws<ef::ModelFileError>(
       [&] { ef::write_safetensors(folder.path() / "no" / "file", tensors); },
       {"file: cannot be written"});
+  std::filesystem::create_directory(folder.path() / "taken");
+  expect_throws<ef::ModelFileError>(
+      [&] { ef::write_safetensors(folder.path() / "taken", tensors); }, {"taken: cannot be"});
+  EXPECT_FALSE(std::filesystem::exists(folder.path() / "taken.partial"));
 }
 
 TEST(Safetensors, WriterRefuses) {

@@ -280,12 +280,12 @@ inline void write_safetensors(const std::filesystem::path& path,
   write(text.data(), text.size());
   for (const StoredTensor& tensor : tensors) write(tensor.bytes.data(), tensor.bytes.size());
   stream.close();
-  std::error_code problem;
+  std::error_code problem, ignored;
   if (stream) std::filesystem::rename(partial, path, problem);
-  if (!stream || problem)
-    detail::fail_model(path.string(), "",
-                       "cannot be written: is the disk full, or the folder not "
-                       "writable?");
+  if (stream && !problem) return;
+  std::filesystem::remove(partial, ignored);
+  detail::fail_model(path.string(), "",
+                     "cannot be written: is the disk full, or the folder not writable?");
 }
 
 }  // namespace EIGENFORMER_ABI
