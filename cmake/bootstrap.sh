@@ -18,8 +18,8 @@ fail() { printf 'eigenformer: %s\n' "$*" >&2; exit 1; }
 needs_of() {
   case "$1" in
     demo) echo compiler cmake ninja eigen json ;;
-    test) echo compiler cmake ninja eigen json gtest mpi ;;
-    ci) echo compiler cmake ninja eigen json gtest mpi benchmark ccache clang onednn openblas format cross platforms ;;
+    test) echo compiler cmake ninja eigen json pcre gtest mpi ;;
+    ci) echo compiler cmake ninja eigen json pcre gtest mpi benchmark ccache clang onednn openblas format cross platforms ;;
     *) fail "unknown package set '$1', expected demo, test or ci" ;;
   esac
 }
@@ -30,6 +30,7 @@ package_of() {  # need, manager
     apt:ninja) echo ninja-build ;;     dnf:ninja) echo ninja-build ;;      pacman:ninja) echo ninja ;;            brew:ninja) echo ninja ;;
     apt:eigen) echo libeigen3-dev ;;   dnf:eigen) echo eigen3-devel ;;     pacman:eigen) echo eigen ;;            brew:eigen) echo eigen ;;
     apt:json) echo nlohmann-json3-dev ;; dnf:json) echo json-devel ;;      pacman:json) echo nlohmann-json ;;     brew:json) echo nlohmann-json ;;
+    apt:pcre) echo libpcre2-dev ;;     dnf:pcre) echo pcre2-devel ;;       *:pcre) echo pcre2 ;;
     apt:gtest) echo libgtest-dev ;;    dnf:gtest) echo gtest-devel ;;      pacman:gtest) echo gtest ;;            brew:gtest) echo googletest ;;
     apt:mpi) echo libopenmpi-dev openmpi-bin ;; dnf:mpi) echo openmpi-devel ;; pacman:mpi) echo openmpi ;;        brew:mpi) echo open-mpi ;;
     apt:benchmark) echo libbenchmark-dev ;; dnf:benchmark) echo google-benchmark-devel ;; pacman:benchmark) echo benchmark ;; brew:benchmark) echo google-benchmark ;;

@@ -39,6 +39,8 @@ set(_ours "")
 file(GLOB_RECURSE _headers RELATIVE ${PROJECT_SOURCE_DIR}/include CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/include/*.h)
 if(NOT TARGET eigenformer::model)
   list(FILTER _headers EXCLUDE REGEX "^eigenformer/model")
+elseif(NOT EIGENFORMER_PCRE2)
+  list(FILTER _headers EXCLUDE REGEX "^eigenformer/model(/tokenizer|/chat_template|\\.h)")
 endif()
 foreach(header ${_headers})
   if(NOT header MATCHES "neon\\.h|communicator/(mpi|nccl)\\.h")
@@ -54,6 +56,7 @@ list(TRANSFORM _others REPLACE "(.+)" "#if __has_include(\\1)\n#include \\1\n#en
 string(JOIN "" _others ${_others})
 file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/foreign_macros.cpp @ONLY CONTENT [[
 // expect-success
+#define PCRE2_CODE_UNIT_WIDTH 8
 @_others@
 #if defined(__x86_64__)
 #include <cpuid.h>

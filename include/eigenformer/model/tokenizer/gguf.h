@@ -1,0 +1,181 @@
+/// \file
+/// Tokenizers from the metadata of a GGUF file.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "data.h"
+#include "gguf_patterns.h"
+#include "settings.h"
+#include "unicode.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// The values of tokenizer.ggml.* by their last names. Ids are -1 where a file has none.
+struct GgufVocabulary {
+  std::string_view model;     ///< "llama" (SentencePiece's BPE) or "gpt2"
+  std::string_view pre = {};  ///< how gpt2 cuts words: "llama-bpe", "qwen2", ...
+  std::vector<std::string_view> tokens = {};
+  std::span<const float> scores = {};         ///< llama: one for each token
+  std::span<const std::int32_t> types = {};   ///< one for each token, or none; see detail::GgufType
+  std::vector<std::string_view> merges = {};  ///< gpt2: "left right"
+  std::int64_t bos = -1, eos = -1, unk = -1, pad = -1;  ///< X_token_id; pad: padding_token_id
+  std::vector<std::int64_t> more_ends = {};             ///< eot_token_id, eom_token_id
+  std::optional<bool> add_bos = {}, add_eos = {};       ///< add_X_token
+  std::optional<bool> add_space_prefix = {};
+  std::string_view chat_template = {};  ///< tokenizer.chat_template
+  std::string file = "the GGUF file";   ///< its name, for messages
+};
+
+namespace detail {
+
+/// tokenizer.ggml.token_type
+enum class GgufType : std::int32_t { normal = 1, unknown, control, user_defined, unused, byte };
+
+/// Tokens that end a turn in chats of common families. Files name one of them only.
+inline constexpr std::string_view kEndsOfTurns[] = {
+    "<|eot_id|>",     "<|im_end|>", "<|end|>",  "<end_of_turn>",
+    "<|endoftext|>",  "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>",
+    "<|end_of_text|>"};
+
+inline GgufType gguf_type(const GgufVocabulary& file, std::size_t id) {
+  return file.types.empty() ? GgufType::normal : static_cast<GgufType>(file.types[id]);
+}
+
+/// Ranks of tokens as merges: equal scores are equal, and the best is 0.
+inline std::vector<std::uint32_t> ranks_of_scores(const GgufVocabulary& file) {
+  std::vector<float> order;
+  for (const float score : file.scores) {
+    if (!(score >= -3.4e38f && score <= 3.4e38f))
+      fail_model(file.file, "tokenizer.ggml.scores", "holds a value that is not finite");
+    order.push_back(score);
+  }
+  std::ranges::sort(order, std::greater<float>());
+  order.erase(std::unique(order.begin(), order.end()), order.end());
+  std::vector<std::uint32_t> ranks;
+  for (std::size_t i = 0; i < file.scores.size(); ++i) {
+    const GgufType type = gguf_type(file, i);
+    const bool merges =
+        type == GgufType::normal || type == GgufType::user_defined || type == GgufType::unused;
+    const auto at = std::ranges::lower_bound(order, file.scores[i], std::greater<float>());
+    ranks.push_back(merges ? static_cast<std::uint32_t>(at - order.begin()) : Bpe::kNever);
+  }
+  return ranks;
+}
+
+inline constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  ///< U+2581
+
+inline void read_sentencepiece(const GgufVocabulary& file, TokenizerData& data) {
+  if (file.scores.size() != file.tokens.size())
+    fail_model(file.file, "tokenizer.ggml.scores",
+               "has " + std::to_string(file.scores.size()) + " values for " +
+                   std::to_string(file.tokens.size()) + " tokens");
+  data.model = Bpe(data.vocabulary, {.unk = data.unk, .fuse_unk = true, .byte_fallback = true},
+                   ranks_of_scores(file));
+  const bool adds_space = file.add_space_prefix.value_or(true);
+  data.normalizers.push_back([adds_space](std::string text) {
+    std::string marked(adds_space && !text.empty() ? kSpaceMark : "");
+    for (const char c : text) c == ' ' ? marked += kSpaceMark : marked += c;
+    return marked;
+  });
+  using Kind = DecodeStep::Kind;
+  data.decoder = {{.kind = Kind::replace,
+                   .content = " ",
+                   .pattern = Regex(quoted_pattern(kSpaceMark), file.file, true)},
+                  {.kind = Kind::byte_fallback},
+                  {.kind = Kind::fuse}};
+  if (adds_space) data.decoder.push_back({.kind = Kind::strip, .text = " ", .start = 1});
+}
+
+inline void read_byte_level(const GgufVocabulary& file, TokenizerData& data,
+                            const GgufWords& words) {
+  Bpe bpe(data.vocabulary, {.unk = data.unk, .ignore_merges = words.ignore_merges});
+  bpe.reserve_merges(file.merges.size());
+  for (const std::string_view merge : file.merges) {
+    const std::size_t space = merge.find(' ', 1);
+    if (space == merge.npos)
+      fail_model(file.file, "tokenizer.ggml.merges",
+                 "holds \"" + printable(merge) + "\", which is not two tokens");
+    bpe.add_merge(data.vocabulary, merge.substr(0, space), merge.substr(space + 1));
+  }
+  data.model = std::move(bpe);
+  if (words.composes)
+    data.normalizers.push_back([](std::string text) { return normalized(text, true); });
+  for (const std::string_view pattern : words.patterns)
+    data.splitters.push_back(splitter(Regex(pattern, file.file), SplitBehavior::isolated));
+  data.splitters.push_back(to_byte_alphabet());
+  data.decoder = {{.kind = DecodeStep::Kind::byte_level}};
+}
+
+inline void set_ends(const GgufVocabulary& file, TokenizerData& data) {
+  const auto token = [&](std::int64_t id) {
+    return data.vocabulary.has(id) ? static_cast<std::int32_t>(id) : -1;
+  };
+  data.bos = token(file.bos);
+  data.pad = token(file.pad);
+  add_end(data, token(file.eos));
+  for (const std::int64_t id : file.more_ends) add_end(data, token(id));
+  for (const std::string_view text : kEndsOfTurns)
+    if (const std::int32_t id = data.vocabulary.find_any(text); data.is_special(id))
+      add_end(data, id);
+}
+
+inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
+  TokenizerData data{.vocabulary = Vocabulary(file.file)};
+  if (!file.types.empty() && file.types.size() != file.tokens.size())
+    fail_model(file.file, "tokenizer.ggml.token_type",
+               "has " + std::to_string(file.types.size()) + " values for " +
+                   std::to_string(file.tokens.size()) + " tokens");
+  if (file.tokens.empty()) fail_model(file.file, "tokenizer.ggml.tokens", "is missing or empty");
+  const bool is_llama = file.model == "llama";
+  std::vector<AddedToken> added;
+  for (std::size_t i = 0; i < file.tokens.size(); ++i) {
+    // What is no UTF-8 can be typed by nobody, but keeps its id.
+    const std::string text = whole_utf8(file.tokens[i]);
+    const GgufType type = gguf_type(file, i);
+    const bool control = type == GgufType::control || type == GgufType::unknown;
+    const bool is_added = control || type == GgufType::user_defined;
+    data.vocabulary.add(text, static_cast<std::int64_t>(i), is_llama || !is_added);
+    if (!text.empty() && is_added)
+      added.push_back({.text = text, .id = static_cast<std::int32_t>(i), .special = control});
+  }
+  data.vocabulary.index();
+  data.unk = static_cast<std::int32_t>(data.vocabulary.has(file.unk) ? file.unk : -1);
+  bool adds_bos = is_llama;
+  if (is_llama) {
+    if (data.unk < 0)
+      for (std::size_t i = 0; i < file.types.size(); ++i)
+        if (gguf_type(file, i) == GgufType::unknown) data.unk = static_cast<std::int32_t>(i);
+    read_sentencepiece(file, data);
+  } else if (file.model == "gpt2") {
+    const GgufWords* const words = gguf_words(file.pre);
+    if (words == nullptr)
+      fail_model(file.file, "tokenizer.ggml.pre",
+                 "is " + printable(file.pre) + ", which is not supported");
+    read_byte_level(file, data, *words);
+    adds_bos = words->adds_bos;
+  } else {
+    fail_model(file.file, "tokenizer.ggml.model",
+               "is " + printable(file.model) + "; llama and gpt2 are supported");
+  }
+  data.set_added(added);
+  set_ends(file, data);
+  if (file.add_bos.value_or(adds_bos) && data.bos >= 0) data.before.push_back(data.bos);
+  if (file.add_eos.value_or(false) && !data.eos.empty()) data.after.push_back(data.eos.front());
+  data.chat_template = whole_utf8(file.chat_template);
+  return data;
+}
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
