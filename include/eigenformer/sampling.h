@@ -105,22 +105,30 @@ inline void check_generators(std::string_view name, std::string_view argument,
                Philox::kRows);
 }
 
-template <typename View>
+template <typename View, typename Function = NoLogitFunction>
 auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params,
-                      std::int32_t* ids, SampleStatus* statuses, Workspace::Frame& frame) {
+                      std::int32_t* ids, SampleStatus* statuses, Workspace::Frame& frame,
+                      const Function& function = {}) {
   using T = scalar_of<View>;
+  constexpr bool has_function = !std::is_same_v<Function, NoLogitFunction>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
-  return problem::Sampling<T>{logits.data(),
-                              logits.dimension(0),
-                              logits.dimension(1),
-                              row_params(params, false, logits.dimension(1), frame),
-                              params.per_row ? 1 : 0,
-                              nullptr,
-                              0,
-                              ids,
-                              statuses};
+  problem::Sampling<T> problem{logits.data(),
+                               logits.dimension(0),
+                               logits.dimension(1),
+                               row_params(params, has_function, logits.dimension(1), frame),
+                               params.per_row ? 1 : 0,
+                               nullptr,
+                               0,
+                               ids,
+                               statuses};
+  if constexpr (has_function) {
+    require_function_stage(name, params);
+    problem.function = &apply_logit_function<compute_type<T>, Function>;
+    problem.function_object = &function;
+  }
+  return problem;
 }
 
 template <typename T>
@@ -158,28 +166,31 @@ auto sampled_ids_view(std::string_view name, Ids& ids, Index batch) {
   return view;
 }
 
-template <typename D, typename Ids, typename Logits>
+template <typename D, typename Ids, typename Logits, typename Function = NoLogitFunction>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
                  const SamplingParamsView& params, Generators& rng,
-                 std::span<SampleStatus> statuses, Workspace& workspace) {
+                 std::span<SampleStatus> statuses, Workspace& workspace,
+                 const Function& function = {}) {
   const auto view = logits_view(name, logits);
   auto out = sampled_ids_view(name, ids, view.dimension(0));
   Workspace::Frame frame(workspace);
-  auto problem = sampling_problem(name, view, params, out.data(),
-                                  checked_statuses(name, statuses, view.dimension(0)), frame);
+  auto problem =
+      sampling_problem(name, view, params, out.data(),
+                       checked_statuses(name, statuses, view.dimension(0)), frame, function);
   set_generators(name, problem, rng);
   detail::run(device, problem, workspace);
   rng.advance();
 }
 
-template <CpuDevice D, typename Logits>
+template <CpuDevice D, typename Logits, typename Function = NoLogitFunction>
 Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits,
-                               const SamplingParamsView& params, Generators& rng) {
+                               const SamplingParamsView& params, Generators& rng,
+                               const Function& function = {}) {
   const auto view = logits_view(name, logits);
   std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
   Tensor<std::int32_t, 1> ids(view.dimension(0));
   Workspace::Frame frame(thread_workspace());
-  auto problem = sampling_problem(name, view, params, ids.data(), statuses.data(), frame);
+  auto problem = sampling_problem(name, view, params, ids.data(), statuses.data(), frame, function);
   set_generators(name, problem, rng);
   detail::run(device, problem);
   require_good_rows(name, statuses);
@@ -235,7 +246,9 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 // ---- sampling -----------------------------------------------------------------------------------
 
 // In all forms `params` is one SamplingParams for all rows, or a span, vector or array of them,
-// one per row.
+// one per row. `function`, of the CPU, is a stage of your own at SamplingStage::function, compiled
+// into the call: logit = function(row, token, logit), all Index but the logit, which is float
+// (double for logits of double); -infinity bans a token.
 
 /// Draws one token per row into ids (batch), -1 where a row is bad; `statuses`, where given, is
 /// (batch). Allocates nothing after the first call at a size. On a GPU ids, logits and statuses are
@@ -245,6 +258,14 @@ void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params&
                  Generators rng, std::span<SampleStatus> statuses = {},
                  Workspace& workspace = thread_workspace()) {
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
+}
+template <CpuDevice D, typename Ids, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params& params,
+                 Generators rng, std::span<SampleStatus> statuses, Workspace& workspace,
+                 const Function& function) {
+  detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace, function);
 }
 
 /// Draws from the k >= 1 largest of every row at a temperature.
@@ -263,10 +284,23 @@ Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const Para
                                Generators rng) {
   return detail::sample("sample", device, logits, params, rng);
 }
+template <CpuDevice D, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+Tensor<std::int32_t, 1> sample(const D& device, const Logits& logits, const Params& params,
+                               Generators rng, const Function& function) {
+  return detail::sample("sample", device, logits, params, rng, function);
+}
 template <typename Logits, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
 Tensor<std::int32_t, 1> sample(const Logits& logits, const Params& params, Generators rng) {
   return sample(Eigen::DefaultDevice{}, logits, params, rng);
+}
+template <typename Logits, typename Function, detail::SamplingSets Params = SamplingParams>
+  requires(!Device<Logits> && detail::LogitFunction<Function, Logits>)
+Tensor<std::int32_t, 1> sample(const Logits& logits, const Params& params, Generators rng,
+                               const Function& function) {
+  return sample(Eigen::DefaultDevice{}, logits, params, rng, function);
 }
 
 /// sample with {.temperature = temperature, .top_k = k}; k < 1 throws.
@@ -298,43 +332,75 @@ Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temp
 
 // ---- the distribution ---------------------------------------------------------------------------
 
+namespace detail {
+
+template <typename D, typename Out, typename Logits, typename Function = NoLogitFunction>
+void sampling_probabilities_into(const D& device, Out& probabilities, const Logits& logits,
+                                 const SamplingParamsView& params, std::span<SampleStatus> statuses,
+                                 Workspace& workspace, const Function& function = {}) {
+  constexpr auto name = "sampling_probabilities";
+  const auto view = logits_view(name, logits);
+  auto out = output_view<2>(probabilities);
+  static_assert(std::is_same_v<scalar_of<Out>, float>,
+                "eigenformer: sampling probabilities are float");
+  require_same_shape(name, "probabilities", out, "logits", view);
+  require_no_coin(name, params);
+  Workspace::Frame frame(workspace);
+  const auto problem =
+      sampling_problem(name, view, params, nullptr,
+                       checked_statuses(name, statuses, view.dimension(0)), frame, function);
+  detail::run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},
+              workspace);
+}
+
+template <CpuDevice D, typename Logits, typename Function = NoLogitFunction>
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
+                                        const SamplingParamsView& params,
+                                        const Function& function = {}) {
+  const auto view = logits_view("sampling_probabilities", logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
+  sampling_probabilities_into(device, probabilities, view, params, statuses, thread_workspace(),
+                              function);
+  require_good_rows("sampling_probabilities", statuses);
+  return probabilities;
+}
+
+}  // namespace detail
+
 /// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is
 /// all zero. Nothing is allocated.
 template <Device D, typename Out, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
                                  const Params& params, std::span<SampleStatus> statuses = {},
                                  Workspace& workspace = thread_workspace()) {
-  constexpr auto name = "sampling_probabilities";
-  const auto view = detail::logits_view(name, logits);
-  auto out = output_view<2>(probabilities);
-  static_assert(std::is_same_v<scalar_of<Out>, float>,
-                "eigenformer: sampling probabilities are float");
-  detail::require_same_shape(name, "probabilities", out, "logits", view);
-  detail::require_no_coin(name, params);
-  Workspace::Frame frame(workspace);
-  const auto problem =
-      detail::sampling_problem(name, view, params, nullptr,
-                               detail::checked_statuses(name, statuses, view.dimension(0)), frame);
-  detail::run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},
-              workspace);
+  detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
 }
 
 /// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature
-/// 0. Throws std::invalid_argument.
+/// 0. Throws std::invalid_argument, and for an xtc_probability between 0 and 1: no number is drawn.
 template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
 Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
                                         const Params& params) {
-  const auto view = detail::logits_view("sampling_probabilities", logits);
-  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
-  Tensor<float, 2> probabilities(view.dimension(0), view.dimension(1));
-  sampling_probabilities_into(device, probabilities, view, params, statuses);
-  detail::require_good_rows("sampling_probabilities", statuses);
-  return probabilities;
+  return detail::sampling_probabilities(device, logits, params);
 }
 template <typename Logits, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
 Tensor<float, 2> sampling_probabilities(const Logits& logits, const Params& params) {
-  return sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
+  return detail::sampling_probabilities(Eigen::DefaultDevice{}, logits, params);
+}
+template <CpuDevice D, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits, const Params& params,
+                                        const Function& function) {
+  return detail::sampling_probabilities(device, logits, params, function);
+}
+template <typename Logits, typename Function, detail::SamplingSets Params = SamplingParams>
+  requires(!Device<Logits> && detail::LogitFunction<Function, Logits>)
+Tensor<float, 2> sampling_probabilities(const Logits& logits, const Params& params,
+                                        const Function& function) {
+  return detail::sampling_probabilities(Eigen::DefaultDevice{}, logits, params, function);
 }
 
 }  // namespace EIGENFORMER_ABI

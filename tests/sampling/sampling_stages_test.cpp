@@ -157,4 +157,36 @@ TEST(SamplingStages, DrawsAreThoseOfTheReference) {
   }
 }
 
+TEST(SamplingStages, AFunctionOfTheCallers) {
+  const auto logits = random_tensor<float, 2>({3, 50}, 4, 2);
+  const auto doubled = [](Index row, Index token, float logit) {
+    return token == row ? -kInfinity : 2 * logit;
+  };
+  auto by_hand = logits;
+  for (Index r = 0; r < 3; ++r)
+    for (Index v = 0; v < 50; ++v) by_hand(r, v) = doubled(r, v, logits(r, v));
+  const ef::SamplingParams params{.top_p = .9};
+  EXPECT_TRUE(same_bits(ef::sampling_probabilities(logits, params, doubled),
+                        ef::sampling_probabilities(by_hand, params)));
+  ef::Philox rng{5}, same{5};
+  EXPECT_TRUE(same_bits(ef::sample(logits, params, rng, doubled),
+                        ef::sample(Eigen::DefaultDevice{}, by_hand, params, same)));
+  Ids ids(3);
+  ef::Workspace workspace;
+  ef::sample_into(Eigen::DefaultDevice{}, ids, logits, params, rng, {}, workspace, doubled);
+  EXPECT_TRUE(same_bits(ids, ef::sample(by_hand, params, same)));
+  // After the biases, before the temperature; where it stands in the order it runs.
+  const ef::SamplingParams bias{.temperature = .5, .logit_bias = {{7, 3.f}}};
+  ef::SamplingParams first = bias;
+  std::swap(*std::find(first.order.begin(), first.order.end(), ef::SamplingStage::function),
+            *std::find(first.order.begin(), first.order.end(), ef::SamplingStage::logit_bias));
+  EXPECT_TRUE(same_bits(ef::sampling_probabilities(logits, first, doubled),
+                        ef::sampling_probabilities(by_hand, bias)));
+  EXPECT_FALSE(same_bits(ef::sampling_probabilities(logits, bias, doubled),
+                         ef::sampling_probabilities(by_hand, bias)));
+  expect_throws<std::invalid_argument>(
+      [&] { ef::sample(logits, {.order = {ef::SamplingStage::temperature}}, rng, doubled); },
+      {"sample", "order has no stage function"});
+}
+
 }  // namespace

@@ -205,6 +205,7 @@ inline void require_known_stages(const char* name, std::span<const problem::RowP
       refuse(stage == penalties && params.log_probability_penalties, "penalize_log_probabilities");
       refuse(stage == guidance, "guidance_row");
       refuse(stage == forced_tokens, "forced_tokens");
+      refuse(stage == function, "a function of logits");
       refuse(stage == top_n_sigma, "top_n_sigma");
       refuse(stage == xtc, "xtc_probability");
       refuse(stage == epsilon_cutoff, "epsilon_cutoff");

@@ -24,6 +24,9 @@ struct Sampling {
   Index generators_stride;  // 0: one for all rows, 1: one per row
   std::int32_t* ids;        // (batch), -1 where the status is not ok
   SampleStatus* statuses;   // (batch), or nullptr
+  // The caller's stage on a row of logits, of the host: function(function_object, row, logits).
+  void (*function)(const void*, Index, std::span<compute_type<T>>) = nullptr;
+  const void* function_object = nullptr;
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
     return params[row * params_stride];

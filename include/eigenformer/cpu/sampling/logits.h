@@ -88,6 +88,8 @@ void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch
       for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
         adjusted[bias.token] = static_cast<C>(static_cast<double>(adjusted[bias.token]) +
                                               static_cast<double>(bias.bias));
+    if (stage == SamplingStage::function)
+      p.function(p.function_object, r, {adjusted, static_cast<std::size_t>(p.vocab)});
     if (stage == SamplingStage::forced_tokens) {
       std::fill(adjusted, adjusted + p.vocab, -std::numeric_limits<C>::infinity());
       adjusted[params.forced_token] = 0;
