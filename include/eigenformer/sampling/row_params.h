@@ -3,6 +3,7 @@
 /// (history.h), and an order that holds only the stages that do something.
 #pragma once
 
+#include <cstdio>
 #include <string_view>
 
 #include "../core/check.h"
@@ -181,7 +182,7 @@ inline void check_sampling_params(std::string_view name, const SamplingParams& p
   at_least("min_tokens_to_keep", p.min_tokens_to_keep, Index{1});
   number("top_n_sigma", p.top_n_sigma);
   share("xtc_probability", p.xtc_probability);
-  number("xtc_threshold", p.xtc_threshold);
+  expect(p.xtc_threshold > 0, "xtc_threshold", p.xtc_threshold, "a number above 0");
   share("epsilon_cutoff", p.epsilon_cutoff);
   share("eta_cutoff", p.eta_cutoff);
   number("top_h", p.top_h);
@@ -210,8 +211,12 @@ inline void check_all_params(std::string_view name, const SamplingParamsView& pa
   if (!params.per_row) return check_sampling_params(name, params.sets[0], batch, vocab);
   require_that(static_cast<Index>(params.sets.size()) == batch, name, "params has ",
                params.sets.size(), " sets, logits has ", batch, " rows");
-  for (std::size_t r = 0; r < params.sets.size(); ++r)
-    check_sampling_params(join(name, "params of row ", r), params.sets[r], batch, vocab);
+  for (std::size_t r = 0; r < params.sets.size(); ++r) {
+    char row_name[100];  // a string would allocate in every call
+    std::snprintf(row_name, sizeof(row_name), "%.*s: params of row %zu",
+                  static_cast<int>((std::min)(name.size(), std::size_t{60})), name.data(), r);
+    check_sampling_params(row_name, params.sets[r], batch, vocab);
+  }
 }
 
 /// A call without a stage of the caller's.

@@ -206,16 +206,6 @@ void keep_mirostat_1(SamplingRow<T>& row, double mu,
                   TopKTies::lowest_index, scratch);
 }
 
-/// Mirostat 2: no token whose surprise is above mu, unless the best one's is.
-template <typename Isa, typename T>
-void keep_mirostat_2(SamplingRow<T>& row, double least_weight,
-                     const SamplingScratch<compute_type<T>>& scratch) {
-  if (least_weight > 1)
-    keep_top_k<Isa>(row, 1, TopKTies::lowest_index, scratch);
-  else
-    keep_min_p<Isa>(row, least_weight);
-}
-
 template <typename Isa, typename T>
 void set_dynamic_temperature(SamplingRow<T>& row, const problem::RowParams& params,
                              const SamplingScratch<compute_type<T>>& scratch) {
@@ -226,10 +216,15 @@ void set_dynamic_temperature(SamplingRow<T>& row, const problem::RowParams& para
                        problem::dynamic_temperature(params, entropy_of<Isa>(row, total), count));
 }
 
-/// Keeps tokens of probability `least` or more; where there is none, the best and its equals.
+/// Keeps tokens of probability `least` or more; where there is none, the best, with or without its
+/// equals.
 template <typename Isa, typename T>
-void keep_probabilities(SamplingRow<T>& row, double least, double total) {
-  keep_min_p<Isa>(row, (std::min)(least * total, 1.0));
+void keep_probabilities(SamplingRow<T>& row, double least, double total, TopKTies ties,
+                        const SamplingScratch<compute_type<T>>& scratch) {
+  if (least * total > 1)
+    keep_top_k<Isa>(row, 1, ties, scratch);
+  else
+    keep_min_p<Isa>(row, least * total);
 }
 
 template <typename Isa, typename T>
@@ -259,18 +254,23 @@ void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::
       if (excludes) exclude_top_choices<Isa>(row, params.xtc_threshold, n, scratch);
       return;
     case SamplingStage::epsilon_cutoff:
-      return at_least([&](auto& r) { keep_probabilities<Isa>(r, params.epsilon_cutoff, total()); });
+      return at_least([&](auto& r) {
+        keep_probabilities<Isa>(r, params.epsilon_cutoff, total(), TopKTies::keep_all, scratch);
+      });
     case SamplingStage::eta_cutoff:
       return at_least([&](auto& r) {
-        const double sum = total(), least = params.eta_cutoff;
-        const double with_entropy = std::sqrt(least) * std::exp(-entropy_of<Isa>(r, sum));
-        keep_probabilities<Isa>(r, (std::min)(least, with_entropy), sum);
+        const double sum = total(), cutoff = params.eta_cutoff;
+        const double with_entropy = std::sqrt(cutoff) * std::exp(-entropy_of<Isa>(r, sum));
+        keep_probabilities<Isa>(r, (std::min)(cutoff, with_entropy), sum, TopKTies::keep_all,
+                                scratch);
       });
     case SamplingStage::top_h:
       return keep_top_h<Isa>(row, params.top_h, scratch);
     case SamplingStage::mirostat:
       if (params.mirostat == 1) return keep_mirostat_1<Isa>(row, params.mirostat_mu, scratch);
-      return keep_mirostat_2<Isa>(row, std::exp2(-params.mirostat_mu) * total(), scratch);
+      // no token whose surprise is above mu, unless the best one's is
+      return keep_probabilities<Isa>(row, std::exp2(-params.mirostat_mu), total(),
+                                     TopKTies::lowest_index, scratch);
     default:
       return;
   }
