@@ -1,50 +1,83 @@
 /// \file
-/// From logits (batch, vocab) to tokens: greedy, top-k (Fan et al., "Hierarchical Neural Story
-/// Generation", 2018), top-p or nucleus (Holtzman et al., "The Curious Case of Neural Text
-/// Degeneration", 2020), min-p (Nguyen et al., "Turning Up the Heat", 2024), locally typical
-/// (Meister et al., 2023), penalties (Keskar et al., "CTRL", 2019), and speculative verification
-/// (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023; Chen et
-/// al., 2023).
+/// From logits (batch, vocab) to tokens: the best, or drawn from what a chain of stages makes of
+/// them.
 ///
 ///   ids = ef::greedy_sample(logits);
 ///   ids = ef::top_k_sample(logits, k, temperature, rng);
 ///   ids = ef::top_p_sample(logits, p, temperature, rng);
-///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f, .min_p = .05f}, rng);
-///   ids = ef::sample(logits, per_row_params, rng);                      // std::span or std::vector of SamplingParams, one per row
-///   probabilities = ef::sampling_probabilities(logits, params);         // the exact distribution that sample draws from
+///   ids = ef::sample(logits, ef::SamplingParams{.temperature = .8f, .top_k = 50, .top_p = .95f},
+///                    rng);
+///   ids = ef::sample(logits, per_row_params, rng);    // span or vector of SamplingParams, per row
+///   ids = ef::sample(logits, params, rng, [](auto row, auto token, auto logit) { return logit; });
+///   probabilities = ef::sampling_probabilities(logits, params);    // what sample draws from
 ///   drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
-///   scores = ef::log_probabilities_of(logits, tokens);                  // of given tokens
+///   scores = ef::log_probabilities_of(logits, tokens);             // of given tokens
 ///   result = ef::verify_speculative(draft_tokens, draft_probabilities, target_probabilities, rng);
 ///
 /// The last three are in sampling/log_probabilities.h and sampling/speculative.h.
 ///
-/// The chain, in the order of SamplingParams::order (Hugging Face's here; kVllmOrder,
-/// kLlamaCppOrder, or one of your own), each filter on the renormalised survivors of the one
-/// before:
+/// The stages run in the order of SamplingParams::order: kHuggingFaceOrder (here), kVllmOrder,
+/// kLlamaCppOrder, or yours, `{SamplingStage::penalties, SamplingStage::top_k}`. A stage whose
+/// parameter is set must be in it. First those that change logits x; h is the history, prompt and
+/// then output:
 ///
-///   penalties     x > 0 ? x / r : x * r for tokens of prompt and output; then x -= frequency * count + presence, output only
-///   logit_bias    x += bias
-///   token_mask    -infinity where the bit is 0
-///   temperature   x / T; T = 0 keeps the best token, the lowest index among equals: greedy
-///   top_k         the k largest; of equals at the end those of lowest index, or all (top_k_ties);
-///                 k = 0 and k >= vocab keep all
-///   top_p         the smallest set of most likely tokens whose probability sums to at least p; equals by lowest index
-///   min_p         probability >= min_p * the best's
-///   typical_p     the smallest set of tokens nearest in information to the entropy that sums to at least p; all equals
+///   guidance         s * (l - u) + u, with l and u the log-softmax of this row and guidance_row;
+///                    -infinity in either stays (Sanchez et al., 2023)
+///   sequence_bias    x += bias for the last token of a sequence whose others end h (Hugging Face)
+///   penalties        x > 0 ? x / r : x * r for tokens of h (Keskar et al., 2019), then x -=
+///                    frequency * count + presence for those of output (OpenAI). penalty_window:
+///                    of the last tokens of h; penalize_log_probabilities: x is its log-softmax
+///   dry              x -= multiplier * base^(n - allowed_length) for a token that stood behind the
+///                    n >= allowed_length tokens that end h and hold no breaker; breakers of one
+///                    token are spared (Weidmann, 2024, as in llama.cpp)
+///   no_repeat_ngram  -infinity for a token that ends n tokens which h holds (Paulus et al., 2017)
+///   bad_words        -infinity for the last token of a word whose others end h
+///   logit_bias       x += bias
+///   min_tokens       -infinity for stop_tokens while output is shorter
+///   token_mask       -infinity where the bit is 0: what grammars set
+///   forced_tokens    0 for the token forced at this position of output, -infinity for the others
+///   function         x = function(row, token, x)
+///
+/// Then filters, of probabilities p, each on the renormalised survivors of the one before:
+///
+///   temperature      x / T; T = 0 keeps the best token, the lowest index among equals: greedy.
+///                    dynatemp_range: T = a + (b - a) * (entropy / log(count))^exponent with
+///                    a = max(0, temperature - range), b = temperature + range (llama.cpp)
+///   top_k            the k largest; of equals at the end those of lowest index, or all
+///                    (top_k_ties); 0 and k >= vocab keep all (Fan et al., 2018)
+///   top_p            the smallest set of most likely tokens whose p sum to at least top_p; equals
+///                    by lowest index (Holtzman et al., 2020)
+///   min_p            p >= min_p * the best's (Nguyen et al., 2024)
+///   typical_p        the smallest set of tokens nearest in information to the entropy that sums to
+///                    at least typical_p; all equals (Meister et al., 2023)
+///   top_n_sigma      x >= the best - n * standard deviation of x (Tang et al., 2024)
+///   xtc              with xtc_probability: drops the tokens of p >= xtc_threshold but the last of
+///                    them (Weidmann, 2024)
+///   epsilon_cutoff   p >= epsilon; where there is none, the best and its equals, as in
+///   eta_cutoff       p >= min(eta, sqrt(eta) * exp(-entropy)) (both Hewitt et al., 2022)
+///   top_h            the best, and most likely tokens while their -p log p sum to at most top_h *
+///                    entropy (Potraghloo et al., 2025, as in Hugging Face, where it sees the 100
+///                    best: put top_k before it)
+///   mirostat         version 2: p >= 2^-mu; 1: top-k, with k from mu and the slope of the best 100
+///                    (Basu et al., 2021). MirostatState moves mu
 ///
 /// Every set holds at least one token. Equality and order are those of the logits as given (after
 /// penalties and bias), not of rounded probabilities. Sums and weights are in double. Tokens at
 /// -infinity are never drawn.
 ///
+/// Stages of the history are done on the host in O(history), beside a sort of what dry finds and
+/// the length of its breakers.
+///
 /// The draw of row r inverts the cumulative distribution, in token order, at one uniform number: a
 /// function of (seed, position, r), or of (seed, position) where every row has a generator of its
 /// own. Each call advances each generator by one, whatever the batch and the outcome of its rows; a
-/// call that throws advances nothing. Drafting and verifying draw from streams of their own, so
-/// that both may have generators of one seed (core/philox.h states the law). Results do not depend
-/// on the other rows or on threads, and a GPU draws the tokens of a CPU, but where the probability
-/// of a set comes to within rounding (1e-13) of top_p or typical_p: there it may keep a token more
-/// or less. A call that is captured into a CUDA graph draws the same numbers at every replay: its
-/// parameters, lists and generators are those of the capture, the logits those of the replay.
+/// call that throws advances nothing. XTC, drafting and verifying draw from streams of their own,
+/// so that all may have generators of one seed (core/philox.h states the law). Results do not
+/// depend on the other rows, guidance_row apart, or on threads, and a GPU draws the tokens of a
+/// CPU, but where the probability of a set comes to within rounding (1e-13) of top_p or typical_p:
+/// there it may keep a token more or less. A call that is captured into a CUDA graph draws the same
+/// numbers at every replay: its parameters, lists and generators are those of the capture, the
+/// logits those of the replay.
 ///
 /// Logits are float, double, bfloat16 or half and are never changed. A row is bad that holds NaN or
 /// +infinity, or that is all -infinity (as given, or after penalties, bias and mask). Forms that
