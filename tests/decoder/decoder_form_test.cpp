@@ -52,9 +52,8 @@ class RandomDecoder {
         vector(v.value_bias, kv, 0);
         vector(v.output_bias, kFeatures, 0);
         vector(v.down_bias, kFeatures, 0);
-        const bool fused = form.gated && form.activation == ef::DecoderActivation::silu;
-        if (form.gated && !fused) vector(v.gate_bias, kHidden, 0);
-        if (!fused) vector(v.up_bias, kHidden, 0);
+        if (form.feed_forward_bias && form.gated) vector(v.gate_bias, kHidden, 0);
+        if (form.feed_forward_bias) vector(v.up_bias, kHidden, 0);
       }
       vector(v.sinks, kHeads, 0);
       tensors.layers.push_back(v);
@@ -150,7 +149,12 @@ void expect_equals_reference(const ef::DecoderForm& form, bool biases, unsigned 
   EXPECT_LT(relative_error(logits_in_chunks(rounded, {kLength}), expected), 0.1);
 }
 
-TEST(DecoderForms, BiasesOfAllLayers) { expect_equals_reference({}, true, 10); }
+TEST(DecoderForms, BiasesOfAllLayers) {
+  ef::DecoderForm form;
+  expect_equals_reference(form, true, 10);
+  form.feed_forward_bias = true;
+  expect_equals_reference(form, true, 15);
+}
 
 TEST(DecoderForms, Gemma) {
   ef::DecoderForm form;
@@ -181,6 +185,7 @@ TEST(DecoderForms, BlocksSideBySide) {
   form.norm = ef::DecoderNorm::layer;
   form.gated = false;
   form.activation = ef::DecoderActivation::gelu;
+  form.feed_forward_bias = true;
   form.ropes.resize(1);
   form.ropes[0].rotary_dim = 4;
   form.blocks = ef::DecoderBlocks::parallel;
@@ -193,6 +198,7 @@ TEST(DecoderForms, LearnedPositionsAndPlainFeedForward) {
   ef::DecoderForm form;
   form.norm = ef::DecoderNorm::layer;
   form.gated = false;
+  form.feed_forward_bias = true;
   form.positions = kLength + 1;
   form.layers.assign(kLayers, {.rope = -1});
   for (auto activation : {ef::DecoderActivation::gelu_tanh, ef::DecoderActivation::relu,

@@ -63,8 +63,9 @@ struct DecoderForm {
   DecoderBlocks blocks = DecoderBlocks::sequential;
   QueryKeyNorm query_key_norm = QueryKeyNorm::none;
   DecoderActivation activation = DecoderActivation::silu;
-  bool gated = true;            ///< down(f(gate x) * up x); else down(f(up x))
-  bool sinks = false;           ///< attention has a sink of each head
+  bool gated = true;               ///< down(f(gate x) * up x); else down(f(up x))
+  bool feed_forward_bias = false;  ///< of gate and up, or of up alone
+  bool sinks = false;              ///< attention has a sink of each head
   Index positions = 0;          ///< rows of a table of learned positions (GPT-2); 0: there is none
   float attention_scale = 0;    ///< 0: 1 / sqrt(head_dim)
   float attention_softcap = 0;  ///< 0: none
@@ -77,6 +78,10 @@ struct DecoderForm {
 
   DecoderLayerForm layer(Index l) const {
     return layers.empty() ? DecoderLayerForm{} : layers[static_cast<std::size_t>(l)];
+  }
+  /// Whether gate, up and their product are one product of matrices.
+  bool fuses_gates() const {
+    return gated && activation == DecoderActivation::silu && !feed_forward_bias;
   }
   bool norm_before() const { return placement != NormPlacement::after; }
   bool norm_after() const { return placement != NormPlacement::before; }

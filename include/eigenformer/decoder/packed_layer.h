@@ -104,7 +104,6 @@ struct LayerPacking {
   // Rows of query (or of all heads of a token), of key.
   Index query_rows() const { return config_.heads * config_.head_dim; }
   Index key_rows() const { return config_.kv_heads * config_.head_dim; }
-  bool fuses_gates() const { return form_.gated && form_.activation == DecoderActivation::silu; }
 
   template <typename Views>
   void require_shapes(const Views& v) const {
@@ -129,8 +128,8 @@ struct LayerPacking {
     together(v.gate.has_value(), form_.gated && v.up.has_value(), "gate and up of a gated form");
     together(v.gate_bias.has_value(), form_.gated && v.up_bias.has_value(),
              "biases of gate and up of a gated form");
-    require_that(!v.up_bias.has_value() || !fuses_gates(), kName,
-                 "gated SiLU takes no biases of gate and up");
+    require_that(!v.up_bias.has_value() || form_.feed_forward_bias, kName,
+                 "the form has no biases of gate and up");
   }
 
   template <typename D, typename S, typename W, typename N, typename C>
@@ -147,7 +146,7 @@ struct LayerPacking {
     if (v.query) packed.qkv = stacked(readable(v.query), readable(v.key), readable(v.value));
     if (v.output)
       packed.output = pack_column_shard<S>(device, readable(v.output).view(), communicator);
-    if (v.gate && fuses_gates())
+    if (v.gate && form_.fuses_gates())
       packed.gate_up = pack_gated_column_shard<S>(device, readable(v.gate).view(),
                                                   readable(v.up).view(), communicator);
     else if (v.gate)
@@ -211,7 +210,7 @@ struct LayerPacking {
     const auto norm = [&](const PackedNorm& x, bool expected) {
       return !expected || x.weight.size() > 0;
     };
-    const bool gates = fuses_gates();
+    const bool gates = form_.fuses_gates();
     return layer.qkv.out_features > 0 && layer.output.out_features > 0 &&
            layer.down.out_features > 0 &&
            (gates ? layer.gate_up.out_features : layer.up.out_features) > 0 &&

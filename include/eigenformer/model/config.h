@@ -1,0 +1,76 @@
+/// \file
+/// A model as its files describe it: shape and form of the decoder, what its tensors are called and
+/// how they lie, and the tokens that end a text.
+///
+///   ef::ModelConfig config = ef::read_model_config("folder/config.json");
+///   config.family;          // "llama"
+///   config.shape.features;  // 2048
+///
+/// model/families.h says what each family of config.json means.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../decoder/config.h"
+#include "../decoder/form.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// How queries, keys and values lie in the files.
+enum class QkvLayout {
+  apart,     ///< three tensors
+  stacked,   ///< one: all queries, all keys, all values (Phi-3)
+  by_head,   ///< one: query, key and value of the first head, then of the next (GPT-NeoX)
+  by_group,  ///< one: queries of the first KV head, its key, its value, then the next (Falcon)
+};
+
+/// Names of tensors without ".weight" and ".bias". Those of a layer follow `layer`, the layer's
+/// number and a dot.
+struct ModelNames {
+  std::string embedding = "model.embed_tokens";
+  std::string positions = {};
+  std::string norm = "model.norm";
+  std::string head = "lm_head";
+  std::string layer = "model.layers.";
+  std::string attention_norm = "input_layernorm";
+  std::string feed_forward_norm = "post_attention_layernorm";
+  std::string after_attention_norm = {};
+  std::string after_feed_forward_norm = {};
+  std::string query = "self_attn.q_proj";
+  std::string key = "self_attn.k_proj";
+  std::string value = "self_attn.v_proj";
+  std::string qkv = "self_attn.qkv_proj";  ///< where they are one tensor
+  std::string query_norm = "self_attn.q_norm";
+  std::string key_norm = "self_attn.k_norm";
+  std::string output = "self_attn.o_proj";
+  std::string gate = "mlp.gate_proj";
+  std::string up = "mlp.up_proj";
+  std::string gate_up = "mlp.gate_up_proj";  ///< where they are one tensor
+  std::string down = "mlp.down_proj";
+};
+
+struct ModelConfig {
+  std::string family;  ///< model_type of config.json, general.architecture of a GGUF file
+  DecoderConfig shape;
+  DecoderForm form;
+  ModelNames names;
+  QkvLayout qkv_layout = QkvLayout::apart;
+  bool fused_gate_up = false;  ///< gate and up are one tensor, one below the other
+  bool transposed = false;     ///< matrices are (in, out): GPT-2
+  bool norm_plus_one = false;  ///< norms multiply by 1 + w: Gemma
+  bool tied_head = false;      ///< the head is the embedding
+  bool norm_bias = false;      ///< norms have biases
+  bool qkv_bias = false;
+  bool output_bias = false;
+  bool feed_forward_bias = false;
+  bool head_bias = false;
+  Index positions = 0;                   ///< that the model was made for
+  std::int32_t begin_token = -1;         ///< -1: none
+  std::vector<std::int32_t> end_tokens;  ///< that end a text
+};
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
