@@ -1,0 +1,492 @@
+/// \file
+/// What config.json says of a model, family by family (its `model_type`), as Hugging Face's
+/// transformers reads it:
+///
+///   llama (1 to 3.3), mistral, qwen2, qwen3, gemma, gemma2, gemma3 and gemma3_text, phi (1 and 2),
+///   phi3 (and 4), smollm3, olmo2, granite, starcoder2, stablelm, glm, glm4, cohere, cohere2, falcon, gpt2, gpt_neox
+///
+/// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm), are refused by
+/// name and reason with ModelFileError.
+#pragma once
+
+#include <cmath>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "config.h"
+#include "json_object.h"
+#include "mapped_file.h"
+#include "rope_config.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+struct ModelConfigOptions {
+  /// Positions that will be served, for rotations that depend on it; 0: those the model was made
+  /// for.
+  Index length = 0;
+};
+
+namespace detail {
+
+/// Fills a ModelConfig from a config.json.
+class FamilyReader {
+ public:
+  FamilyReader(const JsonObject& json, const ModelConfigOptions& options)
+      : json_(json), options_(options) {}
+
+  ModelConfig read() {
+    m_.family = json_.text("model_type");
+    using Family = void (FamilyReader::*)();
+    static const std::map<std::string, Family, std::less<>> families{
+        {"llama", &FamilyReader::llama},
+        {"mistral", &FamilyReader::llama},
+        {"granite", &FamilyReader::granite},
+        {"qwen2", &FamilyReader::qwen2},
+        {"qwen3", &FamilyReader::qwen3},
+        {"gemma", &FamilyReader::gemma},
+        {"gemma2", &FamilyReader::gemma2},
+        {"gemma3_text", &FamilyReader::gemma3},
+        {"phi", &FamilyReader::phi},
+        {"phi3", &FamilyReader::phi3},
+        {"smollm3", &FamilyReader::smollm3},
+        {"olmo2", &FamilyReader::olmo2},
+        {"starcoder2", &FamilyReader::starcoder2},
+        {"stablelm", &FamilyReader::stablelm},
+        {"glm", &FamilyReader::glm},
+        {"glm4", &FamilyReader::glm4},
+        {"cohere", &FamilyReader::cohere},
+        {"cohere2", &FamilyReader::cohere2},
+        {"falcon", &FamilyReader::falcon},
+        {"gpt2", &FamilyReader::gpt2},
+        {"gpt_neox", &FamilyReader::gpt_neox}};
+    const auto family = families.find(m_.family);
+    if (family == families.end())
+      json_.refuse("model_type", "is " + printable(m_.family) + ", which is not supported");
+    (this->*family->second)();
+    tokens();
+    validate();
+    return m_;
+  }
+
+ private:
+  // ---- what families share ----------------------------------------------------------------------
+
+  void shape(std::string_view epsilon = "rms_norm_eps") {
+    DecoderConfig& s = m_.shape;
+    s.vocabulary = json_.integer("vocab_size");
+    s.features = json_.integer("hidden_size");
+    s.layers = json_.integer("num_hidden_layers");
+    s.heads = json_.integer("num_attention_heads");
+    s.kv_heads = json_.integer("num_key_value_heads", s.heads);
+    if (s.heads <= 0) json_.refuse("num_attention_heads", "is not positive");
+    s.head_dim = json_.integer("head_dim", s.features / s.heads);
+    s.hidden = json_.integer("intermediate_size", 4 * s.features);
+    s.epsilon = static_cast<float>(json_.number(epsilon, 1e-5));
+    m_.positions = json_.integer("max_position_embeddings", 2048);
+    layer_count();
+  }
+  /// Before anything is made for each layer.
+  void layer_count() {
+    if (m_.shape.layers < 1 || m_.shape.layers > 100000)
+      json_.refuse("num_hidden_layers", "is not within 1 to 100000");
+  }
+  RopeContext rope_context(double base = 10000, double partial = 1) const {
+    const double positions = static_cast<double>(m_.positions);
+    return {m_.shape.head_dim,
+            json_.number("rope_theta", base),
+            json_.number("partial_rotary_factor", partial),
+            positions,
+            json_.number("original_max_position_embeddings", positions),
+            options_.length > 0 ? static_cast<double>(options_.length) : positions};
+  }
+  void rope(RopeLayout layout = RopeLayout::half_split, double partial = 1) {
+    m_.form.ropes.assign(1, rope_of_model(json_, rope_context(10000, partial)));
+    m_.form.ropes[0].layout = layout;
+  }
+  void tied(bool otherwise) { m_.tied_head = json_.boolean("tie_word_embeddings", otherwise); }
+  void activation(std::string_view key, std::string_view otherwise) {
+    const std::string name = json_.text(key, otherwise);
+    if (name == "silu" || name == "swish")
+      m_.form.activation = DecoderActivation::silu;
+    else if (name == "gelu")
+      m_.form.activation = DecoderActivation::gelu;
+    else if (name == "gelu_new" || name == "gelu_pytorch_tanh" || name == "gelu_fast")
+      m_.form.activation = DecoderActivation::gelu_tanh;
+    else if (name == "relu")
+      m_.form.activation = DecoderActivation::relu;
+    else
+      json_.refuse(key, "is " + printable(name) + ", which is not supported");
+  }
+  std::vector<DecoderLayerForm>& layer_forms() {
+    m_.form.layers.resize(static_cast<std::size_t>(m_.shape.layers));
+    return m_.form.layers;
+  }
+  void window(Index w) {
+    if (w > 0)
+      for (DecoderLayerForm& layer : layer_forms()) layer.window = w;
+  }
+  /// is_sliding(layer), from `layer_types` where the file has them.
+  template <typename Sliding>
+  std::vector<bool> sliding_layers(Sliding&& is_sliding) const {
+    std::vector<bool> sliding(static_cast<std::size_t>(m_.shape.layers));
+    const auto types = json_.texts("layer_types");
+    if (!types.empty() && types.size() != sliding.size())
+      json_.refuse("layer_types", "has not as many entries as there are layers");
+    for (std::size_t l = 0; l < sliding.size(); ++l) {
+      if (types.empty())
+        sliding[l] = is_sliding(static_cast<Index>(l));
+      else if (types[l] == "sliding_attention")
+        sliding[l] = true;
+      else if (types[l] != "full_attention")
+        json_.refuse("layer_types", "has " + printable(types[l]) + ", which is not supported");
+    }
+    return sliding;
+  }
+  /// Windows on those layers.
+  void windows(const std::vector<bool>& sliding, Index w) {
+    for (std::size_t l = 0; l < sliding.size(); ++l)
+      if (sliding[l]) layer_forms()[l].window = w;
+  }
+  void refuse_if(std::string_view key, std::string_view why) const {
+    if (json_.boolean(key, false)) json_.refuse(key, why);
+  }
+  void layer_norm() { m_.form.norm = DecoderNorm::layer; }
+  void plain_feed_forward(std::string up, std::string down) {
+    m_.form.gated = false;
+    m_.names.up = std::move(up);
+    m_.names.down = std::move(down);
+  }
+  void all_biases(bool biases) {
+    m_.qkv_bias = m_.output_bias = m_.feed_forward_bias = biases;
+    m_.form.feed_forward_bias = biases;
+  }
+
+  // ---- the families -----------------------------------------------------------------------------
+
+  void llama() {
+    shape();
+    rope();
+    tied(false);
+    activation("hidden_act", "silu");
+    m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", false);
+    m_.feed_forward_bias = m_.form.feed_forward_bias = json_.boolean("mlp_bias", false);
+    if (m_.family == "mistral") window(json_.integer("sliding_window", 0));
+  }
+  void granite() {
+    llama();
+    m_.form.embedding_scale = static_cast<float>(json_.number("embedding_multiplier", 1));
+    m_.form.residual_scale = static_cast<float>(json_.number("residual_multiplier", 1));
+    m_.form.attention_scale = static_cast<float>(json_.number("attention_multiplier", 1));
+    const double scaling = json_.number("logits_scaling", 1);
+    if (scaling == 0) json_.refuse("logits_scaling", "is 0");
+    m_.form.logit_scale = static_cast<float>(1 / scaling);
+  }
+  void qwen_windows() {
+    if (!json_.boolean("use_sliding_window", false)) return;
+    const Index from = json_.integer("max_window_layers", m_.shape.layers);
+    windows(sliding_layers([from](Index l) { return l >= from; }),
+            json_.integer("sliding_window", 0));
+  }
+  void qwen2() {
+    llama();
+    m_.qkv_bias = true;
+    m_.output_bias = false;
+    qwen_windows();
+  }
+  void qwen3() {
+    llama();
+    m_.form.query_key_norm = QueryKeyNorm::head;
+    qwen_windows();
+  }
+  void gemma() {
+    shape();
+    rope();
+    tied(true);
+    activation(json_.has("hidden_activation") ? "hidden_activation" : "hidden_act",
+               "gelu_pytorch_tanh");
+    // Files say "gelu" and mean its tanh form, which is what Gemma was trained with.
+    if (m_.family == "gemma") m_.form.activation = DecoderActivation::gelu_tanh;
+    m_.norm_plus_one = true;
+    m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", false);
+    m_.form.embedding_scale = static_cast<float>(std::sqrt(static_cast<double>(m_.shape.features)));
+  }
+  void gemma2() {
+    gemma();
+    m_.form.placement = NormPlacement::both;
+    m_.names.after_attention_norm = "post_attention_layernorm";
+    m_.names.feed_forward_norm = "pre_feedforward_layernorm";
+    m_.names.after_feed_forward_norm = "post_feedforward_layernorm";
+    const double scalar = json_.number("query_pre_attn_scalar", 256);
+    if (!(scalar > 0)) json_.refuse("query_pre_attn_scalar", "is not positive");
+    m_.form.attention_scale = static_cast<float>(1 / std::sqrt(scalar));
+    const bool second = m_.family == "gemma2";
+    m_.form.attention_softcap =
+        static_cast<float>(json_.number("attn_logit_softcapping", second ? 50 : 0));
+    m_.form.logit_softcap =
+        static_cast<float>(json_.number("final_logit_softcapping", second ? 30 : 0));
+    const Index pattern = json_.integer("sliding_window_pattern",
+                                        json_.integer("_sliding_window_pattern", second ? 2 : 6));
+    if (pattern < 1) json_.refuse("sliding_window_pattern", "is not positive");
+    windows(sliding_layers([pattern](Index l) { return (l + 1) % pattern != 0; }),
+            json_.integer("sliding_window", 4096));
+  }
+  void gemma3() {
+    gemma2();
+    m_.form.query_key_norm = QueryKeyNorm::head;
+    // Windowed layers turn by a rotation of their own.
+    if (json_.has("rope_parameters")) {
+      const JsonObject both = json_.object("rope_parameters");
+      m_.form.ropes = {rope_of(both.object("full_attention"), rope_context()),
+                       rope_of(both.object("sliding_attention"), rope_context())};
+    } else {
+      RopeContext context = rope_context(1000000);
+      m_.form.ropes = {rope_of_model(json_, context), {}};
+      m_.form.ropes[1].base = static_cast<float>(json_.number("rope_local_base_freq", 10000));
+    }
+    for (DecoderLayerForm& layer : layer_forms()) layer.rope = layer.window > 0 ? 1 : 0;
+  }
+  void phi() {
+    shape("layer_norm_eps");
+    layer_norm();
+    rope(RopeLayout::half_split, 0.5);
+    tied(false);
+    activation("hidden_act", "gelu_new");
+    refuse_if("qk_layernorm", "is true: norms of queries and keys in LayerNorm are not supported");
+    m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+    all_biases(true);
+    m_.norm_bias = m_.head_bias = true;
+    m_.names.norm = "model.final_layernorm";
+    m_.names.output = "self_attn.dense";
+    plain_feed_forward("mlp.fc1", "mlp.fc2");
+  }
+  void phi3() {
+    shape();
+    rope();
+    tied(false);
+    activation("hidden_act", "silu");
+    m_.qkv_layout = QkvLayout::stacked;
+    m_.fused_gate_up = true;
+    window(json_.integer("sliding_window", 0));
+  }
+  void smollm3() {
+    llama();
+    tied(true);
+    qwen_windows();
+    const auto turns = json_.integers("no_rope_layers");
+    const Index interval = json_.integer("no_rope_layer_interval", 4);
+    if (interval < 1) json_.refuse("no_rope_layer_interval", "is not positive");
+    auto& layers = layer_forms();
+    if (!turns.empty() && turns.size() != layers.size())
+      json_.refuse("no_rope_layers", "has not as many entries as there are layers");
+    for (std::size_t l = 0; l < layers.size(); ++l) {
+      const bool turned =
+          turns.empty() ? (static_cast<Index>(l) + 1) % interval != 0 : turns[l] != 0;
+      layers[l].rope = turned ? 0 : -1;
+    }
+  }
+  void olmo2() {
+    llama();
+    m_.form.placement = NormPlacement::after;
+    m_.form.query_key_norm = QueryKeyNorm::row;
+    m_.names.after_attention_norm = "post_attention_layernorm";
+    m_.names.after_feed_forward_norm = "post_feedforward_layernorm";
+  }
+  void starcoder2() {
+    shape("norm_epsilon");
+    layer_norm();
+    rope();
+    tied(true);
+    activation("hidden_act", "gelu_pytorch_tanh");
+    all_biases(json_.boolean("use_bias", true));
+    m_.norm_bias = true;
+    plain_feed_forward("mlp.c_fc", "mlp.c_proj");
+    window(json_.integer("sliding_window", 0));
+  }
+  void stablelm() {
+    shape("layer_norm_eps");
+    layer_norm();
+    rope(RopeLayout::half_split, 0.25);
+    tied(false);
+    activation("hidden_act", "silu");
+    refuse_if("qk_layernorm", "is true: norms of queries and keys in LayerNorm are not supported");
+    m_.qkv_bias = json_.boolean("use_qkv_bias", false);
+    m_.norm_bias = true;
+    if (json_.boolean("use_parallel_residual", false))
+      m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+  }
+  void glm() {
+    shape();
+    rope(RopeLayout::interleaved, 0.5);
+    tied(false);
+    activation("hidden_act", "silu");
+    m_.qkv_bias = json_.boolean("attention_bias", true);
+    m_.fused_gate_up = true;
+  }
+  void glm4() {
+    glm();
+    m_.form.placement = NormPlacement::both;
+    m_.names.after_attention_norm = "post_self_attn_layernorm";
+    m_.names.after_feed_forward_norm = "post_mlp_layernorm";
+  }
+  void cohere() {
+    shape("layer_norm_eps");
+    layer_norm();
+    rope(RopeLayout::interleaved);
+    tied(true);
+    activation("hidden_act", "silu");
+    refuse_if("use_qk_norm", "is true: norms of queries and keys in LayerNorm are not supported");
+    m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+    m_.form.logit_scale = static_cast<float>(json_.number("logit_scale", 0.0625));
+    m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", false);
+  }
+  void cohere2() {
+    cohere();
+    const Index pattern = json_.integer("sliding_window_pattern", 4);
+    if (pattern < 1) json_.refuse("sliding_window_pattern", "is not positive");
+    windows(sliding_layers([pattern](Index l) { return (l + 1) % pattern != 0; }),
+            json_.integer("sliding_window", 4096));
+    for (DecoderLayerForm& layer : layer_forms()) layer.rope = layer.window > 0 ? 0 : -1;
+  }
+  void falcon() {
+    shape("layer_norm_epsilon");
+    layer_norm();
+    tied(true);
+    activation("activation", "gelu");
+    refuse_if("alibi", "is true: Falcon with ALiBi is not supported");
+    rope();
+    m_.shape.hidden = json_.integer("ffn_hidden_size", 4 * m_.shape.features);
+    all_biases(json_.boolean("bias", false));
+    m_.norm_bias = true;
+    m_.qkv_layout = QkvLayout::by_group;
+    ModelNames& n = m_.names;
+    n.embedding = "transformer.word_embeddings";
+    n.layer = "transformer.h.";
+    n.norm = "transformer.ln_f";
+    n.qkv = "self_attention.query_key_value";
+    n.output = "self_attention.dense";
+    plain_feed_forward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h");
+    if (json_.boolean("new_decoder_architecture", false)) {
+      m_.shape.kv_heads = json_.integer("num_kv_heads", m_.shape.heads);
+      if (json_.integer("num_ln_in_parallel_attn", 2) == 2) {
+        m_.form.blocks = DecoderBlocks::parallel;
+        n.attention_norm = "ln_attn";
+        n.feed_forward_norm = "ln_mlp";
+      } else {
+        m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+      }
+      return;
+    }
+    m_.shape.kv_heads = json_.boolean("multi_query", true) ? 1 : m_.shape.heads;
+    if (m_.shape.kv_heads > 1) m_.qkv_layout = QkvLayout::by_head;
+    if (json_.boolean("parallel_attn", true)) m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+  }
+  void gpt2() {
+    DecoderConfig& s = m_.shape;
+    s.vocabulary = json_.integer("vocab_size");
+    s.features = json_.integer("n_embd");
+    s.layers = json_.integer("n_layer");
+    s.heads = s.kv_heads = json_.integer("n_head");
+    if (s.heads <= 0) json_.refuse("n_head", "is not positive");
+    s.head_dim = s.features / s.heads;
+    s.hidden = json_.integer("n_inner", 4 * s.features);
+    s.epsilon = static_cast<float>(json_.number("layer_norm_epsilon", 1e-5));
+    m_.positions = m_.form.positions = json_.integer("n_positions", 1024);
+    layer_count();
+    layer_norm();
+    tied(true);
+    activation("activation_function", "gelu_new");
+    refuse_if("scale_attn_by_inverse_layer_idx", "is true, which is not supported");
+    if (!json_.boolean("scale_attn_weights", true)) m_.form.attention_scale = 1;
+    for (DecoderLayerForm& layer : layer_forms()) layer.rope = -1;
+    m_.qkv_layout = QkvLayout::stacked;
+    m_.transposed = true;
+    all_biases(true);
+    m_.norm_bias = true;
+    ModelNames& n = m_.names;
+    n.embedding = "transformer.wte";
+    n.positions = "transformer.wpe";
+    n.layer = "transformer.h.";
+    n.norm = "transformer.ln_f";
+    n.attention_norm = "ln_1";
+    n.feed_forward_norm = "ln_2";
+    n.qkv = "attn.c_attn";
+    n.output = "attn.c_proj";
+    plain_feed_forward("mlp.c_fc", "mlp.c_proj");
+  }
+  void gpt_neox() {
+    shape("layer_norm_eps");
+    layer_norm();
+    rope(RopeLayout::half_split, json_.number("rotary_pct", 0.25));
+    if (json_.has("rotary_emb_base") && !json_.has("rope_parameters"))
+      m_.form.ropes[0].base = static_cast<float>(json_.number("rotary_emb_base"));
+    tied(false);
+    activation("hidden_act", "gelu");
+    all_biases(true);
+    m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", true);
+    m_.norm_bias = true;
+    if (json_.boolean("use_parallel_residual", true)) m_.form.blocks = DecoderBlocks::parallel;
+    m_.qkv_layout = QkvLayout::by_head;
+    ModelNames& n = m_.names;
+    n.embedding = "gpt_neox.embed_in";
+    n.layer = "gpt_neox.layers.";
+    n.norm = "gpt_neox.final_layer_norm";
+    n.head = "embed_out";
+    n.qkv = "attention.query_key_value";
+    n.output = "attention.dense";
+    plain_feed_forward("mlp.dense_h_to_4h", "mlp.dense_4h_to_h");
+  }
+
+  // ---- the rest ---------------------------------------------------------------------------------
+
+  void tokens() {
+    const auto token = [&](std::int64_t id) {
+      return id >= 0 && id < m_.shape.vocabulary ? static_cast<std::int32_t>(id) : -1;
+    };
+    m_.begin_token = token(json_.integer("bos_token_id", -1));
+    for (const std::int64_t id : json_.integers("eos_token_id"))
+      if (token(id) >= 0) m_.end_tokens.push_back(token(id));
+  }
+  void validate() {
+    try {
+      m_.shape.validate();
+      m_.form.validate(m_.shape);
+    } catch (const std::invalid_argument& error) {
+      json_.refuse("", error.what());
+    }
+  }
+
+  const JsonObject& json_;
+  const ModelConfigOptions& options_;
+  ModelConfig m_;
+};
+
+}  // namespace detail
+
+/// The configuration in the text of a config.json; `file` is named in messages. Throws
+/// ModelFileError.
+inline ModelConfig parse_model_config(std::string_view text, std::string_view file,
+                                      const ModelConfigOptions& options = {}) {
+  const nlohmann::json document = detail::parse_json(text, file);
+  detail::JsonObject json(document, file);
+  // Models of text and images keep the decoder's part apart.
+  if (json.text("model_type", "") == "gemma3" && json.has("text_config")) {
+    const detail::JsonObject inner = json.object("text_config");
+    return detail::FamilyReader(inner, options).read();
+  }
+  return detail::FamilyReader(json, options).read();
+}
+
+/// The same of a file.
+inline ModelConfig read_model_config(const std::filesystem::path& path,
+                                     const ModelConfigOptions& options = {}) {
+  const MappedFile file(path);
+  return parse_model_config(
+      {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, file.name(),
+      options);
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
