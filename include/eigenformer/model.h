@@ -1,0 +1,173 @@
+/// \file
+/// Models as people have them: a folder of Hugging Face's (config.json, *.safetensors,
+/// tokenizer.json), loaded, asked and made to write.
+///
+///   ef::Model<float> model = ef::load_model<float>("Llama-3.2-1B");
+///   ef::Model<float> small = ef::load_model<float>("Llama-3.2-1B", {.weights = ef::WeightFormat::int8});
+///   std::vector<std::int32_t> ids = model.tokenizer().encode("Once upon a time");
+///   std::vector<std::int32_t> next = ef::generate(model, ids, {.max_new_tokens = 64});
+///   std::string text = model.tokenizer().decode(next);
+///   ef::Tensor<float, 2> logits = model.logits(ids);          // (tokens, vocabulary): every position
+///
+///   ef::generate(model, ids, {.sampling = {.temperature = .8, .top_p = .95}, .seed = 1,
+///                             .on_token = [&](std::int32_t id) { std::cout << stream.push(id) << std::flush; return true; }});
+///
+/// Part of the component eigenformer::model (nlohmann-json, PCRE2). Families: model/families.h. T is
+/// the scalar of activations and caches. Files are not believed: ModelFileError (a
+/// std::runtime_error) names file, tensor and reason for anything that is not what it claims to be,
+/// and nothing is read out of bounds.
+///
+/// Cost: loading reads the weights once (twice for INT8) and packs them on the device; beside the
+/// packed weights it holds no more than the largest tensor. The file stays mapped where the
+/// embedding is used as stored.
+#pragma once
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "decoder.h"
+#include "model/families.h"
+#include "model/load.h"
+#include "model/safetensors.h"
+#include "model/tokenizer.h"
+#include "sampling.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+struct LoadOptions {
+  WeightFormat weights = WeightFormat::activation;  ///< of linear layers, quantized on load
+  Index length = 0;            ///< positions that will be served, where rotations depend on it
+  LoadProgress progress = {};  ///< called as tensors are packed
+};
+
+/// A decoder with the tokenizer and the configuration it came with. Moves, does not copy. The
+/// device must outlive it.
+template <FloatingScalar T = float, Device D = Eigen::DefaultDevice>
+class Model {
+ public:
+  Model(ModelConfig config, Tokenizer tokenizer,
+        std::shared_ptr<const PackedDecoderWeights<T>> weights, const D& device)
+      : config_(std::move(config)),
+        tokenizer_(std::move(tokenizer)),
+        weights_(weights),
+        decoder_(std::make_unique<Decoder<T, D>>(std::move(weights), device)),
+        device_(&device) {}
+
+  const ModelConfig& config() const { return config_; }
+  const Tokenizer& tokenizer() const { return tokenizer_; }
+  /// Steps over caches of your own: decoder.h.
+  Decoder<T, D>& decoder() { return *decoder_; }
+  const D& device() const { return *device_; }
+  /// Bytes that a step reads of the weights.
+  std::size_t weight_bytes() const { return weights_->bytes(); }
+
+  /// Pages for `tokens` positions of as many sequences as they are divided among.
+  PagedKvCache<T> make_cache(Index tokens, Index page_size = 16) const {
+    const DecoderConfig& c = config_.shape;
+    return PagedKvCache<T>({.layers = c.layers,
+                            .kv_heads = c.kv_heads,
+                            .head_dim = c.head_dim,
+                            .page_size = page_size,
+                            .page_count = (tokens + page_size - 1) / page_size});
+  }
+
+  /// Logits after every one of the tokens (tokens, vocabulary). Throws std::invalid_argument for an
+  /// id outside the vocabulary.
+  Tensor<float, 2> logits(std::span<const std::int32_t> ids) {
+    const auto count = static_cast<Index>(ids.size());
+    if (count == 0) return Tensor<float, 2>(0, config_.shape.vocabulary);
+    PagedKvCache<T> cache = make_cache(count);
+    const SequenceId sequence = cache.add_sequence();
+    const std::vector<Index> offsets{0, count};
+    std::vector<Index> all(ids.size());
+    for (std::size_t i = 0; i < all.size(); ++i) all[i] = static_cast<Index>(i);
+    return decoder_->step({ids, offsets, all}, cache, {&sequence, 1});
+  }
+
+ private:
+  ModelConfig config_;
+  Tokenizer tokenizer_;
+  std::shared_ptr<const PackedDecoderWeights<T>> weights_;
+  std::unique_ptr<Decoder<T, D>> decoder_;
+  const D* device_;
+};
+
+/// The model in a folder. Throws ModelFileError.
+template <FloatingScalar T = float, Device D>
+Model<T, D> load_model(const D& device, const std::filesystem::path& path,
+                       const LoadOptions& options = {}) {
+  ModelConfig config = read_model_config(path / "config.json", {.length = options.length});
+  Tokenizer tokenizer = Tokenizer::from_folder(path);
+  const auto files = std::make_shared<const Safetensors>(path);
+  auto weights =
+      detail::ModelLoader<T, D>(device, config, files->tensors(), options.weights, options.progress)
+          .load(files);
+  return {std::move(config), std::move(tokenizer), std::move(weights), device};
+}
+template <FloatingScalar T = float>
+Model<T> load_model(const std::filesystem::path& path, const LoadOptions& options = {}) {
+  static const Eigen::DefaultDevice here;
+  return load_model<T>(here, path, options);
+}
+
+struct GenerateOptions {
+  Index max_new_tokens = 128;
+  SamplingParams sampling = {.temperature = 0};  ///< greedy
+  std::uint64_t seed = 0;
+  /// Called with each new token; false ends the text.
+  std::function<bool(std::int32_t)> on_token = {};
+  Index chunk = 512;  ///< tokens of a prompt that go through the layers at once
+};
+
+/// The tokens that follow `ids`, until one that ends a text (which is returned) or max_new_tokens.
+/// Throws std::invalid_argument for no ids and for ids outside the vocabulary.
+template <typename T, typename D>
+std::vector<std::int32_t> generate(Model<T, D>& model, std::span<const std::int32_t> ids,
+                                   const GenerateOptions& options = {}) {
+  constexpr auto name = "generate";
+  const auto count = static_cast<Index>(ids.size());
+  detail::require_that(count > 0, name, "ids is empty, expected one token at least");
+  detail::require_that(options.max_new_tokens >= 0, name, "max_new_tokens is ",
+                       options.max_new_tokens, ", expected 0 or more");
+  detail::require_that(options.chunk >= 1, name, "chunk is ", options.chunk,
+                       ", expected 1 or more");
+  std::vector<std::int32_t> text;
+  if (options.max_new_tokens == 0) return text;
+  Index positions = 0;
+  detail::require_that(detail::add_fits(count, options.max_new_tokens, positions), name,
+                       "ids and max_new_tokens overflow");
+  PagedKvCache<T> cache = model.make_cache(positions);
+  const SequenceId sequence = cache.add_sequence();
+  Tensor<float, 2> logits;
+  const auto step = [&](std::span<const std::int32_t> tokens, bool wanted) {
+    const std::array<Index, 2> offsets{0, static_cast<Index>(tokens.size())};
+    const std::array<Index, 1> last{offsets[1] - 1};
+    model.decoder().step_into(
+        logits, StepRows{tokens, offsets, std::span<const Index>(last.data(), wanted ? 1 : 0)},
+        cache, {&sequence, 1});
+  };
+  for (Index begin = 0; begin < count; begin += options.chunk) {
+    const Index size = (std::min)(options.chunk, count - begin);
+    step(ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(size)),
+         begin + size == count);
+  }
+  Philox random(options.seed);
+  const std::vector<std::int32_t>& ends = model.config().end_tokens;
+  while (true) {
+    const std::int32_t token = sample(model.device(), logits, options.sampling, random)(0);
+    text.push_back(token);
+    const bool more = !options.on_token || options.on_token(token);
+    if (!more || static_cast<Index>(text.size()) == options.max_new_tokens ||
+        std::find(ends.begin(), ends.end(), token) != ends.end())
+      return text;
+    step({&text.back(), 1}, true);
+  }
+}
+
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

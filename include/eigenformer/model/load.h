@@ -1,0 +1,314 @@
+/// \file
+/// A model's tensors, from its files into packed weights: one linear layer after the other, read
+/// once (twice for INT8) where they lie, so that nothing but the largest of them is ever held
+/// beside the packed ones.
+#pragma once
+
+#include <array>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "../decoder/packed_weights.h"
+#include "config.h"
+#include "stored_matrix.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+/// Called as a model is packed, with bytes of tensors done and in all.
+using LoadProgress = std::function<void(std::uint64_t done, std::uint64_t total)>;
+
+namespace detail {
+
+template <typename T, Device D>
+class ModelLoader {
+ public:
+  using Weights = PackedDecoderWeights<T>;
+  using Vector = std::vector<float>;
+
+  ModelLoader(const D& device, const ModelConfig& config, const StoredTensors& tensors,
+              WeightFormat format, const LoadProgress& progress)
+      : device_(device),
+        m_(config),
+        tensors_(tensors),
+        progress_(progress),
+        weights_(std::make_shared<Weights>(config.shape, format, config.form)) {
+    for (const auto& [name, tensor] : tensors_.map()) total_ += tensor.bytes.size();
+  }
+
+  /// `owner` keeps the tensors' memory alive: the embedding stays there where its scalar allows it.
+  std::shared_ptr<const Weights> load(std::shared_ptr<const void> owner) {
+    try {
+      for (Index l = 0; l < m_.shape.layers; ++l) load_layer(l);
+      load_rest(std::move(owner));
+      require_all_used();
+      weights_->require_complete();
+    } catch (const std::invalid_argument& error) {  // what packing refuses: NaN, infinity
+      fail_model(tensors_.file(), part_, error.what());
+    }
+    return weights_;
+  }
+
+ private:
+  using Views = DecoderLayerViews<float>;
+
+  std::string weight(std::string_view name) const { return std::string(name) + ".weight"; }
+  std::string bias(std::string_view name) const { return std::string(name) + ".bias"; }
+  std::string of_layer(Index l, std::string_view name) const {
+    return m_.names.layer + std::to_string(l) + "." + std::string(name);
+  }
+
+  /// A tensor by its name, with or without what comes before the decoder's own names in files of
+  /// larger or of bare models.
+  const StoredTensor* find(const std::string& name) {
+    part_ = name;
+    const std::size_t dot = name.find('.');
+    for (const std::string& tried :
+         {name, "language_model." + name, "model.language_model." + name.substr(dot + 1),
+          name.substr(dot + 1)}) {
+      const StoredTensor* const tensor = tensors_.find(tried);
+      if (tensor == nullptr) continue;
+      if (used_.insert(tried).second) done_ += tensor->bytes.size();
+      return tensor;
+    }
+    return nullptr;
+  }
+  const StoredTensor& at(const std::string& name, std::vector<std::int64_t> shape) {
+    const StoredTensor* const tensor = find(name);
+    if (tensor == nullptr) fail_model(tensors_.file(), name, "this tensor is missing");
+    if (tensor->shape != shape)
+      fail_model(tensors_.file(), name,
+                 "has shape " + stored_shape_text(tensor->shape) + ", the configuration says " +
+                     stored_shape_text(shape));
+    return *tensor;
+  }
+  Vector vector(const std::string& name, Index size, float plus = 0) {
+    Vector values(static_cast<std::size_t>(size));
+    dequantize_rows(at(name, {size}), 0, values);
+    for (float& value : values) value += plus;
+    return values;
+  }
+  StoredMatrix matrix(const std::string& name, Index rows, Index columns) {
+    return StoredMatrix(at(name, m_.transposed ? std::vector<std::int64_t>{columns, rows}
+                                               : std::vector<std::int64_t>{rows, columns}),
+                        m_.transposed);
+  }
+  void report() const {
+    if (progress_) progress_(done_, total_);
+  }
+
+  // ---- a layer ----------------------------------------------------------------------------------
+
+  template <typename W>
+  void pack(Index l, const DecoderLayerViews<W, float>& views) {
+    weights_->pack_layer(device_, l, views, alone_);
+    report();
+  }
+
+  void load_layer(Index l) {
+    load_vectors(l);
+    load_attention(l);
+    load_feed_forward(l);
+  }
+
+  void load_vectors(Index l) {
+    const ModelNames& n = m_.names;
+    const DecoderForm& form = m_.form;
+    const Index d = m_.shape.features, width = m_.shape.head_dim;
+    const float plus = m_.norm_plus_one ? 1.0f : 0.0f;
+    std::vector<Vector> values;
+    values.reserve(16);  // views of them are kept
+    Views v;
+    const auto set = [&](auto& to, Vector from) {
+      values.push_back(std::move(from));
+      to.emplace(values.back().data(), static_cast<Index>(values.back().size()));
+    };
+    const auto norm = [&](auto& to, auto* to_bias, const std::string& name, Index size) {
+      set(to, vector(of_layer(l, weight(name)), size, plus));
+      if (to_bias != nullptr && m_.norm_bias) set(*to_bias, vector(of_layer(l, bias(name)), size));
+    };
+    if (form.norm_before()) {
+      norm(v.attention_norm, &v.attention_norm_bias, n.attention_norm, d);
+      if (!form.shares_norm())
+        norm(v.feed_forward_norm, &v.feed_forward_norm_bias, n.feed_forward_norm, d);
+    }
+    constexpr typename Views::Vector* kNone = nullptr;
+    if (form.norm_after()) {
+      norm(v.after_attention_norm, kNone, n.after_attention_norm, d);
+      norm(v.after_feed_forward_norm, kNone, n.after_feed_forward_norm, d);
+    }
+    if (form.query_key_norm != QueryKeyNorm::none) {
+      const bool row = form.query_key_norm == QueryKeyNorm::row;
+      norm(v.query_norm, kNone, n.query_norm, row ? m_.shape.heads * width : width);
+      norm(v.key_norm, kNone, n.key_norm, row ? m_.shape.kv_heads * width : width);
+    }
+    if (m_.output_bias) set(v.output_bias, vector(of_layer(l, bias(n.output)), d));
+    if (m_.feed_forward_bias) {
+      const Index hidden = m_.shape.hidden;
+      if (form.gated) set(v.gate_bias, vector(of_layer(l, bias(n.gate)), hidden));
+      set(v.up_bias, vector(of_layer(l, bias(n.up)), hidden));
+      set(v.down_bias, vector(of_layer(l, bias(n.down)), d));
+    }
+    const QkvRows rows = qkv_rows();
+    if (m_.qkv_bias && m_.qkv_layout == QkvLayout::apart) {
+      set(v.query_bias, vector(of_layer(l, bias(n.query)), rows.count(0)));
+      set(v.key_bias, vector(of_layer(l, bias(n.key)), rows.count(1)));
+      set(v.value_bias, vector(of_layer(l, bias(n.value)), rows.count(2)));
+    } else if (m_.qkv_bias) {
+      const Vector all = vector(of_layer(l, bias(n.qkv)), rows.total());
+      set(v.query_bias, rows.gather(0, all.data(), 1));
+      set(v.key_bias, rows.gather(1, all.data(), 1));
+      set(v.value_bias, rows.gather(2, all.data(), 1));
+    }
+    pack(l, v);
+  }
+
+  QkvRows qkv_rows() const {
+    return {m_.qkv_layout, m_.shape.heads, m_.shape.kv_heads, m_.shape.head_dim};
+  }
+
+  void load_attention(Index l) {
+    const ModelNames& n = m_.names;
+    const Index d = m_.shape.features;
+    const QkvRows rows = qkv_rows();
+    const auto pack_qkv = [&]<typename W>(const TensorView<const W, 2>& q,
+                                          const TensorView<const W, 2>& k,
+                                          const TensorView<const W, 2>& v) {
+      DecoderLayerViews<W, float> views;
+      views.query.emplace(q);
+      views.key.emplace(k);
+      views.value.emplace(v);
+      pack(l, views);
+    };
+    if (m_.qkv_layout == QkvLayout::apart) {
+      StoredMatrix q = matrix(of_layer(l, weight(n.query)), rows.count(0), d),
+                   k = matrix(of_layer(l, weight(n.key)), rows.count(1), d),
+                   v = matrix(of_layer(l, weight(n.value)), rows.count(2), d);
+      visit_matrices(pack_qkv, q, k, v);
+    } else {
+      matrix(of_layer(l, weight(n.qkv)), rows.total(), d)
+          .visit([&]<typename W>(const TensorView<const W, 2>& all) {
+            if (m_.qkv_layout == QkvLayout::stacked) {
+              const W* const keys = all.data() + rows.count(0) * d;
+              pack_qkv(TensorView<const W, 2>(all.data(), rows.count(0), d),
+                       TensorView<const W, 2>(keys, rows.count(1), d),
+                       TensorView<const W, 2>(keys + rows.count(1) * d, rows.count(2), d));
+              return;
+            }
+            const std::array parts{rows.gather(0, all.data(), d), rows.gather(1, all.data(), d),
+                                   rows.gather(2, all.data(), d)};
+            pack_qkv(TensorView<const W, 2>(parts[0].data(), rows.count(0), d),
+                     TensorView<const W, 2>(parts[1].data(), rows.count(1), d),
+                     TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
+          });
+    }
+    pack_one(l, n.output, d, rows.count(0), [](auto& views) -> auto& { return views.output; });
+  }
+
+  /// One matrix of a layer; place(views) is where it belongs.
+  template <typename Place>
+  void pack_one(Index l, const std::string& name, Index rows, Index columns, Place&& place) {
+    matrix(of_layer(l, weight(name)), rows, columns)
+        .visit([&]<typename W>(const TensorView<const W, 2>& view) {
+          DecoderLayerViews<W, float> views;
+          place(views).emplace(view);
+          pack(l, views);
+        });
+  }
+
+  void load_feed_forward(Index l) {
+    const ModelNames& n = m_.names;
+    const Index d = m_.shape.features, hidden = m_.shape.hidden;
+    const auto pack_gated = [&]<typename W>(const TensorView<const W, 2>& gate,
+                                            const TensorView<const W, 2>& up) {
+      DecoderLayerViews<W, float> views;
+      views.gate.emplace(gate);
+      views.up.emplace(up);
+      pack(l, views);
+    };
+    if (!m_.form.gated) {
+      pack_one(l, n.up, hidden, d, [](auto& views) -> auto& { return views.up; });
+    } else if (m_.fused_gate_up) {
+      matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d)
+          .visit([&]<typename W>(const TensorView<const W, 2>& both) {
+            pack_gated(TensorView<const W, 2>(both.data(), hidden, d),
+                       TensorView<const W, 2>(both.data() + hidden * d, hidden, d));
+          });
+    } else {
+      StoredMatrix gate = matrix(of_layer(l, weight(n.gate)), hidden, d),
+                   up = matrix(of_layer(l, weight(n.up)), hidden, d);
+      visit_matrices(pack_gated, gate, up);
+    }
+    pack_one(l, n.down, d, hidden, [](auto& views) -> auto& { return views.down; });
+  }
+
+  // ---- embedding and head -----------------------------------------------------------------------
+
+  void load_rest(std::shared_ptr<const void> owner) {
+    const ModelNames& n = m_.names;
+    const Index d = m_.shape.features, vocabulary = m_.shape.vocabulary;
+    const Vector norm = vector(weight(n.norm), d, m_.norm_plus_one ? 1.0f : 0.0f);
+    const auto view = [](const Vector& x) {
+      return TensorView<const float, 1>(x.data(), static_cast<Index>(x.size()));
+    };
+    const auto table = [&](const std::string& name, Index rows) {
+      return StoredMatrix(at(name, {rows, d}));
+    };
+    table(weight(m_.tied_head ? n.embedding : n.head), vocabulary).visit([&](const auto& head) {
+      weights_->pack_head(device_, view(norm), head, alone_);
+    });
+    if (m_.norm_bias) weights_->set_norm_bias(device_, view(vector(bias(n.norm), d)));
+    if (m_.head_bias) weights_->set_head_bias(device_, view(vector(bias(n.head), vocabulary)));
+    if (m_.form.positions > 0)
+      table(weight(n.positions), m_.form.positions).visit([&](const auto& positions) {
+        weights_->set_positions(device_, positions);
+      });
+    struct Kept {
+      StoredMatrix table;
+      std::shared_ptr<const void> owner;
+    };
+    auto kept =
+        std::make_shared<Kept>(Kept{table(weight(n.embedding), vocabulary), std::move(owner)});
+    kept->table.visit([&](const auto& embedding) { weights_->set_embedding(embedding, kept); });
+    if (memory_of(device_).backend != host_memory.backend)
+      weights_->own_embedding(device_, WeightFormat::activation);
+    report();
+  }
+
+  /// Tensors of the file that are no part of the decoder as configured: an error, but for what
+  /// files carry without need.
+  void require_all_used() const {
+    for (const auto& [name, tensor] : tensors_.map()) {
+      if (used_.contains(name)) continue;
+      const auto ends = [&, n = std::string_view(name)](std::string_view end) {
+        return n.ends_with(end);
+      };
+      const bool buffer = ends(".rotary_emb.inv_freq") || ends(".attn.bias") ||
+                          ends(".attn.masked_bias") || ends(".attention.bias") ||
+                          ends(".attention.masked_bias");
+      const bool copy = m_.tied_head && ends(weight(m_.names.head));
+      const bool vision = name.find("vision_tower.") != std::string::npos ||
+                          name.find("multi_modal_projector.") != std::string::npos;
+      if (!buffer && !copy && !vision)
+        fail_model(tensors_.file(), name, "no part of a " + m_.family + " model has this name");
+    }
+  }
+
+  const D& device_;
+  const ModelConfig& m_;
+  const StoredTensors& tensors_;
+  const LoadProgress& progress_;
+  std::shared_ptr<Weights> weights_;
+  SelfCommunicator alone_;
+  std::set<std::string, std::less<>> used_;
+  std::string part_;
+  std::uint64_t done_ = 0, total_ = 0;
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,130 @@
+/// \file
+/// Matrices of a model's file as packing reads them: where they lie if their scalar and order allow
+/// it, else converted to float.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <variant>
+#include <vector>
+
+#include "../core/tensor.h"
+#include "config.h"
+#include "dequantize.h"
+#include "stored_tensor.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+class StoredMatrix {
+ public:
+  template <typename W>
+  using View = TensorView<const W, 2>;
+
+  /// `transposed`: (in, out) in the file, (out, in) here.
+  explicit StoredMatrix(const StoredTensor& tensor, bool transposed = false)
+      : tensor_(&tensor), transposed_(transposed) {
+    rows_ = transposed ? tensor.columns() : tensor.rows();
+    columns_ = transposed ? tensor.rows() : tensor.columns();
+    if (transposed || !(lies_as<float>() || lies_as<bfloat16>() || lies_as<half>())) convert();
+  }
+
+  Index rows() const { return rows_; }
+  Index columns() const { return columns_; }
+  bool converted() const { return !values_.empty(); }
+  StoredFormat format() const { return converted() ? StoredFormat::f32 : tensor_->format; }
+
+  /// A float copy, where it is not one yet.
+  void convert() {
+    if (converted() || rows_ * columns_ == 0) return;
+    std::vector<float> values(static_cast<std::size_t>(rows_ * columns_));
+    dequantize_rows(*tensor_, 0, values);
+    if (transposed_) {
+      values_.resize(values.size());
+      for (Index i = 0; i < columns_; ++i)
+        for (Index o = 0; o < rows_; ++o)
+          values_[static_cast<std::size_t>(o * columns_ + i)] =
+              values[static_cast<std::size_t>(i * rows_ + o)];
+    } else {
+      values_ = std::move(values);
+    }
+  }
+
+  /// f(view), of float, bfloat16 or half.
+  template <typename F>
+  void visit(F&& f) const {
+    if (converted() || lies_as<float>())
+      f(view<float>());
+    else if (lies_as<bfloat16>())
+      f(view<bfloat16>());
+    else
+      f(view<half>());
+  }
+  template <typename W>
+  View<W> view() const {
+    const void* const data = converted() ? static_cast<const void*>(values_.data())
+                                         : static_cast<const void*>(tensor_->bytes.data());
+    return {static_cast<const W*>(data), rows_, columns_};
+  }
+
+ private:
+  template <typename W>
+  static constexpr StoredFormat kFormat = std::is_same_v<W, float>      ? StoredFormat::f32
+                                          : std::is_same_v<W, bfloat16> ? StoredFormat::bf16
+                                                                        : StoredFormat::f16;
+  template <typename W>
+  bool lies_as() const {
+    return tensor_->format == kFormat<W> &&
+           reinterpret_cast<std::uintptr_t>(tensor_->bytes.data()) % alignof(W) == 0;
+  }
+
+  const StoredTensor* tensor_;
+  bool transposed_;
+  Index rows_, columns_;
+  std::vector<float> values_;
+};
+
+/// f(views...) of matrices in one scalar: where theirs differ, of float copies.
+template <typename F, typename... Matrices>
+void visit_matrices(F&& f, StoredMatrix& first, Matrices&... others) {
+  if (!((first.format() == others.format()) && ...)) {
+    first.convert();
+    (others.convert(), ...);
+  }
+  first.visit([&]<typename W>(const TensorView<const W, 2>& view) {
+    f(view, others.template view<W>()...);
+  });
+}
+
+/// Rows of the parts of a fused tensor: those of queries (part 0), keys (1) or values (2).
+struct QkvRows {
+  QkvLayout layout;
+  Index heads, kv_heads, head_dim;
+
+  Index count(int part) const { return (part == 0 ? heads : kv_heads) * head_dim; }
+  Index total() const { return (heads + 2 * kv_heads) * head_dim; }
+  /// Where the rows of head h of a part begin.
+  Index first_row(int part, Index h) const {
+    const Index group = heads / kv_heads;
+    if (layout == QkvLayout::by_head) return (3 * h + part) * head_dim;
+    if (layout == QkvLayout::by_group) {
+      const Index kv = part == 0 ? h / group : h;
+      return (kv * (group + 2) + (part == 0 ? h % group : group + part - 1)) * head_dim;
+    }
+    return (h + (part > 0 ? heads : 0) + (part > 1 ? kv_heads : 0)) * head_dim;
+  }
+  /// The rows of a part of `from` (rows, columns), one below the other.
+  template <typename W>
+  std::vector<W> gather(int part, const W* from, Index columns) const {
+    std::vector<W> to(static_cast<std::size_t>(count(part) * columns));
+    for (Index h = 0; h < count(part) / head_dim; ++h)
+      std::copy_n(from + first_row(part, h) * columns, head_dim * columns,
+                  to.data() + h * head_dim * columns);
+    return to;
+  }
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
