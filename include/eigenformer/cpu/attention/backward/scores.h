@@ -23,7 +23,8 @@ class BackwardScores {
   static constexpr C kInfinity = std::numeric_limits<C>::infinity();
   static constexpr C kNaN = std::numeric_limits<C>::quiet_NaN();
   static constexpr Index kBlock = kAttentionKeyBlock, kGroup = Call::kGroup;
-  static constexpr int kPanel = Panels::kPanel, kRows = Call::kRows;
+  static constexpr int kPanel = Panels::kPanel, kRows = Call::kRows,
+                       kVectors = kAttentionKeyBlock / Tile::lanes;  // of a row
 
  public:
   explicit BackwardScores(const Call& call) : on_(call) {}
@@ -54,8 +55,6 @@ class BackwardScores {
       for (Index r = 0; r < kGroup; ++r)
         score_row(m, n, first + r, ranges[r], hidden[r],
                   m.bad_rows[first + r] ? ~KeyBits{0} : bad_keys, r);
-      for (Index r = 0; r < kGroup; ++r)
-        if (!ranges[r].empty()) weigh_row(m, n, first + r, r);
     }
   }
 
@@ -106,62 +105,88 @@ class BackwardScores {
       }
   }
 
-  /// Where the scratch has key c of row r of a group.
-  static Index place(Index r, int c) {
-    return (c / kPanel * Index{kGroup} + r) * kPanel + c % kPanel;
-  }
-
-  /// Dot products of row r, row `of` of the scratch, to scores in place; the greatest and its dP.
-  /// dP of pairs that it does not see is 0. Pairs with a `bad` key are NaN where the row sees it.
+  /// Dot products of row r, row `of` of the scratch, to weights relative to the greatest score, and
+  /// the sums of these and of weighted dP. dP of pairs that it does not see is 0. Pairs with a `bad`
+  /// key are NaN where the row sees it.
   void score_row(const Memory& m, Index n, Index r, const BlockRange& range, KeyBits hidden_keys,
                  KeyBits bad, Index of) const {
-    const Index at = n * on_.shape.rows + r;
-    if (range.empty()) {
-      m.maxima[at] = -kInfinity;
-      m.top_grads[at] = m.sums[at] = m.deltas[at] = C(0);
-      for (int p = 0; p < Panels::kPanels; ++p) {
-        fill_line(on_.pairs(m.weights, n, r, p), kPanel, V::zero());
-        fill_line(on_.pairs(m.grads, n, r, p), kPanel, V::zero());
-        if (on_.f.softcap > 0) fill_line(on_.pairs(m.slopes, n, r, p), kPanel, V::zero());
-      }
-      return;
-    }
-    const BlockScores<C, Isa> rule(on_.f, m.rows[r], m.blocks[n], range, hidden_keys);
-    V top = V::set1(-kInfinity), top_grad = V::zero();
-    for (int c = 0; c < kBlock; c += Tile::lanes) {
-      C* const slopes = on_.f.softcap > 0 ? on_.pair(m.slopes, n, r, c) : nullptr;
-      C* const score = on_.scratch.scores + place(of, c);
-      V x = V::load(score);
-      if constexpr (Call::kPairs) x = x * V::set1(on_.f.scale);
+    if (range.empty()) return hide_row(m, n, r);
+    const auto& f = on_.f;
+    const bool softcap = f.softcap > 0;
+    if (range.full() && hidden_keys == 0 && bad == 0 && !softcap && f.alibi_slopes == nullptr &&
+        !f.bias.present())
+      return weigh_row(m, n, r, of, [](int, V x, V& grad) {
+        grad = select(equal(x, V::set1(-kInfinity)), V::zero(), grad);
+        return x;
+      });
+    const BlockScores<C, Isa> rule(f, m.rows[r], m.blocks[n], range, hidden_keys);
+    weigh_row(m, n, r, of, [&](int c, V x, V& grad) {
+      C* const slopes = softcap ? on_.pair(m.slopes, n, r, c) : nullptr;
       x = rule(x, c, slopes);
       const auto hidden = equal(x, V::set1(-kInfinity));
       if (bad != 0) x = spoiled(x, hidden.bits(), bad >> c);
-      const V grad = select(hidden, V::zero(), V::load(on_.scratch.grads + place(of, c)));
-      if (slopes != nullptr) select(hidden, V::zero(), V::load(slopes)).store(slopes);
-      x.store(score);
-      grad.store(on_.pair(m.grads, n, r, c));
+      grad = select(hidden, V::zero(), grad);
+      if (softcap) select(hidden, V::zero(), V::load(slopes)).store(slopes);
+      return x;
+    });
+  }
+
+  /// The same with score(key, dot product, dP), which hides what it must of both.
+  template <typename Score>
+  void weigh_row(const Memory& m, Index n, Index r, Index of, Score&& score) const {
+    const Index at = n * on_.shape.rows + r, stride = on_.shape.stride;
+    const C *const dots = on_.scratch.scores + of * kPanel, *const grad_dots =
+                                                                on_.scratch.grads + of * kPanel;
+    V scores[kVectors], grads[kVectors], top = V::set1(-kInfinity), top_grad = V::zero();
+    for_each_vector([&](int v) {
+      const Index from = v / 2 * Index{kGroup} * kPanel + v % 2 * Tile::lanes;
+      V x = V::load(dots + from), grad = V::load(grad_dots + from);
+      if constexpr (Call::kPairs) x = x * V::set1(on_.f.scale);
+      x = score(v * Tile::lanes, x, grad);
+      scores[v] = x;
+      grads[v] = grad;
       const auto higher = less(top, x);
       top = select(higher, x, top);
       top_grad = select(higher, grad, top_grad);
-    }
-    m.maxima[at] = reduce_max(top);
-    m.top_grads[at] = grad_of(top, m.maxima[at], top_grad);
-  }
-
-  /// Scores of row r to weights, and the sums of these and of weighted dP.
-  void weigh_row(const Memory& m, Index n, Index r, Index of) const {
-    const Index at = n * on_.shape.rows + r;
-    const V reference = V::set1(m.maxima[at] == -kInfinity ? C(0) : m.maxima[at]),
-            reference_grad = V::set1(m.top_grads[at]);
+    });
+    const C maximum = reduce_max(top), grad_of_top = grad_of(top, maximum, top_grad);
+    m.maxima[at] = maximum;
+    m.top_grads[at] = grad_of_top;
+    const V reference = V::set1(maximum == -kInfinity ? C(0) : maximum),
+            reference_grad = V::set1(grad_of_top);
+    C *const weights = on_.pairs(m.weights, n, r, 0), *const to_grads = on_.pairs(m.grads, n, r, 0);
     V sum = V::zero(), delta = V::zero();
-    for (int c = 0; c < kBlock; c += Tile::lanes) {
-      const V weight = exp_of_nonpositive(V::load(on_.scratch.scores + place(of, c)) - reference);
-      weight.store(on_.pair(m.weights, n, r, c));
+    for_each_vector([&](int v) {
+      const Index to = v / 2 * stride + v % 2 * Tile::lanes;
+      const V weight = exp_of_nonpositive(scores[v] - reference);
+      weight.store(weights + to);
+      grads[v].store(to_grads + to);
       sum = sum + weight;
-      delta = fma(weight, V::load(on_.pair(m.grads, n, r, c)) - reference_grad, delta);
-    }
+      delta = fma(weight, grads[v] - reference_grad, delta);
+    });
     m.sums[at] = reduce_add(sum);
     m.deltas[at] = reduce_add(delta);
+  }
+
+  /// f(vector) for those of a row; where they are few, they stay in registers.
+  template <typename F>
+  static EIGENFORMER_INLINE void for_each_vector(F&& f) {
+    if constexpr (kVectors <= 4)
+      tile::unroll<kVectors>(f);
+    else
+      for (int v = 0; v < kVectors; ++v) f(v);
+  }
+
+  /// Zeros for a row that sees no key of a block.
+  void hide_row(const Memory& m, Index n, Index r) const {
+    const Index at = n * on_.shape.rows + r;
+    m.maxima[at] = -kInfinity;
+    m.top_grads[at] = m.sums[at] = m.deltas[at] = C(0);
+    for (int p = 0; p < Panels::kPanels; ++p) {
+      fill_line(on_.pairs(m.weights, n, r, p), kPanel, V::zero());
+      fill_line(on_.pairs(m.grads, n, r, p), kPanel, V::zero());
+      if (on_.f.softcap > 0) fill_line(on_.pairs(m.slopes, n, r, p), kPanel, V::zero());
+    }
   }
 
   /// NaN in the bad lanes that are not hidden.
