@@ -104,6 +104,7 @@ class Tokenizer {
   static Tokenizer from_json(std::string_view text, const std::string& name = "tokenizer.json") {
     return Tokenizer(detail::tokenizer_from_json(text, name));
   }
+  static Tokenizer from_gguf(const Gguf& file) { return from_gguf(detail::gguf_vocabulary(file)); }
   static Tokenizer from_gguf(const GgufVocabulary& vocabulary) {
     return Tokenizer(detail::tokenizer_from_gguf(vocabulary));
   }

@@ -7,12 +7,12 @@
 #include <cstdint>
 #include <functional>
 #include <optional>
-#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "../gguf.h"
 #include "data.h"
 #include "gguf_patterns.h"
 #include "settings.h"
@@ -26,9 +26,9 @@ struct GgufVocabulary {
   std::string_view model;     ///< "llama" (SentencePiece's BPE) or "gpt2"
   std::string_view pre = {};  ///< how gpt2 cuts words: "llama-bpe", "qwen2", ...
   std::vector<std::string_view> tokens = {};
-  std::span<const float> scores = {};         ///< llama: one for each token
-  std::span<const std::int32_t> types = {};   ///< one for each token, or none; see detail::GgufType
-  std::vector<std::string_view> merges = {};  ///< gpt2: "left right"
+  std::vector<float> scores = {};        ///< llama: one for each token
+  std::vector<std::int32_t> types = {};  ///< one for each token, or none; see detail::GgufTokenType
+  std::vector<std::string_view> merges = {};            ///< gpt2: "left right"
   std::int64_t bos = -1, eos = -1, unk = -1, pad = -1;  ///< X_token_id; pad: padding_token_id
   std::vector<std::int64_t> more_ends = {};             ///< eot_token_id, eom_token_id
   std::optional<bool> add_bos = {}, add_eos = {};       ///< add_X_token
@@ -40,7 +40,14 @@ struct GgufVocabulary {
 namespace detail {
 
 /// tokenizer.ggml.token_type
-enum class GgufType : std::int32_t { normal = 1, unknown, control, user_defined, unused, byte };
+enum class GgufTokenType : std::int32_t {
+  normal = 1,
+  unknown,
+  control,
+  user_defined,
+  unused,
+  byte
+};
 
 /// Tokens that end a turn in chats of common families. Files name one of them only.
 inline constexpr std::string_view kEndsOfTurns[] = {
@@ -48,8 +55,8 @@ inline constexpr std::string_view kEndsOfTurns[] = {
     "<|endoftext|>",  "<|return|>", "<|call|>", "<|END_OF_TURN_TOKEN|>",
     "<|end_of_text|>"};
 
-inline GgufType gguf_type(const GgufVocabulary& file, std::size_t id) {
-  return file.types.empty() ? GgufType::normal : static_cast<GgufType>(file.types[id]);
+inline GgufTokenType gguf_type(const GgufVocabulary& file, std::size_t id) {
+  return file.types.empty() ? GgufTokenType::normal : static_cast<GgufTokenType>(file.types[id]);
 }
 
 /// Ranks of tokens as merges: equal scores are equal, and the best is 0.
@@ -64,9 +71,9 @@ inline std::vector<std::uint32_t> ranks_of_scores(const GgufVocabulary& file) {
   order.erase(std::unique(order.begin(), order.end()), order.end());
   std::vector<std::uint32_t> ranks;
   for (std::size_t i = 0; i < file.scores.size(); ++i) {
-    const GgufType type = gguf_type(file, i);
-    const bool merges =
-        type == GgufType::normal || type == GgufType::user_defined || type == GgufType::unused;
+    const GgufTokenType type = gguf_type(file, i);
+    const bool merges = type == GgufTokenType::normal || type == GgufTokenType::user_defined ||
+                        type == GgufTokenType::unused;
     const auto at = std::ranges::lower_bound(order, file.scores[i], std::greater<float>());
     ranks.push_back(merges ? static_cast<std::uint32_t>(at - order.begin()) : Bpe::kNever);
   }
@@ -142,9 +149,9 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
   for (std::size_t i = 0; i < file.tokens.size(); ++i) {
     // What is no UTF-8 can be typed by nobody, but keeps its id.
     const std::string text = whole_utf8(file.tokens[i]);
-    const GgufType type = gguf_type(file, i);
-    const bool control = type == GgufType::control || type == GgufType::unknown;
-    const bool is_added = control || type == GgufType::user_defined;
+    const GgufTokenType type = gguf_type(file, i);
+    const bool control = type == GgufTokenType::control || type == GgufTokenType::unknown;
+    const bool is_added = control || type == GgufTokenType::user_defined;
     data.vocabulary.add(text, static_cast<std::int64_t>(i), is_llama || !is_added);
     if (!text.empty() && is_added)
       added.push_back({.text = text, .id = static_cast<std::int32_t>(i), .special = control});
@@ -155,7 +162,7 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
   if (is_llama) {
     if (data.unk < 0)
       for (std::size_t i = 0; i < file.types.size(); ++i)
-        if (gguf_type(file, i) == GgufType::unknown) data.unk = static_cast<std::int32_t>(i);
+        if (gguf_type(file, i) == GgufTokenType::unknown) data.unk = static_cast<std::int32_t>(i);
     read_sentencepiece(file, data);
   } else if (file.model == "gpt2") {
     const GgufWords* const words = gguf_words(file.pre);
@@ -174,6 +181,44 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
   if (file.add_eos.value_or(false) && !data.eos.empty()) data.after.push_back(data.eos.front());
   data.chat_template = whole_utf8(file.chat_template);
   return data;
+}
+
+/// What a file says under tokenizer. Texts stay in the file.
+inline GgufVocabulary gguf_vocabulary(const Gguf& file) {
+  const GgufMetadata& metadata = file.metadata();
+  const auto key = [](const char* name) { return std::string("tokenizer.ggml.") + name; };
+  const auto text = [&](const std::string& name) {
+    return metadata.contains(name) ? metadata.text(name) : std::string_view();
+  };
+  const auto integer = [&](const char* name, std::int64_t otherwise) {
+    return metadata.contains(key(name)) ? metadata.integer(key(name)) : otherwise;
+  };
+  const auto flag = [&](const char* name) {
+    return metadata.contains(key(name)) ? std::optional(metadata.boolean(key(name))) : std::nullopt;
+  };
+  GgufVocabulary vocabulary{.model = metadata.text(key("model")),
+                            .pre = text(key("pre")),
+                            .tokens = metadata.texts(key("tokens")),
+                            .add_bos = flag("add_bos_token"),
+                            .add_eos = flag("add_eos_token"),
+                            .add_space_prefix = flag("add_space_prefix"),
+                            .chat_template = text("tokenizer.chat_template"),
+                            .file = file.file().name()};
+  if (metadata.contains(key("scores")))
+    for (const double score : metadata.numbers(key("scores")))
+      vocabulary.scores.push_back(static_cast<float>(score));
+  if (metadata.contains(key("token_type")))
+    for (const std::int64_t type : metadata.integers(key("token_type")))
+      vocabulary.types.push_back(type > 0 && type < 7 ? static_cast<std::int32_t>(type) : 1);
+  if (metadata.contains(key("merges"))) vocabulary.merges = metadata.texts(key("merges"));
+  const bool is_llama = vocabulary.model == "llama";  // whose files may leave these out
+  vocabulary.bos = integer("bos_token_id", is_llama ? 1 : -1);
+  vocabulary.eos = integer("eos_token_id", is_llama ? 2 : -1);
+  vocabulary.unk = integer("unknown_token_id", is_llama ? 0 : -1);
+  vocabulary.pad = integer("padding_token_id", -1);
+  for (const char* name : {"eot_token_id", "eom_token_id"})
+    vocabulary.more_ends.push_back(integer(name, -1));
+  return vocabulary;
 }
 
 }  // namespace detail

@@ -7,8 +7,9 @@
 /// remains (\h, \S inside a class, classes in classes, &&, {,n}, (?m) and other rarities) is
 /// refused by name.
 ///
-/// Patterns come from files, so work is bounded: a match that takes more steps than kSteps, or
-/// kStepsPerByte for each byte of a long text, throws ModelFileError.
+/// Patterns come from files, so work is bounded: matches of a text may take kFewSteps each, and
+/// those that need more kSteps and kStepsPerByte for each byte together; past that ModelFileError
+/// is thrown. One walk over a run of characters is one step for each.
 #pragma once
 
 #if defined(__has_include)
@@ -122,8 +123,10 @@ class PatternTranslator {
 /// A compiled pattern. Copies share it; calls from many threads are safe.
 class Regex {
  public:
-  static constexpr std::uint32_t kSteps = 10'000'000;
-  static constexpr std::uint32_t kStepsPerByte = 16;
+  static constexpr std::uint32_t kFewSteps = 1000;
+  static constexpr std::uint32_t kMostSteps = 1 << 28;  ///< of one match
+  static constexpr std::uint64_t kSteps = 10'000'000;
+  static constexpr std::uint64_t kStepsPerByte = 64;
 
   /// `file` is for messages. Throws ModelFileError for what is no pattern.
   Regex(std::string_view pattern, std::string_view file, bool is_pcre = false) : file_(file) {
@@ -155,16 +158,11 @@ class Regex {
           data_(pcre2_match_data_create_8(1, nullptr), pcre2_match_data_free_8),
           context_(pcre2_match_context_create_8(nullptr), pcre2_match_context_free_8) {
       if (!data_ || !context_) fail<std::bad_alloc>();
-      const std::size_t steps = (std::min)(text.size(), std::size_t{1} << 27) * kStepsPerByte;
-      pcre2_set_match_limit_8(context_.get(),
-                              (std::max)(kSteps, static_cast<std::uint32_t>(steps)));
     }
     /// [begin, end) of the next match.
     std::optional<std::pair<std::size_t, std::size_t>> next() {
       while (at_ <= text_.size()) {
-        int found = match(0);
-        // The stack of compiled code is 32 KiB; the interpreter's lies on the heap.
-        if (found == PCRE2_ERROR_JIT_STACKLIMIT) found = match(PCRE2_NO_JIT);
+        const int found = match();
         if (found == PCRE2_ERROR_NOMATCH) break;
         if (found < 0) fail_model(regex_.file_, "a pattern", "cannot be matched: " + says(found));
         const PCRE2_SIZE* const bounds = pcre2_get_ovector_pointer_8(data_.get());
@@ -184,10 +182,33 @@ class Regex {
     }
 
    private:
-    int match(std::uint32_t options) {
-      return pcre2_match_8(regex_.code_.get(), reinterpret_cast<PCRE2_SPTR8>(text_.data()),
-                           text_.size(), at_, PCRE2_NO_UTF_CHECK | options, data_.get(),
-                           context_.get());
+    /// PCRE2 counts the steps at each place anew, and does not tell how many it took. So where few do
+    /// not suffice, every place is tried on its own, with limits that grow and are paid for.
+    int match() {
+      int found = match_at(at_, kFewSteps, 0);
+      for (std::size_t at = at_; found == PCRE2_ERROR_MATCHLIMIT;) {
+        for (std::uint32_t limit = kFewSteps;; limit *= 8) {
+          found = match_at(at, limit, PCRE2_ANCHORED);
+          if (found != PCRE2_ERROR_MATCHLIMIT) break;
+          if (steps_left_ < limit || limit > kMostSteps) return found;
+          steps_left_ -= limit;
+        }
+        if (found != PCRE2_ERROR_NOMATCH || at == text_.size()) break;
+        at += character_bytes(text_.substr(at));
+        found = PCRE2_ERROR_MATCHLIMIT;
+      }
+      return found;
+    }
+    int match_at(std::size_t at, std::uint32_t limit, std::uint32_t options) {
+      pcre2_set_match_limit_8(context_.get(), limit);
+      const auto call = [&](std::uint32_t more) {
+        return pcre2_match_8(regex_.code_.get(), reinterpret_cast<PCRE2_SPTR8>(text_.data()),
+                             text_.size(), at, PCRE2_NO_UTF_CHECK | options | more, data_.get(),
+                             context_.get());
+      };
+      const int found = call(0);
+      // The stack of compiled code is 32 KiB; the interpreter's lies on the heap.
+      return found == PCRE2_ERROR_JIT_STACKLIMIT ? call(PCRE2_NO_JIT) : found;
     }
 
     const Regex& regex_;
@@ -195,6 +216,7 @@ class Regex {
     std::unique_ptr<pcre2_match_data_8, decltype(&pcre2_match_data_free_8)> data_;
     std::unique_ptr<pcre2_match_context_8, decltype(&pcre2_match_context_free_8)> context_;
     std::size_t at_ = 0, last_end_ = 0;
+    std::uint64_t steps_left_ = kSteps + text_.size() * kStepsPerByte;
     bool had_one_ = false;
   };
   Matches matches(std::string_view text) const { return {*this, text}; }

@@ -189,6 +189,11 @@ TEST(Tokenizer, ReproducesATrainedModelsText) {
   EXPECT_EQ(tokenizer.eos(), Ids{2});
   const Ids again = tokenizer.encode("Once upon a time");
   EXPECT_EQ(again, Ids(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(again.size())));
+  const ef::Tokenizer from_gguf = ef::Tokenizer::from_gguf(ef::Gguf(folder / "model.gguf"));
+  EXPECT_EQ(from_gguf.eos(), Ids{2});
+  EXPECT_EQ(from_gguf.decode(ids), tokenizer.decode(ids));
+  for (const std::string& each : strings())
+    EXPECT_EQ(from_gguf.encode(each), tokenizer.encode(each));
 }
 
 TEST(Tokenizer, ReadsTheFilesOfAFolder) {
