@@ -281,14 +281,15 @@ void ragged_cases(bench::Suite& suite) {
       });
 }
 
+template <typename T>
 struct Backward {
-  Inputs<float> x;
+  Inputs<T> x;
   ef::Tensor<float, 3> lse;
-  ef::Tensor<float, 4> grad_out, gq, gk, gv;
+  ef::Tensor<T, 4> grad_out, gq, gk, gv;
   explicit Backward(Index n)
       : x(1, n, n, kDim, {n}),
         lse(1, kHeads, n),
-        grad_out(random_tensor<float, 4>({1, n, kHeads, kDim}, 4)),
+        grad_out(random_tensor<T, 4>({1, n, kHeads, kDim}, 4)),
         gq(1, n, kHeads, kDim),
         gk(1, n, kKvHeads, kDim),
         gv(1, n, kKvHeads, kDim) {
@@ -297,18 +298,24 @@ struct Backward {
   }
 };
 
+template <typename T>
+void backward_row(bench::Suite& suite, Index n, const std::string& type) {
+  const auto inputs = lazily([=] { return Backward<T>(n); });
+  suite
+      .row("attention backward, causal " + std::to_string(n) + " " + type,
+           bench::Limit::product(2.5 * flops(causal_pairs(n)), 0))
+      .ours([=](const auto& device) {
+        Backward<T>& b = inputs();
+        Inputs<T>& x = b.x;
+        ef::attention_backward_into(device, b.gq, b.gk, b.gv, b.grad_out, x.q, x.k, x.v, x.out,
+                                    b.lse, x.lengths, {.causal = true});
+      });
+}
+
 void backward_cases(bench::Suite& suite) {
   for (const Index n : {512, 2048}) {
-    const auto inputs = lazily([=] { return Backward(n); });
-    suite
-        .row("attention backward, causal " + std::to_string(n) + " float",
-             bench::Limit::product(2.5 * flops(causal_pairs(n)), 0))
-        .ours([=](const auto& device) {
-          Backward& b = inputs();
-          Inputs<float>& x = b.x;
-          ef::attention_backward_into(device, b.gq, b.gk, b.gv, b.grad_out, x.q, x.k, x.v, x.out,
-                                      b.lse, x.lengths, {.causal = true});
-        });
+    backward_row<float>(suite, n, "float");
+    backward_row<ef::bfloat16>(suite, n, "bfloat16");
   }
 }
 
