@@ -9,17 +9,15 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Sum of value(x, weight) over the tokens in play; x is the logit.
+/// Sum of value(logit) over the tokens in play.
 template <typename Isa, typename T, typename F>
 double sum_members(const SamplingRow<T>& row, F value) {
   alignas(64) double numbers[SamplingBlock::size];
   double total = 0;
-  const double best = static_cast<double>(row.band.hi);
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
     std::fill(numbers, numbers + SamplingBlock::size, 0.0);
     member_bits<Isa>(x, block, row.band, row.band.lo).for_each([&](Index j) {
-      const double logit = static_cast<double>(x[j]);
-      numbers[j] = value(logit, token_weight(logit, best, row.inverse_temperature));
+      numbers[j] = value(static_cast<double>(x[j]));
     });
     total += block_sum(numbers);
   });
@@ -35,14 +33,29 @@ Index count_members(const SamplingRow<T>& row) {
   return count;
 }
 
-/// In nats, of weights that sum to `total`.
+/// Sums over the tokens in play, of their weights and of weight * (logit - best) / temperature.
+struct WeightSums {
+  double total, moment;
+
+  /// In nats.
+  double entropy() const { return std::log(total) - moment / total; }
+};
+
 template <typename Isa, typename T>
-double entropy_of(const SamplingRow<T>& row, double total) {
-  const double best = static_cast<double>(row.band.hi);
-  const double moment = sum_members<Isa>(row, [&](double logit, double weight) {
-    return weight > 0 ? weight * (logit - best) * row.inverse_temperature : 0.0;
+WeightSums weight_sums(const SamplingRow<T>& row) {
+  alignas(64) double weights[SamplingBlock::size];
+  WeightSums sums{0, 0};
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    member_weights<Isa>(x, block, row.band, scale, weights);
+    sums.total += block_sum(weights);
+    for (Index j = 0; j < SamplingBlock::size; ++j) {
+      const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
+      weights[j] = weights[j] > 0 ? moment : 0.0;
+    }
+    sums.moment += block_sum(weights);
   });
-  return std::log(total) - moment / total;
+  return sums;
 }
 
 /// Of two bands that begin alike, the one that ends later.
@@ -71,8 +84,8 @@ void keep_most_typical(SamplingRow<T>& row, Index n,
                        const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
   const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  const double total = sum_weights<Isa>(row, scratch.block_sum);
-  const double mean = std::log(total) - entropy_of<Isa>(row, total);
+  const WeightSums sums = weight_sums<Isa>(row);
+  const double mean = sums.moment / sums.total;
   const auto distance = [=](C x) {
     return std::abs((std::min)(0.0, (static_cast<double>(x) - best) * scale) - mean);
   };
@@ -110,14 +123,12 @@ void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
   using C = compute_type<T>;
   const double best = static_cast<double>(row.band.hi),
                count = static_cast<double>(count_members<Isa>(row));
-  const double mean =
-      sum_members<Isa>(row, [&](double logit, double) { return logit - best; }) / count;
-  const double variance = sum_members<Isa>(row,
-                                           [&](double logit, double) {
-                                             const double d = (logit - best) - mean;
-                                             return d * d;
-                                           }) /
-                          count;
+  const double mean = sum_members<Isa>(row, [&](double logit) { return logit - best; }) / count;
+  const auto square = [&](double logit) {
+    const double d = (logit - best) - mean;
+    return d * d;
+  };
+  const double variance = sum_members<Isa>(row, square) / count;
   const double least = best - deviations * std::sqrt(variance);
   if (!(least > static_cast<double>(row.band.lo))) return;
   C lo = static_cast<C>(least);
@@ -152,17 +163,18 @@ void keep_top_h(SamplingRow<T>& row, double share,
                 const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
   const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  const double log_total = std::log(sum_weights<Isa>(row, scratch.block_sum));
-  const auto term = [=](double logit, double weight) {
-    return weight > 0 ? weight * (log_total - (logit - best) * scale) : 0.0;
-  };
+  const WeightSums sums = weight_sums<Isa>(row);
+  const double log_total = std::log(sums.total);
   // equal sums may differ by rounding
-  const double target = share * (1 + 1e-12) * sum_members<Isa>(row, term);
-  if (share * (1 + 1e-12) >= 1) return;
+  const double part = share * (1 + 1e-12);
+  if (part >= 1) return;
+  const double target = part * (sums.total * log_total - sums.moment);
+  const auto weights = candidate_weights<C>(best, scale);
   const auto terms = [=](const C* x, Index count, double* w) {
+    weights(x, count, w);
     for (Index j = 0; j < count; ++j) {
-      const double logit = static_cast<double>(x[j]);
-      w[j] = term(logit, token_weight(logit, best, scale));
+      const double term = w[j] * (log_total - (static_cast<double>(x[j]) - best) * scale);
+      w[j] = w[j] > 0 ? term : 0.0;
     }
   };
   const Index n = gather_candidates<Isa>(row, row.band.lo, scratch.candidates);
@@ -207,13 +219,11 @@ void keep_mirostat_1(SamplingRow<T>& row, double mu,
 }
 
 template <typename Isa, typename T>
-void set_dynamic_temperature(SamplingRow<T>& row, const problem::RowParams& params,
-                             const SamplingScratch<compute_type<T>>& scratch) {
+void set_dynamic_temperature(SamplingRow<T>& row, const problem::RowParams& params) {
   const Index count = count_members<Isa>(row);
   if (count == 1) return;
-  const double total = sum_weights<Isa>(row, scratch.block_sum);
-  set_temperature<Isa>(row,
-                       problem::dynamic_temperature(params, entropy_of<Isa>(row, total), count));
+  const double entropy = weight_sums<Isa>(row).entropy();
+  set_temperature<Isa>(row, problem::dynamic_temperature(params, entropy, count));
 }
 
 /// Keeps tokens of probability `least` or more; where there is none, the best, with or without its
@@ -241,7 +251,7 @@ void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::
   };
   switch (stage) {
     case SamplingStage::temperature:
-      return set_dynamic_temperature<Isa>(row, params, scratch);
+      return set_dynamic_temperature<Isa>(row, params);
     case SamplingStage::top_p:
       return at_least([&](auto& r) { keep_top_p<Isa>(r, params.top_p, scratch); });
     case SamplingStage::min_p:
@@ -259,9 +269,10 @@ void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::
       });
     case SamplingStage::eta_cutoff:
       return at_least([&](auto& r) {
-        const double sum = total(), cutoff = params.eta_cutoff;
-        const double with_entropy = std::sqrt(cutoff) * std::exp(-entropy_of<Isa>(r, sum));
-        keep_probabilities<Isa>(r, (std::min)(cutoff, with_entropy), sum, TopKTies::keep_all,
+        const WeightSums sums = weight_sums<Isa>(r);
+        const double cutoff = params.eta_cutoff,
+                     with_entropy = std::sqrt(cutoff) * std::exp(-sums.entropy());
+        keep_probabilities<Isa>(r, (std::min)(cutoff, with_entropy), sums.total, TopKTies::keep_all,
                                 scratch);
       });
     case SamplingStage::top_h:
