@@ -24,6 +24,16 @@
 #define EIGENFORMER_INLINE inline
 #endif
 
+/// For an inner loop that needs all registers: inlined into a large function g++ 12 leaves some of
+/// its own calls, and with them its sums, in memory.
+#if defined(__GNUC__) || defined(__clang__)
+#define EIGENFORMER_NOINLINE __attribute__((noinline))
+#elif defined(_MSC_VER)
+#define EIGENFORMER_NOINLINE __declspec(noinline)
+#else
+#define EIGENFORMER_NOINLINE
+#endif
+
 /// Before a loop over the lanes of a vector: without it g++ 12 keeps vectors in memory at -O2,
 /// where a dot product of 128 doubles then took 831 ns, and 35 with it (Zen 3). nvcc, which warns
 /// of it, compiles no work for the CPU.

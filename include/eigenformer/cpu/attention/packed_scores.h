@@ -39,9 +39,17 @@ struct PackedScores {
     return queries + first * tile::product_steps<Dot>(depth) * Dot::units;
   }
 
-  /// f(row, key, sums) for the vectors of sums with keys that one of a tile's rows sees.
+  /// Operands of a tile of rows [first, first + valid) and `panels` panels of keys from `begin` on.
+  struct TileOfScores {
+    Index first;
+    int valid, height, begin, panels;
+    tile::TileOperands<Dot> operands;
+  };
+
+  /// f(tile) for the tiles of rows, with the panels that hold keys which one of them sees.
   template <typename F>
-  void score(Index rows, const BlockRows<Stored>& block, const BlockRange* ranges, F&& f) const {
+  void for_each_tile(Index rows, const BlockRows<Stored>& block, const BlockRange* ranges,
+                     F&& f) const {
     const Index steps = tile::product_steps<Dot>(depth), panel = steps * Dot::step * columns;
     pack_keys(block, seen_by_tile(ranges, static_cast<int>(rows)), steps, panel);
     const Tiles<Dot> tiles(rows);
@@ -52,15 +60,28 @@ struct PackedScores {
       const int begin = seen.begin / columns, panels = (seen.end + columns - 1) / columns - begin;
       if (panels <= 0) continue;
       const Stored* const from = keys + begin * panel;
-      const Index stride = Index{height} * columns;
-      tile::tile_products<Dot>(
-          height, {tile_queries(first), from, panel, reinterpret_cast<std::uintptr_t>(from), 0},
-          steps, sums, stride, panels, true);
-      for (int r = 0; r < valid; ++r)
-        for (int p = 0; p < panels; ++p)
-          for (int c = 0; c < columns; c += columns / Dot::vectors)
-            f(first + r, (begin + p) * columns + c, sums + p * stride + r * columns + c);
+      f(TileOfScores{
+          first,
+          valid,
+          height,
+          begin,
+          panels,
+          {tile_queries(first), from, panel, reinterpret_cast<std::uintptr_t>(from), 0}});
     }
+  }
+
+  /// f(row, key, sums) for the vectors of sums.
+  template <typename F>
+  void score(Index rows, const BlockRows<Stored>& block, const BlockRange* ranges, F&& f) const {
+    for_each_tile(rows, block, ranges, [&](const TileOfScores& t) {
+      const Index stride = Index{t.height} * columns;
+      tile::tile_products<Dot>(t.height, t.operands, tile::product_steps<Dot>(depth), sums, stride,
+                               t.panels, true);
+      for (int r = 0; r < t.valid; ++r)
+        for (int p = 0; p < t.panels; ++p)
+          for (int c = 0; c < columns; c += columns / Dot::vectors)
+            f(t.first + r, (t.begin + p) * columns + c, sums + p * stride + r * columns + c);
+    });
   }
 
  private:

@@ -72,17 +72,23 @@ class PairProducts {
       const int height = tiles.height(t);
       std::uint32_t* const to = packed_.tile_queries(first);
       tile::clear(to, steps * height);
-      for (Index r = 0; r < tiles.valid(t); ++r)
-        place_pairs(row(first + r), packed_.depth, height, r, to);
+      place_pairs([&](Index r) { return row(first + r); }, packed_.depth, tiles.valid(t), height,
+                  to);
     }
   }
 
   void score(Index rows, const BlockRows<bfloat16>& block, const BlockRange* ranges,
              float* scores) {
-    packed_.score(rows, block, ranges, [&](Index r, int key, const float* sums) {
-      (V::load(sums) * V::set1(scale_)).store(scores + r * kAttentionKeyBlock + key);
+    packed_.for_each_tile(rows, block, ranges, [&](const auto& t) {
+      tile::for_each_tile_sum<Dot>(
+          t.height, t.operands, tile::product_steps<Dot>(packed_.depth), t.panels, s_.sums,
+          ScoreTile{V::set1(scale_), t.valid,
+                    scores + t.first * kAttentionKeyBlock + t.begin * columns});
     });
   }
+
+  /// The weights of a row stand rounded where its scores were.
+  static bfloat16* weights_of(float* scores) { return reinterpret_cast<bfloat16*>(scores); }
 
   /// Packs the values of a block, zeros for those of `hidden` keys.
   void load_values(const BlockRows<bfloat16>& block, KeyBits hidden) {
@@ -97,14 +103,14 @@ class PairProducts {
       for (Index d = 0; d < width_; d += columns, to += panel) {
         const Index n = std::clamp<Index>(value_dim_ - d, 0, columns);
         if (n < columns) tile::clear(to, columns);
-        tile::join_pairs(even + d, odd + d, n, to);
+        tile::join_pairs(Isa{}, even + d, odd + d, n, to);
       }
     }
   }
 
-  /// sums[r] = factors[r] * sums[r] + weights[r] by the values that are loaded, for rows that see
-  /// one of them.
-  void add_values(Index rows, const float* weights, const BlockRange* ranges, const float* factors,
+  /// sums[r] = factors[r] * sums[r] + weights of row r by the values that are loaded, for rows that
+  /// see one of them. weights_of(scores[r]) are the weights.
+  void add_values(Index rows, float* scores, const BlockRange* ranges, const float* factors,
                   float* sums) {
     const Tiles<Dot> tiles(rows);
     for (Index t = 0; t < tiles.count(); ++t) {
@@ -114,51 +120,90 @@ class PairProducts {
       if (seen.begin >= seen.end) continue;
       const Index begin = seen.begin / (2 * at_once) * at_once,
                   steps = (seen.end + 2 * at_once - 1) / (2 * at_once) * at_once - begin;
-      load_weights(weights + first * kAttentionKeyBlock + 2 * begin, valid, 2 * steps, height);
+      load_weights(weights_of(scores + first * kAttentionKeyBlock) + 2 * begin, valid, 2 * steps,
+                   height);
       const bfloat16* const from = s_.values + begin * 2 * columns;
-      const Index stride = Index{height} * columns;
-      tile::tile_products<Dot>(height,
-                               {s_.weights, from, Index{kAttentionKeyBlock} * columns,
-                                reinterpret_cast<std::uintptr_t>(from), 0},
-                               steps, s_.sums, stride, width_ / columns, true);
-      for (Index r = 0; r < valid; ++r)
-        if (!ranges[first + r].empty())
-          add_row(s_.sums + r * columns, stride, factors[first + r], sums + (first + r) * width_);
+      tile::for_each_tile_sum<Dot>(height,
+                                   {s_.weights, from, Index{kAttentionKeyBlock} * columns,
+                                    reinterpret_cast<std::uintptr_t>(from), 0},
+                                   steps, width_ / columns, s_.sums,
+                                   SumTile{rows_that_see(ranges + first, valid), factors + first,
+                                           sums + first * width_, width_});
     }
   }
 
  private:
-  /// `count` numbers of row r of a tile, the last pair of an odd count filled up with zero.
-  static void place_pairs(const bfloat16* line, Index count, int height, Index r,
-                          std::uint32_t* to) {
-    const auto copy = [&](std::uint32_t* unit, Index from, Index n) {
-      std::memcpy(static_cast<void*>(unit), line + from,
-                  static_cast<std::size_t>((std::min)(n, count - from)) * sizeof(bfloat16));
+  struct ScoreTile {
+    V scale;
+    int rows;
+    float* scores;
+    EIGENFORMER_INLINE void operator()(Index panel, int row, int v, V sums) const {
+      if (row < rows)
+        (sums * scale).store(scores + row * kAttentionKeyBlock + panel * columns + v * V::lanes);
+    }
+  };
+
+  struct SumTile {
+    std::uint32_t rows;  // a bit for each
+    const float* factors;
+    float* sums;
+    Index width;
+    EIGENFORMER_INLINE void operator()(Index panel, int row, int v, V terms) const {
+      if ((rows >> row & 1) == 0) return;
+      float* const to = sums + row * width + panel * columns + v * V::lanes;
+      fma(V::load(to), V::set1(factors[row]), terms).store(to);
+    }
+  };
+
+  static std::uint32_t rows_that_see(const BlockRange* ranges, Index rows) {
+    std::uint32_t bits = 0;
+    for (Index r = 0; r < rows; ++r) bits |= static_cast<std::uint32_t>(!ranges[r].empty()) << r;
+    return bits;
+  }
+
+  /// `count` numbers of each of a tile's rows, the last pair of an odd count filled up with zero.
+  template <typename Row>
+  static void place_pairs(Row&& row, Index count, Index rows, int height, std::uint32_t* to) {
+    const auto copy = [&](void* pairs, Index r, Index from, auto n) {
+      std::memcpy(pairs, row(r) + from, static_cast<std::size_t>(n) * sizeof(bfloat16));
     };
     if constexpr (at_once > 1) {
-      for (Index k = 0; k < count; k += 2 * at_once)
-        copy(to + (k / 2 / at_once * height + r) * at_once, k, 2 * at_once);
+      for (Index r = 0; r < rows; ++r)
+        for (Index k = 0; k < count; k += 2 * at_once)
+          copy(to + (k / 2 / at_once * height + r) * at_once, r, k,
+               (std::min)(Index{2 * at_once}, count - k));
     } else {
-      const Index whole = count / 2 * 2;
-      for (Index k = 0; k < whole; k += 2)
-        std::memcpy(static_cast<void*>(to + k / 2 * height + r), line + k, sizeof(std::uint32_t));
-      if (whole < count) copy(to + whole / 2 * height + r, whole, 1);
+      constexpr int block = tile::transpose_size(Isa{});
+      std::uint32_t stage[Dot::rows * block];  // (rows, pairs)
+      for (Index k = 0; k < count; k += 2 * block) {
+        const Index pairs = (std::min)(Index{block}, (count - k + 1) / 2);
+        if (count - k < 2 * pairs) tile::clear(stage, Dot::rows * block);
+        for (Index r = 0; r < rows; ++r) {
+          if (count - k >= 2 * block)  // a known size: others are copied by a slow loop
+            copy(stage + r * block, r, k, std::integral_constant<Index, 2 * block>{});
+          else
+            copy(stage + r * block, r, k, count - k);
+        }
+        tile::transpose(Isa{}, stage, block * Index{sizeof(stage[0])}, static_cast<int>(rows),
+                        static_cast<int>(pairs), to + k / 2 * height, height);
+      }
     }
   }
 
-  void load_weights(const float* weights, Index rows, Index count, int height) {
+  /// From rows whose scores they took the place of.
+  void load_weights(const bfloat16* weights, Index rows, Index count, int height) {
+    constexpr Index stride = kAttentionKeyBlock * Index{sizeof(float) / sizeof(bfloat16)};
     if (rows < height) tile::clear(s_.weights, count / 2 * height);
-    for (Index r = 0; r < rows; ++r) {
-      alignas(64) bfloat16 rounded[kAttentionKeyBlock];
-      convert_line<V>(weights + r * kAttentionKeyBlock, rounded, count);
-      place_pairs(rounded, count, height, r, s_.weights);
+    if constexpr (at_once > 1) {
+      place_pairs([&](Index r) { return weights + r * stride; }, count, rows, height, s_.weights);
+    } else {
+      constexpr int block = tile::transpose_size(Isa{});
+      for (Index k = 0; k < count; k += 2 * block)
+        tile::transpose(Isa{}, weights + k, stride * Index{sizeof(bfloat16)},
+                        static_cast<int>(rows),
+                        static_cast<int>((std::min)(Index{block}, (count - k) / 2)),
+                        s_.weights + k / 2 * height, height);
     }
-  }
-
-  void add_row(const float* from, Index panel_stride, float factor, float* sums) {
-    for (Index d = 0; d < width_; d += columns, from += panel_stride)
-      for (int c = 0; c < columns; c += V::lanes)
-        fma(V::load(sums + d + c), V::set1(factor), V::load(from + c)).store(sums + d + c);
   }
 
   const PairScratch& s_;

@@ -310,7 +310,10 @@ class AttentionWorker {
     V sum = V::zero();
     for (int c = 0; c < kAttentionKeyBlock; c += Tile::lanes) {
       const V weight = exp_of_nonpositive(V::load(scores + c) - maximum);
-      weight.store(scores + c);
+      if constexpr (kPairProducts<Isa, TQ, TKV>)
+        tile::store_for_pairs(Isa{}, weight, PairProducts<Isa>::weights_of(scores) + c);
+      else
+        weight.store(scores + c);
       sum = sum + weight;
     }
     C* const lane_sums = s_.now.lane_sums + r * Tile::lanes;

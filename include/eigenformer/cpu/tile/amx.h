@@ -206,6 +206,18 @@ void tile_products(int height, const TileOperands<Dot>& at, Index steps, typenam
                              sums + p * sums_stride, sums_stride, from_zero);
 }
 
+template <Amx Dot, typename F>
+void for_each_tile_sum(int height, const TileOperands<Dot>& at, Index steps, Index panels,
+                       typename Dot::Sum* scratch, const F& f) {
+  using V = simd::vec<float, isa::avx512>;
+  const Index stride = Index{height} * Dot::columns;
+  tile_products<Dot>(height, at, steps, scratch, stride, panels, true);
+  for (Index p = 0; p < panels; ++p)
+    for (int r = 0; r < height; ++r)
+      for (int v = 0; v < Dot::vectors; ++v)
+        f(p, r, v, V::load(scratch + p * stride + r * Dot::columns + v * V::lanes));
+}
+
 }  // namespace tile
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

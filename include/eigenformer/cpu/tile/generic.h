@@ -184,6 +184,23 @@ EIGENFORMER_INLINE void store_pairs(isa::generic, V even, V odd, int n, std::uin
   for (int i = 0; i < n; ++i) to[i] = low[i] | static_cast<std::uint32_t>(high[i]) << 16;
 }
 
+/// to[i] = the bits of the pair (even[i], odd[i]).
+inline void join_pairs(isa::generic, const bfloat16* even, const bfloat16* odd, Index count,
+                       std::uint32_t* to) {
+  const auto bits = [](const bfloat16& p) {
+    return static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p));
+  };
+  const auto join = [&](Index at, auto size) {
+    std::uint32_t pairs[decltype(size)::value];
+    for (Index i = 0; i < size; ++i) pairs[i] = bits(even[at + i]) | bits(odd[at + i]) << 16;
+    std::memcpy(static_cast<void*>(to + at), pairs, sizeof(pairs));
+  };
+  Index at = 0;
+  for (; at + 8 <= count; at += 8) join(at, std::integral_constant<int, 8>{});
+  if (at + 4 <= count) join(at, std::integral_constant<int, 4>{}), at += 4;
+  for (; at < count; ++at) join(at, std::integral_constant<int, 1>{});
+}
+
 /// Largest block that `transpose` takes, in units.
 constexpr int transpose_size(isa::generic) { return 16; }
 

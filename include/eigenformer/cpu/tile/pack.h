@@ -129,7 +129,8 @@ void pack_raw_lines(Isa isa, const E* from, Index row_stride, Index rows, int wi
   constexpr int per_unit = sizeof(Unit) / sizeof(E), block = transpose_size(Isa{});
   const Index whole = count / per_unit;
   for (Index u = 0; u < whole; u += block) {
-    prefetch_lines(from, (u + kPrefetchUnits) * per_unit, row_stride, rows);
+    if (u + kPrefetchUnits < whole)
+      prefetch_lines(from, (u + kPrefetchUnits) * per_unit, row_stride, rows);
     for (int r = 0; r < rows; r += block)
       transpose(isa, from + r * row_stride + u * per_unit, row_stride * Index{sizeof(E)},
                 static_cast<int>(std::min<Index>(block, rows - r)),
@@ -152,22 +153,6 @@ void pack_columns(Isa, const From* from, Index depth_stride, Index rows, int wid
     convert_line<Isa>(from + k * depth_stride, rows, to + k * width);
 }
 
-/// to[i] = the bits of the pair (even[i], odd[i]).
-inline void join_pairs(const bfloat16* even, const bfloat16* odd, Index count, std::uint32_t* to) {
-  const auto bits = [](const bfloat16& p) {
-    return static_cast<std::uint32_t>(std::bit_cast<std::uint16_t>(p));
-  };
-  const auto join = [&](Index at, auto size) {
-    std::uint32_t pairs[decltype(size)::value];
-    for (Index i = 0; i < size; ++i) pairs[i] = bits(even[at + i]) | bits(odd[at + i]) << 16;
-    std::memcpy(static_cast<void*>(to + at), pairs, sizeof(pairs));
-  };
-  Index at = 0;
-  for (; at + 8 <= count; at += 8) join(at, std::integral_constant<int, 8>{});
-  if (at + 4 <= count) join(at, std::integral_constant<int, 4>{}), at += 4;
-  for (; at < count; ++at) join(at, std::integral_constant<int, 1>{});
-}
-
 /// Pairs of bfloat16 from the same.
 template <typename Isa, typename From>
 void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows, int width,
@@ -178,7 +163,7 @@ void pack_column_pairs(Isa isa, const From* from, Index depth_stride, Index rows
     const From* odd = k + 1 < count ? even + depth_stride : nullptr;
     if constexpr (std::is_same_v<From, bfloat16>)
       if (odd != nullptr) {
-        join_pairs(even, odd, rows, to);
+        join_pairs(isa, even, odd, rows, to);
         continue;
       }
     for (Index r = 0; r < rows; r += V::lanes) {

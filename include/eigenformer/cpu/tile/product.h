@@ -114,6 +114,18 @@ void tile_product(TileOperands<Dot> at, Index steps, typename Dot::Sum* sums, In
   unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { Dot::store(place(r, v), c[r][v]); }); });
 }
 
+/// f(panel, row, vector of the panel, sums), panels counted from `first` on.
+template <typename Dot, int Rows, int Panels, typename F>
+EIGENFORMER_NOINLINE void tile_sums(TileOperands<Dot> at, Index steps, Index first, const F& f) {
+  constexpr int vectors = Dot::vectors, all = vectors * Panels;
+  typename Dot::Accumulator c[Rows][all];
+  unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { c[r][v] = Dot::zero(); }); });
+  accumulate<Dot, Rows, Panels>(at, steps, c);
+  unroll<Rows>([&](auto r) {
+    unroll<all>([&](auto v) { f(first + v / vectors, r, v % vectors, c[r][v]); });
+  });
+}
+
 /// What scales the exact sums of weights quantized in groups.
 struct GroupFactors {
   Index steps;                  // of a group
@@ -204,6 +216,19 @@ void tile_products(int height, const TileOperands<Dot>& at, Index steps, typenam
     for_each_flight<Dot, decltype(rows)::value>(panels, [&](auto flight, Index p) {
       tile_product<Dot, decltype(rows)::value, decltype(flight)::value>(
           at.from_panel(p), steps, sums + p * sums_stride, sums_stride, from_zero);
+    });
+  });
+}
+
+/// f(panel, row, vector of the panel, its sums) instead of a store: for what is made of sums while
+/// they are in registers. `scratch`, (panels, height, columns), is for AMX alone.
+template <typename Dot, typename F>
+void for_each_tile_sum(int height, const TileOperands<Dot>& at, Index steps, Index panels,
+                       typename Dot::Sum* scratch, const F& f) {
+  static_cast<void>(scratch);
+  with_height<Dot>(height, [&](auto rows) {
+    for_each_flight<Dot, decltype(rows)::value>(panels, [&](auto flight, Index p) {
+      tile_sums<Dot, decltype(rows)::value, decltype(flight)::value>(at.from_panel(p), steps, p, f);
     });
   });
 }
