@@ -126,6 +126,8 @@ TEST_F(Stories, FilesThatAreNotWhatTheyClaimAreRefused) {
   config("\"llama\"", "\"deepseek_v3\"", {"config.json", "model_type", "deepseek_v3"});
   config("\"hidden_size\": 64", "\"hidden_size\": 128",
          {"model.safetensors", "input_layernorm", "(64)", "(128)"});
+  config("\"hidden_size\": 64", "\"hidden_size\": 2147483632",  // before memory is taken for it
+         {"model.safetensors", "input_layernorm", "(64)", "(2147483632)"});
   config("\"num_hidden_layers\": 5", "\"num_hidden_layers\": 6", {"model.layers.5", "is missing"});
   config("\"num_hidden_layers\": 5", "\"num_hidden_layers\": 4",
          {"model.layers.4", "no part of a llama model"});

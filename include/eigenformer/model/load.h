@@ -87,8 +87,9 @@ class ModelLoader {
     return *tensor;
   }
   Vector vector(const std::string& name, Index size, float plus = 0) {
+    const StoredTensor& tensor = at(name, {size});  // before memory is taken for what may be a lie
     Vector values(static_cast<std::size_t>(size));
-    dequantize_rows(at(name, {size}), 0, values);
+    dequantize_rows(tensor, 0, values);
     for (float& value : values) value += plus;
     return values;
   }
