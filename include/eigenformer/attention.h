@@ -48,7 +48,8 @@
 ///   ef::attention_with_kv_cache_into(device, out, q, cache, layer, {.causal = true, .bit_mask = ancestors});   // (n, 1) words: bit j of row i: j is i or an ancestor
 ///
 /// Keys before those of the queries are all seen there. Cost: a mask is read once for each query
-/// position, or row where heads differ; key blocks that it hides from 128 rows cost nothing else.
+/// position, or row where heads differ; key blocks that it hides from all rows that stand together
+/// (128 or 256) cost nothing else.
 ///
 /// A function of scores (score_mod of FlexAttention, Dong et al., 2024) is called for each key in
 /// sight, and its result is the score. It is the last argument of a call, after the workspace of
@@ -102,12 +103,13 @@
 ///
 /// Cost: 4 * head_dim flops and one exp for each visible (query, key) pair, whole key blocks that
 /// nobody sees left out, so work follows the sum of length^2, half of it under causal, and length *
-/// window with a window. K and V are read once for each 128 rows of a group's queries: a decode
-/// step reads the cache once. Memory beyond the output: about 270 KiB of scratch per thread at
-/// head_dim 128 (340 where a sequence has more than 1,024 keys; 30 more for INT8 storage, 75 for
-/// products of bfloat16); where threads share the keys of a row, some 70 KiB more for 4 pieces a
-/// thread and for each 1,024 keys. The _into forms allocate nothing after the first call at a size.
-/// The output may be the query tensor itself; other overlaps are not allowed.
+/// window with a window. K and V are read once for each 128 rows of a group's queries, or 256 with
+/// AVX-512: a decode step reads the cache once. Memory beyond the output: about 270 KiB of scratch
+/// per thread at head_dim 128, 440 with AVX-512 (70 or 145 more where a sequence has more than 1,024
+/// keys; 30 more for INT8 storage, 105 for products of bfloat16); where threads share the keys of a
+/// row, some 70 or 145 KiB more for 4 pieces a thread and for each 1,024 keys. The _into forms
+/// allocate nothing after the first call at a size. The output may be the query tensor itself; other
+/// overlaps are not allowed.
 ///
 /// Results over parts of the keys are merged by attention/merge.h; attention/scores.h gives the
 /// scores, to look at.

@@ -174,10 +174,11 @@ class PairProducts {
                (std::min)(Index{2 * at_once}, count - k));
     } else {
       constexpr int block = tile::transpose_size(Isa{});
-      std::uint32_t stage[Dot::rows * block];  // (rows, pairs)
+      std::uint32_t stage[block * block];  // (rows, pairs)
+      static_assert(Dot::rows <= block);
       for (Index k = 0; k < count; k += 2 * block) {
         const Index pairs = (std::min)(Index{block}, (count - k + 1) / 2);
-        if (count - k < 2 * pairs) tile::clear(stage, Dot::rows * block);
+        if (count - k < 2 * pairs) tile::clear(stage, block * block);
         for (Index r = 0; r < rows; ++r) {
           if (count - k >= 2 * block)  // a known size: others are copied by a slow loop
             copy(stage + r * block, r, k, std::integral_constant<Index, 2 * block>{});
