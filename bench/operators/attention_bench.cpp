@@ -281,6 +281,120 @@ void ragged_cases(bench::Suite& suite) {
       });
 }
 
+// ---- what hides keys and moves scores -----------------------------------------------------------
+
+constexpr Index kMasked = 2048;  // tokens
+
+/// A row of kMasked tokens with options(side), where `side` is what make() makes.
+template <typename Make, typename Options, typename Function = ef::problem::NoScoreFunction>
+void masked_row(bench::Suite& suite, const std::string& name, double pairs, double bytes,
+                const Make& make, const Options& options, const Function& function = {}) {
+  struct Case {
+    Inputs<float> x;
+    decltype(make()) side;
+  };
+  const auto inputs = lazily([=] {
+    return Case{Inputs<float>(1, kMasked, kMasked, kDim, {kMasked}), make()};
+  });
+  const auto run = [=](const auto& device, const auto& rule, const auto& score) {
+    Inputs<float>& x = inputs().x;
+    ef::batched_attention_with_padding_into(device, x.out, x.q, x.k, x.v, x.lengths, rule,
+                                            ef::thread_workspace(), score);
+  };
+  suite
+      .row("attention prefill " + std::to_string(kMasked) + " float, " + name,
+           bench::Limit::product(flops(pairs), bytes))
+      .ours([=](const auto& device) { run(device, options(inputs().side), function); })
+      .peer("causal alone", [=](const auto& device) {
+        run(device, ef::AttentionOptions{.causal = true}, ef::problem::NoScoreFunction{});
+      });
+}
+
+void masked_cases(bench::Suite& suite) {
+  constexpr Index n = kMasked, window = 256;
+  const double causal = causal_pairs(n), all = static_cast<double>(n) * static_cast<double>(n);
+  const auto is_seen = [](Index i, Index j) { return (i + j) % 13 != 0; };
+  const auto table = [=](auto type, auto element) {
+    ef::Tensor<decltype(type), 2> values(n, n);
+    for (Index i = 0; i < n; ++i)
+      for (Index j = 0; j < n; ++j) values(i, j) = element(i, j);
+    return values;
+  };
+  masked_row(
+      suite, "causal and a mask", causal, all, [=] { return table(bool{}, is_seen); },
+      [](const auto& mask) { return ef::AttentionOptions{.causal = true, .mask = mask}; });
+  masked_row(
+      suite, "causal and a mask of bits", causal, all / 8,
+      [=] {
+        ef::Tensor<std::uint64_t, 2> bits(n, n / 64);
+        for (Index i = 0; i < bits.size(); ++i)
+          bits.data()[i] = ~(std::uint64_t{0x8004002001000800} >> i % 13);
+        return bits;
+      },
+      [](const auto& bits) {
+        return ef::AttentionOptions{
+            .causal = true, .bit_mask = bits, .bit_mask_first_keys = std::array<Index, 1>{0}};
+      });
+  masked_row(
+      suite, "causal and a bias", causal, 4 * all,
+      [=] {
+        return table(float{}, [](Index i, Index j) { return -0.01f * static_cast<float>(i - j); });
+      },
+      [](const auto& bias) { return ef::AttentionOptions{.causal = true, .bias = bias}; });
+  masked_row(
+      suite, "a window of " + std::to_string(window) + " to both sides",
+      static_cast<double>(n) * (2 * window + 1) - static_cast<double>(window) * (window + 1), 0,
+      [] { return 0; },
+      [](int) { return ef::AttentionOptions{.window_left = window, .window_right = window}; });
+  masked_row(
+      suite, "causal and a function of scores", causal, 0, [] { return 0; },
+      [](int) { return ef::AttentionOptions{.causal = true}; },
+      [](auto score, const ef::ScorePosition& at) {
+        return score - decltype(score)(0.01) * static_cast<decltype(score)>(at.query - at.key);
+      });
+}
+
+void scores_cases(bench::Suite& suite) {
+  constexpr Index rows = 64, keys = 1024;
+  struct Case {
+    Inputs<float> x{1, rows, keys, kDim, {keys}};
+    ef::Tensor<float, 4> scores{1, kHeads, rows, keys};
+  };
+  const auto inputs = lazily([] { return Case(); });
+  constexpr double scores = static_cast<double>(kHeads * rows * keys);
+  suite
+      .row("attention scores of 64 rows, 1024 keys, float",
+           bench::Limit{0, 4 * scores, 2 * kDim * scores, bench::Peak::float_fma})
+      .ours([=](const auto& device) {
+        Case& c = inputs();
+        ef::attention_scores_into(device, c.scores, c.x.q, c.x.k, c.x.lengths,
+                                  ef::AttentionScoreStage::probabilities);
+      });
+}
+
+void merge_cases(bench::Suite& suite) {
+  constexpr Index rows = 2048;
+  struct Case {
+    ef::Tensor<float, 4> first = random_tensor<float, 4>({1, rows, kHeads, kDim}, 1),
+                         second = random_tensor<float, 4>({1, rows, kHeads, kDim}, 2), out = first;
+    ef::Tensor<float, 3> first_lse = random_tensor<float, 3>({1, kHeads, rows}, 3),
+                         second_lse = random_tensor<float, 3>({1, kHeads, rows}, 4),
+                         lse = first_lse;
+  };
+  const auto inputs = lazily([] { return Case(); });
+  constexpr double bytes = 4.0 * rows * kHeads * (kDim + 1);
+  suite
+      .row("attention merge of 2 states, 2048 rows, float",
+           bench::Limit::copy_bytes(2 * bytes, bytes))
+      .ours([=](const auto& device) {
+        Case& c = inputs();
+        ef::merge_attention_states_into(device, c.out, c.lse, c.first, c.first_lse, c.second,
+                                        c.second_lse);
+      });
+}
+
+// ---- gradients ----------------------------------------------------------------------------------
+
 template <typename T>
 struct Backward {
   Inputs<T> x;
@@ -325,4 +439,7 @@ EIGENFORMER_BENCHMARK(prefill_cases)
 EIGENFORMER_BENCHMARK(decode_cases)
 EIGENFORMER_BENCHMARK(padded_cases)
 EIGENFORMER_BENCHMARK(ragged_cases)
+EIGENFORMER_BENCHMARK(masked_cases)
+EIGENFORMER_BENCHMARK(scores_cases)
+EIGENFORMER_BENCHMARK(merge_cases)
 EIGENFORMER_BENCHMARK(backward_cases)
