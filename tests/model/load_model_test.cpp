@@ -1,7 +1,10 @@
 // A trained model as its author published it (shared/models/stories260K): loaded, text becomes ids
 // and back, and greedy decoding writes the published text, token by token: with any chunks, in a
-// batch, beside other sequences in pages. Files that are not what they claim are refused.
+// batch, beside other sequences in pages. Tiny models of every family: logits and greedy text are
+// those of transformers (golden/make_models.py). Files that are not what they claim are refused.
 #include <eigenformer/model.h>
+
+#include <numeric>
 
 #include "compare.h"
 #include "model_files.h"
@@ -157,6 +160,116 @@ TEST_F(Stories, BadTokensAreRefused) {
   expect_throws<std::invalid_argument>(
       [&] { ef::generate(model, first(1), {.max_new_tokens = -1}); }, {"max_new_tokens is -1"});
   EXPECT_EQ(model.logits(none).dimension(0), 0);
+}
+
+// ---- families -----------------------------------------------------------------------------------
+
+/// Element i of the tensor of this name, as golden/make_models.py has it.
+class Weights {
+ public:
+  Weights(std::string_view name, bool matrix)
+      : matrix_(matrix), mean_(!matrix && name.ends_with("weight") ? 1.0 : 0.0) {
+    for (const char c : name)
+      seed_ = (seed_ ^ static_cast<unsigned char>(c)) * std::uint64_t{0x100000001b3};
+  }
+  float operator()(std::uint64_t i) const {
+    std::uint64_t z = seed_ + (i + 1) * std::uint64_t{0x9e3779b97f4a7c15};
+    z = (z ^ (z >> 30)) * std::uint64_t{0xbf58476d1ce4e5b9};
+    z = (z ^ (z >> 27)) * std::uint64_t{0x94d049bb133111eb};
+    z ^= z >> 31;
+    const double u = static_cast<double>(z >> 40) / 16777216.0 - 0.5;
+    return static_cast<float>(matrix_ ? u * 2 : u * 0.5 + mean_);
+  }
+
+ private:
+  bool matrix_;
+  double mean_;
+  std::uint64_t seed_ = 0xcbf29ce484222325;
+};
+
+template <typename T>
+constexpr const char* kDtype = "F32";
+template <>
+constexpr const char* kDtype<ef::bfloat16> = "BF16";
+
+/// A model of golden/models.json as a folder of files, its weights in T.
+template <typename T>
+void write_family(const Folder& folder, const nlohmann::json& model) {
+  folder.write("config.json", model.at("config").dump());
+  folder.write(
+      "tokenizer.json",
+      R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []})");
+  nlohmann::json header;
+  std::string data;
+  for (const auto& tensor : model.at("tensors")) {
+    const auto name = tensor[0].get<std::string>();
+    const auto shape = tensor[1].get<std::vector<std::uint64_t>>();
+    const Weights weights(name, shape.size() > 1);
+    const std::size_t begin = data.size();
+    const auto count =
+        std::accumulate(shape.begin(), shape.end(), std::uint64_t{1}, std::multiplies<>());
+    for (std::uint64_t i = 0; i < count; ++i) {
+      const T value = static_cast<T>(weights(i));
+      data.append(reinterpret_cast<const char*>(&value), sizeof(T));
+    }
+    header[name] = {{"dtype", kDtype<T>}, {"shape", shape}, {"data_offsets", {begin, data.size()}}};
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + 7) / 8 * 8, ' ');
+  const std::uint64_t length = text.size();
+  folder.write("model.safetensors",
+               std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + text + data);
+}
+
+const std::vector<std::int32_t> kIds{3, 17, 5, 29, 8, 8, 21, 1, 30, 12};
+
+/// Logits of kIds, in chunks of two lengths, beside a sequence of padding-free neighbours.
+ef::Tensor<float, 2> ragged_logits(ef::Model<float>& model) {
+  ef::PagedKvCache<float> cache = model.make_cache(64, 4);
+  const std::vector<ef::SequenceId> sequences{cache.add_sequence(), cache.add_sequence()};
+  ef::Tensor<float, 2> all(10, 32);
+  Index begin = 0;
+  for (const Index n : {4, 1, 3, 2}) {
+    std::vector<std::int32_t> tokens{7, 9};
+    tokens.insert(tokens.end(), kIds.begin() + begin, kIds.begin() + begin + n);
+    std::vector<Index> wanted(static_cast<std::size_t>(n));
+    std::iota(wanted.begin(), wanted.end(), Index{2});
+    const auto logits =
+        model.decoder().step({tokens, std::vector<Index>{0, 2, 2 + n}, wanted}, cache, sequences);
+    std::copy_n(logits.data(), logits.size(), all.data() + begin * 32);
+    begin += n;
+  }
+  return all;
+}
+
+TEST(Families, AreThoseOfTransformers) {
+  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
+  const auto models = nlohmann::json::parse(file);
+  ASSERT_GT(models.size(), 25u);
+  for (const auto& [name, golden] : models.items()) {
+    SCOPED_TRACE(name);
+    ef::Tensor<double, 2> expected(10, 32);
+    for (Index i = 0; i < 320; ++i)
+      expected.data()[i] = golden.at("logits")[static_cast<std::size_t>(i / 32)]
+                               .at(static_cast<std::size_t>(i % 32))
+                               .get<double>();
+    const Folder folder;
+    write_family<float>(folder, golden);
+    auto model = ef::load_model<float>(folder.path());
+    const auto logits = model.logits(kIds);
+    EXPECT_LT(relative_error(logits, expected), 1e-5);
+    EXPECT_TRUE(same_bits(ragged_logits(model), logits));
+    EXPECT_EQ(ef::generate(model, kIds, {.max_new_tokens = 64, .chunk = 3}),
+              golden.at("greedy").get<std::vector<std::int32_t>>());
+    auto rounded = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::int8});
+    EXPECT_LT(relative_error(rounded.logits(kIds), expected), 0.15);
+
+    const Folder narrow;
+    write_family<ef::bfloat16>(narrow, golden);
+    auto half = ef::load_model<ef::bfloat16>(narrow.path());
+    EXPECT_LT(relative_error(half.logits(kIds), expected),
+              1.5 * golden.at("bfloat16_error").get<double>());
+  }
 }
 
 }  // namespace

@@ -259,7 +259,9 @@ class ModelLoader {
     const auto table = [&](const std::string& name, Index rows) {
       return StoredMatrix(at(name, {rows, d}));
     };
-    table(weight(m_.tied_head ? n.embedding : n.head), vocabulary).visit([&](const auto& head) {
+    // Newer files call every head lm_head.
+    const std::string own = tensors_.find("lm_head.weight") != nullptr ? "lm_head" : n.head;
+    table(weight(m_.tied_head ? n.embedding : own), vocabulary).visit([&](const auto& head) {
       weights_->pack_head(device_, view(norm), head, alone_);
     });
     if (m_.norm_bias) weights_->set_norm_bias(device_, view(vector(bias(n.norm), d)));
