@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "../core/check.h"
+#include "../problem/sampling_rules.h"
 #include "history.h"
 
 namespace eigenformer {
