@@ -1,6 +1,6 @@
 /// \file
-/// Models as people have them: a folder of Hugging Face's (config.json, *.safetensors,
-/// tokenizer.json), loaded, asked and made to write.
+/// Models as people have them, loaded, asked and made to write: a folder of Hugging Face's
+/// (config.json, *.safetensors, tokenizer.json) or a GGUF file.
 ///
 ///   ef::Model<float> model = ef::load_model<float>("Llama-3.2-1B");
 ///   ef::Model<float> small = ef::load_model<float>("Llama-3.2-1B", {.weights = ef::WeightFormat::int8});
@@ -12,8 +12,8 @@
 ///   ef::generate(model, ids, {.sampling = {.temperature = .8, .top_p = .95}, .seed = 1,
 ///                             .on_token = [&](std::int32_t id) { std::cout << stream.push(id) << std::flush; return true; }});
 ///
-/// Part of the component eigenformer::model (nlohmann-json, PCRE2). Families: model/families.h. T is
-/// the scalar of activations and caches. Files are not believed: ModelFileError (a
+/// Part of the component eigenformer::model (nlohmann-json, PCRE2). Families: model/families.h and
+/// model/gguf_families.h. T is the scalar of activations and caches. Files are not believed: ModelFileError (a
 /// std::runtime_error) names file, tensor and reason for anything that is not what it claims to be,
 /// and nothing is read out of bounds.
 ///
@@ -31,6 +31,7 @@
 
 #include "decoder.h"
 #include "model/families.h"
+#include "model/gguf_families.h"
 #include "model/load.h"
 #include "model/safetensors.h"
 #include "model/tokenizer.h"
@@ -97,16 +98,39 @@ class Model {
   const D* device_;
 };
 
-/// The model in a folder. Throws ModelFileError.
+namespace detail {
+
+template <typename T, typename D>
+auto load_weights(const D& device, const ModelConfig& config, const StoredTensors& tensors,
+                  std::shared_ptr<const void> owner, const LoadOptions& options) {
+  return ModelLoader<T, D>(device, config, tensors, options.weights, options.progress)
+      .load(std::move(owner));
+}
+
+}  // namespace detail
+
+/// The model in a folder, or in a file whose name ends with .gguf. Throws ModelFileError.
 template <FloatingScalar T = float, Device D>
 Model<T, D> load_model(const D& device, const std::filesystem::path& path,
                        const LoadOptions& options = {}) {
-  ModelConfig config = read_model_config(path / "config.json", {.length = options.length});
-  Tokenizer tokenizer = Tokenizer::from_folder(path);
-  const auto files = std::make_shared<const Safetensors>(path);
-  auto weights =
-      detail::ModelLoader<T, D>(device, config, files->tensors(), options.weights, options.progress)
-          .load(files);
+  ModelConfig config;
+  Tokenizer tokenizer;
+  std::shared_ptr<const PackedDecoderWeights<T>> weights;
+  if (path.extension() == ".gguf") {
+    const auto file = std::make_shared<const Gguf>(path);
+    config = gguf_model_config(*file);
+    tokenizer = Tokenizer::from_gguf(*file);
+    weights = detail::load_weights<T>(device, config, file->tensors(), file, options);
+  } else {
+    config = read_model_config(path / "config.json", {.length = options.length});
+    tokenizer = Tokenizer::from_folder(path);
+    const auto files = std::make_shared<const Safetensors>(path);
+    weights = detail::load_weights<T>(device, config, files->tensors(), files, options);
+  }
+  for (const std::int32_t end : tokenizer.eos())
+    if (std::find(config.end_tokens.begin(), config.end_tokens.end(), end) ==
+        config.end_tokens.end())
+      config.end_tokens.push_back(end);
   return {std::move(config), std::move(tokenizer), std::move(weights), device};
 }
 template <FloatingScalar T = float>

@@ -33,6 +33,15 @@ class Stories : public ::testing::Test {
   std::vector<std::int32_t> published_;
 };
 
+TEST_F(Stories, GgufWritesThePublishedText) {
+  auto model = ef::load_model<float>(folder_ / "model.gguf");
+  EXPECT_EQ(ef::generate(model, first(1), {.max_new_tokens = 256}), rest(1));
+  std::ifstream file(folder_ / "greedy.txt");
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  EXPECT_EQ(model.tokenizer().decode(published_), text);
+  EXPECT_EQ(model.tokenizer().encode(text), published_);
+}
+
 TEST_F(Stories, GreedyDecodingWritesThePublishedText) {
   auto model = ef::load_model<float>(folder_);
   for (const std::size_t n : {1, 40}) {
@@ -270,6 +279,169 @@ TEST(Families, AreThoseOfTransformers) {
     EXPECT_LT(relative_error(half.logits(kIds), expected),
               1.5 * golden.at("bfloat16_error").get<double>());
   }
+}
+
+// ---- the same in GGUF ---------------------------------------------------------------------------
+
+/// A GGUF file, put together from metadata and tensors.
+class GgufWriter {
+ public:
+  void text(const std::string& key, std::string_view value) {
+    key_of(key, 8);
+    put_text(metadata_, value);
+  }
+  void integer(const std::string& key, std::uint32_t value) {
+    key_of(key, 4);
+    put(metadata_, value);
+  }
+  void number(const std::string& key, float value) {
+    key_of(key, 6);
+    put(metadata_, value);
+  }
+  void texts(const std::string& key, const std::vector<std::string>& values) {
+    key_of(key, 9);
+    put(metadata_, std::uint32_t{8});
+    put(metadata_, std::uint64_t{values.size()});
+    for (const std::string& value : values) put_text(metadata_, value);
+  }
+  void tensor(const std::string& name, const std::vector<std::uint64_t>& shape,
+              const std::vector<float>& values) {
+    put_text(tensors_, name);
+    put(tensors_, static_cast<std::uint32_t>(shape.size()));
+    for (std::size_t d = shape.size(); d > 0; --d) put(tensors_, shape[d - 1]);
+    put(tensors_, std::uint32_t{0});
+    put(tensors_, std::uint64_t{data_.size()});
+    data_.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
+    data_.resize((data_.size() + 31) / 32 * 32);
+    ++tensor_count_;
+  }
+  std::string file() const {
+    std::string head = "GGUF";
+    put(head, std::uint32_t{3});
+    put(head, tensor_count_);
+    put(head, value_count_);
+    head += metadata_ + tensors_;
+    head.resize((head.size() + 31) / 32 * 32);
+    return head + data_;
+  }
+
+ private:
+  template <typename T>
+  static void put(std::string& to, T value) {
+    to.append(reinterpret_cast<const char*>(&value), sizeof(T));
+  }
+  static void put_text(std::string& to, std::string_view value) {
+    put(to, std::uint64_t{value.size()});
+    to += value;
+  }
+  void key_of(const std::string& key, std::uint32_t type) {
+    put_text(metadata_, key);
+    put(metadata_, type);
+    ++value_count_;
+  }
+
+  std::string metadata_, tensors_, data_;
+  std::uint64_t tensor_count_ = 0, value_count_ = 0;
+};
+
+/// A tensor's name in GGUF.
+std::string gguf_name(std::string name) {
+  const std::pair<const char*, const char*> parts[] = {{"model.embed_tokens", "token_embd"},
+                                                       {"model.norm", "output_norm"},
+                                                       {"lm_head", "output"},
+                                                       {"model.layers.", "blk."},
+                                                       {"input_layernorm", "attn_norm"},
+                                                       {"post_attention_layernorm", "ffn_norm"},
+                                                       {"self_attn.q_proj", "attn_q"},
+                                                       {"self_attn.k_proj", "attn_k"},
+                                                       {"self_attn.v_proj", "attn_v"},
+                                                       {"self_attn.o_proj", "attn_output"},
+                                                       {"self_attn.qkv_proj", "attn_qkv"},
+                                                       {"self_attn.q_norm", "attn_q_norm"},
+                                                       {"self_attn.k_norm", "attn_k_norm"},
+                                                       {"mlp.gate_up_proj", "ffn_up"},
+                                                       {"mlp.gate_proj", "ffn_gate"},
+                                                       {"mlp.up_proj", "ffn_up"},
+                                                       {"mlp.down_proj", "ffn_down"}};
+  for (const auto& [from, to] : parts)
+    if (const auto at = name.find(from); at != std::string::npos)
+      name.replace(at, std::string_view(from).size(), to);
+  return name;
+}
+
+/// A model of golden/models.json as llama.cpp's converter writes it.
+std::string gguf_of(const nlohmann::json& golden, const std::string& architecture) {
+  const auto& config = golden.at("config");
+  const auto integer = [&](const char* key) { return config.at(key).get<std::uint32_t>(); };
+  const std::uint32_t heads = integer("num_attention_heads"), features = integer("hidden_size");
+  const std::uint32_t head_dim = config.value("head_dim", features / heads);
+  GgufWriter writer;
+  writer.text("general.architecture", architecture);
+  const auto key = [&](const char* name) { return architecture + "." + name; };
+  writer.integer(key("embedding_length"), features);
+  writer.integer(key("block_count"), integer("num_hidden_layers"));
+  writer.integer(key("feed_forward_length"), integer("intermediate_size"));
+  writer.integer(key("attention.head_count"), heads);
+  writer.integer(key("attention.head_count_kv"), integer("num_key_value_heads"));
+  writer.integer(key("attention.key_length"), head_dim);
+  writer.integer(key("attention.value_length"), head_dim);
+  writer.integer(key("rope.dimension_count"), head_dim);
+  writer.integer(key("context_length"), 128);
+  writer.number(key("attention.layer_norm_rms_epsilon"), config.at("rms_norm_eps").get<float>());
+  writer.number(key("rope.freq_base"), 10000.0f);
+  if (config.contains("sliding_window") && !config.at("sliding_window").is_null() &&
+      config.value("use_sliding_window", true))
+    writer.integer(key("attention.sliding_window"), integer("sliding_window"));
+  writer.text("tokenizer.ggml.model", "gpt2");
+  writer.text("tokenizer.ggml.pre", "gpt-2");
+  std::vector<std::string> tokens;
+  for (int i = 0; i < 32; ++i) tokens.push_back(std::string(1, static_cast<char>('A' + i)));
+  writer.texts("tokenizer.ggml.tokens", tokens);
+  writer.texts("tokenizer.ggml.merges", {});
+  for (const auto& tensor : golden.at("tensors")) {
+    const auto name = tensor[0].get<std::string>();
+    const auto shape = tensor[1].get<std::vector<std::uint64_t>>();
+    const Weights weights(name, shape.size() > 1);
+    const std::size_t columns = shape.size() > 1 ? shape[1] : 1;
+    std::vector<float> values(shape[0] * columns);
+    const bool turns = architecture == "llama" && (name.find("q_proj") != std::string::npos ||
+                                                   name.find("k_proj") != std::string::npos);
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      // Row 2 p + h of a head is row p of its half h.
+      std::size_t row = i / columns;
+      if (turns) {
+        const std::size_t in_head = row % head_dim;
+        row = row - in_head + in_head % 2 * (head_dim / 2) + in_head / 2;
+      }
+      values[i] = weights(row * columns + i % columns);
+      if (architecture == "gemma" && name.find("norm") != std::string::npos) values[i] += 1.0f;
+    }
+    writer.tensor(gguf_name(name), shape, values);
+  }
+  return writer.file();
+}
+
+TEST(GgufFamilies, AreThoseOfTransformers) {
+  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
+  const auto models = nlohmann::json::parse(file);
+  const Folder folder;
+  for (const auto& [name, architecture] : std::map<std::string, std::string>{{"llama", "llama"},
+                                                                             {"mistral", "llama"},
+                                                                             {"qwen2", "qwen2"},
+                                                                             {"qwen3", "qwen3"},
+                                                                             {"gemma", "gemma"},
+                                                                             {"phi3", "phi3"}}) {
+    SCOPED_TRACE(name);
+    const auto& golden = models.at(name);
+    const auto path = folder.write(name + ".gguf", gguf_of(golden, architecture));
+    auto model = ef::load_model<float>(path);
+    EXPECT_EQ(ef::generate(model, kIds, {.max_new_tokens = 64}),
+              golden.at("greedy").get<std::vector<std::int32_t>>());
+  }
+  std::string other = gguf_of(models.at("llama"), "mamba");
+  expect_throws<ef::ModelFileError>(
+      [&] { ef::load_model<float>(folder.write("mamba.gguf", other)); },
+      {"mamba.gguf", "general.architecture", "mamba"});
 }
 
 }  // namespace

@@ -292,7 +292,7 @@ class ModelLoader {
       };
       const bool buffer = ends(".rotary_emb.inv_freq") || ends(".attn.bias") ||
                           ends(".attn.masked_bias") || ends(".attention.bias") ||
-                          ends(".attention.masked_bias");
+                          ends(".attention.masked_bias") || name == "rope_freqs.weight";
       const bool copy = m_.tied_head && ends(weight(m_.names.head));
       const bool vision = name.find("vision_tower.") != std::string::npos ||
                           name.find("multi_modal_projector.") != std::string::npos;
