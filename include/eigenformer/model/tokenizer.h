@@ -9,13 +9,15 @@
 ///   std::cout << stream.push(id) << std::flush;    // whole characters only
 ///   std::cout << stream.finish();
 ///
-/// Ids equal those of PyPI's tokenizers 0.23 (tests/golden/make_tokenizers.py). From tokenizer.json:
+/// Ids equal those of PyPI's tokenizers 0.23 (tests/golden/make_tokenizers.py). What is read of
+/// tokenizer.json:
 ///
 ///   models           BPE: byte-level (Sennrich et al., 2016; GPT-2) and SentencePiece's, with byte
 ///                    fallback; Unigram (Kudo, 2018)
 ///   normalizers      NFC, NFD, Lowercase, Prepend, Replace, Strip, ByteLevel
 ///   pre-tokenizers   ByteLevel, Split, Digits, Metaspace, Whitespace, WhitespaceSplit, Punctuation
-///   post-processors  TemplateProcessing (of one text), ByteLevel, BertProcessing, RobertaProcessing
+///   post-processors  TemplateProcessing (of one text), ByteLevel, BertProcessing,
+///                    RobertaProcessing
 ///   decoders         ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip
 ///
 /// and Sequences of them; from GGUF the models llama and gpt2. Anything else (WordPiece, NFKC,
@@ -134,7 +136,9 @@ class Tokenizer {
   /// Every token that ends a text: of generation_config.json, tokenizer_config.json and config.json
   /// together; of GGUF, also the special tokens that end turns in the common families.
   const std::vector<std::int32_t>& eos() const { return data_->eos; }
-  /// In Jinja; empty: none.
+  /// The one that tokenizer_config.json or GGUF names, which templates call eos_token.
+  std::optional<std::int32_t> eos_of_texts() const { return known(data_->eos_of_texts); }
+  /// In Jinja; empty: none. See chat_template.h.
   const std::string& chat_template() const { return data_->chat_template; }
 
  private:

@@ -40,7 +40,7 @@ struct TokenizerData {
   std::unordered_map<std::int32_t, std::string> normalized_texts = {};  ///< of added tokens
   std::vector<std::int32_t> before = {}, after = {};                    ///< ids around a text
   std::vector<DecodeStep> decoder = {};
-  std::int32_t bos = -1, unk = -1, pad = -1;  ///< -1: none
+  std::int32_t bos = -1, unk = -1, pad = -1, eos_of_texts = -1;  ///< -1: none
   std::vector<std::int32_t> eos = {};
   std::string chat_template = {};
 

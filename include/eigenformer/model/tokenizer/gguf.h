@@ -130,7 +130,8 @@ inline void set_ends(const GgufVocabulary& file, TokenizerData& data) {
   };
   data.bos = token(file.bos);
   data.pad = token(file.pad);
-  add_end(data, token(file.eos));
+  data.eos_of_texts = token(file.eos);
+  add_end(data, data.eos_of_texts);
   for (const std::int64_t id : file.more_ends) add_end(data, token(id));
   for (const std::string_view text : kEndsOfTurns)
     if (const std::int32_t id = data.vocabulary.find_any(text); data.is_special(id))

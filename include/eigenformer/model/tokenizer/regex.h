@@ -182,7 +182,7 @@ class Regex {
     }
 
    private:
-    /// PCRE2 counts the steps at each place anew, and does not tell how many it took. So where few do
+    /// PCRE2 counts steps at each place anew, and does not tell how many it took. So where few do
     /// not suffice, every place is tried on its own, with limits that grow and are paid for.
     int match() {
       int found = match_at(at_, kFewSteps, 0);

@@ -38,6 +38,7 @@ inline void read_token_names(const JsonValue& file, TokenizerData& data) {
   set_unless_set(data.bos, token("bos_token"));
   set_unless_set(data.unk, token("unk_token"));
   set_unless_set(data.pad, token("pad_token"));
+  set_unless_set(data.eos_of_texts, token("eos_token"));
   add_end(data, token("eos_token"));
   if (!file.has("chat_template") || !data.chat_template.empty()) return;
   const JsonValue chat = file["chat_template"];
