@@ -108,7 +108,7 @@ inline void add_dry(BiasList& list, const SamplingParams& p, const History& hist
     const double exponent =
         static_cast<double>(found->bias) - static_cast<double>(p.dry_allowed_length);
     const double penalty = p.dry_multiplier * std::pow(p.dry_base, (std::min)(exponent, largest));
-    constexpr double most = std::numeric_limits<float>::max();
+    constexpr double most = (std::numeric_limits<float>::max)();
     found->bias = static_cast<float>(-(std::min)(penalty, most));
   }
   list.size += last - first;
