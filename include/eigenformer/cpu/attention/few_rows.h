@@ -59,6 +59,11 @@ void find_rows(const KeyBlock<TKV>& block, BlockRows<TKV>& rows) {
     }
     j += run;
   }
+  // Rows are read by the vector: those past the last are looked at by nobody.
+  for (int j = block.count; j < kAttentionKeyBlock && j > 0; ++j) {
+    rows.keys[j] = rows.keys[j - 1];
+    rows.values[j] = rows.values[j - 1];
+  }
 }
 
 template <typename C, typename Isa>
@@ -66,8 +71,7 @@ struct FewRows {
   using Tile = AttentionTile<C, Isa>;
   using V = typename Tile::V;
   static constexpr int lanes = V::lanes, kPanel = Tile::kPanel;
-  /// How many rows ahead of those that are read memory is asked for: 8 KiB of floats.
-  static constexpr int kAhead = 16;
+  static constexpr int kGroup = 8;  // values that a step reads: of any stride they fit L1 together
 
   /// f(std::integral_constant<int, R>), R >= rows: the rows beyond are computed for nothing.
   template <typename F>
@@ -78,52 +82,69 @@ struct FewRows {
     f(std::integral_constant<int, 8>{});
   }
 
-  /// The row that is read kAhead rows after row j of `now`, which `then` follow; row j itself where
-  /// there is none.
-  template <typename TKV>
-  static EIGENFORMER_INLINE const TKV* ahead(const TKV* const* now, const TKV* const* then,
-                                             int count, int then_count, int j) {
-    if (j + kAhead < count) return now[j + kAhead];
-    if (j + kAhead - count < then_count) return then[j + kAhead - count];
-    return now[(std::min)(j, count - 1)];
+  /// to[d][r] = queries[r][d]: so a key's element meets those of all rows side by side.
+  static void interleave(const C* queries, Index rows, Index depth, C* to) {
+    with_rows(rows, [&](auto tile) {
+      for (Index r = 0; r < rows; ++r)
+        for (Index d = 0; d < depth; ++d)
+          to[d * decltype(tile)::value + r] = queries[r * depth + d];
+    });
   }
-  /// Step `step` of `steps` asks for its share of `count` rows: as slowly as they are read, for a
-  /// burst would fill the buffers of misses, and row after row, as hardware prefetchers follow. (On
-  /// Zen 3 4,096 keys of 8 heads of 128 floats take 2.0 to 2.8 ms so, and 3.0 to 3.9 where all rows
-  /// are asked for a line each.)
+
+  /// Asks for rows of `bytes`, a line at a time and row after row: as slowly as they are read, for
+  /// a burst would fill the buffers of misses. (On Zen 5 4,096 keys of 8 heads of 128 floats in
+  /// pages take 0.92 ms so, 1.08 where two rows are asked for at once.)
   template <typename TKV>
-  static EIGENFORMER_INLINE void prefetch(const TKV* const* rows, int count, Index bytes,
-                                          Index step, Index steps) {
-    const Index end = (step + 1) * count / steps;
-    for (Index i = step * count / steps; i < end; ++i)
-      for (Index offset = 0; offset < bytes; offset += 64)
-        simd::prefetch_after<3>(reinterpret_cast<const std::byte*>(rows[i]), offset);
+  class Ahead {
+   public:
+    Ahead(const TKV* const* rows, Index bytes) : row_(rows), bytes_(bytes), left_(0) {}
+
+    EIGENFORMER_INLINE void ask() {
+      if (left_ <= 0) {  // foreseen, where a choice would be waited for
+        at_ = *row_++;
+        left_ = bytes_;
+      }
+      simd::prefetch_after<3>(reinterpret_cast<const std::byte*>(at_), bytes_ - left_);
+      left_ -= 64;
+    }
+
+   private:
+    const TKV* const* row_;
+    const TKV* at_ = nullptr;
+    Index bytes_, left_;
+  };
+
+  /// `count` rows that are read 8 KiB (of heads of 128) after row j of `now`, which `then` follow.
+  template <typename TKV>
+  static const TKV* const* after(const TKV* const* now, const TKV* const* then, int j, int count) {
+    const int at = j + (std::max)(64 / static_cast<int>(sizeof(TKV)), 16);
+    return at + count <= kAttentionKeyBlock
+               ? now + at
+               : then + std::clamp(at - kAttentionKeyBlock, 0, kAttentionKeyBlock - count);
   }
 
   /// scores[r][j] = queries[r] . key j as it is stored, for the keys [begin, end) of a block and
-  /// some beside them.
+  /// some beside them. The queries are interleaved.
   template <int R, typename TKV>
   static void score(const C* queries, Index depth, const BlockRows<TKV>& rows, KeySpan keys,
                     C* scores) {
-    // Chains at once: 8 hide the latency of a multiply-add.
-    constexpr int kVectors = R <= 4 ? 2 : 1, kKeys = kVectors * lanes;
+    // Chains at once: 8 hide the latency of a multiply-add. Of AVX-512 4 do, for 32 floats rows at
+    // once keep memory from its order (1.27 ms instead of 0.92).
+    constexpr int kVectors = R <= 4 && lanes * sizeof(TKV) < 64 ? 2 : 1, kKeys = kVectors * lanes;
+    constexpr int kStep = Columns<TKV>::count;
+    const Index bytes = depth * static_cast<Index>(sizeof(TKV));
     for (int j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
-      const TKV *key[kKeys], *later[kKeys];
-      for (int i = 0; i < kKeys; ++i) {  // those past the last are looked at by nobody
-        const int k = (std::min)(j + i, rows.count - 1);
-        key[i] = rows.keys[k];
-        later[i] = ahead(rows.keys, rows.values, rows.count, rows.count, j + i);
-      }
+      const TKV* const* const key = rows.keys + j;
+      Ahead<TKV> ahead(after(rows.keys, rows.values, j, kKeys), bytes);
       V sum[kVectors][R];
       for (auto& vector : sum)
         for (V& s : vector) s = V::zero();
+      const C* query = queries;
       Index d = 0;
-      for (; d + lanes <= depth; d += lanes) {
-        prefetch(later, kKeys, depth * static_cast<Index>(sizeof(TKV)), d / lanes, depth / lanes);
-        add_dots<R, kVectors, lanes>(queries + d, depth, key, d, lanes, sum);
-      }
-      if (d < depth)
-        add_dots<R, kVectors, 0>(queries + d, depth, key, d, static_cast<int>(depth - d), sum);
+      for (; d + kStep <= depth; d += kStep, query += kStep * R)
+        add_dots<R>(query, key, d, sum, ahead);
+      for (; d < depth; d += lanes, query += lanes * R)
+        add_last_dots<R>(query, key, d, static_cast<int>((std::min)(Index{lanes}, depth - d)), sum);
       for (int v = 0; v < kVectors; ++v)
         for (int r = 0; r < R; ++r)
           sum[v][r].store(scores + r * kAttentionKeyBlock + j + v * lanes);
@@ -138,29 +159,24 @@ struct FewRows {
                          const C* factors, Index width, Index padded_width, C* sums, C* terms,
                          const BlockRows<TKV>* next) {
     constexpr int kVectors = R <= 4 ? 2 : 1;
-    constexpr int kGroup = 8;  // rows that a step reads: of any stride they fit L1 together
+    const Index bytes = width * static_cast<Index>(sizeof(TKV));
     for (int k = keys.begin; k < keys.end; k += kGroup) {
       const int count = (std::min)(kGroup, keys.end - k);
-      const TKV* later[kGroup];
-      for (int i = 0; i < kGroup; ++i)
-        later[i] = ahead(rows.values, next ? next->keys : nullptr, rows.count,
-                         next ? next->count : 0, k + i);
+      Ahead<TKV> ahead(after(rows.values, next ? next->keys : rows.values, k, kGroup), bytes);
       Index c = 0;
       const bool begins = k == keys.begin;
       for (; c + kVectors * lanes <= width; c += kVectors * lanes) {
-        prefetch(later, kGroup, width * static_cast<Index>(sizeof(TKV)), c / (kVectors * lanes),
-                 width / (kVectors * lanes));
         if (count == kGroup)
           add_columns<R, kVectors, kGroup>(weights + k, rows, k, kGroup, c, lanes, begins, terms,
-                                           padded_width);
+                                           padded_width, ahead);
         else
           add_columns<R, kVectors, 0>(weights + k, rows, k, count, c, lanes, begins, terms,
-                                      padded_width);
+                                      padded_width, ahead);
       }
       for (; c < width; c += lanes)
         add_columns<R, 1, 0>(weights + k, rows, k, count, c,
                              static_cast<int>((std::min)(Index{lanes}, width - c)), begins, terms,
-                             padded_width);
+                             padded_width, ahead);
     }
     const Index whole = (width + lanes - 1) / lanes * lanes;
     for (int r = 0; r < R; ++r)
@@ -169,28 +185,67 @@ struct FewRows {
   }
 
  private:
-  /// sum[v][r] += queries[r] . keys over n elements from d on; n is N where N is not 0. The keys
-  /// pass through a corner of L1: two vectors of them and R sums each are more than there are
-  /// registers.
-  template <int R, int Vectors, int N, typename TKV>
-  static EIGENFORMER_INLINE void add_dots(const C* queries, Index stride, const TKV* const* keys,
-                                          Index d, int n, V (&sum)[Vectors][R]) {
-    alignas(64) C panel[lanes * Vectors * lanes];
-    for (int v = 0; v < Vectors; ++v) {
-      V block[lanes];
-      for (int i = 0; i < lanes; ++i) {
-        const int k = v * lanes + i;
-        block[i] = N > 0 ? V::load(keys[k] + d) : V::load_partial(keys[k] + d, n);
+  /// How elements of `lanes` keys become vectors of C: `count` at once.
+  template <typename TKV>
+  struct Columns {
+    static constexpr int units = std::is_same_v<C, float> && sizeof(TKV) != 1 &&
+                                         !std::is_same_v<TKV, half>
+                                     ? simd::kUnitsAtOnce<V>
+                                     : 0,
+                         pair = static_cast<int>(4 / sizeof(TKV)),
+                         count = units > 0 ? units *pair : lanes;
+
+    static EIGENFORMER_INLINE void load(const TKV* const* keys, Index d, V (&to)[count]) {
+      if constexpr (units == 0) {
+        EIGENFORMER_UNROLL
+        for (int i = 0; i < lanes; ++i) to[i] = V::load(keys[i] + d);
+        transpose(to);
+      } else if constexpr (pair == 1) {
+        simd::load_units(keys, d, to);
+      } else {
+        V pairs[units];
+        simd::load_units(keys, d, pairs);
+        for (int i = 0; i < units; ++i) {
+          to[2 * i] = simd::first_of_pairs(pairs[i]);
+          to[2 * i + 1] = simd::second_of_pairs(pairs[i]);
+        }
       }
-      transpose(block);
-      for (int i = 0; i < lanes; ++i) block[i].store(panel + (i * Vectors + v) * lanes);
     }
-    for (int i = 0; i < (N > 0 ? N : n); ++i)
+  };
+
+  /// sum[v][r] += queries[r] . keys over a step of elements from d on.
+  template <int R, int Vectors, typename TKV>
+  static EIGENFORMER_INLINE void add_dots(const C* queries, const TKV* const* keys, Index d,
+                                          V (&sum)[Vectors][R], Ahead<TKV>& ahead) {
+    constexpr int kStep = Columns<TKV>::count;
+    V columns[Vectors][kStep];
+    for (int v = 0; v < Vectors; ++v) Columns<TKV>::load(keys + v * lanes, d, columns[v]);
+    constexpr int kLines = Vectors * lanes * static_cast<int>(sizeof(TKV)) * kStep / 64;
+    EIGENFORMER_UNROLL
+    for (int i = 0; i < kStep; ++i) {
+      EIGENFORMER_UNROLL
+      for (int line = i * kLines / kStep; line < (i + 1) * kLines / kStep; ++line) ahead.ask();
+      EIGENFORMER_UNROLL
       for (int r = 0; r < R; ++r) {
-        const V q = V::set1(queries[r * stride + i]);
-        for (int v = 0; v < Vectors; ++v)
-          sum[v][r] = fma(q, V::load(panel + (i * Vectors + v) * lanes), sum[v][r]);
+        const V q = V::set1(queries[i * R + r]);
+        EIGENFORMER_UNROLL
+        for (int v = 0; v < Vectors; ++v) sum[v][r] = fma(q, columns[v][i], sum[v][r]);
       }
+    }
+  }
+
+  /// The same over n <= lanes elements.
+  template <int R, int Vectors, typename TKV>
+  static void add_last_dots(const C* queries, const TKV* const* keys, Index d, int n,
+                            V (&sum)[Vectors][R]) {
+    for (int v = 0; v < Vectors; ++v) {
+      V columns[lanes];
+      for (int i = 0; i < lanes; ++i) columns[i] = V::load_partial(keys[v * lanes + i] + d, n);
+      transpose(columns);
+      for (int i = 0; i < n; ++i)
+        for (int r = 0; r < R; ++r)
+          sum[v][r] = fma(V::set1(queries[i * R + r]), columns[i], sum[v][r]);
+    }
   }
 
   /// terms[r] += weights[r][i] * value first + i, in some columns. count is Count where that is not
@@ -198,12 +253,16 @@ struct FewRows {
   template <int R, int Vectors, int Count, typename TKV>
   static EIGENFORMER_INLINE void add_columns(const C* weights, const BlockRows<TKV>& rows,
                                              int first, int count, Index c, int n, bool begins,
-                                             C* terms, Index stride) {
+                                             C* terms, Index stride, Ahead<TKV>& ahead) {
     V sum[R][Vectors];
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < Vectors; ++v)
         sum[r][v] = begins ? V::zero() : V::load(terms + r * stride + c + v * lanes);
     for (int i = 0; i < (Count > 0 ? Count : count); ++i) {
+      if constexpr (Count > 0) {
+        constexpr int kLines = Vectors * lanes * static_cast<int>(sizeof(TKV)) * Count / 64;
+        for (int line = i * kLines / Count; line < (i + 1) * kLines / Count; ++line) ahead.ask();
+      }
       const TKV* const at = rows.values[first + i] + c;
       V value[Vectors];
       for (int v = 0; v < Vectors; ++v)

@@ -14,7 +14,7 @@
 
 #include "../../core/workspace.h"
 #include "../vector/quantize_line.h"
-#include "few_rows.h"
+#include "few_units.h"
 #include "packed_scores.h"
 #include "tile.h"
 
@@ -27,9 +27,9 @@ struct Int8ScoreScratch {
   float* scales;          // (rows) of the queries, times the scale of the scores
   std::int32_t* offsets;  // (rows) to take off the sums
   std::uint32_t* tiles;   // queries of many rows, as tile/generic.h packs them
-  void* lines;            // those of a few: (kAttentionFewRows, parts, width of a line dot)
-  std::int8_t* panels;    // a block of keys, packed
-  std::int32_t* sums;     // of a tile with a block
+  void* lines;          // those of a few: (kAttentionFewRows, parts, width of a line dot), or units
+  std::int8_t* panels;  // a block of keys, packed
+  std::int32_t* sums;   // of a tile with a block
 };
 
 template <typename Isa>
@@ -39,6 +39,10 @@ class Int8Scores {
   using Activation = typename Line::Activation;
   using V = simd::Vec<float, Isa>;
   using Packed = PackedScores<Dot, Isa>;
+  using Few = FewRows<float, Isa>;
+  using UnitDot = tile::GroupedDot<Isa>;
+  using FewUnits = cpu::FewUnits<UnitDot, Isa>;
+  static constexpr bool kUnits = kTakesUnits<UnitDot>;
   static_assert(V::lanes == Line::lanes && V::lanes == Dot::columns / Dot::vectors);
 
  public:
@@ -65,10 +69,14 @@ class Int8Scores {
   /// Row r of the queries starts at row(r).
   template <typename Row>
   void load_queries(Index rows, Row&& row) {
-    if (rows <= kAttentionFewRows)
-      for (Index r = 0; r < rows; ++r) load_line(row(r), r);
-    else
+    if (rows > kAttentionFewRows)
       load_tiles(rows, row);
+    else if constexpr (kUnits)
+      Few::with_rows(rows, [&](auto tile) {
+        for (Index r = 0; r < rows; ++r) load_units<tile>(row(r), r);
+      });
+    else
+      for (Index r = 0; r < rows; ++r) load_line(row(r), r);
     for (Index r = 0; r < rows; ++r) s_.scales[r] *= scale_;
   }
 
@@ -77,8 +85,12 @@ class Int8Scores {
              float* scores) {
     if (rows > kAttentionFewRows) return score_tiles(rows, block, ranges, scores);
     const KeySpan seen = seen_by_tile(ranges, static_cast<int>(rows));
-    FewRows<float, Isa>::with_rows(
-        rows, [&](auto tile) { score_lines<decltype(tile)::value>(rows, block, seen, scores); });
+    Few::with_rows(rows, [&](auto tile) {
+      if constexpr (kUnits)
+        score_units<tile>(rows, block, seen, scores);
+      else
+        score_lines<tile>(rows, block, seen, scores);
+    });
   }
 
  private:
@@ -113,6 +125,23 @@ class Int8Scores {
     if constexpr (Line::unsigned_weights) add_wrapping(s_.offsets[r], 128 * sum);
   }
 
+  template <int R, typename Query>
+  void load_units(const Query* query, Index r) {
+    const float scale = activation_scale<Isa>(query, depth_);
+    auto* const to = static_cast<std::uint32_t*>(s_.lines);
+    std::int32_t sum = 0;
+    for (Index d = 0; d < depth_; d += Line::width) {
+      alignas(64) std::int8_t values[Line::width] = {};
+      const Index own = (std::min)(Index{Line::width}, depth_ - d);
+      quantize_activation_line<Isa>(query + d, own, scale, values);
+      FewUnits::template place_query<R>(values, own, r, to + d / UnitDot::step * R);
+      sum += sum_of(values, Line::width);
+    }
+    s_.scales[r] = scale;
+    s_.offsets[r] = 0;
+    if constexpr (UnitDot::unsigned_weights) add_wrapping(s_.offsets[r], 128 * sum);
+  }
+
   template <typename Row>
   void load_tiles(Index rows, Row&& row) {
     const Tiles<Dot> tiles(rows);
@@ -131,17 +160,26 @@ class Int8Scores {
   }
 
   template <int R>
+  void score_units(Index rows, const BlockRows<std::int8_t>& block, KeySpan seen, float* scores) {
+    FewUnits::template score<R>(static_cast<const std::uint32_t*>(s_.lines), depth_, block, seen,
+                                [&](int r, int key, auto sum) {
+                                  if (r >= rows) return;
+                                  alignas(64) std::int32_t totals[Line::lanes];
+                                  UnitDot::store(totals, sum);
+                                  store(totals, s_.offsets[r], s_.scales[r], block.key_scales + key,
+                                        scores + r * kAttentionKeyBlock + key);
+                                });
+  }
+
+  template <int R>
   void score_lines(Index rows, const BlockRows<std::int8_t>& block, KeySpan seen, float* scores) {
     constexpr int lanes = Line::lanes;
     for (int j = seen.begin / lanes * lanes; j < seen.end; j += lanes) {
+      const std::int8_t* const* const later = Few::after(block.keys, block.values, j, lanes);
       typename Line::Accumulator sums[R][lanes];
       for (int i = 0; i < lanes; ++i) {
-        AttentionTile<float, Isa>::prefetch_row(
-            FewRows<float, Isa>::ahead(block.keys, block.values, block.count, block.count, j + i),
-            depth_);
-        // those past the last are looked at by nobody
-        dot_lines<R>(block.keys[(std::min)(j + i, block.count - 1)],
-                     [&](int r, auto sum) { sums[r][i] = sum; });
+        AttentionTile<float, Isa>::prefetch_row(later[i], depth_);
+        dot_lines<R>(block.keys[j + i], [&](int r, auto sum) { sums[r][i] = sum; });
       }
       for (int r = 0; r < rows; ++r) {
         alignas(64) std::int32_t totals[lanes];

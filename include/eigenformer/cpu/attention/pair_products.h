@@ -1,9 +1,9 @@
 /// \file
 /// Products of attention where queries, keys and values are bfloat16 and the instruction set
 /// multiplies pairs of them (vdpbf16ps, tdpbf16ps): scores of queries and keys as they are, scaled
-/// afterwards in float, and values by weights rounded to bfloat16. Few rows and many pack keys and
-/// values alike: the pairs of a sum have one order, and packing a block takes a fraction of the
-/// time in which memory brings it. Keys that a row does not see have weight 0 in its products.
+/// afterwards in float, and values by weights rounded to bfloat16. Few rows read keys and values
+/// where they lie (few_units.h; not those of AMX), many pack them: the pairs of a sum have one
+/// order. Keys that a row does not see have weight 0 in its products.
 #pragma once
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 
 #include "../../core/workspace.h"
 #include "../vector/copy.h"
+#include "few_units.h"
 #include "packed_scores.h"
 #include "score.h"
 
@@ -38,6 +39,9 @@ class PairProducts {
   using Dot = tile::Dot<bfloat16, bfloat16, Isa>;
   using Packed = PackedScores<Dot, Isa>;
   using V = simd::Vec<float, Isa>;
+  using Few = FewRows<float, Isa>;
+  using FewUnits = cpu::FewUnits<Dot, Isa>;
+  static constexpr bool kInPlace = kTakesUnits<Dot>;
   static constexpr int columns = Dot::columns, at_once = tile::steps_at_once<Dot>,
                        kSteps = kAttentionKeyBlock / 2;  // of weights with values
   static_assert(Dot::step == 2 && V::lanes == columns / Dot::vectors && kSteps % at_once == 0);
@@ -65,6 +69,13 @@ class PairProducts {
   /// Row r of the queries starts at row(r).
   template <typename Row>
   void load_queries(Index rows, Row&& row) {
+    if constexpr (kInPlace)
+      if (rows <= kAttentionFewRows)
+        return Few::with_rows(rows, [&](auto tile) {
+          std::fill_n(s_.queries, FewUnits::query_units(packed_.depth) * tile, 0u);
+          for (Index r = 0; r < rows; ++r)
+            FewUnits::template place_query<tile>(row(r), packed_.depth, r, s_.queries);
+        });
     const Index steps = tile::product_steps<Dot>(packed_.depth);
     const Tiles<Dot> tiles(rows);
     for (Index t = 0; t < tiles.count(); ++t) {
@@ -79,6 +90,15 @@ class PairProducts {
 
   void score(Index rows, const BlockRows<bfloat16>& block, const BlockRange* ranges,
              float* scores) {
+    if constexpr (kInPlace)
+      if (rows <= kAttentionFewRows)
+        return Few::with_rows(rows, [&](auto tile) {
+          FewUnits::template score<tile>(
+              s_.queries, packed_.depth, block, seen_by_tile(ranges, static_cast<int>(rows)),
+              [&](int r, int key, V sum) {
+                (sum * V::set1(scale_)).store(scores + r * kAttentionKeyBlock + key);
+              });
+        });
     packed_.for_each_tile(rows, block, ranges, [&](const auto& t) {
       tile::for_each_tile_sum<Dot>(
           t.height, t.operands, tile::product_steps<Dot>(packed_.depth), t.panels, s_.sums,
@@ -89,6 +109,20 @@ class PairProducts {
 
   /// The weights of a row stand rounded where its scores were.
   static bfloat16* weights_of(float* scores) { return reinterpret_cast<bfloat16*>(scores); }
+
+  /// Whether `rows` rows read values where they lie.
+  static constexpr bool in_place(Index rows) { return kInPlace && rows <= kAttentionFewRows; }
+
+  /// sums[r] = factors[r] * sums[r] + weights[r] by the values of a block where they lie.
+  void add_values_in_place(Index rows, float* scores, const BlockRows<bfloat16>& block,
+                           const BlockRange* ranges, const float* factors, float* sums,
+                           const BlockRows<bfloat16>* next) {
+    if constexpr (kInPlace)
+      Few::with_rows(rows, [&](auto tile) {
+        FewUnits::template add_values<tile>(rows, weights_of(scores), block, ranges, factors,
+                                            value_dim_, width_, sums, s_.sums, s_.zeros, next);
+      });
+  }
 
   /// Packs the values of a block, zeros for those of `hidden` keys.
   void load_values(const BlockRows<bfloat16>& block, KeyBits hidden) {

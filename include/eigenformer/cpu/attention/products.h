@@ -61,6 +61,7 @@ class AttentionProducts {
     if constexpr (kPairs) return pairs().load_queries(rows, query);
     for (Index r = 0; r < rows; ++r)
       Tile::load_row(query(r), scale_, head_dim_, head_dim_, s_.queries + r * head_dim_);
+    if (rows <= kAttentionFewRows) Few::interleave(s_.queries, rows, head_dim_, s_.keys);
   }
 
   /// To be called where ranges change.
@@ -72,7 +73,7 @@ class AttentionProducts {
     if constexpr (kInt8Scores<TQ, TKV>) {
       int8_scores_.score(rows_, *here_, s_.ranges, s_.scores);
     } else if constexpr (kPairs) {
-      prefetch(here_->values, here_->count, value_dim_);
+      if (!pairs().in_place(rows_)) prefetch(here_->values, here_->count, value_dim_);
       pairs().score(rows_, *here_, s_.ranges, s_.scores);
     } else {
       if (rows_ <= kAttentionFewRows)
@@ -90,6 +91,9 @@ class AttentionProducts {
     if constexpr (kInt8) scale_rows(here_->value_scales);
     if (hides_bad_values(block)) return add_values_row_by_row(block);
     if constexpr (kPairs) {
+      if (pairs().in_place(rows_))
+        return pairs().add_values_in_place(rows_, s_.scores, *here_, s_.ranges, s_.factors,
+                                           s_.now.sums, next_->begin >= 0 ? next_ : nullptr);
       if (next_->begin >= 0) prefetch(next_->keys, next_->count, head_dim_);
       pairs().load_values(*here_, 0);
       pairs().add_values(rows_, s_.scores, s_.ranges, s_.factors, s_.now.sums);
@@ -270,7 +274,7 @@ class AttentionProducts {
   void score_in_place() {
     const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
     Few::with_rows(rows_, [&](auto tile) {
-      Few::template score<decltype(tile)::value>(s_.queries, head_dim_, *here_, seen, s_.scores);
+      Few::template score<decltype(tile)::value>(s_.keys, head_dim_, *here_, seen, s_.scores);
     });
   }
 

@@ -64,6 +64,9 @@ struct Bfloat16Avx512 {
   static EIGENFORMER_INLINE V load(const float* p) { return V::load(p); }
   static EIGENFORMER_INLINE void store(float* p, V sums) { sums.store(p); }
   static EIGENFORMER_INLINE Fragment weights(const bfloat16* p) { return {_mm512_loadu_si512(p)}; }
+  /// A unit of each of 16 columns, as it is stored.
+  static constexpr bool kTakesUnits = true;
+  static EIGENFORMER_INLINE Fragment weights(V of) { return {_mm512_castps_si512(of.v)}; }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
     return {_mm512_set1_epi32(static_cast<int>(*p))};
@@ -146,6 +149,11 @@ struct Int8Avx512Vnni : Int8Avx512Base {
   }
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
     return {_mm512_loadu_si512(p)};
+  }
+  /// A unit of each of 16 columns, as it is stored.
+  static constexpr bool kTakesUnits = true;
+  static EIGENFORMER_INLINE Fragment weights(simd::vec<float, isa::avx512> of) {
+    return {_mm512_xor_si512(_mm512_castps_si512(of.v), _mm512_set1_epi8(-128))};
   }
   template <int Rows>
   static EIGENFORMER_INLINE Factor factor(const Unit* p) {
