@@ -218,6 +218,8 @@ TEST(SamplingStages, EdgesOfEveryFilter) {
           row_of<double>({-HUGE_VAL, 5}), row_of<double>({0, -1e-300, -1e-17, -800})})
       check_distribution(logits, alone[i], "edge " + std::to_string(i));
   EXPECT_EQ(kept_by(row_of({2, 2, 1, 2}), {.top_n_sigma = .1}), (Set{0, 1, 3}));
+  EXPECT_EQ(kept_by(row_of({0, -1}), {.top_n_sigma = 2}), (Set{0, 1}));
+  EXPECT_EQ(kept_by(row_of({0, -1}), {.top_n_sigma = 2 - 2e-12}), (Set{0}));  // no float's bound
   EXPECT_EQ(kept_by(row_of({0, 0, 0, 0}), {.top_h = .5}), (Set{0, 1}));
   EXPECT_EQ(kept_by(row_of({0, 0, 0, 0}), {.top_h = .49}), (Set{0}));
   EXPECT_EQ(kept_by(row_of({0, 0, 0, 0}), {.epsilon_cutoff = .3}), (Set{0, 1, 2, 3}));
