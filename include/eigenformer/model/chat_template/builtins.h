@@ -245,7 +245,7 @@ class Builtins {
         const Value value = at(object, arguments.get(0, "key"));
         if (!value.is_undefined()) return value;
         const Value otherwise = arguments.get(1, "default");
-        return otherwise.is_undefined() ? Value(None()) : otherwise;
+        return otherwise.is_undefined() ? Value(Nothing()) : otherwise;
       }
       if (name == "items" || name == "keys" || name == "values") return parts(object, name);
     }

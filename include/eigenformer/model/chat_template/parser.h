@@ -468,7 +468,7 @@ class Parser {
       if (name == "true" || name == "True" || name == "false" || name == "False") {
         node->value = Value(name == "true" || name == "True");
       } else if (name == "none" || name == "None") {
-        node->value = Value(None());
+        node->value = Value(Nothing());
       } else {
         node->kind = Kind::name;
         node->text = name;

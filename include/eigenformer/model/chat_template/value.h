@@ -51,13 +51,13 @@ class Value;
 using List = std::vector<Value>;
 /// In order of insertion, as Python's.
 using Dict = std::vector<std::pair<std::string, Value>>;
-struct None {};
+struct Nothing {};
 
 /// A default-constructed one is undefined.
 class Value {
  public:
   Value() = default;
-  Value(None none) : what_(none) {}
+  Value(Nothing nothing) : what_(nothing) {}
   Value(bool value) : what_(value) {}
   Value(std::int64_t value) : what_(value) {}
   Value(double value) : what_(value) {}
@@ -84,7 +84,7 @@ class Value {
   }
 
   bool is_undefined() const { return is<std::monostate>(); }
-  bool is_none() const { return is<None>(); }
+  bool is_none() const { return is<Nothing>(); }
   bool is_bool() const { return is<bool>(); }
   bool is_integer() const { return is<std::int64_t>(); }
   bool is_real() const { return is<double>(); }
@@ -138,7 +138,7 @@ class Value {
     return depth;
   }
 
-  std::variant<std::monostate, None, bool, std::int64_t, double, Text, std::shared_ptr<const List>,
+  std::variant<std::monostate, Nothing, bool, std::int64_t, double, Text, std::shared_ptr<const List>,
                std::shared_ptr<const Dict>, std::shared_ptr<Dict>, const Node*>
       what_;
   int depth_ = 0;
@@ -272,7 +272,7 @@ inline Value value_of(const nlohmann::ordered_json& json, Budget& budget, int le
       dict.emplace_back(key, value_of(part, budget, level + 1));
     return Value(std::move(dict));
   }
-  return Value(None());
+  return Value(Nothing());
 }
 
 }  // namespace chat
