@@ -184,6 +184,22 @@ EIGENFORMER_INLINE void store_pairs(isa::generic, V even, V odd, int n, std::uin
   for (int i = 0; i < n; ++i) to[i] = low[i] | static_cast<std::uint32_t>(high[i]) << 16;
 }
 
+// Operands of products of pairs, which take denormals as zero: bfloat16 that an ISA may round its
+// own way. Of one vector, of two one after the other, and of pairs (even[i], odd[i]).
+template <typename V>
+void store_for_pairs(isa::generic, V x, bfloat16* to) {
+  x.store(to);
+}
+template <typename V>
+void store_rounded(isa::generic, V low, V high, bfloat16* to) {
+  low.store(to);
+  high.store(to + V::lanes);
+}
+template <typename V>
+void store_rounded_pairs(isa::generic isa, V even, V odd, std::uint32_t* to) {
+  store_pairs(isa, even, odd, V::lanes, to);
+}
+
 /// to[i] = the bits of the pair (even[i], odd[i]).
 inline void join_pairs(isa::generic, const bfloat16* even, const bfloat16* odd, Index count,
                        std::uint32_t* to) {
