@@ -201,13 +201,13 @@ struct FewRows {
         for (int i = 0; i < lanes; ++i) to[i] = V::load(keys[i] + d);
         transpose(to);
       } else if constexpr (pair == 1) {
-        simd::load_units(keys, d, to);
+        load_units(keys, d, to);  // without a namespace: there are ISAs that have none
       } else {
         V pairs[units];
-        simd::load_units(keys, d, pairs);
+        load_units(keys, d, pairs);
         for (int i = 0; i < units; ++i) {
-          to[2 * i] = simd::first_of_pairs(pairs[i]);
-          to[2 * i + 1] = simd::second_of_pairs(pairs[i]);
+          to[2 * i] = first_of_pairs(pairs[i]);
+          to[2 * i + 1] = second_of_pairs(pairs[i]);
         }
       }
     }

@@ -113,7 +113,7 @@ class FewUnits {
       if (ranges[r].empty()) continue;
       for (Index c = r * padded_width; c < (r + 1) * padded_width; c += 2 * lanes) {
         V term[2] = {V::load(terms + c), V::load(terms + c + lanes)};
-        simd::order_pairs(term);
+        order_pairs(term);
         for (int i = 0; i < 2; ++i)
           fma(V::load(sums + c + i * lanes), V::set1(factors[r]), term[i])
               .store(sums + c + i * lanes);
@@ -145,7 +145,7 @@ class FewUnits {
         const Index at = c + 2 * m * lanes;
         if (m > 0 && at >= width) break;
         V joined[2];
-        simd::join_pairs(pair[2 * k] + at, pair[2 * k + 1] + at, width - at, joined);
+        join_pairs(pair[2 * k] + at, pair[2 * k + 1] + at, width - at, joined);
         for (int r = 0; r < R; ++r) {
           const auto weight = Dot::template factor<1>(&weights[k][r]);
           for (int i = 0; i < 2; ++i)
@@ -165,7 +165,7 @@ class FewUnits {
                                      Ahead& ahead) {
     constexpr int kLines = Vectors * lanes * kUnits * 4 / 64;
     V columns[Vectors][kUnits];
-    for (int v = 0; v < Vectors; ++v) simd::load_units(keys + v * lanes, d, columns[v]);
+    for (int v = 0; v < Vectors; ++v) load_units(keys + v * lanes, d, columns[v]);
     EIGENFORMER_UNROLL
     for (int u = 0; u < kUnits; ++u) {
       EIGENFORMER_UNROLL
