@@ -213,6 +213,7 @@ class Lexer {
         code_point(c == 'u' ? 4 : 2, text);
       } else {
         const std::size_t known = std::string_view("ntrbfva0").find(c);
+        if (c == '\n') continue;  // a line that goes on
         if (known != std::string_view::npos)
           text += "\n\t\r\b\f\v\a\0"[known];
         else if (c == '\\' || c == '\'' || c == '"')

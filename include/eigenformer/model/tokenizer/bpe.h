@@ -2,8 +2,10 @@
 /// Byte-pair encoding (Sennrich et al., 2016): a word begins as its characters, and of all
 /// neighbours that may merge those of the lowest rank do, the leftmost first, until none may.
 ///
-/// Candidates lie in a heap, so a word of n characters takes O(n log n), whatever it holds. Two
-/// rules say who may merge: a list of pairs (tokenizer.json, GGUF's gpt2), or, as in SentencePiece,
+/// Candidates lie in a heap, so a word of n characters takes O(n log n), whatever it holds. Long
+/// words, such as whole texts of SentencePiece, are cut where no merge can cross: between two
+/// characters that stand next to each other in no token that is merged. Parts come again and again,
+/// and their ids are kept. Two rules say who may merge: a list of pairs (tokenizer.json, GGUF's gpt2), or, as in SentencePiece,
 /// any neighbours whose joined text is a token, ranked by its score (GGUF's llama).
 #pragma once
 
@@ -15,6 +17,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -71,6 +74,7 @@ class Bpe {
     for (std::size_t i = 0; i < ranks_.size(); ++i)
       if (ranks_[i] != kNever)
         longest_ = (std::max)(longest_, vocabulary.text(static_cast<std::int64_t>(i)).size());
+    finish(vocabulary);
   }
   static constexpr std::uint32_t kNever = 0xFFFFFFFF;
 
@@ -90,10 +94,51 @@ class Bpe {
     merges_.insert_or_assign(key(a, b), Merge{next_rank_++, both});
   }
 
-  /// Appends the ids of a word, which is whole UTF-8.
-  void encode(const Vocabulary& vocabulary, std::string_view word, Scratch& scratch,
+  /// After the last merge.
+  void finish(const Vocabulary& vocabulary) {
+    const auto add = [&](std::int64_t id) {
+      char32_t before = 0;
+      std::string_view rest = vocabulary.text(id);
+      for (bool first = true; !rest.empty(); first = false) {
+        const Utf8Front front = utf8_front(rest);
+        if (!first) neighbours_.insert(pair_of(before, front.code_point));
+        before = front.code_point;
+        rest.remove_prefix(front.bytes);
+      }
+    };
+    for (const auto& [pair, merge] : merges_) add(merge.id);
+    for (std::size_t i = 0; i < ranks_.size(); ++i)
+      if (ranks_[i] != kNever) add(static_cast<std::int64_t>(i));
+  }
+
+  /// each(part, is_whole) for parts of a word that merge on their own.
+  template <typename Each>
+  void each_part(const Vocabulary& vocabulary, std::string_view word, Each&& each) const {
+    constexpr std::size_t kShort = 64;  // bytes: cutting would cost more than it saves
+    std::size_t begin = 0;
+    const bool is_token = options_.ignore_merges && vocabulary.find(word) >= 0;
+    if (word.size() > kShort && !dresses() && !is_token) {
+      Utf8Front left = utf8_front(word);
+      for (std::size_t at = left.bytes; at < word.size();) {
+        const Utf8Front right = utf8_front(word.substr(at));
+        // What is no token becomes unk or bytes, which merge by other texts than their own.
+        if (!neighbours_.contains(pair_of(left.code_point, right.code_point)) &&
+            vocabulary.find(word.substr(at - left.bytes, left.bytes)) >= 0 &&
+            vocabulary.find(word.substr(at, right.bytes)) >= 0) {
+          each(word.substr(begin, at - begin), false);
+          begin = at;
+        }
+        left = right;
+        at += right.bytes;
+      }
+    }
+    each(word.substr(begin), begin == 0);
+  }
+
+  /// Appends the ids of a word, which is whole UTF-8, or of a part of one.
+  void encode(const Vocabulary& vocabulary, std::string_view word, bool is_whole, Scratch& scratch,
               std::vector<std::int32_t>& ids) const {
-    if (options_.ignore_merges) {
+    if (options_.ignore_merges && is_whole) {
       if (const std::int32_t id = vocabulary.find(word); id >= 0) return ids.push_back(id);
     }
     if (by_text_) {
@@ -122,6 +167,10 @@ class Bpe {
     return std::uint64_t{static_cast<std::uint32_t>(left)} << 32 |
            static_cast<std::uint32_t>(right);
   }
+  static std::uint64_t pair_of(char32_t left, char32_t right) {
+    return std::uint64_t{left} << 32 | right;
+  }
+  bool dresses() const { return !options_.prefix.empty() || !options_.suffix.empty(); }
   void find_bytes(const Vocabulary& vocabulary) {
     for (std::size_t b = 0; b < bytes_.size(); ++b)
       bytes_[b] = vocabulary.find(byte_token(static_cast<unsigned char>(b)));
@@ -181,7 +230,7 @@ class Bpe {
       std::string_view character = word.substr(at, character_bytes(word.substr(at)));
       const std::size_t begin = at, bytes = character.size();
       at += bytes;
-      if (!options_.prefix.empty() || !options_.suffix.empty()) {
+      if (dresses()) {
         dressed = (begin > 0 ? options_.prefix : "") + std::string(character) +
                   (at == word.size() ? options_.suffix : "");
         character = dressed;
@@ -243,6 +292,7 @@ class Bpe {
   std::vector<std::uint32_t> ranks_;
   std::size_t longest_ = 0;
   std::unordered_map<std::uint64_t, Merge> merges_;
+  std::unordered_set<std::uint64_t> neighbours_;
   std::uint32_t next_rank_ = 0;
   std::array<std::int32_t, 256> bytes_{};
 };

@@ -103,26 +103,25 @@ void encode_pieces(const Model& model, const Vocabulary& vocabulary,
   struct Place {
     std::size_t begin, count;
   };
-  std::unordered_map<std::string_view, Place> seen;
+  std::unordered_map<std::string_view, Place> seen[2];  // parts, whole words
   typename Model::Scratch scratch;
-  for (const Piece& piece : pieces) {
-    if (piece.token >= 0) {
-      ids.push_back(piece.token);
-      continue;
-    }
-    if (piece.text.size() > kLongestWord) {
-      model.encode(vocabulary, piece.text, scratch, ids);
-      continue;
-    }
+  const auto encode = [&](std::string_view word, bool is_whole) {
+    if (word.size() > kLongestWord) return model.encode(vocabulary, word, is_whole, scratch, ids);
     const std::size_t begin = ids.size();
-    const auto [at, fresh] = seen.try_emplace(piece.text, Place{begin, 0});
+    const auto [at, fresh] = seen[is_whole].try_emplace(word, Place{begin, 0});
     if (fresh) {
-      model.encode(vocabulary, piece.text, scratch, ids);
+      model.encode(vocabulary, word, is_whole, scratch, ids);
       at->second.count = ids.size() - begin;
-    } else {
-      const auto [from, count] = at->second;
-      for (std::size_t i = 0; i < count; ++i) ids.push_back(ids[from + i]);
+      return;
     }
+    const auto [from, count] = at->second;
+    for (std::size_t i = 0; i < count; ++i) ids.push_back(ids[from + i]);
+  };
+  for (const Piece& piece : pieces) {
+    if (piece.token >= 0)
+      ids.push_back(piece.token);
+    else
+      model.each_part(vocabulary, piece.text, encode);
   }
 }
 

@@ -115,6 +115,7 @@ inline void read_byte_level(const GgufVocabulary& file, TokenizerData& data,
                  "holds \"" + printable(merge) + "\", which is not two tokens");
     bpe.add_merge(data.vocabulary, merge.substr(0, space), merge.substr(space + 1));
   }
+  bpe.finish(data.vocabulary);
   data.model = std::move(bpe);
   if (words.composes)
     data.normalizers.push_back([](std::string text) { return normalized(text, true); });

@@ -49,6 +49,7 @@ inline Bpe read_bpe(const JsonValue& model, const Vocabulary& vocabulary, std::i
       merges.at(i).refuse("is not two tokens with a space between");
     bpe.add_merge(vocabulary, line.substr(0, space), line.substr(space + 1));
   }
+  bpe.finish(vocabulary);
   return bpe;
 }
 

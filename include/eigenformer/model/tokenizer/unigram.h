@@ -59,9 +59,15 @@ class Unigram {
     std::vector<std::size_t> ends;
   };
 
+  /// A word is not cut: its best way takes time in its length.
+  template <typename Each>
+  void each_part(const Vocabulary&, std::string_view word, Each&& each) const {
+    each(word, true);
+  }
+
   /// Appends the ids of a word, which is whole UTF-8. Throws ModelFileError where it needs an unk
   /// and there is none.
-  void encode(const Vocabulary& vocabulary, std::string_view word, Scratch& scratch,
+  void encode(const Vocabulary& vocabulary, std::string_view word, bool, Scratch& scratch,
               std::vector<std::int32_t>& ids) const {
     auto& [nodes, ends] = scratch;
     nodes.assign(word.size() + 1, {});
