@@ -138,8 +138,9 @@ class Value {
     return depth;
   }
 
-  std::variant<std::monostate, Nothing, bool, std::int64_t, double, Text, std::shared_ptr<const List>,
-               std::shared_ptr<const Dict>, std::shared_ptr<Dict>, const Node*>
+  std::variant<std::monostate, Nothing, bool, std::int64_t, double, Text,
+               std::shared_ptr<const List>, std::shared_ptr<const Dict>, std::shared_ptr<Dict>,
+               const Node*>
       what_;
   int depth_ = 0;
 };
