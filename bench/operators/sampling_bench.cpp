@@ -75,6 +75,50 @@ void sampling_cases(bench::Suite& suite) {
   add("sample all tokens", flat, {});
 }
 
+/// Verification of 4 drafts, as a chain, as siblings, and as siblings that are certain. Limit: one
+/// read of the distributions at the root, where most walks end.
+void speculative_cases(bench::Suite& suite) {
+  constexpr Index drafts = 4, vocab = 25600;
+  const auto probabilities = [&](float scale) {
+    const auto logits = random_logits(scale);
+    const ef::TensorView<const float, 2> rows(logits->data(), kBatch * (drafts + 1), vocab);
+    return std::make_shared<ef::Tensor<float, 2>>(
+        ef::sampling_probabilities(rows, ef::SamplingParams{}));
+  };
+  static_assert((drafts + 1) * vocab <= kVocab);
+  const auto q = probabilities(4.0f), p = probabilities(3.0f);
+  const auto tokens = std::make_shared<ef::Tensor<std::int32_t, 2>>(kBatch, drafts);
+  const auto parents = std::make_shared<ef::Tensor<std::int32_t, 1>>(drafts);
+  parents->setConstant(-1);
+  for (Index r = 0; r < kBatch; ++r)
+    for (Index i = 0; i < drafts; ++i) (*tokens)(r, i) = static_cast<std::int32_t>(100 * r + i);
+  const auto result = std::make_shared<ef::SpeculativeResult>();
+  const auto tree = std::make_shared<ef::SpeculativeTreeResult>();
+  const auto of = [&](const auto& x, Index places) {
+    return ef::TensorView<const float, 3>(x->data(), kBatch, places, vocab);
+  };
+  const auto limit = [&](double rows) {
+    return bench::Limit::read_bytes(rows * static_cast<double>(kBatch * vocab) * sizeof(float));
+  };
+  const auto chain_q = of(q, drafts), tree_q = of(q, drafts + 1), target = of(p, drafts + 1);
+  suite.row("verify_speculative 4 drafts (8, 25600) float", limit(2)).ours([=](const auto& device) {
+    (void)p, (void)q;  // kept
+    ef::verify_speculative_into(device, *result, *tokens, chain_q, target, ef::Philox{1});
+  });
+  suite.row("verify_speculative_tree 4 siblings (8, 25600) float", limit(2))
+      .ours([=](const auto& device) {
+        (void)p, (void)q;
+        ef::verify_speculative_tree_into(device, *tree, *tokens, *parents, tree_q, target,
+                                         ef::Philox{1});
+      });
+  suite.row("verify_speculative_tree 4 certain siblings (8, 25600) float", limit(1))
+      .ours([=](const auto& device) {
+        (void)p;
+        ef::verify_speculative_tree_into(device, *tree, *tokens, *parents, target, ef::Philox{1});
+      });
+}
+
 }  // namespace
 
 EIGENFORMER_BENCHMARK(sampling_cases)
+EIGENFORMER_BENCHMARK(speculative_cases)

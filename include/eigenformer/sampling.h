@@ -107,6 +107,7 @@
 #include "cpu/sampling/log_probabilities.h"
 #include "cpu/sampling/sampling.h"
 #include "cpu/sampling/speculative.h"
+#include "cpu/sampling/speculative_tree.h"
 #include "sampling/row_params.h"
 
 namespace eigenformer {
@@ -441,3 +442,4 @@ Tensor<float, 2> sampling_probabilities(const Logits& logits, const Params& para
 
 #include "sampling/log_probabilities.h"
 #include "sampling/speculative.h"
+#include "sampling/speculative_tree.h"

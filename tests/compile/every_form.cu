@@ -150,6 +150,8 @@ void sampling(const D& device, Views v) {
   ef::log_softmax_into(device, v.v2, v.v2);
   ef::top_k_into(device, v.v2, v.tokens, v.v2);
   ef::BeamSearch(1).step(device, v.v2);
+  ef::verify_speculative_tree_into(device, ef::SpeculativeTreeViews{v.ids, v.tokens, v.tokens, {}},
+                                   v.tokens, v.ids, v.v3, v.v3, random);
   ef::verify_speculative_into(device, ef::SpeculativeViews{v.ids, v.tokens, {}}, v.tokens, v.v3,
                               v.v3, random);
 }

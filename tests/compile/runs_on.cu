@@ -20,6 +20,7 @@
 #include <eigenformer/problem/quantization.h>
 #include <eigenformer/problem/rope.h>
 #include <eigenformer/problem/sampling.h>
+#include <eigenformer/problem/speculative_tree.h>
 #include <eigenformer/problem/tensor_parallel.h>
 #include <eigenformer/problem/top_k.h>
 
@@ -78,6 +79,7 @@ const Part kParts[] = {
     part<SampleWithLogProbabilities<F>>("sampling", "with log-probabilities"),
     part<LogProbabilitiesOf<F>>("sampling", "log-probabilities"),
     part<Speculative<F, F>>("sampling", "speculative"),
+    part<SpeculativeTree<F, F>>("sampling", "speculative trees"),
     part<RmsNorm<F, F, F>>("normalization", "RMSNorm"),
     part<AddRmsNorm<F, F, F, F>>("normalization", "RMSNorm with residual"),
     part<RmsNormBackward<F, F, F, F, F>>("normalization", "RMSNorm gradients"),

@@ -25,6 +25,7 @@
 #include "sampling/log_probabilities.cuh"
 #include "sampling/logits.cuh"
 #include "sampling/speculative.cuh"
+#include "sampling/speculative_tree.cuh"
 #include "stage.cuh"
 
 namespace eigenformer {

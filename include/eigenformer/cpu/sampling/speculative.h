@@ -39,33 +39,53 @@ SampleStatus status_of_probabilities(const P* numbers, Index count) {
   return status;
 }
 
-/// Draws from weight(token) >= 0 in token order, with the sums of sampling.h: in blocks of 128
-/// tokens, then block after block. -1 where the weights sum to 0, -2 where their sum overflows.
+/// The weights of the block from `begin` on, 0 past the vocabulary. Of a whole block in a loop of a
+/// length that the compiler knows: it makes vectors of it.
 template <typename Weight>
-std::int32_t draw_from_weights(Index vocab, double u, Weight weight) {
-  alignas(64) double weights[SamplingBlock::size];
-  const auto sum_of_block = [&](Index begin) {
-    const Index count = (std::min)(SamplingBlock::size, vocab - begin);
+EIGENFORMER_INLINE void weights_of_block(Index begin, Index vocab, double* weights,
+                                         const Weight& weight) {
+  const Index count = (std::min)(SamplingBlock::size, vocab - begin);
+  if (count == SamplingBlock::size) {
+    for (Index j = 0; j < SamplingBlock::size; ++j) weights[j] = weight(begin + j);
+  } else {
     for (Index j = 0; j < count; ++j) weights[j] = weight(begin + j);
     std::fill(weights + count, weights + SamplingBlock::size, 0.0);
-    return block_sum(weights);
-  };
+  }
+}
+
+/// The sum of weight(token) >= 0 as sampling.h adds: in blocks of 128 tokens, then block by block.
+template <typename Weight>
+double sum_in_blocks(Index vocab, const Weight& weight) {
+  alignas(64) double weights[SamplingBlock::size];
   double total = 0;
-  for (Index begin = 0; begin < vocab; begin += SamplingBlock::size) total += sum_of_block(begin);
+  for (Index begin = 0; begin < vocab; begin += SamplingBlock::size) {
+    weights_of_block(begin, vocab, weights, weight);
+    total += block_sum(weights);
+  }
+  return total;
+}
+
+/// Draws from weight(token) >= 0 in token order. -1 where the weights sum to 0, -2 where their sum
+/// overflows.
+template <typename Weight>
+std::int32_t draw_from_weights(Index vocab, double u, const Weight& weight) {
+  const double total = sum_in_blocks(vocab, weight);
   if (total == 0) return -1;
   if (!(total < std::numeric_limits<double>::infinity())) return -2;
   const double target = u * total;
+  alignas(64) double weights[SamplingBlock::size];
   double before = 0, last = 0;
   Index chosen = 0;
   for (Index begin = 0; begin < vocab; begin += SamplingBlock::size) {
-    const double sum = sum_of_block(begin);
+    weights_of_block(begin, vocab, weights, weight);
+    const double sum = block_sum(weights);
     if (sum == 0) continue;
     before += last;
     last = sum;
     chosen = begin;
     if (before + sum > target) break;
   }
-  sum_of_block(chosen);
+  weights_of_block(chosen, vocab, weights, weight);
   std::int32_t drawn = -1;
   for (Index j = 0; j < SamplingBlock::size; ++j) {
     if (weights[j] == 0) continue;

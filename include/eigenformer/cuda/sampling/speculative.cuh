@@ -23,6 +23,26 @@ namespace cuda {
 
 using problem::status_of_probability;
 
+/// The first i below `end` of which is(i); else `end`. For every thread.
+template <typename Block, typename Is>
+EIGENFORMER_DEVICE Index first_of(Block& block, const OrderedSums<Block>& sums, Index end, Is is) {
+  Index first = end;
+  for (Index i = block.thread(); i < first; i += block.size())
+    if (is(i)) first = i;
+  return reduce_block(block, sums.firsts, first, Smaller{});
+}
+
+/// The status of the first number that is no probability; ok where all are.
+template <typename Block, typename P>
+EIGENFORMER_DEVICE SampleStatus status_of_all_probabilities(Block& block,
+                                                            const OrderedSums<Block>& sums,
+                                                            const P* numbers, Index count) {
+  const Index bad = first_of(block, sums, count, [&](Index t) {
+    return status_of_probability(static_cast<double>(numbers[t])) != SampleStatus::ok;
+  });
+  return bad == count ? SampleStatus::ok : status_of_probability(static_cast<double>(numbers[bad]));
+}
+
 template <typename Draft, typename Target>
 struct SpeculativeKernel {
   static constexpr int kThreads = kRowThreads;
@@ -71,26 +91,6 @@ struct SpeculativeKernel {
     return {accepted, status};
   }
 
-  /// The first i below `end` of which is(i); else `end`. For every thread.
-  template <typename Block, typename Is>
-  EIGENFORMER_DEVICE static Index first_of(Block& block, const OrderedSums<Block>& sums, Index end,
-                                           Is is) {
-    Index first = end;
-    for (Index i = block.thread(); i < first; i += block.size())
-      if (is(i)) first = i;
-    return reduce_block(block, sums.firsts, first, Smaller{});
-  }
-
-  template <typename Block, typename P>
-  EIGENFORMER_DEVICE SampleStatus status_of_all(Block& block, const OrderedSums<Block>& sums,
-                                                const P* numbers) const {
-    const Index bad = first_of(block, sums, p.vocab, [&](Index t) {
-      return status_of_probability(static_cast<double>(numbers[t])) != SampleStatus::ok;
-    });
-    return bad == p.vocab ? SampleStatus::ok
-                          : status_of_probability(static_cast<double>(numbers[bad]));
-  }
-
   /// `place`: the drafts accepted, and where `last` comes. A draft that is no token ends the chain.
   template <typename Block>
   EIGENFORMER_DEVICE SampleStatus verify(Block& block, const OrderedSums<Block>& sums,
@@ -106,8 +106,9 @@ struct SpeculativeKernel {
         return status;
     const Target* const target = chain.target + place * p.vocab;
     const Draft* const draft = place < length ? chain.draft + place * p.vocab : nullptr;
-    SampleStatus status = status_of_all(block, sums, target);
-    if (status == SampleStatus::ok && draft != nullptr) status = status_of_all(block, sums, draft);
+    SampleStatus status = status_of_all_probabilities(block, sums, target, p.vocab);
+    if (status == SampleStatus::ok && draft != nullptr)
+      status = status_of_all_probabilities(block, sums, draft, p.vocab);
     if (status != SampleStatus::ok) return status;
     const double u = p.uniform(r, 0, Philox::Purpose::last_token);
     // Without a residual the two distributions are one up to rounding: then from the target.
