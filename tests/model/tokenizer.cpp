@@ -141,6 +141,17 @@ TEST(Tokenizer, ReadsTheSameFromGguf) {
   }
 }
 
+TEST(Tokenizer, SpecialTokensOfPhi3TakeWhiteSpaceAlong) {
+  const Gguf file("llama3");
+  ef::GgufVocabulary vocabulary = file.vocabulary("llama-bpe");
+  const ef::Tokenizer plain = ef::Tokenizer::from_gguf(vocabulary);
+  vocabulary.special_takes_right = true;
+  const ef::Tokenizer tokenizer = ef::Tokenizer::from_gguf(vocabulary);
+  EXPECT_EQ(tokenizer.encode("<|im_start|> \n a"), plain.encode("<|im_start|>a"));
+  EXPECT_EQ(tokenizer.encode("<s> \n a"), plain.encode("<s> \n a"));
+  EXPECT_NE(plain.encode("<|im_start|> \n a"), plain.encode("<|im_start|>a"));
+}
+
 TEST(Tokenizer, MergesByScoresAsSentencePieceDoes) {
   const Json& file = golden()["sentencepiece"];
   const auto tokens = file["tokens"].get<std::vector<std::string>>();
@@ -217,6 +228,8 @@ TEST(Tokenizer, ReadsTheFilesOfAFolder) {
   EXPECT_EQ(tokenizer.eos(), (Ids{im, end}));
   EXPECT_EQ(tokenizer.pad(), 5);
   EXPECT_EQ(tokenizer.chat_template(), "yes");
+  folder.write("chat_template.json", R"({"chat_template":"other"})");
+  EXPECT_EQ(load().chat_template(), "yes");
   folder.write("chat_template.jinja", "newer");
   EXPECT_EQ(load().chat_template(), "newer");
   folder.write("config.json", R"({"eos_token_id":"two"})");

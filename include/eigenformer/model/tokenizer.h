@@ -89,14 +89,15 @@ class Tokenizer {
   Tokenizer() : Tokenizer(detail::TokenizerData()) {}
 
   /// From tokenizer.json, and what else of tokenizer_config.json, special_tokens_map.json,
-  /// generation_config.json, config.json and chat_template.jinja a folder has. Throws
-  /// ModelFileError naming file, place and reason.
+  /// generation_config.json, config.json, chat_template.json and chat_template.jinja a folder has.
+  /// Throws ModelFileError naming file, place and reason.
   static Tokenizer from_folder(const std::filesystem::path& folder) {
     const MappedFile file(folder / "tokenizer.json");
     detail::TokenizerData data = detail::tokenizer_from_json(text_of(file), file.name());
     read_beside(folder, "generation_config.json", detail::read_token_numbers, data);
     read_beside(folder, "tokenizer_config.json", detail::read_token_names, data);
     read_beside(folder, "special_tokens_map.json", detail::read_token_names, data);
+    read_beside(folder, "chat_template.json", detail::read_token_names, data);
     read_beside(folder, "config.json", detail::read_token_numbers, data);
     if (const auto path = folder / "chat_template.jinja"; std::filesystem::exists(path))
       data.chat_template = detail::whole_utf8(text_of(MappedFile(path)));

@@ -31,7 +31,7 @@ class Budget {
 
   explicit Budget(std::string file) : file_(std::move(file)) {}
   void spend(std::size_t steps) {
-    left_ -= static_cast<std::int64_t>((std::min)(steps, std::size_t{1} << 40));
+    left_ -= static_cast<std::int64_t>((std::min)(steps, std::size_t{1} << 30));
     if (left_ < 0) fail("takes too much work");
   }
   void spend_text(std::size_t bytes) { spend(1 + bytes / 16); }

@@ -33,6 +33,9 @@ struct GgufVocabulary {
   std::vector<std::int64_t> more_ends = {};             ///< eot_token_id, eom_token_id
   std::optional<bool> add_bos = {}, add_eos = {};       ///< add_X_token
   std::optional<bool> add_space_prefix = {};
+  /// White space to the right of special tokens belongs to them, but of <unk>, <s>, <|endoftext|>:
+  /// so it is in Phi 3, whose files do not say so.
+  bool special_takes_right = false;
   std::string_view chat_template = {};  ///< tokenizer.chat_template
   std::string file = "the GGUF file";   ///< its name, for messages
 };
@@ -155,8 +158,10 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
     const bool control = type == GgufTokenType::control || type == GgufTokenType::unknown;
     const bool is_added = control || type == GgufTokenType::user_defined;
     data.vocabulary.add(text, static_cast<std::int64_t>(i), is_llama || !is_added);
-    if (!text.empty() && is_added)
-      added.push_back({.text = text, .id = static_cast<std::int32_t>(i), .special = control});
+    if (text.empty() || !is_added) continue;
+    added.push_back({.text = text, .id = static_cast<std::int32_t>(i), .special = control});
+    added.back().takes_right =
+        file.special_takes_right && text != "<unk>" && text != "<s>" && text != "<|endoftext|>";
   }
   data.vocabulary.index();
   data.unk = static_cast<std::int32_t>(data.vocabulary.has(file.unk) ? file.unk : -1);
@@ -180,7 +185,8 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
   data.set_added(added);
   set_ends(file, data);
   if (file.add_bos.value_or(adds_bos) && data.bos >= 0) data.before.push_back(data.bos);
-  if (file.add_eos.value_or(false) && !data.eos.empty()) data.after.push_back(data.eos.front());
+  if (file.add_eos.value_or(false) && data.eos_of_texts >= 0)
+    data.after.push_back(data.eos_of_texts);
   data.chat_template = whole_utf8(file.chat_template);
   return data;
 }
@@ -218,6 +224,9 @@ inline GgufVocabulary gguf_vocabulary(const Gguf& file) {
   vocabulary.eos = integer("eos_token_id", is_llama ? 2 : -1);
   vocabulary.unk = integer("unknown_token_id", is_llama ? 0 : -1);
   vocabulary.pad = integer("padding_token_id", -1);
+  const std::string name_of_model = lowercase(text("general.name"));
+  vocabulary.special_takes_right = name_of_model.find("phi-3") != std::string::npos ||
+                                   name_of_model.find("phi3") != std::string::npos;
   for (const char* name : {"eot_token_id", "eom_token_id"})
     vocabulary.more_ends.push_back(integer(name, -1));
   return vocabulary;
