@@ -1,0 +1,98 @@
+/// \file
+/// Command lines of the programs that load a model.
+#pragma once
+
+#include <cerrno>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <string>
+
+namespace programs {
+
+/// Reads `--name value` and `--name`. What makes no sense ends the program with a message that says
+/// what to do.
+class CommandLine {
+ public:
+  CommandLine(std::string program, std::string usage)
+      : program_(std::move(program)), usage_(std::move(usage)) {}
+
+  void flag(const std::string& name, bool& to) {
+    actions_[name] = {false, [&to](const std::string&) { to = true; }};
+  }
+  void text(const std::string& name, std::string& to) {
+    actions_[name] = {true, [&to](const std::string& value) { to = value; }};
+  }
+  void integer(const std::string& name, long least, long most, long& to) {
+    actions_[name] = {true, [this, name, least, most, &to](const std::string& value) {
+                        char* end = nullptr;
+                        errno = 0;
+                        to = std::strtol(value.c_str(), &end, 10);
+                        if (value.empty() || *end != '\0' || errno != 0 || to < least || to > most)
+                          fail(name + " takes a whole number from " + std::to_string(least) +
+                               " to " + std::to_string(most) + ", not \"" + value + "\"");
+                      }};
+  }
+  void number(const std::string& name, double& to) {
+    actions_[name] = {true, [this, name, &to](const std::string& value) {
+                        char* end = nullptr;
+                        to = std::strtod(value.c_str(), &end);
+                        if (value.empty() || *end != '\0')
+                          fail(name + " takes a number, not \"" + value + "\"");
+                      }};
+  }
+
+  void parse(int argc, char** argv) {
+    for (int i = 1; i < argc; ++i) {
+      const std::string name = argv[i];
+      if (name == "--help") {
+        std::fputs(usage_.c_str(), stdout);
+        std::exit(0);
+      }
+      const auto action = actions_.find(name);
+      if (action == actions_.end()) fail("there is no option " + name);
+      if (action->second.takes_value && i + 1 == argc) fail(name + " needs a value");
+      action->second.run(action->second.takes_value ? argv[++i] : "");
+    }
+  }
+  [[noreturn]] void fail(const std::string& what) const {
+    std::fprintf(stderr, "%s: %s\n\n%s", program_.c_str(), what.c_str(), usage_.c_str());
+    std::exit(2);
+  }
+
+ private:
+  struct Action {
+    bool takes_value;
+    std::function<void(const std::string&)> run;
+  };
+  std::string program_, usage_;
+  std::map<std::string, Action> actions_;
+};
+
+/// Which model, and how it is held.
+struct ModelOptions {
+  std::string path;
+  bool int8 = false, bf16 = false;
+  long threads = 0;
+
+  void declare(CommandLine& line) {
+    line.text("--model", path);
+    line.flag("--int8", int8);
+    line.flag("--bf16", bf16);
+    line.integer("--threads", 1, 256, threads);
+  }
+  void check(const CommandLine& line) const {
+    if (path.empty()) line.fail("--model is missing: a folder or a .gguf file");
+  }
+};
+
+inline constexpr const char* kModelUsage =
+    R"(  --model PATH      a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
+  --int8            linear layers in INT8, quantized as they are read
+  --bf16            activations, caches and weights in bfloat16 (with --int8: weights in INT8)
+  --threads N       threads (default: those of the machine)
+)";
+
+}  // namespace programs

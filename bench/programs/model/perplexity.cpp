@@ -1,0 +1,94 @@
+// How well a model predicts a text.
+#include <exception>
+#include <fstream>
+#include <iostream>
+#include <iterator>
+
+#include "loading.h"
+
+namespace {
+
+namespace ef = eigenformer;
+
+constexpr const char* kUsage =
+    R"(perplexity: exp of the mean of -log p(token) over a text, p the model's probability of each
+token after those before it in a window of the text.
+
+  perplexity --model DIR|FILE.gguf --text FILE [options]
+
+  --text FILE       the text
+  --window N        tokens of a window (default: what the model was made for, at most 2048)
+  --json            one JSON object in place of the text
+  --help            this text
+)";
+
+struct Options {
+  programs::ModelOptions model;
+  std::string text;
+  long window = 0;
+  bool json = false;
+};
+
+template <typename Model>
+int measure(const Options& options, Model& model) {
+  std::ifstream file(options.text, std::ios::binary);
+  if (!file) throw std::runtime_error(options.text + " cannot be opened");
+  const std::string text{std::istreambuf_iterator<char>(file), {}};
+  const std::vector<std::int32_t> ids = model.tokenizer().encode(text, {.parse_special = false});
+  if (ids.size() < 2) throw std::runtime_error(options.text + " has fewer than two tokens");
+  const auto window = static_cast<std::size_t>(
+      options.window > 0
+          ? options.window
+          : (std::min)(ef::Index{2048}, (std::max)(ef::Index{2}, model.config().positions)));
+  const auto start = demo::Clock::now();
+  double sum = 0;
+  std::size_t count = 0;
+  for (std::size_t begin = 0; begin + 1 < ids.size(); begin += window) {
+    const std::size_t size = (std::min)(window, ids.size() - begin);
+    if (size < 2) break;
+    const std::span<const std::int32_t> part(ids.data() + begin, size);
+    const ef::Tensor<float, 2> logits = model.logits(part.first(size - 1));
+    const auto scores = ef::log_probabilities_of(model.device(), logits, part.subspan(1));
+    for (ef::Index i = 0; i < scores.size(); ++i) sum -= static_cast<double>(scores(i));
+    count += size - 1;
+    if (!options.json)
+      std::fprintf(stderr, "\r%zu of %zu tokens, perplexity %.4f \033[K", begin + size, ids.size(),
+                   std::exp(sum / static_cast<double>(count)));
+  }
+  const double seconds = demo::seconds_since(start),
+               value = std::exp(sum / static_cast<double>(count)),
+               rate = static_cast<double>(count) / seconds;
+  if (options.json) {
+    std::cout << nlohmann::json{{"perplexity", value},
+                                {"tokens", count},
+                                {"window", window},
+                                {"tokens_per_second", rate}}
+              << '\n';
+  } else {
+    std::fprintf(stderr, "\r\033[K");
+    std::printf("perplexity %.4f over %zu tokens in windows of %zu, %.0f tokens/s\n", value, count,
+                window, rate);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options options;
+  programs::CommandLine line("perplexity", std::string(kUsage) + programs::kModelUsage);
+  options.model.declare(line);
+  line.text("--text", options.text);
+  line.integer("--window", 2, 1L << 30, options.window);
+  line.flag("--json", options.json);
+  line.parse(argc, argv);
+  options.model.check(line);
+  if (options.text.empty()) line.fail("--text is missing: a file");
+  try {
+    return programs::with_model(options.model, stderr,
+                                [&](auto& model, const auto&) { return measure(options, model); });
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "perplexity: %s\n", error.what());
+    return 1;
+  }
+}
