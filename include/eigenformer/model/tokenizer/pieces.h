@@ -109,8 +109,9 @@ inline Splitter splitter(Regex regex, SplitBehavior behavior, bool invert = fals
 /// Puts a space before text that has none.
 inline Splitter space_prepender() {
   return [](Piece piece, std::vector<Piece>& pieces) {
-    if (!piece.text.starts_with(' ')) piece.text.insert(0, 1, ' ');
     pieces.push_back(std::move(piece));
+    std::string& text = pieces.back().text;
+    if (!text.starts_with(' ')) text.insert(0, 1, ' ');
   };
 }
 /// Text in GPT-2's alphabet of bytes.
