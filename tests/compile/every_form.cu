@@ -68,6 +68,7 @@ struct Views {
 template <typename D>
 void elementwise(const D& device, Views v) {
   ef::silu_into(device, v.v2, v.v2);
+  ef::softcap_into(device, v.v2, v.v2, {.cap = 30.0f});
   ef::silu_backward_into(device, v.v2, v.v2, v.v2);
   ef::swiglu_into(device, v.v2, v.v2, v.v2);
   ef::swiglu_backward_into(device, v.v2, v.v2, v.v2, v.v2, v.v2);

@@ -88,6 +88,7 @@ const Part kParts[] = {
     part<Rope<F, F>>("rope", "rotation"),
     part<Activation<Silu, F, F>>("activation", "functions"),
     part<ActivationBackward<Silu, F, F, F>>("activation", "gradients"),
+    part<Softcap<F, F>>("activation", "softcap"),
     part<Gated<Silu, F, F, F>>("activation", "gated"),
     part<GatedBackward<Silu, F, F, F, F, F>>("activation", "gated gradients"),
     part<ResidualAdd<F, F, F>>("activation", "residual"),
