@@ -76,6 +76,10 @@ struct KvSource {
       return values + b * value_sequence_stride + j * value_row_stride + h * value_head_stride;
     return paged_row<T>(b, h, j, value_offset, value_width());
   }
+  /// The page of a sequence's positions from index * page_size on.
+  EIGENFORMER_INLINE const std::byte* page(Index b, Index index) const {
+    return pages[tables[b][ring.place(index)]] + layer_offset;
+  }
   EIGENFORMER_INLINE float key_scale(Index b, Index h, Index j) const {
     return *key_scale_row(b, h, j);
   }
@@ -94,8 +98,8 @@ struct KvSource {
   template <typename U>
   EIGENFORMER_INLINE const U* paged_row(Index b, Index h, Index j, std::size_t offset,
                                         Index width) const {
-    const std::byte* page = pages[tables[b][ring.place(j / page_size)]] + layer_offset + offset;
-    return reinterpret_cast<const U*>(page) + (h * page_size + j % page_size) * width;
+    return reinterpret_cast<const U*>(page(b, j / page_size) + offset) +
+           (h * page_size + j % page_size) * width;
   }
 };
 

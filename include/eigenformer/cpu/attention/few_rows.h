@@ -35,29 +35,36 @@ struct BlockRows {
 template <typename TKV>
 void find_rows(const KeyBlock<TKV>& block, BlockRows<TKV>& rows) {
   const KvSource<TKV>& s = block.source;
-  rows.begin = block.begin;
-  rows.count = block.count;
-  rows.key_step = s.tables != nullptr ? s.head_dim : s.row_stride;
-  const bool paged = s.tables != nullptr;
-  const Index value_step = paged ? s.value_width() : s.value_row_stride;
-  for (int j = 0; j < block.count;) {
-    const Index position = block.begin + j;
-    const int run = static_cast<int>(
-        paged ? (std::min<Index>)(block.count - j, s.page_size - position % s.page_size)
-              : block.count - j);
-    const TKV *const key = block.key(j), *const value = block.value(j);
-    for (int i = 0; i < run; ++i) {
+  const auto place = [&](int j, int count, const TKV* key, const TKV* value, Index value_step) {
+    for (int i = 0; i < count; ++i) {
       rows.keys[j + i] = key + i * rows.key_step;
       rows.values[j + i] = value + i * value_step;
     }
-    if constexpr (std::is_same_v<TKV, std::int8_t>) {
-      const float *const key_scales = s.key_scale_row(block.sequence, block.kv_head, position),
-                         *const value_scales =
-                             s.value_scale_row(block.sequence, block.kv_head, position);
-      std::copy_n(key_scales, run, rows.key_scales + j);
-      std::copy_n(value_scales, run, rows.value_scales + j);
+  };
+  rows.begin = block.begin;
+  rows.count = block.count;
+  if (s.tables == nullptr) {
+    rows.key_step = s.row_stride;
+    place(0, block.count, block.key(0), block.value(0), s.value_row_stride);
+  } else {
+    rows.key_step = s.head_dim;
+    Index page = block.begin / s.page_size, first = block.begin - page * s.page_size;
+    for (int j = 0; j < block.count; ++page, first = 0) {
+      const int run = static_cast<int>((std::min)(Index{block.count - j}, s.page_size - first));
+      const std::byte* const at = s.page(block.sequence, page);
+      const Index row = block.kv_head * s.page_size + first;
+      place(j, run, reinterpret_cast<const TKV*>(at) + row * s.head_dim,
+            reinterpret_cast<const TKV*>(at + s.value_offset) + row * s.value_width(),
+            s.value_width());
+      if constexpr (std::is_same_v<TKV, std::int8_t>) {
+        const auto scales = [&](std::size_t offset) {
+          return reinterpret_cast<const float*>(at + offset) + row;
+        };
+        std::copy_n(scales(s.key_scale_offset), run, rows.key_scales + j);
+        std::copy_n(scales(s.value_scale_offset), run, rows.value_scales + j);
+      }
+      j += run;
     }
-    j += run;
   }
   // Rows are read by the vector: those past the last are looked at by nobody.
   for (int j = block.count; j < kAttentionKeyBlock && j > 0; ++j) {
@@ -114,20 +121,22 @@ struct FewRows {
     Index bytes_, left_;
   };
 
-  /// `count` rows that are read 8 KiB (of heads of 128) after row j of `now`, which `then` follow.
+  /// `count` rows that are read 8 KiB (of heads of 128) after row j of `now`, which `then` follow,
+  /// or some of `now` where that is nullptr.
   template <typename TKV>
   static const TKV* const* after(const TKV* const* now, const TKV* const* then, int j, int count) {
     const int at = j + (std::max)(64 / static_cast<int>(sizeof(TKV)), 16);
     return at + count <= kAttentionKeyBlock
                ? now + at
-               : then + std::clamp(at - kAttentionKeyBlock, 0, kAttentionKeyBlock - count);
+               : (then == nullptr ? now : then) +
+                     std::clamp(at - kAttentionKeyBlock, 0, kAttentionKeyBlock - count);
   }
 
   /// scores[r][j] = queries[r] . key j as it is stored, for the keys [begin, end) of a block and
   /// some beside them. The queries are interleaved.
   template <int R, typename TKV>
-  static void score(const C* queries, Index depth, const BlockRows<TKV>& rows, KeySpan keys,
-                    C* scores) {
+  static void score(const C* queries, Index depth, const BlockRows<TKV>& rows,
+                    const TKV* const* then, KeySpan keys, C* scores) {
     // Chains at once: 8 hide the latency of a multiply-add. Of AVX-512 4 do, for 32 floats rows at
     // once keep memory from its order (1.27 ms instead of 0.92).
     constexpr int kVectors = R <= 4 && lanes * sizeof(TKV) < 64 ? 2 : 1, kKeys = kVectors * lanes;
@@ -135,7 +144,7 @@ struct FewRows {
     const Index bytes = depth * static_cast<Index>(sizeof(TKV));
     for (int j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
       const TKV* const* const key = rows.keys + j;
-      Ahead<TKV> ahead(after(rows.keys, rows.values, j, kKeys), bytes);
+      Ahead<TKV> ahead(after(rows.keys, then, j, kKeys), bytes);
       V sum[kVectors][R];
       for (auto& vector : sum)
         for (V& s : vector) s = V::zero();
@@ -152,17 +161,17 @@ struct FewRows {
   }
 
   /// sums[r] = factors[r] * sums[r] + sum over keys [begin, end) of weights[r][j] * value j as it
-  /// is stored, whose terms are summed first. `next` are the rows of the block after this one;
+  /// is stored, whose terms are summed first. `then` are the rows that are read afterwards;
   /// `terms` is scratch of (R, padded width).
   template <int R, typename TKV>
   static void add_values(const C* weights, const BlockRows<TKV>& rows, KeySpan keys,
                          const C* factors, Index width, Index padded_width, C* sums, C* terms,
-                         const BlockRows<TKV>* next) {
+                         const TKV* const* then) {
     constexpr int kVectors = R <= 4 ? 2 : 1;
     const Index bytes = width * static_cast<Index>(sizeof(TKV));
     for (int k = keys.begin; k < keys.end; k += kGroup) {
       const int count = (std::min)(kGroup, keys.end - k);
-      Ahead<TKV> ahead(after(rows.values, next ? next->keys : rows.values, k, kGroup), bytes);
+      Ahead<TKV> ahead(after(rows.values, then, k, kGroup), bytes);
       Index c = 0;
       const bool begins = k == keys.begin;
       for (; c + kVectors * lanes <= width; c += kVectors * lanes) {

@@ -50,13 +50,13 @@ class FewUnits {
   /// f(row, first key, sums) of the keys [begin, end) of a block and some beside them.
   template <int R, typename F>
   static EIGENFORMER_INLINE void score(const std::uint32_t* queries, Index depth,
-                                       const BlockRows<Stored>& rows, KeySpan keys, F&& f) {
+                                       const BlockRows<Stored>& rows, const Stored* const* then,
+                                       KeySpan keys, F&& f) {
     constexpr int kVectors = R <= 4 ? 2 : 1, kKeys = kVectors * lanes;
     const Index bytes = depth * static_cast<Index>(sizeof(Stored));
     for (int j = keys.begin / kKeys * kKeys; j < keys.end; j += kKeys) {
       const Stored* const* const key = rows.keys + j;
-      typename Few::template Ahead<Stored> ahead{Few::after(rows.keys, rows.values, j, kKeys),
-                                                 bytes};
+      typename Few::template Ahead<Stored> ahead{Few::after(rows.keys, then, j, kKeys), bytes};
       typename Dot::Accumulator sum[kVectors][R];
       for (auto& vector : sum)
         for (auto& s : vector) s = Dot::zero();
@@ -82,14 +82,13 @@ class FewUnits {
   static void add_values(Index count, const Stored* weights, const BlockRows<Stored>& rows,
                          const BlockRange* ranges, const float* factors, Index width,
                          Index padded_width, float* sums, float* terms, const Stored* zeros,
-                         const BlockRows<Stored>* next) {
+                         const Stored* const* then) {
     const KeySpan seen = seen_by_tile(ranges, static_cast<int>(count));
     const int first = seen.begin / 2, last = (seen.end + 1) / 2;
     const Index bytes = width * static_cast<Index>(sizeof(Stored));
     for (int k = first; k < last; k += kPairs) {
-      typename Few::template Ahead<Stored> ahead{
-          Few::after(rows.values, next != nullptr ? next->keys : rows.values, 2 * k, 2 * kPairs),
-          bytes};
+      typename Few::template Ahead<Stored> ahead{Few::after(rows.values, then, 2 * k, 2 * kPairs),
+                                                 bytes};
       const int pairs = (std::min)(kPairs, last - k);
       const Stored* pair[2 * kPairs];
       std::uint32_t weight[kPairs][R];

@@ -81,15 +81,15 @@ class Int8Scores {
   }
 
   /// scores[r][j], at least of the keys between the first and the last in ranges[r].
-  void score(Index rows, const BlockRows<std::int8_t>& block, const BlockRange* ranges,
-             float* scores) {
+  void score(Index rows, const BlockRows<std::int8_t>& block, const std::int8_t* const* then,
+             const BlockRange* ranges, float* scores) {
     if (rows > kAttentionFewRows) return score_tiles(rows, block, ranges, scores);
     const KeySpan seen = seen_by_tile(ranges, static_cast<int>(rows));
     Few::with_rows(rows, [&](auto tile) {
       if constexpr (kUnits)
-        score_units<tile>(rows, block, seen, scores);
+        score_units<tile>(rows, block, then, seen, scores);
       else
-        score_lines<tile>(rows, block, seen, scores);
+        score_lines<tile>(rows, block, then, seen, scores);
     });
   }
 
@@ -160,9 +160,10 @@ class Int8Scores {
   }
 
   template <int R>
-  void score_units(Index rows, const BlockRows<std::int8_t>& block, KeySpan seen, float* scores) {
-    FewUnits::template score<R>(static_cast<const std::uint32_t*>(s_.lines), depth_, block, seen,
-                                [&](int r, int key, auto sum) {
+  void score_units(Index rows, const BlockRows<std::int8_t>& block, const std::int8_t* const* then,
+                   KeySpan seen, float* scores) {
+    FewUnits::template score<R>(static_cast<const std::uint32_t*>(s_.lines), depth_, block, then,
+                                seen, [&](int r, int key, auto sum) {
                                   if (r >= rows) return;
                                   alignas(64) std::int32_t totals[Line::lanes];
                                   UnitDot::store(totals, sum);
@@ -172,10 +173,11 @@ class Int8Scores {
   }
 
   template <int R>
-  void score_lines(Index rows, const BlockRows<std::int8_t>& block, KeySpan seen, float* scores) {
+  void score_lines(Index rows, const BlockRows<std::int8_t>& block, const std::int8_t* const* then,
+                   KeySpan seen, float* scores) {
     constexpr int lanes = Line::lanes;
     for (int j = seen.begin / lanes * lanes; j < seen.end; j += lanes) {
-      const std::int8_t* const* const later = Few::after(block.keys, block.values, j, lanes);
+      const std::int8_t* const* const later = Few::after(block.keys, then, j, lanes);
       typename Line::Accumulator sums[R][lanes];
       for (int i = 0; i < lanes; ++i) {
         AttentionTile<float, Isa>::prefetch_row(later[i], depth_);

@@ -48,7 +48,9 @@ class PairProducts {
 
  public:
   static PairScratch take_scratch(Index rows, Index depth, Index width, Workspace::Frame& frame) {
-    PairScratch s{frame.take<std::uint32_t>(Packed::query_units(rows, depth)),
+    Index few = 0;
+    if constexpr (kInPlace) few = FewUnits::query_units(depth) * kAttentionFewRows;
+    PairScratch s{frame.take<std::uint32_t>((std::max)(Packed::query_units(rows, depth), few)),
                   frame.take<std::uint32_t>(Index{Dot::rows} * kSteps),
                   frame.take<bfloat16>(Packed::key_elements(depth)),
                   frame.take<bfloat16>(width * kAttentionKeyBlock),
@@ -88,17 +90,18 @@ class PairProducts {
     }
   }
 
-  void score(Index rows, const BlockRows<bfloat16>& block, const BlockRange* ranges,
-             float* scores) {
+  void score(Index rows, const BlockRows<bfloat16>& block, const bfloat16* const* then,
+             const BlockRange* ranges, float* scores) {
     if constexpr (kInPlace)
       if (rows <= kAttentionFewRows)
         return Few::with_rows(rows, [&](auto tile) {
           FewUnits::template score<tile>(
-              s_.queries, packed_.depth, block, seen_by_tile(ranges, static_cast<int>(rows)),
+              s_.queries, packed_.depth, block, then, seen_by_tile(ranges, static_cast<int>(rows)),
               [&](int r, int key, V sum) {
                 (sum * V::set1(scale_)).store(scores + r * kAttentionKeyBlock + key);
               });
         });
+    static_cast<void>(then);  // packing asks by itself
     packed_.for_each_tile(rows, block, ranges, [&](const auto& t) {
       tile::for_each_tile_sum<Dot>(
           t.height, t.operands, tile::product_steps<Dot>(packed_.depth), t.panels, s_.sums,
@@ -116,11 +119,11 @@ class PairProducts {
   /// sums[r] = factors[r] * sums[r] + weights[r] by the values of a block where they lie.
   void add_values_in_place(Index rows, float* scores, const BlockRows<bfloat16>& block,
                            const BlockRange* ranges, const float* factors, float* sums,
-                           const BlockRows<bfloat16>* next) {
+                           const bfloat16* const* then) {
     if constexpr (kInPlace)
       Few::with_rows(rows, [&](auto tile) {
         FewUnits::template add_values<tile>(rows, weights_of(scores), block, ranges, factors,
-                                            value_dim_, width_, sums, s_.sums, s_.zeros, next);
+                                            value_dim_, width_, sums, s_.sums, s_.zeros, then);
       });
   }
 

@@ -67,17 +67,29 @@ class AttentionProducts {
   /// To be called where ranges change.
   void forget_ranges() { tiles_found_ = false; }
 
+  /// Where the rows of a block are, for blocks that are read in place or have scales; nullptr for
+  /// others, and where there is none. Stays so until the block after it is asked for.
+  const BlockRows<TKV>* rows_at(Index block_begin) {
+    if (!(kInt8 || kPairs || rows_ <= kAttentionFewRows) || block_begin >= sequence_->key_length)
+      return nullptr;
+    const KeyBlock<TKV> block = block_at(block_begin);
+    if (here_->begin == block.begin) return here_;
+    if (next_->begin != block.begin) find_rows(block, *next_);
+    return next_;
+  }
+
   /// scores[r] = scale * queries[r] . keys of a block, at least of the keys in ranges[r].
-  void score(Index block_begin) {
+  /// `then` are the rows that are read afterwards.
+  void score(Index block_begin, const TKV* const* then) {
     if (kInt8 || kPairs || rows_ <= kAttentionFewRows) find_block(block_begin);
     if constexpr (kInt8Scores<TQ, TKV>) {
-      int8_scores_.score(rows_, *here_, s_.ranges, s_.scores);
+      int8_scores_.score(rows_, *here_, then, s_.ranges, s_.scores);
     } else if constexpr (kPairs) {
       if (!pairs().in_place(rows_)) prefetch(here_->values, here_->count, value_dim_);
-      pairs().score(rows_, *here_, s_.ranges, s_.scores);
+      pairs().score(rows_, *here_, then, s_.ranges, s_.scores);
     } else {
       if (rows_ <= kAttentionFewRows)
-        score_in_place();
+        score_in_place(then);
       else
         score_packed(block_begin);
       if constexpr (kInt8) scale_rows(here_->key_scales);
@@ -85,16 +97,16 @@ class AttentionProducts {
   }
 
   /// sums[r] = factors[r] * sums[r] + weights of the same block, in scores[r], by its values, over
-  /// the keys in ranges[r].
-  void add_values(Index block_begin) {
+  /// the keys in ranges[r]. `then` are the rows that are read afterwards.
+  void add_values(Index block_begin, const TKV* const* then) {
     const KeyBlock<TKV> block = block_at(block_begin);
     if constexpr (kInt8) scale_rows(here_->value_scales);
     if (hides_bad_values(block)) return add_values_row_by_row(block);
     if constexpr (kPairs) {
       if (pairs().in_place(rows_))
         return pairs().add_values_in_place(rows_, s_.scores, *here_, s_.ranges, s_.factors,
-                                           s_.now.sums, next_->begin >= 0 ? next_ : nullptr);
-      if (next_->begin >= 0) prefetch(next_->keys, next_->count, head_dim_);
+                                           s_.now.sums, then);
+      if (then != nullptr) prefetch(then, kAttentionKeyBlock, head_dim_);
       pairs().load_values(*here_, 0);
       pairs().add_values(rows_, s_.scores, s_.ranges, s_.factors, s_.now.sums);
     } else {
@@ -105,7 +117,7 @@ class AttentionProducts {
       Few::with_rows(rows_, [&](auto tile) {
         Few::template add_values<decltype(tile)::value>(
             s_.scores, *here_, seen_by_tile(s_.ranges, static_cast<int>(rows_)), s_.factors,
-            value_dim_, width_, s_.now.sums, s_.block_sums, next_->begin >= 0 ? next_ : nullptr);
+            value_dim_, width_, s_.now.sums, s_.block_sums, then);
       });
     }
   }
@@ -257,24 +269,15 @@ class AttentionProducts {
     }
   }
 
-  /// Finds the rows of this block, and of the next, which memory is asked for.
+  /// Finds the rows of a block, unless they were asked for before.
   void find_block(Index block_begin) {
-    const KeyBlock<TKV> block = block_at(block_begin);
-    if (here_->begin != block.begin) {
-      if (next_->begin == block.begin)
-        std::swap(here_, next_);
-      else
-        find_rows(block, *here_);
-    }
-    next_->begin = -1;
-    if (block_begin + kAttentionKeyBlock < sequence_->key_length)
-      find_rows(block_at(block_begin + kAttentionKeyBlock), *next_);
+    if (const BlockRows<TKV>* rows = rows_at(block_begin); rows != here_) std::swap(here_, next_);
   }
 
-  void score_in_place() {
+  void score_in_place(const TKV* const* then) {
     const KeySpan seen = seen_by_tile(s_.ranges, static_cast<int>(rows_));
     Few::with_rows(rows_, [&](auto tile) {
-      Few::template score<decltype(tile)::value>(s_.keys, head_dim_, *here_, seen, s_.scores);
+      Few::template score<decltype(tile)::value>(s_.keys, head_dim_, *here_, then, seen, s_.scores);
     });
   }
 

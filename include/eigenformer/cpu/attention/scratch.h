@@ -18,6 +18,16 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
+/// Query rows [first, first + count) of a sequence, padding included, for the heads of `kv_heads` KV
+/// heads.
+struct AttentionTask {
+  const problem::AttentionSequence* sequence;
+  Index kv_head, kv_heads, first, count;
+
+  /// Positions that are no padding.
+  Index queries() const { return std::clamp<Index>(sequence->query_rows - first, 0, count); }
+};
+
 /// What some keys make of some rows: weights relative to the maximum, their sums by lanes, and the
 /// sums of weighted values.
 template <typename C>
@@ -109,16 +119,22 @@ Index positions_per_block(const Problem& p) {
   return std::max<Index>(1, kAttentionQueryRows<Isa> / std::max<Index>(1, p.group()));
 }
 
+/// Whether the rows of a sequence are few for every KV head.
+template <typename Problem>
+bool has_few_rows(const Problem& p, const problem::AttentionSequence& s) {
+  return s.tensor_rows <= kAttentionFewRows / (std::max)(Index{1}, p.group());
+}
+
+/// For tasks of up to `rows` rows, kAttentionFewRows at least.
 template <typename Isa, typename TQ, typename TKV, typename Function>
-auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p,
+auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p, Index rows,
                             Workspace::Frame& frame) {
   using C = compute_type<TQ>;
   using Tile = AttentionTile<C, Isa>;
   const auto product = [](Index a, Index b) {
     return detail::checked_product(a, b, "attention", "scratch");
   };
-  const Index rows = (std::max)(positions_per_block<Isa>(p) * p.group(), kAttentionFewRows),
-              width = Tile::padded(p.value_dim);
+  const Index width = Tile::padded(p.value_dim);
   const bool folds = std::any_of(
       p.sequences, p.sequences + p.batch,
       [](const problem::AttentionSequence& s) { return s.key_length > kAttentionFold; });

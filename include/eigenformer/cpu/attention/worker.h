@@ -22,12 +22,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Query rows [first, first + count) of a sequence, padding included, for the heads of a KV head.
-struct AttentionTask {
-  const problem::AttentionSequence* sequence;
-  Index kv_head, first, count;
-};
-
 template <typename Isa, typename TQ, typename TKV, typename Function>
 class AttentionWorker {
   using C = compute_type<TQ>;
@@ -45,51 +39,69 @@ class AttentionWorker {
         width_(Tile::padded(problem.value_dim)),
         products_(problem, scratch) {}
 
-  /// All keys.
-  void run(const AttentionTask& task) {
+  /// Rows of keys and values of a block, nullptr where they are packed or there is none.
+  const BlockRows<TKV>* rows_at(Index block) { return products_.rows_at(block); }
+
+  /// A task is start, then score and add_values for one block of keys after the other, then finish.
+  /// False: nothing to score. `then` are the rows that are read afterwards.
+  bool start(const AttentionTask& task) {
     write_padding(task);
-    if (!begin(task)) return;
-    Index fold = -1;
-    bool folded = false;
-    for_each_block(*sequence_, queries_, [&](Index block) {
-      if (block / kAttentionFold != fold) {
-        if (fold >= 0) merge(s_.now, std::exchange(folded, true));
-        fold = block / kAttentionFold;
-        start_fold(fold);
-      }
-      add(block);
-    });
-    if (fold < 0) start_fold(0);
-    if (folded) {
+    fold_ = -1;
+    folded_ = false;
+    return begin(task);
+  }
+  void score(Index block, const TKV* const* then) {
+    if (block / kAttentionFold != fold_) {
+      if (fold_ >= 0) merge(s_.now, std::exchange(folded_, true));
+      start_fold(block / kAttentionFold);
+    }
+    sees_ = find_ranges(block);
+    if (!sees_) return;
+    products_.score(block, then);
+    softmax_rows(block);
+  }
+  void add_values(Index block, const TKV* const* then) {
+    if (sees_) products_.add_values(block, then);
+  }
+  void finish() {
+    if (fold_ < 0) start_fold(0);
+    if (folded_) {
       merge(s_.now, true);
       copy_states(s_.folded, s_.now, rows_, width_, Tile::lanes);
     }
-    finish();
+    write_rows();
   }
 
-  /// The keys of one fold: what they make of the rows goes to `state`, and nothing to the output,
-  /// which the folds of a task have in common.
-  void run_fold(const AttentionTask& task, Index fold, const AttentionState<C>& state) {
-    if (!begin(task)) return;
+  /// The keys of one fold: start_fold, the same for its blocks, save_fold. What they make of the
+  /// rows goes to `state`, and nothing to the output, which the folds of a task have in common.
+  bool start_fold(const AttentionTask& task, Index fold) {
+    if (!begin(task)) return false;
     start_fold(fold);
-    for_each_block(*sequence_, queries_, [&](Index block) {
-      if (block / kAttentionFold == fold) add(block);
-    });
+    return true;
+  }
+  void save_fold(const AttentionState<C>& state) {
     copy_states(s_.now, state, rows_, width_, Tile::lanes);
   }
-
-  /// The states of all folds of a task, in order, to its output: the bits of run.
-  void finish_folds(const AttentionTask& task, std::span<const AttentionState<C>> folds) {
+  /// The states of all folds of a task, in order, `stride` apart, to its output: the bits of the
+  /// above.
+  void finish_folds(const AttentionTask& task, const AttentionState<C>* folds, Index count,
+                    Index stride) {
     write_padding(task);
     if (!begin(task)) return;
-    for (std::size_t i = 0; i < folds.size(); ++i) merge(folds[i], i > 0);
+    for (Index i = 0; i < count; ++i) merge(folds[i * stride], i > 0);
     copy_states(s_.folded, s_.now, rows_, width_, Tile::lanes);
-    finish();
+    write_rows();
+  }
+
+  /// f(begin) for the blocks of keys that rows of a task see.
+  template <typename F>
+  void for_each_block(F&& f) const {
+    for_each_block(*sequence_, queries_, f);
   }
 
  private:
   /// Sums to averages, and these to the output.
-  void finish() {
+  void write_rows() {
     const problem::AttentionSequence& sequence = *sequence_;
     const Index kv_head = kv_head_, first = first_, queries = queries_;
     Index large = 0;
@@ -113,13 +125,8 @@ class AttentionWorker {
       write_row(sequence, kv_head * group_ + r % group_, first + r / group_, r);
   }
 
-  /// Query positions of a task that are no padding.
-  static Index queries_of(const AttentionTask& task) {
-    return std::clamp<Index>(task.sequence->query_rows - task.first, 0, task.count);
-  }
-
   void write_padding(const AttentionTask& task) const {
-    for (Index i = queries_of(task); i < task.count; ++i)
+    for (Index i = task.queries(); i < task.count; ++i)
       for (Index g = 0; g < group_; ++g)
         write_empty_row(*task.sequence, task.kv_head * group_ + g, task.first + i);
   }
@@ -129,7 +136,7 @@ class AttentionWorker {
     sequence_ = task.sequence;
     kv_head_ = task.kv_head;
     first_ = task.first;
-    queries_ = queries_of(task);
+    queries_ = task.queries();
     rows_ = queries_ * group_;
     first_position_ = sequence_->first_position + first_;
     const auto query = [&](Index r) {
@@ -153,6 +160,7 @@ class AttentionWorker {
   /// that the row sees: so a row's order of sums is its own.
   void start_fold(Index fold) {
     const AttentionState<C>& now = s_.now;
+    fold_ = fold;
     full_ = false;
     for (Index r = 0; r < rows_; ++r) {
       bool sink =
@@ -168,13 +176,6 @@ class AttentionWorker {
       if (sink) now.lane_sums[r * Tile::lanes] = C(1);
     }
     fill_line(now.sums, rows_ * width_, V::zero());
-  }
-
-  void add(Index block) {
-    if (!find_ranges(block)) return;
-    products_.score(block);
-    softmax_rows(block);
-    products_.add_values(block);
   }
 
   void merge(const AttentionState<C>& later, bool again) {
@@ -320,10 +321,6 @@ class AttentionWorker {
     fma(V::load(lane_sums), V::set1(s_.factors[r]), sum).store(lane_sums);
   }
 
-  typename Tile::Weights weights(Index r) const {
-    return {s_.scores + r * kAttentionKeyBlock, kAttentionKeyBlock, 1};
-  }
-
   C weight_sum(Index r) const { return reduce_add(V::load(s_.now.lane_sums + r * Tile::lanes)); }
 
   /// Sums of weighted values to averages. False where one is not finite though the weights are.
@@ -424,8 +421,9 @@ class AttentionWorker {
     weight_sum = weight_sum * fall + static_cast<double>(reduce_add(sum));
     fill_line(s_.block_sums, width_, V::zero());
     for_each_run(keys_of(s_.ranges[r]) & ~hidden(r), [&](int begin, int end) {
-      Tile::template accumulate<1>(weights(r), s_.values, Tile::value_stride(width_), begin, end,
-                                   width_, s_.block_sums, width_);
+      Tile::template accumulate<1>({scores, kAttentionKeyBlock, 1}, s_.values,
+                                   Tile::value_stride(width_), begin, end, width_, s_.block_sums,
+                                   width_);
     });
     for (Index d = 0; d < width_; ++d)
       sums[d] = sums[d] * fall + static_cast<double>(s_.block_sums[d]);
@@ -488,7 +486,10 @@ class AttentionWorker {
   const problem::AttentionSequence* sequence_ = nullptr;
   Index kv_head_ = 0, first_ = 0, queries_ = 0;  // of the task
   Index rows_ = 0, first_position_ = 0;
-  bool full_ = false;  // whether all rows see all keys of the present block
+  Index fold_ = -1;      // the present one,
+  bool folded_ = false;  // and whether there are others before it
+  bool sees_ = false;    // whether a row sees a key of the present block,
+  bool full_ = false;    // whether all rows see all of them
   AttentionProducts<Isa, TQ, TKV> products_;
 };
 
