@@ -406,6 +406,9 @@ TEST(AttentionMasks, ThatDoNotFitAreRefused) {
   refuse({.bit_mask = words, .bit_mask_first_keys = {6}}, {"bit_mask_first_keys has 1"});
   refuse({.bit_mask = words, .bit_mask_first_keys = {6, -1}}, {"bit_mask_first_keys[1] is -1"});
   refuse({.bit_mask_first_keys = {1, 2}}, {"a bit_mask"});
+  const float* const nothing = nullptr;
+  refuse({.bias = {nothing, {1, 1, 1, 70}, {0, 0, 0, 1}}}, {"bias has a null pointer"});
+  refuse({.bit_mask = {nullptr, 18, 2}}, {"bit_mask has a null pointer"});
 }
 
 }  // namespace

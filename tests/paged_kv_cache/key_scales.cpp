@@ -133,6 +133,10 @@ TEST(PagedKvCacheKeyScales, RefusalsAndStreams) {
   std::istringstream again(stream.str());
   EXPECT_TRUE(same_bits(other.keys(other.load(stream), 0), cache.keys(b, 0)));
   expect_throws<std::invalid_argument>([&] { plain.load(again); }, {"other key scales"});
+  const_cast<float&>(*cache.source(0).key_scale_row(1, 1, 2)) = 2;  // rows have none of their own
+  std::stringstream wrong;
+  cache.save(b, wrong);
+  expect_throws<std::invalid_argument>([&] { other.load(wrong); }, {"the scale 2"});
 }
 
 // Saved on a GPU, loaded on a host: the row is no number on either.

@@ -3,6 +3,7 @@
 /// attention is here. Nothing is written before all checks have passed.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "../core/device.h"
@@ -129,6 +130,8 @@ problem::ScoreTensor<T> score_tensor(std::string_view name, std::string_view wha
       name, what, " has shape (", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3],
       "), expected (", batch, ", ", heads, ", ", rows, ", ", keys,
       " or more), each of them or 1 (batch, heads, query rows, keys)");
+  require_that(view.data() != nullptr || std::count(sizes.begin(), sizes.end(), 0) > 0, name, what,
+               " has a null pointer and sizes of something");
   // rows of problems count on over the sequences
   return {view.data(), view.stride(0) - (packed ? 0 : rows * view.stride(2)), view.stride(1),
           view.stride(2), view.stride(3)};
@@ -146,6 +149,8 @@ inline problem::BitMask bit_mask(std::string_view name, const AttentionOptions& 
   if (!view.present()) return {};
   require_that(view.rows() == rows, name, "bit_mask has ", view.rows(), " rows, expected ", rows,
                " (all query rows)");
+  require_that(view.words() != nullptr || rows == 0 || view.words_per_row() == 0, name,
+               "bit_mask has a null pointer and sizes of something");
   Index* const first_keys = frame.take<Index>(batch);
   for (Index b = 0; b < batch; ++b) {
     const problem::AttentionSequence& s = sequences[static_cast<std::size_t>(b)];

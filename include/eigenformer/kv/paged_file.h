@@ -152,12 +152,16 @@ class SavedRows {
                     [&](auto* part, std::size_t count) { to.write(part, count * sizeof(*part)); });
     });
   }
-  void load(PagedReader& from, Index length, problem::KeyRange gone) {
+  /// by_channel: whether keys have scales of channels, and rows of them 1.
+  void load(PagedReader& from, Index length, problem::KeyRange gone, bool by_channel) {
     for_each_page(length, gone, [&](std::byte* page, Index begin, Index end, Index first) {
       for_each_part(begin, end, first, gone, [&](auto* part, std::size_t count) {
         from.read(part, count * sizeof(*part));
         if constexpr (std::is_same_v<Storage, std::int8_t>) require_quantized({part, count});
       });
+      if constexpr (std::is_same_v<Storage, std::int8_t>)
+        for (Index j = begin; by_channel && j < end; ++j)
+          if (j < gone.begin || j >= gone.end) require_scales_of_one(j - first);
       pool_.memory().copy_in(page, image_.data(), image_.size());
     });
   }
@@ -203,6 +207,15 @@ class SavedRows {
     for (const float scale : scales)  // NaN: a row that a GPU could not quantize
       require_that(!(scale < 0) && !std::isinf(scale), PagedSequences::kName,
                    "load: a row has the scale ", scale);
+  }
+  void require_scales_of_one(Index slot) const {
+    const auto* const scales =
+        reinterpret_cast<const float*>(image_.data() + layer_.layout.key_scale_offset);
+    for (Index h = 0; h < layer_.layout.kv_heads; ++h) {
+      const float scale = scales[h * layer_.layout.page_size + slot];
+      require_that(scale == 1 || std::isnan(scale), PagedSequences::kName,
+                   "load: a row of keys by channel has the scale ", scale);
+    }
   }
 
   const PagedLayer& layer_;
@@ -251,7 +264,7 @@ SequenceId load_sequence(std::istream& stream, const PagedKvConfig& config,
       [&] {
         for (std::size_t l = 0; l < fitted.size(); ++l)
           SavedRows<Storage>(fitted[l], sequences.pool(), sequences.list().tables.back())
-              .load(from, file.lengths[l], file.gone);
+              .load(from, file.lengths[l], file.gone, file.key_scales[l] != 0);
         from.finish_part("rows");
       },
       [&] { sequences.free(id); });
