@@ -104,17 +104,23 @@ bench::Row& forward_row(bench::Suite& suite, const std::string& name, const Lazy
 }
 
 template <typename T>
+constexpr bench::Peak kPeak =
+    std::is_same_v<T, ef::bfloat16> ? bench::Peak::bfloat16 : bench::Peak::float_fma;
+
+template <typename T>
 void prefill_row(bench::Suite& suite, Index n, Index dim, const std::string& type) {
   forward_row<T>(
       suite, "causal prefill " + std::to_string(n) + (dim == kDim ? " " : ", heads of 64, ") + type,
       lazily([=] { return Inputs<T>(1, n, n, dim, {n}); }),
-      bench::Limit::product(flops(causal_pairs(n), dim), 0), true, n <= 2048);
+      bench::Limit::product(flops(causal_pairs(n), dim), 0, kPeak<T>), true, n <= 2048);
 }
 
 void prefill_cases(bench::Suite& suite) {
   for (const Index dim : {kDim, Index(64)})
-    for (const Index n : {512, 2048, 8192}) prefill_row<float>(suite, n, dim, "float");
-  for (const Index n : {512, 2048}) prefill_row<ef::bfloat16>(suite, n, kDim, "bfloat16");
+    for (const Index n : {512, 2048, 8192}) {
+      prefill_row<float>(suite, n, dim, "float");
+      prefill_row<ef::bfloat16>(suite, n, dim, "bfloat16");
+    }
 }
 
 // ---- decode: one query row for each sequence ----------------------------------------------------
@@ -417,7 +423,7 @@ void backward_row(bench::Suite& suite, Index n, const std::string& type) {
   const auto inputs = lazily([=] { return Backward<T>(n); });
   suite
       .row("attention backward, causal " + std::to_string(n) + " " + type,
-           bench::Limit::product(2.5 * flops(causal_pairs(n)), 0))
+           bench::Limit::product(2.5 * flops(causal_pairs(n)), 0, kPeak<T>))
       .ours([=](const auto& device) {
         Backward<T>& b = inputs();
         Inputs<T>& x = b.x;
