@@ -69,6 +69,7 @@ TEST(Simd, SelectedLanesStandNextToEachOther) {
       const V v = V::load(values);
       const int count = store_selected(v, less_equal(V::zero(), v), stored);
       ASSERT_EQ(count, std::popcount(set)) << isa.name;
+      ASSERT_EQ(V::mask_of(set | ~std::uint32_t{0} << V::lanes).bits(), set) << isa.name;
       for (int i = 0, at = 0; i < V::lanes; ++i)
         if ((set >> i & 1u) != 0) ASSERT_EQ(stored[at++], float(i)) << isa.name << " " << set;
     }

@@ -1,108 +1,18 @@
 /// \file
-/// The filters: each narrows the band of tokens in play (row.h). They share one selection,
+/// The filters: each narrows the band of tokens in play (row.h). They share one selection (select.h),
 /// the shortest prefix of the candidates in a given order whose weights reach a target: weight 1
 /// and target k for top-k, the token weights and p of their sum for top-p, the same with the order
-/// of typicality for typical-p. It narrows by 11 bits of the sort key at a time with the weight of
-/// each of 2048 bins (a radix select), then sorts the last 256 candidates at most: O(vocab)
-/// whatever the distribution, and no sort of a flat row.
+/// of typicality for typical-p.
 #pragma once
 
 #include <cmath>
-#include <functional>
 
-#include "row.h"
+#include "kept.h"
+#include "nucleus.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
-
-using problem::order_key;
-
-/// Where a prefix of the candidates ends.
-template <typename C>
-struct PrefixEnd {
-  C value;           // logit of the last candidate taken
-  Index taken;       // candidates equal to it that are taken, at least 1
-  Index candidates;  // candidates equal to it
-};
-
-struct SelectionLimits {
-  static constexpr int bin_bits = 11;
-  static constexpr Index bins = Index{1} << bin_bits;
-  // sums of a bin: neighbours fall in one bin, and each addition would wait for the last
-  static constexpr Index ways = 4;
-  static constexpr Index sort = 256;  // below this a sort costs less than the bins
-};
-
-/// One radix step: bins the values by the bits of their key at `shift`, finds the bin in which the
-/// running weight `above` reaches the target (the last one that weighs anything where none does),
-/// keeps its values and returns how many.
-template <typename C, typename Key, typename Weights>
-Index narrow_to_bin(C* values, Index n, int shift, double target, double& above, Key key,
-                    Weights weights, const SamplingScratch<C>& scratch) {
-  constexpr std::uint64_t low_bits = SelectionLimits::bins - 1;
-  const auto bin_of = [&](C value) {
-    return static_cast<Index>((std::uint64_t{key(value)} >> shift) & low_bits);
-  };
-  constexpr Index ways = SelectionLimits::ways;
-  std::fill(scratch.bin_sum, scratch.bin_sum + SelectionLimits::bins * ways, 0.0);
-  alignas(64) double w[SamplingBlock::size];
-  alignas(64) std::int32_t bins[SamplingBlock::size];
-  for (Index i = 0; i < n; i += SamplingBlock::size) {
-    const Index count = (std::min)(SamplingBlock::size, n - i);
-    weights(values + i, count, w);
-    for (Index j = 0; j < count; ++j)
-      bins[j] = static_cast<std::int32_t>(bin_of(values[i + j]) * ways + j % ways);
-    for (Index j = 0; j < count; ++j) scratch.bin_sum[bins[j]] += w[j];
-  }
-  Index chosen = 0;
-  double before = above;
-  for (Index bin = SelectionLimits::bins - 1; bin >= 0; --bin) {
-    const double* sums = scratch.bin_sum + bin * ways;
-    const double sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    if (sum == 0) continue;
-    chosen = bin;
-    above = before;
-    before += sum;
-    if (before >= target) break;
-  }
-  Index kept = 0;
-  for (Index i = 0; i < n; ++i) {
-    const C value = values[i];
-    values[kept] = value;
-    kept += bin_of(value) == chosen;
-  }
-  return kept;
-}
-
-/// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least
-/// `target`; never empty, and all of them where the sum stays below. Equal values have equal keys
-/// and weights. Permutes `values`.
-template <typename C, typename Key, typename Weights>
-PrefixEnd<C> select_prefix(C* values, Index n, double target, Key key, Weights weights,
-                           const SamplingScratch<C>& scratch) {
-  double above = 0;
-  int shift = 8 * static_cast<int>(sizeof(key(values[0])));
-  while (n > SelectionLimits::sort && shift > 0) {
-    shift = (std::max)(0, shift - SelectionLimits::bin_bits);
-    n = narrow_to_bin(values, n, shift, target, above, key, weights, scratch);
-  }
-  // at 0 all keys are equal
-  if (shift > 0) std::sort(values, values + n, [&](C a, C b) { return key(a) > key(b); });
-  for (Index begin = 0;;) {
-    Index end = begin + 1;
-    while (end < n && values[end] == values[begin]) ++end;
-    double weight = 0;
-    weights(values + begin, 1, &weight);
-    const Index equals = end - begin;
-    const double reached = above + static_cast<double>(equals) * weight;
-    if (reached >= target)
-      return {values[begin], problem::equals_taken(above, weight, equals, target), equals};
-    if (end == n) return {values[begin], equals, equals};
-    above = reached;
-    begin = end;
-  }
-}
 
 /// The band now ends at end.value, of whose equals the `taken` of lowest index stay.
 template <typename Isa, typename T>
@@ -114,48 +24,96 @@ void end_band_at(SamplingRow<T>& row, const PrefixEnd<compute_type<T>>& end) {
   row.band.lo = end.value;
 }
 
-/// A logit that the k-th largest in play reaches: the k-th largest of the maxima of the blocks, for
-/// k of them are k different tokens.
-template <typename T>
-compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k, compute_type<T>* maxima) {
+/// A logit that k tokens in play reach, and few more: about the k-th largest of the maxima of the
+/// blocks, for k of them are k different tokens.
+template <typename Isa, typename T>
+compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k) {
+  using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
   const Index blocks = row.blocks();
   if (k > blocks) return row.band.lo;
   // After typical-p and XTC the largest token of a block may be out of play.
-  const auto last = std::copy_if(row.block_max, row.block_max + blocks, maxima, [&](auto m) {
-    return m < row.band.hi || (m == row.band.hi && row.band.hi_begin == 0);
-  });
-  if (last - maxima < k) return row.band.lo;
-  std::nth_element(maxima, maxima + (k - 1), last, std::greater<>{});
-  return (std::max)(maxima[k - 1], row.band.lo);
+  const bool all_of_hi = row.band.hi_begin == 0;
+  const auto count_from = [&](C least) {
+    const V lo = V::set1(least), hi = V::set1(row.band.hi);
+    Index count = 0, at = 0;
+    for (; at + V::lanes <= blocks; at += V::lanes) {
+      const V v = V::load(row.block_max + at);
+      const auto in_play = less_equal(lo, v) & (all_of_hi ? less_equal(v, hi) : less(v, hi));
+      count += std::popcount(in_play.bits());
+    }
+    for (; at < blocks; ++at) {
+      const C m = row.block_max[at];
+      count += least <= m && (m < row.band.hi || (all_of_hi && m == row.band.hi));
+    }
+    return count;
+  };
+  C enough = (std::max)(row.band.lo, *std::min_element(row.block_max, row.block_max + blocks)),
+    above = row.band.hi;
+  if (count_from(above) >= k) return above;
+  if (count_from(enough) < k) return row.band.lo;
+  for (int step = 0; step < 32; ++step) {
+    const C middle = enough / 2 + above / 2;
+    if (!(enough < middle && middle < above)) break;
+    const Index count = count_from(middle);
+    (count >= k ? enough : above) = middle;
+    if (count >= k && count <= k + k / 4) break;
+  }
+  return enough;
+}
+
+/// The end of the k largest among n candidates, k <= n. Permutes them.
+template <typename Isa, typename C>
+PrefixEnd<C> end_of_top_k(C* values, Index n, Index k, const SamplingScratch<C>& scratch) {
+  const auto ones = [](const C*, Index count, double* w) { std::fill(w, w + count, 1.0); };
+  Index before = 0;
+  if constexpr (std::is_same_v<C, float>) {
+    using V = simd::Vec<C, Isa>;
+    if (n > 1024 && n < Index{1} << 24) {  // counts are exact in float
+      double above = 0;
+      const Index kept =
+          CandidateInterval<V, UnitWeights<V>>{}.narrow(values, n, static_cast<double>(k), above);
+      if (kept > 0) return end_of_prefix(values, kept, above, static_cast<double>(k), ones);
+    }
+  }
+  if (n > 1024)
+    return select_prefix(
+        values, n, static_cast<double>(k), [](C x) { return order_key(x); }, ones, scratch);
+  std::nth_element(values, values + (k - 1), values + n, std::greater<>{});
+  const C last = values[k - 1];
+  Index equals = 0;
+  for (Index i = 0; i < n; ++i) before += values[i] > last, equals += values[i] == last;
+  return {last, k - before, equals};
 }
 
 template <typename Isa, typename T>
 void keep_top_k(SamplingRow<T>& row, Index k, TopKTies ties,
                 const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
   if (k >= row.vocab) return;
-  const Index n = gather_candidates<Isa>(row, kth_largest_bound(row, k, scratch.candidates),
-                                         scratch.candidates);
-  if (n < k) return;
-  const auto weights = [](const C*, Index count, double* w) { std::fill(w, w + count, 1.0); };
-  auto end = select_prefix(
-      scratch.candidates, n, static_cast<double>(k), [](C x) { return order_key(x); }, weights,
-      scratch);
+  const C bound = kth_largest_bound<Isa>(row, k);
+  const V least = V::set1(bound), most = V::set1(row.band.hi);
+  alignas(64) C buffer[SamplingBlock::size];
+  Index n = 0, equals = 0;
+  for_each_block_index<Isa>(row, bound, [&](Index block) {
+    const C* const x = in_play_logits<Isa>(row, block, buffer);
+    BlockBits above, ends;
+    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+      const V v = V::load(x + i);
+      above.add(i, (less(least, v) & less_equal(v, most)).bits());
+      ends.add(i, equal(least, v).bits());
+    }
+    equals += ends.count();
+    n = store_logits<V>(x, above, scratch.candidates + n) - scratch.candidates;
+  });
+  // padding of the last block, where -infinity is a number like others
+  if (bound == -std::numeric_limits<C>::infinity()) equals = (std::min)(equals, row.vocab - n);
+  if (n + equals < k) return;
+  PrefixEnd<C> end = n < k ? PrefixEnd<C>{bound, k - n, equals}
+                           : end_of_top_k<Isa>(scratch.candidates, n, k, scratch);
   if (ties == TopKTies::keep_all) end.taken = end.candidates;
   end_band_at<Isa>(row, end);
-}
-
-/// Weights of any number of candidates up to a block, for select_prefix.
-template <typename C>
-auto candidate_weights(double best, double inverse_temperature) {
-  return [=](const C* x, Index count, double* w) {
-    if (count == SamplingBlock::size) {
-      block_weights(x, best, inverse_temperature, w);
-    } else {
-      for (Index j = 0; j < count; ++j)
-        w[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
-    }
-  };
 }
 
 /// A logit below which no token can be needed for top-p: tokens lighter than (1 - p) * total /
@@ -176,6 +134,12 @@ void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_typ
   using C = compute_type<T>;
   if (p >= 1.0) return;
   p = (std::max)(p, 0.0);
+  if constexpr (std::is_same_v<C, float>) {
+    PrefixEnd<C> end;
+    if (row.vocab >= SelectionLimits::sampled && serves_bulk(row) &&
+        (find_end_of_equals<Isa>(row, p, end) || find_nucleus<Isa>(row, p, scratch, end)))
+      return end_band_at<Isa>(row, end);
+  }
   const double total = sum_weights<Isa>(row, scratch.block_sum);
   const Index n = gather_candidates<Isa>(row, top_p_bound(row, p, total), scratch.candidates);
   const auto weights =
@@ -185,23 +149,40 @@ void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_typ
                             weights, scratch));
 }
 
+/// The number of which order_key makes this key.
+inline float number_of_key(std::uint32_t key) {
+  return std::bit_cast<float>(key ^ (key >> 31 != 0 ? 0x80000000u : 0xFFFFFFFFu));
+}
+inline double number_of_key(std::uint64_t key) {
+  return std::bit_cast<double>(key ^ (key >> 63 != 0 ? std::uint64_t{1} << 63 : ~std::uint64_t{0}));
+}
+
+/// Reads no token: the smallest number that stays is where the weights, which grow with their
+/// logits, reach min_p. The band ends there, at a token or not.
 template <typename Isa, typename T>
 void keep_min_p(SamplingRow<T>& row, double min_p) {
   using C = compute_type<T>;
   if (min_p <= 0.0) return;
   const double best = static_cast<double>(row.band.hi);
-  const auto kept = [&](C x) {
-    return token_weight(static_cast<double>(x), best, row.inverse_temperature) >= min_p;
-  };
-  alignas(64) double weights[SamplingBlock::size];
   C least = row.band.hi;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    if (!kept(row.block_max[block])) return;
-    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j)
-      if (weights[j] >= min_p) least = (std::min)(least, x[j]);
-  });
-  if (least > row.band.lo) row.band.lo_end = row.vocab;
+  if (min_p < 1.0) {
+    const double end = best + std::log(min_p) / row.inverse_temperature,
+                 margin = 1e-12 * (std::abs(best) + std::abs(end));
+    constexpr double lowest = static_cast<double>(std::numeric_limits<C>::lowest());
+    const auto key_at = [&](double x) {
+      return order_key(static_cast<C>(std::clamp(x, lowest, best)));
+    };
+    auto below = key_at(end - margin) - 1, reached = key_at(end + margin) + 1;
+    reached = (std::min)(reached, order_key(row.band.hi));
+    while (reached - below > 1) {
+      const auto middle = below + (reached - below) / 2;
+      const double x = static_cast<double>(number_of_key(middle));
+      (token_weight(x, best, row.inverse_temperature) >= min_p ? reached : below) = middle;
+    }
+    least = number_of_key(reached);
+  }
+  if (!(least > row.band.lo)) return;
+  row.band.lo_end = row.vocab;
   row.band.lo = least;
 }
 
@@ -263,25 +244,38 @@ template <typename Isa, typename T>
 void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowParams& params,
                        bool excludes, const SamplingScratch<compute_type<T>>& scratch);
 
-/// Runs the stages that filter on a scanned row. `excludes`: XTC is to exclude tokens.
+/// `excludes`: XTC is to exclude tokens.
+template <typename Isa, typename T>
+void apply_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowParams& params,
+                  bool excludes, const SamplingScratch<compute_type<T>>& scratch) {
+  const bool keeps_one = params.min_tokens_to_keep == 1;
+  if (stage == SamplingStage::temperature && params.dynatemp_range == 0)
+    set_temperature<Isa>(row, params.temperature);
+  else if (stage == SamplingStage::top_k)
+    keep_top_k<Isa>(row, params.top_k, params.top_k_ties, scratch);
+  else if (stage == SamplingStage::top_p && keeps_one)
+    keep_top_p<Isa>(row, params.top_p, scratch);
+  else if (stage == SamplingStage::min_p && keeps_one)
+    keep_min_p<Isa>(row, params.min_p);
+  else if (stage == SamplingStage::typical_p && keeps_one)
+    keep_typical_p<Isa>(row, params.typical_p, scratch);
+  else if (stage > SamplingStage::function)
+    apply_rare_filter<Isa>(row, stage, params, excludes, scratch);
+}
+
+/// Runs the stages that filter on a scanned row; after the first that leaves few tokens, on their
+/// list.
 template <typename Isa, typename T>
 void apply_filters(SamplingRow<T>& row, const problem::RowParams& params, bool excludes,
                    const SamplingScratch<compute_type<T>>& scratch) {
-  const bool keeps_one = params.min_tokens_to_keep == 1;
-  for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::none) break;
-    if (stage == SamplingStage::temperature && params.dynatemp_range == 0)
-      set_temperature<Isa>(row, params.temperature);
-    else if (stage == SamplingStage::top_k)
-      keep_top_k<Isa>(row, params.top_k, params.top_k_ties, scratch);
-    else if (stage == SamplingStage::top_p && keeps_one)
-      keep_top_p<Isa>(row, params.top_p, scratch);
-    else if (stage == SamplingStage::min_p && keeps_one)
-      keep_min_p<Isa>(row, params.min_p);
-    else if (stage == SamplingStage::typical_p && keeps_one)
-      keep_typical_p<Isa>(row, params.typical_p, scratch);
-    else if (stage > SamplingStage::function)
-      apply_rare_filter<Isa>(row, stage, params, excludes, scratch);
+  for (auto stage = params.order.begin(); stage != params.order.end(); ++stage) {
+    const auto before = row.band;
+    apply_filter<Isa>(row, *stage, params, excludes, scratch);
+    if (same_band(before, row.band) || !list_kept_tokens<Isa>(row, scratch)) continue;
+    auto& list = scratch.kept->row;
+    while (++stage != params.order.end())
+      apply_filter<Isa>(list, *stage, params, excludes, scratch);
+    return take_band_of_list<Isa>(row, *scratch.kept);
   }
 }
 

@@ -38,10 +38,16 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
   for (int w = 0; w < workers; ++w) {
     scratch[w].block_max = frame.take<C>(blocks);
     scratch[w].block_sum = frame.take<double>(blocks);
-    scratch[w].candidates = frame.take<C>(vocab);
+    scratch[w].candidates = frame.take<C>(vocab + 64);
     scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins * SelectionLimits::ways);
     scratch[w].adjusted = adjusted ? frame.take<C>(vocab) : nullptr;
     scratch[w].counts = penalties ? frame.take<std::int32_t>(vocab) : nullptr;
+    const Index kept = KeptLimits::most(vocab) + SamplingBlock::size + 64;
+    scratch[w].kept = frame.take<KeptTokens<C>>(1);
+    scratch[w].kept_logits = frame.take<C>(kept);
+    scratch[w].kept_max = frame.take<C>(kept / SamplingBlock::size + 1);
+    scratch[w].vocab = vocab;
+    scratch[w].kept_begin = frame.take<std::int32_t>(blocks + 1);
   }
   return scratch;
 }
@@ -76,33 +82,77 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
   });
 }
 
-/// The token at which the running sum of weights, in token order, passes u times their total. u in
-/// (0, 1).
-template <typename Isa, typename T>
-std::int32_t draw_token(const SamplingRow<T>& row, double u,
-                        const SamplingScratch<compute_type<T>>& scratch) {
-  const double target = u * sum_weights<Isa>(row, scratch.block_sum);
-  double before = 0;
+/// A block, and the sum of the weights before it.
+struct BlockFound {
   Index block = -1;
-  for (Index b = 0; b < row.blocks(); ++b) {
-    if (scratch.block_sum[b] == 0) continue;
-    if (block >= 0) before += scratch.block_sum[block];
-    block = b;
-    if (before + scratch.block_sum[b] > target) break;
+  double before = 0;
+};
+
+/// The first block within which the running sum passes `target`, the last one that weighs anything
+/// where none does.
+inline BlockFound find_block(const double* sums, Index blocks, double target) {
+  BlockFound found;
+  double before = 0;
+  for (Index b = 0; b < blocks; ++b) {
+    if (sums[b] == 0) continue;
+    found = {b, before};
+    if ((before += sums[b]) > target) break;
   }
+  return found;
+}
+
+/// The token at which the running sum of weights, in token order, passes u times their total, for
+/// sums and a total that may be wrong by `error`; -1 where it is not the same for all of those. u
+/// in (0, 1).
+template <typename Isa, typename T>
+Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double target,
+                    double error) {
   alignas(64) compute_type<T> x[SamplingBlock::size];
   alignas(64) double weights[SamplingBlock::size];
-  load_block<Isa>(row.logits, row.vocab, block, x);
-  member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+  const auto* const logits = block_logits<Isa>(row, found.block, x);
+  member_weights<Isa>(logits, found.block, row.band, row.inverse_temperature, weights);
   // rounding may leave the sum just below the target: then the last token of positive weight
   Index drawn = -1;
+  double before = found.before, last = before;
   for (Index j = 0; j < SamplingBlock::size; ++j) {
     if (weights[j] == 0) continue;
     drawn = j;
+    last = before;
     before += weights[j];
     if (before > target) break;
   }
-  return static_cast<std::int32_t>(block * SamplingBlock::size + drawn);
+  if (error > 0 && !(last + error < target && before > target + error)) {
+    // 0 is the sum before the first token, without an error
+    if (!(found.before == 0 && last == 0 && before > target + error)) return -1;
+  }
+  return found.block * SamplingBlock::size + drawn;
+}
+
+template <typename Isa, typename T>
+Index draw_place(const SamplingRow<T>& row, double u,
+                 const SamplingScratch<compute_type<T>>& scratch) {
+  double* const sums = scratch.block_sum;
+  if constexpr (std::is_same_v<compute_type<T>, float>) {
+    if (serves_bulk(row) && row.vocab >= KeptLimits::least_vocab) {
+      const double total = bulk_sums<Isa>(row, sums, nullptr, 0.0f, 0.0f).total;
+      const BlockFound found = find_block(sums, row.blocks(), u * total);
+      const double error = BulkError::of_share(found.before, total - found.before, u, row.vocab);
+      const Index place = draw_in_block<Isa>(row, found, u * total, error);
+      if (place >= 0) return place;
+    }
+  }
+  const double target = u * sum_weights<Isa>(row, sums);
+  return draw_in_block<Isa>(row, find_block(sums, row.blocks(), target), target, 0.0);
+}
+
+template <typename Isa, typename T>
+std::int32_t draw_token(const SamplingRow<T>& row, double u,
+                        const SamplingScratch<compute_type<T>>& scratch) {
+  const Index place =
+      row.kept == nullptr
+          ? draw_place<Isa>(row, u, scratch)
+          : token_at<Isa>(row, *row.kept, draw_place<Isa>(row.kept->row, u, scratch));
+  return static_cast<std::int32_t>(place);
 }
 
 template <typename D, typename Isa, typename T>

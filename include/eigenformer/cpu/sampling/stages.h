@@ -147,12 +147,14 @@ void exclude_top_choices(SamplingRow<T>& row, double threshold, Index n,
   SamplingRow<T> choices = row;
   keep_min_p<Isa>(choices, least_weight);
   SamplingRow<T> rest = row;
+  rest.band.hi_begin = 0;
   for_each_block<Isa>(choices, choices.band.lo, [&](Index block, const auto* x) {
     member_bits<Isa>(x, block, choices.band, choices.band.lo).for_each([&](Index j) {
-      if (x[j] == choices.band.lo) rest.band.hi_begin = block * SamplingBlock::size + j;
+      if (x[j] > rest.band.hi) return;
+      rest.band.hi = x[j];
+      rest.band.hi_begin = block * SamplingBlock::size + j;
     });
   });
-  rest.band.hi = choices.band.lo;
   if (n == 1 || count_members<Isa>(rest) >= n) row.band = rest.band;
 }
 
@@ -214,7 +216,7 @@ void keep_mirostat_1(SamplingRow<T>& row, double mu,
         t * (static_cast<double>(x[i]) - static_cast<double>(x[i + 1])) * row.inverse_temperature;
     squares += t * t;
   }
-  keep_top_k<Isa>(row, problem::mirostat_count(products, squares, mu, row.vocab),
+  keep_top_k<Isa>(row, problem::mirostat_count(products, squares, mu, scratch.vocab),
                   TopKTies::lowest_index, scratch);
 }
 

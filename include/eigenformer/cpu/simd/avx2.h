@@ -159,6 +159,11 @@ struct vec<float, isa::avx2> {
   friend EIGENFORMER_INLINE vec power_of_two(vec n) {
     return from_exponents(_mm256_cvtps_epi32(n.v));
   }
+  static EIGENFORMER_INLINE mask mask_of(std::uint32_t bits) {
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(
+        _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane))};
+  }
   friend EIGENFORMER_INLINE int store_selected(vec a, mask m, float* p) {
     const std::uint32_t bits = m.bits();
     const __m256i order = _mm256_cvtepu8_epi32(

@@ -152,6 +152,9 @@ struct vec<float, isa::avx512> {
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) {
     return {_mm512_maskz_permute_ps(kAll, a.v, 0xb1)};
   }
+  static EIGENFORMER_INLINE mask mask_of(std::uint32_t bits) {
+    return {static_cast<__mmask16>(bits)};
+  }
   friend EIGENFORMER_INLINE int store_selected(vec a, mask m, float* p) {
     // the form that stores to memory takes ten times as long on AMD's Zen 4
     _mm512_storeu_ps(p, _mm512_maskz_compress_ps(m.m, a.v));

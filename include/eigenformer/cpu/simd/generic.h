@@ -22,6 +22,7 @@
 ///   is_nan(a) unordered(a,b)  unordered: a or b is NaN
 ///   select(m, a, b)            m ? a : b
 ///   m.bits()                   one bit per lane, lane 0 lowest
+///   mask_of(bits)              the mask of bits; those past the lanes do not count
 ///   scale_exponent(a, n)       a * 2^n for integral n in [-160, 160]
 ///   power_of_two(n)            of float: 2^n for integral n in [-126, 127], 0 for -127, and some
 ///                              number for NaN
@@ -187,6 +188,9 @@ struct vec<T, isa::generic> {
     return make([&](int i) { return a.v[i ^ 1]; });
   }
 
+  static EIGENFORMER_INLINE mask mask_of(std::uint32_t bits) {
+    return make_mask([&](int i) { return (bits >> i & 1u) != 0; });
+  }
   friend EIGENFORMER_INLINE int store_selected(vec a, mask m, T* p) {
     int count = 0;
     for (int i = 0; i < lanes; ++i) {

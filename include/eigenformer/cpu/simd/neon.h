@@ -110,6 +110,10 @@ struct vec<float, isa::neon> {
   friend EIGENFORMER_INLINE mask unordered(vec a, vec b) { return is_nan(a) | is_nan(b); }
   friend EIGENFORMER_INLINE vec select(mask m, vec a, vec b) { return {vbslq_f32(m.m, a.v, b.v)}; }
   friend EIGENFORMER_INLINE vec swap_pairs(vec a) { return {vrev64q_f32(a.v)}; }
+  static EIGENFORMER_INLINE mask mask_of(std::uint32_t bits) {
+    constexpr std::uint32_t lane[] = {1, 2, 4, 8};
+    return {vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lane))};
+  }
   friend EIGENFORMER_INLINE int store_selected(vec a, mask m, float* p) {
     const std::uint32_t bits = m.bits();
     float values[lanes];

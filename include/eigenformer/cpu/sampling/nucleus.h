@@ -1,0 +1,197 @@
+/// \file
+/// Top-p over many tokens. A sample of the row tells where the set will end to a few percent; one
+/// pass sums all weights in float and gathers the logits of that interval; of those the last token
+/// is found by narrowing the interval, and tokens near it are added in double. Where the error of
+/// the float sums leaves the token open, a second pass sums in double.
+#pragma once
+
+#include "bulk.h"
+#include "select.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// Some tokens of a row, 32 of every few blocks, and the maxima of its blocks: masses that lie
+/// below a logit, estimated. The maxima are all known, and the sample stands for the other tokens.
+template <typename Isa>
+struct NucleusSample {
+  using V = simd::Vec<float, Isa>;
+  static constexpr Index piece = 32, pieces = 128;
+
+  float *x, *w, *maxima;  // (count), (count), (blocks): logits, their weights; those of the maxima
+  Index count = 0, blocks = 0;
+  double scale = 0;
+  float least = 0;
+
+  /// `memory` has room for vocab numbers.
+  template <typename T>
+  NucleusSample(const SamplingRow<T>& row, float* memory) {
+    blocks = row.blocks();
+    const Index whole = row.vocab / SamplingBlock::size,
+                apart = (std::max)(Index{1}, whole / pieces);
+    x = memory, w = x + (whole + apart - 1) / apart * piece;
+    maxima = w + (w - x);
+    alignas(64) float buffer[SamplingBlock::size];
+    Index removed = 0;
+    V low = V::set1(row.band.hi);
+    for (Index block = 0; block < whole; block += apart) {
+      const float* const logits =
+          in_play_logits<Isa>(row, block, buffer) + block / apart % 4 * piece;
+      float* const to = x + count;
+      for (Index i = 0; i < piece; i += V::lanes) {
+        const V v = V::load(logits + i);
+        v.store(to + i);
+        low = minimum(low, select(less(v, V::set1(row.band.lo)), low, v));
+      }
+      // the maximum is counted among the maxima
+      for (Index i = 0; i < piece; i += V::lanes)
+        if (const auto best = equal(V::load(to + i), V::set1(row.block_max[block])).bits();
+            best != 0) {
+          to[i + std::countr_zero(best)] = -std::numeric_limits<float>::infinity();
+          ++removed;
+          break;
+        }
+      count += piece;
+    }
+    least = reduce_min(low);
+    scale = static_cast<double>(row.vocab - blocks) / static_cast<double>(count - removed);
+    const BulkWeights<V> weights(row);
+    const auto weigh = [&](const float* from, float* to, Index n) {
+      for_each_vector<V>(0, n, [&](Index at, auto part) {
+        V v[1] = {load<V>(from + at, part)};
+        weights.apply(v);
+        store(v[0], to + at, part);
+      });
+    };
+    weigh(x, w, count);
+    weigh(row.block_max, maxima, blocks);
+  }
+
+  /// The masses below each of 8 logits.
+  template <typename T>
+  void below(const SamplingRow<T>& row, const float (&ends)[8], double (&masses)[8]) const {
+    const auto add = [&](const float* logits, const float* weights, Index n, double factor) {
+      V sums[8], bounds[8];
+      for (int k = 0; k < 8; ++k) sums[k] = V::zero(), bounds[k] = V::set1(ends[k]);
+      for_each_vector<V>(0, n, [&](Index at, auto part) {
+        const V v = load<V>(logits + at, part), weight = load<V>(weights + at, part);
+        EIGENFORMER_UNROLL
+        for (int k = 0; k < 8; ++k)
+          sums[k] = sums[k] + select(less(v, bounds[k]), weight, V::zero());
+      });
+      for (int k = 0; k < 8; ++k) masses[k] += factor * static_cast<double>(reduce_add(sums[k]));
+    };
+    for (double& mass : masses) mass = 0;
+    add(x, w, count, scale);
+    add(row.block_max, maxima, blocks, 1.0);
+  }
+
+  /// An interval of logits in which the tokens of p of the mass likely end.
+  template <typename T>
+  void bracket(const SamplingRow<T>& row, double p, float& lo, float& hi) const {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    double masses[8];
+    lo = (std::max)(row.band.lo, least), hi = row.band.hi;
+    float ends[8] = {infinity, hi, hi, hi, hi, hi, hi, hi};
+    below(row, ends, masses);
+    const double rest = (1.0 - p) * masses[0];
+    const double doubt = masses[0] * (3.0 * std::sqrt(p * (1.0 - p) / static_cast<double>(count)) +
+                                      0.15 * (1.0 - p));
+    // 40 units below the best all tokens together weigh nothing
+    lo = (std::max)(lo, static_cast<float>(static_cast<double>(hi) - 40 / row.inverse_temperature));
+    if (masses[1] <= rest - doubt) lo = hi;
+    for (int round = 0; round < 3 && lo < hi; ++round) {
+      const float step = (hi - lo) / 9;
+      for (int k = 0; k < 8; ++k) ends[k] = lo + step * static_cast<float>(k + 1);
+      below(row, ends, masses);
+      for (int k = 0; k < 8; ++k)
+        if (masses[k] <= rest - doubt) lo = (std::max)(lo, ends[k]);
+      for (int k = 7; k >= 0; --k)
+        if (masses[k] >= rest + doubt) hi = (std::min)(hi, ends[k]);
+    }
+  }
+};
+
+/// The sums of sum_of_weights and of the weights of logits above `value`, in double.
+template <typename Isa, typename T>
+BulkSums exact_sums(const SamplingRow<T>& row, compute_type<T> value) {
+  alignas(64) double weights[SamplingBlock::size];
+  BulkSums result;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+    const double sum = block_sum(weights);
+    result.total += sum;
+    if (row.block_max[block] <= value) return;
+    for (Index j = 0; j < SamplingBlock::size; ++j)
+      if (!(x[j] > value)) weights[j] = 0;
+    result.above += block_sum(weights);
+  });
+  return result;
+}
+
+/// The same of a row of equals, whose weights are 1 and their sum is exact.
+template <typename Isa, typename T>
+bool find_end_of_equals(const SamplingRow<T>& row, double p, PrefixEnd<compute_type<T>>& end) {
+  using C = compute_type<T>;
+  if (row.band.lo != std::numeric_limits<C>::lowest() || row.band.hi_begin != 0) return false;
+  alignas(64) C x[SamplingBlock::size];
+  for (Index block = 0; block < row.blocks(); ++block)
+    if (row.block_max[block] != row.band.hi) return false;
+  for (Index block = 0; block < row.blocks(); ++block) {
+    const Index tokens = (std::min)(SamplingBlock::size, row.vocab - block * SamplingBlock::size);
+    if (equal_bits<Isa>(block_logits<Isa>(row, block, x), row.band.hi).count() < tokens)
+      return false;
+  }
+  const auto all = static_cast<double>(row.vocab);
+  end = {row.band.hi, problem::equals_taken(0.0, 1.0, row.vocab, p * all), row.vocab};
+  return true;
+}
+
+/// Where the tokens of p of the mass end, if float and double sums tell.
+template <typename Isa, typename T>
+bool find_nucleus(const SamplingRow<T>& row, double p,
+                  const SamplingScratch<compute_type<T>>& scratch, PrefixEnd<float>& end) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  float* const found = scratch.candidates;
+  float lo, hi;
+  NucleusSample<Isa>(row, found).bracket(row, p, lo, hi);
+  using V = simd::Vec<float, Isa>;
+  const CandidateInterval<V, BulkWeights<V>> interval{BulkWeights<V>(row)};
+  BulkSums sums;
+  double inside = 0;
+  for (int attempt = 0;; ++attempt) {
+    if (attempt == 3) return false;
+    sums = bulk_sums<Isa>(row, scratch.block_sum, found, lo, hi);
+    const double target = p * sums.total;
+    inside = interval.sum(found, sums.gathered);
+    if (target <= sums.above) {
+      lo = std::nextafter(hi, infinity), hi = infinity;
+    } else if (target > sums.above + inside) {
+      if (!(lo > row.band.lo)) return false;
+      hi = std::nextafter(lo, -infinity), lo = row.band.lo;
+    } else {
+      break;
+    }
+  }
+  double above = sums.above;
+  const Index n = interval.narrow(found, sums.gathered, p * sums.total, above);
+  if (n == 0) return false;
+  const auto weights =
+      candidate_weights<float>(static_cast<double>(row.band.hi), row.inverse_temperature);
+  const auto decide = [&](double before, double total, double error) {
+    const PrefixEnd<float> early = end_of_prefix(found, n, before, p * total - error, weights),
+                           late = end_of_prefix(found, n, before, p * total + error, weights);
+    end = early;
+    return before + error < p * total && early.taken == late.taken && early.value == late.value &&
+           late.reached;
+  };
+  if (decide(above, sums.total, BulkError::of_share(above, sums.total - above, p, row.vocab)))
+    return true;
+  const BulkSums exact = exact_sums<Isa>(row, found[0]);
+  return decide(exact.above, exact.total, 1e-12 * exact.total);
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,110 @@
+// Laws: weights in float are as right as they say, and decide nothing that sums in double would
+// decide otherwise: rows of float keep and draw the tokens of the same rows in double, which no
+// float sum touches.
+#include <eigenformer/sampling.h>
+
+#include "sampling_support.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+TEST(SamplingBulk, WeightsAreAsRightAsTheySay) {
+  for_each_isa([](auto isa) {
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    using Error = ef::cpu::BulkError;
+    for (double inverse : {1.0, .3, 7.0}) {
+      const ef::cpu::SamplingRow<float> row{nullptr, 0, nullptr, {3.25f, -1e30f, 0}, inverse};
+      const ef::cpu::BulkWeights<V> weights(row);
+      for (double at = 0; at < 85; at += .00137 * V::lanes) {
+        float x[V::lanes], w[V::lanes];
+        for (int i = 0; i < V::lanes; ++i)
+          x[i] = static_cast<float>(3.25 - (at + .00137 * i) / inverse);
+        V v[1] = {V::load(x)};
+        weights.apply(v);
+        v[0].store(w);
+        for (int i = 0; i < V::lanes; ++i) {
+          const double exponent = (static_cast<double>(x[i]) - 3.25) * inverse;
+          const double allowed = Error::weight - Error::log_weight * exponent;
+          ASSERT_NEAR(static_cast<double>(w[i]) / std::exp(exponent), 1.0, allowed) << isa.name << " " << exponent;
+        }
+      }
+    }
+    float x[V::lanes];
+    std::fill(x, x + V::lanes, -kInfinity);
+    V v[1] = {V::load(x)};
+    const ef::cpu::SamplingRow<float> row{nullptr, 0, nullptr, {0, -1, 0}, 1.0};
+    ef::cpu::BulkWeights<V>(row).apply(v);
+    EXPECT_EQ(reduce_max(v[0]), 0.0f) << isa.name;
+  });
+}
+
+/// Rows of every kind: peaked, normal, flat, of equals, of few numbers, with -infinity, stepped.
+ef::Tensor<float, 2> rows_of_every_kind(Index vocab, unsigned seed) {
+  auto rows = random_tensor<float, 2>({8, vocab}, seed);
+  std::mt19937 generator(seed);
+  for (Index v = 0; v < vocab; ++v) {
+    rows(1, v) *= 3;
+    rows(2, v) *= .01f;
+    rows(3, v) = 7.5f;
+    rows(4, v) = std::nearbyint(rows(4, v) * 4);
+    if (generator() % 4 != 0) rows(5, v) = -kInfinity;
+    rows(6, v) = static_cast<float>(v / (vocab / 7)) * 3 + rows(6, v) * .001f;
+    rows(7, v) = static_cast<float>(static_cast<ef::bfloat16>(rows(7, v) * 2 + 30));
+  }
+  rows(0, static_cast<Index>(generator() % static_cast<unsigned>(vocab))) = 14;
+  return rows;
+}
+
+TEST(SamplingBulk, TokensAreThoseOfSumsInDouble) {
+  std::mt19937 generator(11);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  const auto pick = [&](std::initializer_list<double> values) {
+    return *(values.begin() + generator() % values.size());
+  };
+  for (Index vocab : {4100, 8192, 20011, 40000})
+    for (unsigned trial = 0; trial < 25; ++trial) {
+      const auto rows = rows_of_every_kind(vocab, 100 * trial + static_cast<unsigned>(vocab % 97));
+      const ef::Tensor<double, 2> exact = rows.cast<double>();
+      ef::SamplingParams params{.temperature = pick({1, 1, .3, 2.5})};
+      if (trial % 5 != 0) params.top_p = pick({.9, .5, .1, .99, .999, uniform(generator)});
+      if (trial % 3 == 0) params.min_p = pick({.05, .5, 1e-4});
+      if (trial % 4 == 1) params.top_k = static_cast<Index>(pick({1, 50, 700, 5000}));
+      if (trial % 6 == 2) params.typical_p = pick({.9, .3, .99});
+      if (trial % 2 == 1) params.order = ef::kLlamaCppOrder;
+      ef::Philox rng{trial}, same{trial};
+      const Ids expected = ef::sample(exact, params, same);
+      const Ids ids = ef::sample(rows, params, rng);
+      const auto p = ef::sampling_probabilities(rows, params),
+                 q = ef::sampling_probabilities(exact, params);
+      for (Index r = 0; r < 8; ++r) {
+        EXPECT_EQ(ids(r), expected(r)) << "vocab " << vocab << " trial " << trial << " row " << r;
+        for (Index v = 0; v < vocab; ++v)
+          ASSERT_EQ(p(r, v) > 0, q(r, v) > 0)
+              << "vocab " << vocab << " trial " << trial << " row " << r << " token " << v;
+      }
+      if (trial % 5 == 3)
+        for_each_isa([&](auto isa) {
+          Ids other(8);
+          ef::Philox again{trial};
+          ef::sample_into(on(isa), other, rows, params, again);
+          EXPECT_TRUE(same_bits(other, expected)) << isa.name << " " << vocab << " " << trial;
+        });
+    }
+}
+
+// Many draws from a flat row, of which one in some twenty is too near for float.
+TEST(SamplingBulk, DrawsAreThoseOfSumsInDouble) {
+  const auto row = random_tensor<float, 2>({1, 50000}, 5, .01);
+  const ef::Tensor<float, 2> rows = row.broadcast(Eigen::array<Index, 2>{40, 1});
+  const ef::Tensor<double, 2> exact = rows.cast<double>();
+  for (double p : {1.0, .9, .02}) {
+    ef::Philox rng{7}, same{7};
+    for (int step = 0; step < 4; ++step)
+      EXPECT_TRUE(
+          same_bits(ef::sample(rows, {.top_p = p}, rng), ef::sample(exact, {.top_p = p}, same)))
+          << p;
+  }
+}
+
+}  // namespace
