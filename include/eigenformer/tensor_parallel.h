@@ -166,3 +166,4 @@ auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& comm
 
 #include "tensor_parallel/fused.h"
 #include "tensor_parallel/vocabulary.h"
+#include "tensor_parallel/vocabulary_sample.h"

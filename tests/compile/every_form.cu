@@ -118,6 +118,8 @@ void linear(const D& device, Views v) {
   ef::row_parallel_linear_into(device, v.v2, v.v2, v.v2, rank);
   ef::vocabulary_parallel_greedy_into(device, v.ids, v.v2, shard, rank);
   ef::Philox random;
+  ef::vocabulary_parallel_sample_into(device, v.ids, v.v2, v.v2, rank,
+                                      ef::SamplingParams{.top_k = 3}, ef::Philox{1});
   ef::vocabulary_parallel_top_k_sample_into(device, v.ids, v.v2, v.v2, rank, 3, 1.0f, random);
 }
 

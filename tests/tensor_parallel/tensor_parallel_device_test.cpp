@@ -166,6 +166,21 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
                                             used.uniform(static_cast<std::uint32_t>(row)));
         });
       }
+      const ef::SamplingParams params{.temperature = .8, .top_k = 4, .top_p = .9};
+      if (vocabulary <= params.top_k) return;
+      statuses.assign(kRows, Status::negative);
+      ef::vocabulary_parallel_sample_into(device, ids.view(), hidden.cview(), shard, communicator,
+                                          params, ef::Philox{5}, statuses);
+      ef::Tensor<std::int32_t, 1> sampled(kRows);
+      ef::sample_into(Eigen::DefaultDevice{}, sampled, logits, params, ef::Philox{5});
+      check(statuses, [&](Index row) { return sampled(row); });
+      expect_throws<std::invalid_argument>(
+          [&] {
+            ef::vocabulary_parallel_sample_into(
+                device, ids.view(), hidden.cview(), shard, communicator,
+                ef::SamplingParams{.top_k = 2, .logit_bias = {{1, 1.f}}}, ef::Philox{5});
+          },
+          {"logit_bias changes logits, which here a CPU only does"});
     });
   }
 }
