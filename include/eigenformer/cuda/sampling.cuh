@@ -26,6 +26,7 @@
 #include "sampling/logits.cuh"
 #include "sampling/speculative.cuh"
 #include "sampling/speculative_tree.cuh"
+#include "sampling/stages.cuh"
 #include "stage.cuh"
 
 namespace eigenformer {
@@ -87,12 +88,11 @@ struct SamplingKernel {
       const C best = row.band.hi;
       if (status == SampleStatus::ok && problem::adjusts_logits(params)) {
         C* const own = adjusted + block.index() * scratch_stride;
-        adjust_logits(block, row.logits, p.vocab, params, own,
-                      counts + block.index() * scratch_stride);
+        adjust_logits(block, arrays, p, r, own, counts + block.index() * scratch_stride);
         row.adjusted = own;
         status = scan_row(block, arrays, row);
       }
-      if (status == SampleStatus::ok) apply_filters(block, arrays, row, params);
+      if (status == SampleStatus::ok) apply_filters(block, arrays, row, params, p.excludes(r));
       write(block, arrays, best, row, r, status);
     }
   }
@@ -192,29 +192,13 @@ std::tuple<const problem::RowParams*, const Philox*> stage_params(
   return stage(on, name, std::span<const RowParams>(on_device, sets.size()), generators);
 }
 
-/// Throws std::invalid_argument where these kernels lack a stage that is asked for.
-inline void require_known_stages(const char* name, std::span<const problem::RowParams> sets) {
-  using enum SamplingStage;
-  for (const problem::RowParams& params : sets) {
-    const auto refuse = [&](bool asked, const char* what) {
-      eigenformer::detail::require_that(!asked, name, what,
-                                        " is asked for, which this backend lacks");
-    };
-    refuse(params.min_tokens_to_keep > 1, "min_tokens_to_keep above 1");
-    for (const SamplingStage stage : params.order) {
-      refuse(stage == temperature && params.dynatemp_range > 0, "dynatemp_range");
-      refuse(stage == penalties && params.log_probability_penalties, "penalize_log_probabilities");
-      refuse(stage == guidance, "guidance_row");
-      refuse(stage == forced_tokens, "forced_tokens");
-      refuse(stage == function, "a function of logits");
-      refuse(stage == top_n_sigma, "top_n_sigma");
-      refuse(stage == xtc, "xtc_probability");
-      refuse(stage == epsilon_cutoff, "epsilon_cutoff");
-      refuse(stage == eta_cutoff, "eta_cutoff");
-      refuse(stage == top_h, "top_h");
-      refuse(stage == mirostat, "mirostat");
-    }
-  }
+/// Throws std::invalid_argument for a function of the caller, which is host code.
+inline void require_no_function(const char* name, std::span<const problem::RowParams> sets) {
+  for (const problem::RowParams& params : sets)
+    for (const SamplingStage stage : params.order)
+      eigenformer::detail::require_that(
+          stage != SamplingStage::function, name,
+          "a function of logits is given, which serves the CPU alone");
 }
 
 /// Rows of scratch, and so rows at a time, where logits are adjusted: as many as an H100 has
@@ -228,7 +212,7 @@ void run_sampling(const Backend<D>& on, const char* name, SamplingKernel<T> kern
   if (p.batch == 0) return;
   const std::size_t rows = static_cast<std::size_t>(p.batch);
   const std::span sets(p.params, p.params_stride == 0 ? 1 : rows);
-  require_known_stages(name, sets);
+  require_no_function(name, sets);
   const bool adjusts = std::any_of(sets.begin(), sets.end(), problem::adjusts_logits);
   const std::span generators(p.generators, p.generators == nullptr    ? 0
                                            : p.generators_stride == 0 ? 1

@@ -102,11 +102,19 @@ EIGENFORMER_DEVICE inline double logit_of_key(std::uint64_t key, double) {
   return std::bit_cast<double>(key >> 63 != 0 ? key ^ 0x8000000000000000u : ~key);
 }
 
-/// Keeps the shortest prefix of the tokens in play, by logit and index, whose weights reach
-/// `target`: all where they do not.
+/// The last token of a prefix of the tokens in play, by logit and index.
+template <typename C>
+struct LastTaken {
+  C value;
+  Index taken, equals;  // of the tokens of that logit that are in play
+};
+
+/// Where the shortest prefix ends whose weights reach `target`: at the last token that weighs
+/// anything where they do not.
 template <typename Block, typename Arrays, typename T, typename Weight>
-EIGENFORMER_DEVICE void keep_prefix(Block& block, const Arrays& arrays, SamplingRow<T>& row,
-                                    double target, bool all_equals, Weight weight) {
+EIGENFORMER_DEVICE LastTaken<compute_type<T>> last_of_prefix(Block& block, const Arrays& arrays,
+                                                             const SamplingRow<T>& row,
+                                                             double target, Weight weight) {
   using C = compute_type<T>;
   constexpr int bits = 8 * static_cast<int>(sizeof(C));
   const int constant = row.adjusted != nullptr ? 0 : constant_key_bits<T>;
@@ -119,14 +127,28 @@ EIGENFORMER_DEVICE void keep_prefix(Block& block, const Arrays& arrays, Sampling
   const Index equals = count_tokens(
       block, arrays, row, [&](Index t, C x) { return x == value && row.band.contains(x, t); });
   const double each = weight(value);
-  Index taken = equals;
-  if (!all_equals && end.above + static_cast<double>(equals) * each >= target)
-    taken = problem::equals_taken(end.above, each, equals, target);
-  if (taken < equals)
-    row.band.lo_end = nth_equal(block, arrays, row, value, taken) + 1;
-  else if (value > row.band.lo)
+  const bool reached = end.above + static_cast<double>(equals) * each >= target;
+  return {value, reached ? problem::equals_taken(end.above, each, equals, target) : equals, equals};
+}
+
+template <typename Block, typename Arrays, typename T>
+EIGENFORMER_DEVICE void end_band_at(Block& block, const Arrays& arrays, SamplingRow<T>& row,
+                                    const LastTaken<compute_type<T>>& end) {
+  if (end.taken < end.equals)
+    row.band.lo_end = nth_equal(block, arrays, row, end.value, end.taken) + 1;
+  else if (end.value > row.band.lo)
     row.band.lo_end = row.vocab;
-  row.band.lo = value;
+  row.band.lo = end.value;
+}
+
+/// Keeps the shortest prefix of the tokens in play, by logit and index, whose weights reach
+/// `target`: all where they do not.
+template <typename Block, typename Arrays, typename T, typename Weight>
+EIGENFORMER_DEVICE void keep_prefix(Block& block, const Arrays& arrays, SamplingRow<T>& row,
+                                    double target, bool all_equals, Weight weight) {
+  auto end = last_of_prefix(block, arrays, row, target, weight);
+  if (all_equals) end.taken = end.equals;
+  end_band_at(block, arrays, row, end);
 }
 
 template <typename Block, typename Arrays, typename T>
@@ -168,34 +190,52 @@ EIGENFORMER_DEVICE void keep_min_p(Block& block, const Arrays& arrays, SamplingR
   row.band.lo = least;
 }
 
-/// The distance from the entropy is |d - mean of d| with d = (logit - best) / temperature, see
-/// cpu/sampling/filters.h.
+/// Sums over the tokens in play, of their weights and of weight * (logit - best) / temperature.
+struct WeightSums {
+  double total, moment;
+
+  /// In nats.
+  EIGENFORMER_DEVICE double entropy() const { return std::log(total) - moment / total; }
+};
+
 template <typename Block, typename Arrays, typename T>
-EIGENFORMER_DEVICE void keep_typical_p(Block& block, const Arrays& arrays, SamplingRow<T>& row,
-                                       double p) {
-  using C = compute_type<T>;
-  if (p >= 1.0) return;
-  const auto scaled = [&](C x) {
-    const double d =
-        (static_cast<double>(x) - static_cast<double>(row.band.hi)) * row.inverse_temperature;
-    return d < 0.0 ? d : 0.0;
-  };
+EIGENFORMER_DEVICE WeightSums weight_sums(Block& block, const Arrays& arrays,
+                                          const SamplingRow<T>& row) {
   const double total = sum_in_order(block, arrays.sums, row.vocab, weights_of(row));
   const double moment = sum_in_order(block, arrays.sums, row.vocab, [&](Index t, Index apart) {
     FourWeights four = row.weights(t, apart);
     for (int k = 0; k < FourWeights::kCount; ++k)
-      if (four.values[k] > 0) four.values[k] *= scaled(row.at(t + k * apart));
+      if (four.values[k] > 0) four.values[k] *= row.scaled(row.at(t + k * apart));
     return four;
   });
-  const double mean = moment / total;
-  const auto distance = [&](C x) { return std::abs(scaled(x) - mean); };
+  return {total, moment};
+}
+
+/// Keeps the tokens whose information is nearest to the entropy, with all as near as the last,
+/// until weight(logit) of them sums to `target`. The distance is |d - mean of d| with d = (logit -
+/// best) / temperature, see cpu/sampling/filters.h.
+template <typename Block, typename Arrays, typename T, typename Weight>
+EIGENFORMER_DEVICE void keep_nearest(Block& block, const Arrays& arrays, SamplingRow<T>& row,
+                                     double mean, double target, Weight weight) {
+  using C = compute_type<T>;
+  const auto distance = [&](C x) { return std::abs(row.scaled(x) - mean); };
   const auto end = select_prefix(
-      block, arrays, row, p * total, 64, 0,
+      block, arrays, row, target, 64, 0,
       [&](C x) { return ~std::bit_cast<std::uint64_t>(distance(x)); },  // near is first
-      [&](C x) { return row.weight(x); });
+      weight);
   const double farthest = std::bit_cast<double>(~end.key);
   const Range<C> kept = range_of(block, arrays, row, [&](C x) { return distance(x) <= farthest; });
-  row.band = {kept.hi, kept.lo, kept.lo > row.band.lo ? row.vocab : row.band.lo_end};
+  row.band = {kept.hi, kept.lo, kept.lo > row.band.lo ? row.vocab : row.band.lo_end,
+              kept.hi < row.band.hi ? 0 : row.band.hi_begin};
+}
+
+template <typename Block, typename Arrays, typename T>
+EIGENFORMER_DEVICE void keep_typical_p(Block& block, const Arrays& arrays, SamplingRow<T>& row,
+                                       double p) {
+  if (p >= 1.0) return;
+  const WeightSums sums = weight_sums(block, arrays, row);
+  keep_nearest(block, arrays, row, sums.moment / sums.total, p * sums.total,
+               [row](auto x) { return row.weight(x); });
 }
 
 template <typename Block, typename Arrays, typename T>
@@ -206,21 +246,6 @@ EIGENFORMER_DEVICE void set_temperature(Block& block, const Arrays& arrays, Samp
     row.band.lo = row.band.hi;
   } else {
     row.inverse_temperature = problem::inverse_temperature(temperature);
-  }
-}
-
-/// Runs the stages after penalties, bias and mask on a scanned row.
-template <typename Block, typename Arrays, typename T>
-EIGENFORMER_DEVICE void apply_filters(Block& block, const Arrays& arrays, SamplingRow<T>& row,
-                                      const problem::RowParams& params) {
-  for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::temperature)
-      set_temperature(block, arrays, row, params.temperature);
-    if (stage == SamplingStage::top_k)
-      keep_top_k(block, arrays, row, params.top_k, params.top_k_ties);
-    if (stage == SamplingStage::top_p) keep_top_p(block, arrays, row, params.top_p);
-    if (stage == SamplingStage::min_p) keep_min_p(block, arrays, row, params.min_p);
-    if (stage == SamplingStage::typical_p) keep_typical_p(block, arrays, row, params.typical_p);
   }
 }
 

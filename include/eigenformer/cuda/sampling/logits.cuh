@@ -1,5 +1,5 @@
 /// \file
-/// Penalties, bias and mask, by a block: the row is copied to scratch in the compute type and
+/// Guidance, penalties, biases, mask and forced tokens, by a block: the row is copied to scratch in the compute type and
 /// changed there, as in cpu/sampling/logits.h. Each number is computed in double and rounded once.
 #pragma once
 
@@ -84,21 +84,58 @@ EIGENFORMER_DEVICE void apply_token_mask(Block& block, C* logits, Index vocab,
   block.barrier();
 }
 
-/// Copies a row to `adjusted` and applies penalties, bias and mask in the order of the parameters.
-template <typename Block, typename T, typename C>
-EIGENFORMER_DEVICE void adjust_logits(Block& block, const T* logits, Index vocab,
-                                      const problem::RowParams& params, C* adjusted,
+/// Log of the sum of exponentials of a row; NaN where the row is bad.
+template <typename Block, typename Arrays, typename T>
+EIGENFORMER_DEVICE double log_total(Block& block, const Arrays& arrays, SamplingRow<T> row) {
+  if (scan_row(block, arrays, row) != SampleStatus::ok)
+    return std::numeric_limits<double>::quiet_NaN();
+  return static_cast<double>(row.band.hi) +
+         std::log(sum_in_order(block, arrays.sums, row.vocab, weights_of(row)));
+}
+
+/// Copies row r to `adjusted` and runs the stages that change logits, in the order of the
+/// parameters.
+template <typename Block, typename Arrays, typename T, typename C>
+EIGENFORMER_DEVICE void adjust_logits(Block& block, const Arrays& arrays,
+                                      const problem::Sampling<T>& p, Index r, C* adjusted,
                                       std::int32_t* counts) {
-  for (Index t = block.thread(); t < vocab; t += block.size())
-    adjusted[t] = static_cast<C>(logits[t]);
-  block.barrier();
+  const problem::RowParams& params = p.params_of(r);
+  const T* const logits = p.logits + r * p.vocab;
+  const auto for_each = [&](auto change) {
+    for (Index t = block.thread(); t < p.vocab; t += block.size()) adjusted[t] = change(t);
+    block.barrier();
+  };
+  const auto total_of = [&](const T* of, const C* changed) {
+    return log_total(block, arrays, SamplingRow<T>{of, changed, p.vocab, {}, 1.0});
+  };
+  for_each([&](Index t) { return static_cast<C>(logits[t]); });
   int bias_stages = 0;
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::penalties) apply_penalties(block, adjusted, params, counts);
+    if (stage == SamplingStage::guidance) {
+      const T* const without = p.logits + params.guidance_row * p.vocab;
+      const double total = total_of(logits, adjusted), total_without = total_of(without, nullptr);
+      for_each([&](Index t) {
+        return static_cast<C>(
+            problem::guided_logit(static_cast<double>(adjusted[t]) - total,
+                                  static_cast<double>(static_cast<C>(without[t])) - total_without,
+                                  params.guidance_scale));
+      });
+    }
+    if (stage == SamplingStage::penalties) {
+      if (params.log_probability_penalties) {
+        const double total = total_of(logits, adjusted);
+        for_each([&](Index t) { return static_cast<C>(static_cast<double>(adjusted[t]) - total); });
+      }
+      apply_penalties(block, adjusted, params, counts);
+    }
     if (stage == SamplingStage::token_mask)
-      apply_token_mask(block, adjusted, vocab, params.token_mask);
+      apply_token_mask(block, adjusted, p.vocab, params.token_mask);
     if (stage == SamplingStage::logit_bias)
       apply_bias(block, adjusted, problem::biases_of_stage(params, bias_stages++));
+    if (stage == SamplingStage::forced_tokens)
+      for_each([&](Index t) {
+        return t == params.forced_token ? C(0) : -std::numeric_limits<C>::infinity();
+      });
   }
 }
 

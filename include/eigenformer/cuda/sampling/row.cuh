@@ -34,6 +34,12 @@ struct SamplingRow {
     return detail::token_weight(static_cast<double>(logit), static_cast<double>(band.hi),
                                 inverse_temperature);
   }
+  /// (logit - best) / temperature of a token in play.
+  EIGENFORMER_DEVICE double scaled(C logit) const {
+    const double d =
+        (static_cast<double>(logit) - static_cast<double>(band.hi)) * inverse_temperature;
+    return d < 0.0 ? d : 0.0;
+  }
   /// 0 where a token is out of play. Threads whose four are have nothing to do.
   EIGENFORMER_DEVICE FourWeights weights(Index token, Index apart) const {
     constexpr int count = FourWeights::kCount;
@@ -196,16 +202,19 @@ EIGENFORMER_DEVICE Index count_tokens(Block& block, const Arrays& arrays, const 
   return reduce_block(block, arrays.counts, count, Add{});
 }
 
-/// The `nth` token (1: the first) whose logit equals `value`; there are that many. Every warp
-/// counts a run of neighbours, and the one that has it looks for it.
+/// The `nth` token (1: the first) whose logit equals `value`, of those in play where that is the
+/// largest logit; there are that many. Every warp counts a run of neighbours, and the one that has
+/// it looks for it.
 template <typename Block, typename Arrays, typename T>
 EIGENFORMER_DEVICE Index nth_equal(Block& block, const Arrays& arrays, const SamplingRow<T>& row,
                                    compute_type<T> value, Index nth) {
   const Index warps = block.size() / kWarp;
   const Index run = ((row.vocab + warps - 1) / warps + kWarp - 1) / kWarp * kWarp;
   const Index begin = block.warp() * run, end = begin + run < row.vocab ? begin + run : row.vocab;
+  const Index from = value == row.band.hi ? row.band.hi_begin : 0;
+  const auto is_one = [&](Index t) { return t >= from && t < end && row.at(t) == value; };
   Index count = 0;
-  for (Index t = begin + block.lane(); t < end; t += kWarp) count += row.at(t) == value ? 1 : 0;
+  for (Index t = begin + block.lane(); t < end; t += kWarp) count += is_one(t) ? 1 : 0;
   count = reduce_warp(block, count, Add{});
   if (block.lane() == 0) arrays.counts.store(block.warp(), count);
   block.barrier();
@@ -214,7 +223,7 @@ EIGENFORMER_DEVICE Index nth_equal(Block& block, const Arrays& arrays, const Sam
   if (before < nth && nth <= before + count) {
     for (Index t = begin; before < nth; t += kWarp) {
       const Index own = t + block.lane();
-      const unsigned equals = block.ballot(own < end && row.at(own) == value);
+      const unsigned equals = block.ballot(is_one(own));
       for (int lane = 0; lane < kWarp && before < nth; ++lane)
         if ((equals >> lane & 1) != 0 && ++before == nth && block.lane() == lane)
           arrays.sums.token.store(0, own);
