@@ -170,6 +170,14 @@ def every(size):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     train(words, size, special_tokens=["<unk>"], continuing_subword_prefix="##", end_of_word_suffix="</w>")
     yield "words", added(words)
+    clean = Tokenizer(models.BPE(unk_token="<unk>"))
+    clean.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    clean.pre_tokenizer = pre_tokenizers.Metaspace()
+    yield "nfkc", added(train(clean, size, special_tokens=["<unk>"]))
+    bert = Tokenizer(models.BPE(unk_token="<unk>"))
+    bert.normalizer = normalizers.Sequence([normalizers.NFKD(), normalizers.StripAccents()])
+    bert.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    yield "nfkd", added(train(bert, size, special_tokens=["<unk>"]))
     split = Tokenizer(models.Unigram([("<unk>", 0.0)] + [(c, -1.0 - i / 50) for i, c in enumerate(
         "a b c d e f , . - 1 2 3 ab de -- 12 ,b c- ea".split())], 0, False))
     split.pre_tokenizer = pre_tokenizers.Sequence([
@@ -212,13 +220,13 @@ def main():
         (folder / "pieces.gguf").write_text(json.dumps(pieces | {"ids": [encode(text) for text in made]}))
         return
     # Ids of the first strings in full, of all as a sum of 32 bits each, and one sum of all decoded texts.
-    made = strings(220)
+    made = strings(190)
     shown = [text.decode() if is_utf8(text) else [text.hex()] for text in made]
     out = {"strings": shown, "tokenizers": {}}
     for name, tokenizer in every(420):
         whole = list(results(tokenizer, made))
         out["tokenizers"][name] = {
-            "file": json.loads(tokenizer.to_str()), "ids": [ids for ids, _ in whole[:12]],
+            "file": json.loads(tokenizer.to_str()), "ids": [ids for ids, _ in whole[:10]],
             "sums": sums(ids for ids, _ in whole),
             "text_sum": fnv("\0".join(text for _, text in whole).encode())}
     pieces, encode = sentencepiece_bpe(600)

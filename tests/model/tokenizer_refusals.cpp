@@ -68,14 +68,13 @@ TEST(TokenizerRefusals, NameThePlaceAndTheReason) {
   refuses("bpe", "/added_tokens/0/content", std::string(5000, 'y'),
           "is added and has more than 4096");
   refuses("bpe", "/added_tokens/0", 3, "added_tokens[0]: is not an object");
-  refuses("bpe", "/normalizer/normalizers/0/type", "NFKC",
-          "normalizer.normalizers[0]: is of type NFKC, which is not supported");
-  refuses("bpe", "/normalizer/normalizers/0/type", "Precompiled", "is of type Precompiled");
+  refuses("bpe", "/normalizer/normalizers/0/type", "Precompiled",
+          "normalizer.normalizers[0]: is of type Precompiled, which is not supported");
   refuses("bpe", "/normalizer/normalizers/3/pattern/String", "", "pattern.String: is empty");
   refuses("bpe", "/pre_tokenizer/pretokenizers/0/behavior", "Odd", "behavior: is not known");
   refuses("bpe", "/pre_tokenizer/pretokenizers/3/replacement", "__", "is not one character");
   refuses("bpe", "/pre_tokenizer/pretokenizers/3/prepend_scheme", "no", "is not always, first");
-  refuses("bpe", "/pre_tokenizer/pretokenizers/1/type", "BertPreTokenizer", "not supported");
+  refuses("bpe", "/pre_tokenizer/pretokenizers/1/type", "UnicodeScripts", "not supported");
   refuses("bpe", "/post_processor/single/1/Sequence/id", "B", "single[1]: is not the one place");
   refuses("bpe", "/post_processor/single", Json::array(), "single: has no place for the text");
   refuses("bpe", "/post_processor/special_tokens/<s>/ids/0", 77, "is the id of no token");

@@ -14,13 +14,15 @@
 ///
 ///   models           BPE: byte-level (Sennrich et al., 2016; GPT-2) and SentencePiece's, with byte
 ///                    fallback; Unigram (Kudo, 2018)
-///   normalizers      NFC, NFD, Lowercase, Prepend, Replace, Strip, ByteLevel
-///   pre-tokenizers   ByteLevel, Split, Digits, Metaspace, Whitespace, WhitespaceSplit, Punctuation
+///   normalizers      NFC, NFD, NFKC, NFKD, Nmt, StripAccents, Lowercase, Prepend, Replace, Strip,
+///                    ByteLevel
+///   pre-tokenizers   ByteLevel, Split, Digits, Metaspace, Whitespace, WhitespaceSplit, Punctuation,
+///                    BertPreTokenizer
 ///   post-processors  TemplateProcessing (of one text), ByteLevel, BertProcessing,
 ///                    RobertaProcessing
 ///   decoders         ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip
 ///
-/// and Sequences of them; from GGUF the models llama and gpt2. Anything else (WordPiece, NFKC,
+/// and Sequences of them; from GGUF the models llama and gpt2. Anything else (WordPiece,
 /// Precompiled, BPE dropout, ...) is refused by its name. Truncation and padding are not read.
 ///
 /// Text is UTF-8. What is not well formed is read as Python's errors="replace" reads it: U+FFFD for

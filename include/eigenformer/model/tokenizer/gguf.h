@@ -121,7 +121,7 @@ inline void read_byte_level(const GgufVocabulary& file, TokenizerData& data,
   bpe.finish(data.vocabulary);
   data.model = std::move(bpe);
   if (words.composes)
-    data.normalizers.push_back([](std::string text) { return normalized(text, true); });
+    data.normalizers.push_back([](std::string text) { return normalized(text, NormalForm::nfc); });
   for (const std::string_view pattern : words.patterns)
     data.splitters.push_back(splitter(Regex(pattern, file.file), SplitBehavior::isolated));
   data.splitters.push_back(to_byte_alphabet());

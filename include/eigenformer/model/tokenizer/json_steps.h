@@ -3,8 +3,10 @@
 /// decoders, each a "type" with members of its own, or a Sequence of them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -46,9 +48,20 @@ inline void read_normalizer(const JsonValue& step, std::vector<Normalizer>& to) 
                        [&](const JsonValue& part) { read_normalizer(part, to); }))
     return;
   const std::string& type = step.type();
-  if (type == "NFC" || type == "NFD") {
-    const bool composes = type == "NFC";
-    to.push_back([composes](std::string text) { return normalized(text, composes); });
+  const auto replace = [&](std::string_view pattern, std::string content) {
+    to.push_back([regex = Regex(pattern, step.file()), content](std::string text) {
+      return regex.replace(text, content);
+    });
+  };
+  constexpr std::string_view kForms[] = {"NFD", "NFC", "NFKD", "NFKC"};
+  if (const auto at = std::ranges::find(kForms, type); at != std::end(kForms)) {
+    const auto form = static_cast<NormalForm>(at - std::begin(kForms));
+    to.push_back([form](std::string text) { return normalized(text, form); });
+  } else if (type == "Nmt") {  // as SentencePiece cleans text for translation
+    replace(R"([\x01-\x08\x0B\x0E-\x1F\x7F\x{8F}\x{9F}])", "");
+    replace(R"([\t\n\f\r\x{1680}\x{200B}-\x{200F}\x{2028}\x{2029}\x{2581}\x{FEFF}\x{FFFD}])", " ");
+  } else if (type == "StripAccents") {
+    replace(R"(\p{M})", "");
   } else if (type == "Lowercase") {
     to.push_back([](std::string text) { return lowercase(text); });
   } else if (type == "Prepend") {
@@ -61,10 +74,7 @@ inline void read_normalizer(const JsonValue& step, std::vector<Normalizer>& to) 
   } else if (type == "Strip") {
     std::string pattern = step.flag("strip_left", true) ? R"(\A\s+)" : "";
     if (step.flag("strip_right", true)) pattern += pattern.empty() ? R"(\s++\z)" : R"(|\s++\z)";
-    if (pattern.empty()) return;
-    to.push_back([space = Regex(pattern, step.file())](std::string text) {
-      return space.replace(text, "");
-    });
+    if (!pattern.empty()) replace(pattern, "");
   } else if (type == "ByteLevel") {
     to.push_back([](std::string text) { return ByteAlphabet::instance().encode(text); });
   } else {
@@ -96,6 +106,7 @@ inline void read_splitter(const JsonValue& step, std::vector<Splitter>& to) {
   if (each_of_sequence(step, "pretokenizers",
                        [&](const JsonValue& part) { read_splitter(part, to); }))
     return;
+  constexpr std::string_view kPunctuation = R"([!-/:-@\[-`{-~\p{P}])";
   const std::string& type = step.type();
   const auto add = [&](std::string_view pattern, SplitBehavior behavior, bool invert = false) {
     to.push_back(splitter(Regex(pattern, step.file()), behavior, invert));
@@ -117,8 +128,10 @@ inline void read_splitter(const JsonValue& step, std::vector<Splitter>& to) {
   } else if (type == "WhitespaceSplit") {
     add(R"(\s)", SplitBehavior::removed);
   } else if (type == "Punctuation") {
-    add(R"([!-/:-@\[-`{-~\p{P}])",
-        step.has("behavior") ? read_behavior(step) : SplitBehavior::isolated);
+    add(kPunctuation, step.has("behavior") ? read_behavior(step) : SplitBehavior::isolated);
+  } else if (type == "BertPreTokenizer") {
+    add(R"(\s)", SplitBehavior::removed);
+    add(kPunctuation, SplitBehavior::isolated);
   } else {
     refuse_type(step);
   }

@@ -1,5 +1,5 @@
 /// \file
-/// Canonical normalization of text, NFD and NFC (Unicode Standard Annex 15), and lower case.
+/// Normal forms of text, NFD, NFC, NFKD and NFKC (Unicode Standard Annex 15), and lower case.
 /// Time is linear in the text, but for sorting runs of combining marks.
 #pragma once
 
@@ -10,9 +10,11 @@
 #include <iterator>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "compatibility_tables.h"
 #include "text.h"
 #include "unicode_tables.h"
 
@@ -68,6 +70,31 @@ inline void append_decomposed(std::u32string& to, char32_t c) {
   if (row[2] != 0) append_decomposed(to, row[2]);
 }
 
+/// What characters stand for that have a decomposition for compatibility, in NFKD.
+inline const std::unordered_map<char32_t, std::u32string>& compatible_texts() {
+  static const auto texts = [] {
+    std::unordered_map<char32_t, std::u32string> made;
+    char32_t first = 0;
+    for (std::size_t i = 0; i < std::size(kCompatibleRanges); i += 4) {
+      const std::int32_t* const row = kCompatibleRanges + i;
+      first += static_cast<char32_t>(row[0]);
+      for (std::int32_t past = 0; past <= row[1]; past += (std::max)(row[2], 1)) {
+        const char32_t c = first + static_cast<char32_t>(past);
+        made[c] = static_cast<char32_t>(static_cast<std::int32_t>(c) + row[3]);
+      }
+    }
+    char32_t c = 0;
+    for (std::size_t i = 0; i < std::size(kCompatibleTexts);) {
+      c += kCompatibleTexts[i];
+      const std::uint32_t* const begin = kCompatibleTexts + i + 2;
+      i += 2 + kCompatibleTexts[i + 1];
+      made[c].assign(begin, kCompatibleTexts + i);
+    }
+    return made;
+  }();
+  return texts;
+}
+
 /// The character that two compose to; 0: none.
 inline char32_t composed(char32_t a, char32_t b) {
   if (a - Hangul::kLeading < Hangul::kLeadingCount && b - Hangul::kVowels < Hangul::kVowelCount)
@@ -116,8 +143,12 @@ inline void compose(std::u32string& text) {
   text.resize(out);
 }
 
-/// NFC of whole UTF-8, or NFD where it is not to be composed.
-inline std::string normalized(std::string_view text, bool composes) {
+enum class NormalForm { nfd, nfc, nfkd, nfkc };
+
+/// A normal form of whole UTF-8.
+inline std::string normalized(std::string_view text, NormalForm form) {
+  const bool composes = form == NormalForm::nfc || form == NormalForm::nfkc;
+  const bool compatible = form == NormalForm::nfkd || form == NormalForm::nfkc;
   std::u32string points;
   char32_t largest = 0;
   for (std::string_view rest = text; !rest.empty();) {
@@ -126,10 +157,19 @@ inline std::string normalized(std::string_view text, bool composes) {
     largest = (std::max)(largest, front.code_point);
     rest.remove_prefix(front.bytes);
   }
-  // Below the first combining mark all is composed already, below U+00C0 all is decomposed.
-  if (largest < (composes ? 0x300u : 0xC0u)) return std::string(text);
+  // Below the first combining mark all is composed already, below U+00C0 all is decomposed, and
+  // U+00A0 is the first that stands for another.
+  if (largest < (compatible ? 0xA0u : composes ? 0x300u : 0xC0u)) return std::string(text);
   std::u32string parts;
-  for (const char32_t c : points) append_decomposed(parts, c);
+  for (const char32_t c : points) {
+    if (compatible) {
+      if (const auto at = compatible_texts().find(c); at != compatible_texts().end()) {
+        parts += at->second;
+        continue;
+      }
+    }
+    append_decomposed(parts, c);
+  }
   for (std::size_t i = 0; i < parts.size();) {
     if (combining_class(parts[i]) == 0) {
       ++i;
