@@ -129,7 +129,9 @@ def spm_bpe(size, fallback, prepend=True):
     tokenizer.decoder = SPM_DECODER
     train(tokenizer, size, special_tokens=["<unk>", "<s>", "</s>"] + (BYTES if fallback else []),
           limit_alphabet=size // 5, max_token_length=12)
-    added(tokenizer)
+    file = json.loads(tokenizer.to_str())  # bytes are tokens of the model alone
+    file["added_tokens"] = [token for token in file["added_tokens"] if token["content"] not in BYTES]
+    tokenizer = added(Tokenizer.from_str(json.dumps(file)))
     tokenizer.post_processor = template(tokenizer, "<s> $A </s>")
     return tokenizer
 
@@ -187,17 +189,20 @@ def every(size):
     yield "split", added(split)
 
 
-def sentencepiece_bpe(size):
-    """What GGUF files of model llama hold, and how to encode with it."""
+SENTENCEPIECE = [("bpe", True), ("unigram", True), ("unigram", False)]
+
+
+def sentencepiece_model(size, kind, fallback):
+    """What GGUF files of models llama (bpe) and t5 (unigram) hold, and how to encode with it."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=size, model_type="bpe", byte_fallback=True,
+        sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=size, model_type=kind, byte_fallback=fallback,
         normalization_rule_name="identity", remove_extra_whitespaces=False, character_coverage=0.98,
         hard_vocab_limit=False, minloglevel=2)
     model = sentencepiece.SentencePieceProcessor(model_proto=file.getvalue())
     ids = range(model.vocab_size())
     kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1 for i in ids]
-    pieces = {"tokens": [model.id_to_piece(i) for i in ids], "scores": [model.get_score(i) for i in ids], "types": kinds}
+    pieces = {"tokens": [model.id_to_piece(i) for i in ids], "scores": [float(f"{model.get_score(i):.9g}") for i in ids], "types": kinds}
     return pieces, lambda text: model.encode(text.decode("utf-8", "replace"))
 
 
@@ -216,21 +221,25 @@ def main():
             (folder / f"{name}.json").write_text(tokenizer.to_str())
             lines = [" ".join(map(str, ids)) + "|" + text.encode().hex() for ids, text in results(tokenizer, made)]
             (folder / f"{name}.txt").write_text("\n".join(lines))
-        pieces, encode = sentencepiece_bpe(6000)
-        (folder / "pieces.gguf").write_text(json.dumps(pieces | {"ids": [encode(text) for text in made]}))
+        for kind, fallback in SENTENCEPIECE:
+            pieces, encode = sentencepiece_model(900, kind, fallback)
+            lines = [encode(text) for text in made]
+            (folder / f"{kind}{fallback}.pieces").write_text(json.dumps(pieces | {"ids": lines}))
         return
     # Ids of the first strings in full, of all as a sum of 32 bits each, and one sum of all decoded texts.
-    made = strings(190)
+    made = strings(200)
     shown = [text.decode() if is_utf8(text) else [text.hex()] for text in made]
     out = {"strings": shown, "tokenizers": {}}
-    for name, tokenizer in every(420):
+    for name, tokenizer in every(400):
         whole = list(results(tokenizer, made))
         out["tokenizers"][name] = {
-            "file": json.loads(tokenizer.to_str()), "ids": [ids for ids, _ in whole[:10]],
+            "file": json.loads(tokenizer.to_str()), "ids": [ids for ids, _ in whole[:8]],
             "sums": sums(ids for ids, _ in whole),
             "text_sum": fnv("\0".join(text for _, text in whole).encode())}
-    pieces, encode = sentencepiece_bpe(600)
-    out["sentencepiece"] = pieces | {"sums": sums(encode(text) for text in made)}
+    out["sentencepiece"] = []
+    for kind, fallback in SENTENCEPIECE:
+        pieces, encode = sentencepiece_model(580, kind, fallback)
+        out["sentencepiece"].append(pieces | {"kind": kind, "sums": sums(encode(text) for text in made)})
     print(json.dumps(out, ensure_ascii=False, separators=(",", ":")))
 
 

@@ -137,7 +137,7 @@ TEST(TokenizerRefusals, OfGgufArrays) {
   refuses(changed, "tokenizer.ggml.scores: holds a value that is not finite");
   changed = file();
   changed.model = "bert";
-  refuses(changed, "tokenizer.ggml.model: is bert; llama and gpt2 are supported");
+  refuses(changed, "tokenizer.ggml.model: is bert; llama, t5 and gpt2 are supported");
   changed = file();
   changed.tokens.clear();
   changed.types.clear();

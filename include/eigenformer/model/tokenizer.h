@@ -22,7 +22,7 @@
 ///                    RobertaProcessing
 ///   decoders         ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip
 ///
-/// and Sequences of them; from GGUF the models llama and gpt2. Anything else (WordPiece,
+/// and Sequences of them; from GGUF the models llama, t5 (unigram) and gpt2. Anything else (WordPiece,
 /// Precompiled, BPE dropout, ...) is refused by its name. Truncation and padding are not read.
 ///
 /// Text is UTF-8. What is not well formed is read as Python's errors="replace" reads it: U+FFFD for

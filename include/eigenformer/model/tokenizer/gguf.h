@@ -3,9 +3,11 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -23,16 +25,17 @@ inline namespace EIGENFORMER_ABI {
 
 /// The values of tokenizer.ggml.* by their last names. Ids are -1 where a file has none.
 struct GgufVocabulary {
-  std::string_view model;     ///< "llama" (SentencePiece's BPE) or "gpt2"
+  std::string_view model;     ///< "llama" (SentencePiece's BPE), "t5" (its unigram) or "gpt2"
   std::string_view pre = {};  ///< how gpt2 cuts words: "llama-bpe", "qwen2", ...
   std::vector<std::string_view> tokens = {};
-  std::vector<float> scores = {};        ///< llama: one for each token
+  std::vector<float> scores = {};        ///< llama, t5: one for each token
   std::vector<std::int32_t> types = {};  ///< one for each token, or none; see detail::GgufTokenType
   std::vector<std::string_view> merges = {};            ///< gpt2: "left right"
   std::int64_t bos = -1, eos = -1, unk = -1, pad = -1;  ///< X_token_id; pad: padding_token_id
   std::vector<std::int64_t> more_ends = {};             ///< eot_token_id, eom_token_id
   std::optional<bool> add_bos = {}, add_eos = {};       ///< add_X_token
   std::optional<bool> add_space_prefix = {};
+  bool remove_extra_whitespaces = false;  ///< t5
   /// White space to the right of special tokens belongs to them, but of <unk>, <s>, <|endoftext|>:
   /// so it is in Phi 3, whose files do not say so.
   bool special_takes_right = false;
@@ -62,25 +65,35 @@ inline GgufTokenType gguf_type(const GgufVocabulary& file, std::size_t id) {
   return file.types.empty() ? GgufTokenType::normal : static_cast<GgufTokenType>(file.types[id]);
 }
 
+/// Whether text can mean a token of SentencePiece's; control and bytes it cannot.
+inline bool has_text(const GgufVocabulary& file, std::size_t id) {
+  const GgufTokenType type = gguf_type(file, id);
+  return type == GgufTokenType::normal || type == GgufTokenType::user_defined ||
+         type == GgufTokenType::unused;
+}
+
 /// Ranks of tokens as merges: equal scores are equal, and the best is 0.
 inline std::vector<std::uint32_t> ranks_of_scores(const GgufVocabulary& file) {
-  std::vector<float> order;
-  for (const float score : file.scores) {
-    if (!(score >= -3.4e38f && score <= 3.4e38f))
-      fail_model(file.file, "tokenizer.ggml.scores", "holds a value that is not finite");
-    order.push_back(score);
-  }
+  std::vector<float> order = file.scores;
   std::ranges::sort(order, std::greater<float>());
   order.erase(std::unique(order.begin(), order.end()), order.end());
   std::vector<std::uint32_t> ranks;
   for (std::size_t i = 0; i < file.scores.size(); ++i) {
-    const GgufTokenType type = gguf_type(file, i);
-    const bool merges = type == GgufTokenType::normal || type == GgufTokenType::user_defined ||
-                        type == GgufTokenType::unused;
     const auto at = std::ranges::lower_bound(order, file.scores[i], std::greater<float>());
-    ranks.push_back(merges ? static_cast<std::uint32_t>(at - order.begin()) : Bpe::kNever);
+    ranks.push_back(has_text(file, i) ? static_cast<std::uint32_t>(at - order.begin())
+                                      : Bpe::kNever);
   }
   return ranks;
+}
+inline Unigram read_unigram(const GgufVocabulary& file, const TokenizerData& data) {
+  std::vector<double> scores;
+  bool has_bytes = false;
+  for (std::size_t i = 0; i < file.scores.size(); ++i) {
+    const double none = std::numeric_limits<double>::quiet_NaN();
+    scores.push_back(has_text(file, i) ? static_cast<double>(file.scores[i]) : none);
+    has_bytes = has_bytes || gguf_type(file, i) == GgufTokenType::byte;
+  }
+  return Unigram(data.vocabulary, std::move(scores), data.unk, has_bytes);
 }
 
 inline constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  ///< U+2581
@@ -90,8 +103,19 @@ inline void read_sentencepiece(const GgufVocabulary& file, TokenizerData& data) 
     fail_model(file.file, "tokenizer.ggml.scores",
                "has " + std::to_string(file.scores.size()) + " values for " +
                    std::to_string(file.tokens.size()) + " tokens");
-  data.model = Bpe(data.vocabulary, {.unk = data.unk, .fuse_unk = true, .byte_fallback = true},
-                   ranks_of_scores(file));
+  for (const float score : file.scores)
+    if (!std::isfinite(score))
+      fail_model(file.file, "tokenizer.ggml.scores", "holds a value that is not finite");
+  if (file.model == "llama")
+    data.model = Bpe(data.vocabulary, {.unk = data.unk, .fuse_unk = true, .byte_fallback = true},
+                     ranks_of_scores(file));
+  else
+    data.model = read_unigram(file, data);
+  if (file.remove_extra_whitespaces)
+    data.normalizers.push_back([ends = Regex(R"(\A +| +\z)", file.file),
+                                inside = Regex(" {2,}", file.file)](std::string text) {
+      return inside.replace(ends.replace(text, ""), " ");
+    });
   const bool adds_space = file.add_space_prefix.value_or(true);
   data.normalizers.push_back([adds_space](std::string text) {
     std::string marked(adds_space && !text.empty() ? kSpaceMark : "");
@@ -149,7 +173,7 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
                "has " + std::to_string(file.types.size()) + " values for " +
                    std::to_string(file.tokens.size()) + " tokens");
   if (file.tokens.empty()) fail_model(file.file, "tokenizer.ggml.tokens", "is missing or empty");
-  const bool is_llama = file.model == "llama";
+  const bool is_sentencepiece = file.model == "llama" || file.model == "t5";
   std::vector<AddedToken> added;
   for (std::size_t i = 0; i < file.tokens.size(); ++i) {
     // What is no UTF-8 can be typed by nobody, but keeps its id.
@@ -157,7 +181,7 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
     const GgufTokenType type = gguf_type(file, i);
     const bool control = type == GgufTokenType::control || type == GgufTokenType::unknown;
     const bool is_added = control || type == GgufTokenType::user_defined;
-    data.vocabulary.add(text, static_cast<std::int64_t>(i), is_llama || !is_added);
+    data.vocabulary.add(text, static_cast<std::int64_t>(i), is_sentencepiece || !is_added);
     if (text.empty() || !is_added) continue;
     added.push_back({.text = text, .id = static_cast<std::int32_t>(i), .special = control});
     added.back().takes_right =
@@ -165,8 +189,8 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
   }
   data.vocabulary.index();
   data.unk = static_cast<std::int32_t>(data.vocabulary.has(file.unk) ? file.unk : -1);
-  bool adds_bos = is_llama;
-  if (is_llama) {
+  bool adds_bos = file.model == "llama";
+  if (is_sentencepiece) {
     if (data.unk < 0)
       for (std::size_t i = 0; i < file.types.size(); ++i)
         if (gguf_type(file, i) == GgufTokenType::unknown) data.unk = static_cast<std::int32_t>(i);
@@ -180,12 +204,12 @@ inline TokenizerData tokenizer_from_gguf(const GgufVocabulary& file) {
     adds_bos = words->adds_bos;
   } else {
     fail_model(file.file, "tokenizer.ggml.model",
-               "is " + printable(file.model) + "; llama and gpt2 are supported");
+               "is " + printable(file.model) + "; llama, t5 and gpt2 are supported");
   }
   data.set_added(added);
   set_ends(file, data);
   if (file.add_bos.value_or(adds_bos) && data.bos >= 0) data.before.push_back(data.bos);
-  if (file.add_eos.value_or(false) && data.eos_of_texts >= 0)
+  if (file.add_eos.value_or(file.model == "t5") && data.eos_of_texts >= 0)
     data.after.push_back(data.eos_of_texts);
   data.chat_template = whole_utf8(file.chat_template);
   return data;
@@ -219,6 +243,9 @@ inline GgufVocabulary gguf_vocabulary(const Gguf& file) {
     for (const std::int64_t type : metadata.integers(key("token_type")))
       vocabulary.types.push_back(type > 0 && type < 7 ? static_cast<std::int32_t>(type) : 1);
   if (metadata.contains(key("merges"))) vocabulary.merges = metadata.texts(key("merges"));
+  if (metadata.contains(key("precompiled_charsmap")))
+    fail_model(vocabulary.file, key("precompiled_charsmap"), "is there, and is not supported");
+  vocabulary.remove_extra_whitespaces = flag("remove_extra_whitespaces").value_or(false);
   const bool is_llama = vocabulary.model == "llama";  // whose files may leave these out
   vocabulary.bos = integer("bos_token_id", is_llama ? 1 : -1);
   vocabulary.eos = integer("eos_token_id", is_llama ? 2 : -1);

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -29,13 +30,14 @@ class Unigram {
   /// Work follows the longest token, so files may not have any.
   static constexpr std::size_t kLongest = 4096;
 
-  /// scores[id] of each token; unk: -1 where there is none. `fallback`: unk as bytes.
+  /// scores[id] of each token, NaN where no text means it; unk: -1 where there is none.
+  /// `fallback`: unk as bytes.
   Unigram(const Vocabulary& vocabulary, std::vector<double> scores, std::int32_t unk, bool fallback)
       : scores_(std::move(scores)), unk_(unk) {
     std::vector<Trie::Entry> entries;
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       const auto id = static_cast<std::int32_t>(i);
-      if (!vocabulary.has(id)) continue;
+      if (!vocabulary.has(id) || std::isnan(scores_[i])) continue;
       const std::string_view text = vocabulary.text(id);
       if (text.size() > kLongest)
         fail_model(vocabulary.file(), Vocabulary::token_name(text),
