@@ -4,6 +4,9 @@
 ///
 /// A character that no token begins and ends with costs 10 more than the worst token, as in
 /// SentencePiece; neighbours of this kind become one unk, or their bytes where these are tokens.
+///
+/// Scores add up in double, as in tokenizers. SentencePiece adds in float and so, rarely, takes
+/// another of two ways that are equally good: 8 of 10,000 strings of make_tokenizers.py.
 #pragma once
 
 #include <algorithm>
