@@ -58,7 +58,8 @@ struct TopKKernel {
     }
     for (Index i = block.thread(); i < p.k; i += block.size()) {
       if (!ok) ids[i] = -1;
-      p.values[r * p.k + i] = ok ? row.logits[ids[i]] : std::numeric_limits<T>::quiet_NaN();
+      p.values[r * p.k + i] =
+          ok ? row.logits[ids[i]] : static_cast<T>(std::numeric_limits<C>::quiet_NaN());
     }
   }
 };
