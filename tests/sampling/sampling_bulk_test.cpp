@@ -26,7 +26,8 @@ TEST(SamplingBulk, WeightsAreAsRightAsTheySay) {
         for (int i = 0; i < V::lanes; ++i) {
           const double exponent = (static_cast<double>(x[i]) - 3.25) * inverse;
           const double allowed = Error::weight - Error::log_weight * exponent;
-          ASSERT_NEAR(static_cast<double>(w[i]) / std::exp(exponent), 1.0, allowed) << isa.name << " " << exponent;
+          ASSERT_NEAR(static_cast<double>(w[i]) / std::exp(exponent), 1.0, allowed)
+              << isa.name << " " << exponent;
         }
       }
     }
