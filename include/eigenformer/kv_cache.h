@@ -120,6 +120,14 @@ class KvCache {
     return layer == nullptr ? HeldPositions{0, 0, 0} : layer->held();
   }
 
+  /// Which of them will be, once the layer has `length` positions, no fewer than now.
+  HeldPositions held_at(Index layer_idx, Index length) const {
+    const auto* layer = find(layer_idx);
+    const problem::KeyRange gone = layer == nullptr ? ring_.gone(length) : layer->gone_at(length);
+    return gone.begin < gone.end ? HeldPositions{gone.begin, gone.end, length}
+                                 : HeldPositions{0, 0, length};
+  }
+
   /// A copy of a layer's keys or values (batch, length, kv_heads, head_dim or value_dim), INT8
   /// dequantized; (0, 0, 0, 0) for a layer that was never written. Throws std::invalid_argument for
   /// a negative layer, and where positions are gone. Cost: O(length); attention reads the cache

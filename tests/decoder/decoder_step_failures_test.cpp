@@ -101,6 +101,20 @@ TEST(DecoderStepFailures, ADenseCacheTakesAnotherBatchAfterAFailedFirstStep) {
   EXPECT_EQ(cache.length(1), 5);
 }
 
+// Its first update would have taken the place of positions that the others still need.
+TEST(DecoderStepFailures, AWindowThatAStepWouldOutgrowIsRefusedUnchanged) {
+  ef::Decoder<float> model(std::make_shared<ef::DecoderWeights>(kConfig, 5), kOneThread);
+  model.pack();
+  ef::KvCache<float> cache({.window = 4, .chunk = 1});  // two pages of 64
+  model.prefill(Prompt(120).ids(1), cache);
+  const auto before = cache.keys(0);
+  expect_throws<std::invalid_argument>([&] { model.prefill(Prompt(20).ids(1), cache); },
+                                       {"layer 0", "positions 0 to 63", "position 120"});
+  EXPECT_TRUE(same_bits(cache.keys(0), before));
+  model.prefill(Prompt(8).ids(1), cache);
+  EXPECT_EQ(cache.length(1), 128);
+}
+
 // The logits are the only tensor of a step.
 TEST(DecoderStepFailures, LogitsThatGetNoMemoryAreNotFreedTwice) {
   ef::Decoder<float> model(std::make_shared<ef::DecoderWeights>(kConfig, 5), kOneThread);

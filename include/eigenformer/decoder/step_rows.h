@@ -134,6 +134,18 @@ struct DenseRows {
     std::fill(s.starts.begin(), s.starts.end(), length);
     had_shape_ = cache.source(0).batch > 0;
   }
+  /// The first of `added` positions sees nothing that the cache will have given up by then: where
+  /// attention says so, the cache has been written to.
+  void require_held(const DecoderForm& form, Index layers, Index added) const {
+    const Index start = cache.length(0);
+    for (Index l = 0; l < layers; ++l) {
+      const HeldPositions held = cache.held_at(l, start + added);
+      const Index window = form.layer(l).window;
+      require_that(held.begin <= held.prefix || (window > 0 && start - window + 1 >= held.begin),
+                   "Decoder::step", "layer ", l, " of the cache would give up the positions ",
+                   held.prefix, " to ", held.begin - 1, ", which position ", start, " sees");
+    }
+  }
   template <typename T>
   void undo(const InferenceScratch<T>& s) {
     if (had_shape_)
