@@ -165,9 +165,9 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   if (min_p <= 0.0) return;
   const double best = static_cast<double>(row.band.hi);
   C least = row.band.hi;
-  if (min_p < 1.0) {
+  if (min_p <= 1.0) {
     const double end = best + std::log(min_p) / row.inverse_temperature,
-                 margin = 1e-12 * (std::abs(best) + std::abs(end));
+                 margin = 1e-12 * (std::abs(best) + std::abs(end) + 1 / row.inverse_temperature);
     constexpr double lowest = static_cast<double>(std::numeric_limits<C>::lowest());
     const auto key_at = [&](double x) {
       return order_key(static_cast<C>(std::clamp(x, lowest, best)));
