@@ -166,6 +166,8 @@ def every(size):
     yield "spm_unk", spm_bpe(size, False, prepend=False)
     yield "unigram", unigram(size, False, "always")
     yield "unigram_bytes", unigram(size, True, "first")
+    patterns = [(r"\b\w+\b|\W+|\p{Han}", "isolated"), (r"^\s+|\s+$", "merged_with_next"), (r"\d+(?=(?:\d{3})*\b)", "contiguous")]
+    yield "words_of_patterns", byte_level(size, r"\S", steps=[pre_tokenizers.Split(Regex(p), b) for p, b in patterns])
     words = Tokenizer(models.BPE(unk_token="<unk>", continuing_subword_prefix="##", end_of_word_suffix="</w>"))
     words.normalizer = normalizers.Sequence([normalizers.NFD(), normalizers.Lowercase(), normalizers.Strip(),
                                              normalizers.Replace(Regex(r"\d+"), "0")])

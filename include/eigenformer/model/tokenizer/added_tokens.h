@@ -54,8 +54,9 @@ class AddedTokenFinder {
     }
     trie_ = Trie(std::move(entries));
     if (words) {
-      ends_in_word_ = Regex(R"(\w\z)", file);
-      begins_with_word_ = Regex(R"(\A\w)", file);
+      const std::string word = "[" + std::string(kUnicodeWord) + "]";
+      ends_in_word_ = Regex(word + "\\z", file, true);
+      begins_with_word_ = Regex("\\A" + word, file, true);
     }
     space_ = Regex(R"(\s)", file);
   }

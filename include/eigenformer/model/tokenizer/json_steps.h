@@ -108,8 +108,8 @@ inline void read_splitter(const JsonValue& step, std::vector<Splitter>& to) {
     return;
   constexpr std::string_view kPunctuation = R"([!-/:-@\[-`{-~\p{P}])";
   const std::string& type = step.type();
-  const auto add = [&](std::string_view pattern, SplitBehavior behavior, bool invert = false) {
-    to.push_back(splitter(Regex(pattern, step.file()), behavior, invert));
+  const auto add = [&](std::string_view pattern, SplitBehavior behavior) {
+    to.push_back(splitter(Regex(pattern, step.file()), behavior));
   };
   if (type == "ByteLevel") {
     if (step.flag("add_prefix_space", true)) to.push_back(space_prepender());
@@ -124,7 +124,9 @@ inline void read_splitter(const JsonValue& step, std::vector<Splitter>& to) {
   } else if (type == "Metaspace") {
     to.push_back(read_metaspace(step));
   } else if (type == "Whitespace") {
-    add(R"(\w+|[^\w\s]+)", SplitBehavior::removed, true);
+    const std::string word(kUnicodeWord), space(kWhiteSpace);
+    to.push_back(splitter(Regex("[" + word + "]+|[^" + word + space + "]+", step.file(), true),
+                          SplitBehavior::removed, true));
   } else if (type == "WhitespaceSplit") {
     add(R"(\s)", SplitBehavior::removed);
   } else if (type == "Punctuation") {

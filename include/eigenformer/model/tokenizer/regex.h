@@ -3,9 +3,9 @@
 ///
 /// The files are written for Oniguruma in Ruby's syntax. Where PCRE2 reads a pattern otherwise, it
 /// is rewritten: \s is Unicode's White_Space (PCRE2's has U+180E besides); \w, and so \b, is
-/// Alphabetic, marks, decimal digits, connectors and joiners; ^ and $ match at every line. What
-/// remains (\h, \S inside a class, classes in classes, &&, {,n}, (?m) and other rarities) is
-/// refused by name.
+/// Alphabetic, marks, decimal digits, connectors and Latin-1's fractions and superscripts; \p{Han}
+/// and other scripts leave out what several share; ^ and $ match at every line. What remains (\h,
+/// \S inside a class, classes in classes, &&, {,n}, (?m) and other rarities) is refused by name.
 ///
 /// Patterns come from files, so work is bounded: matches of a text may take kFewSteps each, and
 /// those that need more kSteps and kStepsPerByte for each byte together; past that ModelFileError
@@ -38,6 +38,15 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
+
+/// Members of classes, as PCRE2 reads them. U+0085 and the separators beside five controls are all
+/// of White_Space.
+inline constexpr std::string_view kWhiteSpace = R"(\t-\r\x{85}\p{Z})";
+/// \w of Oniguruma; and of Unicode (Technical Standard 18), as Rust has it.
+inline constexpr std::string_view kOnigWord =
+    R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{B2}\x{B3}\x{B9}\x{BC}-\x{BE})";
+inline constexpr std::string_view kUnicodeWord =
+    R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{200C}\x{200D})";
 
 /// Writes a pattern of Oniguruma's (syntax Ruby) as PCRE2 reads it.
 class PatternTranslator {
@@ -78,15 +87,12 @@ class PatternTranslator {
     out_ += pattern_[at_++];
   }
   void escape() {
-    // U+0085 and the separators beside five controls are all of White_Space.
-    constexpr std::string_view kSpace = R"(\t-\r\x{85}\p{Z})";
-    constexpr std::string_view kWord = R"(\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\x{200C}\x{200D})";
     const char c = at_ + 1 < pattern_.size() ? pattern_[at_ + 1] : '\0';
-    const std::string name = std::string("\\") + c, word = "[" + std::string(kWord) + "]";
+    const std::string name = std::string("\\") + c, word = "[" + std::string(kOnigWord) + "]";
     refuse_if(std::string_view("hHZRXCQE").find(c) != std::string_view::npos, name);
     refuse_if(in_class_ && std::string_view("SWbB").find(c) != std::string_view::npos,
               name + " in a class");
-    const std::string_view set = c == 's' || c == 'S' ? kSpace : kWord;
+    const std::string_view set = c == 's' || c == 'S' ? kWhiteSpace : kOnigWord;
     if (c == 'b' || c == 'B') {
       const std::string before = c == 'b' ? "(?<=" : "(?<!", other = c == 'b' ? "(?<!" : "(?<=";
       out_ += "(?:" + before + word + ")(?!" + word + ")|" + other + word + ")(?=" + word + "))";
@@ -96,7 +102,7 @@ class PatternTranslator {
                                   ? pattern_.find('}', at_)
                                   : 0;
       const std::size_t bytes = end == 0 || end == pattern_.npos ? 2 : end + 1 - at_;
-      out_ += pattern_.substr(at_, bytes);
+      out_ += property(pattern_.substr(at_, bytes));
       at_ += bytes - 2;
     } else if (in_class_) {
       out_ += set;
@@ -104,6 +110,14 @@ class PatternTranslator {
       out_ += (c == 's' || c == 'w' ? "[" : "[^") + std::string(set) + "]";
     }
     at_ += (std::min)(std::size_t{2}, pattern_.size() - at_);
+  }
+  /// A script's name means script extensions to PCRE2 from 10.40.
+  static std::string property(std::string_view name) {
+    for (const std::string_view script : {"Han", "Hiragana", "Katakana", "Hangul", "Latin", "Greek",
+                                          "Cyrillic", "Arabic", "Hebrew", "Devanagari", "Thai"})
+      if (name.substr((std::min)(name.size(), std::size_t{3})) == std::string(script) + "}")
+        return std::string(name.substr(0, 3)) + "sc:" + std::string(script) + "}";
+    return std::string(name);
   }
   /// Options of a group mean other things under the same letters, but for i.
   void group() const {
