@@ -15,9 +15,10 @@ using problem::adjusts_logits, problem::has_penalties, problem::penalized_logit;
 
 /// Changes every distinct token of the history once. `counts` is (vocab) scratch.
 template <typename C>
-void apply_penalties(C* logits, Index vocab, const problem::RowParams& params,
-                     std::int32_t* counts) {
-  std::fill(counts, counts + vocab, 0);
+void apply_penalties(C* logits, const problem::RowParams& params, std::int32_t* counts) {
+  // of the tokens that occur, and no others: vocabularies are a hundred histories
+  for (const std::int32_t token : params.output_tokens) counts[token] = 0;
+  for (const std::int32_t token : params.prompt_tokens) counts[token] = 0;
   for (const std::int32_t token : params.output_tokens) ++counts[token];
   constexpr std::int32_t done = -1;
   const auto penalize = [&](std::int32_t token) {
@@ -81,7 +82,7 @@ void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch
     if (stage == SamplingStage::penalties) {
       if (params.log_probability_penalties)
         subtract(adjusted, p.vocab, log_total<Isa>(adjusted, p.vocab, scratch));
-      apply_penalties(adjusted, p.vocab, params, scratch.counts);
+      apply_penalties(adjusted, params, scratch.counts);
     }
     if (stage == SamplingStage::token_mask) apply_token_mask(adjusted, p.vocab, params.token_mask);
     if (stage == SamplingStage::logit_bias)
