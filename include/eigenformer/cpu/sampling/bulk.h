@@ -112,19 +112,21 @@ EIGENFORMER_INLINE const compute_type<T>* in_play_logits(const SamplingRow<T>& r
   if (row.band.lo == std::numeric_limits<C>::lowest() && row.band.hi_begin == 0 &&
       row.block_max[block] <= row.band.hi)
     return logits;
-  const BlockBits members = member_bits<Isa>(logits, block, row.band, row.band.lo);
-  const BlockBits others{{~members.word[0], ~members.word[1]}};
-  if (others.count() == 0) return logits;
+  // equals of an end of the band some of which are out
+  const bool has_ends = row.band.lo_end < (block + 1) * SamplingBlock::size ||
+                        row.band.hi_begin > block * SamplingBlock::size;
+  BlockBits members, inside;
+  if (has_ends) members = member_bits<Isa>(logits, block, row.band, row.band.lo);
   const V none = V::set1(-std::numeric_limits<C>::infinity());
   const V lo = V::set1(row.band.lo), hi = V::set1(row.band.hi);
-  BlockBits ends;  // equals of an end of the band that are out
   for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
     const V v = V::load(logits + i);
-    const auto inside = less_equal(lo, v) & less_equal(v, hi);
-    ends.word[i / 64] |= std::uint64_t{inside.bits()} << (i % 64);
-    select(inside, v, none).store(x + i);
+    const auto in_band = less_equal(lo, v) & less_equal(v, hi);
+    if (has_ends) inside.add(i, in_band.bits());
+    select(in_band, v, none).store(x + i);
   }
-  for (int w = 0; w < 2; ++w) ends.word[w] &= others.word[w];
+  if (!has_ends) return x;
+  const BlockBits ends{{inside.word[0] & ~members.word[0], inside.word[1] & ~members.word[1]}};
   ends.for_each([&](Index j) { x[j] = -std::numeric_limits<C>::infinity(); });
   return x;
 }
@@ -191,6 +193,7 @@ BulkSums bulk_sums(const SamplingRow<T>& row, double* sums, float* out, float le
   using V = simd::Vec<float, Isa>;
   const BulkWeights<V> weights(row);
   const V first = V::set1(least), last = V::set1(most);
+  const bool narrowed = row.band.lo != std::numeric_limits<float>::lowest();
   double all_above = 0, all_rest = 0;
   float* to = out;
   std::fill(sums, sums + row.blocks(), 0.0);
@@ -203,8 +206,9 @@ BulkSums bulk_sums(const SamplingRow<T>& row, double* sums, float* out, float le
       bulk_block_sums(weights, x, first, last, above, rest, chosen);
       to = store_logits<V>(x, chosen, to);
     } else {
-      rest = bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
-      // a NaN, by its bits: -infinity is there
+      // of a narrowed band -infinity is likely, else it shows in a NaN (by its bits)
+      rest = narrowed ? std::numeric_limits<float>::quiet_NaN()
+                      : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
       if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) > 0x7F800000u)
         rest = bulk_block_sum<true>(weights, x);
     }

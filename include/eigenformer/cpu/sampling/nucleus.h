@@ -96,8 +96,8 @@ struct NucleusSample {
     float ends[8] = {infinity, hi, hi, hi, hi, hi, hi, hi};
     below(row, ends, masses);
     const double rest = (1.0 - p) * masses[0];
-    const double doubt = masses[0] * (3.0 * std::sqrt(p * (1.0 - p) / static_cast<double>(count)) +
-                                      0.15 * (1.0 - p));
+    const double doubt =
+        masses[0] * (2.0 * std::sqrt(p * (1.0 - p) / static_cast<double>(count)) + 0.1 * (1.0 - p));
     // 40 units below the best all tokens together weigh nothing
     lo = (std::max)(lo, static_cast<float>(static_cast<double>(hi) - 40 / row.inverse_temperature));
     if (masses[1] <= rest - doubt) lo = hi;
