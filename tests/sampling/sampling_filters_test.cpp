@@ -145,6 +145,11 @@ TEST(SamplingTies, UniformVocabulariesCutExactly) {
     // equally typical
     EXPECT_EQ(kept_by(uniform, {.typical_p = .5}).size(), static_cast<std::size_t>(vocab));
   }
+  // of the least finite logit, where the set ends as in a row that no filter has seen
+  ef::Tensor<float, 2> least(1, 128000);
+  least.setConstant(std::numeric_limits<float>::lowest());
+  EXPECT_EQ(kept_by(least, {.top_k = 100000, .top_p = .5}).size(), 50000U);
+  EXPECT_EQ(kept_by(least, {.top_k = 100000, .top_p = .5, .order = ef::kVllmOrder}).size(), 50000U);
 }
 
 TEST(SamplingFilters, PublishedVectorsOfLlamaCpp) {

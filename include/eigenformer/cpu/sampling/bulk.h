@@ -109,8 +109,8 @@ EIGENFORMER_INLINE const compute_type<T>* in_play_logits(const SamplingRow<T>& r
   using V = simd::Vec<C, Isa>;
   const C* const logits = block_logits<Isa>(row, block, x);
   // nothing was filtered yet: what is out of play is -infinity
-  if (row.band.lo == std::numeric_limits<C>::lowest() && row.band.hi_begin == 0 &&
-      row.block_max[block] <= row.band.hi)
+  if (row.band.lo == std::numeric_limits<C>::lowest() && row.band.lo_end == row.vocab &&
+      row.band.hi_begin == 0 && row.block_max[block] <= row.band.hi)
     return logits;
   // equals of an end of the band some of which are out
   const bool has_ends = row.band.lo_end < (block + 1) * SamplingBlock::size ||

@@ -134,7 +134,9 @@ BulkSums exact_sums(const SamplingRow<T>& row, compute_type<T> value) {
 template <typename Isa, typename T>
 bool find_end_of_equals(const SamplingRow<T>& row, double p, PrefixEnd<compute_type<T>>& end) {
   using C = compute_type<T>;
-  if (row.band.lo != std::numeric_limits<C>::lowest() || row.band.hi_begin != 0) return false;
+  if (row.band.lo != std::numeric_limits<C>::lowest() || row.band.lo_end != row.vocab ||
+      row.band.hi_begin != 0)
+    return false;
   alignas(64) C x[SamplingBlock::size];
   for (Index block = 0; block < row.blocks(); ++block)
     if (row.block_max[block] != row.band.hi) return false;
