@@ -3,15 +3,15 @@
 /// normalizer calculation for softmax", 2018; Dao et al., "FlashAttention", 2022). A task is
 /// (sequence, KV head, block of query positions); all heads of the group stand in one tile as rows
 /// (position, head), so K and V are read and converted once for the group: a decode step reads each
-/// byte of them once. Up to 8 rows read them where they lie (few_rows.h). For each key block of 64:
-/// pack K transposed, V as rows, both as floats (INT8 keys and pairs of bfloat16 as such:
-/// int8_scores.h, pair_products.h); scores = Q K^T; online softmax by row; sums = factor * sums + P
-/// V. Sums have three levels (a block, 16 blocks, all), so that their errors do
-/// not grow with the number of keys. A row whose sums overflow, or whose scores are too large for
-/// their rounding, goes over its keys once more, with scores and sums in double. The 16 blocks are
-/// a fold: threads share those of a task where tasks are few. Flops: 4 * rows * visible keys *
-/// head_dim; bytes: K and V once for each block of query rows; one exp per score. The scores of a block
-/// are all that is ever held of the score matrix.
+/// byte of them once. Up to 8 rows read them where they lie (few_rows.h), those of several KV heads
+/// in turn (heads.h). For each key block of 64: pack K transposed, V as rows, both as floats (INT8
+/// keys and pairs of bfloat16 as such: int8_scores.h, pair_products.h); scores = Q K^T; online
+/// softmax by row; sums = factor * sums + P V. Sums have three levels (a block, 16 blocks, all), so
+/// that their errors do not grow with the number of keys. A row whose sums overflow, or whose
+/// scores are too large for their rounding, goes over its keys once more, with scores and sums in
+/// double. The 16 blocks are a fold: threads share those of a task where tasks are few. Flops: 4 *
+/// rows * visible keys * head_dim; bytes: K and V once for each block of query rows; one exp per
+/// score. The scores of a block are all that is ever held of the score matrix.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,9 @@
 /// \file
-/// A task of attention for several KV heads: block by block of keys, all heads of one before the
-/// next. Their rows lie side by side, in one page of the machine too, so memory is read in its
+/// A task of attention for several KV heads: block by block, the keys of all heads, then their
+/// values. Their rows lie side by side, in one page of the machine too, so memory is read in its
 /// order; each head's sums are its own, so bits do not depend on its company. (4,096 keys of 8
-/// heads of 128 floats in one tensor take 1.0 ms so on Zen 5, and 1.6 head after head.)
+/// heads of 128 floats take 0.84 ms so on Zen 5 in pages of 64, and 0.96 head after head; 1.36 and
+/// 1.60 in one tensor, whose rows are 4 KiB apart.)
 #pragma once
 
 #include <optional>

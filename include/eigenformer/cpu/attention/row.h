@@ -23,8 +23,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Rows of a query block: packing a key block for 128 costs 8% of the work on it, and their queries,
-/// sums and scores, of heads of 128, fit half of an L2 of 512 KiB. Machines with AVX-512 have more.
+/// Rows of a query block: packing a key block for 128 costs 8% of the work on it, and what they
+/// take of heads of 128 fits half of an L2 of 512 KiB. Machines with AVX-512 have more.
 template <typename Isa>
 inline constexpr Index kAttentionQueryRows = std::is_base_of_v<isa::avx512, Isa> ? 256 : 128;
 

@@ -18,8 +18,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Query rows [first, first + count) of a sequence, padding included, for the heads of `kv_heads` KV
-/// heads.
+/// Query rows [first, first + count) of a sequence, padding included, for the heads of `kv_heads`
+/// KV heads.
 struct AttentionTask {
   const problem::AttentionSequence* sequence;
   Index kv_head, kv_heads, first, count;
