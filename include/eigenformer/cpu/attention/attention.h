@@ -77,7 +77,7 @@ template <typename Backend, typename Problem>
 Index heads_together(const Backend& on, const Problem& p, Index folds) {
   Index few = 0;
   for (Index b = 0; b < p.batch; ++b) few += has_few_rows(p, p.sequences[b]);
-  if (few == 0) return 1;
+  if (few == 0 || p.kv_heads == 0) return 1;
   Index together = (std::min)(kHeadsTogether, p.kv_heads);
   if (const Index workers = worker_count(on); workers > 1)
     while (together > 1 && few * folds * ((p.kv_heads + together - 1) / together) < 2 * workers)
