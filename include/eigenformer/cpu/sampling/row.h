@@ -301,6 +301,14 @@ EIGENFORMER_INLINE BlockBits member_bits(const C* x, Index block, const Band<C>&
   using V = simd::Vec<C, Isa>;
   const V lo = V::set1(band.lo), hi = V::set1(band.hi), bound = V::set1((std::max)(least, band.lo));
   BlockBits members, ends, tops;
+  if (band.lo_end >= (block + 1) * SamplingBlock::size &&
+      band.hi_begin <= block * SamplingBlock::size) {  // all equals of the ends are in play
+    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+      const V v = V::load(x + i);
+      members.add(i, (less_equal(bound, v) & less_equal(v, hi)).bits());
+    }
+    return members;
+  }
   for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
     const V v = V::load(x + i);
     members.add(i, (less_equal(bound, v) & less_equal(v, hi)).bits());
