@@ -1,6 +1,7 @@
 /// \file
-/// Guidance, penalties, biases, mask and forced tokens, by a block: the row is copied to scratch in the compute type and
-/// changed there, as in cpu/sampling/logits.h. Each number is computed in double and rounded once.
+/// Guidance, penalties, biases, mask and forced tokens, by a block: the row is copied to scratch in
+/// the compute type and changed there, as in cpu/sampling/logits.h. Each number is computed in
+/// double and rounded once.
 #pragma once
 
 #include "row.cuh"
