@@ -1,5 +1,5 @@
 /// \file
-/// Regular expressions of tokenizer files by PCRE2 (10.30 or later, 8-bit library).
+/// Regular expressions of tokenizer files by PCRE2 (10.40 or later, 8-bit library).
 ///
 /// The files are written for Oniguruma in Ruby's syntax. Where PCRE2 reads a pattern otherwise, it
 /// is rewritten: \s is Unicode's White_Space (PCRE2's has U+180E besides); \w, and so \b, is
