@@ -13,11 +13,11 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// A weight is wrong by at most (kWeightError + kLogWeightError * |log of it|) of itself, and a sum
-/// of the 128 of a block by kSumError of itself more: a polynomial right to 1e-7 and two roundings;
-/// three roundings of the exponent; seven additions in a tree.
+/// A weight is wrong by at most (weight + log_weight * |log of it|) of itself, and a sum
+/// of the 128 of a block by `sum` of itself more: a polynomial right to 1e-7 and two roundings;
+/// three roundings of the exponent; eight additions in a tree at most.
 struct BulkError {
-  static constexpr double weight = 2.5e-7, log_weight = 2e-7, sum = 4.3e-7;
+  static constexpr double weight = 2.5e-7, log_weight = 2e-7, sum = 4.8e-7;
 
   /// Of a sum of weights of at most `tokens` tokens, of which none is above 1: their mean
   /// -log(weight) is log(tokens / sum) at most, where all are equal.
