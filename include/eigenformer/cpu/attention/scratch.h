@@ -104,13 +104,17 @@ struct AttentionScratch {
   PairScratch pairs;
 };
 
+/// a * b numbers, whose bytes do not overflow.
+inline Index attention_product(Index a, Index b) {
+  const Index count = detail::checked_product(a, b, "attention", "scratch");
+  detail::checked_product(count, Index{sizeof(double)}, "attention", "scratch");
+  return count;
+}
+
 template <typename Tile, typename C>
 AttentionState<C> take_attention_state(Index rows, Index width, Workspace::Frame& frame) {
-  const auto product = [](Index a, Index b) {
-    return detail::checked_product(a, b, "attention", "scratch");
-  };
-  return {frame.take<C>(rows), frame.take<C>(product(rows, Tile::lanes)),
-          frame.take<C>(product(rows, width)), frame.take<bool>(rows)};
+  return {frame.take<C>(rows), frame.take<C>(attention_product(rows, Tile::lanes)),
+          frame.take<C>(attention_product(rows, width)), frame.take<bool>(rows)};
 }
 
 /// Query positions of a task.
@@ -131,31 +135,31 @@ auto take_attention_scratch(const problem::Attention<TQ, TKV, Function>& p, Inde
                             Workspace::Frame& frame) {
   using C = compute_type<TQ>;
   using Tile = AttentionTile<C, Isa>;
-  const auto product = [](Index a, Index b) {
-    return detail::checked_product(a, b, "attention", "scratch");
-  };
   const Index width = Tile::padded(p.value_dim);
+  // What overflows is said before memory is asked for.
+  attention_product(std::max<Index>(rows, kAttentionKeyBlock), (std::max)(p.head_dim, width));
   const bool folds = std::any_of(
       p.sequences, p.sequences + p.batch,
       [](const problem::AttentionSequence& s) { return s.key_length > kAttentionFold; });
-  AttentionScratch<C> s{frame.take<C>(product(rows, p.head_dim)),
-                        frame.take<C>(product(rows, kAttentionKeyBlock)),
-                        frame.take<C>(product(p.head_dim, kAttentionKeyBlock)),
-                        frame.take<C>(product(kAttentionKeyBlock, Tile::value_stride(width))),
-                        frame.take<C>(rows),
-                        take_attention_state<Tile, C>(rows, width, frame),
-                        take_attention_state<Tile, C>(folds ? rows : 0, width, frame),
-                        frame.take<C>(product(kAttentionFewRows, width)),
-                        frame.take<double>(p.head_dim),
-                        frame.take<double>(product(kRowsInDouble, width)),
-                        frame.take<Index>(rows),
-                        frame.take<bool>(rows),
-                        frame.take<BlockRange>(rows),
-                        p.masked() ? frame.take<KeyBits>(rows) : nullptr,
-                        frame.take<TileKeys>(rows),
-                        frame.take<KeyEnds>(p.value_dim),
-                        {},
-                        {}};
+  AttentionScratch<C> s{
+      frame.take<C>(attention_product(rows, p.head_dim)),
+      frame.take<C>(attention_product(rows, kAttentionKeyBlock)),
+      frame.take<C>(attention_product(p.head_dim, kAttentionKeyBlock)),
+      frame.take<C>(attention_product(kAttentionKeyBlock, Tile::value_stride(width))),
+      frame.take<C>(rows),
+      take_attention_state<Tile, C>(rows, width, frame),
+      take_attention_state<Tile, C>(folds ? rows : 0, width, frame),
+      frame.take<C>(attention_product(kAttentionFewRows, width)),
+      frame.take<double>(p.head_dim),
+      frame.take<double>(attention_product(kRowsInDouble, width)),
+      frame.take<Index>(rows),
+      frame.take<bool>(rows),
+      frame.take<BlockRange>(rows),
+      p.masked() ? frame.take<KeyBits>(rows) : nullptr,
+      frame.take<TileKeys>(rows),
+      frame.take<KeyEnds>(p.value_dim),
+      {},
+      {}};
   if constexpr (kInt8Scores<TQ, TKV>)
     s.int8 = Int8Scores<Isa>::take_scratch(rows, p.head_dim, frame);
   if constexpr (kPairProducts<Isa, TQ, TKV>)
