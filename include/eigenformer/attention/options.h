@@ -66,15 +66,11 @@ class LogSumExpView {
                          what, " is a tensor of ",
                          wide ? "float, expected double" : "double, expected float");
     bool same = rank_ == static_cast<int>(Rank);
-    std::string expected;
-    for (std::size_t d = 0; d < Rank; ++d) {
-      same = same && sizes_[d] == sizes[d];
-      if (d > 0) expected += ", ";
-      expected += std::to_string(sizes[d]);
-    }
-    detail::require_that(same, operation, what, " has shape (", sizes_[0], ", ", sizes_[1],
-                         rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected (",
-                         expected, ")");
+    for (std::size_t d = 0; d < Rank; ++d) same = same && sizes_[d] == sizes[d];
+    if (!same)
+      detail::require_that(false, operation, what, " has shape (", sizes_[0], ", ", sizes_[1],
+                           rank_ == 3 ? ", " + std::to_string(sizes_[2]) : "", "), expected ",
+                           detail::ShapeText<Rank>{sizes});
     if constexpr (wide)
       return doubles_;
     else

@@ -4,6 +4,8 @@
 /// the check fails.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -24,23 +26,35 @@ void append_part(std::string& text, T value) {
   text += std::to_string(value);
 }
 
+/// Sizes that read as "(2, 3, 4)" in a text.
+template <std::size_t Rank>
+struct ShapeText {
+  std::array<Index, Rank> sizes;
+};
+template <std::size_t Rank>
+void append_part(std::string& text, const ShapeText<Rank>& shape) {
+  text += '(';
+  for (std::size_t d = 0; d < Rank; ++d) {
+    if (d > 0) text += ", ";
+    text += std::to_string(shape.sizes[d]);
+  }
+  text += ')';
+}
+
+/// The shape of a view, to say in a text: no memory is taken where the check holds.
+template <typename View>
+auto shape_text(const View& view) {
+  ShapeText<static_cast<std::size_t>(rank_of<View>)> shape{};
+  for (std::size_t d = 0; d < shape.sizes.size(); ++d) shape.sizes[d] = view.dimension(d);
+  return shape;
+}
+
 template <typename... Parts>
 std::string join(std::string_view operation, const Parts&... parts) {
   std::string text(operation);
   text += ": ";
   (append_part(text, parts), ...);
   return text;
-}
-
-/// "(2, 3, 4)"
-template <typename View>
-std::string shape_text(const View& view) {
-  std::string text = "(";
-  for (int d = 0; d < rank_of<View>; ++d) {
-    if (d > 0) text += ", ";
-    text += std::to_string(view.dimension(static_cast<std::size_t>(d)));
-  }
-  return text + ")";
 }
 
 /// Throws std::invalid_argument "operation: parts..." unless `ok`.
