@@ -71,7 +71,9 @@ TEST(Simd, SelectedLanesStandNextToEachOther) {
       ASSERT_EQ(count, std::popcount(set)) << isa.name;
       ASSERT_EQ(V::mask_of(set | ~std::uint32_t{0} << V::lanes).bits(), set) << isa.name;
       for (int i = 0, at = 0; i < V::lanes; ++i)
-        if ((set >> i & 1u) != 0) ASSERT_EQ(stored[at++], float(i)) << isa.name << " " << set;
+        if ((set >> i & 1u) != 0) {
+          ASSERT_EQ(stored[at++], float(i)) << isa.name << " " << set;
+        }
     }
   });
 }
