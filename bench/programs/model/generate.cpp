@@ -3,6 +3,7 @@
 #include <exception>
 #include <iostream>
 
+#include "../demo/progress.h"
 #include "loading.h"
 
 namespace {
@@ -37,8 +38,7 @@ struct Options {
   bool json = false, ids = false;
 };
 
-template <typename Model>
-int write(const Options& options, Model& model) {
+int write(const Options& options, programs::LoadedModel& model) {
   const std::vector<std::int32_t> prompt = model.tokenizer().encode(options.prompt);
   if (prompt.empty())
     throw std::invalid_argument(
@@ -62,7 +62,7 @@ int write(const Options& options, Model& model) {
     if (options.ids && !options.json) std::cout << id << ' ' << std::flush;
     return stopped == 0;
   };
-  const std::vector<std::int32_t> ids = ef::generate(model, prompt, how);
+  const std::vector<std::int32_t> ids = model.generate(prompt, how);
   const double rest = demo::seconds_since(start) - first;
   const double prefill = static_cast<double>(prompt.size()) / first,
                decode = count > 1 ? static_cast<double>(count - 1) / rest : 0;
@@ -101,8 +101,7 @@ int main(int argc, char** argv) {
   options.model.check(line);
   std::signal(SIGINT, [](int) { stopped = 1; });
   try {
-    return programs::with_model(options.model, stderr,
-                                [&](auto& model, const auto&) { return write(options, model); });
+    return write(options, *programs::load(options.model, stderr));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "generate: %s\n", error.what());
     return 1;

@@ -4,6 +4,7 @@
 #include <iostream>
 #include <iterator>
 
+#include "../demo/progress.h"
 #include "loading.h"
 
 namespace {
@@ -29,8 +30,7 @@ struct Options {
   bool json = false;
 };
 
-template <typename Model>
-int measure(const Options& options, Model& model) {
+int measure(const Options& options, programs::LoadedModel& model) {
   std::ifstream file(options.text, std::ios::binary);
   if (!file) throw std::runtime_error(options.text + " cannot be opened");
   const std::string text{std::istreambuf_iterator<char>(file), {}};
@@ -48,7 +48,7 @@ int measure(const Options& options, Model& model) {
     if (size < 2) break;
     const std::span<const std::int32_t> part(ids.data() + begin, size);
     const ef::Tensor<float, 2> logits = model.logits(part.first(size - 1));
-    const auto scores = ef::log_probabilities_of(model.device(), logits, part.subspan(1));
+    const auto scores = ef::log_probabilities_of(logits, part.subspan(1));
     for (ef::Index i = 0; i < scores.size(); ++i) sum -= static_cast<double>(scores(i));
     count += size - 1;
     if (!options.json)
@@ -85,8 +85,7 @@ int main(int argc, char** argv) {
   options.model.check(line);
   if (options.text.empty()) line.fail("--text is missing: a file");
   try {
-    return programs::with_model(options.model, stderr,
-                                [&](auto& model, const auto&) { return measure(options, model); });
+    return measure(options, *programs::load(options.model, stderr));
   } catch (const std::exception& error) {
     std::fprintf(stderr, "perplexity: %s\n", error.what());
     return 1;

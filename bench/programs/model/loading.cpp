@@ -1,0 +1,76 @@
+#include "loading.h"
+
+#include <algorithm>
+#include <thread>
+
+#include "../demo/progress.h"
+
+namespace programs {
+namespace {
+
+/// The threads come first: the model works on them until it is gone.
+struct Threads {
+  explicit Threads(int count) : pool(count), device(&pool, count) {}
+  Eigen::ThreadPool pool;
+  Eigen::ThreadPoolDevice device;
+};
+
+template <typename T>
+class ModelOf final : public LoadedModel {
+ public:
+  ModelOf(std::unique_ptr<Threads> threads, const ModelOptions& options, const ef::LoadOptions& how)
+      : threads_(std::move(threads)),
+        model_(ef::load_model<T>(threads_->device, options.path, how)) {}
+
+  const ef::ModelConfig& config() const override { return model_.config(); }
+  const ef::Tokenizer& tokenizer() const override { return model_.tokenizer(); }
+  ef::Tensor<float, 2> logits(std::span<const std::int32_t> ids) override {
+    return model_.logits(ids);
+  }
+  std::vector<std::int32_t> generate(std::span<const std::int32_t> ids,
+                                     const ef::GenerateOptions& options) override {
+    return ef::generate(model_, ids, options);
+  }
+  std::size_t weight_bytes() const { return model_.weight_bytes(); }
+
+ private:
+  std::unique_ptr<Threads> threads_;
+  ef::Model<T, Eigen::ThreadPoolDevice> model_;
+};
+
+template <typename T>
+std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log) {
+  const int count = options.threads > 0
+                        ? static_cast<int>(options.threads)
+                        : (std::max)(1, static_cast<int>(std::thread::hardware_concurrency()));
+  const auto start = demo::Clock::now();
+  const bool terminal = ::isatty(fileno(log)) != 0;
+  ef::LoadOptions how;
+  if (options.int8) how.weights = ef::WeightFormat::int8;
+  how.progress = [&](std::uint64_t done, std::uint64_t total) {
+    if (!terminal || done == 0 || total == 0) return;
+    const double seconds = demo::seconds_since(start),
+                 fraction = static_cast<double>(done) / static_cast<double>(total);
+    std::fprintf(log, "\rloading %3.0f%%  %.2f of %.2f GB  %.0f s left \033[K%s", 100 * fraction,
+                 static_cast<double>(done) / 1e9, static_cast<double>(total) / 1e9,
+                 seconds * (1 - fraction) / fraction, done == total ? "\n" : "");
+    std::fflush(log);
+  };
+  auto model = std::make_unique<ModelOf<T>>(std::make_unique<Threads>(count), options, how);
+  const auto& shape = model->config().shape;
+  std::fprintf(log,
+               "%s: %td layers, %td features, %td tokens of vocabulary; %.1f MB of weights, loaded "
+               "in %.2f s; %s kernels, %d threads\n",
+               model->config().family.c_str(), shape.layers, shape.features, shape.vocabulary,
+               static_cast<double>(model->weight_bytes()) / 1e6, demo::seconds_since(start),
+               ef::isa::best::name, count);
+  return model;
+}
+
+}  // namespace
+
+std::unique_ptr<LoadedModel> load(const ModelOptions& options, std::FILE* log) {
+  return options.bf16 ? load_as<Eigen::bfloat16>(options, log) : load_as<float>(options, log);
+}
+
+}  // namespace programs
