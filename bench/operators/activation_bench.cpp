@@ -35,6 +35,10 @@ void activation_cases(bench::Suite& suite) {
         .peer("Eigen by hand", [=](const auto& device) {
           y->device(device) = *gate * 0.5f * ((*gate * 0.70710678f).erf() + 1.0f);
         });
+    suite.row("softcap " + shape, bench::Limit::copy_bytes(bytes, bytes))
+        .ours([=](const auto& device) { ef::softcap_into(device, *y, *gate, {.cap = 30.0f}); })
+        .peer("Eigen by hand",
+              [=](const auto& device) { y->device(device) = (*gate / 30.0f).tanh() * 30.0f; });
     suite.row("swiglu " + shape, read_two)
         .ours([=](const auto& device) { ef::swiglu_into(device, *y, *gate, *up); })
         .peer("Eigen by hand", [=](const auto& device) {

@@ -73,6 +73,30 @@ void sampling_cases(bench::Suite& suite) {
   add("sample top-p 0.9 flat", flat, {.top_p = .9});
   add("sample top-k 50, top-p 0.95, min-p 0.05", peaked, {.top_k = 50, .top_p = .95, .min_p = .05});
   add("sample all tokens", flat, {});
+
+  // Stages that nobody writes by hand.
+  const auto stage = [&](const std::string& name, const ef::SamplingParams& params) {
+    const auto rng = std::make_shared<ef::Philox>(7u);
+    suite.row("sample " + name + shape, limit).ours([=](const auto& device) {
+      ef::sample_into(device, *ids, *peaked, params, *rng);
+    });
+  };
+  std::vector<std::int32_t> history;
+  for (std::int32_t i = 0; i < 1000; ++i) history.push_back(i * 37 % 4999);
+  stage("typical-p 0.9", {.typical_p = .9});
+  stage("top-n-sigma 1", {.top_n_sigma = 1});
+  stage("XTC", {.xtc_probability = 1, .xtc_threshold = .1});
+  stage("eta cutoff", {.eta_cutoff = 3e-4});
+  stage("top-h 0.4", {.top_h = .4});
+  stage("mirostat 2", {.mirostat = 2, .mirostat_mu = 5});
+  stage("dynamic temperature", {.dynatemp_range = .5});
+  ef::SamplingParams penalties{.top_k = 50, .repetition_penalty = 1.1};
+  penalties.output_tokens =
+      ef::Values<std::int32_t>::owned(history.size(), [&](std::size_t i) { return history[i]; });
+  stage("top-k 50, penalties on 1000 tokens", penalties);
+  penalties.repetition_penalty = 1;
+  penalties.dry_multiplier = .8;
+  stage("top-k 50, DRY on 1000 tokens", penalties);
 }
 
 /// Verification of 4 drafts, as a chain, as siblings, and as siblings that are certain. Limit: one

@@ -10,6 +10,7 @@
 /// (decoder/inference.h) in float, bfloat16 or half, with float or INT8 weights, alone or as one
 /// rank of a group that shares the linear layers. Inference has one entry, a step over ragged rows:
 /// prompts, chunks of prompts and single tokens side by side; prefill and decode are such steps.
+/// Packed weights may have the form of another family (decoder/form.h); training has this one.
 ///
 ///   ef::Decoder<float> model({.vocabulary = 256, .features = 128}, /*seed=*/1);
 ///   ef::AdamW optimizer(model.parameters(), {.learning_rate = 1e-3f});

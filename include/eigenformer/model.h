@@ -67,14 +67,18 @@ class Model {
   /// Bytes that a step reads of the weights.
   std::size_t weight_bytes() const { return weights_->bytes(); }
 
-  /// Pages for `tokens` positions of as many sequences as they are divided among.
+  /// Pages for `tokens` positions of as many sequences as they are divided among. Throws
+  /// std::invalid_argument for a negative number and for pages of no token.
   PagedKvCache<T> make_cache(Index tokens, Index page_size = 16) const {
     const DecoderConfig& c = config_.shape;
+    detail::require_that(tokens >= 0, "make_cache", "tokens is ", tokens, ", expected 0 or more");
+    detail::require_that(page_size >= 1, "make_cache", "page_size is ", page_size,
+                         ", expected 1 or more");
     return PagedKvCache<T>({.layers = c.layers,
                             .kv_heads = c.kv_heads,
                             .head_dim = c.head_dim,
                             .page_size = page_size,
-                            .page_count = (tokens + page_size - 1) / page_size});
+                            .page_count = tokens / page_size + (tokens % page_size != 0 ? 1 : 0)});
   }
 
   /// Logits after every one of the tokens (tokens, vocabulary). Throws std::invalid_argument for an
@@ -127,10 +131,6 @@ Model<T, D> load_model(const D& device, const std::filesystem::path& path,
     const auto files = std::make_shared<const Safetensors>(path);
     weights = detail::load_weights<T>(device, config, files->tensors(), files, options);
   }
-  for (const std::int32_t end : tokenizer.eos())
-    if (std::find(config.end_tokens.begin(), config.end_tokens.end(), end) ==
-        config.end_tokens.end())
-      config.end_tokens.push_back(end);
   return {std::move(config), std::move(tokenizer), std::move(weights), device};
 }
 template <FloatingScalar T = float>
@@ -181,7 +181,7 @@ std::vector<std::int32_t> generate(Model<T, D>& model, std::span<const std::int3
          begin + size == count);
   }
   Philox random(options.seed);
-  const std::vector<std::int32_t>& ends = model.config().end_tokens;
+  const std::vector<std::int32_t>& ends = model.tokenizer().eos();
   while (true) {
     const std::int32_t token = sample(model.device(), logits, options.sampling, random)(0);
     text.push_back(token);

@@ -62,8 +62,9 @@
 ///                    (Basu et al., 2021). MirostatState moves mu
 ///
 /// Every set holds at least one token. Equality and order are those of the logits as given (after
-/// penalties and bias), not of rounded probabilities. Sums and weights are in double. Tokens at
-/// -infinity are never drawn.
+/// penalties and bias), not of rounded probabilities. What is kept and drawn is what sums and weights
+/// in double say (float ones decide where their error bounds allow it). Tokens at -infinity are
+/// never drawn.
 ///
 /// Stages of the history are done on the host in O(history), beside a sort of what dry finds and
 /// the length of its breakers.

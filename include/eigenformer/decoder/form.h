@@ -7,7 +7,8 @@
 ///   gemma2.placement = ef::NormPlacement::both;
 ///   gemma2.activation = ef::DecoderActivation::gelu_tanh;
 ///   gemma2.logit_softcap = 30;
-///   auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(config, ef::WeightFormat::int8, gemma2);
+///   auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(
+///       config, ef::WeightFormat::int8, gemma2);
 #pragma once
 
 #include <cmath>

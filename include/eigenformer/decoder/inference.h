@@ -119,9 +119,7 @@ class InferenceStep {
     starts_.resize(rows);
     s_.positions.resize(step.tokens.size());
     s_.turned.resize(step.tokens.size());
-    rows_.begin(config_, rows, s_);
-    if constexpr (requires { rows_.require_held(form_, Index{}, Index{}); })
-      rows_.require_held(form_, config_.layers, step.offsets[1]);
+    rows_.begin(config_, form_, step.offsets, s_);
     for (std::size_t i = 0; i < rows; ++i) {
       for (Index t = step.offsets[i]; t < step.offsets[i + 1]; ++t)
         s_.positions[static_cast<std::size_t>(t)] = starts_[i] + t - step.offsets[i];

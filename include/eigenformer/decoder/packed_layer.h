@@ -70,8 +70,8 @@ namespace detail {
 /// Checks and packs the tensors of a layer.
 struct LayerPacking {
   static constexpr auto kName = "PackedDecoderWeights";
-  const DecoderConfig& config_;
-  const DecoderForm& form_;
+  const DecoderConfig& config;
+  const DecoderForm& form;
 
   template <typename View>
   static void require_shape(const View& view, const char* name, Index rows, Index columns) {
@@ -102,12 +102,12 @@ struct LayerPacking {
   }
 
   // Rows of query (or of all heads of a token), of key.
-  Index query_rows() const { return config_.heads * config_.head_dim; }
-  Index key_rows() const { return config_.kv_heads * config_.head_dim; }
+  Index query_rows() const { return config.heads * config.head_dim; }
+  Index key_rows() const { return config.kv_heads * config.head_dim; }
 
   template <typename Views>
   void require_shapes(const Views& v) const {
-    const Index q = query_rows(), kv = key_rows(), d = config_.features, hidden = config_.hidden;
+    const Index q = query_rows(), kv = key_rows(), d = config.features, hidden = config.hidden;
     const auto shape = [](const auto& view, const char* name, Index rows, Index columns) {
       if (view.has_value()) require_shape(*view, name, rows, columns);
     };
@@ -125,10 +125,10 @@ struct LayerPacking {
     together(v.query.has_value(), v.value.has_value(), "query, key and value");
     together(v.query_bias.has_value(), v.key_bias.has_value(), "biases of query, key and value");
     together(v.query_bias.has_value(), v.value_bias.has_value(), "biases of query, key and value");
-    together(v.gate.has_value(), form_.gated && v.up.has_value(), "gate and up of a gated form");
-    together(v.gate_bias.has_value(), form_.gated && v.up_bias.has_value(),
+    together(v.gate.has_value(), form.gated && v.up.has_value(), "gate and up of a gated form");
+    together(v.gate_bias.has_value(), form.gated && v.up_bias.has_value(),
              "biases of gate and up of a gated form");
-    require_that(!v.up_bias.has_value() || form_.feed_forward_bias, kName,
+    require_that(!v.up_bias.has_value() || form.feed_forward_bias, kName,
                  "the form has no biases of gate and up");
   }
 
@@ -146,7 +146,7 @@ struct LayerPacking {
     if (v.query) packed.qkv = stacked(readable(v.query), readable(v.key), readable(v.value));
     if (v.output)
       packed.output = pack_column_shard<S>(device, readable(v.output).view(), communicator);
-    if (v.gate && form_.fuses_gates())
+    if (v.gate && form.fuses_gates())
       packed.gate_up = pack_gated_column_shard<S>(device, readable(v.gate).view(),
                                                   readable(v.up).view(), communicator);
     else if (v.gate)
@@ -159,13 +159,13 @@ struct LayerPacking {
   template <typename D, typename S, typename W, typename N>
   void pack_vectors(const D& device, PackedDecoderLayer<S>& packed,
                     const DecoderLayerViews<W, N>& v, const Memory& memory) const {
-    const Index d = config_.features, q = query_rows(), kv = key_rows(), hidden = config_.hidden;
+    const Index d = config.features, q = query_rows(), kv = key_rows(), hidden = config.hidden;
     const auto set = [&](PackedArray<float>& to, const auto& view, const char* name, Index size) {
       if (view.has_value()) to = vector(device, *view, name, size, memory);
     };
     const auto set_norm = [&](PackedNorm& to, const auto& weight, const char* name) {
       set(to.weight, weight, name, d);
-      if (weight.has_value() && form_.norm == DecoderNorm::layer && to.bias.size() == 0)
+      if (weight.has_value() && form.norm == DecoderNorm::layer && to.bias.size() == 0)
         to.bias = zeros(device, d);
     };
     set_norm(packed.attention_norm, v.attention_norm, "attention_norm");
@@ -174,9 +174,9 @@ struct LayerPacking {
     set_norm(packed.after_feed_forward_norm, v.after_feed_forward_norm, "after_feed_forward_norm");
     set(packed.attention_norm.bias, v.attention_norm_bias, "attention_norm_bias", d);
     set(packed.feed_forward_norm.bias, v.feed_forward_norm_bias, "feed_forward_norm_bias", d);
-    const bool rows = form_.query_key_norm == QueryKeyNorm::row;
-    set(packed.query_norm, v.query_norm, "query_norm", rows ? q : config_.head_dim);
-    set(packed.key_norm, v.key_norm, "key_norm", rows ? kv : config_.head_dim);
+    const bool rows = form.query_key_norm == QueryKeyNorm::row;
+    set(packed.query_norm, v.query_norm, "query_norm", rows ? q : config.head_dim);
+    set(packed.key_norm, v.key_norm, "key_norm", rows ? kv : config.head_dim);
     set(packed.output_bias, v.output_bias, "output_bias", d);
     set(packed.down_bias, v.down_bias, "down_bias", d);
     // Biases of products that are one, one after the other.
@@ -200,7 +200,7 @@ struct LayerPacking {
     else if (v.up_bias)
       packed.up_bias = joined({{"up_bias", hidden}}, v.up_bias);
     if (v.sinks) {
-      const auto sinks = vector(Eigen::DefaultDevice{}, *v.sinks, "sinks", config_.heads, memory);
+      const auto sinks = vector(Eigen::DefaultDevice{}, *v.sinks, "sinks", config.heads, memory);
       packed.sinks.assign(sinks.data(), sinks.data() + sinks.size());
     }
   }
@@ -210,17 +210,17 @@ struct LayerPacking {
     const auto norm = [&](const PackedNorm& x, bool expected) {
       return !expected || x.weight.size() > 0;
     };
-    const bool gates = form_.fuses_gates();
+    const bool gates = form.fuses_gates();
     return layer.qkv.out_features > 0 && layer.output.out_features > 0 &&
            layer.down.out_features > 0 &&
            (gates ? layer.gate_up.out_features : layer.up.out_features) > 0 &&
-           norm(layer.attention_norm, form_.norm_before()) &&
-           norm(layer.feed_forward_norm, form_.norm_before() && !form_.shares_norm()) &&
-           norm(layer.after_attention_norm, form_.norm_after()) &&
-           norm(layer.after_feed_forward_norm, form_.norm_after()) &&
-           (form_.query_key_norm == QueryKeyNorm::none ||
+           norm(layer.attention_norm, form.norm_before()) &&
+           norm(layer.feed_forward_norm, form.norm_before() && !form.shares_norm()) &&
+           norm(layer.after_attention_norm, form.norm_after()) &&
+           norm(layer.after_feed_forward_norm, form.norm_after()) &&
+           (form.query_key_norm == QueryKeyNorm::none ||
             (layer.query_norm.size() > 0 && layer.key_norm.size() > 0)) &&
-           (!form_.sinks || !layer.sinks.empty());
+           (!form.sinks || !layer.sinks.empty());
   }
 };
 

@@ -88,7 +88,9 @@ struct PagedRows {
 
   /// Where each row begins, into s.starts, and what undo needs.
   template <typename T>
-  void begin(const DecoderConfig& model, std::size_t rows, InferenceScratch<T>& s) {
+  void begin(const DecoderConfig& model, const DecoderForm&, std::span<const Index> offsets,
+             InferenceScratch<T>& s) {
+    const std::size_t rows = offsets.size() - 1;
     require_that(cache.config().layers == model.layers, "Decoder::step", "the cache has ",
                  cache.config().layers, " layers, the model has ", model.layers);
     for (Index l = 0; l < model.layers; ++l) {
@@ -128,23 +130,13 @@ struct DenseRows {
   }
   auto source(Index layer) { return cache.source(layer); }
   template <typename T>
-  void begin(const DecoderConfig& model, std::size_t, InferenceScratch<T>& s) {
+  void begin(const DecoderConfig& model, const DecoderForm& form, std::span<const Index> offsets,
+             InferenceScratch<T>& s) {
     const Index length = cache.length(0);
     for (Index l = 1; l < model.layers; ++l) require_even_layers(length, cache.length(l));
     std::fill(s.starts.begin(), s.starts.end(), length);
     had_shape_ = cache.source(0).batch > 0;
-  }
-  /// The first of `added` positions sees nothing that the cache will have given up by then: where
-  /// attention says so, the cache has been written to.
-  void require_held(const DecoderForm& form, Index layers, Index added) const {
-    const Index start = cache.length(0);
-    for (Index l = 0; l < layers; ++l) {
-      const HeldPositions held = cache.held_at(l, start + added);
-      const Index window = form.layer(l).window;
-      require_that(held.begin <= held.prefix || (window > 0 && start - window + 1 >= held.begin),
-                   "Decoder::step", "layer ", l, " of the cache would give up the positions ",
-                   held.prefix, " to ", held.begin - 1, ", which position ", start, " sees");
-    }
+    require_held(form, model.layers, offsets[1]);
   }
   template <typename T>
   void undo(const InferenceScratch<T>& s) {
@@ -157,6 +149,18 @@ struct DenseRows {
   bool had_shape_ = false;
 
  private:
+  /// The first of `added` positions sees nothing that the cache will have given up by then: where
+  /// attention says so, the cache has been written to.
+  void require_held(const DecoderForm& form, Index layers, Index added) const {
+    const Index start = cache.length(0);
+    for (Index l = 0; l < layers; ++l) {
+      const HeldPositions held = cache.held_at(l, start + added);
+      const Index window = form.layer(l).window;
+      require_that(held.begin <= held.prefix || (window > 0 && start - window + 1 >= held.begin),
+                   "Decoder::step", "layer ", l, " of the cache would give up the positions ",
+                   held.prefix, " to ", held.begin - 1, ", which position ", start, " sees");
+    }
+  }
   template <typename T>
   static HeadsView<T, 4> batched(const HeadsView<T>& x, Index batch) {
     const Index n = batch == 0 ? 0 : x.dimension(0) / batch;

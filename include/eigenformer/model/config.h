@@ -1,6 +1,6 @@
 /// \file
 /// A model as its files describe it: shape and form of the decoder, what its tensors are called and
-/// how they lie, and the tokens that end a text.
+/// how they lie.
 ///
 ///   ef::ModelConfig config = ef::read_model_config("folder/config.json");
 ///   config.family;          // "llama"
@@ -9,9 +9,7 @@
 /// model/families.h says what each family of config.json means.
 #pragma once
 
-#include <cstdint>
 #include <string>
-#include <vector>
 
 #include "../decoder/config.h"
 #include "../decoder/form.h"
@@ -65,11 +63,8 @@ struct ModelConfig {
   bool norm_bias = false;      ///< norms have biases
   bool qkv_bias = false;
   bool output_bias = false;
-  bool feed_forward_bias = false;
   bool head_bias = false;
-  Index positions = 0;                   ///< that the model was made for
-  std::int32_t begin_token = -1;         ///< -1: none
-  std::vector<std::int32_t> end_tokens;  ///< that end a text
+  Index positions = 0;  ///< that the model was made for
 };
 
 }  // namespace EIGENFORMER_ABI

@@ -66,7 +66,6 @@ class FamilyReader {
     if (family == families.end())
       json_.refuse("model_type", "is " + printable(m_.family) + ", which is not supported");
     (this->*family->second)();
-    tokens();
     validate();
     return m_;
   }
@@ -160,8 +159,7 @@ class FamilyReader {
     m_.names.down = std::move(down);
   }
   void all_biases(bool biases) {
-    m_.qkv_bias = m_.output_bias = m_.feed_forward_bias = biases;
-    m_.form.feed_forward_bias = biases;
+    m_.qkv_bias = m_.output_bias = m_.form.feed_forward_bias = biases;
   }
 
   // ---- the families -----------------------------------------------------------------------------
@@ -172,7 +170,7 @@ class FamilyReader {
     tied(false);
     activation("hidden_act", "silu");
     m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", false);
-    m_.feed_forward_bias = m_.form.feed_forward_bias = json_.boolean("mlp_bias", false);
+    m_.form.feed_forward_bias = json_.boolean("mlp_bias", false);
     if (m_.family == "mistral") window(json_.integer("sliding_window", 0));
   }
   void granite() {
@@ -441,14 +439,6 @@ class FamilyReader {
 
   // ---- the rest ---------------------------------------------------------------------------------
 
-  void tokens() {
-    const auto token = [&](std::int64_t id) {
-      return id >= 0 && id < m_.shape.vocabulary ? static_cast<std::int32_t>(id) : -1;
-    };
-    m_.begin_token = token(json_.integer("bos_token_id", -1));
-    for (const std::int64_t id : json_.integers("eos_token_id"))
-      if (token(id) >= 0) m_.end_tokens.push_back(token(id));
-  }
   void validate() {
     try {
       m_.shape.validate();

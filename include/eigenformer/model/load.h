@@ -148,7 +148,7 @@ class ModelLoader {
       norm(v.key_norm, kNone, n.key_norm, row ? m_.shape.kv_heads * width : width);
     }
     if (m_.output_bias) set(v.output_bias, vector(of_layer(l, bias(n.output)), d));
-    if (m_.feed_forward_bias) {
+    if (form.feed_forward_bias) {
       const Index hidden = m_.shape.hidden;
       if (form.gated) set(v.gate_bias, vector(of_layer(l, bias(n.gate)), hidden));
       set(v.up_bias, vector(of_layer(l, bias(n.up)), hidden));

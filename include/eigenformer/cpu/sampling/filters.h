@@ -1,8 +1,8 @@
 /// \file
-/// The filters: each narrows the band of tokens in play (row.h). They share one selection (select.h),
-/// the shortest prefix of the candidates in a given order whose weights reach a target: weight 1
-/// and target k for top-k, the token weights and p of their sum for top-p, the same with the order
-/// of typicality for typical-p.
+/// The filters: each narrows the band of tokens in play (row.h). They share one selection
+/// (select.h), the shortest prefix of the candidates in a given order whose weights reach a target:
+/// weight 1 and target k for top-k, the token weights and p of their sum for top-p, the same with
+/// the order of typicality for typical-p.
 #pragma once
 
 #include <cmath>
@@ -186,47 +186,70 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   row.band.lo = least;
 }
 
-/// Keeps the tokens whose information -log(probability) is nearest to the entropy. With d = (logit
-/// - best) / temperature both contain the same log of the normaliser, which cancels: the distance
-/// is |d - mean of d|.
+/// Sums over the tokens in play, of their weights and of weight * (logit - best) / temperature.
+struct WeightSums {
+  double total, moment;
+
+  double mean() const { return moment / total; }
+  /// In nats.
+  double entropy() const { return std::log(total) - mean(); }
+};
+
 template <typename Isa, typename T>
-void keep_typical_p(SamplingRow<T>& row, double p,
-                    const SamplingScratch<compute_type<T>>& scratch) {
-  using C = compute_type<T>;
-  if (p >= 1.0) return;
-  const double best = static_cast<double>(row.band.hi),
-               inverse_temperature = row.inverse_temperature;
-  const auto scaled = [=](C x) {
-    return (std::min)(0.0, (static_cast<double>(x) - best) * inverse_temperature);
-  };
+WeightSums weight_sums(const SamplingRow<T>& row) {
   alignas(64) double weights[SamplingBlock::size];
-  double total = 0, moment = 0;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    member_weights<Isa>(x, block, row.band, inverse_temperature, weights);
-    total += block_sum(weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j)
-      weights[j] = weights[j] > 0 ? weights[j] * scaled(x[j]) : 0.0;
-    moment += block_sum(weights);
+  WeightSums sums{0, 0};
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    member_weights<Isa>(x, block, row.band, scale, weights);
+    sums.total += block_sum(weights);
+    for (Index j = 0; j < SamplingBlock::size; ++j) {
+      const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
+      weights[j] = weights[j] > 0 ? moment : 0.0;
+    }
+    sums.moment += block_sum(weights);
   });
-  const double mean = moment / total;
-  const auto distance = [=](C x) { return std::abs(scaled(x) - mean); };
+  return sums;
+}
+
+/// Keeps the tokens whose information -log(probability) is nearest to the entropy, with all as near
+/// as the last, until their `weights` sum to `target`. With d = (logit - best) / temperature both
+/// contain the same log of the normaliser, which cancels: the distance is |d - mean of d|.
+template <typename Isa, typename T, typename Weights>
+void keep_nearest(SamplingRow<T>& row, double mean, double target, Weights weights,
+                  const SamplingScratch<compute_type<T>>& scratch) {
+  using C = compute_type<T>;
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  const auto distance = [=](C x) {
+    return std::abs((std::min)(0.0, (static_cast<double>(x) - best) * scale) - mean);
+  };
   const auto key = [=](C x) {
-    return ~std::bit_cast<std::uint64_t>(distance(x));
-  };  // near is first
+    return ~std::bit_cast<std::uint64_t>(distance(x));  // near is first
+  };
   const Index n = gather_candidates<Isa>(row, row.band.lo, scratch.candidates);
-  const auto end = select_prefix(scratch.candidates, n, p * total, key,
-                                 candidate_weights<C>(best, inverse_temperature), scratch);
+  const auto end = select_prefix(scratch.candidates, n, target, key, weights, scratch);
   const double farthest = distance(end.value);
   C lo = row.band.hi, hi = row.band.lo;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    for (Index j = 0; j < SamplingBlock::size; ++j)
-      if (row.band.contains(x[j], block * SamplingBlock::size + j) && distance(x[j]) <= farthest) {
-        lo = (std::min)(lo, x[j]);
-        hi = (std::max)(hi, x[j]);
-      }
+    member_bits<Isa>(x, block, row.band, row.band.lo).for_each([&](Index j) {
+      if (distance(x[j]) > farthest) return;
+      lo = (std::min)(lo, x[j]);
+      hi = (std::max)(hi, x[j]);
+    });
   });
   row.band = {hi, lo, lo > row.band.lo ? row.vocab : row.band.lo_end,
               hi < row.band.hi ? 0 : row.band.hi_begin};
+}
+
+template <typename Isa, typename T>
+void keep_typical_p(SamplingRow<T>& row, double p,
+                    const SamplingScratch<compute_type<T>>& scratch) {
+  if (p >= 1.0) return;
+  const WeightSums sums = weight_sums<Isa>(row);
+  keep_nearest<Isa>(
+      row, sums.mean(), p * sums.total,
+      candidate_weights<compute_type<T>>(static_cast<double>(row.band.hi), row.inverse_temperature),
+      scratch);
 }
 
 template <typename Isa, typename T>

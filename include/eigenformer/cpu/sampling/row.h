@@ -239,8 +239,8 @@ struct BlockBits {
   }
 };
 
-/// Copies the chosen logits of a block to `to`, in order; returns the end of them. `to` has room for
-/// a vector more. Few are copied one by one: a vector of 16 takes 5 cycles on Zen 5, a logit 2.
+/// Copies the chosen logits of a block to `to`, in order; returns the end of them. `to` has room
+/// for a vector more. Few are copied one by one: a vector of 16 takes 5 cycles on Zen 5, a logit 2.
 template <typename V, typename C>
 EIGENFORMER_INLINE C* store_logits(const C* x, const BlockBits& chosen, C* to) {
   constexpr int few = 40;

@@ -2,8 +2,8 @@
 /// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of
 /// every block of 128 tokens; one streaming read), filtered (filters.h), and drawn from by
 /// the inverse of its cumulative distribution in token order. Greedy is the scan and one block.
-/// Top-k reads beyond the scan only the blocks whose maximum reaches the k-th largest block
-/// maximum; a draw without top-k adds one exponential per token in double, about 1 ns each.
+/// Top-k reads beyond the scan only the blocks whose maximum reaches about the k-th largest block
+/// maximum; a draw without top-k adds one exponential per token, in float where logits are (bulk.h).
 #pragma once
 
 #include "../../core/workspace.h"

@@ -196,8 +196,8 @@ struct CandidateInterval {
   static constexpr Index few = 64;
 
   /// Keeps the candidates of an interval around the one at which `above` and the weights of those
-  /// before it reach `target`, and adds to `above` the weights that come before it. Returns how many
-  /// are left, sorted, best first: at most 64, or all equal. 0: it found no such interval.
+  /// before it reach `target`, and adds to `above` the weights that come before it. Returns how
+  /// many are left, sorted, best first: at most 64, or all equal. 0: it found no such interval.
   Index narrow(float* x, Index n, double target, double& above) const {
     constexpr float infinity = std::numeric_limits<float>::infinity();
     double mass = n > few ? sum(x, n) : 0.0;

@@ -33,31 +33,6 @@ Index count_members(const SamplingRow<T>& row) {
   return count;
 }
 
-/// Sums over the tokens in play, of their weights and of weight * (logit - best) / temperature.
-struct WeightSums {
-  double total, moment;
-
-  /// In nats.
-  double entropy() const { return std::log(total) - moment / total; }
-};
-
-template <typename Isa, typename T>
-WeightSums weight_sums(const SamplingRow<T>& row) {
-  alignas(64) double weights[SamplingBlock::size];
-  WeightSums sums{0, 0};
-  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-    member_weights<Isa>(x, block, row.band, scale, weights);
-    sums.total += block_sum(weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
-      weights[j] = weights[j] > 0 ? moment : 0.0;
-    }
-    sums.moment += block_sum(weights);
-  });
-  return sums;
-}
-
 /// Of two bands that begin alike, the one that ends later.
 template <typename C>
 void end_at_later(Band<C>& band, const Band<C>& other) {
@@ -78,42 +53,15 @@ void keep_at_least(SamplingRow<T>& row, Index n, TopKTies ties,
   end_at_later(row.band, best.band);
 }
 
-/// The n tokens whose information is nearest to the entropy, with all as near as the last.
-template <typename Isa, typename T>
-void keep_most_typical(SamplingRow<T>& row, Index n,
-                       const SamplingScratch<compute_type<T>>& scratch) {
-  using C = compute_type<T>;
-  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  const WeightSums sums = weight_sums<Isa>(row);
-  const double mean = sums.moment / sums.total;
-  const auto distance = [=](C x) {
-    return std::abs((std::min)(0.0, (static_cast<double>(x) - best) * scale) - mean);
-  };
-  const Index count = gather_candidates<Isa>(row, row.band.lo, scratch.candidates);
-  const auto end = select_prefix(
-      scratch.candidates, count, static_cast<double>(n),
-      [=](C x) { return ~std::bit_cast<std::uint64_t>(distance(x)); },
-      [](const C*, Index values, double* w) { std::fill(w, w + values, 1.0); }, scratch);
-  const double farthest = distance(end.value);
-  C lo = row.band.hi, hi = row.band.lo;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    member_bits<Isa>(x, block, row.band, row.band.lo).for_each([&](Index j) {
-      if (distance(x[j]) > farthest) return;
-      lo = (std::min)(lo, x[j]);
-      hi = (std::max)(hi, x[j]);
-    });
-  });
-  row.band = {hi, lo, lo > row.band.lo ? row.vocab : row.band.lo_end,
-              hi < row.band.hi ? 0 : row.band.hi_begin};
-}
-
 template <typename Isa, typename T>
 void keep_typical_at_least(SamplingRow<T>& row, double p, Index n,
                            const SamplingScratch<compute_type<T>>& scratch) {
   SamplingRow<T> nearest = row;
   keep_typical_p<Isa>(row, p, scratch);
   if (count_members<Isa>(row) >= n) return;
-  keep_most_typical<Isa>(nearest, n, scratch);
+  const auto ones = [](const auto*, Index count, double* w) { std::fill(w, w + count, 1.0); };
+  keep_nearest<Isa>(nearest, weight_sums<Isa>(nearest).mean(), static_cast<double>(n), ones,
+                    scratch);
   row.band = nearest.band;
 }
 

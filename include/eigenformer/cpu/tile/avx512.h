@@ -263,8 +263,8 @@ EIGENFORMER_INLINE void store_rounded_pairs(isa::avx512_bf16, simd::vec<float, i
 }
 #endif
 
-/// 32 pairs take two shuffles; the loop of generic.h made a block of values for attention cost 9% of
-/// a prefill (Zen 5, 2048 tokens, heads of 128), this 1%.
+/// 32 pairs take two shuffles; the loop of generic.h made a block of values for attention cost 9%
+/// of a prefill (Zen 5, 2048 tokens, heads of 128), this 1%.
 inline void join_pairs(isa::avx512, const bfloat16* even, const bfloat16* odd, Index count,
                        std::uint32_t* to) {
   alignas(64) static constexpr auto order = [] {

@@ -194,8 +194,9 @@ EIGENFORMER_DEVICE void keep_min_p(Block& block, const Arrays& arrays, SamplingR
 struct WeightSums {
   double total, moment;
 
+  EIGENFORMER_DEVICE double mean() const { return moment / total; }
   /// In nats.
-  EIGENFORMER_DEVICE double entropy() const { return std::log(total) - moment / total; }
+  EIGENFORMER_DEVICE double entropy() const { return std::log(total) - mean(); }
 };
 
 template <typename Block, typename Arrays, typename T>
@@ -234,7 +235,7 @@ EIGENFORMER_DEVICE void keep_typical_p(Block& block, const Arrays& arrays, Sampl
                                        double p) {
   if (p >= 1.0) return;
   const WeightSums sums = weight_sums(block, arrays, row);
-  keep_nearest(block, arrays, row, sums.moment / sums.total, p * sums.total,
+  keep_nearest(block, arrays, row, sums.mean(), p * sums.total,
                [row](auto x) { return row.weight(x); });
 }
 

@@ -52,7 +52,7 @@ EIGENFORMER_DEVICE void keep_typical_at_least(Block& block, const Arrays& arrays
   keep_typical_p(block, arrays, row, p);
   if (count_members(block, arrays, row) >= n) return;
   const WeightSums sums = weight_sums(block, arrays, nearest);
-  keep_nearest(block, arrays, nearest, sums.moment / sums.total, static_cast<double>(n),
+  keep_nearest(block, arrays, nearest, sums.mean(), static_cast<double>(n),
                [](auto) { return 1.0; });
   row.band = nearest.band;
 }

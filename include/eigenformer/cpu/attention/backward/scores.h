@@ -106,8 +106,8 @@ class BackwardScores {
   }
 
   /// Dot products of row r, row `of` of the scratch, to weights relative to the greatest score, and
-  /// the sums of these and of weighted dP. dP of pairs that it does not see is 0. Pairs with a `bad`
-  /// key are NaN where the row sees it.
+  /// the sums of these and of weighted dP. dP of pairs that it does not see is 0. Pairs with a
+  /// `bad` key are NaN where the row sees it.
   void score_row(const Memory& m, Index n, Index r, const BlockRange& range, KeyBits hidden_keys,
                  KeyBits bad, Index of) const {
     if (range.empty()) return hide_row(m, n, r);
