@@ -28,6 +28,7 @@ Anything execute(const Backend<D>&, const Problem&) {
 #include <eigenformer/attention.h>
 #include <eigenformer/beam_search.h>
 #include <eigenformer/embedding.h>
+#include <eigenformer/expert_routing.h>
 #include <eigenformer/grad_scaler.h>
 #include <eigenformer/log_softmax.h>
 #include <eigenformer/loss.h>
@@ -82,6 +83,9 @@ void elementwise(const D& device, Views v) {
   ef::embedding_into(device, v.v2, v.ids, v.v2);
   ef::embedding_into(device, v.v2, v.ids, v.q, v.v1);
   ef::embedding_backward_into(device, v.v2, v.v2, v.ids);
+  ef::expert_routing_into(device, v.tokens, v.v2, v.v2);
+  ef::expert_routing_into(device, v.tokens, v.v2, v.v2, v.v1);
+  ef::expert_order_into(device, v.ids, v.ids, v.tokens, v.tokens);
   ef::cross_entropy(device, v.v2, v.lengths);
   ef::cross_entropy_with_gradient_into(device, v.v2, v.v2, v.lengths, 1.0);
 }

@@ -11,6 +11,7 @@
 #include <eigenformer/problem/causal_mask.h>
 #include <eigenformer/problem/communicator.h>
 #include <eigenformer/problem/embedding.h>
+#include <eigenformer/problem/expert_routing.h>
 #include <eigenformer/problem/kv_cache.h>
 #include <eigenformer/problem/linear.h>
 #include <eigenformer/problem/log_softmax.h>
@@ -95,6 +96,8 @@ const Part kParts[] = {
     part<Embedding<F, F, Id>>("embedding", "rows"),
     part<Int8Embedding<F, Id>>("embedding", "INT8 rows"),
     part<EmbeddingBackward<F, F, Id>>("embedding", "gradients"),
+    part<ExpertRouting<F>>("expert_routing", "routing"),
+    part<ExpertOrder>("expert_routing", "order"),
     part<LogSoftmax<F, F>>("log_softmax", "rows"),
     part<TopK<F>>("top_k", "rows"),
     part<CrossEntropy<F, F>>("loss", "cross-entropy"),
