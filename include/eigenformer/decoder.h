@@ -258,6 +258,12 @@ class Decoder {
     return logits;
   }
 
+  /// The step over a KvCache, whose batch is the rows, all of one length.
+  template <typename Logits, typename Storage>
+  void step_into(Logits&& logits, const StepRows& rows, KvCache<T, Storage>& cache) {
+    run(logits, rows, detail::DenseRows<KvCache<T, Storage>>{cache});
+  }
+
   /// Appends ids (batch, n) to sequences of equal length; positions start at cache.length(0), so
   /// that a prompt may come in chunks. Returns the logits (batch, vocabulary) after the last of
   /// them. Throws std::invalid_argument for an id outside the vocabulary or another batch.

@@ -11,6 +11,7 @@
 ///
 ///   ef::generate(model, ids, {.sampling = {.temperature = .8, .top_p = .95}, .seed = 1,
 ///                             .on_token = [&](std::int32_t id) { std::cout << stream.push(id) << std::flush; return true; }});
+///   ef::TextGenerator chat(model);                            // text after text: what they share is computed once
 ///
 /// Part of the component eigenformer::model (nlohmann-json, PCRE2). Families: model/families.h and
 /// model/gguf_families.h. T is the scalar of activations and caches. Files are not believed: ModelFileError (a
@@ -22,9 +23,7 @@
 /// embedding is used as stored.
 #pragma once
 
-#include <algorithm>
 #include <filesystem>
-#include <functional>
 #include <memory>
 #include <span>
 #include <vector>
@@ -35,7 +34,6 @@
 #include "model/load.h"
 #include "model/safetensors.h"
 #include "model/tokenizer.h"
-#include "sampling.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -139,59 +137,7 @@ Model<T> load_model(const std::filesystem::path& path, const LoadOptions& option
   return load_model<T>(here, path, options);
 }
 
-struct GenerateOptions {
-  Index max_new_tokens = 128;
-  SamplingParams sampling = {.temperature = 0};  ///< greedy
-  std::uint64_t seed = 0;
-  /// Called with each new token; false ends the text.
-  std::function<bool(std::int32_t)> on_token = {};
-  Index chunk = 512;  ///< tokens of a prompt that go through the layers at once
-};
-
-/// The tokens that follow `ids`, until one that ends a text (which is returned) or max_new_tokens.
-/// Throws std::invalid_argument for no ids and for ids outside the vocabulary.
-template <typename T, typename D>
-std::vector<std::int32_t> generate(Model<T, D>& model, std::span<const std::int32_t> ids,
-                                   const GenerateOptions& options = {}) {
-  constexpr auto name = "generate";
-  const auto count = static_cast<Index>(ids.size());
-  detail::require_that(count > 0, name, "ids is empty, expected one token at least");
-  detail::require_that(options.max_new_tokens >= 0, name, "max_new_tokens is ",
-                       options.max_new_tokens, ", expected 0 or more");
-  detail::require_that(options.chunk >= 1, name, "chunk is ", options.chunk,
-                       ", expected 1 or more");
-  std::vector<std::int32_t> text;
-  if (options.max_new_tokens == 0) return text;
-  Index positions = 0;
-  detail::require_that(detail::add_fits(count, options.max_new_tokens, positions), name,
-                       "ids and max_new_tokens overflow");
-  PagedKvCache<T> cache = model.make_cache(positions);
-  const SequenceId sequence = cache.add_sequence();
-  Tensor<float, 2> logits;
-  const auto step = [&](std::span<const std::int32_t> tokens, bool wanted) {
-    const std::array<Index, 2> offsets{0, static_cast<Index>(tokens.size())};
-    const std::array<Index, 1> last{offsets[1] - 1};
-    model.decoder().step_into(
-        logits, StepRows{tokens, offsets, std::span<const Index>(last.data(), wanted ? 1 : 0)},
-        cache, {&sequence, 1});
-  };
-  for (Index begin = 0; begin < count; begin += options.chunk) {
-    const Index size = (std::min)(options.chunk, count - begin);
-    step(ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(size)),
-         begin + size == count);
-  }
-  Philox random(options.seed);
-  const std::vector<std::int32_t>& ends = model.tokenizer().eos();
-  while (true) {
-    const std::int32_t token = sample(model.device(), logits, options.sampling, random)(0);
-    text.push_back(token);
-    const bool more = !options.on_token || options.on_token(token);
-    if (!more || static_cast<Index>(text.size()) == options.max_new_tokens ||
-        std::find(ends.begin(), ends.end(), token) != ends.end())
-      return text;
-    step({&text.back(), 1}, true);
-  }
-}
-
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#include "model/generate.h"

@@ -343,4 +343,28 @@ TEST(PackedDecoderWeights, RefusesWhatDoesNotFit) {
       std::logic_error);
 }
 
+// Rows of one length over a KvCache are the step over pages; rows of several lengths are no batch.
+TEST(DecoderStep, RowsOfOneLengthGoIntoAKvCacheToo) {
+  ef::Decoder<float> model(make_weights(), kOneThread);
+  const Ids tokens = random_ids(8, 4);
+  const std::vector<Index> offsets{0, 4, 8}, wanted{7, 0};
+  auto pages = make_cache();
+  const std::vector<ef::SequenceId> sequences{pages.add_sequence(), pages.add_sequence()};
+  ef::KvCache<float> cache;
+  for (int step = 0; step < 2; ++step) {
+    ef::Tensor<float, 2> logits;
+    model.step_into(logits, ef::StepRows{tokens, offsets, wanted}, cache);
+    EXPECT_TRUE(
+        same_bits(logits, model.step(ef::StepRows{tokens, offsets, wanted}, pages, sequences)));
+  }
+  const std::vector<Index> uneven{0, 5, 8};
+  ef::Tensor<float, 2> logits;
+  expect_throws<std::invalid_argument>(
+      [&] {
+        model.step_into(logits, ef::StepRows{tokens, uneven, wanted}, cache);
+      },
+      {"Decoder::step", "row 1 has 3 tokens", "row 0 has 5"});
+  EXPECT_EQ(cache.length(0), 8);
+}
+
 }  // namespace

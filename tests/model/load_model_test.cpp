@@ -5,7 +5,9 @@
 #include <eigenformer/model.h>
 
 #include <numeric>
+#include <set>
 
+#include "allocations.h"
 #include "compare.h"
 #include "model_files.h"
 
@@ -71,6 +73,80 @@ TEST_F(Stories, TheCallerEndsTheText) {
                    {.max_new_tokens = 50, .on_token = [&](std::int32_t) { return ++seen < 5; }});
   EXPECT_EQ(written.size(), 5u);
   EXPECT_TRUE(ef::generate(model, first(1), {.max_new_tokens = 0}).empty());
+}
+
+TEST_F(Stories, TextsThatBeginAlikeShareWhatWasComputed) {
+  auto model = ef::load_model<float>(folder_);
+  ef::TextGenerator generator(model);
+  EXPECT_EQ(generator.generate(first(30), {.max_new_tokens = 20}),
+            (std::vector<std::int32_t>(published_.begin() + 30, published_.begin() + 50)));
+  EXPECT_EQ(generator.reused(), 0);
+  const auto longer = generator.generate(first(60), {.max_new_tokens = 197, .chunk = 4});
+  EXPECT_EQ(generator.reused(), 49);  // the last token drawn was not computed
+  EXPECT_EQ(longer, rest(60));
+  // Another text from the tenth token on, then one that the cache holds whole.
+  std::vector<std::int32_t> other(published_.begin(), published_.begin() + 40);
+  other[10] = other[10] == 300 ? 301 : 300;
+  const auto written = generator.generate(other, {.max_new_tokens = 12});
+  EXPECT_EQ(generator.reused(), 10);
+  EXPECT_EQ(written, ef::generate(model, other, {.max_new_tokens = 12}));
+  EXPECT_EQ(generator.generate(std::span(other).first(25), {.max_new_tokens = 12}),
+            ef::generate(model, std::span(other).first(25), {.max_new_tokens = 12}));
+  EXPECT_EQ(generator.reused(), 24);
+}
+
+TEST_F(Stories, ATokenTakesNoMemory) {
+  auto model = ef::load_model<float>(folder_);
+  ef::TextGenerator generator(model);
+  for (const ef::SamplingParams& sampling :
+       {ef::SamplingParams{.temperature = 0}, ef::SamplingParams{.top_k = 40, .top_p = .9}}) {
+    for (int time = 0; time < 2; ++time) {
+      long begin = 0, end = 0;
+      Index count = 0;
+      const auto ended = [&](std::int32_t) {
+        ++count;
+        if (count == 65) begin = allocation_count;  // the list of new tokens has grown to 128
+        if (count == 128) end = allocation_count;
+        return true;
+      };
+      generator.generate(first(100),
+                         {.max_new_tokens = 128, .sampling = sampling, .on_token = ended});
+      ASSERT_EQ(count, 128);
+      if (time == 0) continue;  // the cache grows
+      EXPECT_EQ(end - begin, 0);
+    }
+  }
+}
+
+TEST_F(Stories, ATextHasNoMoreTokensThanItMay) {
+  auto model = ef::load_model<float>(folder_);
+  EXPECT_EQ(ef::generate(model, first(30), {.max_new_tokens = 100, .max_length = 35}),
+            (std::vector<std::int32_t>(published_.begin() + 30, published_.begin() + 35)));
+  EXPECT_TRUE(ef::generate(model, first(30), {.max_new_tokens = 100, .max_length = 30}).empty());
+  // Pages are taken as the text grows: a number that no memory holds is no matter.
+  Index seen = 0;
+  EXPECT_EQ(ef::generate(model, first(1),
+                         {.max_new_tokens = Index{1} << 60,
+                          .on_token = [&](std::int32_t) { return ++seen < 256; }}),
+            rest(1));
+  expect_throws<std::length_error>([&] { ef::generate(model, first(31), {.max_length = 30}); },
+                                   {"generate", "31 tokens", "may have 30"});
+  expect_throws<std::invalid_argument>([&] { ef::generate(model, {}, {}); }, {"ids is empty"});
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::generate(model, std::vector<std::int32_t>{1, 512}, {});
+      },
+      {"generate", "512"});
+}
+
+TEST_F(Stories, SamplingSeesTheText) {
+  auto model = ef::load_model<float>(folder_);
+  const auto written =
+      ef::generate(model, first(1),
+                   {.max_new_tokens = 200, .sampling = {.temperature = 0, .no_repeat_ngram = 2}});
+  std::set<std::pair<std::int32_t, std::int32_t>> pairs;
+  for (std::size_t i = 1; i < written.size(); ++i)
+    EXPECT_TRUE(pairs.emplace(written[i - 1], written[i]).second) << i;
 }
 
 TEST_F(Stories, ABatchInPagesWritesItToo) {
@@ -279,6 +355,22 @@ TEST(Families, AreThoseOfTransformers) {
     EXPECT_LT(relative_error(half.logits(kIds), expected),
               1.5 * golden.at("bfloat16_error").get<double>());
   }
+}
+
+TEST(Families, ATableOfPositionsEndsTheText) {
+  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
+  const auto golden = nlohmann::json::parse(file).at("gpt2");
+  const Folder folder;
+  write_family<float>(folder, golden);
+  auto model = ef::load_model<float>(folder.path());
+  const auto positions = static_cast<std::size_t>(model.config().form.positions);
+  ASSERT_GT(positions, 74u);
+  const auto text = ef::generate(model, kIds, {.max_new_tokens = 100000});
+  EXPECT_EQ(text.size(), positions - kIds.size());
+  const auto expected = golden.at("greedy").get<std::vector<std::int32_t>>();
+  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), text.begin()));
+  expect_throws<std::length_error>(
+      [&] { ef::generate(model, std::vector<std::int32_t>(positions + 1), {}); }, {"generate"});
 }
 
 // ---- the same in GGUF ---------------------------------------------------------------------------

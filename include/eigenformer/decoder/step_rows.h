@@ -132,6 +132,10 @@ struct DenseRows {
   template <typename T>
   void begin(const DecoderConfig& model, const DecoderForm& form, std::span<const Index> offsets,
              InferenceScratch<T>& s) {
+    for (std::size_t i = 1; i < offsets.size(); ++i)
+      require_that(offsets[i] - offsets[i - 1] == offsets[1], "Decoder::step", "row ", i - 1,
+                   " has ", offsets[i] - offsets[i - 1], " tokens, row 0 has ", offsets[1],
+                   ", expected rows of one length");
     const Index length = cache.length(0);
     for (Index l = 1; l < model.layers; ++l) require_even_layers(length, cache.length(l));
     std::fill(s.starts.begin(), s.starts.end(), length);
