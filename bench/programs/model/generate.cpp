@@ -1,9 +1,10 @@
-// Continues a text with a model, word by word as it is made.
+// Continues a text with a model, or answers in a chat, word by word as it is made.
 #include <csignal>
 #include <exception>
 #include <iostream>
 
 #include "../demo/progress.h"
+#include "chat.h"
 #include "loading.h"
 
 namespace {
@@ -12,19 +13,30 @@ namespace ef = eigenformer;
 using demo::Clock;
 
 constexpr const char* kUsage =
-    R"(generate: continues a text with a model and says how fast.
+    R"(generate: continues a text with a model, or chats with it, and says how fast.
 
   generate --model DIR|FILE.gguf --prompt TEXT [options]
+  generate --model DIR|FILE.gguf --chat [options]
 
   --prompt TEXT     the text to continue (default: none, the model begins one)
-  --tokens N        tokens to write at most (default 128); fewer where the model ends the text
+  --chat            by the model's chat template: --prompt is what a user says; without it each
+                    line of the input is, until it ends. Ctrl-C ends an answer, and between
+                    answers the chat
+  --system TEXT     in a chat: what is said before all
+  --tokens N        tokens to write at most (default 128; in a chat 1024 an answer); fewer where the
+                    model ends the text
+  --context N       tokens of the whole text at most (default: what the model was made for)
   --temperature T   0, the default, takes the likeliest token each time
   --top-k K         of the K likeliest tokens (0: all)
   --top-p P         of the likeliest tokens that have P of the probability together
   --min-p P         of tokens at least P times as likely as the likeliest
+  --typical-p P     of the tokens nearest to the expected surprise that have P together
+  --repetition-penalty R   divides the logits of tokens that the text holds (1: none)
+  --frequency-penalty F    subtracted for each time that a token was written (0: none)
+  --presence-penalty F     subtracted where a token was written (0: none)
   --seed N          of the draws (default 0)
   --ids             writes ids of tokens in place of their text
-  --json            one JSON object with text, ids and rates in place of the text
+  --json            one JSON object a text, with text, ids and rates
   --help            this text
 )";
 
@@ -32,54 +44,151 @@ volatile std::sig_atomic_t stopped = 0;
 
 struct Options {
   programs::ModelOptions model;
-  std::string prompt;
-  long tokens = 128, top_k = 0, seed = 0;
-  double temperature = 0, top_p = 1, min_p = 0;
-  bool json = false, ids = false;
+  std::string prompt, system;
+  long tokens = -1, context = 0, top_k = 0, seed = 0;
+  double temperature = 0, top_p = 1, min_p = 0, typical_p = 1;
+  double repetition = 1, frequency = 0, presence = 0;
+  bool chat = false, json = false, ids = false;
+
+  void declare(programs::CommandLine& line) {
+    model.declare(line);
+    line.text("--prompt", prompt);
+    line.flag("--chat", chat);
+    line.text("--system", system);
+    line.integer("--tokens", 0, 1L << 30, tokens);
+    line.integer("--context", 1, 1L << 40, context);
+    line.number("--temperature", temperature);
+    line.integer("--top-k", 0, 1L << 30, top_k);
+    line.number("--top-p", top_p);
+    line.number("--min-p", min_p);
+    line.number("--typical-p", typical_p);
+    line.number("--repetition-penalty", repetition);
+    line.number("--frequency-penalty", frequency);
+    line.number("--presence-penalty", presence);
+    line.integer("--seed", 0, 1L << 62, seed);
+    line.flag("--json", json);
+    line.flag("--ids", ids);
+  }
+  bool writes_text() const { return !json && !ids; }
 };
 
-int write(const Options& options, programs::LoadedModel& model) {
-  const std::vector<std::int32_t> prompt = model.tokenizer().encode(options.prompt);
-  if (prompt.empty())
-    throw std::invalid_argument(
-        "the prompt has no tokens, and this model begins texts with none: give --prompt TEXT");
-  auto stream = model.tokenizer().stream();
-  const bool text = !options.json && !options.ids;
-  if (text) std::cout << options.prompt << std::flush;
-  const auto start = Clock::now();
-  double first = 0;
-  std::size_t count = 0;
+ef::GenerateOptions how_to_write(const Options& options, const ef::ModelConfig& config) {
   ef::GenerateOptions how;
-  how.max_new_tokens = options.tokens;
+  how.max_new_tokens = options.tokens >= 0 ? options.tokens : options.chat ? 1024 : 128;
+  how.max_length = options.context > 0 ? options.context : config.positions;
   how.sampling = {.temperature = options.temperature,
                   .top_k = options.top_k,
                   .top_p = options.top_p,
-                  .min_p = options.min_p};
+                  .min_p = options.min_p,
+                  .typical_p = options.typical_p,
+                  .repetition_penalty = options.repetition,
+                  .frequency_penalty = options.frequency,
+                  .presence_penalty = options.presence};
   how.seed = static_cast<std::uint64_t>(options.seed);
+  return how;
+}
+
+/// What was computed and how long it took.
+struct Work {
+  std::size_t read = 0, written = 0, steps = 0;  // the first token written comes with the reading
+  double reading = 0, writing = 0;
+
+  void operator+=(const Work& other) {
+    read += other.read, written += other.written, steps += other.steps;
+    reading += other.reading, writing += other.writing;
+  }
+  static double rate(std::size_t count, double seconds) {
+    return count > 0 && seconds > 0 ? static_cast<double>(count) / seconds : 0;
+  }
+  double reading_rate() const { return rate(read, reading); }
+  double writing_rate() const { return rate(steps, writing); }
+  void print() const {
+    std::fprintf(stderr, "%s%zu tokens of prompt at %.1f tokens/s, %zu written at %.1f tokens/s\n",
+                 stopped != 0 ? "stopped: " : "", read, reading_rate(), written, writing_rate());
+  }
+};
+
+/// The tokens that follow `prompt`, streamed as the options say to a reader who has seen `stream`.
+std::vector<std::int32_t> write(const Options& options, programs::LoadedModel& model,
+                                std::span<const std::int32_t> prompt, ef::TextStream stream,
+                                Work& total) {
+  std::string text;
+  const auto start = Clock::now();
+  Work work;
+  ef::GenerateOptions how = how_to_write(options, model.config());
   how.on_token = [&](std::int32_t id) {
-    if (count++ == 0) first = demo::seconds_since(start);
-    if (text) std::cout << stream.push(id) << std::flush;
+    if (work.written++ == 0) work.reading = demo::seconds_since(start);
+    const std::string piece = stream.push(id);
+    text += piece;
+    if (options.writes_text()) std::cout << piece << std::flush;
     if (options.ids && !options.json) std::cout << id << ' ' << std::flush;
     return stopped == 0;
   };
   const std::vector<std::int32_t> ids = model.generate(prompt, how);
-  const double rest = demo::seconds_since(start) - first;
-  const double prefill = static_cast<double>(prompt.size()) / first,
-               decode = count > 1 ? static_cast<double>(count - 1) / rest : 0;
+  work.writing = demo::seconds_since(start) - work.reading;
+  work.read = prompt.size() - static_cast<std::size_t>(model.reused());
+  work.steps = work.written > 0 ? work.written - 1 : 0;
+  const std::string rest = stream.finish();
   if (options.json) {
     const nlohmann::json result{{"prompt_ids", prompt},
+                                {"prompt_tokens_reused", model.reused()},
                                 {"ids", ids},
-                                {"text", model.tokenizer().decode(ids)},
-                                {"prefill_tokens_per_second", prefill},
-                                {"decode_tokens_per_second", decode}};
+                                {"text", text + rest},
+                                {"prefill_tokens_per_second", work.reading_rate()},
+                                {"decode_tokens_per_second", work.writing_rate()}};
     std::cout << result.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
-    return 0;
+  } else {
+    std::cout << (options.ids ? "" : rest) << std::endl;
   }
-  if (text) std::cout << stream.finish();
-  std::cout << std::endl;
-  std::fprintf(stderr, "%s%zu tokens of prompt at %.1f tokens/s, %zu written at %.1f tokens/s\n",
-               stopped != 0 ? "stopped: " : "", prompt.size(), prefill, count, decode);
+  total += work;
+  return ids;
+}
+
+int continue_text(const Options& options, programs::LoadedModel& model) {
+  const std::vector<std::int32_t> prompt = model.tokenizer().encode(options.prompt);
+  if (prompt.empty())
+    throw std::invalid_argument(
+        "the prompt has no tokens, and this model begins texts with none: give --prompt TEXT");
+  ef::TextStream stream = model.tokenizer().stream();
+  for (const std::int32_t id : prompt) {
+    const std::string piece = stream.push(id);
+    if (options.writes_text()) std::cout << piece;
+  }
+  std::cout << std::flush;
+  Work work;
+  write(options, model, prompt, stream, work);
+  if (!options.json) work.print();
   return 0;
+}
+
+int chat(const Options& options, programs::LoadedModel& model) {
+  programs::Chat chat(model.tokenizer(), options.system);
+  Work work;
+  const auto answer = [&](const std::string& message) {
+    stopped = 0;
+    const auto prompt = chat.ask(message);
+    chat.answer(write(options, model, prompt, model.tokenizer().stream(), work));
+  };
+  if (!options.prompt.empty()) {
+    answer(options.prompt);
+  } else {
+    const bool terminal = ::isatty(STDIN_FILENO) != 0;
+    for (std::string line;;) {
+      if (terminal) std::fputs("> ", stderr);
+      if (!std::getline(std::cin, line)) break;
+      if (!line.empty()) answer(line);
+    }
+    if (terminal) std::fputs("\n", stderr);
+  }
+  if (!options.json) work.print();
+  return 0;
+}
+
+/// Ctrl-C ends what is being written; where a line is being read, it ends the input.
+void stop_on_interrupt() {
+  struct sigaction action {};
+  action.sa_handler = [](int) { stopped = 1; };
+  sigaction(SIGINT, &action, nullptr);
 }
 
 }  // namespace
@@ -87,21 +196,14 @@ int write(const Options& options, programs::LoadedModel& model) {
 int main(int argc, char** argv) {
   Options options;
   programs::CommandLine line("generate", std::string(kUsage) + programs::kModelUsage);
-  options.model.declare(line);
-  line.text("--prompt", options.prompt);
-  line.integer("--tokens", 0, 1L << 30, options.tokens);
-  line.number("--temperature", options.temperature);
-  line.integer("--top-k", 0, 1L << 30, options.top_k);
-  line.number("--top-p", options.top_p);
-  line.number("--min-p", options.min_p);
-  line.integer("--seed", 0, 1L << 62, options.seed);
-  line.flag("--json", options.json);
-  line.flag("--ids", options.ids);
+  options.declare(line);
   line.parse(argc, argv);
   options.model.check(line);
-  std::signal(SIGINT, [](int) { stopped = 1; });
+  if (!options.chat && !options.system.empty()) line.fail("--system goes with --chat");
   try {
-    return write(options, *programs::load(options.model, stderr));
+    const auto model = programs::load(options.model, stderr);
+    stop_on_interrupt();
+    return options.chat ? chat(options, *model) : continue_text(options, *model);
   } catch (const std::exception& error) {
     std::fprintf(stderr, "generate: %s\n", error.what());
     return 1;

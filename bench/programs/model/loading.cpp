@@ -20,7 +20,8 @@ class ModelOf final : public LoadedModel {
  public:
   ModelOf(std::unique_ptr<Threads> threads, const ModelOptions& options, const ef::LoadOptions& how)
       : threads_(std::move(threads)),
-        model_(ef::load_model<T>(threads_->device, options.path, how)) {}
+        model_(ef::load_model<T>(threads_->device, options.path, how)),
+        generator_(model_) {}
 
   const ef::ModelConfig& config() const override { return model_.config(); }
   const ef::Tokenizer& tokenizer() const override { return model_.tokenizer(); }
@@ -29,13 +30,15 @@ class ModelOf final : public LoadedModel {
   }
   std::vector<std::int32_t> generate(std::span<const std::int32_t> ids,
                                      const ef::GenerateOptions& options) override {
-    return ef::generate(model_, ids, options);
+    return generator_.generate(ids, options);
   }
+  ef::Index reused() const override { return generator_.reused(); }
   std::size_t weight_bytes() const { return model_.weight_bytes(); }
 
  private:
   std::unique_ptr<Threads> threads_;
   ef::Model<T, Eigen::ThreadPoolDevice> model_;
+  ef::TextGenerator<T, Eigen::ThreadPoolDevice> generator_;
 };
 
 template <typename T>

@@ -20,8 +20,10 @@ class LoadedModel {
   virtual const ef::ModelConfig& config() const = 0;
   virtual const ef::Tokenizer& tokenizer() const = 0;
   virtual ef::Tensor<float, 2> logits(std::span<const std::int32_t> ids) = 0;
+  /// What a text shares with the one before it is not computed again: `reused` tokens.
   virtual std::vector<std::int32_t> generate(std::span<const std::int32_t> ids,
                                              const ef::GenerateOptions& options) = 0;
+  virtual ef::Index reused() const = 0;
 };
 
 /// Loads with a progress bar and says on `log` what was loaded. Throws what load_model throws.

@@ -8,6 +8,8 @@ if [ ! -e "$model/config.json" ]; then
   exit 77
 fi
 fail() { echo "FAILED: $1"; exit 1; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 for path in "$model" "$model/model.gguf"; do
   text=$("$programs/generate" --model "$path" --tokens 256)
   [ "$text" = "$(cat "$model/greedy.txt")" ] || fail "generate --model $path wrote: $text"
@@ -18,6 +20,21 @@ float=$("$programs/perplexity" --model "$model" --text "$model/greedy.txt" --jso
 int8=$("$programs/perplexity" --model "$model" --text "$model/greedy.txt" --json --int8 | sed 's/.*"perplexity":\([0-9.]*\).*/\1/')
 echo "perplexity of the published text: float $float, INT8 $int8"
 awk "BEGIN { exit !($float > 1 && $float < 2 && $int8 / $float < 1.005 && $int8 / $float > 0.995) }" || fail "perplexity"
+# A text longer than the context, and one that ends there.
+[ "$("$programs/generate" --model "$model" --context 30 --ids | wc -w)" = 29 ] || fail "generate --context"
+if "$programs/generate" --model "$model" --prompt "$(cat "$model/greedy.txt")" --context 30 2>/dev/null; then fail "a prompt past the context"; fi
+# A chat: what the second message's text shares with the first and its answer is not computed again.
+if "$programs/generate" --model "$model" --chat --prompt Hello 2>/dev/null; then fail "a chat without a template"; fi
+mkdir "$work/chat"
+cp "$model/config.json" "$model/model.safetensors" "$model/tokenizer.json" "$work/chat"
+printf '%s' '{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}' >"$work/chat/chat_template.jinja"
+echo '{"bos_token": "<s>", "eos_token": "</s>"}' >"$work/chat/special_tokens_map.json"
+printf 'Tell me of a dog\n\nAnd then?\n' | "$programs/generate" --model "$work/chat" --chat --system "Be brief" --tokens 12 --json >"$work/answers"
+[ "$(wc -l <"$work/answers")" = 2 ] || fail "generate --chat: $(cat "$work/answers")"
+reused=$(sed -n '2s/.*"prompt_tokens_reused":\([0-9]*\).*/\1/p' "$work/answers")
+first=$(sed -n '1s/.*"prompt_ids":\[\([^]]*\).*/\1/p' "$work/answers" | tr , '\n' | wc -l)
+[ "$reused" = $((first + 11)) ] || fail "generate --chat found $reused tokens in its cache, of $first and 12"
+"$programs/generate" --model "$work/chat" --chat --prompt "Hello" --tokens 5 >"$work/answer" || fail "generate --chat --prompt"
 if "$programs/generate" --model "$model/none" 2>/dev/null; then fail "a model that is not there"; fi
 if "$programs/generate" --nonsense 2>/dev/null; then fail "an unknown option"; fi
 "$programs/generate" --help | grep -q -- --prompt || fail "generate --help"
