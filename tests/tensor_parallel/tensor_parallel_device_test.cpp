@@ -174,13 +174,15 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
       ef::Tensor<std::int32_t, 1> sampled(kRows);
       ef::sample_into(Eigen::DefaultDevice{}, sampled, logits, params, ef::Philox{5});
       check(statuses, [&](Index row) { return sampled(row); });
-      expect_throws<std::invalid_argument>(
-          [&] {
-            ef::vocabulary_parallel_sample_into(
-                device, ids.view(), hidden.cview(), shard, communicator,
-                ef::SamplingParams{.top_k = 2, .logit_bias = {{1, 1.f}}}, ef::Philox{5});
-          },
-          {"logit_bias changes logits, which here a CPU only does"});
+      for (const ef::SamplingParams& other :
+           {ef::SamplingParams{.top_k = 2, .logit_bias = {{1, 1.f}}},
+            ef::SamplingParams{.temperature = .6, .top_p = .7}, ef::SamplingParams{}}) {
+        statuses.assign(kRows, Status::negative);
+        ef::vocabulary_parallel_sample_into(device, ids.view(), hidden.cview(), shard, communicator,
+                                            other, ef::Philox{5}, statuses);
+        ef::sample_into(Eigen::DefaultDevice{}, sampled, logits, other, ef::Philox{5});
+        check(statuses, [&](Index row) { return sampled(row); });
+      }
     });
   }
 }

@@ -1,5 +1,4 @@
-// Sampling of a divided head is sampling of the whole one, bit for bit, with all that a few
-// candidates decide; what they do not is refused by name.
+// Sampling of a divided head is sampling of the whole one, bit for bit.
 #include <eigenformer/linear.h>
 
 #include "allocation_count.h"
@@ -102,25 +101,6 @@ TEST(VocabularyParallel, SecondCallsAllocateNothing) {
   };
   call();
   EXPECT_EQ(count_allocations(call), 0);
-}
-
-TEST(VocabularyParallel, RefusesWhatLooksAtAllTokens) {
-  const auto hidden = random_tensor<float, 2>({2, 3}, 4),
-             head = random_tensor<float, 2>({20, 3}, 5);
-  const std::vector<std::pair<ef::SamplingParams, std::string>> cases{
-      {{}, "top_k is none"},
-      {{.top_k = 20}, "top_k is none"},
-      {{.top_p = .9}, "top_p comes before top_k"},
-      {{.top_k = 3, .min_p = .1, .order = ef::kVllmOrder}, "min_p comes before top_k"},
-      {{.top_k = 3, .top_k_ties = ef::TopKTies::keep_all}, "top_k with all ties"}};
-  ef::ThreadCommunicator::run(2, [&](ef::ThreadCommunicator& communicator) {
-    for (const auto& [params, text] : cases)
-      expect_throws<std::invalid_argument>(
-          [&, p = params] {
-            ef::vocabulary_parallel_sample(hidden, head, communicator, p, ef::Philox{1});
-          },
-          {"vocabulary_parallel_sample", text});
-  });
 }
 
 }  // namespace

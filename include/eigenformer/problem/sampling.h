@@ -27,6 +27,7 @@ struct Sampling {
   // The caller's stage on a row of logits, of the host: function(function_object, row, logits).
   void (*function)(const void*, Index, std::span<compute_type<T>>) = nullptr;
   const void* function_object = nullptr;
+  Index first_row = 0;  // the number that random numbers know the first row by
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
     return params[row * params_stride];
@@ -34,8 +35,8 @@ struct Sampling {
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double uniform(
       Index row, Philox::Purpose purpose = Philox::Purpose::sampling) const {
     return generators_stride == 0
-               ? generators[0].uniform(static_cast<std::uint32_t>(row), 0, purpose)
-               : generators[row].uniform(0, 0, purpose);
+               ? generators[0].uniform(static_cast<std::uint32_t>(first_row + row), 0, purpose)
+               : generators[first_row + row].uniform(0, 0, purpose);
   }
   /// Whether XTC excludes tokens of this row, by a number of its own; without generators, where the
   /// probability is 0 or 1, none is needed.

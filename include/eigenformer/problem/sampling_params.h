@@ -59,6 +59,9 @@ struct LogitBias {
 
 namespace problem {
 
+/// A stage beside those of callers: the tokens in play are what filters left before.
+inline constexpr SamplingStage kFiltered{static_cast<std::uint8_t>(SamplingStage::mirostat) + 1};
+
 /// SamplingParams, with lists that are the caller's or the call's.
 struct RowParams {
   double temperature;

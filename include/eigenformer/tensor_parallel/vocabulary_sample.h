@@ -1,6 +1,6 @@
 /// \file
 /// Part of tensor_parallel.h, which includes it: sample of a language-model head whose rows are
-/// divided among ranks, with any parameters that a few candidates decide.
+/// divided among ranks, with any parameters.
 #pragma once
 
 #include <algorithm>
@@ -8,130 +8,26 @@
 #include <vector>
 
 #include "../sampling.h"
+#include "divided_ends.h"
 #include "vocabulary.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// How many of the best tokens of a row, after its biases and penalties, decide all that the row's
-/// filters look at. Throws for what looks at all tokens.
-template <Device D>
-Index deciding_tokens(std::string_view name, const problem::RowParams& params) {
-  const auto refuse = [&](SamplingStage stage, std::string_view why) {
-    require_that(false, name, kStageNames[static_cast<std::size_t>(stage)], why);
-  };
+/// How many of the best tokens of a row decide all that its stages look at; 0 where other tokens
+/// do, too.
+inline Index deciding_tokens(const problem::RowParams& params) {
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::none) break;
-    if (stage <= SamplingStage::function) {
-      if (!CpuDevice<D>) refuse(stage, " changes logits, which here a CPU only does");
-      if (stage == SamplingStage::guidance ||
-          (stage == SamplingStage::penalties && params.log_probability_penalties))
-        refuse(stage, " needs the log-softmax of all tokens, which no rank has");
-    } else if (stage == SamplingStage::temperature && params.dynatemp_range == 0) {
+    if (stage == SamplingStage::temperature && params.dynatemp_range == 0) {
       if (params.temperature == 0) return 1;
-    } else if (stage == SamplingStage::top_k) {
-      if (params.top_k_ties == TopKTies::keep_all)
-        refuse(stage, " with all ties may keep any number of tokens");
-      return params.top_k;
     } else {
-      refuse(stage, " comes before top_k and looks at all tokens, which no rank has");
+      const bool keeps_k =
+          stage == SamplingStage::top_k && params.top_k_ties == TopKTies::lowest_index;
+      return keeps_k ? params.top_k : 0;
     }
   }
-  require_that(false, name,
-               "top_k is none, expected one below the vocabulary, or temperature 0: a ",
-               "draw from all tokens looks at all, which no rank has");
   return 0;
-}
-
-/// The tokens whose logits a row's lists may raise, each once, into `tokens` in order; how many.
-inline Index touched_tokens(const problem::RowParams& params, std::int32_t* tokens) {
-  std::int32_t* end = tokens;
-  if (problem::has_penalties(params)) {
-    end = std::copy(params.prompt_tokens.begin(), params.prompt_tokens.end(), end);
-    end = std::copy(params.output_tokens.begin(), params.output_tokens.end(), end);
-  }
-  for (const LogitBias& bias : params.logit_bias) *end++ = bias.token;
-  if (params.forced_token >= 0) *end++ = params.forced_token;
-  std::sort(tokens, end);
-  return std::unique(tokens, end) - tokens;
-}
-
-/// What the rows of a call ask the ranks for.
-struct DecidingTokens {
-  Index best = 1, touched = 0;  // of each row
-  std::int32_t* lists;          // (sets, touched), -1 past the last
-};
-
-template <Device D>
-DecidingTokens deciding_tokens(std::string_view name, std::span<const problem::RowParams> sets,
-                               Workspace::Frame& frame) {
-  std::size_t most = 1;
-  for (const problem::RowParams& p : sets)
-    most =
-        (std::max)(most, p.prompt_tokens.size() + p.output_tokens.size() + p.logit_bias.size() + 1);
-  const auto count = static_cast<Index>(sets.size()), stride = static_cast<Index>(most);
-  std::int32_t* const lists = frame.take<std::int32_t>(count * stride);
-  std::fill(lists, lists + count * stride, -1);
-  DecidingTokens result{1, 0, lists};
-  for (Index i = 0; i < count; ++i) {
-    const problem::RowParams& params = sets[static_cast<std::size_t>(i)];
-    const Index touched = touched_tokens(params, lists + i * stride),
-                best = deciding_tokens<D>(name, params);
-    std::fill(lists + i * stride + touched, lists + (i + 1) * stride, -1);
-    result.touched = (std::max)(result.touched, touched);
-    // Lists may lower as many of the best as they name.
-    result.best = (std::max)(result.best, best + touched);
-  }
-  for (Index i = 1; i < count; ++i)  // closer together
-    std::copy_n(lists + i * stride, result.touched, lists + i * result.touched);
-  return result;
-}
-
-/// Tokens that a row's mask excludes become -infinity in this rank's logits, but for NaN and
-/// +infinity.
-template <typename T>
-void mask_shard(T* logits, const ShardRange& shard, const problem::RowParams& params) {
-  if (params.token_mask.empty()) return;
-  for (Index i = 0; i < shard.size(); ++i) {
-    const Index token = shard.begin + i;
-    const bool allowed =
-        (params.token_mask[static_cast<std::size_t>(token / 32)] >> (token % 32) & 1u) != 0;
-    if (!allowed &&
-        static_cast<compute_type<T>>(logits[i]) < std::numeric_limits<compute_type<T>>::infinity())
-      logits[i] = -std::numeric_limits<T>::infinity();
-  }
-}
-
-/// This rank's candidates of all rows: (rows, kept) the best, then (rows, touched) those of the
-/// lists that it has.
-template <Device D, typename Hidden, typename Weight, typename C>
-void own_candidates(const D& device, problem::VocabularyCandidate* own, Index kept,
-                    const DecidingTokens& asked, const Hidden& x, const Weight& weight,
-                    const ParallelShape& shape, const problem::RowParams* params, Index stride,
-                    C& communicator, Workspace& workspace) {
-  using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
-  using Candidate = problem::VocabularyCandidate;
-  const Index rows = shape.tokens, size = shape.columns.size();
-  Workspace::Frame order_frame(workspace);
-  auto logits_frame = tensor_frame(device, workspace);
-  T* const logits = logits_frame.template take<T>(rows * size);
-  auto* const order = order_frame.take<std::int32_t>(kept > 1 ? worker_count(device) * size : 0);
-  shard_product(device, logits, x, weight, shape, communicator, workspace);
-  if constexpr (CpuDevice<D>) {
-    Candidate* listed = own + rows * kept;
-    for (Index r = 0; r < rows; ++r) {
-      mask_shard(logits + r * size, shape.columns, params[r * stride]);
-      for (Index i = 0; i < asked.touched; ++i, ++listed) {
-        const Index token = asked.lists[r * stride * asked.touched + i],
-                    at = token - shape.columns.begin;
-        const bool here = token >= 0 && at >= 0 && at < size;
-        *listed = here ? Candidate{static_cast<double>(logits[r * size + at]), token}
-                       : Candidate{-std::numeric_limits<double>::infinity(), Candidate::kNone};
-      }
-    }
-  }
-  detail::run(device, problem::Vocabulary<T>{logits, own, order, rows, kept, shape.columns});
 }
 
 /// A row that holds its candidates, or what is wrong with it, and -infinity.
@@ -162,58 +58,111 @@ ParallelShape vocabulary_shape(std::string_view name, const Hidden& x, const Wei
   return shape;
 }
 
+/// Samples rows of which the best `most` tokens decide all: their candidates are found where the
+/// logits are. `sampling`, whose ids are the host's, is of the whole vocabulary.
+template <Device D, typename T, typename C>
+void sample_best_candidates(const D& device, const problem::Sampling<T>& sampling, const T* logits,
+                            Index most, C& communicator, Workspace& workspace) {
+  using Candidate = problem::VocabularyCandidate;
+  using S = compute_type<T>;
+  const Index rows = sampling.batch, vocab = sampling.vocab;
+  const int ranks = communicator.size();
+  Workspace::Frame frame(workspace);
+  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
+  const auto kept_by = [&](int rank) {  // at least 1, which can say what is wrong with a row
+    return std::clamp<Index>(shard_range(vocab, rank, ranks).size(), 1, most);
+  };
+  Index all_count = 0;
+  for (int r = 0; r < ranks; ++r)
+    all_count += counts[static_cast<std::size_t>(r)] = rows * kept_by(r);
+  const Index own_count = counts[static_cast<std::size_t>(communicator.rank())];
+  const std::span own(frame.take<Candidate>(own_count), static_cast<std::size_t>(own_count));
+  const std::span all(frame.take<Candidate>(all_count), static_cast<std::size_t>(all_count));
+  const ShardRange shard = shard_range(vocab, communicator.rank(), ranks);
+  detail::run(device, problem::Vocabulary<T>{logits, own.data(), nullptr, rows,
+                                             kept_by(communicator.rank()), shard});
+  communicator.all_gather(own, all, std::span<const Index>(counts));
+  S* const whole = frame.take<S>(rows * vocab);
+  std::fill(whole, whole + rows * vocab, -std::numeric_limits<S>::infinity());
+  const Candidate* part = all.data();
+  for (int rank = 0; rank < ranks; ++rank)
+    for (Index r = 0; r < rows; ++r, part += kept_by(rank))
+      put_candidates(std::span(part, static_cast<std::size_t>(kept_by(rank))), whole + r * vocab);
+  const problem::Sampling<S> host{whole,
+                                  rows,
+                                  vocab,
+                                  sampling.params,
+                                  sampling.params_stride,
+                                  sampling.generators,
+                                  sampling.generators_stride,
+                                  sampling.ids,
+                                  sampling.statuses};
+  detail::run(Eigen::DefaultDevice{}, host, workspace);
+}
+
+/// Samples rows that are divided, in the host's memory.
+template <CpuDevice D, typename T, typename C>
+void sample_divided_rows(const D& device, const problem::Sampling<T>& sampling, T* logits,
+                         C& communicator, Workspace& workspace) {
+  Workspace::Frame frame(workspace);
+  auto divided = divide_rows(device, sampling, logits, communicator, workspace, frame);
+  settle_rows(device, divided);
+  draw_from_shards(device, divided);
+  const auto gathered = gather_candidates(device, divided, frame);
+  const auto draw = [&](Index r, auto row) {
+    row.ids = sampling.ids + r;
+    row.statuses = sampling.statuses == nullptr ? nullptr : sampling.statuses + r;
+    detail::run(device, row, workspace);
+  };
+  for (Index r = 0; r < sampling.batch; ++r) {
+    const DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
+    if (row.end == RowEnd::drawn || row.end == RowEnd::bad)
+      sampling.finish(r, row.token, row.status);
+  }
+  for_each_row_of_candidates(divided, gathered, draw);
+  for_each_gathered_row(divided, draw);
+}
+
 template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
 void vocabulary_parallel_sample_into(const D& device, Ids& ids, const Hidden& hidden,
                                      const Weight& weight, C& communicator,
                                      const SamplingParamsView& params, const Generators& rng,
                                      std::span<SampleStatus> statuses, Workspace& workspace) {
   constexpr auto name = "vocabulary_parallel_sample";
-  using Candidate = problem::VocabularyCandidate;
-  using S = compute_type<typename layer_result<scalar_of<Hidden>, Weight>::type>;
+  using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
   static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>,
                 "eigenformer: token ids are std::int32_t");
   const auto x = input_view<2>(hidden);
   auto out = output_view<1>(ids);
   const ParallelShape shape =
       vocabulary_shape(name, x, weight, communicator, out.dimension(0), statuses.size());
-  const Index rows = shape.tokens, vocab = shape.out;
+  const Index rows = shape.tokens, size = rows * shape.columns.size();
   Workspace::Frame frame(workspace);
-  const TensorView<const S, 2> sizes(nullptr, rows, vocab);
-  auto sampling = sampling_problem(name, sizes, params, nullptr, nullptr, frame);
+  const TensorView<const T, 2> sizes(nullptr, rows, shape.out);
+  auto sampling = sampling_problem(name, sizes, params, nullptr,
+                                   statuses.empty() ? nullptr : statuses.data(), frame);
   set_generators(name, sampling, rng);
   if (rows == 0) return;
-  const auto asked = deciding_tokens<D>(
-      name,
-      std::span(sampling.params, sampling.params_stride == 0 ? 1 : static_cast<std::size_t>(rows)),
-      frame);
-  const int ranks = communicator.size();
-  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  const auto kept_by = [&](int rank) {  // at least 1, which can say what is wrong with a row
-    return std::clamp<Index>(shard_range(vocab, rank, ranks).size(), 1, asked.best);
-  };
-  Index all_count = 0;
-  for (int r = 0; r < ranks; ++r)
-    all_count += counts[static_cast<std::size_t>(r)] = rows * (kept_by(r) + asked.touched);
-  const Index own_count = counts[static_cast<std::size_t>(communicator.rank())];
-  const std::span own(frame.take<Candidate>(own_count), static_cast<std::size_t>(own_count));
-  const std::span all(frame.take<Candidate>(all_count), static_cast<std::size_t>(all_count));
-  own_candidates(device, own.data(), kept_by(communicator.rank()), asked, x, weight, shape,
-                 sampling.params, sampling.params_stride, communicator, workspace);
-  communicator.all_gather(own, all, std::span<const Index>(counts));
-  S* const logits = frame.take<S>(rows * vocab);
-  std::fill(logits, logits + rows * vocab, -std::numeric_limits<S>::infinity());
-  const Candidate* part = all.data();
-  for (int rank = 0; rank < ranks; ++rank)
-    for (const Index count : {kept_by(rank), asked.touched})
-      for (Index r = 0; r < rows; ++r, part += count)
-        put_candidates(std::span(part, static_cast<std::size_t>(count)), logits + r * vocab);
-  sampling.logits = logits;
-  sampling.statuses = statuses.empty() ? nullptr : statuses.data();
   sampling.ids = frame.take<std::int32_t>(rows);
-  if constexpr (CpuDevice<D>)
-    detail::run(device, sampling, workspace);
-  else
-    detail::run(Eigen::DefaultDevice{}, sampling, workspace);
+  auto logits_frame = tensor_frame(device, workspace);
+  T* const logits = logits_frame.template take<T>(size);
+  shard_product(device, logits, x, weight, shape, communicator, workspace);
+  if constexpr (CpuDevice<D>) {
+    sample_divided_rows(device, sampling, logits, communicator, workspace);
+  } else {
+    Index most = 1;
+    for (Index r = 0; r < rows && most > 0; ++r) {
+      const Index deciding = deciding_tokens(sampling.params_of(r));
+      most = deciding == 0 ? 0 : (std::max)(most, deciding);
+    }
+    if (most > 0) {
+      sample_best_candidates(device, sampling, logits, most, communicator, workspace);
+    } else {
+      T* const host = frame.take<T>(size);
+      if (size > 0) to_host(device, name, host, logits, size);
+      sample_divided_rows(Eigen::DefaultDevice{}, sampling, host, communicator, workspace);
+    }
+  }
   memory_of(device).copy_in(out.data(), sampling.ids,
                             static_cast<std::size_t>(rows) * sizeof(std::int32_t));
 }
@@ -225,17 +174,32 @@ void vocabulary_parallel_sample_into(const D& device, Ids& ids, const Hidden& hi
 /// or one for each row) and generators are the same on every rank, too. `weight` is the full
 /// (vocab, in) head or a PackedColumnShard.
 ///
-/// What travels is 16 bytes for each of a row's deciding tokens: of every rank the k best, where
-/// top_k leaves k tokens (temperature 0: one), and those that lists name (penalties, biases, what
-/// DRY and n-grams ask for). Each rank then runs the chain on a row of these and -infinity. So no
-/// filter before top_k may look at all tokens: one that does, a top_k that keeps all or all ties,
-/// guidance and penalties on log-probabilities throw std::invalid_argument naming the stage. On a
-/// GPU stages that change logits do, too.
+/// All chains of stages are served, and the logits stay where they are. What travels, bytes of a
+/// row that every rank holds in the end (logits of double: twice the candidates; P ranks):
+///
+///   every row                    32 P: the largest logits; on a GPU, with top-k, nothing
+///   top_k, temperature 0         8 for each of the k best of every rank (on a GPU 16)
+///   no filter                    20 P: sums and a token
+///   min_p, epsilon_cutoff,       24 to 56 P of sums, and 8 for each token that the stage keeps,
+///   eta_cutoff, top_n_sigma,     where those are at most an eighth of the vocabulary (all of them
+///   mirostat 2                   below 4096); more stay where they are, and the next stage decides
+///   top_p                        1024 P of sums, and 8 for each token in the bins, of half a nat,
+///                                down to the one where the set ends
+///
+/// The first stage that leaves few tokens ends it: what follows works on candidates. Rows that are
+/// gathered whole, sizeof(T) for each token: with guidance or penalties on log-probabilities; with
+/// typical_p, top_h, mirostat 1, a dynamic temperature, XTC that excludes, all ties of a top_k and
+/// min_tokens_to_keep above 1, where one of these is the first to leave few tokens; where top_p
+/// keeps more than an eighth; and where a sum comes so near to a limit that its rounding could
+/// change a token (one in 10^10).
+///
+/// On a GPU a temperature and top_k find candidates there; for other chains the rank's shard is
+/// copied to the host, and not its neighbours'.
 ///
 /// The _into form writes ids (tokens), -1 where a row is bad, and `statuses`, (tokens), where given
 /// (host memory), advances the generators by one and allocates nothing after the first call at a
-/// size; the other throws for a bad row, on every rank, and then advances nothing. Scratch is a row
-/// of the vocabulary for each of hidden.
+/// size; the other throws for a bad row, on every rank, and then advances nothing. Scratch is this
+/// rank's logits, and a row of the vocabulary.
 ///
 ///   const ef::SamplingParams params{.temperature = .8, .top_k = 50, .top_p = .95};
 ///   ids = ef::vocabulary_parallel_sample(hidden, head, communicator, params, rng);

@@ -294,7 +294,8 @@ void apply_filters(SamplingRow<T>& row, const problem::RowParams& params, bool e
   for (auto stage = params.order.begin(); stage != params.order.end(); ++stage) {
     const auto before = row.band;
     apply_filter<Isa>(row, *stage, params, excludes, scratch);
-    if (same_band(before, row.band) || !list_kept_tokens<Isa>(row, scratch)) continue;
+    const bool narrower = !same_band(before, row.band) || *stage == problem::kFiltered;
+    if (!narrower || !list_kept_tokens<Isa>(row, scratch)) continue;
     auto& list = scratch.kept->row;
     while (++stage != params.order.end())
       apply_filter<Isa>(list, *stage, params, excludes, scratch);

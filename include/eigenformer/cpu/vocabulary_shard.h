@@ -1,0 +1,290 @@
+/// \file
+/// CPU kernels of a divided vocabulary: what a rank answers about its shard. The shard of a row is
+/// a row of its own to the parts of sampling (sampling/row.h), but for the band, which is that of
+/// all shards. Sums are in double, in the order of the shard's tokens; who asks allows for the
+/// rounding of any order. A question reads the shard at most once, and the blocks of 128 that hold
+/// no token in play not at all.
+#pragma once
+
+#include "../problem/vocabulary_shard.h"
+#include "sampling/sampling.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+static_assert(problem::ShardLimits::block == SamplingBlock::size &&
+              problem::ShardLimits::few(4095) == 4095 && KeptLimits::least_vocab == 4096 &&
+              problem::ShardLimits::few(80000) == KeptLimits::most(80000));
+
+/// apply_penalties of the tokens of a shard.
+template <typename C>
+void penalize_shard(C* logits, const ShardRange& shard, const problem::RowParams& params,
+                    std::int32_t* counts) {
+  constexpr std::int32_t done = -1;
+  const auto for_each_own = [&](std::span<const std::int32_t> tokens, auto&& f) {
+    for (const std::int32_t token : tokens)
+      if (token >= shard.begin && token < shard.end) f(token - shard.begin);
+  };
+  const auto reset = [&](Index at) { counts[at] = 0; };
+  const auto penalize = [&](Index at) {
+    if (counts[at] == done) return;
+    logits[at] = penalized_logit(logits[at], counts[at], params);
+    counts[at] = done;
+  };
+  for_each_own(params.output_tokens, reset);
+  for_each_own(params.prompt_tokens, reset);
+  for_each_own(params.output_tokens, [&](Index at) { ++counts[at]; });
+  for_each_own(params.output_tokens, penalize);
+  for_each_own(params.prompt_tokens, penalize);
+}
+
+template <typename C>
+void mask_shard(C* logits, const ShardRange& shard, std::span<const std::uint32_t> mask) {
+  for (Index token = shard.begin; token < shard.end; ++token)
+    if ((mask[static_cast<std::size_t>(token / 32)] >> (token % 32) & 1u) == 0)
+      logits[token - shard.begin] = -std::numeric_limits<C>::infinity();
+}
+
+/// What adjust_logits does to the tokens of a shard, for stages that look at single tokens.
+template <typename C>
+void adjust_shard(C* logits, const ShardRange& shard, const problem::RowParams& params,
+                  std::int32_t* counts) {
+  int bias_stages = 0;
+  for (const SamplingStage stage : params.order) {
+    if (stage == SamplingStage::penalties) penalize_shard(logits, shard, params, counts);
+    if (stage == SamplingStage::token_mask) mask_shard(logits, shard, params.token_mask);
+    if (stage == SamplingStage::logit_bias)
+      for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
+        if (bias.token >= shard.begin && bias.token < shard.end) {
+          C& logit = logits[bias.token - shard.begin];
+          logit = static_cast<C>(static_cast<double>(logit) + static_cast<double>(bias.bias));
+        }
+    if (stage == SamplingStage::forced_tokens) {
+      std::fill(logits, logits + shard.size(), -std::numeric_limits<C>::infinity());
+      if (params.forced_token >= shard.begin && params.forced_token < shard.end)
+        logits[params.forced_token - shard.begin] = 0;
+    }
+  }
+}
+
+/// The maxima of the blocks; the largest of them and whether there is a NaN in `answer`.
+template <typename Isa, typename T>
+void scan_shard(const T* logits, Index size, compute_type<T>* most, double* answer) {
+  compute_type<T> hi;
+  const bool nan =
+      scan_maxima<Isa, SamplingBlock::size>(logits, size, most, hi) == SampleStatus::nan;
+  answer[0] = nan ? 0.0 : static_cast<double>(hi);
+  answer[1] = nan ? 1.0 : 0.0;
+}
+
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::ScanShard<T>& p) {
+  using C = compute_type<T>;
+  const auto& all = p.shard;
+  const Index size = all.shard.size();
+  parallel_for(on, all.rows, Cost{size}, [&](Index first, Index last, int worker) {
+    for (Index r = first; r < last; ++r) {
+      const T* const given = p.given + r * size;
+      C *const logits = all.logits + r * size, *const most = all.block_max + r * all.blocks;
+      const problem::RowParams& params = p.params[r * p.params_stride];
+      double* const answer = p.answers + 4 * r;
+      scan_shard<Isa>(given, size, most, answer);
+      std::copy(answer, answer + 2, answer + 2);
+      if (static_cast<const void*>(given) != static_cast<const void*>(logits))
+        convert_line<simd::Vec<C, Isa>>(given, logits, size);
+      if (!adjusts_logits(params) || problem::looks_at_all_logits(params)) continue;
+      adjust_shard(logits, all.shard, params,
+                   p.counts == nullptr ? nullptr : p.counts + worker * size);
+      scan_shard<Isa>(logits, size, most, answer + 2);
+    }
+  });
+}
+
+template <typename D, typename Isa, typename C>
+void execute(const Backend<D, Isa>&, const problem::NarrowToWeight<C>& p) {
+  const auto end_at = [&](double weight) {
+    SamplingRow<C> numbers{nullptr, p.vocab, nullptr, p.row.band, p.row.inverse_temperature};
+    keep_min_p<Isa>(numbers, weight);
+    return numbers.band;
+  };
+  p.row.sure = end_at(p.least * (1 + p.error)).lo;
+  p.row.band = end_at(p.least * (1 - p.error));
+}
+
+/// The shard of row r as a row.
+template <typename C>
+SamplingRow<C> row_of_shard(const problem::ShardLogits<C>& p, const problem::ShardRow<C>& whole,
+                            Index r) {
+  const Index size = p.shard.size();
+  SamplingRow<C> row{p.logits + r * size, size, p.block_max + r * p.blocks, whole.band,
+                     whole.inverse_temperature};
+  row.band.lo_end = std::clamp<Index>(whole.band.lo_end - p.shard.begin, 0, size);
+  return row;
+}
+
+template <typename Isa, typename C>
+Index count_from(const SamplingRow<C>& row, C least) {
+  Index count = 0;
+  for_each_block<Isa>(row, (std::max)(least, row.band.lo), [&](Index block, const C* x) {
+    count += member_bits<Isa>(x, block, row.band, least).count();
+  });
+  return count;
+}
+
+/// The sum of the weights, that of every block in `sums`, and of weight * (logit - best) /
+/// temperature.
+template <typename Isa, typename C>
+void sum_shard(const SamplingRow<C>& row, double* sums, double* answer) {
+  alignas(64) double weights[SamplingBlock::size];
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  std::fill(sums, sums + row.blocks(), 0.0);
+  answer[0] = answer[1] = 0;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
+    member_weights<Isa>(x, block, row.band, scale, weights);
+    answer[0] += sums[block] = block_sum(weights);
+    for (Index j = 0; j < SamplingBlock::size; ++j) {
+      const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
+      weights[j] = weights[j] > 0 ? moment : 0.0;
+    }
+    answer[1] += block_sum(weights);
+  });
+}
+
+template <typename Isa, typename C>
+void bin_shard(const SamplingRow<C>& row, double* answer) {
+  constexpr Index bins = problem::ShardBins::count;
+  alignas(64) double weights[SamplingBlock::size];
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  std::fill(answer, answer + 2 * bins, 0.0);
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
+    member_weights<Isa>(x, block, row.band, scale, weights);
+    member_bits<Isa>(x, block, row.band, row.band.lo).for_each([&](Index j) {
+      const double distance = problem::ShardBins::distance(static_cast<double>(x[j]), best, scale);
+      const Index bin = distance < bins - 1 ? static_cast<Index>(distance) : bins - 1;
+      answer[bin] += weights[j];
+      answer[bins + bin] += 1;
+    });
+  });
+}
+
+template <typename Isa, typename C>
+void sum_deviations(const SamplingRow<C>& row, double* answer) {
+  const double best = static_cast<double>(row.band.hi);
+  double count = 0, sum = 0, squares = 0;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
+    double block_sum = 0, block_squares = 0;
+    const BlockBits members = member_bits<Isa>(x, block, row.band, row.band.lo);
+    members.for_each([&](Index j) {
+      const double d = static_cast<double>(x[j]) - best;
+      block_sum += d;
+      block_squares += d * d;
+    });
+    count += members.count();
+    sum += block_sum;
+    squares += block_squares;
+  });
+  answer[0] = count, answer[1] = sum, answer[2] = squares;
+}
+
+template <typename D, typename Isa, typename C>
+void execute(const Backend<D, Isa>& on, const problem::AskShard<C>& p) {
+  using problem::ShardQuestion;
+  const Cost cost{p.shard.shard.size(), kExpCycles};
+  parallel_for(on, p.shard.rows, cost, [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r) {
+      const problem::ShardRow<C>& asked = p.rows[r];
+      const SamplingRow<C> row = row_of_shard(p.shard, asked, r);
+      double* const answer = p.answers + r * p.width;
+      std::fill(answer, answer + p.width, 0.0);
+      if (asked.question == ShardQuestion::count) {
+        answer[0] = static_cast<double>(count_from<Isa>(row, row.band.lo));
+        answer[1] = static_cast<double>(count_from<Isa>(row, asked.sure));
+      }
+      if (asked.question == ShardQuestion::weights)
+        sum_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, answer);
+      if (asked.question == ShardQuestion::deviations) sum_deviations<Isa>(row, answer);
+      if (asked.question == ShardQuestion::bins) bin_shard<Isa>(row, answer);
+    }
+  });
+}
+
+/// Calls f(token of the shard, logit) for every token in play, in order.
+template <typename Isa, typename C, typename F>
+void for_each_in_play(const SamplingRow<C>& row, F&& f) {
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
+    member_bits<Isa>(x, block, row.band, row.band.lo).for_each([&](Index j) {
+      f(block * SamplingBlock::size + j, x[j]);
+    });
+  });
+}
+
+template <typename D, typename Isa, typename C>
+void execute(const Backend<D, Isa>& on, const problem::PickFromShard<C>& p) {
+  using Candidate = problem::ShardCandidate<C>;
+  const Index size = p.shard.shard.size();
+  if (p.shard.rows == 0 || size == 0) return;
+  Workspace::Frame frame(on.workspace);
+  const auto* const scratches =
+      take_sampling_scratch<C>(frame, worker_count(on), size, false, false);
+  parallel_for(on, p.shard.rows, Cost{size}, [&](Index first, Index last, int worker) {
+    for (Index r = first; r < last; ++r) {
+      const problem::ShardRow<C>& asked = p.rows[r];
+      if (asked.pick == problem::ShardPick::none) continue;
+      SamplingRow<C> row = row_of_shard(p.shard, asked, r);
+      Candidate* out = p.candidates + p.begin[r];
+      Candidate* const end = out + p.count[r];
+      const bool best = asked.pick == problem::ShardPick::best;
+      if (best) keep_top_k<Isa>(row, asked.most, TopKTies::lowest_index, scratches[worker]);
+      const double hi = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+      for_each_in_play<Isa>(row, [&](Index token, C logit) {
+        if (best ||
+            problem::ShardBins::distance(static_cast<double>(logit), hi, scale) < asked.reach)
+          *out++ = {logit, static_cast<typename Candidate::Token>(p.shard.shard.begin + token)};
+      });
+      std::fill(out, end, Candidate{-std::numeric_limits<C>::infinity(), Candidate::kNone});
+    }
+  });
+}
+
+/// The token of the shard, or -1 where sums wrong by `margin` could lead to another.
+template <typename Isa, typename C>
+Index draw_from_shard(const SamplingRow<C>& row, const double* sums,
+                      const problem::ShardRow<C>& asked) {
+  alignas(64) C x[SamplingBlock::size];
+  alignas(64) double weights[SamplingBlock::size];
+  const BlockFound found = find_block(sums, row.blocks(), asked.target);
+  if (found.block < 0) return -1;
+  member_weights<Isa>(block_logits<Isa>(row, found.block, x), found.block, row.band,
+                      row.inverse_temperature, weights);
+  double before = found.before, last = before;
+  Index drawn = -1;
+  for (Index j = 0; j < SamplingBlock::size && !(before > asked.target); ++j) {
+    if (weights[j] == 0) continue;
+    drawn = j;
+    last = before;
+    before += weights[j];
+  }
+  const bool is_first = asked.before == 0 && last == 0;  // nothing can come before it
+  const bool certain =
+      (is_first || last + asked.margin < asked.target) && before > asked.target + asked.margin;
+  return certain ? found.block * SamplingBlock::size + drawn : -1;
+}
+
+template <typename D, typename Isa, typename C>
+void execute(const Backend<D, Isa>& on, const problem::DrawFromShard<C>& p) {
+  parallel_for(on, p.shard.rows, Cost{p.shard.blocks}, [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r) {
+      p.tokens[r] = p.kElsewhere;
+      if (!p.asked[r]) continue;
+      const SamplingRow<C> row = row_of_shard(p.shard, p.rows[r], r);
+      const Index token =
+          draw_from_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, p.rows[r]);
+      p.tokens[r] = token < 0 ? p.kOpen : static_cast<std::int32_t>(p.shard.shard.begin + token);
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
