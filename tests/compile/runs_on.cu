@@ -24,6 +24,7 @@
 #include <eigenformer/problem/speculative_tree.h>
 #include <eigenformer/problem/tensor_parallel.h>
 #include <eigenformer/problem/top_k.h>
+#include <eigenformer/problem/vocabulary_shard.h>
 
 #include <cstdio>
 #include <string>
@@ -74,6 +75,11 @@ const Part kParts[] = {
     part<RankSum<F>>("communicator", "sums"),
     part<Interleave<F>>("tensor_parallel", "layers"),
     part<Vocabulary<F>>("tensor_parallel", "vocabulary"),
+    part<ScanShard<F>>("tensor_parallel", "chains of shards"),
+    part<AskShard<F>>("tensor_parallel", "sums of shards"),
+    part<NarrowToWeight<F>>("tensor_parallel", "limits of shards"),
+    part<PickFromShard<F>>("tensor_parallel", "candidates of shards"),
+    part<DrawFromShard<F>>("tensor_parallel", "draws from shards"),
     part<GreedySampling<F>>("sampling", "greedy"),
     part<Sampling<F>>("sampling", "all parameters"),
     part<SamplingProbabilities<F>>("sampling", "probabilities"),
