@@ -165,9 +165,9 @@ class Decoder {
   /// last: the first time, and after forward, backward or parameters() of this decoder. Call this
   /// (or quantize) where the weights changed otherwise: an optimizer's step behind an inference, or
   /// another decoder that shares them.
-  void pack(WeightFormat format = WeightFormat::activation) {
+  void pack(const WeightStorage& storage = {}) {
     masters("Decoder::pack");
-    auto packed = std::make_shared<PackedDecoderWeights<T>>(config_, format);
+    auto packed = std::make_shared<PackedDecoderWeights<T>>(config_, storage);
     packed->pack(*device_, std::shared_ptr<const DecoderWeights>(weights_), *communicator_);
     packed_ = std::move(packed);
     stale_ = false;
@@ -344,7 +344,7 @@ class Decoder {
 
   void pack_if_stale() {
     if (packed_ == nullptr || (stale_ && weights_ != nullptr))
-      pack(packed_ == nullptr ? WeightFormat::activation : packed_->format());
+      pack(packed_ == nullptr ? WeightStorage{} : packed_->storage());
   }
 
   // `batch` rows of n tokens each, with the logits after the last of each.

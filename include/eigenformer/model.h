@@ -39,7 +39,7 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 struct LoadOptions {
-  WeightFormat weights = WeightFormat::activation;  ///< of linear layers, quantized on load
+  WeightStorage weights = WeightFormat::activation;  ///< of linear layers, quantized on load
   Index length = 0;            ///< positions that will be served, where rotations depend on it
   LoadProgress progress = {};  ///< called as tensors are packed
 };

@@ -101,16 +101,15 @@ class InferenceStep {
       place();
       return;
     }
-    const double cycles = step_cycles(config_, static_cast<Index>(step.tokens.size()),
-                                      static_cast<Index>(step.logits_of.size()), weights_.format());
+    const double cycles = step_cycles(weights_, static_cast<Index>(step.tokens.size()),
+                                      static_cast<Index>(step.logits_of.size()));
     const ParallelRegion region(device_, {.serial = cycles < kSharedStepCycles});
     fill_positions(step);
     embed(step.tokens);
-    attempt_or_undo(
-        [&] { std::visit([&](const auto& all) { layers(all, step, place); }, weights_.layers()); },
-        [&] {
-          if (appended_) rows_.undo(s_);
-        });
+    attempt_or_undo([&] { layers(step, place); },
+                    [&] {
+                      if (appended_) rows_.undo(s_);
+                    });
   }
 
   // Where every token stands in its sequence, and the angles it turns by, once for all layers.
@@ -163,13 +162,14 @@ class InferenceStep {
     });
   }
 
-  template <typename S, typename Place>
-  void layers(const PackedDecoderLayers<S>& all, const StepRows& step, Place& place) {
+  template <typename Place>
+  void layers(const StepRows& step, Place& place) {
+    const std::vector<PackedDecoderLayer<T>>& all = weights_.layers();
     auto x = s_.stream.view();
     auto normalised = reshape(s_.normalised, x.dimension(0), config_.features);
-    if (form_.norm_before()) norm_into(normalised, x, all.layers.front().attention_norm);
-    for (std::size_t l = 0; l < all.layers.size(); ++l) {
-      const PackedDecoderLayer<S>& w = all.layers[l];
+    if (form_.norm_before()) norm_into(normalised, x, all.front().attention_norm);
+    for (std::size_t l = 0; l < all.size(); ++l) {
+      const PackedDecoderLayer<T>& w = all[l];
       auto branch = reshape(s_.branch, x.dimension(0), config_.features);
       attend(w, static_cast<Index>(l), input(), step);
       project(branch, s_.attended.view(), w.output, w.output_bias);
@@ -185,17 +185,16 @@ class InferenceStep {
         if (form_.norm_after()) norm_into(branch, branch, w.after_feed_forward_norm);
       }
       // The last layer's branch is joined by the head, for the tokens somebody wants.
-      if (l + 1 < all.layers.size()) join(normalised, x, branch, all.layers[l + 1].attention_norm);
+      if (l + 1 < all.size()) join(normalised, x, branch, all[l + 1].attention_norm);
     }
-    head(place, all.head, step.logits_of);
+    head(place, step.logits_of);
   }
 
   /// What attention and feed-forward read: the stream, normalised where the form does so.
   TensorView<T, 2> input() { return form_.norm_before() ? s_.normalised.view() : s_.stream.view(); }
 
   // x -> attended, keys and values into the cache.
-  template <typename S>
-  void attend(const PackedDecoderLayer<S>& w, Index l, const TensorView<T, 2>& x,
+  void attend(const PackedDecoderLayer<T>& w, Index l, const TensorView<T, 2>& x,
               const StepRows& step) {
     const DecoderConfig& c = config_;
     const DecoderLayerForm layer = form_.layer(l);
@@ -247,15 +246,11 @@ class InferenceStep {
     return result;
   }
 
-  template <typename S>
-  void feed_forward(const PackedDecoderLayer<S>& w, TensorView<T, 2> y, const TensorView<T, 2>& x) {
+  void feed_forward(const PackedDecoderLayer<T>& w, TensorView<T, 2> y, const TensorView<T, 2>& x) {
     const Index tokens = x.dimension(0), hidden = config_.hidden;
     auto gated = reshape(s_.gated, tokens, hidden);
-    if (w.gate_up.out_features > 0) {
-      timed("linear", [&] {
-        column_parallel_gated_linear_into(device_, gated, x, w.gate_up, communicator_,
-                                          Epilogue{}.silu());
-      });
+    if (out_features(w.gate_up) > 0) {
+      project_gated(gated, x, w.gate_up);
     } else if (form_.gated) {
       auto both = reshape(s_.gate_up, tokens, 2 * hidden);
       project(both, x, w.up, w.up_bias);
@@ -291,8 +286,8 @@ class InferenceStep {
     }
   }
 
-  template <typename S, typename Place>
-  void head(Place& place, const PackedColumnShard<S>& weight, std::span<const Index> logits_of) {
+  template <typename Place>
+  void head(Place& place, std::span<const Index> logits_of) {
     const Index count = static_cast<Index>(logits_of.size()), features = config_.features;
     TensorView<float, 2> logits = place();
     if (count == 0) return;
@@ -311,7 +306,7 @@ class InferenceStep {
       timed("activation", [&] { residual_add_into(device_, wanted, wanted, branch); });
       norm_into(last, wanted, weights_.norm());
     }
-    project(logits, last, weight, weights_.head_bias());
+    project(logits, last, weights_.head(), weights_.head_bias());
     if (form_.logit_scale != 1 || form_.logit_softcap != 0)
       timed("activation", [&] {
         softcap_into(device_, logits, logits,
@@ -320,14 +315,29 @@ class InferenceStep {
   }
 
   // ---- one call of a public operator each, charged to its name ----------------------------------
-  template <typename Y, typename S>
-  void project(Y& y, const TensorView<T, 2>& x, const PackedColumnShard<S>& weight,
+  template <typename Y>
+  void project(Y& y, const TensorView<T, 2>& x, const PackedMatrix<T>& weight,
                const PackedArray<float>& bias) {
     timed("linear", [&] {
-      if (bias.size() == 0)
-        column_parallel_linear_into(device_, y, x, weight, communicator_);
-      else
-        column_parallel_linear_into(device_, y, x, weight, communicator_, vector_of(bias));
+      std::visit(
+          [&](const auto& shard) {
+            if (bias.size() == 0)
+              column_parallel_linear_into(device_, y, x, shard, communicator_);
+            else
+              column_parallel_linear_into(device_, y, x, shard, communicator_, vector_of(bias));
+          },
+          weight);
+    });
+  }
+  void project_gated(TensorView<T, 2>& y, const TensorView<T, 2>& x,
+                     const PackedGatedMatrix<T>& weight) {
+    timed("linear", [&] {
+      std::visit(
+          [&](const auto& shard) {
+            column_parallel_gated_linear_into(device_, y, x, shard, communicator_,
+                                              Epilogue{}.silu());
+          },
+          weight);
     });
   }
   /// x += branch; y the norm of x where a norm stands before what follows.

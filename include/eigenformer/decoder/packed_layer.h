@@ -9,10 +9,9 @@
 #include <vector>
 
 #include "../core/packed_array.h"
-#include "../tensor_parallel.h"
-#include "../tensor_parallel/fused.h"
 #include "form.h"
 #include "layer_views.h"
+#include "packed_matrix.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -51,16 +50,16 @@ class ReadableTensor {
 
 }  // namespace detail
 
-/// One layer as inference reads it, S the scalar of its packed weights.
-template <typename S>
+/// One layer as inference reads it, T the scalar of activations; each matrix has its own format.
+template <FloatingScalar T>
 struct PackedDecoderLayer {
   detail::PackedNorm attention_norm, feed_forward_norm, after_attention_norm,
       after_feed_forward_norm;
   detail::PackedArray<float> query_norm, key_norm;
-  PackedColumnShard<S> qkv;  ///< queries, keys, values, one below the other
-  PackedColumnShard<S> output, down;
-  PackedGatedColumnShard<S> gate_up;  ///< of SwiGLU without biases, one product
-  PackedColumnShard<S> up;  ///< of other forms: gate and up, one below the other, or up alone
+  PackedMatrix<T> qkv;  ///< queries, keys, values, one below the other
+  PackedMatrix<T> output, down;
+  PackedGatedMatrix<T> gate_up;  ///< of SwiGLU without biases, one product
+  PackedMatrix<T> up;            ///< of other forms: gate and up, one below the other, or up alone
   detail::PackedArray<float> qkv_bias, output_bias, up_bias, down_bias;  ///< empty: none
   std::vector<float> sinks;
 };
@@ -132,32 +131,44 @@ struct LayerPacking {
                  "the form has no biases of gate and up");
   }
 
-  template <typename D, typename S, typename W, typename N, typename C>
-  void pack_matrices(const D& device, PackedDecoderLayer<S>& packed,
-                     const DecoderLayerViews<W, N>& v, const C& communicator,
-                     const Memory& memory) const {
+  template <typename D, typename T, typename W, typename N, typename C>
+  void pack_matrices(const D& device, PackedDecoderLayer<T>& packed,
+                     const DecoderLayerViews<W, N>& v, const WeightStorage& storage,
+                     const C& communicator, const Memory& memory) const {
+    with_stored_scalar<T, W>(storage.format, [&]<typename S>(std::type_identity<S>) {
+      pack_matrices_as<S>(device, packed, v, int8_packing<S>(storage), communicator, memory);
+    });
+  }
+
+  template <typename S, typename D, typename T, typename W, typename N, typename C>
+  void pack_matrices_as(const D& device, PackedDecoderLayer<T>& packed,
+                        const DecoderLayerViews<W, N>& v, const Int8Packing& options,
+                        const C& communicator, const Memory& memory) const {
     using Readable = ReadableTensor<W, 2>;
     const auto readable = [&](const auto& view) {
       return Readable(memory_of(device), *view, memory);
     };
+    const auto one = [&](const auto& tensor) {
+      return pack_column_shard<S>(device, tensor.view(), communicator, options);
+    };
     const auto stacked = [&](const auto&... tensors) {
-      return pack_stacked_column_shard<S>(device, std::array{tensors.view()...}, communicator);
+      return pack_stacked_column_shard<S>(device, std::array{tensors.view()...}, communicator,
+                                          options);
     };
     if (v.query) packed.qkv = stacked(readable(v.query), readable(v.key), readable(v.value));
-    if (v.output)
-      packed.output = pack_column_shard<S>(device, readable(v.output).view(), communicator);
+    if (v.output) packed.output = one(readable(v.output));
     if (v.gate && form.fuses_gates())
       packed.gate_up = pack_gated_column_shard<S>(device, readable(v.gate).view(),
-                                                  readable(v.up).view(), communicator);
+                                                  readable(v.up).view(), communicator, options);
     else if (v.gate)
       packed.up = stacked(readable(v.gate), readable(v.up));
     else if (v.up)
       packed.up = stacked(readable(v.up));
-    if (v.down) packed.down = pack_column_shard<S>(device, readable(v.down).view(), communicator);
+    if (v.down) packed.down = one(readable(v.down));
   }
 
-  template <typename D, typename S, typename W, typename N>
-  void pack_vectors(const D& device, PackedDecoderLayer<S>& packed,
+  template <typename D, typename T, typename W, typename N>
+  void pack_vectors(const D& device, PackedDecoderLayer<T>& packed,
                     const DecoderLayerViews<W, N>& v, const Memory& memory) const {
     const Index d = config.features, q = query_rows(), kv = key_rows(), hidden = config.hidden;
     const auto set = [&](PackedArray<float>& to, const auto& view, const char* name, Index size) {
@@ -205,15 +216,15 @@ struct LayerPacking {
     }
   }
 
-  template <typename S>
-  bool is_complete(const PackedDecoderLayer<S>& layer) const {
+  template <typename T>
+  bool is_complete(const PackedDecoderLayer<T>& layer) const {
     const auto norm = [&](const PackedNorm& x, bool expected) {
       return !expected || x.weight.size() > 0;
     };
     const bool gates = form.fuses_gates();
-    return layer.qkv.out_features > 0 && layer.output.out_features > 0 &&
-           layer.down.out_features > 0 &&
-           (gates ? layer.gate_up.out_features : layer.up.out_features) > 0 &&
+    return out_features(layer.qkv) > 0 && out_features(layer.output) > 0 &&
+           out_features(layer.down) > 0 &&
+           (gates ? out_features(layer.gate_up) : out_features(layer.up)) > 0 &&
            norm(layer.attention_norm, form.norm_before()) &&
            norm(layer.feed_forward_norm, form.norm_before() && !form.shares_norm()) &&
            norm(layer.after_attention_norm, form.norm_after()) &&
@@ -223,6 +234,26 @@ struct LayerPacking {
            (!form.sinks || !layer.sinks.empty());
   }
 };
+
+/// Bytes of a layer's tensors that lie in the memory of its device.
+template <typename T>
+Index stored_bytes(const PackedDecoderLayer<T>& layer) {
+  Index numbers = 0;
+  for (const auto* norm : {&layer.attention_norm, &layer.feed_forward_norm,
+                           &layer.after_attention_norm, &layer.after_feed_forward_norm})
+    numbers += norm->weight.size() + norm->bias.size();
+  for (const auto* vector : {&layer.query_norm, &layer.key_norm, &layer.qkv_bias,
+                             &layer.output_bias, &layer.up_bias, &layer.down_bias})
+    numbers += vector->size();
+  return numbers * Index{sizeof(float)} + stored_bytes(layer.qkv) + stored_bytes(layer.output) +
+         stored_bytes(layer.gate_up) + stored_bytes(layer.up) + stored_bytes(layer.down);
+}
+template <typename T>
+double cycles_per_token(const PackedDecoderLayer<T>& layer) {
+  return cycles_per_token(layer.qkv) + cycles_per_token(layer.output) +
+         cycles_per_token(layer.gate_up) + cycles_per_token(layer.up) +
+         cycles_per_token(layer.down);
+}
 
 }  // namespace detail
 }  // namespace EIGENFORMER_ABI

@@ -2,7 +2,17 @@
 /// What inference reads: one rank's part of a decoder's linear layers, packed, the norms, and the
 /// embedding. Made from views of memory that somebody else owns (a mapped file, DecoderWeights),
 /// layer by layer in any order: each tensor is read where it lies (twice for INT8: its scales come
-/// first) and written packed; no float copy is made of it.
+/// first) and written packed; no float copy is made of it. Each matrix has a format of its own, that
+/// of the whole decoder where packing is told none (packed_matrix.h):
+///
+///   activations   matrices of
+///   float         float, bfloat16, half, INT8 by output channel or by groups of 32, 64 or 128 inputs
+///   bfloat16      bfloat16, INT8; other floating scalars are rounded to it
+///   half          half, INT8
+///   double        double
+///
+/// bfloat16 and half weights beside activations of float are widened, exactly: logits have the bits
+/// of the float decoder whose weights were rounded to that scalar before.
 ///
 /// It lies in the memory of the device that packs it. Views are of the host's memory where nothing
 /// else is said; on a GPU each tensor is then copied there for the time of its packing.
@@ -14,6 +24,7 @@
 ///   ef::Decoder<float> model(packed, device);                // serves; it has nothing to train
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <utility>
 #include <variant>
@@ -29,59 +40,35 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// How linear layers are stored.
-enum class WeightFormat {
-  activation,  ///< in the scalar of the activations
-  int8,        ///< one scale an output channel; not with double
-};
-
 /// An embedding in INT8 with one scale per token.
 struct QuantizedEmbedding {
   TensorView<const std::int8_t, 2> values;  ///< (vocabulary, features)
   TensorView<const float, 1> scales;        ///< (vocabulary)
 };
 
-/// All linear layers in one format.
-template <typename S>
-struct PackedDecoderLayers {
-  std::vector<PackedDecoderLayer<S>> layers;
-  PackedColumnShard<S> head;
-};
-
 /// T is the scalar of activations.
 template <FloatingScalar T>
 class PackedDecoderWeights {
-  // INT8 products accumulate into float, so that double, which serves as a reference, has none.
-  static constexpr bool kHasInt8 = !std::is_same_v<T, double>;
-
  public:
-  using Layers =
-      std::conditional_t<kHasInt8,
-                         std::variant<PackedDecoderLayers<T>, PackedDecoderLayers<std::int8_t>>,
-                         std::variant<PackedDecoderLayers<T>>>;
   /// (vocabulary, features), or INT8.
   using Embedding =
       std::variant<std::monostate, TensorView<const float, 2>, TensorView<const double, 2>,
                    TensorView<const bfloat16, 2>, TensorView<const half, 2>, QuantizedEmbedding>;
 
-  /// Throws std::invalid_argument for an impossible shape, and for int8 where T is double.
-  explicit PackedDecoderWeights(const DecoderConfig& config,
-                                WeightFormat format = WeightFormat::activation,
+  /// Throws std::invalid_argument for an impossible shape, for int8 where T is double and for groups
+  /// that are not.
+  explicit PackedDecoderWeights(const DecoderConfig& config, const WeightStorage& storage = {},
                                 DecoderForm form = {})
-      : config_(config), form_(std::move(form)), format_(format) {
+      : config_(config), form_(std::move(form)), storage_(storage) {
     config.validate();
     form_.validate(config);
-    detail::require_that(format == WeightFormat::activation || kHasInt8, kName,
-                         "int8 weights do not serve activations of double");
-    if constexpr (kHasInt8)
-      if (format == WeightFormat::int8) layers_.template emplace<1>();
-    std::visit([&](auto& all) { all.layers.resize(static_cast<std::size_t>(config.layers)); },
-               layers_);
+    detail::require_storage<T>(storage, kName);
+    layers_.resize(static_cast<std::size_t>(config.layers));
   }
 
   const DecoderConfig& config() const { return config_; }
   const DecoderForm& form() const { return form_; }
-  WeightFormat format() const { return format_; }
+  const WeightStorage& storage() const { return storage_; }
 
   /// Packs this rank's part of master weights on a device. The embedding is a view of theirs where
   /// the device works on their memory, else a copy.
@@ -103,16 +90,20 @@ class PackedDecoderWeights {
   template <Device D, typename W, typename N, Communicator C>
   void pack_layer(const D& device, Index l, const DecoderLayerViews<W, N>& views,
                   const C& communicator, const Memory& memory = host_memory) {
+    pack_layer(device, l, views, storage_, communicator, memory);
+  }
+  /// The same of matrices in a format of their own.
+  template <Device D, typename W, typename N, Communicator C>
+  void pack_layer(const D& device, Index l, const DecoderLayerViews<W, N>& views,
+                  const WeightStorage& storage, const C& communicator,
+                  const Memory& memory = host_memory) {
+    detail::require_storage<T>(storage, kName);
     detail::require_that(l >= 0 && l < config_.layers, kName, "layer is ", l, ", expected 0 to ",
                          config_.layers - 1);
     packing().require_shapes(views);
-    std::visit(
-        [&]<typename S>(PackedDecoderLayers<S>& all) {
-          auto& packed = all.layers[static_cast<std::size_t>(l)];
-          packing().pack_matrices(device, packed, views, communicator, memory);
-          packing().pack_vectors(device, packed, views, memory);
-        },
-        layers_);
+    auto& packed = layers_[static_cast<std::size_t>(l)];
+    packing().pack_matrices(device, packed, views, storage, communicator, memory);
+    packing().pack_vectors(device, packed, views, memory);
   }
 
   /// The norm behind the last layer (features), and this rank's part of the head (vocabulary,
@@ -121,14 +112,20 @@ class PackedDecoderWeights {
   void pack_head(const D& device, const TensorView<const N, 1>& last_norm,
                  const TensorView<const W, 2>& head, const C& communicator,
                  const Memory& memory = host_memory) {
+    pack_head(device, last_norm, head, storage_, communicator, memory);
+  }
+  template <Device D, typename N, typename W, Communicator C>
+  void pack_head(const D& device, const TensorView<const N, 1>& last_norm,
+                 const TensorView<const W, 2>& head, const WeightStorage& storage,
+                 const C& communicator, const Memory& memory = host_memory) {
+    detail::require_storage<T>(storage, kName);
     Packing::require_shape(head, "head", config_.vocabulary, config_.features);
     auto packed_norm = Packing::vector(device, last_norm, "norm", config_.features, memory);
     const detail::ReadableTensor<W, 2> readable(memory_of(device), head, memory);
-    std::visit(
-        [&]<typename S>(PackedDecoderLayers<S>& all) {
-          all.head = pack_column_shard<S>(device, readable.view(), communicator);
-        },
-        layers_);
+    detail::with_stored_scalar<T, W>(storage.format, [&]<typename S>(std::type_identity<S>) {
+      head_ = pack_column_shard<S>(device, readable.view(), communicator,
+                                   detail::int8_packing<S>(storage));
+    });
     norm_.weight = std::move(packed_norm);
     if (form_.norm == DecoderNorm::layer && norm_.bias.size() == 0)
       norm_.bias = Packing::zeros(device, config_.features);
@@ -168,7 +165,7 @@ class PackedDecoderWeights {
   /// token where `format`, that of the layers if none is given, says so; else in the scalar it has.
   template <Device D = Eigen::DefaultDevice>
   void own_embedding(const D& device = {}) {
-    own_embedding(device, format_);
+    own_embedding(device, storage_.format);
   }
   template <Device D>
   void own_embedding(const D& device, WeightFormat format) {
@@ -184,7 +181,8 @@ class PackedDecoderWeights {
         Embedding(embedding_));
   }
 
-  const Layers& layers() const { return layers_; }
+  const std::vector<PackedDecoderLayer<T>>& layers() const { return layers_; }
+  const PackedMatrix<T>& head() const { return head_; }
   const Embedding& embedding() const { return embedding_; }
   const detail::PackedNorm& norm() const { return norm_; }
   const detail::PackedArray<float>& head_bias() const { return head_bias_; }
@@ -203,14 +201,11 @@ class PackedDecoderWeights {
 
   /// Throws std::logic_error where a tensor of a layer, the head or the embedding is missing.
   void require_complete() const {
-    const bool complete = std::visit(
-        [&](const auto& all) {
-          for (const auto& layer : all.layers)
-            if (!packing().is_complete(layer)) return false;
-          // none are left in weights that were moved from
-          return !all.layers.empty() && all.head.out_features > 0;
-        },
-        layers_);
+    // none are left in weights that were moved from
+    const bool complete = !layers_.empty() && detail::out_features(head_) > 0 &&
+                          std::all_of(layers_.begin(), layers_.end(), [&](const auto& layer) {
+                            return packing().is_complete(layer);
+                          });
     if (!complete || std::holds_alternative<std::monostate>(embedding_) ||
         (form_.positions > 0 && positions_.size() == 0))
       detail::fail<std::logic_error>(
@@ -220,29 +215,10 @@ class PackedDecoderWeights {
   /// Bytes inference reads from: this rank's linear layers as packed (scales included, padding
   /// not), norms, embedding.
   std::size_t bytes() const {
-    Index numbers = norm_.weight.size() + norm_.bias.size() + head_bias_.size() + positions_.size();
-    Index total = 0;
-    std::visit(
-        [&]<typename S>(const PackedDecoderLayers<S>& all) {
-          const auto add = [&](const auto& shard) {
-            const Index rows = shard.rows() * (requires { shard.pair(); } ? 2 : 1);
-            total += rows * shard.columns() * Index{sizeof(S)};
-            if (std::is_same_v<S, std::int8_t>) total += rows * Index{sizeof(float)};
-          };
-          for (const auto& layer : all.layers) {
-            add(layer.qkv.weight), add(layer.output.weight), add(layer.gate_up.weight);
-            add(layer.up.weight), add(layer.down.weight);
-            for (const auto* norm : {&layer.attention_norm, &layer.feed_forward_norm,
-                                     &layer.after_attention_norm, &layer.after_feed_forward_norm})
-              numbers += norm->weight.size() + norm->bias.size();
-            for (const auto* vector : {&layer.query_norm, &layer.key_norm, &layer.qkv_bias,
-                                       &layer.output_bias, &layer.up_bias, &layer.down_bias})
-              numbers += vector->size();
-          }
-          add(all.head.weight);
-        },
-        layers_);
-    total += numbers * Index{sizeof(float)};
+    const Index numbers =
+        norm_.weight.size() + norm_.bias.size() + head_bias_.size() + positions_.size();
+    Index total = numbers * Index{sizeof(float)} + detail::stored_bytes(head_);
+    for (const auto& layer : layers_) total += detail::stored_bytes(layer);
     std::visit(
         [&]<typename Table>(const Table& table) {
           if constexpr (rank_of<Table> == 2)
@@ -290,8 +266,9 @@ class PackedDecoderWeights {
 
   DecoderConfig config_;
   DecoderForm form_;
-  WeightFormat format_;
-  Layers layers_;
+  WeightStorage storage_;
+  std::vector<PackedDecoderLayer<T>> layers_;
+  PackedMatrix<T> head_;
   Embedding embedding_;
   std::shared_ptr<const void> owner_;
   const Memory* embedding_memory_ = &host_memory;

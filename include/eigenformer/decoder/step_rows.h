@@ -55,15 +55,12 @@ inline void reshape(Tensor<float, 2>& y, Index rows, Index columns) {
 /// (report --filter '^small decoder' times such steps).
 inline constexpr double kSharedStepCycles = 1e6;
 
-/// Cycles of a step, rough: a weight is read from a cache and multiplied, INT8 three times as fast.
-inline double step_cycles(const DecoderConfig& c, Index tokens, Index wanted, WeightFormat format) {
-  const double q = static_cast<double>(c.heads * c.head_dim),
-               kv = static_cast<double>(c.kv_heads * c.head_dim),
-               d = static_cast<double>(c.features), hidden = static_cast<double>(c.hidden);
-  const double layer = 2 * d * (q + kv) + 3 * d * hidden,
-               head = d * static_cast<double>(c.vocabulary);
-  return (format == WeightFormat::int8 ? 0.15 : 0.5) *
-         (static_cast<double>(tokens * c.layers) * layer + static_cast<double>(wanted) * head);
+/// Cycles of a step, rough: that of every layer as of the first.
+template <typename T>
+double step_cycles(const PackedDecoderWeights<T>& weights, Index tokens, Index wanted) {
+  return static_cast<double>(tokens * weights.config().layers) *
+             cycles_per_token(weights.layers().front()) +
+         static_cast<double>(wanted) * cycles_per_token(weights.head());
 }
 
 /// Layers of different lengths would turn and mask tokens by the wrong positions.

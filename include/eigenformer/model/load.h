@@ -31,12 +31,12 @@ class ModelLoader {
   using Vector = std::vector<float>;
 
   ModelLoader(const D& device, const ModelConfig& config, const StoredTensors& tensors,
-              WeightFormat format, const LoadProgress& progress)
+              const WeightStorage& storage, const LoadProgress& progress)
       : device_(device),
         m_(config),
         tensors_(tensors),
         progress_(progress),
-        weights_(std::make_shared<Weights>(config.shape, format, config.form)) {
+        weights_(std::make_shared<Weights>(config.shape, storage, config.form)) {
     for (const auto& [name, tensor] : tensors_.map()) total_ += tensor.bytes.size();
   }
 

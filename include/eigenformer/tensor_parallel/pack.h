@@ -55,17 +55,18 @@ struct PackedColumnShard {
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
 template <typename T, Device D, typename Weight, Communicator C>
-PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight,
-                                       const C& communicator) {
+PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, const C& communicator,
+                                       const Int8Packing& options = {}) {
   const auto full = input_view<2>(weight);
   const int rank = communicator.rank(), ranks = communicator.size();
-  return {pack_weight<T>(device, column_shard(full, rank, ranks)), full.dimension(0),
+  return {pack_weight<T>(device, column_shard(full, rank, ranks), options), full.dimension(0),
           full.dimension(1), rank, ranks};
 }
 template <typename T, typename Weight, Communicator C>
   requires(!Device<Weight>)
-PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator) {
-  return pack_column_shard<T>(Eigen::DefaultDevice{}, weight, communicator);
+PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator,
+                                       const Int8Packing& options = {}) {
+  return pack_column_shard<T>(Eigen::DefaultDevice{}, weight, communicator, options);
 }
 
 }  // namespace EIGENFORMER_ABI

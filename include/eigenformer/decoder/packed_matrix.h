@@ -1,0 +1,158 @@
+/// \file
+/// A matrix of a decoder in the format that it alone has: one decoder may hold bfloat16, half and
+/// INT8 matrices side by side, as files do. packed_weights.h is the manual.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <variant>
+
+#include "../tensor_parallel.h"
+#include "../tensor_parallel/fused.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wshadow"  // of a scoped enumerator: it shadows nothing (g++ 12)
+#endif
+/// The numbers that a linear layer is stored in. Beside activations of float each of them is; beside
+/// bfloat16, half or double floating weights are always in the scalar of the activations.
+enum class WeightFormat {
+  activation,  ///< in the scalar of the activations
+  bfloat16,    ///< rounded to nearest even where they are not
+  half,
+  int8,       ///< quantized; not with double
+  as_stored,  ///< in the scalar of the view that is packed
+};
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+/// A format, with the inputs that share a scale of INT8: 32, 64 or 128, or 0 for one scale per
+/// output channel.
+///
+///   ef::PackedDecoderWeights<float> weights(config, ef::WeightFormat::bfloat16);
+///   ef::PackedDecoderWeights<float> weights(config, {ef::WeightFormat::int8, 64});
+struct WeightStorage {
+  WeightFormat format;
+  Index group_size;
+
+  constexpr WeightStorage(WeightFormat weight_format = WeightFormat::activation, Index group = 0)
+      : format(weight_format), group_size(group) {}
+};
+
+namespace detail {
+
+/// The shards that a decoder with activations of T has products for. INT8 products accumulate into
+/// float, so that double, which serves as a reference, has none.
+template <template <typename> class Shard, typename T>
+struct AnyShard {
+  using type = std::variant<Shard<T>, Shard<std::int8_t>>;
+};
+template <template <typename> class Shard>
+struct AnyShard<Shard, float> {
+  using type = std::variant<Shard<float>, Shard<bfloat16>, Shard<half>, Shard<std::int8_t>>;
+};
+template <template <typename> class Shard>
+struct AnyShard<Shard, double> {
+  using type = std::variant<Shard<double>>;
+};
+
+template <typename Variant, typename Alternative>
+inline constexpr bool has_alternative = false;
+template <typename... S, typename Alternative>
+inline constexpr bool has_alternative<std::variant<S...>, Alternative> =
+    (std::is_same_v<S, Alternative> || ...);
+
+}  // namespace detail
+
+/// One rank's rows of a matrix, of one format of those that activations of T have products for; it
+/// has no outputs where none was packed.
+template <FloatingScalar T>
+using PackedMatrix = typename detail::AnyShard<PackedColumnShard, T>::type;
+/// Of gate and up, in one format.
+template <FloatingScalar T>
+using PackedGatedMatrix = typename detail::AnyShard<PackedGatedColumnShard, T>::type;
+
+namespace detail {
+
+template <typename T, typename S>
+inline constexpr bool stores = has_alternative<PackedMatrix<T>, PackedColumnShard<S>>;
+
+/// Throws std::invalid_argument for what activations of T have no weights of.
+template <typename T>
+void require_storage(const WeightStorage& storage, std::string_view name) {
+  const bool int8 = storage.format == WeightFormat::int8;
+  require_that(!int8 || stores<T, std::int8_t>, name,
+               "int8 weights do not serve activations of double");
+  require_that(storage.group_size == 0 || int8, name, "group_size is ", storage.group_size,
+               ", but only int8 weights have groups");
+  if (storage.group_size != 0) require_group_size(storage.group_size, name);
+}
+
+/// f(std::type_identity<S>), S the scalar that holds a matrix of W beside activations of T.
+template <typename T, typename W, typename F>
+void with_stored_scalar(WeightFormat format, F&& f) {
+  const auto store_as = [&]<typename S>(std::type_identity<S>) {
+    f(std::type_identity<std::conditional_t<stores<T, S>, S, T>>{});
+  };
+  switch (format) {
+    case WeightFormat::activation:
+      return store_as(std::type_identity<T>{});
+    case WeightFormat::bfloat16:
+      return store_as(std::type_identity<bfloat16>{});
+    case WeightFormat::half:
+      return store_as(std::type_identity<half>{});
+    case WeightFormat::int8:
+      return store_as(std::type_identity<std::int8_t>{});
+    case WeightFormat::as_stored:
+      return store_as(std::type_identity<W>{});
+  }
+}
+
+template <typename S>
+Int8Packing int8_packing(const WeightStorage& storage) {
+  return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0};
+}
+
+template <typename S>
+Index stored_bytes(const PackedWeight<S>& weight) {
+  const Index group = weight.group_size(), columns = weight.columns();
+  const Index scales = !std::is_same_v<S, std::int8_t> ? 0
+                       : group == 0                    ? 1
+                                                       : (columns + group - 1) / group;
+  return weight.rows() * (columns * Index{sizeof(S)} + scales * Index{sizeof(float)});
+}
+template <typename S>
+Index stored_bytes(const PackedGatedWeight<S>& weight) {
+  return stored_bytes(weight.pair());
+}
+
+/// Outputs of all ranks; 0 where nothing was packed.
+template <typename... Shard>
+Index out_features(const std::variant<Shard...>& matrix) {
+  return std::visit([](const auto& shard) { return shard.out_features; }, matrix);
+}
+/// Bytes of this rank's numbers and scales, without padding.
+template <typename... Shard>
+Index stored_bytes(const std::variant<Shard...>& matrix) {
+  return std::visit([](const auto& shard) { return stored_bytes(shard.weight); }, matrix);
+}
+/// Cycles for one token, rough: a weight is read from a cache and multiplied, INT8 three times as
+/// fast.
+template <typename... Shard>
+double cycles_per_token(const std::variant<Shard...>& matrix) {
+  return std::visit(
+      []<template <typename> class One, typename S>(const One<S>& shard) {
+        const double matrices = requires { shard.weight.pair(); } ? 2 : 1;
+        return (std::is_same_v<S, std::int8_t> ? 0.15 : 0.5) * matrices *
+               static_cast<double>(shard.out_features) * static_cast<double>(shard.in_features);
+      },
+      matrix);
+}
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,213 @@
+// Laws: matrices of different formats in one decoder give the bits of the float decoder whose
+// weights were rounded to them before; INT8 by groups is what pack_weight gives; bytes are those of
+// the numbers and scales.
+#include <eigenformer/decoder.h>
+
+#include <functional>
+#include <list>
+
+#include "decoder_support.h"
+
+using namespace eigenformer_test;
+using ef::WeightFormat;
+
+namespace {
+
+constexpr ef::DecoderConfig kWide{.vocabulary = 37,
+                                  .features = 72,
+                                  .layers = 2,
+                                  .heads = 6,
+                                  .kv_heads = 3,
+                                  .head_dim = 12,
+                                  .hidden = 136};
+
+ef::Tensor<float, 2> logits_of(ef::Decoder<float>& model, const std::vector<Index>& chunks) {
+  ef::KvCache<float> cache;
+  ef::Tensor<float, 2> logits;
+  std::int32_t next = 1;
+  for (const Index chunk : chunks) {
+    ef::Tensor<std::int32_t, 2> ids(1, chunk);
+    for (Index i = 0; i < chunk; ++i) ids(0, i) = next++ * 5 % 37;
+    logits = model.prefill(ids, cache);
+  }
+  return logits;
+}
+
+/// Rounds a tensor of the masters to what a format holds.
+void round_to(WeightFormat format, ef::TensorView<float, 2> tensor) {
+  for (Index i = 0; i < tensor.size(); ++i) {
+    float& x = tensor.data()[i];
+    if (format == WeightFormat::bfloat16) x = static_cast<float>(ef::bfloat16(x));
+    if (format == WeightFormat::half) x = static_cast<float>(ef::half(x));
+  }
+}
+
+/// Matrices in copies of scalar W, which live as long as this.
+template <typename W>
+class Copies {
+ public:
+  explicit Copies(const ef::DecoderWeights& masters) : masters_(masters) {}
+  ef::TensorView<const W, 2> operator()(std::size_t tensor) {
+    kept_.push_back(masters_.matrix(tensor).cast<W>());
+    return ef::input_view<2>(kept_.back());
+  }
+
+ private:
+  const ef::DecoderWeights& masters_;
+  std::list<ef::Tensor<W, 2>> kept_;
+};
+
+/// Packs each matrix of a layer in the format that follows the one before it in a list.
+class Mixed {
+ public:
+  explicit Mixed(std::shared_ptr<ef::DecoderWeights> masters) : masters_(std::move(masters)) {}
+
+  static WeightFormat format(int place) {
+    constexpr std::array formats{WeightFormat::bfloat16, WeightFormat::activation,
+                                 WeightFormat::half};
+    return formats[static_cast<std::size_t>(place % 3)];
+  }
+
+  auto packed() const {
+    auto to = std::make_shared<ef::PackedDecoderWeights<float>>(kWide);
+    const ef::DecoderWeights& m = *masters_;
+    for (Index l = 0; l < kWide.layers; ++l) {
+      const int place = static_cast<int>(l);
+      const auto all = m.views(l);
+      const auto pack = [&](int of, const ef::DecoderLayerViews<float>& views) {
+        to->pack_layer(kOneThread, l, views, format(place + of), alone_);
+      };
+      pack(0, {.attention_norm = all.attention_norm,
+               .query = all.query,
+               .key = all.key,
+               .value = all.value,
+               .feed_forward_norm = all.feed_forward_norm});
+      pack(1, {.output = all.output});
+      pack(2, {.gate = all.gate, .up = all.up});
+      pack(3, {.down = all.down});
+    }
+    to->pack_head(kOneThread, m.vector(m.norm()), m.matrix(m.head()), format(2), alone_);
+    to->set_embedding(m.matrix(m.embedding()), masters_);
+    return to;
+  }
+
+  /// The masters become what the formats hold.
+  void round() {
+    ef::DecoderWeights& m = *masters_;
+    for (Index l = 0; l < kWide.layers; ++l) {
+      const int place = static_cast<int>(l);
+      const auto& w = m.layer(l);
+      for (const std::size_t t : {w.query, w.key, w.value}) round_to(format(place), m.matrix(t));
+      round_to(format(place + 1), m.matrix(w.output));
+      for (const std::size_t t : {w.gate, w.up}) round_to(format(place + 2), m.matrix(t));
+      round_to(format(place + 3), m.matrix(w.down));
+    }
+    round_to(format(2), m.matrix(m.head()));
+  }
+
+ private:
+  std::shared_ptr<ef::DecoderWeights> masters_;
+  ef::SelfCommunicator alone_;
+};
+
+TEST(PackedMatrices, OfDifferentFormatsGiveTheBitsOfRoundedWeights) {
+  const auto masters = std::make_shared<ef::DecoderWeights>(kWide, 3);
+  Mixed mixed(masters);
+  ef::Decoder<float> served(mixed.packed(), kOneThread), exact(masters, kOneThread);
+  const auto whole = logits_of(served, {11});
+  EXPECT_FALSE(same_bits(whole, logits_of(exact, {11})));
+  mixed.round();
+  ef::Decoder<float> rounded(masters, kOneThread);
+  EXPECT_TRUE(same_bits(whole, logits_of(rounded, {11})));
+  EXPECT_TRUE(same_bits(whole, logits_of(served, {4, 1, 6})));
+}
+
+TEST(PackedMatrices, GroupsOfInt8ServeAsPacked) {
+  const auto masters = make_weights(kWide, 4);
+  ef::Decoder<float> exact(masters, kOneThread);
+  const auto expected = logits_of(exact, {9});
+  for (const Index group : {0, 32, 64, 128}) {
+    const auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(
+        kWide, ef::WeightStorage{WeightFormat::int8, group});
+    packed->pack(kOneThread, masters, ef::SelfCommunicator());
+    const auto& down = std::get<ef::PackedColumnShard<std::int8_t>>(packed->layers()[1].down);
+    const auto alone =
+        ef::pack_weight<std::int8_t>(*std::as_const(*masters).views(1).down, {.group_size = group});
+    EXPECT_EQ(down.weight.group_size(), group);
+    ASSERT_EQ(down.weight.bytes(), alone.bytes());
+    EXPECT_EQ(
+        std::memcmp(down.weight.data(), alone.data(), static_cast<std::size_t>(alone.bytes())), 0);
+    ef::Decoder<float> model(packed, kOneThread);
+    const auto logits = logits_of(model, {9});
+    EXPECT_LT(relative_error(logits, expected), 0.1) << group;
+    EXPECT_TRUE(same_bits(logits, logits_of(model, {2, 1, 6}))) << group;
+  }
+}
+
+TEST(PackedMatrices, BytesAreThoseOfNumbersAndScales) {
+  const auto masters = std::make_shared<ef::DecoderWeights>(kWide, 5);
+  constexpr std::size_t kLinear =  // numbers of linear layers, and of what stays float
+      2 * (72 * 72 * 2 + 36 * 72 * 2 + 3 * 136 * 72) + 37 * 72,
+                        kFloats = 5 * 72 + 37 * 72;
+  ef::Decoder<float> model(masters, kOneThread);
+  const auto bytes = [&](const ef::WeightStorage& storage) {
+    model.pack(storage);
+    return model.weight_bytes();
+  };
+  EXPECT_EQ(bytes(WeightFormat::activation), 4 * (kLinear + kFloats));
+  EXPECT_EQ(bytes(WeightFormat::as_stored), 4 * (kLinear + kFloats));
+  EXPECT_EQ(bytes(WeightFormat::bfloat16), 2 * kLinear + 4 * kFloats);
+  EXPECT_EQ(bytes(WeightFormat::half), 2 * kLinear + 4 * kFloats);
+  constexpr std::size_t kOf72 = 2 * (144 + 72 + 2 * 136) + 37, kOf136 = 2 * 72;  // rows
+  EXPECT_EQ(bytes(WeightFormat::int8), kLinear + 4 * (kOf72 + kOf136 + kFloats));
+  EXPECT_EQ(bytes({WeightFormat::int8, 32}), kLinear + 4 * (3 * kOf72 + 5 * kOf136 + kFloats));
+  EXPECT_EQ(bytes({WeightFormat::int8, 128}), kLinear + 4 * (kOf72 + 2 * kOf136 + kFloats));
+}
+
+// Activations of bfloat16 and half have products with their own scalar and INT8: other floating
+// formats are rounded to it.
+TEST(PackedMatrices, OfOtherFloatingFormatsAreRoundedToNarrowActivations) {
+  const auto masters = std::make_shared<ef::DecoderWeights>(kWide, 6);
+  Copies<ef::half> copies(*masters);
+  const auto check = [&]<typename T>(T) {
+    ef::PackedDecoderWeights<T> packed(kWide, WeightFormat::as_stored);
+    ef::DecoderLayerViews<ef::half> views;
+    views.down.emplace(copies(masters->layer(1).down));
+    packed.pack_layer(kOneThread, 1, views, ef::SelfCommunicator());
+    using Shard = ef::PackedColumnShard<T>;
+    const auto& down = packed.layers()[1].down;
+    ASSERT_TRUE(std::holds_alternative<Shard>(down));
+    const auto expected = ef::pack_weight<T>(*views.down);
+    const auto& got = std::get<Shard>(down).weight;
+    ASSERT_EQ(got.bytes(), expected.bytes());
+    EXPECT_EQ(std::memcmp(got.data(), expected.data(), static_cast<std::size_t>(got.bytes())), 0);
+  };
+  check(ef::bfloat16{});
+  check(ef::half{});
+  check(double{});
+}
+
+TEST(PackedMatrices, RefusesStorageThatIsNone) {
+  using Weights = ef::PackedDecoderWeights<float>;
+  expect_throws<std::invalid_argument>(
+      [] {
+        Weights(kWide, {WeightFormat::bfloat16, 64});
+      },
+      {"PackedDecoderWeights", "group_size is 64", "only int8"});
+  expect_throws<std::invalid_argument>(
+      [] {
+        Weights(kWide, {WeightFormat::int8, 48});
+      },
+      {"group_size is 48", "32, 64 or 128"});
+  const ef::DecoderWeights masters(kWide, 7);
+  Weights packed(kWide);
+  expect_throws<std::invalid_argument>(
+      [&] {
+        packed.pack_layer(kOneThread, 0, masters.views(0), {WeightFormat::int8, -1},
+                          ef::SelfCommunicator());
+      },
+      {"group_size is -1"});
+  EXPECT_THROW(packed.require_complete(), std::logic_error);
+}
+
+}  // namespace
