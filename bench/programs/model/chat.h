@@ -38,15 +38,21 @@ class Chat {
   }
 
   void answer(std::span<const std::int32_t> ids) {
-    messages_.push_back({"assistant", tokenizer_.decode(ids)});
-    auto stream = tokenizer_.stream({.skip_special = false});
-    for (const std::int32_t id : ids_) stream.push(id);  // a first token may lose its space
-    for (const std::int32_t id : ids) text_ += stream.push(id);
-    text_ += stream.finish();
+    messages_.push_back({"assistant", text_after(ids, {.skip_special = true})});
+    text_ += text_after(ids, {.skip_special = false});
     ids_.insert(ids_.end(), ids.begin(), ids.end());
   }
 
  private:
+  /// What ids say behind the chat: at the beginning of a text a token may lose its space.
+  std::string text_after(std::span<const std::int32_t> ids, const ef::DecodeOptions& options) {
+    auto stream = tokenizer_.stream(options);
+    for (const std::int32_t id : ids_) stream.push(id);
+    std::string text;
+    for (const std::int32_t id : ids) text += stream.push(id);
+    return text + stream.finish();
+  }
+
   const ef::Tokenizer& tokenizer_;
   std::vector<ef::ChatMessage> messages_;
   std::string text_;  // that ids_ spell
