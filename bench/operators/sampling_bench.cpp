@@ -1,5 +1,6 @@
 // Sampling from a vocabulary of 128256. Limit: one read of the logits. Peer: Eigen by hand, that is
 // argmax, or softmax and a sort.
+#include <eigenformer/parallel_region.h>
 #include <eigenformer/sampling.h>
 
 #include <numeric>
@@ -99,6 +100,27 @@ void sampling_cases(bench::Suite& suite) {
   stage("top-k 50, DRY on 1000 tokens", penalties);
 }
 
+/// One row at a time, as a single sequence is served: in a region its threads share each row.
+void single_row_cases(bench::Suite& suite) {
+  constexpr int draws = 16;
+  const auto id = std::make_shared<ef::Tensor<std::int32_t, 1>>(1);
+  const auto limit = bench::Limit::read_bytes(static_cast<double>(draws * kVocab) * sizeof(float));
+  const auto add = [&](const std::string& name, float scale, const ef::SamplingParams& params) {
+    const auto rng = std::make_shared<ef::Philox>(7u);
+    const auto logits = random_logits(scale);
+    suite.row("16 draws, " + name + " (1, 128256) float", limit).ours([=](const auto& device) {
+      const ef::ParallelRegion region(device);
+      const ef::TensorView<const float, 2> row(logits->data(), 1, kVocab);
+      for (int i = 0; i < draws; ++i) ef::sample_into(device, *id, row, params, *rng);
+    });
+  };
+  add("all tokens", 3.0f, {});
+  add("top-p 0.9", 3.0f, {.top_p = .9});
+  add("top-p 0.9 flat", .01f, {.top_p = .9});
+  add("typical-p 0.9", 3.0f, {.typical_p = .9});
+  add("typical-p 0.9 flat", .01f, {.typical_p = .9});
+}
+
 /// Verification of 4 drafts, as a chain, as siblings, and as siblings that are certain. Limit: one
 /// read of the distributions at the root, where most walks end.
 void speculative_cases(bench::Suite& suite) {
@@ -145,4 +167,5 @@ void speculative_cases(bench::Suite& suite) {
 }  // namespace
 
 EIGENFORMER_BENCHMARK(sampling_cases)
+EIGENFORMER_BENCHMARK(single_row_cases)
 EIGENFORMER_BENCHMARK(speculative_cases)

@@ -24,6 +24,7 @@ inline constexpr double kAwakeCycles = kWakingCycles / 16;
 // Cycles of an element, rough: they decide only from where on a second thread pays. Beside each,
 // how many elements pay for one.
 inline constexpr double kReadCycles = 0.1;     // read out of a cache, for a maximum: 400000
+inline constexpr double kWeightCycles = 0.25;  // an exponential, in float, for a sum: 160000
 inline constexpr double kPackCycles = 0.625;   // quantized or packed, in order: 64000
 inline constexpr double kMoveCycles = 1.25;    // rows of one head moved: 32000
 inline constexpr double kComputeCycles = 2.5;  // activated, normalised, added: 16000

@@ -52,7 +52,8 @@ void execute(const Backend<D, Isa>& on, const problem::TopK<T>& p) {
   const Index negative_size = p.largest ? 0 : p.columns;
   C* const negatives =
       frame.take<C>(detail::checked_product(workers, negative_size, "top_k", "scratch"));
-  parallel_for(on, p.rows, Cost{p.columns}, [&](Index first, Index last, int worker) {
+  const Eigen::ThreadPoolDevice* const pool = pool_of_rows(on.device, p.rows, p.columns);
+  for_rows(on, pool, p.rows, Cost{p.columns}, [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
     C* const negative = negatives + worker * negative_size;
     for (Index r = first; r < last; ++r) {
@@ -61,11 +62,13 @@ void execute(const Backend<D, Isa>& on, const problem::TopK<T>& p) {
       for_each_vector<V>(0, negative_size, [&](Index i, auto part) {
         store(V::zero() - load<V>(x + i, part), negative + i, part);
       });
+      C* const maxima = scratch.block_max;
       const SampleStatus status =
           p.largest
-              ? top_k_row<Isa>(p, SamplingRow<T>{x, p.columns, scratch.block_max, {}, 1.0}, ids,
+              ? top_k_row<Isa>(p, SamplingRow<T>{x, p.columns, maxima, {}, 1.0, nullptr, pool}, ids,
                                scratch)
-              : top_k_row<Isa>(p, SamplingRow<C>{negative, p.columns, scratch.block_max, {}, 1.0},
+              : top_k_row<Isa>(p,
+                               SamplingRow<C>{negative, p.columns, maxima, {}, 1.0, nullptr, pool},
                                ids, scratch);
       if (p.statuses != nullptr) p.statuses[r] = status;
       for (Index i = 0; i < p.k; ++i)

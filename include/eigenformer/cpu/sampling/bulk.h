@@ -194,29 +194,53 @@ BulkSums bulk_sums(const SamplingRow<T>& row, double* sums, float* out, float le
   const BulkWeights<V> weights(row);
   const V first = V::set1(least), last = V::set1(most);
   const bool narrowed = row.band.lo != std::numeric_limits<float>::lowest();
-  double all_above = 0, all_rest = 0;
-  float* to = out;
+  const RowSlices slices(row.blocks());
+  BulkSums parts[RowSlices::most];
+  float* begins[RowSlices::most];
   std::fill(sums, sums + row.blocks(), 0.0);
-  alignas(64) float buffer[SamplingBlock::size];
-  for_each_block_index<Isa>(row, row.band.lo, [&](Index block) {
-    const float* const x = in_play_logits<Isa>(row, block, buffer);
-    float above = 0, rest;
-    if (out != nullptr && row.block_max[block] >= least) {
-      BlockBits chosen;
-      bulk_block_sums(weights, x, first, last, above, rest, chosen);
-      to = store_logits<V>(x, chosen, to);
-    } else {
-      // of a narrowed band -infinity is likely, else it shows in a NaN (by its bits)
-      rest = narrowed ? std::numeric_limits<float>::quiet_NaN()
-                      : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
-      if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) > 0x7F800000u)
-        rest = bulk_block_sum<true>(weights, x);
+  for_slices_in_play<Isa>(row, kWeightCycles, [&](Index first_slice, Index last_slice) {
+    alignas(64) float buffer[SamplingBlock::size];
+    // a range of slices writes side by side
+    float* to = out == nullptr ? out
+                               : out + slices.begin(first_slice) * SamplingBlock::size +
+                                     first_slice * RowSlices::slack;
+    for (Index s = first_slice; s < last_slice; ++s) {
+      BulkSums part;
+      float* const begin = to;
+      for_each_block_index<Isa>(
+          row, slices.begin(s), slices.begin(s + 1), row.band.lo, [&](Index block) {
+            const float* const x = in_play_logits<Isa>(row, block, buffer);
+            float above = 0, rest;
+            if (out != nullptr && row.block_max[block] >= least) {
+              BlockBits chosen;
+              bulk_block_sums(weights, x, first, last, above, rest, chosen);
+              to = store_logits<V>(x, chosen, to);
+            } else {
+              // of a narrowed band -infinity is likely, else it shows in a NaN (by its bits)
+              rest = narrowed ? std::numeric_limits<float>::quiet_NaN()
+                              : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
+              if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) > 0x7F800000u)
+                rest = bulk_block_sum<true>(weights, x);
+            }
+            sums[block] = static_cast<double>(above) + static_cast<double>(rest);
+            part.above += static_cast<double>(above);
+            part.rest += static_cast<double>(rest);
+          });
+      part.gathered = to - begin;
+      parts[s] = part;
+      begins[s] = begin;
     }
-    sums[block] = static_cast<double>(above) + static_cast<double>(rest);
-    all_above += static_cast<double>(above);
-    all_rest += static_cast<double>(rest);
   });
-  return {all_above + all_rest, all_above, all_rest, to - out};
+  BulkSums all;
+  for (Index s = 0; s < slices.count(); ++s) {
+    all.above += parts[s].above;
+    all.rest += parts[s].rest;
+    if (parts[s].gathered > 0 && begins[s] != out + all.gathered)
+      std::copy(begins[s], begins[s] + parts[s].gathered, out + all.gathered);
+    all.gathered += parts[s].gathered;
+  }
+  all.total = all.above + all.rest;
+  return all;
 }
 
 }  // namespace cpu

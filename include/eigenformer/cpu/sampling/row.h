@@ -24,6 +24,7 @@
 #include "../../problem/sampling_rules.h"
 #include "../vector/copy.h"
 #include "../vector/functions.h"
+#include "slices.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -41,7 +42,7 @@ template <typename C>
 struct SamplingScratch {
   C* block_max;       // (blocks)
   double* block_sum;  // (blocks)
-  C* candidates;      // (vocab + 64)
+  C* candidates;      // (vocab + 64 and, for each slice, a vector)
   double* bin_sum;    // (2048, 4)
   C* adjusted;        // (vocab) logits after penalties, bias and mask; nullptr where no row has any
   std::int32_t* counts;  // (vocab) occurrences of each token; nullptr where no row has penalties
@@ -64,6 +65,7 @@ struct SamplingRow {
   Band<C> band;
   double inverse_temperature;
   const KeptTokens<C>* kept = nullptr;  // the tokens in play as a list, or nullptr (kept.h)
+  const Eigen::ThreadPoolDevice* pool = nullptr;  // whose threads share the passes (slices.h)
 
   Index blocks() const { return (vocab + SamplingBlock::size - 1) / SamplingBlock::size; }
 };
@@ -142,7 +144,7 @@ SampleStatus scan_maxima(const T* logits, Index vocab, compute_type<T>* maxima,
     }
     close(whole);
   }
-  hi = reduce_max(best);
+  hi = reduce_max(best) + C(0);  // of -0 and 0 either might be the maximum
   return status_of_maximum(hi, line.nan.bits() != 0);
 }
 
@@ -158,6 +160,29 @@ Index find_equal(const T* logits, Index begin, Index vocab, compute_type<T> valu
   return i;
 }
 
+/// The same with the threads of a pool, that may be nullptr.
+template <typename Isa, Index Tokens, typename T>
+SampleStatus scan_maxima(const T* logits, Index vocab, compute_type<T>* maxima, compute_type<T>& hi,
+                         const Eigen::ThreadPoolDevice* pool) {
+  const RowSlices slices((vocab + Tokens - 1) / Tokens);
+  const Index blocks = slices.blocks * (Tokens / SamplingBlock::size);
+  if (pool == nullptr ||
+      part_count(*pool, slices.count(), cost_of_slice(slices, blocks, kReadCycles)) == 1)
+    return scan_maxima<Isa, Tokens>(logits, vocab, maxima, hi);
+  compute_type<T> most[RowSlices::most];
+  bool nan[RowSlices::most];
+  for_slices(pool, slices, blocks, kReadCycles, [&](Index first, Index last) {
+    for (Index s = first; s < last; ++s) {
+      const Index begin = slices.begin(s), end = (std::min)(vocab, slices.begin(s + 1) * Tokens);
+      nan[s] = scan_maxima<Isa, Tokens>(logits + begin * Tokens, end - begin * Tokens,
+                                        maxima + begin, most[s]) == SampleStatus::nan;
+    }
+  });
+  const Index count = slices.count();
+  hi = *std::max_element(most, most + count);
+  return status_of_maximum(hi, std::find(nan, nan + count, true) != nan + count);
+}
+
 /// Writes the maximum of every block and opens the band to all tokens above -infinity; says what is
 /// wrong with the row.
 template <typename Isa, typename T>
@@ -165,24 +190,49 @@ SampleStatus scan_row(SamplingRow<T>& row) {
   using C = compute_type<T>;
   C hi;
   const SampleStatus status =
-      scan_maxima<Isa, SamplingBlock::size>(row.logits, row.vocab, row.block_max, hi);
+      scan_maxima<Isa, SamplingBlock::size>(row.logits, row.vocab, row.block_max, hi, row.pool);
   row.band = {hi, std::numeric_limits<C>::lowest(), row.vocab};
   row.inverse_temperature = 1;
   return status;
 }
 
-/// Calls f(block) for every block whose maximum is `least` or more.
+/// Calls f(block) for every block of [begin, end) whose maximum is `least` or more.
+template <typename Isa, typename T, typename F>
+EIGENFORMER_INLINE void for_each_block_index(const SamplingRow<T>& row, Index begin, Index end,
+                                             compute_type<T> least, F&& f) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const V bound = V::set1(least);
+  for_each_vector<V>(begin, end, [&](Index at, auto part) {
+    std::uint32_t bits = less_equal(bound, load<V>(row.block_max + at, part)).bits();
+    if (end - at < V::lanes) bits &= (std::uint32_t{1} << (end - at)) - 1;
+    for (; bits != 0; bits &= bits - 1) f(at + std::countr_zero(bits));
+  });
+}
+
 template <typename Isa, typename T, typename F>
 EIGENFORMER_INLINE void for_each_block_index(const SamplingRow<T>& row, compute_type<T> least,
                                              F&& f) {
+  for_each_block_index<Isa>(row, 0, row.blocks(), least, std::forward<F>(f));
+}
+
+/// How many blocks have a maximum of `least` or more.
+template <typename Isa, typename T>
+Index count_blocks(const SamplingRow<T>& row, compute_type<T> least) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  const Index blocks = row.blocks();
   const V bound = V::set1(least);
-  for_each_vector<V>(0, blocks, [&](Index at, auto part) {
-    std::uint32_t bits = less_equal(bound, load<V>(row.block_max + at, part)).bits();
-    if (blocks - at < V::lanes) bits &= (std::uint32_t{1} << (blocks - at)) - 1;
-    for (; bits != 0; bits &= bits - 1) f(at + std::countr_zero(bits));
-  });
+  Index count = 0, at = 0;
+  for (; at + V::lanes <= row.blocks(); at += V::lanes)
+    count += std::popcount(less_equal(bound, V::load(row.block_max + at)).bits());
+  for (; at < row.blocks(); ++at) count += row.block_max[at] >= least;
+  return count;
+}
+
+/// Calls body(first, last) on ranges of the slices of a row, for a pass over the blocks that may
+/// hold tokens in play which takes `cycles` a token.
+template <typename Isa, typename T, typename Body>
+void for_slices_in_play(const SamplingRow<T>& row, double cycles, Body&& body) {
+  const Index blocks = row.pool == nullptr ? 0 : count_blocks<Isa>(row, row.band.lo);
+  for_slices(row.pool, RowSlices(row.blocks()), blocks, cycles, std::forward<Body>(body));
 }
 
 /// The 128 logits of a block in the compute type, in place where they lie so, else in `x`.
@@ -354,11 +404,17 @@ inline double block_sum(const double* weights) {
 /// Sum of the weights of all tokens in play; leaves the sum of each block in `sums`.
 template <typename Isa, typename T>
 double sum_weights(const SamplingRow<T>& row, double* sums) {
-  alignas(64) double weights[SamplingBlock::size];
   std::fill(sums, sums + row.blocks(), 0.0);
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-    sums[block] = block_sum(weights);
+  const RowSlices slices(row.blocks());
+  for_slices_in_play<Isa>(row, kExpCycles, [&](Index first, Index last) {
+    alignas(64) double weights[SamplingBlock::size];
+    alignas(64) compute_type<T> x[SamplingBlock::size];
+    for_each_block_index<Isa>(row, slices.begin(first), slices.begin(last), row.band.lo,
+                              [&](Index block) {
+                                member_weights<Isa>(block_logits<Isa>(row, block, x), block,
+                                                    row.band, row.inverse_temperature, weights);
+                                sums[block] = block_sum(weights);
+                              });
   });
   double total = 0;
   for (Index block = 0; block < row.blocks(); ++block) total += sums[block];

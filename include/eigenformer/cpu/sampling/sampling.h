@@ -1,9 +1,10 @@
 /// \file
-/// CPU kernels of sampling. A worker takes whole rows. Each row is scanned once (the maximum of
-/// every block of 128 tokens; one streaming read), filtered (filters.h), and drawn from by
-/// the inverse of its cumulative distribution in token order. Greedy is the scan and one block.
-/// Top-k reads beyond the scan only the blocks whose maximum reaches about the k-th largest block
-/// maximum; a draw without top-k adds one exponential per token, in float where logits are (bulk.h).
+/// CPU kernels of sampling. A worker takes whole rows; where rows are few and long, threads share
+/// the passes over each (slices.h). A row is scanned once (the maximum of every block of 128 tokens;
+/// one streaming read), filtered (filters.h), and drawn from by the inverse of its cumulative
+/// distribution in token order. Greedy is the scan and one block. Top-k reads beyond the scan only
+/// the blocks whose maximum reaches about the k-th largest block maximum; a draw without top-k adds
+/// one exponential per token, in float where logits are (bulk.h).
 #pragma once
 
 #include "../../core/workspace.h"
@@ -38,7 +39,7 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
   for (int w = 0; w < workers; ++w) {
     scratch[w].block_max = frame.take<C>(blocks);
     scratch[w].block_sum = frame.take<double>(blocks);
-    scratch[w].candidates = frame.take<C>(vocab + 64);
+    scratch[w].candidates = frame.take<C>(vocab + 64 + RowSlices::most * RowSlices::slack);
     scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins * SelectionLimits::ways);
     scratch[w].adjusted = adjusted ? frame.take<C>(vocab) : nullptr;
     scratch[w].counts = penalties ? frame.take<std::int32_t>(vocab) : nullptr;
@@ -62,11 +63,13 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
   const SamplingNeeds<T> needs(p);
   const auto* scratches =
       take_sampling_scratch<C>(frame, worker_count(on), p.vocab, needs.adjusted, needs.penalties);
-  parallel_for(on, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
+  const Eigen::ThreadPoolDevice* const pool = pool_of_rows(on.device, p.batch, p.vocab);
+  for_rows(on, pool, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
     for (Index r = first; r < last; ++r) {
       const problem::RowParams& params = p.params_of(r);
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
+      row.pool = pool;
       SampleStatus status = scan_row<Isa>(row);
       if (status != SampleStatus::ok || !adjusts_logits(params)) {
         if (status == SampleStatus::ok) apply_filters<Isa>(row, params, p.excludes(r), scratch);
@@ -75,6 +78,7 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
       }
       adjust_logits<Isa>(p, r, scratch);
       SamplingRow<C> adjusted{scratch.adjusted, p.vocab, scratch.block_max, {}, 1.0};
+      adjusted.pool = pool;
       status = scan_row<Isa>(adjusted);
       if (status == SampleStatus::ok) apply_filters<Isa>(adjusted, params, p.excludes(r), scratch);
       visit(r, adjusted, status, scratch);
@@ -175,12 +179,14 @@ void execute(const Backend<D, Isa>& on, const problem::GreedySampling<T>& p) {
   const Index lines = (p.vocab + line - 1) / line;
   C* maxima =
       frame.take<C>(detail::checked_product(worker_count(on), lines, "greedy_sample", "scratch"));
-  parallel_for(on, p.batch, Cost{p.vocab, kReadCycles}, [&](Index first, Index last, int worker) {
+  const Eigen::ThreadPoolDevice* const pool = pool_of_rows(on.device, p.batch, p.vocab);
+  const Cost cost{p.vocab, kReadCycles};
+  for_rows(on, pool, p.batch, cost, [&](Index first, Index last, int worker) {
     C* const most = maxima + worker * lines;
     for (Index r = first; r < last; ++r) {
       const T* const logits = p.logits + r * p.vocab;
       C hi;
-      const SampleStatus status = scan_maxima<Isa, line>(logits, p.vocab, most, hi);
+      const SampleStatus status = scan_maxima<Isa, line>(logits, p.vocab, most, hi, pool);
       Index token = -1;
       if (status == SampleStatus::ok)
         token =
