@@ -120,7 +120,7 @@ Model<T, D> load_model(const D& device, const std::filesystem::path& path,
   std::shared_ptr<const PackedDecoderWeights<T>> weights;
   if (path.extension() == ".gguf") {
     const auto file = std::make_shared<const Gguf>(path);
-    config = gguf_model_config(*file);
+    config = gguf_model_config(*file, {.length = options.length});
     tokenizer = Tokenizer::from_gguf(*file);
     weights = detail::load_weights<T>(device, config, file->tensors(), file, options);
   } else {

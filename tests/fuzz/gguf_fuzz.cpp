@@ -1,5 +1,5 @@
 // clang++-16 -fsanitize=fuzzer,address,undefined: see run.sh.
-#include <eigenformer/model/gguf.h>
+#include <eigenformer/model/gguf_families.h>
 
 #include "model_files.h"
 
@@ -16,6 +16,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       } catch (const ef::ModelFileError&) {
       }
     }
+    const ef::StoredTensors tensors("f", contents.tensors);
+    ef::detail::GgufFamilyReader(contents.metadata, tensors, {}).read();
   } catch (const ef::ModelFileError&) {
   }
   return 0;

@@ -116,4 +116,5 @@ def main():
     path.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in result.items()) + "\n}\n")
 
 
-main()
+if __name__ == "__main__":
+    main()

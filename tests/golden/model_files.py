@@ -1,4 +1,4 @@
-"""Writes model.gguf and model.safetensors beside itself: what readers of model files are compared with.
+"""Writes model.gguf, family.gguf and model.safetensors beside itself: what readers of model files are compared with.
 
 Made with PyPI's gguf 0.19 and safetensors 0.8: python tests/golden/model_files.py
 model.gguf has a value of every type in its metadata, and for each format X a tensor `X` of random blocks with a tensor `X.float`
@@ -52,6 +52,28 @@ writer.write_header_to_file()
 writer.write_kv_data_to_file()
 writer.write_tensors_to_file()
 writer.close()
+
+# What a family's reader asks for, and no layer: where fuzzing begins.
+family = gguf.GGUFWriter(folder / "family.gguf", "gemma3")
+family.add_block_count(3)
+family.add_context_length(64)
+family.add_embedding_length(8)
+family.add_feed_forward_length(16)
+family.add_head_count(2)
+family.add_head_count_kv(1)
+family.add_key_length(4)
+family.add_layer_norm_rms_eps(1e-6)
+family.add_sliding_window(4)
+family.add_sliding_window_pattern([True, True, False])
+family.add_rope_freq_base(1e6)
+family.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+family.add_rope_scaling_factor(4.0)
+family.add_rope_scaling_orig_ctx_len(16)
+family.add_tensor("token_embd.weight", np.zeros((4, 8), np.float32))
+family.write_header_to_file()
+family.write_kv_data_to_file()
+family.write_tensors_to_file()
+family.close()
 
 values = torch.arange(1, 7).reshape(2, 3)
 types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -9,6 +9,7 @@
 
 #include "allocations.h"
 #include "compare.h"
+#include "gguf_writer.h"
 #include "model_files.h"
 
 using namespace eigenformer_test;
@@ -375,165 +376,180 @@ TEST(Families, ATableOfPositionsEndsTheText) {
 
 // ---- the same in GGUF ---------------------------------------------------------------------------
 
-/// A GGUF file, put together from metadata and tensors.
-class GgufWriter {
- public:
-  void text(const std::string& key, std::string_view value) {
-    key_of(key, 8);
-    put_text(metadata_, value);
+/// Values of a tensor of golden/gguf_models.json: given, or those of tensors of the model, one
+/// below the other, with what the converter has done to them.
+std::vector<float> converted(const nlohmann::json& tensor, const nlohmann::json& shapes) {
+  const nlohmann::json& origin = tensor.at(1);
+  if (origin.contains("values")) return origin.at("values").get<std::vector<float>>();
+  std::vector<float> source;
+  std::size_t rows = 0;
+  for (const auto& name : origin.at("of")) {
+    const auto shape = shapes.at(name.get<std::string>()).get<std::vector<std::size_t>>();
+    const std::size_t columns = shape.size() > 1 ? shape[1] : 1;
+    const Weights weights(name.get<std::string>(), shape.size() > 1);
+    const bool transposed = origin.contains("transposed");
+    for (std::size_t i = 0; i < shape[0] * columns; ++i)
+      source.push_back(weights(transposed ? i % shape[0] * columns + i / shape[0] : i) +
+                       origin.value("plus", 0.0f));
+    rows += transposed ? columns : shape[0];
   }
-  void integer(const std::string& key, std::uint32_t value) {
-    key_of(key, 4);
-    put(metadata_, value);
+  if (!origin.contains("rows")) return source;
+  std::vector<float> ordered;
+  const auto columns = static_cast<std::ptrdiff_t>(source.size() / rows);
+  for (const auto& row : origin.at("rows")) {
+    const auto first = source.begin() + row.get<std::ptrdiff_t>() * columns;
+    ordered.insert(ordered.end(), first, first + columns);
   }
-  void number(const std::string& key, float value) {
-    key_of(key, 6);
-    put(metadata_, value);
-  }
-  void texts(const std::string& key, const std::vector<std::string>& values) {
-    key_of(key, 9);
-    put(metadata_, std::uint32_t{8});
-    put(metadata_, std::uint64_t{values.size()});
-    for (const std::string& value : values) put_text(metadata_, value);
-  }
-  void tensor(const std::string& name, const std::vector<std::uint64_t>& shape,
-              const std::vector<float>& values) {
-    put_text(tensors_, name);
-    put(tensors_, static_cast<std::uint32_t>(shape.size()));
-    for (std::size_t d = shape.size(); d > 0; --d) put(tensors_, shape[d - 1]);
-    put(tensors_, std::uint32_t{0});
-    put(tensors_, std::uint64_t{data_.size()});
-    data_.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
-    data_.resize((data_.size() + 31) / 32 * 32);
-    ++tensor_count_;
-  }
-  std::string file() const {
-    std::string head = "GGUF";
-    put(head, std::uint32_t{3});
-    put(head, tensor_count_);
-    put(head, value_count_);
-    head += metadata_ + tensors_;
-    head.resize((head.size() + 31) / 32 * 32);
-    return head + data_;
-  }
-
- private:
-  template <typename T>
-  static void put(std::string& to, T value) {
-    to.append(reinterpret_cast<const char*>(&value), sizeof(T));
-  }
-  static void put_text(std::string& to, std::string_view value) {
-    put(to, std::uint64_t{value.size()});
-    to += value;
-  }
-  void key_of(const std::string& key, std::uint32_t type) {
-    put_text(metadata_, key);
-    put(metadata_, type);
-    ++value_count_;
-  }
-
-  std::string metadata_, tensors_, data_;
-  std::uint64_t tensor_count_ = 0, value_count_ = 0;
-};
-
-/// A tensor's name in GGUF.
-std::string gguf_name(std::string name) {
-  const std::pair<const char*, const char*> parts[] = {{"model.embed_tokens", "token_embd"},
-                                                       {"model.norm", "output_norm"},
-                                                       {"lm_head", "output"},
-                                                       {"model.layers.", "blk."},
-                                                       {"input_layernorm", "attn_norm"},
-                                                       {"post_attention_layernorm", "ffn_norm"},
-                                                       {"self_attn.q_proj", "attn_q"},
-                                                       {"self_attn.k_proj", "attn_k"},
-                                                       {"self_attn.v_proj", "attn_v"},
-                                                       {"self_attn.o_proj", "attn_output"},
-                                                       {"self_attn.qkv_proj", "attn_qkv"},
-                                                       {"self_attn.q_norm", "attn_q_norm"},
-                                                       {"self_attn.k_norm", "attn_k_norm"},
-                                                       {"mlp.gate_up_proj", "ffn_up"},
-                                                       {"mlp.gate_proj", "ffn_gate"},
-                                                       {"mlp.up_proj", "ffn_up"},
-                                                       {"mlp.down_proj", "ffn_down"}};
-  for (const auto& [from, to] : parts)
-    if (const auto at = name.find(from); at != std::string::npos)
-      name.replace(at, std::string_view(from).size(), to);
-  return name;
+  return ordered;
 }
 
-/// A model of golden/models.json as llama.cpp's converter writes it.
-std::string gguf_of(const nlohmann::json& golden, const std::string& architecture) {
-  const auto& config = golden.at("config");
-  const auto integer = [&](const char* key) { return config.at(key).get<std::uint32_t>(); };
-  const std::uint32_t heads = integer("num_attention_heads"), features = integer("hidden_size");
-  const std::uint32_t head_dim = config.value("head_dim", features / heads);
-  GgufWriter writer;
-  writer.text("general.architecture", architecture);
-  const auto key = [&](const char* name) { return architecture + "." + name; };
-  writer.integer(key("embedding_length"), features);
-  writer.integer(key("block_count"), integer("num_hidden_layers"));
-  writer.integer(key("feed_forward_length"), integer("intermediate_size"));
-  writer.integer(key("attention.head_count"), heads);
-  writer.integer(key("attention.head_count_kv"), integer("num_key_value_heads"));
-  writer.integer(key("attention.key_length"), head_dim);
-  writer.integer(key("attention.value_length"), head_dim);
-  writer.integer(key("rope.dimension_count"), head_dim);
-  writer.integer(key("context_length"), 128);
-  writer.number(key("attention.layer_norm_rms_epsilon"), config.at("rms_norm_eps").get<float>());
-  writer.number(key("rope.freq_base"), 10000.0f);
-  if (config.contains("sliding_window") && !config.at("sliding_window").is_null() &&
-      config.value("use_sliding_window", true))
-    writer.integer(key("attention.sliding_window"), integer("sliding_window"));
+void write_vocabulary(GgufWriter& writer) {
   writer.text("tokenizer.ggml.model", "gpt2");
   writer.text("tokenizer.ggml.pre", "gpt-2");
   std::vector<std::string> tokens;
   for (int i = 0; i < 32; ++i) tokens.push_back(std::string(1, static_cast<char>('A' + i)));
   writer.texts("tokenizer.ggml.tokens", tokens);
   writer.texts("tokenizer.ggml.merges", {});
-  for (const auto& tensor : golden.at("tensors")) {
-    const auto name = tensor[0].get<std::string>();
-    const auto shape = tensor[1].get<std::vector<std::uint64_t>>();
-    const Weights weights(name, shape.size() > 1);
-    const std::size_t columns = shape.size() > 1 ? shape[1] : 1;
-    std::vector<float> values(shape[0] * columns);
-    const bool turns = architecture == "llama" && (name.find("q_proj") != std::string::npos ||
-                                                   name.find("k_proj") != std::string::npos);
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      // Row 2 p + h of a head is row p of its half h.
-      std::size_t row = i / columns;
-      if (turns) {
-        const std::size_t in_head = row % head_dim;
-        row = row - in_head + in_head % 2 * (head_dim / 2) + in_head / 2;
-      }
-      values[i] = weights(row * columns + i % columns);
-      if (architecture == "gemma" && name.find("norm") != std::string::npos) values[i] += 1.0f;
-    }
-    writer.tensor(gguf_name(name), shape, values);
-  }
+}
+
+/// A model of golden/gguf_models.json as llama.cpp's converter wrote it.
+std::string gguf_of(const nlohmann::json& golden, const nlohmann::json& model) {
+  GgufWriter writer;
+  for (const auto& [key, value] : golden.at("metadata").items()) writer.value(key, value);
+  write_vocabulary(writer);
+  nlohmann::json shapes;
+  for (const auto& tensor : model.at("tensors")) shapes[tensor[0].get<std::string>()] = tensor[1];
+  for (const auto& [name, tensor] : golden.at("tensors").items())
+    writer.tensor(name, tensor.at(0).get<std::vector<std::uint64_t>>(), converted(tensor, shapes));
   return writer.file();
 }
 
-TEST(GgufFamilies, AreThoseOfTransformers) {
-  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
-  const auto models = nlohmann::json::parse(file);
-  const Folder folder;
-  for (const auto& [name, architecture] : std::map<std::string, std::string>{{"llama", "llama"},
-                                                                             {"mistral", "llama"},
-                                                                             {"qwen2", "qwen2"},
-                                                                             {"qwen3", "qwen3"},
-                                                                             {"gemma", "gemma"},
-                                                                             {"phi3", "phi3"}}) {
+nlohmann::json golden_file(const char* name) {
+  std::ifstream file(std::string(EIGENFORMER_GOLDEN_DIR "/") + name);
+  return nlohmann::json::parse(file);
+}
+
+TEST(GgufFamilies, AreThoseOfTheirFolders) {
+  const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
+  ASSERT_GT(files.size(), 28u);
+  for (const auto& [name, golden] : files.items()) {
     SCOPED_TRACE(name);
-    const auto& golden = models.at(name);
-    const auto path = folder.write(name + ".gguf", gguf_of(golden, architecture));
-    auto model = ef::load_model<float>(path);
-    EXPECT_EQ(ef::generate(model, kIds, {.max_new_tokens = 64}),
-              golden.at("greedy").get<std::vector<std::int32_t>>());
+    nlohmann::json model = models.at(golden.at("model").get<std::string>());
+    const nlohmann::json& changes = golden.at("changes");
+    model.at("config").update(changes);
+    const Folder folder;
+    write_family<float>(folder, model);
+    const ef::LoadOptions how{.length = golden.value("length", Index{0})};
+    auto expected = ef::load_model<float>(folder.path(), how);
+    auto loaded = ef::load_model<float>(folder.write("m.gguf", gguf_of(golden, model)), how);
+    EXPECT_LT(relative_error(loaded.logits(kIds), to_double(expected.logits(kIds))), 1e-5);
+    EXPECT_EQ(ef::generate(loaded, kIds, {.max_new_tokens = 64}),
+              changes.empty() ? model.at("greedy").get<std::vector<std::int32_t>>()
+                              : ef::generate(expected, kIds, {.max_new_tokens = 64}));
   }
-  std::string other = gguf_of(models.at("llama"), "mamba");
-  expect_throws<ef::ModelFileError>(
-      [&] { ef::load_model<float>(folder.write("mamba.gguf", other)); },
-      {"mamba.gguf", "general.architecture", "mamba"});
+}
+
+/// The configuration of a file of so many layers that has no tensor but the embedding.
+ef::ModelConfig config_of(const std::string& architecture, std::uint32_t layers,
+                          const nlohmann::json& more) {
+  GgufWriter writer;
+  writer.text("general.architecture", architecture);
+  const auto key = [&](const std::string& name) { return architecture + "." + name; };
+  writer.integer(key("block_count"), layers);
+  writer.integer(key("embedding_length"), 16);
+  writer.integer(key("attention.head_count"), 2);
+  writer.integer(key("attention.key_length"), 4);
+  writer.integer(key("feed_forward_length"), 24);
+  for (const auto& [name, value] : more.items()) writer.value(key(name), value);
+  writer.tensor("token_embd.weight", {32, 16}, std::vector<float>(32 * 16));
+  const Folder folder;
+  return ef::gguf_model_config(ef::Gguf(folder.write("m.gguf", writer.file())));
+}
+/// Of each layer: w where it has a window, r where it turns by the first rotation, s by another.
+std::string layers_of(const ef::ModelConfig& config) {
+  std::string text;
+  for (Index l = 0; l < config.shape.layers; ++l) {
+    const ef::DecoderLayerForm layer = config.form.layer(l);
+    text += (layer.window > 0 ? "w" : "") +
+            std::string(layer.rope < 0   ? ""
+                        : layer.rope > 0 ? "s"
+                                         : "r") +
+            " ";
+  }
+  return text;
+}
+
+TEST(GgufFamilies, LayersAreWhatLlamaCppTakesThemToBe) {
+  const nlohmann::json window{{"attention.sliding_window", {"uint32", 8}}};
+  const auto layers = [](const char* architecture, std::uint32_t count,
+                         const nlohmann::json& more) {
+    return layers_of(config_of(architecture, count, more));
+  };
+  EXPECT_EQ(layers("smollm3", 5, {}), "r r r  r ");
+  EXPECT_EQ(layers("gemma2", 4, {}), "wr r wr r ");  // 4096 is understood
+  EXPECT_EQ(layers("gemma3", 7, window), "ws ws ws ws ws r ws ");
+  EXPECT_EQ(layers("gemma3", 2, {}), "r r ");
+  EXPECT_EQ(layers("cohere2", 5, window), "wr wr wr  wr ");
+  EXPECT_EQ(layers("olmo2", 5, window), "ws ws ws r ws ");
+  EXPECT_EQ(layers("qwen3", 2, window), "wr wr ");
+  auto pattern = window;
+  pattern["attention.sliding_window_pattern"] = {"bools", {false, true, false}};
+  EXPECT_EQ(layers("olmo2", 3, pattern), "r ws r ");
+  const float scale = config_of("gemma3", 62, window).form.attention_scale;
+  EXPECT_FLOAT_EQ(scale, 1 / std::sqrt(8.0f));  // 16 features over 2 heads
+  EXPECT_EQ(config_of("gemma3", 34, window).form.attention_scale, 0);
+  EXPECT_EQ(config_of("gemma2", 2, {}).form.attention_softcap, 50);
+}
+
+TEST(GgufFamilies, WhatIsNotUnderstoodIsRefused) {
+  const auto refused = [](const char* architecture, const nlohmann::json& more,
+                          const std::vector<std::string>& words) {
+    expect_throws<ef::ModelFileError>([&] { config_of(architecture, 3, more); }, words);
+  };
+  refused("mamba", {}, {"m.gguf", "general.architecture", "mamba"});
+  const nlohmann::json some{"uint32", 8}, none{"uint32", 0};
+  refused("llama", {{"expert_count", some}}, {"llama.expert_count", "experts"});
+  refused("llama", {{"attention.clamp_kqv", {"float32", 8}}}, {"llama.attention.clamp_kqv"});
+  config_of("llama", 3, {{"attention.clamp_kqv", {"float32", 0}}, {"nextn_predict_layers", none}});
+  refused("glm4", {{"nextn_predict_layers", some}}, {"glm4.nextn_predict_layers"});
+  refused("llama", {{"attention.causal", {"bool", false}}}, {"attention.causal"});
+  refused("llama", {{"attention.value_length", some}}, {"attention.value_length"});
+  refused("llama", {{"rope.dimension_count", {"uint32", 5}}}, {"rope.dimension_count"});
+  refused("llama", {{"rope.scaling.type", {"string", "wave"}}}, {"rope.scaling.type", "wave"});
+  refused("phi3", {{"rope.scaling.type", {"string", "longrope"}}}, {"rope_factors_short.weight"});
+  refused(
+      "llama",
+      {{"rope.scaling.type", {"string", "yarn"}}, {"rope.scaling.yarn_ext_factor", {"float32", 2}}},
+      {"yarn_ext_factor"});
+  refused("gemma2", {{"rope.freq_base_swa", some}}, {"gemma2.rope.freq_base_swa"});
+  refused("cohere2", {}, {"cohere2.attention.sliding_window"});
+  refused("olmo2",
+          {{"attention.sliding_window", some},
+           {"attention.sliding_window_pattern", {"bools", {true, false}}}},
+          {"sliding_window_pattern", "each layer"});
+  refused("falcon", {{"tensor_data_layout", {"string", "other"}}}, {"falcon.tensor_data_layout"});
+  refused("granite", {{"rope.scaling.finetuned", {"bool", false}}}, {"finetuned"});
+  refused("stablelm", {{"use_parallel_residual", {"bool", false}}}, {"use_parallel_residual"});
+}
+
+TEST(GgufFamilies, TensorsThatNobodyReadsAreRefused) {
+  const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
+  const auto with = [&](const std::string& name, const std::string& tensor,
+                        const std::vector<std::string>& words) {
+    nlohmann::json golden = files.at(name);
+    golden.at("tensors")[tensor] = {{4}, {{"values", {1, 1, 1, 1}}}};
+    const Folder folder;
+    expect_throws<ef::ModelFileError>(
+        [&] {
+          ef::load_model<float>(folder.write(
+              "m.gguf", gguf_of(golden, models.at(golden.at("model").get<std::string>()))));
+        },
+        words);
+  };
+  with("llama", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight", "llama"});
+  with("stablelm", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight", "LayerNorm"});
+  with("llama_yarn", "rope_freqs.weight", {"rope_freqs.weight", "YaRN"});
+  with("llama", "rope_freqs.weight", {"rope_freqs.weight", "each pair"});
 }
 
 }  // namespace

@@ -67,5 +67,11 @@ struct ModelConfig {
   Index positions = 0;  ///< that the model was made for
 };
 
+struct ModelConfigOptions {
+  /// Positions that will be served, for rotations that depend on it; 0: those the model was made
+  /// for.
+  Index length = 0;
+};
+
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer

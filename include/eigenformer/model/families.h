@@ -23,12 +23,6 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-struct ModelConfigOptions {
-  /// Positions that will be served, for rotations that depend on it; 0: those the model was made
-  /// for.
-  Index length = 0;
-};
-
 namespace detail {
 
 /// Fills a ModelConfig from a config.json.

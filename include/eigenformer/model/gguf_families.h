@@ -1,19 +1,29 @@
 /// \file
-/// What the metadata of a GGUF file say of a model, by its general.architecture: llama (Llama,
-/// Mistral, SmolLM), qwen2, qwen3, gemma and phi3. Others are refused by name.
+/// What the metadata of a GGUF file say of a model, by its general.architecture, as llama.cpp's
+/// converter writes them:
 ///
-/// GGUF differs from config.json: rows of queries and keys of llama lie interleaved, Gemma's norms
-/// are stored as 1 + w, and Llama 3's scaling of frequencies is a tensor, rope_freqs.
+///   llama (Llama 1 to 3.3, Mistral, SmolLM), granite, smollm3, qwen2, qwen3, gemma, gemma2, gemma3, phi2, phi3 (and 4),
+///   olmo2 (and 3), starcoder2, stablelm, chatglm (GLM), glm4, command-r (Cohere), cohere2, falcon, gpt2, gptneox
+///
+/// Others, keys of the architecture that nobody here asks for, and tensors that are no part of the
+/// decoder are refused by name.
+///
+/// GGUF differs from config.json: rows of queries and keys of llama, granite and smollm3 lie
+/// interleaved, fused ones lie one below the other whatever the family, Gemma's norms are stored as
+/// 1 + w, GPT-2's matrices are (out, in), and biases and fused tensors are there or not without a
+/// word in the metadata. What it has no word for is what llama.cpp takes it to be: gemma's scale of
+/// attention follows from the number of layers, SmolLM 3 does not turn every fourth layer.
 #pragma once
 
-#include <algorithm>
+#include <cmath>
+#include <map>
 #include <string>
 #include <vector>
 
-#include "../rope/frequencies.h"
 #include "config.h"
-#include "dequantize.h"
 #include "gguf.h"
+#include "gguf_keys.h"
+#include "gguf_rope.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -21,32 +31,33 @@ namespace detail {
 
 class GgufFamilyReader {
  public:
-  explicit GgufFamilyReader(const Gguf& file) : meta_(file.metadata()), tensors_(file.tensors()) {}
+  GgufFamilyReader(const GgufMetadata& metadata, const StoredTensors& tensors,
+                   const ModelConfigOptions& options)
+      : keys_(metadata), tensors_(tensors), options_(options) {}
 
   ModelConfig read() {
-    m_.family = std::string(meta_.text("general.architecture"));
-    constexpr std::string_view known[] = {"llama", "qwen2", "qwen3", "gemma", "phi3"};
-    if (std::find(std::begin(known), std::end(known), m_.family) == std::end(known))
+    m_.family = keys_.architecture();
+    using Family = void (GgufFamilyReader::*)();
+    static const std::map<std::string, Family, std::less<>> families{
+        {"llama", &GgufFamilyReader::interleaved}, {"granite", &GgufFamilyReader::granite},
+        {"smollm3", &GgufFamilyReader::smollm3},   {"qwen2", &GgufFamilyReader::plain},
+        {"qwen3", &GgufFamilyReader::qwen3},       {"gemma", &GgufFamilyReader::gemma},
+        {"gemma2", &GgufFamilyReader::gemma2},     {"gemma3", &GgufFamilyReader::gemma3},
+        {"phi2", &GgufFamilyReader::phi2},         {"phi3", &GgufFamilyReader::plain},
+        {"olmo2", &GgufFamilyReader::olmo2},       {"starcoder2", &GgufFamilyReader::starcoder2},
+        {"stablelm", &GgufFamilyReader::stablelm}, {"chatglm", &GgufFamilyReader::interleaved},
+        {"glm4", &GgufFamilyReader::glm4},         {"command-r", &GgufFamilyReader::command_r},
+        {"cohere2", &GgufFamilyReader::cohere2},   {"falcon", &GgufFamilyReader::falcon},
+        {"gpt2", &GgufFamilyReader::gpt2},         {"gptneox", &GgufFamilyReader::gptneox}};
+    const auto family = families.find(m_.family);
+    if (family == families.end())
       refuse("general.architecture", "is " + printable(m_.family) + ", which is not supported");
-    if (integer("expert_count", 0) > 0)
-      refuse(key("expert_count"), "is not 0: mixtures of experts are not supported");
+    refuse_what_is_not_computed();
     shape();
     names();
-    if (m_.family == "qwen2") m_.qkv_bias = true;
-    if (m_.family == "qwen3") m_.form.query_key_norm = QueryKeyNorm::head;
-    if (m_.family == "gemma") {
-      m_.form.activation = DecoderActivation::gelu_tanh;
-      m_.form.embedding_scale =
-          static_cast<float>(std::sqrt(static_cast<double>(m_.shape.features)));
-    }
-    if (m_.family == "phi3") {
-      m_.qkv_layout = QkvLayout::stacked;
-      m_.fused_gate_up = true;
-    }
-    if (const Index window = integer("attention.sliding_window", 0); window > 0)
-      m_.form.layers.assign(static_cast<std::size_t>(m_.shape.layers), {.window = window});
-    m_.tied_head = tensors_.find("output.weight") == nullptr;
-    rope();
+    what_tensors_say();
+    (this->*family->second)();
+    keys_.require_all_asked([&](auto key, auto why) { refuse(key, why); });
     try {
       m_.shape.validate();
       m_.form.validate(m_.shape);
@@ -57,46 +68,63 @@ class GgufFamilyReader {
   }
 
  private:
-  std::string key(std::string_view name) const { return m_.family + "." + std::string(name); }
-  Index integer(std::string_view name) const {
-    return static_cast<Index>(meta_.integer(key(name)));
-  }
-  Index integer(std::string_view name, Index otherwise) const {
-    return meta_.contains(key(name)) ? integer(name) : otherwise;
-  }
-  double number(std::string_view name, double otherwise) const {
-    return meta_.contains(key(name)) ? meta_.number(key(name)) : otherwise;
-  }
+  // ---- what families share ----------------------------------------------------------------------
+
   [[noreturn]] void refuse(std::string_view part, std::string_view why) const {
     fail_model(tensors_.file(), part, why);
+  }
+  bool has(std::string_view tensor) const { return tensors_.find(tensor) != nullptr; }
+  float number(std::string_view name, double otherwise) const {
+    return static_cast<float>(keys_.number(name, otherwise));
+  }
+  /// A factor that some files leave out by writing 0.
+  float factor(std::string_view name) const {
+    const float value = number(name, 1);
+    return value == 0 ? 1.0f : value;
+  }
+
+  void refuse_what_is_not_computed() const {
+    if (keys_.integer("expert_count", 0) > 0)
+      refuse(keys_.key("expert_count"), "is not 0: mixtures of experts are not supported");
+    if (!keys_.boolean("attention.causal", true))
+      refuse(keys_.key("attention.causal"),
+             "is false: tokens that see later ones are not supported");
   }
 
   void shape() {
     DecoderConfig& s = m_.shape;
     const StoredTensor& embedding = tensors_.at("token_embd.weight");
     s.vocabulary = embedding.rows();
-    s.features = integer("embedding_length");
-    s.layers = integer("block_count");
-    if (s.layers < 1 || s.layers > 100000) refuse(key("block_count"), "is not within 1 to 100000");
-    s.heads = integer("attention.head_count");
-    if (s.heads < 1) refuse(key("attention.head_count"), "is not positive");
-    s.kv_heads = integer("attention.head_count_kv", s.heads);
-    s.head_dim = integer("attention.key_length", s.features / s.heads);
-    if (integer("attention.value_length", s.head_dim) != s.head_dim)
-      refuse(key("attention.value_length"), "differs from key_length, which is not supported");
-    s.hidden = integer("feed_forward_length");
-    s.epsilon = static_cast<float>(number("attention.layer_norm_rms_epsilon", 1e-5));
-    m_.positions = integer("context_length", 2048);
+    s.features = keys_.integer("embedding_length");
+    s.layers = keys_.integer("block_count");
+    if (s.layers < 1 || s.layers > 100000)  // before anything is made for each
+      refuse(keys_.key("block_count"), "is not within 1 to 100000");
+    s.heads = keys_.integer("attention.head_count");
+    if (s.heads < 1) refuse(keys_.key("attention.head_count"), "is not positive");
+    s.kv_heads = keys_.integer("attention.head_count_kv", s.heads);
+    s.head_dim = keys_.integer("attention.key_length", s.features / s.heads);
+    if (s.head_dim < 1 || s.head_dim > 65536)
+      refuse(keys_.key("attention.key_length"), "is not within 1 to 65536");
+    for (const char* const same :
+         {"attention.value_length", "attention.key_length_swa", "attention.value_length_swa"})
+      if (keys_.integer(same, s.head_dim) != s.head_dim)
+        refuse(keys_.key(same), "differs from attention.key_length, which is not supported");
+    s.hidden = keys_.integer("feed_forward_length");
+    s.epsilon = number("attention.layer_norm_rms_epsilon", 1e-5);
+    m_.positions = keys_.integer("context_length", 2048);
   }
 
   void names() {
     ModelNames& n = m_.names;
     n.embedding = "token_embd";
+    n.positions = "position_embd";
     n.norm = "output_norm";
     n.head = "output";
     n.layer = "blk.";
     n.attention_norm = "attn_norm";
     n.feed_forward_norm = "ffn_norm";
+    n.after_attention_norm = "post_attention_norm";
+    n.after_feed_forward_norm = "post_ffw_norm";
     n.query = "attn_q";
     n.key = "attn_k";
     n.value = "attn_v";
@@ -110,44 +138,207 @@ class GgufFamilyReader {
     n.down = "ffn_down";
   }
 
-  void rope() {
-    const double base = number("rope.freq_base", 10000);
-    const Index dim = integer("rope.dimension_count", m_.shape.head_dim);
-    if (dim < 0 || dim > m_.shape.head_dim || dim % 2 != 0)
-      refuse(key("rope.dimension_count"), "is not an even number of at most the heads' width");
-    std::vector<float> factors(static_cast<std::size_t>(dim / 2), 1.0f);
-    if (const StoredTensor* const stored = tensors_.find("rope_freqs.weight")) {
-      if (stored->rows() * stored->columns() != dim / 2)
-        refuse(stored->name, "has not an element for each pair of features that turns");
-      dequantize_rows(*stored, 0, factors);
-    }
-    std::string type = "none";
-    if (meta_.contains(key("rope.scaling.type")))
-      type = std::string(meta_.text(key("rope.scaling.type")));
-    const double factor = number("rope.scaling.factor", 1);
-    if (type != "none" && type != "linear" && type != "yarn")
-      refuse(key("rope.scaling.type"), "is " + printable(type) + ", which is not supported");
-    if (tensors_.find("rope_factors_long.weight") != nullptr)
-      refuse("rope_factors_long.weight", "LongRoPE in GGUF files is not supported");
-    try {
-      m_.form.ropes.resize(1);
-      m_.form.ropes[0] =
-          type == "yarn"
-              ? yarn_rope(dim, base,
-                          {.factor = factor,
-                           .trained_length = number("rope.scaling.original_context_length",
-                                                    static_cast<double>(m_.positions))})
-              : rope_with("rope", dim, base, 1.0, [&](std::size_t i, double f) {
-                  return f / static_cast<double>(factors[i]) / (type == "linear" ? factor : 1.0);
-                });
-      if (m_.family == "llama") m_.form.ropes[0].layout = RopeLayout::interleaved;
-    } catch (const std::invalid_argument& error) {
-      refuse(key("rope.freq_base"), error.what());
+  /// All layers are as the first: the loader refuses what is missing and what nobody reads.
+  void what_tensors_say() {
+    if (has("blk.0.attn_qkv.weight")) m_.qkv_layout = QkvLayout::stacked;
+    m_.qkv_bias =
+        has(m_.qkv_layout == QkvLayout::stacked ? "blk.0.attn_qkv.bias" : "blk.0.attn_q.bias");
+    m_.output_bias = has("blk.0.attn_output.bias");
+    m_.form.feed_forward_bias = has("blk.0.ffn_up.bias");
+    m_.fused_gate_up = !has("blk.0.ffn_gate.weight");
+    m_.tied_head = !has("output.weight");
+    m_.head_bias = has("output.bias");
+  }
+  void layer_norm() {
+    m_.form.norm = DecoderNorm::layer;
+    m_.norm_bias = has("output_norm.bias");
+    m_.shape.epsilon = number("attention.layer_norm_epsilon", 1e-5);
+    if (has("blk.0.attn_q_norm.weight"))
+      refuse("blk.0.attn_q_norm.weight", "norms of queries in LayerNorm are not supported");
+  }
+  void plain_feed_forward(DecoderActivation activation) {
+    m_.form.gated = m_.fused_gate_up = false;
+    m_.form.activation = activation;
+  }
+  /// Norms before and after.
+  void sandwich() { m_.form.placement = NormPlacement::both; }
+
+  /// Windows on all layers but each `pattern`th, or on all where it is 0, unless the file says
+  /// which; none where it has no window.
+  void windows(Index pattern, Index otherwise = 0) {
+    const Index window = keys_.integer("attention.sliding_window", otherwise);
+    constexpr auto key = "attention.sliding_window_pattern";
+    const std::vector<std::int64_t> list = keys_.list(key);
+    if (list.empty()) pattern = keys_.integer(key, pattern);
+    if (pattern < 0) refuse(keys_.key(key), "is negative");
+    if (window == 0) return;
+    const auto layers = static_cast<std::size_t>(m_.shape.layers);
+    if (!list.empty() && list.size() != layers)
+      refuse(keys_.key(key), "has not an element for each layer");
+    m_.form.layers.resize(layers);
+    for (std::size_t l = 0; l < layers; ++l) {
+      const auto at = static_cast<Index>(l);
+      if (list.empty() ? pattern == 0 || at % pattern < pattern - 1 : list[l] != 0)
+        m_.form.layers[l].window = window;
     }
   }
 
-  const GgufMetadata& meta_;
+  GgufRope rope_reader() const {
+    const Index length = options_.length > 0 ? options_.length : m_.positions;
+    return {keys_, tensors_, m_.shape.head_dim, m_.positions, length};
+  }
+  void rope(RopeLayout layout = RopeLayout::half_split) {
+    const double base = keys_.number("rope.freq_base", 10000);
+    if (keys_.number("rope.freq_base_swa", base) != base)
+      refuse(keys_.key("rope.freq_base_swa"),
+             "differs from rope.freq_base, which is not supported");
+    m_.form.ropes = {rope_reader().scaled(base)};
+    m_.form.ropes[0].layout = layout;
+  }
+  /// Layers with windows turn by frequencies of their own, which are not scaled.
+  void rope_by_layer(double base_of_windows) {
+    const GgufRope reader = rope_reader();
+    m_.form.ropes = {reader.scaled(keys_.number("rope.freq_base", 10000)),
+                     reader.plain(keys_.number("rope.freq_base_swa", base_of_windows))};
+    for (DecoderLayerForm& layer : m_.form.layers) layer.rope = layer.window > 0 ? 1 : 0;
+  }
+
+  // ---- the families -----------------------------------------------------------------------------
+
+  /// Of llama's form, with queries and keys as config.json has them.
+  void plain() {
+    windows(0);
+    rope();
+  }
+  void interleaved() {
+    windows(0);
+    rope(RopeLayout::interleaved);
+  }
+  void granite() {
+    interleaved();
+    m_.form.attention_scale = number("attention.scale", 0);
+    m_.form.embedding_scale = factor("embedding_scale");
+    m_.form.residual_scale = factor("residual_scale");
+    m_.form.logit_scale = 1 / factor("logit_scale");
+    if (!keys_.boolean("rope.scaling.finetuned", true))
+      refuse(keys_.key("rope.scaling.finetuned"),
+             "is false: Granite without rotation is not supported");
+  }
+  void smollm3() {
+    interleaved();
+    m_.form.layers.resize(static_cast<std::size_t>(m_.shape.layers));
+    for (std::size_t l = 3; l < m_.form.layers.size(); l += 4) m_.form.layers[l].rope = -1;
+  }
+  void qwen3() {
+    plain();
+    m_.form.query_key_norm = QueryKeyNorm::head;
+  }
+  void gemma_form() {
+    m_.form.activation = DecoderActivation::gelu_tanh;
+    m_.form.embedding_scale = static_cast<float>(std::sqrt(static_cast<double>(m_.shape.features)));
+  }
+  /// Of the largest, which is told by its layers: 1 / sqrt(features / heads).
+  void gemma_scale(Index layers_of_largest) {
+    if (m_.shape.layers == layers_of_largest)
+      m_.form.attention_scale = static_cast<float>(
+          1 / std::sqrt(static_cast<double>(m_.shape.features / m_.shape.heads)));
+  }
+  void gemma() {
+    gemma_form();
+    plain();
+  }
+  void gemma2() {
+    gemma_form();
+    gemma_scale(46);
+    sandwich();
+    windows(2, 4096);
+    rope();
+    m_.form.attention_softcap = number("attn_logit_softcapping", 50);
+    m_.form.logit_softcap = number("final_logit_softcapping", 30);
+  }
+  void gemma3() {
+    gemma_form();
+    gemma_scale(62);
+    sandwich();
+    m_.form.query_key_norm = QueryKeyNorm::head;
+    windows(6);
+    rope_by_layer(10000);
+    m_.form.logit_softcap = number("final_logit_softcapping", 0);
+  }
+  void phi2() {
+    layer_norm();
+    plain();
+    plain_feed_forward(DecoderActivation::gelu_tanh);
+    m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+  }
+  void olmo2() {
+    m_.form.placement = NormPlacement::after;
+    m_.form.query_key_norm = QueryKeyNorm::row;
+    windows(4);
+    rope_by_layer(keys_.number("rope.freq_base", 10000));
+  }
+  void starcoder2() {
+    layer_norm();
+    plain();
+    plain_feed_forward(DecoderActivation::gelu_tanh);
+  }
+  void stablelm() {
+    layer_norm();
+    plain();
+    const bool parallel = !has("blk.0.ffn_norm.weight");
+    if (keys_.boolean("use_parallel_residual", parallel) != parallel)
+      refuse(keys_.key("use_parallel_residual"), "does not go with the tensors of the layers");
+    if (parallel) m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+  }
+  void glm4() {
+    interleaved();
+    sandwich();
+  }
+  void cohere() {
+    layer_norm();
+    m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+    m_.form.logit_scale = factor("logit_scale");
+  }
+  void command_r() {
+    cohere();
+    interleaved();
+  }
+  void cohere2() {
+    cohere();
+    windows(4);
+    if (m_.form.layers.empty())
+      refuse(keys_.key("attention.sliding_window"), "is missing or 0, expected a positive number");
+    rope(RopeLayout::interleaved);
+    for (DecoderLayerForm& layer : m_.form.layers) layer.rope = layer.window > 0 ? 0 : -1;
+  }
+  void falcon() {
+    if (keys_.text("tensor_data_layout", "jploski") != "jploski")
+      refuse(keys_.key("tensor_data_layout"), "is not jploski, which is not supported");
+    layer_norm();
+    plain();
+    plain_feed_forward(DecoderActivation::gelu);
+    m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+    if (!has("blk.0.attn_norm_2.weight")) return;
+    m_.form.blocks = DecoderBlocks::parallel;
+    m_.names.attention_norm = "attn_norm_2";
+    m_.names.feed_forward_norm = "attn_norm";
+  }
+  void gpt2() {
+    layer_norm();
+    plain_feed_forward(DecoderActivation::gelu_tanh);
+    m_.form.positions = tensors_.at("position_embd.weight").rows();
+    m_.form.layers.assign(static_cast<std::size_t>(m_.shape.layers), {.rope = -1});
+  }
+  void gptneox() {
+    layer_norm();
+    plain();
+    plain_feed_forward(DecoderActivation::gelu);
+    if (keys_.boolean("use_parallel_residual", true)) m_.form.blocks = DecoderBlocks::parallel;
+  }
+
+  const GgufKeys keys_;
   const StoredTensors& tensors_;
+  const ModelConfigOptions& options_;
   ModelConfig m_;
 };
 
@@ -155,8 +346,8 @@ class GgufFamilyReader {
 
 /// The configuration in the metadata of a GGUF file, but for the tokens that end a text, which its
 /// tokenizer knows. Throws ModelFileError.
-inline ModelConfig gguf_model_config(const Gguf& file) {
-  return detail::GgufFamilyReader(file).read();
+inline ModelConfig gguf_model_config(const Gguf& file, const ModelConfigOptions& options = {}) {
+  return detail::GgufFamilyReader(file.metadata(), file.tensors(), options).read();
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -207,7 +207,8 @@ class ModelLoader {
                      TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
           });
     }
-    pack_one(l, n.output, d, rows.count(0), [](auto& views) -> auto& { return views.output; });
+    pack_one(
+        l, n.output, d, rows.count(0), [](auto& views) -> auto& { return views.output; });
   }
 
   /// One matrix of a layer; place(views) is where it belongs.
@@ -232,7 +233,8 @@ class ModelLoader {
       pack(l, views);
     };
     if (!m_.form.gated) {
-      pack_one(l, n.up, hidden, d, [](auto& views) -> auto& { return views.up; });
+      pack_one(
+          l, n.up, hidden, d, [](auto& views) -> auto& { return views.up; });
     } else if (m_.fused_gate_up) {
       matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d)
           .visit([&]<typename W>(const TensorView<const W, 2>& both) {
@@ -244,7 +246,8 @@ class ModelLoader {
                    up = matrix(of_layer(l, weight(n.up)), hidden, d);
       visit_matrices(pack_gated, gate, up);
     }
-    pack_one(l, n.down, d, hidden, [](auto& views) -> auto& { return views.down; });
+    pack_one(
+        l, n.down, d, hidden, [](auto& views) -> auto& { return views.down; });
   }
 
   // ---- embedding and head -----------------------------------------------------------------------
@@ -292,7 +295,8 @@ class ModelLoader {
       };
       const bool buffer = ends(".rotary_emb.inv_freq") || ends(".attn.bias") ||
                           ends(".attn.masked_bias") || ends(".attention.bias") ||
-                          ends(".attention.masked_bias") || name == "rope_freqs.weight";
+                          ends(".attention.masked_bias") || name == "rope_freqs.weight" ||
+                          name == "rope_factors_long.weight" || name == "rope_factors_short.weight";
       const bool copy = m_.tied_head && ends(weight(m_.names.head));
       const bool vision = name.find("vision_tower.") != std::string::npos ||
                           name.find("multi_modal_projector.") != std::string::npos;
