@@ -22,14 +22,15 @@
 #include "step_graph.h"       // CUDA graphs around a step
 
 // What a decoder needs besides
-#include "activation.h"      // SiLU, GELU, ReLU, gated pairs, residual sums
-#include "beam_search.h"     // beam search, step by step
-#include "decoder.h"         // a Llama-shaped decoder out of all of these
-#include "embedding.h"       // tokens to vectors
-#include "expert_routing.h"  // which experts a token goes through, and the order by expert
-#include "log_softmax.h"     // logarithms of probabilities
-#include "loss.h"            // softmax cross-entropy
-#include "normalization.h"   // RMSNorm, LayerNorm
-#include "optimizer.h"       // AdamW, SGD, gradient clipping
-#include "rope.h"            // rotary embedding
-#include "top_k.h"           // the largest or smallest of every row
+#include "activation.h"           // SiLU, GELU, ReLU, gated pairs, residual sums
+#include "beam_search.h"          // beam search, step by step
+#include "decoder.h"              // a Llama-shaped decoder out of all of these
+#include "embedding.h"            // tokens to vectors
+#include "expert_feed_forward.h"  // mixture of experts: products by expert and their sums
+#include "expert_routing.h"       // which experts a token goes through, and the order by expert
+#include "log_softmax.h"          // logarithms of probabilities
+#include "loss.h"                 // softmax cross-entropy
+#include "normalization.h"        // RMSNorm, LayerNorm
+#include "optimizer.h"            // AdamW, SGD, gradient clipping
+#include "rope.h"                 // rotary embedding
+#include "top_k.h"                // the largest or smallest of every row

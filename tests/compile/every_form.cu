@@ -28,6 +28,7 @@ Anything execute(const Backend<D>&, const Problem&) {
 #include <eigenformer/attention.h>
 #include <eigenformer/beam_search.h>
 #include <eigenformer/embedding.h>
+#include <eigenformer/expert_feed_forward.h>
 #include <eigenformer/expert_routing.h>
 #include <eigenformer/grad_scaler.h>
 #include <eigenformer/log_softmax.h>
@@ -86,6 +87,12 @@ void elementwise(const D& device, Views v) {
   ef::expert_routing_into(device, v.tokens, v.v2, v.v2);
   ef::expert_routing_into(device, v.tokens, v.v2, v.v2, v.v1);
   ef::expert_order_into(device, v.ids, v.ids, v.tokens, v.tokens);
+  const std::vector<ef::PackedGatedWeight<float>> gates;
+  const std::vector<ef::PackedWeight<std::int8_t>> downs;
+  ef::expert_feed_forward_into(device, v.v2, v.v2, v.tokens, v.v2, gates, downs,
+                               ef::Epilogue{}.silu());
+  ef::combine_experts_into(device, v.v2, v.v2, v.tokens, v.v2, v.v2);
+  ef::combine_experts_into(device, v.v2, v.v2, v.tokens, v.v2, v.v2, v.v1);
   ef::cross_entropy(device, v.v2, v.lengths);
   ef::cross_entropy_with_gradient_into(device, v.v2, v.v2, v.lengths, 1.0);
 }

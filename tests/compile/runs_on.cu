@@ -11,6 +11,7 @@
 #include <eigenformer/problem/causal_mask.h>
 #include <eigenformer/problem/communicator.h>
 #include <eigenformer/problem/embedding.h>
+#include <eigenformer/problem/expert_feed_forward.h>
 #include <eigenformer/problem/expert_routing.h>
 #include <eigenformer/problem/kv_cache.h>
 #include <eigenformer/problem/linear.h>
@@ -104,6 +105,8 @@ const Part kParts[] = {
     part<EmbeddingBackward<F, F, Id>>("embedding", "gradients"),
     part<ExpertRouting<F>>("expert_routing", "routing"),
     part<ExpertOrder>("expert_routing", "order"),
+    part<ExpertLinear<F, F, F, false, int>>("expert_feed_forward", "products"),
+    part<ExpertCombine<F, F, F>>("expert_feed_forward", "sums"),
     part<LogSoftmax<F, F>>("log_softmax", "rows"),
     part<TopK<F>>("top_k", "rows"),
     part<CrossEntropy<F, F>>("loss", "cross-entropy"),

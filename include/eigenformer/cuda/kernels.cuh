@@ -29,6 +29,7 @@
 #include "causal_mask.cuh"
 #include "communicator.cuh"
 #include "embedding.cuh"
+#include "expert_feed_forward.cuh"
 #include "expert_routing.cuh"
 #include "graph.cuh"
 #include "int8_linear.cuh"

@@ -28,6 +28,7 @@ struct LaneProductKernel {
   using Chunk = typename Operand<C, W>::Chunk;
   static constexpr int kThreads = 128, kEach = Operand<C, W>::kEach, kPlaces = 4;
   static constexpr int kRows = kPlaces / Matrices;  // of a warp's outputs
+  static constexpr int kTilesOfBlock = kThreads / kWarp;
   static_assert(kRows * Tokens <= kWarp);
   Operand<C, W, Matrices> weight;
   Operand<C, X> x;
