@@ -8,6 +8,9 @@
 ///   vocabulary_parallel_greedy, vocabulary_parallel_top_k_sample
 ///                               tokens from hidden states and a (vocab, hidden) head: see
 ///                               tensor_parallel/vocabulary.h
+///   vocabulary_parallel_sample  the same with any parameters: tensor_parallel/vocabulary_sample.h
+///   vocabulary_parallel_sample_with_log_probabilities, vocabulary_parallel_log_probabilities_of
+///                               and scores: tensor_parallel/vocabulary_log_probabilities.h
 ///
 /// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this
 /// rank's rows of it packed once (`pack_column_shard`); b (out), the full bias on every rank; y
@@ -166,4 +169,5 @@ auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& comm
 
 #include "tensor_parallel/fused.h"
 #include "tensor_parallel/vocabulary.h"
+#include "tensor_parallel/vocabulary_log_probabilities.h"
 #include "tensor_parallel/vocabulary_sample.h"

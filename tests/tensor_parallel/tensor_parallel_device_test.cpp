@@ -182,6 +182,42 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
                                             other, ef::Philox{5}, statuses);
         ef::sample_into(Eigen::DefaultDevice{}, sampled, logits, other, ef::Philox{5});
         check(statuses, [&](Index row) { return sampled(row); });
+        const auto expected_scores =
+            ef::sample_with_log_probabilities(logits, other, ef::Philox{5}, {.best = 3});
+        const auto raw = on_device(bench, ef::Tensor<float, 1>(kRows)),
+                   processed = on_device(bench, ef::Tensor<float, 1>(kRows));
+        const auto ranks = on_device(bench, ef::Tensor<std::int32_t, 1>(kRows));
+        const auto best_ids = on_device(bench, ef::Tensor<std::int32_t, 2>(kRows, 3));
+        const auto best = output_on<float>(bench, kRows, 3),
+                   best_processed = output_on<float>(bench, kRows, 3);
+        const auto ends = on_device(bench, ef::Tensor<std::uint8_t, 1>(kRows));
+        ef::vocabulary_parallel_sample_with_log_probabilities_into(
+            device,
+            ef::SampleViews{ids.view(),
+                            raw.view(),
+                            processed.view(),
+                            ranks.view(),
+                            best_ids.view(),
+                            best.view(),
+                            best_processed.view(),
+                            {reinterpret_cast<Status*>(ends.view().data()), kRows}},
+            hidden.cview(), shard, communicator, other, ef::Philox{5});
+        ASSERT_TRUE(same_bits(ids.host(), expected_scores.ids));
+        ASSERT_TRUE(same_bits(raw.host(), expected_scores.log_probabilities));
+        ASSERT_TRUE(same_bits(processed.host(), expected_scores.processed_log_probabilities));
+        ASSERT_TRUE(same_bits(ranks.host(), expected_scores.ranks));
+        ASSERT_TRUE(same_bits(best_ids.host(), expected_scores.best_ids));
+        ASSERT_TRUE(same_bits(best.host(), expected_scores.best_log_probabilities));
+        ASSERT_TRUE(
+            same_bits(best_processed.host(), expected_scores.best_processed_log_probabilities));
+        ASSERT_EQ(ends.host()(2), static_cast<std::uint8_t>(Status::nan));
+        const std::vector<std::int32_t> next{1, 3, -1, 0};
+        statuses.assign(kRows, Status::negative);
+        ef::vocabulary_parallel_log_probabilities_of_into(device, raw.view(), hidden.cview(), shard,
+                                                          communicator, next, other, statuses);
+        ef::Tensor<float, 1> expected_next(kRows);
+        ef::log_probabilities_of_into(Eigen::DefaultDevice{}, expected_next, logits, next, other);
+        ASSERT_TRUE(same_bits(raw.host(), expected_next));
       }
     });
   }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "../problem/vocabulary_shard.h"
+#include "sampling/log_probabilities.h"
 #include "sampling/sampling.h"
 
 namespace eigenformer {
@@ -283,6 +284,88 @@ void execute(const Backend<D, Isa>& on, const problem::DrawFromShard<C>& p) {
       p.tokens[r] = token < 0 ? p.kOpen : static_cast<std::int32_t>(p.shard.shard.begin + token);
     }
   });
+}
+
+/// The sum of the weights in play below 1, and the number of those that are 1.
+template <typename Isa, typename T>
+void sum_below_one(const SamplingRow<T>& row, double* answer) {
+  alignas(64) double weights[SamplingBlock::size];
+  answer[0] = answer[1] = 0;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
+    for (double& weight : weights)
+      if (weight == 1.0) answer[1] += 1, weight = 0;
+    answer[0] += block_sum(weights);
+  });
+}
+
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::ScoreShard<T>& p) {
+  using C = compute_type<T>;
+  using Token = typename problem::ShardCandidate<C>::Token;
+  const ShardRange& shard = p.shard.shard;
+  const Index size = shard.size();
+  std::fill(p.answers, p.answers + 4 * p.shard.rows, 0.0);
+  if (p.shard.rows == 0 || size == 0) return;
+  Workspace::Frame frame(on.workspace);
+  const auto* const scratches =
+      take_sampling_scratch<C>(frame, worker_count(on), size, false, false);
+  std::int32_t* const ids = frame.take<std::int32_t>(worker_count(on) * p.best);
+  const Cost cost{2 * size, kExpCycles};
+  parallel_for(on, p.shard.rows, cost, [&](Index first, Index last, int worker) {
+    for (Index r = first; r < last; ++r) {
+      if (!p.asked[r]) continue;
+      const SamplingRow<C> row = row_of_shard(p.shard, p.rows[r], r);
+      sum_below_one<Isa>(row, p.answers + 4 * r + 2);
+      if (p.given_best == nullptr) continue;
+      SamplingRow<T> given{p.given + r * size, size, scratches[worker].block_max, {}, 1.0};
+      scan_row<Isa>(given);
+      SamplingRow<T> weighed = given;
+      weighed.band.hi = static_cast<C>(p.given_best[r]);
+      sum_below_one<Isa>(weighed, p.answers + 4 * r);
+      if (p.best == 0) continue;
+      std::int32_t* const tokens = ids + worker * p.best;
+      best_tokens<Isa>(given, p.best, tokens, scratches[worker]);
+      for (Index i = 0; i < p.best; ++i) {
+        const Index token = tokens[i];
+        const C logit = row.band.contains(row.logits[token], token)
+                            ? row.logits[token]
+                            : -std::numeric_limits<C>::infinity();
+        p.scores[r * p.best + i] = {static_cast<C>(given.logits[token]), logit,
+                                    static_cast<Token>(shard.begin + token)};
+      }
+    }
+  });
+}
+
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::RankInShard<T>& p) {
+  using C = compute_type<T>;
+  parallel_for(on, p.rows, Cost{p.size, kReadCycles}, [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r) {
+      const T* const given = p.given + r * p.size;
+      const C logit = static_cast<C>(p.logits[r]);
+      Index above = 0;
+      for (Index i = 0; i < p.size; ++i) above += static_cast<C>(given[i]) > logit;
+      p.answers[r] = static_cast<double>(above);
+    }
+  });
+}
+
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::ScoreTokens<T>& p) {
+  const auto& sampling = p.sampling;
+  for_each_distribution(
+      on, sampling, [&](Index r, const auto& row, SampleStatus status, const auto& scratch) {
+        const bool draws = sampling.generators != nullptr && status == SampleStatus::ok;
+        const std::int32_t id = draws ? draw_token<Isa>(row, sampling.uniform(r), scratch) : -1;
+        sampling.finish(r, id, status);
+        if (status != SampleStatus::ok) return;
+        const double log_total = log_sum_weights<Isa>(row);
+        if (draws) p.drawn[r] = log_probability(row, id, log_total);
+        for (Index i = r * p.count; i < (r + 1) * p.count; ++i)
+          p.scores[i] = log_probability(row, p.tokens[i], log_total);
+      });
 }
 
 }  // namespace cpu

@@ -134,6 +134,45 @@ struct DrawFromShard {
   std::int32_t* tokens;  // (rows) a token, kOpen or, where nobody asked, kElsewhere
 };
 
+/// A token among the best of a shard by its logit as given.
+template <typename C>
+struct ShardScore {
+  C given, logit;  // `logit`: after the stages that change logits, -infinity for one out of play
+  typename ShardCandidate<C>::Token token;
+};
+
+/// What log-probabilities of a row are made of.
+template <typename T>
+struct ScoreShard {
+  const T* given;  // (rows, shard.size())
+  ShardLogits<compute_type<T>> shard;
+  const ShardRow<compute_type<T>>* rows;
+  const double* given_best;  // (rows) of all shards; nullptr: of the logits in play alone
+  const bool* asked;         // (rows)
+  double* answers;  // (rows, 4): the sum of the weights below 1 and the number of those that are 1,
+                    // of the logits as given and of those in play
+  Index best;       // at most shard.size()
+  ShardScore<compute_type<T>>* scores;  // (rows, best), best first, equals by index
+};
+
+/// answers[r]: tokens of larger logit than `logits[r]`, as given.
+template <typename T>
+struct RankInShard {
+  const T* given;  // (rows, size)
+  Index rows, size;
+  const double* logits;  // (rows)
+  double* answers;       // (rows)
+};
+
+/// A draw, where there are generators, and log-probabilities in the distributions of all rows.
+template <typename T>
+struct ScoreTokens {
+  Sampling<T> sampling;
+  const std::int32_t* tokens;  // (batch, count)
+  Index count;
+  float *drawn, *scores;  // (batch) of the token drawn, (batch, count)
+};
+
 }  // namespace problem
 }  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

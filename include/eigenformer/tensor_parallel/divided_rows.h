@@ -38,6 +38,7 @@ struct DividedRow {
   SampleStatus status = SampleStatus::ok;
   std::size_t stage = 0;          // place in the order of the first stage that is not done
   bool has_temperature = false;   // done, and of effect on what follows
+  double given_best = 0;          // largest logit before any stage
   double total = 0;               // weight in play
   bool ends_in_last_bin = false;  // of those sent is where top_p's set ends
   double above = 0;               // the weight of the other bins
@@ -220,7 +221,8 @@ template <typename Rows>
 void take_draw(Rows& divided, Index r, const ShardAnswers& answers) {
   auto& row = divided.rows[static_cast<std::size_t>(r)];
   auto& asked = divided.asked[r];
-  const double target = divided.sampling.uniform(r) * row.total;
+  const bool draws = divided.sampling.generators != nullptr;
+  const double target = draws ? divided.sampling.uniform(r) * row.total : 0.0;
   double before = 0;
   int rank = 0;
   for (; rank < divided.ranks() - 1; ++rank) {
@@ -349,6 +351,7 @@ void scan_shards(const D& device, Rows& divided, bool penalties) {
       hi = -infinity;
       for (int rank = 0; rank < divided.ranks(); ++rank)
         hi = (std::max)(hi, answers.of(rank, r, number));
+      if (number == 0) row.given_best = hi;
       row.status = answers.sum(r, number + 1) > 0 ? SampleStatus::nan
                    : hi == infinity               ? SampleStatus::positive_infinity
                    : hi == -infinity              ? SampleStatus::no_token
