@@ -19,8 +19,9 @@
 /// and nothing is read out of bounds.
 ///
 /// Cost: loading reads the weights once (twice for INT8) and packs them on the device; beside the
-/// packed weights it holds no more than the largest tensor. The file stays mapped where the
-/// embedding is used as stored.
+/// packed weights it holds no more than the largest tensor. A head that is the embedding too is one
+/// tensor, the packed one, INT8 where the weights are. The file stays mapped where another embedding
+/// is used as stored.
 #pragma once
 
 #include <filesystem>

@@ -463,4 +463,28 @@ TEST(DecoderOnDevice, FormsOfFamiliesAreThoseOfTheCpu) {
   }
 }
 
+// Matrices of three formats, and a head of INT8 by groups that is the embedding too.
+TEST(DecoderOnDevice, MixedFormatsAreThoseOfTheCpu) {
+  const ef::DecoderForm form;
+  const forms::RandomDecoder random(form, false, 200);
+  const auto packed = [&](const auto& device) {
+    const auto p = random.packed<float>(device, form, ef::WeightFormat::bfloat16);
+    const ef::SelfCommunicator alone;
+    p->pack_layer(device, 1, random.tensors.layers[1], ef::WeightFormat::half, alone);
+    p->pack_head(device, *random.tensors.norm, *random.tensors.head, {ef::WeightFormat::int8, 32},
+                 alone);
+    p->tie_embedding();
+    return p;
+  };
+  ef::Decoder<float> here(packed(kOneThread), kOneThread);
+  const auto expected = to_double(forms::logits_in_chunks(here, kOneThread, {forms::kLength}));
+  for_each_gpu([&](const auto& bench) {
+    using D = std::remove_cvref_t<decltype(bench.device)>;
+    ef::Decoder<float, D> there(packed(bench.device), bench.device);
+    const auto logits = forms::logits_in_chunks(there, bench.device, {6, 1, 4});
+    EXPECT_LT(relative_error(logits, expected), 1e-2);
+    EXPECT_TRUE(same_bits(forms::logits_in_chunks(there, bench.device, {forms::kLength}), logits));
+  });
+}
+
 }  // namespace

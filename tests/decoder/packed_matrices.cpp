@@ -187,6 +187,41 @@ TEST(PackedMatrices, OfOtherFloatingFormatsAreRoundedToNarrowActivations) {
   check(double{});
 }
 
+// A head that is the embedding too is one tensor: the bits of an embedding beside it in the head's
+// format, and no byte more.
+TEST(PackedMatrices, TiedEmbeddingIsTheHead) {
+  const auto masters = make_weights(kWide, 8);
+  const ef::SelfCommunicator alone;
+  for (const auto format :
+       {WeightFormat::activation, WeightFormat::bfloat16, WeightFormat::half, WeightFormat::int8}) {
+    std::copy_n(masters->matrix(masters->head()).data(), kWide.vocabulary * kWide.features,
+                masters->matrix(masters->embedding()).data());
+    round_to(format, masters->matrix(masters->embedding()));
+    const auto apart = std::make_shared<ef::PackedDecoderWeights<float>>(kWide, format);
+    apart->pack(kOneThread, masters, alone);
+    if (format == WeightFormat::int8) apart->own_embedding();
+    const auto tied = std::make_shared<ef::PackedDecoderWeights<float>>(kWide, format);
+    tied->pack(kOneThread, masters, alone);
+    tied->tie_embedding();
+    tied->own_embedding();  // it has no other
+    ef::Decoder<float> one(tied, kOneThread), two(apart, kOneThread);
+    const auto logits = logits_of(one, {11});
+    EXPECT_TRUE(same_bits(logits, logits_of(two, {11})));
+    EXPECT_TRUE(same_bits(logits, logits_of(one, {4, 1, 6})));
+    EXPECT_EQ(two.weight_bytes() - one.weight_bytes(),
+              static_cast<std::size_t>(kWide.vocabulary) *
+                  (format == WeightFormat::int8 ? 72 + sizeof(float) : 72 * sizeof(float)));
+  }
+  ef::PackedDecoderWeights<float> none(kWide);
+  EXPECT_THROW(none.tie_embedding(), std::logic_error);
+  ef::ThreadCommunicator::run(2, [&](auto& communicator) {
+    ef::PackedDecoderWeights<float> divided(kWide);
+    divided.pack(kOneThread, masters, communicator);
+    expect_throws<std::invalid_argument>([&] { divided.tie_embedding(); },
+                                         {"the head is divided among 2 ranks"});
+  });
+}
+
 TEST(PackedMatrices, RefusesStorageThatIsNone) {
   using Weights = ef::PackedDecoderWeights<float>;
   expect_throws<std::invalid_argument>(

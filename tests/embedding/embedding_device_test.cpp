@@ -1,6 +1,7 @@
 // Embedding and its gradient on every device: rows to the bit, additions in the order of tokens to
 // the bit; on a GPU an id that is no row gives NaN and no gradient.
 #include <eigenformer/embedding.h>
+#include <eigenformer/linear.h>
 
 #include "device.h"
 
@@ -69,6 +70,33 @@ void check_int8_rows(Index tokens, Index features) {
                        device_scales.cview());
     ASSERT_TRUE(same_bits(y.host(), expected)) << tokens << " x " << features;
   });
+}
+
+template <typename Y, typename S>
+void check_packed_rows(Index features, const ef::Int8Packing& options = {}) {
+  const auto table = random_tensor<float, 2>({9, features}, 1);
+  const auto ids = random_ids<std::int32_t>(21, 9, 2);
+  ef::Tensor<Y, 2> expected(21, features);  // what a CPU reads
+  ef::embedding_into(Eigen::DefaultDevice{}, expected, ids, ef::pack_weight<S>(table, options));
+  for_each_device([&](const auto& bench) {
+    auto device_table = on_device(bench, table);
+    auto device_ids = on_device(bench, ids);
+    const auto packed = ef::pack_weight<S>(bench.device, device_table.cview(), options);
+    auto y = on_device(bench, poisoned_tensor<Y, 2>({21, features}));
+    ef::embedding_into(bench.device, y.view(), device_ids.cview(), packed);
+    ASSERT_TRUE(same_bits(y.host(), expected)) << features << ' ' << options.group_size;
+  });
+}
+
+TEST(EmbeddingOnDevice, RowsOfPackedWeights) {
+  for (Index features : {1, 16, 31, 33, 257}) {
+    check_packed_rows<float, float>(features);
+    check_packed_rows<ef::bfloat16, ef::bfloat16>(features);
+    check_packed_rows<float, ef::half>(features);
+    check_packed_rows<float, std::int8_t>(features);
+    check_packed_rows<ef::bfloat16, std::int8_t>(features, {.group_size = 32});
+  }
+  check_packed_rows<float, std::int8_t>(320, {.group_size = 64});
 }
 
 TEST(EmbeddingOnDevice, RowsOfInt8TimesTheirScales) {

@@ -1,6 +1,7 @@
 // Laws: rows are copied exactly, at every width, rank, scalar and ISA; the gradient adds rows in
 // the order of tokens whatever the threads; a bad id changes nothing.
 #include <eigenformer/embedding.h>
+#include <eigenformer/linear.h>
 #include <eigenformer/reference/embedding.h>
 
 #include "allocations.h"
@@ -49,6 +50,76 @@ TYPED_TEST(Embedding, CopiesRowsAtEveryWidth) {
         }
       });
     }
+}
+
+// More rows than a panel has, so that rows lie in the middle and at the end of panels.
+constexpr Index kManyRows = 131;
+
+TYPED_TEST(Embedding, RowsOfAPackedWeightAreThoseItWasPackedFrom) {
+  using T = TypeParam;
+  Threads threads(3);
+  for (Index features : {1, 2, 3, 7, 64, 257, 515}) {
+    const auto table = random_tensor<T, 2>({kManyRows, features}, 11);
+    const auto ids = random_ids(40, kManyRows, 12);
+    auto expected = poisoned_tensor<float, 2>({40, features});
+    ef::embedding_into(kHere, expected, ids, table);
+    for_each_isa([&](auto isa) {
+      const auto packed = ef::pack_weight<T>(on(isa), table);
+      auto y = poisoned_tensor<float, 2>({40, features});
+      ef::embedding_into(on(isa), y, ids, packed);
+      ASSERT_TRUE(same_bits(y, expected)) << isa.name << ' ' << features;
+    });
+    const auto packed = ef::pack_weight<T>(kHere, table);
+    auto narrow = poisoned_tensor<ef::bfloat16, 2>({40, features}), same = narrow;
+    ef::embedding_into(threads.device, narrow, ids, packed);
+    ef::embedding_into(kHere, same, ids, table);
+    ASSERT_TRUE(same_bits(narrow, same));
+  }
+}
+
+TEST(PackedEmbedding, RowsOfInt8TimesTheirScales) {
+  for (const Index group : {0, 32, 64, 128})
+    for (Index features : {1, 31, 33, 128, 300, 515}) {
+      const Index groups = group == 0 ? 1 : (features + group - 1) / group;
+      ef::Tensor<std::int8_t, 2> values(kManyRows, features);
+      for (Index i = 0; i < values.size(); ++i)
+        values.data()[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
+      ef::Tensor<float, 2> scales = random_tensor<float, 2>({kManyRows, groups}, 13).abs();
+      const auto ids = random_ids(40, kManyRows, 14);
+      ef::Tensor<float, 2> expected(40, features);
+      for (Index t = 0; t < 40; ++t)
+        for (Index j = 0; j < features; ++j)
+          expected(t, j) =
+              static_cast<float>(values(ids(t), j)) * scales(ids(t), group == 0 ? 0 : j / group);
+      const ef::TensorView<const float, 1> by_row(scales.data(), kManyRows);
+      for_each_isa([&](auto isa) {
+        const auto packed = group == 0
+                                ? ef::pack_weight(on(isa), values, by_row)
+                                : ef::pack_weight(on(isa), values, scales, {.group_size = group});
+        auto y = poisoned_tensor<float, 2>({40, features});
+        ef::embedding_into(on(isa), y, ids, packed);
+        ASSERT_TRUE(same_bits(y, expected)) << isa.name << ' ' << group << ' ' << features;
+      });
+    }
+}
+
+TEST(PackedEmbedding, RefusesOtherShapesIdsAndLayouts) {
+  const auto table = random_tensor<float, 2>({5, 6}, 15);
+  const auto packed = ef::pack_weight<float>(table);
+  const std::vector<std::int32_t> id{4}, foreign{5};
+  auto narrow = poisoned_tensor<float, 2>({1, 5}), y = poisoned_tensor<float, 2>({1, 6});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, narrow, id, packed); },
+                                       {"embedding: y has shape (1, 5)", "(5, 6)"});
+  expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, y, foreign, packed); },
+                                       {"id 5 at position 0"});
+  for_each_isa([&](auto isa) {
+    if (std::string_view(isa.name) == packed.layout().isa) return;
+    const auto other = ef::pack_weight<float>(on(isa), table);
+    if (other.layout() == packed.layout()) return;
+    expect_throws<std::invalid_argument>([&] { ef::embedding_into(kHere, y, id, other); },
+                                         {"embedding: weight was packed for", isa.name});
+  });
+  for (Index i = 0; i < y.size(); ++i) EXPECT_TRUE(std::isnan(y.data()[i]));
 }
 
 TYPED_TEST(Embedding, GradientAddsInTheOrderOfTokens) {

@@ -1,12 +1,15 @@
 /// \file
 /// CPU kernels of embedding: rows copied (and converted) from a table; bytes read and written, no
-/// arithmetic. Backward adds rows of grad_y to rows of grad_table in the order of tokens, each
+/// arithmetic. A row of a packed weight is a column of its panel, a unit of 4 bytes from each of
+/// its lines: for one token in ten that much memory moves, which beside the head's product of the
+/// same step is nothing. Backward adds rows of grad_y to rows of grad_table in the order of tokens, each
 /// thread a range of columns, so that equal ids meet in one fixed order.
 #pragma once
 
 #include "../core/rows.h"
 #include "../problem/embedding.h"
 #include "backend.h"
+#include "linear/pack.h"
 #include "vector/copy.h"
 #include "vector/quantize_line.h"
 
@@ -32,6 +35,39 @@ void execute(const Backend<D, Isa>& on, const problem::Int8Embedding<Y, Id>& p) 
       const Index id = static_cast<Index>(p.ids[token]);
       dequantize_line<Isa>(p.table + id * p.features, p.features, p.scales[id],
                            p.y + token * p.features);
+    }
+  });
+}
+
+template <typename D, typename Isa, typename Y, typename S, typename Id>
+void execute(const Backend<D, Isa>& on, const problem::PackedEmbedding<Y, S, Id>& p) {
+  using Dot = tile::Dot<S, S, Isa>;
+  constexpr Index kChunk = 256;  // a multiple of every group size but the whole depth
+  constexpr double kStridedCycles = 4;
+  require_layout(Isa{}, p.table, "embedding");
+  const Index depth = p.table.columns,
+              panel_size = tile::packed_steps<S>(Isa{}, depth) * Dot::step * Dot::columns;
+  const ScaleGroups groups(depth, p.table.group);
+  parallel_for(on, p.tokens, Cost{depth, kStridedCycles}, [&](Index first, Index last, int) {
+    alignas(64) S row[kChunk];
+    for (Index token = first; token < last; ++token) {
+      const Index id = static_cast<Index>(p.ids[token]), panel = id / Dot::columns,
+                  column = id % Dot::columns;
+      Y* y = p.y + token * depth;
+      for (Index k = 0; k < depth; k += kChunk, y += kChunk) {
+        const Index count = (std::min)(kChunk, depth - k);
+        tile::unpack_column<Dot>(p.table.data + panel * panel_size, column, k, count, row);
+        if constexpr (std::is_same_v<S, std::int8_t>) {
+          for (Index at = 0; at < count; at += groups.each) {
+            const Index group = (k + at) / groups.each;
+            dequantize_line<Isa>(
+                row + at, (std::min)(groups.each, count - at),
+                p.table.scales[(panel * groups.count + group) * Dot::columns + column], y + at);
+          }
+        } else {
+          copy_line<Isa>(row, y, count);
+        }
+      }
     }
   });
 }

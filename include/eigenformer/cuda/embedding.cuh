@@ -2,7 +2,7 @@
 /// CUDA kernels of embedding. Forward: one coalesced pass over the rows of y, 16 bytes per thread
 /// where alignment allows; bytes read and written, no arithmetic, so more than four fifths of the
 /// memory's bandwidth are expected, not measured yet. Of an INT8 table the same pass, with one
-/// multiplication per element.
+/// multiplication per element. A packed weight is rows here, so the same pass serves it.
 ///
 /// Backward: one block per token, of which those go on whose token is the first with its id. Such a
 /// block holds its row of the table in registers, walks the tokens that follow and adds those of
@@ -16,6 +16,7 @@
 #include <limits>
 
 #include "../problem/embedding.h"
+#include "linear_pack.cuh"
 #include "packs.cuh"
 
 namespace eigenformer {
@@ -76,6 +77,43 @@ void execute(const Backend<D>& on, const problem::Int8Embedding<Y, Id>& p) {
       on, "embedding of INT8", p.tokens, p.features,
       packs_fit<width>(p.y, p.features) && packs_fit<width>(p.table, p.features),
       Int8EmbeddingBody<Y, Id>{p});
+}
+
+template <typename Y, typename S, typename Id>
+struct PackedEmbeddingBody {
+  using Problem = problem::PackedEmbedding<Y, S, Id>;
+  static constexpr bool kScaled = std::is_same_v<S, std::int8_t>;
+  Problem p;
+
+  template <int W>
+  EIGENFORMER_DEVICE void operator()(WidthOf<W>, Index token, Index column) const {
+    using C = std::conditional_t<std::is_same_v<Y, S>, Y, typename Problem::compute>;
+    const Index id = static_cast<Index>(p.ids[token]), columns = p.table.columns;
+    Y* const y = p.y + token * columns + column;
+    if (id < 0 || id >= p.table.rows) {
+      Pack<Y, W> none;
+      for (int i = 0; i < W; ++i) none[i] = static_cast<Y>(std::numeric_limits<float>::quiet_NaN());
+      return store_pack(none, y);
+    }
+    auto values = load_pack<C, W>(p.table.data + id * packed_stride<S>(columns) + column);
+    if constexpr (kScaled) {
+      const Index group = p.table.group;  // 32 at least: a pack has one scale
+      const C scale = static_cast<C>(
+          p.table.scales[id * scale_groups(columns, group) + (group == 0 ? 0 : column / group)]);
+      for (int i = 0; i < W; ++i) values[i] *= scale;
+    }
+    store_pack(values, y);
+  }
+};
+
+template <typename D, typename Y, typename S, typename Id>
+void execute(const Backend<D>& on, const problem::PackedEmbedding<Y, S, Id>& p) {
+  require_rows(p.table, "embedding");
+  constexpr int width = pack_width<Y, S>;
+  launch_for_each_pack<width>(
+      on, "embedding of a packed weight", p.tokens, p.table.columns,
+      packs_fit<width>(p.y, p.table.columns) && packs_fit<width>(p.table.data, p.table.columns),
+      PackedEmbeddingBody<Y, S, Id>{p});
 }
 
 template <int Width, typename G, typename GY, typename Id>

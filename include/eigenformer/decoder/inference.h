@@ -147,6 +147,9 @@ class InferenceStep {
               embedding_into(device_, x, ids(), table);
             else if constexpr (std::is_same_v<Table, QuantizedEmbedding>)
               embedding_into(device_, x, ids(), table.values, table.scales);
+            else if constexpr (std::is_same_v<Table, TiedEmbedding>)
+              std::visit([&](const auto& head) { embedding_into(device_, x, ids(), head.weight); },
+                         weights_.head());
           },
           weights_.embedding());
     });

@@ -46,14 +46,17 @@ struct QuantizedEmbedding {
   TensorView<const float, 1> scales;        ///< (vocabulary)
 };
 
+/// An embedding that is the head: its rows come out of the packed head.
+struct TiedEmbedding {};
+
 /// T is the scalar of activations.
 template <FloatingScalar T>
 class PackedDecoderWeights {
  public:
-  /// (vocabulary, features), or INT8.
-  using Embedding =
-      std::variant<std::monostate, TensorView<const float, 2>, TensorView<const double, 2>,
-                   TensorView<const bfloat16, 2>, TensorView<const half, 2>, QuantizedEmbedding>;
+  /// (vocabulary, features), or INT8, or the head's rows.
+  using Embedding = std::variant<std::monostate, TensorView<const float, 2>,
+                                 TensorView<const double, 2>, TensorView<const bfloat16, 2>,
+                                 TensorView<const half, 2>, QuantizedEmbedding, TiedEmbedding>;
 
   /// Throws std::invalid_argument for an impossible shape, for int8 where T is double and for groups
   /// that are not.
@@ -161,8 +164,24 @@ class PackedDecoderWeights {
     owner_ = std::move(owner);
     embedding_memory_ = &memory;
   }
-  /// Replaces the embedding by a copy of its own in the memory of a device: INT8 with one scale per
-  /// token where `format`, that of the layers if none is given, says so; else in the scalar it has.
+  /// The head is the embedding as well, as packed: one tensor in memory, INT8 where the head is. It
+  /// must be whole, that of one rank. Throws std::logic_error where no head is packed yet.
+  void tie_embedding() {
+    std::visit(
+        [](const auto& shard) {
+          if (shard.out_features == 0)
+            detail::fail<std::logic_error>("PackedDecoderWeights: the head was not packed yet");
+          detail::require_that(shard.world_size == 1, kName, "the head is divided among ",
+                               shard.world_size, " ranks, an embedding has all rows");
+        },
+        head_);
+    embedding_.template emplace<TiedEmbedding>();
+    owner_.reset();
+    embedding_memory_ = &norm_.weight.memory();
+  }
+  /// Replaces the embedding, unless it is the head, by a copy of its own in the memory of a device:
+  /// INT8 with one scale per token where `format`, that of the layers if none is given, says so;
+  /// else in the scalar it has.
   template <Device D = Eigen::DefaultDevice>
   void own_embedding(const D& device = {}) {
     own_embedding(device, storage_.format);

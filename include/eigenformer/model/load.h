@@ -207,8 +207,7 @@ class ModelLoader {
                      TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
           });
     }
-    pack_one(
-        l, n.output, d, rows.count(0), [](auto& views) -> auto& { return views.output; });
+    pack_one(l, n.output, d, rows.count(0), [](auto& views) -> auto& { return views.output; });
   }
 
   /// One matrix of a layer; place(views) is where it belongs.
@@ -233,8 +232,7 @@ class ModelLoader {
       pack(l, views);
     };
     if (!m_.form.gated) {
-      pack_one(
-          l, n.up, hidden, d, [](auto& views) -> auto& { return views.up; });
+      pack_one(l, n.up, hidden, d, [](auto& views) -> auto& { return views.up; });
     } else if (m_.fused_gate_up) {
       matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d)
           .visit([&]<typename W>(const TensorView<const W, 2>& both) {
@@ -246,8 +244,7 @@ class ModelLoader {
                    up = matrix(of_layer(l, weight(n.up)), hidden, d);
       visit_matrices(pack_gated, gate, up);
     }
-    pack_one(
-        l, n.down, d, hidden, [](auto& views) -> auto& { return views.down; });
+    pack_one(l, n.down, d, hidden, [](auto& views) -> auto& { return views.down; });
   }
 
   // ---- embedding and head -----------------------------------------------------------------------
@@ -273,6 +270,8 @@ class ModelLoader {
       table(weight(n.positions), m_.form.positions).visit([&](const auto& positions) {
         weights_->set_positions(device_, positions);
       });
+    report();
+    if (m_.tied_head) return weights_->tie_embedding();
     struct Kept {
       StoredMatrix table;
       std::shared_ptr<const void> owner;

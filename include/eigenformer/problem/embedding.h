@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../core/rows.h"
+#include "packed_weight.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
@@ -31,6 +32,18 @@ struct Int8Embedding {
   const std::int8_t* table;  // (vocab, features)
   const float* scales;       // (vocab)
   Index tokens, features, vocab;
+};
+
+/// Rows of a packed weight, int8 times their scales: a head that is the embedding too.
+template <typename Y, typename S, typename Id>
+struct PackedEmbedding {
+  static constexpr bool kUsesTiles = true;  // as the packing does: both see one layout
+  using compute = std::conditional_t<std::is_same_v<S, std::int8_t>, compute_type<Y>,
+                                     detail::common_compute_type<Y, S>>;
+  Y* y;           // (tokens, features)
+  const Id* ids;  // (tokens)
+  PackedPanels<const S> table;
+  Index tokens;
 };
 
 template <typename G, typename GY, typename Id>

@@ -48,12 +48,7 @@ void execute(const Backend<D, Isa>& on, const problem::Linear<Y, X, W, Matrices,
 template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
 void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
   const problem::PackedPanels<const S>& weight = p.weight;
-  const problem::PanelLayout layout = panel_layout<S>(Isa{});
-  detail::require_that(weight.rows == 0 || weight.layout == layout,
-                       Gated ? "gated_linear" : "linear", "weight was packed for ",
-                       weight.layout.backend, " ", weight.layout.isa, " (panels of ",
-                       weight.layout.columns, "), these kernels read ", layout.backend, " ",
-                       layout.isa, " (panels of ", layout.columns, "): pack it again");
+  require_layout(Isa{}, weight, Gated ? "gated_linear" : "linear");
   using B = typename E::bias_scalar;
   const B* const bias = p.epilogue.bias;
   const PackedPanels<S> panels{weight.data};

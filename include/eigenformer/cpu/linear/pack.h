@@ -28,6 +28,18 @@ problem::PanelLayout panel_layout(Isa) {
           Dot::step, host_memory.backend};
 }
 
+/// A weight that was packed somewhere else is refused.
+template <typename S, typename Isa>
+void require_layout(Isa isa, const problem::PackedPanels<const S>& weight,
+                    std::string_view operation) {
+  const problem::PanelLayout layout = panel_layout<S>(isa);
+  detail::require_that(weight.rows == 0 || weight.layout == layout, operation,
+                       "weight was packed for ", weight.layout.backend, " ", weight.layout.isa,
+                       " (panels of ", weight.layout.columns, "), these kernels read ",
+                       layout.backend, " ", layout.isa, " (panels of ", layout.columns,
+                       "): pack it again");
+}
+
 /// (rows, columns) matrices as the packing takes them.
 template <typename W, int Matrices>
 WeightRows<W, Matrices> weight_rows(const W* const (&weights)[Matrices], Index rows,

@@ -241,6 +241,26 @@ void finish_panel(typename Dot::Stored* panel, Index steps) {
       panel[i] = static_cast<std::int8_t>(panel[i] ^ -128);  // w + 128
 }
 
+/// What was packed as k of [k, k + count) of one column of a panel; k is a multiple of the step.
+template <typename Dot>
+void unpack_column(const typename Dot::Stored* panel, Index column, Index k, Index count,
+                   typename Dot::Stored* to) {
+  using E = typename Dot::Stored;
+  if constexpr (std::is_same_v<E, half>) {
+    constexpr Index lanes = Dot::fragment / 2;
+    panel += k * Dot::columns + column / lanes * Dot::fragment + column % lanes;
+    for (Index at = 0; at < count; ++at) to[at] = panel[at / 2 * 2 * Dot::columns + at % 2 * lanes];
+  } else {
+    constexpr Index per_unit = sizeof(WeightUnit<E>) / sizeof(E);
+    panel += k * Dot::columns + column * per_unit;
+    for (Index at = 0; at < count; at += per_unit, panel += per_unit * Dot::columns)
+      std::memcpy(static_cast<void*>(to + at), panel,
+                  static_cast<std::size_t>((std::min)(per_unit, count - at)) * sizeof(E));
+  }
+  if constexpr (unsigned_weights<Dot>)
+    for (Index at = 0; at < count; ++at) to[at] = static_cast<E>(to[at] ^ -128);
+}
+
 /// Packs k of [k, k + count) of one panel, zeros up to `steps` steps; k is a multiple of the step.
 template <typename Dot, typename Isa, typename Rows>
 void pack_panel(Isa isa, const Rows& weights, Index panel, Index k, Index count, Index steps,
