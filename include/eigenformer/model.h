@@ -73,11 +73,12 @@ class Model {
     detail::require_that(tokens >= 0, "make_cache", "tokens is ", tokens, ", expected 0 or more");
     detail::require_that(page_size >= 1, "make_cache", "page_size is ", page_size,
                          ", expected 1 or more");
-    return PagedKvCache<T>({.layers = c.layers,
-                            .kv_heads = c.kv_heads,
-                            .head_dim = c.head_dim,
-                            .page_size = page_size,
-                            .page_count = tokens / page_size + (tokens % page_size != 0 ? 1 : 0)});
+    const PagedKvConfig pages{.layers = c.layers,
+                              .kv_heads = c.kv_heads,
+                              .head_dim = c.head_dim,
+                              .page_size = page_size,
+                              .page_count = tokens / page_size + (tokens % page_size != 0 ? 1 : 0)};
+    return PagedKvCache<T>(pages, memory_of(*device_));
   }
 
   /// Logits after every one of the tokens (tokens, vocabulary). Throws std::invalid_argument for an

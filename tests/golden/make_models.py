@@ -3,7 +3,7 @@
     python3 -m venv v && v/bin/pip install torch transformers numpy && v/bin/python tests/golden/make_models.py
 
 Weights are not stored: element i of a tensor is a function of its name and i (weight() here, in C++ in
-tests/model/families.cpp), so that a model is its config.json, the names and shapes of its tensors, some ids,
+tests/model/family_files.h), so that a model is its config.json, the names and shapes of its tensors, some ids,
 the logits after each of them, and the 64 tokens that greedy decoding adds.
 """
 import json

@@ -8,9 +8,8 @@
 #include <set>
 
 #include "allocations.h"
-#include "compare.h"
-#include "gguf_writer.h"
-#include "model_files.h"
+#include "device.h"
+#include "family_files.h"
 
 using namespace eigenformer_test;
 
@@ -250,63 +249,6 @@ TEST_F(Stories, BadTokensAreRefused) {
 
 // ---- families -----------------------------------------------------------------------------------
 
-/// Element i of the tensor of this name, as golden/make_models.py has it.
-class Weights {
- public:
-  Weights(std::string_view name, bool matrix)
-      : matrix_(matrix), mean_(!matrix && name.ends_with("weight") ? 1.0 : 0.0) {
-    for (const char c : name)
-      seed_ = (seed_ ^ static_cast<unsigned char>(c)) * std::uint64_t{0x100000001b3};
-  }
-  float operator()(std::uint64_t i) const {
-    std::uint64_t z = seed_ + (i + 1) * std::uint64_t{0x9e3779b97f4a7c15};
-    z = (z ^ (z >> 30)) * std::uint64_t{0xbf58476d1ce4e5b9};
-    z = (z ^ (z >> 27)) * std::uint64_t{0x94d049bb133111eb};
-    z ^= z >> 31;
-    const double u = static_cast<double>(z >> 40) / 16777216.0 - 0.5;
-    return static_cast<float>(matrix_ ? u * 2 : u * 0.5 + mean_);
-  }
-
- private:
-  bool matrix_;
-  double mean_;
-  std::uint64_t seed_ = 0xcbf29ce484222325;
-};
-
-template <typename T>
-constexpr const char* kDtype = "F32";
-template <>
-constexpr const char* kDtype<ef::bfloat16> = "BF16";
-
-/// A model of golden/models.json as a folder of files, its weights in T.
-template <typename T>
-void write_family(const Folder& folder, const nlohmann::json& model) {
-  folder.write("config.json", model.at("config").dump());
-  folder.write(
-      "tokenizer.json",
-      R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []})");
-  nlohmann::json header;
-  std::string data;
-  for (const auto& tensor : model.at("tensors")) {
-    const auto name = tensor[0].get<std::string>();
-    const auto shape = tensor[1].get<std::vector<std::uint64_t>>();
-    const Weights weights(name, shape.size() > 1);
-    const std::size_t begin = data.size();
-    const auto count =
-        std::accumulate(shape.begin(), shape.end(), std::uint64_t{1}, std::multiplies<>());
-    for (std::uint64_t i = 0; i < count; ++i) {
-      const T value = static_cast<T>(weights(i));
-      data.append(reinterpret_cast<const char*>(&value), sizeof(T));
-    }
-    header[name] = {{"dtype", kDtype<T>}, {"shape", shape}, {"data_offsets", {begin, data.size()}}};
-  }
-  std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  const std::uint64_t length = text.size();
-  folder.write("model.safetensors",
-               std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + text + data);
-}
-
 const std::vector<std::int32_t> kIds{3, 17, 5, 29, 8, 8, 21, 1, 30, 12};
 
 /// Logits of kIds, in chunks of two lengths, beside a sequence of padding-free neighbours.
@@ -329,8 +271,7 @@ ef::Tensor<float, 2> ragged_logits(ef::Model<float>& model) {
 }
 
 TEST(Families, AreThoseOfTransformers) {
-  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
-  const auto models = nlohmann::json::parse(file);
+  const auto models = golden_file("models.json");
   ASSERT_GT(models.size(), 25u);
   for (const auto& [name, golden] : models.items()) {
     SCOPED_TRACE(name);
@@ -374,60 +315,26 @@ TEST(Families, ATableOfPositionsEndsTheText) {
       [&] { ef::generate(model, std::vector<std::int32_t>(positions + 1), {}); }, {"generate"});
 }
 
+#if defined(EIGENFORMER_TEST_BLOCKS)
+TEST(Families, RunOnADevice) {
+  const auto models = golden_file("models.json");
+  for_each_gpu([&](const auto& bench) {
+    for (const char* const name : {"gemma3", "falcon_new", "gpt2"}) {
+      SCOPED_TRACE(name);
+      const Folder folder;
+      write_family<float>(folder, models.at(name));
+      auto here = ef::load_model<float>(folder.path());
+      auto there = ef::load_model<float>(bench.device, folder.path());
+      EXPECT_LT(relative_error(there.logits(kIds), to_double(here.logits(kIds))), 1e-5);
+      const auto greedy = models.at(name).at("greedy").template get<std::vector<std::int32_t>>();
+      EXPECT_EQ(ef::generate(there, kIds, {.max_new_tokens = 4, .chunk = 7}),
+                std::vector<std::int32_t>(greedy.begin(), greedy.begin() + 4));
+    }
+  });
+}
+#endif
+
 // ---- the same in GGUF ---------------------------------------------------------------------------
-
-/// Values of a tensor of golden/gguf_models.json: given, or those of tensors of the model, one
-/// below the other, with what the converter has done to them.
-std::vector<float> converted(const nlohmann::json& tensor, const nlohmann::json& shapes) {
-  const nlohmann::json& origin = tensor.at(1);
-  if (origin.contains("values")) return origin.at("values").get<std::vector<float>>();
-  std::vector<float> source;
-  std::size_t rows = 0;
-  for (const auto& name : origin.at("of")) {
-    const auto shape = shapes.at(name.get<std::string>()).get<std::vector<std::size_t>>();
-    const std::size_t columns = shape.size() > 1 ? shape[1] : 1;
-    const Weights weights(name.get<std::string>(), shape.size() > 1);
-    const bool transposed = origin.contains("transposed");
-    for (std::size_t i = 0; i < shape[0] * columns; ++i)
-      source.push_back(weights(transposed ? i % shape[0] * columns + i / shape[0] : i) +
-                       origin.value("plus", 0.0f));
-    rows += transposed ? columns : shape[0];
-  }
-  if (!origin.contains("rows")) return source;
-  std::vector<float> ordered;
-  const auto columns = static_cast<std::ptrdiff_t>(source.size() / rows);
-  for (const auto& row : origin.at("rows")) {
-    const auto first = source.begin() + row.get<std::ptrdiff_t>() * columns;
-    ordered.insert(ordered.end(), first, first + columns);
-  }
-  return ordered;
-}
-
-void write_vocabulary(GgufWriter& writer) {
-  writer.text("tokenizer.ggml.model", "gpt2");
-  writer.text("tokenizer.ggml.pre", "gpt-2");
-  std::vector<std::string> tokens;
-  for (int i = 0; i < 32; ++i) tokens.push_back(std::string(1, static_cast<char>('A' + i)));
-  writer.texts("tokenizer.ggml.tokens", tokens);
-  writer.texts("tokenizer.ggml.merges", {});
-}
-
-/// A model of golden/gguf_models.json as llama.cpp's converter wrote it.
-std::string gguf_of(const nlohmann::json& golden, const nlohmann::json& model) {
-  GgufWriter writer;
-  for (const auto& [key, value] : golden.at("metadata").items()) writer.value(key, value);
-  write_vocabulary(writer);
-  nlohmann::json shapes;
-  for (const auto& tensor : model.at("tensors")) shapes[tensor[0].get<std::string>()] = tensor[1];
-  for (const auto& [name, tensor] : golden.at("tensors").items())
-    writer.tensor(name, tensor.at(0).get<std::vector<std::uint64_t>>(), converted(tensor, shapes));
-  return writer.file();
-}
-
-nlohmann::json golden_file(const char* name) {
-  std::ifstream file(std::string(EIGENFORMER_GOLDEN_DIR "/") + name);
-  return nlohmann::json::parse(file);
-}
 
 TEST(GgufFamilies, AreThoseOfTheirFolders) {
   const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");

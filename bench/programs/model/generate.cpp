@@ -6,6 +6,7 @@
 #include "../demo/progress.h"
 #include "chat.h"
 #include "loading.h"
+#include "machine.h"
 
 namespace {
 
@@ -36,6 +37,7 @@ constexpr const char* kUsage =
   --presence-penalty F     subtracted where a token was written (0: none)
   --seed N          of the draws (default 0)
   --ids             writes ids of tokens in place of their text
+  --device NAME     cpu or cuda (default: what the program was built for)
   --json            one JSON object a text, with text, ids and rates
   --help            this text
 )";
@@ -44,7 +46,7 @@ volatile std::sig_atomic_t stopped = 0;
 
 struct Options {
   programs::ModelOptions model;
-  std::string prompt, system;
+  std::string prompt, system, device = programs::kDevice;
   long tokens = -1, context = 0, top_k = 0, seed = 0;
   double temperature = 0, top_p = 1, min_p = 0, typical_p = 1;
   double repetition = 1, frequency = 0, presence = 0;
@@ -66,6 +68,7 @@ struct Options {
     line.number("--frequency-penalty", frequency);
     line.number("--presence-penalty", presence);
     line.integer("--seed", 0, 1L << 62, seed);
+    line.text("--device", device);
     line.flag("--json", json);
     line.flag("--ids", ids);
   }
@@ -200,7 +203,10 @@ int main(int argc, char** argv) {
   line.parse(argc, argv);
   options.model.check(line);
   if (!options.chat && !options.system.empty()) line.fail("--system goes with --chat");
+  if (options.device != "cpu" && options.device != "cuda")
+    line.fail("--device takes cpu or cuda, not \"" + options.device + "\"");
   try {
+    if (options.device != programs::kDevice) programs::run_on_other_device(argv);
     const auto model = programs::load(options.model, stderr);
     stop_on_interrupt();
     return options.chat ? chat(options, *model) : continue_text(options, *model);

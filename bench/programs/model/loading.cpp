@@ -1,26 +1,17 @@
 #include "loading.h"
 
-#include <algorithm>
-#include <thread>
-
 #include "../demo/progress.h"
+#include "machine.h"
 
 namespace programs {
 namespace {
 
-/// The threads come first: the model works on them until it is gone.
-struct Threads {
-  explicit Threads(int count) : pool(count), device(&pool, count) {}
-  Eigen::ThreadPool pool;
-  Eigen::ThreadPoolDevice device;
-};
-
 template <typename T>
 class ModelOf final : public LoadedModel {
  public:
-  ModelOf(std::unique_ptr<Threads> threads, const ModelOptions& options, const ef::LoadOptions& how)
-      : threads_(std::move(threads)),
-        model_(ef::load_model<T>(threads_->device, options.path, how)),
+  ModelOf(const ModelOptions& options, const ef::LoadOptions& how)
+      : machine_(std::make_unique<Machine>(options.threads)),
+        model_(ef::load_model<T>(machine_->device, options.path, how)),
         generator_(model_) {}
 
   const ef::ModelConfig& config() const override { return model_.config(); }
@@ -34,18 +25,17 @@ class ModelOf final : public LoadedModel {
   }
   ef::Index reused() const override { return generator_.reused(); }
   std::size_t weight_bytes() const { return model_.weight_bytes(); }
+  const Machine& machine() const { return *machine_; }
 
  private:
-  std::unique_ptr<Threads> threads_;
-  ef::Model<T, Eigen::ThreadPoolDevice> model_;
-  ef::TextGenerator<T, Eigen::ThreadPoolDevice> generator_;
+  using Device = decltype(Machine::device);
+  std::unique_ptr<Machine> machine_;  // the model works on it until it is gone
+  ef::Model<T, Device> model_;
+  ef::TextGenerator<T, Device> generator_;
 };
 
 template <typename T>
 std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log) {
-  const int count = options.threads > 0
-                        ? static_cast<int>(options.threads)
-                        : (std::max)(1, static_cast<int>(std::thread::hardware_concurrency()));
   const auto start = demo::Clock::now();
   const bool terminal = ::isatty(fileno(log)) != 0;
   ef::LoadOptions how;
@@ -59,14 +49,14 @@ std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log
                  seconds * (1 - fraction) / fraction, done == total ? "\n" : "");
     std::fflush(log);
   };
-  auto model = std::make_unique<ModelOf<T>>(std::make_unique<Threads>(count), options, how);
+  auto model = std::make_unique<ModelOf<T>>(options, how);
   const auto& shape = model->config().shape;
   std::fprintf(log,
                "%s: %td layers, %td features, %td tokens of vocabulary; %.1f MB of weights, loaded "
-               "in %.2f s; %s kernels, %d threads\n",
+               "in %.2f s; %s\n",
                model->config().family.c_str(), shape.layers, shape.features, shape.vocabulary,
                static_cast<double>(model->weight_bytes()) / 1e6, demo::seconds_since(start),
-               ef::isa::best::name, count);
+               model->machine().text().c_str());
   return model;
 }
 

@@ -35,6 +35,13 @@ reused=$(sed -n '2s/.*"prompt_tokens_reused":\([0-9]*\).*/\1/p' "$work/answers")
 first=$(sed -n '1s/.*"prompt_ids":\[\([^]]*\).*/\1/p' "$work/answers" | tr , '\n' | wc -l)
 [ "$reused" = $((first + 11)) ] || fail "generate --chat found $reused tokens in its cache, of $first and 12"
 "$programs/generate" --model "$work/chat" --chat --prompt "Hello" --tokens 5 >"$work/answer" || fail "generate --chat --prompt"
+# A GPU's program is another, which lies beside it.
+cp "$programs/generate" "$work/generate"
+"$work/generate" --model "$model" --device cuda 2>&1 | grep -q EIGENFORMER_CUDA || fail "generate --device cuda without a program for it"
+printf '#!/bin/sh\necho "on a GPU: $*"\n' >"$work/generate_cuda"
+chmod +x "$work/generate_cuda"
+[ "$("$work/generate" --model M --device cuda)" = "on a GPU: --model M --device cuda" ] || fail "generate --device cuda"
+if "$programs/generate" --model "$model" --device other 2>/dev/null; then fail "an unknown device"; fi
 if "$programs/generate" --model "$model/none" 2>/dev/null; then fail "a model that is not there"; fi
 if "$programs/generate" --nonsense 2>/dev/null; then fail "an unknown option"; fi
 "$programs/generate" --help | grep -q -- --prompt || fail "generate --help"

@@ -129,8 +129,12 @@ class TextGenerator {
   std::int32_t draw(const SamplingParams& params, Philox& random) {
     SampleStatus status = SampleStatus::ok;
     std::int32_t token = 0;
-    sample_into(model_.device(), TensorView<std::int32_t, 1>(&token, 1), logits_, params, random,
-                {&status, 1});
+    const TensorView<std::int32_t, 1> drawn(&token, 1);
+    const std::span<SampleStatus> statuses(&status, 1);
+    if constexpr (CpuDevice<D>)
+      sample_into(model_.device(), drawn, logits_, params, random, statuses);
+    else  // a GPU's logits have come to the host
+      sample_into(Eigen::DefaultDevice{}, drawn, logits_, params, random, statuses);
     detail::require_good_rows(kName, {&status, 1});
     return token;
   }
