@@ -207,16 +207,16 @@ class ModelLoader {
                      TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
           });
     }
-    pack_one(l, n.output, d, rows.count(0), [](auto& views) -> auto& { return views.output; });
+    pack_one(l, n.output, d, rows.count(0), [](auto& views) { return &views.output; });
   }
 
-  /// One matrix of a layer; place(views) is where it belongs.
+  /// One matrix of a layer; place(views) points to where it belongs.
   template <typename Place>
   void pack_one(Index l, const std::string& name, Index rows, Index columns, Place&& place) {
     matrix(of_layer(l, weight(name)), rows, columns)
         .visit([&]<typename W>(const TensorView<const W, 2>& view) {
           DecoderLayerViews<W, float> views;
-          place(views).emplace(view);
+          place(views)->emplace(view);
           pack(l, views);
         });
   }
@@ -232,7 +232,7 @@ class ModelLoader {
       pack(l, views);
     };
     if (!m_.form.gated) {
-      pack_one(l, n.up, hidden, d, [](auto& views) -> auto& { return views.up; });
+      pack_one(l, n.up, hidden, d, [](auto& views) { return &views.up; });
     } else if (m_.fused_gate_up) {
       matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d)
           .visit([&]<typename W>(const TensorView<const W, 2>& both) {
@@ -244,7 +244,7 @@ class ModelLoader {
                    up = matrix(of_layer(l, weight(n.up)), hidden, d);
       visit_matrices(pack_gated, gate, up);
     }
-    pack_one(l, n.down, d, hidden, [](auto& views) -> auto& { return views.down; });
+    pack_one(l, n.down, d, hidden, [](auto& views) { return &views.down; });
   }
 
   // ---- embedding and head -----------------------------------------------------------------------
