@@ -8,6 +8,7 @@
 ///   relu(x) = max(x, 0)
 ///   softcap(x) = cap tanh(scale x / cap), or scale x where cap is 0          (Gemma Team, "Gemma 2", 2024), of logits
 ///   swiglu(gate, up) = silu(gate) * up,   geglu(gate, up) = gelu(gate) * up  (Shazeer, "GLU Variants Improve Transformer", 2020)
+///   clamped_swiglu(gate, up) = (up' + 1) * g * sigmoid(alpha * g)            (gpt-oss, 2025), g = min(gate, limit), up' = up within [-limit, limit]
 ///
 /// The gated forms take gate and up of one shape, or one fused tensor (..., 2 * features) whose
 /// rows are [gate | up], as one matrix product leaves them; the result is (..., features).
@@ -40,6 +41,11 @@ enum class GeluApproximation { none, tanh };
 struct SoftcapOptions {
   float cap = 0;    ///< results stay within (-cap, cap); 0 means no cap
   float scale = 1;  ///< multiplies x
+};
+
+struct ClampedSwigluOptions {
+  float alpha = 1.702f;  ///< of the sigmoid
+  float limit = 7.0f;    ///< gate is at most this, up within it on both sides
 };
 
 struct GeluOptions {
@@ -461,6 +467,34 @@ void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, c
     detail::run(device,
                 detail::gated_backward_problem<F>("geglu_backward", grad_gate_up, grad_y, gate_up));
   });
+}
+
+// ---- clamped swiglu -----------------------------------------------------------------------------
+
+/// y = (up' + 1) * g * sigmoid(alpha * g), of the fused tensor (rows, [gate | up]). Throws
+/// std::invalid_argument for an alpha that is not finite and a limit that is not positive. It has no
+/// backward form.
+template <Device D, typename Y, typename Fused>
+void clamped_swiglu_into(const D& device, Y&& y, const Fused& gate_up,
+                         const ClampedSwigluOptions& options = {}) {
+  constexpr auto name = "clamped_swiglu";
+  auto to = output_view<2>(y);
+  const auto from = input_view<2>(gate_up);
+  detail::require_floating_scalars<decltype(to), decltype(from)>();
+  detail::checked_size(name, "gate_up", from);
+  const Index rows = to.dimension(0), features = to.dimension(1);
+  detail::require_that(
+      from.dimension(0) == rows && from.dimension(1) % 2 == 0 && from.dimension(1) / 2 == features,
+      name, "gate_up has shape ", detail::shape_text(from), ", y has shape ",
+      detail::shape_text(to), ", expected twice as many columns");
+  detail::require_that(std::isfinite(options.alpha), name, "alpha is ", options.alpha,
+                       ", expected a finite number");
+  detail::require_that(options.limit > 0, name, "limit is ", options.limit,
+                       ", expected a positive number");
+  using Problem = problem::ClampedSwiglu<scalar_of<Y>, scalar_of<Fused>>;
+  using C = typename Problem::compute;
+  detail::run(device, Problem{to.data(), from.data(), rows, features, static_cast<C>(options.alpha),
+                              static_cast<C>(options.limit)});
 }
 
 // ---- residual -----------------------------------------------------------------------------------

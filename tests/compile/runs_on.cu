@@ -100,6 +100,7 @@ const Part kParts[] = {
     part<Activation<Silu, F, F>>("activation", "functions"),
     part<ActivationBackward<Silu, F, F, F>>("activation", "gradients"),
     part<Softcap<F, F>>("activation", "softcap"),
+    part<ClampedSwiglu<F, F>>("activation", "clamped gated"),
     part<Gated<Silu, F, F, F>>("activation", "gated"),
     part<GatedBackward<Silu, F, F, F, F, F>>("activation", "gated gradients"),
     part<ResidualAdd<F, F, F>>("activation", "residual"),

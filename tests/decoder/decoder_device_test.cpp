@@ -425,6 +425,16 @@ std::vector<NamedForm> forms_of_families() {
   gpt_oss.sinks = true;
   gpt_oss.ropes = {ef::yarn_rope(6, 10000, {.factor = 4, .trained_length = 8})};
   gpt_oss.layers = {{.window = 3}, {}, {.window = 3}};
+  gpt_oss.experts = {.count = 4,
+                     .chosen = 2,
+                     .hidden = 10,
+                     .routing = {.scores = ef::ExpertScores::softmax_of_chosen}};
+  gpt_oss.activation = ef::DecoderActivation::clamped_swiglu;
+  gpt_oss.feed_forward_bias = true;
+  ef::DecoderForm qwen2_moe;
+  qwen2_moe.experts = {
+      .count = 5, .chosen = 2, .hidden = 9, .shared_hidden = 7, .shared_gate = true};
+  qwen2_moe.layers = {{}, {.dense = true}, {}};
   ef::DecoderForm biases;
   biases.feed_forward_bias = true;
   ef::DecoderForm plain = layer_norm();
@@ -432,7 +442,8 @@ std::vector<NamedForm> forms_of_families() {
           {"granite", granite},     {"gpt_neox", gpt_neox, true},
           {"cohere", cohere},       {"phi", phi, true},
           {"gpt2", gpt2, true},     {"gpt_oss", gpt_oss, true},
-          {"biases", biases, true}, {"plain", plain}};
+          {"qwen2_moe", qwen2_moe}, {"biases", biases, true},
+          {"plain", plain}};
 }
 
 /// Logits of a form are the CPU's, the same bits in ragged chunks and whole.

@@ -101,6 +101,36 @@ TEST(DecoderForms, Sinks) {
   expect_equals_reference(form, false, 70);
 }
 
+TEST(DecoderForms, Experts) {
+  ef::DecoderForm form;
+  form.experts = {.count = 6, .chosen = 2, .hidden = 9, .routing = {.normalise = true}};
+  expect_equals_reference(form, false, 100);
+  // A shared expert with a gate, and a layer without experts.
+  form.experts.shared_hidden = 7;
+  form.experts.shared_gate = true;
+  form.experts.routing.normalise = false;
+  form.layers = {{}, {.dense = true}, {}};
+  expect_equals_reference(form, false, 110);
+  form.experts.shared_gate = false;
+  form.experts.routing = {
+      .scores = ef::ExpertScores::sigmoid, .scale = 2, .groups = 3, .kept_groups = 2};
+  form.activation = ef::DecoderActivation::gelu_tanh;
+  expect_equals_reference(form, true, 120);
+}
+
+TEST(DecoderForms, ExpertsWithBiasesAndClamps) {
+  ef::DecoderForm form;
+  form.experts = {.count = 4,
+                  .chosen = 3,
+                  .hidden = 10,
+                  .routing = {.scores = ef::ExpertScores::softmax_of_chosen}};
+  form.activation = ef::DecoderActivation::clamped_swiglu;
+  form.clamped_swiglu = {.alpha = 1.5f, .limit = 0.8f};
+  form.feed_forward_bias = true;
+  form.sinks = true;
+  expect_equals_reference(form, true, 130);
+}
+
 TEST(DecoderForms, RefuseWhatCannotBe) {
   const auto refused = [](auto&& change, const std::vector<std::string>& words) {
     ef::DecoderForm form;
@@ -125,6 +155,17 @@ TEST(DecoderForms, RefuseWhatCannotBe) {
       {"NormPlacement::before"});
   refused([](Form& f) { f.ropes = {{.rotary_dim = 8}}; }, {"rotary_dim is 8"});
   refused([](Form& f) { f.activation = ef::DecoderActivation::relu; }, {"gated ReLU"});
+  refused([](Form& f) { f.experts = {.count = 4, .chosen = 5, .hidden = 3}; }, {"k is 5"});
+  refused([](Form& f) { f.experts = {.count = 4, .chosen = 2}; }, {"experts.hidden is 0"});
+  refused([](Form& f) { f.experts.count = -1; }, {"experts.count is -1"});
+  refused([](Form& f) { f.experts = {.count = 4, .chosen = 1, .hidden = 3, .shared_gate = true}; },
+          {"shared_gate", "no shared expert"});
+  refused(
+      [](Form& f) {
+        f.gated = false;
+        f.experts = {.count = 4, .chosen = 1, .hidden = 3};
+      },
+      {"not gated"});
 
   const ef::SelfCommunicator alone;
   const RandomDecoder random({}, false, 80);
@@ -147,6 +188,25 @@ TEST(DecoderForms, RefuseWhatCannotBe) {
   rest.down.emplace(*random.tensors.layers[0].down);
   for (Index l = 0; l < kLayers; ++l) weights.pack_layer(kOneThread, l, rest, alone);
   weights.require_complete();
+  rest.expert = 0;
+  expect_throws<std::invalid_argument>([&] { weights.pack_layer(kOneThread, 1, rest, alone); },
+                                       {"expert is 0, layer 1 has 0"});
+
+  // One expert of one layer is missing.
+  ef::DecoderForm form;
+  form.experts = {.count = 3, .chosen = 1, .hidden = 5};
+  const RandomDecoder mixed(form, false, 140);
+  const auto all = mixed.packed<float>(kOneThread, form, ef::WeightFormat::activation);
+  all->require_complete();
+  ef::PackedDecoderWeights<float> some(kShape, ef::WeightFormat::activation, form);
+  for (Index l = 0; l < kLayers; ++l) {
+    some.pack_layer(kOneThread, l, mixed.tensors.layers[static_cast<std::size_t>(l)], alone);
+    for (const auto& expert : mixed.tensors.experts[static_cast<std::size_t>(l)])
+      if (l != 1 || expert.expert != 1) some.pack_layer(kOneThread, l, expert, alone);
+  }
+  some.pack_head(kOneThread, *mixed.tensors.norm, *mixed.tensors.head, alone);
+  some.set_embedding(*mixed.tensors.embedding, nullptr);
+  expect_throws<std::logic_error>([&] { some.require_complete(); }, {"was not packed"});
 }
 
 TEST(DecoderForms, PositionsEndWithTheirTable) {

@@ -32,9 +32,7 @@ class RandomDecoder {
       matrix(v.key, kv, kFeatures);
       matrix(v.value, kv, kFeatures);
       matrix(v.output, kFeatures, q);
-      if (form.gated) matrix(v.gate, kHidden, kFeatures);
-      matrix(v.up, kHidden, kFeatures);
-      matrix(v.down, kFeatures, kHidden);
+      feed_forward(v, form, form.hidden(kShape, l), biases);
       vector(v.attention_norm, kFeatures, 1);
       vector(v.feed_forward_norm, kFeatures, 1);
       vector(v.after_attention_norm, kFeatures, 1);
@@ -50,10 +48,8 @@ class RandomDecoder {
         vector(v.key_bias, kv, 0);
         vector(v.value_bias, kv, 0);
         vector(v.output_bias, kFeatures, 0);
-        vector(v.down_bias, kFeatures, 0);
-        if (form.feed_forward_bias && form.gated) vector(v.gate_bias, kHidden, 0);
-        if (form.feed_forward_bias) vector(v.up_bias, kHidden, 0);
       }
+      experts(v, form, l, biases);
       vector(v.sinks, kHeads, 0);
       tensors.layers.push_back(v);
     }
@@ -71,8 +67,11 @@ class RandomDecoder {
                                                       ef::WeightFormat format) const {
     auto p = std::make_shared<ef::PackedDecoderWeights<T>>(kShape, format, form);
     const ef::SelfCommunicator alone;
-    for (Index l = 0; l < kLayers; ++l)
+    for (Index l = 0; l < kLayers; ++l) {
       p->pack_layer(device, l, tensors.layers[static_cast<std::size_t>(l)], alone);
+      for (const auto& expert : tensors.experts[static_cast<std::size_t>(l)])
+        p->pack_layer(device, l, expert, alone);
+    }
     p->pack_head(device, *tensors.norm, *tensors.head, alone);
     if (tensors.norm_bias) p->set_norm_bias(device, *tensors.norm_bias);
     if (tensors.head_bias) p->set_head_bias(device, *tensors.head_bias);
@@ -86,6 +85,32 @@ class RandomDecoder {
   ef::reference::DecoderTensors tensors;
 
  private:
+  void feed_forward(ef::DecoderLayerViews<float>& v, const ef::DecoderForm& form, Index hidden,
+                    bool biases) {
+    if (hidden == 0) return;
+    if (form.gated) matrix(v.gate, hidden, kFeatures);
+    matrix(v.up, hidden, kFeatures);
+    matrix(v.down, kFeatures, hidden);
+    if (!biases) return;
+    vector(v.down_bias, kFeatures, 0);
+    if (form.feed_forward_bias && form.gated) vector(v.gate_bias, hidden, 0);
+    if (form.feed_forward_bias) vector(v.up_bias, hidden, 0);
+  }
+  void experts(ef::DecoderLayerViews<float>& v, const ef::DecoderForm& form, Index l, bool biases) {
+    tensors.experts.emplace_back();
+    if (!form.has_experts(l)) return;
+    const ef::DecoderExperts& e = form.experts;
+    matrix(v.router, e.count, kFeatures);
+    if (biases) vector(v.router_bias, e.count, 0);
+    if (e.routing.scores == ef::ExpertScores::sigmoid) vector(v.router_correction, e.count, 0);
+    if (e.shared_gate) matrix(v.shared_gate, 1, kFeatures);
+    for (Index i = 0; i < e.count; ++i) {
+      ef::DecoderLayerViews<float>& one = tensors.experts.back().emplace_back();
+      one.expert = i;
+      feed_forward(one, form, e.hidden, biases);
+    }
+  }
+
   float* fill(Index size, float mean, double spread) {
     values_.push_back(random_tensor<float, 1>({size}, seed_++, spread));
     for (Index i = 0; i < size; ++i) values_.back()(i) += mean;

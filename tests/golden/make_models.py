@@ -4,7 +4,8 @@
 
 Weights are not stored: element i of a tensor is a function of its name and i (weight() here, in C++ in
 tests/model/family_files.h), so that a model is its config.json, the names and shapes of its tensors, some ids,
-the logits after each of them, and the 64 tokens that greedy decoding adds.
+the logits after each of them, and the 64 tokens that greedy decoding adds. Experts are so many that rounding to bfloat16 or INT8
+changes no choice of these tokens: another expert's result would be no rounding error.
 """
 import json
 import pathlib
@@ -39,6 +40,15 @@ FAMILIES = {
     "qwen2": (t.Qwen2Config, without()),
     "qwen2_windows": (t.Qwen2Config, without(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     "qwen3": (t.Qwen3Config, without(head_dim=6)),
+    "mixtral": (t.MixtralConfig, without(num_local_experts=3, num_experts_per_tok=2)),
+    "qwen2_moe": (t.Qwen2MoeConfig, without(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=9,
+                                            shared_expert_intermediate_size=11, mlp_only_layers=[1])),
+    "qwen3_moe": (t.Qwen3MoeConfig, without(head_dim=6, num_experts=6, num_experts_per_tok=3, moe_intermediate_size=9, norm_topk_prob=True,
+                                            decoder_sparse_step=2)),
+    "qwen3_moe_windows": (t.Qwen3MoeConfig, without(head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=9,
+                                                    use_sliding_window=True, sliding_window=4)),
+    "gpt_oss": (t.GptOssConfig, without(head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, swiglu_limit=1.0,
+                                        rope_parameters=dict(YARN, beta_fast=32.0, beta_slow=1.0, truncate=False))),
     "gemma": (t.GemmaConfig, without(head_dim=6)),
     "gemma2": (t.Gemma2Config, without(head_dim=6, query_pre_attn_scalar=10, sliding_window=4, layer_types=SLIDING)),
     "gemma3": (t.Gemma3TextConfig, without(head_dim=6, query_pre_attn_scalar=10, sliding_window=4, layer_types=SLIDING)),
@@ -87,7 +97,7 @@ def main():
     result = {}
     for name, (kind, arguments) in FAMILIES.items():
         config = kind(**arguments)
-        config._attn_implementation = "eager"
+        config._attn_implementation = config._experts_implementation = "eager"
         model = t.AutoModelForCausalLM.from_config(config).float().eval()
         tied = model.config.tie_word_embeddings
         head = {"lm_head.weight"} if tied else set()
@@ -99,7 +109,7 @@ def main():
             logits = model(ids).logits[0]
             wide = model.double()(ids).logits[0]
             half = kind(**arguments)
-            half._attn_implementation = "eager"
+            half._attn_implementation = half._experts_implementation = "eager"
             rounded = t.AutoModelForCausalLM.from_config(half).bfloat16().eval()
             for n, p in rounded.named_parameters():
                 p.copy_(torch.from_numpy(weight(n, list(p.shape))))
@@ -108,7 +118,7 @@ def main():
             text = list(IDS)
             for _ in range(64):
                 text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
-        own = {k: v for k, v in config.to_dict().items() if v is not None and not k.startswith(("id2label", "label2id", "_attn", "transformers"))}
+        own = {k: v for k, v in config.to_dict().items() if v is not None and not k.startswith(("id2label", "label2id", "_attn", "_experts", "transformers"))}
         result[name] = dict(config=own, tensors=tensors, logits=[[float(f"{x:.8g}") for x in row] for row in wide.tolist()],
                             bfloat16_error=error, greedy=text[len(IDS):])
         print(name, len(tensors), error, text[len(IDS):len(IDS) + 8], float((logits - wide).abs().max()))

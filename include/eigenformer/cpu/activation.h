@@ -83,6 +83,24 @@ void execute(const Backend<D, Isa>& on, const problem::Gated<Function, Y, Gate, 
   });
 }
 
+template <typename D, typename Isa, typename Y, typename X>
+void execute(const Backend<D, Isa>& on, const problem::ClampedSwiglu<Y, X>& p) {
+  using V = simd::Vec<typename problem::ClampedSwiglu<Y, X>::compute, Isa>;
+  const V alpha = V::set1(p.alpha), limit = V::set1(p.limit), one = V::set1(1);
+  parallel_for(on, p.rows * p.features, Cost{1}, [&](Index begin, Index end, int) {
+    for_each_row_piece(begin, end, p.features, [&](Index row, Index first, Index last) {
+      const X* const gate = p.gate_up + row * 2 * p.features;
+      const X* const up = gate + p.features;
+      for_each_vector<V>(first, last, [&](Index at, auto part) {
+        // in this order a NaN passes through; below -800 / alpha the product has reached 0
+        const V g = minimum(limit, maximum(V::set1(-800), load<V>(gate + at, part)));
+        const V u = minimum(limit, maximum(V::zero() - limit, load<V>(up + at, part)));
+        store((u + one) * (g * sigmoid(alpha * g)), p.y + row * p.features + at, part);
+      });
+    });
+  });
+}
+
 /// a * b * c for |c| of at most about 1; where a * b overflows, both are above 1, and b * c comes
 /// first.
 template <typename V>

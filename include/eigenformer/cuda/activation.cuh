@@ -59,6 +59,38 @@ void execute(const Backend<D>& on, const problem::Softcap<Y, X>& p) {
                               SoftcapBody<Y, X>{p});
 }
 
+template <typename Y, typename X>
+struct ClampedSwigluBody {
+  using Problem = problem::ClampedSwiglu<Y, X>;
+  Problem p;
+
+  template <int W>
+  EIGENFORMER_DEVICE void operator()(WidthOf<W>, Index row, Index at) const {
+    using C = typename Problem::compute;
+    const X* const gate = p.gate_up + row * 2 * p.features + at;
+    auto g = load_pack<C, W>(gate);
+    const auto u = load_pack<C, W>(gate + p.features);
+    for (int i = 0; i < W; ++i) {
+      const C x = at_most(at_least(g[i], C(-800)), p.limit);
+      g[i] = (at_most(at_least(u[i], -p.limit), p.limit) + C(1)) * (x * sigmoid(p.alpha * x));
+    }
+    store_pack(g, p.y + row * p.features + at);
+  }
+  template <typename C>
+  EIGENFORMER_DEVICE static C at_most(C x, C most) {
+    return x > most ? most : x;
+  }
+};
+
+template <typename D, typename Y, typename X>
+void execute(const Backend<D>& on, const problem::ClampedSwiglu<Y, X>& p) {
+  constexpr int width = pack_width<Y, X>;
+  launch_for_each_pack<width>(
+      on, "clamped_swiglu", p.rows, p.features,
+      packs_fit<width>(p.y, p.features) && packs_fit<width>(p.gate_up, p.features),
+      ClampedSwigluBody<Y, X>{p});
+}
+
 template <typename Function, typename GX, typename GY, typename X>
 struct ActivationBackwardBody {
   using Problem = problem::ActivationBackward<Function, GX, GY, X>;

@@ -14,6 +14,8 @@
 #include <cmath>
 #include <vector>
 
+#include "../activation.h"
+#include "../expert_routing.h"
 #include "../rope.h"
 #include "config.h"
 
@@ -50,12 +52,24 @@ enum class DecoderActivation {
   gelu,
   gelu_tanh,
   relu,
+  clamped_swiglu,  ///< of experts: activation.h; gpt-oss
+};
+
+/// Experts in the place of a feed-forward, gated as the form's and of its activation.
+struct DecoderExperts {
+  Index count = 0;   ///< of a layer; 0: there are none
+  Index chosen = 0;  ///< that a token goes through
+  Index hidden = 0;  ///< width of each
+  ExpertRoutingOptions routing = {};
+  Index shared_hidden = 0;   ///< width of an expert that all tokens go through; 0: there is none
+  bool shared_gate = false;  ///< it counts by the sigmoid of a product of its own: Qwen 2
 };
 
 /// One layer's part of a form.
 struct DecoderLayerForm {
-  Index window = 0;  ///< most recent positions that a token sees, its own included; 0: all
-  int rope = 0;      ///< which of DecoderForm::ropes turns queries and keys; -1: none does
+  Index window = 0;    ///< most recent positions that a token sees, its own included; 0: all
+  int rope = 0;        ///< which of DecoderForm::ropes turns queries and keys; -1: none does
+  bool dense = false;  ///< has a feed-forward where others have experts
 };
 
 struct DecoderForm {
@@ -66,7 +80,9 @@ struct DecoderForm {
   DecoderActivation activation = DecoderActivation::silu;
   bool gated = true;               ///< down(f(gate x) * up x); else down(f(up x))
   bool feed_forward_bias = false;  ///< of gate and up, or of up alone
-  bool sinks = false;              ///< attention has a sink of each head
+  DecoderExperts experts = {};
+  ClampedSwigluOptions clamped_swiglu = {};
+  bool sinks = false;           ///< attention has a sink of each head
   Index positions = 0;          ///< rows of a table of learned positions (GPT-2); 0: there is none
   float attention_scale = 0;    ///< 0: 1 / sqrt(head_dim)
   float attention_softcap = 0;  ///< 0: none
@@ -80,6 +96,13 @@ struct DecoderForm {
   DecoderLayerForm layer(Index l) const {
     return layers.empty() ? DecoderLayerForm{} : layers[static_cast<std::size_t>(l)];
   }
+  bool has_experts(Index l) const { return experts.count > 0 && !layer(l).dense; }
+  /// Width of what is no expert of a choice: a feed-forward, or the experts' shared one.
+  Index hidden(const DecoderConfig& config, Index l) const {
+    return has_experts(l) ? experts.shared_hidden : config.hidden;
+  }
+  /// Whether an expert's gate, up and their product are one product of matrices.
+  bool fuses_experts() const { return activation != DecoderActivation::clamped_swiglu; }
   /// Whether gate, up and their product are one product of matrices.
   bool fuses_gates() const {
     return gated && activation == DecoderActivation::silu && !feed_forward_bias;
@@ -111,6 +134,9 @@ struct DecoderForm {
                          "NormPlacement::before");
     detail::require_that(!gated || activation != DecoderActivation::relu, name,
                          "a gated ReLU is not among the activations");
+    detail::require_that(gated || activation != DecoderActivation::clamped_swiglu, name,
+                         "a clamped SwiGLU is gated, the form is not");
+    validate_experts();
     detail::require_that(positions >= 0, name, "positions is ", positions,
                          ", expected 0 (no table) or more");
     detail::require_that(layers.empty() || static_cast<Index>(layers.size()) == config.layers, name,
@@ -125,6 +151,24 @@ struct DecoderForm {
     }
     for (const RopeOptions& options : ropes)
       detail::rope_rotary_dim(name, config.head_dim, options);
+  }
+
+ private:
+  void validate_experts() const {
+    constexpr auto name = "Decoder";
+    const DecoderExperts& e = experts;
+    detail::require_that(e.count >= 0, name, "experts.count is ", e.count,
+                         ", expected 0 (none) or more");
+    if (e.count == 0) return;
+    detail::require_expert_routing(name, e.count, e.chosen, e.routing);
+    detail::require_that(gated, name, "experts are gated units, the form is not gated");
+    constexpr Index limit = Index{1} << 31;
+    detail::require_that(e.hidden > 0 && e.hidden < limit, name, "experts.hidden is ", e.hidden,
+                         ", expected 1 to 2^31 - 1");
+    detail::require_that(e.shared_hidden >= 0 && e.shared_hidden < limit, name,
+                         "experts.shared_hidden is ", e.shared_hidden, ", expected 0 to 2^31 - 1");
+    detail::require_that(e.shared_hidden > 0 || !e.shared_gate, name,
+                         "experts have a shared_gate and no shared expert");
   }
 };
 

@@ -20,6 +20,7 @@
 #include "../activation.h"
 #include "../attention.h"
 #include "../embedding.h"
+#include "../expert_feed_forward.h"
 #include "../normalization.h"
 #include "../parallel_region.h"
 #include "packed_weights.h"
@@ -179,12 +180,12 @@ class InferenceStep {
       if (form_.parallel()) {
         auto side = reshape(s_.side, x.dimension(0), config_.features);
         if (!form_.shares_norm()) norm_into(normalised, x, w.feed_forward_norm);
-        feed_forward(w, side, normalised);
+        feed_forward(w, static_cast<Index>(l), side, normalised);
         timed("activation", [&] { residual_add_into(device_, branch, branch, side); });
       } else {
         if (form_.norm_after()) norm_into(branch, branch, w.after_attention_norm);
         join(normalised, x, branch, w.feed_forward_norm);
-        feed_forward(w, branch, input());
+        feed_forward(w, static_cast<Index>(l), branch, input());
         if (form_.norm_after()) norm_into(branch, branch, w.after_feed_forward_norm);
       }
       // The last layer's branch is joined by the head, for the tokens somebody wants.
@@ -249,8 +250,14 @@ class InferenceStep {
     return result;
   }
 
-  void feed_forward(const PackedDecoderLayer<T>& w, TensorView<T, 2> y, const TensorView<T, 2>& x) {
-    const Index tokens = x.dimension(0), hidden = config_.hidden;
+  void feed_forward(const PackedDecoderLayer<T>& w, Index l, TensorView<T, 2> y,
+                    const TensorView<T, 2>& x) {
+    if (form_.has_experts(l)) return mixture(w, y, x);
+    dense_feed_forward(w, config_.hidden, y, x);
+  }
+  void dense_feed_forward(const PackedDecoderLayer<T>& w, Index hidden, TensorView<T, 2> y,
+                          const TensorView<T, 2>& x) {
+    const Index tokens = x.dimension(0);
     auto gated = reshape(s_.gated, tokens, hidden);
     if (out_features(w.gate_up) > 0) {
       project_gated(gated, x, w.gate_up);
@@ -264,6 +271,90 @@ class InferenceStep {
     }
     project(y, gated, w.down, w.down_bias);
   }
+
+  // ---- experts ----------------------------------------------------------------------------------
+
+  void mixture(const PackedDecoderLayer<T>& w, TensorView<T, 2> y, const TensorView<T, 2>& x) {
+    const DecoderExperts& experts = form_.experts;
+    const Index tokens = x.dimension(0), pairs = tokens * experts.chosen;
+    auto logits = reshape(s_.router_logits, tokens, experts.count),
+         parts = reshape(s_.expert_weights, tokens, experts.chosen);
+    auto ids = reshape(s_.expert_ids, tokens, experts.chosen),
+         places = reshape(s_.expert_places, tokens, experts.chosen);
+    project(logits, x, w.router, w.router_bias);
+    timed("expert_routing", [&] {
+      if (w.router_correction.size() > 0)
+        expert_routing_into(device_, ids, parts, logits, vector_of(w.router_correction),
+                            experts.routing);
+      else
+        expert_routing_into(device_, ids, parts, logits, experts.routing);
+      expert_order_into(device_, reshape(s_.expert_offsets, experts.count + 1),
+                        reshape(s_.expert_order, pairs), places, ids);
+    });
+    auto results = reshape(s_.expert_results, pairs, config_.features);
+    timed("expert_feed_forward", [&] {
+      std::visit([&](const auto& stack) { expert_products(w, stack, results, x); }, w.experts);
+    });
+    if (experts.shared_hidden == 0) {
+      timed("expert_feed_forward",
+            [&] { combine_experts_into(device_, y, results, places, parts); });
+      return;
+    }
+    auto shared = reshape(s_.shared, tokens, config_.features);
+    dense_feed_forward(w, experts.shared_hidden, shared, x);
+    if (!experts.shared_gate) {
+      timed("expert_feed_forward",
+            [&] { combine_experts_into(device_, y, results, places, parts, shared); });
+      return;
+    }
+    auto gate = reshape(s_.shared_gate, tokens, 1);
+    project(gate, x, w.shared_gate, {});
+    const TensorView<compute_type<T>, 1> gates(gate.data(), tokens);
+    timed("expert_feed_forward",
+          [&] { combine_experts_into(device_, y, results, places, parts, shared, gates); });
+  }
+
+  template <typename S>
+  void expert_products(const PackedDecoderLayer<T>& w, const PackedExpertStack<S>& stack,
+                       TensorView<T, 2>& results, const TensorView<T, 2>& x) {
+    const Index pairs = results.dimension(0), hidden = form_.experts.hidden;
+    const auto offsets = s_.expert_offsets.view();
+    const auto order = s_.expert_order.view();
+    const auto linear = [&](auto& y, const auto& from, const auto& weights, const auto&... rest) {
+      expert_linear_into(device_, y, from, weights, offsets, rest...);
+    };
+    const auto end = [](const PackedArray<float>& bias) {
+      return Epilogue<>(bias.data(), bias.size() == 0 ? Epilogue<>::kNone : bias.size(), nullptr,
+                        Epilogue<>::kNone, Epilogue<>::kNone);
+    };
+    auto inner = reshape(s_.expert_hidden, pairs, hidden);
+    if (form_.fuses_experts()) {
+      with_function(end(w.expert_up_bias), [&](const auto& epilogue) {
+        linear(inner, x, stack.gate_up, order, epilogue);
+      });
+    } else {
+      auto both = reshape(s_.expert_gate_up, pairs, 2 * hidden);
+      linear(both, x, stack.up, order, end(w.expert_up_bias));
+      activate_gated(inner, both);
+    }
+    linear(results, inner, stack.down, end(w.expert_down_bias));
+  }
+  /// call(an epilogue with the form's activation).
+  template <typename Call>
+  void with_function(const Epilogue<>& epilogue, Call&& call) {
+    switch (form_.activation) {
+      case DecoderActivation::silu:
+        return call(epilogue.silu());
+      case DecoderActivation::gelu:
+        return call(epilogue.gelu());
+      case DecoderActivation::gelu_tanh:
+        return call(epilogue.gelu_tanh());
+      case DecoderActivation::relu:
+      case DecoderActivation::clamped_swiglu:
+        break;  // the one is refused by DecoderForm::validate, the other not fused
+    }
+  }
+
   void activate_gated(TensorView<T, 2>& y, const TensorView<T, 2>& gate_up) {
     switch (form_.activation) {
       case DecoderActivation::silu:
@@ -272,6 +363,8 @@ class InferenceStep {
         return geglu_into(device_, y, gate_up);
       case DecoderActivation::gelu_tanh:
         return geglu_into(device_, y, gate_up, kTanh);
+      case DecoderActivation::clamped_swiglu:
+        return clamped_swiglu_into(device_, y, gate_up, form_.clamped_swiglu);
       case DecoderActivation::relu:
         break;  // refused by DecoderForm::validate
     }
@@ -286,6 +379,8 @@ class InferenceStep {
         return gelu_into(device_, x, x, kTanh);
       case DecoderActivation::relu:
         return relu_into(device_, x, x);
+      case DecoderActivation::clamped_swiglu:
+        break;  // refused by DecoderForm::validate
     }
   }
 
@@ -388,6 +483,10 @@ class InferenceStep {
   template <typename U>
   TensorView<U, 2> reshape(GrowingTensor<U, 2>& x, Index rows, Index columns) const {
     return x.reshape(memory_of(device_), Eigen::DSizes<Index, 2>(rows, columns));
+  }
+  template <typename U>
+  TensorView<U, 1> reshape(GrowingTensor<U, 1>& x, Index size) const {
+    return x.reshape(memory_of(device_), Eigen::DSizes<Index, 1>(size));
   }
   template <typename Call>
   decltype(auto) timed(std::string_view name, Call&& call) {

@@ -31,6 +31,13 @@ struct DecoderLayerViews {
   Vector output_bias = {};
   Vector gate_bias = {}, up_bias = {}, down_bias = {};
   Vector sinks = {};  ///< (heads)
+  // Of layers with experts: gate, up, down and their biases are those of expert `expert`; where it
+  // is -1 of the one that all tokens go through.
+  Index expert = -1;
+  Matrix router = {};             ///< (experts, features)
+  Vector router_bias = {};        ///< (experts), of its logits
+  Vector router_correction = {};  ///< (experts), added to scores for the choice alone
+  Matrix shared_gate = {};        ///< (1, features)
 };
 
 }  // namespace EIGENFORMER_ABI

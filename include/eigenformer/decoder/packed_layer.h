@@ -3,6 +3,7 @@
 /// manual.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <span>
 #include <utility>
@@ -62,6 +63,11 @@ struct PackedDecoderLayer {
   PackedMatrix<T> up;            ///< of other forms: gate and up, one below the other, or up alone
   detail::PackedArray<float> qkv_bias, output_bias, up_bias, down_bias;  ///< empty: none
   std::vector<float> sinks;
+  // Of layers with experts, whose shared expert has the place of the feed-forward.
+  PackedMatrix<T> router, shared_gate;
+  PackedExperts<T> experts;
+  detail::PackedArray<float> router_bias, router_correction;
+  detail::PackedArray<float> expert_up_bias, expert_down_bias;  ///< one expert's after the other's
 };
 
 namespace detail {
@@ -71,6 +77,7 @@ struct LayerPacking {
   static constexpr auto kName = "PackedDecoderWeights";
   const DecoderConfig& config;
   const DecoderForm& form;
+  Index layer;
 
   template <typename View>
   static void require_shape(const View& view, const char* name, Index rows, Index columns) {
@@ -106,7 +113,8 @@ struct LayerPacking {
 
   template <typename Views>
   void require_shapes(const Views& v) const {
-    const Index q = query_rows(), kv = key_rows(), d = config.features, hidden = config.hidden;
+    require_expert(v);
+    const Index q = query_rows(), kv = key_rows(), d = config.features, hidden = hidden_of(v);
     const auto shape = [](const auto& view, const char* name, Index rows, Index columns) {
       if (view.has_value()) require_shape(*view, name, rows, columns);
     };
@@ -117,6 +125,8 @@ struct LayerPacking {
     shape(v.gate, "gate", hidden, d);
     shape(v.up, "up", hidden, d);
     shape(v.down, "down", d, hidden);
+    shape(v.router, "router", form.experts.count, d);
+    shape(v.shared_gate, "shared_gate", 1, d);
     const auto together = [](bool a, bool b, const char* names) {
       require_that(a == b, kName, names, " go together, expected all of them or none");
     };
@@ -129,6 +139,22 @@ struct LayerPacking {
              "biases of gate and up of a gated form");
     require_that(!v.up_bias.has_value() || form.feed_forward_bias, kName,
                  "the form has no biases of gate and up");
+  }
+
+  /// Width of what gate, up and down belong to.
+  template <typename Views>
+  Index hidden_of(const Views& v) const {
+    return v.expert >= 0 ? form.experts.hidden : form.hidden(config, layer);
+  }
+  template <typename Views>
+  void require_expert(const Views& v) const {
+    const bool experts = form.has_experts(layer);
+    require_that(v.expert >= -1 && v.expert < (experts ? form.experts.count : 0), kName,
+                 "expert is ", v.expert, ", layer ", layer, " has ",
+                 experts ? form.experts.count : 0);
+    require_that(experts || !(v.router || v.router_bias || v.router_correction || v.shared_gate),
+                 kName, "layer ", layer, " has no experts and so no router");
+    require_that(!v.shared_gate || form.experts.shared_gate, kName, "the form has no shared_gate");
   }
 
   template <typename D, typename T, typename W, typename N, typename C>
@@ -155,8 +181,14 @@ struct LayerPacking {
       return pack_stacked_column_shard<S>(device, std::array{tensors.view()...}, communicator,
                                           options);
     };
+    if (v.router)  // a few rows that decide a lot: never rounded more than activations are
+      packed.router = pack_column_shard<T>(device, readable(v.router).view(), communicator);
+    if (v.shared_gate)
+      packed.shared_gate =
+          pack_column_shard<T>(device, readable(v.shared_gate).view(), communicator);
     if (v.query) packed.qkv = stacked(readable(v.query), readable(v.key), readable(v.value));
     if (v.output) packed.output = one(readable(v.output));
+    if (v.expert >= 0) return pack_expert<S>(device, packed, v, options, memory);
     if (v.gate && form.fuses_gates())
       packed.gate_up = pack_gated_column_shard<S>(device, readable(v.gate).view(),
                                                   readable(v.up).view(), communicator, options);
@@ -167,10 +199,51 @@ struct LayerPacking {
     if (v.down) packed.down = one(readable(v.down));
   }
 
+  template <typename S, typename D, typename T, typename W, typename N>
+  void pack_expert(const D& device, PackedDecoderLayer<T>& packed, const DecoderLayerViews<W, N>& v,
+                   const Int8Packing& options, const Memory& memory) const {
+    using Stack = PackedExpertStack<S>;
+    const auto count = static_cast<std::size_t>(form.experts.count),
+               e = static_cast<std::size_t>(v.expert);
+    const bool empty = std::visit([](const auto& all) { return all.down.empty(); }, packed.experts);
+    if (empty && !std::holds_alternative<Stack>(packed.experts))
+      packed.experts.template emplace<Stack>();
+    Stack* const stack = std::get_if<Stack>(&packed.experts);
+    require_that(stack != nullptr, kName, "experts of a layer have two formats, expected one");
+    stack->down.resize(count);
+    if (form.fuses_experts())
+      stack->gate_up.resize(count);
+    else
+      stack->up.resize(count);
+    using Readable = ReadableTensor<W, 2>;
+    if (v.gate) {
+      const Readable gate(memory_of(device), *v.gate, memory), up(memory_of(device), *v.up, memory);
+      if (form.fuses_experts())
+        stack->gate_up[e] = pack_gated_weight<S>(device, gate.view(), up.view(), options);
+      else
+        stack->up[e] = pack_stacked_weight<S>(device, std::array{gate.view(), up.view()}, options);
+    }
+    if (v.down) {
+      const Readable down(memory_of(device), *v.down, memory);
+      stack->down[e] = pack_weight<S>(device, down.view(), options);
+    }
+  }
+
+  /// One expert's part of the biases of all.
+  template <typename D, typename N>
+  void set_expert_bias(const D& device, PackedArray<float>& to, const TensorView<const N, 1>& view,
+                       const char* name, Index expert, Index size, Index first, Index width,
+                       const Memory& memory) const {
+    if (to.size() == 0) to = zeros(device, form.experts.count * size);
+    const auto one = vector(Eigen::DefaultDevice{}, view, name, width, memory);
+    to.memory().copy_in(to.data() + expert * size + first, one.data(),
+                        static_cast<std::size_t>(width) * sizeof(float));
+  }
+
   template <typename D, typename T, typename W, typename N>
   void pack_vectors(const D& device, PackedDecoderLayer<T>& packed,
                     const DecoderLayerViews<W, N>& v, const Memory& memory) const {
-    const Index d = config.features, q = query_rows(), kv = key_rows(), hidden = config.hidden;
+    const Index d = config.features, q = query_rows(), kv = key_rows(), hidden = hidden_of(v);
     const auto set = [&](PackedArray<float>& to, const auto& view, const char* name, Index size) {
       if (view.has_value()) to = vector(device, *view, name, size, memory);
     };
@@ -189,7 +262,21 @@ struct LayerPacking {
     set(packed.query_norm, v.query_norm, "query_norm", rows ? q : config.head_dim);
     set(packed.key_norm, v.key_norm, "key_norm", rows ? kv : config.head_dim);
     set(packed.output_bias, v.output_bias, "output_bias", d);
-    set(packed.down_bias, v.down_bias, "down_bias", d);
+    set(packed.router_bias, v.router_bias, "router_bias", form.experts.count);
+    set(packed.router_correction, v.router_correction, "router_correction", form.experts.count);
+    if (v.expert >= 0) {
+      if (v.gate_bias) {
+        set_expert_bias(device, packed.expert_up_bias, *v.gate_bias, "gate_bias", v.expert,
+                        2 * hidden, 0, hidden, memory);
+        set_expert_bias(device, packed.expert_up_bias, *v.up_bias, "up_bias", v.expert, 2 * hidden,
+                        hidden, hidden, memory);
+      }
+      if (v.down_bias)
+        set_expert_bias(device, packed.expert_down_bias, *v.down_bias, "down_bias", v.expert, d, 0,
+                        d, memory);
+    } else {
+      set(packed.down_bias, v.down_bias, "down_bias", d);
+    }
     // Biases of products that are one, one after the other.
     const auto joined = [&](std::initializer_list<std::pair<const char*, Index>> parts,
                             const auto&... views) {
@@ -206,9 +293,9 @@ struct LayerPacking {
     if (v.query_bias)
       packed.qkv_bias = joined({{"query_bias", q}, {"key_bias", kv}, {"value_bias", kv}},
                                v.query_bias, v.key_bias, v.value_bias);
-    if (v.gate_bias)
+    if (v.expert < 0 && v.gate_bias)
       packed.up_bias = joined({{"gate_bias", hidden}, {"up_bias", hidden}}, v.gate_bias, v.up_bias);
-    else if (v.up_bias)
+    else if (v.expert < 0 && v.up_bias)
       packed.up_bias = joined({{"up_bias", hidden}}, v.up_bias);
     if (v.sinks) {
       const auto sinks = vector(Eigen::DefaultDevice{}, *v.sinks, "sinks", config.heads, memory);
@@ -217,21 +304,40 @@ struct LayerPacking {
   }
 
   template <typename T>
-  bool is_complete(const PackedDecoderLayer<T>& layer) const {
+  bool has_all_experts(const PackedDecoderLayer<T>& packed) const {
+    const auto all = [&](const auto& weights) {
+      return static_cast<Index>(weights.size()) == form.experts.count &&
+             std::all_of(weights.begin(), weights.end(),
+                         [](const auto& weight) { return weight.rows() > 0; });
+    };
+    return out_features(packed.router) > 0 &&
+           (!form.experts.shared_gate || out_features(packed.shared_gate) > 0) &&
+           std::visit(
+               [&](const auto& stack) {
+                 return all(stack.down) &&
+                        (form.fuses_experts() ? all(stack.gate_up) : all(stack.up));
+               },
+               packed.experts);
+  }
+
+  template <typename T>
+  bool is_complete(const PackedDecoderLayer<T>& packed) const {
     const auto norm = [&](const PackedNorm& x, bool expected) {
       return !expected || x.weight.size() > 0;
     };
     const bool gates = form.fuses_gates();
-    return out_features(layer.qkv) > 0 && out_features(layer.output) > 0 &&
-           out_features(layer.down) > 0 &&
-           (gates ? out_features(layer.gate_up) : out_features(layer.up)) > 0 &&
-           norm(layer.attention_norm, form.norm_before()) &&
-           norm(layer.feed_forward_norm, form.norm_before() && !form.shares_norm()) &&
-           norm(layer.after_attention_norm, form.norm_after()) &&
-           norm(layer.after_feed_forward_norm, form.norm_after()) &&
+    return out_features(packed.qkv) > 0 && out_features(packed.output) > 0 &&
+           (form.hidden(config, layer) == 0 ||
+            (out_features(packed.down) > 0 &&
+             (gates ? out_features(packed.gate_up) : out_features(packed.up)) > 0)) &&
+           (!form.has_experts(layer) || has_all_experts(packed)) &&
+           norm(packed.attention_norm, form.norm_before()) &&
+           norm(packed.feed_forward_norm, form.norm_before() && !form.shares_norm()) &&
+           norm(packed.after_attention_norm, form.norm_after()) &&
+           norm(packed.after_feed_forward_norm, form.norm_after()) &&
            (form.query_key_norm == QueryKeyNorm::none ||
-            (layer.query_norm.size() > 0 && layer.key_norm.size() > 0)) &&
-           (!form.sinks || !layer.sinks.empty());
+            (packed.query_norm.size() > 0 && packed.key_norm.size() > 0)) &&
+           (!form.sinks || !packed.sinks.empty());
   }
 };
 
@@ -242,11 +348,15 @@ Index stored_bytes(const PackedDecoderLayer<T>& layer) {
   for (const auto* norm : {&layer.attention_norm, &layer.feed_forward_norm,
                            &layer.after_attention_norm, &layer.after_feed_forward_norm})
     numbers += norm->weight.size() + norm->bias.size();
-  for (const auto* vector : {&layer.query_norm, &layer.key_norm, &layer.qkv_bias,
-                             &layer.output_bias, &layer.up_bias, &layer.down_bias})
+  for (const auto* vector :
+       {&layer.query_norm, &layer.key_norm, &layer.qkv_bias, &layer.output_bias, &layer.up_bias,
+        &layer.down_bias, &layer.router_bias, &layer.router_correction, &layer.expert_up_bias,
+        &layer.expert_down_bias})
     numbers += vector->size();
   return numbers * Index{sizeof(float)} + stored_bytes(layer.qkv) + stored_bytes(layer.output) +
-         stored_bytes(layer.gate_up) + stored_bytes(layer.up) + stored_bytes(layer.down);
+         stored_bytes(layer.gate_up) + stored_bytes(layer.up) + stored_bytes(layer.down) +
+         stored_bytes(layer.router) + stored_bytes(layer.shared_gate) +
+         std::visit([](const auto& stack) { return stored_bytes(stack); }, layer.experts);
 }
 template <typename T>
 double cycles_per_token(const PackedDecoderLayer<T>& layer) {

@@ -6,7 +6,9 @@
 #include <cstdint>
 #include <type_traits>
 #include <variant>
+#include <vector>
 
+#include "../expert_feed_forward.h"
 #include "../tensor_parallel.h"
 #include "../tensor_parallel/fused.h"
 
@@ -75,6 +77,17 @@ using PackedMatrix = typename detail::AnyShard<PackedColumnShard, T>::type;
 /// Of gate and up, in one format.
 template <FloatingScalar T>
 using PackedGatedMatrix = typename detail::AnyShard<PackedGatedColumnShard, T>::type;
+
+/// The matrices of a layer's experts, one of each kind for each, whole on every rank.
+template <typename S>
+struct PackedExpertStack {
+  std::vector<PackedGatedWeight<S>> gate_up;  ///< one product, or none
+  std::vector<PackedWeight<S>> up;            ///< gate and up, one below the other, or none
+  std::vector<PackedWeight<S>> down;
+};
+/// In one format.
+template <FloatingScalar T>
+using PackedExperts = typename detail::AnyShard<PackedExpertStack, T>::type;
 
 namespace detail {
 
@@ -151,6 +164,15 @@ double cycles_per_token(const std::variant<Shard...>& matrix) {
                static_cast<double>(shard.out_features) * static_cast<double>(shard.in_features);
       },
       matrix);
+}
+
+template <typename S>
+Index stored_bytes(const PackedExpertStack<S>& stack) {
+  Index bytes = 0;
+  for (const auto& weight : stack.gate_up) bytes += stored_bytes(weight);
+  for (const auto& weight : stack.up) bytes += stored_bytes(weight);
+  for (const auto& weight : stack.down) bytes += stored_bytes(weight);
+  return bytes;
 }
 
 }  // namespace detail

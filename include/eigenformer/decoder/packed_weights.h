@@ -24,7 +24,6 @@
 ///   ef::Decoder<float> model(packed, device);                // serves; it has nothing to train
 #pragma once
 
-#include <algorithm>
 #include <memory>
 #include <utility>
 #include <variant>
@@ -103,10 +102,10 @@ class PackedDecoderWeights {
     detail::require_storage<T>(storage, kName);
     detail::require_that(l >= 0 && l < config_.layers, kName, "layer is ", l, ", expected 0 to ",
                          config_.layers - 1);
-    packing().require_shapes(views);
+    packing(l).require_shapes(views);
     auto& packed = layers_[static_cast<std::size_t>(l)];
-    packing().pack_matrices(device, packed, views, storage, communicator, memory);
-    packing().pack_vectors(device, packed, views, memory);
+    packing(l).pack_matrices(device, packed, views, storage, communicator, memory);
+    packing(l).pack_vectors(device, packed, views, memory);
   }
 
   /// The norm behind the last layer (features), and this rank's part of the head (vocabulary,
@@ -221,10 +220,9 @@ class PackedDecoderWeights {
   /// Throws std::logic_error where a tensor of a layer, the head or the embedding is missing.
   void require_complete() const {
     // none are left in weights that were moved from
-    const bool complete = !layers_.empty() && detail::out_features(head_) > 0 &&
-                          std::all_of(layers_.begin(), layers_.end(), [&](const auto& layer) {
-                            return packing().is_complete(layer);
-                          });
+    bool complete = !layers_.empty() && detail::out_features(head_) > 0;
+    for (std::size_t l = 0; l < layers_.size(); ++l)
+      complete = complete && packing(static_cast<Index>(l)).is_complete(layers_[l]);
     if (!complete || std::holds_alternative<std::monostate>(embedding_) ||
         (form_.positions > 0 && positions_.size() == 0))
       detail::fail<std::logic_error>(
@@ -251,7 +249,7 @@ class PackedDecoderWeights {
 
  private:
   using Packing = detail::LayerPacking;
-  Packing packing() const { return {config_, form_}; }
+  Packing packing(Index layer) const { return {config_, form_, layer}; }
   static constexpr auto kName = detail::LayerPacking::kName;
 
   template <typename D, typename W>

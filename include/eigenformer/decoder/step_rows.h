@@ -34,6 +34,11 @@ struct InferenceScratch {
   // of all tokens
   GrowingTensor<T, 2> stream, normalised, qkv, query, key, attended, gated, branch;
   GrowingTensor<T, 2> gate_up, side;  // of forms with biases or other activations; parallel blocks
+  GrowingTensor<T, 2> expert_hidden, expert_results, shared;  // of layers with experts
+  GrowingTensor<T, 2> expert_gate_up;                         // gate and up before they are one
+  GrowingTensor<compute_type<T>, 2> router_logits, expert_weights, shared_gate;
+  GrowingTensor<std::int32_t, 2> expert_ids, expert_places;
+  GrowingTensor<std::int32_t, 1> expert_offsets, expert_order;
   GrowingTensor<T, 2> wanted, wanted_branch, last;  // of those whose logits are wanted
   GrowingTensor<float, 2> logits;                   // of a GPU, on their way to the host
   std::vector<Index> positions, turned, starts, capacities, offsets, logits_of;
@@ -58,8 +63,12 @@ inline constexpr double kSharedStepCycles = 1e6;
 /// Cycles of a step, rough: that of every layer as of the first.
 template <typename T>
 double step_cycles(const PackedDecoderWeights<T>& weights, Index tokens, Index wanted) {
+  const auto& layer = weights.layers().front();
+  const DecoderExperts& experts = weights.form().experts;
+  const double of_experts = 0.5 * static_cast<double>(experts.chosen) *
+                            static_cast<double>(3 * experts.hidden * weights.config().features);
   return static_cast<double>(tokens * weights.config().layers) *
-             cycles_per_token(weights.layers().front()) +
+             (cycles_per_token(layer) + of_experts) +
          static_cast<double>(wanted) * cycles_per_token(weights.head());
 }
 

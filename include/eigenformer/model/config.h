@@ -44,10 +44,20 @@ struct ModelNames {
   std::string query_norm = "self_attn.q_norm";
   std::string key_norm = "self_attn.k_norm";
   std::string output = "self_attn.o_proj";
+  std::string sinks = "self_attn.sinks";  ///< the whole name
   std::string gate = "mlp.gate_proj";
   std::string up = "mlp.up_proj";
   std::string gate_up = "mlp.gate_up_proj";  ///< where they are one tensor
   std::string down = "mlp.down_proj";
+  // Of layers with experts. Each expert's tensors follow `experts`, its number and a dot, or those
+  // of all are one: experts.gate_up_proj and experts.down_proj (transformers 5).
+  std::string router = "mlp.gate";
+  std::string experts = "mlp.experts.";
+  std::string expert_gate = "gate_proj";
+  std::string expert_up = "up_proj";
+  std::string expert_down = "down_proj";
+  std::string shared = "mlp.shared_expert.";  ///< before gate_proj, up_proj and down_proj
+  std::string shared_gate = "mlp.shared_expert_gate";
 };
 
 struct ModelConfig {
@@ -56,8 +66,10 @@ struct ModelConfig {
   DecoderForm form;
   ModelNames names;
   QkvLayout qkv_layout = QkvLayout::apart;
-  bool fused_gate_up = false;  ///< gate and up are one tensor, one below the other
-  bool transposed = false;     ///< matrices are (in, out): GPT-2
+  bool fused_gate_up = false;   ///< gate and up are one tensor, one below the other
+  bool transposed = false;      ///< matrices are (in, out): GPT-2
+  bool turned_experts = false;  ///< experts are (in, out), gate and up column by column: gpt-oss
+  bool router_bias = false;
   bool norm_plus_one = false;  ///< norms multiply by 1 + w: Gemma
   bool tied_head = false;      ///< the head is the embedding
   bool norm_bias = false;      ///< norms have biases

@@ -3,6 +3,7 @@
 /// transformers reads it:
 ///
 ///   llama (1 to 3.3), mistral, qwen2, qwen3, gemma, gemma2, gemma3 and gemma3_text, phi (1 and 2),
+///   mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or MXFP4),
 ///   phi3 (and 4), smollm3, olmo2, granite, starcoder2, stablelm, glm, glm4, cohere, cohere2, falcon, gpt2, gpt_neox
 ///
 /// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm), are refused by
@@ -40,6 +41,10 @@ class FamilyReader {
         {"granite", &FamilyReader::granite},
         {"qwen2", &FamilyReader::qwen2},
         {"qwen3", &FamilyReader::qwen3},
+        {"mixtral", &FamilyReader::mixtral},
+        {"qwen2_moe", &FamilyReader::qwen2_moe},
+        {"qwen3_moe", &FamilyReader::qwen3_moe},
+        {"gpt_oss", &FamilyReader::gpt_oss},
         {"gemma", &FamilyReader::gemma},
         {"gemma2", &FamilyReader::gemma2},
         {"gemma3_text", &FamilyReader::gemma3},
@@ -192,6 +197,77 @@ class FamilyReader {
     llama();
     m_.form.query_key_norm = QueryKeyNorm::head;
     qwen_windows();
+  }
+  // ---- mixtures of experts ----------------------------------------------------------------------
+
+  void experts(std::string_view count, Index chosen, Index hidden) {
+    DecoderExperts& e = m_.form.experts;
+    e.count = json_.integer(count);
+    e.chosen = json_.integer("num_experts_per_tok", chosen);
+    e.hidden = hidden;
+    if (e.count <= 0) json_.refuse(count, "is not positive");
+  }
+  void mixtral() {
+    llama();
+    window(json_.integer("sliding_window", 0));
+    experts("num_local_experts", 2, m_.shape.hidden);
+    m_.form.experts.routing.normalise = true;
+    ModelNames& n = m_.names;
+    n.router = "block_sparse_moe.gate";
+    n.experts = "block_sparse_moe.experts.";
+    n.expert_gate = "w1";
+    n.expert_up = "w3";
+    n.expert_down = "w2";
+  }
+  /// Experts in every n-th layer, but in those that are named.
+  void qwen_experts(Index chosen, Index hidden) {
+    const Index step = json_.integer("decoder_sparse_step", 1);
+    if (step < 1) json_.refuse("decoder_sparse_step", "is not positive");
+    // transformers 5 calls them local, older files do not
+    experts(json_.has("num_experts") ? "num_experts" : "num_local_experts", chosen,
+            json_.integer("moe_intermediate_size", hidden));
+    m_.form.experts.routing.normalise = json_.boolean("norm_topk_prob", false);
+    std::vector<bool> dense(static_cast<std::size_t>(m_.shape.layers));
+    for (std::size_t l = 0; l < dense.size(); ++l)
+      dense[l] = (static_cast<Index>(l) + 1) % step != 0;
+    for (const auto l : json_.integers("mlp_only_layers"))
+      if (l >= 0 && l < m_.shape.layers) dense[static_cast<std::size_t>(l)] = true;
+    for (std::size_t l = 0; l < dense.size(); ++l)
+      if (dense[l]) layer_forms()[l].dense = true;
+  }
+  void qwen2_moe() {
+    llama();
+    m_.qkv_bias = json_.boolean("qkv_bias", true);
+    m_.output_bias = false;
+    if (json_.boolean("use_sliding_window", false)) {
+      const Index most = json_.integer("max_window_layers", 28);
+      windows(sliding_layers([most](Index l) { return l % 2 == 0 && l < most; }),
+              json_.integer("sliding_window", 4096));
+    }
+    qwen_experts(4, 1408);
+    m_.form.experts.shared_hidden = json_.integer("shared_expert_intermediate_size", 5632);
+    m_.form.experts.shared_gate = m_.form.experts.shared_hidden > 0;
+  }
+  void qwen3_moe() {
+    llama();
+    m_.form.query_key_norm = QueryKeyNorm::head;
+    if (json_.boolean("use_sliding_window", false)) window(json_.integer("sliding_window", 4096));
+    qwen_experts(8, 768);
+  }
+  void gpt_oss() {
+    llama();
+    m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", true);
+    m_.form.feed_forward_bias = true;
+    m_.form.sinks = true;
+    windows(sliding_layers([](Index l) { return l % 2 == 0; }),
+            json_.integer("sliding_window", 128));
+    experts("num_local_experts", 4, m_.shape.hidden);
+    m_.form.experts.routing.scores = ExpertScores::softmax_of_chosen;
+    m_.form.activation = DecoderActivation::clamped_swiglu;
+    m_.form.clamped_swiglu = {static_cast<float>(json_.number("swiglu_alpha", 1.702)),
+                              static_cast<float>(json_.number("swiglu_limit", 7))};
+    m_.turned_experts = m_.router_bias = true;
+    m_.names.router = "mlp.router";
   }
   void gemma() {
     shape();

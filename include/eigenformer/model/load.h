@@ -14,6 +14,7 @@
 
 #include "../decoder/packed_weights.h"
 #include "config.h"
+#include "mxfp4.h"
 #include "stored_matrix.h"
 
 namespace eigenformer {
@@ -62,6 +63,13 @@ class ModelLoader {
     return m_.names.layer + std::to_string(l) + "." + std::string(name);
   }
 
+  /// Mixtral's blocks in transformers, which calls them as other families'.
+  static std::string transformers_name(std::string name) {
+    constexpr std::string_view block = ".block_sparse_moe.";
+    if (const std::size_t at = name.find(block); at != std::string::npos)
+      name.replace(at, block.size(), ".mlp.");
+    return name;
+  }
   /// A tensor by its name, with or without what comes before the decoder's own names in files of
   /// larger or of bare models.
   const StoredTensor* find(const std::string& name) {
@@ -69,7 +77,7 @@ class ModelLoader {
     const std::size_t dot = name.find('.');
     for (const std::string& tried :
          {name, "language_model." + name, "model.language_model." + name.substr(dot + 1),
-          name.substr(dot + 1)}) {
+          name.substr(dot + 1), transformers_name(name)}) {
       const StoredTensor* const tensor = tensors_.find(tried);
       if (tensor == nullptr) continue;
       if (used_.insert(tried).second) done_ += tensor->bytes.size();
@@ -113,7 +121,10 @@ class ModelLoader {
   void load_layer(Index l) {
     load_vectors(l);
     load_attention(l);
-    load_feed_forward(l);
+    if (m_.form.has_experts(l))
+      load_experts(l);
+    else
+      load_feed_forward(l);
   }
 
   void load_vectors(Index l) {
@@ -147,8 +158,12 @@ class ModelLoader {
       norm(v.query_norm, kNone, n.query_norm, row ? m_.shape.heads * width : width);
       norm(v.key_norm, kNone, n.key_norm, row ? m_.shape.kv_heads * width : width);
     }
+    if (form.sinks) set(v.sinks, vector(of_layer(l, n.sinks), m_.shape.heads));
     if (m_.output_bias) set(v.output_bias, vector(of_layer(l, bias(n.output)), d));
-    if (form.feed_forward_bias) {
+    if (form.has_experts(l)) {
+      if (m_.router_bias)
+        set(v.router_bias, vector(of_layer(l, bias(n.router)), form.experts.count));
+    } else if (form.feed_forward_bias) {
       const Index hidden = m_.shape.hidden;
       if (form.gated) set(v.gate_bias, vector(of_layer(l, bias(n.gate)), hidden));
       set(v.up_bias, vector(of_layer(l, bias(n.up)), hidden));
@@ -245,6 +260,126 @@ class ModelLoader {
       visit_matrices(pack_gated, gate, up);
     }
     pack_one(l, n.down, d, hidden, [](auto& views) { return &views.down; });
+  }
+
+  // ---- experts ----------------------------------------------------------------------------------
+
+  void load_experts(Index l) {
+    const ModelNames& n = m_.names;
+    const DecoderExperts& experts = m_.form.experts;
+    const Index d = m_.shape.features;
+    pack_one(l, n.router, experts.count, d, [](auto& views) { return &views.router; });
+    if (experts.shared_gate)
+      pack_one(l, n.shared_gate, 1, d, [](auto& views) { return &views.shared_gate; });
+    if (experts.shared_hidden > 0)
+      pack_unit(l, -1, matrix_of(l, n.shared + "gate_proj", experts.shared_hidden, d),
+                matrix_of(l, n.shared + "up_proj", experts.shared_hidden, d),
+                matrix_of(l, n.shared + "down_proj", d, experts.shared_hidden));
+    const std::string of_experts = of_layer(l, n.experts);
+    if (m_.turned_experts)
+      load_turned_experts(l, of_experts);
+    else if (find(of_experts + "gate_up_proj") != nullptr)
+      load_stacked_experts(l, of_experts);
+    else
+      for (Index e = 0; e < experts.count; ++e) {
+        const std::string own = n.experts + std::to_string(e) + ".";
+        pack_unit(l, e, matrix_of(l, own + n.expert_gate, experts.hidden, d),
+                  matrix_of(l, own + n.expert_up, experts.hidden, d),
+                  matrix_of(l, own + n.expert_down, d, experts.hidden));
+      }
+  }
+  StoredMatrix matrix_of(Index l, const std::string& name, Index rows, Index columns) {
+    return matrix(of_layer(l, weight(name)), rows, columns);
+  }
+
+  /// A gated unit: expert e, or for -1 the shared one.
+  void pack_unit(Index l, Index e, StoredMatrix gate, StoredMatrix up, StoredMatrix down) {
+    visit_matrices(
+        [&]<typename W>(const TensorView<const W, 2>& first, const TensorView<const W, 2>& second,
+                        const TensorView<const W, 2>& third) {
+          DecoderLayerViews<W, float> views;
+          views.expert = e;
+          views.gate.emplace(first);
+          views.up.emplace(second);
+          views.down.emplace(third);
+          pack(l, views);
+        },
+        gate, up, down);
+  }
+
+  /// gate_up_proj (experts, 2 * hidden, in), each gate above its up, and down_proj (experts, in, hidden).
+  void load_stacked_experts(Index l, const std::string& name) {
+    const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,
+                d = m_.shape.features;
+    const StoredTensor& both = at(name + "gate_up_proj", {count, 2 * hidden, d});
+    const StoredTensor& downs = at(name + "down_proj", {count, d, hidden});
+    for (Index e = 0; e < count; ++e) {
+      const StoredTensor gate = stored_rows(both, 2 * e * hidden, hidden),
+                         up = stored_rows(both, (2 * e + 1) * hidden, hidden),
+                         down = stored_rows(downs, e * d, d);
+      pack_unit(l, e, StoredMatrix(gate), StoredMatrix(up), StoredMatrix(down));
+    }
+  }
+
+  /// gpt-oss: gate_up_proj (experts, in, 2 * hidden), columns of gate and up in turn, down_proj
+  /// (experts, hidden, in), with biases; or, row by row, in MXFP4.
+  void load_turned_experts(Index l, const std::string& name) {
+    const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,
+                d = m_.shape.features;
+    const Vector up_biases = all_of(name + "gate_up_proj_bias", {count, 2 * hidden}),
+                 down_biases = all_of(name + "down_proj_bias", {count, d});
+    for (Index e = 0; e < count; ++e) {
+      const Vector both = expert_rows(name + "gate_up_proj", e, 2 * hidden, d),
+                   down = expert_rows(name + "down_proj", e, d, hidden);
+      Vector parts[2], biases[2];
+      for (Index h = 0; h < hidden; ++h)
+        for (Index part = 0; part < 2; ++part) {
+          const float* const row = both.data() + (2 * h + part) * d;
+          parts[part].insert(parts[part].end(), row, row + d);
+          biases[part].push_back(up_biases[static_cast<std::size_t>((e * hidden + h) * 2 + part)]);
+        }
+      Views views;
+      views.expert = e;
+      views.gate.emplace(parts[0].data(), hidden, d);
+      views.up.emplace(parts[1].data(), hidden, d);
+      views.down.emplace(down.data(), d, hidden);
+      views.gate_bias.emplace(biases[0].data(), hidden);
+      views.up_bias.emplace(biases[1].data(), hidden);
+      views.down_bias.emplace(down_biases.data() + e * d, d);
+      pack(l, views);
+    }
+  }
+  Vector all_of(const std::string& name, const std::vector<std::int64_t>& shape) {
+    const StoredTensor& tensor = at(name, shape);
+    Vector values(static_cast<std::size_t>(shape[0] * shape[1]));
+    dequantize_rows(tensor, 0, values);
+    return values;
+  }
+  /// An expert's matrix (rows, columns) out of a tensor (experts, columns, rows), or MXFP4 rows.
+  Vector expert_rows(const std::string& name, Index e, Index rows, Index columns) {
+    const Index count = m_.form.experts.count;
+    Vector values;
+    if (find(name + "_blocks") != nullptr) {
+      if (columns % 32 != 0)
+        fail_model(tensors_.file(), name, "rows in MXFP4 are no multiple of 32 elements");
+      const StoredTensor& blocks = at(name + "_blocks", {count, rows, columns / 32, 16});
+      const StoredTensor& scales = at(name + "_scales", {count, rows, columns / 32});
+      for (const StoredTensor* tensor : {&blocks, &scales})
+        if (tensor->format != StoredFormat::u8)
+          fail_model(tensors_.file(), tensor->name, "is not of U8, as MXFP4 is");
+      values.resize(static_cast<std::size_t>(rows * columns));
+      dequantize_mxfp4(blocks, scales, static_cast<std::size_t>(e * rows * (columns / 32)), values);
+      return values;
+    }
+    const StoredTensor& all = at(name, {count, columns, rows});
+    Vector turned(static_cast<std::size_t>(rows * columns));
+    values.resize(turned.size());
+    dequantize_rows(all, e * columns, turned);
+    for (Index r = 0; r < rows; ++r)
+      for (Index c = 0; c < columns; ++c)
+        values[static_cast<std::size_t>(r * columns + c)] =
+            turned[static_cast<std::size_t>(c * rows + r)];
+    return values;
   }
 
   // ---- embedding and head -----------------------------------------------------------------------

@@ -108,6 +108,16 @@ constexpr std::int64_t stored_bytes(StoredFormat format, std::span<const std::in
   return empty ? 0 : bytes;
 }
 
+/// Rows of a tensor, which are within it, as a tensor of their own.
+inline StoredTensor stored_rows(const StoredTensor& tensor, std::int64_t first, std::int64_t rows) {
+  const std::size_t row = tensor.bytes.size() / static_cast<std::size_t>(tensor.rows());
+  return {tensor.name,
+          tensor.format,
+          {rows, tensor.columns()},
+          tensor.bytes.subspan(static_cast<std::size_t>(first) * row,
+                               static_cast<std::size_t>(rows) * row)};
+}
+
 /// "(2, 3)"
 inline std::string stored_shape_text(std::span<const std::int64_t> shape) {
   std::string text = "(";

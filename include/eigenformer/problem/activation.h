@@ -56,6 +56,16 @@ struct Gated {
   Index rows, features, y_stride, gate_stride, up_stride;
 };
 
+/// y = (clamp(up) + 1) * g * sigmoid(alpha * g), g = min(gate, limit), of rows [gate | up].
+template <typename Y, typename X>
+struct ClampedSwiglu {
+  using compute = detail::common_compute_type<Y, X>;
+  Y* y;              // (rows, features)
+  const X* gate_up;  // (rows, 2 * features)
+  Index rows, features;
+  compute alpha, limit;
+};
+
 /// grad_gate = grad_y * up * function'(gate), grad_up = grad_y * function(gate).
 template <typename Function, typename GG, typename GU, typename GY, typename Gate, typename Up>
 struct GatedBackward {

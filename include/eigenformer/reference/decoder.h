@@ -10,6 +10,7 @@
 #include "../decoder/packed_layer.h"
 #include "../decoder/weights.h"
 #include "activation.h"
+#include "expert_routing.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -20,6 +21,7 @@ struct DecoderTensors {
   using Vector = std::optional<TensorView<const float, 1>>;
   using Matrix = std::optional<TensorView<const float, 2>>;
   std::vector<DecoderLayerViews<float>> layers;
+  std::vector<std::vector<DecoderLayerViews<float>>> experts;  ///< of each layer
   Matrix embedding, positions, head;
   Vector norm, norm_bias, head_bias;
 };
@@ -130,9 +132,17 @@ inline double activate(double x, DecoderActivation activation) {
     case DecoderActivation::gelu_tanh:
       return gelu(x, {.approximation = GeluApproximation::tanh});
     case DecoderActivation::relu:
+    case DecoderActivation::clamped_swiglu:
       break;
   }
   return relu(x);
+}
+inline double unit(double gate, double up, const DecoderForm& form) {
+  if (form.activation != DecoderActivation::clamped_swiglu)
+    return activate(gate, form.activation) * up;
+  const double limit = static_cast<double>(form.clamped_swiglu.limit);
+  const double g = (std::min)(gate, limit), u = (std::max)(-limit, (std::min)(up, limit));
+  return (u + 1) * g / (1 + std::exp(-static_cast<double>(form.clamped_swiglu.alpha) * g));
 }
 
 inline Rows feed_forward(const Rows& x, const DecoderLayerViews<float>& w,
@@ -141,8 +151,39 @@ inline Rows feed_forward(const Rows& x, const DecoderLayerViews<float>& w,
   const Rows gate = form.gated ? project(x, w.gate, w.gate_bias) : hidden;
   for (std::size_t t = 0; t < x.size(); ++t)
     for (std::size_t i = 0; i < hidden[t].size(); ++i)
-      hidden[t][i] = activate(gate[t][i], form.activation) * (form.gated ? hidden[t][i] : 1);
+      hidden[t][i] =
+          form.gated ? unit(gate[t][i], hidden[t][i], form) : activate(gate[t][i], form.activation);
   return project(hidden, w.down, w.down_bias);
+}
+
+/// The experts of each token, one after the other, then the one that all tokens go through.
+inline Rows mixture(const Rows& x, const DecoderLayerViews<float>& w,
+                    const std::vector<DecoderLayerViews<float>>& experts, const DecoderForm& form) {
+  const DecoderExperts& e = form.experts;
+  const Rows logits = project(x, w.router, w.router_bias);
+  Rows y(x.size(), Row(x.front().size()));
+  const Row correction = [&] {
+    Row values;
+    for (std::size_t i = 0; w.router_correction && i < experts.size(); ++i)
+      values.push_back(at(w.router_correction, i, 0));
+    return values;
+  }();
+  const auto add_row = [](Row& to, const Row& from, double by) {
+    for (std::size_t i = 0; i < to.size(); ++i) to[i] += by * from[i];
+  };
+  for (std::size_t t = 0; t < x.size(); ++t) {
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(e.chosen));
+    Row weights(ids.size());
+    expert_routing(logits[t].data(), e.count, e.chosen, correction, e.routing, ids.data(),
+                   weights.data());
+    for (std::size_t j = 0; j < ids.size(); ++j)
+      add_row(y[t], feed_forward({x[t]}, experts[static_cast<std::size_t>(ids[j])], form)[0],
+              weights[j]);
+    if (e.shared_hidden == 0) continue;
+    const double by = e.shared_gate ? 1 / (1 + std::exp(-project({x[t]}, w.shared_gate)[0][0])) : 1;
+    add_row(y[t], feed_forward({x[t]}, w, form)[0], by);
+  }
+  return y;
 }
 
 inline void add(Rows& x, const Rows& branch, double scale) {
@@ -151,7 +192,11 @@ inline void add(Rows& x, const Rows& branch, double scale) {
 }
 
 inline void layer(Rows& x, const DecoderConfig& c, const DecoderForm& form,
-                  const DecoderLayerForm& l, const DecoderLayerViews<float>& w) {
+                  const DecoderLayerForm& l, const DecoderLayerViews<float>& w,
+                  const std::vector<DecoderLayerViews<float>>& experts) {
+  const auto feed_forward_of = [&](const Rows& rows) {
+    return experts.empty() ? feed_forward(rows, w, form) : mixture(rows, w, experts, form);
+  };
   const Rows n =
       form.norm_before() ? normalized(x, c, form.norm, w.attention_norm, w.attention_norm_bias) : x;
   Rows q = project(n, w.query, w.query_bias), k = project(n, w.key, w.key_bias);
@@ -180,7 +225,7 @@ inline void layer(Rows& x, const DecoderConfig& c, const DecoderForm& form,
     const Rows m = form.shares_norm()
                        ? n
                        : normalized(x, c, form.norm, w.feed_forward_norm, w.feed_forward_norm_bias);
-    add(branch, feed_forward(m, w, form), 1);
+    add(branch, feed_forward_of(m), 1);
     return add(x, branch, scale);
   }
   if (form.norm_after()) branch = normalized(branch, c, form.norm, w.after_attention_norm);
@@ -188,7 +233,7 @@ inline void layer(Rows& x, const DecoderConfig& c, const DecoderForm& form,
   const Rows m = form.norm_before()
                      ? normalized(x, c, form.norm, w.feed_forward_norm, w.feed_forward_norm_bias)
                      : x;
-  branch = feed_forward(m, w, form);
+  branch = feed_forward_of(m);
   if (form.norm_after()) branch = normalized(branch, c, form.norm, w.after_feed_forward_norm);
   add(x, branch, scale);
 }
@@ -212,7 +257,9 @@ inline Tensor<double, 2> decoder(const DecoderConfig& config, const DecoderForm&
     }
   }
   for (Index l = 0; l < config.layers; ++l)
-    layer(x, config, form, form.layer(l), tensors.layers[static_cast<std::size_t>(l)]);
+    layer(x, config, form, form.layer(l), tensors.layers[static_cast<std::size_t>(l)],
+          form.has_experts(l) ? tensors.experts[static_cast<std::size_t>(l)]
+                              : std::vector<DecoderLayerViews<float>>{});
   const Rows logits = project(normalized(x, config, form.norm, tensors.norm, tensors.norm_bias),
                               tensors.head, tensors.head_bias);
   Tensor<double, 2> result(static_cast<Index>(ids.size()), config.vocabulary);
