@@ -43,11 +43,6 @@ struct SoftcapOptions {
   float scale = 1;  ///< multiplies x
 };
 
-struct ClampedSwigluOptions {
-  float alpha = 1.702f;  ///< of the sigmoid
-  float limit = 7.0f;    ///< gate is at most this, up within it on both sides
-};
-
 struct GeluOptions {
   GeluApproximation approximation = GeluApproximation::none;  ///< none is the exact function
 };
@@ -469,34 +464,6 @@ void geglu_backward_into(const D& device, GF&& grad_gate_up, const GY& grad_y, c
   });
 }
 
-// ---- clamped swiglu -----------------------------------------------------------------------------
-
-/// y = (up' + 1) * g * sigmoid(alpha * g), of the fused tensor (rows, [gate | up]). Throws
-/// std::invalid_argument for an alpha that is not finite and a limit that is not positive. It has no
-/// backward form.
-template <Device D, typename Y, typename Fused>
-void clamped_swiglu_into(const D& device, Y&& y, const Fused& gate_up,
-                         const ClampedSwigluOptions& options = {}) {
-  constexpr auto name = "clamped_swiglu";
-  auto to = output_view<2>(y);
-  const auto from = input_view<2>(gate_up);
-  detail::require_floating_scalars<decltype(to), decltype(from)>();
-  detail::checked_size(name, "gate_up", from);
-  const Index rows = to.dimension(0), features = to.dimension(1);
-  detail::require_that(
-      from.dimension(0) == rows && from.dimension(1) % 2 == 0 && from.dimension(1) / 2 == features,
-      name, "gate_up has shape ", detail::shape_text(from), ", y has shape ",
-      detail::shape_text(to), ", expected twice as many columns");
-  detail::require_that(std::isfinite(options.alpha), name, "alpha is ", options.alpha,
-                       ", expected a finite number");
-  detail::require_that(options.limit > 0, name, "limit is ", options.limit,
-                       ", expected a positive number");
-  using Problem = problem::ClampedSwiglu<scalar_of<Y>, scalar_of<Fused>>;
-  using C = typename Problem::compute;
-  detail::run(device, Problem{to.data(), from.data(), rows, features, static_cast<C>(options.alpha),
-                              static_cast<C>(options.limit)});
-}
-
 // ---- residual -----------------------------------------------------------------------------------
 
 /// y = x + residual. y may be x or residual. Its gradient is grad_y for both: no backward form is
@@ -525,3 +492,5 @@ auto residual_add(const X& x, const R& residual) {
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#include "activation/clamped_swiglu.h"

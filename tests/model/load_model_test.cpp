@@ -9,7 +9,7 @@
 
 #include "allocations.h"
 #include "device.h"
-#include "family_files.h"
+#include "expert_files.h"
 
 using namespace eigenformer_test;
 
@@ -297,6 +297,43 @@ TEST(Families, AreThoseOfTransformers) {
     EXPECT_LT(relative_error(half.logits(kIds), expected),
               1.5 * golden.at("bfloat16_error").get<double>());
   }
+}
+
+TEST(Families, ExpertsAsFilesHaveThem) {
+  const auto models = golden_file("models.json");
+  const auto loads = [&](const nlohmann::json& config, const FileTensors& tensors) {
+    const Folder folder;
+    write_model(folder, config, tensors);
+    return ef::load_model<float>(folder.path()).logits(kIds);
+  };
+  for (const auto& [name, names, block] :
+       {std::tuple<const char*, std::array<std::string, 3>, const char*>{
+            "mixtral", {"w1", "w3", "w2"}, "block_sparse_moe"},
+        {"qwen2_moe", {"gate_proj", "up_proj", "down_proj"}, "mlp"},
+        {"qwen3_moe", {"gate_proj", "up_proj", "down_proj"}, "mlp"}}) {
+    SCOPED_TRACE(name);
+    const auto& golden = models.at(name);
+    const Folder folder;
+    write_family<float>(folder, golden);
+    const auto logits = ef::load_model<float>(folder.path()).logits(kIds);
+    auto tensors = hub_tensors(golden, names, block);
+    EXPECT_TRUE(same_bits(loads(golden.at("config"), tensors), logits));
+    const auto last = std::find_if(tensors.begin(), tensors.end(), [](const auto& tensor) {
+      return tensor.first.find(".experts.1.") != std::string::npos;
+    });
+    const std::string missing = last->first;
+    tensors.erase(last);
+    expect_throws<ef::ModelFileError>([&] { loads(golden.at("config"), tensors); },
+                                      {missing, "missing"});
+  }
+  const auto& golden = models.at("gpt_oss");
+  auto config = golden.at("config");
+  config["hidden_size"] = config["intermediate_size"] = 32;
+  auto packed = gpt_oss_tensors(golden, true);
+  EXPECT_TRUE(same_bits(loads(config, packed), loads(config, gpt_oss_tensors(golden, false))));
+  packed.at("model.layers.1.mlp.experts.down_proj_scales").shape = {4, 1, 32};
+  expect_throws<ef::ModelFileError>([&] { loads(config, packed); },
+                                    {"layers.1.mlp.experts.down_proj_scales", "(4, 1, 32)"});
 }
 
 TEST(Families, ATableOfPositionsEndsTheText) {

@@ -14,7 +14,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../activation.h"
+#include "../activation/clamped_swiglu.h"
 #include "../expert_routing.h"
 #include "../rope.h"
 #include "config.h"

@@ -23,6 +23,7 @@
 #include "../expert_feed_forward.h"
 #include "../normalization.h"
 #include "../parallel_region.h"
+#include "feed_forward.h"
 #include "packed_weights.h"
 #include "profile.h"
 #include "step_rows.h"
@@ -79,7 +80,6 @@ class InferenceStep {
 
  private:
   static constexpr auto kName = "Decoder::step";
-  static constexpr GeluOptions kTanh{.approximation = GeluApproximation::tanh};
 
   void require_rows(const StepRows& step) const {
     const Index tokens = static_cast<Index>(step.tokens.size());
@@ -264,10 +264,10 @@ class InferenceStep {
     } else if (form_.gated) {
       auto both = reshape(s_.gate_up, tokens, 2 * hidden);
       project(both, x, w.up, w.up_bias);
-      timed("activation", [&] { activate_gated(gated, both); });
+      timed("activation", [&] { activate_gated(device_, form_, gated, both); });
     } else {
       project(gated, x, w.up, w.up_bias);
-      timed("activation", [&] { activate(gated); });
+      timed("activation", [&] { activate(device_, form_, gated); });
     }
     project(y, gated, w.down, w.down_bias);
   }
@@ -293,7 +293,9 @@ class InferenceStep {
     });
     auto results = reshape(s_.expert_results, pairs, config_.features);
     timed("expert_feed_forward", [&] {
-      std::visit([&](const auto& stack) { expert_products(w, stack, results, x); }, w.experts);
+      std::visit(
+          [&](const auto& stack) { expert_products(device_, form_, w, stack, s_, results, x); },
+          w.experts);
     });
     if (experts.shared_hidden == 0) {
       timed("expert_feed_forward",
@@ -312,76 +314,6 @@ class InferenceStep {
     const TensorView<compute_type<T>, 1> gates(gate.data(), tokens);
     timed("expert_feed_forward",
           [&] { combine_experts_into(device_, y, results, places, parts, shared, gates); });
-  }
-
-  template <typename S>
-  void expert_products(const PackedDecoderLayer<T>& w, const PackedExpertStack<S>& stack,
-                       TensorView<T, 2>& results, const TensorView<T, 2>& x) {
-    const Index pairs = results.dimension(0), hidden = form_.experts.hidden;
-    const auto offsets = s_.expert_offsets.view();
-    const auto order = s_.expert_order.view();
-    const auto linear = [&](auto& y, const auto& from, const auto& weights, const auto&... rest) {
-      expert_linear_into(device_, y, from, weights, offsets, rest...);
-    };
-    const auto end = [](const PackedArray<float>& bias) {
-      return Epilogue<>(bias.data(), bias.size() == 0 ? Epilogue<>::kNone : bias.size(), nullptr,
-                        Epilogue<>::kNone, Epilogue<>::kNone);
-    };
-    auto inner = reshape(s_.expert_hidden, pairs, hidden);
-    if (form_.fuses_experts()) {
-      with_function(end(w.expert_up_bias), [&](const auto& epilogue) {
-        linear(inner, x, stack.gate_up, order, epilogue);
-      });
-    } else {
-      auto both = reshape(s_.expert_gate_up, pairs, 2 * hidden);
-      linear(both, x, stack.up, order, end(w.expert_up_bias));
-      activate_gated(inner, both);
-    }
-    linear(results, inner, stack.down, end(w.expert_down_bias));
-  }
-  /// call(an epilogue with the form's activation).
-  template <typename Call>
-  void with_function(const Epilogue<>& epilogue, Call&& call) {
-    switch (form_.activation) {
-      case DecoderActivation::silu:
-        return call(epilogue.silu());
-      case DecoderActivation::gelu:
-        return call(epilogue.gelu());
-      case DecoderActivation::gelu_tanh:
-        return call(epilogue.gelu_tanh());
-      case DecoderActivation::relu:
-      case DecoderActivation::clamped_swiglu:
-        break;  // the one is refused by DecoderForm::validate, the other not fused
-    }
-  }
-
-  void activate_gated(TensorView<T, 2>& y, const TensorView<T, 2>& gate_up) {
-    switch (form_.activation) {
-      case DecoderActivation::silu:
-        return swiglu_into(device_, y, gate_up);
-      case DecoderActivation::gelu:
-        return geglu_into(device_, y, gate_up);
-      case DecoderActivation::gelu_tanh:
-        return geglu_into(device_, y, gate_up, kTanh);
-      case DecoderActivation::clamped_swiglu:
-        return clamped_swiglu_into(device_, y, gate_up, form_.clamped_swiglu);
-      case DecoderActivation::relu:
-        break;  // refused by DecoderForm::validate
-    }
-  }
-  void activate(TensorView<T, 2>& x) {
-    switch (form_.activation) {
-      case DecoderActivation::silu:
-        return silu_into(device_, x, x);
-      case DecoderActivation::gelu:
-        return gelu_into(device_, x, x);
-      case DecoderActivation::gelu_tanh:
-        return gelu_into(device_, x, x, kTanh);
-      case DecoderActivation::relu:
-        return relu_into(device_, x, x);
-      case DecoderActivation::clamped_swiglu:
-        break;  // refused by DecoderForm::validate
-    }
   }
 
   template <typename Place>
