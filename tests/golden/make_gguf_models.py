@@ -42,6 +42,10 @@ CASES = {
     "granite": ("", "GraniteForCausalLM", {}, {}),
     "qwen2": ("", "Qwen2ForCausalLM", {}, {}),
     "qwen3": ("", "Qwen3ForCausalLM", {}, {}),
+    "mixtral": ("", "MixtralForCausalLM", {}, {}),
+    "qwen2_moe": ("", "Qwen2MoeForCausalLM", dict(mlp_only_layers=[]), {}),
+    "qwen3_moe": ("qwen3_moe_windows", "Qwen3MoeForCausalLM", dict(use_sliding_window=False, norm_topk_prob=True), {}),
+    "gpt_oss": ("", "GptOssForCausalLM", dict(swiglu_limit=7.0), {}),
     "gemma": ("", "GemmaForCausalLM", {}, {}),
     "gemma2": ("", "Gemma2ForCausalLM", dict(query_pre_attn_scalar=6), {}),
     "gemma3": ("", "Gemma3ForCausalLM", dict(query_pre_attn_scalar=6), {"gemma3.attention.sliding_window_pattern": 2}),
@@ -82,6 +86,21 @@ def convert(path, architecture, changes, fuse):
     return gguf.GGUFReader(path / "model.gguf")
 
 
+def apart(tensors):
+    """Mixtral's experts as its files have them, which the converter expects."""
+    result = {}
+    for name, value in tensors.items():
+        block = name.replace(".mlp.", ".block_sparse_moe.")
+        if name.endswith("experts.gate_up_proj"):
+            for e, both in enumerate(value):
+                result[block.replace("gate_up_proj", f"{e}.w1.weight")], result[block.replace("gate_up_proj", f"{e}.w3.weight")] = numpy.split(both, 2)
+        elif name.endswith("experts.down_proj"):
+            result.update({block.replace("down_proj", f"{e}.w2.weight"): one for e, one in enumerate(value)})
+        else:
+            result[block] = value
+    return {n: numpy.ascontiguousarray(v) for n, v in result.items()}
+
+
 def order_of(rows, source):
     """Which row of the source each row is, or None."""
     places = {row.tobytes(): i for i, row in enumerate(source)}
@@ -90,16 +109,21 @@ def order_of(rows, source):
 
 
 def origin(value, tensors):
+    fused = [tuple(n.replace("q_proj", p) for p in ("q_proj", "k_proj", "v_proj")) for n in tensors if "q_proj" in n]
     for plus in (0, 1):
         for transposed in (False, True):
-            for names in [(n,) for n in tensors] + [tuple(n.replace("q_proj", p) for p in ("q_proj", "k_proj", "v_proj")) for n in tensors if "q_proj" in n]:
+            for names in [(n,) for n in tensors] + fused:
                 parts = [tensors[n] + numpy.float32(plus) for n in names]
-                if any(p.ndim != value.ndim for p in parts) or transposed and value.ndim != 2:
+                if transposed and parts[0].ndim < 2:
                     continue
-                source = numpy.concatenate([p.T if transposed else p for p in parts])
-                if source.shape != value.shape:
+                parts = [numpy.swapaxes(p, -1, -2) if transposed else p for p in parts]
+                # Rows, or where vectors are and were taken apart, elements.
+                elements = value.ndim == 1 or names[0].endswith("_bias")
+                width = 1 if elements else value.shape[-1]
+                if len(parts[0].shape) > 1 and parts[0].shape[-1] % width != 0 or not elements and parts[0].shape[-1] != width:
                     continue
-                order = order_of(value.reshape(len(value), -1), numpy.ascontiguousarray(source).reshape(len(source), -1))
+                source = numpy.concatenate([numpy.ascontiguousarray(p).reshape(-1, width) for p in parts])
+                order = order_of(value.reshape(-1, width), source)
                 if order is None:
                     continue
                 entry = dict(of=list(names))
@@ -107,7 +131,7 @@ def origin(value, tensors):
                     entry["plus"] = 1
                 if transposed:
                     entry["transposed"] = True
-                if order != list(range(len(order))):
+                if order != list(range(len(source))):
                     entry["rows"] = order
                 return entry
     return dict(values=[float(x) for x in value.ravel()])
@@ -130,15 +154,20 @@ def main():
     for name, (source, architecture, changes, more) in CASES.items():
         model = models[source or name]
         config = {k: v for k, v in {**model["config"], "architectures": [architecture], **changes}.items() if v is not None}
-        tensors = {n: weight(n, shape) for n, shape in model["tensors"]}
+        shapes = model["tensors"]
+        if name == "qwen2_moe":  # experts in all layers, as the converter knows it
+            shapes = [s for s in shapes if ".1.mlp." not in s[0]] + [[n.replace(".0.", ".1."), s] for n, s in shapes if ".0.mlp." in n]
+        tensors = {n: weight(n, shape) for n, shape in shapes}
         with tempfile.TemporaryDirectory() as path:
-            write_folder(pathlib.Path(path), config, tensors)
+            write_folder(pathlib.Path(path), config, apart(tensors) if name == "mixtral" else tensors)
             reader = convert(pathlib.Path(path), architecture, changes, name == "llama_fused")
             metadata = metadata_of(reader)
             for key, value in more.items():
                 metadata[key] = ["uint32", value]
             converted = {t.name: [list(map(int, reversed(t.shape))), origin(numpy.array(t.data), tensors)] for t in reader.tensors}
         result[name] = dict(model=source or name, changes=changes, metadata=metadata, tensors=converted)
+        if shapes is not model["tensors"]:
+            result[name]["shapes"] = shapes
         if name == "phi4_short":
             result[name]["length"] = 128  # positions that are served
         print(name, len(converted), [n for n, (_, o) in converted.items() if "values" in o])

@@ -85,23 +85,29 @@ inline std::vector<float> converted(const nlohmann::json& tensor, const nlohmann
   const nlohmann::json& origin = tensor.at(1);
   if (origin.contains("values")) return origin.at("values").get<std::vector<float>>();
   std::vector<float> source;
-  std::size_t rows = 0;
   for (const auto& name : origin.at("of")) {
     const auto shape = shapes.at(name.get<std::string>()).get<std::vector<std::size_t>>();
-    const std::size_t columns = shape.size() > 1 ? shape[1] : 1;
     const Weights weights(name.get<std::string>(), shape.size() > 1);
-    const bool transposed = origin.contains("transposed");
-    for (std::size_t i = 0; i < shape[0] * columns; ++i)
-      source.push_back(weights(transposed ? i % shape[0] * columns + i / shape[0] : i) +
+    const std::size_t columns = shape.size() > 1 ? shape.back() : 1,
+                      rows = shape.size() > 1 ? shape[shape.size() - 2] : 1;
+    const auto count =
+        std::accumulate(shape.begin(), shape.end(), std::size_t{1}, std::multiplies<>());
+    for (std::size_t i = 0; i < count; ++i) {
+      const std::size_t in = i % (rows * columns);  // its matrix, turned or not
+      const std::size_t from = i - in + in % rows * columns + in / rows;
+      source.push_back(weights(origin.contains("transposed") ? from : i) +
                        origin.value("plus", 0.0f));
-    rows += transposed ? columns : shape[0];
+    }
   }
   if (!origin.contains("rows")) return source;
+  const auto shape = tensor.at(0).get<std::vector<std::ptrdiff_t>>();
+  const auto size =
+      std::accumulate(shape.begin(), shape.end(), std::ptrdiff_t{1}, std::multiplies<>());
+  const auto width = size / static_cast<std::ptrdiff_t>(origin.at("rows").size());
   std::vector<float> ordered;
-  const auto columns = static_cast<std::ptrdiff_t>(source.size() / rows);
   for (const auto& row : origin.at("rows")) {
-    const auto first = source.begin() + row.get<std::ptrdiff_t>() * columns;
-    ordered.insert(ordered.end(), first, first + columns);
+    const auto first = source.begin() + row.get<std::ptrdiff_t>() * width;
+    ordered.insert(ordered.end(), first, first + width);
   }
   return ordered;
 }

@@ -381,6 +381,7 @@ TEST(GgufFamilies, AreThoseOfTheirFolders) {
     nlohmann::json model = models.at(golden.at("model").get<std::string>());
     const nlohmann::json& changes = golden.at("changes");
     model.at("config").update(changes);
+    if (golden.contains("shapes")) model.at("tensors") = golden.at("shapes");
     const Folder folder;
     write_family<float>(folder, model);
     const ef::LoadOptions how{.length = golden.value("length", Index{0})};
@@ -452,7 +453,17 @@ TEST(GgufFamilies, WhatIsNotUnderstoodIsRefused) {
   };
   refused("mamba", {}, {"m.gguf", "general.architecture", "mamba"});
   const nlohmann::json some{"uint32", 8}, none{"uint32", 0};
-  refused("llama", {{"expert_count", some}}, {"llama.expert_count", "experts"});
+  refused("llama", {{"expert_count", some}}, {"llama.expert_used_count", "missing"});
+  refused("gemma", {{"expert_count", some}}, {"gemma.expert_count"});
+  refused(
+      "qwen3moe",
+      {{"expert_count", some}, {"expert_used_count", some}, {"expert_gating_func", {"uint32", 2}}},
+      {"qwen3moe.expert_gating_func"});
+  refused("qwen2moe",
+          {{"expert_count", some},
+           {"expert_used_count", some},
+           {"expert_weights_norm", {"bool", true}}},
+          {"qwen2moe.expert_weights_norm"});
   refused("llama", {{"attention.clamp_kqv", {"float32", 8}}}, {"llama.attention.clamp_kqv"});
   config_of("llama", 3, {{"attention.clamp_kqv", {"float32", 0}}, {"nextn_predict_layers", none}});
   refused("glm4", {{"nextn_predict_layers", some}}, {"glm4.nextn_predict_layers"});

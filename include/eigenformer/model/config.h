@@ -56,7 +56,11 @@ struct ModelNames {
   std::string expert_gate = "gate_proj";
   std::string expert_up = "up_proj";
   std::string expert_down = "down_proj";
-  std::string shared = "mlp.shared_expert.";  ///< before gate_proj, up_proj and down_proj
+  /// Where gates, ups and downs of all experts are a tensor each, (experts, out, in): GGUF.
+  std::string all_gates = {}, all_ups = {}, all_downs = {};
+  std::string shared_gate_proj = "mlp.shared_expert.gate_proj";
+  std::string shared_up_proj = "mlp.shared_expert.up_proj";
+  std::string shared_down_proj = "mlp.shared_expert.down_proj";
   std::string shared_gate = "mlp.shared_expert_gate";
 };
 

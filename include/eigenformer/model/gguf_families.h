@@ -2,8 +2,9 @@
 /// What the metadata of a GGUF file say of a model, by its general.architecture, as llama.cpp's
 /// converter writes them:
 ///
-///   llama (Llama 1 to 3.3, Mistral, SmolLM), granite, smollm3, qwen2, qwen3, gemma, gemma2, gemma3, phi2, phi3 (and 4),
-///   olmo2 (and 3), starcoder2, stablelm, chatglm (GLM), glm4, command-r (Cohere), cohere2, falcon, gpt2, gptneox
+///   llama (Llama 1 to 3.3, Mistral, SmolLM, Mixtral), granite, smollm3, qwen2, qwen3, qwen2moe, qwen3moe, gpt-oss, gemma,
+///   gemma2, gemma3, phi2, phi3 (and 4), olmo2 (and 3), starcoder2, stablelm, chatglm (GLM), glm4, command-r (Cohere), cohere2,
+///   falcon, gpt2, gptneox
 ///
 /// Others, keys of the architecture that nobody here asks for, and tensors that are no part of the
 /// decoder are refused by name.
@@ -39,16 +40,29 @@ class GgufFamilyReader {
     m_.family = keys_.architecture();
     using Family = void (GgufFamilyReader::*)();
     static const std::map<std::string, Family, std::less<>> families{
-        {"llama", &GgufFamilyReader::interleaved}, {"granite", &GgufFamilyReader::granite},
-        {"smollm3", &GgufFamilyReader::smollm3},   {"qwen2", &GgufFamilyReader::plain},
-        {"qwen3", &GgufFamilyReader::qwen3},       {"gemma", &GgufFamilyReader::gemma},
-        {"gemma2", &GgufFamilyReader::gemma2},     {"gemma3", &GgufFamilyReader::gemma3},
-        {"phi2", &GgufFamilyReader::phi2},         {"phi3", &GgufFamilyReader::plain},
-        {"olmo2", &GgufFamilyReader::olmo2},       {"starcoder2", &GgufFamilyReader::starcoder2},
-        {"stablelm", &GgufFamilyReader::stablelm}, {"chatglm", &GgufFamilyReader::interleaved},
-        {"glm4", &GgufFamilyReader::glm4},         {"command-r", &GgufFamilyReader::command_r},
-        {"cohere2", &GgufFamilyReader::cohere2},   {"falcon", &GgufFamilyReader::falcon},
-        {"gpt2", &GgufFamilyReader::gpt2},         {"gptneox", &GgufFamilyReader::gptneox}};
+        {"llama", &GgufFamilyReader::llama},
+        {"qwen2moe", &GgufFamilyReader::qwen2moe},
+        {"qwen3moe", &GgufFamilyReader::qwen3moe},
+        {"gpt-oss", &GgufFamilyReader::gpt_oss},
+        {"granite", &GgufFamilyReader::granite},
+        {"smollm3", &GgufFamilyReader::smollm3},
+        {"qwen2", &GgufFamilyReader::plain},
+        {"qwen3", &GgufFamilyReader::qwen3},
+        {"gemma", &GgufFamilyReader::gemma},
+        {"gemma2", &GgufFamilyReader::gemma2},
+        {"gemma3", &GgufFamilyReader::gemma3},
+        {"phi2", &GgufFamilyReader::phi2},
+        {"phi3", &GgufFamilyReader::plain},
+        {"olmo2", &GgufFamilyReader::olmo2},
+        {"starcoder2", &GgufFamilyReader::starcoder2},
+        {"stablelm", &GgufFamilyReader::stablelm},
+        {"chatglm", &GgufFamilyReader::interleaved},
+        {"glm4", &GgufFamilyReader::glm4},
+        {"command-r", &GgufFamilyReader::command_r},
+        {"cohere2", &GgufFamilyReader::cohere2},
+        {"falcon", &GgufFamilyReader::falcon},
+        {"gpt2", &GgufFamilyReader::gpt2},
+        {"gptneox", &GgufFamilyReader::gptneox}};
     const auto family = families.find(m_.family);
     if (family == families.end())
       refuse("general.architecture", "is " + printable(m_.family) + ", which is not supported");
@@ -84,8 +98,6 @@ class GgufFamilyReader {
   }
 
   void refuse_what_is_not_computed() const {
-    if (keys_.integer("expert_count", 0) > 0)
-      refuse(keys_.key("expert_count"), "is not 0: mixtures of experts are not supported");
     if (!keys_.boolean("attention.causal", true))
       refuse(keys_.key("attention.causal"),
              "is false: tokens that see later ones are not supported");
@@ -214,6 +226,10 @@ class GgufFamilyReader {
     windows(0);
     rope(RopeLayout::interleaved);
   }
+  void llama() {
+    interleaved();
+    experts(m_.shape.hidden, true);  // Mixtral
+  }
   void granite() {
     interleaved();
     m_.form.attention_scale = number("attention.scale", 0);
@@ -233,6 +249,65 @@ class GgufFamilyReader {
     plain();
     m_.form.query_key_norm = QueryKeyNorm::head;
   }
+  // ---- mixtures of experts ----------------------------------------------------------------------
+
+  /// In layers that have a router. Their weights are normalised or not as llama.cpp does it for the
+  /// family; files that say otherwise are refused.
+  void experts(Index hidden, bool normalise, ExpertScores scores = ExpertScores::softmax) {
+    DecoderExperts& e = m_.form.experts;
+    e.count = keys_.integer("expert_count", 0);
+    if (e.count <= 0) return;
+    e.chosen = keys_.integer("expert_used_count");
+    e.hidden = keys_.integer("expert_feed_forward_length", hidden);
+    e.routing.scores = scores;
+    e.routing.normalise = normalise;
+    if (keys_.boolean("expert_weights_norm", normalise) != normalise)
+      refuse(keys_.key("expert_weights_norm"), "is not what this architecture does");
+    if (keys_.number("expert_weights_scale", 1) != 1)
+      refuse(keys_.key("expert_weights_scale"), "is not 1, which is not supported");
+    const std::int64_t function = scores == ExpertScores::softmax ? 1 : 3;
+    if (keys_.integer("expert_gating_func", function) != function)
+      refuse(keys_.key("expert_gating_func"), "is not what this architecture does");
+    ModelNames& n = m_.names;
+    n.router = "ffn_gate_inp";
+    n.all_gates = "ffn_gate_exps";
+    n.all_ups = "ffn_up_exps";
+    n.all_downs = "ffn_down_exps";
+    n.shared_gate_proj = "ffn_gate_shexp";
+    n.shared_up_proj = "ffn_up_shexp";
+    n.shared_down_proj = "ffn_down_shexp";
+    n.shared_gate = "ffn_gate_inp_shexp";
+    m_.router_bias = has("blk.0.ffn_gate_inp.bias");
+    m_.form.feed_forward_bias = has("blk.0.ffn_up_exps.bias");
+    m_.fused_gate_up = false;
+    m_.form.layers.resize(static_cast<std::size_t>(m_.shape.layers));
+    for (std::size_t l = 0; l < m_.form.layers.size(); ++l)
+      m_.form.layers[l].dense = !has("blk." + std::to_string(l) + ".ffn_gate_inp.weight");
+  }
+  void qwen2moe() {
+    plain();
+    experts(m_.shape.hidden, false);
+    DecoderExperts& e = m_.form.experts;
+    e.shared_hidden = keys_.integer("expert_shared_feed_forward_length", m_.shape.hidden);
+    e.shared_gate = e.shared_hidden > 0;
+  }
+  void qwen3moe() {
+    qwen3();
+    experts(m_.shape.hidden, true);
+  }
+  void gpt_oss() {
+    windows(2);
+    rope();
+    experts(m_.shape.hidden, false, ExpertScores::softmax_of_chosen);
+    m_.form.activation = DecoderActivation::clamped_swiglu;
+    m_.form.clamped_swiglu = {1.702f, 7.0f};
+    m_.form.sinks = true;
+    m_.names.sinks = "attn_sinks.weight";
+    m_.names.feed_forward_norm = "post_attention_norm";
+  }
+
+  // ---- others -----------------------------------------------------------------------------------
+
   void gemma_form() {
     m_.form.activation = DecoderActivation::gelu_tanh;
     m_.form.embedding_scale = static_cast<float>(std::sqrt(static_cast<double>(m_.shape.features)));

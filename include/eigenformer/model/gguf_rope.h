@@ -70,6 +70,7 @@ class GgufRope {
     yarn_.beta_fast = keys_.number("rope.scaling.yarn_beta_fast", 32);
     yarn_.beta_slow = keys_.number("rope.scaling.yarn_beta_slow", 1);
     yarn_.attention_factor = keys_.number("rope.scaling.yarn_attn_factor", 0);
+    yarn_.truncate = keys_.architecture() != "gpt-oss";  // whose files do not say it
     if (type_ != "yarn") return;
     if (keys_.number("rope.scaling.yarn_ext_factor", 1) != 1)
       refuse(keys_.key("rope.scaling.yarn_ext_factor"), "is not 1, which is not supported");

@@ -102,9 +102,11 @@ class ModelLoader {
     return values;
   }
   StoredMatrix matrix(const std::string& name, Index rows, Index columns) {
-    return StoredMatrix(at(name, m_.transposed ? std::vector<std::int64_t>{columns, rows}
-                                               : std::vector<std::int64_t>{rows, columns}),
-                        m_.transposed);
+    std::vector<std::int64_t> shape{rows, columns};
+    if (m_.transposed) std::swap(shape[0], shape[1]);
+    const StoredTensor* const tensor = rows == 1 ? find(name) : nullptr;
+    if (tensor != nullptr && tensor->shape.size() == 1) shape.erase(shape.begin());  // one row
+    return StoredMatrix(at(name, shape), m_.transposed);
   }
   void report() const {
     if (progress_) progress_(done_, total_);
@@ -272,11 +274,13 @@ class ModelLoader {
     if (experts.shared_gate)
       pack_one(l, n.shared_gate, 1, d, [](auto& views) { return &views.shared_gate; });
     if (experts.shared_hidden > 0)
-      pack_unit(l, -1, matrix_of(l, n.shared + "gate_proj", experts.shared_hidden, d),
-                matrix_of(l, n.shared + "up_proj", experts.shared_hidden, d),
-                matrix_of(l, n.shared + "down_proj", d, experts.shared_hidden));
+      pack_unit(l, -1, matrix_of(l, n.shared_gate_proj, experts.shared_hidden, d),
+                matrix_of(l, n.shared_up_proj, experts.shared_hidden, d),
+                matrix_of(l, n.shared_down_proj, d, experts.shared_hidden));
     const std::string of_experts = of_layer(l, n.experts);
-    if (m_.turned_experts)
+    if (!n.all_gates.empty())
+      load_experts_by_part(l);
+    else if (m_.turned_experts)
       load_turned_experts(l, of_experts);
     else if (find(of_experts + "gate_up_proj") != nullptr)
       load_stacked_experts(l, of_experts);
@@ -318,6 +322,35 @@ class ModelLoader {
                          up = stored_rows(both, (2 * e + 1) * hidden, hidden),
                          down = stored_rows(downs, e * d, d);
       pack_unit(l, e, StoredMatrix(gate), StoredMatrix(up), StoredMatrix(down));
+    }
+  }
+
+  /// Gates, ups and downs of all experts, (experts, out, in) each, and their biases, (experts, out).
+  void load_experts_by_part(Index l) {
+    const ModelNames& n = m_.names;
+    const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,
+                d = m_.shape.features;
+    const std::array names{of_layer(l, n.all_gates), of_layer(l, n.all_ups),
+                           of_layer(l, n.all_downs)};
+    const std::array<Index, 3> rows{hidden, hidden, d};
+    std::array<const StoredTensor*, 3> parts{};
+    std::array<Vector, 3> biases;
+    for (std::size_t p = 0; p < 3; ++p) {
+      parts[p] = &at(weight(names[p]), {count, rows[p], p < 2 ? d : hidden});
+      if (m_.form.feed_forward_bias) biases[p] = all_of(bias(names[p]), {count, rows[p]});
+    }
+    for (Index e = 0; e < count; ++e) {
+      const std::array own{stored_rows(*parts[0], e * rows[0], rows[0]),
+                           stored_rows(*parts[1], e * rows[1], rows[1]),
+                           stored_rows(*parts[2], e * rows[2], rows[2])};
+      pack_unit(l, e, StoredMatrix(own[0]), StoredMatrix(own[1]), StoredMatrix(own[2]));
+      if (!m_.form.feed_forward_bias) continue;
+      Views views;
+      views.expert = e;
+      views.gate_bias.emplace(biases[0].data() + e * rows[0], rows[0]);
+      views.up_bias.emplace(biases[1].data() + e * rows[1], rows[1]);
+      views.down_bias.emplace(biases[2].data() + e * rows[2], rows[2]);
+      pack(l, views);
     }
   }
 
