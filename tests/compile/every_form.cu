@@ -84,6 +84,7 @@ void elementwise(const D& device, Views v) {
   ef::embedding_into(device, v.v2, v.ids, v.v2);
   ef::embedding_into(device, v.v2, v.ids, v.q, v.v1);
   ef::embedding_backward_into(device, v.v2, v.v2, v.ids);
+  ef::clamped_swiglu_into(device, v.v2, v.v2);
   ef::expert_routing_into(device, v.tokens, v.v2, v.v2);
   ef::expert_routing_into(device, v.tokens, v.v2, v.v2, v.v1);
   ef::expert_order_into(device, v.ids, v.ids, v.tokens, v.tokens);

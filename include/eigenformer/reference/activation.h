@@ -3,6 +3,7 @@
 /// doubting user compare with.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <numbers>
 
@@ -44,6 +45,11 @@ inline double softcap(double x, const SoftcapOptions& options) {
 inline double swiglu(double gate, double up) { return silu(gate) * up; }
 inline double geglu(double gate, double up, const GeluOptions& options = {}) {
   return gelu(gate, options) * up;
+}
+inline double clamped_swiglu(double gate, double up, const ClampedSwigluOptions& options = {}) {
+  const double limit = static_cast<double>(options.limit), g = (std::min)(gate, limit),
+               u = (std::max)(-limit, (std::min)(up, limit));
+  return (u + 1) * g / (1 + std::exp(-static_cast<double>(options.alpha) * g));
 }
 
 }  // namespace reference

@@ -140,9 +140,7 @@ inline double activate(double x, DecoderActivation activation) {
 inline double unit(double gate, double up, const DecoderForm& form) {
   if (form.activation != DecoderActivation::clamped_swiglu)
     return activate(gate, form.activation) * up;
-  const double limit = static_cast<double>(form.clamped_swiglu.limit);
-  const double g = (std::min)(gate, limit), u = (std::max)(-limit, (std::min)(up, limit));
-  return (u + 1) * g / (1 + std::exp(-static_cast<double>(form.clamped_swiglu.alpha) * g));
+  return clamped_swiglu(gate, up, form.clamped_swiglu);
 }
 
 inline Rows feed_forward(const Rows& x, const DecoderLayerViews<float>& w,
