@@ -1,6 +1,7 @@
 // Forms of other families: logits equal the plain decoder in double for random weights, part by
 // part and together; the same bits whole, in chunks, token by token and beside others; refuses what
 // cannot be.
+#include "allocations.h"
 #include "random_decoder.h"
 
 using namespace eigenformer_test;
@@ -129,6 +130,30 @@ TEST(DecoderForms, ExpertsWithBiasesAndClamps) {
   form.feed_forward_bias = true;
   form.sinks = true;
   expect_equals_reference(form, true, 130);
+}
+
+TEST(DecoderForms, StepsOfExpertsAllocateNothing) {
+  ef::DecoderForm form;
+  form.experts = {.count = 5, .chosen = 2, .hidden = 9, .shared_hidden = 7, .shared_gate = true};
+  const RandomDecoder random(form, false, 150);
+  for (const auto format : {ef::WeightFormat::activation, ef::WeightFormat::int8}) {
+    ef::Decoder<float> model(random.packed<float>(kOneThread, form, format), kOneThread);
+    ef::PagedKvCache<float> cache({.layers = kLayers,
+                                   .kv_heads = kKvHeads,
+                                   .head_dim = kHeadDim,
+                                   .page_size = 16,
+                                   .page_count = 32});
+    const std::array sequences{cache.add_sequence()};
+    const std::array<Index, 2> offsets{0, 2};
+    const std::array<Index, 1> last{1};
+    ef::Tensor<float, 2> logits(1, kVocabulary);
+    const auto step = [&](std::array<std::int32_t, 2> tokens) {
+      model.step_into(logits, ef::StepRows{tokens, offsets, last}, cache, sequences);
+    };
+    step({3, 4});
+    step({8, 9});
+    EXPECT_EQ(count_allocations([&] { step({17, 2}); }), 0);  // other experts than before
+  }
 }
 
 TEST(DecoderForms, RefuseWhatCannotBe) {
