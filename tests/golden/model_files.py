@@ -15,7 +15,7 @@ generator = np.random.default_rng(2026)
 halves = np.array([0.0, -0.0, 6e-8, -3.1e-5, 0.01, -0.37, 1.0, 12.5, -65504.0], np.float16)
 # Format: elements and bytes of a block, offsets of its halves.
 blocks = {"Q8_0": (32, 34, [0]), "Q5_0": (32, 22, [0]), "Q5_1": (32, 24, [0, 2]), "Q4_0": (32, 18, [0]), "Q4_1": (32, 20, [0, 2]), "Q4_K": (256, 144, [0, 2]), "Q5_K": (256, 176, [0, 2]),
-          "Q6_K": (256, 210, [208])}
+          "Q6_K": (256, 210, [208]), "MXFP4": (32, 17, [])}
 
 writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
 writer.add_uint8("uint8", 200)

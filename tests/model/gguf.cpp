@@ -126,7 +126,7 @@ TEST(Gguf, BlocksHaveTheBitsOfTheReference) {
     EXPECT_EQ(std::memcmp(row.data(), values.data() + columns, columns * sizeof(float)), 0);
     ++formats;
   }
-  EXPECT_EQ(formats, 10);
+  EXPECT_EQ(formats, 11);
   EXPECT_EQ(golden().tensors().at("Q4_K").shape, (Shape{3, 512}));
   EXPECT_EQ(values_of(golden().tensors().at("F32", Shape{2, 3}))[4], 1.0f);
 }

@@ -288,6 +288,8 @@ inline std::optional<StoredFormat> gguf_format(std::uint32_t number) {
       return StoredFormat::f64;
     case 30:
       return StoredFormat::bf16;
+    case 39:
+      return StoredFormat::mxfp4;
     default:
       return std::nullopt;
   }
@@ -296,11 +298,10 @@ inline std::optional<StoredFormat> gguf_format(std::uint32_t number) {
 /// For messages: what people know a format by.
 inline std::string gguf_format_text(std::uint32_t number) {
   constexpr std::string_view names[] = {
-      "",        "",       "",        "",      "Q4_2",   "Q4_3",  "",      "",
-      "",        "Q8_1",   "Q2_K",    "Q3_K",  "",       "",      "",      "Q8_K",
-      "IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS",
-      "",        "",       "",        "",      "",       "IQ1_M", "",      "",
-      "",        "",       "TQ1_0",   "TQ2_0", "",       "",      "",      "MXFP4"};
+      "",        "",      "",       "",      "Q4_2",  "Q4_3",   "",     "",        "",
+      "Q8_1",    "Q2_K",  "Q3_K",   "",      "",      "",       "Q8_K", "IQ2_XXS", "IQ2_XS",
+      "IQ3_XXS", "IQ1_S", "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "",     "",        "",
+      "",        "",      "IQ1_M",  "",      "",      "",       "",     "TQ1_0",   "TQ2_0"};
   if (number < std::size(names) && !names[number].empty()) return std::string(names[number]);
   return "number " + std::to_string(number);
 }

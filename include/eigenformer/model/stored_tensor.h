@@ -49,7 +49,8 @@ enum class StoredFormat : unsigned char {
   q4_1,
   q6_k,
   q5_k,
-  q4_k
+  q4_k,
+  mxfp4
 };
 
 /// A format's name in messages and the layout of its blocks.
@@ -59,13 +60,13 @@ struct StoredLayout {
   std::int64_t block_bytes;
 };
 constexpr StoredLayout layout_of(StoredFormat format) {
-  constexpr std::array<StoredLayout, 21> layouts{
-      {{"F64", 1, 8},     {"F32", 1, 4},    {"F16", 1, 2},      {"BF16", 1, 2},
-       {"I64", 1, 8},     {"I32", 1, 4},    {"I16", 1, 2},      {"I8", 1, 1},
-       {"U64", 1, 8},     {"U32", 1, 4},    {"U16", 1, 2},      {"U8", 1, 1},
-       {"BOOL", 1, 1},    {"Q8_0", 32, 34}, {"Q5_0", 32, 22},   {"Q5_1", 32, 24},
-       {"Q4_0", 32, 18},  {"Q4_1", 32, 20}, {"Q6_K", 256, 210}, {"Q5_K", 256, 176},
-       {"Q4_K", 256, 144}}};
+  constexpr std::array<StoredLayout, 22> layouts{
+      {{"F64", 1, 8},      {"F32", 1, 4},    {"F16", 1, 2},      {"BF16", 1, 2},
+       {"I64", 1, 8},      {"I32", 1, 4},    {"I16", 1, 2},      {"I8", 1, 1},
+       {"U64", 1, 8},      {"U32", 1, 4},    {"U16", 1, 2},      {"U8", 1, 1},
+       {"BOOL", 1, 1},     {"Q8_0", 32, 34}, {"Q5_0", 32, 22},   {"Q5_1", 32, 24},
+       {"Q4_0", 32, 18},   {"Q4_1", 32, 20}, {"Q6_K", 256, 210}, {"Q5_K", 256, 176},
+       {"Q4_K", 256, 144}, {"MXFP4", 32, 17}}};
   return layouts[static_cast<std::size_t>(format)];
 }
 
