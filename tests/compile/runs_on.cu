@@ -106,6 +106,7 @@ const Part kParts[] = {
     part<ResidualAdd<F, F, F>>("activation", "residual"),
     part<Embedding<F, F, Id>>("embedding", "rows"),
     part<Int8Embedding<F, Id>>("embedding", "INT8 rows"),
+    part<PackedEmbedding<F, F, Id>>("embedding", "rows of packed weights"),
     part<EmbeddingBackward<F, F, Id>>("embedding", "gradients"),
     part<ExpertRouting<F>>("expert_routing", "routing"),
     part<ExpertOrder>("expert_routing", "order"),

@@ -5,7 +5,6 @@
 // shape allocates nothing; forms of other families are those of the CPU. (CPUs: decoder_test.cpp.)
 #include <eigenformer/decoder.h>
 #include <eigenformer/reference/decoder.h>
-#include <eigenformer/rope/frequencies.h>
 #include <eigenformer/sampling.h>
 #include <eigenformer/scheduler.h>
 #include <eigenformer/step_graph.h>
@@ -13,6 +12,7 @@
 #include <map>
 
 #include "device.h"
+#include "named_forms.h"
 #include "random_decoder.h"
 
 using namespace eigenformer_test;
@@ -364,91 +364,9 @@ TEST(DecoderOnDevice, RefusesMemoryOfAnotherDevice) {
 
 // ---- forms of other families --------------------------------------------------------------------
 
-struct NamedForm {
-  const char* name;
-  ef::DecoderForm form;
-  bool biases = false;
-};
-
-/// Together they have every member of a form, every rotation and every activation.
-std::vector<NamedForm> forms_of_families() {
-  const auto layer_norm = [] {
-    ef::DecoderForm form;
-    form.norm = ef::DecoderNorm::layer;
-    form.gated = false;
-    form.feed_forward_bias = true;
-    return form;
-  };
-  ef::DecoderForm gemma;
-  gemma.placement = ef::NormPlacement::both;
-  gemma.activation = ef::DecoderActivation::gelu_tanh;
-  gemma.query_key_norm = ef::QueryKeyNorm::head;
-  gemma.attention_scale = 0.3f;
-  gemma.attention_softcap = 2;
-  gemma.logit_softcap = 3;
-  gemma.embedding_scale = 4;
-  gemma.ropes = {{}, ef::llama3_rope(6, 10000, {.trained_length = 16})};
-  gemma.layers = {{.window = 4}, {.rope = 1}, {.window = 3, .rope = -1}};
-  ef::DecoderForm olmo2;
-  olmo2.placement = ef::NormPlacement::after;
-  olmo2.query_key_norm = ef::QueryKeyNorm::row;
-  olmo2.ropes = {ef::ntk_rope(6, 10000, 2, 8, 16)};
-  ef::DecoderForm granite;
-  granite.residual_scale = 0.5f;
-  granite.logit_scale = 0.25f;
-  granite.activation = ef::DecoderActivation::gelu;
-  ef::DecoderForm gpt_neox = layer_norm();
-  gpt_neox.activation = ef::DecoderActivation::gelu;
-  gpt_neox.blocks = ef::DecoderBlocks::parallel;
-  gpt_neox.ropes = {{.rotary_dim = 4}};
-  ef::DecoderForm cohere;
-  cohere.norm = ef::DecoderNorm::layer;
-  cohere.blocks = ef::DecoderBlocks::parallel_shared_norm;
-  cohere.logit_scale = 0.0625f;
-  cohere.ropes = {{.layout = ef::RopeLayout::interleaved}};
-  cohere.layers = {{.window = 4}, {.rope = -1}, {.window = 4}};
-  ef::DecoderForm phi = layer_norm();
-  phi.blocks = ef::DecoderBlocks::parallel_shared_norm;
-  phi.activation = ef::DecoderActivation::gelu_tanh;
-  phi.ropes = {ef::longrope(
-      4, 10000,
-      {.factor = 2,
-       .trained_length = 8,
-       .length = 16,
-       .short_factors = ef::Values<double>::owned(2, [](std::size_t) { return 1.0; }),
-       .long_factors = ef::Values<double>::owned(2, [](std::size_t i) { return 1.5 + i; })})};
-  ef::DecoderForm gpt2 = layer_norm();
-  gpt2.activation = ef::DecoderActivation::relu;
-  gpt2.positions = forms::kLength;
-  gpt2.layers.assign(forms::kLayers, {.rope = -1});
-  ef::DecoderForm gpt_oss;
-  gpt_oss.sinks = true;
-  gpt_oss.ropes = {ef::yarn_rope(6, 10000, {.factor = 4, .trained_length = 8})};
-  gpt_oss.layers = {{.window = 3}, {}, {.window = 3}};
-  gpt_oss.experts = {.count = 4,
-                     .chosen = 2,
-                     .hidden = 10,
-                     .routing = {.scores = ef::ExpertScores::softmax_of_chosen}};
-  gpt_oss.activation = ef::DecoderActivation::clamped_swiglu;
-  gpt_oss.feed_forward_bias = true;
-  ef::DecoderForm qwen2_moe;
-  qwen2_moe.experts = {
-      .count = 5, .chosen = 2, .hidden = 9, .shared_hidden = 7, .shared_gate = true};
-  qwen2_moe.layers = {{}, {.dense = true}, {}};
-  ef::DecoderForm biases;
-  biases.feed_forward_bias = true;
-  ef::DecoderForm plain = layer_norm();
-  return {{"gemma", gemma},         {"olmo2", olmo2},
-          {"granite", granite},     {"gpt_neox", gpt_neox, true},
-          {"cohere", cohere},       {"phi", phi, true},
-          {"gpt2", gpt2, true},     {"gpt_oss", gpt_oss, true},
-          {"qwen2_moe", qwen2_moe}, {"biases", biases, true},
-          {"plain", plain}};
-}
-
 /// Logits of a form are the CPU's, the same bits in ragged chunks and whole.
 template <typename T>
-void check_form(const NamedForm& named, ef::WeightFormat format, double allowed) {
+void check_form(const forms::NamedForm& named, ef::WeightFormat format, double allowed) {
   SCOPED_TRACE(named.name);
   const forms::RandomDecoder random(named.form, named.biases, 100);
   ef::Decoder<T> here(random.packed<T>(kOneThread, named.form, format), kOneThread);
@@ -465,7 +383,7 @@ void check_form(const NamedForm& named, ef::WeightFormat format, double allowed)
 }
 
 TEST(DecoderOnDevice, FormsOfFamiliesAreThoseOfTheCpu) {
-  for (const NamedForm& named : forms_of_families()) {
+  for (const forms::NamedForm& named : forms::forms_of_families()) {
     check_form<float>(named, ef::WeightFormat::activation, 1e-5);
     check_form<float>(named, ef::WeightFormat::int8, 1e-2);
 #if !defined(__CUDACC__)  // nvcc takes minutes for another scalar
