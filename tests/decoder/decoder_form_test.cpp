@@ -156,6 +156,30 @@ TEST(DecoderForms, StepsOfExpertsAllocateNothing) {
   }
 }
 
+TEST(DecoderForms, RanksAndThreadsHaveTheBitsOfOne) {
+  ef::DecoderForm form;
+  form.experts = {.count = 5, .chosen = 2, .hidden = 9, .shared_hidden = 7, .shared_gate = true};
+  const RandomDecoder random(form, false, 160);
+  const auto ids = as_batch(some_ids());
+  for (const auto format : {ef::WeightFormat::activation, ef::WeightFormat::int8}) {
+    ef::Decoder<float> model(random.packed<float>(kOneThread, form, format), kOneThread);
+    ef::KvCache<float> cache;
+    const auto expected = model.prefill(ids, cache);
+    Threads threads(3);
+    ef::Decoder<float, Eigen::ThreadPoolDevice> threaded(
+        random.packed<float>(threads.device, form, format), threads.device);
+    ef::KvCache<float> other;
+    EXPECT_TRUE(same_bits(threaded.prefill(ids, other), expected));
+    ef::ThreadCommunicator::run(2, [&](auto& communicator) {
+      ef::Decoder<float, Eigen::DefaultDevice, std::remove_reference_t<decltype(communicator)>>
+          rank(random.packed<float>(kOneThread, form, format, communicator), kOneThread,
+               communicator);
+      ef::KvCache<float> own;
+      EXPECT_TRUE(same_bits(rank.prefill(ids, own), expected));
+    });
+  }
+}
+
 TEST(DecoderForms, RefuseWhatCannotBe) {
   const auto refused = [](auto&& change, const std::vector<std::string>& words) {
     ef::DecoderForm form;

@@ -62,17 +62,17 @@ class RandomDecoder {
   }
 
   /// The same packed on a device.
-  template <typename T, typename D>
+  template <typename T, typename D, typename C = ef::SelfCommunicator>
   std::shared_ptr<ef::PackedDecoderWeights<T>> packed(const D& device, const ef::DecoderForm& form,
-                                                      ef::WeightFormat format) const {
+                                                      ef::WeightFormat format,
+                                                      const C& communicator = {}) const {
     auto p = std::make_shared<ef::PackedDecoderWeights<T>>(kShape, format, form);
-    const ef::SelfCommunicator alone;
     for (Index l = 0; l < kLayers; ++l) {
-      p->pack_layer(device, l, tensors.layers[static_cast<std::size_t>(l)], alone);
+      p->pack_layer(device, l, tensors.layers[static_cast<std::size_t>(l)], communicator);
       for (const auto& expert : tensors.experts[static_cast<std::size_t>(l)])
-        p->pack_layer(device, l, expert, alone);
+        p->pack_layer(device, l, expert, communicator);
     }
-    p->pack_head(device, *tensors.norm, *tensors.head, alone);
+    p->pack_head(device, *tensors.norm, *tensors.head, communicator);
     if (tensors.norm_bias) p->set_norm_bias(device, *tensors.norm_bias);
     if (tensors.head_bias) p->set_head_bias(device, *tensors.head_bias);
     if (tensors.positions) p->set_positions(device, *tensors.positions);

@@ -365,6 +365,7 @@ class ModelLoader {
       const Vector both = expert_rows(name + "gate_up_proj", e, 2 * hidden, d),
                    down = expert_rows(name + "down_proj", e, d, hidden);
       Vector parts[2], biases[2];
+      for (Vector& part : parts) part.reserve(static_cast<std::size_t>(hidden * d));
       for (Index h = 0; h < hidden; ++h)
         for (Index part = 0; part < 2; ++part) {
           const float* const row = both.data() + (2 * h + part) * d;
