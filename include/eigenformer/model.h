@@ -21,7 +21,8 @@
 /// Cost: loading reads the weights once (twice for INT8) and packs them on the device; beside the
 /// packed weights it holds no more than the largest tensor. A head that is the embedding too is one
 /// tensor, the packed one, INT8 where the weights are. The file stays mapped where another embedding
-/// is used as stored.
+/// is used as stored. With LoadOptions::cache the second start maps what the first packed
+/// (model/packed_file.h).
 #pragma once
 
 #include <filesystem>
@@ -33,6 +34,7 @@
 #include "model/families.h"
 #include "model/gguf_families.h"
 #include "model/load.h"
+#include "model/packed_cache.h"
 #include "model/safetensors.h"
 #include "model/tokenizer.h"
 
@@ -43,6 +45,10 @@ struct LoadOptions {
   WeightStorage weights = WeightFormat::activation;  ///< of linear layers, quantized on load
   Index length = 0;            ///< positions that will be served, where rotations depend on it
   LoadProgress progress = {};  ///< called as tensors are packed
+  /// Where packed weights are kept, so that the next start maps them in place of packing: a file, or
+  /// a folder for those of several models. One that is out of date (the model's files have changed,
+  /// another format or ISA) is made again; one that is no such file, or damaged, is refused. CPU.
+  std::filesystem::path cache = {};
 };
 
 /// A decoder with the tokenizer and the configuration it came with. Moves, does not copy. The
@@ -120,16 +126,21 @@ Model<T, D> load_model(const D& device, const std::filesystem::path& path,
   ModelConfig config;
   Tokenizer tokenizer;
   std::shared_ptr<const PackedDecoderWeights<T>> weights;
+  const auto kept = [&](auto&& make) {
+    weights = detail::kept_weights<T>(device, path, options.cache, config, options.weights, make);
+  };
   if (path.extension() == ".gguf") {
     const auto file = std::make_shared<const Gguf>(path);
     config = gguf_model_config(*file, {.length = options.length});
     tokenizer = Tokenizer::from_gguf(*file);
-    weights = detail::load_weights<T>(device, config, file->tensors(), file, options);
+    kept([&] { return detail::load_weights<T>(device, config, file->tensors(), file, options); });
   } else {
     config = read_model_config(path / "config.json", {.length = options.length});
     tokenizer = Tokenizer::from_folder(path);
-    const auto files = std::make_shared<const Safetensors>(path);
-    weights = detail::load_weights<T>(device, config, files->tensors(), files, options);
+    kept([&] {
+      const auto files = std::make_shared<const Safetensors>(path);
+      return detail::load_weights<T>(device, config, files->tensors(), files, options);
+    });
   }
   return {std::move(config), std::move(tokenizer), std::move(weights), device};
 }

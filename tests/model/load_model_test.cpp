@@ -149,6 +149,46 @@ TEST_F(Stories, SamplingSeesTheText) {
     EXPECT_TRUE(pairs.emplace(written[i - 1], written[i]).second) << i;
 }
 
+TEST_F(Stories, ASecondStartMapsWhatTheFirstPacked) {
+  const Folder folder;
+  for (const char* const file : {"config.json", "model.safetensors", "tokenizer.json"})
+    std::filesystem::copy_file(folder_ / file, folder.path() / file);
+  std::filesystem::create_directory(folder.path() / "kept");
+  for (const auto& source : {folder.path(), folder_ / "model.gguf"}) {
+    for (const ef::WeightStorage& weights :
+         {ef::WeightStorage(), {ef::WeightFormat::int8}, {ef::WeightFormat::int8, 32}}) {
+      int packed = 0;
+      const auto load = [&] {
+        packed = 0;
+        return ef::load_model<float>(source, {.weights = weights,
+                                              .progress = [&](auto, auto) { ++packed; },
+                                              .cache = folder.path() / "kept"});
+      };
+      const auto expected = load().logits(published_);
+      EXPECT_GT(packed, 0);
+      EXPECT_TRUE(same_bits(load().logits(published_), expected));
+      EXPECT_EQ(packed, 0);
+    }
+  }
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path() / "kept"), {}), 6);
+  // One file for all: the format that is asked for is what it holds then, and what is no such file
+  // stays what it is.
+  const auto file = folder.path() / "one";
+  const auto logits = [&](const ef::WeightStorage& weights) {
+    return ef::load_model<float>(folder.path(), {.weights = weights, .cache = file})
+        .logits(first(9));
+  };
+  const auto exact = logits({});
+  EXPECT_FALSE(same_bits(logits(ef::WeightFormat::int8), exact));
+  EXPECT_TRUE(same_bits(logits({}), exact));
+  // A model that has changed is packed again.
+  std::filesystem::last_write_time(folder.path() / "model.safetensors",
+                                   std::filesystem::file_time_type::clock::now());
+  EXPECT_TRUE(same_bits(logits({}), exact));
+  folder.write("one", "a letter");
+  expect_throws<ef::ModelFileError>([&] { logits({}); }, {"one", "no file of packed weights"});
+}
+
 TEST_F(Stories, ABatchInPagesWritesItToo) {
   auto model = ef::load_model<float>(folder_);
   ef::PagedKvCache<float> cache = model.make_cache(3 * 300);

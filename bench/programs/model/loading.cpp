@@ -34,12 +34,19 @@ class ModelOf final : public LoadedModel {
   ef::TextGenerator<T, Device> generator_;
 };
 
+ef::WeightStorage weights_of(const ModelOptions& options) {
+  if (options.int8) return {ef::WeightFormat::int8, options.group};
+  if (options.half) return ef::WeightFormat::half;
+  return options.as_stored ? ef::WeightFormat::as_stored : ef::WeightFormat::activation;
+}
+
 template <typename T>
 std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log) {
   const auto start = demo::Clock::now();
   const bool terminal = ::isatty(fileno(log)) != 0;
   ef::LoadOptions how;
-  if (options.int8) how.weights = ef::WeightFormat::int8;
+  how.weights = weights_of(options);
+  how.cache = options.cache;
   how.progress = [&](std::uint64_t done, std::uint64_t total) {
     if (!terminal || done == 0 || total == 0) return;
     const double seconds = demo::seconds_since(start),

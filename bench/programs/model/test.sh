@@ -20,6 +20,15 @@ float=$("$programs/perplexity" --model "$model" --text "$model/greedy.txt" --jso
 int8=$("$programs/perplexity" --model "$model" --text "$model/greedy.txt" --json --int8 | sed 's/.*"perplexity":\([0-9.]*\).*/\1/')
 echo "perplexity of the published text: float $float, INT8 $int8"
 awk "BEGIN { exit !($float > 1 && $float < 2 && $int8 / $float < 1.005 && $int8 / $float > 0.995) }" || fail "perplexity"
+# A second start maps what the first packed.
+for start in first second; do
+  [ "$("$programs/generate" --model "$model" --int8 --cache "$work/kept" --tokens 40 --ids)" = "$("$programs/generate" --model "$model" --int8 --tokens 40 --ids)" ] ||
+    fail "generate --cache, $start start"
+done
+[ -s "$work/kept" ] || fail "generate --cache kept nothing"
+echo "no model" >"$work/letter"
+if "$programs/generate" --model "$model" --cache "$work/letter" --tokens 4 2>/dev/null; then fail "generate --cache over another file"; fi
+[ "$(cat "$work/letter")" = "no model" ] || fail "generate --cache has changed another file"
 # A text longer than the context, and one that ends there.
 [ "$("$programs/generate" --model "$model" --context 30 --ids | wc -w)" = 29 ] || fail "generate --context"
 if "$programs/generate" --model "$model" --prompt "$(cat "$model/greedy.txt")" --context 30 2>/dev/null; then fail "a prompt past the context"; fi

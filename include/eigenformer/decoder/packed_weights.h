@@ -48,6 +48,10 @@ struct QuantizedEmbedding {
 /// An embedding that is the head: its rows come out of the packed head.
 struct TiedEmbedding {};
 
+namespace detail {
+struct PackedParts;
+}
+
 /// T is the scalar of activations.
 template <FloatingScalar T>
 class PackedDecoderWeights {
@@ -248,6 +252,7 @@ class PackedDecoderWeights {
   }
 
  private:
+  friend struct detail::PackedParts;
   using Packing = detail::LayerPacking;
   Packing packing(Index layer) const { return {config_, form_, layer}; }
   static constexpr auto kName = detail::LayerPacking::kName;

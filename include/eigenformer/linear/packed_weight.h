@@ -20,6 +20,7 @@ template <typename T>
 class Packing;
 template <typename T>
 struct PairAccess;
+struct PanelAccess;
 
 }  // namespace detail
 
@@ -66,6 +67,7 @@ class PackedWeight {
 
  private:
   friend class detail::Packing<T>;
+  friend struct detail::PanelAccess;
   void swap(PackedWeight& other) noexcept {
     std::swap(rows_, other.rows_);
     std::swap(columns_, other.columns_);
@@ -156,6 +158,32 @@ class Packing {
 template <typename T>
 struct PairAccess {
   static PackedWeight<T>& pair(PackedGatedWeight<T>& packed) { return packed.pair_; }
+};
+
+/// How files of packed weights reach their memory.
+struct PanelAccess {
+  template <typename T>
+  static const PackedArray<T>& values(const PackedWeight<T>& weight) {
+    return weight.data_;
+  }
+  template <typename T>
+  static const PackedArray<float>& scales(const PackedWeight<T>& weight) {
+    return weight.scales_;
+  }
+  /// Panels of a shape that lie there already, as large as `sizes` says.
+  template <typename T>
+  static PackedWeight<T> weight(const problem::PanelsOf<T>& shape,
+                                const problem::PanelLayout& layout, PackedArray<T> values,
+                                PackedArray<float> scales) {
+    PackedWeight<T> weight;
+    weight.rows_ = shape.rows * shape.matrices;
+    weight.columns_ = shape.columns;
+    weight.group_ = shape.group;
+    weight.layout_ = layout;
+    weight.data_ = std::move(values);
+    weight.scales_ = std::move(scales);
+    return weight;
+  }
 };
 
 }  // namespace detail

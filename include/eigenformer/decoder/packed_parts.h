@@ -1,0 +1,64 @@
+/// \file
+/// Every array of packed weights, in one order, with the size that the configuration says: for
+/// files of them (model/packed_file.h).
+#pragma once
+
+#include "packed_weights.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+/// Calls, of weights that may be const, for each part
+///
+///   visit.vector(array, size)             PackedArray<float>, empty or of this size
+///   visit.numbers(list, size)             std::vector<float>, empty or of this size
+///   visit.matrix(matrix, out, in)         PackedMatrix, with or without outputs
+///   visit.gated(matrix, out, in)          PackedGatedMatrix
+///   visit.embedding(table, owner, rows, columns)
+struct PackedParts {
+  template <typename Weights, typename Visit>
+  static void all(Weights& weights, Visit& visit) {
+    const DecoderConfig& c = weights.config_;
+    for (auto& layer : weights.layers_) one_layer(layer, c, weights.form_, visit);
+    visit.matrix(weights.head_, c.vocabulary, c.features);
+    norm(weights.norm_, c, visit);
+    visit.vector(weights.head_bias_, c.vocabulary);
+    visit.vector(weights.positions_, weights.form_.positions * c.features);
+    visit.embedding(weights.embedding_, weights.owner_, c.vocabulary, c.features);
+  }
+
+ private:
+  template <typename Norm, typename Visit>
+  static void norm(Norm& norm, const DecoderConfig& c, Visit& visit) {
+    visit.vector(norm.weight, c.features);
+    visit.vector(norm.bias, c.features);
+  }
+  template <typename Layer, typename Visit>
+  static void one_layer(Layer& layer, const DecoderConfig& c, const DecoderForm& form,
+                        Visit& visit) {
+    const Index d = c.features, q = c.heads * c.head_dim, kv = c.kv_heads * c.head_dim,
+                up = form.gated ? 2 * c.hidden : c.hidden;
+    norm(layer.attention_norm, c, visit);
+    norm(layer.feed_forward_norm, c, visit);
+    norm(layer.after_attention_norm, c, visit);
+    norm(layer.after_feed_forward_norm, c, visit);
+    const bool rows = form.query_key_norm == QueryKeyNorm::row;
+    visit.vector(layer.query_norm, rows ? q : c.head_dim);
+    visit.vector(layer.key_norm, rows ? kv : c.head_dim);
+    visit.matrix(layer.qkv, q + 2 * kv, d);
+    visit.matrix(layer.output, d, q);
+    visit.gated(layer.gate_up, c.hidden, d);
+    visit.matrix(layer.up, up, d);
+    visit.matrix(layer.down, d, c.hidden);
+    visit.vector(layer.qkv_bias, q + 2 * kv);
+    visit.vector(layer.output_bias, d);
+    visit.vector(layer.up_bias, up);
+    visit.vector(layer.down_bias, d);
+    visit.numbers(layer.sinks, c.heads);
+  }
+};
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer

@@ -1,0 +1,98 @@
+/// \file
+/// What a model's packed weights are kept under: which files they come from, and what they are
+/// packed for.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <system_error>
+#include <type_traits>
+#include <vector>
+
+#include "../core/version.h"
+#include "config.h"
+#include "packed_file.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace detail {
+
+/// A file by its name, size, time of change and first bytes, which are the header of a model's.
+inline std::string file_key(const std::filesystem::path& path) {
+  std::error_code problem;
+  const auto size = std::filesystem::file_size(path, problem);
+  if (problem) fail_model(path.string(), "", "cannot be read: " + problem.message());
+  const auto changed = std::filesystem::last_write_time(path, problem).time_since_epoch().count();
+  std::vector<char> first(std::size_t{1} << 16);
+  std::ifstream stream(path, std::ios::binary);
+  stream.read(first.data(), static_cast<std::streamsize>(first.size()));
+  const auto sum = PagedChecksum::of(first.data(), static_cast<std::size_t>(stream.gcount()));
+  return path.filename().string() + " " + std::to_string(size) + " " + std::to_string(changed) +
+         " " + std::to_string(sum) + "\n";
+}
+
+/// Of a folder, the files that a decoder comes from.
+inline std::string source_key(const std::filesystem::path& path) {
+  std::error_code problem;
+  if (!std::filesystem::is_directory(path, problem)) return file_key(path);
+  std::vector<std::filesystem::path> files{path / "config.json"};
+  for (const auto& entry : std::filesystem::directory_iterator(path, problem))
+    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+  std::sort(files.begin(), files.end());
+  std::string key;
+  for (const auto& file : files) key += file_key(file);
+  return key;
+}
+
+/// What weights are packed for, and how.
+template <typename T, typename D>
+std::string packing_key(const D& device, const WeightStorage& storage) {
+  constexpr const char* formats[] = {"activation", "bfloat16", "half", "int8", "as_stored"};
+  const auto number = [](auto value) { return std::to_string(value); };
+  return "eigenformer " + number(EIGENFORMER_VERSION_MAJOR) + "." +
+         number(EIGENFORMER_VERSION_MINOR) + "." + number(EIGENFORMER_VERSION_PATCH) +
+         "\nactivations " + number(kPackedCode<T>) + "\nweights " +
+         formats[static_cast<std::size_t>(storage.format)] + " " + number(storage.group_size) +
+         "\nisa " + std::string(run(device, problem::PanelsOf<T>{1, 1, 0, 1}).layout.isa) + "\n";
+}
+
+/// `cache`, or where that is a folder a file in it for this model packed in this way.
+inline std::filesystem::path cache_file(const std::filesystem::path& cache,
+                                        const std::filesystem::path& source,
+                                        const std::string& packing) {
+  std::error_code problem;
+  if (!std::filesystem::is_directory(cache, problem)) return cache;
+  const auto whole = std::filesystem::weakly_canonical(source, problem);
+  const std::string text = packing + whole.string();
+  const auto sum = static_cast<std::uint64_t>(PagedChecksum::of(text.data(), text.size()));
+  return cache / (whole.stem().string() + "-" + std::to_string(sum) + ".packed");
+}
+
+/// The weights kept in `cache`, or those that make() gives, which are kept there then.
+template <typename T, typename D, typename Make>
+std::shared_ptr<const PackedDecoderWeights<T>> kept_weights(
+    const D& device, const std::filesystem::path& source, const std::filesystem::path& cache,
+    const ModelConfig& config, const WeightStorage& storage, Make&& make) {
+  if (cache.empty()) return make();
+  if constexpr (CpuDevice<D>) {
+    const std::string packing = packing_key<T>(device, storage), key = packing + source_key(source);
+    const auto file = cache_file(cache, source, packing);
+    std::error_code problem;
+    if (std::filesystem::exists(file, problem))
+      if (auto found =
+              read_packed_weights<T>(device, file, key, config.shape, storage, config.form))
+        return found;
+    auto made = make();
+    write_packed_weights(*made, file, key);
+    return made;
+  } else {
+    fail<std::invalid_argument>("load_model: cache is for devices of the CPU");
+  }
+}
+
+}  // namespace detail
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
