@@ -129,6 +129,9 @@ inline constexpr std::int64_t kPackedCode<half> = 4;
 template <>
 inline constexpr std::int64_t kPackedCode<std::int8_t> = 5;
 
+/// In its place, of an embedding that is the head.
+inline constexpr std::int64_t kPackedHead = -1;
+
 /// Panels of a shard's weight, or of the pair of a gated one.
 template <typename S>
 const PackedWeight<S>& panels_of(const PackedColumnShard<S>& shard) {
@@ -177,6 +180,8 @@ class PackedWriter {
           if constexpr (rank_of<Table> == 2) {
             put(kPackedCode<scalar_of<Table>>);
             array(table.data(), table.size());
+          } else if constexpr (std::is_same_v<Table, TiedEmbedding>) {
+            put(kPackedHead);
           } else if constexpr (std::is_same_v<Table, QuantizedEmbedding>) {
             put(kPackedCode<std::int8_t>);
             array(table.values.data(), table.values.size());
@@ -248,6 +253,10 @@ class PackedFinder {
   void embedding(Embedding& embedding, std::shared_ptr<const void>& owner, Index rows,
                  Index columns) {
     const std::int64_t scalar = next();
+    if (scalar == kPackedHead) {
+      embedding.template emplace<TiedEmbedding>();
+      return;
+    }
     const auto table = [&]<typename S>(std::type_identity<S>) {
       if (scalar != kPackedCode<S>) return false;
       using Table = TensorView<const S, 2>;
