@@ -47,7 +47,8 @@ struct LoadOptions {
   LoadProgress progress = {};  ///< called as tensors are packed
   /// Where packed weights are kept, so that the next start maps them in place of packing: a file, or
   /// a folder for those of several models. One that is out of date (the model's files have changed,
-  /// another format or ISA) is made again; one that is no such file, or damaged, is refused. CPU.
+  /// another format or ISA) is made again; one that is no such file, or damaged, is refused. On CPUs;
+  /// layers with experts are not kept yet (std::invalid_argument).
   std::filesystem::path cache = {};
 };
 
