@@ -48,7 +48,7 @@ void execute(const Backend<D, Isa>& on, const problem::TopK<T>& p) {
   using V = simd::Vec<C, Isa>;
   Workspace::Frame frame(on.workspace);
   const int workers = worker_count(on);
-  const auto* scratches = take_sampling_scratch<C>(frame, workers, p.columns, false, false);
+  const auto* scratches = take_sampling_scratch<C>(frame, workers, p.columns, {});
   const Index negative_size = p.largest ? 0 : p.columns;
   C* const negatives =
       frame.take<C>(detail::checked_product(workers, negative_size, "top_k", "scratch"));

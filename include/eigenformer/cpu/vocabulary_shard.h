@@ -242,8 +242,7 @@ void execute(const Backend<D, Isa>& on, const problem::PickFromShard<C>& p) {
   const Index size = p.shard.shard.size();
   if (p.shard.rows == 0 || size == 0) return;
   Workspace::Frame frame(on.workspace);
-  const auto* const scratches =
-      take_sampling_scratch<C>(frame, worker_count(on), size, false, false);
+  const auto* const scratches = take_sampling_scratch<C>(frame, worker_count(on), size, {});
   parallel_for(on, p.shard.rows, Cost{size}, [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       const problem::ShardRow<C>& asked = p.rows[r];

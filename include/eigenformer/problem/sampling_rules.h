@@ -138,8 +138,9 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE C penalized_logit(C logit, std::int32
                                                              const RowParams& params) {
   if (logit < std::numeric_limits<C>::lowest()) return logit;
   double x = static_cast<double>(logit);
-  // towards less likely on both sides of 0
-  x = x < 0 ? x * params.repetition_penalty : x / params.repetition_penalty;
+  // towards less likely on both sides of 0; both are computed, for the sign is a coin toss
+  const double product = x * params.repetition_penalty, quotient = x / params.repetition_penalty;
+  x = x < 0 ? product : quotient;
   // fused by name: a compiler would fuse it on one device and not on the other
   if (occurrences > 0)
     x -= std::fma(params.frequency_penalty, static_cast<double>(occurrences),

@@ -216,9 +216,11 @@ BulkSums bulk_sums(const SamplingRow<T>& row, double* sums, float* out, float le
               bulk_block_sums(weights, x, first, last, above, rest, chosen);
               to = store_logits<V>(x, chosen, to);
             } else {
-              // of a narrowed band -infinity is likely, else it shows in a NaN (by its bits)
-              rest = narrowed ? std::numeric_limits<float>::quiet_NaN()
-                              : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
+              // of a narrowed band or under a mask -infinity is likely, else it shows in a NaN (by
+              // its bits)
+              const bool masked = row.changes != nullptr && row.changes->first[block] == kMasked;
+              rest = narrowed || masked ? std::numeric_limits<float>::quiet_NaN()
+                                        : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
               if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) > 0x7F800000u)
                 rest = bulk_block_sum<true>(weights, x);
             }

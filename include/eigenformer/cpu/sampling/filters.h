@@ -48,8 +48,12 @@ compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k) {
     }
     return count;
   };
-  C enough = (std::max)(row.band.lo, *std::min_element(row.block_max, row.block_max + blocks)),
-    above = row.band.hi;
+  // a mask leaves blocks without a token
+  const C infinity = std::numeric_limits<C>::infinity();
+  C least = infinity;
+  for (Index at = 0; at < blocks; ++at)
+    least = row.block_max[at] > -infinity && row.block_max[at] < least ? row.block_max[at] : least;
+  C enough = (std::max)(row.band.lo, least), above = row.band.hi;
   if (count_from(above) >= k) return above;
   if (count_from(enough) < k) return row.band.lo;
   for (int step = 0; step < 32; ++step) {

@@ -33,8 +33,7 @@ double log_sum_weights(const SamplingRow<T>& row) {
 /// weights.
 template <typename T>
 float log_probability(const SamplingRow<T>& row, Index token, double log_total) {
-  using C = compute_type<T>;
-  const C logit = static_cast<C>(row.logits[token]);
+  const auto logit = logit_at(row, token);
   if (!row.band.contains(logit, token)) return -std::numeric_limits<float>::infinity();
   return static_cast<float>((static_cast<double>(logit) - static_cast<double>(row.band.hi)) *
                                 row.inverse_temperature -

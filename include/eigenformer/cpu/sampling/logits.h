@@ -1,7 +1,8 @@
 /// \file
-/// What changes logits before any filter: guidance, penalties, biases, mask and forced tokens. A
-/// row that has any is copied to scratch in the compute type and changed there: O(vocab + history),
-/// each number computed in double and rounded once.
+/// What changes logits before any filter. Penalties, biases and masks change few of them or ban the
+/// others, and the row stays where it lies (changes.h). Guidance, forced tokens, penalties on
+/// log-probabilities and the caller's function change all: such a row is copied to scratch in the
+/// compute type and changed there. Each number is computed in double and rounded once.
 #pragma once
 
 #include "../../problem/sampling.h"
@@ -11,23 +12,112 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-using problem::adjusts_logits, problem::has_penalties, problem::penalized_logit;
+using problem::adjusts_all_logits, problem::adjusts_logits, problem::has_penalties;
 
-/// Changes every distinct token of the history once. `counts` is (vocab) scratch.
+/// Distinct tokens that penalties and biases of a row may change, at most.
+inline Index most_changes(const problem::RowParams& params, Index vocab) {
+  std::size_t count = params.logit_bias.size();
+  if (has_penalties(params)) count += params.prompt_tokens.size() + params.output_tokens.size();
+  return (std::min)(vocab, static_cast<Index>(count));
+}
+
+/// By bits, that -ffast-math has no say in.
 template <typename C>
-void apply_penalties(C* logits, const problem::RowParams& params, std::int32_t* counts) {
-  // of the tokens that occur, and no others: vocabularies are a hundred histories
-  for (const std::int32_t token : params.output_tokens) counts[token] = 0;
-  for (const std::int32_t token : params.prompt_tokens) counts[token] = 0;
-  for (const std::int32_t token : params.output_tokens) ++counts[token];
-  constexpr std::int32_t done = -1;
-  const auto penalize = [&](std::int32_t token) {
-    if (counts[token] == done) return;
-    logits[token] = penalized_logit(logits[token], counts[token], params);
-    counts[token] = done;
+bool holds_nan(C x) {
+  using Bits = decltype(problem::order_key(x));
+  return static_cast<Bits>(std::bit_cast<Bits>(x) << 1) >
+         static_cast<Bits>(std::bit_cast<Bits>(std::numeric_limits<C>::infinity()) << 1);
+}
+
+/// scan_row, with the maxima of what the mask allows; the status is that of the whole row.
+template <typename Isa, typename T, typename C>
+SampleStatus scan_allowed(SamplingRow<T>& row, LogitChanges<C>& changes) {
+  using V = simd::Vec<C, Isa>;
+  const V none = V::set1(-std::numeric_limits<C>::infinity());
+  LineMaximum<V> line;
+  V best = none;
+  const auto scan = [&](Index block, const auto* x) {
+    line.add(x, SamplingBlock::size);
+    V most = line.all();
+    line.restart();
+    best = maximum(most, best);
+    const BlockBits allowed = changes.allowed(block);
+    if (!allowed.all()) {
+      changes.first[block] = kMasked;
+      most = none;
+      for (Index i = 0; i < SamplingBlock::size && allowed.count() > 0; i += V::lanes)
+        most = maximum(select(allowed.template mask<V>(i), V::load(x + i), none), most);
+    }
+    row.block_max[block] = reduce_max(most);
   };
-  for (const std::int32_t token : params.output_tokens) penalize(token);
-  for (const std::int32_t token : params.prompt_tokens) penalize(token);
+  const Index whole = row.vocab / SamplingBlock::size;
+  for (Index block = 0; block < whole; ++block)
+    scan(block, row.logits + block * SamplingBlock::size);
+  if (whole < row.blocks()) {
+    alignas(64) C x[SamplingBlock::size];
+    load_block<Isa>(row.logits, row.vocab, whole, x);
+    scan(whole, static_cast<const C*>(x));
+  }
+  return status_of_maximum(reduce_max(best), line.nan.bits() != 0);
+}
+
+/// Chains the changes by block, and brings the maxima of the row up to them.
+template <typename Isa, typename T, typename C>
+SampleStatus apply_changes(SamplingRow<T>& row, LogitChanges<C>& changes) {
+  using V = simd::Vec<C, Isa>;
+  row.changes = &changes;
+  std::int32_t* const fallen = changes.places;  // blocks; the hash has done its work
+  Index n = 0;
+  bool nan = false;
+  for (Index i = 0; i < changes.size; ++i) {
+    ChangedLogit<C>& change = changes.list[i];
+    if (!changes.allows(change.token)) continue;
+    const Index block = change.token / SamplingBlock::size;
+    change.next = changes.first[block];
+    changes.first[block] = static_cast<std::int32_t>(i);
+    nan = nan || holds_nan(change.value);
+    C& most = row.block_max[block];
+    if (change.value >= most)
+      most = change.value;
+    else if (change.given >= most)
+      fallen[n++] = static_cast<std::int32_t>(block);
+  }
+  alignas(64) C x[SamplingBlock::size];
+  for (Index i = 0; i < n; ++i) {
+    LineMaximum<V> line;
+    line.add(block_logits<Isa>(row, fallen[i], x), SamplingBlock::size);
+    row.block_max[fallen[i]] = reduce_max(line.all());
+  }
+  V best = V::set1(-std::numeric_limits<C>::infinity());
+  const Index whole = row.blocks() / V::lanes * V::lanes;
+  for (Index at = 0; at < whole; at += V::lanes) best = maximum(V::load(row.block_max + at), best);
+  C hi = reduce_max(best) + C(0);  // as in scan_maxima
+  for (Index at = whole; at < row.blocks(); ++at) hi = (std::max)(hi, row.block_max[at]);
+  row.band = {hi, std::numeric_limits<C>::lowest(), row.vocab};
+  row.inverse_temperature = 1;
+  return status_of_maximum(hi, nan);
+}
+
+/// Scans row r and runs the stages that change few of its logits.
+template <typename Isa, typename T, typename C>
+SampleStatus change_logits(const problem::Sampling<T>& p, Index r, SamplingRow<T>& row,
+                           LogitChanges<C>& changes) {
+  const problem::RowParams& params = p.params_of(r);
+  changes.start(most_changes(params, p.vocab));
+  for (const SamplingStage stage : params.order)
+    if (stage == SamplingStage::token_mask) changes.mask = params.token_mask;
+  std::fill(changes.first, changes.first + row.blocks(), kNoChange);
+  const SampleStatus status =
+      changes.mask.empty() ? scan_row<Isa>(row) : scan_allowed<Isa>(row, changes);
+  if (status != SampleStatus::ok) return status;
+  int bias_stages = 0;
+  for (const SamplingStage stage : params.order) {
+    if (stage == SamplingStage::penalties) changes.penalize(row.logits, params);
+    if (stage == SamplingStage::logit_bias)
+      for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
+        changes.add(row.logits, bias);
+  }
+  return apply_changes<Isa>(row, changes);
 }
 
 template <typename C>
@@ -68,7 +158,7 @@ void apply_guidance(C* logits, Index vocab, const T* without, double scale,
         static_cast<double>(static_cast<C>(without[t])) - total_without, scale));
 }
 
-/// Copies row r to scratch and runs the stages that change logits.
+/// Copies row r to scratch and runs all stages that change logits there.
 template <typename Isa, typename T, typename C>
 void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch<C>& scratch) {
   const problem::RowParams& params = p.params_of(r);
@@ -82,7 +172,11 @@ void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch
     if (stage == SamplingStage::penalties) {
       if (params.log_probability_penalties)
         subtract(adjusted, p.vocab, log_total<Isa>(adjusted, p.vocab, scratch));
-      apply_penalties(adjusted, params, scratch.counts);
+      LogitChanges<C>& changes = *scratch.changes;
+      changes.start(most_changes(params, p.vocab));
+      changes.penalize(adjusted, params);
+      for (Index i = 0; i < changes.size; ++i)
+        adjusted[changes.list[i].token] = changes.list[i].value;
     }
     if (stage == SamplingStage::token_mask) apply_token_mask(adjusted, p.vocab, params.token_mask);
     if (stage == SamplingStage::logit_bias)

@@ -24,6 +24,7 @@
 #include "../../problem/sampling_rules.h"
 #include "../vector/copy.h"
 #include "../vector/functions.h"
+#include "changes.h"
 #include "slices.h"
 
 namespace eigenformer {
@@ -33,10 +34,6 @@ namespace cpu {
 template <typename C>
 struct KeptTokens;
 
-struct SamplingBlock {
-  static constexpr Index size = 128;  // 512 bytes of float: 1002 maxima for a vocabulary of 128256
-};
-
 /// The scratch of one worker. C is the compute type of the logits.
 template <typename C>
 struct SamplingScratch {
@@ -44,8 +41,8 @@ struct SamplingScratch {
   double* block_sum;  // (blocks)
   C* candidates;      // (vocab + 64 and, for each slice, a vector)
   double* bin_sum;    // (2048, 4)
-  C* adjusted;        // (vocab) logits after penalties, bias and mask; nullptr where no row has any
-  std::int32_t* counts;  // (vocab) occurrences of each token; nullptr where no row has penalties
+  C* adjusted;        // (vocab) logits that stages have changed all; nullptr where there are none
+  LogitChanges<C>* changes = nullptr;  // those that stages have changed else; nullptr the same way
   // the list of few tokens (kept.h); nullptr where none is wanted
   KeptTokens<C>* kept = nullptr;
   C *kept_logits = nullptr, *kept_max = nullptr;  // (vocab / 8 + 192), (their blocks)
@@ -66,6 +63,8 @@ struct SamplingRow {
   double inverse_temperature;
   const KeptTokens<C>* kept = nullptr;  // the tokens in play as a list, or nullptr (kept.h)
   const Eigen::ThreadPoolDevice* pool = nullptr;  // whose threads share the passes (slices.h)
+  // What became of `logits`, or nullptr (changes.h); block_logits and logit_at know it.
+  const LogitChanges<C>* changes = nullptr;
 
   Index blocks() const { return (vocab + SamplingBlock::size - 1) / SamplingBlock::size; }
 };
@@ -196,6 +195,26 @@ SampleStatus scan_row(SamplingRow<T>& row) {
   return status;
 }
 
+/// Copies a block that has changes and changes them.
+template <typename Isa, typename T, typename C>
+void copy_changed_block(const SamplingRow<T>& row, const LogitChanges<C>& changes, Index block) {
+  C* const copy = changes.logits + block * SamplingBlock::size;
+  load_block<Isa>(row.logits, row.vocab, block, copy);
+  if (!changes.mask.empty()) mask_block<Isa>(changes.allowed(block), copy, copy);
+  for (std::int32_t i = changes.first[block]; i >= 0; i = changes.list[i].next)
+    changes.logits[changes.list[i].token] = changes.list[i].value;
+  changes.first[block] = kCopied;
+}
+
+/// The blocks from `first` on that have a bit, some time before they are read: what was stored
+/// number by number makes a vector wait that is loaded at once.
+template <typename Isa, typename T>
+void copy_changed_blocks(const SamplingRow<T>& row, Index first, std::uint32_t bits) {
+  for (; bits != 0; bits &= bits - 1)
+    if (const Index block = first + std::countr_zero(bits); row.changes->first[block] >= 0)
+      copy_changed_block<Isa>(row, *row.changes, block);
+}
+
 /// Calls f(block) for every block of [begin, end) whose maximum is `least` or more.
 template <typename Isa, typename T, typename F>
 EIGENFORMER_INLINE void for_each_block_index(const SamplingRow<T>& row, Index begin, Index end,
@@ -205,6 +224,8 @@ EIGENFORMER_INLINE void for_each_block_index(const SamplingRow<T>& row, Index be
   for_each_vector<V>(begin, end, [&](Index at, auto part) {
     std::uint32_t bits = less_equal(bound, load<V>(row.block_max + at, part)).bits();
     if (end - at < V::lanes) bits &= (std::uint32_t{1} << (end - at)) - 1;
+    if (row.changes != nullptr) [[unlikely]]
+      copy_changed_blocks<Isa>(row, at, bits);
     for (; bits != 0; bits &= bits - 1) f(at + std::countr_zero(bits));
   });
 }
@@ -237,13 +258,39 @@ void for_slices_in_play(const SamplingRow<T>& row, double cycles, Body&& body) {
 
 /// The 128 logits of a block in the compute type, in place where they lie so, else in `x`.
 template <typename Isa, typename T>
-EIGENFORMER_INLINE const compute_type<T>* block_logits(const SamplingRow<T>& row, Index block,
+EIGENFORMER_INLINE const compute_type<T>* given_logits(const SamplingRow<T>& row, Index block,
                                                        compute_type<T>* x) {
   if constexpr (std::is_same_v<T, compute_type<T>>)
     if ((block + 1) * SamplingBlock::size <= row.vocab)
       return row.logits + block * SamplingBlock::size;
   load_block<Isa>(row.logits, row.vocab, block, x);
   return x;
+}
+
+/// The same with what changes the row has.
+template <typename Isa, typename T>
+const compute_type<T>* changed_logits(const SamplingRow<T>& row, Index block, compute_type<T>* x) {
+  const LogitChanges<compute_type<T>>& changes = *row.changes;
+  if (changes.first[block] >= 0) copy_changed_block<Isa>(row, changes, block);
+  if (changes.first[block] == kCopied) return changes.logits + block * SamplingBlock::size;
+  const compute_type<T>* const given = given_logits<Isa>(row, block, x);
+  if (changes.first[block] == kNoChange) return given;
+  mask_block<Isa>(changes.allowed(block), given, x);
+  return x;
+}
+
+template <typename Isa, typename T>
+EIGENFORMER_INLINE const compute_type<T>* block_logits(const SamplingRow<T>& row, Index block,
+                                                       compute_type<T>* x) {
+  if (row.changes != nullptr && row.changes->first[block] != kNoChange) [[unlikely]]
+    return changed_logits<Isa>(row, block, x);
+  return given_logits<Isa>(row, block, x);
+}
+
+template <typename T>
+compute_type<T> logit_at(const SamplingRow<T>& row, Index token) {
+  const auto logit = static_cast<compute_type<T>>(row.logits[token]);
+  return row.changes == nullptr ? logit : row.changes->logit(token, logit);
 }
 
 /// Calls f(block, x) for every block that may hold a token of the band, x its 128 logits in the
@@ -261,33 +308,6 @@ void block_weights(const C* x, double best, double inverse_temperature, double* 
   for (Index j = 0; j < SamplingBlock::size; ++j)
     weights[j] = token_weight(static_cast<double>(x[j]), best, inverse_temperature);
 }
-
-/// One bit for each of the 128 tokens of a block.
-struct BlockBits {
-  std::uint64_t word[2] = {0, 0};
-  /// The bits of a vector, of which the first token is `at`.
-  EIGENFORMER_INLINE void add(Index at, std::uint32_t bits) {
-    word[at / 64] |= std::uint64_t{bits} << (at % 64);
-  }
-  int count() const { return std::popcount(word[0]) + std::popcount(word[1]); }
-
-  /// The `n`th set bit, 1 for the first.
-  Index nth(int n) const {
-    const int low = std::popcount(word[0]);
-    std::uint64_t bits = n <= low ? word[0] : word[1];
-    const Index base = n <= low ? 0 : 64;
-    for (n -= n <= low ? 1 : low + 1; n > 0; --n) bits &= bits - 1;
-    return base + std::countr_zero(bits);
-  }
-
-  /// Calls f(j) for every set bit, in order.
-  template <typename F>
-  EIGENFORMER_INLINE void for_each(F&& f) const {
-    for (int w = 0; w < 2; ++w)
-      for (std::uint64_t bits = word[w]; bits != 0; bits &= bits - 1)
-        f(Index{64} * w + std::countr_zero(bits));
-  }
-};
 
 /// Copies the chosen logits of a block to `to`, in order; returns the end of them. `to` has room
 /// for a vector more. Few are copied one by one: a vector of 16 takes 5 cycles on Zen 5, a logit 2.

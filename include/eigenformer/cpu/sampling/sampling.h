@@ -18,22 +18,34 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-template <typename T>
+/// What rows need beside the scratch that all have.
 struct SamplingNeeds {
-  bool adjusted = false, penalties = false;
+  Index changes = -1;  // at most so many tokens that stages change; -1: no stage changes any
+
+  SamplingNeeds() = default;
+  template <typename T>
   explicit SamplingNeeds(const problem::Sampling<T>& p) {
     const Index sets = p.params_stride == 0 ? std::min<Index>(1, p.batch) : p.batch;
-    for (Index i = 0; i < sets; ++i) {
-      adjusted = adjusted || adjusts_logits(p.params[i]);
-      penalties = penalties || has_penalties(p.params[i]);
-    }
+    for (Index i = 0; i < sets; ++i)
+      if (adjusts_logits(p.params[i]))
+        changes = (std::max)(changes, most_changes(p.params[i], p.vocab));
   }
 };
+
+/// The scratch of changes, of which the logits are in `logits`.
+template <typename C>
+LogitChanges<C>* take_changes(Workspace::Frame& frame, Index capacity, Index blocks, C* logits) {
+  auto* const changes = frame.take<LogitChanges<C>>(1);
+  *changes = {frame.take<ChangedLogit<C>>(capacity),
+              frame.take<std::int32_t>(LogitChanges<C>::places_for(capacity)),
+              frame.take<std::int32_t>(blocks), logits};
+  return changes;
+}
 
 /// The scratch of `workers` workers for rows of `vocab` tokens.
 template <typename C>
 SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, Index vocab,
-                                          bool adjusted, bool penalties) {
+                                          const SamplingNeeds& needs) {
   auto* scratch = frame.take<SamplingScratch<C>>(workers);
   const Index blocks = (vocab + SamplingBlock::size - 1) / SamplingBlock::size;
   for (int w = 0; w < workers; ++w) {
@@ -41,8 +53,10 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
     scratch[w].block_sum = frame.take<double>(blocks);
     scratch[w].candidates = frame.take<C>(vocab + 64 + RowSlices::most * RowSlices::slack);
     scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins * SelectionLimits::ways);
-    scratch[w].adjusted = adjusted ? frame.take<C>(vocab) : nullptr;
-    scratch[w].counts = penalties ? frame.take<std::int32_t>(vocab) : nullptr;
+    const bool changes = needs.changes >= 0;
+    scratch[w].adjusted = changes ? frame.take<C>(blocks * SamplingBlock::size) : nullptr;
+    scratch[w].changes =
+        changes ? take_changes<C>(frame, needs.changes, blocks, scratch[w].adjusted) : nullptr;
     const Index kept = KeptLimits::most(vocab) + SamplingBlock::size + 64;
     scratch[w].kept = frame.take<KeptTokens<C>>(1);
     scratch[w].kept_logits = frame.take<C>(kept);
@@ -60,9 +74,8 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
   if (p.batch == 0) return;  // no scratch for a vocabulary that has no row
   using C = compute_type<T>;
   Workspace::Frame frame(on.workspace);
-  const SamplingNeeds<T> needs(p);
   const auto* scratches =
-      take_sampling_scratch<C>(frame, worker_count(on), p.vocab, needs.adjusted, needs.penalties);
+      take_sampling_scratch<C>(frame, worker_count(on), p.vocab, SamplingNeeds(p));
   const Eigen::ThreadPoolDevice* const pool = pool_of_rows(on.device, p.batch, p.vocab);
   for_rows(on, pool, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
@@ -70,8 +83,11 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
       const problem::RowParams& params = p.params_of(r);
       SamplingRow<T> row{p.logits + r * p.vocab, p.vocab, scratch.block_max, {}, 1.0};
       row.pool = pool;
-      SampleStatus status = scan_row<Isa>(row);
-      if (status != SampleStatus::ok || !adjusts_logits(params)) {
+      const bool in_scratch = adjusts_all_logits(params);
+      SampleStatus status = adjusts_logits(params) && !in_scratch
+                                ? change_logits<Isa>(p, r, row, *scratch.changes)
+                                : scan_row<Isa>(row);
+      if (status != SampleStatus::ok || !in_scratch) {
         if (status == SampleStatus::ok) apply_filters<Isa>(row, params, p.excludes(r), scratch);
         visit(r, row, status, scratch);
         continue;
