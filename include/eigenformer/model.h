@@ -70,8 +70,10 @@ class Model {
   /// Steps over caches of your own: decoder.h.
   Decoder<T, D>& decoder() { return *decoder_; }
   const D& device() const { return *device_; }
-  /// Bytes that a step reads of the weights.
+  /// Bytes of the weights as packed, and of those that every step reads: all but an embedding that
+  /// is not the head.
   std::size_t weight_bytes() const { return weights_->bytes(); }
+  std::size_t step_bytes() const { return weights_->bytes_of_layers(); }
 
   /// Pages for `tokens` positions of as many sequences as they are divided among. Throws
   /// std::invalid_argument for a negative number and for pages of no token.

@@ -211,6 +211,8 @@ TEST(PackedMatrices, TiedEmbeddingIsTheHead) {
     EXPECT_EQ(two.weight_bytes() - one.weight_bytes(),
               static_cast<std::size_t>(kWide.vocabulary) *
                   (format == WeightFormat::int8 ? 72 + sizeof(float) : 72 * sizeof(float)));
+    EXPECT_EQ(tied->bytes_of_layers(), tied->bytes());
+    EXPECT_EQ(apart->bytes_of_layers(), tied->bytes());
   }
   ef::PackedDecoderWeights<float> none(kWide);
   EXPECT_THROW(none.tie_embedding(), std::logic_error);

@@ -1,5 +1,7 @@
 #include "loading.h"
 
+#include <random>
+
 #include "../demo/progress.h"
 #include "machine.h"
 
@@ -24,6 +26,29 @@ class ModelOf final : public LoadedModel {
     return generator_.generate(ids, options);
   }
   ef::Index reused() const override { return generator_.reused(); }
+  std::size_t step_bytes() const override { return model_.step_bytes(); }
+  double seconds_of_steps(ef::Index sequences, ef::Index tokens, ef::Index steps) override {
+    constexpr ef::Index page = 16;
+    auto cache = model_.make_cache((tokens * steps + page - 1) / page * page * sequences, page);
+    std::vector<ef::SequenceId> rows;
+    std::vector<ef::Index> offsets{0}, last;
+    for (ef::Index s = 0; s < sequences; ++s) {
+      rows.push_back(cache.add_sequence());
+      offsets.push_back(offsets.back() + tokens);
+      last.push_back(offsets.back() - 1);
+    }
+    std::vector<std::int32_t> ids(static_cast<std::size_t>(sequences * tokens));
+    std::minstd_rand random;
+    ef::Tensor<float, 2> logits;
+    const auto start = demo::Clock::now();
+    for (ef::Index step = 0; step < steps; ++step) {
+      for (std::int32_t& id : ids)
+        id = static_cast<std::int32_t>(static_cast<ef::Index>(random()) %
+                                       model_.config().shape.vocabulary);
+      model_.decoder().step_into(logits, {ids, offsets, last}, cache, rows);
+    }
+    return demo::seconds_since(start);
+  }
   std::size_t weight_bytes() const { return model_.weight_bytes(); }
   const Machine& machine() const { return *machine_; }
 

@@ -24,6 +24,11 @@ class LoadedModel {
   virtual std::vector<std::int32_t> generate(std::span<const std::int32_t> ids,
                                              const ef::GenerateOptions& options) = 0;
   virtual ef::Index reused() const = 0;
+  /// Bytes of the weights that a step reads.
+  virtual std::size_t step_bytes() const = 0;
+  /// Seconds of `steps` steps one after another, each of `tokens` tokens for each of `sequences`
+  /// sequences, which begin empty, and with one row of logits for each.
+  virtual double seconds_of_steps(ef::Index sequences, ef::Index tokens, ef::Index steps) = 0;
 };
 
 /// Loads with a progress bar and says on `log` what was loaded. Throws what load_model throws.

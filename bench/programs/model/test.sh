@@ -44,6 +44,20 @@ reused=$(sed -n '2s/.*"prompt_tokens_reused":\([0-9]*\).*/\1/p' "$work/answers")
 first=$(sed -n '1s/.*"prompt_ids":\[\([^]]*\).*/\1/p' "$work/answers" | tr , '\n' | wc -l)
 [ "$reused" = $((first + 11)) ] || fail "generate --chat found $reused tokens in its cache, of $first and 12"
 "$programs/generate" --model "$work/chat" --chat --prompt "Hello" --tokens 5 >"$work/answer" || fail "generate --chat --prompt"
+# The bench, and a peer that is given the same work.
+"$programs/model_bench" --model "$model" --threads 1 --prompt-tokens 20 --decode-tokens 3 --batch 2 --repetitions 2 --int8 >"$work/table"
+[ "$(awk '$4 + 0 > 0 && $5 ~ /^([0-9.]+%|-)$/ { print $1, $2, $3 }' "$work/table" | tr '\n' ',')" = "prefill 1 20,decode 1 3,decode 2 3," ] ||
+  fail "model_bench: $(cat "$work/table")"
+printf '#!/bin/sh\necho "$*" >"%s/asked"\ncat "%s/rates"\n' "$work" "$work" >"$work/it's llama-bench"
+chmod +x "$work/it's llama-bench"
+bench_beside_peer() { "$programs/model_bench" --model "$model/model.gguf" --threads 1 --decode-tokens 3 --repetitions 1 --peer "$work/it's llama-bench" --json; }
+echo '[{"model_type":"a","n_gen":0,"samples_ts":[1,5,2]},{"model_type":"a","n_gen":3,"samples_ts":[0.5]}]' >"$work/rates"
+bench_beside_peer >"$work/row" || fail "model_bench --peer"
+[ "$(cat "$work/asked")" = "-m $model/model.gguf -t 1 -p 512 -n 3 -r 1 -ngl 0 -o json" ] || fail "model_bench asked its peer for $(cat "$work/asked")"
+grep -q '"peer_tokens_per_second":2.0.*"peer_tokens_per_second":0.5\|"peer_tokens_per_second":0.5.*"peer_tokens_per_second":2.0' "$work/row" || fail "model_bench --peer: $(cat "$work/row")"
+echo 'no rates' >"$work/rates"
+if bench_beside_peer >/dev/null 2>&1; then fail "a peer without rates"; fi
+if "$programs/model_bench" --model "$model" --peer true 2>/dev/null; then fail "a peer of a folder"; fi
 # A GPU's program is another, which lies beside it.
 cp "$programs/generate" "$work/generate"
 "$work/generate" --model "$model" --device cuda 2>&1 | grep -q EIGENFORMER_CUDA || fail "generate --device cuda without a program for it"

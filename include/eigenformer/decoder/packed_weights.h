@@ -236,18 +236,23 @@ class PackedDecoderWeights {
   /// Bytes inference reads from: this rank's linear layers as packed (scales included, padding
   /// not), norms, embedding.
   std::size_t bytes() const {
+    Index embedding = 0;
+    std::visit(
+        [&]<typename Table>(const Table& table) {
+          if constexpr (rank_of<Table> == 2)
+            embedding = table.size() * Index{sizeof(scalar_of<Table>)};
+          else if constexpr (std::is_same_v<Table, QuantizedEmbedding>)
+            embedding = table.values.size() + table.scales.size() * Index{sizeof(float)};
+        },
+        embedding_);
+    return bytes_of_layers() + static_cast<std::size_t>(embedding);
+  }
+  /// The same without a table of an embedding, of which a step reads the rows of its tokens.
+  std::size_t bytes_of_layers() const {
     const Index numbers =
         norm_.weight.size() + norm_.bias.size() + head_bias_.size() + positions_.size();
     Index total = numbers * Index{sizeof(float)} + detail::stored_bytes(head_);
     for (const auto& layer : layers_) total += detail::stored_bytes(layer);
-    std::visit(
-        [&]<typename Table>(const Table& table) {
-          if constexpr (rank_of<Table> == 2)
-            total += table.size() * Index{sizeof(scalar_of<Table>)};
-          else if constexpr (std::is_same_v<Table, QuantizedEmbedding>)
-            total += table.values.size() + table.scales.size() * Index{sizeof(float)};
-        },
-        embedding_);
     return static_cast<std::size_t>(total);
   }
 
