@@ -105,7 +105,7 @@ int run(const demo::Options& options) {
     training = demo::train(model, device, text, training_plan(options.quick));
     print_limits(training, training_profile, options.threads);
   }
-  if (!options.save.empty()) demo::save(*weights, options.save);
+  if (!options.save.empty()) demo::save(*weights, demo::TrainingPlan{}.length, options.save);
 
   {
     ef::Decoder<float, Eigen::ThreadPoolDevice> model(weights, device);

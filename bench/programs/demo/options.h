@@ -23,8 +23,8 @@ requests with it.
   --text FILE   learn this text instead of the LICENSE (at least 1,000 bytes; what fits the model
                 is a few tens of kilobytes)
   --quick       a third of the training tokens, so less is recalled
-  --save DIR    keep the trained weights in DIR/model.safetensors
-  --load DIR    serve with the weights kept there instead of training
+  --save DIR    keep the trained model in DIR, which generate --model DIR takes as well
+  --load DIR    serve with the model kept there instead of training
   --threads N   threads for training and ranks for serving (default 2)
   --help        this text
 )";
