@@ -18,11 +18,22 @@
 /// std::runtime_error) names file, tensor and reason for anything that is not what it claims to be,
 /// and nothing is read out of bounds.
 ///
+/// Weights as stored (ef::WeightFormat::as_stored): F32, BF16 and F16 tensors stay what they are
+/// where the activations have products for them (decoder/packed_weights.h), and logits are those of
+/// the widened weights; MXFP4 of safetensors becomes bfloat16, which is exact. Blocks of GGUF
+/// become INT8 by groups of 32 inputs (double where the activations are). Of Q8_0 these are the
+/// file's own values and scales wherever the largest value of a block is 127 in magnitude, as every
+/// writer of max / 127 has it; other blocks (a -128 too) and other formats are quantized again, by
+/// at most 1 / 254 of the group's largest. Query, key and value share a format, gate and up do, and
+/// an expert's gate, up and down: where the file has several it is INT8 if one of them is in
+/// blocks, else float. Experts of a layer whose formats then differ are refused.
+///
 /// Cost: loading reads the weights once (twice for INT8) and packs them on the device; beside the
-/// packed weights it holds no more than the largest tensor. A head that is the embedding too is one
-/// tensor, the packed one, INT8 where the weights are. The file stays mapped where another embedding
-/// is used as stored. With LoadOptions::cache the second start maps what the first packed
-/// (model/packed_file.h).
+/// packed weights it holds no more than the largest tensor and the file's pages of one layer, which
+/// are given back when that is packed. A head that is the embedding too is one tensor, the packed
+/// one, INT8 where the weights are. The file stays mapped where another embedding is used as
+/// stored. With LoadOptions::cache the second start maps what the first packed
+/// (model/packed_file.h), each matrix in its own format.
 #pragma once
 
 #include <filesystem>
@@ -115,8 +126,12 @@ namespace detail {
 
 template <typename T, typename D>
 auto load_weights(const D& device, const ModelConfig& config, const StoredTensors& tensors,
-                  std::shared_ptr<const void> owner, const LoadOptions& options) {
-  return ModelLoader<T, D>(device, config, tensors, options.weights, options.progress)
+                  std::shared_ptr<const void> owner, const LoadOptions& options,
+                  std::span<const MappedFile> files) {
+  const std::function<void(std::span<const std::byte>)> release = [&](auto bytes) {
+    for (const MappedFile& file : files) file.advise(bytes, FileAdvice::done);
+  };
+  return ModelLoader<T, D>(device, config, tensors, options.weights, options.progress, release)
       .load(std::move(owner));
 }
 
@@ -136,13 +151,17 @@ Model<T, D> load_model(const D& device, const std::filesystem::path& path,
     const auto file = std::make_shared<const Gguf>(path);
     config = gguf_model_config(*file, {.length = options.length});
     tokenizer = Tokenizer::from_gguf(*file);
-    kept([&] { return detail::load_weights<T>(device, config, file->tensors(), file, options); });
+    kept([&] {
+      return detail::load_weights<T>(device, config, file->tensors(), file, options,
+                                     {&file->file(), 1});
+    });
   } else {
     config = read_model_config(path / "config.json", {.length = options.length});
     tokenizer = Tokenizer::from_folder(path);
     kept([&] {
       const auto files = std::make_shared<const Safetensors>(path);
-      return detail::load_weights<T>(device, config, files->tensors(), files, options);
+      return detail::load_weights<T>(device, config, files->tensors(), files, options,
+                                     files->files());
     });
   }
   return {std::move(config), std::move(tokenizer), std::move(weights), device};

@@ -48,12 +48,19 @@ class GgufWriter {
   }
   void tensor(const std::string& name, const std::vector<std::uint64_t>& shape,
               const std::vector<float>& values) {
+    constexpr std::uint32_t f32 = 0;
+    tensor(name, shape, f32,
+           {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float)});
+  }
+  /// Of a type by GGUF's number.
+  void tensor(const std::string& name, const std::vector<std::uint64_t>& shape, std::uint32_t type,
+              std::string_view bytes) {
     put_text(tensors_, name);
     put(tensors_, static_cast<std::uint32_t>(shape.size()));
     for (std::size_t d = shape.size(); d > 0; --d) put(tensors_, shape[d - 1]);
-    put(tensors_, std::uint32_t{0});
+    put(tensors_, type);
     put(tensors_, std::uint64_t{data_.size()});
-    data_.append(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(float));
+    data_ += bytes;
     data_.resize((data_.size() + 31) / 32 * 32);
     ++tensor_count_;
   }

@@ -155,8 +155,10 @@ TEST_F(Stories, ASecondStartMapsWhatTheFirstPacked) {
     std::filesystem::copy_file(folder_ / file, folder.path() / file);
   std::filesystem::create_directory(folder.path() / "kept");
   for (const auto& source : {folder.path(), folder_ / "model.gguf"}) {
-    for (const ef::WeightStorage& weights :
-         {ef::WeightStorage(), {ef::WeightFormat::int8}, {ef::WeightFormat::int8, 32}}) {
+    for (const ef::WeightStorage& weights : {ef::WeightStorage(),
+                                             {ef::WeightFormat::int8},
+                                             {ef::WeightFormat::int8, 32},
+                                             {ef::WeightFormat::as_stored}}) {
       int packed = 0;
       const auto load = [&] {
         packed = 0;
@@ -170,7 +172,7 @@ TEST_F(Stories, ASecondStartMapsWhatTheFirstPacked) {
       EXPECT_EQ(packed, 0);
     }
   }
-  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path() / "kept"), {}), 6);
+  EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path() / "kept"), {}), 8);
   // One file for all: the format that is asked for is what it holds then, and what is no such file
   // stays what it is.
   const auto file = folder.path() / "one";
@@ -244,6 +246,28 @@ std::function<std::string(std::string)> replace(const std::string& from, const s
     EXPECT_NE(at, std::string::npos) << from;
     return text.replace(at, from.size(), to);
   };
+}
+
+// F32 as stored is float; narrower formats and groups of INT8 are as near as they are fine.
+TEST_F(Stories, WeightsOfEveryFormat) {
+  auto exact = ef::load_model<float>(folder_);
+  const auto logits = exact.logits(first(60));
+  const auto expected = to_double(logits);
+  const auto with = [&](const ef::WeightStorage& weights) {
+    auto model = ef::load_model<float>(folder_, {.weights = weights});
+    return model.logits(first(60));
+  };
+  EXPECT_TRUE(same_bits(with(ef::WeightFormat::as_stored), logits));
+  const double half = relative_error(with(ef::WeightFormat::half), expected),
+               pairs = relative_error(with(ef::WeightFormat::bfloat16), expected),
+               channels = relative_error(with(ef::WeightFormat::int8), expected),
+               groups = relative_error(with({ef::WeightFormat::int8, 32}), expected);
+  EXPECT_GT(half, 0);
+  EXPECT_LT(half, 2e-3);
+  EXPECT_LT(half, pairs);
+  EXPECT_LT(pairs, 2e-2);
+  EXPECT_LT(groups, 5e-2);
+  EXPECT_LT(channels, 5e-2);
 }
 
 TEST_F(Stories, FilesThatAreNotWhatTheyClaimAreRefused) {
@@ -330,10 +354,17 @@ TEST(Families, AreThoseOfTransformers) {
               golden.at("greedy").get<std::vector<std::int32_t>>());
     auto rounded = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::int8});
     EXPECT_LT(relative_error(rounded.logits(kIds), expected), 0.15);
+    auto floats = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::as_stored});
+    EXPECT_TRUE(same_bits(floats.logits(kIds), logits));
 
     const Folder narrow;
     write_family<ef::bfloat16>(narrow, golden);
     auto half = ef::load_model<ef::bfloat16>(narrow.path());
+    const std::vector<std::int32_t> some{1, 2, 3, 4, 1};
+    auto widened = ef::load_model<float>(narrow.path());
+    auto stored = ef::load_model<float>(narrow.path(), {.weights = ef::WeightFormat::as_stored});
+    EXPECT_TRUE(same_bits(stored.logits(some), widened.logits(some)));
+    EXPECT_LT(stored.weight_bytes(), widened.weight_bytes());
     EXPECT_LT(relative_error(half.logits(kIds), expected),
               1.5 * golden.at("bfloat16_error").get<double>());
   }

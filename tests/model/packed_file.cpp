@@ -30,10 +30,11 @@ std::string read(const std::filesystem::path& path) {
 }
 
 template <typename T>
-void expect_same_from_file(const ef::WeightStorage& storage, const ef::DecoderForm& form) {
+void expect_same_from_file(const std::shared_ptr<const ef::PackedDecoderWeights<T>>& made) {
   const Folder folder;
   const auto path = folder.path() / "model.packed";
-  const auto made = packed_model<T>(kPackedConfig, storage, form);
+  const ef::WeightStorage& storage = made->storage();
+  const ef::DecoderForm& form = made->form();
   ef::write_packed_weights(*made, path, "key");
   EXPECT_EQ(std::distance(std::filesystem::directory_iterator(folder.path()), {}), 1);
   const auto found = ef::read_packed_weights<T>(kHere, path, "key", kPackedConfig, storage, form);
@@ -48,6 +49,11 @@ void expect_same_from_file(const ef::WeightStorage& storage, const ef::DecoderFo
   EXPECT_TRUE(same_bits(logits_of<T>(found), logits_of<T>(made)));
 }
 
+template <typename T>
+void expect_same_from_file(const ef::WeightStorage& storage, const ef::DecoderForm& form) {
+  expect_same_from_file<T>(packed_model<T>(kPackedConfig, storage, form));
+}
+
 TEST(PackedFile, GivesTheBitsOfWhatWasWritten) {
   using enum ef::WeightFormat;
   for (const ef::DecoderForm& form : packed_forms()) {
@@ -60,6 +66,25 @@ TEST(PackedFile, GivesTheBitsOfWhatWasWritten) {
   expect_same_from_file<ef::bfloat16>(activation, {});
   expect_same_from_file<ef::half>(int8, {});
   expect_same_from_file<double>(activation, {});
+}
+
+// What is packed as stored has matrices of several formats.
+TEST(PackedFile, KeepsTheFormatOfEveryMatrix) {
+  using enum ef::WeightFormat;
+  const auto mixed = packed_model<float>(kPackedConfig, as_stored, {});
+  const ef::DecoderWeights masters(kPackedConfig, 5);
+  const ef::SelfCommunicator alone;
+  const auto own = masters.views(1);
+  ef::DecoderLayerViews<float> output, down, gated;
+  output.output = own.output;
+  down.down = own.down;
+  gated.gate = own.gate;
+  gated.up = own.up;
+  mixed->pack_layer(kHere, 1, output, half, alone);
+  mixed->pack_layer(kHere, 1, down, bfloat16, alone);
+  mixed->pack_layer(kHere, 1, gated, {int8, 32}, alone);
+  EXPECT_LT(mixed->bytes(), packed_model<float>(kPackedConfig, as_stored, {})->bytes());
+  expect_same_from_file<float>(mixed);
 }
 
 TEST(PackedFile, RefusesWhatTheConfigurationDoesNotSay) {

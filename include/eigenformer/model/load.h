@@ -4,24 +4,23 @@
 /// beside the packed ones.
 #pragma once
 
+#include <algorithm>
 #include <array>
-#include <functional>
+#include <initializer_list>
+#include <iterator>
 #include <memory>
-#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "../decoder/packed_weights.h"
 #include "config.h"
+#include "model_tensors.h"
 #include "mxfp4.h"
 #include "stored_matrix.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
-
-/// Called as a model is packed, with bytes of tensors done and in all.
-using LoadProgress = std::function<void(std::uint64_t done, std::uint64_t total)>;
 
 namespace detail {
 
@@ -30,26 +29,23 @@ class ModelLoader {
  public:
   using Weights = PackedDecoderWeights<T>;
   using Vector = std::vector<float>;
-
   ModelLoader(const D& device, const ModelConfig& config, const StoredTensors& tensors,
-              const WeightStorage& storage, const LoadProgress& progress)
+              const WeightStorage& storage, const LoadProgress& progress,
+              const ModelTensors::Release& release)
       : device_(device),
         m_(config),
-        tensors_(tensors),
-        progress_(progress),
-        weights_(std::make_shared<Weights>(config.shape, storage, config.form)) {
-    for (const auto& [name, tensor] : tensors_.map()) total_ += tensor.bytes.size();
-  }
+        from_(tensors, progress, release),
+        weights_(std::make_shared<Weights>(config.shape, storage, config.form)) {}
 
   /// `owner` keeps the tensors' memory alive: the embedding stays there where its scalar allows it.
   std::shared_ptr<const Weights> load(std::shared_ptr<const void> owner) {
     try {
       for (Index l = 0; l < m_.shape.layers; ++l) load_layer(l);
       load_rest(std::move(owner));
-      require_all_used();
+      from_.require_all_used(m_);
       weights_->require_complete();
     } catch (const std::invalid_argument& error) {  // what packing refuses: NaN, infinity
-      fail_model(tensors_.file(), part_, error.what());
+      from_.fail(from_.last(), error.what());
     }
     return weights_;
   }
@@ -63,61 +59,35 @@ class ModelLoader {
     return m_.names.layer + std::to_string(l) + "." + std::string(name);
   }
 
-  /// Mixtral's blocks in transformers, which calls them as other families'.
-  static std::string transformers_name(std::string name) {
-    constexpr std::string_view block = ".block_sparse_moe.";
-    if (const std::size_t at = name.find(block); at != std::string::npos)
-      name.replace(at, block.size(), ".mlp.");
-    return name;
-  }
-  /// A tensor by its name, with or without what comes before the decoder's own names in files of
-  /// larger or of bare models.
-  const StoredTensor* find(const std::string& name) {
-    part_ = name;
-    const std::size_t dot = name.find('.');
-    for (const std::string& tried :
-         {name, "language_model." + name, "model.language_model." + name.substr(dot + 1),
-          name.substr(dot + 1), transformers_name(name)}) {
-      const StoredTensor* const tensor = tensors_.find(tried);
-      if (tensor == nullptr) continue;
-      if (used_.insert(tried).second) done_ += tensor->bytes.size();
-      return tensor;
-    }
-    return nullptr;
-  }
-  const StoredTensor& at(const std::string& name, std::vector<std::int64_t> shape) {
-    const StoredTensor* const tensor = find(name);
-    if (tensor == nullptr) fail_model(tensors_.file(), name, "this tensor is missing");
-    if (tensor->shape != shape)
-      fail_model(tensors_.file(), name,
-                 "has shape " + stored_shape_text(tensor->shape) + ", the configuration says " +
-                     stored_shape_text(shape));
-    return *tensor;
-  }
-  Vector vector(const std::string& name, Index size, float plus = 0) {
-    const StoredTensor& tensor = at(name, {size});  // before memory is taken for what may be a lie
-    Vector values(static_cast<std::size_t>(size));
-    dequantize_rows(tensor, 0, values);
-    for (float& value : values) value += plus;
-    return values;
-  }
   StoredMatrix matrix(const std::string& name, Index rows, Index columns) {
-    std::vector<std::int64_t> shape{rows, columns};
-    if (m_.transposed) std::swap(shape[0], shape[1]);
-    const StoredTensor* const tensor = rows == 1 ? find(name) : nullptr;
-    if (tensor != nullptr && tensor->shape.size() == 1) shape.erase(shape.begin());  // one row
-    return StoredMatrix(at(name, shape), m_.transposed);
-  }
-  void report() const {
-    if (progress_) progress_(done_, total_);
+    return from_.matrix(name, rows, columns, m_.transposed);
   }
 
   // ---- a layer ----------------------------------------------------------------------------------
 
+  /// What the matrices of one product are packed in.
+  template <typename... Matrices>
+  WeightStorage storage_of(const Matrices&... matrices) const {
+    return storage_for({matrices.stored()...});
+  }
+  WeightStorage storage_for(std::initializer_list<StoredFormat> stored) const {
+    const WeightStorage storage = weights_->storage();
+    if (storage.format != WeightFormat::as_stored) return storage;
+    if (std::any_of(stored.begin(), stored.end(),
+                    [](StoredFormat format) { return layout_of(format).block_elements > 1; }))
+      return std::is_same_v<T, double> ? WeightStorage() : WeightStorage(WeightFormat::int8, 32);
+    const StoredFormat first = *stored.begin();
+    if (std::count(stored.begin(), stored.end(), first) != std::ssize(stored))
+      return storage;  // of float copies
+    return first == StoredFormat::bf16  ? WeightFormat::bfloat16
+           : first == StoredFormat::f16 ? WeightFormat::half
+                                        : WeightFormat::as_stored;
+  }
+
   template <typename W>
-  void pack(Index l, const DecoderLayerViews<W, float>& views) {
-    weights_->pack_layer(device_, l, views, alone_);
-    report();
+  void pack(Index l, const DecoderLayerViews<W, float>& views, const WeightStorage& storage) {
+    weights_->pack_layer(device_, l, views, storage, alone_);
+    from_.report();
   }
 
   void load_layer(Index l) {
@@ -127,6 +97,7 @@ class ModelLoader {
       load_experts(l);
     else
       load_feed_forward(l);
+    from_.release();
   }
 
   void load_vectors(Index l) {
@@ -142,8 +113,9 @@ class ModelLoader {
       to.emplace(values.back().data(), static_cast<Index>(values.back().size()));
     };
     const auto norm = [&](auto& to, auto* to_bias, const std::string& name, Index size) {
-      set(to, vector(of_layer(l, weight(name)), size, plus));
-      if (to_bias != nullptr && m_.norm_bias) set(*to_bias, vector(of_layer(l, bias(name)), size));
+      set(to, from_.vector(of_layer(l, weight(name)), size, plus));
+      if (to_bias != nullptr && m_.norm_bias)
+        set(*to_bias, from_.vector(of_layer(l, bias(name)), size));
     };
     if (form.norm_before()) {
       norm(v.attention_norm, &v.attention_norm_bias, n.attention_norm, d);
@@ -160,29 +132,29 @@ class ModelLoader {
       norm(v.query_norm, kNone, n.query_norm, row ? m_.shape.heads * width : width);
       norm(v.key_norm, kNone, n.key_norm, row ? m_.shape.kv_heads * width : width);
     }
-    if (form.sinks) set(v.sinks, vector(of_layer(l, n.sinks), m_.shape.heads));
-    if (m_.output_bias) set(v.output_bias, vector(of_layer(l, bias(n.output)), d));
+    if (form.sinks) set(v.sinks, from_.vector(of_layer(l, n.sinks), m_.shape.heads));
+    if (m_.output_bias) set(v.output_bias, from_.vector(of_layer(l, bias(n.output)), d));
     if (form.has_experts(l)) {
       if (m_.router_bias)
-        set(v.router_bias, vector(of_layer(l, bias(n.router)), form.experts.count));
+        set(v.router_bias, from_.vector(of_layer(l, bias(n.router)), form.experts.count));
     } else if (form.feed_forward_bias) {
       const Index hidden = m_.shape.hidden;
-      if (form.gated) set(v.gate_bias, vector(of_layer(l, bias(n.gate)), hidden));
-      set(v.up_bias, vector(of_layer(l, bias(n.up)), hidden));
-      set(v.down_bias, vector(of_layer(l, bias(n.down)), d));
+      if (form.gated) set(v.gate_bias, from_.vector(of_layer(l, bias(n.gate)), hidden));
+      set(v.up_bias, from_.vector(of_layer(l, bias(n.up)), hidden));
+      set(v.down_bias, from_.vector(of_layer(l, bias(n.down)), d));
     }
     const QkvRows rows = qkv_rows();
     if (m_.qkv_bias && m_.qkv_layout == QkvLayout::apart) {
-      set(v.query_bias, vector(of_layer(l, bias(n.query)), rows.count(0)));
-      set(v.key_bias, vector(of_layer(l, bias(n.key)), rows.count(1)));
-      set(v.value_bias, vector(of_layer(l, bias(n.value)), rows.count(2)));
+      set(v.query_bias, from_.vector(of_layer(l, bias(n.query)), rows.count(0)));
+      set(v.key_bias, from_.vector(of_layer(l, bias(n.key)), rows.count(1)));
+      set(v.value_bias, from_.vector(of_layer(l, bias(n.value)), rows.count(2)));
     } else if (m_.qkv_bias) {
-      const Vector all = vector(of_layer(l, bias(n.qkv)), rows.total());
+      const Vector all = from_.vector(of_layer(l, bias(n.qkv)), rows.total());
       set(v.query_bias, rows.gather(0, all.data(), 1));
       set(v.key_bias, rows.gather(1, all.data(), 1));
       set(v.value_bias, rows.gather(2, all.data(), 1));
     }
-    pack(l, v);
+    pack(l, v, weights_->storage());
   }
 
   QkvRows qkv_rows() const {
@@ -193,6 +165,7 @@ class ModelLoader {
     const ModelNames& n = m_.names;
     const Index d = m_.shape.features;
     const QkvRows rows = qkv_rows();
+    WeightStorage storage;
     const auto pack_qkv = [&]<typename W>(const TensorView<const W, 2>& q,
                                           const TensorView<const W, 2>& k,
                                           const TensorView<const W, 2>& v) {
@@ -200,29 +173,31 @@ class ModelLoader {
       views.query.emplace(q);
       views.key.emplace(k);
       views.value.emplace(v);
-      pack(l, views);
+      pack(l, views, storage);
     };
     if (m_.qkv_layout == QkvLayout::apart) {
       StoredMatrix q = matrix(of_layer(l, weight(n.query)), rows.count(0), d),
                    k = matrix(of_layer(l, weight(n.key)), rows.count(1), d),
                    v = matrix(of_layer(l, weight(n.value)), rows.count(2), d);
+      storage = storage_of(q, k, v);
       visit_matrices(pack_qkv, q, k, v);
     } else {
-      matrix(of_layer(l, weight(n.qkv)), rows.total(), d)
-          .visit([&]<typename W>(const TensorView<const W, 2>& all) {
-            if (m_.qkv_layout == QkvLayout::stacked) {
-              const W* const keys = all.data() + rows.count(0) * d;
-              pack_qkv(TensorView<const W, 2>(all.data(), rows.count(0), d),
-                       TensorView<const W, 2>(keys, rows.count(1), d),
-                       TensorView<const W, 2>(keys + rows.count(1) * d, rows.count(2), d));
-              return;
-            }
-            const std::array parts{rows.gather(0, all.data(), d), rows.gather(1, all.data(), d),
-                                   rows.gather(2, all.data(), d)};
-            pack_qkv(TensorView<const W, 2>(parts[0].data(), rows.count(0), d),
-                     TensorView<const W, 2>(parts[1].data(), rows.count(1), d),
-                     TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
-          });
+      const StoredMatrix fused = matrix(of_layer(l, weight(n.qkv)), rows.total(), d);
+      storage = storage_of(fused);
+      fused.visit([&]<typename W>(const TensorView<const W, 2>& all) {
+        if (m_.qkv_layout == QkvLayout::stacked) {
+          const W* const keys = all.data() + rows.count(0) * d;
+          pack_qkv(TensorView<const W, 2>(all.data(), rows.count(0), d),
+                   TensorView<const W, 2>(keys, rows.count(1), d),
+                   TensorView<const W, 2>(keys + rows.count(1) * d, rows.count(2), d));
+          return;
+        }
+        const std::array parts{rows.gather(0, all.data(), d), rows.gather(1, all.data(), d),
+                               rows.gather(2, all.data(), d)};
+        pack_qkv(TensorView<const W, 2>(parts[0].data(), rows.count(0), d),
+                 TensorView<const W, 2>(parts[1].data(), rows.count(1), d),
+                 TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
+      });
     }
     pack_one(l, n.output, d, rows.count(0), [](auto& views) { return &views.output; });
   }
@@ -230,35 +205,38 @@ class ModelLoader {
   /// One matrix of a layer; place(views) points to where it belongs.
   template <typename Place>
   void pack_one(Index l, const std::string& name, Index rows, Index columns, Place&& place) {
-    matrix(of_layer(l, weight(name)), rows, columns)
-        .visit([&]<typename W>(const TensorView<const W, 2>& view) {
-          DecoderLayerViews<W, float> views;
-          place(views)->emplace(view);
-          pack(l, views);
-        });
+    const StoredMatrix one = matrix(of_layer(l, weight(name)), rows, columns);
+    one.visit([&]<typename W>(const TensorView<const W, 2>& view) {
+      DecoderLayerViews<W, float> views;
+      place(views)->emplace(view);
+      pack(l, views, storage_of(one));
+    });
   }
 
   void load_feed_forward(Index l) {
     const ModelNames& n = m_.names;
     const Index d = m_.shape.features, hidden = m_.shape.hidden;
+    WeightStorage storage;
     const auto pack_gated = [&]<typename W>(const TensorView<const W, 2>& gate,
                                             const TensorView<const W, 2>& up) {
       DecoderLayerViews<W, float> views;
       views.gate.emplace(gate);
       views.up.emplace(up);
-      pack(l, views);
+      pack(l, views, storage);
     };
     if (!m_.form.gated) {
       pack_one(l, n.up, hidden, d, [](auto& views) { return &views.up; });
     } else if (m_.fused_gate_up) {
-      matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d)
-          .visit([&]<typename W>(const TensorView<const W, 2>& both) {
-            pack_gated(TensorView<const W, 2>(both.data(), hidden, d),
-                       TensorView<const W, 2>(both.data() + hidden * d, hidden, d));
-          });
+      const StoredMatrix fused = matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d);
+      storage = storage_of(fused);
+      fused.visit([&]<typename W>(const TensorView<const W, 2>& both) {
+        pack_gated(TensorView<const W, 2>(both.data(), hidden, d),
+                   TensorView<const W, 2>(both.data() + hidden * d, hidden, d));
+      });
     } else {
       StoredMatrix gate = matrix(of_layer(l, weight(n.gate)), hidden, d),
                    up = matrix(of_layer(l, weight(n.up)), hidden, d);
+      storage = storage_of(gate, up);
       visit_matrices(pack_gated, gate, up);
     }
     pack_one(l, n.down, d, hidden, [](auto& views) { return &views.down; });
@@ -282,7 +260,7 @@ class ModelLoader {
       load_experts_by_part(l);
     else if (m_.turned_experts)
       load_turned_experts(l, of_experts);
-    else if (find(of_experts + "gate_up_proj") != nullptr)
+    else if (from_.find(of_experts + "gate_up_proj") != nullptr)
       load_stacked_experts(l, of_experts);
     else
       for (Index e = 0; e < experts.count; ++e) {
@@ -298,6 +276,7 @@ class ModelLoader {
 
   /// A gated unit: expert e, or for -1 the shared one.
   void pack_unit(Index l, Index e, StoredMatrix gate, StoredMatrix up, StoredMatrix down) {
+    const WeightStorage storage = storage_of(gate, up, down);
     visit_matrices(
         [&]<typename W>(const TensorView<const W, 2>& first, const TensorView<const W, 2>& second,
                         const TensorView<const W, 2>& third) {
@@ -306,7 +285,7 @@ class ModelLoader {
           views.gate.emplace(first);
           views.up.emplace(second);
           views.down.emplace(third);
-          pack(l, views);
+          pack(l, views, storage);
         },
         gate, up, down);
   }
@@ -315,8 +294,8 @@ class ModelLoader {
   void load_stacked_experts(Index l, const std::string& name) {
     const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,
                 d = m_.shape.features;
-    const StoredTensor& both = at(name + "gate_up_proj", {count, 2 * hidden, d});
-    const StoredTensor& downs = at(name + "down_proj", {count, d, hidden});
+    const StoredTensor& both = from_.at(name + "gate_up_proj", {count, 2 * hidden, d});
+    const StoredTensor& downs = from_.at(name + "down_proj", {count, d, hidden});
     for (Index e = 0; e < count; ++e) {
       const StoredTensor gate = stored_rows(both, 2 * e * hidden, hidden),
                          up = stored_rows(both, (2 * e + 1) * hidden, hidden),
@@ -336,8 +315,8 @@ class ModelLoader {
     std::array<const StoredTensor*, 3> parts{};
     std::array<Vector, 3> biases;
     for (std::size_t p = 0; p < 3; ++p) {
-      parts[p] = &at(weight(names[p]), {count, rows[p], p < 2 ? d : hidden});
-      if (m_.form.feed_forward_bias) biases[p] = all_of(bias(names[p]), {count, rows[p]});
+      parts[p] = &from_.at(weight(names[p]), {count, rows[p], p < 2 ? d : hidden});
+      if (m_.form.feed_forward_bias) biases[p] = from_.all_of(bias(names[p]), {count, rows[p]});
     }
     for (Index e = 0; e < count; ++e) {
       const std::array own{stored_rows(*parts[0], e * rows[0], rows[0]),
@@ -350,7 +329,7 @@ class ModelLoader {
       views.gate_bias.emplace(biases[0].data() + e * rows[0], rows[0]);
       views.up_bias.emplace(biases[1].data() + e * rows[1], rows[1]);
       views.down_bias.emplace(biases[2].data() + e * rows[2], rows[2]);
-      pack(l, views);
+      pack(l, views, weights_->storage());
     }
   }
 
@@ -359,8 +338,10 @@ class ModelLoader {
   void load_turned_experts(Index l, const std::string& name) {
     const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,
                 d = m_.shape.features;
-    const Vector up_biases = all_of(name + "gate_up_proj_bias", {count, 2 * hidden}),
-                 down_biases = all_of(name + "down_proj_bias", {count, d});
+    const Vector up_biases = from_.all_of(name + "gate_up_proj_bias", {count, 2 * hidden}),
+                 down_biases = from_.all_of(name + "down_proj_bias", {count, d});
+    const WeightStorage storage = storage_for(
+        {format_of_turned(name + "gate_up_proj"), format_of_turned(name + "down_proj")});
     for (Index e = 0; e < count; ++e) {
       const Vector both = expert_rows(name + "gate_up_proj", e, 2 * hidden, d),
                    down = expert_rows(name + "down_proj", e, d, hidden);
@@ -380,32 +361,30 @@ class ModelLoader {
       views.gate_bias.emplace(biases[0].data(), hidden);
       views.up_bias.emplace(biases[1].data(), hidden);
       views.down_bias.emplace(down_biases.data() + e * d, d);
-      pack(l, views);
+      pack(l, views, storage);
     }
   }
-  Vector all_of(const std::string& name, const std::vector<std::int64_t>& shape) {
-    const StoredTensor& tensor = at(name, shape);
-    Vector values(static_cast<std::size_t>(shape[0] * shape[1]));
-    dequantize_rows(tensor, 0, values);
-    return values;
+  /// Numbers of MXFP4 are exact in bfloat16.
+  StoredFormat format_of_turned(const std::string& name) {
+    const StoredTensor* const whole = from_.find(name);
+    return whole != nullptr ? whole->format : StoredFormat::bf16;
   }
   /// An expert's matrix (rows, columns) out of a tensor (experts, columns, rows), or MXFP4 rows.
   Vector expert_rows(const std::string& name, Index e, Index rows, Index columns) {
     const Index count = m_.form.experts.count;
     Vector values;
-    if (find(name + "_blocks") != nullptr) {
-      if (columns % 32 != 0)
-        fail_model(tensors_.file(), name, "rows in MXFP4 are no multiple of 32 elements");
-      const StoredTensor& blocks = at(name + "_blocks", {count, rows, columns / 32, 16});
-      const StoredTensor& scales = at(name + "_scales", {count, rows, columns / 32});
+    if (from_.find(name + "_blocks") != nullptr) {
+      if (columns % 32 != 0) from_.fail(name, "rows in MXFP4 are no multiple of 32 elements");
+      const StoredTensor& blocks = from_.at(name + "_blocks", {count, rows, columns / 32, 16});
+      const StoredTensor& scales = from_.at(name + "_scales", {count, rows, columns / 32});
       for (const StoredTensor* tensor : {&blocks, &scales})
         if (tensor->format != StoredFormat::u8)
-          fail_model(tensors_.file(), tensor->name, "is not of U8, as MXFP4 is");
+          from_.fail(tensor->name, "is not of U8, as MXFP4 is");
       values.resize(static_cast<std::size_t>(rows * columns));
       dequantize_mxfp4(blocks, scales, static_cast<std::size_t>(e * rows * (columns / 32)), values);
       return values;
     }
-    const StoredTensor& all = at(name, {count, columns, rows});
+    const StoredTensor& all = from_.at(name, {count, columns, rows});
     Vector turned(static_cast<std::size_t>(rows * columns));
     values.resize(turned.size());
     dequantize_rows(all, e * columns, turned);
@@ -421,25 +400,30 @@ class ModelLoader {
   void load_rest(std::shared_ptr<const void> owner) {
     const ModelNames& n = m_.names;
     const Index d = m_.shape.features, vocabulary = m_.shape.vocabulary;
-    const Vector norm = vector(weight(n.norm), d, m_.norm_plus_one ? 1.0f : 0.0f);
+    const Vector norm = from_.vector(weight(n.norm), d, m_.norm_plus_one ? 1.0f : 0.0f);
     const auto view = [](const Vector& x) {
       return TensorView<const float, 1>(x.data(), static_cast<Index>(x.size()));
     };
     const auto table = [&](const std::string& name, Index rows) {
-      return StoredMatrix(at(name, {rows, d}));
+      return StoredMatrix(from_.at(name, {rows, d}));
     };
     // Newer files call every head lm_head.
-    const std::string own = tensors_.find("lm_head.weight") != nullptr ? "lm_head" : n.head;
-    table(weight(m_.tied_head ? n.embedding : own), vocabulary).visit([&](const auto& head) {
-      weights_->pack_head(device_, view(norm), head, alone_);
-    });
-    if (m_.norm_bias) weights_->set_norm_bias(device_, view(vector(bias(n.norm), d)));
-    if (m_.head_bias) weights_->set_head_bias(device_, view(vector(bias(n.head), vocabulary)));
+    const std::string own = from_.contains("lm_head.weight") ? "lm_head" : n.head;
+    {
+      const StoredMatrix head = table(weight(m_.tied_head ? n.embedding : own), vocabulary);
+      head.visit([&](const auto& rows) {
+        weights_->pack_head(device_, view(norm), rows, storage_of(head), alone_);
+      });
+    }
+    if (m_.norm_bias) weights_->set_norm_bias(device_, view(from_.vector(bias(n.norm), d)));
+    if (m_.head_bias)
+      weights_->set_head_bias(device_, view(from_.vector(bias(n.head), vocabulary)));
     if (m_.form.positions > 0)
       table(weight(n.positions), m_.form.positions).visit([&](const auto& positions) {
         weights_->set_positions(device_, positions);
       });
-    report();
+    from_.report();
+    from_.release();
     if (m_.tied_head) return weights_->tie_embedding();
     struct Kept {
       StoredMatrix table;
@@ -447,41 +431,18 @@ class ModelLoader {
     };
     auto kept =
         std::make_shared<Kept>(Kept{table(weight(n.embedding), vocabulary), std::move(owner)});
+    if (kept->table.converted()) from_.release();
     kept->table.visit([&](const auto& embedding) { weights_->set_embedding(embedding, kept); });
     if (memory_of(device_).backend != host_memory.backend)
       weights_->own_embedding(device_, WeightFormat::activation);
-    report();
-  }
-
-  /// Tensors of the file that are no part of the decoder as configured: an error, but for what
-  /// files carry without need.
-  void require_all_used() const {
-    for (const auto& [name, tensor] : tensors_.map()) {
-      if (used_.contains(name)) continue;
-      const auto ends = [&, n = std::string_view(name)](std::string_view end) {
-        return n.ends_with(end);
-      };
-      const bool buffer = ends(".rotary_emb.inv_freq") || ends(".attn.bias") ||
-                          ends(".attn.masked_bias") || ends(".attention.bias") ||
-                          ends(".attention.masked_bias") || name == "rope_freqs.weight" ||
-                          name == "rope_factors_long.weight" || name == "rope_factors_short.weight";
-      const bool copy = m_.tied_head && ends(weight(m_.names.head));
-      const bool vision = name.find("vision_tower.") != std::string::npos ||
-                          name.find("multi_modal_projector.") != std::string::npos;
-      if (!buffer && !copy && !vision)
-        fail_model(tensors_.file(), name, "no part of a " + m_.family + " model has this name");
-    }
+    from_.report();
   }
 
   const D& device_;
   const ModelConfig& m_;
-  const StoredTensors& tensors_;
-  const LoadProgress& progress_;
+  ModelTensors from_;
   std::shared_ptr<Weights> weights_;
   SelfCommunicator alone_;
-  std::set<std::string, std::less<>> used_;
-  std::string part_;
-  std::uint64_t done_ = 0, total_ = 0;
 };
 
 }  // namespace detail

@@ -33,6 +33,8 @@ class StoredMatrix {
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
   bool converted() const { return !values_.empty(); }
+  /// The file's, and that of what is read.
+  StoredFormat stored() const { return tensor_->format; }
   StoredFormat format() const { return converted() ? StoredFormat::f32 : tensor_->format; }
 
   /// A float copy, where it is not one yet.
