@@ -8,8 +8,8 @@
 /// table is (vocab, features); y is (tokens, features) or (batch, seq, features). The table is
 /// float, double, bfloat16 or half, or INT8 with its scales, and y may be of another of them: each
 /// element is rounded once. It may be an ef::PackedWeight (vocab, features) too, the head of a
-/// model that has one tensor for both: a row costs a strided read of its panel on a CPU, some 5 us
-/// for 2,048 features, and none of a product's speed.
+/// model that has one tensor for both: a row costs a strided read of its panel on a CPU, and none
+/// of a product's speed.
 ///
 /// Throws std::invalid_argument for shapes that disagree and for an id outside [0, vocab), naming
 /// the position, the id and vocab, before anything is written: one O(tokens) pass over the ids. y

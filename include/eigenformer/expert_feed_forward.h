@@ -34,12 +34,13 @@
 /// Cost: for few tokens the weights of the experts that have some, read once; for many the products.
 /// On a CPU threads share each expert's product: open an ef::ParallelRegion around the call, since
 /// there are two products for each expert that has tokens. Measured on Zen 5, 8 of 32 experts of
-/// 2048 x 768: one token reads its weights at 55 GB/s (the memory's pace), 512 tokens take 1.03 of the
-/// time of as many rows through one expert (float), 1.02 (INT8); two threads halve the first. Scratch: the rows of one expert, at most
-/// all. On a GPU nothing waits for the host: one launch for all experts, whose blocks look up in
-/// `offsets` which expert's rows are theirs, in a grid for the worst case, of which the blocks that
-/// find nothing end at once; the rows are put side by side before that, and tiles are chosen as if
-/// one expert had all of them.
+/// 2048 x 768: one token reads its weights at 55 GB/s (the memory's own bandwidth was not measured
+/// beside it), 512 tokens take 1.03 of the time of as many rows through one expert (float), 1.02
+/// (INT8); two threads halve the first. Scratch: the rows of one expert, at most all. On a GPU
+/// nothing waits for the host: one launch for all experts, whose blocks look up in `offsets` which
+/// expert's rows are theirs, in a grid for the worst case, of which the blocks that find nothing
+/// end at once; the rows are put side by side before that, and tiles are chosen as if one expert
+/// had all of them.
 #pragma once
 
 #include <limits>

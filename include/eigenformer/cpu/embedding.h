@@ -1,8 +1,8 @@
 /// \file
 /// CPU kernels of embedding: rows copied (and converted) from a table; bytes read and written, no
 /// arithmetic. A row of a packed weight is a column of its panel, a unit of 4 bytes from each of
-/// its lines: for one token in ten that much memory moves, which beside the head's product of the
-/// same step is nothing. Backward adds rows of grad_y to rows of grad_table in the order of tokens, each
+/// its lines, which move whole: no more than that panel, of which the head's product in the same
+/// step reads all. Backward adds rows of grad_y to rows of grad_table in the order of tokens, each
 /// thread a range of columns, so that equal ids meet in one fixed order.
 #pragma once
 
