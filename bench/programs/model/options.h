@@ -100,7 +100,7 @@ inline constexpr const char* kModelUsage =
   --int8            linear layers in INT8, quantized as they are read
   --group N         one scale of INT8 for 32, 64 or 128 inputs (default: one for each output)
   --half            linear layers in half, rounded as they are read
-  --as-stored       linear layers as the files hold them, where they are not quantized
+  --as-stored       linear layers as the files hold them, blocks as INT8 by groups of 32
   --bf16            activations, caches and weights in bfloat16 (with --int8: weights in INT8)
   --cache PATH      keeps packed weights in a file, or a folder of such files, and maps it from the
                     second start on
