@@ -14,6 +14,12 @@
 ///     the same bits on every ISA. A token that holds NaN or infinity gets NaN in all its outputs;
 ///     the others are not touched. Weights quantized in groups have one such sum per group, and
 ///     y = fma(chain of fma(float(sum), group's scale, .), x's scale, bias).
+///   - int4 PackedWeight: the same in groups, of q = u - 8 from -8 to 7, with activations in int8
+///     (W4A8): the same bits on every ISA. Where groups have minimums, the sum is of u from 0 to 15,
+///     and after each link of the chain follows fma(float(sum of the group's quantized x), group's
+///     minimum, .). Packed with {.quantize_activations = false} (W4A16) x stays what it is: the bits
+///     of a PackedWeight<float> of scale * q, or fma(scale, u, minimum). On normal(0, 1) numbers in
+///     groups of 32 either is within 0.12 of the float product, nearly all of it from the weights.
 ///   - any other pair widens exactly to float (to double where one is double, with weights not
 ///     packed or packed in double).
 ///
@@ -35,7 +41,8 @@
 /// chains of multiply-adds, 16 bytes of i in turn, whose sums meet in a fixed tree. Plain weights
 /// are read where they lie, without scratch: at full speed where rows begin at multiples of 16
 /// bytes. Up to 32 tokens (8 of those other pairs, 16 with int8 in groups) read the weight once.
-/// int8 weights take x quantized in scratch of the stream, and have the bits of the CPU. Calls with
+/// int8 and int4 weights take x quantized in scratch of the stream, and have the bits of the CPU (int4
+/// with activations as they are: those of a float weight on that GPU). Calls with
 /// a destination can be captured into a graph. A build with EIGENFORMER_CUBLASLT gives products of
 /// 64 tokens and more, gradients too, to cuBLASLt, which orders floating sums as it likes: their
 /// bits then differ from those of fewer tokens, and depend on the shape (cuda/gemm.cuh).

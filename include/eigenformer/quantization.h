@@ -1,5 +1,5 @@
 /// \file
-/// Symmetric INT8 quantization and the product with quantized weights:
+/// Symmetric INT8 quantization and the product with quantized weights (INT4: quantization/int4.h):
 ///
 ///   scale = max|w| / 127                                       1 where all are zero
 ///   q     = clamp(round_half_to_even(w / scale), -127, 127)    so -128 never occurs
@@ -31,6 +31,7 @@
 #include "core/workspace.h"
 #include "cpu/quantization.h"
 #include "linear.h"
+#include "quantization/int4.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -333,6 +334,7 @@ Tensor<float, 2> dequantize_grouped(const D& device, const Values& values, const
   return weights;
 }
 template <typename Values, typename Scales>
+  requires(!Device<Values>)
 Tensor<float, 2> dequantize_grouped(const Values& values, const Scales& scales, Index group_size) {
   return dequantize_grouped(Eigen::DefaultDevice{}, values, scales, group_size);
 }

@@ -1,5 +1,6 @@
-// Linear layers over int8 weights on a GPU: the bits of the CPU, for any number of tokens,
-// scale for each row or group, epilogue and alignment.
+// Linear layers over int8 and int4 weights on a GPU: the bits of the CPU, for any number of tokens,
+// scale for each row or group, epilogue and alignment. int4 with activations as they are: the bits of
+// a float weight.
 #include <eigenformer/quantization.h>
 
 #include "device.h"
@@ -102,6 +103,97 @@ TEST(Int8LinearOnDevice, PackedEqualsTheHosts) {
 
 TEST(Int8LinearOnDevice, PackedTilesEqualTheHosts) {
   for (Index group : {0, 32, 64, 128}) check_packed<ef::bfloat16>(66, 273, 7, group);
+}
+
+/// Quantized on the GPU, and from values that are given; token 1 holds NaN, where there are more.
+void check_int4(Index tokens, Index in, Index out, const ef::Int4Packing& options) {
+  const auto x = tokens_of<ef::bfloat16>(tokens, in);
+  const auto bias = random_tensor<float, 1>({out}, 3);
+  const auto weight = random_tensor<float, 2>({out, in}, 4);
+  const Index group = options.group_size;
+  const auto [q, scales] = ef::quantize_weights_int4(weight, group);
+  const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weight, group);
+  auto expected = poisoned_tensor<float, 2>({tokens, out});
+  ef::linear_into(Eigen::DefaultDevice{}, expected, x, ef::pack_weight<ef::int4>(weight, options),
+                  ef::Epilogue{}.bias(bias).relu());
+  for_each_gpu([&, &q = q, &scales = scales, &u = u, &steps = steps,
+                &minimums = minimums](const auto& bench) {
+    auto device_x = on_device(bench, x);
+    auto device_weight = on_device(bench, weight);
+    auto device_bias = on_device(bench, bias);
+    const auto values = on_device(bench, options.zero_points ? u : q);
+    const auto factors = on_device(bench, options.zero_points ? steps : scales),
+               least = on_device(bench, minimums);
+    const auto b = device_bias.cview();
+    const auto check = [&](const ef::PackedWeight<ef::int4>& packed) {
+      auto y = on_device(bench, poisoned_tensor<float, 2>({tokens, out}));
+      ef::linear_into(bench.device, y.view(), device_x.cview(), packed,
+                      ef::Epilogue{}.bias(b).relu());
+      EXPECT_TRUE(same_numbers(y.host(), expected))
+          << tokens << " x " << in << " x " << out << " by " << group;
+    };
+    check(ef::pack_weight<ef::int4>(bench.device, device_weight.cview(), options));
+    if (options.zero_points)
+      check(ef::pack_weight<ef::int4>(bench.device, values.cview(), factors.cview(), least.cview(),
+                                      options));
+    else
+      check(ef::pack_weight<ef::int4>(bench.device, values.cview(), factors.cview(), options));
+  });
+}
+
+TEST(Int4LinearOnDevice, EqualsTheHosts) {
+  check_int4(6, 100, 18, {});
+  check_int4(1, 545, 31, {.zero_points = true});
+  check_int4(17, 1100, 5, {.group_size = 128, .zero_points = true});
+  check_int4(66, 273, 7, {.group_size = 64, .zero_points = true});
+  check_int4(130, 97, 133, {});
+}
+
+TEST(Int4LinearOnDevice, GatedEqualsTheHosts) {
+  const Index tokens = 16, in = 130, out = 33;
+  const ef::Int4Packing options{.zero_points = true};
+  const auto x = tokens_of<ef::half>(tokens, in);
+  const auto gate = random_tensor<float, 2>({out, in}, 4),
+             up = random_tensor<float, 2>({out, in}, 5);
+  auto expected = poisoned_tensor<float, 2>({tokens, out});
+  ef::gated_linear_into(Eigen::DefaultDevice{}, expected, x,
+                        ef::pack_gated_weight<ef::int4>(gate, up, options), ef::Epilogue{}.relu());
+  for_each_gpu([&](const auto& bench) {
+    auto device_x = on_device(bench, x);
+    auto device_gate = on_device(bench, gate);
+    auto device_up = on_device(bench, up);
+    auto y = on_device(bench, poisoned_tensor<float, 2>({tokens, out}));
+    const auto packed = ef::pack_gated_weight<ef::int4>(bench.device, device_gate.cview(),
+                                                        device_up.cview(), options);
+    ef::gated_linear_into(bench.device, y.view(), device_x.cview(), packed, ef::Epilogue{}.relu());
+    EXPECT_TRUE(same_numbers(y.host(), expected));
+  });
+}
+
+TEST(Int4LinearOnDevice, WithActivationsAsTheyAreEqualsAFloatWeight) {
+  const Index in = 77, out = 19;
+  const auto weight = random_tensor<float, 2>({out, in}, 4);
+  for (const Index tokens : {1, 9})
+    for (const bool zero_points : {false, true}) {
+      const auto x = tokens_of<ef::bfloat16>(tokens, in);
+      const auto [q, scales] = ef::quantize_weights_int4(weight);
+      const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weight);
+      const ef::Tensor<float, 2> wide = zero_points ? ef::dequantize_grouped(u, steps, minimums, 32)
+                                                    : ef::dequantize_grouped(q, scales, 32);
+      for_each_gpu([&](const auto& bench) {
+        auto device_x = on_device(bench, x);
+        auto device_weight = on_device(bench, weight), device_wide = on_device(bench, wide);
+        auto y = on_device(bench, poisoned_tensor<float, 2>({tokens, out})),
+             expected = on_device(bench, poisoned_tensor<float, 2>({tokens, out}));
+        ef::linear_into(
+            bench.device, y.view(), device_x.cview(),
+            ef::pack_weight<ef::int4>(bench.device, device_weight.cview(),
+                                      {.zero_points = zero_points, .quantize_activations = false}));
+        ef::linear_into(bench.device, expected.view(), device_x.cview(),
+                        ef::pack_weight<float>(bench.device, device_wide.cview()));
+        EXPECT_TRUE(same_numbers(y.host(), expected.host())) << tokens << " " << zero_points;
+      });
+    }
 }
 
 void check_gated(Index tokens, Index in, Index out, Index group) {

@@ -7,7 +7,7 @@
 
 #include "../problem/quantization.h"
 #include "backend.h"
-#include "vector/quantize_line.h"
+#include "vector/quantize_int4.h"
 #include "vector/streaming.h"
 
 namespace eigenformer {
@@ -95,6 +95,23 @@ bool execute(const Backend<D, Isa>& on, const problem::Quantize<T>& p) {
   return true;
 }
 
+template <typename D, typename Isa, typename T>
+bool execute(const Backend<D, Isa>& on, const problem::QuantizeInt4<T>& p) {
+  const Index groups = (p.columns + p.group - 1) / p.group, count = p.rows * groups;
+  Workspace::Frame frame(on.workspace);
+  float* const minimums = p.minimums == nullptr ? nullptr : frame.take<float>(count);
+  const Int4Groups found{frame.take<float>(count), minimums, p.group, groups};
+  if (!find_int4_groups(on, p.weights, p.rows, p.columns, found)) return false;
+  std::copy_n(found.scales, count, p.scales);
+  if (minimums != nullptr) std::copy_n(minimums, count, p.minimums);
+  parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r)
+      quantize_int4_line<Isa>(p.weights + r * p.columns, 0, p.columns, found.of_row(r),
+                              p.values + r * p.columns);
+  });
+  return true;
+}
+
 /// Scale and values of each row while it is in cache.
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::QuantizeActivations<T>& p) {
@@ -163,9 +180,14 @@ void execute(const Backend<D, Isa>& on, const problem::Dequantize<T>& p) {
   parallel_for(on, p.rows, Cost{p.columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
       for (Index g = 0; g < groups; ++g) {
-        const Index at = r * p.columns + g * p.group;
-        dequantize_line<Isa>(p.values + at, (std::min)(p.group, p.columns - g * p.group),
-                             p.scales[r * groups + g], p.weights + at);
+        const Index at = r * p.columns + g * p.group,
+                    n = (std::min)(p.group, p.columns - g * p.group);
+        const float scale = p.scales[r * groups + g];
+        if (p.minimums == nullptr)
+          dequantize_line<Isa>(p.values + at, n, scale, p.weights + at);
+        else
+          dequantize_above<Isa>(p.values + at, n, scale, p.minimums[r * groups + g],
+                                p.weights + at);
       }
   });
 }

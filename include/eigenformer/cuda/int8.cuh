@@ -14,23 +14,24 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// The scale of numbers whose largest magnitude this is: NaN where it is infinite or NaN.
+/// The scale of numbers whose largest magnitude this is: NaN where it is infinite or NaN. Steps: the
+/// largest value, 7 for INT4.
 template <typename C>
-EIGENFORMER_HOST_DEVICE float int8_scale(C largest) {
+EIGENFORMER_HOST_DEVICE float int8_scale(C largest, int steps = 127) {
   using Limits = std::numeric_limits<float>;
   if (largest == C(0)) return 1.0f;
-  const float scale = static_cast<float>(largest / C(127));
+  const float scale = static_cast<float>(largest / static_cast<C>(steps));
   if (scale == 0.0f) return Limits::denorm_min();  // the quotient rounds to 0
   return scale <= (Limits::max)() ? scale : Limits::quiet_NaN();
 }
 
 /// A number by such a scale. Only denormal scales need the clamp.
-template <typename C>
+template <int Steps = 127, typename C>
 EIGENFORMER_DEVICE std::int8_t int8_value(C x, float scale) {
   if (scale != scale) return 0;
   const C quotient = std::rint(x / static_cast<C>(scale));
-  return static_cast<std::int8_t>(quotient < C(-127) ? C(-127)
-                                                     : (quotient > C(127) ? C(127) : quotient));
+  return static_cast<std::int8_t>(
+      quotient < C(-Steps) ? C(-Steps) : (quotient > C(Steps) ? C(Steps) : quotient));
 }
 
 /// The largest magnitude of a line, this one of `threads`: NaN where one is NaN.

@@ -32,6 +32,7 @@
 #include "expert_feed_forward.cuh"
 #include "expert_routing.cuh"
 #include "graph.cuh"
+#include "int4_linear.cuh"
 #include "int8_linear.cuh"
 #include "kv_cache.cuh"
 #include "linear.cuh"

@@ -69,7 +69,7 @@ void execute(const Backend<D>& on, const problem::Linear<Y, X, W, Matrices, E>& 
 }
 
 template <typename D, typename Y, typename X, typename S, bool Gated, typename E>
-  requires(!std::is_same_v<S, std::int8_t>)
+  requires(!problem::is_quantized_weight<S>)
 void execute(const Backend<D>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
   require_rows(p.weight, Gated ? "gated_linear" : "linear");
   const Index stride = packed_stride<S>(p.in);

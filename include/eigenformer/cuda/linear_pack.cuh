@@ -2,11 +2,11 @@
 /// CUDA kernels that pack weights. On a GPU a packed weight is its rows one below the other,
 /// row-major, each from a multiple of 16 bytes on and filled up with zeros: tensor cores take
 /// their operands from any such rows, and a warp that streams a row has its 16 bytes per lane in
-/// one line. Several weights, those of a gated pair too, lie one below the other. int8 scales are
-/// (rows, groups).
+/// one line; int4 has an order of its own (int4.cuh). Several weights, those of a gated pair too,
+/// lie one below the other. Scales are (rows, groups).
 ///
-/// One coalesced pass per matrix: a read and a write, int8 with one read more, for the scales
-/// (quantization.cuh). Bound by bandwidth; more than half of it is expected, not measured yet.
+/// One coalesced pass per matrix: a read and a write, int8 and int4 with one read more, for the
+/// scales (quantization.cuh, int4.cuh). Bound by bandwidth; more than half of it is expected, not measured yet.
 #pragma once
 
 #include "../core/check.h"
@@ -27,10 +27,12 @@ constexpr problem::PanelLayout panel_layout() {
   return {"sm_80", 1, row_step<T>, "cuda"};
 }
 
-/// From one row of a packed weight to the next.
+/// From one row of a packed weight to the next; of int4, whose rows are of bytes (int4.cuh), in
+/// these.
 template <typename T>
 EIGENFORMER_HOST_DEVICE constexpr Index packed_stride(Index columns) {
-  return (columns + row_step<T> - 1) / row_step<T> * row_step<T>;
+  constexpr Index each = std::is_same_v<T, int4> ? 2 : 1, step = row_step<T> * each;
+  return (columns + step - 1) / step * row_step<T>;
 }
 
 /// A weight that was packed somewhere else is refused.
@@ -41,7 +43,7 @@ void require_rows(const problem::PackedPanels<const S>& weight, std::string_view
                        ", these kernels read what is packed on a GPU: pack it there");
 }
 
-/// Scales of an int8 row.
+/// Scales of a quantized row.
 constexpr Index scale_groups(Index columns, Index group) {
   return group == 0 ? 1 : (columns + group - 1) / group;
 }
@@ -51,12 +53,12 @@ problem::PanelSizes execute(const Backend<D>&, const problem::PanelsOf<T>& p) {
   constexpr auto name = "pack_weight";
   using detail::checked_product;
   using detail::require_that;
-  require_that(p.columns <= (std::numeric_limits<Index>::max)() - row_step<T>, name, "weight has ",
-               p.columns, " columns, too many");
+  require_that(p.columns <= (std::numeric_limits<Index>::max)() - 2 * row_step<T>, name,
+               "weight has ", p.columns, " columns, too many");
   const Index rows = checked_product(p.rows, p.matrices, name, "weight"),
               elements = checked_product(rows, packed_stride<T>(p.columns), name, "weight"),
               scales = checked_product(rows, scale_groups(p.columns, p.group), name, "scales");
-  return {panel_layout<T>(), elements, std::is_same_v<T, std::int8_t> ? scales : 0};
+  return {panel_layout<T>(), elements, problem::is_quantized_weight<T> ? scales : 0};
 }
 
 /// Rows (rows, columns) to rows of `stride`, each number rounded once.
@@ -86,13 +88,27 @@ void pack_values(const Backend<D>& on, T* to, const W* from, Index rows, Index c
                               PackBody<T, W>{to, from, columns, stride});
 }
 
+/// Quantizes one matrix (rows, columns) as the rows from `first` on.
+template <typename D, typename W>
+void pack_int4_rows(const Backend<D>& on, const problem::PackedPanels<int4>& packed, Index first,
+                    const W* weight, Index rows) {
+  const Index columns = packed.columns, stride = packed_stride<int4>(columns),
+              groups = scale_groups(columns, packed.group), scales = first * groups;
+  launch_warps(on, "pack_weight", rows * groups,
+               PackInt4Kernel<W>{weight, packed.data + first * stride, packed.scales + scales,
+                                 packed.minimums == nullptr ? nullptr : packed.minimums + scales,
+                                 rows, columns, packed.group, groups, stride});
+}
+
 /// Packs one matrix (rows, columns) as the rows from `first` on.
 template <typename D, typename T, typename W>
 void pack_matrix(const Backend<D>& on, const problem::PackedPanels<T>& packed, Index first,
                  const W* weight, Index rows) {
   const Index columns = packed.columns, stride = packed_stride<T>(columns);
   T* const to = packed.data + first * stride;
-  if constexpr (std::is_same_v<T, std::int8_t>) {
+  if constexpr (std::is_same_v<T, int4>) {
+    pack_int4_rows(on, packed, first, weight, rows);
+  } else if constexpr (std::is_same_v<T, std::int8_t>) {
     const Index group = packed.group == 0 ? columns : packed.group,
                 groups = scale_groups(columns, packed.group);
     const problem::Quantize<W> quantize{weight, to,   packed.scales + first * groups, rows, columns,
@@ -120,15 +136,33 @@ int execute(const Backend<D>& on, const problem::PackStackedWeight<T, W>& p) {
   return -1;
 }
 
+/// Numbers that belong to rows or groups, as they are.
+template <typename D>
+void copy_factors(const Backend<D>& on, const float* from, float* to, Index count) {
+  constexpr int width = row_step<float>;
+  launch_for_each_pack<width>(on, "pack_weight", 1, count,
+                              packs_fit<width>(from, 0) && packs_fit<width>(to, 0),
+                              PackBody<float, float>{to, from, count, count});
+}
+
 template <typename D>
 void execute(const Backend<D>& on, const problem::PackInt8Weight& p) {
   const problem::PackedPanels<std::int8_t>& packed = p.packed;
   pack_values(on, packed.data, p.values, packed.rows, packed.columns);
-  const Index scales = packed.rows * scale_groups(packed.columns, packed.group);
-  launch_for_each_pack<row_step<float>>(
-      on, "pack_weight", 1, scales,
-      packs_fit<row_step<float>>(p.scales, 0) && packs_fit<row_step<float>>(packed.scales, 0),
-      PackBody<float, float>{packed.scales, p.scales, scales, scales});
+  copy_factors(on, p.scales, packed.scales,
+               packed.rows * scale_groups(packed.columns, packed.group));
+}
+
+template <typename D>
+void execute(const Backend<D>& on, const problem::PackInt4Weight& p) {
+  const problem::PackedPanels<int4>& packed = p.packed;
+  const Index stride = packed_stride<int4>(packed.columns),
+              factors = packed.rows * scale_groups(packed.columns, packed.group);
+  launch_for_each(on, "pack_weight", packed.rows * stride,
+                  PackInt4Body{p.values, packed.data, packed.columns, stride,
+                               packed.minimums == nullptr ? 8 : 0});
+  copy_factors(on, p.scales, packed.scales, factors);
+  if (packed.minimums != nullptr) copy_factors(on, p.minimums, packed.minimums, factors);
 }
 
 }  // namespace cuda

@@ -13,6 +13,7 @@
 
 #include "../core/workspace.h"
 #include "../problem/quantization.h"
+#include "int4.cuh"
 #include "int8.cuh"
 #include "stage.cuh"
 
@@ -169,11 +170,15 @@ struct DequantizeBody {
   EIGENFORMER_DEVICE void operator()(WidthOf<N>, Index row, Index column) const {
     using C = compute_type<T>;
     const Index at = row * p.columns + column, first = column / p.group;
-    const float* scales = p.scales + row * groups;
     auto numbers = load_pack<C, N>(p.values + at);
     const bool one = (column + N - 1) / p.group == first;  // group, as where it is a multiple of N
-    for (int i = 0; i < N; ++i)
-      numbers[i] *= static_cast<C>(scales[one ? first : (column + i) / p.group]);
+    for (int i = 0; i < N; ++i) {
+      const Index group = row * groups + (one ? first : (column + i) / p.group);
+      const C scale = static_cast<C>(p.scales[group]);
+      numbers[i] = p.minimums == nullptr
+                       ? numbers[i] * scale
+                       : std::fma(numbers[i], scale, static_cast<C>(p.minimums[group]));
+    }
     store_pack<N>(numbers, p.weights + at);
   }
 };
@@ -216,10 +221,11 @@ struct FirstWithoutScale {
   using Combine = Smaller;
   const T* numbers;
   Index count;
+  int steps;
 
   EIGENFORMER_DEVICE Index operator()(Index begin, Index end, Index thread, Index threads) const {
     for (Index j = begin + thread; j < end; j += threads) {
-      const float scale = int8_scale(magnitude<compute_type<T>>(numbers + j, 1, 0, 1));
+      const float scale = int8_scale(magnitude<compute_type<T>>(numbers + j, 1, 0, 1), steps);
       if (scale != scale) return j;
     }
     return count;
@@ -229,7 +235,8 @@ struct FirstWithoutScale {
 template <typename D, typename T>
 Index execute(const Backend<D>& on, const problem::FirstNotQuantizable<T>& p) {
   Index first = p.count;
-  look_at_chunks(on, "first_not_quantizable", p.count, FirstWithoutScale<T>{p.numbers, p.count},
+  look_at_chunks(on, "first_not_quantizable", p.count,
+                 FirstWithoutScale<T>{p.numbers, p.count, p.steps},
                  [&](const Index* found, Index n) {
                    for (Index c = 0; c < n; ++c) first = Smaller{}(first, found[c]);
                  });

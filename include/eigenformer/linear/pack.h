@@ -7,20 +7,28 @@
 ///   ef::PackedWeight<std::int8_t> g = ef::pack_weight<std::int8_t>(weight, {.group_size = 64});   // a scale every 64 inputs
 ///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and their scales: (out), or
 ///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
+///   ef::PackedWeight<ef::int4> w4 = ef::pack_weight<ef::int4>(weight);                // four bits, a scale every 32 inputs
+///   ef::PackedWeight<ef::int4> z4 = ef::pack_weight<ef::int4>(weight, {.group_size = 64, .zero_points = true});
+///   ef::PackedWeight<ef::int4> s4 = ef::pack_weight<ef::int4>(q, scales);             // from values in [-8, 7] and scales of groups, as stored
+///   ef::PackedWeight<ef::int4> m4 = ef::pack_weight<ef::int4>(u, scales, minimums);   // from values in [0, 15]: weights are scale * u + minimum
 ///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
 ///   ef::PackedWeight<float> qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});   // one below the other
 ///   ef::pack_weight_into(device, w, weight);                           // again, reusing w's memory: training, every step
 ///
 /// bfloat16 and half round to nearest even. int8 is symmetric: scale = max|w| / 127, 1 for a row
-/// (or group) of zeros. A packed weight carries the layout of the ISA it was packed for, and a
+/// (or group) of zeros. int4 is always in groups, two weights in a byte: symmetric with scale =
+/// max|w| / 7, or above a minimum (quantization.h has the formulas). Its values, scales and
+/// minimums are those of quantize_weights_int4, or the ones given: GGUF's Q4_0, Q4_1 and Q4_K fit
+/// as they are, scales below zero included. A packed weight carries the layout of the ISA it was packed for, and a
 /// product refuses another; where a GPU packs, the weight lies in the GPU's memory, as rows that
 /// begin at multiples of 16 bytes. Packing the rows [a, b) gives the bits of the same rows of the
-/// whole weight. Cost: one read and one write of the weights (int8: one more read, for the scales),
-/// on the device's threads.
+/// whole weight. Cost: one read and one write of the weights (int8 and int4: one more read, for the
+/// scales), on the device's threads.
 ///
-/// Throws std::invalid_argument: for int8, NaN or infinity in the weight (named by its first index,
-/// before `packed` is touched); scales that do not match, or are NaN, infinite or negative (the
-/// first one's index is named); a group_size other than 32, 64 or 128; an input dimension above
+/// Throws std::invalid_argument: for int8 and int4, NaN or infinity in the weight (named by its first
+/// index, before `packed` is touched); scales or minimums that do not match, or are NaN or infinite,
+/// scales of int8 that are negative, values outside int4's range (the first one's index is named); a
+/// group_size other than 32, 64 or 128; an input dimension above
 /// 133,144 for int8 without groups, where the sum of products could leave 32 bits. On a GPU no
 /// number is looked at before the launch: a row (or group) that holds NaN or infinity gets the
 /// scale NaN and values 0, and scales that are given are taken as they are.
@@ -44,6 +52,19 @@ inline namespace EIGENFORMER_ABI {
 struct Int8Packing {
   Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale per row
 };
+
+struct Int4Packing {
+  Index group_size = 32;  ///< inputs that share a scale: 32, 64 or 128
+  bool zero_points =
+      false;  ///< a minimum beside each scale, so that one-sided groups use all 16 values
+  /// W4A8: a product quantizes its activations to int8 per token, exact sums, the fast one. false,
+  /// W4A16: activations stay what they are and weights are widened, linear.h says what that costs.
+  bool quantize_activations = true;
+};
+
+/// How weights are packed into T.
+template <typename T>
+using PackingOptions = std::conditional_t<std::is_same_v<T, int4>, Int4Packing, Int8Packing>;
 
 namespace detail {
 
@@ -77,11 +98,11 @@ std::string index_text(const View& view, Index flat) {
 /// quantizable; there is one. Which, the host cannot see in a GPU's memory.
 template <Device D, typename View>
 [[noreturn]] void throw_not_quantizable(std::string_view operation, std::string_view argument,
-                                        const View& view) {
+                                        const View& view, int steps = 127) {
   constexpr auto expected = "expected finite numbers whose scale fits a float";
   if constexpr (host_readable<D>) {
-    const Index flat = run(Eigen::DefaultDevice{},
-                           problem::FirstNotQuantizable<scalar_of<View>>{view.data(), view.size()});
+    const Index flat = run(Eigen::DefaultDevice{}, problem::FirstNotQuantizable<scalar_of<View>>{
+                                                       view.data(), view.size(), steps});
     require_that(false, operation, argument, "[", index_text(view, flat), "] is ",
                  static_cast<double>(view.data()[flat]), ", ", expected);
   }
@@ -90,12 +111,15 @@ template <Device D, typename View>
   std::abort();  // not reached
 }
 
-/// A group of inputs that share a scale: none of floating weights, that of `options` for int8.
+/// A group of inputs that share a scale: none of floating weights, that of `options` for int8 and
+/// int4.
 template <typename T>
-void require_packing(std::string_view name, Index columns, const Int8Packing& options) {
-  static_assert(FloatingScalar<T> || std::is_same_v<T, std::int8_t>,
-                "eigenformer: a PackedWeight holds a floating scalar or std::int8_t");
-  if constexpr (std::is_same_v<T, std::int8_t>) {
+void require_packing(std::string_view name, Index columns, const PackingOptions<T>& options) {
+  static_assert(FloatingScalar<T> || problem::is_quantized_weight<T>,
+                "eigenformer: a PackedWeight holds a floating scalar, std::int8_t or ef::int4");
+  if constexpr (std::is_same_v<T, int4>) {
+    require_group_size(options.group_size, name);
+  } else if constexpr (std::is_same_v<T, std::int8_t>) {
     if (options.group_size == 0)
       require_int8_depth(columns, name);
     else
@@ -104,6 +128,30 @@ void require_packing(std::string_view name, Index columns, const Int8Packing& op
     require_that(options.group_size == 0, name, "group_size is ", options.group_size,
                  ", but only int8 weights have groups");
   }
+}
+
+/// Panels for a weight packed as `options` say.
+template <typename T>
+problem::PanelsOf<T> panels_of(Index rows, Index columns, const PackingOptions<T>& options,
+                               int matrices = 1) {
+  if constexpr (std::is_same_v<T, int4>)
+    return {rows,
+            columns,
+            options.group_size,
+            matrices,
+            options.zero_points,
+            options.quantize_activations};
+  else
+    return {rows, columns, options.group_size, matrices};
+}
+
+/// The value that the largest weight of a group gets: what throw_not_quantizable takes.
+template <typename T>
+int scale_steps(const PackingOptions<T>& options) {
+  if constexpr (std::is_same_v<T, int4>)
+    return options.zero_points ? 1 : 7;
+  else
+    return 127;
 }
 
 /// Packs into `packed` by pack(panels), which returns the first matrix that is not quantizable
@@ -125,11 +173,11 @@ inline constexpr std::string_view packing_name =
 template <int Matrices, typename D, typename T, typename W>
 void pack_weight(const D& device, PackedWeight<T>& packed,
                  const TensorView<const W, 2> (&views)[Matrices],
-                 const std::string_view (&names)[Matrices], const Int8Packing& options,
+                 const std::string_view (&names)[Matrices], const PackingOptions<T>& options,
                  Workspace& workspace) {
   static_assert(FloatingScalar<W>,
                 "eigenformer: pack_weight takes float, double, Eigen::bfloat16 or Eigen::half; "
-                "int8 needs its scales");
+                "quantized values need their scales");
   constexpr std::string_view name = packing_name<Matrices>;
   const Index rows = views[0].dimension(0), columns = views[0].dimension(1),
               group = options.group_size;
@@ -137,23 +185,23 @@ void pack_weight(const D& device, PackedWeight<T>& packed,
   for (int m = 1; m < Matrices; ++m)
     require_same_shape(name, names[0], views[0], names[m], views[m]);
   require_packing<T>(name, columns, options);
-  if constexpr (std::is_same_v<T, std::int8_t>) {
+  if constexpr (problem::is_quantized_weight<T>) {
     const Index groups = group == 0 ? 1 : (columns + group - 1) / group;
     checked_product(checked_product(rows, groups, name, "scales"), Matrices, name, "scales");
   }
-  const problem::PanelsOf<T> shape{rows, columns, group, Matrices};
+  const auto shape = panels_of<T>(rows, columns, options, Matrices);
   const int bad = pack_panels(device, packed, shape, [&](const auto& panels) {
     problem::PackWeight<T, W, Matrices> problem{panels, {}};
     for (int m = 0; m < Matrices; ++m) problem.weights[m] = views[m].data();
     return run(device, problem, workspace);
   });
-  if (bad >= 0) throw_not_quantizable<D>(name, names[bad], views[bad]);
+  if (bad >= 0) throw_not_quantizable<D>(name, names[bad], views[bad], scale_steps<T>(options));
 }
 
 /// Packs `count` views as one weight, the rows of each below those of the one before.
 template <typename D, typename T, typename View>
 void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, int count,
-                  const Int8Packing& options, Workspace& workspace) {
+                  const PackingOptions<T>& options, Workspace& workspace) {
   using W = scalar_of<View>;
   static_assert(FloatingScalar<W>,
                 "eigenformer: pack_stacked_weight takes float, double, Eigen::bfloat16 or "
@@ -176,11 +224,13 @@ void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, i
     ends[m] = rows;
   }
   checked_product(rows, (std::max)(Index{1}, columns), name, "weights");
-  const problem::PanelsOf<T> shape{rows, columns, options.group_size, 1};
+  const auto shape = panels_of<T>(rows, columns, options);
   const int bad = pack_panels(device, packed, shape, [&](const auto& panels) {
     return run(device, problem::PackStackedWeight<T, W>{panels, weights, ends, count}, workspace);
   });
-  if (bad >= 0) throw_not_quantizable<D>(name, "weights[" + std::to_string(bad) + "]", views[bad]);
+  if (bad >= 0)
+    throw_not_quantizable<D>(name, "weights[" + std::to_string(bad) + "]", views[bad],
+                             scale_steps<T>(options));
 }
 
 /// Scales of weights are finite and not negative; names the first that is not.
@@ -241,9 +291,10 @@ void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& we
                       Workspace& workspace = thread_workspace()) {
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, {}, workspace);
 }
-template <Device D, typename Weight>
-void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const Weight& weight,
-                      const Int8Packing& options, Workspace& workspace = thread_workspace()) {
+template <Device D, typename T, typename Weight>
+  requires problem::is_quantized_weight<T>
+void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
+                      const PackingOptions<T>& options, Workspace& workspace = thread_workspace()) {
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options, workspace);
 }
 
@@ -259,7 +310,7 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
 
 template <typename T, Device D, typename Weight>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
-                            const Int8Packing& options = {}) {
+                            const PackingOptions<T>& options = {}) {
   PackedWeight<T> packed;
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options,
                       thread_workspace());
@@ -267,7 +318,7 @@ PackedWeight<T> pack_weight(const D& device, const Weight& weight,
 }
 template <typename T, typename Weight>
   requires(!Device<Weight>)
-PackedWeight<T> pack_weight(const Weight& weight, const Int8Packing& options = {}) {
+PackedWeight<T> pack_weight(const Weight& weight, const PackingOptions<T>& options = {}) {
   return pack_weight<T>(Eigen::DefaultDevice{}, weight, options);
 }
 
@@ -294,7 +345,7 @@ PackedWeight<T> pack_weight(const Values& values, const Scales& scales,
 ///   auto qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});
 template <Device D, typename T, typename Weights>
 void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const Weights& weights,
-                              const Int8Packing& options = {},
+                              const PackingOptions<T>& options = {},
                               Workspace& workspace = thread_workspace()) {
   const std::span views(weights);
   detail::pack_stacked(device, packed, views.data(), static_cast<int>(views.size()), options,
@@ -302,7 +353,7 @@ void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const We
 }
 template <typename T, Device D, typename Weights>
 PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
-                                    const Int8Packing& options = {}) {
+                                    const PackingOptions<T>& options = {}) {
   PackedWeight<T> packed;
   pack_stacked_weight_into(device, packed, weights, options);
   return packed;
@@ -311,7 +362,7 @@ PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
 /// Packs gate and up, both (out, in) and of one scalar.
 template <Device D, typename T, typename Gate, typename Up>
 void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const Gate& gate,
-                            const Up& up, const Int8Packing& options = {},
+                            const Up& up, const PackingOptions<T>& options = {},
                             Workspace& workspace = thread_workspace()) {
   static_assert(std::is_same_v<scalar_of<Gate>, scalar_of<Up>>,
                 "eigenformer: gate and up have one scalar");
@@ -320,7 +371,7 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
 }
 template <typename T, Device D, typename Gate, typename Up>
 PackedGatedWeight<T> pack_gated_weight(const D& device, const Gate& gate, const Up& up,
-                                       const Int8Packing& options = {}) {
+                                       const PackingOptions<T>& options = {}) {
   PackedGatedWeight<T> packed;
   pack_gated_weight_into(device, packed, gate, up, options);
   return packed;
@@ -328,9 +379,11 @@ PackedGatedWeight<T> pack_gated_weight(const D& device, const Gate& gate, const 
 template <typename T, typename Gate, typename Up>
   requires(!Device<Gate>)
 PackedGatedWeight<T> pack_gated_weight(const Gate& gate, const Up& up,
-                                       const Int8Packing& options = {}) {
+                                       const PackingOptions<T>& options = {}) {
   return pack_gated_weight<T>(Eigen::DefaultDevice{}, gate, up, options);
 }
 
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#include "pack_int4.h"

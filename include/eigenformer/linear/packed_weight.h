@@ -25,7 +25,8 @@ struct PanelAccess;
 }  // namespace detail
 
 /// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
-/// or int8 with a scale for each row or for each group of inputs. It lies in the memory of the
+/// int8 with a scale for each row or for each group of inputs, or ef::int4 with one for each group,
+/// and a minimum beside it or none. It lies in the memory of the
 /// backend that packed it, which layout() names, and so do its copies.
 template <typename T>
 class PackedWeight {
@@ -54,15 +55,19 @@ class PackedWeight {
   Index group_size() const { return group_; }
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }
-  /// Of int8, in the order of the panels: (rows) and padding, or [panel][group][column of the
-  /// panel]; on a GPU (rows) or (rows, groups). nullptr otherwise.
+  /// Of int8 and int4, in the order of the panels: (rows) and padding, or [panel][group][column of
+  /// the panel]; on a GPU (rows) or (rows, groups). nullptr otherwise.
   const float* scales() const { return scales_.data(); }
+  /// Of int4 with zero points, in the order of the scales; nullptr otherwise.
+  const float* minimums() const { return minimums_.size() > 0 ? minimums_.data() : nullptr; }
+  /// Of int4: false where activations stay what they are, and the weights are widened.
+  bool quantizes_activations() const { return quantizes_activations_; }
 
   /// The panels, in the order of layout().
   const T* data() const { return data_.data(); }
   /// All of it, for kernels.
   problem::PackedPanels<const T> panels() const {
-    return {data(), scales(), rows_, columns_, group_, layout_};
+    return {data(), scales(), rows_, columns_, group_, layout_, minimums(), quantizes_activations_};
   }
 
  private:
@@ -75,11 +80,14 @@ class PackedWeight {
     std::swap(layout_, other.layout_);
     std::swap(data_, other.data_);
     std::swap(scales_, other.scales_);
+    std::swap(minimums_, other.minimums_);
+    std::swap(quantizes_activations_, other.quantizes_activations_);
   }
   Index rows_ = 0, columns_ = 0, group_ = 0;
   problem::PanelLayout layout_{};
   detail::PackedArray<T> data_;
-  detail::PackedArray<float> scales_;
+  detail::PackedArray<float> scales_, minimums_;
+  bool quantizes_activations_ = true;
 };
 
 /// Two weights of one shape, gate and up, whose outputs lie side by side in each panel: one product
@@ -115,14 +123,22 @@ class Packing {
       : packed_(packed),
         memory_(memory),
         sizes_(sizes),
+        minimums_(shape.minimums ? sizes.scales : 0),
         reuses_(packed.data_.has_room(sizes.elements, memory) &&
-                packed.scales_.has_room(sizes.scales, memory)) {
+                packed.scales_.has_room(sizes.scales, memory) &&
+                packed.minimums_.has_room(minimums_, memory)) {
     require_that(sizes.layout.backend == memory.backend, "pack_weight", "panels for ",
                  sizes.layout.backend, " were to lie in memory of ", memory.backend);
     if (!reuses_) resize(fresh_);
     PackedWeight<T>& weight = reuses_ ? packed_ : fresh_;
-    panels_ = {weight.data_.data(), weight.scales_.data(), shape.rows * shape.matrices,
-               shape.columns,       shape.group,           sizes.layout};
+    panels_ = {weight.data_.data(),
+               weight.scales_.data(),
+               shape.rows * shape.matrices,
+               shape.columns,
+               shape.group,
+               sizes.layout,
+               shape.minimums ? weight.minimums_.data() : nullptr,
+               shape.quantizes_activations};
   }
   Packing(const Packing&) = delete;
   Packing& operator=(const Packing&) = delete;
@@ -138,12 +154,14 @@ class Packing {
     packed_.columns_ = panels_.columns;
     packed_.group_ = panels_.group;
     packed_.layout_ = panels_.layout;
+    packed_.quantizes_activations_ = panels_.quantizes_activations;
   }
 
  private:
   void resize(PackedWeight<T>& weight) {
     weight.data_.resize(sizes_.elements, memory_);
     weight.scales_.resize(sizes_.scales, memory_);
+    weight.minimums_.resize(minimums_, memory_);
   }
 
   PackedWeight<T>& packed_;
@@ -151,6 +169,7 @@ class Packing {
   PackedWeight<T> fresh_;
   problem::PackedPanels<T> panels_{};
   problem::PanelSizes sizes_;
+  Index minimums_;  // how many
   bool reuses_;
 };
 

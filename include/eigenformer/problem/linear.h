@@ -84,8 +84,8 @@ struct LinearBackwardBias {
   Index tokens, out;
 };
 
-/// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 weights
-/// are quantized with a scale for each `packed.group` inputs (0: for each row). The kernel returns
+/// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 and int4
+/// weights are quantized with a scale for each `packed.group` inputs (0: for each row). The kernel returns
 /// the first matrix that holds a number that is not quantizable, before it writes, or -1; a GPU
 /// does not wait to know, see linear/pack.h.
 template <typename T, typename W, int Matrices>
@@ -111,6 +111,15 @@ struct PackInt8Weight {
   PackedPanels<std::int8_t> packed;
   const std::int8_t* values;  // (rows, columns)
   const float* scales;        // (rows, groups)
+};
+
+/// Packs four-bit values with their scales.
+struct PackInt4Weight {
+  static constexpr bool kUsesTiles = true;
+  PackedPanels<int4> packed;
+  const std::int8_t* values;  // (rows, columns): 0 to 15 with minimums, -8 to 7 without
+  const float* scales;        // (rows, groups)
+  const float* minimums;      // the same, where packed.minimums are
 };
 
 }  // namespace problem

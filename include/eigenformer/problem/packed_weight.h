@@ -6,12 +6,17 @@
 #include <string_view>
 #include <type_traits>
 
-#include "../core/tensor.h"
+#include "../core/int4.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
+
+/// Whether weights of T are values with scales.
+template <typename T>
+inline constexpr bool is_quantized_weight =
+    std::is_same_v<T, std::int8_t> || std::is_same_v<T, int4>;
 
 /// What a packed weight looks like in memory.
 struct PanelLayout {
@@ -29,13 +34,18 @@ struct PanelLayout {
 /// to write. Those of a GPU are rows, one per panel (cuda/linear_pack.cuh).
 template <typename T>
 struct PackedPanels {
+  using Factor = std::conditional_t<std::is_const_v<T>, const float, float>;
   T* data;  // in the order of the layout
-  // Of int8: (rows) and padding, or [panel][group][column of the panel], a GPU's (rows, groups);
-  // nullptr otherwise.
-  std::conditional_t<std::is_const_v<T>, const float, float>* scales;
+  // Of int8 and int4: (rows) and padding, or [panel][group][column of the panel], a GPU's (rows,
+  // groups); nullptr otherwise.
+  Factor* scales;
   Index rows, columns;
   Index group;  // inputs that share a scale; 0 where there is one per row, or none
   PanelLayout layout;
+  // Of int4. In the order of the scales, nullptr where weights are scale * (u - 8) and not
+  // scale * u + minimum; u is what is stored, 0 to 15.
+  Factor* minimums = nullptr;
+  bool quantizes_activations = true;  // false: they stay what they are, and weights are widened
 };
 
 /// How much memory a backend packs one weight (rows, columns) into, or `matrices` of them side by
@@ -45,11 +55,13 @@ struct PanelsOf {
   static constexpr bool kUsesTiles = true;  // as the packing does: both see one layout
   Index rows, columns, group;
   int matrices;
+  bool minimums = false, quantizes_activations = true;  // of int4, as PackedPanels has them
 };
 
 struct PanelSizes {
   PanelLayout layout;
-  Index elements, scales;
+  Index elements;  // of T: of int4 two weights each
+  Index scales;    // and as many minimums, where there are any
 };
 
 }  // namespace problem

@@ -26,6 +26,18 @@ struct Quantize {
   }
 };
 
+/// Four-bit values of a (rows, columns) matrix in groups, symmetric or, where minimums are not
+/// nullptr, above a minimum. The kernel says whether all numbers were quantizable, before it writes;
+/// a GPU does not wait to know, as above.
+template <typename T>
+struct QuantizeInt4 {
+  const T* weights;
+  std::int8_t* values;  // (rows, columns)
+  float* scales;        // (rows, groups)
+  float* minimums;      // (rows, groups) or nullptr
+  Index rows, columns, group;
+};
+
 /// One scale for all numbers, a number of the host's, for which the host waits. The kernel says
 /// whether they were quantizable; where they are not, nothing is written.
 template <typename T>
@@ -45,13 +57,14 @@ struct QuantizeActivations {
   Index rows, columns;
 };
 
-/// values * scales, the other way round.
+/// values * scales, or fma(scale, value, minimum), the other way round.
 template <typename T>
 struct Dequantize {
   const std::int8_t* values;
   const float* scales;
   T* weights;
   Index rows, columns, group;
+  const float* minimums = nullptr;  // as the scales
 };
 
 template <typename T>
@@ -63,11 +76,13 @@ struct DequantizeTensor {
 };
 
 /// Whether INT8 can hold all numbers: no NaN, no infinity, no double whose scale is past float's
-/// range. The kernel returns the place of the first that it cannot hold, or -1.
+/// range. The kernel returns the place of the first that it cannot hold, or -1. The scale is the
+/// number over `steps`: INT4 has 7, and 1 for the minimum of a group.
 template <typename T>
 struct FirstNotQuantizable {
   const T* numbers;
   Index count;
+  int steps = 127;
 };
 
 }  // namespace problem

@@ -1,5 +1,5 @@
 /// \file
-/// INT8 quantization in plain loops: what the tests and a doubting user compare with.
+/// INT8 and INT4 quantization in plain loops: what the tests and a doubting user compare with.
 #pragma once
 
 #include <cfenv>
@@ -74,6 +74,66 @@ Tensor<float, 2> int8_linear_grouped(const Tensor<X, 2>& x, const Tensor<std::in
         joined = std::fma(static_cast<float>(sum), scales(o, g), joined);
       }
       y(t, o) = std::fma(joined, scale, bias == nullptr ? 0.0f : bias[o]);
+    }
+  }
+  return y;
+}
+
+/// Four-bit groups of a row of `count` numbers: scale = max|w| / 7 and q in [-7, 7], or, with
+/// minimums (not nullptr), scale = max / 15 - min / 15 and u in [0, 15].
+template <typename T>
+void quantize_int4(const T* numbers, Index count, Index group, std::int8_t* values, float* scales,
+                   float* minimums) {
+  using C = compute_type<T>;
+  for (Index first = 0, g = 0; first < count; first += group, ++g) {
+    const Index end = (std::min)(count, first + group);
+    C low = static_cast<C>(numbers[first]), high = low;
+    for (Index i = first; i < end; ++i) {
+      low = (std::min)(low, static_cast<C>(numbers[i]));
+      high = (std::max)(high, static_cast<C>(numbers[i]));
+    }
+    const C least = minimums == nullptr ? C(0) : static_cast<C>(static_cast<float>(low));
+    const C range = minimums == nullptr ? (std::max)(high, -low) / 7 : high / 15 - low / 15;
+    scales[g] = static_cast<float>(range);
+    if (range != 0 && minimums == nullptr)
+      scales[g] = (std::max)(scales[g], std::numeric_limits<float>::denorm_min());
+    if (scales[g] == 0) scales[g] = 1.0f;
+    if (minimums != nullptr) minimums[g] = static_cast<float>(low) + 0.0f;  // -0 is 0
+    const C from = minimums == nullptr ? -7 : 0, to = minimums == nullptr ? 7 : 15;
+    for (Index i = first; i < end; ++i)
+      values[i] = static_cast<std::int8_t>(std::clamp<C>(
+          std::nearbyint((static_cast<C>(numbers[i]) - least) / static_cast<C>(scales[g])), from,
+          to));
+  }
+}
+
+/// W4A8: x quantized per token, one exact sum for each group; chain = fma(sum, scale, chain), with
+/// minimums (out, groups) then fma(sum of the group's activations, minimum, chain).
+template <typename X>
+Tensor<float, 2> int4_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values,
+                             const Tensor<float, 2>& scales, const float* minimums,
+                             Index group_size, const float* bias) {
+  const Index tokens = x.dimension(0), in = x.dimension(1), out = values.dimension(0),
+              groups = scales.dimension(1);
+  Tensor<float, 2> y(tokens, out);
+  std::vector<std::int8_t> row(static_cast<std::size_t>(in));
+  for (Index t = 0; t < tokens; ++t) {
+    const float scale = int8_scale(x.data() + t * in, in);
+    quantize(x.data() + t * in, in, scale, row.data());
+    for (Index o = 0; o < out; ++o) {
+      float chain = 0;
+      for (Index g = 0; g < groups; ++g) {
+        std::int64_t sum = 0, of_x = 0;
+        for (Index i = g * group_size; i < (std::min)(in, (g + 1) * group_size); ++i) {
+          const std::int64_t number = row[static_cast<std::size_t>(i)];
+          sum += number * values(o, i);
+          of_x += number;
+        }
+        chain = std::fma(static_cast<float>(sum), scales(o, g), chain);
+        if (minimums != nullptr)
+          chain = std::fma(static_cast<float>(of_x), minimums[o * groups + g], chain);
+      }
+      y(t, o) = std::fma(chain, scale, bias == nullptr ? 0.0f : bias[o]);
     }
   }
   return y;

@@ -49,10 +49,12 @@ class Tiles {
 /// What quantized activations are scaled by and what is taken off their sums.
 struct ActivationScales {
   float* scales;  // (rows)
-  // (padded rows, groups): 128 times the sum of the group's values, 0 where weights are signed
+  // (padded rows, groups): `offset_factor` times the sum of the group's values, 0 where weights are
+  // signed
   std::int32_t* offsets;
   Index group;  // k of one group; the depth where there is one
   Index groups;
+  std::int32_t offset_factor;  // what unsigned weights are too large by: 128, of int4 8
 };
 
 inline std::int32_t sum_of(const std::int8_t* values, Index count) {
@@ -72,7 +74,7 @@ inline void add_wrapping(std::int32_t& to, std::int32_t number) {
 /// but at the end.
 template <typename Dot>
 void place_quads(const std::int8_t* values, Index k, Index n, int height, typename Dot::Unit* to) {
-  if constexpr (tile::steps_at_once<Dot> > 1) {
+  if constexpr (tile::steps_at_once < Dot >> 1) {
     constexpr Index at_once = Index{Dot::step} * tile::steps_at_once<Dot>;
     for (Index at = 0; at < n; at += at_once)
       std::memcpy(static_cast<void*>(to + (k + at) / at_once * height * tile::steps_at_once<Dot>),
@@ -90,7 +92,7 @@ void place_quads(const std::int8_t* values, Index k, Index n, int height, typena
   }
 }
 
-/// Quantizes row r of activations into its place in an int8 tile.
+/// Quantizes row r of activations into its place in a tile of int8.
 template <typename Dot, typename Isa, typename X>
 void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot::Unit* to,
                         const ActivationScales& result, Index r) {
@@ -110,7 +112,7 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
     if constexpr (Dot::unsigned_weights)
       for (Index at = 0, part = (std::min)(chunk, result.group); at < n; at += part)
         add_wrapping(offsets[(k + at) / result.group],
-                     128 * sum_of(values + at, (std::min)(part, n - at)));
+                     result.offset_factor * sum_of(values + at, (std::min)(part, n - at)));
   }
 }
 
@@ -122,7 +124,7 @@ void pack_quantized_rows(Isa isa, Index rows, Index depth, int height, typename 
   const Index steps = tile::product_steps<Dot>(depth);
   if (rows < height) tile::clear(to, steps * Dot::units * height);
   // the last of the 16 steps may stay empty
-  if (steps * Dot::step > depth && tile::steps_at_once<Dot> > 1)
+  if (steps * Dot::step > depth && tile::steps_at_once < Dot >> 1)
     tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
                 Index{tile::steps_at_once<Dot>} * height);
   std::fill_n(results.offsets + r * results.groups, height * results.groups, 0);
@@ -138,7 +140,7 @@ template <typename Dot, typename Isa, typename X>
 void pack_activations(Isa isa, const MatrixOperand<X>& x, Index row, Index rows, int height,
                       Index first, Index end, typename Dot::Unit* to,
                       const ActivationScales& scales, Index r) {
-  if constexpr (std::is_same_v<typename Dot::Stored, std::int8_t>) {
+  if constexpr (tile::quantizes_activations<Dot>) {
     pack_quantized_rows<Dot>(isa, rows, end, height, to, scales, r,
                              [&](Index i) { return x.data + (row + i) * x.row_stride; });
   } else {

@@ -8,6 +8,7 @@
 #include "../../problem/linear.h"
 #include "linear.h"
 #include "pack.h"
+#include "pack_int4.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -51,17 +52,24 @@ void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gat
   require_layout(Isa{}, weight, Gated ? "gated_linear" : "linear");
   using B = typename E::bias_scalar;
   const B* const bias = p.epilogue.bias;
-  const PackedPanels<S> panels{weight.data};
   if constexpr (std::is_same_v<S, std::int8_t>) {
     if (weight.group > 0)
       layer_product<tile::GroupedDot<Isa>>(on, p,
                                            GroupedPanels{weight.data, weight.scales, weight.group},
                                            finish<Gated>(GroupedSums<B>{bias}, p));
     else
-      layer_product<tile::Dot<S, X, Isa>>(on, p, panels,
+      layer_product<tile::Dot<S, X, Isa>>(on, p, PackedPanels<S>{weight.data},
                                           finish<Gated>(ScaledSums<B>{bias, weight.scales}, p));
+  } else if constexpr (std::is_same_v<S, int4>) {
+    const Int4Panels panels{weight.data, weight.scales, weight.group, weight.minimums};
+    if (weight.quantizes_activations)
+      layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(GroupedSums<B>{bias}, p));
+    else
+      layer_product<tile::Dot<float, X, Isa>>(on, p, WideInt4Panels{panels},
+                                              finish<Gated>(PlainSums<B>{bias}, p));
   } else {
-    layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(PlainSums<B>{bias}, p));
+    layer_product<tile::Dot<S, X, Isa>>(on, p, PackedPanels<S>{weight.data},
+                                        finish<Gated>(PlainSums<B>{bias}, p));
   }
 }
 

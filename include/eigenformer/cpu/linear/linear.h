@@ -19,6 +19,7 @@
 #include "../backend.h"
 #include "activations.h"
 #include "epilogue.h"
+#include "widen_int4.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -38,7 +39,8 @@ struct GroupedPanels {
   Index group;
 };
 
-/// A checked request: y = epilogue(x w^T). Weights is WeightRows, PackedPanels or GroupedPanels.
+/// A checked request: y = epilogue(x w^T). Weights is WeightRows, PackedPanels, GroupedPanels,
+/// Int4Panels or WideInt4Panels.
 template <typename X, typename Weights, typename Epilogue>
 struct ProductProblem {
   using epilogue_type = Epilogue;
@@ -80,9 +82,12 @@ template <typename Weights>
 inline constexpr bool is_packed = true;
 template <typename W, int Matrices>
 inline constexpr bool is_packed<WeightRows<W, Matrices>> = false;
+template <>
+inline constexpr bool is_packed<WideInt4Panels> = false;  // widened here, chunk by chunk
 
 template <typename Weights>
-inline constexpr bool is_grouped = std::is_same_v<Weights, GroupedPanels>;
+inline constexpr bool is_grouped =
+    std::is_same_v<Weights, GroupedPanels> || std::is_same_v<Weights, Int4Panels>;
 
 /// One block of rows: the packed activations, and the work of one worker on a range of panels and
 /// tiles.
@@ -95,8 +100,7 @@ struct ProductBlock {
   static constexpr bool gated = Problem::epilogue_type::gated,
                         resumes = Problem::epilogue_type::starts_from_output;
   using Sum = std::conditional_t<grouped, float, typename Dot::Sum>;
-  // elements of a panel in one step
-  static constexpr Index panel_step = Index{Dot::columns} * Dot::step;
+  static constexpr Index panel_step = tile::panel_step<Dot>;
   static constexpr int outputs = gated ? Dot::columns / 2 : Dot::columns;  // of a panel
 
   static_assert(!gated || Dot::vectors % 2 == 0,
@@ -148,9 +152,19 @@ struct ProductBlock {
             scales.offsets + r};
   }
 
-  /// Packs steps [first, first + count) of `panels` panels of plain weights.
+  /// Packs steps [first, first + count) of `panels` panels of plain weights, or widens them.
   void pack_chunk(const Scratch& scratch, Index group, Index panels, Index first,
                   Index count) const {
+    if constexpr (std::is_same_v<Weights, WideInt4Panels>) {
+      for (Index j = 0; j < panels; ++j)
+        widen_panel<gated, Dot>(Isa{}, problem.weights, group + j, problem.depth, first, count,
+                                scratch.chunk + j * block_steps<Dot, packed>() * panel_step);
+    } else {
+      pack_plain_chunk(scratch, group, panels, first, count);
+    }
+  }
+  void pack_plain_chunk(const Scratch& scratch, Index group, Index panels, Index first,
+                        Index count) const {
     // Columns of a matrix: a few rows at a time for all panels, so that whole lines are read while
     // they are in L1.
     const Index at_once = problem.weights.matrices[0].depth_stride == 1 ? count : Index{32};
@@ -219,7 +233,7 @@ struct ProductBlock {
     if (packed && turns == 1)
       return {base + bytes(here) + std::uintptr_t{tile::kStreamBytes}, bytes(panel_step)};
     std::uintptr_t part = static_cast<std::uintptr_t>(count) * tile::kLineBytes;
-    if constexpr (tile::steps_at_once<Dot> > 1)
+    if constexpr (tile::steps_at_once < Dot >> 1)
       part = part / tile::steps_at_once<Dot> * Dot::lines_ahead;
     const std::uintptr_t done = static_cast<std::uintptr_t>(turn) * part;
     const bool useful = packed && done < bytes(count * panel_step);
@@ -228,9 +242,13 @@ struct ProductBlock {
 
   tile::GroupFactors group_factors(Index panel, Index first, Index t) const {
     const Index group_steps = problem.weights.group / Dot::step, g = first / group_steps,
-                stride = scales.groups * Dot::columns;
-    return {group_steps, problem.weights.scales + panel * stride + g * Dot::columns, stride,
-            scales.offsets + tiles.first(t) * scales.groups + g, scales.groups};
+                stride = scales.groups * Dot::columns, at = panel * stride + g * Dot::columns;
+    const float* minimums = nullptr;
+    if constexpr (tile::is_int4<Dot>)
+      if (problem.weights.minimums != nullptr) minimums = problem.weights.minimums + at;
+    return {group_steps,   problem.weights.scales + at,
+            stride,        scales.offsets + tiles.first(t) * scales.groups + g,
+            scales.groups, minimums};
   }
 
   void run(const Scratch& scratch, Index p0, Index p1, Index t0, Index t1) const {
@@ -276,14 +294,17 @@ void product(const Backend<D, Isa>& on, const Problem& p) {
   const Index chunk =
       Block::packed ? 0 : group * block_steps<Dot, Block::packed>() * Block::panel_step;
   Index k_group = std::max<Index>(p.depth, 1), groups = 1;
+  std::int32_t offset_factor = 128;
   if constexpr (Block::grouped) {
     k_group = p.weights.group;
     groups = (p.depth + k_group - 1) / k_group;
   }
+  if constexpr (tile::is_int4<Dot>) offset_factor = p.weights.minimums == nullptr ? 8 : 1;
   Workspace::Frame frame(on.workspace);
   auto* activations = frame.take<typename Dot::Unit>(padded_rows * steps * Dot::units);
   const ActivationScales scales{frame.take<float>(padded_rows),
-                                frame.take<std::int32_t>(padded_rows * groups), k_group, groups};
+                                frame.take<std::int32_t>(padded_rows * groups), k_group, groups,
+                                offset_factor};
   auto* all_sums = frame.take<typename Block::Sum>(workers * sums);
   auto* all_chunks = frame.take<typename Dot::Stored>(workers * chunk);
   for (Index row = 0; row < p.rows; row += rows_at_once) {

@@ -65,13 +65,13 @@ problem::PanelSizes execute(const Backend<D, Isa>&, const problem::PanelsOf<T>& 
   const problem::PanelLayout layout = panel_layout<T>(Isa{});
   const Index width = layout.columns / p.matrices, panels = (p.rows + width - 1) / width;
   const Index panel = checked_product(tile::packed_steps<T>(Isa{}, p.columns),
-                                      Index{layout.columns} * layout.step, name, "weight");
+                                      tile::panel_step<tile::Dot<T, T, Isa>>, name, "weight");
   checked_product(p.rows, p.matrices, name, "weight");
   const Index elements = checked_product(panels, panel, name, "weight"),
               scales =
                   checked_product(checked_product(panels, Index{layout.columns}, name, "scales"),
                                   ScaleGroups(p.columns, p.group).count, name, "scales");
-  return {layout, elements, std::is_same_v<T, std::int8_t> ? scales : 0};
+  return {layout, elements, problem::is_quantized_weight<T> ? scales : 0};
 }
 
 /// Calls pack(panel, memory of the panel) for all panels, in parallel.
@@ -81,7 +81,7 @@ void for_each_panel(const Backend<D, Isa>& on, const problem::PackedPanels<T>& p
   using Dot = tile::Dot<T, T, Isa>;
   const Index width = Dot::columns / Matrices, rows = packed.rows / Matrices,
               panels = (rows + width - 1) / width;
-  const Index panel_size = tile::packed_steps<T>(Isa{}, packed.columns) * Dot::step * Dot::columns;
+  const Index panel_size = tile::packed_steps<T>(Isa{}, packed.columns) * tile::panel_step<Dot>;
   parallel_for(on, panels, Cost{panel_size, kPackCycles}, [&](Index first, Index last, int) {
     for (Index p = first; p < last; ++p) pack(p, packed.data + p * panel_size);
   });
@@ -99,13 +99,12 @@ void pack_values(const Backend<D, Isa>& on, const problem::PackedPanels<T>& pack
 }
 
 /// Scales (rows, groups) of each matrix, into the order of the panels; 1 where there is no row.
-template <int Matrices, typename Isa>
-void arrange_scales(Isa, const problem::PackedPanels<std::int8_t>& packed,
+template <int Matrices, typename Isa, typename T>
+void arrange_scales(Isa, const problem::PackedPanels<T>& packed, float* to,
                     const float* const (&scales)[Matrices]) {
-  using Dot = tile::Dot<std::int8_t, std::int8_t, Isa>;
+  using Dot = tile::Dot<T, T, Isa>;
   const Index width = Dot::columns / Matrices, rows = packed.rows / Matrices, group = packed.group;
   const Index groups = ScaleGroups(packed.columns, group).count;
-  float* to = packed.scales;
   for (Index first = 0; first < rows; first += width)
     for (Index g = 0; g < groups; ++g)
       for (int m = 0; m < Matrices; ++m)
@@ -156,7 +155,7 @@ int pack_quantized(const Backend<D, Isa>& on,
     scales[m] = own;
     if (depth > 0 && !group_scales(on, p.weights[m], rows, depth, groups.each, own)) return m;
   }
-  arrange_scales(Isa{}, p.packed, scales);
+  arrange_scales(Isa{}, p.packed, p.packed.scales, scales);
   pack_quantized_rows<Matrices>(on, p.packed, weight_rows(p.weights, rows, depth), scales, groups);
   return -1;
 }
@@ -180,7 +179,7 @@ int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<T, W>& p
       if (depth > 0 && !group_scales(on, p.weights[m], p.ends[m] - begin, depth, groups.each, own))
         return m;
     }
-    arrange_scales(Isa{}, p.packed, {found});
+    arrange_scales<1>(Isa{}, p.packed, p.packed.scales, {found});
     pack_quantized_rows<1>(on, p.packed, stacked, scales, groups);
   } else {
     pack_values<1>(on, p.packed, stacked);
@@ -198,7 +197,7 @@ int execute(const Backend<D, Isa>& on, const problem::PackWeight<T, W, Matrices>
 
 template <typename D, typename Isa>
 void execute(const Backend<D, Isa>& on, const problem::PackInt8Weight& p) {
-  arrange_scales(Isa{}, p.packed, {p.scales});
+  arrange_scales<1>(Isa{}, p.packed, p.packed.scales, {p.scales});
   pack_values<1>(on, p.packed,
                  weight_rows<std::int8_t, 1>({p.values}, p.packed.rows, p.packed.columns));
 }

@@ -206,6 +206,15 @@ void pack_operand(Isa isa, const MatrixOperand<From>& source, Index row, Index r
 template <typename Stored>
 using WeightUnit = std::conditional_t<std::is_same_v<Stored, double>, double, std::uint32_t>;
 
+/// Whether a dot takes activations quantized per token.
+template <typename Dot>
+inline constexpr bool quantizes_activations =
+    std::is_same_v<typename Dot::Stored, std::int8_t> || is_int4<Dot>;
+
+/// Elements of a panel in one step.
+template <typename Dot>
+inline constexpr Index panel_step = Index{Dot::vectors} * Dot::fragment;
+
 template <typename Dot>
 inline constexpr bool unsigned_weights = false;
 template <typename Dot>
@@ -338,7 +347,7 @@ void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows
                Index first, Index end, typename Dot::Unit* to) {
   using E = ActivationElement<Dot>;
   constexpr int per_unit = sizeof(typename Dot::Unit) / sizeof(E);
-  if constexpr (steps_at_once<Dot> > 1)
+  if constexpr (steps_at_once < Dot >> 1)
     return pack_tile_rows<Dot>(isa, source, row, rows, height, first, end, to);
   const Index start = first / per_unit, filled = (end + per_unit - 1) / per_unit,
               units = product_steps<Dot>(end) * Dot::units;

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "generic.h"
+#include "int4.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -71,24 +71,23 @@ EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Accumulat
   const auto* a = at.a;
   const auto* b = at.b;
   auto ahead = at.ahead;
-  const auto place = [&](int v) {
-    return b + (v / vectors) * at.panel_stride + (v % vectors) * Dot::fragment;
-  };
+  const auto panel = [&](int v) { return b + (v / vectors) * at.panel_stride; };
   for (Index s = 0; s < steps; ++s, a += Rows * Dot::units, b += vectors * Dot::fragment) {
     if constexpr (Panels >
                   1) {  // few rows: their factors stay in registers while weights stream by
       typename Dot::Factor x[Rows];
       unroll<Rows>([&](auto r) { x[r] = Dot::template factor<Rows>(a + r); });
       unroll<all>([&](auto v) {
-        if constexpr (Panels == 2) simd::prefetch_after<3>(place(v), kPairBytes);
-        const auto w = Dot::weights(place(v));
+        if constexpr (Panels == 2)
+          simd::prefetch_after<3>(panel(v) + (v % vectors) * Dot::fragment, kPairBytes);
+        const auto w = step_weights<Dot, v % vectors>(panel(v));
         unroll<Rows>([&](auto r) { c[r][v] = Dot::multiply_add(c[r][v], w, x[r]); });
       });
     } else {
       simd::prefetch(ahead);
       ahead += at.ahead_step;
       typename Dot::Fragment w[all];
-      unroll<all>([&](auto v) { w[v] = Dot::weights(place(v)); });
+      unroll<all>([&](auto v) { w[v] = step_weights<Dot, v % vectors>(panel(v)); });
       unroll<Rows>([&](auto r) {
         const auto x = Dot::template factor<Rows>(a + r);
         unroll<all>([&](auto v) { c[r][v] = Dot::multiply_add(c[r][v], w[v], x); });
@@ -133,10 +132,18 @@ struct GroupFactors {
   Index panel_stride;           // of the scales
   const std::int32_t* offsets;  // [row of the height][group]: taken off the row's sums
   Index row_stride;             // of the offsets
+  const float* minimums;        // of int4, as the scales, or nullptr; they multiply the offsets
+
+  GroupFactors from_panel(Index p) const {
+    const Index numbers = p * panel_stride;
+    return {steps,   scales + numbers, panel_stride,
+            offsets, row_stride,       minimums == nullptr ? nullptr : minimums + numbers};
+  }
 };
 
 /// float sums[panel][row][column] = fma(exact sum of the group, its scale, sums), group after
-/// group.
+/// group, and after each fma(sum of the group's activations, its minimum, sums) where there are
+/// minimums.
 template <typename V, typename Dot, int Rows, int Panels>
 void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups,
                           float* sums, Index sums_stride, bool from_zero) {
@@ -149,11 +156,14 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
     unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { V::zero().store(place(r, v)); }); });
   const float* scales = groups.scales;
   const std::int32_t* offsets = groups.offsets;
+  const bool has_minimums = is_int4<Dot> && groups.minimums != nullptr;
   for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns, ++offsets) {
     typename Dot::Accumulator c[Rows][all];
     unroll<Rows>([&](auto r) {
       const auto start = [&] {
-        if constexpr (Dot::unsigned_weights)
+        if constexpr (is_int4<Dot>)
+          return Dot::minus(has_minimums ? 0 : offsets[r * groups.row_stride]);
+        else if constexpr (Dot::unsigned_weights)
           return Dot::minus(offsets[r * groups.row_stride]);
         else
           return Dot::zero();
@@ -171,6 +181,17 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
             .store(place(r, v));
       });
     });
+    if (has_minimums) {
+      const float* minimums = groups.minimums + (scales - groups.scales);
+      unroll<Rows>([&](auto r) {
+        const V sum = V::set1(static_cast<float>(offsets[r * groups.row_stride]));
+        unroll<all>([&](auto v) {
+          const V minimum =
+              V::load(minimums + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
+          simd::fused_multiply_add(sum, minimum, V::load(place(r, v))).store(place(r, v));
+        });
+      });
+    }
   }
 }
 
@@ -236,14 +257,13 @@ void for_each_tile_sum(int height, const TileOperands<Dot>& at, Index steps, Ind
 /// The same with groups.
 template <typename V, typename Dot>
 void grouped_tile_products(int height, const TileOperands<Dot>& at, Index steps,
-                           GroupFactors groups, float* sums, Index sums_stride, Index panels,
+                           const GroupFactors& groups, float* sums, Index sums_stride, Index panels,
                            bool from_zero) {
-  const float* scales = groups.scales;
   with_height<Dot>(height, [&](auto tile_rows) {
     for_each_flight<Dot, decltype(tile_rows)::value>(panels, [&](auto flight, Index p) {
-      groups.scales = scales + p * groups.panel_stride;
+      const GroupFactors own = groups.from_panel(p);
       grouped_tile_product<V, Dot, decltype(tile_rows)::value, decltype(flight)::value>(
-          at.from_panel(p), steps, groups, sums + p * sums_stride, sums_stride, from_zero);
+          at.from_panel(p), steps, own, sums + p * sums_stride, sums_stride, from_zero);
     });
   });
 }

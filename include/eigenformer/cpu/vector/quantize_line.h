@@ -81,11 +81,12 @@ Magnitude<compute_type<T>> magnitude(const T* line, Index count) {
 }
 
 /// Never 0: where max|w| is so small that the quotient rounds to 0, the smallest float serves.
-/// Infinite only for doubles past float's range.
-template <typename C>
+/// Infinite only for doubles past float's range. Steps, here and below: the largest value, 7 for
+/// INT4.
+template <int Steps = 127, typename C>
 float int8_scale(C largest) {
   if (largest == C(0)) return 1.0f;
-  const float scale = static_cast<float>(largest / C(127));
+  const float scale = static_cast<float>(largest / C(Steps));
   return scale > 0.0f ? scale : std::numeric_limits<float>::denorm_min();
 }
 
@@ -126,18 +127,18 @@ EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
 
 /// The values of a vector of numbers, still as numbers. Only denormal scales need the clamp: a
 /// maximum of 190 denormals has a scale of one.
-template <typename V, typename Quotient>
+template <int Steps = 127, typename V, typename Quotient>
 EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
-  return minimum(V::set1(127), maximum(V::set1(-127), round(quotient(w))));
+  return minimum(V::set1(Steps), maximum(V::set1(-Steps), round(quotient(w))));
 }
 
 /// `count` values; Streaming stores around the caches, where `to` is aligned to a vector's bytes of
 /// int8.
-template <bool Streaming, typename V, typename Quotient, typename T>
+template <bool Streaming, typename V, int Steps = 127, typename Quotient, typename T>
 EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count,
                                       std::int8_t* to) {
   for_each_vector<V>(0, count, [&](Index at, auto part) {
-    const V values = int8_values(quotient, load<V>(line + at, part));
+    const V values = int8_values<Steps>(quotient, load<V>(line + at, part));
     if constexpr (Streaming && std::is_same_v<decltype(part), WholeVector>)
       values.store_streaming(to + at);
     else
@@ -145,11 +146,12 @@ EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, I
   });
 }
 
-template <typename Isa, bool Streaming = false, typename T>
+template <typename Isa, bool Streaming = false, int Steps = 127, typename T>
 void quantize_line(const T* line, Index count, float scale, std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  with_quotient<V>(
-      scale, [&](const auto& quotient) { quantize_with<Streaming, V>(quotient, line, count, to); });
+  with_quotient<V>(scale, [&](const auto& quotient) {
+    quantize_with<Streaming, V, Steps>(quotient, line, count, to);
+  });
 }
 
 /// quantize_line of a line that is in cache, and the magnitude of the next one, which comes from
@@ -172,31 +174,33 @@ Magnitude<compute_type<T>> quantize_and_measure(const T* line, Index count, floa
   return chains.result();
 }
 
-/// Lanes that have an int8 scale: int8_scale is finite.
+/// Lanes that have a scale: int8_scale is finite.
 template <typename V>
-EIGENFORMER_INLINE auto has_scale(V x) {
+EIGENFORMER_INLINE auto has_scale(V x, V steps) {
   // From 0x1.ffffffp127 on, a double rounds to an infinite float.
   if constexpr (sizeof(typename V::scalar) == sizeof(float))
     return less_equal(abs(x), V::set1((std::numeric_limits<float>::max)()));
   else
-    return less(abs(x) / V::set1(127), V::set1(0x1.ffffffp127));
+    return less(abs(x) / steps, V::set1(0x1.ffffffp127));
 }
 
 template <typename Isa, typename T>
-bool all_quantizable(const T* x, Index count) {
+bool all_quantizable(const T* x, Index count, int largest_value) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  auto good = has_scale(V::zero());
+  const V steps = V::set1(static_cast<compute_type<T>>(largest_value));
+  auto good = has_scale(V::zero(), steps);
   Index i = 0;
-  for (; i + V::lanes <= count; i += V::lanes) good = good & has_scale(V::load(x + i));
-  if (i < count) good = good & has_scale(V::load_partial(x + i, static_cast<int>(count - i)));
+  for (; i + V::lanes <= count; i += V::lanes) good = good & has_scale(V::load(x + i), steps);
+  if (i < count)
+    good = good & has_scale(V::load_partial(x + i, static_cast<int>(count - i)), steps);
   return good.bits() == (1u << V::lanes) - 1u;
 }
 
 template <typename D, typename Isa, typename T>
 Index execute(const Backend<D, Isa>&, const problem::FirstNotQuantizable<T>& p) {
-  if (all_quantizable<Isa>(p.numbers, p.count)) return -1;
+  if (all_quantizable<Isa>(p.numbers, p.count, p.steps)) return -1;
   Index at = 0;
-  while (all_quantizable<Isa>(p.numbers + at, 1)) ++at;
+  while (all_quantizable<Isa>(p.numbers + at, 1, p.steps)) ++at;
   return at;
 }
 
@@ -210,7 +214,7 @@ constexpr bool has_vector_of_groups(Index count, Index group) {
 
 /// The scales of V::lanes groups, their maxima reduced and divided together; false where a number
 /// has no scale (NaN or infinity).
-template <typename V, typename T>
+template <int Steps, typename V, typename T>
 bool scales_of_groups(const T* line, Index group, V& scales) {
   V largest[V::lanes], residues[2] = {V::zero(), V::zero()};
   for (int g = 0; g < V::lanes; ++g) {
@@ -231,24 +235,24 @@ bool scales_of_groups(const T* line, Index group, V& scales) {
   for (int i = 1; i < V::lanes; ++i) most = maximum(most, largest[i]);
   const V least = V::set1(std::numeric_limits<typename V::scalar>::denorm_min());
   // as int8_scale
-  scales = select(equal(most, V::zero()), V::set1(1), maximum(most / V::set1(127), least));
+  scales = select(equal(most, V::zero()), V::set1(1), maximum(most / V::set1(Steps), least));
   return true;
 }
 
 /// Scales of a line cut into groups; false as above.
-template <typename Isa, typename T>
+template <typename Isa, int Steps = 127, typename T>
 bool group_scales(const T* line, Index count, Index group, float* scales) {
   using V = simd::Vec<compute_type<T>, Isa>;
   Index at = 0;
   if constexpr (sizeof(typename V::scalar) == sizeof(float))
     for (V found; has_vector_of_groups<V>(count - at, group);
          at += V::lanes * group, scales += V::lanes) {
-      if (!scales_of_groups(line + at, group, found)) return false;
+      if (!scales_of_groups<Steps>(line + at, group, found)) return false;
       found.store(scales);
     }
   for (; at < count; at += group, ++scales) {
     const auto found = magnitude<Isa>(line + at, (std::min)(group, count - at));
-    *scales = int8_scale(found.largest);
+    *scales = int8_scale<Steps>(found.largest);
     if (!found.finite || !std::isfinite(*scales)) return false;
   }
   return true;
@@ -256,7 +260,7 @@ bool group_scales(const T* line, Index count, Index group, float* scales) {
 
 /// Scales and values of a line cut into groups, in one read: values while their group is in L1.
 /// False as above; then only some are written.
-template <typename Isa, bool Streaming, typename T>
+template <typename Isa, bool Streaming, int Steps = 127, typename T>
 bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales,
                              std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
@@ -266,35 +270,35 @@ bool quantize_line_in_groups(const T* line, Index count, Index group, float* sca
     alignas(64) float reciprocals[V::lanes];
     for (V found; has_vector_of_groups<V>(count - at, group);
          at += V::lanes * group, scales += V::lanes) {
-      if (!scales_of_groups(line + at, group, found)) return false;
+      if (!scales_of_groups<Steps>(line + at, group, found)) return false;
       const auto in_range =
           less(V::set1(Quotient::lowest), found) & less(found, V::set1(Quotient::highest));
       if (in_range.bits() != (std::uint32_t{1} << V::lanes) - 1) break;  // the rest one by one
       found.store(scales);
       (V::set1(1) / found).store(reciprocals);
       for (int g = 0; g < V::lanes; ++g)
-        quantize_with<Streaming, V>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])),
-                                    line + at + g * group, group, to + at + g * group);
+        quantize_with<Streaming, V, Steps>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])),
+                                           line + at + g * group, group, to + at + g * group);
     }
   }
   for (; at < count; at += group, ++scales) {
     const Index n = (std::min)(group, count - at);
-    if (!group_scales<Isa>(line + at, n, group, scales)) return false;
-    quantize_line<Isa, Streaming>(line + at, n, *scales, to + at);
+    if (!group_scales<Isa, Steps>(line + at, n, group, scales)) return false;
+    quantize_line<Isa, Streaming, Steps>(line + at, n, *scales, to + at);
   }
   return true;
 }
 
 /// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a
 /// number is not quantizable.
-template <typename D, typename Isa, typename T>
+template <int Steps = 127, typename D, typename Isa, typename T>
 bool group_scales(const Backend<D, Isa>& on, const T* matrix, Index rows, Index columns,
                   Index group, float* scales) {
   const Index groups = (columns + group - 1) / group;
   std::atomic<bool> quantizable{true};
   parallel_for(on, rows, Cost{columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
-      if (!group_scales<Isa>(matrix + r * columns, columns, group, scales + r * groups))
+      if (!group_scales<Isa, Steps>(matrix + r * columns, columns, group, scales + r * groups))
         return quantizable.store(false, std::memory_order_relaxed);
   });
   return quantizable.load(std::memory_order_relaxed);

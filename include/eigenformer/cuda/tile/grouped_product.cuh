@@ -1,7 +1,8 @@
 /// \file
-/// Products of int8 weights that have a scale for each group of 32, 64 or 128 inputs, and int8
-/// tokens, by the tensor cores. Each output is one chain over the groups in ascending order,
-/// fma(float(the group's exact int32 sum), its scale, .), that starts from 0: the bits of the CPU
+/// Products of int8 or int4 weights that have a scale for each group of 32, 64 or 128 inputs, and
+/// int8 tokens, by the tensor cores. Each output is one chain over the groups in ascending order,
+/// fma(float(the group's exact int32 sum), its scale, .), that starts from 0, of int4 with
+/// minimums with fma(float(sum of the group's tokens), its minimum, .) after each: the bits of the CPU
 /// kernels, whichever kernel runs. Steps of 64 inputs as in operand.cuh; two groups of 32 share a
 /// step, which is then multiplied twice, each time without the tokens of the other half.
 ///
@@ -16,6 +17,9 @@
 ///   conversion and a multiply-add each: about a third of the dense int8 peak is expected for
 ///   groups of 128, a sixth for 32, not measured yet.
 ///
+/// int4 weights (Weight is an Int4Rows) become int8 as they are loaded, into fragments or into the
+/// buffers.
+///
 /// In the place of rows and tokens that are not there stands the last one, again. end.store(token,
 /// row, chains) takes the chain of each matrix.
 #pragma once
@@ -23,6 +27,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "../launch.cuh"
 #include "operand.cuh"
@@ -36,17 +42,25 @@ template <int Matrices>
 struct GroupScales {
   const float* data[Matrices];
   Index groups, group;
+  const float* minimums[Matrices] = {};      // the same of int4, or nullptr: there are none
+  const std::int32_t* token_sums = nullptr;  // (tokens, groups), which minimums are multiplied by
 
-  EIGENFORMER_DEVICE float at(int matrix, Index row, Index at_group) const {
-    return data[matrix][row * groups + at_group];
+  /// fma(sum, scale, chain) of a group, and what its minimum adds.
+  EIGENFORMER_DEVICE float join(float chain, std::int32_t sum, int matrix, Index row, Index token,
+                                Index at_group) const {
+    const Index at = row * groups + at_group;
+    chain = std::fma(static_cast<float>(sum), data[matrix][at], chain);
+    if (minimums[matrix] == nullptr) return chain;
+    const auto of_token = static_cast<float>(token_sums[token * groups + at_group]);
+    return std::fma(of_token, minimums[matrix][at], chain);
   }
   /// Of a step.
   EIGENFORMER_HOST_DEVICE int parts() const { return group < kStep<std::int8_t> ? 2 : 1; }
 };
 
 /// The chunk from k on, of whole rows with zeros behind them.
-template <typename Operand>
-EIGENFORMER_DEVICE auto chunk_at(const Operand& from, const std::int8_t* line, Index k) {
+template <typename Operand, typename Line>
+EIGENFORMER_DEVICE auto chunk_at(const Operand& from, const Line& line, Index k) {
   return k < from.depth ? from.template load<true>(line, k) : typename Operand::Chunk{};
 }
 
@@ -56,14 +70,15 @@ EIGENFORMER_DEVICE Chunk of_group(const Chunk& chunk, int lane, int parts, int p
   return parts == 1 || lane % 4 / 2 == part ? chunk : Chunk{};
 }
 
-template <int Matrices, typename End>
+template <typename Weight, typename End>
 struct GroupedFewTokensKernel {
   using Chunk = typename Operand<std::int8_t, std::int8_t>::Chunk;
+  static constexpr int Matrices = Weight::kMatrices;
   using D = FragmentD<std::int8_t>;
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
   static constexpr int kPlaces = 16, kRows = kPlaces / Matrices, kTokens = 16;
   static constexpr int kPart = kPlaces * kTokens;  // sums of one group
-  Operand<std::int8_t, std::int8_t, Matrices> weight;
+  Weight weight;
   Operand<std::int8_t, std::int8_t> x;
   GroupScales<Matrices> scales;
   End end;
@@ -85,7 +100,8 @@ struct GroupedFewTokensKernel {
  private:
   /// What a lane loads from.
   struct Lines {
-    const std::int8_t *rows[2], *tokens[kTokens / 8];
+    decltype(std::declval<const Weight&>().line(0, Index{0})) rows[2];
+    const std::int8_t* tokens[kTokens / 8];
   };
 
   template <typename Block, typename Shared>
@@ -105,7 +121,7 @@ struct GroupedFewTokensKernel {
         multiply_step_of(block, shared, sums, lines, token, at);
       if (scales.parts() == 1) leave(block, shared, block.warp(), sums);
       block.barrier();
-      join(block, shared, row, k / scales.group, chains);
+      join(block, shared, row, token, k / scales.group, chains);
       block.barrier();
     }
     const Index out = row + block.thread() % kRows, to = token + block.thread() / kRows;
@@ -148,29 +164,29 @@ struct GroupedFewTokensKernel {
 
   /// Groups from `first` on, in order.
   template <typename Block, typename Shared>
-  EIGENFORMER_DEVICE void join(Block& block, const Shared& shared, Index row, Index first,
-                               float (&chains)[Matrices]) const {
+  EIGENFORMER_DEVICE void join(Block& block, const Shared& shared, Index row, Index first_token,
+                               Index first, float (&chains)[Matrices]) const {
     const int own = block.thread() % kRows, token = block.thread() / kRows;
-    if (token >= kTokens || row + own >= weight.rows) return;
+    if (token >= kTokens || row + own >= weight.rows || first_token + token >= x.rows) return;
     for (int part = 0; part < parts() && first + part < scales.groups; ++part)
       for (int m = 0; m < Matrices; ++m) {
         const std::int32_t sum = shared.load(place(part, token, tile_place<Matrices>(m, own)));
-        chains[m] =
-            std::fma(static_cast<float>(sum), scales.at(m, row + own, first + part), chains[m]);
+        chains[m] = scales.join(chains[m], sum, m, row + own, first_token + token, first + part);
       }
   }
 };
 
 /// A warp has 64 tokens and 32 places of rows.
-template <int Matrices, typename End>
+template <typename Weight, typename End>
 struct GroupedManyTokensKernel {
   using Chunk = typename Operand<std::int8_t, std::int8_t>::Chunk;
+  static constexpr int Matrices = Weight::kMatrices;
   using D = FragmentD<std::int8_t>;
   static constexpr int kThreads = 256, kPlaces = 128, kRows = kPlaces / Matrices, kTokens = 128;
   static constexpr int kDepth = kStep<std::int8_t>, kBuffers = 3;
   static constexpr int kBuffer = (kTokens + kPlaces) * kDepth;
   static constexpr int kTokenTiles = 4, kRowTiles = 4;  // of a warp: 16 tokens, 8 places
-  Operand<std::int8_t, std::int8_t, Matrices> weight;
+  Weight weight;
   Operand<std::int8_t, std::int8_t> x;
   GroupScales<Matrices> scales;
   End end;
@@ -210,7 +226,7 @@ struct GroupedManyTokensKernel {
       block.template wait_async<kBuffers - 2>();
       block.barrier();  // this step is there, and nobody reads the one before it any more
       bring(step + kBuffers - 1);
-      multiply_buffer(block, buffers, row, step, results);
+      multiply_buffer(block, buffers, row, token, step, results);
     }
     store(block, row, token, results);
   }
@@ -221,13 +237,18 @@ struct GroupedManyTokensKernel {
                                Index step) const {
     for (int i = block.thread(); i < kBuffer / 16; i += kThreads) {
       const Index to = step % kBuffers * kBuffer + i * 16, k = step * kDepth + i % 4 * 16;
-      const TileRow place = tile_row<Matrices>(i / 4 - kTokens);
-      const std::int8_t* const line =
-          i / 4 < kTokens ? x.line(0, token + i / 4) : weight.line(place.matrix, row + place.row);
-      if (k < weight.depth)
-        block.copy_async(buffers, to, line + k);
-      else
+      if (k >= weight.depth) {
         buffers.store_pack(to, Chunk{});
+      } else if (i / 4 < kTokens) {
+        block.copy_async(buffers, to, x.line(0, token + i / 4) + k);
+      } else {
+        const TileRow place = tile_row<Matrices>(i / 4 - kTokens);
+        const auto line = weight.line(place.matrix, row + place.row);
+        if constexpr (std::is_same_v<decltype(line), const std::int8_t* const>)
+          block.copy_async(buffers, to, line + k);
+        else
+          buffers.store_pack(to, weight.template load<true>(line, k));
+      }
     }
   }
 
@@ -242,7 +263,7 @@ struct GroupedManyTokensKernel {
 
   template <typename Block, typename Shared>
   EIGENFORMER_DEVICE void multiply_buffer(Block& block, const Shared& buffers, Index row,
-                                          Index step, Results& results) const {
+                                          Index token, Index step, Results& results) const {
     const int lane = block.lane(), parts = scales.parts();
     const auto chunk = [&](int line) {
       return buffers.template pack<Chunk>(step % kBuffers * kBuffer + (line + lane / 4) * kDepth +
@@ -261,24 +282,25 @@ struct GroupedManyTokensKernel {
       });
       const Index end_k = step * kDepth + (part + 1) * kDepth / parts;
       if (end_k % scales.group == 0 || end_k >= weight.depth)
-        join(block, row, (end_k - 1) / scales.group, results);
+        join(block, row, token, (end_k - 1) / scales.group, results);
     }
   }
 
   /// Joins the sums of a group to the chains; from zero again.
   template <typename Block>
-  EIGENFORMER_DEVICE void join(Block& block, Index row, Index group, Results& results) const {
+  EIGENFORMER_DEVICE void join(Block& block, Index row, Index token, Index group,
+                               Results& results) const {
     if (group >= scales.groups) return;  // the second half of the last step
     unroll<kRowTiles>([&](auto r) {
       unroll<D::kSize>([&](auto i) {
         const TileRow place =
             tile_row<Matrices>(first_place(block) + r * 8 + D::column(block.lane(), i));
         const Index out = row + place.row < weight.rows ? row + place.row : weight.rows - 1;
-        const float scale = scales.at(place.matrix, out, group);
         unroll<kTokenTiles>([&](auto t) {
+          const Index to = token + first_token(block) + t * 16 + D::row(block.lane(), i);
           std::int32_t& sum = results.sums[t][r].values[i];
           float& chain = results.chains[t][r][i];
-          chain = std::fma(static_cast<float>(sum), scale, chain);
+          chain = scales.join(chain, sum, place.matrix, out, to < x.rows ? to : x.rows - 1, group);
           sum = 0;
         });
       });
@@ -307,20 +329,19 @@ struct GroupedManyTokensKernel {
 };
 
 /// end.store(token, row, chains) for all of (x.rows, weight.rows). Rows of both are whole.
-template <typename D, int Matrices, typename End>
-void multiply_groups(const Backend<D>& on, const char* name,
-                     const Operand<std::int8_t, std::int8_t, Matrices>& weight,
+template <typename D, typename Weight, typename End>
+void multiply_groups(const Backend<D>& on, const char* name, const Weight& weight,
                      const Operand<std::int8_t, std::int8_t>& x,
-                     const GroupScales<Matrices>& scales, const End& end) {
+                     const GroupScales<Weight::kMatrices>& scales, const End& end) {
   if (weight.rows <= 0 || x.rows <= 0) return;
   const auto start = [&](const auto& kernel) {
     launch(on, name, (std::min)(kernel.tiles(), Index{1048576}), kernel.kThreads, kernel.shared(),
            kernel);
   };
   if (x.rows <= 64)
-    start(GroupedFewTokensKernel<Matrices, End>{weight, x, scales, end});
+    start(GroupedFewTokensKernel<Weight, End>{weight, x, scales, end});
   else
-    start(GroupedManyTokensKernel<Matrices, End>{weight, x, scales, end});
+    start(GroupedManyTokensKernel<Weight, End>{weight, x, scales, end});
 }
 
 }  // namespace cuda

@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "../collectives.cuh"
 #include "../launch.cuh"
@@ -23,14 +24,17 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-template <typename C, int Tokens, int Matrices, typename W, typename X, typename End>
+/// Weight: an Operand, or one that makes numbers of what is stored (int4_linear.cuh).
+template <typename C, int Tokens, typename Weight, typename X, typename End>
 struct LaneProductKernel {
-  using Chunk = typename Operand<C, W>::Chunk;
-  static constexpr int kThreads = 128, kEach = Operand<C, W>::kEach, kPlaces = 4;
+  using Chunk = Pack<C, static_cast<int>(16 / sizeof(C))>;
+  using Line = decltype(std::declval<const Weight&>().line(0, Index{0}));
+  static constexpr int kThreads = 128, kEach = static_cast<int>(16 / sizeof(C)), kPlaces = 4,
+                       Matrices = Weight::kMatrices;
   static constexpr int kRows = kPlaces / Matrices;  // of a warp's outputs
   static constexpr int kTilesOfBlock = kThreads / kWarp;
   static_assert(kRows * Tokens <= kWarp);
-  Operand<C, W, Matrices> weight;
+  Weight weight;
   Operand<C, X> x;
   End end;
 
@@ -53,7 +57,7 @@ struct LaneProductKernel {
   /// The chains of this lane.
   EIGENFORMER_DEVICE void accumulate(C (&sums)[kPlaces][Tokens], Index row, Index token,
                                      int lane) const {
-    const W* lines[kPlaces];
+    Line lines[kPlaces];
     const X* tokens[Tokens];
     for (int p = 0; p < kPlaces; ++p) lines[p] = weight.line(p / kRows, row + p % kRows);
     for (int t = 0; t < Tokens; ++t) tokens[t] = x.line(0, token + t);
@@ -67,7 +71,7 @@ struct LaneProductKernel {
   }
 
   template <bool Inside>
-  EIGENFORMER_DEVICE void multiply(C (&sums)[kPlaces][Tokens], const W* const (&lines)[kPlaces],
+  EIGENFORMER_DEVICE void multiply(C (&sums)[kPlaces][Tokens], const Line (&lines)[kPlaces],
                                    const X* const (&tokens)[Tokens], Index k) const {
     Chunk w[kPlaces], v[Tokens];
     for (int p = 0; p < kPlaces; ++p) w[p] = weight.template load<Inside>(lines[p], k);
@@ -93,16 +97,15 @@ struct LaneProductKernel {
 };
 
 /// end.store(token, row, sums) for all of (x.rows, weight.rows).
-template <typename C, typename D, int Matrices, typename W, typename X, typename End>
-void multiply_by_lanes(const Backend<D>& on, const char* name,
-                       const Operand<C, W, Matrices>& weight, const Operand<C, X>& x,
-                       const End& end) {
+template <typename C, typename D, typename Weight, typename X, typename End>
+void multiply_by_lanes(const Backend<D>& on, const char* name, const Weight& weight,
+                       const Operand<C, X>& x, const End& end) {
   if (weight.rows <= 0 || x.rows <= 0) return;
   const auto start = [&](const auto& kernel) { launch_warps(on, name, kernel.tiles(), kernel); };
   if (x.rows == 1)
-    start(LaneProductKernel<C, 1, Matrices, W, X, End>{weight, x, end});
+    start(LaneProductKernel<C, 1, Weight, X, End>{weight, x, end});
   else
-    start(LaneProductKernel<C, 8, Matrices, W, X, End>{weight, x, end});
+    start(LaneProductKernel<C, 8, Weight, X, End>{weight, x, end});
 }
 
 }  // namespace cuda

@@ -25,7 +25,7 @@ namespace cuda {
 /// `Matrices` matrices (rows, depth) of one shape; 2 are those of a gated unit.
 template <typename T, typename S, int Matrices = 1>
 struct Operand {
-  static constexpr int kEach = static_cast<int>(16 / sizeof(T));
+  static constexpr int kEach = static_cast<int>(16 / sizeof(T)), kMatrices = Matrices;
   // words of int8, which would else take a register for each byte
   using Chunk = std::conditional_t<sizeof(T) == 1, Pack<std::uint32_t, 4>, Pack<T, kEach>>;
   const S* data[Matrices];
