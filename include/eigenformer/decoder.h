@@ -332,8 +332,11 @@ class Decoder {
   }
 
   DecoderWeights& masters(std::string_view name) const {
-    if (weights_ == nullptr)
-      detail::fail<std::logic_error>(std::string(name) + ": there are no master weights");
+    if (weights_ == nullptr) {
+      std::string text(name);  // g++ 12 sees a sum of the two out of bounds
+      text += ": there are no master weights";
+      detail::fail<std::logic_error>(text);
+    }
     return *weights_;
   }
 

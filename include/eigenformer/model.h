@@ -3,7 +3,7 @@
 /// (config.json, *.safetensors, tokenizer.json) or a GGUF file.
 ///
 ///   ef::Model<float> model = ef::load_model<float>("Llama-3.2-1B");
-///   ef::Model<float> small = ef::load_model<float>("Llama-3.2-1B", {.weights = ef::WeightFormat::int8});
+///   ef::Model<float> small = ef::load_model<float>("Llama-3.2-1B", {.weights = ef::WeightFormat::int8});   // or int4
 ///   std::vector<std::int32_t> ids = model.tokenizer().encode("Once upon a time");
 ///   std::vector<std::int32_t> next = ef::generate(model, ids, {.max_new_tokens = 64});
 ///   std::string text = model.tokenizer().decode(next);
@@ -18,6 +18,7 @@
 /// std::runtime_error) names file, tensor and reason for anything that is not what it claims to be,
 /// and nothing is read out of bounds.
 ///
+<<<<<<< HEAD
 /// Weights as stored (ef::WeightFormat::as_stored): F32, BF16 and F16 tensors stay what they are
 /// where the activations have products for them (decoder/packed_weights.h), and logits are those of
 /// the widened weights; MXFP4 of safetensors becomes bfloat16, which is exact. Blocks of GGUF
@@ -34,6 +35,13 @@
 /// one, INT8 where the weights are. The file stays mapped where another embedding is used as
 /// stored. With LoadOptions::cache the second start maps what the first packed
 /// (model/packed_file.h), each matrix in its own format.
+=======
+/// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device; beside the
+/// packed weights it holds no more than the largest tensor. A head that is the embedding too is one
+/// tensor, the packed one, INT8 where the weights are. The file stays mapped where another embedding
+/// is used as stored. With LoadOptions::cache the second start maps what the first packed
+/// (model/packed_file.h).
+>>>>>>> 4665d68 (Decoders and loaded models in INT4: layers by groups of 32 and more, the head and experts in INT8; on CUDA too)
 #pragma once
 
 #include <filesystem>

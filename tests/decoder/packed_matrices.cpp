@@ -144,6 +144,47 @@ TEST(PackedMatrices, GroupsOfInt8ServeAsPacked) {
   }
 }
 
+/// The layers' matrices become what four bits hold of them.
+void round_to_int4(ef::DecoderWeights& m, Index group) {
+  for (Index l = 0; l < kWide.layers; ++l) {
+    const auto& w = m.layer(l);
+    for (const std::size_t t : {w.query, w.key, w.value, w.output, w.gate, w.up, w.down}) {
+      const auto [values, scales] = ef::quantize_weights_int4(m.matrix(t), group);
+      m.matrix(t) = ef::dequantize_grouped(values, scales, group);
+    }
+  }
+}
+
+// The head has eight bits, and may be the embedding. From the float decoder of the rounded weights
+// it differs by activations in INT8 and by the head.
+TEST(PackedMatrices, GroupsOfInt4ServeAsPacked) {
+  const auto masters = make_weights(kWide, 4);
+  for (const Index group : {0, 32, 64, 128}) {
+    const auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(
+        kWide, ef::WeightStorage{WeightFormat::int4, group});
+    packed->pack(kOneThread, masters, ef::SelfCommunicator());
+    const auto& down = std::get<ef::PackedColumnShard<ef::int4>>(packed->layers()[1].down);
+    const auto alone = ef::pack_weight<ef::int4>(*std::as_const(*masters).views(1).down,
+                                                 {.group_size = group == 0 ? Index{32} : group});
+    EXPECT_EQ(down.weight.group_size(), alone.group_size());
+    ASSERT_EQ(down.weight.bytes(), alone.bytes());
+    EXPECT_EQ(
+        std::memcmp(down.weight.data(), alone.data(), static_cast<std::size_t>(alone.bytes())), 0);
+    EXPECT_TRUE(std::holds_alternative<ef::PackedColumnShard<std::int8_t>>(packed->head()));
+    packed->tie_embedding();
+    ef::Decoder<float> model(packed, kOneThread);
+    EXPECT_TRUE(same_bits(logits_of(model, {9}), logits_of(model, {2, 1, 6}))) << group;
+    packed->set_embedding(std::as_const(*masters).matrix(masters->embedding()), masters);
+    ef::Decoder<float> apart(packed, kOneThread);
+    const auto logits = logits_of(apart, {9});
+    const auto rounded = make_weights(kWide, 4);
+    round_to_int4(*rounded, alone.group_size());
+    ef::Decoder<float> expected(rounded, kOneThread);
+    EXPECT_LT(relative_error(logits, logits_of(expected, {9})), 0.1) << group;
+    EXPECT_TRUE(same_bits(logits, logits_of(apart, {2, 1, 6}))) << group;
+  }
+}
+
 TEST(PackedMatrices, BytesAreThoseOfNumbersAndScales) {
   const auto masters = std::make_shared<ef::DecoderWeights>(kWide, 5);
   constexpr std::size_t kLinear =  // numbers of linear layers, and of what stays float
@@ -162,6 +203,12 @@ TEST(PackedMatrices, BytesAreThoseOfNumbersAndScales) {
   EXPECT_EQ(bytes(WeightFormat::int8), kLinear + 4 * (kOf72 + kOf136 + kFloats));
   EXPECT_EQ(bytes({WeightFormat::int8, 32}), kLinear + 4 * (3 * kOf72 + 5 * kOf136 + kFloats));
   EXPECT_EQ(bytes({WeightFormat::int8, 128}), kLinear + 4 * (kOf72 + 2 * kOf136 + kFloats));
+  constexpr std::size_t kHead = 37 * (72 + 4 * 3),
+                        kBehindHead = kOf72 - 37;  // INT8 by 32; the rest
+  EXPECT_EQ(bytes(WeightFormat::int4),
+            (kLinear - 37 * 72) / 2 + 37 * (72 + 4) + 4 * (3 * kBehindHead + 5 * kOf136 + kFloats));
+  EXPECT_EQ(bytes({WeightFormat::int4, 32}),
+            (kLinear - 37 * 72) / 2 + kHead + 4 * (3 * kBehindHead + 5 * kOf136 + kFloats));
 }
 
 // Activations of bfloat16 and half have products with their own scalar and INT8: other floating
@@ -230,7 +277,7 @@ TEST(PackedMatrices, RefusesStorageThatIsNone) {
       [] {
         Weights(kWide, {WeightFormat::bfloat16, 64});
       },
-      {"PackedDecoderWeights", "group_size is 64", "only int8"});
+      {"PackedDecoderWeights", "group_size is 64", "only int8 and int4"});
   expect_throws<std::invalid_argument>(
       [] {
         Weights(kWide, {WeightFormat::int8, 48});

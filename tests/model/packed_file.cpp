@@ -61,6 +61,8 @@ TEST(PackedFile, GivesTheBitsOfWhatWasWritten) {
     expect_same_from_file<float>(int8, form);
   }
   expect_same_from_file<float>({int8, 32}, {});
+  expect_same_from_file<float>(int4, {});
+  expect_same_from_file<ef::bfloat16>({int4, 64}, {});
   expect_same_from_file<float>(bfloat16, {});
   expect_same_from_file<float>(half, {});
   expect_same_from_file<ef::bfloat16>(activation, {});

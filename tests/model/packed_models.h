@@ -93,7 +93,8 @@ std::shared_ptr<ef::PackedDecoderWeights<T>> packed_model(const ef::DecoderConfi
                           ef::TensorView<const float, 2>(table.data(), form.positions, c.features));
   }
   packed->set_embedding(masters->matrix(masters->embedding()), masters);
-  if (storage.format == ef::WeightFormat::int8) packed->own_embedding(here);
+  if (storage.format == ef::WeightFormat::int8 || storage.format == ef::WeightFormat::int4)
+    packed->own_embedding(here);
   return packed;
 }
 

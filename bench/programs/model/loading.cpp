@@ -61,6 +61,7 @@ class ModelOf final : public LoadedModel {
 
 ef::WeightStorage weights_of(const ModelOptions& options) {
   if (options.int8) return {ef::WeightFormat::int8, options.group};
+  if (options.int4) return {ef::WeightFormat::int4, options.group};
   if (options.half) return ef::WeightFormat::half;
   return options.as_stored ? ef::WeightFormat::as_stored : ef::WeightFormat::activation;
 }

@@ -74,12 +74,13 @@ class CommandLine {
 /// Which model, and how it is held.
 struct ModelOptions {
   std::string path, cache;
-  bool int8 = false, bf16 = false, half = false, as_stored = false;
+  bool int8 = false, int4 = false, bf16 = false, half = false, as_stored = false;
   long group = 0, threads = 0;
 
   void declare(CommandLine& line) {
     line.text("--model", path);
     line.flag("--int8", int8);
+    line.flag("--int4", int4);
     line.flag("--bf16", bf16);
     line.flag("--half", half);
     line.flag("--as-stored", as_stored);
@@ -89,19 +90,22 @@ struct ModelOptions {
   }
   void check(const CommandLine& line) const {
     if (path.empty()) line.fail("--model is missing: a folder or a .gguf file");
-    if (int8 + half + as_stored > 1) line.fail("--int8, --half and --as-stored exclude each other");
-    if (group != 0 && (!int8 || (group != 32 && group != 64 && group != 128)))
-      line.fail("--group takes 32, 64 or 128 and goes with --int8");
+    if (int8 + int4 + half + as_stored > 1)
+      line.fail("--int8, --int4, --half and --as-stored exclude each other");
+    if (group != 0 && (!(int8 || int4) || (group != 32 && group != 64 && group != 128)))
+      line.fail("--group takes 32, 64 or 128 and goes with --int8 or --int4");
   }
 };
 
 inline constexpr const char* kModelUsage =
     R"(  --model PATH      a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
   --int8            linear layers in INT8, quantized as they are read
-  --group N         one scale of INT8 for 32, 64 or 128 inputs (default: one for each output)
+  --int4            linear layers in INT4, the head in INT8, quantized as they are read
+  --group N         one scale of INT8 or INT4 for 32, 64 or 128 inputs (default: one for each output,
+                    with --int4 for 32 inputs)
   --half            linear layers in half, rounded as they are read
   --as-stored       linear layers as the files hold them, blocks as INT8 by groups of 32
-  --bf16            activations, caches and weights in bfloat16 (with --int8: weights in INT8)
+  --bf16            activations, caches and weights in bfloat16 (--int8, --int4: those weights)
   --cache PATH      keeps packed weights in a file, or a folder of such files, and maps it from the
                     second start on
   --threads N       threads (default: those of the machine)

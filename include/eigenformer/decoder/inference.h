@@ -345,8 +345,9 @@ class InferenceStep {
   }
 
   // ---- one call of a public operator each, charged to its name ----------------------------------
-  template <typename Y>
-  void project(Y& y, const TensorView<T, 2>& x, const PackedMatrix<T>& weight,
+  // Matrix is a PackedMatrix, or the PackedHead.
+  template <typename Y, typename Matrix>
+  void project(Y& y, const TensorView<T, 2>& x, const Matrix& weight,
                const PackedArray<float>& bias) {
     timed("linear", [&] {
       std::visit(

@@ -161,14 +161,15 @@ struct LayerPacking {
   void pack_matrices(const D& device, PackedDecoderLayer<T>& packed,
                      const DecoderLayerViews<W, N>& v, const WeightStorage& storage,
                      const C& communicator, const Memory& memory) const {
-    with_stored_scalar<T, W>(storage.format, [&]<typename S>(std::type_identity<S>) {
-      pack_matrices_as<S>(device, packed, v, int8_packing<S>(storage), communicator, memory);
+    const WeightStorage format = v.expert >= 0 ? without_int4(storage) : storage;
+    with_stored_scalar<T, W>(format.format, [&]<typename S>(std::type_identity<S>) {
+      pack_matrices_as<S>(device, packed, v, packing_options<S>(format), communicator, memory);
     });
   }
 
   template <typename S, typename D, typename T, typename W, typename N, typename C>
   void pack_matrices_as(const D& device, PackedDecoderLayer<T>& packed,
-                        const DecoderLayerViews<W, N>& v, const Int8Packing& options,
+                        const DecoderLayerViews<W, N>& v, const PackingOptions<S>& options,
                         const C& communicator, const Memory& memory) const {
     using Readable = ReadableTensor<W, 2>;
     const auto readable = [&](const auto& view) {
@@ -188,7 +189,8 @@ struct LayerPacking {
           pack_column_shard<T>(device, readable(v.shared_gate).view(), communicator);
     if (v.query) packed.qkv = stacked(readable(v.query), readable(v.key), readable(v.value));
     if (v.output) packed.output = one(readable(v.output));
-    if (v.expert >= 0) return pack_expert<S>(device, packed, v, options, memory);
+    if constexpr (!std::is_same_v<S, int4>)
+      if (v.expert >= 0) return pack_expert<S>(device, packed, v, options, memory);
     if (v.gate && form.fuses_gates())
       packed.gate_up = pack_gated_column_shard<S>(device, readable(v.gate).view(),
                                                   readable(v.up).view(), communicator, options);
@@ -201,7 +203,7 @@ struct LayerPacking {
 
   template <typename S, typename D, typename T, typename W, typename N>
   void pack_expert(const D& device, PackedDecoderLayer<T>& packed, const DecoderLayerViews<W, N>& v,
-                   const Int8Packing& options, const Memory& memory) const {
+                   const PackingOptions<S>& options, const Memory& memory) const {
     using Stack = PackedExpertStack<S>;
     const auto count = static_cast<std::size_t>(form.experts.count),
                e = static_cast<std::size_t>(v.expert);

@@ -1,6 +1,6 @@
 /// \file
-/// A matrix of a decoder in the format that it alone has: one decoder may hold bfloat16, half and
-/// INT8 matrices side by side, as files do. packed_weights.h is the manual.
+/// A matrix of a decoder in the format that it alone has: one decoder may hold bfloat16, half, INT8
+/// and INT4 matrices side by side, as files do. packed_weights.h is the manual.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +25,16 @@ enum class WeightFormat {
   activation,  ///< in the scalar of the activations
   bfloat16,    ///< rounded to nearest even where they are not
   half,
-  int8,       ///< quantized; not with double
+  int8,  ///< quantized; not with double
+  int4,  ///< quantized in groups of 32 inputs or more, the head and experts in INT8; not with double
   as_stored,  ///< in the scalar of the view that is packed
 };
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
-/// A format, with the inputs that share a scale of INT8: 32, 64 or 128, or 0 for one scale per
-/// output channel.
+/// A format, with the inputs that share a scale of INT8 or INT4: 32, 64 or 128, or 0 for one scale
+/// per output channel, with INT4 for 32.
 ///
 ///   ef::PackedDecoderWeights<float> weights(config, ef::WeightFormat::bfloat16);
 ///   ef::PackedDecoderWeights<float> weights(config, {ef::WeightFormat::int8, 64});
@@ -47,18 +48,19 @@ struct WeightStorage {
 
 namespace detail {
 
-/// The shards that a decoder with activations of T has products for. INT8 products accumulate into
-/// float, so that double, which serves as a reference, has none.
-template <template <typename> class Shard, typename T>
+/// The shards that a decoder with activations of T has products for, and those `More` besides.
+/// Quantized products accumulate into float, so that double, which serves as a reference, has none.
+template <template <typename> class Shard, typename T, typename... More>
 struct AnyShard {
-  using type = std::variant<Shard<T>, Shard<std::int8_t>>;
+  using type = std::variant<Shard<T>, Shard<std::int8_t>, Shard<More>...>;
 };
-template <template <typename> class Shard>
-struct AnyShard<Shard, float> {
-  using type = std::variant<Shard<float>, Shard<bfloat16>, Shard<half>, Shard<std::int8_t>>;
+template <template <typename> class Shard, typename... More>
+struct AnyShard<Shard, float, More...> {
+  using type =
+      std::variant<Shard<float>, Shard<bfloat16>, Shard<half>, Shard<std::int8_t>, Shard<More>...>;
 };
-template <template <typename> class Shard>
-struct AnyShard<Shard, double> {
+template <template <typename> class Shard, typename... More>
+struct AnyShard<Shard, double, More...> {
   using type = std::variant<Shard<double>>;
 };
 
@@ -73,10 +75,14 @@ inline constexpr bool has_alternative<std::variant<S...>, Alternative> =
 /// One rank's rows of a matrix, of one format of those that activations of T have products for; it
 /// has no outputs where none was packed.
 template <FloatingScalar T>
-using PackedMatrix = typename detail::AnyShard<PackedColumnShard, T>::type;
+using PackedMatrix = typename detail::AnyShard<PackedColumnShard, T, int4>::type;
 /// Of gate and up, in one format.
 template <FloatingScalar T>
-using PackedGatedMatrix = typename detail::AnyShard<PackedGatedColumnShard, T>::type;
+using PackedGatedMatrix = typename detail::AnyShard<PackedGatedColumnShard, T, int4>::type;
+/// The head, whose rows may be the embedding as well: it has no four bits, which would cost a
+/// token's numbers more than they save (llama.cpp's files keep 6 or 8 for it).
+template <FloatingScalar T>
+using PackedHead = typename detail::AnyShard<PackedColumnShard, T>::type;
 
 /// The matrices of a layer's experts, one of each kind for each, whole on every rank.
 template <typename S>
@@ -94,14 +100,19 @@ namespace detail {
 template <typename T, typename S>
 inline constexpr bool stores = has_alternative<PackedMatrix<T>, PackedColumnShard<S>>;
 
+constexpr bool is_quantized(WeightFormat format) {
+  return format == WeightFormat::int8 || format == WeightFormat::int4;
+}
+
 /// Throws std::invalid_argument for what activations of T have no weights of.
 template <typename T>
 void require_storage(const WeightStorage& storage, std::string_view name) {
-  const bool int8 = storage.format == WeightFormat::int8;
-  require_that(!int8 || stores<T, std::int8_t>, name,
-               "int8 weights do not serve activations of double");
-  require_that(storage.group_size == 0 || int8, name, "group_size is ", storage.group_size,
-               ", but only int8 weights have groups");
+  const bool quantized = is_quantized(storage.format);
+  require_that(!quantized || stores<T, std::int8_t>, name,
+               storage.format == WeightFormat::int4 ? "int4" : "int8",
+               " weights do not serve activations of double");
+  require_that(storage.group_size == 0 || quantized, name, "group_size is ", storage.group_size,
+               ", but only int8 and int4 weights have groups");
   if (storage.group_size != 0) require_group_size(storage.group_size, name);
 }
 
@@ -120,23 +131,37 @@ void with_stored_scalar(WeightFormat format, F&& f) {
       return store_as(std::type_identity<half>{});
     case WeightFormat::int8:
       return store_as(std::type_identity<std::int8_t>{});
+    case WeightFormat::int4:
+      return store_as(std::type_identity<int4>{});
     case WeightFormat::as_stored:
       return store_as(std::type_identity<W>{});
   }
 }
 
+/// The format of the head and of experts, which have no four bits.
+inline WeightStorage without_int4(const WeightStorage& storage) {
+  return storage.format == WeightFormat::int4
+             ? WeightStorage(WeightFormat::int8, storage.group_size)
+             : storage;
+}
+
 template <typename S>
-Int8Packing int8_packing(const WeightStorage& storage) {
-  return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0};
+PackingOptions<S> packing_options(const WeightStorage& storage) {
+  if constexpr (std::is_same_v<S, int4>)
+    return {.group_size = storage.group_size == 0 ? Index{32} : storage.group_size};
+  else
+    return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0};
 }
 
 template <typename S>
 Index stored_bytes(const PackedWeight<S>& weight) {
   const Index group = weight.group_size(), columns = weight.columns();
-  const Index scales = !std::is_same_v<S, std::int8_t> ? 0
-                       : group == 0                    ? 1
-                                                       : (columns + group - 1) / group;
-  return weight.rows() * (columns * Index{sizeof(S)} + scales * Index{sizeof(float)});
+  const Index scales = !problem::is_quantized_weight<S> ? 0
+                       : group == 0                     ? 1
+                                                        : (columns + group - 1) / group,
+              factors = weight.minimums() == nullptr ? scales : 2 * scales,
+              bytes = std::is_same_v<S, int4> ? (columns + 1) / 2 : columns * Index{sizeof(S)};
+  return weight.rows() * (bytes + factors * Index{sizeof(float)});
 }
 template <typename S>
 Index stored_bytes(const PackedGatedWeight<S>& weight) {
@@ -153,14 +178,14 @@ template <typename... Shard>
 Index stored_bytes(const std::variant<Shard...>& matrix) {
   return std::visit([](const auto& shard) { return stored_bytes(shard.weight); }, matrix);
 }
-/// Cycles for one token, rough: a weight is read from a cache and multiplied, INT8 three times as
-/// fast.
+/// Cycles for one token, rough: a weight is read from a cache and multiplied, INT8 and INT4 three
+/// times as fast.
 template <typename... Shard>
 double cycles_per_token(const std::variant<Shard...>& matrix) {
   return std::visit(
       []<template <typename> class One, typename S>(const One<S>& shard) {
         const double matrices = requires { shard.weight.pair(); } ? 2 : 1;
-        return (std::is_same_v<S, std::int8_t> ? 0.15 : 0.5) * matrices *
+        return (problem::is_quantized_weight<S> ? 0.15 : 0.5) * matrices *
                static_cast<double>(shard.out_features) * static_cast<double>(shard.in_features);
       },
       matrix);

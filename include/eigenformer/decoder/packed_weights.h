@@ -1,15 +1,18 @@
 /// \file
 /// What inference reads: one rank's part of a decoder's linear layers, packed, the norms, and the
 /// embedding. Made from views of memory that somebody else owns (a mapped file, DecoderWeights),
-/// layer by layer in any order: each tensor is read where it lies (twice for INT8: its scales come
+/// layer by layer in any order: each tensor is read where it lies (twice for INT8 and INT4: scales come
 /// first) and written packed; no float copy is made of it. Each matrix has a format of its own, that
 /// of the whole decoder where packing is told none (packed_matrix.h):
 ///
 ///   activations   matrices of
-///   float         float, bfloat16, half, INT8 by output channel or by groups of 32, 64 or 128 inputs
-///   bfloat16      bfloat16, INT8; other floating scalars are rounded to it
-///   half          half, INT8
+///   float         float, bfloat16, half, INT8 by output channel or by groups of 32, 64 or 128 inputs,
+///                 INT4 by such groups
+///   bfloat16      bfloat16, INT8, INT4; other floating scalars are rounded to it
+///   half          half, INT8, INT4
 ///   double        double
+///
+/// A decoder of INT4 has its head and its experts in INT8.
 ///
 /// bfloat16 and half weights beside activations of float are widened, exactly: logits have the bits
 /// of the float decoder whose weights were rounded to that scalar before.
@@ -128,9 +131,11 @@ class PackedDecoderWeights {
     Packing::require_shape(head, "head", config_.vocabulary, config_.features);
     auto packed_norm = Packing::vector(device, last_norm, "norm", config_.features, memory);
     const detail::ReadableTensor<W, 2> readable(memory_of(device), head, memory);
-    detail::with_stored_scalar<T, W>(storage.format, [&]<typename S>(std::type_identity<S>) {
-      head_ = pack_column_shard<S>(device, readable.view(), communicator,
-                                   detail::int8_packing<S>(storage));
+    const WeightStorage format = detail::without_int4(storage);
+    detail::with_stored_scalar<T, W>(format.format, [&]<typename S>(std::type_identity<S>) {
+      if constexpr (!std::is_same_v<S, int4>)
+        head_ = pack_column_shard<S>(device, readable.view(), communicator,
+                                     detail::packing_options<S>(format));
     });
     norm_.weight = std::move(packed_norm);
     if (form_.norm == DecoderNorm::layer && norm_.bias.size() == 0)
@@ -194,7 +199,7 @@ class PackedDecoderWeights {
     std::visit(
         [&]<typename Table>(const Table& table) {
           if constexpr (rank_of<Table> == 2) {
-            if (format == WeightFormat::int8)
+            if (detail::is_quantized(format))
               own_quantized(device, table);
             else
               own_copy(device, table);
@@ -204,7 +209,7 @@ class PackedDecoderWeights {
   }
 
   const std::vector<PackedDecoderLayer<T>>& layers() const { return layers_; }
-  const PackedMatrix<T>& head() const { return head_; }
+  const PackedHead<T>& head() const { return head_; }
   const Embedding& embedding() const { return embedding_; }
   const detail::PackedNorm& norm() const { return norm_; }
   const detail::PackedArray<float>& head_bias() const { return head_bias_; }
@@ -295,7 +300,7 @@ class PackedDecoderWeights {
   DecoderForm form_;
   WeightStorage storage_;
   std::vector<PackedDecoderLayer<T>> layers_;
-  PackedMatrix<T> head_;
+  PackedHead<T> head_;
   Embedding embedding_;
   std::shared_ptr<const void> owner_;
   const Memory* embedding_memory_ = &host_memory;

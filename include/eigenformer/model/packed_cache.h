@@ -50,7 +50,7 @@ inline std::string source_key(const std::filesystem::path& path) {
 /// What weights are packed for, and how.
 template <typename T, typename D>
 std::string packing_key(const D& device, const WeightStorage& storage) {
-  constexpr const char* formats[] = {"activation", "bfloat16", "half", "int8", "as_stored"};
+  constexpr const char* formats[] = {"activation", "bfloat16", "half", "int8", "int4", "as_stored"};
   const auto number = [](auto value) { return std::to_string(value); };
   return "eigenformer " + number(EIGENFORMER_VERSION_MAJOR) + "." +
          number(EIGENFORMER_VERSION_MINOR) + "." + number(EIGENFORMER_VERSION_PATCH) +

@@ -128,6 +128,8 @@ template <>
 inline constexpr std::int64_t kPackedCode<half> = 4;
 template <>
 inline constexpr std::int64_t kPackedCode<std::int8_t> = 5;
+template <>
+inline constexpr std::int64_t kPackedCode<int4> = 6;
 
 /// In its place, of an embedding that is the head.
 inline constexpr std::int64_t kPackedHead = -1;
@@ -163,6 +165,8 @@ class PackedWriter {
           require_that(shard.world_size == 1, kName, "the weights are those of one rank of ",
                        shard.world_size, ", expected all");
           const PackedWeight<S>& weight = panels_of(shard);
+          require_that(weight.minimums() == nullptr && weight.quantizes_activations(), kName,
+                       "files hold int4 without minimums, for int8 activations");
           put(weight.group_size());
           array(weight.data(), PanelAccess::values(weight).size());
           array(weight.scales(), PanelAccess::scales(weight).size());
@@ -323,8 +327,8 @@ class PackedFinder {
   }
   template <typename X>
   Index group_of(std::int64_t group) const {
-    require(group == 0 ||
-            (std::is_same_v<X, std::int8_t> && (group == 32 || group == 64 || group == 128)));
+    require((group == 0 && !std::is_same_v<X, int4>) ||
+            (problem::is_quantized_weight<X> && (group == 32 || group == 64 || group == 128)));
     return group;
   }
 

@@ -22,7 +22,7 @@ inline namespace EIGENFORMER_ABI {
 template <typename T, Device D, typename Weights, Communicator C>
 PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& weights,
                                                const C& communicator,
-                                               const Int8Packing& options = {}) {
+                                               const PackingOptions<T>& options = {}) {
   constexpr auto name = "pack_stacked_column_shard";
   const std::span views(weights);
   using View = TensorView<const scalar_of<decltype(views[0])>, 2>;
@@ -63,7 +63,7 @@ struct PackedGatedColumnShard {
 template <typename T, Device D, typename Gate, typename Up, Communicator C>
 PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& gate, const Up& up,
                                                   const C& communicator,
-                                                  const Int8Packing& options = {}) {
+                                                  const PackingOptions<T>& options = {}) {
   const auto g = input_view<2>(gate);
   const auto u = input_view<2>(up);
   detail::require_same_shape("pack_gated_column_shard", "gate", g, "up", u);

@@ -48,15 +48,15 @@ struct PackedColumnShard {
   int rank = 0, world_size = 1;
 };
 
-/// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16 or std::int8_t;
-/// INT8 scales belong to rows, so dividing the weight changes no bit. Sends nothing. Throws what
+/// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16, std::int8_t or
+/// ef::int4; scales belong to rows, so dividing the weight changes no bit. Sends nothing. Throws what
 /// pack_weight throws.
 ///
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
 template <typename T, Device D, typename Weight, Communicator C>
 PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, const C& communicator,
-                                       const Int8Packing& options = {}) {
+                                       const PackingOptions<T>& options = {}) {
   const auto full = input_view<2>(weight);
   const int rank = communicator.rank(), ranks = communicator.size();
   return {pack_weight<T>(device, column_shard(full, rank, ranks), options), full.dimension(0),
@@ -65,7 +65,7 @@ PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, co
 template <typename T, typename Weight, Communicator C>
   requires(!Device<Weight>)
 PackedColumnShard<T> pack_column_shard(const Weight& weight, const C& communicator,
-                                       const Int8Packing& options = {}) {
+                                       const PackingOptions<T>& options = {}) {
   return pack_column_shard<T>(Eigen::DefaultDevice{}, weight, communicator, options);
 }
 

@@ -54,7 +54,7 @@ struct ActivationScales {
   std::int32_t* offsets;
   Index group;  // k of one group; the depth where there is one
   Index groups;
-  std::int32_t offset_factor;  // what unsigned weights are too large by: 128, of int4 8
+  std::int32_t offset_factor = 128;  // what unsigned weights are too large by: 128, of int4 8
 };
 
 inline std::int32_t sum_of(const std::int8_t* values, Index count) {

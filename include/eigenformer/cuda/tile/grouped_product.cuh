@@ -45,18 +45,28 @@ struct GroupScales {
   const float* minimums[Matrices] = {};      // the same of int4, or nullptr: there are none
   const std::int32_t* token_sums = nullptr;  // (tokens, groups), which minimums are multiplied by
 
-  /// fma(sum, scale, chain) of a group, and what its minimum adds.
+  /// fma(sum, scale, chain) of a group, and what its minimum adds where weights may have one.
+  template <bool Minimums>
   EIGENFORMER_DEVICE float join(float chain, std::int32_t sum, int matrix, Index row, Index token,
                                 Index at_group) const {
     const Index at = row * groups + at_group;
     chain = std::fma(static_cast<float>(sum), data[matrix][at], chain);
-    if (minimums[matrix] == nullptr) return chain;
-    const auto of_token = static_cast<float>(token_sums[token * groups + at_group]);
-    return std::fma(of_token, minimums[matrix][at], chain);
+    if constexpr (Minimums)
+      if (minimums[matrix] != nullptr) {
+        const auto of_token = static_cast<float>(token_sums[token * groups + at_group]);
+        chain = std::fma(of_token, minimums[matrix][at], chain);
+      }
+    return chain;
   }
   /// Of a step.
   EIGENFORMER_HOST_DEVICE int parts() const { return group < kStep<std::int8_t> ? 2 : 1; }
 };
+
+/// int8 has none: asking for them at run time costs registers that many tokens have no more of.
+template <typename Weight>
+inline constexpr bool may_have_minimums = true;
+template <int Matrices>
+inline constexpr bool may_have_minimums<Operand<std::int8_t, std::int8_t, Matrices>> = false;
 
 /// The chunk from k on, of whole rows with zeros behind them.
 template <typename Operand, typename Line>
@@ -171,7 +181,8 @@ struct GroupedFewTokensKernel {
     for (int part = 0; part < parts() && first + part < scales.groups; ++part)
       for (int m = 0; m < Matrices; ++m) {
         const std::int32_t sum = shared.load(place(part, token, tile_place<Matrices>(m, own)));
-        chains[m] = scales.join(chains[m], sum, m, row + own, first_token + token, first + part);
+        chains[m] = scales.template join<may_have_minimums<Weight>>(
+            chains[m], sum, m, row + own, first_token + token, first + part);
       }
   }
 };
@@ -300,7 +311,8 @@ struct GroupedManyTokensKernel {
           const Index to = token + first_token(block) + t * 16 + D::row(block.lane(), i);
           std::int32_t& sum = results.sums[t][r].values[i];
           float& chain = results.chains[t][r][i];
-          chain = scales.join(chain, sum, place.matrix, out, to < x.rows ? to : x.rows - 1, group);
+          chain = scales.template join<may_have_minimums<Weight>>(
+              chain, sum, place.matrix, out, to < x.rows ? to : x.rows - 1, group);
           sum = 0;
         });
       });
