@@ -18,7 +18,6 @@
 /// std::runtime_error) names file, tensor and reason for anything that is not what it claims to be,
 /// and nothing is read out of bounds.
 ///
-<<<<<<< HEAD
 /// Weights as stored (ef::WeightFormat::as_stored): F32, BF16 and F16 tensors stay what they are
 /// where the activations have products for them (decoder/packed_weights.h), and logits are those of
 /// the widened weights; MXFP4 of safetensors becomes bfloat16, which is exact. Blocks of GGUF
@@ -29,19 +28,12 @@
 /// an expert's gate, up and down: where the file has several it is INT8 if one of them is in
 /// blocks, else float. Experts of a layer whose formats then differ are refused.
 ///
-/// Cost: loading reads the weights once (twice for INT8) and packs them on the device; beside the
-/// packed weights it holds no more than the largest tensor and the file's pages of one layer, which
+/// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device;
+/// beside the packed weights it holds no more than the largest tensor and the file's pages of one layer, which
 /// are given back when that is packed. A head that is the embedding too is one tensor, the packed
 /// one, INT8 where the weights are. The file stays mapped where another embedding is used as
 /// stored. With LoadOptions::cache the second start maps what the first packed
 /// (model/packed_file.h), each matrix in its own format.
-=======
-/// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device; beside the
-/// packed weights it holds no more than the largest tensor. A head that is the embedding too is one
-/// tensor, the packed one, INT8 where the weights are. The file stays mapped where another embedding
-/// is used as stored. With LoadOptions::cache the second start maps what the first packed
-/// (model/packed_file.h).
->>>>>>> 4665d68 (Decoders and loaded models in INT4: layers by groups of 32 and more, the head and experts in INT8; on CUDA too)
 #pragma once
 
 #include <filesystem>
