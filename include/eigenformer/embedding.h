@@ -111,6 +111,8 @@ void embedding_into(const D& device, Y&& y, const Ids& ids, const Table& table,
 /// std::invalid_argument besides for one that was packed for other kernels.
 template <Device D, typename Y, typename Ids, typename S>
 void embedding_into(const D& device, Y&& y, const Ids& ids, const PackedWeight<S>& table) {
+  static_assert(!std::is_same_v<S, int4>,
+                "eigenformer: an embedding's rows come from floating or int8 weights, not int4");
   const auto id_view = detail::ids_input(ids);
   const TensorView<const S, 2> shape(table.data(), table.rows(), table.columns());
   auto out = output_view<rank_of<decltype(id_view)> + 1>(y);

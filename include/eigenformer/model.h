@@ -29,8 +29,8 @@
 /// blocks, else float. Experts of a layer whose formats then differ are refused.
 ///
 /// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device;
-/// beside the packed weights it holds no more than the largest tensor and the file's pages of one layer, which
-/// are given back when that is packed. A head that is the embedding too is one tensor, the packed
+/// beside the packed weights it holds no more than the largest tensor and the pages of one layer,
+/// which are given back when it is packed. A head that is the embedding too is one tensor, the packed
 /// one, INT8 where the weights are. The file stays mapped where another embedding is used as
 /// stored. With LoadOptions::cache the second start maps what the first packed
 /// (model/packed_file.h), each matrix in its own format.

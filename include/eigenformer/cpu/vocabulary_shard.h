@@ -18,7 +18,7 @@ static_assert(problem::ShardLimits::block == SamplingBlock::size &&
               problem::ShardLimits::few(4095) == 4095 && KeptLimits::least_vocab == 4096 &&
               problem::ShardLimits::few(80000) == KeptLimits::most(80000));
 
-/// apply_penalties of the tokens of a shard.
+/// LogitChanges::penalize of the tokens of a shard.
 template <typename C>
 void penalize_shard(C* logits, const ShardRange& shard, const problem::RowParams& params,
                     std::int32_t* counts) {
@@ -323,8 +323,7 @@ void execute(const Backend<D, Isa>& on, const problem::ScoreShard<T>& p) {
   std::fill(p.answers, p.answers + 4 * p.shard.rows, 0.0);
   if (p.shard.rows == 0 || size == 0) return;
   Workspace::Frame frame(on.workspace);
-  const auto* const scratches =
-      take_sampling_scratch<C>(frame, worker_count(on), size, false, false);
+  const auto* const scratches = take_sampling_scratch<C>(frame, worker_count(on), size, {});
   std::int32_t* const ids = frame.take<std::int32_t>(worker_count(on) * p.best);
   const Cost cost{2 * size, kExpCycles};
   parallel_for(on, p.shard.rows, cost, [&](Index first, Index last, int worker) {

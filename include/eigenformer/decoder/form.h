@@ -107,6 +107,10 @@ struct DecoderForm {
   bool fuses_gates() const {
     return gated && activation == DecoderActivation::silu && !feed_forward_bias;
   }
+  /// Whether a norm of this many weights and biases has what it needs: LayerNorm both.
+  bool has_all_of(Index norm_weights, Index norm_biases) const {
+    return norm_weights > 0 && (norm == DecoderNorm::rms || norm_biases > 0);
+  }
   bool norm_before() const { return placement != NormPlacement::after; }
   bool norm_after() const { return placement != NormPlacement::before; }
   bool parallel() const { return blocks != DecoderBlocks::sequential; }
@@ -137,8 +141,8 @@ struct DecoderForm {
     detail::require_that(gated || activation != DecoderActivation::clamped_swiglu, name,
                          "a clamped SwiGLU is gated, the form is not");
     validate_experts();
-    detail::require_that(positions >= 0, name, "positions is ", positions,
-                         ", expected 0 (no table) or more");
+    detail::require_that(positions >= 0 && positions < (Index{1} << 31), name, "positions is ",
+                         positions, ", expected 0 (no table) to 2^31 - 1");
     detail::require_that(layers.empty() || static_cast<Index>(layers.size()) == config.layers, name,
                          "the form has ", layers.size(), " layers, the configuration says ",
                          config.layers);

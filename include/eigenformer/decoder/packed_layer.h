@@ -325,7 +325,7 @@ struct LayerPacking {
   template <typename T>
   bool is_complete(const PackedDecoderLayer<T>& packed) const {
     const auto norm = [&](const PackedNorm& x, bool expected) {
-      return !expected || x.weight.size() > 0;
+      return !expected || form.has_all_of(x.weight.size(), x.bias.size());
     };
     const bool gates = form.fuses_gates();
     return out_features(packed.qkv) > 0 && out_features(packed.output) > 0 &&

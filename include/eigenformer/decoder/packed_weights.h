@@ -12,7 +12,7 @@
 ///   half          half, INT8, INT4
 ///   double        double
 ///
-/// A decoder of INT4 has its head and its experts in INT8.
+/// A decoder of INT4 has its head, and the experts that a router chooses, in INT8.
 ///
 /// bfloat16 and half weights beside activations of float are widened, exactly: logits have the bits
 /// of the float decoder whose weights were rounded to that scalar before.
@@ -229,7 +229,8 @@ class PackedDecoderWeights {
   /// Throws std::logic_error where a tensor of a layer, the head or the embedding is missing.
   void require_complete() const {
     // none are left in weights that were moved from
-    bool complete = !layers_.empty() && detail::out_features(head_) > 0;
+    bool complete = !layers_.empty() && detail::out_features(head_) > 0 &&
+                    form_.has_all_of(norm_.weight.size(), norm_.bias.size());
     for (std::size_t l = 0; l < layers_.size(); ++l)
       complete = complete && packing(static_cast<Index>(l)).is_complete(layers_[l]);
     if (!complete || std::holds_alternative<std::monostate>(embedding_) ||

@@ -433,6 +433,7 @@ class ModelLoader {
         std::make_shared<Kept>(Kept{table(weight(n.embedding), vocabulary), std::move(owner)});
     if (kept->table.converted()) from_.release();
     kept->table.visit([&](const auto& embedding) { weights_->set_embedding(embedding, kept); });
+    if (kept->table.converted()) kept->owner.reset();  // nothing is read from the file any more
     if (memory_of(device_).backend != host_memory.backend)
       weights_->own_embedding(device_, WeightFormat::activation);
     from_.report();
