@@ -1,7 +1,7 @@
 // Laws: a row of which stages change few logits, or ban them by a mask, gives the bits of a row
 // that was changed by hand, whatever the chain, the scalar and the vocabulary; what is wrong with
 // the row as given stays wrong under a mask.
-#include "allocations.h"
+#include "allocation_count.h"
 #include "random_chains.h"
 
 using namespace eigenformer_test;
