@@ -345,7 +345,7 @@ class InferenceStep {
   }
 
   // ---- one call of a public operator each, charged to its name ----------------------------------
-  // Matrix is a PackedMatrix, or the PackedHead.
+  // Matrix is a PackedMatrix, or the PackedHeadMatrix.
   template <typename Y, typename Matrix>
   void project(Y& y, const TensorView<T, 2>& x, const Matrix& weight,
                const PackedArray<float>& bias) {

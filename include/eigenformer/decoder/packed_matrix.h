@@ -82,7 +82,7 @@ using PackedGatedMatrix = typename detail::AnyShard<PackedGatedColumnShard, T, i
 /// The head, whose rows may be the embedding as well: it has no four bits, which would cost a
 /// token's numbers more than they save (llama.cpp's files keep 6 or 8 for it).
 template <FloatingScalar T>
-using PackedHead = typename detail::AnyShard<PackedColumnShard, T>::type;
+using PackedHeadMatrix = typename detail::AnyShard<PackedColumnShard, T>::type;
 
 /// The matrices of a layer's experts, one of each kind for each, whole on every rank.
 template <typename S>

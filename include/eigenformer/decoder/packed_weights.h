@@ -209,7 +209,7 @@ class PackedDecoderWeights {
   }
 
   const std::vector<PackedDecoderLayer<T>>& layers() const { return layers_; }
-  const PackedHead<T>& head() const { return head_; }
+  const PackedHeadMatrix<T>& head() const { return head_; }
   const Embedding& embedding() const { return embedding_; }
   const detail::PackedNorm& norm() const { return norm_; }
   const detail::PackedArray<float>& head_bias() const { return head_bias_; }
@@ -301,7 +301,7 @@ class PackedDecoderWeights {
   DecoderForm form_;
   WeightStorage storage_;
   std::vector<PackedDecoderLayer<T>> layers_;
-  PackedHead<T> head_;
+  PackedHeadMatrix<T> head_;
   Embedding embedding_;
   std::shared_ptr<const void> owner_;
   const Memory* embedding_memory_ = &host_memory;

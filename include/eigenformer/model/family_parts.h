@@ -32,8 +32,6 @@ class FamilyParts {
     s.kv_heads = json_.integer("num_key_value_heads", s.heads);
     if (s.heads <= 0) json_.refuse("num_attention_heads", "is not positive");
     s.head_dim = json_.integer("head_dim", s.features / s.heads);
-    // before tables of that size are made
-    if (s.head_dim < 1 || s.head_dim > 65536) json_.refuse("head_dim", "is not within 1 to 65536");
     s.hidden = json_.integer("intermediate_size", 4 * s.features);
     s.epsilon = static_cast<float>(json_.number(epsilon, 1e-5));
     m_.positions = json_.integer("max_position_embeddings", 2048);

@@ -88,24 +88,23 @@ struct PackedContents {
       std::memcpy(&value, file.data() + at, sizeof(value));
       return value;
     };
-    const auto require = [&](bool ok, const char* reason) {
+    const auto demand = [&](bool ok, const char* reason) {
       if (!ok) fail_model(name, "", reason);
     };
-    require(file.size() >= PackedHead::kFixed &&
-                std::memcmp(file.data(), PackedHead::kMagic.data(), 8) == 0,
-            "is no file of packed weights");
+    demand(file.size() >= PackedHead::kFixed &&
+               std::memcmp(file.data(), PackedHead::kMagic.data(), 8) == 0,
+           "is no file of packed weights");
     if (number(8) != PackedHead::kOrder || number(16) != PackedHead::kVersion) return;
     const auto size = [&](std::size_t at) { return static_cast<std::uint64_t>(number(at)); };
     const std::uint64_t head_bytes = size(24), key_bytes = size(32), count = size(40);
     constexpr auto damaged = "is damaged: delete it to have it made again";
-    require(
-        head_bytes <= file.size() && key_bytes <= head_bytes && count <= head_bytes / 8 &&
-            PackedHead::kFixed + PackedHead::rounded(key_bytes, 8) + 8 * count + 8 == head_bytes,
-        damaged);
-    require(PagedChecksum::of(file.data(), head_bytes - 8) == number(head_bytes - 8), damaged);
+    demand(head_bytes <= file.size() && key_bytes <= head_bytes && count <= head_bytes / 8 &&
+               PackedHead::kFixed + PackedHead::rounded(key_bytes, 8) + 8 * count + 8 == head_bytes,
+           damaged);
+    demand(PagedChecksum::of(file.data(), head_bytes - 8) == number(head_bytes - 8), damaged);
     const std::uint64_t begin = PackedHead::rounded(head_bytes, PackedHead::kPage);
     head.data_bytes = size(48);
-    require(begin <= file.size() && head.data_bytes == file.size() - begin, damaged);
+    demand(begin <= file.size() && head.data_bytes == file.size() - begin, damaged);
     head.key.assign(reinterpret_cast<const char*>(file.data()) + PackedHead::kFixed, key_bytes);
     head.numbers.resize(count);
     if (count > 0)
@@ -273,37 +272,37 @@ class PackedFinder {
       embedding.template emplace<QuantizedEmbedding>(
           QuantizedEmbedding{{values.data(), rows, columns}, {scales.data(), rows}});
     } else {
-      require(table(std::type_identity<float>{}) || table(std::type_identity<double>{}) ||
-              table(std::type_identity<bfloat16>{}) || table(std::type_identity<half>{}));
+      demand(table(std::type_identity<float>{}) || table(std::type_identity<double>{}) ||
+             table(std::type_identity<bfloat16>{}) || table(std::type_identity<half>{}));
     }
     owner = owner_;
   }
   /// `bytes`: of what was found, as the weights count them.
   void finish(std::size_t bytes) {
-    require(std::cmp_equal(next(), bytes) && at_ == numbers_.size());
+    demand(std::cmp_equal(next(), bytes) && at_ == numbers_.size());
   }
 
  private:
-  void require(bool ok) const {
+  void demand(bool ok) const {
     if (!ok) fail_model(name_, "", "does not hold the weights that its key names");
   }
   std::int64_t next() {
-    require(at_ < numbers_.size());
+    demand(at_ < numbers_.size());
     return numbers_[at_++];
   }
   /// Whether the next part is there, of this scalar then.
   bool code(std::int64_t scalar) {
     const std::int64_t found = next();
-    require(found == 0 || found == scalar);
+    demand(found == 0 || found == scalar);
     return found != 0;
   }
   template <typename X>
   PackedArray<X> array(Index count) {
     const std::int64_t begin = next();
-    require(next() == count && count >= 0 && begin >= 0 && begin % 64 == 0 &&
-            std::cmp_less_equal(begin, data_.size()) &&
-            static_cast<std::uint64_t>(count) <=
-                (data_.size() - static_cast<std::uint64_t>(begin)) / sizeof(X));
+    demand(next() == count && count >= 0 && begin >= 0 && begin % 64 == 0 &&
+           std::cmp_less_equal(begin, data_.size()) &&
+           static_cast<std::uint64_t>(count) <=
+               (data_.size() - static_cast<std::uint64_t>(begin)) / sizeof(X));
     const std::byte* const from = data_.data() + begin;
     return PackedArray<X>::view(reinterpret_cast<const X*>(from), count, owner_);
   }
@@ -323,12 +322,12 @@ class PackedFinder {
       matrix = std::move(shard);
       return true;
     };
-    require((as(std::type_identity<One<S>>{}) || ...));
+    demand((as(std::type_identity<One<S>>{}) || ...));
   }
   template <typename X>
   Index group_of(std::int64_t group) const {
-    require((group == 0 && !std::is_same_v<X, int4>) ||
-            (problem::is_quantized_weight<X> && (group == 32 || group == 64 || group == 128)));
+    demand((group == 0 && !std::is_same_v<X, int4>) ||
+           (problem::is_quantized_weight<X> && (group == 32 || group == 64 || group == 128)));
     return group;
   }
 

@@ -43,6 +43,9 @@ inline RopeOptions rope_of(const JsonObject& parameters, const RopeContext& cont
   };
   try {
     if (type == "default") return options;
+    if (dim > 65536)  // before a table of that size is made
+      parameters.refuse("rope_type",
+                        "turns " + std::to_string(dim) + " of a head, expected 65536 at most");
     if (type == "linear") {
       const double by = factor();
       return rope_with("linear", dim, base, 1.0, [by](std::size_t, double f) { return f / by; });
