@@ -44,7 +44,8 @@ void require_int4_values(std::string_view name, const View& values, int first) {
     const auto fits = [&](std::int8_t q) { return q >= first && q <= first + 15; };
     bool all = true;
     for (Index i = 0; i < values.size(); ++i) all = all && fits(values.data()[i]);
-    for (Index i = 0; !all; ++i)
+    if (all) return;
+    for (Index i = 0; i < values.size(); ++i)
       require_that(fits(values.data()[i]), name, "weight[", index_text(values, i), "] is ",
                    int{values.data()[i]}, ", expected ", first, " to ", first + 15);
   }
