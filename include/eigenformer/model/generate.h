@@ -18,8 +18,8 @@ inline namespace EIGENFORMER_ABI {
 
 struct GenerateOptions {
   Index max_new_tokens = 128;
-  SamplingParams sampling = {.temperature =
-                                 0};  ///< greedy; its history is the text, if none is set
+  /// Greedy; its history is the text, where it has none.
+  SamplingParams sampling = {.temperature = 0};
   std::uint64_t seed = 0;
   /// Called with each new token; false ends the text.
   std::function<bool(std::int32_t)> on_token = {};
