@@ -5,10 +5,10 @@
 ///   column_parallel_linear      y = x W^T + b; rank r computes the output features shard_range(out, r, world_size), and y is
 ///                               gathered on every rank, or kept in parts with {.gather_output = false}
 ///   row_parallel_linear         the same y from an x that is kept in parts: its features are divided by shard_range(in, ...)
-///   vocabulary_parallel_greedy, vocabulary_parallel_top_k_sample
-///                               tokens from hidden states and a (vocab, hidden) head: see
+///   vocabulary_parallel_greedy  tokens from hidden states and a (vocab, hidden) head: see
 ///                               tensor_parallel/vocabulary.h
-///   vocabulary_parallel_sample  the same with any parameters: tensor_parallel/vocabulary_sample.h
+///   vocabulary_parallel_sample, vocabulary_parallel_top_k_sample
+///                               the same with any parameters: tensor_parallel/vocabulary_sample.h
 ///   vocabulary_parallel_sample_with_log_probabilities, vocabulary_parallel_log_probabilities_of
 ///                               and scores: tensor_parallel/vocabulary_log_probabilities.h
 ///

@@ -1,11 +1,10 @@
 /// \file
-/// Part of tensor_parallel.h, which includes it: sample of a language-model head whose rows are
-/// divided among ranks, with any parameters.
+/// Part of tensor_parallel.h, which includes it: tokens drawn from a language-model head whose rows
+/// are divided among ranks, with any parameters.
 #pragma once
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "../sampling.h"
 #include "divided_ends.h"
@@ -30,32 +29,14 @@ inline Index deciding_tokens(const problem::RowParams& params) {
   return 0;
 }
 
-/// A row that holds its candidates, or what is wrong with it, and -infinity.
+/// Writes a candidate, or what is wrong with its shard, into a row of -infinity.
 template <typename C>
-void put_candidates(std::span<const problem::VocabularyCandidate> candidates, C* row) {
-  for (const problem::VocabularyCandidate& candidate : candidates) {
-    if (candidate.token >= 0) row[candidate.token] = static_cast<C>(candidate.logit);
-    if (candidate.token == problem::VocabularyCandidate::kNan)
-      row[0] = std::numeric_limits<C>::quiet_NaN();
-    if (candidate.token == problem::VocabularyCandidate::kInfinity && !(row[0] != row[0]))
-      row[0] = std::numeric_limits<C>::infinity();
-  }
-}
-
-/// Where all is checked, and nothing sent yet.
-template <typename Hidden, typename Weight, typename C>
-ParallelShape vocabulary_shape(std::string_view name, const Hidden& x, const Weight& weight,
-                               C& communicator, Index ids, std::size_t statuses) {
-  const ParallelShape shape = parallel_shape(name, x.dimension(0), weight, communicator);
-  require_that(shape.in == x.dimension(1), name, "weight has ", shape.in, " columns, hidden has ",
-               x.dimension(1), " features");
-  require_that(shape.out >= 1 && shape.out <= (std::numeric_limits<std::int32_t>::max)(), name,
-               "weight has ", shape.out, " rows, expected a vocabulary of 1 to 2^31 - 1 tokens");
-  require_that(ids == shape.tokens, name, "ids has ", ids, " elements, hidden has ", shape.tokens,
-               " rows");
-  require_that(statuses == 0 || static_cast<Index>(statuses) == shape.tokens, name, "statuses has ",
-               statuses, " elements, hidden has ", shape.tokens, " rows");
-  return shape;
+void put_candidate(const problem::VocabularyCandidate& candidate, C* row) {
+  using Candidate = problem::VocabularyCandidate;
+  if (candidate.token >= 0) row[candidate.token] = static_cast<C>(candidate.logit);
+  if (candidate.token == Candidate::kNan) row[0] = std::numeric_limits<C>::quiet_NaN();
+  if (candidate.token == Candidate::kInfinity && !(row[0] != row[0]))
+    row[0] = std::numeric_limits<C>::infinity();
 }
 
 /// Samples rows of which the best `most` tokens decide all: their candidates are found where the
@@ -64,6 +45,7 @@ template <Device D, typename T, typename C>
 void sample_best_candidates(const D& device, const problem::Sampling<T>& sampling, const T* logits,
                             Index most, C& communicator, Workspace& workspace) {
   using Candidate = problem::VocabularyCandidate;
+  using Token = decltype(Candidate::token);
   using S = compute_type<T>;
   const Index rows = sampling.batch, vocab = sampling.vocab;
   const int ranks = communicator.size();
@@ -82,22 +64,30 @@ void sample_best_candidates(const D& device, const problem::Sampling<T>& samplin
   detail::run(device, problem::Vocabulary<T>{logits, own.data(), nullptr, rows,
                                              kept_by(communicator.rank()), shard});
   communicator.all_gather(own, all, std::span<const Index>(counts));
-  S* const whole = frame.take<S>(rows * vocab);
-  std::fill(whole, whole + rows * vocab, -std::numeric_limits<S>::infinity());
-  const Candidate* part = all.data();
-  for (int rank = 0; rank < ranks; ++rank)
-    for (Index r = 0; r < rows; ++r, part += kept_by(rank))
-      put_candidates(std::span(part, static_cast<std::size_t>(kept_by(rank))), whole + r * vocab);
-  const problem::Sampling<S> host{whole,
-                                  rows,
-                                  vocab,
-                                  sampling.params,
-                                  sampling.params_stride,
-                                  sampling.generators,
-                                  sampling.generators_stride,
-                                  sampling.ids,
-                                  sampling.statuses};
-  detail::run(Eigen::DefaultDevice{}, host, workspace);
+  constexpr S none = -std::numeric_limits<S>::infinity();
+  S* const row = frame.take<S>(vocab);
+  std::fill(row, row + vocab, none);
+  for (Index r = 0; r < rows; ++r) {
+    const auto for_each = [&](auto&& f) {
+      const Candidate* part = all.data();
+      for (int rank = 0; rank < ranks; part += rows * kept_by(rank++))
+        std::for_each_n(part + r * kept_by(rank), kept_by(rank), f);
+    };
+    for_each([&](const Candidate& candidate) { put_candidate(candidate, row); });
+    problem::Sampling<S> one{row,
+                             1,
+                             vocab,
+                             &sampling.params_of(r),
+                             0,
+                             sampling.generators,
+                             sampling.generators_stride,
+                             sampling.ids + r,
+                             sampling.statuses == nullptr ? nullptr : sampling.statuses + r};
+    one.first_row = r;
+    detail::run(Eigen::DefaultDevice{}, one, workspace);
+    for_each(
+        [&](const Candidate& candidate) { row[(std::max)(candidate.token, Token{0})] = none; });
+  }
 }
 
 /// Samples rows that are divided, in the host's memory.
@@ -124,11 +114,10 @@ void sample_divided_rows(const D& device, const problem::Sampling<T>& sampling, 
 }
 
 template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
-void vocabulary_parallel_sample_into(const D& device, Ids& ids, const Hidden& hidden,
-                                     const Weight& weight, C& communicator,
+void vocabulary_parallel_sample_into(std::string_view name, const D& device, Ids& ids,
+                                     const Hidden& hidden, const Weight& weight, C& communicator,
                                      const SamplingParamsView& params, const Generators& rng,
                                      std::span<SampleStatus> statuses, Workspace& workspace) {
-  constexpr auto name = "vocabulary_parallel_sample";
   using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
   static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>,
                 "eigenformer: token ids are std::int32_t");
@@ -159,12 +148,25 @@ void vocabulary_parallel_sample_into(const D& device, Ids& ids, const Hidden& hi
       sample_best_candidates(device, sampling, logits, most, communicator, workspace);
     } else {
       T* const host = frame.take<T>(size);
-      if (size > 0) to_host(device, name, host, logits, size);
+      if (size > 0) to_host(device, name.data(), host, logits, size);
       sample_divided_rows(Eigen::DefaultDevice{}, sampling, host, communicator, workspace);
     }
   }
   memory_of(device).copy_in(out.data(), sampling.ids,
                             static_cast<std::size_t>(rows) * sizeof(std::int32_t));
+}
+
+/// sample with {.temperature = temperature, .top_k = k}; leaves the generator where it is.
+template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
+void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidden& hidden,
+                                           const Weight& weight, C& communicator, Index k,
+                                           float temperature, const Generators& rng,
+                                           std::span<SampleStatus> statuses, Workspace& workspace) {
+  constexpr auto name = "vocabulary_parallel_top_k_sample";
+  require_that(k >= 1, name, "k is ", k, ", expected 1 or more");
+  const SamplingParams params{.temperature = temperature, .top_k = k};
+  vocabulary_parallel_sample_into(name, device, ids, hidden, weight, communicator, params, rng,
+                                  statuses, workspace);
 }
 
 }  // namespace detail
@@ -175,12 +177,13 @@ void vocabulary_parallel_sample_into(const D& device, Ids& ids, const Hidden& hi
 /// (vocab, in) head or a PackedColumnShard.
 ///
 /// All chains of stages are served, and the logits stay where they are. What travels, bytes of a
-/// row that every rank holds in the end (logits of double: twice the candidates; P ranks):
+/// row that every rank holds in the end (logits of double: twice the candidates; P ranks; the sums
+/// of a batch are each as long as the longest):
 ///
 ///   every row                    32 P: the largest logits; on a GPU, with top-k, nothing
 ///   top_k, temperature 0         8 for each of the k best of every rank (on a GPU 16)
 ///   no filter                    20 P: sums and a token
-///   min_p, epsilon_cutoff,       24 to 56 P of sums, and 8 for each token that the stage keeps,
+///   min_p, epsilon_cutoff,       16 to 40 P of sums, and 8 for each token that the stage keeps,
 ///   eta_cutoff, top_n_sigma,     where those are at most an eighth of the vocabulary (all of them
 ///   mirostat 2                   below 4096); more stay where they are, and the next stage decides
 ///   top_p                        1024 P of sums, and 8 for each token in the bins, of half a nat,
@@ -191,7 +194,7 @@ void vocabulary_parallel_sample_into(const D& device, Ids& ids, const Hidden& hi
 /// typical_p, top_h, mirostat 1, a dynamic temperature, XTC that excludes, all ties of a top_k and
 /// min_tokens_to_keep above 1, where one of these is the first to leave few tokens; where top_p
 /// keeps more than an eighth; and where a sum comes so near to a limit that its rounding could
-/// change a token (one in 10^10).
+/// change a token (by estimate 4 in 10^12 for each token that may be drawn).
 ///
 /// On a GPU a temperature and top_k find candidates there; for other chains the rank's shard is
 /// copied to the host, and not its neighbours'.
@@ -209,8 +212,8 @@ void vocabulary_parallel_sample_into(const D& device, Ids&& ids, const Hidden& h
                                      const Weight& weight, C& communicator, const Params& params,
                                      Generators rng, std::span<SampleStatus> statuses = {},
                                      Workspace& workspace = thread_workspace()) {
-  detail::vocabulary_parallel_sample_into(device, ids, hidden, weight, communicator, params, rng,
-                                          statuses, workspace);
+  detail::vocabulary_parallel_sample_into("vocabulary_parallel_sample", device, ids, hidden, weight,
+                                          communicator, params, rng, statuses, workspace);
   rng.advance();
 }
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C,
@@ -220,8 +223,9 @@ Tensor<std::int32_t, 1> vocabulary_parallel_sample(const D& device, const Hidden
                                                    const Params& params, Generators rng) {
   auto ids = detail::good_vocabulary_tokens(
       "vocabulary_parallel_sample", hidden, [&](auto& tokens, std::span<SampleStatus> statuses) {
-        detail::vocabulary_parallel_sample_into(device, tokens, hidden, weight, communicator,
-                                                params, rng, statuses, thread_workspace());
+        detail::vocabulary_parallel_sample_into("vocabulary_parallel_sample", device, tokens,
+                                                hidden, weight, communicator, params, rng, statuses,
+                                                thread_workspace());
       });
   rng.advance();
   return ids;
@@ -234,6 +238,48 @@ Tensor<std::int32_t, 1> vocabulary_parallel_sample(const Hidden& hidden, const W
                                                    Generators rng) {
   return vocabulary_parallel_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, params,
                                     rng);
+}
+
+/// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties
+/// lowest index first): the tokens that top_k_sample draws from linear(hidden, weight), the same on
+/// every rank: every rank passes an rng in the same state, which moves on by one position. The draw
+/// of a row depends on (seed, position, row) only. Temperature 0 is greedy. k >= vocab keeps all.
+/// What travels is that of vocabulary_parallel_sample with top_k. Throws std::invalid_argument for
+/// k < 1, a temperature that is negative or not finite, and rows as vocabulary_parallel_greedy
+/// does; rng then stays where it is.
+template <CpuDevice D, typename Hidden, typename Weight, Communicator C>
+Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const D& device, const Hidden& hidden,
+                                                         const Weight& weight, C& communicator,
+                                                         Index k, float temperature, Philox& rng) {
+  auto tokens = detail::good_vocabulary_tokens(
+      "vocabulary_parallel_top_k_sample", hidden, [&](auto& ids, std::span<SampleStatus> statuses) {
+        detail::vocabulary_parallel_top_k_sample_into(device, ids, hidden, weight, communicator, k,
+                                                      temperature, rng, statuses,
+                                                      thread_workspace());
+      });
+  rng.advance();
+  return tokens;
+}
+template <typename Hidden, typename Weight, Communicator C>
+  requires(!Device<Hidden>)
+Tensor<std::int32_t, 1> vocabulary_parallel_top_k_sample(const Hidden& hidden, const Weight& weight,
+                                                         C& communicator, Index k,
+                                                         float temperature, Philox& rng) {
+  return vocabulary_parallel_top_k_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, k,
+                                          temperature, rng);
+}
+
+/// Writes ids and statuses as vocabulary_parallel_greedy_into does; rng moves on by one whatever
+/// the rows are.
+template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C>
+void vocabulary_parallel_top_k_sample_into(const D& device, Ids&& ids, const Hidden& hidden,
+                                           const Weight& weight, C& communicator, Index k,
+                                           float temperature, Philox& rng,
+                                           std::span<SampleStatus> statuses = {},
+                                           Workspace& workspace = thread_workspace()) {
+  detail::vocabulary_parallel_top_k_sample_into(device, ids, hidden, weight, communicator, k,
+                                                temperature, rng, statuses, workspace);
+  rng.advance();
 }
 
 }  // namespace EIGENFORMER_ABI
