@@ -62,9 +62,9 @@
 ///                    (Basu et al., 2021). MirostatState moves mu
 ///
 /// Every set holds at least one token. Equality and order are those of the logits as given (after
-/// penalties and bias), not of rounded probabilities. What is kept and drawn is what sums and weights
-/// in double say (float ones decide where their error bounds allow it). Tokens at -infinity are
-/// never drawn.
+/// penalties and bias), not of rounded probabilities. What is kept and drawn is what sums and
+/// weights in double say (float ones decide where their error bounds allow it). Tokens at -infinity
+/// are never drawn.
 ///
 /// Stages of the history are done on the host in O(history), beside a sort of what dry finds and
 /// the length of its breakers.
@@ -90,10 +90,10 @@
 ///
 /// Cost of a row: one read of the logits, and for top-k little more. Top-p, min-p, typical-p and a
 /// draw from all tokens add about one exponential per token each. No filter sorts the vocabulary:
-/// the worst case is O(vocab). Rows are spread over the threads of a pool; no more than half as many
-/// rows as threads, of 60000 tokens or more, are each shared by the threads of a ParallelRegion. The
-/// _into forms allocate nothing after the first call at a size: scratch is about vocab * (1 to 3)
-/// numbers per thread.
+/// the worst case is O(vocab). Rows are spread over the threads of a pool; no more than half as
+/// many rows as threads, of 60000 tokens or more, are each shared by the threads of a
+/// ParallelRegion. The _into forms allocate nothing after the first call at a size: scratch is
+/// about vocab * (1 to 3) numbers per thread.
 #pragma once
 
 #include <algorithm>

@@ -18,55 +18,13 @@ static_assert(problem::ShardLimits::block == SamplingBlock::size &&
               problem::ShardLimits::few(4095) == 4095 && KeptLimits::least_vocab == 4096 &&
               problem::ShardLimits::few(80000) == KeptLimits::most(80000));
 
-/// LogitChanges::penalize of the tokens of a shard.
-template <typename C>
-void penalize_shard(C* logits, const ShardRange& shard, const problem::RowParams& params,
-                    std::int32_t* counts) {
-  constexpr std::int32_t done = -1;
-  const auto for_each_own = [&](std::span<const std::int32_t> tokens, auto&& f) {
-    for (const std::int32_t token : tokens)
-      if (token >= shard.begin && token < shard.end) f(token - shard.begin);
-  };
-  const auto reset = [&](Index at) { counts[at] = 0; };
-  const auto penalize = [&](Index at) {
-    if (counts[at] == done) return;
-    logits[at] = penalized_logit(logits[at], counts[at], params);
-    counts[at] = done;
-  };
-  for_each_own(params.output_tokens, reset);
-  for_each_own(params.prompt_tokens, reset);
-  for_each_own(params.output_tokens, [&](Index at) { ++counts[at]; });
-  for_each_own(params.output_tokens, penalize);
-  for_each_own(params.prompt_tokens, penalize);
-}
-
-template <typename C>
-void mask_shard(C* logits, const ShardRange& shard, std::span<const std::uint32_t> mask) {
-  for (Index token = shard.begin; token < shard.end; ++token)
-    if ((mask[static_cast<std::size_t>(token / 32)] >> (token % 32) & 1u) == 0)
-      logits[token - shard.begin] = -std::numeric_limits<C>::infinity();
-}
-
 /// What adjust_logits does to the tokens of a shard, for stages that look at single tokens.
 template <typename C>
 void adjust_shard(C* logits, const ShardRange& shard, const problem::RowParams& params,
-                  std::int32_t* counts) {
+                  LogitChanges<C>& changes) {
   int bias_stages = 0;
-  for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::penalties) penalize_shard(logits, shard, params, counts);
-    if (stage == SamplingStage::token_mask) mask_shard(logits, shard, params.token_mask);
-    if (stage == SamplingStage::logit_bias)
-      for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
-        if (bias.token >= shard.begin && bias.token < shard.end) {
-          C& logit = logits[bias.token - shard.begin];
-          logit = static_cast<C>(static_cast<double>(logit) + static_cast<double>(bias.bias));
-        }
-    if (stage == SamplingStage::forced_tokens) {
-      std::fill(logits, logits + shard.size(), -std::numeric_limits<C>::infinity());
-      if (params.forced_token >= shard.begin && params.forced_token < shard.end)
-        logits[params.forced_token - shard.begin] = 0;
-    }
-  }
+  for (const SamplingStage stage : params.order)
+    adjust_tokens(logits, shard, params, stage, bias_stages, changes);
 }
 
 /// The maxima of the blocks; the largest of them and whether there is a NaN in `answer`.
@@ -84,6 +42,11 @@ void execute(const Backend<D, Isa>& on, const problem::ScanShard<T>& p) {
   using C = compute_type<T>;
   const auto& all = p.shard;
   const Index size = all.shard.size();
+  Workspace::Frame frame(on.workspace);
+  const SamplingNeeds needs(p.params, p.params_stride, all.rows, size);
+  auto* const changes = frame.take<LogitChanges<C>>(worker_count(on));
+  for (int w = 0; w < worker_count(on) && needs.changes >= 0; ++w)
+    changes[w] = take_changes<C>(frame, needs.changes, 0, nullptr);
   parallel_for(on, all.rows, Cost{size}, [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       const T* const given = p.given + r * size;
@@ -95,8 +58,7 @@ void execute(const Backend<D, Isa>& on, const problem::ScanShard<T>& p) {
       if (static_cast<const void*>(given) != static_cast<const void*>(logits))
         convert_line<simd::Vec<C, Isa>>(given, logits, size);
       if (!adjusts_logits(params) || problem::looks_at_all_logits(params)) continue;
-      adjust_shard(logits, all.shard, params,
-                   p.counts == nullptr ? nullptr : p.counts + worker * size);
+      adjust_shard(logits, all.shard, params, changes[worker]);
       scan_shard<Isa>(logits, size, most, answer + 2);
     }
   });
@@ -137,19 +99,9 @@ Index count_from(const SamplingRow<C>& row, C least) {
 /// temperature.
 template <typename Isa, typename C>
 void sum_shard(const SamplingRow<C>& row, double* sums, double* answer) {
-  alignas(64) double weights[SamplingBlock::size];
-  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
   std::fill(sums, sums + row.blocks(), 0.0);
-  answer[0] = answer[1] = 0;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    member_weights<Isa>(x, block, row.band, scale, weights);
-    answer[0] += sums[block] = block_sum(weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
-      weights[j] = weights[j] > 0 ? moment : 0.0;
-    }
-    answer[1] += block_sum(weights);
-  });
+  const WeightSums all = weight_sums<Isa>(row, [&](Index block, double sum) { sums[block] = sum; });
+  answer[0] = all.total, answer[1] = all.moment;
 }
 
 template <typename Isa, typename C>
@@ -263,40 +215,20 @@ void execute(const Backend<D, Isa>& on, const problem::PickFromShard<C>& p) {
   });
 }
 
-/// The token of the shard, or -1 where sums wrong by `margin` could lead to another.
-template <typename Isa, typename C>
-Index draw_from_shard(const SamplingRow<C>& row, const double* sums,
-                      const problem::ShardRow<C>& asked) {
-  alignas(64) C x[SamplingBlock::size];
-  alignas(64) double weights[SamplingBlock::size];
-  const BlockFound found = find_block(sums, row.blocks(), asked.target);
-  if (found.block < 0) return -1;
-  member_weights<Isa>(block_logits<Isa>(row, found.block, x), found.block, row.band,
-                      row.inverse_temperature, weights);
-  double before = found.before, last = before;
-  Index drawn = -1;
-  for (Index j = 0; j < SamplingBlock::size && !(before > asked.target); ++j) {
-    if (weights[j] == 0) continue;
-    drawn = j;
-    last = before;
-    before += weights[j];
-  }
-  const bool is_first = asked.before == 0 && last == 0;  // nothing can come before it
-  const bool certain =
-      (is_first || last + asked.margin < asked.target) && before > asked.target + asked.margin;
-  return certain ? found.block * SamplingBlock::size + drawn : -1;
-}
-
 template <typename D, typename Isa, typename C>
 void execute(const Backend<D, Isa>& on, const problem::DrawFromShard<C>& p) {
   parallel_for(on, p.shard.rows, Cost{p.shard.blocks}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
-      p.tokens[r] = p.kElsewhere;
+      p.tokens[r] = p.kOpen;
       if (!p.asked[r]) continue;
-      const SamplingRow<C> row = row_of_shard(p.shard, p.rows[r], r);
-      const Index token =
-          draw_from_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, p.rows[r]);
-      p.tokens[r] = token < 0 ? p.kOpen : static_cast<std::int32_t>(p.shard.shard.begin + token);
+      const problem::ShardRow<C>& asked = p.rows[r];
+      const SamplingRow<C> row = row_of_shard(p.shard, asked, r);
+      const BlockFound found =
+          find_block(p.shard.block_sum + r * p.shard.blocks, p.shard.blocks, asked.target);
+      const Index token = found.block < 0 ? -1
+                                          : draw_in_block<Isa>(row, found, asked.target,
+                                                               asked.margin, asked.before == 0);
+      if (token >= 0) p.tokens[r] = static_cast<std::int32_t>(p.shard.shard.begin + token);
     }
   });
 }

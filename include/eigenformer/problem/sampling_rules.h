@@ -103,14 +103,20 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool adjusts_logits(const RowParams& 
   return params.order[0] != SamplingStage::none && params.order[0] <= SamplingStage::function;
 }
 
-/// Whether a stage changes the logits of all tokens, and not of those in a list or mask alone.
-EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool adjusts_all_logits(const RowParams& params) {
+/// Whether a stage changes a logit by what all others are.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool looks_at_all_logits(const RowParams& params) {
   for (const SamplingStage stage : params.order)
-    if (stage == SamplingStage::guidance || stage == SamplingStage::forced_tokens ||
-        stage == SamplingStage::function ||
+    if (stage == SamplingStage::guidance || stage == SamplingStage::function ||
         (stage == SamplingStage::penalties && params.log_probability_penalties))
       return true;
   return false;
+}
+
+/// Whether a stage changes the logits of all tokens, and not of those in a list or mask alone.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool adjusts_all_logits(const RowParams& params) {
+  for (const SamplingStage stage : params.order)
+    if (stage == SamplingStage::forced_tokens) return true;
+  return looks_at_all_logits(params);
 }
 
 /// The list of the logit_bias stage that comes after `earlier` others.

@@ -12,15 +12,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
 namespace problem {
 
-/// Whether a stage changes a logit by what all others are.
-inline bool looks_at_all_logits(const RowParams& params) {
-  for (const SamplingStage stage : params.order)
-    if (stage == SamplingStage::guidance || stage == SamplingStage::function ||
-        (stage == SamplingStage::penalties && params.log_probability_penalties))
-      return true;
-  return false;
-}
-
 /// What is asked about a row; beside it the numbers of an answer, sums over the tokens in play.
 enum class ShardQuestion : std::uint8_t {
   none,        // nothing
@@ -102,8 +93,7 @@ struct ScanShard {
   ShardLogits<compute_type<T>> shard;
   const RowParams* params;
   Index params_stride;
-  std::int32_t* counts;  // (workers, shard.size()), or nullptr where there are no penalties
-  double* answers;       // (rows, 4)
+  double* answers;  // (rows, 4)
 };
 
 template <typename C>
@@ -127,11 +117,11 @@ struct PickFromShard {
 /// whatever errors up to `margin` the sums have.
 template <typename C>
 struct DrawFromShard {
-  static constexpr std::int32_t kOpen = -1, kElsewhere = -2;
+  static constexpr std::int32_t kOpen = -1;
   ShardLogits<C> shard;
   const ShardRow<C>* rows;
   const bool* asked;     // (rows)
-  std::int32_t* tokens;  // (rows) a token, kOpen or, where nobody asked, kElsewhere
+  std::int32_t* tokens;  // (rows), kOpen where nobody asked too
 };
 
 /// A token among the best of a shard by its logit as given.

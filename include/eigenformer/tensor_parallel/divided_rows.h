@@ -6,8 +6,8 @@
 /// question about its shard of every open row (the largest logit, the number of tokens in play, the
 /// sum of their weights), all answers are gathered, and the row goes on through its stages. Sums of
 /// ranks are not the bits of the sum of one row, so a decision counts only where no error that any
-/// order of summation may have could change it; where one could, a few times in 10^12, the row is
-/// gathered. A row ends as
+/// order of summation may have could change it; where one could, by estimate 4 times in 10^12 for
+/// each token, the row is gathered. A row ends as
 ///
 ///   candidates   once few tokens are left: they are gathered, and every rank runs the stages that
 ///                follow on a row of these and -infinity. To the kernels it is what the stages
@@ -327,7 +327,7 @@ void take_answer(Rows& divided, Index r, const ShardAnswers& answers) {
 
 /// Runs the stages that change logits, and says what is wrong with a row.
 template <typename D, typename Rows>
-void scan_shards(const D& device, Rows& divided, bool penalties) {
+void scan_shards(const D& device, Rows& divided) {
   using T = std::remove_const_t<std::remove_pointer_t<decltype(divided.given)>>;
   using C = typename Rows::C;
   Workspace::Frame frame(divided.workspace);
@@ -335,12 +335,9 @@ void scan_shards(const D& device, Rows& divided, bool penalties) {
   constexpr Index width = 4;
   constexpr double infinity = std::numeric_limits<double>::infinity();
   double* const own = frame.take<double>(width * sampling.batch);
-  auto* const counts =
-      penalties ? frame.take<std::int32_t>(worker_count(device) * divided.shard.shard.size())
-                : nullptr;
   detail::run(device,
               problem::ScanShard<T>{divided.given, divided.shard, sampling.params,
-                                    sampling.params_stride, counts, own},
+                                    sampling.params_stride, own},
               divided.workspace);
   const ShardAnswers answers = divided.exchange(own, width, frame);
   for (Index r = 0; r < sampling.batch; ++r) {
@@ -383,11 +380,9 @@ DividedRows<T, Comm> divide_rows(const D& device, const problem::Sampling<T>& sa
   DividedRows<T, Comm> divided{sampling, communicator, workspace, given, {}, {}, nullptr, nullptr};
   const ShardRange own = divided.shard_of(communicator.rank());
   const Index blocks = (own.size() + problem::ShardLimits::block - 1) / problem::ShardLimits::block;
-  bool adjusted = false, penalties = false;
-  for (Index i = 0; i < (sampling.params_stride == 0 ? 1 : count); ++i) {
+  bool adjusted = false;
+  for (Index i = 0; i < (sampling.params_stride == 0 ? 1 : count); ++i)
     adjusted = adjusted || problem::adjusts_logits(sampling.params[i]);
-    penalties = penalties || problem::has_penalties(sampling.params[i]);
-  }
   C* logits = nullptr;
   if constexpr (std::is_same_v<T, C>)
     if (!adjusted) logits = given;
@@ -398,7 +393,7 @@ DividedRows<T, Comm> divide_rows(const D& device, const problem::Sampling<T>& sa
   divided.rows = {frame.take<DividedRow>(count), static_cast<std::size_t>(count)};
   divided.asked = frame.take<problem::ShardRow<C>>(count);
   divided.counts = frame.take<Index>(count * divided.ranks());
-  scan_shards(device, divided, penalties);
+  scan_shards(device, divided);
   return divided;
 }
 

@@ -1,7 +1,7 @@
 /// \file
 /// Log-probabilities of divided rows (divided_rows.h). Each is a float, and counts only where the
-/// sums of the ranks, in whatever order they were added, round to it; else its row is gathered
-/// (two numbers in 10^5).
+/// sums of the ranks, in whatever order they were added, round to it; else its row is gathered (by
+/// estimate two numbers in 10^5).
 #pragma once
 
 #include "divided_ends.h"

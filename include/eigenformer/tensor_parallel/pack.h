@@ -49,8 +49,8 @@ struct PackedColumnShard {
 };
 
 /// Packs this rank's rows of a full weight (out, in), once. T is float, bfloat16, std::int8_t or
-/// ef::int4; scales belong to rows, so dividing the weight changes no bit. Sends nothing. Throws what
-/// pack_weight throws.
+/// ef::int4; scales belong to rows, so dividing the weight changes no bit. Sends nothing. Throws
+/// what pack_weight throws.
 ///
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);

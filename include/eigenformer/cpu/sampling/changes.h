@@ -13,6 +13,7 @@
 #include <span>
 
 #include "../../problem/sampling_rules.h"
+#include "../../problem/shards.h"
 #include "../vector/functions.h"
 
 namespace eigenformer {
@@ -108,17 +109,18 @@ struct LogitChanges {
     }
   }
 
-  /// Every distinct token of the history once.
+  /// Every distinct token of the history that lies in `own`, where the row begins, once.
   template <typename T>
-  void penalize(const T* row, const problem::RowParams& params) {
-    for (const std::int32_t token : params.output_tokens) {
-      ChangedLogit<C>& change = of(row, token);
-      change.occurrences = (std::max)(change.occurrences, 0) + 1;
-    }
-    for (const std::int32_t token : params.prompt_tokens) {
-      ChangedLogit<C>& change = of(row, token);
-      change.occurrences = (std::max)(change.occurrences, 0);
-    }
+  void penalize(const T* row, const ShardRange& own, const problem::RowParams& params) {
+    const auto count = [&](std::span<const std::int32_t> tokens, std::int32_t each) {
+      for (const std::int32_t token : tokens) {
+        if (token < own.begin || token >= own.end) continue;
+        ChangedLogit<C>& change = of(row, static_cast<std::int32_t>(token - own.begin));
+        change.occurrences = (std::max)(change.occurrences, 0) + each;
+      }
+    };
+    count(params.output_tokens, 1);
+    count(params.prompt_tokens, 0);
     for (ChangedLogit<C>* change = list; change != list + size; ++change)
       if (change->occurrences >= 0)
         change->value = penalized_logit(change->value, change->occurrences, params);

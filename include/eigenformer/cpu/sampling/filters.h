@@ -199,14 +199,17 @@ struct WeightSums {
   double entropy() const { return std::log(total) - mean(); }
 };
 
-template <typename Isa, typename T>
-WeightSums weight_sums(const SamplingRow<T>& row) {
+/// Calls f(block, sum) with the sum of the weights of each block that may hold a token in play.
+template <typename Isa, typename T, typename F>
+WeightSums weight_sums(const SamplingRow<T>& row, F&& f) {
   alignas(64) double weights[SamplingBlock::size];
   WeightSums sums{0, 0};
   const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
     member_weights<Isa>(x, block, row.band, scale, weights);
-    sums.total += block_sum(weights);
+    const double sum = block_sum(weights);
+    sums.total += sum;
+    f(block, sum);
     for (Index j = 0; j < SamplingBlock::size; ++j) {
       const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
       weights[j] = weights[j] > 0 ? moment : 0.0;
@@ -214,6 +217,10 @@ WeightSums weight_sums(const SamplingRow<T>& row) {
     sums.moment += block_sum(weights);
   });
   return sums;
+}
+template <typename Isa, typename T>
+WeightSums weight_sums(const SamplingRow<T>& row) {
+  return weight_sums<Isa>(row, [](Index, double) {});
 }
 
 /// Keeps the tokens whose information -log(probability) is nearest to the entropy, with all as near

@@ -27,7 +27,7 @@ template <typename Isa, typename T>
 bool list_kept_tokens(const SamplingRow<T>& row, const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
   using V = simd::Vec<C, Isa>;
-  if (row.vocab < KeptLimits::least_vocab || scratch.kept == nullptr) return false;
+  if (row.vocab < KeptLimits::least_vocab) return false;
   const Index most = KeptLimits::most(row.vocab);
   alignas(64) C buffer[SamplingBlock::size];
   std::int32_t* const begin = scratch.kept_begin;

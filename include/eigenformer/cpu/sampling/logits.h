@@ -112,7 +112,7 @@ SampleStatus change_logits(const problem::Sampling<T>& p, Index r, SamplingRow<T
   if (status != SampleStatus::ok) return status;
   int bias_stages = 0;
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::penalties) changes.penalize(row.logits, params);
+    if (stage == SamplingStage::penalties) changes.penalize(row.logits, {0, p.vocab}, params);
     if (stage == SamplingStage::logit_bias)
       for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
         changes.add(row.logits, bias);
@@ -121,14 +121,38 @@ SampleStatus change_logits(const problem::Sampling<T>& p, Index r, SamplingRow<T
 }
 
 template <typename C>
-void apply_token_mask(C* logits, Index vocab, std::span<const std::uint32_t> mask) {
-  for (Index word = 0; word * 32 < vocab; ++word) {
+void apply_token_mask(C* logits, const ShardRange& own, std::span<const std::uint32_t> mask) {
+  for (Index word = own.begin / 32; word * 32 < own.end; ++word) {
     const std::uint32_t bits = mask[static_cast<std::size_t>(word)];
     if (bits == 0xFFFFFFFFu) continue;
-    const Index count = std::min<Index>(32, vocab - word * 32);
-    for (Index bit = 0; bit < count; ++bit)
-      logits[word * 32 + bit] =
-          (bits >> bit & 1u) != 0 ? logits[word * 32 + bit] : -std::numeric_limits<C>::infinity();
+    const Index end = (std::min)(own.end, word * 32 + 32);
+    for (Index token = (std::max)(own.begin, word * 32); token < end; ++token) {
+      C& logit = logits[token - own.begin];
+      logit = (bits >> (token % 32) & 1u) != 0 ? logit : -std::numeric_limits<C>::infinity();
+    }
+  }
+}
+
+/// Runs a stage, where it looks at single tokens, on those of `own`, where the logits begin.
+template <typename C>
+void adjust_tokens(C* logits, const ShardRange& own, const problem::RowParams& params,
+                   SamplingStage stage, int& bias_stages, LogitChanges<C>& changes) {
+  const auto is_own = [&](Index token) { return token >= own.begin && token < own.end; };
+  if (stage == SamplingStage::penalties) {
+    changes.start(most_changes(params, own.size()));
+    changes.penalize(logits, own, params);
+    for (Index i = 0; i < changes.size; ++i) logits[changes.list[i].token] = changes.list[i].value;
+  }
+  if (stage == SamplingStage::token_mask) apply_token_mask(logits, own, params.token_mask);
+  if (stage == SamplingStage::logit_bias)
+    for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
+      if (is_own(bias.token)) {
+        C& logit = logits[bias.token - own.begin];
+        logit = static_cast<C>(static_cast<double>(logit) + static_cast<double>(bias.bias));
+      }
+  if (stage == SamplingStage::forced_tokens) {
+    std::fill(logits, logits + own.size(), -std::numeric_limits<C>::infinity());
+    if (is_own(params.forced_token)) logits[params.forced_token - own.begin] = 0;
   }
 }
 
@@ -169,26 +193,11 @@ void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch
     if (stage == SamplingStage::guidance)
       apply_guidance<Isa>(adjusted, p.vocab, p.logits + params.guidance_row * p.vocab,
                           params.guidance_scale, scratch);
-    if (stage == SamplingStage::penalties) {
-      if (params.log_probability_penalties)
-        subtract(adjusted, p.vocab, log_total<Isa>(adjusted, p.vocab, scratch));
-      LogitChanges<C>& changes = *scratch.changes;
-      changes.start(most_changes(params, p.vocab));
-      changes.penalize(adjusted, params);
-      for (Index i = 0; i < changes.size; ++i)
-        adjusted[changes.list[i].token] = changes.list[i].value;
-    }
-    if (stage == SamplingStage::token_mask) apply_token_mask(adjusted, p.vocab, params.token_mask);
-    if (stage == SamplingStage::logit_bias)
-      for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
-        adjusted[bias.token] = static_cast<C>(static_cast<double>(adjusted[bias.token]) +
-                                              static_cast<double>(bias.bias));
+    if (stage == SamplingStage::penalties && params.log_probability_penalties)
+      subtract(adjusted, p.vocab, log_total<Isa>(adjusted, p.vocab, scratch));
     if (stage == SamplingStage::function)
       p.function(p.function_object, r, {adjusted, static_cast<std::size_t>(p.vocab)});
-    if (stage == SamplingStage::forced_tokens) {
-      std::fill(adjusted, adjusted + p.vocab, -std::numeric_limits<C>::infinity());
-      adjusted[params.forced_token] = 0;
-    }
+    adjust_tokens(adjusted, {0, p.vocab}, params, stage, bias_stages, *scratch.changes);
   }
 }
 

@@ -41,13 +41,15 @@ struct SamplingScratch {
   double* block_sum;  // (blocks)
   C* candidates;      // (vocab + 64 and, for each slice, a vector)
   double* bin_sum;    // (2048, 4)
-  C* adjusted;        // (vocab) logits that stages have changed all; nullptr where there are none
-  LogitChanges<C>* changes = nullptr;  // those that stages have changed else; nullptr the same way
-  // the list of few tokens (kept.h); nullptr where none is wanted
-  KeptTokens<C>* kept = nullptr;
-  C *kept_logits = nullptr, *kept_max = nullptr;  // (vocab / 8 + 192), (their blocks)
-  std::int32_t* kept_begin = nullptr;             // (blocks + 1)
-  Index vocab = 0;                                // of the rows
+  // where stages change logits, else nullptr: a row of which they change all, or copied blocks; few
+  // changes
+  C* adjusted;  // (vocab, rounded up to blocks)
+  LogitChanges<C>* changes;
+  // the list of few tokens (kept.h)
+  KeptTokens<C>* kept;
+  C *kept_logits, *kept_max;  // (vocab / 8 + 192), (their blocks)
+  std::int32_t* kept_begin;   // (blocks + 1)
+  Index vocab;                // of the rows
 };
 
 using eigenformer::detail::token_weight;

@@ -1,10 +1,10 @@
 /// \file
 /// CPU kernels of sampling. A worker takes whole rows; where rows are few and long, threads share
-/// the passes over each (slices.h). A row is scanned once (the maximum of every block of 128 tokens;
-/// one streaming read), filtered (filters.h), and drawn from by the inverse of its cumulative
-/// distribution in token order. Greedy is the scan and one block. Top-k reads beyond the scan only
-/// the blocks whose maximum reaches about the k-th largest block maximum; a draw without top-k adds
-/// one exponential per token, in float where logits are (bulk.h).
+/// the passes over each (slices.h). A row is scanned once (the maximum of every block of 128
+/// tokens; one streaming read), filtered (filters.h), and drawn from by the inverse of its
+/// cumulative distribution in token order. Greedy is the scan and one block. Top-k reads beyond the
+/// scan only the blocks whose maximum reaches about the k-th largest block maximum; a draw without
+/// top-k adds one exponential per token, in float where logits are (bulk.h).
 #pragma once
 
 #include "../../core/workspace.h"
@@ -23,23 +23,19 @@ struct SamplingNeeds {
   Index changes = -1;  // at most so many tokens that stages change; -1: no stage changes any
 
   SamplingNeeds() = default;
-  template <typename T>
-  explicit SamplingNeeds(const problem::Sampling<T>& p) {
-    const Index sets = p.params_stride == 0 ? std::min<Index>(1, p.batch) : p.batch;
+  SamplingNeeds(const problem::RowParams* params, Index stride, Index rows, Index vocab) {
+    const Index sets = stride == 0 ? std::min<Index>(1, rows) : rows;
     for (Index i = 0; i < sets; ++i)
-      if (adjusts_logits(p.params[i]))
-        changes = (std::max)(changes, most_changes(p.params[i], p.vocab));
+      if (adjusts_logits(params[i])) changes = (std::max)(changes, most_changes(params[i], vocab));
   }
 };
 
 /// The scratch of changes, of which the logits are in `logits`.
 template <typename C>
-LogitChanges<C>* take_changes(Workspace::Frame& frame, Index capacity, Index blocks, C* logits) {
-  auto* const changes = frame.take<LogitChanges<C>>(1);
-  *changes = {frame.take<ChangedLogit<C>>(capacity),
-              frame.take<std::int32_t>(LogitChanges<C>::places_for(capacity)),
-              frame.take<std::int32_t>(blocks), logits};
-  return changes;
+LogitChanges<C> take_changes(Workspace::Frame& frame, Index capacity, Index blocks, C* logits) {
+  return {frame.take<ChangedLogit<C>>(capacity),
+          frame.take<std::int32_t>(LogitChanges<C>::places_for(capacity)),
+          frame.take<std::int32_t>(blocks), logits};
 }
 
 /// The scratch of `workers` workers for rows of `vocab` tokens.
@@ -53,10 +49,13 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
     scratch[w].block_sum = frame.take<double>(blocks);
     scratch[w].candidates = frame.take<C>(vocab + 64 + RowSlices::most * RowSlices::slack);
     scratch[w].bin_sum = frame.take<double>(SelectionLimits::bins * SelectionLimits::ways);
-    const bool changes = needs.changes >= 0;
-    scratch[w].adjusted = changes ? frame.take<C>(blocks * SamplingBlock::size) : nullptr;
-    scratch[w].changes =
-        changes ? take_changes<C>(frame, needs.changes, blocks, scratch[w].adjusted) : nullptr;
+    scratch[w].adjusted = nullptr;
+    scratch[w].changes = nullptr;
+    if (needs.changes >= 0) {
+      scratch[w].adjusted = frame.take<C>(blocks * SamplingBlock::size);
+      scratch[w].changes = frame.take<LogitChanges<C>>(1);
+      *scratch[w].changes = take_changes(frame, needs.changes, blocks, scratch[w].adjusted);
+    }
     const Index kept = KeptLimits::most(vocab) + SamplingBlock::size + 64;
     scratch[w].kept = frame.take<KeptTokens<C>>(1);
     scratch[w].kept_logits = frame.take<C>(kept);
@@ -74,8 +73,8 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
   if (p.batch == 0) return;  // no scratch for a vocabulary that has no row
   using C = compute_type<T>;
   Workspace::Frame frame(on.workspace);
-  const auto* scratches =
-      take_sampling_scratch<C>(frame, worker_count(on), p.vocab, SamplingNeeds(p));
+  const SamplingNeeds needs(p.params, p.params_stride, p.batch, p.vocab);
+  const auto* scratches = take_sampling_scratch<C>(frame, worker_count(on), p.vocab, needs);
   const Eigen::ThreadPoolDevice* const pool = pool_of_rows(on.device, p.batch, p.vocab);
   for_rows(on, pool, p.batch, Cost{p.vocab}, [&](Index first, Index last, int worker) {
     const SamplingScratch<C>& scratch = scratches[worker];
@@ -123,10 +122,10 @@ inline BlockFound find_block(const double* sums, Index blocks, double target) {
 
 /// The token at which the running sum of weights, in token order, passes u times their total, for
 /// sums and a total that may be wrong by `error`; -1 where it is not the same for all of those. u
-/// in (0, 1).
+/// in (0, 1). `first`: no other weights come before the row's.
 template <typename Isa, typename T>
-Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double target,
-                    double error) {
+Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double target, double error,
+                    bool first = true) {
   alignas(64) compute_type<T> x[SamplingBlock::size];
   alignas(64) double weights[SamplingBlock::size];
   const auto* const logits = block_logits<Isa>(row, found.block, x);
@@ -143,7 +142,7 @@ Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double t
   }
   if (error > 0 && !(last + error < target && before > target + error)) {
     // 0 is the sum before the first token, without an error
-    if (!(found.before == 0 && last == 0 && before > target + error)) return -1;
+    if (!(first && last == 0 && before > target + error)) return -1;
   }
   return found.block * SamplingBlock::size + drawn;
 }
