@@ -94,4 +94,31 @@ inline void set_random_processors(Generator& random, ef::SamplingParams& p, Inde
   }
 }
 
+/// The probabilities of all rows are those of each alone, on every ISA and on threads.
+inline void expect_same_in_all_ways(const ef::Tensor<float, 2>& logits,
+                                    const std::vector<ef::SamplingParams>& params) {
+  const Index rows = logits.dimension(0), vocab = logits.dimension(1);
+  ef::Tensor<float, 2> expected(rows, vocab), alone(1, vocab);
+  std::vector<ef::SampleStatus> statuses(static_cast<std::size_t>(rows));
+  ef::sampling_probabilities_into(Eigen::DefaultDevice{}, expected, logits, params, statuses);
+  for (Index r = 0; r < rows; ++r) {
+    const ef::TensorView<const float, 2> row(logits.data() + r * vocab, 1, vocab);
+    std::vector<ef::SampleStatus> one(1);
+    ef::sampling_probabilities_into(Eigen::DefaultDevice{}, alone, row,
+                                    params[static_cast<std::size_t>(r)], one);
+    EXPECT_EQ(std::memcmp(alone.data(), expected.data() + r * vocab,
+                          static_cast<std::size_t>(vocab) * sizeof(float)),
+              0)
+        << r;
+  }
+  auto actual = poisoned_tensor<float, 2>({rows, vocab});
+  for_each_isa([&](auto tag) {
+    ef::sampling_probabilities_into(on(tag), actual, logits, params, statuses);
+    EXPECT_TRUE(same_bits(actual, expected)) << tag.name;
+  });
+  Threads threads(3);
+  ef::sampling_probabilities_into(threads.device, actual, logits, params, statuses);
+  EXPECT_TRUE(same_bits(actual, expected));
+}
+
 }  // namespace eigenformer_test

@@ -48,7 +48,6 @@ ef::Tensor<T, 1> logits_of_kind(int kind, Index vocab, int seed) {
   if (kind % 7 == 3) x(seed % vocab) = 30;
   return x.template cast<T>();
 }
-inline constexpr int kLogitKinds = 7;
 
 /// The head whose logits of the hidden state (1, 1) of 1 are these.
 template <typename T>
