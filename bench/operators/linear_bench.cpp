@@ -69,12 +69,13 @@ bench::Limit product_limit(Index tokens, Index weight_bytes, Index copies, bench
 
 template <typename X, typename W>
 void packed_rows(bench::Suite& suite, const std::string& type, bench::Peak peak,
-                 const ef::Int8Packing& packing = {}) {
+                 const ef::PackingOptions<W>& packing = {}) {
   const auto weight = random_matrix<float>(kOut, kIn, 1);
   const auto packed =
       std::make_shared<const ef::PackedWeight<W>>(ef::pack_weight<W>(*weight, packing));
-  const Index groups = packing.group_size == 0 ? 0 : kIn / packing.group_size;
-  const Index weight_bytes = packed->bytes() + kOut * groups * Index{sizeof(float)};
+  const Index groups = packing.group_size == 0 ? 0 : kIn / packing.group_size,
+              factors = packed->minimums() == nullptr ? groups : 2 * groups;
+  const Index weight_bytes = packed->bytes() + kOut * factors * Index{sizeof(float)};
   const auto in_dram = rotation(packed, packed->bytes(), true),
              in_cache = rotation(packed, packed->bytes(), false);
   for (Index tokens : {1, 4, 16, 64, 512, 2048}) {
@@ -120,6 +121,14 @@ void linear_int8_cases(bench::Suite& suite) {
   packed_rows<float, std::int8_t>(suite, "int8", bench::Peak::int8);
   packed_rows<float, std::int8_t>(suite, "int8 in groups of 64", bench::Peak::int8,
                                   {.group_size = 64});
+}
+void linear_int4_cases(bench::Suite& suite) {
+  const std::string name = "int4 in groups of 64";
+  packed_rows<float, ef::int4>(suite, name, bench::Peak::int8, {.group_size = 64});
+  packed_rows<float, ef::int4>(suite, name + " with minimums", bench::Peak::int8,
+                               {.group_size = 64, .zero_points = true});
+  packed_rows<float, ef::int4>(suite, name + ", x not quantized", bench::Peak::float_fma,
+                               {.group_size = 64, .quantize_activations = false});
 }
 
 template <typename T>
@@ -207,6 +216,7 @@ void pack_cases(bench::Suite& suite) {
 EIGENFORMER_BENCHMARK(linear_float_cases)
 EIGENFORMER_BENCHMARK(linear_bfloat16_cases)
 EIGENFORMER_BENCHMARK(linear_int8_cases)
+EIGENFORMER_BENCHMARK(linear_int4_cases)
 EIGENFORMER_BENCHMARK(linear_backward_cases)
 EIGENFORMER_BENCHMARK(gated_cases)
 EIGENFORMER_BENCHMARK(pack_cases)

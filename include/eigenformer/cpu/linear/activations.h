@@ -74,7 +74,7 @@ inline void add_wrapping(std::int32_t& to, std::int32_t number) {
 /// but at the end.
 template <typename Dot>
 void place_quads(const std::int8_t* values, Index k, Index n, int height, typename Dot::Unit* to) {
-  if constexpr (tile::steps_at_once < Dot >> 1) {
+  if constexpr (tile::steps_at_once<Dot> != 1) {
     constexpr Index at_once = Index{Dot::step} * tile::steps_at_once<Dot>;
     for (Index at = 0; at < n; at += at_once)
       std::memcpy(static_cast<void*>(to + (k + at) / at_once * height * tile::steps_at_once<Dot>),
@@ -124,7 +124,7 @@ void pack_quantized_rows(Isa isa, Index rows, Index depth, int height, typename 
   const Index steps = tile::product_steps<Dot>(depth);
   if (rows < height) tile::clear(to, steps * Dot::units * height);
   // the last of the 16 steps may stay empty
-  if (steps * Dot::step > depth && tile::steps_at_once < Dot >> 1)
+  if (steps * Dot::step > depth && tile::steps_at_once<Dot> != 1)
     tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
                 Index{tile::steps_at_once<Dot>} * height);
   std::fill_n(results.offsets + r * results.groups, height * results.groups, 0);

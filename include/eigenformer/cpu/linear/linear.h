@@ -233,7 +233,7 @@ struct ProductBlock {
     if (packed && turns == 1)
       return {base + bytes(here) + std::uintptr_t{tile::kStreamBytes}, bytes(panel_step)};
     std::uintptr_t part = static_cast<std::uintptr_t>(count) * tile::kLineBytes;
-    if constexpr (tile::steps_at_once < Dot >> 1)
+    if constexpr (tile::steps_at_once<Dot> != 1)
       part = part / tile::steps_at_once<Dot> * Dot::lines_ahead;
     const std::uintptr_t done = static_cast<std::uintptr_t>(turn) * part;
     const bool useful = packed && done < bytes(count * panel_step);

@@ -52,6 +52,25 @@ struct Int8Avx2Base {
   }
 };
 
+/// What dots whose weights are the unsigned side (generic.h) have in common.
+struct UnsignedAvx2Base : Int8Avx2Base {
+  struct Fragment {
+    __m256i v;
+  };
+  using Factor = Fragment;
+  static constexpr int units = 1;
+  static constexpr bool unsigned_weights = true;
+
+  /// As UnsignedAvx512Base's, for the same reason.
+  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
+    return {_mm256_sub_epi32(_mm256_setzero_si256(), _mm256_set1_epi32(offset))};
+  }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm256_set1_epi32(static_cast<int>(*p))};
+  }
+};
+
 /// |w| by x with the sign of w, vpmaddubsw and vpmaddwd. Pairs of products fit int16 because
 /// quantized activations are never -128: at most 2 * 128 * 127 = 32512, weights of -128 included.
 /// As fast as widening both to int16 for 6 rows, 1.4 times for one (Zen 5), with half the
@@ -146,23 +165,9 @@ struct LineDotAvxVnni : LineDotAvx2Base {
   }
 };
 
-/// vpdpbusd: weights are the unsigned side, see generic.h.
-struct Int8AvxVnni : Int8Avx2Base {
-  struct Fragment {
-    __m256i v;
-  };
-  using Factor = Fragment;
-  static constexpr int units = 1;
-  static constexpr bool unsigned_weights = true;
-
-  static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
-    return {_mm256_sub_epi32(_mm256_setzero_si256(), _mm256_set1_epi32(offset))};
-  }
+/// vpdpbusd.
+struct Int8AvxVnni : UnsignedAvx2Base {
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) { return {raw(p)}; }
-  template <int Rows>
-  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    return {_mm256_set1_epi32(static_cast<int>(*p))};
-  }
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     return {_mm256_dpbusd_avx_epi32(sum.v, weight.v, x.v)};
   }

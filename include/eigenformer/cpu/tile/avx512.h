@@ -133,10 +133,8 @@ struct Int8Avx512 : Int8Avx512Base {
   }
 };
 
-#if defined(EIGENFORMER_ISA_AVX512_VNNI)
-/// vpdpbusd: weights are the unsigned side, see generic.h. Sums may wrap on the way; modulo 2^32
-/// the end is exact.
-struct Int8Avx512Vnni : Int8Avx512Base {
+/// What dots whose weights are the unsigned side (generic.h) have in common.
+struct UnsignedAvx512Base : Int8Avx512Base {
   struct Fragment {
     __m512i v;
   };
@@ -144,9 +142,19 @@ struct Int8Avx512Vnni : Int8Avx512Base {
   static constexpr int units = 1;
   static constexpr bool unsigned_weights = true;
 
+  /// Not a broadcast of -offset, from which g++ 12 keeps the sums of a full tile of int4 in memory.
   static EIGENFORMER_INLINE Accumulator minus(std::int32_t offset) {
     return {_mm512_sub_epi32(_mm512_setzero_si512(), _mm512_set1_epi32(offset))};
   }
+  template <int Rows>
+  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
+    return {_mm512_set1_epi32(static_cast<int>(*p))};
+  }
+};
+
+#if defined(EIGENFORMER_ISA_AVX512_VNNI)
+/// vpdpbusd. Sums may wrap on the way; modulo 2^32 the end is exact.
+struct Int8Avx512Vnni : UnsignedAvx512Base {
   static EIGENFORMER_INLINE Fragment weights(const std::int8_t* p) {
     return {_mm512_loadu_si512(p)};
   }
@@ -154,10 +162,6 @@ struct Int8Avx512Vnni : Int8Avx512Base {
   static constexpr bool kTakesUnits = true;
   static EIGENFORMER_INLINE Fragment weights(simd::vec<float, isa::avx512> of) {
     return {_mm512_xor_si512(_mm512_castps_si512(of.v), _mm512_set1_epi8(-128))};
-  }
-  template <int Rows>
-  static EIGENFORMER_INLINE Factor factor(const Unit* p) {
-    return {_mm512_set1_epi32(static_cast<int>(*p))};
   }
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     return {_mm512_dpbusd_epi32(sum.v, weight.v, x.v)};

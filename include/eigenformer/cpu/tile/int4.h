@@ -5,9 +5,13 @@
 ///
 ///   weights      [panel][step][pair of vectors][column of the vector][k of the step]   a byte: two weights
 ///
-/// Weights are u = 0 to 15, the unsigned side of instructions that multiply unsigned by signed. What
-/// u stands for is put right once per group of k: 8 times the sum of its activations is taken off
-/// its sums, or a minimum times that sum is added (product.h).
+/// Weights are u = 0 to 15, the unsigned side of instructions that multiply unsigned by signed.
+/// What u stands for is put right once per group of k: 8 times the sum of its activations is taken
+/// off its sums, or a minimum times that sum is added (product.h).
+///
+/// 48 tokens by 4096 x 4096 weights in groups of 64, on one thread of Zen 5: 85 ms in plain C++
+/// (INT8 in groups 125), 6.7 with AVX2 (7.9), 3.5 with AVX-VNNI (3.4), 3.4 with AVX-512 (7.3), 2.0
+/// with its VNNI (2.0). NEON was not measured.
 #pragma once
 
 #include "../../core/int4.h"
@@ -59,30 +63,16 @@ struct Int4Generic : Int4Dot<Int8Generic> {
 };
 
 #if defined(EIGENFORMER_ISA_AVX2)
-template <typename Int8>
-struct Int4Avx2Dot : Int4Dot<Int8> {
-  struct Fragment {
-    __m256i v;
-  };
-  using Factor = Fragment;
-  static constexpr int units = 1;
-
-  static EIGENFORMER_INLINE Int8Avx2Base::Accumulator minus(std::int32_t offset) {
-    return {_mm256_set1_epi32(-offset)};
-  }
+struct Int4Avx2Base : Int4Dot<UnsignedAvx2Base> {
   template <int Half>
   static EIGENFORMER_INLINE Fragment weights(const int4* p) {
     const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm256_and_si256(Half == 0 ? raw : _mm256_srli_epi16(raw, 4), _mm256_set1_epi8(15))};
   }
-  template <int Rows>
-  static EIGENFORMER_INLINE Factor factor(const std::uint32_t* p) {
-    return {_mm256_set1_epi32(static_cast<int>(*p))};
-  }
 };
 
 /// vpmaddubsw of unsigned weights needs no signs, where int8 takes two instructions more.
-struct Int4Avx2 : Int4Avx2Dot<Int8Avx2Base> {
+struct Int4Avx2 : Int4Avx2Base {
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     const __m256i pairs = _mm256_maddubs_epi16(weight.v, x.v);
     return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))};
@@ -91,7 +81,7 @@ struct Int4Avx2 : Int4Avx2Dot<Int8Avx2Base> {
 #endif
 
 #if defined(EIGENFORMER_ISA_AVX_VNNI)
-struct Int4AvxVnni : Int4Avx2Dot<Int8Avx2Base> {
+struct Int4AvxVnni : Int4Avx2Base {
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     return {_mm256_dpbusd_avx_epi32(sum.v, weight.v, x.v)};
   }
@@ -99,29 +89,15 @@ struct Int4AvxVnni : Int4Avx2Dot<Int8Avx2Base> {
 #endif
 
 #if defined(EIGENFORMER_ISA_AVX512)
-template <typename Int8>
-struct Int4Avx512Dot : Int4Dot<Int8> {
-  struct Fragment {
-    __m512i v;
-  };
-  using Factor = Fragment;
-  static constexpr int units = 1;
-
-  static EIGENFORMER_INLINE Int8Avx512Base::Accumulator minus(std::int32_t offset) {
-    return {_mm512_set1_epi32(-offset)};
-  }
+struct Int4Avx512Base : Int4Dot<UnsignedAvx512Base> {
   template <int Half>
   static EIGENFORMER_INLINE Fragment weights(const int4* p) {
     const __m512i raw = _mm512_loadu_si512(p);
     return {_mm512_and_si512(Half == 0 ? raw : _mm512_srli_epi16(raw, 4), _mm512_set1_epi8(15))};
   }
-  template <int Rows>
-  static EIGENFORMER_INLINE Factor factor(const std::uint32_t* p) {
-    return {_mm512_set1_epi32(static_cast<int>(*p))};
-  }
 };
 
-struct Int4Avx512 : Int4Avx512Dot<Int8Avx512Base> {
+struct Int4Avx512 : Int4Avx512Base {
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     const __m512i pairs = _mm512_maddubs_epi16(weight.v, x.v);
     return {_mm512_add_epi32(sum.v, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))};
@@ -130,7 +106,7 @@ struct Int4Avx512 : Int4Avx512Dot<Int8Avx512Base> {
 #endif
 
 #if defined(EIGENFORMER_ISA_AVX512_VNNI)
-struct Int4Avx512Vnni : Int4Avx512Dot<Int8Avx512Base> {
+struct Int4Avx512Vnni : Int4Avx512Base {
   static EIGENFORMER_INLINE Accumulator multiply_add(Accumulator sum, Fragment weight, Factor x) {
     return {_mm512_dpbusd_epi32(sum.v, weight.v, x.v)};
   }

@@ -347,7 +347,7 @@ void pack_tile(Isa isa, const MatrixOperand<From>& source, Index row, Index rows
                Index first, Index end, typename Dot::Unit* to) {
   using E = ActivationElement<Dot>;
   constexpr int per_unit = sizeof(typename Dot::Unit) / sizeof(E);
-  if constexpr (steps_at_once < Dot >> 1)
+  if constexpr (steps_at_once<Dot> != 1)
     return pack_tile_rows<Dot>(isa, source, row, rows, height, first, end, to);
   const Index start = first / per_unit, filled = (end + per_unit - 1) / per_unit,
               units = product_steps<Dot>(end) * Dot::units;

@@ -157,12 +157,14 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
   const float* scales = groups.scales;
   const std::int32_t* offsets = groups.offsets;
   const bool has_minimums = is_int4<Dot> && groups.minimums != nullptr;
+  // a mask and no condition, from which g++ 12 keeps c in memory through the loop over steps
+  const std::int32_t taken_off = has_minimums ? 0 : -1;
   for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns, ++offsets) {
     typename Dot::Accumulator c[Rows][all];
     unroll<Rows>([&](auto r) {
       const auto start = [&] {
         if constexpr (is_int4<Dot>)
-          return Dot::minus(has_minimums ? 0 : offsets[r * groups.row_stride]);
+          return Dot::minus(offsets[r * groups.row_stride] & taken_off);
         else if constexpr (Dot::unsigned_weights)
           return Dot::minus(offsets[r * groups.row_stride]);
         else
