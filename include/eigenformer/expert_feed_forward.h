@@ -7,10 +7,10 @@
 ///   auto [ids, weights] = ef::expert_routing(ef::linear(x, router), k);                       // expert_routing.h
 ///   ef::expert_feed_forward_into(device, y, x, ids, weights, gate_ups, downs, ef::Epilogue{}.silu());
 ///
-/// x is (tokens, in), ids and weights (tokens, k), y (tokens, out), what lies between in x's scalar.
-/// gate_ups and downs are spans of one PackedGatedWeight (hidden, in) and one PackedWeight (out,
-/// hidden) per expert, all of one shape, scalar and layout. The call is these four, which a model
-/// of another form puts together itself:
+/// x is (tokens, in), ids and weights (tokens, k), y (tokens, out), what lies between in x's
+/// scalar. gate_ups and downs are spans of one PackedGatedWeight (hidden, in) and one PackedWeight
+/// (out, hidden) per expert, all of one shape, scalar and layout. The call is these four, which a
+/// model of another form puts together itself:
 ///
 ///   ef::expert_order_into(device, offsets, order, places, ids);                               // expert_routing.h
 ///   ef::expert_linear_into(device, h, x, gate_ups, offsets, order, ef::Epilogue{}.silu());    // h (tokens * k, hidden), by expert
@@ -31,16 +31,16 @@
 /// expert_order_into wrote; a place out of range gives NaN. Outputs must not overlap inputs.
 /// Nothing is allocated after the first call at a size.
 ///
-/// Cost: for few tokens the weights of the experts that have some, read once; for many the products.
-/// On a CPU threads share each expert's product: open an ef::ParallelRegion around the call, since
-/// there are two products for each expert that has tokens. Measured on Zen 5, 8 of 32 experts of
-/// 2048 x 768: one token reads its weights at 55 GB/s (the memory's own bandwidth was not measured
-/// beside it), 512 tokens take 1.03 of the time of as many rows through one expert (float), 1.02
-/// (INT8); two threads halve the first. Scratch: the rows of one expert, at most all. On a GPU
-/// nothing waits for the host: one launch for all experts, whose blocks look up in `offsets` which
-/// expert's rows are theirs, in a grid for the worst case, of which the blocks that find nothing
-/// end at once; the rows are put side by side before that, and tiles are chosen as if one expert
-/// had all of them.
+/// Cost: for few tokens the weights of the experts that have some, read once; for many the
+/// products. On a CPU threads share each expert's product: open an ef::ParallelRegion around the
+/// call, since there are two products for each expert that has tokens. Measured on Zen 5, 8 of 32
+/// experts of 2048 x 768: one token reads its weights at 55 GB/s (the memory's own bandwidth was
+/// not measured beside it), 512 tokens take 1.03 of the time of as many rows through one expert
+/// (float), 1.02 (INT8); two threads halve the first. Scratch: the rows of one expert, at most all.
+/// On a GPU nothing waits for the host: one launch for all experts, whose blocks look up in
+/// `offsets` which expert's rows are theirs, in a grid for the worst case, of which the blocks that
+/// find nothing end at once; the rows are put side by side before that, and tiles are chosen as if
+/// one expert had all of them.
 #pragma once
 
 #include <limits>
@@ -103,8 +103,11 @@ void require_expert_weights(std::string_view name, const Weights& weights) {
     if (!same)
       require_that(false, name, "weights have shapes (", one.rows(), ", ", one.columns(), ") and (",
                    weight.rows(), ", ", weight.columns(), "), expected one shape");
-    require_that(weight.layout() == one.layout() && weight.group_size() == one.group_size(), name,
-                 "weights are packed in different ways, expected one layout");
+    const auto &own = panels_owner(weight), &first = panels_owner(one);
+    require_that(own.layout() == first.layout() && own.group_size() == first.group_size() &&
+                     (own.minimums() == nullptr) == (first.minimums() == nullptr) &&
+                     own.quantizes_activations() == first.quantizes_activations(),
+                 name, "weights are packed in different ways, expected one layout");
   }
 }
 

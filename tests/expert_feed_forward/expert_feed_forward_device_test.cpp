@@ -10,7 +10,8 @@ namespace {
 /// Packed on a device, which may do so when it is waited for: what is packed lives as long.
 template <typename S, typename B>
 struct DeviceExperts {
-  DeviceExperts(const B& bench, const RandomExperts& random, const ef::Int8Packing& options = {})
+  DeviceExperts(const B& bench, const RandomExperts& random,
+                const ef::PackingOptions<S>& options = {})
       : gates(bench, stacked(random.gates)),
         ups(bench, stacked(random.ups)),
         down_matrices(bench, stacked(random.downs)) {
@@ -32,7 +33,7 @@ struct DeviceExperts {
 
 template <typename T, typename S>
 void check_experts(Index tokens, Index experts, Index k, Index in, Index hidden, double bound,
-                   const ef::Int8Packing& options = {}, Index one = -1) {
+                   const ef::PackingOptions<S>& options = {}, Index one = -1) {
   const RandomExperts random(experts, in, hidden);
   const auto x = random_tensor<T, 2>({tokens, in}, 7);
   const auto ids = some_experts(tokens, k, experts, one);
@@ -73,6 +74,9 @@ TEST(ExpertsOnDevice, ArePlainDouble) {
   }
   check_experts<ef::bfloat16, ef::bfloat16>(40, 3, 2, 33, 24, 0.02, {}, 1);  // one has all
   check_experts<float, std::int8_t>(30, 3, 3, 64, 40, 0.03, {.group_size = 32});
+  check_experts<float, ef::int4>(9, 4, 2, 64, 40, 0.2);
+  check_experts<float, ef::int4>(40, 4, 2, 64, 40, 0.2, {.zero_points = true});
+  check_experts<float, ef::int4>(9, 4, 2, 64, 40, 0.2, {.quantize_activations = false});
   check_experts<ef::half, ef::half>(12, 9, 1, 16, 8, 5e-3);
 }
 

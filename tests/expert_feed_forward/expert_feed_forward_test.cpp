@@ -20,7 +20,7 @@ ef::Tensor<float, 2> random_weights(Index tokens, Index k) {
 }
 
 template <typename T, typename S>
-void expect_reference(double bound, const ef::Int8Packing& options = {}) {
+void expect_reference(double bound, const ef::PackingOptions<S>& options = {}) {
   for (const auto [tokens, experts, k, one] : {std::array<Index, 4>{1, 5, 2, -1},
                                                {9, 5, 2, -1},
                                                {33, 3, 3, -1},
@@ -61,6 +61,7 @@ TEST(ExpertFeedForward, IsPlainDouble) {
   expect_reference<float, float>(1e-6);
   expect_reference<float, std::int8_t>(0.02);
   expect_reference<float, std::int8_t>(0.02, {.group_size = 32});
+  expect_reference<float, ef::int4>(0.2, {.zero_points = true});
   expect_reference<ef::bfloat16, ef::bfloat16>(0.01);
 #if !defined(EIGENFORMER_SANITIZED)
   expect_reference<float, ef::half>(2e-3);
@@ -181,6 +182,15 @@ TEST(ExpertFeedForward, BadArgumentsAreRefused) {
   few.push_back(ef::pack_weight<float>(random_tensor<float, 2>({kIn, kHidden + 1}, 1)));
   refused([&] { ef::expert_linear_into(device, p.results, p.hidden, few, p.offsets); },
           {"expected one shape"});
+  const auto matrix = random_tensor<float, 2>({kIn, kHidden}, 1);
+  std::vector<ef::PackedWeight<ef::int4>> mixed(4, ef::pack_weight<ef::int4>(matrix));
+  for (const ef::Int4Packing& other :
+       {ef::Int4Packing{.group_size = 64}, ef::Int4Packing{.zero_points = true},
+        ef::Int4Packing{.quantize_activations = false}}) {
+    mixed[2] = ef::pack_weight<ef::int4>(matrix, other);
+    refused([&] { ef::expert_linear_into(device, p.results, p.hidden, mixed, p.offsets); },
+            {"packed in different ways"});
+  }
   few.clear();
   refused([&] { ef::expert_linear_into(device, p.results, p.hidden, few, p.offsets); },
           {"weights is empty"});

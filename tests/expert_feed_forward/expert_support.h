@@ -52,7 +52,7 @@ template <typename S>
 struct PackedExperts {
   template <typename D, typename View>
   PackedExperts(const D& device, const RandomExperts& from, View&& view,
-                const ef::Int8Packing& options = {}) {
+                const ef::PackingOptions<S>& options = {}) {
     for (std::size_t e = 0; e < from.gates.size(); ++e) {
       const auto gate = view(from.gates[e]), up = view(from.ups[e]), down = view(from.downs[e]);
       gate_ups.push_back(ef::pack_gated_weight<S>(device, gate, up, options));

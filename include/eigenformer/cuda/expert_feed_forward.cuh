@@ -1,12 +1,12 @@
 /// \file
-/// CUDA kernels of experts. The products are those of linear.cuh and int8_linear.cuh, by a backend
-/// whose launches have a grid for all experts: each block finds the expert whose rows it works on
-/// by counting the tiles of those before, out of `offsets`, which the host never sees. The grid is
-/// for the worst case, (pairs / tokens of a tile + experts) tiles of each row of tiles; blocks that
-/// find no expert end at once. Rows are as in those files, to the bit. Weights are read by the
-/// tiles that have rows alone: bytes of the used experts, and the rows of x once more to put them
-/// side by side. Expected speed: that of the linear layer with so many rows in each expert; not
-/// measured yet.
+/// CUDA kernels of experts. The products are those of linear.cuh, int8_linear.cuh and
+/// int4_linear.cuh, by a backend whose launches have a grid for all experts: each block finds the
+/// expert whose rows it works on by counting the tiles of those before, out of `offsets`, which the
+/// host never sees. The grid is for the worst case, (pairs / tokens of a tile + experts) tiles of
+/// each row of tiles; blocks that find no expert end at once. Rows are as in those files, to the
+/// bit. Weights are read by the tiles that have rows alone: bytes of the used experts, and the rows
+/// of x once more to put them side by side. Expected speed: that of the linear layer with so many
+/// rows in each expert; not measured yet.
 ///
 /// The sums: one coalesced pass over the results, 16 bytes per thread.
 #pragma once
@@ -18,6 +18,7 @@
 
 #include "../problem/expert_feed_forward.h"
 #include "functions.cuh"
+#include "int4_linear.cuh"
 #include "int8_linear.cuh"
 #include "linear.cuh"
 #include "packs.cuh"
@@ -32,7 +33,13 @@ template <typename S>
 struct ExpertPanels {
   const S* data;
   const float* scales;
+  const float* minimums;  // of int4, or nullptr
 };
+
+template <typename S>
+ExpertPanels<S> panels_of(const problem::PackedPanels<const S>& weight) {
+  return {weight.data, weight.scales, weight.minimums};
+}
 
 /// What a block needs to know of all experts.
 template <typename S>
@@ -142,21 +149,31 @@ struct ExpertsKernel {
   EIGENFORMER_DEVICE Kernel of_expert(Index e, Index first, Index rows) const {
     Kernel own = kernel;
     const ExpertPanels<S> panels = experts.panels[e];
-    for (auto& data : own.weight.data) data = panels.data + (data - experts.first.data);
+    move(own.weight.data, panels.data, experts.first.data);
     own.x.data[0] += first * own.x.stride;
     own.x.rows = rows;
     own.end.finish.y += first * own.end.finish.out;
     if (own.end.finish.epilogue.bias != nullptr)
       own.end.finish.epilogue.bias += e * experts.bias_size;
     if constexpr (requires { own.end.x_scales; }) own.end.x_scales += first;
-    const auto move_scales = [&](const float*& scales) {
-      scales = panels.scales + (scales - experts.first.scales);
-    };
     if constexpr (requires { own.end.scales; })
-      for (const float*& scales : own.end.scales) move_scales(scales);
-    if constexpr (requires { own.scales.groups; })
-      for (const float*& scales : own.scales.data) move_scales(scales);
+      move(own.end.scales, panels.scales, experts.first.scales);
+    if constexpr (requires { own.scales.groups; }) {
+      move(own.scales.data, panels.scales, experts.first.scales);
+      move(own.scales.minimums, panels.minimums, experts.first.minimums);
+      if (own.scales.token_sums != nullptr) own.scales.token_sums += first * own.scales.groups;
+    }
+    if constexpr (requires { own.weight.minimums; }) {
+      move(own.weight.scales, panels.scales, experts.first.scales);
+      move(own.weight.minimums, panels.minimums, experts.first.minimums);
+    }
     return own;
+  }
+  /// Pointers into what expert 0 has, into what another has.
+  template <typename P, int Matrices>
+  EIGENFORMER_DEVICE static void move(P (&pointers)[Matrices], P to, P from) {
+    if (from == nullptr) return;
+    for (P& pointer : pointers) pointer = to + (pointer - from);
   }
 };
 
@@ -206,8 +223,7 @@ void product_by_expert(const Backend<D>& on, const problem::ExpertLinear<Y, X, S
                        const ExpertPanels<S>* panels, const X* rows) {
   const problem::PackedPanels<const S>& first = p.weights[0];
   const ByExpert<D, S> device{
-      on.device,
-      {p.offsets, panels, {first.data, first.scales}, p.experts, p.pairs, p.bias_size()}};
+      on.device, {p.offsets, panels, panels_of(first), p.experts, p.pairs, p.bias_size()}};
   execute(Backend<ByExpert<D, S>>{device}, problem::PackedLinear<Y, X, S, Gated, E>{
                                                p.y, rows, first, p.pairs, p.in, p.out, p.epilogue});
 }
@@ -220,7 +236,7 @@ void execute(const Backend<D>& on, const problem::ExpertLinear<Y, X, S, Gated, E
   auto frame = scratch_frame(on);
   Workspace::Frame host(thread_workspace());
   auto* const panels = host.template take<ExpertPanels<S>>(p.experts);
-  for (Index e = 0; e < p.experts; ++e) panels[e] = {p.weights[e].data, p.weights[e].scales};
+  for (Index e = 0; e < p.experts; ++e) panels[e] = panels_of(p.weights[e]);
   const auto [on_device] = stage(
       on, name, std::span<const ExpertPanels<S>>(panels, static_cast<std::size_t>(p.experts)));
   const X* rows = p.x;
