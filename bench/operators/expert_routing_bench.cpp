@@ -1,5 +1,5 @@
-// Expert routing: 8 of 128 experts (Qwen3 30B) and 8 of 256 with groups (DeepSeek V3), and the order
-// by expert. Limit: logits read, ids and weights written.
+// Expert routing: 8 of 128 experts (Qwen3 30B) and 8 of 256 with groups (DeepSeek V3), and the
+// order by expert. Limit: logits read, ids and weights written.
 #include <eigenformer/expert_routing.h>
 
 #include "report/harness.h"
@@ -37,7 +37,7 @@ void expert_routing_cases(bench::Suite& suite) {
                                    .groups = 8,
                                    .kept_groups = 4});
         });
-      ef::expert_routing_into(Eigen::DefaultDevice{}, *ids, *weights, *logits);
+      ef::expert_routing_into(Eigen::DefaultDevice{}, *ids, *weights, *logits);  // for the order
     }
     const auto offsets = std::make_shared<ef::Tensor<std::int32_t, 1>>(257);
     const double bytes = static_cast<double>(ids->size()) * sizeof(std::int32_t);

@@ -10,8 +10,9 @@
 ///
 /// With a bias (experts) the k largest of s + bias are chosen (of logits + bias with
 /// softmax_of_chosen; NaN counts as -infinity), and the bias has no part in the weights: DeepSeek
-/// V3's balance without a loss. With {.groups = g, .kept_groups = n} an expert is chosen only from the n best groups of
-/// experts / g neighbours, a group being as good as its two best experts together.
+/// V3's balance without a loss. With {.groups = g, .kept_groups = n} an expert is chosen only from
+/// the n best groups of experts / g neighbours, a group being as good as its two best experts
+/// together.
 ///
 /// The best expert comes first; equals come by lowest index, and so do groups.
 ///
@@ -25,7 +26,8 @@
 /// than k experts, a scale that is not finite and shapes that disagree. Outputs must not overlap
 /// inputs. Nothing is allocated after the first call at a size.
 ///
-/// Cost: an exponential for each expert and a comparison for most: 0.8 us for 8 of 128 experts (Zen 5).
+/// Cost: an exponential for each expert and a comparison for most: 8 of 128 experts take 0.3 us for
+/// one token, 0.6 us for each of 512 (one thread of Zen 5).
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// Routing of tokens to experts against stable sorts in double, on every ISA, scalar and rule; equals
-// by lowest index; what has no order disturbs no other token. Pairs in the order of experts.
+// Routing of tokens to experts against stable sorts in double, on every ISA, scalar and rule;
+// equals by lowest index; what has no order disturbs no other token. Pairs in the order of experts.
 #include <eigenformer/expert_routing.h>
 #include <eigenformer/reference/expert_routing.h>
 

@@ -21,7 +21,8 @@ TEST(LinearGrouped, EqualsItsDefinitionOnEveryIsa) {
         const auto [q, scales] =
             ef::quantize_weights_int8_grouped(random_tensor<float, 2>({out, in}, ++seed), group);
         const auto bias = random_tensor<float, 1>({out}, ++seed);
-        const auto expected = ef::reference::int8_linear_grouped(x, q, scales, group, bias.data());
+        const auto expected =
+            ef::reference::grouped_linear(x, q, scales, nullptr, group, bias.data());
         for_each_product_isa([&, &values = q, &factors = scales](auto isa) {
           const auto packed = ef::pack_weight(on(isa), values, factors, {.group_size = group});
           const auto y =

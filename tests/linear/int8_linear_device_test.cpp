@@ -1,6 +1,6 @@
 // Linear layers over int8 and int4 weights on a GPU: the bits of the CPU, for any number of tokens,
-// scale for each row or group, epilogue and alignment. int4 with activations as they are: the bits of
-// a float weight.
+// scale for each row or group, epilogue and alignment. int4 with activations as they are: the bits
+// of a float weight.
 #include <eigenformer/quantization.h>
 
 #include "device.h"

@@ -1,5 +1,5 @@
 /// \file
-/// A layer by the kernels of one ISA, and weights packed for them.
+/// A layer by the kernels of one ISA, weights packed for them, and a law of all quantized weights.
 #pragma once
 
 #include <eigenformer/linear.h>
@@ -35,6 +35,24 @@ ef::Tensor<X, 2> run(Isa isa, const ef::Tensor<X, 2>& x, const Weight& weight, I
                      const ef::Tensor<float, 1>* bias = nullptr) {
   const ef::Epilogue<> epilogue = bias == nullptr ? ef::Epilogue{} : ef::Epilogue{}.bias(*bias);
   return linear_by<Isa, X>(isa, x, weight, out, epilogue);
+}
+
+/// A token that holds NaN or infinity gives NaN and changes no other.
+template <typename T>
+void expect_nan_stays_with_its_token(const ef::PackedWeight<T>& weight) {
+  const Index tokens = 14, in = weight.columns(), out = weight.rows();
+  auto x = random_tensor<float, 2>({tokens, in}, 1);
+  const ef::Tensor<float, 2> before = ef::linear(x, weight);
+  x(3, 7) = std::numeric_limits<float>::quiet_NaN();
+  x(12, in - 1) = -std::numeric_limits<float>::infinity();
+  const ef::Tensor<float, 2> after = ef::linear(x, weight);
+  for (Index t = 0; t < tokens; ++t)
+    for (Index o = 0; o < out; ++o) {
+      if (t == 3 || t == 12)
+        ASSERT_TRUE(std::isnan(after(t, o)));
+      else
+        ASSERT_EQ(after(t, o), before(t, o));
+    }
 }
 
 }  // namespace eigenformer_test

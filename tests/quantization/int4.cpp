@@ -1,5 +1,5 @@
-// INT4: the definition bit for bit on every ISA, golden values of NumPy, error bounds, the way back,
-// refusals.
+// INT4: the definition bit for bit on every ISA, golden values of NumPy, error bounds, the way
+// back, refusals.
 #include <eigenformer/linear.h>
 #include <eigenformer/quantization.h>
 #include <eigenformer/reference/quantization.h>

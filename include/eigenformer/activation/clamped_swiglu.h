@@ -17,8 +17,8 @@ struct ClampedSwigluOptions {
 };
 
 /// y = (up' + 1) * g * sigmoid(alpha * g), of the fused tensor (rows, [gate | up]). Throws
-/// std::invalid_argument for an alpha that is not finite and a limit that is not positive. It has no
-/// backward form.
+/// std::invalid_argument for an alpha that is not finite and a limit that is not positive. It has
+/// no backward form.
 template <Device D, typename Y, typename Fused>
 void clamped_swiglu_into(const D& device, Y&& y, const Fused& gate_up,
                          const ClampedSwigluOptions& options = {}) {

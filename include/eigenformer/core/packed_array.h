@@ -14,8 +14,8 @@ inline namespace EIGENFORMER_ABI {
 namespace detail {
 
 /// An array of uninitialised numbers that grows but does not shrink, or a view of such numbers in
-/// memory of the host that is only read (a mapped file). A copy lies in the memory that the original
-/// lies in, and is its own.
+/// memory of the host that is only read (a mapped file). A copy lies in the memory that the
+/// original lies in, and is its own.
 template <typename T>
 class PackedArray {
  public:

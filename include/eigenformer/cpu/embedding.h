@@ -46,7 +46,7 @@ void execute(const Backend<D, Isa>& on, const problem::PackedEmbedding<Y, S, Id>
   constexpr double kStridedCycles = 4;
   require_layout(Isa{}, p.table, "embedding");
   const Index depth = p.table.columns,
-              panel_size = tile::packed_steps<S>(Isa{}, depth) * Dot::step * Dot::columns;
+              panel_size = tile::packed_steps<S>(Isa{}, depth) * tile::panel_step<Dot>;
   const ScaleGroups groups(depth, p.table.group);
   parallel_for(on, p.tokens, Cost{depth, kStridedCycles}, [&](Index first, Index last, int) {
     alignas(64) S row[kChunk];

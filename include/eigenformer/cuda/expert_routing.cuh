@@ -1,12 +1,13 @@
 /// \file
 /// CUDA kernels of expert routing. A warp per token: lane l has the experts l, l + 32, ..., whose
-/// scores it computes when it needs them, and k rounds of the warp find the best that was not taken.
-/// Bytes: the logits once, out of L1 afterwards; k + 2 passes over them, whose exponentials (of
-/// choices by score alone) are the cost: some microseconds for any step.
+/// scores it computes when it needs them, and k rounds of the warp find the best that was not
+/// taken. Bytes: the logits once, out of L1 afterwards; k + 2 passes over them, whose exponentials
+/// (of choices by score alone) are the cost: an estimated few microseconds for any step, not
+/// measured yet.
 ///
-/// The order by expert: a block per expert, which counts the pairs of the experts before its own and
-/// then puts down its own in their order. It reads the ids twice, out of L2: 256 experts of 32768
-/// pairs are 64 MB of reads. No atomics, and no block waits for another.
+/// The order by expert: a block per expert, which counts the pairs of the experts before its own
+/// and then puts down its own in their order. It reads the ids twice, out of L2: 256 experts of
+/// 32768 pairs are 64 MB of reads. No atomics, and no block waits for another.
 #pragma once
 
 #include <cmath>

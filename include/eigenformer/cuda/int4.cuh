@@ -1,9 +1,10 @@
 /// \file
 /// CUDA kernels of INT4 quantization by groups, into plain values or into packed rows: one warp per
-/// group, two reads of it, the second out of L1, and its values, scale and minimum written. A lane has a
-/// byte of a packed row, whose two numbers lie 8 apart. Bound by bandwidth, of which half is expected,
-/// not measured yet. The numbers are those of cpu/vector/quantize_int4.h, bit for bit; the scale of a
-/// group that holds NaN or infinity is NaN, its values are 0 (packed symmetric ones stand for 0 too).
+/// group, two reads of it, the second out of L1, and its values, scale and minimum written. A lane
+/// has a byte of a packed row, whose two numbers lie 8 apart. Bound by bandwidth, of which half is
+/// expected, not measured yet. The numbers are those of cpu/vector/quantize_int4.h, bit for bit;
+/// the scale of a group that holds NaN or infinity is NaN, its values are 0 (packed symmetric ones
+/// stand for 0 too).
 ///
 /// A packed row: 16 inputs take 8 bytes, the first 8 the low halves, the others the high halves, so
 /// that two masks and a shift make 16 values of 8 bytes. Rows begin at multiples of 16 bytes.
@@ -92,8 +93,8 @@ bool execute(const Backend<D>& on, const problem::QuantizeInt4<T>& p) {
   return true;
 }
 
-/// Packed rows of `stride` bytes. Past the columns lies what stands for 0, or for the minimum, which
-/// meets activations of 0.
+/// Packed rows of `stride` bytes. Past the columns lies what stands for 0, or for the minimum,
+/// which meets activations of 0.
 template <typename T>
 struct PackInt4Kernel {
   using C = compute_type<T>;

@@ -1,10 +1,10 @@
 /// \file
-/// CUDA kernels of linear layers over packed int4 weights. W4A8: x is quantized per token as for int8
-/// weights (int8_linear.cuh), and weights become int8 on their way to the tensor cores
-/// (tile/grouped_product.cuh), the bits of the CPU; where groups have minimums, a kernel more sums the
-/// quantized tokens of each group. W4A16: weights become floats in registers, by multiply-adds
-/// (tile/lane_product.cuh): the bits of a PackedWeight<float> of what they stand for, out of an eighth
-/// of its memory traffic.
+/// CUDA kernels of linear layers over packed int4 weights. W4A8: x is quantized per token as for
+/// int8 weights (int8_linear.cuh), and weights become int8 on their way to the tensor cores
+/// (tile/grouped_product.cuh), the bits of the CPU; where groups have minimums, a kernel more sums
+/// the quantized tokens of each group. W4A16: weights become floats in registers, by multiply-adds
+/// (tile/lane_product.cuh): the bits of a PackedWeight<float> of what they stand for, out of an
+/// eighth of its memory traffic.
 #pragma once
 
 #include <cmath>

@@ -14,8 +14,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
-/// The scale of numbers whose largest magnitude this is: NaN where it is infinite or NaN. Steps: the
-/// largest value, 7 for INT4.
+/// The scale of numbers whose largest magnitude this is: NaN where it is infinite or NaN. Steps:
+/// the largest value, 7 for INT4.
 template <typename C>
 EIGENFORMER_HOST_DEVICE float int8_scale(C largest, int steps = 127) {
   using Limits = std::numeric_limits<float>;

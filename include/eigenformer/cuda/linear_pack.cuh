@@ -6,7 +6,8 @@
 /// lie one below the other. Scales are (rows, groups).
 ///
 /// One coalesced pass per matrix: a read and a write, int8 and int4 with one read more, for the
-/// scales (quantization.cuh, int4.cuh). Bound by bandwidth; more than half of it is expected, not measured yet.
+/// scales (quantization.cuh, int4.cuh). Bound by bandwidth; more than half of it is expected, not
+/// measured yet.
 #pragma once
 
 #include "../core/check.h"

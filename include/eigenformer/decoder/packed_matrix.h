@@ -19,14 +19,14 @@ inline namespace EIGENFORMER_ABI {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wshadow"  // of a scoped enumerator: it shadows nothing (g++ 12)
 #endif
-/// The numbers that a linear layer is stored in. Beside activations of float each of them is; beside
-/// bfloat16, half or double floating weights are always in the scalar of the activations.
+/// The numbers that a linear layer is stored in. Beside activations of float each of them is;
+/// beside bfloat16, half or double floating weights are always in the scalar of the activations.
 enum class WeightFormat {
   activation,  ///< in the scalar of the activations
   bfloat16,    ///< rounded to nearest even where they are not
   half,
-  int8,  ///< quantized; not with double
-  int4,  ///< quantized in groups of 32 inputs or more, the head and experts in INT8; not with double
+  int8,       ///< quantized; not with double
+  int4,       ///< in groups of 32 inputs or more, the head and experts in INT8; not with double
   as_stored,  ///< in the scalar of the view that is packed
 };
 #if defined(__GNUC__) && !defined(__clang__)

@@ -1,9 +1,9 @@
 /// \file
 /// What inference reads: one rank's part of a decoder's linear layers, packed, the norms, and the
 /// embedding. Made from views of memory that somebody else owns (a mapped file, DecoderWeights),
-/// layer by layer in any order: each tensor is read where it lies (twice for INT8 and INT4: scales come
-/// first) and written packed; no float copy is made of it. Each matrix has a format of its own, that
-/// of the whole decoder where packing is told none (packed_matrix.h):
+/// layer by layer in any order: each tensor is read where it lies (twice for INT8 and INT4: scales
+/// come first) and written packed; no float copy is made of it. Each matrix has a format of its
+/// own, that of the whole decoder where packing is told none (packed_matrix.h):
 ///
 ///   activations   matrices of
 ///   float         float, bfloat16, half, INT8 by output channel or by groups of 32, 64 or 128 inputs,
@@ -64,8 +64,8 @@ class PackedDecoderWeights {
                                  TensorView<const double, 2>, TensorView<const bfloat16, 2>,
                                  TensorView<const half, 2>, QuantizedEmbedding, TiedEmbedding>;
 
-  /// Throws std::invalid_argument for an impossible shape, for int8 where T is double and for groups
-  /// that are not.
+  /// Throws std::invalid_argument for an impossible shape, for int8 where T is double and for
+  /// groups that are not.
   explicit PackedDecoderWeights(const DecoderConfig& config, const WeightStorage& storage = {},
                                 DecoderForm form = {})
       : config_(config), form_(std::move(form)), storage_(storage) {

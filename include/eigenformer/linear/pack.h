@@ -19,19 +19,19 @@
 /// (or group) of zeros. int4 is always in groups, two weights in a byte: symmetric with scale =
 /// max|w| / 7, or above a minimum (quantization.h has the formulas). Its values, scales and
 /// minimums are those of quantize_weights_int4, or the ones given: GGUF's Q4_0, Q4_1 and Q4_K fit
-/// as they are, scales below zero included. A packed weight carries the layout of the ISA it was packed for, and a
-/// product refuses another; where a GPU packs, the weight lies in the GPU's memory, as rows that
-/// begin at multiples of 16 bytes. Packing the rows [a, b) gives the bits of the same rows of the
-/// whole weight. Cost: one read and one write of the weights (int8 and int4: one more read, for the
-/// scales), on the device's threads.
+/// as they are, scales below zero included. A packed weight carries the layout of the ISA it was
+/// packed for, and a product refuses another; where a GPU packs, the weight lies in the GPU's
+/// memory, as rows that begin at multiples of 16 bytes. Packing the rows [a, b) gives the bits of
+/// the same rows of the whole weight. Cost: one read and one write of the weights (int8 and int4:
+/// one more read, for the scales), on the device's threads.
 ///
-/// Throws std::invalid_argument: for int8 and int4, NaN or infinity in the weight (named by its first
-/// index, before `packed` is touched); scales or minimums that do not match, or are NaN or infinite,
-/// scales of int8 that are negative, values outside int4's range (the first one's index is named); a
-/// group_size other than 32, 64 or 128; an input dimension above
-/// 133,144 for int8 without groups, where the sum of products could leave 32 bits. On a GPU no
-/// number is looked at before the launch: a row (or group) that holds NaN or infinity gets the
-/// scale NaN and values 0, and scales that are given are taken as they are.
+/// Throws std::invalid_argument: for int8 and int4, NaN or infinity in the weight (named by its
+/// first index, before `packed` is touched); scales or minimums that do not match, or are NaN or
+/// infinite, scales of int8 that are negative, values outside int4's range (the first one's index
+/// is named); a group_size other than 32, 64 or 128; an input dimension above 133,144 for int8
+/// without groups, where the sum of products could leave 32 bits. On a GPU no number is looked at
+/// before the launch: a row (or group) that holds NaN or infinity gets the scale NaN and values 0,
+/// and scales that are given are taken as they are.
 #pragma once
 
 #include <cmath>
@@ -55,8 +55,8 @@ struct Int8Packing {
 
 struct Int4Packing {
   Index group_size = 32;  ///< inputs that share a scale: 32, 64 or 128
-  bool zero_points =
-      false;  ///< a minimum beside each scale, so that one-sided groups use all 16 values
+  /// A minimum beside each scale, so that one-sided groups use all 16 values.
+  bool zero_points = false;
   /// W4A8: a product quantizes its activations to int8 per token, exact sums, the fast one. false,
   /// W4A16: activations stay what they are and weights are widened, linear.h says what that costs.
   bool quantize_activations = true;

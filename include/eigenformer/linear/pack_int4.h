@@ -76,8 +76,8 @@ void pack_int4_values(const D& device, PackedWeight<int4>& packed,
 
 }  // namespace detail
 
-/// Packs four-bit values (out, in), int8 numbers in [-8, 7], with one scale per group (out, ceil(in /
-/// group_size)): weights are value * scale.
+/// Packs four-bit values (out, in), int8 numbers in [-8, 7], with one scale per group (out, ceil(in
+/// / group_size)): weights are value * scale.
 template <Device D, typename Values, typename Scales>
   requires(!detail::is_packing_options<Scales>)
 void pack_weight_into(const D& device, PackedWeight<int4>& packed, const Values& values,

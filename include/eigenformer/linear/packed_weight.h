@@ -26,8 +26,8 @@ struct PanelAccess;
 
 /// A weight (rows = outputs, columns = inputs) in packed order. T: float, double, bfloat16, half,
 /// int8 with a scale for each row or for each group of inputs, or ef::int4 with one for each group,
-/// and a minimum beside it or none. It lies in the memory of the
-/// backend that packed it, which layout() names, and so do its copies.
+/// and a minimum beside it or none. It lies in the memory of the backend that packed it, which
+/// layout() names, and so do its copies.
 template <typename T>
 class PackedWeight {
  public:

@@ -12,8 +12,8 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
-/// y = epilogue(x w^T), each row with the weight, or the pair of a gated unit, of its expert. E is an
-/// Epilogue without a residual; its bias is one expert's after the other's.
+/// y = epilogue(x w^T), each row with the weight, or the pair of a gated unit, of its expert. E is
+/// an Epilogue without a residual; its bias is one expert's after the other's.
 template <typename Y, typename X, typename S, bool Gated, typename E>
 struct ExpertLinear {
   static constexpr bool kUsesTiles = true;

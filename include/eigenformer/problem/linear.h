@@ -84,10 +84,10 @@ struct LinearBackwardBias {
   Index tokens, out;
 };
 
-/// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 and int4
-/// weights are quantized with a scale for each `packed.group` inputs (0: for each row). The kernel returns
-/// the first matrix that holds a number that is not quantizable, before it writes, or -1; a GPU
-/// does not wait to know, see linear/pack.h.
+/// Packs one weight, or the pair of a gated unit, of packed.rows / Matrices rows each; int8 and
+/// int4 weights are quantized with a scale for each `packed.group` inputs (0: for each row). The
+/// kernel returns the first matrix that holds a number that is not quantizable, before it writes,
+/// or -1; a GPU does not wait to know, see linear/pack.h.
 template <typename T, typename W, int Matrices>
 struct PackWeight {
   static constexpr bool kUsesTiles = true;

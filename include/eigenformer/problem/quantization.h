@@ -27,8 +27,8 @@ struct Quantize {
 };
 
 /// Four-bit values of a (rows, columns) matrix in groups, symmetric or, where minimums are not
-/// nullptr, above a minimum. The kernel says whether all numbers were quantizable, before it writes;
-/// a GPU does not wait to know, as above.
+/// nullptr, above a minimum. The kernel says whether all numbers were quantizable, before it
+/// writes; a GPU does not wait to know, as above.
 template <typename T>
 struct QuantizeInt4 {
   const T* weights;

@@ -1,16 +1,17 @@
 /// \file
-/// Part of quantization.h, which includes it: INT4 by groups of 32, 64 or 128 inputs of a row. In plain
-/// form a value is one std::int8_t; ef::PackedWeight<ef::int4> stores two in a byte (linear/pack.h).
+/// Part of quantization.h, which includes it: INT4 by groups of 32, 64 or 128 inputs of a row. In
+/// plain form a value is one std::int8_t; ef::PackedWeight<ef::int4> stores two in a byte
+/// (linear/pack.h).
 ///
 ///   symmetric       scale = max|w| / 7 (1 where all are zero)      q = clamp(round_half_to_even(w / scale), -7, 7)
 ///   with minimums   scale = max / 15 - min / 15 (1 where that is 0)      u = clamp(round_half_to_even((w - min) / scale), 0, 15)
 ///
-/// so that |w - q * scale| and |w - (scale * u + min)| are at most scale / 2, up to rounding. Minimums
-/// suit groups whose weights lie to one side of zero, and are GGUF's Q4_1 and Q4_K; values of Q4_0,
-/// -8 among them, are symmetric ones. Arithmetic is in float (double for double), scales and
-/// minimums are floats; a group that spans more than float's largest number has its far end at 15.
-/// Weights are refused as for INT8, and on a GPU a group that holds NaN or infinity gets the scale
-/// NaN and values 0. Cost: two reads of the weights, the second in cache, and one write.
+/// so that |w - q * scale| and |w - (scale * u + min)| are at most scale / 2, up to rounding.
+/// Minimums suit groups whose weights lie to one side of zero, and are GGUF's Q4_1 and Q4_K; values
+/// of Q4_0, -8 among them, are symmetric ones. Arithmetic is in float (double for double), scales
+/// and minimums are floats; a group that spans more than float's largest number has its far end at
+/// 15. Weights are refused as for INT8, and on a GPU a group that holds NaN or infinity gets the
+/// scale NaN and values 0. Cost: two reads of the weights, the second in cache, and one write.
 #pragma once
 
 #include "../core/check.h"
@@ -129,8 +130,8 @@ QuantizedInt4WithMinimums quantize_weights_int4_with_minimums(const Weights& wei
   return quantize_weights_int4_with_minimums(Eigen::DefaultDevice{}, weights, group_size);
 }
 
-/// weights (out, in) = fma(scale, value, minimum) of their group: what W4A16 products multiply by. Of
-/// symmetric values dequantize_grouped without minimums gives the same, value * scale.
+/// weights (out, in) = fma(scale, value, minimum) of their group: what W4A16 products multiply by.
+/// Of symmetric values dequantize_grouped without minimums gives the same, value * scale.
 template <Device D, typename Output, typename Values, typename Scales, typename Minimums>
 void dequantize_grouped_into(const D& device, Output&& weights, const Values& values,
                              const Scales& scales, const Minimums& minimums, Index group_size) {

@@ -1,5 +1,6 @@
 /// \file
-/// Expert routing in plain double, by stable sorts: what the tests and a doubting user compare with.
+/// Expert routing in plain double, by stable sorts: what the tests and a doubting user compare
+/// with.
 #pragma once
 
 #include <algorithm>

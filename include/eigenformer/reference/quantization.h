@@ -53,27 +53,35 @@ Tensor<float, 2> int8_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>
   return y;
 }
 
-/// The same with weights quantized in groups: scales (out, groups). One chain of float
-/// multiply-adds over the exact sums of the groups, then the activation's scale.
+/// The same with int8 or four-bit weights quantized in groups: scales (out, groups), minimums the
+/// same or nullptr. One chain of float multiply-adds over the exact sums of the groups, fma(sum,
+/// scale, chain), with minimums then fma(sum of the group's activations, minimum, chain); in the
+/// end the activation's scale.
 template <typename X>
-Tensor<float, 2> int8_linear_grouped(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values,
-                                     const Tensor<float, 2>& scales, Index group_size,
-                                     const float* bias) {
-  const Index tokens = x.dimension(0), in = x.dimension(1), out = values.dimension(0);
+Tensor<float, 2> grouped_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values,
+                                const Tensor<float, 2>& scales, const float* minimums,
+                                Index group_size, const float* bias) {
+  const Index tokens = x.dimension(0), in = x.dimension(1), out = values.dimension(0),
+              groups = scales.dimension(1);
   Tensor<float, 2> y(tokens, out);
   std::vector<std::int8_t> row(static_cast<std::size_t>(in));
   for (Index t = 0; t < tokens; ++t) {
     const float scale = int8_scale(x.data() + t * in, in);
     quantize(x.data() + t * in, in, scale, row.data());
     for (Index o = 0; o < out; ++o) {
-      float joined = 0;
-      for (Index first = 0, g = 0; first < in; first += group_size, ++g) {
-        std::int64_t sum = 0;
-        for (Index i = first; i < (std::min)(in, first + group_size); ++i)
-          sum += std::int64_t{row[static_cast<std::size_t>(i)]} * values(o, i);
-        joined = std::fma(static_cast<float>(sum), scales(o, g), joined);
+      float chain = 0;
+      for (Index g = 0; g < groups; ++g) {
+        std::int64_t sum = 0, of_x = 0;
+        for (Index i = g * group_size; i < (std::min)(in, (g + 1) * group_size); ++i) {
+          const std::int64_t number = row[static_cast<std::size_t>(i)];
+          sum += number * values(o, i);
+          of_x += number;
+        }
+        chain = std::fma(static_cast<float>(sum), scales(o, g), chain);
+        if (minimums != nullptr)
+          chain = std::fma(static_cast<float>(of_x), minimums[o * groups + g], chain);
       }
-      y(t, o) = std::fma(joined, scale, bias == nullptr ? 0.0f : bias[o]);
+      y(t, o) = std::fma(chain, scale, bias == nullptr ? 0.0f : bias[o]);
     }
   }
   return y;
@@ -105,38 +113,6 @@ void quantize_int4(const T* numbers, Index count, Index group, std::int8_t* valu
           std::nearbyint((static_cast<C>(numbers[i]) - least) / static_cast<C>(scales[g])), from,
           to));
   }
-}
-
-/// W4A8: x quantized per token, one exact sum for each group; chain = fma(sum, scale, chain), with
-/// minimums (out, groups) then fma(sum of the group's activations, minimum, chain).
-template <typename X>
-Tensor<float, 2> int4_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t, 2>& values,
-                             const Tensor<float, 2>& scales, const float* minimums,
-                             Index group_size, const float* bias) {
-  const Index tokens = x.dimension(0), in = x.dimension(1), out = values.dimension(0),
-              groups = scales.dimension(1);
-  Tensor<float, 2> y(tokens, out);
-  std::vector<std::int8_t> row(static_cast<std::size_t>(in));
-  for (Index t = 0; t < tokens; ++t) {
-    const float scale = int8_scale(x.data() + t * in, in);
-    quantize(x.data() + t * in, in, scale, row.data());
-    for (Index o = 0; o < out; ++o) {
-      float chain = 0;
-      for (Index g = 0; g < groups; ++g) {
-        std::int64_t sum = 0, of_x = 0;
-        for (Index i = g * group_size; i < (std::min)(in, (g + 1) * group_size); ++i) {
-          const std::int64_t number = row[static_cast<std::size_t>(i)];
-          sum += number * values(o, i);
-          of_x += number;
-        }
-        chain = std::fma(static_cast<float>(sum), scales(o, g), chain);
-        if (minimums != nullptr)
-          chain = std::fma(static_cast<float>(of_x), minimums[o * groups + g], chain);
-      }
-      y(t, o) = std::fma(chain, scale, bias == nullptr ? 0.0f : bias[o]);
-    }
-  }
-  return y;
 }
 
 }  // namespace reference

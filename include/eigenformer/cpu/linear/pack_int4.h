@@ -1,6 +1,6 @@
 /// \file
-/// CPU kernels that pack four-bit weights: values are quantized or taken as given, 256 of a row at a
-/// time, transposed like int8 into a stage in L1 and joined two in a byte (tile/int4.h).
+/// CPU kernels that pack four-bit weights: values are quantized or taken as given, 256 of a row at
+/// a time, transposed like int8 into a stage in L1 and joined two in a byte (tile/int4.h).
 #pragma once
 
 #include "../vector/quantize_int4.h"

@@ -20,9 +20,9 @@ struct Int4Panels {
 /// The same where activations stay what they are.
 struct WideInt4Panels : Int4Panels {};
 
-/// k of [first, first + count) of one panel of Dot, a float dot: value * scale, or fma(scale, value,
-/// minimum), to[k][column]. first is a multiple of 128. Panels of Dot are as wide as those of the
-/// bytes or narrower, and those of a gated unit hold half of each.
+/// k of [first, first + count) of one panel of Dot, a float dot: value * scale, or fma(scale,
+/// value, minimum), to[k][column]. first is a multiple of 128. Panels of Dot are as wide as those
+/// of the bytes or narrower, and those of a gated unit hold half of each.
 template <bool Gated, typename Dot, typename Isa>
 void widen_panel(Isa, const Int4Panels& weights, Index panel, Index depth, Index first, Index count,
                  float* to) {

@@ -89,7 +89,8 @@ bool find_int4_groups(const Backend<D, Isa>& on, const T* matrix, Index rows, In
   return quantizable.load(std::memory_order_relaxed);
 }
 
-/// Values of [k, k + n) of a row, as quantization.h gives them: -7 to 7, or 0 to 15 above a minimum.
+/// Values of [k, k + n) of a row, as quantization.h gives them: -7 to 7, or 0 to 15 above a
+/// minimum.
 template <typename Isa, typename T>
 void quantize_int4_line(const T* row, Index k, Index n, const Int4Groups& own, std::int8_t* to) {
   for_each_group(k, n, own.group, [&](Index at, Index count, Index g) {

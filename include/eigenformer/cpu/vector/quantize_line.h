@@ -260,7 +260,7 @@ bool group_scales(const T* line, Index count, Index group, float* scales) {
 
 /// Scales and values of a line cut into groups, in one read: values while their group is in L1.
 /// False as above; then only some are written.
-template <typename Isa, bool Streaming, int Steps = 127, typename T>
+template <typename Isa, bool Streaming, typename T>
 bool quantize_line_in_groups(const T* line, Index count, Index group, float* scales,
                              std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
@@ -270,21 +270,21 @@ bool quantize_line_in_groups(const T* line, Index count, Index group, float* sca
     alignas(64) float reciprocals[V::lanes];
     for (V found; has_vector_of_groups<V>(count - at, group);
          at += V::lanes * group, scales += V::lanes) {
-      if (!scales_of_groups<Steps>(line + at, group, found)) return false;
+      if (!scales_of_groups<127>(line + at, group, found)) return false;
       const auto in_range =
           less(V::set1(Quotient::lowest), found) & less(found, V::set1(Quotient::highest));
       if (in_range.bits() != (std::uint32_t{1} << V::lanes) - 1) break;  // the rest one by one
       found.store(scales);
       (V::set1(1) / found).store(reciprocals);
       for (int g = 0; g < V::lanes; ++g)
-        quantize_with<Streaming, V, Steps>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])),
-                                           line + at + g * group, group, to + at + g * group);
+        quantize_with<Streaming, V>(Quotient(V::set1(scales[g]), V::set1(reciprocals[g])),
+                                    line + at + g * group, group, to + at + g * group);
     }
   }
   for (; at < count; at += group, ++scales) {
     const Index n = (std::min)(group, count - at);
-    if (!group_scales<Isa, Steps>(line + at, n, group, scales)) return false;
-    quantize_line<Isa, Streaming, Steps>(line + at, n, *scales, to + at);
+    if (!group_scales<Isa>(line + at, n, group, scales)) return false;
+    quantize_line<Isa, Streaming>(line + at, n, *scales, to + at);
   }
   return true;
 }

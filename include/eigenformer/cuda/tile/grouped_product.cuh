@@ -1,8 +1,8 @@
 /// \file
 /// Products of int8 or int4 weights that have a scale for each group of 32, 64 or 128 inputs, and
 /// int8 tokens, by the tensor cores. Each output is one chain over the groups in ascending order,
-/// fma(float(the group's exact int32 sum), its scale, .), that starts from 0, of int4 with
-/// minimums with fma(float(sum of the group's tokens), its minimum, .) after each: the bits of the CPU
+/// fma(float(the group's exact int32 sum), its scale, .), that starts from 0, of int4 with minimums
+/// with fma(float(sum of the group's tokens), its minimum, .) after each: the bits of the CPU
 /// kernels, whichever kernel runs. Steps of 64 inputs as in operand.cuh; two groups of 32 share a
 /// step, which is then multiplied twice, each time without the tokens of the other half.
 ///
