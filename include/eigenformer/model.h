@@ -3,20 +3,24 @@
 /// (config.json, *.safetensors, tokenizer.json) or a GGUF file.
 ///
 ///   ef::Model<float> model = ef::load_model<float>("Llama-3.2-1B");
-///   ef::Model<float> small = ef::load_model<float>("Llama-3.2-1B", {.weights = ef::WeightFormat::int8});   // or int4
+///   ef::Model<float> small =
+///       ef::load_model<float>("Llama-3.2-1B", {.weights = ef::WeightFormat::int8});  // or int4
 ///   std::vector<std::int32_t> ids = model.tokenizer().encode("Once upon a time");
 ///   std::vector<std::int32_t> next = ef::generate(model, ids, {.max_new_tokens = 64});
 ///   std::string text = model.tokenizer().decode(next);
-///   ef::Tensor<float, 2> logits = model.logits(ids);          // (tokens, vocabulary): every position
+///   ef::Tensor<float, 2> logits = model.logits(ids);  // (tokens, vocabulary): every position
 ///
 ///   ef::generate(model, ids, {.sampling = {.temperature = .8, .top_p = .95}, .seed = 1,
-///                             .on_token = [&](std::int32_t id) { std::cout << stream.push(id) << std::flush; return true; }});
-///   ef::TextGenerator chat(model);                            // text after text: what they share is computed once
+///                             .on_token = [&](std::int32_t id) {
+///                               std::cout << stream.push(id) << std::flush;
+///                               return true;
+///                             }});
+///   ef::TextGenerator chat(model);  // text after text: what they share is computed once
 ///
 /// Part of the component eigenformer::model (nlohmann-json, PCRE2). Families: model/families.h and
-/// model/gguf_families.h. T is the scalar of activations and caches. Files are not believed: ModelFileError (a
-/// std::runtime_error) names file, tensor and reason for anything that is not what it claims to be,
-/// and nothing is read out of bounds.
+/// model/gguf_families.h. T is the scalar of activations and caches. Files are not believed:
+/// ModelFileError (a std::runtime_error) names file, tensor and reason for anything that is not
+/// what it claims to be, and nothing is read out of bounds.
 ///
 /// Weights as stored (ef::WeightFormat::as_stored): F32, BF16 and F16 tensors stay what they are
 /// where the activations have products for them (decoder/packed_weights.h), and logits are those of
@@ -30,9 +34,9 @@
 ///
 /// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device;
 /// beside the packed weights it holds no more than the largest tensor and the pages of one layer,
-/// which are given back when it is packed. A head that is the embedding too is one tensor, the packed
-/// one, INT8 where the weights are. The file stays mapped where another embedding is used as
-/// stored. With LoadOptions::cache the second start maps what the first packed
+/// which are given back when it is packed. A head that is the embedding too is one tensor, the
+/// packed one, INT8 where the weights are INT8 or INT4. The file stays mapped where another
+/// embedding is used as stored. With LoadOptions::cache the second start maps what the first packed
 /// (model/packed_file.h), each matrix in its own format.
 #pragma once
 
@@ -56,10 +60,10 @@ struct LoadOptions {
   WeightStorage weights = WeightFormat::activation;  ///< of linear layers, quantized on load
   Index length = 0;            ///< positions that will be served, where rotations depend on it
   LoadProgress progress = {};  ///< called as tensors are packed
-  /// Where packed weights are kept, so that the next start maps them in place of packing: a file, or
-  /// a folder for those of several models. One that is out of date (the model's files have changed,
-  /// another format or ISA) is made again; one that is no such file, or damaged, is refused. On CPUs;
-  /// layers with experts are not kept yet (std::invalid_argument).
+  /// Where packed weights are kept, so that the next start maps them in place of packing: a file,
+  /// or a folder for those of several models. One that is out of date (the model's files have
+  /// changed, another format or ISA) is made again; one that is no such file, or damaged, is
+  /// refused. On CPUs; layers with experts are not kept yet (std::invalid_argument).
   std::filesystem::path cache = {};
 };
 

@@ -5,17 +5,25 @@
 #include <cstdint>
 #include <fstream>
 #include <functional>
+#include <map>
 #include <numeric>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <eigenformer/core/tensor.h>
+#include <eigenformer/model/safetensors.h>
 
 #include "gguf_writer.h"
 #include "model_files.h"
 
 namespace eigenformer_test {
+
+namespace ef = eigenformer;
+
+/// What golden/make_models.py gives the models.
+inline const std::vector<std::int32_t> kIds{3, 17, 5, 29, 8, 8, 21, 1, 30, 12};
 
 inline nlohmann::json golden_file(const char* name) {
   std::ifstream file(std::string(EIGENFORMER_GOLDEN_DIR "/") + name);
@@ -45,38 +53,64 @@ class Weights {
   std::uint64_t seed_ = 0xcbf29ce484222325;
 };
 
-template <typename T>
-inline constexpr const char* kDtype = "F32";
-template <>
-inline constexpr const char* kDtype<eigenformer::bfloat16> = "BF16";
+/// All elements of it.
+inline std::vector<float> golden_values(const std::string& name,
+                                        const std::vector<std::int64_t>& shape) {
+  const Weights weights(name, shape.size() > 1);
+  std::vector<float> values(
+      std::accumulate(shape.begin(), shape.end(), std::size_t{1}, std::multiplies<>()));
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = weights(i);
+  return values;
+}
 
-/// A model of golden/models.json as a folder of files, its weights in T.
 template <typename T>
-void write_family(const Folder& folder, const nlohmann::json& model) {
-  folder.write("config.json", model.at("config").dump());
+inline constexpr auto kFormat = ef::StoredFormat::f32;
+template <>
+inline constexpr auto kFormat<ef::bfloat16> = ef::StoredFormat::bf16;
+template <>
+inline constexpr auto kFormat<ef::half> = ef::StoredFormat::f16;
+
+/// A tensor of a safetensors file.
+struct FileTensor {
+  ef::StoredFormat format;
+  std::vector<std::int64_t> shape;
+  std::string bytes;
+
+  template <typename T = float>
+  static FileTensor of(std::vector<std::int64_t> shape, const std::vector<float>& values) {
+    FileTensor tensor{kFormat<T>, std::move(shape), {}};
+    for (const float value : values) {
+      const T rounded(value);
+      tensor.bytes.append(reinterpret_cast<const char*>(&rounded), sizeof(T));
+    }
+    return tensor;
+  }
+};
+using FileTensors = std::map<std::string, FileTensor>;
+
+/// A model as a folder of files.
+inline void write_model(const Folder& folder, const nlohmann::json& config,
+                        const FileTensors& tensors) {
+  folder.write("config.json", config.dump());
   folder.write(
       "tokenizer.json",
       R"({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []})");
-  nlohmann::json header;
-  std::string data;
+  std::vector<ef::StoredTensor> stored;
+  for (const auto& [name, tensor] : tensors)
+    stored.push_back({name, tensor.format, tensor.shape, bytes_of(tensor.bytes)});
+  ef::write_safetensors(folder.path() / "model.safetensors", stored);
+}
+
+/// One of golden/models.json, its weights in T.
+template <typename T>
+void write_family(const Folder& folder, const nlohmann::json& model) {
+  FileTensors tensors;
   for (const auto& tensor : model.at("tensors")) {
     const auto name = tensor[0].get<std::string>();
-    const auto shape = tensor[1].get<std::vector<std::uint64_t>>();
-    const Weights weights(name, shape.size() > 1);
-    const std::size_t begin = data.size();
-    const auto count =
-        std::accumulate(shape.begin(), shape.end(), std::uint64_t{1}, std::multiplies<>());
-    for (std::uint64_t i = 0; i < count; ++i) {
-      const T value = static_cast<T>(weights(i));
-      data.append(reinterpret_cast<const char*>(&value), sizeof(T));
-    }
-    header[name] = {{"dtype", kDtype<T>}, {"shape", shape}, {"data_offsets", {begin, data.size()}}};
+    const auto shape = tensor[1].get<std::vector<std::int64_t>>();
+    tensors[name] = FileTensor::of<T>(shape, golden_values(name, shape));
   }
-  std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');
-  const std::uint64_t length = text.size();
-  folder.write("model.safetensors",
-               std::string(reinterpret_cast<const char*>(&length), sizeof(length)) + text + data);
+  write_model(folder, model.at("config"), tensors);
 }
 
 /// Values of a tensor of golden/gguf_models.json: given, or those of tensors of the model, one

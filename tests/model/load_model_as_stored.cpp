@@ -15,19 +15,13 @@ using namespace eigenformer_test;
 
 namespace {
 
-const std::vector<std::int32_t> kIds{3, 17, 5, 29, 8, 8, 21, 1, 30, 12};
 const ef::LoadOptions kStored{.weights = ef::WeightFormat::as_stored};
 
 template <typename T>
 FileTensor narrowed(const FileTensor& floats) {
-  FileTensor result{kDtype<T>, floats.shape, {}};
-  for (std::size_t i = 0; i < floats.bytes.size(); i += 4) {
-    float value = 0;
-    std::memcpy(&value, floats.bytes.data() + i, 4);
-    const T rounded(value);
-    result.bytes.append(reinterpret_cast<const char*>(&rounded), sizeof(T));
-  }
-  return result;
+  std::vector<float> values(floats.bytes.size() / sizeof(float));
+  std::memcpy(values.data(), floats.bytes.data(), floats.bytes.size());
+  return FileTensor::of<T>(floats.shape, values);
 }
 FileTensors in_bfloat16(FileTensors tensors) {
   for (auto& [name, tensor] : tensors) tensor = narrowed<ef::bfloat16>(tensor);
@@ -121,7 +115,8 @@ std::string llama_in_blocks(const std::set<std::string>& floats) {
     const auto whole = std::string(name) + ".weight";
     constexpr std::uint32_t q8_0 = 8;
     if (floats.contains(name))
-      writer.tensor(whole, {rows, columns}, golden_values(name, {rows, columns}));
+      writer.tensor(whole, {rows, columns},
+                    golden_values(name, {static_cast<Index>(rows), static_cast<Index>(columns)}));
     else
       writer.tensor(whole, {rows, columns}, q8_0, q8_blocks(name, rows, columns));
   }
@@ -169,7 +164,7 @@ TEST(StoredWeights, MatricesOfOneProductMayDiffer) {
   for (const char* const name : {"mlp.up_proj.weight", "self_attn.k_proj.weight"}) {
     const std::string whole = std::string("model.layers.0.") + name;
     const auto shape = tensors.at(whole).shape;
-    tensors.at(whole) = FileTensor::floats(shape, golden_values(whole, shape));
+    tensors.at(whole) = FileTensor::of(shape, golden_values(whole, shape));
   }
   write_model(folder, golden.at("config"), tensors);
   expect_exact(folder.path());

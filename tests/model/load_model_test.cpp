@@ -1,15 +1,15 @@
 // A trained model as its author published it (shared/models/stories260K): loaded, text becomes ids
 // and back, and greedy decoding writes the published text, token by token: with any chunks, in a
-// batch, beside other sequences in pages. Tiny models of every family: logits and greedy text are
-// those of transformers (golden/make_models.py). Files that are not what they claim are refused.
+// batch, beside other sequences in pages, from packed weights that a start has kept. Files that are
+// not what they claim are refused. Tiny models on a GPU.
 #include <eigenformer/model.h>
 
-#include <numeric>
+#include <array>
 #include <set>
 
 #include "allocations.h"
 #include "device.h"
-#include "expert_files.h"
+#include "family_files.h"
 
 using namespace eigenformer_test;
 
@@ -261,13 +261,15 @@ TEST_F(Stories, WeightsOfEveryFormat) {
   const double half = relative_error(with(ef::WeightFormat::half), expected),
                pairs = relative_error(with(ef::WeightFormat::bfloat16), expected),
                channels = relative_error(with(ef::WeightFormat::int8), expected),
-               groups = relative_error(with({ef::WeightFormat::int8, 32}), expected);
+               groups = relative_error(with({ef::WeightFormat::int8, 32}), expected),
+               fours = relative_error(with(ef::WeightFormat::int4), expected);
   EXPECT_GT(half, 0);
   EXPECT_LT(half, 2e-3);
   EXPECT_LT(half, pairs);
   EXPECT_LT(pairs, 2e-2);
   EXPECT_LT(groups, 5e-2);
   EXPECT_LT(channels, 5e-2);
+  EXPECT_LT(fours, 0.2);
 }
 
 TEST_F(Stories, FilesThatAreNotWhatTheyClaimAreRefused) {
@@ -311,117 +313,7 @@ TEST_F(Stories, BadTokensAreRefused) {
   EXPECT_EQ(model.logits(none).dimension(0), 0);
 }
 
-// ---- families -----------------------------------------------------------------------------------
-
-const std::vector<std::int32_t> kIds{3, 17, 5, 29, 8, 8, 21, 1, 30, 12};
-
-/// Logits of kIds, in chunks of two lengths, beside a sequence of padding-free neighbours.
-ef::Tensor<float, 2> ragged_logits(ef::Model<float>& model) {
-  ef::PagedKvCache<float> cache = model.make_cache(64, 4);
-  const std::vector<ef::SequenceId> sequences{cache.add_sequence(), cache.add_sequence()};
-  ef::Tensor<float, 2> all(10, 32);
-  Index begin = 0;
-  for (const Index n : {4, 1, 3, 2}) {
-    std::vector<std::int32_t> tokens{7, 9};
-    tokens.insert(tokens.end(), kIds.begin() + begin, kIds.begin() + begin + n);
-    std::vector<Index> wanted(static_cast<std::size_t>(n));
-    std::iota(wanted.begin(), wanted.end(), Index{2});
-    const auto logits =
-        model.decoder().step({tokens, std::vector<Index>{0, 2, 2 + n}, wanted}, cache, sequences);
-    std::copy_n(logits.data(), logits.size(), all.data() + begin * 32);
-    begin += n;
-  }
-  return all;
-}
-
-TEST(Families, AreThoseOfTransformers) {
-  const auto models = golden_file("models.json");
-  ASSERT_GT(models.size(), 25u);
-  for (const auto& [name, golden] : models.items()) {
-    SCOPED_TRACE(name);
-    ef::Tensor<double, 2> expected(10, 32);
-    for (Index i = 0; i < 320; ++i)
-      expected.data()[i] = golden.at("logits")[static_cast<std::size_t>(i / 32)]
-                               .at(static_cast<std::size_t>(i % 32))
-                               .get<double>();
-    const Folder folder;
-    write_family<float>(folder, golden);
-    auto model = ef::load_model<float>(folder.path());
-    const auto logits = model.logits(kIds);
-    EXPECT_LT(relative_error(logits, expected), 1e-5);
-    EXPECT_TRUE(same_bits(ragged_logits(model), logits));
-    EXPECT_EQ(ef::generate(model, kIds, {.max_new_tokens = 64, .chunk = 3}),
-              golden.at("greedy").get<std::vector<std::int32_t>>());
-    auto rounded = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::int8});
-    EXPECT_LT(relative_error(rounded.logits(kIds), expected), 0.15);
-    auto floats = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::as_stored});
-    EXPECT_TRUE(same_bits(floats.logits(kIds), logits));
-
-    const Folder narrow;
-    write_family<ef::bfloat16>(narrow, golden);
-    auto half = ef::load_model<ef::bfloat16>(narrow.path());
-    const std::vector<std::int32_t> some{1, 2, 3, 4, 1};
-    auto widened = ef::load_model<float>(narrow.path());
-    auto stored = ef::load_model<float>(narrow.path(), {.weights = ef::WeightFormat::as_stored});
-    EXPECT_TRUE(same_bits(stored.logits(some), widened.logits(some)));
-    EXPECT_LT(stored.weight_bytes(), widened.weight_bytes());
-    EXPECT_LT(relative_error(half.logits(kIds), expected),
-              1.5 * golden.at("bfloat16_error").get<double>());
-  }
-}
-
-TEST(Families, ExpertsAsFilesHaveThem) {
-  const auto models = golden_file("models.json");
-  const auto loads = [&](const nlohmann::json& config, const FileTensors& tensors) {
-    const Folder folder;
-    write_model(folder, config, tensors);
-    return ef::load_model<float>(folder.path()).logits(kIds);
-  };
-  for (const auto& [name, names, block] :
-       {std::tuple<const char*, std::array<std::string, 3>, const char*>{
-            "mixtral", {"w1", "w3", "w2"}, "block_sparse_moe"},
-        {"qwen2_moe", {"gate_proj", "up_proj", "down_proj"}, "mlp"},
-        {"qwen3_moe", {"gate_proj", "up_proj", "down_proj"}, "mlp"}}) {
-    SCOPED_TRACE(name);
-    const auto& golden = models.at(name);
-    const Folder folder;
-    write_family<float>(folder, golden);
-    const auto logits = ef::load_model<float>(folder.path()).logits(kIds);
-    auto tensors = hub_tensors(golden, names, block);
-    EXPECT_TRUE(same_bits(loads(golden.at("config"), tensors), logits));
-    const auto last = std::find_if(tensors.begin(), tensors.end(), [](const auto& tensor) {
-      return tensor.first.find(".experts.1.") != std::string::npos;
-    });
-    const std::string missing = last->first;
-    tensors.erase(last);
-    expect_throws<ef::ModelFileError>([&] { loads(golden.at("config"), tensors); },
-                                      {missing, "missing"});
-  }
-  const auto& golden = models.at("gpt_oss");
-  auto config = golden.at("config");
-  config["hidden_size"] = config["intermediate_size"] = 32;
-  auto packed = gpt_oss_tensors(golden, true);
-  EXPECT_TRUE(same_bits(loads(config, packed), loads(config, gpt_oss_tensors(golden, false))));
-  packed.at("model.layers.1.mlp.experts.down_proj_scales").shape = {4, 1, 32};
-  expect_throws<ef::ModelFileError>([&] { loads(config, packed); },
-                                    {"layers.1.mlp.experts.down_proj_scales", "(4, 1, 32)"});
-}
-
-TEST(Families, ATableOfPositionsEndsTheText) {
-  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
-  const auto golden = nlohmann::json::parse(file).at("gpt2");
-  const Folder folder;
-  write_family<float>(folder, golden);
-  auto model = ef::load_model<float>(folder.path());
-  const auto positions = static_cast<std::size_t>(model.config().form.positions);
-  ASSERT_GT(positions, 74u);
-  const auto text = ef::generate(model, kIds, {.max_new_tokens = 100000});
-  EXPECT_EQ(text.size(), positions - kIds.size());
-  const auto expected = golden.at("greedy").get<std::vector<std::int32_t>>();
-  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), text.begin()));
-  expect_throws<std::length_error>(
-      [&] { ef::generate(model, std::vector<std::int32_t>(positions + 1), {}); }, {"generate"});
-}
+// ---- on a GPU -----------------------------------------------------------------------------------
 
 #if defined(EIGENFORMER_TEST_BLOCKS)
 TEST(Families, RunOnADevice) {
@@ -441,141 +333,5 @@ TEST(Families, RunOnADevice) {
   });
 }
 #endif
-
-// ---- the same in GGUF ---------------------------------------------------------------------------
-
-TEST(GgufFamilies, AreThoseOfTheirFolders) {
-  const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
-  ASSERT_GT(files.size(), 28u);
-  for (const auto& [name, golden] : files.items()) {
-    SCOPED_TRACE(name);
-    nlohmann::json model = models.at(golden.at("model").get<std::string>());
-    const nlohmann::json& changes = golden.at("changes");
-    model.at("config").update(changes);
-    if (golden.contains("shapes")) model.at("tensors") = golden.at("shapes");
-    const Folder folder;
-    write_family<float>(folder, model);
-    const ef::LoadOptions how{.length = golden.value("length", Index{0})};
-    auto expected = ef::load_model<float>(folder.path(), how);
-    auto loaded = ef::load_model<float>(folder.write("m.gguf", gguf_of(golden, model)), how);
-    EXPECT_LT(relative_error(loaded.logits(kIds), to_double(expected.logits(kIds))), 1e-5);
-    EXPECT_EQ(ef::generate(loaded, kIds, {.max_new_tokens = 64}),
-              changes.empty() ? model.at("greedy").get<std::vector<std::int32_t>>()
-                              : ef::generate(expected, kIds, {.max_new_tokens = 64}));
-  }
-}
-
-/// The configuration of a file of so many layers that has no tensor but the embedding.
-ef::ModelConfig config_of(const std::string& architecture, std::uint32_t layers,
-                          const nlohmann::json& more) {
-  GgufWriter writer;
-  writer.text("general.architecture", architecture);
-  const auto key = [&](const std::string& name) { return architecture + "." + name; };
-  writer.integer(key("block_count"), layers);
-  writer.integer(key("embedding_length"), 16);
-  writer.integer(key("attention.head_count"), 2);
-  writer.integer(key("attention.key_length"), 4);
-  writer.integer(key("feed_forward_length"), 24);
-  for (const auto& [name, value] : more.items()) writer.value(key(name), value);
-  writer.tensor("token_embd.weight", {32, 16}, std::vector<float>(32 * 16));
-  const Folder folder;
-  return ef::gguf_model_config(ef::Gguf(folder.write("m.gguf", writer.file())));
-}
-/// Of each layer: w where it has a window, r where it turns by the first rotation, s by another.
-std::string layers_of(const ef::ModelConfig& config) {
-  std::string text;
-  for (Index l = 0; l < config.shape.layers; ++l) {
-    const ef::DecoderLayerForm layer = config.form.layer(l);
-    text += (layer.window > 0 ? "w" : "") +
-            std::string(layer.rope < 0   ? ""
-                        : layer.rope > 0 ? "s"
-                                         : "r") +
-            " ";
-  }
-  return text;
-}
-
-TEST(GgufFamilies, LayersAreWhatLlamaCppTakesThemToBe) {
-  const nlohmann::json window{{"attention.sliding_window", {"uint32", 8}}};
-  const auto layers = [](const char* architecture, std::uint32_t count,
-                         const nlohmann::json& more) {
-    return layers_of(config_of(architecture, count, more));
-  };
-  EXPECT_EQ(layers("smollm3", 5, {}), "r r r  r ");
-  EXPECT_EQ(layers("gemma2", 4, {}), "wr r wr r ");  // 4096 is understood
-  EXPECT_EQ(layers("gemma3", 7, window), "ws ws ws ws ws r ws ");
-  EXPECT_EQ(layers("gemma3", 2, {}), "r r ");
-  EXPECT_EQ(layers("cohere2", 5, window), "wr wr wr  wr ");
-  EXPECT_EQ(layers("olmo2", 5, window), "ws ws ws r ws ");
-  EXPECT_EQ(layers("qwen3", 2, window), "wr wr ");
-  auto pattern = window;
-  pattern["attention.sliding_window_pattern"] = {"bools", {false, true, false}};
-  EXPECT_EQ(layers("olmo2", 3, pattern), "r ws r ");
-  const float scale = config_of("gemma3", 62, window).form.attention_scale;
-  EXPECT_FLOAT_EQ(scale, 1 / std::sqrt(8.0f));  // 16 features over 2 heads
-  EXPECT_EQ(config_of("gemma3", 34, window).form.attention_scale, 0);
-  EXPECT_EQ(config_of("gemma2", 2, {}).form.attention_softcap, 50);
-}
-
-TEST(GgufFamilies, WhatIsNotUnderstoodIsRefused) {
-  const auto refused = [](const char* architecture, const nlohmann::json& more,
-                          const std::vector<std::string>& words) {
-    expect_throws<ef::ModelFileError>([&] { config_of(architecture, 3, more); }, words);
-  };
-  refused("mamba", {}, {"m.gguf", "general.architecture", "mamba"});
-  const nlohmann::json some{"uint32", 8}, none{"uint32", 0};
-  refused("llama", {{"expert_count", some}}, {"llama.expert_used_count", "missing"});
-  refused("gemma", {{"expert_count", some}}, {"gemma.expert_count"});
-  refused(
-      "qwen3moe",
-      {{"expert_count", some}, {"expert_used_count", some}, {"expert_gating_func", {"uint32", 2}}},
-      {"qwen3moe.expert_gating_func"});
-  refused("qwen2moe",
-          {{"expert_count", some},
-           {"expert_used_count", some},
-           {"expert_weights_norm", {"bool", true}}},
-          {"qwen2moe.expert_weights_norm"});
-  refused("llama", {{"attention.clamp_kqv", {"float32", 8}}}, {"llama.attention.clamp_kqv"});
-  config_of("llama", 3, {{"attention.clamp_kqv", {"float32", 0}}, {"nextn_predict_layers", none}});
-  refused("glm4", {{"nextn_predict_layers", some}}, {"glm4.nextn_predict_layers"});
-  refused("llama", {{"attention.causal", {"bool", false}}}, {"attention.causal"});
-  refused("llama", {{"attention.value_length", some}}, {"attention.value_length"});
-  refused("llama", {{"rope.dimension_count", {"uint32", 5}}}, {"rope.dimension_count"});
-  refused("llama", {{"rope.scaling.type", {"string", "wave"}}}, {"rope.scaling.type", "wave"});
-  refused("phi3", {{"rope.scaling.type", {"string", "longrope"}}}, {"rope_factors_short.weight"});
-  refused(
-      "llama",
-      {{"rope.scaling.type", {"string", "yarn"}}, {"rope.scaling.yarn_ext_factor", {"float32", 2}}},
-      {"yarn_ext_factor"});
-  refused("gemma2", {{"rope.freq_base_swa", some}}, {"gemma2.rope.freq_base_swa"});
-  refused("cohere2", {}, {"cohere2.attention.sliding_window"});
-  refused("olmo2",
-          {{"attention.sliding_window", some},
-           {"attention.sliding_window_pattern", {"bools", {true, false}}}},
-          {"sliding_window_pattern", "each layer"});
-  refused("falcon", {{"tensor_data_layout", {"string", "other"}}}, {"falcon.tensor_data_layout"});
-  refused("granite", {{"rope.scaling.finetuned", {"bool", false}}}, {"finetuned"});
-  refused("stablelm", {{"use_parallel_residual", {"bool", false}}}, {"use_parallel_residual"});
-}
-
-TEST(GgufFamilies, TensorsThatNobodyReadsAreRefused) {
-  const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
-  const auto with = [&](const std::string& name, const std::string& tensor,
-                        const std::vector<std::string>& words) {
-    nlohmann::json golden = files.at(name);
-    golden.at("tensors")[tensor] = {{4}, {{"values", {1, 1, 1, 1}}}};
-    const Folder folder;
-    expect_throws<ef::ModelFileError>(
-        [&] {
-          ef::load_model<float>(folder.write(
-              "m.gguf", gguf_of(golden, models.at(golden.at("model").get<std::string>()))));
-        },
-        words);
-  };
-  with("llama", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight", "llama"});
-  with("stablelm", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight", "LayerNorm"});
-  with("llama_yarn", "rope_freqs.weight", {"rope_freqs.weight", "YaRN"});
-  with("llama", "rope_freqs.weight", {"rope_freqs.weight", "each pair"});
-}
 
 }  // namespace

@@ -9,7 +9,6 @@
 #include <memory>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include <eigenformer/decoder/weights.h>
@@ -100,11 +99,9 @@ inline void save(const ef::DecoderWeights& weights, Index positions,
 /// The shape of a model that save() has written, each size within reason.
 inline ef::DecoderConfig read_config(const std::filesystem::path& folder) {
   const ef::MappedFile file(config_file(folder));
-  const std::string_view text(reinterpret_cast<const char*>(file.bytes().data()),
-                              file.bytes().size());
-  const ef::ModelConfig model = ef::parse_model_config(text, file.name());
+  const ef::ModelConfig model = ef::parse_model_config(file.text(), file.name());
   const ef::DecoderConfig& c = model.shape;
-  if (nlohmann::json::parse(text) != config_json(c, model.positions))
+  if (nlohmann::json::parse(file.text()) != config_json(c, model.positions))
     throw ef::ModelFileError(file.name() + ": is another model's than --save keeps");
   if (c.vocabulary != 256)
     throw ef::ModelFileError(file.name() + ": this job serves bytes and needs a vocabulary of 256");

@@ -1,5 +1,6 @@
 // Continues a text with a model, or answers in a chat, word by word as it is made.
 #include <csignal>
+#include <cstdlib>
 #include <exception>
 #include <iostream>
 
@@ -22,7 +23,7 @@ constexpr const char* kUsage =
   --prompt TEXT     the text to continue (default: none, the model begins one)
   --chat            by the model's chat template: --prompt is what a user says; without it each
                     line of the input is, until it ends. Ctrl-C ends an answer, and between
-                    answers the chat
+                    answers the chat; twice, while a prompt is read too, the program
   --system TEXT     in a chat: what is said before all
   --tokens N        tokens to write at most (default 128; in a chat 1024 an answer); fewer where the
                     model ends the text
@@ -168,7 +169,6 @@ int chat(const Options& options, programs::LoadedModel& model) {
   programs::Chat chat(model.tokenizer(), options.system);
   Work work;
   const auto answer = [&](const std::string& message) {
-    stopped = 0;
     const auto prompt = chat.ask(message);
     chat.answer(write(options, model, prompt, model.tokenizer().stream(), work));
   };
@@ -177,6 +177,7 @@ int chat(const Options& options, programs::LoadedModel& model) {
   } else {
     const bool terminal = ::isatty(STDIN_FILENO) != 0;
     for (std::string line;;) {
+      stopped = 0;
       if (terminal) std::fputs("> ", stderr);
       if (!std::getline(std::cin, line)) break;
       if (!line.empty()) answer(line);
@@ -187,10 +188,14 @@ int chat(const Options& options, programs::LoadedModel& model) {
   return 0;
 }
 
-/// Ctrl-C ends what is being written; where a line is being read, it ends the input.
+/// Ctrl-C ends what is being written; where a line is being read, it ends the input. Once more
+/// before that has come about, as while a long prompt is computed, it ends the program.
 void stop_on_interrupt() {
   struct sigaction action {};
-  action.sa_handler = [](int) { stopped = 1; };
+  action.sa_handler = [](int) {
+    if (stopped != 0) std::_Exit(128 + SIGINT);
+    stopped = 1;
+  };
   sigaction(SIGINT, &action, nullptr);
 }
 

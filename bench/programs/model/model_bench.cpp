@@ -16,8 +16,9 @@ namespace ef = eigenformer;
 using nlohmann::json;
 
 constexpr const char* kUsage =
-    R"(model_bench: tokens per second of a model, of prompts and of tokens one by one, as llama-bench
-measures them: random tokens, sequences that begin empty, logits of the last token, medians.
+    R"(model_bench: tokens per second of a model, of prompts and of tokens one by one, as
+llama-bench measures them: random tokens, sequences that begin empty, logits of the last token,
+medians.
 
   model_bench --model DIR|FILE.gguf [options]
 

@@ -101,8 +101,8 @@ inline constexpr const char* kModelUsage =
     R"(  --model PATH      a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
   --int8            linear layers in INT8, quantized as they are read
   --int4            linear layers in INT4, the head in INT8, quantized as they are read
-  --group N         one scale of INT8 or INT4 for 32, 64 or 128 inputs (default: one for each output,
-                    with --int4 for 32 inputs)
+  --group N         one scale of INT8 or INT4 for 32, 64 or 128 inputs (default: one for each
+                    output, with --int4 for 32 inputs)
   --half            linear layers in half, rounded as they are read
   --as-stored       linear layers as the files hold them, blocks as INT8 by groups of 32
   --bf16            activations, caches and weights in bfloat16 (--int8, --int4: those weights)

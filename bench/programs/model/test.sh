@@ -21,6 +21,7 @@ int8=$("$programs/perplexity" --model "$model" --text "$model/greedy.txt" --json
 int4=$("$programs/perplexity" --model "$model" --text "$model/greedy.txt" --json --int4 | sed 's/.*"perplexity":\([0-9.]*\).*/\1/')
 echo "perplexity of the published text: float $float, INT8 $int8, INT4 $int4"
 awk "BEGIN { exit !($float > 1 && $float < 2 && $int8 / $float < 1.005 && $int8 / $float > 0.995) }" || fail "perplexity of INT8"
+# INT4 misses its goal, 1.05: 1.066 was measured, so this holds what there is.
 awk "BEGIN { exit !($int4 / $float < 1.07 && $int4 / $float > 0.95) }" || fail "perplexity of INT4"
 # A second start maps what the first packed.
 for start in first second; do
@@ -46,6 +47,13 @@ reused=$(sed -n '2s/.*"prompt_tokens_reused":\([0-9]*\).*/\1/p' "$work/answers")
 first=$(sed -n '1s/.*"prompt_ids":\[\([^]]*\).*/\1/p' "$work/answers" | tr , '\n' | wc -l)
 [ "$reused" = $((first + 11)) ] || fail "generate --chat found $reused tokens in its cache, of $first and 12"
 "$programs/generate" --model "$work/chat" --chat --prompt "Hello" --tokens 5 >"$work/answer" || fail "generate --chat --prompt"
+# A second Ctrl-C ends the program while a prompt is computed that takes it seconds. (In the background a shell has it ignored at first.)
+for i in $(seq 400); do tr '\n' ' ' <"$model/greedy.txt"; done >"$work/long"
+"$programs/generate" --model "$work/chat" --chat --context 1000000 --threads 1 <"$work/long" >/dev/null 2>&1 &
+while kill -INT $! 2>/dev/null; do sleep 0.05; done
+status=0
+wait $! || status=$?
+[ $status = 130 ] || fail "generate, interrupted twice, has status $status"
 # The bench, and a peer that is given the same work.
 "$programs/model_bench" --model "$model" --threads 1 --prompt-tokens 20 --decode-tokens 3 --batch 2 --repetitions 2 --int8 >"$work/table"
 [ "$(awk '$4 + 0 > 0 && $5 ~ /^([0-9.]+%|-)$/ { print $1, $2, $3 }' "$work/table" | tr '\n' ',')" = "prefill 1 20,decode 1 3,decode 2 3," ] ||

@@ -14,9 +14,10 @@
 ///   Q4_0   d (q - 8)         32; byte i holds elements i (low bits) and i + 16
 ///   Q4_1   d q + m           32
 ///   Q6_K   (d s) (q - 32)    256; s of 8 bits for 16 elements
-///   MXFP4  d k                32; d a power of two in 8 bits, k of 4 bits among 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
 ///   Q5_K   (d s) q - (m t)   256; s and t of 6 bits for 32 elements
 ///   Q4_K   (d s) q - (m t)   256
+///   MXFP4  d k               32; d a power of two in 8 bits, k one of 0, 0.5, 1, 1.5, 2, 3, 4, 6
+///                            and their negatives in 4
 ///
 /// Every product is exact in float (11 bits of a half times at most 7 and 6), so a result is
 /// rounded once at most and has ggml's bits, whichever instructions fuse. Costs O(elements) on the

@@ -2,12 +2,13 @@
 /// What config.json says of a model, family by family (its `model_type`), as Hugging Face's
 /// transformers reads it:
 ///
-///   llama (1 to 3.3), mistral, qwen2, qwen3, gemma, gemma2, gemma3 and gemma3_text, phi (1 and 2),
-///   mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or MXFP4),
-///   phi3 (and 4), smollm3, olmo2, granite, starcoder2, stablelm, glm, glm4, cohere, cohere2, falcon, gpt2, gpt_neox
+///   llama (1 to 3.3), mistral, granite, qwen2, qwen3, gemma, gemma2, gemma3 and gemma3_text,
+///   phi (1 and 2), phi3 (and 4), smollm3, olmo2, starcoder2, stablelm, glm, glm4, cohere, cohere2,
+///   falcon, gpt2, gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or
+///   MXFP4)
 ///
-/// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm), are refused by
-/// name and reason with ModelFileError.
+/// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm), are refused
+/// by name and reason with ModelFileError.
 #pragma once
 
 #include <cmath>
@@ -104,6 +105,7 @@ class FamilyReader : FamilyParts {
     m_.form.query_key_norm = QueryKeyNorm::head;
     qwen_windows();
   }
+
   // ---- mixtures of experts ----------------------------------------------------------------------
 
   void mixtral() {
@@ -152,6 +154,9 @@ class FamilyReader : FamilyParts {
     m_.turned_experts = m_.router_bias = true;
     m_.names.router = "mlp.router";
   }
+
+  // ---- others -----------------------------------------------------------------------------------
+
   void gemma() {
     shape();
     rope();
@@ -422,9 +427,7 @@ inline ModelConfig parse_model_config(std::string_view text, std::string_view fi
 inline ModelConfig read_model_config(const std::filesystem::path& path,
                                      const ModelConfigOptions& options = {}) {
   const MappedFile file(path);
-  return parse_model_config(
-      {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, file.name(),
-      options);
+  return parse_model_config(file.text(), file.name(), options);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -2,9 +2,9 @@
 /// What the metadata of a GGUF file say of a model, by its general.architecture, as llama.cpp's
 /// converter writes them:
 ///
-///   llama (Llama 1 to 3.3, Mistral, SmolLM, Mixtral), granite, smollm3, qwen2, qwen3, qwen2moe, qwen3moe, gpt-oss, gemma,
-///   gemma2, gemma3, phi2, phi3 (and 4), olmo2 (and 3), starcoder2, stablelm, chatglm (GLM), glm4, command-r (Cohere), cohere2,
-///   falcon, gpt2, gptneox
+///   llama (Llama 1 to 3.3, Mistral, SmolLM, Mixtral), granite, smollm3, qwen2, qwen3, gemma,
+///   gemma2, gemma3, phi2, phi3 (and 4), olmo2 (and 3), starcoder2, stablelm, chatglm (GLM), glm4,
+///   command-r (Cohere), cohere2, falcon, gpt2, gptneox; with experts qwen2moe, qwen3moe, gpt-oss
 ///
 /// Others, keys of the architecture that nobody here asks for, and tensors that are no part of the
 /// decoder are refused by name.
@@ -249,6 +249,7 @@ class GgufFamilyReader {
     plain();
     m_.form.query_key_norm = QueryKeyNorm::head;
   }
+
   // ---- mixtures of experts ----------------------------------------------------------------------
 
   /// In layers that have a router. Their weights are normalised or not as llama.cpp does it for the

@@ -1,7 +1,7 @@
 /// \file
 /// A model's tensors, from its files into packed weights: one linear layer after the other, read
-/// once (twice for INT8) where they lie, so that nothing but the largest of them is ever held
-/// beside the packed ones.
+/// once (twice for INT8 and INT4) where they lie, so that nothing but the largest of them is ever
+/// held beside the packed ones.
 #pragma once
 
 #include <algorithm>
@@ -290,7 +290,8 @@ class ModelLoader {
         gate, up, down);
   }
 
-  /// gate_up_proj (experts, 2 * hidden, in), each gate above its up, and down_proj (experts, in, hidden).
+  /// gate_up_proj (experts, 2 * hidden, in), each gate above its up, and down_proj (experts, in,
+  /// hidden).
   void load_stacked_experts(Index l, const std::string& name) {
     const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,
                 d = m_.shape.features;
@@ -304,7 +305,7 @@ class ModelLoader {
     }
   }
 
-  /// Gates, ups and downs of all experts, (experts, out, in) each, and their biases, (experts, out).
+  /// Gates, ups and downs of all experts, (experts, out, in) each, and their biases (experts, out).
   void load_experts_by_part(Index l) {
     const ModelNames& n = m_.names;
     const Index count = m_.form.experts.count, hidden = m_.form.experts.hidden,

@@ -15,6 +15,7 @@
 #include <filesystem>
 #include <span>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <utility>
 
@@ -69,6 +70,9 @@ class MappedFile {
   ~MappedFile() { close(); }
 
   std::span<const std::byte> bytes() const { return bytes_; }
+  std::string_view text() const {
+    return {reinterpret_cast<const char*>(bytes_.data()), bytes_.size()};
+  }
   /// The path as it was given, in UTF-8: for messages.
   const std::string& name() const { return name_; }
 

@@ -1,8 +1,8 @@
 /// \file
-/// Matrices in MXFP4, as gpt-oss files have them ("OCP Microscaling Formats", 2023): 32 neighbours of
-/// a row share a power of two, 2^(scale - 127), and each is one of 16 numbers, the even ones in the
-/// low four bits of a byte. Two tensors: blocks (..., rows, columns / 32, 16) and scales (..., rows,
-/// columns / 32), both U8.
+/// Matrices in MXFP4, as gpt-oss files have them ("OCP Microscaling Formats", 2023): 32 neighbours
+/// of a row share a power of two, 2^(scale - 127), and each is one of 16 numbers, the even ones in
+/// the low four bits of a byte. Two tensors: blocks (..., rows, columns / 32, 16) and scales
+/// (..., rows, columns / 32), both U8.
 #pragma once
 
 #include <array>

@@ -1,18 +1,20 @@
 /// \file
 /// Packed weights of a decoder as a file that is mapped and used where it lies: a program that
-/// starts again starts as fast as it maps.
+/// starts again packs nothing, and reads of the data what it uses.
 ///
 ///   ef::write_packed_weights(weights, "model.packed", key);
-///   auto weights = ef::read_packed_weights<float>(device, "model.packed", key, config, storage, form);
+///   auto weights =
+///       ef::read_packed_weights<float>(device, "model.packed", key, config, storage, form);
 ///
 /// LoadOptions::cache of model.h does both. The file:
 ///
-///   "EFPACKED" | order version head_bytes key_bytes numbers data_bytes | key | numbers | checksum of all that | zeros up to a page | data
+///   "EFPACKED" | order version head_bytes key_bytes numbers data_bytes | key | numbers
+///   | checksum of all that | zeros up to a page | data
 ///
-/// Numbers are 64 bits, in the byte order of the machine that wrote them, which `order` shows. Those
-/// behind the key say for each part of the weights, in the order of decoder/packed_parts.h, what it
-/// is; of an array, where it begins in the data and its elements. Large arrays begin at a page, all
-/// at 64 bytes.
+/// Numbers are 64 bits, in the byte order of the machine that wrote them, which `order` shows.
+/// Those behind the key say for each part of the weights, in the order of decoder/packed_parts.h,
+/// what it is; of an array, where it begins in the data and its elements. Large arrays begin at a
+/// page, all at 64 bytes.
 ///
 /// What lies in the data is packed for one ISA: the key, which is any text, says for which, and of
 /// what; a file with another key is not that file. Nothing of the head is believed: sizes are those
@@ -37,6 +39,7 @@
 #include "../decoder/packed_parts.h"
 #include "../kv/paged_layers.h"
 #include "mapped_file.h"
+#include "written_file.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -388,25 +391,19 @@ void write_packed_weights(const PackedDecoderWeights<T>& weights, const std::fil
   parts.list.push_back(static_cast<std::int64_t>(weights.bytes()));
   const std::string head =
       detail::PackedHead{std::string(key), std::move(parts.list), parts.bytes}.bytes();
-  const auto partial =
-      std::filesystem::path(path).concat("." + std::to_string(std::random_device{}()) + ".partial");
-  std::ofstream stream(partial, std::ios::binary);
-  stream.write(head.data(), static_cast<std::streamsize>(head.size()));
-  const std::array<char, detail::PackedHead::kPage> zeros{};
-  std::uint64_t at = 0;
-  for (const auto& piece : parts.pieces) {
-    stream.write(zeros.data(), static_cast<std::streamsize>(piece.begin - at));
-    stream.write(reinterpret_cast<const char*>(piece.bytes.data()),
-                 static_cast<std::streamsize>(piece.bytes.size()));
-    at = piece.begin + piece.bytes.size();
-  }
-  stream.close();
-  std::error_code problem, ignored;
-  if (stream) std::filesystem::rename(partial, path, problem);
-  if (stream && !problem) return;
-  std::filesystem::remove(partial, ignored);
-  detail::fail_model(path.string(), "",
-                     "cannot be written: is the disk full, or the folder not writable?");
+  // Programs that start together may all write it: each to a file of its own.
+  const std::string ending = "." + std::to_string(std::random_device{}()) + ".partial";
+  detail::write_whole(path, ending, [&](std::ofstream& stream) {
+    stream.write(head.data(), static_cast<std::streamsize>(head.size()));
+    const std::array<char, detail::PackedHead::kPage> zeros{};
+    std::uint64_t at = 0;
+    for (const auto& piece : parts.pieces) {
+      stream.write(zeros.data(), static_cast<std::streamsize>(piece.begin - at));
+      stream.write(reinterpret_cast<const char*>(piece.bytes.data()),
+                   static_cast<std::streamsize>(piece.bytes.size()));
+      at = piece.begin + piece.bytes.size();
+    }
+  });
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -31,6 +31,7 @@
 #include "json.h"
 #include "mapped_file.h"
 #include "stored_tensor.h"
+#include "written_file.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -214,9 +215,7 @@ class Safetensors {
 
   void read_index(const std::filesystem::path& path) {
     const MappedFile index(path);
-    const auto bytes = index.bytes();
-    const auto file_of = detail::parse_safetensors_index(
-        {reinterpret_cast<const char*>(bytes.data()), bytes.size()}, index.name());
+    const auto file_of = detail::parse_safetensors_index(index.text(), index.name());
     std::set<std::string> shards;
     for (const auto& [name, shard] : file_of) shards.insert(shard);
     StoredTensors::Map map;
@@ -271,21 +270,14 @@ inline void write_safetensors(const std::filesystem::path& path,
   std::string text = header.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   text.append((64 - (text.size() + 8) % 64) % 64, ' ');
   const std::uint64_t length = text.size();
-  const auto partial = std::filesystem::path(path).concat(".partial");
-  std::ofstream stream(partial, std::ios::binary);
-  const auto write = [&stream](const void* bytes, std::size_t count) {
-    stream.write(static_cast<const char*>(bytes), static_cast<std::streamsize>(count));
-  };
-  write(&length, sizeof(length));
-  write(text.data(), text.size());
-  for (const StoredTensor& tensor : tensors) write(tensor.bytes.data(), tensor.bytes.size());
-  stream.close();
-  std::error_code problem, ignored;
-  if (stream) std::filesystem::rename(partial, path, problem);
-  if (stream && !problem) return;
-  std::filesystem::remove(partial, ignored);
-  detail::fail_model(path.string(), "",
-                     "cannot be written: is the disk full, or the folder not writable?");
+  detail::write_whole(path, ".partial", [&](std::ofstream& stream) {
+    const auto write = [&stream](const void* bytes, std::size_t count) {
+      stream.write(static_cast<const char*>(bytes), static_cast<std::streamsize>(count));
+    };
+    write(&length, sizeof(length));
+    write(text.data(), text.size());
+    for (const StoredTensor& tensor : tensors) write(tensor.bytes.data(), tensor.bytes.size());
+  });
 }
 
 }  // namespace EIGENFORMER_ABI

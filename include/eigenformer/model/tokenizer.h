@@ -16,14 +16,15 @@
 ///                    fallback; Unigram (Kudo, 2018)
 ///   normalizers      NFC, NFD, NFKC, NFKD, Nmt, StripAccents, Lowercase, Prepend, Replace, Strip,
 ///                    ByteLevel
-///   pre-tokenizers   ByteLevel, Split, Digits, Metaspace, Whitespace, WhitespaceSplit, Punctuation,
-///                    BertPreTokenizer
+///   pre-tokenizers   ByteLevel, Split, Digits, Metaspace, Whitespace, WhitespaceSplit,
+///                    Punctuation, BertPreTokenizer
 ///   post-processors  TemplateProcessing (of one text), ByteLevel, BertProcessing,
 ///                    RobertaProcessing
 ///   decoders         ByteLevel, ByteFallback, Fuse, Metaspace, Replace, Strip
 ///
-/// and Sequences of them; from GGUF the models llama, t5 (unigram) and gpt2. Anything else (WordPiece,
-/// Precompiled, BPE dropout, ...) is refused by its name. Truncation and padding are not read.
+/// and Sequences of them; from GGUF the models llama, t5 (unigram) and gpt2. Anything else
+/// (WordPiece, Precompiled, BPE dropout, ...) is refused by its name. Truncation and padding are
+/// not read.
 ///
 /// Text is UTF-8. What is not well formed is read as Python's errors="replace" reads it: U+FFFD for
 /// every longest part that could have begun a character. Patterns run on PCRE2 and know the
@@ -95,14 +96,14 @@ class Tokenizer {
   /// Throws ModelFileError naming file, place and reason.
   static Tokenizer from_folder(const std::filesystem::path& folder) {
     const MappedFile file(folder / "tokenizer.json");
-    detail::TokenizerData data = detail::tokenizer_from_json(text_of(file), file.name());
+    detail::TokenizerData data = detail::tokenizer_from_json(file.text(), file.name());
     read_beside(folder, "generation_config.json", detail::read_token_numbers, data);
     read_beside(folder, "tokenizer_config.json", detail::read_token_names, data);
     read_beside(folder, "special_tokens_map.json", detail::read_token_names, data);
     read_beside(folder, "chat_template.json", detail::read_token_names, data);
     read_beside(folder, "config.json", detail::read_token_numbers, data);
     if (const auto path = folder / "chat_template.jinja"; std::filesystem::exists(path))
-      data.chat_template = detail::whole_utf8(text_of(MappedFile(path)));
+      data.chat_template = detail::whole_utf8(MappedFile(path).text());
     return Tokenizer(std::move(data));
   }
   /// From the text of a tokenizer.json alone. `name` is for messages.
@@ -150,15 +151,12 @@ class Tokenizer {
   static std::optional<std::int32_t> known(std::int32_t id) {
     return id < 0 ? std::nullopt : std::optional(id);
   }
-  static std::string_view text_of(const MappedFile& file) {
-    return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
-  }
   template <typename Read>
   static void read_beside(const std::filesystem::path& folder, const char* name, Read&& read,
                           detail::TokenizerData& data) {
     if (!std::filesystem::exists(folder / name)) return;
     const MappedFile file(folder / name);
-    const nlohmann::json document = detail::parse_json(text_of(file), file.name());
+    const nlohmann::json document = detail::parse_json(file.text(), file.name());
     read(detail::JsonValue(document, file.name()), data);
   }
 

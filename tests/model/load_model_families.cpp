@@ -1,0 +1,165 @@
+// Tiny models of every family, as folders and as GGUF: logits and greedy text are those of
+// transformers (golden/make_models.py), in whatever layout files have the tensors.
+#include <eigenformer/model.h>
+
+#include <algorithm>
+#include <array>
+#include <numeric>
+#include <tuple>
+
+#include "compare.h"
+#include "expert_files.h"
+
+using namespace eigenformer_test;
+
+namespace {
+
+/// Logits of kIds, in chunks of two lengths, beside a sequence of padding-free neighbours.
+ef::Tensor<float, 2> ragged_logits(ef::Model<float>& model) {
+  ef::PagedKvCache<float> cache = model.make_cache(64, 4);
+  const std::vector<ef::SequenceId> sequences{cache.add_sequence(), cache.add_sequence()};
+  ef::Tensor<float, 2> all(10, 32);
+  Index begin = 0;
+  for (const Index n : {4, 1, 3, 2}) {
+    std::vector<std::int32_t> tokens{7, 9};
+    tokens.insert(tokens.end(), kIds.begin() + begin, kIds.begin() + begin + n);
+    std::vector<Index> wanted(static_cast<std::size_t>(n));
+    std::iota(wanted.begin(), wanted.end(), Index{2});
+    const auto logits =
+        model.decoder().step({tokens, std::vector<Index>{0, 2, 2 + n}, wanted}, cache, sequences);
+    std::copy_n(logits.data(), logits.size(), all.data() + begin * 32);
+    begin += n;
+  }
+  return all;
+}
+
+TEST(Families, AreThoseOfTransformers) {
+  const auto models = golden_file("models.json");
+  ASSERT_GT(models.size(), 25u);
+  for (const auto& [name, golden] : models.items()) {
+    SCOPED_TRACE(name);
+    ef::Tensor<double, 2> expected(10, 32);
+    for (Index i = 0; i < 320; ++i)
+      expected.data()[i] = golden.at("logits")[static_cast<std::size_t>(i / 32)]
+                               .at(static_cast<std::size_t>(i % 32))
+                               .get<double>();
+    const Folder folder;
+    write_family<float>(folder, golden);
+    auto model = ef::load_model<float>(folder.path());
+    const auto logits = model.logits(kIds);
+    EXPECT_LT(relative_error(logits, expected), 1e-5);
+    EXPECT_TRUE(same_bits(ragged_logits(model), logits));
+    EXPECT_EQ(ef::generate(model, kIds, {.max_new_tokens = 64, .chunk = 3}),
+              golden.at("greedy").get<std::vector<std::int32_t>>());
+    auto rounded = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::int8});
+    EXPECT_LT(relative_error(rounded.logits(kIds), expected), 0.15);
+    auto floats = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::as_stored});
+    EXPECT_TRUE(same_bits(floats.logits(kIds), logits));
+
+    const Folder narrow;
+    write_family<ef::bfloat16>(narrow, golden);
+    auto half = ef::load_model<ef::bfloat16>(narrow.path());
+    const std::vector<std::int32_t> some{1, 2, 3, 4, 1};
+    auto widened = ef::load_model<float>(narrow.path());
+    auto stored = ef::load_model<float>(narrow.path(), {.weights = ef::WeightFormat::as_stored});
+    EXPECT_TRUE(same_bits(stored.logits(some), widened.logits(some)));
+    EXPECT_LT(stored.weight_bytes(), widened.weight_bytes());
+    EXPECT_LT(relative_error(half.logits(kIds), expected),
+              1.5 * golden.at("bfloat16_error").get<double>());
+  }
+}
+
+TEST(Families, ExpertsAsFilesHaveThem) {
+  const auto models = golden_file("models.json");
+  const auto loads = [&](const nlohmann::json& config, const FileTensors& tensors) {
+    const Folder folder;
+    write_model(folder, config, tensors);
+    return ef::load_model<float>(folder.path()).logits(kIds);
+  };
+  for (const auto& [name, names, block] :
+       {std::tuple<const char*, std::array<std::string, 3>, const char*>{
+            "mixtral", {"w1", "w3", "w2"}, "block_sparse_moe"},
+        {"qwen2_moe", {"gate_proj", "up_proj", "down_proj"}, "mlp"},
+        {"qwen3_moe", {"gate_proj", "up_proj", "down_proj"}, "mlp"}}) {
+    SCOPED_TRACE(name);
+    const auto& golden = models.at(name);
+    const Folder folder;
+    write_family<float>(folder, golden);
+    const auto logits = ef::load_model<float>(folder.path()).logits(kIds);
+    auto tensors = hub_tensors(golden, names, block);
+    EXPECT_TRUE(same_bits(loads(golden.at("config"), tensors), logits));
+    const auto last = std::find_if(tensors.begin(), tensors.end(), [](const auto& tensor) {
+      return tensor.first.find(".experts.1.") != std::string::npos;
+    });
+    const std::string missing = last->first;
+    tensors.erase(last);
+    expect_throws<ef::ModelFileError>([&] { loads(golden.at("config"), tensors); },
+                                      {missing, "missing"});
+  }
+  const auto& golden = models.at("gpt_oss");
+  auto config = golden.at("config");
+  config["hidden_size"] = config["intermediate_size"] = 32;
+  auto packed = gpt_oss_tensors(golden, true);
+  EXPECT_TRUE(same_bits(loads(config, packed), loads(config, gpt_oss_tensors(golden, false))));
+  packed.at("model.layers.1.mlp.experts.down_proj_scales").shape = {4, 1, 32};
+  expect_throws<ef::ModelFileError>([&] { loads(config, packed); },
+                                    {"layers.1.mlp.experts.down_proj_scales", "(4, 1, 32)"});
+}
+
+TEST(Families, ATableOfPositionsEndsTheText) {
+  const auto golden = golden_file("models.json").at("gpt2");
+  const Folder folder;
+  write_family<float>(folder, golden);
+  auto model = ef::load_model<float>(folder.path());
+  const auto positions = static_cast<std::size_t>(model.config().form.positions);
+  ASSERT_GT(positions, 74u);
+  const auto text = ef::generate(model, kIds, {.max_new_tokens = 100000});
+  EXPECT_EQ(text.size(), positions - kIds.size());
+  const auto expected = golden.at("greedy").get<std::vector<std::int32_t>>();
+  EXPECT_TRUE(std::equal(expected.begin(), expected.end(), text.begin()));
+  expect_throws<std::length_error>(
+      [&] { ef::generate(model, std::vector<std::int32_t>(positions + 1), {}); }, {"generate"});
+}
+
+TEST(GgufFamilies, AreThoseOfTheirFolders) {
+  const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
+  ASSERT_GT(files.size(), 28u);
+  for (const auto& [name, golden] : files.items()) {
+    SCOPED_TRACE(name);
+    nlohmann::json model = models.at(golden.at("model").get<std::string>());
+    const nlohmann::json& changes = golden.at("changes");
+    model.at("config").update(changes);
+    if (golden.contains("shapes")) model.at("tensors") = golden.at("shapes");
+    const Folder folder;
+    write_family<float>(folder, model);
+    const ef::LoadOptions how{.length = golden.value("length", Index{0})};
+    auto expected = ef::load_model<float>(folder.path(), how);
+    auto loaded = ef::load_model<float>(folder.write("m.gguf", gguf_of(golden, model)), how);
+    EXPECT_LT(relative_error(loaded.logits(kIds), to_double(expected.logits(kIds))), 1e-5);
+    EXPECT_EQ(ef::generate(loaded, kIds, {.max_new_tokens = 64}),
+              changes.empty() ? model.at("greedy").get<std::vector<std::int32_t>>()
+                              : ef::generate(expected, kIds, {.max_new_tokens = 64}));
+  }
+}
+
+TEST(GgufFamilies, TensorsThatNobodyReadsAreRefused) {
+  const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
+  const auto with = [&](const std::string& name, const std::string& tensor,
+                        const std::vector<std::string>& words) {
+    nlohmann::json golden = files.at(name);
+    golden.at("tensors")[tensor] = {{4}, {{"values", {1, 1, 1, 1}}}};
+    const Folder folder;
+    expect_throws<ef::ModelFileError>(
+        [&] {
+          ef::load_model<float>(folder.write(
+              "m.gguf", gguf_of(golden, models.at(golden.at("model").get<std::string>()))));
+        },
+        words);
+  };
+  with("llama", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight", "llama"});
+  with("stablelm", "blk.0.attn_q_norm.weight", {"blk.0.attn_q_norm.weight", "LayerNorm"});
+  with("llama_yarn", "rope_freqs.weight", {"rope_freqs.weight", "YaRN"});
+  with("llama", "rope_freqs.weight", {"rope_freqs.weight", "each pair"});
+}
+
+}  // namespace
