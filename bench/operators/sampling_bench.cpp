@@ -1,8 +1,9 @@
-// Sampling from a vocabulary of 128256. Limit: one read of the logits. Peer: Eigen by hand, that is
-// argmax, or softmax and a sort.
+// Sampling, most of it from a vocabulary of 128256. Limit: one read of the logits. Peer: Eigen by
+// hand, that is argmax, or softmax and a sort.
 #include <eigenformer/parallel_region.h>
 #include <eigenformer/sampling.h>
 
+#include <cmath>
 #include <numeric>
 #include <random>
 
@@ -15,12 +16,31 @@ namespace {
 
 constexpr Index kBatch = 8, kVocab = 128256;
 
-std::shared_ptr<ef::Tensor<float, 2>> random_logits(float scale) {
-  auto logits = std::make_shared<ef::Tensor<float, 2>>(kBatch, kVocab);
+using Logits = std::shared_ptr<ef::Tensor<float, 2>>;
+
+Logits random_logits(float scale, Index batch = kBatch, Index vocab = kVocab) {
+  auto logits = std::make_shared<ef::Tensor<float, 2>>(batch, vocab);
   std::mt19937 generator(1);
   std::normal_distribution<float> normal(0.0f, scale);
-  for (Index i = 0; i < logits->size(); ++i) logits->data()[i] = normal(generator);
+  // drawn once: each row begins elsewhere
+  std::vector<float> numbers(static_cast<std::size_t>(2 * vocab));
+  for (float& number : numbers) number = normal(generator);
+  for (Index r = 0; r < batch; ++r)
+    std::copy_n(numbers.begin() + static_cast<Index>(generator() % static_cast<unsigned>(vocab)),
+                vocab, logits->data() + r * vocab);
   return logits;
+}
+
+/// One token in each row that has nearly all of the probability.
+Logits peaked_logits(Index batch, Index vocab) {
+  auto logits = random_logits(1.0f, batch, vocab);
+  for (Index r = 0; r < batch; ++r) (*logits)(r, (r + 1) * vocab / (batch + 2)) = 18.0f;
+  return logits;
+}
+
+template <typename T, typename F>
+ef::Values<T> values(std::size_t count, F f) {
+  return ef::Values<T>::owned(count, f);
 }
 
 /// Softmax with Eigen, a sort of token indices, and a walk: the draw of one row.
@@ -91,34 +111,107 @@ void sampling_cases(bench::Suite& suite) {
   stage("top-h 0.4", {.top_h = .4});
   stage("mirostat 2", {.mirostat = 2, .mirostat_mu = 5});
   stage("dynamic temperature", {.dynatemp_range = .5});
-  ef::SamplingParams penalties{.top_k = 50, .repetition_penalty = 1.1};
-  penalties.output_tokens =
-      ef::Values<std::int32_t>::owned(history.size(), [&](std::size_t i) { return history[i]; });
-  stage("top-k 50, penalties on 1000 tokens", penalties);
-  penalties.repetition_penalty = 1;
-  penalties.dry_multiplier = .8;
-  stage("top-k 50, DRY on 1000 tokens", penalties);
+  ef::SamplingParams dry{.top_k = 50, .dry_multiplier = .8};
+  dry.output_tokens =
+      values<std::int32_t>(history.size(), [&](std::size_t i) { return history[i]; });
+  stage("top-k 50, DRY on 1000 tokens", dry);
+}
+
+/// What changes few logits or bans the others, beside the same draw without.
+void changed_logits_cases(bench::Suite& suite) {
+  const auto limit = bench::Limit::read_bytes(static_cast<double>(kBatch * kVocab) * sizeof(float));
+  const auto logits = random_logits(3.0f);
+  const auto ids = std::make_shared<ef::Tensor<std::int32_t, 1>>(kBatch);
+  const auto add = [&](const std::string& name, const ef::SamplingParams& params) {
+    const auto rng = std::make_shared<ef::Philox>(7u);
+    suite.row("sample " + name + " (8, 128256) float", limit).ours([=](const auto& device) {
+      ef::sample_into(device, *ids, *logits, params, *rng);
+    });
+  };
+  const auto add_changes = [&](const std::string& name, const ef::SamplingParams& plain) {
+    std::mt19937 generator(3);
+    const auto any_token = [&] { return static_cast<std::int32_t>(generator() % kVocab); };
+    add(name + ", no change", plain);
+    // as text has them: the likelihood of a token falls with its number
+    const auto of_text = [&](std::size_t) {
+      const double u = (generator() + 1.0) / 4294967296.0;
+      return static_cast<std::int32_t>(std::pow(static_cast<double>(kVocab), u)) - 1;
+    };
+    for (const bool spread : {true, false}) {
+      ef::SamplingParams params = plain;
+      params.repetition_penalty = 1.1;
+      params.output_tokens =
+          spread ? values<std::int32_t>(1000, [&](std::size_t) { return any_token(); })
+                 : values<std::int32_t>(1000, of_text);
+      add(name + ", penalties on 1000 tokens" + (spread ? "" : " of text"), params);
+    }
+    ef::SamplingParams biases = plain;
+    biases.logit_bias = {{1000, 2.0f}, {2000, -2.0f}};
+    add(name + ", 2 biases", biases);
+    const auto add_mask = [&](const std::string& mask_name, const auto& word) {
+      ef::SamplingParams params = plain;
+      params.token_mask = values<std::uint32_t>((kVocab + 31) / 32, word);
+      add(name + ", mask of " + mask_name, params);
+    };
+    std::vector<std::uint32_t> few((kVocab + 31) / 32);
+    for (int i = 0; i < 50; ++i) {
+      const auto token = static_cast<std::size_t>(any_token());
+      few[token / 32] |= std::uint32_t{1} << (token % 32);
+    }
+    add_mask("50 tokens", [&](std::size_t i) { return few[i]; });
+    add_mask("the lower half", [](std::size_t i) { return i < kVocab / 64 ? ~0u : 0u; });
+    add_mask("all tokens", [](std::size_t) { return ~0u; });
+  };
+  add_changes("top-k 50", {.top_k = 50});
+  add_changes("top-p 0.9", {.top_p = .9});
+}
+
+/// Other vocabularies, 64 rows: where a call is spread over threads by rows.
+void vocabulary_cases(bench::Suite& suite) {
+  constexpr Index batch = 64;
+  for (const Index vocab : {Index{32000}, Index{128256}, Index{262144}}) {
+    const auto limit = bench::Limit::read_bytes(static_cast<double>(batch * vocab) * sizeof(float));
+    const auto ids = std::make_shared<ef::Tensor<std::int32_t, 1>>(batch);
+    const auto add = [&](const std::string& name, const Logits& logits,
+                         const ef::SamplingParams& params) {
+      const auto rng = std::make_shared<ef::Philox>(7u);
+      suite.row("sample " + name + " (64, " + std::to_string(vocab) + ") float", limit)
+          .ours([=](const auto& device) { ef::sample_into(device, *ids, *logits, params, *rng); });
+    };
+    const auto normal = random_logits(3.0f, batch, vocab);
+    add("top-k 50", normal, {.top_k = 50});
+    add("min-p 0.05", normal, {.min_p = .05});
+    add("top-p 0.9", normal, {.top_p = .9});
+    add("top-p 0.9 peaked", peaked_logits(batch, vocab), {.top_p = .9});
+    add("top-p 0.9 flat", random_logits(.01f, batch, vocab), {.top_p = .9});
+  }
 }
 
 /// One row at a time, as a single sequence is served: in a region its threads share each row.
 void single_row_cases(bench::Suite& suite) {
   constexpr int draws = 16;
   const auto id = std::make_shared<ef::Tensor<std::int32_t, 1>>(1);
-  const auto limit = bench::Limit::read_bytes(static_cast<double>(draws * kVocab) * sizeof(float));
-  const auto add = [&](const std::string& name, float scale, const ef::SamplingParams& params) {
-    const auto rng = std::make_shared<ef::Philox>(7u);
-    const auto logits = random_logits(scale);
-    suite.row("16 draws, " + name + " (1, 128256) float", limit).ours([=](const auto& device) {
-      const ef::ParallelRegion region(device);
-      const ef::TensorView<const float, 2> row(logits->data(), 1, kVocab);
-      for (int i = 0; i < draws; ++i) ef::sample_into(device, *id, row, params, *rng);
-    });
-  };
-  add("all tokens", 3.0f, {});
-  add("top-p 0.9", 3.0f, {.top_p = .9});
-  add("top-p 0.9 flat", .01f, {.top_p = .9});
-  add("typical-p 0.9", 3.0f, {.typical_p = .9});
-  add("typical-p 0.9 flat", .01f, {.typical_p = .9});
+  for (const Index vocab : {Index{32000}, Index{128256}, Index{262144}}) {
+    const auto limit = bench::Limit::read_bytes(static_cast<double>(draws * vocab) * sizeof(float));
+    const auto add = [&](const std::string& name, const Logits& logits,
+                         const ef::SamplingParams& params) {
+      const auto rng = std::make_shared<ef::Philox>(7u);
+      suite.row("16 draws, " + name + " (1, " + std::to_string(vocab) + ") float", limit)
+          .ours([=](const auto& device) {
+            const ef::ParallelRegion region(device);
+            for (int i = 0; i < draws; ++i) ef::sample_into(device, *id, *logits, params, *rng);
+          });
+    };
+    const auto normal = random_logits(3.0f, 1, vocab), flat = random_logits(.01f, 1, vocab);
+    add("all tokens", normal, {});
+    add("top-k 50", normal, {.top_k = 50});
+    add("top-p 0.9", normal, {.top_p = .9});
+    add("top-p 0.9 peaked", peaked_logits(1, vocab), {.top_p = .9});
+    add("top-p 0.9 flat", flat, {.top_p = .9});
+    if (vocab != kVocab) continue;
+    add("typical-p 0.9", normal, {.typical_p = .9});
+    add("typical-p 0.9 flat", flat, {.typical_p = .9});
+  }
 }
 
 /// Verification of 4 drafts, as a chain, as siblings, and as siblings that are certain. Limit: one
@@ -167,5 +260,7 @@ void speculative_cases(bench::Suite& suite) {
 }  // namespace
 
 EIGENFORMER_BENCHMARK(sampling_cases)
+EIGENFORMER_BENCHMARK(changed_logits_cases)
+EIGENFORMER_BENCHMARK(vocabulary_cases)
 EIGENFORMER_BENCHMARK(single_row_cases)
 EIGENFORMER_BENCHMARK(speculative_cases)
