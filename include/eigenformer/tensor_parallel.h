@@ -11,6 +11,9 @@
 ///                               the same with any parameters: tensor_parallel/vocabulary_sample.h
 ///   vocabulary_parallel_sample_with_log_probabilities, vocabulary_parallel_log_probabilities_of
 ///                               and scores: tensor_parallel/vocabulary_log_probabilities.h
+///   vocabulary_parallel_sampling_probabilities, vocabulary_parallel_verify_speculative,
+///   vocabulary_parallel_verify_speculative_tree
+///                               speculation: tensor_parallel/vocabulary_speculative.h
 ///
 /// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this
 /// rank's rows of it packed once (`pack_column_shard`); b (out), the full bias on every rank; y
@@ -171,3 +174,4 @@ auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& comm
 #include "tensor_parallel/vocabulary.h"
 #include "tensor_parallel/vocabulary_log_probabilities.h"
 #include "tensor_parallel/vocabulary_sample.h"
+#include "tensor_parallel/vocabulary_speculative.h"

@@ -26,6 +26,7 @@
 #include <eigenformer/problem/tensor_parallel.h>
 #include <eigenformer/problem/top_k.h>
 #include <eigenformer/problem/vocabulary_shard.h>
+#include <eigenformer/problem/vocabulary_tree.h>
 
 #include <cstdio>
 #include <string>
@@ -87,6 +88,11 @@ const Part kParts[] = {
     part<ScoreShard<F>>("tensor_parallel", "scores of shards"),
     part<RankInShard<F>>("tensor_parallel", "ranks in shards"),
     part<ScoreTokens<F>>("tensor_parallel", "scores of tokens"),
+    part<WeighShard<F>>("tensor_parallel", "exact sums of shards"),
+    part<SpreadShard<F>>("tensor_parallel", "probabilities of shards"),
+    part<JoinParts>("tensor_parallel", "joined sums of shards"),
+    part<WeighPlaces<F, F>>("tensor_parallel", "speculation by shards"),
+    part<FindInPlaces<F, F>>("tensor_parallel", "draws of speculation by shards"),
     part<GreedySampling<F>>("sampling", "greedy"),
     part<Sampling<F>>("sampling", "all parameters"),
     part<SamplingProbabilities<F>>("sampling", "probabilities"),

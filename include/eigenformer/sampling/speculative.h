@@ -47,6 +47,34 @@ void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan&
   }
 }
 
+/// Checks all but the size of the vocabulary, of which the probabilities have `columns` tokens.
+template <Device D, typename Tokens, typename Draft, typename Target>
+void check_speculative(std::string_view name, const Tokens& tokens, const Draft& draft,
+                       const Target& target, Index columns, Index vocab, const Generators& rng,
+                       const SpeculativeOptions& options) {
+  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
+                "eigenformer: token ids are std::int32_t");
+  static_assert(FloatingScalar<scalar_of<Draft>> && FloatingScalar<scalar_of<Target>>,
+                "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
+  const Index batch = tokens.dimension(0), drafts = tokens.dimension(1);
+  checked_size(name, "draft_tokens", tokens);
+  checked_size(name, "draft_probabilities", draft);
+  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
+  checked_size(name, "target_probabilities", target,
+               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
+  require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
+               drafts, " columns, expected at most ", Philox::kIndices);
+  require_that(
+      draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == columns,
+      name, "draft_probabilities has shape ", shape_text(draft), ", expected (", batch, ", ",
+      drafts, ", ", columns, ")");
+  require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
+               "target_probabilities has shape ", shape_text(target), ", expected (", batch, ", ",
+               drafts + 1, ", ", columns, ")");
+  check_drafts<D>(name, tokens, options.draft_lengths, vocab);
+  check_generators(name, "draft_tokens", rng, batch);
+}
+
 /// views(batch, drafts), after all other checks, is where the results go.
 template <Device D, typename Tokens, typename Draft, typename Target, typename Views>
 void verify_speculative_into(std::string_view name, const D& device, const Tokens& draft_tokens,
@@ -55,30 +83,11 @@ void verify_speculative_into(std::string_view name, const D& device, const Token
   const auto tokens = input_view<2>(draft_tokens);
   const auto draft = input_view<3>(draft_probabilities);
   const auto target = input_view<3>(target_probabilities);
-  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t>,
-                "eigenformer: token ids are std::int32_t");
-  static_assert(FloatingScalar<scalar_of<Draft>> && FloatingScalar<scalar_of<Target>>,
-                "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
               vocab = target.dimension(2);
-  checked_size(name, "draft_tokens", tokens);
-  checked_size(name, "draft_probabilities", draft);
-  // Large enough also for the tokens that are written, (batch, n + 1) of int32.
-  checked_size(name, "target_probabilities", target,
-               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
   check_sampling_shape(name, "target_probabilities", vocab);
-  require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
-               drafts, " columns, expected at most ", Philox::kIndices);
-  require_that(
-      draft.dimension(0) == batch && draft.dimension(1) == drafts && draft.dimension(2) == vocab,
-      name, "draft_probabilities has shape ", shape_text(draft), ", expected (", batch, ", ",
-      drafts, ", ", vocab, ")");
-  require_that(target.dimension(0) == batch && target.dimension(1) == drafts + 1, name,
-               "target_probabilities has shape ", shape_text(target), ", expected (", batch, ", ",
-               drafts + 1, ", vocab)");
+  check_speculative<D>(name, tokens, draft, target, vocab, vocab, rng, options);
   const LengthSpan& lengths = options.draft_lengths;
-  check_drafts<D>(name, tokens, lengths, vocab);
-  check_generators(name, "draft_tokens", rng, batch);
   Workspace::Frame frame(thread_workspace());
   SpeculativeViews out = views(batch, drafts);
   detail::run(device, problem::Speculative<scalar_of<Draft>, scalar_of<Target>>{

@@ -54,6 +54,48 @@ void check_tree(std::string_view name, const Tokens& tokens, const Parents& pare
   }
 }
 
+template <typename Draft, typename Target>
+using tree_draft_scalar =
+    std::conditional_t<std::is_same_v<Draft, CertainDrafts>, scalar_of<Target>, scalar_of<Draft>>;
+
+/// Checks all but the size of the vocabulary, of which the probabilities have `columns` tokens;
+/// returns those of the drafts, nullptr where they are certain.
+template <Device D, typename Tokens, typename Parents, typename Draft, typename Target>
+auto checked_tree(std::string_view name, const Tokens& tokens, const Parents& parents,
+                  const Draft& draft_probabilities, const Target& target, Index columns,
+                  Index vocab, const Generators& rng) {
+  static_assert(rank_of<Parents> == 1 || rank_of<Parents> == 2,
+                "eigenformer: parents are a tensor of std::int32_t, (nodes) or (batch, nodes)");
+  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t> &&
+                    std::is_same_v<scalar_of<Parents>, std::int32_t>,
+                "eigenformer: token ids and parents are std::int32_t");
+  const Index batch = tokens.dimension(0), nodes = tokens.dimension(1);
+  checked_size(name, "draft_tokens", tokens);
+  checked_size(name, "parents", parents);
+  checked_size(name, "target_probabilities", target,
+               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
+  require_that(static_cast<std::uint64_t>(nodes) <= Philox::kIndices, name, "draft_tokens has ",
+               nodes, " columns, expected at most ", Philox::kIndices);
+  const auto of_places = [&](std::string_view argument, const auto& view) {
+    static_assert(FloatingScalar<scalar_of<decltype(view)>>,
+                  "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
+    require_that(view.dimension(0) == batch && view.dimension(1) == nodes + 1 &&
+                     view.dimension(2) == columns,
+                 name, argument, " has shape ", shape_text(view), ", expected (", batch, ", ",
+                 nodes + 1, ", ", columns, ")");
+  };
+  of_places("target_probabilities", target);
+  const tree_draft_scalar<Draft, Target>* draft = nullptr;
+  if constexpr (!std::is_same_v<Draft, CertainDrafts>) {
+    const auto view = input_view<3>(draft_probabilities);
+    of_places("draft_probabilities", view);
+    draft = view.data();
+  }
+  check_tree<D>(name, tokens, parents, vocab);
+  check_generators(name, "draft_tokens", rng, batch);
+  return draft;
+}
+
 /// views(batch, nodes), after all other checks, is where the results go.
 template <Device D, typename Tokens, typename Parents, typename Draft, typename Target,
           typename Views>
@@ -63,45 +105,17 @@ void verify_speculative_tree_into(const D& device, const Tokens& draft_tokens, c
                                   const SpeculativeTreeOptions& options, Workspace& workspace,
                                   Views&& views) {
   constexpr auto name = "verify_speculative_tree";
-  constexpr bool certain = std::is_same_v<Draft, CertainDrafts>;
-  static_assert(rank_of<Parents> == 1 || rank_of<Parents> == 2,
-                "eigenformer: parents are a tensor of std::int32_t, (nodes) or (batch, nodes)");
-  static_assert(std::is_same_v<scalar_of<Tokens>, std::int32_t> &&
-                    std::is_same_v<scalar_of<Parents>, std::int32_t>,
-                "eigenformer: token ids and parents are std::int32_t");
   const auto tokens = input_view<2>(draft_tokens);
   const auto parents = input_view<rank_of<Parents>>(tree);
   const auto target = input_view<3>(target_probabilities);
   const Index batch = tokens.dimension(0), nodes = tokens.dimension(1), vocab = target.dimension(2);
-  checked_size(name, "draft_tokens", tokens);
-  checked_size(name, "parents", parents);
-  checked_size(name, "target_probabilities", target,
-               (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
   check_sampling_shape(name, "target_probabilities", vocab);
-  require_that(static_cast<std::uint64_t>(nodes) <= Philox::kIndices, name, "draft_tokens has ",
-               nodes, " columns, expected at most ", Philox::kIndices);
-  const auto of_places = [&](std::string_view argument, const auto& view) {
-    static_assert(FloatingScalar<scalar_of<decltype(view)>>,
-                  "eigenformer: probabilities are float, double, Eigen::bfloat16 or Eigen::half");
-    require_that(
-        view.dimension(0) == batch && view.dimension(1) == nodes + 1 && view.dimension(2) == vocab,
-        name, argument, " has shape ", shape_text(view), ", expected (", batch, ", ", nodes + 1,
-        ", ", vocab, ")");
-  };
-  of_places("target_probabilities", target);
-  using DraftScalar = std::conditional_t<certain, scalar_of<Target>, scalar_of<Draft>>;
-  const DraftScalar* draft = nullptr;
-  if constexpr (!certain) {
-    const auto view = input_view<3>(draft_probabilities);
-    of_places("draft_probabilities", view);
-    draft = view.data();
-  }
-  check_tree<D>(name, tokens, parents, vocab);
-  check_generators(name, "draft_tokens", rng, batch);
+  const auto* const draft =
+      checked_tree<D>(name, tokens, parents, draft_probabilities, target, vocab, vocab, rng);
   SpeculativeTreeViews out = views(batch, nodes);
   detail::run(
       device,
-      problem::SpeculativeTree<DraftScalar, scalar_of<Target>>{
+      problem::SpeculativeTree<tree_draft_scalar<Draft, Target>, scalar_of<Target>>{
           tokens.data(), parents.data(), rank_of<Parents> == 1 ? 0 : nodes, draft, target.data(),
           batch, nodes, vocab, options.with_replacement, rng.data(), rng.per_row() ? 1 : 0,
           out.accepted_counts.data(), out.tokens.data(), out.nodes.data(), out.statuses.data()},

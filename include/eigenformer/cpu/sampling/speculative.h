@@ -65,6 +65,19 @@ double sum_in_blocks(Index vocab, const Weight& weight) {
   return total;
 }
 
+/// The place in a block, which weighs something, at which the sum from `before` on passes `target`;
+/// the last one of positive weight where none does.
+inline Index place_in_block(const double* weights, double before, double target) {
+  Index drawn = -1;
+  for (Index j = 0; j < SamplingBlock::size; ++j) {
+    if (weights[j] == 0) continue;
+    drawn = j;
+    before += weights[j];
+    if (before > target) break;
+  }
+  return drawn;
+}
+
 /// Draws from weight(token) >= 0 in token order. -1 where the weights sum to 0, -2 where their sum
 /// overflows.
 template <typename Weight>
@@ -86,14 +99,7 @@ std::int32_t draw_from_weights(Index vocab, double u, const Weight& weight) {
     if (before + sum > target) break;
   }
   weights_of_block(chosen, vocab, weights, weight);
-  std::int32_t drawn = -1;
-  for (Index j = 0; j < SamplingBlock::size; ++j) {
-    if (weights[j] == 0) continue;
-    drawn = static_cast<std::int32_t>(chosen + j);
-    before += weights[j];
-    if (before > target) break;
-  }
-  return drawn;
+  return static_cast<std::int32_t>(chosen + place_in_block(weights, before, target));
 }
 
 /// Verifies one row: writes the drafts that are accepted and one token more, and counts the former.
