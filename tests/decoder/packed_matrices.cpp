@@ -149,8 +149,9 @@ void round_to_int4(ef::DecoderWeights& m, Index group) {
   for (Index l = 0; l < kWide.layers; ++l) {
     const auto& w = m.layer(l);
     for (const std::size_t t : {w.query, w.key, w.value, w.output, w.gate, w.up, w.down}) {
-      const auto [values, scales] = ef::quantize_weights_int4(m.matrix(t), group);
-      m.matrix(t) = ef::dequantize_grouped(values, scales, group);
+      const auto [values, scales, minimums] =
+          ef::quantize_weights_int4_with_minimums(m.matrix(t), group, ef::Int4Fit::least_squares);
+      m.matrix(t) = ef::dequantize_grouped(values, scales, minimums, group);
     }
   }
 }
@@ -165,8 +166,11 @@ TEST(PackedMatrices, GroupsOfInt4ServeAsPacked) {
     packed->pack(kOneThread, masters, ef::SelfCommunicator());
     const auto& down = std::get<ef::PackedColumnShard<ef::int4>>(packed->layers()[1].down);
     const auto alone = ef::pack_weight<ef::int4>(*std::as_const(*masters).views(1).down,
-                                                 {.group_size = group == 0 ? Index{32} : group});
+                                                 {.group_size = group == 0 ? Index{32} : group,
+                                                  .zero_points = true,
+                                                  .fit = ef::Int4Fit::least_squares});
     EXPECT_EQ(down.weight.group_size(), alone.group_size());
+    EXPECT_NE(down.weight.minimums(), nullptr);
     ASSERT_EQ(down.weight.bytes(), alone.bytes());
     EXPECT_EQ(
         std::memcmp(down.weight.data(), alone.data(), static_cast<std::size_t>(alone.bytes())), 0);
@@ -204,11 +208,12 @@ TEST(PackedMatrices, BytesAreThoseOfNumbersAndScales) {
   EXPECT_EQ(bytes({WeightFormat::int8, 32}), kLinear + 4 * (3 * kOf72 + 5 * kOf136 + kFloats));
   EXPECT_EQ(bytes({WeightFormat::int8, 128}), kLinear + 4 * (kOf72 + 2 * kOf136 + kFloats));
   constexpr std::size_t kHead = 37 * (72 + 4 * 3),
-                        kBehindHead = kOf72 - 37;  // INT8 by 32; the rest
+                        kBehindHead = kOf72 - 37,      // INT8 by 32; the rest
+      kOfGroups = 2 * (3 * kBehindHead + 5 * kOf136);  // scales and minimums
   EXPECT_EQ(bytes(WeightFormat::int4),
-            (kLinear - 37 * 72) / 2 + 37 * (72 + 4) + 4 * (3 * kBehindHead + 5 * kOf136 + kFloats));
+            (kLinear - 37 * 72) / 2 + 37 * (72 + 4) + 4 * (kOfGroups + kFloats));
   EXPECT_EQ(bytes({WeightFormat::int4, 32}),
-            (kLinear - 37 * 72) / 2 + kHead + 4 * (3 * kBehindHead + 5 * kOf136 + kFloats));
+            (kLinear - 37 * 72) / 2 + kHead + 4 * (kOfGroups + kFloats));
 }
 
 // Activations of bfloat16 and half have products with their own scalar and INT8: other floating

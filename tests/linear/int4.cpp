@@ -67,16 +67,18 @@ TEST(LinearInt4, EqualsItsDefinitionOnEveryIsa) {
 }
 
 TEST(LinearInt4, PackingFromNumbersGivesTheValuesOfQuantization) {
+  using enum ef::Int4Fit;
   const Index out = 45, in = 331;
   const auto x = random_tensor<float, 2>({5, in}, 1);
   const auto weight = random_tensor<float, 2>({out, in}, 2);
-  for (Index group : {32, 64, 128})
-    for_each_product_isa([&](auto isa) {
-      const auto [q, scales] = ef::quantize_weights_int4(weight, group);
-      const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weight, group);
-      const auto packed = ef::pack_weight<ef::int4>(on(isa), weight, {.group_size = group});
-      const auto above =
-          ef::pack_weight<ef::int4>(on(isa), weight, {.group_size = group, .zero_points = true});
+  for (const auto& [group, fit] : {std::pair{32, extremes}, {64, least_squares}, {128, extremes}})
+    for_each_product_isa([&, group = group, fit = fit](auto isa) {
+      const auto [q, scales] = ef::quantize_weights_int4(weight, group, fit);
+      const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weight, group, fit);
+      const auto packed =
+          ef::pack_weight<ef::int4>(on(isa), weight, {.group_size = group, .fit = fit});
+      const auto above = ef::pack_weight<ef::int4>(
+          on(isa), weight, {.group_size = group, .zero_points = true, .fit = fit});
       EXPECT_EQ(packed.group_size(), group);
       EXPECT_EQ(packed.minimums(), nullptr);
       const ef::Epilogue<> end;

@@ -19,7 +19,7 @@ class QuantizationInt4 : public ::testing::Test {};
 TYPED_TEST_SUITE(QuantizationInt4, EveryScalar);
 
 template <typename T>
-void check_definition(const ef::Tensor<T, 2>& weights, Index group) {
+void check_definition(const ef::Tensor<T, 2>& weights, Index group, ef::Int4Fit fit) {
   const Index rows = weights.dimension(0), columns = weights.dimension(1),
               groups = (columns + group - 1) / group;
   for (const bool above : {false, true}) {
@@ -28,15 +28,16 @@ void check_definition(const ef::Tensor<T, 2>& weights, Index group) {
     for (Index r = 0; r < rows; ++r)
       ef::reference::quantize_int4(weights.data() + r * columns, columns, group,
                                    expected.data() + r * columns, scales.data() + r * groups,
-                                   above ? minimums.data() + r * groups : nullptr);
+                                   above ? minimums.data() + r * groups : nullptr, fit);
     for_each_product_isa([&](auto isa) {
       auto values = poisoned_tensor<std::int8_t, 2>({rows, columns});
       auto found = poisoned_tensor<float, 2>({rows, groups}),
            least = poisoned_tensor<float, 2>({rows, groups});
       if (above)
-        ef::quantize_weights_int4_with_minimums_into(on(isa), values, found, least, weights, group);
+        ef::quantize_weights_int4_with_minimums_into(on(isa), values, found, least, weights, group,
+                                                     fit);
       else
-        ef::quantize_weights_int4_into(on(isa), values, found, weights, group);
+        ef::quantize_weights_int4_into(on(isa), values, found, weights, group, fit);
       ASSERT_TRUE(same_bits(found, scales)) << isa.name << " " << above << " " << columns;
       ASSERT_TRUE(same_bits(values, expected)) << isa.name << " " << above << " " << columns;
       ASSERT_TRUE(!above || same_bits(least, minimums)) << isa.name;
@@ -50,6 +51,7 @@ void check_definition(const ef::Tensor<T, 2>& weights, Index group) {
       ASSERT_EQ(back.data()[i],
                 above ? std::fma(scale, number, minimums.data()[at]) : number * scale);
       const double w = static_cast<double>(weights.data()[i]);
+      if (fit == ef::Int4Fit::least_squares) continue;
       ASSERT_LE(std::abs(w - static_cast<double>(back.data()[i])),
                 0.5 * scale * (1 + 1e-4) + 1e-6 * std::abs(w));
     }
@@ -63,9 +65,77 @@ TYPED_TEST(QuantizationInt4, IsItsDefinition) {
     for (Index i = 0; i < columns; ++i) weights(1, i) = weights(1, i) + TypeParam(5);
     for (Index i = 0; i < (std::min)(columns, Index{40}); ++i)
       weights(2, i) = TypeParam(i % 3 == 0 ? -0.0f : 0.0f);
-    for (Index group : {32, 64, 128}) check_definition(weights, group);
+    for (Index group : {32, 64, 128})
+      for (const auto fit : {ef::Int4Fit::extremes, ef::Int4Fit::least_squares})
+        check_definition(weights, group, fit);
   }
-  check_definition(ef::Tensor<TypeParam, 2>(0, 40), 32);
+  check_definition(ef::Tensor<TypeParam, 2>(0, 40), 32, ef::Int4Fit::least_squares);
+}
+
+/// The sum of a group's squared errors by a scale and a minimum (0 of symmetric ones).
+template <typename T>
+double squared_error(const T* group, Index count, double scale, double minimum, double least,
+                     double most) {
+  double sum = 0;
+  for (Index i = 0; i < count; ++i) {
+    const double w = static_cast<double>(group[i]),
+                 q = std::clamp(std::nearbyint((w - minimum) / scale), least, most),
+                 error = w - (q * scale + minimum);
+    sum += error * error;
+  }
+  return sum;
+}
+
+// The search in double finds no better scales, and those of the extremes are never better.
+TYPED_TEST(QuantizationInt4, LeastSquaresLowersTheErrorOfEveryGroup) {
+  const Index rows = 40, columns = 330;
+  auto weights = random_tensor<TypeParam, 2>({rows, columns}, 8);
+  for (Index i = 0; i < columns; ++i) {
+    weights(1, i) = weights(1, i) + TypeParam(5);
+    weights(2, i) = TypeParam(i % 3 == 0 ? -1 : 1);
+    weights(3, i) = TypeParam(static_cast<float>(weights(3, i)) * 0x1p-7f);
+    weights(4, i) = TypeParam(i % 32 == 0 ? 30 : static_cast<float>(weights(4, i)));
+  }
+  double before[2] = {}, after[2] = {}, in_double[2] = {};
+  for (Index group : {32, 64, 128})
+    for (const bool above : {false, true}) {
+      const Index groups = (columns + group - 1) / group;
+      ef::Tensor<std::int8_t, 2> values(rows, columns);
+      ef::Tensor<float, 2> scales[2], minimums[2];
+      for (const int fit : {0, 1}) {
+        scales[fit] = minimums[fit] = ef::Tensor<float, 2>(rows, groups).setZero();
+        if (above)
+          ef::quantize_weights_int4_with_minimums_into(Eigen::DefaultDevice{}, values, scales[fit],
+                                                       minimums[fit], weights, group,
+                                                       static_cast<ef::Int4Fit>(fit));
+        else
+          ef::quantize_weights_int4_into(Eigen::DefaultDevice{}, values, scales[fit], weights,
+                                         group, static_cast<ef::Int4Fit>(fit));
+      }
+      for (Index r = 0; r < rows; ++r)
+        for (Index g = 0; g < groups; ++g) {
+          const TypeParam* const own = weights.data() + r * columns + g * group;
+          const Index count = (std::min)(group, columns - g * group);
+          const auto error = [&](float scale, float minimum, double least) {
+            return squared_error(own, count, scale, minimum, least, above ? 15 : 7);
+          };
+          const double extremes = error(scales[0](r, g), minimums[0](r, g), above ? 0 : -7),
+                       fitted = error(scales[1](r, g), minimums[1](r, g), above ? 0 : -8);
+          double length = 0;
+          for (Index i = 0; i < count; ++i)
+            length += static_cast<double>(own[i]) * static_cast<double>(own[i]);
+          ASSERT_LE(fitted, extremes + 1e-9 * length) << r << " " << g << " " << group << above;
+          float scale = scales[0](r, g), minimum = minimums[0](r, g);
+          ef::reference::fit_int4<double>(own, count, &scale, above ? &minimum : nullptr);
+          before[above] += extremes;
+          after[above] += fitted;
+          in_double[above] += error(scale, minimum, above ? 0 : -8);
+        }
+    }
+  for (const bool above : {false, true}) {
+    EXPECT_LT(after[above], 0.9 * before[above]) << above;
+    EXPECT_NEAR(after[above], in_double[above], 1e-2 * after[above]) << above;
+  }
 }
 
 TEST(QuantizationInt4Edges, TinyAndHugeNumbers) {
@@ -86,6 +156,13 @@ TEST(QuantizationInt4Edges, TinyAndHugeNumbers) {
   EXPECT_EQ(u(0, 33), 0);
   EXPECT_EQ(minimums(0, 1), -largest);
   EXPECT_TRUE(std::isfinite(steps(0, 1)));
+  // Squares of these would leave float's range: they stay as they are.
+  const auto fitted =
+      ef::quantize_weights_int4_with_minimums(weights, 32, ef::Int4Fit::least_squares);
+  EXPECT_TRUE(same_bits(fitted.scales, steps));
+  EXPECT_TRUE(same_bits(fitted.values, u));
+  EXPECT_TRUE(
+      same_bits(ef::quantize_weights_int4(weights, 32, ef::Int4Fit::least_squares).scales, scales));
 }
 
 /// The numbers of one line of int4.txt.

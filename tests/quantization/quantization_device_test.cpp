@@ -55,12 +55,12 @@ TEST(QuantizationOnDevice, EqualsItsDefinition) {
 
 /// INT4 against the CPU, bit for bit, and back; the last row holds NaN, which the CPU refuses.
 template <typename T>
-void check_int4(Index rows, Index columns, Index group) {
+void check_int4(Index rows, Index columns, Index group, ef::Int4Fit fit) {
   const Index groups = (columns + group - 1) / group;
   auto weights = random_tensor<T, 2>({rows, columns}, 3);
   for (Index j = 0; rows > 1 && j < columns; ++j) weights(1, j) = T(0);
-  const auto [q, scales] = ef::quantize_weights_int4(weights, group);
-  const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weights, group);
+  const auto [q, scales] = ef::quantize_weights_int4(weights, group, fit);
+  const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weights, group, fit);
   const auto back = ef::dequantize_grouped(u, steps, minimums, group);
   auto damaged = weights;
   damaged(rows - 1, 0) = std::numeric_limits<T>::quiet_NaN();
@@ -72,18 +72,19 @@ void check_int4(Index rows, Index columns, Index group) {
          numbers = on_device(bench, poisoned_tensor<float, 2>({rows, columns}));
     auto device_weights = on_device(bench, weights), bad = on_device(bench, damaged);
     ef::quantize_weights_int4_into(bench.device, values.view(), factors.view(),
-                                   device_weights.cview(), group);
+                                   device_weights.cview(), group, fit);
     EXPECT_TRUE(same_bits(values.host(), q));
     EXPECT_TRUE(same_bits(factors.host(), scales));
     ef::quantize_weights_int4_with_minimums_into(bench.device, values.view(), factors.view(),
-                                                 least.view(), device_weights.cview(), group);
+                                                 least.view(), device_weights.cview(), group, fit);
     EXPECT_TRUE(same_bits(values.host(), u));
     EXPECT_TRUE(same_bits(factors.host(), steps));
     EXPECT_TRUE(same_bits(least.host(), minimums));
     ef::dequantize_grouped_into(bench.device, numbers.view(), values.cview(), factors.cview(),
                                 least.cview(), group);
     EXPECT_TRUE(same_bits(numbers.host(), back));
-    ef::quantize_weights_int4_into(bench.device, values.view(), factors.view(), bad.cview(), group);
+    ef::quantize_weights_int4_into(bench.device, values.view(), factors.view(), bad.cview(), group,
+                                   fit);
     EXPECT_TRUE(std::isnan(factors.host()(rows - 1, 0)));
     EXPECT_EQ(values.host()(rows - 1, columns - 1), columns > group ? q(rows - 1, columns - 1) : 0);
   });
@@ -92,8 +93,9 @@ void check_int4(Index rows, Index columns, Index group) {
 TEST(QuantizationOnDevice, Int4EqualsTheHosts) {
   for (Index columns : {1, 33, 300})
     for (Index group : {32, 128}) {
-      check_int4<float>(3, columns, group);
-      check_int4<ef::bfloat16>(2, columns, group);
+      check_int4<float>(3, columns, group, ef::Int4Fit::extremes);
+      check_int4<ef::bfloat16>(2, columns, group, ef::Int4Fit::least_squares);
+      check_int4<float>(3, columns, group, ef::Int4Fit::least_squares);
     }
 }
 

@@ -14,5 +14,11 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 /// (quantization.h).
 enum class int4 : std::uint8_t {};
 
+/// How the scale of a group, and its minimum where it has one, are found (quantization.h).
+enum class Int4Fit {
+  extremes,      ///< so that the largest numbers of the group just fit
+  least_squares  ///< so that the squared errors of the group sum to the least that a search finds
+};
+
 }  // namespace EIGENFORMER_VERSION_NAMESPACE
 }  // namespace eigenformer

@@ -100,7 +100,7 @@ bool execute(const Backend<D, Isa>& on, const problem::QuantizeInt4<T>& p) {
   const Index groups = (p.columns + p.group - 1) / p.group, count = p.rows * groups;
   Workspace::Frame frame(on.workspace);
   float* const minimums = p.minimums == nullptr ? nullptr : frame.take<float>(count);
-  const Int4Groups found{frame.take<float>(count), minimums, p.group, groups};
+  const Int4Groups found{frame.take<float>(count), minimums, p.group, groups, p.fit};
   if (!find_int4_groups(on, p.weights, p.rows, p.columns, found)) return false;
   std::copy_n(found.scales, count, p.scales);
   if (minimums != nullptr) std::copy_n(minimums, count, p.minimums);

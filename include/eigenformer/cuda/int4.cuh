@@ -4,7 +4,8 @@
 /// has a byte of a packed row, whose two numbers lie 8 apart. Bound by bandwidth, of which half is
 /// expected, not measured yet. The numbers are those of cpu/vector/quantize_int4.h, bit for bit;
 /// the scale of a group that holds NaN or infinity is NaN, its values are 0 (packed symmetric ones
-/// stand for 0 too).
+/// stand for 0 too). Where scales are of least squares, each lane reads the whole group for a
+/// candidate of its own, out of L1.
 ///
 /// A packed row: 16 inputs take 8 bytes, the first 8 the low halves, the others the high halves, so
 /// that two masks and a shift make 16 values of 8 bytes. Rows begin at multiples of 16 bytes.
@@ -27,14 +28,16 @@ constexpr int kInt4Steps = 7;
 struct Int4Group {
   float scale, minimum;
   bool above;
+  int least = -kInt4Steps;  // symmetric values
 
   /// -7 to 7, or 0 to 15 above the minimum.
   template <typename C>
   EIGENFORMER_DEVICE int value(C x) const {
     if (scale != scale) return 0;
-    if (!above) return int8_value<kInt4Steps>(x, scale);
-    const C steps = std::rint((x - static_cast<C>(minimum)) / static_cast<C>(scale));
-    return static_cast<int>(steps > C(0) ? (steps < C(15) ? steps : C(15)) : C(0));
+    const C number = above ? x - static_cast<C>(minimum) : x,
+            steps = std::rint(number / static_cast<C>(scale)),
+            low = static_cast<C>(above ? 0 : least), high = static_cast<C>(above ? 15 : kInt4Steps);
+    return static_cast<int>(steps > low ? (steps < high ? steps : high) : low);
   }
   /// What is stored.
   template <typename C>
@@ -62,6 +65,65 @@ EIGENFORMER_DEVICE Int4Group int4_group(Block& block, const T* line, Index count
   return {good ? (scale == 0.0f ? 1.0f : scale) : Limits::quiet_NaN(), good ? minimum : 0.0f, true};
 }
 
+/// One candidate of least squares for a group (problem/quantization.h): how much of the numbers its
+/// values explain, and the scale and minimum that fit them.
+template <typename C>
+struct Int4Candidate {
+  C explained, scale, minimum;
+
+  template <typename T>
+  EIGENFORMER_DEVICE static Int4Candidate of(const T* line, Index count, const Int4Group& group,
+                                             int candidate) {
+    const C inverse = C(1) / static_cast<C>(group.scale),
+            step = inverse * problem::Int4Candidates<C>::at(candidate, group.above),
+            least = static_cast<C>(group.minimum), low = group.above ? C(0) : C(-8),
+            high = group.above ? C(15) : C(7), n = static_cast<C>(count);
+    C total = 0, q_sum = 0, squares = 0, products = 0;
+    for (Index k = 0; k < count; ++k) {
+      const C z = static_cast<C>(line[k]) - least, steps = std::rint(z * step),
+              q = steps > low ? (steps < high ? steps : high) : low;
+      total += z;
+      q_sum += q;
+      squares += q * q;  // exact, as the variance
+      products = std::fma(q, z, products);
+    }
+    const C crossed = q_sum * total,
+            covariance = group.above ? std::fma(n, products, -crossed) : products,
+            variance = group.above ? n * squares - q_sum * q_sum : squares,
+            scale = covariance / variance;
+    return {variance > C(0) ? covariance * covariance / variance : C(0), scale,
+            group.above ? least + std::fma(-scale, q_sum, total) / n : C(0)};
+  }
+};
+
+/// A group of extremes as one of least squares.
+template <typename C, typename Block, typename T>
+EIGENFORMER_DEVICE Int4Group fitted(Block& block, const T* line, Index count, Int4Group group) {
+  using Candidates = problem::Int4Candidates<C>;
+  static_assert(Candidates::kAbove <= kWarp && Candidates::kSymmetric <= kWarp);
+  group.least = -kInt4Steps - 1;
+  if (!(group.scale >= Candidates::kLeastScale && group.scale <= Candidates::kLargestScale))
+    return group;
+  const bool takes_part = block.lane() < Candidates::count(group.above);
+  const int lane = static_cast<int>(block.lane());
+  const C own = takes_part ? Int4Candidate<C>::of(line, count, group, lane).explained : C(0),
+          most = reduce_warp(block, own, LargerOrNan{});
+  const int best = reduce_warp(block, takes_part && own == most ? lane : kWarp, Smaller{});
+  if (!(most > C(0))) return group;
+  const auto found = Int4Candidate<C>::of(line, count, group, best);
+  group.scale = static_cast<float>(found.scale);
+  if (group.above) group.minimum = static_cast<float>(found.minimum) + 0.0f;
+  return group;
+}
+
+/// The group of `count` numbers as a warp finds it for `fit`.
+template <typename C, typename Block, typename T>
+EIGENFORMER_DEVICE Int4Group int4_group(Block& block, const T* line, Index count, bool above,
+                                        Int4Fit fit) {
+  const Int4Group found = int4_group<C>(block, line, count, above);
+  return fit == Int4Fit::extremes ? found : fitted<C>(block, line, count, found);
+}
+
 /// Plain values (rows, columns).
 template <typename T>
 struct QuantizeInt4Kernel {
@@ -75,7 +137,8 @@ struct QuantizeInt4Kernel {
     for_each_warp(block, p.rows * groups, [&](Index at) {
       const Index column = at % groups * p.group, from = at / groups * p.columns + column,
                   count = p.group < p.columns - column ? p.group : p.columns - column;
-      const Int4Group group = int4_group<C>(block, p.weights + from, count, p.minimums != nullptr);
+      const Int4Group group =
+          int4_group<C>(block, p.weights + from, count, p.minimums != nullptr, p.fit);
       for (Index j = block.lane(); j < count; j += kWarp)
         p.values[from + j] =
             static_cast<std::int8_t>(group.value(static_cast<C>(p.weights[from + j])));
@@ -103,6 +166,7 @@ struct PackInt4Kernel {
   int4* packed;
   float *scales, *minimums;  // (rows, groups), minimums or nullptr
   Index rows, columns, group, groups, stride;
+  Int4Fit fit;
 
   template <typename Block>
   EIGENFORMER_DEVICE void operator()(Block& block) const {
@@ -110,7 +174,7 @@ struct PackInt4Kernel {
       const Index row = at / groups, column = at % groups * group,
                   count = group < columns - column ? group : columns - column;
       const T* const line = weights + row * columns + column;
-      const Int4Group own = int4_group<C>(block, line, count, minimums != nullptr);
+      const Int4Group own = int4_group<C>(block, line, count, minimums != nullptr, fit);
       const auto stored = [&](Index k) {
         return k < count ? own.stored(static_cast<C>(line[k])) : (own.above ? 0 : 8);
       };

@@ -92,23 +92,23 @@ void pack_values(const Backend<D>& on, T* to, const W* from, Index rows, Index c
 /// Quantizes one matrix (rows, columns) as the rows from `first` on.
 template <typename D, typename W>
 void pack_int4_rows(const Backend<D>& on, const problem::PackedPanels<int4>& packed, Index first,
-                    const W* weight, Index rows) {
+                    const W* weight, Index rows, Int4Fit fit) {
   const Index columns = packed.columns, stride = packed_stride<int4>(columns),
               groups = scale_groups(columns, packed.group), scales = first * groups;
   launch_warps(on, "pack_weight", rows * groups,
                PackInt4Kernel<W>{weight, packed.data + first * stride, packed.scales + scales,
                                  packed.minimums == nullptr ? nullptr : packed.minimums + scales,
-                                 rows, columns, packed.group, groups, stride});
+                                 rows, columns, packed.group, groups, stride, fit});
 }
 
 /// Packs one matrix (rows, columns) as the rows from `first` on.
 template <typename D, typename T, typename W>
 void pack_matrix(const Backend<D>& on, const problem::PackedPanels<T>& packed, Index first,
-                 const W* weight, Index rows) {
+                 const W* weight, Index rows, [[maybe_unused]] Int4Fit fit) {
   const Index columns = packed.columns, stride = packed_stride<T>(columns);
   T* const to = packed.data + first * stride;
   if constexpr (std::is_same_v<T, int4>) {
-    pack_int4_rows(on, packed, first, weight, rows);
+    pack_int4_rows(on, packed, first, weight, rows, fit);
   } else if constexpr (std::is_same_v<T, std::int8_t>) {
     const Index group = packed.group == 0 ? columns : packed.group,
                 groups = scale_groups(columns, packed.group);
@@ -124,7 +124,7 @@ void pack_matrix(const Backend<D>& on, const problem::PackedPanels<T>& packed, I
 template <typename D, typename T, typename W, int Matrices>
 int execute(const Backend<D>& on, const problem::PackWeight<T, W, Matrices>& p) {
   const Index rows = p.packed.rows / Matrices;
-  for (int m = 0; m < Matrices; ++m) pack_matrix(on, p.packed, m * rows, p.weights[m], rows);
+  for (int m = 0; m < Matrices; ++m) pack_matrix(on, p.packed, m * rows, p.weights[m], rows, p.fit);
   return -1;
 }
 
@@ -132,7 +132,7 @@ template <typename D, typename T, typename W>
 int execute(const Backend<D>& on, const problem::PackStackedWeight<T, W>& p) {
   for (int m = 0; m < p.count; ++m) {
     const Index first = m == 0 ? 0 : p.ends[m - 1];
-    pack_matrix(on, p.packed, first, p.weights[m], p.ends[m] - first);
+    pack_matrix(on, p.packed, first, p.weights[m], p.ends[m] - first, p.fit);
   }
   return -1;
 }

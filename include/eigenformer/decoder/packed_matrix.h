@@ -26,7 +26,7 @@ enum class WeightFormat {
   bfloat16,    ///< rounded to nearest even where they are not
   half,
   int8,       ///< quantized; not with double
-  int4,       ///< in groups of 32 inputs or more, the head and experts in INT8; not with double
+  int4,       ///< above minimums, by groups; the head and experts in INT8; not with double
   as_stored,  ///< in the scalar of the view that is packed
 };
 #if defined(__GNUC__) && !defined(__clang__)
@@ -148,7 +148,9 @@ inline WeightStorage without_int4(const WeightStorage& storage) {
 template <typename S>
 PackingOptions<S> packing_options(const WeightStorage& storage) {
   if constexpr (std::is_same_v<S, int4>)
-    return {.group_size = storage.group_size == 0 ? Index{32} : storage.group_size};
+    return {.group_size = storage.group_size == 0 ? Index{32} : storage.group_size,
+            .zero_points = true,
+            .fit = Int4Fit::least_squares};
   else
     return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0};
 }

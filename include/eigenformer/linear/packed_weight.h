@@ -193,7 +193,7 @@ struct PanelAccess {
   template <typename T>
   static PackedWeight<T> weight(const problem::PanelsOf<T>& shape,
                                 const problem::PanelLayout& layout, PackedArray<T> values,
-                                PackedArray<float> scales) {
+                                PackedArray<float> scales, PackedArray<float> minimums) {
     PackedWeight<T> weight;
     weight.rows_ = shape.rows * shape.matrices;
     weight.columns_ = shape.columns;
@@ -201,6 +201,8 @@ struct PanelAccess {
     weight.layout_ = layout;
     weight.data_ = std::move(values);
     weight.scales_ = std::move(scales);
+    weight.minimums_ = std::move(minimums);
+    weight.quantizes_activations_ = shape.quantizes_activations;
     return weight;
   }
 };

@@ -48,7 +48,7 @@ namespace detail {
 /// What stands before the data.
 struct PackedHead {
   static constexpr std::string_view kMagic = "EFPACKED";
-  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 1;
+  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 2;
   static constexpr std::size_t kFixed = 7 * 8;  // magic, order, version and the four sizes
   static constexpr std::uint64_t kPage = 4096;
 
@@ -167,11 +167,13 @@ class PackedWriter {
           require_that(shard.world_size == 1, kName, "the weights are those of one rank of ",
                        shard.world_size, ", expected all");
           const PackedWeight<S>& weight = panels_of(shard);
-          require_that(weight.minimums() == nullptr && weight.quantizes_activations(), kName,
-                       "files hold int4 without minimums, for int8 activations");
           put(weight.group_size());
+          put(weight.minimums() != nullptr);
+          put(weight.quantizes_activations());
           array(weight.data(), PanelAccess::values(weight).size());
           array(weight.scales(), PanelAccess::scales(weight).size());
+          if (weight.minimums() != nullptr)
+            array(weight.minimums(), PanelAccess::scales(weight).size());
         },
         matrix);
   }
@@ -316,12 +318,15 @@ class PackedFinder {
     if (scalar == 0) return;
     const auto as = [&]<template <typename> class Shard, typename X>(std::type_identity<Shard<X>>) {
       if (scalar != kPackedCode<X>) return false;
-      const problem::PanelsOf<X> shape{out, in, group_of<X>(next()), matrices};
+      const Index group = group_of<X>(next());
+      const bool minimums = flag<X>(false), quantizes_activations = flag<X>(true);
+      const problem::PanelsOf<X> shape{out, in, group, matrices, minimums, quantizes_activations};
       const problem::PanelSizes sizes = run(device_, shape);
       auto values = array<X>(sizes.elements);
       auto scales = array<float>(sizes.scales);
       Shard<X> shard{{}, out, in, 0, 1};
-      set(shard, PanelAccess::weight(shape, sizes.layout, std::move(values), std::move(scales)));
+      set(shard, PanelAccess::weight(shape, sizes.layout, std::move(values), std::move(scales),
+                                     minimums ? array<float>(sizes.scales) : PackedArray<float>()));
       matrix = std::move(shard);
       return true;
     };
@@ -332,6 +337,14 @@ class PackedFinder {
     demand((group == 0 && !std::is_same_v<X, int4>) ||
            (problem::is_quantized_weight<X> && (group == 32 || group == 64 || group == 128)));
     return group;
+  }
+
+  /// What int4 may have and other scalars have not.
+  template <typename X>
+  bool flag(bool other) {
+    const std::int64_t found = next();
+    demand(found == std::int64_t{other} || (std::is_same_v<X, int4> && found == !other));
+    return found != 0;
   }
 
   const D& device_;

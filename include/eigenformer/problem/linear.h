@@ -93,6 +93,7 @@ struct PackWeight {
   static constexpr bool kUsesTiles = true;
   PackedPanels<T> packed;
   const W* weights[Matrices];  // (rows, columns) each
+  Int4Fit fit = Int4Fit::extremes;
 };
 
 /// Packs several weights one below the other as one, in the same way.
@@ -103,6 +104,7 @@ struct PackStackedWeight {
   const W* const* weights;  // (ends[m] - ends[m - 1], columns) each
   const Index* ends;        // ends[m] rows are those of weights 0 to m
   int count;
+  Int4Fit fit = Int4Fit::extremes;
 };
 
 /// Packs int8 values with their scales.

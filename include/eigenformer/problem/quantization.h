@@ -2,6 +2,7 @@
 /// What INT8 quantization asks for.
 #pragma once
 
+#include "../core/int4.h"
 #include "../core/rows.h"
 
 namespace eigenformer {
@@ -36,6 +37,26 @@ struct QuantizeInt4 {
   float* scales;        // (rows, groups)
   float* minimums;      // (rows, groups) or nullptr
   Index rows, columns, group;
+  Int4Fit fit = Int4Fit::extremes;
+};
+
+/// What Int4Fit::least_squares tries for a group of C: the scale of its extremes over each of
+/// these. Above a minimum they put the largest number at 14, 14.1 to 16; symmetric ones put the
+/// largest magnitude at 7, 7.125 to 8.875 or at their negatives, of which -8 is a value. A warp has
+/// a lane for each.
+template <typename C>
+struct Int4Candidates {
+  static constexpr int kAbove = 21, kSymmetric = 32;
+  /// Scales outside are left as they are: squares of sums could leave float's range.
+  static constexpr float kLeastScale = 0x1p-40f, kLargestScale = 0x1p40f;
+
+  EIGENFORMER_HOST_DEVICE static constexpr int count(bool above) {
+    return above ? kAbove : kSymmetric;
+  }
+  EIGENFORMER_HOST_DEVICE static constexpr C at(int j, bool above) {
+    return above ? static_cast<C>(140 + j) / 150
+                 : static_cast<C>(56 + j % 16) / (j < 16 ? 56 : -56);
+  }
 };
 
 /// One scale for all numbers, a number of the host's, for which the host waits. The kernel says

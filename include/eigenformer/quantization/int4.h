@@ -7,6 +7,13 @@
 ///   with minimums   scale = max / 15 - min / 15 (1 where that is 0)      u = clamp(round_half_to_even((w - min) / scale), 0, 15)
 ///
 /// so that |w - q * scale| and |w - (scale * u + min)| are at most scale / 2, up to rounding.
+/// Int4Fit::least_squares lowers the sum of a group's squared errors: of 32 (with minimums 21)
+/// roundings, around those by the scale above, it takes the one whose values a line, through 0
+/// where there are no minimums, brings nearest to the weights, and the scale and minimum of that
+/// line; values are then rounded by these, symmetric ones from -8 on, by scales of either sign
+/// (cpu/vector/fit_int4.h has the formulas). The bits are the same on every ISA and GPU. Groups
+/// whose scale is below 2^-40 or above 2^40 stay as they are.
+///
 /// Minimums suit groups whose weights lie to one side of zero, and are GGUF's Q4_1 and Q4_K; values
 /// of Q4_0, -8 among them, are symmetric ones. Arithmetic is in float (double for double), scales
 /// and minimums are floats; a group that spans more than float's largest number has its far end at
@@ -25,7 +32,7 @@ inline namespace EIGENFORMER_ABI {
 
 /// auto [values, scales] = ef::quantize_weights_int4(weights, 32);
 struct QuantizedInt4 {
-  Tensor<std::int8_t, 2> values;  ///< (out, in), -7 to 7
+  Tensor<std::int8_t, 2> values;  ///< (out, in), -7 to 7, by least squares -8 to 7
   Tensor<float, 2> scales;        ///< (out, ceil(in / group_size))
 };
 
@@ -39,7 +46,7 @@ namespace detail {
 
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_int4(const D& device, std::string_view name, Values& values, Scales& scales,
-                   Scales* minimums, const Weights& weights, Index group_size,
+                   Scales* minimums, const Weights& weights, Index group_size, Int4Fit fit,
                    Workspace& workspace) {
   using T = scalar_of<Weights>;
   static_assert(FloatingScalar<T>,
@@ -55,7 +62,7 @@ void quantize_int4(const D& device, std::string_view name, Values& values, Scale
   const Index rows = from.dimension(0), columns = from.dimension(1);
   require_group_shape(name, "scales", factors, rows, columns, group_size);
   problem::QuantizeInt4<T> problem{from.data(), to.data(), factors.data(), nullptr,
-                                   rows,        columns,   group_size};
+                                   rows,        columns,   group_size,     fit};
   if (minimums != nullptr) {
     auto least = output_view<2>(*minimums);
     require_group_shape(name, "minimums", least, rows, columns, group_size);
@@ -72,14 +79,16 @@ void quantize_int4(const D& device, std::string_view name, Values& values, Scale
 template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int4_into(const D& device, Values&& values, Scales&& scales,
                                 const Weights& weights, Index group_size = 32,
+                                Int4Fit fit = Int4Fit::extremes,
                                 Workspace& workspace = thread_workspace()) {
   detail::quantize_int4<D, Values, std::remove_reference_t<Scales>>(
-      device, "quantize_weights_int4", values, scales, nullptr, weights, group_size, workspace);
+      device, "quantize_weights_int4", values, scales, nullptr, weights, group_size, fit,
+      workspace);
 }
 
 template <CpuDevice D, typename Weights>
-QuantizedInt4 quantize_weights_int4(const D& device, const Weights& weights,
-                                    Index group_size = 32) {
+QuantizedInt4 quantize_weights_int4(const D& device, const Weights& weights, Index group_size = 32,
+                                    Int4Fit fit = Int4Fit::extremes) {
   constexpr auto name = "quantize_weights_int4";
   const auto from = input_view<2>(weights);
   detail::require_group_size(group_size, name);
@@ -87,13 +96,14 @@ QuantizedInt4 quantize_weights_int4(const D& device, const Weights& weights,
   const Index rows = from.dimension(0), columns = from.dimension(1);
   QuantizedInt4 result{Tensor<std::int8_t, 2>(rows, columns),
                        Tensor<float, 2>(rows, (columns + group_size - 1) / group_size)};
-  quantize_weights_int4_into(device, result.values, result.scales, weights, group_size);
+  quantize_weights_int4_into(device, result.values, result.scales, weights, group_size, fit);
   return result;
 }
 template <typename Weights>
   requires(!Device<Weights>)
-QuantizedInt4 quantize_weights_int4(const Weights& weights, Index group_size = 32) {
-  return quantize_weights_int4(Eigen::DefaultDevice{}, weights, group_size);
+QuantizedInt4 quantize_weights_int4(const Weights& weights, Index group_size = 32,
+                                    Int4Fit fit = Int4Fit::extremes) {
+  return quantize_weights_int4(Eigen::DefaultDevice{}, weights, group_size, fit);
 }
 
 /// The same with a minimum beside each scale.
@@ -101,16 +111,18 @@ template <Device D, typename Values, typename Scales, typename Weights>
 void quantize_weights_int4_with_minimums_into(const D& device, Values&& values, Scales&& scales,
                                               Scales&& minimums, const Weights& weights,
                                               Index group_size = 32,
+                                              Int4Fit fit = Int4Fit::extremes,
                                               Workspace& workspace = thread_workspace()) {
   detail::quantize_int4<D, Values, std::remove_reference_t<Scales>>(
       device, "quantize_weights_int4_with_minimums", values, scales, &minimums, weights, group_size,
-      workspace);
+      fit, workspace);
 }
 
 template <CpuDevice D, typename Weights>
 QuantizedInt4WithMinimums quantize_weights_int4_with_minimums(const D& device,
                                                               const Weights& weights,
-                                                              Index group_size = 32) {
+                                                              Index group_size = 32,
+                                                              Int4Fit fit = Int4Fit::extremes) {
   constexpr auto name = "quantize_weights_int4_with_minimums";
   const auto from = input_view<2>(weights);
   detail::require_group_size(group_size, name);
@@ -120,14 +132,15 @@ QuantizedInt4WithMinimums quantize_weights_int4_with_minimums(const D& device,
   QuantizedInt4WithMinimums result{Tensor<std::int8_t, 2>(rows, columns),
                                    Tensor<float, 2>(rows, groups), Tensor<float, 2>(rows, groups)};
   quantize_weights_int4_with_minimums_into(device, result.values, result.scales, result.minimums,
-                                           weights, group_size);
+                                           weights, group_size, fit);
   return result;
 }
 template <typename Weights>
   requires(!Device<Weights>)
 QuantizedInt4WithMinimums quantize_weights_int4_with_minimums(const Weights& weights,
-                                                              Index group_size = 32) {
-  return quantize_weights_int4_with_minimums(Eigen::DefaultDevice{}, weights, group_size);
+                                                              Index group_size = 32,
+                                                              Int4Fit fit = Int4Fit::extremes) {
+  return quantize_weights_int4_with_minimums(Eigen::DefaultDevice{}, weights, group_size, fit);
 }
 
 /// weights (out, in) = fma(scale, value, minimum) of their group: what W4A16 products multiply by.

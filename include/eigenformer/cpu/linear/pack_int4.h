@@ -62,18 +62,18 @@ void arrange_groups(Isa isa, const problem::PackedPanels<int4>& packed, const In
 
 /// Room for what quantizes `rows` rows: scales 1 and minimums 0 where there is no column.
 inline Int4Groups take_groups(Workspace::Frame& frame, const problem::PackedPanels<int4>& packed,
-                              Index rows) {
+                              Index rows, Int4Fit fit) {
   const Index count = ScaleGroups(packed.columns, packed.group).count;
   float* const scales = frame.take<float>(rows * count);
   float* const minimums = packed.minimums == nullptr ? nullptr : frame.take<float>(rows * count);
-  return {scales, minimums, packed.group, count};
+  return {scales, minimums, packed.group, count, fit};
 }
 
 template <typename D, typename Isa, typename W, int Matrices>
 int execute(const Backend<D, Isa>& on, const problem::PackWeight<int4, W, Matrices>& p) {
   const Index rows = p.packed.rows / Matrices, depth = p.packed.columns;
   Workspace::Frame frame(on.workspace);
-  const Int4Groups all = take_groups(frame, p.packed, p.packed.rows);
+  const Int4Groups all = take_groups(frame, p.packed, p.packed.rows, p.fit);
   std::array<Int4Groups, Matrices> groups;
   for (int m = 0; m < Matrices; ++m) {
     groups[m] = all.of_row(m * rows);
@@ -89,7 +89,7 @@ template <typename D, typename Isa, typename W>
 int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<int4, W>& p) {
   const Index rows = p.packed.rows, depth = p.packed.columns;
   Workspace::Frame frame(on.workspace);
-  const Int4Groups all = take_groups(frame, p.packed, rows);
+  const Int4Groups all = take_groups(frame, p.packed, rows, p.fit);
   auto* const matrices = frame.take<MatrixOperand<W>>(p.count);
   auto* const groups = frame.take<Int4Groups>(p.count);
   for (int m = 0; m < p.count; ++m) {

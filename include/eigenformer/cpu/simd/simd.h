@@ -63,7 +63,7 @@ EIGENFORMER_INLINE V fused_multiply_add(V a, V b, V c) {
   if constexpr (isa::kHasFma) {
     return fma(a, b, c);
   } else {
-    float x[V::lanes], y[V::lanes], z[V::lanes];
+    typename V::scalar x[V::lanes], y[V::lanes], z[V::lanes];
     a.store(x), b.store(y), c.store(z);
     for (int i = 0; i < V::lanes; ++i) x[i] = std::fma(x[i], y[i], z[i]);
     return V::load(x);

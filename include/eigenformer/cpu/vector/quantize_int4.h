@@ -1,10 +1,13 @@
 /// \file
 /// The arithmetic of INT4 on groups of one line of numbers (quantization.h has the formulas).
-/// Symmetric groups are INT8's with 7 steps (quantize_line.h); those with a minimum:
+/// Symmetric groups have INT8's scale with 7 steps (quantize_line.h); those with a minimum:
 ///
 ///   scale = max / 15 - min / 15 (1 where that is 0)      u = clamp(round_half_to_even((w - min) / scale), 0, 15)
+///
+/// fit_int4.h makes the errors smaller.
 #pragma once
 
+#include "fit_int4.h"
 #include "quantize_line.h"
 
 namespace eigenformer {
@@ -54,6 +57,19 @@ void quantize_above(const T* line, Index count, float scale, float minimum_weigh
   });
 }
 
+/// q of one symmetric group: from -8 on where the scale is a fitted one.
+template <typename Isa, typename T>
+void quantize_symmetric(const T* line, Index count, float scale, int least, std::int8_t* to) {
+  using V = simd::Vec<compute_type<T>, Isa>;
+  const V low = V::set1(static_cast<compute_type<T>>(least));
+  with_quotient<V>(scale, [&](const auto& quotient) {
+    for_each_vector<V>(0, count, [&](Index at, auto part) {
+      const V steps = round(quotient(load<V>(line + at, part)));
+      store(minimum(V::set1(kInt4Steps), maximum(low, steps)), to + at, part);
+    });
+  });
+}
+
 /// f(first, count, group) for the groups of [k, k + n) of a line; k is a multiple of the group.
 template <typename F>
 void for_each_group(Index k, Index n, Index group, F&& f) {
@@ -65,37 +81,52 @@ struct Int4Groups {
   float* scales;
   float* minimums;
   Index group, count;  // inputs of a group, groups of a row
+  Int4Fit fit;
 
   Int4Groups of_row(Index row) const {
     return {scales + row * count, minimums == nullptr ? nullptr : minimums + row * count, group,
-            count};
+            count, fit};
   }
 };
+
+/// Finds what quantizes a row; false where a number is not quantizable.
+template <typename Isa, typename T>
+bool find_int4_groups(const T* row, Index columns, const Int4Groups& own) {
+  const bool above = own.minimums != nullptr;
+  if (!(above ? group_ranges<Isa>(row, columns, own.group, own.scales, own.minimums)
+              : group_scales<Isa, kInt4Steps>(row, columns, own.group, own.scales)))
+    return false;
+  if (own.fit == Int4Fit::extremes) return true;
+  if (above)
+    fit_int4_groups<Isa, true>(row, columns, own.group, own.scales, own.minimums);
+  else
+    fit_int4_groups<Isa, false>(row, columns, own.group, own.scales, own.minimums);
+  return true;
+}
 
 /// Finds what quantizes a (rows, columns) matrix; false where a number is not quantizable.
 template <typename D, typename Isa, typename T>
 bool find_int4_groups(const Backend<D, Isa>& on, const T* matrix, Index rows, Index columns,
                       const Int4Groups& groups) {
-  if (groups.minimums == nullptr)
-    return group_scales<kInt4Steps>(on, matrix, rows, columns, groups.group, groups.scales);
   std::atomic<bool> quantizable{true};
-  parallel_for(on, rows, Cost{columns, kPackCycles}, [&](Index first, Index last, int) {
-    for (Index r = first; r < last; ++r) {
-      const Int4Groups own = groups.of_row(r);
-      if (!group_ranges<Isa>(matrix + r * columns, columns, groups.group, own.scales, own.minimums))
+  const auto cycles = groups.fit == Int4Fit::extremes ? kPackCycles : kFitCycles;
+  parallel_for(on, rows, Cost{columns, cycles}, [&](Index first, Index last, int) {
+    for (Index r = first; r < last; ++r)
+      if (!find_int4_groups<Isa>(matrix + r * columns, columns, groups.of_row(r)))
         return quantizable.store(false, std::memory_order_relaxed);
-    }
   });
   return quantizable.load(std::memory_order_relaxed);
 }
 
-/// Values of [k, k + n) of a row, as quantization.h gives them: -7 to 7, or 0 to 15 above a
-/// minimum.
+/// Values of [k, k + n) of a row, as quantization.h gives them: -7 to 7 (-8 where the scale is a
+/// fitted one), or 0 to 15 above a minimum.
 template <typename Isa, typename T>
 void quantize_int4_line(const T* row, Index k, Index n, const Int4Groups& own, std::int8_t* to) {
   for_each_group(k, n, own.group, [&](Index at, Index count, Index g) {
     if (own.minimums == nullptr)
-      quantize_line<Isa, false, kInt4Steps>(row + k + at, count, own.scales[g], to + at);
+      quantize_symmetric<Isa>(row + k + at, count, own.scales[g],
+                              own.fit == Int4Fit::extremes ? -kInt4Steps : -kInt4Steps - 1,
+                              to + at);
     else
       quantize_above<Isa>(row + k + at, count, own.scales[g], own.minimums[g], to + at);
   });

@@ -120,7 +120,8 @@ template <typename V, typename F>
 EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
   using C = typename V::scalar;
   if constexpr (CorrectedQuotient<V>::possible)
-    if (scale > CorrectedQuotient<V>::lowest && scale < CorrectedQuotient<V>::highest)
+    if (std::abs(scale) > CorrectedQuotient<V>::lowest &&
+        std::abs(scale) < CorrectedQuotient<V>::highest)
       return f(CorrectedQuotient<V>(V::set1(C(scale)), V::set1(C(1) / C(scale))));
   f(DividedQuotient<V>{V::set1(static_cast<C>(scale))});
 }
