@@ -42,8 +42,12 @@ class JsonBuilder : public nlohmann::json_sax<nlohmann::json> {
   bool end_object() override { return close(); }
   bool end_array() override { return close(); }
   bool key(string_t& name) override {
-    const auto [entry, fresh] = open_.back()->get_ref<Json::object_t&>().emplace(name, nullptr);
-    if (!fresh) return refuse("has \"" + printable(name) + "\" twice in one object");
+    auto& members = open_.back()->get_ref<Json::object_t&>();
+    const std::size_t before = members.size();
+    const auto entry =
+        members.emplace_hint(members.end(), name, nullptr);  // of sorted names at once
+    if (members.size() == before)
+      return refuse("has \"" + printable(name) + "\" twice in one object");
     entry_ = &entry->second;
     return true;
   }

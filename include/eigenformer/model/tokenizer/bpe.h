@@ -31,6 +31,30 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
+/// Pairs of characters: those of byte alphabets and Latin scripts, which come most, in a table.
+class CharacterPairs {
+ public:
+  void insert(char32_t left, char32_t right) {
+    if (!in_table(left, right))
+      others_.insert(pair_of(left, right));
+    else
+      table_[std::size_t{left} * kTable + right] = true;
+  }
+  bool contains(char32_t left, char32_t right) const {
+    return in_table(left, right) ? table_[std::size_t{left} * kTable + right]
+                                 : others_.contains(pair_of(left, right));
+  }
+
+ private:
+  static constexpr char32_t kTable = 512;
+  static bool in_table(char32_t left, char32_t right) { return left < kTable && right < kTable; }
+  static std::uint64_t pair_of(char32_t left, char32_t right) {
+    return std::uint64_t{left} << 32 | right;
+  }
+  std::vector<bool> table_ = std::vector<bool>(std::size_t{kTable} * kTable);
+  std::unordered_set<std::uint64_t> others_;
+};
+
 class Bpe {
  public:
   struct Options {
@@ -104,12 +128,16 @@ class Bpe {
       std::string_view rest = vocabulary.text(id);
       for (bool first = true; !rest.empty(); first = false) {
         const Utf8Front front = utf8_front(rest);
-        if (!first) neighbours_.insert(pair_of(before, front.code_point));
+        if (!first) neighbours_.insert(before, front.code_point);
         before = front.code_point;
         rest.remove_prefix(front.bytes);
       }
     };
-    for (const auto& [pair, merge] : merges_) add(merge.id);
+    std::vector<bool> added(vocabulary.size());
+    for (const auto& [pair, merge] : merges_) {
+      if (!added[static_cast<std::size_t>(merge.id)]) add(merge.id);
+      added[static_cast<std::size_t>(merge.id)] = true;
+    }
     for (std::size_t i = 0; i < ranks_.size(); ++i)
       if (ranks_[i] != kNever) add(static_cast<std::int64_t>(i));
   }
@@ -125,7 +153,7 @@ class Bpe {
       for (std::size_t at = left.bytes; at < word.size();) {
         const Utf8Front right = utf8_front(word.substr(at));
         // What is no token becomes unk or bytes, which merge by other texts than their own.
-        if (!neighbours_.contains(pair_of(left.code_point, right.code_point)) &&
+        if (!neighbours_.contains(left.code_point, right.code_point) &&
             vocabulary.find(word.substr(at - left.bytes, left.bytes)) >= 0 &&
             vocabulary.find(word.substr(at, right.bytes)) >= 0) {
           each(word.substr(begin, at - begin), false);
@@ -169,9 +197,6 @@ class Bpe {
   static std::uint64_t key(std::int32_t left, std::int32_t right) {
     return std::uint64_t{static_cast<std::uint32_t>(left)} << 32 |
            static_cast<std::uint32_t>(right);
-  }
-  static std::uint64_t pair_of(char32_t left, char32_t right) {
-    return std::uint64_t{left} << 32 | right;
   }
   bool dresses() const { return !options_.prefix.empty() || !options_.suffix.empty(); }
   void find_bytes(const Vocabulary& vocabulary) {
@@ -295,7 +320,7 @@ class Bpe {
   std::vector<std::uint32_t> ranks_;
   std::size_t longest_ = 0;
   std::unordered_map<std::uint64_t, Merge> merges_;
-  std::unordered_set<std::uint64_t> neighbours_;
+  CharacterPairs neighbours_;
   std::uint32_t next_rank_ = 0;
   std::array<std::int32_t, 256> bytes_{};
 };

@@ -42,7 +42,8 @@ inline Bpe read_bpe(const JsonValue& model, const Vocabulary& vocabulary, std::i
                     merge[1].get_ref<const std::string&>());
       continue;
     }
-    const std::string_view line = merges.at(i).text();
+    const std::string_view line =
+        merge.is_string() ? merge.get_ref<const std::string&>() : merges.at(i).text();
     if (line.starts_with("#version")) continue;
     const std::size_t space = line.find(' ');
     if (space == line.npos || line.find(' ', space + 1) != line.npos)
