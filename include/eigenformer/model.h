@@ -1,6 +1,6 @@
 /// \file
 /// Models as people have them, loaded, asked and made to write: a folder of Hugging Face's
-/// (config.json, *.safetensors, tokenizer.json) or a GGUF file.
+/// (config.json, *.safetensors, tokenizer.json), a GGUF file, or one that was packed before.
 ///
 ///   ef::Model<float> model = ef::load_model<float>("Llama-3.2-1B");
 ///   ef::Model<float> small =
@@ -16,6 +16,10 @@
 ///                               return true;
 ///                             }});
 ///   ef::TextGenerator chat(model);  // text after text: what they share is computed once
+///
+///   ef::pack_model<float>(device, "Llama-3.2-1B", "llama.packed",
+///                         {.weights = ef::WeightFormat::int8});
+///   ef::Model<float> mapped = ef::load_model<float>("llama.packed");  // the file is all it needs
 ///
 /// Part of the component eigenformer::model (nlohmann-json, PCRE2). Families: model/families.h and
 /// model/gguf_families.h. T is the scalar of activations and caches. Files are not believed:
@@ -37,7 +41,7 @@
 /// which are given back when it is packed. A head that is the embedding too is one tensor, the
 /// packed one, INT8 where the weights are INT8 or INT4. The file stays mapped where another
 /// embedding is used as stored. With LoadOptions::cache the second start maps what the first packed
-/// (model/packed_file.h), each matrix in its own format.
+/// (model/packed_file.h), each matrix in its own format; a file of pack_model is mapped at once.
 #pragma once
 
 #include <filesystem>
@@ -46,12 +50,8 @@
 #include <vector>
 
 #include "decoder.h"
-#include "model/families.h"
-#include "model/gguf_families.h"
-#include "model/load.h"
-#include "model/packed_cache.h"
-#include "model/safetensors.h"
-#include "model/tokenizer.h"
+#include "model/model_source.h"
+#include "model/packed_model.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -128,52 +128,78 @@ class Model {
 
 namespace detail {
 
-template <typename T, typename D>
-auto load_weights(const D& device, const ModelConfig& config, const StoredTensors& tensors,
-                  std::shared_ptr<const void> owner, const LoadOptions& options,
-                  std::span<const MappedFile> files) {
-  const std::function<void(std::span<const std::byte>)> release = [&](auto bytes) {
-    for (const MappedFile& file : files) file.advise(bytes, FileAdvice::done);
-  };
-  return ModelLoader<T, D>(device, config, tensors, options.weights, options.progress, release)
-      .load(std::move(owner));
+template <typename T, typename D, typename F>
+auto open_packed_model(const D& device, const std::filesystem::path& path,
+                       const LoadOptions& options, F&& f) -> Model<T, D> {
+  if constexpr (CpuDevice<D>) {
+    constexpr auto name = "load_model";
+    require_that(options.cache.empty(), name, "cache is given, and the model is packed");
+    const auto file = std::make_shared<const MappedFile>(path);
+    const PackedModelFile packed(file->bytes(), file->name(), file);
+    require_that(options.weights.format == WeightFormat::activation ||
+                     packing_key<T>(device, options.weights) ==
+                         packing_key<T>(device, packed.storage<T>(device)),
+                 name, "weights are asked for in another format than the packed ones of ",
+                 file->name(), ", which are ", key_line(packed.key(), "weights"));
+    try {
+      auto model = packed.read<T>(device, {.length = options.length}, f);
+      file->advise(file->bytes(), FileAdvice::soon);
+      return model;
+    } catch (const std::logic_error& error) {  // sizes that overflow, or a part that is missing
+      fail_model(file->name(), "", error.what());
+    }
+  } else {
+    fail<std::invalid_argument>("load_model: packed files are for devices of the CPU");
+  }
 }
 
 }  // namespace detail
 
-/// The model in a folder, or in a file whose name ends with .gguf. Throws ModelFileError.
+/// The model in a folder, in a file whose name ends with .gguf, or in one that pack_model wrote.
+/// Throws ModelFileError; std::invalid_argument for a cache of a packed file, or another format of
+/// its weights than they have.
 template <FloatingScalar T = float, Device D>
 Model<T, D> load_model(const D& device, const std::filesystem::path& path,
                        const LoadOptions& options = {}) {
-  ModelConfig config;
-  Tokenizer tokenizer;
-  std::shared_ptr<const PackedDecoderWeights<T>> weights;
-  const auto kept = [&](auto&& make) {
-    weights = detail::kept_weights<T>(device, path, options.cache, config, options.weights, make);
+  const auto whole = [&](ModelConfig config, Tokenizer tokenizer, auto weights) {
+    return Model<T, D>(std::move(config), std::move(tokenizer), std::move(weights), device);
   };
-  if (path.extension() == ".gguf") {
-    const auto file = std::make_shared<const Gguf>(path);
-    config = gguf_model_config(*file, {.length = options.length});
-    tokenizer = Tokenizer::from_gguf(*file);
-    kept([&] {
-      return detail::load_weights<T>(device, config, file->tensors(), file, options,
-                                     {&file->file(), 1});
-    });
-  } else {
-    config = read_model_config(path / "config.json", {.length = options.length});
-    tokenizer = Tokenizer::from_folder(path);
-    kept([&] {
-      const auto files = std::make_shared<const Safetensors>(path);
-      return detail::load_weights<T>(device, config, files->tensors(), files, options,
-                                     files->files());
-    });
-  }
-  return {std::move(config), std::move(tokenizer), std::move(weights), device};
+  std::error_code problem;
+  if (path.extension() != ".gguf" && std::filesystem::is_regular_file(path, problem))
+    return detail::open_packed_model<T>(device, path, options, whole);
+  return detail::with_model_source(path, [&](const auto& source) {
+    ModelConfig config = source.config({.length = options.length});
+    Tokenizer tokenizer = source.tokenizer();
+    auto weights =
+        detail::kept_weights<T>(device, path, options.cache, config, options.weights, [&] {
+          return source.template weights<T>(device, config, options.weights, options.progress);
+        });
+    return whole(std::move(config), std::move(tokenizer), std::move(weights));
+  });
 }
 template <FloatingScalar T = float>
 Model<T> load_model(const std::filesystem::path& path, const LoadOptions& options = {}) {
   static const Eigen::DefaultDevice here;
   return load_model<T>(here, path, options);
+}
+
+/// Packs a model, which load_model would open, into one file that load_model maps: weights in
+/// options.weights for the kernels of `device`, which must be a CPU's, and what is beside them. The
+/// file appears whole or not at all; another packed file is replaced, any other is not. Throws what
+/// load_model throws.
+template <FloatingScalar T = float, Device D>
+void pack_model(const D& device, const std::filesystem::path& path,
+                const std::filesystem::path& packed, const LoadOptions& options = {}) {
+  static_assert(CpuDevice<D>, "eigenformer: files of packed models are for CPU devices");
+  detail::require_that(options.cache.empty(), "pack_model", "cache is given, expected none");
+  detail::require_replaceable(packed);
+  detail::with_model_source(path, [&](const auto& source) {
+    const ModelConfig config = source.config({.length = options.length});
+    source.tokenizer();  // refused now rather than where the file is opened
+    const auto weights =
+        source.template weights<T>(device, config, options.weights, options.progress);
+    detail::write_packed_model(device, *weights, source, packed);
+  });
 }
 
 }  // namespace EIGENFORMER_ABI

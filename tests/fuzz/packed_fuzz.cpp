@@ -56,6 +56,19 @@ struct Touch {
   void gated(const Matrix& pair, ef::Index out, ef::Index in) {
     matrix(pair, out, in);
   }
+  template <typename Experts>
+  void experts(const Experts& experts, ef::Index, ef::Index, ef::Index, bool fused) {
+    std::visit(
+        [&](const auto& stack) {
+          for (std::size_t e = 0; e < stack.down.size(); ++e)
+            for (const auto* weight :
+                 {&stack.down[e], fused ? &stack.gate_up[e].pair() : &stack.up[e]}) {
+              touch(ef::detail::PanelAccess::values(*weight));
+              touch(ef::detail::PanelAccess::scales(*weight));
+            }
+        },
+        experts);
+  }
   template <typename Embedding, typename Owner>
   void embedding(const Embedding& embedding, const Owner&, ef::Index, ef::Index) {
     std::visit(
@@ -72,7 +85,7 @@ struct Touch {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < 2) return 0;
-  const std::size_t form = data[0] % 3;
+  const std::size_t form = data[0] % packed_forms().size();
   const bool agrees = data[1] % 8 != 0;
   std::string file = good_file(form);
   std::size_t at = 2;

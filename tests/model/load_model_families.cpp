@@ -14,6 +14,8 @@ using namespace eigenformer_test;
 
 namespace {
 
+const Eigen::DefaultDevice kHere;
+
 /// Logits of kIds, in chunks of two lengths, beside a sequence of padding-free neighbours.
 ef::Tensor<float, 2> ragged_logits(ef::Model<float>& model) {
   ef::PagedKvCache<float> cache = model.make_cache(64, 4);
@@ -31,6 +33,21 @@ ef::Tensor<float, 2> ragged_logits(ef::Model<float>& model) {
     begin += n;
   }
   return all;
+}
+
+/// A model packed into one file and opened from it alone is what it was.
+void expect_same_packed(const std::filesystem::path& source, ef::Model<float>& model,
+                        const ef::LoadOptions& options) {
+  const Folder folder;
+  const auto packed = folder.path() / "model.packed";
+  ef::pack_model<float>(kHere, source, packed, options);
+  auto opened = ef::load_model<float>(packed, {.length = options.length});
+  EXPECT_EQ(opened.weight_bytes(), model.weight_bytes());
+  EXPECT_EQ(opened.config().family, model.config().family);
+  EXPECT_EQ(opened.config().positions, model.config().positions);
+  EXPECT_EQ(opened.tokenizer().eos(), model.tokenizer().eos());
+  EXPECT_EQ(opened.tokenizer().encode("a b"), model.tokenizer().encode("a b"));
+  EXPECT_TRUE(same_bits(opened.logits(kIds), model.logits(kIds)));
 }
 
 TEST(Families, AreThoseOfTransformers) {
@@ -51,8 +68,10 @@ TEST(Families, AreThoseOfTransformers) {
     EXPECT_TRUE(same_bits(ragged_logits(model), logits));
     EXPECT_EQ(ef::generate(model, kIds, {.max_new_tokens = 64, .chunk = 3}),
               golden.at("greedy").get<std::vector<std::int32_t>>());
-    auto rounded = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::int8});
+    const ef::LoadOptions in_int8{.weights = ef::WeightFormat::int8};
+    auto rounded = ef::load_model<float>(folder.path(), in_int8);
     EXPECT_LT(relative_error(rounded.logits(kIds), expected), 0.15);
+    expect_same_packed(folder.path(), rounded, in_int8);
     auto floats = ef::load_model<float>(folder.path(), {.weights = ef::WeightFormat::as_stored});
     EXPECT_TRUE(same_bits(floats.logits(kIds), logits));
 
@@ -139,7 +158,71 @@ TEST(GgufFamilies, AreThoseOfTheirFolders) {
     EXPECT_EQ(ef::generate(loaded, kIds, {.max_new_tokens = 64}),
               changes.empty() ? model.at("greedy").get<std::vector<std::int32_t>>()
                               : ef::generate(expected, kIds, {.max_new_tokens = 64}));
+    expect_same_packed(folder.path() / "m.gguf", loaded, how);
   }
+}
+
+TEST(PackedModel, IsRefusedWhereItIsNotForThisCall) {
+  const Folder folder, other;
+  write_family<float>(folder, golden_file("models.json").at("llama"));
+  folder.write("chat_template.jinja", "{{ bos_token }}");
+  const auto packed = other.path() / "model.packed";
+  const ef::LoadOptions in_int4{.weights = {ef::WeightFormat::int4, 64}};
+  const auto open = [&](const ef::LoadOptions& options) {
+    return ef::load_model<float>(packed, options);
+  };
+  ef::pack_model<float>(kHere, folder.path(), packed, in_int4);
+  EXPECT_TRUE(ef::is_packed_model<float>(packed));
+  EXPECT_FALSE(ef::is_packed_model<ef::bfloat16>(packed));
+  EXPECT_EQ(open({}).tokenizer().chat_template(), "{{ bos_token }}");
+  EXPECT_EQ(open(in_int4).weight_bytes(), open({}).weight_bytes());
+  expect_throws<std::invalid_argument>([&] { open({.weights = ef::WeightFormat::int4}); },
+                                       {"load_model", "model.packed", "int4 64"});
+  expect_throws<std::invalid_argument>([&] { open({.cache = other.path() / "kept"}); },
+                                       {"load_model", "cache"});
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<ef::bfloat16>(packed); },
+                                    {"model.packed", "activations of float", "of bfloat16"});
+  expect_throws<ef::ModelFileError>(
+      [&] { ef::pack_model<float>(kHere, packed, other.path() / "twice"); },
+      {"model.packed", "neither a folder nor"});
+  // A cache's file is another, and so is what is none; neither is written over but by its own kind.
+  ef::load_model<float>(folder.path(), {.cache = other.path() / "kept"});
+  EXPECT_FALSE(ef::is_packed_model<float>(other.path() / "kept"));
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<float>(other.path() / "kept"); },
+                                    {"kept", "a cache"});
+  const auto letter = other.write("letter", "Dear model");
+  EXPECT_FALSE(ef::is_packed_model<float>(letter));
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<float>(letter); },
+                                    {"letter", "no file of packed weights"});
+  expect_throws<ef::ModelFileError>([&] { ef::pack_model<float>(kHere, folder.path(), letter); },
+                                    {"letter", "stays what it is"});
+  EXPECT_EQ(std::filesystem::file_size(letter), 10u);
+  // Packed for other kernels, or by another version: the key says so, the checksum agrees.
+  std::ifstream stream(packed, std::ios::binary);
+  const std::string good{std::istreambuf_iterator<char>(stream), {}};
+  const auto changed = [&](const std::string& from, const std::string& to) {
+    std::string text = good;
+    text.replace(text.find(from), from.size(), to);
+    std::int64_t head = 0;
+    std::memcpy(&head, text.data() + 24, 8);
+    const std::int64_t sum =
+        ef::detail::PagedChecksum::of(text.data(), static_cast<std::size_t>(head) - 8);
+    std::memcpy(text.data() + head - 8, &sum, 8);
+    other.write("model.packed", text);
+  };
+  const auto expect_refused = [&](const std::vector<std::string>& words) {
+    expect_throws<ef::ModelFileError>([&] { open({}); }, words);
+  };
+  changed("\nisa ", "\nisa\t");
+  expect_refused({"model.packed", "for the ISA", "pack the model again"});
+  changed("eigenformer 0", "eigenformer 9");
+  expect_refused({"model.packed", "version 9"});
+  changed("weights int4 64", "weights int4 65");
+  expect_refused({"model.packed", "65"});
+  changed("weights int4", "weights int5");
+  expect_refused({"model.packed", "what its weights are"});
+  changed("\"llama\"", "\"mamba\"");
+  expect_refused({"model.packed: config.json", "mamba"});
 }
 
 TEST(GgufFamilies, TensorsThatNobodyReadsAreRefused) {

@@ -59,10 +59,12 @@ TEST(PackedFile, GivesTheBitsOfWhatWasWritten) {
   for (const ef::DecoderForm& form : packed_forms()) {
     expect_same_from_file<float>(activation, form);
     expect_same_from_file<float>(int8, form);
+    expect_same_from_file<ef::bfloat16>({int4, 32}, form);
   }
   expect_same_from_file<float>({int8, 32}, {});
   expect_same_from_file<float>(int4, {});
   expect_same_from_file<ef::bfloat16>({int4, 64}, {});
+  expect_same_from_file<float>(half, packed_forms()[3]);
   expect_same_from_file<float>(bfloat16, {});
   expect_same_from_file<float>(half, {});
   expect_same_from_file<ef::bfloat16>(activation, {});
@@ -151,26 +153,42 @@ TEST(PackedFile, RefusesDamage) {
                                  head - 1, head, std::size_t{4096}, good.size() - 1})
     EXPECT_THROW(find(std::string_view(good).substr(0, size)), ef::ModelFileError) << size;
   EXPECT_THROW(find(good + "x"), ef::ModelFileError);
-  // Damage that the checksum does not see: numbers of the table that say something else.
+}
+
+// Damage that the checksum does not see: numbers of the table that say something else.
+TEST(PackedFile, ReadsNothingElseWhateverItsTableSays) {
+  const Folder folder;
+  const auto path = folder.path() / "model.packed";
   std::mt19937 generator(1);
-  const std::size_t table = 56 + 8;  // the key is padded to 8 bytes
-  for (int trial = 0; trial < 2000; ++trial) {
-    std::string text = good;
-    const std::size_t count = (head - table) / 8 - 1;
-    std::int64_t number = 0;
-    char* const at = text.data() + table + 8 * (generator() % count);
-    std::memcpy(&number, at, 8);
-    constexpr std::int64_t others[] = {0, 1, 5, 64, -64, std::int64_t{1} << 62};
-    const std::int64_t changed =
-        trial % 2 == 0 ? number + others[generator() % 6] + 1 : others[generator() % 6];
-    std::memcpy(at, &changed, 8);
-    const std::int64_t sum = ef::detail::PagedChecksum::of(text.data(), head - 8);
-    std::memcpy(text.data() + head - 8, &sum, 8);
-    try {
-      const auto found = find(text);
-      if (found != nullptr) logits_of<float>(found);  // another place of the data, within it
-    } catch (const ef::ModelFileError&) {
-    } catch (const std::logic_error&) {
+  for (const std::size_t form : {0, 3}) {
+    ef::write_packed_weights(
+        *packed_model<float>(kPackedConfig, ef::WeightFormat::int8, packed_forms()[form]), path,
+        "key");
+    const std::string good = read(path);
+    const std::size_t head =
+        static_cast<std::size_t>(*reinterpret_cast<const std::int64_t*>(good.data() + 24));
+    const std::size_t table = 56 + 8;  // the key is padded to 8 bytes
+    for (int trial = 0; trial < 1200; ++trial) {
+      std::string text = good;
+      const std::size_t count = (head - table) / 8 - 1;
+      std::int64_t number = 0;
+      char* const at = text.data() + table + 8 * (generator() % count);
+      std::memcpy(&number, at, 8);
+      constexpr std::int64_t others[] = {0, 1, 5, 64, -64, std::int64_t{1} << 62};
+      const std::int64_t changed =
+          trial % 2 == 0 ? number + others[generator() % 6] + 1 : others[generator() % 6];
+      std::memcpy(at, &changed, 8);
+      const std::int64_t sum = ef::detail::PagedChecksum::of(text.data(), head - 8);
+      std::memcpy(text.data() + head - 8, &sum, 8);
+      try {
+        const auto page = std::make_shared<const Page>(text);
+        const auto found = ef::detail::find_packed_weights<float>(
+            kHere, page->bytes(), "model.packed", page, "key", kPackedConfig,
+            ef::WeightFormat::int8, packed_forms()[form]);
+        if (found != nullptr) logits_of<float>(found);  // another place of the data, within it
+      } catch (const ef::ModelFileError&) {
+      } catch (const std::logic_error&) {
+      }
     }
   }
 }

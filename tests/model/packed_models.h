@@ -34,7 +34,52 @@ inline std::vector<ef::DecoderForm> packed_forms() {
   gemma.query_key_norm = ef::QueryKeyNorm::head;
   gemma.activation = ef::DecoderActivation::gelu_tanh;
   gemma.sinks = true;
-  return {{}, gpt2, gemma};
+  ef::DecoderForm experts, gpt_oss;
+  experts.experts = {
+      .count = 3, .chosen = 2, .hidden = 24, .shared_hidden = 40, .shared_gate = true};
+  experts.layers = {{.dense = true}, {}};
+  gpt_oss.experts = {.count = 4, .chosen = 2, .hidden = 32};
+  gpt_oss.activation = ef::DecoderActivation::clamped_swiglu;
+  gpt_oss.feed_forward_bias = true;
+  return {{}, gpt2, gemma, experts, gpt_oss};
+}
+
+/// Packs a layer's experts, out of numbers of its feed-forward, and leaves in `views` what belongs
+/// to all of them.
+template <typename T>
+void pack_experts(ef::PackedDecoderWeights<T>& packed, ef::Index l,
+                  ef::DecoderLayerViews<float>& views) {
+  const ef::DecoderConfig& c = packed.config();
+  const ef::DecoderExperts& experts = packed.form().experts;
+  const float *const gate = views.gate->data(), *const up = views.up->data(),
+                     *const down = views.down->data();
+  const auto rows = [](auto& to, const float* from, ef::Index count, ef::Index columns) {
+    to.emplace(from, count, columns);
+  };
+  const bool biases = packed.form().feed_forward_bias;
+  for (ef::Index e = 0; e < experts.count; ++e) {
+    ef::DecoderLayerViews<float> one;
+    one.expert = e;
+    rows(one.gate, gate + e, experts.hidden, c.features);
+    rows(one.up, up + e, experts.hidden, c.features);
+    rows(one.down, down + e, c.features, experts.hidden);
+    if (biases) {
+      one.gate_bias.emplace(gate + 5 * e, experts.hidden);
+      one.up_bias.emplace(up + 5 * e, experts.hidden);
+      one.down_bias.emplace(down + 5 * e, c.features);
+    }
+    packed.pack_layer(Eigen::DefaultDevice{}, l, one, ef::SelfCommunicator{});
+  }
+  views.gate.reset(), views.up.reset(), views.down.reset();
+  if (experts.shared_hidden > 0) {
+    rows(views.gate, gate, experts.shared_hidden, c.features);
+    rows(views.up, up, experts.shared_hidden, c.features);
+    rows(views.down, down, c.features, experts.shared_hidden);
+  }
+  rows(views.router, up, experts.count, c.features);
+  if (experts.shared_gate) rows(views.shared_gate, down, 1, c.features);
+  views.router_bias.emplace(gate, experts.count);
+  if (experts.shared_gate) views.router_correction.emplace(up, experts.count);
 }
 
 /// All that a form asks for, of numbers that differ.
@@ -78,6 +123,7 @@ std::shared_ptr<ef::PackedDecoderWeights<T>> packed_model(const ef::DecoderConfi
       views.key_norm.emplace(some(c.head_dim));
     }
     if (form.sinks) views.sinks.emplace(some(c.heads));
+    if (form.has_experts(l)) pack_experts(*packed, l, views);
     packed->pack_layer(here, l, views, alone);
   }
   packed->pack_head(here, masters->vector(masters->norm()), masters->matrix(masters->head()),

@@ -66,14 +66,13 @@ ef::WeightStorage weights_of(const ModelOptions& options) {
   return options.as_stored ? ef::WeightFormat::as_stored : ef::WeightFormat::activation;
 }
 
-template <typename T>
-std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log) {
+ef::LoadOptions how_to_load(const ModelOptions& options, std::FILE* log) {
   const auto start = demo::Clock::now();
   const bool terminal = ::isatty(fileno(log)) != 0;
   ef::LoadOptions how;
   how.weights = weights_of(options);
   how.cache = options.cache;
-  how.progress = [&](std::uint64_t done, std::uint64_t total) {
+  how.progress = [=](std::uint64_t done, std::uint64_t total) {
     if (!terminal || done == 0 || total == 0) return;
     const double seconds = demo::seconds_since(start),
                  fraction = static_cast<double>(done) / static_cast<double>(total);
@@ -82,7 +81,13 @@ std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log
                  seconds * (1 - fraction) / fraction, done == total ? "\n" : "");
     std::fflush(log);
   };
-  auto model = std::make_unique<ModelOf<T>>(options, how);
+  return how;
+}
+
+template <typename T>
+std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log) {
+  const auto start = demo::Clock::now();
+  auto model = std::make_unique<ModelOf<T>>(options, how_to_load(options, log));
   const auto& shape = model->config().shape;
   std::fprintf(log,
                "%s: %td layers, %td features, %td tokens of vocabulary; %.1f MB of weights, loaded "
@@ -96,7 +101,20 @@ std::unique_ptr<LoadedModel> load_as(const ModelOptions& options, std::FILE* log
 }  // namespace
 
 std::unique_ptr<LoadedModel> load(const ModelOptions& options, std::FILE* log) {
-  return options.bf16 ? load_as<Eigen::bfloat16>(options, log) : load_as<float>(options, log);
+  return options.bf16 || ef::is_packed_model<Eigen::bfloat16>(options.path)
+             ? load_as<Eigen::bfloat16>(options, log)
+             : load_as<float>(options, log);
 }
+
+#if !defined(__CUDACC__)
+void pack(const ModelOptions& options, const std::string& packed, std::FILE* log) {
+  const Machine machine(options.threads);
+  const ef::LoadOptions how = how_to_load(options, log);
+  if (options.bf16)
+    ef::pack_model<Eigen::bfloat16>(machine.device, options.path, packed, how);
+  else
+    ef::pack_model<float>(machine.device, options.path, packed, how);
+}
+#endif
 
 }  // namespace programs

@@ -34,4 +34,7 @@ class LoadedModel {
 /// Loads with a progress bar and says on `log` what was loaded. Throws what load_model throws.
 std::unique_ptr<LoadedModel> load(const ModelOptions& options, std::FILE* log);
 
+/// Packs the model into a file, with the same progress bar. Throws what pack_model throws.
+void pack(const ModelOptions& options, const std::string& packed, std::FILE* log);
+
 }  // namespace programs

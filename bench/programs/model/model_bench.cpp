@@ -20,7 +20,7 @@ constexpr const char* kUsage =
 llama-bench measures them: random tokens, sequences that begin empty, logits of the last token,
 medians.
 
-  model_bench --model DIR|FILE.gguf [options]
+  model_bench --model DIR|FILE [options]
 
   --prompt-tokens N    tokens of the prompt, read in one step (default 512)
   --decode-tokens N    tokens written one by one (default 32)
@@ -167,7 +167,7 @@ void run(const Options& options, programs::LoadedModel& model) {
 
 int main(int argc, char** argv) {
   Options options;
-  programs::CommandLine line("model_bench", std::string(kUsage) + programs::kModelUsage);
+  programs::CommandLine line("model_bench", kUsage + programs::model_usage());
   options.declare(line);
   line.parse(argc, argv);
   options.check(line);

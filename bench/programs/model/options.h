@@ -9,10 +9,12 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace programs {
 
-/// Reads `--name value` and `--name`. What makes no sense ends the program with a message that says
+/// Reads `--name value`, `--name` and words without a name. What makes no sense ends the program with a message that says
 /// what to do.
 class CommandLine {
  public:
@@ -44,18 +46,27 @@ class CommandLine {
                       }};
   }
 
+  /// The next word without a name.
+  void word(const std::string& name, std::string& to) { words_.push_back({name, &to}); }
+
   void parse(int argc, char** argv) {
+    std::size_t words = 0;
     for (int i = 1; i < argc; ++i) {
       const std::string name = argv[i];
       if (name == "--help") {
         std::fputs(usage_.c_str(), stdout);
         std::exit(0);
       }
+      if (!name.starts_with("--") && words < words_.size()) {
+        *words_[words++].second = name;
+        continue;
+      }
       const auto action = actions_.find(name);
       if (action == actions_.end()) fail("there is no option " + name);
       if (action->second.takes_value && i + 1 == argc) fail(name + " needs a value");
       action->second.run(action->second.takes_value ? argv[++i] : "");
     }
+    if (words < words_.size()) fail(words_[words].first + " is missing");
   }
   [[noreturn]] void fail(const std::string& what) const {
     std::fprintf(stderr, "%s: %s\n\n%s", program_.c_str(), what.c_str(), usage_.c_str());
@@ -69,6 +80,7 @@ class CommandLine {
   };
   std::string program_, usage_;
   std::map<std::string, Action> actions_;
+  std::vector<std::pair<std::string, std::string*>> words_;
 };
 
 /// Which model, and how it is held.
@@ -79,17 +91,20 @@ struct ModelOptions {
 
   void declare(CommandLine& line) {
     line.text("--model", path);
+    line.text("--cache", cache);
+    declare_weights(line);
+  }
+  void declare_weights(CommandLine& line) {
     line.flag("--int8", int8);
     line.flag("--int4", int4);
     line.flag("--bf16", bf16);
     line.flag("--half", half);
     line.flag("--as-stored", as_stored);
     line.integer("--group", 32, 128, group);
-    line.text("--cache", cache);
     line.integer("--threads", 1, 256, threads);
   }
   void check(const CommandLine& line) const {
-    if (path.empty()) line.fail("--model is missing: a folder or a .gguf file");
+    if (path.empty()) line.fail("--model is missing: a folder, a .gguf file or a packed one");
     if (int8 + int4 + half + as_stored > 1)
       line.fail("--int8, --int4, --half and --as-stored exclude each other");
     if (group != 0 && (!(int8 || int4) || (group != 32 && group != 64 && group != 128)))
@@ -98,17 +113,27 @@ struct ModelOptions {
 };
 
 inline constexpr const char* kModelUsage =
-    R"(  --model PATH      a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
-  --int8            linear layers in INT8, quantized as they are read
+    R"(  --model PATH      a folder (config.json, *.safetensors, tokenizer.json), a .gguf file, or one that
+                    quantize wrote, whose weights stay what they are
+)";
+
+inline constexpr const char* kWeightsUsage =
+    R"(  --int8            linear layers in INT8, quantized as they are read
   --int4            linear layers in INT4, the head in INT8, quantized as they are read
   --group N         one scale of INT8 or INT4 for 32, 64 or 128 inputs (default: one for each
                     output, with --int4 for 32 inputs)
   --half            linear layers in half, rounded as they are read
   --as-stored       linear layers as the files hold them, blocks as INT8 by groups of 32
   --bf16            activations, caches and weights in bfloat16 (--int8, --int4: those weights)
-  --cache PATH      keeps packed weights in a file, or a folder of such files, and maps it from the
-                    second start on
   --threads N       threads (default: those of the machine)
 )";
+
+inline constexpr const char* kCacheUsage =
+    R"(  --cache PATH      keeps packed weights in a file, or a folder of such files, and maps it from the
+                    second start on
+)";
+
+/// Of programs that run a model.
+inline std::string model_usage() { return std::string(kModelUsage) + kWeightsUsage + kCacheUsage; }
 
 }  // namespace programs

@@ -15,7 +15,7 @@ constexpr const char* kUsage =
     R"(perplexity: exp of the mean of -log p(token) over a text, p the model's probability of each
 token after those before it in a window of the text.
 
-  perplexity --model DIR|FILE.gguf --text FILE [options]
+  perplexity --model DIR|FILE --text FILE [options]
 
   --text FILE       the text
   --window N        tokens of a window (default: what the model was made for, at most 2048)
@@ -76,7 +76,7 @@ int measure(const Options& options, programs::LoadedModel& model) {
 
 int main(int argc, char** argv) {
   Options options;
-  programs::CommandLine line("perplexity", std::string(kUsage) + programs::kModelUsage);
+  programs::CommandLine line("perplexity", kUsage + programs::model_usage());
   options.model.declare(line);
   line.text("--text", options.text);
   line.integer("--window", 2, 1L << 30, options.window);

@@ -295,6 +295,13 @@ inline std::optional<StoredFormat> gguf_format(std::uint32_t number) {
   }
 }
 
+/// The other way round.
+inline std::uint32_t gguf_number(StoredFormat format) {
+  std::uint32_t number = 0;
+  while (gguf_format(number) != format) ++number;
+  return number;
+}
+
 /// For messages: what people know a format by.
 inline std::string gguf_format_text(std::uint32_t number) {
   constexpr std::string_view names[] = {
@@ -419,11 +426,10 @@ class Gguf {
  public:
   Gguf() = default;
   explicit Gguf(const std::filesystem::path& path) : file_(path) {
-    auto contents = detail::parse_gguf(file_.bytes(), file_.name());
-    version_ = contents.version;
-    metadata_ = std::move(contents.metadata);
-    tensors_ = {file_.name(), std::move(contents.tensors)};
+    read(file_.bytes(), file_.name());
   }
+  /// Of bytes that outlive it; `name` is for messages.
+  Gguf(std::span<const std::byte> bytes, const std::string& name) { read(bytes, name); }
 
   std::uint32_t version() const { return version_; }
   const GgufMetadata& metadata() const { return metadata_; }
@@ -431,6 +437,13 @@ class Gguf {
   const MappedFile& file() const { return file_; }
 
  private:
+  void read(std::span<const std::byte> bytes, const std::string& name) {
+    auto contents = detail::parse_gguf(bytes, name);
+    version_ = contents.version;
+    metadata_ = std::move(contents.metadata);
+    tensors_ = {name, std::move(contents.tensors)};
+  }
+
   MappedFile file_;
   std::uint32_t version_ = 0;
   GgufMetadata metadata_;

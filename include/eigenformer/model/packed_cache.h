@@ -47,16 +47,20 @@ inline std::string source_key(const std::filesystem::path& path) {
   return key;
 }
 
+/// In the order of WeightFormat.
+inline constexpr const char* kWeightFormatNames[] = {"activation", "bfloat16", "half",
+                                                     "int8",       "int4",     "as_stored"};
+
 /// What weights are packed for, and how.
 template <typename T, typename D>
 std::string packing_key(const D& device, const WeightStorage& storage) {
-  constexpr const char* formats[] = {"activation", "bfloat16", "half", "int8", "int4", "as_stored"};
   const auto number = [](auto value) { return std::to_string(value); };
   return "eigenformer " + number(EIGENFORMER_VERSION_MAJOR) + "." +
          number(EIGENFORMER_VERSION_MINOR) + "." + number(EIGENFORMER_VERSION_PATCH) +
          "\nactivations " + number(kPackedCode<T>) + "\nweights " +
-         formats[static_cast<std::size_t>(storage.format)] + " " + number(storage.group_size) +
-         "\nisa " + std::string(run(device, problem::PanelsOf<T>{1, 1, 0, 1}).layout.isa) + "\n";
+         kWeightFormatNames[static_cast<std::size_t>(storage.format)] + " " +
+         number(storage.group_size) + "\nisa " +
+         std::string(run(device, problem::PanelsOf<T>{1, 1, 0, 1}).layout.isa) + "\n";
 }
 
 /// `cache`, or where that is a folder a file in it for this model packed in this way.
@@ -78,8 +82,6 @@ std::shared_ptr<const PackedDecoderWeights<T>> kept_weights(
     const ModelConfig& config, const WeightStorage& storage, Make&& make) {
   if (cache.empty()) return make();
   if constexpr (CpuDevice<D>) {
-    require_that(config.form.experts.count == 0, "load_model",
-                 "cache does not keep layers with experts yet: leave it out");
     const std::string packing = packing_key<T>(device, storage), key = packing + source_key(source);
     const auto file = cache_file(cache, source, packing);
     std::error_code problem;

@@ -6,7 +6,8 @@
 ///   auto weights =
 ///       ef::read_packed_weights<float>(device, "model.packed", key, config, storage, form);
 ///
-/// LoadOptions::cache of model.h does both. The file:
+/// LoadOptions::cache of model.h does both; a file of a whole model (packed_model.h) has texts
+/// before the weights. The file:
 ///
 ///   "EFPACKED" | order version head_bytes key_bytes numbers data_bytes | key | numbers
 ///   | checksum of all that | zeros up to a page | data
@@ -29,6 +30,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <random>
 #include <span>
 #include <string>
@@ -135,6 +137,8 @@ inline constexpr std::int64_t kPackedCode<int4> = 6;
 
 /// In its place, of an embedding that is the head.
 inline constexpr std::int64_t kPackedHead = -1;
+/// Before a text.
+inline constexpr std::int64_t kPackedText = 1;
 
 /// Panels of a shard's weight, or of the pair of a gated one.
 template <typename S>
@@ -154,6 +158,11 @@ class PackedWriter {
     std::span<const std::byte> bytes;
   };
 
+  /// A text that lives until it is written, or none.
+  void text(std::optional<std::string_view> text) {
+    put(text ? kPackedText : 0);
+    if (text) array(text->data(), static_cast<Index>(text->size()));
+  }
   void vector(const PackedArray<float>& x, Index) { sized(x.data(), x.size()); }
   void numbers(const std::vector<float>& x, Index) {
     sized(x.data(), static_cast<Index>(x.size()));
@@ -166,16 +175,21 @@ class PackedWriter {
           if (shard.out_features == 0) return;
           require_that(shard.world_size == 1, kName, "the weights are those of one rank of ",
                        shard.world_size, ", expected all");
-          const PackedWeight<S>& weight = panels_of(shard);
-          put(weight.group_size());
-          put(weight.minimums() != nullptr);
-          put(weight.quantizes_activations());
-          array(weight.data(), PanelAccess::values(weight).size());
-          array(weight.scales(), PanelAccess::scales(weight).size());
-          if (weight.minimums() != nullptr)
-            array(weight.minimums(), PanelAccess::scales(weight).size());
+          weight(panels_of(shard));
         },
         matrix);
+  }
+  template <typename... Stack>
+  void experts(const std::variant<Stack...>& experts, Index, Index, Index, bool fused) {
+    std::visit(
+        [&]<typename S>(const PackedExpertStack<S>& stack) {
+          put(stack.down.empty() ? 0 : kPackedCode<S>);
+          for (std::size_t e = 0; e < stack.down.size(); ++e) {
+            weight(fused ? stack.gate_up[e].pair() : stack.up[e]);
+            weight(stack.down[e]);
+          }
+        },
+        experts);
   }
   template <typename Matrix>
   void gated(const Matrix& pair, Index out, Index in) {
@@ -216,6 +230,16 @@ class PackedWriter {
     pieces.push_back({begin, std::as_bytes(elements)});
     bytes = begin + elements.size_bytes();
   }
+  template <typename S>
+  void weight(const PackedWeight<S>& weight) {
+    const Index scales = PanelAccess::scales(weight).size();
+    put(weight.group_size());
+    put(weight.minimums() != nullptr);
+    put(weight.quantizes_activations());
+    array(weight.data(), PanelAccess::values(weight).size());
+    array(weight.scales(), scales);
+    if (weight.minimums() != nullptr) array(weight.minimums(), scales);
+  }
   /// An array that may be empty.
   void sized(const float* data, Index count) {
     put(count > 0 ? kPackedCode<float> : 0);
@@ -235,6 +259,12 @@ class PackedFinder {
         name_(std::move(name)),
         owner_(std::move(owner)) {}
 
+  std::optional<std::string_view> text() {
+    if (!code(kPackedText)) return std::nullopt;
+    demand(at_ + 1 < numbers_.size());
+    const auto found = array<char>(numbers_[at_ + 1]);  // as long as it says
+    return std::string_view(found.data(), static_cast<std::size_t>(found.size()));
+  }
   void vector(PackedArray<float>& x, Index size) {
     if (code(kPackedCode<float>)) x = array<float>(size);
   }
@@ -256,6 +286,26 @@ class PackedFinder {
           PairAccess<S>::pair(shard.weight) = std::move(weight);
         },
         2);
+  }
+  template <template <typename> class Stack, typename... S>
+  void experts(std::variant<Stack<S>...>& experts, Index count, Index hidden, Index in,
+               bool fused) {
+    const std::int64_t scalar = next();
+    if (scalar == 0) return;
+    const auto as = [&]<typename X>(std::type_identity<X>) {
+      if (scalar != kPackedCode<X>) return false;
+      Stack<X> stack;
+      for (Index e = 0; e < count; ++e) {
+        if (fused)
+          PairAccess<X>::pair(stack.gate_up.emplace_back()) = weight<X>(hidden, in, 2);
+        else
+          stack.up.push_back(weight<X>(2 * hidden, in, 1));
+        stack.down.push_back(weight<X>(in, hidden, 1));
+      }
+      experts = std::move(stack);
+      return true;
+    };
+    demand((as(std::type_identity<S>{}) || ...));
   }
   template <typename Embedding>
   void embedding(Embedding& embedding, std::shared_ptr<const void>& owner, Index rows,
@@ -318,19 +368,23 @@ class PackedFinder {
     if (scalar == 0) return;
     const auto as = [&]<template <typename> class Shard, typename X>(std::type_identity<Shard<X>>) {
       if (scalar != kPackedCode<X>) return false;
-      const Index group = group_of<X>(next());
-      const bool minimums = flag<X>(false), quantizes_activations = flag<X>(true);
-      const problem::PanelsOf<X> shape{out, in, group, matrices, minimums, quantizes_activations};
-      const problem::PanelSizes sizes = run(device_, shape);
-      auto values = array<X>(sizes.elements);
-      auto scales = array<float>(sizes.scales);
       Shard<X> shard{{}, out, in, 0, 1};
-      set(shard, PanelAccess::weight(shape, sizes.layout, std::move(values), std::move(scales),
-                                     minimums ? array<float>(sizes.scales) : PackedArray<float>()));
+      set(shard, weight<X>(out, in, matrices));
       matrix = std::move(shard);
       return true;
     };
     demand((as(std::type_identity<One<S>>{}) || ...));
+  }
+  template <typename X>
+  PackedWeight<X> weight(Index out, Index in, int matrices) {
+    const Index group = group_of<X>(next());
+    const bool minimums = flag<X>(false), quantizes_activations = flag<X>(true);
+    const problem::PanelsOf<X> shape{out, in, group, matrices, minimums, quantizes_activations};
+    const problem::PanelSizes sizes = run(device_, shape);
+    auto values = array<X>(sizes.elements);
+    auto scales = array<float>(sizes.scales);
+    return PanelAccess::weight(shape, sizes.layout, std::move(values), std::move(scales),
+                               minimums ? array<float>(sizes.scales) : PackedArray<float>());
   }
   template <typename X>
   Index group_of(std::int64_t group) const {
@@ -355,6 +409,19 @@ class PackedFinder {
   std::size_t at_ = 0;
 };
 
+/// The weights that come next, and last.
+template <typename T, typename D>
+std::shared_ptr<const PackedDecoderWeights<T>> take_packed_weights(PackedFinder<D>& finder,
+                                                                   const DecoderConfig& config,
+                                                                   const WeightStorage& storage,
+                                                                   const DecoderForm& form) {
+  auto weights = std::make_shared<PackedDecoderWeights<T>>(config, storage, form);
+  PackedParts::all(*weights, finder);
+  finder.finish(weights->bytes());
+  weights->require_complete();
+  return weights;
+}
+
 /// Weights in `file`, which `owner` keeps; none where its key is another.
 template <typename T, typename D>
 std::shared_ptr<const PackedDecoderWeights<T>> find_packed_weights(
@@ -364,12 +431,29 @@ std::shared_ptr<const PackedDecoderWeights<T>> find_packed_weights(
   static_assert(CpuDevice<D>, "eigenformer: files of packed weights are for CPU devices");
   const PackedContents contents(file, name);
   if (contents.head.key != key) return nullptr;
-  auto weights = std::make_shared<PackedDecoderWeights<T>>(config, storage, form);
   PackedFinder<D> finder(device, contents, name, std::move(owner));
-  PackedParts::all(*weights, finder);
-  finder.finish(weights->bytes());
-  weights->require_complete();
-  return weights;
+  return take_packed_weights<T>(finder, config, storage, form);
+}
+
+/// Writes what `parts` lists, the last numbers those of weights of so many bytes. The file's old
+/// contents stay what they were until the new ones are there.
+inline void write_packed_parts(PackedWriter& parts, std::size_t weight_bytes,
+                               const std::filesystem::path& path, std::string_view key) {
+  parts.list.push_back(static_cast<std::int64_t>(weight_bytes));
+  const std::string head = PackedHead{std::string(key), std::move(parts.list), parts.bytes}.bytes();
+  // Programs that start together may all write it: each to a file of its own.
+  const std::string ending = "." + std::to_string(std::random_device{}()) + ".partial";
+  write_whole(path, ending, [&](std::ofstream& stream) {
+    stream.write(head.data(), static_cast<std::streamsize>(head.size()));
+    const std::array<char, PackedHead::kPage> zeros{};
+    std::uint64_t at = 0;
+    for (const auto& piece : parts.pieces) {
+      stream.write(zeros.data(), static_cast<std::streamsize>(piece.begin - at));
+      stream.write(reinterpret_cast<const char*>(piece.bytes.data()),
+                   static_cast<std::streamsize>(piece.bytes.size()));
+      at = piece.begin + piece.bytes.size();
+    }
+  });
 }
 
 }  // namespace detail
@@ -401,22 +485,7 @@ void write_packed_weights(const PackedDecoderWeights<T>& weights, const std::fil
                           std::string_view key) {
   detail::PackedWriter parts;
   detail::PackedParts::all(weights, parts);
-  parts.list.push_back(static_cast<std::int64_t>(weights.bytes()));
-  const std::string head =
-      detail::PackedHead{std::string(key), std::move(parts.list), parts.bytes}.bytes();
-  // Programs that start together may all write it: each to a file of its own.
-  const std::string ending = "." + std::to_string(std::random_device{}()) + ".partial";
-  detail::write_whole(path, ending, [&](std::ofstream& stream) {
-    stream.write(head.data(), static_cast<std::streamsize>(head.size()));
-    const std::array<char, detail::PackedHead::kPage> zeros{};
-    std::uint64_t at = 0;
-    for (const auto& piece : parts.pieces) {
-      stream.write(zeros.data(), static_cast<std::streamsize>(piece.begin - at));
-      stream.write(reinterpret_cast<const char*>(piece.bytes.data()),
-                   static_cast<std::streamsize>(piece.bytes.size()));
-      at = piece.begin + piece.bytes.size();
-    }
-  });
+  detail::write_packed_parts(parts, weights.bytes(), path, key);
 }
 
 }  // namespace EIGENFORMER_ABI

@@ -45,7 +45,7 @@
 #include <utility>
 #include <vector>
 
-#include "mapped_file.h"
+#include "model_texts.h"
 #include "tokenizer/data.h"
 #include "tokenizer/gguf.h"
 #include "tokenizer/json.h"
@@ -95,15 +95,24 @@ class Tokenizer {
   /// generation_config.json, config.json, chat_template.json and chat_template.jinja a folder has.
   /// Throws ModelFileError naming file, place and reason.
   static Tokenizer from_folder(const std::filesystem::path& folder) {
-    const MappedFile file(folder / "tokenizer.json");
-    detail::TokenizerData data = detail::tokenizer_from_json(file.text(), file.name());
-    read_beside(folder, "generation_config.json", detail::read_token_numbers, data);
-    read_beside(folder, "tokenizer_config.json", detail::read_token_names, data);
-    read_beside(folder, "special_tokens_map.json", detail::read_token_names, data);
-    read_beside(folder, "chat_template.json", detail::read_token_names, data);
-    read_beside(folder, "config.json", detail::read_token_numbers, data);
-    if (const auto path = folder / "chat_template.jinja"; std::filesystem::exists(path))
-      data.chat_template = detail::whole_utf8(MappedFile(path).text());
+    return from_texts(detail::FolderTexts(folder));
+  }
+  /// From texts of these files, wherever they lie: model/model_texts.h.
+  template <typename Texts>
+  static Tokenizer from_texts(Texts texts) {
+    constexpr auto json = "tokenizer.json", jinja = "chat_template.jinja";
+    detail::TokenizerData data = detail::tokenizer_from_json(texts.text(json), texts.name(json));
+    const auto read_beside = [&](const char* name, auto&& read) {
+      if (!texts.has(name)) return;
+      const nlohmann::json document = detail::parse_json(texts.text(name), texts.name(name));
+      read(detail::JsonValue(document, texts.name(name)), data);
+    };
+    read_beside("generation_config.json", detail::read_token_numbers);
+    read_beside("tokenizer_config.json", detail::read_token_names);
+    read_beside("special_tokens_map.json", detail::read_token_names);
+    read_beside("chat_template.json", detail::read_token_names);
+    read_beside("config.json", detail::read_token_numbers);
+    if (texts.has(jinja)) data.chat_template = detail::whole_utf8(texts.text(jinja));
     return Tokenizer(std::move(data));
   }
   /// From the text of a tokenizer.json alone. `name` is for messages.
@@ -151,15 +160,6 @@ class Tokenizer {
   static std::optional<std::int32_t> known(std::int32_t id) {
     return id < 0 ? std::nullopt : std::optional(id);
   }
-  template <typename Read>
-  static void read_beside(const std::filesystem::path& folder, const char* name, Read&& read,
-                          detail::TokenizerData& data) {
-    if (!std::filesystem::exists(folder / name)) return;
-    const MappedFile file(folder / name);
-    const nlohmann::json document = detail::parse_json(file.text(), file.name());
-    read(detail::JsonValue(document, file.name()), data);
-  }
-
   std::shared_ptr<const detail::TokenizerData> data_;
 };
 

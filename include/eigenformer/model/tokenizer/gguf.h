@@ -235,7 +235,7 @@ inline GgufVocabulary gguf_vocabulary(const Gguf& file) {
                             .add_eos = flag("add_eos_token"),
                             .add_space_prefix = flag("add_space_prefix"),
                             .chat_template = text("tokenizer.chat_template"),
-                            .file = file.file().name()};
+                            .file = file.tensors().file()};
   if (metadata.contains(key("scores")))
     for (const double score : metadata.numbers(key("scores")))
       vocabulary.scores.push_back(static_cast<float>(score));
