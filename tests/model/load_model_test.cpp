@@ -95,6 +95,29 @@ TEST_F(Stories, TextsThatBeginAlikeShareWhatWasComputed) {
   EXPECT_EQ(generator.reused(), 24);
 }
 
+TEST_F(Stories, TheCallerEndsThePrompt) {
+  auto model = ef::load_model<float>(folder_);
+  ef::TextGenerator generator(model);
+  std::vector<Index> read;
+  ef::GenerateOptions how{.max_new_tokens = 10, .chunk = 16};
+  how.on_prompt = [&](Index done, Index all) {
+    EXPECT_EQ(all, 60);
+    read.push_back(done);
+    return done < 32;
+  };
+  how.on_token = [](std::int32_t) { return ADD_FAILURE(), false; };
+  EXPECT_TRUE(generator.generate(first(60), how).empty());
+  EXPECT_EQ(read, (std::vector<Index>{16, 32}));
+  // What was read is not read again.
+  read.clear();
+  how.on_prompt = [&](Index done, Index) { return read.push_back(done), true; };
+  how.on_token = {};
+  EXPECT_EQ(generator.generate(first(60), how),
+            (std::vector<std::int32_t>(published_.begin() + 60, published_.begin() + 70)));
+  EXPECT_EQ(generator.reused(), 32);
+  EXPECT_EQ(read, (std::vector<Index>{48, 60}));
+}
+
 TEST_F(Stories, ATokenTakesNoMemory) {
   auto model = ef::load_model<float>(folder_);
   ef::TextGenerator generator(model);

@@ -17,16 +17,17 @@ using demo::Clock;
 constexpr const char* kUsage =
     R"(generate: continues a text with a model, or chats with it, and says how fast.
 
-  generate --model DIR|FILE.gguf --prompt TEXT [options]
-  generate --model DIR|FILE.gguf --chat [options]
+  generate --model DIR|FILE --prompt TEXT [options]
+  generate --model DIR|FILE --chat [options]
 
   --prompt TEXT     the text to continue (default: none, the model begins one)
   --chat            by the model's chat template: --prompt is what a user says; without it each
-                    line of the input is, until it ends. Ctrl-C ends an answer, and between
-                    answers the chat; twice, while a prompt is read too, the program
+                    line of the input is, until it ends. Ctrl-C ends an answer, while its
+                    prompt is read too, and between answers the chat; twice at once the program
   --system TEXT     in a chat: what is said before all
   --tokens N        tokens to write at most (default 128; in a chat 1024 an answer); fewer where the
                     model ends the text
+  --chunk N         tokens of a prompt that are computed at once (default 512), before Ctrl-C counts
   --context N       tokens of the whole text at most (default: what the model was made for)
   --temperature T   0, the default, takes the likeliest token each time
   --top-k K         of the K likeliest tokens (0: all)
@@ -48,7 +49,7 @@ volatile std::sig_atomic_t stopped = 0;
 struct Options {
   programs::ModelOptions model;
   std::string prompt, system, device = programs::kDevice;
-  long tokens = -1, context = 0, top_k = 0, seed = 0;
+  long tokens = -1, chunk = 512, context = 0, top_k = 0, seed = 0;
   double temperature = 0, top_p = 1, min_p = 0, typical_p = 1;
   double repetition = 1, frequency = 0, presence = 0;
   bool chat = false, json = false, ids = false;
@@ -59,6 +60,7 @@ struct Options {
     line.flag("--chat", chat);
     line.text("--system", system);
     line.integer("--tokens", 0, 1L << 30, tokens);
+    line.integer("--chunk", 1, 1L << 40, chunk);
     line.integer("--context", 1, 1L << 40, context);
     line.number("--temperature", temperature);
     line.integer("--top-k", 0, 1L << 30, top_k);
@@ -79,6 +81,7 @@ struct Options {
 ef::GenerateOptions how_to_write(const Options& options, const ef::ModelConfig& config) {
   ef::GenerateOptions how;
   how.max_new_tokens = options.tokens >= 0 ? options.tokens : options.chat ? 1024 : 128;
+  how.chunk = options.chunk;
   how.max_length = options.context > 0 ? options.context : config.positions;
   how.sampling = {.temperature = options.temperature,
                   .top_k = options.top_k,
@@ -119,7 +122,16 @@ std::vector<std::int32_t> write(const Options& options, programs::LoadedModel& m
   std::string text;
   const auto start = Clock::now();
   Work work;
+  const bool terminal = ::isatty(STDERR_FILENO) != 0;
   ef::GenerateOptions how = how_to_write(options, model.config());
+  how.on_prompt = [&](ef::Index done, ef::Index all) {
+    work.read = static_cast<std::size_t>(done - model.reused());
+    work.reading = demo::seconds_since(start);
+    if (terminal && all > options.chunk)
+      std::fprintf(stderr, done < all ? "\r%td of %td tokens of prompt \033[K" : "\r\033[K", done,
+                   all);
+    return stopped == 0;
+  };
   how.on_token = [&](std::int32_t id) {
     if (work.written++ == 0) work.reading = demo::seconds_since(start);
     const std::string piece = stream.push(id);
@@ -130,7 +142,6 @@ std::vector<std::int32_t> write(const Options& options, programs::LoadedModel& m
   };
   const std::vector<std::int32_t> ids = model.generate(prompt, how);
   work.writing = demo::seconds_since(start) - work.reading;
-  work.read = prompt.size() - static_cast<std::size_t>(model.reused());
   work.steps = work.written > 0 ? work.written - 1 : 0;
   const std::string rest = stream.finish();
   if (options.json) {
@@ -188,8 +199,9 @@ int chat(const Options& options, programs::LoadedModel& model) {
   return 0;
 }
 
-/// Ctrl-C ends what is being written; where a line is being read, it ends the input. Once more
-/// before that has come about, as while a long prompt is computed, it ends the program.
+/// Ctrl-C ends what is being written, or between two chunks what is being read of a prompt; where a
+/// line is being read, it ends the input. Once more before that has come about, as while a large
+/// chunk is computed, it ends the program.
 void stop_on_interrupt() {
   struct sigaction action {};
   action.sa_handler = [](int) {
@@ -203,7 +215,7 @@ void stop_on_interrupt() {
 
 int main(int argc, char** argv) {
   Options options;
-  programs::CommandLine line("generate", std::string(kUsage) + programs::kModelUsage);
+  programs::CommandLine line("generate", kUsage + programs::model_usage());
   options.declare(line);
   line.parse(argc, argv);
   options.model.check(line);

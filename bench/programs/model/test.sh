@@ -31,6 +31,26 @@ done
 echo "no model" >"$work/letter"
 if "$programs/generate" --model "$model" --cache "$work/letter" --tokens 4 2>/dev/null; then fail "generate --cache over another file"; fi
 [ "$(cat "$work/letter")" = "no model" ] || fail "generate --cache has changed another file"
+# A packed model is all that the programs need.
+for from in "$model" "$model/model.gguf"; do
+  for format in "" "--int4 --group 64" --as-stored "--bf16 --int8"; do
+    "$programs/quantize" "$from" "$work/model.packed" $format --json | grep -q '"packed_bytes":[1-9]' || fail "quantize $from $format"
+    written=$("$programs/generate" --model "$work/model.packed" --tokens 60 --prompt "Once" --ids)
+    [ "$written" = "$("$programs/generate" --model "$from" ${format:---int8} --tokens 60 --prompt "Once" --ids)" ] || fail "generate --model of $from packed $format: $written"
+  done
+done
+"$programs/quantize" "$model" "$work/model.packed" | grep -q MB || fail "quantize"
+[ "$("$programs/perplexity" --model "$work/model.packed" --text "$model/greedy.txt" --json | sed 's/.*"perplexity":\([0-9.]*\).*/\1/')" = "$int8" ] || fail "perplexity of a packed model"
+"$programs/model_bench" --model "$work/model.packed" --threads 1 --prompt-tokens 2 --decode-tokens 2 --repetitions 1 --json | grep -q '"test":"decode"' || fail "model_bench of a packed model"
+if "$programs/generate" --model "$work/model.packed" --int4 --tokens 1 2>"$work/said"; then fail "a packed model in another format"; fi
+grep -q 'int8' "$work/said" || fail "$(cat "$work/said")"
+if "$programs/quantize" "$model" "$work/letter" 2>/dev/null; then fail "quantize over another file"; fi
+[ "$(cat "$work/letter")" = "no model" ] || fail "quantize has changed another file"
+if "$programs/quantize" "$model" "$work/none/model.packed" 2>/dev/null; then fail "quantize into a folder that is not there"; fi
+if "$programs/quantize" "$model" 2>/dev/null; then fail "quantize without a file to write"; fi
+if "$programs/quantize" "$work/model.packed" "$work/twice" 2>/dev/null; then fail "quantize of a packed model"; fi
+[ -z "$(find "$work" -name '*.partial' -o -name twice)" ] || fail "quantize left a part of a file"
+"$programs/quantize" --help | grep -q OUT || fail "quantize --help"
 # A text longer than the context, and one that ends there.
 [ "$("$programs/generate" --model "$model" --context 30 --ids | wc -w)" = 29 ] || fail "generate --context"
 if "$programs/generate" --model "$model" --prompt "$(cat "$model/greedy.txt")" --context 30 2>/dev/null; then fail "a prompt past the context"; fi
@@ -46,9 +66,15 @@ reused=$(sed -n '2s/.*"prompt_tokens_reused":\([0-9]*\).*/\1/p' "$work/answers")
 first=$(sed -n '1s/.*"prompt_ids":\[\([^]]*\).*/\1/p' "$work/answers" | tr , '\n' | wc -l)
 [ "$reused" = $((first + 11)) ] || fail "generate --chat found $reused tokens in its cache, of $first and 12"
 "$programs/generate" --model "$work/chat" --chat --prompt "Hello" --tokens 5 >"$work/answer" || fail "generate --chat --prompt"
-# A second Ctrl-C ends the program while a prompt is computed that takes it seconds. (In the background a shell has it ignored at first.)
-for i in $(seq 400); do tr '\n' ' ' <"$model/greedy.txt"; done >"$work/long"
-"$programs/generate" --model "$work/chat" --chat --context 1000000 --threads 1 <"$work/long" >/dev/null 2>&1 &
+# Ctrl-C ends a prompt between two chunks, with a summary; a second one the program, here while a chunk takes it seconds. (In the
+# background a shell has it ignored until the program has a handler.)
+for i in $(seq 200); do tr '\n' ' ' <"$model/greedy.txt"; done >"$work/long"
+"$programs/generate" --model "$model" --prompt "$(cat "$work/long")" --context 1000000 --threads 1 >/dev/null 2>"$work/said" &
+until grep -q 'SigCgt:.*[2367abef]$' /proc/$!/status; do sleep 0.01; done
+kill -INT $!
+wait $! || fail "generate, interrupted, has status $?"
+grep -q '^stopped: [0-9]* tokens of prompt .*, 0 written' "$work/said" || fail "generate, interrupted, said $(cat "$work/said")"
+for i in 1 2; do cat "$work/long"; done | "$programs/generate" --model "$work/chat" --chat --context 1000000 --chunk 1000000 --threads 1 >/dev/null 2>&1 &
 while kill -INT $! 2>/dev/null; do sleep 0.05; done
 status=0
 wait $! || status=$?

@@ -24,6 +24,9 @@ struct GenerateOptions {
   /// Called with each new token; false ends the text.
   std::function<bool(std::int32_t)> on_token = {};
   Index chunk = 512;  ///< tokens of a prompt that go through the layers at once
+  /// Called after each chunk with the tokens of the prompt that the cache has, and all of them;
+  /// false ends the text, which has no new tokens then. What was read stays in the cache.
+  std::function<bool(Index, Index)> on_prompt = {};
   /// Tokens of the whole text, at most: what is given and what is new. 0: as many as the model has
   /// positions in a table (GPT-2); where positions turn there is no end.
   Index max_length = 0;
@@ -56,7 +59,7 @@ class TextGenerator {
     std::vector<std::int32_t> text;
     reused_ = 0;
     if (most <= 0) return text;
-    read(ids, options.chunk);
+    if (!read(ids, options)) return text;
     SamplingParams params = options.sampling;
     const bool history = params.prompt_tokens.empty() && params.output_tokens.empty();
     if (history) params.prompt_tokens = ids;
@@ -99,18 +102,20 @@ class TextGenerator {
     return limit;
   }
 
-  /// The logits after `ids`. At least the last of them is computed.
-  void read(std::span<const std::int32_t> ids, Index chunk) {
+  /// The logits after `ids`. At least the last of them is computed. False: on_prompt ended it.
+  bool read(std::span<const std::int32_t> ids, const GenerateOptions& options) {
     const auto known = std::mismatch(known_.begin(), known_.end(), ids.begin(), ids.end() - 1);
     reused_ = known.first - known_.begin();
     cache_.truncate(reused_);
     known_.resize(static_cast<std::size_t>(reused_));
     const auto count = static_cast<Index>(ids.size());
-    for (Index begin = reused_; begin < count; begin += chunk) {
-      const Index size = (std::min)(chunk, count - begin);
+    for (Index begin = reused_; begin < count; begin += options.chunk) {
+      const Index size = (std::min)(options.chunk, count - begin);
       step(ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(size)),
            begin + size == count);
+      if (options.on_prompt && !options.on_prompt(begin + size, count)) return false;
     }
+    return true;
   }
 
   void step(std::span<const std::int32_t> tokens, bool wanted) {
