@@ -3,6 +3,8 @@
 // float sum touches.
 #include <eigenformer/sampling.h>
 
+#include <cfloat>
+
 #include "sampling_support.h"
 
 using namespace eigenformer_test;
@@ -90,6 +92,90 @@ TEST(SamplingBulk, TokensAreThoseOfSumsInDouble) {
           ef::Philox again{trial};
           ef::sample_into(on(isa), other, rows, params, again);
           EXPECT_TRUE(same_bits(other, expected)) << isa.name << " " << vocab << " " << trial;
+        });
+    }
+}
+
+TEST(SamplingBulk, MomentsAreAsRightAsTheySay) {
+  for (Index vocab : {300, 20011}) {
+    auto rows = rows_of_every_kind(vocab, 3);
+    for (Index v = 1; v < vocab; v += 3) rows(1, v) = v % 2 == 0 ? -1e30f : -FLT_MAX;
+    for (Index r = 0; r < 8; ++r)
+      for (double inverse : {1.0, .3, 7.0})
+        for_each_isa([&](auto isa) {
+          using Isa = decltype(isa);
+          std::vector<float> maxima(static_cast<std::size_t>(vocab / 128 + 1)),
+              found(static_cast<std::size_t>(vocab) + 1024);
+          ef::cpu::SamplingRow<float> row{&rows(r, 0), vocab, maxima.data(), {}, 1.0};
+          ef::cpu::scan_row<Isa>(row);
+          row.inverse_temperature = inverse;
+          const ef::cpu::Ring ring{row.band.hi - 1, .5f, 1.25f};
+          const auto sums = ef::cpu::moment_sums<Isa>(row, ring, found.data());
+          const ef::cpu::BulkMoments moments(row, ring.middle, sums);
+          long double total = 0, moment = 0, first = 0;
+          Index gathered = 0;
+          for (Index v = 0; v < vocab; ++v) {
+            const long double w = ef::cpu::token_weight(rows(r, v), row.band.hi, inverse);
+            total += w;
+            if (w > 0) moment += w * rows(r, v);
+            const float distance = std::abs(rows(r, v) - ring.middle);
+            if (distance < ring.near) first += w;
+            gathered += distance >= ring.near && distance <= ring.far;
+          }
+          EXPECT_NEAR(static_cast<double>(total), moments.total.value, moments.total.error)
+              << isa.name << " row " << r << " of " << vocab << " " << inverse;
+          EXPECT_NEAR(static_cast<double>(moment / total), moments.mean.value, moments.mean.error)
+              << isa.name << " row " << r << " of " << vocab << " " << inverse;
+          EXPECT_LT(moments.mean.error, 1e-5 * (1 + moments.spread) / (std::min)(inverse, 1.0));
+          EXPECT_NEAR(static_cast<double>(first), sums.first_weight, 2e-6 * sums.first_weight);
+          EXPECT_EQ(gathered, sums.gathered);
+        });
+  }
+}
+
+/// Makes tokens of a row as far above its mean logit as others are below, but for a rounding.
+void mirror_about_mean(ef::Tensor<float, 2>& rows, Index r) {
+  const Index vocab = rows.dimension(1);
+  for (int round = 0; round < 4; ++round) {
+    double best = rows(r, 0), total = 0, mean = 0;
+    for (Index v = 0; v < vocab; ++v) best = (std::max)(best, static_cast<double>(rows(r, v)));
+    for (Index v = 0; v < vocab; ++v) {
+      const double w = std::exp(static_cast<double>(rows(r, v)) - best);
+      total += w;
+      mean += w * static_cast<double>(rows(r, v));
+    }
+    for (Index v = 0; v + 1 < vocab; v += 2)
+      if (const double below = mean / total - static_cast<double>(rows(r, v)); below > 0)
+        rows(r, v + 1) = static_cast<float>(mean / total + below);
+  }
+}
+
+// Of flat rows about one in eight is too near for float.
+TEST(SamplingBulk, NearestTokensAreThoseOfSumsInDouble) {
+  std::mt19937 generator(3);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  for (Index vocab : {300, 5000, 9001, 40000})
+    for (unsigned trial = 0; trial < 12; ++trial) {
+      auto rows = rows_of_every_kind(vocab, 100 * trial + static_cast<unsigned>(vocab % 97));
+      for (Index v = 0; v < vocab; ++v) rows(6, v) = rows(0, v) * .2f;
+      mirror_about_mean(rows, 6);
+      for (Index v = 1; v < vocab; v += 3) rows(0, v) = v % 2 == 0 ? -1e30f : -FLT_MAX;
+      const ef::Tensor<double, 2> exact = rows.cast<double>();
+      ef::SamplingParams params{.typical_p = trial % 4 == 0 ? .9 : uniform(generator)};
+      if (trial % 3 == 1) params.temperature = .05 + 2 * uniform(generator);
+      if (trial % 4 == 2) params.top_p = .5 + .5 * uniform(generator);
+      if (trial % 2 == 1) params.order = ef::kLlamaCppOrder;
+      const auto p = ef::sampling_probabilities(rows, params),
+                 q = ef::sampling_probabilities(exact, params);
+      for (Index r = 0; r < 8; ++r)
+        for (Index v = 0; v < vocab; ++v)
+          ASSERT_EQ(p(r, v) > 0, q(r, v) > 0)
+              << "vocab " << vocab << " trial " << trial << " row " << r << " token " << v;
+      if (trial % 4 == 0)
+        for_each_isa([&](auto isa) {
+          ef::Tensor<float, 2> other(8, vocab);
+          ef::sampling_probabilities_into(on(isa), other, rows, params);
+          EXPECT_TRUE(same_bits(other, p)) << isa.name << " " << vocab << " " << trial;
         });
     }
 }

@@ -30,6 +30,7 @@ std::vector<ef::SamplingParams> chains() {
           {.temperature = .7, .top_p = .9},
           {.top_p = .5, .min_p = 1e-3},
           {.temperature = .8, .top_k = 50, .top_p = .95, .min_p = .05},
+          {.typical_p = .9},
           {.top_p = .98, .typical_p = .9}};
 }
 

@@ -15,18 +15,22 @@ namespace cpu {
 
 /// A weight is wrong by at most (weight + log_weight * |log of it|) of itself, and a sum
 /// of the 128 of a block by `sum` of itself more: a polynomial right to 1e-7 and two roundings;
-/// three roundings of the exponent; eight additions in a tree at most.
+/// two roundings of the exponent, three where products are rounded; eight additions in a tree at
+/// most.
 struct BulkError {
-  static constexpr double weight = 2.5e-7, log_weight = 2e-7, sum = 4.8e-7;
+  static constexpr double weight = 2.5e-7, log_weight = isa::kHasFma ? 1.3e-7 : 2e-7, sum = 4.8e-7;
 
   /// Of a sum of weights of at most `tokens` tokens, of which none is above 1: their mean
   /// -log(weight) is log(tokens / sum) at most, where all are equal.
-  static double of(double sum_of_weights, Index tokens) {
+  static double of_weights(double sum_of_weights, Index tokens) {
     if (!(sum_of_weights > 0)) return 1e-30;
     return sum_of_weights *
-               (weight + sum +
+               (weight +
                 log_weight * std::log(static_cast<double>(tokens) / sum_of_weights + 1.0)) +
            1e-30;
+  }
+  static double of(double sum_of_weights, Index tokens) {
+    return of_weights(sum_of_weights, tokens) + sum * (std::max)(sum_of_weights, 0.0);
   }
   /// Of part - p * (part + rest), both sums.
   static double of_share(double part, double rest, double p, Index tokens) {
@@ -46,37 +50,40 @@ bool serves_bulk(const SamplingRow<T>& row) {
 /// What turns logits into weights in float.
 template <typename V>
 struct BulkWeights {
-  V best, scale;
+  V best, scale, minus_scale, lowest;  // lowest: from where on weights are 0
 
   template <typename T>
-  explicit BulkWeights(const SamplingRow<T>& row)
-      : best(V::set1(row.band.hi)),
-        scale(V::set1(static_cast<float>(row.inverse_temperature * 1.44269504088896340736))) {}
+  explicit BulkWeights(const SamplingRow<T>& row) : best(V::set1(row.band.hi)) {
+    const auto log2 = static_cast<float>(row.inverse_temperature * 1.44269504088896340736);
+    scale = V::set1(log2), minus_scale = V::set1(-log2);
+    lowest = V::set1((kScales ? -160.0f : -127.0f) / log2);
+  }
 
   /// x[k] = 2^((x[k] - best) * scale), step by step for all k: a chain of ten operations that each
   /// take 4 cycles needs that many side by side. The polynomial is that of
-  /// simd::exp_of_nonpositive. Without clamp -infinity gives NaN, for a seventh of the time less.
+  /// simd::exp_of_nonpositive, of minus the fraction. Without clamp -infinity gives NaN, and what
+  /// is below -1e12 / scale NaN or an infinity, for a seventh of the time less.
   template <bool kClamp = true, int N>
   EIGENFORMER_INLINE void apply(V (&x)[N]) const {
     V n[N], p[N];
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k) {
-      x[k] = (x[k] - best) * scale;
-      if constexpr (kClamp) x[k] = maximum(V::set1(kScales ? -160.0f : -127.0f), x[k]);
+      x[k] = x[k] - best;
+      if constexpr (kClamp) x[k] = maximum(lowest, x[k]);
     }
     EIGENFORMER_UNROLL
-    for (int k = 0; k < N; ++k) n[k] = round(x[k]);
+    for (int k = 0; k < N; ++k) n[k] = round(x[k] * scale);
     EIGENFORMER_UNROLL
-    for (int k = 0; k < N; ++k) x[k] = x[k] - n[k];
+    for (int k = 0; k < N; ++k) x[k] = fma(x[k], minus_scale, n[k]);
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k)
-      p[k] = fma(V::set1(1.3264727308354553e-3f), x[k], V::set1(9.671514830942588e-3f));
+      p[k] = fma(V::set1(-1.3264727308354553e-3f), x[k], V::set1(9.671514830942588e-3f));
     EIGENFORMER_UNROLL
-    for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k], V::set1(5.5507337634946634e-2f));
+    for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k], V::set1(-5.5507337634946634e-2f));
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k], V::set1(2.4022242050990386e-1f));
     EIGENFORMER_UNROLL
-    for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k], V::set1(6.931469775756578e-1f));
+    for (int k = 0; k < N; ++k) p[k] = fma(p[k], x[k], V::set1(-6.931469775756578e-1f));
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k) {
       p[k] = fma(p[k], x[k], V::set1(1.0f));
@@ -216,12 +223,12 @@ BulkSums bulk_sums(const SamplingRow<T>& row, double* sums, float* out, float le
               bulk_block_sums(weights, x, first, last, above, rest, chosen);
               to = store_logits<V>(x, chosen, to);
             } else {
-              // of a narrowed band or under a mask -infinity is likely, else it shows in a NaN (by
-              // its bits)
+              // of a narrowed band or under a mask -infinity is likely, else it shows in a sum that
+              // is not finite (by its bits)
               const bool masked = row.changes != nullptr && row.changes->first[block] == kMasked;
               rest = narrowed || masked ? std::numeric_limits<float>::quiet_NaN()
                                         : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
-              if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) > 0x7F800000u)
+              if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) >= 0x7F800000u)
                 rest = bulk_block_sum<true>(weights, x);
             }
             sums[block] = static_cast<double>(above) + static_cast<double>(rest);

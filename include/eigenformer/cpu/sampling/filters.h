@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "kept.h"
-#include "nucleus.h"
+#include "nearest.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -255,7 +255,14 @@ void keep_nearest(SamplingRow<T>& row, double mean, double target, Weights weigh
 template <typename Isa, typename T>
 void keep_typical_p(SamplingRow<T>& row, double p,
                     const SamplingScratch<compute_type<T>>& scratch) {
-  if (p >= 1.0) return;
+  if (p >= 1.0 || row.band.lo == row.band.hi) return;
+  if constexpr (std::is_same_v<compute_type<T>, float>) {
+    PrefixEnd<float> equals;
+    if (row.vocab >= SelectionLimits::sort && serves_bulk(row)) {
+      if (find_end_of_equals<Isa>(row, p, equals)) return;
+      if (find_nearest<Isa>(row, p, scratch, row.band)) return;
+    }
+  }
   const WeightSums sums = weight_sums<Isa>(row);
   keep_nearest<Isa>(
       row, sums.mean(), p * sums.total,

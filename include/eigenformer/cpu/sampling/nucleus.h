@@ -20,6 +20,7 @@ struct NucleusSample {
   static constexpr Index piece = 32, pieces = 128;
 
   float *x, *w, *maxima;  // (count), (count), (blocks): logits, their weights; those of the maxima
+  const float* tops;      // (blocks) the maxima
   Index count = 0, blocks = 0;
   double scale = 0;
   float least = 0;
@@ -32,6 +33,7 @@ struct NucleusSample {
                 apart = (std::max)(Index{1}, whole / pieces);
     x = memory, w = x + (whole + apart - 1) / apart * piece;
     maxima = w + (w - x);
+    tops = row.block_max;
     alignas(64) float buffer[SamplingBlock::size];
     Index removed = 0;
     V low = V::set1(row.band.hi);
@@ -69,8 +71,7 @@ struct NucleusSample {
   }
 
   /// The masses below each of 8 logits.
-  template <typename T>
-  void below(const SamplingRow<T>& row, const float (&ends)[8], double (&masses)[8]) const {
+  void below(const float (&ends)[8], double (&masses)[8]) const {
     const auto add = [&](const float* logits, const float* weights, Index n, double factor) {
       V sums[8], bounds[8];
       for (int k = 0; k < 8; ++k) sums[k] = V::zero(), bounds[k] = V::set1(ends[k]);
@@ -84,7 +85,22 @@ struct NucleusSample {
     };
     for (double& mass : masses) mass = 0;
     add(x, w, count, scale);
-    add(row.block_max, maxima, blocks, 1.0);
+    add(tops, maxima, blocks, 1.0);
+  }
+
+  /// Narrows [lo, hi], within which `wanted` likely is the mass below, by 9 in each of `rounds`.
+  void close_in(double wanted, double doubt, int rounds, float& lo, float& hi) const {
+    float ends[8];
+    double masses[8];
+    for (int round = 0; round < rounds && lo < hi; ++round) {
+      const float step = (hi - lo) / 9;
+      for (int k = 0; k < 8; ++k) ends[k] = lo + step * static_cast<float>(k + 1);
+      below(ends, masses);
+      for (int k = 0; k < 8; ++k)
+        if (masses[k] <= wanted - doubt) lo = (std::max)(lo, ends[k]);
+      for (int k = 7; k >= 0; --k)
+        if (masses[k] >= wanted + doubt) hi = (std::min)(hi, ends[k]);
+    }
   }
 
   /// An interval of logits in which the tokens of p of the mass likely end.
@@ -94,22 +110,14 @@ struct NucleusSample {
     double masses[8];
     lo = (std::max)(row.band.lo, least), hi = row.band.hi;
     float ends[8] = {infinity, hi, hi, hi, hi, hi, hi, hi};
-    below(row, ends, masses);
+    below(ends, masses);
     const double rest = (1.0 - p) * masses[0];
     const double doubt =
         masses[0] * (2.0 * std::sqrt(p * (1.0 - p) / static_cast<double>(count)) + 0.1 * (1.0 - p));
     // 40 units below the best all tokens together weigh nothing
     lo = (std::max)(lo, static_cast<float>(static_cast<double>(hi) - 40 / row.inverse_temperature));
     if (masses[1] <= rest - doubt) lo = hi;
-    for (int round = 0; round < 3 && lo < hi; ++round) {
-      const float step = (hi - lo) / 9;
-      for (int k = 0; k < 8; ++k) ends[k] = lo + step * static_cast<float>(k + 1);
-      below(row, ends, masses);
-      for (int k = 0; k < 8; ++k)
-        if (masses[k] <= rest - doubt) lo = (std::max)(lo, ends[k]);
-      for (int k = 7; k >= 0; --k)
-        if (masses[k] >= rest + doubt) hi = (std::min)(hi, ends[k]);
-    }
+    close_in(rest, doubt, 3, lo, hi);
   }
 };
 

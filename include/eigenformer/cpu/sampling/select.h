@@ -132,13 +132,33 @@ struct UnitWeights {
   }
 };
 
-/// Narrows candidates to those around the end of the prefix. Weights: BulkWeights or UnitWeights.
-template <typename V, typename Weights>
+/// The most likely come first.
+template <typename V>
+struct LogitKey {
+  EIGENFORMER_INLINE V operator()(V x) const { return x; }
+  float operator()(float x) const { return x; }
+  float margin() const { return 0; }
+};
+
+/// The nearest to a logit come first. Keys are rounded, and nearness is known to half of `doubt`:
+/// an interval is wider by that.
+template <typename V>
+struct DistanceKey {
+  float center, doubt;
+  EIGENFORMER_INLINE V operator()(V x) const { return V::zero() - abs(x - V::set1(center)); }
+  float operator()(float x) const { return -std::abs(x - center); }
+  float margin() const { return doubt; }
+};
+
+/// Narrows candidates, sorted by a key, to those around the end of the prefix. Weights: BulkWeights
+/// or UnitWeights.
+template <typename V, typename Weights, typename Key = LogitKey<V>>
 struct CandidateInterval {
   Weights weights;
+  Key key = {};
 
   struct Masses {
-    double above = 0, inside = 0;  // of logits > hi; of logits in [lo, hi]
+    double above = 0, inside = 0;  // of keys > hi; of keys in [lo, hi]
   };
   Masses masses(const float* x, Index n, float lo, float hi) const {
     constexpr int vectors = SamplingBlock::size / V::lanes, at_once = vectors < 8 ? vectors : 8;
@@ -158,7 +178,7 @@ struct CandidateInterval {
         for (int k = 0; k < at_once; ++k) w[k] = V::load(block + (at + k) * V::lanes);
         weights.apply(w);
         for (int k = 0; k < at_once; ++k) {
-          const V v = V::load(block + (at + k) * V::lanes);
+          const V v = key(V::load(block + (at + k) * V::lanes));
           const auto is_above = less(last, v);
           other[k] = select(is_above, w[k], V::zero());
           w[k] = select(is_above, V::zero(), select(less_equal(first, v), w[k], V::zero()));
@@ -177,18 +197,18 @@ struct CandidateInterval {
         .inside;
   }
 
-  /// Keeps the candidates in [lo, hi], in order; returns how many.
-  static Index keep(float* x, Index n, float lo, float hi) {
+  /// Keeps the candidates of keys in [lo, hi], in order; returns how many.
+  Index keep(float* x, Index n, float lo, float hi) const {
     const V first = V::set1(lo), last = V::set1(hi);
     Index kept = 0, i = 0;
     for (; i + V::lanes <= n; i += V::lanes) {  // writes behind what was read
-      const V v = V::load(x + i);
-      kept += store_selected(v, less_equal(first, v) & less_equal(v, last), x + kept);
+      const V v = V::load(x + i), k = key(v);
+      kept += store_selected(v, less_equal(first, k) & less_equal(k, last), x + kept);
     }
     for (; i < n; ++i) {
-      const float v = x[i];
+      const float v = x[i], k = key(v);
       x[kept] = v;
-      kept += lo <= v && v <= hi;
+      kept += lo <= k && k <= hi;
     }
     return kept;
   }
@@ -197,8 +217,12 @@ struct CandidateInterval {
 
   /// Keeps the candidates of an interval around the one at which `above` and the weights of those
   /// before it reach `target`, and adds to `above` the weights that come before it. Returns how
-  /// many are left, sorted, best first: at most 64, or all equal. 0: it found no such interval.
-  Index narrow(float* x, Index n, double target, double& above) const {
+  /// many are left, sorted, first key first: at most 64, or all of one key. 0: it found no such
+  /// interval. Those dropped have keys above `dropped.above` or below `dropped.below`.
+  struct Dropped {
+    float above = std::numeric_limits<float>::infinity(), below = -above;
+  };
+  Index narrow(float* x, Index n, double target, double& above, Dropped* dropped = nullptr) const {
     constexpr float infinity = std::numeric_limits<float>::infinity();
     double mass = n > few ? sum(x, n) : 0.0;
     bool single = false;
@@ -207,7 +231,7 @@ struct CandidateInterval {
       constexpr int picks = 32;
       alignas(64) float pivots[picks], w[picks];
       for (Index i = 0; i < picks; ++i) pivots[i] = x[i * n / picks];
-      std::sort(pivots, pivots + picks, std::greater<>{});
+      std::sort(pivots, pivots + picks, [&](float a, float b) { return key(a) > key(b); });
       for (int i = 0; i < picks; i += V::lanes) {
         V v[1] = {V::load(pivots + i)};
         weights.apply(v);
@@ -219,9 +243,9 @@ struct CandidateInterval {
       for (const double wanted = (target - above) / mass * all; place < picks - 1; ++place)
         if ((before += static_cast<double>(w[place])) >= wanted) break;
       const int around = single ? 0 : 3;
-      float hi = place < around ? infinity : pivots[place - around],
+      float hi = place < around ? infinity : key(pivots[place - around]) + key.margin(),
             lo = place + around >= picks && !single ? std::numeric_limits<float>::lowest()
-                                                    : pivots[place + around];
+                                                    : key(pivots[place + around]) - key.margin();
       const Masses m = masses(x, n, lo, hi);
       if (target <= above + m.above) {
         lo = std::nextafter(hi, infinity), hi = infinity, mass = m.above;
@@ -233,11 +257,14 @@ struct CandidateInterval {
       }
       const Index kept = keep(x, n, lo, hi);
       if (kept == 0) return 0;
+      if (dropped != nullptr)
+        *dropped = {(std::min)(dropped->above, hi), (std::max)(dropped->below, lo)};
       single = kept == n;
       n = kept;
-      if (single && std::count(x, x + n, x[0]) == n) return n;
+      if (single && std::all_of(x, x + n, [&](float each) { return key(each) == key(x[0]); }))
+        return n;
     }
-    std::sort(x, x + n, std::greater<>{});
+    std::sort(x, x + n, [&](float a, float b) { return key(a) > key(b); });
     return n;
   }
 };

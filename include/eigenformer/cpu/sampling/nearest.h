@@ -1,0 +1,328 @@
+/// \file
+/// Typical-p over many tokens. A sample of the row tells the mean logit and the distance from it at
+/// which the set will end to a few percent. One pass in float sums the moments of all weights, with
+/// a bound on their error (moments.h), and gathers the logits of about that distance on both sides.
+/// Of those the last token is found by narrowing, and tokens near it are added in double. It
+/// decides where the kept set is the same for every mean and every sum within the bounds; where the
+/// error of the float sums leaves it open, a pass in double has smaller bounds.
+#pragma once
+
+#include "moments.h"
+
+namespace eigenformer {
+inline namespace EIGENFORMER_ABI {
+namespace cpu {
+
+/// The mean logit of a row by its sample, and three standard errors of it.
+template <typename Isa, typename T>
+Bounded estimated_mean(const SamplingRow<T>& row, const NucleusSample<Isa>& sample) {
+  using V = simd::Vec<float, Isa>;
+  const V lowest = V::set1(std::numeric_limits<float>::lowest());
+  // the sums of w, w u, (w u)^2 with u from `middle`
+  const auto sums = [&](const float* x, const float* w, Index n, float middle, double(&to)[3]) {
+    V sum[3] = {V::zero(), V::zero(), V::zero()};
+    for_each_vector<V>(0, n, [&](Index at, auto part) {
+      const V weight = load<V>(w + at, part),
+              moment = weight * maximum(lowest, load<V>(x + at, part) - V::set1(middle));
+      sum[0] = sum[0] + weight, sum[1] = sum[1] + moment, sum[2] = fma(moment, moment, sum[2]);
+    });
+    for (int k = 0; k < 3; ++k) to[k] = static_cast<double>(reduce_add(sum[k]));
+  };
+  double some[3], best[3];
+  sums(sample.x, sample.w, sample.count, row.band.hi, some);
+  sums(sample.tops, sample.maxima, sample.blocks, row.band.hi, best);
+  const double total = sample.scale * some[0] + best[0],
+               mean = static_cast<double>(row.band.hi) + (sample.scale * some[1] + best[1]) / total;
+  sums(sample.x, sample.w, sample.count, static_cast<float>(mean), some);
+  return {mean, 3 * std::sqrt(sample.scale * (sample.scale - 1) * some[2]) / total};
+}
+
+/// Distances from `middle` between which the nearest tokens likely end that have p of the mass. The
+/// sample holds distances afterwards.
+template <typename Isa, typename T>
+void bracket_distance(const SamplingRow<T>& row, NucleusSample<Isa>& sample, double p, float middle,
+                      float& near, float& far) {
+  using V = simd::Vec<float, Isa>;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const auto measure = [&](const float* from, float* to, Index n) {
+    for_each_vector<V>(0, n, [&](Index at, auto part) {
+      store(abs(load<V>(from + at, part) - V::set1(middle)), to + at, part);
+    });
+  };
+  float* const tops = sample.maxima + sample.blocks;
+  measure(sample.x, sample.x, sample.count);
+  measure(sample.tops, tops, sample.blocks);
+  sample.tops = tops;
+  double masses[8];
+  sample.below({infinity, 0, 0, 0, 0, 0, 0, 0}, masses);
+  V sum = V::zero();
+  for_each_vector<V>(0, sample.count, [&](Index at, auto part) {
+    const V weight = load<V>(sample.w + at, part);
+    sum = fma(weight, weight, sum);
+  });
+  const auto squares = static_cast<double>(reduce_add(sum));
+  const double doubt =
+      2.5 * sample.scale * std::sqrt(squares * p * (1.0 - p)) + 1e-3 * (1.0 - p) * masses[0];
+  near = 0, far = (std::max)(row.band.hi - middle, middle - sample.least);
+  const float all = far;
+  sample.close_in(p * masses[0], doubt, 3, near, far);
+  if (far == all) far = std::numeric_limits<float>::max();
+}
+
+/// Whether the tokens up to a distance are few.
+template <typename Isa>
+bool few_up_to(const NucleusSample<Isa>& sample, float far) {
+  const auto near = [&](float x) { return x <= far; };
+  return 8 * std::count_if(sample.x, sample.x + sample.count, near) < sample.count;
+}
+
+/// The last token of those nearest to a logit.
+struct NearestEnd {
+  float value;
+  double center;
+  double distance() const { return std::abs(static_cast<double>(value) - center); }
+};
+
+/// The largest of logits in [least, most], -infinity if there is none.
+template <typename Isa>
+float largest_in(const float* x, Index n, float least, float most) {
+  using V = simd::Vec<float, Isa>;
+  const V first = V::set1(least), last = V::set1(most),
+          none = V::set1(-std::numeric_limits<float>::infinity());
+  V found = none;
+  Index i = 0;
+  for (; i + V::lanes <= n; i += V::lanes) {
+    const V v = V::load(x + i);
+    found = maximum(select(less_equal(first, v) & less_equal(v, last), v, none), found);
+  }
+  float largest = reduce_max(found);
+  for (; i < n; ++i)
+    if (least <= x[i] && x[i] <= most) largest = (std::max)(largest, x[i]);
+  return largest;
+}
+
+/// The largest logit in play that is `most` or less; there is one.
+template <typename Isa, typename T>
+float largest_at_most(const SamplingRow<T>& row, float most) {
+  alignas(64) float x[SamplingBlock::size];
+  float found = -std::numeric_limits<float>::infinity();
+  for (Index block = 0; block < row.blocks(); ++block) {
+    if (row.block_max[block] <= found) continue;
+    const float* const logits = block_logits<Isa>(row, block, x);
+    found = (std::max)(found, row.block_max[block] <= most
+                                  ? row.block_max[block]
+                                  : largest_in<Isa>(logits, SamplingBlock::size, found, most));
+  }
+  return found;
+}
+
+/// Sums in double: of the weights, of weight * (logit - best) / temperature, of the weights of
+/// logits nearer to `middle` than `near`.
+template <typename Isa, typename T>
+struct ExactMoments {
+  double total = 0, moment = 0, first = 0;
+
+  ExactMoments(const SamplingRow<T>& row, float middle, float near) {
+    alignas(64) double weights[SamplingBlock::size], moments[SamplingBlock::size];
+    const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+    for_each_block<Isa>(row, row.band.lo, [&](Index block, const float* x) {
+      member_weights<Isa>(x, block, row.band, scale, weights);
+      for (Index j = 0; j < SamplingBlock::size; ++j) {
+        const double exponent = (static_cast<double>(x[j]) - best) * scale;
+        moments[j] = weights[j] * (exponent > -708.0 ? exponent : -708.0);
+      }
+      total += block_sum(weights), moment += block_sum(moments);
+      for (Index j = 0; j < SamplingBlock::size; ++j)
+        weights[j] = std::abs(x[j] - middle) < near ? weights[j] : 0.0;
+      first += block_sum(weights);
+    });
+  }
+};
+
+/// Where the tokens nearest to the mean logit end whose weights sum to p of all.
+template <typename Isa, typename T>
+struct NearestSearch {
+  using V = simd::Vec<float, Isa>;
+  using Interval = CandidateInterval<V, BulkWeights<V>, DistanceKey<V>>;
+  static constexpr float infinity = std::numeric_limits<float>::infinity();
+
+  const SamplingRow<T>& row;
+  double p;
+  float* found;          // what a pass gathered
+  double center, doubt;  // the mean logit, and its error
+  NearestEnd end = {};
+  bool outside = false;  // the end may lie outside of the ring
+
+  double distance(float x) const { return std::abs(static_cast<double>(x) - center); }
+  /// How wrong a distance in float from `middle` may be.
+  double doubt_of(float middle, double distance) const {
+    return doubt + std::abs(center - static_cast<double>(middle)) + 1.2e-7 * distance;
+  }
+
+  /// Whether and where n candidates end the set: after tokens of weight `before`, all nearer than
+  /// `near`, while others are farther than `far`. `error` is that of `target` - `before`.
+  bool decide(float* x, Index n, double before, double target, double error, double near,
+              double far) {
+    end = {x[0], center};
+    if (n <= Interval::few)
+      std::sort(x, x + n, [&](float a, float b) {
+        const double da = distance(a), db = distance(b);
+        return da < db || (da == db && a < b);
+      });
+    else if (std::count(x, x + n, x[0]) != n)
+      return false;
+    const auto weights =
+        candidate_weights<float>(static_cast<double>(row.band.hi), row.inverse_temperature);
+    const PrefixEnd<float> early = end_of_prefix(x, n, before, target - error, weights),
+                           late = end_of_prefix(x, n, before, target + error, weights);
+    end = {early.value, center};
+    if (!(before + error < target) || early.value != late.value || !late.reached) return false;
+    if (!(end.distance() > near + doubt) || !(end.distance() < far - doubt)) return false;
+    // others as near: on the other side the mean decides, on the same side sums in double might not
+    // tell them apart
+    const double rounding = 1e-14 * (std::abs(static_cast<double>(row.band.hi)) + std::abs(center));
+    const auto below = [&](float each) { return static_cast<double>(each) <= center; };
+    return std::none_of(x, x + n, [&](float each) {
+      const double margin = below(each) != below(end.value) ? 2 * doubt : rounding;
+      return each != end.value && std::abs(distance(each) - end.distance()) <= margin;
+    });
+  }
+};
+
+/// Decides of what a pass gathered.
+template <typename Isa, typename T>
+bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
+                    const BulkMoments& moments, const Ring& ring, float* candidates) {
+  using Search = NearestSearch<Isa, T>;
+  using V = typename Search::V;
+  const auto& row = search.row;
+  const double p = search.p;
+  const float middle = static_cast<float>(search.center);
+  const double reach = (std::min)(static_cast<double>(ring.far), 1e3 * moments.spread);
+  const typename Search::Interval interval{
+      BulkWeights<V>(row), {middle, static_cast<float>(4 * search.doubt_of(middle, reach))}};
+  double before = sums.first_weight;
+  typename Search::Interval::Dropped dropped;
+  const Index n = interval.narrow(candidates, sums.gathered, p * sums.weight, before, &dropped);
+  if (n == 0) return false;
+  const bool has_dropped = dropped.above < Search::infinity;
+  const double first_near = ring.near > 0 ? static_cast<double>(ring.near) : -1e300,
+               last_far = static_cast<double>(ring.far);
+  const auto decide = [&](double total, double sum_before, double error) {
+    const auto widened = [&](float from, double distance, double sign) {
+      return distance < 0 || !(distance < 1e30) ? distance
+                                                : distance + sign * search.doubt_of(from, distance);
+    };
+    double near = widened(ring.middle, first_near, 1), far = widened(ring.middle, last_far, -1);
+    const double ring_near = near + search.doubt, ring_far = far - search.doubt;
+    if (has_dropped)
+      near = (std::max)(near, widened(middle, -static_cast<double>(dropped.above), 1));
+    if (dropped.below > -Search::infinity)
+      far = (std::min)(far, widened(middle, -static_cast<double>(dropped.below), -1));
+    const bool decided = search.decide(candidates, n, sum_before, p * total, error, near, far);
+    search.outside =
+        !decided && !(ring_near < search.end.distance() && search.end.distance() < ring_far);
+    return decided;
+  };
+  const double weight_error = (1 - p) * BulkError::of_weights(before, row.vocab) +
+                              p * BulkError::of_weights(sums.weight - before, row.vocab),
+               sum_error = sums.tree * ((1 - p) * sums.first_weight + p * sums.rest_weight) +
+                           BulkError::sum * (before - sums.first_weight);
+  if (decide(sums.weight, before, weight_error + sum_error + 1e-12 * sums.weight)) return true;
+  if (search.outside) return false;
+  // the tokens before the candidates as one interval, and their weights in double
+  const float near = has_dropped ? -dropped.above : ring.near,
+              from = has_dropped ? middle : ring.middle;
+  const auto doubt_at = [&](double distance) { return search.doubt_of(ring.middle, distance); };
+  if (has_dropped && (!(first_near + doubt_at(first_near) < static_cast<double>(near)) ||
+                      !(static_cast<double>(near) < last_far - doubt_at(near))))
+    return false;
+  const ExactMoments<Isa, T> exact(row, from, near);
+  const double best = static_cast<double>(row.band.hi);
+  search.center = best + exact.moment / exact.total / row.inverse_temperature;
+  search.doubt =
+      1e-12 * std::abs(search.center - best) + 1e-14 * (std::abs(best) + std::abs(search.center));
+  return decide(exact.total, exact.first, 1e-12 * exact.total);
+}
+
+/// The band of the tokens in play up to the end. `gathered` of `found`: logits of the ring.
+template <typename Isa, typename T>
+Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, const Ring& ring,
+                            const float* found, Index gathered) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const double farthest = end.distance();
+  float lo = end.value, hi = end.value;  // the other end rounded inwards: no token lies between
+  if (static_cast<double>(end.value) <= end.center) {
+    hi = static_cast<float>((std::min)(end.center + farthest, 3.4e38));
+    if (static_cast<double>(hi) > end.center + farthest) hi = std::nextafter(hi, -infinity);
+  } else {
+    lo = static_cast<float>((std::max)(end.center - farthest, -3.4e38));
+    if (static_cast<double>(lo) < end.center - farthest) lo = std::nextafter(lo, infinity);
+  }
+  Band<float> band = row.band;
+  if (lo > band.lo) band.lo = lo, band.lo_end = row.vocab;
+  if (hi < band.hi) {
+    // one of the ring, else one nearer
+    band.hi = largest_in<Isa>(found, gathered, ring.middle, hi);
+    if (!(band.hi > ring.middle)) band.hi = largest_at_most<Isa>(row, hi);
+    band.hi_begin = 0;
+  }
+  return band;
+}
+
+/// Narrows the band to the tokens nearest to the mean logit that have p of the mass, if sums in
+/// float and double tell.
+template <typename Isa, typename T>
+bool find_nearest(const SamplingRow<T>& row, double p,
+                  const SamplingScratch<compute_type<T>>& scratch, Band<float>& band) {
+  constexpr float all = std::numeric_limits<float>::max();
+  using V = simd::Vec<float, Isa>;
+  float* const found = scratch.candidates;
+  Ring ring{row.band.hi, 0, all};
+  bool sums_alone = true;  // where nothing is known of the mean
+  if (row.vocab >= SelectionLimits::sampled) {
+    NucleusSample<Isa> sample(row, found);
+    const Bounded mean = estimated_mean(row, sample);
+    ring.middle = static_cast<float>(mean.value);
+    bracket_distance(row, sample, p, ring.middle, ring.near, ring.far);
+    ring.near -= static_cast<float>(mean.error), ring.far += static_cast<float>(mean.error);
+    ring.near = (std::max)(ring.near, 0.0f);
+    sums_alone = false;
+  }
+  for (int attempt = 0; attempt < 4; ++attempt) {
+    const MomentSums sums = moment_sums<Isa>(row, ring, sums_alone ? nullptr : found);
+    const BulkMoments moments(row, ring.middle, sums);
+    const double target = p * sums.weight;
+    NearestSearch<Isa, T> search{row, p, found, moments.mean.value, moments.mean.error};
+    const auto center = static_cast<float>(search.center);
+    const float away = std::abs(center - ring.middle);
+    if (sums_alone) {
+      sums_alone = false;
+    } else if (target <= sums.first_weight) {
+      ring.far = 1.000001f * ring.near + 2 * away, ring.near = 0;
+    } else {
+      const typename NearestSearch<Isa, T>::Interval interval{BulkWeights<V>(row), {center, 0}};
+      if (target <= sums.first_weight + interval.sum(found, sums.gathered)) {
+        const bool copied = 2 * sums.gathered <= row.vocab;
+        float* const candidates = copied ? found + sums.gathered : found;
+        if (copied) std::copy(found, found + sums.gathered, candidates);
+        if (decide_nearest(search, sums, moments, ring, candidates)) {
+          band = band_of_nearest<Isa>(row, search.end, ring, found, copied ? sums.gathered : 0);
+          return true;
+        }
+        if (!search.outside) return false;
+        ring = {center, (std::max)(0.0f, ring.near - 4 * away),
+                (std::min)(all, ring.far + 4 * away)};
+        continue;
+      }
+      if (ring.far == all) return false;
+      ring.near = (std::max)(0.0f, ring.far - 2 * away), ring.far = all;
+    }
+    ring.middle = center;
+  }
+  return false;
+}
+
+}  // namespace cpu
+}  // namespace EIGENFORMER_ABI
+}  // namespace eigenformer
