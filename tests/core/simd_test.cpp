@@ -78,6 +78,18 @@ TEST(Simd, SelectedLanesStandNextToEachOther) {
   });
 }
 
+TEST(Simd, LanesAreAddedInDouble) {
+  for_each_isa([](auto isa) {
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    float values[V::lanes];
+    double sums[V::lanes];
+    for (int i = 0; i < V::lanes; ++i) values[i] = 1.0f / float(i + 3), sums[i] = 1e9 + i;
+    add_lanes(V::load(values), sums);
+    for (int i = 0; i < V::lanes; ++i)
+      EXPECT_EQ(sums[i], (1e9 + i) + double(values[i])) << isa.name;
+  });
+}
+
 TEST(Simd, TransposeExchangesRowsAndColumns) {
   for_each_isa([](auto isa) {
     using V = ef::simd::Vec<float, decltype(isa)>;

@@ -42,6 +42,32 @@ TEST(SamplingBulk, WeightsAreAsRightAsTheySay) {
   });
 }
 
+TEST(SamplingBulk, FusedWeightsAreAsRightAsTheySay) {
+  for_each_isa([](auto isa) {
+    using V = ef::simd::Vec<float, decltype(isa)>;
+    for (const float best : {3.25f, 38.7f, -911.3f, 0.0f})
+      for (double inverse : {1.0, .3, 7.0}) {
+        const ef::cpu::SamplingRow<float> row{nullptr, 0, nullptr, {best, -1e30f, 0}, inverse};
+        const ef::cpu::FusedWeights<V> weights(row);
+        for (double at = 0; at < 85; at += .00531 * V::lanes) {
+          float x[V::lanes], w[V::lanes];
+          for (int i = 0; i < V::lanes; ++i)
+            x[i] = static_cast<float>(static_cast<double>(best) - (at + .00531 * i) / inverse);
+          V v[1] = {V::load(x)};
+          weights.apply(v);
+          v[0].store(w);
+          for (int i = 0; i < V::lanes; ++i) {
+            const double difference = static_cast<double>(x[i]) - static_cast<double>(best);
+            const double exponent = difference * inverse,
+                         right = static_cast<double>(w[i]) * weights.unit / std::exp(exponent);
+            ASSERT_NEAR(right, 1.0, weights.weight - weights.log_weight * exponent)
+                << isa.name << " " << best << " " << exponent;
+          }
+        }
+      }
+  });
+}
+
 /// Rows of every kind: peaked, normal, flat, of equals, of few numbers, with -infinity, stepped.
 ef::Tensor<float, 2> rows_of_every_kind(Index vocab, unsigned seed) {
   auto rows = random_tensor<float, 2>({8, vocab}, seed);
@@ -73,6 +99,7 @@ TEST(SamplingBulk, TokensAreThoseOfSumsInDouble) {
       if (trial % 5 != 0) params.top_p = pick({.9, .5, .1, .99, .999, uniform(generator)});
       if (trial % 3 == 0) params.min_p = pick({.05, .5, 1e-4});
       if (trial % 4 == 1) params.top_k = static_cast<Index>(pick({1, 50, 700, 5000}));
+      if (trial % 7 == 3) params.min_tokens_to_keep = 5;
       if (trial % 6 == 2) params.typical_p = pick({.9, .3, .99});
       if (trial % 2 == 1) params.order = ef::kLlamaCppOrder;
       ef::Philox rng{trial}, same{trial};

@@ -29,14 +29,6 @@ struct BulkError {
                 log_weight * std::log(static_cast<double>(tokens) / sum_of_weights + 1.0)) +
            1e-30;
   }
-  static double of(double sum_of_weights, Index tokens) {
-    return of_weights(sum_of_weights, tokens) + sum * (std::max)(sum_of_weights, 0.0);
-  }
-  /// Of part - p * (part + rest), both sums.
-  static double of_share(double part, double rest, double p, Index tokens) {
-    return (1.0 - p) * of(part, tokens) + p * of((std::max)(rest, 0.0), tokens) +
-           1e-12 * (part + rest);
-  }
 };
 
 /// Rows whose weights may be computed in float: of float, or narrower. (The range of the scale
@@ -65,7 +57,7 @@ struct BulkWeights {
   /// is below -1e12 / scale NaN or an infinity, for a seventh of the time less.
   template <bool kClamp = true, int N>
   EIGENFORMER_INLINE void apply(V (&x)[N]) const {
-    V n[N], p[N];
+    V n[N];
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k) {
       x[k] = x[k] - best;
@@ -75,6 +67,12 @@ struct BulkWeights {
     for (int k = 0; k < N; ++k) n[k] = round(x[k] * scale);
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k) x[k] = fma(x[k], minus_scale, n[k]);
+    power<N>(x, n);
+  }
+  /// x[k] = 2^(n[k] - x[k]) for |x[k]| <= 0.5.
+  template <int N>
+  static EIGENFORMER_INLINE void power(V (&x)[N], const V (&n)[N]) {
+    V p[N];
     EIGENFORMER_UNROLL
     for (int k = 0; k < N; ++k)
       p[k] = fma(V::set1(-1.3264727308354553e-3f), x[k], V::set1(9.671514830942588e-3f));
@@ -138,119 +136,10 @@ EIGENFORMER_INLINE const compute_type<T>* in_play_logits(const SamplingRow<T>& r
   return x;
 }
 
-struct BulkSums {
-  // of all in play; of those above the interval; of the others: each token is in one of the latter,
-  // so that total = above + rest whatever the roundings
-  double total = 0, above = 0, rest = 0;
-  Index gathered = 0;  // logits in the interval
-};
-
 /// The vectors of a block that are worked on side by side.
 template <typename V>
 inline constexpr int kVectorsAtOnce =
     SamplingBlock::size / V::lanes < 8 ? SamplingBlock::size / V::lanes : 8;
-
-/// The sum of the weights of a block.
-template <bool kClamp, typename V>
-EIGENFORMER_INLINE float bulk_block_sum(const BulkWeights<V>& weights, const float* x) {
-  V sum = V::zero();
-  for (Index at = 0; at < SamplingBlock::size; at += kVectorsAtOnce<V> * V::lanes) {
-    V w[kVectorsAtOnce<V>];
-    EIGENFORMER_UNROLL
-    for (int k = 0; k < kVectorsAtOnce<V>; ++k) w[k] = V::load(x + at + k * V::lanes);
-    weights.template apply<kClamp>(w);
-    sum = sum + sum_of(w);
-  }
-  return reduce_add(sum);
-}
-
-/// The same, that of the logits above `most` apart, and the places of those in [least, most].
-template <typename V>
-EIGENFORMER_INLINE void bulk_block_sums(const BulkWeights<V>& weights, const float* x, V least,
-                                        V most, float& above_sum, float& rest_sum,
-                                        BlockBits& chosen) {
-  constexpr int vectors = kVectorsAtOnce<V>;
-  V rest = V::zero(), above = V::zero();
-  for (Index at = 0; at < SamplingBlock::size; at += vectors * V::lanes) {
-    V w[vectors], high[vectors];
-    EIGENFORMER_UNROLL
-    for (int k = 0; k < vectors; ++k) {
-      w[k] = V::load(x + at + k * V::lanes);
-      chosen.add(at + k * V::lanes, (less_equal(least, w[k]) & less_equal(w[k], most)).bits());
-    }
-    weights.apply(w);
-    EIGENFORMER_UNROLL
-    for (int k = 0; k < vectors; ++k) {
-      const auto is_above = less(most, V::load(x + at + k * V::lanes));
-      high[k] = select(is_above, w[k], V::zero());
-      w[k] = select(is_above, V::zero(), w[k]);
-    }
-    above = above + sum_of(high);
-    rest = rest + sum_of(w);
-  }
-  above_sum = reduce_add(above);
-  rest_sum = reduce_add(rest);
-}
-
-/// One pass over the tokens in play: the sums of their weights, that of every block in `sums`
-/// (blocks without a token in play: 0) and the logits in [least, most] in `out`, which has room for
-/// the vocabulary and a vector more. `out` null: sums alone.
-template <typename Isa, typename T>
-BulkSums bulk_sums(const SamplingRow<T>& row, double* sums, float* out, float least, float most) {
-  using V = simd::Vec<float, Isa>;
-  const BulkWeights<V> weights(row);
-  const V first = V::set1(least), last = V::set1(most);
-  const bool narrowed = row.band.lo != std::numeric_limits<float>::lowest();
-  const RowSlices slices(row.blocks());
-  BulkSums parts[RowSlices::most];
-  float* begins[RowSlices::most];
-  std::fill(sums, sums + row.blocks(), 0.0);
-  for_slices_in_play<Isa>(row, kWeightCycles, [&](Index first_slice, Index last_slice) {
-    alignas(64) float buffer[SamplingBlock::size];
-    // a range of slices writes side by side
-    float* to = out == nullptr ? out
-                               : out + slices.begin(first_slice) * SamplingBlock::size +
-                                     first_slice * RowSlices::slack;
-    for (Index s = first_slice; s < last_slice; ++s) {
-      BulkSums part;
-      float* const begin = to;
-      for_each_block_index<Isa>(
-          row, slices.begin(s), slices.begin(s + 1), row.band.lo, [&](Index block) {
-            const float* const x = in_play_logits<Isa>(row, block, buffer);
-            float above = 0, rest;
-            if (out != nullptr && row.block_max[block] >= least) {
-              BlockBits chosen;
-              bulk_block_sums(weights, x, first, last, above, rest, chosen);
-              to = store_logits<V>(x, chosen, to);
-            } else {
-              // of a narrowed band or under a mask -infinity is likely, else it shows in a sum that
-              // is not finite (by its bits)
-              const bool masked = row.changes != nullptr && row.changes->first[block] == kMasked;
-              rest = narrowed || masked ? std::numeric_limits<float>::quiet_NaN()
-                                        : bulk_block_sum<!BulkWeights<V>::kScales>(weights, x);
-              if ((std::bit_cast<std::uint32_t>(rest) & 0x7FFFFFFFu) >= 0x7F800000u)
-                rest = bulk_block_sum<true>(weights, x);
-            }
-            sums[block] = static_cast<double>(above) + static_cast<double>(rest);
-            part.above += static_cast<double>(above);
-            part.rest += static_cast<double>(rest);
-          });
-      part.gathered = to - begin;
-      parts[s] = part;
-      begins[s] = begin;
-    }
-  });
-  BulkSums all;
-  for (Index s = 0; s < slices.count(); ++s) {
-    all.above += parts[s].above;
-    all.rest += parts[s].rest;
-    if (parts[s].gathered > 0 && begins[s] != out + all.gathered)
-      std::copy(begins[s], begins[s] + parts[s].gathered, out + all.gathered);
-    all.gathered += parts[s].gathered;
-  }
-  all.total = all.above + all.rest;
-  return all;
-}
 
 }  // namespace cpu
 }  // namespace EIGENFORMER_ABI

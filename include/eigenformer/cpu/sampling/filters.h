@@ -140,9 +140,13 @@ void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_typ
   p = (std::max)(p, 0.0);
   if constexpr (std::is_same_v<C, float>) {
     PrefixEnd<C> end;
-    if (row.vocab >= SelectionLimits::sampled && serves_bulk(row) &&
-        (find_end_of_equals<Isa>(row, p, end) || find_nucleus<Isa>(row, p, scratch, end)))
-      return end_band_at<Isa>(row, end);
+    if (row.vocab >= SelectionLimits::sampled && FusedWeights<simd::Vec<float, Isa>>::serves(row)) {
+      if (find_end_of_equals<Isa>(row, p, end)) return end_band_at<Isa>(row, end);
+      if (find_nucleus<Isa>(row, p, scratch, end)) {
+        end_band_at<Isa>(row, end);
+        return keep_sums(row, end, *scratch.weighed);
+      }
+    }
   }
   const double total = sum_weights<Isa>(row, scratch.block_sum);
   const Index n = gather_candidates<Isa>(row, top_p_bound(row, p, total), scratch.candidates);
@@ -285,11 +289,18 @@ template <typename Isa, typename T>
 void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowParams& params,
                        bool excludes, const SamplingScratch<compute_type<T>>& scratch);
 
+/// Whether a stage narrows the band, if anything, without a look at tokens or scratch.
+inline bool reads_no_token(SamplingStage stage, const problem::RowParams& params) {
+  return stage == SamplingStage::none ||
+         (stage == SamplingStage::min_p && params.min_tokens_to_keep == 1);
+}
+
 /// `excludes`: XTC is to exclude tokens.
 template <typename Isa, typename T>
 void apply_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowParams& params,
                   bool excludes, const SamplingScratch<compute_type<T>>& scratch) {
   const bool keeps_one = params.min_tokens_to_keep == 1;
+  if (!reads_no_token(stage, params)) row.weighed = nullptr;
   if (stage == SamplingStage::temperature && params.dynatemp_range == 0)
     set_temperature<Isa>(row, params.temperature);
   else if (stage == SamplingStage::top_k)
@@ -300,24 +311,39 @@ void apply_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowPa
     keep_min_p<Isa>(row, params.min_p);
   else if (stage == SamplingStage::typical_p && keeps_one)
     keep_typical_p<Isa>(row, params.typical_p, scratch);
-  else if (stage > SamplingStage::function)
+  else if (stage > SamplingStage::function) {
     apply_rare_filter<Isa>(row, stage, params, excludes, scratch);
+    row.weighed = nullptr;  // a top-p within may have been the first to use the scratch
+  }
+}
+
+/// Whether the sums of a row are of its band.
+template <typename T>
+bool has_sums(const SamplingRow<T>& row) {
+  return row.weighed != nullptr && same_band(row.band, row.weighed->band) &&
+         row.inverse_temperature == row.weighed->inverse_temperature;
 }
 
 /// Runs the stages that filter on a scanned row; after the first that leaves few tokens, on their
-/// list.
+/// list. Where sums serve the draw and what follows reads no token, no list is made.
 template <typename Isa, typename T>
 void apply_filters(SamplingRow<T>& row, const problem::RowParams& params, bool excludes,
                    const SamplingScratch<compute_type<T>>& scratch) {
-  for (auto stage = params.order.begin(); stage != params.order.end(); ++stage) {
+  const auto last = params.order.end();
+  // true: it ran the stages from there on
+  const auto run_on_list = [&](auto stage) {
+    if (!list_kept_tokens<Isa>(row, scratch)) return false;
+    auto& list = scratch.kept->row;
+    for (; stage != last; ++stage) apply_filter<Isa>(list, *stage, params, excludes, scratch);
+    take_band_of_list<Isa>(row, *scratch.kept);
+    return true;
+  };
+  for (auto stage = params.order.begin(); stage != last; ++stage) {
+    if (row.weighed != nullptr && !reads_no_token(*stage, params) && run_on_list(stage)) return;
     const auto before = row.band;
     apply_filter<Isa>(row, *stage, params, excludes, scratch);
     const bool narrower = !same_band(before, row.band) || *stage == problem::kFiltered;
-    if (!narrower || !list_kept_tokens<Isa>(row, scratch)) continue;
-    auto& list = scratch.kept->row;
-    while (++stage != params.order.end())
-      apply_filter<Isa>(list, *stage, params, excludes, scratch);
-    return take_band_of_list<Isa>(row, *scratch.kept);
+    if (narrower && !has_sums(row) && run_on_list(stage + 1)) return;
   }
 }
 

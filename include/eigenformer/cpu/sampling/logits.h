@@ -21,14 +21,6 @@ inline Index most_changes(const problem::RowParams& params, Index vocab) {
   return (std::min)(vocab, static_cast<Index>(count));
 }
 
-/// By bits, that -ffast-math has no say in.
-template <typename C>
-bool holds_nan(C x) {
-  using Bits = decltype(problem::order_key(x));
-  return static_cast<Bits>(std::bit_cast<Bits>(x) << 1) >
-         static_cast<Bits>(std::bit_cast<Bits>(std::numeric_limits<C>::infinity()) << 1);
-}
-
 /// scan_row, with the maxima of what the mask allows; the status is that of the whole row.
 template <typename Isa, typename T, typename C>
 SampleStatus scan_allowed(SamplingRow<T>& row, LogitChanges<C>& changes) {

@@ -7,6 +7,7 @@
 
 #include "bulk.h"
 #include "select.h"
+#include "weighing.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -17,7 +18,7 @@ namespace cpu {
 template <typename Isa>
 struct NucleusSample {
   using V = simd::Vec<float, Isa>;
-  static constexpr Index piece = 32, pieces = 128;
+  static constexpr Index piece = 32, pieces = 64;
 
   float *x, *w, *maxima;  // (count), (count), (blocks): logits, their weights; those of the maxima
   const float* tops;      // (blocks) the maxima
@@ -121,18 +122,21 @@ struct NucleusSample {
   }
 };
 
-/// The sums of sum_of_weights and of the weights of logits above `value`, in double.
+struct ExactSums {
+  double total = 0, above = 0;  // of the tokens in play; of those above a logit
+};
+
+/// In double.
 template <typename Isa, typename T>
-BulkSums exact_sums(const SamplingRow<T>& row, compute_type<T> value) {
+ExactSums exact_sums(const SamplingRow<T>& row, compute_type<T> value) {
   alignas(64) double weights[SamplingBlock::size];
-  BulkSums result;
+  ExactSums result;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
     member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
     const double sum = block_sum(weights);
     result.total += sum;
     if (row.block_max[block] <= value) return;
-    for (Index j = 0; j < SamplingBlock::size; ++j)
-      if (!(x[j] > value)) weights[j] = 0;
+    for (Index j = 0; j < SamplingBlock::size; ++j) weights[j] = x[j] > value ? weights[j] : 0.0;
     result.above += block_sum(weights);
   });
   return result;
@@ -158,48 +162,119 @@ bool find_end_of_equals(const SamplingRow<T>& row, double p, PrefixEnd<compute_t
   return true;
 }
 
-/// Where the tokens of p of the mass end, if float and double sums tell.
+/// Narrows candidates of [lo, hi] to those around the end of the prefix, as CandidateInterval does,
+/// by the masses from eight logits on: a ninth of them is left of each pass.
+template <typename V>
+Index narrow_by_ends(const CandidateInterval<V, FusedWeights<V>>& interval, float* x, Index n,
+                     float lo, float hi, double target, double& above) {
+  constexpr int count = 8, vectors = 8;  // of V, after which floats are added to doubles
+  for (int round = 0; round < 3 && n > interval.few; ++round) {
+    const float step = (hi - lo) / (count + 1);
+    if (!(lo + step > lo && hi - step < hi)) break;
+    V bounds[count];
+    for (int k = 0; k < count; ++k) bounds[k] = V::set1(lo + step * static_cast<float>(k + 1));
+    LaneTotals<V> masses[count];
+    for (Index begin = 0; begin < n; begin += vectors * V::lanes) {
+      V sums[count];
+      for (V& sum : sums) sum = V::zero();
+      for_each_vector<V>(
+          begin, (std::min)(n, begin + vectors * V::lanes), [&](Index at, auto part) {
+            V w[1] = {load_or<V>(x + at, std::numeric_limits<float>::lowest(), part)};
+            const V logits = w[0];
+            interval.weights.apply(w);
+            EIGENFORMER_UNROLL
+            for (int k = 0; k < count; ++k) {
+              const auto is_above = less_equal(bounds[k], logits);
+              sums[k] = select(is_above, sums[k] + w[0], sums[k]);
+            }
+          });
+      for (int k = 0; k < count; ++k) masses[k].add(sums[k]);
+    }
+    const float first = lo;
+    double before = 0;
+    for (int k = count - 1; k >= 0; --k) {  // the highest end whose tokens reach the target
+      const double mass = masses[k].sum();
+      const float end = first + step * static_cast<float>(k + 1);
+      if (above + mass >= target) {
+        lo = end;
+        break;
+      }
+      hi = std::nextafter(end, lo);
+      before = mass;
+    }
+    above += before;
+    n = interval.keep(x, n, lo, hi);
+  }
+  return n;
+}
+
+/// Where the tokens of p of the mass end, if float and double sums tell. What they are of stays in
+/// scratch.weighed, its gathered tokens those of the row where they are at most half of all.
 template <typename Isa, typename T>
 bool find_nucleus(const SamplingRow<T>& row, double p,
                   const SamplingScratch<compute_type<T>>& scratch, PrefixEnd<float>& end) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  float* const found = scratch.candidates;
-  float lo, hi;
-  NucleusSample<Isa>(row, found).bracket(row, p, lo, hi);
   using V = simd::Vec<float, Isa>;
-  const CandidateInterval<V, BulkWeights<V>> interval{BulkWeights<V>(row)};
-  BulkSums sums;
-  double inside = 0;
+  WeighedRow<float>& sums = *scratch.weighed;
+  float lo, hi;
+  NucleusSample<Isa>(row, scratch.candidates).bracket(row, p, lo, hi);
+  const CandidateInterval<V, FusedWeights<V>> interval{FusedWeights<V>(row)};
+  const FusedWeights<V>& weights = interval.weights;
+  double inside = 0, total = 0;
   for (int attempt = 0;; ++attempt) {
     if (attempt == 3) return false;
-    sums = bulk_sums<Isa>(row, scratch.block_sum, found, lo, hi);
-    const double target = p * sums.total;
-    inside = interval.sum(found, sums.gathered);
-    if (target <= sums.above) {
+    RowWeighing<Isa, T>{row, weights, lo, hi, scratch.candidates}(sums);
+    total = sums.total_above + sums.total_rest;
+    inside = interval.sum(sums.gathered, sums.count);
+    if (p * total <= sums.total_above - inside) {
       lo = std::nextafter(hi, infinity), hi = infinity;
-    } else if (target > sums.above + inside) {
+    } else if (p * total > sums.total_above) {
       if (!(lo > row.band.lo)) return false;
       hi = std::nextafter(lo, -infinity), lo = row.band.lo;
     } else {
       break;
     }
   }
-  double above = sums.above;
-  const Index n = interval.narrow(found, sums.gathered, p * sums.total, above);
+  float* found = sums.gathered;
+  if (2 * sums.count + 64 <= row.vocab) {
+    found += (sums.count + 15) / 16 * 16;
+    std::copy(sums.gathered, sums.gathered + sums.count, found);
+  } else {
+    sums.gathered = nullptr;
+  }
+  double above = sums.total_above - inside;
+  Index n = sums.count;
+  if (hi < infinity && lo > std::numeric_limits<float>::lowest())
+    n = narrow_by_ends(interval, found, n, lo, hi, p * total, above);
+  n = interval.narrow(found, n, p * total, above);
   if (n == 0) return false;
-  const auto weights =
+  above *= weights.unit, total *= weights.unit;
+  const auto exact_weights =
       candidate_weights<float>(static_cast<double>(row.band.hi), row.inverse_temperature);
-  const auto decide = [&](double before, double total, double error) {
-    const PrefixEnd<float> early = end_of_prefix(found, n, before, p * total - error, weights),
-                           late = end_of_prefix(found, n, before, p * total + error, weights);
+  const auto decide = [&](double before, double all, double error) {
+    const PrefixEnd<float> early = end_of_prefix(found, n, before, p * all - error, exact_weights),
+                           late = end_of_prefix(found, n, before, p * all + error, exact_weights);
     end = early;
-    return before + error < p * total && early.taken == late.taken && early.value == late.value &&
+    return before + error < p * all && early.taken == late.taken && early.value == late.value &&
            late.reached;
   };
-  if (decide(above, sums.total, BulkError::of_share(above, sums.total - above, p, row.vocab)))
+  if (decide(above, total,
+             weights.error_of_share(above, total - above, p, row.vocab) +
+                 26 * 0x1p-24 * inside * weights.unit))  // additions of what lies inside
     return true;
-  const BulkSums exact = exact_sums<Isa>(row, found[0]);
+  const ExactSums exact = exact_sums<Isa>(row, found[0]);
   return decide(exact.above, exact.total, 1e-12 * exact.total);
+}
+
+/// The sums of the row, whose band now ends so, for the draw.
+template <typename T>
+void keep_sums(SamplingRow<T>& row, const PrefixEnd<compute_type<T>>& end,
+               WeighedRow<compute_type<T>>& weighed) {
+  if (weighed.gathered == nullptr || end.taken < end.candidates) return;
+  weighed.end = end.value;
+  weighed.band = row.band;
+  weighed.inverse_temperature = row.inverse_temperature;
+  row.weighed = &weighed;
 }
 
 }  // namespace cpu

@@ -33,6 +33,8 @@ namespace cpu {
 
 template <typename C>
 struct KeptTokens;
+template <typename C>
+struct WeighedRow;
 
 /// The scratch of one worker. C is the compute type of the logits.
 template <typename C>
@@ -49,6 +51,7 @@ struct SamplingScratch {
   KeptTokens<C>* kept;
   C *kept_logits, *kept_max;  // (vocab / 8 + 192), (their blocks)
   std::int32_t* kept_begin;   // (blocks + 1)
+  WeighedRow<C>* weighed;     // weighing.h
   Index vocab;                // of the rows
 };
 
@@ -67,6 +70,7 @@ struct SamplingRow {
   const Eigen::ThreadPoolDevice* pool = nullptr;  // whose threads share the passes (slices.h)
   // What became of `logits`, or nullptr (changes.h); block_logits and logit_at know it.
   const LogitChanges<C>* changes = nullptr;
+  const WeighedRow<C>* weighed = nullptr;  // sums of a row of that band, or nullptr (weighing.h)
 
   Index blocks() const { return (vocab + SamplingBlock::size - 1) / SamplingBlock::size; }
 };
@@ -80,6 +84,14 @@ void load_block(const T* logits, Index vocab, Index block, C* x) {
   if (count < SamplingBlock::size)
     std::fill(x, x + SamplingBlock::size, -std::numeric_limits<C>::infinity());
   convert_line<V>(source, x, count);
+}
+
+/// By bits, that -ffast-math has no say in.
+template <typename C>
+bool holds_nan(C x) {
+  using Bits = decltype(problem::order_key(x));
+  return static_cast<Bits>(std::bit_cast<Bits>(x) << 1) >
+         static_cast<Bits>(std::bit_cast<Bits>(std::numeric_limits<C>::infinity()) << 1);
 }
 
 /// Maxima of vectors, and whether a NaN was among them.

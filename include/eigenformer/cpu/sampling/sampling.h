@@ -62,6 +62,10 @@ SamplingScratch<C>* take_sampling_scratch(Workspace::Frame& frame, int workers, 
     scratch[w].kept_max = frame.take<C>(kept / SamplingBlock::size + 1);
     scratch[w].vocab = vocab;
     scratch[w].kept_begin = frame.take<std::int32_t>(blocks + 1);
+    scratch[w].weighed = frame.take<WeighedRow<C>>(1);
+    *scratch[w].weighed = {};
+    scratch[w].weighed->lanes = frame.take<C>(blocks * WeighedRow<C>::most_lanes);
+    scratch[w].weighed->begin = frame.take<std::int32_t>(blocks + 1);
   }
   return scratch;
 }
@@ -100,12 +104,6 @@ void for_each_distribution(const Backend<D, Isa>& on, const problem::Sampling<T>
     }
   });
 }
-
-/// A block, and the sum of the weights before it.
-struct BlockFound {
-  Index block = -1;
-  double before = 0;
-};
 
 /// The first block within which the running sum passes `target`, the last one that weighs anything
 /// where none does.
@@ -150,16 +148,21 @@ Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double t
 template <typename Isa, typename T>
 Index draw_place(const SamplingRow<T>& row, double u,
                  const SamplingScratch<compute_type<T>>& scratch) {
-  double* const sums = scratch.block_sum;
   if constexpr (std::is_same_v<compute_type<T>, float>) {
-    if (serves_bulk(row) && row.vocab >= KeptLimits::least_vocab) {
-      const double total = bulk_sums<Isa>(row, sums, nullptr, 0.0f, 0.0f).total;
-      const BlockFound found = find_block(sums, row.blocks(), u * total);
-      const double error = BulkError::of_share(found.before, total - found.before, u, row.vocab);
-      const Index place = draw_in_block<Isa>(row, found, u * total, error);
+    using Weights = FusedWeights<simd::Vec<float, Isa>>;
+    if (Weights::serves(row) && row.vocab >= KeptLimits::least_vocab) {
+      const Weights weights(row);
+      if (!has_sums(row)) RowWeighing<Isa, T>{row, weights, 0.0f, 0.0f, nullptr}(*scratch.weighed);
+      double target, error;
+      BlockFound found = WeighedSums<Isa>{*scratch.weighed, weights}.find(row.blocks(), row.vocab,
+                                                                          u, target, error);
+      found.before *= weights.unit;
+      const Index place =
+          draw_in_block<Isa>(row, found, target * weights.unit, error * weights.unit);
       if (place >= 0) return place;
     }
   }
+  double* const sums = scratch.block_sum;
   const double target = u * sum_weights<Isa>(row, sums);
   return draw_in_block<Isa>(row, find_block(sums, row.blocks(), target), target, 0.0);
 }

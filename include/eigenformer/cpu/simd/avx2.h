@@ -172,6 +172,14 @@ struct vec<float, isa::avx2> {
     return std::popcount(bits);
   }
 
+  friend EIGENFORMER_INLINE void add_lanes(vec a, double* sums) {
+    const auto add = [sums](int at, __m128 half) {
+      _mm256_storeu_pd(sums + at, _mm256_add_pd(_mm256_loadu_pd(sums + at), _mm256_cvtps_pd(half)));
+    };
+    add(0, _mm256_castps256_ps128(a.v));
+    add(4, _mm256_extractf128_ps(a.v, 1));
+  }
+
   friend EIGENFORMER_INLINE float reduce_add(vec a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));

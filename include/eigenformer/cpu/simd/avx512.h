@@ -161,6 +161,15 @@ struct vec<float, isa::avx512> {
     return std::popcount(static_cast<std::uint32_t>(m.m));
   }
 
+  friend EIGENFORMER_INLINE void add_lanes(vec a, double* sums) {
+    const auto add = [sums](int at, __m256 half) {
+      _mm512_storeu_pd(
+          sums + at, _mm512_add_pd(_mm512_loadu_pd(sums + at), _mm512_maskz_cvtps_pd(0xff, half)));
+    };
+    add(0, _mm512_maskz_extractf32x8_ps(0xff, a.v, 0));
+    add(8, _mm512_maskz_extractf32x8_ps(0xff, a.v, 1));
+  }
+
   friend EIGENFORMER_INLINE float reduce_add(vec a) {
     const __m256 s8 = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, a.v, 0),
                                     _mm512_maskz_extractf32x8_ps(0xff, a.v, 1));

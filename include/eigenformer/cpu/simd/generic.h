@@ -29,6 +29,7 @@
 ///   swap_pairs(a)              lanes 1, 0, 3, 2, ...
 ///   store_selected(a, m, p)    the lanes of m next to each other from p on; returns how many. May
 ///                              write all of p[0] to p[lanes - 1]
+///   add_lanes(a, sums)         sums[i] += lane i, in double
 ///   reduce_add reduce_max reduce_min   over all lanes, in a fixed tree
 #pragma once
 
@@ -198,6 +199,10 @@ struct vec<T, isa::generic> {
       count += m.m[i];
     }
     return count;
+  }
+
+  friend EIGENFORMER_INLINE void add_lanes(vec a, double* sums) {
+    for (int i = 0; i < lanes; ++i) sums[i] += static_cast<double>(a.v[i]);
   }
 
   friend EIGENFORMER_INLINE T reduce_add(vec a) {

@@ -133,6 +133,11 @@ struct vec<float, isa::neon> {
   }
   friend EIGENFORMER_INLINE vec power_of_two(vec n) { return from_exponents(vcvtnq_s32_f32(n.v)); }
 
+  friend EIGENFORMER_INLINE void add_lanes(vec a, double* sums) {
+    vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), vcvt_f64_f32(vget_low_f32(a.v))));
+    vst1q_f64(sums + 2, vaddq_f64(vld1q_f64(sums + 2), vcvt_high_f64_f32(a.v)));
+  }
+
   // Lanes 0 and 2, 1 and 3, then the two results: the tree of generic.h.
   friend EIGENFORMER_INLINE float reduce_add(vec a) {
     return reduce(a, [](vec x, vec y) { return x + y; });
