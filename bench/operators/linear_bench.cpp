@@ -123,6 +123,10 @@ void linear_int8_cases(bench::Suite& suite) {
                                   {.group_size = 64});
 }
 void linear_int4_cases(bench::Suite& suite) {
+  // By 32 as models of llama.cpp have them, symmetric (Q4_0) and with minimums (Q4_1, Q4_K).
+  packed_rows<float, ef::int4>(suite, "int4 in groups of 32", bench::Peak::int8);
+  packed_rows<float, ef::int4>(suite, "int4 in groups of 32 with minimums", bench::Peak::int8,
+                               {.zero_points = true});
   const std::string name = "int4 in groups of 64";
   packed_rows<float, ef::int4>(suite, name, bench::Peak::int8, {.group_size = 64});
   packed_rows<float, ef::int4>(suite, name + " with minimums", bench::Peak::int8,
@@ -169,20 +173,26 @@ void linear_backward_cases(bench::Suite& suite) {
 
 /// SwiGLU in one product, beside the three operators it stands for.
 template <typename X, typename W>
-void gated_rows(bench::Suite& suite, const std::string& type, bench::Peak peak) {
+void gated_rows(bench::Suite& suite, const std::string& type, bench::Peak peak,
+                const ef::PackingOptions<W>& packing = {}) {
   const Index in = 2048, hidden = 5632;
   const auto gate = random_matrix<float>(hidden, in, 1), up = random_matrix<float>(hidden, in, 2);
-  const auto pair =
-      std::make_shared<const ef::PackedGatedWeight<W>>(ef::pack_gated_weight<W>(*gate, *up));
-  const auto gate_alone = std::make_shared<const ef::PackedWeight<W>>(ef::pack_weight<W>(*gate));
-  const auto up_alone = std::make_shared<const ef::PackedWeight<W>>(ef::pack_weight<W>(*up));
+  const auto pair = std::make_shared<const ef::PackedGatedWeight<W>>(
+      ef::pack_gated_weight<W>(*gate, *up, packing));
+  const auto alone = [&](const auto& weight) {
+    return std::make_shared<const ef::PackedWeight<W>>(ef::pack_weight<W>(weight, packing));
+  };
+  const auto gate_alone = alone(*gate), up_alone = alone(*up);
+  const Index groups = packing.group_size == 0 ? 0 : in / packing.group_size,
+              factors = pair->pair().minimums() == nullptr ? groups : 2 * groups;
   for (Index tokens : {1, 512}) {
     const auto x = random_matrix<X>(tokens, in, 3);
     const auto y = std::make_shared<ef::Tensor<X, 2>>(tokens, hidden),
                other = std::make_shared<ef::Tensor<X, 2>>(tokens, hidden);
-    const bench::Limit limit =
-        bench::Limit::product(4.0 * static_cast<double>(tokens * in * hidden),
-                              static_cast<double>(pair->pair().bytes()), peak);
+    const bench::Limit limit = bench::Limit::product(
+        4.0 * static_cast<double>(tokens * in * hidden),
+        static_cast<double>(pair->pair().bytes() + 2 * hidden * factors * Index{sizeof(float)}),
+        peak);
     auto& row = suite.row(
         "gated_linear SwiGLU " + std::to_string(tokens) + " x 2048 x 5632 " + type, limit);
     row.ours([=](const auto& device) {
@@ -199,6 +209,8 @@ void gated_rows(bench::Suite& suite, const std::string& type, bench::Peak peak) 
 void gated_cases(bench::Suite& suite) {
   gated_rows<Eigen::bfloat16, Eigen::bfloat16>(suite, "bfloat16", bench::Peak::bfloat16);
   gated_rows<float, std::int8_t>(suite, "int8", bench::Peak::int8);
+  gated_rows<float, ef::int4>(suite, "int4 in groups of 32 with minimums", bench::Peak::int8,
+                              {.zero_points = true});
 }
 
 void pack_cases(bench::Suite& suite) {

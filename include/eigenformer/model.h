@@ -28,13 +28,17 @@
 ///
 /// Weights as stored (ef::WeightFormat::as_stored): F32, BF16 and F16 tensors stay what they are
 /// where the activations have products for them (decoder/packed_weights.h), and logits are those of
-/// the widened weights; MXFP4 of safetensors becomes bfloat16, which is exact. Blocks of GGUF
-/// become INT8 by groups of 32 inputs (double where the activations are). Of Q8_0 these are the
+/// the widened weights; MXFP4 of safetensors becomes bfloat16, which is exact. Blocks of GGUF in
+/// four bits (Q4_0, Q4_1, Q4_K) are INT4 by groups of 32 inputs, with the file's values, scales and
+/// minimums: what a weight stands for has the bits that the file says. Other blocks, those of the
+/// head and of an expert's router become INT8 by such groups (double where the activations are).
+/// Of Q8_0 these are the
 /// file's own values and scales wherever the largest value of a block is 127 in magnitude, as every
 /// writer of max / 127 has it; other blocks (a -128 too) and other formats are quantized again, by
 /// at most 1 / 254 of the group's largest. Query, key and value share a format, gate and up do, and
 /// an expert's gate, up and down: where the file has several it is INT8 if one of them is in
-/// blocks, else float. Experts of a layer whose formats then differ are refused.
+/// blocks, else float; INT4 where all are in four bits. Experts of a layer whose formats then differ
+/// are refused.
 ///
 /// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device;
 /// beside the packed weights it holds no more than the largest tensor and the pages of one layer,

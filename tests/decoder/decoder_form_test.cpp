@@ -136,7 +136,8 @@ TEST(DecoderForms, StepsOfExpertsAllocateNothing) {
   ef::DecoderForm form;
   form.experts = {.count = 5, .chosen = 2, .hidden = 9, .shared_hidden = 7, .shared_gate = true};
   const RandomDecoder random(form, false, 150);
-  for (const auto format : {ef::WeightFormat::activation, ef::WeightFormat::int8}) {
+  for (const auto format :
+       {ef::WeightFormat::activation, ef::WeightFormat::int8, ef::WeightFormat::int4}) {
     ef::Decoder<float> model(random.packed<float>(kOneThread, form, format), kOneThread);
     ef::PagedKvCache<float> cache({.layers = kLayers,
                                    .kv_heads = kKvHeads,
@@ -161,7 +162,8 @@ TEST(DecoderForms, RanksAndThreadsHaveTheBitsOfOne) {
   form.experts = {.count = 5, .chosen = 2, .hidden = 9, .shared_hidden = 7, .shared_gate = true};
   const RandomDecoder random(form, false, 160);
   const auto ids = as_batch(some_ids());
-  for (const auto format : {ef::WeightFormat::activation, ef::WeightFormat::int8}) {
+  for (const auto format :
+       {ef::WeightFormat::activation, ef::WeightFormat::int8, ef::WeightFormat::int4}) {
     ef::Decoder<float> model(random.packed<float>(kOneThread, form, format), kOneThread);
     ef::KvCache<float> cache;
     const auto expected = model.prefill(ids, cache);

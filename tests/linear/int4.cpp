@@ -143,7 +143,7 @@ TEST(LinearInt4, WithActivationsAsTheyAreEqualsAFloatWeight) {
   unsigned seed = 1;
   for (Index in : {0, 1, 7, 32, 130, 1100})
     for (Index out : {1, 33, 300})
-      for (Index tokens : {0, 1, 3, 30}) {
+      for (Index tokens : {0, 1, 3, 14, 30}) {
         ++seed;
         check_wide<float>(tokens, in, out, 32 << seed % 3, seed % 2 == 0, seed);
       }
@@ -221,6 +221,55 @@ TEST(LinearInt4, CopiesMovesAndRepacks) {
   EXPECT_EQ(moved.group_size(), 32);
   EXPECT_TRUE(same_bits(ef::Tensor<float, 2>(ef::linear(x, moved)),
                         ef::Tensor<float, 2>(ef::linear(x, ef::pack_weight<ef::int4>(weight)))));
+}
+
+// Views of values are packed as the numbers that they were quantized from.
+TEST(LinearInt4, ViewsPackAsTheirNumbers) {
+  const Index out = 45, in = 131;
+  const Eigen::DefaultDevice device;
+  const auto a = random_tensor<float, 2>({out, in}, 1), b = random_tensor<float, 2>({out, in}, 2);
+  const auto same = [](const ef::PackedWeight<ef::int4>& x, const ef::PackedWeight<ef::int4>& y) {
+    const auto equal = [](const float* p, const float* q, Index count) {
+      return p == q || std::memcmp(p, q, static_cast<std::size_t>(count) * sizeof(float)) == 0;
+    };
+    const Index factors = x.rows() * ((in + x.group_size() - 1) / x.group_size());
+    return x.bytes() == y.bytes() && x.group_size() == y.group_size() &&
+           std::memcmp(x.data(), y.data(), static_cast<std::size_t>(x.bytes())) == 0 &&
+           equal(x.scales(), y.scales(), factors) && equal(x.minimums(), y.minimums(), factors);
+  };
+  for (const bool zero_points : {false, true}) {
+    const ef::Int4Packing options{.group_size = 64, .zero_points = zero_points};
+    const auto p = ef::quantize_weights_int4(a, 64), q = ef::quantize_weights_int4(b, 64);
+    const auto r = ef::quantize_weights_int4_with_minimums(a, 64),
+               s = ef::quantize_weights_int4_with_minimums(b, 64);
+    const auto view = [](const auto& w) {
+      ef::Int4View v{ef::input_view<2>(w.values), ef::input_view<2>(w.scales), {}, 64};
+      if constexpr (requires { w.minimums; }) v.minimums.emplace(ef::input_view<2>(w.minimums));
+      return v;
+    };
+    const ef::Int4View first = zero_points ? view(r) : view(p),
+                       second = zero_points ? view(s) : view(q);
+    EXPECT_TRUE(
+        same(ef::pack_weight<ef::int4>(device, first), ef::pack_weight<ef::int4>(a, options)));
+    EXPECT_TRUE(same(ef::pack_gated_weight<ef::int4>(device, first, second).pair(),
+                     ef::pack_gated_weight<ef::int4>(a, b, options).pair()));
+    const std::array numbers{ef::input_view<2>(a), ef::input_view<2>(b)};
+    EXPECT_TRUE(same(ef::pack_stacked_weight<ef::int4>(device, std::array{first, second}),
+                     ef::pack_stacked_weight<ef::int4>(device, numbers, options)));
+    ef::Int4View other = second;
+    other.group_size = 32;
+    expect_throws<std::invalid_argument>(
+        [&] { ef::pack_gated_weight<ef::int4>(device, first, other); }, {"groups of 64 and 32"});
+    other = zero_points ? view(q) : view(s);
+    expect_throws<std::invalid_argument>(
+        [&] {
+          ef::pack_stacked_weight<ef::int4>(device, std::array{first, other});
+        },
+        {"pack_stacked_weight", "one alone has minimums"});
+  }
+  expect_throws<std::invalid_argument>(
+      [&] { ef::pack_stacked_weight<ef::int4>(device, std::vector<ef::Int4View>{}); },
+      {"weights is empty"});
 }
 
 TEST(LinearInt4, BadArguments) {

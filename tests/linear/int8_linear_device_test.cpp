@@ -111,8 +111,9 @@ void check_int4(Index tokens, Index in, Index out, const ef::Int4Packing& option
   const auto bias = random_tensor<float, 1>({out}, 3);
   const auto weight = random_tensor<float, 2>({out, in}, 4);
   const Index group = options.group_size;
-  const auto [q, scales] = ef::quantize_weights_int4(weight, group);
-  const auto [u, steps, minimums] = ef::quantize_weights_int4_with_minimums(weight, group);
+  const auto [q, scales] = ef::quantize_weights_int4(weight, group, options.fit);
+  const auto [u, steps, minimums] =
+      ef::quantize_weights_int4_with_minimums(weight, group, options.fit);
   auto expected = poisoned_tensor<float, 2>({tokens, out});
   ef::linear_into(Eigen::DefaultDevice{}, expected, x, ef::pack_weight<ef::int4>(weight, options),
                   ef::Epilogue{}.bias(bias).relu());
@@ -143,10 +144,10 @@ void check_int4(Index tokens, Index in, Index out, const ef::Int4Packing& option
 
 TEST(Int4LinearOnDevice, EqualsTheHosts) {
   check_int4(6, 100, 18, {});
-  check_int4(1, 545, 31, {.zero_points = true});
+  check_int4(1, 545, 31, {.zero_points = true, .fit = ef::Int4Fit::least_squares});
   check_int4(17, 1100, 5, {.group_size = 128, .zero_points = true});
   check_int4(66, 273, 7, {.group_size = 64, .zero_points = true});
-  check_int4(130, 97, 133, {});
+  check_int4(130, 97, 133, {.fit = ef::Int4Fit::least_squares});
 }
 
 TEST(Int4LinearOnDevice, GatedEqualsTheHosts) {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <set>
 #include <tuple>
 
@@ -91,32 +92,69 @@ std::string q8_blocks(const std::string& name, std::uint64_t rows, std::uint64_t
   return bytes;
 }
 
-/// A llama of one layer whose matrices are in Q8_0, but those of names in `floats`.
-std::string llama_in_blocks(const std::set<std::string>& floats) {
+constexpr std::uint32_t kQ4_0 = 2, kQ4_1 = 3, kQ4_K = 12;  // GGUF's numbers
+
+/// Blocks of any bits, but scales (and minimums) of a size that models have.
+std::string four_bit_blocks(std::uint32_t type, std::uint64_t elements) {
+  const std::size_t elements_of_block = type == kQ4_K ? 256 : 32,
+                    bytes_of_block = type == kQ4_K   ? 144
+                                     : type == kQ4_1 ? 20
+                                                     : 18;
+  std::minstd_rand random(type);
+  std::string bytes;
+  for (std::uint64_t b = 0; b < elements / elements_of_block; ++b) {
+    std::string block(bytes_of_block, 0);
+    for (char& byte : block) byte = static_cast<char>(random() >> 8);
+    const float size = static_cast<float>(1 + random() % 64) / 64;
+    const ef::half d(type == kQ4_K       ? size / 4096
+                     : random() % 2 == 0 ? size / 64
+                                         : -size / 64),
+        m(type == kQ4_K ? size / 512 : -size / 8);
+    std::memcpy(block.data(), &d, 2);
+    if (type != kQ4_0) std::memcpy(block.data() + 2, &m, 2);
+    bytes += block;
+  }
+  return bytes;
+}
+
+/// A llama of one layer and d features whose matrices are in Q8_0, but those of names in `floats`
+/// and those that `types` names with another type of blocks.
+std::string llama_in_blocks(const std::set<std::string>& floats,
+                            const std::map<std::string, std::uint32_t>& types = {},
+                            std::uint64_t d = 32) {
   GgufWriter writer;
   const auto key = [](const char* name) { return std::string("llama.") + name; };
   writer.text("general.architecture", "llama");
   writer.integer(key("block_count"), 1);
   writer.integer(key("context_length"), 128);
-  writer.integer(key("embedding_length"), 32);
-  writer.integer(key("feed_forward_length"), 64);
+  writer.integer(key("embedding_length"), static_cast<std::uint32_t>(d));
+  writer.integer(key("feed_forward_length"), static_cast<std::uint32_t>(2 * d));
   writer.integer(key("attention.head_count"), 4);
   writer.integer(key("attention.head_count_kv"), 2);
   writer.value(key("rope.freq_base"), {"float32", 10000});
   writer.value(key("attention.layer_norm_rms_epsilon"), {"float32", 1e-6});
   write_vocabulary(writer);
   for (const char* const norm : {"output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"})
-    writer.tensor(std::string(norm) + ".weight", {32}, std::vector<float>(32, 1));
+    writer.tensor(std::string(norm) + ".weight", {d}, std::vector<float>(d, 1));
   const std::tuple<const char*, std::uint64_t, std::uint64_t> matrices[] = {
-      {"output", 32, 32},         {"token_embd", 32, 32},   {"blk.0.attn_q", 32, 32},
-      {"blk.0.attn_k", 16, 32},   {"blk.0.attn_v", 16, 32}, {"blk.0.attn_output", 32, 32},
-      {"blk.0.ffn_gate", 64, 32}, {"blk.0.ffn_up", 64, 32}, {"blk.0.ffn_down", 32, 64}};
+      {"output", 32, d},
+      {"token_embd", 32, d},
+      {"blk.0.attn_q", d, d},
+      {"blk.0.attn_k", d / 2, d},
+      {"blk.0.attn_v", d / 2, d},
+      {"blk.0.attn_output", d, d},
+      {"blk.0.ffn_gate", 2 * d, d},
+      {"blk.0.ffn_up", 2 * d, d},
+      {"blk.0.ffn_down", d, 2 * d}};
   for (const auto& [name, rows, columns] : matrices) {
     const auto whole = std::string(name) + ".weight";
     constexpr std::uint32_t q8_0 = 8;
     if (floats.contains(name))
       writer.tensor(whole, {rows, columns},
                     golden_values(name, {static_cast<Index>(rows), static_cast<Index>(columns)}));
+    else if (const auto type = types.find(name); type != types.end())
+      writer.tensor(whole, {rows, columns}, type->second,
+                    four_bit_blocks(type->second, rows * columns));
     else
       writer.tensor(whole, {rows, columns}, q8_0, q8_blocks(name, rows, columns));
   }
@@ -138,6 +176,83 @@ TEST(StoredWeights, BlocksOfAFileAreInt8ByGroups) {
   EXPECT_TRUE(in_groups({}));
   EXPECT_TRUE(in_groups({"blk.0.attn_k", "blk.0.ffn_up"}));  // beside blocks in one product
   EXPECT_FALSE(in_groups({"blk.0.attn_output"}));            // stays what it is
+}
+
+// Blocks of four bits are INT4, whose values, scales and minimums are the file's: what they stand for
+// has the bits of the blocks.
+TEST(StoredWeights, BlocksOfFourBitsAreTakenExactly) {
+  const Index rows = 19, columns = 512;
+  for (const auto& [format, type] : {std::pair{ef::StoredFormat::q4_0, kQ4_0},
+                                     {ef::StoredFormat::q4_1, kQ4_1},
+                                     {ef::StoredFormat::q4_k, kQ4_K}}) {
+    const std::string bytes = four_bit_blocks(type, static_cast<std::uint64_t>(rows * columns));
+    const ef::StoredTensor tensor{
+        "x", format, {rows, columns}, std::as_bytes(std::span(bytes.data(), bytes.size()))};
+    ef::Tensor<float, 2> expected(rows, columns);
+    ef::dequantize_rows(tensor, 0, {expected.data(), static_cast<std::size_t>(expected.size())});
+    ef::detail::StoredInt4 stored(tensor);
+    EXPECT_EQ(stored.has_minimums(), format != ef::StoredFormat::q4_0);
+    const auto x = random_tensor<float, 2>({3, columns}, 1);
+    const ef::Tensor<float, 2> y = ef::linear(x, ef::pack_weight<float>(expected));
+    for (const bool minimums : {false, true}) {
+      if (minimums) stored.add_minimums();
+      const ef::Int4View view = stored.view();
+      const ef::Tensor<float, 2> got =
+          view.minimums.has_value()
+              ? ef::dequantize_grouped(view.values, view.scales, *view.minimums, 32)
+              : ef::dequantize_grouped(view.values, view.scales, 32);
+      for (Index i = 0; i < got.size(); ++i) ASSERT_EQ(got.data()[i], expected.data()[i]) << i;
+      const auto packed =
+          ef::pack_weight<ef::int4>(Eigen::DefaultDevice{}, view, {.quantize_activations = false});
+      EXPECT_TRUE(same_bits(ef::Tensor<float, 2>(ef::linear(x, packed)), y));
+    }
+  }
+}
+
+// Four bits stay four bits in memory; beside other blocks in one product all are INT8. The head is
+// INT8, of Q8_0 exactly. Activations in INT8 are all that differs from the floats.
+TEST(StoredWeights, BlocksOfFourBitsStayFourBits) {
+  const Folder folder;
+  constexpr std::uint64_t d = 256, kLinear = d * d * 2 + d * d + 3 * 2 * d * d;
+  const auto check = [&](std::map<std::string, std::uint32_t> types, std::uint64_t bytes) {
+    const auto path = folder.write("m.gguf", llama_in_blocks({}, types, d));
+    auto exact = ef::load_model<float>(path), stored = ef::load_model<float>(path, kStored);
+    const auto logits = stored.logits(kIds);
+    EXPECT_LT(relative_error(logits, to_double(exact.logits(kIds))), 0.03);
+    const std::uint64_t rest = 4 * (3 * d + 32 * d) + 32 * (d + d / 8);  // norms, embedding, head
+    EXPECT_EQ(stored.weight_bytes(), bytes + rest);
+    const ef::LoadOptions kept{.weights = ef::WeightFormat::as_stored,
+                               .cache = folder.path() / "kept"};
+    for (const char* const start : {"first", "second"})
+      EXPECT_TRUE(same_bits(ef::load_model<float>(path, kept).logits(kIds), logits)) << start;
+  };
+  const char* const names[] = {"attn_q",   "attn_k", "attn_v",  "attn_output",
+                               "ffn_gate", "ffn_up", "ffn_down"};
+  std::map<std::string, std::uint32_t> types;
+  for (const char* const name : names) types[std::string("blk.0.") + name] = kQ4_0;
+  check(types, kLinear / 2 + 4 * kLinear / 32);
+  for (auto& [name, type] : types) type = kQ4_K;
+  check(types, kLinear / 2 + 8 * kLinear / 32);
+  types["blk.0.attn_v"] = kQ4_1;  // all of them have minimums
+  types["blk.0.ffn_up"] = types["blk.0.ffn_down"] = kQ4_0;
+  check(types, kLinear / 2 + 8 * kLinear / 32 - 4 * 2 * d * d / 32);
+  types.erase("blk.0.attn_v");
+  types.erase("blk.0.ffn_down");
+  check(types, (kLinear - 4 * d * d) / 2 + 8 * (kLinear - 4 * d * d) / 32 + 4 * d * d +
+                   4 * 4 * d * d / 32);
+}
+
+TEST(StoredWeights, FourBitsWithoutANumberAreRefused) {
+  const Folder folder;
+  std::string file = llama_in_blocks({}, {{"blk.0.ffn_down", kQ4_0}});
+  const std::string good = four_bit_blocks(kQ4_0, 32 * 64);
+  const auto at = file.find(good);
+  ASSERT_NE(at, std::string::npos);
+  const ef::half infinite(std::numeric_limits<float>::infinity());
+  std::memcpy(file.data() + at + 18 * 5, &infinite, 2);
+  const auto path = folder.write("m.gguf", file);
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<float>(path, kStored); },
+                                    {"ffn_down", "scales[2, 1] is inf"});
 }
 
 TEST(StoredWeights, MixedFormatsComeFromACacheToo) {

@@ -123,7 +123,7 @@ inline constexpr const char* kWeightsUsage =
   --group N         one scale of INT8 or INT4 for 32, 64 or 128 inputs (default: one for each
                     output, with --int4 for 32 inputs)
   --half            linear layers in half, rounded as they are read
-  --as-stored       linear layers as the files hold them, blocks as INT8 by groups of 32
+  --as-stored       linear layers as the files hold them, blocks by groups of 32: INT4 or INT8
   --bf16            activations, caches and weights in bfloat16 (--int8, --int4: those weights)
   --threads N       threads (default: those of the machine)
 )";

@@ -154,16 +154,32 @@ void execute(const Backend<D>& on, const problem::PackInt8Weight& p) {
                packed.rows * scale_groups(packed.columns, packed.group));
 }
 
+/// Values that are given, of one matrix, as the rows from `first` on.
 template <typename D>
-void execute(const Backend<D>& on, const problem::PackInt4Weight& p) {
-  const problem::PackedPanels<int4>& packed = p.packed;
+void pack_int4_values(const Backend<D>& on, const problem::PackedPanels<int4>& packed, Index first,
+                      const problem::Int4Values& weight, Index rows) {
   const Index stride = packed_stride<int4>(packed.columns),
-              factors = packed.rows * scale_groups(packed.columns, packed.group);
-  launch_for_each(on, "pack_weight", packed.rows * stride,
-                  PackInt4Body{p.values, packed.data, packed.columns, stride,
+              groups = scale_groups(packed.columns, packed.group);
+  launch_for_each(on, "pack_weight", rows * stride,
+                  PackInt4Body{weight.values, packed.data + first * stride, packed.columns, stride,
                                packed.minimums == nullptr ? 8 : 0});
-  copy_factors(on, p.scales, packed.scales, factors);
-  if (packed.minimums != nullptr) copy_factors(on, p.minimums, packed.minimums, factors);
+  copy_factors(on, weight.scales, packed.scales + first * groups, rows * groups);
+  if (packed.minimums != nullptr)
+    copy_factors(on, weight.minimums, packed.minimums + first * groups, rows * groups);
+}
+
+template <typename D, int Matrices>
+void execute(const Backend<D>& on, const problem::PackInt4Weight<Matrices>& p) {
+  const Index rows = p.packed.rows / Matrices;
+  for (int m = 0; m < Matrices; ++m) pack_int4_values(on, p.packed, m * rows, p.weights[m], rows);
+}
+
+template <typename D>
+void execute(const Backend<D>& on, const problem::PackStackedInt4Weight& p) {
+  for (int m = 0; m < p.count; ++m) {
+    const Index first = m == 0 ? 0 : p.ends[m - 1];
+    pack_int4_values(on, p.packed, first, p.weights[m], p.ends[m] - first);
+  }
 }
 
 }  // namespace cuda

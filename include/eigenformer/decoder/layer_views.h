@@ -5,15 +5,43 @@
 #include <optional>
 
 #include "../core/tensor.h"
+#include "../linear.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
+namespace detail {
+
+template <typename W>
+struct MatrixView {
+  using type = TensorView<const W, 2>;
+};
+template <>
+struct MatrixView<int4> {
+  using type = Int4View;
+};
+
+/// The W of such a view.
+template <typename View>
+struct ScalarOfMatrix {
+  using type = scalar_of<View>;
+};
+template <>
+struct ScalarOfMatrix<Int4View> {
+  using type = int4;
+};
+template <typename View>
+using scalar_of_matrix = typename ScalarOfMatrix<View>::type;
+
+}  // namespace detail
+
 /// Tensors of one layer where they lie: W the scalar of matrices, (out, in) of each linear layer, N
-/// that of vectors. A layer may be packed in several calls, each with some of its tensors.
-template <FloatingScalar W, FloatingScalar N = W>
+/// that of vectors. W may be ef::int4: matrices are then four-bit values with their scales
+/// (Int4View), and are packed as they are. A layer may be packed in several calls, each with some of
+/// its tensors.
+template <typename W, FloatingScalar N = W>
 struct DecoderLayerViews {
-  using Matrix = std::optional<TensorView<const W, 2>>;
+  using Matrix = std::optional<typename detail::MatrixView<W>::type>;
   using Vector = std::optional<TensorView<const N, 1>>;
 
   Vector attention_norm = {};   ///< (features)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
@@ -49,6 +50,27 @@ class ReadableTensor {
   Eigen::DSizes<Index, Rank> sizes_;
 };
 
+/// The same of four-bit values.
+template <>
+class ReadableTensor<int4, 2> {
+ public:
+  ReadableTensor(const Memory& target, const Int4View& x, const Memory& memory)
+      : values_(target, x.values, memory), scales_(target, x.scales, memory), group_(x.group_size) {
+    if (x.minimums.has_value()) minimums_.emplace(target, *x.minimums, memory);
+  }
+  Int4View view() const {
+    Int4View view{values_.view(), scales_.view(), {}, group_};
+    if (minimums_.has_value()) view.minimums.emplace(minimums_->view());
+    return view;
+  }
+
+ private:
+  ReadableTensor<std::int8_t, 2> values_;
+  ReadableTensor<float, 2> scales_;
+  std::optional<ReadableTensor<float, 2>> minimums_;
+  Index group_;
+};
+
 }  // namespace detail
 
 /// One layer as inference reads it, T the scalar of activations; each matrix has its own format.
@@ -84,6 +106,9 @@ struct LayerPacking {
     require_that(view.dimension(0) == rows && view.dimension(1) == columns, kName, name,
                  " has shape ", detail::shape_text(view), ", the configuration says (", rows, ", ",
                  columns, ")");
+  }
+  static void require_shape(const Int4View& view, const char* name, Index rows, Index columns) {
+    require_shape(view.values, name, rows, columns);
   }
   /// Converted on the host: a few numbers, wherever they lie.
   template <typename D, typename W>
@@ -161,10 +186,25 @@ struct LayerPacking {
   void pack_matrices(const D& device, PackedDecoderLayer<T>& packed,
                      const DecoderLayerViews<W, N>& v, const WeightStorage& storage,
                      const C& communicator, const Memory& memory) const {
-    const WeightStorage format = v.expert >= 0 ? without_int4(storage) : storage;
-    with_stored_scalar<T, W>(format.format, [&]<typename S>(std::type_identity<S>) {
-      pack_matrices_as<S>(device, packed, v, packing_options<S>(format), communicator, memory);
-    });
+    const auto pack_as = [&]<typename S>(std::type_identity<S>) {
+      pack_matrices_as<S>(device, packed, v, packing_options<S>(storage), communicator, memory);
+    };
+    if constexpr (!std::is_same_v<W, int4>) {
+      if (v.router)  // a few rows that decide a lot: never rounded more than activations are
+        packed.router = pack_column_shard<T>(
+            device, ReadableTensor<W, 2>(memory_of(device), *v.router, memory).view(),
+            communicator);
+      if (v.shared_gate)
+        packed.shared_gate = pack_column_shard<T>(
+            device, ReadableTensor<W, 2>(memory_of(device), *v.shared_gate, memory).view(),
+            communicator);
+      with_stored_scalar<T, W>(storage.format, pack_as);
+    } else {
+      require_that(storage.format == WeightFormat::as_stored && !v.router && !v.shared_gate, kName,
+                   "four-bit values are packed as stored alone, and not as a router");
+      require_that(stores<T, int4>, kName, "int4 weights do not serve activations of double");
+      if constexpr (stores<T, int4>) pack_as(std::type_identity<int4>{});
+    }
   }
 
   template <typename S, typename D, typename T, typename W, typename N, typename C>
@@ -182,15 +222,9 @@ struct LayerPacking {
       return pack_stacked_column_shard<S>(device, std::array{tensors.view()...}, communicator,
                                           options);
     };
-    if (v.router)  // a few rows that decide a lot: never rounded more than activations are
-      packed.router = pack_column_shard<T>(device, readable(v.router).view(), communicator);
-    if (v.shared_gate)
-      packed.shared_gate =
-          pack_column_shard<T>(device, readable(v.shared_gate).view(), communicator);
     if (v.query) packed.qkv = stacked(readable(v.query), readable(v.key), readable(v.value));
     if (v.output) packed.output = one(readable(v.output));
-    if constexpr (!std::is_same_v<S, int4>)
-      if (v.expert >= 0) return pack_expert<S>(device, packed, v, options, memory);
+    if (v.expert >= 0) return pack_expert<S>(device, packed, v, options, memory);
     if (v.gate && form.fuses_gates())
       packed.gate_up = pack_gated_column_shard<S>(device, readable(v.gate).view(),
                                                   readable(v.up).view(), communicator, options);

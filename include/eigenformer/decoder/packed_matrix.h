@@ -26,7 +26,7 @@ enum class WeightFormat {
   bfloat16,    ///< rounded to nearest even where they are not
   half,
   int8,       ///< quantized; not with double
-  int4,       ///< above minimums, by groups; the head and experts in INT8; not with double
+  int4,       ///< above minimums, by groups; the head in INT8; not with double
   as_stored,  ///< in the scalar of the view that is packed
 };
 #if defined(__GNUC__) && !defined(__clang__)
@@ -93,7 +93,7 @@ struct PackedExpertStack {
 };
 /// In one format.
 template <FloatingScalar T>
-using PackedExperts = typename detail::AnyShard<PackedExpertStack, T>::type;
+using PackedExperts = typename detail::AnyShard<PackedExpertStack, T, int4>::type;
 
 namespace detail {
 
@@ -138,7 +138,7 @@ void with_stored_scalar(WeightFormat format, F&& f) {
   }
 }
 
-/// The format of the head and of experts, which have no four bits.
+/// The format of the head, which has no four bits.
 inline WeightStorage without_int4(const WeightStorage& storage) {
   return storage.format == WeightFormat::int4
              ? WeightStorage(WeightFormat::int8, storage.group_size)

@@ -11,6 +11,7 @@
 ///   ef::PackedWeight<ef::int4> z4 = ef::pack_weight<ef::int4>(weight, {.group_size = 64, .zero_points = true});
 ///   ef::PackedWeight<ef::int4> s4 = ef::pack_weight<ef::int4>(q, scales);             // from values in [-8, 7] and scales of groups, as stored
 ///   ef::PackedWeight<ef::int4> m4 = ef::pack_weight<ef::int4>(u, scales, minimums);   // from values in [0, 15]: weights are scale * u + minimum
+///   ef::PackedWeight<ef::int4> v4 = ef::pack_weight<ef::int4>(device, ef::Int4View{u, scales, minimums, 32});   // the same, one argument
 ///   ef::PackedGatedWeight<float> gu = ef::pack_gated_weight<float>(gate, up);   // two weights whose outputs a gated unit pairs
 ///   ef::PackedWeight<float> qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});   // one below the other
 ///   ef::pack_weight_into(device, w, weight);                           // again, reusing w's memory: training, every step
@@ -49,6 +50,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
+struct Int4View;  // pack_int4.h
+
 struct Int8Packing {
   Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale per row
 };
@@ -70,6 +73,9 @@ template <typename T>
 using PackingOptions = std::conditional_t<std::is_same_v<T, int4>, Int4Packing, Int8Packing>;
 
 namespace detail {
+
+template <typename Weights>
+concept holds_int4_views = std::same_as<typename Weights::value_type, Int4View>;
 
 /// The largest k whose sum of int8 products fits 32 bits: 127 * 127 * k < 2^31.
 inline constexpr Index kLargestInt8Depth = (std::numeric_limits<std::int32_t>::max)() / (127 * 127);
@@ -322,6 +328,7 @@ void pack_weight_into(const D& device, PackedWeight<std::int8_t>& packed, const 
 }
 
 template <typename T, Device D, typename Weight>
+  requires(!std::same_as<Weight, Int4View>)
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
                             const PackingOptions<T>& options = {}) {
   PackedWeight<T> packed;
@@ -365,6 +372,7 @@ void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const We
                        workspace);
 }
 template <typename T, Device D, typename Weights>
+  requires(!detail::holds_int4_views<Weights>)
 PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
                                     const PackingOptions<T>& options = {}) {
   PackedWeight<T> packed;
@@ -383,6 +391,7 @@ void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const
                       {input_view<2>(gate), input_view<2>(up)}, {"gate", "up"}, options, workspace);
 }
 template <typename T, Device D, typename Gate, typename Up>
+  requires(!std::same_as<Gate, Int4View>)
 PackedGatedWeight<T> pack_gated_weight(const D& device, const Gate& gate, const Up& up,
                                        const PackingOptions<T>& options = {}) {
   PackedGatedWeight<T> packed;

@@ -86,14 +86,15 @@ inline void dequantize_q5_1(const std::byte* block, float* to) {
   dequantize_32(block + 8, fifth, load_half(block), 0, load_half(block + 2), to);
 }
 
+/// Scale and minimum of one of the eight groups of Q4_K and Q5_K, elements are scale q - minimum.
 /// Twelve bytes hold eight pairs: of the first four the low 6 bits of bytes 0-3 (scale) and 4-7
 /// (minimum); of the others the low and high halves of bytes 8-11, with the two bits left over
 /// above.
-template <bool Fifth>
-void dequantize_k(const std::byte* block, float* to) {
-  const float d = load_half(block), m = load_half(block + 2);
-  const std::byte* const pairs = block + 4;
-  for (int group = 0; group < 8; ++group) {
+struct KGroup {
+  float scale, minimum;
+
+  KGroup(const std::byte* block, int group) {
+    const std::byte* const pairs = block + 4;
     int s = 0, t = 0;
     if (group < 4) {
       s = load_byte(pairs + group) & 63;
@@ -103,7 +104,15 @@ void dequantize_k(const std::byte* block, float* to) {
       s = (halves & 15) | (load_byte(pairs + group - 4) >> 6 << 4);
       t = (halves >> 4) | (load_byte(pairs + group) >> 6 << 4);
     }
-    const float scale = d * static_cast<float>(s), minimum = m * static_cast<float>(t);
+    scale = load_half(block) * static_cast<float>(s);
+    minimum = load_half(block + 2) * static_cast<float>(t);
+  }
+};
+
+template <bool Fifth>
+void dequantize_k(const std::byte* block, float* to) {
+  for (int group = 0; group < 8; ++group) {
+    const auto [scale, minimum] = KGroup(block, group);
     // Two neighbouring groups share 32 bytes: the first has the low bits.
     const std::byte* const bits = block + (Fifth ? 48 : 16) + group / 2 * 32;
     const int shift = group % 2 * 4;

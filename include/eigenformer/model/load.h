@@ -60,7 +60,10 @@ class ModelLoader {
   }
 
   StoredMatrix matrix(const std::string& name, Index rows, Index columns) {
-    return from_.matrix(name, rows, columns, m_.transposed);
+    return from_.matrix(name, rows, columns, m_.transposed, keeps_int4());
+  }
+  bool keeps_int4() const {
+    return stores<T, int4> && weights_->storage().format == WeightFormat::as_stored;
   }
 
   // ---- a layer ----------------------------------------------------------------------------------
@@ -68,6 +71,7 @@ class ModelLoader {
   /// What the matrices of one product are packed in.
   template <typename... Matrices>
   WeightStorage storage_of(const Matrices&... matrices) const {
+    if ((matrices.is_int4() && ...)) return WeightFormat::as_stored;
     return storage_for({matrices.stored()...});
   }
   WeightStorage storage_for(std::initializer_list<StoredFormat> stored) const {
@@ -166,10 +170,8 @@ class ModelLoader {
     const Index d = m_.shape.features;
     const QkvRows rows = qkv_rows();
     WeightStorage storage;
-    const auto pack_qkv = [&]<typename W>(const TensorView<const W, 2>& q,
-                                          const TensorView<const W, 2>& k,
-                                          const TensorView<const W, 2>& v) {
-      DecoderLayerViews<W, float> views;
+    const auto pack_qkv = [&]<typename View>(const View& q, const View& k, const View& v) {
+      DecoderLayerViews<scalar_of_matrix<View>, float> views;
       views.query.emplace(q);
       views.key.emplace(k);
       views.value.emplace(v);
@@ -182,22 +184,25 @@ class ModelLoader {
       storage = storage_of(q, k, v);
       visit_matrices(pack_qkv, q, k, v);
     } else {
-      const StoredMatrix fused = matrix(of_layer(l, weight(n.qkv)), rows.total(), d);
+      StoredMatrix fused = matrix(of_layer(l, weight(n.qkv)), rows.total(), d);
+      const bool stacked = m_.qkv_layout == QkvLayout::stacked;
+      if (fused.is_int4() && !stacked) fused.convert();
       storage = storage_of(fused);
-      fused.visit([&]<typename W>(const TensorView<const W, 2>& all) {
-        if (m_.qkv_layout == QkvLayout::stacked) {
-          const W* const keys = all.data() + rows.count(0) * d;
-          pack_qkv(TensorView<const W, 2>(all.data(), rows.count(0), d),
-                   TensorView<const W, 2>(keys, rows.count(1), d),
-                   TensorView<const W, 2>(keys + rows.count(1) * d, rows.count(2), d));
-          return;
-        }
-        const std::array parts{rows.gather(0, all.data(), d), rows.gather(1, all.data(), d),
-                               rows.gather(2, all.data(), d)};
-        pack_qkv(TensorView<const W, 2>(parts[0].data(), rows.count(0), d),
-                 TensorView<const W, 2>(parts[1].data(), rows.count(1), d),
-                 TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
-      });
+      if (stacked)
+        visit_matrices(
+            [&](const auto& all) {
+              const Index q = rows.count(0), kv = rows.count(1);
+              pack_qkv(rows_of(all, 0, q), rows_of(all, q, kv), rows_of(all, q + kv, kv));
+            },
+            fused);
+      else
+        fused.visit([&]<typename W>(const TensorView<const W, 2>& all) {
+          const std::array parts{rows.gather(0, all.data(), d), rows.gather(1, all.data(), d),
+                                 rows.gather(2, all.data(), d)};
+          pack_qkv(TensorView<const W, 2>(parts[0].data(), rows.count(0), d),
+                   TensorView<const W, 2>(parts[1].data(), rows.count(1), d),
+                   TensorView<const W, 2>(parts[2].data(), rows.count(2), d));
+        });
     }
     pack_one(l, n.output, d, rows.count(0), [](auto& views) { return &views.output; });
   }
@@ -205,21 +210,32 @@ class ModelLoader {
   /// One matrix of a layer; place(views) points to where it belongs.
   template <typename Place>
   void pack_one(Index l, const std::string& name, Index rows, Index columns, Place&& place) {
-    const StoredMatrix one = matrix(of_layer(l, weight(name)), rows, columns);
-    one.visit([&]<typename W>(const TensorView<const W, 2>& view) {
-      DecoderLayerViews<W, float> views;
-      place(views)->emplace(view);
-      pack(l, views, storage_of(one));
-    });
+    pack_one(l, matrix_of(l, name, rows, columns), place);
+  }
+  template <typename Place>
+  void pack_one(Index l, StoredMatrix one, Place&& place) {
+    visit_matrices(
+        [&]<typename View>(const View& view) {
+          DecoderLayerViews<scalar_of_matrix<View>, float> views;
+          place(views)->emplace(view);
+          pack(l, views, storage_of(one));
+        },
+        one);
+  }
+  /// Of rows that decide which experts: never in four bits.
+  template <typename Place>
+  void pack_router(Index l, const std::string& name, Index rows, Place&& place) {
+    StoredMatrix one = matrix_of(l, name, rows, m_.shape.features);
+    if (one.is_int4()) one.convert();
+    pack_one(l, std::move(one), place);
   }
 
   void load_feed_forward(Index l) {
     const ModelNames& n = m_.names;
     const Index d = m_.shape.features, hidden = m_.shape.hidden;
     WeightStorage storage;
-    const auto pack_gated = [&]<typename W>(const TensorView<const W, 2>& gate,
-                                            const TensorView<const W, 2>& up) {
-      DecoderLayerViews<W, float> views;
+    const auto pack_gated = [&]<typename View>(const View& gate, const View& up) {
+      DecoderLayerViews<scalar_of_matrix<View>, float> views;
       views.gate.emplace(gate);
       views.up.emplace(up);
       pack(l, views, storage);
@@ -227,12 +243,13 @@ class ModelLoader {
     if (!m_.form.gated) {
       pack_one(l, n.up, hidden, d, [](auto& views) { return &views.up; });
     } else if (m_.fused_gate_up) {
-      const StoredMatrix fused = matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d);
+      StoredMatrix fused = matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d);
       storage = storage_of(fused);
-      fused.visit([&]<typename W>(const TensorView<const W, 2>& both) {
-        pack_gated(TensorView<const W, 2>(both.data(), hidden, d),
-                   TensorView<const W, 2>(both.data() + hidden * d, hidden, d));
-      });
+      visit_matrices(
+          [&](const auto& both) {
+            pack_gated(rows_of(both, 0, hidden), rows_of(both, hidden, hidden));
+          },
+          fused);
     } else {
       StoredMatrix gate = matrix(of_layer(l, weight(n.gate)), hidden, d),
                    up = matrix(of_layer(l, weight(n.up)), hidden, d);
@@ -248,9 +265,9 @@ class ModelLoader {
     const ModelNames& n = m_.names;
     const DecoderExperts& experts = m_.form.experts;
     const Index d = m_.shape.features;
-    pack_one(l, n.router, experts.count, d, [](auto& views) { return &views.router; });
+    pack_router(l, n.router, experts.count, [](auto& views) { return &views.router; });
     if (experts.shared_gate)
-      pack_one(l, n.shared_gate, 1, d, [](auto& views) { return &views.shared_gate; });
+      pack_router(l, n.shared_gate, 1, [](auto& views) { return &views.shared_gate; });
     if (experts.shared_hidden > 0)
       pack_unit(l, -1, matrix_of(l, n.shared_gate_proj, experts.shared_hidden, d),
                 matrix_of(l, n.shared_up_proj, experts.shared_hidden, d),
@@ -278,9 +295,8 @@ class ModelLoader {
   void pack_unit(Index l, Index e, StoredMatrix gate, StoredMatrix up, StoredMatrix down) {
     const WeightStorage storage = storage_of(gate, up, down);
     visit_matrices(
-        [&]<typename W>(const TensorView<const W, 2>& first, const TensorView<const W, 2>& second,
-                        const TensorView<const W, 2>& third) {
-          DecoderLayerViews<W, float> views;
+        [&]<typename View>(const View& first, const View& second, const View& third) {
+          DecoderLayerViews<scalar_of_matrix<View>, float> views;
           views.expert = e;
           views.gate.emplace(first);
           views.up.emplace(second);
@@ -301,7 +317,9 @@ class ModelLoader {
       const StoredTensor gate = stored_rows(both, 2 * e * hidden, hidden),
                          up = stored_rows(both, (2 * e + 1) * hidden, hidden),
                          down = stored_rows(downs, e * d, d);
-      pack_unit(l, e, StoredMatrix(gate), StoredMatrix(up), StoredMatrix(down));
+      const bool int4 = keeps_int4();
+      pack_unit(l, e, StoredMatrix(gate, false, int4), StoredMatrix(up, false, int4),
+                StoredMatrix(down, false, int4));
     }
   }
 
@@ -323,7 +341,9 @@ class ModelLoader {
       const std::array own{stored_rows(*parts[0], e * rows[0], rows[0]),
                            stored_rows(*parts[1], e * rows[1], rows[1]),
                            stored_rows(*parts[2], e * rows[2], rows[2])};
-      pack_unit(l, e, StoredMatrix(own[0]), StoredMatrix(own[1]), StoredMatrix(own[2]));
+      const bool int4 = keeps_int4();
+      pack_unit(l, e, StoredMatrix(own[0], false, int4), StoredMatrix(own[1], false, int4),
+                StoredMatrix(own[2], false, int4));
       if (!m_.form.feed_forward_bias) continue;
       Views views;
       views.expert = e;

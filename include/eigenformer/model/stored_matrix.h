@@ -5,12 +5,13 @@
 
 #include <array>
 #include <cstdint>
-#include <variant>
+#include <optional>
 #include <vector>
 
 #include "../core/tensor.h"
 #include "config.h"
 #include "dequantize.h"
+#include "stored_int4.h"
 #include "stored_tensor.h"
 
 namespace eigenformer {
@@ -22,23 +23,32 @@ class StoredMatrix {
   template <typename W>
   using View = TensorView<const W, 2>;
 
-  /// `transposed`: (in, out) in the file, (out, in) here.
-  explicit StoredMatrix(const StoredTensor& tensor, bool transposed = false)
+  /// `transposed`: (in, out) in the file, (out, in) here. `keeps_int4`: blocks of four bits become
+  /// INT4 and not float.
+  explicit StoredMatrix(const StoredTensor& tensor, bool transposed = false,
+                        bool keeps_int4 = false)
       : tensor_(&tensor), transposed_(transposed) {
     rows_ = transposed ? tensor.columns() : tensor.rows();
     columns_ = transposed ? tensor.rows() : tensor.columns();
-    if (transposed || !(lies_as<float>() || lies_as<bfloat16>() || lies_as<half>())) convert();
+    if (keeps_int4 && !transposed && has_int4_blocks(tensor.format))
+      int4_.emplace(tensor);
+    else if (transposed || !(lies_as<float>() || lies_as<bfloat16>() || lies_as<half>()))
+      convert();
   }
 
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
   bool converted() const { return !values_.empty(); }
-  /// The file's, and that of what is read.
+  bool is_int4() const { return int4_.has_value(); }
+  /// The file's, and that of what is read, where Q4_0 stands for all of INT4.
   StoredFormat stored() const { return tensor_->format; }
-  StoredFormat format() const { return converted() ? StoredFormat::f32 : tensor_->format; }
+  StoredFormat format() const {
+    return is_int4() ? StoredFormat::q4_0 : converted() ? StoredFormat::f32 : tensor_->format;
+  }
 
   /// A float copy, where it is not one yet.
   void convert() {
+    int4_.reset();
     if (converted() || rows_ * columns_ == 0) return;
     std::vector<float> values(static_cast<std::size_t>(rows_ * columns_));
     dequantize_rows(*tensor_, 0, values);
@@ -53,7 +63,7 @@ class StoredMatrix {
     }
   }
 
-  /// f(view), of float, bfloat16 or half.
+  /// f(view), of float, bfloat16 or half, of one that keeps no INT4.
   template <typename F>
   void visit(F&& f) const {
     if (converted() || lies_as<float>())
@@ -62,6 +72,12 @@ class StoredMatrix {
       f(view<bfloat16>());
     else
       f(view<half>());
+  }
+  /// As INT4, with minimums where `minimums` says so.
+  bool has_minimums() const { return is_int4() && int4_->has_minimums(); }
+  Int4View int4_view(bool minimums) {
+    if (minimums) int4_->add_minimums();
+    return int4_->view();
   }
   template <typename W>
   View<W> view() const {
@@ -85,14 +101,19 @@ class StoredMatrix {
   bool transposed_;
   Index rows_, columns_;
   std::vector<float> values_;
+  std::optional<StoredInt4> int4_;
 };
 
-/// f(views...) of matrices in one scalar: where theirs differ, of float copies.
+/// f(views...) of matrices in one scalar, or of Int4View: where theirs differ, of float copies.
 template <typename F, typename... Matrices>
 void visit_matrices(F&& f, StoredMatrix& first, Matrices&... others) {
   if (!((first.format() == others.format()) && ...)) {
     first.convert();
     (others.convert(), ...);
+  }
+  if (first.is_int4()) {
+    const bool minimums = (first.has_minimums() || ... || others.has_minimums());
+    return f(first.int4_view(minimums), others.int4_view(minimums)...);
   }
   first.visit([&]<typename W>(const TensorView<const W, 2>& view) {
     f(view, others.template view<W>()...);

@@ -115,13 +115,28 @@ struct PackInt8Weight {
   const float* scales;        // (rows, groups)
 };
 
-/// Packs four-bit values with their scales.
-struct PackInt4Weight {
-  static constexpr bool kUsesTiles = true;
-  PackedPanels<int4> packed;
+/// Four-bit values with their scales.
+struct Int4Values {
   const std::int8_t* values;  // (rows, columns): 0 to 15 with minimums, -8 to 7 without
   const float* scales;        // (rows, groups)
   const float* minimums;      // the same, where packed.minimums are
+};
+
+/// Packs these as one weight, or the pair of a gated unit, of packed.rows / Matrices rows each.
+template <int Matrices>
+struct PackInt4Weight {
+  static constexpr bool kUsesTiles = true;
+  PackedPanels<int4> packed;
+  Int4Values weights[Matrices];
+};
+
+/// The same of several weights one below the other.
+struct PackStackedInt4Weight {
+  static constexpr bool kUsesTiles = true;
+  PackedPanels<int4> packed;
+  const Int4Values* weights;  // (ends[m] - ends[m - 1], columns) each
+  const Index* ends;          // ends[m] rows are those of weights 0 to m
+  int count;
 };
 
 }  // namespace problem

@@ -17,15 +17,15 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Packs this rank's rows of several weights (rows, in) of one scalar that lie one below the other,
-/// on a device. Nothing is copied before it is packed. Throws what pack_stacked_weight throws.
+/// Packs this rank's rows of several weights (rows, in), views of one scalar or Int4View, that lie
+/// one below the other, on a device. Nothing is copied before it is packed. Throws what pack_stacked_weight throws.
 template <typename T, Device D, typename Weights, Communicator C>
 PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& weights,
                                                const C& communicator,
                                                const PackingOptions<T>& options = {}) {
   constexpr auto name = "pack_stacked_column_shard";
   const std::span views(weights);
-  using View = TensorView<const scalar_of<decltype(views[0])>, 2>;
+  using View = std::remove_cvref_t<decltype(views[0])>;
   detail::require_that(!views.empty(), name, "weights is empty, expected one matrix at least");
   Index rows = 0;
   const Index columns = views[0].dimension(1);
@@ -42,8 +42,7 @@ PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& w
   for (const auto& view : views) {
     const Index end = begin + view.dimension(0), first = (std::max)(begin, own.begin),
                 last = (std::min)(end, own.end);
-    parts.emplace_back(detail::offset_by(view.data(), first < last ? (first - begin) * columns : 0),
-                       (std::max)(Index{0}, last - first), columns);
+    parts.push_back(detail::rows_of(view, first - begin, (std::max)(Index{0}, last - first)));
     begin = end;
   }
   return {pack_stacked_weight<T>(device, parts, options), rows, columns, communicator.rank(),
@@ -61,6 +60,7 @@ struct PackedGatedColumnShard {
 
 /// Packs this rank's rows of gate and up, both (out, in) and of one scalar, on a device.
 template <typename T, Device D, typename Gate, typename Up, Communicator C>
+  requires(!std::same_as<Gate, Int4View>)
 PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& gate, const Up& up,
                                                   const C& communicator,
                                                   const PackingOptions<T>& options = {}) {
@@ -71,6 +71,18 @@ PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& g
   return {pack_gated_weight<T>(device, column_shard(g, rank, ranks), column_shard(u, rank, ranks),
                                options),
           g.dimension(0), g.dimension(1), rank, ranks};
+}
+
+template <typename T, Device D, std::same_as<Int4View> Gate, std::same_as<Int4View> Up,
+          Communicator C>
+  requires std::same_as<T, int4>
+PackedGatedColumnShard<T> pack_gated_column_shard(const D& device, const Gate& gate, const Up& up,
+                                                  const C& communicator,
+                                                  const PackingOptions<T>& options = {}) {
+  const int rank = communicator.rank(), ranks = communicator.size();
+  return {pack_gated_weight<T>(device, column_shard(gate, rank, ranks),
+                               column_shard(up, rank, ranks), options),
+          gate.dimension(0), gate.dimension(1), rank, ranks};
 }
 
 namespace detail {

@@ -39,6 +39,13 @@ auto column_shard(Weight&& weight, int rank, int world_size) {
     return full;
 }
 
+/// The same of four-bit values, with their scales.
+template <std::same_as<Int4View> Weight>
+Int4View column_shard(const Weight& weight, int rank, int world_size) {
+  const ShardRange rows = shard_range(weight.dimension(0), rank, world_size);
+  return detail::rows_of(weight, rows.begin, rows.size());
+}
+
 /// One rank's rows of a weight, packed.
 template <typename T>
 struct PackedColumnShard {
@@ -55,12 +62,22 @@ struct PackedColumnShard {
 ///   const auto shard = ef::pack_column_shard<Eigen::bfloat16>(weight, communicator);
 ///   auto y = ef::column_parallel_linear(input, shard, communicator, bias);
 template <typename T, Device D, typename Weight, Communicator C>
+  requires(!std::same_as<Weight, Int4View>)
 PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, const C& communicator,
                                        const PackingOptions<T>& options = {}) {
   const auto full = input_view<2>(weight);
   const int rank = communicator.rank(), ranks = communicator.size();
   return {pack_weight<T>(device, column_shard(full, rank, ranks), options), full.dimension(0),
           full.dimension(1), rank, ranks};
+}
+template <typename T, Device D, std::same_as<Int4View> Weight, Communicator C>
+  requires std::same_as<T, int4>
+PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, const C& communicator,
+
+                                       const PackingOptions<T>& options = {}) {
+  const int rank = communicator.rank(), ranks = communicator.size();
+  return {pack_weight<T>(device, column_shard(weight, rank, ranks), options), weight.dimension(0),
+          weight.dimension(1), rank, ranks};
 }
 template <typename T, typename Weight, Communicator C>
   requires(!Device<Weight>)

@@ -17,6 +17,7 @@
 
 #include "../../core/workspace.h"
 #include "../backend.h"
+#include "../tile/wide_int4.h"
 #include "activations.h"
 #include "epilogue.h"
 #include "widen_int4.h"
@@ -251,6 +252,41 @@ struct ProductBlock {
             scales.groups, minimums};
   }
 
+  /// Whether a few tiles are multiplied by weights that are widened in registers; of more, the
+  /// widened weights are read again.
+  bool widens_in_registers() const {
+    if constexpr (std::is_same_v<Weights, WideInt4Panels>)
+      return tile::DotOfInt4<Isa>::columns == Dot::columns && tiles.count() <= 2;
+    else
+      return false;
+  }
+  /// All of k for `panels` panels.
+  void multiply_widening(const Scratch& scratch, Index group, Index panels, Index t0,
+                         Index t1) const {
+    if constexpr (std::is_same_v<Weights, WideInt4Panels>) {
+      using Int4 = tile::DotOfInt4<Isa>;
+      if constexpr (Int4::columns == Dot::columns) {
+        const WideInt4Panels& from = problem.weights;
+        const Index stride =
+                        tile::packed_steps<int4>(Isa{}, problem.depth) * tile::panel_step<Int4>,
+                    groups = (problem.depth + from.group - 1) / from.group,
+                    factors = groups * Dot::columns;
+        const tile::GroupFactors own{
+            from.group / Int4::step,
+            from.scales + group * factors,
+            factors,
+            nullptr,
+            0,
+            from.minimums == nullptr ? nullptr : from.minimums + group * factors};
+        for (Index t = t0; t < t1; ++t)
+          tile::wide_tile_products<Dot, Int4>(
+              tiles.height(t), {tile_activations(t), from.data + group * stride, stride},
+              problem.depth, own, tile_sums(scratch, 0, t), tiles.padded_rows() * Dot::columns,
+              panels);
+      }
+    }
+  }
+
   void run(const Scratch& scratch, Index p0, Index p1, Index t0, Index t1) const {
     const Index block =
         packed && tiles.count() == 1 ? std::max<Index>(steps, 1) : block_steps<Dot, packed>();
@@ -259,7 +295,9 @@ struct ProductBlock {
       if constexpr (resumes)
         each(scratch, group, panels, t0, t1,
              [&](const auto& s) { problem.epilogue.load(Isa{}, s); });
-      for (Index first = 0; first == 0 || first < steps; first += block) {
+      const bool widening = widens_in_registers();
+      if (widening) multiply_widening(scratch, group, panels, t0, t1);
+      for (Index first = 0; !widening && (first == 0 || first < steps); first += block) {
         const Index count = (std::min)(block, steps - first);
         if constexpr (!packed) pack_chunk(scratch, group, panels, first, count);
         multiply(scratch, group, panels, first, count, t0, t1);

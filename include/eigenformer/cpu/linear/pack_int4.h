@@ -103,17 +103,47 @@ int execute(const Backend<D, Isa>& on, const problem::PackStackedWeight<int4, W>
   return -1;
 }
 
+/// Packs values that are given, weights[m] those of matrix m of `rows`.
+template <int Matrices, typename D, typename Isa, typename Rows>
+void pack_int4_values(const Backend<D, Isa>& on, const problem::PackedPanels<int4>& packed,
+                      const Rows& rows, const problem::Int4Values* weights) {
+  pack_nibbles<Matrices>(on, packed, rows, [&](int m, Index row, Index k, int n, std::int8_t* u) {
+    std::copy_n(weights[m].values + row * packed.columns + k, n, u);
+    if (packed.minimums == nullptr) add_eight(u, n);
+  });
+}
+
+template <typename D, typename Isa, int Matrices>
+void execute(const Backend<D, Isa>& on, const problem::PackInt4Weight<Matrices>& p) {
+  const float *scales[Matrices], *minimums[Matrices];
+  const std::int8_t* values[Matrices];
+  for (int m = 0; m < Matrices; ++m) {
+    values[m] = p.weights[m].values;
+    scales[m] = p.weights[m].scales;
+    minimums[m] = p.weights[m].minimums;
+  }
+  arrange_scales(Isa{}, p.packed, p.packed.scales, scales);
+  if (p.packed.minimums != nullptr) arrange_scales(Isa{}, p.packed, p.packed.minimums, minimums);
+  pack_int4_values<Matrices>(
+      on, p.packed, weight_rows(values, p.packed.rows / Matrices, p.packed.columns), p.weights);
+}
+
 template <typename D, typename Isa>
-void execute(const Backend<D, Isa>& on, const problem::PackInt4Weight& p) {
+void execute(const Backend<D, Isa>& on, const problem::PackStackedInt4Weight& p) {
   const Index rows = p.packed.rows, depth = p.packed.columns;
-  arrange_scales<1>(Isa{}, p.packed, p.packed.scales, {p.scales});
-  if (p.packed.minimums != nullptr)
-    arrange_scales<1>(Isa{}, p.packed, p.packed.minimums, {p.minimums});
-  pack_nibbles<1>(on, p.packed, weight_rows<std::int8_t, 1>({p.values}, rows, depth),
-                  [&](int, Index row, Index k, int n, std::int8_t* u) {
-                    std::copy_n(p.values + row * depth + k, n, u);
-                    if (p.minimums == nullptr) add_eight(u, n);
-                  });
+  Workspace::Frame frame(on.workspace);
+  const Int4Groups all = take_groups(frame, p.packed, rows, Int4Fit::extremes);
+  auto* const matrices = frame.take<MatrixOperand<std::int8_t>>(p.count);
+  for (int m = 0; m < p.count; ++m) {
+    const problem::Int4Values& own = p.weights[m];
+    const Index begin = m == 0 ? 0 : p.ends[m - 1], count = (p.ends[m] - begin) * all.count;
+    matrices[m] = {own.values, depth, 1};
+    std::copy_n(own.scales, count, all.of_row(begin).scales);
+    if (all.minimums != nullptr) std::copy_n(own.minimums, count, all.of_row(begin).minimums);
+  }
+  arrange_groups<1>(Isa{}, p.packed, &all);
+  pack_int4_values<1>(on, p.packed, StackedRows<std::int8_t>{matrices, p.ends, p.count, rows},
+                      p.weights);
 }
 
 }  // namespace cpu

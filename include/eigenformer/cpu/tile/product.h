@@ -176,21 +176,26 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
     // The float sums of a full tile have no registers left. They stay in memory: moved out of the
     // loop by the compiler they would be stored twice, there and where it spills them.
     std::atomic_signal_fence(std::memory_order_acq_rel);
-    unroll<all>([&](auto v) {
-      const V scale = V::load(scales + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
-      unroll<Rows>([&](auto r) {
-        simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v)))
-            .store(place(r, v));
-      });
-    });
+    const auto factor = [&](const float* from, auto v) {
+      return V::load(from + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
+    };
     if (has_minimums) {
       const float* minimums = groups.minimums + (scales - groups.scales);
-      unroll<Rows>([&](auto r) {
-        const V sum = V::set1(static_cast<float>(offsets[r * groups.row_stride]));
-        unroll<all>([&](auto v) {
-          const V minimum =
-              V::load(minimums + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
-          simd::fused_multiply_add(sum, minimum, V::load(place(r, v))).store(place(r, v));
+      unroll<all>([&](auto v) {
+        const V scale = factor(scales, v), minimum = factor(minimums, v);
+        unroll<Rows>([&](auto r) {
+          const V sum =
+                      simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v))),
+                  x = V::set1(static_cast<float>(offsets[r * groups.row_stride]));
+          simd::fused_multiply_add(x, minimum, sum).store(place(r, v));
+        });
+      });
+    } else {
+      unroll<all>([&](auto v) {
+        const V scale = factor(scales, v);
+        unroll<Rows>([&](auto r) {
+          simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v)))
+              .store(place(r, v));
         });
       });
     }
