@@ -101,6 +101,41 @@ TEST(SamplingChanges, RowsAreThoseChangedByHand) {
   check_random_chains<Eigen::half>(4, 700);
 }
 
+/// Penalties that lower the very tokens that a first filter would keep: of a history kernels look at
+/// what may matter.
+TEST(SamplingChanges, HistoriesOfTheLikeliestTokens) {
+  Generator random(7);
+  for (int trial = 0; trial < 240; ++trial) {
+    const Index vocab = 8192 + below(random, 4000);
+    const auto logits = random_tensor<float, 2>({1, vocab}, static_cast<unsigned>(trial),
+                                                trial % 3 == 0 ? .2 : 3.0);
+    std::vector<std::int32_t> ranked(static_cast<std::size_t>(vocab));
+    std::iota(ranked.begin(), ranked.end(), 0);
+    std::sort(ranked.begin(), ranked.end(),
+              [&](auto a, auto b) { return logits(0, a) > logits(0, b); });
+    const Index likeliest = std::array<Index, 4>{5, 60, 500, vocab}[random() % 4];
+    std::vector<std::int32_t> prompt, output;
+    for (Index i = 40 + below(random, 400); i > 0; --i)
+      (random() % 4 == 0 ? prompt : output)
+          .push_back(ranked[static_cast<std::size_t>(below(random, likeliest))]);
+    ef::SamplingParams filters;
+    if (trial % 4 == 0) filters.min_p = between(random, .001, .5);
+    if (trial % 4 == 1) filters.temperature = 0;
+    if (trial % 4 >= 2) filters.top_k = 1 + below(random, 60);
+    if (trial % 4 == 3) filters.top_p = .9;
+    ef::SamplingParams p = filters;
+    p.prompt_tokens = prompt;
+    p.output_tokens = output;
+    if (random() % 2 == 0) p.repetition_penalty = between(random, 1, 1.6);
+    if (random() % 2 == 0) p.presence_penalty = between(random, 0, 3);
+    if (random() % 2 == 0) p.frequency_penalty = between(random, 0, .2);
+    if (random() % 3 == 0) p.logit_bias = {{ranked[0], -2.0f}, {ranked[70], -1.0f}};
+    ASSERT_TRUE(same_bits(ef::sampling_probabilities(logits, p),
+                          ef::sampling_probabilities(changed_by_hand(logits, p), filters)))
+        << "trial " << trial;
+  }
+}
+
 TEST(SamplingChanges, WhatIsWrongUnderAMaskIsWrong) {
   for (Index vocab : {5, 128, 700, 5000}) {
     ef::Tensor<float, 2> logits = random_tensor<float, 2>({4, vocab}, 3);

@@ -107,6 +107,12 @@ inline void check_token(std::string_view name, std::string_view argument, std::s
 }
 inline void check_tokens(std::string_view name, std::string_view argument,
                          std::span<const std::int32_t> tokens, Index vocab) {
+  std::int32_t least = 0, most = 0;
+  for (const std::int32_t token : tokens) {  // without a branch: a history is long
+    least = (std::min)(least, token);
+    most = (std::max)(most, token);
+  }
+  if (least >= 0 && most < vocab) return;
   for (std::size_t i = 0; i < tokens.size(); ++i) check_token(name, argument, i, tokens[i], vocab);
 }
 

@@ -72,23 +72,25 @@ struct ChangedLogit {
 
 template <typename C>
 struct LogitChanges {
-  ChangedLogit<C>* list;  // (capacity)
-  std::int32_t* places;   // (2 * capacity or more, a power of two) the list by hash of the token
-  std::int32_t* first;    // (blocks) the first change of each block, or one of the above
-  C* logits;              // (vocab, rounded up to blocks) copied blocks, where the row has them
+  ChangedLogit<C>* list;   // (capacity)
+  std::int32_t* places;    // (2 * capacity or more, a power of two) the list by hash of the token
+  std::int32_t* first;     // (blocks) the first change of each block, or one of the above
+  C* logits;               // (vocab, rounded up to blocks) copied blocks, where the row has them
+  std::int32_t* relevant;  // (capacity) tokens of the history (relevant.h)
+  Index capacity;
   Index size = 0;
   int hash_shift = 0;
   std::span<const std::uint32_t> mask = {};  // empty: all tokens
+  bool copied = false;                       // each block that has changes, and no mask
 
   /// The places for that many changes: at most half of them are taken.
   static Index places_for(Index capacity) {
     return static_cast<Index>(std::bit_ceil(static_cast<std::uint64_t>(capacity) * 2 + 2));
   }
 
-  void start(Index capacity) {
+  void start(Index most_changes) {
     size = 0;
-    mask = {};
-    const Index count = places_for(capacity);
+    const Index count = places_for(most_changes);
     hash_shift = 64 - std::countr_zero(static_cast<std::uint64_t>(count));
     std::fill(places, places + count, -1);
   }
@@ -111,7 +113,8 @@ struct LogitChanges {
 
   /// Every distinct token of the history that lies in `own`, where the row begins, once.
   template <typename T>
-  void penalize(const T* row, const ShardRange& own, const problem::RowParams& params) {
+  void penalize(const T* row, const ShardRange& own, const problem::RowParams& params,
+                std::span<const std::int32_t> prompt, std::span<const std::int32_t> output) {
     const auto count = [&](std::span<const std::int32_t> tokens, std::int32_t each) {
       for (const std::int32_t token : tokens) {
         if (token < own.begin || token >= own.end) continue;
@@ -119,8 +122,8 @@ struct LogitChanges {
         change.occurrences = (std::max)(change.occurrences, 0) + each;
       }
     };
-    count(params.output_tokens, 1);
-    count(params.prompt_tokens, 0);
+    count(output, 1);
+    count(prompt, 0);
     for (ChangedLogit<C>* change = list; change != list + size; ++change)
       if (change->occurrences >= 0)
         change->value = penalized_logit(change->value, change->occurrences, params);

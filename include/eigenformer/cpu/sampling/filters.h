@@ -32,6 +32,9 @@ compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k) {
   using V = simd::Vec<C, Isa>;
   const Index blocks = row.blocks();
   if (k > blocks) return row.band.lo;
+  if (k <= row.reached_by && row.reached_by <= 2 * k + 64 && row.band.hi_begin == 0 &&
+      row.band.lo == std::numeric_limits<C>::lowest())
+    return row.reached;
   // After typical-p and XTC the largest token of a block may be out of play.
   const bool all_of_hi = row.band.hi_begin == 0;
   const auto count_from = [&](C least) {
@@ -50,9 +53,12 @@ compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k) {
   };
   // a mask leaves blocks without a token
   const C infinity = std::numeric_limits<C>::infinity();
-  C least = infinity;
-  for (Index at = 0; at < blocks; ++at)
-    least = row.block_max[at] > -infinity && row.block_max[at] < least ? row.block_max[at] : least;
+  V lowest = V::set1(infinity);
+  for_each_vector<V>(0, blocks, [&](Index at, auto part) {
+    const V v = load_or<V>(row.block_max + at, infinity, part);
+    lowest = select(less(V::set1(-infinity), v), minimum(v, lowest), lowest);
+  });
+  const C least = reduce_min(lowest);
   C enough = (std::max)(row.band.lo, least), above = row.band.hi;
   if (count_from(above) >= k) return above;
   if (count_from(enough) < k) return row.band.lo;

@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../../problem/sampling.h"
-#include "row.h"
+#include "relevant.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -53,7 +53,8 @@ SampleStatus scan_allowed(SamplingRow<T>& row, LogitChanges<C>& changes) {
   return status_of_maximum(reduce_max(best), line.nan.bits() != 0);
 }
 
-/// Chains the changes by block, and brings the maxima of the row up to them.
+/// Chains the changes by block, or makes them at once where changes.copied says so, and brings the
+/// maxima of the row up to them.
 template <typename Isa, typename T, typename C>
 SampleStatus apply_changes(SamplingRow<T>& row, LogitChanges<C>& changes) {
   using V = simd::Vec<C, Isa>;
@@ -65,8 +66,16 @@ SampleStatus apply_changes(SamplingRow<T>& row, LogitChanges<C>& changes) {
     ChangedLogit<C>& change = changes.list[i];
     if (!changes.allows(change.token)) continue;
     const Index block = change.token / SamplingBlock::size;
-    change.next = changes.first[block];
-    changes.first[block] = static_cast<std::int32_t>(i);
+    if (changes.copied) {
+      if (changes.first[block] == kNoChange) {
+        load_block<Isa>(row.logits, row.vocab, block, changes.logits + block * SamplingBlock::size);
+        changes.first[block] = kCopied;
+      }
+      changes.logits[change.token] = change.value;
+    } else {
+      change.next = changes.first[block];
+      changes.first[block] = static_cast<std::int32_t>(i);
+    }
     nan = nan || holds_nan(change.value);
     C& most = row.block_max[block];
     if (change.value >= most)
@@ -95,16 +104,25 @@ template <typename Isa, typename T, typename C>
 SampleStatus change_logits(const problem::Sampling<T>& p, Index r, SamplingRow<T>& row,
                            LogitChanges<C>& changes) {
   const problem::RowParams& params = p.params_of(r);
-  changes.start(most_changes(params, p.vocab));
+  changes.mask = {};
   for (const SamplingStage stage : params.order)
     if (stage == SamplingStage::token_mask) changes.mask = params.token_mask;
   std::fill(changes.first, changes.first + row.blocks(), kNoChange);
   const SampleStatus status =
       changes.mask.empty() ? scan_row<Isa>(row) : scan_allowed<Isa>(row, changes);
   if (status != SampleStatus::ok) return status;
+  const Index most = most_changes(params, p.vocab);
+  RelevantHistory history{params.prompt_tokens, params.output_tokens};
+  // the band that the bound asks for is that of a row without a mask
+  if (changes.mask.empty() && has_penalties(params))
+    history = relevant_history<Isa>(row, params, changes.relevant, changes.capacity);
+  changes.start((std::min)(most, history.size() + static_cast<Index>(params.logit_bias.size())));
+  // where filters read all blocks, to copy those with changes one by one takes longer
+  changes.copied = changes.mask.empty() && first_cut(params).count == 0;
   int bias_stages = 0;
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::penalties) changes.penalize(row.logits, {0, p.vocab}, params);
+    if (stage == SamplingStage::penalties)
+      changes.penalize(row.logits, {0, p.vocab}, params, history.prompt, history.output);
     if (stage == SamplingStage::logit_bias)
       for (const LogitBias& bias : problem::biases_of_stage(params, bias_stages++))
         changes.add(row.logits, bias);
@@ -132,7 +150,7 @@ void adjust_tokens(C* logits, const ShardRange& own, const problem::RowParams& p
   const auto is_own = [&](Index token) { return token >= own.begin && token < own.end; };
   if (stage == SamplingStage::penalties) {
     changes.start(most_changes(params, own.size()));
-    changes.penalize(logits, own, params);
+    changes.penalize(logits, own, params, params.prompt_tokens, params.output_tokens);
     for (Index i = 0; i < changes.size; ++i) logits[changes.list[i].token] = changes.list[i].value;
   }
   if (stage == SamplingStage::token_mask) apply_token_mask(logits, own, params.token_mask);

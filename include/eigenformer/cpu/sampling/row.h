@@ -71,6 +71,9 @@ struct SamplingRow {
   // What became of `logits`, or nullptr (changes.h); block_logits and logit_at know it.
   const LogitChanges<C>* changes = nullptr;
   const WeighedRow<C>* weighed = nullptr;  // sums of a row of that band, or nullptr (weighing.h)
+  // `reached_by` of the maxima of an unfiltered row are `reached` or more, if that was asked before
+  C reached = {};
+  Index reached_by = 0;
 
   Index blocks() const { return (vocab + SamplingBlock::size - 1) / SamplingBlock::size; }
 };

@@ -35,7 +35,10 @@ template <typename C>
 LogitChanges<C> take_changes(Workspace::Frame& frame, Index capacity, Index blocks, C* logits) {
   return {frame.take<ChangedLogit<C>>(capacity),
           frame.take<std::int32_t>(LogitChanges<C>::places_for(capacity)),
-          frame.take<std::int32_t>(blocks), logits};
+          frame.take<std::int32_t>(blocks),
+          logits,
+          frame.take<std::int32_t>(capacity),
+          capacity};
 }
 
 /// The scratch of `workers` workers for rows of `vocab` tokens.

@@ -202,9 +202,10 @@ struct RowWeighing {
     alignas(64) float buffer[SamplingBlock::size];
   };
 
-  /// A row without changes or filters: loops over its blocks have nothing to ask.
+  /// A row without filters, of which no block is changed as it is read: loops over its blocks have
+  /// nothing to ask.
   bool is_plain() const {
-    return std::is_same_v<T, float> && row.changes == nullptr &&
+    return std::is_same_v<T, float> && (row.changes == nullptr || row.changes->copied) &&
            row.band.lo == std::numeric_limits<float>::lowest() && row.band.lo_end == row.vocab &&
            row.band.hi_begin == 0 &&
            count_blocks<Isa>(row, std::nextafter(row.band.hi, infinity)) == 0;
@@ -280,9 +281,12 @@ struct RowWeighing {
       const Index begin = slices.begin(s), end = slices.begin(s + 1),
                   plain = std::clamp(whole, begin, end);
       if constexpr (std::is_same_v<T, float>)
-        for (Index block = begin; block < plain; ++block)
-          add_block<kApart, !BulkWeights<V>::kScales>(
-              block, row.logits + block * SamplingBlock::size, -infinity, at, sums);
+        for (Index block = begin; block < plain; ++block) {
+          const bool copied = row.changes != nullptr && row.changes->first[block] == kCopied;
+          const float* const x = copied ? row.changes->logits : row.logits;
+          add_block<kApart, !BulkWeights<V>::kScales>(block, x + block * SamplingBlock::size,
+                                                      -infinity, at, sums);
+        }
       if (!holds_nan(at.above.sum() + at.rest.sum())) {
         add_blocks<kApart>(plain, end, at, sums);
       } else {  // -infinity, seldom there, gives NaN without a clamp
