@@ -1,4 +1,4 @@
-// Llama-shaped decoders, float and INT8: decode of one token, prefill of 256, and a server's ragged
+// Llama-shaped decoders, float, INT8 and INT4: decode of one token, prefill of 256, and a server's ragged
 // step; a small one too, where waking threads could cost more than they bring. Limits: the weights'
 // bytes, the products' flops.
 #include <eigenformer/decoder.h>
@@ -31,9 +31,10 @@ constexpr ef::DecoderConfig kSmall{.vocabulary = 256,
 /// A decoder with a cache, which is cut back after each call.
 template <typename D>
 struct Dense {
-  Dense(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8, Index tokens)
+  Dense(std::shared_ptr<ef::DecoderWeights> weights, const D& device,
+        const ef::WeightStorage& storage, Index tokens)
       : model(std::move(weights), device), ids(1, tokens) {
-    if (int8) model.quantize();
+    model.pack(storage);
     for (Index t = 0; t < tokens; ++t)
       ids(0, t) = static_cast<std::int32_t>(t * 31 % model.config().vocabulary);
   }
@@ -51,14 +52,15 @@ struct Dense {
 template <typename D>
 struct Ragged {
   static constexpr Index kTokens = 64 + 15;
-  Ragged(std::shared_ptr<ef::DecoderWeights> weights, const D& device, bool int8, Index)
+  Ragged(std::shared_ptr<ef::DecoderWeights> weights, const D& device,
+         const ef::WeightStorage& storage, Index)
       : model(std::move(weights), device),
         cache({.layers = model.config().layers,
                .kv_heads = model.config().kv_heads,
                .head_dim = model.config().head_dim,
                .page_size = 16,
                .page_count = 16 * 8}) {
-    if (int8) model.quantize();
+    model.pack(storage);
     for (Index t = 0; t < kTokens; ++t) tokens.push_back(static_cast<std::int32_t>(t * 31 % 256));
     for (int i = 0; i < 16; ++i) {
       sequences.push_back(cache.add_sequence());
@@ -82,26 +84,35 @@ struct Ragged {
   ef::Tensor<float, 2> logits;
 };
 
+/// How linear layers are stored: bytes of a weight, of one of the head.
+struct Format {
+  const char* name;
+  ef::WeightStorage storage;
+  double bytes, head_bytes;
+  bench::Peak peak;
+};
+
 /// A row that computes `tokens` and the logits of `wanted` of them.
 template <template <typename> typename Served>
 void add_row(bench::Suite& suite, const std::string& name,
-             std::shared_ptr<ef::DecoderWeights> weights, Index tokens, Index wanted, bool int8) {
+             std::shared_ptr<ef::DecoderWeights> weights, Index tokens, Index wanted,
+             const Format& format) {
   const ef::DecoderConfig& config = weights->config();
   const double head = static_cast<double>(config.vocabulary * config.features),
                layers = static_cast<double>(weights->parameter_count()) - 2 * head;
   const double flops =
       2 * (layers * static_cast<double>(tokens) + head * static_cast<double>(wanted));
-  auto& row = suite.row(name + (int8 ? " int8" : " float"),
-                        bench::Limit::product(flops, (layers + head) * (int8 ? 1.0 : 4.0),
-                                              int8 ? bench::Peak::int8 : bench::Peak::float_fma));
+  auto& row = suite.row(
+      name + " " + format.name,
+      bench::Limit::product(flops, layers * format.bytes + head * format.head_bytes, format.peak));
   // Each device of a row needs one of its own.
   using Both = std::tuple<std::unique_ptr<Served<Eigen::DefaultDevice>>,
                           std::unique_ptr<Served<Eigen::ThreadPoolDevice>>>;
   auto both = std::make_shared<Both>();
-  row.ours([=](const auto& device) {
+  row.ours([=, storage = format.storage](const auto& device) {
     using D = std::remove_cvref_t<decltype(device)>;
     auto& served = std::get<std::unique_ptr<Served<D>>>(*both);
-    if (!served) served = std::make_unique<Served<D>>(weights, device, int8, tokens);
+    if (!served) served = std::make_unique<Served<D>>(weights, device, storage, tokens);
     (*served)();
   });
 }
@@ -109,13 +120,18 @@ void add_row(bench::Suite& suite, const std::string& name,
 void decoder_cases(bench::Suite& suite) {
   const auto large = std::make_shared<ef::DecoderWeights>(kLarge, 1);
   const auto small_one = std::make_shared<ef::DecoderWeights>(kSmall, 1);
-  for (const bool int8 : {false, true}) {
-    add_row<Dense>(suite, "decoder decode 1", large, 1, 1, int8);
-    add_row<Dense>(suite, "decoder prefill 256", large, 256, 1, int8);
-    add_row<Ragged>(suite, "decoder step 64 + 15 x 1", large, 64 + 15, 16, int8);
+  using enum ef::WeightFormat;
+  const Format formats[] = {{"float", activation, 4, 4, bench::Peak::float_fma},
+                            {"int8", int8, 1, 1, bench::Peak::int8},
+                            // by 32, with a scale and a minimum of 4 bytes; the head in INT8
+                            {"int4", int4, 0.75, 1, bench::Peak::int8}};
+  for (const Format& format : formats) {
+    add_row<Dense>(suite, "decoder decode 1", large, 1, 1, format);
+    add_row<Dense>(suite, "decoder prefill 256", large, 256, 1, format);
+    add_row<Ragged>(suite, "decoder step 64 + 15 x 1", large, 64 + 15, 16, format);
     for (const Index tokens : {1, 8, 64})
       add_row<Dense>(suite, "small decoder prefill " + std::to_string(tokens), small_one, tokens, 1,
-                     int8);
+                     format);
   }
 }
 

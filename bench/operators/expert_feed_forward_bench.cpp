@@ -15,8 +15,11 @@ using Eigen::Index;
 namespace {
 
 template <typename T, typename S>
-void cases(bench::Suite& suite, const std::string& name) {
+void cases(bench::Suite& suite, const std::string& name,
+           const ef::PackingOptions<S>& packing = {}) {
   constexpr Index experts = 32, k = 8, in = 2048, hidden = 768;
+  // of a weight: of int4 by 32 with a scale and a minimum
+  constexpr double bytes = std::is_same_v<S, ef::int4> ? 0.75 : sizeof(S);
   struct Weights {
     std::vector<ef::PackedGatedWeight<S>> gate_ups;
     std::vector<ef::PackedWeight<S>> downs;
@@ -26,8 +29,8 @@ void cases(bench::Suite& suite, const std::string& name) {
   up.setRandom();
   down.setRandom();
   for (Index e = 0; e < experts; ++e) {
-    w->gate_ups.push_back(ef::pack_gated_weight<S>(up, up));
-    w->downs.push_back(ef::pack_weight<S>(down));
+    w->gate_ups.push_back(ef::pack_gated_weight<S>(up, up, packing));
+    w->downs.push_back(ef::pack_weight<S>(down, packing));
   }
   for (const Index tokens : {1, 16, 512}) {
     const auto x = std::make_shared<ef::Tensor<T, 2>>(tokens, in);
@@ -45,8 +48,8 @@ void cases(bench::Suite& suite, const std::string& name) {
     const double of_expert = 3.0 * in * hidden,
                  read = static_cast<double>(std::count(used.begin(), used.end(), true)) * of_expert;
     const auto limit = bench::Limit::product(
-        2.0 * static_cast<double>(tokens * k) * of_expert, read * sizeof(S),
-        std::is_same_v<S, std::int8_t> ? bench::Peak::int8 : bench::Peak::float_fma);
+        2.0 * static_cast<double>(tokens * k) * of_expert, read * bytes,
+        std::is_same_v<S, float> ? bench::Peak::float_fma : bench::Peak::int8);
     suite.row("expert_feed_forward " + std::to_string(tokens) + " tokens, 8 of 32, " + name, limit)
         .ours([=](const auto& device) {
           const ef::ParallelRegion region(device);
@@ -59,6 +62,7 @@ void cases(bench::Suite& suite, const std::string& name) {
 void expert_feed_forward_cases(bench::Suite& suite) {
   cases<float, float>(suite, "float");
   cases<float, std::int8_t>(suite, "INT8");
+  cases<float, ef::int4>(suite, "INT4 with minimums", {.zero_points = true});
 }
 
 }  // namespace

@@ -393,7 +393,7 @@ TEST(DecoderOnDevice, FormsOfFamiliesAreThoseOfTheCpu) {
   }
 }
 
-// Matrices of three formats, and a head of INT8 by groups that is the embedding too.
+// Matrices of four formats, and a head of INT8 by groups that is the embedding too.
 TEST(DecoderOnDevice, MixedFormatsAreThoseOfTheCpu) {
   const ef::DecoderForm form;
   const forms::RandomDecoder random(form, false, 200);
@@ -401,6 +401,8 @@ TEST(DecoderOnDevice, MixedFormatsAreThoseOfTheCpu) {
     const auto p = random.packed<float>(device, form, ef::WeightFormat::bfloat16);
     const ef::SelfCommunicator alone;
     p->pack_layer(device, 1, random.tensors.layers[1], ef::WeightFormat::half, alone);
+    const Int4Layer values(random.tensors.layers[2], 32);
+    p->pack_layer(device, 2, values.views, ef::WeightFormat::as_stored, alone);
     p->pack_head(device, *random.tensors.norm, *random.tensors.head, {ef::WeightFormat::int8, 32},
                  alone);
     p->tie_embedding();

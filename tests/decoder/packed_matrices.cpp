@@ -189,6 +189,58 @@ TEST(PackedMatrices, GroupsOfInt4ServeAsPacked) {
   }
 }
 
+// Values that a file has are packed as they are: by any number of ranks the decoder that finds them
+// itself.
+TEST(PackedMatrices, FourBitValuesArePackedAsTheyAre) {
+  const auto masters = make_weights(kWide, 4);
+  const auto& m = std::as_const(*masters);
+  const ef::WeightStorage storage{WeightFormat::int4, 64};
+  const auto found = std::make_shared<ef::PackedDecoderWeights<float>>(kWide, storage);
+  found->pack(kOneThread, masters, ef::SelfCommunicator());
+  ef::Decoder<float> model(found, kOneThread);
+  const auto expected = logits_of(model, {9});
+  const Int4Layer layers[] = {{m.views(0), 64}, {m.views(1), 64}};
+  const auto pack = [&](const auto& communicator) {
+    auto to = std::make_shared<ef::PackedDecoderWeights<float>>(kWide, storage);
+    for (const Index l : {0, 1}) {
+      const auto all = m.views(l);
+      to->pack_layer(kOneThread, l,
+                     ef::DecoderLayerViews<float>{.attention_norm = all.attention_norm,
+                                                  .feed_forward_norm = all.feed_forward_norm},
+                     communicator);
+      to->pack_layer(kOneThread, l, layers[l].views, WeightFormat::as_stored, communicator);
+    }
+    to->pack_head(kOneThread, m.vector(m.norm()), m.matrix(m.head()), communicator);
+    to->set_embedding(m.matrix(m.embedding()), masters);
+    return to;
+  };
+  const auto packed = pack(ef::SelfCommunicator());
+  EXPECT_EQ(packed->bytes(), found->bytes());
+  ef::Decoder<float> taken(packed, kOneThread);
+  EXPECT_TRUE(same_bits(logits_of(taken, {9}), expected));
+  ef::ThreadCommunicator::run(2, [&](auto& communicator) {
+    ef::Decoder<float, Eigen::DefaultDevice, std::remove_reference_t<decltype(communicator)>> rank(
+        pack(communicator), kOneThread, communicator);
+    ef::KvCache<float> cache;
+    ef::Tensor<std::int32_t, 2> ids(1, 9);
+    for (Index i = 0; i < 9; ++i) ids(0, i) = static_cast<std::int32_t>(i + 1) * 5 % 37;
+    EXPECT_TRUE(same_bits(rank.prefill(ids, cache), expected));
+  });
+  const ef::SelfCommunicator alone;
+  expect_throws<std::invalid_argument>(
+      [&] { packed->pack_layer(kOneThread, 0, layers[0].views, WeightFormat::int8, alone); },
+      {"as stored alone"});
+  ef::DecoderLayerViews<ef::int4, float> wrong;
+  wrong.down = layers[0].views.output;
+  expect_throws<std::invalid_argument>(
+      [&] { packed->pack_layer(kOneThread, 0, wrong, WeightFormat::as_stored, alone); },
+      {"down has shape (72, 72)", "(72, 136)"});
+  ef::PackedDecoderWeights<double> wide(kWide);
+  expect_throws<std::invalid_argument>(
+      [&] { wide.pack_layer(kOneThread, 0, layers[0].views, WeightFormat::as_stored, alone); },
+      {"activations of double"});
+}
+
 TEST(PackedMatrices, BytesAreThoseOfNumbersAndScales) {
   const auto masters = std::make_shared<ef::DecoderWeights>(kWide, 5);
   constexpr std::size_t kLinear =  // numbers of linear layers, and of what stays float
