@@ -116,11 +116,7 @@ class BeamSearch {
     using T = scalar_of<decltype(input)>;
     detail::checked_size(kName, "log_probabilities", input);
     const Index rows = input.dimension(0), vocab = input.dimension(1);
-    const bool first = steps_ == 0 && rows == batch_;
-    detail::require_that(!done(), kName, "the search is done after ", steps_, " steps");
-    detail::require_that(first || rows == batch_ * beams_, kName, "log_probabilities has ", rows,
-                         " rows, expected ", batch_ * beams_, ", one for each beam");
-    detail::require_that(vocab >= 1, kName, "log_probabilities has no columns");
+    check_step(rows, vocab);
     const Index most = candidates() < vocab ? candidates() : vocab;
     auto frame = detail::tensor_frame(device, workspace);
     T* values = frame.template take<T>(rows * most);
@@ -132,11 +128,39 @@ class BeamSearch {
       values = fetched(device, host, values, rows * most);
       ids = fetched(device, host, ids, rows * most);
     }
-    const Index of_group = first ? 1 : beams_;
-    require_numbers(values, ids, most, of_group);
-    Candidate* const all = host.take<Candidate>(of_group * most);
+    step_by_best(TensorView<const T, 2>(values, rows, most),
+                 TensorView<const std::int32_t, 2>(ids, rows, most), workspace);
+  }
+
+  /// How many of the best of a row a step looks at, where it has so many.
+  Index candidates() const {
+    return (std::max)(Index{2}, 1 + static_cast<Index>(end_tokens_.size())) * beams_;
+  }
+  /// Throws what step throws for these sizes.
+  void check_step(Index rows, Index vocab) const {
+    detail::require_that(!done(), kName, "the search is done after ", steps_, " steps");
+    detail::require_that((steps_ == 0 && rows == batch_) || rows == batch_ * beams_, kName,
+                         "log_probabilities has ", rows, " rows, expected ", batch_ * beams_,
+                         ", one for each beam");
+    detail::require_that(vocab >= 1, kName, "log_probabilities has no columns");
+  }
+  /// The step from what top_k gives for the log-probabilities, memory of the host: min(candidates(),
+  /// vocab) of each row, best first, ids of -1 where a row holds NaN.
+  template <typename Values, typename Ids>
+  void step_by_best(const Values& values, const Ids& ids,
+                    Workspace& workspace = thread_workspace()) {
+    const auto best = input_view<2>(values);
+    const auto places = input_view<2>(ids);
+    const Index rows = best.dimension(0), most = best.dimension(1);
+    detail::require_same_shape(kName, "ids", places, "values", best);
+    check_step(rows, most);
+    Workspace::Frame frame(workspace);
+    const Index of_group = steps_ == 0 && rows == batch_ ? 1 : beams_;
+    require_numbers(best.data(), places.data(), most, of_group);
+    Candidate* const all = frame.take<Candidate>(of_group * most);
     for (Index b = 0; b < batch_; ++b)
-      advance(b, best_candidates(b, values, ids, most, of_group, all), all, b * of_group);
+      advance(b, best_candidates(b, best.data(), places.data(), most, of_group, all), all,
+              b * of_group);
     finish_step();
   }
 
@@ -190,9 +214,6 @@ class BeamSearch {
     bool done = false;
   };
 
-  Index candidates() const {
-    return (std::max)(Index{2}, 1 + static_cast<Index>(end_tokens_.size())) * beams_;
-  }
   const Group& group(Index sequence) const {
     detail::require_that(sequence >= 0 && sequence < batch_, kName, "sequence is ", sequence,
                          ", expected 0 to ", batch_ - 1);

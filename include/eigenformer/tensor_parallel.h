@@ -14,6 +14,8 @@
 ///   vocabulary_parallel_sampling_probabilities, vocabulary_parallel_verify_speculative,
 ///   vocabulary_parallel_verify_speculative_tree
 ///                               speculation: tensor_parallel/vocabulary_speculative.h
+///   vocabulary_parallel_top_k, vocabulary_parallel_beam_search_step
+///                               the best of divided rows: tensor_parallel/vocabulary_top_k.h
 ///
 /// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this
 /// rank's rows of it packed once (`pack_column_shard`); b (out), the full bias on every rank; y
@@ -175,3 +177,4 @@ auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& comm
 #include "tensor_parallel/vocabulary_log_probabilities.h"
 #include "tensor_parallel/vocabulary_sample.h"
 #include "tensor_parallel/vocabulary_speculative.h"
+#include "tensor_parallel/vocabulary_top_k.h"

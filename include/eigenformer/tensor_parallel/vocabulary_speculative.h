@@ -7,6 +7,7 @@
 #include "../sampling/speculative_tree.h"
 #include "divided_tree.h"
 #include "vocabulary_log_probabilities.h"
+#include "vocabulary_top_k.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -114,17 +115,6 @@ void vocabulary_parallel_sampling_probabilities_into(const D& device, Out& proba
       });
 }
 
-/// Checks the vocabulary and how it is divided; columns of this rank.
-template <typename C>
-Index checked_vocabulary(std::string_view name, Index vocab, const C& communicator, Index columns) {
-  check_sampling_shape(name, "vocab", vocab);
-  const Index own = shard_range(vocab, communicator.rank(), communicator.size()).size();
-  require_that(columns == own, name, "target_probabilities has ", columns,
-               " columns, the shard of rank ", communicator.rank(), " of ", communicator.size(),
-               " has ", own, " of ", vocab, " tokens");
-  return own;
-}
-
 template <CpuDevice D, typename Tokens, typename Draft, typename Target, typename C>
 void vocabulary_parallel_verify_speculative_into(
     const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
@@ -135,7 +125,8 @@ void vocabulary_parallel_verify_speculative_into(
   const auto draft = input_view<3>(draft_probabilities);
   const auto target = input_view<3>(target_probabilities);
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1);
-  const Index columns = checked_vocabulary(name, vocab, communicator, target.dimension(2));
+  const Index columns = target.dimension(2);
+  check_shard(name, "target_probabilities", columns, vocab, communicator);
   check_speculative<D>(name, tokens, draft, target, columns, vocab, rng, options);
   const LengthSpan& lengths = options.draft_lengths;
   Workspace::Frame frame(workspace);
@@ -181,7 +172,8 @@ void vocabulary_parallel_verify_speculative_tree_into(
   const auto parents = input_view<rank_of<Parents>>(parents_of_nodes);
   const auto target = input_view<3>(target_probabilities);
   const Index batch = tokens.dimension(0), nodes = tokens.dimension(1);
-  const Index columns = checked_vocabulary(name, vocab, communicator, target.dimension(2));
+  const Index columns = target.dimension(2);
+  check_shard(name, "target_probabilities", columns, vocab, communicator);
   const auto* draft =
       checked_tree<D>(name, tokens, parents, draft_probabilities, target, columns, vocab, rng);
   const tree_draft_scalar<Draft, Target> nothing{};
