@@ -16,6 +16,8 @@
 ///                               speculation: tensor_parallel/vocabulary_speculative.h
 ///   vocabulary_parallel_top_k, vocabulary_parallel_beam_search_step
 ///                               the best of divided rows: tensor_parallel/vocabulary_top_k.h
+///   vocabulary_parallel_log_softmax
+///                               tensor_parallel/vocabulary_log_softmax.h
 ///
 /// Shapes: x (batch, seq, in) or (tokens, in); W (out, in), the full weight on every rank, or this
 /// rank's rows of it packed once (`pack_column_shard`); b (out), the full bias on every rank; y
@@ -175,6 +177,7 @@ auto row_parallel_linear(const Input& input_shard, const Weight& weight, C& comm
 #include "tensor_parallel/fused.h"
 #include "tensor_parallel/vocabulary.h"
 #include "tensor_parallel/vocabulary_log_probabilities.h"
+#include "tensor_parallel/vocabulary_log_softmax.h"
 #include "tensor_parallel/vocabulary_sample.h"
 #include "tensor_parallel/vocabulary_speculative.h"
 #include "tensor_parallel/vocabulary_top_k.h"

@@ -25,6 +25,7 @@
 #include <eigenformer/problem/speculative_tree.h>
 #include <eigenformer/problem/tensor_parallel.h>
 #include <eigenformer/problem/top_k.h>
+#include <eigenformer/problem/vocabulary_log_softmax.h>
 #include <eigenformer/problem/vocabulary_shard.h>
 #include <eigenformer/problem/vocabulary_tree.h>
 
@@ -92,6 +93,9 @@ const Part kParts[] = {
     part<WeighShard<F>>("tensor_parallel", "exact sums of shards"),
     part<SpreadShard<F>>("tensor_parallel", "probabilities of shards"),
     part<JoinParts>("tensor_parallel", "joined sums of shards"),
+    part<WeighExponentials<F>>("tensor_parallel", "exponentials of shards"),
+    part<JoinExponentials<F>>("tensor_parallel", "joined exponentials of shards"),
+    part<SubtractLogSums<F, F>>("tensor_parallel", "log-softmax of shards"),
     part<WeighPlaces<F, F>>("tensor_parallel", "speculation by shards"),
     part<FindInPlaces<F, F>>("tensor_parallel", "draws of speculation by shards"),
     part<GreedySampling<F>>("sampling", "greedy"),

@@ -1,4 +1,5 @@
-// The best tokens of divided rows, and beam search by them, are those of whole rows.
+// The best tokens of divided rows, their log-softmax, and beam search by them, are those of whole
+// rows.
 #include <eigenformer/log_softmax.h>
 
 #include "allocation_count.h"
@@ -111,6 +112,58 @@ TEST(VocabularyTopK, RefusesOnEveryRankAndAllocatesNothingMore) {
     communicator.barrier();
     EXPECT_EQ(count_allocations(call), 0);
     communicator.barrier();
+  });
+}
+
+template <typename Y, typename T>
+void check_log_softmax(Index vocab, std::initializer_list<int> worlds) {
+  auto x = rows_of_kinds<T>(vocab);
+  if (vocab > 1) x.chip(7, 0).setConstant(-std::numeric_limits<T>::infinity());
+  if (vocab > 9) x(0, vocab - 2) = x(0, 1) = T(9);  // the best twice, in two shards
+  ef::Tensor<Y, 2> whole(x.dimension(0), vocab);
+  ef::log_softmax_into(kDevice, whole, x);
+  for (int ranks : worlds)
+    ef::ThreadCommunicator::run(ranks, [&](ef::ThreadCommunicator& communicator) {
+      const auto own = columns_of(x, communicator.rank(), ranks);
+      ef::Tensor<Y, 2> y(own.dimension(0), own.dimension(1));
+      ef::vocabulary_parallel_log_softmax_into(kDevice, y, own, vocab, communicator);
+      ASSERT_TRUE(same_bits(y, columns_of(whole, communicator.rank(), ranks)))
+          << vocab << " of " << ranks;
+    });
+}
+
+TEST(VocabularyLogSoftmax, IsThatOfOneRank) {
+  check_log_softmax<float, float>(1, {1, 2});
+  check_log_softmax<float, float>(13, {1, 2, 3, 5, 15});
+  check_log_softmax<float, float>(1000, {1, 2, 3, 5});
+  check_log_softmax<float, float>(20011, {2, 3});
+  check_log_softmax<double, double>(700, {1, 2, 3, 5});
+  check_log_softmax<float, double>(257, {3});
+  check_log_softmax<float, Eigen::bfloat16>(900, {2, 5});
+}
+
+TEST(VocabularyLogSoftmax, InPlaceRefusesAndAllocatesNothingMore) {
+  const auto x = rows_of_kinds<float>(500);
+  const auto whole = ef::log_softmax(x);
+  ef::ThreadCommunicator::run(3, [&](ef::ThreadCommunicator& communicator) {
+    auto own = columns_of(x, communicator.rank(), 3);
+    const auto again = own;
+    ef::Workspace workspace;
+    const auto call = [&] {
+      ef::vocabulary_parallel_log_softmax_into(kDevice, own, own, 500, communicator, workspace);
+    };
+    call();
+    EXPECT_TRUE(same_bits(own, columns_of(whole, communicator.rank(), 3)));
+    communicator.barrier();
+    EXPECT_EQ(count_allocations(call), 0);
+    communicator.barrier();
+    expect_throws<std::invalid_argument>(
+        [&] { ef::vocabulary_parallel_log_softmax(again, 503, communicator); },
+        {"vocabulary_parallel_log_softmax", "of 503 tokens"});
+    ef::Tensor<float, 2> other(1, 1);
+    expect_throws<std::invalid_argument>(
+        [&] { ef::vocabulary_parallel_log_softmax_into(kDevice, other, again, 500, communicator); },
+        {"vocabulary_parallel_log_softmax", "y has shape (1, 1)"});
   });
 }
 
