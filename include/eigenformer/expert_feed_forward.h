@@ -169,6 +169,9 @@ ExpertRows expert_rows(const Offsets& offsets, Index pairs) {
   return {view.data(), nullptr, view.dimension(0) - 1, pairs};
 }
 
+/// Rows of what was not given: an empty tensor, which was, has no memory either.
+inline constexpr Index kNotGiven = -1;
+
 template <Device D, typename Y, typename X, typename Places, typename Weights, typename S>
 void combine_experts(const D& device, Y& y, const X& x, const Places& places,
                      const Weights& weights, const S* shared, Index shared_rows,
@@ -191,11 +194,11 @@ void combine_experts(const D& device, Y& y, const X& x, const Places& places,
                " rows, y has ", to.dimension(0));
   require_that(to.dimension(1) == from.dimension(1), name, "y has ", to.dimension(1),
                " columns, x has ", from.dimension(1));
-  require_that(
-      shared == nullptr || (shared_rows == to.dimension(0) && shared_columns == to.dimension(1)),
-      name, "shared has shape (", shared_rows, ", ", shared_columns, "), y has shape ",
-      shape_text(to));
-  require_that(gate == nullptr || gates == to.dimension(0), name, "shared_gate has ", gates,
+  require_that(shared_rows == kNotGiven ||
+                   (shared_rows == to.dimension(0) && shared_columns == to.dimension(1)),
+               name, "shared has shape (", shared_rows, ", ", shared_columns, "), y has shape ",
+               shape_text(to));
+  require_that(gates == kNotGiven || gates == to.dimension(0), name, "shared_gate has ", gates,
                " elements, y has ", to.dimension(0), " rows");
   if constexpr (host_readable<D>)
     for (Index p = 0; p < at.size(); ++p)
@@ -239,14 +242,14 @@ template <Device D, typename Y, typename X, typename Places, typename Weights>
 void combine_experts_into(const D& device, Y&& y, const X& x, const Places& places,
                           const Weights& weights) {
   detail::combine_experts(device, y, x, places, weights, static_cast<const scalar_of<X>*>(nullptr),
-                          0, 0, nullptr, 0);
+                          detail::kNotGiven, 0, nullptr, detail::kNotGiven);
 }
 template <Device D, typename Y, typename X, typename Places, typename Weights, typename Shared>
 void combine_experts_into(const D& device, Y&& y, const X& x, const Places& places,
                           const Weights& weights, const Shared& shared) {
   const auto all = input_view<2>(shared);
   detail::combine_experts(device, y, x, places, weights, all.data(), all.dimension(0),
-                          all.dimension(1), nullptr, 0);
+                          all.dimension(1), nullptr, detail::kNotGiven);
 }
 template <Device D, typename Y, typename X, typename Places, typename Weights, typename Shared,
           typename Gate>

@@ -175,6 +175,19 @@ TEST(ExpertFeedForward, BadArgumentsAreRefused) {
   refused([&] { ef::combine_experts_into(device, p.y, p.results, p.places, p.weights); },
           {"combine_experts", "places holds -1, x has 6 rows"});
   p.places(1, 1) = 0;
+  // tensors without memory are given, too
+  refused(
+      [&] {
+        ef::combine_experts_into(device, p.y, p.results, p.places, p.weights,
+                                 ef::Tensor<float, 2>(0, 0));
+      },
+      {"shared has shape (0, 0)"});
+  refused(
+      [&] {
+        ef::combine_experts_into(device, p.y, p.results, p.places, p.weights,
+                                 ef::Tensor<float, 2>(p.y), ef::Tensor<float, 1>(0));
+      },
+      {"shared_gate has 0 elements, y has 3 rows"});
   auto few = p.packed.downs;
   few.pop_back();
   refused([&] { ef::expert_linear_into(device, p.results, p.hidden, few, p.offsets); },
