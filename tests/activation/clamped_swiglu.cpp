@@ -9,7 +9,7 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kFloatInfinity = std::numeric_limits<float>::infinity();
 
 template <typename T>
 void expect_definition(Index features, const ef::ClampedSwigluOptions& options) {
@@ -43,7 +43,8 @@ TEST(ClampedSwiglu, IsItsDefinition) {
 TEST(ClampedSwiglu, LimitsInfinitiesAndNaN) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   ef::Tensor<float, 2> x(1, 12), y(1, 6);
-  x.setValues({{kInfinity, -kInfinity, 1, 1, nan, 1, 0, 0, kInfinity, -kInfinity, 0, nan}});
+  x.setValues({{kFloatInfinity, -kFloatInfinity, 1, 1, nan, 1, 0, 0, kFloatInfinity,
+                -kFloatInfinity, 0, nan}});
   ef::clamped_swiglu_into(Eigen::DefaultDevice{}, y, x);
   const float one = static_cast<float>(1 / (1 + std::exp(-1.702)));
   EXPECT_NEAR(y(0, 0), 7, 1e-4);
@@ -62,7 +63,7 @@ TEST(ClampedSwiglu, BadArgumentsAreRefused) {
     expect_throws<std::invalid_argument>([&] { ef::clamped_swiglu_into(here, narrow, *from); },
                                          {"clamped_swiglu", "(2, 3)", "twice as many"});
   expect_throws<std::invalid_argument>(
-      [&] { ef::clamped_swiglu_into(here, y, x, {.alpha = kInfinity}); }, {"alpha is inf"});
+      [&] { ef::clamped_swiglu_into(here, y, x, {.alpha = kFloatInfinity}); }, {"alpha is inf"});
   expect_throws<std::invalid_argument>([&] { ef::clamped_swiglu_into(here, y, x, {.limit = 0}); },
                                        {"limit is 0"});
 }

@@ -7,8 +7,6 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
 /// Largest error relative to 1 + |expected|; -infinity must meet -infinity.
 template <typename A>
 double log_sum_exp_error(const A& actual, const ef::Tensor<double, 3>& expected) {

@@ -6,10 +6,6 @@ using namespace eigenformer_test;
 
 namespace {
 
-using Gradients = ef::AttentionGradients<float, 4>;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 /// Biases, masks and bits that hide one key in four, and all keys of row 1.
 struct Masks {
   ef::Tensor<float, 4> bias;          // (1, heads, rows, keys)
@@ -109,7 +105,7 @@ TEST(AttentionGradients, ReadAndWritePartsOfOneProjection) {
                     to.data() + (t * view.dimension(2) + h) * kDim);
   };
   const ef::AttentionOptions options{.causal = true};
-  Gradients expected{c.q, c.k, c.v}, found = expected;
+  ef::AttentionGradients<float, 4> expected{c.q, c.k, c.v}, found = expected;
   parts(qkv, [&](auto q, auto k, auto v) {
     copy(q, c.q), copy(k, c.k), copy(v, c.v);
     expected = c.gradients(Eigen::DefaultDevice{}, options);

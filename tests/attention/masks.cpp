@@ -13,8 +13,6 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 template <typename T, int Rank>
 ef::Tensor<T, Rank> random_choice(const std::array<Index, std::size_t{Rank}>& sizes, unsigned seed,
                                   T often, T seldom) {

@@ -12,7 +12,7 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr float kLeastEpsilon = 1e-45f;  // the smallest float
+constexpr float kSmallestFloat = 1e-45f;
 
 /// Rows (each of `features`) that are hard for float, and an epsilon for which they are.
 struct HardRows {
@@ -34,8 +34,8 @@ const std::vector<HardRows>& hard_rows() {
       {"distances overflow", 0, 8e37, -3e38, 1e-5f},
       {"huge mean, small spread", -1e30, 1e25, 0, 1e-5f},
       {"squares underflow", 0, 1e-21, 0, 1e-42f},
-      {"squares vanish", 0, 1e-30, 0, kLeastEpsilon},
-      {"denormals", 0, 1e-40, 0, kLeastEpsilon},
+      {"squares vanish", 0, 1e-30, 0, kSmallestFloat},
+      {"denormals", 0, 1e-40, 0, kSmallestFloat},
       {"small against epsilon", 0, 1e-37, 0, 1e-33f},
   };
   return cases;

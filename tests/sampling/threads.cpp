@@ -10,18 +10,18 @@ using namespace eigenformer_test;
 
 namespace {
 
-constexpr Index kVocab = 200077;  // 7 threads have enough to do in a region
+constexpr Index kWide = 200077;  // 7 threads have enough to do in a region
 
 /// A peaked, a normal, a flat row; one of equals; one of few tokens in play.
 ef::Tensor<float, 2> long_rows() {
-  auto rows = random_tensor<float, 2>({5, kVocab}, 8);
-  for (Index v = 0; v < kVocab; ++v) {
+  auto rows = random_tensor<float, 2>({5, kWide}, 8);
+  for (Index v = 0; v < kWide; ++v) {
     rows(1, v) *= 3;
     rows(2, v) *= .01f;
     rows(3, v) = -2.5f;
     if (v % 11 != 3) rows(4, v) = -kInfinity;
   }
-  rows(0, kVocab / 3) = 16;
+  rows(0, kWide / 3) = 16;
   return rows;
 }
 
@@ -36,7 +36,7 @@ std::vector<ef::SamplingParams> chains() {
 
 template <typename T>
 ef::Tensor<T, 2> row_at(const ef::Tensor<T, 2>& rows, Index r) {
-  return rows.slice(Eigen::array<Index, 2>{r, 0}, Eigen::array<Index, 2>{1, kVocab});
+  return rows.slice(Eigen::array<Index, 2>{r, 0}, Eigen::array<Index, 2>{1, kWide});
 }
 
 /// Calls check(device) where the threads of a region share a row.
@@ -46,7 +46,7 @@ void with_shared_rows(Check check) {
     Eigen::ThreadPool pool(threads);
     const Eigen::ThreadPoolDevice device(&pool, threads);
     const ef::ParallelRegion region(device);
-    ASSERT_NE(ef::cpu::pool_of_rows(device, 1, kVocab), nullptr);
+    ASSERT_NE(ef::cpu::pool_of_rows(device, 1, kWide), nullptr);
     check(device, threads);
   }
 }
@@ -94,7 +94,7 @@ TEST(SamplingThreads, KeepTheBits) {
 }
 
 TEST(SamplingThreads, SeeWhatIsWrongWithARow) {
-  ef::Tensor<float, 2> row(1, kVocab);
+  ef::Tensor<float, 2> row(1, kWide);
   Ids id(1);
   std::vector<ef::SampleStatus> status(1);
   const auto expect = [&](ef::SampleStatus expected) {
@@ -115,7 +115,7 @@ TEST(SamplingThreads, SeeWhatIsWrongWithARow) {
 
 TEST(SamplingThreads, TakeNoMemory) {
   const ef::Tensor<float, 2> row = row_at(long_rows(), 1);
-  ef::Tensor<float, 2> out(1, kVocab);
+  ef::Tensor<float, 2> out(1, kWide);
   Ids id(1);
   std::vector<ef::SampleStatus> status(1);
   ef::Workspace workspace;

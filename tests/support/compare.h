@@ -183,7 +183,7 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
 
 // Sanitizers look at reads, writes and threads, which differ by instruction set and size of a scalar,
 // and take long to compile: their builds sweep the best ISA and two sizes (.ci/run builds the
-// generic kernels so besides). A build for one ISA (.ci/run neon) sweeps that alone.
+// generic kernels so besides). A build for one ISA (.ci/run neon and amx) sweeps that alone.
 #if defined(EIGENFORMER_SANITIZED) || defined(EIGENFORMER_EXPECTED_ISA)
 using EveryIsa = ef::isa::List<ef::isa::best>;
 #else
@@ -198,6 +198,9 @@ using EveryScalar = ::testing::Types<float, double, ef::bfloat16, ef::half>;
 /// Calls f(tag) for the tags with vectors of their own: the others run the same code but in products.
 template <typename F>
 void for_each_isa(F&& f) {
+#if defined(EIGENFORMER_ISA_AMX)
+  provide_amx();
+#endif
   for_each_tag(EveryIsa{}, [&](auto isa) {
     using Isa = decltype(isa);
     if constexpr (ef::simd::has_own_vectors<Isa> || std::is_same_v<EveryIsa, ef::isa::List<Isa>>)
