@@ -223,6 +223,46 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
   }
 }
 
+// The best of divided rows, and beams by them, from candidates that each GPU finds in its columns.
+TEST(TensorParallelOnDevice, TheBestOfDividedRowsAreThoseOfWholeRows) {
+  using Status = ef::SampleStatus;
+  constexpr Index kRows = 4, kBeams = 2;
+  for (Index vocabulary : {2, 97}) {
+    auto host_x = random_tensor<float, 2>({kRows, vocabulary}, 12);
+    const auto scores = host_x;
+    host_x(2, vocabulary - 1) = std::numeric_limits<float>::quiet_NaN();
+    for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+      const int rank = communicator.rank(), ranks = communicator.size();
+      const auto x = on_device(bench, features_of(host_x, rank, ranks));
+      for (Index k : {Index{0}, Index{2}, vocabulary})
+        for (bool largest : {true, false}) {
+          const ef::TopKOptions options{.largest = largest};
+          ef::Tensor<float, 2> values(kRows, k);
+          ef::Tensor<std::int32_t, 2> ids(kRows, k);
+          std::vector<Status> expected(kRows), statuses(kRows, Status::negative);
+          ef::top_k_into(Eigen::DefaultDevice{}, values, ids, host_x, options, expected);
+          const auto best = output_on<float>(bench, kRows, k);
+          const auto places = on_device(bench, ef::Tensor<std::int32_t, 2>(kRows, k));
+          ef::vocabulary_parallel_top_k_into(bench.device, best.view(), places.view(), x.cview(),
+                                             vocabulary, communicator, options, statuses);
+          ASSERT_TRUE(same_bits(best.host(), values)) << vocabulary << " " << k;
+          ASSERT_TRUE(same_bits(places.host(), ids)) << vocabulary << " " << k;
+          ASSERT_EQ(statuses, expected);
+        }
+      const ef::BeamSearchOptions options{.beams = kBeams, .max_new_tokens = 3, .end_tokens = {1}};
+      ef::BeamSearch search(kRows / kBeams, options), expected(kRows / kBeams, options);
+      const auto part = on_device(bench, features_of(scores, rank, ranks));
+      while (!expected.done()) {
+        expected.step(Eigen::DefaultDevice{}, scores);
+        ef::vocabulary_parallel_beam_search_step(bench.device, search, part.cview(), vocabulary,
+                                                 communicator);
+        ASSERT_TRUE(same_bits(search.tokens(), expected.tokens()));
+      }
+      ASSERT_TRUE(search.done());
+    });
+  }
+}
+
 #if defined(EIGENFORMER_TEST_BLOCKS)
 
 TEST(TensorParallelOnDevice, LayersAreCaptured) {
