@@ -203,7 +203,9 @@ Index narrow_by_ends(const CandidateInterval<V, FusedWeights<V>>& interval, floa
       before = mass;
     }
     above += before;
-    n = interval.keep(x, n, lo, hi);
+    const Index kept = interval.keep(x, n, lo, hi);
+    if (kept == n) break;  // equals, likely
+    n = kept;
   }
   return n;
 }

@@ -343,12 +343,16 @@ struct WeighedSums {
     if (weighed.count == 0) return 0;
     const V least = V::set1(weighed.end);
     LaneTotals<V> all;
-    for_each_vector<V>(weighed.begin[begin], weighed.begin[end], [&](Index at, auto part) {
-      V w[1] = {load_or<V>(weighed.gathered + at, std::numeric_limits<float>::infinity(), part)};
-      const auto is_below = less(w[0], least);
+    const Index last = weighed.begin[end];
+    for (Index at = weighed.begin[begin]; at < last; at += V::lanes) {
+      // there is room for a vector behind the last of them
+      V w[1] = {V::load(weighed.gathered + at)};
+      const auto own = V::mask_of(at + V::lanes <= last ? ~std::uint32_t{0}
+                                                        : (std::uint32_t{1} << (last - at)) - 1);
+      const auto is_below = less(w[0], least) & own;
       weights.apply(w);
       all.add(select(is_below, w[0], V::zero()));
-    });
+    }
     return all.sum();
   }
   double of_block(Index block) const {
