@@ -2,7 +2,8 @@
 // decode reads the weight, prefill computes 2 * tokens * in * out. Peers: ef::linear on the device
 // of the row, Eigen by hand on the whole weight. Then tokens of a divided vocabulary on two thread
 // ranks, from a head of one feature, so that little but the sampling is timed; the limit reads the
-// logits once, the peer gathers them and samples on each rank.
+// logits once, the peer gathers them and samples on each rank. Speculation and log-softmax of shards
+// last.
 #include <eigenformer/sampling.h>
 #include <eigenformer/tensor_parallel.h>
 
@@ -98,7 +99,7 @@ struct Head {
 
 void add_head_row(bench::Suite& suite, const std::string& name, const std::shared_ptr<Head>& head,
                   TwoRanks::Step divided, TwoRanks::Step gathered) {
-  auto& row = suite.row("vocabulary_parallel_sample " + name + ", 128256 tokens, 2 thread ranks",
+  auto& row = suite.row("vocabulary_parallel_" + name + ", 128256 tokens, 2 thread ranks",
                         bench::Limit::read_bytes(4.0 * static_cast<double>(head->weight.size())));
   row.calls.push_back(
       {"eigenformer", [=](const Eigen::DefaultDevice&) { head->ranks.run(divided); }, {}});
@@ -112,7 +113,7 @@ void head_cases(bench::Suite& suite) {
   const auto add = [&](const std::string& name, std::shared_ptr<Head> head,
                        const ef::SamplingParams& params) {
     add_head_row(
-        suite, name, head,
+        suite, "sample " + name, head,
         [=](ef::ThreadCommunicator& communicator) {
           ef::vocabulary_parallel_sample_into(device, head->ids[communicator.rank()], head->hidden,
                                               head->weight, communicator, params, ef::Philox{1});
@@ -129,7 +130,7 @@ void head_cases(bench::Suite& suite) {
   add("top-p .9 of normal * 3", normal, {.top_p = .9});
   add("top-p .9, flat", flat, {.top_p = .9});
   add_head_row(
-      suite, "with log-probabilities and 5 best", normal,
+      suite, "sample with log-probabilities and 5 best", normal,
       [=](ef::ThreadCommunicator& communicator) {
         ef::vocabulary_parallel_sample_with_log_probabilities_into(
             device, normal->scored[communicator.rank()], normal->hidden, normal->weight,
@@ -142,6 +143,80 @@ void head_cases(bench::Suite& suite) {
         ef::sample_with_log_probabilities_into(device, normal->scored[communicator.rank()], logits,
                                                ef::SamplingParams{}, ef::Philox{1}, {.best = 5});
       });
+}
+
+/// This rank's columns of x.
+template <int Rank>
+ef::Tensor<float, Rank> columns_of(const ef::Tensor<float, Rank>& x, int rank) {
+  const ef::ShardRange own = ef::shard_range(x.dimension(Rank - 1), rank, 2);
+  Eigen::array<Index, Rank> begin{}, size;
+  for (int d = 0; d < Rank; ++d) size[static_cast<std::size_t>(d)] = x.dimension(d);
+  begin[Rank - 1] = own.begin;
+  size[Rank - 1] = own.size();
+  return x.slice(begin, size);
+}
+
+/// Four drafts of one row, of which the first is refused: draft and target differ little.
+struct Drafts {
+  explicit Drafts(Index vocab) : target(1, 5, vocab), draft(1, 4, vocab) {
+    ef::Philox random{9};
+    for (auto* each : {&target, &draft})
+      for (Index i = 0; i < each->size(); ++i)
+        each->data()[i] =
+            static_cast<float>((1 + random() % 7) / (4.0 * static_cast<double>(vocab)));
+    tokens.setValues({{1, 70000, 3, 4}});
+    target(0, 0, 1) = 0;
+    for (int rank : {0, 1}) {
+      p[rank] = columns_of(target, rank);
+      q[rank] = columns_of(draft, rank);
+    }
+  }
+  ef::Tensor<std::int32_t, 2> tokens{1, 4};
+  ef::Tensor<float, 3> target, draft;
+  ef::Tensor<float, 3> p[2], q[2];
+  ef::SpeculativeResult result[2];
+  TwoRanks ranks;
+};
+
+/// The peers hold whole rows: no gather is timed.
+void shard_cases(bench::Suite& suite) {
+  constexpr Index vocab = 128256;
+  const Eigen::DefaultDevice device;
+  const auto drafts = std::make_shared<Drafts>(vocab);
+  auto& speculation =
+      suite.row("vocabulary_parallel_verify_speculative 4 drafts, 128256 tokens, 2 thread ranks",
+                bench::Limit::read_bytes(8.0 * vocab));
+  const TwoRanks::Step verify = [=](ef::ThreadCommunicator& communicator) {
+    const int rank = communicator.rank();
+    ef::vocabulary_parallel_verify_speculative_into(device, drafts->result[rank], drafts->tokens,
+                                                    drafts->q[rank], drafts->p[rank], vocab,
+                                                    communicator, ef::Philox{1});
+  };
+  speculation.calls.push_back(
+      {"eigenformer", [=](const Eigen::DefaultDevice&) { drafts->ranks.run(verify); }, {}});
+  speculation.peer("verify_speculative of whole rows", [=](const auto& of_row) {
+    ef::verify_speculative_into(of_row, drafts->result[0], drafts->tokens, drafts->draft,
+                                drafts->target, ef::Philox{1});
+  });
+
+  struct Rows {
+    ef::Tensor<float, 2> whole = Head(vocab, 3).weight.reshape(Eigen::array<Index, 2>{1, vocab});
+    ef::Tensor<float, 2> x[2]{columns_of(whole, 0), columns_of(whole, 1)}, y[2]{x[0], x[1]},
+        all = whole;
+    TwoRanks ranks;
+  };
+  const auto rows = std::make_shared<Rows>();
+  auto& scores = suite.row("vocabulary_parallel_log_softmax 128256 tokens, 2 thread ranks",
+                           bench::Limit::read_bytes(4.0 * vocab));
+  const TwoRanks::Step score = [=](ef::ThreadCommunicator& communicator) {
+    const int rank = communicator.rank();
+    ef::vocabulary_parallel_log_softmax_into(device, rows->y[rank], rows->x[rank], vocab,
+                                             communicator);
+  };
+  scores.calls.push_back(
+      {"eigenformer", [=](const Eigen::DefaultDevice&) { rows->ranks.run(score); }, {}});
+  scores.peer("log_softmax of whole rows",
+              [=](const auto& of_row) { ef::log_softmax_into(of_row, rows->all, rows->whole); });
 }
 
 void tensor_parallel_cases(bench::Suite& suite) {
@@ -164,6 +239,7 @@ void tensor_parallel_cases(bench::Suite& suite) {
     });
   }
   head_cases(suite);
+  shard_cases(suite);
 }
 
 }  // namespace

@@ -32,8 +32,7 @@ BlockExponentials block_exponentials(const C* x, double best) {
     of.beside_best = block_sum(weights);
   } else {
     using V = simd::Vec<float, Isa>;
-    of.has_best = std::any_of(x, x + SamplingBlock::size,
-                              [&](float logit) { return static_cast<double>(logit) == best; });
+    of.has_best = equal_bits<Isa>(x, static_cast<C>(best)).count() > 0;
     of.sum = sum_block_exponentials(x, V::set1(static_cast<float>(best)));
     of.beside_best = of.has_best ? sum_beside_best(x, best) : of.sum;
   }
