@@ -266,6 +266,8 @@ TEST(PackedMatrices, BytesAreThoseOfNumbersAndScales) {
             (kLinear - 37 * 72) / 2 + 37 * (72 + 4) + 4 * (kOfGroups + kFloats));
   EXPECT_EQ(bytes({WeightFormat::int4, 32}),
             (kLinear - 37 * 72) / 2 + kHead + 4 * (kOfGroups + kFloats));
+  EXPECT_EQ(bytes({WeightFormat::int4, 32, {.zero_points = false}}),
+            (kLinear - 37 * 72) / 2 + kHead + 4 * (kOfGroups / 2 + kFloats));
 }
 
 // Activations of bfloat16 and half have products with their own scalar and INT8: other floating

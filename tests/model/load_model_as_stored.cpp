@@ -242,6 +242,24 @@ TEST(StoredWeights, BlocksOfFourBitsStayFourBits) {
                    4 * 4 * d * d / 32);
 }
 
+// Beside activations that are not quantized, and a head of floats, logits are those of the floats.
+TEST(StoredWeights, BlocksOfFourBitsBesideActivationsAsTheyAre) {
+  const Folder folder;
+  std::map<std::string, std::uint32_t> types;
+  for (const char* const name : {"attn_q", "attn_k", "attn_v", "attn_output"})
+    types[std::string("blk.0.") + name] = kQ4_0;
+  for (const char* const name : {"ffn_gate", "ffn_up", "ffn_down"})
+    types[std::string("blk.0.") + name] = kQ4_K;
+  const auto path = folder.write("m.gguf", llama_in_blocks({"output"}, types, 256));
+  const ef::LoadOptions options{
+      .weights = {ef::WeightFormat::as_stored, 0, {.quantize_activations = false}},
+      .cache = folder.path() / "kept"};
+  const auto expected = to_double(ef::load_model<float>(path).logits(kIds));
+  for (const char* const start : {"first", "second"})
+    EXPECT_LT(relative_error(ef::load_model<float>(path, options).logits(kIds), expected), 1e-6)
+        << start;
+}
+
 TEST(StoredWeights, FourBitsWithoutANumberAreRefused) {
   const Folder folder;
   std::string file = llama_in_blocks({}, {{"blk.0.ffn_down", kQ4_0}});

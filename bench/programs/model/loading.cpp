@@ -61,9 +61,11 @@ class ModelOf final : public LoadedModel {
 
 ef::WeightStorage weights_of(const ModelOptions& options) {
   if (options.int8) return {ef::WeightFormat::int8, options.group};
-  if (options.int4) return {ef::WeightFormat::int4, options.group};
+  const ef::Int4Storage four_bits{!options.symmetric, !options.w4a16};
+  if (options.int4) return {ef::WeightFormat::int4, options.group, four_bits};
   if (options.half) return ef::WeightFormat::half;
-  return options.as_stored ? ef::WeightFormat::as_stored : ef::WeightFormat::activation;
+  if (options.as_stored) return {ef::WeightFormat::as_stored, 0, four_bits};
+  return ef::WeightFormat::activation;
 }
 
 ef::LoadOptions how_to_load(const ModelOptions& options, std::FILE* log) {

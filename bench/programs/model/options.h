@@ -87,6 +87,7 @@ class CommandLine {
 struct ModelOptions {
   std::string path, cache;
   bool int8 = false, int4 = false, bf16 = false, half = false, as_stored = false;
+  bool symmetric = false, w4a16 = false;
   long group = 0, threads = 0;
 
   void declare(CommandLine& line) {
@@ -97,6 +98,8 @@ struct ModelOptions {
   void declare_weights(CommandLine& line) {
     line.flag("--int8", int8);
     line.flag("--int4", int4);
+    line.flag("--symmetric", symmetric);
+    line.flag("--w4a16", w4a16);
     line.flag("--bf16", bf16);
     line.flag("--half", half);
     line.flag("--as-stored", as_stored);
@@ -109,6 +112,8 @@ struct ModelOptions {
       line.fail("--int8, --int4, --half and --as-stored exclude each other");
     if (group != 0 && (!(int8 || int4) || (group != 32 && group != 64 && group != 128)))
       line.fail("--group takes 32, 64 or 128 and goes with --int8 or --int4");
+    if (symmetric && !int4) line.fail("--symmetric goes with --int4");
+    if (w4a16 && !(int4 || as_stored)) line.fail("--w4a16 goes with --int4 or --as-stored");
   }
 };
 
@@ -122,6 +127,8 @@ inline constexpr const char* kWeightsUsage =
   --int4            linear layers in INT4, the head in INT8, quantized as they are read
   --group N         one scale of INT8 or INT4 for 32, 64 or 128 inputs (default: one for each
                     output, with --int4 for 32 inputs)
+  --symmetric       INT4 without minimums: fewer bytes, larger errors
+  --w4a16           INT4 beside activations that are not quantized: slower
   --half            linear layers in half, rounded as they are read
   --as-stored       linear layers as the files hold them, blocks by groups of 32: INT4 or INT8
   --bf16            activations, caches and weights in bfloat16 (--int8, --int4: those weights)

@@ -26,24 +26,33 @@ enum class WeightFormat {
   bfloat16,    ///< rounded to nearest even where they are not
   half,
   int8,       ///< quantized; not with double
-  int4,       ///< above minimums, by groups; the head in INT8; not with double
+  int4,       ///< by groups, above minimums; the head in INT8; not with double
   as_stored,  ///< in the scalar of the view that is packed
 };
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic pop
 #endif
 
+/// What else INT4 may be. As stored, minimums are there where the values have them.
+struct Int4Storage {
+  bool zero_points = true;  ///< minimums beside scales: 6 bits for a weight by 32, and not 5
+  bool quantize_activations = true;  ///< W4A8; false: W4A16, slower, activations stay what they are
+};
+
 /// A format, with the inputs that share a scale of INT8 or INT4: 32, 64 or 128, or 0 for one scale
 /// per output channel, with INT4 for 32.
 ///
 ///   ef::PackedDecoderWeights<float> weights(config, ef::WeightFormat::bfloat16);
 ///   ef::PackedDecoderWeights<float> weights(config, {ef::WeightFormat::int8, 64});
+///   ef::PackedDecoderWeights<float> weights(config, {ef::WeightFormat::int4, 64, {.zero_points = false}});
 struct WeightStorage {
   WeightFormat format;
   Index group_size;
+  Int4Storage four_bits;
 
-  constexpr WeightStorage(WeightFormat weight_format = WeightFormat::activation, Index group = 0)
-      : format(weight_format), group_size(group) {}
+  constexpr WeightStorage(WeightFormat weight_format = WeightFormat::activation, Index group = 0,
+                          Int4Storage int4_storage = {})
+      : format(weight_format), group_size(group), four_bits(int4_storage) {}
 };
 
 namespace detail {
@@ -149,7 +158,8 @@ template <typename S>
 PackingOptions<S> packing_options(const WeightStorage& storage) {
   if constexpr (std::is_same_v<S, int4>)
     return {.group_size = storage.group_size == 0 ? Index{32} : storage.group_size,
-            .zero_points = true,
+            .zero_points = storage.four_bits.zero_points,
+            .quantize_activations = storage.four_bits.quantize_activations,
             .fit = Int4Fit::least_squares};
   else
     return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0};

@@ -71,7 +71,7 @@ class ModelLoader {
   /// What the matrices of one product are packed in.
   template <typename... Matrices>
   WeightStorage storage_of(const Matrices&... matrices) const {
-    if ((matrices.is_int4() && ...)) return WeightFormat::as_stored;
+    if ((matrices.is_int4() && ...)) return weights_->storage();  // as stored
     return storage_for({matrices.stored()...});
   }
   WeightStorage storage_for(std::initializer_list<StoredFormat> stored) const {

@@ -59,7 +59,8 @@ std::string packing_key(const D& device, const WeightStorage& storage) {
          number(EIGENFORMER_VERSION_MINOR) + "." + number(EIGENFORMER_VERSION_PATCH) +
          "\nactivations " + number(kPackedCode<T>) + "\nweights " +
          kWeightFormatNames[static_cast<std::size_t>(storage.format)] + " " +
-         number(storage.group_size) + "\nisa " +
+         number(storage.group_size) + "\nint4 " + number(int{storage.four_bits.zero_points}) + " " +
+         number(int{storage.four_bits.quantize_activations}) + "\nisa " +
          std::string(run(device, problem::PanelsOf<T>{1, 1, 0, 1}).layout.isa) + "\n";
 }
 

@@ -55,6 +55,7 @@ class PackedModelFile {
   template <typename T, typename D>
   WeightStorage storage(const D& device) const {
     const std::string_view key = contents_.head.key, line = key_line(key, "weights");
+    const std::string_view int4 = key_line(key, "int4");
     const std::string here = packing_key<T>(device, {});
     for (const std::string_view word : {"eigenformer", "activations", "isa"})
       if (key_line(key, word) != key_line(here, word))
@@ -69,7 +70,7 @@ class PackedModelFile {
       Index group = -1;
       const auto end = std::from_chars(digits.data(), digits.data() + digits.size(), group).ptr;
       if (group >= 0 && end == digits.data() + digits.size())
-        return {static_cast<WeightFormat>(f), group};
+        return {static_cast<WeightFormat>(f), group, {int4.starts_with('1'), int4.ends_with('1')}};
     }
     fail_model(name_, "", "does not say what its weights are");
   }
