@@ -87,7 +87,8 @@ std::string summary(const Results& results) {
 }  // namespace
 
 const std::vector<std::string>& peer_columns() {
-  static const std::vector<std::string> columns{"Eigen", "oneDNN", "OpenBLAS"};
+  static const std::vector<std::string> columns{"Eigen", "oneDNN", "OpenBLAS", "llama.cpp",
+                                                "ik_llama.cpp"};
   return columns;
 }
 
@@ -128,11 +129,16 @@ std::string machine_line(const Machine& m) {
 }
 
 std::string to_table(const Results& results) {
+  std::vector<std::string> columns;
+  for (const std::string& name : peer_columns())
+    if (std::any_of(results.rows.begin(), results.rows.end(),
+                    [&](const RowResult& row) { return peer(row, name) != nullptr; }))
+      columns.push_back(name);
   std::size_t width = 3;
   for (const RowResult& row : results.rows) width = std::max(width, row.name.size());
   std::string text = header(results) + "\n" + pad_right("row", width) +
                      "  threads        time      IQR            rate  of limit";
-  for (const std::string& name : peer_columns()) text += "  " + pad_left(name, 9);
+  for (const std::string& name : columns) text += "  " + pad_left(name, 9);
   text += "  other\n";
   for (const RowResult& row : results.rows) {
     const CallResult* mine = ours(row);
@@ -147,8 +153,9 @@ std::string to_table(const Results& results) {
       text += "  " + pad_left("-", 10) + "  " + pad_left("-", 7) + "  " + pad_left("-", 14) + "  " +
               pad_left("-", 8);
     }
-    for (const std::string& name : peer_columns())
-      text += "  " + pad_left(format_ratio(peer(row, name), mine), 9);
+    for (const std::string& name : columns)
+      text += "  " + pad_left(format_ratio(peer(row, name), mine),
+                              (std::max)(name.size(), std::size_t{9}));
     const CallResult* other = peer(row, "");
     text += "  " +
             (other != nullptr ? format_ratio(other, mine) + " " + other->name : std::string("-")) +

@@ -27,6 +27,15 @@ class ModelOf final : public LoadedModel {
   }
   ef::Index reused() const override { return generator_.reused(); }
   std::size_t step_bytes() const override { return model_.step_bytes(); }
+  TokenWork work_of_token() const override {
+    const ef::DecoderConfig& shape = model_.config().shape;
+    const auto heads = static_cast<double>((2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim),
+               matrices = model_.config().form.gated ? 3.0 : 2.0,
+               features = static_cast<double>(shape.features);
+    return {static_cast<double>(shape.layers) * features *
+                (heads + matrices * static_cast<double>(shape.hidden)),
+            features * static_cast<double>(shape.vocabulary)};
+  }
   double seconds_of_steps(ef::Index sequences, ef::Index tokens, ef::Index steps) override {
     constexpr ef::Index page = 16;
     auto cache = model_.make_cache((tokens * steps + page - 1) / page * page * sequences, page);

@@ -13,6 +13,11 @@ namespace programs {
 
 namespace ef = eigenformer;
 
+/// Multiply-adds of one token in linear layers, and of one row of logits.
+struct TokenWork {
+  double layers = 0, head = 0;
+};
+
 /// Compiled once for all programs.
 class LoadedModel {
  public:
@@ -26,6 +31,8 @@ class LoadedModel {
   virtual ef::Index reused() const = 0;
   /// Bytes of the weights that a step reads.
   virtual std::size_t step_bytes() const = 0;
+  /// Multiply-adds of a token in linear layers, and of a row of logits; of no model with experts.
+  virtual TokenWork work_of_token() const = 0;
   /// Seconds of `steps` steps one after another, each of `tokens` tokens for each of `sequences`
   /// sequences, which begin empty, and with one row of logits for each.
   virtual double seconds_of_steps(ef::Index sequences, ef::Index tokens, ef::Index steps) = 0;

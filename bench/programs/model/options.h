@@ -27,6 +27,10 @@ class CommandLine {
   void text(const std::string& name, std::string& to) {
     actions_[name] = {true, [&to](const std::string& value) { to = value; }};
   }
+  /// Each time it is given one more.
+  void texts(const std::string& name, std::vector<std::string>& to) {
+    actions_[name] = {true, [&to](const std::string& value) { to.push_back(value); }};
+  }
   void integer(const std::string& name, long least, long most, long& to) {
     actions_[name] = {true, [this, name, least, most, &to](const std::string& value) {
                         char* end = nullptr;
@@ -114,6 +118,15 @@ struct ModelOptions {
       line.fail("--group takes 32, 64 or 128 and goes with --int8 or --int4");
     if (symmetric && !int4) line.fail("--symmetric goes with --int4");
     if (w4a16 && !(int4 || as_stored)) line.fail("--w4a16 goes with --int4 or --as-stored");
+  }
+  /// "INT8 by 32", "bfloat16".
+  std::string weights_name() const {
+    const std::string by = group == 0 ? "" : std::string(" by ") + std::to_string(group);
+    if (int8) return "INT8" + by;
+    if (int4) return "INT4" + by;
+    if (half) return "half";
+    if (as_stored) return "as stored";
+    return bf16 ? "bfloat16" : "float";
   }
 };
 

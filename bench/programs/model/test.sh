@@ -83,13 +83,25 @@ wait $! || status=$?
 "$programs/model_bench" --model "$model" --threads 1 --prompt-tokens 20 --decode-tokens 3 --batch 2 --repetitions 2 --int8 >"$work/table"
 [ "$(awk '$4 + 0 > 0 && $5 ~ /^([0-9.]+%|-)$/ { print $1, $2, $3 }' "$work/table" | tr '\n' ',')" = "prefill 1 20,decode 1 3,decode 2 3," ] ||
   fail "model_bench: $(cat "$work/table")"
-printf '#!/bin/sh\necho "$*" >"%s/asked"\ncat "%s/rates"\n' "$work" "$work" >"$work/it's llama-bench"
-chmod +x "$work/it's llama-bench"
-bench_beside_peer() { "$programs/model_bench" --model "$model/model.gguf" --threads 1 --decode-tokens 3 --repetitions 1 --peer "$work/it's llama-bench" --json; }
+mkdir "$work/it's"
+peer="$work/it's/llama-bench"
+printf '#!/bin/sh\necho "$*" >"%s/asked"\ncat "%s/rates"\n' "$work" "$work" >"$peer"
+chmod +x "$peer"
+bench_beside_peer() { "$programs/model_bench" --model "$model/model.gguf" --threads 1 --decode-tokens 3 --repetitions 1 --peer "$peer" "$@"; }
 echo '[{"model_type":"a","n_gen":0,"samples_ts":[1,5,2]},{"model_type":"a","n_gen":3,"samples_ts":[0.5]}]' >"$work/rates"
-bench_beside_peer >"$work/row" || fail "model_bench --peer"
+bench_beside_peer --json >"$work/row" || fail "model_bench --peer"
 [ "$(cat "$work/asked")" = "-m $model/model.gguf -t 1 -p 512 -n 3 -r 1 -ngl 0 -o json" ] || fail "model_bench asked its peer for $(cat "$work/asked")"
-grep -q '"peer_tokens_per_second":2.0.*"peer_tokens_per_second":0.5\|"peer_tokens_per_second":0.5.*"peer_tokens_per_second":2.0' "$work/row" || fail "model_bench --peer: $(cat "$work/row")"
+grep -q '"test":"prefill".*"peer_tokens_per_second":{"llama.cpp":2.0}.*"test":"decode".*"peer_tokens_per_second":{"llama.cpp":0.5}' "$work/row" || fail "model_bench --peer: $(cat "$work/row")"
+# Several sequences, by the program beside it; a second run has rows of its own in the results, which are drawn.
+printf '#!/bin/sh\necho "$*" >"%s/asked"\necho "a heading"\necho "{\\"speed_tg\\":4.0}"\n' "$work" >"$work/it's/llama-batched-bench"
+chmod +x "$work/it's/llama-batched-bench"
+bench_beside_peer --batch 2 --results "$work/results" >"$work/table" || fail "model_bench --batch --peer"
+[ "$(cat "$work/asked")" = "-m $model/model.gguf -t 1 -c 512 -npp 1 -ntg 3 -npl 2 -ngl 0 --output-format jsonl" ] || fail "model_bench asked for $(cat "$work/asked")"
+[ "$(awk '$1 == "decode" && $2 == 2 { print $6 }' "$work/table")" = 4.00 ] || fail "model_bench --batch --peer: $(cat "$work/table")"
+for again in 1 2; do bench_beside_peer --int8 --peer "other=$peer" --results "$work/results" --peers-svg "$work/drawn" >"$work/table" || fail "model_bench --results"; done
+[ "$(grep -c '"operator":"model"' "$work/results")" = 5 ] || fail "model_bench --results: $(cat "$work/results")"
+[ "$(grep -c '"name":"other"' "$work/results")" = 2 ] || fail "model_bench with two peers: $(cat "$work/results")"
+grep -q 'decode 2 sequences, float' "$work/drawn" || fail "model_bench --peers-svg"
 echo 'no rates' >"$work/rates"
 if bench_beside_peer >/dev/null 2>&1; then fail "a peer without rates"; fi
 if "$programs/model_bench" --model "$model" --peer true 2>/dev/null; then fail "a peer of a folder"; fi
