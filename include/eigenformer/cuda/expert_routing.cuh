@@ -155,7 +155,8 @@ struct ExpertRoutingKernel {
   EIGENFORMER_DEVICE std::uint64_t kept_groups(Block& block, const Row& row) const {
     if (p.options.groups == 1) return 1;
     const Index size = p.experts / p.options.groups;
-    C sums[problem::kMostExpertGroups / kWarp] = {};  // of groups lane, lane + 32
+    static_assert(problem::kMostExpertGroups <= 2 * kWarp);
+    C low = 0, high = 0;  // of groups lane, lane + 32: an array would be in local memory
     const auto by = [&](Index e) { return choice(row, e); };
     for (Index g = 0; g < p.options.groups; ++g) {
       const Index first = g * size;
@@ -163,12 +164,14 @@ struct ExpertRoutingKernel {
       const Index at = best.index - first;
       const std::uint64_t taken = at % kWarp == block.lane() ? std::uint64_t{1} << (at / kWarp) : 0;
       const Best second = best_of(block, first, first + size, taken, by);
-      if (g % kWarp == block.lane()) sums[g / kWarp] = number(best.value + second.value);
+      const C sum = number(best.value + second.value);
+      if (g == block.lane()) low = sum;
+      if (g == block.lane() + kWarp) high = sum;
     }
     std::uint64_t kept = 0, own = 0;
     for (Index n = 0; n < p.options.kept_groups; ++n) {
       const Best best =
-          best_of(block, 0, p.options.groups, own, [&](Index g) { return sums[g / kWarp]; });
+          best_of(block, 0, p.options.groups, own, [&](Index g) { return g < kWarp ? low : high; });
       kept |= std::uint64_t{1} << best.index;
       if (best.index % kWarp == block.lane()) own |= std::uint64_t{1} << (best.index / kWarp);
     }
