@@ -207,6 +207,66 @@ TEST(SamplingBulk, NearestTokensAreThoseOfSumsInDouble) {
     }
 }
 
+double probability_of(const ef::Tensor<double, 2>& rows, Index r, Index token) {
+  double best = -kInfinity, total = 0;
+  for (Index v = 0; v < rows.dimension(1); ++v) best = (std::max)(best, rows(r, v));
+  for (Index v = 0; v < rows.dimension(1); ++v)
+    total += ef::cpu::token_weight(rows(r, v), best, 1.0);
+  return ef::cpu::token_weight(rows(r, token), best, 1.0) / total;
+}
+
+// Thresholds at a token's own probability are decided by sums in double, others by float.
+TEST(SamplingBulk, StagesKeepTheTokensOfSumsInDouble) {
+  std::mt19937 generator(5);
+  std::uniform_real_distribution<double> uniform(0, 1);
+  for (Index vocab : {4100, 9001, 40000})
+    for (unsigned trial = 0; trial < 14; ++trial) {
+      auto rows = rows_of_every_kind(vocab, 100 * trial + static_cast<unsigned>(vocab % 97));
+      for (Index v = 1; v < vocab; v += 3) rows(6, v) = v % 2 == 0 ? -1e30f : -FLT_MAX;
+      const ef::Tensor<double, 2> exact = rows.cast<double>();
+      const auto token = static_cast<Index>(generator() % static_cast<unsigned>(vocab));
+      const double share = uniform(generator), at_token = probability_of(exact, trial % 8, token);
+      ef::SamplingParams params{.order = ef::kLlamaCppOrder};
+      switch (trial % 7) {
+        case 0:
+          params.top_h = share;
+          break;
+        case 1:
+          params.mirostat = 2, params.mirostat_mu = -std::log2(at_token);
+          break;
+        case 2:
+          params.mirostat = 2, params.mirostat_mu = 16 * share;
+          break;
+        case 3:
+          params.xtc_probability = 1, params.xtc_threshold = (std::min)(at_token, .5);
+          break;
+        case 4:
+          params.top_n_sigma = 3 * share;
+          break;
+        case 5:
+          params.epsilon_cutoff = at_token;
+          break;
+        default:
+          params.eta_cutoff = (std::min)(1e-3 * share, at_token);
+      }
+      if (trial % 7 > 4) params.order = ef::kHuggingFaceOrder;
+      if (trial % 3 == 1) params.temperature = .2 + 2 * uniform(generator);
+      if (trial % 4 == 1) params.min_tokens_to_keep = 40;
+      const auto p = ef::sampling_probabilities(rows, params),
+                 q = ef::sampling_probabilities(exact, params);
+      for (Index r = 0; r < 8; ++r)
+        for (Index v = 0; v < vocab; ++v)
+          ASSERT_EQ(p(r, v) > 0, q(r, v) > 0)
+              << "vocab " << vocab << " trial " << trial << " row " << r << " token " << v;
+      if (vocab == 9001)
+        for_each_isa([&](auto isa) {
+          ef::Tensor<float, 2> other(8, vocab);
+          ef::sampling_probabilities_into(on(isa), other, rows, params);
+          EXPECT_TRUE(same_bits(other, p)) << isa.name << " " << trial;
+        });
+    }
+}
+
 // Many draws from a flat row, of which one in some twenty is too near for float.
 TEST(SamplingBulk, DrawsAreThoseOfSumsInDouble) {
   const auto row = random_tensor<float, 2>({1, 50000}, 5, .01);

@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "entropy.h"
 #include "kept.h"
 #include "nearest.h"
 
@@ -198,39 +199,6 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
   if (!(least > row.band.lo)) return;
   row.band.lo_end = row.vocab;
   row.band.lo = least;
-}
-
-/// Sums over the tokens in play, of their weights and of weight * (logit - best) / temperature.
-struct WeightSums {
-  double total, moment;
-
-  double mean() const { return moment / total; }
-  /// In nats.
-  double entropy() const { return std::log(total) - mean(); }
-};
-
-/// Calls f(block, sum) with the sum of the weights of each block that may hold a token in play.
-template <typename Isa, typename T, typename F>
-WeightSums weight_sums(const SamplingRow<T>& row, F&& f) {
-  alignas(64) double weights[SamplingBlock::size];
-  WeightSums sums{0, 0};
-  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-    member_weights<Isa>(x, block, row.band, scale, weights);
-    const double sum = block_sum(weights);
-    sums.total += sum;
-    f(block, sum);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      const double moment = weights[j] * ((static_cast<double>(x[j]) - best) * scale);
-      weights[j] = weights[j] > 0 ? moment : 0.0;
-    }
-    sums.moment += block_sum(weights);
-  });
-  return sums;
-}
-template <typename Isa, typename T>
-WeightSums weight_sums(const SamplingRow<T>& row) {
-  return weight_sums<Isa>(row, [](Index, double) {});
 }
 
 /// Keeps the tokens whose information -log(probability) is nearest to the entropy, with all as near

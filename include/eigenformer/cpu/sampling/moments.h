@@ -13,6 +13,47 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
+/// Sums over the tokens in play, of their weights and of weight * (logit - best) / temperature.
+struct WeightSums {
+  double total, moment;
+
+  double mean() const { return moment / total; }
+  /// In nats.
+  double entropy() const { return std::log(total) - mean(); }
+};
+
+/// The sums in double. Calls f(block, x, weights, moments, sum) with the logits, the weights and
+/// the terms of the moment of each block that may hold a token in play, and the sum of the weights.
+template <typename Isa, typename T, typename F>
+WeightSums weight_sums_of_blocks(const SamplingRow<T>& row, F&& f) {
+  alignas(64) double weights[SamplingBlock::size], moments[SamplingBlock::size];
+  WeightSums sums{0, 0};
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
+    member_weights<Isa>(x, block, row.band, scale, weights);
+    for (Index j = 0; j < SamplingBlock::size; ++j) {
+      // below -708 the weight is 0
+      const double exponent = (static_cast<double>(x[j]) - best) * scale;
+      moments[j] = weights[j] * (exponent > -708.0 ? exponent : -708.0);
+    }
+    const double sum = block_sum(weights);
+    sums.total += sum;
+    sums.moment += block_sum(moments);
+    f(block, x, weights, moments, sum);
+  });
+  return sums;
+}
+/// Calls f(block, sum).
+template <typename Isa, typename T, typename F>
+WeightSums weight_sums(const SamplingRow<T>& row, F&& f) {
+  return weight_sums_of_blocks<Isa>(
+      row, [&](Index block, const auto*, double*, double*, double sum) { f(block, sum); });
+}
+template <typename Isa, typename T>
+WeightSums weight_sums(const SamplingRow<T>& row) {
+  return weight_sums<Isa>(row, [](Index, double) {});
+}
+
 /// A number that is within `error` of `value`.
 struct Bounded {
   double value = 0, error = 0;
@@ -193,6 +234,41 @@ struct BulkMoments {
                 1e-14 * (1 + log_total)};
   }
 };
+
+/// The mean logit of a row by its sample, and three standard errors of it.
+template <typename Isa, typename T>
+Bounded estimated_mean(const SamplingRow<T>& row, const NucleusSample<Isa>& sample) {
+  using V = simd::Vec<float, Isa>;
+  const V lowest = V::set1(std::numeric_limits<float>::lowest());
+  // the sums of w, w u, (w u)^2 with u from `middle`
+  const auto sums = [&](const float* x, const float* w, Index n, float middle, double(&to)[3]) {
+    V sum[3] = {V::zero(), V::zero(), V::zero()};
+    for_each_vector<V>(0, n, [&](Index at, auto part) {
+      const V weight = load<V>(w + at, part),
+              moment = weight * maximum(lowest, load<V>(x + at, part) - V::set1(middle));
+      sum[0] = sum[0] + weight, sum[1] = sum[1] + moment, sum[2] = fma(moment, moment, sum[2]);
+    });
+    for (int k = 0; k < 3; ++k) to[k] = static_cast<double>(reduce_add(sum[k]));
+  };
+  double some[3], best[3];
+  sums(sample.x, sample.w, sample.count, row.band.hi, some);
+  sums(sample.tops, sample.maxima, sample.blocks, row.band.hi, best);
+  const double total = sample.scale * some[0] + best[0],
+               mean = static_cast<double>(row.band.hi) + (sample.scale * some[1] + best[1]) / total;
+  sums(sample.x, sample.w, sample.count, static_cast<float>(mean), some);
+  return {mean, 3 * std::sqrt(sample.scale * (sample.scale - 1) * some[2]) / total};
+}
+
+/// The moments, about a logit near their mean where the row is long enough for a sample.
+template <typename Isa, typename T>
+BulkMoments bulk_moments(const SamplingRow<T>& row,
+                         const SamplingScratch<compute_type<T>>& scratch) {
+  float middle = row.band.hi;
+  if (row.vocab >= SelectionLimits::sampled)
+    middle =
+        static_cast<float>(estimated_mean(row, NucleusSample<Isa>(row, scratch.candidates)).value);
+  return BulkMoments(row, middle, moment_sums<Isa>(row, {middle, 0, 0}, nullptr));
+}
 
 }  // namespace cpu
 }  // namespace EIGENFORMER_ABI

@@ -13,30 +13,6 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// The mean logit of a row by its sample, and three standard errors of it.
-template <typename Isa, typename T>
-Bounded estimated_mean(const SamplingRow<T>& row, const NucleusSample<Isa>& sample) {
-  using V = simd::Vec<float, Isa>;
-  const V lowest = V::set1(std::numeric_limits<float>::lowest());
-  // the sums of w, w u, (w u)^2 with u from `middle`
-  const auto sums = [&](const float* x, const float* w, Index n, float middle, double(&to)[3]) {
-    V sum[3] = {V::zero(), V::zero(), V::zero()};
-    for_each_vector<V>(0, n, [&](Index at, auto part) {
-      const V weight = load<V>(w + at, part),
-              moment = weight * maximum(lowest, load<V>(x + at, part) - V::set1(middle));
-      sum[0] = sum[0] + weight, sum[1] = sum[1] + moment, sum[2] = fma(moment, moment, sum[2]);
-    });
-    for (int k = 0; k < 3; ++k) to[k] = static_cast<double>(reduce_add(sum[k]));
-  };
-  double some[3], best[3];
-  sums(sample.x, sample.w, sample.count, row.band.hi, some);
-  sums(sample.tops, sample.maxima, sample.blocks, row.band.hi, best);
-  const double total = sample.scale * some[0] + best[0],
-               mean = static_cast<double>(row.band.hi) + (sample.scale * some[1] + best[1]) / total;
-  sums(sample.x, sample.w, sample.count, static_cast<float>(mean), some);
-  return {mean, 3 * std::sqrt(sample.scale * (sample.scale - 1) * some[2]) / total};
-}
-
 /// Distances from `middle` between which the nearest tokens likely end that have p of the mass. The
 /// sample holds distances afterwards.
 template <typename Isa, typename T>
@@ -67,13 +43,6 @@ void bracket_distance(const SamplingRow<T>& row, NucleusSample<Isa>& sample, dou
   const float all = far;
   sample.close_in(p * masses[0], doubt, 3, near, far);
   if (far == all) far = std::numeric_limits<float>::max();
-}
-
-/// Whether the tokens up to a distance are few.
-template <typename Isa>
-bool few_up_to(const NucleusSample<Isa>& sample, float far) {
-  const auto near = [&](float x) { return x <= far; };
-  return 8 * std::count_if(sample.x, sample.x + sample.count, near) < sample.count;
 }
 
 /// The last token of those nearest to a logit.
@@ -115,29 +84,6 @@ float largest_at_most(const SamplingRow<T>& row, float most) {
   }
   return found;
 }
-
-/// Sums in double: of the weights, of weight * (logit - best) / temperature, of the weights of
-/// logits nearer to `middle` than `near`.
-template <typename Isa, typename T>
-struct ExactMoments {
-  double total = 0, moment = 0, first = 0;
-
-  ExactMoments(const SamplingRow<T>& row, float middle, float near) {
-    alignas(64) double weights[SamplingBlock::size], moments[SamplingBlock::size];
-    const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-    for_each_block<Isa>(row, row.band.lo, [&](Index block, const float* x) {
-      member_weights<Isa>(x, block, row.band, scale, weights);
-      for (Index j = 0; j < SamplingBlock::size; ++j) {
-        const double exponent = (static_cast<double>(x[j]) - best) * scale;
-        moments[j] = weights[j] * (exponent > -708.0 ? exponent : -708.0);
-      }
-      total += block_sum(weights), moment += block_sum(moments);
-      for (Index j = 0; j < SamplingBlock::size; ++j)
-        weights[j] = std::abs(x[j] - middle) < near ? weights[j] : 0.0;
-      first += block_sum(weights);
-    });
-  }
-};
 
 /// Where the tokens nearest to the mean logit end whose weights sum to p of all.
 template <typename Isa, typename T>
@@ -237,12 +183,18 @@ bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
   if (has_dropped && (!(first_near + doubt_at(first_near) < static_cast<double>(near)) ||
                       !(static_cast<double>(near) < last_far - doubt_at(near))))
     return false;
-  const ExactMoments<Isa, T> exact(row, from, near);
+  double exact_before = 0;
+  const WeightSums exact =
+      weight_sums_of_blocks<Isa>(row, [&](Index, const float* x, double* weights, double*, double) {
+        for (Index j = 0; j < SamplingBlock::size; ++j)
+          weights[j] = std::abs(x[j] - from) < near ? weights[j] : 0.0;
+        exact_before += block_sum(weights);
+      });
   const double best = static_cast<double>(row.band.hi);
-  search.center = best + exact.moment / exact.total / row.inverse_temperature;
+  search.center = best + exact.mean() / row.inverse_temperature;
   search.doubt =
       1e-12 * std::abs(search.center - best) + 1e-14 * (std::abs(best) + std::abs(search.center));
-  return decide(exact.total, exact.first, 1e-12 * exact.total);
+  return decide(exact.total, exact_before, 1e-12 * exact.total);
 }
 
 /// The band of the tokens in play up to the end. `gathered` of `found`: logits of the ring.

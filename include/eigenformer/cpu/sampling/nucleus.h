@@ -59,16 +59,20 @@ struct NucleusSample {
     }
     least = reduce_min(low);
     scale = static_cast<double>(row.vocab - blocks) / static_cast<double>(count - removed);
-    const BulkWeights<V> weights(row);
-    const auto weigh = [&](const float* from, float* to, Index n) {
+    weigh(BulkWeights<V>(row));
+  }
+
+  template <typename Weights>
+  void weigh(const Weights& weights) {
+    const auto apply = [&](const float* from, float* to, Index n) {
       for_each_vector<V>(0, n, [&](Index at, auto part) {
         V v[1] = {load<V>(from + at, part)};
         weights.apply(v);
         store(v[0], to + at, part);
       });
     };
-    weigh(x, w, count);
-    weigh(row.block_max, maxima, blocks);
+    apply(x, w, count);
+    apply(tops, maxima, blocks);
   }
 
   /// The masses below each of 8 logits.

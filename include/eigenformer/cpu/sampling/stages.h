@@ -1,6 +1,7 @@
 /// \file
 /// The filters beside those of filters.h, made of the same parts: each narrows the band, after at
-/// most a few passes over the blocks that hold tokens in play. Sums are doubles, block by block.
+/// most a few passes over the blocks that hold tokens in play. Sums of long rows are floats with a
+/// bound where every number within it decides alike (moments.h), else doubles, block by block.
 #pragma once
 
 #include "filters.h"
@@ -85,15 +86,72 @@ void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
   row.band.lo_end = row.vocab;
 }
 
+/// Whether there is a logit in [least, end) that is in play or of the lower end of the band.
+template <typename Isa, typename T>
+bool has_logit_in(const SamplingRow<T>& row, compute_type<T> least, compute_type<T> end) {
+  using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
+  const V first = V::set1(least), last = V::set1(end);
+  alignas(64) C buffer[SamplingBlock::size];
+  for (Index block = 0; block < row.blocks(); ++block) {
+    if (row.block_max[block] < least) continue;
+    const C* const x = block_logits<Isa>(row, block, buffer);
+    std::uint32_t found = 0;
+    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+      const V v = V::load(x + i);
+      found |= (less_equal(first, v) & less(v, last)).bits();
+    }
+    if (found != 0) return true;
+  }
+  return false;
+}
+
+/// Narrows the band to the tokens of weight `least` or more, if that is the same whatever `least`
+/// is within its error, else to those of weight exact(). False: there is none.
+template <typename Isa, typename T, typename Exact>
+bool keep_weights(SamplingRow<T>& row, Bounded least, Exact exact) {
+  const bool tells = least.error < least.value;
+  if (tells && least.least() > 1) return false;
+  if (tells && least.most() <= 1) {
+    SamplingRow<T> more = row, fewer = row;
+    keep_min_p<Isa>(more, least.least());
+    keep_min_p<Isa>(fewer, least.most());
+    if (same_band(more.band, fewer.band) || !has_logit_in<Isa>(row, more.band.lo, fewer.band.lo)) {
+      row.band = fewer.band;
+      return true;
+    }
+  }
+  const double weight = exact();
+  if (weight > 1) return false;
+  keep_min_p<Isa>(row, weight);
+  return true;
+}
+
+/// `share` of the sum of all weights: in float with a bound, or of an error that says nothing.
+template <typename Isa, typename T>
+Bounded bulk_share(const SamplingRow<T>& row, double share,
+                   const SamplingScratch<compute_type<T>>& scratch) {
+  if constexpr (std::is_same_v<compute_type<T>, float>) {
+    using Weights = FusedWeights<simd::Vec<float, Isa>>;
+    if (Weights::serves(row) && row.vocab >= KeptLimits::least_vocab) {
+      const Weights weights(row);
+      RowWeighing<Isa, T>{row, weights, 0.0f, 0.0f, nullptr}(*scratch.weighed);
+      const double total = scratch.weighed->total_above,
+                   error = weights.error_of(total, row.vocab) + 1e-12 * total;
+      return {share * weights.unit * total, share * weights.unit * error};
+    }
+  }
+  return {0, 1};
+}
+
 /// Excludes the top choices, the tokens of probability `threshold` or more, but the last of them;
 /// does nothing where fewer than `n` tokens would be left.
 template <typename Isa, typename T>
 void exclude_top_choices(SamplingRow<T>& row, double threshold, Index n,
                          const SamplingScratch<compute_type<T>>& scratch) {
-  const double least_weight = threshold * sum_weights<Isa>(row, scratch.block_sum);
-  if (least_weight > 1) return;  // there is none
   SamplingRow<T> choices = row;
-  keep_min_p<Isa>(choices, least_weight);
+  const auto exact = [&] { return threshold * sum_weights<Isa>(row, scratch.block_sum); };
+  if (!keep_weights<Isa>(choices, bulk_share<Isa>(row, threshold, scratch), exact)) return;
   SamplingRow<T> rest = row;
   rest.band.hi_begin = 0;
   for_each_block<Isa>(choices, choices.band.lo, [&](Index block, const auto* x) {
@@ -106,18 +164,53 @@ void exclude_top_choices(SamplingRow<T>& row, double threshold, Index n,
   if (n == 1 || count_members<Isa>(rest) >= n) row.band = rest.band;
 }
 
+/// The smallest logit in play above `value`; there is one.
+template <typename Isa, typename T>
+compute_type<T> smallest_above(const SamplingRow<T>& row, compute_type<T> value) {
+  using C = compute_type<T>;
+  using V = simd::Vec<C, Isa>;
+  const V bound = V::set1(value);
+  V least = V::set1(row.band.hi);
+  alignas(64) C buffer[SamplingBlock::size];
+  for_each_block_index<Isa>(row, value, [&](Index block) {
+    const C* const x = in_play_logits<Isa>(row, block, buffer);
+    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+      const V v = V::load(x + i);
+      least = minimum(select(less(bound, v), v, least), least);
+    }
+  });
+  return reduce_min(least);
+}
+
+/// The band ends before the last token of a prefix, with which its sum is too large; the best stays.
+template <typename Isa, typename T>
+void end_band_before(SamplingRow<T>& row, PrefixEnd<compute_type<T>> end) {
+  if (end.taken > 1 || end.value == row.band.hi) {
+    end.taken = (std::max)(end.taken - 1, Index{1});
+    return end_band_at<Isa>(row, end);
+  }
+  row.band.lo = smallest_above<Isa>(row, end.value);
+  row.band.lo_end = row.vocab;
+}
+
 /// Keeps the longest prefix of the most likely tokens whose terms of the entropy sum to at most
 /// `share` of it, and the best token.
 template <typename Isa, typename T>
 void keep_top_h(SamplingRow<T>& row, double share,
                 const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
-  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  const WeightSums sums = weight_sums<Isa>(row);
-  const double log_total = std::log(sums.total);
   // equal sums may differ by rounding
   const double part = share * (1 + 1e-12);
   if (part >= 1) return;
+  if constexpr (std::is_same_v<C, float>) {
+    PrefixEnd<C> end;
+    if (row.vocab >= SelectionLimits::sampled && serves_bulk(row) &&
+        find_top_h<Isa>(row, part, scratch, end))
+      return end_band_before<Isa>(row, end);
+  }
+  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
+  const WeightSums sums = weight_sums<Isa>(row);
+  const double log_total = std::log(sums.total);
   const double target = part * (sums.total * log_total - sums.moment);
   const auto weights = candidate_weights<C>(best, scale);
   const auto terms = [=](const C* x, Index count, double* w) {
@@ -128,22 +221,9 @@ void keep_top_h(SamplingRow<T>& row, double share,
     }
   };
   const Index n = gather_candidates<Isa>(row, row.band.lo, scratch.candidates);
-  // with the last of these tokens the sum is too large
-  PrefixEnd<C> end = select_prefix(
-      scratch.candidates, n, (std::max)(target, 0.0), [](C x) { return order_key(x); }, terms,
-      scratch);
-  if (end.taken > 1 || end.value == row.band.hi) {
-    end.taken = (std::max)(end.taken - 1, Index{1});
-    return end_band_at<Isa>(row, end);
-  }
-  C lo = row.band.hi;
-  for_each_block<Isa>(row, end.value, [&](Index block, const C* x) {
-    member_bits<Isa>(x, block, row.band, row.band.lo).for_each([&](Index j) {
-      if (x[j] > end.value) lo = (std::min)(lo, x[j]);
-    });
-  });
-  row.band.lo = lo;
-  row.band.lo_end = row.vocab;
+  end_band_before<Isa>(row, select_prefix(
+                                scratch.candidates, n, (std::max)(target, 0.0),
+                                [](C x) { return order_key(x); }, terms, scratch));
 }
 
 /// Mirostat 1: top-k, with k from the slope of the probabilities of the best 100.
@@ -170,28 +250,57 @@ void keep_mirostat_1(SamplingRow<T>& row, double mu,
 
 template <typename Isa, typename T>
 void set_dynamic_temperature(SamplingRow<T>& row, const problem::RowParams& params) {
-  const Index count = count_members<Isa>(row);
+  Index count = 0;
+  const WeightSums sums =
+      weight_sums_of_blocks<Isa>(row, [&](Index block, const auto* x, double*, double*, double) {
+        count += member_bits<Isa>(x, block, row.band, row.band.lo).count();
+      });
   if (count == 1) return;
-  const double entropy = weight_sums<Isa>(row).entropy();
-  set_temperature<Isa>(row, problem::dynamic_temperature(params, entropy, count));
+  set_temperature<Isa>(row, problem::dynamic_temperature(params, sums.entropy(), count));
 }
 
-/// Keeps tokens of probability `least` or more; where there is none, the best, with or without its
+/// Keeps tokens of weight `least` or more; where there is none, the best, with or without its
 /// equals.
+template <typename Isa, typename T, typename Exact>
+void keep_weights_or_best(SamplingRow<T>& row, Bounded least, TopKTies ties,
+                          const SamplingScratch<compute_type<T>>& scratch, Exact exact) {
+  if (!keep_weights<Isa>(row, least, exact)) keep_top_k<Isa>(row, 1, ties, scratch);
+}
+
+/// Keeps tokens of probability `least` or more.
 template <typename Isa, typename T>
-void keep_probabilities(SamplingRow<T>& row, double least, double total, TopKTies ties,
+void keep_probabilities(SamplingRow<T>& row, double least, TopKTies ties,
                         const SamplingScratch<compute_type<T>>& scratch) {
-  if (least * total > 1)
-    keep_top_k<Isa>(row, 1, ties, scratch);
-  else
-    keep_min_p<Isa>(row, least * total);
+  keep_weights_or_best<Isa>(row, bulk_share<Isa>(row, least, scratch), ties, scratch,
+                            [&] { return least * sum_weights<Isa>(row, scratch.block_sum); });
+}
+
+/// Keeps tokens of probability min(cutoff, sqrt(cutoff) exp(-entropy)) or more.
+template <typename Isa, typename T>
+void keep_eta(SamplingRow<T>& row, double cutoff, const SamplingScratch<compute_type<T>>& scratch) {
+  const auto probability = [&](double entropy) {
+    return (std::min)(cutoff, std::sqrt(cutoff) * std::exp(-entropy));
+  };
+  Bounded least{0, 1};
+  if constexpr (std::is_same_v<compute_type<T>, float>)
+    if (serves_bulk(row) && row.vocab >= KeptLimits::least_vocab) {
+      const BulkMoments moments = bulk_moments<Isa>(row, scratch);
+      const Bounded entropy =
+          moments.entropy(static_cast<double>(row.band.hi), row.inverse_temperature);
+      const double fewest = probability(entropy.most()) * moments.total.least(),
+                   most = probability(entropy.least()) * moments.total.most();
+      least = {(fewest + most) / 2, (most - fewest) / 2 + 1e-11 * most};
+    }
+  keep_weights_or_best<Isa>(row, least, TopKTies::keep_all, scratch, [&] {
+    const WeightSums sums = weight_sums<Isa>(row);
+    return probability(sums.entropy()) * sums.total;
+  });
 }
 
 template <typename Isa, typename T>
 void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::RowParams& params,
                        bool excludes, const SamplingScratch<compute_type<T>>& scratch) {
   const Index n = params.min_tokens_to_keep;
-  const auto total = [&] { return sum_weights<Isa>(row, scratch.block_sum); };
   const auto at_least = [&](auto filter) {
     // as in Hugging Face, ties of the n-th stay at a cutoff
     const bool cutoff =
@@ -215,23 +324,17 @@ void apply_rare_filter(SamplingRow<T>& row, SamplingStage stage, const problem::
       return;
     case SamplingStage::epsilon_cutoff:
       return at_least([&](auto& r) {
-        keep_probabilities<Isa>(r, params.epsilon_cutoff, total(), TopKTies::keep_all, scratch);
+        keep_probabilities<Isa>(r, params.epsilon_cutoff, TopKTies::keep_all, scratch);
       });
     case SamplingStage::eta_cutoff:
-      return at_least([&](auto& r) {
-        const WeightSums sums = weight_sums<Isa>(r);
-        const double cutoff = params.eta_cutoff,
-                     with_entropy = std::sqrt(cutoff) * std::exp(-sums.entropy());
-        keep_probabilities<Isa>(r, (std::min)(cutoff, with_entropy), sums.total, TopKTies::keep_all,
-                                scratch);
-      });
+      return at_least([&](auto& r) { keep_eta<Isa>(r, params.eta_cutoff, scratch); });
     case SamplingStage::top_h:
       return keep_top_h<Isa>(row, params.top_h, scratch);
     case SamplingStage::mirostat:
       if (params.mirostat == 1) return keep_mirostat_1<Isa>(row, params.mirostat_mu, scratch);
       // no token whose surprise is above mu, unless the best one's is
-      return keep_probabilities<Isa>(row, std::exp2(-params.mirostat_mu), total(),
-                                     TopKTies::lowest_index, scratch);
+      return keep_probabilities<Isa>(row, std::exp2(-params.mirostat_mu), TopKTies::lowest_index,
+                                     scratch);
     default:
       return;
   }
