@@ -108,8 +108,10 @@ void run(const Options& options, programs::LoadedModel& model) {
   if (model.config().form.experts.count == 0) {  // of which a token reads some
     figures.step_bytes = static_cast<double>(model.step_bytes());
     figures.work = model.work_of_token();
-    if (options.model.int8 || options.model.int4)
+    if (options.model.int8 || (options.model.int4 && !options.model.w4a16))
       figures.peak = bench::Peak::int8;
+    else if (options.model.int4)  // W4A16 multiplies floats
+      figures.peak = bench::Peak::float_fma;
     else if (!options.model.as_stored && !packed)
       figures.peak = options.model.bf16 ? bench::Peak::bfloat16 : bench::Peak::float_fma;
   }

@@ -122,10 +122,11 @@ struct ModelOptions {
   /// "INT8 by 32", "bfloat16".
   std::string weights_name() const {
     const std::string by = group == 0 ? "" : std::string(" by ") + std::to_string(group);
+    const std::string how = std::string(symmetric ? ", symmetric" : "") + (w4a16 ? ", W4A16" : "");
     if (int8) return "INT8" + by;
-    if (int4) return "INT4" + by;
+    if (int4) return "INT4" + by + how;
     if (half) return "half";
-    if (as_stored) return "as stored";
+    if (as_stored) return "as stored" + how;
     return bf16 ? "bfloat16" : "float";
   }
 };
