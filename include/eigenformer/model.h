@@ -40,12 +40,14 @@
 /// blocks, else float; INT4 where all are in four bits. Experts of a layer whose formats then differ
 /// are refused.
 ///
-/// Cost: loading reads the weights once (twice for INT8 and INT4) and packs them on the device;
-/// beside the packed weights it holds no more than the largest tensor and the pages of one layer,
-/// which are given back when it is packed. A head that is the embedding too is one tensor, the
-/// packed one, INT8 where the weights are INT8 or INT4. The file stays mapped where another
-/// embedding is used as stored. With LoadOptions::cache the second start maps what the first packed
-/// (model/packed_file.h), each matrix in its own format; a file of pack_model is mapped at once.
+/// Cost: loading reads the file once and packs on the device, blocks converted on its threads; what
+/// lies there as numbers is read twice from memory for INT8 and INT4. Beside the packed weights it
+/// holds no more than the matrices of one product as float and the pages of one layer, which are
+/// given back when it is packed; of the head, which comes last, a few MB. A head that is the
+/// embedding too is one tensor, the packed one, INT8 where the weights are INT8 or INT4. The file
+/// stays mapped where another embedding is used as stored. With LoadOptions::cache the second start
+/// maps what the first packed (model/packed_file.h), each matrix in its own format; a file of
+/// pack_model is mapped at once.
 #pragma once
 
 #include <filesystem>

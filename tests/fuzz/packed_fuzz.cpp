@@ -1,11 +1,12 @@
 // clang++-16 -fsanitize=fuzzer,address,undefined: see run.sh. The input is a list of changes to a
 // good file, whose checksum is then made to agree: without that nothing would pass it.
-#include <eigenformer/model/packed_file.h>
+#include <eigenformer/model/packed_model.h>
 
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 
+#include "../model/gguf_writer.h"
 #include "../model/packed_models.h"
 
 namespace {
@@ -14,21 +15,66 @@ using namespace eigenformer_test;
 
 const Eigen::DefaultDevice kHere;
 
-const std::string& good_file(std::size_t form) {
+/// What the files of a whole model say besides its weights: a folder's.
+struct FolderTexts {
+  template <typename F>
+  void each_text(F&& f) const {
+    f("config.json", R"({"model_type": "llama", "vocab_size": 37, "hidden_size": 40,
+      "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10,
+      "intermediate_size": 48, "rms_norm_eps": 1e-5, "tie_word_embeddings": false})");
+    f("tokenizer.json", R"({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2},
+      "merges": ["a b"]}, "added_tokens": [{"id": 3, "content": "<s>", "special": true}]})");
+    f("chat_template.jinja", "{{ bos_token }}");
+  }
+};
+/// A GGUF file's.
+struct GgufTexts {
+  template <typename F>
+  void each_text(F&& f) const {
+    GgufWriter writer;
+    writer.text("general.architecture", "llama");
+    for (const auto& [name, value] : {std::pair{"block_count", 2},
+                                      {"embedding_length", 40},
+                                      {"attention.head_count", 4},
+                                      {"attention.head_count_kv", 2},
+                                      {"attention.key_length", 10},
+                                      {"feed_forward_length", 48}})
+      writer.integer(std::string("llama.") + name, static_cast<std::uint32_t>(value));
+    writer.text("tokenizer.ggml.model", "gpt2");
+    writer.text("tokenizer.ggml.pre", "gpt-2");
+    writer.texts("tokenizer.ggml.tokens", {"a", "b", "ab"});
+    writer.texts("tokenizer.ggml.merges", {"a b"});
+    for (const auto& [name, rows] : {std::pair{"token_embd.weight", 37}, {"output.weight", 37}})
+      writer.tensor(name, {static_cast<std::uint64_t>(rows), 0}, std::vector<float>());
+    writer.tensor("rope_freqs.weight", {5}, std::vector<float>(5, 1.0f));
+    f("model.gguf", writer.file());
+  }
+};
+
+/// Of each form packed weights, then whole models.
+const std::vector<std::string>& good_files() {
   static const std::vector<std::string> files = [] {
     std::vector<std::string> made;
     const auto path = std::filesystem::temp_directory_path() /
                       ("packed_fuzz_" + std::to_string(std::random_device{}()));
+    const auto keep = [&] {
+      std::ifstream stream(path, std::ios::binary);
+      made.emplace_back(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
+    };
     for (const ef::DecoderForm& one : packed_forms()) {
       ef::write_packed_weights(*packed_model<float>(kPackedConfig, ef::WeightFormat::int8, one),
                                path, "key");
-      std::ifstream stream(path, std::ios::binary);
-      made.emplace_back(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
+      keep();
     }
+    const auto llama = packed_model<float>(kPackedConfig, ef::WeightFormat::int8, {});
+    ef::detail::write_packed_model(kHere, *llama, FolderTexts(), path);
+    keep();
+    ef::detail::write_packed_model(kHere, *llama, GgufTexts(), path);
+    keep();
     std::filesystem::remove(path);
     return made;
   }();
-  return files[form];
+  return files;
 }
 
 template <typename X>
@@ -85,9 +131,9 @@ struct Touch {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < 2) return 0;
-  const std::size_t form = data[0] % packed_forms().size();
+  const std::size_t form = data[0] % good_files().size();
   const bool agrees = data[1] % 8 != 0;
-  std::string file = good_file(form);
+  std::string file = good_files()[form];
   std::size_t at = 2;
   for (; at + 10 <= size; at += 10) {  // where, in units of a number, and what
     std::uint16_t place = 0;
@@ -108,10 +154,18 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   }
   try {
     const auto page = std::make_shared<const Page>(file);
+    Touch visit;
+    if (form >= packed_forms().size()) {
+      const ef::detail::PackedModelFile model(page->bytes(), "f", page);
+      model.read<float>(kHere, {}, [&](const auto&, const ef::Tokenizer& tokenizer, auto weights) {
+        ef::detail::PackedParts::all(*weights, visit);
+        return tokenizer.encode("ab <s>").size();
+      });
+      return 0;
+    }
     const auto found = ef::detail::find_packed_weights<float>(
         kHere, page->bytes(), "f", page, "key", kPackedConfig, ef::WeightFormat::int8,
         packed_forms()[form]);
-    Touch visit;
     if (found != nullptr) ef::detail::PackedParts::all(*found, visit);
   } catch (const ef::ModelFileError&) {
   } catch (const std::logic_error&) {  // read_packed_weights says it as a ModelFileError

@@ -118,6 +118,68 @@ TEST(LinearInt4, RowsThreadsAndStackingChangeNothing) {
   EXPECT_TRUE(same_bits(y, ef::Tensor<float, 2>(ef::linear(x, stacked))));
 }
 
+/// Panels, scales and minimums.
+template <typename T>
+bool same_memory(const ef::PackedWeight<T>& a, const ef::PackedWeight<T>& b) {
+  const Index factors = ef::detail::PanelAccess::scales(a).size();
+  const auto same = [](const void* x, const void* y, Index bytes) {
+    return bytes == 0 || std::memcmp(x, y, static_cast<std::size_t>(bytes)) == 0;
+  };
+  return a.rows() == b.rows() && a.columns() == b.columns() && a.layout() == b.layout() &&
+         a.bytes() == b.bytes() && same(a.data(), b.data(), a.bytes()) &&
+         same(a.scales(), b.scales(), factors * 4) &&
+         (a.minimums() == nullptr) == (b.minimums() == nullptr) &&
+         (a.minimums() == nullptr || same(a.minimums(), b.minimums(), factors * 4));
+}
+
+// Weights that are never whole in memory: here of every scalar.
+TEST(Packing, SlicesChangeNothing) {
+  const Index rows = 133, columns = 70;
+  const auto weight = random_tensor<float, 2>({rows, columns}, 4);
+  const auto check = [&]<typename T>(const auto& on, T, const ef::PackingOptions<T>& options) {
+    const auto whole = ef::pack_weight<T>(on, weight, options);
+    for (const Index size : {0, 40 * 70, 100 * 70, 1000 * 70}) {
+      Index next = 0;
+      ef::Tensor<float, 2> slice;
+      const auto sliced = ef::detail::pack_slices<T>(
+          on, rows, columns, options,
+          [&](Index first, Index count) {
+            EXPECT_EQ(first, next);
+            next += count;
+            slice = ef::Tensor<float, 2>(count, columns);
+            std::copy_n(weight.data() + first * columns, slice.size(), slice.data());
+            return ef::TensorView<const float, 2>(slice.data(), count, columns);
+          },
+          size);
+      EXPECT_EQ(next, rows);
+      EXPECT_TRUE(same_memory(whole, sliced)) << size;
+    }
+  };
+  const auto check_all = [&](const auto& on) {
+    check(on, float{}, {});
+    check(on, ef::half{}, {});
+    check(on, std::int8_t{}, {});
+    check(on, std::int8_t{}, {.group_size = 32});
+    check(on, ef::int4{}, {});
+    check(on, ef::int4{}, {.group_size = 64, .zero_points = true});
+  };
+  for_each_product_isa([&](auto isa) { check_all(on(isa)); });
+  Threads threads(3);
+  check_all(threads.device);
+  ef::Tensor<float, 2> bad(weight);
+  bad(132, 69) = std::numeric_limits<float>::quiet_NaN();
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::detail::pack_slices<std::int8_t>(
+            Eigen::DefaultDevice{}, rows, columns, {},
+            [&](Index first, Index count) {
+              return ef::TensorView<const float, 2>(bad.data() + first * columns, count, columns);
+            },
+            40 * 70);
+      },
+      {"pack_weight", "weights from row 128 on[4, 69] is nan"});
+}
+
 // W4A16: what the weights stand for, as a float weight.
 template <typename X>
 void check_wide(Index tokens, Index in, Index out, Index group, bool with_minimums, unsigned seed) {

@@ -2,7 +2,7 @@
 // string makes the reader misbehave.
 #include <eigenformer/model/gguf.h>
 
-#include <eigenformer/model/dequantize.h>
+#include <eigenformer/model/stored_matrix.h>
 
 #include "compare.h"
 #include "model_files.h"
@@ -129,6 +129,21 @@ TEST(Gguf, BlocksHaveTheBitsOfTheReference) {
   EXPECT_EQ(formats, 11);
   EXPECT_EQ(golden().tensors().at("Q4_K").shape, (Shape{3, 512}));
   EXPECT_EQ(values_of(golden().tensors().at("F32", Shape{2, 3}))[4], 1.0f);
+}
+
+TEST(Gguf, ThreadsConvertToTheSameBits) {
+  std::string bytes(34 * 16 * 300, 0);
+  for (std::size_t i = 0; i < bytes.size(); ++i)
+    bytes[i] = static_cast<char>(i % 34 == 1 ? 0x2c : i * 7 % 251);
+  const ef::StoredTensor tensor{"t", ef::StoredFormat::q8_0, {300, 512}, bytes_of(bytes)};
+  const auto expected = values_of(tensor);
+  for (const int count : {1, 2, 3}) {
+    Threads threads(count);
+    std::vector<float> values(290 * 512);
+    ef::detail::convert_rows(threads.device, tensor, 7, values);
+    EXPECT_EQ(std::memcmp(values.data(), expected.data() + 7 * 512, values.size() * sizeof(float)),
+              0);
+  }
 }
 
 TEST(Gguf, DequantizeRefusesOtherSizes) {

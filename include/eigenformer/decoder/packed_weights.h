@@ -131,19 +131,24 @@ class PackedDecoderWeights {
   void pack_head(const D& device, const TensorView<const N, 1>& last_norm,
                  const TensorView<const W, 2>& head, const WeightStorage& storage,
                  const C& communicator, const Memory& memory = host_memory) {
-    detail::require_storage<T>(storage, kName);
     Packing::require_shape(head, "head", config_.vocabulary, config_.features);
-    auto packed_norm = Packing::vector(device, last_norm, "norm", config_.features, memory);
     const detail::ReadableTensor<W, 2> readable(memory_of(device), head, memory);
-    const WeightStorage format = detail::without_int4(storage);
-    detail::with_stored_scalar<T, W>(format.format, [&]<typename S>(std::type_identity<S>) {
-      if constexpr (!std::is_same_v<S, int4>)
-        head_ = pack_column_shard<S>(device, readable.view(), communicator,
-                                     detail::packing_options<S>(format));
+    set_head<W>(device, last_norm, storage, memory, [&]<typename S>(const auto& options) {
+      return pack_column_shard<S>(device, readable.view(), communicator, options);
     });
-    norm_.weight = std::move(packed_norm);
-    if (form_.norm == DecoderNorm::layer && norm_.bias.size() == 0)
-      norm_.bias = Packing::zeros(device, config_.features);
+  }
+  /// The same of a head that need not be whole in memory, for one rank: slice_of(first, count) gives
+  /// a view (count, features) of its rows from `first` on, which is read before the next is asked
+  /// for.
+  template <CpuDevice D, typename N, typename Slice>
+  void pack_head_slices(const D& device, const TensorView<const N, 1>& last_norm, Slice&& slice_of,
+                        const WeightStorage& storage) {
+    using W = scalar_of<decltype(slice_of(Index{}, Index{}))>;
+    set_head<W>(device, last_norm, storage, host_memory, [&]<typename S>(const auto& options) {
+      const Index rows = config_.vocabulary, columns = config_.features;
+      return PackedColumnShard<S>{detail::pack_slices<S>(device, rows, columns, options, slice_of),
+                                  rows, columns, 0, 1};
+    });
   }
   /// Bias of the norm behind the last layer (features), of forms with LayerNorm.
   template <Device D, typename N>
@@ -271,6 +276,22 @@ class PackedDecoderWeights {
   using Packing = detail::LayerPacking;
   Packing packing(Index layer) const { return {config_, form_, layer}; }
   static constexpr auto kName = detail::LayerPacking::kName;
+
+  /// pack(options) of a scalar that holds W gives the head.
+  template <typename W, typename D, typename N, typename Pack>
+  void set_head(const D& device, const TensorView<const N, 1>& last_norm,
+                const WeightStorage& storage, const Memory& memory, Pack&& pack) {
+    detail::require_storage<T>(storage, kName);
+    auto packed_norm = Packing::vector(device, last_norm, "norm", config_.features, memory);
+    const WeightStorage format = detail::without_int4(storage);
+    detail::with_stored_scalar<T, W>(format.format, [&]<typename S>(std::type_identity<S>) {
+      if constexpr (!std::is_same_v<S, int4>)
+        head_ = pack.template operator()<S>(detail::packing_options<S>(format));
+    });
+    norm_.weight = std::move(packed_norm);
+    if (form_.norm == DecoderNorm::layer && norm_.bias.size() == 0)
+      norm_.bias = Packing::zeros(device, config_.features);
+  }
 
   template <typename D, typename W>
   void own_copy(const D& device, const TensorView<const W, 2>& table) {

@@ -252,6 +252,47 @@ void pack_stacked(const D& device, PackedWeight<T>& packed, const View* views, i
                              scale_steps<T>(options));
 }
 
+/// Numbers that a slice of pack_slices has, unless one panel has more: 4 MB of float.
+inline constexpr Index kPackedSlice = Index{1} << 20;
+
+/// A weight (rows, columns) whose numbers need not lie in memory together: slice_of(first, count)
+/// gives a view of the rows from `first` on, (count, columns), which is read before the next one is
+/// asked for. The bits are those of packing it whole. On CPUs, whose panels of so many rows lie one
+/// behind the other.
+template <typename T, typename D, typename Slice>
+PackedWeight<T> pack_slices(const D& device, Index rows, Index columns,
+                            const PackingOptions<T>& options, Slice&& slice_of,
+                            Index slice_size = kPackedSlice) {
+  using W = scalar_of<decltype(slice_of(Index{}, Index{}))>;
+  constexpr std::string_view name = "pack_weight";
+  checked_product(rows, (std::max)(Index{1}, columns), name, "weights");
+  require_packing<T>(name, columns, options);
+  const auto sizes_of = [&](Index count) {
+    return run(device, panels_of<T>(count, columns, options));
+  };
+  const Index width = sizes_of(rows).layout.columns,
+              panels_at_once = slice_size / (std::max)(Index{1}, columns) / width,
+              most = (std::max)(Index{1}, panels_at_once) * width;
+  PackedWeight<T> packed;
+  pack_panels(device, packed, panels_of<T>(rows, columns, options), [&](const auto& panels) {
+    for (Index first = 0; first < rows; first += most) {
+      const Index count = (std::min)(most, rows - first);
+      const TensorView<const W, 2> slice = slice_of(first, count);
+      const problem::PanelSizes before = sizes_of(first);
+      problem::PackWeight<T, W, 1> part{panels, {slice.data()}};
+      part.packed.rows = count;
+      part.packed.data += before.elements;
+      part.packed.scales = offset_by(panels.scales, before.scales);
+      part.packed.minimums = offset_by(panels.minimums, before.scales);
+      if (run(device, part, thread_workspace()) >= 0)
+        throw_not_quantizable<D>(name, "weights from row " + std::to_string(first) + " on", slice,
+                                 scale_steps<T>(options));
+    }
+    return -1;
+  });
+  return packed;
+}
+
 /// Scales of weights are finite and not negative; names the first that is not.
 template <Device D, typename View>
 void require_scales(std::string_view name, const View& scales) {

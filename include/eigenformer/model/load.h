@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -60,7 +61,7 @@ class ModelLoader {
   }
 
   StoredMatrix matrix(const std::string& name, Index rows, Index columns) {
-    return from_.matrix(name, rows, columns, m_.transposed, keeps_int4());
+    return from_.matrix(device_, name, rows, columns, m_.transposed, keeps_int4());
   }
   bool keeps_int4() const {
     return stores<T, int4> && weights_->storage().format == WeightFormat::as_stored;
@@ -182,14 +183,15 @@ class ModelLoader {
                    k = matrix(of_layer(l, weight(n.key)), rows.count(1), d),
                    v = matrix(of_layer(l, weight(n.value)), rows.count(2), d);
       storage = storage_of(q, k, v);
-      visit_matrices(pack_qkv, q, k, v);
+      visit_matrices(device_, pack_qkv, q, k, v);
     } else {
       StoredMatrix fused = matrix(of_layer(l, weight(n.qkv)), rows.total(), d);
       const bool stacked = m_.qkv_layout == QkvLayout::stacked;
-      if (fused.is_int4() && !stacked) fused.convert();
+      if (fused.is_int4() && !stacked) fused.convert(device_);
       storage = storage_of(fused);
       if (stacked)
         visit_matrices(
+            device_,
             [&](const auto& all) {
               const Index q = rows.count(0), kv = rows.count(1);
               pack_qkv(rows_of(all, 0, q), rows_of(all, q, kv), rows_of(all, q + kv, kv));
@@ -215,6 +217,7 @@ class ModelLoader {
   template <typename Place>
   void pack_one(Index l, StoredMatrix one, Place&& place) {
     visit_matrices(
+        device_,
         [&]<typename View>(const View& view) {
           DecoderLayerViews<scalar_of_matrix<View>, float> views;
           place(views)->emplace(view);
@@ -226,7 +229,7 @@ class ModelLoader {
   template <typename Place>
   void pack_router(Index l, const std::string& name, Index rows, Place&& place) {
     StoredMatrix one = matrix_of(l, name, rows, m_.shape.features);
-    if (one.is_int4()) one.convert();
+    if (one.is_int4()) one.convert(device_);
     pack_one(l, std::move(one), place);
   }
 
@@ -246,6 +249,7 @@ class ModelLoader {
       StoredMatrix fused = matrix(of_layer(l, weight(n.gate_up)), 2 * hidden, d);
       storage = storage_of(fused);
       visit_matrices(
+          device_,
           [&](const auto& both) {
             pack_gated(rows_of(both, 0, hidden), rows_of(both, hidden, hidden));
           },
@@ -254,7 +258,7 @@ class ModelLoader {
       StoredMatrix gate = matrix(of_layer(l, weight(n.gate)), hidden, d),
                    up = matrix(of_layer(l, weight(n.up)), hidden, d);
       storage = storage_of(gate, up);
-      visit_matrices(pack_gated, gate, up);
+      visit_matrices(device_, pack_gated, gate, up);
     }
     pack_one(l, n.down, d, hidden, [](auto& views) { return &views.down; });
   }
@@ -295,6 +299,7 @@ class ModelLoader {
   void pack_unit(Index l, Index e, StoredMatrix gate, StoredMatrix up, StoredMatrix down) {
     const WeightStorage storage = storage_of(gate, up, down);
     visit_matrices(
+        device_,
         [&]<typename View>(const View& first, const View& second, const View& third) {
           DecoderLayerViews<scalar_of_matrix<View>, float> views;
           views.expert = e;
@@ -318,8 +323,8 @@ class ModelLoader {
                          up = stored_rows(both, (2 * e + 1) * hidden, hidden),
                          down = stored_rows(downs, e * d, d);
       const bool int4 = keeps_int4();
-      pack_unit(l, e, StoredMatrix(gate, false, int4), StoredMatrix(up, false, int4),
-                StoredMatrix(down, false, int4));
+      pack_unit(l, e, {device_, gate, false, int4}, {device_, up, false, int4},
+                {device_, down, false, int4});
     }
   }
 
@@ -342,8 +347,8 @@ class ModelLoader {
                            stored_rows(*parts[1], e * rows[1], rows[1]),
                            stored_rows(*parts[2], e * rows[2], rows[2])};
       const bool int4 = keeps_int4();
-      pack_unit(l, e, StoredMatrix(own[0], false, int4), StoredMatrix(own[1], false, int4),
-                StoredMatrix(own[2], false, int4));
+      pack_unit(l, e, {device_, own[0], false, int4}, {device_, own[1], false, int4},
+                {device_, own[2], false, int4});
       if (!m_.form.feed_forward_bias) continue;
       Views views;
       views.expert = e;
@@ -426,16 +431,11 @@ class ModelLoader {
       return TensorView<const float, 1>(x.data(), static_cast<Index>(x.size()));
     };
     const auto table = [&](const std::string& name, Index rows) {
-      return StoredMatrix(from_.at(name, {rows, d}));
+      return StoredMatrix(device_, from_.at(name, {rows, d}));
     };
     // Newer files call every head lm_head.
     const std::string own = from_.contains("lm_head.weight") ? "lm_head" : n.head;
-    {
-      const StoredMatrix head = table(weight(m_.tied_head ? n.embedding : own), vocabulary);
-      head.visit([&](const auto& rows) {
-        weights_->pack_head(device_, view(norm), rows, storage_of(head), alone_);
-      });
-    }
+    pack_head(view(norm), from_.at(weight(m_.tied_head ? n.embedding : own), {vocabulary, d}));
     if (m_.norm_bias) weights_->set_norm_bias(device_, view(from_.vector(bias(n.norm), d)));
     if (m_.head_bias)
       weights_->set_head_bias(device_, view(from_.vector(bias(n.head), vocabulary)));
@@ -458,6 +458,30 @@ class ModelLoader {
     if (memory_of(device_).backend != host_memory.backend)
       weights_->own_embedding(device_, WeightFormat::activation);
     from_.report();
+  }
+
+  /// The largest tensor of many models, and the last: on a CPU a slice of it at a time is converted
+  /// or mapped.
+  void pack_head(const TensorView<const float, 1>& norm, const StoredTensor& tensor) {
+    const WeightStorage storage = storage_for({tensor.format});
+    if constexpr (CpuDevice<D>) {
+      std::optional<StoredTensor> rows;
+      std::optional<StoredMatrix> slice;
+      const auto pack = [&]<typename W>(std::type_identity<W>) {
+        const auto slice_of = [&](Index first, Index count) {
+          if (rows) from_.release(rows->bytes);
+          rows = stored_rows(tensor, first, count);
+          slice.emplace(device_, *rows);
+          return slice->view<W>();
+        };
+        weights_->pack_head_slices(device_, norm, slice_of, storage);
+      };
+      StoredMatrix::visit_scalar(tensor, pack);
+    } else {
+      StoredMatrix(device_, tensor).visit([&](const auto& rows) {
+        weights_->pack_head(device_, norm, rows, storage, alone_);
+      });
+    }
   }
 
   const D& device_;

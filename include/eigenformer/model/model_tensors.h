@@ -73,13 +73,14 @@ class ModelTensors {
     return values;
   }
   /// (rows, columns), or the other way round in the file.
-  StoredMatrix matrix(const std::string& name, Index rows, Index columns, bool transposed,
-                      bool keeps_int4 = false) {
+  template <typename D>
+  StoredMatrix matrix(const D& device, const std::string& name, Index rows, Index columns,
+                      bool transposed, bool keeps_int4 = false) {
     std::vector<std::int64_t> shape{rows, columns};
     if (transposed) std::swap(shape[0], shape[1]);
     const StoredTensor* const tensor = rows == 1 ? find(name) : nullptr;
     if (tensor != nullptr && tensor->shape.size() == 1) shape.erase(shape.begin());  // one row
-    return StoredMatrix(at(name, shape), transposed, keeps_int4);
+    return StoredMatrix(device, at(name, shape), transposed, keeps_int4);
   }
 
   /// Whether the files have a tensor of just this name; it does not count as asked for.
@@ -93,6 +94,8 @@ class ModelTensors {
   void report() const {
     if (progress_) progress_(done_, total_);
   }
+  /// These bytes of a tensor are packed.
+  void release(std::span<const std::byte> bytes) const { release_(bytes); }
   /// All that was found so far is packed.
   void release() {
     for (const StoredTensor* const tensor : found_) release_(tensor->bytes);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../cpu/parallel.h"
 #include "../linear.h"
 #include "dequantize.h"
 
@@ -18,19 +19,33 @@ constexpr bool has_int4_blocks(StoredFormat format) {
          format == StoredFormat::q4_k;
 }
 
+/// body(begin, end) for ranges of rows of so many numbers, on the threads of a device.
+template <typename D, typename Body>
+void for_ranges_of_rows(const D& device, Index rows, Index columns, Body&& body) {
+  if constexpr (CpuDevice<D>)
+    cpu::parallel_for(device, rows, cpu::Cost{columns},
+                      [&](Index begin, Index end, int) { body(begin, end); });
+  else
+    body(Index{0}, rows);
+}
+
 /// A matrix (out, in) of such blocks.
 class StoredInt4 {
  public:
-  explicit StoredInt4(const StoredTensor& tensor)
+  template <typename D>
+  StoredInt4(const D& device, const StoredTensor& tensor)
       : rows_(tensor.rows()), columns_(tensor.columns()) {
     const auto count = static_cast<std::size_t>(rows_ * columns_);
     const auto block = static_cast<std::size_t>(layout_of(tensor.format).block_elements);
     values_.resize(count);
     scales_.resize(count / 32);
     if (tensor.format != StoredFormat::q4_0) minimums_.resize(count / 32);
-    const std::byte* from = tensor.bytes.data();
-    for (std::size_t i = 0; i < count; i += block, from += layout_of(tensor.format).block_bytes)
-      read(tensor.format, from, i);
+    const auto bytes = static_cast<std::size_t>(layout_of(tensor.format).block_bytes);
+    for_ranges_of_rows(device, rows_, columns_, [&](Index begin, Index end) {
+      for (auto i = static_cast<std::size_t>(begin * columns_);
+           i < static_cast<std::size_t>(end * columns_); i += block)
+        read(tensor.format, tensor.bytes.data() + i / block * bytes, i);
+    });
   }
 
   bool has_minimums() const { return !minimums_.empty(); }

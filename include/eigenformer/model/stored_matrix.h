@@ -3,11 +3,13 @@
 /// it, else converted to float.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <optional>
+#include <span>
+#include <type_traits>
 #include <vector>
 
+#include "../core/packed_array.h"
 #include "../core/tensor.h"
 #include "config.h"
 #include "dequantize.h"
@@ -18,6 +20,18 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
+/// dequantize_rows on the threads of a device.
+template <typename D>
+void convert_rows(const D& device, const StoredTensor& tensor, Index first,
+                  std::span<float> values) {
+  const Index columns = tensor.columns(), rows = columns == 0 ? 0 : std::ssize(values) / columns;
+  for_ranges_of_rows(device, rows, columns, [&](Index begin, Index end) {
+    dequantize_rows(tensor, first + begin,
+                    values.subspan(static_cast<std::size_t>(begin * columns),
+                                   static_cast<std::size_t>((end - begin) * columns)));
+  });
+}
+
 class StoredMatrix {
  public:
   template <typename W>
@@ -25,20 +39,22 @@ class StoredMatrix {
 
   /// `transposed`: (in, out) in the file, (out, in) here. `keeps_int4`: blocks of four bits become
   /// INT4 and not float.
-  explicit StoredMatrix(const StoredTensor& tensor, bool transposed = false,
-                        bool keeps_int4 = false)
+  template <typename D>
+  StoredMatrix(const D& device, const StoredTensor& tensor, bool transposed = false,
+               bool keeps_int4 = false)
       : tensor_(&tensor), transposed_(transposed) {
     rows_ = transposed ? tensor.columns() : tensor.rows();
     columns_ = transposed ? tensor.rows() : tensor.columns();
     if (keeps_int4 && !transposed && has_int4_blocks(tensor.format))
-      int4_.emplace(tensor);
-    else if (transposed || !(lies_as<float>() || lies_as<bfloat16>() || lies_as<half>()))
-      convert();
+      int4_.emplace(device, tensor);
+    else if (transposed ||
+             !(lies_as<float>(tensor) || lies_as<bfloat16>(tensor) || lies_as<half>(tensor)))
+      convert(device);
   }
 
   Index rows() const { return rows_; }
   Index columns() const { return columns_; }
-  bool converted() const { return !values_.empty(); }
+  bool converted() const { return values_.size() > 0; }
   bool is_int4() const { return int4_.has_value(); }
   /// The file's, and that of what is read, where Q4_0 stands for all of INT4.
   StoredFormat stored() const { return tensor_->format; }
@@ -47,31 +63,41 @@ class StoredMatrix {
   }
 
   /// A float copy, where it is not one yet.
-  void convert() {
+  template <typename D>
+  void convert(const D& device) {
     int4_.reset();
     if (converted() || rows_ * columns_ == 0) return;
-    std::vector<float> values(static_cast<std::size_t>(rows_ * columns_));
-    dequantize_rows(*tensor_, 0, values);
+    PackedArray<float> values;
+    values.resize(rows_ * columns_);
+    convert_rows(device, *tensor_, 0, {values.data(), static_cast<std::size_t>(values.size())});
     if (transposed_) {
       values_.resize(values.size());
       for (Index i = 0; i < columns_; ++i)
         for (Index o = 0; o < rows_; ++o)
-          values_[static_cast<std::size_t>(o * columns_ + i)] =
-              values[static_cast<std::size_t>(i * rows_ + o)];
+          values_.data()[o * columns_ + i] = values.data()[i * rows_ + o];
     } else {
       values_ = std::move(values);
     }
   }
 
+  /// f(std::type_identity<W>), W the scalar that rows of a tensor are read in.
+  template <typename F>
+  static void visit_scalar(const StoredTensor& tensor, F&& f) {
+    if (lies_as<bfloat16>(tensor))
+      f(std::type_identity<bfloat16>{});
+    else if (lies_as<half>(tensor))
+      f(std::type_identity<half>{});
+    else
+      f(std::type_identity<float>{});
+  }
   /// f(view), of float, bfloat16 or half, of one that keeps no INT4.
   template <typename F>
   void visit(F&& f) const {
-    if (converted() || lies_as<float>())
+    if (converted())
       f(view<float>());
-    else if (lies_as<bfloat16>())
-      f(view<bfloat16>());
     else
-      f(view<half>());
+      visit_scalar(*tensor_,
+                   [&]<typename W>(std::type_identity<W>) { f(this->template view<W>()); });
   }
   /// As INT4, with minimums where `minimums` says so.
   bool has_minimums() const { return is_int4() && int4_->has_minimums(); }
@@ -92,24 +118,24 @@ class StoredMatrix {
                                           : std::is_same_v<W, bfloat16> ? StoredFormat::bf16
                                                                         : StoredFormat::f16;
   template <typename W>
-  bool lies_as() const {
-    return tensor_->format == kFormat<W> &&
-           reinterpret_cast<std::uintptr_t>(tensor_->bytes.data()) % alignof(W) == 0;
+  static bool lies_as(const StoredTensor& tensor) {
+    return tensor.format == kFormat<W> &&
+           reinterpret_cast<std::uintptr_t>(tensor.bytes.data()) % alignof(W) == 0;
   }
 
   const StoredTensor* tensor_;
   bool transposed_;
   Index rows_, columns_;
-  std::vector<float> values_;
+  PackedArray<float> values_;
   std::optional<StoredInt4> int4_;
 };
 
 /// f(views...) of matrices in one scalar, or of Int4View: where theirs differ, of float copies.
-template <typename F, typename... Matrices>
-void visit_matrices(F&& f, StoredMatrix& first, Matrices&... others) {
+template <typename D, typename F, typename... Matrices>
+void visit_matrices(const D& device, F&& f, StoredMatrix& first, Matrices&... others) {
   if (!((first.format() == others.format()) && ...)) {
-    first.convert();
-    (others.convert(), ...);
+    first.convert(device);
+    (others.convert(device), ...);
   }
   if (first.is_int4()) {
     const bool minimums = (first.has_minimums() || ... || others.has_minimums());
