@@ -1,6 +1,6 @@
 // GGUF: files of the reference are read, blocks are what the reference makes of them, and no byte
 // string makes the reader misbehave.
-#include <eigenformer/model/gguf.h>
+#include <eigenformer/model/gguf_outline.h>
 
 #include <eigenformer/model/stored_matrix.h>
 
@@ -136,9 +136,15 @@ TEST(Gguf, ThreadsConvertToTheSameBits) {
   for (std::size_t i = 0; i < bytes.size(); ++i)
     bytes[i] = static_cast<char>(i % 34 == 1 ? 0x2c : i * 7 % 251);
   const ef::StoredTensor tensor{"t", ef::StoredFormat::q8_0, {300, 512}, bytes_of(bytes)};
+  const ef::StoredTensor fours{
+      "f", ef::StoredFormat::q4_0, {300, 512}, tensor.bytes.first(18 * 16 * 300)};
   const auto expected = values_of(tensor);
+  const ef::detail::StoredInt4 alone(Eigen::DefaultDevice{}, fours);
   for (const int count : {1, 2, 3}) {
     Threads threads(count);
+    const ef::detail::StoredInt4 shared(threads.device, fours);
+    EXPECT_TRUE(same_bits(shared.view().values, alone.view().values));
+    EXPECT_TRUE(same_bits(shared.view().scales, alone.view().scales));
     std::vector<float> values(290 * 512);
     ef::detail::convert_rows(threads.device, tensor, 7, values);
     EXPECT_EQ(std::memcmp(values.data(), expected.data() + 7 * 512, values.size() * sizeof(float)),
@@ -194,6 +200,29 @@ TEST(Gguf, ReadsBothVersionsNestedArraysAndAlignments) {
   EXPECT_TRUE(parse(Writer{}.header(0, 0).text).tensors.empty());
   const auto empty = parse(Writer{}.header(1, 0).tensor("e", {0, 4}, 0, 0).data(0).text);
   EXPECT_TRUE(empty.tensors.at("e").bytes.empty());
+}
+
+// A file without its weights, whatever it is aligned to: all else is what it was.
+TEST(Gguf, AnOutlineKeepsWhatIsNoWeight) {
+  Writer writer;
+  writer.header(3, 3).key("general.alignment", ef::GgufType::uint32).put(64u);
+  writer.key("nested", ef::GgufType::array).put(9u).put(std::uint64_t{1});
+  writer.put(8u).put(std::uint64_t{2}).put_text("a").put_text("");
+  writer.key("name", ef::GgufType::string).put_text("x");
+  writer.tensor("rope_freqs.weight", {3}, 0, 0).tensor("w", {32, 2}, 8, 64);
+  writer.tensor("rope_more", {1}, 0, 192).data(192 + 4, 64);
+  const ef::Gguf whole(bytes_of(writer.text), "f");
+  const std::string text = ef::detail::gguf_outline(whole);
+  const ef::Gguf outline(bytes_of(text), "g");
+  EXPECT_FALSE(outline.metadata().contains("general.alignment"));
+  EXPECT_EQ(outline.metadata().map().size(), 2u);
+  EXPECT_EQ(outline.metadata().text("name"), "x");
+  EXPECT_EQ(text_of(outline.metadata().at("nested").bytes),
+            text_of(whole.metadata().at("nested").bytes));
+  EXPECT_EQ(outline.tensors().at("w").shape, (Shape{2, 0}));
+  EXPECT_EQ(outline.tensors().at("w").format, ef::StoredFormat::q8_0);
+  for (const char* const kept : {"rope_freqs.weight", "rope_more"})
+    EXPECT_EQ(text_of(outline.tensors().at(kept).bytes), text_of(whole.tensors().at(kept).bytes));
 }
 
 TEST(Gguf, RefusesEveryLieOfItsHeader) {

@@ -190,7 +190,7 @@ TEST(StoredWeights, BlocksOfFourBitsAreTakenExactly) {
         "x", format, {rows, columns}, std::as_bytes(std::span(bytes.data(), bytes.size()))};
     ef::Tensor<float, 2> expected(rows, columns);
     ef::dequantize_rows(tensor, 0, {expected.data(), static_cast<std::size_t>(expected.size())});
-    ef::detail::StoredInt4 stored(tensor);
+    ef::detail::StoredInt4 stored(Eigen::DefaultDevice{}, tensor);
     EXPECT_EQ(stored.has_minimums(), format != ef::StoredFormat::q4_0);
     const auto x = random_tensor<float, 2>({3, columns}, 1);
     const ef::Tensor<float, 2> y = ef::linear(x, ef::pack_weight<float>(expected));

@@ -26,16 +26,13 @@ inline std::string gguf_outline(const Gguf& file) {
   const auto bytes_of = [](std::span<const std::byte> bytes) {
     return std::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   };
-  constexpr auto kUnit = "general.alignment";
-  const auto unit = static_cast<std::size_t>(
-      file.metadata().contains(kUnit) ? file.metadata().integer(kUnit) : 32);
-  const auto pad = [unit](std::string& text) {
-    text.resize((text.size() + unit - 1) / unit * unit);
-  };
+  constexpr auto kAlign = "general.alignment";  // left out: what it asks for is 32 then
+  const auto pad = [](std::string& text) { text.resize((text.size() + 31) / 32 * 32); };
   put(std::uint32_t{3});
   put(std::uint64_t{file.tensors().map().size()});
-  put(std::uint64_t{file.metadata().map().size()});
+  put(std::uint64_t{file.metadata().map().size() - (file.metadata().contains(kAlign) ? 1 : 0)});
   for (const auto& [key, value] : file.metadata().map()) {
+    if (key == kAlign) continue;
     put_text(key);
     put(static_cast<std::uint32_t>(value.type));
     if (value.type == GgufType::string) put(std::uint64_t{value.bytes.size()});

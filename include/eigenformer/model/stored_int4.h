@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../cpu/parallel.h"
+#include "../cpu/row_ranges.h"
 #include "../linear.h"
 #include "dequantize.h"
 
@@ -17,16 +17,6 @@ namespace detail {
 constexpr bool has_int4_blocks(StoredFormat format) {
   return format == StoredFormat::q4_0 || format == StoredFormat::q4_1 ||
          format == StoredFormat::q4_k;
-}
-
-/// body(begin, end) for ranges of rows of so many numbers, on the threads of a device.
-template <typename D, typename Body>
-void for_ranges_of_rows(const D& device, Index rows, Index columns, Body&& body) {
-  if constexpr (CpuDevice<D>)
-    cpu::parallel_for(device, rows, cpu::Cost{columns},
-                      [&](Index begin, Index end, int) { body(begin, end); });
-  else
-    body(Index{0}, rows);
 }
 
 /// A matrix (out, in) of such blocks.
