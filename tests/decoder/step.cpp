@@ -7,7 +7,7 @@
 
 #include <map>
 
-#include "allocations.h"
+#include "allocation_count.h"
 #include "decoder_support.h"
 
 using namespace eigenformer_test;
