@@ -32,10 +32,9 @@
 /// four bits (Q4_0, Q4_1, Q4_K) are INT4 by groups of 32 inputs, with the file's values, scales and
 /// minimums: what a weight stands for has the bits that the file says. Other blocks, those of the
 /// head and of an expert's router become INT8 by such groups (double where the activations are).
-/// Of Q8_0 these are the
-/// file's own values and scales wherever the largest value of a block is 127 in magnitude, as every
-/// writer of max / 127 has it; other blocks (a -128 too) and other formats are quantized again, by
-/// at most 1 / 254 of the group's largest. Query, key and value share a format, gate and up do, and
+/// Of Q8_0 these are the file's own values and scales wherever the largest value of a block is 127
+/// in magnitude, as every writer of max / 127 has it; other blocks (a -128 too) and other formats
+/// are quantized again, by at most 1 / 254 of the group's largest. Query, key and value share a format, gate and up do, and
 /// an expert's gate, up and down: where the file has several it is INT8 if one of them is in
 /// blocks, else float; INT4 where all are in four bits. Experts of a layer whose formats then differ
 /// are refused.
@@ -69,7 +68,7 @@ struct LoadOptions {
   /// Where packed weights are kept, so that the next start maps them in place of packing: a file,
   /// or a folder for those of several models. One that is out of date (the model's files have
   /// changed, another format or ISA) is made again; one that is no such file, or damaged, is
-  /// refused. On CPUs; layers with experts are not kept yet (std::invalid_argument).
+  /// refused. On CPUs alone (std::invalid_argument elsewhere).
   std::filesystem::path cache = {};
 };
 
@@ -189,10 +188,11 @@ Model<T> load_model(const std::filesystem::path& path, const LoadOptions& option
   return load_model<T>(here, path, options);
 }
 
-/// Packs a model, which load_model would open, into one file that load_model maps: weights in
+/// Packs a model, a folder or a .gguf file, into one file that load_model maps: weights in
 /// options.weights for the kernels of `device`, which must be a CPU's, and what is beside them. The
 /// file appears whole or not at all; another packed file is replaced, any other is not. Throws what
-/// load_model throws.
+/// load_model throws; std::invalid_argument where `packed` ends with .gguf, which load_model would
+/// read as such a file.
 template <FloatingScalar T = float, Device D>
 void pack_model(const D& device, const std::filesystem::path& path,
                 const std::filesystem::path& packed, const LoadOptions& options = {}) {

@@ -197,6 +197,11 @@ TEST(PackedModel, IsRefusedWhereItIsNotForThisCall) {
   expect_throws<ef::ModelFileError>([&] { ef::pack_model<float>(kHere, folder.path(), letter); },
                                     {"letter", "stays what it is"});
   EXPECT_EQ(std::filesystem::file_size(letter), 10u);
+  // load_model would not know it again.
+  expect_throws<std::invalid_argument>(
+      [&] { ef::pack_model<float>(kHere, folder.path(), other.path() / "m.gguf"); },
+      {"pack_model", "packed is", "m.gguf", "does not end with .gguf"});
+  EXPECT_FALSE(std::filesystem::exists(other.path() / "m.gguf"));
   // Packed for other kernels, or by another version: the key says so, the checksum agrees.
   std::ifstream stream(packed, std::ios::binary);
   const std::string good{std::istreambuf_iterator<char>(stream), {}};

@@ -18,9 +18,9 @@ perplexity and model_bench maps it in place of packing again.
   quantize IN OUT [options]
 
   IN                a folder (config.json, *.safetensors, tokenizer.json) or a .gguf file
-  OUT               the file, for this version of the program and the kernels of this machine.
-                    Another such file is replaced. Linear layers are in INT8 unless an option says
-                    otherwise
+  OUT               the file, for this version of the program and the kernels of this machine; its
+                    name does not end with .gguf. Another such file is replaced. Linear layers are
+                    in INT8 unless an option says otherwise
   --json            one JSON object in place of the text
   --help            this text
 )";

@@ -47,6 +47,7 @@ grep -q 'int8' "$work/said" || fail "$(cat "$work/said")"
 if "$programs/quantize" "$model" "$work/letter" 2>/dev/null; then fail "quantize over another file"; fi
 [ "$(cat "$work/letter")" = "no model" ] || fail "quantize has changed another file"
 if "$programs/quantize" "$model" "$work/none/model.packed" 2>/dev/null; then fail "quantize into a folder that is not there"; fi
+if "$programs/quantize" "$model" "$work/packed.gguf" 2>/dev/null || [ -e "$work/packed.gguf" ]; then fail "quantize into a file that would be read as GGUF"; fi
 if "$programs/quantize" "$model" 2>/dev/null; then fail "quantize without a file to write"; fi
 if "$programs/quantize" "$work/model.packed" "$work/twice" 2>/dev/null; then fail "quantize of a packed model"; fi
 [ -z "$(find "$work" -name '*.partial' -o -name twice)" ] || fail "quantize left a part of a file"

@@ -127,8 +127,11 @@ void write_packed_model(const D& device, const PackedDecoderWeights<T>& weights,
   write_packed_parts(parts, weights.bytes(), path, whole_model_key<T>(device, weights.storage()));
 }
 
-/// Throws ModelFileError where something is there that is no packed file.
+/// Before work is done for it. Throws ModelFileError where something is there that is no packed
+/// file, std::invalid_argument for a name that load_model would take for another file's.
 inline void require_replaceable(const std::filesystem::path& path) {
+  require_that(path.extension() != ".gguf", "pack_model", "packed is ", path.string(),
+               ", expected a name that does not end with .gguf");
   std::error_code problem;
   if (!std::filesystem::exists(path, problem)) return;
   const MappedFile file(path);

@@ -73,7 +73,6 @@ PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, co
 template <typename T, Device D, std::same_as<Int4View> Weight, Communicator C>
   requires std::same_as<T, int4>
 PackedColumnShard<T> pack_column_shard(const D& device, const Weight& weight, const C& communicator,
-
                                        const PackingOptions<T>& options = {}) {
   const int rank = communicator.rank(), ranks = communicator.size();
   return {pack_weight<T>(device, column_shard(weight, rank, ranks), options), weight.dimension(0),
