@@ -207,6 +207,19 @@ TEST(SamplingBulk, NearestTokensAreThoseOfSumsInDouble) {
     }
 }
 
+TEST(SamplingBulk, NearestTokensOfTheLargestFloats) {
+  for (Index vocab : {300, 9000}) {
+    ef::Tensor<float, 2> rows(2, vocab);
+    for (Index v = 0; v < vocab; ++v) {
+      rows(0, v) = v % 3 == 0 ? FLT_MAX : -FLT_MAX;
+      rows(1, v) = v % 3 == 0 ? -3.4e38f : -FLT_MAX;
+    }
+    check_distribution(rows, {.typical_p = .5}, "equals");
+    rows(0, 1) = 3.4e38f;
+    check_distribution(rows, {.typical_p = .5}, "others");
+  }
+}
+
 double probability_of(const ef::Tensor<double, 2>& rows, Index r, Index token) {
   double best = -kInfinity, total = 0;
   for (Index v = 0; v < rows.dimension(1); ++v) best = (std::max)(best, rows(r, v));

@@ -141,6 +141,25 @@ TEST(SamplingStages, EdgesOfEveryFilter) {
   EXPECT_EQ(kept_by(row_of({1, 3, 2}), {.min_p = 1.5}), (Set{1}));
 }
 
+// Of the entropy of a row that one token has, which is 0, no other token has a part.
+TEST(SamplingStages, TopHOfOneTokenThatHasItAll) {
+  for (Index vocab : {300, 5000, 9000})
+    for (double gap : {1.0, 20.0, 800.0, 1e30})
+      for (double temperature : {1.0, .001}) {
+        auto row = random_tensor<float, 2>({1, vocab}, 5, .1);
+        row = row - row.constant(static_cast<float>(gap));
+        row(0, 7) = 1;
+        const ef::SamplingParams params{
+            .temperature = temperature, .order = ef::kLlamaCppOrder, .top_h = .4};
+        ef::SamplingParams hot = params;
+        hot.order = ef::kHuggingFaceOrder;
+        for (const auto& p : {params, hot}) {
+          check_distribution(row, p, "float");
+          check_distribution(ef::Tensor<double, 2>(row.cast<double>()), p, "double");
+        }
+      }
+}
+
 // XTC leaves the least of the top choices, of equals the last, and what follows it sees the rest.
 TEST(SamplingStages, XtcAndWhatFollows) {
   using enum ef::SamplingStage;

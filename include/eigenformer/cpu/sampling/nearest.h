@@ -202,13 +202,14 @@ template <typename Isa, typename T>
 Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, const Ring& ring,
                             const float* found, Index gathered) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
+  constexpr auto most = static_cast<double>(std::numeric_limits<float>::max());
   const double farthest = end.distance();
   float lo = end.value, hi = end.value;  // the other end rounded inwards: no token lies between
   if (static_cast<double>(end.value) <= end.center) {
-    hi = static_cast<float>((std::min)(end.center + farthest, 3.4e38));
+    hi = static_cast<float>((std::min)(end.center + farthest, most));
     if (static_cast<double>(hi) > end.center + farthest) hi = std::nextafter(hi, -infinity);
   } else {
-    lo = static_cast<float>((std::max)(end.center - farthest, -3.4e38));
+    lo = static_cast<float>((std::max)(end.center - farthest, -most));
     if (static_cast<double>(lo) < end.center - farthest) lo = std::nextafter(lo, infinity);
   }
   Band<float> band = row.band;

@@ -212,6 +212,7 @@ void keep_top_h(SamplingRow<T>& row, double share,
   const WeightSums sums = weight_sums<Isa>(row);
   const double log_total = std::log(sums.total);
   const double target = part * (sums.total * log_total - sums.moment);
+  if (!(target > 0)) return set_temperature<Isa>(row, 0.0);  // one token has it all
   const auto weights = candidate_weights<C>(best, scale);
   const auto terms = [=](const C* x, Index count, double* w) {
     weights(x, count, w);
@@ -221,9 +222,9 @@ void keep_top_h(SamplingRow<T>& row, double share,
     }
   };
   const Index n = gather_candidates<Isa>(row, row.band.lo, scratch.candidates);
-  end_band_before<Isa>(row, select_prefix(
-                                scratch.candidates, n, (std::max)(target, 0.0),
-                                [](C x) { return order_key(x); }, terms, scratch));
+  end_band_before<Isa>(
+      row, select_prefix(
+               scratch.candidates, n, target, [](C x) { return order_key(x); }, terms, scratch));
 }
 
 /// Mirostat 1: top-k, with k from the slope of the probabilities of the best 100.
