@@ -51,7 +51,9 @@ struct GgufTexts {
   }
 };
 
-/// Of each form packed weights, then whole models.
+constexpr ef::WeightStorage kStorages[] = {ef::WeightFormat::int8, ef::WeightFormat::int4};
+
+/// In each of these packed weights of each form, then whole models.
 const std::vector<std::string>& good_files() {
   static const std::vector<std::string> files = [] {
     std::vector<std::string> made;
@@ -61,11 +63,11 @@ const std::vector<std::string>& good_files() {
       std::ifstream stream(path, std::ios::binary);
       made.emplace_back(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
     };
-    for (const ef::DecoderForm& one : packed_forms()) {
-      ef::write_packed_weights(*packed_model<float>(kPackedConfig, ef::WeightFormat::int8, one),
-                               path, "key");
-      keep();
-    }
+    for (const ef::WeightStorage& storage : kStorages)
+      for (const ef::DecoderForm& one : packed_forms()) {
+        ef::write_packed_weights(*packed_model<float>(kPackedConfig, storage, one), path, "key");
+        keep();
+      }
     const auto llama = packed_model<float>(kPackedConfig, ef::WeightFormat::int8, {});
     ef::detail::write_packed_model(kHere, *llama, FolderTexts(), path);
     keep();
@@ -85,18 +87,22 @@ void touch(const ef::detail::PackedArray<X>& x) {
     sum = static_cast<unsigned char>(sum + bytes[i]);
 }
 
+template <typename S>
+void touch(const ef::PackedWeight<S>& weight) {
+  touch(ef::detail::PanelAccess::values(weight));
+  const auto& scales = ef::detail::PanelAccess::scales(weight);
+  touch(scales);
+  if (weight.minimums() != nullptr)
+    touch(ef::detail::PackedArray<float>::view(weight.minimums(), scales.size(), nullptr));
+}
+
 /// Reads all that was found.
 struct Touch {
   void vector(const ef::detail::PackedArray<float>& x, ef::Index) { touch(x); }
   void numbers(const std::vector<float>&, ef::Index) {}
   template <typename Matrix>
   void matrix(const Matrix& matrix, ef::Index, ef::Index) {
-    std::visit(
-        [](const auto& shard) {
-          touch(ef::detail::PanelAccess::values(ef::detail::panels_of(shard)));
-          touch(ef::detail::PanelAccess::scales(ef::detail::panels_of(shard)));
-        },
-        matrix);
+    std::visit([](const auto& shard) { touch(ef::detail::panels_of(shard)); }, matrix);
   }
   template <typename Matrix>
   void gated(const Matrix& pair, ef::Index out, ef::Index in) {
@@ -108,10 +114,8 @@ struct Touch {
         [&](const auto& stack) {
           for (std::size_t e = 0; e < stack.down.size(); ++e)
             for (const auto* weight :
-                 {&stack.down[e], fused ? &stack.gate_up[e].pair() : &stack.up[e]}) {
-              touch(ef::detail::PanelAccess::values(*weight));
-              touch(ef::detail::PanelAccess::scales(*weight));
-            }
+                 {&stack.down[e], fused ? &stack.gate_up[e].pair() : &stack.up[e]})
+              touch(*weight);
         },
         experts);
   }
@@ -131,9 +135,9 @@ struct Touch {
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   if (size < 2) return 0;
-  const std::size_t form = data[0] % good_files().size();
+  const std::size_t number = data[0] % good_files().size();
   const bool agrees = data[1] % 8 != 0;
-  std::string file = good_files()[form];
+  std::string file = good_files()[number];
   std::size_t at = 2;
   for (; at + 10 <= size; at += 10) {  // where, in units of a number, and what
     std::uint16_t place = 0;
@@ -155,7 +159,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   try {
     const auto page = std::make_shared<const Page>(file);
     Touch visit;
-    if (form >= packed_forms().size()) {
+    const std::size_t forms = packed_forms().size();
+    if (number >= std::size(kStorages) * forms) {
       const ef::detail::PackedModelFile model(page->bytes(), "f", page);
       model.read<float>(kHere, {}, [&](const auto&, const ef::Tokenizer& tokenizer, auto weights) {
         ef::detail::PackedParts::all(*weights, visit);
@@ -164,8 +169,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       return 0;
     }
     const auto found = ef::detail::find_packed_weights<float>(
-        kHere, page->bytes(), "f", page, "key", kPackedConfig, ef::WeightFormat::int8,
-        packed_forms()[form]);
+        kHere, page->bytes(), "f", page, "key", kPackedConfig, kStorages[number / forms],
+        packed_forms()[number % forms]);
     if (found != nullptr) ef::detail::PackedParts::all(*found, visit);
   } catch (const ef::ModelFileError&) {
   } catch (const std::logic_error&) {  // read_packed_weights says it as a ModelFileError
