@@ -30,14 +30,14 @@
 /// where the activations have products for them (decoder/packed_weights.h), and logits are those of
 /// the widened weights; MXFP4 of safetensors becomes bfloat16, which is exact. Blocks of GGUF in
 /// four bits (Q4_0, Q4_1, Q4_K) are INT4 by groups of 32 inputs, with the file's values, scales and
-/// minimums: what a weight stands for has the bits that the file says. Other blocks, those of the
-/// head and of an expert's router become INT8 by such groups (double where the activations are).
-/// Of Q8_0 these are the file's own values and scales wherever the largest value of a block is 127
-/// in magnitude, as every writer of max / 127 has it; other blocks (a -128 too) and other formats
-/// are quantized again, by at most 1 / 254 of the group's largest. Query, key and value share a format, gate and up do, and
-/// an expert's gate, up and down: where the file has several it is INT8 if one of them is in
-/// blocks, else float; INT4 where all are in four bits. Experts of a layer whose formats then differ
-/// are refused.
+/// minimums: what a weight stands for has the bits that the file says. Other blocks, and those of
+/// the head, become INT8 by such groups (double where the activations are); a router of experts has
+/// the scalar of the activations. Of Q8_0 these are the file's own values and scales wherever the
+/// largest value of a block is 127 in magnitude, as every writer of max / 127 has it; other blocks
+/// (a -128 too) and other formats are quantized again, by at most 1 / 254 of the group's largest.
+/// Query, key and value share a format, gate and up do, and an expert's gate, up and down: where the
+/// file has several it is INT8 if one of them is in blocks, else float; INT4 where all are in four
+/// bits. Experts of a layer whose formats then differ are refused.
 ///
 /// Cost: loading reads the file once and packs on the device, blocks converted on its threads; what
 /// lies there as numbers is read twice from memory for INT8 and INT4. Beside the packed weights it
