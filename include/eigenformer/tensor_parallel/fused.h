@@ -18,7 +18,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
 /// Packs this rank's rows of several weights (rows, in), views of one scalar or Int4View, that lie
-/// one below the other, on a device. Nothing is copied before it is packed. Throws what pack_stacked_weight throws.
+/// one below the other, on a device. Nothing is copied before it is packed. Throws what
+/// pack_stacked_weight throws.
 template <typename T, Device D, typename Weights, Communicator C>
 PackedColumnShard<T> pack_stacked_column_shard(const D& device, const Weights& weights,
                                                const C& communicator,

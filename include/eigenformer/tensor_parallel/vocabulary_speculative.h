@@ -207,10 +207,11 @@ void vocabulary_parallel_verify_speculative_tree_into(
 /// This rank's tokens of the distributions that sample draws from, (tokens, shard) of float: the
 /// columns shard_range(vocab, rank, world_size) of sampling_probabilities of linear(hidden,
 /// weight), bit for bit. Parameters, `weight`, rows that are gathered whole and bytes as for
-/// vocabulary_parallel_sample; beside those a row that no filter narrows sends 8 bytes for each 128
-/// tokens, and for the tokens of blocks of 128 that ranks share. The form that returns throws for
-/// a bad row, on every rank; the _into form writes zeros and its status, and allocates nothing
-/// after the first call at a size. On a GPU probabilities are its memory.
+/// vocabulary_parallel_sample; beside those, where some row of a call is not narrowed by filters,
+/// each row sends 8 bytes for each 128 tokens, and for each token of blocks of 128 that ranks share.
+/// The form that returns throws for a bad row, on every rank; the _into form writes zeros and its
+/// status, and allocates nothing after the first call at a size. On a GPU probabilities are its
+/// memory.
 ///
 ///   auto target = ef::vocabulary_parallel_sampling_probabilities(hidden, head, communicator, params);
 template <Device D, typename Out, typename Hidden, typename Weight, Communicator C,
