@@ -47,7 +47,7 @@ void check_drafts(std::string_view name, const Tokens& tokens, const LengthSpan&
   }
 }
 
-/// Checks all but the size of the vocabulary, of which the probabilities have `columns` tokens.
+/// Checks a call whose probabilities have `columns` tokens of the vocabulary.
 template <Device D, typename Tokens, typename Draft, typename Target>
 void check_speculative(std::string_view name, const Tokens& tokens, const Draft& draft,
                        const Target& target, Index columns, Index vocab, const Generators& rng,
@@ -62,6 +62,7 @@ void check_speculative(std::string_view name, const Tokens& tokens, const Draft&
   // Large enough also for the tokens that are written, (batch, n + 1) of int32.
   checked_size(name, "target_probabilities", target,
                (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
+  check_sampling_shape(name, "target_probabilities", vocab);
   require_that(static_cast<std::uint64_t>(drafts) <= Philox::kIndices, name, "draft_tokens has ",
                drafts, " columns, expected at most ", Philox::kIndices);
   require_that(
@@ -85,7 +86,6 @@ void verify_speculative_into(std::string_view name, const D& device, const Token
   const auto target = input_view<3>(target_probabilities);
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1),
               vocab = target.dimension(2);
-  check_sampling_shape(name, "target_probabilities", vocab);
   check_speculative<D>(name, tokens, draft, target, vocab, vocab, rng, options);
   const LengthSpan& lengths = options.draft_lengths;
   Workspace::Frame frame(thread_workspace());

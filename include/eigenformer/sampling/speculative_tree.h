@@ -58,7 +58,7 @@ template <typename Draft, typename Target>
 using tree_draft_scalar =
     std::conditional_t<std::is_same_v<Draft, CertainDrafts>, scalar_of<Target>, scalar_of<Draft>>;
 
-/// Checks all but the size of the vocabulary, of which the probabilities have `columns` tokens;
+/// Checks a call whose probabilities have `columns` tokens of the vocabulary;
 /// returns those of the drafts, nullptr where they are certain.
 template <Device D, typename Tokens, typename Parents, typename Draft, typename Target>
 auto checked_tree(std::string_view name, const Tokens& tokens, const Parents& parents,
@@ -74,6 +74,7 @@ auto checked_tree(std::string_view name, const Tokens& tokens, const Parents& pa
   checked_size(name, "parents", parents);
   checked_size(name, "target_probabilities", target,
                (std::max)(sizeof(scalar_of<Target>), sizeof(std::int32_t)));
+  check_sampling_shape(name, "target_probabilities", vocab);
   require_that(static_cast<std::uint64_t>(nodes) <= Philox::kIndices, name, "draft_tokens has ",
                nodes, " columns, expected at most ", Philox::kIndices);
   const auto of_places = [&](std::string_view argument, const auto& view) {
@@ -109,7 +110,6 @@ void verify_speculative_tree_into(const D& device, const Tokens& draft_tokens, c
   const auto parents = input_view<rank_of<Parents>>(tree);
   const auto target = input_view<3>(target_probabilities);
   const Index batch = tokens.dimension(0), nodes = tokens.dimension(1), vocab = target.dimension(2);
-  check_sampling_shape(name, "target_probabilities", vocab);
   const auto* const draft =
       checked_tree<D>(name, tokens, parents, draft_probabilities, target, vocab, vocab, rng);
   SpeculativeTreeViews out = views(batch, nodes);

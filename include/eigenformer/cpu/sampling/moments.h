@@ -89,11 +89,11 @@ struct LaneSums {
 };
 
 /// Weights and moments of blocks, and which tokens are set apart: those nearer to `middle` than
-/// `near`, the first, and the others up to `far`.
+/// `nearer`, the first, and the others up to `farther`.
 template <typename V>
 struct MomentsOfBlocks {
   BulkWeights<V> weights;
-  V middle, near, far;
+  V middle, nearer, farther;
 
   // vectors at once; additions in a row that a term goes through, each wrong by 2^-24
   static constexpr int vectors = kVectorsAtOnce<V>,
@@ -123,7 +123,7 @@ struct MomentsOfBlocks {
         if constexpr (!kApart) {
           rest_part = k < 4 ? w[k] : rest_part + w[k];
         } else {
-          const auto is_first = less(abs(u), near), is_near = less_equal(abs(u), far);
+          const auto is_first = less(abs(u), nearer), is_near = less_equal(abs(u), farther);
           chosen.add(at + k * V::lanes, is_first.bits() ^ is_near.bits());
           V& first_part = firsts[k % 4];
           if (k < 4) first_part = rest_part = V::zero();
@@ -146,7 +146,7 @@ struct MomentsOfBlocks {
 
 /// Distances from a logit.
 struct Ring {
-  float middle, near, far;
+  float middle, nearer, farther;
 };
 
 /// One pass over the tokens in play: their moments about the middle of the ring, and the logits in
@@ -155,9 +155,9 @@ template <typename Isa, typename T>
 MomentSums moment_sums(const SamplingRow<T>& row, const Ring& ring, float* out) {
   using V = simd::Vec<float, Isa>;
   using Blocks = MomentsOfBlocks<V>;
-  const Blocks blocks{BulkWeights<V>(row), V::set1(ring.middle), V::set1(ring.near),
-                      V::set1(ring.far)};
-  const float least = ring.middle - ring.far;
+  const Blocks blocks{BulkWeights<V>(row), V::set1(ring.middle), V::set1(ring.nearer),
+                      V::set1(ring.farther)};
+  const float least = ring.middle - ring.farther;
   const RowSlices slices(row.blocks());
   typename Blocks::Sums sums[RowSlices::most];
   float *begins[RowSlices::most], *ends[RowSlices::most];

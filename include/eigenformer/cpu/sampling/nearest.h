@@ -17,7 +17,7 @@ namespace cpu {
 /// sample holds distances afterwards.
 template <typename Isa, typename T>
 void bracket_distance(const SamplingRow<T>& row, NucleusSample<Isa>& sample, double p, float middle,
-                      float& near, float& far) {
+                      float& nearer, float& farther) {
   using V = simd::Vec<float, Isa>;
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const auto measure = [&](const float* from, float* to, Index n) {
@@ -39,10 +39,10 @@ void bracket_distance(const SamplingRow<T>& row, NucleusSample<Isa>& sample, dou
   const auto squares = static_cast<double>(reduce_add(sum));
   const double doubt =
       2.5 * sample.scale * std::sqrt(squares * p * (1.0 - p)) + 1e-3 * (1.0 - p) * masses[0];
-  near = 0, far = (std::max)(row.band.hi - middle, middle - sample.least);
-  const float all = far;
-  sample.close_in(p * masses[0], doubt, 3, near, far);
-  if (far == all) far = std::numeric_limits<float>::max();
+  nearer = 0, farther = (std::max)(row.band.hi - middle, middle - sample.least);
+  const float all = farther;
+  sample.close_in(p * masses[0], doubt, 3, nearer, farther);
+  if (farther == all) farther = (std::numeric_limits<float>::max)();
 }
 
 /// The last token of those nearest to a logit.
@@ -106,9 +106,9 @@ struct NearestSearch {
   }
 
   /// Whether and where n candidates end the set: after tokens of weight `before`, all nearer than
-  /// `near`, while others are farther than `far`. `error` is that of `target` - `before`.
-  bool decide(float* x, Index n, double before, double target, double error, double near,
-              double far) {
+  /// `nearer`, while others are farther than `farther`. `error` is that of `target` - `before`.
+  bool decide(float* x, Index n, double before, double target, double error, double nearer,
+              double farther) {
     end = {x[0], center};
     if (n <= Interval::few)
       std::sort(x, x + n, [&](float a, float b) {
@@ -123,7 +123,7 @@ struct NearestSearch {
                            late = end_of_prefix(x, n, before, target + error, weights);
     end = {early.value, center};
     if (!(before + error < target) || early.value != late.value || !late.reached) return false;
-    if (!(end.distance() > near + doubt) || !(end.distance() < far - doubt)) return false;
+    if (!(end.distance() > nearer + doubt) || !(end.distance() < farther - doubt)) return false;
     // others as near: on the other side the mean decides, on the same side sums in double might not
     // tell them apart
     const double rounding = 1e-14 * (std::abs(static_cast<double>(row.band.hi)) + std::abs(center));
@@ -144,7 +144,7 @@ bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
   const auto& row = search.row;
   const double p = search.p;
   const float middle = static_cast<float>(search.center);
-  const double reach = (std::min)(static_cast<double>(ring.far), 1e3 * moments.spread);
+  const double reach = (std::min)(static_cast<double>(ring.farther), 1e3 * moments.spread);
   const typename Search::Interval interval{
       BulkWeights<V>(row), {middle, static_cast<float>(4 * search.doubt_of(middle, reach))}};
   double before = sums.first_weight;
@@ -152,20 +152,22 @@ bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
   const Index n = interval.narrow(candidates, sums.gathered, p * sums.weight, before, &dropped);
   if (n == 0) return false;
   const bool has_dropped = dropped.above < Search::infinity;
-  const double first_near = ring.near > 0 ? static_cast<double>(ring.near) : -1e300,
-               last_far = static_cast<double>(ring.far);
+  const double first_near = ring.nearer > 0 ? static_cast<double>(ring.nearer) : -1e300,
+               last_far = static_cast<double>(ring.farther);
   const auto decide = [&](double total, double sum_before, double error) {
     const auto widened = [&](float from, double distance, double sign) {
       return distance < 0 || !(distance < 1e30) ? distance
                                                 : distance + sign * search.doubt_of(from, distance);
     };
-    double near = widened(ring.middle, first_near, 1), far = widened(ring.middle, last_far, -1);
-    const double ring_near = near + search.doubt, ring_far = far - search.doubt;
+    double nearer = widened(ring.middle, first_near, 1),
+           farther = widened(ring.middle, last_far, -1);
+    const double ring_near = nearer + search.doubt, ring_far = farther - search.doubt;
     if (has_dropped)
-      near = (std::max)(near, widened(middle, -static_cast<double>(dropped.above), 1));
+      nearer = (std::max)(nearer, widened(middle, -static_cast<double>(dropped.above), 1));
     if (dropped.below > -Search::infinity)
-      far = (std::min)(far, widened(middle, -static_cast<double>(dropped.below), -1));
-    const bool decided = search.decide(candidates, n, sum_before, p * total, error, near, far);
+      farther = (std::min)(farther, widened(middle, -static_cast<double>(dropped.below), -1));
+    const bool decided =
+        search.decide(candidates, n, sum_before, p * total, error, nearer, farther);
     search.outside =
         !decided && !(ring_near < search.end.distance() && search.end.distance() < ring_far);
     return decided;
@@ -177,17 +179,17 @@ bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
   if (decide(sums.weight, before, weight_error + sum_error + 1e-12 * sums.weight)) return true;
   if (search.outside) return false;
   // the tokens before the candidates as one interval, and their weights in double
-  const float near = has_dropped ? -dropped.above : ring.near,
+  const float nearer = has_dropped ? -dropped.above : ring.nearer,
               from = has_dropped ? middle : ring.middle;
   const auto doubt_at = [&](double distance) { return search.doubt_of(ring.middle, distance); };
-  if (has_dropped && (!(first_near + doubt_at(first_near) < static_cast<double>(near)) ||
-                      !(static_cast<double>(near) < last_far - doubt_at(near))))
+  if (has_dropped && (!(first_near + doubt_at(first_near) < static_cast<double>(nearer)) ||
+                      !(static_cast<double>(nearer) < last_far - doubt_at(nearer))))
     return false;
   double exact_before = 0;
   const WeightSums exact =
       weight_sums_of_blocks<Isa>(row, [&](Index, const float* x, double* weights, double*, double) {
         for (Index j = 0; j < SamplingBlock::size; ++j)
-          weights[j] = std::abs(x[j] - from) < near ? weights[j] : 0.0;
+          weights[j] = std::abs(x[j] - from) < nearer ? weights[j] : 0.0;
         exact_before += block_sum(weights);
       });
   const double best = static_cast<double>(row.band.hi);
@@ -202,7 +204,7 @@ template <typename Isa, typename T>
 Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, const Ring& ring,
                             const float* found, Index gathered) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
-  constexpr auto most = static_cast<double>(std::numeric_limits<float>::max());
+  constexpr auto most = static_cast<double>((std::numeric_limits<float>::max)());
   const double farthest = end.distance();
   float lo = end.value, hi = end.value;  // the other end rounded inwards: no token lies between
   if (static_cast<double>(end.value) <= end.center) {
@@ -228,7 +230,7 @@ Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, co
 template <typename Isa, typename T>
 bool find_nearest(const SamplingRow<T>& row, double p,
                   const SamplingScratch<compute_type<T>>& scratch, Band<float>& band) {
-  constexpr float all = std::numeric_limits<float>::max();
+  constexpr float all = (std::numeric_limits<float>::max)();
   using V = simd::Vec<float, Isa>;
   float* const found = scratch.candidates;
   Ring ring{row.band.hi, 0, all};
@@ -237,9 +239,9 @@ bool find_nearest(const SamplingRow<T>& row, double p,
     NucleusSample<Isa> sample(row, found);
     const Bounded mean = estimated_mean(row, sample);
     ring.middle = static_cast<float>(mean.value);
-    bracket_distance(row, sample, p, ring.middle, ring.near, ring.far);
-    ring.near -= static_cast<float>(mean.error), ring.far += static_cast<float>(mean.error);
-    ring.near = (std::max)(ring.near, 0.0f);
+    bracket_distance(row, sample, p, ring.middle, ring.nearer, ring.farther);
+    ring.nearer -= static_cast<float>(mean.error), ring.farther += static_cast<float>(mean.error);
+    ring.nearer = (std::max)(ring.nearer, 0.0f);
     sums_alone = false;
   }
   for (int attempt = 0; attempt < 4; ++attempt) {
@@ -252,7 +254,7 @@ bool find_nearest(const SamplingRow<T>& row, double p,
     if (sums_alone) {
       sums_alone = false;
     } else if (target <= sums.first_weight) {
-      ring.far = 1.000001f * ring.near + 2 * away, ring.near = 0;
+      ring.farther = 1.000001f * ring.nearer + 2 * away, ring.nearer = 0;
     } else {
       const typename NearestSearch<Isa, T>::Interval interval{BulkWeights<V>(row), {center, 0}};
       if (target <= sums.first_weight + interval.sum(found, sums.gathered)) {
@@ -264,12 +266,12 @@ bool find_nearest(const SamplingRow<T>& row, double p,
           return true;
         }
         if (!search.outside) return false;
-        ring = {center, (std::max)(0.0f, ring.near - 4 * away),
-                (std::min)(all, ring.far + 4 * away)};
+        ring = {center, (std::max)(0.0f, ring.nearer - 4 * away),
+                (std::min)(all, ring.farther + 4 * away)};
         continue;
       }
-      if (ring.far == all) return false;
-      ring.near = (std::max)(0.0f, ring.far - 2 * away), ring.far = all;
+      if (ring.farther == all) return false;
+      ring.nearer = (std::max)(0.0f, ring.farther - 2 * away), ring.farther = all;
     }
     ring.middle = center;
   }

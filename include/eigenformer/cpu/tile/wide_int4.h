@@ -76,13 +76,13 @@ struct WideOperands {
 };
 
 /// sums[panel][row][column] over all of `depth`.
-template <typename Int4, typename V, int Rows, int Panels, bool Above>
+template <typename Int4, typename V, int Rows, int Panels, bool HasMinimums>
 EIGENFORMER_NOINLINE void wide_tile_product(WideOperands at, Index depth,
                                             const GroupFactors& groups, float* sums,
                                             Index sums_stride) {
   constexpr int vectors = Int4::vectors, all = vectors * Panels, lanes = V::lanes;
   static_assert(lanes == Int4::lanes);
-  const NibbleNumbers<V> numbers(Above ? 0 : 8);
+  const NibbleNumbers<V> numbers(HasMinimums ? 0 : 8);
   V c[Rows][all];
   unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { c[r][v] = V::zero(); }); });
   const auto factor = [&](const float* from, auto v) {
@@ -102,7 +102,7 @@ EIGENFORMER_NOINLINE void wide_tile_product(WideOperands at, Index depth,
           const V number = numbers(
               at.b + (v / vectors) * at.panel_stride + (v % vectors / 2) * (2 * Int4::fragment),
               8 * i + 4 * (v % 2));
-          if constexpr (Above)
+          if constexpr (HasMinimums)
             return simd::fused_multiply_add(number, scale[v], factor(minimums, v));
           else
             return number * scale[v];
@@ -125,7 +125,7 @@ EIGENFORMER_NOINLINE void wide_tile_product(WideOperands at, Index depth,
       }
     }
     scales += Int4::columns;
-    if constexpr (Above) minimums += Int4::columns;
+    if constexpr (HasMinimums) minimums += Int4::columns;
   }
   unroll<Rows>([&](auto r) {
     unroll<all>([&](auto v) {

@@ -43,9 +43,9 @@ template <typename V>
 struct Int4Regression {
   V covariance, variance;
 
-  template <bool Above>
+  template <bool HasMinimums>
   static EIGENFORMER_INLINE Int4Regression of(const Int4Sums<V>& sums, V total, V count) {
-    if constexpr (!Above) return {sums.products, sums.squares};
+    if constexpr (!HasMinimums) return {sums.products, sums.squares};
     return {simd::fused_multiply_add(count, sums.products, V::zero() - sums.q * total),
             count * sums.squares - sums.q * sums.q};  // exact: below 2^22
   }
@@ -57,35 +57,35 @@ struct Int4Regression {
 
 /// V::lanes groups of `length` numbers or fewer, z[k][lane], zeros behind those of a lane; `count`
 /// is how many each has. Scales start as those of the extremes; offsets are above the least number.
-template <bool Above, typename V>
+template <bool HasMinimums, typename V>
 void fit_int4_lanes(const typename V::scalar* z, Index length, V count, V& scale, V& offset) {
   using C = typename V::scalar;
   using Candidates = problem::Int4Candidates<C>;
-  const V low = V::set1(Above ? C(0) : C(-8)), high = V::set1(Above ? C(15) : C(7)),
+  const V low = V::set1(HasMinimums ? C(0) : C(-8)), high = V::set1(HasMinimums ? C(15) : C(7)),
           inverse = V::set1(1) / scale;
   V total = V::zero(), best = V::zero();
   for (Index k = 0; k < length; ++k) total = total + V::load(z + k * V::lanes);
   offset = V::zero();
-  for (int j = 0; j < Candidates::count(Above); ++j) {
-    const V step = inverse * V::set1(Candidates::at(j, Above));
+  for (int j = 0; j < Candidates::count(HasMinimums); ++j) {
+    const V step = inverse * V::set1(Candidates::at(j, HasMinimums));
     Int4Sums<V> sums;
     for (Index k = 0; k < length; ++k) {
       const V number = V::load(z + k * V::lanes);
       sums.add(minimum(high, maximum(low, round(number * step))), number);
     }
-    const auto found = Int4Regression<V>::template of<Above>(sums, total, count);
+    const auto found = Int4Regression<V>::template of<HasMinimums>(sums, total, count);
     const V explained = found.explained(), own = found.covariance / found.variance;
     const auto better = less(best, explained);
     best = select(better, explained, best);
     scale = select(better, own, scale);
-    if constexpr (Above)
+    if constexpr (HasMinimums)
       offset =
           select(better, simd::fused_multiply_add(V::zero() - own, sums.q, total) / count, offset);
   }
 }
 
-/// Makes scales, and minimums where Above, of a line's groups those of least squares.
-template <typename Isa, bool Above, typename T>
+/// Makes scales, and minimums where HasMinimums, of a line's groups those of least squares.
+template <typename Isa, bool HasMinimums, typename T>
 void fit_int4_groups(const T* line, Index count, Index group, float* scales, float* minimums) {
   using C = compute_type<T>;
   using V = simd::Vec<C, Isa>;
@@ -104,19 +104,19 @@ void fit_int4_groups(const T* line, Index count, Index group, float* scales, flo
         continue;  // all its numbers are 0, and explain nothing
       const T* const own = line + first + lane * group;
       const Index n = (std::min)(group, count - first - lane * group);
-      const C least = Above ? static_cast<C>(minimums[lane]) : C(0);
+      const C least = HasMinimums ? static_cast<C>(minimums[lane]) : C(0);
       counts[lane] = static_cast<C>(n);
       for (Index k = 0; k < n; ++k) z[k * V::lanes + lane] = static_cast<C>(own[k]) - least;
     }
     V scale = V::load(found), offset;
-    fit_int4_lanes<Above>(z, length, V::load(counts), scale, offset);
+    fit_int4_lanes<HasMinimums>(z, length, V::load(counts), scale, offset);
     scale.store(found), offset.store(offsets);
     for (Index lane = 0; lane < lanes; ++lane) {
       scales[lane] = static_cast<float>(found[lane]);
-      if constexpr (Above)
+      if constexpr (HasMinimums)
         minimums[lane] = static_cast<float>(static_cast<C>(minimums[lane]) + offsets[lane]) + 0.0f;
     }
-    if constexpr (Above) minimums += V::lanes;
+    if constexpr (HasMinimums) minimums += V::lanes;
   }
 }
 
