@@ -9,8 +9,6 @@
 
 namespace eigenformer_test {
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
 struct AttentionShape {
   Index batch, queries, keys, heads, kv_heads, head_dim, value_dim;
 };

@@ -2,6 +2,7 @@
 // must not count never do, NaN included; bits do not depend on threads, batch, padding or packing.
 // Calls, caches, gradients and the edges of numbers are in the files beside this one.
 #include "attention_case.h"
+#include "infinity.h"
 
 using namespace eigenformer_test;
 

@@ -1,6 +1,7 @@
 // Gradients of attention under what hides keys and moves scores, and of a loss that depends on
 // log_sum_exp; the same bits on any number of threads where one KV head is all there is.
 #include "gradient_case.h"
+#include "infinity.h"
 
 using namespace eigenformer_test;
 

@@ -8,6 +8,7 @@
 
 #include "allocation_count.h"
 #include "attention_case.h"
+#include "infinity.h"
 
 using namespace eigenformer_test;
 

@@ -12,10 +12,10 @@
 #include <vector>
 
 #include "compare.h"
+#include "infinity.h"
 
 namespace eigenformer_test {
 
-inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 using Ids = ef::Tensor<std::int32_t, 1>;
 
