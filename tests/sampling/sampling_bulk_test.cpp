@@ -146,8 +146,8 @@ TEST(SamplingBulk, MomentsAreAsRightAsTheySay) {
             total += w;
             if (w > 0) moment += w * rows(r, v);
             const float distance = std::abs(rows(r, v) - ring.middle);
-            if (distance < ring.near) first += w;
-            gathered += distance >= ring.near && distance <= ring.far;
+            if (distance < ring.nearer) first += w;
+            gathered += distance >= ring.nearer && distance <= ring.farther;
           }
           EXPECT_NEAR(static_cast<double>(total), moments.total.value, moments.total.error)
               << isa.name << " row " << r << " of " << vocab << " " << inverse;
