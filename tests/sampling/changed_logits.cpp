@@ -1,6 +1,8 @@
 // Laws: a row of which stages change few logits, or ban them by a mask, gives the bits of a row
 // that was changed by hand, whatever the chain, the scalar and the vocabulary; what is wrong with
 // the row as given stays wrong under a mask.
+#include <numeric>
+
 #include "allocation_count.h"
 #include "random_chains.h"
 
@@ -101,8 +103,8 @@ TEST(SamplingChanges, RowsAreThoseChangedByHand) {
   check_random_chains<Eigen::half>(4, 700);
 }
 
-/// Penalties that lower the very tokens that a first filter would keep: of a history kernels look at
-/// what may matter.
+/// Penalties that lower the very tokens that a first filter would keep: of a history kernels look
+/// at what may matter.
 TEST(SamplingChanges, HistoriesOfTheLikeliestTokens) {
   Generator random(7);
   for (int trial = 0; trial < 240; ++trial) {

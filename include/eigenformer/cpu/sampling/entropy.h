@@ -135,11 +135,7 @@ bool find_top_h(const SamplingRow<T>& row, double part,
       for (Index j = 0; j < count; ++j)
         w[j] *= log_of_total - (static_cast<double>(x[j]) - best) * scale;
     };
-    const PrefixEnd<float> early = end_of_prefix(found, n, before, target - error, exact_terms),
-                           late = end_of_prefix(found, n, before, target + error, exact_terms);
-    end = early;
-    return before + error < target && early.taken == late.taken && early.value == late.value &&
-           late.reached;
+    return tells_end_of_prefix(found, n, before, target, error, exact_terms, end);
   };
   const double log_error = 1.01 * moments.total.error / total;
   const double error =

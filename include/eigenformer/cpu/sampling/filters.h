@@ -77,7 +77,6 @@ compute_type<T> kth_largest_bound(const SamplingRow<T>& row, Index k) {
 template <typename Isa, typename C>
 PrefixEnd<C> end_of_top_k(C* values, Index n, Index k, const SamplingScratch<C>& scratch) {
   const auto ones = [](const C*, Index count, double* w) { std::fill(w, w + count, 1.0); };
-  Index before = 0;
   if constexpr (std::is_same_v<C, float>) {
     using V = simd::Vec<C, Isa>;
     if (n > 1024 && n < Index{1} << 24) {  // counts are exact in float
@@ -92,7 +91,7 @@ PrefixEnd<C> end_of_top_k(C* values, Index n, Index k, const SamplingScratch<C>&
         values, n, static_cast<double>(k), [](C x) { return order_key(x); }, ones, scratch);
   std::nth_element(values, values + (k - 1), values + n, std::greater<>{});
   const C last = values[k - 1];
-  Index equals = 0;
+  Index before = 0, equals = 0;
   for (Index i = 0; i < n; ++i) before += values[i] > last, equals += values[i] == last;
   return {last, k - before, equals};
 }

@@ -5,7 +5,7 @@
 /// every number within the bounds decides alike, else by sums in double.
 #pragma once
 
-#include <numeric>
+#include <array>
 
 #include "nucleus.h"
 
@@ -71,25 +71,8 @@ struct MomentSums {
   double tree = 0;     // the error of such a sum, of its terms
 };
 
-/// Sums of vectors, lane by lane in double.
-template <typename V, int N>
-struct LaneSums {
-  double lane[N * V::lanes] = {};
-
-  EIGENFORMER_INLINE void add(const V (&x)[N]) {
-    alignas(64) float numbers[N * V::lanes];
-    EIGENFORMER_UNROLL
-    for (int k = 0; k < N; ++k) x[k].store(numbers + k * V::lanes);
-    // one loop over all: GCC 12 unrolls shorter ones and converts number by number
-    for (int i = 0; i < N * V::lanes; ++i) lane[i] += static_cast<double>(numbers[i]);
-  }
-  double sum(int k) const {
-    return std::accumulate(lane + k * V::lanes, lane + (k + 1) * V::lanes, 0.0);
-  }
-};
-
-/// Weights and moments of blocks, and which tokens are set apart: those nearer to `middle` than
-/// `nearer`, the first, and the others up to `farther`.
+/// Weights and moments of blocks. `first` are the tokens whose distance from `middle` is less than
+/// `nearer`; those from there on up to `farther` are chosen.
 template <typename V>
 struct MomentsOfBlocks {
   BulkWeights<V> weights;
@@ -100,7 +83,7 @@ struct MomentsOfBlocks {
                        additions = 3 + SamplingBlock::size / V::lanes / vectors;
   static_assert(vectors == 8);
   enum Sum { square, moment, rest, first, count };
-  using Sums = LaneSums<V, count>;
+  using Sums = std::array<LaneTotals<V>, count>;
 
   /// Adds the sums of a block. Without kClamp false where one is not finite, and nothing is added.
   template <bool kApart, bool kClamp>
@@ -139,12 +122,13 @@ struct MomentsOfBlocks {
       if (less(abs(sums[moment]), V::set1(std::numeric_limits<float>::infinity())).bits() !=
           (std::uint32_t{1} << V::lanes) - 1)
         return false;
-    to.add(sums);
+    EIGENFORMER_UNROLL
+    for (int k = 0; k < count; ++k) to[k].add(sums[k]);
     return true;
   }
 };
 
-/// Distances from a logit.
+/// Logits whose distance from `middle` is at least `nearer` and at most `farther`.
 struct Ring {
   float middle, nearer, farther;
 };
@@ -190,8 +174,10 @@ MomentSums moment_sums(const SamplingRow<T>& row, const Ring& ring, float* out) 
   });
   MomentSums all;
   for (Index s = 0; s < slices.count(); ++s) {
-    all.square += sums[s].sum(Blocks::square), all.moment += sums[s].sum(Blocks::moment);
-    all.rest_weight += sums[s].sum(Blocks::rest), all.first_weight += sums[s].sum(Blocks::first);
+    all.square += sums[s][Blocks::square].sum();
+    all.moment += sums[s][Blocks::moment].sum();
+    all.rest_weight += sums[s][Blocks::rest].sum();
+    all.first_weight += sums[s][Blocks::first].sum();
     if (out == nullptr) continue;
     if (begins[s] != out + all.gathered) std::copy(begins[s], ends[s], out + all.gathered);
     all.gathered += ends[s] - begins[s];

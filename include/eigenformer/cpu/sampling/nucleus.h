@@ -130,7 +130,7 @@ struct ExactSums {
   double total = 0, above = 0;  // of the tokens in play; of those above a logit
 };
 
-/// In double.
+/// The sums in double.
 template <typename Isa, typename T>
 ExactSums exact_sums(const SamplingRow<T>& row, compute_type<T> value) {
   alignas(64) double weights[SamplingBlock::size];
@@ -146,7 +146,8 @@ ExactSums exact_sums(const SamplingRow<T>& row, compute_type<T> value) {
   return result;
 }
 
-/// The same of a row of equals, whose weights are 1 and their sum is exact.
+/// Where the tokens of p of the mass end, if the row is one of equals: their weights are 1, and the
+/// sum of these is exact.
 template <typename Isa, typename T>
 bool find_end_of_equals(const SamplingRow<T>& row, double p, PrefixEnd<compute_type<T>>& end) {
   using C = compute_type<T>;
@@ -258,11 +259,7 @@ bool find_nucleus(const SamplingRow<T>& row, double p,
   const auto exact_weights =
       candidate_weights<float>(static_cast<double>(row.band.hi), row.inverse_temperature);
   const auto decide = [&](double before, double all, double error) {
-    const PrefixEnd<float> early = end_of_prefix(found, n, before, p * all - error, exact_weights),
-                           late = end_of_prefix(found, n, before, p * all + error, exact_weights);
-    end = early;
-    return before + error < p * all && early.taken == late.taken && early.value == late.value &&
-           late.reached;
+    return tells_end_of_prefix(found, n, before, p * all, error, exact_weights, end);
   };
   if (decide(above, total,
              weights.error_of_share(above, total - above, p, row.vocab) +

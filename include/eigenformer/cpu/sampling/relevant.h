@@ -1,7 +1,7 @@
 /// \file
-/// Which tokens of a history can matter. Penalties that only lower logits, before a filter that keeps
-/// the best k or what is near the best, need not look at tokens that lie too low as they are: of a
-/// thousand tokens a few are left, found by one comparison each.
+/// Which tokens of a history can matter. Penalties that only lower logits, before a filter that
+/// keeps the best k or what is near the best, need not look at tokens that lie too low as they are:
+/// of a thousand tokens a few are left, found by one comparison each.
 #pragma once
 
 #include "filters.h"
@@ -10,8 +10,8 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// What the first filter keeps at most: the best `count` tokens, and those whose logits are less than
-/// `below` under the best. count 0: it may look at all tokens.
+/// What the first filter keeps at most: the best `count` tokens, and those whose logits are less
+/// than `below` under the best. count 0: it may look at all tokens.
 struct FirstCut {
   Index count = 0;
   double below = 0;
@@ -50,8 +50,8 @@ struct RelevantHistory {
   Index size() const { return static_cast<Index>(prompt.size() + output.size()); }
 };
 
-/// The tokens of the history whose penalties can matter to a scanned row, in `memory`, which has room
-/// for `room` tokens; the whole history where that is not known.
+/// The tokens of the history whose penalties can matter to a scanned row, in `memory`, which has
+/// room for `room` tokens; the whole history where that is not known.
 ///
 /// Of the maxima of blocks, count + more reach some logit, and so do as many tokens. Where no more
 /// than `more` of these may fall, `count` of them stay: what the filter keeps lies at that logit or

@@ -121,9 +121,9 @@ inline BlockFound find_block(const double* sums, Index blocks, double target) {
   return found;
 }
 
-/// The token at which the running sum of weights, in token order, passes u times their total, for
-/// sums and a total that may be wrong by `error`; -1 where it is not the same for all of those. u
-/// in (0, 1). `first`: no other weights come before the row's.
+/// The token of a block at which the running sum of weights, in token order, passes `target`, where
+/// the difference of the two may be wrong by `error`; -1 where it is not the same for all of those.
+/// `first`: no other weights come before the row's.
 template <typename Isa, typename T>
 Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double target, double error,
                     bool first = true) {
@@ -148,6 +148,8 @@ Index draw_in_block(const SamplingRow<T>& row, const BlockFound& found, double t
   return found.block * SamplingBlock::size + drawn;
 }
 
+/// The token at which the running sum of weights, in token order, passes u times their total; u in
+/// (0, 1).
 template <typename Isa, typename T>
 Index draw_place(const SamplingRow<T>& row, double u,
                  const SamplingScratch<compute_type<T>>& scratch) {
@@ -155,7 +157,7 @@ Index draw_place(const SamplingRow<T>& row, double u,
     using Weights = FusedWeights<simd::Vec<float, Isa>>;
     if (Weights::serves(row) && row.vocab >= KeptLimits::least_vocab) {
       const Weights weights(row);
-      if (!has_sums(row)) RowWeighing<Isa, T>{row, weights, 0.0f, 0.0f, nullptr}(*scratch.weighed);
+      if (!has_sums(row)) RowWeighing<Isa, T>{row, weights}(*scratch.weighed);
       double target, error;
       BlockFound found = WeighedSums<Isa>{*scratch.weighed, weights}.find(row.blocks(), row.vocab,
                                                                           u, target, error);

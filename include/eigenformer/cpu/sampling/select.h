@@ -106,6 +106,16 @@ PrefixEnd<C> end_of_prefix(const C* values, Index n, double above, double target
   }
 }
 
+/// end_of_prefix in `end`. Whether all targets within `error` lie above `above` and have that end.
+template <typename C, typename Weights>
+bool tells_end_of_prefix(const C* values, Index n, double above, double target, double error,
+                         Weights weights, PrefixEnd<C>& end) {
+  end = end_of_prefix(values, n, above, target - error, weights);
+  const PrefixEnd<C> late = end_of_prefix(values, n, above, target + error, weights);
+  return above + error < target && end.taken == late.taken && end.value == late.value &&
+         late.reached;
+}
+
 /// The shortest prefix, by descending key, of n >= 1 candidates whose weights sum to at least
 /// `target`; never empty, and all of them where the sum stays below. Equal values have equal keys
 /// and weights. Permutes `values`.
@@ -161,7 +171,7 @@ struct CandidateInterval {
     double above = 0, inside = 0;  // of keys > hi; of keys in [lo, hi]
   };
   Masses masses(const float* x, Index n, float lo, float hi) const {
-    constexpr int vectors = SamplingBlock::size / V::lanes, at_once = vectors < 8 ? vectors : 8;
+    constexpr int vectors = SamplingBlock::size / V::lanes, at_once = kVectorsAtOnce<V>;
     const V first = V::set1(lo), last = V::set1(hi);
     alignas(64) float tail[SamplingBlock::size];
     Masses result;
@@ -215,13 +225,13 @@ struct CandidateInterval {
 
   static constexpr Index few = 64;
 
+  struct Dropped {
+    float above = std::numeric_limits<float>::infinity(), below = -above;
+  };
   /// Keeps the candidates of an interval around the one at which `above` and the weights of those
   /// before it reach `target`, and adds to `above` the weights that come before it. Returns how
   /// many are left, sorted, first key first: at most 64, or all of one key. 0: it found no such
   /// interval. Those dropped have keys above `dropped.above` or below `dropped.below`.
-  struct Dropped {
-    float above = std::numeric_limits<float>::infinity(), below = -above;
-  };
   Index narrow(float* x, Index n, double target, double& above, Dropped* dropped = nullptr) const {
     constexpr float infinity = std::numeric_limits<float>::infinity();
     double mass = n > few ? sum(x, n) : 0.0;

@@ -147,7 +147,7 @@ SampleStatus verify_row(const problem::Speculative<Draft, Target>& p, Index r, s
 
 template <typename D, typename Isa, typename Draft, typename Target>
 void execute(const Backend<D, Isa>& on, const problem::Speculative<Draft, Target>& p) {
-  // Three passes in double (it was a thread each row, whatever the vocabulary).
+  // Three passes in double.
   parallel_for(on, p.batch, Cost{p.vocab, 3 * kComputeCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r) {
       std::int32_t* tokens = p.tokens + r * (p.drafts + 1);

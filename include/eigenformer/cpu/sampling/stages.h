@@ -135,7 +135,7 @@ Bounded bulk_share(const SamplingRow<T>& row, double share,
     using Weights = FusedWeights<simd::Vec<float, Isa>>;
     if (Weights::serves(row) && row.vocab >= KeptLimits::least_vocab) {
       const Weights weights(row);
-      RowWeighing<Isa, T>{row, weights, 0.0f, 0.0f, nullptr}(*scratch.weighed);
+      RowWeighing<Isa, T>{row, weights}(*scratch.weighed);
       const double total = scratch.weighed->total_above,
                    error = weights.error_of(total, row.vocab) + 1e-12 * total;
       return {share * weights.unit * total, share * weights.unit * error};
@@ -182,7 +182,8 @@ compute_type<T> smallest_above(const SamplingRow<T>& row, compute_type<T> value)
   return reduce_min(least);
 }
 
-/// The band ends before the last token of a prefix, with which its sum is too large; the best stays.
+/// The band ends before the last token of a prefix, with which its sum is too large; the best
+/// stays.
 template <typename Isa, typename T>
 void end_band_before(SamplingRow<T>& row, PrefixEnd<compute_type<T>> end) {
   if (end.taken > 1 || end.value == row.band.hi) {

@@ -127,8 +127,7 @@ EIGENFORMER_INLINE V weigh_block(const FusedWeights<V>& weights, const float* x)
 /// What a pass looks for in a block.
 enum class Apart {
   from_least,  ///< the weights of logits from `least` on
-  both,        ///< and those of the others
-  gathering    ///< and which lie in [least, most]
+  gathering    ///< and those of the others, and which lie in [least, most]
 };
 
 /// The weights of a block in two parts.
@@ -154,11 +153,11 @@ EIGENFORMER_INLINE void weigh_block_apart(const FusedWeights<V>& weights, const 
     EIGENFORMER_UNROLL
     for (int k = 2; k < 8; ++k) {
       a[k % 2] = select(is_above[k], a[k % 2] + w[k], a[k % 2]);
-      if constexpr (kWhat != Apart::from_least)
+      if constexpr (kWhat == Apart::gathering)
         r[k % 2] = select(is_above[k], r[k % 2], r[k % 2] + w[k]);
     }
     above = at == 0 ? a[0] + a[1] : above + (a[0] + a[1]);
-    if constexpr (kWhat != Apart::from_least) rest = at == 0 ? r[0] + r[1] : rest + (r[0] + r[1]);
+    if constexpr (kWhat == Apart::gathering) rest = at == 0 ? r[0] + r[1] : rest + (r[0] + r[1]);
   }
 }
 
@@ -189,8 +188,8 @@ struct RowWeighing {
 
   const SamplingRow<T>& row;
   FusedWeights<V> weights;
-  float least, most;
-  float* out;
+  float least = 0, most = 0;
+  float* out = nullptr;
 
   struct Range {
     Index begin = 0, end = 0;  // of what a slice gathered, in `out`

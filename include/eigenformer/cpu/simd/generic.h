@@ -10,7 +10,7 @@
 ///   load_partial(p, n)         first n elements, 0 <= n <= lanes, zeros beyond; never touches
 ///                              memory past p + n
 ///   store_partial(p, n)        first n elements
-///   load_difference(p, d)      of float: int32 numbers less d, modulo 2^32, converted to nearest even
+///   load_difference(p, d)      of float: int32 numbers less d, modulo 2^32, to nearest even
 ///   store_streaming(p)         store around the caches where the ISA can; p aligned to the bytes
 ///                              stored. A thread calls
 ///   fence_streaming()          after the last of them, before anybody else may read
@@ -19,7 +19,7 @@
 ///                              NaN
 ///   abs sqrt round             round to nearest, ties to even
 ///   less less_equal equal      masks; false where either is NaN
-///   is_nan(a) unordered(a,b)  unordered: a or b is NaN
+///   is_nan(a) unordered(a,b)   unordered: a or b is NaN
 ///   select(m, a, b)            m ? a : b
 ///   m.bits()                   one bit per lane, lane 0 lowest
 ///   mask_of(bits)              the mask of bits; those past the lanes do not count
