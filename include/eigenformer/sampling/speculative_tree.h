@@ -58,8 +58,8 @@ template <typename Draft, typename Target>
 using tree_draft_scalar =
     std::conditional_t<std::is_same_v<Draft, CertainDrafts>, scalar_of<Target>, scalar_of<Draft>>;
 
-/// Checks a call whose probabilities have `columns` tokens of the vocabulary;
-/// returns those of the drafts, nullptr where they are certain.
+/// Checks a call whose probabilities have `columns` tokens of the vocabulary; returns those of the
+/// drafts, nullptr where they are certain.
 template <Device D, typename Tokens, typename Parents, typename Draft, typename Target>
 auto checked_tree(std::string_view name, const Tokens& tokens, const Parents& parents,
                   const Draft& draft_probabilities, const Target& target, Index columns,

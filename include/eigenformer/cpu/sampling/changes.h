@@ -1,9 +1,9 @@
 /// \file
 /// What the stages of a row make of few of its logits, and its token mask. The row stays where it
 /// lies: the words of the mask are applied whenever a block is loaded (block_logits), a block that
-/// holds changed logits is copied and changed when it is first loaded, and of the maxima only those
-/// are computed again whose token fell. O(history), and nothing the size of the vocabulary is
-/// copied, cleared or read again.
+/// holds changed logits is copied and changed when it is first loaded, or at once where filters
+/// will read all blocks, and of the maxima only those are computed again whose token fell.
+/// O(history), and nothing the size of the vocabulary is copied, cleared or read again.
 #pragma once
 
 #include <algorithm>
