@@ -43,6 +43,37 @@ struct TopKResult {
   Tensor<std::int32_t, 2> ids;  ///< (rows, k)
 };
 
+namespace detail {
+
+/// Checks what receives the best of `rows` rows of x.
+template <typename T, typename Values, typename Ids>
+void check_best(std::string_view name, const Values& values, const Ids& ids, Index rows,
+                std::span<const SampleStatus> statuses) {
+  static_assert(
+      std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<Ids>, std::int32_t>,
+      "eigenformer: values have the scalar of x, and ids are std::int32_t");
+  require_that(values.dimension(0) == rows, name, "values has ", values.dimension(0),
+               " rows, x has ", rows);
+  require_same_shape(name, "ids", ids, "values", values);
+  require_that(statuses.empty() || static_cast<Index>(statuses.size()) == rows, name,
+               "statuses has ", statuses.size(), " elements, x has ", rows, " rows");
+}
+
+/// The best of `rows` rows in tensors of their own, which write(values, ids, statuses) fills.
+template <typename T, typename Write>
+TopKResult<T> best_in_tensors(std::string_view name, Index rows, Index k, Write&& write) {
+  const Eigen::DSizes<Index, 2> sizes(rows, k);
+  TopKResult<T> result{make_tensor<T, 2>(name, "values", sizes),
+                       make_tensor<std::int32_t, 2>(name, "ids", sizes)};
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(rows));
+  write(result.values, result.ids, std::span<SampleStatus>(statuses));
+  for (std::size_t r = 0; r < statuses.size(); ++r)
+    require_that(statuses[r] == SampleStatus::ok, name, "row ", r, " of x holds NaN");
+  return result;
+}
+
+}  // namespace detail
+
 /// k is the number of columns of values and ids.
 template <Device D, typename Values, typename Ids, typename X>
 void top_k_into(const D& device, Values&& values, Ids&& ids, const X& x,
@@ -54,20 +85,13 @@ void top_k_into(const D& device, Values&& values, Ids&& ids, const X& x,
   auto places = output_view<2>(ids);
   using T = scalar_of<decltype(input)>;
   detail::require_floating_scalars<decltype(input)>();
-  static_assert(
-      std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<Ids>, std::int32_t>,
-      "eigenformer: values have the scalar of x, and ids are std::int32_t");
   detail::checked_size(name, "x", input);
   const Index rows = input.dimension(0), columns = input.dimension(1), k = best.dimension(1);
   detail::require_that(columns <= (std::numeric_limits<std::int32_t>::max)(), name, "x has ",
                        columns, " columns, expected at most 2147483647");
   detail::require_that(k <= columns, name, "k is ", k, ", expected 0 to ", columns,
                        ", the columns of x");
-  detail::require_that(best.dimension(0) == rows, name, "values has ", best.dimension(0),
-                       " rows, x has ", rows);
-  detail::require_same_shape(name, "ids", places, "values", best);
-  detail::require_that(statuses.empty() || static_cast<Index>(statuses.size()) == rows, name,
-                       "statuses has ", statuses.size(), " elements, x has ", rows, " rows");
+  detail::check_best<T>(name, best, places, rows, statuses);
   detail::run(device,
               problem::TopK<T>{input.data(), best.data(), places.data(),
                                statuses.empty() ? nullptr : statuses.data(), rows, columns, k,
@@ -79,17 +103,12 @@ template <CpuDevice D, typename X>
 auto top_k(const D& device, const X& x, Index k, const TopKOptions& options = {}) {
   constexpr auto name = "top_k";
   const auto input = input_view<2>(x);
-  const Index rows = input.dimension(0);
   detail::require_that(k >= 0 && k <= input.dimension(1), name, "k is ", k, ", expected 0 to ",
                        input.dimension(1), ", the columns of x");
-  const Eigen::DSizes<Index, 2> sizes(rows, k);
-  TopKResult<scalar_of<X>> result{detail::make_tensor<scalar_of<X>, 2>(name, "values", sizes),
-                                  detail::make_tensor<std::int32_t, 2>(name, "ids", sizes)};
-  std::vector<SampleStatus> statuses(static_cast<std::size_t>(rows));
-  top_k_into(device, result.values, result.ids, input, options, statuses);
-  for (std::size_t r = 0; r < statuses.size(); ++r)
-    detail::require_that(statuses[r] == SampleStatus::ok, name, "row ", r, " of x holds NaN");
-  return result;
+  return detail::best_in_tensors<scalar_of<X>>(
+      name, input.dimension(0), k, [&](auto& values, auto& ids, std::span<SampleStatus> statuses) {
+        top_k_into(device, values, ids, input, options, statuses);
+      });
 }
 template <typename X>
   requires(!Device<X>)

@@ -4,6 +4,8 @@
 /// token of a block that ranks share.
 #pragma once
 
+#include <span>
+
 #include "../core/dispatch.h"
 #include "../core/workspace.h"
 #include "../cpu/vocabulary_tree.h"
@@ -38,6 +40,44 @@ struct DividedBlocks {
                 workspace);
     return result;
   }
+};
+
+/// Of each of `rows` rows the parts of all ranks' blocks, with `more` numbers after them.
+class RowsOfParts {
+ public:
+  RowsOfParts(const DividedBlocks& blocks, Index rows, Index more, Workspace::Frame& frame)
+      : blocks_(blocks),
+        more_(more),
+        counts_(frame.take<Index>(blocks.ranks), static_cast<std::size_t>(blocks.ranks)),
+        begins_(frame.take<double*>(blocks.ranks)) {
+    Index total = 0;
+    for (int rank = 0; rank < blocks.ranks; ++rank)
+      total += counts_[static_cast<std::size_t>(rank)] = rows * size_of(rank);
+    all_ = {frame.take<double>(total), static_cast<std::size_t>(total)};
+    double* begin = all_.data();
+    for (int rank = 0; rank < blocks.ranks; begin += counts_[static_cast<std::size_t>(rank++)])
+      begins_[rank] = begin;
+  }
+
+  double* of(int rank, Index row) const { return begins_[rank] + row * size_of(rank); }
+  /// The rows of every rank from this one's, which are in their place.
+  template <typename C>
+  void gather(C& communicator) const {
+    const int own = communicator.rank();
+    communicator.all_gather(
+        std::span<const double>(begins_[own],
+                                static_cast<std::size_t>(counts_[static_cast<std::size_t>(own)])),
+        all_, std::span<const Index>(counts_));
+  }
+
+ private:
+  Index size_of(int rank) const { return blocks_.of(rank).size() + more_; }
+
+  DividedBlocks blocks_;
+  Index more_;
+  std::span<Index> counts_;  // (ranks) numbers of each
+  double** begins_;          // (ranks)
+  std::span<double> all_;
 };
 
 }  // namespace detail

@@ -75,9 +75,8 @@ template <typename Trees>
 void end_walk(Trees& trees, Index r, SampleStatus status, std::int32_t last) {
   DraftWalk& walk = trees.walks[static_cast<std::size_t>(r)];
   const auto& tree = trees.tree;
-  std::int32_t *const tokens = tree.tokens + r * (tree.nodes + 1), *const nodes =
-                                                                       tree.accepted_nodes +
-                                                                       r * tree.nodes;
+  std::int32_t* const tokens = tree.tokens + r * (tree.nodes + 1);
+  std::int32_t* const nodes = tree.accepted_nodes + r * tree.nodes;
   walk.step = WalkStep::done;
   tree.statuses[r] = status;
   tree.accepted[r] = static_cast<std::int32_t>(walk.depth);
@@ -180,8 +179,8 @@ const double* gather_drafted(const Trees& trees, Workspace::Frame& frame) {
     total += count;
   }
   const Index own_count = counts[static_cast<std::size_t>(trees.communicator.rank())];
-  double *const own = frame.take<double>(own_count),
-                *to = own, *const parts = frame.take<double>(total);
+  double *const own = frame.take<double>(own_count), *const parts = frame.take<double>(total);
+  double* to = own;
   const ShardRange& shard = trees.shard;
   for_each(trees.communicator.rank(), [&](Index r, Index i, std::int32_t token) {
     const Index place = tree.parents[r * tree.parents_stride + i] + 1, at = token - shard.begin;
@@ -236,14 +235,17 @@ WalkRound<Draft, Target> weigh_places(const D& device,
     places[count] = trees.place_of(r);
     weighs_draft[count++] = walk.step == WalkStep::weigh && !trees.tree.with_replacement;
   }
+  if (count == 0) return {{}, nullptr, nullptr, nullptr};
   const auto** const parts = frame.take<const double*>(ranks * count);
   auto** const answers = frame.take<double*>(count);
   const std::span<Index> sizes(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
+  const auto size_of = [&](int rank, Index i) {
+    return 2 + blocks.of(rank).size() * (weighs_draft[i] ? 2 : 1);
+  };
   Index total = 0;
   for (int rank = 0; rank < ranks; ++rank) {
     Index& size = sizes[static_cast<std::size_t>(rank)] = 0;
-    for (Index i = 0; i < count; ++i)
-      size += 2 + blocks.of(rank).size() * (weighs_draft[i] ? 2 : 1);
+    for (Index i = 0; i < count; ++i) size += size_of(rank, i);
     total += size;
   }
   double *const all = frame.take<double>(total), *from = all;
@@ -251,9 +253,8 @@ WalkRound<Draft, Target> weigh_places(const D& device,
     for (Index i = 0; i < count; ++i) {
       if (rank == own_rank) answers[i] = from;
       parts[rank * count + i] = from;
-      from += 2 + blocks.of(rank).size() * (weighs_draft[i] ? 2 : 1);
+      from += size_of(rank, i);
     }
-  if (count == 0) return {{}, nullptr, nullptr, nullptr};
   detail::run(device,
               problem::WeighPlaces<Draft, Target>{places, weighs_draft, count, trees.tree.vocab,
                                                   trees.shard, answers},
@@ -327,8 +328,8 @@ void find_last_tokens(const D& device, DividedTrees<Draft, Target, Comm>& trees,
   const Index all_count = count * trees.communicator.size();
   Index* const blocks = frame.take<Index>(count);
   double *const before = frame.take<double>(count), *const targets = frame.take<double>(count);
-  auto *const own = frame.take<std::int32_t>(count), *const all =
-                                                         frame.take<std::int32_t>(all_count);
+  std::int32_t* const own = frame.take<std::int32_t>(count);
+  std::int32_t* const all = frame.take<std::int32_t>(all_count);
   for (Index i = 0; i < count; ++i) {
     const DraftWalk& walk = walk_of(i);
     const bool is_own = walk.step == WalkStep::find && walk.holder == trees.communicator.rank();

@@ -21,6 +21,7 @@ inline namespace EIGENFORMER_ABI {
 ///
 ///   auto shard = ef::column_shard(weight, rank, world_size);
 template <typename Weight>
+  requires(!std::same_as<std::remove_cvref_t<Weight>, Int4View>)
 auto column_shard(Weight&& weight, int rank, int world_size) {
   constexpr int kRank = rank_of<Weight> == 1 ? 1 : 2;
   static_assert(std::is_lvalue_reference_v<Weight> || !detail::owns_its_elements<Weight>,
@@ -40,8 +41,7 @@ auto column_shard(Weight&& weight, int rank, int world_size) {
 }
 
 /// The same of four-bit values, with their scales.
-template <std::same_as<Int4View> Weight>
-Int4View column_shard(const Weight& weight, int rank, int world_size) {
+inline Int4View column_shard(const Int4View& weight, int rank, int world_size) {
   const ShardRange rows = shard_range(weight.dimension(0), rank, world_size);
   return detail::rows_of(weight, rows.begin, rows.size());
 }

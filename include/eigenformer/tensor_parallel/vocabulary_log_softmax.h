@@ -1,6 +1,6 @@
 /// \file
-/// Part of tensor_parallel.h, which includes it: log-softmax of rows whose columns are divided among
-/// ranks.
+/// Part of tensor_parallel.h, which includes it: log-softmax of rows whose columns are divided
+/// among ranks.
 #pragma once
 
 #include "../cpu/vocabulary_log_softmax.h"
@@ -33,29 +33,16 @@ void divided_log_softmax(const D& device, Y* y, const T* x, Index rows, Index vo
     best[r] = static_cast<double>(most);
     log_sums[r] = 0;
   }
-  const DividedBlocks blocks{vocab, ranks};
-  const std::span<Index> sizes(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  auto** const parts = frame.take<double*>(ranks);
+  const RowsOfParts parts({vocab, ranks}, rows, 2, frame);
+  detail::run(device,
+              problem::WeighExponentials<T>{x, rows, vocab, shard, best, has_softmax,
+                                            parts.of(own_rank, 0)},
+              workspace);
+  parts.gather(communicator);
   const auto** const of_row = frame.take<const double*>(ranks);
-  Index total = 0;
-  for (int rank = 0; rank < ranks; ++rank)
-    total += sizes[static_cast<std::size_t>(rank)] = rows * (blocks.of(rank).size() + 2);
-  double* from = frame.take<double>(total);
-  const std::span<double> all(from, static_cast<std::size_t>(total));
-  for (int rank = 0; rank < ranks; from += sizes[static_cast<std::size_t>(rank++)])
-    parts[rank] = from;
-  detail::run(
-      device,
-      problem::WeighExponentials<T>{x, rows, vocab, shard, best, has_softmax, parts[own_rank]},
-      workspace);
-  communicator.all_gather(
-      std::span<const double>(parts[own_rank],
-                              static_cast<std::size_t>(sizes[static_cast<std::size_t>(own_rank)])),
-      all, std::span<const Index>(sizes));
   for (Index r = 0; r < rows; ++r) {
     if (!has_softmax[r]) continue;
-    for (int rank = 0; rank < ranks; ++rank)
-      of_row[rank] = parts[rank] + r * (blocks.of(rank).size() + 2);
+    for (int rank = 0; rank < ranks; ++rank) of_row[rank] = parts.of(rank, r);
     detail::run(Eigen::DefaultDevice{},
                 problem::JoinExponentials<S>{vocab, ranks, of_row, best[r], log_sums[r]},
                 workspace);

@@ -22,29 +22,18 @@ void spread_shards(const D& device, Rows& divided, float* probabilities) {
   const auto is_drawn = [](const DividedRow& row) { return row.end == RowEnd::drawn; };
   if (!std::any_of(divided.rows.begin(), divided.rows.end(), is_drawn)) return;
   Workspace::Frame frame(divided.workspace);
-  const int ranks = divided.ranks();
-  const DividedBlocks blocks{vocab, ranks};
+  const DividedBlocks blocks{vocab, divided.ranks()};
   bool* const asked = frame.take<bool>(rows);
   for (Index r = 0; r < rows; ++r) asked[r] = is_drawn(divided.rows[static_cast<std::size_t>(r)]);
-  const std::span<Index> sizes(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  auto** const parts = frame.take<double*>(ranks);
-  Index total = 0;
-  for (int rank = 0; rank < ranks; ++rank)
-    total += sizes[static_cast<std::size_t>(rank)] = rows * blocks.of(rank).size();
-  double *const all = frame.take<double>(total), *from = all;
-  for (int rank = 0; rank < ranks; from += sizes[static_cast<std::size_t>(rank++)])
-    parts[rank] = from;
-  const int own = divided.communicator.rank();
+  const RowsOfParts parts(blocks, rows, 0, frame);
   detail::run(device,
-              problem::WeighShard<C>{divided.shard, divided.asked, asked, vocab, parts[own]},
+              problem::WeighShard<C>{divided.shard, divided.asked, asked, vocab,
+                                     parts.of(divided.communicator.rank(), 0)},
               divided.workspace);
-  divided.communicator.all_gather(
-      std::span<const double>(parts[own],
-                              static_cast<std::size_t>(sizes[static_cast<std::size_t>(own)])),
-      std::span<double>(all, static_cast<std::size_t>(total)), std::span<const Index>(sizes));
+  parts.gather(divided.communicator);
   double* const totals = frame.take<double>(rows);
   for (Index r = 0; r < rows; ++r) {
-    const auto of_row = [&](int rank) { return parts[rank] + r * blocks.of(rank).size(); };
+    const auto of_row = [&](int rank) { return parts.of(rank, r); };
     if (asked[r]) totals[r] = blocks.join(of_row, 0.5, divided.workspace).total;
   }
   detail::run(device,
@@ -130,9 +119,8 @@ void vocabulary_parallel_verify_speculative_into(
   check_speculative<D>(name, tokens, draft, target, columns, vocab, rng, options);
   const LengthSpan& lengths = options.draft_lengths;
   Workspace::Frame frame(workspace);
-  std::int32_t *const parents = frame.take<std::int32_t>(drafts), *const nodes =
-                                                                      frame.take<std::int32_t>(
-                                                                          batch * drafts);
+  std::int32_t* const parents = frame.take<std::int32_t>(drafts);
+  std::int32_t* const nodes = frame.take<std::int32_t>(batch * drafts);
   for (Index i = 0; i < drafts; ++i) parents[i] = static_cast<std::int32_t>(i - 1);
   result.accepted_counts.resize(batch);
   result.tokens.resize(batch, drafts + 1);
@@ -208,12 +196,13 @@ void vocabulary_parallel_verify_speculative_tree_into(
 /// columns shard_range(vocab, rank, world_size) of sampling_probabilities of linear(hidden,
 /// weight), bit for bit. Parameters, `weight`, rows that are gathered whole and bytes as for
 /// vocabulary_parallel_sample; beside those, where some row of a call is not narrowed by filters,
-/// each row sends 8 bytes for each 128 tokens, and for each token of blocks of 128 that ranks share.
-/// The form that returns throws for a bad row, on every rank; the _into form writes zeros and its
-/// status, and allocates nothing after the first call at a size. On a GPU probabilities are its
-/// memory.
+/// each row sends 8 bytes for each 128 tokens, and for each token of blocks of 128 that ranks
+/// share. The form that returns throws for a bad row, on every rank; the _into form writes zeros
+/// and its status, and allocates nothing after the first call at a size. On a GPU probabilities are
+/// its memory.
 ///
-///   auto target = ef::vocabulary_parallel_sampling_probabilities(hidden, head, communicator, params);
+///   auto target = ef::vocabulary_parallel_sampling_probabilities(hidden, head, communicator,
+///                                                                params);
 template <Device D, typename Out, typename Hidden, typename Weight, Communicator C,
           detail::SamplingSets Params = SamplingParams>
 void vocabulary_parallel_sampling_probabilities_into(const D& device, Out&& probabilities,
@@ -261,7 +250,8 @@ Tensor<float, 2> vocabulary_parallel_sampling_probabilities(const Hidden& hidden
 /// arguments as verify_speculative does, and for shards that are not those of `vocab`. The _into
 /// form allocates nothing after the first call at a size. Tensors are memory of the host.
 ///
-///   auto result = ef::vocabulary_parallel_verify_speculative(drafts, q, p, vocab, communicator, rng);
+///   auto result = ef::vocabulary_parallel_verify_speculative(drafts, q, p, vocab, communicator,
+///                                                            rng);
 template <CpuDevice D, typename Tokens, typename Draft, typename Target, Communicator C>
 void vocabulary_parallel_verify_speculative_into(const D& device, SpeculativeResult& result,
                                                  const Tokens& draft_tokens,

@@ -3,9 +3,9 @@
 /// among ranks, and the step of a beam search by them.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <span>
-#include <vector>
 
 #include "../beam_search.h"
 #include "../top_k.h"
@@ -133,12 +133,14 @@ void divided_top_k(const D& device, const T* x, Index rows, Index vocab, Index k
 /// {.gather_output = false} gives for a head. What travels, bytes of a row that every rank holds in
 /// the end: 8 (16 of double) for each of the k best of every rank, one where k is 0.
 ///
-/// Options, statuses and rows that hold NaN as for top_k. Throws std::invalid_argument for k outside
-/// [0, vocab], columns that are not the shard of `vocab`, and shapes that disagree. On a GPU x,
-/// values and ids are its memory, and the candidates are found there; statuses are the host's. The
-/// _into form, whose values and ids are (rows, k), allocates nothing after the first call at a size.
+/// Options, statuses and rows that hold NaN as for top_k. Throws std::invalid_argument for k
+/// outside [0, vocab], columns that are not the shard of `vocab`, and shapes that disagree. On a
+/// GPU x, values and ids are its memory, and the candidates are found there; statuses are the
+/// host's. The _into form, whose values and ids are (rows, k), allocates nothing after the first
+/// call at a size.
 ///
-///   auto logits = ef::column_parallel_linear(hidden, head, communicator, {.gather_output = false});
+///   auto logits = ef::column_parallel_linear(hidden, head, communicator,
+///                                            {.gather_output = false});
 ///   auto [values, ids] = ef::vocabulary_parallel_top_k(logits, 8, vocab, communicator);
 template <Device D, typename Values, typename Ids, typename X, Communicator C>
 void vocabulary_parallel_top_k_into(const D& device, Values&& values, Ids&& ids, const X& x,
@@ -151,18 +153,11 @@ void vocabulary_parallel_top_k_into(const D& device, Values&& values, Ids&& ids,
   auto places = output_view<2>(ids);
   using T = scalar_of<decltype(input)>;
   detail::require_floating_scalars<decltype(input)>();
-  static_assert(
-      std::is_same_v<scalar_of<Values>, T> && std::is_same_v<scalar_of<Ids>, std::int32_t>,
-      "eigenformer: values have the scalar of x, and ids are std::int32_t");
   detail::checked_size(name, "x", input);
   const Index rows = input.dimension(0), k = best.dimension(1), count = rows * k;
   detail::check_shard(name, "x", input.dimension(1), vocab, communicator);
   detail::require_that(k <= vocab, name, "k is ", k, ", expected 0 to ", vocab, ", the vocabulary");
-  detail::require_that(best.dimension(0) == rows, name, "values has ", best.dimension(0),
-                       " rows, x has ", rows);
-  detail::require_same_shape(name, "ids", places, "values", best);
-  detail::require_that(statuses.empty() || static_cast<Index>(statuses.size()) == rows, name,
-                       "statuses has ", statuses.size(), " elements, x has ", rows, " rows");
+  detail::check_best<T>(name, best, places, rows, statuses);
   Workspace::Frame frame(workspace);
   T* const host_values = CpuDevice<D> ? best.data() : frame.take<T>(count);
   std::int32_t* const host_ids = CpuDevice<D> ? places.data() : frame.take<std::int32_t>(count);
@@ -182,19 +177,14 @@ auto vocabulary_parallel_top_k(const D& device, const X& x, Index k, Index vocab
                                const TopKOptions& options = {}) {
   constexpr auto name = "vocabulary_parallel_top_k";
   const auto input = input_view<2>(x);
-  const Index rows = input.dimension(0);
   detail::check_shard(name, "x", input.dimension(1), vocab, communicator);
   detail::require_that(k >= 0 && k <= vocab, name, "k is ", k, ", expected 0 to ", vocab,
                        ", the vocabulary");
-  const Eigen::DSizes<Index, 2> sizes(rows, k);
-  TopKResult<scalar_of<X>> result{detail::make_tensor<scalar_of<X>, 2>(name, "values", sizes),
-                                  detail::make_tensor<std::int32_t, 2>(name, "ids", sizes)};
-  std::vector<SampleStatus> statuses(static_cast<std::size_t>(rows));
-  vocabulary_parallel_top_k_into(device, result.values, result.ids, input, vocab, communicator,
-                                 options, statuses);
-  for (std::size_t r = 0; r < statuses.size(); ++r)
-    detail::require_that(statuses[r] == SampleStatus::ok, name, "row ", r, " of x holds NaN");
-  return result;
+  return detail::best_in_tensors<scalar_of<X>>(
+      name, input.dimension(0), k, [&](auto& values, auto& ids, std::span<SampleStatus> statuses) {
+        vocabulary_parallel_top_k_into(device, values, ids, input, vocab, communicator, options,
+                                       statuses);
+      });
 }
 template <typename X, Communicator C>
   requires(!Device<X>)
