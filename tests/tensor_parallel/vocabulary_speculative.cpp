@@ -14,17 +14,6 @@ namespace {
 using Status = ef::SampleStatus;
 constexpr Eigen::DefaultDevice kDevice;
 
-/// The tokens of a rank, of (rows, vocab) or (batch, places, vocab).
-template <typename T, int Rank>
-ef::Tensor<T, Rank> shard_of(const ef::Tensor<T, Rank>& x, int rank, int ranks) {
-  const auto own = ef::shard_range(x.dimension(Rank - 1), rank, ranks);
-  Eigen::array<Index, Rank> begin{}, size;
-  for (int d = 0; d < Rank; ++d) size[static_cast<std::size_t>(d)] = x.dimension(d);
-  begin[Rank - 1] = own.begin;
-  size[Rank - 1] = own.size();
-  return x.slice(begin, size);
-}
-
 template <typename T>
 void check_probabilities(Index vocab, int rows, std::initializer_list<int> worlds) {
   ef::Tensor<T, 2> hidden(1, 1);

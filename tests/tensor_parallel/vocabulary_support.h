@@ -1,6 +1,6 @@
 /// \file
-/// What the tests of a divided vocabulary share: rows of many shapes, chains of many stages, a
-/// communicator that counts what it gathers.
+/// What the tests of a divided vocabulary share: rows of many shapes and a rank's part of them,
+/// chains of many stages, a communicator that counts what it gathers.
 #pragma once
 
 #include <eigenformer/tensor_parallel.h>
@@ -32,6 +32,17 @@ struct CountingCommunicator {
   void barrier() { under.barrier(); }
 };
 static_assert(ef::Communicator<CountingCommunicator>);
+
+/// The tokens of a rank, of (rows, vocab) or (batch, places, vocab).
+template <typename T, int Rank>
+ef::Tensor<T, Rank> shard_of(const ef::Tensor<T, Rank>& x, int rank, int ranks) {
+  const auto own = ef::shard_range(x.dimension(Rank - 1), rank, ranks);
+  Eigen::array<Index, Rank> begin{}, size;
+  for (int d = 0; d < Rank; ++d) size[static_cast<std::size_t>(d)] = x.dimension(d);
+  begin[Rank - 1] = own.begin;
+  size[Rank - 1] = own.size();
+  return x.slice(begin, size);
+}
 
 /// Logits of normal and peaked rows, flat ones, ones of few numbers, of -infinity and of equals.
 template <typename T = float>

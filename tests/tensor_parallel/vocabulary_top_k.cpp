@@ -11,13 +11,6 @@ namespace {
 using Status = ef::SampleStatus;
 constexpr Eigen::DefaultDevice kDevice;
 
-template <typename T>
-ef::Tensor<T, 2> columns_of(const ef::Tensor<T, 2>& x, int rank, int ranks) {
-  const auto own = ef::shard_range(x.dimension(1), rank, ranks);
-  return x.slice(Eigen::array<Index, 2>{0, own.begin},
-                 Eigen::array<Index, 2>{x.dimension(0), own.size()});
-}
-
 /// Rows of many kinds: ties, zeros of both signs, infinities, one with NaN.
 template <typename T>
 ef::Tensor<T, 2> rows_of_kinds(Index vocab) {
@@ -52,7 +45,7 @@ void check_top_k(Index vocab, std::initializer_list<int> worlds) {
           ef::Tensor<std::int32_t, 2> places(rows, k);
           std::vector<Status> ends(static_cast<std::size_t>(rows), Status::negative);
           ef::vocabulary_parallel_top_k_into(kDevice, best, places,
-                                             columns_of(x, communicator.rank(), ranks), vocab,
+                                             shard_of(x, communicator.rank(), ranks), vocab,
                                              communicator, options, ends);
           ASSERT_TRUE(same_bits(best, values)) << vocab << ", " << k << " of " << ranks;
           ASSERT_TRUE(same_bits(places, ids)) << vocab << ", " << k << " of " << ranks;
@@ -86,7 +79,7 @@ TEST(VocabularyTopK, OfLogitsOfADividedHead) {
 TEST(VocabularyTopK, RefusesOnEveryRankAndAllocatesNothingMore) {
   const auto x = rows_of_kinds<float>(20);
   ef::ThreadCommunicator::run(3, [&](ef::ThreadCommunicator& communicator) {
-    const auto own = columns_of(x, communicator.rank(), 3);
+    const auto own = shard_of(x, communicator.rank(), 3);
     constexpr auto name = "vocabulary_parallel_top_k";
     const auto refuses = [&](auto&& call, std::initializer_list<std::string> words) {
       expect_throws<std::invalid_argument>(call, words);
@@ -124,10 +117,10 @@ void check_log_softmax(Index vocab, std::initializer_list<int> worlds) {
   ef::log_softmax_into(kDevice, whole, x);
   for (int ranks : worlds)
     ef::ThreadCommunicator::run(ranks, [&](ef::ThreadCommunicator& communicator) {
-      const auto own = columns_of(x, communicator.rank(), ranks);
+      const auto own = shard_of(x, communicator.rank(), ranks);
       ef::Tensor<Y, 2> y(own.dimension(0), own.dimension(1));
       ef::vocabulary_parallel_log_softmax_into(kDevice, y, own, vocab, communicator);
-      ASSERT_TRUE(same_bits(y, columns_of(whole, communicator.rank(), ranks)))
+      ASSERT_TRUE(same_bits(y, shard_of(whole, communicator.rank(), ranks)))
           << vocab << " of " << ranks;
     });
 }
@@ -146,14 +139,14 @@ TEST(VocabularyLogSoftmax, InPlaceRefusesAndAllocatesNothingMore) {
   const auto x = rows_of_kinds<float>(500);
   const auto whole = ef::log_softmax(x);
   ef::ThreadCommunicator::run(3, [&](ef::ThreadCommunicator& communicator) {
-    auto own = columns_of(x, communicator.rank(), 3);
+    auto own = shard_of(x, communicator.rank(), 3);
     const auto again = own;
     ef::Workspace workspace;
     const auto call = [&] {
       ef::vocabulary_parallel_log_softmax_into(kDevice, own, own, 500, communicator, workspace);
     };
     call();
-    EXPECT_TRUE(same_bits(own, columns_of(whole, communicator.rank(), 3)));
+    EXPECT_TRUE(same_bits(own, shard_of(whole, communicator.rank(), 3)));
     communicator.barrier();
     EXPECT_EQ(count_allocations(call), 0);
     communicator.barrier();
@@ -181,7 +174,7 @@ TEST(VocabularyBeamSearch, KeepsTheBeamsOfOneRank) {
           auto scores = ef::log_softmax(logits);
           expected.step(kDevice, scores);
           ef::vocabulary_parallel_beam_search_step(
-              kDevice, search, columns_of(scores, communicator.rank(), ranks), vocab, communicator);
+              kDevice, search, shard_of(scores, communicator.rank(), ranks), vocab, communicator);
           ASSERT_TRUE(same_bits(search.tokens(), expected.tokens())) << vocab << " " << ranks;
           for (std::size_t i = 0; i < batch * beams; ++i) {
             ASSERT_EQ(search.parents()[i], expected.parents()[i]);
@@ -211,7 +204,7 @@ TEST(VocabularyBeamSearch, NanOfOneShardChangesNothingOnAnyRank) {
     expect_throws<std::invalid_argument>(
         [&] {
           ef::vocabulary_parallel_beam_search_step(
-              kDevice, search, columns_of(scores, communicator.rank(), 3), 30, communicator);
+              kDevice, search, shard_of(scores, communicator.rank(), 3), 30, communicator);
         },
         {"row 1 holds NaN"});
     EXPECT_EQ(search.steps(), 0);
