@@ -2,8 +2,8 @@
 // decode reads the weight, prefill computes 2 * tokens * in * out. Peers: ef::linear on the device
 // of the row, Eigen by hand on the whole weight. Then tokens of a divided vocabulary on two thread
 // ranks, from a head of one feature, so that little but the sampling is timed; the limit reads the
-// logits once, the peer gathers them and samples on each rank. Speculation and log-softmax of shards
-// last.
+// logits once, the peer gathers them and samples on each rank. Speculation and log-softmax of
+// shards last.
 #include <eigenformer/sampling.h>
 #include <eigenformer/tensor_parallel.h>
 

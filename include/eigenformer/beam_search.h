@@ -144,8 +144,8 @@ class BeamSearch {
                          ", one for each beam");
     detail::require_that(vocab >= 1, kName, "log_probabilities has no columns");
   }
-  /// The step from what top_k gives for the log-probabilities, memory of the host: min(candidates(),
-  /// vocab) of each row, best first, ids of -1 where a row holds NaN.
+  /// The step from what top_k gives for the log-probabilities, memory of the host:
+  /// min(candidates(), vocab) of each row, best first, ids of -1 where a row holds NaN.
   template <typename Values, typename Ids>
   void step_by_best(const Values& values, const Ids& ids,
                     Workspace& workspace = thread_workspace()) {

@@ -181,9 +181,9 @@ void for_each_tag(ef::isa::List<Tags...>, F&& f) {
   (f(Tags{}), ...);
 }
 
-// Sanitizers look at reads, writes and threads, which differ by instruction set and size of a scalar,
-// and take long to compile: their builds sweep the best ISA and two sizes (.ci/run builds the
-// generic kernels so besides). A build for one ISA (.ci/run neon and amx) sweeps that alone.
+// Sanitizers look at reads, writes and threads, which differ by instruction set and size of a
+// scalar, and take long to compile: their builds sweep the best ISA and two sizes (.ci/run builds
+// the generic kernels so besides). A build for one ISA (.ci/run neon and amx) sweeps that alone.
 #if defined(EIGENFORMER_SANITIZED) || defined(EIGENFORMER_EXPECTED_ISA)
 using EveryIsa = ef::isa::List<ef::isa::best>;
 #else
@@ -195,7 +195,8 @@ using EveryScalar = ::testing::Types<float, ef::bfloat16>;
 using EveryScalar = ::testing::Types<float, double, ef::bfloat16, ef::half>;
 #endif
 
-/// Calls f(tag) for the tags with vectors of their own: the others run the same code but in products.
+/// Calls f(tag) for the tags with vectors of their own: the others run the same code but in
+/// products.
 template <typename F>
 void for_each_isa(F&& f) {
 #if defined(EIGENFORMER_ISA_AMX)

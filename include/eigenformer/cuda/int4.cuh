@@ -5,7 +5,7 @@
 /// expected, not measured yet. The numbers are those of cpu/vector/quantize_int4.h, bit for bit;
 /// the scale of a group that holds NaN or infinity is NaN, its values are 0 (packed symmetric ones
 /// stand for 0 too). Where scales are of least squares, each lane reads the whole group for a
-/// candidate of its own, out of L1.
+/// candidate of its own, out of L1 as is expected, not measured yet.
 ///
 /// A packed row: 16 inputs take 8 bytes, the first 8 the low halves, the others the high halves, so
 /// that two masks and a shift make 16 values of 8 bytes. Rows begin at multiples of 16 bytes.

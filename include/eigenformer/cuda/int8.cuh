@@ -26,12 +26,12 @@ EIGENFORMER_HOST_DEVICE float int8_scale(C largest, int steps = 127) {
 }
 
 /// A number by such a scale. Only denormal scales need the clamp.
-template <int Steps = 127, typename C>
+template <typename C>
 EIGENFORMER_DEVICE std::int8_t int8_value(C x, float scale) {
   if (scale != scale) return 0;
   const C quotient = std::rint(x / static_cast<C>(scale));
-  return static_cast<std::int8_t>(
-      quotient < C(-Steps) ? C(-Steps) : (quotient > C(Steps) ? C(Steps) : quotient));
+  return static_cast<std::int8_t>(quotient < C(-127) ? C(-127)
+                                                     : (quotient > C(127) ? C(127) : quotient));
 }
 
 /// The largest magnitude of a line, this one of `threads`: NaN where one is NaN.
