@@ -86,15 +86,6 @@ SamplingRow<C> row_of_shard(const problem::ShardLogits<C>& p, const problem::Sha
   return row;
 }
 
-template <typename Isa, typename C>
-Index count_from(const SamplingRow<C>& row, C least) {
-  Index count = 0;
-  for_each_block<Isa>(row, (std::max)(least, row.band.lo), [&](Index block, const C* x) {
-    count += member_bits<Isa>(x, block, row.band, least).count();
-  });
-  return count;
-}
-
 /// The sum of the weights, that of every block in `sums`, and of weight * (logit - best) /
 /// temperature.
 template <typename Isa, typename C>
@@ -167,8 +158,8 @@ void execute(const Backend<D, Isa>& on, const problem::AskShard<C>& p) {
       double* const answer = p.answers + r * p.width;
       std::fill(answer, answer + p.width, 0.0);
       if (asked.question == ShardQuestion::count) {
-        answer[0] = static_cast<double>(count_from<Isa>(row, row.band.lo));
-        answer[1] = static_cast<double>(count_from<Isa>(row, asked.sure));
+        answer[0] = static_cast<double>(count_members<Isa>(row));
+        answer[1] = static_cast<double>(count_members<Isa>(row, asked.sure));
       }
       if (asked.question == ShardQuestion::weights)
         sum_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, answer);

@@ -25,13 +25,18 @@ double sum_members(const SamplingRow<T>& row, F value) {
   return total;
 }
 
+/// How many tokens in play have logits of `least` or more.
 template <typename Isa, typename T>
-Index count_members(const SamplingRow<T>& row) {
+Index count_members(const SamplingRow<T>& row, compute_type<T> least) {
   Index count = 0;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
-    count += member_bits<Isa>(x, block, row.band, row.band.lo).count();
+  for_each_block<Isa>(row, (std::max)(least, row.band.lo), [&](Index block, const auto* x) {
+    count += member_bits<Isa>(x, block, row.band, least).count();
   });
   return count;
+}
+template <typename Isa, typename T>
+Index count_members(const SamplingRow<T>& row) {
+  return count_members<Isa>(row, row.band.lo);
 }
 
 /// Of two bands that begin alike, the one that ends later.
