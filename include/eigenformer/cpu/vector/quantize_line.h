@@ -128,18 +128,18 @@ EIGENFORMER_INLINE void with_quotient(float scale, F&& f) {
 
 /// The values of a vector of numbers, still as numbers. Only denormal scales need the clamp: a
 /// maximum of 190 denormals has a scale of one.
-template <int Steps = 127, typename V, typename Quotient>
+template <typename V, typename Quotient>
 EIGENFORMER_INLINE V int8_values(const Quotient& quotient, V w) {
-  return minimum(V::set1(Steps), maximum(V::set1(-Steps), round(quotient(w))));
+  return minimum(V::set1(127), maximum(V::set1(-127), round(quotient(w))));
 }
 
 /// `count` values; Streaming stores around the caches, where `to` is aligned to a vector's bytes of
 /// int8.
-template <bool Streaming, typename V, int Steps = 127, typename Quotient, typename T>
+template <bool Streaming, typename V, typename Quotient, typename T>
 EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, Index count,
                                       std::int8_t* to) {
   for_each_vector<V>(0, count, [&](Index at, auto part) {
-    const V values = int8_values<Steps>(quotient, load<V>(line + at, part));
+    const V values = int8_values(quotient, load<V>(line + at, part));
     if constexpr (Streaming && std::is_same_v<decltype(part), WholeVector>)
       values.store_streaming(to + at);
     else
@@ -147,12 +147,11 @@ EIGENFORMER_INLINE void quantize_with(const Quotient& quotient, const T* line, I
   });
 }
 
-template <typename Isa, bool Streaming = false, int Steps = 127, typename T>
+template <typename Isa, bool Streaming = false, typename T>
 void quantize_line(const T* line, Index count, float scale, std::int8_t* to) {
   using V = simd::Vec<compute_type<T>, Isa>;
-  with_quotient<V>(scale, [&](const auto& quotient) {
-    quantize_with<Streaming, V, Steps>(quotient, line, count, to);
-  });
+  with_quotient<V>(
+      scale, [&](const auto& quotient) { quantize_with<Streaming, V>(quotient, line, count, to); });
 }
 
 /// quantize_line of a line that is in cache, and the magnitude of the next one, which comes from
@@ -292,14 +291,14 @@ bool quantize_line_in_groups(const T* line, Index count, Index group, float* sca
 
 /// scales[row][group] of a (rows, columns) matrix cut into groups along the row; false where a
 /// number is not quantizable.
-template <int Steps = 127, typename D, typename Isa, typename T>
+template <typename D, typename Isa, typename T>
 bool group_scales(const Backend<D, Isa>& on, const T* matrix, Index rows, Index columns,
                   Index group, float* scales) {
   const Index groups = (columns + group - 1) / group;
   std::atomic<bool> quantizable{true};
   parallel_for(on, rows, Cost{columns, kPackCycles}, [&](Index first, Index last, int) {
     for (Index r = first; r < last; ++r)
-      if (!group_scales<Isa, Steps>(matrix + r * columns, columns, group, scales + r * groups))
+      if (!group_scales<Isa>(matrix + r * columns, columns, group, scales + r * groups))
         return quantizable.store(false, std::memory_order_relaxed);
   });
   return quantizable.load(std::memory_order_relaxed);
