@@ -126,8 +126,8 @@ bool same_memory(const ef::PackedWeight<T>& a, const ef::PackedWeight<T>& b) {
     return bytes == 0 || std::memcmp(x, y, static_cast<std::size_t>(bytes)) == 0;
   };
   return a.rows() == b.rows() && a.columns() == b.columns() && a.layout() == b.layout() &&
-         a.bytes() == b.bytes() && same(a.data(), b.data(), a.bytes()) &&
-         same(a.scales(), b.scales(), factors * 4) &&
+         a.group_size() == b.group_size() && a.bytes() == b.bytes() &&
+         same(a.data(), b.data(), a.bytes()) && same(a.scales(), b.scales(), factors * 4) &&
          (a.minimums() == nullptr) == (b.minimums() == nullptr) &&
          (a.minimums() == nullptr || same(a.minimums(), b.minimums(), factors * 4));
 }
@@ -290,15 +290,6 @@ TEST(LinearInt4, ViewsPackAsTheirNumbers) {
   const Index out = 45, in = 131;
   const Eigen::DefaultDevice device;
   const auto a = random_tensor<float, 2>({out, in}, 1), b = random_tensor<float, 2>({out, in}, 2);
-  const auto same = [](const ef::PackedWeight<ef::int4>& x, const ef::PackedWeight<ef::int4>& y) {
-    const auto equal = [](const float* p, const float* q, Index count) {
-      return p == q || std::memcmp(p, q, static_cast<std::size_t>(count) * sizeof(float)) == 0;
-    };
-    const Index factors = x.rows() * ((in + x.group_size() - 1) / x.group_size());
-    return x.bytes() == y.bytes() && x.group_size() == y.group_size() &&
-           std::memcmp(x.data(), y.data(), static_cast<std::size_t>(x.bytes())) == 0 &&
-           equal(x.scales(), y.scales(), factors) && equal(x.minimums(), y.minimums(), factors);
-  };
   for (const bool zero_points : {false, true}) {
     const ef::Int4Packing options{.group_size = 64, .zero_points = zero_points};
     const auto p = ef::quantize_weights_int4(a, 64), q = ef::quantize_weights_int4(b, 64);
@@ -311,13 +302,13 @@ TEST(LinearInt4, ViewsPackAsTheirNumbers) {
     };
     const ef::Int4View first = zero_points ? view(r) : view(p),
                        second = zero_points ? view(s) : view(q);
-    EXPECT_TRUE(
-        same(ef::pack_weight<ef::int4>(device, first), ef::pack_weight<ef::int4>(a, options)));
-    EXPECT_TRUE(same(ef::pack_gated_weight<ef::int4>(device, first, second).pair(),
-                     ef::pack_gated_weight<ef::int4>(a, b, options).pair()));
+    EXPECT_TRUE(same_memory(ef::pack_weight<ef::int4>(device, first),
+                            ef::pack_weight<ef::int4>(a, options)));
+    EXPECT_TRUE(same_memory(ef::pack_gated_weight<ef::int4>(device, first, second).pair(),
+                            ef::pack_gated_weight<ef::int4>(a, b, options).pair()));
     const std::array numbers{ef::input_view<2>(a), ef::input_view<2>(b)};
-    EXPECT_TRUE(same(ef::pack_stacked_weight<ef::int4>(device, std::array{first, second}),
-                     ef::pack_stacked_weight<ef::int4>(device, numbers, options)));
+    EXPECT_TRUE(same_memory(ef::pack_stacked_weight<ef::int4>(device, std::array{first, second}),
+                            ef::pack_stacked_weight<ef::int4>(device, numbers, options)));
     ef::Int4View other = second;
     other.group_size = 32;
     expect_throws<std::invalid_argument>(
