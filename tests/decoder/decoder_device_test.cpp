@@ -12,6 +12,7 @@
 #include <map>
 
 #include "device.h"
+#include "greedy_server.h"
 #include "named_forms.h"
 #include "random_decoder.h"
 
@@ -166,26 +167,9 @@ TEST(DecoderOnDevice, SchedulersPlansGiveTheTextsOfEachRequestAlone) {
       const Ids prompt = random_ids(7 - 2 * static_cast<Index>(r), 20 + r);
       prompts[scheduler.submit(prompt, {.max_new_tokens = 2})] = prompt;
     }
-    std::map<ef::RequestTicket, ef::SequenceId> held;
-    ef::StepPlan plan;
-    while (scheduler.next_step(plan)) {
-      for (const auto ticket : plan.released)
-        if (const auto found = held.find(ticket); found != held.end()) {
-          pages.free(found->second);
-          held.erase(found);
-        }
-      std::vector<ef::SequenceId> sequences;
-      for (const auto ticket : plan.requests) {
-        if (held.count(ticket) == 0) held[ticket] = pages.add_sequence();
-        sequences.push_back(held[ticket]);
-      }
-      const auto drawn = ef::greedy_sample(model->step(plan, pages, sequences));
-      std::vector<ef::StepToken> sampled;
-      for (std::size_t i = 0; i < plan.requests.size(); ++i)
-        if (plan.wants_token[i] != 0)
-          sampled.push_back({plan.requests[i], drawn(static_cast<Index>(sampled.size())), false});
-      scheduler.complete(sampled);
-    }
+    serve_greedily(scheduler, pages, [&](const auto& plan, auto& cache, const auto& sequences) {
+      return model->step(plan, cache, sequences);
+    });
     for (const auto& [ticket, prompt] : prompts) {
       Ids text = prompt;
       ef::KvCache<float> own(ef::memory_of(bench.device));

@@ -2,6 +2,7 @@
 // part and together; the same bits whole, in chunks, token by token and beside others; refuses what
 // cannot be.
 #include "allocations.h"
+#include "named_forms.h"
 #include "random_decoder.h"
 
 using namespace eigenformer_test;
@@ -44,17 +45,9 @@ TEST(DecoderForms, BiasesOfAllLayers) {
 }
 
 TEST(DecoderForms, Gemma) {
-  ef::DecoderForm form;
-  form.placement = ef::NormPlacement::both;
-  form.activation = ef::DecoderActivation::gelu_tanh;
-  form.query_key_norm = ef::QueryKeyNorm::head;
-  form.attention_scale = 0.3f;
-  form.attention_softcap = 2;
-  form.logit_softcap = 3;
-  form.embedding_scale = 4;
+  ef::DecoderForm form = gemma_form();
   form.ropes.resize(2);
   form.ropes[1].base = 1e6f;
-  form.layers = {{.window = 4}, {.rope = 1}, {.window = 3, .rope = -1}};
   expect_equals_reference(form, false, 20);
 }
 

@@ -16,6 +16,20 @@ struct NamedForm {
   bool biases = false;
 };
 
+/// Gemma's, but for its two rotations.
+inline ef::DecoderForm gemma_form() {
+  ef::DecoderForm form;
+  form.placement = ef::NormPlacement::both;
+  form.activation = ef::DecoderActivation::gelu_tanh;
+  form.query_key_norm = ef::QueryKeyNorm::head;
+  form.attention_scale = 0.3f;
+  form.attention_softcap = 2;
+  form.logit_softcap = 3;
+  form.embedding_scale = 4;
+  form.layers = {{.window = 4}, {.rope = 1}, {.window = 3, .rope = -1}};
+  return form;
+}
+
 /// Together they have every member of a form, every rotation and every activation.
 inline std::vector<NamedForm> forms_of_families() {
   const auto layer_norm = [] {
@@ -25,16 +39,8 @@ inline std::vector<NamedForm> forms_of_families() {
     form.feed_forward_bias = true;
     return form;
   };
-  ef::DecoderForm gemma;
-  gemma.placement = ef::NormPlacement::both;
-  gemma.activation = ef::DecoderActivation::gelu_tanh;
-  gemma.query_key_norm = ef::QueryKeyNorm::head;
-  gemma.attention_scale = 0.3f;
-  gemma.attention_softcap = 2;
-  gemma.logit_softcap = 3;
-  gemma.embedding_scale = 4;
+  ef::DecoderForm gemma = gemma_form();
   gemma.ropes = {{}, ef::llama3_rope(6, 10000, {.trained_length = 16})};
-  gemma.layers = {{.window = 4}, {.rope = 1}, {.window = 3, .rope = -1}};
   ef::DecoderForm olmo2;
   olmo2.placement = ef::NormPlacement::after;
   olmo2.query_key_norm = ef::QueryKeyNorm::row;

@@ -9,6 +9,7 @@
 
 #include "allocation_count.h"
 #include "decoder_support.h"
+#include "greedy_server.h"
 
 using namespace eigenformer_test;
 
@@ -106,28 +107,12 @@ TEST(DecoderStep, SchedulersPlansGiveTheTextsOfEachRequestAlone) {
     const Ids prompt = random_ids(3 + 4 * static_cast<Index>(r), 20 + r);
     prompts[scheduler.submit(prompt, {.max_new_tokens = 9})] = prompt;
   }
-  std::map<ef::RequestTicket, ef::SequenceId> held;
-  ef::StepPlan plan;
   ef::Tensor<float, 2> logits;
-  while (scheduler.next_step(plan)) {
-    for (const auto ticket : plan.released)
-      if (held.count(ticket) > 0) {
-        cache.free(held[ticket]);
-        held.erase(ticket);
-      }
-    std::vector<ef::SequenceId> sequences;
-    for (const auto ticket : plan.requests) {
-      if (held.count(ticket) == 0) held[ticket] = cache.add_sequence();
-      sequences.push_back(held[ticket]);
-    }
-    model.step_into(logits, plan, cache, sequences);
-    const auto drawn = ef::greedy_sample(logits);
-    std::vector<ef::StepToken> sampled;
-    for (std::size_t i = 0; i < plan.requests.size(); ++i)
-      if (plan.wants_token[i] != 0)
-        sampled.push_back({plan.requests[i], drawn(static_cast<Index>(sampled.size())), false});
-    scheduler.complete(sampled);
-  }
+  serve_greedily(scheduler, cache,
+                 [&](const auto& plan, auto& pages, const auto& sequences) -> const auto& {
+                   model.step_into(logits, plan, pages, sequences);
+                   return logits;
+                 });
   EXPECT_GT(scheduler.statistics().preempted, 0);
   for (const auto& [ticket, prompt] : prompts) {
     Ids text = prompt;
