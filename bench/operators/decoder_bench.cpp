@@ -1,6 +1,6 @@
-// Llama-shaped decoders, float, INT8 and INT4: decode of one token, prefill of 256, and a server's ragged
-// step; a small one too, where waking threads could cost more than they bring. Limits: the weights'
-// bytes, the products' flops.
+// Llama-shaped decoders, float, INT8 and INT4: decode of one token, prefill of 256, and a server's
+// ragged step; a small one too, where waking threads could cost more than they bring. Limits: the
+// weights' bytes, the products' flops.
 #include <eigenformer/decoder.h>
 
 #include <tuple>

@@ -35,9 +35,9 @@
 /// the scalar of the activations. Of Q8_0 these are the file's own values and scales wherever the
 /// largest value of a block is 127 in magnitude, as every writer of max / 127 has it; other blocks
 /// (a -128 too) and other formats are quantized again, by at most 1 / 254 of the group's largest.
-/// Query, key and value share a format, gate and up do, and an expert's gate, up and down: where the
-/// file has several it is INT8 if one of them is in blocks, else float; INT4 where all are in four
-/// bits. Experts of a layer whose formats then differ are refused.
+/// Query, key and value share a format, gate and up do, and an expert's gate, up and down: INT4
+/// where all are in four bits; where the file has several formats else, INT8 if one of them is in
+/// blocks, and float if none is. Experts of a layer whose formats then differ are refused.
 ///
 /// Cost: loading reads the file once and packs on the device, blocks converted on its threads; what
 /// lies there as numbers is read twice from memory for INT8 and INT4. Beside the packed weights it

@@ -178,8 +178,8 @@ TEST(StoredWeights, BlocksOfAFileAreInt8ByGroups) {
   EXPECT_FALSE(in_groups({"blk.0.attn_output"}));            // stays what it is
 }
 
-// Blocks of four bits are INT4, whose values, scales and minimums are the file's: what they stand for
-// has the bits of the blocks.
+// Blocks of four bits are INT4, whose values, scales and minimums are the file's: what they stand
+// for has the bits of the blocks.
 TEST(StoredWeights, BlocksOfFourBitsAreTakenExactly) {
   const Index rows = 19, columns = 512;
   for (const auto& [format, type] : {std::pair{ef::StoredFormat::q4_0, kQ4_0},

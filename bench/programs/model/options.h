@@ -14,8 +14,8 @@
 
 namespace programs {
 
-/// Reads `--name value`, `--name` and words without a name. What makes no sense ends the program with a message that says
-/// what to do.
+/// Reads `--name value`, `--name` and words without a name. What makes no sense ends the program
+/// with a message that says what to do.
 class CommandLine {
  public:
   CommandLine(std::string program, std::string usage)

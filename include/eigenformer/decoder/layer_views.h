@@ -37,8 +37,8 @@ using scalar_of_matrix = typename ScalarOfMatrix<View>::type;
 
 /// Tensors of one layer where they lie: W the scalar of matrices, (out, in) of each linear layer, N
 /// that of vectors. W may be ef::int4: matrices are then four-bit values with their scales
-/// (Int4View), and are packed as they are. A layer may be packed in several calls, each with some of
-/// its tensors.
+/// (Int4View), and are packed as they are. A layer may be packed in several calls, each with some
+/// of its tensors.
 template <typename W, FloatingScalar N = W>
 struct DecoderLayerViews {
   using Matrix = std::optional<typename detail::MatrixView<W>::type>;

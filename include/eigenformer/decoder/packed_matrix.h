@@ -44,7 +44,8 @@ struct Int4Storage {
 ///
 ///   ef::PackedDecoderWeights<float> weights(config, ef::WeightFormat::bfloat16);
 ///   ef::PackedDecoderWeights<float> weights(config, {ef::WeightFormat::int8, 64});
-///   ef::PackedDecoderWeights<float> weights(config, {ef::WeightFormat::int4, 64, {.zero_points = false}});
+///   ef::PackedDecoderWeights<float> weights(
+///       config, {ef::WeightFormat::int4, 64, {.zero_points = false}});
 struct WeightStorage {
   WeightFormat format;
   Index group_size;

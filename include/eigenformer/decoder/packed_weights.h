@@ -6,8 +6,8 @@
 /// own, that of the whole decoder where packing is told none (packed_matrix.h):
 ///
 ///   activations   matrices of
-///   float         float, bfloat16, half, INT8 by output channel or by groups of 32, 64 or 128 inputs,
-///                 INT4 by such groups
+///   float         float, bfloat16, half, INT8 by output channel or by groups of 32, 64 or 128
+///                 inputs, INT4 by such groups
 ///   bfloat16      bfloat16, INT8, INT4; other floating scalars are rounded to it
 ///   half          half, INT8, INT4
 ///   double        double
@@ -24,11 +24,14 @@
 /// It lies in the memory of the device that packs it. Views are of the host's memory where nothing
 /// else is said; on a GPU each tensor is then copied there for the time of its packing.
 ///
-///   auto packed = std::make_shared<ef::PackedDecoderWeights<float>>(config, ef::WeightFormat::int8);
-///   packed->set_embedding(table, owner);                     // (vocabulary, features), kept as a view; on a GPU: own_embedding(device)
-///   for (Index l = 0; l < config.layers; ++l) packed->pack_layer(device, l, views_of(l), communicator);
+///   auto packed =
+///       std::make_shared<ef::PackedDecoderWeights<float>>(config, ef::WeightFormat::int8);
+///   // (vocabulary, features), kept as a view; on a GPU: own_embedding(device)
+///   packed->set_embedding(table, owner);
+///   for (Index l = 0; l < config.layers; ++l)
+///     packed->pack_layer(device, l, views_of(l), communicator);
 ///   packed->pack_head(device, norm, head, communicator);
-///   ef::Decoder<float> model(packed, device);                // serves; it has nothing to train
+///   ef::Decoder<float> model(packed, device);  // serves; it has nothing to train
 #pragma once
 
 #include <memory>
@@ -137,9 +140,9 @@ class PackedDecoderWeights {
       return pack_column_shard<S>(device, readable.view(), communicator, options);
     });
   }
-  /// The same of a head that need not be whole in memory, for one rank: slice_of(first, count) gives
-  /// a view (count, features) of its rows from `first` on, which is read before the next is asked
-  /// for.
+  /// The same of a head that need not be whole in memory, for one rank: slice_of(first, count)
+  /// gives a view (count, features) of its rows from `first` on, which is read before the next is
+  /// asked for.
   template <CpuDevice D, typename N, typename Slice>
   void pack_head_slices(const D& device, const TensorView<const N, 1>& last_norm, Slice&& slice_of,
                         const WeightStorage& storage) {

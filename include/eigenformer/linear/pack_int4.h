@@ -12,8 +12,8 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 
-/// Four-bit values where they lie, as files of models hold them: a weight (out, in) is value * scale
-/// of its group, or scale * value + minimum.
+/// Four-bit values where they lie, as files of models hold them: a weight (out, in) is
+/// value * scale of its group, or scale * value + minimum.
 struct Int4View {
   TensorView<const std::int8_t, 2> values;               ///< -8 to 7; with minimums 0 to 15
   TensorView<const float, 2> scales;                     ///< (out, ceil(in / group_size))
@@ -212,8 +212,9 @@ PackedWeight<T> pack_weight(const Values& values, const Scales& scales, const Mi
   return pack_weight<T>(Eigen::DefaultDevice{}, values, scales, minimums, options);
 }
 
-/// Values that are one argument, alone, as a gated pair and one below the other, whose values are
-/// then grouped in one way. group_size and zero_points of the options do not count: views have them.
+/// Values that are one argument: alone, as a gated pair and one below the other. Those of several
+/// views are grouped in one way, and all have minimums or none has. group_size and zero_points of
+/// the options do not count: views have them.
 template <typename T, Device D, std::same_as<Int4View> Weight>
   requires std::same_as<T, int4>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,

@@ -44,8 +44,8 @@ class JsonBuilder : public nlohmann::json_sax<nlohmann::json> {
   bool key(string_t& name) override {
     auto& members = open_.back()->get_ref<Json::object_t&>();
     const std::size_t before = members.size();
-    const auto entry =
-        members.emplace_hint(members.end(), name, nullptr);  // of sorted names at once
+    // At the end, without a search, where names are sorted.
+    const auto entry = members.emplace_hint(members.end(), name, nullptr);
     if (members.size() == before)
       return refuse("has \"" + printable(name) + "\" twice in one object");
     entry_ = &entry->second;

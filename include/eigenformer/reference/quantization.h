@@ -88,8 +88,8 @@ Tensor<float, 2> grouped_linear(const Tensor<X, 2>& x, const Tensor<std::int8_t,
   return y;
 }
 
-/// The scale of one group, and its minimum unless it is nullptr, by least squares, from those of its
-/// extremes. C is what it computes in: the scalar that kernels compute in has their bits.
+/// The scale of one group, and its minimum unless that is nullptr, by least squares, from those of
+/// its extremes. C is what it computes in: the scalar that kernels compute in has their bits.
 template <typename C, typename T>
 void fit_int4(const T* numbers, Index count, float* scale, float* minimum) {
   const bool above = minimum != nullptr;

@@ -69,9 +69,9 @@ constexpr Index even_block_rows(Index rows, Index most) {
   return std::max<Index>((each + Dot::rows - 1) / Dot::rows, 1) * Dot::rows;
 }
 
-/// Steps of one block of k. Packed panels are read out of L2 (128 KiB per block), which keeps up with
-/// the multiply-adds, so that sums are loaded and stored seldom; plain ones, packed here for many
-/// rows, stay in L1 (32 KiB). AMX's figures are reasoned, not timed.
+/// Steps of one block of k. Packed panels are read out of L2 (128 KiB per block), which keeps up
+/// with the multiply-adds, so that sums are loaded and stored seldom; plain ones, packed here for
+/// many rows, stay in L1 (32 KiB). AMX's figures are reasoned, not timed.
 template <typename Dot, bool Packed>
 constexpr Index block_steps() {
   return (Packed || tile::steps_at_once<Dot> > 1 ? 1024 : 256) / Dot::units;
@@ -260,7 +260,7 @@ struct ProductBlock {
     else
       return false;
   }
-  /// All of k for `panels` panels.
+  /// All of k for `panels` panels, widened in registers.
   void multiply_widening(const Scratch& scratch, Index group, Index panels, Index t0,
                          Index t1) const {
     if constexpr (std::is_same_v<Weights, WideInt4Panels>) {

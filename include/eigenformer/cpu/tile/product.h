@@ -66,8 +66,8 @@ struct TileOperands {
 };
 
 /// c[row][vector] += `steps` steps of the `left` that are still to come of the panels' `whole`, for
-/// Panels panels side by side. Advances the operands. One panel at a time fetches a line ahead with each step: 64
-/// bytes per step of 12 x 32 are 24 GB/s at 4.5 GHz.
+/// Panels panels side by side. Advances the operands. One panel at a time fetches a line ahead with
+/// each step: 64 bytes per step of 12 x 32 are 24 GB/s at 4.5 GHz.
 template <typename Dot, int Rows, int Panels, typename Accumulators>
 EIGENFORMER_INLINE void accumulate(TileOperands<Dot>& at, Index steps, Index left, Index whole,
                                    Accumulators& c) {

@@ -75,7 +75,8 @@ struct WideOperands {
   Index panel_stride;  // bytes from one panel to the next
 };
 
-/// sums[panel][row][column] over all of `depth`.
+/// sums[panel][row][column] over all of `depth`. HasMinimums: weights are fma(scale, value,
+/// minimum), values from 0 on; else value * scale, values from -8 on.
 template <typename Int4, typename V, int Rows, int Panels, bool HasMinimums>
 EIGENFORMER_NOINLINE void wide_tile_product(WideOperands at, Index depth,
                                             const GroupFactors& groups, float* sums,
@@ -96,7 +97,8 @@ EIGENFORMER_NOINLINE void wide_tile_product(WideOperands at, Index depth,
     for (Index first = k; first < end; first += 4, at.b += panel_step<Int4>) {
       if constexpr (Panels <= 2) simd::prefetch_after<3>(at.b, kPairBytes);
       const int count = static_cast<int>((std::min)(Index{4}, end - first));
-      // A loop: where its body is written four times g++ 12 makes it a function and keeps c in memory.
+      // A loop: where its body is written four times g++ 12 makes it a function and keeps c in
+      // memory.
       for (int i = 0; i < count; ++i, at.a += Rows) {
         const auto weight = [&](auto v) {
           const V number = numbers(

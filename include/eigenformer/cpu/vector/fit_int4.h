@@ -1,8 +1,8 @@
 /// \file
-/// Scales and minimums of four-bit groups by least squares (Int4Fit): of the candidates of
-/// problem/quantization.h each rounds the group in its way, z to q, and the scale (and minimum) that
-/// fit these q best come from a linear regression of z on q. That of two candidates is better whose
-/// q explain more of z:
+/// Scales and minimums of four-bit groups by least squares (Int4Fit): each candidate of
+/// problem/quantization.h rounds the group in its way, z to q, and the scale (and minimum) that fit
+/// these q best come from a linear regression of z on q. Of two candidates the better one is that
+/// whose q explain more of z:
 ///
 ///   symmetric       scale = sum(q z) / sum(q q)                         explained = sum(q z)^2 / sum(q q)
 ///   with minimums   scale = c / v, minimum = mean(z) - scale mean(q)    explained = c^2 / v
@@ -56,7 +56,8 @@ struct Int4Regression {
 };
 
 /// V::lanes groups of `length` numbers or fewer, z[k][lane], zeros behind those of a lane; `count`
-/// is how many each has. Scales start as those of the extremes; offsets are above the least number.
+/// is how many each has. Scales start as those of the extremes. HasMinimums: z are above the least
+/// number of their group, and `offset` is what the fitted minimum adds to it.
 template <bool HasMinimums, typename V>
 void fit_int4_lanes(const typename V::scalar* z, Index length, V count, V& scale, V& offset) {
   using C = typename V::scalar;
@@ -84,7 +85,8 @@ void fit_int4_lanes(const typename V::scalar* z, Index length, V count, V& scale
   }
 }
 
-/// Makes scales, and minimums where HasMinimums, of a line's groups those of least squares.
+/// Replaces the scales of a line's groups, found from extremes, by those of least squares, and the
+/// minimums too where groups have them.
 template <typename Isa, bool HasMinimums, typename T>
 void fit_int4_groups(const T* line, Index count, Index group, float* scales, float* minimums) {
   using C = compute_type<T>;
