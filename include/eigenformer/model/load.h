@@ -63,6 +63,10 @@ class ModelLoader {
   StoredMatrix matrix(const std::string& name, Index rows, Index columns) {
     return from_.matrix(device_, name, rows, columns, m_.transposed, keeps_int4());
   }
+  /// A matrix out of a stack of experts.
+  StoredMatrix expert_matrix(const StoredTensor& rows) const {
+    return {device_, rows, false, keeps_int4()};
+  }
   bool keeps_int4() const {
     return stores<T, int4> && weights_->storage().format == WeightFormat::as_stored;
   }
@@ -322,9 +326,7 @@ class ModelLoader {
       const StoredTensor gate = stored_rows(both, 2 * e * hidden, hidden),
                          up = stored_rows(both, (2 * e + 1) * hidden, hidden),
                          down = stored_rows(downs, e * d, d);
-      const bool int4 = keeps_int4();
-      pack_unit(l, e, {device_, gate, false, int4}, {device_, up, false, int4},
-                {device_, down, false, int4});
+      pack_unit(l, e, expert_matrix(gate), expert_matrix(up), expert_matrix(down));
     }
   }
 
@@ -346,9 +348,7 @@ class ModelLoader {
       const std::array own{stored_rows(*parts[0], e * rows[0], rows[0]),
                            stored_rows(*parts[1], e * rows[1], rows[1]),
                            stored_rows(*parts[2], e * rows[2], rows[2])};
-      const bool int4 = keeps_int4();
-      pack_unit(l, e, {device_, own[0], false, int4}, {device_, own[1], false, int4},
-                {device_, own[2], false, int4});
+      pack_unit(l, e, expert_matrix(own[0]), expert_matrix(own[1]), expert_matrix(own[2]));
       if (!m_.form.feed_forward_bias) continue;
       Views views;
       views.expert = e;

@@ -49,7 +49,7 @@ class GgufSource {
   /// f(name, text) for what the file says besides its weights.
   template <typename F>
   void each_text(F&& f) const {
-    f("model.gguf", gguf_outline(*file_));
+    f(kGgufText, gguf_outline(*file_));
   }
 
  private:
@@ -76,7 +76,7 @@ class FolderSource {
   void each_text(F&& f) const {
     FolderTexts texts(path_);
     for (const std::string_view name : kModelTexts) {
-      if (name == "model.gguf" || !texts.has(name)) continue;
+      if (name == kGgufText || !texts.has(name)) continue;
       if (name == "tokenizer.json")  // sorted it is read in two thirds of the time
         f(name, parse_json(texts.text(name), texts.name(name)).dump());
       else

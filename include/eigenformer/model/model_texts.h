@@ -18,6 +18,9 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
+/// A GGUF file's metadata among the texts.
+inline constexpr std::string_view kGgufText = "model.gguf";
+
 /// In the order of files of packed models.
 inline constexpr std::array<std::string_view, 8> kModelTexts{"config.json",
                                                              "tokenizer.json",
@@ -26,7 +29,7 @@ inline constexpr std::array<std::string_view, 8> kModelTexts{"config.json",
                                                              "special_tokens_map.json",
                                                              "chat_template.json",
                                                              "chat_template.jinja",
-                                                             "model.gguf"};
+                                                             kGgufText};
 
 /// The texts of a folder, mapped. Those that it has not are empty.
 class FolderTexts {

@@ -89,9 +89,9 @@ class PackedModelFile {
       auto weights = take_packed_weights<T>(finder, config.shape, storage, config.form);
       return f(std::move(config), std::move(tokenizer), std::move(weights));
     };
-    constexpr auto kGguf = "model.gguf", kConfig = "config.json";
-    if (texts.has(kGguf)) {
-      const Gguf outline(std::as_bytes(std::span(texts.text(kGguf))), texts.name(kGguf));
+    constexpr auto kConfig = "config.json";
+    if (texts.has(kGgufText)) {
+      const Gguf outline(std::as_bytes(std::span(texts.text(kGgufText))), texts.name(kGgufText));
       return finish(gguf_model_config(outline, options), Tokenizer::from_gguf(outline));
     }
     ModelConfig config = parse_model_config(texts.text(kConfig), texts.name(kConfig), options);
