@@ -223,6 +223,37 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
   }
 }
 
+// Probabilities come to lie in each GPU's memory; of three ranks of two tokens one has no token.
+TEST(TensorParallelOnDevice, ProbabilitiesAreThoseOfTheWholeVocabulary) {
+  using Status = ef::SampleStatus;
+  constexpr Index kRows = 4;
+  auto host_hidden = random_tensor<float, 2>({kRows, 16}, 10);
+  host_hidden(2, 3) = std::numeric_limits<float>::quiet_NaN();
+  for (Index vocabulary : {2, 300}) {
+    const auto host_head = random_tensor<float, 2>({vocabulary, 16}, 11);
+    for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+      const int rank = communicator.rank(), ranks = communicator.size();
+      const auto hidden = on_device(bench, host_hidden), head = on_device(bench, host_head);
+      const auto logits = output_on<float>(bench, kRows, vocabulary);
+      ef::linear_into(bench.device, logits.view(), hidden.cview(), head.cview());
+      for (const ef::SamplingParams& params :
+           {ef::SamplingParams{}, ef::SamplingParams{.temperature = .6, .top_p = .7}}) {
+        ef::Tensor<float, 2> whole(kRows, vocabulary);
+        std::vector<Status> expected(kRows), statuses(kRows, Status::negative);
+        ef::sampling_probabilities_into(Eigen::DefaultDevice{}, whole, logits.host(), params,
+                                        expected);
+        const auto own =
+            output_on<float>(bench, kRows, ef::shard_range(vocabulary, rank, ranks).size());
+        ef::vocabulary_parallel_sampling_probabilities_into(
+            bench.device, own.view(), hidden.cview(), head.cview(), communicator, params, statuses);
+        ASSERT_TRUE(same_bits(own.host(), features_of(whole, rank, ranks))) << vocabulary;
+        ASSERT_EQ(statuses, expected);
+        ASSERT_EQ(statuses[2], Status::nan);
+      }
+    });
+  }
+}
+
 // The best of divided rows, and beams by them, from candidates that each GPU finds in its columns.
 TEST(TensorParallelOnDevice, TheBestOfDividedRowsAreThoseOfWholeRows) {
   using Status = ef::SampleStatus;

@@ -96,6 +96,18 @@ TEST(VocabularyTopK, RefusesOnEveryRankAndAllocatesNothingMore) {
     refuses(
         [&] { ef::vocabulary_parallel_top_k_into(kDevice, values, other, own, 20, communicator); },
         {name, "ids has shape (9, 4)"});
+    refuses(
+        [&] {
+          ef::vocabulary_parallel_top_k_into(kDevice, ef::Tensor<float, 2>(9, 4), other, own, 20,
+                                             communicator);
+        },
+        {name, "values has 9 rows, x has 10"});
+    std::vector<Status> few(9);
+    refuses(
+        [&] {
+          ef::vocabulary_parallel_top_k_into(kDevice, values, ids, own, 20, communicator, {}, few);
+        },
+        {name, "statuses has 9 elements"});
     ef::Workspace workspace;
     const auto call = [&] {
       ef::vocabulary_parallel_top_k_into(kDevice, values, ids, own, 20, communicator, {}, {},
