@@ -5,6 +5,7 @@
 #include <map>
 #include <vector>
 
+#include <eigenformer/paged_kv_cache.h>
 #include <eigenformer/sampling.h>
 #include <eigenformer/scheduler.h>
 
