@@ -107,8 +107,10 @@ void sampling_cases(bench::Suite& suite) {
   stage("typical-p 0.9", {.typical_p = .9});
   stage("top-n-sigma 1", {.top_n_sigma = 1});
   stage("XTC", {.xtc_probability = 1, .xtc_threshold = .1});
+  stage("epsilon cutoff", {.epsilon_cutoff = 3e-4});
   stage("eta cutoff", {.eta_cutoff = 3e-4});
   stage("top-h 0.4", {.top_h = .4});
+  stage("mirostat 1", {.mirostat = 1, .mirostat_mu = 5});
   stage("mirostat 2", {.mirostat = 2, .mirostat_mu = 5});
   stage("dynamic temperature", {.dynatemp_range = .5});
   ef::SamplingParams dry{.top_k = 50, .dry_multiplier = .8};

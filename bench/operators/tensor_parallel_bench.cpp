@@ -2,8 +2,8 @@
 // decode reads the weight, prefill computes 2 * tokens * in * out. Peers: ef::linear on the device
 // of the row, Eigen by hand on the whole weight. Then tokens of a divided vocabulary on two thread
 // ranks, from a head of one feature, so that little but the sampling is timed; the limit reads the
-// logits once, the peer gathers them and samples on each rank. Speculation and log-softmax of
-// shards last.
+// logits once, the peer gathers them and samples on each rank. Last what has shards of rows at
+// hand, beside the operator on whole rows that one rank holds.
 #include <eigenformer/sampling.h>
 #include <eigenformer/tensor_parallel.h>
 
@@ -81,16 +81,23 @@ struct Layer {
   };
 };
 
-/// One row of logits: normal numbers times `scale`.
+/// One row of logits: normal numbers times `scale`. Packed, for the product of one feature takes
+/// longer than sampling does where it is not.
 struct Head {
   Head(Index vocab, double scale) : hidden(1, 1), weight(vocab, 1), logits{{1, vocab}, {1, vocab}} {
     hidden.setConstant(1);
     ef::Philox random{7};
     std::normal_distribution<double> normal(0, scale);
     for (Index i = 0; i < vocab; ++i) weight(i, 0) = static_cast<float>(normal(random));
+    packed = ef::pack_weight<float>(weight);
+    ranks.run([this](ef::ThreadCommunicator& communicator) {
+      shard[communicator.rank()] = ef::pack_column_shard<float>(weight, communicator);
+    });
   }
 
   ef::Tensor<float, 2> hidden, weight;
+  ef::PackedWeight<float> packed;
+  ef::PackedColumnShard<float> shard[2];
   ef::Tensor<float, 2> logits[2];
   ef::Tensor<std::int32_t, 1> ids[2]{{1}, {1}};
   ef::SamplesWithLogProbabilities scored[2];
@@ -116,11 +123,13 @@ void head_cases(bench::Suite& suite) {
         suite, "sample " + name, head,
         [=](ef::ThreadCommunicator& communicator) {
           ef::vocabulary_parallel_sample_into(device, head->ids[communicator.rank()], head->hidden,
-                                              head->weight, communicator, params, ef::Philox{1});
+                                              head->shard[communicator.rank()], communicator,
+                                              params, ef::Philox{1});
         },
         [=](ef::ThreadCommunicator& communicator) {
           auto& logits = head->logits[communicator.rank()];
-          ef::column_parallel_linear_into(device, logits, head->hidden, head->weight, communicator);
+          ef::column_parallel_linear_into(device, logits, head->hidden,
+                                          head->shard[communicator.rank()], communicator);
           ef::sample_into(device, head->ids[communicator.rank()], logits, params, ef::Philox{1});
         });
   };
@@ -133,13 +142,14 @@ void head_cases(bench::Suite& suite) {
       suite, "sample with log-probabilities and 5 best", normal,
       [=](ef::ThreadCommunicator& communicator) {
         ef::vocabulary_parallel_sample_with_log_probabilities_into(
-            device, normal->scored[communicator.rank()], normal->hidden, normal->weight,
-            communicator, ef::SamplingParams{}, ef::Philox{1}, {.best = 5});
+            device, normal->scored[communicator.rank()], normal->hidden,
+            normal->shard[communicator.rank()], communicator, ef::SamplingParams{}, ef::Philox{1},
+            {.best = 5});
       },
       [=](ef::ThreadCommunicator& communicator) {
         auto& logits = normal->logits[communicator.rank()];
-        ef::column_parallel_linear_into(device, logits, normal->hidden, normal->weight,
-                                        communicator);
+        ef::column_parallel_linear_into(device, logits, normal->hidden,
+                                        normal->shard[communicator.rank()], communicator);
         ef::sample_with_log_probabilities_into(device, normal->scored[communicator.rank()], logits,
                                                ef::SamplingParams{}, ef::Philox{1}, {.best = 5});
       });
@@ -156,67 +166,176 @@ ef::Tensor<float, Rank> columns_of(const ef::Tensor<float, Rank>& x, int rank) {
   return x.slice(begin, size);
 }
 
+constexpr Index kVocab = 128256;
+
+/// A row of shards on two ranks beside whole rows that one holds: no gather is timed.
+template <typename Whole>
+void add_shard_row(bench::Suite& suite, const std::string& name, double floats_read,
+                   TwoRanks& ranks, TwoRanks::Step step, const std::string& peer, Whole whole) {
+  auto& row = suite.row("vocabulary_parallel_" + name + ", 128256 tokens, 2 thread ranks",
+                        bench::Limit::read_bytes(4.0 * floats_read));
+  row.calls.push_back(
+      {"eigenformer", [&ranks, step](const Eigen::DefaultDevice&) { ranks.run(step); }, {}});
+  row.peer(peer + " of whole rows", whole);
+}
+
 /// Four drafts of one row, of which the first is refused: draft and target differ little.
 struct Drafts {
-  explicit Drafts(Index vocab) : target(1, 5, vocab), draft(1, 4, vocab) {
+  Drafts() {
     ef::Philox random{9};
     for (auto* each : {&target, &draft})
       for (Index i = 0; i < each->size(); ++i)
         each->data()[i] =
-            static_cast<float>((1 + random() % 7) / (4.0 * static_cast<double>(vocab)));
+            static_cast<float>((1 + random() % 7) / (4.0 * static_cast<double>(kVocab)));
     tokens.setValues({{1, 70000, 3, 4}});
+    parents.setConstant(-1);
     target(0, 0, 1) = 0;
     for (int rank : {0, 1}) {
       p[rank] = columns_of(target, rank);
       q[rank] = columns_of(draft, rank);
     }
   }
+  /// Of the places that drafts of a chain have.
+  template <typename T>
+  static ef::TensorView<const float, 3> chain(const T& x) {
+    return {x.data(), 1, 4, x.dimension(2)};
+  }
   ef::Tensor<std::int32_t, 2> tokens{1, 4};
-  ef::Tensor<float, 3> target, draft;
+  ef::Tensor<std::int32_t, 1> parents{4};
+  ef::Tensor<float, 3> target{1, 5, kVocab}, draft{1, 5, kVocab};
   ef::Tensor<float, 3> p[2], q[2];
   ef::SpeculativeResult result[2];
+  ef::SpeculativeTreeResult tree[2];
   TwoRanks ranks;
 };
 
-/// The peers hold whole rows: no gather is timed.
-void shard_cases(bench::Suite& suite) {
-  constexpr Index vocab = 128256;
+void speculative_cases(bench::Suite& suite) {
   const Eigen::DefaultDevice device;
-  const auto drafts = std::make_shared<Drafts>(vocab);
-  auto& speculation =
-      suite.row("vocabulary_parallel_verify_speculative 4 drafts, 128256 tokens, 2 thread ranks",
-                bench::Limit::read_bytes(8.0 * vocab));
-  const TwoRanks::Step verify = [=](ef::ThreadCommunicator& communicator) {
-    const int rank = communicator.rank();
-    ef::vocabulary_parallel_verify_speculative_into(device, drafts->result[rank], drafts->tokens,
-                                                    drafts->q[rank], drafts->p[rank], vocab,
-                                                    communicator, ef::Philox{1});
-  };
-  speculation.calls.push_back(
-      {"eigenformer", [=](const Eigen::DefaultDevice&) { drafts->ranks.run(verify); }, {}});
-  speculation.peer("verify_speculative of whole rows", [=](const auto& of_row) {
-    ef::verify_speculative_into(of_row, drafts->result[0], drafts->tokens, drafts->draft,
-                                drafts->target, ef::Philox{1});
-  });
+  const auto drafts = std::make_shared<Drafts>();
+  add_shard_row(
+      suite, "verify_speculative 4 drafts", 2 * kVocab, drafts->ranks,
+      [=](ef::ThreadCommunicator& communicator) {
+        const int rank = communicator.rank();
+        ef::vocabulary_parallel_verify_speculative_into(
+            device, drafts->result[rank], drafts->tokens, Drafts::chain(drafts->q[rank]),
+            drafts->p[rank], kVocab, communicator, ef::Philox{1});
+      },
+      "verify_speculative",
+      [=](const auto& of_row) {
+        ef::verify_speculative_into(of_row, drafts->result[0], drafts->tokens,
+                                    Drafts::chain(drafts->draft), drafts->target, ef::Philox{1});
+      });
+  // the floor is that of one sibling refused
+  add_shard_row(
+      suite, "verify_speculative_tree 4 siblings", 2 * kVocab, drafts->ranks,
+      [=](ef::ThreadCommunicator& communicator) {
+        const int rank = communicator.rank();
+        ef::vocabulary_parallel_verify_speculative_tree_into(
+            device, drafts->tree[rank], drafts->tokens, drafts->parents, drafts->q[rank],
+            drafts->p[rank], kVocab, communicator, ef::Philox{1});
+      },
+      "verify_speculative_tree",
+      [=](const auto& of_row) {
+        ef::verify_speculative_tree_into(of_row, drafts->tree[0], drafts->tokens, drafts->parents,
+                                         drafts->draft, drafts->target, ef::Philox{1});
+      });
+}
 
+void probability_cases(bench::Suite& suite) {
+  const Eigen::DefaultDevice device;
+  struct Probabilities {
+    Head head{kVocab, 3};
+    ef::Tensor<float, 2> shard[2]{columns(0), columns(1)}, whole{1, kVocab};
+    ef::Tensor<float, 1> scores[2]{ef::Tensor<float, 1>(1), ef::Tensor<float, 1>(1)};
+    std::vector<std::int32_t> token{70000};
+    static ef::Tensor<float, 2> columns(int rank) {
+      return {1, ef::shard_range(kVocab, rank, 2).size()};
+    }
+  };
+  const auto all = std::make_shared<Probabilities>();
+  const auto add = [&](const std::string& name, const ef::SamplingParams& params) {
+    add_shard_row(
+        suite, "sampling_probabilities " + name, kVocab, all->head.ranks,
+        [=](ef::ThreadCommunicator& communicator) {
+          ef::vocabulary_parallel_sampling_probabilities_into(
+              device, all->shard[communicator.rank()], all->head.hidden,
+              all->head.shard[communicator.rank()], communicator, params);
+        },
+        "linear and sampling_probabilities",
+        [=](const auto& of_row) {
+          auto& logits = all->head.logits[0];
+          ef::linear_into(of_row, logits, all->head.hidden, all->head.packed);
+          ef::sampling_probabilities_into(of_row, all->whole, logits, params);
+        });
+  };
+  add("all tokens", {});
+  add("top-p .9", {.top_p = .9});
+  add_shard_row(
+      suite, "log_probabilities_of", kVocab, all->head.ranks,
+      [=](ef::ThreadCommunicator& communicator) {
+        ef::vocabulary_parallel_log_probabilities_of_into(
+            device, all->scores[communicator.rank()], all->head.hidden,
+            all->head.shard[communicator.rank()], communicator, all->token);
+      },
+      "linear and log_probabilities_of",
+      [=](const auto& of_row) {
+        auto& logits = all->head.logits[0];
+        ef::linear_into(of_row, logits, all->head.hidden, all->head.packed);
+        ef::log_probabilities_of_into(of_row, all->scores[0], logits, all->token);
+      });
+}
+
+void score_cases(bench::Suite& suite) {
+  const Eigen::DefaultDevice device;
+  constexpr Index k = 64, beams = 4;
   struct Rows {
-    ef::Tensor<float, 2> whole = Head(vocab, 3).weight.reshape(Eigen::array<Index, 2>{1, vocab});
+    ef::Tensor<float, 2> whole = Head(kVocab, 3).weight.reshape(Eigen::array<Index, 2>{1, kVocab});
     ef::Tensor<float, 2> x[2]{columns_of(whole, 0), columns_of(whole, 1)}, y[2]{x[0], x[1]},
         all = whole;
+    ef::Tensor<float, 2> values[2]{{1, k}, {1, k}};
+    ef::Tensor<std::int32_t, 2> ids[2]{{1, k}, {1, k}};
     TwoRanks ranks;
   };
   const auto rows = std::make_shared<Rows>();
-  auto& scores = suite.row("vocabulary_parallel_log_softmax 128256 tokens, 2 thread ranks",
-                           bench::Limit::read_bytes(4.0 * vocab));
-  const TwoRanks::Step score = [=](ef::ThreadCommunicator& communicator) {
-    const int rank = communicator.rank();
-    ef::vocabulary_parallel_log_softmax_into(device, rows->y[rank], rows->x[rank], vocab,
-                                             communicator);
+  add_shard_row(
+      suite, "log_softmax", kVocab, rows->ranks,
+      [=](ef::ThreadCommunicator& communicator) {
+        const int rank = communicator.rank();
+        ef::vocabulary_parallel_log_softmax_into(device, rows->y[rank], rows->x[rank], kVocab,
+                                                 communicator);
+      },
+      "log_softmax",
+      [=](const auto& of_row) { ef::log_softmax_into(of_row, rows->all, rows->whole); });
+  add_shard_row(
+      suite, "top_k 64", kVocab, rows->ranks,
+      [=](ef::ThreadCommunicator& communicator) {
+        const int rank = communicator.rank();
+        ef::vocabulary_parallel_top_k_into(device, rows->values[rank], rows->ids[rank],
+                                           rows->x[rank], kVocab, communicator);
+      },
+      "top_k",
+      [=](const auto& of_row) {
+        ef::top_k_into(of_row, rows->values[0], rows->ids[0], rows->whole);
+      });
+  struct Search {
+    ef::Tensor<float, 2> whole = random_matrix(beams, kVocab);
+    ef::Tensor<float, 2> x[2]{columns_of(whole, 0), columns_of(whole, 1)};
+    static ef::BeamSearch search() {
+      return ef::BeamSearch(1, {.beams = beams, .max_new_tokens = Index{1} << 40});
+    }
+    ef::BeamSearch of_rank[2]{search(), search()}, of_whole = search();
+    TwoRanks ranks;
   };
-  scores.calls.push_back(
-      {"eigenformer", [=](const Eigen::DefaultDevice&) { rows->ranks.run(score); }, {}});
-  scores.peer("log_softmax of whole rows",
-              [=](const auto& of_row) { ef::log_softmax_into(of_row, rows->all, rows->whole); });
+  const auto search = std::make_shared<Search>();
+  add_shard_row(
+      suite, "beam_search_step 4 beams", beams * kVocab, search->ranks,
+      [=](ef::ThreadCommunicator& communicator) {
+        const int rank = communicator.rank();
+        ef::vocabulary_parallel_beam_search_step(device, search->of_rank[rank], search->x[rank],
+                                                 kVocab, communicator);
+      },
+      "beam_search step",
+      [=](const auto& of_row) { search->of_whole.step(of_row, search->whole); });
 }
 
 void tensor_parallel_cases(bench::Suite& suite) {
@@ -238,10 +357,12 @@ void tensor_parallel_cases(bench::Suite& suite) {
       layer->y[0].device(device) = layer->x.contract(layer->weight, pairs);
     });
   }
-  head_cases(suite);
-  shard_cases(suite);
 }
 
 }  // namespace
 
 EIGENFORMER_BENCHMARK(tensor_parallel_cases)
+EIGENFORMER_BENCHMARK(head_cases)
+EIGENFORMER_BENCHMARK(speculative_cases)
+EIGENFORMER_BENCHMARK(probability_cases)
+EIGENFORMER_BENCHMARK(score_cases)
