@@ -27,8 +27,8 @@ auto load_weights(const D& device, const ModelConfig& config, const StoredTensor
   const std::function<void(std::span<const std::byte>)> release = [&](auto bytes) {
     for (const MappedFile& file : files) file.advise(bytes, FileAdvice::done);
   };
-  return ModelLoader<T, D>(device, config, tensors, storage, progress, release)
-      .load(std::move(owner));
+  ModelPacking<T, D> packing(device, config, tensors, storage, progress, release);
+  return load_tensors(packing, std::move(owner));
 }
 
 class GgufSource {
