@@ -125,6 +125,59 @@ TEST(Families, ExpertsAsFilesHaveThem) {
                                     {"layers.1.mlp.experts.down_proj_scales", "(4, 1, 32)"});
 }
 
+TEST(Families, DecodersOfModelsThatSeeImages) {
+  const auto models = golden_file("models.json");
+  for (const auto& [whole, name] : {std::pair{"gemma3", "gemma3"}, {"mistral3", "mistral"}}) {
+    SCOPED_TRACE(whole);
+    const auto& golden = models.at(name);
+    const Folder alone;
+    write_family<float>(alone, golden);
+    const auto logits = ef::load_model<float>(alone.path()).logits(kIds);
+    for (const bool newer : {false, true}) {
+      FileTensors tensors;
+      for (const auto& tensor : golden.at("tensors")) {
+        const auto own = tensor[0].get<std::string>();
+        const auto shape = tensor[1].get<std::vector<std::int64_t>>();
+        const bool of_layers = newer && own.starts_with("model.");
+        tensors[of_layers ? "model.language_model." + own.substr(6)
+                          : (newer ? "" : "language_model.") + own] =
+            FileTensor::of(shape, golden_values(own, shape));
+      }
+      tensors["vision_tower.embeddings.weight"] = FileTensor::of({2}, {1, 2});
+      const Folder folder;
+      write_model(folder, {{"model_type", whole}, {"text_config", golden.at("config")}}, tensors);
+      EXPECT_TRUE(same_bits(ef::load_model<float>(folder.path()).logits(kIds), logits));
+    }
+  }
+}
+
+TEST(Families, WhatGemma3LeavesOutIsUsual) {
+  const auto read = [](const std::string& text) {
+    return ef::parse_model_config(
+        R"({"model_type": "gemma3", "text_config": {"hidden_size": 2560, "intermediate_size": 10240,
+            "model_type": "gemma3_text", "num_hidden_layers": 34, "sliding_window": 1024,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"})" +
+            text,
+        "config.json");
+  };
+  const auto config = read("}}");
+  EXPECT_EQ(config.shape.vocabulary, 262208);
+  EXPECT_EQ(config.shape.heads, 8);
+  EXPECT_EQ(config.shape.kv_heads, 4);
+  EXPECT_EQ(config.shape.head_dim, 256);
+  EXPECT_EQ(config.shape.epsilon, 1e-6f);
+  EXPECT_EQ(config.positions, 131072);
+  EXPECT_EQ(config.form.attention_scale, 1.0f / 16);
+  EXPECT_EQ(config.form.layer(4).window, 1024);
+  EXPECT_EQ(config.form.layer(5).window, 0);
+  EXPECT_TRUE(config.tied_head);
+  expect_throws<ef::ModelFileError>([&] { read(R"(, "use_bidirectional_attention": true}})"); },
+                                    {"text_config.use_bidirectional_attention"});
+  expect_throws<ef::ModelFileError>(
+      [&] { read(R"(}, "quantization_config": {"quant_method": "gptq"}})"); },
+      {"config.json", "quantization_config.quant_method", "gptq"});
+}
+
 TEST(Families, ATableOfPositionsEndsTheText) {
   const auto golden = golden_file("models.json").at("gpt2");
   const Folder folder;

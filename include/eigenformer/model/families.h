@@ -2,13 +2,13 @@
 /// What config.json says of a model, family by family (its `model_type`), as Hugging Face's
 /// transformers reads it:
 ///
-///   llama (1 to 3.3), mistral, granite, qwen2, qwen3, gemma, gemma2, gemma3 and gemma3_text,
-///   phi (1 and 2), phi3 (and 4), smollm3, olmo2, starcoder2, stablelm, glm, glm4, cohere, cohere2,
-///   falcon, gpt2, gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or
-///   MXFP4)
+///   llama (1 to 3.3), mistral, granite, qwen2, qwen3, gemma, gemma2, gemma3_text, phi (1 and 2),
+///   phi3 (and 4), smollm3, olmo2, starcoder2, stablelm, glm, glm4, cohere, cohere2, falcon, gpt2,
+///   gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or MXFP4); gemma3 and
+///   mistral3, of which the decoder is read and what sees images is not
 ///
-/// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm), are refused
-/// by name and reason with ModelFileError.
+/// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm, weights that
+/// GPTQ, AWQ and their like have quantized), are refused by name and reason with ModelFileError.
 #pragma once
 
 #include <cmath>
@@ -158,7 +158,14 @@ class FamilyReader : FamilyParts {
   // ---- others -----------------------------------------------------------------------------------
 
   void gemma() {
-    shape();
+    // The decoder's part of a model of text and images says only what is unusual.
+    constexpr UsualShape gemma3{.vocabulary = 262208,
+                                .heads = 8,
+                                .kv_heads = 4,
+                                .head_dim = 256,
+                                .positions = 131072,
+                                .epsilon = 1e-6};
+    shape("rms_norm_eps", m_.family == "gemma3_text" ? gemma3 : UsualShape{});
     rope();
     tied(true);
     activation(json_.has("hidden_activation") ? "hidden_activation" : "hidden_act",
@@ -190,6 +197,8 @@ class FamilyReader : FamilyParts {
             json_.integer("sliding_window", 4096));
   }
   void gemma3() {
+    refuse_if("use_bidirectional_attention",
+              "is true: tokens that see later ones are not supported");
     gemma2();
     m_.form.query_key_norm = QueryKeyNorm::head;
     // Windowed layers turn by a rotation of their own.
@@ -415,8 +424,15 @@ inline ModelConfig parse_model_config(std::string_view text, std::string_view fi
                                       const ModelConfigOptions& options = {}) {
   const nlohmann::json document = detail::parse_json(text, file);
   detail::JsonObject json(document, file);
+  if (json.has("quantization_config")) {
+    const auto how = json.object("quantization_config");
+    const std::string method = how.text("quant_method", "");
+    if (method != "mxfp4")
+      how.refuse("quant_method", "is " + detail::printable(method) + ", which is not supported");
+  }
   // Models of text and images keep the decoder's part apart.
-  if (json.text("model_type", "") == "gemma3" && json.has("text_config")) {
+  const std::string type = json.text("model_type", "");
+  if ((type == "gemma3" || type == "mistral3") && json.has("text_config")) {
     const detail::JsonObject inner = json.object("text_config");
     return detail::FamilyReader(inner, options).read();
   }

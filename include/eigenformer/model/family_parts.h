@@ -16,6 +16,12 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
+/// What stands for sizes that a file leaves out; 0: nothing does, or other sizes do.
+struct UsualShape {
+  Index vocabulary = 0, heads = 0, kv_heads = 0, head_dim = 0, positions = 2048;
+  double epsilon = 1e-5;
+};
+
 /// A ModelConfig that is being filled from a config.json.
 class FamilyParts {
  public:
@@ -23,18 +29,24 @@ class FamilyParts {
       : json_(json), options_(options) {}
 
  protected:
-  void shape(std::string_view epsilon = "rms_norm_eps") {
+  void shape(std::string_view epsilon = "rms_norm_eps", const UsualShape& usual = {}) {
+    const auto size = [&](std::string_view key, Index otherwise) {
+      return otherwise > 0 ? json_.integer(key, otherwise) : json_.integer(key);
+    };
+    const auto or_else = [](Index usually, Index otherwise) {
+      return usually > 0 ? usually : otherwise;
+    };
     DecoderConfig& s = m_.shape;
-    s.vocabulary = json_.integer("vocab_size");
+    s.vocabulary = size("vocab_size", usual.vocabulary);
     s.features = json_.integer("hidden_size");
     s.layers = json_.integer("num_hidden_layers");
-    s.heads = json_.integer("num_attention_heads");
-    s.kv_heads = json_.integer("num_key_value_heads", s.heads);
+    s.heads = size("num_attention_heads", usual.heads);
+    s.kv_heads = json_.integer("num_key_value_heads", or_else(usual.kv_heads, s.heads));
     if (s.heads <= 0) json_.refuse("num_attention_heads", "is not positive");
-    s.head_dim = json_.integer("head_dim", s.features / s.heads);
+    s.head_dim = json_.integer("head_dim", or_else(usual.head_dim, s.features / s.heads));
     s.hidden = json_.integer("intermediate_size", 4 * s.features);
-    s.epsilon = static_cast<float>(json_.number(epsilon, 1e-5));
-    m_.positions = json_.integer("max_position_embeddings", 2048);
+    s.epsilon = static_cast<float>(json_.number(epsilon, usual.epsilon));
+    m_.positions = json_.integer("max_position_embeddings", usual.positions);
     layer_count();
   }
   /// Before anything is made for each layer.
