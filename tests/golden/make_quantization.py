@@ -1,6 +1,6 @@
-"""Writes int4.txt: weights, their four-bit values, scales and minimums, activations and W4A8 products, by NumPy in float32.
+"""Writes quantization.txt: weights, their values in four and eight bits, scales and minimums, activations and products, by NumPy in float32.
 
-Made with numpy 2.4: python tests/golden/make_int4.py > tests/golden/int4.txt
+Made with numpy 2.4: python tests/golden/make_quantization.py > tests/golden/quantization.txt
 Each line: a name, its shape, its numbers (floats as hexadecimal bits). Groups are of 32 inputs, the last one short.
 """
 import numpy as np
@@ -19,10 +19,14 @@ def groups_of(line):
     return [line[i:i + GROUP] for i in range(0, len(line), GROUP)]
 
 
-def symmetric(group):
+def symmetric(group, most=7):
     largest = np.abs(group).max()
-    scale = F(1) if largest == 0 else F(largest / F(7))
-    return np.clip(np.rint(group / scale), -7, 7).astype(np.int8), scale, F(0)
+    scale = F(1) if largest == 0 else F(largest / F(most))
+    return np.clip(np.rint(group / scale), -most, most).astype(np.int8), scale, F(0)
+
+
+def in_eight_bits(group):
+    return symmetric(group, 127)
 
 
 def above_minimum(group):
@@ -46,8 +50,8 @@ def fma(a, b, c):
 def product(x, values, scales, minimums):
     y = np.zeros((len(x), len(values)), dtype=F)
     for t, token in enumerate(x):
-        scale = F(np.abs(token).max() / F(127))
-        q = np.clip(np.rint(token / scale), -127, 127).astype(np.int64)
+        q, scale, _ = in_eight_bits(token)
+        q = q.astype(np.int64)
         for o in range(len(values)):
             chain = F(0)
             for g, (xs, ws) in enumerate(zip(groups_of(q), groups_of(values[o].astype(np.int64)))):
@@ -74,3 +78,16 @@ for name, one in (("symmetric", symmetric), ("minimums", above_minimum)):
     if name == "minimums":
         write("minimums_minimums", minimums)
     write(name + "_y", product(x, values, scales, minimums if name == "minimums" else None))
+values, scales, _ = quantize(weights, in_eight_bits)
+write("groups_values", values)
+write("groups_scales", scales)
+write("groups_y", product(x, values, scales, None))
+values, scales, _ = (np.array(part) for part in zip(*map(in_eight_bits, weights)))
+write("channels_values", values)
+write("channels_scales", scales.reshape(1, OUT))
+y = np.zeros((TOKENS, OUT), dtype=F)
+for t, token in enumerate(x):
+    q, scale, _ = in_eight_bits(token)
+    for o in range(OUT):
+        y[t, o] = fma(F((q.astype(np.int64) * values[o]).sum()), F(scale * scales[o]), F(0))
+write("channels_y", y)

@@ -1,5 +1,5 @@
-// INT4: the definition bit for bit on every ISA, golden values of NumPy, error bounds, the way
-// back, refusals.
+// INT4: the definition bit for bit on every ISA, golden values of NumPy (INT8's too), error bounds,
+// the way back, refusals.
 #include <eigenformer/linear.h>
 #include <eigenformer/quantization.h>
 #include <eigenformer/reference/quantization.h>
@@ -165,7 +165,7 @@ TEST(QuantizationInt4Edges, TinyAndHugeNumbers) {
       same_bits(ef::quantize_weights_int4(weights, 32, ef::Int4Fit::least_squares).scales, scales));
 }
 
-/// The numbers of one line of int4.txt.
+/// The numbers of one line of quantization.txt.
 struct Golden {
   Index rows, columns;
   std::vector<std::string> numbers;
@@ -185,8 +185,9 @@ struct Golden {
   }
 };
 
-TEST(QuantizationInt4Golden, EqualsNumPy) {
-  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/int4.txt");
+/// quantization.txt (golden/make_quantization.py).
+std::map<std::string, Golden> golden_lines() {
+  std::ifstream file(EIGENFORMER_GOLDEN_DIR "/quantization.txt");
   std::map<std::string, Golden> golden;
   for (std::string line; std::getline(file, line);) {
     std::istringstream words(line);
@@ -194,10 +195,15 @@ TEST(QuantizationInt4Golden, EqualsNumPy) {
     Golden one;
     words >> name >> one.rows >> one.columns;
     for (std::string number; words >> number;) one.numbers.push_back(number);
-    ASSERT_EQ(one.numbers.size(), static_cast<std::size_t>(one.rows * one.columns));
+    EXPECT_EQ(one.numbers.size(), static_cast<std::size_t>(one.rows * one.columns));
     golden[name] = one;
   }
-  ASSERT_EQ(golden.size(), 9u);
+  EXPECT_EQ(golden.size(), 15u);
+  return golden;
+}
+
+TEST(QuantizationInt4Golden, EqualsNumPy) {
+  auto golden = golden_lines();
   const auto weights = golden["weights"].floats(), x = golden["x"].floats();
   const auto [q, scales] = ef::quantize_weights_int4(weights);
   EXPECT_TRUE(same_bits(q, golden["symmetric_values"].values()));
@@ -211,6 +217,24 @@ TEST(QuantizationInt4Golden, EqualsNumPy) {
   EXPECT_TRUE(
       same_bits(ef::Tensor<float, 2>(ef::linear(x, ef::pack_weight<ef::int4>(u, steps, minimums))),
                 golden["minimums_y"].floats()));
+}
+
+TEST(QuantizationInt8Golden, EqualsNumPy) {
+  auto golden = golden_lines();
+  const auto weights = golden["weights"].floats(), x = golden["x"].floats();
+  const auto [q, scales] = ef::quantize_weights_int8_per_channel(weights);
+  EXPECT_TRUE(same_bits(q, golden["channels_values"].values()));
+  const auto expected = golden["channels_scales"].floats();
+  EXPECT_TRUE(same_bits(scales, ef::TensorView<const float, 1>(expected.data(), expected.size())));
+  EXPECT_TRUE(same_bits(ef::int8_linear(x, q, scales), golden["channels_y"].floats()));
+  const auto product = [&](const ef::Int8Packing& options) {
+    return ef::Tensor<float, 2>(ef::linear(x, ef::pack_weight<std::int8_t>(weights, options)));
+  };
+  EXPECT_TRUE(same_bits(product({}), golden["channels_y"].floats()));
+  const auto [values, steps] = ef::quantize_weights_int8_grouped(weights, 32);
+  EXPECT_TRUE(same_bits(values, golden["groups_values"].values()));
+  EXPECT_TRUE(same_bits(steps, golden["groups_scales"].floats()));
+  EXPECT_TRUE(same_bits(product({.group_size = 32}), golden["groups_y"].floats()));
 }
 
 TEST(QuantizationInt4Errors, NameTheArgument) {
