@@ -18,7 +18,8 @@ enum class ShardQuestion : std::uint8_t {
   count,       // tokens; those of logit `sure` or more
   weights,     // weights; weight * (logit - best) / temperature
   deviations,  // tokens; logit - best; its square
-  bins         // the weights, then the tokens of each of ShardBins
+  bins,        // the weights, then the tokens of each of ShardBins
+  nucleus      // not asked so, but as vocabulary_nucleus.h says
 };
 
 /// Weights are binned by their distance from the best one, in halves of a nat; the last bin has all

@@ -79,8 +79,9 @@ struct DividedRows {
   const T* given;  // (rows, shard of this rank)
   problem::ShardLogits<C> shard;
   std::span<DividedRow> rows;
-  problem::ShardRow<C>* asked;  // (rows)
-  Index* counts;                // (rows, ranks) candidates of each
+  problem::ShardRow<C>* asked;   // (rows)
+  Index* counts;                 // (rows, ranks) candidates of each
+  bool weighs_in_float = false;  // where floats are as good
 
   int ranks() const { return communicator.size(); }
   ShardRange shard_of(int rank) const { return problem::shard_of(sampling.vocab, rank, ranks()); }
@@ -99,6 +100,11 @@ struct DividedRows {
     return {all, ranks(), shard.rows, width};
   }
 };
+
+template <typename Rows>
+bool serves_nucleus(const Rows& divided, Index r);
+template <typename D, typename Rows>
+void settle_nuclei(const D& device, Rows& divided);
 
 // ---- the stages ---------------------------------------------------------------------------------
 
@@ -174,7 +180,8 @@ void walk_stages(Rows& divided, Index r) {
         return pick_best(divided, r, params.top_k);
       case SamplingStage::top_p:
         if (params.top_p >= 1) break;
-        return keeps_one ? ask(ShardQuestion::bins) : end_row(divided, r, RowEnd::gathered);
+        if (!keeps_one) return end_row(divided, r, RowEnd::gathered);
+        return ask(serves_nucleus(divided, r) ? ShardQuestion::nucleus : ShardQuestion::bins);
       case SamplingStage::min_p: {
         if (!keeps_one) return end_row(divided, r, RowEnd::gathered);
         const auto before = asked.band.lo;
@@ -214,6 +221,23 @@ void take_count(Rows& divided, Index r, const ShardAnswers& answers) {
   for (int rank = 0; rank < divided.ranks(); ++rank)
     divided.counts[r * divided.ranks() + rank] = static_cast<Index>(answers.of(rank, r, 0));
   end_row(divided, r, RowEnd::candidates);
+}
+
+/// Top-p has narrowed the band.
+template <typename Rows>
+void take_nucleus(Rows& divided, Index r) {
+  auto& row = divided.rows[static_cast<std::size_t>(r)];
+  auto& asked = divided.asked[r];
+  const SamplingOrder& order = divided.params_of(r).order;
+  const bool is_last =
+      std::all_of(order.begin() + static_cast<std::ptrdiff_t>(row.stage) + 1, order.end(),
+                  [](SamplingStage stage) { return stage == SamplingStage::none; });
+  if (is_last) {
+    ++row.stage;
+    return walk_stages(divided, r);
+  }
+  asked.sure = asked.band.lo;
+  asked.question = problem::ShardQuestion::count;
 }
 
 /// The rank within whose weights the draw of a row lies, and where.
@@ -393,6 +417,7 @@ DividedRows<T, Comm> divide_rows(const D& device, const problem::Sampling<T>& sa
   divided.rows = {frame.take<DividedRow>(count), static_cast<std::size_t>(count)};
   divided.asked = frame.take<problem::ShardRow<C>>(count);
   divided.counts = frame.take<Index>(count * divided.ranks());
+  divided.weighs_in_float = CpuDevice<D>;
   scan_shards(device, divided);
   return divided;
 }
@@ -401,6 +426,7 @@ template <typename D, typename Rows>
 void settle_rows(const D& device, Rows& divided) {
   using C = typename Rows::C;
   for (;;) {
+    settle_nuclei(device, divided);
     Workspace::Frame frame(divided.workspace);
     Index width = 0;
     for (Index r = 0; r < divided.shard.rows; ++r)
@@ -417,3 +443,5 @@ void settle_rows(const D& device, Rows& divided) {
 }  // namespace detail
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
+
+#include "divided_nucleus.h"

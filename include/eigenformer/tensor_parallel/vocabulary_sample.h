@@ -186,15 +186,19 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 ///   min_p, epsilon_cutoff,       16 to 40 P of sums, and 8 for each token that the stage keeps,
 ///   eta_cutoff, top_n_sigma,     where those are at most an eighth of the vocabulary (all of them
 ///   mirostat 2                   below 4096); more stay where they are, and the next stage decides
-///   top_p                        1024 P of sums, and 8 for each token in the bins, of half a nat,
-///                                down to the one where the set ends
+///   top_p                        560 P of sums, and 4 for each token whose logit is near that of the
+///                                last token kept: a twentieth of all where they are flat, fewer
+///                                elsewhere; the next stage decides. Of logits of double, of a
+///                                vocabulary below 8192, and where the errors of float sums leave the
+///                                last token open, 1024 P of sums, and 8 for each token in the bins,
+///                                of half a nat, down to the one where the set ends
 ///
 /// The first stage that leaves few tokens ends it: what follows works on candidates. Rows that are
 /// gathered whole, sizeof(T) for each token: with guidance or penalties on log-probabilities; with
 /// typical_p, top_h, mirostat 1, a dynamic temperature, XTC that excludes, all ties of a top_k and
 /// min_tokens_to_keep above 1, where one of these is the first to leave few tokens; where top_p
-/// keeps more than an eighth; and where a sum comes so near to a limit that its rounding could
-/// change a token (by estimate 4 in 10^12 for each token that may be drawn).
+/// keeps more than an eighth, by bins; and where a sum comes so near to a limit that its rounding
+/// could change a token (by estimate 4 in 10^12 for each token that may be drawn).
 ///
 /// On a GPU a temperature and top_k find candidates there; for other chains the rank's shard is
 /// copied to the host, and not its neighbours'.
