@@ -1,12 +1,13 @@
 /// \file
-/// CPU kernels of experts: the linear layer's product (linear/linear.h) for one expert after the
-/// other, over its own rows, so that a row has the bits of that layer; threads share each product.
-/// Rows of tokens are first copied side by side, those of one expert at a time. The sums: one pass
-/// over the results.
+/// CPU kernels of experts: the linear layer's product (linear/parts.h), in which the experts that
+/// have few rows go side by side, so that one token's or a few tokens' weights are one stream that
+/// threads share, and many tokens' tiles are packed together. A row has the bits of that layer. Rows
+/// of tokens are first copied side by side, those of some experts at a time. The sums: one pass over
+/// the results.
 #pragma once
 
 #include <algorithm>
-#include <limits>
+#include <new>
 
 #include "../core/workspace.h"
 #include "../problem/expert_feed_forward.h"
@@ -19,31 +20,81 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
+/// What expert e is asked for, whose rows of x begin at `rows`.
+template <typename Y, typename X, typename S, bool Gated, typename E>
+auto layer_of_expert(const problem::ExpertLinear<Y, X, S, Gated, E>& p, Index e, const X* rows) {
+  E epilogue = p.epilogue;
+  if (epilogue.bias != nullptr) epilogue.bias += e * p.bias_size();
+  return problem::PackedLinear<Y, X, S, Gated, E>{p.y + p.offsets[e] * p.out,
+                                                  rows,
+                                                  p.weights[e],
+                                                  p.offsets[e + 1] - p.offsets[e],
+                                                  p.in,
+                                                  p.out,
+                                                  epilogue};
+}
+
+/// Where those experts end, from `first` on, that are multiplied together: as many as have `most`
+/// rows at most, one at least.
+template <typename Problem>
+Index end_of_batch(const Problem& p, Index first, Index most) {
+  Index end = first + 1;
+  while (end < p.experts && p.offsets[end + 1] - p.offsets[first] <= most) ++end;
+  return end;
+}
+
+/// Experts [first, end), whose rows of x begin at `rows`.
+template <typename Layer, typename D, typename Isa, typename Problem, typename X>
+void multiply_experts(const Backend<D, Isa>& on, const Problem& p, const Layer& layer, Index first,
+                      Index end, const X* rows) {
+  using Product = decltype(layer.make(layer_of_expert(p, first, rows)));
+  Workspace::Frame frame(on.workspace);
+  auto* const all = frame.take<Product>(end - first);
+  Index count = 0;
+  for (Index e = first; e < end; ++e) {
+    const Index before = p.offsets[e] - p.offsets[first];
+    if (p.offsets[e + 1] > p.offsets[e])
+      ::new (static_cast<void*>(all + count++))
+          Product(layer.make(layer_of_expert(p, e, rows + before * p.in)));
+  }
+  if (count == 1)
+    product<typename Layer::Dot>(on, all[0]);
+  else if (count > 1)
+    products<typename Layer::Dot>(on, all, count);
+}
+
+/// In batches, each of whose rows are copied side by side where there is an order.
+template <typename Layer, typename D, typename Isa, typename Problem, typename X>
+void multiply_experts(const Backend<D, Isa>& on, const Problem& p, const Layer& layer, const X* x) {
+  using Weights = decltype(layer.make(layer_of_expert(p, 0, x)).weights);
+  constexpr Index most = block_rows<typename Layer::Dot, is_packed<Weights>>();
+  Index longest = 0, end = 0;
+  for (Index e = 0; e < p.experts; e = end) {
+    end = end_of_batch(p, e, most);
+    longest = std::max<Index>(longest, p.offsets[end] - p.offsets[e]);
+  }
+  const Index chosen = p.order == nullptr ? 1 : p.pairs / p.tokens;
+  Workspace::Frame frame(on.workspace);
+  X* const gathered = frame.take<X>(p.order == nullptr ? 0 : longest * p.in);
+  for (Index e = 0; e < p.experts; e = end) {
+    end = end_of_batch(p, e, most);
+    const Index first = p.offsets[e];
+    if (p.order != nullptr)
+      parallel_for(
+          on, p.offsets[end] - first, Cost{p.in, kMoveCycles}, [&](Index begin, Index last, int) {
+            for (Index i = begin; i < last; ++i)
+              copy_line<Isa>(x + p.order[first + i] / chosen * p.in, gathered + i * p.in, p.in);
+          });
+    multiply_experts(on, p, layer, e, end, p.order == nullptr ? x + first * p.in : gathered);
+  }
+}
+
 template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
 void execute(const Backend<D, Isa>& on, const problem::ExpertLinear<Y, X, S, Gated, E>& p) {
   if (p.pairs == 0) return;
-  Index most = 0;
-  for (Index e = 0; e < p.experts; ++e)
-    most = std::max<Index>(most, p.offsets[e + 1] - p.offsets[e]);
-  const Index chosen = p.order == nullptr ? 1 : p.pairs / p.tokens;
-  Workspace::Frame frame(on.workspace);
-  X* const gathered = frame.take<X>(p.order == nullptr ? 0 : most * p.in);
-  for (Index e = 0; e < p.experts; ++e) {
-    const Index first = p.offsets[e], count = p.offsets[e + 1] - first;
-    if (count == 0) continue;
-    const X* rows = p.x + first * p.in;
-    if (p.order != nullptr) {
-      parallel_for(on, count, Cost{p.in, kMoveCycles}, [&](Index begin, Index end, int) {
-        for (Index i = begin; i < end; ++i)
-          copy_line<Isa>(p.x + p.order[first + i] / chosen * p.in, gathered + i * p.in, p.in);
-      });
-      rows = gathered;
-    }
-    E epilogue = p.epilogue;
-    if (epilogue.bias != nullptr) epilogue.bias += e * p.bias_size();
-    execute(on, problem::PackedLinear<Y, X, S, Gated, E>{p.y + first * p.out, rows, p.weights[e],
-                                                         count, p.in, p.out, epilogue});
-  }
+  require_layout(Isa{}, p.weights[0], "expert_linear");  // and those of all are of one layout
+  with_packed_product<Isa>(layer_of_expert(p, 0, p.x),
+                           [&](const auto& layer) { multiply_experts(on, p, layer, p.x); });
 }
 
 template <typename D, typename Isa, typename Y, typename X, typename W>

@@ -1,14 +1,14 @@
 /// \file
 /// CPU kernels of linear layers and their gradients: which dot product of the tiles a problem is
-/// multiplied with, and what becomes of its sums. The product itself is linear.h.
+/// multiplied with, and what becomes of its sums. The product itself is linear.h and parts.h.
 #pragma once
 
 #include <type_traits>
 
 #include "../../problem/linear.h"
-#include "linear.h"
 #include "pack.h"
 #include "pack_int4.h"
+#include "parts.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -31,54 +31,83 @@ auto finish(const Sums& sums, const Problem& p) {
       sums, p.y, p.tokens, p.out, p.epilogue.residual);
 }
 
-template <typename Dot, typename Backend, typename Problem, typename Weights, typename End>
-void layer_product(const Backend& on, const Problem& p, const Weights& weights, const End& end) {
+/// What is multiplied for a layer.
+template <typename Problem, typename Weights, typename End>
+auto product_of(const Problem& p, const Weights& weights, const End& end) {
   using X = std::remove_const_t<std::remove_pointer_t<decltype(p.x)>>;
-  product<Dot>(
-      on, ProductProblem<X, Weights, End>{{p.x, p.in, 1}, weights, p.tokens, p.out, p.in, end});
+  return ProductProblem<X, Weights, End>{{p.x, p.in, 1}, weights, p.tokens, p.out, p.in, end};
 }
 
 template <typename D, typename Isa, typename Y, typename X, typename W, int Matrices, typename E>
 void execute(const Backend<D, Isa>& on, const problem::Linear<Y, X, W, Matrices, E>& p) {
   using B = typename E::bias_scalar;
-  layer_product<tile::Dot<operand_scalar<X, W>, X, Isa>>(
-      on, p, weight_rows<W, Matrices>(p.weights, p.out, p.in),
-      finish<(Matrices > 1)>(PlainSums<B>{p.epilogue.bias}, p));
+  product<tile::Dot<operand_scalar<X, W>, X, Isa>>(
+      on, product_of(p, weight_rows<W, Matrices>(p.weights, p.out, p.in),
+                     finish<(Matrices > 1)>(PlainSums<B>{p.epilogue.bias}, p)));
+}
+
+/// How layers of packed weights of S are multiplied: Dot, and what is multiplied for a layer.
+template <typename DotOf, typename Make>
+struct PackedProduct {
+  using Dot = DotOf;
+  Make make;
+};
+template <typename Dot, typename Make>
+PackedProduct<Dot, Make> packed_product(const Make& make) {
+  return {make};
+}
+
+/// Calls f(PackedProduct) of the one that weights like this one have, for layers of such a type.
+template <typename Isa, typename Y, typename X, typename S, bool Gated, typename E, typename F>
+void with_packed_product(const problem::PackedLinear<Y, X, S, Gated, E>& like, F&& f) {
+  using Layer = problem::PackedLinear<Y, X, S, Gated, E>;
+  using B = typename E::bias_scalar;
+  if constexpr (std::is_same_v<S, std::int8_t>) {
+    if (like.weight.group > 0)
+      f(packed_product<tile::GroupedDot<Isa>>([](const Layer& p) {
+        return product_of(p, GroupedPanels{p.weight.data, p.weight.scales, p.weight.group},
+                          finish<Gated>(GroupedSums<B>{p.epilogue.bias}, p));
+      }));
+    else
+      f(packed_product<tile::Dot<S, X, Isa>>([](const Layer& p) {
+        return product_of(p, PackedPanels<S>{p.weight.data},
+                          finish<Gated>(ScaledSums<B>{p.epilogue.bias, p.weight.scales}, p));
+      }));
+  } else if constexpr (std::is_same_v<S, int4>) {
+    constexpr auto panels = [](const problem::PackedPanels<const S>& w) {
+      return Int4Panels{w.data, w.scales, w.group, w.minimums};
+    };
+    if (like.weight.quantizes_activations)
+      f(packed_product<tile::Dot<S, X, Isa>>([panels](const Layer& p) {
+        return product_of(p, panels(p.weight), finish<Gated>(GroupedSums<B>{p.epilogue.bias}, p));
+      }));
+    else
+      f(packed_product<tile::Dot<float, X, Isa>>([panels](const Layer& p) {
+        return product_of(p, WideInt4Panels{panels(p.weight)},
+                          finish<Gated>(PlainSums<B>{p.epilogue.bias}, p));
+      }));
+  } else {
+    f(packed_product<tile::Dot<S, X, Isa>>([](const Layer& p) {
+      return product_of(p, PackedPanels<S>{p.weight.data},
+                        finish<Gated>(PlainSums<B>{p.epilogue.bias}, p));
+    }));
+  }
 }
 
 template <typename D, typename Isa, typename Y, typename X, typename S, bool Gated, typename E>
 void execute(const Backend<D, Isa>& on, const problem::PackedLinear<Y, X, S, Gated, E>& p) {
-  const problem::PackedPanels<const S>& weight = p.weight;
-  require_layout(Isa{}, weight, Gated ? "gated_linear" : "linear");
-  using B = typename E::bias_scalar;
-  const B* const bias = p.epilogue.bias;
-  if constexpr (std::is_same_v<S, std::int8_t>) {
-    if (weight.group > 0)
-      layer_product<tile::GroupedDot<Isa>>(on, p,
-                                           GroupedPanels{weight.data, weight.scales, weight.group},
-                                           finish<Gated>(GroupedSums<B>{bias}, p));
-    else
-      layer_product<tile::Dot<S, X, Isa>>(on, p, PackedPanels<S>{weight.data},
-                                          finish<Gated>(ScaledSums<B>{bias, weight.scales}, p));
-  } else if constexpr (std::is_same_v<S, int4>) {
-    const Int4Panels panels{weight.data, weight.scales, weight.group, weight.minimums};
-    if (weight.quantizes_activations)
-      layer_product<tile::Dot<S, X, Isa>>(on, p, panels, finish<Gated>(GroupedSums<B>{bias}, p));
-    else
-      layer_product<tile::Dot<float, X, Isa>>(on, p, WideInt4Panels{panels},
-                                              finish<Gated>(PlainSums<B>{bias}, p));
-  } else {
-    layer_product<tile::Dot<S, X, Isa>>(on, p, PackedPanels<S>{weight.data},
-                                        finish<Gated>(PlainSums<B>{bias}, p));
-  }
+  require_layout(Isa{}, p.weight, Gated ? "gated_linear" : "linear");
+  with_packed_product<Isa>(p, [&](const auto& layer) {
+    product<typename std::remove_cvref_t<decltype(layer)>::Dot>(on, layer.make(p));
+  });
 }
 
 template <typename D, typename Isa, typename Y, typename X, typename E>
 void execute(const Backend<D, Isa>& on, const problem::Int8Linear<Y, X, E>& p) {
   using B = typename E::bias_scalar;
-  layer_product<tile::Dot<std::int8_t, X, Isa>>(
-      on, p, weight_rows<std::int8_t, 1>({p.values}, p.out, p.in),
-      finish<false>(ScaledSums<B>{p.epilogue.bias, p.scales}, p));
+  product<tile::Dot<std::int8_t, X, Isa>>(
+      on, product_of(p, weight_rows<std::int8_t, 1>({p.values}, p.out, p.in),
+                     finish<false>(ScaledSums<B>{p.epilogue.bias, p.scales}, p)));
 }
 
 template <typename D, typename Isa, typename X, typename Y, typename W>

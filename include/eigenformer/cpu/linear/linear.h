@@ -319,55 +319,6 @@ struct ProductBlock {
   }
 };
 
-template <typename Dot, typename D, typename Isa, typename Problem>
-void product(const Backend<D, Isa>& on, const Problem& p) {
-  using Block = ProductBlock<Dot, Isa, Problem>;
-  const Index rows_at_once = even_block_rows<Dot>(p.rows, block_rows<Dot, Block::packed>());
-  const Index steps = tile::product_steps<Dot>(p.depth),
-              panels = (p.columns + Block::outputs - 1) / Block::outputs;
-  if (p.rows == 0 || panels == 0) return;
-  const Index padded_rows = Tiles<Dot>::padded_rows((std::min)(rows_at_once, p.rows));
-  const Index group = (std::min)(kGroupPanels, panels), workers = worker_count(on);
-  const Index sums = group * padded_rows * Dot::columns;
-  const Index chunk =
-      Block::packed ? 0 : group * block_steps<Dot, Block::packed>() * Block::panel_step;
-  Index k_group = std::max<Index>(p.depth, 1), groups = 1;
-  std::int32_t offset_factor = 128;
-  if constexpr (Block::grouped) {
-    k_group = p.weights.group;
-    groups = (p.depth + k_group - 1) / k_group;
-  }
-  if constexpr (tile::is_int4<Dot>) offset_factor = p.weights.minimums == nullptr ? 8 : 1;
-  Workspace::Frame frame(on.workspace);
-  auto* activations = frame.take<typename Dot::Unit>(padded_rows * steps * Dot::units);
-  const ActivationScales scales{frame.take<float>(padded_rows),
-                                frame.take<std::int32_t>(padded_rows * groups), k_group, groups,
-                                offset_factor};
-  auto* all_sums = frame.take<typename Block::Sum>(workers * sums);
-  auto* all_chunks = frame.take<typename Dot::Stored>(workers * chunk);
-  for (Index row = 0; row < p.rows; row += rows_at_once) {
-    const Tiles<Dot> tiles((std::min)(rows_at_once, p.rows - row));
-    const Block block{p, row, tiles, steps, activations, scales};
-    const Index tile_count = tiles.count(), rows = (std::min)(rows_at_once, p.rows - row);
-    parallel_for(on, tile_count, Cost{Dot::rows * p.depth, kPackCycles},
-                 [&](Index first, Index last, int) { block.pack(first, last); });
-    const auto scratch = [&](int worker) {
-      return typename Block::Scratch{all_sums + worker * sums, all_chunks + worker * chunk};
-    };
-    // A step of a panel costs two cycles per row, and eight to fetch its weights.
-    const Index panel_cycles = (steps + 1) * (2 * rows + 8);
-    if (panels < workers && tile_count > panels)
-      parallel_for(on, tile_count, Cost{panel_cycles * panels / tile_count, 1},
-                   [&](Index first, Index last, int worker) {
-                     block.run(scratch(worker), 0, panels, first, last);
-                   });
-    else
-      parallel_for(on, panels, Cost{panel_cycles, 1}, [&](Index first, Index last, int worker) {
-        block.run(scratch(worker), first, last, 0, tile_count);
-      });
-  }
-}
-
 }  // namespace cpu
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
