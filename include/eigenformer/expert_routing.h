@@ -8,6 +8,10 @@
 ///
 ///   weight = scale * s, or scale * s / sum of the k               {.normalise = true}; of sigmoids the sum is 1e-20 more
 ///
+/// So k sigmoids that are all 0 have weights of 0. A normalised softmax is computed as that of the
+/// chosen logits, which it equals: it has no sum of 0 but of logits of -infinity alone, which a
+/// bias may choose; their weights are 0, too.
+///
 /// With a bias (experts) the k largest of s + bias are chosen (of logits + bias with
 /// softmax_of_chosen; NaN counts as -infinity), and the bias has no part in the weights: DeepSeek
 /// V3's balance without a loss. With {.groups = g, .kept_groups = n} an expert is chosen only from

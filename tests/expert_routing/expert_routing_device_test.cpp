@@ -69,6 +69,37 @@ TEST(ExpertRoutingOnDevice, IsTheReference) {
   check_routing<float>(1, 2048, 5, {}, false);
 }
 
+TEST(ExpertRoutingOnDevice, ChosenScoresOfZeroAreNoNaN) {
+  constexpr float none = -std::numeric_limits<float>::infinity();
+  ef::Tensor<float, 2> logits(3, 4);
+  logits.setValues(
+      {{0.f, -200.f, -201.f, -300.f}, {-400.f, -200.f, -201.f, -300.f}, {0.f, none, none, none}});
+  ef::Tensor<float, 1> bias(4);
+  bias.setValues({-1000.f, 2.f, 1.f, 0.f});
+  for_each_device([&](const auto& bench) {
+    const auto from = on_device(bench, logits);
+    const auto by = on_device(bench, bias);
+    const auto ids = on_device(bench, poisoned_tensor<std::int32_t, 2>({3, 2}));
+    const auto weights = on_device(bench, poisoned_tensor<float, 2>({3, 2}));
+    for (const auto scores :
+         {ExpertScores::softmax, ExpertScores::softmax_of_chosen, ExpertScores::sigmoid}) {
+      ef::expert_routing_into(bench.device, ids.view(), weights.view(), from.cview(), by.cview(),
+                              {.scores = scores, .normalise = true});
+      const auto chosen = ids.host();
+      const auto parts = weights.host();
+      const double e = std::exp(1.0);
+      // a bias of logits leaves those of -infinity behind
+      for (Index t = 0; t < (scores == ExpertScores::softmax_of_chosen ? 2 : 3); ++t) {
+        const double all = t < 2 && scores != ExpertScores::sigmoid ? 1 : 0;
+        EXPECT_EQ(chosen(t, 0), 1);
+        EXPECT_EQ(chosen(t, 1), 2);
+        EXPECT_NEAR(parts(t, 0), all * e / (1 + e), 1e-6);
+        EXPECT_NEAR(parts(t, 1), all / (1 + e), 1e-6);
+      }
+    }
+  });
+}
+
 TEST(ExpertOrderOnDevice, IsStable) {
   for (const Index experts : {1, 3, 40})
     for (const Index tokens : {0, 1, 130}) {

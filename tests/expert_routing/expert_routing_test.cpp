@@ -110,6 +110,34 @@ TEST(ExpertRoutingRules, WeightsOfHand) {
   EXPECT_NEAR(sigmoid.weights(0, 1), 0.75f, 1e-6);
 }
 
+TEST(ExpertRoutingRules, ChosenScoresOfZeroAreNoNaN) {
+  ef::Tensor<float, 2> logits(3, 4), weights(3, 2);
+  ef::Tensor<std::int32_t, 2> ids(3, 2);
+  // the bias keeps away from the one expert whose softmax is not 0 in float
+  logits.setValues({{0.f, -200.f, -201.f, -300.f},
+                    {-400.f, -200.f, -201.f, -300.f},
+                    {0.f, -kInfinity, -kInfinity, -kInfinity}});
+  ef::Tensor<float, 1> bias(4);
+  bias.setValues({-1000.f, 2.f, 1.f, 0.f});
+  const double e = std::exp(1.0);
+  for_each_isa([&](auto isa) {
+    for (const auto scores : {ExpertScores::softmax, ExpertScores::softmax_of_chosen}) {
+      ef::expert_routing_into(on(isa), ids, weights, logits, bias,
+                              {.scores = scores, .normalise = true, .scale = 2});
+      // a bias of logits leaves those of -infinity behind
+      for (Index t = 0; t < (scores == ExpertScores::softmax ? 3 : 2); ++t) {
+        EXPECT_EQ(ids(t, 0), 1) << isa.name;
+        EXPECT_EQ(ids(t, 1), 2) << isa.name;
+        EXPECT_NEAR(weights(t, 0), t < 2 ? 2 * e / (1 + e) : 0, 1e-6) << isa.name;
+        EXPECT_NEAR(weights(t, 1), t < 2 ? 2 / (1 + e) : 0, 1e-6) << isa.name;
+      }
+    }
+    ef::expert_routing_into(on(isa), ids, weights, logits, bias,
+                            {.scores = ExpertScores::sigmoid, .normalise = true});
+    for (Index i = 0; i < weights.size(); ++i) EXPECT_EQ(weights.data()[i], 0) << isa.name;
+  });
+}
+
 TEST(ExpertRoutingRules, EqualsComeByLowestIndex) {
   ef::Tensor<float, 2> logits(1, 12), weights(1, 4);
   ef::Tensor<std::int32_t, 2> ids(1, 4);

@@ -55,7 +55,8 @@ struct RoutingRow {
         store(sigmoid(cpu::load<V>(logits + at, part)), scores + at, part);
       });
       by = scores;
-    } else if (p.options.scores == ExpertScores::softmax) {
+    } else if (p.options.scores == ExpertScores::softmax &&
+               (p.chooses_by_score() || !p.weighs_by_logit())) {
       exponentials(logits, best, scores, p.experts);
       by = scores;
     }
@@ -120,23 +121,26 @@ struct RoutingRow {
 
   void weigh(const std::int32_t* ids, C* weights) const {
     const ExpertRoutingOptions& o = p.options;
-    if (o.scores == ExpertScores::softmax_of_chosen) {
+    if (p.weighs_by_logit()) {
       C best = -std::numeric_limits<C>::infinity();
       for (Index j = 0; j < p.chosen; ++j) {
         scores[j] = logits[ids[j]];
         best = (std::max)(best, scores[j]);
       }
-      exponentials(scores, best, scores, p.chosen);
+      if (best == -std::numeric_limits<C>::infinity())  // whom a bias chose
+        std::fill_n(scores, p.chosen, C(0));
+      else
+        exponentials(scores, best, scores, p.chosen);
       std::copy_n(scores, p.chosen, weights);
     } else {
       for (Index j = 0; j < p.chosen; ++j) weights[j] = scores[ids[j]];
     }
-    C by = static_cast<C>(o.scale);
-    if (o.normalise) {
-      C sum = o.scores == ExpertScores::sigmoid ? C(1e-20) : C(0);
+    if (o.scores == ExpertScores::sigmoid && o.normalise) {
+      C sum = C(1e-20);
       for (Index j = 0; j < p.chosen; ++j) sum += weights[j];
       for (Index j = 0; j < p.chosen; ++j) weights[j] /= sum;
     }
+    const C by = static_cast<C>(o.scale);
     for (Index j = 0; j < p.chosen; ++j) weights[j] *= by;
   }
 };

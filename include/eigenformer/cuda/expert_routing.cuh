@@ -89,9 +89,11 @@ struct ExpertRoutingKernel {
       }
       return;
     }
-    for (Index e = block.lane(); e < p.experts; e += kWarp)
-      row.sum += std::exp(static_cast<C>(row.logits[e]) - row.best);
-    row.sum = reduce_warp(block, row.sum, Add{});
+    if (p.options.scores == ExpertScores::softmax) {
+      for (Index e = block.lane(); e < p.experts; e += kWarp)
+        row.sum += std::exp(static_cast<C>(row.logits[e]) - row.best);
+      row.sum = reduce_warp(block, row.sum, Add{});
+    }
     choose(block, row, ids, weights);
   }
 
@@ -125,7 +127,7 @@ struct ExpertRoutingKernel {
           best_of(block, 0, p.experts, taken, [&](Index e) { return choice(row, e); });
       const Index e = next.index;
       if (e % kWarp == block.lane()) taken |= std::uint64_t{1} << (e / kWarp);
-      const C own = score(row, e);
+      const C own = p.weighs_by_logit() ? static_cast<C>(row.logits[e]) : score(row, e);
       best = own > best ? own : best;
       sum += own;
       if (block.lane() == 0) {
@@ -138,16 +140,17 @@ struct ExpertRoutingKernel {
 
   /// One thread: the chosen are few.
   EIGENFORMER_DEVICE void weigh(C* weights, C best, C sum) const {
-    const bool of_chosen = p.options.scores == ExpertScores::softmax_of_chosen;
-    if (of_chosen) {
-      sum = 0;
-      for (Index j = 0; j < p.chosen; ++j) sum += weights[j] = std::exp(weights[j] - best);
-    } else if (p.options.scores == ExpertScores::sigmoid) {
-      sum += C(1e-20);
-    }
     const C scale = static_cast<C>(p.options.scale);
+    if (p.weighs_by_logit()) {
+      sum = 0;
+      for (Index j = 0; j < p.chosen; ++j)  // a bias may choose logits of -infinity alone
+        sum += weights[j] = best == kNone ? C(0) : std::exp(weights[j] - best);
+    }
+    if (p.options.scores == ExpertScores::sigmoid) sum += C(1e-20);
+    const bool divides =
+        p.options.scores == ExpertScores::sigmoid ? p.options.normalise : p.weighs_by_logit();
     for (Index j = 0; j < p.chosen; ++j)
-      weights[j] = (of_chosen || p.options.normalise ? weights[j] / sum : weights[j]) * scale;
+      weights[j] = (divides && sum > C(0) ? weights[j] / sum : weights[j]) * scale;
   }
 
   /// Bit g: experts of group g may be chosen.

@@ -44,6 +44,12 @@ struct ExpertRouting {
   EIGENFORMER_HOST_DEVICE bool chooses_by_score() const {
     return bias != nullptr || options.groups > 1;
   }
+  /// Whether weights are the softmax of the chosen logits, which that of all becomes where it is
+  /// normalised: so computed it has no sum of 0.
+  EIGENFORMER_HOST_DEVICE bool weighs_by_logit() const {
+    return options.scores == ExpertScores::softmax_of_chosen ||
+           (options.scores == ExpertScores::softmax && options.normalise);
+  }
 };
 
 /// The pairs (token, expert) in the order of experts, those of one expert in the order of tokens.

@@ -61,9 +61,10 @@ inline void expert_routing(const double* logits, Index experts, Index k,
     chosen.push_back(scores[e]);
   }
   if (options.scores == ExpertScores::softmax_of_chosen) chosen = softmax(chosen);
-  const double sum = options.normalise ? std::accumulate(chosen.begin(), chosen.end(), 0.0) : 1;
+  double sum = options.normalise ? std::accumulate(chosen.begin(), chosen.end(), 0.0) : 1;
+  if (options.normalise && options.scores == ExpertScores::sigmoid) sum += 1e-20;
   for (std::size_t j = 0; j < chosen.size(); ++j)
-    weights[j] = chosen[j] / sum * static_cast<double>(options.scale);
+    weights[j] = sum > 0 ? chosen[j] / sum * static_cast<double>(options.scale) : 0;
 }
 
 }  // namespace reference
