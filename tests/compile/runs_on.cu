@@ -26,6 +26,7 @@
 #include <eigenformer/problem/tensor_parallel.h>
 #include <eigenformer/problem/top_k.h>
 #include <eigenformer/problem/vocabulary_log_softmax.h>
+#include <eigenformer/problem/vocabulary_nucleus.h>
 #include <eigenformer/problem/vocabulary_shard.h>
 #include <eigenformer/problem/vocabulary_tree.h>
 
@@ -85,6 +86,9 @@ const Part kParts[] = {
     part<ScanShard<F>>("tensor_parallel", "chains of shards"),
     part<AskShard<F>>("tensor_parallel", "sums of shards"),
     part<NarrowToWeight<F>>("tensor_parallel", "limits of shards"),
+    part<AskNucleus>("tensor_parallel", "nuclei of shards"),
+    part<NarrowNucleus>("tensor_parallel", "narrowed nuclei of shards"),
+    part<EndNucleus>("tensor_parallel", "ends of nuclei of shards"),
     part<PickFromShard<F>>("tensor_parallel", "candidates of shards"),
     part<DrawFromShard<F>>("tensor_parallel", "draws from shards"),
     part<ScoreShard<F>>("tensor_parallel", "scores of shards"),

@@ -10,16 +10,10 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Whether the float weights of a row are as right as their bounds say.
-template <typename C>
-bool has_float_weights(const problem::ShardRow<C>& row) {
-  const SamplingRow<C> numbers{nullptr, 0, nullptr, row.band, row.inverse_temperature};
-  return FusedWeights<simd::Vec<float, isa::generic>>::serves(numbers);
-}
-
 template <typename Isa>
 void sample_shard(const SamplingRow<float>& row, const problem::ShardNucleus& nucleus,
                   double* answer, const SamplingScratch<float>& scratch) {
+  if (!FusedWeights<simd::Vec<float, Isa>>::serves(row)) return;
   const NucleusSample<Isa> sample(row, scratch.candidates);
   for (Index at = 0; at < nucleus.most_ends; at += 8) {
     float ends[8];

@@ -12,7 +12,8 @@ namespace problem {
 
 enum class NucleusQuestion : std::uint8_t {
   none,
-  sample,    // the weights below each of `ends`, estimated by a sample; how many tokens it has
+  sample,    // the weights below each of `ends`, estimated by a sample; how many tokens it has, 0
+             // where the errors of floats are not known
   interval,  // the weights of logits from `lo` on, of the others, of those in [lo, hi]; how many
              // these are, which are listed where there is room
   exact,     // in double: the weights of all, of logits above `lo`

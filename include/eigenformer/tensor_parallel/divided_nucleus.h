@@ -18,14 +18,13 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// Whether a row's nucleus may be looked for so, which all ranks say alike.
+/// Whether nuclei may be looked for so, which all ranks say alike.
 template <typename Rows>
-bool serves_nucleus(const Rows& divided, Index r) {
+bool serves_nucleus(const Rows& divided) {
   constexpr Index least_vocab = 8192, least_shard = 1024;  // of less a sample is no smaller
   return std::is_same_v<typename Rows::C, float> && divided.weighs_in_float &&
          divided.sampling.vocab >= least_vocab &&
-         divided.sampling.vocab / divided.ranks() >= least_shard &&
-         cpu::has_float_weights(divided.asked[r]);
+         divided.sampling.vocab / divided.ranks() >= least_shard;
 }
 
 /// A row whose nucleus is looked for, the same on all ranks but for `shard`.
@@ -93,6 +92,7 @@ struct DividedNuclei {
     NucleusSearch& search = searches[r];
     const auto& band = divided.asked[r].band;
     const double p = share(r), tokens = answers.sum(r, nucleus.most_ends);
+    if (tokens == 0) return give_up(r);
     if (search.rounds == 0) {
       search.total = answers.sum(r, 0);
       nucleus.lo = (std::max)(band.lo, nucleus.ends[nucleus.most_ends - 1]);

@@ -102,7 +102,7 @@ struct DividedRows {
 };
 
 template <typename Rows>
-bool serves_nucleus(const Rows& divided, Index r);
+bool serves_nucleus(const Rows& divided);
 template <typename D, typename Rows>
 void settle_nuclei(const D& device, Rows& divided);
 
@@ -181,7 +181,7 @@ void walk_stages(Rows& divided, Index r) {
       case SamplingStage::top_p:
         if (params.top_p >= 1) break;
         if (!keeps_one) return end_row(divided, r, RowEnd::gathered);
-        return ask(serves_nucleus(divided, r) ? ShardQuestion::nucleus : ShardQuestion::bins);
+        return ask(serves_nucleus(divided) ? ShardQuestion::nucleus : ShardQuestion::bins);
       case SamplingStage::min_p: {
         if (!keeps_one) return end_row(divided, r, RowEnd::gathered);
         const auto before = asked.band.lo;
