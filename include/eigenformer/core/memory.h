@@ -40,7 +40,7 @@ struct Memory {
 namespace detail {
 
 inline constexpr std::size_t kAlignment = 64, kHugePage = std::size_t{2} << 20,
-                             kHugeFrom = std::size_t{4} << 20;
+                             kHugeFrom = kHugePage;
 
 inline void* allocate_on_host(std::size_t bytes, std::size_t alignment) {
   void* const data = ::operator new(bytes, std::align_val_t{alignment});
@@ -83,7 +83,7 @@ inline void copy_bytes(const Memory& to_memory, void* to, const Memory& from_mem
     to_memory.copy(to, from, bytes);
 }
 
-/// Where large data lies that kernels stream: in pages of 4 KiB, or from 4 MiB on in huge ones.
+/// Where large data lies that kernels stream: in pages of 4 KiB, or from 2 MiB on in huge ones.
 enum class Pages { usual, huge };
 
 /// Uninitialised bytes of a memory, aligned to 64 bytes, huge pages to 2 MiB. What was moved from
