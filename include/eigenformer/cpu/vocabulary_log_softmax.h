@@ -39,13 +39,6 @@ BlockExponentials block_exponentials(const C* x, double best) {
   return of;
 }
 
-/// Tokens [begin, end) of the vocabulary in the compute type, then -infinity.
-template <typename Isa, typename T, typename C>
-void load_tokens(const T* x, const ShardRange& shard, Index begin, Index end, C* to) {
-  std::fill(to, to + SamplingBlock::size, -std::numeric_limits<C>::infinity());
-  if (end > begin) convert_line<simd::Vec<C, Isa>>(x + (begin - shard.begin), to, end - begin);
-}
-
 template <typename D, typename Isa, typename T>
 void execute(const Backend<D, Isa>& on, const problem::WeighExponentials<T>& p) {
   using C = compute_type<T>;
@@ -63,13 +56,14 @@ void execute(const Backend<D, Isa>& on, const problem::WeighExponentials<T>& p) 
         continue;
       }
       const auto give = [&](Index begin, Index end) {
-        load_tokens<Isa>(row, p.shard, begin, end, x);
-        for (Index j = 0; j < end - begin; ++j) *out++ = static_cast<double>(x[j]);
+        const C* const logits = load_tokens<Isa>(row, p.shard, begin, end, x);
+        for (Index j = 0; j < end - begin; ++j) *out++ = static_cast<double>(logits[j]);
       };
       give(p.shard.begin, p.shard.begin + parts.before);
       for (Index b = parts.first; b < parts.last; ++b) {
-        load_tokens<Isa>(row, p.shard, b * size, (std::min)((b + 1) * size, p.shard.end), x);
-        const BlockExponentials of = block_exponentials<Isa>(x, p.best[r]);
+        const Index end = (std::min)((b + 1) * size, p.shard.end);
+        const BlockExponentials of =
+            block_exponentials<Isa>(load_tokens<Isa>(row, p.shard, b * size, end, x), p.best[r]);
         *out++ = of.sum;
         if (!of.has_best || of_best[0] >= 0) continue;
         of_best[0] = static_cast<double>(b);

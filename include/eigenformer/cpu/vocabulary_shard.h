@@ -9,6 +9,7 @@
 #include "../problem/vocabulary_shard.h"
 #include "sampling/log_probabilities.h"
 #include "sampling/sampling.h"
+#include "vocabulary_keys.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -64,6 +65,44 @@ void execute(const Backend<D, Isa>& on, const problem::ScanShard<T>& p) {
   });
 }
 
+template <typename T, typename C>
+void change_shard(const problem::ChangeShard<T>& p, const problem::ShardChange& change, C* logits,
+                  LogitChanges<C>& changes) {
+  const problem::RowParams& params = p.params[change.row * p.params_stride];
+  const Index size = p.shard.shard.size();
+  const SamplingStage* const order = params.order.data();
+  auto bias_stages =
+      static_cast<int>(std::count(order, order + change.begin, SamplingStage::logit_bias));
+  for (const SamplingStage* stage = order + change.begin; stage != order + change.end; ++stage) {
+    if (*stage == SamplingStage::guidance)
+      apply_guidance(logits, size, p.given + params.guidance_row * size, params.guidance_scale,
+                     change.log_sum, change.log_sum_without);
+    if (*stage == SamplingStage::penalties && params.log_probability_penalties)
+      subtract(logits, size, change.log_sum);
+    adjust_tokens(logits, p.shard.shard, params, *stage, bias_stages, changes);
+  }
+}
+
+template <typename D, typename Isa, typename T>
+void execute(const Backend<D, Isa>& on, const problem::ChangeShard<T>& p) {
+  using C = compute_type<T>;
+  const auto& all = p.shard;
+  const Index size = all.shard.size();
+  Workspace::Frame frame(on.workspace);
+  const SamplingNeeds needs(p.params, p.params_stride, all.rows, size);
+  auto* const changes = frame.take<LogitChanges<C>>(worker_count(on));
+  for (int w = 0; w < worker_count(on); ++w)
+    changes[w] = take_changes<C>(frame, (std::max)(needs.changes, Index{0}), 0, nullptr);
+  parallel_for(on, p.count, Cost{size}, [&](Index first, Index last, int worker) {
+    for (Index i = first; i < last; ++i) {
+      const Index r = p.changes[i].row;
+      C* const logits = all.logits + r * size;
+      change_shard(p, p.changes[i], logits, changes[worker]);
+      scan_shard<Isa>(logits, size, all.block_max + r * all.blocks, p.answers + 2 * i);
+    }
+  });
+}
+
 template <typename D, typename Isa, typename C>
 void execute(const Backend<D, Isa>&, const problem::NarrowToWeight<C>& p) {
   const auto end_at = [&](double weight) {
@@ -75,6 +114,14 @@ void execute(const Backend<D, Isa>&, const problem::NarrowToWeight<C>& p) {
   p.row.band = end_at(p.least * (1 - p.error));
 }
 
+template <typename D, typename Isa, typename C>
+void execute(const Backend<D, Isa>&, const problem::NarrowToDeviations<C>& p) {
+  SamplingRow<C> numbers{nullptr, p.vocab, nullptr, p.row.band, p.row.inverse_temperature};
+  narrow_to_deviations(numbers, p.deviations, p.variance);
+  p.row.band = numbers.band;
+  p.row.sure = p.row.band.lo;
+}
+
 /// The shard of row r as a row.
 template <typename C>
 SamplingRow<C> row_of_shard(const problem::ShardLogits<C>& p, const problem::ShardRow<C>& whole,
@@ -83,6 +130,7 @@ SamplingRow<C> row_of_shard(const problem::ShardLogits<C>& p, const problem::Sha
   SamplingRow<C> row{p.logits + r * size, size, p.block_max + r * p.blocks, whole.band,
                      whole.inverse_temperature};
   row.band.lo_end = std::clamp<Index>(whole.band.lo_end - p.shard.begin, 0, size);
+  row.band.hi_begin = std::clamp<Index>(whole.band.hi_begin - p.shard.begin, 0, size);
   return row;
 }
 
@@ -147,24 +195,57 @@ void sum_deviations(const SamplingRow<C>& row, double* answer) {
   answer[0] = count, answer[1] = sum, answer[2] = squares;
 }
 
+/// The answer of row r, 0 before.
+template <typename Isa, typename C>
+void answer_question(const problem::AskShard<C>& p, Index r, const SamplingScratch<C>* scratch,
+                     double* answer) {
+  const problem::ShardRow<C>& asked = p.rows[r];
+  const SamplingRow<C> row = row_of_shard(p.shard, asked, r);
+  switch (asked.question) {
+    case problem::ShardQuestion::count:
+      answer[0] = static_cast<double>(count_members<Isa>(row));
+      answer[1] = static_cast<double>(count_members<Isa>(row, asked.sure));
+      return;
+    case problem::ShardQuestion::weights:
+      return sum_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, answer);
+    case problem::ShardQuestion::deviations:
+      return sum_deviations<Isa>(row, answer);
+    case problem::ShardQuestion::bins:
+      return bin_shard<Isa>(row, answer);
+    case problem::ShardQuestion::bounds:
+      return bound_keys<Isa>(row, asked, answer);
+    case problem::ShardQuestion::keys:
+      return bin_keys<Isa>(row, asked, answer);
+    case problem::ShardQuestion::listed:
+      return list_keys<Isa>(row, asked, answer);
+    case problem::ShardQuestion::extent:
+      return extent_of_keys<Isa>(row, asked, p.shard.shard.begin, answer);
+    case problem::ShardQuestion::best:
+      return best_of_shard<Isa>(row, asked.most, answer, *scratch);
+    case problem::ShardQuestion::place:
+      if (asked.nth > 0)
+        answer[0] = static_cast<double>(p.shard.shard.begin + 1 +
+                                        nth_equal<Isa>(row, asked.value, asked.nth));
+      return;
+    default:
+      return;
+  }
+}
+
 template <typename D, typename Isa, typename C>
 void execute(const Backend<D, Isa>& on, const problem::AskShard<C>& p) {
-  using problem::ShardQuestion;
-  const Cost cost{p.shard.shard.size(), kExpCycles};
-  parallel_for(on, p.shard.rows, cost, [&](Index first, Index last, int) {
+  const Index size = p.shard.shard.size();
+  const bool needs_scratch = std::any_of(p.rows, p.rows + p.shard.rows, [](const auto& row) {
+    return row.question == problem::ShardQuestion::best;
+  });
+  Workspace::Frame frame(on.workspace);
+  const SamplingScratch<C>* const scratches =
+      needs_scratch ? take_sampling_scratch<C>(frame, worker_count(on), size, {}) : nullptr;
+  parallel_for(on, p.shard.rows, Cost{size, kExpCycles}, [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
-      const problem::ShardRow<C>& asked = p.rows[r];
-      const SamplingRow<C> row = row_of_shard(p.shard, asked, r);
-      double* const answer = p.answers + r * p.width;
-      std::fill(answer, answer + p.width, 0.0);
-      if (asked.question == ShardQuestion::count) {
-        answer[0] = static_cast<double>(count_members<Isa>(row));
-        answer[1] = static_cast<double>(count_members<Isa>(row, asked.sure));
-      }
-      if (asked.question == ShardQuestion::weights)
-        sum_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, answer);
-      if (asked.question == ShardQuestion::deviations) sum_deviations<Isa>(row, answer);
-      if (asked.question == ShardQuestion::bins) bin_shard<Isa>(row, answer);
+      double* const answer = p.answers + p.begin[r];
+      std::fill(answer, p.answers + p.begin[r + 1], 0.0);
+      answer_question<Isa>(p, r, needs_scratch ? scratches + worker : nullptr, answer);
     }
   });
 }

@@ -40,6 +40,14 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE std::uint64_t order_key(double x) {
   return bits ^ ((std::uint64_t{0} - (bits >> 63)) | std::uint64_t{1} << 63);
 }
 
+/// The number of which order_key makes this key.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE float number_of_key(std::uint32_t key) {
+  return std::bit_cast<float>(key ^ (key >> 31 != 0 ? 0x80000000u : 0xFFFFFFFFu));
+}
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE double number_of_key(std::uint64_t key) {
+  return std::bit_cast<double>(key ^ (key >> 63 != 0 ? std::uint64_t{1} << 63 : ~std::uint64_t{0}));
+}
+
 /// How many of `equals` tokens that weigh `each` it takes, after others of weight `above`, to reach
 /// `target`, which all of them do: at least one.
 EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index equals_taken(double above, double each,
@@ -65,6 +73,21 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index mirostat_count(double sum_produ
   const double factor = excess == 0 ? 1 / std::log(n) : excess / (1 - std::pow(n, -excess));
   const double count = std::pow(factor * std::exp2(mu), 1 / exponent);
   return count < 1 ? 1 : count < n ? static_cast<Index>(count) : vocab;
+}
+
+/// The tokens that it estimates the exponent by.
+inline constexpr Index kMirostatTokens = 100;
+/// The count from the logits of the best `n` tokens, best first.
+template <typename C>
+Index mirostat_count(const C* best, Index n, double inverse_temperature, double mu, Index vocab) {
+  double products = 0, squares = 0;
+  for (Index i = 0; i + 1 < n; ++i) {
+    const double t = std::log(static_cast<double>(i + 2) / static_cast<double>(i + 1));
+    products +=
+        t * (static_cast<double>(best[i]) - static_cast<double>(best[i + 1])) * inverse_temperature;
+    squares += t * t;
+  }
+  return mirostat_count(products, squares, mu, vocab);
 }
 
 /// The temperature that llama.cpp makes of the entropy of `count` > 1 tokens.

@@ -3,9 +3,13 @@
 /// and single tokens, row by row. The ranks' answers travel, the logits stay.
 #pragma once
 
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
 #include <type_traits>
 
-#include "sampling.h"
+#include "sampling_rules.h"
 #include "shards.h"
 
 namespace eigenformer {
@@ -19,7 +23,22 @@ enum class ShardQuestion : std::uint8_t {
   weights,     // weights; weight * (logit - best) / temperature
   deviations,  // tokens; logit - best; its square
   bins,        // the weights, then the tokens of each of ShardBins
-  nucleus      // not asked so, but as vocabulary_nucleus.h says
+  nucleus,     // not asked so, but as vocabulary_nucleus.h says
+  bounds,      // the least and the greatest key of those asked, in halves; of none the reverse
+  keys,        // the terms, then the tokens of each of ShardKeys
+  listed,      // the logits whose keys are asked, -infinity after the last
+  extent,  // of those logits the least, its last token, the largest; of none infinity, -1, lowest
+  best,    // the `most` best logits, -infinity after the last
+  place,   // of the tokens of logit `value` number `nth`, from 1 on, plus 1; 0 where nth is 0
+  sums     // what SumShard says of `sum`
+};
+
+/// What is summed over the tokens in play with the bits of the whole row.
+enum class ShardSum : std::uint8_t {
+  weights,
+  moments,     // weights, and weight * (logit - best) / temperature
+  deviations,  // logit - best
+  squares      // of (logit - best) - mean
 };
 
 /// Weights are binned by their distance from the best one, in halves of a nat; the last bin has all
@@ -29,6 +48,25 @@ struct ShardBins {
   static constexpr double distance(double logit, double best, double inverse_temperature) {
     return (best - logit) * inverse_temperature * 2;
   }
+};
+
+/// Tokens in the order in which a filter takes them, by a whole number, the least first. Those of
+/// an interval fall in bins of as many keys each, a power of two.
+struct ShardKeys {
+  static constexpr Index bins = 64, listed = 128;  // so many logits of a shard are listed
+  static constexpr Index halves = 4;               // numbers of the bounds
+  static int shift(std::uint64_t first, std::uint64_t last) {
+    const auto more = static_cast<int>(std::bit_width(last - first)) -
+                      static_cast<int>(std::bit_width(std::uint64_t{bins - 1}));
+    return (std::max)(0, more);
+  }
+};
+
+/// What is summed of tokens.
+enum class ShardTerm : std::uint8_t {
+  unit,
+  weight,
+  surprise  // weight * -log(probability), 0 where the weight is
 };
 
 /// What kernels of sampling do with a row of `vocab` tokens: so many have a maximum of their own,
@@ -55,6 +93,34 @@ struct ShardRow {
   double reach;
   Index most;
   double target, margin, before;  // of a draw: in weights of the shard; `before`: of earlier shards
+  // of questions about keys: those from `first` to `last`
+  std::uint64_t first, last;
+  ShardTerm term;
+  bool by_distance;  // to the mean, else the largest logit comes first
+  double mean, log_total;
+  ShardSum sum;
+  C value;
+  Index nth;
+
+  /// (logit - best) / temperature
+  double exponent(C logit) const {
+    return (static_cast<double>(logit) - static_cast<double>(band.hi)) * inverse_temperature;
+  }
+  std::uint64_t key(C logit) const {
+    using Key = decltype(order_key(logit));
+    if (!by_distance) return (std::numeric_limits<Key>::max)() - order_key(logit);
+    return std::bit_cast<std::uint64_t>(std::abs((std::min)(0.0, exponent(logit)) - mean));
+  }
+  /// Of a key of the order by logits.
+  C logit_of(std::uint64_t of) const {
+    using Key = decltype(order_key(value));
+    return number_of_key(static_cast<Key>((std::numeric_limits<Key>::max)() - of));
+  }
+  double term_of(C logit, double weight) const {
+    if (term == ShardTerm::unit) return 1;
+    return term == ShardTerm::weight || weight == 0 ? weight
+                                                    : weight * (log_total - exponent(logit));
+  }
 };
 
 /// The band from the least number whose weight is `least`, which may be wrong by `error` of itself;
@@ -64,6 +130,14 @@ struct NarrowToWeight {
   ShardRow<C>& row;
   Index vocab;
   double least, error;
+};
+
+/// The band of top_n_sigma, from the variance of the logits in play. Reads no logits.
+template <typename C>
+struct NarrowToDeviations {
+  ShardRow<C>& row;
+  Index vocab;
+  double deviations, variance;
 };
 
 /// A token that travels.
@@ -86,8 +160,8 @@ struct ShardLogits {
   ShardRange shard;
 };
 
-/// Runs the stages that change the logits of a list or mask of tokens. An answer is the largest
-/// logit, and 1 where there is a NaN: of those given, then of the others.
+/// Runs the stages that change logits, of rows that have none that looks at all of them. An answer
+/// is the largest logit, and 1 where there is a NaN: of those given, then of the others.
 template <typename T>
 struct ScanShard {
   const T* given;  // (rows, shard.size()); may be the logits below, where nothing changes them
@@ -97,12 +171,31 @@ struct ScanShard {
   double* answers;  // (rows, 4)
 };
 
+/// Stages of a row, [begin, end) of its order, that change logits. The first may be one that looks
+/// at all of them: what it sees of those of other ranks is in the logs of the sums of exponentials,
+/// of the row and of the one that guides it.
+struct ShardChange {
+  Index row;
+  std::size_t begin, end;
+  double log_sum, log_sum_without;
+};
+template <typename T>
+struct ChangeShard {
+  const T* given;  // (rows, shard.size())
+  ShardLogits<compute_type<T>> shard;
+  const RowParams* params;
+  Index params_stride;
+  const ShardChange* changes;  // (count)
+  Index count;
+  double* answers;  // (count, 2): as those of ScanShard
+};
+
 template <typename C>
 struct AskShard {
   ShardLogits<C> shard;
   const ShardRow<C>* rows;
-  double* answers;  // (rows, width)
-  Index width;
+  const Index* begin;  // (rows + 1) of the row's answer
+  double* answers;
 };
 
 template <typename C>

@@ -94,14 +94,50 @@ struct FindInPlaces {
   std::int32_t* tokens;  // (count), -1 where it is not here
 };
 
-/// The parts of the sum of the weights in play, of the rows that are asked.
-template <typename C>
-struct WeighShard {
-  ShardLogits<C> shard;
-  const ShardRow<C>* rows;
-  const bool* asked;  // (rows)
+/// What a rank sends of a row for the sums over its tokens in play that SumShard is asked for.
+struct ShardSums {
+  Index parts;  // numbers of BlockParts
+  ShardSum of;
+
+  constexpr Index size() const { return moments_at() + (of == ShardSum::moments ? parts : 0); }
+  // the parts of the weights, or what is summed in their place, then
+  constexpr Index tokens_at() const { return parts; }
+  constexpr Index one_at() const { return parts + 1; }  // first whole block of a weight 1, or -1
+  constexpr Index beside_one_at() const { return parts + 2; }  // its sum without that weight
+  constexpr Index moments_at() const { return parts + 3; }
+};
+template <typename T>
+struct SumShard {
+  const T* logits;  // (rows, shard.size())
   Index vocab;
-  double* answers;  // (rows, size of the parts)
+  ShardRange shard;
+  const ShardRow<compute_type<T>>* rows;
+  const Index* which;  // (count) the rows asked
+  Index count;
+  ShardSum of;
+  double* answers;  // (count, ShardSums::size)
+};
+
+/// The sums of a row from the answers of all ranks.
+struct JoinSums {
+  Index vocab;
+  int ranks;
+  ShardSum of;
+  const double* const* answers;  // (ranks)
+  double &total, &moment, &log_total, &tokens;
+};
+
+/// The token at which the running sum of the weights in play passes the target of a draw, in a
+/// block that lies in the shard.
+template <typename C>
+struct FindInShard {
+  const C* logits;  // (rows, shard.size())
+  ShardRange shard;
+  const ShardRow<C>* rows;
+  const Index* which;       // (count) the rows asked
+  const DrawnBlock* drawn;  // (count) block -1: in another rank's shard
+  Index count;
+  std::int32_t* tokens;  // (count), -1 where it is not here
 };
 
 /// The probabilities of the rows that are asked, from the sums of their weights.

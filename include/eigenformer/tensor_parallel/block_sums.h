@@ -42,11 +42,13 @@ struct DividedBlocks {
   }
 };
 
-/// Of each of `rows` rows the parts of all ranks' blocks, with `more` numbers after them.
+/// Of each of `rows` rows `sums` times the parts of all ranks' blocks, and `more` numbers.
 class RowsOfParts {
  public:
-  RowsOfParts(const DividedBlocks& blocks, Index rows, Index more, Workspace::Frame& frame)
+  RowsOfParts(const DividedBlocks& blocks, Index rows, Index sums, Index more,
+              Workspace::Frame& frame)
       : blocks_(blocks),
+        sums_(sums),
         more_(more),
         counts_(frame.take<Index>(blocks.ranks), static_cast<std::size_t>(blocks.ranks)),
         begins_(frame.take<double*>(blocks.ranks)) {
@@ -71,10 +73,10 @@ class RowsOfParts {
   }
 
  private:
-  Index size_of(int rank) const { return blocks_.of(rank).size() + more_; }
+  Index size_of(int rank) const { return sums_ * blocks_.of(rank).size() + more_; }
 
   DividedBlocks blocks_;
-  Index more_;
+  Index sums_, more_;
   std::span<Index> counts_;  // (ranks) numbers of each
   double** begins_;          // (ranks)
   std::span<double> all_;

@@ -1,18 +1,52 @@
 /// \file
-/// How divided rows end (divided_rows.h): the draw from a shard, the candidates on every rank, the
-/// rows that are gathered.
+/// How divided rows end (divided_rows.h): the draw from a shard, or the candidates on every rank.
 #pragma once
 
 #include <functional>
 
-#include "divided_rows.h"
+#include "divided_logits.h"
+#include "divided_rounds.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace detail {
 
-/// The tokens of the rows that are drawn from all tokens in play; rows whose sums leave them open
-/// are gathered.
+/// Draws of rows whose sums over ranks leave the token open, by those of the whole row.
+template <typename D, typename Rows>
+void draw_by_sums(const D& device, Rows& divided, std::span<const Index> which) {
+  using C = typename Rows::C;
+  const auto count = static_cast<Index>(which.size());
+  if (count == 0) return;
+  Workspace::Frame frame(divided.workspace);
+  const C* const logits = divided.shard.logits;
+  const SummedRows<Rows> summed(device, divided, logits, divided.asked, which,
+                                problem::ShardSum::weights, frame);
+  auto* const drawn = frame.take<problem::DrawnBlock>(count);
+  int* const holders = frame.take<int>(count);
+  for (Index i = 0; i < count; ++i) {
+    drawn[i] = summed.draw(i, divided.sampling.uniform(which[static_cast<std::size_t>(i)]));
+    divided.rows[static_cast<std::size_t>(which[static_cast<std::size_t>(i)])].token =
+        drawn[i].token;
+    holders[i] = drawn[i].token >= 0 ? -1 : summed.holder(drawn[i].block);
+    if (holders[i] != divided.communicator.rank()) drawn[i].block = -1;
+  }
+  const Index all_count = count * divided.ranks();
+  auto *const own = frame.take<std::int32_t>(count), *const all =
+                                                         frame.take<std::int32_t>(all_count);
+  detail::run(Eigen::DefaultDevice{},
+              problem::FindInShard<C>{logits, divided.shard.shard, divided.asked, which.data(),
+                                      drawn, count, own},
+              divided.workspace);
+  divided.communicator.all_gather(
+      std::span<const std::int32_t>(own, which.size()),
+      std::span<std::int32_t>(all, static_cast<std::size_t>(all_count)));
+  for (Index i = 0; i < count; ++i)
+    if (holders[i] >= 0)
+      divided.rows[static_cast<std::size_t>(which[static_cast<std::size_t>(i)])].token =
+          all[holders[i] * count + i];
+}
+
+/// The tokens of the rows that are drawn from all tokens in play.
 template <typename D, typename Rows>
 void draw_from_shards(const D& device, Rows& divided) {
   using Draw = problem::DrawFromShard<typename Rows::C>;
@@ -28,6 +62,8 @@ void draw_from_shards(const D& device, Rows& divided) {
   const Index all_count = count * divided.ranks();
   auto* const own = frame.take<std::int32_t>(count);
   auto* const all = frame.take<std::int32_t>(all_count);
+  Index* const open = frame.take<Index>(count);
+  std::size_t open_count = 0;
   detail::run(device, Draw{divided.shard, divided.asked, asked, own}, divided.workspace);
   divided.communicator.all_gather(
       std::span<const std::int32_t>(own, static_cast<std::size_t>(count)),
@@ -36,8 +72,9 @@ void draw_from_shards(const D& device, Rows& divided) {
     DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
     if (!is_drawn(row)) continue;
     row.token = all[row.drawn_by * count + r];
-    if (row.token < 0) row.end = RowEnd::gathered;
+    if (row.token < 0) open[open_count++] = r;
   }
+  draw_by_sums(device, divided, {open, open_count});
 }
 
 /// Every rank's candidates of all rows.
@@ -90,38 +127,30 @@ GatheredCandidates<typename Rows::C> gather_candidates(const D& device, Rows& di
   return gathered;
 }
 
-template <typename C>
-struct NucleusEnd {
-  C value;      // logit of the last token kept
-  Index taken;  // tokens equal to it that are kept
-};
-
-/// Where top_p's set ends among candidates of which `n` in order are those of the last bin; taken 0
-/// where errors of the sums leave that open.
-template <typename C>
-NucleusEnd<C> end_of_nucleus(const C* values, Index n, const DividedRow& row, double best,
-                             double inverse_temperature, double target, double margin) {
-  double above = row.above;
-  for (Index begin = 0; begin < n;) {
-    Index end = begin + 1;
-    while (end < n && values[end] == values[begin]) ++end;
-    const Index equals = end - begin;
-    const double weight =
-                     token_weight(static_cast<double>(values[begin]), best, inverse_temperature),
-                 reached = above + static_cast<double>(equals) * weight;
-    if (reached + margin < target) {
-      above = reached;
-      begin = end;
-      continue;
-    }
-    const Index taken = problem::equals_taken(above, weight, equals, target);
-    const bool is_first = above == 0 && taken == 1;  // which stays whatever it weighs
-    const bool certain =
-        (is_first || above + static_cast<double>(taken - 1) * weight + margin < target) &&
-        above + static_cast<double>(taken) * weight > target + margin;
-    return {values[begin], certain ? taken : 0};
-  }
-  return {C{}, 0};
+/// Leaves the best `most` candidates, of equals those of lowest index; false where there are fewer.
+template <typename Rows>
+bool cut_best(Rows& divided, Index r, Index most,
+              const GatheredCandidates<typename Rows::C>& gathered) {
+  using C = typename Rows::C;
+  using Candidate = problem::ShardCandidate<C>;
+  Workspace::Frame frame(divided.workspace);
+  Index n = 0;
+  for (int rank = 0; rank < gathered.ranks; ++rank)
+    n += static_cast<Index>(gathered.of(r, rank).size());
+  C* const values = frame.take<C>(n);
+  n = 0;
+  for (int rank = 0; rank < gathered.ranks; ++rank)
+    for (const Candidate& candidate : gathered.of(r, rank))
+      if (candidate.token >= 0) values[n++] = candidate.logit;
+  if (n < most) return false;
+  std::nth_element(values, values + (most - 1), values + n, std::greater<>{});
+  const C last = values[most - 1];
+  Index left = most - std::count_if(values, values + n, [&](C value) { return value > last; });
+  for (int rank = 0; rank < gathered.ranks; ++rank)
+    for (Candidate& candidate : gathered.of(r, rank))
+      if (candidate.logit < last || (candidate.logit == last && left-- <= 0))
+        candidate.token = Candidate::kNone;
+  return true;
 }
 
 /// Takes the candidates out that top_p does not keep; false where that is open.
@@ -132,29 +161,76 @@ bool cut_nucleus(Rows& divided, Index r, const GatheredCandidates<typename Rows:
   const DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
   const auto& asked = divided.asked[r];
   const double best = static_cast<double>(asked.band.hi), scale = asked.inverse_temperature;
-  const double last_bin =
-      row.above == 0 ? 0.0 : (std::min)(asked.reach, double{problem::ShardBins::count}) - 1;
   Workspace::Frame frame(divided.workspace);
   Index most = 0, n = 0;
   for (int rank = 0; rank < gathered.ranks; ++rank)
     most += static_cast<Index>(gathered.of(r, rank).size());
   C* const values = frame.take<C>(most);
+  double above = 0;  // tokens of earlier bins
   for (int rank = 0; rank < gathered.ranks; ++rank)
-    for (const Candidate& candidate : gathered.of(r, rank))
-      if (problem::ShardBins::distance(static_cast<double>(candidate.logit), best, scale) >=
-          last_bin)
+    for (const Candidate& candidate : gathered.of(r, rank)) {
+      const double distance =
+          problem::ShardBins::distance(static_cast<double>(candidate.logit), best, scale);
+      if (row.above > 0 && distance < row.end_bin)
+        above += 1;
+      else if (distance < row.end_reach)
         values[n++] = candidate.logit;
+    }
   std::sort(values, values + n, std::greater<>{});
   const double target = (std::max)(divided.params_of(r).top_p, 0.0) * row.total;
-  const NucleusEnd<C> end =
-      end_of_nucleus(values, n, row, best, scale, target, divided.margin(row.total));
-  if (end.taken == 0) return false;
-  Index left = end.taken;
+  PrefixSearch search{target, divided.margin(row.total), row.above, above};
+  C last{};  // of those kept
+  Index taken = 0;
+  for (Index begin = 0; begin < n; begin += search.equals) {
+    last = values[begin];
+    search.equals =
+        std::upper_bound(values + begin, values + n, last, std::greater<>{}) - (values + begin);
+    search.each = token_weight(static_cast<double>(last), best, scale);
+    const double sum = static_cast<double>(search.equals) * search.each;
+    bool open = false;
+    if (!come_before(search, sum, false, open)) {
+      taken = open ? 0 : taken_of(search);
+      break;
+    }
+    search.above += sum;
+    search.tokens += static_cast<double>(search.equals);
+  }
+  if (taken == 0) return false;
+  if (search.tokens + static_cast<double>(taken) < static_cast<double>(row.least)) {
+    cut_best(divided, r, row.least, gathered);
+    return true;
+  }
   for (int rank = 0; rank < gathered.ranks; ++rank)
     for (Candidate& candidate : gathered.of(r, rank))
-      if (candidate.logit < end.value || (candidate.logit == end.value && left-- <= 0))
+      if (candidate.logit < last || (candidate.logit == last && taken-- <= 0))
         candidate.token = Candidate::kNone;
   return true;
+}
+
+/// Settles all rows, and gathers and cuts the candidates of those that they decide.
+template <typename D, typename Rows>
+GatheredCandidates<typename Rows::C> settle_rows_and_gather(const D& device, Rows& divided,
+                                                            Workspace::Frame& frame) {
+  for (;;) {
+    settle_rows(device, divided);
+    const auto gathered = gather_candidates(device, divided, frame);
+    bool all_settled = true;
+    for (Index r = 0; r < divided.shard.rows; ++r) {
+      DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
+      if (row.end != RowEnd::candidates) continue;
+      row.is_filtered = divided.asked[r].pick == problem::ShardPick::in_play && !row.sends_all;
+      if (row.keeps > 0) row.is_filtered = cut_best(divided, r, row.keeps, gathered);
+      if (row.end_bin < 0 || cut_nucleus(divided, r, gathered)) continue;
+      // the sums of bins do not tell; a search goes farther
+      all_settled = false;
+      row.end = RowEnd::open;
+      row.end_bin = -1;
+      --row.stage;
+      start_search(divided, r, problem::ShardTerm::weight, false,
+                   (std::max)(divided.params_of(r).top_p, 0.0) * row.total, row.total);
+    }
+    if (all_settled) return gathered;
+  }
 }
 
 /// The parameters of the stages that follow on candidates.
@@ -166,8 +242,12 @@ problem::RowParams params_of_candidates(const Rows& divided, Index r) {
   params.order = {};
   params.prompt_tokens = params.output_tokens = {};
   auto stage = params.order.begin();
-  if (row.has_temperature) *stage++ = SamplingStage::temperature;
-  if (divided.asked[r].pick == problem::ShardPick::in_play) *stage++ = problem::kFiltered;
+  if (row.has_temperature) {
+    *stage++ = SamplingStage::temperature;
+    params.temperature = row.temperature;
+    params.dynatemp_range = 0;
+  }
+  if (row.is_filtered) *stage++ = problem::kFiltered;
   std::copy(order.begin() + static_cast<std::ptrdiff_t>(row.stage), order.end(), stage);
   return params;
 }
@@ -182,12 +262,7 @@ void for_each_row_of_candidates(Rows& divided, const GatheredCandidates<typename
   constexpr C none = -std::numeric_limits<C>::infinity();
   C* logits = nullptr;
   for (Index r = 0; r < divided.shard.rows; ++r) {
-    DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
-    if (row.end != RowEnd::candidates) continue;
-    if (row.ends_in_last_bin && !cut_nucleus(divided, r, gathered)) {
-      row.end = RowEnd::gathered;
-      continue;
-    }
+    if (divided.rows[static_cast<std::size_t>(r)].end != RowEnd::candidates) continue;
     if (logits == nullptr) {
       logits = frame.take<C>(whole.vocab);
       std::fill(logits, logits + whole.vocab, none);
@@ -205,60 +280,6 @@ void for_each_row_of_candidates(Rows& divided, const GatheredCandidates<typename
     sampling.first_row = r;
     visit(r, sampling);
     for_each([&](const auto& candidate) { logits[candidate.token] = none; });
-  }
-}
-
-/// Calls visit(r, sampling) for the rows that are gathered: once with all rows, where all are, else
-/// row by row.
-template <typename Rows, typename Visit>
-void for_each_gathered_row(Rows& divided, Visit&& visit) {
-  using T = std::remove_const_t<std::remove_pointer_t<decltype(divided.given)>>;
-  auto sampling = divided.sampling;
-  const auto is_gathered = [](const DividedRow& row) { return row.end == RowEnd::gathered; };
-  Index rows = std::count_if(divided.rows.begin(), divided.rows.end(), is_gathered);
-  if (rows == 0) return;
-  const int ranks = divided.ranks();
-  const Index size = divided.shard.shard.size();
-  // another row of the logits guides one
-  const bool guided = std::any_of(divided.rows.begin(), divided.rows.end(), [&](const auto& row) {
-    const problem::RowParams& params = divided.params_of(&row - divided.rows.data());
-    return is_gathered(row) && std::find(params.order.begin(), params.order.end(),
-                                         SamplingStage::guidance) != params.order.end();
-  });
-  if (guided) rows = sampling.batch;
-  Workspace::Frame frame(divided.workspace);
-  const std::span<Index> sizes(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  for (int rank = 0; rank < ranks; ++rank)
-    sizes[static_cast<std::size_t>(rank)] = rows * divided.shard_of(rank).size();
-  const T* own = divided.given;
-  if (rows < sampling.batch) {
-    T* to = frame.take<T>(rows * size);
-    own = to;
-    for (Index r = 0; r < sampling.batch; ++r)
-      if (is_gathered(divided.rows[static_cast<std::size_t>(r)]))
-        to = std::copy_n(divided.given + r * size, size, to);
-  }
-  T* const parts = frame.take<T>(rows * sampling.vocab);
-  divided.communicator.all_gather(
-      std::span<const T>(own, static_cast<std::size_t>(rows * size)),
-      std::span<T>(parts, static_cast<std::size_t>(rows * sampling.vocab)),
-      std::span<const Index>(sizes));
-  T* const whole = frame.take<T>(rows * sampling.vocab);
-  for (int rank = 0; rank < ranks; ++rank) {
-    const ShardRange shard = divided.shard_of(rank);
-    for (Index r = 0; r < rows; ++r)
-      std::copy_n(parts + rows * shard.begin + r * shard.size(), shard.size(),
-                  whole + r * sampling.vocab + shard.begin);
-  }
-  sampling.logits = whole;
-  if (rows == sampling.batch) return visit(Index{0}, sampling);
-  sampling.batch = 1;
-  for (Index r = 0; r < divided.shard.rows; ++r) {
-    if (!is_gathered(divided.rows[static_cast<std::size_t>(r)])) continue;
-    sampling.params = &divided.params_of(r);
-    sampling.first_row = r;
-    visit(r, sampling);
-    sampling.logits += sampling.vocab;
   }
 }
 

@@ -1,7 +1,7 @@
 /// \file
 /// Log-probabilities of divided rows (divided_rows.h). Each is a float, and counts only where the
-/// sums of the ranks, in whatever order they were added, round to it; else its row is gathered (by
-/// estimate two numbers in 10^5).
+/// sums of the ranks, in whatever order they were added, round to it; else, by estimate for two
+/// numbers in 10^5, it is of the sums of the whole row.
 #pragma once
 
 #include "divided_ends.h"
@@ -12,7 +12,10 @@ namespace detail {
 
 /// The log of a sum of weights of which the best is 1, and what it may be wrong by.
 struct LogTotal {
-  double value, error;
+  double value, error = 0;
+  bool is_exact = false;
+  /// With the bits of the whole row.
+  explicit LogTotal(double log_total) : value(log_total), is_exact(true) {}
   /// `below`: of the weights below 1; `ones`: the number of those that are 1.
   LogTotal(double below, double ones, double relative_error) {
     const double rest = below + (ones - 1.0);
@@ -26,7 +29,7 @@ struct LogTotal {
       return -std::numeric_limits<float>::infinity();
     const double log =
         (static_cast<double>(logit) - static_cast<double>(best)) * inverse_temperature - value;
-    const double doubt = error + 4e-16 * std::abs(log);
+    const double doubt = is_exact ? 0.0 : error + 4e-16 * std::abs(log);
     const float low = static_cast<float>(log - doubt), high = static_cast<float>(log + doubt);
     certain = certain && low == high;
     return low;
@@ -100,6 +103,30 @@ ShardScores<typename Rows::C> score_shards(const D& device, Rows& divided, Index
     std::copy_n(row, count, best + r * count);
   }
   return {sums, best, count};
+}
+
+/// write(r, log total of the logits as given, of those in play) writes a row's and says whether all
+/// are certain; rows of which some are not are written again.
+template <typename D, typename Rows, typename Write>
+void write_scores(const D& device, Rows& divided, const ShardScores<typename Rows::C>& scores,
+                  Write&& write) {
+  using C = typename Rows::C;
+  Workspace::Frame frame(divided.workspace);
+  const double error = divided.margin(1.0);
+  Index* const open = frame.take<Index>(divided.shard.rows);
+  Index count = 0;
+  for (Index r = 0; r < divided.shard.rows; ++r)
+    if (is_scored(divided.rows[static_cast<std::size_t>(r)]) &&
+        !write(r, scores.of_given(r, error), scores.in_play(r, error)))
+      open[count++] = r;
+  if (count == 0) return;
+  const std::span<const Index> which(open, static_cast<std::size_t>(count));
+  const SummedRows<Rows> of_given(device, divided, divided.given, rows_as_given(divided, frame),
+                                  which, problem::ShardSum::weights, frame),
+      in_play(device, divided, static_cast<const C*>(divided.shard.logits), divided.asked, which,
+              problem::ShardSum::weights, frame);
+  for (Index i = 0; i < count; ++i)
+    write(open[i], LogTotal(of_given.sums(i).log_total), LogTotal(in_play.sums(i).log_total));
 }
 
 /// The logits of one token of each row, `width` numbers of it, from the rank that has it:

@@ -21,9 +21,8 @@ void score_divided_draws(const D& device, const problem::Sampling<T>& sampling, 
   const Index rows = sampling.batch, n = out.best;
   Workspace::Frame frame(workspace);
   auto divided = divide_rows(device, sampling, logits, communicator, workspace, frame);
-  settle_rows(device, divided);
+  const auto gathered = settle_rows_and_gather(device, divided, frame);
   draw_from_shards(device, divided);
-  const auto gathered = gather_candidates(device, divided, frame);
   const auto scores = score_shards(device, divided, n, frame);
   for (Index i = 0; i < rows * n; ++i)
     out.best_ids[i] = static_cast<std::int32_t>(scores.best[i].token);
@@ -48,47 +47,35 @@ void score_divided_draws(const D& device, const problem::Sampling<T>& sampling, 
       problem::RankInShard<T>{divided.given, rows, divided.shard.shard.size(), given, above},
       workspace);
   const ShardAnswers ranks = divided.exchange(above, 1, frame);
-  const double error = divided.margin(1.0);
   for (Index r = 0; r < rows; ++r) {
-    DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
-    const auto& asked = divided.asked[r];
+    const DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
     if (sampling.statuses != nullptr) sampling.statuses[r] = row.status;
-    if (row.end == RowEnd::bad) {
-      out.raw[r] = out.processed[r] = nan;
-      out.rank[r] = -1;
-      std::fill(out.best_ids + r * n, out.best_ids + (r + 1) * n, -1);
-      std::fill(out.best_raw + r * n, out.best_raw + (r + 1) * n, nan);
-      std::fill(out.best_processed + r * n, out.best_processed + (r + 1) * n, nan);
-    }
-    if (!is_scored(row)) continue;
-    const LogTotal of_given = scores.of_given(r, error);
-    const S best = static_cast<S>(row.given_best);
-    bool certain = true;
     out.rank[r] = static_cast<std::int32_t>(1 + ranks.sum(r, 0));
-    out.raw[r] = of_given.of(static_cast<S>(drawn[2 * r]), best, 1.0, certain);
-    for (Index i = r * n; i < (r + 1) * n; ++i)
-      out.best_raw[i] = of_given.of(scores.best[i].given, best, 1.0, certain);
-    if (row.end == RowEnd::drawn) {
-      const LogTotal in_play = scores.in_play(r, error);
-      const auto score = [&](S logit) {
-        return in_play.of(logit, asked.band.hi, asked.inverse_temperature, certain);
-      };
-      out.processed[r] = score(static_cast<S>(drawn[2 * r + 1]));
-      for (Index i = r * n; i < (r + 1) * n; ++i)
-        out.best_processed[i] = score(scores.best[i].logit);
-    }
-    if (!certain) row.end = RowEnd::gathered;
+    if (row.end != RowEnd::bad) continue;
+    out.raw[r] = out.processed[r] = nan;
+    out.rank[r] = -1;
+    std::fill(out.best_ids + r * n, out.best_ids + (r + 1) * n, -1);
+    std::fill(out.best_raw + r * n, out.best_raw + (r + 1) * n, nan);
+    std::fill(out.best_processed + r * n, out.best_processed + (r + 1) * n, nan);
   }
-  for_each_gathered_row(divided, [&](Index r, auto row) {
-    row.ids = tokens + r;
-    row.statuses = sampling.statuses == nullptr ? nullptr : sampling.statuses + r;
-    detail::run(device,
-                problem::SampleWithLogProbabilities<T>{
-                    row,
-                    {out.raw + r, out.processed + r, out.rank + r, n, out.best_ids + r * n,
-                     out.best_raw + r * n, out.best_processed + r * n}},
-                workspace);
-  });
+  write_scores(device, divided, scores,
+               [&](Index r, const LogTotal& of_given, const LogTotal& in_play) {
+                 const DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
+                 const auto& asked = divided.asked[r];
+                 const S best = static_cast<S>(row.given_best);
+                 bool certain = true;
+                 out.raw[r] = of_given.of(static_cast<S>(drawn[2 * r]), best, 1.0, certain);
+                 for (Index i = r * n; i < (r + 1) * n; ++i)
+                   out.best_raw[i] = of_given.of(scores.best[i].given, best, 1.0, certain);
+                 if (row.end != RowEnd::drawn) return certain;
+                 const auto score = [&](S logit) {
+                   return in_play.of(logit, asked.band.hi, asked.inverse_temperature, certain);
+                 };
+                 out.processed[r] = score(static_cast<S>(drawn[2 * r + 1]));
+                 for (Index i = r * n; i < (r + 1) * n; ++i)
+                   out.best_processed[i] = score(scores.best[i].logit);
+                 return certain;
+               });
 }
 
 /// output[r] = log-probability of tokens[r], all memory of the host.
@@ -100,8 +87,7 @@ void score_divided_tokens(const D& device, const problem::Sampling<T>& sampling,
   const Index rows = sampling.batch;
   Workspace::Frame frame(workspace);
   auto divided = divide_rows(device, sampling, logits, communicator, workspace, frame);
-  settle_rows(device, divided);
-  const auto gathered = gather_candidates(device, divided, frame);
+  const auto gathered = settle_rows_and_gather(device, divided, frame);
   const auto scores = score_shards(device, divided, -1, frame);
   for_each_row_of_candidates(divided, gathered, [&](Index r, auto row) {
     const std::int32_t token = (std::max)(tokens[r], 0);
@@ -113,25 +99,22 @@ void score_divided_tokens(const D& device, const problem::Sampling<T>& sampling,
       });
   for (Index r = 0; r < rows; ++r) {
     DividedRow& row = divided.rows[static_cast<std::size_t>(r)];
-    const auto& asked = divided.asked[r];
-    bool certain = true;
     if (tokens[r] < 0) {
       row.end = RowEnd::bad;
       row.status = SampleStatus::ok;
       output[r] = 0;
     } else if (row.end == RowEnd::bad) {
       output[r] = std::numeric_limits<float>::quiet_NaN();
-    } else if (row.end == RowEnd::drawn) {
-      output[r] =
-          scores.in_play(r, divided.margin(1.0))
-              .of(static_cast<S>(found[r]), asked.band.hi, asked.inverse_temperature, certain);
     }
-    if (!certain) row.end = RowEnd::gathered;
     sampling.finish(r, -1, row.status);
   }
-  for_each_gathered_row(divided, [&](Index r, auto row) {
-    row.statuses = sampling.statuses == nullptr ? nullptr : sampling.statuses + r;
-    detail::run(device, problem::LogProbabilitiesOf<T>{row, tokens + r, output + r}, workspace);
+  write_scores(device, divided, scores, [&](Index r, const LogTotal&, const LogTotal& in_play) {
+    const auto& asked = divided.asked[r];
+    bool certain = true;
+    if (divided.rows[static_cast<std::size_t>(r)].end == RowEnd::drawn)
+      output[r] =
+          in_play.of(static_cast<S>(found[r]), asked.band.hi, asked.inverse_temperature, certain);
+    return certain;
   });
 }
 
@@ -205,12 +188,12 @@ void vocabulary_parallel_sample_with_log_probabilities_into(const D& device, con
 /// What sample_with_log_probabilities (sampling/log_probabilities.h) gives for the rows of
 /// linear(hidden, weight), bit for bit, the same on every rank: the tokens of
 /// vocabulary_parallel_sample, their log-probabilities as given and in the distribution drawn from,
-/// their ranks, and the best tokens of a row with both. Parameters, generators, `weight` and rows
-/// that are gathered whole as for vocabulary_parallel_sample. Beside its bytes, 56 travel for a row
-/// and rank, and 12 for each of a rank's best tokens (24 for logits of double). A bad row has id
-/// -1, NaN and its status. The first _into form writes into a result of an earlier call, the other
-/// into views, on a GPU of its memory, `statuses` too; neither allocates after the first call at a
-/// size.
+/// their ranks, and the best tokens of a row with both. Parameters, generators and `weight` as for
+/// vocabulary_parallel_sample. Beside its bytes, 56 travel for a row and rank, 12 for each of a
+/// rank's best tokens (24 for logits of double), and two block sums where those of ranks leave the
+/// last bit of a score open, by estimate 2 in 10^5. A bad row has id -1, NaN and its status. The
+/// first _into form writes into a result of an earlier call, the other into views, on a GPU of its
+/// memory, `statuses` too; neither allocates after the first call at a size.
 ///
 ///   auto drawn = ef::vocabulary_parallel_sample_with_log_probabilities(
 ///       hidden, head, communicator, params, rng, {.best = 5});

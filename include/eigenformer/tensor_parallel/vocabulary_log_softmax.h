@@ -33,7 +33,7 @@ void divided_log_softmax(const D& device, Y* y, const T* x, Index rows, Index vo
     best[r] = static_cast<double>(most);
     log_sums[r] = 0;
   }
-  const RowsOfParts parts({vocab, ranks}, rows, 2, frame);
+  const RowsOfParts parts({vocab, ranks}, rows, 1, 2, frame);
   detail::run(device,
               problem::WeighExponentials<T>{x, rows, vocab, shard, best, has_softmax,
                                             parts.of(own_rank, 0)},

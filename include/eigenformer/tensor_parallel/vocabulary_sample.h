@@ -96,9 +96,8 @@ void sample_divided_rows(const D& device, const problem::Sampling<T>& sampling, 
                          C& communicator, Workspace& workspace) {
   Workspace::Frame frame(workspace);
   auto divided = divide_rows(device, sampling, logits, communicator, workspace, frame);
-  settle_rows(device, divided);
+  const auto gathered = settle_rows_and_gather(device, divided, frame);
   draw_from_shards(device, divided);
-  const auto gathered = gather_candidates(device, divided, frame);
   const auto draw = [&](Index r, auto row) {
     row.ids = sampling.ids + r;
     row.statuses = sampling.statuses == nullptr ? nullptr : sampling.statuses + r;
@@ -110,7 +109,6 @@ void sample_divided_rows(const D& device, const problem::Sampling<T>& sampling, 
       sampling.finish(r, row.token, row.status);
   }
   for_each_row_of_candidates(divided, gathered, draw);
-  for_each_gathered_row(divided, draw);
 }
 
 template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
@@ -177,28 +175,38 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 /// (vocab, in) head or a PackedColumnShard.
 ///
 /// All chains of stages are served, and the logits stay where they are. What travels, bytes of a
-/// row that every rank holds in the end (logits of double: twice the candidates; P ranks; the sums
-/// of a batch are each as long as the longest):
+/// row that every rank holds in the end (logits of double: twice the candidates; P ranks):
 ///
 ///   every row                    32 P: the largest logits; on a GPU, with top-k, nothing
-///   top_k, temperature 0         8 for each of the k best of every rank (on a GPU 16)
+///   guidance, penalties on       16 P and, for each log of a sum, 24 P and a block sum
+///   log-probabilities
+///   top_k, temperature 0         8 for each of the k best of every rank (on a GPU 16), where all
+///                                ranks' are at most an eighth of the vocabulary
 ///   no filter                    20 P: sums and a token
-///   min_p, epsilon_cutoff,       16 to 40 P of sums, and 8 for each token that the stage keeps,
-///   eta_cutoff, top_n_sigma,     where those are at most an eighth of the vocabulary (all of them
-///   mirostat 2                   below 4096); more stay where they are, and the next stage decides
-///   top_p                        560 P of sums, and 4 for each token whose logit is near that of the
-///                                last token kept: a twentieth of all where they are flat, fewer
-///                                elsewhere; the next stage decides. Of logits of double, of a
-///                                vocabulary below 8192, and where the errors of float sums leave the
-///                                last token open, 1024 P of sums, and 8 for each token in the bins,
-///                                of half a nat, down to the one where the set ends
+///   min_p, epsilon_cutoff,       16 to 72 P of sums
+///   eta_cutoff, top_n_sigma,
+///   mirostat 2, XTC
+///   top_p                        560 P of sums, and 4 for each token whose logit is near that of
+///                                the last token kept: a twentieth of all where they are flat, fewer
+///                                elsewhere. Of logits of double, of a vocabulary below 8192, and
+///                                where the errors of float sums leave the last token open, 1024 P
+///   typical_p, top_h, a dynamic  24 P and two block sums
+///   temperature
+///   mirostat 1                   800 P: the best 100 of every rank
+///   searches                     32 to 40 P, and 1024 P for each of, mostly, 2 to 5 rounds
 ///
-/// The first stage that leaves few tokens ends it: what follows works on candidates. Rows that are
-/// gathered whole, sizeof(T) for each token: with guidance or penalties on log-probabilities; with
-/// typical_p, top_h, mirostat 1, a dynamic temperature, XTC that excludes, all ties of a top_k and
-/// min_tokens_to_keep above 1, where one of these is the first to leave few tokens; where top_p
-/// keeps more than an eighth, by bins; and where a sum comes so near to a limit that its rounding
-/// could change a token (by estimate 4 in 10^12 for each token that may be drawn).
+/// A block sum is 8 for each block of 128 tokens, and for each token of blocks that ranks share.
+/// The end of a set is searched for of typical_p and top_h; of top_p by 1024 P, where it keeps more
+/// than an eighth of the vocabulary; of top_k and of min_tokens_to_keep where these are more, or
+/// equals of the last stay. The first stage that leaves at most an eighth of the vocabulary (below
+/// 4096 tokens any number) ends a row: 8 travel for each token that is left, with top_p by 1024 P
+/// for those down to the end of the bin, of half a nat, in which its set ends. More stay where they
+/// are, and the next stage decides.
+///
+/// Rows do not travel but in one case, 8 for each token in play: where the sum of some tokens comes
+/// so near to what top_p, typical_p or top_h wants that rounding decides (by estimate 4 times in
+/// 10^12 for each token). What the whole row decides there is in the order in which it adds, of all
+/// its tokens.
 ///
 /// On a GPU a temperature and top_k find candidates there; for other chains the rank's shard is
 /// copied to the host, and not its neighbours'.

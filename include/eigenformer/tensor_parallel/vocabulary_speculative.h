@@ -18,24 +18,22 @@ namespace detail {
 template <typename D, typename Rows>
 void spread_shards(const D& device, Rows& divided, float* probabilities) {
   using C = typename Rows::C;
-  const Index rows = divided.shard.rows, vocab = divided.sampling.vocab;
+  const Index rows = divided.shard.rows;
   const auto is_drawn = [](const DividedRow& row) { return row.end == RowEnd::drawn; };
   if (!std::any_of(divided.rows.begin(), divided.rows.end(), is_drawn)) return;
   Workspace::Frame frame(divided.workspace);
-  const DividedBlocks blocks{vocab, divided.ranks()};
   bool* const asked = frame.take<bool>(rows);
-  for (Index r = 0; r < rows; ++r) asked[r] = is_drawn(divided.rows[static_cast<std::size_t>(r)]);
-  const RowsOfParts parts(blocks, rows, 0, frame);
-  detail::run(device,
-              problem::WeighShard<C>{divided.shard, divided.asked, asked, vocab,
-                                     parts.of(divided.communicator.rank(), 0)},
-              divided.workspace);
-  parts.gather(divided.communicator);
   double* const totals = frame.take<double>(rows);
+  Index* const which = frame.take<Index>(rows);
+  Index count = 0;
   for (Index r = 0; r < rows; ++r) {
-    const auto of_row = [&](int rank) { return parts.of(rank, r); };
-    if (asked[r]) totals[r] = blocks.join(of_row, 0.5, divided.workspace).total;
+    asked[r] = is_drawn(divided.rows[static_cast<std::size_t>(r)]);
+    if (asked[r]) which[count++] = r;
   }
+  const SummedRows<Rows> summed(device, divided, static_cast<const C*>(divided.shard.logits),
+                                divided.asked, {which, static_cast<std::size_t>(count)},
+                                problem::ShardSum::weights, frame);
+  for (Index i = 0; i < count; ++i) totals[which[i]] = summed.sums(i).total;
   detail::run(device,
               problem::SpreadShard<C>{divided.shard, divided.asked, asked, totals, probabilities},
               divided.workspace);
@@ -47,26 +45,20 @@ void divided_probabilities(const D& device, const problem::Sampling<T>& sampling
                            float* probabilities, C& communicator, Workspace& workspace) {
   Workspace::Frame frame(workspace);
   auto divided = divide_rows(device, sampling, logits, communicator, workspace, frame);
-  settle_rows(device, divided);
-  const auto gathered = gather_candidates(device, divided, frame);
+  const auto gathered = settle_rows_and_gather(device, divided, frame);
   const ShardRange own = divided.shard.shard;
   std::fill(probabilities, probabilities + sampling.batch * own.size(), 0.0f);
   for (Index r = 0; r < sampling.batch; ++r)
     sampling.finish(r, -1, divided.rows[static_cast<std::size_t>(r)].status);
   spread_shards(device, divided, probabilities);
-  const auto write = [&](Index r, auto rows) {
-    using Row = std::remove_const_t<std::remove_pointer_t<decltype(rows.logits)>>;
-    Workspace::Frame of_rows(workspace);
-    float* const whole = of_rows.template take<float>(rows.batch * sampling.vocab);
-    rows.ids = nullptr;
-    rows.statuses = sampling.statuses == nullptr ? nullptr : sampling.statuses + r;
-    detail::run(device, problem::SamplingProbabilities<Row>{rows, whole}, workspace);
-    for (Index i = 0; i < rows.batch; ++i)
-      std::copy_n(whole + i * sampling.vocab + own.begin, own.size(),
-                  probabilities + (r + i) * own.size());
-  };
-  for_each_row_of_candidates(divided, gathered, write);
-  for_each_gathered_row(divided, write);
+  for_each_row_of_candidates(divided, gathered, [&](Index r, auto row) {
+    using Row = std::remove_const_t<std::remove_pointer_t<decltype(row.logits)>>;
+    Workspace::Frame of_row(workspace);
+    float* const whole = of_row.template take<float>(sampling.vocab);
+    row.ids = nullptr;
+    detail::run(device, problem::SamplingProbabilities<Row>{row, whole}, workspace);
+    std::copy_n(whole + own.begin, own.size(), probabilities + r * own.size());
+  });
 }
 
 template <Device D, typename Out, typename Hidden, typename Weight, typename C>
@@ -194,12 +186,10 @@ void vocabulary_parallel_verify_speculative_tree_into(
 
 /// This rank's tokens of the distributions that sample draws from, (tokens, shard) of float: the
 /// columns shard_range(vocab, rank, world_size) of sampling_probabilities of linear(hidden,
-/// weight), bit for bit. Parameters, `weight`, rows that are gathered whole and bytes as for
-/// vocabulary_parallel_sample; beside those, where some row of a call is not narrowed by filters,
-/// each row sends 8 bytes for each 128 tokens, and for each token of blocks of 128 that ranks
-/// share. The form that returns throws for a bad row, on every rank; the _into form writes zeros
-/// and its status, and allocates nothing after the first call at a size. On a GPU probabilities are
-/// its memory.
+/// weight), bit for bit. Parameters, `weight` and bytes as for vocabulary_parallel_sample; beside
+/// those a row of which many tokens are left sends a block sum. The form that returns throws for a
+/// bad row, on every rank; the _into form writes zeros and its status, and allocates nothing after
+/// the first call at a size. On a GPU probabilities are its memory.
 ///
 ///   auto target = ef::vocabulary_parallel_sampling_probabilities(hidden, head, communicator,
 ///                                                                params);

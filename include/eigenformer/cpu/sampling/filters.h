@@ -163,14 +163,6 @@ void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_typ
                             weights, scratch));
 }
 
-/// The number of which order_key makes this key.
-inline float number_of_key(std::uint32_t key) {
-  return std::bit_cast<float>(key ^ (key >> 31 != 0 ? 0x80000000u : 0xFFFFFFFFu));
-}
-inline double number_of_key(std::uint64_t key) {
-  return std::bit_cast<double>(key ^ (key >> 63 != 0 ? std::uint64_t{1} << 63 : ~std::uint64_t{0}));
-}
-
 /// Reads no token: the smallest number that stays is where the weights, which grow with their
 /// logits, reach min_p. The band ends there, at a token or not.
 template <typename Isa, typename T>
@@ -190,10 +182,10 @@ void keep_min_p(SamplingRow<T>& row, double min_p) {
     reached = (std::min)(reached, order_key(row.band.hi));
     while (reached - below > 1) {
       const auto middle = below + (reached - below) / 2;
-      const double x = static_cast<double>(number_of_key(middle));
+      const double x = static_cast<double>(problem::number_of_key(middle));
       (token_weight(x, best, row.inverse_temperature) >= min_p ? reached : below) = middle;
     }
-    least = number_of_key(reached);
+    least = problem::number_of_key(reached);
   }
   if (!(least > row.band.lo)) return;
   row.band.lo_end = row.vocab;

@@ -180,16 +180,15 @@ void subtract(C* logits, Index vocab, double number) {
     logits[t] = static_cast<C>(static_cast<double>(logits[t]) - number);
 }
 
-/// Classifier-free guidance by another row of the batch.
-template <typename Isa, typename T, typename C>
-void apply_guidance(C* logits, Index vocab, const T* without, double scale,
-                    const SamplingScratch<C>& scratch) {
-  const double total = log_total<Isa>(logits, vocab, scratch),
-               total_without = log_total<Isa>(without, vocab, scratch);
-  for (Index t = 0; t < vocab; ++t)
+/// Classifier-free guidance by another row of the batch, from the logs of the sums of exponentials
+/// of both.
+template <typename T, typename C>
+void apply_guidance(C* logits, Index count, const T* without, double scale, double log_sum,
+                    double log_sum_without) {
+  for (Index t = 0; t < count; ++t)
     logits[t] = static_cast<C>(problem::guided_logit(
-        static_cast<double>(logits[t]) - total,
-        static_cast<double>(static_cast<C>(without[t])) - total_without, scale));
+        static_cast<double>(logits[t]) - log_sum,
+        static_cast<double>(static_cast<C>(without[t])) - log_sum_without, scale));
 }
 
 /// Copies row r to scratch and runs all stages that change logits there.
@@ -200,9 +199,12 @@ void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch
   convert_line<simd::Vec<C, Isa>>(p.logits + r * p.vocab, adjusted, p.vocab);
   int bias_stages = 0;
   for (const SamplingStage stage : params.order) {
-    if (stage == SamplingStage::guidance)
-      apply_guidance<Isa>(adjusted, p.vocab, p.logits + params.guidance_row * p.vocab,
-                          params.guidance_scale, scratch);
+    if (stage == SamplingStage::guidance) {
+      const T* const without = p.logits + params.guidance_row * p.vocab;
+      apply_guidance(adjusted, p.vocab, without, params.guidance_scale,
+                     log_total<Isa>(adjusted, p.vocab, scratch),
+                     log_total<Isa>(without, p.vocab, scratch));
+    }
     if (stage == SamplingStage::penalties && params.log_probability_penalties)
       subtract(adjusted, p.vocab, log_total<Isa>(adjusted, p.vocab, scratch));
     if (stage == SamplingStage::function)

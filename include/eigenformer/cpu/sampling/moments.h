@@ -22,6 +22,17 @@ struct WeightSums {
   double entropy() const { return std::log(total) - mean(); }
 };
 
+/// weight * (logit - best) / temperature of a block.
+template <typename C>
+void block_moments(const C* x, double best, double inverse_temperature, const double* weights,
+                   double* moments) {
+  for (Index j = 0; j < SamplingBlock::size; ++j) {
+    // below -708 the weight is 0
+    const double exponent = (static_cast<double>(x[j]) - best) * inverse_temperature;
+    moments[j] = weights[j] * (exponent > -708.0 ? exponent : -708.0);
+  }
+}
+
 /// The sums in double. Calls f(block, x, weights, moments, sum) with the logits, the weights and
 /// the terms of the moment of each block that may hold a token in play, and the sum of the weights.
 template <typename Isa, typename T, typename F>
@@ -31,11 +42,7 @@ WeightSums weight_sums_of_blocks(const SamplingRow<T>& row, F&& f) {
   const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const auto* x) {
     member_weights<Isa>(x, block, row.band, scale, weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      // below -708 the weight is 0
-      const double exponent = (static_cast<double>(x[j]) - best) * scale;
-      moments[j] = weights[j] * (exponent > -708.0 ? exponent : -708.0);
-    }
+    block_moments(x, best, scale, weights, moments);
     const double sum = block_sum(weights);
     sums.total += sum;
     sums.moment += block_sum(moments);

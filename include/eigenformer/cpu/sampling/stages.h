@@ -71,24 +71,32 @@ void keep_typical_at_least(SamplingRow<T>& row, double p, Index n,
   row.band = nearest.band;
 }
 
-/// Keeps logits of at least the largest less `deviations` times their standard deviation.
-template <typename Isa, typename T>
-void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
+/// Of a logit from the mean, which is that of logit - best.
+inline double squared_deviation(double logit, double best, double mean) {
+  const double d = (logit - best) - mean;
+  return d * d;
+}
+
+/// The band from the largest logit less `deviations` times the root of the variance on.
+template <typename T>
+void narrow_to_deviations(SamplingRow<T>& row, double deviations, double variance) {
   using C = compute_type<T>;
-  const double best = static_cast<double>(row.band.hi),
-               count = static_cast<double>(count_members<Isa>(row));
-  const double mean = sum_members<Isa>(row, [&](double logit) { return logit - best; }) / count;
-  const auto square = [&](double logit) {
-    const double d = (logit - best) - mean;
-    return d * d;
-  };
-  const double variance = sum_members<Isa>(row, square) / count;
-  const double least = best - deviations * std::sqrt(variance);
+  const double least = static_cast<double>(row.band.hi) - deviations * std::sqrt(variance);
   if (!(least > static_cast<double>(row.band.lo))) return;
   C lo = static_cast<C>(least);
   if (static_cast<double>(lo) < least) lo = std::nextafter(lo, row.band.hi);
   row.band.lo = lo;
   row.band.lo_end = row.vocab;
+}
+
+/// Keeps logits of at least the largest less `deviations` times their standard deviation.
+template <typename Isa, typename T>
+void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
+  const double best = static_cast<double>(row.band.hi),
+               count = static_cast<double>(count_members<Isa>(row));
+  const double mean = sum_members<Isa>(row, [&](double logit) { return logit - best; }) / count;
+  const auto square = [&](double logit) { return squared_deviation(logit, best, mean); };
+  narrow_to_deviations(row, deviations, sum_members<Isa>(row, square) / count);
 }
 
 /// Whether there is a logit in [least, end) that is in play or of the lower end of the band.
@@ -238,20 +246,12 @@ template <typename Isa, typename T>
 void keep_mirostat_1(SamplingRow<T>& row, double mu,
                      const SamplingScratch<compute_type<T>>& scratch) {
   using C = compute_type<T>;
-  constexpr Index looked_at = 100;
   SamplingRow<T> best = row;
-  keep_top_k<Isa>(best, looked_at, TopKTies::lowest_index, scratch);
+  keep_top_k<Isa>(best, problem::kMirostatTokens, TopKTies::lowest_index, scratch);
   C* const x = scratch.candidates;
   const Index n = gather_candidates<Isa>(best, best.band.lo, x);
   std::sort(x, x + n, std::greater<>{});
-  double products = 0, squares = 0;
-  for (Index i = 0; i + 1 < n; ++i) {
-    const double t = std::log(static_cast<double>(i + 2) / static_cast<double>(i + 1));
-    products +=
-        t * (static_cast<double>(x[i]) - static_cast<double>(x[i + 1])) * row.inverse_temperature;
-    squares += t * t;
-  }
-  keep_top_k<Isa>(row, problem::mirostat_count(products, squares, mu, scratch.vocab),
+  keep_top_k<Isa>(row, problem::mirostat_count(x, n, row.inverse_temperature, mu, scratch.vocab),
                   TopKTies::lowest_index, scratch);
 }
 
