@@ -95,6 +95,15 @@ TEST(DecoderForms, Sinks) {
   expect_equals_reference(form, false, 70);
 }
 
+TEST(DecoderForms, Alibi) {
+  ef::DecoderForm form;
+  form.alibi_slopes = {.5f, .25f, -.125f, .0625f};
+  form.layers.assign(kLayers, {.window = 5, .rope = -1});
+  form.layers[1] = {};
+  form.attention_softcap = 2;
+  expect_equals_reference(form, false, 75);
+}
+
 TEST(DecoderForms, Experts) {
   ef::DecoderForm form;
   form.experts = {.count = 6, .chosen = 2, .hidden = 9, .routing = {.normalise = true}};
@@ -188,6 +197,8 @@ TEST(DecoderForms, RefuseWhatCannotBe) {
   using Form = ef::DecoderForm;
   refused([](Form& f) { f.attention_softcap = -1; }, {"attention_softcap is -1"});
   refused([](Form& f) { f.logit_scale = NAN; }, {"logit_scale is nan"});
+  refused([](Form& f) { f.alibi_slopes = {1}; }, {"alibi_slopes has 1 elements", "4 (heads)"});
+  refused([](Form& f) { f.alibi_slopes.assign(4, NAN); }, {"slope of ALiBi is nan"});
   refused([](Form& f) { f.layers.resize(2); }, {"2 layers", "says 3"});
   refused([](Form& f) { f.layers.assign(3, {.rope = 1}); }, {"rope of layer 0 is 1"});
   refused([](Form& f) { f.layers.assign(3, {.window = -2}); }, {"window of layer 0 is -2"});

@@ -45,6 +45,9 @@ inline std::vector<NamedForm> forms_of_families() {
   olmo2.placement = ef::NormPlacement::after;
   olmo2.query_key_norm = ef::QueryKeyNorm::row;
   olmo2.ropes = {ef::ntk_rope(6, 10000, 2, 8, 16)};
+  ef::DecoderForm falcon_alibi = layer_norm();
+  falcon_alibi.alibi_slopes = {.25f, .5f, .0625f, -.125f};
+  falcon_alibi.layers.assign(kLayers, {.rope = -1});
   ef::DecoderForm granite;
   granite.residual_scale = 0.5f;
   granite.logit_scale = 0.25f;
@@ -95,7 +98,7 @@ inline std::vector<NamedForm> forms_of_families() {
           {"cohere", cohere},       {"phi", phi, true},
           {"gpt2", gpt2, true},     {"gpt_oss", gpt_oss, true},
           {"qwen2_moe", qwen2_moe}, {"biases", biases, true},
-          {"plain", plain}};
+          {"plain", plain},         {"falcon_alibi", falcon_alibi, true}};
 }
 
 }  // namespace eigenformer_test::forms

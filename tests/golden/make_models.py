@@ -70,6 +70,8 @@ FAMILIES = {
     "falcon": (t.FalconConfig, without("intermediate_size", "num_key_value_heads")),
     "falcon_new": (t.FalconConfig, without("intermediate_size", "num_key_value_heads", num_kv_heads=2, new_decoder_architecture=True)),
     "falcon_rw": (t.FalconConfig, without("intermediate_size", "num_key_value_heads", multi_query=False, parallel_attn=False, bias=True)),
+    "falcon_alibi": (t.FalconConfig, without("intermediate_size", "num_key_value_heads", multi_query=False, parallel_attn=False, bias=True,
+                                             alibi=True)),
     "gpt2": (t.GPT2Config, dict(vocab_size=32, n_embd=16, n_layer=3, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=None)),
     "gpt_neox": (t.GPTNeoXConfig, without("num_key_value_heads", rope_parameters=HALF)),
     "gpt_neox_sequential": (t.GPTNeoXConfig, without("num_key_value_heads", use_parallel_residual=False, rope_parameters=HALF)),
@@ -97,7 +99,8 @@ def main():
     result = {}
     for name, (kind, arguments) in FAMILIES.items():
         config = kind(**arguments)
-        config._attn_implementation = config._experts_implementation = "eager"
+        config._experts_implementation = "eager"
+        config._attn_implementation = attention = "sdpa" if config.to_dict().get("alibi") else "eager"  # eager adds ALiBi twice
         model = t.AutoModelForCausalLM.from_config(config).float().eval()
         tied = model.config.tie_word_embeddings
         head = {"lm_head.weight"} if tied else set()
@@ -109,7 +112,7 @@ def main():
             logits = model(ids).logits[0]
             wide = model.double()(ids).logits[0]
             half = kind(**arguments)
-            half._attn_implementation = half._experts_implementation = "eager"
+            half._attn_implementation, half._experts_implementation = attention, "eager"
             rounded = t.AutoModelForCausalLM.from_config(half).bfloat16().eval()
             for n, p in rounded.named_parameters():
                 p.copy_(torch.from_numpy(weight(n, list(p.shape))))

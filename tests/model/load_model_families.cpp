@@ -178,6 +178,14 @@ TEST(Families, WhatGemma3LeavesOutIsUsual) {
       {"config.json", "quantization_config.quant_method", "gptq"});
 }
 
+TEST(Families, SlopesOfFalconAreNoMoreThanItsHeads) {
+  auto config = golden_file("models.json").at("falcon_alibi").at("config");
+  const auto read = [&] { return ef::parse_model_config(config.dump(), "config.json"); };
+  EXPECT_EQ(read().form.alibi_slopes.size(), 4u);
+  config["num_attention_heads"] = std::int64_t{1} << 40;
+  expect_throws<ef::ModelFileError>(read, {"config.json", "num_attention_heads", "65536"});
+}
+
 TEST(Families, ATableOfPositionsEndsTheText) {
   const auto golden = golden_file("models.json").at("gpt2");
   const Folder folder;

@@ -82,7 +82,10 @@ struct DecoderForm {
   bool feed_forward_bias = false;  ///< of gate and up, or of up alone
   DecoderExperts experts = {};
   ClampedSwigluOptions clamped_swiglu = {};
-  bool sinks = false;           ///< attention has a sink of each head
+  bool sinks = false;  ///< attention has a sink of each head
+  /// One per head: ALiBi, attention of position p to j gets slope * (j - p) (ef::alibi_slopes);
+  /// none: there is none
+  std::vector<float> alibi_slopes = {};
   Index positions = 0;          ///< rows of a table of learned positions (GPT-2); 0: there is none
   float attention_scale = 0;    ///< 0: 1 / sqrt(head_dim)
   float attention_softcap = 0;  ///< 0: none
@@ -141,6 +144,11 @@ struct DecoderForm {
     detail::require_that(gated || activation != DecoderActivation::clamped_swiglu, name,
                          "a clamped SwiGLU is gated, the form is not");
     validate_experts();
+    detail::require_that(
+        alibi_slopes.empty() || static_cast<Index>(alibi_slopes.size()) == config.heads, name,
+        "alibi_slopes has ", alibi_slopes.size(), " elements, expected ", config.heads,
+        " (heads) or none");
+    for (const float slope : alibi_slopes) finite(slope, "a slope of ALiBi");
     detail::require_that(positions >= 0 && positions < (Index{1} << 31), name, "positions is ",
                          positions, ", expected 0 (no table) to 2^31 - 1");
     detail::require_that(layers.empty() || static_cast<Index>(layers.size()) == config.layers, name,

@@ -221,6 +221,7 @@ class InferenceStep {
         .causal = true, .window = layer.window, .softcap = form_.attention_softcap};
     if (form_.attention_scale != 0) options.scale = form_.attention_scale;
     if (form_.sinks) options.sinks = w.sinks;
+    options.alibi_slopes = form_.alibi_slopes;
     timed("attention", [&] {
       attention_with_kv_source_into(device_, attended, q, rows_.source(l), step.offsets, options);
     });

@@ -7,8 +7,8 @@
 ///   gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or MXFP4); gemma3 and
 ///   mistral3, of which the decoder is read and what sees images is not
 ///
-/// Others, and what of these is not supported (ALiBi, norms of queries in LayerNorm, weights that
-/// GPTQ, AWQ and their like have quantized), are refused by name and reason with ModelFileError.
+/// Others, and what of these is not supported (norms of queries in LayerNorm, weights that GPTQ,
+/// AWQ and their like have quantized), are refused by name and reason with ModelFileError.
 #pragma once
 
 #include <cmath>
@@ -17,6 +17,7 @@
 #include <map>
 #include <string>
 
+#include "../causal_mask.h"
 #include "family_parts.h"
 #include "mapped_file.h"
 
@@ -320,8 +321,10 @@ class FamilyReader : FamilyParts {
     layer_norm();
     tied(true);
     activation("activation", "gelu");
-    refuse_if("alibi", "is true: Falcon with ALiBi is not supported");
-    rope();
+    if (json_.boolean("alibi", false))
+      alibi();
+    else
+      rope();
     m_.shape.hidden = json_.integer("ffn_hidden_size", 4 * m_.shape.features);
     all_biases(json_.boolean("bias", false));
     m_.norm_bias = true;
@@ -347,6 +350,16 @@ class FamilyReader : FamilyParts {
     m_.shape.kv_heads = json_.boolean("multi_query", true) ? 1 : m_.shape.heads;
     if (m_.shape.kv_heads > 1) m_.qkv_layout = QkvLayout::by_head;
     if (json_.boolean("parallel_attn", true)) m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+  }
+  /// Scaled as the scores are. (transformers rounds slopes, as here, and also their products with
+  /// positions to bfloat16; its "eager" attention adds them twice.)
+  void alibi() {
+    if (m_.shape.heads > 65536)  // before slopes are made for each
+      json_.refuse("num_attention_heads", "is not within 1 to 65536");
+    const float scale = 1 / std::sqrt(static_cast<float>(m_.shape.head_dim));
+    for (const float slope : alibi_slopes(m_.shape.heads))
+      m_.form.alibi_slopes.push_back(static_cast<float>(bfloat16(slope)) * scale);
+    for (DecoderLayerForm& layer : layer_forms()) layer.rope = -1;
   }
   void gpt2() {
     DecoderConfig& s = m_.shape;

@@ -111,6 +111,9 @@ inline Rows attend(const Rows& q, const Rows& k, const Rows& v, const DecoderCon
           weight[s] += q[t][static_cast<std::size_t>(h * c.head_dim + i)] *
                        k[s][static_cast<std::size_t>(kv * c.head_dim + i)];
         weight[s] = softcap(weight[s] * scale, {.cap = form.attention_softcap});
+        if (!form.alibi_slopes.empty())
+          weight[s] -= static_cast<double>(form.alibi_slopes[static_cast<std::size_t>(h)]) *
+                       static_cast<double>(t - s);
         largest = (std::max)(largest, weight[s]);
       }
       if (sinks) total = std::exp(at(sinks, static_cast<std::size_t>(h), 0) - largest);
