@@ -53,6 +53,35 @@ TEST(SamplingLogProbabilities, RawProcessedRankAndBest) {
       {"best is -1"});
 }
 
+// What a function makes of the logits is what is drawn from; raw stays raw.
+TEST(SamplingLogProbabilities, OfAFunctionOfTheCallers) {
+  const auto logits = random_tensor<float, 2>({3, 300}, 41, 2.0);
+  const auto halved = [](Index row, Index token, float logit) {
+    return token == row ? -kInfinity : logit / 2;
+  };
+  auto by_hand = logits;
+  for (Index r = 0; r < 3; ++r)
+    for (Index v = 0; v < 300; ++v) by_hand(r, v) = halved(r, v, logits(r, v));
+  const ef::SamplingParams params{.top_p = .9};
+  ef::Philox rng{5}, same{5};
+  const auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 4}, halved);
+  EXPECT_TRUE(same_bits(drawn.ids, ef::sample(by_hand, params, same)));
+  EXPECT_TRUE(same_bits(drawn.processed_log_probabilities,
+                        ef::log_probabilities_of(by_hand, drawn.ids, params)));
+  EXPECT_TRUE(same_bits(drawn.log_probabilities, ef::log_probabilities_of(logits, drawn.ids)));
+  EXPECT_TRUE(same_bits(ef::log_probabilities_of(logits, drawn.ids, params, halved),
+                        drawn.processed_log_probabilities));
+  ef::Workspace workspace;
+  ef::SamplesWithLogProbabilities result;
+  const Eigen::DefaultDevice device;
+  ef::sample_with_log_probabilities_into(device, result, logits, params, ef::Philox{5}, {},
+                                         workspace, halved);
+  EXPECT_TRUE(same_bits(result.ids, drawn.ids));
+  ef::Tensor<float, 1> scores(3);
+  ef::log_probabilities_of_into(device, scores, logits, drawn.ids, params, {}, workspace, halved);
+  EXPECT_TRUE(same_bits(scores, drawn.processed_log_probabilities));
+}
+
 /// Rows 1, 2 and 3 hold NaN, +infinity, and nothing but -infinity.
 ef::Tensor<float, 2> with_bad_rows(const ef::Tensor<float, 2>& good) {
   ef::Tensor<float, 2> logits = good;

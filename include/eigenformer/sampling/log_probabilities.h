@@ -86,13 +86,14 @@ inline void check_views(std::string_view name, const SampleViews& result, Index 
 }
 
 /// views(batch, vocab), after all other checks, is where the results go.
-template <Device D, typename Logits, typename Views>
+template <Device D, typename Logits, typename Views, typename Function = NoLogitFunction>
 void sample_with_log_probabilities_into(std::string_view name, const D& device,
                                         const Logits& logits, const SamplingParamsView& params,
-                                        Generators& rng, Workspace& workspace, Views&& views) {
+                                        Generators& rng, Workspace& workspace, Views&& views,
+                                        const Function& function = {}) {
   const auto view = logits_view(name, logits);
   Workspace::Frame frame(workspace);
-  auto problem = sampling_problem(name, view, params, nullptr, nullptr, frame);
+  auto problem = sampling_problem(name, view, params, nullptr, nullptr, frame, function);
   set_generators(name, problem, rng);
   SampleViews out = views(view.dimension(0), view.dimension(1));
   problem.ids = out.ids.data();
@@ -109,6 +110,21 @@ void sample_with_log_probabilities_into(std::string_view name, const D& device,
   rng.advance();
 }
 
+template <CpuDevice D, typename Logits, typename Function = NoLogitFunction>
+void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
+                                        const Logits& logits, const SamplingParamsView& params,
+                                        Generators& rng, const LogProbabilityOptions& options,
+                                        Workspace& workspace, const Function& function = {}) {
+  constexpr auto name = "sample_with_log_probabilities";
+  require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
+  sample_with_log_probabilities_into(
+      name, device, logits, params, rng, workspace,
+      [&](Index batch, Index vocab) {
+        return views_of(result, batch, (std::min)(options.best, vocab));
+      },
+      function);
+}
+
 }  // namespace detail
 
 /// Draws what sample draws and reports log-probabilities, ranks and how each row ended: a bad row
@@ -116,7 +132,7 @@ void sample_with_log_probabilities_into(std::string_view name, const D& device,
 /// std::invalid_argument for bad arguments. Costs one more read of the logits and one exponential a
 /// token. The first _into form writes into a result of an earlier call, which is resized where its
 /// sizes differ; it allocates nothing where they do not. The other writes into views, on any
-/// device.
+/// device. `function` is sample's: a stage of your own.
 ///
 ///   auto drawn = ef::sample_with_log_probabilities(logits, params, rng, {.best = 5});
 ///   if (drawn.statuses[r] == ef::SampleStatus::ok) text += drawn.ids(r);
@@ -125,12 +141,18 @@ void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabili
                                         const Logits& logits, const Params& params, Generators rng,
                                         const LogProbabilityOptions& options = {},
                                         Workspace& workspace = thread_workspace()) {
-  constexpr auto name = "sample_with_log_probabilities";
-  detail::require_that(options.best >= 0, name, "best is ", options.best, ", expected 0 or more");
-  detail::sample_with_log_probabilities_into(
-      name, device, logits, params, rng, workspace, [&](Index batch, Index vocab) {
-        return detail::views_of(result, batch, (std::min)(options.best, vocab));
-      });
+  detail::sample_with_log_probabilities_into(device, result, logits, params, rng, options,
+                                             workspace);
+}
+template <CpuDevice D, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
+                                        const Logits& logits, const Params& params, Generators rng,
+                                        const LogProbabilityOptions& options, Workspace& workspace,
+                                        const Function& function) {
+  detail::sample_with_log_probabilities_into(device, result, logits, params, rng, options,
+                                             workspace, function);
 }
 template <Device D, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sample_with_log_probabilities_into(const D& device, const SampleViews& result,
@@ -157,6 +179,28 @@ SamplesWithLogProbabilities sample_with_log_probabilities(
     const Logits& logits, const Params& params, Generators rng,
     const LogProbabilityOptions& options = {}) {
   return sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng, options);
+}
+
+template <CpuDevice D, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+SamplesWithLogProbabilities sample_with_log_probabilities(const D& device, const Logits& logits,
+                                                          const Params& params, Generators rng,
+                                                          const LogProbabilityOptions& options,
+                                                          const Function& function) {
+  SamplesWithLogProbabilities result;
+  sample_with_log_probabilities_into(device, result, logits, params, rng, options,
+                                     thread_workspace(), function);
+  return result;
+}
+template <typename Logits, typename Function, detail::SamplingSets Params = SamplingParams>
+  requires(!Device<Logits> && detail::LogitFunction<Function, Logits>)
+SamplesWithLogProbabilities sample_with_log_probabilities(const Logits& logits,
+                                                          const Params& params, Generators rng,
+                                                          const LogProbabilityOptions& options,
+                                                          const Function& function) {
+  return sample_with_log_probabilities(Eigen::DefaultDevice{}, logits, params, rng, options,
+                                       function);
 }
 
 // ---- of given tokens ----------------------------------------------------------------------------
@@ -186,6 +230,46 @@ std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& 
 
 }  // namespace detail
 
+namespace detail {
+
+template <Device D, typename Out, typename Logits, typename Tokens,
+          typename Function = NoLogitFunction>
+void log_probabilities_of_into(const D& device, Out& log_probabilities, const Logits& logits,
+                               const Tokens& tokens, const SamplingParamsView& params,
+                               std::span<SampleStatus> statuses, Workspace& workspace,
+                               const Function& function = {}) {
+  constexpr auto name = "log_probabilities_of";
+  const auto view = logits_view(name, logits);
+  auto output = output_view<1>(log_probabilities);
+  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
+  const Index batch = view.dimension(0);
+  require_that(output.dimension(0) == batch, name, "log_probabilities has ", output.dimension(0),
+               " elements, logits has ", batch, " rows");
+  Workspace::Frame frame(workspace);
+  require_no_coin(name, params);
+  const auto problem = sampling_problem(name, view, params, nullptr,
+                                        checked_statuses(name, statuses, batch), frame, function);
+  const auto given = given_tokens<D>(name, tokens, batch, view.dimension(1));
+  detail::run(device,
+              problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
+              workspace);
+}
+
+template <CpuDevice D, typename Logits, typename Tokens, typename Function = NoLogitFunction>
+Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
+                                      const SamplingParamsView& params,
+                                      const Function& function = {}) {
+  const auto view = logits_view("log_probabilities_of", logits);
+  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
+  Tensor<float, 1> result(view.dimension(0));
+  log_probabilities_of_into(device, result, view, tokens, params, statuses, thread_workspace(),
+                            function);
+  require_good_rows("log_probabilities_of", statuses);
+  return result;
+}
+
+}  // namespace detail
+
 /// The form below, into log_probabilities (batch) of float, NaN where a row is bad; `statuses`,
 /// where given, is (batch). Allocates nothing after the first call at a size. On a GPU tokens and
 /// statuses are device memory, and a token out of range gives NaN.
@@ -195,21 +279,18 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
                                const Tokens& tokens, const Params& params = {},
                                std::span<SampleStatus> statuses = {},
                                Workspace& workspace = thread_workspace()) {
-  constexpr auto name = "log_probabilities_of";
-  const auto view = detail::logits_view(name, logits);
-  auto output = output_view<1>(log_probabilities);
-  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
-  const Index batch = view.dimension(0);
-  detail::require_that(output.dimension(0) == batch, name, "log_probabilities has ",
-                       output.dimension(0), " elements, logits has ", batch, " rows");
-  Workspace::Frame frame(workspace);
-  detail::require_no_coin(name, params);
-  const auto problem = detail::sampling_problem(
-      name, view, params, nullptr, detail::checked_statuses(name, statuses, batch), frame);
-  const auto given = detail::given_tokens<D>(name, tokens, batch, view.dimension(1));
-  detail::run(device,
-              problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
-              workspace);
+  detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
+                                    workspace);
+}
+template <CpuDevice D, typename Out, typename Logits, typename Tokens, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,
+                               const Tokens& tokens, const Params& params,
+                               std::span<SampleStatus> statuses, Workspace& workspace,
+                               const Function& function) {
+  detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
+                                    workspace, function);
 }
 
 /// The log-probability of one given token for each row: of the next tokens of a prompt or an answer
@@ -229,6 +310,7 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
 ///
 ///   auto scores = ef::log_probabilities_of(logits, next_tokens);           // raw
 ///   auto scores = ef::log_probabilities_of(logits, tokens, params);        // processed
+///   auto scores = ef::log_probabilities_of(logits, tokens, params, function);    // sample's
 ///
 /// A bad row (see sampling.h) throws std::invalid_argument naming it; the _into form writes NaN and
 /// a status and serves the others. std::invalid_argument too for sizes that differ and tokens out
@@ -238,18 +320,27 @@ template <CpuDevice D, typename Logits, typename Tokens,
           detail::SamplingSets Params = SamplingParams>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
                                       const Params& params = {}) {
-  const auto view = detail::logits_view("log_probabilities_of", logits);
-  std::vector<SampleStatus> statuses(static_cast<std::size_t>(view.dimension(0)));
-  Tensor<float, 1> result(view.dimension(0));
-  log_probabilities_of_into(device, result, view, tokens, params, statuses);
-  detail::require_good_rows("log_probabilities_of", statuses);
-  return result;
+  return detail::log_probabilities_of(device, logits, tokens, params);
+}
+template <CpuDevice D, typename Logits, typename Tokens, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
+                                      const Params& params, const Function& function) {
+  return detail::log_probabilities_of(device, logits, tokens, params, function);
 }
 template <typename Logits, typename Tokens, detail::SamplingSets Params = SamplingParams>
   requires(!Device<Logits>)
 Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens,
                                       const Params& params = {}) {
   return log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params);
+}
+template <typename Logits, typename Tokens, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires(!Device<Logits> && detail::LogitFunction<Function, Logits>)
+Tensor<float, 1> log_probabilities_of(const Logits& logits, const Tokens& tokens,
+                                      const Params& params, const Function& function) {
+  return detail::log_probabilities_of(Eigen::DefaultDevice{}, logits, tokens, params, function);
 }
 
 }  // namespace EIGENFORMER_ABI
