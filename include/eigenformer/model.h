@@ -39,19 +39,22 @@
 /// where all are in four bits; where the file has several formats else, INT8 if one of them is in
 /// blocks, and float if none is. Experts of a layer whose formats then differ are refused.
 ///
-/// Cost: loading reads the file once and packs on the device, blocks converted on its threads; what
-/// lies there as numbers is read twice from memory for INT8 and INT4. Beside the packed weights it
-/// holds no more than the matrices of one product as float and the pages of one layer, which are
-/// given back when it is packed; of the head, which comes last, a few MB. A head that is the
-/// embedding too is one tensor, the packed one, INT8 where the weights are INT8 or INT4. The file
-/// stays mapped where another embedding is used as stored. With LoadOptions::cache the second start
-/// maps what the first packed (model/packed_file.h), each matrix in its own format; a file of
-/// pack_model is mapped at once.
+/// Cost: loading reads the file once and packs on the device; blocks, transposed matrices and MXFP4
+/// are converted on its threads; what lies there as numbers is read twice from memory for INT8 and
+/// INT4. Beside the packed weights it holds no more than the matrices of one product as float and
+/// the pages of one layer, which are given back when it is packed; of the head, which comes last, a
+/// few MB. A head that is the embedding too is one tensor, the packed one, INT8 where the weights
+/// are INT8 or INT4. Another embedding stays in the file, which stays mapped, in whatever format: a
+/// row of blocks becomes numbers when a token asks for it (on a GPU the table is float). With
+/// LoadOptions::cache the second start maps what the first packed (model/packed_file.h), each
+/// matrix in its own format; a file of pack_model is mapped at once.
 #pragma once
 
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "decoder.h"
@@ -67,9 +70,12 @@ struct LoadOptions {
   LoadProgress progress = {};  ///< called as tensors are packed
   /// Where packed weights are kept, so that the next start maps them in place of packing: a file,
   /// or a folder for those of several models. One that is out of date (the model's files have
-  /// changed, another format or ISA) is made again; one that is no such file, or damaged, is
-  /// refused. On CPUs alone (std::invalid_argument elsewhere).
+  /// changed, another format, ISA or way of packing) is made again; one that is no such file, or
+  /// damaged, is refused; one that cannot be written is no error. On CPUs alone
+  /// (std::invalid_argument elsewhere).
   std::filesystem::path cache = {};
+  /// Called with what is worth to be said and is no error: a cache that could not be written.
+  std::function<void(const std::string& text)> warning = {};
 };
 
 /// A decoder with the tokenizer and the configuration it came with. Moves, does not copy. The
@@ -175,9 +181,13 @@ Model<T, D> load_model(const D& device, const std::filesystem::path& path,
   return detail::with_model_source(path, [&](const auto& source) {
     ModelConfig config = source.config({.length = options.length});
     Tokenizer tokenizer = source.tokenizer();
-    auto weights =
-        detail::kept_weights<T>(device, path, options.cache, config, options.weights, [&] {
+    auto weights = detail::kept_weights<T>(
+        device, path, options.cache, config, options.weights,
+        [&] {
           return source.template weights<T>(device, config, options.weights, options.progress);
+        },
+        [&](const char* text) {
+          if (options.warning) options.warning(text);
         });
     return whole(std::move(config), std::move(tokenizer), std::move(weights));
   });

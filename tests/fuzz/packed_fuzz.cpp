@@ -1,5 +1,5 @@
 // clang++-16 -fsanitize=fuzzer,address,undefined: see run.sh. The input is a list of changes to a
-// good file, whose checksum is then made to agree: without that nothing would pass it.
+// good file, whose checksums are then made to agree: without that nothing would pass them.
 #include <eigenformer/model/packed_model.h>
 
 #include <filesystem>
@@ -52,6 +52,7 @@ struct GgufTexts {
 };
 
 constexpr ef::WeightStorage kStorages[] = {ef::WeightFormat::int8, ef::WeightFormat::int4};
+constexpr ef::StoredFormat kEmbeddings[] = {ef::StoredFormat::i8, ef::StoredFormat::bf16};
 
 /// In each of these packed weights of each form, then whole models.
 const std::vector<std::string>& good_files() {
@@ -59,13 +60,19 @@ const std::vector<std::string>& good_files() {
     std::vector<std::string> made;
     const auto path = std::filesystem::temp_directory_path() /
                       ("packed_fuzz_" + std::to_string(std::random_device{}()));
+    const std::vector<std::byte> bytes(2 * 37 * 40, std::byte{5});
     const auto keep = [&] {
       std::ifstream stream(path, std::ios::binary);
       made.emplace_back(std::istreambuf_iterator<char>(stream), std::istreambuf_iterator<char>());
     };
     for (const ef::WeightStorage& storage : kStorages)
       for (const ef::DecoderForm& one : packed_forms()) {
-        ef::write_packed_weights(*packed_model<float>(kPackedConfig, storage, one), path, "key");
+        const auto model = packed_model<float>(kPackedConfig, storage, one);
+        const auto format = kEmbeddings[made.size() % 2];
+        if (storage.format == ef::WeightFormat::int4)
+          model->set_embedding(ef::detail::encoded_embedding(format, bytes.data(), 37, 40),
+                               nullptr);
+        ef::write_packed_weights(*model, path, "key");
         keep();
       }
     const auto llama = packed_model<float>(kPackedConfig, ef::WeightFormat::int8, {});
@@ -123,6 +130,10 @@ struct Touch {
   void embedding(const Embedding& embedding, const Owner&, ef::Index, ef::Index) {
     std::visit(
         []<typename Table>(const Table& table) {
+          if constexpr (std::is_same_v<Table, ef::EncodedEmbedding>) {
+            std::vector<float> row(static_cast<std::size_t>(table.columns));
+            for (ef::Index r = 0; r < table.rows; ++r) ef::detail::decode_row(table, r, row.data());
+          }
           if constexpr (ef::rank_of<Table> == 2)
             touch(ef::detail::PackedArray<ef::scalar_of<Table>>::view(table.data(), table.size(),
                                                                       nullptr));
@@ -130,6 +141,32 @@ struct Touch {
         embedding);
   }
 };
+
+/// Sums of texts, whose numbers begin the list; then that of the head.
+void mend_sums(std::string& file, bool whole_model) {
+  std::uint64_t head = 0, key = 0;
+  if (file.size() < 56) return;
+  std::memcpy(&head, file.data() + 24, 8);
+  std::memcpy(&key, file.data() + 32, 8);
+  if (head < 64 || head > file.size() || key > head) return;
+  const std::size_t data = (head + 4095) / 4096 * 4096, texts = ef::detail::kModelTexts.size();
+  std::size_t at = 56 + (key + 7) / 8 * 8;
+  for (std::size_t text = 0; whole_model && text < texts && at + 32 <= head; ++text) {
+    std::int64_t numbers[3];
+    std::memcpy(numbers, file.data() + at, sizeof(numbers));
+    at += 8;
+    if (numbers[0] != 1) continue;
+    at += 24;
+    const auto begin = static_cast<std::uint64_t>(numbers[1]),
+               count = static_cast<std::uint64_t>(numbers[2]);
+    if (data > file.size() || begin > file.size() - data || count > file.size() - data - begin)
+      return;
+    const auto sum = ef::detail::PagedChecksum::of(file.data() + data + begin, count);
+    std::memcpy(file.data() + at - 8, &sum, 8);
+  }
+  const auto sum = ef::detail::PagedChecksum::of(file.data(), head - 8);
+  std::memcpy(file.data() + head - 8, &sum, 8);
+}
 
 }  // namespace
 
@@ -150,17 +187,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::memcpy(&length, data + at, 3);
     file.resize(std::min<std::size_t>(file.size(), length));
   }
-  std::uint64_t head = 0;
-  if (file.size() >= 56) std::memcpy(&head, file.data() + 24, 8);
-  if (agrees && head >= 8 && head <= file.size()) {
-    const auto sum = ef::detail::PagedChecksum::of(file.data(), head - 8);
-    std::memcpy(file.data() + head - 8, &sum, 8);
-  }
+  const std::size_t forms = packed_forms().size();
+  const bool whole_model = number >= std::size(kStorages) * forms;
+  if (agrees) mend_sums(file, whole_model);
   try {
     const auto page = std::make_shared<const Page>(file);
     Touch visit;
-    const std::size_t forms = packed_forms().size();
-    if (number >= std::size(kStorages) * forms) {
+    if (whole_model) {
       const ef::detail::PackedModelFile model(page->bytes(), "f", page);
       model.read<float>(kHere, {}, [&](const auto&, const ef::Tokenizer& tokenizer, auto weights) {
         ef::detail::PackedParts::all(*weights, visit);

@@ -11,7 +11,7 @@ build=${EIGENFORMER_FUZZ_DIR:-build/fuzz}
 mkdir -p "$build"
 for name in "$@"; do
   "${CLANG:-clang++-16}" -std=c++20 -O1 -g1 -pthread -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DEIGEN_USE_THREADS \
-    -DEIGEN_MAX_ALIGN_BYTES=64 -I include -isystem /usr/include/eigen3 "tests/fuzz/${name}_fuzz.cpp" -lpcre2-8 -o "$build/$name"
+    -DEIGEN_MAX_ALIGN_BYTES=64 -DEIGENFORMER_GOLDEN_DIR="\"$PWD/tests/golden\"" -I include -isystem /usr/include/eigen3 "tests/fuzz/${name}_fuzz.cpp" -lpcre2-8 -o "$build/$name"
   mkdir -p "$build/$name.corpus" "$build/$name.seeds"
   find tests/golden -name "*.$name" -size -64k -exec cp {} "$build/$name.seeds" \;
   "$build/$name" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=65536 -print_final_stats=1 \

@@ -118,10 +118,10 @@ std::string four_bit_blocks(std::uint32_t type, std::uint64_t elements) {
 }
 
 /// A llama of one layer and d features whose matrices are in Q8_0, but those of names in `floats`
-/// and those that `types` names with another type of blocks.
+/// and those that `types` names with another type of blocks; its embedding those numbers, if any.
 std::string llama_in_blocks(const std::set<std::string>& floats,
                             const std::map<std::string, std::uint32_t>& types = {},
-                            std::uint64_t d = 32) {
+                            std::uint64_t d = 32, const std::vector<float>& embedding = {}) {
   GgufWriter writer;
   const auto key = [](const char* name) { return std::string("llama.") + name; };
   writer.text("general.architecture", "llama");
@@ -149,7 +149,9 @@ std::string llama_in_blocks(const std::set<std::string>& floats,
   for (const auto& [name, rows, columns] : matrices) {
     const auto whole = std::string(name) + ".weight";
     constexpr std::uint32_t q8_0 = 8;
-    if (floats.contains(name))
+    if (std::string_view(name) == "token_embd" && !embedding.empty())
+      writer.tensor(whole, {rows, columns}, embedding);
+    else if (floats.contains(name))
       writer.tensor(whole, {rows, columns},
                     golden_values(name, {static_cast<Index>(rows), static_cast<Index>(columns)}));
     else if (const auto type = types.find(name); type != types.end())
@@ -219,7 +221,8 @@ TEST(StoredWeights, BlocksOfFourBitsStayFourBits) {
     auto exact = ef::load_model<float>(path), stored = ef::load_model<float>(path, kStored);
     const auto logits = stored.logits(kIds);
     EXPECT_LT(relative_error(logits, to_double(exact.logits(kIds))), 0.03);
-    const std::uint64_t rest = 4 * (3 * d + 32 * d) + 32 * (d + d / 8);  // norms, embedding, head
+    // Norms, embedding in its blocks, head.
+    const std::uint64_t rest = 4 * 3 * d + 32 * d / 32 * 34 + 32 * (d + d / 8);
     EXPECT_EQ(stored.weight_bytes(), bytes + rest);
     const ef::LoadOptions kept{.weights = ef::WeightFormat::as_stored,
                                .cache = folder.path() / "kept"};
@@ -260,6 +263,41 @@ TEST(StoredWeights, BlocksOfFourBitsBesideActivationsAsTheyAre) {
         << start;
 }
 
+// An embedding that is not the head stays in its blocks, whatever the weights are; its rows are the
+// numbers that the blocks say.
+template <typename T>
+void expect_same_embedding(const std::filesystem::path& blocks, const std::filesystem::path& floats,
+                           std::size_t saved) {
+  const Folder folder;
+  auto expected = ef::load_model<T>(floats);
+  const auto logits = expected.logits(kIds);
+  const ef::LoadOptions kept{.cache = folder.path() / "kept"};
+  for (const char* const start : {"first", "second"}) {
+    auto model = ef::load_model<T>(blocks, kept);
+    EXPECT_TRUE(same_bits(model.logits(kIds), logits)) << start;
+    EXPECT_EQ(model.weight_bytes() + saved, expected.weight_bytes()) << start;
+  }
+}
+TEST(StoredWeights, AnEmbeddingStaysInItsBlocks) {
+  const Folder folder;
+  constexpr Index d = 512, vocabulary = 32;
+  constexpr std::uint32_t q8_0 = 8;
+  for (const auto& [type, row_bytes] :
+       {std::pair{q8_0, d / 32 * 34}, {kQ4_1, d / 32 * 20}, {kQ4_K, d / 256 * 144}}) {
+    std::map<std::string, std::uint32_t> types;
+    if (type != q8_0) types["token_embd"] = type;
+    const auto blocks = folder.write("blocks.gguf", llama_in_blocks({}, types, d));
+    const ef::Gguf file(blocks);
+    std::vector<float> numbers(vocabulary * d);
+    ef::dequantize_rows(file.tensors().at("token_embd.weight"), 0, numbers);
+    const auto floats = folder.write("floats.gguf", llama_in_blocks({}, {}, d, numbers));
+    const auto saved = static_cast<std::size_t>(vocabulary * (4 * d - row_bytes));
+    expect_same_embedding<float>(blocks, floats, saved);
+    if (type == kQ4_K) expect_same_embedding<ef::bfloat16>(blocks, floats, saved);
+    if (type == kQ4_1) expect_same_embedding<double>(blocks, floats, saved);
+  }
+}
+
 TEST(StoredWeights, FourBitsWithoutANumberAreRefused) {
   const Folder folder;
   std::string file = llama_in_blocks({}, {{"blk.0.ffn_down", kQ4_0}});
@@ -288,6 +326,21 @@ TEST(StoredWeights, MixedFormatsComeFromACacheToo) {
   packed = 0;
   EXPECT_TRUE(same_bits(load().logits(kIds), logits));
   EXPECT_EQ(packed, 0);
+}
+
+TEST(StoredWeights, ACacheThatCannotBeWrittenIsNoError) {
+  const Folder folder;
+  const auto path = folder.write("m.gguf", llama_in_blocks({}));
+  std::vector<std::string> said;
+  const ef::LoadOptions options{.cache = folder.path() / "none" / "kept",
+                                .warning = [&](const std::string& text) { said.push_back(text); }};
+  const auto logits = ef::load_model<float>(path).logits(kIds);
+  EXPECT_TRUE(same_bits(ef::load_model<float>(path, options).logits(kIds), logits));
+  ASSERT_EQ(said.size(), 1u);
+  EXPECT_NE(said[0].find("kept: cannot be written: there is no folder"), std::string::npos)
+      << said[0];
+  EXPECT_TRUE(
+      same_bits(ef::load_model<float>(path, {.cache = options.cache}).logits(kIds), logits));
 }
 
 TEST(StoredWeights, MatricesOfOneProductMayDiffer) {

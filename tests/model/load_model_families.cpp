@@ -263,9 +263,19 @@ TEST(PackedModel, IsRefusedWhereItIsNotForThisCall) {
       [&] { ef::pack_model<float>(kHere, folder.path(), other.path() / "m.gguf"); },
       {"pack_model", "packed is", "m.gguf", "does not end with .gguf"});
   EXPECT_FALSE(std::filesystem::exists(other.path() / "m.gguf"));
+  // A file that cannot be made is known before anything is packed.
+  int packs = 0;
+  for (const auto& to : {other.path() / "none" / "model.packed", other.path()})
+    expect_throws<ef::ModelFileError>(
+        [&] {
+          ef::pack_model<float>(kHere, folder.path(), to,
+                                {.progress = [&](auto, auto) { ++packs; }});
+        },
+        {to.filename().string(), "cannot be written"});
+  EXPECT_EQ(packs, 0);
   // Packed for other kernels, or by another version: the key says so, the checksum agrees.
   std::ifstream stream(packed, std::ios::binary);
-  const std::string good{std::istreambuf_iterator<char>(stream), {}};
+  std::string good{std::istreambuf_iterator<char>(stream), {}};
   const auto changed = [&](const std::string& from, const std::string& to) {
     std::string text = good;
     text.replace(text.find(from), from.size(), to);
@@ -287,6 +297,20 @@ TEST(PackedModel, IsRefusedWhereItIsNotForThisCall) {
   expect_refused({"model.packed", "65"});
   changed("weights int4", "weights int5");
   expect_refused({"model.packed", "what its weights are"});
+  changed("\npacking ", "\npackage ");
+  expect_refused({"model.packed", "way of packing no. ", "pack the model again"});
+  // Texts have checksums of their own.
+  changed("\"llama\"", "\"mamba\"");
+  expect_refused({"model.packed", "is damaged"});
+  std::ifstream config_stream(folder.path() / "config.json", std::ios::binary);
+  std::string config{std::istreambuf_iterator<char>(config_stream), {}};
+  const auto sum_of = [](const std::string& text) {
+    const std::int64_t sum = ef::detail::PagedChecksum::of(text.data(), text.size());
+    return std::string(reinterpret_cast<const char*>(&sum), 8);
+  };
+  const std::string before = sum_of(config);
+  config.replace(config.find("\"llama\""), 7, "\"mamba\"");
+  good.replace(good.find(before), 8, sum_of(config));
   changed("\"llama\"", "\"mamba\"");
   expect_refused({"model.packed: config.json", "mamba"});
 }

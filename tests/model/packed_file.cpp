@@ -125,6 +125,30 @@ TEST(PackedFile, RefusesWhatTheConfigurationDoesNotSay) {
       {"model.packed", "cannot be written"});
 }
 
+// One product serves all experts of a layer.
+TEST(PackedFile, RefusesExpertsOfTwoForms) {
+  const Folder folder;
+  const auto path = folder.path() / "model.packed";
+  const ef::DecoderForm form = packed_forms()[3];
+  const auto made = packed_model<float>(kPackedConfig, ef::WeightFormat::int4, form);
+  const ef::DecoderExperts& experts = form.experts;
+  const std::vector<float> numbers(static_cast<std::size_t>(experts.hidden * 40), 0.5f);
+  ef::DecoderLayerViews<float> one;
+  one.expert = 1;
+  one.down.emplace(numbers.data(), 40, experts.hidden);
+  made->require_complete();
+  made->pack_layer(kHere, 1, one, {ef::WeightFormat::int4, 64}, ef::SelfCommunicator());
+  expect_throws<std::invalid_argument>([&] { made->require_complete(); },
+                                       {"experts", "different ways"});
+  ef::write_packed_weights(*made, path, "key");
+  expect_throws<ef::ModelFileError>(
+      [&] {
+        ef::read_packed_weights<float>(kHere, path, "key", kPackedConfig, ef::WeightFormat::int4,
+                                       form);
+      },
+      {"model.packed", "experts", "different ways"});
+}
+
 TEST(PackedFile, RefusesDamage) {
   const Folder folder;
   const auto path = folder.path() / "model.packed";
@@ -201,6 +225,9 @@ TEST(PackedCache, KnowsTheFilesOfTheModel) {
   EXPECT_EQ(ef::detail::source_key(folder.path()), key);
   folder.write("tokenizer.json", "{}");
   EXPECT_EQ(ef::detail::source_key(folder.path()), key);
+  folder.write("model.safetensors.index.json", "{}");
+  EXPECT_NE(ef::detail::source_key(folder.path()), key);
+  std::filesystem::remove(folder.path() / "model.safetensors.index.json");
   folder.write("b.safetensors", "abc");
   EXPECT_NE(ef::detail::source_key(folder.path()), key);
   std::filesystem::remove(folder.path() / "b.safetensors");
@@ -213,6 +240,20 @@ TEST(PackedCache, KnowsTheFilesOfTheModel) {
   const auto in_folder = ef::detail::cache_file(cache.path(), folder.path(), "p");
   EXPECT_EQ(in_folder.parent_path(), cache.path());
   EXPECT_NE(ef::detail::cache_file(cache.path(), folder.path(), "q"), in_folder);
+}
+
+// What was packed in another way is none of this version's.
+TEST(PackedCache, KnowsHowWeightsArePacked) {
+  const std::string key = ef::detail::packing_key<float>(kHere, {});
+  EXPECT_EQ(ef::detail::packing_key<float>(kHere, {}), key);
+  EXPECT_NE(ef::detail::packing_key<float>(kHere, ef::WeightFormat::int8), key);
+  EXPECT_NE(ef::detail::packing_sum<float>(kHere), ef::detail::packing_sum<ef::bfloat16>(kHere));
+  const auto other = ef::cpu::backend(kHere, ef::isa::generic{});
+  if (!std::is_same_v<ef::isa::best, ef::isa::generic>) {
+    EXPECT_NE(ef::detail::packing_sum<float>(other), ef::detail::packing_sum<float>(kHere));
+  }
+  EXPECT_NE(key.find("\npacking " + std::to_string(ef::detail::packing_sum<float>(kHere)) + "\n"),
+            std::string::npos);
 }
 
 }  // namespace

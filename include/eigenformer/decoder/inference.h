@@ -148,6 +148,8 @@ class InferenceStep {
               embedding_into(device_, x, ids(), table);
             else if constexpr (std::is_same_v<Table, QuantizedEmbedding>)
               embedding_into(device_, x, ids(), table.values, table.scales);
+            else if constexpr (std::is_same_v<Table, EncodedEmbedding> && CpuDevice<D>)
+              decode_rows_into(device_, x, tokens, table);
             else if constexpr (std::is_same_v<Table, TiedEmbedding>)
               std::visit([&](const auto& head) { embedding_into(device_, x, ids(), head.weight); },
                          weights_.head());

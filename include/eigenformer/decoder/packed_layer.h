@@ -339,12 +339,17 @@ struct LayerPacking {
     }
   }
 
+  /// Throws std::invalid_argument where the experts are there and differ in form: one product
+  /// serves them all.
   template <typename T>
   bool has_all_experts(const PackedDecoderLayer<T>& packed) const {
     const auto all = [&](const auto& weights) {
-      return static_cast<Index>(weights.size()) == form.experts.count &&
-             std::all_of(weights.begin(), weights.end(),
-                         [](const auto& weight) { return weight.rows() > 0; });
+      if (static_cast<Index>(weights.size()) != form.experts.count ||
+          !std::all_of(weights.begin(), weights.end(),
+                       [](const auto& weight) { return weight.rows() > 0; }))
+        return false;
+      require_expert_weights("the experts of a layer", weights);
+      return true;
     };
     return out_features(packed.router) > 0 &&
            (!form.experts.shared_gate || out_features(packed.shared_gate) > 0) &&

@@ -43,6 +43,7 @@
 #include "../quantization.h"
 #include "../tensor_parallel.h"
 #include "config.h"
+#include "encoded_embedding.h"
 #include "packed_layer.h"
 #include "weights.h"
 
@@ -66,10 +67,11 @@ struct PackedParts;
 template <FloatingScalar T>
 class PackedDecoderWeights {
  public:
-  /// (vocabulary, features), or INT8, or the head's rows.
-  using Embedding = std::variant<std::monostate, TensorView<const float, 2>,
-                                 TensorView<const double, 2>, TensorView<const bfloat16, 2>,
-                                 TensorView<const half, 2>, QuantizedEmbedding, TiedEmbedding>;
+  /// (vocabulary, features), or INT8, or the head's rows, or blocks of a file.
+  using Embedding =
+      std::variant<std::monostate, TensorView<const float, 2>, TensorView<const double, 2>,
+                   TensorView<const bfloat16, 2>, TensorView<const half, 2>, QuantizedEmbedding,
+                   TiedEmbedding, EncodedEmbedding>;
 
   /// Throws std::invalid_argument for an impossible shape, for int8 where T is double and for
   /// groups that are not.
@@ -184,6 +186,16 @@ class PackedDecoderWeights {
     owner_ = std::move(owner);
     embedding_memory_ = &memory;
   }
+  /// The same of a table in blocks. Serves devices that work on the host's memory; for others
+  /// own_embedding makes it numbers.
+  void set_embedding(const EncodedEmbedding& table, std::shared_ptr<const void> owner) {
+    detail::require_that(table.rows == config_.vocabulary && table.columns == config_.features,
+                         kName, "embedding has shape (", table.rows, ", ", table.columns,
+                         "), expected (", config_.vocabulary, ", ", config_.features, ")");
+    embedding_.template emplace<EncodedEmbedding>(table);
+    owner_ = std::move(owner);
+    embedding_memory_ = &host_memory;
+  }
   /// The head is the embedding as well, as packed: one tensor in memory, INT8 where the head is. It
   /// must be whole, that of one rank. Throws std::logic_error where no head is packed yet.
   void tie_embedding() {
@@ -201,13 +213,14 @@ class PackedDecoderWeights {
   }
   /// Replaces the embedding, unless it is the head, by a copy of its own in the memory of a device:
   /// INT8 with one scale per token where `format`, that of the layers if none is given, says so;
-  /// else in the scalar it has.
+  /// else in the scalar it has, float of blocks.
   template <Device D = Eigen::DefaultDevice>
   void own_embedding(const D& device = {}) {
     own_embedding(device, storage_.format);
   }
   template <Device D>
   void own_embedding(const D& device, WeightFormat format) {
+    if (std::holds_alternative<EncodedEmbedding>(embedding_)) decode_embedding();
     std::visit(
         [&]<typename Table>(const Table& table) {
           if constexpr (rank_of<Table> == 2) {
@@ -261,6 +274,8 @@ class PackedDecoderWeights {
             embedding = table.size() * Index{sizeof(scalar_of<Table>)};
           else if constexpr (std::is_same_v<Table, QuantizedEmbedding>)
             embedding = table.values.size() + table.scales.size() * Index{sizeof(float)};
+          else if constexpr (std::is_same_v<Table, EncodedEmbedding>)
+            embedding = table.bytes();
         },
         embedding_);
     return bytes_of_layers() + static_cast<std::size_t>(embedding);
@@ -296,6 +311,16 @@ class PackedDecoderWeights {
       norm_.bias = Packing::zeros(device, config_.features);
   }
 
+  /// Blocks as a table of float in the host's memory.
+  void decode_embedding() {
+    const auto table = std::get<EncodedEmbedding>(embedding_);
+    auto numbers = std::make_shared<detail::PackedArray<float>>();
+    numbers->resize(table.rows * table.columns);
+    for (Index r = 0; r < table.rows; ++r)
+      detail::decode_row(table, r, numbers->data() + r * table.columns);
+    const TensorView<const float, 2> view(numbers->data(), table.rows, table.columns);
+    set_embedding(view, std::move(numbers));
+  }
   template <typename D, typename W>
   void own_copy(const D& device, const TensorView<const W, 2>& table) {
     auto copy = std::make_shared<detail::PackedArray<W>>();

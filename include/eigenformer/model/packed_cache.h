@@ -39,6 +39,8 @@ inline std::string source_key(const std::filesystem::path& path) {
   std::error_code problem;
   if (!std::filesystem::is_directory(path, problem)) return file_key(path);
   std::vector<std::filesystem::path> files{path / "config.json"};
+  const auto index = path / "model.safetensors.index.json";
+  if (std::filesystem::exists(index, problem)) files.push_back(index);
   for (const auto& entry : std::filesystem::directory_iterator(path, problem))
     if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
   std::sort(files.begin(), files.end());
@@ -51,47 +53,86 @@ inline std::string source_key(const std::filesystem::path& path) {
 inline constexpr const char* kWeightFormatNames[] = {"activation", "bfloat16", "half",
                                                      "int8",       "int4",     "as_stored"};
 
-/// What weights are packed for, and how.
+/// What packing makes of a small matrix, in every format beside activations of T, as one number:
+/// that of kernels which pack or quantize in another way differs, and what they packed is not taken
+/// for the same. Costs 0.5 ms, once.
 template <typename T, typename D>
-std::string packing_key(const D& device, const WeightStorage& storage) {
+std::int64_t packing_sum(const D& device) {
+  constexpr Index kSize = 192;  // whole panels and groups of every ISA: no padding, whatever it is
+  static const std::int64_t value = [&] {
+    Tensor<float, 2> matrix(kSize, kSize);
+    for (Index i = 0; i < matrix.size(); ++i)
+      matrix.data()[i] = static_cast<float>((i * 37 + i / 11) % 101 - 30) / 64;
+    PagedChecksum sum;
+    const auto add = [&]<typename S>(std::type_identity<S>, const WeightStorage& storage) {
+      const auto packed = pack_weight<S>(device, matrix, packing_options<S>(storage));
+      const auto scales = static_cast<std::size_t>(PanelAccess::scales(packed).size());
+      sum.add(packed.data(),
+              static_cast<std::size_t>(PanelAccess::values(packed).size()) * sizeof(S));
+      sum.add(packed.scales(), scales * sizeof(float));
+      if (packed.minimums() != nullptr) sum.add(packed.minimums(), scales * sizeof(float));
+    };
+    const auto add_all =
+        [&]<typename... S>(std::type_identity<std::variant<PackedColumnShard<S>...>>) {
+          (add(std::type_identity<S>{}, {}), ...);
+          if constexpr (stores<T, std::int8_t>)
+            add(std::type_identity<std::int8_t>{}, {WeightFormat::int8, 32});
+        };
+    add_all(std::type_identity<PackedMatrix<T>>{});
+    return sum.value();
+  }();
+  return value;
+}
+
+/// What weights are packed for, and as what.
+template <typename T, typename D>
+std::string packing_form(const D& device, const WeightStorage& storage) {
   const auto number = [](auto value) { return std::to_string(value); };
-  return "eigenformer " + number(EIGENFORMER_VERSION_MAJOR) + "." +
-         number(EIGENFORMER_VERSION_MINOR) + "." + number(EIGENFORMER_VERSION_PATCH) +
-         "\nactivations " + number(kPackedCode<T>) + "\nweights " +
+  return "activations " + number(kPackedCode<T>) + "\nweights " +
          kWeightFormatNames[static_cast<std::size_t>(storage.format)] + " " +
          number(storage.group_size) + "\nint4 " + number(int{storage.four_bits.zero_points}) + " " +
          number(int{storage.four_bits.quantize_activations}) + "\nisa " +
          std::string(run(device, problem::PanelsOf<T>{1, 1, 0, 1}).layout.isa) + "\n";
 }
+/// And how.
+template <typename T, typename D>
+std::string packing_key(const D& device, const WeightStorage& storage) {
+  const auto number = [](auto value) { return std::to_string(value); };
+  return "eigenformer " + number(EIGENFORMER_VERSION_MAJOR) + "." +
+         number(EIGENFORMER_VERSION_MINOR) + "." + number(EIGENFORMER_VERSION_PATCH) +
+         "\npacking " + number(packing_sum<T>(device)) + "\n" + packing_form<T>(device, storage);
+}
 
-/// `cache`, or where that is a folder a file in it for this model packed in this way.
+/// `cache`, or where that is a folder a file in it for this model in this form: that of an older
+/// version is replaced.
 inline std::filesystem::path cache_file(const std::filesystem::path& cache,
                                         const std::filesystem::path& source,
-                                        const std::string& packing) {
+                                        const std::string& form) {
   std::error_code problem;
   if (!std::filesystem::is_directory(cache, problem)) return cache;
   const auto whole = std::filesystem::weakly_canonical(source, problem);
-  const std::string text = packing + whole.string();
+  const std::string text = form + whole.string();
   const auto sum = static_cast<std::uint64_t>(PagedChecksum::of(text.data(), text.size()));
   return cache / (whole.stem().string() + "-" + std::to_string(sum) + ".packed");
 }
 
-/// The weights kept in `cache`, or those that make() gives, which are kept there then.
-template <typename T, typename D, typename Make>
+/// The weights kept in `cache`, or those that make() gives, which are kept there then; warn(text)
+/// where they cannot be.
+template <typename T, typename D, typename Make, typename Warn>
 std::shared_ptr<const PackedDecoderWeights<T>> kept_weights(
     const D& device, const std::filesystem::path& source, const std::filesystem::path& cache,
-    const ModelConfig& config, const WeightStorage& storage, Make&& make) {
+    const ModelConfig& config, const WeightStorage& storage, Make&& make, Warn&& warn) {
   if (cache.empty()) return make();
   if constexpr (CpuDevice<D>) {
-    const std::string packing = packing_key<T>(device, storage), key = packing + source_key(source);
-    const auto file = cache_file(cache, source, packing);
+    const std::string key = packing_key<T>(device, storage) + source_key(source);
+    const auto file = cache_file(cache, source, packing_form<T>(device, storage));
     std::error_code problem;
     if (std::filesystem::exists(file, problem))
       if (auto found =
               read_packed_weights<T>(device, file, key, config.shape, storage, config.form))
         return found;
     auto made = make();
-    write_packed_weights(*made, file, key);
+    attempt([&] { write_packed_weights(*made, file, key); }, [&](const char* what) { warn(what); });
     return made;
   } else {
     fail<std::invalid_argument>("load_model: cache is for devices of the CPU");

@@ -57,7 +57,7 @@ class PackedModelFile {
     const std::string_view key = contents_.head.key, line = key_line(key, "weights");
     const std::string_view int4 = key_line(key, "int4");
     const std::string here = packing_key<T>(device, {});
-    for (const std::string_view word : {"eigenformer", "activations", "isa"})
+    for (const std::string_view word : {"eigenformer", "activations", "isa", "packing"})
       if (key_line(key, word) != key_line(here, word))
         fail_model(name_, "",
                    "was packed for " + described(word, key_line(key, word)) +
@@ -102,6 +102,7 @@ class PackedModelFile {
   static std::string described(std::string_view word, std::string_view value) {
     if (word == "eigenformer") return "version " + printable(value);
     if (word == "isa") return "the ISA " + printable(value);
+    if (word == "packing") return "way of packing no. " + printable(value);
     constexpr const char* scalars[] = {"", "float", "double", "bfloat16", "half"};
     const bool known = value.size() == 1 && value[0] >= '1' && value[0] <= '4';
     return "activations of " + (known ? scalars[value[0] - '0'] : printable(value));
@@ -127,11 +128,12 @@ void write_packed_model(const D& device, const PackedDecoderWeights<T>& weights,
   write_packed_parts(parts, weights.bytes(), path, whole_model_key<T>(device, weights.storage()));
 }
 
-/// Before work is done for it. Throws ModelFileError where something is there that is no packed
-/// file, std::invalid_argument for a name that load_model would take for another file's.
+/// Before work is done for it. Throws ModelFileError where a file cannot be made there, or something
+/// is there that is no packed file, std::invalid_argument for a name that load_model would take for another file's.
 inline void require_replaceable(const std::filesystem::path& path) {
   require_that(path.extension() != ".gguf", "pack_model", "packed is ", path.string(),
                ", expected a name that does not end with .gguf");
+  require_writable(path);
   std::error_code problem;
   if (!std::filesystem::exists(path, problem)) return;
   const MappedFile file(path);

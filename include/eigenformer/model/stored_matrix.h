@@ -3,6 +3,8 @@
 /// it, else converted to float.
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <optional>
 #include <span>
@@ -32,6 +34,35 @@ void convert_rows(const D& device, const StoredTensor& tensor, Index first,
   });
 }
 
+/// `count` rows of a tensor, from `first` on, as columns: column c to to(c), a pointer. On the
+/// threads of a device, each of which turns a tile at a time.
+template <typename D, typename To>
+void convert_turned(const D& device, const StoredTensor& tensor, Index first, Index count,
+                    To&& to) {
+  constexpr Index kRows = 16, kColumns = 256;  // a cache line of each column; whole blocks
+  const StoredLayout layout = layout_of(tensor.format);
+  const Index columns = tensor.columns(), strips = (count + kRows - 1) / kRows;
+  for_ranges_of_rows(device, strips, kRows * columns, [&](Index begin, Index end) {
+    std::array<float, kRows * kColumns> tile;
+    for (Index row = begin * kRows; row < (std::min)(count, end * kRows); row += kRows)
+      for (Index column = 0; column < columns; column += kColumns) {
+        const Index high = (std::min)(kRows, count - row),
+                    wide = (std::min)(kColumns, columns - column);
+        const auto bytes_of = [&](Index elements) {
+          return static_cast<std::size_t>(elements / layout.block_elements * layout.block_bytes);
+        };
+        for (Index r = 0; r < high; ++r)
+          dequantize_row(
+              tensor.format,
+              tensor.bytes.subspan(bytes_of((first + row + r) * columns + column), bytes_of(wide)),
+              {tile.data() + r * kColumns, static_cast<std::size_t>(wide)});
+        for (Index c = 0; c < wide; ++c)
+          for (Index r = 0; r < high; ++r)
+            to(column + c)[row + r] = tile[static_cast<std::size_t>(r * kColumns + c)];
+      }
+  });
+}
+
 class StoredMatrix {
  public:
   template <typename W>
@@ -47,8 +78,7 @@ class StoredMatrix {
     columns_ = transposed ? tensor.rows() : tensor.columns();
     if (keeps_int4 && !transposed && has_int4_blocks(tensor.format))
       int4_.emplace(device, tensor);
-    else if (transposed ||
-             !(lies_as<float>(tensor) || lies_as<bfloat16>(tensor) || lies_as<half>(tensor)))
+    else if (transposed || !is_read_in_place(tensor))
       convert(device);
   }
 
@@ -67,19 +97,18 @@ class StoredMatrix {
   void convert(const D& device) {
     int4_.reset();
     if (converted() || rows_ * columns_ == 0) return;
-    PackedArray<float> values;
-    values.resize(rows_ * columns_);
-    convert_rows(device, *tensor_, 0, {values.data(), static_cast<std::size_t>(values.size())});
-    if (transposed_) {
-      values_.resize(values.size());
-      for (Index i = 0; i < columns_; ++i)
-        for (Index o = 0; o < rows_; ++o)
-          values_.data()[o * columns_ + i] = values.data()[i * rows_ + o];
-    } else {
-      values_ = std::move(values);
-    }
+    values_.resize(rows_ * columns_);
+    float* const values = values_.data();
+    if (transposed_)
+      convert_turned(device, *tensor_, 0, columns_, [&](Index o) { return values + o * columns_; });
+    else
+      convert_rows(device, *tensor_, 0, {values, static_cast<std::size_t>(values_.size())});
   }
 
+  /// Whether rows of a tensor are read where they lie, and not as a float copy.
+  static bool is_read_in_place(const StoredTensor& tensor) {
+    return lies_as<float>(tensor) || lies_as<bfloat16>(tensor) || lies_as<half>(tensor);
+  }
   /// f(std::type_identity<W>), W the scalar that rows of a tensor are read in.
   template <typename F>
   static void visit_scalar(const StoredTensor& tensor, F&& f) {

@@ -53,6 +53,8 @@ enum class StoredFormat : unsigned char {
   mxfp4
 };
 
+inline constexpr int kStoredFormats = 22;
+
 /// A format's name in messages and the layout of its blocks.
 struct StoredLayout {
   std::string_view name;
@@ -60,7 +62,7 @@ struct StoredLayout {
   std::int64_t block_bytes;
 };
 constexpr StoredLayout layout_of(StoredFormat format) {
-  constexpr std::array<StoredLayout, 22> layouts{
+  constexpr std::array<StoredLayout, kStoredFormats> layouts{
       {{"F64", 1, 8},      {"F32", 1, 4},    {"F16", 1, 2},      {"BF16", 1, 2},
        {"I64", 1, 8},      {"I32", 1, 4},    {"I16", 1, 2},      {"I8", 1, 1},
        {"U64", 1, 8},      {"U32", 1, 4},    {"U16", 1, 2},      {"U8", 1, 1},

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../stored_embedding.h"
 #include "model_packing.h"
 
 namespace eigenformer {
@@ -28,9 +29,6 @@ class EndsLoader {
     const auto view = [](const Vector& x) {
       return TensorView<const float, 1>(x.data(), static_cast<Index>(x.size()));
     };
-    const auto table = [&](const std::string& name, Index rows) {
-      return StoredMatrix(to_.device, from_.at(name, {rows, d}));
-    };
     // Newer files call every head lm_head.
     const std::string own = from_.contains("lm_head.weight") ? "lm_head" : n.head;
     pack_head(view(norm), from_.at(weight_name(m_.tied_head ? n.embedding : own), {vocabulary, d}));
@@ -39,21 +37,12 @@ class EndsLoader {
     if (m_.head_bias)
       to_.weights->set_head_bias(to_.device, view(from_.vector(bias_name(n.head), vocabulary)));
     if (m_.form.positions > 0)
-      table(weight_name(n.positions), m_.form.positions).visit([&](const auto& positions) {
-        to_.weights->set_positions(to_.device, positions);
-      });
+      StoredMatrix(to_.device, from_.at(weight_name(n.positions), {m_.form.positions, d}))
+          .visit([&](const auto& table) { to_.weights->set_positions(to_.device, table); });
     from_.report();
     from_.release();
     if (m_.tied_head) return to_.weights->tie_embedding();
-    struct Kept {
-      StoredMatrix table;
-      std::shared_ptr<const void> owner;
-    };
-    auto kept =
-        std::make_shared<Kept>(Kept{table(weight_name(n.embedding), vocabulary), std::move(owner)});
-    if (kept->table.converted()) from_.release();
-    kept->table.visit([&](const auto& embedding) { to_.weights->set_embedding(embedding, kept); });
-    if (kept->table.converted()) kept->owner.reset();  // nothing is read from the file any more
+    set_embedding(from_.at(weight_name(n.embedding), {vocabulary, d}), std::move(owner));
     if (memory_of(to_.device).backend != host_memory.backend)
       to_.weights->own_embedding(to_.device, WeightFormat::activation);
     from_.report();
@@ -84,6 +73,18 @@ class EndsLoader {
         to_.weights->pack_head(to_.device, norm, rows, storage, to_.alone);
       });
     }
+  }
+
+  /// Stays where it lies, as numbers or as blocks.
+  void set_embedding(const StoredTensor& tensor, std::shared_ptr<const void> owner) {
+    if (StoredMatrix::is_read_in_place(tensor))
+      StoredMatrix(to_.device, tensor).visit([&](const auto& rows) {
+        to_.weights->set_embedding(rows, std::move(owner));
+      });
+    else
+      to_.weights->set_embedding(
+          encoded_embedding(tensor.format, tensor.bytes.data(), tensor.rows(), tensor.columns()),
+          std::move(owner));
   }
 
   ModelPacking<T, D>& to_;

@@ -128,24 +128,26 @@ class ExpertLoader {
                  down_biases = from_.all_of(name + "down_proj_bias", {count, d});
     const WeightStorage storage = to_.storage_for(
         {format_of_turned(name + "gate_up_proj"), format_of_turned(name + "down_proj")});
+    const auto sized = [](Index size) { return Vector(static_cast<std::size_t>(size)); };
+    Vector gate = sized(hidden * d), up = sized(hidden * d), down = sized(d * hidden),
+           gate_bias = sized(hidden), up_bias = sized(hidden);
     for (Index e = 0; e < count; ++e) {
-      const Vector both = expert_rows(name + "gate_up_proj", e, 2 * hidden, d),
-                   down = expert_rows(name + "down_proj", e, d, hidden);
-      Vector parts[2], biases[2];
-      for (Vector& part : parts) part.reserve(static_cast<std::size_t>(hidden * d));
-      for (Index h = 0; h < hidden; ++h)
-        for (Index part = 0; part < 2; ++part) {
-          const float* const row = both.data() + (2 * h + part) * d;
-          parts[part].insert(parts[part].end(), row, row + d);
-          biases[part].push_back(up_biases[static_cast<std::size_t>((e * hidden + h) * 2 + part)]);
-        }
+      read_turned(name + "gate_up_proj", e, 2 * hidden, d,
+                  [&](Index r) { return (r % 2 == 0 ? gate : up).data() + r / 2 * d; });
+      read_turned(name + "down_proj", e, d, hidden,
+                  [&](Index r) { return down.data() + r * hidden; });
+      for (Index h = 0; h < hidden; ++h) {
+        const float* const two = up_biases.data() + (e * hidden + h) * 2;
+        gate_bias[static_cast<std::size_t>(h)] = two[0];
+        up_bias[static_cast<std::size_t>(h)] = two[1];
+      }
       Views views;
       views.expert = e;
-      views.gate.emplace(parts[0].data(), hidden, d);
-      views.up.emplace(parts[1].data(), hidden, d);
+      views.gate.emplace(gate.data(), hidden, d);
+      views.up.emplace(up.data(), hidden, d);
       views.down.emplace(down.data(), d, hidden);
-      views.gate_bias.emplace(biases[0].data(), hidden);
-      views.up_bias.emplace(biases[1].data(), hidden);
+      views.gate_bias.emplace(gate_bias.data(), hidden);
+      views.up_bias.emplace(up_bias.data(), hidden);
       views.down_bias.emplace(down_biases.data() + e * d, d);
       pack(views, storage);
     }
@@ -155,30 +157,24 @@ class ExpertLoader {
     const StoredTensor* const whole = from_.find(name);
     return whole != nullptr ? whole->format : StoredFormat::bf16;
   }
-  /// An expert's matrix (rows, columns) out of a tensor (experts, columns, rows), or MXFP4 rows.
-  Vector expert_rows(const std::string& name, Index e, Index rows, Index columns) {
-    const Index count = m_.form.experts.count;
-    Vector values;
-    if (from_.find(name + "_blocks") != nullptr) {
-      if (columns % 32 != 0) from_.fail(name, "rows in MXFP4 are no multiple of 32 elements");
-      const StoredTensor& blocks = from_.at(name + "_blocks", {count, rows, columns / 32, 16});
-      const StoredTensor& scales = from_.at(name + "_scales", {count, rows, columns / 32});
-      for (const StoredTensor* tensor : {&blocks, &scales})
-        if (tensor->format != StoredFormat::u8)
-          from_.fail(tensor->name, "is not of U8, as MXFP4 is");
-      values.resize(static_cast<std::size_t>(rows * columns));
-      dequantize_mxfp4(blocks, scales, static_cast<std::size_t>(e * rows * (columns / 32)), values);
-      return values;
-    }
-    const StoredTensor& all = from_.at(name, {count, columns, rows});
-    Vector turned(static_cast<std::size_t>(rows * columns));
-    values.resize(turned.size());
-    dequantize_rows(all, e * columns, turned);
-    for (Index r = 0; r < rows; ++r)
-      for (Index c = 0; c < columns; ++c)
-        values[static_cast<std::size_t>(r * columns + c)] =
-            turned[static_cast<std::size_t>(c * rows + r)];
-    return values;
+  /// Row r of an expert's matrix (rows, columns) to to(r): a column of a tensor (experts, columns,
+  /// rows), or a row in MXFP4.
+  template <typename To>
+  void read_turned(const std::string& name, Index e, Index rows, Index columns, To&& to) {
+    const Index count = m_.form.experts.count, blocks_of_row = columns / 32;
+    if (from_.find(name + "_blocks") == nullptr)
+      return convert_turned(to_.device, from_.at(name, {count, columns, rows}), e * columns,
+                            columns, to);
+    if (columns % 32 != 0) from_.fail(name, "rows in MXFP4 are no multiple of 32 elements");
+    const StoredTensor& blocks = from_.at(name + "_blocks", {count, rows, blocks_of_row, 16});
+    const StoredTensor& scales = from_.at(name + "_scales", {count, rows, blocks_of_row});
+    for (const StoredTensor* tensor : {&blocks, &scales})
+      if (tensor->format != StoredFormat::u8) from_.fail(tensor->name, "is not of U8, as MXFP4 is");
+    for_ranges_of_rows(to_.device, rows, columns, [&](Index begin, Index end) {
+      for (Index r = begin; r < end; ++r)
+        dequantize_mxfp4(blocks, scales, static_cast<std::size_t>((e * rows + r) * blocks_of_row),
+                         {to(r), static_cast<std::size_t>(columns)});
+    });
   }
 
   std::string of_layer(std::string_view name) const { return to_.of_layer(layer_, name); }

@@ -2,6 +2,7 @@
 /// Finds packed weights and what goes along with them in a file that is mapped (packed_file.h).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "../../decoder/packed_parts.h"
+#include "../stored_embedding.h"
 #include "head.h"
 
 namespace eigenformer {
@@ -36,6 +38,8 @@ class PackedFinder {
     if (!code(kPackedText)) return std::nullopt;
     demand(at_ + 1 < numbers_.size());
     const auto found = array<char>(numbers_[at_ + 1]);  // as long as it says
+    if (next() != PagedChecksum::of(found.data(), static_cast<std::size_t>(found.size())))
+      fail_model(name_, "", PackedHead::kDamaged);
     return std::string_view(found.data(), static_cast<std::size_t>(found.size()));
   }
   void vector(PackedArray<float>& x, Index size) {
@@ -86,6 +90,17 @@ class PackedFinder {
     const std::int64_t scalar = next();
     if (scalar == kPackedHead) {
       embedding.template emplace<TiedEmbedding>();
+      return;
+    }
+    if (scalar == kPackedBlocks) {
+      const std::int64_t format = next();
+      demand(format >= 0 && format < kStoredFormats);
+      const auto as = static_cast<StoredFormat>(format);
+      const std::array<std::int64_t, 2> shape{rows, columns};
+      const std::int64_t size = stored_bytes(as, shape);
+      demand(size >= 0);
+      embedding = encoded_embedding(as, array<std::byte>(size).data(), rows, columns);
+      owner = owner_;
       return;
     }
     const auto table = [&]<typename S>(std::type_identity<S>) {

@@ -23,9 +23,10 @@ namespace detail {
 /// What stands before the data.
 struct PackedHead {
   static constexpr std::string_view kMagic = "EFPACKED";
-  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 2;
+  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 3;
   static constexpr std::size_t kFixed = 7 * 8;  // magic, order, version and the four sizes
   static constexpr std::uint64_t kPage = 4096;
+  static constexpr const char* kDamaged = "is damaged: delete it to have it made again";
 
   std::string key;
   std::vector<std::int64_t> numbers;
@@ -71,11 +72,12 @@ struct PackedContents {
     };
     demand(file.size() >= PackedHead::kFixed &&
                std::memcmp(file.data(), PackedHead::kMagic.data(), 8) == 0,
-           "is no file of packed weights");
+           "is no file of packed weights, nor a .gguf file: of a model in several files give the "
+           "folder");
     if (number(8) != PackedHead::kOrder || number(16) != PackedHead::kVersion) return;
     const auto size = [&](std::size_t at) { return static_cast<std::uint64_t>(number(at)); };
     const std::uint64_t head_bytes = size(24), key_bytes = size(32), count = size(40);
-    constexpr auto damaged = "is damaged: delete it to have it made again";
+    constexpr auto damaged = PackedHead::kDamaged;
     demand(head_bytes <= file.size() && key_bytes <= head_bytes && count <= head_bytes / 8 &&
                PackedHead::kFixed + PackedHead::rounded(key_bytes, 8) + 8 * count + 8 == head_bytes,
            damaged);
@@ -108,8 +110,8 @@ inline constexpr std::int64_t kPackedCode<std::int8_t> = 5;
 template <>
 inline constexpr std::int64_t kPackedCode<int4> = 6;
 
-/// In its place, of an embedding that is the head.
-inline constexpr std::int64_t kPackedHead = -1;
+/// In its place, of an embedding that is the head, and of one in blocks, before their format.
+inline constexpr std::int64_t kPackedHead = -1, kPackedBlocks = -2;
 /// Before a text.
 inline constexpr std::int64_t kPackedText = 1;
 

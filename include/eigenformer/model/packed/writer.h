@@ -7,7 +7,6 @@
 #include <filesystem>
 #include <fstream>
 #include <optional>
-#include <random>
 #include <span>
 #include <string>
 #include <string_view>
@@ -44,7 +43,9 @@ class PackedWriter {
   /// A text that lives until it is written, or none.
   void text(std::optional<std::string_view> text) {
     put(text ? kPackedText : 0);
-    if (text) array(text->data(), static_cast<Index>(text->size()));
+    if (!text) return;
+    array(text->data(), static_cast<Index>(text->size()));
+    put(PagedChecksum::of(text->data(), text->size()));
   }
   void vector(const PackedArray<float>& x, Index) { sized(x.data(), x.size()); }
   void numbers(const std::vector<float>& x, Index) {
@@ -87,6 +88,10 @@ class PackedWriter {
             array(table.data(), table.size());
           } else if constexpr (std::is_same_v<Table, TiedEmbedding>) {
             put(kPackedHead);
+          } else if constexpr (std::is_same_v<Table, EncodedEmbedding>) {
+            put(kPackedBlocks);
+            put(table.format);
+            array(table.data, table.bytes());
           } else if constexpr (std::is_same_v<Table, QuantizedEmbedding>) {
             put(kPackedCode<std::int8_t>);
             array(table.values.data(), table.values.size());
@@ -136,9 +141,7 @@ inline void write_packed_parts(PackedWriter& parts, std::size_t weight_bytes,
                                const std::filesystem::path& path, std::string_view key) {
   parts.list.push_back(static_cast<std::int64_t>(weight_bytes));
   const std::string head = PackedHead{std::string(key), std::move(parts.list), parts.bytes}.bytes();
-  // Programs that start together may all write it: each to a file of its own.
-  const std::string ending = "." + std::to_string(std::random_device{}()) + ".partial";
-  write_whole(path, ending, [&](std::ofstream& stream) {
+  write_whole(path, partial_ending(), [&](std::ofstream& stream) {
     stream.write(head.data(), static_cast<std::streamsize>(head.size()));
     const std::array<char, PackedHead::kPage> zeros{};
     std::uint64_t at = 0;
