@@ -103,6 +103,28 @@ TEST(SamplingChanges, RowsAreThoseChangedByHand) {
   check_random_chains<Eigen::half>(4, 700);
 }
 
+// What the penalties found out about the maxima is not true of the tokens that XTC leaves. Min-p
+// keeps all tokens here: so hot, the lowest float weighs more than 1e-30.
+TEST(SamplingChanges, TopKAfterTokensAreExcluded) {
+  constexpr Index vocab = 8192;
+  ef::Tensor<float, 2> logits(1, vocab);
+  logits.setConstant(-1e37f);
+  for (Index block = 0; block < vocab / 128; ++block)
+    logits(0, block * 128) = static_cast<float>(block);
+  std::vector<std::int32_t> history;
+  for (std::int32_t token = 1; token < 100; ++token) history.push_back(token);
+  using enum ef::SamplingStage;
+  const ef::SamplingParams params{.temperature = 5e36,
+                                  .top_k = 1,
+                                  .min_p = 1e-30,
+                                  .repetition_penalty = 1.1,
+                                  .order = {penalties, temperature, min_p, xtc, top_k},
+                                  .output_tokens = history,
+                                  .xtc_probability = 1,
+                                  .xtc_threshold = 5e-4};
+  EXPECT_EQ(kept_by(logits, params), Set{0});
+}
+
 /// Penalties that lower the very tokens that a first filter would keep: of a history kernels look
 /// at what may matter.
 TEST(SamplingChanges, HistoriesOfTheLikeliestTokens) {

@@ -139,33 +139,71 @@ TEST(SamplingBulk, MomentsAreAsRightAsTheySay) {
       for (double inverse : {1.0, .3, 7.0})
         for_each_isa([&](auto isa) {
           using Isa = decltype(isa);
-          std::vector<float> maxima(static_cast<std::size_t>(vocab / 128 + 1)),
-              found(static_cast<std::size_t>(vocab) + 1024);
+          using Weights = ef::cpu::FusedWeights<ef::simd::Vec<float, Isa>>;
+          const auto blocks = static_cast<std::size_t>(vocab / 128 + 1);
+          std::vector<float> maxima(blocks), found(static_cast<std::size_t>(vocab) + 1024),
+              lanes(16 * blocks);
+          std::vector<std::int32_t> begin(blocks + 1);
           ef::cpu::SamplingRow<float> row{&rows(r, 0), vocab, maxima.data(), {}, 1.0};
           ef::cpu::scan_row<Isa>(row);
           row.inverse_temperature = inverse;
-          const ef::cpu::Ring ring{row.band.hi - 1, .5f, 1.25f};
-          const auto sums = ef::cpu::moment_sums<Isa>(row, ring, found.data());
-          const ef::cpu::BulkMoments moments(row, ring.middle, sums);
+          ef::cpu::WeighedRow<float> sums{};
+          sums.lanes = lanes.data(), sums.begin = begin.data();
+          const Weights weights(row, row.band.hi - 1);
+          const float nearer = .5f, farther = 1.25f;
+          const ef::cpu::Ring ring{row.band.hi - 1, nearer, farther};
+          ef::cpu::RowWeighing<Isa, float, ef::cpu::ByDistance>{row, weights, ring.rule(weights),
+                                                                found.data()}(sums);
+          const ef::cpu::BulkMoments moments(row, weights, sums);
           long double total = 0, moment = 0, first = 0;
-          Index gathered = 0;
+          Index gathered = 0, at_ends = 0;
           for (Index v = 0; v < vocab; ++v) {
             const long double w = ef::cpu::token_weight(rows(r, v), row.band.hi, inverse);
             total += w;
             if (w > 0) moment += w * rows(r, v);
-            const float distance = std::abs(rows(r, v) - ring.middle);
-            if (distance < ring.nearer) first += w;
-            gathered += distance >= ring.nearer && distance <= ring.farther;
+            const double distance = std::abs(static_cast<double>(rows(r, v)) - weights.zero);
+            const auto is_at = [&](double end) { return std::abs(distance - end) < 2e-7 * end; };
+            if (is_at(nearer) || is_at(farther)) {
+              ++at_ends;
+            } else {
+              if (distance < nearer) first += w;
+              gathered += distance > nearer && distance < farther;
+            }
           }
           EXPECT_NEAR(static_cast<double>(total), moments.total.value, moments.total.error)
               << isa.name << " row " << r << " of " << vocab << " " << inverse;
           EXPECT_NEAR(static_cast<double>(moment / total), moments.mean.value, moments.mean.error)
               << isa.name << " row " << r << " of " << vocab << " " << inverse;
           EXPECT_LT(moments.mean.error, 1e-5 * (1 + moments.spread) / (std::min)(inverse, 1.0));
-          EXPECT_NEAR(static_cast<double>(first), sums.first_weight, 2e-6 * sums.first_weight);
-          EXPECT_EQ(gathered, sums.gathered);
+          if (at_ends == 0) {
+            EXPECT_NEAR(static_cast<double>(first), sums.total_above * weights.unit,
+                        2e-6 * static_cast<double>(first));
+            EXPECT_EQ(gathered, sums.count);
+          }
         });
   }
+}
+
+// The maxima of the blocks tell of some of these that the best token is all that is kept: around
+// where they stop to, and around where others are kept too.
+TEST(SamplingBulk, PeaksKeepTheTokensOfSumsInDouble) {
+  constexpr Index vocab = 9001, peaks = 40;
+  auto rows = random_tensor<float, 2>({peaks, vocab}, 4);
+  for (Index r = 0; r < peaks; ++r) {
+    const float peak = 6 + .25f * static_cast<float>(r);
+    rows(r, 128 * r + r) = peak;
+    if (r % 3 == 1) rows(r, 128 * r + r + 1) = peak - .01f;
+    if (r % 3 == 2) rows(r, 7000) = peak - static_cast<float>(r % 4);
+  }
+  const ef::Tensor<double, 2> exact = rows.cast<double>();
+  for (double p : {.05, .4, .9, .999})
+    for (double temperature : {.7, 1.0, 1.6})
+      for (const ef::SamplingParams& params :
+           {ef::SamplingParams{.temperature = temperature, .top_p = p},
+            ef::SamplingParams{.temperature = temperature, .typical_p = p}})
+        ASSERT_TRUE(keep_same_tokens(ef::sampling_probabilities(rows, params),
+                                     ef::sampling_probabilities(exact, params)))
+            << p << " " << temperature;
 }
 
 /// Makes tokens of a row as far above its mean logit as others are below, but for a rounding.

@@ -102,7 +102,10 @@ bool find_top_h(const SamplingRow<T>& row, double part,
   const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
   NucleusSample<Isa> sample(row, found);
   const auto middle = static_cast<float>(estimated_mean(row, sample).value);
-  const BulkMoments moments(row, middle, moment_sums<Isa>(row, {middle, 0, 0}, nullptr));
+  if (!FusedWeights<V>::within_range(row, middle)) return false;
+  const FusedWeights<V> about_mean(row, middle);
+  RowWeighing<Isa, T, ByDistance>{row, about_mean, {0, -1, infinity}, found}(*scratch.weighed);
+  const BulkMoments moments(row, about_mean, *scratch.weighed);
   const double total = moments.total.value, log_total = std::log(total);
   const Bounded entropy = moments.entropy(best, scale);
   if (!(entropy.least() > 0)) return false;

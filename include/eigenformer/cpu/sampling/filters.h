@@ -10,6 +10,7 @@
 #include "entropy.h"
 #include "kept.h"
 #include "nearest.h"
+#include "peak.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -147,10 +148,12 @@ void keep_top_p(SamplingRow<T>& row, double p, const SamplingScratch<compute_typ
   if constexpr (std::is_same_v<C, float>) {
     PrefixEnd<C> end;
     if (row.vocab >= SelectionLimits::sampled && FusedWeights<simd::Vec<float, Isa>>::serves(row)) {
+      if (best_suffices<Isa>(row, p)) return end_band_at<Isa>(row, {row.band.hi, 1, 1});
       if (find_end_of_equals<Isa>(row, p, end)) return end_band_at<Isa>(row, end);
       if (find_nucleus<Isa>(row, p, scratch, end)) {
         end_band_at<Isa>(row, end);
-        return keep_sums(row, end, *scratch.weighed);
+        if (end.taken == end.candidates) keep_sums(row, *scratch.weighed);
+        return;
       }
     }
   }
@@ -227,9 +230,10 @@ void keep_typical_p(SamplingRow<T>& row, double p,
   if (p >= 1.0 || row.band.lo == row.band.hi) return;
   if constexpr (std::is_same_v<compute_type<T>, float>) {
     PrefixEnd<float> equals;
-    if (row.vocab >= SelectionLimits::sort && serves_bulk(row)) {
+    if (row.vocab >= SelectionLimits::sort && FusedWeights<simd::Vec<float, Isa>>::serves(row)) {
+      if (best_is_nearest<Isa>(row, p)) return end_band_at<Isa>(row, {row.band.hi, 1, 1});
       if (find_end_of_equals<Isa>(row, p, equals)) return;
-      if (find_nearest<Isa>(row, p, scratch, row.band)) return;
+      if (find_nearest<Isa>(row, p, scratch)) return keep_sums(row, *scratch.weighed);
     }
   }
   const WeightSums sums = weight_sums<Isa>(row);

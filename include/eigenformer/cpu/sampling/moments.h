@@ -1,11 +1,11 @@
 /// \file
 /// Sums of weights and of weight * logit in float, with bounds on their errors: the mean logit and
-/// the entropy of a row, for a seventh of the time of sums in double. The same pass sums the tokens
-/// that come first by some key and gathers those behind them. Stages decide by such sums where
-/// every number within the bounds decides alike, else by sums in double.
+/// the entropy of a row, for a seventh of the time of sums in double (weighing.h has the pass).
+/// Stages decide by such sums where every number within the bounds decides alike, else by sums in
+/// double.
 #pragma once
 
-#include <array>
+#include <optional>
 
 #include "nucleus.h"
 
@@ -68,155 +68,32 @@ struct Bounded {
   double most() const { return value + error; }
 };
 
-/// Sums in float over the tokens in play, u = logit - middle, w the weight.
-struct MomentSums {
-  double weight = 0, moment = 0, square = 0;  // of w, w u, w u^2 (the last right to a percent)
-  // of w of those before the ring, and of the others: each token is in one of the two, so that
-  // weight = first + rest whatever the roundings
-  double first_weight = 0, rest_weight = 0;
-  Index gathered = 0;  // logits of the ring
-  double tree = 0;     // the error of such a sum, of its terms
-};
-
-/// Weights and moments of blocks. `first` are the tokens whose distance from `middle` is less than
-/// `nearer`; those from there on up to `farther` are chosen.
-template <typename V>
-struct MomentsOfBlocks {
-  BulkWeights<V> weights;
-  V middle, nearer, farther;
-
-  // vectors at once; additions in a row that a term goes through, each wrong by 2^-24
-  static constexpr int vectors = kVectorsAtOnce<V>,
-                       additions = 3 + SamplingBlock::size / V::lanes / vectors;
-  static_assert(vectors == 8);
-  enum Sum { square, moment, rest, first, count };
-  using Sums = std::array<LaneTotals<V>, count>;
-
-  /// Adds the sums of a block. Without kClamp false where one is not finite, and nothing is added.
-  template <bool kApart, bool kClamp>
-  EIGENFORMER_INLINE bool add(const float* x, BlockBits& chosen, Sums& to) const {
-    V sums[count] = {V::zero(), V::zero(), V::zero(), V::zero()};
-    for (Index at = 0; at < SamplingBlock::size; at += vectors * V::lanes) {
-      V w[vectors], moments[4], rests[4], firsts[4];
-      EIGENFORMER_UNROLL
-      for (int k = 0; k < vectors; ++k) w[k] = V::load(x + at + k * V::lanes);
-      weights.template apply<kClamp>(w);
-      EIGENFORMER_UNROLL
-      for (int k = 0; k < vectors; ++k) {
-        V u = V::load(x + at + k * V::lanes) - middle;
-        if constexpr (kClamp) u = maximum(V::set1(std::numeric_limits<float>::lowest()), u);
-        const V wu = w[k] * u;
-        sums[square] = fma(wu, u, sums[square]);
-        V& moment_part = moments[k % 4];
-        moment_part = k < 4 ? wu : moment_part + wu;
-        V& rest_part = rests[k % 4];
-        if constexpr (!kApart) {
-          rest_part = k < 4 ? w[k] : rest_part + w[k];
-        } else {
-          const auto is_first = less(abs(u), nearer), is_near = less_equal(abs(u), farther);
-          chosen.add(at + k * V::lanes, is_first.bits() ^ is_near.bits());
-          V& first_part = firsts[k % 4];
-          if (k < 4) first_part = rest_part = V::zero();
-          first_part = select(is_first, first_part + w[k], first_part);
-          rest_part = select(is_first, rest_part, rest_part + w[k]);
-        }
-      }
-      sums[moment] = sums[moment] + sum_of(moments);
-      sums[rest] = sums[rest] + sum_of(rests);
-      if constexpr (kApart) sums[first] = sums[first] + sum_of(firsts);
-    }
-    if constexpr (!kClamp)
-      if (less(abs(sums[moment]), V::set1(std::numeric_limits<float>::infinity())).bits() !=
-          (std::uint32_t{1} << V::lanes) - 1)
-        return false;
-    EIGENFORMER_UNROLL
-    for (int k = 0; k < count; ++k) to[k].add(sums[k]);
-    return true;
-  }
-};
-
-/// Logits whose distance from `middle` is at least `nearer` and at most `farther`.
-struct Ring {
-  float middle, nearer, farther;
-};
-
-/// One pass over the tokens in play: their moments about the middle of the ring, and the logits in
-/// it in `out`, which has room as in SamplingScratch. `out` null: sums alone.
-template <typename Isa, typename T>
-MomentSums moment_sums(const SamplingRow<T>& row, const Ring& ring, float* out) {
-  using V = simd::Vec<float, Isa>;
-  using Blocks = MomentsOfBlocks<V>;
-  const Blocks blocks{BulkWeights<V>(row), V::set1(ring.middle), V::set1(ring.nearer),
-                      V::set1(ring.farther)};
-  const float least = ring.middle - ring.farther;
-  const RowSlices slices(row.blocks());
-  typename Blocks::Sums sums[RowSlices::most];
-  float *begins[RowSlices::most], *ends[RowSlices::most];
-  for_slices_in_play<Isa>(row, 1.5 * kWeightCycles, [&](Index first_slice, Index last_slice) {
-    alignas(64) float buffer[SamplingBlock::size];
-    // a range of slices writes side by side
-    float* to = out == nullptr ? out
-                               : out + slices.begin(first_slice) * SamplingBlock::size +
-                                     first_slice * RowSlices::slack;
-    for (Index s = first_slice; s < last_slice; ++s) {
-      begins[s] = to;
-      for_each_block_index<Isa>(
-          row, slices.begin(s), slices.begin(s + 1), row.band.lo, [&](Index block) {
-            const float* const x = in_play_logits<Isa>(row, block, buffer);
-            constexpr bool kScales = BulkWeights<V>::kScales;
-            BlockBits chosen;
-            if (out == nullptr || row.block_max[block] < least) {
-              if (kScales && blocks.template add<false, false>(x, chosen, sums[s])) return;
-              blocks.template add<false, true>(x, chosen, sums[s]);
-            } else {
-              if (!kScales || !blocks.template add<true, false>(x, chosen, sums[s])) {
-                chosen = {};
-                blocks.template add<true, true>(x, chosen, sums[s]);
-              }
-              to = store_logits<V>(x, chosen, to);
-            }
-          });
-      ends[s] = to;
-    }
-  });
-  MomentSums all;
-  for (Index s = 0; s < slices.count(); ++s) {
-    all.square += sums[s][Blocks::square].sum();
-    all.moment += sums[s][Blocks::moment].sum();
-    all.rest_weight += sums[s][Blocks::rest].sum();
-    all.first_weight += sums[s][Blocks::first].sum();
-    if (out == nullptr) continue;
-    if (begins[s] != out + all.gathered) std::copy(begins[s], ends[s], out + all.gathered);
-    all.gathered += ends[s] - begins[s];
-  }
-  all.weight = all.first_weight + all.rest_weight;
-  all.tree = Blocks::additions * 0x1p-24;
-  return all;
-}
-
-/// Of the tokens in play: the sum of their weights and the mean logit under them. `spread`: the
-/// standard deviation, right to a percent.
+/// Of the tokens in play: the sum of their weights relative to the best and the mean logit under
+/// them. `spread`: the standard deviation, right to a percent.
 struct BulkMoments {
   Bounded total, mean;
   double spread = 0;
+  double log_squares = 0;  // of w (log w)^2 in the units of the pass, or more
 
-  template <typename T>
-  BulkMoments(const SamplingRow<T>& row, float middle, const MomentSums& sums) {
-    const double scale = row.inverse_temperature, m = static_cast<double>(middle),
-                 from_best = (m - static_cast<double>(row.band.hi)) * scale;
-    // A weight is wrong by a + b |t| of itself, t its logarithm, u and w u by 2^-24 each, their sum
-    // by `tree`: all of them times |u|, by Cauchy and Schwarz.
-    const double away = sums.moment / sums.weight, uu = 1.02 * sums.square / sums.weight,
-                 u = std::sqrt(uu),
-                 t = std::sqrt(1.001 *
-                               (uu * scale * scale + 2 * std::abs(from_best * away) * scale +
-                                from_best * from_best));
-    constexpr double a = BulkError::weight, b = BulkError::log_weight;
-    const double relative = a + sums.tree + b * t,
-                 error = (relative + 1.3e-7) * u + std::abs(away) * relative;
-    total = {sums.weight, 1.001 * sums.weight * relative + 1e-30};
+  template <typename T, typename V>
+  BulkMoments(const SamplingRow<T>& row, const FusedWeights<V>& weights,
+              const WeighedRow<float>& sums) {
+    constexpr double ln2 = 0.69314718055994530942;
+    const double weight = sums.total_above + sums.total_rest, m = weights.zero,
+                 away = sums.total_moment / weight / weights.rate;
+    // what underflows is less than 2e-38 of each token
+    const double squares =
+        1.02 * sums.total_square / weight + 2e-38 * static_cast<double>(row.vocab) / weight;
+    log_squares = squares * weight * ln2 * ln2;
+    // A weight is wrong by a + b |t| of itself, t its logarithm, u = logit - m by 2 roundings and
+    // w u by one, their sum by `sum`: all of them times |u|, by Cauchy and Schwarz.
+    const double t = std::sqrt(squares), u = t / weights.rate,
+                 relative = weights.weight + weights.sum + weights.log_weight * t * ln2,
+                 error = (relative + 2e-7) * u + std::abs(away) * relative;
+    total = {weight * weights.unit, 1.001 * weight * relative * weights.unit + 1e-30};
     mean = {m + away, 1.001 * error + 1e-15 * (std::abs(m) + std::abs(away))};
-    spread = std::sqrt((std::max)(0.0, sums.square / sums.weight - away * away));
+    spread = std::sqrt(
+        (std::max)(0.0, sums.total_square / weight / (weights.rate * weights.rate) - away * away));
   }
 
   /// Of -log(weight), in nats.
@@ -252,15 +129,22 @@ Bounded estimated_mean(const SamplingRow<T>& row, const NucleusSample<Isa>& samp
   return {mean, 3 * std::sqrt(sample.scale * (sample.scale - 1) * some[2]) / total};
 }
 
-/// The moments, about a logit near their mean where the row is long enough for a sample.
+/// The moments, about a logit near their mean where the row is long enough for a sample, if the
+/// weights about it are finite.
 template <typename Isa, typename T>
-BulkMoments bulk_moments(const SamplingRow<T>& row,
-                         const SamplingScratch<compute_type<T>>& scratch) {
+std::optional<BulkMoments> bulk_moments(const SamplingRow<T>& row,
+                                        const SamplingScratch<compute_type<T>>& scratch) {
+  using Weights = FusedWeights<simd::Vec<float, Isa>>;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
   float middle = row.band.hi;
   if (row.vocab >= SelectionLimits::sampled)
     middle =
         static_cast<float>(estimated_mean(row, NucleusSample<Isa>(row, scratch.candidates)).value);
-  return BulkMoments(row, middle, moment_sums<Isa>(row, {middle, 0, 0}, nullptr));
+  if (!Weights::within_range(row, middle)) return std::nullopt;
+  const Weights weights(row, middle);
+  RowWeighing<Isa, T, ByDistance>{
+      row, weights, {0, -1, infinity}, scratch.candidates}(*scratch.weighed);
+  return BulkMoments(row, weights, *scratch.weighed);
 }
 
 }  // namespace cpu

@@ -89,7 +89,7 @@ float largest_at_most(const SamplingRow<T>& row, float most) {
 template <typename Isa, typename T>
 struct NearestSearch {
   using V = simd::Vec<float, Isa>;
-  using Interval = CandidateInterval<V, BulkWeights<V>, DistanceKey<V>>;
+  using Interval = CandidateInterval<V, FusedWeights<V>, DistanceKey<V>>;
   static constexpr float infinity = std::numeric_limits<float>::infinity();
 
   const SamplingRow<T>& row;
@@ -100,9 +100,9 @@ struct NearestSearch {
   bool outside = false;  // the end may lie outside of the ring
 
   double distance(float x) const { return std::abs(static_cast<double>(x) - center); }
-  /// How wrong a distance in float from `middle` may be.
-  double doubt_of(float middle, double distance) const {
-    return doubt + std::abs(center - static_cast<double>(middle)) + 1.2e-7 * distance;
+  /// How wrong a distance in float from `middle` may be, after three roundings.
+  double doubt_of(double middle, double distance) const {
+    return doubt + std::abs(center - middle) + 2e-7 * distance;
   }
 
   /// Whether and where n candidates end the set: after tokens of weight `before`, all nearer than
@@ -135,62 +135,96 @@ struct NearestSearch {
   }
 };
 
+/// Distances from a logit, those of the tokens that a pass gathers.
+struct Ring {
+  float middle, nearer, farther;
+
+  /// Farther than this no token has a weight.
+  template <typename V>
+  static float most(const FusedWeights<V>& weights) {
+    return static_cast<float>((std::min)(120 / weights.rate, 1e38));
+  }
+  template <typename V>
+  ByDistance rule(const FusedWeights<V>& weights) const {
+    const double reach = static_cast<double>(farther),
+                 least = weights.zero - 1.000001 * reach - 1e-6 * std::abs(weights.zero);
+    return {static_cast<float>(static_cast<double>(nearer) * weights.rate),
+            static_cast<float>(reach * weights.rate), static_cast<float>((std::max)(least, -1e38))};
+  }
+};
+
 /// Decides of what a pass gathered.
 template <typename Isa, typename T>
-bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
-                    const BulkMoments& moments, const Ring& ring, float* candidates) {
+bool decide_nearest(NearestSearch<Isa, T>& search,
+                    const FusedWeights<typename NearestSearch<Isa, T>::V>& weights,
+                    const WeighedRow<float>& sums, const BulkMoments& moments, const Ring& ring,
+                    float* candidates) {
   using Search = NearestSearch<Isa, T>;
   using V = typename Search::V;
   const auto& row = search.row;
-  const double p = search.p;
+  const double p = search.p, weight = sums.total_above + sums.total_rest;
   const float middle = static_cast<float>(search.center);
   const double reach = (std::min)(static_cast<double>(ring.farther), 1e3 * moments.spread);
   const typename Search::Interval interval{
-      BulkWeights<V>(row), {middle, static_cast<float>(4 * search.doubt_of(middle, reach))}};
-  double before = sums.first_weight;
+      weights, {middle, static_cast<float>(4 * search.doubt_of(middle, reach))}};
+  double before = sums.total_above;
   typename Search::Interval::Dropped dropped;
-  const Index n = interval.narrow(candidates, sums.gathered, p * sums.weight, before, &dropped);
+  const Index n = interval.narrow(candidates, sums.count, p * weight, before, &dropped);
   if (n == 0) return false;
   const bool has_dropped = dropped.above < Search::infinity;
   const double first_near = ring.nearer > 0 ? static_cast<double>(ring.nearer) : -1e300,
                last_far = static_cast<double>(ring.farther);
   const auto decide = [&](double total, double sum_before, double error) {
-    const auto widened = [&](float from, double distance, double sign) {
+    const auto widened = [&](double from, double distance, double sign) {
       return distance < 0 || !(distance < 1e30) ? distance
                                                 : distance + sign * search.doubt_of(from, distance);
     };
-    double nearer = widened(ring.middle, first_near, 1),
-           farther = widened(ring.middle, last_far, -1);
+    double nearer = widened(weights.zero, first_near, 1),
+           farther = widened(weights.zero, last_far, -1);
     const double ring_near = nearer + search.doubt, ring_far = farther - search.doubt;
     if (has_dropped)
-      nearer = (std::max)(nearer, widened(middle, -static_cast<double>(dropped.above), 1));
+      nearer = (std::max)(
+          nearer, widened(static_cast<double>(middle), -static_cast<double>(dropped.above), 1));
     if (dropped.below > -Search::infinity)
-      farther = (std::min)(farther, widened(middle, -static_cast<double>(dropped.below), -1));
+      farther = (std::min)(
+          farther, widened(static_cast<double>(middle), -static_cast<double>(dropped.below), -1));
     const bool decided =
         search.decide(candidates, n, sum_before, p * total, error, nearer, farther);
     search.outside =
         !decided && !(ring_near < search.end.distance() && search.end.distance() < ring_far);
     return decided;
   };
-  const double weight_error = (1 - p) * BulkError::of_weights(before, row.vocab) +
-                              p * BulkError::of_weights(sums.weight - before, row.vocab),
-               sum_error = sums.tree * ((1 - p) * sums.first_weight + p * sums.rest_weight) +
-                           BulkError::sum * (before - sums.first_weight);
-  if (decide(sums.weight, before, weight_error + sum_error + 1e-12 * sums.weight)) return true;
+  // of sums of 10 additions in a row: what lay before the candidates in the ring
+  const auto error_of = [&](double mass) {
+    return mass * (weights.weight + weights.sum) +
+           weights.log_weight * std::sqrt(mass * moments.log_squares);
+  };
+  const double error = (1 - p) * error_of(before) + p * error_of(weight - before) +
+                       10 * 0x1p-24 * (before - sums.total_above) + 1e-12 * weight;
+  if (decide(weight * weights.unit, before * weights.unit, 1.01 * error * weights.unit + 1e-30))
+    return true;
   if (search.outside) return false;
   // the tokens before the candidates as one interval, and their weights in double
-  const float nearer = has_dropped ? -dropped.above : ring.nearer,
-              from = has_dropped ? middle : ring.middle;
-  const auto doubt_at = [&](double distance) { return search.doubt_of(ring.middle, distance); };
-  if (has_dropped && (!(first_near + doubt_at(first_near) < static_cast<double>(nearer)) ||
-                      !(static_cast<double>(nearer) < last_far - doubt_at(nearer))))
+  const auto doubt_at = [&](double distance) { return search.doubt_of(weights.zero, distance); };
+  const double nearest = -static_cast<double>(dropped.above);
+  if (has_dropped &&
+      (!(first_near + doubt_at(first_near) < nearest) || !(nearest < last_far - doubt_at(nearest))))
     return false;
+  const float first = has_dropped ? -dropped.above : ring.rule(weights).nearer;
   double exact_before = 0;
   const WeightSums exact =
-      weight_sums_of_blocks<Isa>(row, [&](Index, const float* x, double* weights, double*, double) {
-        for (Index j = 0; j < SamplingBlock::size; ++j)
-          weights[j] = std::abs(x[j] - from) < nearer ? weights[j] : 0.0;
-        exact_before += block_sum(weights);
+      weight_sums_of_blocks<Isa>(row, [&](Index, const float* x, double* w, double*, double) {
+        alignas(64) float distances[SamplingBlock::size];
+        for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+          V t[1] = {V::load(x + i)};
+          if (has_dropped)
+            t[0] = t[0] - V::set1(middle);
+          else
+            weights.exponents(t);
+          abs(t[0]).store(distances + i);
+        }
+        for (Index j = 0; j < SamplingBlock::size; ++j) w[j] = distances[j] < first ? w[j] : 0.0;
+        exact_before += block_sum(w);
       });
   const double best = static_cast<double>(row.band.hi);
   search.center = best + exact.mean() / row.inverse_temperature;
@@ -201,7 +235,7 @@ bool decide_nearest(NearestSearch<Isa, T>& search, const MomentSums& sums,
 
 /// The band of the tokens in play up to the end. `gathered` of `found`: logits of the ring.
 template <typename Isa, typename T>
-Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, const Ring& ring,
+Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, float middle,
                             const float* found, Index gathered) {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   constexpr auto most = static_cast<double>((std::numeric_limits<float>::max)());
@@ -218,21 +252,21 @@ Band<float> band_of_nearest(const SamplingRow<T>& row, const NearestEnd& end, co
   if (lo > band.lo) band.lo = lo, band.lo_end = row.vocab;
   if (hi < band.hi) {
     // one of the ring, else one nearer
-    band.hi = largest_in<Isa>(found, gathered, ring.middle, hi);
-    if (!(band.hi > ring.middle)) band.hi = largest_at_most<Isa>(row, hi);
+    band.hi = largest_in<Isa>(found, gathered, middle, hi);
+    if (!(band.hi > middle)) band.hi = largest_at_most<Isa>(row, hi);
     band.hi_begin = 0;
   }
   return band;
 }
 
 /// Narrows the band to the tokens nearest to the mean logit that have p of the mass, if sums in
-/// float and double tell.
+/// float and double tell. What they are of stays in scratch.weighed, as with find_nucleus.
 template <typename Isa, typename T>
-bool find_nearest(const SamplingRow<T>& row, double p,
-                  const SamplingScratch<compute_type<T>>& scratch, Band<float>& band) {
+bool find_nearest(SamplingRow<T>& row, double p, const SamplingScratch<compute_type<T>>& scratch) {
   constexpr float all = (std::numeric_limits<float>::max)();
   using V = simd::Vec<float, Isa>;
   float* const found = scratch.candidates;
+  WeighedRow<float>& sums = *scratch.weighed;
   Ring ring{row.band.hi, 0, all};
   bool sums_alone = true;  // where nothing is known of the mean
   if (row.vocab >= SelectionLimits::sampled) {
@@ -245,24 +279,29 @@ bool find_nearest(const SamplingRow<T>& row, double p,
     sums_alone = false;
   }
   for (int attempt = 0; attempt < 4; ++attempt) {
-    const MomentSums sums = moment_sums<Isa>(row, ring, sums_alone ? nullptr : found);
-    const BulkMoments moments(row, ring.middle, sums);
-    const double target = p * sums.weight;
+    if (!FusedWeights<V>::within_range(row, ring.middle)) return false;
+    const FusedWeights<V> weights(row, ring.middle);
+    const bool is_all = ring.farther >= Ring::most(weights);
+    ring.farther = (std::min)(ring.farther, Ring::most(weights));
+    const ByDistance rule = sums_alone ? ByDistance{0, -1, all} : ring.rule(weights);
+    RowWeighing<Isa, T, ByDistance>{row, weights, rule, found}(sums);
+    const BulkMoments moments(row, weights, sums);
+    const double target = p * (sums.total_above + sums.total_rest);
     NearestSearch<Isa, T> search{row, p, found, moments.mean.value, moments.mean.error};
     const auto center = static_cast<float>(search.center);
     const float away = std::abs(center - ring.middle);
     if (sums_alone) {
       sums_alone = false;
-    } else if (target <= sums.first_weight) {
+    } else if (target <= sums.total_above) {
       ring.farther = 1.000001f * ring.nearer + 2 * away, ring.nearer = 0;
     } else {
-      const typename NearestSearch<Isa, T>::Interval interval{BulkWeights<V>(row), {center, 0}};
-      if (target <= sums.first_weight + interval.sum(found, sums.gathered)) {
-        const bool copied = 2 * sums.gathered <= row.vocab;
-        float* const candidates = copied ? found + sums.gathered : found;
-        if (copied) std::copy(found, found + sums.gathered, candidates);
-        if (decide_nearest(search, sums, moments, ring, candidates)) {
-          band = band_of_nearest<Isa>(row, search.end, ring, found, copied ? sums.gathered : 0);
+      const typename NearestSearch<Isa, T>::Interval interval{weights, {center, 0}};
+      if (target <= sums.total_above + interval.sum(found, sums.count)) {
+        float* const candidates = sums.candidates(row.vocab);
+        if (decide_nearest(search, weights, sums, moments, ring, candidates)) {
+          row.band = band_of_nearest<Isa>(row, search.end, ring.middle, found,
+                                          sums.gathered == nullptr ? 0 : sums.count);
+          sums.reference = ring.middle;
           return true;
         }
         if (!search.outside) return false;
@@ -270,7 +309,7 @@ bool find_nearest(const SamplingRow<T>& row, double p,
                 (std::min)(all, ring.farther + 4 * away)};
         continue;
       }
-      if (ring.farther == all) return false;
+      if (is_all) return false;
       ring.nearer = (std::max)(0.0f, ring.farther - 2 * away), ring.farther = all;
     }
     ring.middle = center;

@@ -227,57 +227,40 @@ bool find_nucleus(const SamplingRow<T>& row, double p,
   NucleusSample<Isa>(row, scratch.candidates).bracket(row, p, lo, hi);
   const CandidateInterval<V, FusedWeights<V>> interval{FusedWeights<V>(row)};
   const FusedWeights<V>& weights = interval.weights;
-  double inside = 0, total = 0;
+  double total = 0;
   for (int attempt = 0;; ++attempt) {
     if (attempt == 3) return false;
-    RowWeighing<Isa, T>{row, weights, lo, hi, scratch.candidates}(sums);
+    RowWeighing<Isa, T, ByLogit>{row, weights, {lo, hi}, scratch.candidates}(sums);
     total = sums.total_above + sums.total_rest;
-    inside = interval.sum(sums.gathered, sums.count);
-    if (p * total <= sums.total_above - inside) {
+    if (p * total <= sums.total_above) {
       lo = std::nextafter(hi, infinity), hi = infinity;
-    } else if (p * total > sums.total_above) {
+    } else if (p * total > sums.total_above + interval.sum(sums.gathered, sums.count)) {
       if (!(lo > row.band.lo)) return false;
       hi = std::nextafter(lo, -infinity), lo = row.band.lo;
     } else {
       break;
     }
   }
-  float* found = sums.gathered;
-  if (2 * sums.count + 64 <= row.vocab) {
-    found += (sums.count + 15) / 16 * 16;
-    std::copy(sums.gathered, sums.gathered + sums.count, found);
-  } else {
-    sums.gathered = nullptr;
-  }
-  double above = sums.total_above - inside;
+  sums.reference = row.band.hi;
+  float* const found = sums.candidates(row.vocab);
+  double above = sums.total_above;
   Index n = sums.count;
   if (hi < infinity && lo > std::numeric_limits<float>::lowest())
     n = narrow_by_ends(interval, found, n, lo, hi, p * total, above);
   n = interval.narrow(found, n, p * total, above);
   if (n == 0) return false;
+  const double narrowed = above - sums.total_above;  // of sums of 18 additions in a row at most
+  const double error =
+      weights.error_of_share(above, total - above, p, row.vocab) + 18 * 0x1p-24 * narrowed;
   above *= weights.unit, total *= weights.unit;
   const auto exact_weights =
       candidate_weights<float>(static_cast<double>(row.band.hi), row.inverse_temperature);
-  const auto decide = [&](double before, double all, double error) {
-    return tells_end_of_prefix(found, n, before, p * all, error, exact_weights, end);
+  const auto decide = [&](double before, double all, double error_of_before) {
+    return tells_end_of_prefix(found, n, before, p * all, error_of_before, exact_weights, end);
   };
-  if (decide(above, total,
-             weights.error_of_share(above, total - above, p, row.vocab) +
-                 26 * 0x1p-24 * inside * weights.unit))  // additions of what lies inside
-    return true;
+  if (decide(above, total, error * weights.unit)) return true;
   const ExactSums exact = exact_sums<Isa>(row, found[0]);
   return decide(exact.above, exact.total, 1e-12 * exact.total);
-}
-
-/// The sums of the row, whose band now ends so, for the draw.
-template <typename T>
-void keep_sums(SamplingRow<T>& row, const PrefixEnd<compute_type<T>>& end,
-               WeighedRow<compute_type<T>>& weighed) {
-  if (weighed.gathered == nullptr || end.taken < end.candidates) return;
-  weighed.end = end.value;
-  weighed.band = row.band;
-  weighed.inverse_temperature = row.inverse_temperature;
-  row.weighed = &weighed;
 }
 
 }  // namespace cpu

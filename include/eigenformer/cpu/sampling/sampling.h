@@ -156,8 +156,9 @@ Index draw_place(const SamplingRow<T>& row, double u,
   if constexpr (std::is_same_v<compute_type<T>, float>) {
     using Weights = FusedWeights<simd::Vec<float, Isa>>;
     if (Weights::serves(row) && row.vocab >= KeptLimits::least_vocab) {
-      const Weights weights(row);
-      if (!has_sums(row)) RowWeighing<Isa, T>{row, weights}(*scratch.weighed);
+      const bool is_weighed = has_sums(row);
+      const Weights weights(row, is_weighed ? row.weighed->reference : row.band.hi);
+      if (!is_weighed) RowWeighing<Isa, T>{row, weights}(*scratch.weighed);
       double target, error;
       BlockFound found = WeighedSums<Isa>{*scratch.weighed, weights}.find(row.blocks(), row.vocab,
                                                                           u, target, error);

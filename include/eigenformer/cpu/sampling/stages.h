@@ -4,6 +4,7 @@
 /// bound where every number within it decides alike (moments.h), else doubles, block by block.
 #pragma once
 
+#include "deviation.h"
 #include "filters.h"
 
 namespace eigenformer {
@@ -71,34 +72,6 @@ void keep_typical_at_least(SamplingRow<T>& row, double p, Index n,
   row.band = nearest.band;
 }
 
-/// Of a logit from the mean, which is that of logit - best.
-inline double squared_deviation(double logit, double best, double mean) {
-  const double d = (logit - best) - mean;
-  return d * d;
-}
-
-/// The band from the largest logit less `deviations` times the root of the variance on.
-template <typename T>
-void narrow_to_deviations(SamplingRow<T>& row, double deviations, double variance) {
-  using C = compute_type<T>;
-  const double least = static_cast<double>(row.band.hi) - deviations * std::sqrt(variance);
-  if (!(least > static_cast<double>(row.band.lo))) return;
-  C lo = static_cast<C>(least);
-  if (static_cast<double>(lo) < least) lo = std::nextafter(lo, row.band.hi);
-  row.band.lo = lo;
-  row.band.lo_end = row.vocab;
-}
-
-/// Keeps logits of at least the largest less `deviations` times their standard deviation.
-template <typename Isa, typename T>
-void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
-  const double best = static_cast<double>(row.band.hi),
-               count = static_cast<double>(count_members<Isa>(row));
-  const double mean = sum_members<Isa>(row, [&](double logit) { return logit - best; }) / count;
-  const auto square = [&](double logit) { return squared_deviation(logit, best, mean); };
-  narrow_to_deviations(row, deviations, sum_members<Isa>(row, square) / count);
-}
-
 /// Whether there is a logit in [least, end) that is in play or of the lower end of the band.
 template <typename Isa, typename T>
 bool has_logit_in(const SamplingRow<T>& row, compute_type<T> least, compute_type<T> end) {
@@ -117,6 +90,55 @@ bool has_logit_in(const SamplingRow<T>& row, compute_type<T> least, compute_type
     if (found != 0) return true;
   }
   return false;
+}
+
+/// The smallest number of the logits' type that is `least` or more.
+template <typename C>
+C rounded_up(double least) {
+  const C number = static_cast<C>(least);
+  return static_cast<double>(number) < least
+             ? std::nextafter(number, std::numeric_limits<C>::infinity())
+             : number;
+}
+
+/// Of a logit from the mean, which is that of logit - best.
+inline double squared_deviation(double logit, double best, double mean) {
+  const double d = (logit - best) - mean;
+  return d * d;
+}
+
+/// The band from the largest logit less `deviations` times the root of the variance on.
+template <typename T>
+void narrow_to_deviations(SamplingRow<T>& row, double deviations, double variance) {
+  using C = compute_type<T>;
+  const double least = static_cast<double>(row.band.hi) - deviations * std::sqrt(variance);
+  if (!(least > static_cast<double>(row.band.lo))) return;
+  row.band.lo = rounded_up<C>(least);
+  row.band.lo_end = row.vocab;
+}
+
+/// Keeps logits of at least the largest less `deviations` times their standard deviation.
+template <typename Isa, typename T>
+void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
+  const double best = static_cast<double>(row.band.hi);
+  if constexpr (std::is_same_v<compute_type<T>, float>)
+    if (row.vocab >= KeptLimits::least_vocab) {
+      const Bounded sigma = deviation_of_logits<Isa>(row);
+      const double lowest = static_cast<double>(row.band.lo);
+      const double least = best - deviations * sigma.most(),
+                   most = best - deviations * sigma.least();
+      if (!(most > lowest)) return;
+      if (least > lowest &&
+          !has_logit_in<Isa>(row, rounded_up<float>(least), rounded_up<float>(most))) {
+        row.band.lo = rounded_up<float>(most);
+        row.band.lo_end = row.vocab;
+        return;
+      }
+    }
+  const auto count = static_cast<double>(count_members<Isa>(row));
+  const double mean = sum_members<Isa>(row, [&](double logit) { return logit - best; }) / count;
+  const auto square = [&](double logit) { return squared_deviation(logit, best, mean); };
+  narrow_to_deviations(row, deviations, sum_members<Isa>(row, square) / count);
 }
 
 /// Narrows the band to the tokens of weight `least` or more, if that is the same whatever `least`
@@ -174,7 +196,9 @@ void exclude_top_choices(SamplingRow<T>& row, double threshold, Index n,
       rest.band.hi_begin = block * SamplingBlock::size + j;
     });
   });
-  if (n == 1 || count_members<Isa>(rest) >= n) row.band = rest.band;
+  if (n > 1 && count_members<Isa>(rest) < n) return;
+  row.band = rest.band;
+  row.reached_by = 0;  // the maxima that reached it may be of tokens that are out
 }
 
 /// The smallest logit in play above `value`; there is one.
@@ -218,7 +242,7 @@ void keep_top_h(SamplingRow<T>& row, double share,
   if (part >= 1) return;
   if constexpr (std::is_same_v<C, float>) {
     PrefixEnd<C> end;
-    if (row.vocab >= SelectionLimits::sampled && serves_bulk(row) &&
+    if (row.vocab >= SelectionLimits::sampled && FusedWeights<simd::Vec<float, Isa>>::serves(row) &&
         find_top_h<Isa>(row, part, scratch, end))
       return end_band_before<Isa>(row, end);
   }
@@ -290,14 +314,14 @@ void keep_eta(SamplingRow<T>& row, double cutoff, const SamplingScratch<compute_
   };
   Bounded least{0, 1};
   if constexpr (std::is_same_v<compute_type<T>, float>)
-    if (serves_bulk(row) && row.vocab >= KeptLimits::least_vocab) {
-      const BulkMoments moments = bulk_moments<Isa>(row, scratch);
-      const Bounded entropy =
-          moments.entropy(static_cast<double>(row.band.hi), row.inverse_temperature);
-      const double fewest = probability(entropy.most()) * moments.total.least(),
-                   most = probability(entropy.least()) * moments.total.most();
-      least = {(fewest + most) / 2, (most - fewest) / 2 + 1e-11 * most};
-    }
+    if (FusedWeights<simd::Vec<float, Isa>>::serves(row) && row.vocab >= KeptLimits::least_vocab)
+      if (const auto moments = bulk_moments<Isa>(row, scratch)) {
+        const Bounded entropy =
+            moments->entropy(static_cast<double>(row.band.hi), row.inverse_temperature);
+        const double fewest = probability(entropy.most()) * moments->total.least(),
+                     most = probability(entropy.least()) * moments->total.most();
+        least = {(fewest + most) / 2, (most - fewest) / 2 + 1e-11 * most};
+      }
   keep_weights_or_best<Isa>(row, least, TopKTies::keep_all, scratch, [&] {
     const WeightSums sums = weight_sums<Isa>(row);
     return probability(sums.entropy()) * sums.total;
