@@ -32,9 +32,11 @@ void weigh_interval(const SamplingRow<float>& row, const problem::ShardNucleus& 
   using Weights = FusedWeights<simd::Vec<float, Isa>>;
   const CandidateInterval<simd::Vec<float, Isa>, Weights> interval{Weights(row)};
   WeighedRow<float>& sums = *scratch.weighed;
-  RowWeighing<Isa, float>{row, interval.weights, nucleus.lo, nucleus.hi, scratch.candidates}(sums);
-  answer[0] = sums.total_above, answer[1] = sums.total_rest;
-  answer[2] = interval.sum(sums.gathered, sums.count);
+  const ByLogit apart{nucleus.lo, nucleus.hi};
+  RowWeighing<Isa, float, ByLogit>{row, interval.weights, apart, scratch.candidates}(sums);
+  const double inside = interval.sum(sums.gathered, sums.count);
+  answer[0] = sums.total_above + inside, answer[1] = sums.total_rest - inside;
+  answer[2] = inside;
   answer[3] = static_cast<double>(sums.count);
   if (sums.count <= room) std::copy_n(sums.gathered, sums.count, listed);
 }
