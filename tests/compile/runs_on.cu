@@ -27,6 +27,7 @@
 #include <eigenformer/problem/top_k.h>
 #include <eigenformer/problem/vocabulary_log_softmax.h>
 #include <eigenformer/problem/vocabulary_nucleus.h>
+#include <eigenformer/problem/vocabulary_rows.h>
 #include <eigenformer/problem/vocabulary_shard.h>
 #include <eigenformer/problem/vocabulary_tree.h>
 
@@ -83,6 +84,7 @@ const Part kParts[] = {
     part<RankSum<F>>("communicator", "sums"),
     part<Interleave<F>>("tensor_parallel", "layers"),
     part<Vocabulary<F>>("tensor_parallel", "vocabulary"),
+    part<AskRows<F>>("tensor_parallel", "chains of rows"),
     part<ScanShard<F>>("tensor_parallel", "chains of shards"),
     part<ChangeShard<F>>("tensor_parallel", "changed logits of shards"),
     part<AskShard<F>>("tensor_parallel", "sums of shards"),

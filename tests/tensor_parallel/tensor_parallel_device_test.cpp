@@ -223,6 +223,50 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
   }
 }
 
+// Chains whose stages are answered by sums, whatever their order: few numbers, of which many are
+// equal across ranks, and a row of -infinity but for one.
+TEST(TensorParallelOnDevice, ChainsDrawFromShardsThatStay) {
+  using Status = ef::SampleStatus;
+  constexpr Index kRows = 5, kVocabulary = 210;
+  ef::Tensor<float, 2> host_hidden(kRows, kRows);
+  host_hidden.setZero();
+  auto host_head = random_tensor<float, 2>({kVocabulary, kRows}, 14);
+  for (Index r = 0; r < kRows; ++r) host_hidden(r, r) = 1;
+  for (Index t = 0; t < kVocabulary; ++t) {
+    host_head(t, 1) = std::round(2 * host_head(t, 1)) / 2;
+    host_head(t, 2) = 3;
+    host_head(t, 3) = t == 170 ? -2.0f : -3e38f;
+    host_head(t, 4) *= 6;
+  }
+  std::vector<ef::SamplingParams> chains{
+      {},
+      {.temperature = 0},
+      {.temperature = .7, .top_k = 40, .top_p = .8, .min_p = .01},
+      {.top_p = .9},
+      {.top_p = 0},
+      {.top_p = .3, .min_p = .2},
+      {.temperature = 2, .top_p = .99},
+      {.min_p = 2}};
+  for (const ef::SamplingOrder& order : {ef::kVllmOrder, ef::kLlamaCppOrder})
+    chains.push_back({.temperature = .7, .top_k = 60, .top_p = .8, .min_p = .01, .order = order});
+  for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+    const auto hidden = on_device(bench, host_hidden), head = on_device(bench, host_head);
+    const auto logits = output_on<float>(bench, kRows, kVocabulary);
+    ef::linear_into(bench.device, logits.view(), hidden.cview(), head.cview());
+    const auto ids = on_device(bench, ef::Tensor<std::int32_t, 1>(kRows));
+    for (std::size_t i = 0; i < chains.size(); ++i) {
+      std::vector<Status> statuses(kRows, Status::negative), expected(kRows);
+      ef::Tensor<std::int32_t, 1> tokens(kRows);
+      ef::vocabulary_parallel_sample_into(bench.device, ids.view(), hidden.cview(), head.cview(),
+                                          communicator, chains[i], ef::Philox{i}, statuses);
+      ef::sample_into(Eigen::DefaultDevice{}, tokens, logits.host(), chains[i], ef::Philox{i},
+                      expected);
+      ASSERT_TRUE(same_bits(ids.host(), tokens)) << "chain " << i;
+      ASSERT_EQ(statuses, expected);
+    }
+  });
+}
+
 // Probabilities come to lie in each GPU's memory; of three ranks of two tokens one has no token.
 TEST(TensorParallelOnDevice, ProbabilitiesAreThoseOfTheWholeVocabulary) {
   using Status = ef::SampleStatus;

@@ -49,3 +49,4 @@
 #include "sampling.cuh"
 #include "tensor_parallel.cuh"
 #include "top_k.cuh"
+#include "vocabulary_rows.cuh"

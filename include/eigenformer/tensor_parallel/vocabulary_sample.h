@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "../sampling.h"
+#include "device_rows.h"
 #include "divided_ends.h"
 #include "vocabulary.h"
 
@@ -144,7 +145,7 @@ void vocabulary_parallel_sample_into(std::string_view name, const D& device, Ids
     }
     if (most > 0) {
       sample_best_candidates(device, sampling, logits, most, communicator, workspace);
-    } else {
+    } else if (!sample_on_device(device, sampling, logits, communicator, workspace)) {
       T* const host = frame.take<T>(size);
       if (size > 0) to_host(device, name.data(), host, logits, size);
       sample_divided_rows(Eigen::DefaultDevice{}, sampling, host, communicator, workspace);
@@ -208,8 +209,10 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 /// 10^12 for each token). What the whole row decides there is in the order in which it adds, of all
 /// its tokens.
 ///
-/// On a GPU a temperature and top_k find candidates there; for other chains the rank's shard is
-/// copied to the host, and not its neighbours'.
+/// On a GPU a temperature and a top_k that comes first find candidates there. Temperature, top_k,
+/// top_p, min_p in any order and the draw are answered there with sums, 128 P bytes of a row in each
+/// of up to 9 rounds of a filter and 2 of a draw. Where a row of the batch has another stage, or a
+/// sum so near to a limit, this rank's shard is copied to the host, and not its neighbours'.
 ///
 /// The _into form writes ids (tokens), -1 where a row is bad, and `statuses`, (tokens), where given
 /// (host memory), advances the generators by one and allocates nothing after the first call at a
