@@ -223,21 +223,37 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
   }
 }
 
-// Chains whose stages are answered by sums, whatever their order: few numbers, of which many are
-// equal across ranks, and a row of -infinity but for one.
-TEST(TensorParallelOnDevice, ChainsDrawFromShardsThatStay) {
+/// Rows of logits by a hidden state of one feature each, all chains on each row.
+void check_chains(const ef::Tensor<float, 2>& host_rows,
+                  const std::vector<ef::SamplingParams>& chains) {
   using Status = ef::SampleStatus;
-  constexpr Index kRows = 5, kVocabulary = 210;
-  ef::Tensor<float, 2> host_hidden(kRows, kRows);
+  const Index kinds = host_rows.dimension(1), rows = kinds * static_cast<Index>(chains.size());
+  ef::Tensor<float, 2> host_hidden(rows, kinds);
   host_hidden.setZero();
-  auto host_head = random_tensor<float, 2>({kVocabulary, kRows}, 14);
-  for (Index r = 0; r < kRows; ++r) host_hidden(r, r) = 1;
-  for (Index t = 0; t < kVocabulary; ++t) {
-    host_head(t, 1) = std::round(2 * host_head(t, 1)) / 2;
-    host_head(t, 2) = 3;
-    host_head(t, 3) = t == 170 ? -2.0f : -3e38f;
-    host_head(t, 4) *= 6;
+  std::vector<ef::SamplingParams> params;
+  for (Index r = 0; r < rows; ++r) {
+    host_hidden(r, r % kinds) = 1;
+    params.push_back(chains[static_cast<std::size_t>(r / kinds)]);
   }
+  for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+    const auto hidden = on_device(bench, host_hidden), head = on_device(bench, host_rows);
+    const auto logits = output_on<float>(bench, rows, host_rows.dimension(0));
+    ef::linear_into(bench.device, logits.view(), hidden.cview(), head.cview());
+    const auto ids = on_device(bench, ef::Tensor<std::int32_t, 1>(rows));
+    std::vector<Status> statuses(params.size(), Status::negative), expected(params.size());
+    ef::Tensor<std::int32_t, 1> tokens(rows);
+    ef::vocabulary_parallel_sample_into(bench.device, ids.view(), hidden.cview(), head.cview(),
+                                        communicator, params, ef::Philox{3}, statuses);
+    ef::sample_into(Eigen::DefaultDevice{}, tokens, logits.host(), params, ef::Philox{3}, expected);
+    ASSERT_TRUE(same_bits(ids.host(), tokens));
+    ASSERT_EQ(statuses, expected);
+  });
+}
+
+// Chains whose stages are answered by sums, in several orders: few numbers, of which many are equal
+// across ranks, one token far above the others; and equals alone, whose sums meet their limits.
+TEST(TensorParallelOnDevice, ChainsDrawFromShardsThatStay) {
+  constexpr Index vocabulary = 210;
   std::vector<ef::SamplingParams> chains{
       {},
       {.temperature = 0},
@@ -249,22 +265,15 @@ TEST(TensorParallelOnDevice, ChainsDrawFromShardsThatStay) {
       {.min_p = 2}};
   for (const ef::SamplingOrder& order : {ef::kVllmOrder, ef::kLlamaCppOrder})
     chains.push_back({.temperature = .7, .top_k = 60, .top_p = .8, .min_p = .01, .order = order});
-  for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
-    const auto hidden = on_device(bench, host_hidden), head = on_device(bench, host_head);
-    const auto logits = output_on<float>(bench, kRows, kVocabulary);
-    ef::linear_into(bench.device, logits.view(), hidden.cview(), head.cview());
-    const auto ids = on_device(bench, ef::Tensor<std::int32_t, 1>(kRows));
-    for (std::size_t i = 0; i < chains.size(); ++i) {
-      std::vector<Status> statuses(kRows, Status::negative), expected(kRows);
-      ef::Tensor<std::int32_t, 1> tokens(kRows);
-      ef::vocabulary_parallel_sample_into(bench.device, ids.view(), hidden.cview(), head.cview(),
-                                          communicator, chains[i], ef::Philox{i}, statuses);
-      ef::sample_into(Eigen::DefaultDevice{}, tokens, logits.host(), chains[i], ef::Philox{i},
-                      expected);
-      ASSERT_TRUE(same_bits(ids.host(), tokens)) << "chain " << i;
-      ASSERT_EQ(statuses, expected);
-    }
-  });
+  auto rows = random_tensor<float, 2>({vocabulary, 4}, 14);
+  for (Index t = 0; t < vocabulary; ++t) {
+    rows(t, 1) = std::round(2 * rows(t, 1)) / 2;
+    rows(t, 2) = t == 170 ? -2.0f : -3e38f;
+    rows(t, 3) *= 6;
+  }
+  check_chains(rows, chains);
+  rows.setConstant(3);
+  check_chains(rows, {chains[0], chains[3]});
 }
 
 // Probabilities come to lie in each GPU's memory; of three ranks of two tokens one has no token.

@@ -275,7 +275,9 @@ struct DeviceRows {
     detail::run(device, problem::AskRows<T>{logits, count(), shard, asked, own});
     communicator.all_gather(std::span<const double>(own, static_cast<std::size_t>(own_count)),
                             std::span<double>(all, static_cast<std::size_t>(all_count)));
-    return {all, communicator.size(), count(), numbers};
+    Index* const begin = frame.take<Index>(count());
+    for (Index r = 0; r < count(); ++r) begin[r] = r * numbers;
+    return {all, communicator.size(), own_count, begin};
   }
 
   /// Runs all chains; false where something is left open.
