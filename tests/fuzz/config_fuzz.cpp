@@ -15,8 +15,7 @@ const std::vector<nlohmann::json>& good_configs() {
     std::vector<nlohmann::json> made;
     std::ifstream file(EIGENFORMER_GOLDEN_DIR "/models.json");
     const auto models = nlohmann::json::parse(file);
-    for (const auto& [name, model] : models.items())
-      made.push_back(model.at("config"));
+    for (const auto& [name, model] : models.items()) made.push_back(model.at("config"));
     return made;
   }();
   return all;
