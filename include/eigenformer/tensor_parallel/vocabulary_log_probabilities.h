@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../sampling/log_probabilities.h"
+#include "device_scores.h"
 #include "divided_scores.h"
 #include "vocabulary_sample.h"
 
@@ -118,18 +119,20 @@ void score_divided_tokens(const D& device, const problem::Sampling<T>& sampling,
   });
 }
 
-/// This rank's logits, in memory of the host: body(sampling device, logits).
-template <Device D, typename T, typename X, typename Weight, typename C, typename Body>
+/// This rank's logits, in memory of the host: body(sampling device, logits); on a GPU unless
+/// there(logits) says that all was done where they are.
+template <Device D, typename T, typename X, typename Weight, typename C, typename There,
+          typename Body>
 void with_shard_on_host(std::string_view name, const D& device, const X& x, const Weight& weight,
                         const ParallelShape& shape, const C& communicator, Workspace& workspace,
-                        Body&& body) {
+                        [[maybe_unused]] There&& there, Body&& body) {
   const Index size = shape.tokens * shape.columns.size();
   auto logits_frame = tensor_frame(device, workspace);
   T* const logits = logits_frame.template take<T>(size);
   shard_product(device, logits, x, weight, shape, communicator, workspace);
   if constexpr (CpuDevice<D>) {
     body(device, logits);
-  } else {
+  } else if (!there(logits)) {
     Workspace::Frame frame(workspace);
     T* const host = frame.take<T>(size);
     if (size > 0) to_host(device, name.data(), host, logits, size);
@@ -166,7 +169,11 @@ void vocabulary_parallel_sample_with_log_probabilities_into(const D& device, con
                                            frame.take<float>(rows * best)};
   if (rows > 0)
     with_shard_on_host<D, T>(
-        name, device, x, weight, shape, communicator, workspace, [&](const auto& host, T* logits) {
+        name, device, x, weight, shape, communicator, workspace,
+        [&](const auto* logits) {
+          return score_draws_on_device(device, sampling, logits, out, communicator, workspace);
+        },
+        [&](const auto& host, T* logits) {
           score_divided_draws(host, sampling, logits, out, communicator, workspace);
         });
   const auto give = [&](auto* to, const auto* from, Index count) {
@@ -193,7 +200,9 @@ void vocabulary_parallel_sample_with_log_probabilities_into(const D& device, con
 /// rank's best tokens (24 for logits of double), and two block sums where those of ranks leave the
 /// last bit of a score open, by estimate 2 in 10^5. A bad row has id -1, NaN and its status. The
 /// first _into form writes into a result of an earlier call, the other into views, on a GPU of its
-/// memory, `statuses` too; neither allocates after the first call at a size.
+/// memory, `statuses` too; neither allocates after the first call at a size. Rows that stay on a GPU
+/// are scored there, by 128 for each of three questions, a row and a rank, and 16 for each best
+/// token, unless the sums of ranks leave a bit open.
 ///
 ///   auto drawn = ef::vocabulary_parallel_sample_with_log_probabilities(
 ///       hidden, head, communicator, params, rng, {.best = 5});
@@ -272,7 +281,12 @@ void vocabulary_parallel_log_probabilities_of_into(const D& device, Out&& log_pr
   if (rows == 0) return;
   float* const scores = frame.take<float>(rows);
   detail::with_shard_on_host<D, T>(
-      name, device, x, weight, shape, communicator, workspace, [&](const auto& host, T* logits) {
+      name, device, x, weight, shape, communicator, workspace,
+      [&](const auto* logits) {
+        return detail::score_tokens_on_device(device, sampling, logits, given.data(), scores,
+                                              communicator, workspace);
+      },
+      [&](const auto& host, T* logits) {
         detail::score_divided_tokens(host, sampling, logits, given.data(), scores, communicator,
                                      workspace);
       });

@@ -87,7 +87,8 @@ void vocabulary_parallel_sampling_probabilities_into(const D& device, Out& proba
                        statuses.empty() ? nullptr : statuses.data(), frame);
   if (rows == 0) return;
   with_shard_on_host<D, T>(
-      name, device, x, weight, shape, communicator, workspace, [&](const auto& host, T* logits) {
+      name, device, x, weight, shape, communicator, workspace, [](const auto*) { return false; },
+      [&](const auto& host, T* logits) {
         float* const there = CpuDevice<D> ? out.data() : frame.take<float>(size);
         divided_probabilities(host, sampling, logits, there, communicator, workspace);
         if constexpr (!CpuDevice<D>)
