@@ -49,12 +49,14 @@ class Tiles {
 /// What quantized activations are scaled by and what is taken off their sums.
 struct ActivationScales {
   float* scales;  // (rows)
-  // (padded rows, groups): `offset_factor` times the sum of the group's values, 0 where weights are
-  // signed
+  // [tile][group][row of the tile]: `offset_factor` times the sum of the group's values, 0 where
+  // weights are signed
   std::int32_t* offsets;
   Index group;  // k of one group; the depth where there is one
   Index groups;
-  std::int32_t offset_factor = 128;  // what unsigned weights are too large by: 128, of int4 8
+  // what unsigned weights are too large by: 128, of int4 8, or 0 where they have minimums
+  std::int32_t offset_factor = 128;
+  float* sums = nullptr;  // as the offsets: the sums of groups that have minimums
 };
 
 inline std::int32_t sum_of(const std::int8_t* values, Index count) {
@@ -92,15 +94,16 @@ void place_quads(const std::int8_t* values, Index k, Index n, int height, typena
   }
 }
 
-/// Quantizes row r of activations into its place in a tile of int8.
+/// Quantizes a row of activations, r of the tile that begins with row `first`, into its place in a
+/// tile of int8.
 template <typename Dot, typename Isa, typename X>
 void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot::Unit* to,
-                        const ActivationScales& result, Index r) {
+                        const ActivationScales& result, Index first, Index r) {
   constexpr Index chunk = 256;  // a multiple of every group size but the whole depth
   alignas(64) std::int8_t values[chunk];
   const float scale = activation_scale<Isa>(row, depth);
-  result.scales[r] = scale;
-  std::int32_t* offsets = result.offsets + r * result.groups;
+  result.scales[first + r] = scale;
+  const Index numbers = first * result.groups + r;
   for (Index k = 0; k < depth; k += chunk) {
     const Index n = (std::min)(chunk, depth - k), padded = (n + 3) / 4 * 4;
     // the next row, whose maximum comes next
@@ -110,9 +113,12 @@ void pack_quantized_row(Isa, const X* row, Index depth, int height, typename Dot
     std::fill(values + n, values + padded, std::int8_t{0});
     place_quads<Dot>(values, k, padded, height, to);
     if constexpr (Dot::unsigned_weights)
-      for (Index at = 0, part = (std::min)(chunk, result.group); at < n; at += part)
-        add_wrapping(offsets[(k + at) / result.group],
-                     result.offset_factor * sum_of(values + at, (std::min)(part, n - at)));
+      for (Index at = 0, part = (std::min)(chunk, result.group); at < n; at += part) {
+        const std::int32_t sum = sum_of(values + at, (std::min)(part, n - at));
+        const Index number = numbers + (k + at) / result.group * height;
+        add_wrapping(result.offsets[number], result.offset_factor * sum);
+        if (result.sums != nullptr) result.sums[number] = static_cast<float>(sum);
+      }
   }
 }
 
@@ -128,9 +134,11 @@ void pack_quantized_rows(Isa isa, Index rows, Index depth, int height, typename 
     tile::clear(to + (steps - tile::steps_at_once<Dot>)*height,
                 Index{tile::steps_at_once<Dot>} * height);
   std::fill_n(results.offsets + r * results.groups, height * results.groups, 0);
+  if (results.sums != nullptr)
+    std::fill_n(results.sums + r * results.groups, height * results.groups, 0.0f);
   for (Index i = 0; i < rows; ++i) {
     constexpr Index to_next = tile::steps_at_once<Dot>;  // from one row of a tile to the next
-    pack_quantized_row<Dot>(isa, row(i), depth, height, to + i * to_next, results, r + i);
+    pack_quantized_row<Dot>(isa, row(i), depth, height, to + i * to_next, results, r, i);
   }
 }
 

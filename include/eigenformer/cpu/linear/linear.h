@@ -247,9 +247,13 @@ struct ProductBlock {
     const float* minimums = nullptr;
     if constexpr (tile::is_int4<Dot>)
       if (problem.weights.minimums != nullptr) minimums = problem.weights.minimums + at;
-    return {group_steps,   problem.weights.scales + at,
-            stride,        scales.offsets + tiles.first(t) * scales.groups + g,
-            scales.groups, minimums};
+    const Index own = tiles.first(t) * scales.groups + g * tiles.height(t);
+    return {group_steps,
+            problem.weights.scales + at,
+            stride,
+            minimums,
+            scales.offsets + own,
+            scales.sums == nullptr ? nullptr : scales.sums + own};
   }
 
   /// Whether a few tiles are multiplied by weights that are widened in registers; of more, the
@@ -275,9 +279,9 @@ struct ProductBlock {
             from.group / Int4::step,
             from.scales + group * factors,
             factors,
+            from.minimums == nullptr ? nullptr : from.minimums + group * factors,
             nullptr,
-            0,
-            from.minimums == nullptr ? nullptr : from.minimums + group * factors};
+            nullptr};
         for (Index t = t0; t < t1; ++t)
           tile::wide_tile_products<Dot, Int4>(
               tiles.height(t), {tile_activations(t), from.data + group * stride, stride},

@@ -87,15 +87,20 @@ class ProductParts {
       scales_.group = std::max<Index>(depth_, 1);
       scales_.groups = 1;
     }
-    if constexpr (tile::is_int4<Dot>)
-      scales_.offset_factor = problem.weights.minimums == nullptr ? 8 : 1;
+    const Index numbers = padded_rows_ * scales_.groups;
     scales_.scales = frame.take<float>(padded_rows_);
-    scales_.offsets = frame.take<std::int32_t>(padded_rows_ * scales_.groups);
+    scales_.offsets = frame.take<std::int32_t>(numbers);
+    if constexpr (tile::is_int4<Dot>) {
+      const bool minimums = problem.weights.minimums != nullptr;
+      scales_.offset_factor = minimums ? 0 : 8;
+      scales_.sums = minimums ? frame.take<float>(numbers) : nullptr;
+    }
   }
   Block block_of(const Part& part) const {
     ActivationScales scales = scales_;
     scales.scales += part.padded_row;
     scales.offsets += part.padded_row * scales.groups;
+    if (scales.sums != nullptr) scales.sums += part.padded_row * scales.groups;
     return {*part.problem,
             part.row,
             Tiles<Dot>(part.rows),

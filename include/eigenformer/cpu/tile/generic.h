@@ -22,6 +22,7 @@
 ///   multiply_add(sum, fragment, factor)
 ///   unsigned_weights            int8 only: packed weights are w + 128 as bytes (for instructions that multiply unsigned by
 ///                               signed), and 128 times the sum of a row's activations is taken off that row's sums
+///   keeps_float_sums            of groups only, where it is there: registers hold the float sums of a tile beside its exact ones
 ///
 /// Every sum is one chain over k in ascending order, from zero or from what the sums held: cutting
 /// k into blocks (and storing the sums between them) changes no bit, and neither do the rows and

@@ -40,6 +40,10 @@ constexpr int tile_height(Index rows) {
   return Dot::rows;
 }
 
+/// Registers hold the float sums of a tile's groups beside its exact ones.
+template <typename Dot>
+concept KeepsFloatSums = Dot::keeps_float_sums;
+
 /// The largest height of at most this many rows.
 template <typename Dot>
 constexpr Index whole_height(Index rows) {
@@ -51,7 +55,7 @@ constexpr Index whole_height(Index rows) {
 /// and fragments. Of four-bit weights two: see kNibblePairBytes.
 template <typename Dot>
 constexpr int panels_in_flight(int height) {
-  const int panels = 2 * Dot::rows / (3 * height);
+  const int panels = KeepsFloatSums<Dot> ? Dot::rows / height : 2 * Dot::rows / (3 * height);
   return panels >= 4 && !is_int4<Dot> ? 4 : panels >= 2 ? 2 : 1;
 }
 
@@ -151,17 +155,18 @@ EIGENFORMER_NOINLINE void tile_sums(TileOperands<Dot> at, Index steps, Index fir
 
 /// What scales the exact sums of weights quantized in groups.
 struct GroupFactors {
-  Index steps;                  // of a group
-  const float* scales;          // [panel][group][column]
-  Index panel_stride;           // of the scales
-  const std::int32_t* offsets;  // [row of the height][group]: taken off the row's sums
-  Index row_stride;             // of the offsets
-  const float* minimums;        // of int4, as the scales, or nullptr; they multiply the offsets
+  Index steps;                   // of a group
+  const float* scales;           // [panel][group][column]
+  Index panel_stride;            // of the scales
+  const float* minimums;         // of int4, as the scales, or nullptr
+  const std::int32_t* offsets;   // [group][row of the height]: taken off the row's sums
+  const float* activation_sums;  // as the offsets: what minimums are multiplied by
 
   GroupFactors from_panel(Index p) const {
     const Index numbers = p * panel_stride;
-    return {steps,   scales + numbers, panel_stride,
-            offsets, row_stride,       minimums == nullptr ? nullptr : minimums + numbers};
+    return {steps,        scales + numbers,
+            panel_stride, minimums == nullptr ? nullptr : minimums + numbers,
+            offsets,      activation_sums};
   }
 };
 
@@ -169,37 +174,42 @@ struct GroupFactors {
 /// group, and after each fma(sum of the group's activations, its minimum, sums) where there are
 /// minimums.
 template <typename V, typename Dot, int Rows, int Panels>
-void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors& groups,
-                          float* sums, Index sums_stride, bool from_zero) {
+void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors groups, float* sums,
+                          Index sums_stride, bool from_zero) {
   constexpr int vectors = Dot::vectors, all = vectors * Panels, lanes = Dot::columns / vectors;
-  static_assert(lanes == V::lanes);
+  constexpr bool kept = KeepsFloatSums<Dot>;
+  static_assert(lanes == V::lanes && (!kept || Rows * all <= Dot::rows * vectors));
   const auto place = [&](int r, int v) {
     return sums + (v / vectors) * sums_stride + r * Dot::columns + (v % vectors) * lanes;
   };
-  if (from_zero)
-    unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { V::zero().store(place(r, v)); }); });
-  const float* scales = groups.scales;
+  V own[kept ? Rows : 1][kept ? all : 1];
+  unroll<Rows>([&](auto r) {
+    unroll<all>([&](auto v) {
+      if constexpr (kept)
+        own[r][v] = from_zero ? V::zero() : V::load(place(r, v));
+      else if (from_zero)
+        V::zero().store(place(r, v));
+    });
+  });
+  const float *scales = groups.scales, *x_sums = groups.activation_sums;
   const std::int32_t* offsets = groups.offsets;
   const bool has_minimums = is_int4<Dot> && groups.minimums != nullptr;
-  // a mask and no condition, from which g++ 12 keeps c in memory through the loop over steps
-  const std::int32_t taken_off = has_minimums ? 0 : -1;
-  for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns, ++offsets) {
+  for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns) {
     typename Dot::Accumulator c[Rows][all];
     unroll<Rows>([&](auto r) {
       const auto start = [&] {
-        if constexpr (is_int4<Dot>)
-          return Dot::minus(offsets[r * groups.row_stride] & taken_off);
-        else if constexpr (Dot::unsigned_weights)
-          return Dot::minus(offsets[r * groups.row_stride]);
+        if constexpr (Dot::unsigned_weights)
+          return Dot::minus(offsets[r]);
         else
           return Dot::zero();
       }();
       unroll<all>([&](auto v) { c[r][v] = start; });
     });
+    offsets += Rows;
     accumulate<Dot, Rows, Panels>(at, (std::min)(groups.steps, steps - s), steps - s, steps, c);
-    // The float sums of a full tile have no registers left. They stay in memory: moved out of the
-    // loop by the compiler they would be stored twice, there and where it spills them.
-    std::atomic_signal_fence(std::memory_order_acq_rel);
+    // Sums that have no registers stay in memory: moved out of the loop by the compiler they would
+    // be stored twice, there and where it spills them.
+    if constexpr (!kept) std::atomic_signal_fence(std::memory_order_acq_rel);
     // of panels side by side some groups on, at their end of the next ones; of one the next panel's
     const Index factors_ahead =
         (s + kGroupsAhead * groups.steps < steps ? 0 : (Panels - 1) * groups.panel_stride) +
@@ -209,27 +219,36 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors&
       simd::prefetch_after<3>(from, factors_ahead * Index{sizeof(float)});
       return V::load(from);
     };
+    const auto add = [&](auto r, auto v, auto&& next) {
+      if constexpr (kept)
+        own[r][v] = next(own[r][v]);
+      else
+        next(V::load(place(r, v))).store(place(r, v));
+    };
     if (has_minimums) {
       const float* minimums = groups.minimums + (scales - groups.scales);
       unroll<all>([&](auto v) {
         const V scale = factor(scales, v), minimum = factor(minimums, v);
         unroll<Rows>([&](auto r) {
-          const V sum =
-                      simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v))),
-                  x = V::set1(static_cast<float>(offsets[r * groups.row_stride]));
-          simd::fused_multiply_add(x, minimum, sum).store(place(r, v));
+          add(r, v, [&](V sum) {
+            const V scaled = simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, sum);
+            return simd::fused_multiply_add(V::set1(x_sums[r]), minimum, scaled);
+          });
         });
       });
+      x_sums += Rows;
     } else {
       unroll<all>([&](auto v) {
         const V scale = factor(scales, v);
         unroll<Rows>([&](auto r) {
-          simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, V::load(place(r, v)))
-              .store(place(r, v));
+          add(r, v,
+              [&](V sum) { return simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, sum); });
         });
       });
     }
   }
+  if constexpr (kept)
+    unroll<Rows>([&](auto r) { unroll<all>([&](auto v) { own[r][v].store(place(r, v)); }); });
 }
 
 /// f(integral_constant of the tile's height).

@@ -89,10 +89,19 @@ EIGENFORMER_NOINLINE void wide_tile_product(WideOperands at, Index depth,
   const auto factor = [&](const float* from, auto v) {
     return V::load(from + (v / vectors) * groups.panel_stride + (v % vectors) * lanes);
   };
+  // up to 12% less for a token and weights out of DRAM (Zen 5)
+  const auto fetch = [&](const float* from, auto v) {
+    simd::prefetch_after<3>(from + (v / vectors) * groups.panel_stride + (v % vectors) * lanes,
+                            kGroupsAhead * Int4::columns * Index{sizeof(float)});
+  };
   const float *scales = groups.scales, *minimums = groups.minimums;
   for (Index k = 0; k < depth; k += 4 * groups.steps) {
     V scale[all];
-    unroll<all>([&](auto v) { scale[v] = factor(scales, v); });
+    unroll<all>([&](auto v) {
+      scale[v] = factor(scales, v);
+      fetch(scales, v);
+      if constexpr (HasMinimums) fetch(minimums, v);
+    });
     const Index end = (std::min)(depth, k + 4 * groups.steps);
     for (Index first = k; first < end; first += 4, at.b += panel_step<Int4>) {
       if constexpr (Panels <= 2) simd::prefetch_after<3>(at.b, kPairBytes);
