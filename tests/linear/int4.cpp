@@ -325,6 +325,42 @@ TEST(LinearInt4, ViewsPackAsTheirNumbers) {
       {"weights is empty"});
 }
 
+ef::Int4View view_of(const StoredInt4& w, Index group) {
+  return {ef::input_view<2>(w.values), ef::input_view<2>(w.scales), ef::input_view<2>(w.minimums),
+          group};
+}
+
+// Views are packed into the memory that is there, and a refusal leaves what it holds.
+TEST(LinearInt4, ViewsArePackedAgain) {
+  const Index group = 32;
+  const StoredInt4 a(45, 131, group, true, 1), b(45, 131, group, true, 2);
+  const StoredInt4 wider(45, 132, group, true, 3);
+  const ef::Int4View first = view_of(a, group), second = view_of(b, group);
+  const Eigen::DefaultDevice device;
+  ef::PackedWeight<ef::int4> one, all;
+  ef::PackedGatedWeight<ef::int4> pair;
+  const auto pack = [&](const ef::Int4View& top, const ef::Int4View& rest) {
+    ef::pack_weight_into(device, one, top);
+    ef::pack_gated_weight_into(device, pair, top, rest, {.quantize_activations = false});
+    ef::pack_stacked_weight_into(device, all, std::array{top, rest});
+  };
+  pack(first, second);
+  EXPECT_EQ(count_allocations([&] { pack(second, first); }), 0);
+  const auto stacked = ef::pack_stacked_weight<ef::int4>(device, std::array{second, first});
+  EXPECT_TRUE(same_memory(one, ef::pack_weight<ef::int4>(device, second)));
+  EXPECT_FALSE(pair.pair().quantizes_activations());
+  EXPECT_TRUE(same_memory(all, stacked));
+  expect_throws<std::invalid_argument>(
+      [&] {
+        ef::pack_stacked_weight_into(device, all, std::array{first, view_of(wider, group)});
+      },
+      {"pack_stacked_weight", "131 and 132 columns"});
+  expect_throws<std::invalid_argument>(
+      [&] { ef::pack_gated_weight_into(device, pair, first, view_of(wider, group)); },
+      {"pack_gated_weight", "131", "132"});
+  EXPECT_TRUE(same_memory(all, stacked));
+}
+
 TEST(LinearInt4, BadArguments) {
   auto weight = random_tensor<float, 2>({5, 40}, 1);
   expect_throws<std::invalid_argument>(

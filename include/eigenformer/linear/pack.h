@@ -347,12 +347,13 @@ auto scales_view(const Scales& scales) {
 /// Packs `weight` (out, in) into `packed`, whose memory is reused; nothing is allocated where it
 /// suffices.
 template <Device D, typename T, typename Weight>
+  requires(!std::same_as<Weight, Int4View>)
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       Workspace& workspace = thread_workspace()) {
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, {}, workspace);
 }
 template <Device D, typename T, typename Weight>
-  requires problem::is_quantized_weight<T>
+  requires(problem::is_quantized_weight<T> && !std::same_as<Weight, Int4View>)
 void pack_weight_into(const D& device, PackedWeight<T>& packed, const Weight& weight,
                       const PackingOptions<T>& options, Workspace& workspace = thread_workspace()) {
   detail::pack_weight(device, packed, {input_view<2>(weight)}, {"weights"}, options, workspace);
@@ -405,6 +406,7 @@ PackedWeight<T> pack_weight(const Values& values, const Scales& scales,
 ///
 ///   auto qkv = ef::pack_stacked_weight<float>(device, std::array{query, key, value});
 template <Device D, typename T, typename Weights>
+  requires(!detail::holds_int4_views<Weights>)
 void pack_stacked_weight_into(const D& device, PackedWeight<T>& packed, const Weights& weights,
                               const PackingOptions<T>& options = {},
                               Workspace& workspace = thread_workspace()) {
@@ -423,6 +425,7 @@ PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
 
 /// Packs gate and up, both (out, in) and of one scalar.
 template <Device D, typename T, typename Gate, typename Up>
+  requires(!std::same_as<Gate, Int4View>)
 void pack_gated_weight_into(const D& device, PackedGatedWeight<T>& packed, const Gate& gate,
                             const Up& up, const PackingOptions<T>& options = {},
                             Workspace& workspace = thread_workspace()) {

@@ -215,12 +215,30 @@ PackedWeight<T> pack_weight(const Values& values, const Scales& scales, const Mi
 /// Values that are one argument: alone, as a gated pair and one below the other. Those of several
 /// views are grouped in one way, and all have minimums or none has. group_size and zero_points of
 /// the options do not count: views have them.
+template <Device D, std::same_as<Int4View> Weight>
+void pack_weight_into(const D& device, PackedWeight<int4>& packed, const Weight& weight,
+                      const Int4Packing& options = {}) {
+  detail::pack_int4_values<1>(device, packed, {&weight}, options);
+}
+template <Device D, std::same_as<Int4View> Gate, std::same_as<Int4View> Up>
+void pack_gated_weight_into(const D& device, PackedGatedWeight<int4>& packed, const Gate& gate,
+                            const Up& up, const Int4Packing& options = {}) {
+  detail::pack_int4_values<2>(device, detail::PairAccess<int4>::pair(packed), {&gate, &up},
+                              options);
+}
+template <Device D, detail::holds_int4_views Weights>
+void pack_stacked_weight_into(const D& device, PackedWeight<int4>& packed, const Weights& weights,
+                              const Int4Packing& options = {},
+                              Workspace& workspace = thread_workspace()) {
+  detail::pack_stacked_int4(device, packed, weights, options, workspace);
+}
+
 template <typename T, Device D, std::same_as<Int4View> Weight>
   requires std::same_as<T, int4>
 PackedWeight<T> pack_weight(const D& device, const Weight& weight,
                             const PackingOptions<T>& options = {}) {
   PackedWeight<T> packed;
-  detail::pack_int4_values<1>(device, packed, {&weight}, options);
+  pack_weight_into(device, packed, weight, options);
   return packed;
 }
 template <typename T, Device D, std::same_as<Int4View> Gate, std::same_as<Int4View> Up>
@@ -228,7 +246,7 @@ template <typename T, Device D, std::same_as<Int4View> Gate, std::same_as<Int4Vi
 PackedGatedWeight<T> pack_gated_weight(const D& device, const Gate& gate, const Up& up,
                                        const PackingOptions<T>& options = {}) {
   PackedGatedWeight<T> packed;
-  detail::pack_int4_values<2>(device, detail::PairAccess<T>::pair(packed), {&gate, &up}, options);
+  pack_gated_weight_into(device, packed, gate, up, options);
   return packed;
 }
 template <typename T, Device D, detail::holds_int4_views Weights>
@@ -236,7 +254,7 @@ template <typename T, Device D, detail::holds_int4_views Weights>
 PackedWeight<T> pack_stacked_weight(const D& device, const Weights& weights,
                                     const PackingOptions<T>& options = {}) {
   PackedWeight<T> packed;
-  detail::pack_stacked_int4(device, packed, weights, options, thread_workspace());
+  pack_stacked_weight_into(device, packed, weights, options);
   return packed;
 }
 
