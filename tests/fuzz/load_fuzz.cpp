@@ -108,7 +108,7 @@ const std::vector<Model>& good_models() {
   static const std::vector<Model> all = [] {
     std::vector<Model> made{{llama_of_blocks(false)}, {llama_of_blocks(true)}};
     const auto models = golden_file("models.json"), files = golden_file("gguf_models.json");
-    for (const char* const name : {"mixtral", "qwen2_moe", "gpt_oss"})
+    for (const char* const name : {"mixtral", "qwen3_moe", "gpt_oss"})
       made.push_back({gguf_of(files.at(name), models.at(files.at(name).at("model")))});
     for (const char* const name : {"mixtral", "qwen2_moe", "qwen3_moe", "gpt2"}) {
       FileTensors tensors;

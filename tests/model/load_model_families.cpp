@@ -186,6 +186,14 @@ TEST(Families, SlopesOfFalconAreNoMoreThanItsHeads) {
   expect_throws<ef::ModelFileError>(read, {"config.json", "num_attention_heads", "65536"});
 }
 
+// What a step would refuse is refused where it is read.
+TEST(Families, LimitsOfGptOssArePositive) {
+  auto config = golden_file("models.json").at("gpt_oss").at("config");
+  config["swiglu_limit"] = -1;
+  expect_throws<ef::ModelFileError>([&] { ef::parse_model_config(config.dump(), "config.json"); },
+                                    {"config.json", "limit is -1"});
+}
+
 TEST(Families, ATableOfPositionsEndsTheText) {
   const auto golden = golden_file("models.json").at("gpt2");
   const Folder folder;

@@ -143,6 +143,8 @@ struct DecoderForm {
                          "a gated ReLU is not among the activations");
     detail::require_that(gated || activation != DecoderActivation::clamped_swiglu, name,
                          "a clamped SwiGLU is gated, the form is not");
+    if (activation == DecoderActivation::clamped_swiglu)
+      detail::require_clamped_swiglu("clamped_swiglu", clamped_swiglu);
     validate_experts();
     detail::require_that(
         alibi_slopes.empty() || static_cast<Index>(alibi_slopes.size()) == config.heads, name,
