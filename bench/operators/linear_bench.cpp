@@ -127,6 +127,9 @@ void linear_int4_cases(bench::Suite& suite) {
   packed_rows<float, ef::int4>(suite, "int4 in groups of 32", bench::Peak::int8);
   packed_rows<float, ef::int4>(suite, "int4 in groups of 32 with minimums", bench::Peak::int8,
                                {.zero_points = true});
+  packed_rows<float, ef::int4>(suite, "int4 in groups of 32 with minimums, x not quantized",
+                               bench::Peak::float_fma,
+                               {.zero_points = true, .quantize_activations = false});
   const std::string name = "int4 in groups of 64";
   packed_rows<float, ef::int4>(suite, name, bench::Peak::int8, {.group_size = 64});
   packed_rows<float, ef::int4>(suite, name + " with minimums", bench::Peak::int8,
@@ -221,6 +224,17 @@ void pack_cases(bench::Suite& suite) {
       .row("pack_weight 4096 x 4096 bfloat16 from float",
            bench::Limit::copy_bytes(4 * count, 2 * count))
       .ours([=](const auto& device) { ef::pack_weight_into(device, *narrow, *weight); });
+  // two weights in a byte, a scale and a minimum for 32
+  const auto four_bits = std::make_shared<ef::PackedWeight<ef::int4>>();
+  const auto limit = bench::Limit::copy_bytes(4 * count, count * (0.5 + 8.0 / 32));
+  const std::string name = "pack_weight 4096 x 4096 int4 by 32 with minimums from float";
+  suite.row(name, limit).ours([=](const auto& device) {
+    ef::pack_weight_into(device, *four_bits, *weight, {.zero_points = true});
+  });
+  suite.row(name + ", least squares", limit).ours([=](const auto& device) {
+    ef::pack_weight_into(device, *four_bits, *weight,
+                         {.zero_points = true, .fit = ef::Int4Fit::least_squares});
+  });
 }
 
 }  // namespace
