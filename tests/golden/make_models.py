@@ -4,7 +4,7 @@
 
 Weights are not stored: element i of a tensor is a function of its name and i (weight() here, in C++ in
 tests/model/family_files.h), so that a model is its config.json, the names and shapes of its tensors, some ids,
-the logits after each of them, and the 64 tokens that greedy decoding adds. Experts are so many that rounding to bfloat16 or INT8
+the logits after each of them, and the 64 tokens that greedy decoding adds; of some also what a padded batch gives. Experts are so many that rounding to bfloat16 or INT8
 changes no choice of these tokens: another expert's result would be no rounding error.
 """
 import json
@@ -78,6 +78,11 @@ FAMILIES = {
 }
 
 
+PADDED = ["llama", "gemma3", "gpt2", "cohere"]
+ROWS = [IDS, IDS[2:8], IDS[5:8]]  # of a batch, padded with a token like others
+PAD = 7
+
+
 def weight(name, shape):
     """(u(name, i) - 1/2) * spread + mean, u of 24 bits: a 64-bit FNV-1a of the name, then SplitMix64 of it and i."""
     seed = 0xcbf29ce484222325
@@ -95,6 +100,25 @@ def weight(name, shape):
     return (u * 0.5 + (1.0 if name.endswith("weight") else 0.0)).astype(numpy.float32)
 
 
+def padded(model):
+    """Logits after the last token of each row, padded on the left and on the right, and the 12 tokens that greedy decoding adds."""
+    def last_logits(rows, side):
+        longest = max(map(len, rows))
+        fills = [longest - len(row) for row in rows]
+        def beside(rows, padding):
+            return torch.tensor([padding * f + row if side == "left" else row + padding * f for row, f in zip(rows, fills)])
+        mask = beside([[1] * len(row) for row in rows], [0])
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = model(beside(rows, [PAD]), attention_mask=mask, position_ids=positions).logits
+        return torch.stack([logits[b, longest - 1 if side == "left" else len(row) - 1] for b, row in enumerate(rows)])
+    result = {side: [[float(f"{x:.8g}") for x in row] for row in last_logits(ROWS, side).tolist()] for side in ("left", "right")}
+    rows = [list(row) for row in ROWS]
+    for _ in range(12):
+        for row, token in zip(rows, last_logits(rows, "left").argmax(-1).tolist()):
+            row.append(token)
+    return dict(result, greedy=[row[len(start):] for row, start in zip(rows, ROWS)])
+
+
 def main():
     result = {}
     for name, (kind, arguments) in FAMILIES.items():
@@ -110,6 +134,8 @@ def main():
                 p.copy_(torch.from_numpy(weight(n, list(p.shape))))
             ids = torch.tensor([IDS])
             logits = model(ids).logits[0]
+            # In float: attention of a padding that sees nothing is NaN where the mask is a double's.
+            batch = dict(padded=padded(model)) if name in PADDED else {}
             wide = model.double()(ids).logits[0]
             half = kind(**arguments)
             half._attn_implementation, half._experts_implementation = attention, "eager"
@@ -123,7 +149,7 @@ def main():
                 text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
         own = {k: v for k, v in config.to_dict().items() if v is not None and not k.startswith(("id2label", "label2id", "_attn", "_experts", "transformers"))}
         result[name] = dict(config=own, tensors=tensors, logits=[[float(f"{x:.8g}") for x in row] for row in wide.tolist()],
-                            bfloat16_error=error, greedy=text[len(IDS):])
+                            bfloat16_error=error, greedy=text[len(IDS):], **batch)
         print(name, len(tensors), error, text[len(IDS):len(IDS) + 8], float((logits - wide).abs().max()))
     path = pathlib.Path(__file__).with_name("models.json")
     path.write_text("{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in result.items()) + "\n}\n")

@@ -88,6 +88,46 @@ TEST(Families, AreThoseOfTransformers) {
   }
 }
 
+/// Logits after each row of a padded batch, and the tokens that greedy decoding adds to each.
+TEST(Families, PaddedBatchesAreThoseOfTransformers) {
+  const auto models = golden_file("models.json");
+  const std::array<Index, 3> begins{0, 2, 5}, lengths{10, 6, 3};
+  ef::Tensor<std::int32_t, 2> ids(3, 10);
+  ids.setConstant(-1);  // no id: what stands in the padding is not read
+  for (Index b = 0; b < 3; ++b)
+    std::copy_n(kIds.begin() + begins[static_cast<std::size_t>(b)],
+                lengths[static_cast<std::size_t>(b)], ids.data() + b * 10);
+  int batches = 0;
+  for (const auto& [name, golden] : models.items()) {
+    if (!golden.contains("padded")) continue;
+    SCOPED_TRACE(name);
+    ++batches;
+    const auto& padded = golden.at("padded");
+    const Folder folder;
+    write_family<float>(folder, golden);
+    auto model = ef::load_model<float>(folder.path());
+    auto cache = model.make_cache(96, 4);
+    const std::array sequences{cache.add_sequence(), cache.add_sequence(), cache.add_sequence()};
+    auto logits = model.decoder().prefill(ids, lengths, cache, sequences);
+    for (const char* side : {"left", "right"}) {
+      const auto rows = padded.at(side).get<std::vector<std::vector<double>>>();
+      ef::Tensor<double, 2> expected(3, 32);
+      for (Index i = 0; i < 96; ++i)
+        expected.data()[i] =
+            rows.at(static_cast<std::size_t>(i / 32)).at(static_cast<std::size_t>(i % 32));
+      EXPECT_LT(relative_error(logits, expected), 1e-5) << side;
+    }
+    std::vector<std::vector<std::int32_t>> greedy(3);
+    for (int step = 0; step < 12; ++step) {
+      const auto next = ef::greedy_sample(logits);
+      for (Index b = 0; b < 3; ++b) greedy[static_cast<std::size_t>(b)].push_back(next(b));
+      logits = model.decoder().decode(next, cache, sequences);
+    }
+    EXPECT_EQ(greedy, padded.at("greedy").get<std::vector<std::vector<std::int32_t>>>());
+  }
+  EXPECT_GE(batches, 4);
+}
+
 TEST(Families, ExpertsAsFilesHaveThem) {
   const auto models = golden_file("models.json");
   const auto loads = [&](const nlohmann::json& config, const FileTensors& tensors) {
