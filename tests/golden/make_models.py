@@ -47,6 +47,8 @@ FAMILIES = {
                                             decoder_sparse_step=2)),
     "qwen3_moe_windows": (t.Qwen3MoeConfig, without(head_dim=6, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=9,
                                                     use_sliding_window=True, sliding_window=4)),
+    "glm4_moe": (t.Glm4MoeConfig, without(head_dim=8, n_routed_experts=8, num_experts_per_tok=3, moe_intermediate_size=11, n_group=4, topk_group=2,
+                                          n_shared_experts=2, routed_scaling_factor=1.5, use_qk_norm=True, attention_bias=True)),
     "gpt_oss": (t.GptOssConfig, without(head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=4, swiglu_limit=1.0,
                                         rope_parameters=dict(YARN, beta_fast=32.0, beta_slow=1.0, truncate=False))),
     "gemma": (t.GemmaConfig, without(head_dim=6)),
@@ -119,6 +121,11 @@ def padded(model):
     return dict(result, greedy=[row[len(start):] for row, start in zip(rows, ROWS)])
 
 
+def weights_of(model):
+    """Parameters, and the bias of a router's choice, which is a buffer."""
+    return [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))]
+
+
 def main():
     result = {}
     for name, (kind, arguments) in FAMILIES.items():
@@ -128,9 +135,9 @@ def main():
         model = t.AutoModelForCausalLM.from_config(config).float().eval()
         tied = model.config.tie_word_embeddings
         head = {"lm_head.weight"} if tied else set()
-        tensors = [(n, list(p.shape)) for n, p in model.named_parameters() if n not in head]
+        tensors = [(n, list(p.shape)) for n, p in weights_of(model) if n not in head]
         with torch.no_grad():
-            for n, p in model.named_parameters():
+            for n, p in weights_of(model):
                 p.copy_(torch.from_numpy(weight(n, list(p.shape))))
             ids = torch.tensor([IDS])
             logits = model(ids).logits[0]
@@ -140,7 +147,7 @@ def main():
             half = kind(**arguments)
             half._attn_implementation, half._experts_implementation = attention, "eager"
             rounded = t.AutoModelForCausalLM.from_config(half).bfloat16().eval()
-            for n, p in rounded.named_parameters():
+            for n, p in weights_of(rounded):
                 p.copy_(torch.from_numpy(weight(n, list(p.shape))))
             error = ((rounded(ids).logits[0].double() - wide).norm() / wide.norm()).item()
             model.float()

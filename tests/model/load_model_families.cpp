@@ -234,6 +234,88 @@ TEST(Families, LimitsOfGptOssArePositive) {
                                     {"config.json", "limit is -1"});
 }
 
+TEST(Families, WhatOthersSayOfExpertsIsRefused) {
+  const auto models = golden_file("models.json");
+  const auto read = [&](const char* family, const char* key, const nlohmann::json& value) {
+    nlohmann::json config = models.at(family).at("config");
+    config[key] = value;
+    return ef::parse_model_config(config.dump(), "config.json");
+  };
+  using Json = nlohmann::json;
+  const std::vector<std::tuple<const char*, Json, Json>> words{
+      // what is refused, and what says what is done anyway
+      {"n_group", 8, 1},
+      {"topk_group", 4, 1},
+      {"routed_scaling_factor", 2.5, 1.0},
+      {"n_shared_experts", 1, nullptr},
+      {"num_shared_experts", 2, 0},
+      {"moe_num_shared_experts", 1, 0},
+      {"first_k_dense_replace", 1, 0},
+      {"moe_layer_start_index", 3, 0},
+      {"moe_layer_interval", 2, 1},
+      {"moe_layer_freq", Json{0, 1, 1}, Json{1, 1, 1}},
+      {"scoring_func", "sigmoid", "softmax"},
+      {"topk_method", "noaux_tc", "greedy"}};
+  for (const char* const family : {"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "llama"})
+    for (const auto& word : words) {
+      const auto& [key, refused, usual] = word;
+      EXPECT_EQ(read(family, key, usual).form.experts.routing.groups, 1);
+      expect_throws<ef::ModelFileError>([&] { read(family, std::get<0>(word), std::get<1>(word)); },
+                                        {"config.json", key, "not supported in this family"});
+    }
+  for (const char* const family : {"mixtral", "gpt_oss", "llama"}) {
+    read(family, "decoder_sparse_step", 1);
+    read(family, "mlp_only_layers", Json::array());
+    expect_throws<ef::ModelFileError>([&] { read(family, "decoder_sparse_step", 2); },
+                                      {"decoder_sparse_step", "experts in some layers"});
+    expect_throws<ef::ModelFileError>([&] { read(family, "mlp_only_layers", Json{1}); },
+                                      {"mlp_only_layers", "experts in some layers"});
+  }
+  const auto& layers = read("qwen3_moe", "mlp_only_layers", Json{1}).form.layers;
+  EXPECT_TRUE(layers.at(1).dense);
+  for (const char* const other : {"deepseek_v3", "ernie4_5_moe"})
+    expect_throws<ef::ModelFileError>([&] { read("qwen3_moe", "model_type", other); },
+                                      {"model_type", other, "not supported"});
+  // a bias of the router's choice is a tensor
+  Json biased = models.at("qwen3_moe");
+  biased.at("tensors").push_back({"model.layers.1.mlp.gate.e_score_correction_bias", {6}});
+  const Folder folder;
+  write_family<float>(folder, biased);
+  expect_throws<ef::ModelFileError>(
+      [&] { ef::load_model<float>(folder.path()); },
+      {"model.layers.1.mlp.gate.e_score_correction_bias", "no part of a qwen3_moe model"});
+}
+
+TEST(Families, OfGlmTheLayersForTokensFurtherAheadAreLeftOut) {
+  const auto golden = golden_file("models.json").at("glm4_moe");
+  const auto logits_with = [&](const char* tensor, const char* without, int further) {
+    auto model = golden;
+    model.at("config")["num_nextn_predict_layers"] = further;
+    auto& tensors = model.at("tensors");
+    tensors.push_back({tensor, {16}});
+    for (auto it = tensors.begin(); it != tensors.end(); ++it)
+      if (it->at(0) == without) {
+        tensors.erase(it);
+        break;
+      }
+    const Folder folder;
+    write_family<float>(folder, model);
+    return ef::load_model<float>(folder.path()).logits(kIds);
+  };
+  const Folder alone;
+  write_family<float>(alone, golden);
+  const char* const layer3 = "model.layers.3.enorm.weight";
+  EXPECT_TRUE(
+      same_bits(logits_with(layer3, "", 1), ef::load_model<float>(alone.path()).logits(kIds)));
+  for (const auto& [tensor, further] : {std::pair{layer3, 0}, {"model.layers.4.enorm.weight", 1}})
+    expect_throws<ef::ModelFileError>([&, t = tensor, n = further] { logits_with(t, "", n); },
+                                      {tensor, "no part of a glm4_moe model"});
+  expect_throws<ef::ModelFileError>([&] { logits_with(layer3, "", 17); },
+                                    {"num_nextn_predict_layers"});
+  const char* const bias = "model.layers.1.mlp.gate.e_score_correction_bias";
+  expect_throws<ef::ModelFileError>([&] { logits_with(layer3, bias, 1); }, {bias, "missing"});
+}
+
 TEST(Families, ATableOfPositionsEndsTheText) {
   const auto golden = golden_file("models.json").at("gpt2");
   const Folder folder;

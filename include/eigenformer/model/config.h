@@ -52,6 +52,7 @@ struct ModelNames {
   // Of layers with experts. Each expert's tensors follow `experts`, its number and a dot, or those
   // of all are one: experts.gate_up_proj and experts.down_proj (transformers 5).
   std::string router = "mlp.gate";
+  std::string router_correction = "mlp.gate.e_score_correction_bias";  ///< the whole name
   std::string experts = "mlp.experts.";
   std::string expert_gate = "gate_proj";
   std::string expert_up = "up_proj";
@@ -74,13 +75,15 @@ struct ModelConfig {
   bool transposed = false;      ///< matrices are (in, out): GPT-2
   bool turned_experts = false;  ///< experts are (in, out), gate and up column by column: gpt-oss
   bool router_bias = false;
-  bool norm_plus_one = false;  ///< norms multiply by 1 + w: Gemma
-  bool tied_head = false;      ///< the head is the embedding
-  bool norm_bias = false;      ///< norms have biases
+  bool router_correction = false;  ///< routers have a bias of their choice
+  bool norm_plus_one = false;      ///< norms multiply by 1 + w: Gemma
+  bool tied_head = false;          ///< the head is the embedding
+  bool norm_bias = false;          ///< norms have biases
   bool qkv_bias = false;
   bool output_bias = false;
   bool head_bias = false;
-  Index positions = 0;  ///< that the model was made for
+  Index positions = 0;       ///< that the model was made for
+  Index further_layers = 0;  ///< behind the decoder's, for tokens further ahead: not read
 };
 
 struct ModelConfigOptions {

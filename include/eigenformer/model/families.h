@@ -4,11 +4,12 @@
 ///
 ///   llama (1 to 3.3), mistral, granite, qwen2, qwen3, gemma, gemma2, gemma3_text, phi (1 and 2),
 ///   phi3 (and 4), smollm3, olmo2, starcoder2, stablelm, glm, glm4, cohere, cohere2, falcon, gpt2,
-///   gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, gpt_oss (bfloat16 or MXFP4); gemma3 and
-///   mistral3, of which the decoder is read and what sees images is not
+///   gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, glm4_moe (GLM-4.5), gpt_oss (bfloat16 or
+///   MXFP4); gemma3 and mistral3, of which the decoder is read and what sees images is not
 ///
 /// Others, and what of these is not supported (norms of queries in LayerNorm, weights that GPTQ,
-/// AWQ and their like have quantized), are refused by name and reason with ModelFileError.
+/// AWQ and their like have quantized, what a family does not read of experts), are refused by name
+/// and reason with ModelFileError.
 #pragma once
 
 #include <cmath>
@@ -35,35 +36,24 @@ class FamilyReader : FamilyParts {
     m_.family = json_.text("model_type");
     using Family = void (FamilyReader::*)();
     static const std::map<std::string, Family, std::less<>> families{
-        {"llama", &FamilyReader::llama},
-        {"mistral", &FamilyReader::llama},
-        {"granite", &FamilyReader::granite},
-        {"qwen2", &FamilyReader::qwen2},
-        {"qwen3", &FamilyReader::qwen3},
-        {"mixtral", &FamilyReader::mixtral},
-        {"qwen2_moe", &FamilyReader::qwen2_moe},
-        {"qwen3_moe", &FamilyReader::qwen3_moe},
-        {"gpt_oss", &FamilyReader::gpt_oss},
-        {"gemma", &FamilyReader::gemma},
-        {"gemma2", &FamilyReader::gemma2},
-        {"gemma3_text", &FamilyReader::gemma3},
-        {"phi", &FamilyReader::phi},
-        {"phi3", &FamilyReader::phi3},
-        {"smollm3", &FamilyReader::smollm3},
-        {"olmo2", &FamilyReader::olmo2},
-        {"starcoder2", &FamilyReader::starcoder2},
-        {"stablelm", &FamilyReader::stablelm},
-        {"glm", &FamilyReader::glm},
-        {"glm4", &FamilyReader::glm4},
-        {"cohere", &FamilyReader::cohere},
-        {"cohere2", &FamilyReader::cohere2},
-        {"falcon", &FamilyReader::falcon},
-        {"gpt2", &FamilyReader::gpt2},
-        {"gpt_neox", &FamilyReader::gpt_neox}};
+        {"llama", &FamilyReader::llama},         {"mistral", &FamilyReader::llama},
+        {"granite", &FamilyReader::granite},     {"qwen2", &FamilyReader::qwen2},
+        {"qwen3", &FamilyReader::qwen3},         {"mixtral", &FamilyReader::mixtral},
+        {"qwen2_moe", &FamilyReader::qwen2_moe}, {"qwen3_moe", &FamilyReader::qwen3_moe},
+        {"glm4_moe", &FamilyReader::glm4_moe},   {"gpt_oss", &FamilyReader::gpt_oss},
+        {"gemma", &FamilyReader::gemma},         {"gemma2", &FamilyReader::gemma2},
+        {"gemma3_text", &FamilyReader::gemma3},  {"phi", &FamilyReader::phi},
+        {"phi3", &FamilyReader::phi3},           {"smollm3", &FamilyReader::smollm3},
+        {"olmo2", &FamilyReader::olmo2},         {"starcoder2", &FamilyReader::starcoder2},
+        {"stablelm", &FamilyReader::stablelm},   {"glm", &FamilyReader::glm},
+        {"glm4", &FamilyReader::glm4},           {"cohere", &FamilyReader::cohere},
+        {"cohere2", &FamilyReader::cohere2},     {"falcon", &FamilyReader::falcon},
+        {"gpt2", &FamilyReader::gpt2},           {"gpt_neox", &FamilyReader::gpt_neox}};
     const auto family = families.find(m_.family);
     if (family == families.end())
       json_.refuse("model_type", "is " + printable(m_.family) + ", which is not supported");
     (this->*family->second)();
+    refuse_other_experts();
     validate();
     return m_;
   }
@@ -139,6 +129,41 @@ class FamilyReader : FamilyParts {
     m_.form.query_key_norm = QueryKeyNorm::head;
     if (json_.boolean("use_sliding_window", false)) window(json_.integer("sliding_window", 4096));
     qwen_experts(8, 768);
+  }
+  /// GLM-4.5: sigmoids with a bias of the choice, an expert of all tokens, first layers without.
+  void glm4_moe() {
+    shape();
+    rope(RopeLayout::half_split, 0.5);
+    tied(false);
+    activation("hidden_act", "silu");
+    m_.qkv_bias = json_.boolean("attention_bias", false);
+    if (json_.boolean("use_qk_norm", false)) m_.form.query_key_norm = QueryKeyNorm::head;
+    own_keys_ = {"n_group", "topk_group", "routed_scaling_factor", "n_shared_experts",
+                 "first_k_dense_replace"};
+    const Index hidden = json_.integer("moe_intermediate_size", 1408),
+                dense = json_.integer("first_k_dense_replace", 1),
+                shared = json_.integer("n_shared_experts", 1);
+    // before they are multiplied
+    if (hidden < 1 || hidden > (Index{1} << 30))
+      json_.refuse("moe_intermediate_size", "is out of range");
+    if (shared < 0 || shared > 1024) json_.refuse("n_shared_experts", "is not within 0 to 1024");
+    experts("n_routed_experts", 8, hidden);
+    DecoderExperts& e = m_.form.experts;
+    e.shared_hidden = hidden * shared;
+    e.routing = {.scores = ExpertScores::sigmoid,
+                 .normalise = json_.boolean("norm_topk_prob", true),
+                 .scale = static_cast<float>(json_.number("routed_scaling_factor", 1)),
+                 .groups = json_.integer("n_group", 1),
+                 .kept_groups = json_.integer("topk_group", 1)};
+    for (Index l = 0; l < (std::min)(dense, m_.shape.layers); ++l)
+      layer_forms()[static_cast<std::size_t>(l)].dense = true;
+    m_.router_correction = true;
+    m_.further_layers = json_.integer("num_nextn_predict_layers", 0);
+    if (m_.further_layers < 0 || m_.further_layers > 16)
+      json_.refuse("num_nextn_predict_layers", "is not within 0 to 16");
+    m_.names.shared_gate_proj = "mlp.shared_experts.gate_proj";
+    m_.names.shared_up_proj = "mlp.shared_experts.up_proj";
+    m_.names.shared_down_proj = "mlp.shared_experts.down_proj";
   }
   void gpt_oss() {
     llama();

@@ -3,6 +3,7 @@
 /// families.h says which family has what.
 #pragma once
 
+#include <algorithm>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -132,6 +133,7 @@ class FamilyParts {
   }
   /// Experts in every n-th layer, but in those that are named.
   void qwen_experts(Index chosen, Index hidden) {
+    own_keys_ = {"decoder_sparse_step", "mlp_only_layers"};
     const Index step = json_.integer("decoder_sparse_step", 1);
     if (step < 1) json_.refuse("decoder_sparse_step", "is not positive");
     // transformers 5 calls them local, older files do not
@@ -146,9 +148,54 @@ class FamilyParts {
     for (std::size_t l = 0; l < dense.size(); ++l)
       if (dense[l]) layer_forms()[l].dense = true;
   }
+  /// What files may say of experts and this family does not read: refused, so that nothing is
+  /// passed over, unless it says what is done anyway. A bias of a router's choice is a tensor,
+  /// which ModelTensors refuses.
+  void refuse_other_experts() const {
+    struct Usual {
+      std::string_view key;
+      double value;
+      std::string_view what;
+    };
+    constexpr Usual usuals[]{
+        {"n_group", 1, "experts in groups"},
+        {"topk_group", 1, "experts in groups"},
+        {"routed_scaling_factor", 1, "factors of experts"},
+        {"n_shared_experts", 0, "experts of all tokens"},
+        {"num_shared_experts", 0, "experts of all tokens"},
+        {"moe_num_shared_experts", 0, "experts of all tokens"},
+        {"first_k_dense_replace", 0, "first layers without experts"},
+        {"moe_layer_start_index", 0, "first layers without experts"},
+        {"moe_layer_interval", 1, "experts in some layers"},
+        {"moe_layer_freq", 1, "experts in some layers"},
+        {"decoder_sparse_step", 1, "experts in some layers"},
+    };
+    const auto reads = [&](std::string_view key) {
+      return std::find(own_keys_.begin(), own_keys_.end(), key) != own_keys_.end();
+    };
+    for (const Usual& usual : usuals)
+      for (const double value : json_.numbers(usual.key))
+        if (value != usual.value && !reads(usual.key))
+          json_.refuse(usual.key, "is not " + std::to_string(static_cast<int>(usual.value)) + ": " +
+                                      std::string(usual.what) +
+                                      " are not supported in this family");
+    if (!reads("mlp_only_layers") && !json_.integers("mlp_only_layers").empty())
+      json_.refuse("mlp_only_layers",
+                   "has entries: experts in some layers are not supported in this family");
+    const auto one_of = [&](std::string_view key, std::string_view usual) {
+      const std::string text = json_.text(key, usual);
+      if (text != usual)
+        json_.refuse(key, "is " + printable(text) + ", which is not supported in this family");
+    };
+    const bool sigmoid = m_.form.experts.routing.scores == ExpertScores::sigmoid;
+    one_of("scoring_func", sigmoid ? "sigmoid" : "softmax");
+    one_of("topk_method", m_.router_correction ? "noaux_tc" : "greedy");
+  }
+
   const JsonObject& json_;
   const ModelConfigOptions& options_;
   ModelConfig m_;
+  std::vector<std::string_view> own_keys_;  // of experts, which the family reads
 };
 
 }  // namespace detail

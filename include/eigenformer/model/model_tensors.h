@@ -117,7 +117,11 @@ class ModelTensors {
       const bool copy = config.tied_head && ends(config.names.head + ".weight");
       const bool vision = name.find("vision_tower.") != std::string::npos ||
                           name.find("multi_modal_projector.") != std::string::npos;
-      if (!buffer && !copy && !vision)
+      bool further = false;
+      for (Index l = 0; l < config.further_layers && !further; ++l)
+        further = name.find(config.names.layer + std::to_string(config.shape.layers + l) + ".") !=
+                  std::string::npos;
+      if (!buffer && !copy && !vision && !further)
         fail(name, "no part of a " + config.family + " model has this name");
     }
   }

@@ -66,7 +66,10 @@ class LayerVectors {
     const Index d = m_.shape.features, hidden = m_.shape.hidden;
     if (m_.output_bias) bias(views_.output_bias, n.output, d);
     if (m_.form.has_experts(layer_)) {
-      if (m_.router_bias) bias(views_.router_bias, n.router, m_.form.experts.count);
+      const Index experts = m_.form.experts.count;
+      if (m_.router_bias) bias(views_.router_bias, n.router, experts);
+      if (m_.router_correction)
+        set(views_.router_correction, from_.vector(of_layer(n.router_correction), experts));
     } else if (m_.form.feed_forward_bias) {
       if (m_.form.gated) bias(views_.gate_bias, n.gate, hidden);
       bias(views_.up_bias, n.up, hidden);
