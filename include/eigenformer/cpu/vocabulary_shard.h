@@ -143,6 +143,26 @@ void sum_shard(const SamplingRow<C>& row, double* sums, double* answer) {
   answer[0] = all.total, answer[1] = all.moment;
 }
 
+/// The sum of the weights by floats, and that of every block in `sums`.
+template <typename Isa>
+void weigh_shard(const SamplingRow<float>& row, double* sums, double* answer,
+                 const SamplingScratch<float>& scratch) {
+  using V = simd::Vec<float, Isa>;
+  if (!FusedWeights<V>::serves(row)) return;
+  const FusedWeights<V> weights(row);
+  WeighedRow<float>& weighed = *scratch.weighed;
+  RowWeighing<Isa, float>{row, weights}(weighed);
+  for (Index block = 0; block < row.blocks(); ++block) {
+    alignas(64) double lanes[V::lanes] = {};
+    add_lanes(V::load(weighed.lanes + block * WeighedRow<float>::most_lanes), lanes);
+    for (int half = V::lanes / 2; half > 0; half /= 2)
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    sums[block] = lanes[0] * weights.unit;
+  }
+  answer[0] = weighed.total_above * weights.unit;
+  answer[1] = weights.error_of(weighed.total_above, row.vocab) * weights.unit;
+}
+
 template <typename Isa, typename C>
 void bin_shard(const SamplingRow<C>& row, double* answer) {
   constexpr Index bins = problem::ShardBins::count;
@@ -208,6 +228,10 @@ void answer_question(const problem::AskShard<C>& p, Index r, const SamplingScrat
       return;
     case problem::ShardQuestion::weights:
       return sum_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, answer);
+    case problem::ShardQuestion::masses:
+      if constexpr (std::is_same_v<C, float>)
+        weigh_shard<Isa>(row, p.shard.block_sum + r * p.shard.blocks, answer, *scratch);
+      return;
     case problem::ShardQuestion::deviations:
       return sum_deviations<Isa>(row, answer);
     case problem::ShardQuestion::bins:
@@ -236,7 +260,8 @@ template <typename D, typename Isa, typename C>
 void execute(const Backend<D, Isa>& on, const problem::AskShard<C>& p) {
   const Index size = p.shard.shard.size();
   const bool needs_scratch = std::any_of(p.rows, p.rows + p.shard.rows, [](const auto& row) {
-    return row.question == problem::ShardQuestion::best;
+    return row.question == problem::ShardQuestion::best ||
+           row.question == problem::ShardQuestion::masses;
   });
   Workspace::Frame frame(on.workspace);
   const SamplingScratch<C>* const scratches =

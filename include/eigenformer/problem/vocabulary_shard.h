@@ -21,6 +21,7 @@ enum class ShardQuestion : std::uint8_t {
   none,        // nothing
   count,       // tokens; those of logit `sure` or more
   weights,     // weights; weight * (logit - best) / temperature
+  masses,      // weights by floats; what they are wrong by at most, 0 where that is not known
   deviations,  // tokens; logit - best; its square
   bins,        // the weights, then the tokens of each of ShardBins
   nucleus,     // not asked so, but as vocabulary_nucleus.h says
@@ -155,7 +156,7 @@ template <typename C>
 struct ShardLogits {
   C* logits;          // (rows, shard.size()), after the stages that change logits
   C* block_max;       // (rows, blocks)
-  double* block_sum;  // (rows, blocks): what the question `weights` leaves there
+  double* block_sum;  // (rows, blocks): what `weights` and `masses` leave there
   Index rows, blocks;
   ShardRange shard;
 };

@@ -42,6 +42,7 @@ void take_answer(Rows& divided, Index r, problem::ShardQuestion question,
   using problem::ShardQuestion;
   if (question == ShardQuestion::count) take_count(divided, r, answers);
   if (question == ShardQuestion::weights) take_weights(divided, r, answers);
+  if (question == ShardQuestion::masses) take_masses(divided, r, answers);
   if (question == ShardQuestion::bins) take_bins(divided, r, answers);
   if (question == ShardQuestion::deviations) take_deviations(divided, r, answers);
   if (question == ShardQuestion::bounds) take_bounds(divided, r, answers);

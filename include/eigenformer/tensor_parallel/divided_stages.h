@@ -3,6 +3,7 @@
 /// shards, and what their answers make of the tokens in play.
 #pragma once
 
+#include "divided_draws.h"
 #include "divided_nucleus.h"
 #include "divided_search.h"
 
@@ -126,7 +127,7 @@ void walk_stages(Rows& divided, Index r) {
     row.searches_best = row.keeps_ties = false;
     switch (stage) {
       case SamplingStage::none:
-        return ask(ShardQuestion::weights);
+        return ask_draw(divided, r);
       case SamplingStage::temperature:
         if (params.dynatemp_range > 0) return ask_sums(divided, r, problem::ShardSum::moments);
         if (params.temperature == 0) return pick_best(divided, r, 1);
@@ -164,7 +165,7 @@ void walk_stages(Rows& divided, Index r) {
         break;
     }
   }
-  ask(ShardQuestion::weights);
+  ask_draw(divided, r);
 }
 
 /// The tokens in play that all ranks have counted are candidates.
@@ -228,27 +229,6 @@ void take_nucleus(Rows& divided, Index r) {
   if (is_last && row.least == 1) return finish_stage(divided, r);
   asked.sure = asked.band.lo;
   ask_shards(divided, r, problem::ShardQuestion::count);
-}
-
-/// The rank within whose weights the draw of a row lies, and where.
-template <typename Rows>
-void take_draw(Rows& divided, Index r, const ShardAnswers& answers) {
-  auto& row = divided.rows[static_cast<std::size_t>(r)];
-  auto& asked = divided.asked[r];
-  const bool draws = divided.sampling.generators != nullptr;
-  const double target = draws ? divided.sampling.uniform(r) * row.total : 0.0;
-  double before = 0;
-  int rank = 0;
-  for (; rank < divided.ranks() - 1; ++rank) {
-    const double weight = answers.of(rank, r, 0);
-    if (before + weight > target) break;
-    before += weight;
-  }
-  asked.target = target - before;
-  asked.before = before;
-  asked.margin = divided.margin(row.total);
-  row.drawn_by = rank;
-  end_row(divided, r, RowEnd::drawn);
 }
 
 /// A stage that goes by the tokens of weight `least` or more, which may be wrong by `error` of it.
