@@ -183,7 +183,8 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 ///   log-probabilities
 ///   top_k, temperature 0         8 for each of the k best of every rank (on a GPU 16), where all
 ///                                ranks' are at most an eighth of the vocabulary
-///   no filter                    20 P: sums and a token
+///   no filter                    20 P: sums and a token; where the errors of float sums leave it
+///                                open, some draws in 100 of flat rows, a block sum and 4 P
 ///   min_p, epsilon_cutoff,       16 to 72 P of sums
 ///   eta_cutoff, top_n_sigma,
 ///   mirostat 2, XTC
