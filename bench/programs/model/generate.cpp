@@ -28,7 +28,8 @@ constexpr const char* kUsage =
   --tokens N        tokens to write at most (default 128; in a chat 1024 an answer); fewer where the
                     model ends the text
   --chunk N         tokens of a prompt that are computed at once (default 512), before Ctrl-C counts
-  --context N       tokens of the whole text at most (default: what the model was made for)
+  --context N       tokens of the whole text at most (default: what the model was made for);
+                    rotations that depend on it (longrope, dynamic NTK) are those of such a text
   --temperature T   0, the default, takes the likeliest token each time
   --top-k K         of the K likeliest tokens (0: all)
   --top-p P         of the likeliest tokens that have P of the probability together
@@ -49,7 +50,7 @@ volatile std::sig_atomic_t stopped = 0;
 struct Options {
   programs::ModelOptions model;
   std::string prompt, system, device = programs::kDevice;
-  long tokens = -1, chunk = 512, context = 0, top_k = 0, seed = 0;
+  long tokens = -1, chunk = 512, top_k = 0, seed = 0;
   double temperature = 0, top_p = 1, min_p = 0, typical_p = 1;
   double repetition = 1, frequency = 0, presence = 0;
   bool chat = false, json = false, ids = false;
@@ -61,7 +62,7 @@ struct Options {
     line.text("--system", system);
     line.integer("--tokens", 0, 1L << 30, tokens);
     line.integer("--chunk", 1, 1L << 40, chunk);
-    line.integer("--context", 1, 1L << 40, context);
+    line.integer("--context", 1, 1L << 40, model.length);
     line.number("--temperature", temperature);
     line.integer("--top-k", 0, 1L << 30, top_k);
     line.number("--top-p", top_p);
@@ -82,7 +83,7 @@ ef::GenerateOptions how_to_write(const Options& options, const ef::ModelConfig& 
   ef::GenerateOptions how;
   how.max_new_tokens = options.tokens >= 0 ? options.tokens : options.chat ? 1024 : 128;
   how.chunk = options.chunk;
-  how.max_length = options.context > 0 ? options.context : config.positions;
+  how.max_length = options.model.length > 0 ? options.model.length : config.positions;
   how.sampling = {.temperature = options.temperature,
                   .top_k = options.top_k,
                   .top_p = options.top_p,

@@ -82,6 +82,7 @@ ef::LoadOptions how_to_load(const ModelOptions& options, std::FILE* log) {
   const bool terminal = ::isatty(fileno(log)) != 0;
   ef::LoadOptions how;
   how.weights = weights_of(options);
+  how.length = options.length;
   how.cache = options.cache;
   how.progress = [=](std::uint64_t done, std::uint64_t total) {
     if (!terminal || done == 0 || total == 0) return;

@@ -133,6 +133,7 @@ int main(int argc, char** argv) {
   options.declare(line);
   line.parse(argc, argv);
   options.check(line);
+  options.model.length = (std::max)(options.prompt_tokens, options.decode_tokens);
   if (options.model.threads == 0)
     options.model.threads = (std::max)(1L, long{std::thread::hardware_concurrency()});
   try {

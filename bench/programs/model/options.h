@@ -93,6 +93,7 @@ struct ModelOptions {
   bool int8 = false, int4 = false, bf16 = false, half = false, as_stored = false;
   bool symmetric = false, w4a16 = false;
   long group = 0, threads = 0;
+  long length = 0;  ///< of the longest text, for rotations that depend on it; 0: what the model has
 
   void declare(CommandLine& line) {
     line.text("--model", path);

@@ -18,10 +18,13 @@ token after those before it in a window of the text.
   perplexity --model DIR|FILE --text FILE [options]
 
   --text FILE       the text
-  --window N        tokens of a window (default: what the model was made for, at most 2048)
+  --window N        tokens of a window (default: what the model was made for, at most 2048), and
+                    the length of texts for rotations that depend on it
   --json            one JSON object in place of the text
   --help            this text
 )";
+
+constexpr ef::Index kWindow = 2048;
 
 struct Options {
   programs::ModelOptions model;
@@ -37,9 +40,8 @@ int measure(const Options& options, programs::LoadedModel& model) {
   const std::vector<std::int32_t> ids = model.tokenizer().encode(text, {.parse_special = false});
   if (ids.size() < 2) throw std::runtime_error(options.text + " has fewer than two tokens");
   const auto window = static_cast<std::size_t>(
-      options.window > 0
-          ? options.window
-          : (std::min)(ef::Index{2048}, (std::max)(ef::Index{2}, model.config().positions)));
+      options.window > 0 ? options.window
+                         : (std::min)(kWindow, (std::max)(ef::Index{2}, model.config().positions)));
   const auto start = demo::Clock::now();
   double sum = 0;
   std::size_t count = 0;
@@ -83,6 +85,7 @@ int main(int argc, char** argv) {
   line.flag("--json", options.json);
   line.parse(argc, argv);
   options.model.check(line);
+  options.model.length = options.window > 0 ? options.window : kWindow;
   if (options.text.empty()) line.fail("--text is missing: a file");
   try {
     return measure(options, *programs::load(options.model, stderr));

@@ -55,6 +55,17 @@ if "$programs/quantize" "$work/model.packed" "$work/twice" 2>/dev/null; then fai
 # A text longer than the context, and one that ends there.
 [ "$("$programs/generate" --model "$model" --context 30 --ids | wc -w)" = 29 ] || fail "generate --context"
 if "$programs/generate" --model "$model" --prompt "$(cat "$model/greedy.txt")" --context 30 2>/dev/null; then fail "a prompt past the context"; fi
+# Rotations are those of a text as long as the context: short factors of 1 are the model's own, long ones are not.
+mkdir "$work/longrope"
+cp "$model/model.safetensors" "$model/tokenizer.json" "$work/longrope"
+sed 's/"rope_theta": 10000.0,/&"rope_scaling": {"rope_type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [9, 9, 9, 9], "factor": 1, "original_max_position_embeddings": 64},/' "$model/config.json" >"$work/longrope/config.json"
+grep -q longrope "$work/longrope/config.json" || fail "the configuration has another rope_theta"
+short=$("$programs/generate" --model "$model" --context 40 --ids)
+[ "$("$programs/generate" --model "$work/longrope" --context 40 --ids)" = "$short" ] || fail "short factors of a short context"
+[ "$("$programs/generate" --model "$work/longrope" --tokens 39 --ids)" != "$short" ] || fail "long factors of a long context"
+tail -c 400 "$model/greedy.txt" >"$work/end"
+short=$("$programs/perplexity" --model "$model" --text "$work/end" --window 64 --json | sed 's/"tokens_per_second.*//')
+[ "$("$programs/perplexity" --model "$work/longrope" --text "$work/end" --window 64 --json | sed 's/"tokens_per_second.*//')" = "$short" ] || fail "short factors of a short window"
 # A chat: what the second message's text shares with the first and its answer is not computed again.
 if "$programs/generate" --model "$model" --chat --prompt Hello 2>/dev/null; then fail "a chat without a template"; fi
 mkdir "$work/chat"
