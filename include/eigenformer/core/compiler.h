@@ -124,6 +124,15 @@ EIGENFORMER_INLINE void prefetch(std::uintptr_t address) {
 #endif
 }
 
+/// Takes the line at an address from other cores, to be written here.
+EIGENFORMER_INLINE void prefetch_to_write(std::uintptr_t address) {
+#if defined(__GNUC__) || defined(__clang__)
+  __builtin_prefetch(reinterpret_cast<const void*>(address), 1);
+#else
+  (void)address;
+#endif
+}
+
 }  // namespace detail
 }  // namespace EIGENFORMER_ABI
 }  // namespace eigenformer
