@@ -88,14 +88,16 @@
 /// generators, parameters out of range or NaN, token ids out of range, and shapes whose size in
 /// bytes overflows. batch 0 is legal. An output must not overlap the logits.
 ///
-/// Cost of a row: one read of the logits; min-p adds nothing to it, and top-k little. Top-p and a
-/// draw from all tokens add about one exponential per token each, and so do XTC, the cutoffs and
-/// mirostat 2; typical-p and top-h add two to seven times that, and two or three times more where
-/// the end of the set is too near for float; top-n-sigma and dynamic temperature, which sum in
-/// double, add ten times that. No filter sorts the vocabulary: the worst case is O(vocab). Rows are
-/// spread over the threads of a pool; no more than half as many rows as threads, of 60000 tokens or
-/// more, are each shared by the threads of a ParallelRegion. The _into forms allocate nothing after
-/// the first call at a size: scratch is about vocab * (1 to 3) numbers per thread.
+/// Cost of a row: one read of the logits; min-p adds nothing to it, top-k little, and top-p and
+/// typical-p little where one token has all they keep. Else top-p and a draw from all tokens add
+/// about one exponential per token each, and so do XTC, the cutoffs and mirostat 2; top-n-sigma
+/// takes as long; typical-p adds two to three times that and top-h two to seven times, and ten
+/// times more where the end of the set is too near for float, of typical-p one flat row in sixteen;
+/// dynamic temperature, which sums in double, adds ten times that. No filter sorts the vocabulary:
+/// the worst case is O(vocab). Rows are spread over the threads of a pool; no more than half as
+/// many rows as threads, of 60000 tokens or more, are each shared by the threads of a
+/// ParallelRegion. The _into forms allocate nothing after the first call at a size: scratch is
+/// about vocab * (1 to 3) numbers per thread.
 #pragma once
 
 #include <algorithm>

@@ -1,6 +1,6 @@
 /// \file
 /// The standard deviation of logits by sums in float with a bound on their error, for top-n-sigma:
-/// one read of the row instead of two passes in double, 4 us instead of 105 for 128256 tokens.
+/// one pass instead of two in double, 9 us instead of 105 for 128256 tokens.
 #pragma once
 
 #include <optional>

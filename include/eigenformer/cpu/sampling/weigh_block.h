@@ -116,7 +116,7 @@ struct BlockSums {
   V above = V::zero(), rest = V::zero(), moment = V::zero();
 };
 
-/// All tokens in play come before; of logits less than `from` none is in play.
+/// All tokens in play come before.
 struct AllInPlay {
   static constexpr bool kGathers = false, kMoments = false;
 };

@@ -2,8 +2,8 @@
 /// One pass over a row that weighs its tokens in float. It sums those that surely come first by
 /// some key apart from the others, sums moments where the key wants them, and gathers the tokens
 /// about the place where a filter will end. What the pass leaves, the sums of slices and of lanes
-/// of blocks, serves the draw, so that no token is weighed twice. On Zen 5 128256 tokens take 8 us,
-/// apart and gathered 14, with moments 16.
+/// of blocks, serves the draw, so that no token is weighed twice. On Zen 5 128256 tokens take 9 us,
+/// apart and gathered 15, with moments 18; with two threads 6, 11 and 13.
 #pragma once
 
 #include "weigh_block.h"
