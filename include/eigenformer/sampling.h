@@ -146,15 +146,16 @@ inline void check_generators(std::string_view name, std::string_view argument,
                Philox::kRows);
 }
 
-template <typename View, typename Function = NoLogitFunction>
+template <typename View, typename Function = problem::NoLogitFunction>
 auto sampling_problem(std::string_view name, const View& logits, const SamplingParamsView& params,
                       std::int32_t* ids, SampleStatus* statuses, Workspace::Frame& frame,
-                      const Function& function = {}) {
+                      const Function& = {}) {
   using T = scalar_of<View>;
-  constexpr bool has_function = !std::is_same_v<Function, NoLogitFunction>;
+  constexpr bool has_function = problem::is_logit_function<Function>;
   static_assert(FloatingScalar<T>,
                 "eigenformer: logits are float, double, Eigen::bfloat16 or Eigen::half");
   check_all_params(name, params, logits.dimension(0), logits.dimension(1));
+  if constexpr (has_function) require_function_stage(name, params);
   problem::Sampling<T> problem{logits.data(),
                                logits.dimension(0),
                                logits.dimension(1),
@@ -164,12 +165,18 @@ auto sampling_problem(std::string_view name, const View& logits, const SamplingP
                                0,
                                ids,
                                statuses};
-  if constexpr (has_function) {
-    require_function_stage(name, params);
-    problem.function = &apply_logit_function<compute_type<T>, Function>;
-    problem.function_object = &function;
-  }
   return problem;
+}
+
+/// Runs a problem of sampling_problem with the call's function, which may be none.
+template <Device D, typename Problem, typename Function>
+void run_sampling(const D& device, const Problem& problem, const Function& function,
+                  Workspace& workspace) {
+  if constexpr (problem::is_logit_function<Function>)
+    detail::run(device, problem::WithLogitFunction<Problem, Function>{problem, function},
+                workspace);
+  else
+    detail::run(device, problem, workspace);
 }
 
 template <typename T>
@@ -207,7 +214,7 @@ auto sampled_ids_view(std::string_view name, Ids& ids, Index batch) {
   return view;
 }
 
-template <typename D, typename Ids, typename Logits, typename Function = NoLogitFunction>
+template <typename D, typename Ids, typename Logits, typename Function = problem::NoLogitFunction>
 void sample_into(std::string_view name, const D& device, Ids& ids, const Logits& logits,
                  const SamplingParamsView& params, Generators& rng,
                  std::span<SampleStatus> statuses, Workspace& workspace,
@@ -219,11 +226,11 @@ void sample_into(std::string_view name, const D& device, Ids& ids, const Logits&
       sampling_problem(name, view, params, out.data(),
                        checked_statuses(name, statuses, view.dimension(0)), frame, function);
   set_generators(name, problem, rng);
-  detail::run(device, problem, workspace);
+  run_sampling(device, problem, function, workspace);
   rng.advance();
 }
 
-template <CpuDevice D, typename Logits, typename Function = NoLogitFunction>
+template <CpuDevice D, typename Logits, typename Function = problem::NoLogitFunction>
 Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Logits& logits,
                                const SamplingParamsView& params, Generators& rng,
                                const Function& function = {}) {
@@ -233,7 +240,7 @@ Tensor<std::int32_t, 1> sample(std::string_view name, const D& device, const Log
   Workspace::Frame frame(thread_workspace());
   auto problem = sampling_problem(name, view, params, ids.data(), statuses.data(), frame, function);
   set_generators(name, problem, rng);
-  detail::run(device, problem);
+  run_sampling(device, problem, function, thread_workspace());
   require_good_rows(name, statuses);
   rng.advance();
   return ids;
@@ -287,9 +294,19 @@ Tensor<std::int32_t, 1> greedy_sample(const Logits& logits) {
 // ---- sampling -----------------------------------------------------------------------------------
 
 // In all forms `params` is one SamplingParams for all rows, or a span, vector or array of them,
-// one per row. `function`, of the CPU, is a stage of your own at SamplingStage::function, compiled
-// into the call: logit = function(row, token, logit), all Index but the logit, which is float
-// (double for logits of double); -infinity bans a token.
+// one per row. `function` is a stage of your own at SamplingStage::function, compiled into the
+// call: logit = function(row, token, logit), all Index but the logit, which is float (double for
+// logits of double); -infinity bans a token. It is called in any order and from many threads.
+//
+//   struct Damped {  // on a GPU: copied there, and __host__ __device__
+//     __host__ __device__ float operator()(ef::Index, ef::Index token, float logit) const {
+//       return token == 7 ? logit - 2 : logit;
+//     }
+//   };
+//   ef::sample_into(gpu, ids, logits, params, rng, statuses, ef::thread_workspace(), Damped{});
+//
+// A GPU draws the CPU's tokens where the function gives the CPU's numbers: of a product and a sum
+// in one expression compilers make one rounding or two.
 
 /// Draws one token per row into ids (batch), -1 where a row is bad; `statuses`, where given, is
 /// (batch). Allocates nothing after the first call at a size. On a GPU ids, logits and statuses are
@@ -300,7 +317,7 @@ void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params&
                  Workspace& workspace = thread_workspace()) {
   detail::sample_into("sample", device, ids, logits, params, rng, statuses, workspace);
 }
-template <CpuDevice D, typename Ids, typename Logits, typename Function,
+template <Device D, typename Ids, typename Logits, typename Function,
           detail::SamplingSets Params = SamplingParams>
   requires detail::LogitFunction<Function, Logits>
 void sample_into(const D& device, Ids&& ids, const Logits& logits, const Params& params,
@@ -375,7 +392,7 @@ Tensor<std::int32_t, 1> top_p_sample(const Logits& logits, double p, double temp
 
 namespace detail {
 
-template <typename D, typename Out, typename Logits, typename Function = NoLogitFunction>
+template <typename D, typename Out, typename Logits, typename Function = problem::NoLogitFunction>
 void sampling_probabilities_into(const D& device, Out& probabilities, const Logits& logits,
                                  const SamplingParamsView& params, std::span<SampleStatus> statuses,
                                  Workspace& workspace, const Function& function = {}) {
@@ -390,11 +407,11 @@ void sampling_probabilities_into(const D& device, Out& probabilities, const Logi
   const auto problem =
       sampling_problem(name, view, params, nullptr,
                        checked_statuses(name, statuses, view.dimension(0)), frame, function);
-  detail::run(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},
-              workspace);
+  run_sampling(device, problem::SamplingProbabilities<scalar_of<Logits>>{problem, out.data()},
+               function, workspace);
 }
 
-template <CpuDevice D, typename Logits, typename Function = NoLogitFunction>
+template <CpuDevice D, typename Logits, typename Function = problem::NoLogitFunction>
 Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
                                         const SamplingParamsView& params,
                                         const Function& function = {}) {
@@ -416,6 +433,15 @@ void sampling_probabilities_into(const D& device, Out&& probabilities, const Log
                                  const Params& params, std::span<SampleStatus> statuses = {},
                                  Workspace& workspace = thread_workspace()) {
   detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace);
+}
+template <Device D, typename Out, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
+                                 const Params& params, std::span<SampleStatus> statuses,
+                                 Workspace& workspace, const Function& function) {
+  detail::sampling_probabilities_into(device, probabilities, logits, params, statuses, workspace,
+                                      function);
 }
 
 /// Returns what sample draws from, (batch, vocab): 0 for tokens filtered out, one 1 at temperature

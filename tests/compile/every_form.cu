@@ -47,6 +47,11 @@ using ef::Index;
 
 namespace {
 
+/// A stage of sampling.
+struct HalvedLogit {
+  __host__ __device__ float operator()(Index, Index, float logit) const { return logit / 2; }
+};
+
 /// One rank that moves the memory of a GPU.
 struct GpuRank : ef::SelfCommunicator {
   template <ef::Device D>
@@ -168,6 +173,15 @@ void sampling(const D& device, Views v) {
   ef::top_k_sample_into(device, v.ids, v.v2, 3, 1.0, random);
   ef::sample_into(device, v.ids, v.v2, ef::SamplingParams{}, random);
   ef::sampling_probabilities_into(device, v.v2, v.v2, ef::SamplingParams{});
+  ef::Workspace& workspace = ef::thread_workspace();
+  ef::sample_into(device, v.ids, v.v2, ef::SamplingParams{}, random, {}, workspace, HalvedLogit{});
+  ef::sampling_probabilities_into(device, v.v2, v.v2, ef::SamplingParams{}, {}, workspace,
+                                  HalvedLogit{});
+  ef::log_probabilities_of_into(device, v.v1, v.v2, v.ids, ef::SamplingParams{}, {}, workspace,
+                                HalvedLogit{});
+  ef::sample_with_log_probabilities_into(
+      device, ef::SampleViews{v.ids, v.v1, v.v1, v.ids, v.tokens, v.v2, v.v2, {}}, v.v2,
+      ef::SamplingParams{}, random, workspace, HalvedLogit{});
   ef::log_probabilities_of_into(device, v.v1, v.v2, v.ids);
   ef::sample_with_log_probabilities_into(
       device, ef::SampleViews{v.ids, v.v1, v.v1, v.ids, v.tokens, v.v2, v.v2, {}}, v.v2,

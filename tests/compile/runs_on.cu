@@ -113,6 +113,8 @@ const Part kParts[] = {
     part<SamplingProbabilities<F>>("sampling", "probabilities"),
     part<SampleWithLogProbabilities<F>>("sampling", "with log-probabilities"),
     part<LogProbabilitiesOf<F>>("sampling", "log-probabilities"),
+    part<WithLogitFunction<Sampling<F>, F (*)(eigenformer::Index, eigenformer::Index, F)>>(
+        "sampling", "a stage of the caller's"),
     part<Speculative<F, F>>("sampling", "speculative"),
     part<SpeculativeTree<F, F>>("sampling", "speculative trees"),
     part<RmsNorm<F, F, F>>("normalization", "RMSNorm"),

@@ -26,8 +26,15 @@ void expect_near(float got, float expected, const std::string& what) {
 
 // ---- log-probabilities --------------------------------------------------------------------------
 
-template <typename T>
-void check_log_probabilities(Index vocab, Index best) {
+/// A stage of the caller's.
+struct HalvedLogit {
+  EIGENFORMER_HOST_DEVICE float operator()(Index row, Index token, float logit) const {
+    return token % 7 == row ? -std::numeric_limits<float>::infinity() : logit / 2;
+  }
+};
+
+template <typename T, typename... Function>
+void check_log_probabilities(Index vocab, Index best, const Function&... function) {
   constexpr Index batch = 5;
   auto logits = random_tensor<T, 2>({batch, vocab}, 4, 3.0);
   for (Index t = 0; t < vocab; ++t) logits(1, t) = static_cast<T>(static_cast<float>(t % 4));
@@ -37,8 +44,9 @@ void check_log_probabilities(Index vocab, Index best) {
       batch, {.temperature = .8, .top_k = 40, .top_p = .9, .logit_bias = {{0, 2.f}}});
   params[4] = {};
   ef::SamplesWithLogProbabilities expected;
+  ef::Workspace workspace;
   ef::sample_with_log_probabilities_into(Eigen::DefaultDevice{}, expected, logits, params,
-                                         ef::Philox(3), {.best = best});
+                                         ef::Philox(3), {.best = best}, workspace, function...);
   const std::string what = "vocab " + std::to_string(vocab);
   for_each_device([&](const auto& bench) {
     const auto x = on_device(bench, logits);
@@ -54,7 +62,7 @@ void check_log_probabilities(Index vocab, Index best) {
         bench.device,
         ef::SampleViews{ids.view(), raw.view(), processed.view(), ranks.view(), best_ids.view(),
                         best_raw.view(), best_processed.view(), statuses_of(statuses.view())},
-        x.cview(), params, ef::Philox(3));
+        x.cview(), params, ef::Philox(3), workspace, function...);
     const auto got_ids = ids.host(), got_ranks = ranks.host();
     const auto got_raw = raw.host(), got_processed = processed.host();
     const auto got_best = best_ids.host();
@@ -83,9 +91,11 @@ TEST(SamplingResultsOnDevice, LogProbabilitiesRanksAndBest) {
   check_log_probabilities<float>(257, 5);
   check_log_probabilities<ef::bfloat16>(300, 0);
   check_log_probabilities<ef::half>(100, 17);
+  check_log_probabilities<float>(257, 5, HalvedLogit{});
 }
 
-TEST(SamplingResultsOnDevice, LogProbabilitiesOfGivenTokens) {
+template <typename... Function>
+void check_given_tokens(const Function&... function) {
   constexpr Index batch = 6, vocab = 130;
   auto logits = random_tensor<float, 2>({batch, vocab}, 4, 3.0);
   logits(3, 3) = logits(4, 3) = kNaN;
@@ -93,8 +103,9 @@ TEST(SamplingResultsOnDevice, LogProbabilitiesOfGivenTokens) {
   const ef::SamplingParams params{.top_k = 60};
   ef::Tensor<float, 1> expected(batch);
   std::vector<Status> expected_statuses(batch);
+  ef::Workspace workspace;
   ef::log_probabilities_of_into(Eigen::DefaultDevice{}, expected, logits, tokens, params,
-                                expected_statuses);
+                                expected_statuses, workspace, function...);
   for_each_device([&](const auto& bench) {
     const auto x = on_device(bench, logits);
     ef::Tensor<std::int32_t, 1> list(batch);
@@ -105,7 +116,7 @@ TEST(SamplingResultsOnDevice, LogProbabilitiesOfGivenTokens) {
     const auto out = on_device(bench, poisoned_tensor<float, 1>({batch}));
     const auto bytes = on_device(bench, poisoned_tensor<std::int8_t, 1>({batch}));
     ef::log_probabilities_of_into(bench.device, out.view(), x.cview(), given.cview(), params,
-                                  statuses_of(bytes.view()));
+                                  statuses_of(bytes.view()), workspace, function...);
     const auto got = out.host();
     const auto statuses = bytes.host();
     for (Index r = 0; r < batch; ++r) {
@@ -113,6 +124,11 @@ TEST(SamplingResultsOnDevice, LogProbabilitiesOfGivenTokens) {
       EXPECT_EQ(static_cast<Status>(statuses(r)), expected_statuses[static_cast<std::size_t>(r)]);
     }
   });
+}
+
+TEST(SamplingResultsOnDevice, LogProbabilitiesOfGivenTokens) {
+  check_given_tokens();
+  check_given_tokens(HalvedLogit{});
 }
 
 TEST(SamplingResultsOnDevice, ViewsOfWrongSizesAreRefused) {

@@ -11,10 +11,12 @@ using Status = ef::SampleStatus;
 using Stage = ef::SamplingStage;
 
 /// Draws and distributions on every device against those of the calling thread, which the other
-/// tests compare with the reference. Row `batch - 1` of the logits serves guidance.
-template <typename T>
-void check(const ef::Tensor<T, 2>& logits, const std::vector<ef::SamplingParams>& params,
-           const std::string& what) {
+/// tests compare with the reference. Row `batch - 1` of the logits serves guidance. `function`:
+/// none, or a stage of the caller's.
+template <typename T, typename... Function>
+ef::Tensor<float, 2> check(const ef::Tensor<T, 2>& logits,
+                           const std::vector<ef::SamplingParams>& params, const std::string& what,
+                           const Function&... function) {
   const Index batch = logits.dimension(0), vocab = logits.dimension(1);
   std::vector<ef::Philox> random;
   for (Index r = 0; r < batch; ++r) random.emplace_back(static_cast<std::uint64_t>(r), 5);
@@ -22,9 +24,11 @@ void check(const ef::Tensor<T, 2>& logits, const std::vector<ef::SamplingParams>
   ef::Tensor<std::int32_t, 1> expected_ids(batch);
   std::vector<Status> expected_statuses(static_cast<std::size_t>(batch));
   auto generators = random;
-  ef::sample_into(here, expected_ids, logits, params, generators, expected_statuses);
+  ef::Workspace workspace;
+  ef::sample_into(here, expected_ids, logits, params, generators, expected_statuses, workspace,
+                  function...);
   ef::Tensor<float, 2> expected(batch, vocab);
-  ef::sampling_probabilities_into(here, expected, logits, params);
+  ef::sampling_probabilities_into(here, expected, logits, params, {}, workspace, function...);
   for_each_device([&](const auto& bench) {
     const auto x = on_device(bench, logits);
     auto ids = on_device(bench, poisoned_tensor<std::int32_t, 1>({batch}));
@@ -33,8 +37,10 @@ void check(const ef::Tensor<T, 2>& logits, const std::vector<ef::SamplingParams>
     generators = random;
     ef::sample_into(bench.device, ids.view(), x.cview(), params, generators,
                     std::span(reinterpret_cast<Status*>(statuses.view().data()),
-                              static_cast<std::size_t>(batch)));
-    ef::sampling_probabilities_into(bench.device, p.view(), x.cview(), params);
+                              static_cast<std::size_t>(batch)),
+                    workspace, function...);
+    ef::sampling_probabilities_into(bench.device, p.view(), x.cview(), params, {}, workspace,
+                                    function...);
     const auto got_ids = ids.host();
     const auto got_statuses = statuses.host();
     const auto got = p.host();
@@ -49,6 +55,7 @@ void check(const ef::Tensor<T, 2>& logits, const std::vector<ef::SamplingParams>
       }
     }
   });
+  return expected;
 }
 
 std::vector<ef::SamplingParams> each_stage() {
@@ -176,6 +183,61 @@ TEST(SamplingStagesOnDevice, CoinsOfXtcAreThoseOfTheCpu) {
     ef::sample_into(bench.device, ids.view(), x.cview(), params, same);
     EXPECT_TRUE(same_bits(ids.host(), expected));
   });
+}
+
+/// Tells rows, tokens and what earlier stages did apart.
+struct FoldedLogit {
+  template <typename C>
+  EIGENFORMER_HOST_DEVICE C operator()(Index row, Index token, C logit) const {
+    if (token % 11 == row % 5) return -std::numeric_limits<C>::infinity();
+    return logit > least ? least - logit : logit;
+  }
+  float least;
+};
+
+// One row for each place among the other stages that change logits.
+template <typename T>
+void check_function() {
+  constexpr Index vocab = 140;
+  const std::array others{Stage::guidance,     Stage::penalties,  Stage::logit_bias,
+                          Stage::bad_words,    Stage::min_tokens, Stage::token_mask,
+                          Stage::sequence_bias};
+  const auto rows = static_cast<Index>(others.size()) + 1;
+  std::vector<ef::SamplingParams> params;
+  for (Index place = 0; place < rows; ++place) {
+    ef::SamplingParams p{.temperature = .9,
+                         .top_k = 60,
+                         .top_p = .95,
+                         .repetition_penalty = 1.5,
+                         .order = {},
+                         .prompt_tokens = {1, 2, 30, 31, 40},
+                         .output_tokens = {31, 2},
+                         .logit_bias = {{3, 4.f}, {41, 3.f}, {3, -1.f}},
+                         .token_mask = std::vector<std::uint32_t>(5, 0xfffffffdu)};
+    p.guidance_row = 3;
+    p.guidance_scale = 1.5;
+    p.bad_words = {{12}, {2, 15}};
+    p.sequence_bias = {{.tokens = {2, 16}, .bias = 5}};
+    p.min_tokens = 9;
+    p.stop_tokens = {4, 17};
+    auto* next = std::copy_n(others.begin(), place, p.order.begin());
+    *next++ = Stage::function;
+    next = std::copy(others.begin() + place, others.end(), next);
+    for (Stage filter : {Stage::temperature, Stage::top_k, Stage::top_p}) *next++ = filter;
+    params.push_back(p);
+  }
+  auto logits = random_tensor<T, 2>({rows, vocab}, 12, 3.0);
+  for (Index t = 0; t < vocab; ++t) logits(5, t) = logits(0, t);  // both lose the same tokens
+  const auto p = check(logits, params, "function", FoldedLogit{.5f});
+  double apart = 0;
+  for (Index t = 0; t < vocab; ++t)
+    apart += std::abs(static_cast<double>(p(0, t)) - static_cast<double>(p(5, t)));
+  EXPECT_GT(apart, .1);  // by where it stands
+}
+
+TEST(SamplingStagesOnDevice, FunctionsOfTheCallersAreThoseOfTheCpu) {
+  check_function<float>();
+  check_function<ef::bfloat16>();
 }
 
 }  // namespace

@@ -63,13 +63,15 @@ void execute(const Backend<D>& on, const problem::GreedySampling<T>& p) {
 /// What a call asks of the filtered distributions.
 enum class SamplingResult : std::uint8_t { token, probabilities, log_probabilities, of_tokens };
 
-/// One kernel for all of them: they share the filters, which are most of it.
-template <typename T>
+/// One kernel for all of them: they share the filters, which are most of it. A function of the
+/// caller's is compiled into one of its own.
+template <typename T, typename Function>
 struct SamplingKernel {
   using C = compute_type<T>;
   static constexpr int kThreads = kRowThreads;
   problem::Sampling<T> p;  // params, their lists and generators on the device
   SamplingResult result;
+  Function function;
   C* adjusted = nullptr;           // a row for each block; nullptr where none is adjusted
   std::int32_t* counts = nullptr;  // likewise
   Index scratch_stride = 0;
@@ -88,7 +90,7 @@ struct SamplingKernel {
       const C best = row.band.hi;
       if (status == SampleStatus::ok && problem::adjusts_logits(params)) {
         C* const own = adjusted + block.index() * scratch_stride;
-        adjust_logits(block, arrays, p, r, own, counts + block.index() * scratch_stride);
+        adjust_logits(block, arrays, p, r, own, counts + block.index() * scratch_stride, function);
         row.adjusted = own;
         status = scan_row(block, arrays, row);
       }
@@ -192,27 +194,32 @@ std::tuple<const problem::RowParams*, const Philox*> stage_params(
   return stage(on, name, std::span<const RowParams>(on_device, sets.size()), generators);
 }
 
-/// Throws std::invalid_argument for a function of the caller, which is host code.
-inline void require_no_function(const char* name, std::span<const problem::RowParams> sets) {
-  for (const problem::RowParams& params : sets)
-    for (const SamplingStage stage : params.order)
-      eigenformer::detail::require_that(
-          stage != SamplingStage::function, name,
-          "a function of logits is given, which serves the CPU alone");
+inline const char* name_of(SamplingResult result) {
+  switch (result) {
+    case SamplingResult::probabilities:
+      return "sampling_probabilities";
+    case SamplingResult::log_probabilities:
+      return "sample_with_log_probabilities";
+    case SamplingResult::of_tokens:
+      return "log_probabilities_of";
+    case SamplingResult::token:
+      break;
+  }
+  return "sample";
 }
 
 /// Rows of scratch, and so rows at a time, where logits are adjusted: as many as an H100 has
 /// multiprocessors.
 inline constexpr Index kScratchRows = 132;
 
-template <typename D, typename T>
-void run_sampling(const Backend<D>& on, const char* name, SamplingKernel<T> kernel) {
-  using Kernel = SamplingKernel<T>;
+template <typename D, typename T, typename Function>
+void run_sampling(const Backend<D>& on, SamplingKernel<T, Function> kernel) {
+  using Kernel = SamplingKernel<T, Function>;
+  const char* const name = name_of(kernel.result);
   problem::Sampling<T>& p = kernel.p;
   if (p.batch == 0) return;
   const std::size_t rows = static_cast<std::size_t>(p.batch);
   const std::span sets(p.params, p.params_stride == 0 ? 1 : rows);
-  require_no_function(name, sets);
   const bool adjusts = std::any_of(sets.begin(), sets.end(), problem::adjusts_logits);
   const std::span generators(p.generators, p.generators == nullptr    ? 0
                                            : p.generators_stride == 0 ? 1
@@ -232,31 +239,59 @@ void run_sampling(const Backend<D>& on, const char* name, SamplingKernel<T> kern
       });
 }
 
+template <typename T, typename Function>
+SamplingKernel<T, Function> kernel_of(const problem::Sampling<T>& p, const Function& function) {
+  return {p, SamplingResult::token, function};
+}
+
+template <typename T, typename Function>
+SamplingKernel<T, Function> kernel_of(const problem::SamplingProbabilities<T>& p,
+                                      const Function& function) {
+  SamplingKernel<T, Function> kernel{p.sampling, SamplingResult::probabilities, function};
+  kernel.probabilities = p.probabilities;
+  return kernel;
+}
+
+template <typename T, typename Function>
+SamplingKernel<T, Function> kernel_of(const problem::SampleWithLogProbabilities<T>& p,
+                                      const Function& function) {
+  SamplingKernel<T, Function> kernel{p.sampling, SamplingResult::log_probabilities, function};
+  kernel.log = p.outputs;
+  return kernel;
+}
+
+template <typename T, typename Function>
+SamplingKernel<T, Function> kernel_of(const problem::LogProbabilitiesOf<T>& p,
+                                      const Function& function) {
+  SamplingKernel<T, Function> kernel{p.sampling, SamplingResult::of_tokens, function};
+  kernel.tokens = p.tokens;
+  kernel.of_tokens = p.output;
+  return kernel;
+}
+
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::Sampling<T>& p) {
-  run_sampling(on, "sample", SamplingKernel<T>{p, SamplingResult::token});
+  run_sampling(on, kernel_of(p, problem::NoLogitFunction{}));
 }
 
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::SamplingProbabilities<T>& p) {
-  SamplingKernel<T> kernel{p.sampling, SamplingResult::probabilities};
-  kernel.probabilities = p.probabilities;
-  run_sampling(on, "sampling_probabilities", kernel);
+  run_sampling(on, kernel_of(p, problem::NoLogitFunction{}));
 }
 
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::SampleWithLogProbabilities<T>& p) {
-  SamplingKernel<T> kernel{p.sampling, SamplingResult::log_probabilities};
-  kernel.log = p.outputs;
-  run_sampling(on, "sample_with_log_probabilities", kernel);
+  run_sampling(on, kernel_of(p, problem::NoLogitFunction{}));
 }
 
 template <typename D, typename T>
 void execute(const Backend<D>& on, const problem::LogProbabilitiesOf<T>& p) {
-  SamplingKernel<T> kernel{p.sampling, SamplingResult::of_tokens};
-  kernel.tokens = p.tokens;
-  kernel.of_tokens = p.output;
-  run_sampling(on, "log_probabilities_of", kernel);
+  run_sampling(on, kernel_of(p, problem::NoLogitFunction{}));
+}
+
+template <typename D, typename Problem, typename Function>
+void execute(const Backend<D>& on, const problem::WithLogitFunction<Problem, Function>& p) {
+  run_sampling(on, kernel_of(p.problem, p.function));
 }
 
 }  // namespace cuda

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <type_traits>
 
 #include "../core/philox.h"
 #include "sampling_params.h"
@@ -11,6 +13,24 @@ namespace eigenformer {
 inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
+
+/// A call without a stage of the caller's.
+struct NoLogitFunction {};
+
+template <typename Function>
+inline constexpr bool is_logit_function = !std::is_same_v<Function, NoLogitFunction>;
+
+/// The stage of the caller's on the host, a loop that its function is compiled into: apply(object,
+/// row, first token, logits).
+template <typename C>
+struct HostLogitFunction {
+  void (*apply)(const void*, Index, Index, std::span<C>) = nullptr;
+  const void* object = nullptr;
+
+  void operator()(Index row, Index first, std::span<C> logits) const {
+    apply(object, row, first, logits);
+  }
+};
 
 /// A checked request: pointers and sizes only. Logits, ids and statuses are memory of the backend,
 /// params and generators the host's.
@@ -24,9 +44,7 @@ struct Sampling {
   Index generators_stride;  // 0: one for all rows, 1: one per row
   std::int32_t* ids;        // (batch), -1 where the status is not ok
   SampleStatus* statuses;   // (batch), or nullptr
-  // The caller's stage on a row of logits, of the host: function(function_object, row, logits).
-  void (*function)(const void*, Index, std::span<compute_type<T>>) = nullptr;
-  const void* function_object = nullptr;
+  HostLogitFunction<compute_type<T>> function = {};
   Index first_row = 0;  // the number that random numbers know the first row by
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const RowParams& params_of(Index row) const {
@@ -87,6 +105,13 @@ struct LogProbabilitiesOf {
   Sampling<T> sampling;
   const std::int32_t* tokens;
   float* output;
+};
+
+/// One of the four with a stage of the caller's: logit = function(row, token, logit).
+template <typename Problem, typename Function>
+struct WithLogitFunction {
+  const Problem& problem;
+  const Function& function;
 };
 
 /// Rejection sampling along drafted chains.

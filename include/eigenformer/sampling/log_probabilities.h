@@ -86,7 +86,7 @@ inline void check_views(std::string_view name, const SampleViews& result, Index 
 }
 
 /// views(batch, vocab), after all other checks, is where the results go.
-template <Device D, typename Logits, typename Views, typename Function = NoLogitFunction>
+template <Device D, typename Logits, typename Views, typename Function = problem::NoLogitFunction>
 void sample_with_log_probabilities_into(std::string_view name, const D& device,
                                         const Logits& logits, const SamplingParamsView& params,
                                         Generators& rng, Workspace& workspace, Views&& views,
@@ -105,12 +105,12 @@ void sample_with_log_probabilities_into(std::string_view name, const D& device,
                                                out.best_ids.data(),
                                                out.best_log_probabilities.data(),
                                                out.best_processed_log_probabilities.data()};
-  detail::run(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs},
-              workspace);
+  run_sampling(device, problem::SampleWithLogProbabilities<scalar_of<Logits>>{problem, outputs},
+               function, workspace);
   rng.advance();
 }
 
-template <CpuDevice D, typename Logits, typename Function = NoLogitFunction>
+template <CpuDevice D, typename Logits, typename Function = problem::NoLogitFunction>
 void sample_with_log_probabilities_into(const D& device, SamplesWithLogProbabilities& result,
                                         const Logits& logits, const SamplingParamsView& params,
                                         Generators& rng, const LogProbabilityOptions& options,
@@ -164,6 +164,21 @@ void sample_with_log_probabilities_into(const D& device, const SampleViews& resu
                                                detail::check_views(name, result, batch, vocab);
                                                return result;
                                              });
+}
+template <Device D, typename Logits, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Logits>
+void sample_with_log_probabilities_into(const D& device, const SampleViews& result,
+                                        const Logits& logits, const Params& params, Generators rng,
+                                        Workspace& workspace, const Function& function) {
+  constexpr auto name = "sample_with_log_probabilities";
+  detail::sample_with_log_probabilities_into(
+      name, device, logits, params, rng, workspace,
+      [&](Index batch, Index vocab) {
+        detail::check_views(name, result, batch, vocab);
+        return result;
+      },
+      function);
 }
 template <CpuDevice D, typename Logits, detail::SamplingSets Params = SamplingParams>
 SamplesWithLogProbabilities sample_with_log_probabilities(
@@ -233,7 +248,7 @@ std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& 
 namespace detail {
 
 template <Device D, typename Out, typename Logits, typename Tokens,
-          typename Function = NoLogitFunction>
+          typename Function = problem::NoLogitFunction>
 void log_probabilities_of_into(const D& device, Out& log_probabilities, const Logits& logits,
                                const Tokens& tokens, const SamplingParamsView& params,
                                std::span<SampleStatus> statuses, Workspace& workspace,
@@ -250,12 +265,13 @@ void log_probabilities_of_into(const D& device, Out& log_probabilities, const Lo
   const auto problem = sampling_problem(name, view, params, nullptr,
                                         checked_statuses(name, statuses, batch), frame, function);
   const auto given = given_tokens<D>(name, tokens, batch, view.dimension(1));
-  detail::run(device,
-              problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
-              workspace);
+  run_sampling(device,
+               problem::LogProbabilitiesOf<scalar_of<Logits>>{problem, given.data(), output.data()},
+               function, workspace);
 }
 
-template <CpuDevice D, typename Logits, typename Tokens, typename Function = NoLogitFunction>
+template <CpuDevice D, typename Logits, typename Tokens,
+          typename Function = problem::NoLogitFunction>
 Tensor<float, 1> log_probabilities_of(const D& device, const Logits& logits, const Tokens& tokens,
                                       const SamplingParamsView& params,
                                       const Function& function = {}) {
@@ -282,7 +298,7 @@ void log_probabilities_of_into(const D& device, Out&& log_probabilities, const L
   detail::log_probabilities_of_into(device, log_probabilities, logits, tokens, params, statuses,
                                     workspace);
 }
-template <CpuDevice D, typename Out, typename Logits, typename Tokens, typename Function,
+template <Device D, typename Out, typename Logits, typename Tokens, typename Function,
           detail::SamplingSets Params = SamplingParams>
   requires detail::LogitFunction<Function, Logits>
 void log_probabilities_of_into(const D& device, Out&& log_probabilities, const Logits& logits,

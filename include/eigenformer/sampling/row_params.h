@@ -226,23 +226,10 @@ inline void check_all_params(std::string_view name, const SamplingParamsView& pa
   }
 }
 
-/// A call without a stage of the caller's.
-struct NoLogitFunction {};
-
 template <typename F, typename Logits>
 concept LogitFunction = requires(const F& f, compute_type<scalar_of<Logits>> logit) {
   { f(Index{}, Index{}, logit) } -> std::convertible_to<compute_type<scalar_of<Logits>>>;
 };
-
-/// logit = function(row, token, logit) of every token of a row, with the function inlined.
-template <typename C, typename Function>
-void apply_logit_function(const void* object, Index row, std::span<C> logits) {
-  const auto& function = *static_cast<const Function*>(object);
-  C* const x = logits.data();
-  const auto vocab = static_cast<Index>(logits.size());
-  for (Index token = 0; token < vocab; ++token)
-    x[token] = static_cast<C>(function(row, token, x[token]));
-}
 
 inline void require_function_stage(std::string_view name, const SamplingParamsView& params) {
   for (const SamplingParams& p : params.sets)

@@ -192,6 +192,17 @@ void execute(const Backend<D, Isa>& on, const problem::Sampling<T>& p) {
       });
 }
 
+/// A stage of the caller's is a call for each row: no other code is compiled again for it.
+template <typename D, typename Isa, typename Problem, typename Function>
+void execute(const Backend<D, Isa>& on, const problem::WithLogitFunction<Problem, Function>& p) {
+  Problem with = p.problem;
+  if constexpr (requires { with.sampling; })
+    set_logit_function(with.sampling, p.function);
+  else
+    set_logit_function(with, p.function);
+  execute(on, with);
+}
+
 /// Greedy scans in lines of 1024 tokens, an eighth of the reductions of a block, and looks for the
 /// token in one of them.
 template <typename D, typename Isa, typename T>

@@ -1,7 +1,7 @@
 /// \file
-/// Guidance, penalties, biases, mask and forced tokens, by a block: the row is copied to scratch in
-/// the compute type and changed there, as in cpu/sampling/logits.h. Each number is computed in
-/// double and rounded once.
+/// Guidance, penalties, biases, mask, forced tokens and the caller's function, by a block: the row
+/// is copied to scratch in the compute type and changed there, as in cpu/sampling/logits.h. Each
+/// number of a stage of ours is computed in double and rounded once.
 #pragma once
 
 #include "row.cuh"
@@ -96,10 +96,10 @@ EIGENFORMER_DEVICE double log_total(Block& block, const Arrays& arrays, Sampling
 
 /// Copies row r to `adjusted` and runs the stages that change logits, in the order of the
 /// parameters.
-template <typename Block, typename Arrays, typename T, typename C>
+template <typename Block, typename Arrays, typename T, typename C, typename Function>
 EIGENFORMER_DEVICE void adjust_logits(Block& block, const Arrays& arrays,
                                       const problem::Sampling<T>& p, Index r, C* adjusted,
-                                      std::int32_t* counts) {
+                                      std::int32_t* counts, const Function& function) {
   const problem::RowParams& params = p.params_of(r);
   const T* const logits = p.logits + r * p.vocab;
   const auto for_each = [&](auto change) {
@@ -137,6 +137,9 @@ EIGENFORMER_DEVICE void adjust_logits(Block& block, const Arrays& arrays,
       for_each([&](Index t) {
         return t == params.forced_token ? C(0) : -std::numeric_limits<C>::infinity();
       });
+    if constexpr (problem::is_logit_function<Function>)
+      if (stage == SamplingStage::function)
+        for_each([&](Index t) { return static_cast<C>(function(r, t, adjusted[t])); });
   }
 }
 
