@@ -8,11 +8,12 @@
 /// where m = mean over k of x[i, k].
 ///
 /// x is (rows, features) or (batch, seq, features), y has its shape, weight and bias are
-/// (features). x of rms_norm_into may be heads in the rows of a wider matrix (ef::heads_of), y then
-/// (tokens, heads, head_dim): queries and keys are normalized out of the QKV product. Scalars are
-/// float, double, bfloat16 and half; y, x and weight may differ (bfloat16 activations with float
-/// weights). Arithmetic is in float, or in double where an argument is double; nothing is rounded
-/// in between. Every finite row has its right result: one whose squares or sums leave the range of
+/// (features). x of rms_norm_into and layer_norm_into may be heads in the rows of a wider matrix
+/// (ef::heads_of), y then (tokens, heads, head_dim): queries and keys are normalized out of the QKV
+/// product; weight and bias of layer_norm_into are then (head_dim), or (heads, head_dim) where each
+/// head has its own. Scalars are float, double, bfloat16 and half; y, x and weight may differ
+/// (bfloat16 activations with float weights). Arithmetic is in float, or in double where an
+/// argument is double; nothing is rounded in between. Every finite row has its right result: one whose squares or sums leave the range of
 /// the type is summed again in a unit of its own (twice the cost, for that row), and LayerNorm
 /// loses nothing where the mean is large against the spread: a row of equal numbers gives the bias.
 ///
@@ -59,9 +60,9 @@ auto norm_input(const X& x) {
                 "eigenformer: normalization takes (rows, features) or (batch, seq, features)");
   return input_view<rank_of<X>>(x);
 }
-/// rms_norm takes heads in the rows of a wider matrix too.
+/// The forms with a destination take heads in the rows of a wider matrix too.
 template <typename X>
-auto rms_norm_input(const X& x) {
+auto norm_input_or_heads(const X& x) {
   if constexpr (tensor_traits<X>::kind == TensorKind::strided)
     return heads_input<3>(x);
   else
@@ -75,6 +76,34 @@ void require_features(std::string_view name, std::string_view w_name, const W& w
   require_that(w.dimension(0) == features, name, w_name, " has ", w.dimension(0), " elements, ",
                x_name, " has ", features, " features");
 }
+/// The same, or one for each head: (heads, head_dim).
+template <typename W, typename X>
+void require_weights(std::string_view name, std::string_view w_name, const W& w,
+                     std::string_view x_name, const X& x) {
+  if constexpr (rank_of<W> == 2) {
+    static_assert(tensor_traits<X>::kind == TensorKind::strided,
+                  "eigenformer: weights of each head go with heads (ef::heads_of)");
+    require_that(w.dimension(0) == x.dimension(1) && w.dimension(1) == x.dimension(2), name, w_name,
+                 " has shape ", shape_text(w), ", ", x_name, " has ", x.dimension(1), " heads of ",
+                 x.dimension(2));
+  } else {
+    require_features(name, w_name, w, x_name,
+                     x.dimension(static_cast<std::size_t>(rank_of<X> - 1)));
+  }
+}
+
+/// Rows of heads, or of a token each.
+struct RowsOfHeads {
+  Index heads = 1;
+  problem::HeadStrides strides;
+  template <typename X>
+  RowsOfHeads(const X& x, Index features) : strides{features, features} {
+    if constexpr (tensor_traits<X>::kind == TensorKind::strided) {
+      heads = x.dimension(1);
+      strides = strides_of(x);
+    }
+  }
+};
 
 /// The rows of x, once weight and epsilon fit.
 template <typename X, typename W>
@@ -82,7 +111,7 @@ RowShape norm_shape(std::string_view name, std::string_view x_name, const X& x, 
                     float epsilon) {
   require_floating_scalars<X, W>();
   const RowShape shape = row_shape(x, name, x_name);
-  require_features(name, "weight", weight, x_name, shape.features);
+  require_weights(name, "weight", weight, x_name, x);
   require_that(epsilon > 0 && std::isfinite(epsilon), name, "epsilon is ", epsilon,
                ", expected positive and finite");
   return shape;
@@ -103,14 +132,9 @@ problem::RmsNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>> rms_norm_problem(
   require_floating_scalars<Y>();
   require_same_shape(name, "y", y, x_name, x);
   const RowShape shape = norm_shape(name, x_name, x, weight, options.epsilon);
-  Index heads = 1;
-  problem::HeadStrides strides{shape.features, shape.features};
-  if constexpr (tensor_traits<X>::kind == TensorKind::strided) {
-    heads = x.dimension(1);
-    strides = strides_of(x);
-  }
+  const RowsOfHeads rows(x, shape.features);
   return {y.data(),       x.data(),        weight.data(), shape.rows,
-          shape.features, options.epsilon, heads,         strides};
+          shape.features, options.epsilon, rows.heads,    rows.strides};
 }
 
 /// What the backward forms have in common: the gradients of the input and of one parameter.
@@ -145,7 +169,7 @@ void rms_norm_into(const D& device, Y&& y, const X& x, const W& weight,
                    const RmsNormOptions& options = {}) {
   const auto problem =
       detail::rms_norm_problem("rms_norm", output_view<rank_of<X>>(y), "x",
-                               detail::rms_norm_input(x), input_view<1>(weight), options);
+                               detail::norm_input_or_heads(x), input_view<1>(weight), options);
   detail::run(device, problem);
 }
 
@@ -247,21 +271,25 @@ auto rms_norm_backward(const GY& grad_y, const X& x, const W& weight,
   return rms_norm_backward(Eigen::DefaultDevice{}, grad_y, x, weight, options);
 }
 
-/// y = LayerNorm(x) * weight + bias; weight and bias have one scalar.
+/// y = LayerNorm(x) * weight + bias; weight and bias have one scalar and one shape.
+///
+///   ef::layer_norm_into(device, q, ef::heads_of(qkv, 0, heads, head_dim), weight, bias);
 template <Device D, typename Y, typename X, typename W, typename B>
 void layer_norm_into(const D& device, Y&& y, const X& x, const W& weight, const B& bias,
                      const LayerNormOptions& options = {}) {
   constexpr auto name = "layer_norm";
   auto yv = output_view<rank_of<X>>(y);
-  const auto xv = detail::norm_input(x);
-  const auto w = input_view<1>(weight), b = input_view<1>(bias);
+  const auto xv = detail::norm_input_or_heads(x);
+  constexpr int rank = rank_of<W> == 2 ? 2 : 1;  // 2: each head has its own
+  const auto w = input_view<rank>(weight), b = input_view<rank>(bias);
   detail::require_floating_scalars<decltype(yv)>();
   detail::require_same_shape(name, "y", yv, "x", xv);
   const auto shape = detail::norm_shape(name, "x", xv, w, options.epsilon);
-  detail::require_features(name, "bias", b, "x", shape.features);
+  detail::require_weights(name, "bias", b, "x", xv);
+  const detail::RowsOfHeads rows(xv, shape.features);
   using Problem = problem::LayerNorm<scalar_of<Y>, scalar_of<X>, scalar_of<W>>;
   detail::run(device, Problem{yv.data(), xv.data(), w.data(), b.data(), shape.rows, shape.features,
-                              options.epsilon});
+                              options.epsilon, rows.heads, rows.strides, rank == 2});
 }
 
 /// Returns LayerNorm(x) * weight + bias, in the scalar and shape of x.

@@ -60,6 +60,14 @@ TEST(DecoderForms, NormsAfterAndOfWholeRows) {
   expect_equals_reference(form, false, 30);
 }
 
+TEST(DecoderForms, LayerNormsOfEveryHead) {
+  ef::DecoderForm form;
+  form.query_key_norm = ef::QueryKeyNorm::layer_head;
+  expect_equals_reference(form, true, 35);
+  form.layers.assign(kLayers, {.rope = -1});
+  expect_equals_reference(form, false, 36);  // without biases
+}
+
 TEST(DecoderForms, BlocksSideBySide) {
   ef::DecoderForm form;
   form.norm = ef::DecoderNorm::layer;
@@ -229,6 +237,10 @@ TEST(DecoderForms, RefuseWhatCannotBe) {
   part.key.reset();
   expect_throws<std::invalid_argument>([&] { weights.pack_layer(kOneThread, 0, part, alone); },
                                        {"query, key and value"});
+  part = random.tensors.layers[0];
+  part.key_norm_bias = part.key_norm;
+  expect_throws<std::invalid_argument>([&] { weights.pack_layer(kOneThread, 0, part, alone); },
+                                       {"no query_norm_bias"});
   part = random.tensors.layers[0];
   part.gate.reset();
   expect_throws<std::invalid_argument>([&] { weights.pack_layer(kOneThread, 0, part, alone); },

@@ -65,6 +65,7 @@ inline std::vector<NamedForm> forms_of_families() {
   ef::DecoderForm phi = layer_norm();
   phi.blocks = ef::DecoderBlocks::parallel_shared_norm;
   phi.activation = ef::DecoderActivation::gelu_tanh;
+  phi.query_key_norm = ef::QueryKeyNorm::layer_head;
   phi.ropes = {ef::longrope(
       4, 10000,
       {.factor = 2,

@@ -25,7 +25,6 @@ class RandomDecoder {
  public:
   RandomDecoder(const ef::DecoderForm& form, bool biases, unsigned seed) : seed_(seed) {
     const Index q = kHeads * kHeadDim, kv = kKvHeads * kHeadDim;
-    const bool row = form.query_key_norm == ef::QueryKeyNorm::row;
     for (Index l = 0; l < kLayers; ++l) {
       ef::DecoderLayerViews<float> v;
       matrix(v.query, q, kFeatures);
@@ -41,8 +40,12 @@ class RandomDecoder {
         vector(v.attention_norm_bias, kFeatures, 0);
         vector(v.feed_forward_norm_bias, kFeatures, 0);
       }
-      vector(v.query_norm, row ? q : kHeadDim, 1);
-      vector(v.key_norm, row ? kv : kHeadDim, 1);
+      vector(v.query_norm, form.query_key_norm_weights(kShape, kHeads), 1);
+      vector(v.key_norm, form.query_key_norm_weights(kShape, kKvHeads), 1);
+      if (form.query_key_norm == ef::QueryKeyNorm::layer_head && biases) {
+        vector(v.query_norm_bias, kHeads * kHeadDim, 0);
+        vector(v.key_norm_bias, kKvHeads * kHeadDim, 0);
+      }
       if (biases) {
         vector(v.query_bias, q, 0);
         vector(v.key_bias, kv, 0);

@@ -30,6 +30,7 @@ inline std::vector<ef::DecoderForm> packed_forms() {
   gpt2.gated = false;
   gpt2.feed_forward_bias = true;
   gpt2.positions = 16;
+  gpt2.query_key_norm = ef::QueryKeyNorm::layer_head;
   gemma.placement = ef::NormPlacement::both;
   gemma.query_key_norm = ef::QueryKeyNorm::head;
   gemma.activation = ef::DecoderActivation::gelu_tanh;
@@ -118,9 +119,13 @@ std::shared_ptr<ef::PackedDecoderWeights<T>> packed_model(const ef::DecoderConfi
       views.after_attention_norm.emplace(some(c.features));
       views.after_feed_forward_norm.emplace(some(c.features));
     }
-    if (form.query_key_norm == ef::QueryKeyNorm::head) {
-      views.query_norm.emplace(some(c.head_dim));
-      views.key_norm.emplace(some(c.head_dim));
+    if (form.query_key_norm != ef::QueryKeyNorm::none) {
+      views.query_norm.emplace(some(form.query_key_norm_weights(c, c.heads)));
+      views.key_norm.emplace(some(form.query_key_norm_weights(c, c.kv_heads)));
+    }
+    if (form.query_key_norm == ef::QueryKeyNorm::layer_head) {
+      views.query_norm_bias.emplace(some(q));
+      views.key_norm_bias.emplace(some(kv));
     }
     if (form.sinks) views.sinks.emplace(some(c.heads));
     if (form.has_experts(l)) pack_experts(*packed, l, views);

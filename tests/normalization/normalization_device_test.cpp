@@ -128,6 +128,25 @@ TEST(NormsOnDevice, OfHeadsInAWiderMatrix) {
   });
 }
 
+TEST(NormsOnDevice, OfHeadsWithWeightsOfTheirOwn) {
+  const Index tokens = 3, heads = 2, width = 24, first = 10;
+  const auto matrix = random_tensor<float, 2>({tokens, 70}, 35);
+  const auto weight = random_tensor<float, 2>({heads, width}, 36),
+             bias = random_tensor<float, 2>({heads, width}, 37);
+  ef::Tensor<float, 3> expected(tokens, heads, width);
+  ef::layer_norm_into(Eigen::DefaultDevice{}, expected, ef::heads_of(matrix, first, heads, width),
+                      weight, bias);
+  for_each_device([&](const auto& bench) {
+    auto device_matrix = on_device(bench, matrix);
+    auto device_weight = on_device(bench, weight), device_bias = on_device(bench, bias);
+    auto y = on_device(bench, poisoned_tensor<float, 3>({tokens, heads, width}));
+    ef::layer_norm_into(bench.device, y.view(),
+                        ef::heads_of(device_matrix.cview(), first, heads, width),
+                        device_weight.cview(), device_bias.cview());
+    EXPECT_LT(relative_error(y.host(), to_double(expected)), tolerance<float>());
+  });
+}
+
 // A row that begins at no multiple of 16 bytes, and the same row where it does.
 template <typename T>
 void check_places(Index features) {

@@ -320,6 +320,34 @@ TYPED_TEST(LayerNorm, NeverDependsOnThreadsBatchOrPlace) {
   ASSERT_TRUE(same_bits(ef::layer_norm(alone, weight, bias), expected));
 }
 
+TYPED_TEST(LayerNorm, OfHeadsHasTheBitsOfEachAlone) {
+  using T = TypeParam;
+  const Index tokens = 5, heads = 3, width = 20;
+  const auto matrix = random_tensor<T, 2>({tokens, 100}, 37);
+  const auto weight = random_tensor<float, 2>({heads, width}, 38),
+             bias = random_tensor<float, 2>({heads, width}, 39);
+  const auto of_head = [&](const ef::Tensor<float, 2>& x, Index h) {
+    return ef::TensorView<const float, 1>(x.data() + h * width, width);
+  };
+  for_each_isa([&](auto isa) {
+    auto own = poisoned_tensor<T, 3>({tokens, heads, width}),
+         shared = poisoned_tensor<T, 3>({tokens, heads, width});
+    const auto x = ef::heads_of(matrix, 17, heads, width);
+    ef::layer_norm_into(on(isa), own, x, weight, bias);
+    ef::layer_norm_into(on(isa), shared, x, of_head(weight, 0), of_head(bias, 0));
+    for (Index t = 0; t < tokens; ++t)
+      for (Index h = 0; h < heads; ++h) {
+        const Index at = (t * heads + h) * width;
+        const ef::TensorView<const T, 2> row(matrix.data() + t * 100 + 17 + h * width, 1, width);
+        ef::Tensor<T, 2> alone(1, width);
+        ef::layer_norm_into(on(isa), alone, row, of_head(weight, h), of_head(bias, h));
+        ASSERT_TRUE(same_bits(ef::TensorView<const T, 2>(own.data() + at, 1, width), alone));
+        ef::layer_norm_into(on(isa), alone, row, of_head(weight, 0), of_head(bias, 0));
+        ASSERT_TRUE(same_bits(ef::TensorView<const T, 2>(shared.data() + at, 1, width), alone));
+      }
+  });
+}
+
 TYPED_TEST(LayerNorm, GradientsEqualTheReference) {
   using T = TypeParam;
   using G = ef::compute_type<T>;
@@ -378,6 +406,15 @@ TEST(LayerNormErrors, NameTheArgument) {
                                        {"layer_norm", "bias has 7", "8 features"});
   expect_throws<std::invalid_argument>(
       [&] { ef::layer_norm(x, weight, weight, {.epsilon = 0.0f}); }, {"layer_norm", "epsilon"});
+  auto y = poisoned_tensor<float, 3>({2, 2, 4});
+  const auto of_three = random_tensor<float, 2>({3, 4}, 47),
+             own = random_tensor<float, 2>({2, 4}, 48);
+  const auto heads = ef::heads_of(x, 0, 2, 4);
+  expect_throws<std::invalid_argument>([&] { ef::layer_norm_into(kHere, y, heads, of_three, own); },
+                                       {"layer_norm", "weight has shape (3, 4)", "2 heads of 4"});
+  expect_throws<std::invalid_argument>([&] { ef::layer_norm_into(kHere, y, heads, own, of_three); },
+                                       {"layer_norm", "bias has shape (3, 4)", "2 heads of 4"});
+  EXPECT_TRUE(std::isnan(y(0, 0, 0)));
 }
 
 // Gradients of rows whose x is large and whose grad_y is small: no factor of the formula leaves the

@@ -9,8 +9,8 @@
 ///   ef::Tensor<float, 5> stacked(batch, seq, 3, heads, head_dim);
 ///   auto v = ef::heads_of(stacked, 2, 2);                        // (batch, seq, heads, head_dim): chip(2, 2) as a view
 ///
-/// What takes one says so in its manual: attention (query, key and value), rope (as x), and the
-/// caches (as new keys and values).
+/// What takes one says so in its manual: attention (query, key and value), rope and the norms (as
+/// x), and the caches (as new keys and values).
 #pragma once
 
 #include <array>

@@ -232,15 +232,17 @@ struct LayerNormKernel {
   EIGENFORMER_DEVICE void operator()(Block& block) const {
     const auto scratch = layer_norm_scratch<C>(block, kWarps);
     for (Index row = block.index(); row < p.rows; row += block.count()) {
-      const X* x = p.x + row * p.features;
+      const X* x = p.x_row(row);
       Y* y = p.y + row * p.features;
+      const W* weight = p.weight + p.weights_of(row);
+      const W* bias = p.bias + p.weights_of(row);
       const auto scale = layer_norm_scale<C>(block, scratch, x, p.features, p.epsilon);
       for_each_pack_of_line(
           block, p.features,
           [&]<int N>(WidthOf<N>, Index j) {
             auto values = load_pack<C, N>(x + j);
-            const auto weights = load_pack<C, N>(p.weight + j);
-            const auto biases = load_pack<C, N>(p.bias + j);
+            const auto weights = load_pack<C, N>(weight + j);
+            const auto biases = load_pack<C, N>(bias + j);
             for (int i = 0; i < N; ++i) {
               const C normal =
                   std::fma(values[i] * scale.unit - scale.center, scale.inverse, scale.offset);
@@ -248,7 +250,7 @@ struct LayerNormKernel {
             }
             store_pack<N>(values, y + j);
           },
-          x, p.weight, p.bias, static_cast<const Y*>(y));
+          x, weight, bias, static_cast<const Y*>(y));
     }
   }
 };

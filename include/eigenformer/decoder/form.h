@@ -40,11 +40,12 @@ enum class DecoderBlocks {
   parallel_shared_norm,  ///< the same with one norm: Falcon 7B, Phi-2, Cohere
 };
 
-/// RMSNorm of queries and keys before they turn.
+/// Norm of queries and keys before they turn.
 enum class QueryKeyNorm {
   none,
-  head,  ///< of every head, with weights (head_dim): Qwen 3, Gemma 3
-  row,   ///< of all heads of a token together: OLMo 2
+  head,        ///< RMSNorm of every head, with weights (head_dim): Qwen 3, Gemma 3
+  row,         ///< RMSNorm of all heads of a token together: OLMo 2
+  layer_head,  ///< LayerNorm of every head, with weights and biases of its own: Cohere, StableLM
 };
 
 enum class DecoderActivation {
@@ -109,6 +110,12 @@ struct DecoderForm {
   /// Whether gate, up and their product are one product of matrices.
   bool fuses_gates() const {
     return gated && activation == DecoderActivation::silu && !feed_forward_bias;
+  }
+  /// Weights of the norm of this many heads of queries or keys.
+  Index query_key_norm_weights(const DecoderConfig& config, Index heads) const {
+    const bool of_all =
+        query_key_norm == QueryKeyNorm::row || query_key_norm == QueryKeyNorm::layer_head;
+    return of_all ? heads * config.head_dim : config.head_dim;
   }
   /// Whether a norm of this many weights and biases has what it needs: LayerNorm both.
   bool has_all_of(Index norm_weights, Index norm_biases) const {

@@ -232,20 +232,26 @@ class InferenceStep {
   /// Queries or keys as attention takes them: normalised and turned where the form says so, in
   /// `memory` then.
   HeadsView<const T> turned(GrowingTensor<T, 2>& memory, const HeadsView<const T>& heads,
-                            const PackedArray<float>& weight, int rope) {
+                            const PackedNorm& norm, int rope) {
     const Index tokens = heads.dimension(0), count = heads.dimension(1), width = config_.head_dim;
     HeadsView<const T> x = heads;
     if (form_.query_key_norm == QueryKeyNorm::none && rope < 0) return x;
     TensorView<T, 3> y(reshape(memory, tokens, count * width).data(), tokens, count, width);
     const HeadsView<const T> result(y.data(), {tokens, count, width}, count * width);
-    if (form_.query_key_norm != QueryKeyNorm::none) {
+    if (form_.query_key_norm == QueryKeyNorm::layer_head) {
+      const TensorView<const float, 2> weight(norm.weight.data(), count, width),
+          bias(norm.bias.data(), count, width);
+      timed("normalization",
+            [&] { layer_norm_into(device_, y, x, weight, bias, {.epsilon = config_.epsilon}); });
+      x = result;
+    } else if (form_.query_key_norm != QueryKeyNorm::none) {
       const bool row = form_.query_key_norm == QueryKeyNorm::row;
       const Index groups = row ? 1 : count, features = row ? count * width : width;
       TensorView<T, 3> to(y.data(), tokens, groups, features);
       timed("normalization", [&] {
         rms_norm_into(device_, to,
                       HeadsView<const T>(x.data(), {tokens, groups, features}, x.token_stride()),
-                      vector_of(weight), RmsNormOptions{.epsilon = config_.epsilon});
+                      vector_of(norm.weight), RmsNormOptions{.epsilon = config_.epsilon});
       });
       x = result;
     }

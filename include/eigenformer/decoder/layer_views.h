@@ -55,6 +55,7 @@ struct DecoderLayerViews {
   Vector attention_norm_bias = {}, feed_forward_norm_bias = {};
   Vector after_attention_norm = {}, after_feed_forward_norm = {};
   Vector query_norm = {}, key_norm = {};
+  Vector query_norm_bias = {}, key_norm_bias = {};         ///< of QueryKeyNorm::layer_head, or none
   Vector query_bias = {}, key_bias = {}, value_bias = {};  ///< in one call, or none
   Vector output_bias = {};
   Vector gate_bias = {}, up_bias = {}, down_bias = {};

@@ -77,8 +77,7 @@ class ReadableTensor<int4, 2> {
 template <FloatingScalar T>
 struct PackedDecoderLayer {
   detail::PackedNorm attention_norm, feed_forward_norm, after_attention_norm,
-      after_feed_forward_norm;
-  detail::PackedArray<float> query_norm, key_norm;
+      after_feed_forward_norm, query_norm, key_norm;
   PackedMatrix<T> qkv;  ///< queries, keys, values, one below the other
   PackedMatrix<T> output, down;
   PackedGatedMatrix<T> gate_up;  ///< of SwiGLU without biases, one product
@@ -283,10 +282,13 @@ struct LayerPacking {
     const auto set = [&](PackedArray<float>& to, const auto& view, const char* name, Index size) {
       if (view.has_value()) to = vector(device, *view, name, size, memory);
     };
+    const auto set_weight = [&](PackedNorm& to, const auto& weight, const char* name, Index size,
+                                bool has_bias) {
+      set(to.weight, weight, name, size);
+      if (weight.has_value() && has_bias && to.bias.size() == 0) to.bias = zeros(device, size);
+    };
     const auto set_norm = [&](PackedNorm& to, const auto& weight, const char* name) {
-      set(to.weight, weight, name, d);
-      if (weight.has_value() && form.norm == DecoderNorm::layer && to.bias.size() == 0)
-        to.bias = zeros(device, d);
+      set_weight(to, weight, name, d, form.norm == DecoderNorm::layer);
     };
     set_norm(packed.attention_norm, v.attention_norm, "attention_norm");
     set_norm(packed.feed_forward_norm, v.feed_forward_norm, "feed_forward_norm");
@@ -294,9 +296,15 @@ struct LayerPacking {
     set_norm(packed.after_feed_forward_norm, v.after_feed_forward_norm, "after_feed_forward_norm");
     set(packed.attention_norm.bias, v.attention_norm_bias, "attention_norm_bias", d);
     set(packed.feed_forward_norm.bias, v.feed_forward_norm_bias, "feed_forward_norm_bias", d);
-    const bool rows = form.query_key_norm == QueryKeyNorm::row;
-    set(packed.query_norm, v.query_norm, "query_norm", rows ? q : config.head_dim);
-    set(packed.key_norm, v.key_norm, "key_norm", rows ? kv : config.head_dim);
+    const bool layer_head = form.query_key_norm == QueryKeyNorm::layer_head;
+    const Index query_weights = form.query_key_norm_weights(config, config.heads),
+                key_weights = form.query_key_norm_weights(config, config.kv_heads);
+    set_weight(packed.query_norm, v.query_norm, "query_norm", query_weights, layer_head);
+    set_weight(packed.key_norm, v.key_norm, "key_norm", key_weights, layer_head);
+    require_that(layer_head || !(v.query_norm_bias || v.key_norm_bias), kName,
+                 "the form has no query_norm_bias and key_norm_bias");
+    set(packed.query_norm.bias, v.query_norm_bias, "query_norm_bias", query_weights);
+    set(packed.key_norm.bias, v.key_norm_bias, "key_norm_bias", key_weights);
     set(packed.output_bias, v.output_bias, "output_bias", d);
     set(packed.router_bias, v.router_bias, "router_bias", form.experts.count);
     set(packed.router_correction, v.router_correction, "router_correction", form.experts.count);
@@ -366,6 +374,11 @@ struct LayerPacking {
     const auto norm = [&](const PackedNorm& x, bool expected) {
       return !expected || form.has_all_of(x.weight.size(), x.bias.size());
     };
+    const auto query_key_norm = [&](const PackedNorm& x) {
+      return form.query_key_norm == QueryKeyNorm::none ||
+             (x.weight.size() > 0 &&
+              (form.query_key_norm != QueryKeyNorm::layer_head || x.bias.size() > 0));
+    };
     const bool gates = form.fuses_gates();
     return out_features(packed.qkv) > 0 && out_features(packed.output) > 0 &&
            (form.hidden(config, layer) == 0 ||
@@ -376,8 +389,7 @@ struct LayerPacking {
            norm(packed.feed_forward_norm, form.norm_before() && !form.shares_norm()) &&
            norm(packed.after_attention_norm, form.norm_after()) &&
            norm(packed.after_feed_forward_norm, form.norm_after()) &&
-           (form.query_key_norm == QueryKeyNorm::none ||
-            (packed.query_norm.size() > 0 && packed.key_norm.size() > 0)) &&
+           query_key_norm(packed.query_norm) && query_key_norm(packed.key_norm) &&
            (!form.sinks || !packed.sinks.empty());
   }
 };
@@ -386,13 +398,13 @@ struct LayerPacking {
 template <typename T>
 Index stored_bytes(const PackedDecoderLayer<T>& layer) {
   Index numbers = 0;
-  for (const auto* norm : {&layer.attention_norm, &layer.feed_forward_norm,
-                           &layer.after_attention_norm, &layer.after_feed_forward_norm})
+  for (const auto* norm :
+       {&layer.attention_norm, &layer.feed_forward_norm, &layer.after_attention_norm,
+        &layer.after_feed_forward_norm, &layer.query_norm, &layer.key_norm})
     numbers += norm->weight.size() + norm->bias.size();
   for (const auto* vector :
-       {&layer.query_norm, &layer.key_norm, &layer.qkv_bias, &layer.output_bias, &layer.up_bias,
-        &layer.down_bias, &layer.router_bias, &layer.router_correction, &layer.expert_up_bias,
-        &layer.expert_down_bias})
+       {&layer.qkv_bias, &layer.output_bias, &layer.up_bias, &layer.down_bias, &layer.router_bias,
+        &layer.router_correction, &layer.expert_up_bias, &layer.expert_down_bias})
     numbers += vector->size();
   return numbers * Index{sizeof(float)} + stored_bytes(layer.qkv) + stored_bytes(layer.output) +
          stored_bytes(layer.gate_up) + stored_bytes(layer.up) + stored_bytes(layer.down) +

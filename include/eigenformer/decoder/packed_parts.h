@@ -45,9 +45,14 @@ struct PackedParts {
     norm(layer.feed_forward_norm, c, visit);
     norm(layer.after_attention_norm, c, visit);
     norm(layer.after_feed_forward_norm, c, visit);
-    const bool rows = form.query_key_norm == QueryKeyNorm::row;
-    visit.vector(layer.query_norm, rows ? q : c.head_dim);
-    visit.vector(layer.key_norm, rows ? kv : c.head_dim);
+    const Index query_weights = form.query_key_norm_weights(c, c.heads),
+                key_weights = form.query_key_norm_weights(c, c.kv_heads);
+    visit.vector(layer.query_norm.weight, query_weights);
+    visit.vector(layer.key_norm.weight, key_weights);
+    if (form.query_key_norm == QueryKeyNorm::layer_head) {
+      visit.vector(layer.query_norm.bias, query_weights);
+      visit.vector(layer.key_norm.bias, key_weights);
+    }
     visit.matrix(layer.qkv, q + 2 * kv, d);
     visit.matrix(layer.output, d, q);
     visit.gated(layer.gate_up, hidden, d);

@@ -25,6 +25,13 @@ enum class QkvLayout {
   by_group,  ///< one: queries of the first KV head, its key, its value, then the next (Falcon)
 };
 
+/// How the files hold norms of queries and keys in LayerNorm (QueryKeyNorm::layer_head).
+enum class HeadNormLayout {
+  stacked,  ///< one tensor, (heads, head_dim): Cohere
+  apart,    ///< one tensor for each head, (head_dim): StableLM
+  shared,   ///< one for all heads, (head_dim), with a bias: Phi
+};
+
 /// Names of tensors without ".weight" and ".bias". Those of a layer follow `layer`, the layer's
 /// number and a dot.
 struct ModelNames {
@@ -71,6 +78,7 @@ struct ModelConfig {
   DecoderForm form;
   ModelNames names;
   QkvLayout qkv_layout = QkvLayout::apart;
+  HeadNormLayout head_norm_layout = HeadNormLayout::stacked;
   bool fused_gate_up = false;   ///< gate and up are one tensor, one below the other
   bool transposed = false;      ///< matrices are (in, out): GPT-2
   bool turned_experts = false;  ///< experts are (in, out), gate and up column by column: gpt-oss

@@ -7,9 +7,9 @@
 ///   gpt_neox; with experts mixtral, qwen2_moe, qwen3_moe, glm4_moe (GLM-4.5), gpt_oss (bfloat16 or
 ///   MXFP4); gemma3 and mistral3, of which the decoder is read and what sees images is not
 ///
-/// Others, and what of these is not supported (norms of queries in LayerNorm, weights that GPTQ,
-/// AWQ and their like have quantized, what a family does not read of experts), are refused by name
-/// and reason with ModelFileError.
+/// Others, and what of these is not supported (tokens that see later ones, weights that GPTQ, AWQ
+/// and their like have quantized, what a family does not read of experts), are refused by name and
+/// reason with ModelFileError.
 #pragma once
 
 #include <cmath>
@@ -245,7 +245,7 @@ class FamilyReader : FamilyParts {
     rope(RopeLayout::half_split, 0.5);
     tied(false);
     activation("hidden_act", "gelu_new");
-    refuse_if("qk_layernorm", "is true: norms of queries and keys in LayerNorm are not supported");
+    if (json_.boolean("qk_layernorm", false)) head_norms("layernorm", HeadNormLayout::shared);
     m_.form.blocks = DecoderBlocks::parallel_shared_norm;
     all_biases(true);
     m_.norm_bias = m_.head_bias = true;
@@ -302,11 +302,18 @@ class FamilyReader : FamilyParts {
     rope(RopeLayout::half_split, 0.25);
     tied(false);
     activation("hidden_act", "silu");
-    refuse_if("qk_layernorm", "is true: norms of queries and keys in LayerNorm are not supported");
+    if (json_.boolean("qk_layernorm", false)) head_norms("layernorm", HeadNormLayout::apart);
     m_.qkv_bias = json_.boolean("use_qkv_bias", false);
     m_.norm_bias = true;
     if (json_.boolean("use_parallel_residual", false))
       m_.form.blocks = DecoderBlocks::parallel_shared_norm;
+  }
+  /// LayerNorm of queries and keys, in tensors q_... and k_...
+  void head_norms(const std::string& name, HeadNormLayout layout) {
+    m_.form.query_key_norm = QueryKeyNorm::layer_head;
+    m_.head_norm_layout = layout;
+    m_.names.query_norm = "self_attn.q_" + name;
+    m_.names.key_norm = "self_attn.k_" + name;
   }
   void glm() {
     shape();
@@ -328,7 +335,7 @@ class FamilyReader : FamilyParts {
     rope(RopeLayout::interleaved);
     tied(true);
     activation("hidden_act", "silu");
-    refuse_if("use_qk_norm", "is true: norms of queries and keys in LayerNorm are not supported");
+    if (json_.boolean("use_qk_norm", false)) head_norms("norm", HeadNormLayout::stacked);
     m_.form.blocks = DecoderBlocks::parallel_shared_norm;
     m_.form.logit_scale = static_cast<float>(json_.number("logit_scale", 0.0625));
     m_.qkv_bias = m_.output_bias = json_.boolean("attention_bias", false);

@@ -166,7 +166,7 @@ class GgufFamilyReader {
     m_.norm_bias = has("output_norm.bias");
     m_.shape.epsilon = number("attention.layer_norm_epsilon", 1e-5);
     if (has("blk.0.attn_q_norm.weight"))
-      refuse("blk.0.attn_q_norm.weight", "norms of queries in LayerNorm are not supported");
+      refuse("blk.0.attn_q_norm.weight", "norms of queries in LayerNorm are not supported in GGUF");
   }
   void plain_feed_forward(DecoderActivation activation) {
     m_.form.gated = m_.fused_gate_up = false;

@@ -10,6 +10,13 @@ inline namespace EIGENFORMER_VERSION_NAMESPACE {
 
 namespace problem {
 
+/// Where row `row` begins: head row % heads of token row / heads.
+EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index offset_of_row(Index row, Index heads,
+                                                               const HeadStrides& strides) {
+  if (heads == 1) return row * strides.token;
+  return row / heads * strides.token + row % heads * strides.head;
+}
+
 /// A checked request: pointers and sizes only.
 template <typename Y, typename X, typename W>
 struct RmsNorm {
@@ -23,8 +30,7 @@ struct RmsNorm {
   HeadStrides x_strides;  // row r of x is head r % heads of token r / heads
 
   EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const X* x_row(Index row) const {
-    if (heads == 1) return x + row * x_strides.token;
-    return x + row / heads * x_strides.token + row % heads * x_strides.head;
+    return x + offset_of_row(row, heads, x_strides);
   }
 };
 
@@ -64,10 +70,21 @@ struct LayerNorm {
   using compute = detail::common_compute_type<Y, X, W>;
   Y* y;             // (rows, features)
   const X* x;       // (rows, features)
-  const W* weight;  // (features)
-  const W* bias;    // (features)
+  const W* weight;  // (features), or a row for each head
+  const W* bias;    // as the weight
   Index rows, features;
   float epsilon;
+  Index heads;            // rows of x that a token has
+  HeadStrides x_strides;  // row r of x is head r % heads of token r / heads
+  bool weights_of_heads;  // each head has its own
+
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE const X* x_row(Index row) const {
+    return x + offset_of_row(row, heads, x_strides);
+  }
+  /// Where the weights and biases of a row begin.
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index weights_of(Index row) const {
+    return weights_of_heads ? row % heads * features : 0;
+  }
 };
 
 /// A row, normalized, is (x * unit - center) * inverse + offset.

@@ -206,8 +206,10 @@ inline void layer(Rows& x, const DecoderConfig& c, const DecoderForm& form,
       const bool row = form.query_key_norm == QueryKeyNorm::row;
       const auto width = static_cast<std::size_t>(c.head_dim);
       const double epsilon = static_cast<double>(c.epsilon);
-      normalize(q[t], row ? q[t].size() : width, DecoderNorm::rms, epsilon, w.query_norm, {});
-      normalize(k[t], row ? k[t].size() : width, DecoderNorm::rms, epsilon, w.key_norm, {});
+      const DecoderNorm kind =
+          form.query_key_norm == QueryKeyNorm::layer_head ? DecoderNorm::layer : DecoderNorm::rms;
+      normalize(q[t], row ? q[t].size() : width, kind, epsilon, w.query_norm, w.query_norm_bias);
+      normalize(k[t], row ? k[t].size() : width, kind, epsilon, w.key_norm, w.key_norm_bias);
     }
   RopeOptions plain;
   plain.base = c.rope_base;

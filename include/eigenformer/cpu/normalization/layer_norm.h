@@ -96,12 +96,14 @@ void execute(const Backend<D, Isa>& on, const problem::LayerNorm<Y, X, W>& p) {
   using V = simd::Vec<typename problem::LayerNorm<Y, X, W>::compute, Isa>;
   parallel_for(on, p.rows, Cost{p.features}, [&](Index first, Index last, int) {
     for (Index row = first; row < last; ++row) {
-      const X* x = p.x + row * p.features;
+      const X* x = p.x_row(row);
       Y* y = p.y + row * p.features;
+      const W* weight = p.weight + p.weights_of(row);
+      const W* bias = p.bias + p.weights_of(row);
       with_normalized<V>(layer_norm_scale<V>(x, p.features, p.epsilon), [&](auto normalize) {
         for_each_vector<V>(0, p.features, [&](Index at, auto part) {
-          store(fma(normalize(load<V>(x + at, part)), load<V>(p.weight + at, part),
-                    load<V>(p.bias + at, part)),
+          store(fma(normalize(load<V>(x + at, part)), load<V>(weight + at, part),
+                    load<V>(bias + at, part)),
                 y + at, part);
         });
       });

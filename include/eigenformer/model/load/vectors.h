@@ -40,7 +40,7 @@ class LayerVectors {
   void norms() {
     const ModelNames& n = m_.names;
     const DecoderForm& form = m_.form;
-    const Index d = m_.shape.features, width = m_.shape.head_dim;
+    const Index d = m_.shape.features;
     if (form.norm_before()) {
       norm(views_.attention_norm, &views_.attention_norm_bias, n.attention_norm, d);
       if (!form.shares_norm())
@@ -50,11 +50,44 @@ class LayerVectors {
       norm(views_.after_attention_norm, nullptr, n.after_attention_norm, d);
       norm(views_.after_feed_forward_norm, nullptr, n.after_feed_forward_norm, d);
     }
-    if (form.query_key_norm != QueryKeyNorm::none) {
-      const bool row = form.query_key_norm == QueryKeyNorm::row;
-      norm(views_.query_norm, nullptr, n.query_norm, row ? m_.shape.heads * width : width);
-      norm(views_.key_norm, nullptr, n.key_norm, row ? m_.shape.kv_heads * width : width);
+    if (form.query_key_norm == QueryKeyNorm::layer_head) {
+      head_norms(views_.query_norm, views_.query_norm_bias, n.query_norm, n.query, m_.shape.heads);
+      head_norms(views_.key_norm, views_.key_norm_bias, n.key_norm, n.key, m_.shape.kv_heads);
+    } else if (form.query_key_norm != QueryKeyNorm::none) {
+      norm(views_.query_norm, nullptr, n.query_norm,
+           form.query_key_norm_weights(m_.shape, m_.shape.heads));
+      norm(views_.key_norm, nullptr, n.key_norm,
+           form.query_key_norm_weights(m_.shape, m_.shape.kv_heads));
     }
+  }
+  /// Weights, and biases where files have them, of every head that `matrix` gives.
+  void head_norms(Place& to, Place& to_bias, const std::string& name, const std::string& matrix,
+                  Index heads) {
+    const Index width = m_.shape.head_dim;
+    switch (m_.head_norm_layout) {
+      case HeadNormLayout::stacked:
+        return set(to, from_.all_of(of_layer(weight_name(name)), {heads, width}));
+      case HeadNormLayout::shared: {
+        // There are as many heads, before memory is taken for them.
+        from_.at(of_layer(weight_name(matrix)), {heads * width, m_.shape.features});
+        set(to, repeated(from_.vector(of_layer(weight_name(name)), width), heads));
+        return set(to_bias, repeated(from_.vector(of_layer(bias_name(name)), width), heads));
+      }
+      case HeadNormLayout::apart:
+        break;
+    }
+    Vector all;
+    for (Index h = 0; h < heads; ++h) {
+      const std::string one = name + ".norms." + std::to_string(h);
+      const Vector part = from_.vector(of_layer(weight_name(one)), width);
+      all.insert(all.end(), part.begin(), part.end());
+    }
+    set(to, std::move(all));
+  }
+  static Vector repeated(const Vector& values, Index times) {
+    Vector all;
+    for (Index i = 0; i < times; ++i) all.insert(all.end(), values.begin(), values.end());
+    return all;
   }
   void norm(Place& to, Place* to_bias, const std::string& name, Index size) {
     set(to, from_.vector(of_layer(weight_name(name)), size, m_.norm_plus_one ? 1.0f : 0.0f));
