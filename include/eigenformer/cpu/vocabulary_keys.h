@@ -11,31 +11,71 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cpu {
 
-/// Calls f(token of the shard, logit, key) for the tokens in play whose keys are asked, in order;
-/// of_block(block, logits) before those of a block.
-template <typename Isa, typename C, typename OfBlock, typename F>
-void for_each_key(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, OfBlock&& of_block,
-                  F&& f) {
-  const C least =
-      asked.by_distance ? row.band.lo : (std::max)(row.band.lo, asked.logit_of(asked.last));
-  for_each_block<Isa>(row, least, [&](Index block, const C* x) {
-    of_block(block, x);
-    member_bits<Isa>(x, block, row.band, least).for_each([&](Index j) {
-      const std::uint64_t key = asked.key(x[j]);
-      if (asked.first <= key && key <= asked.last) f(block * SamplingBlock::size + j, x[j], key);
-    });
+/// Two intervals of logits, of which the second may be empty, that hold all whose keys are asked.
+template <typename C>
+struct LogitsOfKeys {
+  C lo[2], hi[2];
+
+  explicit LogitsOfKeys(const problem::ShardRow<C>& asked) {
+    constexpr C infinity = std::numeric_limits<C>::infinity();
+    if (!asked.by_distance) {
+      lo[0] = lo[1] = asked.logit_of(asked.last), hi[0] = asked.logit_of(asked.first);
+      hi[1] = -infinity;
+      return;
+    }
+    const double best = static_cast<double>(asked.band.hi), scale = asked.inverse_temperature,
+                 nearest = std::bit_cast<double>(asked.first),
+                 farthest = std::bit_cast<double>(asked.last);
+    const auto logit_at = [&](double exponent, double sign) {
+      constexpr double lowest = static_cast<double>(std::numeric_limits<C>::lowest());
+      const double from_best = exponent / scale,
+                   slack = 1e-12 * sign *
+                           (std::abs(best) + std::abs(from_best) + std::abs(asked.mean) / scale);
+      const C logit = static_cast<C>((std::clamp)(best + from_best + slack, lowest, best));
+      return std::nextafter(logit, static_cast<C>(sign) * infinity);
+    };
+    lo[0] = logit_at(asked.mean - farthest, -1), hi[0] = logit_at(asked.mean - nearest, 1);
+    lo[1] = logit_at(asked.mean + nearest, -1), hi[1] = logit_at(asked.mean + farthest, 1);
+  }
+  C least() const { return (std::min)(lo[0], lo[1]); }
+};
+
+/// Calls f(block, logits, chosen) for the blocks that have tokens in play in these intervals.
+template <typename Isa, typename C, typename F>
+void for_each_block_of_keys(const SamplingRow<C>& row, const LogitsOfKeys<C>& keys, F&& f) {
+  using V = simd::Vec<C, Isa>;
+  const V lo[2] = {V::set1(keys.lo[0]), V::set1(keys.lo[1])},
+          hi[2] = {V::set1(keys.hi[0]), V::set1(keys.hi[1])};
+  for_each_block<Isa>(row, (std::max)(row.band.lo, keys.least()), [&](Index block, const C* x) {
+    BlockBits chosen;
+    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+      const V v = V::load(x + i);
+      chosen.add(i, (less_equal(lo[0], v) & less_equal(v, hi[0])).bits() |
+                        (less_equal(lo[1], v) & less_equal(v, hi[1])).bits());
+    }
+    if (chosen.count() == 0) return;
+    const BlockBits members = member_bits<Isa>(x, block, row.band, row.band.lo);
+    for (int w = 0; w < 2; ++w) chosen.word[w] &= members.word[w];
+    f(block, x, chosen);
   });
 }
+
+/// Calls f(logit, key) for the tokens in play whose keys are asked, in order.
 template <typename Isa, typename C, typename F>
 void for_each_key(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, F&& f) {
-  for_each_key<Isa>(
-      row, asked, [](Index, const C*) {}, f);
+  for_each_block_of_keys<Isa>(row, LogitsOfKeys<C>(asked),
+                              [&](Index, const C* x, const BlockBits& chosen) {
+                                chosen.for_each([&](Index j) {
+                                  const std::uint64_t key = asked.key(x[j]);
+                                  if (asked.first <= key && key <= asked.last) f(x[j], key);
+                                });
+                              });
 }
 
 template <typename Isa, typename C>
 void bound_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
   std::uint64_t least = asked.last, most = asked.first;
-  for_each_key<Isa>(row, asked, [&](Index, C, std::uint64_t key) {
+  for_each_key<Isa>(row, asked, [&](C, std::uint64_t key) {
     least = (std::min)(least, key);
     most = (std::max)(most, key);
   });
@@ -49,38 +89,96 @@ template <typename Isa, typename C>
 void bin_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
   constexpr Index bins = problem::ShardKeys::bins;
   const int shift = problem::ShardKeys::shift(asked.first, asked.last);
-  alignas(64) double weights[SamplingBlock::size] = {};
-  const auto weigh = [&](Index block, const C* x) {
-    if (asked.term != problem::ShardTerm::unit)
-      member_weights<Isa>(x, block, row.band, row.inverse_temperature, weights);
-  };
-  for_each_key<Isa>(row, asked, weigh, [&](Index token, C logit, std::uint64_t key) {
+  for_each_key<Isa>(row, asked, [&](C logit, std::uint64_t key) {
     const auto bin = static_cast<Index>((key - asked.first) >> shift);
-    answer[bin] += asked.term_of(logit, weights[token % SamplingBlock::size]);
+    const double weight =
+        asked.term == problem::ShardTerm::unit
+            ? 1.0
+            : token_weight(static_cast<double>(logit), static_cast<double>(row.band.hi),
+                           row.inverse_temperature);
+    answer[bin] += asked.term_of(logit, weight);
     answer[bins + bin] += 1;
   });
+}
+
+/// The terms of a block.
+template <typename Isa, typename C>
+void block_terms(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, Index block,
+                 const C* x, double* terms) {
+  if (asked.term == problem::ShardTerm::unit)
+    return std::fill(terms, terms + SamplingBlock::size, 1.0);
+  member_weights<Isa>(x, block, row.band, row.inverse_temperature, terms);
+  if (asked.term == problem::ShardTerm::surprise)
+    for (Index j = 0; j < SamplingBlock::size; ++j) terms[j] = asked.term_of(x[j], terms[j]);
+}
+
+/// The first bins of a search, by distance: all tokens in play are weighed.
+template <typename Isa, typename C>
+void bin_distances(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
+  constexpr Index bins = problem::ShardBins::count;
+  // neighbours fall in one bin, and each addition would wait for the last
+  constexpr Index ways = SelectionLimits::ways;
+  alignas(64) double terms[SamplingBlock::size], sums[bins * ways] = {};
+  alignas(64) std::int32_t places[SamplingBlock::size];
+  Index counts[bins * ways] = {};
+  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
+    const BlockBits members = member_bits<Isa>(x, block, row.band, row.band.lo);
+    block_terms<Isa>(row, asked, block, x, terms);
+    for (Index j = 0; j < SamplingBlock::size; ++j) {
+      const double distance = asked.distance(x[j]);
+      const double bin = distance < bins - 1 ? distance : bins - 1;
+      places[j] = static_cast<std::int32_t>(bin > 0 ? bin : 0) * static_cast<std::int32_t>(ways) +
+                  static_cast<std::int32_t>(j % ways);
+    }
+    const auto add = [&](Index j) {
+      sums[places[j]] += terms[j];
+      ++counts[places[j]];
+    };
+    if (members.count() < SamplingBlock::size) return members.for_each(add);
+    for (Index j = 0; j < SamplingBlock::size; ++j) add(j);
+  });
+  for (Index bin = 0; bin < bins; ++bin) {
+    const double* const sum = sums + bin * ways;
+    const Index* const count = counts + bin * ways;
+    answer[bin] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    answer[bins + bin] = static_cast<double>((count[0] + count[1]) + (count[2] + count[3]));
+  }
 }
 
 template <typename Isa, typename C>
 void list_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
   double* const end =
       std::fill_n(answer, problem::ShardKeys::listed, -std::numeric_limits<double>::infinity());
-  for_each_key<Isa>(row, asked, [&](Index, C logit, std::uint64_t) {
+  for_each_key<Isa>(row, asked, [&](C logit, std::uint64_t) {
     if (answer != end) *answer++ = static_cast<double>(logit);
   });
 }
 
-/// `begin`: the first token of the shard.
+/// Of keys by logits; `begin`: the first token of the shard.
 template <typename Isa, typename C>
 void extent_of_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, Index begin,
                     double* answer) {
-  C least = std::numeric_limits<C>::infinity(), most = -least;
+  using V = simd::Vec<C, Isa>;
+  constexpr C infinity = std::numeric_limits<C>::infinity();
+  C least = infinity, most = -infinity;
   Index last = -1;
-  for_each_key<Isa>(row, asked, [&](Index token, C logit, std::uint64_t) {
-    most = (std::max)(most, logit);
-    if (logit > least) return;
-    least = logit;
-    last = begin + token;
+  const LogitsOfKeys<C> keys(asked);
+  for_each_block_of_keys<Isa>(row, keys, [&](Index block, const C* x, const BlockBits& chosen) {
+    if (chosen.count() == 0) return;
+    V low = V::set1(infinity), high = V::set1(-infinity);
+    for (Index i = 0; i < SamplingBlock::size; i += V::lanes) {
+      const V v = V::load(x + i);
+      const auto is_chosen = chosen.template mask<V>(i);
+      low = minimum(select(is_chosen, v, V::set1(infinity)), low);
+      high = maximum(select(is_chosen, v, V::set1(-infinity)), high);
+    }
+    most = (std::max)(most, reduce_max(high));
+    const C lowest = reduce_min(low);
+    if (lowest > least) return;
+    least = lowest;
+    BlockBits equals = equal_bits<Isa>(x, lowest);
+    for (int w = 0; w < 2; ++w) equals.word[w] &= chosen.word[w];
+    equals.for_each([&](Index j) { last = begin + block * SamplingBlock::size + j; });
   });
   answer[0] = static_cast<double>(least), answer[1] = static_cast<double>(last);
   answer[2] = static_cast<double>(most);

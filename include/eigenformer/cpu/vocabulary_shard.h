@@ -164,39 +164,6 @@ void weigh_shard(const SamplingRow<float>& row, double* sums, double* answer,
 }
 
 template <typename Isa, typename C>
-void bin_shard(const SamplingRow<C>& row, double* answer) {
-  constexpr Index bins = problem::ShardBins::count;
-  // neighbours fall in one bin, and each addition would wait for the last
-  constexpr Index ways = SelectionLimits::ways;
-  alignas(64) double weights[SamplingBlock::size], sums[bins * ways] = {};
-  alignas(64) std::int32_t places[SamplingBlock::size];
-  Index counts[bins * ways] = {};
-  const double best = static_cast<double>(row.band.hi), scale = row.inverse_temperature;
-  for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
-    const BlockBits members = member_bits<Isa>(x, block, row.band, row.band.lo);
-    member_weights<Isa>(x, block, row.band, scale, weights);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      const double distance = problem::ShardBins::distance(static_cast<double>(x[j]), best, scale);
-      const double bin = distance < bins - 1 ? distance : bins - 1;
-      places[j] = static_cast<std::int32_t>(bin > 0 ? bin : 0) * static_cast<std::int32_t>(ways) +
-                  static_cast<std::int32_t>(j % ways);
-    }
-    const auto add = [&](Index j) {
-      sums[places[j]] += weights[j];
-      ++counts[places[j]];
-    };
-    if (members.count() < SamplingBlock::size) return members.for_each(add);
-    for (Index j = 0; j < SamplingBlock::size; ++j) add(j);
-  });
-  for (Index bin = 0; bin < bins; ++bin) {
-    const double* const sum = sums + bin * ways;
-    const Index* const count = counts + bin * ways;
-    answer[bin] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    answer[bins + bin] = static_cast<double>((count[0] + count[1]) + (count[2] + count[3]));
-  }
-}
-
-template <typename Isa, typename C>
 void sum_deviations(const SamplingRow<C>& row, double* answer) {
   const double best = static_cast<double>(row.band.hi);
   double count = 0, sum = 0, squares = 0;
@@ -235,7 +202,7 @@ void answer_question(const problem::AskShard<C>& p, Index r, const SamplingScrat
     case problem::ShardQuestion::deviations:
       return sum_deviations<Isa>(row, answer);
     case problem::ShardQuestion::bins:
-      return bin_shard<Isa>(row, answer);
+      return bin_distances<Isa>(row, asked, answer);
     case problem::ShardQuestion::bounds:
       return bound_keys<Isa>(row, asked, answer);
     case problem::ShardQuestion::keys:

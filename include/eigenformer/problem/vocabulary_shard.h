@@ -23,15 +23,15 @@ enum class ShardQuestion : std::uint8_t {
   weights,     // weights; weight * (logit - best) / temperature
   masses,      // weights by floats; what they are wrong by at most, 0 where that is not known
   deviations,  // tokens; logit - best; its square
-  bins,        // the weights, then the tokens of each of ShardBins
+  bins,        // the terms, then the tokens of each of ShardBins
   nucleus,     // not asked so, but as vocabulary_nucleus.h says
   bounds,      // the least and the greatest key of those asked, in halves; of none the reverse
   keys,        // the terms, then the tokens of each of ShardKeys
   listed,      // the logits whose keys are asked, -infinity after the last
-  extent,  // of those logits the least, its last token, the largest; of none infinity, -1, lowest
-  best,    // the `most` best logits, -infinity after the last
-  place,   // of the tokens of logit `value` number `nth`, from 1 on, plus 1; 0 where nth is 0
-  sums     // what SumShard says of `sum`
+  extent,      // of those logits the least, its last token, the largest; of none infinity, -1, less
+  best,        // the `most` best logits, -infinity after the last
+  place,       // of the tokens of logit `value` number `nth`, from 1 on, plus 1; 0 where nth is 0
+  sums         // what SumShard says of `sum`
 };
 
 /// What is summed over the tokens in play with the bits of the whole row.
@@ -42,8 +42,8 @@ enum class ShardSum : std::uint8_t {
   squares      // of (logit - best) - mean
 };
 
-/// Weights are binned by their distance from the best one, in halves of a nat; the last bin has all
-/// that are farther.
+/// Tokens are binned by their distance from the best logit, or from the mean, in halves of a nat;
+/// the last bin has all that are farther.
 struct ShardBins {
   static constexpr Index count = 64;
   static constexpr double distance(double logit, double best, double inverse_temperature) {
@@ -54,8 +54,9 @@ struct ShardBins {
 /// Tokens in the order in which a filter takes them, by a whole number, the least first. Those of
 /// an interval fall in bins of as many keys each, a power of two.
 struct ShardKeys {
-  static constexpr Index bins = 64, listed = 128;  // so many logits of a shard are listed
-  static constexpr Index halves = 4;               // numbers of the bounds
+  static constexpr Index bins = ShardBins::count;
+  static constexpr Index listed = 128;  // so many logits of a shard are listed
+  static constexpr Index halves = 4;    // numbers of the bounds
   static int shift(std::uint64_t first, std::uint64_t last) {
     const auto more = static_cast<int>(std::bit_width(last - first)) -
                       static_cast<int>(std::bit_width(std::uint64_t{bins - 1}));
@@ -107,10 +108,18 @@ struct ShardRow {
   double exponent(C logit) const {
     return (static_cast<double>(logit) - static_cast<double>(band.hi)) * inverse_temperature;
   }
+  /// Where by_distance: from the mean.
+  double from_mean(C logit) const { return (std::min)(0.0, exponent(logit)) - mean; }
   std::uint64_t key(C logit) const {
     using Key = decltype(order_key(logit));
     if (!by_distance) return (std::numeric_limits<Key>::max)() - order_key(logit);
-    return std::bit_cast<std::uint64_t>(std::abs((std::min)(0.0, exponent(logit)) - mean));
+    return std::bit_cast<std::uint64_t>(std::abs(from_mean(logit)));
+  }
+  /// In bins.
+  double distance(C logit) const {
+    return by_distance ? std::abs(from_mean(logit)) * 2
+                       : ShardBins::distance(static_cast<double>(logit),
+                                             static_cast<double>(band.hi), inverse_temperature);
   }
   /// Of a key of the order by logits.
   C logit_of(std::uint64_t of) const {

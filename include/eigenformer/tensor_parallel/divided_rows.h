@@ -54,7 +54,8 @@ struct DividedRow {
   bool has_temperature = false;  // done, and of effect on what follows
   double temperature = 1;
   // of the stage that is being done
-  Index least = 1;                                 // tokens that it leaves
+  Index least = 1;  // tokens that it leaves
+  bool is_searching = false;
   bool searches_best = false, keeps_ties = false;  // for the `least` best tokens, with ties
   bool is_filtered = false;                        // candidates are what a stage has left
   bool sends_all = false;  // sums left it open: all tokens in play are candidates

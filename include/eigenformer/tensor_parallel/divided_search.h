@@ -1,7 +1,7 @@
 /// \file
 /// Where a filter's tokens end in a divided row: the shortest prefix of the tokens in play, in the
-/// filter's order, whose terms reach a target. Ranks sum the terms of 64 bins of keys
-/// (problem::ShardKeys), the one in which the prefix ends is divided again, and once it holds few
+/// filter's order, whose terms reach a target. Ranks sum the terms of 64 bins of half a nat, the one
+/// in which the prefix ends is divided again, by keys (problem::ShardKeys), and once it holds few
 /// tokens, or one key, these are looked at. Keys that lie close in a wide interval are bounded
 /// first. A bin or token counts where no error that sums may have could change it; where one could,
 /// all tokens in play travel.
@@ -38,16 +38,34 @@ void send_all_in_play(Rows& divided, Index r) {
 
 /// `scale`: the sum of all terms, 0 where they are whole numbers.
 template <typename Rows>
-void start_search(Rows& divided, Index r, problem::ShardTerm term, bool by_distance, double target,
-                  double scale) {
+void prepare_search(Rows& divided, Index r, problem::ShardTerm term, bool by_distance,
+                    double target, double scale) {
+  auto& row = divided.rows[static_cast<std::size_t>(r)];
   auto& asked = divided.asked[r];
-  divided.rows[static_cast<std::size_t>(r)].search = {target, divided.margin(scale)};
+  row.is_searching = true;
+  row.search = {target, divided.margin(scale)};
   asked.term = term;
   asked.by_distance = by_distance;
-  asked.first = by_distance ? 0 : asked.key(asked.band.hi);
-  asked.last = by_distance ? std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity())
-                           : asked.key(asked.band.lo);
-  ask_shards(divided, r, problem::ShardQuestion::bounds);
+}
+template <typename Rows>
+void start_search(Rows& divided, Index r, problem::ShardTerm term, bool by_distance, double target,
+                  double scale) {
+  prepare_search(divided, r, term, by_distance, target, scale);
+  ask_shards(divided, r, problem::ShardQuestion::bins);
+}
+
+/// The first number of [lo, hi] for which `holds`, which does for hi and all after the first.
+template <typename C, typename Holds>
+C first_number(C lo, C hi, Holds&& holds) {
+  auto first = problem::order_key(lo), last = problem::order_key(hi);
+  while (first < last) {
+    const auto middle = first + (last - first) / 2;
+    if (holds(problem::number_of_key(middle)))
+      last = middle;
+    else
+      first = middle + 1;
+  }
+  return problem::number_of_key(last);
 }
 
 template <typename Rows>
@@ -133,45 +151,94 @@ void end_search(Rows& divided, Index r, std::uint64_t key, double sum) {
   finish_search(divided, r);
 }
 
+/// What the bin in which a prefix ends holds.
+struct EndingBin {
+  Index place;      // -1: one cannot tell
+  double sum;       // of its terms
+  double most;      // tokens of a rank
+  bool lies_close;  // it has many of the tokens asked
+};
+
 template <typename Rows>
-void take_keys(Rows& divided, Index r, const ShardAnswers& answers) {
+EndingBin find_bin(Rows& divided, Index r, const ShardAnswers& answers) {
   constexpr Index bins = problem::ShardKeys::bins;
-  auto& asked = divided.asked[r];
   auto& search = divided.rows[static_cast<std::size_t>(r)].search;
-  Index bin = 0, last = bins - 1;
+  EndingBin bin{0, 0, 0, false};
+  Index last = bins - 1;
   double all = 0;
   for (Index b = 0; b < bins; ++b) all += answers.sum(r, bins + b);
   while (last > 0 && answers.sum(r, bins + last) == 0) --last;
   bool open = false;
-  for (; bin < last; ++bin) {
-    const double tokens = answers.sum(r, bins + bin);
+  for (; bin.place < last; ++bin.place) {
+    const double tokens = answers.sum(r, bins + bin.place);
     if (tokens == 0) continue;
-    const double sum = answers.sum(r, bin);
+    const double sum = answers.sum(r, bin.place);
     if (!come_before(search, sum, false, open)) break;
     search.above += sum;
     search.tokens += tokens;
   }
-  search.is_last = bin == last;
+  search.is_last = bin.place == last;
   if (search.is_last) come_before(search, 0, true, open);
-  if (open) return send_all_in_play(divided, r);
-  const int shift = problem::ShardKeys::shift(asked.first, asked.last);
-  asked.first += static_cast<std::uint64_t>(bin) << shift;
-  asked.last = (std::min)(asked.last, asked.first + ((std::uint64_t{1} << shift) - 1));
-  double most = 0;
   search.equals = 0;
   for (int rank = 0; rank < divided.ranks(); ++rank) {
-    const double there = answers.of(rank, r, bins + bin);
+    const double there = answers.of(rank, r, bins + bin.place);
     divided.counts[r * divided.ranks() + rank] = static_cast<Index>(there);
     search.equals += static_cast<Index>(there);
-    most = (std::max)(most, there);
+    bin.most = (std::max)(bin.most, there);
   }
-  if (asked.first == asked.last) return end_search(divided, r, asked.first, answers.sum(r, bin));
-  const bool lie_close = 4 * static_cast<double>(search.equals) > all;
+  bin.sum = answers.sum(r, bin.place);
+  bin.lies_close = 4 * static_cast<double>(search.equals) > all;
+  if (open) bin.place = -1;
+  return bin;
+}
+
+/// Goes on in a bin, whose keys are asked from here on.
+template <typename Rows>
+void search_bin(Rows& divided, Index r, const EndingBin& bin) {
+  auto& asked = divided.asked[r];
+  if (asked.first == asked.last) return end_search(divided, r, asked.first, bin.sum);
   ask_shards(divided, r,
-             most <= static_cast<double>(problem::ShardKeys::listed)
+             bin.most <= static_cast<double>(problem::ShardKeys::listed)
                  ? problem::ShardQuestion::listed
-             : lie_close ? problem::ShardQuestion::bounds
-                         : problem::ShardQuestion::keys);
+             : bin.lies_close ? problem::ShardQuestion::bounds
+                              : problem::ShardQuestion::keys);
+}
+
+/// Of bins by distance.
+template <typename Rows>
+void take_distances(Rows& divided, Index r, const ShardAnswers& answers) {
+  using C = typename Rows::C;
+  constexpr Index last = problem::ShardBins::count - 1;
+  auto& asked = divided.asked[r];
+  const EndingBin bin = find_bin(divided, r, answers);
+  if (bin.place < 0) return send_all_in_play(divided, r);
+  const auto begin = static_cast<double>(bin.place);
+  if (asked.by_distance) {
+    asked.first = std::bit_cast<std::uint64_t>(begin / 2);
+    asked.last = bin.place == last
+                     ? std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity())
+                     : std::bit_cast<std::uint64_t>((begin + 1) / 2) - 1;
+  } else {
+    const auto nearer_than = [&](double end) {
+      return [&asked, end](C logit) { return asked.distance(logit) < end; };
+    };
+    const C lo = asked.band.lo, hi = asked.band.hi;
+    asked.last = asked.key(bin.place == last ? lo : first_number(lo, hi, nearer_than(begin + 1)));
+    asked.first = asked.key(hi);
+    if (bin.place > 0) asked.first = asked.key(first_number(lo, hi, nearer_than(begin))) + 1;
+  }
+  search_bin(divided, r, bin);
+}
+
+template <typename Rows>
+void take_keys(Rows& divided, Index r, const ShardAnswers& answers) {
+  auto& asked = divided.asked[r];
+  const EndingBin bin = find_bin(divided, r, answers);
+  if (bin.place < 0) return send_all_in_play(divided, r);
+  const int shift = problem::ShardKeys::shift(asked.first, asked.last);
+  asked.first += static_cast<std::uint64_t>(bin.place) << shift;
+  asked.last = (std::min)(asked.last, asked.first + ((std::uint64_t{1} << shift) - 1));
+  search_bin(divided, r, bin);
 }
 
 /// A logit that a rank has listed.

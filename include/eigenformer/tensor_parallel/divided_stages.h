@@ -109,6 +109,9 @@ void keep_best(Rows& divided, Index r, Index most, TopKTies ties) {
     return pick_best(divided, r, most);
   row.searches_best = true;
   row.keeps_ties = ties == TopKTies::keep_all;
+  asked.most = most;
+  if (row.keeps_ties && most <= problem::ShardKeys::listed)
+    return ask_shards(divided, r, problem::ShardQuestion::best);
   start_search(divided, r, problem::ShardTerm::unit, false, static_cast<double>(most), 0.0);
 }
 
@@ -124,7 +127,7 @@ void walk_stages(Rows& divided, Index r) {
     const SamplingStage stage = params.order[row.stage];
     divided.before[r] = asked.band;
     row.least = least_of_stage(stage, params);
-    row.searches_best = row.keeps_ties = false;
+    row.is_searching = row.searches_best = row.keeps_ties = false;
     switch (stage) {
       case SamplingStage::none:
         return ask_draw(divided, r);
@@ -139,6 +142,8 @@ void walk_stages(Rows& divided, Index r) {
         return keep_best(divided, r, params.top_k, params.top_k_ties);
       case SamplingStage::top_p:
         if (params.top_p >= 1) break;
+        asked.term = problem::ShardTerm::weight;
+        asked.by_distance = false;
         return ask(serves_nucleus(divided) ? ShardQuestion::nucleus : ShardQuestion::bins);
       case SamplingStage::min_p:
         narrow_to_weight(divided, r, params.min_p, 0.0);
@@ -290,6 +295,7 @@ void take_bins(Rows& divided, Index r, const ShardAnswers& answers) {
   constexpr Index bins = problem::ShardBins::count;
   auto& row = divided.rows[static_cast<std::size_t>(r)];
   auto& asked = divided.asked[r];
+  if (row.is_searching) return take_distances(divided, r, answers);
   row.total = 0;
   for (Index bin = 0; bin < bins; ++bin) row.total += answers.sum(r, bin);
   const double target = (std::max)(divided.params_of(r).top_p, 0.0) * row.total,
@@ -307,8 +313,10 @@ void take_bins(Rows& divided, Index r, const ShardAnswers& answers) {
     if (last >= end && count >= static_cast<double>(row.least)) break;
   }
   if (end == bins || (above > 0 && !(above + margin < target)) ||
-      count > static_cast<double>(problem::ShardLimits::few(divided.sampling.vocab)))
-    return start_search(divided, r, problem::ShardTerm::weight, false, target, row.total);
+      count > static_cast<double>(problem::ShardLimits::few(divided.sampling.vocab))) {
+    prepare_search(divided, r, problem::ShardTerm::weight, false, target, row.total);
+    return take_distances(divided, r, answers);
+  }
   for (int rank = 0; rank < divided.ranks(); ++rank) {
     double own = 0;
     for (Index bin = 0; bin < bins && bin <= last; ++bin) own += answers.of(rank, r, bins + bin);
@@ -326,12 +334,37 @@ void take_bins(Rows& divided, Index r, const ShardAnswers& answers) {
   end_row(divided, r, RowEnd::candidates);
 }
 
+/// The band of the tokens as near to the mean as the last one, whose key this is.
+template <typename Rows>
+void narrow_to_nearest(Rows& divided, Index r, std::uint64_t farthest) {
+  using C = typename Rows::C;
+  auto& asked = divided.asked[r];
+  const auto is_far = [&](C logit) { return asked.key(logit) > farthest; };
+  const C lo =
+              first_number(asked.band.lo, asked.band.hi,
+                           [&](C logit) { return !(asked.from_mean(logit) < 0 && is_far(logit)); }),
+          end = first_number(asked.band.lo, asked.band.hi, [&](C logit) {
+            return logit == asked.band.hi || (asked.from_mean(logit) > 0 && is_far(logit));
+          });
+  const bool ends_early = asked.from_mean(end) > 0 && is_far(end);
+  if (lo > asked.band.lo) {
+    asked.band.lo = lo;
+    asked.band.lo_end = divided.sampling.vocab;
+  }
+  asked.sure = asked.band.lo;
+  if (!ends_early) return ask_shards(divided, r, problem::ShardQuestion::count);
+  asked.by_distance = false;
+  asked.first = asked.key(end) + 1;
+  asked.last = asked.key(asked.band.lo);
+  ask_shards(divided, r, problem::ShardQuestion::extent);
+}
+
 template <typename Rows>
 void finish_search(Rows& divided, Index r) {
   auto& row = divided.rows[static_cast<std::size_t>(r)];
   auto& asked = divided.asked[r];
   const PrefixSearch& search = row.search;
-  if (asked.by_distance) return ask_shards(divided, r, problem::ShardQuestion::extent);
+  if (asked.by_distance) return narrow_to_nearest(divided, r, asked.last);
   const Index taken = row.keeps_ties ? search.equals : taken_of(search);
   const SamplingStage stage = stage_of(row, divided.params_of(r));
   if (taken == 0) {
@@ -366,29 +399,28 @@ void take_extent(Rows& divided, Index r, const ShardAnswers& answers) {
     least = lo;
     last = static_cast<Index>(answers.of(rank, r, 1));
   }
-  if (stage_of(row, divided.params_of(r)) == SamplingStage::xtc) {
+  const SamplingStage stage = stage_of(row, divided.params_of(r));
+  if (stage == SamplingStage::xtc) {
     if (least < asked.sure) return ask_sums(divided, r, problem::ShardSum::moments);
     if (last < 0) return finish_stage(divided, r);
     asked.band.hi = least;
     asked.band.hi_begin = last;
-  } else {
-    if (least > asked.band.lo) {
-      asked.band.lo = least;
-      asked.band.lo_end = divided.sampling.vocab;
-    }
-    if (asked.by_distance && most < asked.band.hi) {
-      asked.band.hi = most;
-      asked.band.hi_begin = 0;
-    }
+  } else if (stage == SamplingStage::typical_p) {
+    asked.band.hi = most;
+    asked.band.hi_begin = 0;
+  } else if (least > asked.band.lo) {
+    asked.band.lo = least;
+    asked.band.lo_end = divided.sampling.vocab;
   }
   asked.sure = asked.band.lo;
   ask_shards(divided, r, problem::ShardQuestion::count);
 }
 
-/// The best tokens of a row, of which mirostat 1 guesses how many it keeps.
+/// The best tokens of a row: mirostat 1 guesses by them how many it keeps, top_k keeps the equals
+/// of the last.
 template <typename Rows>
 void take_best(Rows& divided, Index r, const ShardAnswers& answers) {
-  const auto& asked = divided.asked[r];
+  auto& asked = divided.asked[r];
   Workspace::Frame frame(divided.workspace);
   double* const x = frame.take<double>(divided.ranks() * asked.most);
   Index n = 0;
@@ -398,6 +430,13 @@ void take_best(Rows& divided, Index r, const ShardAnswers& answers) {
           logit >= std::numeric_limits<double>::lowest())
         x[n++] = logit;
   std::sort(x, x + n, std::greater<>{});
+  if (divided.rows[static_cast<std::size_t>(r)].searches_best) {
+    if (n < asked.most) return finish_stage(divided, r);
+    const auto last = static_cast<typename Rows::C>(x[asked.most - 1]);
+    if (last > asked.band.lo) asked.band.lo_end = divided.sampling.vocab;
+    asked.band.lo = asked.sure = last;
+    return ask_shards(divided, r, problem::ShardQuestion::count);
+  }
   const Index most =
       problem::mirostat_count(x, (std::min)(n, asked.most), asked.inverse_temperature,
                               divided.params_of(r).mirostat_mu, divided.sampling.vocab);
