@@ -2,7 +2,7 @@
 /// The rounds in which ranks ask their shards of divided rows and go on by the answers.
 #pragma once
 
-#include "divided_stages.h"
+#include "divided_filters.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {

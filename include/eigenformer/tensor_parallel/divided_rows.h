@@ -15,9 +15,10 @@
 ///                before have left, so that all that follows has the same bits
 ///   drawn        from all tokens in play: one rank finds the token (divided_ends.h)
 ///
-/// One thing is not told by sums: whether that of some tokens, but not all, reaches a target that it
-/// comes as near to as its rounding. The whole row decides that by the order in which a radix select
-/// adds (cpu/sampling/select.h), so all tokens in play are candidates of top_p, typical_p and top_h.
+/// One thing is not told by sums: whether that of some tokens, but not all, reaches a target that
+/// it comes as near to as its rounding. The whole row decides that by the order in which a radix
+/// select adds (cpu/sampling/select.h), so all tokens in play are candidates of top_p, typical_p
+/// and top_h.
 #pragma once
 
 #include <algorithm>
