@@ -85,22 +85,6 @@ void bound_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, do
   }
 }
 
-template <typename Isa, typename C>
-void bin_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
-  constexpr Index bins = problem::ShardKeys::bins;
-  const int shift = problem::ShardKeys::shift(asked.first, asked.last);
-  for_each_key<Isa>(row, asked, [&](C logit, std::uint64_t key) {
-    const auto bin = static_cast<Index>((key - asked.first) >> shift);
-    const double weight =
-        asked.term == problem::ShardTerm::unit
-            ? 1.0
-            : token_weight(static_cast<double>(logit), static_cast<double>(row.band.hi),
-                           row.inverse_temperature);
-    answer[bin] += asked.term_of(logit, weight);
-    answer[bins + bin] += 1;
-  });
-}
-
 /// The terms of a block.
 template <typename Isa, typename C>
 void block_terms(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, Index block,
@@ -112,37 +96,82 @@ void block_terms(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, I
     for (Index j = 0; j < SamplingBlock::size; ++j) terms[j] = asked.term_of(x[j], terms[j]);
 }
 
+/// Sums and counts of bins. Neighbours fall in one bin, and each addition would wait for the last.
+struct BinSums {
+  static constexpr Index bins = problem::ShardBins::count, ways = SelectionLimits::ways;
+  double sums[bins * ways] = {};
+  Index counts[bins * ways] = {};
+
+  /// Of a number that is trunc'd, in [0, bins).
+  static std::int32_t place(double bin, Index j) {
+    const double of = bin < bins - 1 ? bin : bins - 1;
+    return static_cast<std::int32_t>(of > 0 ? of : 0) * static_cast<std::int32_t>(ways) +
+           static_cast<std::int32_t>(j % ways);
+  }
+  void add(std::int32_t place, double term) {
+    sums[place] += term;
+    ++counts[place];
+  }
+  void write(double* answer) const {
+    for (Index bin = 0; bin < bins; ++bin) {
+      const double* const sum = sums + bin * ways;
+      const Index* const count = counts + bin * ways;
+      answer[bin] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      answer[bins + bin] = static_cast<double>((count[0] + count[1]) + (count[2] + count[3]));
+    }
+  }
+};
+
 /// The first bins of a search, by distance: all tokens in play are weighed.
 template <typename Isa, typename C>
 void bin_distances(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
-  constexpr Index bins = problem::ShardBins::count;
-  // neighbours fall in one bin, and each addition would wait for the last
-  constexpr Index ways = SelectionLimits::ways;
-  alignas(64) double terms[SamplingBlock::size], sums[bins * ways] = {};
+  alignas(64) double terms[SamplingBlock::size];
   alignas(64) std::int32_t places[SamplingBlock::size];
-  Index counts[bins * ways] = {};
+  BinSums bins;
   for_each_block<Isa>(row, row.band.lo, [&](Index block, const C* x) {
     const BlockBits members = member_bits<Isa>(x, block, row.band, row.band.lo);
     block_terms<Isa>(row, asked, block, x, terms);
-    for (Index j = 0; j < SamplingBlock::size; ++j) {
-      const double distance = asked.distance(x[j]);
-      const double bin = distance < bins - 1 ? distance : bins - 1;
-      places[j] = static_cast<std::int32_t>(bin > 0 ? bin : 0) * static_cast<std::int32_t>(ways) +
-                  static_cast<std::int32_t>(j % ways);
-    }
-    const auto add = [&](Index j) {
-      sums[places[j]] += terms[j];
-      ++counts[places[j]];
-    };
-    if (members.count() < SamplingBlock::size) return members.for_each(add);
-    for (Index j = 0; j < SamplingBlock::size; ++j) add(j);
+    for (Index j = 0; j < SamplingBlock::size; ++j)
+      places[j] = BinSums::place(asked.distance(x[j]), j);
+    if (members.count() < SamplingBlock::size)
+      return members.for_each([&](Index j) { bins.add(places[j], terms[j]); });
+    for (Index j = 0; j < SamplingBlock::size; ++j) bins.add(places[j], terms[j]);
   });
-  for (Index bin = 0; bin < bins; ++bin) {
-    const double* const sum = sums + bin * ways;
-    const Index* const count = counts + bin * ways;
-    answer[bin] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    answer[bins + bin] = static_cast<double>((count[0] + count[1]) + (count[2] + count[3]));
-  }
+  bins.write(answer);
+}
+
+template <typename Isa, typename C>
+void bin_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, double* answer) {
+  constexpr Index size = SamplingBlock::size;
+  constexpr int few = 24;  // as in member_weights
+  alignas(64) double terms[size];
+  alignas(64) std::int32_t places[size];
+  alignas(64) std::uint64_t keys[size];
+  BinSums bins;
+  const auto add = [&](Index j, double term) {
+    if (asked.first <= keys[j] && keys[j] <= asked.last) bins.add(places[j], term);
+  };
+  for_each_block_of_keys<Isa>(
+      row, LogitsOfKeys<C>(asked), [&](Index block, const C* x, const BlockBits& chosen) {
+        if (chosen.count() > few) {
+          block_terms<Isa>(row, asked, block, x, terms);
+          for (Index j = 0; j < size; ++j) keys[j] = asked.key(x[j]);
+          for (Index j = 0; j < size; ++j)
+            places[j] = BinSums::place(asked.from_first(x[j]) * asked.per_unit, j);
+          return chosen.for_each([&](Index j) { add(j, terms[j]); });
+        }
+        chosen.for_each([&](Index j) {
+          keys[j] = asked.key(x[j]);
+          places[j] = BinSums::place(asked.from_first(x[j]) * asked.per_unit, j);
+          const double weight =
+              asked.term == problem::ShardTerm::unit
+                  ? 1.0
+                  : token_weight(static_cast<double>(x[j]), static_cast<double>(row.band.hi),
+                                 row.inverse_temperature);
+          add(j, asked.term_of(x[j], weight));
+        });
+      });
+  bins.write(answer);
 }
 
 template <typename Isa, typename C>

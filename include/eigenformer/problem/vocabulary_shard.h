@@ -52,16 +52,11 @@ struct ShardBins {
 };
 
 /// Tokens in the order in which a filter takes them, by a whole number, the least first. Those of
-/// an interval fall in bins of as many keys each, a power of two.
+/// an interval fall in bins of equal widths, of logits or distances.
 struct ShardKeys {
   static constexpr Index bins = ShardBins::count;
   static constexpr Index listed = 128;  // so many logits of a shard are listed
   static constexpr Index halves = 4;    // numbers of the bounds
-  static int shift(std::uint64_t first, std::uint64_t last) {
-    const auto more = static_cast<int>(std::bit_width(last - first)) -
-                      static_cast<int>(std::bit_width(std::uint64_t{bins - 1}));
-    return (std::max)(0, more);
-  }
 };
 
 /// What is summed of tokens.
@@ -99,6 +94,7 @@ struct ShardRow {
   std::uint64_t first, last;
   ShardTerm term;
   bool by_distance;  // to the mean, else the largest logit comes first
+  double per_unit;   // bins of keys, of logits or distances
   double mean, log_total;
   ShardSum sum;
   C value;
@@ -120,6 +116,11 @@ struct ShardRow {
     return by_distance ? std::abs(from_mean(logit)) * 2
                        : ShardBins::distance(static_cast<double>(logit),
                                              static_cast<double>(band.hi), inverse_temperature);
+  }
+  /// From that of the first key asked, never negative.
+  double from_first(C logit) const {
+    return by_distance ? std::abs(from_mean(logit)) - std::bit_cast<double>(first)
+                       : static_cast<double>(logit_of(first)) - static_cast<double>(logit);
   }
   /// Of a key of the order by logits.
   C logit_of(std::uint64_t of) const {

@@ -196,14 +196,20 @@ template <typename Rows>
 void narrow_to_nearest(Rows& divided, Index r, std::uint64_t farthest) {
   using C = typename Rows::C;
   auto& asked = divided.asked[r];
-  const auto is_far = [&](C logit) { return asked.key(logit) > farthest; };
-  const C lo =
-              first_number(asked.band.lo, asked.band.hi,
-                           [&](C logit) { return !(asked.from_mean(logit) < 0 && is_far(logit)); }),
-          end = first_number(asked.band.lo, asked.band.hi, [&](C logit) {
-            return logit == asked.band.hi || (asked.from_mean(logit) > 0 && is_far(logit));
-          });
-  const bool ends_early = asked.from_mean(end) > 0 && is_far(end);
+  auto by_logits = asked;
+  by_logits.by_distance = false;
+  // of the numbers in play the last that is too far below, and the first that is too far above
+  const auto far_at = [&](std::uint64_t key, double sign) {
+    const C logit = by_logits.logit_of(key);
+    return asked.from_mean(logit) * sign > 0 && asked.key(logit) > farthest;
+  };
+  const std::uint64_t best = by_logits.key(asked.band.hi), least = by_logits.key(asked.band.lo);
+  const std::uint64_t below =
+                          first_of(best, least, [&](std::uint64_t key) { return far_at(key, -1); }),
+                      kept =
+                          first_of(best, least, [&](std::uint64_t key) { return !far_at(key, 1); });
+  const C lo = by_logits.logit_of(far_at(below, -1) ? below - 1 : least);
+  const bool ends_early = kept > best;
   if (lo > asked.band.lo) {
     asked.band.lo = lo;
     asked.band.lo_end = divided.sampling.vocab;
@@ -211,7 +217,7 @@ void narrow_to_nearest(Rows& divided, Index r, std::uint64_t farthest) {
   asked.sure = asked.band.lo;
   if (!ends_early) return ask_shards(divided, r, problem::ShardQuestion::count);
   asked.by_distance = false;
-  asked.first = asked.key(end) + 1;
+  asked.first = kept;
   asked.last = asked.key(asked.band.lo);
   ask_shards(divided, r, problem::ShardQuestion::extent);
 }

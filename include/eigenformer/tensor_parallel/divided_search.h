@@ -1,8 +1,7 @@
 /// \file
 /// Where a filter's tokens end in a divided row: the shortest prefix of the tokens in play, in the
 /// filter's order, whose terms reach a target. Ranks sum the terms of 64 bins of half a nat, the
-/// one in which the prefix ends is divided again, by keys (problem::ShardKeys), and once it holds
-/// few tokens, or one key, these are looked at. Keys that lie close in a wide interval are bounded
+/// one in which the prefix ends is divided again (problem::ShardKeys), and once it holds few tokens, or one key, these are looked at. Keys that lie close in a wide interval are bounded
 /// first. A bin or token counts where no error that sums may have could change it; where one could,
 /// all tokens in play travel.
 #pragma once
@@ -54,18 +53,34 @@ void start_search(Rows& divided, Index r, problem::ShardTerm term, bool by_dista
   ask_shards(divided, r, problem::ShardQuestion::bins);
 }
 
-/// The first number of [lo, hi] for which `holds`, which does for hi and all after the first.
-template <typename C, typename Holds>
-C first_number(C lo, C hi, Holds&& holds) {
-  auto first = problem::order_key(lo), last = problem::order_key(hi);
+/// Of the numbers of [first, last] the first for which `holds`, which does for all after it; the
+/// last where it does for none.
+template <typename Holds>
+std::uint64_t first_of(std::uint64_t first, std::uint64_t last, Holds&& holds) {
   while (first < last) {
-    const auto middle = first + (last - first) / 2;
-    if (holds(problem::number_of_key(middle)))
+    const std::uint64_t middle = first + (last - first) / 2;
+    if (holds(middle))
       last = middle;
     else
       first = middle + 1;
   }
-  return problem::number_of_key(last);
+  return last;
+}
+
+/// From the first key asked to this one.
+template <typename C>
+double distance_of_key(const problem::ShardRow<C>& asked, std::uint64_t key) {
+  return asked.by_distance ? std::bit_cast<double>(key) - std::bit_cast<double>(asked.first)
+                           : asked.from_first(asked.logit_of(key));
+}
+
+/// Asks for bins of the keys from first to last.
+template <typename Rows>
+void ask_keys(Rows& divided, Index r) {
+  auto& asked = divided.asked[r];
+  const double width = distance_of_key(asked, asked.last);
+  asked.per_unit = width > 0 ? problem::ShardKeys::bins / width : 0.0;
+  ask_shards(divided, r, problem::ShardQuestion::keys);
 }
 
 template <typename Rows>
@@ -81,7 +96,10 @@ void take_bounds(Rows& divided, Index r, const ShardAnswers& answers) {
     most = (std::max)(most, key(2));
   }
   asked.first = least, asked.last = most;
-  ask_shards(divided, r, problem::ShardQuestion::keys);
+  // of numbers so large or close that no bins divide them
+  const double width = distance_of_key(asked, most);
+  if (least != most && !(width > 1e-290 && width < 1e300)) return send_all_in_play(divided, r);
+  ask_keys(divided, r);
 }
 
 /// Of the tokens equal to the last one `taken` stay.
@@ -192,53 +210,50 @@ EndingBin find_bin(Rows& divided, Index r, const ShardAnswers& answers) {
   return bin;
 }
 
-/// Goes on in a bin, whose keys are asked from here on.
-template <typename Rows>
-void search_bin(Rows& divided, Index r, const EndingBin& bin) {
+/// Goes on in a bin of the keys asked, of which bin_of(key) tells where it falls.
+template <typename Rows, typename BinOf>
+void search_bin(Rows& divided, Index r, const ShardAnswers& answers, BinOf&& bin_of) {
   auto& asked = divided.asked[r];
+  const EndingBin bin = find_bin(divided, r, answers);
+  if (bin.place < 0) return send_all_in_play(divided, r);
+  const auto reaches = [&](Index place) {
+    return
+        [&bin_of, place](std::uint64_t key) { return bin_of(key) >= static_cast<double>(place); };
+  };
+  const std::uint64_t first = asked.first, last = asked.last;
+  const bool is_last = bin.place + 1 == problem::ShardKeys::bins || !reaches(bin.place + 1)(last);
+  const std::uint64_t new_first =
+                          bin.place == 0 ? first : first_of(first, last, reaches(bin.place)),
+                      new_last = is_last ? last : first_of(first, last, reaches(bin.place + 1)) - 1;
+  const bool is_same = new_first == first && new_last == last && first != last;
+  asked.first = new_first, asked.last = new_last;
   if (asked.first == asked.last) return end_search(divided, r, asked.first, bin.sum);
-  ask_shards(divided, r,
-             bin.most <= static_cast<double>(problem::ShardKeys::listed)
-                 ? problem::ShardQuestion::listed
-             : bin.lies_close ? problem::ShardQuestion::bounds
-                              : problem::ShardQuestion::keys);
+  if (bin.most <= static_cast<double>(problem::ShardKeys::listed))
+    return ask_shards(divided, r, problem::ShardQuestion::listed);
+  // what lies close is bounded, and an interval without an end
+  if (is_same || bin.lies_close || !(distance_of_key(asked, asked.last) < 1e9))
+    return ask_shards(divided, r, problem::ShardQuestion::bounds);
+  ask_keys(divided, r);
 }
 
 /// Of bins by distance.
 template <typename Rows>
 void take_distances(Rows& divided, Index r, const ShardAnswers& answers) {
-  using C = typename Rows::C;
-  constexpr Index last = problem::ShardBins::count - 1;
   auto& asked = divided.asked[r];
-  const EndingBin bin = find_bin(divided, r, answers);
-  if (bin.place < 0) return send_all_in_play(divided, r);
-  const auto begin = static_cast<double>(bin.place);
-  if (asked.by_distance) {
-    asked.first = std::bit_cast<std::uint64_t>(begin / 2);
-    asked.last = bin.place == last
-                     ? std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity())
-                     : std::bit_cast<std::uint64_t>((begin + 1) / 2) - 1;
-  } else {
-    const auto nearer_than = [&](double end) {
-      return [&asked, end](C logit) { return asked.distance(logit) < end; };
-    };
-    const C lo = asked.band.lo, hi = asked.band.hi;
-    asked.last = asked.key(bin.place == last ? lo : first_number(lo, hi, nearer_than(begin + 1)));
-    asked.first = asked.key(hi);
-    if (bin.place > 0) asked.first = asked.key(first_number(lo, hi, nearer_than(begin))) + 1;
-  }
-  search_bin(divided, r, bin);
+  asked.first = asked.by_distance ? 0 : asked.key(asked.band.hi);
+  asked.last = asked.by_distance
+                   ? std::bit_cast<std::uint64_t>(std::numeric_limits<double>::infinity())
+                   : asked.key(asked.band.lo);
+  search_bin(divided, r, answers, [&](std::uint64_t key) {
+    return asked.by_distance ? std::bit_cast<double>(key) * 2 : asked.distance(asked.logit_of(key));
+  });
 }
 
 template <typename Rows>
 void take_keys(Rows& divided, Index r, const ShardAnswers& answers) {
-  auto& asked = divided.asked[r];
-  const EndingBin bin = find_bin(divided, r, answers);
-  if (bin.place < 0) return send_all_in_play(divided, r);
-  const int shift = problem::ShardKeys::shift(asked.first, asked.last);
-  asked.first += static_cast<std::uint64_t>(bin.place) << shift;
-  asked.last = (std::min)(asked.last, asked.first + ((std::uint64_t{1} << shift) - 1));
-  search_bin(divided, r, bin);
+  const auto asked = divided.asked[r];  // as it was
+  search_bin(divided, r, answers,
+             [&](std::uint64_t key) { return distance_of_key(asked, key) * asked.per_unit; });
 }
 
 /// A logit that a rank has listed.
