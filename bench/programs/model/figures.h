@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
@@ -149,6 +150,14 @@ inline std::vector<bench::RowResult> report_rows(const ModelFigures& figures) {
 inline void write_text(const std::string& path, const std::string& text) {
   std::ofstream file(path, std::ios::binary);
   if (!(file << text).flush()) throw std::runtime_error("cannot write " + path);
+}
+
+/// Throws std::runtime_error where write_text could not; what is there stays as it is.
+inline void require_writable(const std::string& path) {
+  const bool there = std::filesystem::exists(path);
+  if (!std::ofstream(path, std::ios::binary | std::ios::app))
+    throw std::runtime_error("cannot write " + path);
+  if (!there) std::filesystem::remove(path);
 }
 
 /// Adds to the results in a file, or makes it; what it has of the same name and number of threads

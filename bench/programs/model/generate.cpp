@@ -1,18 +1,17 @@
 // Continues a text with a model, or answers in a chat, word by word as it is made.
-#include <csignal>
-#include <cstdlib>
-#include <exception>
 #include <iostream>
 
 #include "../demo/progress.h"
 #include "chat.h"
 #include "loading.h"
 #include "machine.h"
+#include "program.h"
 
 namespace {
 
 namespace ef = eigenformer;
 using demo::Clock;
+using programs::stopped;
 
 constexpr const char* kUsage =
     R"(generate: continues a text with a model, or chats with it, and says how fast.
@@ -44,8 +43,6 @@ constexpr const char* kUsage =
   --json            one JSON object a text, with text, ids and rates
   --help            this text
 )";
-
-volatile std::sig_atomic_t stopped = 0;
 
 struct Options {
   programs::ModelOptions model;
@@ -125,6 +122,10 @@ std::vector<std::int32_t> write(const Options& options, programs::LoadedModel& m
   Work work;
   const bool terminal = ::isatty(STDERR_FILENO) != 0;
   ef::GenerateOptions how = how_to_write(options, model.config());
+  if (how.max_length > 0 && std::ssize(prompt) > how.max_length)
+    throw std::length_error("the text has " + std::to_string(prompt.size()) +
+                            " tokens, and the context " + std::to_string(how.max_length) +
+                            ": --context sets another");
   how.on_prompt = [&](ef::Index done, ef::Index all) {
     work.read = static_cast<std::size_t>(done - model.reused());
     work.reading = demo::seconds_since(start);
@@ -200,18 +201,6 @@ int chat(const Options& options, programs::LoadedModel& model) {
   return 0;
 }
 
-/// Ctrl-C ends what is being written, or between two chunks what is being read of a prompt; where a
-/// line is being read, it ends the input. Once more before that has come about, as while a large
-/// chunk is computed, it ends the program.
-void stop_on_interrupt() {
-  struct sigaction action {};
-  action.sa_handler = [](int) {
-    if (stopped != 0) std::_Exit(128 + SIGINT);
-    stopped = 1;
-  };
-  sigaction(SIGINT, &action, nullptr);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -223,13 +212,13 @@ int main(int argc, char** argv) {
   if (!options.chat && !options.system.empty()) line.fail("--system goes with --chat");
   if (options.device != "cpu" && options.device != "cuda")
     line.fail("--device takes cpu or cuda, not \"" + options.device + "\"");
-  try {
+  return programs::run_program("generate", [&] {
     if (options.device != programs::kDevice) programs::run_on_other_device(argv);
+    programs::require_sampling(how_to_write(options, {}).sampling);
     const auto model = programs::load(options.model, stderr);
-    stop_on_interrupt();
+    // Ends what is being written, or between two chunks what is being read of a prompt; where a
+    // line is being read, the input.
+    programs::stop_on_interrupt();
     return options.chat ? chat(options, *model) : continue_text(options, *model);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "generate: %s\n", error.what());
-    return 1;
-  }
+  });
 }

@@ -4,6 +4,7 @@
 
 #include "../demo/progress.h"
 #include "machine.h"
+#include "program.h"
 
 namespace programs {
 namespace {
@@ -84,7 +85,9 @@ ef::LoadOptions how_to_load(const ModelOptions& options, std::FILE* log) {
   how.weights = weights_of(options);
   how.length = options.length;
   how.cache = options.cache;
+  how.warning = [log](const std::string& text) { std::fprintf(log, "%s\n", text.c_str()); };
   how.progress = [=](std::uint64_t done, std::uint64_t total) {
+    if (stopped != 0) throw std::runtime_error("stopped, nothing was written");
     if (!terminal || done == 0 || total == 0) return;
     const double seconds = demo::seconds_since(start),
                  fraction = static_cast<double>(done) / static_cast<double>(total);
@@ -116,6 +119,17 @@ std::unique_ptr<LoadedModel> load(const ModelOptions& options, std::FILE* log) {
   return options.bf16 || ef::is_packed_model<Eigen::bfloat16>(options.path)
              ? load_as<Eigen::bfloat16>(options, log)
              : load_as<float>(options, log);
+}
+
+void require_sampling(const ef::SamplingParams& params) {
+  ef::Tensor<float, 2> logits(1, 1);
+  logits.setZero();
+  std::int32_t token = 0;
+  ef::SampleStatus status{};
+  ef::Philox random(0);
+  const std::span<ef::SampleStatus> statuses(&status, 1);
+  ef::sample_into(Eigen::DefaultDevice{}, ef::TensorView<std::int32_t, 1>(&token, 1), logits,
+                  params, random, statuses);
 }
 
 #if !defined(__CUDACC__)

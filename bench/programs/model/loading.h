@@ -41,6 +41,9 @@ class LoadedModel {
 /// Loads with a progress bar and says on `log` what was loaded. Throws what load_model throws.
 std::unique_ptr<LoadedModel> load(const ModelOptions& options, std::FILE* log);
 
+/// Throws std::invalid_argument for parameters that no draw takes: before a model is loaded for it.
+void require_sampling(const ef::SamplingParams& params);
+
 /// Packs the model into a file, with the same progress bar. Throws what pack_model throws.
 void pack(const ModelOptions& options, const std::string& packed, std::FILE* log);
 

@@ -20,8 +20,20 @@ namespace programs {
 
 inline constexpr const char* kDevice = "cuda";
 
+/// Throws std::runtime_error where there is none: Eigen's stream would end the program.
+struct PresentGpu {
+  PresentGpu() {
+    int count = 0;
+    const cudaError_t error = cudaGetDeviceCount(&count);
+    if (error != cudaSuccess || count == 0)
+      throw std::runtime_error(std::string("there is no GPU that CUDA can use: ") +
+                               cudaGetErrorString(error) + "; --device cpu needs none");
+  }
+};
+
 struct Machine {
   explicit Machine(long) {}
+  PresentGpu present;
   Eigen::GpuStreamDevice stream;
   Eigen::GpuDevice device{&stream};
   std::string text() const { return stream.deviceProperties().name; }

@@ -1,12 +1,12 @@
 // How fast a model reads prompts and writes tokens, beside what the machine's memory allows and
 // beside llama.cpp on the same file.
-#include <exception>
 #include <iostream>
 #include <thread>
 
 #include "figures.h"
 #include "loading.h"
 #include "peer.h"
+#include "program.h"
 
 namespace {
 
@@ -136,11 +136,12 @@ int main(int argc, char** argv) {
   options.model.length = (std::max)(options.prompt_tokens, options.decode_tokens);
   if (options.model.threads == 0)
     options.model.threads = (std::max)(1L, long{std::thread::hardware_concurrency()});
-  try {
+  return programs::run_program("model_bench", [&] {
+    // Before minutes of measuring.
+    for (const std::string& path : {options.results, options.peers_svg})
+      if (!path.empty()) programs::require_writable(path);
+    for (const std::string& text : options.peers) programs::Peer::of(text).require_there();
     run(options, *programs::load(options.model, stderr));
     return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "model_bench: %s\n", error.what());
-    return 1;
-  }
+  });
 }

@@ -115,6 +115,7 @@ struct ModelOptions {
     if (path.empty()) line.fail("--model is missing: a folder, a .gguf file or a packed one");
     if (int8 + int4 + half + as_stored > 1)
       line.fail("--int8, --int4, --half and --as-stored exclude each other");
+    if (bf16 && half) line.fail("--bf16 and --half exclude each other");
     if (group != 0 && (!(int8 || int4) || (group != 32 && group != 64 && group != 128)))
       line.fail("--group takes 32, 64 or 128 and goes with --int8 or --int4");
     if (symmetric && !int4) line.fail("--symmetric goes with --int4");

@@ -25,6 +25,12 @@ struct Peer {
     if (at == std::string::npos) return {"llama.cpp", text};
     return {text.substr(0, at), text.substr(at + 1)};
   }
+  /// Throws std::runtime_error where there is no such program; one without a folder is looked for
+  /// when it runs.
+  void require_there() const {
+    if (program.find('/') != std::string::npos && ::access(program.c_str(), X_OK) != 0)
+      throw std::runtime_error(program + " is no program that can be run");
+  }
   /// The program of several sequences lies beside the one of one, or is not there.
   std::string batched_program() const {
     const auto path = std::filesystem::path(program).replace_filename("llama-batched-bench");
@@ -77,6 +83,8 @@ inline Output output_of(const std::vector<std::string>& command) {
   int status = -1;
   ::rusage usage{};
   if (child > 0) ::wait4(child, &status, 0, &usage);
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 127)
+    throw std::runtime_error(command[0] + " cannot be run: is it installed?");
   if (status != 0) throw std::runtime_error("this failed: " + command[0]);
   result.peak_bytes = 1024.0 * static_cast<double>(usage.ru_maxrss);
   return result;

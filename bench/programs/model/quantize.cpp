@@ -1,11 +1,11 @@
 // Packs a model into one file that the other programs map.
-#include <exception>
 #include <filesystem>
 #include <iostream>
 #include <nlohmann/json.hpp>
 
 #include "../demo/progress.h"
 #include "loading.h"
+#include "program.h"
 
 namespace {
 
@@ -13,7 +13,7 @@ namespace fs = std::filesystem;
 
 constexpr const char* kUsage =
     R"(quantize: packs a model into one file, with all that belongs to it: --model FILE of generate,
-perplexity and model_bench maps it in place of packing again.
+perplexity and model_bench maps it in place of packing again. Ctrl-C ends it before OUT is written.
 
   quantize IN OUT [options]
 
@@ -76,11 +76,9 @@ int main(int argc, char** argv) {
   options.declare(line);
   line.parse(argc, argv);
   options.check(line);
-  try {
+  return programs::run_program("quantize", [&] {
+    programs::stop_on_interrupt();  // between two matrices; what is being written becomes whole
     run(options);
     return 0;
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "quantize: %s\n", error.what());
-    return 1;
-  }
+  });
 }

@@ -31,6 +31,10 @@ done
 echo "no model" >"$work/letter"
 if "$programs/generate" --model "$model" --cache "$work/letter" --tokens 4 2>/dev/null; then fail "generate --cache over another file"; fi
 [ "$(cat "$work/letter")" = "no model" ] || fail "generate --cache has changed another file"
+# A cache that cannot be written is said, and no more.
+[ "$("$programs/generate" --model "$model" --cache "$work/none/kept" --tokens 9 --ids 2>"$work/said")" = "$("$programs/generate" --model "$model" --tokens 9 --ids)" ] ||
+  fail "generate --cache where none can be written"
+[ "$(grep -c 'kept: cannot be written: there is no folder' "$work/said")" = 1 ] || fail "generate --cache said $(cat "$work/said")"
 # A packed model is all that the programs need.
 for from in "$model" "$model/model.gguf"; do
   for format in "" "--int4 --group 64" --as-stored "--bf16 --int8"; do
@@ -46,7 +50,10 @@ if "$programs/generate" --model "$work/model.packed" --int4 --tokens 1 2>"$work/
 grep -q 'int8' "$work/said" || fail "$(cat "$work/said")"
 if "$programs/quantize" "$model" "$work/letter" 2>/dev/null; then fail "quantize over another file"; fi
 [ "$(cat "$work/letter")" = "no model" ] || fail "quantize has changed another file"
-if "$programs/quantize" "$model" "$work/none/model.packed" 2>/dev/null; then fail "quantize into a folder that is not there"; fi
+if "$programs/quantize" "$model" "$work/none/model.packed" 2>"$work/said"; then fail "quantize into a folder that is not there"; fi
+grep -q 'there is no folder' "$work/said" || fail "quantize said $(cat "$work/said")"
+if "$programs/quantize" "$model" "$work" 2>"$work/said"; then fail "quantize into a folder"; fi
+grep -q 'a folder has this name' "$work/said" || fail "quantize said $(cat "$work/said")"
 if "$programs/quantize" "$model" "$work/packed.gguf" 2>/dev/null || [ -e "$work/packed.gguf" ]; then fail "quantize into a file that would be read as GGUF"; fi
 if "$programs/quantize" "$model" 2>/dev/null; then fail "quantize without a file to write"; fi
 if "$programs/quantize" "$work/model.packed" "$work/twice" 2>/dev/null; then fail "quantize of a packed model"; fi
@@ -54,7 +61,8 @@ if "$programs/quantize" "$work/model.packed" "$work/twice" 2>/dev/null; then fai
 "$programs/quantize" --help | grep -q OUT || fail "quantize --help"
 # A text longer than the context, and one that ends there.
 [ "$("$programs/generate" --model "$model" --context 30 --ids | wc -w)" = 29 ] || fail "generate --context"
-if "$programs/generate" --model "$model" --prompt "$(cat "$model/greedy.txt")" --context 30 2>/dev/null; then fail "a prompt past the context"; fi
+if "$programs/generate" --model "$model" --prompt "$(cat "$model/greedy.txt")" --context 30 2>"$work/said"; then fail "a prompt past the context"; fi
+grep -q 'context 30: --context' "$work/said" || fail "a prompt past the context: $(cat "$work/said")"
 # Rotations are those of a text as long as the context: short factors of 1 are the model's own, long ones are not.
 mkdir "$work/longrope"
 cp "$model/model.safetensors" "$model/tokenizer.json" "$work/longrope"
@@ -124,6 +132,21 @@ printf '#!/bin/sh\necho "on a GPU: $*"\n' >"$work/generate_cuda"
 chmod +x "$work/generate_cuda"
 [ "$("$work/generate" --model M --device cuda)" = "on a GPU: --model M --device cuda" ] || fail "generate --device cuda"
 if "$programs/generate" --model "$model" --device other 2>/dev/null; then fail "an unknown device"; fi
+# What can be known before a model is loaded is said before: there is none here.
+before() { if "$@" 2>"$work/said"; then fail "$*"; fi; }
+before "$programs/perplexity" --model "$work/none" --text "$work/no text"
+grep -q 'no text cannot be read' "$work/said" || fail "perplexity said $(cat "$work/said")"
+before "$programs/perplexity" --model "$work/none" --text "$work"
+before "$programs/generate" --model "$work/none" --temperature -1
+grep -q temperature "$work/said" || fail "generate said $(cat "$work/said")"
+before "$programs/generate" --model "$work/none" --bf16 --half
+before "$programs/model_bench" --model "$work/none" --results "$work/none/results"
+grep -q 'cannot write' "$work/said" || fail "model_bench said $(cat "$work/said")"
+before "$programs/model_bench" --model "$work/none.gguf" --peer "$work/none/llama-bench"
+grep -q 'no program' "$work/said" || fail "model_bench said $(cat "$work/said")"
+before "$programs/generate" --model "$model/model.safetensors"
+grep -q 'give the folder' "$work/said" || fail "generate of a .safetensors said $(cat "$work/said")"
+if "$programs/generate" --model "$model" --tokens 4 >/dev/full 2>/dev/null; then fail "generate onto a full disk"; fi
 if "$programs/generate" --model "$model/none" 2>/dev/null; then fail "a model that is not there"; fi
 if "$programs/generate" --nonsense 2>/dev/null; then fail "an unknown option"; fi
 "$programs/generate" --help | grep -q -- --prompt || fail "generate --help"
