@@ -195,15 +195,15 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 ///   typical_p, top_h, a dynamic  24 P and two block sums
 ///   temperature
 ///   mirostat 1                   800 P: the best 100 of every rank
-///   searches                     32 to 40 P, and 1024 P for each of, mostly, 2 to 5 rounds
+///   searches                     16 to 40 P, and 1024 P for each of, mostly, 2 to 5 rounds
 ///
 /// A block sum is 8 for each block of 128 tokens, and for each token of blocks that ranks share.
 /// The end of a set is searched for of typical_p and top_h; of top_p by 1024 P, where it keeps more
 /// than an eighth of the vocabulary; of top_k and of min_tokens_to_keep where these are more, or
-/// equals of the last stay. The first stage that leaves at most an eighth of the vocabulary (below
-/// 4096 tokens any number) ends a row: 8 travel for each token that is left, with top_p by 1024 P
-/// for those down to the end of the bin, of half a nat, in which its set ends. More stay where they
-/// are, and the next stage decides.
+/// equals of the last stay (of at most 128 tokens 8 P for each, and no search). The first stage that
+/// leaves at most an eighth of the vocabulary (below 4096 tokens any number) ends a row: 8 travel
+/// for each token that is left, with top_p by 1024 P for those down to the end of the bin, of half a
+/// nat, in which its set ends. More stay where they are, and the next stage decides.
 ///
 /// Rows do not travel but in one case, 8 for each token in play: where the sum of some tokens comes
 /// so near to what top_p, typical_p or top_h wants that rounding decides (by estimate 4 times in
