@@ -146,6 +146,19 @@ void linear(const D& device, Views v) {
   ef::vocabulary_parallel_sampling_probabilities_into(device, v.v2, v.v2, v.v2, rank,
                                                       ef::SamplingParams{});
   ef::vocabulary_parallel_top_k_into(device, v.v2, v.tokens, v.v2, 1, rank);
+  const HalvedLogit halved;
+  const std::span<ef::SampleStatus> none;
+  auto& workspace = ef::thread_workspace();
+  ef::vocabulary_parallel_sample_into(device, v.ids, v.v2, v.v2, rank, ef::SamplingParams{}, random,
+                                      none, workspace, halved);
+  ef::vocabulary_parallel_sampling_probabilities_into(
+      device, v.v2, v.v2, v.v2, rank, ef::SamplingParams{}, none, workspace, halved);
+  ef::vocabulary_parallel_sample_with_log_probabilities_into(
+      device, ef::SampleViews{v.ids, v.v1, v.v1, v.ids, v.tokens, v.v2, v.v2, {}}, v.v2, v.v2, rank,
+      ef::SamplingParams{}, random, workspace, halved);
+  ef::vocabulary_parallel_log_probabilities_of_into(device, v.v1, v.v2, v.v2, rank,
+                                                    std::vector<std::int32_t>{},
+                                                    ef::SamplingParams{}, none, workspace, halved);
   ef::BeamSearch search(1);
   ef::vocabulary_parallel_beam_search_step(device, search, v.v2, 1, rank);
 }

@@ -207,6 +207,58 @@ TEST(VocabularyStages, LogitsThatSeeAllOthers) {
     });
 }
 
+// A stage of the caller's sees the token's number in the whole vocabulary.
+TEST(VocabularyStages, AFunctionOfTheCallers) {
+  using Stage = ef::SamplingStage;
+  constexpr Index rows = 4, vocab = 4700;
+  const auto hidden = random_tensor<float, 2>({rows, 8}, 3);
+  const auto head = random_tensor<float, 2>({vocab, 8}, 4, 1.5);
+  const auto logits = ef::linear(hidden, head);
+  const auto function = [](Index row, Index token, float logit) {
+    return (token + row) % 3 == 0 ? -std::numeric_limits<float>::infinity()
+                                  : logit * static_cast<float>(token % 7 + 1);
+  };
+  const std::vector<std::int32_t> given{4699, 2, 2350, -1};
+  auto& workspace = ef::thread_workspace();
+  ef::SamplingParams guided{.top_p = .9, .guidance_scale = 1.5, .guidance_row = 2};
+  guided.logit_bias = std::vector<ef::LogitBias>{{2350, 2.5f}, {4699, -1.f}};
+  guided.order = {Stage::logit_bias, Stage::function, Stage::guidance, Stage::temperature,
+                  Stage::top_p};
+  for (const ef::SamplingParams& params :
+       {ef::SamplingParams{}, ef::SamplingParams{.temperature = 0}, ef::SamplingParams{.top_k = 40},
+        guided}) {
+    ef::Tensor<float, 2> whole(rows, vocab);
+    ef::sampling_probabilities_into(kDevice, whole, logits, params, {}, workspace, function);
+    const auto tokens = ef::sample(logits, params, ef::Philox{7}, function);
+    ASSERT_FALSE(same_bits(whole, ef::sampling_probabilities(logits, params)));
+    ef::Tensor<float, 1> of_given(rows);
+    ef::log_probabilities_of_into(kDevice, of_given, logits, given, params, {}, workspace,
+                                  function);
+    for (int ranks : {1, 2, 3})
+      ef::ThreadCommunicator::run(ranks, [&](ef::ThreadCommunicator& communicator) {
+        auto& own_workspace = ef::thread_workspace();
+        const int rank = communicator.rank();
+        ef::Tensor<float, 2> own(rows, ef::shard_range(vocab, rank, ranks).size());
+        ef::vocabulary_parallel_sampling_probabilities_into(
+            kDevice, own, hidden, head, communicator, params, {}, own_workspace, function);
+        ASSERT_TRUE(same_bits(own, shard_of(whole, rank, ranks))) << ranks;
+        ASSERT_TRUE(same_bits(ef::vocabulary_parallel_sample(hidden, head, communicator, params,
+                                                             ef::Philox{7}, function),
+                              tokens))
+            << ranks;
+        ef::Tensor<std::int32_t, 1> drawn(rows);
+        ef::vocabulary_parallel_sample_into(kDevice, drawn, hidden, head, communicator, params,
+                                            ef::Philox{7}, {}, own_workspace, function);
+        ASSERT_TRUE(same_bits(drawn, tokens)) << ranks;
+        ef::Tensor<float, 1> scores(rows);
+        ef::vocabulary_parallel_log_probabilities_of_into(kDevice, scores, hidden, head,
+                                                          communicator, given, params, {},
+                                                          own_workspace, function);
+        ASSERT_TRUE(same_bits(scores, of_given)) << ranks;
+      });
+  }
+}
+
 // Of a row of 4 bytes a token.
 TEST(VocabularyStages, SendLittle) {
   constexpr Index vocab = 30000;

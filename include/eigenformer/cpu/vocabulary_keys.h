@@ -148,8 +148,8 @@ void bin_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, doub
   alignas(64) std::int32_t places[size];
   alignas(64) std::uint64_t keys[size];
   BinSums bins;
-  const auto add = [&](Index j, double term) {
-    if (asked.first <= keys[j] && keys[j] <= asked.last) bins.add(places[j], term);
+  const auto add = [&](std::uint64_t key, std::int32_t place, double term) {
+    if (asked.first <= key && key <= asked.last) bins.add(place, term);
   };
   for_each_block_of_keys<Isa>(
       row, LogitsOfKeys<C>(asked), [&](Index block, const C* x, const BlockBits& chosen) {
@@ -158,17 +158,16 @@ void bin_keys(const SamplingRow<C>& row, const problem::ShardRow<C>& asked, doub
           for (Index j = 0; j < size; ++j) keys[j] = asked.key(x[j]);
           for (Index j = 0; j < size; ++j)
             places[j] = BinSums::place(asked.from_first(x[j]) * asked.per_unit, j);
-          return chosen.for_each([&](Index j) { add(j, terms[j]); });
+          return chosen.for_each([&](Index j) { add(keys[j], places[j], terms[j]); });
         }
         chosen.for_each([&](Index j) {
-          keys[j] = asked.key(x[j]);
-          places[j] = BinSums::place(asked.from_first(x[j]) * asked.per_unit, j);
           const double weight =
               asked.term == problem::ShardTerm::unit
                   ? 1.0
                   : token_weight(static_cast<double>(x[j]), static_cast<double>(row.band.hi),
                                  row.inverse_temperature);
-          add(j, asked.term_of(x[j], weight));
+          add(asked.key(x[j]), BinSums::place(asked.from_first(x[j]) * asked.per_unit, j),
+              asked.term_of(x[j], weight));
         });
       });
   bins.write(answer);

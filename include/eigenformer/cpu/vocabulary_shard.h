@@ -79,6 +79,8 @@ void change_shard(const problem::ChangeShard<T>& p, const problem::ShardChange& 
                      change.log_sum, change.log_sum_without);
     if (*stage == SamplingStage::penalties && params.log_probability_penalties)
       subtract(logits, size, change.log_sum);
+    if (*stage == SamplingStage::function)
+      p.function(change.row, p.shard.shard.begin, {logits, static_cast<std::size_t>(size)});
     adjust_tokens(logits, p.shard.shard, params, *stage, bias_stages, changes);
   }
 }

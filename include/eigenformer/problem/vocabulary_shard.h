@@ -9,6 +9,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "sampling.h"
 #include "sampling_rules.h"
 #include "shards.h"
 
@@ -199,6 +200,7 @@ struct ChangeShard {
   const ShardChange* changes;  // (count)
   Index count;
   double* answers;  // (count, 2): as those of ScanShard
+  HostLogitFunction<compute_type<T>> function;
 };
 
 template <typename C>

@@ -135,10 +135,11 @@ void change_logits(const D& device, Rows& divided) {
     double* const own = of_round.take<double>(2 * count);
     Index* const begin = of_round.take<Index>(count);
     for (Index i = 0; i < count; ++i) begin[i] = 2 * i;
-    detail::run(device,
-                problem::ChangeShard<T>{divided.given, divided.shard, sampling.params,
-                                        sampling.params_stride, changes, count, own},
-                divided.workspace);
+    detail::run(
+        device,
+        problem::ChangeShard<T>{divided.given, divided.shard, sampling.params,
+                                sampling.params_stride, changes, count, own, sampling.function},
+        divided.workspace);
     const ShardAnswers answers = divided.exchange(own, begin, 2 * count, of_round);
     Index left = 0;
     for (Index i = 0; i < count; ++i) {

@@ -141,20 +141,21 @@ void with_shard_on_host(std::string_view name, const D& device, const X& x, cons
 }
 
 /// views(rows, vocab), after all other checks, is where the results go.
-template <Device D, typename Hidden, typename Weight, typename C, typename Views>
+template <Device D, typename Hidden, typename Weight, typename C, typename Views,
+          typename Function = problem::NoLogitFunction>
 void vocabulary_parallel_sample_with_log_probabilities_into(const D& device, const Hidden& hidden,
                                                             const Weight& weight, C& communicator,
                                                             const SamplingParamsView& params,
                                                             Generators& rng, Workspace& workspace,
-                                                            Views&& views) {
+                                                            Views&& views,
+                                                            const Function& function = {}) {
   constexpr auto name = "vocabulary_parallel_sample_with_log_probabilities";
   using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
   const auto x = input_view<2>(hidden);
   const ParallelShape shape = vocabulary_shape(name, x, weight, communicator, x.dimension(0), 0);
   const Index rows = shape.tokens;
   Workspace::Frame frame(workspace);
-  auto sampling = sampling_problem(name, TensorView<const T, 2>(nullptr, rows, shape.out), params,
-                                   nullptr, nullptr, frame);
+  auto sampling = divided_sampling<T>(name, rows, shape.out, params, {}, frame, function);
   set_generators(name, sampling, rng);
   SampleViews result = views(rows, shape.out);
   const Index best = result.best_ids.dimension(1);
@@ -188,6 +189,40 @@ void vocabulary_parallel_sample_with_log_probabilities_into(const D& device, con
   give(result.best_log_probabilities.data(), out.best_raw, rows * best);
   give(result.best_processed_log_probabilities.data(), out.best_processed, rows * best);
   rng.advance();
+}
+
+template <Device D, typename Out, typename Hidden, typename Weight, typename C, typename Tokens,
+          typename Function = problem::NoLogitFunction>
+void vocabulary_parallel_log_probabilities_of_into(
+    const D& device, Out& log_probabilities, const Hidden& hidden, const Weight& weight,
+    C& communicator, const Tokens& tokens, const SamplingParamsView& params,
+    std::span<SampleStatus> statuses, Workspace& workspace, const Function& function = {}) {
+  constexpr auto name = "vocabulary_parallel_log_probabilities_of";
+  using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
+  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
+  const auto x = input_view<2>(hidden);
+  auto output = output_view<1>(log_probabilities);
+  const Index rows = x.dimension(0);
+  const auto shape = vocabulary_shape(name, x, weight, communicator, rows, statuses.size());
+  require_that(output.dimension(0) == rows, name, "log_probabilities has ", output.dimension(0),
+               " elements, hidden has ", rows, " rows");
+  Workspace::Frame frame(workspace);
+  require_no_coin(name, params);
+  const auto sampling =
+      divided_sampling<T>(name, rows, shape.out, params, statuses, frame, function);
+  const auto given = given_tokens<Eigen::DefaultDevice>(name, tokens, rows, shape.out);
+  if (rows == 0) return;
+  float* const scores = frame.take<float>(rows);
+  with_shard_on_host<D, T>(
+      name, device, x, weight, shape, communicator, workspace,
+      [&](const auto* logits) {
+        return score_tokens_on_device(device, sampling, logits, given.data(), scores, communicator,
+                                      workspace);
+      },
+      [&](const auto& host, T* logits) {
+        score_divided_tokens(host, sampling, logits, given.data(), scores, communicator, workspace);
+      });
+  memory_of(device).copy_in(output.data(), scores, static_cast<std::size_t>(rows) * sizeof(float));
 }
 
 }  // namespace detail
@@ -232,6 +267,22 @@ void vocabulary_parallel_sample_with_log_probabilities_into(
         return result;
       });
 }
+template <Device D, typename Hidden, typename Weight, Communicator C, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Hidden>
+void vocabulary_parallel_sample_with_log_probabilities_into(
+    const D& device, const SampleViews& result, const Hidden& hidden, const Weight& weight,
+    C& communicator, const Params& params, Generators rng, Workspace& workspace,
+    const Function& function) {
+  detail::vocabulary_parallel_sample_with_log_probabilities_into(
+      device, hidden, weight, communicator, params, rng, workspace,
+      [&](Index rows, Index vocab) {
+        detail::check_views("vocabulary_parallel_sample_with_log_probabilities", result, rows,
+                            vocab);
+        return result;
+      },
+      function);
+}
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C,
           detail::SamplingSets Params = SamplingParams>
 SamplesWithLogProbabilities vocabulary_parallel_sample_with_log_probabilities(
@@ -263,34 +314,21 @@ void vocabulary_parallel_log_probabilities_of_into(const D& device, Out&& log_pr
                                                    const Params& params = {},
                                                    std::span<SampleStatus> statuses = {},
                                                    Workspace& workspace = thread_workspace()) {
-  constexpr auto name = "vocabulary_parallel_log_probabilities_of";
-  using T = typename detail::layer_result<scalar_of<Hidden>, Weight>::type;
-  static_assert(std::is_same_v<scalar_of<Out>, float>, "eigenformer: log-probabilities are float");
-  const auto x = input_view<2>(hidden);
-  auto output = output_view<1>(log_probabilities);
-  const Index rows = x.dimension(0);
-  const auto shape = detail::vocabulary_shape(name, x, weight, communicator, rows, statuses.size());
-  detail::require_that(output.dimension(0) == rows, name, "log_probabilities has ",
-                       output.dimension(0), " elements, hidden has ", rows, " rows");
-  Workspace::Frame frame(workspace);
-  detail::require_no_coin(name, params);
-  const auto sampling =
-      detail::sampling_problem(name, TensorView<const T, 2>(nullptr, rows, shape.out), params,
-                               nullptr, statuses.empty() ? nullptr : statuses.data(), frame);
-  const auto given = detail::given_tokens<Eigen::DefaultDevice>(name, tokens, rows, shape.out);
-  if (rows == 0) return;
-  float* const scores = frame.take<float>(rows);
-  detail::with_shard_on_host<D, T>(
-      name, device, x, weight, shape, communicator, workspace,
-      [&](const auto* logits) {
-        return detail::score_tokens_on_device(device, sampling, logits, given.data(), scores,
-                                              communicator, workspace);
-      },
-      [&](const auto& host, T* logits) {
-        detail::score_divided_tokens(host, sampling, logits, given.data(), scores, communicator,
-                                     workspace);
-      });
-  memory_of(device).copy_in(output.data(), scores, static_cast<std::size_t>(rows) * sizeof(float));
+  detail::vocabulary_parallel_log_probabilities_of_into(
+      device, log_probabilities, hidden, weight, communicator, tokens, params, statuses, workspace);
+}
+template <Device D, typename Out, typename Hidden, typename Weight, Communicator C, typename Tokens,
+          typename Function, detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Hidden>
+void vocabulary_parallel_log_probabilities_of_into(const D& device, Out&& log_probabilities,
+                                                   const Hidden& hidden, const Weight& weight,
+                                                   C& communicator, const Tokens& tokens,
+                                                   const Params& params,
+                                                   std::span<SampleStatus> statuses,
+                                                   Workspace& workspace, const Function& function) {
+  detail::vocabulary_parallel_log_probabilities_of_into(device, log_probabilities, hidden, weight,
+                                                        communicator, tokens, params, statuses,
+                                                        workspace, function);
 }
 
 /// log_probabilities_of (sampling/log_probabilities.h) of the rows of linear(hidden, weight), bit

@@ -91,6 +91,20 @@ void sample_best_candidates(const D& device, const problem::Sampling<T>& samplin
   }
 }
 
+/// A request for rows of `vocab` logits, which are divided.
+template <typename T, typename Function>
+problem::Sampling<T> divided_sampling(std::string_view name, Index rows, Index vocab,
+                                      const SamplingParamsView& params,
+                                      std::span<SampleStatus> statuses, Workspace::Frame& frame,
+                                      const Function& function) {
+  auto sampling =
+      sampling_problem(name, TensorView<const T, 2>(nullptr, rows, vocab), params, nullptr,
+                       statuses.empty() ? nullptr : statuses.data(), frame, function);
+  if constexpr (problem::is_logit_function<Function>)
+    problem::set_logit_function(sampling, function);
+  return sampling;
+}
+
 /// Samples rows that are divided, in the host's memory.
 template <CpuDevice D, typename T, typename C>
 void sample_divided_rows(const D& device, const problem::Sampling<T>& sampling, T* logits,
@@ -112,11 +126,13 @@ void sample_divided_rows(const D& device, const problem::Sampling<T>& sampling, 
   for_each_row_of_candidates(divided, gathered, draw);
 }
 
-template <Device D, typename Ids, typename Hidden, typename Weight, typename C>
+template <Device D, typename Ids, typename Hidden, typename Weight, typename C,
+          typename Function = problem::NoLogitFunction>
 void vocabulary_parallel_sample_into(std::string_view name, const D& device, Ids& ids,
                                      const Hidden& hidden, const Weight& weight, C& communicator,
                                      const SamplingParamsView& params, const Generators& rng,
-                                     std::span<SampleStatus> statuses, Workspace& workspace) {
+                                     std::span<SampleStatus> statuses, Workspace& workspace,
+                                     const Function& function = {}) {
   using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
   static_assert(std::is_same_v<scalar_of<Ids>, std::int32_t>,
                 "eigenformer: token ids are std::int32_t");
@@ -126,9 +142,7 @@ void vocabulary_parallel_sample_into(std::string_view name, const D& device, Ids
       vocabulary_shape(name, x, weight, communicator, out.dimension(0), statuses.size());
   const Index rows = shape.tokens, size = rows * shape.columns.size();
   Workspace::Frame frame(workspace);
-  const TensorView<const T, 2> sizes(nullptr, rows, shape.out);
-  auto sampling = sampling_problem(name, sizes, params, nullptr,
-                                   statuses.empty() ? nullptr : statuses.data(), frame);
+  auto sampling = divided_sampling<T>(name, rows, shape.out, params, statuses, frame, function);
   set_generators(name, sampling, rng);
   if (rows == 0) return;
   sampling.ids = frame.take<std::int32_t>(rows);
@@ -153,6 +167,22 @@ void vocabulary_parallel_sample_into(std::string_view name, const D& device, Ids
   }
   memory_of(device).copy_in(out.data(), sampling.ids,
                             static_cast<std::size_t>(rows) * sizeof(std::int32_t));
+}
+
+template <CpuDevice D, typename Hidden, typename Weight, typename C,
+          typename Function = problem::NoLogitFunction>
+Tensor<std::int32_t, 1> vocabulary_parallel_sample(const D& device, const Hidden& hidden,
+                                                   const Weight& weight, C& communicator,
+                                                   const SamplingParamsView& params,
+                                                   Generators& rng, const Function& function = {}) {
+  constexpr auto name = "vocabulary_parallel_sample";
+  auto ids =
+      good_vocabulary_tokens(name, hidden, [&](auto& tokens, std::span<SampleStatus> statuses) {
+        vocabulary_parallel_sample_into(name, device, tokens, hidden, weight, communicator, params,
+                                        rng, statuses, thread_workspace(), function);
+      });
+  rng.advance();
+  return ids;
 }
 
 /// sample with {.temperature = temperature, .top_k = k}; leaves the generator where it is.
@@ -220,6 +250,9 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 /// size; the other throws for a bad row, on every rank, and then advances nothing. Scratch is this
 /// rank's logits, and a row of the vocabulary.
 ///
+/// `function` is a stage of the caller's, as for sample: every rank calls it for the tokens of its
+/// shard, by their numbers in the whole vocabulary, on the host.
+///
 ///   const ef::SamplingParams params{.temperature = .8, .top_k = 50, .top_p = .95};
 ///   ids = ef::vocabulary_parallel_sample(hidden, head, communicator, params, rng);
 template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C,
@@ -232,19 +265,33 @@ void vocabulary_parallel_sample_into(const D& device, Ids&& ids, const Hidden& h
                                           communicator, params, rng, statuses, workspace);
   rng.advance();
 }
+template <Device D, typename Ids, typename Hidden, typename Weight, Communicator C,
+          typename Function, detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Hidden>
+void vocabulary_parallel_sample_into(const D& device, Ids&& ids, const Hidden& hidden,
+                                     const Weight& weight, C& communicator, const Params& params,
+                                     Generators rng, std::span<SampleStatus> statuses,
+                                     Workspace& workspace, const Function& function) {
+  detail::vocabulary_parallel_sample_into("vocabulary_parallel_sample", device, ids, hidden, weight,
+                                          communicator, params, rng, statuses, workspace, function);
+  rng.advance();
+}
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C,
           detail::SamplingSets Params = SamplingParams>
 Tensor<std::int32_t, 1> vocabulary_parallel_sample(const D& device, const Hidden& hidden,
                                                    const Weight& weight, C& communicator,
                                                    const Params& params, Generators rng) {
-  auto ids = detail::good_vocabulary_tokens(
-      "vocabulary_parallel_sample", hidden, [&](auto& tokens, std::span<SampleStatus> statuses) {
-        detail::vocabulary_parallel_sample_into("vocabulary_parallel_sample", device, tokens,
-                                                hidden, weight, communicator, params, rng, statuses,
-                                                thread_workspace());
-      });
-  rng.advance();
-  return ids;
+  return detail::vocabulary_parallel_sample(device, hidden, weight, communicator, params, rng);
+}
+template <CpuDevice D, typename Hidden, typename Weight, Communicator C, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Hidden>
+Tensor<std::int32_t, 1> vocabulary_parallel_sample(const D& device, const Hidden& hidden,
+                                                   const Weight& weight, C& communicator,
+                                                   const Params& params, Generators rng,
+                                                   const Function& function) {
+  return detail::vocabulary_parallel_sample(device, hidden, weight, communicator, params, rng,
+                                            function);
 }
 template <typename Hidden, typename Weight, Communicator C,
           detail::SamplingSets Params = SamplingParams>
@@ -254,6 +301,15 @@ Tensor<std::int32_t, 1> vocabulary_parallel_sample(const Hidden& hidden, const W
                                                    Generators rng) {
   return vocabulary_parallel_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, params,
                                     rng);
+}
+template <typename Hidden, typename Weight, Communicator C, typename Function,
+          detail::SamplingSets Params = SamplingParams>
+  requires(!Device<Hidden> && detail::LogitFunction<Function, Hidden>)
+Tensor<std::int32_t, 1> vocabulary_parallel_sample(const Hidden& hidden, const Weight& weight,
+                                                   C& communicator, const Params& params,
+                                                   Generators rng, const Function& function) {
+  return vocabulary_parallel_sample(Eigen::DefaultDevice{}, hidden, weight, communicator, params,
+                                    rng, function);
 }
 
 /// A token of each row, drawn from softmax(logits / temperature) over the k largest logits (ties

@@ -61,13 +61,12 @@ void divided_probabilities(const D& device, const problem::Sampling<T>& sampling
   });
 }
 
-template <Device D, typename Out, typename Hidden, typename Weight, typename C>
-void vocabulary_parallel_sampling_probabilities_into(const D& device, Out& probabilities,
-                                                     const Hidden& hidden, const Weight& weight,
-                                                     C& communicator,
-                                                     const SamplingParamsView& params,
-                                                     std::span<SampleStatus> statuses,
-                                                     Workspace& workspace) {
+template <Device D, typename Out, typename Hidden, typename Weight, typename C,
+          typename Function = problem::NoLogitFunction>
+void vocabulary_parallel_sampling_probabilities_into(
+    const D& device, Out& probabilities, const Hidden& hidden, const Weight& weight,
+    C& communicator, const SamplingParamsView& params, std::span<SampleStatus> statuses,
+    Workspace& workspace, const Function& function = {}) {
   constexpr auto name = "vocabulary_parallel_sampling_probabilities";
   using T = typename layer_result<scalar_of<Hidden>, Weight>::type;
   static_assert(std::is_same_v<scalar_of<Out>, float>,
@@ -83,8 +82,7 @@ void vocabulary_parallel_sampling_probabilities_into(const D& device, Out& proba
   require_no_coin(name, params);
   Workspace::Frame frame(workspace);
   const auto sampling =
-      sampling_problem(name, TensorView<const T, 2>(nullptr, rows, shape.out), params, nullptr,
-                       statuses.empty() ? nullptr : statuses.data(), frame);
+      divided_sampling<T>(name, rows, shape.out, params, statuses, frame, function);
   if (rows == 0) return;
   with_shard_on_host<D, T>(
       name, device, x, weight, shape, communicator, workspace, [](const auto*) { return false; },
@@ -203,6 +201,18 @@ void vocabulary_parallel_sampling_probabilities_into(const D& device, Out&& prob
                                                      Workspace& workspace = thread_workspace()) {
   detail::vocabulary_parallel_sampling_probabilities_into(
       device, probabilities, hidden, weight, communicator, params, statuses, workspace);
+}
+template <Device D, typename Out, typename Hidden, typename Weight, Communicator C,
+          typename Function, detail::SamplingSets Params = SamplingParams>
+  requires detail::LogitFunction<Function, Hidden>
+void vocabulary_parallel_sampling_probabilities_into(const D& device, Out&& probabilities,
+                                                     const Hidden& hidden, const Weight& weight,
+                                                     C& communicator, const Params& params,
+                                                     std::span<SampleStatus> statuses,
+                                                     Workspace& workspace,
+                                                     const Function& function) {
+  detail::vocabulary_parallel_sampling_probabilities_into(
+      device, probabilities, hidden, weight, communicator, params, statuses, workspace, function);
 }
 template <CpuDevice D, typename Hidden, typename Weight, Communicator C,
           detail::SamplingSets Params = SamplingParams>

@@ -191,20 +191,6 @@ void apply_guidance(C* logits, Index count, const T* without, double scale, doub
         static_cast<double>(static_cast<C>(without[t])) - log_sum_without, scale));
 }
 
-/// logit = function(row, token, logit) of a run of tokens, with the function inlined.
-template <typename C, typename Function>
-void apply_logit_function(const void* object, Index row, Index first, std::span<C> logits) {
-  const auto& function = *static_cast<const Function*>(object);
-  C* const x = logits.data();
-  const auto count = static_cast<Index>(logits.size());
-  for (Index i = 0; i < count; ++i) x[i] = static_cast<C>(function(row, first + i, x[i]));
-}
-
-template <typename T, typename Function>
-void set_logit_function(problem::Sampling<T>& p, const Function& function) {
-  p.function = {&apply_logit_function<compute_type<T>, Function>, &function};
-}
-
 /// Copies row r to scratch and runs all stages that change logits there.
 template <typename Isa, typename T, typename C>
 void adjust_logits(const problem::Sampling<T>& p, Index r, const SamplingScratch<C>& scratch) {

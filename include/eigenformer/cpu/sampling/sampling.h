@@ -197,9 +197,9 @@ template <typename D, typename Isa, typename Problem, typename Function>
 void execute(const Backend<D, Isa>& on, const problem::WithLogitFunction<Problem, Function>& p) {
   Problem with = p.problem;
   if constexpr (requires { with.sampling; })
-    set_logit_function(with.sampling, p.function);
+    problem::set_logit_function(with.sampling, p.function);
   else
-    set_logit_function(with, p.function);
+    problem::set_logit_function(with, p.function);
   execute(on, with);
 }
 
