@@ -5,6 +5,8 @@
 #include <eigenformer/attention.h>
 #include <eigenformer/causal_mask.h>
 #include <eigenformer/embedding.h>
+#include <eigenformer/expert_feed_forward.h>
+#include <eigenformer/expert_routing.h>
 #include <eigenformer/kv_cache.h>
 #include <eigenformer/linear.h>
 #include <eigenformer/loss.h>
@@ -31,7 +33,17 @@ struct Views {
   View<float, 2> sums{nullptr, 0, 0};
   View<std::int32_t, 1> ids{nullptr, 0};
   View<std::int8_t, 2> int8{nullptr, 0, 0};
+  View<std::int32_t, 2> pairs{nullptr, 0, 0};
   std::vector<ef::Index> lengths;
+};
+
+/// Of one expert, and of all.
+template <typename S>
+struct Weights {
+  ef::PackedGatedWeight<S> pair;
+  ef::PackedWeight<S> down;
+  std::vector<ef::PackedGatedWeight<S>> pairs;
+  std::vector<ef::PackedWeight<S>> downs;
 };
 
 }  // namespace
@@ -89,4 +101,19 @@ void linear(const Eigen::GpuDevice& device, Views v) {
   ef::linear_into(device, v.a, v.b, int8);
   ef::linear_backward_input_into(device, v.a, v.b, v.c);
   ef::linear_backward_weight_into(device, v.sums, v.b, v.c);
+}
+
+template <typename S>
+void feed_forward(const Eigen::GpuDevice& device, Views v, const Weights<S>& w) {
+  ef::gated_linear_into(device, v.a, v.b, w.pair, ef::Epilogue{}.silu());
+  ef::linear_into(device, v.a, v.b, w.down);
+  ef::expert_feed_forward_into(device, v.a, v.b, v.pairs, v.sums, w.pairs, w.downs,
+                               ef::Epilogue{}.silu());
+}
+void feed_forwards(const Eigen::GpuDevice& device, Views v, const Weights<T>& as_it_is,
+                   const Weights<std::int8_t>& int8, const Weights<ef::int4>& int4) {
+  feed_forward(device, v, as_it_is);
+  feed_forward(device, v, int8);
+  feed_forward(device, v, int4);
+  ef::expert_routing_into(device, v.pairs, v.sums, v.a, v.row);
 }

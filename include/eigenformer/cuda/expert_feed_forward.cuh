@@ -57,6 +57,11 @@ struct ByExpert {
   Experts<S> experts;
 };
 
+/// An expert has a part of the rows; and what finds its own needs registers, too: with tiles as
+/// large as those of one weight, kernels spill.
+template <typename D, typename S>
+inline constexpr int many_token_tiles<ByExpert<D, S>> = 2;
+
 /// A block that is number `at` of `of`.
 template <typename Block>
 class BlockOfExpert {
@@ -109,6 +114,12 @@ concept IsProduct = requires(Kernel kernel) {
 template <typename Kernel, typename S>
 struct ExpertsKernel {
   static constexpr int kThreads = Kernel::kThreads;
+  static constexpr int kBlocks = [] {
+    if constexpr (requires { Kernel::kBlocksOfExperts; })
+      return Kernel::kBlocksOfExperts;
+    else
+      return 0;
+  }();
   Kernel kernel;
   Experts<S> experts;
 

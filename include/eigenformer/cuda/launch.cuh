@@ -26,6 +26,16 @@ constexpr int threads_of() {
     return kMostThreads;
 }
 
+/// Blocks that a multiprocessor shall have at least, for which the compiler spills registers if it
+/// must: its kBlocks, where a kernel says; 0: as the compiler finds best.
+template <typename Kernel>
+constexpr int blocks_of_multiprocessor() {
+  if constexpr (requires { Kernel::kBlocks; })
+    return Kernel::kBlocks;
+  else
+    return 0;
+}
+
 #if defined(EIGENFORMER_CUDA_UNIT)
 
 inline void check_cuda(cudaError_t status, const std::string& what) {
@@ -34,7 +44,8 @@ inline void check_cuda(cudaError_t status, const std::string& what) {
 }
 
 template <typename Kernel>
-__global__ void __launch_bounds__(threads_of<Kernel>()) run_kernel(const Kernel kernel) {
+__global__ void __launch_bounds__(threads_of<Kernel>(), blocks_of_multiprocessor<Kernel>())
+    run_kernel(const Kernel kernel) {
   extern __shared__ __align__(16) std::byte shared_arena[];
   Block block(shared_arena);
   kernel(block);

@@ -12,10 +12,10 @@
 ///   tokens out of L2: rows * depth bytes and 4 / group of them in scales, 2 * tokens * rows *
 ///   depth operations; bound by bandwidth, of which half is expected on H100 and H200, not measured
 ///   yet.
-/// - Many tokens: tiles of (128 tokens, 128 rows), 64 inputs at a time through three buffers of
-///   shared memory. Bound by the chains, which leave the registers of a tensor core's sums for a
-///   conversion and a multiply-add each: about a third of the dense int8 peak is expected for
-///   groups of 128, a sixth for 32, not measured yet.
+/// - Many tokens: tiles of (128 tokens, 128 rows), of experts (64, 128), 64 inputs at a time in
+///   three buffers of shared memory. Bound by the chains, which leave the registers of a tensor
+///   core's sums for a conversion and a multiply-add each: about a third of the dense int8 peak is
+///   expected for groups of 128, a sixth for 32, not measured yet.
 ///
 /// int4 weights (Weight is an Int4Rows) become int8 as they are loaded, into fragments or into the
 /// buffers.
@@ -37,6 +37,13 @@ namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
 
+/// A row or a token of a tile, which begins at `first`. Apart, because of the offsets of all that a
+/// thread has only those of the tile need 64 bits: it has no registers for more.
+struct InTile {
+  Index first;
+  int own;
+};
+
 /// Scales (rows, groups) of each matrix.
 template <int Matrices>
 struct GroupScales {
@@ -45,22 +52,31 @@ struct GroupScales {
   const float* minimums[Matrices] = {};      // the same of int4, or nullptr: there are none
   const std::int32_t* token_sums = nullptr;  // (tokens, groups), which minimums are multiplied by
 
-  /// fma(sum, scale, chain) of a group, and what its minimum adds where weights may have one.
-  template <bool Minimums>
-  EIGENFORMER_DEVICE float join(float chain, std::int32_t sum, int matrix, Index row, Index token,
+  /// fma(sum, scale, chain) of a group of matrix Of, and what its minimum adds where weights may
+  /// have one. A matrix that is known only when this runs would put a copy's pointers into local
+  /// memory.
+  template <bool Minimums, int Of>
+  EIGENFORMER_DEVICE float join(float chain, std::int32_t sum, InTile row, InTile token,
                                 Index at_group) const {
-    const Index at = row * groups + at_group;
-    chain = std::fma(static_cast<float>(sum), data[matrix][at], chain);
+    chain = std::fma(static_cast<float>(sum), of(data[Of], row, at_group), chain);
     if constexpr (Minimums)
-      if (minimums[matrix] != nullptr) {
-        const auto of_token = static_cast<float>(token_sums[token * groups + at_group]);
-        chain = std::fma(of_token, minimums[matrix][at], chain);
-      }
+      if (minimums[Of] != nullptr)
+        chain = std::fma(static_cast<float>(of(token_sums, token, at_group)),
+                         of(minimums[Of], row, at_group), chain);
     return chain;
   }
   /// Of a step.
   EIGENFORMER_HOST_DEVICE int parts() const { return group < kStep<std::int8_t> ? 2 : 1; }
+
+ private:
+  template <typename T>
+  EIGENFORMER_DEVICE T of(const T* all, InTile line, Index at_group) const {
+    return (all + (line.first * groups +
+                   at_group))[static_cast<unsigned>(line.own) * static_cast<unsigned>(groups)];
+  }
 };
+/// So many groups of 128 lines are counted in 32 bits.
+inline constexpr Index kMostGroups = Index{1} << 25;
 
 /// int8 has none: asking for them at run time costs registers that many tokens have no more of.
 template <typename Weight>
@@ -179,24 +195,25 @@ struct GroupedFewTokensKernel {
     const int own = block.thread() % kRows, token = block.thread() / kRows;
     if (token >= kTokens || row + own >= weight.rows || first_token + token >= x.rows) return;
     for (int part = 0; part < parts() && first + part < scales.groups; ++part)
-      for (int m = 0; m < Matrices; ++m) {
+      unroll<Matrices>([&](auto m) {
         const std::int32_t sum = shared.load(place(part, token, tile_place<Matrices>(m, own)));
-        chains[m] = scales.template join<may_have_minimums<Weight>>(
-            chains[m], sum, m, row + own, first_token + token, first + part);
-      }
+        chains[m] = scales.template join<may_have_minimums<Weight>, m>(
+            chains[m], sum, {row, own}, {first_token, token}, first + part);
+      });
   }
 };
 
-/// A warp has 64 tokens and 32 places of rows.
-template <typename Weight, typename End>
+/// A warp has 16 * TokenTiles tokens and 32 places of rows.
+template <typename Weight, typename End, int TokenTiles>
 struct GroupedManyTokensKernel {
   using Chunk = typename Operand<std::int8_t, std::int8_t>::Chunk;
   static constexpr int Matrices = Weight::kMatrices;
   using D = FragmentD<std::int8_t>;
-  static constexpr int kThreads = 256, kPlaces = 128, kRows = kPlaces / Matrices, kTokens = 128;
+  static constexpr int kTokenTiles = TokenTiles, kRowTiles = 4;  // of a warp: 16 tokens, 8 places
+  static constexpr int kThreads = 256, kPlaces = 128, kRows = kPlaces / Matrices,
+                       kTokens = 32 * kTokenTiles;
   static constexpr int kDepth = kStep<std::int8_t>, kBuffers = 3;
   static constexpr int kBuffer = (kTokens + kPlaces) * kDepth;
-  static constexpr int kTokenTiles = 4, kRowTiles = 4;  // of a warp: 16 tokens, 8 places
   Weight weight;
   Operand<std::int8_t, std::int8_t> x;
   GroupScales<Matrices> scales;
@@ -297,6 +314,10 @@ struct GroupedManyTokensKernel {
     }
   }
 
+  /// Of `count` lines from a tile's first on; past the end the last one.
+  EIGENFORMER_DEVICE static int inside(int at, Index count) {
+    return at < count ? at : static_cast<int>(count) - 1;
+  }
   /// Joins the sums of a group to the chains; from zero again.
   template <typename Block>
   EIGENFORMER_DEVICE void join(Block& block, Index row, Index token, Index group,
@@ -304,15 +325,18 @@ struct GroupedManyTokensKernel {
     if (group >= scales.groups) return;  // the second half of the last step
     unroll<kRowTiles>([&](auto r) {
       unroll<D::kSize>([&](auto i) {
-        const TileRow place =
-            tile_row<Matrices>(first_place(block) + r * 8 + D::column(block.lane(), i));
-        const Index out = row + place.row < weight.rows ? row + place.row : weight.rows - 1;
+        // a warp's first fragment is of the first matrix
+        constexpr int matrix = tile_row<Matrices>(r * 8).matrix;
+        const int own =
+            inside(tile_row<Matrices>(first_place(block) + r * 8 + D::column(block.lane(), i)).row,
+                   weight.rows - row);
         unroll<kTokenTiles>([&](auto t) {
-          const Index to = token + first_token(block) + t * 16 + D::row(block.lane(), i);
+          const int to =
+              inside(first_token(block) + t * 16 + D::row(block.lane(), i), x.rows - token);
           std::int32_t& sum = results.sums[t][r].values[i];
           float& chain = results.chains[t][r][i];
-          chain = scales.template join<may_have_minimums<Weight>>(
-              chain, sum, place.matrix, out, to < x.rows ? to : x.rows - 1, group);
+          chain = scales.template join<may_have_minimums<Weight>, matrix>(chain, sum, {row, own},
+                                                                          {token, to}, group);
           sum = 0;
         });
       });
@@ -340,12 +364,20 @@ struct GroupedManyTokensKernel {
   }
 };
 
+/// Tiles of 16 tokens that a warp has of many tokens.
+template <typename D>
+inline constexpr int many_token_tiles = 4;
+
 /// end.store(token, row, chains) for all of (x.rows, weight.rows). Rows of both are whole.
 template <typename D, typename Weight, typename End>
 void multiply_groups(const Backend<D>& on, const char* name, const Weight& weight,
                      const Operand<std::int8_t, std::int8_t>& x,
                      const GroupScales<Weight::kMatrices>& scales, const End& end) {
   if (weight.rows <= 0 || x.rows <= 0) return;
+  if (scales.groups > kMostGroups)
+    detail::fail<std::invalid_argument>(std::string(name) + ": weight has " +
+                                        std::to_string(scales.groups) +
+                                        " groups in a row, expected at most 33554432");
   const auto start = [&](const auto& kernel) {
     launch(on, name, (std::min)(kernel.tiles(), Index{1048576}), kernel.kThreads, kernel.shared(),
            kernel);
@@ -353,7 +385,7 @@ void multiply_groups(const Backend<D>& on, const char* name, const Weight& weigh
   if (x.rows <= 64)
     start(GroupedFewTokensKernel<Weight, End>{weight, x, scales, end});
   else
-    start(GroupedManyTokensKernel<Weight, End>{weight, x, scales, end});
+    start(GroupedManyTokensKernel<Weight, End, many_token_tiles<D>>{weight, x, scales, end});
 }
 
 }  // namespace cuda

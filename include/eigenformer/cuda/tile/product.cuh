@@ -41,6 +41,9 @@ struct FewTokensKernel {
   static constexpr int kAhead = TokenTiles == 1 ? 4 : 2;  // steps whose loads are under way
   static constexpr int kRows = 16 / Matrices, kTokens = 8 * TokenTiles;  // of a block's outputs
   static constexpr int kOwn = (kRows * kTokens + kThreads - 1) / kThreads;
+  // The compiler would have three blocks of experts, whose pairs of 16 bits spill in 80 registers.
+  static constexpr int kBlocksOfExperts =
+      TokenTiles == 1 && Matrices == 2 && sizeof(T) == 2 ? 1 : 0;
   Operand<T, W, Matrices> weight;
   Operand<T, X> x;
   End end;
