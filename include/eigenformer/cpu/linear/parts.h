@@ -140,6 +140,7 @@ class ProductParts {
 
 template <typename Dot, typename D, typename Isa, typename Problem>
 void product(const Backend<D, Isa>& on, const Problem& p) {
+  if (p.columns == 0) return;  // of however many rows
   const Index most = block_rows<Dot, is_packed<decltype(p.weights)>>(),
               at_once = even_block_rows<Dot>(p.rows, most);
   for (Index row = 0; row < p.rows; row += at_once) {
