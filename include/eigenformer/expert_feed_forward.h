@@ -29,7 +29,8 @@
 /// layouts, offsets that do not rise from 0 to the pairs, and for an order or places out of range:
 /// one pass over them on the host. On a GPU those are not looked at: offsets must be what
 /// expert_order_into wrote; a place out of range gives NaN. Outputs must not overlap inputs.
-/// Nothing is allocated after the first call at a size.
+/// Nothing is allocated after the first call at a size on a GPU; on a CPU scratch is what the rows
+/// of the experts need, and grows when an expert is busier than any before.
 ///
 /// Cost: for few tokens the weights of the experts that have some, read once; for many the
 /// products. On a CPU the experts that have few rows (up to 192 together) are multiplied side by

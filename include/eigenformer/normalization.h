@@ -13,9 +13,10 @@
 /// product; weight and bias of layer_norm_into are then (head_dim), or (heads, head_dim) where each
 /// head has its own. Scalars are float, double, bfloat16 and half; y, x and weight may differ
 /// (bfloat16 activations with float weights). Arithmetic is in float, or in double where an
-/// argument is double; nothing is rounded in between. Every finite row has its right result: one whose squares or sums leave the range of
-/// the type is summed again in a unit of its own (twice the cost, for that row), and LayerNorm
-/// loses nothing where the mean is large against the spread: a row of equal numbers gives the bias.
+/// argument is double; nothing is rounded in between. Every finite row has its right result: one
+/// whose squares or sums leave the range of the type is summed again in a unit of its own (twice
+/// the cost, for that row), and LayerNorm loses nothing where the mean is large against the spread:
+/// a row of equal numbers gives the bias.
 ///
 /// epsilon is inside the root and must be positive and finite: a row of zeros (padding) then gives
 /// zeros, not NaN. NaN in a row stays in that row; going back, a row that holds NaN or infinity and

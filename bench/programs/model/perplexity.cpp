@@ -23,7 +23,8 @@ read, with the result up to there.
 
   --text FILE       the text
   --window N        tokens of a window (default: what the model was made for, at most 2048), and
-                    the length of texts for rotations that depend on it
+                    the length of texts for rotations that depend on it (there 2048 where
+                    none is given)
   --json            one JSON object in place of the text
   --help            this text
 )";

@@ -13,7 +13,8 @@ namespace fs = std::filesystem;
 
 constexpr const char* kUsage =
     R"(quantize: packs a model into one file, with all that belongs to it: --model FILE of generate,
-perplexity and model_bench maps it in place of packing again. Ctrl-C ends it before OUT is written.
+perplexity and model_bench maps it in place of packing again. Ctrl-C ends it before OUT is written;
+while OUT is written, a second one ends it and leaves a file OUT.*.partial.
 
   quantize IN OUT [options]
 

@@ -35,6 +35,8 @@ struct DecoderConfig {
     positive(kv_heads, "kv_heads");
     positive(head_dim, "head_dim");
     positive(hidden, "hidden");
+    detail::require_that(heads <= (limit - 1) / head_dim, name, "heads is ", heads,
+                         ", expected less than 2^31 features of all heads of ", head_dim);
     detail::require_that(heads % kv_heads == 0, name, "heads is ", heads,
                          ", expected a multiple of kv_heads, ", kv_heads);
     detail::require_that(head_dim % 2 == 0, name, "head_dim is ", head_dim,

@@ -192,6 +192,13 @@ class PackedDecoderWeights {
     detail::require_that(table.rows == config_.vocabulary && table.columns == config_.features,
                          kName, "embedding has shape (", table.rows, ", ", table.columns,
                          "), expected (", config_.vocabulary, ", ", config_.features, ")");
+    const Index block = table.block_elements;
+    detail::require_that(table.decode != nullptr && table.block_bytes > 0 && block > 0 &&
+                             EncodedEmbedding::kPiece % block == 0 && table.columns % block == 0,
+                         kName, "embedding has blocks of ", block, " elements in ",
+                         table.block_bytes, " bytes, expected a divisor of ",
+                         EncodedEmbedding::kPiece, " and of ", table.columns,
+                         ", and a function that decodes them");
     embedding_.template emplace<EncodedEmbedding>(table);
     owner_ = std::move(owner);
     embedding_memory_ = &host_memory;
@@ -251,7 +258,8 @@ class PackedDecoderWeights {
                            memory_of(device));
   }
 
-  /// Throws std::logic_error where a tensor of a layer, the head or the embedding is missing.
+  /// Throws std::logic_error where a tensor of a layer, the head or the embedding is missing,
+  /// std::invalid_argument where experts of a layer differ in form.
   void require_complete() const {
     // none are left in weights that were moved from
     bool complete = !layers_.empty() && detail::out_features(head_) > 0 &&

@@ -401,6 +401,7 @@ class FamilyReader : FamilyParts {
     s.heads = s.kv_heads = json_.integer("n_head");
     if (s.heads <= 0) json_.refuse("n_head", "is not positive");
     s.head_dim = s.features / s.heads;
+    sizes_are_small();
     s.hidden = json_.integer("n_inner", 4 * s.features);
     s.epsilon = static_cast<float>(json_.number("layer_norm_epsilon", 1e-5));
     m_.positions = m_.form.positions = json_.integer("n_positions", 1024);

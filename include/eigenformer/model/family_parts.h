@@ -45,10 +45,19 @@ class FamilyParts {
     s.kv_heads = json_.integer("num_key_value_heads", or_else(usual.kv_heads, s.heads));
     if (s.heads <= 0) json_.refuse("num_attention_heads", "is not positive");
     s.head_dim = json_.integer("head_dim", or_else(usual.head_dim, s.features / s.heads));
+    sizes_are_small();
     s.hidden = json_.integer("intermediate_size", 4 * s.features);
     s.epsilon = static_cast<float>(json_.number(epsilon, usual.epsilon));
     m_.positions = json_.integer("max_position_embeddings", usual.positions);
     layer_count();
+  }
+  /// Before anything is computed of them.
+  void sizes_are_small() {
+    const DecoderConfig& s = m_.shape;
+    constexpr Index limit = Index{1} << 31;
+    for (const Index size : {s.features, s.heads, s.kv_heads, s.head_dim})
+      if (size < 1 || size >= limit)
+        json_.refuse("hidden_size, heads or head_dim", "is not within 1 to 2^31 - 1");
   }
   /// Before anything is made for each layer.
   void layer_count() {

@@ -55,7 +55,7 @@ inline constexpr const char* kWeightFormatNames[] = {"activation", "bfloat16", "
 
 /// What packing makes of a small matrix, in every format beside activations of T, as one number:
 /// that of kernels which pack or quantize in another way differs, and what they packed is not taken
-/// for the same. Costs 0.5 ms, once.
+/// for the same. Costs about a millisecond (an estimate), once.
 template <typename T, typename D>
 std::int64_t packing_sum(const D& device) {
   constexpr Index kSize = 192;  // whole panels and groups of every ISA: no padding, whatever it is
@@ -64,20 +64,30 @@ std::int64_t packing_sum(const D& device) {
     for (Index i = 0; i < matrix.size(); ++i)
       matrix.data()[i] = static_cast<float>((i * 37 + i / 11) % 101 - 30) / 64;
     PagedChecksum sum;
-    const auto add = [&]<typename S>(std::type_identity<S>, const WeightStorage& storage) {
-      const auto packed = pack_weight<S>(device, matrix, packing_options<S>(storage));
+    Tensor<float, 2> up = matrix;
+    up.data()[0] = 1;
+    const auto add_panels = [&]<typename S>(const PackedWeight<S>& packed) {
       const auto scales = static_cast<std::size_t>(PanelAccess::scales(packed).size());
       sum.add(packed.data(),
               static_cast<std::size_t>(PanelAccess::values(packed).size()) * sizeof(S));
       sum.add(packed.scales(), scales * sizeof(float));
       if (packed.minimums() != nullptr) sum.add(packed.minimums(), scales * sizeof(float));
     };
-    const auto add_all =
-        [&]<typename... S>(std::type_identity<std::variant<PackedColumnShard<S>...>>) {
-          (add(std::type_identity<S>{}, {}), ...);
-          if constexpr (stores<T, std::int8_t>)
-            add(std::type_identity<std::int8_t>{}, {WeightFormat::int8, 32});
-        };
+    const auto add = [&]<typename S>(std::type_identity<S>, const WeightStorage& storage) {
+      const auto options = packing_options<S>(storage);
+      add_panels(pack_weight<S>(device, matrix, options));
+      add_panels(pack_gated_weight<S>(device, matrix, up, options).pair());
+    };
+    const auto add_all = [&]<typename... S>(
+                             std::type_identity<std::variant<PackedColumnShard<S>...>>) {
+      (add(std::type_identity<S>{}, {}), ...);
+      if constexpr (stores<T, std::int8_t>)
+        add(std::type_identity<std::int8_t>{}, {WeightFormat::int8, 32});
+      if constexpr (stores<T, int4>) {
+        add(std::type_identity<int4>{}, {WeightFormat::int4, 32, {.zero_points = false}});
+        add(std::type_identity<int4>{}, {WeightFormat::int4, 32, {.quantize_activations = false}});
+      }
+    };
     add_all(std::type_identity<PackedMatrix<T>>{});
     return sum.value();
   }();

@@ -129,7 +129,8 @@ void write_packed_model(const D& device, const PackedDecoderWeights<T>& weights,
 }
 
 /// Before work is done for it. Throws ModelFileError where a file cannot be made there, or something
-/// is there that is no packed file, std::invalid_argument for a name that load_model would take for another file's.
+/// is there that is no packed file, std::invalid_argument for a name that load_model would take for
+/// another file's.
 inline void require_replaceable(const std::filesystem::path& path) {
   require_that(path.extension() != ".gguf", "pack_model", "packed is ", path.string(),
                ", expected a name that does not end with .gguf");

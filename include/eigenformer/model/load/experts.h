@@ -126,6 +126,8 @@ class ExpertLoader {
                 d = m_.shape.features;
     const Vector up_biases = from_.all_of(name + "gate_up_proj_bias", {count, 2 * hidden}),
                  down_biases = from_.all_of(name + "down_proj_bias", {count, d});
+    require_turned(name + "gate_up_proj", 2 * hidden, d);  // before memory is taken for them
+    require_turned(name + "down_proj", d, hidden);
     const WeightStorage storage = to_.storage_for(
         {format_of_turned(name + "gate_up_proj"), format_of_turned(name + "down_proj")});
     const auto sized = [](Index size) { return Vector(static_cast<std::size_t>(size)); };
@@ -151,6 +153,13 @@ class ExpertLoader {
       views.down_bias.emplace(down_biases.data() + e * d, d);
       pack(views, storage);
     }
+  }
+  void require_turned(const std::string& name, Index rows, Index columns) {
+    const Index count = m_.form.experts.count;
+    if (from_.find(name + "_blocks") == nullptr)
+      from_.at(name, {count, columns, rows});
+    else
+      from_.at(name + "_blocks", {count, rows, columns / 32, 16});
   }
   /// Numbers of MXFP4 are exact in bfloat16.
   StoredFormat format_of_turned(const std::string& name) {
