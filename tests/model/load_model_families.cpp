@@ -222,8 +222,10 @@ TEST(Families, SlopesOfFalconAreNoMoreThanItsHeads) {
   auto config = golden_file("models.json").at("falcon_alibi").at("config");
   const auto read = [&] { return ef::parse_model_config(config.dump(), "config.json"); };
   EXPECT_EQ(read().form.alibi_slopes.size(), 4u);
-  config["num_attention_heads"] = std::int64_t{1} << 40;
+  config["num_attention_heads"] = 1 << 20;
   expect_throws<ef::ModelFileError>(read, {"config.json", "num_attention_heads", "65536"});
+  config["num_attention_heads"] = std::int64_t{1} << 40;
+  expect_throws<ef::ModelFileError>(read, {"config.json", "num_attention_heads", "2^31"});
 }
 
 // What a step would refuse is refused where it is read.

@@ -320,6 +320,18 @@ TEST(SamplingBulk, StagesKeepTheTokensOfSumsInDouble) {
     }
 }
 
+// Squares of float that overflow say nothing of the deviation.
+TEST(SamplingBulk, TopNSigmaOfLogitsWhoseSquaresOverflow) {
+  ef::Tensor<float, 2> row(1, 8192);
+  for (Index i = 0; i < row.size(); ++i) row(0, i) = static_cast<float>(i % 7);
+  for (float best : {1.5e19f, 3e19f, 1e20f, std::numeric_limits<float>::max()}) {
+    row(0, 4321) = best;
+    const auto p =
+        ef::sampling_probabilities(row, ef::SamplingParams{.temperature = 1e25, .top_n_sigma = 1});
+    EXPECT_EQ(p(0, 4321), 1.0f) << best;
+  }
+}
+
 // Many draws from a flat row, of which one in some twenty is too near for float.
 TEST(SamplingBulk, DrawsAreThoseOfSumsInDouble) {
   const auto row = random_tensor<float, 2>({1, 50000}, 5, .01);

@@ -54,10 +54,13 @@ class FamilyParts {
   /// Before anything is computed of them.
   void sizes_are_small() {
     const DecoderConfig& s = m_.shape;
-    constexpr Index limit = Index{1} << 31;
-    for (const Index size : {s.features, s.heads, s.kv_heads, s.head_dim})
-      if (size < 1 || size >= limit)
-        json_.refuse("hidden_size, heads or head_dim", "is not within 1 to 2^31 - 1");
+    const auto small = [&](const char* key, Index size) {
+      if (size < 0 || size >= Index{1} << 31) json_.refuse(key, "is not within 1 to 2^31 - 1");
+    };
+    small("hidden_size", s.features);
+    small("num_attention_heads", s.heads);
+    small("num_key_value_heads", s.kv_heads);
+    small("head_dim", s.head_dim);
   }
   /// Before anything is made for each layer.
   void layer_count() {

@@ -1,7 +1,7 @@
 /// \file
 /// Divided rows of logits that stay where they are, on a GPU: temperature, top_k, top_p and min_p in
 /// any order, and the draw, from numbers that every rank says of its shard (problem/
-/// vocabulary_rows.h), 128 bytes of a row and rank in each round; a filter takes up to 9 of 4 bits
+/// vocabulary_rows.h), 128 bytes of a row and rank in each round; a filter takes up to 10 of 4 bits
 /// of a key each, a draw two. As in divided_rows.h a decision counts only where no error that sums
 /// of ranks may have could change it. Where one could, or a row has another stage, the caller takes
 /// all rows to the host.
@@ -80,7 +80,7 @@ struct DeviceRows {
   Index count() const { return sampling.batch; }
   /// As DividedRows::margin.
   double margin(double total) const {
-    return total * (2e-12 + 4e-18 * static_cast<double>(sampling.vocab));
+    return total * (2e-12 + 6e-17 * static_cast<double>(sampling.vocab));
   }
 
   /// The best logit of every row, and what is wrong with it.

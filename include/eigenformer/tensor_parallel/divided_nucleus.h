@@ -76,7 +76,9 @@ struct DividedNuclei {
     // 40 units below the best all tokens together weigh nothing
     double distance = 40;
     for (Index i = problem::ShardNucleus::most_ends - 1; i > 1; --i, distance *= .6)
-      asked[r].ends[i] = static_cast<float>(best - distance / row.inverse_temperature);
+      asked[r].ends[i] =
+          static_cast<float>((std::max)(best - distance / row.inverse_temperature,
+                                        static_cast<double>(std::numeric_limits<float>::lowest())));
     asked[r].ends[1] = row.band.hi;
     asked[r].ends[0] = infinity;
   }
@@ -220,7 +222,7 @@ struct DividedNuclei {
         to = std::copy(part.begin(), part.end(), to);
       }
       detail::run(
-          Eigen::DefaultDevice{},
+          device,
           problem::NarrowNucleus{divided.asked[r], divided.sampling.vocab, share(r), search.sums,
                                  asked[r].lo, asked[r].hi, list, search.count, search.end},
           divided.workspace);

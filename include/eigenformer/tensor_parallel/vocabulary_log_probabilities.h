@@ -235,7 +235,7 @@ void vocabulary_parallel_log_probabilities_of_into(
 /// rank's best tokens (24 for logits of double), and two block sums where those of ranks leave the
 /// last bit of a score open, by estimate 2 in 10^5. A bad row has id -1, NaN and its status. The
 /// first _into form writes into a result of an earlier call, the other into views, on a GPU of its
-/// memory, `statuses` too; neither allocates after the first call at a size. Rows that stay on a GPU
+/// memory, `statuses` too; both allocate as vocabulary_parallel_sample_into. Rows that stay on a GPU
 /// are scored there, by 128 for each of three questions, a row and a rank, and 16 for each best
 /// token, unless the sums of ranks leave a bit open.
 ///
@@ -305,7 +305,7 @@ SamplesWithLogProbabilities vocabulary_parallel_sample_with_log_probabilities(
 
 /// The form below, into log_probabilities (tokens) of float, NaN where a row is bad, and
 /// `statuses`, (tokens), where given. On a GPU log_probabilities are its memory, tokens and
-/// statuses the host's. Allocates nothing after the first call at a size.
+/// statuses the host's. Allocates as vocabulary_parallel_sample_into.
 template <Device D, typename Out, typename Hidden, typename Weight, Communicator C, typename Tokens,
           detail::SamplingSets Params = SamplingParams>
 void vocabulary_parallel_log_probabilities_of_into(const D& device, Out&& log_probabilities,

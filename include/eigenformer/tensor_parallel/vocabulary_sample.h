@@ -236,19 +236,20 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 /// nat, in which its set ends. More stay where they are, and the next stage decides.
 ///
 /// Rows do not travel but in one case, 8 for each token in play: where the sum of some tokens comes
-/// so near to what top_p, typical_p or top_h wants that rounding decides (by estimate 4 times in
-/// 10^12 for each token). What the whole row decides there is in the order in which it adds, of all
+/// so near to what top_p, typical_p or top_h wants that rounding decides (by estimate 2 times in
+/// 10^11 for each token). What the whole row decides there is in the order in which it adds, of all
 /// its tokens.
 ///
 /// On a GPU a temperature and a top_k that comes first find candidates there. Temperature, top_k,
 /// top_p, min_p in any order and the draw are answered there with sums, 128 P bytes of a row in each
-/// of up to 9 rounds of a filter and 2 of a draw. Where a row of the batch has another stage, or a
-/// sum so near to a limit, this rank's shard is copied to the host, and not its neighbours'.
+/// of up to 10 rounds of a filter (of logits of double 18) and 2 of a draw. Where a row of the batch
+/// has another stage, or a sum so near to a limit, this rank's shard is copied to the host, and not
+/// its neighbours'.
 ///
 /// The _into form writes ids (tokens), -1 where a row is bad, and `statuses`, (tokens), where given
-/// (host memory), advances the generators by one and allocates nothing after the first call at a
-/// size; the other throws for a bad row, on every rank, and then advances nothing. Scratch is this
-/// rank's logits, and a row of the vocabulary.
+/// (host memory), and advances the generators by one; it allocates nothing at a size once it has met
+/// rows that leave as many candidates. The other throws for a bad row, on every rank, and then
+/// advances nothing. Scratch is this rank's logits, the candidates and a row of the vocabulary.
 ///
 /// `function` is a stage of the caller's, as for sample: every rank calls it for the tokens of its
 /// shard, by their numbers in the whole vocabulary, on the host.

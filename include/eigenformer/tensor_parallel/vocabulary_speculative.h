@@ -187,8 +187,8 @@ void vocabulary_parallel_verify_speculative_tree_into(
 /// columns shard_range(vocab, rank, world_size) of sampling_probabilities of linear(hidden,
 /// weight), bit for bit. Parameters, `weight` and bytes as for vocabulary_parallel_sample; beside
 /// those a row of which many tokens are left sends a block sum. The form that returns throws for a
-/// bad row, on every rank; the _into form writes zeros and its status, and allocates nothing after
-/// the first call at a size. On a GPU probabilities are its memory.
+/// bad row, on every rank; the _into form writes zeros and its status, and allocates as that of
+/// vocabulary_parallel_sample. On a GPU probabilities are its memory.
 ///
 ///   auto target = ef::vocabulary_parallel_sampling_probabilities(hidden, head, communicator,
 ///                                                                params);

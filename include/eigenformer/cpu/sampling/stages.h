@@ -127,7 +127,7 @@ void keep_top_n_sigma(SamplingRow<T>& row, double deviations) {
       const double lowest = static_cast<double>(row.band.lo);
       const double least = best - deviations * sigma.most(),
                    most = best - deviations * sigma.least();
-      if (!(most > lowest)) return;
+      if (most <= lowest) return;  // NaN, of sums that overflow, tells nothing
       if (least > lowest &&
           !has_logit_in<Isa>(row, rounded_up<float>(least), rounded_up<float>(most))) {
         row.band.lo = rounded_up<float>(most);
