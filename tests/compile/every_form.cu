@@ -146,6 +146,17 @@ void linear(const D& device, Views v) {
   ef::vocabulary_parallel_sampling_probabilities_into(device, v.v2, v.v2, v.v2, rank,
                                                       ef::SamplingParams{});
   ef::vocabulary_parallel_top_k_into(device, v.v2, v.tokens, v.v2, 1, rank);
+  ef::vocabulary_parallel_log_softmax_into(device, v.v2, v.v2, 1, rank);
+  ef::SpeculativeResult chains;
+  ef::SpeculativeTreeResult trees;
+  const ef::Tensor<std::int32_t, 2> drafts(0, 0);
+  const ef::Tensor<std::int32_t, 1> parents(0);
+  ef::vocabulary_parallel_verify_speculative_into(device, chains, drafts, v.v3, v.v3, 1, rank,
+                                                  random);
+  ef::vocabulary_parallel_verify_speculative_tree_into(device, trees, drafts, parents, v.v3, v.v3,
+                                                       1, rank, random);
+  ef::vocabulary_parallel_verify_speculative_tree_into(device, trees, drafts, parents, v.v3, 1,
+                                                       rank, random);
   const HalvedLogit halved;
   const std::span<ef::SampleStatus> none;
   auto& workspace = ef::thread_workspace();

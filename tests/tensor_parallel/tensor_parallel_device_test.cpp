@@ -307,6 +307,61 @@ TEST(TensorParallelOnDevice, ProbabilitiesAreThoseOfTheWholeVocabulary) {
   }
 }
 
+// Shards of probabilities and of logits in each GPU's memory give what they give on the host.
+TEST(TensorParallelOnDevice, DraftsAndLogSoftmaxAreThoseOfTheHost) {
+  constexpr Index kRows = 3, kDrafts = 4, kVocabulary = 300;
+  const auto logits = random_tensor<float, 2>({kRows * (2 * kDrafts + 1), kVocabulary}, 12, 2);
+  const ef::Tensor<float, 2> p = ef::sampling_probabilities(logits, ef::SamplingParams{});
+  const auto shard_of_rows = [&](Index begin, Index places, int rank, int ranks) {
+    const ef::ShardRange own = ef::shard_range(kVocabulary, rank, ranks);
+    const ef::Tensor<float, 2> part = p.slice(Eigen::array<Index, 2>{begin, own.begin},
+                                              Eigen::array<Index, 2>{kRows * places, own.size()});
+    const ef::Tensor<float, 3> shaped =
+        part.reshape(Eigen::array<Index, 3>{kRows, places, own.size()});
+    return shaped;
+  };
+  ef::Tensor<std::int32_t, 2> tokens(kRows, kDrafts);
+  for (Index i = 0; i < tokens.size(); ++i) tokens.data()[i] = static_cast<std::int32_t>(7 * i);
+  ef::Tensor<std::int32_t, 1> parents(kDrafts);
+  parents.setValues({-1, -1, 0, 1});
+  for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
+    const int rank = communicator.rank(), ranks = communicator.size();
+    const auto host_q = shard_of_rows(0, kDrafts, rank, ranks),
+               host_p = shard_of_rows(kRows * kDrafts, kDrafts + 1, rank, ranks);
+    const auto q = on_device(bench, host_q), target = on_device(bench, host_p);
+    ef::SpeculativeResult chains;
+    ef::vocabulary_parallel_verify_speculative_into(bench.device, chains, tokens, q.cview(),
+                                                    target.cview(), kVocabulary, communicator,
+                                                    ef::Philox{3});
+    const auto expected = ef::vocabulary_parallel_verify_speculative(
+        tokens, host_q, host_p, kVocabulary, communicator, ef::Philox{3});
+    ASSERT_TRUE(same_bits(chains.tokens, expected.tokens));
+    ASSERT_TRUE(same_bits(chains.accepted_counts, expected.accepted_counts));
+    ef::SpeculativeTreeResult trees, certain;
+    ef::vocabulary_parallel_verify_speculative_tree_into(bench.device, trees, tokens, parents,
+                                                         target.cview(), target.cview(),
+                                                         kVocabulary, communicator, ef::Philox{5});
+    ASSERT_TRUE(same_bits(
+        trees.tokens, ef::vocabulary_parallel_verify_speculative_tree(
+                          tokens, parents, host_p, host_p, kVocabulary, communicator, ef::Philox{5})
+                          .tokens));
+    ef::vocabulary_parallel_verify_speculative_tree_into(bench.device, certain, tokens, parents,
+                                                         target.cview(), kVocabulary, communicator,
+                                                         ef::Philox{5});
+    ASSERT_TRUE(same_bits(certain.tokens,
+                          ef::vocabulary_parallel_verify_speculative_tree(
+                              tokens, parents, host_p, kVocabulary, communicator, ef::Philox{5})
+                              .tokens));
+    const ef::Tensor<float, 2> host_x = features_of(logits, rank, ranks);
+    const auto x = on_device(bench, host_x),
+               y = output_on<float>(bench, logits.dimension(0), host_x.dimension(1));
+    ef::vocabulary_parallel_log_softmax_into(bench.device, y.view(), x.cview(), kVocabulary,
+                                             communicator);
+    ASSERT_TRUE(same_bits(y.host(),
+                          ef::vocabulary_parallel_log_softmax(host_x, kVocabulary, communicator)));
+  });
+}
+
 // The best of divided rows, and beams by them, from candidates that each GPU finds in its columns.
 TEST(TensorParallelOnDevice, TheBestOfDividedRowsAreThoseOfWholeRows) {
   using Status = ef::SampleStatus;

@@ -118,6 +118,30 @@ void to_host(const D& device, const char* name, T* host, const T* elements, Inde
              static_cast<std::size_t>(count) * sizeof(T));
 }
 
+/// A tensor's elements as the host reads them: where they are, or copied from a GPU into `frame`.
+template <Device D, typename T>
+const T* on_host([[maybe_unused]] const D& device, [[maybe_unused]] const char* name,
+                 const T* elements, [[maybe_unused]] Index count,
+                 [[maybe_unused]] Workspace::Frame& frame) {
+  if constexpr (CpuDevice<D>) {
+    return elements;
+  } else {
+    T* const copy = frame.take<T>(count);
+    if (count > 0) to_host(device, name, copy, elements, count);
+    return copy;
+  }
+}
+/// The device that works on what on_host gives.
+template <Device D>
+const auto& host_device([[maybe_unused]] const D& device) {
+  if constexpr (CpuDevice<D>) {
+    return device;
+  } else {
+    static const Eigen::DefaultDevice host;
+    return host;
+  }
+}
+
 /// Runs a problem where the device says, with this scratch on a CPU; returns what the kernel
 /// returns.
 template <Device D, typename Problem>

@@ -60,10 +60,11 @@ void divided_log_softmax(const D& device, Y* y, const T* x, Index rows, Index vo
 /// rank holds in the end: 24 for each rank (32 of double), 8 for each block of 128 tokens and for
 /// each token of blocks that ranks share. Rows that have no softmax give NaN, as there. Throws
 /// std::invalid_argument for shapes that differ and columns that are not the shard of `vocab`. The
-/// _into form allocates nothing after the first call at a size. Tensors are memory of the host.
+/// _into form allocates nothing after the first call at a size. On a GPU x and y are its memory; this
+/// rank's columns are copied to the host, and back.
 ///
 ///   auto scores = ef::vocabulary_parallel_log_softmax(logits, vocab, communicator);
-template <CpuDevice D, typename Y, typename X, Communicator C>
+template <Device D, typename Y, typename X, Communicator C>
 void vocabulary_parallel_log_softmax_into(const D& device, Y&& y, const X& x, Index vocab,
                                           C& communicator,
                                           Workspace& workspace = thread_workspace()) {
@@ -78,8 +79,14 @@ void vocabulary_parallel_log_softmax_into(const D& device, Y&& y, const X& x, In
   detail::checked_size(name, "x", input);
   detail::require_same_shape(name, "y", output, "x", input);
   detail::check_shard(name, "x", input.dimension(1), vocab, communicator);
-  detail::divided_log_softmax(device, output.data(), input.data(), input.dimension(0), vocab,
+  const Index count = input.size();
+  Workspace::Frame frame(workspace);
+  const auto* const from = detail::on_host(device, name, input.data(), count, frame);
+  Out* const to = CpuDevice<D> ? output.data() : frame.take<Out>(count);
+  detail::divided_log_softmax(detail::host_device(device), to, from, input.dimension(0), vocab,
                               communicator, workspace);
+  if constexpr (!CpuDevice<D>)
+    memory_of(device).copy_in(output.data(), to, static_cast<std::size_t>(count) * sizeof(Out));
 }
 template <CpuDevice D, typename X, Communicator C>
 auto vocabulary_parallel_log_softmax(const D& device, const X& x, Index vocab, C& communicator) {

@@ -95,7 +95,7 @@ void vocabulary_parallel_sampling_probabilities_into(
       });
 }
 
-template <CpuDevice D, typename Tokens, typename Draft, typename Target, typename C>
+template <Device D, typename Tokens, typename Draft, typename Target, typename C>
 void vocabulary_parallel_verify_speculative_into(
     const D& device, SpeculativeResult& result, const Tokens& draft_tokens,
     const Draft& draft_probabilities, const Target& target_probabilities, Index vocab,
@@ -107,7 +107,8 @@ void vocabulary_parallel_verify_speculative_into(
   const Index batch = tokens.dimension(0), drafts = tokens.dimension(1);
   const Index columns = target.dimension(2);
   check_shard(name, "target_probabilities", columns, vocab, communicator);
-  check_speculative<D>(name, tokens, draft, target, columns, vocab, rng, options);
+  check_speculative<Eigen::DefaultDevice>(name, tokens, draft, target, columns, vocab, rng,
+                                          options);
   const LengthSpan& lengths = options.draft_lengths;
   Workspace::Frame frame(workspace);
   std::int32_t* const parents = frame.take<std::int32_t>(drafts);
@@ -116,14 +117,15 @@ void vocabulary_parallel_verify_speculative_into(
   result.accepted_counts.resize(batch);
   result.tokens.resize(batch, drafts + 1);
   result.statuses.resize(static_cast<std::size_t>(batch));
-  // a chain is a tree that has no place for drafts after the last
+  // a chain is a tree that has no place for drafts after the last; null would say that drafts are
+  // certain
   const scalar_of<Draft> nothing{};
   const problem::SpeculativeTree<scalar_of<Draft>, scalar_of<Target>> tree{
       tokens.data(),
       parents,
       0,
-      draft.size() == 0 ? &nothing : draft.data(),  // null would say that drafts are certain
-      target.data(),
+      draft.size() == 0 ? &nothing : on_host(device, name, draft.data(), draft.size(), frame),
+      on_host(device, name, target.data(), target.size(), frame),
       batch,
       drafts,
       vocab,
@@ -134,13 +136,13 @@ void vocabulary_parallel_verify_speculative_into(
       result.tokens.data(),
       nodes,
       result.statuses.data()};
-  verify_divided_trees(device, tree, drafts, lengths.empty() ? nullptr : indices(lengths, frame),
-                       communicator, workspace);
+  verify_divided_trees(host_device(device), tree, drafts,
+                       lengths.empty() ? nullptr : indices(lengths, frame), communicator,
+                       workspace);
   rng.advance();
 }
 
-template <CpuDevice D, typename Tokens, typename Parents, typename Draft, typename Target,
-          typename C>
+template <Device D, typename Tokens, typename Parents, typename Draft, typename Target, typename C>
 void vocabulary_parallel_verify_speculative_tree_into(
     const D& device, SpeculativeTreeResult& result, const Tokens& draft_tokens,
     const Parents& parents_of_nodes, const Draft& draft_probabilities,
@@ -153,10 +155,13 @@ void vocabulary_parallel_verify_speculative_tree_into(
   const Index batch = tokens.dimension(0), nodes = tokens.dimension(1);
   const Index columns = target.dimension(2);
   check_shard(name, "target_probabilities", columns, vocab, communicator);
-  const auto* draft =
-      checked_tree<D>(name, tokens, parents, draft_probabilities, target, columns, vocab, rng);
+  const auto* draft = checked_tree<Eigen::DefaultDevice>(name, tokens, parents, draft_probabilities,
+                                                         target, columns, vocab, rng);
   const tree_draft_scalar<Draft, Target> nothing{};
-  if (!std::is_same_v<Draft, CertainDrafts> && columns == 0) draft = &nothing;  // not null: certain
+  Workspace::Frame frame(workspace);
+  if constexpr (!std::is_same_v<Draft, CertainDrafts>)
+    draft = columns == 0 ? &nothing  // not null: certain
+                         : on_host(device, name, draft, target.size(), frame);
   result.accepted_counts.resize(batch);
   result.tokens.resize(batch, nodes + 1);
   result.nodes.resize(batch, nodes);
@@ -166,7 +171,7 @@ void vocabulary_parallel_verify_speculative_tree_into(
       parents.data(),
       rank_of<Parents> == 1 ? 0 : nodes,
       draft,
-      target.data(),
+      on_host(device, name, target.data(), target.size(), frame),
       batch,
       nodes,
       vocab,
@@ -177,7 +182,7 @@ void vocabulary_parallel_verify_speculative_tree_into(
       result.tokens.data(),
       result.nodes.data(),
       result.statuses.data()};
-  verify_divided_trees(device, tree, nodes + 1, nullptr, communicator, workspace);
+  verify_divided_trees(host_device(device), tree, nodes + 1, nullptr, communicator, workspace);
   rng.advance();
 }
 
@@ -249,11 +254,12 @@ Tensor<float, 2> vocabulary_parallel_sampling_probabilities(const Hidden& hidden
 /// each block of 128 tokens and for each token of blocks that ranks share, 20 for each rank. Sums
 /// have the bits of the whole row, so that no row is gathered. Throws std::invalid_argument for
 /// arguments as verify_speculative does, and for shards that are not those of `vocab`. The _into
-/// form allocates nothing after the first call at a size. Tensors are memory of the host.
+/// form allocates nothing after the first call at a size. On a GPU the probabilities are its memory,
+/// and this rank's shards are copied to the host; all else is the host's.
 ///
 ///   auto result = ef::vocabulary_parallel_verify_speculative(drafts, q, p, vocab, communicator,
 ///                                                            rng);
-template <CpuDevice D, typename Tokens, typename Draft, typename Target, Communicator C>
+template <Device D, typename Tokens, typename Draft, typename Target, Communicator C>
 void vocabulary_parallel_verify_speculative_into(const D& device, SpeculativeResult& result,
                                                  const Tokens& draft_tokens,
                                                  const Draft& draft_probabilities,
@@ -299,7 +305,7 @@ SpeculativeResult vocabulary_parallel_verify_speculative(const Tokens& draft_tok
 ///                                                                 communicator, rng);
 ///   auto result = ef::vocabulary_parallel_verify_speculative_tree(drafts, parents, p, vocab,
 ///                                                                 communicator, rng);
-template <CpuDevice D, typename Tokens, typename Parents, typename Draft, typename Target,
+template <Device D, typename Tokens, typename Parents, typename Draft, typename Target,
           Communicator C>
 void vocabulary_parallel_verify_speculative_tree_into(
     const D& device, SpeculativeTreeResult& result, const Tokens& draft_tokens,
@@ -310,7 +316,7 @@ void vocabulary_parallel_verify_speculative_tree_into(
       device, result, draft_tokens, parents, draft_probabilities, target_probabilities, vocab,
       communicator, rng, options, workspace);
 }
-template <CpuDevice D, typename Tokens, typename Parents, typename Target, Communicator C>
+template <Device D, typename Tokens, typename Parents, typename Target, Communicator C>
 void vocabulary_parallel_verify_speculative_tree_into(
     const D& device, SpeculativeTreeResult& result, const Tokens& draft_tokens,
     const Parents& parents, const Target& target_probabilities, Index vocab, C& communicator,
