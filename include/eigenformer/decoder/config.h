@@ -2,6 +2,9 @@
 /// Shape of a Llama-style decoder (Touvron et al., "LLaMA", 2023).
 #pragma once
 
+#include <cstdint>
+#include <limits>
+
 #include "../core/check.h"
 #include "../rope.h"
 
@@ -23,9 +26,9 @@ struct DecoderConfig {
   /// Throws std::invalid_argument where a decoder of this shape cannot exist.
   void validate() const {
     constexpr auto name = "Decoder";
-    constexpr Index limit = Index{1} << 31;
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
     const auto positive = [&](Index value, const char* what) {
-      detail::require_that(value > 0 && value < limit, name, what, " is ", value,
+      detail::require_that(value > 0 && value <= most, name, what, " is ", value,
                            ", expected 1 to 2^31 - 1");
     };
     positive(vocabulary, "vocabulary");
@@ -35,7 +38,7 @@ struct DecoderConfig {
     positive(kv_heads, "kv_heads");
     positive(head_dim, "head_dim");
     positive(hidden, "hidden");
-    detail::require_that(heads <= (limit - 1) / head_dim, name, "heads is ", heads,
+    detail::require_that(heads <= most / head_dim, name, "heads is ", heads,
                          ", expected less than 2^31 features of all heads of ", head_dim);
     detail::require_that(heads % kv_heads == 0, name, "heads is ", heads,
                          ", expected a multiple of kv_heads, ", kv_heads);

@@ -158,8 +158,8 @@ struct DecoderForm {
         "alibi_slopes has ", alibi_slopes.size(), " elements, expected ", config.heads,
         " (heads) or none");
     for (const float slope : alibi_slopes) finite(slope, "a slope of ALiBi");
-    detail::require_that(positions >= 0 && positions < (Index{1} << 31), name, "positions is ",
-                         positions, ", expected 0 (no table) to 2^31 - 1");
+    detail::require_that(positions >= 0 && positions <= (std::numeric_limits<std::int32_t>::max)(),
+                         name, "positions is ", positions, ", expected 0 (no table) to 2^31 - 1");
     detail::require_that(layers.empty() || static_cast<Index>(layers.size()) == config.layers, name,
                          "the form has ", layers.size(), " layers, the configuration says ",
                          config.layers);
@@ -183,10 +183,10 @@ struct DecoderForm {
     if (e.count == 0) return;
     detail::require_expert_routing(name, e.count, e.chosen, e.routing);
     detail::require_that(gated, name, "experts are gated units, the form is not gated");
-    constexpr Index limit = Index{1} << 31;
-    detail::require_that(e.hidden > 0 && e.hidden < limit, name, "experts.hidden is ", e.hidden,
+    constexpr Index most = (std::numeric_limits<std::int32_t>::max)();
+    detail::require_that(e.hidden > 0 && e.hidden <= most, name, "experts.hidden is ", e.hidden,
                          ", expected 1 to 2^31 - 1");
-    detail::require_that(e.shared_hidden >= 0 && e.shared_hidden < limit, name,
+    detail::require_that(e.shared_hidden >= 0 && e.shared_hidden <= most, name,
                          "experts.shared_hidden is ", e.shared_hidden, ", expected 0 to 2^31 - 1");
     detail::require_that(e.shared_hidden > 0 || !e.shared_gate, name,
                          "experts have a shared_gate and no shared expert");

@@ -4,6 +4,8 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -55,7 +57,8 @@ class FamilyParts {
   void sizes_are_small() {
     const DecoderConfig& s = m_.shape;
     const auto small = [&](const char* key, Index size) {
-      if (size < 0 || size >= Index{1} << 31) json_.refuse(key, "is not within 1 to 2^31 - 1");
+      if (size < 0 || size > (std::numeric_limits<std::int32_t>::max)())
+        json_.refuse(key, "is not within 1 to 2^31 - 1");
     };
     small("hidden_size", s.features);
     small("num_attention_heads", s.heads);
