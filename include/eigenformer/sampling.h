@@ -427,7 +427,8 @@ Tensor<float, 2> sampling_probabilities(const D& device, const Logits& logits,
 }  // namespace detail
 
 /// Writes the distribution of every row into probabilities (batch, vocab) of float; a bad row is
-/// all zero. Nothing is allocated.
+/// all zero. Allocates nothing after the first call at a size. On a GPU logits, probabilities and
+/// statuses are device memory.
 template <Device D, typename Out, typename Logits, detail::SamplingSets Params = SamplingParams>
 void sampling_probabilities_into(const D& device, Out&& probabilities, const Logits& logits,
                                  const Params& params, std::span<SampleStatus> statuses = {},

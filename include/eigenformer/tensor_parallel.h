@@ -33,8 +33,10 @@
 ///
 /// Every rank calls, with the same shapes. Bad arguments throw std::invalid_argument before
 /// anything is sent; a rank that fails is a CommunicatorError on the others. Outputs must not
-/// overlap inputs. The _into forms allocate nothing after the first call at a size. Cost per rank:
-/// 1 / world_size of the product, and a gather of the output (for rows: of the input too).
+/// overlap inputs. The _into forms allocate nothing after the first call at a size, those that draw
+/// or score once they have met rows that leave as many candidates. Cost per rank: 1 / world_size of
+/// the product, and a gather of the output (for rows: of the input too); of the vocabulary's
+/// operators their manuals say what travels instead.
 #pragma once
 
 #include "tensor_parallel/pack.h"

@@ -52,8 +52,8 @@ void execute(const Backend<D, Isa>& on, const problem::AskNucleus& p) {
     for (Index r = first; r < last; ++r) {
       const problem::ShardNucleus& nucleus = p.nuclei[r];
       const SamplingRow<float> row = row_of_shard(p.shard, p.rows[r], r);
-      double* const answer = p.answers + r * p.width;
-      std::fill(answer, answer + p.width, 0.0);
+      double* const answer = p.answers + p.begin[r];
+      std::fill(answer, p.answers + p.begin[r + 1], 0.0);
       if (nucleus.question == Question::sample)
         sample_shard<Isa>(row, nucleus, answer, scratches[worker]);
       if (nucleus.question == Question::interval)

@@ -19,6 +19,16 @@ static_assert(problem::ShardLimits::block == SamplingBlock::size &&
               problem::ShardLimits::few(4095) == 4095 && KeptLimits::least_vocab == 4096 &&
               problem::ShardLimits::few(80000) == KeptLimits::most(80000));
 
+/// For each worker scratch of changes, which are made in the shard itself.
+template <typename C, typename On>
+LogitChanges<C>* take_changes_of_workers(const On& on, const SamplingNeeds& needs,
+                                         Workspace::Frame& frame) {
+  auto* const changes = frame.take<LogitChanges<C>>(worker_count(on));
+  for (int w = 0; w < worker_count(on); ++w)
+    changes[w] = take_changes<C>(frame, (std::max)(needs.changes, Index{0}), 0, nullptr);
+  return changes;
+}
+
 /// What adjust_logits does to the tokens of a shard, for stages that look at single tokens.
 template <typename C>
 void adjust_shard(C* logits, const ShardRange& shard, const problem::RowParams& params,
@@ -45,9 +55,7 @@ void execute(const Backend<D, Isa>& on, const problem::ScanShard<T>& p) {
   const Index size = all.shard.size();
   Workspace::Frame frame(on.workspace);
   const SamplingNeeds needs(p.params, p.params_stride, all.rows, size);
-  auto* const changes = frame.take<LogitChanges<C>>(worker_count(on));
-  for (int w = 0; w < worker_count(on) && needs.changes >= 0; ++w)
-    changes[w] = take_changes<C>(frame, needs.changes, 0, nullptr);
+  auto* const changes = take_changes_of_workers<C>(on, needs, frame);
   parallel_for(on, all.rows, Cost{size}, [&](Index first, Index last, int worker) {
     for (Index r = first; r < last; ++r) {
       const T* const given = p.given + r * size;
@@ -92,9 +100,7 @@ void execute(const Backend<D, Isa>& on, const problem::ChangeShard<T>& p) {
   const Index size = all.shard.size();
   Workspace::Frame frame(on.workspace);
   const SamplingNeeds needs(p.params, p.params_stride, all.rows, size);
-  auto* const changes = frame.take<LogitChanges<C>>(worker_count(on));
-  for (int w = 0; w < worker_count(on); ++w)
-    changes[w] = take_changes<C>(frame, (std::max)(needs.changes, Index{0}), 0, nullptr);
+  auto* const changes = take_changes_of_workers<C>(on, needs, frame);
   parallel_for(on, p.count, Cost{size}, [&](Index first, Index last, int worker) {
     for (Index i = first; i < last; ++i) {
       const Index r = p.changes[i].row;

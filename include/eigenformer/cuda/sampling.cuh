@@ -14,8 +14,8 @@
 /// the exponentials are: 128256 take 30 microseconds of a multiprocessor at its peak, and top-p
 /// wants them three or four times.
 ///
-/// Parameters, with their lists, and generators are staged. Rows with penalties, bias or mask take
-/// scratch, at most kScratchRows rows of it.
+/// Parameters, with their lists, and generators are staged. Rows with a stage that changes logits
+/// take scratch, at most kScratchRows rows of it.
 #pragma once
 
 #include <limits>

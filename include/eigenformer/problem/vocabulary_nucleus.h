@@ -29,7 +29,19 @@ struct ShardNucleus {
 };
 
 constexpr Index numbers_of(NucleusQuestion question) {
-  return question == NucleusQuestion::sample ? ShardNucleus::most_ends + 1 : 4;
+  switch (question) {
+    case NucleusQuestion::none:
+      return 0;
+    case NucleusQuestion::sample:
+      return ShardNucleus::most_ends + 1;
+    case NucleusQuestion::interval:
+      return 4;
+    case NucleusQuestion::exact:
+      return 2;
+    case NucleusQuestion::place:
+      return 1;
+  }
+  return 0;
 }
 
 /// Weights but those of `exact` are in a unit that all ranks share.
@@ -37,8 +49,8 @@ struct AskNucleus {
   ShardLogits<float> shard;
   const ShardRow<float>* rows;
   const ShardNucleus* nuclei;  // (rows)
-  double* answers;             // (rows, width)
-  Index width;
+  const Index* begin;          // (rows + 1) of the row's answer
+  double* answers;
   float* listed;  // (rows, room) in token order
   Index room;
 };

@@ -243,10 +243,6 @@ std::span<const std::int32_t> given_tokens(std::string_view name, const Tokens& 
   return given;
 }
 
-}  // namespace detail
-
-namespace detail {
-
 template <Device D, typename Out, typename Logits, typename Tokens,
           typename Function = problem::NoLogitFunction>
 void log_probabilities_of_into(const D& device, Out& log_probabilities, const Logits& logits,

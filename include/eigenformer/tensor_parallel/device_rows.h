@@ -1,10 +1,10 @@
 /// \file
-/// Divided rows of logits that stay where they are, on a GPU: temperature, top_k, top_p and min_p in
-/// any order, and the draw, from numbers that every rank says of its shard (problem/
-/// vocabulary_rows.h), 128 bytes of a row and rank in each round; a filter takes up to 10 of 4 bits
-/// of a key each, a draw two. As in divided_rows.h a decision counts only where no error that sums
-/// of ranks may have could change it. Where one could, or a row has another stage, the caller takes
-/// all rows to the host.
+/// Divided rows of logits that stay where they are, on a GPU: temperature, top_k, top_p and min_p
+/// in any order, and the draw, from numbers that every rank says of its shard
+/// (problem/vocabulary_rows.h), 128 bytes of a row and rank in each round; a filter takes up to 10
+/// of 4 bits of a key each, a draw two. As in divided_rows.h a decision counts only where no error
+/// that sums of ranks may have could change it. Where one could, or a row has another stage, the
+/// caller takes all rows to the host.
 #pragma once
 
 #include <algorithm>
@@ -46,8 +46,8 @@ struct DeviceRow {
   bool is_open = false;   // errors of sums leave something of it open
   std::size_t stage = 0;  // place in the order
   bool has_total = false;
-  double target = 0, total = 0,
-         above = 0;  // of a filter: the weight it keeps; of all; before its end
+  // of a filter: the weight that it keeps, that of all tokens, and what comes before its end
+  double target = 0, total = 0, above = 0;
   std::int32_t token = -1;
 };
 
@@ -78,27 +78,19 @@ struct DeviceRows {
         asked(frame.take<problem::RowAsked<C>>(whole.batch)) {}
 
   Index count() const { return sampling.batch; }
-  /// As DividedRows::margin.
-  double margin(double total) const {
-    return total * (2e-12 + 6e-17 * static_cast<double>(sampling.vocab));
-  }
+  double margin(double total) const { return margin_of_sums(total, sampling.vocab); }
 
   /// The best logit of every row, and what is wrong with it.
   void scan() {
-    using Candidate = problem::VocabularyCandidate;
     Workspace::Frame frame(workspace);
-    const Index all_count = count() * communicator.size();
-    const std::span own(frame.take<Candidate>(count()), static_cast<std::size_t>(count()));
-    const std::span all(frame.take<Candidate>(all_count), static_cast<std::size_t>(all_count));
-    detail::run(device, problem::Vocabulary<T>{logits, own.data(), nullptr, count(), 1, shard});
-    communicator.all_gather(std::span<const Candidate>(own), all);
+    const auto gathered =
+        gather_best_candidates(device, logits, count(), sampling.vocab, 1, communicator, frame);
     for (Index r = 0; r < count(); ++r) {
       rows[r] = {};
       asked[r] = {};
-      rows[r].status = best_of_ranks(all, count(), r, rows[r].token);
+      rows[r].status = best_of_ranks(gathered.all, count(), r, rows[r].token);
       double best = -std::numeric_limits<double>::infinity();
-      for (Index i = r; i < all_count; i += count())
-        best = (std::max)(best, all[static_cast<std::size_t>(i)].logit);
+      gathered.for_each(r, [&](const auto& each) { best = (std::max)(best, each.logit); });
       asked[r].given_best = static_cast<C>(best) + C(0);
       asked[r].band = {asked[r].given_best, std::numeric_limits<C>::lowest(), sampling.vocab};
       asked[r].inverse_temperature = 1;
@@ -215,13 +207,8 @@ struct DeviceRows {
     }
     ask.question = Question::place;
     ask.value = value;
-    ask.nth = 0;
-    Index left = taken;
-    for (int rank = 0; rank < communicator.size() && left > 0; ++rank) {
-      const auto own = static_cast<Index>(answers.of(rank, r, 0));
-      if (rank == communicator.rank() && left <= own) ask.nth = left;
-      left -= own;
-    }
+    ask.nth = last_of_rank(taken, communicator.rank(),
+                           [&](int rank) { return static_cast<Index>(answers.of(rank, r, 0)); });
   }
 
   void take_place(Index r, const ShardAnswers& answers) {
@@ -270,14 +257,9 @@ struct DeviceRows {
 
   ShardAnswers ask_all(Workspace::Frame& frame) const {
     constexpr Index numbers = problem::AskRows<T>::numbers;
-    const Index own_count = count() * numbers, all_count = own_count * communicator.size();
-    double *const own = frame.take<double>(own_count), *const all = frame.take<double>(all_count);
+    double* const own = frame.take<double>(count() * numbers);
     detail::run(device, problem::AskRows<T>{logits, count(), shard, asked, own});
-    communicator.all_gather(std::span<const double>(own, static_cast<std::size_t>(own_count)),
-                            std::span<double>(all, static_cast<std::size_t>(all_count)));
-    Index* const begin = frame.take<Index>(count());
-    for (Index r = 0; r < count(); ++r) begin[r] = r * numbers;
-    return {all, communicator.size(), own_count, begin};
+    return gather_answers(communicator, own, count(), numbers, frame);
   }
 
   /// Runs all chains; false where something is left open.

@@ -23,32 +23,17 @@ ShardAnswers ask_rows(Rows& rows, problem::RowQuestion question, Workspace::Fram
 template <typename Rows>
 const problem::VocabularyCandidate* best_on_device(Rows& rows, Index n, Workspace::Frame& frame) {
   using Candidate = problem::VocabularyCandidate;
-  using T = std::remove_const_t<std::remove_pointer_t<decltype(rows.logits)>>;
-  const int ranks = rows.communicator.size();
-  const auto of_rank = [&](int rank) {
-    return std::clamp<Index>(problem::shard_of(rows.sampling.vocab, rank, ranks).size(), 1, n);
-  };
-  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  Index total = 0;
-  for (int rank = 0; rank < ranks; ++rank)
-    total += counts[static_cast<std::size_t>(rank)] = rows.count() * of_rank(rank);
-  const Index own_kept = of_rank(rows.communicator.rank()), own_count = rows.count() * own_kept;
-  const std::span own(frame.take<Candidate>(own_count), static_cast<std::size_t>(own_count));
-  const std::span all(frame.take<Candidate>(total), static_cast<std::size_t>(total));
-  detail::run(rows.device, problem::Vocabulary<T>{rows.logits, own.data(), nullptr, rows.count(),
-                                                  own_kept, rows.shard});
-  rows.communicator.all_gather(std::span<const Candidate>(own), all,
-                               std::span<const Index>(counts));
-  Candidate *const best = frame.take<Candidate>(rows.count() * n), *const row =
-                                                                       frame.take<Candidate>(
-                                                                           total / rows.count());
+  const auto gathered = gather_best_candidates(rows.device, rows.logits, rows.count(),
+                                               rows.sampling.vocab, n, rows.communicator, frame);
+  const auto of_all = static_cast<Index>(gathered.all.size());
+  Candidate* const best = frame.take<Candidate>(rows.count() * n);
+  Candidate* const row = frame.take<Candidate>(of_all / rows.count());
   for (Index r = 0; r < rows.count(); ++r) {
     if (rows.rows[r].status != SampleStatus::ok) continue;
     Candidate* end = row;
-    const Candidate* part = all.data();
-    for (int rank = 0; rank < ranks; part += rows.count() * of_rank(rank++))
-      end = std::copy_if(part + r * of_rank(rank), part + (r + 1) * of_rank(rank), end,
-                         [](const Candidate& each) { return each.token >= 0; });
+    gathered.for_each(r, [&](const Candidate& each) {
+      if (each.token >= 0) *end++ = each;
+    });
     std::partial_sort(row, row + n, end, [](const Candidate& a, const Candidate& b) {
       return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
     });

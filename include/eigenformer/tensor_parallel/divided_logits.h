@@ -72,10 +72,6 @@ void sum_exponentials(const D& device, Rows& divided, std::span<problem::ShardCh
   using C = typename Rows::C;
   Workspace::Frame frame(divided.workspace);
   const Index rows = divided.shard.rows;
-  auto* const given = frame.take<problem::ShardRow<C>>(rows);
-  for (Index r = 0; r < rows; ++r)
-    given[r] =
-        all_tokens<C>(divided.rows[static_cast<std::size_t>(r)].given_best, divided.sampling.vocab);
   Index *const which = frame.take<Index>(rows), *const place = frame.take<Index>(rows);
   double* const log_sums = frame.take<double>(rows);
   // log_sum_of(change): that of row_of(change), where this is not -1

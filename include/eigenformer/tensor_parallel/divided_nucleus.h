@@ -1,6 +1,6 @@
 /// \file
-/// The stage top_p of divided rows (divided_rows.h) by sums of floats: rows ask for the weights of a
-/// sample, twice, which tells an interval of logits in which the set likely ends, then for the
+/// The stage top_p of divided rows (divided_rows.h) by sums of floats: rows ask for the weights of
+/// a sample, twice, which tells an interval of logits in which the set likely ends, then for the
 /// weights above, below and in it, whose logits are gathered. What travels are sums, about a
 /// twentieth of the logits where they are flat and fewer where they are not. A row whose end the
 /// errors of all sums leave open asks for `bins`.
@@ -146,14 +146,16 @@ struct DividedNuclei {
 
   template <typename D>
   ShardAnswers ask(const D& device, Workspace::Frame& frame) const {
-    Index width = 0;
-    for (Index r = 0; r < divided.shard.rows; ++r)
-      if (is_open(r)) width = (std::max)(width, problem::numbers_of(asked[r].question));
-    double* const own = frame.take<double>(divided.shard.rows * width);
+    const Index rows = divided.shard.rows;
+    Index* const begin = frame.take<Index>(rows + 1);
+    begin[0] = 0;
+    for (Index r = 0; r < rows; ++r)
+      begin[r + 1] = begin[r] + problem::numbers_of(asked[r].question);
+    double* const own = frame.take<double>(begin[rows]);
     detail::run(device,
-                problem::AskNucleus{divided.shard, divided.asked, asked, own, width, listed, room},
+                problem::AskNucleus{divided.shard, divided.asked, asked, begin, own, listed, room},
                 divided.workspace);
-    return divided.exchange(own, width, frame);
+    return divided.exchange(own, begin, begin[rows], frame);
   }
   bool any_open() const {
     for (Index r = 0; r < divided.shard.rows; ++r)
@@ -256,19 +258,17 @@ struct DividedNuclei {
     for (Index r = 0; r < divided.shard.rows; ++r) {
       const NucleusSearch& search = searches[r];
       if (!search.runs) continue;
-      Index equals = 0, nth = 0;
-      for (int rank = 0; rank < divided.ranks(); ++rank) {
+      const auto equals_of = [&](int rank) {
         const auto part = part_of(all, r, rank);
-        const auto own = static_cast<Index>(std::count(part.begin(), part.end(), search.end.value));
-        const Index left = search.end.taken - equals;
-        if (rank == divided.communicator.rank() && left > 0 && left <= own) nth = left;
-        equals += own;
-      }
+        return static_cast<Index>(std::count(part.begin(), part.end(), search.end.value));
+      };
+      Index equals = 0;
+      for (int rank = 0; rank < divided.ranks(); ++rank) equals += equals_of(rank);
       auto& band = divided.asked[r].band;
       if (search.end.taken < equals) {
         asked[r].question = Question::place;
         asked[r].lo = search.end.value;
-        asked[r].nth = nth;
+        asked[r].nth = last_of_rank(search.end.taken, divided.communicator.rank(), equals_of);
       } else if (search.end.value > band.lo) {
         band.lo_end = divided.sampling.vocab;
       }

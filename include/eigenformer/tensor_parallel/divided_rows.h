@@ -6,7 +6,7 @@
 /// question about its shard of every open row (the largest logit, the number of tokens in play, the
 /// sum of their weights), all answers are gathered, and the row goes on through its stages. Sums of
 /// ranks are not the bits of the sum of one row, so a decision counts only where no error that any
-/// order of summation may have could change it; where one could, by estimate 4 times in 10^12 for
+/// order of summation may have could change it; where one could, by estimate 2 times in 10^11 for
 /// each token, and where a stage takes the number itself, the sums are those of the whole row, of
 /// blocks of 128 tokens (divided_sums.h). A row ends as
 ///
@@ -87,6 +87,39 @@ struct ShardAnswers {
   }
 };
 
+/// Every rank's numbers, those of a row from begin[row] on, of `size`, after this rank's.
+template <typename Comm>
+ShardAnswers gather_answers(Comm& communicator, const double* own, const Index* begin, Index size,
+                            Workspace::Frame& frame) {
+  const int ranks = communicator.size();
+  double* const all = frame.take<double>(size * ranks);
+  communicator.all_gather(std::span<const double>(own, static_cast<std::size_t>(size)),
+                          std::span<double>(all, static_cast<std::size_t>(size * ranks)));
+  return {all, ranks, size, begin};
+}
+/// The same of `rows` rows of `width` numbers.
+template <typename Comm>
+ShardAnswers gather_answers(Comm& communicator, const double* own, Index rows, Index width,
+                            Workspace::Frame& frame) {
+  Index* const begin = frame.take<Index>(rows);
+  for (Index r = 0; r < rows; ++r) begin[r] = r * width;
+  return gather_answers(communicator, own, begin, rows * width, frame);
+}
+
+/// More than two sums of the weights of a row may differ by: each adds at most a quarter of the
+/// tokens one after the other.
+inline double margin_of_sums(double total, Index vocab) {
+  return total * (2e-12 + 6e-17 * static_cast<double>(vocab));
+}
+
+/// Of `taken` tokens of one logit, those of lowest index, the last: its number among those of this
+/// rank, 0 where it is another's. count_of(rank): how many a rank has.
+template <typename CountOf>
+Index last_of_rank(Index taken, int rank, CountOf&& count_of) {
+  for (int before = 0; before < rank; ++before) taken -= count_of(before);
+  return taken > 0 && taken <= count_of(rank) ? taken : 0;
+}
+
 template <typename T, typename Comm>
 struct DividedRows {
   using C = compute_type<T>;
@@ -107,11 +140,7 @@ struct DividedRows {
   ShardRange shard_of(int rank) const { return problem::shard_of(sampling.vocab, rank, ranks()); }
   const problem::RowParams& params_of(Index row) const { return sampling.params_of(row); }
 
-  /// More than two sums of the weights of a row may differ by: each adds at most a quarter of the
-  /// tokens one after the other.
-  double margin(double total) const {
-    return total * (2e-12 + 6e-17 * static_cast<double>(sampling.vocab));
-  }
+  double margin(double total) const { return margin_of_sums(total, sampling.vocab); }
   /// The status of a row of which the ranks have answered their largest logit and whether there is
   /// a NaN; its largest logit in `hi`.
   static SampleStatus status_of(const ShardAnswers& answers, Index row, Index number, double& hi) {
@@ -124,19 +153,12 @@ struct DividedRows {
            : hi == -infinity                ? SampleStatus::no_token
                                             : SampleStatus::ok;
   }
-  /// Every rank's numbers, those of a row from begin[row] on, of `size`, after this rank's.
   ShardAnswers exchange(const double* own, const Index* begin, Index size,
                         Workspace::Frame& frame) const {
-    double* const all = frame.take<double>(size * ranks());
-    communicator.all_gather(std::span<const double>(own, static_cast<std::size_t>(size)),
-                            std::span<double>(all, static_cast<std::size_t>(size * ranks())));
-    return {all, ranks(), size, begin};
+    return gather_answers(communicator, own, begin, size, frame);
   }
-  /// The same of `width` numbers a row.
   ShardAnswers exchange(const double* own, Index width, Workspace::Frame& frame) const {
-    Index* const begin = frame.take<Index>(shard.rows);
-    for (Index r = 0; r < shard.rows; ++r) begin[r] = r * width;
-    return exchange(own, begin, shard.rows * width, frame);
+    return gather_answers(communicator, own, shard.rows, width, frame);
   }
 };
 

@@ -1,10 +1,10 @@
 /// \file
 /// Where a filter's tokens end in a divided row: the shortest prefix of the tokens in play, in the
 /// filter's order, whose terms reach a target. Ranks sum the terms of 64 bins of half a nat, the
-/// one in which the prefix ends is divided again (problem::ShardKeys), and once it holds few tokens,
-/// or one key, these are looked at. Keys that lie close in a wide interval are bounded first. A bin
-/// or token counts where no error that sums may have could change it; where one could, all tokens in
-/// play travel.
+/// one in which the prefix ends is divided again (problem::ShardKeys), and once it holds few
+/// tokens, or one key, these are looked at. Keys that lie close in a wide interval are bounded
+/// first. A bin or token counts where no error that sums may have could change it; where one could,
+/// all tokens in play travel.
 #pragma once
 
 #include "divided_sums.h"
@@ -113,11 +113,8 @@ void end_band_at(Rows& divided, Index r, Index taken) {
     asked.band.lo = asked.sure = asked.value;
     return ask_shards(divided, r, problem::ShardQuestion::count);
   }
-  for (int rank = 0; rank < divided.ranks(); ++rank) {
-    const Index there = divided.counts[r * divided.ranks() + rank];
-    if (rank == divided.communicator.rank()) asked.nth = taken > 0 && taken <= there ? taken : 0;
-    taken -= there;
-  }
+  asked.nth = last_of_rank(taken, divided.communicator.rank(),
+                           [&](int rank) { return divided.counts[r * divided.ranks() + rank]; });
   ask_shards(divided, r, problem::ShardQuestion::place);
 }
 

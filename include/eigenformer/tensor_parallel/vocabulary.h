@@ -3,6 +3,7 @@
 /// whose rows are divided among ranks.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -49,6 +50,47 @@ inline SampleStatus best_of_ranks(std::span<const problem::VocabularyCandidate> 
   if (best.token < 0) return SampleStatus::no_token;
   token = static_cast<std::int32_t>(best.token);
   return SampleStatus::ok;
+}
+
+/// The best `most` tokens of every rank in all rows, of all its tokens where it has fewer; at least
+/// one, which can say what is wrong with a row.
+struct CandidatesOfRanks {
+  using Candidate = problem::VocabularyCandidate;
+  std::span<const Candidate> all;  // rank by rank, (rows, kept_by(rank))
+  Index rows, vocab, most;
+  int ranks;
+
+  Index kept_by(int rank) const {
+    return std::clamp<Index>(problem::shard_of(vocab, rank, ranks).size(), 1, most);
+  }
+  /// Calls f(candidate) for those of a row.
+  template <typename F>
+  void for_each(Index row, F&& f) const {
+    const Candidate* part = all.data();
+    for (int rank = 0; rank < ranks; part += rows * kept_by(rank++))
+      std::for_each_n(part + row * kept_by(rank), kept_by(rank), f);
+  }
+};
+
+/// `logits`: (rows, shard of this rank), where the device has them.
+template <typename D, typename T, typename C>
+CandidatesOfRanks gather_best_candidates(const D& device, const T* logits, Index rows, Index vocab,
+                                         Index most, C& communicator, Workspace::Frame& frame) {
+  using Candidate = problem::VocabularyCandidate;
+  const int ranks = communicator.size(), own_rank = communicator.rank();
+  CandidatesOfRanks gathered{{}, rows, vocab, most, ranks};
+  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
+  Index total = 0;
+  for (int rank = 0; rank < ranks; ++rank)
+    total += counts[static_cast<std::size_t>(rank)] = rows * gathered.kept_by(rank);
+  const Index own_kept = gathered.kept_by(own_rank), own_count = rows * own_kept;
+  const std::span own(frame.take<Candidate>(own_count), static_cast<std::size_t>(own_count));
+  const std::span all(frame.take<Candidate>(total), static_cast<std::size_t>(total));
+  detail::run(device, problem::Vocabulary<T>{logits, own.data(), nullptr, rows, own_kept,
+                                             problem::shard_of(vocab, own_rank, ranks)});
+  communicator.all_gather(std::span<const Candidate>(own), all, std::span<const Index>(counts));
+  gathered.all = all;
+  return gathered;
 }
 
 template <Device D, typename Ids, typename Hidden, typename Weight, typename C>

@@ -119,27 +119,6 @@ void score_divided_tokens(const D& device, const problem::Sampling<T>& sampling,
   });
 }
 
-/// This rank's logits, in memory of the host: body(sampling device, logits); on a GPU unless
-/// there(logits) says that all was done where they are.
-template <Device D, typename T, typename X, typename Weight, typename C, typename There,
-          typename Body>
-void with_shard_on_host(std::string_view name, const D& device, const X& x, const Weight& weight,
-                        const ParallelShape& shape, const C& communicator, Workspace& workspace,
-                        [[maybe_unused]] There&& there, Body&& body) {
-  const Index size = shape.tokens * shape.columns.size();
-  auto logits_frame = tensor_frame(device, workspace);
-  T* const logits = logits_frame.template take<T>(size);
-  shard_product(device, logits, x, weight, shape, communicator, workspace);
-  if constexpr (CpuDevice<D>) {
-    body(device, logits);
-  } else if (!there(logits)) {
-    Workspace::Frame frame(workspace);
-    T* const host = frame.take<T>(size);
-    if (size > 0) to_host(device, name.data(), host, logits, size);
-    body(Eigen::DefaultDevice{}, host);
-  }
-}
-
 /// views(rows, vocab), after all other checks, is where the results go.
 template <Device D, typename Hidden, typename Weight, typename C, typename Views,
           typename Function = problem::NoLogitFunction>
@@ -235,8 +214,8 @@ void vocabulary_parallel_log_probabilities_of_into(
 /// rank's best tokens (24 for logits of double), and two block sums where those of ranks leave the
 /// last bit of a score open, by estimate 2 in 10^5. A bad row has id -1, NaN and its status. The
 /// first _into form writes into a result of an earlier call, the other into views, on a GPU of its
-/// memory, `statuses` too; both allocate as vocabulary_parallel_sample_into. Rows that stay on a GPU
-/// are scored there, by 128 for each of three questions, a row and a rank, and 16 for each best
+/// memory, `statuses` too; both allocate as vocabulary_parallel_sample_into. Rows that stay on a
+/// GPU are scored there, by 128 for each of three questions, a row and a rank, and 16 for each best
 /// token, unless the sums of ranks leave a bit open.
 ///
 ///   auto drawn = ef::vocabulary_parallel_sample_with_log_probabilities(

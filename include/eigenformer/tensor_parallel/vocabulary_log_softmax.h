@@ -60,8 +60,8 @@ void divided_log_softmax(const D& device, Y* y, const T* x, Index rows, Index vo
 /// rank holds in the end: 24 for each rank (32 of double), 8 for each block of 128 tokens and for
 /// each token of blocks that ranks share. Rows that have no softmax give NaN, as there. Throws
 /// std::invalid_argument for shapes that differ and columns that are not the shard of `vocab`. The
-/// _into form allocates nothing after the first call at a size. On a GPU x and y are its memory; this
-/// rank's columns are copied to the host, and back.
+/// _into form allocates nothing after the first call at a size. On a GPU x and y are its memory;
+/// this rank's columns are copied to the host, and back.
 ///
 ///   auto scores = ef::vocabulary_parallel_log_softmax(logits, vocab, communicator);
 template <Device D, typename Y, typename X, Communicator C>

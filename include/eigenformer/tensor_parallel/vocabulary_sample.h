@@ -40,6 +40,27 @@ void put_candidate(const problem::VocabularyCandidate& candidate, C* row) {
     row[0] = std::numeric_limits<C>::infinity();
 }
 
+/// This rank's logits, in memory of the host: body(sampling device, logits); on a GPU unless
+/// there(logits) says that all was done where they are.
+template <Device D, typename T, typename X, typename Weight, typename C, typename There,
+          typename Body>
+void with_shard_on_host(std::string_view name, const D& device, const X& x, const Weight& weight,
+                        const ParallelShape& shape, const C& communicator, Workspace& workspace,
+                        [[maybe_unused]] There&& there, Body&& body) {
+  const Index size = shape.tokens * shape.columns.size();
+  auto logits_frame = tensor_frame(device, workspace);
+  T* const logits = logits_frame.template take<T>(size);
+  shard_product(device, logits, x, weight, shape, communicator, workspace);
+  if constexpr (CpuDevice<D>) {
+    body(device, logits);
+  } else if (!there(logits)) {
+    Workspace::Frame frame(workspace);
+    T* const host = frame.take<T>(size);
+    if (size > 0) to_host(device, name.data(), host, logits, size);
+    body(Eigen::DefaultDevice{}, host);
+  }
+}
+
 /// Samples rows of which the best `most` tokens decide all: their candidates are found where the
 /// logits are. `sampling`, whose ids are the host's, is of the whole vocabulary.
 template <Device D, typename T, typename C>
@@ -49,32 +70,14 @@ void sample_best_candidates(const D& device, const problem::Sampling<T>& samplin
   using Token = decltype(Candidate::token);
   using S = compute_type<T>;
   const Index rows = sampling.batch, vocab = sampling.vocab;
-  const int ranks = communicator.size();
   Workspace::Frame frame(workspace);
-  const std::span<Index> counts(frame.take<Index>(ranks), static_cast<std::size_t>(ranks));
-  const auto kept_by = [&](int rank) {  // at least 1, which can say what is wrong with a row
-    return std::clamp<Index>(shard_range(vocab, rank, ranks).size(), 1, most);
-  };
-  Index all_count = 0;
-  for (int r = 0; r < ranks; ++r)
-    all_count += counts[static_cast<std::size_t>(r)] = rows * kept_by(r);
-  const Index own_count = counts[static_cast<std::size_t>(communicator.rank())];
-  const std::span own(frame.take<Candidate>(own_count), static_cast<std::size_t>(own_count));
-  const std::span all(frame.take<Candidate>(all_count), static_cast<std::size_t>(all_count));
-  const ShardRange shard = shard_range(vocab, communicator.rank(), ranks);
-  detail::run(device, problem::Vocabulary<T>{logits, own.data(), nullptr, rows,
-                                             kept_by(communicator.rank()), shard});
-  communicator.all_gather(own, all, std::span<const Index>(counts));
+  const auto gathered =
+      gather_best_candidates(device, logits, rows, vocab, most, communicator, frame);
   constexpr S none = -std::numeric_limits<S>::infinity();
   S* const row = frame.take<S>(vocab);
   std::fill(row, row + vocab, none);
   for (Index r = 0; r < rows; ++r) {
-    const auto for_each = [&](auto&& f) {
-      const Candidate* part = all.data();
-      for (int rank = 0; rank < ranks; part += rows * kept_by(rank++))
-        std::for_each_n(part + r * kept_by(rank), kept_by(rank), f);
-    };
-    for_each([&](const Candidate& candidate) { put_candidate(candidate, row); });
+    gathered.for_each(r, [&](const Candidate& candidate) { put_candidate(candidate, row); });
     problem::Sampling<S> one{row,
                              1,
                              vocab,
@@ -86,8 +89,8 @@ void sample_best_candidates(const D& device, const problem::Sampling<T>& samplin
                              sampling.statuses == nullptr ? nullptr : sampling.statuses + r};
     one.first_row = r;
     detail::run(Eigen::DefaultDevice{}, one, workspace);
-    for_each(
-        [&](const Candidate& candidate) { row[(std::max)(candidate.token, Token{0})] = none; });
+    gathered.for_each(
+        r, [&](const Candidate& candidate) { row[(std::max)(candidate.token, Token{0})] = none; });
   }
 }
 
@@ -140,31 +143,27 @@ void vocabulary_parallel_sample_into(std::string_view name, const D& device, Ids
   auto out = output_view<1>(ids);
   const ParallelShape shape =
       vocabulary_shape(name, x, weight, communicator, out.dimension(0), statuses.size());
-  const Index rows = shape.tokens, size = rows * shape.columns.size();
+  const Index rows = shape.tokens;
   Workspace::Frame frame(workspace);
   auto sampling = divided_sampling<T>(name, rows, shape.out, params, statuses, frame, function);
   set_generators(name, sampling, rng);
   if (rows == 0) return;
   sampling.ids = frame.take<std::int32_t>(rows);
-  auto logits_frame = tensor_frame(device, workspace);
-  T* const logits = logits_frame.template take<T>(size);
-  shard_product(device, logits, x, weight, shape, communicator, workspace);
-  if constexpr (CpuDevice<D>) {
-    sample_divided_rows(device, sampling, logits, communicator, workspace);
-  } else {
-    Index most = 1;
-    for (Index r = 0; r < rows && most > 0; ++r) {
-      const Index deciding = deciding_tokens(sampling.params_of(r));
-      most = deciding == 0 ? 0 : (std::max)(most, deciding);
-    }
-    if (most > 0) {
-      sample_best_candidates(device, sampling, logits, most, communicator, workspace);
-    } else if (!sample_on_device(device, sampling, logits, communicator, workspace)) {
-      T* const host = frame.take<T>(size);
-      if (size > 0) to_host(device, name.data(), host, logits, size);
-      sample_divided_rows(Eigen::DefaultDevice{}, sampling, host, communicator, workspace);
-    }
-  }
+  with_shard_on_host<D, T>(
+      name, device, x, weight, shape, communicator, workspace,
+      [&](const auto* logits) {
+        Index most = 1;
+        for (Index r = 0; r < rows && most > 0; ++r) {
+          const Index deciding = deciding_tokens(sampling.params_of(r));
+          most = deciding == 0 ? 0 : (std::max)(most, deciding);
+        }
+        if (most == 0) return sample_on_device(device, sampling, logits, communicator, workspace);
+        sample_best_candidates(device, sampling, logits, most, communicator, workspace);
+        return true;
+      },
+      [&](const auto& host, T* logits) {
+        sample_divided_rows(host, sampling, logits, communicator, workspace);
+      });
   memory_of(device).copy_in(out.data(), sampling.ids,
                             static_cast<std::size_t>(rows) * sizeof(std::int32_t));
 }
@@ -219,9 +218,10 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 ///   eta_cutoff, top_n_sigma,
 ///   mirostat 2, XTC
 ///   top_p                        560 P of sums, and 4 for each token whose logit is near that of
-///                                the last token kept: a twentieth of all where they are flat, fewer
-///                                elsewhere. Of logits of double, of a vocabulary below 8192, and
-///                                where the errors of float sums leave the last token open, 1024 P
+///                                the last token kept: a twentieth of all where they are flat,
+///                                fewer elsewhere. Of logits of double, of a vocabulary below 8192,
+///                                and where the errors of float sums leave the last token open,
+///                                1024 P
 ///   typical_p, top_h, a dynamic  24 P and two block sums
 ///   temperature
 ///   mirostat 1                   800 P: the best 100 of every rank
@@ -230,10 +230,10 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 /// A block sum is 8 for each block of 128 tokens, and for each token of blocks that ranks share.
 /// The end of a set is searched for of typical_p and top_h; of top_p by 1024 P, where it keeps more
 /// than an eighth of the vocabulary; of top_k and of min_tokens_to_keep where these are more, or
-/// equals of the last stay (of at most 128 tokens 8 P for each, and no search). The first stage that
-/// leaves at most an eighth of the vocabulary (below 4096 tokens any number) ends a row: 8 travel
-/// for each token that is left, with top_p by 1024 P for those down to the end of the bin, of half a
-/// nat, in which its set ends. More stay where they are, and the next stage decides.
+/// equals of the last stay (of at most 128 tokens 8 P for each, and no search). The first stage
+/// that leaves at most an eighth of the vocabulary (below 4096 tokens any number) ends a row: 8
+/// travel for each token that is left, with top_p by 1024 P for those down to the end of the bin,
+/// of half a nat, in which its set ends. More stay where they are, and the next stage decides.
 ///
 /// Rows do not travel but in one case, 8 for each token in play: where the sum of some tokens comes
 /// so near to what top_p, typical_p or top_h wants that rounding decides (by estimate 2 times in
@@ -241,15 +241,16 @@ void vocabulary_parallel_top_k_sample_into(const D& device, Ids& ids, const Hidd
 /// its tokens.
 ///
 /// On a GPU a temperature and a top_k that comes first find candidates there. Temperature, top_k,
-/// top_p, min_p in any order and the draw are answered there with sums, 128 P bytes of a row in each
-/// of up to 10 rounds of a filter (of logits of double 18) and 2 of a draw. Where a row of the batch
-/// has another stage, or a sum so near to a limit, this rank's shard is copied to the host, and not
-/// its neighbours'.
+/// top_p, min_p in any order and the draw are answered there with sums, 128 P bytes of a row in
+/// each of up to 10 rounds of a filter (of logits of double 18) and 2 of a draw. Where a row of the
+/// batch has another stage, or a sum so near to a limit, this rank's shard is copied to the host,
+/// and not its neighbours'.
 ///
 /// The _into form writes ids (tokens), -1 where a row is bad, and `statuses`, (tokens), where given
-/// (host memory), and advances the generators by one; it allocates nothing at a size once it has met
-/// rows that leave as many candidates. The other throws for a bad row, on every rank, and then
-/// advances nothing. Scratch is this rank's logits, the candidates and a row of the vocabulary.
+/// (host memory), and advances the generators by one; it allocates nothing at a size once it has
+/// met rows that leave as many candidates. The other throws for a bad row, on every rank, and then
+/// advances nothing. Scratch is this rank's logits, for top_p a quarter of them again, the
+/// candidates and a row of the vocabulary.
 ///
 /// `function` is a stage of the caller's, as for sample: every rank calls it for the tokens of its
 /// shard, by their numbers in the whole vocabulary, on the host.

@@ -254,8 +254,8 @@ Tensor<float, 2> vocabulary_parallel_sampling_probabilities(const Hidden& hidden
 /// each block of 128 tokens and for each token of blocks that ranks share, 20 for each rank. Sums
 /// have the bits of the whole row, so that no row is gathered. Throws std::invalid_argument for
 /// arguments as verify_speculative does, and for shards that are not those of `vocab`. The _into
-/// form allocates nothing after the first call at a size. On a GPU the probabilities are its memory,
-/// and this rank's shards are copied to the host; all else is the host's.
+/// form allocates nothing after the first call at a size. On a GPU the probabilities are its
+/// memory, and this rank's shards are copied to the host; all else is the host's.
 ///
 ///   auto result = ef::vocabulary_parallel_verify_speculative(drafts, q, p, vocab, communicator,
 ///                                                            rng);

@@ -1,6 +1,6 @@
 /// \file
-/// What a pass over a row does with a block of it: weights in float, and their sums, those of tokens
-/// that come first by some key apart from the others.
+/// What a pass over a row does with a block of it: weights in float, and their sums, those of
+/// tokens that come first by some key apart from the others.
 #pragma once
 
 #include "bulk.h"

@@ -138,8 +138,8 @@ struct RowWeighing {
     } else {
       BlockBits inside;
       if (rule.reaches(row.block_max[block])) {
-        // the caller has read these lines since the last pass: a thread that shares a row would wait
-        // 35 ns for each, 4 us in all
+        // the caller has read these lines since the last pass: a thread that shares a row would
+        // wait 35 ns for each, 4 us in all
         eigenformer::detail::prefetch_to_write(reinterpret_cast<std::uintptr_t>(at.to) + 384);
         rule.template weigh<kClamp>(weights, x, sums, at.square, inside);
         at.to = store_few(x, inside, at.to);
