@@ -1,10 +1,12 @@
 // Laws: matrices of different formats in one decoder give the bits of the float decoder whose
 // weights were rounded to them before; INT8 by groups is what pack_weight gives; bytes are those of
-// the numbers and scales.
+// the numbers and scales; an embedding is the head, or lies in blocks, with the same bits.
 #include <eigenformer/decoder.h>
 
+#include <cstddef>
 #include <functional>
 #include <list>
+#include <span>
 
 #include "decoder_support.h"
 
@@ -328,6 +330,50 @@ TEST(PackedMatrices, TiedEmbeddingIsTheHead) {
     expect_throws<std::invalid_argument>([&] { divided.tie_embedding(); },
                                          {"the head is divided among 2 ranks"});
   });
+}
+
+// An embedding in blocks has the bits of its numbers, where it lies and as copies of its own.
+TEST(PackedMatrices, AnEmbeddingInBlocksIsItsNumbers) {
+  const auto masters = make_weights(kWide, 11);
+  const ef::SelfCommunicator alone;
+  std::vector<std::byte> bytes(static_cast<std::size_t>(kWide.vocabulary * 9));
+  for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 37 % 251);
+  // Eight numbers of a byte.
+  const auto decode = [](int format, std::span<const std::byte> blocks, std::span<float> values) {
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const int sum = std::to_integer<int>(blocks[i / 8]) + format * static_cast<int>(i % 8);
+      values[i] = static_cast<float>(sum - 140) / 64;
+    }
+  };
+  const ef::EncodedEmbedding table{bytes.data(), kWide.vocabulary, kWide.features, 8, 1, 3, decode};
+  const auto numbers = masters->matrix(masters->embedding());
+  decode(3, bytes, {numbers.data(), static_cast<std::size_t>(numbers.size())});
+  const auto in_blocks = std::make_shared<ef::PackedDecoderWeights<float>>(kWide),
+             plain = std::make_shared<ef::PackedDecoderWeights<float>>(kWide);
+  for (const auto& packed : {in_blocks, plain}) packed->pack(kOneThread, masters, alone);
+  in_blocks->set_embedding(table, nullptr);
+  const auto expect_same = [&] {
+    ef::Decoder<float> one(in_blocks, kOneThread), two(plain, kOneThread);
+    EXPECT_TRUE(same_bits(logits_of(one, {11}), logits_of(two, {11})));
+  };
+  expect_same();
+  EXPECT_EQ(plain->bytes() - in_blocks->bytes(),
+            static_cast<std::size_t>(numbers.size()) * sizeof(float) - bytes.size());
+  for (const auto format : {WeightFormat::activation, WeightFormat::int8}) {
+    for (const auto& packed : {in_blocks, plain}) packed->own_embedding(kOneThread, format);
+    expect_same();
+    EXPECT_EQ(plain->bytes(), in_blocks->bytes());
+  }
+  const auto refused = [&](auto&& change, const std::vector<std::string>& words) {
+    ef::EncodedEmbedding wrong = table;
+    change(wrong);
+    expect_throws<std::invalid_argument>([&] { plain->set_embedding(wrong, nullptr); }, words);
+  };
+  refused([](auto& t) { t.rows = 36; }, {"embedding has shape (36, 72)", "(37, 72)"});
+  refused([](auto& t) { t.block_elements = 7; }, {"blocks of 7 elements", "a divisor of 256"});
+  refused([](auto& t) { t.block_elements = 16; }, {"blocks of 16 elements", "of 72"});
+  refused([](auto& t) { t.decode = nullptr; }, {"a function that decodes them"});
+  expect_same();
 }
 
 TEST(PackedMatrices, RefusesStorageThatIsNone) {

@@ -1,10 +1,11 @@
-// clang++-16 -fsanitize=fuzzer,address,undefined: see run.sh. The input is a configuration, or a list
-// of changes to one of golden/models.json: keys and odd values for them.
+// clang++-16 -fsanitize=fuzzer,address,undefined: see run.sh. The input is a configuration, or a
+// list of changes to one of golden/models.json: keys and odd values for them.
 #include <eigenformer/model/families.h>
 
 #include <fstream>
 
 #include "model_files.h"
+#include "odd_values.h"
 
 namespace {
 
@@ -21,27 +22,10 @@ const std::vector<nlohmann::json>& good_configs() {
   return all;
 }
 
-const nlohmann::json& odd_value(std::size_t n) {
-  static const std::vector<nlohmann::json> values = [] {
-    std::vector<nlohmann::json> made{0,  1,          2,         3,    -1,   7,
-                                     16, 1000000007, 1LL << 40, 1e19, 0.5,  -1e300,
-                                     "", "x",        nullptr,   true, false};
-    for (const char* const text :
-         {"[]", "{}", "[0, 1]", "[[1]]", R"(["full_attention", "x"])",
-          R"({"rope_type": "yarn", "factor": 1e-30})",
-          R"({"rope_type": "longrope", "short_factor": [1], "long_factor": []})"})
-      made.push_back(nlohmann::json::parse(text));
-    return made;
-  }();
-  return values[n % values.size()];
-}
-
 void read(const std::string& text) {
   try {
     const ef::ModelConfig config = ef::parse_model_config(text, "f");
     config.form.validate(config.shape);  // what is accepted is a decoder's
-    for (ef::Index l = 0; l < std::min<ef::Index>(config.shape.layers, 100); ++l)
-      config.form.has_experts(l);
   } catch (const ef::ModelFileError&) {
   }
 }
@@ -61,7 +45,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     if (data[at + 1] == 0xff)
       config.erase(key);
     else
-      *key = odd_value(data[at + 1]);
+      *key = eigenformer_test::odd_value(data[at + 1]);
     if (config.empty()) break;
   }
   read(config.dump());

@@ -7,6 +7,7 @@
 
 #include "../model/expert_files.h"
 #include "../model/packed_models.h"
+#include "odd_values.h"
 
 namespace {
 
@@ -127,32 +128,6 @@ const std::vector<Model>& good_models() {
     return made;
   }();
   return all;
-}
-
-const nlohmann::json& odd_value(std::size_t n) {
-  static const nlohmann::json values{0,
-                                     1,
-                                     2,
-                                     3,
-                                     -1,
-                                     7,
-                                     16,
-                                     1000000007,
-                                     1LL << 40,
-                                     0.5,
-                                     1e300,
-                                     "",
-                                     "x",
-                                     nullptr,
-                                     true,
-                                     false,
-                                     {0, 1},
-                                     nlohmann::json::array(),
-                                     nlohmann::json::object(),
-                                     {"x"},
-                                     32,
-                                     64};
-  return values[n % values.size()];
 }
 
 void serve(const ef::ModelConfig& config, const ef::StoredTensors& tensors,

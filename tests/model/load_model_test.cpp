@@ -1,10 +1,13 @@
 // A trained model as its author published it (shared/models/stories260K): loaded, text becomes ids
 // and back, and greedy decoding writes the published text, token by token: with any chunks, in a
 // batch, beside other sequences in pages, from packed weights that a start has kept. Files that are
-// not what they claim are refused. Tiny models on a GPU.
+// not what they claim are refused, packed models that are not for this call too. Tiny models on a
+// GPU.
 #include <eigenformer/model.h>
 
 #include <array>
+#include <cstring>
+#include <iterator>
 #include <set>
 
 #include "allocations.h"
@@ -14,6 +17,8 @@
 using namespace eigenformer_test;
 
 namespace {
+
+const Eigen::DefaultDevice kHere;
 
 class Stories : public ::testing::Test {
  protected:
@@ -338,6 +343,98 @@ TEST_F(Stories, BadTokensAreRefused) {
   expect_throws<std::invalid_argument>(
       [&] { ef::generate(model, first(1), {.max_new_tokens = -1}); }, {"max_new_tokens is -1"});
   EXPECT_EQ(model.logits(none).dimension(0), 0);
+}
+
+TEST(PackedModel, IsRefusedWhereItIsNotForThisCall) {
+  const Folder folder, other;
+  write_family<float>(folder, golden_file("models.json").at("llama"));
+  folder.write("chat_template.jinja", "{{ bos_token }}");
+  const auto packed = other.path() / "model.packed";
+  const ef::LoadOptions in_int4{.weights = {ef::WeightFormat::int4, 64}};
+  const auto open = [&](const ef::LoadOptions& options) {
+    return ef::load_model<float>(packed, options);
+  };
+  ef::pack_model<float>(kHere, folder.path(), packed, in_int4);
+  EXPECT_TRUE(ef::is_packed_model<float>(packed));
+  EXPECT_FALSE(ef::is_packed_model<ef::bfloat16>(packed));
+  EXPECT_EQ(open({}).tokenizer().chat_template(), "{{ bos_token }}");
+  EXPECT_EQ(open(in_int4).weight_bytes(), open({}).weight_bytes());
+  expect_throws<std::invalid_argument>([&] { open({.weights = ef::WeightFormat::int4}); },
+                                       {"load_model", "model.packed", "int4 64"});
+  expect_throws<std::invalid_argument>([&] { open({.cache = other.path() / "kept"}); },
+                                       {"load_model", "cache"});
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<ef::bfloat16>(packed); },
+                                    {"model.packed", "activations of float", "of bfloat16"});
+  expect_throws<ef::ModelFileError>(
+      [&] { ef::pack_model<float>(kHere, packed, other.path() / "twice"); },
+      {"model.packed", "neither a folder nor"});
+  // A cache's file is another, and so is what is none; neither is written over but by its own kind.
+  ef::load_model<float>(folder.path(), {.cache = other.path() / "kept"});
+  EXPECT_FALSE(ef::is_packed_model<float>(other.path() / "kept"));
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<float>(other.path() / "kept"); },
+                                    {"kept", "a cache"});
+  const auto letter = other.write("letter", "Dear model");
+  EXPECT_FALSE(ef::is_packed_model<float>(letter));
+  expect_throws<ef::ModelFileError>([&] { ef::load_model<float>(letter); },
+                                    {"letter", "no file of packed weights"});
+  expect_throws<ef::ModelFileError>([&] { ef::pack_model<float>(kHere, folder.path(), letter); },
+                                    {"letter", "stays what it is"});
+  EXPECT_EQ(std::filesystem::file_size(letter), 10u);
+  // load_model would not know it again.
+  expect_throws<std::invalid_argument>(
+      [&] { ef::pack_model<float>(kHere, folder.path(), other.path() / "m.gguf"); },
+      {"pack_model", "packed is", "m.gguf", "does not end with .gguf"});
+  EXPECT_FALSE(std::filesystem::exists(other.path() / "m.gguf"));
+  // A file that cannot be made is known before anything is packed.
+  int packs = 0;
+  for (const auto& to : {other.path() / "none" / "model.packed", other.path()})
+    expect_throws<ef::ModelFileError>(
+        [&] {
+          ef::pack_model<float>(kHere, folder.path(), to,
+                                {.progress = [&](auto, auto) { ++packs; }});
+        },
+        {to.filename().string(), "cannot be written"});
+  EXPECT_EQ(packs, 0);
+  // Packed for other kernels, or by another version: the key says so, the checksum agrees.
+  std::ifstream stream(packed, std::ios::binary);
+  std::string good{std::istreambuf_iterator<char>(stream), {}};
+  const auto changed = [&](const std::string& from, const std::string& to) {
+    std::string text = good;
+    text.replace(text.find(from), from.size(), to);
+    std::int64_t head = 0;
+    std::memcpy(&head, text.data() + 24, 8);
+    const std::int64_t sum =
+        ef::detail::PagedChecksum::of(text.data(), static_cast<std::size_t>(head) - 8);
+    std::memcpy(text.data() + head - 8, &sum, 8);
+    other.write("model.packed", text);
+  };
+  const auto expect_refused = [&](const std::vector<std::string>& words) {
+    expect_throws<ef::ModelFileError>([&] { open({}); }, words);
+  };
+  changed("\nisa ", "\nisa\t");
+  expect_refused({"model.packed", "for the ISA", "pack the model again"});
+  changed("eigenformer 0", "eigenformer 9");
+  expect_refused({"model.packed", "version 9"});
+  changed("weights int4 64", "weights int4 65");
+  expect_refused({"model.packed", "65"});
+  changed("weights int4", "weights int5");
+  expect_refused({"model.packed", "what its weights are"});
+  changed("\npacking ", "\npackage ");
+  expect_refused({"model.packed", "way of packing no. ", "pack the model again"});
+  // Texts have checksums of their own.
+  changed("\"llama\"", "\"mamba\"");
+  expect_refused({"model.packed", "is damaged"});
+  std::ifstream config_stream(folder.path() / "config.json", std::ios::binary);
+  std::string config{std::istreambuf_iterator<char>(config_stream), {}};
+  const auto sum_of = [](const std::string& text) {
+    const std::int64_t sum = ef::detail::PagedChecksum::of(text.data(), text.size());
+    return std::string(reinterpret_cast<const char*>(&sum), 8);
+  };
+  const std::string before = sum_of(config);
+  config.replace(config.find("\"llama\""), 7, "\"mamba\"");
+  good.replace(good.find(before), 8, sum_of(config));
+  changed("\"llama\"", "\"mamba\"");
+  expect_refused({"model.packed: config.json", "mamba"});
 }
 
 // ---- on a GPU -----------------------------------------------------------------------------------

@@ -12,6 +12,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "../activation/clamped_swiglu.h"

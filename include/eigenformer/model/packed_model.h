@@ -128,9 +128,9 @@ void write_packed_model(const D& device, const PackedDecoderWeights<T>& weights,
   write_packed_parts(parts, weights.bytes(), path, whole_model_key<T>(device, weights.storage()));
 }
 
-/// Before work is done for it. Throws ModelFileError where a file cannot be made there, or something
-/// is there that is no packed file, std::invalid_argument for a name that load_model would take for
-/// another file's.
+/// Before work is done for it. Throws ModelFileError where a file cannot be made there, or
+/// something is there that is no packed file, std::invalid_argument for a name that load_model
+/// would take for another file's.
 inline void require_replaceable(const std::filesystem::path& path) {
   require_that(path.extension() != ".gguf", "pack_model", "packed is ", path.string(),
                ", expected a name that does not end with .gguf");

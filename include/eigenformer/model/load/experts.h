@@ -158,6 +158,8 @@ class ExpertLoader {
     const Index count = m_.form.experts.count;
     if (from_.find(name + "_blocks") == nullptr)
       from_.at(name, {count, columns, rows});
+    else if (columns % 32 != 0)
+      from_.fail(name, "rows in MXFP4 are no multiple of 32 elements");
     else
       from_.at(name + "_blocks", {count, rows, columns / 32, 16});
   }
@@ -174,7 +176,6 @@ class ExpertLoader {
     if (from_.find(name + "_blocks") == nullptr)
       return convert_turned(to_.device, from_.at(name, {count, columns, rows}), e * columns,
                             columns, to);
-    if (columns % 32 != 0) from_.fail(name, "rows in MXFP4 are no multiple of 32 elements");
     const StoredTensor& blocks = from_.at(name + "_blocks", {count, rows, blocks_of_row, 16});
     const StoredTensor& scales = from_.at(name + "_scales", {count, rows, blocks_of_row});
     for (const StoredTensor* tensor : {&blocks, &scales})
