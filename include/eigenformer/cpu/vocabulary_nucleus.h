@@ -62,9 +62,6 @@ void execute(const Backend<D, Isa>& on, const problem::AskNucleus& p) {
         const ExactSums sums = exact_sums<Isa>(row, nucleus.lo);
         answer[0] = sums.total, answer[1] = sums.above;
       }
-      if (nucleus.question == Question::place && nucleus.nth > 0)
-        answer[0] = static_cast<double>(p.shard.shard.begin + 1 +
-                                        nth_equal<Isa>(row, nucleus.lo, nucleus.nth));
     }
   });
 }

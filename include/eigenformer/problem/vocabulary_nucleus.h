@@ -16,8 +16,7 @@ enum class NucleusQuestion : std::uint8_t {
              // where the errors of floats are not known
   interval,  // the weights of logits from `lo` on, of the others, of those in [lo, hi]; how many
              // these are, which are listed where there is room
-  exact,     // in double: the weights of all, of logits above `lo`
-  place      // of the logits `lo` number `nth`, from 1 on: its token in the whole vocabulary plus 1
+  exact      // in double: the weights of all, of logits above `lo`
 };
 
 struct ShardNucleus {
@@ -25,7 +24,6 @@ struct ShardNucleus {
   NucleusQuestion question;
   float lo, hi;
   float ends[most_ends];
-  Index nth;
 };
 
 constexpr Index numbers_of(NucleusQuestion question) {
@@ -38,8 +36,6 @@ constexpr Index numbers_of(NucleusQuestion question) {
       return 4;
     case NucleusQuestion::exact:
       return 2;
-    case NucleusQuestion::place:
-      return 1;
   }
   return 0;
 }

@@ -79,17 +79,16 @@ void take_count(Rows& divided, Index r, const ShardAnswers& answers) {
   pick_in_play(divided, r, answers);
 }
 
-/// Top-p has narrowed the band.
+/// The stage has ended the band at a token. Top-p by sums of floats does not count what it keeps
+/// where no stage follows.
 template <typename Rows>
-void take_nucleus(Rows& divided, Index r) {
+void finish_band(Rows& divided, Index r) {
   const auto& row = divided.rows[static_cast<std::size_t>(r)];
-  auto& asked = divided.asked[r];
   const SamplingOrder& order = divided.params_of(r).order;
   const bool is_last =
       std::all_of(order.begin() + static_cast<std::ptrdiff_t>(row.stage) + 1, order.end(),
                   [](SamplingStage stage) { return stage == SamplingStage::none; });
-  if (is_last && row.least == 1) return finish_stage(divided, r);
-  asked.sure = asked.band.lo;
+  if (!row.is_searching && is_last && row.least == 1) return finish_stage(divided, r);
   ask_shards(divided, r, problem::ShardQuestion::count);
 }
 
@@ -237,13 +236,13 @@ void finish_search(Rows& divided, Index r) {
   if (stage == SamplingStage::top_h && !row.searches_best) {
     // the last one's term is too much; the best stays
     if (taken > 1 || asked.value == asked.band.hi)
-      return end_band_at(divided, r, (std::max)(taken - 1, Index{1}));
+      return end_band_at(divided, r, (std::max)(taken - 1, Index{1}), search.equals);
     --asked.last;
     return ask_shards(divided, r, problem::ShardQuestion::extent);
   }
   if (search.tokens + static_cast<double>(taken) < static_cast<double>(row.least))
     return keep_best(divided, r, row.least, TopKTies::lowest_index);
-  end_band_at(divided, r, taken);
+  end_band_at(divided, r, taken, search.equals);
 }
 
 /// The smallest and the largest logit of what the stage looked for.

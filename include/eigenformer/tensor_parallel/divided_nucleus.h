@@ -12,7 +12,7 @@
 #include <span>
 
 #include "../cpu/vocabulary_nucleus.h"
-#include "divided_rows.h"
+#include "divided_search.h"
 
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
@@ -252,36 +252,21 @@ struct DividedNuclei {
     }
   }
 
-  /// Of the logits at which a row ends those of this rank: which of them is the last one kept, 0
-  /// where that is another rank's.
+  /// Of the logits at which a row ends the ranks have as many as they have listed.
   void end_bands(const float* all) {
     for (Index r = 0; r < divided.shard.rows; ++r) {
       const NucleusSearch& search = searches[r];
       if (!search.runs) continue;
-      const auto equals_of = [&](int rank) {
-        const auto part = part_of(all, r, rank);
-        return static_cast<Index>(std::count(part.begin(), part.end(), search.end.value));
-      };
       Index equals = 0;
-      for (int rank = 0; rank < divided.ranks(); ++rank) equals += equals_of(rank);
-      auto& band = divided.asked[r].band;
-      if (search.end.taken < equals) {
-        asked[r].question = Question::place;
-        asked[r].lo = search.end.value;
-        asked[r].nth = last_of_rank(search.end.taken, divided.communicator.rank(), equals_of);
-      } else if (search.end.value > band.lo) {
-        band.lo_end = divided.sampling.vocab;
+      for (int rank = 0; rank < divided.ranks(); ++rank) {
+        const auto part = part_of(all, r, rank);
+        const auto own = static_cast<Index>(std::count(part.begin(), part.end(), search.end.value));
+        divided.counts[r * divided.ranks() + rank] = own;
+        equals += own;
       }
-      band.lo = search.end.value;
+      divided.asked[r].value = search.end.value;
+      end_band_at(divided, r, search.end.taken, equals);
     }
-  }
-  template <typename D>
-  void find_places(const D& device) {
-    if (!any_open()) return;
-    Workspace::Frame frame(divided.workspace);
-    const ShardAnswers answers = ask(device, frame);
-    for (Index r = 0; r < divided.shard.rows; ++r)
-      if (is_open(r)) divided.asked[r].band.lo_end = static_cast<Index>(answers.sum(r, 0));
   }
 };
 
@@ -299,9 +284,6 @@ void settle_nuclei(const D& device, Rows& divided) {
     const float* const all = nuclei.gather_lists(frame);
     nuclei.find_ends(device, all, frame);
     nuclei.end_bands(all);
-    nuclei.find_places(device);
-    for (Index r = 0; r < divided.shard.rows; ++r)
-      if (nuclei.searches[r].runs) take_nucleus(divided, r);
   }
 }
 

@@ -103,15 +103,14 @@ void take_bounds(Rows& divided, Index r, const ShardAnswers& answers) {
   ask_keys(divided, r);
 }
 
-/// Of the tokens equal to the last one `taken` stay.
+/// Of the `equals` tokens of logit asked.value, which divided.counts has of each rank, `taken` stay.
 template <typename Rows>
-void end_band_at(Rows& divided, Index r, Index taken) {
+void end_band_at(Rows& divided, Index r, Index taken, Index equals) {
   auto& asked = divided.asked[r];
-  const PrefixSearch& search = divided.rows[static_cast<std::size_t>(r)].search;
-  if (taken == search.equals) {
+  if (taken == equals) {
     if (asked.value > asked.band.lo) asked.band.lo_end = divided.sampling.vocab;
     asked.band.lo = asked.sure = asked.value;
-    return ask_shards(divided, r, problem::ShardQuestion::count);
+    return finish_band(divided, r);
   }
   asked.nth = last_of_rank(taken, divided.communicator.rank(),
                            [&](int rank) { return divided.counts[r * divided.ranks() + rank]; });
@@ -123,7 +122,7 @@ void take_place(Rows& divided, Index r, const ShardAnswers& answers) {
   auto& asked = divided.asked[r];
   asked.band.lo = asked.sure = asked.value;
   asked.band.lo_end = static_cast<Index>(answers.sum(r, 0));
-  ask_shards(divided, r, problem::ShardQuestion::count);
+  finish_band(divided, r);
 }
 
 /// How many of the tokens equal to the last one stay; 0 where that is open.
