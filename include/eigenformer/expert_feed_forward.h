@@ -29,8 +29,8 @@
 /// layouts, offsets that do not rise from 0 to the pairs, and for an order or places out of range:
 /// one pass over them on the host. On a GPU those are not looked at: offsets must be what
 /// expert_order_into wrote; a place out of range gives NaN. Outputs must not overlap inputs.
-/// Nothing is allocated after the first call at a size on a GPU; on a CPU scratch is what the rows
-/// of the experts need, and grows when an expert is busier than any before.
+/// Nothing is allocated after the first call at a size, whatever the routes of tokens that name no
+/// expert twice.
 ///
 /// Cost: for few tokens the weights of the experts that have some, read once; for many the
 /// products. On a CPU the experts that have few rows (up to 192 together) are multiplied side by
@@ -38,7 +38,7 @@
 /// read bandwidth, 8 of 128 experts of 2048 x 768 for each token, in an ef::ParallelRegion: one
 /// token reads its weights at 100% of it on one thread and 97% on two (float), 95 and 90%
 /// (bfloat16), 90 and 87% (INT8); on two threads 16 tokens take 1.94 to 2.0 times less, 512 tokens
-/// 1.8 to 1.97 times. Scratch: the rows of those experts, or of one that has more.
+/// 1.8 to 1.97 times. Scratch: the rows of all tokens, or up to 192 where there are fewer.
 /// On a GPU nothing waits for the host: one launch for all experts, whose blocks look up in
 /// `offsets` which expert's rows are theirs, in a grid for the worst case, of which the blocks that
 /// find nothing end at once; the rows are put side by side before that, and tiles are chosen as if

@@ -111,6 +111,31 @@ TEST(ExpertFeedForward, BiasesAreThoseOfTheExpert) {
   EXPECT_EQ(count_allocations([&] { p.run(workspace); }), 0);
 }
 
+// Evenly, all through one expert, nine of them (whose tile is as high as twelve): whatever came
+// first has taken what the others need.
+TEST(ExpertFeedForward, OtherRoutesTakeNoMoreMemory) {
+  using Route = Index (*)(Index);
+  const Route routes[] = {[](Index t) { return t % 39; }, [](Index) { return Index{7}; },
+                          [](Index t) { return t / 9 % 39; }};
+  for (const Index tokens : {Index{1}, Index{20}, Index{230}}) {
+    Parts p{tokens, 40, 2};
+    for (std::size_t first = 0; first < 3; ++first) {
+      ef::Workspace workspace;
+      const auto run = [&](std::size_t route) {
+        for (Index t = 0; t < tokens; ++t) {
+          p.ids(t, 0) = static_cast<std::int32_t>(routes[route](t));
+          p.ids(t, 1) = p.ids(t, 0) + 1;
+        }
+        p.run(workspace);
+      };
+      run(first);
+      for (const std::size_t route : {0, 1, 2})
+        EXPECT_EQ(count_allocations([&] { run(route); }), 0)
+            << tokens << " " << first << " " << route;
+    }
+  }
+}
+
 TEST(ExpertFeedForward, NaNIsItsTokens) {
   Parts p{9, 4, 2};
   ef::Workspace workspace;

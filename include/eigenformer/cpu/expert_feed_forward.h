@@ -1,9 +1,10 @@
 /// \file
 /// CPU kernels of experts: the linear layer's product (linear/parts.h), in which the experts that
 /// have few rows go side by side, so that one token's or a few tokens' weights are one stream that
-/// threads share, and many tokens' tiles are packed together. A row has the bits of that layer. Rows
-/// of tokens are first copied side by side, those of some experts at a time. The sums: one pass over
-/// the results.
+/// threads share, and many tokens' tiles are packed together. A row has the bits of that layer.
+/// Rows of tokens are first copied side by side, those of some experts at a time. Scratch is that
+/// of the worst way in which so many tokens may be routed, so that no later call takes more. The
+/// sums: one pass over the results.
 #pragma once
 
 #include <algorithm>
@@ -43,13 +44,13 @@ Index end_of_batch(const Problem& p, Index first, Index most) {
   return end;
 }
 
-/// Experts [first, end), whose rows of x begin at `rows`.
+/// Experts [first, end), whose rows of x begin at `rows`. Scratch: see products.
 template <typename Layer, typename D, typename Isa, typename Problem, typename X>
 void multiply_experts(const Backend<D, Isa>& on, const Problem& p, const Layer& layer, Index first,
-                      Index end, const X* rows) {
+                      Index end, const X* rows, Index scratch_rows) {
   using Product = decltype(layer.make(layer_of_expert(p, first, rows)));
   Workspace::Frame frame(on.workspace);
-  auto* const all = frame.take<Product>(end - first);
+  auto* const all = frame.take<Product>(scratch_rows);  // each has a row or more
   Index count = 0;
   for (Index e = first; e < end; ++e) {
     const Index before = p.offsets[e] - p.offsets[first];
@@ -57,10 +58,7 @@ void multiply_experts(const Backend<D, Isa>& on, const Problem& p, const Layer& 
       ::new (static_cast<void*>(all + count++))
           Product(layer.make(layer_of_expert(p, e, rows + before * p.in)));
   }
-  if (count == 1)
-    product<typename Layer::Dot>(on, all[0]);
-  else if (count > 1)
-    products<typename Layer::Dot>(on, all, count);
+  if (count > 0) products<typename Layer::Dot>(on, all, count, scratch_rows);
 }
 
 /// In batches, each of whose rows are copied side by side where there is an order.
@@ -68,11 +66,12 @@ template <typename Layer, typename D, typename Isa, typename Problem, typename X
 void multiply_experts(const Backend<D, Isa>& on, const Problem& p, const Layer& layer, const X* x) {
   using Weights = decltype(layer.make(layer_of_expert(p, 0, x)).weights);
   constexpr Index most = block_rows<typename Layer::Dot, is_packed<Weights>>();
-  Index longest = 0, end = 0;
-  for (Index e = 0; e < p.experts; e = end) {
-    end = end_of_batch(p, e, most);
-    longest = std::max<Index>(longest, p.offsets[end] - p.offsets[e]);
-  }
+  // one expert may have all tokens, or more where a token names it twice
+  Index longest = (std::min)(p.pairs, (std::max)(most, p.tokens)), end = 0;
+  for (Index e = 0; e < p.experts; ++e)
+    longest = std::max<Index>(longest, p.offsets[e + 1] - p.offsets[e]);
+  const Index scratch_rows =
+      Tiles<typename Layer::Dot>::padded_rows_of_parts((std::min)(p.pairs, most));
   const Index chosen = p.order == nullptr ? 1 : p.pairs / p.tokens;
   Workspace::Frame frame(on.workspace);
   X* const gathered = frame.take<X>(p.order == nullptr ? 0 : longest * p.in);
@@ -85,7 +84,8 @@ void multiply_experts(const Backend<D, Isa>& on, const Problem& p, const Layer& 
             for (Index i = begin; i < last; ++i)
               copy_line<Isa>(x + p.order[first + i] / chosen * p.in, gathered + i * p.in, p.in);
           });
-    multiply_experts(on, p, layer, e, end, p.order == nullptr ? x + first * p.in : gathered);
+    multiply_experts(on, p, layer, e, end, p.order == nullptr ? x + first * p.in : gathered,
+                     scratch_rows);
   }
 }
 

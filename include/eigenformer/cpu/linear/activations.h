@@ -40,6 +40,14 @@ class Tiles {
   static constexpr Index padded_rows(Index rows) {
     return (rows + Dot::rows - 1) / Dot::rows * Dot::rows;
   }
+  /// An upper bound of those of all parts that have so many rows together, however they are
+  /// divided: each tile may be as much higher than its rows as any is.
+  static constexpr Index padded_rows_of_parts(Index rows) {
+    Index most = 0;
+    for (Index r = 1; r <= Dot::rows; ++r)
+      most = std::max<Index>(most, (rows * tile::tile_height<Dot>(r) + r - 1) / r);
+    return most;
+  }
 
  private:
   Index rows_, count_;

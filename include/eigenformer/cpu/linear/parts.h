@@ -33,7 +33,8 @@ class ProductParts {
   using Block = ProductBlock<Dot, Isa, Problem>;
 
  public:
-  ProductParts(const Backend<D, Isa>& on, Part* parts, Index count)
+  /// Scratch is taken for so many rows, padded, if the parts have fewer.
+  ProductParts(const Backend<D, Isa>& on, Part* parts, Index count, Index scratch_rows = 0)
       : on_(on), parts_(parts), count_(count), depth_(parts->problem->depth) {
     panels_ = (parts->problem->columns + Block::outputs - 1) / Block::outputs;
     steps_ = tile::product_steps<Dot>(depth_);
@@ -49,6 +50,8 @@ class ProductParts {
       tiles_ += own.count();
       cost_ += panels_ * part.panel_cost();
     }
+    padded_rows_ = (std::max)(padded_rows_, scratch_rows);
+    most_padded_rows_ = (std::max)(most_padded_rows_, scratch_rows);
   }
 
   void multiply() {
@@ -139,24 +142,26 @@ class ProductParts {
 };
 
 template <typename Dot, typename D, typename Isa, typename Problem>
-void product(const Backend<D, Isa>& on, const Problem& p) {
+void product(const Backend<D, Isa>& on, const Problem& p, Index scratch_rows = 0) {
   if (p.columns == 0) return;  // of however many rows
   const Index most = block_rows<Dot, is_packed<decltype(p.weights)>>(),
               at_once = even_block_rows<Dot>(p.rows, most);
   for (Index row = 0; row < p.rows; row += at_once) {
     ProductPart<Problem> part{&p, row, (std::min)(at_once, p.rows - row)};
-    ProductParts<Dot, D, Isa, Problem>(on, &part, 1).multiply();
+    ProductParts<Dot, D, Isa, Problem>(on, &part, 1, scratch_rows).multiply();
   }
 }
 
-/// Products of one shape, whose rows are few together.
+/// Products of one shape, of a row or more each and few together, or one of however many. Scratch
+/// is that of any that have up to `scratch_rows` padded rows together, and of one.
 template <typename Dot, typename D, typename Isa, typename Problem>
-void products(const Backend<D, Isa>& on, const Problem* all, Index count) {
+void products(const Backend<D, Isa>& on, const Problem* all, Index count, Index scratch_rows) {
   Workspace::Frame frame(on.workspace);
-  auto* const parts = frame.take<ProductPart<Problem>>(count);
+  auto* const parts = frame.take<ProductPart<Problem>>(scratch_rows);
+  if (count == 1) return product<Dot>(on, all[0], scratch_rows);
   for (Index i = 0; i < count; ++i)
     ::new (static_cast<void*>(parts + i)) ProductPart<Problem>{all + i, 0, all[i].rows};
-  ProductParts<Dot, D, Isa, Problem>(on, parts, count).multiply();
+  ProductParts<Dot, D, Isa, Problem>(on, parts, count, scratch_rows).multiply();
 }
 
 }  // namespace cpu
