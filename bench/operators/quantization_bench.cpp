@@ -1,5 +1,5 @@
-// INT8 and INT4 quantization: streams of bytes, but for the search of least squares. Peer: the Eigen
-// expression an Eigen user writes.
+// INT8 and INT4 quantization: streams of bytes, but for the search of least squares. Peer: the
+// Eigen expression an Eigen user writes.
 #include <eigenformer/core/packed_array.h>
 #include <eigenformer/quantization.h>
 

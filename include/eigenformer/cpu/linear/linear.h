@@ -1,6 +1,6 @@
 /// \file
 /// CPU kernel of the linear layer and its gradients: one blocked matrix product, sums(row, column)
-/// = sum over k of x(row, k) w(column, k).
+/// = sum over k of x(row, k) w(column, k). Here is a block of rows; parts.h goes through them.
 ///
 /// Activations are packed into tiles (up to 12 rows; 32 with AMX), weights into panels (32 columns
 /// on AVX-512), see tile/generic.h. Loops, outermost first: blocks of rows; groups of 8 panels,

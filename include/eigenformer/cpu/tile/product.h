@@ -52,7 +52,8 @@ constexpr Index whole_height(Index rows) {
 }
 
 /// Panels in flight at a height: two thirds of the registers of a full tile, the rest for factors
-/// and fragments. Of four-bit weights two: see kNibblePairBytes.
+/// and fragments; all of them where float sums are kept, whose tiles are half as high. Of four-bit
+/// weights two: see kNibblePairBytes.
 template <typename Dot>
 constexpr int panels_in_flight(int height) {
   const int panels = KeepsFloatSums<Dot> ? Dot::rows / height : 2 * Dot::rows / (3 * height);

@@ -30,6 +30,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../../core/check.h"
 #include "../launch.cuh"
 #include "operand.cuh"
 
@@ -374,10 +375,8 @@ void multiply_groups(const Backend<D>& on, const char* name, const Weight& weigh
                      const Operand<std::int8_t, std::int8_t>& x,
                      const GroupScales<Weight::kMatrices>& scales, const End& end) {
   if (weight.rows <= 0 || x.rows <= 0) return;
-  if (scales.groups > kMostGroups)
-    detail::fail<std::invalid_argument>(std::string(name) + ": weight has " +
-                                        std::to_string(scales.groups) +
-                                        " groups in a row, expected at most 33554432");
+  detail::require_that(scales.groups <= kMostGroups, name, "weight has ", scales.groups,
+                       " groups in a row, expected at most ", kMostGroups);
   const auto start = [&](const auto& kernel) {
     launch(on, name, (std::min)(kernel.tiles(), Index{1048576}), kernel.kThreads, kernel.shared(),
            kernel);
