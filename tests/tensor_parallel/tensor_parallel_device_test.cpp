@@ -224,20 +224,21 @@ TEST(TensorParallelOnDevice, TokensAreThoseOfTheWholeVocabulary) {
 }
 
 /// Rows of logits by a hidden state of one feature each, all chains on each row.
-void check_chains(const ef::Tensor<float, 2>& host_rows,
+template <typename T>
+void check_chains(const ef::Tensor<T, 2>& host_rows,
                   const std::vector<ef::SamplingParams>& chains) {
   using Status = ef::SampleStatus;
   const Index kinds = host_rows.dimension(1), rows = kinds * static_cast<Index>(chains.size());
-  ef::Tensor<float, 2> host_hidden(rows, kinds);
+  ef::Tensor<T, 2> host_hidden(rows, kinds);
   host_hidden.setZero();
   std::vector<ef::SamplingParams> params;
   for (Index r = 0; r < rows; ++r) {
-    host_hidden(r, r % kinds) = 1;
+    host_hidden(r, r % kinds) = T(1);
     params.push_back(chains[static_cast<std::size_t>(r / kinds)]);
   }
   for_each_world(3, {}, [&](const auto& bench, auto& communicator, auto&) {
     const auto hidden = on_device(bench, host_hidden), head = on_device(bench, host_rows);
-    const auto logits = output_on<float>(bench, rows, host_rows.dimension(0));
+    const auto logits = output_on<T>(bench, rows, host_rows.dimension(0));
     ef::linear_into(bench.device, logits.view(), hidden.cview(), head.cview());
     const auto ids = on_device(bench, ef::Tensor<std::int32_t, 1>(rows));
     std::vector<Status> statuses(params.size(), Status::negative), expected(params.size());
@@ -272,6 +273,8 @@ TEST(TensorParallelOnDevice, ChainsDrawFromShardsThatStay) {
     rows(t, 3) *= 6;
   }
   check_chains(rows, chains);
+  check_chains<ef::bfloat16>(rows.cast<ef::bfloat16>(), {chains[2], chains[5]});
+  check_chains<double>(rows.cast<double>(), {chains[2], chains[5]});
   rows.setConstant(3);
   check_chains(rows, {chains[0], chains[3]});
 }
