@@ -9,7 +9,9 @@
 #include <eigenformer/scheduler.h>
 #include <eigenformer/step_graph.h>
 
+#include <cstring>
 #include <map>
+#include <span>
 
 #include "device.h"
 #include "greedy_server.h"
@@ -340,9 +342,23 @@ TEST(DecoderOnDevice, RefusesMemoryOfAnotherDevice) {
     packed->own_embedding(bench.device);
     ef::Decoder<float, D> served(packed, bench.device);
     ef::KvCache<float> other(ef::memory_of(bench.device));
-    EXPECT_TRUE(
-        same_bits(served.prefill(as_batch(text), other), model->prefill(as_batch(text), cache)));
+    const auto logits = served.prefill(as_batch(text), other);
+    EXPECT_TRUE(same_bits(logits, model->prefill(as_batch(text), cache)));
     EXPECT_EQ(served.weight_bytes(), model->weight_bytes());
+    // A table in blocks, here of a number each, is read by CPUs alone; its copy is numbers.
+    const auto decode = [](int, std::span<const std::byte> blocks, std::span<float> values) {
+      std::memcpy(values.data(), blocks.data(), blocks.size());
+    };
+    const auto table = masters.matrix(masters.embedding());
+    packed->set_embedding({reinterpret_cast<const std::byte*>(table.data()), table.dimension(0),
+                           table.dimension(1), 1, sizeof(float), 0, decode},
+                          weights);
+    expect_throws<std::invalid_argument>([&] { ef::Decoder<float, D>(packed, bench.device); },
+                                         {"the embedding lies in memory of cpu"});
+    packed->own_embedding(bench.device);
+    ef::Decoder<float, D> decoded(packed, bench.device);
+    ef::KvCache<float> third(ef::memory_of(bench.device));
+    EXPECT_TRUE(same_bits(decoded.prefill(as_batch(text), third), logits));
   });
 }
 
