@@ -56,14 +56,14 @@ class FamilyParts {
   /// Before anything is computed of them.
   void sizes_are_small() {
     const DecoderConfig& s = m_.shape;
-    const auto small = [&](const char* key, Index size) {
+    const auto within = [&](const char* key, Index size) {
       if (size < 0 || size > (std::numeric_limits<std::int32_t>::max)())
         json_.refuse(key, "is not within 1 to 2^31 - 1");
     };
-    small("hidden_size", s.features);
-    small("num_attention_heads", s.heads);
-    small("num_key_value_heads", s.kv_heads);
-    small("head_dim", s.head_dim);
+    within("hidden_size", s.features);
+    within("num_attention_heads", s.heads);
+    within("num_key_value_heads", s.kv_heads);
+    within("head_dim", s.head_dim);
   }
   /// Before anything is made for each layer.
   void layer_count() {
