@@ -27,22 +27,10 @@ struct HostLogitFunction {
   void (*apply)(const void*, Index, Index, std::span<C>) = nullptr;
   const void* object = nullptr;
 
-  void operator()(Index row, Index first, std::span<C> logits) const {
+  EIGENFORMER_INLINE void operator()(Index row, Index first, std::span<C> logits) const {
     apply(object, row, first, logits);
   }
 };
-
-/// logit = function(row, token, logit) of a run of tokens, with the function inlined.
-template <typename C, typename Function>
-HostLogitFunction<C> host_logit_function(const Function& function) {
-  const auto apply = [](const void* object, Index row, Index first, std::span<C> logits) {
-    const auto& each = *static_cast<const Function*>(object);
-    C* const x = logits.data();
-    const auto count = static_cast<Index>(logits.size());
-    for (Index i = 0; i < count; ++i) x[i] = static_cast<C>(each(row, first + i, x[i]));
-  };
-  return {apply, &function};
-}
 
 /// A checked request: pointers and sizes only. Logits, ids and statuses are memory of the backend,
 /// params and generators the host's.
@@ -81,11 +69,6 @@ struct Sampling {
     if (statuses != nullptr) statuses[row] = status;
   }
 };
-
-template <typename T, typename Function>
-void set_logit_function(Sampling<T>& problem, const Function& function) {
-  problem.function = host_logit_function<compute_type<T>>(function);
-}
 
 /// The lowest index of the largest logit of every row; params have temperature 0.
 template <typename T>

@@ -79,7 +79,8 @@ EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index mirostat_count(double sum_produ
 inline constexpr Index kMirostatTokens = 100;
 /// The count from the logits of the best `n` tokens, best first.
 template <typename C>
-Index mirostat_count(const C* best, Index n, double inverse_temperature, double mu, Index vocab) {
+EIGENFORMER_INLINE Index mirostat_count(const C* best, Index n, double inverse_temperature,
+                                        double mu, Index vocab) {
   double products = 0, squares = 0;
   for (Index i = 0; i + 1 < n; ++i) {
     const double t = std::log(static_cast<double>(i + 2) / static_cast<double>(i + 1));

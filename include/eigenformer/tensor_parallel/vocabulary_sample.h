@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../core/row_function.h"
 #include "../sampling.h"
 #include "device_rows.h"
 #include "divided_ends.h"
@@ -104,7 +105,7 @@ problem::Sampling<T> divided_sampling(std::string_view name, Index rows, Index v
       sampling_problem(name, TensorView<const T, 2>(nullptr, rows, vocab), params, nullptr,
                        statuses.empty() ? nullptr : statuses.data(), frame, function);
   if constexpr (problem::is_logit_function<Function>)
-    problem::set_logit_function(sampling, function);
+    sampling.function = {row_function<compute_type<T>, Function>(), &function};
   return sampling;
 }
 

@@ -7,6 +7,7 @@
 /// top-k adds one exponential per token, in float where logits are (bulk.h).
 #pragma once
 
+#include "../../core/row_function.h"
 #include "../../core/workspace.h"
 #include "../../problem/sampling.h"
 #include "../backend.h"
@@ -196,10 +197,13 @@ void execute(const Backend<D, Isa>& on, const problem::Sampling<T>& p) {
 template <typename D, typename Isa, typename Problem, typename Function>
 void execute(const Backend<D, Isa>& on, const problem::WithLogitFunction<Problem, Function>& p) {
   Problem with = p.problem;
+  const auto set = [&]<typename T>(problem::Sampling<T>& sampling) {
+    sampling.function = {detail::row_function<compute_type<T>, Function>(), &p.function};
+  };
   if constexpr (requires { with.sampling; })
-    problem::set_logit_function(with.sampling, p.function);
+    set(with.sampling);
   else
-    problem::set_logit_function(with, p.function);
+    set(with);
   execute(on, with);
 }
 
