@@ -26,9 +26,9 @@ struct AttentionMerge {
   const AttentionState<T>* states;  // (count), host memory
   Index count, batch, rows, heads, width;
 
-  EIGENFORMER_INLINE Index lines() const { return batch * rows * heads; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index lines() const { return batch * rows * heads; }
   /// Where line i of (batch, rows, heads) stands in log_sum_exp.
-  EIGENFORMER_INLINE Index log_sum_exp_at(Index i) const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index log_sum_exp_at(Index i) const {
     const Index head = i % heads, row = i / heads % rows, b = i / heads / rows;
     return (b * heads + head) * rows + row;
   }

@@ -26,7 +26,7 @@ struct ShardNucleus {
   float ends[most_ends];
 };
 
-constexpr Index numbers_of(NucleusQuestion question) {
+EIGENFORMER_INLINE constexpr Index numbers_of(NucleusQuestion question) {
   switch (question) {
     case NucleusQuestion::none:
       return 0;

@@ -47,7 +47,8 @@ enum class ShardSum : std::uint8_t {
 /// the last bin has all that are farther.
 struct ShardBins {
   static constexpr Index count = 64;
-  static constexpr double distance(double logit, double best, double inverse_temperature) {
+  EIGENFORMER_INLINE static constexpr double distance(double logit, double best,
+                                                      double inverse_temperature) {
     return (best - logit) * inverse_temperature * 2;
   }
 };
@@ -102,33 +103,35 @@ struct ShardRow {
   Index nth;
 
   /// (logit - best) / temperature
-  double exponent(C logit) const {
+  EIGENFORMER_INLINE double exponent(C logit) const {
     return (static_cast<double>(logit) - static_cast<double>(band.hi)) * inverse_temperature;
   }
   /// Where by_distance: from the mean.
-  double from_mean(C logit) const { return (std::min)(0.0, exponent(logit)) - mean; }
-  std::uint64_t key(C logit) const {
+  EIGENFORMER_INLINE double from_mean(C logit) const {
+    return (std::min)(0.0, exponent(logit)) - mean;
+  }
+  EIGENFORMER_INLINE std::uint64_t key(C logit) const {
     using Key = decltype(order_key(logit));
     if (!by_distance) return (std::numeric_limits<Key>::max)() - order_key(logit);
     return std::bit_cast<std::uint64_t>(std::abs(from_mean(logit)));
   }
   /// In bins.
-  double distance(C logit) const {
+  EIGENFORMER_INLINE double distance(C logit) const {
     return by_distance ? std::abs(from_mean(logit)) * 2
                        : ShardBins::distance(static_cast<double>(logit),
                                              static_cast<double>(band.hi), inverse_temperature);
   }
   /// From that of the first key asked, never negative.
-  double from_first(C logit) const {
+  EIGENFORMER_INLINE double from_first(C logit) const {
     return by_distance ? std::abs(from_mean(logit)) - std::bit_cast<double>(first)
                        : static_cast<double>(logit_of(first)) - static_cast<double>(logit);
   }
   /// Of a key of the order by logits.
-  C logit_of(std::uint64_t of) const {
+  EIGENFORMER_INLINE C logit_of(std::uint64_t of) const {
     using Key = decltype(order_key(value));
     return number_of_key(static_cast<Key>((std::numeric_limits<Key>::max)() - of));
   }
-  double term_of(C logit, double weight) const {
+  EIGENFORMER_INLINE double term_of(C logit, double weight) const {
     if (term == ShardTerm::unit) return 1;
     return term == ShardTerm::weight || weight == 0 ? weight
                                                     : weight * (log_total - exponent(logit));
