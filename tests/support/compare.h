@@ -146,6 +146,17 @@ template <typename A, typename B>
   return ::testing::AssertionSuccess();
 }
 
+/// The same bits, or NaN in both: which NaN an operation makes is the machine's.
+template <typename A, typename B>
+::testing::AssertionResult same_numbers(const A& a, const B& b) {
+  A known = a;
+  for (Index i = 0; i < std::min<Index>(a.size(), b.size()); ++i)
+    if (std::isnan(static_cast<double>(a.data()[i])) &&
+        std::isnan(static_cast<double>(b.data()[i])))
+      known.data()[i] = b.data()[i];
+  return same_bits(known, b);
+}
+
 /// The statement throws Exception, and its text contains each of the fragments.
 template <typename Exception, typename F>
 void expect_throws(F&& statement, const std::vector<std::string>& fragments) {

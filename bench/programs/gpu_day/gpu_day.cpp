@@ -1,6 +1,6 @@
 // The day a GPU is there: one program runs all that waits for one, within a budget of seconds, and
 // goes on where it stopped when it is called again. It starts the programs beside it (gpu_rows, the
-// tests named *_cuda, peers.py), so that a folder of built programs is all that travels.
+// tests named *_test_cuda, peers.py), so that a folder of built programs is all that travels.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -272,9 +272,9 @@ std::vector<Step> steps_of(const Options& options, const fs::path& rows, const f
   for (const fs::path& folder : options.folders)
     if (fs::is_directory(folder))
       for (const auto& entry : fs::directory_iterator(folder))
-        if (entry.path().filename().string().ends_with("_cuda"))
+        if (entry.path().filename().string().ends_with("_test_cuda"))
           tests.emplace(entry.path().filename().string(), fs::absolute(entry.path()).string());
-  if (tests.empty()) std::fprintf(stderr, "gpu_day: no programs *_cuda: no tests are run\n");
+  if (tests.empty()) std::fprintf(stderr, "gpu_day: no programs *_test_cuda: no tests are run\n");
   for (const auto& [name, path] : tests) steps.push_back({"test " + name, {path}, 60, false});
 
   steps.push_back({"limits", {rows.string(), "--limits"}, 60, true});
@@ -290,12 +290,16 @@ std::vector<Step> steps_of(const Options& options, const fs::path& rows, const f
     std::fprintf(stderr, "gpu_day: no compute-sanitizer: the tests run without it\n");
   else
     for (const char* tool : {"memcheck", "racecheck", "synccheck", "initcheck"})
-      for (const auto& [name, path] : tests)
-        steps.push_back(
-            {std::string(tool) + " " + name,
-             {sanitizer.string(), "--tool", tool, "--error-exitcode", "9", path, "--gtest_brief=1"},
-             150,
-             false});
+      for (const auto& [name, path] : tests) {
+        // A test may skip, or ask for an error of the runtime and look at it.
+        std::vector<std::string> command = {
+            sanitizer.string(),    "--tool", tool, "--error-exitcode", "9",
+            "--require-cuda-init", "no"};
+        if (std::string(tool) == "memcheck")
+          command.insert(command.end(), {"--report-api-errors", "no"});
+        command.insert(command.end(), {path, "--gtest_brief=1"});
+        steps.push_back({std::string(tool) + " " + name, std::move(command), 150, false});
+      }
   const std::regex only(options.only);
   std::erase_if(steps, [&](const Step& step) { return !std::regex_search(step.name, only); });
   return steps;

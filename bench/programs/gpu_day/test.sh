@@ -31,7 +31,7 @@ esac
 S
 echo 'print("{\"row\":\"linear <1>\",\"peer\":\"PyTorch\",\"seconds\":0.005}")' >"$work/programs/peers.py"
 for test in good bad slow; do
-  script "$work/programs/${test}_cuda" <<S
+  script "$work/programs/${test}_test_cuda" <<S
 #!/bin/sh
 [ $test != bad ] || { echo it is wrong; exit 1; }
 [ $test != slow ] || exec sleep 30
@@ -39,23 +39,23 @@ S
 done
 script "$work/tools/compute-sanitizer" <<'S'
 #!/bin/sh
-case "$*" in *slow_cuda*) exit 0 ;; esac
+case "$*" in *slow_test_cuda*) exit 0 ;; esac
 [ "$2" != racecheck ] || exit 9
 S
 
 day --budget 16 --jobs 2 && fail "a test failed, and it must say so"
-[ "$(ran 'test good_cuda' passed)" = 1 ] || { cat "$work/out"; fail "a good test must pass"; }
-[ "$(ran 'test bad_cuda' FAILED)" = 1 ] || fail "a bad test must fail"
-[ "$(ran 'test slow_cuda' 'no time left')" = 1 ] || { cat "$work/out"; fail "what the budget stops is no result"; }
+[ "$(ran 'test good_test_cuda' passed)" = 1 ] || { cat "$work/out"; fail "a good test must pass"; }
+[ "$(ran 'test bad_test_cuda' FAILED)" = 1 ] || fail "a bad test must fail"
+[ "$(ran 'test slow_test_cuda' 'no time left')" = 1 ] || { cat "$work/out"; fail "what the budget stops is no result"; }
 grep -q 'steps are left' "$work/out" || fail "it must say that steps are left"
 grep -q 'it is wrong' "$work/day.json" || fail "the output of a failure must be kept"
 
 # Three that race, all others done; the slow one is fast now.
-printf '#!/bin/sh\n' >"$work/programs/slow_cuda"
+printf '#!/bin/sh\n' >"$work/programs/slow_test_cuda"
 day --budget 60 --jobs 2 && fail "failures of the first call must count"
-[ "$(ran 'test good_cuda' passed)" = 0 ] || fail "what is done must not run again"
-[ "$(ran 'test slow_cuda' passed)" = 1 ] || { cat "$work/out"; fail "what was stopped must run again"; }
-[ "$(ran 'racecheck good_cuda' FAILED)" = 1 ] || fail "a finding of the sanitizer is a failure"
+[ "$(ran 'test good_test_cuda' passed)" = 0 ] || fail "what is done must not run again"
+[ "$(ran 'test slow_test_cuda' passed)" = 1 ] || { cat "$work/out"; fail "what was stopped must run again"; }
+[ "$(ran 'racecheck good_test_cuda' FAILED)" = 1 ] || fail "a finding of the sanitizer is a failure"
 grep -q 'steps are left' "$work/out" && fail "nothing may be left"
 grep -q '"share_of_limit": 0.5,' "$work/day.json" || { cat "$work/day.json"; fail "2e11 operations at 1e14 are half of 4 ms"; }
 grep -q '"times_ours": 0.625' "$work/day.json" || fail "a peer's time over ours"
@@ -67,6 +67,6 @@ grep -q ' 3 steps, 3 of them done before' "$work/out" || { cat "$work/out"; fail
 sed -i 's/Nothing 1/Nothing 2/' "$work/programs/gpu_rows"
 day && fail "results of another GPU must be refused"
 grep -q 'is not of this GPU' "$work/out" || fail "it must say so"
-rm "$work/programs/bad_cuda"
+rm "$work/programs/bad_test_cuda"
 day --again --only '^test|^limits|^rows' || { cat "$work/out"; fail "with --again all passes"; }
 echo "gpu_day: passed"

@@ -1,7 +1,6 @@
 /// \file
 /// CUDA kernels of embedding. Forward: one coalesced pass over the rows of y, 16 bytes per thread
-/// where alignment allows; bytes read and written, no arithmetic, so more than four fifths of the
-/// memory's bandwidth are expected, not measured yet. Of an INT8 table the same pass, with one
+/// where alignment allows; bytes read and written, no arithmetic. Of an INT8 table the same pass, with one
 /// multiplication per element. A packed weight is rows here, so the same pass serves it.
 ///
 /// Backward: one block per token, of which those go on whose token is the first with its id. Such a
@@ -169,10 +168,15 @@ struct EmbeddingBackwardKernel {
       vote(block, votes, own < p.tokens && static_cast<Index>(p.ids[own]) == id);
       for (int warp = 0; warp < kWarps; ++warp)
         for (unsigned lanes = mine ? votes.load(warp) : 0; lanes != 0; lanes &= lanes - 1)
-          add(sum, first + warp * kWarp + std::countr_zero(lanes), column);
+          add(sum, first + warp * kWarp + lowest_bit(lanes), column);
       block.barrier();
     }
     if (mine) store_pack(sum, row);
+  }
+
+  /// Where the lowest bit is that is set. nvcc 13 compiles std::countr_zero to 32, whatever the bits.
+  EIGENFORMER_DEVICE static int lowest_bit(unsigned bits) {
+    return std::popcount(~bits & (bits - 1));
   }
 
   EIGENFORMER_DEVICE void add(Pack<G, Width>& sum, Index token, Index column) const {

@@ -176,10 +176,13 @@ class GemmPlans {
     if (!plan.exists) return false;
     const gemm_sum<T> alpha = 1, beta = shape.adds ? 1 : 0;
     // row-major (rows, columns) is what cuBLASLt calls (columns, rows): d^T = b^T a^T
-    check(cublasLtMatmul(handle_, plan.product, &alpha, b, plan.a, a, plan.b, &beta, d, plan.d, d,
-                         plan.d, &plan.algorithm, workspace,
-                         static_cast<std::size_t>(kGemmWorkspace), stream),
-          name, shape);
+    const cublasStatus_t status = cublasLtMatmul(
+        handle_, plan.product, &alpha, b, plan.a, a, plan.b, &beta, d, plan.d, d, plan.d,
+        &plan.algorithm, workspace, static_cast<std::size_t>(kGemmWorkspace), stream);
+    // It refuses some small products that its heuristic has an algorithm for, before any launch.
+    if (status == CUBLAS_STATUS_INVALID_VALUE || status == CUBLAS_STATUS_NOT_SUPPORTED)
+      return false;
+    check(status, name, shape);
     return true;
   }
 
