@@ -7,8 +7,8 @@
 #include <numeric>
 #include <tuple>
 
+#include "../model/expert_files.h"
 #include "compare.h"
-#include "expert_files.h"
 
 using namespace eigenformer_test;
 

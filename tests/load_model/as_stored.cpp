@@ -8,9 +8,9 @@
 #include <set>
 #include <tuple>
 
+#include "../model/expert_files.h"
+#include "../model/gguf_writer.h"
 #include "compare.h"
-#include "expert_files.h"
-#include "gguf_writer.h"
 
 using namespace eigenformer_test;
 

@@ -10,9 +10,9 @@
 #include <iterator>
 #include <set>
 
+#include "../model/family_files.h"
 #include "allocations.h"
 #include "device.h"
-#include "family_files.h"
 
 using namespace eigenformer_test;
 
