@@ -220,7 +220,9 @@ void run_sampling(const Backend<D>& on, SamplingKernel<T, Function> kernel) {
   if (p.batch == 0) return;
   const std::size_t rows = static_cast<std::size_t>(p.batch);
   const std::span sets(p.params, p.params_stride == 0 ? 1 : rows);
-  const bool adjusts = std::any_of(sets.begin(), sets.end(), problem::adjusts_logits);
+  const bool adjusts = std::any_of(sets.begin(), sets.end(), [](const problem::RowParams& params) {
+    return problem::adjusts_logits(params);
+  });
   const std::span generators(p.generators, p.generators == nullptr    ? 0
                                            : p.generators_stride == 0 ? 1
                                                                       : rows);

@@ -26,7 +26,9 @@ struct ExpertLinear {
   E epilogue;
 
   /// Elements of one expert's bias.
-  EIGENFORMER_HOST_DEVICE Index bias_size() const { return Gated ? 2 * out : out; }
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE Index bias_size() const {
+    return Gated ? 2 * out : out;
+  }
 };
 
 /// y[t] = the sum over j of weights[t, j] * x[places[t, j]], then + sigmoid(shared_gate[t]) *

@@ -41,12 +41,12 @@ struct ExpertRouting {
 
   /// Whether experts are chosen by their scores: else by their logits, whose order is the same and
   /// which do not round to equals.
-  EIGENFORMER_HOST_DEVICE bool chooses_by_score() const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool chooses_by_score() const {
     return bias != nullptr || options.groups > 1;
   }
   /// Whether weights are the softmax of the chosen logits, which that of all becomes where it is
   /// normalised: so computed it has no sum of 0.
-  EIGENFORMER_HOST_DEVICE bool weighs_by_logit() const {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE bool weighs_by_logit() const {
     return options.scores == ExpertScores::softmax_of_chosen ||
            (options.scores == ExpertScores::softmax && options.normalise);
   }

@@ -50,10 +50,10 @@ struct Int4Candidates {
   /// Scales outside are left as they are: squares of sums could leave float's range.
   static constexpr float kLeastScale = 0x1p-40f, kLargestScale = 0x1p40f;
 
-  EIGENFORMER_HOST_DEVICE static constexpr int count(bool above) {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE static constexpr int count(bool above) {
     return above ? kAbove : kSymmetric;
   }
-  EIGENFORMER_HOST_DEVICE static constexpr C at(int j, bool above) {
+  EIGENFORMER_HOST_DEVICE EIGENFORMER_INLINE static constexpr C at(int j, bool above) {
     return above ? static_cast<C>(140 + j) / 150
                  : static_cast<C>(56 + j % 16) / (j < 16 ? 56 : -56);
   }

@@ -72,7 +72,9 @@ enum class ShardTerm : std::uint8_t {
 /// and so few left by a filter are listed.
 struct ShardLimits {
   static constexpr Index block = 128;
-  static constexpr Index few(Index vocab) { return vocab < 4096 ? vocab : vocab / 8; }
+  EIGENFORMER_INLINE static constexpr Index few(Index vocab) {
+    return vocab < 4096 ? vocab : vocab / 8;
+  }
 };
 
 /// The candidates that a rank sends of a row.

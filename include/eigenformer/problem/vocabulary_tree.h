@@ -23,16 +23,20 @@ struct BlockParts {
   Index first, last;    // whole blocks [first, last) of the vocabulary
   Index before, after;  // tokens of the shard outside of them, fewer than 128 each
 
-  constexpr BlockParts(Index vocab, const ShardRange& own)
+  EIGENFORMER_INLINE constexpr BlockParts(Index vocab, const ShardRange& own)
       : shard(own),
         first((own.begin + block - 1) / block),
         last((std::max)(first, own.end == vocab ? blocks_of(vocab) : own.end / block)),
         before((std::min)(own.size(), first * block - own.begin)),
         after(last > first ? (std::max)(Index{0}, own.end - last * block) : own.size() - before) {}
 
-  static constexpr Index blocks_of(Index vocab) { return (vocab + block - 1) / block; }
-  constexpr Index size() const { return before + (last - first) + after; }
-  constexpr bool holds(Index of_vocab) const { return of_vocab >= first && of_vocab < last; }
+  EIGENFORMER_INLINE static constexpr Index blocks_of(Index vocab) {
+    return (vocab + block - 1) / block;
+  }
+  EIGENFORMER_INLINE constexpr Index size() const { return before + (last - first) + after; }
+  EIGENFORMER_INLINE constexpr bool holds(Index of_vocab) const {
+    return of_vocab >= first && of_vocab < last;
+  }
 };
 
 /// The sum of a row from the parts of all ranks, and the block in which a draw ends: u of the sum
@@ -99,12 +103,18 @@ struct ShardSums {
   Index parts;  // numbers of BlockParts
   ShardSum of;
 
-  constexpr Index size() const { return moments_at() + (of == ShardSum::moments ? parts : 0); }
+  EIGENFORMER_INLINE constexpr Index size() const {
+    return moments_at() + (of == ShardSum::moments ? parts : 0);
+  }
   // the parts of the weights, or what is summed in their place, then
-  constexpr Index tokens_at() const { return parts; }
-  constexpr Index one_at() const { return parts + 1; }  // first whole block of a weight 1, or -1
-  constexpr Index beside_one_at() const { return parts + 2; }  // its sum without that weight
-  constexpr Index moments_at() const { return parts + 3; }
+  EIGENFORMER_INLINE constexpr Index tokens_at() const { return parts; }
+  EIGENFORMER_INLINE constexpr Index one_at() const {
+    return parts + 1;
+  }  // first whole block of a weight 1, or -1
+  EIGENFORMER_INLINE constexpr Index beside_one_at() const {
+    return parts + 2;
+  }  // its sum without that weight
+  EIGENFORMER_INLINE constexpr Index moments_at() const { return parts + 3; }
 };
 template <typename T>
 struct SumShard {
