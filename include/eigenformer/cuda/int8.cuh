@@ -34,12 +34,16 @@ EIGENFORMER_DEVICE std::int8_t int8_value(C x, float scale) {
                                                      : (quotient > C(127) ? C(127) : quotient));
 }
 
+/// Elements of a pack where a warp takes a line: divisions are the work, and lines of 128 elements
+/// give all lanes some.
+inline constexpr int kInt8WarpWidth = 4;
+
 /// The largest magnitude of a line, this one of `threads`: NaN where one is NaN.
-template <typename C, typename T>
+template <typename C, int Width = 0, typename T>
 EIGENFORMER_DEVICE C magnitude(const T* line, Index count, Index thread, Index threads) {
   C largest = 0;
   for_each_pack_of_line(
-      thread, threads, count,
+      WidthOf<(Width > 0 ? Width : pack_width<T>)>{}, thread, threads, count,
       [&]<int N>(WidthOf<N>, Index j) {
         const auto numbers = load_pack<C, N>(line + j);
         for (int i = 0; i < N; ++i) largest = LargerOrNan{}(largest, std::fabs(numbers[i]));
@@ -49,11 +53,11 @@ EIGENFORMER_DEVICE C magnitude(const T* line, Index count, Index thread, Index t
 }
 
 /// Values of a line by such a scale, those of this one of `threads`.
-template <typename C, typename T>
+template <typename C, int Width = pack_width<std::int8_t>, typename T>
 EIGENFORMER_DEVICE void quantize_line(const T* line, std::int8_t* values, Index count, float scale,
                                       Index thread, Index threads) {
   for_each_pack_of_line(
-      thread, threads, count,
+      WidthOf<Width>{}, thread, threads, count,
       [&]<int N>(WidthOf<N>, Index j) {
         const auto numbers = load_pack<C, N>(line + j);
         Pack<std::int8_t, N> results;
@@ -64,11 +68,11 @@ EIGENFORMER_DEVICE void quantize_line(const T* line, std::int8_t* values, Index 
 }
 
 /// The same by a scale for each of them; zeros where the line is bad.
-template <typename C, typename T>
+template <typename C, int Width = pack_width<std::int8_t>, typename T>
 EIGENFORMER_DEVICE void quantize_line(const T* line, std::int8_t* values, Index count,
                                       const float* scales, bool bad, Index thread, Index threads) {
   for_each_pack_of_line(
-      thread, threads, count,
+      WidthOf<Width>{}, thread, threads, count,
       [&]<int N>(WidthOf<N>, Index j) {
         const auto numbers = load_pack<C, N>(line + j);
         Pack<std::int8_t, N> results;

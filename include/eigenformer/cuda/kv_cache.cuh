@@ -134,15 +134,16 @@ struct KvAppendKernel {
         (values ? new_values : new_keys) + token * strides.token + h * strides.head;
     Storage* const row = to.row(values, b, h, j);
     if constexpr (std::is_same_v<Storage, std::int8_t>) {
-      const float own = int8_scale(
-          reduce_warp(block, magnitude<C>(from, width, block.lane(), kWarp), LargerOrNan{}));
+      const float own = int8_scale(reduce_warp(
+          block, magnitude<C, kInt8WarpWidth>(from, width, block.lane(), kWarp), LargerOrNan{}));
       const float* const channels = values ? nullptr : to.source.key_channel_scales;
       const bool bad = own != own;
       if (block.lane() == 0) *to.scale(values, b, h, j) = channels == nullptr || bad ? own : 1.0f;
       if (channels == nullptr)
-        quantize_line<C>(from, row, width, own, block.lane(), kWarp);
+        quantize_line<C, kInt8WarpWidth>(from, row, width, own, block.lane(), kWarp);
       else
-        quantize_line<C>(from, row, width, channels + h * width, bad, block.lane(), kWarp);
+        quantize_line<C, kInt8WarpWidth>(from, row, width, channels + h * width, bad, block.lane(),
+                                         kWarp);
     } else {
       copy_line(from, row, width, block.lane());
     }
@@ -190,7 +191,7 @@ struct KvReadKernel {
         const float* const channels =
             values || s.key_channel_scales == nullptr ? nullptr : s.key_channel_scales + h * width;
         for_each_pack_of_line(
-            block.lane(), kWarp, width,
+            WidthOf<kInt8WarpWidth>{}, block.lane(), kWarp, width,
             [&]<int N>(WidthOf<N>, Index d) {
               auto numbers = load_pack<C, N>(row + d);
               for (int i = 0; i < N; ++i)

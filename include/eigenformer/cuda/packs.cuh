@@ -64,21 +64,27 @@ EIGENFORMER_DEVICE void copy_pack(const From* from, To* to) {
 template <int Width>
 using WidthOf = std::integral_constant<int, Width>;
 
-/// body(WidthOf<N>, j) for the elements of a line that are this thread's: packs in turn, one per
-/// thread, as wide as the narrowest scalar of the arrays allows. N is that width where the line
-/// begins at multiples of 16 bytes in all of them, and 1 else: the same elements in the same order,
-/// so that a sum over them has the same bits wherever the line lies.
+/// body(WidthOf<N>, j) for the elements of a line that are this thread's: packs of Width in turn,
+/// one per thread. N is Width where the line begins at multiples of a pack in all arrays, and 1
+/// else: the same elements in the same order, so that a sum over them has the same bits wherever the
+/// line lies.
+template <typename Body, int Width, typename... T>
+EIGENFORMER_DEVICE void for_each_pack_of_line(WidthOf<Width>, Index thread, Index threads,
+                                              Index count, const Body& body, const T*... arrays) {
+  const bool fit = (packs_fit<Width>(arrays, 0) && ...);
+  for (Index j = thread * Width; j < count; j += threads * Width) {
+    if (fit && j + Width <= count)
+      body(WidthOf<Width>{}, j);
+    else
+      for (Index i = j; i < j + Width && i < count; ++i) body(WidthOf<1>{}, i);
+  }
+}
+
+/// The same with packs as wide as the narrowest scalar of the arrays allows.
 template <typename Body, typename... T>
 EIGENFORMER_DEVICE void for_each_pack_of_line(Index thread, Index threads, Index count,
                                               const Body& body, const T*... arrays) {
-  constexpr int width = pack_width<T...>;
-  const bool fit = (packs_fit<width>(arrays, 0) && ...);
-  for (Index j = thread * width; j < count; j += threads * width) {
-    if (fit && j + width <= count)
-      body(WidthOf<width>{}, j);
-    else
-      for (Index i = j; i < j + width && i < count; ++i) body(WidthOf<1>{}, i);
-  }
+  for_each_pack_of_line(WidthOf<pack_width<T...>>{}, thread, threads, count, body, arrays...);
 }
 
 /// The same by all threads of a block.
