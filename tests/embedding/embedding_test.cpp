@@ -85,6 +85,8 @@ TEST(PackedEmbedding, RowsOfInt8TimesTheirScales) {
       for (Index i = 0; i < values.size(); ++i)
         values.data()[i] = static_cast<std::int8_t>(i * 37 % 255 - 127);
       ef::Tensor<float, 2> scales = random_tensor<float, 2>({kManyRows, groups}, 13).abs();
+      const bool halves = features % 2 == 1;
+      if (halves) scales = ef::Tensor<float, 2>(scales.cast<ef::half>().cast<float>());
       const auto ids = random_ids(40, kManyRows, 14);
       ef::Tensor<float, 2> expected(40, features);
       for (Index t = 0; t < 40; ++t)
@@ -95,7 +97,9 @@ TEST(PackedEmbedding, RowsOfInt8TimesTheirScales) {
       for_each_isa([&](auto isa) {
         const auto packed = group == 0
                                 ? ef::pack_weight(on(isa), values, by_row)
-                                : ef::pack_weight(on(isa), values, scales, {.group_size = group});
+                                : ef::pack_weight(on(isa), values, scales,
+                                                  {.group_size = group, .half_scales = halves});
+        ASSERT_EQ(packed.half_scales() != nullptr, halves && group > 0);
         auto y = poisoned_tensor<float, 2>({40, features});
         ef::embedding_into(on(isa), y, ids, packed);
         ASSERT_TRUE(same_bits(y, expected)) << isa.name << ' ' << group << ' ' << features;

@@ -76,6 +76,32 @@ TEST(ExpertFeedForward, IsPlainDouble) {
 #endif
 }
 
+TEST(ExpertFeedForward, SomeExpertsHaveScalesThatAreHalves) {
+  const Eigen::DefaultDevice device;
+  const Index tokens = 21, experts = 5, k = 2;
+  const RandomExperts random(experts, kIn, kHidden);
+  const auto x = random_tensor<float, 2>({tokens, kIn}, 7);
+  const auto ids = some_experts(tokens, k, experts);
+  const auto weights = random_weights<float>(tokens, k);
+  const auto y_of = [&](bool halves) {
+    int matrices = 0;  // three of each expert
+    const auto every_other = [&](const ef::Tensor<float, 2>& matrix) {
+      return matrices++ / 3 % 2 == 0 ? in_blocks(matrix) : matrix;
+    };
+    const PackedExperts<std::int8_t> packed(device, random, every_other,
+                                            {.group_size = 32, .half_scales = halves});
+    for (std::size_t e = 0; e < packed.downs.size(); ++e) {
+      EXPECT_EQ(packed.downs[e].half_scales() != nullptr, halves && e % 2 == 0);
+      EXPECT_EQ(packed.gate_ups[e].pair().half_scales() != nullptr, halves && e % 2 == 0);
+    }
+    ef::Tensor<float, 2> y(tokens, kIn);
+    ef::expert_feed_forward_into(device, y, x, ids, weights, packed.gate_ups, packed.downs,
+                                 ef::Epilogue{}.silu());
+    return y;
+  };
+  EXPECT_TRUE(same_bits(y_of(true), y_of(false)));
+}
+
 /// Everything that the parts of the call may have.
 struct Parts {
   Index tokens, experts, k;

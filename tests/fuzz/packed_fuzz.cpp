@@ -51,7 +51,8 @@ struct GgufTexts {
   }
 };
 
-constexpr ef::WeightStorage kStorages[] = {ef::WeightFormat::int8, ef::WeightFormat::int4};
+constexpr ef::WeightStorage kStorages[] = {
+    ef::WeightFormat::int8, ef::WeightFormat::int4, {ef::WeightFormat::int8, 32}};
 constexpr ef::StoredFormat kEmbeddings[] = {ef::StoredFormat::i8, ef::StoredFormat::bf16};
 
 /// In each of these packed weights of each form, then whole models.
@@ -99,6 +100,7 @@ void touch(const ef::PackedWeight<S>& weight) {
   touch(ef::detail::PanelAccess::values(weight));
   const auto& scales = ef::detail::PanelAccess::scales(weight);
   touch(scales);
+  touch(ef::detail::PanelAccess::half_scales(weight));
   if (weight.minimums() != nullptr)
     touch(ef::detail::PackedArray<float>::view(weight.minimums(), scales.size(), nullptr));
 }

@@ -18,19 +18,56 @@ TEST(LinearGrouped, EqualsItsDefinitionOnEveryIsa) {
       for (Index out : {1, 17, 33}) {
         const Index tokens = 1 + seed % 17;
         const auto x = random_tensor<float, 2>({tokens, in}, ++seed);
-        const auto [q, scales] =
+        auto [q, scales] =
             ef::quantize_weights_int8_grouped(random_tensor<float, 2>({out, in}, ++seed), group);
+        // Those of every other weight are halves, and kept as such; but not if the last is none.
+        const bool halves = seed % 2 == 0;
+        if (halves) scales = ef::Tensor<float, 2>(scales.cast<ef::half>().cast<float>());
+        const bool narrow = halves && in > 0 && seed % 3 != 0;
+        if (halves && in > 0 && !narrow) scales(out - 1, scales.dimension(1) - 1) = 0.1f;
         const auto bias = random_tensor<float, 1>({out}, ++seed);
         const auto expected =
             ef::reference::grouped_linear(x, q, scales, nullptr, group, bias.data());
         for_each_product_isa([&, &values = q, &factors = scales](auto isa) {
-          const auto packed = ef::pack_weight(on(isa), values, factors, {.group_size = group});
+          const auto packed = ef::pack_weight(on(isa), values, factors,
+                                              {.group_size = group, .half_scales = halves});
+          ASSERT_EQ(packed.half_scales() != nullptr, narrow) << isa.name;
+          ASSERT_EQ(packed.scales() != nullptr, !narrow && in > 0) << isa.name;
           const auto y =
               linear_by<decltype(isa), float>(isa, x, packed, out, ef::Epilogue{}.bias(bias));
           ASSERT_TRUE(same_bits(y, expected))
               << isa.name << " " << tokens << " x " << in << " x " << out << " by " << group;
         });
       }
+}
+
+// A packed weight that has halves is copied, written over by one that has floats, and by halves.
+TEST(LinearGrouped, HalvesAndFloatsTakeEachOthersPlace) {
+  const Eigen::DefaultDevice here;
+  const auto x = random_tensor<float, 2>({3, 70}, 1);
+  const auto [q, scales] =
+      ef::quantize_weights_int8_grouped(random_tensor<float, 2>({20, 70}, 2), 32);
+  const ef::Tensor<float, 2> halves = scales.cast<ef::half>().cast<float>();
+  const ef::Int8Packing as_halves{.group_size = 32, .half_scales = true},
+      as_floats{.group_size = 32};
+  const ef::Tensor<float, 2> with_halves = ef::linear(x, ef::pack_weight(q, halves, as_floats)),
+                             with_floats = ef::linear(x, ef::pack_weight(q, scales, as_floats));
+  auto packed = ef::pack_weight(q, halves, as_halves);
+  ASSERT_NE(packed.half_scales(), nullptr);
+  const auto copy = packed;
+  EXPECT_NE(copy.half_scales(), packed.half_scales());
+  const auto check = [&](const auto& weight, const ef::Tensor<float, 2>& expected, bool narrow) {
+    EXPECT_EQ(weight.half_scales() != nullptr, narrow);
+    EXPECT_TRUE(same_bits(ef::Tensor<float, 2>(ef::linear(x, weight)), expected));
+  };
+  check(copy, with_halves, true);
+  ef::pack_weight_into(here, packed, q, scales, as_floats);
+  check(packed, with_floats, false);
+  ef::pack_weight_into(here, packed, q, halves, as_halves);
+  check(packed, with_halves, true);
+  ef::pack_weight_into(here, packed, q, scales, as_halves);  // no halves
+  check(packed, with_floats, false);
+  check(copy, with_halves, true);
 }
 
 TEST(LinearGrouped, RowsThreadsAndPackingFromFloatChangeNothing) {

@@ -121,13 +121,18 @@ TEST(LinearInt4, RowsThreadsAndStackingChangeNothing) {
 /// Panels, scales and minimums.
 template <typename T>
 bool same_memory(const ef::PackedWeight<T>& a, const ef::PackedWeight<T>& b) {
-  const Index factors = ef::detail::PanelAccess::scales(a).size();
+  const Index factors = ef::detail::PanelAccess::scales(a).size(),
+              halves = ef::detail::PanelAccess::half_scales(a).size();
   const auto same = [](const void* x, const void* y, Index bytes) {
     return bytes == 0 || std::memcmp(x, y, static_cast<std::size_t>(bytes)) == 0;
   };
   return a.rows() == b.rows() && a.columns() == b.columns() && a.layout() == b.layout() &&
          a.group_size() == b.group_size() && a.bytes() == b.bytes() &&
-         same(a.data(), b.data(), a.bytes()) && same(a.scales(), b.scales(), factors * 4) &&
+         same(a.data(), b.data(), a.bytes()) &&
+         ef::detail::PanelAccess::scales(b).size() == factors &&
+         ef::detail::PanelAccess::half_scales(b).size() == halves &&
+         same(a.scales(), b.scales(), factors * 4) &&
+         same(a.half_scales(), b.half_scales(), halves * 2) &&
          (a.minimums() == nullptr) == (b.minimums() == nullptr) &&
          (a.minimums() == nullptr || same(a.minimums(), b.minimums(), factors * 4));
 }
@@ -135,7 +140,7 @@ bool same_memory(const ef::PackedWeight<T>& a, const ef::PackedWeight<T>& b) {
 // Weights that are never whole in memory: here of every scalar.
 TEST(Packing, SlicesChangeNothing) {
   const Index rows = 133, columns = 70;
-  const auto weight = random_tensor<float, 2>({rows, columns}, 4);
+  auto weight = random_tensor<float, 2>({rows, columns}, 4);
   const auto check = [&]<typename T>(const auto& on, T, const ef::PackingOptions<T>& options) {
     const auto whole = ef::pack_weight<T>(on, weight, options);
     for (const Index size : {0, 40 * 70, 100 * 70, 1000 * 70}) {
@@ -166,6 +171,17 @@ TEST(Packing, SlicesChangeNothing) {
   for_each_product_isa([&](auto isa) { check_all(on(isa)); });
   Threads threads(3);
   check_all(threads.device);
+  // Scales that are halves, all of them, all but one of the last slice, and of the first.
+  const ef::Tensor<float, 2> blocks = in_blocks(weight);
+  for (const Index other : {rows, rows - 1, Index{1}}) {
+    weight = blocks;
+    if (other < rows) weight(other, 69) = 0.3f;
+    for_each_product_isa(
+        [&](auto isa) { check(on(isa), std::int8_t{}, {.group_size = 32, .half_scales = true}); });
+    const auto whole =
+        ef::pack_weight<std::int8_t>(weight, {.group_size = 32, .half_scales = true});
+    EXPECT_EQ(whole.half_scales() != nullptr, other == rows);
+  }
   ef::Tensor<float, 2> bad(weight);
   bad(132, 69) = std::numeric_limits<float>::quiet_NaN();
   expect_throws<std::invalid_argument>(

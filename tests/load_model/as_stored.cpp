@@ -59,17 +59,19 @@ TEST(StoredWeights, BlocksOfQ8AreTakenExactly) {
     const ef::StoredTensor tensor{"x", ef::StoredFormat::q8_0, {kRows, kColumns}, bytes};
     ef::Tensor<float, 2> numbers(kRows, kColumns);
     ef::dequantize_rows(tensor, 0, {numbers.data(), static_cast<std::size_t>(numbers.size())});
-    return ef::pack_weight<std::int8_t>(numbers, {.group_size = 32});
+    return ef::pack_weight<std::int8_t>(numbers, {.group_size = 32, .half_scales = true});
   };
   const auto got = packed();
-  const auto expected = ef::pack_weight(values, scales, {.group_size = 32});
+  const auto expected = ef::pack_weight(values, scales, {.group_size = 32, .half_scales = true});
   ASSERT_EQ(got.bytes(), expected.bytes());
   EXPECT_EQ(std::memcmp(got.data(), expected.data(), static_cast<std::size_t>(got.bytes())), 0);
-  EXPECT_EQ(std::memcmp(got.scales(), expected.scales(), sizeof(float) * kBlocks), 0);
+  ASSERT_TRUE(got.half_scales() != nullptr && expected.half_scales() != nullptr);
+  EXPECT_EQ(std::memcmp(got.half_scales(), expected.half_scales(), 2 * kBlocks), 0);
   const std::int8_t least = -128;
   std::memcpy(bytes.data() + 2, &least, 1);
   const std::vector<std::int32_t> first_row{0};
   ef::Tensor<float, 2> row(1, kColumns);
+  EXPECT_EQ(packed().half_scales(), nullptr);  // of a block, one is none
   ef::embedding_into(Eigen::DefaultDevice{}, row, first_row, packed());
   const float scale = scales(0, 0);
   EXPECT_NEAR(row(0, 0), -128 * scale, 1e-6 * scale);
@@ -222,7 +224,7 @@ TEST(StoredWeights, BlocksOfFourBitsStayFourBits) {
     const auto logits = stored.logits(kIds);
     EXPECT_LT(relative_error(logits, to_double(exact.logits(kIds))), 0.03);
     // Norms, embedding in its blocks, head.
-    const std::uint64_t rest = 4 * 3 * d + 32 * d / 32 * 34 + 32 * (d + d / 8);
+    const std::uint64_t rest = 4 * 3 * d + 32 * d / 32 * 34 + 32 * (d + d / 16);
     EXPECT_EQ(stored.weight_bytes(), bytes + rest);
     const ef::LoadOptions kept{.weights = ef::WeightFormat::as_stored,
                                .cache = folder.path() / "kept"};
@@ -241,8 +243,9 @@ TEST(StoredWeights, BlocksOfFourBitsStayFourBits) {
   check(types, kLinear / 2 + 8 * kLinear / 32 - 4 * 2 * d * d / 32);
   types.erase("blk.0.attn_v");
   types.erase("blk.0.ffn_down");
+  // Scales of Q8_0 alone are halves, floats where blocks of other formats stand in the product.
   check(types, (kLinear - 4 * d * d) / 2 + 8 * (kLinear - 4 * d * d) / 32 + 4 * d * d +
-                   4 * 4 * d * d / 32);
+                   (2 + 4) * 2 * d * d / 32);
 }
 
 // Beside activations that are not quantized, and a head of floats, logits are those of the floats.

@@ -87,6 +87,14 @@ TEST(PackedFile, KeepsTheFormatOfEveryMatrix) {
   mixed->pack_layer(kHere, 1, output, half, alone);
   mixed->pack_layer(kHere, 1, down, bfloat16, alone);
   mixed->pack_layer(kHere, 1, gated, {int8, 32}, alone);
+  // Scales that are halves.
+  const std::vector<float> blocks(40 * 48, 127.0f / 1024);
+  ef::DecoderLayerViews<float> exact;
+  exact.down.emplace(blocks.data(), 40, 48);
+  mixed->pack_layer(kHere, 0, exact, {int8, 32}, alone);
+  const auto& packed_down = mixed->layers()[0].down;
+  ASSERT_NE(std::get<ef::PackedColumnShard<std::int8_t>>(packed_down).weight.half_scales(),
+            nullptr);
   EXPECT_LT(mixed->bytes(), packed_model<float>(kPackedConfig, as_stored, {})->bytes());
   expect_same_from_file<float>(mixed);
 }

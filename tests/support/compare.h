@@ -62,6 +62,16 @@ ef::Tensor<T, Rank> random_tensor(std::array<Index, static_cast<std::size_t>(Ran
   return tensor;
 }
 
+/// Numbers whose groups of 32 to 128 have scales that are halves, those of GGUF's Q8_0: the largest
+/// of every 32 is 127 in magnitude.
+inline ef::Tensor<float, 2> in_blocks(const ef::Tensor<float, 2>& weight) {
+  ef::Tensor<float, 2> rounded(weight);
+  for (Index r = 0; r < weight.dimension(0); ++r)
+    for (Index i = 0; i < weight.dimension(1); ++i)
+      rounded(r, i) = (i % 32 == 0 ? 127 : std::round(63 * std::tanh(weight(r, i)))) / 1024;
+  return rounded;
+}
+
 /// A tensor full of NaN (of -128 for integers): memory that must be written before it is read.
 template <typename T, int Rank>
 ef::Tensor<T, Rank> poisoned_tensor(std::array<Index, static_cast<std::size_t>(Rank)> sizes) {

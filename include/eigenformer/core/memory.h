@@ -6,12 +6,16 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <string_view>
 #include <utility>
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
+#include <malloc.h>
 #endif
 
 #include "error.h"
@@ -52,6 +56,13 @@ inline void* allocate_on_host(std::size_t bytes, std::size_t alignment) {
 }
 inline void release_on_host(void* data, std::size_t, std::size_t alignment) noexcept {
   ::operator delete(data, std::align_val_t{alignment});
+}
+/// Pages of the heap between blocks that stay, which glibc keeps for later blocks, go back to the
+/// system: a hint, where work that took more memory than stays is done.
+inline void give_back_free_pages() noexcept {
+#if defined(__GLIBC__)
+  ::malloc_trim(0);
+#endif
 }
 inline void copy_on_host(void* to, const void* from, std::size_t bytes) {
   if (bytes > 0) std::memcpy(to, from, bytes);

@@ -59,10 +59,13 @@ void execute(const Backend<D, Isa>& on, const problem::PackedEmbedding<Y, S, Id>
         tile::unpack_column<Dot>(p.table.data + panel * panel_size, column, k, count, row);
         if constexpr (std::is_same_v<S, std::int8_t>) {
           for (Index at = 0; at < count; at += groups.each) {
-            const Index group = (k + at) / groups.each;
-            dequantize_line<Isa>(
-                row + at, (std::min)(groups.each, count - at),
-                p.table.scales[(panel * groups.count + group) * Dot::columns + column], y + at);
+            const Index group = (k + at) / groups.each,
+                        own = (panel * groups.count + group) * Dot::columns + column;
+            dequantize_line<Isa>(row + at, (std::min)(groups.each, count - at),
+                                 p.table.half_scales != nullptr
+                                     ? static_cast<float>(p.table.half_scales[own])
+                                     : p.table.scales[own],
+                                 y + at);
           }
         } else {
           copy_line<Isa>(row, y, count);

@@ -163,7 +163,8 @@ PackingOptions<S> packing_options(const WeightStorage& storage) {
             .quantize_activations = storage.four_bits.quantize_activations,
             .fit = Int4Fit::least_squares};
   else
-    return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0};
+    return {.group_size = std::is_same_v<S, std::int8_t> ? storage.group_size : 0,
+            .half_scales = true};
 }
 
 template <typename S>
@@ -173,8 +174,9 @@ Index stored_bytes(const PackedWeight<S>& weight) {
                        : group == 0                     ? 1
                                                         : (columns + group - 1) / group,
               factors = weight.minimums() == nullptr ? scales : 2 * scales,
+              factor_bytes = weight.half_scales() == nullptr ? Index{sizeof(float)} : Index{2},
               bytes = std::is_same_v<S, int4> ? (columns + 1) / 2 : columns * Index{sizeof(S)};
-  return weight.rows() * (bytes + factors * Index{sizeof(float)});
+  return weight.rows() * (bytes + factors * factor_bytes);
 }
 template <typename S>
 Index stored_bytes(const PackedGatedWeight<S>& weight) {

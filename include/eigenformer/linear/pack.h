@@ -5,6 +5,7 @@
 ///   ef::PackedWeight<Eigen::bfloat16> w = ef::pack_weight<Eigen::bfloat16>(weight);   // (out, in) of any floating scalar
 ///   ef::PackedWeight<std::int8_t> w8 = ef::pack_weight<std::int8_t>(weight);          // quantized, one scale per row
 ///   ef::PackedWeight<std::int8_t> g = ef::pack_weight<std::int8_t>(weight, {.group_size = 64});   // a scale every 64 inputs
+///   ef::PackedWeight<std::int8_t> h = ef::pack_weight<std::int8_t>(weight, {.group_size = 32, .half_scales = true});   // which may be halves
 ///   ef::PackedWeight<std::int8_t> w9 = ef::pack_weight(q, scales);     // from int8 values in [-127, 127] and their scales: (out), or
 ///                                                                      // (out, ceil(in / group_size)) with {.group_size = ...}
 ///   ef::PackedWeight<ef::int4> w4 = ef::pack_weight<ef::int4>(weight);                // four bits, a scale every 32 inputs
@@ -54,6 +55,10 @@ struct Int4View;  // pack_int4.h
 
 struct Int8Packing {
   Index group_size = 0;  ///< inputs that share a scale: 32, 64 or 128; 0: one scale per row
+  /// Of groups, on a CPU: where each scale is a half, as those of GGUF's Q8_0 are, they are kept as
+  /// halves, 2 bytes for 4, and products have the same bits; else, and on a GPU, they are floats.
+  /// Packing into a weight takes new memory then.
+  bool half_scales = false;
 };
 
 struct Int4Packing {
@@ -151,7 +156,7 @@ problem::PanelsOf<T> panels_of(Index rows, Index columns, const PackingOptions<T
             options.zero_points,
             options.quantize_activations};
   else
-    return {rows, columns, options.group_size, matrices};
+    return {rows, columns, options.group_size, matrices, false, true, options.half_scales};
 }
 
 /// The value that the largest weight of a group gets: what throw_not_quantizable takes.
@@ -176,9 +181,12 @@ Int4Fit fit_of([[maybe_unused]] const PackingOptions<T>& options) {
 template <typename D, typename T, typename Pack>
 int pack_panels(const D& device, PackedWeight<T>& packed, const problem::PanelsOf<T>& shape,
                 Pack&& pack) {
-  Packing<T> packing(packed, shape, run(device, shape), memory_of(device));
-  const int bad = pack(packing.panels());
-  if (bad < 0) packing.finish();
+  const problem::PanelSizes sizes = run(device, shape);
+  Packing<T> packing(packed, shape, sizes, memory_of(device));
+  const int bad = pack(packing.whole_panels());
+  if (bad >= 0) return bad;
+  packing.keep_scales(0, sizes.scales);
+  packing.finish();
   return bad;
 }
 
@@ -274,22 +282,23 @@ PackedWeight<T> pack_slices(const D& device, Index rows, Index columns,
               panels_at_once = slice_size / (std::max)(Index{1}, columns) / width,
               most = (std::max)(Index{1}, panels_at_once) * width;
   PackedWeight<T> packed;
-  pack_panels(device, packed, panels_of<T>(rows, columns, options), [&](const auto& panels) {
-    for (Index first = 0; first < rows; first += most) {
-      const Index count = (std::min)(most, rows - first);
-      const TensorView<const W, 2> slice = slice_of(first, count);
-      const problem::PanelSizes before = sizes_of(first);
-      problem::PackWeight<T, W, 1> part{panels, {slice.data()}};
-      part.packed.rows = count;
-      part.packed.data += before.elements;
-      part.packed.scales = offset_by(panels.scales, before.scales);
-      part.packed.minimums = offset_by(panels.minimums, before.scales);
-      if (run(device, part, thread_workspace()) >= 0)
-        throw_not_quantizable<D>(name, "weights from row " + std::to_string(first) + " on", slice,
-                                 scale_steps<T>(options));
-    }
-    return -1;
-  });
+  Packing<T> packing(packed, panels_of<T>(rows, columns, options), sizes_of(rows),
+                     memory_of(device));
+  for (Index first = 0; first < rows; first += most) {
+    const Index count = (std::min)(most, rows - first);
+    const TensorView<const W, 2> slice = slice_of(first, count);
+    const problem::PanelSizes before = sizes_of(first), own = sizes_of(count);
+    problem::PackWeight<T, W, 1> part{packing.panels(), {slice.data()}};
+    part.packed.rows = count;
+    part.packed.data += before.elements;
+    part.packed.scales = packing.scales_of_part(before.scales, own.scales);
+    part.packed.minimums = offset_by(part.packed.minimums, before.scales);
+    if (run(device, part, thread_workspace()) >= 0)
+      throw_not_quantizable<D>(name, "weights from row " + std::to_string(first) + " on", slice,
+                               scale_steps<T>(options));
+    packing.keep_scales(before.scales, own.scales);
+  }
+  packing.finish();
   return packed;
 }
 
@@ -329,11 +338,11 @@ void pack_int8_values(const D& device, PackedWeight<std::int8_t>& packed,
                  " columns, expected ", groups, ", one for each ", group, " of ", depth, " inputs");
   }
   require_scales<D>(name, scales);
-  const problem::PanelsOf<std::int8_t> shape{rows, depth, group, 1};
-  pack_panels(device, packed, shape, [&](const auto& panels) {
-    run(device, problem::PackInt8Weight{panels, values.data(), scales.data()});
-    return -1;
-  });
+  pack_panels(device, packed, panels_of<std::int8_t>(rows, depth, options),
+              [&](const auto& panels) {
+                run(device, problem::PackInt8Weight{panels, values.data(), scales.data()});
+                return -1;
+              });
 }
 
 template <typename Scales>

@@ -3,6 +3,7 @@
 /// unit. linear/pack.h is the manual, core/packed_array.h the memory.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -56,8 +57,11 @@ class PackedWeight {
   /// Bytes of the panels, which a product streams.
   Index bytes() const { return data_.size() * static_cast<Index>(sizeof(T)); }
   /// Of int8 and int4, in the order of the panels: (rows) and padding, or [panel][group][column of
-  /// the panel]; on a GPU (rows) or (rows, groups). nullptr otherwise.
+  /// the panel]; on a GPU (rows) or (rows, groups). nullptr otherwise, and where they are halves.
   const float* scales() const { return scales_.data(); }
+  /// Of int8 in groups, where each scale is a half and packing was asked for it (Int8Packing): in
+  /// place of scales(), in their order. nullptr otherwise.
+  const half* half_scales() const { return half_scales_.data(); }
   /// Of int4 with zero points, in the order of the scales; nullptr otherwise.
   const float* minimums() const { return minimums_.size() > 0 ? minimums_.data() : nullptr; }
   /// Of int4: false where activations stay what they are, and the weights are widened.
@@ -67,7 +71,9 @@ class PackedWeight {
   const T* data() const { return data_.data(); }
   /// All of it, for kernels.
   problem::PackedPanels<const T> panels() const {
-    return {data(), scales(), rows_, columns_, group_, layout_, minimums(), quantizes_activations_};
+    return {data(),       scales(), rows_,      columns_,
+            group_,       layout_,  minimums(), quantizes_activations_,
+            half_scales()};
   }
 
  private:
@@ -80,6 +86,7 @@ class PackedWeight {
     std::swap(layout_, other.layout_);
     std::swap(data_, other.data_);
     std::swap(scales_, other.scales_);
+    std::swap(half_scales_, other.half_scales_);
     std::swap(minimums_, other.minimums_);
     std::swap(quantizes_activations_, other.quantizes_activations_);
   }
@@ -87,6 +94,7 @@ class PackedWeight {
   problem::PanelLayout layout_{};
   detail::PackedArray<T> data_;
   detail::PackedArray<float> scales_, minimums_;
+  detail::PackedArray<half> half_scales_;
   bool quantizes_activations_ = true;
 };
 
@@ -111,10 +119,23 @@ class PackedGatedWeight {
 
 namespace detail {
 
+/// Whether all numbers are halves; to[i] are those then.
+inline bool narrow_exactly(const float* from, Index count, half* to) {
+  for (Index i = 0; i < count; ++i) {
+    to[i] = half(from[i]);
+    if (static_cast<float>(to[i]) != from[i]) return false;
+  }
+  return true;
+}
+
 /// A weight while it is packed: panels in memory of its own, or in that of `packed` where it
 /// suffices and is of the backend's. `packed` has them from finish() on. Throws std::bad_alloc, and
 /// `packed` is then what it was; std::invalid_argument for panels of one backend in the memory of
 /// another.
+///
+/// Scales may become halves, part by part, so that floats of all never lie beside them: what packs a
+/// part writes floats to scales_of_part() and then calls keep_scales(). Where one is no half, all
+/// are floats.
 template <typename T>
 class Packing {
  public:
@@ -124,7 +145,9 @@ class Packing {
         memory_(memory),
         sizes_(sizes),
         minimums_(shape.minimums ? sizes.scales : 0),
-        reuses_(packed.data_.has_room(sizes.elements, memory) &&
+        narrows_(std::is_same_v<T, std::int8_t> && shape.half_scales && shape.group > 0 &&
+                 memory.backend == host_memory.backend),
+        reuses_(!narrows_ && packed.data_.has_room(sizes.elements, memory) &&
                 packed.scales_.has_room(sizes.scales, memory) &&
                 packed.minimums_.has_room(minimums_, memory)) {
     require_that(sizes.layout.backend == memory.backend, "pack_weight", "panels for ",
@@ -132,7 +155,7 @@ class Packing {
     if (!reuses_) resize(fresh_);
     PackedWeight<T>& weight = reuses_ ? packed_ : fresh_;
     panels_ = {weight.data_.data(),
-               weight.scales_.data(),
+               weight.scales_.data(),  // nullptr where they may be halves
                shape.rows * shape.matrices,
                shape.columns,
                shape.group,
@@ -144,12 +167,35 @@ class Packing {
   Packing& operator=(const Packing&) = delete;
 
   const problem::PackedPanels<T>& panels() const { return panels_; }
+  /// All scales are one part.
+  const problem::PackedPanels<T>& whole_panels() {
+    panels_.scales = scales_of_part(0, sizes_.scales);
+    return panels_;
+  }
+
+  float* scales_of_part(Index first, Index count) {
+    if (!narrows_) return offset_by(panels_.scales, first);
+    part_.resize(count, memory_);
+    return part_.data();
+  }
+  void keep_scales(Index first, Index count) {
+    half* const halves = fresh_.half_scales_.data();
+    if (!narrows_ || narrow_exactly(part_.data(), count, offset_by(halves, first))) return;
+    narrows_ = false;
+    fresh_.scales_.resize(sizes_.scales, memory_);
+    panels_.scales = fresh_.scales_.data();
+    std::copy_n(halves, first, panels_.scales);
+    std::copy_n(part_.data(), count, panels_.scales + first);
+    fresh_.half_scales_ = {};
+  }
 
   void finish() {
-    if (reuses_)
+    if (reuses_) {
       resize(packed_);  // within its capacity
-    else
+      packed_.half_scales_ = {};
+    } else {
       packed_.swap(fresh_);
+    }
     packed_.rows_ = panels_.rows;
     packed_.columns_ = panels_.columns;
     packed_.group_ = panels_.group;
@@ -160,7 +206,10 @@ class Packing {
  private:
   void resize(PackedWeight<T>& weight) {
     weight.data_.resize(sizes_.elements, memory_);
-    weight.scales_.resize(sizes_.scales, memory_);
+    if (narrows_)
+      weight.half_scales_.resize(sizes_.scales, memory_);
+    else
+      weight.scales_.resize(sizes_.scales, memory_);
     weight.minimums_.resize(minimums_, memory_);
   }
 
@@ -169,7 +218,9 @@ class Packing {
   PackedWeight<T> fresh_;
   problem::PackedPanels<T> panels_{};
   problem::PanelSizes sizes_;
+  PackedArray<float> part_;
   Index minimums_;  // how many
+  bool narrows_;    // all scales so far are halves
   bool reuses_;
 };
 
@@ -189,11 +240,16 @@ struct PanelAccess {
   static const PackedArray<float>& scales(const PackedWeight<T>& weight) {
     return weight.scales_;
   }
+  template <typename T>
+  static const PackedArray<half>& half_scales(const PackedWeight<T>& weight) {
+    return weight.half_scales_;
+  }
   /// Panels of a shape that lie there already, as large as `sizes` says.
   template <typename T>
   static PackedWeight<T> weight(const problem::PanelsOf<T>& shape,
                                 const problem::PanelLayout& layout, PackedArray<T> values,
-                                PackedArray<float> scales, PackedArray<float> minimums) {
+                                PackedArray<float> scales, PackedArray<half> half_scales,
+                                PackedArray<float> minimums) {
     PackedWeight<T> weight;
     weight.rows_ = shape.rows * shape.matrices;
     weight.columns_ = shape.columns;
@@ -201,6 +257,7 @@ struct PanelAccess {
     weight.layout_ = layout;
     weight.data_ = std::move(values);
     weight.scales_ = std::move(scales);
+    weight.half_scales_ = std::move(half_scales);
     weight.minimums_ = std::move(minimums);
     weight.quantizes_activations_ = shape.quantizes_activations;
     return weight;

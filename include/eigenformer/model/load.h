@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "../core/memory.h"
 #include "load/embedding.h"
 #include "load/experts.h"
 #include "load/layer.h"
@@ -27,6 +28,9 @@ std::shared_ptr<const PackedDecoderWeights<T>> load_tensors(ModelPacking<T, D>& 
       if (model.form.has_experts(l)) ExpertLoader<T, D>(to, l).load();
       to.from.release();
     }
+    // 17 MB of 1,390 after the layers of a model of 1.2 billion weights in blocks, float copies of
+    // which lay between packed ones; the head comes on top of what is held.
+    give_back_free_pages();
     EndsLoader<T, D>(to).load(std::move(owner));
     to.from.require_all_used(model);
     to.weights->require_complete();

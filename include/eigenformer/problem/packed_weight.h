@@ -37,7 +37,7 @@ struct PackedPanels {
   using Factor = std::conditional_t<std::is_const_v<T>, const float, float>;
   T* data;  // in the order of the layout
   // Of int8 and int4: (rows) and padding, or [panel][group][column of the panel], a GPU's (rows,
-  // groups); nullptr otherwise.
+  // groups); nullptr otherwise, and where they are halves.
   Factor* scales;
   Index rows, columns;
   Index group;  // inputs that share a scale; 0 where there is one per row, or none
@@ -46,6 +46,8 @@ struct PackedPanels {
   // scale * u + minimum; u is what is stored, 0 to 15.
   Factor* minimums = nullptr;
   bool quantizes_activations = true;  // false: they stay what they are, and weights are widened
+  // Of int8 in groups on a CPU, in place of `scales` and in their order, where each is a half.
+  const half* half_scales = nullptr;
 };
 
 /// How much memory a backend packs one weight (rows, columns) into, or `matrices` of them side by
@@ -56,6 +58,7 @@ struct PanelsOf {
   Index rows, columns, group;
   int matrices;
   bool minimums = false, quantizes_activations = true;  // of int4, as PackedPanels has them
+  bool half_scales = false;  // of int8 in groups on a CPU: where each scale is a half
 };
 
 struct PanelSizes {

@@ -65,7 +65,8 @@ void with_packed_product(const problem::PackedLinear<Y, X, S, Gated, E>& like, F
   if constexpr (std::is_same_v<S, std::int8_t>) {
     if (like.weight.group > 0)
       f(packed_product<tile::GroupedDot<Isa>>([](const Layer& p) {
-        return product_of(p, GroupedPanels{p.weight.data, p.weight.scales, p.weight.group},
+        const auto& w = p.weight;
+        return product_of(p, GroupedPanels{w.data, w.scales, w.half_scales, w.group},
                           finish<Gated>(GroupedSums<B>{p.epilogue.bias}, p));
       }));
     else

@@ -36,7 +36,8 @@ struct PackedPanels {
 /// int8 weights in panels, a scale for each `group` of k.
 struct GroupedPanels {
   const std::int8_t* data;
-  const float* scales;  // [panel][group][column of the panel]
+  const float* scales;      // [panel][group][column of the panel], or nullptr
+  const half* half_scales;  // in their place
   Index group;
 };
 
@@ -244,16 +245,21 @@ struct ProductBlock {
   tile::GroupFactors group_factors(Index panel, Index first, Index t) const {
     const Index group_steps = problem.weights.group / Dot::step, g = first / group_steps,
                 stride = scales.groups * Dot::columns, at = panel * stride + g * Dot::columns;
+    const Index own = tiles.first(t) * scales.groups + g * tiles.height(t);
+    using detail::offset_by;
+    const half* half_scales = nullptr;
     const float* minimums = nullptr;
     if constexpr (tile::is_int4<Dot>)
-      if (problem.weights.minimums != nullptr) minimums = problem.weights.minimums + at;
-    const Index own = tiles.first(t) * scales.groups + g * tiles.height(t);
+      minimums = offset_by(problem.weights.minimums, at);
+    else
+      half_scales = offset_by(problem.weights.half_scales, at);
     return {group_steps,
-            problem.weights.scales + at,
+            offset_by(problem.weights.scales, at),
+            half_scales,
             stride,
             minimums,
             scales.offsets + own,
-            scales.sums == nullptr ? nullptr : scales.sums + own};
+            offset_by(scales.sums, own)};
   }
 
   /// Whether a few tiles are multiplied by weights that are widened in registers; of more, the
@@ -275,13 +281,13 @@ struct ProductBlock {
                         tile::packed_steps<int4>(Isa{}, problem.depth) * tile::panel_step<Int4>,
                     groups = (problem.depth + from.group - 1) / from.group,
                     factors = groups * Dot::columns;
-        const tile::GroupFactors own{
-            from.group / Int4::step,
-            from.scales + group * factors,
-            factors,
-            from.minimums == nullptr ? nullptr : from.minimums + group * factors,
-            nullptr,
-            nullptr};
+        const tile::GroupFactors own{from.group / Int4::step,
+                                     from.scales + group * factors,
+                                     nullptr,
+                                     factors,
+                                     detail::offset_by(from.minimums, group * factors),
+                                     nullptr,
+                                     nullptr};
         for (Index t = t0; t < t1; ++t)
           tile::wide_tile_products<Dot, Int4>(
               tiles.height(t), {tile_activations(t), from.data + group * stride, stride},

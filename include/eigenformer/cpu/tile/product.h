@@ -157,17 +157,19 @@ EIGENFORMER_NOINLINE void tile_sums(TileOperands<Dot> at, Index steps, Index fir
 /// What scales the exact sums of weights quantized in groups.
 struct GroupFactors {
   Index steps;                   // of a group
-  const float* scales;           // [panel][group][column]
+  const float* scales;           // [panel][group][column], or nullptr
+  const half* half_scales;       // of int8, in their place
   Index panel_stride;            // of the scales
   const float* minimums;         // of int4, as the scales, or nullptr
   const std::int32_t* offsets;   // [group][row of the height]: taken off the row's sums
   const float* activation_sums;  // as the offsets: what minimums are multiplied by
 
   GroupFactors from_panel(Index p) const {
+    using eigenformer::detail::offset_by;
     const Index numbers = p * panel_stride;
-    return {steps,        scales + numbers,
-            panel_stride, minimums == nullptr ? nullptr : minimums + numbers,
-            offsets,      activation_sums};
+    return {steps,          offset_by(scales, numbers),   offset_by(half_scales, numbers),
+            panel_stride,   offset_by(minimums, numbers), offsets,
+            activation_sums};
   }
 };
 
@@ -192,10 +194,11 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors 
         V::zero().store(place(r, v));
     });
   });
-  const float *scales = groups.scales, *x_sums = groups.activation_sums;
+  const float* x_sums = groups.activation_sums;
   const std::int32_t* offsets = groups.offsets;
   const bool has_minimums = is_int4<Dot> && groups.minimums != nullptr;
-  for (Index s = 0; s < steps; s += groups.steps, scales += Dot::columns) {
+  Index done = 0;  // numbers of a panel's scales
+  for (Index s = 0; s < steps; s += groups.steps, done += Dot::columns) {
     typename Dot::Accumulator c[Rows][all];
     unroll<Rows>([&](auto r) {
       const auto start = [&] {
@@ -215,9 +218,9 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors 
     const Index factors_ahead =
         (s + kGroupsAhead * groups.steps < steps ? 0 : (Panels - 1) * groups.panel_stride) +
         (Panels > 1 ? kGroupsAhead * Dot::columns : groups.panel_stride);
-    const auto factor = [&](const float* from, auto v) {
-      from += (v / vectors) * groups.panel_stride + (v % vectors) * lanes;
-      simd::prefetch_after<3>(from, factors_ahead * Index{sizeof(float)});
+    const auto factor = [&]<typename F>(const F* from, auto v) {
+      from += done + (v / vectors) * groups.panel_stride + (v % vectors) * lanes;
+      simd::prefetch_after<3>(from, factors_ahead * Index{sizeof(F)});
       return V::load(from);
     };
     const auto add = [&](auto r, auto v, auto&& next) {
@@ -226,10 +229,18 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors 
       else
         next(V::load(place(r, v))).store(place(r, v));
     };
-    if (has_minimums) {
-      const float* minimums = groups.minimums + (scales - groups.scales);
+    const auto add_scaled = [&](const auto* scales) {
       unroll<all>([&](auto v) {
-        const V scale = factor(scales, v), minimum = factor(minimums, v);
+        const V scale = factor(scales, v);
+        unroll<Rows>([&](auto r) {
+          add(r, v,
+              [&](V sum) { return simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, sum); });
+        });
+      });
+    };
+    if (has_minimums) {
+      unroll<all>([&](auto v) {
+        const V scale = factor(groups.scales, v), minimum = factor(groups.minimums, v);
         unroll<Rows>([&](auto r) {
           add(r, v, [&](V sum) {
             const V scaled = simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, sum);
@@ -238,14 +249,10 @@ void grouped_tile_product(TileOperands<Dot> at, Index steps, const GroupFactors 
         });
       });
       x_sums += Rows;
+    } else if (!is_int4<Dot> && groups.half_scales != nullptr) {
+      add_scaled(groups.half_scales);
     } else {
-      unroll<all>([&](auto v) {
-        const V scale = factor(scales, v);
-        unroll<Rows>([&](auto r) {
-          add(r, v,
-              [&](V sum) { return simd::fused_multiply_add(Dot::to_float(c[r][v]), scale, sum); });
-        });
-      });
+      add_scaled(groups.scales);
     }
   }
   if constexpr (kept)

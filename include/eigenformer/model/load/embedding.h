@@ -60,7 +60,9 @@ class EndsLoader {
       std::optional<StoredMatrix> slice;
       const auto pack = [&]<typename W>(std::type_identity<W>) {
         const auto slice_of = [&](Index first, Index count) {
-          if (rows) from_.release(rows->bytes);
+          // All before it: the system maps pages around those that are looked at, again ones of
+          // slices that are packed.
+          if (first > 0) from_.release(stored_rows(tensor, 0, first).bytes);
           rows = stored_rows(tensor, first, count);
           slice.emplace(to_.device, *rows);
           return slice->view<W>();

@@ -166,12 +166,16 @@ class PackedFinder {
   template <typename X>
   PackedWeight<X> weight(Index out, Index in, int matrices) {
     const Index group = group_of<X>(next());
-    const bool minimums = flag<X>(false), quantizes_activations = flag<X>(true);
+    constexpr bool is_int4 = std::is_same_v<X, int4>;
+    const bool minimums = flag(false, is_int4), quantizes_activations = flag(true, is_int4),
+               halves = flag(false, std::is_same_v<X, std::int8_t> && group > 0);
     const problem::PanelsOf<X> shape{out, in, group, matrices, minimums, quantizes_activations};
     const problem::PanelSizes sizes = run(device_, shape);
     auto values = array<X>(sizes.elements);
-    auto scales = array<float>(sizes.scales);
+    auto half_scales = halves ? array<half>(sizes.scales) : PackedArray<half>();
+    auto scales = halves ? PackedArray<float>() : array<float>(sizes.scales);
     return PanelAccess::weight(shape, sizes.layout, std::move(values), std::move(scales),
+                               std::move(half_scales),
                                minimums ? array<float>(sizes.scales) : PackedArray<float>());
   }
   template <typename X>
@@ -181,11 +185,10 @@ class PackedFinder {
     return group;
   }
 
-  /// What int4 may have and other scalars have not.
-  template <typename X>
-  bool flag(bool other) {
+  /// What most weights are, and some may not be.
+  bool flag(bool usual, bool may_differ) {
     const std::int64_t found = next();
-    demand(found == std::int64_t{other} || (std::is_same_v<X, int4> && found == !other));
+    demand(found == std::int64_t{usual} || (may_differ && found == std::int64_t{!usual}));
     return found != 0;
   }
 

@@ -23,7 +23,7 @@ namespace detail {
 /// What stands before the data.
 struct PackedHead {
   static constexpr std::string_view kMagic = "EFPACKED";
-  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 3;
+  static constexpr std::int64_t kOrder = 0x0102030405060708, kVersion = 4;
   static constexpr std::size_t kFixed = 7 * 8;  // magic, order, version and the four sizes
   static constexpr std::uint64_t kPage = 4096;
   static constexpr const char* kDamaged = "is damaged: delete it to have it made again";

@@ -124,8 +124,12 @@ class PackedWriter {
     put(weight.group_size());
     put(weight.minimums() != nullptr);
     put(weight.quantizes_activations());
+    put(weight.half_scales() != nullptr);
     array(weight.data(), PanelAccess::values(weight).size());
-    array(weight.scales(), scales);
+    if (weight.half_scales() != nullptr)
+      array(weight.half_scales(), PanelAccess::half_scales(weight).size());
+    else
+      array(weight.scales(), scales);
     if (weight.minimums() != nullptr) array(weight.minimums(), scales);
   }
   /// An array that may be empty.
