@@ -190,6 +190,41 @@ TEST(SamplingOnDevice, GreedyAndTopK) {
   }
 }
 
+/// Rows whose best tokens are few, have equals, or are all of one logit; and one of few tokens.
+template <typename T>
+ef::Tensor<T, 2> rows_for_lists(Index vocab) {
+  auto logits = random_tensor<T, 2>({5, vocab}, 10, 3.0);
+  for (Index t = 0; t < vocab; ++t) {
+    logits(1, t) = static_cast<T>(std::nearbyint(2 * static_cast<double>(logits(1, t))));
+    logits(2, t) = static_cast<T>(1.5f);
+    logits(3, t) = static_cast<T>(t % 3 == 0 ? 0.25f : -0.0f);
+    if (t % 200 != 7) logits(4, t) = static_cast<T>(-kInfinity);
+  }
+  return logits;
+}
+
+// Long enough for the list of the best tokens, and for what no list holds.
+TEST(SamplingOnDevice, ListsOfTheBestTokens) {
+  const std::vector<ef::SamplingParams> all{
+      {.top_k = 50},
+      {.temperature = .7, .top_k = 40, .top_p = .8, .min_p = .02},
+      {.top_k = 20, .top_k_ties = ef::TopKTies::keep_all},
+      {.top_k = 1200, .top_p = .95},
+      {.temperature = 0},
+      {.temperature = 1.5, .top_p = .9},
+      {.temperature = .01, .top_p = .9, .min_p = .1},
+      {.temperature = 3e4, .top_p = .5}};
+  const auto few = std::span(all).first(3);
+  const auto run = [](const auto& logits, std::span<const ef::SamplingParams> sets) {
+    for (const ef::SamplingParams& params : sets)
+      check(logits, params, generators(logits.dimension(0), 70),
+            "vocab " + std::to_string(logits.dimension(1)));
+  };
+  run(rows_for_lists<float>(4803), all);
+  run(rows_for_lists<ef::bfloat16>(4096), few);
+  run(rows_for_lists<double>(3001), few);
+}
+
 // At an odd vocabulary the rows of a batch begin at other alignments than a row alone.
 TEST(SamplingOnDevice, ARowAloneIsTheRowInABatch) {
   constexpr Index rows = 3, vocab = 301;

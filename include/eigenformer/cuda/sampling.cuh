@@ -1,27 +1,37 @@
 /// \file
-/// CUDA kernels of sampling, one block per row: every filter in every order, the draw, the
-/// distribution and the log-probabilities (cuda/sampling/). Statuses, order, ties and boundaries
-/// are those of the CPU, and the draw adds what the CPU adds in its order, so that a seed draws the
-/// same tokens. filters.cuh names the one difference.
+/// CUDA kernels of sampling: every filter in every order, the draw, the distribution and the
+/// log-probabilities (cuda/sampling/). Statuses, order, ties and boundaries are those of the CPU,
+/// and the draw adds what the CPU adds in its order, so that a seed draws the same tokens.
+/// filters.cuh names the one difference.
 ///
-/// Nothing is sorted: each step is a pass over the row, of which the first reads it from memory and
-/// the others from L2. Greedy is one pass: 80% of the bandwidth is expected from a few hundred rows
-/// on. A draw adds one pass (an exponential in double per token in play, some 25 flops), top-k 6
-/// (bfloat16) to 10 (float), top-p one more than that, min-p one, typical-p 19, penalties, bias and
-/// mask a copy and one. For top-k, top-p and a draw from 128256 bfloat16 that is some 16 passes of
-/// 256 kB by one multiprocessor: some 100 microseconds are expected for up to 132 rows, which read
-/// 34 MB from memory: L2 and latency are the limit and not the bandwidth (10% of it). Without top-k
-/// the exponentials are: 128256 take 30 microseconds of a multiprocessor at its peak, and top-p
-/// wants them three or four times.
+/// Greedy (greedy.cuh) is one pass over the row; a chain of temperature, top-k, top-p and min-p
+/// with a draw (draw.cuh) is one pass and what a list of some 50 tokens takes. Measured on an H200,
+/// with a cold L2, in microseconds, rows of 128256 floats:
+///
+///                                1 row   64   256   PyTorch 2.11: 1   64
+///   greedy                           9   21    49                40   45
+///   top-k 50                        39   48   105               266  247
+///   top-k 50, top-p 0.9             41   49   109
+///   top-p 0.9                      689  706  1908               275 1098 (by a sort)
+///   all tokens                     131  151   352
+///
+/// In all other chains, too, a block does a row, and each step is a pass over it, of which the
+/// first reads it from memory and the others from L2: a draw adds one (an exponential in double per
+/// token in play, some 25 flops), a top-k that leaves no list 8 and top-p 9 (of float; 4 and 5 of
+/// bfloat16), min-p one, typical-p 19, penalties, bias and mask a copy and one. What exponentials
+/// of a whole vocabulary take in each is most of it.
 ///
 /// Parameters, with their lists, and generators are staged. Rows with a stage that changes logits
 /// take scratch, at most kScratchRows rows of it.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 
 #include "../core/workspace.h"
 #include "launch.cuh"
+#include "sampling/draw.cuh"
+#include "sampling/greedy.cuh"
 #include "sampling/log_probabilities.cuh"
 #include "sampling/logits.cuh"
 #include "sampling/speculative.cuh"
@@ -32,33 +42,6 @@
 namespace eigenformer {
 inline namespace EIGENFORMER_ABI {
 namespace cuda {
-
-template <typename T>
-struct GreedyKernel {
-  using C = compute_type<T>;
-  static constexpr int kThreads = kRowThreads, kWarps = kThreads / kWarp;
-  problem::Sampling<T> p;
-
-  template <typename Block>
-  EIGENFORMER_DEVICE void operator()(Block& block) const {
-    const auto scratch = block.template shared<RowBest<C>>(kWarps);
-    for (Index r = block.index(); r < p.batch; r += block.count()) {
-      const SamplingRow<T> row{p.logits + r * p.vocab, nullptr, p.vocab, {}, 1.0};
-      const RowBest<C> best = best_of_row(block, scratch, row);
-      const SampleStatus status = status_of(best, p.vocab);
-      if (block.thread() == 0)
-        p.finish(r, status == SampleStatus::ok ? static_cast<std::int32_t>(best.index) : -1,
-                 status);
-    }
-  }
-};
-
-template <typename D, typename T>
-void execute(const Backend<D>& on, const problem::GreedySampling<T>& p) {
-  using Kernel = GreedyKernel<T>;
-  launch_rows(on, "greedy_sample", p.batch,
-              shared_bytes<RowBest<typename Kernel::C>>(Kernel::kWarps), Kernel{p});
-}
 
 /// What a call asks of the filtered distributions.
 enum class SamplingResult : std::uint8_t { token, probabilities, log_probabilities, of_tokens };
@@ -227,6 +210,10 @@ void run_sampling(const Backend<D>& on, SamplingKernel<T, Function> kernel) {
                                            : p.generators_stride == 0 ? 1
                                                                       : rows);
   std::tie(p.params, p.generators) = stage_params(on, name, sets, generators, adjusts);
+  if constexpr (!problem::is_logit_function<Function>)
+    if (kernel.result == SamplingResult::token && !adjusts &&
+        std::all_of(sets.begin(), sets.end(), is_common_chain))
+      return launch_rows(on, name, p.batch, DrawKernel<T>::shared(), DrawKernel<T>{p});
   if (!adjusts)
     return launch_rows(on, name, p.batch, sampling_arrays_bytes<typename Kernel::C>(), kernel);
   const Index blocks = p.batch < kScratchRows ? p.batch : kScratchRows;

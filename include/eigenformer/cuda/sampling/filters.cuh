@@ -65,11 +65,12 @@ EIGENFORMER_DEVICE PrefixEnd select_prefix(Block& block, const Arrays& arrays,
       }
     });
     block.barrier();
-    // 16 neighbours add a digit
-    const int digit = block.thread() / digits, member = block.thread() % digits;
+    // 16 neighbours of 256 threads, 32 of 512, add a digit
+    const int members = block.size() / digits;
+    const int digit = block.thread() / members, member = block.thread() % members;
     double sum = 0;
-    for (Index i = member; i < threads; i += digits) sum += masses.load(digit * threads + i);
-    for (int apart = digits / 2; apart > 0; apart /= 2) sum += block.shuffle_xor(sum, apart);
+    for (Index i = member; i < threads; i += members) sum += masses.load(digit * threads + i);
+    for (int apart = members / 2; apart > 0; apart /= 2) sum += block.shuffle_xor(sum, apart);
     if (member == 0) arrays.digits.store(digit, sum);
     block.barrier();
     std::uint64_t chosen = 0;

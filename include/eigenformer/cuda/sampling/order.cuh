@@ -42,19 +42,22 @@ template <typename Block>
 struct OrderedSums {
   template <typename V>
   using Shared = decltype(std::declval<Block&>().template shared<V>(1));
-  Shared<double> numbers;  // (kTileRuns); a selection has it for its masses
+  Shared<double> numbers;  // (16 * threads), kTileRuns or more; a selection has it for its masses
   Shared<Index> firsts;    // (warps)
   Shared<Index> token;
 };
 
-inline constexpr std::size_t kOrderedSumsBytes = shared_bytes<double>(kTileRuns) +
-                                                 shared_bytes<Index>(kRowThreads / kWarp) +
-                                                 shared_bytes<Index>(1);
+/// For blocks of so many threads, kRowThreads or more.
+template <int Threads>
+inline constexpr std::size_t ordered_sums_bytes =
+    shared_bytes<double>(16 * Threads) + shared_bytes<Index>(Threads / kWarp) +
+    shared_bytes<Index>(1);
+inline constexpr std::size_t kOrderedSumsBytes = ordered_sums_bytes<kRowThreads>;
 
-template <typename Block>
+template <int Threads = kRowThreads, typename Block>
 EIGENFORMER_DEVICE OrderedSums<Block> ordered_sums(Block& block) {
-  const auto numbers = block.template shared<double>(kTileRuns);
-  const auto firsts = block.template shared<Index>(kRowThreads / kWarp);
+  const auto numbers = block.template shared<double>(16 * Threads);
+  const auto firsts = block.template shared<Index>(Threads / kWarp);
   const auto token = block.template shared<Index>(1);
   return {numbers, firsts, token};
 }
@@ -160,7 +163,8 @@ EIGENFORMER_DEVICE std::int32_t draw_in_order(Block& block, const OrderedSums<Bl
   if (block.thread() == 0) {
     double before = found.before;
     Index drawn = begin;
-    for (Index j = 0; j < kRun; ++j) {
+    const Index count = vocab - begin < kRun ? vocab - begin : kRun;
+    for (Index j = 0; j < count; ++j) {
       const double own = sums.numbers.load(j);
       if (own == 0) continue;
       drawn = begin + j;

@@ -95,31 +95,31 @@ struct Range {
 /// The shared memory of a block that samples.
 template <typename Block, typename C>
 struct SamplingArrays {
-  static constexpr int kWarps = kRowThreads / kWarp;
   template <typename V>
   using Shared = decltype(std::declval<Block&>().template shared<V>(1));
   OrderedSums<Block> sums;
-  Shared<RowBest<C>> best;  // (kWarps), as are the next two
+  Shared<RowBest<C>> best;  // (warps), as are the next two
   Shared<Range<C>> ranges;
   Shared<Index> counts;
   Shared<double> digits;   // (16) masses of a digit's values
   Shared<unsigned> place;  // a counter
 };
 
-template <typename C>
+template <typename C, int Threads = kRowThreads>
 constexpr std::size_t sampling_arrays_bytes() {
-  constexpr int warps = kRowThreads / kWarp;
-  return kOrderedSumsBytes + shared_bytes<RowBest<C>>(warps) + shared_bytes<Range<C>>(warps) +
-         shared_bytes<Index>(warps) + shared_bytes<double>(16) + shared_bytes<unsigned>(1);
+  constexpr int warps = Threads / kWarp;
+  return ordered_sums_bytes<Threads> + shared_bytes<RowBest<C>>(warps) +
+         shared_bytes<Range<C>>(warps) + shared_bytes<Index>(warps) + shared_bytes<double>(16) +
+         shared_bytes<unsigned>(1);
 }
 
-template <typename C, typename Block>
+template <typename C, int Threads = kRowThreads, typename Block>
 EIGENFORMER_DEVICE SamplingArrays<Block, C> sampling_arrays(Block& block) {
-  using Arrays = SamplingArrays<Block, C>;
-  const auto sums = ordered_sums(block);
-  const auto best = block.template shared<RowBest<C>>(Arrays::kWarps);
-  const auto ranges = block.template shared<Range<C>>(Arrays::kWarps);
-  const auto counts = block.template shared<Index>(Arrays::kWarps);
+  constexpr int warps = Threads / kWarp;
+  const auto sums = ordered_sums<Threads>(block);
+  const auto best = block.template shared<RowBest<C>>(warps);
+  const auto ranges = block.template shared<Range<C>>(warps);
+  const auto counts = block.template shared<Index>(warps);
   const auto digits = block.template shared<double>(16);
   const auto place = block.template shared<unsigned>(1);
   return {sums, best, ranges, counts, digits, place};
