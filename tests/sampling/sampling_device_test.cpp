@@ -162,8 +162,9 @@ TEST(SamplingOnDevice, VocabularyOfMoreThanATile) {
         generators(1, 5), "long row");
 }
 
+// Several blocks share a row of 9001 tokens.
 TEST(SamplingOnDevice, GreedyAndTopK) {
-  for (Index vocab : {1, 2, 33, 257, 1000}) {
+  for (Index vocab : {1, 2, 33, 257, 1000, 9001}) {
     auto logits = rows_with_ties<float>(3, vocab, 6);
     const auto expected = ef::greedy_sample(logits);
     ef::Philox same(2);
@@ -198,7 +199,7 @@ ef::Tensor<T, 2> rows_for_lists(Index vocab) {
     logits(1, t) = static_cast<T>(std::nearbyint(2 * static_cast<double>(logits(1, t))));
     logits(2, t) = static_cast<T>(1.5f);
     logits(3, t) = static_cast<T>(t % 3 == 0 ? 0.25f : -0.0f);
-    if (t % 200 != 7) logits(4, t) = static_cast<T>(-kInfinity);
+    if (t % 100 != 7) logits(4, t) = static_cast<T>(-kInfinity);
   }
   return logits;
 }
@@ -210,19 +211,16 @@ TEST(SamplingOnDevice, ListsOfTheBestTokens) {
       {.temperature = .7, .top_k = 40, .top_p = .8, .min_p = .02},
       {.top_k = 20, .top_k_ties = ef::TopKTies::keep_all},
       {.top_k = 1200, .top_p = .95},
-      {.temperature = 0},
-      {.temperature = 1.5, .top_p = .9},
-      {.temperature = .01, .top_p = .9, .min_p = .1},
-      {.temperature = 3e4, .top_p = .5}};
-  const auto few = std::span(all).first(3);
+      {.temperature = 0}};
+  const auto few = std::span(all).first(2);
   const auto run = [](const auto& logits, std::span<const ef::SamplingParams> sets) {
     for (const ef::SamplingParams& params : sets)
       check(logits, params, generators(logits.dimension(0), 70),
             "vocab " + std::to_string(logits.dimension(1)));
   };
-  run(rows_for_lists<float>(4803), all);
-  run(rows_for_lists<ef::bfloat16>(4096), few);
-  run(rows_for_lists<double>(3001), few);
+  run(rows_for_lists<float>(2403), all);
+  run(rows_for_lists<ef::bfloat16>(2304), few);
+  run(rows_for_lists<double>(1501), few);
 }
 
 // At an odd vocabulary the rows of a batch begin at other alignments than a row alone.
