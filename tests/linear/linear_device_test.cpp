@@ -215,7 +215,7 @@ TEST(LinearOnDevice, LargeTilesHaveTheBitsOfSmallOnes) {
     auto expected = on_device(bench, poisoned_tensor<float, 2>({tokens, out}));
     auto y = on_device(bench, poisoned_tensor<float, 2>({tokens, out}));
     ef::linear_into(bench.device, expected.view(), device_x.cview(), device_weight.cview());
-    const auto kernel = ef::cuda::tiles_kernel<ef::cuda::LargeTiles>(
+    const auto kernel = ef::cuda::tiles_kernel<ef::cuda::LargeTiles<T>>(
         ef::cuda::Operand<T, T>{{device_weight.cview().data()}, out, in, in, true},
         ef::cuda::Operand<T, T>{{device_x.cview().data()}, tokens, in, in, true},
         Store{y.view().data(), out});

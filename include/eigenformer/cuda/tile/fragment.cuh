@@ -53,7 +53,7 @@ struct alignas(8) FragmentB {
 };
 
 template <typename T>
-struct FragmentD {
+struct alignas(16) FragmentD {
   static constexpr int kSize = 4;
   typename Tile<T>::sum values[kSize];
   EIGENFORMER_HOST_DEVICE static constexpr int row(int lane, int i) {

@@ -12,6 +12,7 @@
 /// one below the other.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
@@ -26,8 +27,8 @@ namespace cuda {
 template <typename T, typename S, int Matrices = 1>
 struct Operand {
   static constexpr int kEach = static_cast<int>(16 / sizeof(T)), kMatrices = Matrices;
-  // words of int8, which would else take a register for each byte
-  using Chunk = std::conditional_t<sizeof(T) == 1, Pack<std::uint32_t, 4>, Pack<T, kEach>>;
+  // words of narrow numbers, which would else take a register each
+  using Chunk = std::conditional_t<sizeof(T) <= 2, Pack<std::uint32_t, 4>, Pack<T, kEach>>;
   const S* data[Matrices];
   Index rows, depth, stride;
   bool whole;  // chunks that begin within depth may be loaded whole: they fit, or zeros follow
@@ -46,9 +47,7 @@ struct Operand {
       Pack<T, kEach> numbers;
       for (int i = 0; i < kEach; ++i)
         numbers[i] = static_cast<T>(k + i < depth ? line[k + i] : static_cast<S>(0.0f));
-      Chunk chunk;
-      std::memcpy(static_cast<void*>(&chunk), &numbers, sizeof chunk);
-      return chunk;
+      return chunk_of(numbers);
     }
   }
 
@@ -57,7 +56,12 @@ struct Operand {
     if constexpr (std::is_same_v<S, T>)
       return *reinterpret_cast<const Chunk*>(from);
     else
-      return load_pack<T, kEach>(from);
+      return chunk_of(load_pack<T, kEach>(from));
+  }
+  EIGENFORMER_DEVICE static Chunk chunk_of(const Pack<T, kEach>& numbers) {
+    Chunk chunk;
+    std::memcpy(static_cast<void*>(&chunk), &numbers, sizeof chunk);
+    return chunk;
   }
 };
 
@@ -83,23 +87,37 @@ EIGENFORMER_DEVICE void unroll(const F& f) {
 /// k that four lanes have together.
 template <typename T>
 inline constexpr int kStep = static_cast<int>(64 / sizeof(T));
+/// k whose products are one chain.
+inline constexpr Index kSegment = 512;
 
-/// d += a step of A times one of B: `low` and `high` are the chunks of rows l / 4 and l / 4 + 8.
+/// The half 0 or 1 of a step, of A: `low` and `high` are the chunks of rows l / 4 and l / 4 + 8.
+template <typename T, typename Chunk>
+EIGENFORMER_DEVICE FragmentA<T> rows_of_half(int half, const Chunk& low, const Chunk& high) {
+  unsigned l[4], h[4];
+  std::memcpy(l, &low, sizeof l);
+  std::memcpy(h, &high, sizeof h);
+  const unsigned words[4] = {l[2 * half], h[2 * half], l[2 * half + 1], h[2 * half + 1]};
+  FragmentA<T> rows;
+  std::memcpy(rows.values, words, sizeof words);
+  return rows;
+}
+/// And of B.
+template <typename T, typename Chunk>
+EIGENFORMER_DEVICE FragmentB<T> tokens_of_half(int half, const Chunk& chunk) {
+  unsigned y[4];
+  std::memcpy(y, &chunk, sizeof y);
+  const unsigned words[2] = {y[2 * half], y[2 * half + 1]};
+  FragmentB<T> tokens;
+  std::memcpy(tokens.values, words, sizeof words);
+  return tokens;
+}
+
+/// d += a step of A times one of B.
 template <typename T, typename Block, typename Chunk>
 EIGENFORMER_DEVICE void multiply_step(Block& block, FragmentD<T>& d, const Chunk& low,
                                       const Chunk& high, const Chunk& b) {
-  unsigned l[4], h[4], y[4];
-  std::memcpy(l, &low, sizeof l);
-  std::memcpy(h, &high, sizeof h);
-  std::memcpy(y, &b, sizeof y);
-  unroll<2>([&](auto half_of_step) {
-    constexpr int i = 2 * decltype(half_of_step)::value;
-    const unsigned rows[4] = {l[i], h[i], l[i + 1], h[i + 1]}, column[2] = {y[i], y[i + 1]};
-    FragmentA<T> left;
-    FragmentB<T> right;
-    std::memcpy(left.values, rows, sizeof rows);
-    std::memcpy(right.values, column, sizeof column);
-    block.mma(d, left, right);
+  unroll<2>([&](auto half) {
+    block.mma(d, rows_of_half<T>(half, low, high), tokens_of_half<T>(half, b));
   });
 }
 
