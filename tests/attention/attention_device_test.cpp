@@ -340,6 +340,9 @@ TEST(AttentionOnDevice, SixteenBits) {
                 plain);  // too wide for tiles
   check_forward(AttentionCase<ef::half>({1, 2, 70, 1, 1, 16, 3}, {70}),
                 {"large", {.scale = 4000.0f}});
+  for (float scale : {4e9f, 4e20f, -4e36f})
+    check_forward(AttentionCase<ef::bfloat16>({1, 2, 70, 1, 1, 16, 3}, {70}),
+                  {"greatest", {.scale = scale}});
   AttentionCase<ef::bfloat16> large({1, 2, 70, 1, 1, 16, 3}, {70});
   large.v.setConstant(static_cast<ef::bfloat16>(3.38e38f));
   check_forward(large, {"large values", {}});

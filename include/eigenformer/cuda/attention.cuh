@@ -334,7 +334,7 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& 
   for (Index b = 0; b < p.batch; ++b) {
     longest = (std::max)(longest, p.sequences[b].key_length);
     if (in_tiles) first_tile[static_cast<std::size_t>(b)] = tiles;
-    tiles += (p.sequences[b].tensor_rows * p.group() + kTile - 1) / kTile;
+    tiles += (p.sequences[b].tensor_rows * p.group() + kTileRows - 1) / kTileRows;
     if (in_tiles) first_tile[static_cast<std::size_t>(b) + 1] = tiles;
   }
   const auto staged = stage_attention(on, "attention", p, first_tile);

@@ -78,6 +78,7 @@ EIGENFORMER_DEVICE S merge_sums(const MergedParts<S>& m, S first, S second) {
 template <typename TQ, typename TKV, typename Function>
 struct AttentionCall {
   using C = compute_type<TQ>;
+  using Key = TKV;
   static constexpr double kInfinity = std::numeric_limits<double>::infinity();
   problem::Attention<TQ, TKV, Function> p;
   KvRows<TKV> rows;

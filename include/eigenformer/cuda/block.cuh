@@ -13,6 +13,10 @@
 ///   ballot(b)  any(b)  all(b)     ** bit i: what lane i says; or and and of them
 ///   atomic_add(p, v)                 integers in device memory; returns what was there
 ///   mma(d, a, b)                  ** d += a * b, fragments of tile/fragment.cuh
+///   load_rows(array, i, b)        ** two fragments b of 16-bit numbers, side by side: 8 columns of
+///                                    row lane % 16, from lane / 16 * 8 on, begin at array[i]
+///   round_pair<T>(d, a, b)           d[0], d[1] = a, b, floats rounded to 16 bits
+///   exp2(x)                          2^x, to 2^-22 of itself; 0 below 2^-126
 ///   copy_async(array, i, p)          16 bytes from device memory to array[i ...], once waited for
 ///   commit_async()                   closes this thread's group of copies
 ///   wait_async<n>()                  all but this thread's last n groups have landed; the others'
@@ -111,6 +115,17 @@ class Block {
   __device__ void mma(FragmentD<T>& d, const FragmentA<T>& a, const FragmentB<T>& b) const {
     multiply_add(d, a, b);
   }
+
+  template <typename T>
+  __device__ void load_rows(const Shared<T>& array, Index i, FragmentB<T> (&b)[2]) const {
+    load_transposed(b, array.data() + i);
+  }
+  template <typename T>
+  __device__ void round_pair(T* to, float a, float b) const {
+    const unsigned pair = rounded_pair<T>(a, b);
+    std::memcpy(static_cast<void*>(to), &pair, sizeof pair);
+  }
+  __device__ float exp2(float x) const { return power_of_2(x); }
 
   template <typename T>
   __device__ void copy_async(const Shared<T>& to, Index i, const T* from) const {

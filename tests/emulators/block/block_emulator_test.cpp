@@ -444,6 +444,43 @@ void check_mma(std::uint64_t seed) {
     for (int c = 0; c < 8; ++c) ASSERT_EQ(d[r][c], expected[r][c]) << r << ' ' << c;
 }
 
+template <typename T>
+void check_load_rows(std::uint64_t seed) {
+  constexpr int stride = 24;
+  run(
+      32,
+      [&](auto& block) {
+        const auto rows = block.template shared<T>(16 * stride);
+        const int lane = block.lane();
+        for (int i = lane; i < 16 * stride; i += 32) rows.store(i, static_cast<T>(float(i)));
+        block.barrier();
+        ef::cuda::FragmentB<T> b[2];
+        block.load_rows(rows, lane % 16 * stride + lane / 16 * 8, b);
+        for (int n = 0; n < 2; ++n)
+          for (int i = 0; i < b[n].kSize; ++i)
+            EXPECT_EQ(static_cast<float>(b[n].values[i]),
+                      b[n].row(lane, i) * stride + 8 * n + b[n].column(lane, i));
+      },
+      seed);
+}
+
+TEST(EmulatedBlock, RowsOfSharedMemoryBecomeFragments) {
+  for (std::uint64_t seed : {0, 1}) check_load_rows<ef::half>(seed);
+}
+
+TEST(EmulatedBlock, RoundsPairsAndTakesPowers) {
+  run(32, [](auto& block) {
+    ef::bfloat16 pair[2];
+    block.round_pair(pair, 1.00390625f, -3.0f);  // half of a unit above 1: to the even one
+    EXPECT_EQ(static_cast<float>(pair[0]), 1);
+    EXPECT_EQ(static_cast<float>(pair[1]), -3);
+    EXPECT_EQ(block.exp2(-3.0f), 0.125f);
+    EXPECT_EQ(block.exp2(-127.0f), 0);
+    EXPECT_EQ(block.exp2(-INFINITY), 0);
+    EXPECT_TRUE(std::isnan(block.exp2(NAN)));
+  });
+}
+
 TEST(EmulatedBlock, TensorCoresMultiplyAndAdd) {
   for (std::uint64_t seed : {0, 1, 2}) {
     check_mma<ef::bfloat16>(seed);

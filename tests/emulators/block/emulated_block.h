@@ -10,6 +10,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -173,6 +174,28 @@ class Block {
       return sums;
     });
   }
+
+  template <typename T>
+  void load_rows(const Shared<T>& array, Index i, ef::cuda::FragmentB<T> (&b)[2],
+                 Where where = Where::current()) const {
+    struct alignas(16) Row {
+      T columns[8];
+    };
+    const Row own = array.template pack<Row>(i, where);
+    runner_.exchange(thread_, "load_rows", kAllLanes, own, where, [&](const Exchange& all) {
+      for (int n = 0; n < 2; ++n)
+        for (int e = 0; e < 4; ++e)  // row: those of a register are neighbours, 8 to the next one
+          b[n].values[e] =
+              all.of<Row>(n * 16 + lane() % 4 * 2 + e % 2 + e / 2 * 8).columns[lane() / 4];
+      return 0;
+    });
+  }
+  template <typename T>
+  void round_pair(T* to, float a, float b) const {
+    to[0] = static_cast<T>(a);
+    to[1] = static_cast<T>(b);
+  }
+  float exp2(float x) const { return x < -126 ? 0.0f : std::exp2(x); }
 
   template <typename T>
   void copy_async(const Shared<T>& to, Index i, const T* from, Where where = Where::current()) {

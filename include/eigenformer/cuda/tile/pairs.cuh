@@ -6,8 +6,7 @@
 /// order. A row of the results belongs to lanes of one warp, and depends on no other row.
 ///
 /// Operands of PairTile are read as operand.cuh says: a lane's 16 bytes are its parts of two
-/// instructions. A product does not mind in which order its columns come either: the 4 columns of
-/// RowTile's operand that a lane loads at once are its parts of four.
+/// instructions. Those of RowTile are transposed on their way to the registers.
 #pragma once
 
 #include <cmath>
@@ -104,11 +103,14 @@ struct PairTile {
   }
 
   /// What RowTile takes where these pairs are its own: columns [16 * k, 16 * k + 16).
-  EIGENFORMER_DEVICE FragmentA<T> fragment(int k) const {
+  template <typename Block>
+  EIGENFORMER_DEVICE FragmentA<T> fragment(Block& block, int k) const {
     FragmentA<T> a;
     EIGENFORMER_UNROLL_ALL
-    for (int i = 0; i < a.kSize; ++i)
-      a.values[i] = static_cast<T>(values[4 * (2 * k + i / 4) + i % 4]);
+    for (int i = 0; i < a.kSize; i += 2) {
+      const C* const two = values + 4 * (2 * k + i / 4) + i % 4;
+      block.round_pair(a.values + i, two[0], two[1]);
+    }
     return a;
   }
 };
@@ -127,7 +129,7 @@ struct RowTile {
                 : thread / 8 + i / 4 * 16;
   }
   EIGENFORMER_DEVICE static int column(int thread, int i) {
-    return kMma ? (thread % 4 * 2 + i % 2) * 4 + i / 4 : thread % 8 * 4 + i % 4;
+    return kMma ? i / 4 * 8 + thread % 4 * 2 + i % 2 : thread % 8 * 4 + i % 4;
   }
   EIGENFORMER_DEVICE void clear() {
     EIGENFORMER_UNROLL_ALL
@@ -140,18 +142,19 @@ struct RowTile {
   EIGENFORMER_DEVICE void add(Block& block, const FragmentA<T>& pairs, int k, const Array& operand,
                               Index base) {
     const int lane = block.lane();
-    Pack<T, 4> rows[4];
+    const Index place = base + (16 * k + lane % 16) * kRowOperand<T> + lane / 16 * 8;
     EIGENFORMER_UNROLL_ALL
-    for (int i = 0; i < 4; ++i)
-      rows[i] = operand.template pack<Pack<T, 4>>(
-          base + (16 * k + FragmentB<T>::row(lane, i)) * kRowOperand<T> + lane / 4 * 4);
-    EIGENFORMER_UNROLL_ALL
-    for (int n = 0; n < 4; ++n) {
-      const FragmentB<T> b{{rows[0][n], rows[1][n], rows[2][n], rows[3][n]}};
-      FragmentD<T> sums{{values[4 * n], values[4 * n + 1], values[4 * n + 2], values[4 * n + 3]}};
-      block.mma(sums, pairs, b);
+    for (int side = 0; side < 2; ++side) {
+      FragmentB<T> b[2];
+      block.load_rows(operand, place + 16 * side, b);
       EIGENFORMER_UNROLL_ALL
-      for (int i = 0; i < 4; ++i) values[4 * n + i] = sums.values[i];
+      for (int n = 0; n < 2; ++n) {
+        C* const at = values + 8 * side + 4 * n;
+        FragmentD<T> sums{{at[0], at[1], at[2], at[3]}};
+        block.mma(sums, pairs, b[n]);
+        EIGENFORMER_UNROLL_ALL
+        for (int i = 0; i < 4; ++i) at[i] = sums.values[i];
+      }
     }
   }
 
