@@ -192,6 +192,53 @@ TEST(AttentionOnDevice, SplitsDoNotChangeBits) {
   check_splits<ef::half>({.sinks = sinks}, 1030, 16);
 }
 
+// Two rows of a sequence, four heads to a KV head, are a step of decoding alone; packed before one of
+// five rows they are in tiles, and have the same bits there.
+template <typename T>
+void check_steps(const ef::AttentionOptions& options, Index keys, Index width) {
+  const Index rows = 2, others = 5, heads = 8, kv_heads = 2;
+  const auto q = random_tensor<T, 3>({rows + others, heads, width}, 1),
+             k = random_tensor<T, 3>({keys + 1, kv_heads, width}, 2);
+  auto v = random_tensor<T, 3>({keys + 1, kv_heads, width}, 3);
+  v(keys - 1, 0, width - 1) = std::numeric_limits<T>::infinity();  // row 0 does not see it
+  for_each_gpu([&](const auto& bench) {
+    const auto run = [&](Index all) {
+      auto device_q =
+          on_device(bench, ef::Tensor<T, 3>(q.slice(Eigen::array<Index, 3>{0, 0, 0},
+                                                    Eigen::array<Index, 3>{all, heads, width})));
+      auto device_k = on_device(bench, k);
+      auto device_v = on_device(bench, v);
+      auto out = on_device(bench, poisoned_tensor<T, 3>({all, heads, width}));
+      auto lse = on_device(bench, poisoned_tensor<float, 2>({heads, all}));
+      auto lse_view = lse.view();
+      auto with_lse = options;
+      with_lse.log_sum_exp = lse_view;
+      ef::variable_length_attention_into(bench.device, out.view(), device_q.cview(),
+                                         device_k.cview(), device_v.cview(), {0, rows, all},
+                                         {0, keys, keys + 1}, with_lse);
+      return std::pair(out.host(), lse.host());
+    };
+    const auto alone = run(rows), packed = run(rows + others);
+    for (Index i = 0; i < rows * heads * width; ++i) {
+      const auto a = static_cast<float>(alone.first.data()[i]),
+                 b = static_cast<float>(packed.first.data()[i]);
+      EXPECT_TRUE(a == b || (std::isnan(a) && std::isnan(b)))
+          << keys << ' ' << i << ": " << a << ' ' << b;
+    }
+    for (Index h = 0; h < heads; ++h)
+      for (Index i = 0; i < rows; ++i)
+        EXPECT_EQ(alone.second(h, i), packed.second(h, i)) << h << ' ' << i;
+    EXPECT_TRUE(std::isfinite(static_cast<float>(alone.first(0, 0, width - 1))));
+    EXPECT_FALSE(std::isfinite(static_cast<float>(alone.first(1, 0, width - 1))));
+  });
+}
+
+TEST(AttentionOnDevice, StepsHaveTheBitsOfTiles) {
+  check_steps<ef::bfloat16>({.causal = true}, 530, 128);
+  check_steps<ef::half>({.causal = true, .softcap = 3.0f}, 70, 72);
+  check_steps<ef::bfloat16>({.causal = true, .scale = 2000.0f}, 70, 41);
+}
+
 // Many rows of many keys would leave more splits than memory should be asked for: 400 MB here, for
 // rows that see one key.
 TEST(AttentionOnDevice, ManySplitsAreNotLeftInMemory) {

@@ -1,6 +1,7 @@
 /// \file
 /// CUDA kernels of attention forward. For one 16-bit scalar of queries, keys and values: tiles on
-/// the tensor cores (attention_tiles.cuh). For all others the kernel here: a block of 64 threads
+/// the tensor cores (attention_tiles.cuh), and warps of their own where no sequence has more than 16
+/// rows for a KV head and there are no masks (attention_steps.cuh). For all others the kernel here: a block of 64 threads
 /// per query row and head, online softmax (Milakov and Gimelshein, "Online normalizer calculation
 /// for softmax", 2018) over key blocks of 64 at absolute positions, in splits of 512 keys that are
 /// merged in order (attention_call.cuh), so that the bits of a row depend on nothing but what it
@@ -24,6 +25,7 @@
 #include <cstdint>
 
 #include "attention_call.cuh"
+#include "attention_steps.cuh"
 #include "attention_tiles.cuh"
 #include "stage.cuh"
 
@@ -320,6 +322,29 @@ void launch_attention_tiles(const Backend<D>& on, const AttentionCall<T, T, Func
     start(AttentionTiles<T, 8, Function, Masked>{});
 }
 
+/// False where what splits leave would take too much memory.
+template <bool Masked, typename D, typename T, typename Function>
+bool launch_attention_steps(const Backend<D>& on, const AttentionCall<T, T, Function>& call,
+                            Index longest) {
+  constexpr auto name = "attention";
+  using Kernel = AttentionSteps<T, Function, Masked>;
+  const auto& p = call.p;
+  const Index rows = call.row_count * p.heads, units = p.batch * p.kv_heads,
+              splits = splits_of<float>(rows, p.value_dim, longest, 0, 1);
+  if (longest > kSplitKeys && splits == 0) return false;
+  with_scratch<AttentionPart, float>(
+      on, name, {rows * splits, rows * splits * p.value_dim},
+      [&](AttentionPart* parts, float* sums) {
+        launch_rows(on, name, units * (splits > 0 ? splits : 1), Kernel::shared_size(),
+                    Kernel{call, splits, parts, sums});
+        if (splits > 0)
+          launch_rows(on, name, rows, 0,
+                      MergeSplits<typename Kernel::Call, float>{call, splits, parts, sums,
+                                                                Kernel::kFactor});
+      });
+  return true;
+}
+
 template <typename D, typename TQ, typename TKV, typename Function>
 void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& p) {
   if (p.batch == 0 || p.heads == 0) return;
@@ -330,9 +355,10 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& 
   Workspace::Frame frame(thread_workspace());
   const std::span<Index> first_tile(frame.take<Index>(in_tiles ? p.batch + 1 : 0),
                                     static_cast<std::size_t>(in_tiles ? p.batch + 1 : 0));
-  Index longest = 0, tiles = 0;
+  Index longest = 0, tiles = 0, most_rows = 0;
   for (Index b = 0; b < p.batch; ++b) {
     longest = (std::max)(longest, p.sequences[b].key_length);
+    most_rows = (std::max)(most_rows, p.sequences[b].tensor_rows * p.group());
     if (in_tiles) first_tile[static_cast<std::size_t>(b)] = tiles;
     tiles += (p.sequences[b].tensor_rows * p.group() + kTileRows - 1) / kTileRows;
     if (in_tiles) first_tile[static_cast<std::size_t>(b) + 1] = tiles;
@@ -341,6 +367,14 @@ void execute(const Backend<D>& on, const problem::Attention<TQ, TKV, Function>& 
   with_masked(p, [&](auto masked) {
     constexpr bool kMasked = decltype(masked)::value;
     const auto& [call, staged_tiles] = staged;
+    if constexpr (kHasAttentionTiles<TQ, TKV> && !kMasked) {
+      using Steps = AttentionSteps<TQ, Function, kMasked>;
+      // it divides positions in 32 bits
+      if (in_tiles && longest < Index{1} << 31 && most_rows <= Steps::kRows &&
+          p.head_dim <= Steps::kWidth && p.value_dim <= Steps::kWidth &&
+          launch_attention_steps<kMasked>(on, call, longest))
+        return;
+    }
     if constexpr (kHasAttentionTiles<TQ, TKV>)
       if (in_tiles) return launch_attention_tiles<kMasked>(on, call, staged_tiles, tiles, longest);
     launch_attention_rows<kMasked>(on, call, longest);
