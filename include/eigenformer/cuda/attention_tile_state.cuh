@@ -58,7 +58,9 @@ struct AttentionTileState {
     maximum = std::fmax(maximum, block.shuffle_xor(maximum, 1));
     maximum = std::fmax(maximum, block.shuffle_xor(maximum, 2));
     const float before = offset[k];
-    offset[k] = std::fmin(before, -maximum * unit[k]);
+    float own = -maximum * unit[k];
+    if (own == -kInfinity && maximum < kInfinity) own = -(std::numeric_limits<float>::max)();
+    offset[k] = std::fmin(before, own);
     const float reference = offset[k] == kInfinity ? 0.0f : offset[k];
     const float fall = block.exp2(reference - before);
     float sum = 0;
