@@ -14,6 +14,6 @@ for name in "$@"; do
     -DEIGEN_MAX_ALIGN_BYTES=64 -DEIGENFORMER_GOLDEN_DIR="\"$PWD/tests/golden\"" -I include -isystem /usr/include/eigen3 "tests/fuzz/${name}_fuzz.cpp" -lpcre2-8 -o "$build/$name"
   mkdir -p "$build/$name.corpus" "$build/$name.seeds"
   find tests/golden -name "*.$name" -size -64k -exec cp {} "$build/$name.seeds" \;
-  "$build/$name" -max_total_time="$seconds" -timeout=10 -rss_limit_mb=1024 -max_len=65536 -print_final_stats=1 \
+  "$build/$name" -max_total_time="$seconds" -timeout=60 -rss_limit_mb=1024 -max_len=65536 -print_final_stats=1 \
     -artifact_prefix="$build/$name." "$build/$name.corpus" "$build/$name.seeds"
 done
