@@ -1,14 +1,15 @@
 /// \file
 /// CUDA kernels of embedding. Forward: one coalesced pass over the rows of y, 16 bytes per thread
-/// where alignment allows; bytes read and written, no arithmetic. Of an INT8 table the same pass, with one
-/// multiplication per element. A packed weight is rows here, so the same pass serves it.
+/// where alignment allows; bytes read and written, no arithmetic: an H200 gave 66% of the bandwidth
+/// of copies to 4096 rows of 4096 bfloat16. Of an INT8 table the same pass, with one multiplication
+/// per element. A packed weight is rows here, so the same pass serves it.
 ///
 /// Backward: one block per token, of which those go on whose token is the first with its id. Such a
 /// block holds its row of the table in registers, walks the tokens that follow and adds those of
 /// its id in their order: the additions of the CPU kernel, one by one, without atomics. Bytes: ids
 /// and grad_y once, every row that occurs once in and once out; the searches read ids tokens^2 / 2
-/// times out of the cache, which up to some 8192 tokens takes less time than the rows do: about
-/// half of the bandwidth is expected there. An id that most tokens share is one block's work.
+/// times out of the cache. Not timed yet: what an H200 was timed with added wrong rows. An id that
+/// most tokens share is one block's work.
 #pragma once
 
 #include <bit>
@@ -174,7 +175,7 @@ struct EmbeddingBackwardKernel {
     if (mine) store_pack(sum, row);
   }
 
-  /// Where the lowest bit is that is set. nvcc 13 compiles std::countr_zero to 32, whatever the bits.
+  /// Where the lowest bit is that is set. nvcc 13 compiles std::countr_zero to 32, always.
   EIGENFORMER_DEVICE static int lowest_bit(unsigned bits) {
     return std::popcount(~bits & (bits - 1));
   }

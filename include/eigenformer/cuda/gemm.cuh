@@ -1,7 +1,8 @@
 /// \file
 /// Products of many tokens by cuBLASLt, for who asks for it: EIGENFORMER_CUBLASLT, the CMake option
 /// and the macro, which links CUDA::cublasLt. Its kernels use what our tiles do not (wgmma and TMA
-/// on Hopper), and twice their speed and more is expected there, not measured yet. It takes what
+/// on Hopper): 512 tokens of an 8192 x 8192 bfloat16 layer took 117 us on an H200, our tiles 252,
+/// and 4096 tokens 0.84 and 1.92 ms. It takes what
 /// has kGemmTokens tokens and more, factors of one scalar (float, bfloat16, half; int8 with a scale
 /// for each row) whose lines begin at multiples of 16 bytes. int8 sums are exact, and keep their
 /// bits. Floating sums come in an order of cuBLASLt's own, chosen for the shape: results of so many

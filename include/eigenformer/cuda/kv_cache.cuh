@@ -1,11 +1,10 @@
 /// \file
 /// CUDA kernels of the KV caches: copies, one read and one write of every element, converted on the
 /// way where storage differs. Into dense buffers one thread takes 16 bytes; into pages and out of
-/// them a warp takes a row of one head, which are consecutive on both sides,
-/// and finds its page once. INT8 reads a new row twice (largest magnitude, then quotients), the
-/// second time out of L1. No flops to speak of: the limit is bandwidth, of which rows of 64 and
-/// more elements, a thousand of them at least, should see more than half; a step of one sequence is
-/// a launch and the copy of its arguments.
+/// them a warp takes a row of one head, which are consecutive on both sides, and finds its page
+/// once. INT8 reads a new row twice (largest magnitude, then quotients), the second time out of L1.
+/// The limit is bandwidth, of which an H200 gave a quarter to 8192 tokens of 8 heads of 128 in
+/// bfloat16 (65 us; INT8 111 us); a step of one sequence is a launch and the copy of its arguments.
 #pragma once
 
 #include "../problem/kv_cache.h"

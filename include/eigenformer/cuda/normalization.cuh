@@ -3,8 +3,8 @@
 /// but the first out of L1 or L2) with 16 bytes per thread, sums in a fixed tree; rows past the
 /// range of their squares as in cpu/vector/row_unit.h, mean and variance of LayerNorm as in
 /// cpu/normalization/layer_norm.h. Some 4 and 8 flops per element against a read and a write (two
-/// of each with the residual sum): memory is the limit, of which 80% and more is expected for 1024
-/// rows on.
+/// of each with the residual sum): memory is the limit. Of the bandwidth of copies an H200 gave 46%
+/// to RMSNorm of 4096 x 4096 bfloat16, 66% with the residual sum, 31% to LayerNorm.
 #pragma once
 
 #include <cmath>

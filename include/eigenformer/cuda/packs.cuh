@@ -66,8 +66,8 @@ using WidthOf = std::integral_constant<int, Width>;
 
 /// body(WidthOf<N>, j) for the elements of a line that are this thread's: packs of Width in turn,
 /// one per thread. N is Width where the line begins at multiples of a pack in all arrays, and 1
-/// else: the same elements in the same order, so that a sum over them has the same bits wherever the
-/// line lies.
+/// else: the same elements in the same order, so that a sum over them has the same bits wherever
+/// the line lies.
 template <typename Body, int Width, typename... T>
 EIGENFORMER_DEVICE void for_each_pack_of_line(WidthOf<Width>, Index thread, Index threads,
                                               Index count, const Body& body, const T*... arrays) {

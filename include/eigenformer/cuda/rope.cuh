@@ -2,8 +2,8 @@
 /// CUDA kernel of rotary embedding: one block per token. Its threads bring cosines and sines of up
 /// to 256 pairs into shared memory, then turn these pairs of all heads, 16 bytes per thread and
 /// half of a pair where alignment allows: one coalesced read of x and one write of y, two fused
-/// multiply-adds per element. The bandwidth of the memory is the limit; about four fifths of it are
-/// expected from some 500 tokens on, not measured yet.
+/// multiply-adds per element. The bandwidth of the memory is the limit; an H200 gave 42% of that of
+/// copies to 4096 tokens of 32 heads of 128 in bfloat16.
 ///
 /// With options the angles are computed here, in double: one sine and one cosine per token and
 /// pair, shared by its heads. A table is host memory: the rows of these tokens travel with the
